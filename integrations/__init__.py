@@ -1,0 +1,1 @@
+"""Adapters to host trainers, one file per host."""

@@ -1,0 +1,1 @@
+"""The only way from an algorithm to a kernel: registry, dispatch, autograd, checks, reference."""

@@ -1,0 +1,1 @@
+"""One file per op: checks, dispatch, autograd, torch.compile registration."""

@@ -1,0 +1,1 @@
+"""Triton device code and launchers; imports torch, triton and this folder only."""
