@@ -1,0 +1,125 @@
+#include "bindings/bind.h"
+
+namespace py = pybind11;
+
+namespace tokfuse {
+namespace {
+
+// (shape, level, kl, seq_mean, (p0..p5), kl_coef, kl_clamp, entropy_coef, log_ratio_clamp)
+ObjectiveParams params_of(const py::tuple& t) {
+  require(t.size() == 9, "objective record must have 9 fields");
+  ObjectiveParams o;
+  const int shape = t[0].cast<int>(), level = t[1].cast<int>(), kl = t[2].cast<int>();
+  require(shape >= 0 && shape <= static_cast<int>(Shape::kGamma), "unknown objective shape code");
+  require(level >= 0 && level <= static_cast<int>(Level::kSequenceSum), "unknown ratio level code");
+  require(kl >= 0 && kl <= static_cast<int>(Kl::kAbs), "unknown KL code");
+  o.shape = static_cast<Shape>(shape);
+  o.level = static_cast<Level>(level);
+  o.kl = static_cast<Kl>(kl);
+  o.seq_mean = t[3].cast<int>();
+  const py::tuple p = t[4].cast<py::tuple>();
+  require(p.size() == 6, "objective parameters must be 6 numbers");
+  for (size_t i = 0; i < 6; i++) o.p[i] = p[i].cast<float>();
+  o.kl_coef = t[5].cast<float>();
+  o.kl_clamp = t[6].cast<float>();
+  o.entropy_coef = t[7].cast<float>();
+  o.log_ratio_clamp = t[8].cast<float>();
+  return o;
+}
+
+// (params, tokens, seqs, logp, old_logp, advantage, advantage_per_seq, mask, cu_seqlens, weight,
+// signal,
+//  ref_logp, kl_weight, entropy, entropy_weight, inv_normalizer, normalize_by_seqs, threads,
+//  token_loss, d_logp, d_entropy, metrics, scratch)
+ObjectiveArgs objective_args(const py::tuple& t) {
+  require(t.size() == 23, "policy record must have 23 fields");
+  auto floats = [&](size_t i) { return as<float>(t[i].cast<Address>()); };
+  ObjectiveArgs o;
+  o.params = params_of(t[0].cast<py::tuple>());
+  o.tokens = t[1].cast<int64_t>();
+  o.seqs = t[2].cast<int64_t>();
+  o.logp = floats(3);
+  o.old_logp = floats(4);
+  o.advantage = floats(5);
+  o.advantage_per_seq = t[6].cast<int>();
+  o.mask = as<uint8_t>(t[7].cast<Address>());
+  o.cu_seqlens = as<int32_t>(t[8].cast<Address>());
+  o.weight = floats(9);
+  o.signal = floats(10);
+  o.ref_logp = floats(11);
+  o.kl_weight = floats(12);
+  o.entropy = floats(13);
+  o.entropy_weight = floats(14);
+  o.inv_normalizer = t[15].cast<double>();
+  o.normalize_by_seqs = t[16].cast<int>();
+  o.threads = t[17].cast<int>();
+  o.token_loss = floats(18);
+  o.d_logp = floats(19);
+  o.d_entropy = floats(20);
+  o.metrics = as<double>(t[21].cast<Address>());
+  o.scratch = floats(22);
+  require(o.tokens >= 0 && o.seqs >= 0, "tokens and seqs must be >= 0");
+  require_threads(o.threads);
+  require(o.metrics != nullptr, "metrics is null");
+  for (size_t i : {4, 18, 19, 20, 22}) require_pointer(t[i].cast<Address>(), o.tokens, "a vector");
+  require_pointer(t[5].cast<Address>(), o.advantage_per_seq ? o.seqs : o.tokens, "advantage");
+  require_pointer(t[8].cast<Address>(), o.seqs, "cu_seqlens");
+  const bool needs_seqs = o.params.level != Level::kToken || o.params.seq_mean ||
+                          o.advantage_per_seq || (o.inv_normalizer < 0 && o.normalize_by_seqs);
+  require(!needs_seqs || o.cu_seqlens != nullptr || o.tokens == 0, "cu_seqlens is null");
+  require(o.params.kl == Kl::kNone || o.ref_logp != nullptr || o.tokens == 0, "ref_logp is null");
+  for (int64_t i = 0; i < o.seqs; i++) {
+    require(o.cu_seqlens[i] >= 0 && o.cu_seqlens[i] <= o.cu_seqlens[i + 1],
+            "cu_seqlens must be non-decreasing from 0");
+  }
+  require(o.seqs == 0 || (o.cu_seqlens[0] == 0 && o.cu_seqlens[o.seqs] == o.tokens),
+          "cu_seqlens must start at 0 and end at tokens");
+  return o;
+}
+
+void policy_loss(const py::tuple& record) {
+  const ObjectiveArgs o = objective_args(record);
+  require(o.logp != nullptr || o.tokens == 0, "logp is null");
+  require(o.params.entropy_coef == 0.0f || o.entropy != nullptr || o.tokens == 0,
+          "entropy is null");
+  py::gil_scoped_release release;
+  TOKFUSE_CALL(policy_loss, o);
+}
+
+// Returns the first row whose target or temperature is out of range, before anything is written, or
+// -1.
+int64_t policy_step(const py::tuple& logits, const py::tuple& record, Address lse, Address sum_sq,
+                    Address top1, Address shift, Address inv_sum, Address grad_logits,
+                    int64_t grad_stride) {
+  const LogitsArgs a = logits_args(logits);
+  const ObjectiveArgs o = objective_args(record);
+  require(o.tokens == a.tokens, "logits and policy records must have the same tokens");
+  require(o.params.level == Level::kToken, "policy_step fuses token-level objectives only");
+  require(grad_stride >= a.vocab || a.tokens <= 1, "grad_stride must be >= vocab");
+  for (Address p : {lse, sum_sq, top1, shift, inv_sum, grad_logits}) {
+    require_pointer(p, a.tokens, "an output");
+  }
+  require((o.logp != nullptr && o.entropy != nullptr) || o.tokens == 0,
+          "logp and entropy receive the statistics and must not be null");
+  TokenStatsOut out = {};
+  out.logp = const_cast<float*>(o.logp);
+  out.entropy = const_cast<float*>(o.entropy);
+  out.lse = as<float>(lse);
+  out.sum_sq = as<float>(sum_sq);
+  out.top1 = as<float>(top1);
+  out.shift = as<float>(shift);
+  out.inv_sum = as<float>(inv_sum);
+  py::gil_scoped_release release;
+  const int64_t bad = TOKFUSE_CALL(first_bad_row, a);
+  if (bad < 0) TOKFUSE_CALL(policy_step, a, out, o, as<void>(grad_logits), grad_stride);
+  return bad;
+}
+
+}  // namespace
+
+void bind_policy(py::module_& m) {
+  m.def("policy_loss", &policy_loss);
+  m.def("policy_step", &policy_step);
+}
+
+}  // namespace tokfuse

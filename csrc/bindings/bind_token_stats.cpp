@@ -1,0 +1,82 @@
+#include "bindings/bind.h"
+
+namespace py = pybind11;
+
+namespace tokfuse {
+
+LogitsArgs logits_args(const py::tuple& t) {
+  require(t.size() == 15, "logits record must have 15 fields");
+  LogitsArgs a;
+  const Address logits = t[0].cast<Address>(), target = t[5].cast<Address>();
+  a.logits = as<void>(logits);
+  a.stride = t[1].cast<int64_t>();
+  a.dtype = dtype_of(t[2].cast<int>());
+  a.tokens = t[3].cast<int64_t>();
+  a.vocab = t[4].cast<int64_t>();
+  a.target = as<int64_t>(target);
+  a.mask = as<uint8_t>(t[6].cast<Address>());
+  a.temperatures = as<float>(t[7].cast<Address>());
+  a.temperature = t[8].cast<float>();
+  a.softcap = t[9].cast<float>();
+  a.logit_scale = t[10].cast<float>();
+  a.bias_logits = as<void>(t[11].cast<Address>());
+  a.bias_stride = t[12].cast<int64_t>();
+  a.bias_scale = t[13].cast<float>();
+  a.threads = t[14].cast<int>();
+  require(a.tokens >= 0 && a.vocab >= 1, "tokens must be >= 0 and vocab >= 1");
+  require(a.stride >= 0 && a.bias_stride >= 0, "row strides must be >= 0");
+  require(a.softcap >= 0.0f && a.logit_scale > 0.0f, "softcap must be >= 0, logit_scale > 0");
+  require(a.temperatures != nullptr || a.temperature > 0.0f, "temperature must be > 0");
+  require_threads(a.threads);
+  require_pointer(logits, a.tokens, "logits");
+  require_pointer(target, a.tokens, "target");
+  return a;
+}
+
+namespace {
+
+// Returns the first row whose target or temperature is out of range, or -1 after a complete run.
+int64_t token_stats_fwd(const py::tuple& logits, Address logp, Address entropy, Address lse,
+                        Address sum_sq, Address top1, Address shift, Address inv_sum,
+                        Address p2_logp, Address p2_logp2, Address second_logp,
+                        float second_temperature) {
+  const LogitsArgs a = logits_args(logits);
+  for (Address p : {logp, entropy, lse, sum_sq, top1, shift, inv_sum}) {
+    require_pointer(p, a.tokens, "an output");
+  }
+  require((p2_logp == 0) == (p2_logp2 == 0), "p2_logp and p2_logp2 come together");
+  require(second_logp == 0 || second_temperature > 0.0f, "second_temperature must be > 0");
+  const TokenStatsOut out = {as<float>(logp),        as<float>(entropy), as<float>(lse),
+                             as<float>(sum_sq),      as<float>(top1),    as<float>(shift),
+                             as<float>(inv_sum),     as<float>(p2_logp), as<float>(p2_logp2),
+                             as<float>(second_logp), second_temperature};
+  py::gil_scoped_release release;
+  const int64_t bad = TOKFUSE_CALL(first_bad_row, a);
+  if (bad < 0) TOKFUSE_CALL(token_stats_fwd, a, out);
+  return bad;
+}
+
+void token_stats_bwd(const py::tuple& logits, Address shift, Address inv_sum, Address entropy,
+                     Address grad_logp, Address grad_entropy, Address grad_logits,
+                     int64_t grad_stride) {
+  const LogitsArgs a = logits_args(logits);
+  for (Address p : {shift, inv_sum, entropy, grad_logits}) {
+    require_pointer(p, a.tokens, "a backward argument");
+  }
+  require(grad_stride >= a.vocab || a.tokens <= 1, "grad_stride must be >= vocab");
+  const TokenStatsGrad grad = {as<float>(shift),     as<float>(inv_sum),      as<float>(entropy),
+                               as<float>(grad_logp), as<float>(grad_entropy), as<void>(grad_logits),
+                               grad_stride};
+  py::gil_scoped_release release;
+  require(TOKFUSE_CALL(first_bad_row, a) < 0, "target out of range");
+  TOKFUSE_CALL(token_stats_bwd, a, grad);
+}
+
+}  // namespace
+
+void bind_token_stats(py::module_& m) {
+  m.def("token_stats_fwd", &token_stats_fwd);
+  m.def("token_stats_bwd", &token_stats_bwd);
+}
+
+}  // namespace tokfuse

@@ -1,0 +1,253 @@
+// The per-token mathematics of every policy objective, written once for CPU and CUDA.
+//
+//   policy_term: loss of one token and its derivative, as a function of the log-ratio
+//   kl_term:     KL estimate of one token and its derivative in logp
+//
+// Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp. All derivatives are of the
+// un-aggregated token loss. Codes and parameter slots are shared with runtime/objective.py.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define TOKFUSE_HD __host__ __device__ __forceinline__
+#else
+#define TOKFUSE_HD static inline
+#endif
+
+namespace tokfuse {
+
+enum class Shape : int32_t {
+  kLinearLogp = 0,    // -A logp
+  kLinearRatio = 1,   // -A r
+  kPPOClip = 2,       // max(-A min(r, cap), -A clip(r, min, max)), dual bound below
+  kStopGradClip = 3,  // -sg(clip(r, min, max)) A logp
+  kSigmoidGate = 4,   // -(4 / tau) sigmoid(tau (r - 1)) A
+  kTargetRatio = 5,   // |r - target| |A|
+  kQuadratic = 6,     // -A r + penalty (r - 1)^2
+  kNFT = 7,           // A > 0: -A log r; A < 0: -|A| log((1 - q r) / (1 - q))
+  kLogClamp = 8,      // -A exp(pessimistically clamped log-ratio)
+  kGamma = 9,         // -sg(e^l r^k e^(-l r)) A logp
+};
+
+enum class Level : int32_t { kToken = 0, kSequence = 1, kSequenceToken = 2, kSequenceSum = 3 };
+
+enum class Kl : int32_t {
+  kNone = 0,
+  kK1 = 1,
+  kK2 = 2,
+  kK3 = 3,
+  kRatioK3 = 4,     // r * k3: exact reverse-KL gradient with importance weighting
+  kK1Straight = 5,  // value of k1, gradient of k2
+  kK3Straight = 6,  // value of k3, gradient of k2
+  kAbs = 7,         // |k|
+};
+
+struct ObjectiveParams {
+  Shape shape;
+  Level level;
+  Kl kl;
+  int32_t seq_mean;       // 1: every token is weighted by 1 / (valid tokens of its sequence)
+  float p[6];             // parameters of the shape, see policy_term
+  float kl_coef;          // signed
+  float kl_clamp;         // bound on |k|; the gradient is zero outside
+  float entropy_coef;     //
+  float log_ratio_clamp;  // bound on |logp - old_logp|; the gradient is zero outside
+};
+
+enum TokenFlag : uint32_t {
+  kClippedLow = 1,   // A < 0 and r below the lower bound: no gradient
+  kClippedHigh = 2,  // A > 0 and r above the upper bound: no gradient
+  kClippedDual = 4,  // A < 0 and r above the dual bound or the cap: no gradient
+};
+
+struct PolicyTerm {
+  float loss;
+  float d_log_ratio;  // derivative through the ratio
+  float d_logp;       // derivative through an explicit logp
+  uint32_t flags;
+};
+
+TOKFUSE_HD float sigmoid(float x) {
+  // exp of a non-positive number only: no overflow, and the tail keeps its relative accuracy.
+  const float e = expf(-fabsf(x));
+  return (x >= 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+TOKFUSE_HD uint32_t clip_flags(float advantage, float ratio, float low, float high) {
+  if (advantage < 0.0f && ratio < low) return kClippedLow;
+  if (advantage > 0.0f && ratio > high) return kClippedHigh;
+  return 0;
+}
+
+// Where a bound applies: to each token's log-ratio, to the log-ratio at the objective's level, or
+// both at once for token-level objectives.
+enum Stage : int32_t { kTokenStage = 1, kLevelStage = 2, kBothStages = 3 };
+
+// log_ratio after the clamps of the objective; `inside` is 0 where they cut the gradient. LogClamp
+// narrows the token bound on the side that would improve the objective, NFT the upper level bound.
+TOKFUSE_HD float bounded_log_ratio(const ObjectiveParams& o, Stage stage, float log_ratio,
+                                   float advantage, float* inside) {
+  float low = -o.log_ratio_clamp, high = o.log_ratio_clamp;
+  if (o.shape == Shape::kLogClamp && (stage & kTokenStage)) {
+    if (advantage >= 0.0f && o.p[0] < high) high = o.p[0];
+    if (advantage <= 0.0f && -o.p[0] > low) low = -o.p[0];
+  } else if (o.shape == Shape::kNFT && (stage & kLevelStage)) {
+    if (o.p[2] < high) high = o.p[2];
+  }
+  *inside = log_ratio < low || log_ratio > high ? 0.0f : 1.0f;
+  return log_ratio < low ? low : (log_ratio > high ? high : log_ratio);
+}
+
+TOKFUSE_HD PolicyTerm ppo_clip_term(const float* p, float ratio, float a) {
+  const float low = p[0], high = p[1], dual = p[2], cap = p[3];
+  PolicyTerm out = {0.0f, 0.0f, 0.0f, clip_flags(a, ratio, low, high)};
+  if (out.flags == kClippedLow) {
+    out.loss = -a * low;
+  } else if (out.flags == kClippedHigh) {
+    out.loss = -a * high;
+  } else if (a < 0.0f && (ratio > cap || ratio > dual)) {
+    out.loss = -a * (cap < dual ? cap : dual);
+    out.flags = kClippedDual;
+  } else {
+    out.loss = -a * ratio;
+    out.d_log_ratio = out.loss;
+  }
+  return out;
+}
+
+TOKFUSE_HD PolicyTerm nft_term(const float* p, float ratio, float a, float success_rate) {
+  PolicyTerm out = {0.0f, 0.0f, 0.0f, 0};
+  if (a > 0.0f) {
+    const float floored = ratio > p[1] ? ratio : p[1];
+    out.loss = -a * logf(floored);
+    out.d_log_ratio = -a * (ratio / floored);
+  } else if (a < 0.0f) {
+    const float q = success_rate < p[3] ? p[3] : (success_rate > p[4] ? p[4] : success_rate);
+    const float rest = (1.0f - q * ratio) / (1.0f - q);
+    const float floored = rest > p[0] ? rest : p[0];  // value clipped, gradient of `rest` kept
+    out.loss = a * logf(floored);
+    out.d_log_ratio = -a * (q * ratio / (1.0f - q)) / floored;
+  }
+  return out;
+}
+
+// Parameter slots p[] by shape:
+//   PPOClip {ratio_min, ratio_max, dual or inf, cap or inf}   StopGradClip {ratio_min, ratio_max}
+//   SigmoidGate {tau_positive, tau_negative}                   TargetRatio {low, high}
+//   Quadratic {penalty}       NFT {negative_floor, positive_floor, log_ratio_max, rate_min,
+//   rate_max} LogClamp {bound}          Gamma {k_positive, lam_positive, k_negative, lam_negative}
+// `signal` is TargetRatio's target signal or NFT's success rate.
+TOKFUSE_HD PolicyTerm policy_term(const ObjectiveParams& o, float log_ratio, float logp, float a,
+                                  float signal) {
+  const float r = expf(log_ratio);
+  PolicyTerm out = {0.0f, 0.0f, 0.0f, 0};
+  switch (o.shape) {
+    case Shape::kLinearLogp:
+      out.loss = -a * logp;
+      out.d_logp = -a;
+      break;
+    case Shape::kLinearRatio:
+    case Shape::kLogClamp:
+      out.loss = out.d_log_ratio = a == 0.0f ? 0.0f : -a * r;
+      break;
+    case Shape::kPPOClip:
+      return ppo_clip_term(o.p, r, a);
+    case Shape::kStopGradClip: {
+      const float w = r < o.p[0] ? o.p[0] : (r > o.p[1] ? o.p[1] : r);
+      out.d_logp = -w * a;
+      out.loss = out.d_logp * logp;
+      out.flags = clip_flags(a, r, o.p[0], o.p[1]);
+      break;
+    }
+    case Shape::kSigmoidGate: {
+      const float tau = a > 0.0f ? o.p[0] : o.p[1], s = sigmoid(tau * (r - 1.0f));
+      out.loss = -(4.0f / tau) * s * a;
+      out.d_log_ratio = -4.0f * s * (1.0f - s) * r * a;
+      break;
+    }
+    case Shape::kTargetRatio: {
+      const float gap = r - (1.0f - o.p[0] + (o.p[0] + o.p[1]) * sigmoid(signal));
+      out.loss = fabsf(gap) * fabsf(a);
+      out.d_log_ratio = fabsf(a) * (gap > 0.0f ? r : (gap < 0.0f ? -r : 0.0f));
+      break;
+    }
+    case Shape::kQuadratic:
+      out.loss = -a * r + o.p[0] * (r - 1.0f) * (r - 1.0f);
+      out.d_log_ratio = -r * (a - 2.0f * o.p[0] * (r - 1.0f));
+      break;
+    case Shape::kNFT:
+      return nft_term(o.p, r, a, signal);
+    case Shape::kGamma: {
+      const float k = a >= 0.0f ? o.p[0] : o.p[2], lam = a >= 0.0f ? o.p[1] : o.p[3];
+      out.d_logp = -expf(lam + k * log_ratio - lam * r) * a;
+      out.loss = out.d_logp * logp;
+      break;
+    }
+  }
+  return out;
+}
+
+struct KlTerm {
+  float value;
+  float d_logp;
+};
+
+// `log_ratio` (current against old policy) enters only RatioK3.
+TOKFUSE_HD KlTerm kl_term(const ObjectiveParams& o, float logp, float ref_logp, float log_ratio) {
+  const float raw = logp - ref_logp;
+  const float k = raw < -o.kl_clamp ? -o.kl_clamp : (raw > o.kl_clamp ? o.kl_clamp : raw);
+  const float inside = raw < -o.kl_clamp || raw > o.kl_clamp ? 0.0f : 1.0f;
+  const float em1 = expm1f(-k), k3 = em1 + k;  // e^-k - 1 + k without cancellation
+  switch (o.kl) {
+    case Kl::kNone:
+      return {0.0f, 0.0f};
+    case Kl::kK1:
+      return {k, inside};
+    case Kl::kK2:
+      return {0.5f * k * k, inside * k};
+    case Kl::kK3:
+      return {k3, inside * -em1};
+    case Kl::kRatioK3: {
+      float ratio_inside = 1.0f;
+      const float bound = o.log_ratio_clamp;
+      const float d = log_ratio < -bound ? -bound : (log_ratio > bound ? bound : log_ratio);
+      if (d != log_ratio) ratio_inside = 0.0f;
+      const float r = expf(d);
+      return {r * k3, r * (ratio_inside * k3 - inside * em1)};
+    }
+    case Kl::kK1Straight:
+      return {k, inside * k};
+    case Kl::kK3Straight:
+      return {k3, inside * k};
+    case Kl::kAbs:
+      return {fabsf(k), inside * (k > 0.0f ? 1.0f : (k < 0.0f ? -1.0f : 0.0f))};
+  }
+  return {0.0f, 0.0f};
+}
+
+// Slots of the metric vector. Fractions are numerator / kTokens; kMasked is a count of kAll.
+enum Metric : int32_t {
+  kTokens = 0,  // valid tokens
+  kAll = 1,     // all tokens
+  kSeqs = 2,    // sequences with at least one valid token
+  kLoss = 3,    // sum of token_loss
+  kMaskedCount = 4,
+  kClipLow = 5,
+  kClipHigh = 6,
+  kDualClip = 7,
+  kKlK1 = 8,       // sum of old_logp - logp
+  kKlK3 = 9,       // sum of r - 1 - log r
+  kRefKlK1 = 10,   // sum of logp - ref_logp
+  kRefKlK3 = 11,   //
+  kRatio = 12,     // sum of the ratio at the objective's level
+  kRatioMin = 13,  //
+  kRatioMax = 14,  //
+  kEntropy = 15,   //
+  kGradRows = 16,  // valid tokens whose final coefficient is not zero
+  kMetricCount = 17,
+};
+
+}  // namespace tokfuse

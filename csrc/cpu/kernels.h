@@ -1,0 +1,116 @@
+// Argument records of the CPU kernels, and the kernels of each instruction-set level.
+//
+// Shapes in comments: T tokens, V vocabulary, S sequences. "or null" marks optional pointers.
+// Strides and offsets are 64-bit element counts. The binding layer has checked sizes and codes; the
+// functions here trust them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/objective.h"
+
+namespace tokfuse {
+
+// Logits and everything that turns them into a distribution.
+struct LogitsArgs {
+  const void* logits;         // (T, V)
+  int64_t stride;             // elements between rows
+  DType dtype;                //
+  int64_t tokens, vocab;      //
+  const int64_t* target;      // (T)
+  const uint8_t* mask;        // (T) or null: 0 = row is not read
+  const float* temperatures;  // (T) or null
+  float temperature;          // used when temperatures is null
+  float softcap;              // 0: none
+  float logit_scale;          //
+  const void* bias_logits;    // (T, V) same dtype, or null
+  int64_t bias_stride;        //
+  float bias_scale;           //
+  int threads;                //
+};
+
+struct TokenStatsOut {
+  float* logp;         // (T)
+  float* entropy;      // (T)
+  float* lse;          // (T)
+  float* sum_sq;       // (T)
+  float* top1;         // (T)
+  float* shift;        // (T) base-2 row maximum      } what the gradient
+  float* inv_sum;      // (T) 1 / sum of exponentials } needs besides the logits
+  float* p2_logp;      // (T) or null: sum p^2 log p
+  float* p2_logp2;     // (T) or null: sum p^2 log^2 p
+  float* second_logp;  // (T) or null: logp at `second_temperature`
+  float second_temperature;
+};
+
+struct TokenStatsGrad {
+  const float* shift;         // (T)
+  const float* inv_sum;       // (T)
+  const float* entropy;       // (T)
+  const float* grad_logp;     // (T) or null
+  const float* grad_entropy;  // (T) or null
+  void* grad_logits;          // (T, V), dtype of the logits; may be the logits themselves
+  int64_t grad_stride;        //
+};
+
+// Per-token inputs of an objective; "or null" means the term is absent.
+struct ObjectiveArgs {
+  ObjectiveParams params;
+  int64_t tokens, seqs;
+  const float* logp;            // (T)
+  const float* old_logp;        // (T)
+  const float* advantage;       // (T), or (S) when advantage_per_seq
+  int advantage_per_seq;        //
+  const uint8_t* mask;          // (T) or null
+  const int32_t* cu_seqlens;    // (S + 1) or null
+  const float* weight;          // (T) or null: multiplies the policy term
+  const float* signal;          // (T) or null: target signal (TargetRatio) or success rate (NFT)
+  const float* ref_logp;        // (T) or null
+  const float* kl_weight;       // (T) or null
+  const float* entropy;         // (T) or null
+  const float* entropy_weight;  // (T) or null
+  double inv_normalizer;  // multiplies every loss and coefficient; < 0: this batch's own count
+  int normalize_by_seqs;  // the own count is of sequences, not of tokens
+  int threads;
+  // outputs
+  float* token_loss;  // (T) aggregation weight included, normaliser too
+  float* d_logp;      // (T) d loss / d logp
+  float* d_entropy;   // (T) d loss / d entropy
+  double* metrics;    // (kMetricCount)
+  float* scratch;     // (4 T), see cpu/objective_tokens.h
+};
+
+// Target checks that need values: index of the first bad row, or -1.
+#define TOKFUSE_DECLARE_KERNELS(isa)                                                        \
+  namespace isa {                                                                           \
+  int64_t first_bad_row(const LogitsArgs& args);                                            \
+  void token_stats_fwd(const LogitsArgs& args, const TokenStatsOut& out);                   \
+  void token_stats_bwd(const LogitsArgs& args, const TokenStatsGrad& grad);                 \
+  void policy_loss(const ObjectiveArgs& args);                                              \
+  void policy_step(const LogitsArgs& args, const TokenStatsOut& out,                        \
+                   const ObjectiveArgs& objective, void* grad_logits, int64_t grad_stride); \
+  }
+
+#if defined(__x86_64__)
+TOKFUSE_DECLARE_KERNELS(isa_v2)
+TOKFUSE_DECLARE_KERNELS(isa_v3)
+TOKFUSE_DECLARE_KERNELS(isa_v4)
+#else
+TOKFUSE_DECLARE_KERNELS(isa_base)
+#endif
+
+// Calls `function` of the instruction-set level chosen at load time.
+enum class Isa { kBase, kV2, kV3, kV4 };
+Isa active_isa();
+
+#if defined(__x86_64__)
+#define TOKFUSE_CALL(function, ...)                                                            \
+  (::tokfuse::active_isa() == ::tokfuse::Isa::kV4   ? ::tokfuse::isa_v4::function(__VA_ARGS__) \
+   : ::tokfuse::active_isa() == ::tokfuse::Isa::kV3 ? ::tokfuse::isa_v3::function(__VA_ARGS__) \
+                                                    : ::tokfuse::isa_v2::function(__VA_ARGS__))
+#else
+#define TOKFUSE_CALL(function, ...) ::tokfuse::isa_base::function(__VA_ARGS__)
+#endif
+
+}  // namespace tokfuse

@@ -1,0 +1,116 @@
+// Runs an objective over packed tokens: aggregation weights, per-token terms, metrics.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace tokfuse {
+namespace TOKFUSE_ISA {
+
+// Layout of ObjectiveArgs::scratch, each (T).
+struct Scratch {
+  float* agg_weight;  // 0 where masked; includes the normaliser
+  float* advantage;   // expanded to tokens
+  float* ratio;       // at the objective's level
+  uint32_t* flags;
+};
+
+static inline Scratch scratch_of(const ObjectiveArgs& o) {
+  return {o.scratch, o.scratch + o.tokens, o.scratch + 2 * o.tokens,
+          reinterpret_cast<uint32_t*>(o.scratch + 3 * o.tokens)};
+}
+
+static inline bool valid_token(const ObjectiveArgs& o, int64_t t) {
+  return o.mask == nullptr || o.mask[t] != 0;
+}
+
+static inline float optional(const float* p, int64_t t, float missing) {
+  return p == nullptr ? missing : p[t];
+}
+
+// Policy, KL and entropy terms of token t with its log-ratio already at the objective's level.
+// `chain` receives the weighted derivative through the ratio, which sequence levels redistribute.
+static inline void token_terms(const ObjectiveArgs& o, int64_t t, float log_ratio, float logp,
+                               float entropy, float* chain) {
+  const Scratch s = scratch_of(o);
+  const float agg = s.agg_weight[t], w = optional(o.weight, t, 1.0f);
+  const PolicyTerm policy =
+      policy_term(o.params, log_ratio, logp, s.advantage[t], optional(o.signal, t, 0.0f));
+  float loss = w * policy.loss, d_logp = w * policy.d_logp, d_entropy = 0.0f;
+  if (o.params.kl != Kl::kNone) {
+    const KlTerm kl = kl_term(o.params, logp, o.ref_logp[t], logp - o.old_logp[t]);
+    const float coef = o.params.kl_coef * optional(o.kl_weight, t, 1.0f);
+    loss += coef * kl.value;
+    d_logp += coef * kl.d_logp;
+  }
+  if (o.params.entropy_coef != 0.0f) {
+    d_entropy = -o.params.entropy_coef * optional(o.entropy_weight, t, 1.0f);
+    loss += d_entropy * entropy;
+  }
+  *chain = agg * w * policy.d_log_ratio;
+  o.token_loss[t] = agg * loss;
+  o.d_logp[t] = agg * d_logp;
+  o.d_entropy[t] = agg * d_entropy;
+  s.ratio[t] = expf(log_ratio);
+  s.flags[t] = policy.flags;
+}
+
+static inline void zero_token(const ObjectiveArgs& o, int64_t t) {
+  o.token_loss[t] = o.d_logp[t] = o.d_entropy[t] = 0.0f;
+}
+
+// Token-level objective of one token; needs objective_prepare to have run.
+static inline void token_objective_at(const ObjectiveArgs& o, int64_t t, float logp,
+                                      float entropy) {
+  if (!valid_token(o, t)) return zero_token(o, t);
+  float inside, chain;
+  const float d = bounded_log_ratio(o.params, kBothStages, logp - o.old_logp[t],
+                                    scratch_of(o).advantage[t], &inside);
+  token_terms(o, t, d, logp, entropy, &chain);
+  o.d_logp[t] += inside * chain;
+}
+
+// Sequence-level objective of tokens [begin, end). The log-ratio of the whole sequence is their
+// mean (or sum); its derivative is the sum over tokens, handed back to each token.
+static inline void sequence_objective(const ObjectiveArgs& o, int64_t begin, int64_t end) {
+  const Scratch s = scratch_of(o);
+  double sum = 0;
+  int64_t count = 0;
+  for (int64_t t = begin; t < end; t++) {
+    if (!valid_token(o, t)) {
+      zero_token(o, t);
+      continue;
+    }
+    float inside;
+    sum += bounded_log_ratio(o.params, kTokenStage, o.logp[t] - o.old_logp[t], s.advantage[t],
+                             &inside);
+    count++;
+  }
+  if (count == 0) return;
+  const bool is_sum = o.params.level == Level::kSequenceSum;
+  const double share = is_sum ? 1.0 : 1.0 / static_cast<double>(count);
+  float level_inside, chain;
+  const float d = bounded_log_ratio(o.params, kLevelStage, static_cast<float>(sum * share), 0.0f,
+                                    &level_inside);
+  double chain_sum = 0;
+  for (int64_t t = begin; t < end; t++) {
+    if (!valid_token(o, t)) continue;
+    token_terms(o, t, d, o.logp[t], optional(o.entropy, t, 0.0f), &chain);
+    chain_sum += chain;
+    if (o.params.level == Level::kSequenceToken) o.d_logp[t] += level_inside * chain;
+  }
+  if (o.params.level == Level::kSequenceToken) return;
+  const float each = static_cast<float>(level_inside * chain_sum * share);
+  for (int64_t t = begin; t < end; t++) {
+    if (!valid_token(o, t)) continue;
+    float inside;
+    bounded_log_ratio(o.params, kTokenStage, o.logp[t] - o.old_logp[t], s.advantage[t], &inside);
+    o.d_logp[t] += inside * each;
+  }
+}
+
+void objective_prepare(const ObjectiveArgs& o);
+void objective_metrics(const ObjectiveArgs& o);
+
+}  // namespace TOKFUSE_ISA
+}  // namespace tokfuse

@@ -1,0 +1,357 @@
+// One row of logits: statistics in one read with one exp per element, and its gradient.
+//
+// Everything is in base 2. With u = f(z) the transformed logit and c = log2(e) / T,
+//     x_j = u_j c - shift,   e_j = 2^x_j,   shift = c max_j u_j   (so x <= 0),
+//     S = sum e,  SX = sum e x,  S2 = sum e^2,
+//     lse = ln2 (shift + log2 S),   logp = ln2 (u_y c - shift - log2 S),
+//     entropy = ln2 (log2 S - SX / S),   sum_sq = S2 / S^2.
+// The gradient of  ga * logp + gh * entropy  is
+//     du_j = 1/T ( ga ([j = y] - p_j) - gh p_j (log p_j + entropy) ),   p_j = e_j / S,
+// which per element is e_j (a0 + a1 x_j) with two per-row constants. It needs (shift, 1/S) and not
+// lse: lse near 100 has 4e-6 of float32 rounding, which would be the relative error of every p_j.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace tokfuse {
+namespace TOKFUSE_ISA {
+
+// One staged block of float32 is 8 KiB, and two are alive at a time: half of a 32 KiB L1.
+constexpr int64_t kBlock = 2048;
+
+struct RowStats {
+  double logp, entropy, lse, sum_sq;
+  double sum_p2_logp, sum_p2_logp2;  // only with kMoments
+  float top1;
+  float shift, inv_sum;  // what the gradient needs
+};
+
+// u = f(z) for one row. Plain rows (no softcap, no bias) fold logit_scale into c.
+struct Transform {
+  float pre;         // multiplies z: logit_scale / softcap, or logit_scale
+  float cap;         // 0: no softcap
+  float bias_scale;  // 0: no bias row
+};
+
+template <class T>
+struct Row {
+  const T* z;
+  const T* bias;  // may be null
+  int64_t vocab;
+  int64_t target;
+};
+
+template <class T, bool kTransform>
+static inline float transformed(const Row<T>& row, const Transform& f, int64_t j) {
+  const float z = load(row.z, j);
+  if (!kTransform) return z;
+  float u = z * f.pre;
+  if (f.cap != 0.0f) u = f.cap * tanh_simd(u);
+  if (row.bias != nullptr) u -= f.bias_scale * load(row.bias, j);
+  return u;
+}
+
+// Running sums of one softmax over blocks of a row.
+template <bool kMoments>
+struct Accumulator {
+  float shift = -kInf;  // base-2 maximum so far
+  double s = 0, sx = 0, s2 = 0, s2x = 0, s2xx = 0;
+
+  void raise_shift(float block_max2) {
+    if (!(block_max2 > shift)) return;
+    if (shift > -kInf) {
+      const double d = static_cast<double>(shift) - block_max2;  // x' = x + d
+      const double f = ::exp2(d), f2 = f * f;
+      if (kMoments) {
+        s2xx = f2 * (s2xx + 2 * d * s2x + d * d * s2);
+        s2x = f2 * (s2x + d * s2);
+      }
+      sx = f * (sx + d * s);
+      s *= f;
+      s2 *= f2;
+    }
+    shift = block_max2;
+  }
+
+  void add(float bs, float bsx, float bs2) {
+    s += bs;
+    sx += bsx;
+    s2 += bs2;
+  }
+};
+
+// A block whose maximum is -inf adds nothing, unless it hides a NaN, which must poison the row.
+static inline bool has_nan(const float* u, int64_t n) {
+  int found = 0;
+  for (int64_t j = 0; j < n; j++) found |= u[j] != u[j];
+  return found != 0;
+}
+
+template <bool kMoments>
+static inline void add_block(const float* __restrict u, int64_t n, float c, float block_max,
+                             Accumulator<kMoments>& acc) {
+  if (!(block_max > -kInf)) {
+    if (has_nan(u, n)) acc.s = __builtin_nan("");
+    return;
+  }
+  acc.raise_shift(block_max * c);
+  const float shift = acc.shift;
+  float s = 0, sx = 0, s2 = 0, s2x = 0, s2xx = 0;
+#pragma omp simd reduction(+ : s, sx, s2, s2x, s2xx)
+  for (int64_t j = 0; j < n; j++) {
+    const float x = clamp_exponent(u[j] * c - shift);
+    const float e = exp2_simd(x);
+    s += e;
+    sx += e * x;
+    const float q = e * e;
+    s2 += q;
+    if (kMoments) {
+      s2x += q * x;
+      s2xx += q * x * x;
+    }
+  }
+  acc.add(s, sx, s2);
+  if (kMoments) {
+    acc.s2x += s2x;
+    acc.s2xx += s2xx;
+  }
+}
+
+// Converts one block to float32 in `buffer` and returns its maximum.
+template <class T, bool kTransform>
+static inline float stage_block(const Row<T>& row, const Transform& f, int64_t begin, int64_t n,
+                                float* __restrict buffer) {
+  float m = -kInf;
+#pragma omp simd reduction(max : m)
+  for (int64_t j = 0; j < n; j++) {
+    const float u = transformed<T, kTransform>(row, f, begin + j);
+    buffer[j] = u;
+    m = u > m ? u : m;
+  }
+  return m;
+}
+
+// The hot loop: exponentials of the present block while the next one streams in from memory. Two
+// separate loops would alternate between waiting for memory and computing.
+template <class T>
+static inline float add_and_stage(const float* __restrict u, float c, float shift,
+                                  const T* __restrict next, float* __restrict buffer, float* sums) {
+  float s = 0, sx = 0, s2 = 0, m = -kInf;
+#pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
+  for (int64_t j = 0; j < kBlock; j++) {
+    const float v = load(next, j);
+    if (sizeof(T) != 4) buffer[j] = v;
+    m = v > m ? v : m;
+    const float x = clamp_exponent(u[j] * c - shift);
+    const float e = exp2_simd(x);
+    s += e;
+    sx += e * x;
+    s2 += e * e;
+  }
+  sums[0] = s;
+  sums[1] = sx;
+  sums[2] = s2;
+  return m;
+}
+
+static inline float block_max(const float* u, int64_t n) {
+  float m = -kInf;
+#pragma omp simd reduction(max : m)
+  for (int64_t j = 0; j < n; j++) m = u[j] > m ? u[j] : m;
+  return m;
+}
+
+template <bool kMoments>
+static inline RowStats finish(const Accumulator<kMoments>& acc, float c, float target_u,
+                              float row_max) {
+  RowStats out;
+  out.sum_p2_logp = out.sum_p2_logp2 = 0;
+  if (acc.s == 0) {  // every logit is -inf: no distribution. Documented values, never NaN.
+    out.logp = out.lse = -__builtin_inf();
+    out.entropy = out.sum_sq = 0;
+    out.top1 = out.shift = out.inv_sum = 0.0f;
+    return out;
+  }
+  const double log2_s = ::log2(acc.s), mean_x = acc.sx / acc.s;
+  out.lse = kLn2 * (acc.shift + log2_s);
+  out.logp = kLn2 * (static_cast<double>(target_u) * c - acc.shift - log2_s);
+  // Rounding of c * max can leave logp at +1e-6 where p = 1.
+  if (out.logp > 0) out.logp = 0;
+  out.entropy = kLn2 * (log2_s - mean_x);
+  if (out.entropy < 0) out.entropy = 0;
+  const double inv = 1 / acc.s;
+  out.sum_sq = acc.s2 * inv * inv;
+  if (kMoments) {
+    out.sum_p2_logp = kLn2 * inv * inv * (acc.s2x - log2_s * acc.s2);
+    out.sum_p2_logp2 =
+        kLn2 * kLn2 * inv * inv * (acc.s2xx - 2 * log2_s * acc.s2x + log2_s * log2_s * acc.s2);
+  }
+  out.top1 = target_u == row_max ? 1.0f : 0.0f;
+  out.shift = acc.shift;
+  out.inv_sum = static_cast<float>(inv);
+  return out;
+}
+
+// Statistics of one row. `second`, when not null, receives the statistics at a second scale c2 from
+// the same read. Block borders depend on the vocabulary alone, so a row's result does not depend on
+// its batch or on the number of threads.
+template <class T, bool kTransform, bool kMoments>
+static inline RowStats row_forward(const Row<T>& row, const Transform& f, float c,
+                                   RowStats* second = nullptr, float c2 = 0) {
+  constexpr bool kDirect = sizeof(T) == 4 && !kTransform;  // float32 needs no staging copy
+  alignas(64) float buffer[2][kBlock];
+  Accumulator<kMoments> acc;
+  Accumulator<false> acc2;
+  float row_max = -kInf, target_u = 0;
+  const int64_t vocab = row.vocab;
+  auto width = [vocab](int64_t begin) {
+    const int64_t left = vocab - begin;
+    return left < kBlock ? left : kBlock;
+  };
+  auto stage = [&](int64_t begin, int slot, float* m) -> const float* {
+    if (kDirect) {
+      const float* p = reinterpret_cast<const float*>(row.z) + begin;
+      *m = block_max(p, width(begin));
+      return p;
+    }
+    *m = stage_block<T, kTransform>(row, f, begin, width(begin), buffer[slot]);
+    return buffer[slot];
+  };
+
+  float m = -kInf;
+  const float* u = vocab > 0 ? stage(0, 0, &m) : nullptr;
+  int slot = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock, slot ^= 1) {
+    const int64_t n = width(begin), next = begin + kBlock;
+    if (m > row_max || m != m) row_max = m;
+    if (row.target >= begin && row.target < begin + n) target_u = u[row.target - begin];
+    if (second != nullptr) add_block<false>(u, n, c2, m, acc2);
+    float next_m = -kInf;
+    const float* next_u = nullptr;
+    const bool fused = !kTransform && !kMoments && next + kBlock <= vocab && m > -kInf;
+    if (fused) {
+      float sums[3];
+      acc.raise_shift(m * c);
+      next_m = add_and_stage(u, c, acc.shift, row.z + next, buffer[slot ^ 1], sums);
+      acc.add(sums[0], sums[1], sums[2]);
+      next_u = kDirect ? reinterpret_cast<const float*>(row.z) + next : buffer[slot ^ 1];
+    } else {
+      add_block<kMoments>(u, n, c, m, acc);
+      if (next < vocab) next_u = stage(next, slot ^ 1, &next_m);
+    }
+    u = next_u;
+    m = next_m;
+  }
+  if (second != nullptr) *second = finish<false>(acc2, c2, target_u, row_max);
+  return finish<kMoments>(acc, c, target_u, row_max);
+}
+
+// Gradient of ga * logp + gh * entropy of one row, written to `out` (which may be the row itself).
+// A row with ga = gh = 0 is neither read nor computed.
+template <class T, bool kTransform>
+static inline void row_backward(const Row<T>& row, const Transform& f, float c, float scale,
+                                float shift, float inv_sum, float entropy, float ga, float gh,
+                                T* out) {
+  const int64_t vocab = row.vocab;
+  if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f) {
+    memset(static_cast<void*>(out), 0, static_cast<size_t>(vocab) * sizeof(T));
+    return;
+  }
+  const double ln_s = -::log(static_cast<double>(inv_sum));
+  const float a0 = static_cast<float>(-scale * inv_sum * (ga + gh * (entropy - ln_s)));
+  const float a1 = static_cast<float>(-scale * inv_sum * gh * kLn2);
+  auto element = [&](int64_t j, float bonus) {
+    float u = load(row.z, j), slope = 1.0f;
+    if (kTransform) {
+      u *= f.pre;
+      if (f.cap != 0.0f) {
+        const float t = tanh_simd(u);
+        u = f.cap * t;
+        slope = 1.0f - t * t;
+      }
+      if (row.bias != nullptr) u -= f.bias_scale * load(row.bias, j);
+    }
+    const float x = clamp_exponent(u * c - shift);
+    return (exp2_simd(x) * (a0 + a1 * x) + bonus) * slope;
+  };
+  // The target's gradient is formed before its logit is overwritten, and rounded once.
+  const bool hit = row.target >= 0 && row.target < vocab;
+  const float at_target = hit ? element(row.target, scale * ga) : 0.0f;
+#pragma omp simd
+  for (int64_t j = 0; j < vocab; j++) store(out, j, element(j, 0.0f));
+  if (hit) store(out, row.target, at_target);
+}
+
+// Starting two threads costs about 5 us; below this much work one thread is faster.
+constexpr int64_t kSerialElements = 16384;
+
+static inline int threads_for(const LogitsArgs& a) {
+  return a.tokens * a.vocab < kSerialElements ? 1 : a.threads;
+}
+
+static inline bool masked(const LogitsArgs& a, int64_t t) {
+  return a.mask != nullptr && a.mask[t] == 0;
+}
+
+static inline float temperature_of(const LogitsArgs& a, int64_t t) {
+  return a.temperatures != nullptr ? a.temperatures[t] : a.temperature;
+}
+
+static inline bool has_transform(const LogitsArgs& a) {
+  return a.softcap != 0.0f || a.bias_logits != nullptr;
+}
+
+static inline Transform transform_of(const LogitsArgs& a) {
+  return {a.softcap != 0.0f ? a.logit_scale / a.softcap : a.logit_scale, a.softcap, a.bias_scale};
+}
+
+// Base-2 slope of the transformed logit; plain rows fold the logit scale in.
+static inline float base2_scale(const LogitsArgs& a, float temperature) {
+  const double scale = has_transform(a) ? 1.0 : a.logit_scale;
+  return static_cast<float>(scale / temperature / kLn2);
+}
+
+template <class T>
+static inline Row<T> row_of(const LogitsArgs& a, int64_t t) {
+  const T* bias =
+      a.bias_logits == nullptr ? nullptr : static_cast<const T*>(a.bias_logits) + t * a.bias_stride;
+  return {static_cast<const T*>(a.logits) + t * a.stride, bias, a.vocab, a.target[t]};
+}
+
+static inline void write_row(const TokenStatsOut& o, int64_t t, const RowStats& r) {
+  o.logp[t] = static_cast<float>(r.logp);
+  o.entropy[t] = static_cast<float>(r.entropy);
+  o.lse[t] = static_cast<float>(r.lse);
+  o.sum_sq[t] = static_cast<float>(r.sum_sq);
+  o.top1[t] = r.top1;
+  o.shift[t] = r.shift;
+  o.inv_sum[t] = r.inv_sum;
+  if (o.p2_logp != nullptr) {
+    o.p2_logp[t] = static_cast<float>(r.sum_p2_logp);
+    o.p2_logp2[t] = static_cast<float>(r.sum_p2_logp2);
+  }
+}
+
+template <class P>
+struct RemovePointer;
+template <class T>
+struct RemovePointer<T*> {
+  using type = T;
+};
+
+// Calls run with a null pointer of the element type.
+template <class F>
+static inline void by_dtype(const LogitsArgs& a, const F& run) {
+  switch (a.dtype) {
+    case DType::kFloat32:
+      return run(static_cast<float*>(nullptr));
+    case DType::kBFloat16:
+      return run(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return run(static_cast<Float16*>(nullptr));
+  }
+}
+
+}  // namespace TOKFUSE_ISA
+}  // namespace tokfuse

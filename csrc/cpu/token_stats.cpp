@@ -1,0 +1,79 @@
+// token_stats: log-prob, entropy, log-sum-exp, sum of squared probabilities and top-1 hit of every
+// row in one read (forward), and the gradient of logp and entropy in one read and one write
+// (backward).
+//
+// Bytes per row: forward V * sizeof(T); backward 2 V * sizeof(T), or V * sizeof(T) written zeros
+// for a row without gradient. Exponentials per element: 1 and 1. Rows are the unit of parallelism.
+#include "cpu/rows.h"
+
+namespace tokfuse {
+namespace TOKFUSE_ISA {
+namespace {
+
+template <class T, bool kTransform, bool kMoments>
+void forward(const LogitsArgs& a, const TokenStatsOut& o) {
+  const Transform f = transform_of(a);
+  const RowStats zero = {};
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(a))
+  for (int64_t t = 0; t < a.tokens; t++) {
+    if (masked(a, t)) {
+      write_row(o, t, zero);
+      if (o.second_logp != nullptr) o.second_logp[t] = 0.0f;
+      continue;
+    }
+    const float c = base2_scale(a, temperature_of(a, t));
+    RowStats second;
+    RowStats* wanted = o.second_logp != nullptr ? &second : nullptr;
+    const float c2 = wanted != nullptr ? base2_scale(a, o.second_temperature) : 0.0f;
+    write_row(o, t, row_forward<T, kTransform, kMoments>(row_of<T>(a, t), f, c, wanted, c2));
+    if (wanted != nullptr) o.second_logp[t] = static_cast<float>(second.logp);
+  }
+}
+
+template <class T, bool kTransform>
+void backward(const LogitsArgs& a, const TokenStatsGrad& g) {
+  const Transform f = transform_of(a);
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(a))
+  for (int64_t t = 0; t < a.tokens; t++) {
+    const bool skip = masked(a, t);
+    const float ga = skip || g.grad_logp == nullptr ? 0.0f : g.grad_logp[t];
+    const float gh = skip || g.grad_entropy == nullptr ? 0.0f : g.grad_entropy[t];
+    const float temperature = temperature_of(a, t);
+    row_backward<T, kTransform>(row_of<T>(a, t), f, base2_scale(a, temperature),
+                                a.logit_scale / temperature, g.shift[t], g.inv_sum[t], g.entropy[t],
+                                ga, gh, static_cast<T*>(g.grad_logits) + t * g.grad_stride);
+  }
+}
+
+}  // namespace
+
+int64_t first_bad_row(const LogitsArgs& a) {
+  for (int64_t t = 0; t < a.tokens; t++) {
+    if (masked(a, t)) continue;
+    const bool target_ok = a.target[t] >= 0 && a.target[t] < a.vocab;
+    if (!target_ok || !(temperature_of(a, t) > 0.0f)) return t;
+  }
+  return -1;
+}
+
+void token_stats_fwd(const LogitsArgs& a, const TokenStatsOut& o) {
+  by_dtype(a, [&](auto* tag) {
+    using T = typename RemovePointer<decltype(tag)>::type;
+    const bool moments = o.p2_logp != nullptr;
+    if (has_transform(a)) {
+      moments ? forward<T, true, true>(a, o) : forward<T, true, false>(a, o);
+    } else {
+      moments ? forward<T, false, true>(a, o) : forward<T, false, false>(a, o);
+    }
+  });
+}
+
+void token_stats_bwd(const LogitsArgs& a, const TokenStatsGrad& g) {
+  by_dtype(a, [&](auto* tag) {
+    using T = typename RemovePointer<decltype(tag)>::type;
+    has_transform(a) ? backward<T, true>(a, g) : backward<T, false>(a, g);
+  });
+}
+
+}  // namespace TOKFUSE_ISA
+}  // namespace tokfuse

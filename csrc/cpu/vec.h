@@ -1,0 +1,116 @@
+// Branch-free scalar functions that g++ vectorises inside `#pragma omp simd` loops.
+//
+// Included only by csrc/cpu/*.cpp, each compiled once per instruction-set level into its own
+// namespace TOKFUSE_ISA. Nothing here may be an inline function of namespace std: the linker keeps
+// one copy of those, and could keep the AVX-512 one for a machine without AVX-512.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+#ifndef TOKFUSE_ISA
+#error "compile csrc/cpu/*.cpp through CMake: it defines TOKFUSE_ISA"
+#endif
+
+namespace tokfuse {
+namespace TOKFUSE_ISA {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr float kInf = __builtin_inff();
+
+static inline float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// The clamp under which exp2_simd is exactly 0, so that a masked logit (-inf) has no weight at all
+// and 0 * x stays 0. NaN stays NaN.
+static inline float clamp_exponent(float x) { return x < -127.0f ? -127.0f : x; }
+
+// 2^x for x in [-127, 127], relative error <= 1.8e-7, exactly 0 below -126.5. 11 vector
+// instructions.
+//
+// x = n + r with |r| <= 1/2: adding kMagic leaves n + 127 in the low mantissa bits, which shifted
+// left by 23 are the bits of 2^n (n = -127 gives +0.0). Degree-5 minimax of 2^r with p(0) = 1.
+static inline float exp2_simd(float x) {
+  constexpr float kMagic = 12582912.0f + 127.0f;
+  const float t = x + kMagic;
+  const float r = x - (t - kMagic);
+  float p = 0x1.5bba14p-10f;
+  p = p * r + 0x1.3cea88p-7f;
+  p = p * r + 0x1.c6b752p-5f;
+  p = p * r + 0x1.ebf9bcp-3f;
+  p = p * r + 0x1.62e42ap-1f;
+  p = p * r + 1.0f;
+  return p * float_of(bits_of(t) << 23);
+}
+
+// tanh(x), absolute error <= 2e-7: odd polynomial near 0, 1 - 2 / (1 + e^2x) elsewhere.
+static inline float tanh_simd(float x) {
+  const float a = x < 0.0f ? -x : x;
+  const float clamped = a > 10.0f ? 10.0f : a;  // tanh(10) rounds to 1
+  const float e = exp2_simd(-2.0f * kLog2E * clamped);
+  const float large = (1.0f - e) / (1.0f + e);
+  const float s = a * a;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const float small = a + a * s * p;
+  float y = a < 0.625f ? small : large;
+  y = a != a ? a : y;
+  return x < 0.0f ? -y : y;
+}
+
+static inline float load(const float* p, int64_t i) { return p[i]; }
+
+static inline float load(const BFloat16* p, int64_t i) {
+  return float_of(static_cast<uint32_t>(p[i].bits) << 16);
+}
+
+static inline float load(const Float16* p, int64_t i) {
+  const uint32_t h = p[i].bits;
+  // Exponent re-biased by a multiplication, which also makes float16 subnormals right.
+  const float magnitude = float_of((h & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t bits = bits_of(magnitude) | (magnitude >= 65536.0f ? 0x7f800000u : 0u);
+  return float_of(bits | (h & 0x8000u) << 16);
+}
+
+static inline void store(float* p, int64_t i, float value) { p[i] = value; }
+
+// Round to nearest even; NaN stays NaN.
+static inline void store(BFloat16* p, int64_t i, float value) {
+  const uint32_t u = bits_of(value);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  p[i].bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+}
+
+static inline void store(Float16* p, int64_t i, float value) {
+  const uint32_t u = bits_of(value);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  const uint32_t a = u & 0x7fffffffu;
+  // Normal range: re-bias and round to nearest even on the 13 dropped bits.
+  const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // Subnormal range: adding 0.5 aligns the mantissa so that the hardware rounds it.
+  const uint32_t tiny = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
+  uint32_t h = a < 0x38800000u ? tiny : normal;
+  h = a >= 0x47800000u ? 0x7c00u : h;  // >= 65536 and inf; [65520, 65536) carries into inf above
+  h = a > 0x7f800000u ? 0x7e00u : h;
+  p[i].bits = static_cast<uint16_t>(sign | h);
+}
+
+}  // namespace TOKFUSE_ISA
+}  // namespace tokfuse
