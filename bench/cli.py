@@ -1,0 +1,192 @@
+"""`python -m tokfuse bench OP`: rows for one op, all ops, or the table of errors."""
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any, TextIO
+
+import torch
+
+from tokfuse.bench import (
+    errors,
+    linear_token_stats,
+    machine,
+    overhead,
+    peers,
+    policy_step,
+    policy_step_hidden,
+    report,
+    runner,
+    token_stats,
+)
+from tokfuse.bench.problem import Config
+from tokfuse.bench.row import Row
+
+CASES: dict[str, ModuleType] = {
+    module.OP: module
+    for module in (token_stats, policy_step, policy_step_hidden, linear_token_stats, overhead)
+}
+ROUNDS, QUICK_ROUNDS = 15, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark of the command line; returns 1 when a row of ours is an error."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.list:
+        print(_listing())
+        return 0
+    if options.op is None:
+        parser.error("name an op; `--list` shows them")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    machine.warn_about_waiting()
+    if options.op == "errors":
+        return errors.main(options)
+    try:
+        plan = make_plan(options)
+    except ValueError as error:
+        parser.error(str(error))
+    command = "python -m tokfuse bench " + shlex.join(argv)
+    rows = _run(plan, options, machine.facts(command))
+    if options.md:
+        print(report.markdown(rows))
+    return int(any(row.role == "ours" and row.status == "error" for row in rows))
+
+
+def make_plan(options: argparse.Namespace) -> list[tuple[ModuleType, Config, list[str]]]:
+    """Every case with its peers, in the order they will run."""
+    plan = []
+    for op in CASES if options.op == "all" else [options.op]:
+        module = CASES[op]
+        quick = module.QUICK_SHAPES if options.quick else module.SHAPES
+        shapes = options.shapes.split(",") if options.shapes else quick
+        dtypes = options.dtype.split(",") if options.dtype else module.DTYPES
+        for shape in shapes:
+            sizes = parse_shape(op, shape, module.SHAPES[0].count("x") + 1)
+            for dtype in dtypes:
+                names = peers.choose(options.peers, dtype)
+                for mode, variant in module.CASES[:1] if options.quick else module.CASES:
+                    if options.variant is None or options.variant == variant:
+                        config = Config(op, mode, variant, dtype, **sizes, seed=options.seed)
+                        plan.append((module, config, names))
+    return plan
+
+
+def parse_shape(op: str, text: str, count: int) -> dict[str, int]:
+    """ "512x49152" or "512x576x49152" as sizes by name.
+
+    Raises:
+        ValueError: not `count` positive integers joined by "x".
+    """
+    names = ("tokens", "vocab") if count == 2 else ("tokens", "hidden", "vocab")
+    parts = text.strip().split("x")
+    if len(parts) != count or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise ValueError(f"bench: --shapes of {op} must be {'x'.join(names)}; got {text!r}.")
+    return dict(zip(names, map(int, parts), strict=True))
+
+
+def _run(
+    plan: list[tuple[ModuleType, Config, list[str]]],
+    options: argparse.Namespace,
+    facts: dict[str, Any],
+) -> list[Row]:
+    rows: list[Row] = []
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    if not options.md:
+        print(report.HEADER, flush=True)
+    with _open(options.json) as sink, _progress(len(plan)) as bar:
+
+        def emit(row: Row) -> None:
+            rows.append(row)
+            if sink is not None:
+                print(row.to_json(), file=sink, flush=True)
+            if not options.md:
+                bar.clear()
+                print(report.line(row), flush=True)
+
+        for module, config, names in plan:
+            settings = runner.Settings(rounds, facts, on_step=bar.set_postfix_str)
+            runner.run_case(config, partial(module.build, config, names), settings, emit)
+            bar.update()
+    return rows
+
+
+@contextlib.contextmanager
+def _open(path: str | None) -> Iterator[TextIO | None]:
+    if path is None:
+        yield None
+    else:
+        with open(path, "a", encoding="utf-8") as sink:
+            yield sink
+
+
+class _NoBar:
+    """Stands in for tqdm when it is not installed."""
+
+    def update(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on stderr; silent when stderr is not a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield _NoBar()
+        return
+    disable = not sys.stderr.isatty()
+    with tqdm(total=total, file=sys.stderr, disable=disable, unit="case") as bar:
+        yield bar
+
+
+def _listing() -> str:
+    lines = ["ops:"]
+    for op, module in CASES.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        lines.append(f"  {op:<20}{summary}")
+        lines.append(f"  {'':<20}shapes {', '.join(module.SHAPES)}; {', '.join(module.DTYPES)}")
+    lines += ["  errors              every output and gradient against float64", "peers:"]
+    lines += [f"  {peer.name:<20}{peer.summary}" for peer in peers.KNOWN.values()]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokfuse bench",
+        description="Time the ops beside their peers and the limits of this machine.",
+    )
+    parser.add_argument(
+        "op",
+        nargs="?",
+        choices=[*CASES, "all", "errors"],
+        metavar="OP",
+        help=f"one of {', '.join(CASES)}, all, errors",
+    )
+    parser.add_argument("--list", action="store_true", help="describe ops and peers, and stop")
+    parser.add_argument("--peers", help="names joined by commas, all, or none")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small shapes, first variant, 3 rounds: shows that it works",
+    )
+    parser.add_argument(
+        "--shapes", help="512x49152,... (tokens x vocab, or tokens x hidden x vocab)"
+    )
+    parser.add_argument("--dtype", help="float32,bfloat16,float16")
+    parser.add_argument("--variant", help="only this variant of the op's cases")
+    parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default {ROUNDS})")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="append rows as JSON lines, as they come")
+    parser.add_argument("--md", action="store_true", help="print Markdown tables at the end")
+    return parser  # fmt: skip

@@ -1,0 +1,160 @@
+"""Facts that make a timing readable later: machine, versions, commit, threads."""
+
+import contextlib
+import datetime
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import tokfuse
+from tokfuse.runtime import native
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def facts(command: str) -> dict[str, object]:
+    """The row fields that are the same for a whole run."""
+    return {
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "machine": _machine(),
+        "cpu_model": _cpu_model(),
+        "isa": _isa(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokfuse": tokfuse.__version__,
+        "commit": _commit(),
+        "command": command,
+    }
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def load_average() -> float:
+    """Runnable processes over the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def version_of(distribution: str) -> str:
+    """Installed version of a distribution, or "" when it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def available_bytes() -> int:
+    """Memory that a process can still get without swapping; 0 when the system does not say."""
+    return _kilobytes(MEMINFO, "MemAvailable")
+
+
+@contextlib.contextmanager
+def memory_guard() -> Iterator[None]:
+    """Make an allocation beyond the free memory fail, instead of having the process killed.
+
+    Lowers the soft limit on private writable memory to what is used now plus what is free; does
+    nothing where the system does not tell both.
+    """
+    used, free = status_bytes("VmData"), available_bytes()
+    if not used or not free:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = used + free
+    if soft != resource.RLIM_INFINITY:
+        wanted = min(wanted, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def status_bytes(key: str) -> int:
+    """A size of this process (VmHWM, VmData, ...); 0 when the system does not say."""
+    return _kilobytes(Path("/proc/self/status"), key)
+
+
+def last_level_cache_bytes() -> int:
+    """Largest cache of core 0, or 32 MiB when the system does not say."""
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K"):
+            sizes.append(int(text[:-1]) << 10)
+        elif text.endswith("M"):
+            sizes.append(int(text[:-1]) << 20)
+    return max(sizes)
+
+
+def warn_about_waiting() -> None:
+    """Say so when idle OpenMP threads will spin: with a busy neighbour that costs milliseconds."""
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+        print(
+            "tokfuse bench: OMP_WAIT_POLICY is not 'passive': idle threads spin and take the core "
+            "from each other, which inflates small ops. Run `OMP_WAIT_POLICY=passive python -m "
+            "tokfuse bench ...`.",
+            file=sys.stderr,
+        )
+
+
+def _machine() -> str:
+    gib = _kilobytes(MEMINFO, "MemTotal") / 2**30
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {gib:.0f} GiB"
+
+
+def _kilobytes(path: Path, key: str) -> int:
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 0
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _isa() -> str:
+    """The instruction-set level that the native module picked, or why there is none."""
+    module = native.module()
+    if module is None:
+        return "no native module"
+    isa = getattr(module, "isa", None)
+    return str(isa() if callable(isa) else isa or "")
+
+
+def _commit() -> str:
+    """Commit of the sources when they are a git checkout, with "-dirty" for local changes."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return out.stdout.strip()

@@ -1,0 +1,141 @@
+"""Interleaved timing with cold caches, and the peak memory of one call."""
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tokfuse.bench.machine import last_level_cache_bytes, status_bytes
+
+Outputs = dict[str, torch.Tensor]
+
+CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass
+class Provider:
+    """One way to do the work.
+
+    Args:
+        run: the timed call; returns its outputs by name (names of `row.ERROR_NAMES`).
+        before: untimed work before each call, e.g. restoring what an in-place op overwrote.
+        backend, version, note: see `row.Row`.
+        calls: how many calls `run` makes; the time is divided by it.
+        fallback: True when this is ours but on the pure-torch reference.
+    """
+
+    run: Callable[[], Outputs]
+    before: Callable[[], None] = _nothing
+    backend: str = "torch"
+    version: str = ""
+    note: str = ""
+    calls: int = 1
+    fallback: bool = False
+
+
+class ColdCache:
+    """Evicts the caches by writing twice the last-level cache; the same for every provider."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        words = 2 * last_level_cache_bytes() // 8 if enabled else 0
+        self._buffer = torch.zeros(words, dtype=torch.int64)
+
+    def flush(self) -> None:
+        if self._buffer.numel():
+            self._buffer.add_(1)
+
+
+def time_once(provider: Provider, cache: ColdCache) -> float:
+    """Milliseconds of one call. Freeing the results is outside the timed region for everyone."""
+    provider.before()
+    cache.flush()
+    start = time.perf_counter()
+    outputs = provider.run()
+    seconds = time.perf_counter() - start
+    del outputs
+    return seconds * 1e3 / provider.calls
+
+
+def interleave(
+    providers: dict[str, Provider],
+    rounds: int,
+    cache: ColdCache,
+    on_round: Callable[[], None] = _nothing,
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Time every provider once per round, round after round, so that noise hits all alike.
+
+    The order rotates from round to round. A provider that raises leaves the rounds; its exception
+    is returned.
+
+    Returns:
+        milliseconds per provider and round, and the exceptions by provider.
+    """
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    failed: dict[str, Exception] = {}
+    names = list(providers)
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            shift = i % max(1, len(names))
+            for name in names[shift:] + names[:shift]:
+                if name in failed:
+                    continue
+                try:
+                    times[name].append(time_once(providers[name], cache))
+                except Exception as error:  # a peer may raise anything; it becomes a row
+                    failed[name] = error
+            on_round()
+    finally:
+        if was_enabled:
+            gc.enable()
+    return times, failed
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Linear interpolation between the closest ranks."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def peak_extra_bytes(provider: Provider) -> tuple[int | None, str]:
+    """Peak resident memory of one call above what was resident before it, and how it was read.
+
+    The kernel's high-water mark (VmHWM) is reset to the present size just before the call. Freed
+    heap is given back first, so it cannot hide an allocation; buffers that a library keeps between
+    calls (GEMM packing buffers) are resident already and do not count. Exact to about 1 MiB: the
+    kernel batches its page counters per thread.
+    """
+    provider.before()
+    gc.collect()
+    _trim_heap()
+    try:
+        CLEAR_REFS_FILE.write_text("5")
+    except OSError:
+        return None, "unavailable: the high-water mark cannot be reset"
+    before = status_bytes("VmHWM")
+    outputs = provider.run()
+    peak = status_bytes("VmHWM")
+    del outputs
+    if not before or not peak:
+        return None, "unavailable: no VmHWM in the process status"
+    return max(0, peak - before), "VmHWM reset before the call"
+
+
+def _trim_heap() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        pass

@@ -1,0 +1,84 @@
+"""The library's own ops as providers, with the backend that really served the call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import tokfuse
+from tokfuse.bench.measure import Outputs, Provider
+from tokfuse.bench.problem import CLIP, Batch, Unsupported
+from tokfuse.runtime import dispatch
+from tokfuse.runtime.errors import BackendUnavailable
+
+STATS = ("logp", "entropy", "lse", "sum_sq", "top1")
+
+
+def public(name: str) -> Any:
+    """A public name of the library, or `Unsupported` when this version does not have it."""
+    try:
+        return getattr(tokfuse, name)
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise Unsupported(f"tokfuse.{name} is not in this version") from error
+
+
+def provider(
+    run: Callable[[], Outputs], before: Callable[[], None] | None = None, calls: int = 1
+) -> Provider:
+    """Wrap a call and find its backend by forcing each in turn, fastest first.
+
+    A forced backend serves the call or raises, so the first that serves is the one that dispatch
+    takes by itself; the timed calls are not forced. The pure-torch reference is marked as a
+    fallback, with the reasons of the others as the note.
+    """
+    prepare = before or (lambda: None)
+    forced = dispatch.forced_backend()
+    reasons = []
+    for name in dispatch.ORDER if forced is None else (forced,):
+        prepare()
+        try:
+            with dispatch.backend(name):
+                run()
+        except BackendUnavailable as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        fallback = name == "reference"
+        note = f"ran on the pure-torch reference; {reasons[-1]}" if fallback and reasons else ""
+        return Provider(
+            run, prepare, name, tokfuse.__version__, note[:300], calls=calls, fallback=fallback
+        )
+    raise Unsupported("; ".join(reasons)[:600])
+
+
+def stats_outputs(stats: Any) -> Outputs:
+    """The named statistics of a `TokenStats`."""
+    return {name: getattr(stats, name) for name in STATS}
+
+
+def step_outputs(step: Any) -> Outputs:
+    """Loss, statistics and gradients of a `PolicyStep`."""
+    out = {"loss": step.loss, **stats_outputs(step.stats)}
+    for name in ("grad_logits", "grad_hidden", "grad_weight"):
+        value = getattr(step, name, None)
+        if isinstance(value, torch.Tensor):
+            out[name] = value
+    return out
+
+
+def objective(entropy_coef: float) -> Any:
+    """PPO-clip, token level, token mean; with an entropy bonus when the coefficient is not 0."""
+    return public("Objective")(
+        shape=public("PPOClip")(low=CLIP, high=CLIP),
+        entropy_coef=entropy_coef,
+        aggregation="token_mean",
+    )
+
+
+def policy_arguments(batch: Batch, entropy_coef: float) -> dict[str, Any]:
+    """The keywords that every policy op shares."""
+    return {
+        "old_logp": batch.old_logp,
+        "advantage": batch.advantage,
+        "objective": objective(entropy_coef),
+        "normalizer": float(batch.num_tokens),
+    }

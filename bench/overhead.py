@@ -1,0 +1,123 @@
+"""Case `overhead`: one call at one token and a vocabulary of 8: only the wrapping is timed.
+
+Variants: `token_stats` without and with gradient bookkeeping, and `policy_loss`. `limit_native` is
+the bare native call with the same arguments, repeated inside one public call; `torch_eager` is the
+cheapest torch op on the same logits, one log_softmax. Caches are warm; times are per call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tokfuse.bench import ours, peers
+from tokfuse.bench.measure import Outputs, Provider
+from tokfuse.bench.problem import (
+    Config,
+    Factory,
+    Problem,
+    Unsupported,
+    generator,
+    make_batch,
+    make_logits,
+)
+from tokfuse.runtime import native
+
+OP = "overhead"
+SHAPES = ("1x8",)
+QUICK_SHAPES = ("1x8",)
+DTYPES = ("float32",)
+CASES = (("call", "token_stats"), ("call", "token_stats,grad"), ("call", "policy_loss"))
+
+CALLS = 300
+NATIVE_CALLS = 5000  # the one public call around them adds less than a percent
+NATIVE_NAME = {"token_stats": "token_stats_fwd", "policy_loss": "policy_loss"}
+
+
+def build(config: Config, peer_names: list[str]) -> Problem:
+    """The problem of one configuration."""
+    call = _call(config)
+    native_name = NATIVE_NAME[config.variant.partition(",")[0]]
+    return Problem(
+        config,
+        ours={"tokfuse": lambda: ours.provider(_repeat(call()), calls=CALLS)},
+        peers={name: _peer_factory(name, config) for name in peer_names},
+        limits={"limit_native": lambda: _native_provider(native_name, call())},
+        bounds=("native",),
+        cold=False,
+    )
+
+
+def _call(config: Config) -> Callable[[], Callable[[], Any]]:
+    """Returns a maker, so that a missing op is found when the provider is made."""
+    gen = generator(config)
+    logits = make_logits(config, gen)
+    target = torch.zeros(config.tokens, dtype=torch.int64)
+    logp = torch.log_softmax(logits.float(), -1).gather(-1, target[:, None]).squeeze(-1)
+    batch = make_batch(target, logp, gen)
+
+    def make() -> Callable[[], Any]:
+        if config.variant == "policy_loss":
+            policy_loss = ours.public("policy_loss")
+            arguments = ours.policy_arguments(batch, 0.0)
+            return lambda: policy_loss(logp, **arguments)
+        token_stats = ours.public("token_stats")
+        given = logits.requires_grad_() if config.variant.endswith("grad") else logits
+        return lambda: token_stats(given, target)
+
+    return make
+
+
+def _repeat(call: Callable[[], Any]) -> Callable[[], Outputs]:
+    def run() -> Outputs:
+        for _ in range(CALLS):
+            call()
+        return {}
+
+    return run
+
+
+def _native_provider(name: str, call: Callable[[], Any]) -> Provider:
+    """Repeat the native function inside one public call, where its arguments are alive."""
+    module: Any = native.module()
+    bare = getattr(module, name, None)
+    if bare is None:
+        raise Unsupported(native.why_unusable() or f"the native module has no {name}")
+    seen = 0
+
+    def many(*args: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        for _ in range(NATIVE_CALLS):
+            result = bare(*args)
+        return result
+
+    def run() -> Outputs:
+        setattr(module, name, many)
+        try:
+            call()
+        finally:
+            setattr(module, name, bare)
+        return {}
+
+    run()
+    if seen == 0:
+        raise Unsupported(f"the op did not call the native {name}")
+    return Provider(run, backend="cpu", calls=NATIVE_CALLS)
+
+
+def _peer_factory(name: str, config: Config) -> Factory:
+    def factory() -> Provider:
+        if name != "torch_eager":
+            raise Unsupported("only torch_eager is compared at one token")
+        logits = make_logits(config, generator(config))
+
+        def run() -> Outputs:
+            for _ in range(CALLS):
+                torch.log_softmax(logits, -1)
+            return {}
+
+        note = "one log_softmax alone"
+        return Provider(run, calls=CALLS, note=note, **peers.provider_facts(name))
+
+    return factory

@@ -1,0 +1,237 @@
+"""What others do for the same work: plain torch, torch.compile, and optional libraries.
+
+No library here is a dependency: each is looked for when asked for, and reported as unsupported when
+it is not installed. Their versions pull in a stack of their own, so give them an environment:
+
+    python -m venv .venv-peers && .venv-peers/bin/pip install -r bench/peers.txt
+    .venv-peers/bin/pip install -e . --no-build-isolation
+    .venv-peers/bin/python -m tokfuse bench linear_token_stats --peers all
+
+verl's requirements do not fit beside TRL's; `peers.txt` says how to give it its own.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tokfuse.bench.machine import version_of
+from tokfuse.bench.measure import Outputs
+from tokfuse.bench.problem import CLIP, Batch, Unsupported
+
+StatsFn = Callable[[torch.Tensor, torch.Tensor], Outputs]
+LinearStatsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A name for `--peers`, the distribution and module that it needs, and a line of help."""
+
+    name: str
+    distribution: str
+    module: str
+    summary: str
+
+
+KNOWN = {
+    peer.name: peer
+    for peer in (
+        Peer("torch_eager", "torch", "torch", "log_softmax, gather, entropy in the input's dtype"),
+        Peer("torch_compile", "torch", "torch", "torch.compile of the same function"),
+        Peer("torch_eager_f32", "torch", "torch", "the same after logits.float()"),
+        Peer("torch_compile_f32", "torch", "torch", "torch.compile of that"),
+        Peer("cross_entropy", "torch", "torch", "F.cross_entropy alone: no entropy, no ratio"),
+        Peer("trl", "trl", "trl", "TRL's fused head and selective log-softmax"),
+        Peer("liger", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=False)"),
+        Peer("verl", "verl", "verl", "FusedLinearForPPO and logprobs_from_logits"),
+        Peer("cut_cross_entropy", "cut-cross-entropy", "cut_cross_entropy",
+             "linear_cross_entropy(impl='torch_compile'): logp only"),
+    )
+}  # fmt: skip
+
+DEFAULT = ("torch_eager", "torch_compile", "torch_eager_f32", "torch_compile_f32", "cross_entropy")
+
+
+def choose(text: str | None, dtype: str) -> list[str]:
+    """The peers of a `--peers` argument, in the order of `KNOWN`.
+
+    None is the default set (the `_f32` ones only where the dtype makes a difference), "all" is
+    everything, "none" is nothing.
+
+    Raises:
+        ValueError: a name that is not known; the message lists the known ones.
+    """
+    if text is None:
+        return [n for n in DEFAULT if dtype != "float32" or not n.endswith("_f32")]
+    if text in ("all", "none"):
+        return list(KNOWN) if text == "all" else []
+    wanted = [name.strip() for name in text.split(",") if name.strip()]
+    for name in wanted:
+        if name not in KNOWN:
+            raise ValueError(
+                f"bench: --peers must name known peers ({', '.join(KNOWN)}, all, none); "
+                f"got {name!r}. `python -m tokfuse bench --list` describes them."
+            )
+    return [name for name in KNOWN if name in wanted]
+
+
+def provider_facts(name: str) -> dict[str, str]:
+    """Backend and version columns of a peer's row."""
+    peer = KNOWN[name]
+    return {"backend": peer.module, "version": version_of(peer.distribution)}
+
+
+def load(name: str, module: str) -> ModuleType:
+    """Import a peer's module, or raise `Unsupported` with the reason."""
+    peer = KNOWN[name]
+    if importlib.util.find_spec(peer.module) is None:
+        raise Unsupported("not installed: see bench/peers.txt")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a library may fail on import in any way
+        raise Unsupported(f"does not import: {type(error).__name__}: {error}") from error
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Refuse a float32 repeat of what the plain peer already measures."""
+    if name.endswith("_f32") and dtype == "float32":
+        raise Unsupported("the input is float32 already: the same as without _f32")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for one static shape; a graph break or a silent fallback is an error."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def eager_stats(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    everything: bool = True,
+    upcast: bool = False,
+    entropy_grad: bool = True,
+) -> Outputs:
+    """The usual torch code: one log_softmax and what follows from it."""
+    if upcast:
+        logits = logits.float()
+    log_p = torch.log_softmax(logits, -1)
+    logp = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    frozen = log_p if entropy_grad else log_p.detach()
+    p = frozen.exp()
+    out = {"logp": logp, "entropy": -(p * frozen).sum(-1)}
+    if everything:
+        picked = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        out["lse"] = (picked - logp).detach()
+        out["sum_sq"] = (p * p).sum(-1).detach()
+        out["top1"] = logits.argmax(-1) == target
+    return out
+
+
+def clip_loss(stats: Outputs, batch: Batch, entropy_coef: float) -> torch.Tensor:
+    """PPO-clip with token mean, and an entropy bonus when its coefficient is not 0."""
+    ratio = torch.exp(stats["logp"].float() - batch.old_logp)
+    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+    gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
+    if entropy_coef:
+        gain = gain + entropy_coef * stats["entropy"].float()
+    return -gain.sum() / batch.num_tokens
+
+
+def token_stats_fn(
+    name: str, num_seqs: int, everything: bool, entropy_grad: bool = True
+) -> StatsFn:
+    """Per-token statistics from logits (tokens, vocab), by the named peer."""
+    if name in ("torch_eager", "torch_eager_f32", "torch_compile", "torch_compile_f32"):
+        upcast = name.endswith("_f32")
+
+        def plain(logits: torch.Tensor, target: torch.Tensor) -> Outputs:
+            return eager_stats(logits, target, everything, upcast, entropy_grad)
+
+        return plain
+    if name == "cross_entropy":
+        return lambda z, y: {"logp": -F.cross_entropy(z, y, reduction="none")}
+    if name == "trl":
+        utils = load(name, "trl.trainer.utils")
+
+        def trl(logits: torch.Tensor, target: torch.Tensor) -> Outputs:
+            # (seqs, length, vocab) is the layout it loops over
+            logp, entropy = utils.selective_log_softmax_and_entropy(
+                logits.view(num_seqs, -1, logits.shape[-1]),
+                target.view(num_seqs, -1),
+                entropy_requires_grad=entropy_grad,
+            )
+            return {"logp": logp.reshape(-1), "entropy": entropy.reshape(-1)}
+
+        return trl
+    if name == "verl":
+        functional = load(name, "verl.utils.torch_functional")
+
+        def verl(logits: torch.Tensor, target: torch.Tensor) -> Outputs:
+            source = logits if entropy_grad else logits.detach()
+            return {
+                "logp": functional.logprobs_from_logits(logits, target),
+                "entropy": functional.entropy_from_logits(source),
+            }
+
+        return verl
+    raise Unsupported("has no op from logits that runs on this device")
+
+
+def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> LinearStatsFn:
+    """Per-token statistics from hidden states (tokens, hidden) and weight, by the named peer."""
+    if name == "trl":
+        function = load(name, "trl.kernels").ChunkedLogProbFunction
+        chunk = load(name, "trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+        wanted = ("entropy", "log_sum_sq_probs", "is_top1") if everything else ("entropy",)
+
+        def trl(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Outputs:
+            out = function.apply(hidden, weight, None, target, 1.0, chunk, None, 1.0, wanted)
+            stats = {"logp": out[0], "entropy": out[1]}
+            if everything:
+                stats |= {"sum_sq": out[2].detach().exp(), "top1": out[4]}
+            return stats
+
+        return trl
+    if name == "verl":
+        fused = load(name, "verl.utils.experimental.torch_functional").FusedLinearForPPO()
+
+        def verl(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Outputs:
+            logp, entropy = fused(hidden, weight, target)
+            return {"logp": logp, "entropy": entropy}
+
+        return verl
+    if name == "cut_cross_entropy":
+        cce = load(name, "cut_cross_entropy").linear_cross_entropy
+        return lambda h, w, y: {"logp": -cce(h, w, y, reduction="none", impl="torch_compile")}
+    if name == "liger":
+        raise Unsupported("gives a loss, not per-token statistics: see policy_step_hidden")
+    inner = token_stats_fn(name, 1, everything, entropy_grad)
+    if name.endswith("_f32"):
+        return lambda h, w, y: inner(h.float() @ w.float().T, y)
+    return lambda h, w, y: inner(h @ w.T, y)
+
+
+def liger_loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Liger's chunked GRPO loss with token mean, on (seqs, length, hidden)."""
+    loss, _ = _liger_module()(
+        batch.padded(hidden),
+        weight,
+        batch.padded(batch.target),
+        torch.ones_like(batch.padded(batch.target)),
+        batch.padded(batch.advantage)[:, 0],
+        old_per_token_logps=batch.padded(batch.old_logp),
+    )
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+def _liger_module() -> Any:
+    chunked = load("liger", "liger_kernel.chunked_loss")
+    return chunked.LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo",
+        epsilon_low=CLIP, epsilon_high=CLIP,
+    )  # fmt: skip

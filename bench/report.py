@@ -1,0 +1,90 @@
+"""Rows as text: one line as each comes, and a Markdown table per case at the end."""
+
+from collections.abc import Iterable
+
+from tokfuse.bench.row import ERROR_NAMES, Row
+
+HEADER = (
+    f"{'op':<19}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<15}{'provider':<19}"
+    f"{'backend':<18}{'status':<12}{'median':>10}{'x ours':>8}{'limit':>7}{'peak':>10}  max error"
+)
+
+
+def milliseconds(value: float | None) -> str:
+    """Milliseconds, or microseconds below a tenth of one."""
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.2f} us" if value < 0.1 else f"{value:.2f} ms"
+
+
+def mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.1f} MiB"
+
+
+def worst_errors(row: Row) -> str:
+    """The worst output (absolute) and the worst gradient (relative), with their names."""
+    values = {n: getattr(row, f"error_{n}") for n in ERROR_NAMES}
+    texts = []
+    for is_grad, sign in ((False, ""), (True, "rel ")):
+        known = {
+            n: v for n, v in values.items() if v is not None and n.startswith("grad_") == is_grad
+        }
+        if known:
+            name = max(known, key=known.__getitem__)
+            texts.append(f"{name} {sign}{known[name]:.1e}")
+    return ", ".join(texts)
+
+
+def line(row: Row) -> str:
+    """One row on one line, under `HEADER`."""
+    ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+    share = "-" if row.limit_share is None else f"{row.limit_share:.0%}"
+    text = (
+        f"{row.op:<19}{row.shape:<17}{row.dtype:<9}{row.mode:<17}{row.variant:<15}"
+        f"{row.provider:<19}{row.backend:<18}{row.status:<12}{milliseconds(row.median_ms):>10}"
+        f"{ratio:>8}{share:>7}{mebibytes(row.peak_extra_bytes):>10}  {worst_errors(row)}"
+    )
+    return f"{text}  ({row.note})" if row.note else text.rstrip()
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """One table per case; a ratio column per variant of ours, so that each can be judged."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.op, row.shape, row.dtype, row.mode, row.variant)
+        groups.setdefault(key, []).append(row)
+    parts = [_facts(next(iter(groups.values()))[0])] if groups else []
+    parts += [_table(key, group) for key, group in groups.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(row: Row) -> str:
+    return (
+        f"{row.cpu_model} ({row.machine}), {row.threads} threads, OMP_WAIT_POLICY="
+        f"{row.omp_wait_policy or 'unset'}, ISA {row.isa}, torch {row.torch}, tokfuse "
+        f"{row.tokfuse} at {row.commit or 'unknown commit'}, {row.timestamp}. `{row.command}`"
+    )
+
+
+def _table(key: tuple[str, ...], group: list[Row]) -> str:
+    ours = [r for r in group if r.role == "ours" and r.status == "pass" and r.median_ms]
+    heads = ["provider", "status", "median", "p20 - p80", *(f"/ {r.provider}" for r in ours)]
+    heads += ["of limit", "peak extra", "max error", "note"]
+    rows = [heads, ["---"] * len(heads)]
+    for row in group:
+        name = row.provider if row.role == "limit" else f"{row.provider} ({row.backend or '-'})"
+        spread = "-"
+        if row.p20_ms is not None:
+            spread = f"{milliseconds(row.p20_ms)} - {milliseconds(row.p80_ms)}"
+        ratios = [
+            f"{row.median_ms / base.median_ms:.2f}" if row.median_ms and base.median_ms else "-"
+            for base in ours
+        ]
+        share = f"{row.limit_share:.0%} of {row.limit}" if row.limit_share is not None else "-"
+        rows.append(
+            [name, row.status, milliseconds(row.median_ms), spread, *ratios, share,
+             mebibytes(row.peak_extra_bytes), worst_errors(row), row.note.replace("|", "/")]
+        )  # fmt: skip
+    first = group[0]
+    title = f"### {' '.join(key)}\n\nLeast work: {first.bytes_formula}; {first.flops_formula}.\n\n"
+    return title + "\n".join("| " + " | ".join(cells) + " |" for cells in rows)

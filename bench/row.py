@@ -1,0 +1,149 @@
+"""The result row: one flat, JSON-able record per op, shape, dtype, mode, variant and provider.
+
+The field names and meanings are a contract. Adding a field keeps `SCHEMA_VERSION`; renaming one,
+removing one or changing its meaning raises it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+# pass         ran, and what it returned is finite and near the float64 values
+# oom          needs more memory than there is
+# unsupported  this provider cannot run here, or not this shape, dtype or variant; `note` says why
+# fallback     ours ran, but on the pure-torch reference: never to be read as a fused kernel
+# error        ran and failed, or returned wrong numbers; `note` has the message
+STATUSES = ("pass", "oom", "unsupported", "fallback", "error")
+
+ROLES = ("ours", "peer", "limit")
+
+# every output and gradient that can be compared with float64; `error_<name>` in the row
+ERROR_NAMES = (
+    "logp",
+    "entropy",
+    "lse",
+    "sum_sq",
+    "top1",
+    "loss",
+    "grad_logits",
+    "grad_hidden",
+    "grad_weight",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times are milliseconds, sizes are bytes; None means "not measured".
+
+    Args:
+        schema: `SCHEMA_VERSION` of the writer.
+        op, mode, variant: what was run; `variant` names what varies beside shape and dtype.
+        shape: "tokens x vocab", or "tokens x hidden x vocab" for ops that hold the lm_head.
+        provider, role, backend: who ran it; `role` is one of `ROLES`; `backend` is the dispatched
+            one for ours ("cpu", "reference", ...), else the library that did the work.
+        status, note: one of `STATUSES`, and the reason or a remark.
+        median_ms, p20_ms, p80_ms, best_ms, rounds: over `rounds` interleaved rounds.
+        baseline, ratio: median of this provider / median of `baseline` (ours) in the same rounds;
+            above 1 means slower than ours. ratio_p20, ratio_p80: spread of the per-round ratio.
+        limit, limit_ms, limit_share: the slowest probe that bounds this work, its median in the
+            same rounds, and limit_ms / median_ms (1 = at the limit).
+        read_ms, copy_ms, exp_ms, gemm_ms: medians of the probes that were run.
+        bytes_moved, flops: the least this work must move and compute, with the formula as text.
+        peak_extra_bytes: peak resident memory of one call above what was resident before it, its
+            results included (`peak_method` says how it was read).
+        error_*: against float64 on the same inputs; largest absolute error for outputs, largest
+            absolute error over largest absolute value for gradients.
+        load_average: of the machine when the rounds began: a busy neighbour is visible.
+    """
+
+    schema: int
+    op: str
+    mode: str
+    variant: str
+    shape: str
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: str
+    device: str
+    provider: str
+    role: str
+    backend: str
+    status: str
+    note: str = ""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    best_ms: float | None = None
+    rounds: int = 0
+    baseline: str = ""
+    ratio: float | None = None
+    ratio_p20: float | None = None
+    ratio_p80: float | None = None
+    limit: str = ""
+    limit_ms: float | None = None
+    limit_share: float | None = None
+    read_ms: float | None = None
+    copy_ms: float | None = None
+    exp_ms: float | None = None
+    gemm_ms: float | None = None
+    bytes_moved: int = 0
+    bytes_formula: str = ""
+    flops: int = 0
+    flops_formula: str = ""
+    peak_extra_bytes: int | None = None
+    peak_method: str = ""
+    error_logp: float | None = None
+    error_entropy: float | None = None
+    error_lse: float | None = None
+    error_sum_sq: float | None = None
+    error_top1: float | None = None
+    error_loss: float | None = None
+    error_grad_logits: float | None = None
+    error_grad_hidden: float | None = None
+    error_grad_weight: float | None = None
+    threads: int = 0
+    omp_wait_policy: str = ""
+    load_average: float | None = None
+    machine: str = ""
+    cpu_model: str = ""
+    isa: str = ""
+    python: str = ""
+    torch: str = ""
+    tokfuse: str = ""
+    provider_version: str = ""
+    commit: str = ""
+    command: str = ""
+    timestamp: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(
+                f"Row: status must be one of {', '.join(STATUSES)}; got {self.status!r}."
+            )
+        if self.role not in ROLES:
+            raise ValueError(f"Row: role must be one of {', '.join(ROLES)}; got {self.role!r}.")
+
+    def to_json(self) -> str:
+        """The row as one JSON line; an infinite or NaN error becomes a string, so it stays JSON."""
+        values = {key: plain(value) for key, value in asdict(self).items()}
+        return json.dumps(values, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Row":
+        """Read `to_json` back; fields of a newer writer that are unknown here are dropped."""
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in json.loads(line).items() if k in known}
+        for key, value in values.items():
+            if key.startswith("error_") and isinstance(value, str):
+                values[key] = float(value)
+        return cls(**values)
+
+
+def plain(value: Any) -> Any:
+    """The value, or its name where JSON has none (inf, nan)."""
+    """The value, or its name where JSON has none (inf, nan)."""
+    finite = not isinstance(value, float) or abs(value) < float("inf")
+    return value if finite else str(value)

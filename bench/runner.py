@@ -1,0 +1,217 @@
+"""Runs one problem: makes the providers, checks them against float64, times them, writes rows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tokfuse.bench import exact, machine
+from tokfuse.bench.measure import (
+    ColdCache,
+    Provider,
+    interleave,
+    peak_extra_bytes,
+    percentile,
+)
+from tokfuse.bench.problem import Config, Factory, Problem, Unsupported
+from tokfuse.bench.row import ERROR_NAMES, SCHEMA_VERSION, Row
+from tokfuse.runtime.errors import BackendUnavailable
+
+# Far beyond any rounding, bfloat16 included: a provider past these computed something else.
+# Log-probabilities of bfloat16 arithmetic are off by up to 0.1 at |logp| of 30.
+GROSS_ERROR = 1.0
+PROBE_NAMES = ("read", "copy", "exp", "gemm", "native")
+
+Emit = Callable[[Row], None]
+
+
+@dataclass
+class _Entry:
+    """A provider on its way to a row."""
+
+    name: str
+    role: str
+    provider: Provider | None = None
+    status: str = "pass"
+    note: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    peak: tuple[int | None, str] = (None, "")
+    times: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: rounds per provider, whether to compare with float64, facts for every row."""
+
+    rounds: int
+    facts: dict[str, Any]
+    compare: bool = True
+    peak: bool = True
+    on_step: Callable[[str], None] = lambda text: None
+
+
+def run_case(config: Config, build: Callable[[], Problem], settings: Settings, emit: Emit) -> None:
+    """Make the inputs of one case and measure it; inputs that do not fit give a row."""
+    with machine.memory_guard():
+        try:
+            problem = build()
+        except Exception as error:  # most likely out of memory; the next case may still fit
+            status, note = classify(error)
+            entry = _Entry("tokfuse", "ours", status=status, note=f"making the inputs: {note}")
+            nothing = Problem(config, {}, {})
+            emit(_row(nothing, entry, [], settings))
+            return
+        run_problem(problem, settings, emit)
+
+
+def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
+    """Measure one problem and emit one row per provider.
+
+    Rows that need no timing (unsupported, out of memory, failed) are emitted at once, the others
+    after the interleaved rounds.
+    """
+    torch.compiler.reset()  # a static shape compiled before must not count as a recompilation
+    entries = [_Entry(name, role) for role, name, _ in _factories(problem)]
+    for entry, (_, _, factory) in zip(entries, _factories(problem), strict=True):
+        settings.on_step(f"{problem.config.shape} {entry.name}: first call")
+        _prepare(entry, factory, problem, settings)
+        if entry.provider is None:
+            emit(_row(problem, entry, [], settings))
+    problem.forget()  # the float64 answer may be gigabytes
+    live = [entry for entry in entries if entry.provider is not None]
+    load = machine.load_average()
+    settings.on_step(f"{problem.config.shape}: {settings.rounds} rounds of {len(live)}")
+    times, failed = interleave(
+        {e.name: e.provider for e in live if e.provider is not None},
+        settings.rounds,
+        ColdCache(problem.cold),
+    )
+    for entry in live:
+        entry.times = times[entry.name]
+        if entry.name in failed:
+            entry.status, entry.note = classify(failed[entry.name])
+            entry.times = []
+    for entry in live:
+        emit(_row(problem, entry, live, settings, load))
+
+
+def classify(error: BaseException) -> tuple[str, str]:
+    """Status and note for an exception of a provider."""
+    text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+    if isinstance(error, Unsupported):
+        return "unsupported", str(error)
+    if isinstance(error, (BackendUnavailable, NotImplementedError)):
+        return "unsupported", text
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if out_of_memory or "can't allocate memory" in text or "out of memory" in text.lower():
+        return "oom", text
+    return "error", text
+
+
+def _factories(problem: Problem) -> Iterator[tuple[str, str, Factory]]:
+    groups = (("ours", problem.ours), ("limit", problem.limits), ("peer", problem.peers))
+    for role, group in groups:
+        for name, factory in group.items():
+            yield role, name, factory
+
+
+def _prepare(entry: _Entry, factory: Factory, problem: Problem, settings: Settings) -> None:
+    """Make the provider, run it once (compiling what it compiles), compare it, take its peak."""
+    try:
+        provider = factory()
+        provider.before()
+        outputs = provider.run()
+        entry.note = provider.note
+        if provider.fallback:
+            entry.status = "fallback"
+        if settings.compare and entry.role != "limit":
+            entry.errors = exact.distances(outputs, problem.answer())
+        del outputs
+        wrong = [n for n, value in entry.errors.items() if not value < GROSS_ERROR]
+        if wrong:
+            entry.status = "error"
+            entry.note = f"wrong {', '.join(wrong)}; {entry.note}".rstrip("; ")
+        if settings.peak:
+            entry.peak = peak_extra_bytes(provider)
+        entry.provider = provider
+    except Exception as error:  # a peer may raise anything; it becomes a row
+        entry.status, entry.note = classify(error)
+
+
+def _row(
+    problem: Problem,
+    entry: _Entry,
+    live: list[_Entry],
+    settings: Settings,
+    load: float | None = None,
+) -> Row:
+    config, provider = problem.config, entry.provider
+    values: dict[str, Any] = {f"error_{n}": entry.errors.get(n) for n in ERROR_NAMES}
+    probes = {e.name.removeprefix("limit_"): e for e in live if e.role == "limit" and e.times}
+    for name in PROBE_NAMES:
+        if name in probes and f"{name}_ms" in Row.__dataclass_fields__:
+            values[f"{name}_ms"] = _round(percentile(probes[name].times, 0.5))
+    if entry.times:
+        values |= _timing(entry)
+        if entry.role != "limit":
+            values |= _against_ours(entry, live)
+            values |= _against_limit(problem, entry, probes)
+    return Row(
+        schema=SCHEMA_VERSION,
+        op=config.op, mode=config.mode, variant=config.variant, shape=config.shape,
+        tokens=config.tokens, hidden=config.hidden, vocab=config.vocab,
+        dtype=config.dtype, device="cpu",
+        provider=entry.name, role=entry.role, backend=provider.backend if provider else "",
+        status=entry.status, note=entry.note,
+        bytes_moved=problem.bytes_moved, bytes_formula=problem.bytes_formula,
+        flops=problem.flops, flops_formula=problem.flops_formula,
+        peak_extra_bytes=entry.peak[0], peak_method=entry.peak[1],
+        provider_version=provider.version if provider else "",
+        load_average=load, timestamp=machine.now(),
+        **settings.facts, **values,
+    )  # fmt: skip
+
+
+def _timing(entry: _Entry) -> dict[str, Any]:
+    return {
+        "median_ms": _round(percentile(entry.times, 0.5)),
+        "p20_ms": _round(percentile(entry.times, 0.2)),
+        "p80_ms": _round(percentile(entry.times, 0.8)),
+        "best_ms": _round(min(entry.times)),
+        "rounds": len(entry.times),
+    }
+
+
+def _against_ours(entry: _Entry, live: list[_Entry]) -> dict[str, Any]:
+    """Ratio against the first of ours, unless that one is a fallback: that would flatter nobody."""
+    base = next((e for e in live if e.role == "ours" and e.times), None)
+    if base is None or base.status != "pass":
+        return {}
+    pairs = [a / b for a, b in zip(entry.times, base.times, strict=True)]
+    ratio = percentile(entry.times, 0.5) / percentile(base.times, 0.5)
+    return {
+        "baseline": base.name,
+        "ratio": _round(ratio),
+        "ratio_p20": _round(percentile(pairs, 0.2)),
+        "ratio_p80": _round(percentile(pairs, 0.8)),
+    }
+
+
+def _against_limit(problem: Problem, entry: _Entry, probes: dict[str, _Entry]) -> dict[str, Any]:
+    """The slowest bound; "read+copy" is one bound made of two probes, one after the other."""
+    bounds = {}
+    for bound in problem.bounds:
+        parts = bound.split("+")
+        if all(part in probes for part in parts):
+            bounds[bound] = sum(percentile(probes[part].times, 0.5) for part in parts)
+    if not bounds:
+        return {}
+    name = max(bounds, key=bounds.__getitem__)
+    share = bounds[name] / percentile(entry.times, 0.5)
+    return {"limit": name, "limit_ms": _round(bounds[name]), "limit_share": _round(share)}
+
+
+def _round(value: float) -> float:
+    """Six significant digits: more is noise, and rows stay readable."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,121 @@
+"""Case `token_stats`: per-token statistics of given logits, forward and forward+backward.
+
+forward: all five statistics without gradients. variant "all": peers compute the same five; variant
+"logp,entropy": peers compute these two only (ours has no cheaper form).
+forward+backward: gradient of a weighted sum of logp and entropy.
+"""
+
+import torch
+
+from tokfuse.bench import exact, ours, peers, probes
+from tokfuse.bench.measure import Outputs, Provider
+from tokfuse.bench.problem import Config, Factory, Problem, generator, make_logits, sample_target
+
+OP = "token_stats"
+SHAPES = ("512x49152", "256x151936")
+QUICK_SHAPES = ("64x8192",)
+DTYPES = ("float32", "bfloat16")
+CASES = (("forward", "all"), ("forward", "logp,entropy"), ("forward+backward", "logp,entropy"))
+
+# max, subtract, exp (12), sum e, sum (z-m)e, sum e^2
+FORWARD_FLOPS = 19
+# subtract, exp (12), p (c + g x)
+BACKWARD_FLOPS = 16
+
+
+class _Inputs:
+    """Logits, target, and the incoming gradients of logp and entropy."""
+
+    def __init__(self, config: Config) -> None:
+        gen = generator(config)
+        self.logits = make_logits(config, gen)
+        self.target = sample_target(self.logits, gen)
+        self.by_logp = torch.randn(config.tokens, generator=gen) / config.tokens
+        self.by_entropy = torch.randn(config.tokens, generator=gen) / config.tokens
+
+
+def build(config: Config, peer_names: list[str]) -> Problem:
+    """The problem of one configuration."""
+    data = _Inputs(config)
+    size = config.tokens * config.vocab
+    backward = config.mode == "forward+backward"
+    passes, flops = (3, FORWARD_FLOPS + BACKWARD_FLOPS) if backward else (1, FORWARD_FLOPS)
+
+    def answer() -> Outputs:
+        out = exact.token_stats(data.logits, data.target)
+        if backward:
+            out["grad_logits"] = exact.grad_logits(
+                data.logits, data.target, data.by_logp, data.by_entropy
+            )
+        return out
+
+    limits: dict[str, Factory] = {
+        "limit_read": lambda: probes.read_probe(data.logits),
+        "limit_exp": lambda: probes.exp_probe(size),
+    }
+    if backward:
+        limits["limit_copy"] = lambda: probes.copy_probe(data.logits)
+    return Problem(
+        config,
+        ours={"tokfuse": lambda: _ours(config, data)},
+        peers={name: _peer_factory(name, config, data) for name in peer_names},
+        limits=limits,
+        exact=answer,
+        bounds=("read+copy", "exp+exp") if backward else ("read", "exp"),
+        bytes_moved=passes * size * config.item_bytes,
+        bytes_formula=f"{passes} T V {config.item_bytes}: "
+        + ("read; read and write" if backward else "one read"),
+        flops=flops * size,
+        flops_formula=f"{flops} T V, an exp counted as 12",
+    )
+
+
+def _ours(config: Config, data: _Inputs) -> Provider:
+    op = ours.public("token_stats")
+    if config.mode == "forward":
+
+        def forward() -> Outputs:
+            return ours.stats_outputs(op(data.logits, data.target))
+
+        return ours.provider(forward)
+    leaf = data.logits.detach().requires_grad_()
+
+    def both() -> Outputs:
+        stats = op(leaf, data.target)
+        (grad,) = torch.autograd.grad(
+            (stats.logp, stats.entropy), leaf, (data.by_logp, data.by_entropy)
+        )
+        return {**ours.stats_outputs(stats), "grad_logits": grad}
+
+    return ours.provider(both)
+
+
+def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
+    def factory() -> Provider:
+        peers.check_dtype(name, config.dtype)
+        function = peers.token_stats_fn(name, 1, everything=config.variant == "all")
+        if name.startswith("torch_compile"):
+            function = peers.compiled(function)
+        note = "computes logp only" if name == "cross_entropy" else ""
+        if config.mode == "forward":
+
+            def forward() -> Outputs:
+                with torch.no_grad():
+                    return function(data.logits, data.target)
+
+            return Provider(forward, note=note, **peers.provider_facts(name))
+        leaf = data.logits.detach().requires_grad_()
+
+        def both() -> Outputs:
+            stats = function(leaf, data.target)
+            names = [n for n in ("logp", "entropy") if n in stats]
+            incoming = {"logp": data.by_logp, "entropy": data.by_entropy}
+            (grad,) = torch.autograd.grad(
+                [stats[n] for n in names], leaf, [incoming[n].to(stats[n].dtype) for n in names]
+            )
+            # without the entropy the gradient is of another function: nothing to compare with
+            return {**stats, "grad_logits": grad} if "entropy" in stats else stats
+
+        return Provider(both, note=note, **peers.provider_facts(name))
+
+    return factory
