@@ -4,7 +4,7 @@ import functools
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  before _native: both then share torch's OpenMP runtime
+import torch  # before _native: both then share torch's OpenMP runtime
 
 # dtype codes shared with csrc/common/dtype.h
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -34,3 +34,20 @@ def why_unusable() -> str | None:
 def pointer(tensor: torch.Tensor | None) -> int:
     """Address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty_like_rows(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous, unwritten tensor of x's shape and dtype, on huge pages when it is large."""
+    return advise_huge_pages(torch.empty(x.shape, dtype=x.dtype))
+
+
+def advise_huge_pages(x: torch.Tensor) -> torch.Tensor:
+    """Ask for 2 MiB pages under a fresh CPU tensor: its first write then faults 512 times less."""
+    nbytes = x.numel() * x.element_size()
+    native = module()
+    if nbytes >= _HUGE_MIN_BYTES and native is not None:
+        native.advise_huge_pages(x.data_ptr(), nbytes)
+    return x
+
+
+_HUGE_MIN_BYTES = 4 << 20

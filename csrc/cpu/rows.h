@@ -47,10 +47,18 @@ static inline float transformed(const Row<T>& row, const Transform& f, int64_t j
   const float z = load(row.z, j);
   if (!kTransform) return z;
   float u = z * f.pre;
-  if (f.cap != 0.0f) u = f.cap * tanh_simd(u);
+  if (f.cap != 0.0f) u = u == -kInf ? u : f.cap * tanh_simd(u);  // an excluded logit stays so
   if (row.bias != nullptr) u -= f.bias_scale * load(row.bias, j);
   return u;
 }
+
+// The block loops stay out of line: inlined, g++ 12 loses their restrict qualifiers and falls back
+// to scalar code (5 times slower), and every caller would compile its own copy.
+#define TOKFUSE_BLOCK_LOOP __attribute__((noinline))
+
+struct BlockSums {
+  float s, sx, s2, s2x, s2xx, max;
+};
 
 // Running sums of one softmax over blocks of a row.
 template <bool kMoments>
@@ -74,10 +82,14 @@ struct Accumulator {
     shift = block_max2;
   }
 
-  void add(float bs, float bsx, float bs2) {
-    s += bs;
-    sx += bsx;
-    s2 += bs2;
+  void add(const BlockSums& b) {
+    s += b.s;
+    sx += b.sx;
+    s2 += b.s2;
+    if (kMoments) {
+      s2x += b.s2x;
+      s2xx += b.s2xx;
+    }
   }
 };
 
@@ -89,39 +101,41 @@ static inline bool has_nan(const float* u, int64_t n) {
 }
 
 template <bool kMoments>
-static inline void add_block(const float* __restrict u, int64_t n, float c, float block_max,
-                             Accumulator<kMoments>& acc) {
-  if (!(block_max > -kInf)) {
-    if (has_nan(u, n)) acc.s = __builtin_nan("");
-    return;
-  }
-  acc.raise_shift(block_max * c);
-  const float shift = acc.shift;
+TOKFUSE_BLOCK_LOOP static void sum_block(const float* __restrict u, int64_t n, float c, float shift,
+                                         BlockSums* out) {
   float s = 0, sx = 0, s2 = 0, s2x = 0, s2xx = 0;
 #pragma omp simd reduction(+ : s, sx, s2, s2x, s2xx)
   for (int64_t j = 0; j < n; j++) {
     const float x = clamp_exponent(u[j] * c - shift);
-    const float e = exp2_simd(x);
+    const float e = exp2_simd(x), q = e * e;
     s += e;
     sx += e * x;
-    const float q = e * e;
     s2 += q;
     if (kMoments) {
       s2x += q * x;
       s2xx += q * x * x;
     }
   }
-  acc.add(s, sx, s2);
-  if (kMoments) {
-    acc.s2x += s2x;
-    acc.s2xx += s2xx;
+  *out = {s, sx, s2, s2x, s2xx, 0.0f};
+}
+
+template <bool kMoments>
+static inline void add_block(const float* u, int64_t n, float c, float block_max,
+                             Accumulator<kMoments>& acc) {
+  if (!(block_max > -kInf)) {
+    if (has_nan(u, n)) acc.s = __builtin_nan("");
+    return;
   }
+  acc.raise_shift(block_max * c);
+  BlockSums sums;
+  sum_block<kMoments>(u, n, c, acc.shift, &sums);
+  acc.add(sums);
 }
 
 // Converts one block to float32 in `buffer` and returns its maximum.
 template <class T, bool kTransform>
-static inline float stage_block(const Row<T>& row, const Transform& f, int64_t begin, int64_t n,
-                                float* __restrict buffer) {
+TOKFUSE_BLOCK_LOOP static float stage_block(const Row<T>& row, const Transform& f, int64_t begin,
+                                            int64_t n, float* __restrict buffer) {
   float m = -kInf;
 #pragma omp simd reduction(max : m)
   for (int64_t j = 0; j < n; j++) {
@@ -135,8 +149,9 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
 // The hot loop: exponentials of the present block while the next one streams in from memory. Two
 // separate loops would alternate between waiting for memory and computing.
 template <class T>
-static inline float add_and_stage(const float* __restrict u, float c, float shift,
-                                  const T* __restrict next, float* __restrict buffer, float* sums) {
+TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
+                                             const T* __restrict next, float* __restrict buffer,
+                                             BlockSums* out) {
   float s = 0, sx = 0, s2 = 0, m = -kInf;
 #pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
   for (int64_t j = 0; j < kBlock; j++) {
@@ -149,13 +164,10 @@ static inline float add_and_stage(const float* __restrict u, float c, float shif
     sx += e * x;
     s2 += e * e;
   }
-  sums[0] = s;
-  sums[1] = sx;
-  sums[2] = s2;
-  return m;
+  *out = {s, sx, s2, 0.0f, 0.0f, m};
 }
 
-static inline float block_max(const float* u, int64_t n) {
+TOKFUSE_BLOCK_LOOP static float block_max(const float* u, int64_t n) {
   float m = -kInf;
 #pragma omp simd reduction(max : m)
   for (int64_t j = 0; j < n; j++) m = u[j] > m ? u[j] : m;
@@ -231,10 +243,11 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     const float* next_u = nullptr;
     const bool fused = !kTransform && !kMoments && next + kBlock <= vocab && m > -kInf;
     if (fused) {
-      float sums[3];
+      BlockSums sums;
       acc.raise_shift(m * c);
-      next_m = add_and_stage(u, c, acc.shift, row.z + next, buffer[slot ^ 1], sums);
-      acc.add(sums[0], sums[1], sums[2]);
+      sum_and_stage(u, c, acc.shift, row.z + next, buffer[slot ^ 1], &sums);
+      acc.add(sums);
+      next_m = sums.max;
       next_u = kDirect ? reinterpret_cast<const float*>(row.z) + next : buffer[slot ^ 1];
     } else {
       add_block<kMoments>(u, n, c, m, acc);
@@ -267,7 +280,7 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
       u *= f.pre;
       if (f.cap != 0.0f) {
         const float t = tanh_simd(u);
-        u = f.cap * t;
+        u = u == -kInf ? u : f.cap * t;
         slope = 1.0f - t * t;
       }
       if (row.bias != nullptr) u -= f.bias_scale * load(row.bias, j);

@@ -1,0 +1,118 @@
+"""token_stats in plain torch: the specification, differentiable by autograd, in any float dtype."""
+
+import torch
+
+from tokfuse.runtime.errors import refuse
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed and returned in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def transformed_logits(
+    logits: torch.Tensor,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    bias_logits: torch.Tensor | None = None,
+    bias_scale: float = 1.0,
+) -> torch.Tensor:
+    """(softcap(logit_scale z) - bias_scale b) / temperature, with -inf staying -inf."""
+    z = logits.to(accumulation_dtype(logits.dtype)) * logit_scale
+    if softcap is not None:
+        excluded = z == float("-inf")
+        capped = softcap * torch.tanh(torch.where(excluded, 0.0, z) / softcap)
+        z = torch.where(excluded, float("-inf"), capped)
+    if bias_logits is not None:
+        z = z - bias_scale * bias_logits.detach().to(z.dtype)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.to(z.dtype).unsqueeze(-1)
+    return z / temperature
+
+
+def log_probs(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log p, p, lse) of each row; rows without any finite logit are treated as uniform there and
+    overwritten by the caller."""
+    dead = (u == float("-inf")).all(-1, keepdim=True)
+    u = torch.where(dead, 0.0, u)
+    lse = torch.logsumexp(u, dim=-1)
+    logp_all = u - lse.unsqueeze(-1)
+    return logp_all, logp_all.exp(), lse
+
+
+def check_values(
+    op: str,
+    target: torch.Tensor,
+    vocab: int,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+) -> None:
+    """Range of targets and temperatures where the mask is true."""
+    bad = (target < 0) | (target >= vocab)
+    if isinstance(temperature, torch.Tensor):
+        bad = bad | ~(temperature > 0)
+    if mask is not None:
+        bad = bad & mask
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise bad_row(op, row, target, vocab, temperature)
+
+
+def bad_row(
+    op: str, row: int, target: torch.Tensor, vocab: int, temperature: float | torch.Tensor
+) -> ValueError:
+    """The error for the first row whose target or temperature is out of range."""
+    y = int(target[row])
+    if 0 <= y < vocab:
+        assert isinstance(temperature, torch.Tensor)
+        return refuse(
+            op, "temperature", "> 0 in every row where mask is True",
+            f"{float(temperature[row])} in row {row}", "Mask the row or fix its temperature.",
+        )  # fmt: skip
+    return refuse(
+        op, "target", f"in [0, {vocab}) in every row where mask is True",
+        f"{y} in row {row}", "Set mask to False on prompt and padding rows.",
+    )  # fmt: skip
+
+
+def forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+    bias_logits: torch.Tensor | None = None,
+    bias_scale: float = 1.0,
+) -> tuple[torch.Tensor, ...]:
+    """(logp, entropy, lse, sum_sq, top1); see `tokfuse.token_stats` for the contract."""
+    tokens, vocab = logits.shape
+    if not torch.compiler.is_compiling():
+        check_values("token_stats", target, vocab, mask, temperature)
+    u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
+    keep = torch.ones(tokens, dtype=torch.bool, device=u.device) if mask is None else mask
+    u = torch.where(keep.unsqueeze(-1), u, 0.0)
+    y = torch.where(keep, target, 0).unsqueeze(-1)
+    dead = (u == float("-inf")).all(-1)
+    logp_all, p, lse = log_probs(u)
+    u_y = u.gather(-1, y).squeeze(-1)
+    logp = u_y - lse
+    # 0 * -inf is NaN, forward and backward: an excluded logit gets log p = 0 before the product.
+    finite = torch.where(logp_all == float("-inf"), 0.0, logp_all)
+    entropy = -(p * finite).sum(-1)
+    sum_sq = (p * p).sum(-1)
+    top1 = (u_y == u.amax(-1)).to(u.dtype)
+
+    def final(x: torch.Tensor, dead_value: float) -> torch.Tensor:
+        return torch.where(keep, torch.where(dead, dead_value, x), 0.0)
+
+    minus_inf = float("-inf")
+    return (
+        final(logp, minus_inf),
+        final(entropy, 0.0),
+        final(lse, minus_inf).detach(),
+        final(sum_sq, 0.0).detach(),
+        final(top1, 0.0).detach(),
+    )
