@@ -133,7 +133,7 @@ def families(dtype: torch.dtype) -> Iterator[Inputs]:
     yield Inputs("masked", (normal.masked_fill(hidden, -torch.inf).to(dtype),), target)
     yield make("offset", normal + 1e4)
     yield make("temperature", normal, temperature=0.7)
-    yield make("softcap", normal * 10, softcap=30.0, logit_scale=0.5)
+    yield make("softcap", normal * 6, softcap=30.0, logit_scale=0.5)
     for size in TAILS:
         yield make(f"tail_{size}", torch.randn(TOKENS, size, generator=gen) * 3)
 

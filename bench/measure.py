@@ -1,9 +1,11 @@
 """Interleaved timing with cold caches, and the peak memory of one call."""
 
+import contextlib
 import ctypes
+import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,11 @@ from tokfuse.bench.machine import last_level_cache_bytes, status_bytes
 Outputs = dict[str, torch.Tensor]
 
 CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
+
+
+@functools.cache
+def _eviction_buffer() -> torch.Tensor:
+    return torch.zeros(2 * last_level_cache_bytes() // 8, dtype=torch.int64)
 
 
 def _nothing() -> None:
@@ -45,11 +52,10 @@ class ColdCache:
     """Evicts the caches by writing twice the last-level cache; the same for every provider."""
 
     def __init__(self, enabled: bool = True) -> None:
-        words = 2 * last_level_cache_bytes() // 8 if enabled else 0
-        self._buffer = torch.zeros(words, dtype=torch.int64)
+        self._buffer = _eviction_buffer() if enabled else None
 
     def flush(self) -> None:
-        if self._buffer.numel():
+        if self._buffer is not None:
             self._buffer.add_(1)
 
 
@@ -68,7 +74,6 @@ def interleave(
     providers: dict[str, Provider],
     rounds: int,
     cache: ColdCache,
-    on_round: Callable[[], None] = _nothing,
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Time every provider once per round, round after round, so that noise hits all alike.
 
@@ -82,9 +87,7 @@ def interleave(
     failed: dict[str, Exception] = {}
     names = list(providers)
     gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with _no_collection():
         for i in range(rounds):
             shift = i % max(1, len(names))
             for name in names[shift:] + names[:shift]:
@@ -94,10 +97,6 @@ def interleave(
                     times[name].append(time_once(providers[name], cache))
                 except Exception as error:  # a peer may raise anything; it becomes a row
                     failed[name] = error
-            on_round()
-    finally:
-        if was_enabled:
-            gc.enable()
     return times, failed
 
 
@@ -119,19 +118,31 @@ def peak_extra_bytes(provider: Provider) -> tuple[int | None, str]:
     kernel batches its page counters per thread.
     """
     provider.before()
-    gc.collect()
     _trim_heap()
     try:
         CLEAR_REFS_FILE.write_text("5")
     except OSError:
         return None, "unavailable: the high-water mark cannot be reset"
     before = status_bytes("VmHWM")
-    outputs = provider.run()
+    with _no_collection():
+        outputs = provider.run()
     peak = status_bytes("VmHWM")
     del outputs
     if not before or not peak:
         return None, "unavailable: no VmHWM in the process status"
     return max(0, peak - before), "VmHWM reset before the call"
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's collector, which may free someone's memory, out of the measured region."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _trim_heap() -> None:

@@ -1,5 +1,6 @@
 """Runs one problem: makes the providers, checks them against float64, times them, writes rows."""
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,8 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
     Rows that need no timing (unsupported, out of memory, failed) are emitted at once, the others
     after the interleaved rounds.
     """
-    torch.compiler.reset()  # a static shape compiled before must not count as a recompilation
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # a shape compiled before must not count as a recompilation
     entries = [_Entry(name, role) for role, name, _ in _factories(problem)]
     for entry, (_, _, factory) in zip(entries, _factories(problem), strict=True):
         settings.on_step(f"{problem.config.shape} {entry.name}: first call")
