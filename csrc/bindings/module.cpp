@@ -52,4 +52,5 @@ PYBIND11_MODULE(_native, m) {
   tokfuse::active_isa();  // an impossible TOKFUSE_ISA fails here, at import, not at the first call
   tokfuse::bind_token_stats(m);
   tokfuse::bind_policy(m);
+  tokfuse::bind_packed(m);
 }

@@ -1,0 +1,222 @@
+"""`tokfuse.group_advantage`: advantages of responses relative to their prompt group."""
+
+import torch
+
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import (
+    FLOATS,
+    INTS,
+    Rows,
+    check_choice,
+    check_number,
+    check_optional,
+    check_unused,
+    check_vector,
+    plain,
+    working_dtype,
+)
+from tokfuse.runtime.reference.group_advantage import group_advantage as reference
+
+OP = "group_advantage"
+
+# kind -> (baseline, scale)
+KINDS = {
+    "grpo": ("mean", "std"),
+    "dr_grpo": ("mean", "none"),
+    "rloo": ("leave_one_out", "none"),
+    "opo": ("length_weighted", "none"),
+    "remax": ("greedy", "none"),
+    "gbpo_target": ("median", "std"),
+    "pass_at_k": ("second_best", "std"),
+    "maxrl": ("mean", "mean"),
+    "reinforce": ("none", "none"),
+}
+BASELINES = (
+    "mean",
+    "leave_one_out",
+    "length_weighted",
+    "median",
+    "second_best",
+    "greedy",
+    "none",
+)
+SCALES = ("none", "std", "batch_std", "mean")
+GROUPLESS = ("greedy", "none")
+DEFAULT_EPS = {"std": 1e-6, "batch_std": 1e-6, "mean": 1e-8, "none": 0.0}
+
+
+def group_advantage(
+    reward: torch.Tensor,
+    group_ids: torch.Tensor | None,
+    kind: str = "grpo",
+    *,
+    baseline: str | None = None,
+    scale: str | None = None,
+    std: str | None = None,
+    eps: float | None = None,
+    singleton: str | None = None,
+    lengths: torch.Tensor | None = None,
+    greedy_reward: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Advantage of every response in its prompt group: (reward - baseline) / scale.
+
+    `kind` names a preset of `baseline` and `scale`; either may be set on its own.
+
+        kind          baseline          scale   advantage of response i, group of size G
+        grpo          mean              std     (R_i - mean) / (std + eps)
+        dr_grpo       mean              none    R_i - mean
+        rloo          leave_one_out     none    R_i - mean of the others = (R_i - mean) G / (G - 1)
+        opo           length_weighted   none    R_i - sum_j n_j R_j / sum_j n_j
+        remax         greedy            none    R_i - reward of the greedy response
+        gbpo_target   median            std     (R_i - median) / (std + eps); divide by tau yourself
+        pass_at_k     second_best       std     best: (R_max - R_2nd) / (std + eps); others 0
+        maxrl         mean              mean    (R_i - mean) / (mean + eps); for rewards >= 0
+        reinforce     none              none    R_i
+
+    Args:
+        reward: (seqs,), float. One reward per response.
+        group_ids: (seqs,), int32 or int64. Prompt of each response: any integers, in any order.
+            May be None when baseline is "greedy" or "none", which do not look at groups.
+        kind: preset, one of the table.
+        baseline: None for the preset's, or "mean", "leave_one_out", "length_weighted", "median"
+            (0.5 quantile: an even group averages its two middle rewards), "second_best", "greedy",
+            "none".
+        scale: None for the preset's, or "none", "std" (of the group), "batch_std" (of all rewards
+            of this call; TRL `scale_rewards="batch"`), "mean" (of the group). A baseline without
+            groups takes "none" or "batch_std".
+        std: "sample" (divisor G - 1; the default, as in verl and TRL) or "population" (divisor G).
+        eps: added to the divisor. None: 1e-6 for a standard deviation (verl; TRL uses 1e-4), 1e-8
+            for a mean.
+        singleton: what a group of one gets. "reward" (default): baseline 0 and group scale 1, so
+            A = R / (1 + eps), or R unscaled: REINFORCE without a baseline, the convention of verl
+            for every one of these estimators. "zero": A = 0, the response does not train.
+        lengths: (seqs,), int. Response lengths n_j in tokens, only for "length_weighted". A group
+            of total length 0 uses its plain mean.
+        greedy_reward: (seqs,), float. Reward of the greedy response to the same prompt, only for
+            "greedy".
+
+    Returns:
+        advantage: (seqs,), float32 (float64 for float64 rewards). Detached.
+
+    Numerics:
+        Statistics accumulate in float64, two passes for a deviation; the result is rounded once.
+        A group of two or more equal rewards gets exactly 0 (found by comparison, because a rounded
+        mean over eps can leave 0.1). A NaN poisons its own group only; with "batch_std" every
+        group. Bitwise repeatable, whatever the number of threads. No rewards give no advantages.
+
+    Gradients and memory:
+        None: advantages are constants of the loss. O(seqs) extra memory, O(seqs) time (median and
+        second_best sort inside a group).
+
+    Raises:
+        ValueError: shapes, dtypes, unknown names, or an option that the choice would ignore.
+
+    Source:
+        verl `core_algos.py` (grpo, dr_grpo, rloo, opo, remax, pass@k) and TRL `grpo_trainer.py`
+        (batch scale): exact. GBPO target: bounded_ratio_rl `core_algos.py`: exact. maxrl:
+        reconstructed from third-party code, for binary rewards.
+    """
+    check_choice(OP, "kind", kind, KINDS)
+    baseline = KINDS[kind][0] if baseline is None else baseline
+    scale = KINDS[kind][1] if scale is None else scale
+    _check(reward, group_ids, baseline, scale, std, eps, singleton, lengths, greedy_reward)
+    grouped = baseline not in GROUPLESS
+    dtype = working_dtype(reward, greedy_reward)
+    run = select(OP, reward.device.type, dtype).run
+    with torch.no_grad():
+        out: torch.Tensor = run(
+            plain(reward, dtype),
+            plain(group_ids, torch.int64) if grouped else None,
+            baseline=baseline,
+            scale=scale,
+            sample_std=std != "population",
+            eps=DEFAULT_EPS[scale] if eps is None else float(eps),
+            singleton_reward=singleton != "zero",
+            lengths=plain(lengths, torch.int64),
+            greedy_reward=plain(greedy_reward, dtype),
+        )
+    return out
+
+
+def _check(
+    reward: torch.Tensor,
+    group_ids: torch.Tensor | None,
+    baseline: str,
+    scale: str,
+    std: str | None,
+    eps: float | None,
+    singleton: str | None,
+    lengths: torch.Tensor | None,
+    greedy_reward: torch.Tensor | None,
+) -> None:
+    check_choice(OP, "baseline", baseline, BASELINES)
+    check_choice(OP, "scale", scale, SCALES)
+    num_seqs, device = check_vector(OP, "reward", reward).shape[0], reward.device
+    rows = Rows(num_seqs, "reward", device)
+    if group_ids is None and baseline not in GROUPLESS:
+        want = f"given with baseline {baseline!r}"
+        raise refuse(OP, "group_ids", want, None, "Pass the prompt index of every response.")
+    check_optional(OP, "group_ids", group_ids, rows, INTS)
+    if baseline in GROUPLESS:
+        if scale not in ("none", "batch_std"):
+            want = f"'none' or 'batch_std' with baseline {baseline!r} (it has no groups)"
+            raise refuse(OP, "scale", want, repr(scale), "Choose a group baseline.")
+        check_unused(OP, f"baseline {baseline!r}", singleton=singleton)
+    if scale not in ("std", "batch_std"):
+        check_unused(OP, f"scale {scale!r}", std=std)
+    if scale == "none":
+        check_unused(OP, "scale 'none'", eps=eps)
+    if std is not None:
+        check_choice(OP, "std", std, ("sample", "population"))
+    if eps is not None:
+        check_number(OP, "eps", eps, 0.0)
+    if singleton is not None:
+        check_choice(OP, "singleton", singleton, ("reward", "zero"))
+    for name, value, owner, dtypes in (
+        ("lengths", lengths, "length_weighted", INTS),
+        ("greedy_reward", greedy_reward, "greedy", FLOATS),
+    ):
+        if baseline != owner:
+            check_unused(OP, f"baseline {baseline!r}", **{name: value})
+        elif value is None:
+            raise refuse(OP, name, f"given with baseline {owner!r}", None, "Pass one per response.")
+        else:
+            check_vector(OP, name, value, rows, dtypes)
+
+
+def _cpu(
+    reward: torch.Tensor,
+    group_ids: torch.Tensor | None,
+    *,
+    baseline: str,
+    scale: str,
+    sample_std: bool,
+    eps: float,
+    singleton_reward: bool,
+    lengths: torch.Tensor | None,
+    greedy_reward: torch.Tensor | None,
+) -> torch.Tensor:
+    module = native.module()
+    assert module is not None
+    out = torch.empty_like(reward)
+    module.group_advantage(
+        native.pointer(reward),
+        native.pointer(group_ids),
+        native.pointer(lengths),
+        native.pointer(greedy_reward),
+        native.pointer(out),
+        reward.shape[0],
+        BASELINES.index(baseline),
+        SCALES.index(scale),
+        int(sample_std),
+        eps,
+        singleton_reward,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_reference(OP, reference)

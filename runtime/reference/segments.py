@@ -1,0 +1,80 @@
+"""Packed sequences and groups in plain torch: index maps and the segmented reverse scan.
+
+Nothing here reads a value on the host, so the references that use it run on any device without a
+synchronisation. Sums go through `index_add`, which keeps a NaN inside its own segment.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+def sequence_index(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """(tokens,) int64: the sequence of every token; empty sequences are skipped."""
+    position = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].to(torch.int64), position, right=True)
+
+
+class Groups(NamedTuple):
+    """Rows sorted by group id; groups are numbered 0.. in that order."""
+
+    order: torch.Tensor  # (rows,) row at each sorted place
+    member: torch.Tensor  # (rows,) group number of each row
+    start: torch.Tensor  # (rows,) first sorted place of the row's group
+    size: torch.Tensor  # (rows,) size of the row's group
+
+
+def groups_of(group_ids: torch.Tensor, key: torch.Tensor | None = None) -> Groups:
+    """Sort rows by group, inside a group by `key` (by row number when None)."""
+    num_rows = group_ids.shape[0]
+    if key is None:
+        order = torch.argsort(group_ids, stable=True)
+    else:
+        by_key = torch.argsort(key, stable=True)
+        order = by_key[torch.argsort(group_ids[by_key], stable=True)]
+    ids = group_ids[order]
+    number = torch.zeros(num_rows, dtype=torch.int64, device=ids.device)
+    number[1:] = (ids[1:] != ids[:-1]).cumsum(0)
+    member = torch.empty_like(number).scatter_(0, order, number)
+    size = torch.zeros(num_rows, dtype=torch.int64, device=ids.device)
+    size.index_add_(0, member, torch.ones_like(member))
+    start = size.cumsum(0) - size
+    return Groups(order, member, start[member], size[member])
+
+
+def segment_sum(x: torch.Tensor, index: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """(num_segments,) sums of `x` by `index`."""
+    zero = torch.zeros(num_segments, dtype=x.dtype, device=x.device)
+    return zero.index_add(0, index, x)
+
+
+def next_valid(mask: torch.Tensor) -> torch.Tensor:
+    """(tokens,) int64: the nearest later place with mask true, or `tokens` when there is none."""
+    num_tokens = mask.shape[0]
+    place = torch.arange(num_tokens, device=mask.device)
+    here = torch.where(mask, place, num_tokens)
+    nearest = here.flip(0).cummin(0).values.flip(0)
+    return torch.cat([nearest[1:], nearest.new_full((min(num_tokens, 1),), num_tokens)])
+
+
+def reverse_scan(coef: torch.Tensor, inject: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """y[t] = inject[t] + coef[t] * y[t + 1] inside each sequence, y = 0 behind its end.
+
+    Doubling: after k rounds b[t] holds the recursion over 2^k places and a[t] the product of its
+    coefficients, so log2(tokens) rounds of elementwise work replace the token loop.
+
+    Args:
+        coef, inject: (tokens,).
+        end: (tokens,) int64. One past the last place of the token's sequence.
+    """
+    num_tokens = inject.shape[0]
+    place = torch.arange(num_tokens, device=inject.device)
+    a, b = coef, inject
+    zero = torch.zeros((), dtype=inject.dtype, device=inject.device)
+    step = 1
+    while step < num_tokens:
+        inside = place + step < end
+        b = b + torch.where(inside, a * b.roll(-step), zero)
+        a = torch.where(inside, a * a.roll(-step), zero)
+        step *= 2
+    return b
