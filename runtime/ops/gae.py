@@ -1,0 +1,146 @@
+"""`tokfuse.gae`: generalised advantage estimation over packed sequences, as one reverse scan."""
+
+import torch
+
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    Rows,
+    check_cu_seqlens,
+    check_number,
+    check_optional,
+    check_vector,
+    plain,
+    working_dtype,
+)
+from tokfuse.runtime.reference.gae import gae as reference
+
+OP = "gae"
+
+
+def gae(
+    reward: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+    finished: torch.Tensor | None = None,
+    length_adaptive_alpha: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation per packed sequence, and the critic's regression target.
+
+        delta_t = r_t + gamma V_t+1 - V_t,  A_t = delta_t + gamma lam A_t+1,  returns_t = A_t + V_t
+
+    where t+1 is the next token with mask true. A decoupled critic (VAPO: lam 1 for the value, less
+    for the policy) is two calls: take `advantage` from one and `returns` from the other, because
+    `returns` follows the lam of its own call.
+
+    Args:
+        reward: (tokens,), float. Reward of each token (an outcome reward sits on the last one).
+        value: (tokens,), float. Critic's value of the state in which the token was chosen.
+        cu_seqlens: (seqs + 1,), int32. Borders of the packed sequences; empty ones are allowed.
+        gamma: discount in [0, 1].
+        lam: decay in [0, 1], or (seqs,) float with one per sequence.
+        mask: (tokens,), bool. False tokens (tool output, padding) are skipped: the scan carries A
+            and V across them, their own reward and value are not read, and their outputs are 0.
+            None: all count.
+        finished: (seqs,), bool. False marks a response cut off by its window, whose value behind
+            the last token s_l is unknown: it is set to V(s_l-1), the extended GAE of T-PPO. True:
+            0. None: all finished.
+        length_adaptive_alpha: VAPO's lam_i = 1 - 1 / max(alpha n_i, 1), n_i = tokens of sequence i
+            with mask true. Takes the place of `lam`. None: use `lam`.
+
+    Returns:
+        advantage: (tokens,), float32 (float64 if an input is float64). Detached, not whitened.
+        returns: (tokens,), same. A + V.
+
+    Numerics:
+        The scan runs in float64 and is rounded once. NaN stays inside its sequence. Bitwise
+        repeatable, whatever the number of threads. No tokens give empty outputs.
+
+    Gradients and memory:
+        No gradients. Two (tokens,) outputs; inputs of other dtypes are converted first.
+
+    Raises:
+        ValueError: shapes, dtypes, ranges, a `cu_seqlens` that is not a prefix sum of the tokens
+            (read on CPU; on other devices only with TOKFUSE_CHECK=1).
+
+    Source:
+        GAE 1506.02438; skipping of masked tokens: verl `core_algos.py` (which also drops their
+        rewards): exact. Extended GAE: T-PPO 2506.15050, reconstructed from two agreeing sources.
+        Length-adaptive lam: VAPO 2504.05118, formula in NeMo-RL `advantage_estimator.py`: exact.
+    """
+    num_tokens = check_vector(OP, "reward", reward).shape[0]
+    device = reward.device
+    rows = Rows(num_tokens, "reward", device)
+    check_vector(OP, "value", value, rows)
+    num_seqs = check_cu_seqlens(OP, cu_seqlens, num_tokens, device)
+    check_optional(OP, "mask", mask, rows, BOOL)
+    seqs = Rows(num_seqs, "cu_seqlens", device)
+    check_optional(OP, "finished", finished, seqs, BOOL)
+    check_number(OP, "gamma", gamma, 0.0, 1.0)
+    if isinstance(lam, torch.Tensor):
+        check_vector(OP, "lam", lam, seqs)
+    else:
+        check_number(OP, "lam", lam, 0.0, 1.0)
+    if length_adaptive_alpha is not None:
+        check_number(OP, "length_adaptive_alpha", length_adaptive_alpha, 0.0, open_low=True)
+        if isinstance(lam, torch.Tensor) or lam != 1.0:
+            want = "left out with length_adaptive_alpha"
+            raise refuse(OP, "lam", want, "a tensor or number", "It would have no effect.")
+    dtype = working_dtype(reward, value)
+    run = select(OP, device.type, dtype).run
+    with torch.no_grad():
+        out: tuple[torch.Tensor, torch.Tensor] = run(
+            plain(reward, dtype),
+            plain(value, dtype),
+            plain(cu_seqlens),
+            gamma=float(gamma),
+            lam=plain(lam, dtype) if isinstance(lam, torch.Tensor) else float(lam),
+            length_adaptive_alpha=length_adaptive_alpha,
+            mask=plain(mask),
+            finished=plain(finished),
+        )
+    return out
+
+
+def _cpu(
+    reward: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float | torch.Tensor,
+    length_adaptive_alpha: float | None,
+    mask: torch.Tensor | None,
+    finished: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    module = native.module()
+    assert module is not None
+    advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
+    per_seq = lam if isinstance(lam, torch.Tensor) else None
+    module.gae(
+        native.pointer(reward),
+        native.pointer(value),
+        native.pointer(cu_seqlens),
+        native.pointer(mask),
+        native.pointer(finished),
+        native.pointer(per_seq),
+        native.pointer(advantage),
+        native.pointer(returns),
+        reward.shape[0],
+        cu_seqlens.shape[0] - 1,
+        gamma,
+        1.0 if isinstance(lam, torch.Tensor) else lam,
+        length_adaptive_alpha or 0.0,
+        torch.get_num_threads(),
+    )
+    return advantage, returns
+
+
+register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_reference(OP, reference)

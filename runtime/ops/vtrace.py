@@ -1,0 +1,157 @@
+"""`tokfuse.vtrace`: V-trace targets and the sequential doubly robust scan, as one reverse scan."""
+
+from typing import NamedTuple
+
+import torch
+
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    Rows,
+    check_cu_seqlens,
+    check_number,
+    check_optional,
+    check_vector,
+    plain,
+    working_dtype,
+)
+from tokfuse.runtime.reference.vtrace import vtrace as reference
+
+OP = "vtrace"
+
+
+class VTrace(NamedTuple):
+    """Result of `vtrace`; every field (tokens,), detached, 0 on masked tokens."""
+
+    target: torch.Tensor
+    advantage: torch.Tensor
+    rho: torch.Tensor
+
+
+def vtrace(
+    log_ratio: torch.Tensor,
+    reward: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    rho_bar: float | None = 1.0,
+    c_bar: float | None = 1.0,
+    mask: torch.Tensor | None = None,
+    finished: torch.Tensor | None = None,
+) -> VTrace:
+    """Off-policy value targets per packed sequence: V-trace, or doubly robust without clips.
+
+        rho_t = min(rho_bar, w_t),   c_t = lam min(c_bar, w_t),   w_t = exp(log_ratio_t)
+        target_t    = V_t + rho_t (r_t + gamma V_t+1 - V_t) + gamma c_t (target_t+1 - V_t+1)
+        advantage_t = r_t + gamma target_t+1 - V_t
+
+    With `rho_bar=None, c_bar=None` (and lam 1) the target is the sequential doubly robust estimate
+    V_t + w_t (r_t + gamma target_t+1 - V_t), unbiased for any V when the ratios are right. With
+    log_ratio 0 it is the discounted Monte-Carlo return whatever V is.
+
+    Args:
+        log_ratio: (tokens,), float, nats. Target minus behaviour log-probability of each token;
+            clamped to +-20.
+        reward: (tokens,), float. Reward of each token.
+        value: (tokens,), float. Critic's value of the state in which the token was chosen.
+        cu_seqlens: (seqs + 1,), int32. Borders of the packed sequences; empty ones are allowed.
+        gamma: discount in [0, 1].
+        lam: factor in [0, 1] on the trace c.
+        rho_bar, c_bar: absolute upper bounds > 0 on the ratio. None: no bound.
+        mask: (tokens,), bool. False tokens are skipped as in `gae`. None: all count.
+        finished: (seqs,), bool. False: the value behind the last token is that token's own value;
+            True: 0. None: all finished.
+
+    Returns:
+        VTrace(target, advantage, rho), each (tokens,) float32 (float64 if an input is float64).
+        `advantage` does not carry rho: an objective with a ratio brings its own; for IMPALA's
+        policy gradient multiply the two.
+
+    Numerics:
+        The scan runs in float64 and is rounded once; the native exp has relative error <= 1e-6. NaN
+        stays inside its sequence. Bitwise repeatable, whatever the number of threads.
+
+    Gradients and memory:
+        No gradients. Three (tokens,) outputs; inputs of other dtypes are converted first.
+
+    Raises:
+        ValueError: shapes, dtypes, ranges, a `cu_seqlens` that is not a prefix sum of the tokens.
+
+    Source:
+        V-trace: IMPALA 1802.01561, section 4. Doubly robust recursion: 1511.03722, equation 10.
+    """
+    num_tokens = check_vector(OP, "reward", reward).shape[0]
+    device = reward.device
+    rows = Rows(num_tokens, "reward", device)
+    check_vector(OP, "log_ratio", log_ratio, rows)
+    check_vector(OP, "value", value, rows)
+    num_seqs = check_cu_seqlens(OP, cu_seqlens, num_tokens, device)
+    check_optional(OP, "mask", mask, rows, BOOL)
+    seqs = Rows(num_seqs, "cu_seqlens", device)
+    check_optional(OP, "finished", finished, seqs, BOOL)
+    check_number(OP, "gamma", gamma, 0.0, 1.0)
+    check_number(OP, "lam", lam, 0.0, 1.0)
+    for name, bound in (("rho_bar", rho_bar), ("c_bar", c_bar)):
+        if bound is not None:
+            check_number(OP, name, bound, 0.0, open_low=True)
+    dtype = working_dtype(log_ratio, reward, value)
+    run = select(OP, device.type, dtype).run
+    with torch.no_grad():
+        return VTrace(
+            *run(
+                plain(log_ratio, dtype),
+                plain(reward, dtype),
+                plain(value, dtype),
+                plain(cu_seqlens),
+                gamma=float(gamma),
+                lam=float(lam),
+                rho_bar=rho_bar,
+                c_bar=c_bar,
+                mask=plain(mask),
+                finished=plain(finished),
+            )
+        )
+
+
+def _cpu(
+    log_ratio: torch.Tensor,
+    reward: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    rho_bar: float | None,
+    c_bar: float | None,
+    mask: torch.Tensor | None,
+    finished: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    module = native.module()
+    assert module is not None
+    target, advantage, rho = (torch.empty_like(reward) for _ in range(3))
+    module.vtrace(
+        native.pointer(log_ratio),
+        native.pointer(reward),
+        native.pointer(value),
+        native.pointer(cu_seqlens),
+        native.pointer(mask),
+        native.pointer(finished),
+        native.pointer(target),
+        native.pointer(advantage),
+        native.pointer(rho),
+        reward.shape[0],
+        cu_seqlens.shape[0] - 1,
+        gamma,
+        lam,
+        float("inf") if rho_bar is None else rho_bar,
+        float("inf") if c_bar is None else c_bar,
+        torch.get_num_threads(),
+    )
+    return target, advantage, rho
+
+
+register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_reference(OP, reference)
