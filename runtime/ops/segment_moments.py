@@ -1,0 +1,180 @@
+"""`tokfuse.segment_moments`: count, sum, sum of squares, minimum and maximum per segment."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    INTS,
+    Rows,
+    check_cu_seqlens,
+    check_optional,
+    check_vector,
+    may_read,
+    plain,
+    working_dtype,
+)
+from tokfuse.runtime.reference.segment_moments import segment_moments as reference
+from tokfuse.runtime.reference.segments import sequence_index
+
+OP = "segment_moments"
+
+
+class SegmentMoments(NamedTuple):
+    """Result of `segment_moments`; every field (segments,)."""
+
+    count: torch.Tensor  # type: ignore[assignment]  # tuple.count is not missed here
+    sum: torch.Tensor
+    sum_sq: torch.Tensor
+    min: torch.Tensor
+    max: torch.Tensor
+
+
+def segment_moments(
+    values: torch.Tensor,
+    segment_ids: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    num_segments: int | None = None,
+    mask: torch.Tensor | None = None,
+) -> SegmentMoments:
+    """Count, sum, sum of squares, minimum and maximum of each segment, in one read of the values.
+
+    Args:
+        values: (rows,), float.
+        segment_ids: (rows,), int32 or int64. Segment of each row, in [0, num_segments), unsorted.
+            The id of a masked row is not read.
+        cu_seqlens: (segments + 1,), int32. Borders of contiguous segments, instead of segment_ids.
+        num_segments: required with segment_ids: the shape of the result may not depend on the
+            values of a tensor.
+        mask: (rows,), bool. True = counts. None: all count.
+
+    Returns:
+        SegmentMoments(count int64, sum, sum_sq, min, max), each (segments,), float32 (float64 for
+        float64 values). An empty segment has count 0, sums 0, min +inf, max -inf.
+
+    Numerics:
+        Sums accumulate in float64 and are rounded once; bitwise repeatable, whatever the number of
+        threads. A NaN poisons its own segment. The variance sum_sq / n - mean^2 loses the digits of
+        (mean / deviation)^2: centre the values first, or pass float64, when the mean is large.
+
+    Gradients and memory:
+        Differentiable in `sum` and `sum_sq`; count, min and max are not. Saves the values. With ids
+        and at least 64 rows per segment, 8 tables of 40 bytes per segment.
+
+    Raises:
+        ValueError: shapes, dtypes, both or none of segment_ids and cu_seqlens, num_segments missing
+            or given with cu_seqlens, an id outside [0, num_segments) (read on CPU only).
+    """
+    num_rows = check_vector(OP, "values", values).shape[0]
+    rows = Rows(num_rows, "values", values.device)
+    if (segment_ids is None) == (cu_seqlens is None):
+        actual = "none" if segment_ids is None else "both"
+        raise refuse(OP, "segment_ids or cu_seqlens", "given, one of them", actual, "Pass one.")
+    check_optional(OP, "mask", mask, rows, BOOL)
+    if cu_seqlens is not None:
+        if num_segments is not None:
+            want = "left out with cu_seqlens"
+            raise refuse(OP, "num_segments", want, num_segments, "The borders say it.")
+        num_segments = check_cu_seqlens(OP, cu_seqlens, num_rows, values.device)
+    else:
+        check_vector(OP, "segment_ids", segment_ids, rows, INTS)
+        if not isinstance(num_segments, int) or num_segments < 0:
+            want = "an int >= 0, given with segment_ids"
+            raise refuse(OP, "num_segments", want, num_segments, "Pass the number of segments.")
+    dtype = working_dtype(values)
+    run = select(OP, values.device.type, dtype).run
+    x = values.to(dtype).contiguous()
+    return SegmentMoments(
+        *run(x, plain(segment_ids, torch.int64), plain(cu_seqlens), num_segments, plain(mask))
+    )
+
+
+def _check_ids(ids: torch.Tensor, num_segments: int, mask: torch.Tensor | None) -> None:
+    outside = (ids < 0) | (ids >= num_segments)
+    if mask is not None:
+        outside = outside & mask
+    if bool(outside.any()):
+        _refuse_id(ids, int(outside.to(torch.uint8).argmax()), num_segments)
+
+
+def _refuse_id(ids: torch.Tensor, row: int, num_segments: int) -> None:
+    want = f"in [0, num_segments) = [0, {num_segments})"
+    raise refuse(OP, "segment_ids", want, f"{int(ids[row])} at row {row}", "Mask rows without one.")
+
+
+def _reference(
+    values: torch.Tensor,
+    segment_ids: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    num_segments: int,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    if segment_ids is None:
+        assert cu_seqlens is not None
+        segment_ids = sequence_index(cu_seqlens, values.shape[0])
+    elif may_read(segment_ids):
+        _check_ids(segment_ids, num_segments, mask)
+    return reference(values, segment_ids, num_segments, mask=mask)
+
+
+class _Moments(torch.autograd.Function):
+    """Native forward; the gradient of the two sums is a gather."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: torch.Tensor,
+        segment_ids: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        num_segments: int,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        module = native.module()
+        assert module is not None
+        count = torch.empty(num_segments, dtype=torch.int64)
+        total, square, low, high = (values.new_empty(num_segments) for _ in range(4))
+        bad = module.segment_moments(
+            native.pointer(values),
+            values.dtype == torch.float64,
+            native.pointer(segment_ids),
+            native.pointer(cu_seqlens),
+            native.pointer(mask),
+            native.pointer(count),
+            native.pointer(total),
+            native.pointer(square),
+            native.pointer(low),
+            native.pointer(high),
+            values.shape[0],
+            num_segments,
+            torch.get_num_threads(),
+        )
+        if bad >= 0:
+            assert segment_ids is not None
+            _refuse_id(segment_ids, bad, num_segments)
+        ctx.save_for_backward(values, segment_ids, cu_seqlens, mask)
+        ctx.mark_non_differentiable(count, low, high)
+        return count, total, square, low, high
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        values, ids, cu_seqlens, mask = ctx.saved_tensors
+        _, grad_sum, grad_square, _, _ = grads
+        if ids is None:
+            ids = sequence_index(cu_seqlens, values.shape[0])
+        if mask is not None:
+            ids = torch.where(mask, ids, 0)
+        if ids.shape[0] == 0:
+            return torch.zeros_like(values), None, None, None, None
+        grad = grad_sum[ids] + 2.0 * values * grad_square[ids]
+        if mask is not None:
+            grad = torch.where(mask, grad, torch.zeros_like(grad))
+        return grad, None, None, None, None
+
+
+register_cpu(OP, _Moments.apply, frozenset({torch.float32, torch.float64}))
+register_reference(OP, _reference)

@@ -1,0 +1,121 @@
+"""`tokfuse.whiten`: masked whitening of a packed vector."""
+
+import torch
+
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    Rows,
+    check_number,
+    check_optional,
+    check_vector,
+    plain,
+    working_dtype,
+)
+from tokfuse.runtime.reference.whiten import whiten as reference
+
+OP = "whiten"
+
+
+def whiten(
+    x: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    mean: torch.Tensor | float | None = None,
+    var: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """Masked whitening: (x - mean) / sqrt(var + eps), var unbiased.
+
+    Args:
+        x: (tokens,), float. Usually advantages.
+        mask: (tokens,), bool. True = counts. None: all count.
+        shift_mean: False adds the mean back, so that only the spread changes.
+        eps: added to the variance, >= 0.
+        mean, var: statistics to use instead of this call's own, both or none: numbers or 0-dim
+            tensors. For batches split over devices, all-reduce the moments and pass them here.
+
+    Returns:
+        (tokens,), float32 (float64 for float64 input), detached; 0 where mask is false.
+
+    Numerics:
+        Statistics in float64 over fixed blocks, merged in order: bitwise repeatable, whatever the
+        number of threads. Equal values have variance exactly 0 and whiten to exactly 0 (to the mean
+        without the shift), as does a single one, whose unbiased variance does not exist. NaN under
+        a false mask is not read; under a true one it poisons the call.
+
+    Gradients and memory:
+        No gradients. One (tokens,) output; two reads and one write.
+
+    Raises:
+        ValueError: shapes, dtypes, eps, one of mean and var without the other.
+
+    Source:
+        verl `torch_functional.masked_whiten` (eps 1e-8, unbiased variance): exact, except that
+        masked outputs are 0 here.
+    """
+    num_tokens = check_vector(OP, "x", x).shape[0]
+    check_optional(OP, "mask", mask, Rows(num_tokens, "x", x.device), BOOL)
+    check_number(OP, "eps", eps, 0.0)
+    if (mean is None) != (var is None):
+        raise refuse(OP, "mean and var", "given together", "one of them", "Pass both or none.")
+    dtype = working_dtype(x)
+    run = select(OP, x.device.type, dtype).run
+    with torch.no_grad():
+        out: torch.Tensor = run(
+            plain(x, dtype),
+            mask=plain(mask),
+            shift_mean=shift_mean,
+            eps=float(eps),
+            mean=_statistic("mean", mean, x.device),
+            var=_statistic("var", var, x.device),
+        )
+    return out
+
+
+def _statistic(
+    name: str, value: torch.Tensor | float | None, device: torch.device
+) -> torch.Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0 or value.device != device:
+            actual = f"shape {tuple(value.shape)} on {value.device}"
+            raise refuse(OP, name, f"a number or a 0-dim tensor on {device}", actual, "Reduce it.")
+        return value.detach().double()
+    low = 0.0 if name == "var" else -torch.finfo(torch.float64).max
+    number = check_number(OP, name, value, low)
+    return torch.tensor(number, dtype=torch.float64, device=device)
+
+
+def _cpu(
+    x: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    shift_mean: bool,
+    eps: float,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+) -> torch.Tensor:
+    module = native.module()
+    assert module is not None
+    out = torch.empty_like(x)
+    module.whiten(
+        native.pointer(x),
+        native.pointer(mask),
+        native.pointer(mean),
+        native.pointer(var),
+        native.pointer(out),
+        x.shape[0],
+        shift_mean,
+        eps,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_reference(OP, reference)
