@@ -12,7 +12,22 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BackendUnavailable": "tokfuse.runtime.errors",
     "backend": "tokfuse.runtime.dispatch",
+    "Gamma": "tokfuse.runtime.objective",
+    "KL": "tokfuse.runtime.objective",
+    "LinearLogp": "tokfuse.runtime.objective",
+    "LinearRatio": "tokfuse.runtime.objective",
+    "LogClamp": "tokfuse.runtime.objective",
+    "Metrics": "tokfuse.runtime.metrics",
+    "NFT": "tokfuse.runtime.objective",
+    "Objective": "tokfuse.runtime.objective",
+    "PPOClip": "tokfuse.runtime.objective",
+    "PolicyLoss": "tokfuse.runtime.ops.policy_loss",
+    "Quadratic": "tokfuse.runtime.objective",
+    "SigmoidGate": "tokfuse.runtime.objective",
+    "StopGradClip": "tokfuse.runtime.objective",
+    "TargetRatio": "tokfuse.runtime.objective",
     "TokenStats": "tokfuse.runtime.ops.token_stats",
+    "policy_loss": "tokfuse.runtime.ops.policy_loss",
     "token_stats": "tokfuse.runtime.ops.token_stats",
 }
 

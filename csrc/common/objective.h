@@ -163,9 +163,9 @@ TOKFUSE_HD PolicyTerm policy_term(const ObjectiveParams& o, float log_ratio, flo
       break;
     }
     case Shape::kSigmoidGate: {
-      const float tau = a > 0.0f ? o.p[0] : o.p[1], s = sigmoid(tau * (r - 1.0f));
-      out.loss = -(4.0f / tau) * s * a;
-      out.d_log_ratio = -4.0f * s * (1.0f - s) * r * a;
+      const float tau = a > 0.0f ? o.p[0] : o.p[1], x = tau * (r - 1.0f);
+      out.loss = -(4.0f / tau) * sigmoid(x) * a;
+      out.d_log_ratio = -4.0f * sigmoid(x) * sigmoid(-x) * r * a;  // 1 - s would cancel
       break;
     }
     case Shape::kTargetRatio: {

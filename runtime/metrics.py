@@ -1,0 +1,64 @@
+"""Metric sums of a policy loss: numerators and denominators, mergeable across batches and ranks."""
+
+from dataclasses import dataclass
+
+import torch
+
+# Slots of the metric vector, shared with csrc/common/objective.h::Metric.
+SLOTS = (
+    "tokens", "all_tokens", "seqs", "loss", "masked", "clip_low", "clip_high", "dual_clip",
+    "kl_k1", "kl_k3", "ref_kl_k1", "ref_kl_k3", "ratio", "ratio_min", "ratio_max", "entropy",
+    "grad_rows",
+)  # fmt: skip
+SLOT = {name: i for i, name in enumerate(SLOTS)}
+_PER_TOKEN = ("clip_low", "clip_high", "dual_clip", "kl_k1", "kl_k3", "ratio", "grad_rows")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Sums over the valid tokens of one or more batches; nothing here has a gradient.
+
+    Attributes:
+        sums: (17,) float64, in the order of `SLOTS`: numerators of every metric, the counts that
+            divide them, and the extremes of the ratio. Add two `Metrics` to merge them; across ranks
+            all-reduce `sums` (SUM, with MIN / MAX for ratio_min / ratio_max).
+        absent: metrics whose input was not given (no entropy, no ref_logp).
+        sampler_kl_k3: sum over valid tokens of the k3 estimate of KL(sampler || old), or None.
+
+    `mean()` gives: clip_low, clip_high, dual_clip (fractions of valid tokens whose gradient the clip
+    removed, by side), kl_k1, kl_k3 (old against current policy), ref_kl_k1, ref_kl_k3 (current against
+    reference), sampler_kl_k3, ratio, ratio_min, ratio_max, entropy, masked (fraction of all tokens),
+    grad_rows (fraction of valid tokens whose final coefficient is not zero), loss, tokens, seqs.
+    """
+
+    sums: torch.Tensor
+    absent: frozenset[str] = frozenset()
+    sampler_kl_k3: torch.Tensor | None = None
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        sums = self.sums + other.sums
+        low, high = SLOT["ratio_min"], SLOT["ratio_max"]
+        sums[low] = torch.minimum(self.sums[low], other.sums[low])
+        sums[high] = torch.maximum(self.sums[high], other.sums[high])
+        sampler = None
+        if self.sampler_kl_k3 is not None and other.sampler_kl_k3 is not None:
+            sampler = self.sampler_kl_k3 + other.sampler_kl_k3
+        return Metrics(sums, self.absent | other.absent, sampler)
+
+    def __getitem__(self, name: str) -> float:
+        values = self.mean()
+        if name not in values:
+            raise KeyError(f"Metrics: no metric {name!r}; this batch has {', '.join(values)}.")
+        return values[name]
+
+    def mean(self) -> dict[str, float]:
+        """Every metric as a number; reads the device once. Without a valid token, fractions are 0."""
+        sums = dict(zip(SLOTS, self.sums.tolist(), strict=True))
+        tokens = max(sums["tokens"], 1.0)
+        names = [*_PER_TOKEN, "ref_kl_k1", "ref_kl_k3", "entropy"]
+        out = {name: sums[name] / tokens for name in names if name not in self.absent}
+        if self.sampler_kl_k3 is not None:
+            out["sampler_kl_k3"] = float(self.sampler_kl_k3) / tokens
+        out["ratio_min"], out["ratio_max"] = sums["ratio_min"], sums["ratio_max"]
+        out["masked"] = sums["masked"] / max(sums["all_tokens"], 1.0)
+        return out | {name: sums[name] for name in ("loss", "tokens", "seqs")}

@@ -1,0 +1,259 @@
+"""Policy objectives in plain torch: the specification, differentiable by autograd in logp and entropy."""
+
+from typing import NamedTuple
+
+import torch
+
+from tokfuse.runtime import objective as spec
+from tokfuse.runtime.metrics import SLOT, SLOTS
+from tokfuse.runtime.objective import Objective
+
+
+class PolicyInputs(NamedTuple):
+    """Per-token inputs of an objective, without gradient; None means the term is absent."""
+
+    old_logp: torch.Tensor
+    advantage: torch.Tensor
+    advantage_level: str = "token"
+    mask: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    signal: torch.Tensor | None = None
+    ref_logp: torch.Tensor | None = None
+    kl_weight: torch.Tensor | None = None
+    entropy_weight: torch.Tensor | None = None
+
+
+class Segments(NamedTuple):
+    """Sequence id of every token and valid tokens of every sequence."""
+
+    ids: torch.Tensor
+    counts: torch.Tensor
+
+    def mean(self, x: torch.Tensor, *, as_sum: bool = False) -> torch.Tensor:
+        """Per-sequence mean (or sum) of x, handed back to every token."""
+        total = torch.zeros_like(self.counts, dtype=x.dtype).index_add(0, self.ids, x)
+        if not as_sum:
+            total = total / self.counts.clamp(min=1)
+        return total[self.ids]
+
+
+def segments(inputs: PolicyInputs, keep: torch.Tensor) -> Segments:
+    """Tokens to sequences, by cu_seqlens; one sequence without it."""
+    tokens = keep.shape[0]
+    if inputs.cu_seqlens is None:
+        ids = torch.zeros(tokens, dtype=torch.int64, device=keep.device)
+        seqs = 1
+    else:
+        lengths = (inputs.cu_seqlens[1:] - inputs.cu_seqlens[:-1]).long()
+        seqs = lengths.shape[0]
+        index = torch.arange(seqs, device=keep.device)
+        ids = torch.repeat_interleave(index, lengths, output_size=tokens)
+    counts = torch.zeros(seqs, dtype=torch.int64, device=keep.device).index_add(0, ids, keep.long())
+    return Segments(ids, counts)
+
+
+def _clip(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return x.clamp(low, high)  # gradient 0 outside, 1 on the bounds
+
+
+def _straight_through(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient + (value - gradient).detach()
+
+
+def _bound_tokens(o: Objective, d: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    c = o.log_ratio_clamp
+    if isinstance(o.shape, spec.LogClamp):
+        e = min(o.shape.bound, c)
+        high = torch.where(a >= 0, e, c)
+        low = torch.where(a <= 0, -e, -c)
+        return torch.minimum(torch.maximum(d, low), high)
+    return _clip(d, -c, c)
+
+
+def _bound_level(o: Objective, d: torch.Tensor) -> torch.Tensor:
+    c = o.log_ratio_clamp
+    if isinstance(o.shape, spec.NFT):
+        return _clip(d, -c, min(c, o.shape.log_ratio_max))
+    return _clip(d, -c, c)
+
+
+def _flags(a: torch.Tensor, r: torch.Tensor, low: float, high: float) -> dict[str, torch.Tensor]:
+    return {"clip_low": (a < 0) & (r < low), "clip_high": (a > 0) & (r > high)}
+
+
+def _policy_term(
+    o: Objective, d: torch.Tensor, logp: torch.Tensor, a: torch.Tensor, signal: torch.Tensor | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss of each token, clip flags); d is the bounded log-ratio at the objective's level."""
+    shape, r = o.shape, d.exp()
+    if isinstance(shape, spec.LinearLogp):
+        return -a * logp, {}
+    if isinstance(shape, spec.LinearRatio | spec.LogClamp):
+        return -a * r, {}
+    if isinstance(shape, spec.PPOClip):
+        return _ppo_clip(shape, r, a)
+    if isinstance(shape, spec.StopGradClip):
+        low, high = shape.bounds
+        return -_clip(r, low, high).detach() * a * logp, _flags(a, r, low, high)
+    if isinstance(shape, spec.SigmoidGate):
+        tau = torch.where(a > 0, shape.tau_positive, shape.tau_negative).to(r.dtype)
+        return -(4 / tau) * torch.sigmoid(tau * (r - 1)) * a, {}
+    if isinstance(shape, spec.TargetRatio):
+        assert signal is not None
+        target = 1 - shape.low + (shape.low + shape.high) * torch.sigmoid(signal)
+        return (r - target).abs() * a.abs(), {}
+    if isinstance(shape, spec.Quadratic):
+        return -a * r + shape.penalty * (r - 1) ** 2, {}
+    if isinstance(shape, spec.NFT):
+        assert signal is not None
+        return _nft(shape, r, a, signal), {}
+    assert isinstance(shape, spec.Gamma)
+    k = torch.where(a >= 0, shape.k_positive, shape.k_negative)
+    lam = torch.where(a >= 0, shape.lam_positive, shape.lam_negative)
+    return -(lam + k * d - lam * r).exp().detach() * a * logp, {}
+
+
+def _ppo_clip(
+    shape: spec.PPOClip, r: torch.Tensor, a: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    low, high = shape.bounds
+    free = r if shape.cap is None else r.clamp(max=shape.cap)
+    clipped = _clip(r, low, high)
+    # The maximum of the two; equal (no clip) takes the first, whose gradient is -A r.
+    loss = torch.where(-a * free >= -a * clipped, -a * free, -a * clipped)
+    flags = _flags(a, r, low, high)
+    bound = min(shape.dual or spec.INF, shape.cap or spec.INF)
+    if shape.dual is not None:
+        loss = torch.where((a < 0) & (loss > -a * shape.dual), -a * shape.dual, loss)
+    flags["dual_clip"] = (a < 0) & (r > bound)
+    return loss, flags
+
+
+def _nft(
+    shape: spec.NFT, r: torch.Tensor, a: torch.Tensor, rate: torch.Tensor
+) -> torch.Tensor:
+    q = rate.clamp(shape.rate_min, shape.rate_max)
+    rest = (1 - q * r) / (1 - q)
+    positive = _straight_through(r.clamp(min=shape.positive_floor), r)
+    negative = _straight_through(rest.clamp(min=shape.negative_floor), rest)
+    argument = torch.where(a > 0, positive, torch.where(a < 0, negative, 1.0))
+    return -a.abs() * argument.log()
+
+
+def _kl_term(o: Objective, logp: torch.Tensor, ref: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    assert o.kl is not None
+    k = _clip(logp - ref, -o.kl.clamp, o.kl.clamp)
+    k3 = torch.expm1(-k) + k
+    match o.kl.estimator:
+        case "k1":
+            return k
+        case "k2":
+            return 0.5 * k * k
+        case "k3":
+            return k3
+        case "ratio_k3":
+            return _clip(d, -o.log_ratio_clamp, o.log_ratio_clamp).exp() * k3
+        case "k1_straight":
+            return _straight_through(k, 0.5 * k * k)
+        case "k3_straight":
+            return _straight_through(k3, 0.5 * k * k)
+    return k.abs()
+
+
+def forward(
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    inputs: PolicyInputs,
+    o: Objective,
+    inv_normalizer: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, token_loss detached, metric sums); inv_normalizer < 0 means this batch's own count."""
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    x = logp.to(dtype)
+    keep = torch.ones_like(x, dtype=torch.bool) if inputs.mask is None else inputs.mask
+
+    def vector(v: torch.Tensor | None, masked: float) -> torch.Tensor | None:
+        return None if v is None else torch.where(keep, v.detach().to(dtype), masked)
+
+    def required(v: torch.Tensor | None) -> torch.Tensor:
+        assert v is not None
+        return v
+
+    seg = segments(inputs, keep)
+    per_token = inputs.advantage_level == "token"
+    a = required(vector(inputs.advantage if per_token else inputs.advantage[seg.ids], 0.0))
+    x = torch.where(keep, x, 0.0)
+    raw = x - required(vector(inputs.old_logp, 0.0))
+    d = _bound_tokens(o, raw, a)
+    if o.level != "token":
+        mean = seg.mean(torch.where(keep, d, 0.0), as_sum=o.level == "sequence_sum")
+        d = mean if o.level != "sequence_token" else mean.detach() + x - x.detach()
+    d = _bound_level(o, d)
+
+    loss, flags = _policy_term(o, d, x, a, vector(inputs.signal, 0.0))
+    weight = vector(inputs.weight, 0.0)
+    loss = loss if weight is None else weight * loss
+    if o.kl is not None:
+        kl = _kl_term(o, x, required(vector(inputs.ref_logp, 0.0)), raw)
+        kl_weight = vector(inputs.kl_weight, 0.0)
+        loss = loss + o.kl.coef * (kl if kl_weight is None else kl_weight * kl)
+    h = None if entropy is None else torch.where(keep, entropy.to(dtype), 0.0)
+    if o.entropy_coef != 0.0:
+        h_weight = vector(inputs.entropy_weight, 0.0)
+        bonus = required(h) if h_weight is None else h_weight * required(h)
+        loss = loss - o.entropy_coef * bonus
+
+    agg = keep.to(dtype)
+    if o.aggregation == "seq_mean_token_mean":
+        agg = agg / seg.counts.clamp(min=1)[seg.ids]
+    count = (seg.counts > 0).sum() if o.counts_sequences else keep.sum()
+    if isinstance(inv_normalizer, float) and inv_normalizer < 0:
+        scale: float | torch.Tensor = torch.where(count > 0, 1.0 / count.clamp(min=1), 0.0)
+    else:
+        scale = inv_normalizer
+    token_loss = torch.where(keep, loss, 0.0) * agg * scale
+    total = token_loss.sum()
+    sums = _metric_sums(o, inputs, keep, seg, flags, raw, d, x, h, total)
+    return total, token_loss.detach(), sums
+
+
+def _metric_sums(
+    o: Objective,
+    inputs: PolicyInputs,
+    keep: torch.Tensor,
+    seg: Segments,
+    flags: dict[str, torch.Tensor],
+    raw: torch.Tensor,
+    d: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    loss: torch.Tensor,
+) -> torch.Tensor:
+    sums = torch.zeros(len(SLOTS), dtype=torch.float64, device=keep.device)
+    with torch.no_grad():
+        raw, ratio, weight = raw.double(), d.double().exp(), keep.double()
+
+        def put(name: str, value: torch.Tensor) -> None:
+            sums[SLOT[name]] = value.detach().double()
+
+        put("tokens", keep.sum())
+        put("all_tokens", torch.tensor(keep.shape[0]))
+        put("masked", (~keep).sum())
+        put("seqs", (seg.counts > 0).sum() if inputs.cu_seqlens is not None else torch.tensor(0))
+        put("loss", loss)
+        for name, flag in flags.items():
+            put(name, (flag & keep).sum())
+        put("kl_k1", -(weight * raw).sum())
+        put("kl_k3", (weight * (torch.expm1(raw) - raw)).sum())
+        if inputs.ref_logp is not None:
+            k = torch.where(keep, logp - inputs.ref_logp, 0.0).double()
+            put("ref_kl_k1", k.sum())
+            put("ref_kl_k3", (torch.expm1(-k) + k).sum())
+        put("ratio", (weight * ratio).sum())
+        inf = torch.tensor(float("inf"), dtype=torch.float64, device=keep.device)
+        put("ratio_min", torch.cat([torch.where(keep, ratio, inf), inf[None]]).min())
+        put("ratio_max", torch.cat([torch.where(keep, ratio, -inf), -inf[None]]).max())
+        if entropy is not None:
+            put("entropy", entropy.double().sum())
+    return sums
