@@ -1,4 +1,10 @@
-"""`python -m tokfuse bench OP`: rows for one op, all ops, or the table of errors."""
+"""`python -m tokfuse bench OP`: rows for one op or all ops, the table of errors, or the targets.
+
+OMP_WAIT_POLICY=passive python -m tokfuse bench policy_step --json rows.jsonl --md
+OMP_WAIT_POLICY=passive python -m tokfuse bench all --quick
+python -m tokfuse bench errors
+python -m tokfuse bench targets rows.jsonl
+"""
 
 import argparse
 import contextlib
@@ -21,6 +27,7 @@ from tokfuse.bench import (
     policy_step_hidden,
     report,
     runner,
+    targets,
     token_stats,
 )
 from tokfuse.bench.problem import Config
@@ -45,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name an op; `--list` shows them")
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.op == "targets":
+        return _judge(parser, options.files)
     machine.warn_about_waiting()
     if options.op == "errors":
         return errors.main(options)
@@ -89,6 +98,19 @@ def parse_shape(op: str, text: str, count: int) -> dict[str, int]:
     if len(parts) != count or not all(p.isdigit() and int(p) > 0 for p in parts):
         raise ValueError(f"bench: --shapes of {op} must be {'x'.join(names)}; got {text!r}.")
     return dict(zip(names, map(int, parts), strict=True))
+
+
+def _judge(parser: argparse.ArgumentParser, files: list[str]) -> int:
+    """Print the verdicts over rows read from files; 1 when one is missed or there is none."""
+    if not files:
+        parser.error("targets: name the files that --json wrote")
+    rows = []
+    for name in files:
+        with open(name, encoding="utf-8") as source:
+            rows += [Row.from_json(line) for line in source if line.strip()]
+    verdicts = targets.judge(rows)
+    print("\n".join(line for line, _ in verdicts) or "no row speaks about a target")
+    return int(not verdicts or not all(met for _, met in verdicts))
 
 
 def _run(
@@ -155,7 +177,8 @@ def _listing() -> str:
         summary = (module.__doc__ or "").splitlines()[0]
         lines.append(f"  {op:<20}{summary}")
         lines.append(f"  {'':<20}shapes {', '.join(module.SHAPES)}; {', '.join(module.DTYPES)}")
-    lines += ["  errors              every output and gradient against float64", "peers:"]
+    lines += ["  errors              every output and gradient against float64"]
+    lines += ["  targets             judge the rows of --json files against the targets", "peers:"]
     lines += [f"  {peer.name:<20}{peer.summary}" for peer in peers.KNOWN.values()]
     return "\n".join(lines)
 
@@ -168,10 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "op",
         nargs="?",
-        choices=[*CASES, "all", "errors"],
+        choices=[*CASES, "all", "errors", "targets"],
         metavar="OP",
-        help=f"one of {', '.join(CASES)}, all, errors",
+        help=f"one of {', '.join(CASES)}, all, errors, targets",
     )
+    parser.add_argument("files", nargs="*", help="for targets: files that --json wrote")
     parser.add_argument("--list", action="store_true", help="describe ops and peers, and stop")
     parser.add_argument("--peers", help="names joined by commas, all, or none")
     parser.add_argument(

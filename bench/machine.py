@@ -138,8 +138,8 @@ def _isa() -> str:
     module = native.module()
     if module is None:
         return "no native module"
-    isa = getattr(module, "isa", None)
-    return str(isa() if callable(isa) else isa or "")
+    isa = getattr(module, "active_isa", None)
+    return str(isa()) if callable(isa) else ""
 
 
 def _commit() -> str:

@@ -45,6 +45,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
         limits={"limit_native": lambda: _native_provider(native_name, call())},
         bounds=("native",),
         cold=False,
+        bounds_peers=False,
     )
 
 

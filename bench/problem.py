@@ -60,6 +60,7 @@ class Problem:
         bounds: names in `limits` that bound the work; the slowest of them is the row's limit.
         bytes_moved, bytes_formula, flops, flops_formula: the least this work must move and compute.
         cold: evict the caches before each call.
+        bounds_peers: False where `bounds` says nothing about the peers' own way.
     """
 
     config: Config
@@ -73,6 +74,7 @@ class Problem:
     flops: int = 0
     flops_formula: str = ""
     cold: bool = True
+    bounds_peers: bool = True
     _answer: Outputs | None = None
 
     def answer(self) -> Outputs:

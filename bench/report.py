@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokfuse.bench.row import ERROR_NAMES, Row
 
 HEADER = (
-    f"{'op':<19}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<15}{'provider':<19}"
+    f"{'op':<19}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<18}{'provider':<19}"
     f"{'backend':<18}{'status':<12}{'median':>10}{'x ours':>8}{'limit':>7}{'peak':>10}  max error"
 )
 
@@ -40,7 +40,7 @@ def line(row: Row) -> str:
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
     share = "-" if row.limit_share is None else f"{row.limit_share:.0%}"
     text = (
-        f"{row.op:<19}{row.shape:<17}{row.dtype:<9}{row.mode:<17}{row.variant:<15}"
+        f"{row.op:<19}{row.shape:<17}{row.dtype:<9}{row.mode:<17}{row.variant:<18}"
         f"{row.provider:<19}{row.backend:<18}{row.status:<12}{milliseconds(row.median_ms):>10}"
         f"{ratio:>8}{share:>7}{mebibytes(row.peak_extra_bytes):>10}  {worst_errors(row)}"
     )

@@ -158,6 +158,7 @@ def _row(
         values |= _timing(entry)
         if entry.role != "limit":
             values |= _against_ours(entry, live)
+        if entry.role == "ours" or (entry.role == "peer" and problem.bounds_peers):
             values |= _against_limit(problem, entry, probes)
     return Row(
         schema=SCHEMA_VERSION,

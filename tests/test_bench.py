@@ -10,7 +10,18 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 
-from tokfuse.bench import cli, errors, exact, machine, measure, peers, probes, report, runner
+from tokfuse.bench import (
+    cli,
+    errors,
+    exact,
+    machine,
+    measure,
+    peers,
+    probes,
+    report,
+    runner,
+    targets,
+)
 from tokfuse.bench.measure import ColdCache, Provider, interleave, percentile
 from tokfuse.bench.problem import Config, Problem, Unsupported, make_batch
 from tokfuse.bench.row import SCHEMA_VERSION, STATUSES, Row
@@ -323,6 +334,22 @@ def test_markdown_has_a_ratio_column_per_variant_of_ours() -> None:
     ]
     text = report.markdown(rows)
     assert "| / tokfuse_ | / tokfuse |" in text and "| 8.00 | 4.00 |" in text
+
+
+def test_targets_are_judged_against_the_faster_form(tmp_path, capsys) -> None:
+    case = replace(ROW, op="policy_step", mode="step", variant="entropy=0.01")
+    times = {"tokfuse_": 1.0, "tokfuse": 2.0, "torch_compile": 9.0, "torch_compile_f32": 6.5}
+    rows = [replace(case, provider=name, median_ms=value) for name, value in times.items()]
+    verdicts = targets.judge(rows)
+    assert [met for _, met in verdicts] == [True, True]
+    assert "torch_compile_f32 / tokfuse_ = 6.50 (at least 6)" in verdicts[0][0]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(row.to_json() for row in rows))
+    assert cli.main(["targets", str(path)]) == 0
+    slow = replace(rows[0], median_ms=4.0)  # a later row of the same case replaces the earlier
+    path.write_text("\n".join(row.to_json() for row in [*rows, slow]))
+    assert cli.main(["targets", str(path)]) == 1 and "MISS" in capsys.readouterr().out
+    assert targets.judge([replace(rows[0], status="fallback"), *rows[2:]]) == []
 
 
 def test_probes_run() -> None:
