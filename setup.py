@@ -1,15 +1,18 @@
 """Maps the repository's folders to the `tokfuse` packages and drives CMake for `tokfuse._native`.
 
 Environment:
-    TOKFUSE_STRICT_BUILD=1   a failed native build is an error (default: install without it, say so once)
+    TOKFUSE_STRICT_BUILD=1   a failed native build is an error (default: go on without it)
     TOKFUSE_CMAKE_ARGS="..." extra arguments for the CMake configure step
     MAX_JOBS=N               parallel compile jobs
 """
 
+import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,7 +21,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
-# Every package by hand: automatic discovery would publish `runtime`, `bench`, ... as top-level names.
+# Every package by hand: automatic discovery would publish `runtime`, `bench`, ... as top-level
+# names.
 PACKAGE_DIR = {
     "tokfuse": "api",
     "tokfuse.runtime": "runtime",
@@ -30,6 +34,22 @@ PACKAGE_DIR = {
     "tokfuse.bench": "bench",
 }
 
+# CMake caches what these select, so each combination gets a build folder of its own.
+BUILD_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CMAKE_GENERATOR",
+                  "TOKFUSE_CMAKE_ARGS", "TOKFUSE_CUDA")  # fmt: skip
+
+
+def native_build_dir() -> Path:
+    """A folder that outlives the build, so that an unchanged source file is compiled once."""
+    tools = [shutil.which(name) for name in ("c++", "nvcc", "cmake")]
+    settings = [
+        sys.base_prefix,
+        *map(str, tools),
+        *(os.environ.get(name, "") for name in BUILD_SETTINGS),
+    ]
+    key = hashlib.sha256("\0".join(settings).encode()).hexdigest()[:8]
+    return ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}"
+
 
 class CMakeBuild(build_ext):
     """Configures and builds `CMakeLists.txt`, and puts the module where setuptools expects it."""
@@ -37,10 +57,13 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             self._run_cmake(ext)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            self._remove_stale(ext)
             reason = f"tokfuse: the native module was not built ({error})."
             if os.environ.get("TOKFUSE_STRICT_BUILD", "0") not in ("", "0"):
-                raise SystemExit(f"{reason} TOKFUSE_STRICT_BUILD is set, so this is fatal.") from error
+                raise SystemExit(
+                    f"{reason} TOKFUSE_STRICT_BUILD is set, so it stops here."
+                ) from error
             print(
                 f"{reason} Installing without it: every op runs on the pure-torch reference. "
                 "`python -m tokfuse doctor` reports this; install g++ and cmake and reinstall.",
@@ -49,11 +72,17 @@ class CMakeBuild(build_ext):
             # `optional=True` swallows CompileError only.
             raise CompileError(reason) from error
 
+    def _remove_stale(self, ext: Extension) -> None:
+        """A module built from other sources must not stay in the tree, nor reach the wheel."""
+        name = ext.name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
+        (ROOT / PACKAGE_DIR["tokfuse"] / name).unlink(missing_ok=True)
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
     def _run_cmake(self, ext: Extension) -> None:
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir = native_build_dir()
         build_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -64,7 +93,7 @@ class CMakeBuild(build_ext):
             str(build_dir),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={Path(pybind11.get_cmake_dir()).resolve()}",
             f"-DTOKFUSE_OUTPUT_DIR={target.parent}",
             *shlex.split(os.environ.get("TOKFUSE_CMAKE_ARGS", "")),
         ]

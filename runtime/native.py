@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 
 import torch  # before _native: both then share torch's OpenMP runtime
@@ -15,10 +16,14 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("tokfuse._native"), None
     except ImportError as error:
-        return None, (
+        reason = (
             f"the native module is not available ({error}); "
             "install g++ and cmake, then reinstall tokfuse"
         )
+        # Once in a process, so that nobody takes the slow path for the fast one.
+        message = f"tokfuse runs on the pure-torch reference: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return None, reason
 
 
 def module() -> ModuleType | None:

@@ -1,0 +1,90 @@
+# `make demo` and `make test` are all that a fresh clone needs (Python 3.11+, g++, cmake).
+# Both create .venv, install the versions of constraints.txt, build the native module, and do
+# nothing twice. Settings: PYTHON (makes the environment), VENV (where it lives), ARGS (passed on).
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(abspath $(VENV))/bin
+
+export VENV
+export OMP_WAIT_POLICY ?= passive
+
+BOOTSTRAP := $(PYTHON) tools/bootstrap.py
+# A broken compiler must not pass the tests on the fall-back.
+STRICT := TOKFUSE_STRICT_BUILD=1
+PYTEST := $(BIN)/pytest
+
+.PHONY: help demo test test-all test-slow test-gpu test-packaging test-sanitize lint format bench \
+	doctor clean
+
+help:
+	@echo "make demo            train a small model with a fused policy loss (installs what it needs)"
+	@echo "make test            lint, then the tests"
+	@echo "make test-slow       long studies        make test-gpu        tests that need an NVIDIA GPU"
+	@echo "make test-packaging  every way to install, in clean environments"
+	@echo "make test-sanitize   the native module under ASan and UBSan"
+	@echo "make lint | format   ruff, clang-format, mypy"
+	@echo "make bench           the benchmark suite  make doctor         what is built and usable here"
+	@echo "make clean           remove what was built (keeps $(VENV))"
+
+demo:
+	@$(BOOTSTRAP) demo
+	@$(BIN)/python examples/train_grpo.py $(ARGS)
+
+test: lint
+	@$(STRICT) $(BOOTSTRAP) test
+	@$(PYTEST) -m "not slow and not gpu and not packaging_slow" $(ARGS)
+
+test-slow:
+	@$(STRICT) $(BOOTSTRAP) test demo
+	@$(PYTEST) -m "slow" $(ARGS)
+
+test-gpu:
+	@$(STRICT) $(BOOTSTRAP) test gpu
+	@$(PYTEST) -m "gpu" $(ARGS)
+
+test-packaging:
+	@$(STRICT) $(BOOTSTRAP) test lint
+	@$(PYTEST) -m "packaging or packaging_slow" $(ARGS)
+
+# A second build of the module, with sanitizers, that the tests load in place of the installed one.
+# Python itself does not free everything at exit, so leak detection is off.
+SANITIZERS := address,undefined
+test-sanitize:
+	@$(BOOTSTRAP) test
+	@cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DTOKFUSE_SANITIZE=$(SANITIZERS) \
+		-DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	@cmake --build build/sanitize -j
+	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		TOKFUSE_TEST_NATIVE=$$(echo build/sanitize/_native*.so) \
+		$(PYTEST) -m "not slow and not gpu and not packaging" $(ARGS)
+
+lint:
+	@$(BOOTSTRAP) --no-native lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort \
+		| xargs --no-run-if-empty $(BIN)/clang-format --dry-run -Werror
+	@$(BIN)/python tools/typing_tree.py
+	@$(BIN)/mypy
+
+format:
+	@$(BOOTSTRAP) --no-native lint
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+		| xargs --no-run-if-empty $(BIN)/clang-format -i
+
+bench:
+	@$(BOOTSTRAP) test bench
+	@$(BIN)/python -m tokfuse bench $(ARGS)
+
+doctor:
+	@$(BOOTSTRAP)
+	@$(BIN)/python -m tokfuse doctor $(ARGS)
+
+clean:
+	rm -rf build dist .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info
+	rm -f api/_native*.so

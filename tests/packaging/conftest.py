@@ -1,0 +1,104 @@
+"""A copy of the project, and clean virtual environments that borrow this one's packages.
+
+Nothing is downloaded: an environment gets a symbolic link to every installed package but `tokfuse`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK_BUILD = f"-DCMAKE_CXX_COMPILER_LAUNCHER={ROOT / 'tests/packaging/compile_quickly.sh'}"
+# Set by whoever runs the tests, and not meant for the builds under test.
+NOT_INHERITED = ("TOKFUSE_", "PYTHONPATH", "CXX", "LD_PRELOAD", "VENV", "MAKE")
+
+
+def project_files() -> list[str]:
+    """The files of a fresh clone plus new ones that git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [name for name in sorted(set(done.stdout.splitlines())) if (ROOT / name).is_file()]
+
+
+class CleanEnvironment:
+    """A virtual environment with this one's packages, without `tokfuse`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+        self.python = folder / "bin" / "python"
+        self.site = next((folder / "lib").glob("python3*")) / "site-packages"
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if not entry.name.startswith(("tokfuse", "__editable__")):
+                (self.site / entry.name).symlink_to(entry)
+
+    def run(
+        self, *arguments: str, cwd: Path | None = None, check: bool = True, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run this environment's python; `env` is added to a cleaned environment."""
+        base = {k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)}
+        done = subprocess.run(
+            [str(self.python), *arguments],
+            cwd=cwd or self.folder,
+            env={**base, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert not check or done.returncode == 0, done.stdout[-4000:]
+        return done
+
+    def pip(
+        self, command: str, *arguments: str, check: bool = True, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """`pip install` or `pip wheel` of the project, with nothing fetched."""
+        offline = ["--no-build-isolation", "--no-deps", "--no-index", "--verbose"]
+        env = {"TOKFUSE_CMAKE_ARGS": QUICK_BUILD, **env}
+        return self.run("-m", "pip", command, *offline, *arguments, check=check, **env)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project whose build folder is shared, so the native code is compiled once."""
+    return _copy(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture
+def own_source(tmp_path: Path) -> Path:
+    """A copy of the project that one test may change."""
+    return _copy(tmp_path / "own_source")
+
+
+def _copy(folder: Path) -> Path:
+    for name in project_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def new_environment(tmp_path: Path) -> Iterator[Callable[[], CleanEnvironment]]:
+    """Makes clean environments; they are removed after the test."""
+    made: list[CleanEnvironment] = []
+
+    def make() -> CleanEnvironment:
+        made.append(CleanEnvironment(tmp_path / f"env{len(made)}"))
+        return made[-1]
+
+    yield make
+    for environment in made:
+        shutil.rmtree(environment.folder)
+
+
+@pytest.fixture
+def environment(new_environment: Callable[[], CleanEnvironment]) -> CleanEnvironment:
+    return new_environment()

@@ -1,0 +1,158 @@
+"""Every way to install, each in a clean environment.
+
+The contract: whatever the way, `import tokfuse` works, the doctor tells the truth about the native
+module, and no folder of the repository becomes a top-level name.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.packaging
+
+FOLDERS = ("api", "runtime", "algorithms", "integrations", "triton_kernels", "bench", "tests")
+FALLBACK = "every op runs on the pure-torch reference"
+
+# Runs in the environment under test, from a folder that is not the repository.
+PROBE = f"""
+import importlib.util, json
+import tokfuse
+for name in tokfuse.__all__:
+    getattr(tokfuse, name)
+taken = [name for name in {FOLDERS!r} if importlib.util.find_spec(name) is not None]
+from tokfuse.runtime import doctor
+report = doctor.report()
+print(json.dumps(dict(report, taken=taken, file=tokfuse.__file__, text=doctor.render(report))))
+"""
+RUN_TWICE = """
+import torch, tokfuse
+for _ in range(2):
+    stats = tokfuse.token_stats(torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64))
+assert torch.allclose(stats.entropy, torch.full((3,), 8.0).log())
+"""
+
+
+def check_installed(environment, *, native: bool) -> dict[str, Any]:
+    """Import everything in the environment; the doctor's report, checked."""
+    report = json.loads(environment.run("-c", PROBE).stdout.splitlines()[-1])
+    assert report["taken"] == [], "folders became top-level names"
+    assert report["versions"]["tokfuse"]
+    assert report["native"]["built"] is native
+    assert ("native module  not available" in report["text"]) is not native
+    warned = environment.run("-c", RUN_TWICE).stdout.count(
+        "tokfuse runs on the pure-torch reference"
+    )
+    assert warned == (0 if native else 1), "the fall-back is said once"
+    rows = {(row["op"], row["backend"]): row for row in report["ops"]}
+    assert rows
+    for (_, backend), row in rows.items():
+        if backend == "reference":
+            assert row["usable"], row
+        if backend == "cpu" and row["devices"]:
+            assert row["usable"] is native, row
+            assert native or "not available" in row["why"]
+    return report
+
+
+def path_without(tool: str, folder: Path) -> str:
+    """A PATH with every program of this one but `tool`."""
+    folder.mkdir()
+    for directory in os.environ["PATH"].split(os.pathsep):
+        for program in Path(directory).iterdir() if Path(directory).is_dir() else ():
+            if program.name != tool and not (folder / program.name).is_symlink():
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sdist(source: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz"))
+
+
+def test_sdist_holds_everything_a_build_reads(sdist: Path, source: Path):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "api/py.typed"):
+        assert needed in names
+    csrc = {str(f.relative_to(source)) for f in (source / "csrc").rglob("*") if f.is_file()}
+    assert csrc and csrc <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Path):
+    """From the archive alone, with no CUDA compiler on PATH (the other tests keep it there)."""
+    environment.pip("install", str(sdist), PATH=path_without("nvcc", tmp_path / "bin"))
+    check_installed(environment, native=True)
+
+
+def test_wheel_contents(source: Path, environment, tmp_path: Path):
+    environment.pip("wheel", "--wheel-dir", str(tmp_path), str(source))
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"tokfuse"}
+    assert "tokfuse/py.typed" in names
+    assert "tokfuse/runtime/doctor.py" in names
+    assert any(name.startswith("tokfuse/_native") and name.endswith(".so") for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    installed = {name for name in names if name.endswith(".py")}
+    written = {
+        f"tokfuse/{file.relative_to(source)}".replace("tokfuse/api/", "tokfuse/")
+        for folder in FOLDERS
+        if folder != "tests"
+        for file in (source / folder).rglob("*.py")
+    }
+    assert written == installed, "a package is missing from PACKAGE_DIR of setup.py"
+
+
+def test_install_from_tree(source: Path, environment):
+    environment.pip("install", str(source))
+    check_installed(environment, native=True)
+
+
+def test_editable_install(source: Path, environment):
+    environment.pip("install", "--editable", str(source))
+    report = check_installed(environment, native=True)
+    assert report["file"] == str(source / "api" / "__init__.py")
+
+
+@pytest.mark.parametrize("broken", ["compiler", "cmake"])
+def test_fallback_without_a_working(broken, source: Path, environment, tmp_path: Path):
+    if broken == "compiler":
+        env = {"CXX": "/bin/false"}
+    else:
+        env = {"PATH": path_without("cmake", tmp_path / "bin")}
+    output = environment.pip("install", str(source), **env).stdout
+    assert output.count(FALLBACK) == 1, "the fall-back is said once"
+    check_installed(environment, native=False)
+
+
+def test_strict_build_is_fatal(source: Path, environment):
+    done = environment.pip(
+        "install", str(source), check=False, CXX="/bin/false", TOKFUSE_STRICT_BUILD="1"
+    )
+    assert done.returncode != 0
+    assert "TOKFUSE_STRICT_BUILD is set, so it stops here" in done.stdout
+    assert environment.run("-c", "import tokfuse", check=False).returncode != 0
+
+
+def test_failed_editable_build_removes_the_old_module(own_source: Path, environment):
+    """Calls with raw pointers must never reach a module built from other sources."""
+    name = subprocess.run(
+        [sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    old = own_source / "api" / f"_native{name}"
+    old.write_bytes(b"built from other sources")
+    environment.pip("install", "--editable", str(own_source), CXX="/bin/false")
+    assert not old.exists()
+    check_installed(environment, native=False)

@@ -1,0 +1,185 @@
+"""Brings the virtual environment up to date: `python3 tools/bootstrap.py [--no-native] GROUP...`.
+
+A GROUP is an optional-dependency table of pyproject.toml (`test`, `lint`, `demo`, ...). Creates the
+environment, installs the group at the versions of constraints.txt, and builds the native module by
+an editable install. Each step leaves a stamp with a hash of what it read, so a second run does
+nothing and a changed file redoes its step only. Standard library only: it runs before anything is
+installed.
+
+Environment:
+    VENV=PATH                     the virtual environment (default .venv)
+    TOKFUSE_STRICT_BUILD=1        a failed native build is an error
+    TOKFUSE_ALLOW_CUDA_WHEELS=1   see tools/no_cuda.py
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import no_cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "constraints.txt"
+# What the native module is made of: a change here rebuilds it.
+NATIVE_INPUTS = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc")
+# Settings that change what the compiler is given.
+NATIVE_ENVIRONMENT = (
+    "CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CMAKE_GENERATOR",
+    "TOKFUSE_CMAKE_ARGS", "TOKFUSE_CUDA",
+)  # fmt: skip
+
+
+def say(message: str) -> None:
+    print(f"tokfuse: {message}", flush=True)
+
+
+def requirements(group: str) -> tuple[list[str], list[str]]:
+    """The requirements of a group, and those of them that are installed without dependencies."""
+    import tomllib  # here, so that an older Python reaches the message in __main__
+
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = table["project"]
+    if group == "core":
+        return [*project["dependencies"], *table["build-system"]["requires"]], []
+    if group not in project["optional-dependencies"]:
+        known = ", ".join(sorted(project["optional-dependencies"]))
+        raise SystemExit(f"bootstrap: GROUP must be one of {known}; got {group!r}.")
+    without_dependencies = table["tool"]["tokfuse"]["no-dependencies"].get(group, [])
+    return project["optional-dependencies"][group], without_dependencies
+
+
+def pins() -> dict[str, str]:
+    """Package name -> its line in constraints.txt."""
+    lines = (line.split("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines())
+    return {line.split("==")[0]: line for line in lines if line}
+
+
+def pinned(wanted: Iterable[str]) -> list[str]:
+    """The exact requirement of each package; one that constraints.txt does not name is an error."""
+    table = pins()
+    names = [re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in wanted]
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise SystemExit(f"bootstrap: constraints.txt must pin {', '.join(missing)}.")
+    return [table[name] for name in names]
+
+
+def digest_of_files(inputs: Iterable[str], extra: str = "") -> str:
+    """A hash of files and folders, by relative name and content."""
+    total = hashlib.sha256(extra.encode())
+    for name in inputs:
+        path = ROOT / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                total.update(f"{file.relative_to(ROOT)}\0".encode())
+                total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+class Environment:
+    """One virtual environment and its stamps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+
+    def create(self) -> None:
+        if self.python.exists():
+            return
+        say(f"creating {self.folder}")
+        try:
+            subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                "tokfuse: `python3 -m venv` failed; install your system's package for it "
+                "(Debian and Ubuntu: python3-venv) and run the command again."
+            ) from error
+
+    def stamp(self, name: str) -> Path:
+        return self.folder / ".tokfuse" / name
+
+    def is_fresh(self, name: str, digest: str) -> bool:
+        stamp = self.stamp(name)
+        return stamp.is_file() and stamp.read_text() == digest
+
+    def mark(self, name: str, digest: str) -> None:
+        self.stamp(name).parent.mkdir(exist_ok=True)
+        self.stamp(name).write_text(digest)
+
+    def has(self, module: str) -> bool:
+        code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
+        return subprocess.run([str(self.python), "-c", code], cwd=self.folder).returncode == 0
+
+    def pip(self, *arguments: str) -> None:
+        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check"]
+        if not sys.stdout.isatty():
+            command += ["--quiet"]
+        try:
+            subprocess.run([*command, *arguments], check=True, cwd=ROOT)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"tokfuse: `pip install {' '.join(arguments)}` failed.") from error
+
+
+def install_group(environment: Environment, group: str) -> None:
+    """Install one group at its pinned versions, unless its stamp says that this was done."""
+    wanted, without_dependencies = requirements(group)
+    exact, exact_alone = pinned(wanted), pinned(without_dependencies)
+    digest = hashlib.sha256("\n".join([*exact, "--no-deps", *exact_alone]).encode()).hexdigest()
+    if environment.is_fresh(group, digest):
+        return
+    constraint = ["--constraint", str(CONSTRAINTS)]
+    if not environment.has("torch"):
+        no_cuda.check(str(environment.python), [*constraint, *exact])
+    names = ", ".join(requirement.split("==")[0] for requirement in [*exact, *exact_alone])
+    say(f"installing {group}: {names}")
+    environment.pip(*constraint, *exact)
+    if exact_alone:
+        environment.pip("--no-deps", *exact_alone)
+    environment.mark(group, digest)
+
+
+def build_native(environment: Environment) -> None:
+    """Editable install of the project, when something that the native module is made of changed."""
+    settings = "\n".join(f"{name}={os.environ.get(name, '')}" for name in NATIVE_ENVIRONMENT)
+    digest = digest_of_files(NATIVE_INPUTS, extra=settings)
+    if environment.is_fresh("native", digest) and environment.has("tokfuse._native"):
+        return
+    say("building the native module (C++)")
+    environment.stamp("native").unlink(missing_ok=True)
+    environment.pip("--no-build-isolation", "--no-deps", "--editable", ".")
+    if not environment.has("tokfuse._native"):
+        say(
+            "the native module was not built: every op runs on the pure-torch reference. "
+            "Install g++ and cmake and run the command again; "
+            "TOKFUSE_STRICT_BUILD=1 shows the compiler's error."
+        )
+        return  # no stamp: the next run tries again
+    environment.mark("native", digest)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools/bootstrap.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--no-native", action="store_true", help="install packages only")
+    parser.add_argument("groups", nargs="*", metavar="GROUP")
+    options = parser.parse_args(argv)
+    environment = Environment((ROOT / os.environ.get("VENV", ".venv")).absolute())
+    environment.create()
+    for group in ["core", *options.groups]:
+        install_group(environment, group)
+    if not options.no_native:
+        build_native(environment)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 11):  # noqa: UP036  an older Python gets as far as this line
+        raise SystemExit(
+            f"tokfuse: Python 3.11 or newer is needed; this is {sys.version.split()[0]}."
+        )
+    sys.exit(main(sys.argv[1:]))
