@@ -1,0 +1,359 @@
+"""`tokfuse.offpolicy_weights`: importance weights between two policies, and which rows to keep."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    INTS,
+    Rows,
+    check_choice,
+    check_cu_seqlens,
+    check_number,
+    check_optional,
+    check_unused,
+    check_vector,
+    plain,
+    working_dtype,
+)
+from tokfuse.runtime.reference.offpolicy_weights import offpolicy_weights as reference
+
+OP = "offpolicy_weights"
+LEVELS = ("token", "sequence", "geometric", "external")
+# Codes shared with csrc/cpu/packed_kernels.h; "snips" is "ips" with normalisation.
+MODES = ("ips", "truncate", "mask", "switch", "shrink", "subgaussian", "tempered", "keep")
+NORMALIZE = ("none", "batch", "group")
+STATISTICS = ("ratio", "k1", "k2", "k3")
+OVER = ("token", "sum", "mean", "max")
+MAX_RULES = 8
+# What each mode reads beside the ratio; every other number must be left out.
+READS = {"truncate": ("low", "high"), "mask": ("low", "high"), "switch": ("high",),
+         "shrink": ("lam",), "subgaussian": ("lam",), "tempered": ("power",)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """A test that a row must pass to be kept: low <= statistic <= high.
+
+    Args:
+        statistic: of the clamped log-ratio d = logp - behavior_logp: "ratio" exp(d), "k1" -d (the
+            sign of verl: bounds act on the inverse ratio), "k2" d^2 / 2, "k3" exp(d) - 1 - d.
+        over: "token" tests each row; "sum", "mean", "max" test that reduction over the row's
+            sequence and keep or drop it whole. The ratio of a sum or mean is exp(sum d), exp(mean
+            d).
+        low, high: bounds, at least one. None: no bound on that side.
+        negative_only: rows with advantage >= 0 pass whatever the statistic.
+    """
+
+    statistic: str
+    over: str = "token"
+    low: float | None = None
+    high: float | None = None
+    negative_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("KeepRule", "statistic", self.statistic, STATISTICS)
+        check_choice("KeepRule", "over", self.over, OVER)
+        if self.low is None and self.high is None:
+            raise refuse("KeepRule", "low or high", "given", None, "A rule without bounds is none.")
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if bound is not None:
+                check_number("KeepRule", name, bound, -1e30, 1e30)
+        _check_order("KeepRule", self.low, self.high)
+
+
+class OffPolicyWeights(NamedTuple):
+    """Result of `offpolicy_weights`, detached."""
+
+    weight: torch.Tensor
+    ess: torch.Tensor
+    kept_mask: torch.Tensor
+
+
+def offpolicy_weights(
+    logp: torch.Tensor | None,
+    behavior_logp: torch.Tensor | None = None,
+    *,
+    propensity: torch.Tensor | None = None,
+    level: str = "token",
+    mode: str = "ips",
+    low: float | None = None,
+    high: float | None = None,
+    lam: float | None = None,
+    power: float | None = None,
+    normalize: str | None = None,
+    rules: tuple[KeepRule, ...] = (),
+    cu_seqlens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    group_ids: torch.Tensor | None = None,
+    advantage: torch.Tensor | None = None,
+) -> OffPolicyWeights:
+    """Importance weights f(w) of logged rows, their effective sample size, and which rows to keep.
+
+    With d = clamp(logp - behavior_logp, +-20), n the valid tokens of a sequence:
+
+        level       w                            mode          f(w)
+        token       exp(d)                       ips           w
+        sequence    exp(clamp(sum d, +-20))      snips         w / mean(w)
+        geometric   exp(sum d / n)               truncate      min(max(w, low), high)
+        external    exp(d), one row a sample     mask          w, kept if low <= w <= high
+                                                 switch        w if w <= high else 0
+                                                 shrink        lam w / (w^2 + lam), <= sqrt(lam) / 2
+                                                 subgaussian   w / (1 - lam + lam w), <= 1 / lam
+                                                 tempered      w^power
+                                                 keep          1: only the rules act
+
+    Names in use elsewhere: TIS is "truncate" (token or sequence), token MIS / IcePop is "mask" at
+    level token, sequence MIS is "mask" at level sequence with high=3, Geo-RS is "keep" with
+    `KeepRule("ratio", "mean", 0.999, 1.001)`, OPSM is "keep" with `KeepRule("k1", "mean",
+    high=delta, negative_only=True)` and the advantages.
+
+    Args:
+        logp: (tokens,), float, nats. Log-probability under the policy being trained (or its
+            start-of-update copy). None with level "external": numerator 1, inverse propensity.
+        behavior_logp: (tokens,), float, nats. Under the policy that produced the data.
+        propensity: (tokens,), float in (0, 1]. Its probability instead of its logarithm. Exactly
+            one of the two.
+        level: unit of the weight, see the table; sequence weights are broadcast to their tokens.
+        mode: see the table.
+        low, high: absolute bounds on the ratio. "truncate" and "mask" need at least one, "switch"
+            needs high.
+        lam: shrinkage, > 0 for "shrink" (large: no shrinkage), in (0, 1] for "subgaussian".
+        power: exponent of "tempered", in (0, 4]. Biased; below 1 it flattens the weights.
+        normalize: divide by the mean weight over the units of this call ("batch") or of the prompt
+            group ("group", needs group_ids); "none". A unit is a kept row, or for the sequence
+            levels a sequence with a kept row. None: "none"; for "snips" "group" where group_ids are
+            given, else "batch". Batches split over devices: leave "none", all-reduce, divide.
+        rules: up to 8 `KeepRule`; a row must pass all. "sum", "mean", "max" need cu_seqlens.
+        cu_seqlens: (seqs + 1,), int32. Needed by the sequence levels, sequence rules, and by groups
+            (except level "external").
+        mask: (tokens,), bool. True = counts. None: all count.
+        group_ids: (seqs,), int. Prompt of each sequence (of each row for "external").
+        advantage: (tokens,), float. Only for rules with negative_only.
+
+    Returns:
+        weight: (tokens,), float32 (float64 if an input is float64); 0 where not kept. Detached.
+        ess: 0-dim. (sum w)^2 / sum w^2 over the units; 0 when there is none.
+        kept_mask: (tokens,), bool. mask, minus rows that "mask" or a rule dropped. The denominator
+            of the loss counts these rows: a dropped one that still counts biases the mean.
+            Rows that "switch" sets to 0 stay kept: there the direct model covers them.
+
+    Numerics:
+        Sequence sums in float64, the native exp within 1e-6 relative; rows exactly at a bound may
+        fall on either side of the float64 reference. A NaN row is kept, so that it shows, and
+        poisons its sequence at sequence levels, the batch or group when normalised. Bitwise
+        repeatable, whatever the number of threads. No rows: ess 0.
+
+    Gradients and memory:
+        No gradients. Two (tokens,) outputs; one pass, plus one when normalised.
+
+    Raises:
+        ValueError: shapes, dtypes, unknown names, missing bounds, an option that would be ignored.
+
+    Source:
+        TIS, MIS, geometric filter, k1/k2/k3 rejection, batch normalisation: verl rollout
+        correction; TRL and OpenRLHF defaults differ only in bounds: exact. OPSM: DeepSeek-V3.2 as
+        in TRL: exact. SNIPS, switch, shrinkage, sub-Gaussian: zr-obp `estimators.py`: exact.
+        tempered: analogue of policy-guided diffusion's tilted target.
+    """
+    mode, normalize = _resolve(mode, normalize, group_ids)
+    check_choice(OP, "level", level, LEVELS)
+    _check_numbers(mode, low=low, high=high, lam=lam, power=power)
+    target, behavior = _policies(logp, behavior_logp, propensity, level)
+    num_rows, device = behavior.shape[0], behavior.device
+    rows = Rows(num_rows, "the log-probabilities", device)
+    check_optional(OP, "mask", mask, rows, BOOL)
+    _check_rules(mode, rules, advantage, rows)
+    _check_layout(level, rules, normalize, cu_seqlens, group_ids, num_rows, device)
+    dtype = working_dtype(target, behavior)
+    run = select(OP, device.type, dtype).run
+    with torch.no_grad():
+        return OffPolicyWeights(
+            *run(
+                plain(target, dtype),
+                plain(behavior, dtype),
+                level=level,
+                mode=mode,
+                low=low,
+                high=high,
+                lam=lam,
+                power=power,
+                normalize=normalize,
+                rules=tuple(rules),
+                cu_seqlens=plain(cu_seqlens),
+                mask=plain(mask),
+                group_ids=plain(group_ids, torch.int64),
+                advantage=plain(advantage, dtype),
+            )
+        )
+
+
+def _resolve(mode: str, normalize: str | None, group_ids: object) -> tuple[str, str]:
+    """Mode without the "snips" alias, and a definite normalisation."""
+    check_choice(OP, "mode", mode, (*MODES, "snips"))
+    if normalize is not None:
+        check_choice(OP, "normalize", normalize, NORMALIZE)
+    if mode != "snips":
+        return mode, normalize or "none"
+    if normalize == "none":
+        want = "'batch' or 'group' with mode 'snips'"
+        raise refuse(OP, "normalize", want, repr(normalize), "Without it, snips is 'ips'.")
+    return "ips", normalize or ("batch" if group_ids is None else "group")
+
+
+def _check_order(op: str, low: float | None, high: float | None) -> None:
+    if low is not None and high is not None and low > high:
+        raise refuse(op, "low", f"<= high = {high:g}", low, "Swap them.")
+
+
+def _check_numbers(mode: str, **numbers: float | None) -> None:
+    reads = READS.get(mode, ())
+    unused = {name: value for name, value in numbers.items() if name not in reads}
+    check_unused(OP, f"mode {mode!r}", **unused)
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if reads and not given:
+        raise refuse(OP, " or ".join(reads), f"given with mode {mode!r}", None, "See the table.")
+    for name, value in given.items():
+        top = {"power": 4.0}.get(name, math.inf)
+        if mode == "subgaussian":
+            top = 1.0
+        check_number(OP, name, value, 0.0, top, open_low=name != "low")
+    _check_order(OP, numbers["low"], numbers["high"])
+
+
+def _policies(
+    logp: torch.Tensor | None,
+    behavior_logp: torch.Tensor | None,
+    propensity: torch.Tensor | None,
+    level: str,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    if (behavior_logp is None) == (propensity is None):
+        actual = "none" if propensity is None else "both"
+        want = "given, exactly one of them"
+        raise refuse(OP, "behavior_logp or propensity", want, actual, "Pass one.")
+    name = "behavior_logp" if propensity is None else "propensity"
+    behavior = check_vector(OP, name, behavior_logp if propensity is None else propensity)
+    if logp is None:
+        if level != "external":
+            want = f"given with level {level!r}"
+            raise refuse(OP, "logp", want, None, "Only level 'external' weighs by 1 / propensity.")
+    else:
+        check_vector(OP, "logp", logp, Rows(behavior.shape[0], name, behavior.device))
+    if propensity is not None:
+        behavior = behavior.detach().to(working_dtype(behavior)).log()
+    return logp, behavior
+
+
+def _check_rules(
+    mode: str,
+    rules: tuple[KeepRule, ...],
+    advantage: torch.Tensor | None,
+    rows: Rows,
+) -> None:
+    for rule in rules:
+        if not isinstance(rule, KeepRule):
+            raise TypeError(f"{OP}: rules must hold KeepRule; got {type(rule).__name__}.")
+    if len(rules) > MAX_RULES:
+        raise refuse(OP, "rules", f"at most {MAX_RULES}", len(rules), "Intersect the masks.")
+    if mode == "keep" and not rules:
+        raise refuse(OP, "rules", "given with mode 'keep'", "none", "Every weight would be 1.")
+    if any(rule.negative_only for rule in rules):
+        if advantage is None:
+            want = "given with a negative_only rule"
+            raise refuse(OP, "advantage", want, None, "Pass one per token.")
+        check_vector(OP, "advantage", advantage, rows)
+    else:
+        check_unused(OP, "rules without negative_only", advantage=advantage)
+
+
+def _check_layout(
+    level: str,
+    rules: tuple[KeepRule, ...],
+    normalize: str,
+    cu_seqlens: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    num_rows: int,
+    device: torch.device,
+) -> None:
+    if level == "external":
+        check_unused(OP, "level 'external'", cu_seqlens=cu_seqlens)
+    num_seqs = num_rows
+    if cu_seqlens is not None:
+        num_seqs = check_cu_seqlens(OP, cu_seqlens, num_rows, device)
+    else:
+        whole = any(rule.over != "token" for rule in rules) or level in ("sequence", "geometric")
+        if whole or (normalize == "group" and level != "external"):
+            user = f"level {level!r}" if not whole or not rules else "a sequence level or rule"
+            want = f"given with {user}"
+            raise refuse(OP, "cu_seqlens", want, None, "Pass the borders of the sequences.")
+    if normalize != "group":
+        check_unused(OP, f"normalize {normalize!r}", group_ids=group_ids)
+    elif group_ids is None:
+        raise refuse(OP, "group_ids", "given with normalize 'group'", None, "Pass prompt indices.")
+    else:
+        partner = "the rows" if level == "external" else "cu_seqlens"
+        check_vector(OP, "group_ids", group_ids, Rows(num_seqs, partner, device), INTS)
+
+
+def _cpu(
+    logp: torch.Tensor | None,
+    behavior: torch.Tensor,
+    *,
+    level: str,
+    mode: str,
+    low: float | None,
+    high: float | None,
+    lam: float | None,
+    power: float | None,
+    normalize: str,
+    rules: tuple[KeepRule, ...],
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    advantage: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    module = native.module()
+    assert module is not None
+    weight = torch.empty_like(behavior)
+    kept = torch.empty(behavior.shape[0], dtype=torch.bool)
+    packed_rules = [
+        (
+            STATISTICS.index(rule.statistic),
+            OVER.index(rule.over),
+            -math.inf if rule.low is None else rule.low,
+            math.inf if rule.high is None else rule.high,
+            rule.negative_only,
+        )
+        for rule in rules
+    ]
+    ess = module.offpolicy_weights(
+        native.pointer(logp),
+        native.pointer(behavior),
+        native.pointer(cu_seqlens),
+        native.pointer(mask),
+        native.pointer(group_ids),
+        native.pointer(advantage),
+        native.pointer(weight),
+        native.pointer(kept),
+        behavior.shape[0],
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        LEVELS.index(level),
+        MODES.index(mode),
+        -math.inf if low is None else low,
+        math.inf if high is None else high,
+        lam or power or 0.0,
+        NORMALIZE.index(normalize),
+        packed_rules,
+        torch.get_num_threads(),
+    )
+    return weight, torch.tensor(ess, dtype=torch.float32), kept
+
+
+register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_reference(OP, reference)
