@@ -1,6 +1,7 @@
 """What the ops must reach beside their peers, judged from rows of one machine.
 
-    python -m tokfuse bench policy_step --json rows.jsonl && python -m tokfuse bench targets rows.jsonl
+    python -m tokfuse bench policy_step --json rows.jsonl
+    python -m tokfuse bench targets rows.jsonl
 
 A target is judged for every shape, dtype and variant in the rows, against the faster of a peer's
 forms (in the input's dtype, or after .float()). Only rows with status "pass" count.
