@@ -105,7 +105,7 @@ class Inputs:
     def _named(self, grad: torch.Tensor) -> Outputs:
         if len(self.leaves) == 1:
             return {"grad_logits": grad}
-        return exact.through_head(grad, *self.leaves)
+        return exact.through_head(grad, self.leaves[0], self.leaves[1])
 
 
 def families(dtype: torch.dtype) -> Iterator[Inputs]:
@@ -225,7 +225,7 @@ def measure_errors(
     dtypes: list[str], peer_names: list[str], facts: dict[str, Any]
 ) -> Iterator[ErrorRow]:
     """One row per op, provider, dtype, family and output."""
-    kept = {key: str(facts[key]) for key in ("cpu_model", "isa", "torch", "commit")}
+    kept: dict[str, Any] = {key: str(facts[key]) for key in ("cpu_model", "isa", "torch", "commit")}
     for dtype in dtypes:
         for case in cases(getattr(torch, dtype), peer_names):
             row = partial(
@@ -264,9 +264,9 @@ def table(rows: list[ErrorRow], markdown: bool = False) -> str:
             cells[row.output] = max(cells.get(row.output, 0.0), value)
     heads = ["op", "provider", "dtype", "inputs", *ERROR_NAMES, "note"]
     out = [heads] + ([["---"] * len(heads)] if markdown else [])
-    for key, cells in lines.items():
+    for line_key, cells in lines.items():
         numbers = [f"{cells[n]:.1e}" if n in cells else "-" for n in ERROR_NAMES]
-        out.append([*key, *numbers, notes.get(key, "")])
+        out.append([*line_key, *numbers, notes.get(line_key, "")])
     if markdown:
         return "\n".join("| " + " | ".join(line) + " |" for line in out)
     widths = [max(len(line[i]) for line in out) for i in range(len(heads))]

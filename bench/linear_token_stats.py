@@ -100,7 +100,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
                 with torch.no_grad():
                     return function(data.hidden, data.weight, data.target)
 
-            return Provider(forward, note=note, **peers.provider_facts(name))
+            return peers.provider(name, forward, note=note)
         hidden = data.hidden.detach().requires_grad_()
         weight = data.weight.detach().requires_grad_()
 
@@ -118,6 +118,6 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
                 stats = {**stats, "grad_hidden": grads[0], "grad_weight": grads[1]}
             return stats
 
-        return Provider(both, note=note, **peers.provider_facts(name))
+        return peers.provider(name, both, note=note)
 
     return factory

@@ -119,6 +119,6 @@ def _peer_factory(name: str, config: Config) -> Factory:
             return {}
 
         note = "one log_softmax alone"
-        return Provider(run, calls=CALLS, note=note, **peers.provider_facts(name))
+        return peers.provider(name, run, calls=CALLS, note=note)
 
     return factory

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from tokfuse.bench.machine import version_of
-from tokfuse.bench.measure import Outputs
+from tokfuse.bench.measure import Outputs, Provider
 from tokfuse.bench.problem import CLIP, Batch, Unsupported
 
 StatsFn = Callable[[torch.Tensor, torch.Tensor], Outputs]
@@ -80,10 +80,11 @@ def choose(text: str | None, dtype: str) -> list[str]:
     return [name for name in KNOWN if name in wanted]
 
 
-def provider_facts(name: str) -> dict[str, str]:
-    """Backend and version columns of a peer's row."""
+def provider(name: str, run: Callable[[], Outputs], note: str = "", calls: int = 1) -> Provider:
+    """A peer's call, with the backend and version columns of its row."""
     peer = KNOWN[name]
-    return {"backend": peer.module, "version": version_of(peer.distribution)}
+    version = version_of(peer.distribution)
+    return Provider(run, backend=peer.module, version=version, note=note, calls=calls)
 
 
 def load(name: str, module: str) -> ModuleType:

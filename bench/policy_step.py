@@ -105,7 +105,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
                 return {}
 
             note = "forward and backward of another loss: no entropy, no ratio"
-            return Provider(cross_entropy, note=note, **peers.provider_facts(name))
+            return peers.provider(name, cross_entropy, note=note)
         stats_fn = peers.token_stats_fn(
             name, batch.num_seqs, everything=False, entropy_grad=data.entropy_coef != 0
         )
@@ -121,6 +121,6 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
             (grad,) = torch.autograd.grad(loss, leaf)
             return {"loss": loss, **stats, "grad_logits": grad}
 
-        return Provider(run, **peers.provider_facts(name))
+        return peers.provider(name, run)
 
     return factory

@@ -121,6 +121,6 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
             named = dict(zip(("grad_hidden", "grad_weight"), grads, strict=False))
             return {"loss": loss, **stats, **named}
 
-        return Provider(run, note=note, **peers.provider_facts(name))
+        return peers.provider(name, run, note=note)
 
     return factory

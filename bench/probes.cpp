@@ -1,4 +1,5 @@
-// What the machine can do at best: a plain read, a plain copy, and a bare exp sweep over data in L1.
+// What the machine can do at best: a plain read, a plain copy, and a bare exp sweep over data in
+// L1.
 //
 // Compiled at first use by bench/probes.py with -march=native; plain C functions, no torch.
 #include <omp.h>

@@ -46,8 +46,8 @@ def judge(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> list[tupl
             cases.setdefault(key, {})[row.provider] = row  # a later run replaces an earlier one
     verdicts = []
     for target in targets:
-        for key, found in cases.items():
-            if key[:3] != (target.op, target.mode, target.variant) or target.ours not in found:
+        for case, found in cases.items():
+            if case[:3] != (target.op, target.mode, target.variant) or target.ours not in found:
                 continue
             forms = [found[n] for n in (target.peer, f"{target.peer}_f32") if n in found]
             if not forms:
@@ -57,7 +57,7 @@ def judge(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> list[tupl
             met = times >= target.times
             verdicts.append(
                 (
-                    f"{'met ' if met else 'MISS'} {' '.join(key):<62} {peer.provider} / "
+                    f"{'met ' if met else 'MISS'} {' '.join(case):<62} {peer.provider} / "
                     f"{target.ours} = {times:.2f} (at least {target.times:g})",
                     met,
                 )

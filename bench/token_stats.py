@@ -103,7 +103,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
                 with torch.no_grad():
                     return function(data.logits, data.target)
 
-            return Provider(forward, note=note, **peers.provider_facts(name))
+            return peers.provider(name, forward, note=note)
         leaf = data.logits.detach().requires_grad_()
 
         def both() -> Outputs:
@@ -116,6 +116,6 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
             # without the entropy the gradient is of another function: nothing to compare with
             return {**stats, "grad_logits": grad} if "entropy" in stats else stats
 
-        return Provider(both, note=note, **peers.provider_facts(name))
+        return peers.provider(name, both, note=note)
 
     return factory
