@@ -22,12 +22,16 @@ _PUBLIC = {
     "Objective": "tokfuse.runtime.objective",
     "PPOClip": "tokfuse.runtime.objective",
     "PolicyLoss": "tokfuse.runtime.ops.policy_loss",
+    "PolicyStep": "tokfuse.runtime.ops.policy_step",
     "Quadratic": "tokfuse.runtime.objective",
     "SigmoidGate": "tokfuse.runtime.objective",
     "StopGradClip": "tokfuse.runtime.objective",
     "TargetRatio": "tokfuse.runtime.objective",
     "TokenStats": "tokfuse.runtime.ops.token_stats",
+    "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
     "policy_loss": "tokfuse.runtime.ops.policy_loss",
+    "policy_step": "tokfuse.runtime.ops.policy_step",
+    "policy_step_": "tokfuse.runtime.ops.policy_step",
     "token_stats": "tokfuse.runtime.ops.token_stats",
 }
 

@@ -43,7 +43,7 @@ inline DType dtype_of(int code) {
 
 // (logits, stride, dtype, tokens, vocab, target, mask, temperatures, temperature, softcap,
 // logit_scale,
-//  bias_logits, bias_stride, bias_scale, threads)
+//  bias_logits, bias_stride, bias_scale, threads, index, total)
 LogitsArgs logits_args(const pybind11::tuple& t);
 
 }  // namespace tokfuse

@@ -86,14 +86,17 @@ void policy_loss(const py::tuple& record) {
   TOKFUSE_CALL(policy_loss, o);
 }
 
-// Returns the first row whose target or temperature is out of range, before anything is written, or
-// -1.
-int64_t policy_step(const py::tuple& logits, const py::tuple& record, Address lse, Address sum_sq,
-                    Address top1, Address shift, Address inv_sum, Address grad_logits,
-                    int64_t grad_stride) {
+enum Phase { kPrepare = 1, kRows = 2, kMetrics = 4 };
+
+// One fused step, or its phases apart when the logits come in chunks: prepare once, rows for every
+// chunk, metrics once. Returns the first token whose target or temperature is out of range, before
+// anything is written, or -1 - n, with n the rows kept in `kept` (0 without it).
+int64_t policy_step(int phases, const py::tuple& logits, const py::tuple& record, Address lse,
+                    Address sum_sq, Address top1, Address shift, Address inv_sum,
+                    Address grad_logits, int64_t grad_stride, Address kept) {
   const LogitsArgs a = logits_args(logits);
   const ObjectiveArgs o = objective_args(record);
-  require(o.tokens == a.tokens, "logits and policy records must have the same tokens");
+  require(o.tokens == a.total, "logits and policy records must have the same tokens");
   require(o.params.level == Level::kToken, "policy_step fuses token-level objectives only");
   require(grad_stride >= a.vocab || a.tokens <= 1, "grad_stride must be >= vocab");
   for (Address p : {lse, sum_sq, top1, shift, inv_sum, grad_logits}) {
@@ -101,6 +104,9 @@ int64_t policy_step(const py::tuple& logits, const py::tuple& record, Address ls
   }
   require((o.logp != nullptr && o.entropy != nullptr) || o.tokens == 0,
           "logp and entropy receive the statistics and must not be null");
+  require(kept == 0 ||
+              (grad_logits == reinterpret_cast<Address>(a.logits) && a.dtype == DType::kFloat32),
+          "kept needs float32 logits overwritten by their gradient");
   TokenStatsOut out = {};
   out.logp = const_cast<float*>(o.logp);
   out.entropy = const_cast<float*>(o.entropy);
@@ -111,8 +117,15 @@ int64_t policy_step(const py::tuple& logits, const py::tuple& record, Address ls
   out.inv_sum = as<float>(inv_sum);
   py::gil_scoped_release release;
   const int64_t bad = TOKFUSE_CALL(first_bad_row, a);
-  if (bad < 0) TOKFUSE_CALL(policy_step, a, out, o, as<void>(grad_logits), grad_stride);
-  return bad;
+  if (bad >= 0) return bad;
+  int64_t n = 0;
+  if (phases & kPrepare) TOKFUSE_CALL(policy_prepare, o);
+  if (phases & kRows) {
+    TOKFUSE_CALL(policy_rows, a, out, o, as<void>(grad_logits), grad_stride);
+    if (kept != 0) n = TOKFUSE_CALL(keep_gradient_rows, a, o, as<int64_t>(kept));
+  }
+  if (phases & kMetrics) TOKFUSE_CALL(policy_metrics, o);
+  return -1 - n;
 }
 
 }  // namespace

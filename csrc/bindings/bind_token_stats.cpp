@@ -5,7 +5,7 @@ namespace py = pybind11;
 namespace tokfuse {
 
 LogitsArgs logits_args(const py::tuple& t) {
-  require(t.size() == 15, "logits record must have 15 fields");
+  require(t.size() == 17, "logits record must have 17 fields");
   LogitsArgs a;
   const Address logits = t[0].cast<Address>(), target = t[5].cast<Address>();
   a.logits = as<void>(logits);
@@ -23,6 +23,11 @@ LogitsArgs logits_args(const py::tuple& t) {
   a.bias_stride = t[12].cast<int64_t>();
   a.bias_scale = t[13].cast<float>();
   a.threads = t[14].cast<int>();
+  a.index = as<int64_t>(t[15].cast<Address>());
+  a.total = t[16].cast<int64_t>();
+  require(a.index != nullptr || a.tokens == 0 || a.total == a.tokens,
+          "total must equal tokens without an index");
+  require(a.total >= 0, "total must be >= 0");
   require(a.tokens >= 0 && a.vocab >= 1, "tokens must be >= 0 and vocab >= 1");
   require(a.stride >= 0 && a.bias_stride >= 0, "row strides must be >= 0");
   require(a.softcap >= 0.0f && a.logit_scale > 0.0f, "softcap must be >= 0, logit_scale > 0");
@@ -30,6 +35,9 @@ LogitsArgs logits_args(const py::tuple& t) {
   require_threads(a.threads);
   require_pointer(logits, a.tokens, "logits");
   require_pointer(target, a.tokens, "target");
+  for (int64_t i = 0; a.index != nullptr && i < a.tokens; i++) {
+    require(a.index[i] >= 0 && a.index[i] < a.total, "index out of range");
+  }
   return a;
 }
 

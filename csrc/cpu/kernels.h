@@ -17,7 +17,9 @@ struct LogitsArgs {
   const void* logits;         // (T, V)
   int64_t stride;             // elements between rows
   DType dtype;                //
-  int64_t tokens, vocab;      //
+  int64_t tokens, vocab;      // rows and columns of the logits
+  const int64_t* index;       // (rows) or null: logits row i belongs to token index[i]
+  int64_t total;              // T; equals tokens without an index
   const int64_t* target;      // (T)
   const uint8_t* mask;        // (T) or null: 0 = row is not read
   const float* temperatures;  // (T) or null
@@ -88,8 +90,12 @@ struct ObjectiveArgs {
   void token_stats_fwd(const LogitsArgs& args, const TokenStatsOut& out);                   \
   void token_stats_bwd(const LogitsArgs& args, const TokenStatsGrad& grad);                 \
   void policy_loss(const ObjectiveArgs& args);                                              \
-  void policy_step(const LogitsArgs& args, const TokenStatsOut& out,                        \
+  void policy_prepare(const ObjectiveArgs& args);                                           \
+  void policy_metrics(const ObjectiveArgs& args);                                           \
+  void policy_rows(const LogitsArgs& args, const TokenStatsOut& out,                        \
                    const ObjectiveArgs& objective, void* grad_logits, int64_t grad_stride); \
+  int64_t keep_gradient_rows(const LogitsArgs& args, const ObjectiveArgs& objective,        \
+                             int64_t* kept);                                                \
   }
 
 #if defined(__x86_64__)

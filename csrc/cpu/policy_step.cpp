@@ -15,30 +15,57 @@ void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
           int64_t grad_stride) {
   const Transform f = transform_of(a);
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(a))
-  for (int64_t t = 0; t < a.tokens; t++) {
-    const Row<T> row = row_of<T>(a, t);
+  for (int64_t i = 0; i < a.tokens; i++) {
+    const int64_t t = token_of(a, i);
+    const Row<T> row = row_of<T>(a, i);
     const float temperature = temperature_of(a, t), c = base2_scale(a, temperature);
     RowStats stats = {};
     if (!masked(a, t)) stats = row_forward<T, kTransform, false>(row, f, c);
     write_row(o, t, stats);
     token_objective_at(obj, t, o.logp[t], o.entropy[t]);
     row_backward<T, kTransform>(row, f, c, a.logit_scale / temperature, stats.shift, stats.inv_sum,
-                                static_cast<float>(stats.entropy), obj.d_logp[t], obj.d_entropy[t],
-                                grad + t * grad_stride);
+                                o.entropy[t], obj.d_logp[t], obj.d_entropy[t],
+                                grad + i * grad_stride);
   }
 }
 
 }  // namespace
 
-void policy_step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj, void* grad,
+void policy_prepare(const ObjectiveArgs& obj) { objective_prepare(obj); }
+
+void policy_metrics(const ObjectiveArgs& obj) { objective_metrics(obj); }
+
+void policy_rows(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj, void* grad,
                  int64_t grad_stride) {
-  objective_prepare(obj);
   by_dtype(a, [&](auto* tag) {
     using T = typename RemovePointer<decltype(tag)>::type;
     has_transform(a) ? step<T, true>(a, o, obj, static_cast<T*>(grad), grad_stride)
                      : step<T, false>(a, o, obj, static_cast<T*>(grad), grad_stride);
   });
-  objective_metrics(obj);
+}
+
+// Moves the float32 rows whose final coefficient is not zero to the front of the buffer and lists
+// their tokens in kept; returns their number n. Rows already in the first n stay, later ones fill
+// the holes: at most min(n, rows - n) row copies.
+int64_t keep_gradient_rows(const LogitsArgs& a, const ObjectiveArgs& obj, int64_t* kept) {
+  auto has_gradient = [&](int64_t i) {
+    const int64_t t = token_of(a, i);
+    return obj.d_logp[t] != 0.0f || obj.d_entropy[t] != 0.0f;
+  };
+  int64_t n = 0;
+  for (int64_t i = 0; i < a.tokens; i++) n += has_gradient(i);
+  float* rows = static_cast<float*>(const_cast<void*>(a.logits));
+  int64_t from = n;
+  for (int64_t i = 0; i < n; i++) {
+    if (has_gradient(i)) {
+      kept[i] = token_of(a, i);
+      continue;
+    }
+    while (!has_gradient(from)) from++;
+    memcpy(rows + i * a.stride, rows + from * a.stride, static_cast<size_t>(a.vocab) * 4);
+    kept[i] = token_of(a, from++);
+  }
+  return n;
 }
 
 }  // namespace TOKFUSE_ISA

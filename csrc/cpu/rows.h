@@ -325,11 +325,16 @@ static inline float base2_scale(const LogitsArgs& a, float temperature) {
   return static_cast<float>(scale / temperature / kLn2);
 }
 
+// The token that logits row i belongs to.
+static inline int64_t token_of(const LogitsArgs& a, int64_t i) {
+  return a.index != nullptr ? a.index[i] : i;
+}
+
 template <class T>
-static inline Row<T> row_of(const LogitsArgs& a, int64_t t) {
+static inline Row<T> row_of(const LogitsArgs& a, int64_t i) {
   const T* bias =
-      a.bias_logits == nullptr ? nullptr : static_cast<const T*>(a.bias_logits) + t * a.bias_stride;
-  return {static_cast<const T*>(a.logits) + t * a.stride, bias, a.vocab, a.target[t]};
+      a.bias_logits == nullptr ? nullptr : static_cast<const T*>(a.bias_logits) + i * a.bias_stride;
+  return {static_cast<const T*>(a.logits) + i * a.stride, bias, a.vocab, a.target[token_of(a, i)]};
 }
 
 static inline void write_row(const TokenStatsOut& o, int64_t t, const RowStats& r) {

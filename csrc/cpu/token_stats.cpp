@@ -15,7 +15,8 @@ void forward(const LogitsArgs& a, const TokenStatsOut& o) {
   const Transform f = transform_of(a);
   const RowStats zero = {};
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(a))
-  for (int64_t t = 0; t < a.tokens; t++) {
+  for (int64_t i = 0; i < a.tokens; i++) {
+    const int64_t t = token_of(a, i);
     if (masked(a, t)) {
       write_row(o, t, zero);
       if (o.second_logp != nullptr) o.second_logp[t] = 0.0f;
@@ -25,7 +26,7 @@ void forward(const LogitsArgs& a, const TokenStatsOut& o) {
     RowStats second;
     RowStats* wanted = o.second_logp != nullptr ? &second : nullptr;
     const float c2 = wanted != nullptr ? base2_scale(a, o.second_temperature) : 0.0f;
-    write_row(o, t, row_forward<T, kTransform, kMoments>(row_of<T>(a, t), f, c, wanted, c2));
+    write_row(o, t, row_forward<T, kTransform, kMoments>(row_of<T>(a, i), f, c, wanted, c2));
     if (wanted != nullptr) o.second_logp[t] = static_cast<float>(second.logp);
   }
 }
@@ -34,21 +35,23 @@ template <class T, bool kTransform>
 void backward(const LogitsArgs& a, const TokenStatsGrad& g) {
   const Transform f = transform_of(a);
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(a))
-  for (int64_t t = 0; t < a.tokens; t++) {
+  for (int64_t i = 0; i < a.tokens; i++) {
+    const int64_t t = token_of(a, i);
     const bool skip = masked(a, t);
     const float ga = skip || g.grad_logp == nullptr ? 0.0f : g.grad_logp[t];
     const float gh = skip || g.grad_entropy == nullptr ? 0.0f : g.grad_entropy[t];
     const float temperature = temperature_of(a, t);
-    row_backward<T, kTransform>(row_of<T>(a, t), f, base2_scale(a, temperature),
+    row_backward<T, kTransform>(row_of<T>(a, i), f, base2_scale(a, temperature),
                                 a.logit_scale / temperature, g.shift[t], g.inv_sum[t], g.entropy[t],
-                                ga, gh, static_cast<T*>(g.grad_logits) + t * g.grad_stride);
+                                ga, gh, static_cast<T*>(g.grad_logits) + i * g.grad_stride);
   }
 }
 
 }  // namespace
 
 int64_t first_bad_row(const LogitsArgs& a) {
-  for (int64_t t = 0; t < a.tokens; t++) {
+  for (int64_t i = 0; i < a.tokens; i++) {
+    const int64_t t = token_of(a, i);
     if (masked(a, t)) continue;
     const bool target_ok = a.target[t] >= 0 && a.target[t] < a.vocab;
     if (!target_ok || !(temperature_of(a, t) > 0.0f)) return t;

@@ -192,6 +192,8 @@ def native_logits_record(
         0 if bias is None else bias.stride(0),
         o.bias_scale,
         torch.get_num_threads(),
+        0,
+        logits.shape[0],
     )
     return record, (logits, target, mask, vector, bias)
 
@@ -219,10 +221,11 @@ def _cpu_backward(
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    out: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
     record, alive = native_logits_record(logits, target, LogitOptions(**options))
-    grad_logits = native.empty_like_rows(logits)
+    grad_logits = native.empty_like_rows(logits) if out is None else out
     ga = None if grad_logp is None else grad_logp.float().contiguous()
     gh = None if grad_entropy is None else grad_entropy.float().contiguous()
     module = native.module()

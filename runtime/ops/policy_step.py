@@ -1,0 +1,405 @@
+"""policy_step: loss and gradient of a policy objective in one go, from logits or from hidden states."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime import head as heads
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.metrics import SLOT, Metrics
+from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.ops import policy_loss as losses
+from tokfuse.runtime.ops import policy_step_hidden as hidden_step
+from tokfuse.runtime.ops import token_stats as stats_op
+from tokfuse.runtime.ops.policy_loss import Normalizer, PolicyTerms
+from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, hand_over, policy_terms
+from tokfuse.runtime.ops.token_stats import LogitOptions, TokenStats
+from tokfuse.runtime.reference import token_stats as reference
+from tokfuse.runtime.reference.policy_loss import PolicyInputs
+
+OP = "policy_step"
+
+
+@dataclass(frozen=True)
+class PolicyStep:
+    """What `policy_step` and `policy_step_` return."""
+
+    loss: torch.Tensor
+    """() float32, loss_sum / normalizer; `loss.backward()` hands out the gradients below."""
+    token_loss: torch.Tensor
+    """(tokens,) float32, the summands of `loss`; detached."""
+    loss_sum: torch.Tensor
+    """() float32, aggregated sum before the normaliser; detached."""
+    count: torch.Tensor
+    """() float64, this batch's own denominator: valid tokens, or sequences with a valid token."""
+    metrics: Metrics
+    stats: TokenStats
+    """Statistics of the current policy; detached."""
+    _gradients: dict[str, torch.Tensor | None]
+
+    # The last `loss.backward()` gives the gradients away: held here too, autograd would have to copy a
+    # (vocab, hidden) tensor into `weight.grad`. Read them before, or instead.
+
+    @property
+    def grad_logits(self) -> torch.Tensor | None:
+        """(tokens, vocab), d loss / d logits; None from hidden, or after the last backward."""
+        return self._gradients.get("logits")
+
+    @property
+    def grad_hidden(self) -> torch.Tensor | None:
+        """(tokens, hidden); None where hidden needs no gradient, or after the last backward."""
+        return self._gradients.get("hidden")
+
+    @property
+    def grad_weight(self) -> torch.Tensor | None:
+        """(vocab, hidden); None where weight needs no gradient, or after the last backward."""
+        return self._gradients.get("weight")
+
+    @property
+    def grad_bias(self) -> torch.Tensor | None:
+        """(vocab,); None where bias needs no gradient, or after the last backward."""
+        return self._gradients.get("bias")
+
+
+class StepTerms(NamedTuple):
+    """What a backend computes from one batch of logits."""
+
+    terms: PolicyTerms
+    stats: TokenStats
+    grad_logits: torch.Tensor
+
+
+def policy_step(
+    *,
+    logits: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    target: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantage: torch.Tensor,
+    objective: Objective,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: Normalizer = None,
+    ref_logp: torch.Tensor | None = None,
+    sampler_logp: torch.Tensor | None = None,
+    advantage_level: str = "token",
+    token_weight: torch.Tensor | None = None,
+    signal: torch.Tensor | None = None,
+    kl_weight: torch.Tensor | None = None,
+    entropy_weight: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget: int | None = None,
+) -> PolicyStep:
+    """Policy loss, its gradients, statistics and metrics; equal to the composition of the simple ops.
+
+    Same as `policy_loss(token_stats(logits, target).logp, ...)` with its autograd, or the same over
+    `linear_token_stats`; but the gradient is formed while the logits are at hand. `loss` is wired to
+    autograd: `step.loss.backward()`.
+
+    Args:
+        logits: (tokens, vocab); or leave it None and pass
+        hidden: (tokens, hidden) and
+        weight: (vocab, hidden), the lm_head, with
+        bias: (vocab,) or None. Same dtype and device.
+        target: (tokens,) int64, in [0, vocab) where mask is True.
+        token_weight: (tokens,) multiplies the policy term (`policy_loss` calls it weight).
+        temperature, softcap, logit_scale: as in `token_stats`.
+        memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
+        others: as in `policy_loss`; the entropy of an entropy bonus is the policy's own.
+
+    Returns:
+        PolicyStep. Gradients of `loss` (normaliser included) for the inputs that require grad; from
+        logits always.
+
+    Numerics: as `token_stats` and `policy_loss`; grad_weight accumulated in float32. Fused token-level
+        kernels equal the composition bitwise in loss and metrics. Rows with a zero final coefficient
+        (masked, zero advantage, active clip) get an exactly zero gradient without arithmetic.
+
+    Gradients and memory: from logits, one read and one write of (tokens, vocab) for token-level
+        objectives, one more read for sequence-level ones. From hidden, the workspace
+        `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
+        GEMM. The gradients are held until `loss.backward()` hands them over.
+
+    Raises:
+        ValueError: as `token_stats` and `policy_loss`; neither or both of logits and hidden.
+
+    Source: the fused gradient is softmax calculus, dz = c (onehot - p) / T - c_H p (log p + H) / T;
+        gradients in the forward as Fast-LLM's and Liger's heads. Exact.
+    """
+    inputs = PolicyInputs(
+        old_logp, advantage, advantage_level, mask, cu_seqlens,
+        token_weight, signal, ref_logp, kl_weight, entropy_weight,
+    )  # fmt: skip
+    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    if (logits is None) == (hidden is None):
+        given = "both" if logits is not None else "neither"
+        raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
+    if logits is not None:
+        if weight is not None or bias is not None:
+            raise refuse(OP, "weight and bias", "None with logits=", "a tensor",
+                         "They belong to hidden=.")  # fmt: skip
+        inverse = _check_step(OP, logits, target, options, inputs, objective, normalizer)
+        sampler_kl = losses.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
+        return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl)
+    assert hidden is not None
+    problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer)
+    sampler_kl = losses.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
+    out, gradients = hidden_step.apply(problem, inputs, objective, inverse)
+    return _result(out, inputs, objective, inverse, sampler_kl, gradients)
+
+
+def policy_step_(
+    logits: torch.Tensor,
+    *,
+    target: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantage: torch.Tensor,
+    objective: Objective,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: Normalizer = None,
+    ref_logp: torch.Tensor | None = None,
+    sampler_logp: torch.Tensor | None = None,
+    advantage_level: str = "token",
+    token_weight: torch.Tensor | None = None,
+    signal: torch.Tensor | None = None,
+    kl_weight: torch.Tensor | None = None,
+    entropy_weight: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> PolicyStep:
+    """`policy_step` from logits, with the gradient written over the caller's logits.
+
+    No second (tokens, vocab) buffer exists. `step.grad_logits` is the storage of `logits`;
+    `step.loss.backward()` passes it on. All checks run before anything is overwritten.
+
+    Args:
+        logits: (tokens, vocab), contiguous vocabulary, not overlapping rows; destroyed. A leaf that
+            requires grad is refused, as torch refuses in-place operations on it.
+        others: as in `policy_step`.
+
+    Raises:
+        ValueError: as `policy_step`; logits that cannot be written in place.
+    """
+    inputs = PolicyInputs(
+        old_logp, advantage, advantage_level, mask, cu_seqlens,
+        token_weight, signal, ref_logp, kl_weight, entropy_weight,
+    )  # fmt: skip
+    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    op = "policy_step_"
+    inverse = _check_step(op, logits, target, options, inputs, objective, normalizer)
+    _check_writable(op, logits)
+    sampler_kl = losses.sampler_mismatch(op, sampler_logp, inputs, old_logp)
+    return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl, True)
+
+
+def _check_writable(op: str, logits: torch.Tensor) -> None:
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1] or logits.stride(1) != 1:
+        raise refuse(op, "logits", "writable in place (contiguous vocabulary, rows apart)",
+                     f"strides {logits.stride()}", "Call policy_step instead.")  # fmt: skip
+    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise refuse(op, "logits", "no leaf that requires grad", "one",
+                     "Call policy_step instead, or detach the logits.")  # fmt: skip
+    if torch.compiler.is_compiling():
+        raise refuse(op, "logits", "outside torch.compile", "a traced tensor",
+                     "Call policy_step inside compiled code.")  # fmt: skip
+
+
+def _check_policy(
+    op: str, inputs: PolicyInputs, objective: Objective, tokens: int, device: torch.device,
+    normalizer: Normalizer,
+) -> float:  # fmt: skip
+    losses.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
+    return losses.inverse_normalizer(op, normalizer, objective)
+
+
+def _check_step(
+    op: str, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
+    inputs: PolicyInputs, objective: Objective, normalizer: Normalizer,
+) -> float:  # fmt: skip
+    stats_op.check_logits(op, logits, target, options)
+    return _check_policy(op, inputs, objective, logits.shape[0], logits.device, normalizer)
+
+
+def _result(
+    out: tuple[Any, ...], inputs: PolicyInputs, objective: Objective, inverse: float,
+    sampler_kl: torch.Tensor | None, gradients: dict[str, torch.Tensor | None],
+) -> PolicyStep:  # fmt: skip
+    loss, token_loss, sums, *stats = out
+    terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)
+    base = losses.finish(terms, inputs, objective, inverse, True, sampler_kl)
+    return PolicyStep(
+        loss, base.token_loss, base.loss_sum, base.count, base.metrics, TokenStats(*stats), gradients
+    )
+
+
+# --------------------------------------------------------------------------------------- from logits
+
+
+def _from_logits(
+    logits: torch.Tensor, target: torch.Tensor, options: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, sampler_kl: torch.Tensor | None, in_place: bool = False,
+) -> PolicyStep:  # fmt: skip
+    capability = select(OP, logits.device.type, logits.dtype, options.features())
+    if torch.compiler.is_compiling() and capability.backend != "reference":
+        out = _custom_op(logits, target, options, inputs, objective, inverse)
+        return _result(out[:8], inputs, objective, inverse, sampler_kl, {"logits": out[8]})
+    gradients: dict[str, torch.Tensor | None] = {}
+    out = _LogitsStep.apply(
+        logits, target, options, inputs, objective, inverse, capability.run, in_place, gradients
+    )
+    if in_place:
+        torch.autograd.graph.increment_version(logits)
+    return _result(out, inputs, objective, inverse, sampler_kl, gradients)
+
+
+class _LogitsStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
+        inputs: PolicyInputs, objective: Objective, inverse: float, run: Any, in_place: bool,
+        gradients: dict[str, torch.Tensor | None],
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        terms, stats, grad = run(logits, target, options, inputs, objective, inverse, in_place)
+        gradients["logits"] = grad
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(terms.token_loss, terms.sums, *stats)
+        return terms.loss, terms.token_loss, terms.sums, *stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        return (hand_over(ctx.gradients, grad_loss)["logits"],) + (None,) * 8
+
+
+def _reference_run(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, in_place: bool,
+) -> StepTerms:  # fmt: skip
+    with torch.enable_grad():
+        z = logits.detach().requires_grad_()
+        stats = TokenStats(*reference.forward(z, target, **o._asdict()))
+        terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
+        (grad,) = torch.autograd.grad(terms.loss, z, allow_unused=True, materialize_grads=True)
+    if in_place:
+        logits.detach().copy_(grad)
+        grad = logits.detach()
+    detached = TokenStats(*(x.detach() for x in stats))
+    return StepTerms(terms._replace(loss=terms.loss.detach()), detached, grad)
+
+
+def _cpu_run(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, in_place: bool,
+) -> StepTerms:  # fmt: skip
+    if objective.level != "token":
+        return _cpu_run_sequence(logits, target, o, inputs, objective, inverse, in_place)
+    tokens = logits.shape[0]
+    logits_record, alive = stats_op.native_logits_record(logits, target, o)
+    stats = [torch.empty(tokens, dtype=torch.float32) for _ in range(7)]
+    out = losses.native_outputs(tokens)
+    record, more = losses.native_record(stats[0], stats[1], inputs, objective, inverse, out)
+    grad = logits.detach() if in_place else native.empty_like_rows(logits)
+    module = native.module()
+    assert module is not None
+    bad = module.policy_step(
+        STEP_PHASES, logits_record, record, *[x.data_ptr() for x in stats[2:]],
+        grad.data_ptr(), grad.stride(0), 0,
+    )  # fmt: skip
+    del alive, more
+    if bad >= 0:
+        raise reference.bad_row(OP, bad, target, logits.shape[1], o.temperature)
+    return StepTerms(policy_terms(out), TokenStats(*stats[:5]), grad)
+
+
+def _cpu_run_sequence(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, in_place: bool,
+) -> StepTerms:  # fmt: skip
+    """A ratio of the whole sequence needs every logp of it before any gradient: three launches."""
+    *stats, shift, inv_sum = stats_op._cpu_forward(logits, target, **o._asdict())
+    terms = losses._cpu_run(stats[0], stats[1], inputs, objective, inverse)
+    grad = stats_op._cpu_backward(
+        logits, target, shift, inv_sum, stats[1], terms.d_logp, terms.d_entropy,
+        out=logits.detach() if in_place else None, **o._asdict(),
+    )  # fmt: skip
+    return StepTerms(terms, TokenStats(*stats), grad)
+
+
+register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
+register_reference(OP, _reference_run, "softcap")
+
+
+# -------------------------------------------------------------------------------------- torch.compile
+
+
+@torch.library.custom_op("tokfuse::policy_step", mutates_args=())
+def _policy_step_op(
+    logits: torch.Tensor, target: torch.Tensor,
+    temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
+    logit_scale: float, old_logp: torch.Tensor, advantage: torch.Tensor, advantage_level: str,
+    mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, weight: torch.Tensor | None,
+    signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
+    entropy_weight: torch.Tensor | None, objective_key: str, inverse: float,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+]:  # fmt: skip
+    options = LogitOptions(
+        scalar_temperature if temperature is None else temperature, softcap or None, logit_scale,
+        mask,
+    )  # fmt: skip
+    inputs = PolicyInputs(
+        old_logp, advantage, advantage_level, mask, cu_seqlens,
+        weight, signal, ref_logp, kl_weight, entropy_weight,
+    )  # fmt: skip
+    run = select(OP, logits.device.type, logits.dtype, options.features()).run
+    objective = losses.objective_of(objective_key)
+    terms, stats, grad = run(logits, target, options, inputs, objective, inverse, False)
+    return (terms.loss, terms.token_loss, terms.sums, *stats, grad)
+
+
+@_policy_step_op.register_fake
+def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    vectors = [logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(6)]
+    sums = logits.new_empty(len(SLOT), dtype=torch.float64)
+    loss = logits.new_empty((), dtype=torch.float32)
+    return (loss, vectors[0], sums, *vectors[1:], logits.new_empty(logits.shape))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(output[8])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _op_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    (grad,) = ctx.saved_tensors
+    return (grad * grad_loss.to(grad.dtype),) + (None,) * 17
+
+
+_policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _custom_op(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, i: PolicyInputs,
+    objective: Objective, inverse: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
+    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
+    out = _policy_step_op(
+        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, i.old_logp, i.advantage,
+        i.advantage_level, i.mask, i.cu_seqlens, i.weight, i.signal, i.ref_logp, i.kl_weight,
+        i.entropy_weight, losses.objective_key(objective), inverse,
+    )  # fmt: skip
+    return tuple(out)
+
+

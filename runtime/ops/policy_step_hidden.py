@@ -1,0 +1,195 @@
+"""policy_step from hidden states: the lm_head's GEMMs around the fused row kernels."""
+
+from typing import Any
+
+import torch
+
+from tokfuse.runtime import head as heads
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.head import GradientPool, Head, HeadGradients, HeadProblem
+from tokfuse.runtime.metrics import SLOT
+from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.ops import linear_token_stats as linear
+from tokfuse.runtime.ops import policy_loss as losses
+from tokfuse.runtime.ops.policy_loss import PolicyTerms
+from tokfuse.runtime.ops.token_stats import TokenStats
+from tokfuse.runtime.reference import linear_token_stats as linear_reference
+from tokfuse.runtime.reference import token_stats as stats_reference
+from tokfuse.runtime.reference.policy_loss import PolicyInputs
+
+OP = "policy_step_hidden"
+NAMES = ("hidden", "weight", "bias")
+PREPARE, ROWS, METRICS = 1, 2, 4  # phases of tokfuse._native.policy_step
+STEP_PHASES = PREPARE | ROWS | METRICS
+
+Gradients = dict[str, torch.Tensor | None]
+Step = tuple[PolicyTerms, TokenStats, list[torch.Tensor | None]]
+
+
+def apply(
+    problem: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> tuple[tuple[torch.Tensor, ...], Gradients]:
+    """((loss, token_loss, sums, *stats), gradients), wired to autograd."""
+    gradients: Gradients = {}
+    out = _HiddenStep.apply(
+        problem.hidden, problem.weight, problem.bias, problem, inputs, objective, inverse, gradients
+    )
+    return out, gradients
+
+
+def _keeps_graph() -> bool:
+    """True inside a backward that may run again (retain_graph=True)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def hand_over(gradients: Gradients, grad_loss: torch.Tensor) -> Gradients:
+    """The held gradients times grad_loss. In the last backward they are given away, not copied."""
+    if not any(x is not None for x in gradients.values()):
+        raise RuntimeError(
+            "policy_step: backward ran twice, and the first one handed the gradients over. "
+            "Pass retain_graph=True to the first backward."
+        )
+    last = not _keeps_graph()
+    # Reading the scalar costs no synchronisation on a CPU, and saves a pass over every gradient.
+    is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
+    out: Gradients = {}
+    for name, grad in gradients.items():
+        if grad is not None and not is_one:
+            grad = grad.mul_(grad_loss) if last else grad * grad_loss.to(grad.dtype)
+        elif grad is not None and not last:
+            grad = grad.clone()  # autograd may hand it to an optimizer that writes into it
+        out[name] = grad
+    if last:
+        gradients.update(dict.fromkeys(gradients))
+    return out
+
+
+class _HiddenStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        problem: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float,
+        gradients: Gradients,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        features = problem.options.features()
+        run = select(OP, hidden.device.type, hidden.dtype, features).run
+        terms, stats, grads = run(problem, inputs, objective, inverse)
+        gradients.update(zip(NAMES, grads, strict=True))
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(terms.token_loss, terms.sums, *stats)
+        return terms.loss, terms.token_loss, terms.sums, *stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        grads = hand_over(ctx.gradients, grad_loss)
+        return (*(grads[name] for name in NAMES),) + (None,) * 5
+
+
+def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
+    """Which of hidden, weight and bias ask for a gradient."""
+    bias = p.bias is not None and p.bias.requires_grad
+    return p.hidden.requires_grad, p.weight.requires_grad, bias
+
+
+def policy_terms(out: tuple[torch.Tensor, ...]) -> PolicyTerms:
+    """PolicyTerms from the native output vectors."""
+    token_loss, d_logp, d_entropy, sums, _ = out
+    return PolicyTerms(sums[SLOT["loss"]].to(torch.float32), token_loss, d_logp, d_entropy, sums)
+
+
+# ---------------------------------------------------------------------------------------- backends
+
+
+def _reference_run(
+    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> Step:
+    needs = wanted(p)
+    with torch.enable_grad():
+        leaves = [
+            None if x is None else x.detach().requires_grad_(need)
+            for x, need in zip((p.hidden, p.weight, p.bias), needs, strict=True)
+        ]
+        hidden, weight, bias = leaves
+        assert hidden is not None and weight is not None
+        logits = linear_reference.logits_of(hidden, weight, bias)
+        options = linear._reference_options(p.options)
+        stats = TokenStats(*stats_reference.forward(logits, p.target, **options))
+        terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
+        asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
+        found = iter(
+            torch.autograd.grad(terms.loss, asked, allow_unused=True, materialize_grads=True)
+            if asked
+            else ()
+        )
+    grads = [next(found) if need else None for need in needs]
+    detached = TokenStats(*(x.detach() for x in stats))
+    return terms._replace(loss=terms.loss.detach()), detached, grads
+
+
+def _cpu_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+    linear.check_targets("policy_step", p)
+    with torch.no_grad():
+        if objective.level != "token":
+            return _cpu_run_sequence(p, inputs, objective, inverse)
+        return _cpu_run_token(p, inputs, objective, inverse)
+
+
+def _cpu_run_token(
+    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> Step:
+    """Gradients in the forward: 2MHV for the logits, 4MHV for the rows that carry gradient."""
+    module = native.module()
+    assert module is not None
+    index = linear.row_index(p)
+    stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
+    out = losses.native_outputs(p.tokens)
+    for x in out[:3]:
+        x.zero_()  # masked rows enter no chunk
+    record, alive = losses.native_record(stats[0], stats[1], inputs, objective, inverse, out)
+    pointers = [x.data_ptr() for x in stats[2:]]
+    rows = heads.workspace_rows(p, max(1, index.shape[0]))
+    head = Head(p, rows)
+    gradients = HeadGradients(head, wanted(p))
+    pool = GradientPool(head, gradients)
+
+    def phase(which: int, logits: torch.Tensor, chunk: torch.Tensor, kept: int) -> int:
+        chunk_record, chunk_alive = linear.chunk_record(p, logits, chunk)
+        code: int = module.policy_step(
+            which, chunk_record, record, *pointers, logits.data_ptr(), logits.stride(0), kept
+        )
+        del chunk_alive
+        assert code < 0  # targets were checked before the first GEMM
+        return -1 - code
+
+    empty = index[:0]
+    phase(PREPARE, head.workspace[:0], empty, 0)
+    start = 0
+    while start < index.shape[0]:
+        stop = min(start + pool.free(), index.shape[0])
+        chunk = index[start:stop]
+        logits = head.workspace[pool.used : pool.used + chunk.shape[0]]
+        head.logits(head.rows_of_hidden(index, start, stop), logits)
+        pool.used += phase(ROWS, logits, chunk, pool.tokens[pool.used :].data_ptr())
+        start = stop
+    pool.flush()
+    phase(METRICS, head.workspace[:0], empty, 0)
+    del alive
+    return policy_terms(out), TokenStats(*stats[:5]), gradients.finish()
+
+
+def _cpu_run_sequence(
+    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> Step:
+    """A ratio of the whole sequence needs every logp of it first: statistics, then gradient rows."""
+    *stats, shift, inv_sum = linear._cpu_forward(p)
+    terms = losses._cpu_run(stats[0], stats[1], inputs, objective, inverse)
+    grads = linear._cpu_backward(
+        p, shift, inv_sum, stats[1], terms.d_logp, terms.d_entropy, wanted(p)
+    )
+    return terms, TokenStats(*stats), grads
+
+
+register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
+register_reference(OP, _reference_run, "softcap")
