@@ -1,0 +1,58 @@
+"""The task: one-digit sums from reasoning-gym's `chain_sum`, scored by the right answer alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+SHOTS = 2  # solved sums in front of each question
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt, and what is needed to score its completions."""
+
+    prompt: str
+    entry: dict[str, Any]
+
+
+class ChainSum:
+    """An endless, deterministic stream of sums: question `i` of a seed is always the same one."""
+
+    def __init__(self, seed: int) -> None:
+        import reasoning_gym
+
+        self.dataset = reasoning_gym.create_dataset(
+            "chain_sum",
+            min_terms=2,
+            max_terms=2,
+            min_digits=1,
+            max_digits=1,
+            # Entry i is drawn from seed + i, so neighbouring seeds would share all but one entry.
+            seed=seed * 10_000_000,
+            size=10_000_000,
+        )
+
+    def questions(self, start: int, count: int) -> list[Question]:
+        """Questions `start` to `start + count - 1`."""
+        return [self._question(index) for index in range(start, start + count)]
+
+    def _question(self, index: int) -> Question:
+        """`4 + 3 = 7`, `9 - 2 = 7`, then `5 + 8 =`: three neighbours, the last one unsolved."""
+        *solved, entry = (self.dataset[index * (SHOTS + 1) + i] for i in range(SHOTS + 1))
+        lines = [f"{e['metadata']['expression']} = {e['answer']}" for e in solved]
+        return Question("\n".join([*lines, f"{entry['metadata']['expression']} ="]), entry)
+
+    def score(self, text: str, question: Question) -> float:
+        """1.0 for the right number on the first line, else 0.0.
+
+        The data set gives part of the credit to "12" in place of "2"; here that is wrong.
+        """
+        answer = text.split("\n")[0].strip()
+        return float(self.dataset.score_answer(answer, question.entry) == 1.0)
+
+
+def kept_length(pieces: list[str]) -> int:
+    """How many of a completion's tokens count: up to and including the first with a newline."""
+    for index, piece in enumerate(pieces):
+        if "\n" in piece:
+            return index + 1
+    return len(pieces)
