@@ -38,6 +38,7 @@ CASES: dict[str, ModuleType] = {
     for module in (token_stats, policy_step, policy_step_hidden, linear_token_stats, overhead)
 }
 ROUNDS, QUICK_ROUNDS = 15, 3
+BUDGET_S = 120.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +134,13 @@ def _run(
                 print(report.line(row), flush=True)
 
         for module, config, names in plan:
-            settings = runner.Settings(rounds, facts, on_step=bar.set_postfix_str)
+            settings = runner.Settings(
+                rounds,
+                facts,
+                options.budget,
+                compare=not options.no_errors,
+                on_step=bar.set_postfix_str,
+            )
             runner.run_case(config, partial(module.build, config, names), settings, emit)
             bar.update()
     return rows
@@ -209,6 +216,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="float32,bfloat16,float16")
     parser.add_argument("--variant", help="only this variant of the op's cases")
     parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default {ROUNDS})")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        help=f"seconds of rounds per case; at least 3 rounds are made (default {BUDGET_S:g})",
+    )
+    parser.add_argument(
+        "--no-errors", action="store_true", help="skip float64, which is slow at large shapes"
+    )
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append rows as JSON lines, as they come")

@@ -15,6 +15,7 @@ from tokfuse.bench.machine import last_level_cache_bytes, status_bytes
 
 Outputs = dict[str, torch.Tensor]
 
+MIN_ROUNDS = 3
 CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
 
 
@@ -74,11 +75,12 @@ def interleave(
     providers: dict[str, Provider],
     rounds: int,
     cache: ColdCache,
+    budget_s: float = float("inf"),
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Time every provider once per round, round after round, so that noise hits all alike.
 
     The order rotates from round to round. A provider that raises leaves the rounds; its exception
-    is returned.
+    is returned. After `MIN_ROUNDS`, no round begins once `budget_s` seconds are spent.
 
     Returns:
         milliseconds per provider and round, and the exceptions by provider.
@@ -88,7 +90,10 @@ def interleave(
     names = list(providers)
     gc.collect()
     with _no_collection():
+        start = time.perf_counter()
         for i in range(rounds):
+            if i >= MIN_ROUNDS and time.perf_counter() - start > budget_s:
+                break
             shift = i % max(1, len(names))
             for name in names[shift:] + names[:shift]:
                 if name in failed:

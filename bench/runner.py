@@ -43,10 +43,12 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: rounds per provider, whether to compare with float64, facts for every row."""
+    """How to measure: rounds per provider and the seconds they may take, whether to compare with
+    float64 and to read peak memory, and the facts that go into every row."""
 
     rounds: int
     facts: dict[str, Any]
+    budget_s: float = float("inf")
     compare: bool = True
     peak: bool = True
     on_step: Callable[[str], None] = lambda text: None
@@ -88,6 +90,7 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
         {e.name: e.provider for e in live if e.provider is not None},
         settings.rounds,
         ColdCache(problem.cold),
+        settings.budget_s,
     )
     for entry in live:
         entry.times = times[entry.name]

@@ -124,6 +124,11 @@ def test_interleave_drops_a_provider_that_raises() -> None:
     assert calls == 2 and len(times["good"]) == 4 and str(failed["bad"]) == "second call"
 
 
+def test_interleave_stops_at_the_budget_with_three_rounds() -> None:
+    times, _ = interleave({"a": Provider(dict)}, 9, ColdCache(False), budget_s=0.0)
+    assert len(times["a"]) == 3
+
+
 def test_percentile_interpolates() -> None:
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([1.0, 2.0], 0.2) == pytest.approx(1.2)
@@ -421,6 +426,8 @@ def test_error_table_within_the_bounds(tmp_path, capsys: pytest.CaptureFixture[s
         if row["max_abs"] is None or row["family"] == "offset":
             continue
         bound = 2e-6 if row["output"].startswith("grad_") else 2e-5
+        if row["op"].startswith("policy_step"):
+            bound = 2.2e-5  # the ratio exp(logp - old_logp) carries the error of a float32 logp
         value = row["max_rel"] if row["output"].startswith("grad_") else row["max_abs"]
         assert float(value) <= bound, row
 
