@@ -131,8 +131,8 @@ class Head:
 
     def grad_hidden(self, dz: torch.Tensor) -> torch.Tensor:
         """(rows, hidden) = dz @ weight."""
-        if self.is_float32:
-            return torch.mm(dz, self.weight)
+        if self.is_float32:  # out=: autocast would compute torch.mm(dz, weight) in 16 bits
+            return torch.mm(dz, self.weight, out=torch.empty(dz.shape[0], self.weight.shape[1]))
         out = torch.zeros(dz.shape[0], self.weight.shape[1])
         for begin, end, tile in self._tiles():
             out.addmm_(dz[:, begin:end], tile)

@@ -109,7 +109,7 @@ class PPOClip(_Bounded):
     def __post_init__(self) -> None:
         self._check_bounds()
         if self.dual is not None:
-            _check(self, "dual", 1.0, open_low=True)
+            _check(self, "dual", max(1.0, self.bounds[0]), open_low=True)
         if self.cap is not None:
             _check(self, "cap", self.bounds[1], open_low=True)
 

@@ -72,7 +72,7 @@ ObjectiveArgs objective_args(const py::tuple& t) {
     require(o.cu_seqlens[i] >= 0 && o.cu_seqlens[i] <= o.cu_seqlens[i + 1],
             "cu_seqlens must be non-decreasing from 0");
   }
-  require(o.seqs == 0 || (o.cu_seqlens[0] == 0 && o.cu_seqlens[o.seqs] == o.tokens),
+  require(o.cu_seqlens == nullptr || (o.cu_seqlens[0] == 0 && o.cu_seqlens[o.seqs] == o.tokens),
           "cu_seqlens must start at 0 and end at tokens");
   return o;
 }

@@ -106,7 +106,7 @@ def _reference_run(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> Step:
     needs = wanted(p)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(p.hidden.device.type, enabled=False):
         leaves = [
             None if x is None else x.detach().requires_grad_(need)
             for x, need in zip((p.hidden, p.weight, p.bias), needs, strict=True)

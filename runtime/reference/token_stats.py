@@ -20,25 +20,16 @@ def transformed_logits(
 ) -> torch.Tensor:
     """(softcap(logit_scale z) - bias_scale b) / temperature, with -inf staying -inf."""
     z = logits.to(accumulation_dtype(logits.dtype)) * logit_scale
+    excluded = z == float("-inf")
     if softcap is not None:
-        excluded = z == float("-inf")
         capped = softcap * torch.tanh(torch.where(excluded, 0.0, z) / softcap)
         z = torch.where(excluded, float("-inf"), capped)
     if bias_logits is not None:
-        z = z - bias_scale * bias_logits.detach().to(z.dtype)
+        bias = bias_scale * bias_logits.detach().to(z.dtype)
+        z = torch.where(excluded, float("-inf"), z - torch.where(excluded, 0.0, bias))
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.to(z.dtype).unsqueeze(-1)
     return z / temperature
-
-
-def log_probs(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log p, p, lse) of each row; rows without any finite logit are treated as uniform there and
-    overwritten by the caller."""
-    dead = (u == float("-inf")).all(-1, keepdim=True)
-    u = torch.where(dead, 0.0, u)
-    lse = torch.logsumexp(u, dim=-1)
-    logp_all = u - lse.unsqueeze(-1)
-    return logp_all, logp_all.exp(), lse
 
 
 def check_values(
@@ -91,14 +82,22 @@ def forward(
     tokens, vocab = logits.shape
     if not torch.compiler.is_compiling():
         check_values("token_stats", target, vocab, mask, temperature)
+    keep = torch.ones(tokens, dtype=torch.bool, device=logits.device) if mask is None else mask
+    if mask is not None:  # before any arithmetic: 0 * NaN in a masked row would reach the gradient
+        logits = torch.where(keep.unsqueeze(-1), logits, 0.0)
+        if bias_logits is not None:
+            bias_logits = torch.where(keep.unsqueeze(-1), bias_logits, 0.0)
+        if isinstance(temperature, torch.Tensor):
+            temperature = torch.where(keep, temperature, 1.0)
     u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
-    keep = torch.ones(tokens, dtype=torch.bool, device=u.device) if mask is None else mask
-    u = torch.where(keep.unsqueeze(-1), u, 0.0)
     y = torch.where(keep, target, 0).unsqueeze(-1)
-    dead = (u == float("-inf")).all(-1)
-    logp_all, p, lse = log_probs(u)
+    dead = (u == float("-inf")).all(-1)  # no distribution: treated as uniform, overwritten below
+    u = torch.where(dead.unsqueeze(-1), 0.0, u)
+    lse = torch.logsumexp(u, dim=-1)
+    logp_all = torch.log_softmax(u, dim=-1)  # not u - lse, which loses digits at a large offset
+    p = logp_all.exp()
     u_y = u.gather(-1, y).squeeze(-1)
-    logp = u_y - lse
+    logp = logp_all.gather(-1, y).squeeze(-1)
     # 0 * -inf is NaN, forward and backward: an excluded logit gets log p = 0 before the product.
     finite = torch.where(logp_all == float("-inf"), 0.0, logp_all)
     entropy = -(p * finite).sum(-1)
