@@ -103,10 +103,11 @@ static inline bool has_nan(const float* u, int64_t n) {
 template <bool kMoments>
 TOKFUSE_BLOCK_LOOP static void sum_block(const float* __restrict u, int64_t n, float c, float shift,
                                          BlockSums* out) {
+  const float floor = opaque(kExponentFloor);
   float s = 0, sx = 0, s2 = 0, s2x = 0, s2xx = 0;
 #pragma omp simd reduction(+ : s, sx, s2, s2x, s2xx)
   for (int64_t j = 0; j < n; j++) {
-    const float x = clamp_exponent(u[j] * c - shift);
+    const float x = clamp_exponent(u[j] * c - shift, floor);
     const float e = exp2_simd(x), q = e * e;
     s += e;
     sx += e * x;
@@ -152,13 +153,14 @@ template <class T>
 TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
                                              const T* __restrict next, float* __restrict buffer,
                                              BlockSums* out) {
+  const float floor = opaque(kExponentFloor);
   float s = 0, sx = 0, s2 = 0, m = -kInf;
 #pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
   for (int64_t j = 0; j < kBlock; j++) {
     const float v = load(next, j);
     if (sizeof(T) != 4) buffer[j] = v;
     m = v > m ? v : m;
-    const float x = clamp_exponent(u[j] * c - shift);
+    const float x = clamp_exponent(u[j] * c - shift, floor);
     const float e = exp2_simd(x);
     s += e;
     sx += e * x;
@@ -274,6 +276,7 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
   const double ln_s = -::log(static_cast<double>(inv_sum));
   const float a0 = static_cast<float>(-scale * inv_sum * (ga + gh * (entropy - ln_s)));
   const float a1 = static_cast<float>(-scale * inv_sum * gh * kLn2);
+  const float floor = opaque(kExponentFloor);
   auto element = [&](int64_t j, float bonus) {
     float u = load(row.z, j), slope = 1.0f;
     if (kTransform) {
@@ -285,7 +288,7 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
       }
       if (row.bias != nullptr) u -= f.bias_scale * load(row.bias, j);
     }
-    const float x = clamp_exponent(u * c - shift);
+    const float x = clamp_exponent(u * c - shift, floor);
     return (exp2_simd(x) * (a0 + a1 * x) + bonus) * slope;
   };
   // The target's gradient is formed before its logit is overwritten, and rounded once.

@@ -35,9 +35,17 @@ static inline uint32_t bits_of(float value) {
   return bits;
 }
 
-// The clamp under which exp2_simd is exactly 0, so that a masked logit (-inf) has no weight at all
-// and 0 * x stays 0. NaN stays NaN.
-static inline float clamp_exponent(float x) { return x < -127.0f ? -127.0f : x; }
+// Hides a constant from the optimiser. Knowing the bound of clamp_exponent, g++ 12 splits the loop
+// body into a clamped and an unclamped arm and merges them with masks: 30% slower than one maximum.
+static inline float opaque(float value) {
+  asm("" : "+m"(value));
+  return value;
+}
+
+// Below -127 the exponential is exactly 0: a masked logit (-inf) has no weight at all, and 0 * x
+// stays 0. NaN stays NaN. `floor` is opaque(kExponentFloor).
+constexpr float kExponentFloor = -127.0f;
+static inline float clamp_exponent(float x, float floor) { return x < floor ? floor : x; }
 
 // 2^x for x in [-127, 127], relative error <= 1.8e-7, exactly 0 below -126.5. 11 vector
 // instructions.
