@@ -71,7 +71,7 @@ def _table(key: tuple[str, ...], group: list[Row]) -> str:
     heads = ["provider", "status", "median", "p20 - p80", *(f"/ {r.provider}" for r in ours)]
     heads += ["of limit", "peak extra", "max error", "note"]
     rows = [heads, ["---"] * len(heads)]
-    for row in group:
+    for row in sorted(group, key=lambda row: row.median_ms is None):  # what was timed comes first
         name = row.provider if row.role == "limit" else f"{row.provider} ({row.backend or '-'})"
         spread = "-"
         if row.p20_ms is not None:
