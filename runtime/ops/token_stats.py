@@ -1,7 +1,7 @@
 """token_stats: everything a loss needs from one read of the logits."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -9,6 +9,9 @@ from tokfuse.runtime import checks, native
 from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.reference import token_stats as reference
+
+if TYPE_CHECKING:
+    from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
 
 OP = "token_stats"
 
@@ -56,6 +59,34 @@ class Kernels(NamedTuple):
     backward: Callable[..., torch.Tensor] | None
 
 
+@overload
+def token_stats(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    bias_logits: torch.Tensor | None = ...,
+    bias_scale: float = ...,
+    second_temperature: None = ...,
+    moments: Literal[False] = ...,
+) -> TokenStats: ...
+
+
+@overload
+def token_stats(
+    logits: torch.Tensor, target: torch.Tensor, *, second_temperature: float, **options: Any
+) -> "ExtendedTokenStats": ...
+
+
+@overload
+def token_stats(
+    logits: torch.Tensor, target: torch.Tensor, *, moments: Literal[True], **options: Any
+) -> "ExtendedTokenStats": ...
+
+
 def token_stats(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -66,7 +97,9 @@ def token_stats(
     mask: torch.Tensor | None = None,
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
-) -> TokenStats:
+    second_temperature: float | None = None,
+    moments: bool = False,
+) -> "TokenStats | ExtendedTokenStats":
     """Log-prob, entropy, log-sum-exp, sum of squared probabilities and top-1 hit in one read.
 
     p = softmax(u / temperature) with u = softcap * tanh(logit_scale * logits / softcap), or
@@ -84,10 +117,15 @@ def token_stats(
         bias_logits: (tokens, vocab), same dtype and device as logits, not differentiated: logits of
             a bias model to subtract. None: nothing is subtracted.
         bias_scale: multiplies bias_logits.
+        second_temperature: > 0. Adds logp at this temperature in place of `temperature`, e.g. for a
+            sampler that reports log-probs at 1 and draws at 0.7. One more exp per element.
+        moments: adds sum p^2 log p and sum p^2 log^2 p, which the gradient norm of a loss with an
+            entropy bonus needs (`tokfuse.influence.logit_norms`).
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64
-        logits), nats.
+        logits), nats. With second_temperature or moments: ExtendedTokenStats, the same five and
+        second_logp, sum_p2_logp, sum_p2_logp2, where those that were not asked for are None.
 
     Numerics: float32 statistics whatever the input dtype; against float64, |error| <= 2e-5 in logp,
         entropy and lse for |logit| <= 100, gradients within 2e-6 of the row's largest entry.
@@ -95,9 +133,9 @@ def token_stats(
         contribute exactly 0. A row of only -inf gives logp = lse = -inf, entropy = sum_sq = 0 and a
         zero gradient. +inf or NaN poisons its own row only. Zero tokens give empty outputs.
 
-    Gradients and memory: logits receive the gradient of logp and entropy; lse, sum_sq and top1 are
-        detached. Saved: the logits and three (tokens,) vectors. The backward reads the logits once
-        and writes the gradient once; rows whose incoming gradients are both 0 are not read.
+    Gradients and memory: logits receive the gradient of logp and entropy; all others are detached.
+        Saved: the logits and three (tokens,) vectors. The backward reads the logits once and writes
+        the gradient once; rows whose incoming gradients are both 0 are not read.
 
     Raises:
         ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
@@ -108,6 +146,11 @@ def token_stats(
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
     check_logits(OP, logits, target, options)
+    if second_temperature is not None or moments:
+        from tokfuse.runtime.ops import extended_token_stats as extended
+
+        extras = extended.Extras(second_temperature, moments)
+        return extended.extended_token_stats(logits, target, options, extras)
     if torch.compiler.is_compiling() and _capability(logits, options).backend != "reference":
         return TokenStats(*_custom_op(logits, target, options)[:5])
     run = _capability(logits, options).run
@@ -256,7 +299,7 @@ class _TokenStatsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, run: Kernels
     ) -> tuple[torch.Tensor, ...]:
-        logp, entropy, lse, sum_sq, top1, shift, inv_sum = run.forward(
+        logp, entropy, lse, sum_sq, top1, shift, inv_sum, *extras = run.forward(
             logits, target, **o._asdict()
         )
         tensors = (o.temperature if isinstance(o.temperature, torch.Tensor) else None,
@@ -266,8 +309,8 @@ class _TokenStatsFunction(torch.autograd.Function):
         if tensors[0] is not None:
             ctx.options = ctx.options._replace(temperature=1.0)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse, sum_sq, top1)
-        return logp, entropy, lse, sum_sq, top1
+        ctx.mark_non_differentiable(lse, sum_sq, top1, *extras)
+        return logp, entropy, lse, sum_sq, top1, *extras
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]

@@ -1,0 +1,46 @@
+"""The optional outputs of token_stats in plain torch: second temperature, weighted moments."""
+
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.reference import token_stats as reference
+
+
+def forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    second_temperature: float | None,
+    moments: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The five outputs of token_stats, then second_logp, sum_p2_logp and sum_p2_logp2.
+
+    The last three are detached; one that was not asked for has shape (0,).
+    """
+    stats = reference.forward(logits, target, **options)
+    with torch.no_grad():
+        nothing = stats[0].new_empty(0)
+        second, p2_logp, p2_logp2 = nothing, nothing, nothing
+        if second_temperature is not None:
+            second = reference.forward(
+                logits.detach(), target, **{**options, "temperature": second_temperature}
+            )[0]
+        if moments:
+            p2_logp, p2_logp2 = weighted_moments(logits.detach(), **options)
+    return (*stats, second, p2_logp, p2_logp2)
+
+
+def weighted_moments(
+    logits: torch.Tensor, *, mask: torch.Tensor | None = None, **transform: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum p^2 log p, sum p^2 log^2 p) of each row; 0 in masked rows and rows of only -inf."""
+    u = reference.transformed_logits(logits, **transform)
+    dead = (u == float("-inf")).all(-1)
+    logp_all = torch.log_softmax(torch.where(dead.unsqueeze(-1), 0.0, u), dim=-1)
+    q = (2 * logp_all).exp()
+    logp_all = torch.where(logp_all == float("-inf"), 0.0, logp_all)
+    keep = ~dead if mask is None else mask & ~dead
+    first, second = (q * logp_all).sum(-1), (q * logp_all * logp_all).sum(-1)
+    return torch.where(keep, first, 0.0), torch.where(keep, second, 0.0)
