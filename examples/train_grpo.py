@@ -34,6 +34,9 @@ from typing import Any
 # Idle OpenMP threads that spin take the core from the thread that works; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No progress bars in log files, those of transformers included; read when tqdm loads.
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")
 # The helper modules are found even where `python -P` or an import leaves this folder out.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

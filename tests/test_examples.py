@@ -242,8 +242,8 @@ def test_a_step_without_gradient_updates_nothing_and_says_so():
 
 def test_the_policy_learns():
     training = new_training(dataclasses.replace(SETTINGS, prompts=8, group_size=8))
-    rewards = [training.step()["reward"] for _ in range(20)]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2
+    rewards = [training.step()["reward"] for _ in range(9)]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.2
 
 
 # --- stopping and resuming --------------------------------------------------------------------
