@@ -7,6 +7,8 @@ import sys
 # Idle OpenMP threads sleep instead of spinning: with several processes on few cores, spinning
 # threads cost more than the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Modules that test files share; importlib mode puts no test folder on the path.
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "support"))
 
 import hypothesis
 import torch

@@ -1,0 +1,102 @@
+"""Shared by the tests of every op: the backends to run on, and how two tensors are compared."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import tokfuse.runtime.ops.linear_token_stats
+import tokfuse.runtime.ops.policy_loss
+import tokfuse.runtime.ops.policy_step  # noqa: F401  (imports register the implementations)
+from tokfuse.runtime import dispatch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Backend(NamedTuple):
+    """One implementation of an op, and the device that its tensors live on."""
+
+    name: str
+    device: str
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        """Every op inside runs on this backend or raises."""
+        with dispatch.backend(self.name):
+            yield
+
+    def put(self, value: Any) -> Any:
+        """A tensor moved to the device of the backend; anything else as it is."""
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+
+def backends(op: str) -> list[Any]:
+    """pytest parameters from the capability records of `op`; a skip names what is missing."""
+    out = []
+    for row in dispatch.table():
+        if row["op"] != op or not row["built"]:
+            continue
+        devices = row["devices"]
+        device = "cpu" if {"cpu", "*"} & set(devices) else "cuda"
+        missing = row["why"]
+        if not missing and device == "cuda" and not torch.cuda.is_available():
+            missing = "needs a CUDA device"
+        marks = [pytest.mark.skip(reason=f"{row['backend']}: {missing}")] if missing else []
+        backend = Backend(row["backend"], device)
+        out.append(pytest.param(backend, id=row["backend"], marks=marks))
+    return out
+
+
+def compare(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    atol: float | torch.Tensor = 0.0,
+    rtol: float = 0.0,
+    what: str = "value",
+) -> None:
+    """The same NaN and infinity sets, and |actual - expected| <= atol + rtol |expected| elsewhere.
+
+    atol may be a tensor that broadcasts against expected, e.g. one bound per row.
+    """
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}"
+    finite = expected.isfinite()
+    same = torch.equal(actual[~finite].nan_to_num(nan=0.5), expected[~finite].nan_to_num(nan=0.5))
+    assert same, f"{what}: not finite where expected {expected[~finite]}; got {actual[~finite]}"
+    bound = torch.as_tensor(atol, dtype=torch.float64) + rtol * expected.nan_to_num(0, 0, 0).abs()
+    error = (actual - expected).abs()
+    wrong = finite & ~(error <= bound)
+    if bool(wrong.any()):
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        limit = float(bound.expand(error.shape)[at])
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} beyond the bound; first at {at}: got "
+            f"{float(actual[at])!r}, expected {float(expected[at])!r}, error {float(error[at]):.3g}"
+            f" > {limit:.3g}"
+        )
+
+
+def half_ulp(expected: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Largest error of rounding `expected` once to `dtype`."""
+    info = torch.finfo(dtype)
+    magnitude = expected.double().abs()
+    return torch.maximum(magnitude * info.eps / 2, torch.tensor(info.tiny * info.eps / 2))
+
+
+def bits(x: torch.Tensor) -> list[int]:
+    """The bit patterns of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.detach().cpu().contiguous().view(view).flatten().tolist()
+
+
+def assert_untouched(call: Callable[[], Any], tensors: dict[str, Any]) -> Any:
+    """Run `call`, then require that no argument changed a bit; returns what it returned."""
+    given = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+    before = {k: (bits(v), v._version) for k, v in given.items()}
+    out = call()
+    for name, tensor in given.items():
+        assert (bits(tensor), tensor._version) == before[name], f"{name} was written"
+    return out
