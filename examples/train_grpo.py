@@ -147,7 +147,15 @@ def open_run(options: argparse.Namespace) -> tuple[Settings, RunFolder, dict[str
 def check(settings: Settings) -> None:
     """Refuse settings that cannot work, before the model is loaded."""
     find_algorithm(settings.algorithm)
-    least = {"steps": 1, "prompts": 1, "group_size": 2, "max_new_tokens": 2, "minibatches": 1}
+    least = {
+        "steps": 1,
+        "prompts": 1,
+        "group_size": 2,  # an advantage compares the samples of a group
+        "max_new_tokens": 2,
+        "minibatches": 1,
+        "lr": 0.0,
+        "save_every": 0,
+    }
     for name, low in least.items():
         value = getattr(settings, name)
         if value < low:
@@ -241,7 +249,7 @@ def resume(training: Training, folder: RunFolder, checkpoint: dict[str, Any]) ->
 
 
 def train(training: Training, folder: RunFolder) -> bool:
-    """Run the steps that are left; False when the user stopped them."""
+    """Run the steps that are left; False when the user stopped before the last."""
     from tqdm import tqdm
 
     s = training.settings
@@ -257,7 +265,7 @@ def train(training: Training, folder: RunFolder) -> bool:
                 folder.save(training.state())
         if stop.asked or s.save_every:
             folder.save(training.state())
-    return not stop.asked
+    return training.done >= s.steps
 
 
 def finish(training: Training, folder: RunFolder) -> None:
@@ -289,7 +297,7 @@ def main(argv: list[str]) -> int:
     if not complete:
         print(
             f"Stopped after {training.done} of {settings.steps} steps. Go on with "
-            f"`python {sys.argv[0]} --resume {folder.path}`."
+            f"`{sys.executable} {sys.argv[0]} --resume {folder.path}`."
         )
     return 0
 

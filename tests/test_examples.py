@@ -289,6 +289,12 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, capsys):
     assert figures(folder) == figures(whole)
 
 
+def test_ctrl_c_in_the_last_step_is_a_complete_run(tmp_path):
+    digits = DigitTask(lambda start: os.kill(os.getpid(), signal.SIGINT))
+    settings = dataclasses.replace(SETTINGS, steps=1)
+    assert train_grpo.train(new_training(settings, digits), new_folder(tmp_path / "run"))
+
+
 def test_a_second_ctrl_c_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt), run_folder.StopRequest():
         os.kill(os.getpid(), signal.SIGINT)

@@ -84,7 +84,7 @@ def step_runner(
     backend: str, batch: dict[str, Any], weight: torch.Tensor, objective: Any
 ) -> Callable[[], dict[str, torch.Tensor]]:
     """A call of `policy_step` with gradients to hidden states and weight, on one backend."""
-    hidden, weight = batch["hidden"].requires_grad_(), weight.detach().requires_grad_()
+    hidden, weight = batch["hidden"].detach().requires_grad_(), weight.detach().requires_grad_()
     inputs = {key: value for key, value in batch.items() if key != "hidden"}
 
     def run() -> dict[str, torch.Tensor]:
