@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# What `make test` installs; tests of what is missing are skipped.
+TEST_GROUPS ?= test
 BIN := $(abspath $(VENV))/bin
 
 export VENV
@@ -15,7 +17,7 @@ BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 STRICT := TOKFUSE_STRICT_BUILD=1
 PYTEST := $(BIN)/pytest
 
-.PHONY: help demo test test-all test-slow test-gpu test-packaging test-sanitize lint format bench \
+.PHONY: help demo test test-slow test-gpu test-packaging test-sanitize lint format bench \
 	doctor clean
 
 help:
@@ -33,8 +35,8 @@ demo:
 	@$(BIN)/python examples/train_grpo.py $(ARGS)
 
 test: lint
-	@$(STRICT) $(BOOTSTRAP) test
-	@$(PYTEST) -m "not slow and not gpu and not packaging_slow" $(ARGS)
+	@$(STRICT) $(BOOTSTRAP) $(TEST_GROUPS)
+	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-slow:
 	@$(STRICT) $(BOOTSTRAP) test demo
@@ -45,8 +47,8 @@ test-gpu:
 	@$(PYTEST) -m "gpu" $(ARGS)
 
 test-packaging:
-	@$(STRICT) $(BOOTSTRAP) test lint
-	@$(PYTEST) -m "packaging or packaging_slow" $(ARGS)
+	@$(STRICT) $(BOOTSTRAP) test
+	@$(PYTEST) -m "packaging" $(ARGS)
 
 # A second build of the module, with sanitizers, that the tests load in place of the installed one.
 # Python itself does not free everything at exit, so leak detection is off.
@@ -55,7 +57,7 @@ test-sanitize:
 	@$(BOOTSTRAP) test
 	@cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DTOKFUSE_SANITIZE=$(SANITIZERS) \
 		-DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	@cmake --build build/sanitize -j
+	@cmake --build build/sanitize -j $${MAX_JOBS:-2}
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		TOKFUSE_TEST_NATIVE=$$(echo build/sanitize/_native*.so) \
@@ -79,7 +81,7 @@ format:
 
 bench:
 	@$(BOOTSTRAP) test bench
-	@$(BIN)/python -m tokfuse bench $(ARGS)
+	@$(BIN)/python -m tokfuse bench $(or $(ARGS),all --quick)
 
 doctor:
 	@$(BOOTSTRAP)
