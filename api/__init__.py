@@ -32,6 +32,7 @@ _PUBLIC = {
     "policy_loss": "tokfuse.runtime.ops.policy_loss",
     "policy_step": "tokfuse.runtime.ops.policy_step",
     "policy_step_": "tokfuse.runtime.ops.policy_step",
+    "release_workspace": "tokfuse.runtime.head",
     "token_stats": "tokfuse.runtime.ops.token_stats",
 }
 
