@@ -1,5 +1,6 @@
 """Settings of the whole test run; set before torch is imported."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -27,6 +28,7 @@ def _use_native_module(path: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["tokfuse._native"] = module
+    importlib.import_module("tokfuse")._native = module
 
 
 if "TOKFUSE_TEST_NATIVE" in os.environ:

@@ -30,6 +30,13 @@ MAY_IMPORT = {
 }
 # Kernel files that hold several ops, or parts of them: file stem -> ops it serves.
 SHARED_KERNELS = {"scan": {"gae", "vtrace"}}
+# Ops specified as the composition of simpler ones, whose references are theirs.
+COMPOSED = {
+    "policy_step": {"token_stats", "policy_loss"},
+    "policy_step_hidden": {"linear_token_stats", "policy_loss"},
+}
+# Ops that have their own rows in the doctor's table and are called through another public name.
+CALLED_THROUGH = {"policy_step_hidden": "policy_step"}
 
 
 class Import(NamedTuple):
@@ -183,6 +190,9 @@ def test_public_names_are_importable_and_documented(name: str):
     assert text, f"{name} has no docstring"
     assert not text.startswith(f"{name}("), f"the docstring of {name} was made by a decorator"
     if inspect.isfunction(value):
+        # "keywords as in policy_loss" is documentation too, where policy_loss documents them.
+        others = [other for other in tokfuse._PUBLIC if re.search(rf"\b{other}\b", text)]
+        text += "".join(inspect.getdoc(getattr(tokfuse, other)) or "" for other in others)
         missing = [
             p for p in inspect.signature(value).parameters if not re.search(rf"\b{p}\b", text)
         ]
@@ -214,9 +224,15 @@ def stems(folder: str, pattern: str) -> set[str]:
 def test_every_op_has_a_reference_and_a_test_of_its_name():
     ops = stems("runtime/ops", "*.py")
     assert ops
-    assert not ops - stems("runtime/reference", "*.py"), "ops without a reference"
+    references = stems("runtime/reference", "*.py")
+    assert not {op for op in ops if not COMPOSED.get(op, {op}) <= references}
     tests = {stem.removeprefix("test_") for stem in stems("tests", "test_*.py")}
     assert not ops - tests, "ops without tests/test_<op>.py"
+
+
+def test_every_op_is_public():
+    ops = stems("runtime/ops", "*.py")
+    assert not {CALLED_THROUGH.get(op, op) for op in ops} - set(tokfuse._PUBLIC)
 
 
 @pytest.mark.parametrize(
