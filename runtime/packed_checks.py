@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokfuse.runtime import native
 from tokfuse.runtime.errors import refuse
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -85,7 +86,7 @@ def check_cu_seqlens(
     num_seqs = cu_seqlens.shape[0] - 1
     if num_seqs < 0:
         raise refuse(op, name, "of shape (num_seqs + 1,)", "shape (0,)", "No sequence: pass [0].")
-    if not may_read(cu_seqlens):
+    if not may_read(cu_seqlens) or _borders_ok(cu_seqlens, num_seqs, num_tokens):
         return num_seqs
     if int(cu_seqlens[0]) != 0:
         raise refuse(op, name, "a prefix sum that starts at 0", int(cu_seqlens[0]), "Prepend 0.")
@@ -97,6 +98,14 @@ def check_cu_seqlens(
         actual = f"{int(cu_seqlens[place])} then {int(cu_seqlens[place + 1])} at {place}"
         raise refuse(op, name, "non-decreasing", actual, "Sequence lengths cannot be negative.")
     return num_seqs
+
+
+def _borders_ok(cu_seqlens: torch.Tensor, num_seqs: int, num_tokens: int) -> bool:
+    """The same test in one native call: five torch ops cost more than a scan over a small batch."""
+    module = native.module()
+    if module is None or cu_seqlens.device.type != "cpu" or not cu_seqlens.is_contiguous():
+        return False
+    return bool(module.cu_seqlens_ok(cu_seqlens.data_ptr(), num_seqs, num_tokens))
 
 
 def check_choice(op: str, name: str, value: object, known: Iterable[str]) -> None:
@@ -146,5 +155,8 @@ def plain(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torc
     """Detached, contiguous, optionally converted; the tensor itself when it is so already."""
     if tensor is None:
         return None
-    tensor = tensor.detach()
-    return (tensor if dtype is None else tensor.to(dtype)).contiguous()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if dtype is not None and tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()

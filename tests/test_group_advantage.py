@@ -321,6 +321,12 @@ def test_strided_and_differentiable_rewards_give_a_constant():
     assert torch.equal(out, group_advantage(reward, ids)) and not out.requires_grad
 
 
+def test_the_result_is_a_new_tensor(backend):
+    reward = torch.ones(3, dtype=torch.float64 if backend == "reference" else torch.float32)
+    group_advantage(reward, None, "reinforce").mul_(5)
+    assert reward.tolist() == [1.0] * 3
+
+
 def test_bits_do_not_depend_on_the_thread_count():
     gen = torch.Generator().manual_seed(5)
     reward = torch.randn(20_000, generator=gen)

@@ -21,13 +21,21 @@ E code_of(int code, E last, const char* what) {
   return static_cast<E>(code);
 }
 
-// Values, not only the address: the kernels index by them.
-const int32_t* cu_seqlens_of(Address address, int64_t seqs, int64_t tokens) {
+// True for (seqs + 1) borders that run from 0 to `tokens` and never decrease.
+bool cu_seqlens_ok(Address address, int64_t seqs, int64_t tokens) {
+  require(seqs >= 0, "seqs must be >= 0");
   require_pointer(address, seqs + 1, "cu_seqlens");
   const int32_t* c = as<int32_t>(address);
-  require(c[0] == 0 && c[seqs] == tokens, "cu_seqlens must run from 0 to the number of tokens");
-  for (int64_t i = 0; i < seqs; i++) require(c[i] <= c[i + 1], "cu_seqlens must not decrease");
-  return c;
+  bool ok = c[0] == 0 && c[seqs] == tokens;
+  for (int64_t i = 0; i < seqs; i++) ok &= c[i] <= c[i + 1];
+  return ok;
+}
+
+// Values, not only the address: the kernels index by them.
+const int32_t* cu_seqlens_of(Address address, int64_t seqs, int64_t tokens) {
+  require(cu_seqlens_ok(address, seqs, tokens),
+          "cu_seqlens must run from 0 to the number of tokens and never decrease");
+  return as<int32_t>(address);
 }
 
 void group_advantage(Address reward, Address ids, Address lengths, Address greedy,
@@ -232,6 +240,7 @@ double offpolicy_weights(Address logp, Address behavior, Address cu_seqlens, Add
 }  // namespace
 
 void bind_packed(py::module_& m) {
+  m.def("cu_seqlens_ok", &cu_seqlens_ok);
   m.def("group_advantage", &group_advantage);
   m.def("gae", &gae);
   m.def("vtrace", &vtrace);

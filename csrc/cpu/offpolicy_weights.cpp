@@ -64,38 +64,62 @@ struct Shared {
   double count, sum, square, k3, low, high;
 };
 
-bool needs_shared(const OffPolicyArgs& a) {
-  bool needed = a.level == WeightLevel::kSequence || a.level == WeightLevel::kGeometric;
-  for (int r = 0; r < a.num_rules; r++) needed |= a.rules[r].over != Over::kToken;
-  return needed;
-}
+// Which statistics of a sequence the rules read; count and sum are always there.
+struct Needs {
+  bool shared, extremes, k3;
+};
 
-bool needs_k3(const OffPolicyArgs& a) {
-  bool needed = false;
+Needs needs_of(const OffPolicyArgs& a) {
+  Needs n = {a.level == WeightLevel::kSequence || a.level == WeightLevel::kGeometric, false, false};
   for (int r = 0; r < a.num_rules; r++) {
     const KeepRule& rule = a.rules[r];
-    needed |=
+    n.shared |= rule.over != Over::kToken;
+    n.extremes |= rule.over == Over::kMax;
+    n.k3 |=
         rule.statistic == Statistic::kK3 && (rule.over == Over::kSum || rule.over == Over::kMean);
   }
-  return needed;
+  return n;
 }
 
-Shared shared_of(const OffPolicyArgs& a, const Span& span) {
+// Adds n staged rows; masked ones hold d = 0 and add nothing to the sums.
+void add_sums(const OffPolicyArgs& a, int64_t begin, int64_t n, const float* d, Shared& s) {
+  double sum = 0, square = 0, count = static_cast<double>(n);
+#pragma omp simd reduction(+ : sum, square)
+  for (int64_t i = 0; i < n; i++) {
+    const double x = d[i];
+    sum += x;
+    square += x * x;
+  }
+  if (a.mask != nullptr) {
+    const uint8_t* mask = a.mask + begin;
+    count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; i++) count += mask[i] != 0 ? 1.0 : 0.0;
+  }
+  s.count += count;
+  s.sum += sum;
+  s.square += square;
+}
+
+void add_extremes(const OffPolicyArgs& a, int64_t begin, int64_t n, const float* d, Shared& s) {
+  for (int64_t i = 0; i < n; i++) {
+    if (!valid(a, begin + i)) continue;
+    s.low = d[i] < s.low ? d[i] : s.low;
+    s.high = d[i] > s.high ? d[i] : s.high;
+  }
+}
+
+Shared shared_of(const OffPolicyArgs& a, const Span& span, const Needs& needs) {
   Shared s = {0, 0, 0, 0, __builtin_inf(), -__builtin_inf()};
-  const bool k3 = needs_k3(a);
   float d[kStage];
   for (int64_t begin = span.begin; begin < span.end; begin += kStage) {
     const int64_t n = span.end - begin < kStage ? span.end - begin : kStage;
     stage(a, begin, n, d);
-    for (int64_t i = 0; i < n; i++) {
-      if (!valid(a, begin + i)) continue;
-      const double x = d[i];
-      s.count += 1;
-      s.sum += x;
-      s.square += x * x;
-      if (k3) s.k3 += k3_of(x);
-      s.low = x < s.low ? x : s.low;
-      s.high = x > s.high ? x : s.high;
+    add_sums(a, begin, n, d, s);
+    if (needs.extremes) add_extremes(a, begin, n, d, s);
+    if (needs.k3) {
+      for (int64_t i = 0; i < n; i++)
+        s.k3 += k3_of(d[i]);  // 0 at d = 0, so masked rows add nothing
     }
   }
   if (s.sum != s.sum) s.low = s.high = s.sum;
@@ -233,13 +257,13 @@ void write_rows(const OffPolicyArgs& a, int64_t begin, int64_t n, bool per_seq, 
 }
 
 // One sequence (or block of rows): weights, kept rows, and the sums over its units.
-void weigh(const OffPolicyArgs& a, int64_t seq, bool with_shared) {
+void weigh(const OffPolicyArgs& a, int64_t seq, const Needs& needs) {
   const Span span = span_of(a, seq);
   const bool per_seq = a.level == WeightLevel::kSequence || a.level == WeightLevel::kGeometric;
   Shared shared = {0, 0, 0, 0, 0, 0};
   bool verdict[kMaxRules] = {};
-  if (with_shared) {
-    shared = shared_of(a, span);
+  if (needs.shared) {
+    shared = shared_of(a, span, needs);
     for (int r = 0; r < a.num_rules; r++) {
       const KeepRule& rule = a.rules[r];
       verdict[r] =
@@ -305,9 +329,9 @@ double normalize_groups(const OffPolicyArgs& a) {
 }  // namespace
 
 double offpolicy_weights(const OffPolicyArgs& a) {
-  const bool with_shared = needs_shared(a);
+  const Needs needs = needs_of(a);
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads_for(a))
-  for (int64_t seq = 0; seq < a.seqs; seq++) weigh(a, seq, with_shared);
+  for (int64_t seq = 0; seq < a.seqs; seq++) weigh(a, seq, needs);
   if (a.normalize == Normalize::kGroup) return normalize_groups(a);
   double units = 0, sum = 0, square = 0;
   for (int64_t seq = 0; seq < a.seqs; seq++) {

@@ -50,7 +50,7 @@ void gae_sequence(const ScanArgs& a, int64_t seq) {
   }
 }
 
-// ratio[i] = exp(clamp(log_ratio)), 1 on masked tokens, whose ratio is not used.
+// ratio[i] = exp(clamp(log_ratio)); the ratio of a masked token is not used.
 void ratios(const ScanArgs& a, int64_t begin, int64_t n, float* __restrict ratio) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
@@ -66,36 +66,45 @@ struct VtraceState {
   double next_value, carried;  // carried = target - V of the next valid token
 };
 
-void vtrace_block(const ScanArgs& a, int64_t seq, int64_t begin, int64_t n, VtraceState& s) {
+// Everything the loop reads is a local: stores through float* would otherwise force reloads.
+template <bool kMasked>
+VtraceState vtrace_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
   float ratio[kRatioBlock];
   ratios(a, begin, n, ratio);
-  const bool ends = a.finished == nullptr || a.finished[seq] != 0;
+  const float *reward = a.reward + begin, *value = a.value + begin;
+  const uint8_t* mask = kMasked ? a.mask + begin : nullptr;
+  float* __restrict target = a.target + begin;
+  float* __restrict advantage = a.advantage + begin;
+  float* __restrict rho_out = a.rho + begin;
+  const double gamma = a.gamma, decay = a.gamma * a.lam;
+  const float rho_bar = a.rho_bar, c_bar = a.c_bar;
   for (int64_t i = n - 1; i >= 0; i--) {
-    const int64_t t = begin + i;
-    if (!valid(a, t)) {
-      a.target[t] = a.advantage[t] = a.rho[t] = 0.0f;
+    if (kMasked && mask[i] == 0) {
+      target[i] = advantage[i] = rho_out[i] = 0.0f;
       continue;
     }
-    const double v = a.value[t];
-    const float rho = ratio[i] > a.rho_bar ? a.rho_bar : ratio[i];
-    const float c = ratio[i] > a.c_bar ? a.c_bar : ratio[i];
+    const double v = value[i], r = reward[i];
+    const float rho = ratio[i] > rho_bar ? rho_bar : ratio[i];
+    const float c = ratio[i] > c_bar ? c_bar : ratio[i];
     if (s.last) s.next_value = ends ? 0 : v;
-    const double target = a.reward[t] + a.gamma * (s.next_value + s.carried);
-    double trace = rho * (a.reward[t] + a.gamma * s.next_value - v);
-    if (!s.last) trace += a.gamma * a.lam * c * s.carried;
-    a.advantage[t] = static_cast<float>(target - v);
-    a.target[t] = static_cast<float>(v + trace);
-    a.rho[t] = rho;
+    const double ahead = r + gamma * s.next_value - v;
+    const double trace = s.last ? rho * ahead : rho * ahead + (decay * c) * s.carried;
+    advantage[i] = static_cast<float>(ahead + gamma * s.carried);
+    target[i] = static_cast<float>(v + trace);
+    rho_out[i] = rho;
     s = {false, v, trace};
   }
+  return s;
 }
 
+template <bool kMasked>
 void vtrace_sequence(const ScanArgs& a, int64_t seq) {
+  const bool ends = a.finished == nullptr || a.finished[seq] != 0;
   VtraceState state = {true, 0, 0};
   const int64_t first = a.cu_seqlens[seq];
   for (int64_t end = a.cu_seqlens[seq + 1]; end > first; end -= kRatioBlock) {
     const int64_t begin = end - kRatioBlock > first ? end - kRatioBlock : first;
-    vtrace_block(a, seq, begin, end - begin, state);
+    state = vtrace_block<kMasked>(a, ends, begin, end - begin, state);
   }
 }
 
@@ -114,7 +123,13 @@ void gae(const ScanArgs& a) {
 
 void vtrace(const ScanArgs& a) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads_for(a))
-  for (int64_t seq = 0; seq < a.seqs; seq++) vtrace_sequence(a, seq);
+  for (int64_t seq = 0; seq < a.seqs; seq++) {
+    if (a.mask != nullptr) {
+      vtrace_sequence<true>(a, seq);
+    } else {
+      vtrace_sequence<false>(a, seq);
+    }
+  }
 }
 
 }  // namespace TOKFUSE_ISA

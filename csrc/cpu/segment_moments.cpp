@@ -46,15 +46,42 @@ void store_cell(const MomentsArgs& a, int64_t k, const Cell& c) {
   static_cast<T*>(a.max)[k] = static_cast<T>(c.max);
 }
 
-// First bad row of the chunk, or -1.
+template <class T>
+Cell dense_segment(const T* x, int64_t n) {
+  double sum = 0, sum_sq = 0, low = __builtin_inf(), high = -__builtin_inf();
+#pragma omp simd reduction(+ : sum, sum_sq) reduction(min : low) reduction(max : high)
+  for (int64_t i = 0; i < n; i++) {
+    const double v = x[i];
+    sum += v;
+    sum_sq += v * v;
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  if (sum_sq != sum_sq) low = high = sum_sq;  // comparisons drop a NaN, squares keep it
+  return {static_cast<double>(n), sum, sum_sq, low, high};
+}
+
+// First bad row of the chunk, or -1. Ids mostly come in runs; a long run is reduced at once.
 template <class T>
 int64_t fill_chunk(const MomentsArgs& a, int64_t begin, int64_t end, Cell* table) {
+  constexpr int64_t kLongRun = 16;
   const T* values = static_cast<const T*>(a.values);
   for (int64_t k = 0; k < a.segments; k++) table[k] = kEmpty;
-  for (int64_t i = begin; i < end; i++) {
-    if (a.mask != nullptr && a.mask[i] == 0) continue;
-    if (static_cast<uint64_t>(a.ids[i]) >= static_cast<uint64_t>(a.segments)) return i;
-    add(table[a.ids[i]], values[i]);
+  for (int64_t i = begin; i < end;) {
+    if (a.mask != nullptr && a.mask[i] == 0) {
+      i++;
+      continue;
+    }
+    const int64_t id = a.ids[i];
+    if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(a.segments)) return i;
+    int64_t stop = i + 1;
+    while (stop < end && a.ids[stop] == id && (a.mask == nullptr || a.mask[stop] != 0)) stop++;
+    if (stop - i >= kLongRun) {
+      merge(table[id], dense_segment(values + i, stop - i));
+      i = stop;
+    } else {
+      for (; i < stop; i++) add(table[id], values[i]);
+    }
   }
   return -1;
 }
@@ -79,21 +106,6 @@ int64_t moments_by_id(const MomentsArgs& a) {
     store_cell<T>(a, k, cell);
   }
   return -1;
-}
-
-template <class T>
-Cell dense_segment(const T* x, int64_t n) {
-  double sum = 0, sum_sq = 0, low = __builtin_inf(), high = -__builtin_inf();
-#pragma omp simd reduction(+ : sum, sum_sq) reduction(min : low) reduction(max : high)
-  for (int64_t i = 0; i < n; i++) {
-    const double v = x[i];
-    sum += v;
-    sum_sq += v * v;
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-  }
-  if (sum_sq != sum_sq) low = high = sum_sq;  // comparisons drop a NaN, squares keep it
-  return {static_cast<double>(n), sum, sum_sq, low, high};
 }
 
 template <class T>

@@ -94,17 +94,16 @@ def gae(
             raise refuse(OP, "lam", want, "a tensor or number", "It would have no effect.")
     dtype = working_dtype(reward, value)
     run = select(OP, device.type, dtype).run
-    with torch.no_grad():
-        out: tuple[torch.Tensor, torch.Tensor] = run(
-            plain(reward, dtype),
-            plain(value, dtype),
-            plain(cu_seqlens),
-            gamma=float(gamma),
-            lam=plain(lam, dtype) if isinstance(lam, torch.Tensor) else float(lam),
-            length_adaptive_alpha=length_adaptive_alpha,
-            mask=plain(mask),
-            finished=plain(finished),
-        )
+    out: tuple[torch.Tensor, torch.Tensor] = run(
+        plain(reward, dtype),
+        plain(value, dtype),
+        plain(cu_seqlens),
+        gamma=float(gamma),
+        lam=plain(lam, dtype) if isinstance(lam, torch.Tensor) else float(lam),
+        length_adaptive_alpha=length_adaptive_alpha,
+        mask=plain(mask),
+        finished=plain(finished),
+    )
     return out
 
 
@@ -121,7 +120,7 @@ def _cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     module = native.module()
     assert module is not None
-    advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
+    advantage, returns = native.empty_like_rows(reward), native.empty_like_rows(reward)
     per_seq = lam if isinstance(lam, torch.Tensor) else None
     module.gae(
         native.pointer(reward),

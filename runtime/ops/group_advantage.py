@@ -125,18 +125,17 @@ def group_advantage(
     grouped = baseline not in GROUPLESS
     dtype = working_dtype(reward, greedy_reward)
     run = select(OP, reward.device.type, dtype).run
-    with torch.no_grad():
-        out: torch.Tensor = run(
-            plain(reward, dtype),
-            plain(group_ids, torch.int64) if grouped else None,
-            baseline=baseline,
-            scale=scale,
-            sample_std=std != "population",
-            eps=DEFAULT_EPS[scale] if eps is None else float(eps),
-            singleton_reward=singleton != "zero",
-            lengths=plain(lengths, torch.int64),
-            greedy_reward=plain(greedy_reward, dtype),
-        )
+    out: torch.Tensor = run(
+        plain(reward, dtype),
+        plain(group_ids, torch.int64) if grouped else None,
+        baseline=baseline,
+        scale=scale,
+        sample_std=std != "population",
+        eps=DEFAULT_EPS[scale] if eps is None else float(eps),
+        singleton_reward=singleton != "zero",
+        lengths=plain(lengths, torch.int64),
+        greedy_reward=plain(greedy_reward, dtype),
+    )
     return out
 
 

@@ -173,25 +173,24 @@ def offpolicy_weights(
     _check_layout(level, rules, normalize, cu_seqlens, group_ids, num_rows, device)
     dtype = working_dtype(target, behavior)
     run = select(OP, device.type, dtype).run
-    with torch.no_grad():
-        return OffPolicyWeights(
-            *run(
-                plain(target, dtype),
-                plain(behavior, dtype),
-                level=level,
-                mode=mode,
-                low=low,
-                high=high,
-                lam=lam,
-                power=power,
-                normalize=normalize,
-                rules=tuple(rules),
-                cu_seqlens=plain(cu_seqlens),
-                mask=plain(mask),
-                group_ids=plain(group_ids, torch.int64),
-                advantage=plain(advantage, dtype),
-            )
+    return OffPolicyWeights(
+        *run(
+            plain(target, dtype),
+            plain(behavior, dtype),
+            level=level,
+            mode=mode,
+            low=low,
+            high=high,
+            lam=lam,
+            power=power,
+            normalize=normalize,
+            rules=tuple(rules),
+            cu_seqlens=plain(cu_seqlens),
+            mask=plain(mask),
+            group_ids=plain(group_ids, torch.int64),
+            advantage=plain(advantage, dtype),
         )
+    )
 
 
 def _resolve(mode: str, normalize: str | None, group_ids: object) -> tuple[str, str]:
@@ -320,7 +319,7 @@ def _cpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     module = native.module()
     assert module is not None
-    weight = torch.empty_like(behavior)
+    weight = native.empty_like_rows(behavior)
     kept = torch.empty(behavior.shape[0], dtype=torch.bool)
     packed_rules = [
         (

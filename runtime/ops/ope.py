@@ -82,14 +82,13 @@ def ope(
         raise refuse(OP, "q_pi", "given with q_a", None, "The correction needs its direct part.")
     dtype = working_dtype(weight, reward, q_pi, q_a)
     run = select(OP, reward.device.type, dtype).run
-    with torch.no_grad():
-        found = run(
-            plain(weight, dtype),
-            plain(reward, dtype),
-            plain(q_pi, dtype),
-            plain(q_a, dtype),
-            mask=plain(mask),
-        )
+    found = run(
+        plain(weight, dtype),
+        plain(reward, dtype),
+        plain(q_pi, dtype),
+        plain(q_a, dtype),
+        mask=plain(mask),
+    )
     fields: dict[str, Any] = {}
     for name, estimate in found.items():
         fields[name], fields[f"{name}_se"] = (None, None) if estimate is None else estimate

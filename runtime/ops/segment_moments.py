@@ -122,6 +122,38 @@ def _reference(
     return reference(values, segment_ids, num_segments, mask=mask)
 
 
+def _forward(
+    values: torch.Tensor,
+    segment_ids: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    num_segments: int,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    module = native.module()
+    assert module is not None
+    count = torch.empty(num_segments, dtype=torch.int64)
+    total, square, low, high = (values.new_empty(num_segments) for _ in range(4))
+    bad = module.segment_moments(
+        native.pointer(values),
+        values.dtype == torch.float64,
+        native.pointer(segment_ids),
+        native.pointer(cu_seqlens),
+        native.pointer(mask),
+        native.pointer(count),
+        native.pointer(total),
+        native.pointer(square),
+        native.pointer(low),
+        native.pointer(high),
+        values.shape[0],
+        num_segments,
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        assert segment_ids is not None
+        _refuse_id(segment_ids, bad, num_segments)
+    return count, total, square, low, high
+
+
 class _Moments(torch.autograd.Function):
     """Native forward; the gradient of the two sums is a gather."""
 
@@ -134,28 +166,9 @@ class _Moments(torch.autograd.Function):
         num_segments: int,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        module = native.module()
-        assert module is not None
-        count = torch.empty(num_segments, dtype=torch.int64)
-        total, square, low, high = (values.new_empty(num_segments) for _ in range(4))
-        bad = module.segment_moments(
-            native.pointer(values),
-            values.dtype == torch.float64,
-            native.pointer(segment_ids),
-            native.pointer(cu_seqlens),
-            native.pointer(mask),
-            native.pointer(count),
-            native.pointer(total),
-            native.pointer(square),
-            native.pointer(low),
-            native.pointer(high),
-            values.shape[0],
-            num_segments,
-            torch.get_num_threads(),
+        count, total, square, low, high = _forward(
+            values, segment_ids, cu_seqlens, num_segments, mask
         )
-        if bad >= 0:
-            assert segment_ids is not None
-            _refuse_id(segment_ids, bad, num_segments)
         ctx.save_for_backward(values, segment_ids, cu_seqlens, mask)
         ctx.mark_non_differentiable(count, low, high)
         return count, total, square, low, high
@@ -176,5 +189,13 @@ class _Moments(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-register_cpu(OP, _Moments.apply, frozenset({torch.float32, torch.float64}))
+def _cpu(values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    differentiable = values.requires_grad and torch.is_grad_enabled()
+    if not differentiable:
+        return _forward(values, *rest)
+    out: tuple[torch.Tensor, ...] = _Moments.apply(values, *rest)  # type: ignore[no-untyped-call]
+    return out
+
+
+register_cpu(OP, _cpu, frozenset({torch.float32, torch.float64}))
 register_reference(OP, _reference)

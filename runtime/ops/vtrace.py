@@ -99,21 +99,20 @@ def vtrace(
             check_number(OP, name, bound, 0.0, open_low=True)
     dtype = working_dtype(log_ratio, reward, value)
     run = select(OP, device.type, dtype).run
-    with torch.no_grad():
-        return VTrace(
-            *run(
-                plain(log_ratio, dtype),
-                plain(reward, dtype),
-                plain(value, dtype),
-                plain(cu_seqlens),
-                gamma=float(gamma),
-                lam=float(lam),
-                rho_bar=rho_bar,
-                c_bar=c_bar,
-                mask=plain(mask),
-                finished=plain(finished),
-            )
+    return VTrace(
+        *run(
+            plain(log_ratio, dtype),
+            plain(reward, dtype),
+            plain(value, dtype),
+            plain(cu_seqlens),
+            gamma=float(gamma),
+            lam=float(lam),
+            rho_bar=rho_bar,
+            c_bar=c_bar,
+            mask=plain(mask),
+            finished=plain(finished),
         )
+    )
 
 
 def _cpu(
@@ -131,7 +130,7 @@ def _cpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     module = native.module()
     assert module is not None
-    target, advantage, rho = (torch.empty_like(reward) for _ in range(3))
+    target, advantage, rho = (native.empty_like_rows(reward) for _ in range(3))
     module.vtrace(
         native.pointer(log_ratio),
         native.pointer(reward),

@@ -64,15 +64,14 @@ def whiten(
         raise refuse(OP, "mean and var", "given together", "one of them", "Pass both or none.")
     dtype = working_dtype(x)
     run = select(OP, x.device.type, dtype).run
-    with torch.no_grad():
-        out: torch.Tensor = run(
-            plain(x, dtype),
-            mask=plain(mask),
-            shift_mean=shift_mean,
-            eps=float(eps),
-            mean=_statistic("mean", mean, x.device),
-            var=_statistic("var", var, x.device),
-        )
+    out: torch.Tensor = run(
+        plain(x, dtype),
+        mask=plain(mask),
+        shift_mean=shift_mean,
+        eps=float(eps),
+        mean=_statistic("mean", mean, x.device),
+        var=_statistic("var", var, x.device),
+    )
     return out
 
 
@@ -102,7 +101,7 @@ def _cpu(
 ) -> torch.Tensor:
     module = native.module()
     assert module is not None
-    out = torch.empty_like(x)
+    out = native.empty_like_rows(x)
     module.whiten(
         native.pointer(x),
         native.pointer(mask),

@@ -23,7 +23,7 @@ def group_advantage(
     x = reward.double()
     ddof = 1 if sample_std else 0
     if baseline in ("none", "greedy"):
-        gain = x if greedy_reward is None else x - greedy_reward.double()
+        gain = x.clone() if greedy_reward is None else x - greedy_reward.double()
         if scale == "batch_std":
             gain = gain / (_batch_std(x, ddof) + eps)
         return gain.to(reward.dtype)
