@@ -1,14 +1,18 @@
-"""The lm_head in chunks: logits exist a few rows at a time, in one workspace that is reused.
+"""The lm_head in chunks: logits exist some rows at a time, in a buffer that is reused.
 
 Rows of one chunk go through the head's GEMM, a row kernel turns them into statistics or gradients in
-place, and gradient rows collect at the front of the workspace until it is full. Then two GEMMs consume
-them. So dW (vocab x hidden) is read and written once per full workspace and not once per chunk, and rows
-without gradient enter no gradient GEMM.
+place, and gradient rows collect at the front of the buffer until it is full. Then the gradient GEMMs
+consume them. So dW (vocab x hidden) is read and written once per full buffer and not once per chunk, and
+rows without gradient enter no gradient GEMM.
+
+The first buffer costs no memory: it lies where dW will be (`dw_buffer`). Logits lie there in tiles of
+columns, and dW is written tile by tile from the last to the first, so that it overwrites only tiles
+already consumed.
 """
 
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,49 +117,110 @@ def release_workspace() -> None:
     _LOCAL.workspace = None
 
 
+class LogitsBuffer:
+    """float32 logits (rows, vocab) in tiles of `tile` columns; one tile is the ordinary layout."""
+
+    def __init__(self, storage: torch.Tensor, rows: int, vocab: int, tile: int) -> None:
+        self.storage, self.rows, self.vocab, self.tile = storage, rows, vocab, tile
+
+    @staticmethod
+    def workspace(rows: int, vocab: int) -> "LogitsBuffer":
+        """A buffer in this thread's workspace."""
+        return LogitsBuffer(_workspace(rows, vocab).view(-1), rows, vocab, vocab)
+
+    def tiles(self, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first column, end column, logits of rows [start, stop)) of every tile."""
+        for k, begin in enumerate(range(0, self.vocab, self.tile)):
+            end = min(begin + self.tile, self.vocab)
+            whole = self.storage[k * self.rows * self.tile :][: self.rows * self.tile]
+            yield begin, end, whole.view(self.rows, self.tile)[start:stop, : end - begin]
+
+    def record(
+        self, p: HeadProblem, start: int, stop: int, index: torch.Tensor
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """(record for tokfuse._native of rows [start, stop), tensors that must outlive the call).
+
+        Row start + i belongs to token index[i]. Masked tokens never enter a buffer.
+        """
+        first = self.storage[: self.rows * self.tile].view(self.rows, self.tile)[start:stop]
+        options = p.options._replace(mask=None)
+        record, alive = stats_op.native_logits_record(first, p.target, options)
+        tiled = self.tile < self.vocab
+        layout = (self.tile, self.rows * self.tile) if tiled else (0, 0)
+        shape = (stop - start, p.vocab)
+        record = (*record[:3], *shape, *record[5:15], index.data_ptr(), p.tokens, *layout)
+        return record, (*alive, index)
+
+
+DW_TILE = 4096  # columns of a tile in dw_buffer: whole row-kernel blocks, and wide enough for the GEMM
+
+
+def dw_buffer(weight_gradient: torch.Tensor, rows: int, at_least: int) -> LogitsBuffer | None:
+    """A buffer for up to `rows` logits in the memory of an unwritten float32 dW (vocab, hidden).
+
+    At most `hidden` rows: then tile k starts before dW's own tile k ends and after tile k - 1 of the
+    logits, so writing dW from the last tile down spares every tile not yet consumed. None where fewer
+    than `at_least` rows fit.
+    """
+    vocab, hidden = weight_gradient.shape
+    tiles = -(-vocab // DW_TILE)
+    rows = min(rows, hidden, vocab * hidden // (tiles * DW_TILE))
+    if rows < at_least or vocab <= DW_TILE:
+        return None
+    return LogitsBuffer(weight_gradient.view(-1), rows, vocab, DW_TILE)
+
+
 class Head:
     """GEMMs of the lm_head in float32, whatever the dtype of its tensors."""
 
-    def __init__(self, p: HeadProblem, rows: int) -> None:
+    def __init__(self, p: HeadProblem) -> None:
         self.problem = p
         self.weight = p.weight.detach()
         self.hidden = p.hidden.detach()
         self.bias = None if p.bias is None else p.bias.detach().float()
-        self.is_float32 = self.weight.dtype == torch.float32
-        self.workspace = _workspace(rows, p.vocab)
-        if not self.is_float32:
+        if self.weight.dtype != torch.float32:
             tile = max(1, min(p.vocab, TILE_BYTES // (4 * self.weight.shape[1])))
             self.tile = torch.empty(tile, self.weight.shape[1])
 
-    def rows_of_hidden(self, index: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-        """Rows of the hidden states in float32, by position or by index[start:stop]."""
-        rows = self.hidden[start:stop] if index is None else self.hidden[index[start:stop]]
-        return rows.float()
+    def rows_of_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the tokens, in float32."""
+        if tokens.shape[0] == self.problem.tokens and self.hidden.dtype == torch.float32:
+            first, last = int(tokens[0]), int(tokens[-1])
+            if first == 0 and last == tokens.shape[0] - 1 and bool((tokens.diff() == 1).all()):
+                return self.hidden  # every token in order: nothing to gather
+        return self.hidden[tokens].float()
 
-    def _tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        for begin in range(0, self.problem.vocab, self.tile.shape[0]):
-            end = min(begin + self.tile.shape[0], self.problem.vocab)
-            tile = self.tile[: end - begin]
-            tile.copy_(self.weight[begin:end])
-            yield begin, end, tile
+    def _weight_tiles(self, begin: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """float32 weight rows of the columns [begin, end), in cache-sized copies for 16-bit heads."""
+        if self.weight.dtype == torch.float32:
+            yield begin, end, self.weight[begin:end]
+            return
+        for first in range(begin, end, self.tile.shape[0]):
+            last = min(first + self.tile.shape[0], end)
+            tile = self.tile[: last - first]
+            tile.copy_(self.weight[first:last])
+            yield first, last, tile
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """out (rows, vocab) = hidden @ weight.T + bias."""
-        if self.is_float32:
-            torch.mm(hidden, self.weight.t(), out=out)
-        else:
-            for begin, end, tile in self._tiles():
-                torch.mm(hidden, tile.t(), out=out[:, begin:end])
-        if self.bias is not None:
-            out += self.bias
+    def logits(self, hidden: torch.Tensor, buffer: LogitsBuffer, start: int) -> None:
+        """Rows from `start` of the buffer = hidden @ weight.T + bias."""
+        for begin, end, out in buffer.tiles(start, start + hidden.shape[0]):
+            for first, last, weight in self._weight_tiles(begin, end):
+                torch.mm(hidden, weight.t(), out=out[:, first - begin : last - begin])
+            if self.bias is not None:
+                out += self.bias[begin:end]
 
-    def grad_hidden(self, dz: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) = dz @ weight."""
-        if self.is_float32:  # out=: autocast would compute torch.mm(dz, weight) in 16 bits
-            return torch.mm(dz, self.weight, out=torch.empty(dz.shape[0], self.weight.shape[1]))
-        out = torch.zeros(dz.shape[0], self.weight.shape[1])
-        for begin, end, tile in self._tiles():
-            out.addmm_(dz[:, begin:end], tile)
+    def grad_hidden(self, buffer: LogitsBuffer, rows: int) -> torch.Tensor:
+        """(rows, hidden) = gradient rows @ weight. out=: autocast would round torch.mm to 16 bits."""
+        out = torch.empty(rows, self.weight.shape[1])
+        written = False
+        for begin, end, dz in buffer.tiles(0, rows):
+            for first, last, weight in self._weight_tiles(begin, end):
+                part = dz[:, first - begin : last - begin]
+                if written:
+                    out.addmm_(part, weight)
+                else:
+                    torch.mm(part, weight, out=out)
+                written = True
         return out
 
 
@@ -168,25 +233,33 @@ class HeadGradients:
         self.hidden = torch.zeros(p.hidden.shape, dtype=p.hidden.dtype) if needs[0] else None
         self.weight: torch.Tensor | None = None
         if needs[1]:
-            self.weight = native.advise_huge_pages(torch.empty(p.weight.shape))
+            self.weight = native.advise_huge_pages(torch.empty(p.weight.shape, dtype=torch.float32))
         self.bias = torch.zeros(p.vocab, dtype=torch.float32) if needs[2] else None
         self._weight_written = False
 
-    def add(self, dz: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Consume gradient rows dz (n, vocab) of the tokens (n,)."""
-        if dz.shape[0] == 0:
+    def add(self, buffer: LogitsBuffer, tokens: torch.Tensor) -> None:
+        """Consume the first len(tokens) gradient rows of the buffer."""
+        rows = tokens.shape[0]
+        if rows == 0:
             return
         if self.hidden is not None:
-            self.hidden[tokens] = self.head.grad_hidden(dz).to(self.hidden.dtype)
-        if self.weight is not None:
-            h = self.head.hidden[tokens].float()
-            if self._weight_written:
-                self.weight.addmm_(dz.t(), h)
-            else:
-                torch.mm(dz.t(), h, out=self.weight)
-            self._weight_written = True
+            self.hidden[tokens] = self.head.grad_hidden(buffer, rows).to(self.hidden.dtype)
         if self.bias is not None:
-            self.bias += dz.sum(0)
+            for begin, end, dz in buffer.tiles(0, rows):
+                self.bias[begin:end] += dz.sum(0)
+        if self.weight is not None:
+            self._add_weight(self.weight, buffer, self.head.rows_of_hidden(tokens))
+
+    def _add_weight(self, grad: torch.Tensor, buffer: LogitsBuffer, h: torch.Tensor) -> None:
+        inside = buffer.storage.data_ptr() == grad.data_ptr()
+        for begin, end, dz in reversed(list(buffer.tiles(0, h.shape[0]))):
+            if inside:  # its own dW tile is about to overwrite it
+                dz = _workspace(h.shape[0], end - begin).copy_(dz)
+            if self._weight_written:
+                grad[begin:end].addmm_(dz.t(), h)
+            else:
+                torch.mm(dz.t(), h, out=grad[begin:end])
+        self._weight_written = True
 
     def finish(self) -> list[torch.Tensor | None]:
         """[grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
@@ -199,21 +272,19 @@ class HeadGradients:
 
 
 class GradientPool:
-    """The workspace: gradient rows collect at its front, the next chunk's logits follow them."""
+    """A buffer whose front collects gradient rows; the next chunk's logits follow them."""
 
-    def __init__(self, head: Head, gradients: HeadGradients) -> None:
-        self.workspace, self.gradients = head.workspace, gradients
-        self.capacity = head.workspace.shape[0]
-        self.tokens = torch.empty(self.capacity, dtype=torch.int64)
+    def __init__(self, buffer: LogitsBuffer, gradients: HeadGradients) -> None:
+        self.buffer, self.gradients = buffer, gradients
+        self.tokens = torch.empty(buffer.rows, dtype=torch.int64)
         self.used = 0
 
     def free(self) -> int:
-        """Rows free for the next chunk; consumes the collected rows first when few are left."""
-        if self.capacity - self.used < max(1, self.capacity // 4):
-            self.flush()
-        return self.capacity - self.used
+        """Rows free for the next chunk; 0 when too few are left to be worth a GEMM."""
+        free = self.buffer.rows - self.used
+        return free if free >= max(1, self.buffer.rows // 4) else 0
 
     def flush(self) -> None:
         """Run the gradient GEMMs on what has collected."""
-        self.gradients.add(self.workspace[: self.used], self.tokens[: self.used])
+        self.gradients.add(self.buffer, self.tokens[: self.used])
         self.used = 0

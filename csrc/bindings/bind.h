@@ -43,7 +43,8 @@ inline DType dtype_of(int code) {
 
 // (logits, stride, dtype, tokens, vocab, target, mask, temperatures, temperature, softcap,
 // logit_scale,
-//  bias_logits, bias_stride, bias_scale, threads, index, total)
+//  bias_logits, bias_stride, bias_scale, threads, index, total,
+//  tile, tile_stride)
 LogitsArgs logits_args(const pybind11::tuple& t);
 
 }  // namespace tokfuse

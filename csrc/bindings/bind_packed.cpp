@@ -1,5 +1,6 @@
 // Kernels over packed vectors: advantages, scans, moments, off-policy weights. Scratch memory is
 // allocated here.
+#include <memory>
 #include <vector>
 
 #include "bindings/bind.h"
@@ -65,10 +66,11 @@ void group_advantage(Address reward, Address ids, Address lengths, Address greed
   a.singleton_reward = singleton_reward;
   a.threads = threads;
   py::gil_scoped_release release;
-  std::vector<int64_t> ints(grouped ? static_cast<size_t>(grouping_scratch(seqs)) : 0);
-  std::vector<double> doubles(grouped ? static_cast<size_t>(seqs) : 0);
-  a.scratch_int = ints.data();
-  a.scratch_double = doubles.data();
+  // Not value-initialised: clearing it would cost more than grouping a few thousand rows.
+  std::unique_ptr<int64_t[]> ints(grouped ? new int64_t[grouping_scratch(seqs)] : nullptr);
+  std::unique_ptr<double[]> doubles(grouped ? new double[seqs] : nullptr);
+  a.scratch_int = ints.get();
+  a.scratch_double = doubles.get();
   TOKFUSE_CALL(group_advantage, a);
 }
 

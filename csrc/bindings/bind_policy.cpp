@@ -98,7 +98,10 @@ int64_t policy_step(int phases, const py::tuple& logits, const py::tuple& record
   const ObjectiveArgs o = objective_args(record);
   require(o.tokens == a.total, "logits and policy records must have the same tokens");
   require(o.params.level == Level::kToken, "policy_step fuses token-level objectives only");
-  require(grad_stride >= a.vocab || a.tokens <= 1, "grad_stride must be >= vocab");
+  require(grad_stride >= (a.tile > 0 ? a.tile : a.vocab) || a.tokens <= 1,
+          "grad_stride must be >= vocab");
+  require(a.tile == 0 || grad_logits == reinterpret_cast<Address>(a.logits),
+          "tiled logits are overwritten by their gradient");
   for (Address p : {lse, sum_sq, top1, shift, inv_sum, grad_logits}) {
     require_pointer(p, a.tokens, "an output");
   }

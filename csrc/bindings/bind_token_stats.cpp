@@ -5,7 +5,7 @@ namespace py = pybind11;
 namespace tokfuse {
 
 LogitsArgs logits_args(const py::tuple& t) {
-  require(t.size() == 17, "logits record must have 17 fields");
+  require(t.size() == 19, "logits record must have 19 fields");
   LogitsArgs a;
   const Address logits = t[0].cast<Address>(), target = t[5].cast<Address>();
   a.logits = as<void>(logits);
@@ -25,6 +25,11 @@ LogitsArgs logits_args(const py::tuple& t) {
   a.threads = t[14].cast<int>();
   a.index = as<int64_t>(t[15].cast<Address>());
   a.total = t[16].cast<int64_t>();
+  a.tile = t[17].cast<int64_t>();
+  a.tile_stride = t[18].cast<int64_t>();
+  require(a.tile >= 0 && a.tile % 2048 == 0, "tile must be a multiple of 2048 columns, or 0");
+  require(a.tile == 0 || (a.stride >= a.tile && a.tile_stride >= a.tile), "tiles must not overlap");
+  require(a.tile == 0 || a.bias_stride == 0, "tiled logits take no bias_logits");
   require(a.index != nullptr || a.tokens == 0 || a.total == a.tokens,
           "total must equal tokens without an index");
   require(a.total >= 0, "total must be >= 0");
@@ -71,6 +76,7 @@ void token_stats_bwd(const py::tuple& logits, Address shift, Address inv_sum, Ad
   for (Address p : {shift, inv_sum, entropy, grad_logits}) {
     require_pointer(p, a.tokens, "a backward argument");
   }
+  require(a.tile == 0, "the backward takes rows in one piece");
   require(grad_stride >= a.vocab || a.tokens <= 1, "grad_stride must be >= vocab");
   const TokenStatsGrad grad = {as<float>(shift),     as<float>(inv_sum),      as<float>(entropy),
                                as<float>(grad_logp), as<float>(grad_entropy), as<void>(grad_logits),

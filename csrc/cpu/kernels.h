@@ -16,6 +16,8 @@ namespace tokfuse {
 struct LogitsArgs {
   const void* logits;         // (T, V)
   int64_t stride;             // elements between rows
+  int64_t tile;               // 0: rows in one piece; else columns come in tiles of this many
+  int64_t tile_stride;        // elements between tiles
   DType dtype;                //
   int64_t tokens, vocab;      // rows and columns of the logits
   const int64_t* index;       // (rows) or null: logits row i belongs to token index[i]

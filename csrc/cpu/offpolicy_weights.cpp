@@ -66,14 +66,16 @@ struct Shared {
 
 // Which statistics of a sequence the rules read; count and sum are always there.
 struct Needs {
-  bool shared, extremes, k3;
+  bool shared, extremes, k3, ratios;  // ratios: a rule tests single rows
 };
 
 Needs needs_of(const OffPolicyArgs& a) {
-  Needs n = {a.level == WeightLevel::kSequence || a.level == WeightLevel::kGeometric, false, false};
+  Needs n = {a.level == WeightLevel::kSequence || a.level == WeightLevel::kGeometric, false, false,
+             false};
   for (int r = 0; r < a.num_rules; r++) {
     const KeepRule& rule = a.rules[r];
     n.shared |= rule.over != Over::kToken;
+    n.ratios |= rule.over == Over::kToken;
     n.extremes |= rule.over == Over::kMax;
     n.k3 |=
         rule.statistic == Statistic::kK3 && (rule.over == Over::kSum || rule.over == Over::kMean);
@@ -199,31 +201,50 @@ void transform(const OffPolicyArgs& a, float* __restrict w, const float* __restr
   }
 }
 
-// One staged stretch of rows. `d` and `ratio` are each row's own, `level_d` and `w` those that the
-// weight is built from: the same, or the sequence's.
+// One staged stretch of rows: own log-ratios and ratios; `ratio` becomes the weight in place.
 struct Stage {
-  float d[kStage], ratio[kStage], level_d[kStage], w[kStage];
+  float d[kStage], ratio[kStage];
   uint8_t kept[kStage];
 };
 
-void keep_rows(const OffPolicyArgs& a, int64_t begin, int64_t n, const bool* verdict, Stage& s) {
+// What a whole sequence shares: the outcome of each sequence rule, and at sequence levels its
+// weight.
+struct Verdict {
+  bool passes[kMaxRules];
+  bool kept;  // by mode "mask" at a sequence level
+  float weight;
+};
+
+void apply_rule(const OffPolicyArgs& a, int64_t begin, int64_t n, const KeepRule& rule, bool passes,
+                Stage& s) {
+  const bool per_row = rule.over == Over::kToken;
+  if (!per_row && passes) return;
+  if (!per_row && !rule.negative_only) {
+    memset(s.kept, 0, static_cast<size_t>(n));
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const bool keeps =
+        per_row && inside(row_statistic(rule.statistic, s.d[i], s.ratio[i]), rule.low, rule.high);
+    s.kept[i] &= keeps || (rule.negative_only && a.advantage[begin + i] >= 0.0f);
+  }
+}
+
+void keep_rows(const OffPolicyArgs& a, int64_t begin, int64_t n, bool per_seq,
+               const Verdict& verdict, Stage& s) {
   if (a.mask != nullptr) {
     for (int64_t i = 0; i < n; i++) s.kept[i] = a.mask[begin + i] != 0;
   } else {
     memset(s.kept, 1, static_cast<size_t>(n));
   }
-  if (a.mode == WeightMode::kMask) {
-    for (int64_t i = 0; i < n; i++) s.kept[i] &= inside(s.w[i], a.low, a.high);
+  if (a.mode == WeightMode::kMask && per_seq) {
+    if (!verdict.kept) memset(s.kept, 0, static_cast<size_t>(n));
+  } else if (a.mode == WeightMode::kMask) {
+    const float low = static_cast<float>(a.low), high = static_cast<float>(a.high);
+    for (int64_t i = 0; i < n; i++) s.kept[i] &= !(s.ratio[i] < low) & !(s.ratio[i] > high);
   }
   for (int r = 0; r < a.num_rules; r++) {
-    const KeepRule& rule = a.rules[r];
-    for (int64_t i = 0; i < n; i++) {
-      const bool keeps =
-          rule.over == Over::kToken
-              ? inside(row_statistic(rule.statistic, s.d[i], s.ratio[i]), rule.low, rule.high)
-              : verdict[r];
-      s.kept[i] &= keeps || (rule.negative_only && a.advantage[begin + i] >= 0.0f);
-    }
+    apply_rule(a, begin, n, a.rules[r], verdict.passes[r], s);
   }
 }
 
@@ -232,63 +253,78 @@ struct Units {
   double count, sum, square;
 };
 
-// Writes n rows and adds their units: every kept row, or the first kept one of a sequence.
-void write_rows(const OffPolicyArgs& a, int64_t begin, int64_t n, bool per_seq, const Stage& s,
-                Units& units) {
-  float* weight = a.weight + begin;
-  double count = 0, sum = 0, square = 0;
+// Token level: every kept row is a unit.
+void write_rows(const OffPolicyArgs& a, int64_t begin, int64_t n, const Stage& s, Units& units) {
+  float* __restrict weight = a.weight + begin;
+  double sum = 0, square = 0;
+  int64_t count = 0;
 #pragma omp simd reduction(+ : count, sum, square)
   for (int64_t i = 0; i < n; i++) {
-    const float out = s.kept[i] != 0 ? s.w[i] : 0.0f;
+    const float out = s.kept[i] != 0 ? s.ratio[i] : 0.0f;
     weight[i] = out;
-    count += s.kept[i] != 0 ? 1.0 : 0.0;
+    count += s.kept[i];
     sum += out;
     square += static_cast<double>(out) * out;
   }
   memcpy(a.kept + begin, s.kept, static_cast<size_t>(n));
-  if (!per_seq) {
-    units.count += count;
-    units.sum += sum;
-    units.square += square;
-  } else if (units.count == 0 && count > 0) {
-    const double w = s.w[0];  // the same in every row
-    units = {1, w, w * w};
+  units = {units.count + static_cast<double>(count), units.sum + sum, units.square + square};
+}
+
+// Sequence levels: the first kept row makes the sequence a unit.
+void write_constant(const OffPolicyArgs& a, int64_t begin, int64_t n, double w, const Stage& s,
+                    Units& units) {
+  float* __restrict weight = a.weight + begin;
+  const float out = static_cast<float>(w);
+  bool any = false;
+  for (int64_t i = 0; i < n; i++) {
+    weight[i] = s.kept[i] != 0 ? out : 0.0f;
+    any |= s.kept[i] != 0;
   }
+  memcpy(a.kept + begin, s.kept, static_cast<size_t>(n));
+  if (any) units = {1, w, w * w};
+}
+
+Verdict verdict_of(const OffPolicyArgs& a, const Span& span, const Needs& needs, bool per_seq) {
+  Verdict v = {};
+  if (!needs.shared) return v;
+  const Shared shared = shared_of(a, span, needs);
+  for (int r = 0; r < a.num_rules; r++) {
+    const KeepRule& rule = a.rules[r];
+    v.passes[r] =
+        rule.over != Over::kToken && inside(shared_statistic(rule, shared), rule.low, rule.high);
+  }
+  if (!per_seq) return v;
+  double d = shared.sum;
+  if (a.level == WeightLevel::kGeometric && shared.count > 0) d /= shared.count;
+  const float log_weight = static_cast<float>(clamped(d));
+  const double ratio = ::exp(clamped(d));
+  v.kept = inside(ratio, a.low, a.high);
+  v.weight = static_cast<float>(ratio);
+  transform(a, &v.weight, &log_weight, 1);
+  return v;
 }
 
 // One sequence (or block of rows): weights, kept rows, and the sums over its units.
 void weigh(const OffPolicyArgs& a, int64_t seq, const Needs& needs) {
   const Span span = span_of(a, seq);
   const bool per_seq = a.level == WeightLevel::kSequence || a.level == WeightLevel::kGeometric;
-  Shared shared = {0, 0, 0, 0, 0, 0};
-  bool verdict[kMaxRules] = {};
-  if (needs.shared) {
-    shared = shared_of(a, span, needs);
-    for (int r = 0; r < a.num_rules; r++) {
-      const KeepRule& rule = a.rules[r];
-      verdict[r] =
-          rule.over != Over::kToken && inside(shared_statistic(rule, shared), rule.low, rule.high);
-    }
-  }
-  double log_weight = shared.sum;
-  if (a.level == WeightLevel::kGeometric && shared.count > 0) log_weight /= shared.count;
-  log_weight = clamped(log_weight);
-  const float seq_d = static_cast<float>(log_weight);
-  const float seq_ratio = static_cast<float>(::exp(log_weight));
+  const Verdict verdict = verdict_of(a, span, needs, per_seq);
   Units units = {0, 0, 0};
   Stage s;
   for (int64_t begin = span.begin; begin < span.end; begin += kStage) {
     const int64_t n = span.end - begin < kStage ? span.end - begin : kStage;
-    stage(a, begin, n, s.d);
+    if (!per_seq || needs.ratios) {
+      stage(a, begin, n, s.d);
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) s.ratio[i] = exp2_simd(s.d[i] * kLog2E);
-    for (int64_t i = 0; i < n; i++) {
-      s.w[i] = per_seq ? seq_ratio : s.ratio[i];
-      s.level_d[i] = per_seq ? seq_d : s.d[i];
+      for (int64_t i = 0; i < n; i++) s.ratio[i] = exp2_simd(s.d[i] * kLog2E);
     }
-    keep_rows(a, begin, n, verdict, s);
-    transform(a, s.w, s.level_d, n);
-    write_rows(a, begin, n, per_seq, s, units);
+    keep_rows(a, begin, n, per_seq, verdict, s);
+    if (per_seq) {
+      write_constant(a, begin, n, verdict.weight, s, units);
+    } else {
+      transform(a, s.ratio, s.d, n);
+      write_rows(a, begin, n, s, units);
+    }
   }
   a.partial[3 * seq] = units.count;
   a.partial[3 * seq + 1] = units.sum;

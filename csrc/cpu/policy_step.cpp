@@ -55,6 +55,7 @@ int64_t keep_gradient_rows(const LogitsArgs& a, const ObjectiveArgs& obj, int64_
   int64_t n = 0;
   for (int64_t i = 0; i < a.tokens; i++) n += has_gradient(i);
   float* rows = static_cast<float*>(const_cast<void*>(a.logits));
+  const int64_t piece = a.tile > 0 ? a.tile : a.vocab;
   int64_t from = n;
   for (int64_t i = 0; i < n; i++) {
     if (has_gradient(i)) {
@@ -62,7 +63,11 @@ int64_t keep_gradient_rows(const LogitsArgs& a, const ObjectiveArgs& obj, int64_
       continue;
     }
     while (!has_gradient(from)) from++;
-    memcpy(rows + i * a.stride, rows + from * a.stride, static_cast<size_t>(a.vocab) * 4);
+    for (int64_t begin = 0; begin < a.vocab; begin += piece) {
+      const int64_t width = a.vocab - begin < piece ? a.vocab - begin : piece;
+      float* tile = rows + begin / piece * a.tile_stride;
+      memcpy(tile + i * a.stride, tile + from * a.stride, static_cast<size_t>(width) * 4);
+    }
     kept[i] = token_of(a, from++);
   }
   return n;

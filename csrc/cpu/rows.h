@@ -34,21 +34,27 @@ struct Transform {
   float bias_scale;  // 0: no bias row
 };
 
+// Columns may lie in tiles of `tile` columns, `tile_stride` elements apart (tile >= vocab: one
+// piece). A tile holds whole blocks.
 template <class T>
 struct Row {
   const T* z;
   const T* bias;  // may be null
   int64_t vocab;
   int64_t target;
+  int64_t tile = INT64_MAX, tile_stride = 0;
+
+  // Pointer p with p[j] = z_j for the columns j of the block that begins at `begin`.
+  const T* block(int64_t begin) const { return z + begin / tile * (tile_stride - tile); }
 };
 
 template <class T, bool kTransform>
-static inline float transformed(const Row<T>& row, const Transform& f, int64_t j) {
-  const float z = load(row.z, j);
+static inline float transformed(const T* zs, const T* bias, const Transform& f, int64_t j) {
+  const float z = load(zs, j);
   if (!kTransform) return z;
   float u = z * f.pre;
   if (f.cap != 0.0f) u = u == -kInf ? u : f.cap * tanh_simd(u);  // an excluded logit stays so
-  if (row.bias != nullptr) u -= f.bias_scale * load(row.bias, j);
+  if (bias != nullptr) u = u == -kInf ? u : u - f.bias_scale * load(bias, j);
   return u;
 }
 
@@ -145,8 +151,10 @@ TOKFUSE_BLOCK_LOOP static float block_max(const float* u, int64_t n) {
 template <class T, bool kTransform>
 TOKFUSE_BLOCK_LOOP static void convert_block(const Row<T>& row, const Transform& f, int64_t begin,
                                              int64_t n, float* __restrict buffer) {
+  const T* z = row.block(begin) + begin;
+  const T* bias = row.bias == nullptr ? nullptr : row.bias + begin;
 #pragma omp simd
-  for (int64_t j = 0; j < n; j++) buffer[j] = transformed<T, kTransform>(row, f, begin + j);
+  for (int64_t j = 0; j < n; j++) buffer[j] = transformed<T, kTransform>(z, bias, f, j);
 }
 
 template <class T, bool kTransform>
@@ -209,6 +217,55 @@ static inline RowStats finish(const Accumulator<kMoments>& acc, float c, float t
   return out;
 }
 
+// With FMA, u c - shift is exact enough for any row while shift = c max rounds to less than a unit
+// of the exponent; without, every product rounds on its own. Rows beyond, of magnitudes no model
+// gives but a fill value like -1e9 or the lowest float32 does, take their maximum off before the
+// product.
+#if defined(__FMA__)
+constexpr float kFar = 0x1p22f;
+#else
+constexpr float kFar = 0x1p10f;
+#endif
+
+static inline bool is_far(float shift) { return !(__builtin_fabsf(shift) <= kFar); }
+
+TOKFUSE_BLOCK_LOOP static void subtract(float* u, int64_t n, float value) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) u[j] -= value;
+}
+
+template <class T, bool kTransform, bool kMoments>
+TOKFUSE_BLOCK_LOOP static RowStats far_row_forward(const Row<T>& row, const Transform& f, float c,
+                                                   float target_u, float row_max) {
+  alignas(64) float buffer[kBlock];
+  Accumulator<kMoments> acc;
+  acc.shift = 0.0f;
+  for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
+    const int64_t n = row.vocab - begin < kBlock ? row.vocab - begin : kBlock;
+    convert_block<T, kTransform>(row, f, begin, n, buffer);
+    subtract(buffer, n, row_max);
+    BlockSums sums;
+    sum_block<kMoments>(buffer, n, c, 0.0f, &sums);
+    acc.add(sums);
+  }
+  RowStats out = finish<kMoments>(acc, c, target_u - row_max, 0.0f);
+  out.lse += kLn2 * static_cast<double>(row_max) * c;
+  out.shift = row_max * c;  // far, which tells the gradient
+  return out;
+}
+
+template <class T, bool kTransform>
+static inline float transformed_max(const Row<T>& row, const Transform& f) {
+  alignas(64) float buffer[kBlock];
+  float m = -kInf;
+  for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
+    const int64_t n = row.vocab - begin < kBlock ? row.vocab - begin : kBlock;
+    const float block = stage_block<T, kTransform>(row, f, begin, n, buffer);
+    if (block > m) m = block;
+  }
+  return m;
+}
+
 // Statistics of one row. `second`, when not null, receives the statistics at a second scale c2 from
 // the same read. Block borders depend on the vocabulary alone, so a row's result does not depend on
 // its batch or on the number of threads.
@@ -227,7 +284,7 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
   };
   auto stage = [&](int64_t begin, int slot, float* m) -> const float* {
     if (kDirect) {
-      const float* p = reinterpret_cast<const float*>(row.z) + begin;
+      const float* p = reinterpret_cast<const float*>(row.block(begin)) + begin;
       *m = block_max(p, width(begin));
       return p;
     }
@@ -249,10 +306,10 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     if (fused) {
       BlockSums sums;
       acc.raise_shift(m * c);
-      sum_and_stage(u, c, acc.shift, row.z + next, buffer[slot ^ 1], &sums);
+      sum_and_stage(u, c, acc.shift, row.block(next) + next, buffer[slot ^ 1], &sums);
       acc.add(sums);
       next_m = sums.max;
-      next_u = kDirect ? reinterpret_cast<const float*>(row.z) + next : buffer[slot ^ 1];
+      next_u = kDirect ? reinterpret_cast<const float*>(row.block(next)) + next : buffer[slot ^ 1];
     } else {
       add_block<kMoments>(u, n, c, m, acc);
       if (next < vocab) next_u = stage(next, slot ^ 1, &next_m);
@@ -260,7 +317,15 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     u = next_u;
     m = next_m;
   }
-  if (second != nullptr) *second = finish<false>(acc2, c2, target_u, row_max);
+  const bool finite = __builtin_fabsf(row_max) < kInf;
+  if (second != nullptr) {
+    *second = finite && is_far(row_max * c2)
+                  ? far_row_forward<T, kTransform, false>(row, f, c2, target_u, row_max)
+                  : finish<false>(acc2, c2, target_u, row_max);
+  }
+  if (finite && is_far(row_max * c)) {
+    return far_row_forward<T, kTransform, kMoments>(row, f, c, target_u, row_max);
+  }
   return finish<kMoments>(acc, c, target_u, row_max);
 }
 
@@ -279,9 +344,10 @@ TOKFUSE_BLOCK_LOOP static void gradient_block(const float* u, int64_t n, float c
 template <class T>
 TOKFUSE_BLOCK_LOOP static void scale_by_slope(const Row<T>& row, const Transform& f, int64_t begin,
                                               int64_t n, float* __restrict du) {
+  const T* z = row.block(begin) + begin;
 #pragma omp simd
   for (int64_t j = 0; j < n; j++) {
-    const float t = tanh_simd(load(row.z, begin + j) * f.pre);
+    const float t = tanh_simd(load(z, j) * f.pre);
     du[j] *= 1.0f - t * t;
   }
 }
@@ -303,27 +369,41 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
   constexpr bool kDirect = sizeof(T) == 4 && !kTransform;
   const int64_t vocab = row.vocab;
   if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f) {
-    memset(static_cast<void*>(out), 0, static_cast<size_t>(vocab) * sizeof(T));
+    const int64_t piece = row.tile < vocab ? row.tile : vocab;
+    for (int64_t begin = 0; begin < vocab; begin += piece) {
+      const int64_t n = vocab - begin < piece ? vocab - begin : piece;
+      memset(static_cast<void*>(out + (row.block(begin) - row.z) + begin), 0,
+             static_cast<size_t>(n) * sizeof(T));
+    }
     return;
   }
   const double ln_s = -::log(static_cast<double>(inv_sum));
   const float a0 = static_cast<float>(-scale * inv_sum * (ga + gh * (entropy - ln_s)));
   const float a1 = static_cast<float>(-scale * inv_sum * gh * kLn2);
   const int64_t y = row.target >= 0 && row.target < vocab ? row.target : -1;
-  if (kDirect) {
-    float* o = reinterpret_cast<float*>(out);
-    gradient_block(reinterpret_cast<const float*>(row.z), vocab, c, shift, a0, a1, o);
-    if (y >= 0) o[y] += scale * ga;
+  const bool far = is_far(shift);
+  // Where block `begin` of the output lies; rows and gradients share the tiling.
+  auto out_block = [&](int64_t begin) { return out + (row.block(begin) - row.z) + begin; };
+  if (kDirect && !far) {
+    const int64_t piece = row.tile < vocab ? row.tile : vocab;
+    for (int64_t begin = 0; begin < vocab; begin += piece) {
+      const int64_t n = vocab - begin < piece ? vocab - begin : piece;
+      gradient_block(reinterpret_cast<const float*>(row.block(begin)) + begin, n, c, shift, a0, a1,
+                     reinterpret_cast<float*>(out_block(begin)));
+    }
+    if (y >= 0) *reinterpret_cast<float*>(out_block(y)) += scale * ga;
     return;
   }
+  const float row_max = far ? transformed_max<T, kTransform>(row, f) : 0.0f;
   alignas(64) float du[kBlock];
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
     convert_block<T, kTransform>(row, f, begin, n, du);
-    gradient_block(du, n, c, shift, a0, a1, du);
+    if (far) subtract(du, n, row_max);
+    gradient_block(du, n, c, far ? 0.0f : shift, a0, a1, du);
     if (y >= begin && y < begin + n) du[y - begin] += scale * ga;
     if (kTransform && f.cap != 0.0f) scale_by_slope(row, f, begin, n, du);
-    store_block(du, n, out + begin);
+    store_block(du, n, out_block(begin));
   }
 }
 
@@ -365,7 +445,12 @@ template <class T>
 static inline Row<T> row_of(const LogitsArgs& a, int64_t i) {
   const T* bias =
       a.bias_logits == nullptr ? nullptr : static_cast<const T*>(a.bias_logits) + i * a.bias_stride;
-  return {static_cast<const T*>(a.logits) + i * a.stride, bias, a.vocab, a.target[token_of(a, i)]};
+  return {static_cast<const T*>(a.logits) + i * a.stride,
+          bias,
+          a.vocab,
+          a.target[token_of(a, i)],
+          a.tile > 0 ? a.tile : INT64_MAX,
+          a.tile_stride};
 }
 
 static inline void write_row(const TokenStatsOut& o, int64_t t, const RowStats& r) {

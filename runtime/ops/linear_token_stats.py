@@ -7,7 +7,7 @@ import torch
 from tokfuse.runtime import head as heads
 from tokfuse.runtime import native
 from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
-from tokfuse.runtime.head import Head, HeadGradients, HeadProblem
+from tokfuse.runtime.head import Head, HeadGradients, HeadProblem, LogitsBuffer
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions, TokenStats
 from tokfuse.runtime.reference import linear_token_stats as reference
@@ -80,15 +80,6 @@ def _reference_options(o: LogitOptions) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ CPU backend
 
 
-def chunk_record(
-    p: HeadProblem, logits: torch.Tensor, index: torch.Tensor
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Record of a chunk of logits whose rows belong to the tokens `index`."""
-    rows = p.options._replace(mask=None)  # masked rows never enter a chunk
-    record, alive = stats_op.native_logits_record(logits, p.target, rows)
-    return (*record[:15], index.data_ptr(), p.tokens), (*alive, index)
-
-
 def row_index(p: HeadProblem) -> torch.Tensor:
     """Token ids of the rows to compute, (rows,) int64."""
     index = heads.needed_rows(p)
@@ -111,12 +102,11 @@ def _cpu_forward(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     module = native.module()
     assert module is not None
     rows = heads.workspace_rows(p, index.shape[0])
-    head = Head(p, rows)
+    head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
     for start in range(0, index.shape[0], rows):
         chunk = index[start : start + rows]
-        logits = head.workspace[: chunk.shape[0]]
-        head.logits(head.rows_of_hidden(index, start, start + rows), logits)
-        record, alive = chunk_record(p, logits, chunk)
+        head.logits(head.rows_of_hidden(chunk), buffer, 0)
+        record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
         module.token_stats_fwd(record, *[x.data_ptr() for x in out], 0, 0, 0, 1.0)
         del alive
     return out
@@ -139,21 +129,20 @@ def _cpu_backward(
         active &= p.options.mask
     index = active.nonzero().squeeze(1)
     rows = heads.workspace_rows(p, max(1, index.shape[0]))
-    head = Head(p, rows)
+    head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
     gradients = HeadGradients(head, needs)
     module = native.module()
     assert module is not None
     for start in range(0, index.shape[0], rows):
         chunk = index[start : start + rows]
-        logits = head.workspace[: chunk.shape[0]]
-        head.logits(head.rows_of_hidden(index, start, start + rows), logits)
-        record, alive = chunk_record(p, logits, chunk)
+        head.logits(head.rows_of_hidden(chunk), buffer, 0)
+        record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
         module.token_stats_bwd(
             record, shift.data_ptr(), inv_sum.data_ptr(), entropy.data_ptr(), ga.data_ptr(),
-            native.pointer(gh), logits.data_ptr(), logits.stride(0),
+            native.pointer(gh), buffer.storage.data_ptr(), p.vocab,
         )  # fmt: skip
         del alive
-        gradients.add(logits, chunk)
+        gradients.add(buffer, chunk)
     return gradients.finish()
 
 

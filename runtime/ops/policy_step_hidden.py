@@ -7,7 +7,7 @@ import torch
 from tokfuse.runtime import head as heads
 from tokfuse.runtime import native
 from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
-from tokfuse.runtime.head import GradientPool, Head, HeadGradients, HeadProblem
+from tokfuse.runtime.head import GradientPool, Head, HeadGradients, HeadProblem, LogitsBuffer
 from tokfuse.runtime.metrics import SLOT
 from tokfuse.runtime.objective import Objective
 from tokfuse.runtime.ops import linear_token_stats as linear
@@ -149,32 +149,43 @@ def _cpu_run_token(
         x.zero_()  # masked rows enter no chunk
     record, alive = losses.native_record(stats[0], stats[1], inputs, objective, inverse, out)
     pointers = [x.data_ptr() for x in stats[2:]]
-    rows = heads.workspace_rows(p, max(1, index.shape[0]))
-    head = Head(p, rows)
+    head = Head(p)
     gradients = HeadGradients(head, wanted(p))
-    pool = GradientPool(head, gradients)
 
-    def phase(which: int, logits: torch.Tensor, chunk: torch.Tensor, kept: int) -> int:
-        chunk_record, chunk_alive = linear.chunk_record(p, logits, chunk)
+    def phase(which: int, buffer: LogitsBuffer, start: int, chunk: torch.Tensor, kept: int) -> int:
+        chunk_record, chunk_alive = buffer.record(p, start, start + chunk.shape[0], chunk)
         code: int = module.policy_step(
-            which, chunk_record, record, *pointers, logits.data_ptr(), logits.stride(0), kept
+            which, chunk_record, record, *pointers, chunk_record[0], chunk_record[1], kept
         )
         del chunk_alive
         assert code < 0  # targets were checked before the first GEMM
         return -1 - code
 
-    empty = index[:0]
-    phase(PREPARE, head.workspace[:0], empty, 0)
-    start = 0
-    while start < index.shape[0]:
-        stop = min(start + pool.free(), index.shape[0])
-        chunk = index[start:stop]
-        logits = head.workspace[pool.used : pool.used + chunk.shape[0]]
-        head.logits(head.rows_of_hidden(index, start, stop), logits)
-        pool.used += phase(ROWS, logits, chunk, pool.tokens[pool.used :].data_ptr())
-        start = stop
-    pool.flush()
-    phase(METRICS, head.workspace[:0], empty, 0)
+    def fill(pool: GradientPool, tokens: torch.Tensor) -> int:
+        """Take tokens into the pool until it is full, run its GEMMs; returns how many it took."""
+        done = 0
+        while done < tokens.shape[0] and pool.free() > 0:
+            chunk = tokens[done : done + pool.free()]
+            head.logits(head.rows_of_hidden(chunk), pool.buffer, pool.used)
+            kept = pool.tokens[pool.used :].data_ptr()
+            pool.used += phase(ROWS, pool.buffer, pool.used, chunk, kept)
+            done += chunk.shape[0]
+        pool.flush()
+        return done
+
+    tiny = LogitsBuffer.workspace(1, p.vocab)
+    phase(PREPARE, tiny, 0, index[:0], 0)
+    start, rows = 0, heads.workspace_rows(p, max(1, index.shape[0]))
+    if gradients.weight is not None:
+        inside = heads.dw_buffer(gradients.weight, index.shape[0], rows)
+        if inside is not None:
+            start = fill(GradientPool(inside, gradients), index)
+    if start < index.shape[0]:
+        rows = heads.workspace_rows(p, index.shape[0] - start)
+        pool = GradientPool(LogitsBuffer.workspace(rows, p.vocab), gradients)
+        while start < index.shape[0]:
+            start += fill(pool, index[start:])
+    phase(METRICS, tiny, 0, index[:0], 0)
     del alive
     return policy_terms(out), TokenStats(*stats[:5]), gradients.finish()
 

@@ -237,6 +237,8 @@ def native_logits_record(
         torch.get_num_threads(),
         0,
         logits.shape[0],
+        0,
+        0,
     )
     return record, (logits, target, mask, vector, bias)
 
