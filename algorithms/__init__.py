@@ -1,1 +1,1 @@
-"""Losses, advantages, selection and schedules as the papers state them; no kernel, no device code."""
+"""Losses, advantages, selection and schedules as the papers state them; no device code."""

@@ -94,9 +94,7 @@ def check_positive(op: str, name: str, value: float) -> None:
         raise refuse(op, name, "a finite number > 0", repr(value), "Omit it for the default.")
 
 
-def check_cu_seqlens(
-    op: str, cu_seqlens: torch.Tensor, tokens: int, device: torch.device
-) -> None:
+def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> None:
     """Shape, dtype and device of (seqs + 1,) int32 offsets; on the CPU their values too."""
     require_tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:

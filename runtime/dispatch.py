@@ -88,13 +88,11 @@ def register_cpu(
 
 def register_reference(op: str, run: Callable[..., Any], *features: str) -> None:
     """Declare the plain-torch implementation of `op`: any device, any float dtype."""
-    register(
-        Capability(op, "reference", run, ALL_DEVICES, ALL_DTYPES, frozenset(features))
-    )
+    register(Capability(op, "reference", run, ALL_DEVICES, ALL_DTYPES, frozenset(features)))
 
 
 def forced_backend() -> str | None:
-    """The forced backend: the innermost `backend(...)` context, else `TOKFUSE_BACKEND`, else None."""
+    """The innermost `backend(...)` context, else `TOKFUSE_BACKEND`, else None."""
     forced = _FORCED.get()
     if forced is None:
         forced = os.environ.get("TOKFUSE_BACKEND") or None
@@ -129,7 +127,7 @@ def backend(name: str) -> Iterator[None]:
 def select(
     op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
 ) -> Capability:
-    """The implementation that serves this call; cached, so a repeated call costs one dict lookup."""
+    """The implementation that serves this call; cached: a repeated call costs one lookup."""
     forced = forced_backend()
     key = (op, device, dtype, features, forced)
     choice = _CHOICES.get(key)

@@ -1,13 +1,13 @@
 """The lm_head in chunks: logits exist some rows at a time, in a buffer that is reused.
 
-Rows of one chunk go through the head's GEMM, a row kernel turns them into statistics or gradients in
-place, and gradient rows collect at the front of the buffer until it is full. Then the gradient GEMMs
-consume them. So dW (vocab x hidden) is read and written once per full buffer and not once per chunk, and
-rows without gradient enter no gradient GEMM.
+Rows of one chunk go through the head's GEMM, a row kernel turns them into statistics or gradients
+in place, and gradient rows collect at the front of the buffer until it is full. Then the gradient
+GEMMs consume them. So dW (vocab x hidden) is read and written once per full buffer and not once per
+chunk, and rows without gradient enter no gradient GEMM.
 
-The first buffer costs no memory: it lies where dW will be (`dw_buffer`). Logits lie there in tiles of
-columns, and dW is written tile by tile from the last to the first, so that it overwrites only tiles
-already consumed.
+The first buffer costs no memory: it lies where dW will be (`dw_buffer`). Logits lie there in tiles
+of columns, and dW is written tile by tile from the last to the first, so that it overwrites only
+tiles already consumed.
 """
 
 import threading
@@ -22,7 +22,9 @@ from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import LogitOptions
 
 MIN_BUDGET = 64 << 20
-TILE_BYTES = 2 << 20  # float32 copy of a bfloat16 / float16 weight tile; stays in the L2 or L3 cache
+TILE_BYTES = (
+    2 << 20
+)  # float32 copy of a bfloat16 / float16 weight tile; stays in the L2 or L3 cache
 
 
 class HeadProblem(NamedTuple):
@@ -98,8 +100,8 @@ def needed_rows(p: HeadProblem) -> torch.Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
 
 
-# One workspace per thread, kept between calls: on fresh pages the first write of 50 MB costs 7 to 20 ms,
-# as much as the row kernels that use it.
+# One workspace per thread, kept between calls: on fresh pages the first write of 50 MB costs 7 to
+# 20 ms, as much as the row kernels that use it.
 _LOCAL = threading.local()
 
 
@@ -152,15 +154,17 @@ class LogitsBuffer:
         return record, (*alive, index)
 
 
-DW_TILE = 4096  # columns of a tile in dw_buffer: whole row-kernel blocks, and wide enough for the GEMM
+DW_TILE = (
+    4096  # columns of a tile in dw_buffer: whole row-kernel blocks, and wide enough for the GEMM
+)
 
 
 def dw_buffer(weight_gradient: torch.Tensor, rows: int, at_least: int) -> LogitsBuffer | None:
     """A buffer for up to `rows` logits in the memory of an unwritten float32 dW (vocab, hidden).
 
-    At most `hidden` rows: then tile k starts before dW's own tile k ends and after tile k - 1 of the
-    logits, so writing dW from the last tile down spares every tile not yet consumed. None where fewer
-    than `at_least` rows fit.
+    At most `hidden` rows: then tile k starts before dW's own tile k ends and after tile k - 1 of
+    the logits, so writing dW from the last tile down spares every tile not yet consumed. None where
+    fewer than `at_least` rows fit.
     """
     vocab, hidden = weight_gradient.shape
     tiles = -(-vocab // DW_TILE)
@@ -191,7 +195,7 @@ class Head:
         return self.hidden[tokens].float()
 
     def _weight_tiles(self, begin: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """float32 weight rows of the columns [begin, end), in cache-sized copies for 16-bit heads."""
+        """float32 weight rows [begin, end), in cache-sized copies for 16-bit heads."""
         if self.weight.dtype == torch.float32:
             yield begin, end, self.weight[begin:end]
             return
@@ -210,7 +214,7 @@ class Head:
                 out += self.bias[begin:end]
 
     def grad_hidden(self, buffer: LogitsBuffer, rows: int) -> torch.Tensor:
-        """(rows, hidden) = gradient rows @ weight. out=: autocast would round torch.mm to 16 bits."""
+        """(rows, hidden) = gradient rows @ weight; out= keeps autocast from rounding it."""
         out = torch.empty(rows, self.weight.shape[1])
         written = False
         for begin, end, dz in buffer.tiles(0, rows):
@@ -225,7 +229,7 @@ class Head:
 
 
 class HeadGradients:
-    """Gradients of hidden, weight and bias, each only where asked for; dW accumulated in float32."""
+    """Gradients of hidden, weight and bias where asked for; dW accumulated in float32."""
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
         p = head.problem

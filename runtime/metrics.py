@@ -20,15 +20,16 @@ class Metrics:
 
     Attributes:
         sums: (17,) float64, in the order of `SLOTS`: numerators of every metric, the counts that
-            divide them, and the extremes of the ratio. Add two `Metrics` to merge them; across ranks
-            all-reduce `sums` (SUM, with MIN / MAX for ratio_min / ratio_max).
+            divide them, and the extremes of the ratio. Add two `Metrics` to merge them; across
+            ranks all-reduce `sums` (SUM, with MIN / MAX for ratio_min / ratio_max).
         absent: metrics whose input was not given (no entropy, no ref_logp).
         sampler_kl_k3: sum over valid tokens of the k3 estimate of KL(sampler || old), or None.
 
-    `mean()` gives: clip_low, clip_high, dual_clip (fractions of valid tokens whose gradient the clip
-    removed, by side), kl_k1, kl_k3 (old against current policy), ref_kl_k1, ref_kl_k3 (current against
-    reference), sampler_kl_k3, ratio, ratio_min, ratio_max, entropy, masked (fraction of all tokens),
-    grad_rows (fraction of valid tokens whose final coefficient is not zero), loss, tokens, seqs.
+    `mean()` gives: clip_low, clip_high, dual_clip (fractions of valid tokens whose gradient the
+    clip removed, by side), kl_k1, kl_k3 (old against current policy), ref_kl_k1, ref_kl_k3 (current
+    against reference), sampler_kl_k3, ratio, ratio_min, ratio_max, entropy, masked (fraction of all
+    tokens), grad_rows (fraction of valid tokens whose final coefficient is not zero), loss, tokens,
+    seqs.
     """
 
     sums: torch.Tensor
@@ -52,7 +53,7 @@ class Metrics:
         return values[name]
 
     def mean(self) -> dict[str, float]:
-        """Every metric as a number; reads the device once. Without a valid token, fractions are 0."""
+        """Every metric as a number; reads the device once. No valid token: fractions are 0."""
         sums = dict(zip(SLOTS, self.sums.tolist(), strict=True))
         tokens = max(sums["tokens"], 1.0)
         names = [*_PER_TOKEN, "ref_kl_k1", "ref_kl_k3", "entropy"]

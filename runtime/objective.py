@@ -2,10 +2,10 @@
 
     loss_t = weight_t * shape(log_ratio_t, advantage_t) + kl.coef * KL_t - entropy_coef * entropy_t
 
-Axes: the *level* of the ratio (token, sequence), the *shape* phi of the policy term, the KL term, the
-entropy bonus and the *aggregation* over tokens. Every published clipped-ratio objective is one point on
-these axes. `encode` turns a spec into the numbers that the kernels take; codes and parameter slots are
-shared with csrc/common/objective.h.
+Axes: the *level* of the ratio (token, sequence), the *shape* phi of the policy term, the KL term,
+the entropy bonus and the *aggregation* over tokens. Every published clipped-ratio objective is one
+point on these axes. `encode` turns a spec into the numbers that the kernels take; codes and
+parameter slots are shared with csrc/common/objective.h.
 """
 
 from dataclasses import dataclass, fields
@@ -20,11 +20,15 @@ KL_ESTIMATORS = {
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum")
 
 
-def _check(spec: object, name: str, low: float, high: float = INF, *, open_low: bool = False) -> None:
+def _check(
+    spec: object, name: str, low: float, high: float = INF, *, open_low: bool = False
+) -> None:
     value = getattr(spec, name)
     ok = isinstance(value, int | float) and (value > low if open_low else value >= low)
     if not ok or not value <= high:
-        bounds = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < INF else "")
+        bounds = f"{'>' if open_low else '>='} {low:g}" + (
+            f" and <= {high:g}" if high < INF else ""
+        )
         raise ValueError(f"{type(spec).__name__}: {name} must be {bounds}; got {value!r}.")
 
 
@@ -86,10 +90,11 @@ class _Bounded(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOClip(_Bounded):
-    """max(-A min(r, cap), -A clip(r, ratio_min, ratio_max)); with `dual`, at most -A dual for A < 0.
+    """max(-A min(r, cap), -A clip(r, ratio_min, ratio_max)); `dual`: at most -A dual for A < 0.
 
-    PPO (arXiv 1707.06347), DAPO's asymmetric widths (2503.14476), BAPO's explicit bounds (2510.18927),
-    dual clip (1912.09729), the two-sided clip of INTELLECT-2 and TRL `delta` (`cap`). All exact.
+    PPO (arXiv 1707.06347), DAPO's asymmetric widths (2503.14476), BAPO's explicit bounds
+    (2510.18927), dual clip (1912.09729), the two-sided clip of INTELLECT-2 and TRL `delta` (`cap`).
+    All exact.
 
     Args:
         low, high: widths: the ratio is clipped to [1 - low, 1 + high].
@@ -123,8 +128,8 @@ class PPOClip(_Bounded):
 class StopGradClip(_Bounded):
     """-sg(clip(r, ratio_min, ratio_max)) * A * logp: CISPO (arXiv 2506.13585), exact.
 
-    The paper bounds from above only: `ratio_min=0`. TRL's `epsilon_high` is `ratio_max` here (a bound),
-    verl's `clip_ratio_high` is `high` (a width).
+    The paper bounds from above only: `ratio_min=0`. TRL's `epsilon_high` is `ratio_max` here (a
+    bound), verl's `clip_ratio_high` is `high` (a width).
     """
 
     code: ClassVar[int] = 3
@@ -159,7 +164,9 @@ class SigmoidGate(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRatio(Shape):
-    """|r - target| |A|, target = 1 - low + (low + high) sigmoid(signal): BPO, GBPO (2604.18578), exact.
+    """|r - target| |A|, target = 1 - low + (low + high) sigmoid(signal).
+
+    BPO, GBPO (arXiv 2604.18578), exact.
 
     `signal` is a per-token input of `policy_loss` (GBPO: (R - median) / std / tau).
     """
@@ -189,8 +196,8 @@ class Quadratic(Shape):
 class NFT(Shape):
     """A > 0: -A log r; A < 0: -|A| log((1 - q r) / (1 - q)): NFT (arXiv 2505.18116), exact.
 
-    `signal` is the group's success rate q, clamped to [rate_min, rate_max]. The logarithms' arguments
-    are floored straight-through: the value is clipped, the gradient kept.
+    `signal` is the group's success rate q, clamped to [rate_min, rate_max]. The logarithms'
+    arguments are floored straight-through: the value is clipped, the gradient kept.
     """
 
     code: ClassVar[int] = 7
@@ -227,7 +234,10 @@ class LogClamp(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class Gamma(Shape):
-    """-sg(e^l r^k e^(-l r)) A logp, k and l by the sign of A; VESPO with level="sequence_sum", exact."""
+    """-sg(e^l r^k e^(-l r)) A logp, k and l by the sign of A.
+
+    With level="sequence_sum" this is VESPO, exact.
+    """
 
     code: ClassVar[int] = 9
     k_positive: float = 2.0
@@ -245,9 +255,9 @@ class KL:
     """coef * KL estimate against `ref_logp`, with k = logp - ref_logp.
 
     Args:
-        estimator: "k1" k; "k2" k^2/2; "k3" e^-k - 1 + k; "ratio_k3" r * k3 (its gradient is the exact
-            reverse KL's under importance weighting); "k1_straight", "k3_straight" value of k1 / k3 with
-            k2's gradient; "abs" |k|.
+        estimator: "k1" k; "k2" k^2/2; "k3" e^-k - 1 + k; "ratio_k3" r * k3 (its gradient is the
+            exact reverse KL's under importance weighting); "k1_straight", "k3_straight" value of k1
+            / k3 with k2's gradient; "abs" |k|.
         coef: signed; a negative coefficient repels from the reference (CDPO).
         clamp: bound on |k|; outside, the value is the bound's and the gradient 0.
     """
@@ -271,14 +281,15 @@ class Objective:
     Args:
         shape: the policy term, e.g. `PPOClip(low=0.2, high=0.28)`.
         level: "token"; "sequence": exp of the mean log-ratio, with its true gradient (GSPO, GMPO);
-            "sequence_token": the same value, the gradient through the token's own ratio (GSPO-token);
-            "sequence_sum": exp of the summed log-ratio (VESPO, sequence-level NFT).
+            "sequence_token": the same value, the gradient through the token's own ratio
+            (GSPO-token); "sequence_sum": exp of the summed log-ratio (VESPO, sequence-level NFT).
         kl: KL term, or None.
         entropy_coef: coefficient of the entropy bonus; positive raises entropy.
         aggregation: "token_mean" sum over tokens / tokens (DAPO); "seq_mean_token_mean" mean over
             sequences of token means (GRPO, GSPO); "seq_mean_token_sum" mean over sequences of token
             sums (LUSPO with a sequence ratio); "token_sum" sum over tokens, divided by an explicit
-            normalizer (Dr.GRPO: sequences * max length). The denominator is `normalizer`'s business.
+            normalizer (Dr.GRPO: sequences * max length). The denominator is `normalizer`'s
+            business.
         log_ratio_clamp: bound on |logp - old_logp|; outside, the gradient of the ratio is 0.
     """
 

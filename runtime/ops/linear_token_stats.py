@@ -8,7 +8,6 @@ from tokfuse.runtime import head as heads
 from tokfuse.runtime import native
 from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
 from tokfuse.runtime.head import Head, HeadGradients, HeadProblem, LogitsBuffer
-from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions, TokenStats
 from tokfuse.runtime.reference import linear_token_stats as reference
 from tokfuse.runtime.reference import token_stats as stats_reference
@@ -46,10 +45,11 @@ def linear_token_stats(
         exactly, products accumulate in float32. dW is accumulated in float32 and rounded once.
         Repeatable bitwise; the GEMM library may round a row differently in another chunk size.
 
-    Gradients and memory: hidden, weight and bias, each only where it requires grad. Saved: the inputs
-        and three (tokens,) vectors. The backward recomputes the logits of those rows whose incoming
-        gradient is not zero, chunk by chunk, and writes their gradient over them. Peak extra memory:
-        memory_budget, the gradients, and a float32 dW where weight is 16-bit.
+    Gradients and memory: hidden, weight and bias, each only where it requires grad. Saved: the
+        inputs and three (tokens,) vectors. The backward recomputes the logits of those rows whose
+        incoming gradient is not zero, chunk by chunk, and writes their gradient over them. Peak
+        extra
+        memory: memory_budget, the gradients, and a float32 dW where weight is 16-bit.
 
     Raises:
         ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
@@ -150,7 +150,8 @@ register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap") 
 register_reference(OP, Kernels(reference.forward, None), "softcap")
 
 
-# --------------------------------------------------------------------------------- autograd, compile
+# --------------------------------------------------------------------------------- autograd,
+# compile
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -253,9 +254,7 @@ def _problem(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, temperature, *ctx.scalars = inputs
     _, entropy, lse, sum_sq, top1, shift, inv_sum = output
-    ctx.save_for_backward(
-        hidden, weight, bias, target, mask, temperature, shift, inv_sum, entropy
-    )
+    ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, shift, inv_sum, entropy)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, sum_sq, top1, shift, inv_sum)
 

@@ -1,4 +1,4 @@
-"""policy_loss: any clipped-ratio objective, its gradient coefficients and its metrics in one launch."""
+"""policy_loss: a clipped-ratio objective, its gradient coefficients and metrics in one launch."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -64,8 +64,8 @@ def policy_loss(
 
     loss = 1 / normalizer * sum_t agg_t [ weight_t phi(log_ratio_t, advantage_t)
            + kl.coef kl_weight_t KL_t - entropy_coef entropy_weight_t entropy_t ],
-    log_ratio = logp - old_logp (its mean or sum over the sequence for sequence levels), agg_t = 1, or
-    1 / (valid tokens of the sequence) for "seq_mean_token_mean".
+    log_ratio = logp - old_logp (its mean or sum over the sequence for sequence levels), agg_t = 1,
+    or 1 / (valid tokens of the sequence) for "seq_mean_token_mean".
 
     Args:
         logp: (tokens,) floating, nats, of the current policy; receives a gradient.
@@ -75,9 +75,10 @@ def policy_loss(
         mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
         cu_seqlens: (seqs + 1,) int32 packing offsets; needed where the objective or
             advantage_level looks at sequences.
-        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor: divides
-            (global token or sequence count). "batch": this batch's own count.
-        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its metric.
+        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
+            divides (global token or sequence count). "batch": this batch's own count.
+        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
+            metric.
         sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `weight` from `tokfuse.offpolicy_weights`.
         entropy: (tokens,), nats, of the current policy; receives a gradient with an entropy bonus.
@@ -89,16 +90,16 @@ def policy_loss(
     Returns:
         PolicyLoss(loss, token_loss, loss_sum, count, metrics).
 
-    Numerics: per-token math in float32, sums in float64 in a fixed order: bitwise repeatable whatever
-        the thread count. float64 logp uses the float64 reference. No valid token: loss 0 with zero
-        gradients.
+    Numerics: per-token math in float32, sums in float64 in a fixed order: bitwise repeatable
+        whatever the thread count. float64 logp uses the float64 reference. No valid token: loss 0
+        with zero gradients.
 
     Gradients and memory: logp and entropy only; every other input that requires grad is refused.
         Saved: two (tokens,) vectors.
 
     Raises:
-        ValueError: shapes, dtypes, devices, cu_seqlens, unknown options, an input that the objective
-            needs and lacks, or is given and does not use.
+        ValueError: shapes, dtypes, devices, cu_seqlens, unknown options, an input that the
+            objective needs and lacks, or is given and does not use.
 
     Source: see the shapes in `tokfuse.Objective`; aggregations as DAPO (arXiv 2503.14476), GRPO
         (2402.03300), Dr.GRPO (2503.20783). Exact.

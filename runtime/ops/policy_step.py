@@ -1,4 +1,4 @@
-"""policy_step: loss and gradient of a policy objective in one go, from logits or from hidden states."""
+"""policy_step: loss and gradient of a policy objective, from logits or from hidden states."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,8 +40,8 @@ class PolicyStep:
     """Statistics of the current policy; detached."""
     _gradients: dict[str, torch.Tensor | None]
 
-    # The last `loss.backward()` gives the gradients away: held here too, autograd would have to copy a
-    # (vocab, hidden) tensor into `weight.grad`. Read them before, or instead.
+    # The last `loss.backward()` gives the gradients away: held here too, autograd would have to
+    # copy a (vocab, hidden) tensor into `weight.grad`. Read them before, or instead.
 
     @property
     def grad_logits(self) -> torch.Tensor | None:
@@ -97,10 +97,11 @@ def policy_step(
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
 ) -> PolicyStep:
-    """Policy loss, its gradients, statistics and metrics; equal to the composition of the simple ops.
+    """Policy loss, gradients, statistics and metrics; equal to composing the simple ops.
 
     Same as `policy_loss(token_stats(logits, target).logp, ...)` with its autograd, or the same over
-    `linear_token_stats`; but the gradient is formed while the logits are at hand. `loss` is wired to
+    `linear_token_stats`; but the gradient is formed while the logits are at hand. `loss` is wired
+    to
     autograd: `step.loss.backward()`.
 
     Args:
@@ -118,9 +119,10 @@ def policy_step(
         PolicyStep. Gradients of `loss` (normaliser included) for the inputs that require grad; from
         logits always.
 
-    Numerics: as `token_stats` and `policy_loss`; grad_weight accumulated in float32. Fused token-level
-        kernels equal the composition bitwise in loss and metrics. Rows with a zero final coefficient
-        (masked, zero advantage, active clip) get an exactly zero gradient without arithmetic.
+    Numerics: as `token_stats` and `policy_loss`; grad_weight accumulated in float32. Fused
+        token-level kernels equal the composition bitwise in loss and metrics. Rows with a zero
+        final coefficient (masked, zero advantage, active clip) get an exactly zero gradient without
+        arithmetic.
 
     Gradients and memory: from logits, one read and one write of (tokens, vocab) for token-level
         objectives, one more read for sequence-level ones. From hidden, the workspace
@@ -238,11 +240,18 @@ def _result(
     terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)
     base = losses.finish(terms, inputs, objective, inverse, True, sampler_kl)
     return PolicyStep(
-        loss, base.token_loss, base.loss_sum, base.count, base.metrics, TokenStats(*stats), gradients
+        loss,
+        base.token_loss,
+        base.loss_sum,
+        base.count,
+        base.metrics,
+        TokenStats(*stats),
+        gradients,
     )
 
 
-# --------------------------------------------------------------------------------------- from logits
+# --------------------------------------------------------------------------------------- from
+# logits
 
 
 def _from_logits(
@@ -339,7 +348,8 @@ register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
 register_reference(OP, _reference_run, "softcap")
 
 
-# -------------------------------------------------------------------------------------- torch.compile
+# --------------------------------------------------------------------------------------
+# torch.compile
 
 
 @torch.library.custom_op("tokfuse::policy_step", mutates_args=())
@@ -401,5 +411,3 @@ def _custom_op(
         i.entropy_weight, losses.objective_key(objective), inverse,
     )  # fmt: skip
     return tuple(out)
-
-

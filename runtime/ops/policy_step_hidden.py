@@ -193,7 +193,7 @@ def _cpu_run_token(
 def _cpu_run_sequence(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> Step:
-    """A ratio of the whole sequence needs every logp of it first: statistics, then gradient rows."""
+    """A ratio of the whole sequence needs all its logp first: statistics, then gradients."""
     *stats, shift, inv_sum = linear._cpu_forward(p)
     terms = losses._cpu_run(stats[0], stats[1], inputs, objective, inverse)
     grads = linear._cpu_backward(

@@ -53,7 +53,7 @@ _NO_FEATURES: frozenset[str] = frozenset()
 
 
 class Kernels(NamedTuple):
-    """Both directions of one backend; `backward` is None where autograd differentiates `forward`."""
+    """One backend; `backward` is None where autograd differentiates `forward`."""
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
     backward: Callable[..., torch.Tensor] | None
@@ -389,9 +389,7 @@ def _token_stats_backward_op(
         temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale
     )
     run = _capability(logits, LogitOptions(**options)).run
-    grad = run.backward(
-        logits, target, shift, inv_sum, entropy, grad_logp, grad_entropy, **options
-    )
+    grad = run.backward(logits, target, shift, inv_sum, entropy, grad_logp, grad_entropy, **options)
     return grad  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""Policy objectives in plain torch: the specification, differentiable by autograd in logp and entropy."""
+"""Policy objectives in plain torch: the specification, differentiable in logp and entropy."""
 
 from typing import NamedTuple
 
@@ -130,9 +130,7 @@ def _ppo_clip(
     return loss, flags
 
 
-def _nft(
-    shape: spec.NFT, r: torch.Tensor, a: torch.Tensor, rate: torch.Tensor
-) -> torch.Tensor:
+def _nft(shape: spec.NFT, r: torch.Tensor, a: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     q = rate.clamp(shape.rate_min, shape.rate_max)
     rest = (1 - q * r) / (1 - q)
     positive = _straight_through(r.clamp(min=shape.positive_floor), r)
