@@ -32,7 +32,7 @@ class Capability:
     Args:
         op: public op name, e.g. "token_stats".
         backend: one of `ORDER`.
-        run: the callable; every backend of an op has the same signature.
+        run: the callable, or record of callables; the same form for every backend of an op.
         devices: device types it accepts; {"*"} means any.
         dtypes: dtypes of the op's large input.
         features: names of the optional behaviours it honours ("softcap", "bias_logits", ...).
@@ -41,7 +41,7 @@ class Capability:
 
     op: str
     backend: str
-    run: Callable[..., Any]
+    run: Any
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
     features: frozenset[str] = frozenset()
@@ -76,7 +76,7 @@ def register(capability: Capability) -> None:
 
 
 def register_cpu(
-    op: str, run: Callable[..., Any], dtypes: frozenset[torch.dtype], *features: str
+    op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str
 ) -> None:
     """Declare the native CPU implementation of `op`."""
     register(
@@ -86,7 +86,7 @@ def register_cpu(
     )
 
 
-def register_reference(op: str, run: Callable[..., Any], *features: str) -> None:
+def register_reference(op: str, run: Any, *features: str) -> None:
     """Declare the plain-torch implementation of `op`: any device, any float dtype."""
     register(Capability(op, "reference", run, ALL_DEVICES, ALL_DTYPES, frozenset(features)))
 

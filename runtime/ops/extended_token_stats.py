@@ -44,9 +44,13 @@ class Extras(NamedTuple):
 
     def result(self, out: tuple[torch.Tensor, ...]) -> ExtendedTokenStats:
         """The backend's eight outputs, with None for those that were not asked for."""
-        *stats, second, p2_logp, p2_logp2 = out
+        logp, entropy, lse, sum_sq, top1, second, p2_logp, p2_logp2 = out
         return ExtendedTokenStats(
-            *stats,
+            logp,
+            entropy,
+            lse,
+            sum_sq,
+            top1,
             None if self.second_temperature is None else second,
             p2_logp if self.moments else None,
             p2_logp2 if self.moments else None,
@@ -108,7 +112,7 @@ def _cpu_forward(
 
 register_cpu(
     OP, Kernels(_cpu_forward, stats_op._cpu_backward), FLOAT_DTYPES, "softcap", "bias_logits"
-)  # type: ignore[arg-type]
+)
 register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
 
 

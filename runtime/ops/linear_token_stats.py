@@ -177,7 +177,7 @@ class _LinearFunction(torch.autograd.Function):
         return logp, entropy, lse, sum_sq, top1
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None, None

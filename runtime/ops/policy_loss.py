@@ -371,7 +371,7 @@ class _PolicyLossFunction(torch.autograd.Function):
         return terms
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         d_logp, d_entropy = ctx.saved_tensors
         logp_dtype, entropy_dtype = ctx.dtypes
@@ -404,7 +404,7 @@ def _policy_loss_op(
     )  # fmt: skip
     run = select(OP, logp.device.type, logp.dtype).run
     terms = run(logp, entropy, inputs, _OBJECTIVES[objective_key], inverse)
-    return tuple(terms)  # type: ignore[return-value]
+    return tuple(terms)
 
 
 @_policy_loss_op.register_fake

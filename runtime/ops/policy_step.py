@@ -285,7 +285,7 @@ class _LogitsStep(torch.autograd.Function):
         return terms.loss, terms.token_loss, terms.sums, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         return (hand_over(ctx.gradients, grad_loss)["logits"],) + (None,) * 8
 

@@ -81,7 +81,7 @@ class _HiddenStep(torch.autograd.Function):
         return terms.loss, terms.token_loss, terms.sums, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss)
         return (*(grads[name] for name in NAMES),) + (None,) * 5

@@ -77,13 +77,33 @@ def token_stats(
 
 @overload
 def token_stats(
-    logits: torch.Tensor, target: torch.Tensor, *, second_temperature: float, **options: Any
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    bias_logits: torch.Tensor | None = ...,
+    bias_scale: float = ...,
+    second_temperature: float,
+    moments: bool = ...,
 ) -> "ExtendedTokenStats": ...
 
 
 @overload
 def token_stats(
-    logits: torch.Tensor, target: torch.Tensor, *, moments: Literal[True], **options: Any
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    bias_logits: torch.Tensor | None = ...,
+    bias_scale: float = ...,
+    second_temperature: float | None = ...,
+    moments: Literal[True],
 ) -> "ExtendedTokenStats": ...
 
 
@@ -315,7 +335,7 @@ class _TokenStatsFunction(torch.autograd.Function):
         return logp, entropy, lse, sum_sq, top1, *extras
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         grad_logp, grad_entropy = grads[0], grads[1]
         if grad_logp is None and grad_entropy is None:
