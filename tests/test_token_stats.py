@@ -1,8 +1,8 @@
 """token_stats on every backend: values and gradients of difficult rows against float64 formulas.
 
 Bounds: 2e-5 nats in logp, entropy and lse at |logit| <= 100; gradients within 2e-6 of the row's
-largest term (p and the target's 1 before they cancel); 16-bit gradients half an ulp more. `sum_sq` is
-a sum of squares of float32 probabilities: 1e-5 relative.
+largest term (p and the target's 1 before they cancel); 16-bit gradients half an ulp more. `sum_sq`
+is a sum of squares of float32 probabilities: 1e-5 relative.
 """
 
 import hypothesis
@@ -184,6 +184,32 @@ def test_a_huge_constant_offset_changes_nothing_but_lse(offset: float, backend: 
         compare(getattr(moved, name), getattr(plain, name), atol=2e-5, what=name)
     compare(moved.lse, plain.lse + offset, atol=abs(offset) * 2e-7)
     compare(moved_grad, grad, atol=2e-6)
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_logits_of_any_finite_magnitude(biased: bool, dtype: torch.dtype, backend: Backend):
+    """Fill values and more: nothing overflows, and ties at the maximum share the probability."""
+    logits = torch.zeros(9, 2300)
+    for row, value in enumerate((LOWEST, -1e9, -1e30, 3e9, 1e30, -LOWEST)):
+        logits[row] = value
+    logits[6:, :] = LOWEST
+    logits[7, 2100:], logits[8, 5] = -1e9, 1e30
+    logits = logits.to(dtype).nan_to_num(posinf=1e38, neginf=-1e38)
+    target = torch.tensor([0, 1, 2, 3, 4, 2299, 6, 2299, 5])
+    options = {"bias_logits": torch.zeros_like(logits)} if biased else {}
+    share = torch.tensor([2300.0] * 7 + [200.0, 1.0]).log()
+    stats, grad = evaluate(backend, logits, target, torch.ones(9), torch.zeros(9), **options)
+    compare(stats.logp, -share, atol=2e-6)
+    compare(stats.entropy, share, atol=2e-6)
+    compare(stats.sum_sq, (-share).exp(), rtol=1e-5)
+    compare(stats.lse, logits.amax(1), rtol=2e-7, atol=1e-6)
+    onehot = torch.nn.functional.one_hot(target, 2300)
+    p = (logits == logits.amax(1, keepdim=True)) * (-share).exp().unsqueeze(1)
+    compare(grad, onehot - p, atol=4e-3 if dtype == torch.bfloat16 else 2e-6)
 
 
 def test_float16_subnormals_and_largest_values(backend: Backend):

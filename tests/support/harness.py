@@ -32,11 +32,11 @@ class Backend(NamedTuple):
         return value.to(self.device) if isinstance(value, torch.Tensor) else value
 
 
-def backends(op: str) -> list[Any]:
+def backends(op: str, without: str = "") -> list[Any]:
     """pytest parameters from the capability records of `op`; a skip names what is missing."""
     out = []
     for row in dispatch.table():
-        if row["op"] != op or not row["built"]:
+        if row["op"] != op or not row["built"] or row["backend"] == without:
             continue
         devices = row["devices"]
         device = "cpu" if {"cpu", "*"} & set(devices) else "cuda"
