@@ -10,30 +10,43 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _PUBLIC = {
-    "BackendUnavailable": "tokfuse.runtime.errors",
     "backend": "tokfuse.runtime.dispatch",
+    "BackendUnavailable": "tokfuse.runtime.errors",
+    "ExtendedTokenStats": "tokfuse.runtime.ops.extended_token_stats",
+    "gae": "tokfuse.runtime.ops.gae",
     "Gamma": "tokfuse.runtime.objective",
+    "group_advantage": "tokfuse.runtime.ops.group_advantage",
+    "KeepRule": "tokfuse.runtime.ops.offpolicy_weights",
     "KL": "tokfuse.runtime.objective",
+    "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
     "LinearLogp": "tokfuse.runtime.objective",
     "LinearRatio": "tokfuse.runtime.objective",
     "LogClamp": "tokfuse.runtime.objective",
     "Metrics": "tokfuse.runtime.metrics",
     "NFT": "tokfuse.runtime.objective",
     "Objective": "tokfuse.runtime.objective",
-    "PPOClip": "tokfuse.runtime.objective",
-    "PolicyLoss": "tokfuse.runtime.ops.policy_loss",
-    "PolicyStep": "tokfuse.runtime.ops.policy_step",
-    "Quadratic": "tokfuse.runtime.objective",
-    "SigmoidGate": "tokfuse.runtime.objective",
-    "StopGradClip": "tokfuse.runtime.objective",
-    "TargetRatio": "tokfuse.runtime.objective",
-    "TokenStats": "tokfuse.runtime.ops.token_stats",
-    "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
+    "offpolicy_weights": "tokfuse.runtime.ops.offpolicy_weights",
+    "OffPolicyWeights": "tokfuse.runtime.ops.offpolicy_weights",
+    "OPE": "tokfuse.runtime.ops.ope",
+    "ope": "tokfuse.runtime.ops.ope",
     "policy_loss": "tokfuse.runtime.ops.policy_loss",
     "policy_step": "tokfuse.runtime.ops.policy_step",
     "policy_step_": "tokfuse.runtime.ops.policy_step",
+    "PolicyLoss": "tokfuse.runtime.ops.policy_loss",
+    "PolicyStep": "tokfuse.runtime.ops.policy_step",
+    "PPOClip": "tokfuse.runtime.objective",
+    "Quadratic": "tokfuse.runtime.objective",
     "release_workspace": "tokfuse.runtime.head",
+    "segment_moments": "tokfuse.runtime.ops.segment_moments",
+    "SegmentMoments": "tokfuse.runtime.ops.segment_moments",
+    "SigmoidGate": "tokfuse.runtime.objective",
+    "StopGradClip": "tokfuse.runtime.objective",
+    "TargetRatio": "tokfuse.runtime.objective",
     "token_stats": "tokfuse.runtime.ops.token_stats",
+    "TokenStats": "tokfuse.runtime.ops.token_stats",
+    "VTrace": "tokfuse.runtime.ops.vtrace",
+    "vtrace": "tokfuse.runtime.ops.vtrace",
+    "whiten": "tokfuse.runtime.ops.whiten",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -41,8 +54,41 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from tokfuse.runtime.dispatch import backend as backend
     from tokfuse.runtime.errors import BackendUnavailable as BackendUnavailable
+    from tokfuse.runtime.head import release_workspace as release_workspace
+    from tokfuse.runtime.metrics import Metrics as Metrics
+    from tokfuse.runtime.objective import KL as KL
+    from tokfuse.runtime.objective import NFT as NFT
+    from tokfuse.runtime.objective import Gamma as Gamma
+    from tokfuse.runtime.objective import LinearLogp as LinearLogp
+    from tokfuse.runtime.objective import LinearRatio as LinearRatio
+    from tokfuse.runtime.objective import LogClamp as LogClamp
+    from tokfuse.runtime.objective import Objective as Objective
+    from tokfuse.runtime.objective import PPOClip as PPOClip
+    from tokfuse.runtime.objective import Quadratic as Quadratic
+    from tokfuse.runtime.objective import SigmoidGate as SigmoidGate
+    from tokfuse.runtime.objective import StopGradClip as StopGradClip
+    from tokfuse.runtime.objective import TargetRatio as TargetRatio
+    from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats as ExtendedTokenStats
+    from tokfuse.runtime.ops.gae import gae as gae
+    from tokfuse.runtime.ops.group_advantage import group_advantage as group_advantage
+    from tokfuse.runtime.ops.linear_token_stats import linear_token_stats as linear_token_stats
+    from tokfuse.runtime.ops.offpolicy_weights import KeepRule as KeepRule
+    from tokfuse.runtime.ops.offpolicy_weights import OffPolicyWeights as OffPolicyWeights
+    from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights as offpolicy_weights
+    from tokfuse.runtime.ops.ope import OPE as OPE
+    from tokfuse.runtime.ops.ope import ope as ope
+    from tokfuse.runtime.ops.policy_loss import PolicyLoss as PolicyLoss
+    from tokfuse.runtime.ops.policy_loss import policy_loss as policy_loss
+    from tokfuse.runtime.ops.policy_step import PolicyStep as PolicyStep
+    from tokfuse.runtime.ops.policy_step import policy_step as policy_step
+    from tokfuse.runtime.ops.policy_step import policy_step_ as policy_step_
+    from tokfuse.runtime.ops.segment_moments import SegmentMoments as SegmentMoments
+    from tokfuse.runtime.ops.segment_moments import segment_moments as segment_moments
     from tokfuse.runtime.ops.token_stats import TokenStats as TokenStats
     from tokfuse.runtime.ops.token_stats import token_stats as token_stats
+    from tokfuse.runtime.ops.vtrace import VTrace as VTrace
+    from tokfuse.runtime.ops.vtrace import vtrace as vtrace
+    from tokfuse.runtime.ops.whiten import whiten as whiten
 
 
 def __getattr__(name: str) -> Any:

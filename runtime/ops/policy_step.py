@@ -187,7 +187,7 @@ def policy_step_(
     Args:
         logits: (tokens, vocab), contiguous vocabulary, not overlapping rows; destroyed. A leaf that
             requires grad is refused, as torch refuses in-place operations on it.
-        others: as in `policy_step`.
+        others: as in `policy_step` and `policy_loss`.
 
     Raises:
         ValueError: as `policy_step`; logits that cannot be written in place.
