@@ -6,8 +6,9 @@ other devices only when `TOKFUSE_CHECK=1` is set.
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,7 +21,12 @@ BOOL = frozenset({torch.bool})
 
 
 def may_read(tensor: torch.Tensor) -> bool:
-    """True when the values of `tensor` may be read on the host here."""
+    """True when the values of `tensor` may be read on the host here.
+
+    Not inside a compiled graph, which reading would cut; the native kernels check again.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return tensor.device.type == "cpu" or os.environ.get("TOKFUSE_CHECK", "0") not in ("", "0")
 
 
@@ -160,3 +166,9 @@ def plain(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torc
     if dtype is not None and tensor.dtype != dtype:
         tensor = tensor.to(dtype)
     return tensor.contiguous()
+
+
+def uncompiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` as one clean graph break under torch.compile: it passes addresses, not tensors."""
+    wrapped: Callable[..., Any] = torch.compiler.disable(run)
+    return wrapped

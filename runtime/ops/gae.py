@@ -13,6 +13,7 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
+    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.reference.gae import gae as reference
@@ -141,5 +142,5 @@ def _cpu(
     return advantage, returns
 
 
-register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
 register_reference(OP, reference)

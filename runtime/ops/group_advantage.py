@@ -15,6 +15,7 @@ from tokfuse.runtime.packed_checks import (
     check_unused,
     check_vector,
     plain,
+    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.reference.group_advantage import group_advantage as reference
@@ -217,5 +218,5 @@ def _cpu(
     return out
 
 
-register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
 register_reference(OP, reference)

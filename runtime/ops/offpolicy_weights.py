@@ -20,6 +20,7 @@ from tokfuse.runtime.packed_checks import (
     check_unused,
     check_vector,
     plain,
+    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.reference.offpolicy_weights import offpolicy_weights as reference
@@ -354,5 +355,5 @@ def _cpu(
     return weight, torch.tensor(ess, dtype=torch.float32), kept
 
 
-register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
 register_reference(OP, reference)

@@ -16,6 +16,7 @@ from tokfuse.runtime.packed_checks import (
     check_vector,
     may_read,
     plain,
+    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.reference.segment_moments import segment_moments as reference
@@ -193,9 +194,9 @@ def _cpu(values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     differentiable = values.requires_grad and torch.is_grad_enabled()
     if not differentiable:
         return _forward(values, *rest)
-    out: tuple[torch.Tensor, ...] = _Moments.apply(values, *rest)  # type: ignore[no-untyped-call]
+    out: tuple[torch.Tensor, ...] = _Moments.apply(values, *rest)
     return out
 
 
-register_cpu(OP, _cpu, frozenset({torch.float32, torch.float64}))
+register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32, torch.float64}))
 register_reference(OP, _reference)

@@ -14,6 +14,7 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
+    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.reference.vtrace import vtrace as reference
@@ -152,5 +153,5 @@ def _cpu(
     return target, advantage, rho
 
 
-register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
 register_reference(OP, reference)

@@ -12,6 +12,7 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
+    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.reference.whiten import whiten as reference
@@ -116,5 +117,5 @@ def _cpu(
     return out
 
 
-register_cpu(OP, _cpu, frozenset({torch.float32}))
+register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
 register_reference(OP, reference)
