@@ -124,6 +124,7 @@ def backend(name: str) -> Iterator[None]:
         _FORCED.reset(token)
 
 
+@torch.compiler.assume_constant_result
 def select(
     op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
 ) -> Capability:
