@@ -75,9 +75,7 @@ def register(capability: Capability) -> None:
     rows[capability.backend] = capability
 
 
-def register_cpu(
-    op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str
-) -> None:
+def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
     """Declare the native CPU implementation of `op`."""
     register(
         Capability(
