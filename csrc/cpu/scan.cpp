@@ -9,7 +9,7 @@ namespace TOKFUSE_ISA {
 namespace {
 
 constexpr int64_t kSerialTokens = 16384;  // below this, starting threads costs more than the work
-constexpr int64_t kRatioBlock = 512;      // exponentials staged on the stack
+constexpr int64_t kBlock = 512;           // tokens staged on the stack
 constexpr float kLogRatioClamp = 20.0f;
 
 int threads_for(const ScanArgs& a) { return a.tokens < kSerialTokens ? 1 : a.threads; }
@@ -25,28 +25,69 @@ double lambda_of(const ScanArgs& a, int64_t seq) {
   return 1 - 1 / (span > 1 ? span : 1);
 }
 
-template <bool kMasked>
-void gae_sequence(const ScanArgs& a, int64_t seq) {
+// The recursion of n tokens, from the last to the first: one multiply-add each. Everything else of
+// a dense block is done in vector loops around it.
+double recursion(const double* inject, const double* decay, int64_t n, double carried,
+                 double* __restrict out) {
+  for (int64_t i = n - 1; i >= 0; i--) {
+    carried = inject[i] + decay[i] * carried;
+    out[i] = carried;
+  }
+  return carried;
+}
+
+double recursion(const double* inject, double decay, int64_t n, double carried,
+                 double* __restrict out) {
+  for (int64_t i = n - 1; i >= 0; i--) {
+    carried = inject[i] + decay * carried;
+    out[i] = carried;
+  }
+  return carried;
+}
+
+void gae_masked(const ScanArgs& a, int64_t seq) {
   const double gamma = a.gamma, decay = a.gamma * lambda_of(a, seq);
   const bool ends = a.finished == nullptr || a.finished[seq] != 0;
   bool last = true;
-  double next_value = 0, advantage = 0;
+  double next_value = 0, carried = 0;
   for (int64_t t = a.cu_seqlens[seq + 1] - 1; t >= a.cu_seqlens[seq]; t--) {
-    if (kMasked && a.mask[t] == 0) {
+    if (a.mask[t] == 0) {
       a.advantage[t] = a.returns[t] = 0.0f;
       continue;
     }
     const double v = a.value[t];
-    if (last) {
-      next_value = ends ? 0 : v;
-      last = false;
-      advantage = a.reward[t] + gamma * next_value - v;
-    } else {
-      advantage = (a.reward[t] + gamma * next_value - v) + decay * advantage;
-    }
-    a.advantage[t] = static_cast<float>(advantage);
-    a.returns[t] = static_cast<float>(advantage + v);
+    if (last) next_value = ends ? 0 : v;
+    const double delta = a.reward[t] + gamma * next_value - v;
+    carried = last ? delta : delta + decay * carried;
+    last = false;
+    a.advantage[t] = static_cast<float>(carried);
+    a.returns[t] = static_cast<float>(carried + v);
     next_value = v;
+  }
+}
+
+void gae_dense(const ScanArgs& a, int64_t seq) {
+  alignas(64) double delta[kBlock], scan[kBlock];
+  const double gamma = a.gamma, decay = a.gamma * lambda_of(a, seq);
+  const int64_t first = a.cu_seqlens[seq], stop = a.cu_seqlens[seq + 1];
+  if (first == stop) return;
+  const bool ends = a.finished == nullptr || a.finished[seq] != 0;
+  double next_value = ends ? 0 : a.value[stop - 1], carried = 0;
+  for (int64_t end = stop; end > first; end -= kBlock) {
+    const int64_t begin = end - kBlock > first ? end - kBlock : first, n = end - begin;
+    const float *reward = a.reward + begin, *value = a.value + begin;
+    float* __restrict advantage = a.advantage + begin;
+    float* __restrict returns = a.returns + begin;
+#pragma omp simd
+    for (int64_t i = 0; i < n - 1; i++) delta[i] = reward[i] + gamma * value[i + 1] - value[i];
+    delta[n - 1] = reward[n - 1] + gamma * next_value - value[n - 1];
+    carried = recursion(delta, decay, n, carried, scan);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+      advantage[i] = static_cast<float>(scan[i]);
+      returns[i] = static_cast<float>(scan[i] + value[i]);
+    }
+    next_value = value[0];
   }
 }
 
@@ -66,20 +107,20 @@ struct VtraceState {
   double next_value, carried;  // carried = target - V of the next valid token
 };
 
-// Everything the loop reads is a local: stores through float* would otherwise force reloads.
-template <bool kMasked>
-VtraceState vtrace_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
-  float ratio[kRatioBlock];
+// One block with a mask: the next valid token is found on the way. Everything the loop reads is a
+// local, because stores through float* would otherwise force reloads.
+VtraceState masked_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
+  float ratio[kBlock];
   ratios(a, begin, n, ratio);
   const float *reward = a.reward + begin, *value = a.value + begin;
-  const uint8_t* mask = kMasked ? a.mask + begin : nullptr;
+  const uint8_t* mask = a.mask + begin;
   float* __restrict target = a.target + begin;
   float* __restrict advantage = a.advantage + begin;
   float* __restrict rho_out = a.rho + begin;
   const double gamma = a.gamma, decay = a.gamma * a.lam;
   const float rho_bar = a.rho_bar, c_bar = a.c_bar;
   for (int64_t i = n - 1; i >= 0; i--) {
-    if (kMasked && mask[i] == 0) {
+    if (mask[i] == 0) {
       target[i] = advantage[i] = rho_out[i] = 0.0f;
       continue;
     }
@@ -97,14 +138,47 @@ VtraceState vtrace_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n,
   return s;
 }
 
-template <bool kMasked>
+// One block without a mask: only the recursion itself is a serial loop, of one multiply-add a
+// token.
+VtraceState dense_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
+  alignas(64) float ratio[kBlock];
+  alignas(64) double ahead[kBlock], inject[kBlock], decay[kBlock], trace[kBlock + 1];
+  ratios(a, begin, n, ratio);
+  const float *reward = a.reward + begin, *value = a.value + begin;
+  float* __restrict target = a.target + begin;
+  float* __restrict advantage = a.advantage + begin;
+  float* __restrict rho = a.rho + begin;
+  const double gamma = a.gamma, factor = a.gamma * a.lam;
+  const float rho_bar = a.rho_bar, c_bar = a.c_bar;
+#pragma omp simd
+  for (int64_t i = 0; i < n - 1; i++) ahead[i] = reward[i] + gamma * value[i + 1] - value[i];
+  const double v = value[n - 1];
+  if (s.last) s.next_value = ends ? 0 : v;
+  ahead[n - 1] = reward[n - 1] + gamma * s.next_value - v;
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    rho[i] = ratio[i] > rho_bar ? rho_bar : ratio[i];
+    inject[i] = rho[i] * ahead[i];
+    decay[i] = factor * (ratio[i] > c_bar ? c_bar : ratio[i]);
+  }
+  trace[n] = s.carried;
+  recursion(inject, decay, n, s.carried, trace);
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    advantage[i] = static_cast<float>(ahead[i] + gamma * trace[i + 1]);
+    target[i] = static_cast<float>(value[i] + trace[i]);
+  }
+  return {false, value[0], trace[0]};
+}
+
 void vtrace_sequence(const ScanArgs& a, int64_t seq) {
   const bool ends = a.finished == nullptr || a.finished[seq] != 0;
   VtraceState state = {true, 0, 0};
   const int64_t first = a.cu_seqlens[seq];
-  for (int64_t end = a.cu_seqlens[seq + 1]; end > first; end -= kRatioBlock) {
-    const int64_t begin = end - kRatioBlock > first ? end - kRatioBlock : first;
-    state = vtrace_block<kMasked>(a, ends, begin, end - begin, state);
+  for (int64_t end = a.cu_seqlens[seq + 1]; end > first; end -= kBlock) {
+    const int64_t begin = end - kBlock > first ? end - kBlock : first;
+    state = a.mask != nullptr ? masked_block(a, ends, begin, end - begin, state)
+                              : dense_block(a, ends, begin, end - begin, state);
   }
 }
 
@@ -114,22 +188,16 @@ void gae(const ScanArgs& a) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads_for(a))
   for (int64_t seq = 0; seq < a.seqs; seq++) {
     if (a.mask != nullptr) {
-      gae_sequence<true>(a, seq);
+      gae_masked(a, seq);
     } else {
-      gae_sequence<false>(a, seq);
+      gae_dense(a, seq);
     }
   }
 }
 
 void vtrace(const ScanArgs& a) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads_for(a))
-  for (int64_t seq = 0; seq < a.seqs; seq++) {
-    if (a.mask != nullptr) {
-      vtrace_sequence<true>(a, seq);
-    } else {
-      vtrace_sequence<false>(a, seq);
-    }
-  }
+  for (int64_t seq = 0; seq < a.seqs; seq++) vtrace_sequence(a, seq);
 }
 
 }  // namespace TOKFUSE_ISA
