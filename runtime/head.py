@@ -36,6 +36,7 @@ class HeadProblem(NamedTuple):
     target: torch.Tensor
     options: LogitOptions
     memory_budget: int
+    needs: tuple[bool, bool, bool] | None = None  # gradients asked for; None: by requires_grad
 
     @property
     def tokens(self) -> int:

@@ -59,13 +59,14 @@ def linear_token_stats(
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
-    run = select(OP, hidden.device.type, hidden.dtype, options.features()).run
-    if run.backward is None:
+    capability = select(OP, hidden.device.type, hidden.dtype, options.features())
+    if capability.backend == "reference":
         return TokenStats(
-            *run.forward(hidden, weight, target, bias=bias, **_reference_options(options))
+            *reference.forward(hidden, weight, target, bias=bias, **_reference_options(options))
         )
     if torch.compiler.is_compiling():
         return TokenStats(*_custom_op(problem)[:5])
+    run = capability.run
     wants = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if wants and torch.is_grad_enabled():
         return TokenStats(*_LinearFunction.apply(hidden, weight, bias, problem, run))
@@ -199,7 +200,7 @@ def _linear_op(
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # fmt: skip
-    p = _problem(
+    p = head_problem(
         hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale,
         memory_budget,
     )  # fmt: skip
@@ -221,7 +222,7 @@ def _linear_backward_op(
     grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None,
     needs_hidden: bool, needs_weight: bool, needs_bias: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    p = _problem(
+    p = head_problem(
         hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale,
         memory_budget,
     )  # fmt: skip
@@ -241,7 +242,7 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *re
     ]
 
 
-def _problem(
+def head_problem(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
     mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar: float, softcap: float,
     logit_scale: float, memory_budget: int,

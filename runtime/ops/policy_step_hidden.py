@@ -32,6 +32,12 @@ def apply(
 ) -> tuple[tuple[torch.Tensor, ...], Gradients]:
     """((loss, token_loss, sums, *stats), gradients), wired to autograd."""
     gradients: Gradients = {}
+    if torch.compiler.is_compiling():
+        features = problem.options.features()
+        if select(OP, problem.hidden.device.type, problem.hidden.dtype, features).backend != (
+            "reference"
+        ):
+            return _custom_op(problem, inputs, objective, inverse)
     out = _HiddenStep.apply(
         problem.hidden, problem.weight, problem.bias, problem, inputs, objective, inverse, gradients
     )
@@ -89,6 +95,8 @@ class _HiddenStep(torch.autograd.Function):
 
 def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
     """Which of hidden, weight and bias ask for a gradient."""
+    if p.needs is not None:
+        return p.needs
     bias = p.bias is not None and p.bias.requires_grad
     return p.hidden.requires_grad, p.weight.requires_grad, bias
 
@@ -204,3 +212,75 @@ def _cpu_run_sequence(
 
 register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
 register_reference(OP, _reference_run, "softcap")
+
+
+# -------------------------------------------------------------------------------- torch.compile
+
+
+@torch.library.custom_op("tokfuse::policy_step_hidden", mutates_args=())
+def _hidden_op(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
+    mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,
+    softcap: float, logit_scale: float, memory_budget: int,
+    old_logp: torch.Tensor, advantage: torch.Tensor, advantage_level: str,
+    cu_seqlens: torch.Tensor | None, token_weight: torch.Tensor | None,
+    signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
+    entropy_weight: torch.Tensor | None, objective_key: str, inverse: float,
+    needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    p = linear.head_problem(
+        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale,
+        memory_budget,
+    )._replace(needs=(needs_hidden, needs_weight, needs_bias))  # fmt: skip
+    inputs = PolicyInputs(
+        old_logp, advantage, advantage_level, mask, cu_seqlens,
+        token_weight, signal, ref_logp, kl_weight, entropy_weight,
+    )  # fmt: skip
+    run = select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
+    terms, stats, grads = run(p, inputs, losses.objective_of(objective_key), inverse)
+    held = [hidden.new_empty(0) if x is None else x for x in grads]
+    return [terms.loss, terms.token_loss, terms.sums, *stats, *held]
+
+
+@_hidden_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
+    vectors = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(6)]
+    sums = hidden.new_empty(len(SLOT), dtype=torch.float64)
+    grads = [
+        x.new_empty(x.shape) if x is not None and need else hidden.new_empty(0)
+        for x, need in zip((hidden, weight, bias), rest[-3:], strict=True)
+    ]
+    loss = hidden.new_empty((), dtype=torch.float32)
+    return [loss, vectors[0], sums, *vectors[1:], *grads]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    ctx.save_for_backward(*output[8:])
+
+
+def _op_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+    scaled = [
+        g * grads[0].to(g.dtype) if need else None
+        for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    ]
+    return (*scaled,) + (None,) * 21
+
+
+_hidden_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _custom_op(
+    p: HeadProblem, i: PolicyInputs, objective: Objective, inverse: float
+) -> tuple[tuple[torch.Tensor, ...], Gradients]:
+    o = p.options
+    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
+    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
+    needs = wanted(p)
+    out = _hidden_op(
+        p.hidden, p.weight, p.bias, p.target, o.mask, vector, scalar, o.softcap or 0.0,
+        o.logit_scale, p.memory_budget, i.old_logp, i.advantage, i.advantage_level, i.cu_seqlens,
+        i.weight, i.signal, i.ref_logp, i.kl_weight, i.entropy_weight,
+        losses.objective_key(objective), inverse, *needs,
+    )  # fmt: skip
+    grads = [x if need else None for x, need in zip(out[8:], needs, strict=True)]
+    return tuple(out[:8]), dict(zip(NAMES, grads, strict=True))

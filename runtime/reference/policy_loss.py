@@ -61,12 +61,16 @@ def _straight_through(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tens
     return gradient + (value - gradient).detach()
 
 
+def _where(condition: torch.Tensor, yes: float, no: float, like: torch.Tensor) -> torch.Tensor:
+    """One of two numbers per token, in the dtype of `like`: torch.where rounds them to float32."""
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+
+
 def _bound_tokens(o: Objective, d: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     c = o.log_ratio_clamp
     if isinstance(o.shape, spec.LogClamp):
         e = min(o.shape.bound, c)
-        high = torch.where(a >= 0, e, c)
-        low = torch.where(a <= 0, -e, -c)
+        high, low = _where(a >= 0, e, c, d), _where(a <= 0, -e, -c, d)
         return torch.minimum(torch.maximum(d, low), high)
     return _clip(d, -c, c)
 
@@ -97,7 +101,7 @@ def _policy_term(
         low, high = shape.bounds
         return -_clip(r, low, high).detach() * a * logp, _flags(a, r, low, high)
     if isinstance(shape, spec.SigmoidGate):
-        tau = torch.where(a > 0, shape.tau_positive, shape.tau_negative).to(r.dtype)
+        tau = _where(a > 0, shape.tau_positive, shape.tau_negative, r)
         return -(4 / tau) * torch.sigmoid(tau * (r - 1)) * a, {}
     if isinstance(shape, spec.TargetRatio):
         assert signal is not None
@@ -109,8 +113,8 @@ def _policy_term(
         assert signal is not None
         return _nft(shape, r, a, signal), {}
     assert isinstance(shape, spec.Gamma)
-    k = torch.where(a >= 0, shape.k_positive, shape.k_negative)
-    lam = torch.where(a >= 0, shape.lam_positive, shape.lam_negative)
+    k = _where(a >= 0, shape.k_positive, shape.k_negative, r)
+    lam = _where(a >= 0, shape.lam_positive, shape.lam_negative, r)
     return -(lam + k * d - lam * r).exp().detach() * a * logp, {}
 
 
