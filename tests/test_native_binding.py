@@ -103,7 +103,8 @@ def test_broken_policy_records_are_refused():
             for value in values:
                 refused(lambda: M.policy_loss(set_(policy, i, value)))
         for spec in ((99,) + policy[0][1:], policy[0][:-1], (0, 9) + policy[0][2:],
-                     policy[0][:2] + (77,) + policy[0][3:], policy[0][:4] + ((1.0,),) + policy[0][5:]):
+                     policy[0][:2] + (77,) + policy[0][3:],
+                     policy[0][:4] + ((1.0,),) + policy[0][5:]):
             refused(lambda: M.policy_loss(set_(policy, 0, spec)))
         for offsets in ([1, 2, 4], [0, 3, 2], [0, 2, 5], [0, -1, 4]):
             cu.copy_(torch.tensor(offsets, dtype=torch.int32))
