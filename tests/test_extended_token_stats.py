@@ -202,6 +202,7 @@ def test_compiles_in_one_graph():
 
     z, w = (logits.clone().requires_grad_() for _ in range(2))
     eager = loss(z)
+    torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(w)
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
