@@ -1,8 +1,8 @@
 """policy_step and policy_step_: the fused step equals the composition of the simple ops.
 
 Contract: loss and metrics of the cpu backend are bitwise those of policy_loss(token_stats(...));
-its gradients agree with a float64 composition to 4e-6 of the largest entry (2e-6 of the statistics, and
-the float32 log-prob of the ratio), and a row whose final coefficient is zero has a zero gradient.
+its gradients agree with a float64 composition to 4e-6 of the largest entry (2e-6 of the statistics,
+and the float32 log-prob of the ratio), and a row without a coefficient has a zero gradient.
 """
 
 import pytest
