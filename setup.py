@@ -105,7 +105,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
-    package_data={"tokfuse": ["py.typed", "*.pyi"]},
+    package_data={"tokfuse": ["py.typed", "*.pyi"], "tokfuse.bench": ["*.cpp", "*.txt"]},
     ext_modules=[Extension("tokfuse._native", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )
