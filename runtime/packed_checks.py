@@ -18,6 +18,7 @@ from tokfuse.runtime.errors import refuse
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 INTS = frozenset({torch.int32, torch.int64})
 BOOL = frozenset({torch.bool})
+Runs = dict[str, Callable[..., Any]]  # backend -> implementation of one op
 
 
 def may_read(tensor: torch.Tensor) -> bool:

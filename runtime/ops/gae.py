@@ -3,11 +3,12 @@
 import torch
 
 from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
+    Runs,
     check_cu_seqlens,
     check_number,
     check_optional,
@@ -94,7 +95,7 @@ def gae(
             want = "left out with length_adaptive_alpha"
             raise refuse(OP, "lam", want, "a tensor or number", "It would have no effect.")
     dtype = working_dtype(reward, value)
-    run = select(OP, device.type, dtype).run
+    run = _RUNS[backend_of(OP, device.type, dtype)]
     out: tuple[torch.Tensor, torch.Tensor] = run(
         plain(reward, dtype),
         plain(value, dtype),
@@ -142,5 +143,7 @@ def _cpu(
     return advantage, returns
 
 
-register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
-register_reference(OP, reference)
+# By name, because torch.compile can follow a module's table but not a record of the registry.
+_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": reference}
+register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
+register_reference(OP, _RUNS["reference"])

@@ -3,12 +3,13 @@
 import torch
 
 from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     FLOATS,
     INTS,
     Rows,
+    Runs,
     check_choice,
     check_number,
     check_optional,
@@ -125,7 +126,7 @@ def group_advantage(
     _check(reward, group_ids, baseline, scale, std, eps, singleton, lengths, greedy_reward)
     grouped = baseline not in GROUPLESS
     dtype = working_dtype(reward, greedy_reward)
-    run = select(OP, reward.device.type, dtype).run
+    run = _RUNS[backend_of(OP, reward.device.type, dtype)]
     out: torch.Tensor = run(
         plain(reward, dtype),
         plain(group_ids, torch.int64) if grouped else None,
@@ -218,5 +219,7 @@ def _cpu(
     return out
 
 
-register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
-register_reference(OP, reference)
+# By name, because torch.compile can follow a module's table but not a record of the registry.
+_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": reference}
+register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
+register_reference(OP, _RUNS["reference"])

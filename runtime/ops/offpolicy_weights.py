@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
     INTS,
     Rows,
+    Runs,
     check_choice,
     check_cu_seqlens,
     check_number,
@@ -173,7 +174,7 @@ def offpolicy_weights(
     _check_rules(mode, rules, advantage, rows)
     _check_layout(level, rules, normalize, cu_seqlens, group_ids, num_rows, device)
     dtype = working_dtype(target, behavior)
-    run = select(OP, device.type, dtype).run
+    run = _RUNS[backend_of(OP, device.type, dtype)]
     return OffPolicyWeights(
         *run(
             plain(target, dtype),
@@ -355,5 +356,7 @@ def _cpu(
     return weight, torch.tensor(ess, dtype=torch.float32), kept
 
 
-register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
-register_reference(OP, reference)
+# By name, because torch.compile can follow a module's table but not a record of the registry.
+_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": reference}
+register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
+register_reference(OP, _RUNS["reference"])

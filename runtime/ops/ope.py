@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.dispatch import register_reference, select
+from tokfuse.runtime.dispatch import backend_of, register_reference
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
+    Runs,
     check_optional,
     check_vector,
     plain,
@@ -81,7 +82,7 @@ def ope(
     if q_a is not None and q_pi is None:
         raise refuse(OP, "q_pi", "given with q_a", None, "The correction needs its direct part.")
     dtype = working_dtype(weight, reward, q_pi, q_a)
-    run = select(OP, reward.device.type, dtype).run
+    run = _RUNS[backend_of(OP, reward.device.type, dtype)]
     found = run(
         plain(weight, dtype),
         plain(reward, dtype),
@@ -95,4 +96,6 @@ def ope(
     return OPE(**fields)
 
 
+# By name, because torch.compile can follow a module's table but not a record of the registry.
+_RUNS: Runs = {"reference": reference}
 register_reference(OP, reference)

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
     INTS,
     Rows,
+    Runs,
     check_cu_seqlens,
     check_optional,
     check_vector,
@@ -88,7 +89,7 @@ def segment_moments(
             want = "an int >= 0, given with segment_ids"
             raise refuse(OP, "num_segments", want, num_segments, "Pass the number of segments.")
     dtype = working_dtype(values)
-    run = select(OP, values.device.type, dtype).run
+    run = _RUNS[backend_of(OP, values.device.type, dtype)]
     x = values.to(dtype).contiguous()
     return SegmentMoments(
         *run(x, plain(segment_ids, torch.int64), plain(cu_seqlens), num_segments, plain(mask))
@@ -198,5 +199,7 @@ def _cpu(values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     return out
 
 
-register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32, torch.float64}))
-register_reference(OP, _reference)
+# By name, because torch.compile can follow a module's table but not a record of the registry.
+_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": _reference}
+register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32, torch.float64}))
+register_reference(OP, _RUNS["reference"])

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
+    Runs,
     check_cu_seqlens,
     check_number,
     check_optional,
@@ -99,7 +100,7 @@ def vtrace(
         if bound is not None:
             check_number(OP, name, bound, 0.0, open_low=True)
     dtype = working_dtype(log_ratio, reward, value)
-    run = select(OP, device.type, dtype).run
+    run = _RUNS[backend_of(OP, device.type, dtype)]
     return VTrace(
         *run(
             plain(log_ratio, dtype),
@@ -153,5 +154,7 @@ def _cpu(
     return target, advantage, rho
 
 
-register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
-register_reference(OP, reference)
+# By name, because torch.compile can follow a module's table but not a record of the registry.
+_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": reference}
+register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
+register_reference(OP, _RUNS["reference"])

@@ -3,11 +3,12 @@
 import torch
 
 from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
+    Runs,
     check_number,
     check_optional,
     check_vector,
@@ -64,7 +65,7 @@ def whiten(
     if (mean is None) != (var is None):
         raise refuse(OP, "mean and var", "given together", "one of them", "Pass both or none.")
     dtype = working_dtype(x)
-    run = select(OP, x.device.type, dtype).run
+    run = _RUNS[backend_of(OP, x.device.type, dtype)]
     out: torch.Tensor = run(
         plain(x, dtype),
         mask=plain(mask),
@@ -117,5 +118,7 @@ def _cpu(
     return out
 
 
-register_cpu(OP, uncompiled(_cpu), frozenset({torch.float32}))
-register_reference(OP, reference)
+# By name, because torch.compile can follow a module's table but not a record of the registry.
+_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": reference}
+register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
+register_reference(OP, _RUNS["reference"])
