@@ -262,6 +262,11 @@ def sampler_mismatch(
 # ---------------------------------------------------------------------------------------- backends
 
 
+def usable_by_autograd(x: Any) -> Any:
+    """A copy of a tensor made under torch.inference_mode, which autograd could not save."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
 def _reference_run(
     logp: torch.Tensor,
     entropy: torch.Tensor | None,
@@ -273,10 +278,11 @@ def _reference_run(
     if torch.compiler.is_compiling():
         zero = torch.zeros_like(token_loss)
         return PolicyTerms(loss, token_loss, zero, zero, sums)
-    with torch.enable_grad():
-        x = logp.detach().requires_grad_()
-        h = None if entropy is None else entropy.detach().requires_grad_()
-        again, *_ = reference.forward(x, h, inputs, objective, inverse)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = usable_by_autograd(logp.detach()).requires_grad_()
+        h = None if entropy is None else usable_by_autograd(entropy.detach()).requires_grad_()
+        given = PolicyInputs(*map(usable_by_autograd, inputs))
+        again, *_ = reference.forward(x, h, given, objective, inverse)
         leaves = [x] if h is None else [x, h]
         grads = torch.autograd.grad(again, leaves, allow_unused=True, materialize_grads=True)
     d_entropy = grads[1] if h is not None else torch.zeros_like(grads[0])

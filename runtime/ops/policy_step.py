@@ -294,9 +294,11 @@ def _reference_run(
     logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
     objective: Objective, inverse: float, in_place: bool,
 ) -> StepTerms:  # fmt: skip
-    with torch.enable_grad():
-        z = logits.detach().requires_grad_()
-        stats = TokenStats(*reference.forward(z, target, **o._asdict()))
+    with torch.inference_mode(False), torch.enable_grad():
+        z = losses.usable_by_autograd(logits.detach()).requires_grad_()
+        target, *given = map(losses.usable_by_autograd, (target, *o))
+        inputs = PolicyInputs(*map(losses.usable_by_autograd, inputs))
+        stats = TokenStats(*reference.forward(z, target, **LogitOptions(*given)._asdict()))
         terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
         (grad,) = torch.autograd.grad(terms.loss, z, allow_unused=True, materialize_grads=True)
     if in_place:

@@ -13,7 +13,7 @@ from tokfuse.runtime.objective import Objective
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
-from tokfuse.runtime.ops.token_stats import TokenStats
+from tokfuse.runtime.ops.token_stats import LogitOptions, TokenStats
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
@@ -114,11 +114,15 @@ def _reference_run(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> Step:
     needs = wanted(p)
-    with torch.enable_grad(), torch.autocast(p.hidden.device.type, enabled=False):
+    usable = losses.usable_by_autograd
+    autocast = torch.autocast(p.hidden.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), autocast:
         leaves = [
-            None if x is None else x.detach().requires_grad_(need)
+            None if x is None else usable(x.detach()).requires_grad_(need)
             for x, need in zip((p.hidden, p.weight, p.bias), needs, strict=True)
         ]
+        p = p._replace(target=usable(p.target), options=LogitOptions(*map(usable, p.options)))
+        inputs = PolicyInputs(*map(usable, inputs))
         hidden, weight, bias = leaves
         assert hidden is not None and weight is not None
         logits = linear_reference.logits_of(hidden, weight, bias)
