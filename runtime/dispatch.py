@@ -122,7 +122,6 @@ def backend(name: str) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def select(
     op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
 ) -> Capability:

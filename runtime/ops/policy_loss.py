@@ -440,12 +440,14 @@ _policy_loss_op.register_autograd(_op_backward, setup_context=_setup_context)
 _OBJECTIVES: dict[str, Objective] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def objective_key(objective: Objective) -> str:
     """A string that stands for the objective in a custom op's schema."""
     key = repr(objective)
     _OBJECTIVES.setdefault(key, objective)
     return key
+
+
+objective_key._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as dispatch.select
 
 
 def objective_of(key: str) -> Objective:
