@@ -53,4 +53,5 @@ PYBIND11_MODULE(_native, m) {
   tokfuse::bind_token_stats(m);
   tokfuse::bind_policy(m);
   tokfuse::bind_packed(m);
+  tokfuse::bind_distribution(m);
 }
