@@ -1,0 +1,283 @@
+"""kept_token_stats: log-prob and entropy over a recorded support, e.g. a sampler's top-p ids."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.ops import token_stats as stats_op
+from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
+from tokfuse.runtime.packed_checks import INTS, Rows, check_vector, may_read
+from tokfuse.runtime.reference import kept_token_stats as reference
+from tokfuse.runtime.reference.token_stats import check_values
+
+OP = "kept_token_stats"
+
+
+class KeptTokenStats(NamedTuple):
+    """Statistics of each row's distribution over its kept ids; (tokens,), 0 where masked."""
+
+    logp: torch.Tensor
+    """log p of the target among the kept ids, nats; -inf outside them. Differentiable."""
+    entropy: torch.Tensor
+    """-sum p log p over the kept ids, nats. Differentiable."""
+    lse: torch.Tensor
+    """log-sum-exp of the kept transformed logits, nats. Full lse - this = -log of the kept mass."""
+
+
+def kept_token_stats(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    kept_ids: torch.Tensor,
+    kept_offsets: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> KeptTokenStats:
+    """Log-prob, entropy and log-sum-exp over the kept ids of each row; reads only those logits.
+
+    p = softmax over j in K_t of u_tj / temperature, with u as in `token_stats` and K_t the ids
+    kept_ids[kept_offsets[t] : kept_offsets[t + 1]]. A rollout that samples with top-k or top-p
+    draws from this distribution and not from the full softmax: with its supports recorded, ratios
+    and entropies are those of the policy that acted. Same as `token_stats` on logits that are -inf
+    outside K_t.
+
+    Args:
+        logits: (tokens, vocab) float32, bfloat16, float16 or float64. Any row stride.
+        target: (tokens,) int64, in [0, vocab) where mask is True.
+        kept_ids: (kept,) int32 or int64: the supports of all rows one after the other, each in any
+            order without repetition.
+        kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the support sizes.
+        temperature, softcap, logit_scale: as in `token_stats`.
+        mask: (tokens,) bool; False rows are not read, nor their ids, and return 0. None: all count.
+
+    Returns:
+        KeptTokenStats(logp, entropy, lse), each (tokens,) float32 (float64 for float64 logits),
+        nats.
+
+    Numerics: as `token_stats`. A target outside its support has logp = -inf and sends no gradient;
+        its entropy does. A row that keeps nothing, or only -inf, gives logp = lse = -inf,
+        entropy = 0 and a zero gradient. Bitwise repeatable; a row does not depend on its batch or
+        on the thread count. The order of the ids only rounds.
+
+    Gradients and memory: logits receive the gradient of logp and entropy, exactly 0 outside the
+        support; lse is detached. Forward and backward gather the kept logits; the backward writes
+        a dense (tokens, vocab) gradient. Saved: logits, ids and three (tokens,) vectors.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or range; an id twice in a row. Values are read on
+            the CPU only.
+        BackendUnavailable: the forced backend cannot run this call.
+
+    Source: truncated sampling, Holtzman et al. 2020 (top-p); exact softmax calculus.
+    """
+    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    stats_op.check_logits(OP, logits, target, options)
+    ids, offsets = _check_support(logits, kept_ids, kept_offsets)
+    capability = select(OP, logits.device.type, logits.dtype, options.features())
+    arguments = _arguments(options)
+    if capability.backend == "reference":
+        return KeptTokenStats(*reference.forward(logits, target, ids, offsets, **arguments))
+    if torch.compiler.is_compiling():
+        return KeptTokenStats(*_custom_op(logits, target, ids, offsets, options)[:3])
+    run = capability.run
+    if logits.requires_grad and torch.is_grad_enabled():
+        return KeptTokenStats(*_KeptFunction.apply(logits, target, ids, offsets, options, run))
+    return KeptTokenStats(*run.forward(logits, target, ids, offsets, **arguments)[:3])
+
+
+def _arguments(o: LogitOptions) -> dict[str, Any]:
+    return {name: getattr(o, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
+
+
+def _check_support(
+    logits: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as contiguous int64."""
+    tokens = logits.shape[0]
+    check_vector(OP, "kept_ids", kept_ids, None, INTS)
+    if kept_ids.device != logits.device:
+        raise refuse(OP, "kept_ids", f"on {logits.device}, where the logits are",
+                     str(kept_ids.device), "Move it with .to(device).")  # fmt: skip
+    rows = Rows(tokens + 1, "tokens + 1", logits.device)
+    check_vector(OP, "kept_offsets", kept_offsets, rows, INTS)
+    if may_read(kept_offsets) and not torch.compiler.is_compiling():
+        first, last = int(kept_offsets[0]), int(kept_offsets[-1])
+        if first != 0 or last != kept_ids.shape[0]:
+            raise refuse(OP, "kept_offsets", f"a prefix sum from 0 to kept = {kept_ids.shape[0]}",
+                         f"{first} to {last}", "Pass exactly the ids it counts.")  # fmt: skip
+        if bool((kept_offsets[1:] < kept_offsets[:-1]).any()):
+            raise refuse(OP, "kept_offsets", "non-decreasing", "a decreasing pair",
+                         "Use the running sum of the support sizes.")  # fmt: skip
+    return kept_ids.to(torch.int64).contiguous(), kept_offsets.to(torch.int64).contiguous()
+
+
+# ------------------------------------------------------------------------------------ CPU backend
+
+
+def _refuse_row(
+    bad: int, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
+    o: LogitOptions,
+) -> None:  # fmt: skip
+    """Raise the error for row `bad`; which value it is about was not recorded by the kernel."""
+    vocab = logits.shape[1]
+    only = torch.zeros(logits.shape[0], dtype=torch.bool)
+    only[bad] = True
+    check_values(OP, target, vocab, only, o.temperature)
+    row_ids = ids[int(offsets[bad]) : int(offsets[bad + 1])]
+    reference.check_ids(row_ids, torch.full_like(row_ids, bad), vocab, None)
+
+
+def _cpu_forward(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """(logp, entropy, lse, shift, inv_sum)."""
+    o = LogitOptions(**options)
+    record, alive = stats_op.native_logits_record(logits, target, o)
+    out = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(5)]
+    module = native.module()
+    assert module is not None
+    bad = module.kept_token_stats_fwd(
+        record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0], *[x.data_ptr() for x in out]
+    )
+    del alive
+    if bad >= 0:
+        _refuse_row(bad, logits, target, ids, offsets, o)
+    return tuple(out)
+
+
+def _cpu_backward(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
+    shift: torch.Tensor, inv_sum: torch.Tensor, entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    record, alive = stats_op.native_logits_record(logits, target, LogitOptions(**options))
+    grad = native.empty_like_rows(logits)
+    ga = None if grad_logp is None else grad_logp.float().contiguous()
+    gh = None if grad_entropy is None else grad_entropy.float().contiguous()
+    module = native.module()
+    assert module is not None
+    module.kept_token_stats_bwd(
+        record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0], shift.data_ptr(),
+        inv_sum.data_ptr(), entropy.data_ptr(), native.pointer(ga), native.pointer(gh),
+        grad.data_ptr(), grad.stride(0),
+    )  # fmt: skip
+    del alive
+    return grad
+
+
+register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
+register_reference(OP, Kernels(reference.forward, None), "softcap")
+
+
+# ------------------------------------------------------------------------------ autograd, compile
+
+
+class _KeptFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor,
+        offsets: torch.Tensor, o: LogitOptions, run: Kernels,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        logp, entropy, lse, shift, inv_sum = run.forward(
+            logits, target, ids, offsets, **_arguments(o)
+        )
+        vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
+        ctx.save_for_backward(logits, target, ids, offsets, shift, inv_sum, entropy, vector, o.mask)
+        scalar = o.temperature if vector is None else 1.0
+        ctx.options, ctx.run = o._replace(mask=None, temperature=scalar), run
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+        return logp, entropy, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        if grads[0] is None and grads[1] is None:
+            return (None,) * 6
+        *saved, vector, mask = ctx.saved_tensors
+        o = ctx.options._replace(mask=mask)
+        if vector is not None:
+            o = o._replace(temperature=vector)
+        return (ctx.run.backward(*saved, grads[0], grads[1], **_arguments(o)),) + (None,) * 5
+
+
+def _unpack(
+    temperature: torch.Tensor | None, scalar: float, softcap: float, logit_scale: float,
+    mask: torch.Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    chosen = scalar if temperature is None else temperature
+    return _arguments(LogitOptions(chosen, softcap or None, logit_scale, mask))
+
+
+@torch.library.custom_op("tokfuse::kept_token_stats", mutates_args=())
+def _kept_op(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
+    temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
+    logit_scale: float, mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
+    run = select(OP, logits.device.type, logits.dtype, LogitOptions(**options).features()).run
+    return run.forward(logits, target, ids, offsets, **options)  # type: ignore[no-any-return]
+
+
+@_kept_op.register_fake
+def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(5))
+
+
+@torch.library.custom_op("tokfuse::kept_token_stats_backward", mutates_args=())
+def _kept_backward_op(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
+    shift: torch.Tensor, inv_sum: torch.Tensor, entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None,
+    temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
+    logit_scale: float, mask: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
+    run = select(OP, logits.device.type, logits.dtype, LogitOptions(**options).features()).run
+    return run.backward(  # type: ignore[no-any-return]
+        logits, target, ids, offsets, shift, inv_sum, entropy, grad_logp, grad_entropy, **options
+    )
+
+
+@_kept_backward_op.register_fake
+def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logits, target, ids, offsets, temperature, scalar, softcap, logit_scale, mask = inputs
+    _, entropy, lse, shift, inv_sum = output
+    ctx.save_for_backward(logits, target, ids, offsets, shift, inv_sum, entropy, temperature, mask)
+    ctx.scalars = (scalar, softcap, logit_scale)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, shift, inv_sum)
+
+
+def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None and grads[1] is None:
+        return (None,) * 9
+    *saved, temperature, mask = ctx.saved_tensors
+    grad = _kept_backward_op(*saved, grads[0], grads[1], temperature, *ctx.scalars, mask)
+    return (grad,) + (None,) * 8
+
+
+_kept_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _custom_op(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
+    o: LogitOptions,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
+    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
+    out = _kept_op(
+        logits, target, ids, offsets, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask
+    )
+    return tuple(out)

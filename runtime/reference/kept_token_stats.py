@@ -1,0 +1,79 @@
+"""kept_token_stats in plain torch: softmax over the kept ids of each row, differentiable."""
+
+import torch
+
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.reference.token_stats import check_values, transformed_logits
+
+OP = "kept_token_stats"
+
+
+def forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    kept_ids: torch.Tensor,
+    kept_offsets: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """(logp, entropy, lse); see `tokfuse.kept_token_stats` for the contract."""
+    tokens, vocab = logits.shape
+    rows = torch.repeat_interleave(
+        torch.arange(tokens, device=logits.device), kept_offsets.diff(),
+        output_size=kept_ids.shape[0],
+    )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        check_values(OP, target, vocab, mask, temperature)
+        check_ids(kept_ids, rows, vocab, mask)
+    keep = torch.ones(tokens, dtype=torch.bool, device=logits.device) if mask is None else mask
+    counts = keep[rows]
+    z = torch.where(counts, logits[rows, torch.where(counts, kept_ids, 0)], 0.0)
+    if isinstance(temperature, torch.Tensor):
+        temperature = torch.where(keep, temperature, 1.0)[rows]
+    u = transformed_logits(z.unsqueeze(-1), temperature, softcap, logit_scale).squeeze(-1)
+    u = torch.where(counts, u, float("-inf"))
+
+    zero = u.new_zeros(tokens)
+    top = torch.full_like(zero, float("-inf")).scatter_reduce(0, rows, u.detach(), "amax")
+    dead = top == float("-inf")  # nothing kept, or only -inf: no distribution
+    top = torch.where(dead, 0.0, top)
+    total = zero.index_add(0, rows, (u - top[rows]).exp())
+    log_total = torch.where(dead, 1.0, total).log()
+    logp_all = u - top[rows] - log_total[rows]
+    # 0 * -inf is NaN, forward and backward: an excluded logit gets log p = 0 before the product.
+    finite = torch.where(logp_all == float("-inf"), 0.0, logp_all)
+    entropy = -zero.index_add(0, rows, logp_all.exp() * finite)
+    hit = counts & (kept_ids == target[rows])
+    logp = zero.index_add(0, rows, torch.where(hit, logp_all, 0.0))
+    found = zero.index_add(0, rows, hit.to(u.dtype)) > 0
+    logp = torch.where(found, logp, float("-inf"))
+
+    def final(x: torch.Tensor, dead_value: float) -> torch.Tensor:
+        return torch.where(keep, torch.where(dead, dead_value, x), 0.0)
+
+    minus_inf = float("-inf")
+    return final(logp, minus_inf), final(entropy, 0.0), final(top + log_total, minus_inf).detach()
+
+
+def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Tensor | None) -> None:
+    """Range of the kept ids, and none twice in a row, where the mask is true."""
+    if mask is not None:
+        ids, rows = ids[mask[rows]], rows[mask[rows]]
+    bad = (ids < 0) | (ids >= vocab)
+    if bool(bad.any()):
+        at = int(bad.to(torch.uint8).argmax())
+        raise refuse(
+            OP, "kept_ids", f"in [0, {vocab}) in every row where mask is True",
+            f"{int(ids[at])} in row {int(rows[at])}", "Pass vocabulary ids.",
+        )  # fmt: skip
+    key = (rows * vocab + ids).sort().values
+    twice = key[1:] == key[:-1]
+    if bool(twice.any()):
+        at = int(key[int(twice.to(torch.uint8).argmax())])
+        raise refuse(
+            OP, "kept_ids", "different from each other within a row",
+            f"{at % vocab} twice in row {at // vocab}", "Remove the repetition.",
+        )  # fmt: skip
