@@ -1,0 +1,294 @@
+"""paired_divergence: KL or Jensen-Shannon divergence of two streams of logits, token by token."""
+
+from typing import Any
+
+import torch
+
+from tokfuse.runtime import checks, native
+from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.ops import token_stats as stats_op
+from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
+from tokfuse.runtime.packed_checks import check_choice
+from tokfuse.runtime.reference import paired_divergence as reference
+
+OP = "paired_divergence"
+KINDS = ("jsd", "kl_forward", "kl_reverse")  # codes 0, 1, 2 of csrc/cpu/distribution_kernels.h
+STATE = 6  # kDivergenceState
+
+
+def paired_divergence(
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    *,
+    kind: str = "jsd",
+    beta: float = 0.5,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Divergence of P = softmax(logits_p) from Q = softmax(logits_q), gradient to logits_p only.
+
+    kl_forward: KL(Q || P) = sum q log(q / p), the target's average: P is pushed to cover Q
+        (distillation; gradient p - q).
+    kl_reverse: KL(P || Q) = sum p log(p / q): P is pushed into the modes of Q
+        (gradient p (log(p / q) - KL)).
+    jsd: beta KL(Q || M) + (1 - beta) KL(P || M), M = beta Q + (1 - beta) P
+        (gradient (1 - beta) p (log(p / m) - KL(P || M))). Symmetric at beta = 1/2, where it is at
+        most log 2.
+
+    P is the stream that learns (student, steered run), Q the one that it is compared with. Row t of
+    one stream is paired with row t of the other: where two prompts differ, pack the response tokens
+    of each in order first.
+
+    Args:
+        logits_p: (tokens, vocab) float32, bfloat16, float16 or float64. Any row stride.
+        logits_q: same shape, dtype and device; must not require grad.
+        kind: "jsd", "kl_forward" or "kl_reverse".
+        beta: weight of Q in the mixture, in (0, 1); for "jsd" only.
+        temperature, softcap, logit_scale: as in `token_stats`, applied to both streams.
+        mask: (tokens,) bool; False rows are not read and return 0. None: all rows count.
+
+    Returns:
+        (tokens,) float32 (float64 for float64 logits), nats, >= 0. Sum it and divide by a count of
+        your choice.
+
+    Numerics: float32 accumulation whatever the input dtype. |error| <= 2e-6 + 2e-6 of the value
+        against float64. Exactly 0 where the rows of the two streams are equal; at most the entropy
+        of (beta, 1 - beta) for "jsd". An entry excluded (-inf) in both streams contributes exactly
+        0. An entry excluded by P alone makes kl_forward +inf, one excluded by Q alone kl_reverse,
+        with a zero gradient in that row; "jsd" stays finite. A row of only -inf in either stream
+        returns 0 with a zero gradient. NaN or +inf poisons its own row. Bitwise repeatable; a row
+        does not depend on its batch or on the thread count.
+
+    Gradients and memory: logits_p. Forward: one read of each stream from memory, the second visit
+        of a row is to the cache. Saved: both logits and 6 floats per token. Backward: one read of
+        each, one write; rows with a zero incoming gradient are not read.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, range or kind; logits_q requires grad; beta with a
+            KL; a temperature <= 0 where mask is True.
+        BackendUnavailable: the forced backend cannot run this call.
+
+    Source: JSD as in CDAS (arXiv 2602.05234; beta = 0.5, P intervened, Q source) and, with beta on
+        the teacher, GKD (arXiv 2306.13649); forward KL as in LeaF (arXiv 2506.07851). Exact.
+    """
+    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    _check(logits_p, logits_q, kind, beta, options)
+    capability = select(OP, logits_p.device.type, logits_p.dtype, options.features())
+    arguments = {**_arguments(options), "kind": kind, "beta": beta}
+    if capability.backend == "reference":
+        if isinstance(temperature, torch.Tensor) and not torch.compiler.is_compiling():
+            _check_temperature(temperature, mask)
+        return reference.forward(logits_p, logits_q, **arguments)
+    if torch.compiler.is_compiling():
+        return _custom_op(logits_p, logits_q, kind, beta, options)
+    run = capability.run
+    if logits_p.requires_grad and torch.is_grad_enabled():
+        out: torch.Tensor = _DivergenceFunction.apply(logits_p, logits_q, kind, beta, options, run)
+        return out
+    return run.forward(logits_p, logits_q, **arguments)[0]  # type: ignore[no-any-return]
+
+
+def _arguments(o: LogitOptions) -> dict[str, Any]:
+    return {name: getattr(o, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
+
+
+def _check(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions
+) -> None:
+    checks.check_matrix(OP, "logits_p", logits_p, "(tokens, vocab)")
+    checks.require_tensor(OP, "logits_q", logits_q)
+    if logits_p.shape[1] < 1:
+        raise refuse(OP, "logits_p", "at least one column wide", f"shape {tuple(logits_p.shape)}",
+                     "Pass the whole vocabulary.")  # fmt: skip
+    if logits_q.shape != logits_p.shape or logits_q.dtype != logits_p.dtype:
+        raise refuse(
+            OP, "logits_q", f"{tuple(logits_p.shape)} {logits_p.dtype} like logits_p",
+            f"{tuple(logits_q.shape)} {logits_q.dtype}", "Pair the rows of the two streams.",
+        )  # fmt: skip
+    checks.check_device(OP, "logits_q", logits_q, logits_p.device)
+    if logits_q.requires_grad and torch.is_grad_enabled():
+        raise refuse(OP, "logits_q", "free of gradient (only P learns)", "requires_grad=True",
+                     "Call logits_q.detach(), or swap the streams.")  # fmt: skip
+    check_choice(OP, "kind", kind, KINDS)
+    if not 0.0 < beta < 1.0:
+        raise refuse(OP, "beta", "in (0, 1)", repr(beta),
+                     'Its limits are kind="kl_forward" (0) and "kl_reverse" (1).')  # fmt: skip
+    if kind != "jsd" and beta != 0.5:
+        raise refuse(OP, "beta", f'left out with kind="{kind}"', repr(beta),
+                     'It weights the mixture of kind="jsd".')  # fmt: skip
+    stats_op.check_options(OP, logits_p.shape[0], logits_p.device, o)
+
+
+def _check_temperature(temperature: torch.Tensor, mask: torch.Tensor | None) -> None:
+    bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
+    if bool(bad.any()):
+        _refuse_temperature(temperature, int(bad.to(torch.uint8).argmax()))
+
+
+def _refuse_temperature(temperature: torch.Tensor, row: int) -> None:
+    raise refuse(OP, "temperature", "> 0 in every row where mask is True",
+                 f"{float(temperature[row])} in row {row}", "Mask the row.")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ CPU backend
+
+
+def _record(
+    p: torch.Tensor, q: torch.Tensor, kind: str, beta: float, o: LogitOptions
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(record for tokfuse._native, tensors that must outlive the call)."""
+    p, q = (x if x.stride(1) == 1 else x.contiguous() for x in (p, q))
+    mask = None if o.mask is None else o.mask.contiguous()
+    scalar, vector = 1.0, None
+    if isinstance(o.temperature, torch.Tensor):
+        vector = o.temperature.float().contiguous()
+    else:
+        scalar = o.temperature
+    record = (
+        p.data_ptr(), p.stride(0), q.data_ptr(), q.stride(0), native.DTYPE_CODE[p.dtype],
+        p.shape[0], p.shape[1], native.pointer(mask), native.pointer(vector), scalar,
+        o.softcap or 0.0, o.logit_scale, KINDS.index(kind), beta, torch.get_num_threads(),
+    )  # fmt: skip
+    return record, (p, q, mask, vector)
+
+
+def _cpu_forward(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, beta: float, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """(divergence, state)."""
+    o = LogitOptions(**options)
+    record, alive = _record(logits_p, logits_q, kind, beta, o)
+    out = torch.empty(logits_p.shape[0], dtype=torch.float32)
+    state = torch.empty(logits_p.shape[0], STATE, dtype=torch.float32)
+    module = native.module()
+    assert module is not None
+    bad = module.paired_divergence_fwd(record, out.data_ptr(), state.data_ptr())
+    del alive
+    if bad >= 0:
+        assert isinstance(o.temperature, torch.Tensor)
+        _refuse_temperature(o.temperature, bad)
+    return out, state
+
+
+def _cpu_backward(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, state: torch.Tensor, grad: torch.Tensor,
+    *, kind: str, beta: float, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    record, alive = _record(logits_p, logits_q, kind, beta, LogitOptions(**options))
+    out = native.empty_like_rows(logits_p)
+    given = grad.float().contiguous()
+    module = native.module()
+    assert module is not None
+    module.paired_divergence_bwd(
+        record, state.data_ptr(), given.data_ptr(), out.data_ptr(), out.stride(0)
+    )
+    del alive
+    return out
+
+
+register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
+register_reference(OP, Kernels(reference.forward, None), "softcap")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------ autograd, compile
+
+
+class _DivergenceFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float,
+        o: LogitOptions, run: Kernels,
+    ) -> torch.Tensor:  # fmt: skip
+        out, state = run.forward(logits_p, logits_q, kind=kind, beta=beta, **_arguments(o))
+        vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
+        ctx.save_for_backward(logits_p, logits_q, state, vector, o.mask)
+        scalar = o.temperature if vector is None else 1.0
+        ctx.rest = kind, beta, o._replace(mask=None, temperature=scalar), run
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        p, q, state, vector, mask = ctx.saved_tensors
+        kind, beta, o, run = ctx.rest
+        o = o._replace(mask=mask)
+        if vector is not None:
+            o = o._replace(temperature=vector)
+        grad_p = run.backward(p, q, state, grad, kind=kind, beta=beta, **_arguments(o))
+        return (grad_p,) + (None,) * 5
+
+
+def _unpack(
+    temperature: torch.Tensor | None, scalar: float, softcap: float, logit_scale: float,
+    mask: torch.Tensor | None,
+) -> LogitOptions:  # fmt: skip
+    chosen = scalar if temperature is None else temperature
+    return LogitOptions(chosen, softcap or None, logit_scale, mask)
+
+
+@torch.library.custom_op("tokfuse::paired_divergence", mutates_args=())
+def _divergence_op(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float,
+    temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
+    logit_scale: float, mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    o = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
+    run = select(OP, logits_p.device.type, logits_p.dtype, o.features()).run
+    out = run.forward(logits_p, logits_q, kind=kind, beta=beta, **_arguments(o))
+    return out  # type: ignore[no-any-return]
+
+
+@_divergence_op.register_fake
+def _(logits_p: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = logits_p.shape[0]
+    state = logits_p.new_empty((tokens, STATE), dtype=torch.float32)
+    return logits_p.new_empty(tokens, dtype=torch.float32), state
+
+
+@torch.library.custom_op("tokfuse::paired_divergence_backward", mutates_args=())
+def _divergence_backward_op(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, state: torch.Tensor, grad: torch.Tensor,
+    kind: str, beta: float, temperature: torch.Tensor | None, scalar_temperature: float,
+    softcap: float, logit_scale: float, mask: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    o = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
+    run = select(OP, logits_p.device.type, logits_p.dtype, o.features()).run
+    out = run.backward(logits_p, logits_q, state, grad, kind=kind, beta=beta, **_arguments(o))
+    return out  # type: ignore[no-any-return]
+
+
+@_divergence_backward_op.register_fake
+def _(logits_p: torch.Tensor, *_: Any) -> torch.Tensor:
+    return logits_p.new_empty(logits_p.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    p, q, kind, beta, temperature, scalar, softcap, logit_scale, mask = inputs
+    ctx.save_for_backward(p, q, output[1], temperature, mask)
+    ctx.scalars = (kind, beta, scalar, softcap, logit_scale)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _op_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    p, q, state, temperature, mask = ctx.saved_tensors
+    kind, beta, *rest = ctx.scalars
+    grad_p = _divergence_backward_op(p, q, state, grad, kind, beta, temperature, *rest, mask)
+    return (grad_p,) + (None,) * 8
+
+
+_divergence_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _custom_op(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions
+) -> torch.Tensor:
+    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
+    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
+    out = _divergence_op(
+        logits_p, logits_q, kind, beta, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask
+    )
+    first: torch.Tensor = out[0]
+    return first

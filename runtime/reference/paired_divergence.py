@@ -1,0 +1,63 @@
+"""paired_divergence in plain torch: the specification, differentiable in the logits of P."""
+
+import torch
+
+from tokfuse.runtime.reference.token_stats import transformed_logits
+
+EXCLUDED = -1e4  # log-prob of an excluded entry: exp gives exactly 0, and differences stay finite
+FAR = 80.0  # beyond, the smaller probability is 1e-35 of the larger one
+
+
+def forward(
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(tokens,) divergence; see `tokfuse.paired_divergence` for the contract."""
+    keep = torch.ones(logits_p.shape[0], dtype=torch.bool, device=logits_p.device)
+    if mask is not None:  # before any arithmetic: 0 * NaN in a masked row would reach the gradient
+        keep = mask
+        logits_p = torch.where(keep.unsqueeze(-1), logits_p, 0.0)
+        logits_q = torch.where(keep.unsqueeze(-1), logits_q, 0.0)
+        if isinstance(temperature, torch.Tensor):
+            temperature = torch.where(keep, temperature, 1.0)
+    u_p = transformed_logits(logits_p, temperature, softcap, logit_scale)
+    u_q = transformed_logits(logits_q.detach(), temperature, softcap, logit_scale)
+    no_p, no_q = u_p == float("-inf"), u_q == float("-inf")
+    zero = no_p.all(-1) | no_q.all(-1) | ~keep
+    infinite = torch.zeros_like(zero)
+    if kind == "kl_forward":
+        infinite = (no_p & ~no_q).any(-1) & ~zero
+    elif kind == "kl_reverse":
+        infinite = (no_q & ~no_p).any(-1) & ~zero
+    # Neither kind of row may enter the arithmetic: its gradient would be 0 * inf.
+    flat = (zero | infinite).unsqueeze(-1)
+    out = _divergence(
+        _log_probs(torch.where(flat, 0.0, u_p)), _log_probs(torch.where(flat, 0.0, u_q)), kind, beta
+    )
+    out = out + (-out.detach()).clamp_min(0.0)  # rounding below 0; the gradient stays
+    return torch.where(infinite, float("inf"), torch.where(zero, 0.0, out))
+
+
+def _log_probs(u: torch.Tensor) -> torch.Tensor:
+    return torch.where(u == float("-inf"), EXCLUDED, torch.log_softmax(u, dim=-1))
+
+
+def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float) -> torch.Tensor:
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "kl_forward":
+        terms = q * (log_q - log_p)
+    elif kind == "kl_reverse":
+        terms = p * (log_p - log_q)
+    else:  # log(p / mix) = -log(1 - beta + beta q / p), exactly 0 where p = q
+        ratio = (log_q - log_p).clamp(-FAR, FAR)
+        p_over_mix = -torch.log1p(beta * torch.expm1(ratio))
+        q_over_mix = -torch.log1p((1 - beta) * torch.expm1(-ratio))
+        terms = (1 - beta) * p * p_over_mix + beta * q * q_over_mix
+    return terms.sum(-1)
