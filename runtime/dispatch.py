@@ -134,20 +134,6 @@ def select(
     return choice
 
 
-def backend_of(
-    op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
-) -> str:
-    """Name of the backend that `select` chooses; may be called inside torch.compile."""
-    return select(op, device, dtype, features).backend
-
-
-# torch.compile calls these while it traces and keeps the answer: what torch.compiler's
-# assume_constant_result does, without importing the compiler here. A backend forced later does not
-# change compiled code.
-select._dynamo_marked_constant = True  # type: ignore[attr-defined]
-backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _choose(
     op: str, device: str, dtype: torch.dtype, features: frozenset[str], forced: str | None
 ) -> Capability:

@@ -6,13 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import checks, native
-from tokfuse.runtime.dispatch import (
-    FLOAT_DTYPES,
-    backend_of,
-    register_cpu,
-    register_reference,
-    select,
-)
+from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
 from tokfuse.runtime.reference import extended_token_stats as reference
@@ -69,14 +63,14 @@ def extended_token_stats(
     """`tokfuse.token_stats` with second_temperature or moments; logits and options are checked."""
     if extras.second_temperature is not None:
         checks.check_positive(stats_op.OP, "second_temperature", extras.second_temperature)
-    call = (OP, logits.device.type, logits.dtype, options.features())
+    capability = select(OP, logits.device.type, logits.dtype, options.features())
     arguments = {**options._asdict(), **extras._asdict()}
-    if backend_of(*call) == "reference":
+    if capability.backend == "reference":
         return extras.result(reference.forward(logits, target, **arguments))
     if torch.compiler.is_compiling():
         out = _custom_op(logits, target, options, extras)
         return extras.result((*out[:5], *out[7:]))
-    run: Kernels = select(*call).run
+    run: Kernels = capability.run
     if logits.requires_grad and torch.is_grad_enabled():
         bound = run._replace(forward=functools.partial(run.forward, **extras._asdict()))
         return extras.result(stats_op._TokenStatsFunction.apply(logits, target, options, bound))
