@@ -249,6 +249,31 @@ def test_reference_passes_gradcheck(level: str):
     assert torch.autograd.gradcheck(loss, (logp.clone().requires_grad_(), h.requires_grad_()))
 
 
+# --------------------------------------------------------------------------------- clamps, extremes
+
+
+def test_sequence_token_keeps_its_gradient_at_the_clamp(backend: Backend):
+    """The clamped mean is a constant: each token's own factor exp(l - sg(l)) is at its inside."""
+    logp = torch.tensor([-0.3, -1.7, -0.21])
+    inputs = {
+        "old_logp": logp - torch.tensor([2.5, 2.0, 1.9]), "advantage": torch.ones(3),
+        "cu_seqlens": torch.tensor([0, 1, 2, 3]).int(),
+    }  # fmt: skip
+    objective = Objective(shape=LinearRatio(), level="sequence_token", log_ratio_clamp=1.37)
+    *_, grad = evaluate(backend, objective, logp, **inputs)
+    compare(grad, torch.full((3,), -1.37).exp().reciprocal().neg(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_target_without_probability_has_no_gradient_and_no_nan(level: str, backend: Backend):
+    logp, inputs = batch("ref_logp").cast(torch.float32)
+    logp[3] = float("-inf")
+    objective = Objective(level=level, kl=KL(coef=0.1))
+    loss, token_loss, _, grad = evaluate(backend, objective, logp, **inputs)
+    assert loss.isfinite() and token_loss.isfinite().all() and grad.isfinite().all()
+    assert grad[3] == 0.0
+
+
 # --------------------------------------------------------------------------------- dtypes, options
 
 

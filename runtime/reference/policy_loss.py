@@ -190,7 +190,7 @@ def forward(
     d = _bound_tokens(o, raw, a)
     if o.level != "token":
         mean = seg.mean(torch.where(keep, d, 0.0), as_sum=o.level == "sequence_sum")
-        d = mean if o.level != "sequence_token" else mean.detach() + x - x.detach()
+        d = mean if o.level != "sequence_token" else mean.detach() + (x - x.detach())
     d = _bound_level(o, d)
 
     loss, flags = _policy_term(o, d, x, a, vector(inputs.signal, 0.0))
