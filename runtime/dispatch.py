@@ -134,6 +134,15 @@ def select(
     return choice
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def backend_of(
+    op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
+) -> str:
+    """Name of the backend that `select` chooses; inside torch.compile a plain constant."""
+    name: str = select(op, device, dtype, features).backend
+    return name
+
+
 def _choose(
     op: str, device: str, dtype: torch.dtype, features: frozenset[str], forced: str | None
 ) -> Capability:
