@@ -17,6 +17,8 @@ _PUBLIC = {
     "Gamma": "tokfuse.runtime.objective",
     "group_advantage": "tokfuse.runtime.ops.group_advantage",
     "KeepRule": "tokfuse.runtime.ops.offpolicy_weights",
+    "kept_token_stats": "tokfuse.runtime.ops.kept_token_stats",
+    "KeptTokenStats": "tokfuse.runtime.ops.kept_token_stats",
     "KL": "tokfuse.runtime.objective",
     "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
     "LinearLogp": "tokfuse.runtime.objective",
@@ -29,6 +31,7 @@ _PUBLIC = {
     "OffPolicyWeights": "tokfuse.runtime.ops.offpolicy_weights",
     "OPE": "tokfuse.runtime.ops.ope",
     "ope": "tokfuse.runtime.ops.ope",
+    "paired_divergence": "tokfuse.runtime.ops.paired_divergence",
     "policy_loss": "tokfuse.runtime.ops.policy_loss",
     "policy_step": "tokfuse.runtime.ops.policy_step",
     "policy_step_": "tokfuse.runtime.ops.policy_step",
@@ -71,12 +74,15 @@ if TYPE_CHECKING:
     from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats as ExtendedTokenStats
     from tokfuse.runtime.ops.gae import gae as gae
     from tokfuse.runtime.ops.group_advantage import group_advantage as group_advantage
+    from tokfuse.runtime.ops.kept_token_stats import KeptTokenStats as KeptTokenStats
+    from tokfuse.runtime.ops.kept_token_stats import kept_token_stats as kept_token_stats
     from tokfuse.runtime.ops.linear_token_stats import linear_token_stats as linear_token_stats
     from tokfuse.runtime.ops.offpolicy_weights import KeepRule as KeepRule
     from tokfuse.runtime.ops.offpolicy_weights import OffPolicyWeights as OffPolicyWeights
     from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights as offpolicy_weights
     from tokfuse.runtime.ops.ope import OPE as OPE
     from tokfuse.runtime.ops.ope import ope as ope
+    from tokfuse.runtime.ops.paired_divergence import paired_divergence as paired_divergence
     from tokfuse.runtime.ops.policy_loss import PolicyLoss as PolicyLoss
     from tokfuse.runtime.ops.policy_loss import policy_loss as policy_loss
     from tokfuse.runtime.ops.policy_step import PolicyStep as PolicyStep
