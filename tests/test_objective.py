@@ -63,7 +63,8 @@ def test_parameters_and_defaults(shape: Shape):
 
 def test_encode_is_the_record_of_the_kernels():
     objective = Objective(
-        shape=PPOClip(dual=3.0), level="sequence_token", kl=KL(estimator="k2", coef=-0.5, clamp=9.0),
+        shape=PPOClip(dual=3.0), level="sequence_token",
+        kl=KL(estimator="k2", coef=-0.5, clamp=9.0),
         entropy_coef=0.25, aggregation="seq_mean_token_mean", log_ratio_clamp=7.0,
     )  # fmt: skip
     expected = (2, 2, 2, 1, (0.8, 1.2, 3.0, INF, 0.0, 0.0), -0.5, 9.0, 0.25, 7.0)
