@@ -134,6 +134,10 @@ def select(
     return choice
 
 
+# torch.compile calls it while it traces and keeps the answer, as with assume_constant_result.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_of(
     op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
