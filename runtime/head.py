@@ -37,6 +37,7 @@ class HeadProblem(NamedTuple):
     options: LogitOptions
     memory_budget: int
     needs: tuple[bool, bool, bool] | None = None  # gradients asked for; None: by requires_grad
+    row_norms: torch.Tensor | None = None  # (tokens,), receives ||d loss / d logits_t||
 
     @property
     def tokens(self) -> int:
@@ -252,6 +253,10 @@ class HeadGradients:
         if self.bias is not None:
             for begin, end, dz in buffer.tiles(0, rows):
                 self.bias[begin:end] += dz.sum(0)
+        norms = self.head.problem.row_norms
+        if norms is not None:
+            tiles = [torch.linalg.vector_norm(dz, dim=1) for _, _, dz in buffer.tiles(0, rows)]
+            norms[tokens] = torch.linalg.vector_norm(torch.stack(tiles), dim=0)
         if self.weight is not None:
             self._add_weight(self.weight, buffer, self.head.rows_of_hidden(tokens))
 

@@ -1,6 +1,6 @@
 """policy_step: loss and gradient of a policy objective, from logits or from hidden states."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,11 @@ from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_refere
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.metrics import SLOT, Metrics
 from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops import token_stats as stats_op
+from tokfuse.runtime.ops.influence import Influence, InfluenceSpec
 from tokfuse.runtime.ops.policy_loss import Normalizer, PolicyTerms
 from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, hand_over, policy_terms
 from tokfuse.runtime.ops.token_stats import LogitOptions, TokenStats
@@ -39,6 +41,8 @@ class PolicyStep:
     stats: TokenStats
     """Statistics of the current policy; detached."""
     _gradients: dict[str, torch.Tensor | None]
+    influence: Influence | None = None
+    """Gradient norms and sketches, where `influence=InfluenceSpec(...)` asked for them."""
 
     # The last `loss.backward()` gives the gradients away: held here too, autograd would have to
     # copy a (vocab, hidden) tensor into `weight.grad`. Read them before, or instead.
@@ -96,6 +100,7 @@ def policy_step(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    influence: InfluenceSpec | None = None,
 ) -> PolicyStep:
     """Policy loss, gradients, statistics and metrics; equal to composing the simple ops.
 
@@ -113,6 +118,8 @@ def policy_step(
         token_weight: (tokens,) multiplies the policy term (`policy_loss` calls it weight).
         temperature, softcap, logit_scale: as in `token_stats`.
         memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
+        influence: from hidden only, with cu_seqlens: also return gradient norms and sketches of the
+            loss in `step.influence`; computes grad_hidden even where hidden needs none.
         others: as in `policy_loss`; the entropy of an entropy bonus is the policy's own.
 
     Returns:
@@ -147,6 +154,9 @@ def policy_step(
         if weight is not None or bias is not None:
             raise refuse(OP, "weight and bias", "None with logits=", "a tensor",
                          "They belong to hidden=.")  # fmt: skip
+        if influence is not None:
+            raise refuse(OP, "influence", "None with logits= (sketches need the hidden states)",
+                         "a spec", "Use influence.logit_norms on the statistics.")  # fmt: skip
         inverse = _check_step(OP, logits, target, options, inputs, objective, normalizer)
         sampler_kl = losses.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
         return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl)
@@ -154,8 +164,13 @@ def policy_step(
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
     inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer)
     sampler_kl = losses.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
+    if influence is not None:
+        problem = influence_op.request(OP, influence, problem, cu_seqlens)
     out, gradients = hidden_step.apply(problem, inputs, objective, inverse)
-    return _result(out, inputs, objective, inverse, sampler_kl, gradients)
+    step = _result(out, inputs, objective, inverse, sampler_kl, gradients)
+    if influence is None or cu_seqlens is None:
+        return step
+    return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
 
 
 def policy_step_(

@@ -130,12 +130,16 @@ def _reference_run(
         stats = TokenStats(*stats_reference.forward(logits, p.target, **options))
         terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
         asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
+        if p.row_norms is not None:
+            asked.append(logits)
         found = iter(
             torch.autograd.grad(terms.loss, asked, allow_unused=True, materialize_grads=True)
             if asked
             else ()
         )
     grads = [next(found) if need else None for need in needs]
+    if p.row_norms is not None:
+        p.row_norms.copy_(torch.linalg.vector_norm(next(found), dim=1))
     detached = TokenStats(*(x.detach() for x in stats))
     return terms._replace(loss=terms.loss.detach()), detached, grads
 
