@@ -1,0 +1,247 @@
+"""Selection by gradient inner products: influence matrix, LESS scores, GREATS greedy choice, UGDA.
+
+Features are per-sample gradients or sketches of them (`tokfuse.influence.sketch`), any shape behind
+the first axis. Sketches of the last hidden state rank by the last layer's gradients only; features
+of more layers plug into the same functions.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from tokfuse.runtime.errors import refuse
+
+
+def matrix(
+    features: torch.Tensor, others: torch.Tensor | None = None, *, cosine: bool = True
+) -> torch.Tensor:
+    """Inner products of all pairs of features: how a step on one sample helps another.
+
+    A small gradient step on sample i changes the loss of sample j by -lr <g_i, g_j> to first order
+    (TracIn). With `cosine` both are divided by their norms.
+
+    Args:
+        features: (samples, ...), e.g. sketches (seqs, rank, rank).
+        others: (samples', ...) with the same trailing shape, e.g. a validation set. None: features.
+        cosine: divide by the norms. Losses that are means over a sequence give short sequences
+            larger gradients, which the cosine takes out; a feature of zeros has cosine 0.
+
+    Returns:
+        (samples, samples') float32 (float64 for float64 features).
+
+    Raises:
+        ValueError: shapes.
+
+    Source: TracIn (arXiv 2002.08484); cosine as LESS (arXiv 2402.04333). Exact for its features.
+    """
+    left = _flat("influence.matrix", "features", features)
+    right = left if others is None else _flat("influence.matrix", "others", others)
+    if right.shape[1] != left.shape[1]:
+        raise refuse("influence.matrix", "others", f"features of {left.shape[1]} numbers each",
+                     f"{right.shape[1]}", "Use one rank and seed for both.")  # fmt: skip
+    if cosine:
+        left, right = _unit(left), _unit(right)
+    return left @ right.t()
+
+
+def adam_features(
+    gradient: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.Tensor:
+    """The update that Adam would make from each sample alone: m_new / sqrt(v_new + eps).
+
+    m_new = b1 m + (1 - b1) g, v_new = b2 v + (1 - b2) g^2: eps inside the root, no bias correction.
+
+    Args:
+        gradient: (samples, ...), per-sample gradients of the optimiser's parameters.
+        exp_avg: (...), m of the optimiser's state.
+        exp_avg_sq: (...), v of the optimiser's state.
+        betas: (b1, b2).
+        eps: > 0.
+
+    Returns:
+        Shape and dtype of `gradient`. LESS takes them for training samples only; validation
+        features are plain gradients.
+
+    The state must be that of what `gradient` is the gradient of. Adam scales coordinates one by
+    one, which a random projection mixes: precondition first, project then. On sketches, with
+    moments kept of sketches, this is an approximation that LESS does not make.
+
+    Raises:
+        ValueError: shapes, betas, eps.
+
+    Source: LESS (arXiv 2402.04333), its released collect_grad_reps. Exact.
+    """
+    op = "influence.adam_features"
+    for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if state.shape != gradient.shape[1:]:
+            raise refuse(op, name, f"of shape {tuple(gradient.shape[1:])}, one sample's gradient",
+                         f"shape {tuple(state.shape)}", "Pass the optimiser's state.")  # fmt: skip
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise refuse(op, "betas", "two numbers in [0, 1)", betas, "Pass the optimiser's own.")
+    if not 0.0 < eps < math.inf:
+        raise refuse(op, "eps", "a finite number > 0", eps, "Pass the optimiser's own.")
+    first = betas[0] * exp_avg + (1 - betas[0]) * gradient
+    second = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient * gradient
+    return first / (second + eps).sqrt()
+
+
+def less_scores(
+    train: Sequence[torch.Tensor],
+    validation: Sequence[torch.Tensor],
+    *,
+    weight: Sequence[float] | None = None,
+    subtask: torch.Tensor | None = None,
+    average: str = "cosine",
+) -> torch.Tensor:
+    """Score of every training sample: cosine with the validation gradients, best subtask.
+
+    score_i = max over subtasks k of mean over j in k of sum_c weight_c cos(train_c,i, valid_c,j).
+
+    Args:
+        train: one (samples, ...) tensor per checkpoint, e.g. `adam_features`; the same samples.
+        validation: one (samples', ...) tensor per checkpoint, plain gradients.
+        weight: one number per checkpoint, its mean learning rate; normalised to sum 1. None: equal.
+        subtask: (samples',) int64, ids in [0, subtasks) of the validation samples. None: all one.
+        average: "cosine" averages the cosines of a subtask (LESS); "gradient" takes the cosine with
+            the subtask's mean gradient (UGDA).
+
+    Returns:
+        (samples,) float32 (float64 for float64 features). Higher: a step on it lowers the
+        validation loss of its best subtask more.
+
+    Raises:
+        ValueError: numbers of checkpoints, shapes, weights, average.
+
+    Source: LESS (arXiv 2402.04333), released code; UGDA (OpenReview iamWnRpMuQ), reconstructed.
+    """
+    op = "influence.less_scores"
+    if not len(train) == len(validation) > 0:
+        raise refuse(op, "train and validation", "one tensor per checkpoint each",
+                     f"{len(train)} and {len(validation)}", "Pair the checkpoints.")  # fmt: skip
+    if average not in ("cosine", "gradient"):
+        raise refuse(op, "average", '"cosine" or "gradient"', repr(average), "Choose one.")
+    shares = [1.0 / len(train)] * len(train)
+    if weight is not None:
+        if len(weight) != len(train) or not sum(weight) > 0 or min(weight) < 0:
+            raise refuse(op, "weight", "one number >= 0 per checkpoint, not all 0", list(weight),
+                         "Pass the mean learning rates.")  # fmt: skip
+        shares = [w / sum(weight) for w in weight]
+    count = validation[0].shape[0]
+    if subtask is None:
+        subtask = torch.zeros(count, dtype=torch.int64, device=validation[0].device)
+    elif subtask.shape != (count,):
+        raise refuse(op, "subtask", f"of shape ({count},) like the validation samples",
+                     f"shape {tuple(subtask.shape)}", "Pass one id per sample.")  # fmt: skip
+    members = torch.nn.functional.one_hot(subtask).t()  # (subtasks, samples')
+    total: torch.Tensor | None = None
+    for share, of_train, of_validation in zip(shares, train, validation, strict=True):
+        left, right = _flat(op, "train", of_train), _flat(op, "validation", of_validation)
+        mean = members.to(right.dtype) / members.sum(1, keepdim=True).clamp_min(1)
+        anchors = mean @ _unit(right) if average == "cosine" else _unit(mean @ right)
+        term = share * (_unit(left) @ anchors.t())
+        total = term if total is None else total + term
+    assert total is not None
+    return total.amax(1)
+
+
+def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> torch.Tensor:
+    """Pick the best sample, subtract its row of interactions from all scores, repeat k times.
+
+    Samples that say the same shadow each other: the gain of i given the chosen C is
+    score_i - sum over j in C of interaction_ij.
+
+    Args:
+        score: (samples,), e.g. lr * <g_i, mean validation gradient>.
+        interaction: (samples, samples), e.g. lr^2 <g_i, g_j> = lr^2 `matrix(g, cosine=False)` (the
+            Hessian taken as the identity).
+        k: number to pick, in [0, samples].
+
+    Returns:
+        (k,) int64, in the order of picking; the first of equal gains. Later gains may be negative:
+        they are picked all the same.
+
+    Raises:
+        ValueError: shapes, k.
+
+    Source: GREATS (Wang et al., NeurIPS 2024), released code. Exact.
+    """
+    op = "influence.greedy_select"
+    samples = score.shape[0]
+    if score.dim() != 1 or interaction.shape != (samples, samples):
+        raise refuse(op, "interaction", f"of shape ({samples}, {samples}) for score of shape "
+                     f"{tuple(score.shape)}", f"shape {tuple(interaction.shape)}",
+                     "Pass one row per sample.")  # fmt: skip
+    if not 0 <= k <= samples:
+        raise refuse(op, "k", f"in [0, {samples}]", k, "There are no more samples.")
+    gain = score.detach().clone()
+    chosen = torch.empty(k, dtype=torch.int64, device=score.device)
+    for i in range(k):
+        best = gain.argmax()
+        chosen[i] = best
+        gain = gain - interaction.index_select(0, best.unsqueeze(0)).squeeze(0)
+        gain[chosen[: i + 1]] = -math.inf
+    return chosen
+
+
+def ugda_select(
+    rewards: torch.Tensor,
+    score: torch.Tensor,
+    *,
+    uncertain: float = 0.5,
+    influential: float = 0.5,
+) -> torch.Tensor:
+    """Samples to relabel: the most uncertain ones, and of these the most influential ones.
+
+    Uncertainty is the variance of the reward over the members of an ensemble.
+
+    Args:
+        rewards: (members, samples), each ensemble member's reward; at least two members.
+        score: (samples,), influence, e.g. `less_scores(..., average="gradient")`.
+        uncertain: fraction kept by variance, in (0, 1].
+        influential: fraction of these kept by score, in (0, 1].
+
+    Returns:
+        (kept,) int64 ids, most influential first; fractions round to the nearest count, at least 1.
+
+    Raises:
+        ValueError: shapes, fractions.
+
+    Source: UGDA (OpenReview iamWnRpMuQ), reconstructed from its abstract and reviews.
+    """
+    op = "influence.ugda_select"
+    if rewards.dim() != 2 or rewards.shape[0] < 2 or score.shape != rewards.shape[1:]:
+        raise refuse(op, "rewards", "of shape (members >= 2, samples) with score (samples,)",
+                     f"shapes {tuple(rewards.shape)} and {tuple(score.shape)}",
+                     "Pass one row per ensemble member.")  # fmt: skip
+    for name, fraction in (("uncertain", uncertain), ("influential", influential)):
+        if not 0.0 < fraction <= 1.0:
+            raise refuse(op, name, "in (0, 1]", fraction, "It is a share of the samples.")
+    kept = _top(rewards.var(0, unbiased=False), uncertain)
+    return kept[_top(score[kept], influential)]
+
+
+def _top(value: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Ids of the largest `fraction` of values, largest first, the first of equals."""
+    count = min(value.shape[0], max(1, round(fraction * value.shape[0])))
+    return value.sort(descending=True, stable=True).indices[:count]
+
+
+def _flat(op: str, name: str, features: torch.Tensor) -> torch.Tensor:
+    """(samples, numbers) in float32 or float64."""
+    if features.dim() < 2:
+        raise refuse(op, name, "(samples, ...) with one feature per sample",
+                     f"shape {tuple(features.shape)}", "Add the sample axis.")  # fmt: skip
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return features.detach().flatten(1).to(wide)
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their norms; a row of zeros stays one."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / torch.where(norm == 0, 1.0, norm)

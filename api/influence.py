@@ -1,0 +1,40 @@
+"""Gradient influence as a by-product of the loss: norms, sketches, and selection by them.
+
+    step = tokfuse.policy_step(hidden=h, weight=w, ..., cu_seqlens=cu,
+                               influence=tokfuse.influence.InfluenceSpec(rank=64, seed=0))
+    scores = tokfuse.influence.matrix(step.influence.sketches, validation_sketches)
+
+Norms (`logit_norms`, `head_norms`, `hidden_norms`) are magnitudes: they find tokens that pull hard,
+not tokens that help. Influence proper is an inner product of gradients (`matrix`, `less_scores`,
+`greedy_select`), here of sketches that see the last hidden state only.
+"""
+
+from tokfuse.algorithms.influence import (
+    adam_features,
+    greedy_select,
+    less_scores,
+    matrix,
+    ugda_select,
+)
+from tokfuse.runtime.ops.influence import (
+    Influence,
+    InfluenceSpec,
+    head_norms,
+    hidden_norms,
+    logit_norms,
+    sketch,
+)
+
+__all__ = [
+    "Influence",
+    "InfluenceSpec",
+    "adam_features",
+    "greedy_select",
+    "head_norms",
+    "hidden_norms",
+    "less_scores",
+    "logit_norms",
+    "matrix",
+    "sketch",
+    "ugda_select",
+]
