@@ -12,27 +12,12 @@ import math
 import pytest
 import torch
 from harness import Backend, backends, compare
-from policy_cases import LOG_RATIOS, batch
+from policy_cases import LOG_RATIOS, SHAPES, batch
 
 import tokfuse
 from tokfuse import KL, Objective
 from tokfuse.runtime.metrics import SLOTS
-from tokfuse.runtime.objective import AGGREGATIONS, KL_ESTIMATORS, LEVELS, Shape
-
-SHAPES: dict[str, Shape] = {
-    "linear_logp": tokfuse.LinearLogp(),
-    "linear_ratio": tokfuse.LinearRatio(),
-    "ppo": tokfuse.PPOClip(low=0.2, high=0.28),
-    "ppo_dual_cap": tokfuse.PPOClip(low=0.1, high=0.3, dual=2.5, cap=2.0),
-    "ppo_bounds": tokfuse.PPOClip(low=None, high=None, ratio_min=0.5, ratio_max=1.5, dual=1.2),
-    "cispo": tokfuse.StopGradClip(low=0.4, ratio_min=None),
-    "sapo": tokfuse.SigmoidGate(tau_positive=0.9),
-    "gbpo": tokfuse.TargetRatio(low=0.3, high=0.2),
-    "r2vpo": tokfuse.Quadratic(penalty=0.3),
-    "nft": tokfuse.NFT(negative_floor=0.01, positive_floor=0.9, rate_min=0.2, rate_max=0.8),
-    "gmpo": tokfuse.LogClamp(bound=0.35),
-    "gamma": tokfuse.Gamma(k_positive=1.5, lam_positive=2.0, k_negative=2.5, lam_negative=1.0),
-}  # fmt: skip
+from tokfuse.runtime.objective import AGGREGATIONS, KL_ESTIMATORS, LEVELS
 
 
 @pytest.fixture(params=backends("policy_loss", without="reference"))

@@ -313,7 +313,8 @@ def _reference_run(
         z = losses.usable_by_autograd(logits.detach()).requires_grad_()
         target, *given = map(losses.usable_by_autograd, (target, *o))
         inputs = PolicyInputs(*map(losses.usable_by_autograd, inputs))
-        stats = TokenStats(*reference.forward(z, target, **LogitOptions(*given)._asdict()))
+        options = LogitOptions(*given)._asdict()
+        stats = TokenStats(*reference.forward(z, target, op=OP, **options))
         terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
         (grad,) = torch.autograd.grad(terms.loss, z, allow_unused=True, materialize_grads=True)
     if in_place:
@@ -352,7 +353,7 @@ def _cpu_run_sequence(
     objective: Objective, inverse: float, in_place: bool,
 ) -> StepTerms:  # fmt: skip
     """A ratio of the whole sequence needs every logp of it before any gradient: three launches."""
-    *stats, shift, inv_sum = stats_op._cpu_forward(logits, target, **o._asdict())
+    *stats, shift, inv_sum = stats_op._cpu_forward(logits, target, op=OP, **o._asdict())
     terms = losses._cpu_run(stats[0], stats[1], inputs, objective, inverse)
     grad = stats_op._cpu_backward(
         logits, target, shift, inv_sum, stats[1], terms.d_logp, terms.d_entropy,

@@ -127,7 +127,7 @@ def _reference_run(
         assert hidden is not None and weight is not None
         logits = linear_reference.logits_of(hidden, weight, bias)
         options = linear._reference_options(p.options)
-        stats = TokenStats(*stats_reference.forward(logits, p.target, **options))
+        stats = TokenStats(*stats_reference.forward(logits, p.target, op="policy_step", **options))
         terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
         asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
         if p.row_norms is not None:

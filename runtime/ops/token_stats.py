@@ -264,7 +264,7 @@ def native_logits_record(
 
 
 def _cpu_forward(
-    logits: torch.Tensor, target: torch.Tensor, **options: Any
+    logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any
 ) -> tuple[torch.Tensor, ...]:
     o = LogitOptions(**options)
     record, alive = native_logits_record(logits, target, o)
@@ -274,7 +274,7 @@ def _cpu_forward(
     bad = module.token_stats_fwd(record, *[x.data_ptr() for x in out], 0, 0, 0, 1.0)
     del alive
     if bad >= 0:
-        raise reference.bad_row(OP, bad, target, logits.shape[1], o.temperature)
+        raise reference.bad_row(op, bad, target, logits.shape[1], o.temperature)
     return tuple(out)
 
 

@@ -27,4 +27,5 @@ def forward(
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """(logp, entropy, lse, sum_sq, top1) of the rows of hidden @ weight.T + bias."""
-    return token_stats.forward(logits_of(hidden, weight, bias), target, **options)
+    logits = logits_of(hidden, weight, bias)
+    return token_stats.forward(logits, target, op="linear_token_stats", **options)

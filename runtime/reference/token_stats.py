@@ -77,11 +77,12 @@ def forward(
     mask: torch.Tensor | None = None,
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
+    op: str = "token_stats",
 ) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse, sum_sq, top1); see `tokfuse.token_stats` for the contract."""
+    """(logp, entropy, lse, sum_sq, top1); see `tokfuse.token_stats`. `op` is named in errors."""
     tokens, vocab = logits.shape
     if not torch.compiler.is_compiling():
-        check_values("token_stats", target, vocab, mask, temperature)
+        check_values(op, target, vocab, mask, temperature)
     keep = torch.ones(tokens, dtype=torch.bool, device=logits.device) if mask is None else mask
     if mask is not None:  # before any arithmetic: 0 * NaN in a masked row would reach the gradient
         logits = torch.where(keep.unsqueeze(-1), logits, 0.0)

@@ -14,11 +14,28 @@ from torch import Tensor
 
 import tokfuse
 from tokfuse import Objective
+from tokfuse.runtime.objective import Shape
 
 LENGTHS = (5, 0, 1, 9, 4, 3)  # the last sequence is masked whole
 # Log-ratios on both sides of every clip, far outside, beyond the clamp of 20, and exactly 0.
 LOG_RATIOS = (0.05, -0.05, 0.24, -0.3, 0.9, -1.4, 0.0, 1.2, -0.12, 25.0, -26.0, 0.15, 2.4, -0.6,
               0.33, -0.21, 0.37, -2.2, 0.1, -0.01, 0.02, 0.5)  # fmt: skip
+
+# Every shape, with parameters that no default hides.
+SHAPES: dict[str, Shape] = {
+    "linear_logp": tokfuse.LinearLogp(),
+    "linear_ratio": tokfuse.LinearRatio(),
+    "ppo": tokfuse.PPOClip(low=0.2, high=0.28),
+    "ppo_dual_cap": tokfuse.PPOClip(low=0.1, high=0.3, dual=2.5, cap=2.0),
+    "ppo_bounds": tokfuse.PPOClip(low=None, high=None, ratio_min=0.5, ratio_max=1.5, dual=1.2),
+    "cispo": tokfuse.StopGradClip(low=0.4, ratio_min=None),
+    "sapo": tokfuse.SigmoidGate(tau_positive=0.9),
+    "gbpo": tokfuse.TargetRatio(low=0.3, high=0.2),
+    "r2vpo": tokfuse.Quadratic(penalty=0.3),
+    "nft": tokfuse.NFT(negative_floor=0.01, positive_floor=0.9, rate_min=0.2, rate_max=0.8),
+    "gmpo": tokfuse.LogClamp(bound=0.35),
+    "gamma": tokfuse.Gamma(k_positive=1.5, lam_positive=2.0, k_negative=2.5, lam_negative=1.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
