@@ -52,7 +52,10 @@ _PUBLIC = {
     "whiten": "tokfuse.runtime.ops.whiten",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+# public modules, `tokfuse.<name>`
+_MODULES = ("influence",)
+
+__all__ = ["__version__", *_PUBLIC, *_MODULES]
 
 if TYPE_CHECKING:
     from tokfuse.runtime.dispatch import backend as backend
@@ -102,8 +105,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
         globals()[name] = value
         return value
+    if name in _MODULES:
+        return importlib.import_module(f"tokfuse.{name}")
     raise AttributeError(f"module 'tokfuse' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *__all__])

@@ -232,7 +232,7 @@ def test_every_op_has_a_reference_and_a_test_of_its_name():
 
 def test_every_op_is_public():
     ops = stems("runtime/ops", "*.py")
-    assert not {CALLED_THROUGH.get(op, op) for op in ops} - set(tokfuse._PUBLIC)
+    assert not {CALLED_THROUGH.get(op, op) for op in ops} - set(tokfuse.__all__)
 
 
 @pytest.mark.parametrize(
