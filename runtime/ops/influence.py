@@ -12,8 +12,7 @@ import torch
 from tokfuse.runtime import checks
 from tokfuse.runtime.dispatch import (
     ALL_DTYPES,
-    Capability,
-    register,
+    register_cpu,
     register_reference,
     select,
 )
@@ -299,7 +298,7 @@ def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     return out
 
 
-register(Capability(OP, "cpu", _cpu_sketch, frozenset({"cpu"}), ALL_DTYPES))
+register_cpu(OP, _cpu_sketch, ALL_DTYPES)
 register_reference(OP, reference.sketch)
 
 
