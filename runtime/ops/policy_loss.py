@@ -125,8 +125,7 @@ def _apply(
 ) -> PolicyTerms:
     capability = select(OP, logp.device.type, logp.dtype)
     if capability.backend == "reference":
-        terms: PolicyTerms = capability.run(logp, entropy, inputs, objective, inverse)
-        return terms
+        return _reference_run(logp, entropy, inputs, objective, inverse)
     if torch.compiler.is_compiling():
         return PolicyTerms(*_custom_op(logp, entropy, inputs, objective, inverse))
     return PolicyTerms(

@@ -49,7 +49,8 @@ class PolicyStep:
 
     @property
     def grad_logits(self) -> torch.Tensor | None:
-        """(tokens, vocab), d loss / d logits; None from hidden, or after the last backward."""
+        """(tokens, vocab), d loss / d logits; None from hidden, after the last backward, and on
+        the reference inside torch.compile, which makes the backward itself."""
         return self._gradients.get("logits")
 
     @property
@@ -274,7 +275,10 @@ def _from_logits(
     objective: Objective, inverse: float, sampler_kl: torch.Tensor | None, in_place: bool = False,
 ) -> PolicyStep:  # fmt: skip
     capability = select(OP, logits.device.type, logits.dtype, options.features())
-    if torch.compiler.is_compiling() and capability.backend != "reference":
+    if torch.compiler.is_compiling():
+        if capability.backend == "reference":
+            out = hidden_step.traced_reference(logits, target, options, inputs, objective, inverse)
+            return _result(out, inputs, objective, inverse, sampler_kl, {})
         out = _custom_op(logits, target, options, inputs, objective, inverse)
         return _result(out[:8], inputs, objective, inverse, sampler_kl, {"logits": out[8]})
     gradients: dict[str, torch.Tensor | None] = {}

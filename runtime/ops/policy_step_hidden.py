@@ -33,15 +33,25 @@ def apply(
     """((loss, token_loss, sums, *stats), gradients), wired to autograd."""
     gradients: Gradients = {}
     if torch.compiler.is_compiling():
-        features = problem.options.features()
-        if select(OP, problem.hidden.device.type, problem.hidden.dtype, features).backend != (
-            "reference"
-        ):
-            return _custom_op(problem, inputs, objective, inverse)
+        p, features = problem, problem.options.features()
+        if select(OP, p.hidden.device.type, p.hidden.dtype, features).backend == "reference":
+            logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
+            return traced_reference(logits, p.target, p.options, inputs, objective, inverse), {}
+        return _custom_op(problem, inputs, objective, inverse)
     out = _HiddenStep.apply(
         problem.hidden, problem.weight, problem.bias, problem, inputs, objective, inverse, gradients
     )
     return out, gradients
+
+
+def traced_reference(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """(loss, token_loss, sums, *stats) for torch.compile, which then makes the backward."""
+    stats = TokenStats(*stats_reference.forward(logits, target, **o._asdict()))
+    terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
+    return terms.loss, terms.token_loss, terms.sums, *(x.detach() for x in stats)
 
 
 def _keeps_graph() -> bool:

@@ -171,11 +171,12 @@ def token_stats(
 
         extras = extended.Extras(second_temperature, moments)
         return extended.extended_token_stats(logits, target, options, extras)
-    if torch.compiler.is_compiling() and _capability(logits, options).backend != "reference":
+    capability = _capability(logits, options)
+    if capability.backend == "reference":
+        return TokenStats(*reference.forward(logits, target, **options._asdict()))
+    if torch.compiler.is_compiling():
         return TokenStats(*_custom_op(logits, target, options)[:5])
-    run = _capability(logits, options).run
-    if run.backward is None:
-        return TokenStats(*run.forward(logits, target, **options._asdict()))
+    run = capability.run
     if logits.requires_grad and torch.is_grad_enabled():
         return TokenStats(*_TokenStatsFunction.apply(logits, target, options, run))
     return TokenStats(*run.forward(logits, target, **options._asdict())[:5])
