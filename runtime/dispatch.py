@@ -92,7 +92,7 @@ def register_reference(op: str, run: Any, *features: str) -> None:
 def forced_backend() -> str | None:
     """The innermost `backend(...)` context, else `TOKFUSE_BACKEND`, else None."""
     forced = _FORCED.get()
-    if forced is None:
+    if forced is None and native.environment_sets("TOKFUSE_BACKEND"):
         forced = os.environ.get("TOKFUSE_BACKEND") or None
         if forced is not None and forced not in ORDER:
             raise ValueError(
@@ -132,6 +132,17 @@ def select(
     if choice is None:
         choice = _CHOICES[key] = _choose(op, device, dtype, features, forced)
     return choice
+
+
+def eager_cpu() -> Any | None:
+    """The native module where a CPU call may be handed to it whole, checks and outputs included.
+
+    None under torch.compile, where another backend is forced, or without the module: the call then
+    takes the general path, as it does when the native function finds its arguments not plain.
+    """
+    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
+        return None
+    return native.eager()
 
 
 # torch.compile calls it while it traces and keeps the answer, as with assume_constant_result.

@@ -2,8 +2,10 @@
 
 import functools
 import importlib
+import os
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch  # before _native: both then share torch's OpenMP runtime
 
@@ -34,6 +36,22 @@ def module() -> ModuleType | None:
 def why_unusable() -> str | None:
     """None when the native module is loaded, else one sentence."""
     return _load()[1]
+
+
+@functools.cache
+def eager() -> Any | None:
+    """The native module when its whole-call functions can read the tensors of this torch."""
+    native = module()
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if native is None or exchange is None:
+        return None
+    return native if native.use_tensors(exchange, torch.Tensor, torch.nn.Parameter) else None
+
+
+def environment_sets(name: str) -> bool:
+    """True when the environment has the variable, as it is now; native in a tenth of the time."""
+    native = module()
+    return name in os.environ if native is None else bool(native.environment_sets(name))
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

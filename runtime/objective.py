@@ -4,10 +4,11 @@
 
 Axes: the *level* of the ratio (token, sequence), the *shape* phi of the policy term, the KL term,
 the entropy bonus and the *aggregation* over tokens. Every published clipped-ratio objective is one
-point on these axes. `encode` turns a spec into the numbers that the kernels take; codes and
-parameter slots are shared with csrc/common/objective.h.
+point on these axes. `Objective.record` turns a spec into the numbers that the kernels take; codes
+and parameter slots are shared with csrc/common/objective.h.
 """
 
+import functools
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -326,7 +327,8 @@ class Objective:
         """True when normalizer="batch" divides by sequences, not by tokens."""
         return self.aggregation in ("seq_mean_token_mean", "seq_mean_token_sum")
 
-    def encode(self) -> tuple[int | float | tuple[float, ...], ...]:
+    @functools.cached_property
+    def record(self) -> tuple[int | float | tuple[float, ...], ...]:
         """The record of csrc/common/objective.h::ObjectiveParams."""
         p = self.shape.parameters()
         kl = self.kl

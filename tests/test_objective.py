@@ -68,8 +68,8 @@ def test_encode_is_the_record_of_the_kernels():
         kl=KL(estimator="k2", coef=-0.5, clamp=9.0), entropy_coef=0.25, log_ratio_clamp=7.0,
     )  # fmt: skip
     expected = (2, 2, 2, 1, (0.8, 1.2, 3.0, INF, 0.0, 0.0), -0.5, 9.0, 0.25, 7.0)
-    assert objective.encode() == expected
-    assert Objective().encode() == (
+    assert objective.record == expected
+    assert Objective().record == (
         2,
         0,
         0,
@@ -83,12 +83,12 @@ def test_encode_is_the_record_of_the_kernels():
 
 
 def test_encode_gives_every_option_its_own_code():
-    levels = {Objective(level=level).encode()[1] for level in LEVELS}
-    estimators = {Objective(kl=KL(estimator=e, coef=1.0)).encode()[2] for e in KL_ESTIMATORS}
+    levels = {Objective(level=level).record[1] for level in LEVELS}
+    estimators = {Objective(kl=KL(estimator=e, coef=1.0)).record[2] for e in KL_ESTIMATORS}
     assert levels == {0, 1, 2, 3} and estimators == set(range(1, 8))
-    shapes = {Objective(shape=build(shape)).encode()[0] for shape in SHAPES}
+    shapes = {Objective(shape=build(shape)).record[0] for shape in SHAPES}
     assert shapes == set(range(10))
-    assert all(len(Objective(shape=build(s)).encode()[4]) == 6 for s in SHAPES)
+    assert all(len(Objective(shape=build(s)).record[4]) == 6 for s in SHAPES)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

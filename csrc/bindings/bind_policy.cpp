@@ -3,10 +3,8 @@
 namespace py = pybind11;
 
 namespace tokfuse {
-namespace {
 
-// (shape, level, kl, seq_mean, (p0..p5), kl_coef, kl_clamp, entropy_coef, log_ratio_clamp)
-ObjectiveParams params_of(const py::tuple& t) {
+ObjectiveParams objective_params(const py::tuple& t) {
   require(t.size() == 9, "objective record must have 9 fields");
   ObjectiveParams o;
   const int shape = t[0].cast<int>(), level = t[1].cast<int>(), kl = t[2].cast<int>();
@@ -27,15 +25,40 @@ ObjectiveParams params_of(const py::tuple& t) {
   return o;
 }
 
+void check_objective(const ObjectiveArgs& o) {
+  require(o.tokens >= 0 && o.seqs >= 0, "tokens and seqs must be >= 0");
+  require_threads(o.threads);
+  require(o.metrics != nullptr, "metrics is null");
+  for (const float* p :
+       {o.old_logp, static_cast<const float*>(o.token_loss), static_cast<const float*>(o.d_logp),
+        static_cast<const float*>(o.d_entropy), static_cast<const float*>(o.scratch)}) {
+    require(p != nullptr || o.tokens == 0, "a vector is null");
+  }
+  require(o.advantage != nullptr || (o.advantage_per_seq ? o.seqs : o.tokens) == 0,
+          "advantage is null");
+  require(o.cu_seqlens != nullptr || o.seqs == 0, "cu_seqlens is null");
+  const bool needs_seqs = o.params.level != Level::kToken || o.params.seq_mean ||
+                          o.advantage_per_seq || (o.inv_normalizer < 0 && o.normalize_by_seqs);
+  require(!needs_seqs || o.cu_seqlens != nullptr || o.tokens == 0, "cu_seqlens is null");
+  require(o.params.kl == Kl::kNone || o.ref_logp != nullptr || o.tokens == 0, "ref_logp is null");
+  for (int64_t i = 0; i < o.seqs; i++) {
+    require(o.cu_seqlens[i] >= 0 && o.cu_seqlens[i] <= o.cu_seqlens[i + 1],
+            "cu_seqlens must be non-decreasing from 0");
+  }
+  require(o.cu_seqlens == nullptr || (o.cu_seqlens[0] == 0 && o.cu_seqlens[o.seqs] == o.tokens),
+          "cu_seqlens must start at 0 and end at tokens");
+}
+
+namespace {
+
 // (params, tokens, seqs, logp, old_logp, advantage, advantage_per_seq, mask, cu_seqlens, weight,
-// signal,
-//  ref_logp, kl_weight, entropy, entropy_weight, inv_normalizer, normalize_by_seqs, threads,
-//  token_loss, d_logp, d_entropy, metrics, scratch)
+// signal, ref_logp, kl_weight, entropy, entropy_weight, inv_normalizer, normalize_by_seqs, threads,
+// token_loss, d_logp, d_entropy, metrics, scratch)
 ObjectiveArgs objective_args(const py::tuple& t) {
   require(t.size() == 23, "policy record must have 23 fields");
   auto floats = [&](size_t i) { return as<float>(t[i].cast<Address>()); };
   ObjectiveArgs o;
-  o.params = params_of(t[0].cast<py::tuple>());
+  o.params = objective_params(t[0].cast<py::tuple>());
   o.tokens = t[1].cast<int64_t>();
   o.seqs = t[2].cast<int64_t>();
   o.logp = floats(3);
@@ -58,22 +81,7 @@ ObjectiveArgs objective_args(const py::tuple& t) {
   o.d_entropy = floats(20);
   o.metrics = as<double>(t[21].cast<Address>());
   o.scratch = floats(22);
-  require(o.tokens >= 0 && o.seqs >= 0, "tokens and seqs must be >= 0");
-  require_threads(o.threads);
-  require(o.metrics != nullptr, "metrics is null");
-  for (size_t i : {4, 18, 19, 20, 22}) require_pointer(t[i].cast<Address>(), o.tokens, "a vector");
-  require_pointer(t[5].cast<Address>(), o.advantage_per_seq ? o.seqs : o.tokens, "advantage");
-  require_pointer(t[8].cast<Address>(), o.seqs, "cu_seqlens");
-  const bool needs_seqs = o.params.level != Level::kToken || o.params.seq_mean ||
-                          o.advantage_per_seq || (o.inv_normalizer < 0 && o.normalize_by_seqs);
-  require(!needs_seqs || o.cu_seqlens != nullptr || o.tokens == 0, "cu_seqlens is null");
-  require(o.params.kl == Kl::kNone || o.ref_logp != nullptr || o.tokens == 0, "ref_logp is null");
-  for (int64_t i = 0; i < o.seqs; i++) {
-    require(o.cu_seqlens[i] >= 0 && o.cu_seqlens[i] <= o.cu_seqlens[i + 1],
-            "cu_seqlens must be non-decreasing from 0");
-  }
-  require(o.cu_seqlens == nullptr || (o.cu_seqlens[0] == 0 && o.cu_seqlens[o.seqs] == o.tokens),
-          "cu_seqlens must start at 0 and end at tokens");
+  check_objective(o);
   return o;
 }
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import checks, native
-from tokfuse.runtime.dispatch import register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import eager_cpu, register_cpu, register_reference, select
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.metrics import SLOT, SLOTS, Metrics
 from tokfuse.runtime.objective import Objective
@@ -108,12 +108,44 @@ def policy_loss(
         old_logp, advantage, advantage_level, mask, cu_seqlens,
         weight, signal, ref_logp, kl_weight, entropy_weight,
     )  # fmt: skip
+    if sampler_logp is None:
+        done = _eager(logp, entropy, inputs, objective, normalizer)
+        if done is not None:
+            return done
     check_logp(OP, logp, entropy)
     check_inputs(OP, inputs, objective, logp.shape[0], logp.device, entropy is not None)
     inverse = inverse_normalizer(OP, normalizer, objective)
     terms = _apply(logp, entropy, inputs, objective, inverse)
     sampler_kl = sampler_mismatch(OP, sampler_logp, inputs, logp)
     return finish(terms, inputs, objective, inverse, entropy is not None, sampler_kl)
+
+
+def _eager(
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    inputs: PolicyInputs,
+    objective: Objective,
+    normalizer: Normalizer,
+) -> PolicyLoss | None:
+    """A plain call on the CPU, answered by one native function; None: take the general path."""
+    native_module = eager_cpu()
+    if native_module is None or not isinstance(objective, Objective):
+        return None
+    inverse = inverse_normalizer(OP, normalizer, objective)
+    out = native_module.eager_policy_loss(
+        logp, entropy, inputs, objective.record, objective.counts_sequences, inverse,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if out is None:
+        return None
+    loss, loss_sum, count, token_loss, sums, d_logp, d_entropy = out
+    if torch.is_grad_enabled() and (
+        logp.requires_grad or (entropy is not None and entropy.requires_grad)
+    ):
+        terms = PolicyTerms(loss, token_loss, d_logp, d_entropy, sums)
+        loss = _PolicyLossFunction.apply(logp, entropy, terms)
+    metrics = Metrics(sums, ABSENT[inputs.ref_logp is not None, entropy is not None])
+    return PolicyLoss(loss, token_loss, loss_sum, count, metrics)
 
 
 def _apply(
@@ -128,9 +160,8 @@ def _apply(
         return _reference_run(logp, entropy, inputs, objective, inverse)
     if torch.compiler.is_compiling():
         return PolicyTerms(*_custom_op(logp, entropy, inputs, objective, inverse))
-    return PolicyTerms(
-        *_PolicyLossFunction.apply(logp, entropy, inputs, objective, inverse, capability.run)
-    )
+    terms: PolicyTerms = capability.run(logp, entropy, inputs, objective, inverse)
+    return terms._replace(loss=_PolicyLossFunction.apply(logp, entropy, terms))
 
 
 def finish(
@@ -146,11 +177,19 @@ def finish(
     count = sums[SLOT["seqs" if objective.counts_sequences else "tokens"]]
     loss = terms.loss.detach()
     loss_sum = loss * count.to(loss.dtype) if inverse < 0 else loss / inverse
-    absent = set() if has_entropy else {"entropy"}
-    if inputs.ref_logp is None:
-        absent |= {"ref_kl_k1", "ref_kl_k3"}
-    metrics = Metrics(sums, frozenset(absent), sampler_kl)
+    absent = ABSENT[inputs.ref_logp is not None, has_entropy]
+    metrics = Metrics(sums, absent, sampler_kl)
     return PolicyLoss(terms.loss, terms.token_loss, loss_sum, count, metrics)
+
+
+_REFERENCE_KL = frozenset({"ref_kl_k1", "ref_kl_k3"})
+# (has ref_logp, has entropy) -> metrics that such a batch does not have
+ABSENT = {
+    (True, True): frozenset[str](),
+    (True, False): frozenset({"entropy"}),
+    (False, True): _REFERENCE_KL,
+    (False, False): _REFERENCE_KL | {"entropy"},
+}
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -318,7 +357,7 @@ def native_record(
     ]  # fmt: skip
     p = [native.pointer(x) for x in alive]
     record = (
-        objective.encode(), i.old_logp.shape[0], 0 if cu is None else cu.shape[0] - 1,
+        objective.record, i.old_logp.shape[0], 0 if cu is None else cu.shape[0] - 1,
         p[0], p[1], p[2], int(i.advantage_level == "sequence"), p[3], p[4], p[5], p[6], p[7],
         p[8], p[9], p[10], inverse, int(objective.counts_sequences), torch.get_num_threads(),
         *p[11:],
@@ -361,29 +400,21 @@ register_reference(OP, _reference_run)
 class _PolicyLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logp: torch.Tensor,
-        entropy: torch.Tensor | None,
-        inputs: PolicyInputs,
-        objective: Objective,
-        inverse: float,
-        run: Any,
-    ) -> PolicyTerms:
-        terms: PolicyTerms = run(logp, entropy, inputs, objective, inverse)
+        ctx: Any, logp: torch.Tensor, entropy: torch.Tensor | None, terms: PolicyTerms
+    ) -> torch.Tensor:
         ctx.save_for_backward(terms.d_logp, terms.d_entropy)
         ctx.dtypes = (logp.dtype, None if entropy is None else entropy.dtype)
-        ctx.mark_non_differentiable(*terms[1:])
-        return terms
+        return terms.loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         d_logp, d_entropy = ctx.saved_tensors
         logp_dtype, entropy_dtype = ctx.dtypes
         grad_entropy = None
         if ctx.needs_input_grad[1]:
             grad_entropy = (d_entropy * grad_loss).to(entropy_dtype)
-        return (d_logp * grad_loss).to(logp_dtype), grad_entropy, None, None, None, None
+        return (d_logp * grad_loss).to(logp_dtype), grad_entropy, None
 
 
 @torch.library.custom_op("tokfuse::policy_loss", mutates_args=())

@@ -7,7 +7,13 @@ import torch
 
 from tokfuse.runtime import head as heads
 from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import (
+    FLOAT_DTYPES,
+    eager_cpu,
+    register_cpu,
+    register_reference,
+    select,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.metrics import SLOT, Metrics
 from tokfuse.runtime.objective import Objective
@@ -17,7 +23,7 @@ from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.influence import Influence, InfluenceSpec
 from tokfuse.runtime.ops.policy_loss import Normalizer, PolicyTerms
-from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, hand_over, policy_terms
+from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, Gradients, hand_over, policy_terms
 from tokfuse.runtime.ops.token_stats import LogitOptions, TokenStats
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
@@ -107,8 +113,7 @@ def policy_step(
 
     Same as `policy_loss(token_stats(logits, target).logp, ...)` with its autograd, or the same over
     `linear_token_stats`; but the gradient is formed while the logits are at hand. `loss` is wired
-    to
-    autograd: `step.loss.backward()`.
+    to autograd: `step.loss.backward()`.
 
     Args:
         logits: (tokens, vocab); or leave it None and pass
@@ -158,6 +163,10 @@ def policy_step(
         if influence is not None:
             raise refuse(OP, "influence", "None with logits= (sketches need the hidden states)",
                          "a spec", "Use influence.logit_norms on the statistics.")  # fmt: skip
+        if sampler_logp is None:
+            done = _eager(OP, logits, target, options, inputs, objective, normalizer)
+            if done is not None:
+                return done
         inverse = _check_step(OP, logits, target, options, inputs, objective, normalizer)
         sampler_kl = losses.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
         return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl)
@@ -214,6 +223,11 @@ def policy_step_(
     )  # fmt: skip
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     op = "policy_step_"
+    if sampler_logp is None and isinstance(logits, torch.Tensor) and logits.dim() == 2:
+        _check_writable(op, logits)
+        done = _eager(op, logits, target, options, inputs, objective, normalizer)
+        if done is not None:
+            return done
     inverse = _check_step(op, logits, target, options, inputs, objective, normalizer)
     _check_writable(op, logits)
     sampler_kl = losses.sampler_mismatch(op, sampler_logp, inputs, old_logp)
@@ -266,8 +280,42 @@ def _result(
     )
 
 
-# --------------------------------------------------------------------------------------- from
-# logits
+# ------------------------------------------------------------------------------------- from logits
+
+
+def _eager(
+    op: str, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
+    inputs: PolicyInputs, objective: Objective, normalizer: Normalizer,
+) -> PolicyStep | None:  # fmt: skip
+    """A plain call on the CPU, answered by one native function; None: take the general path."""
+    native_module = eager_cpu()
+    if native_module is None or not isinstance(objective, Objective):
+        return None
+    inverse = losses.inverse_normalizer(op, normalizer, objective)
+    in_place = op == "policy_step_"
+    out = native_module.eager_policy_step(
+        logits, target, options, inputs, objective.record, objective.counts_sequences, inverse,
+        torch.get_num_threads(), in_place,
+    )  # fmt: skip
+    if out is None:
+        return None
+    loss, loss_sum, count, token_loss, sums, *rest = out
+    gradients: Gradients = {"logits": logits.detach() if in_place else rest[5]}
+    loss = _attach(logits, loss, gradients, in_place)
+    metrics = Metrics(sums, losses.ABSENT[inputs.ref_logp is not None, True])
+    stats = TokenStats(*rest[:5])
+    return PolicyStep(loss, token_loss, loss_sum, count, metrics, stats, gradients)
+
+
+def _attach(
+    logits: torch.Tensor, loss: torch.Tensor, gradients: Gradients, in_place: bool
+) -> torch.Tensor:
+    """`loss`, whose backward hands out the gradients that are there already."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        loss = _LogitsStep.apply(logits, (loss,), gradients)
+    if in_place:
+        torch.autograd.graph.increment_version(logits)
+    return loss
 
 
 def _from_logits(
@@ -281,32 +329,27 @@ def _from_logits(
             return _result(out, inputs, objective, inverse, sampler_kl, {})
         out = _custom_op(logits, target, options, inputs, objective, inverse)
         return _result(out[:8], inputs, objective, inverse, sampler_kl, {"logits": out[8]})
-    gradients: dict[str, torch.Tensor | None] = {}
-    out = _LogitsStep.apply(
-        logits, target, options, inputs, objective, inverse, capability.run, in_place, gradients
+    terms, stats, grad = capability.run(
+        logits, target, options, inputs, objective, inverse, in_place
     )
-    if in_place:
-        torch.autograd.graph.increment_version(logits)
+    gradients: Gradients = {"logits": grad}
+    loss = _attach(logits, terms.loss, gradients, in_place)
+    out = (loss, terms.token_loss, terms.sums, *stats)
     return _result(out, inputs, objective, inverse, sampler_kl, gradients)
 
 
 class _LogitsStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
-        inputs: PolicyInputs, objective: Objective, inverse: float, run: Any, in_place: bool,
-        gradients: dict[str, torch.Tensor | None],
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        terms, stats, grad = run(logits, target, options, inputs, objective, inverse, in_place)
-        gradients["logits"] = grad
+        ctx: Any, logits: torch.Tensor, loss: tuple[torch.Tensor], gradients: Gradients
+    ) -> torch.Tensor:
         ctx.gradients = gradients
-        ctx.mark_non_differentiable(terms.token_loss, terms.sums, *stats)
-        return terms.loss, terms.token_loss, terms.sums, *stats
+        return loss[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        return (hand_over(ctx.gradients, grad_loss)["logits"],) + (None,) * 8
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
+        return hand_over(ctx.gradients, grad_loss)["logits"], None, None
 
 
 def _reference_run(
@@ -370,8 +413,7 @@ register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
 register_reference(OP, _reference_run, "softcap")
 
 
-# --------------------------------------------------------------------------------------
-# torch.compile
+# ---------------------------------------------------------------------------------- torch.compile
 
 
 @torch.library.custom_op("tokfuse::policy_step", mutates_args=())

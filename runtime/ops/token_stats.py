@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 
 from tokfuse.runtime import checks, native
-from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import (
+    FLOAT_DTYPES,
+    eager_cpu,
+    register_cpu,
+    register_reference,
+    select,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.reference import token_stats as reference
 
@@ -165,6 +171,10 @@ def token_stats(
         token baseline; bias subtraction as CausalInfoMin's TE-D (arXiv 2311.16941), exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    if second_temperature is None and not moments:
+        stats = _eager(logits, target, options)
+        if stats is not None:
+            return stats
     check_logits(OP, logits, target, options)
     if second_temperature is not None or moments:
         from tokfuse.runtime.ops import extended_token_stats as extended
@@ -180,6 +190,18 @@ def token_stats(
     if logits.requires_grad and torch.is_grad_enabled():
         return TokenStats(*_TokenStatsFunction.apply(logits, target, options, run))
     return TokenStats(*run.forward(logits, target, **options._asdict())[:5])
+
+
+def _eager(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> TokenStats | None:
+    """A plain call on the CPU, answered by one native function; None: take the general path."""
+    native_module = eager_cpu()
+    if native_module is None:
+        return None
+    tracked = getattr(logits, "requires_grad", False) and torch.is_grad_enabled()
+    out = native_module.eager_token_stats(logits, target, o, torch.get_num_threads(), tracked)
+    if out is not None and tracked:
+        out = _TokenStatsFunction.apply(logits, target, o, _CPU, out)
+    return None if out is None else TokenStats(*out)
 
 
 def _capability(logits: torch.Tensor, options: LogitOptions) -> Any:
@@ -310,7 +332,8 @@ def _cpu_backward(
     return grad_logits
 
 
-register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap", "bias_logits")
+_CPU = Kernels(_cpu_forward, _cpu_backward)
+register_cpu(OP, _CPU, FLOAT_DTYPES, "softcap", "bias_logits")
 register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
 
 
@@ -320,11 +343,16 @@ register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits
 class _TokenStatsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, run: Kernels
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        o: LogitOptions,
+        run: Kernels,
+        outputs: tuple[torch.Tensor, ...] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        logp, entropy, lse, sum_sq, top1, shift, inv_sum, *extras = run.forward(
-            logits, target, **o._asdict()
-        )
+        if outputs is None:
+            outputs = run.forward(logits, target, **o._asdict())
+        logp, entropy, lse, sum_sq, top1, shift, inv_sum, *extras = outputs
         tensors = (o.temperature if isinstance(o.temperature, torch.Tensor) else None,
                    o.mask, o.bias_logits)  # fmt: skip
         ctx.save_for_backward(logits, target, shift, inv_sum, entropy, *tensors)
@@ -340,13 +368,13 @@ class _TokenStatsFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         grad_logp, grad_entropy = grads[0], grads[1]
         if grad_logp is None and grad_entropy is None:
-            return None, None, None, None
+            return (None,) * 5
         *saved, temperature, mask, bias = ctx.saved_tensors
         o = ctx.options._replace(mask=mask, bias_logits=bias)
         if temperature is not None:
             o = o._replace(temperature=temperature)
         grad = ctx.run.backward(*saved, grad_logp, grad_entropy, **o._asdict())
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------- torch.compile
