@@ -6,7 +6,7 @@
 #include <omp.h>
 
 #include "cpu/distribution_kernels.h"
-#include "cpu/rows.h"
+#include "cpu/row_gradient.h"
 
 namespace tokfuse {
 namespace TOKFUSE_ISA {

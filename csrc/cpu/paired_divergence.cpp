@@ -12,7 +12,7 @@
 // and Q are close, and are exactly 0 when the rows are equal. KL terms are summed as
 // p delta + (q - p), which is non-negative and does not feel the rounding of the two sums.
 #include "cpu/distribution_kernels.h"
-#include "cpu/rows.h"
+#include "cpu/row_gradient.h"
 
 namespace tokfuse {
 namespace TOKFUSE_ISA {

@@ -1,10 +1,13 @@
 // policy_step from logits, token-level objectives: statistics, objective and gradient of each row
-// in one visit. The row is read from memory once; the gradient sweep finds it in the L2 cache.
+// in one visit. The row is read from memory once; the gradient sweep finds it, and the exponentials
+// of the first sweep, in the L2 cache.
 //
-// Bytes per row: V * sizeof(T) read and as much written. Exponentials per element: 2, or 1 where
-// the final coefficient of the row is zero.
+// Bytes per row: V * sizeof(T) read and as much written. Exponentials per element: 1. Workspace: 4
+// bytes per column and thread.
+#include <stdlib.h>
+
 #include "cpu/objective_tokens.h"
-#include "cpu/rows.h"
+#include "cpu/row_gradient.h"
 
 namespace tokfuse {
 namespace TOKFUSE_ISA {
@@ -14,18 +17,31 @@ template <class T, bool kTransform>
 void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj, T* grad,
           int64_t grad_stride) {
   const Transform f = transform_of(a);
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(a))
-  for (int64_t i = 0; i < a.tokens; i++) {
-    const int64_t t = token_of(a, i);
-    const Row<T> row = row_of<T>(a, i);
-    const float temperature = temperature_of(a, t), c = base2_scale(a, temperature);
-    RowStats stats = {};
-    if (!masked(a, t)) stats = row_forward<T, kTransform, false>(row, f, c);
-    write_row(o, t, stats);
-    token_objective_at(obj, t, o.logp[t], o.entropy[t]);
-    row_backward<T, kTransform>(row, f, c, a.logit_scale / temperature, stats.shift, stats.inv_sum,
-                                o.entropy[t], obj.d_logp[t], obj.d_entropy[t],
-                                grad + i * grad_stride);
+  const int64_t blocks = (a.vocab + kBlock - 1) / kBlock;
+#pragma omp parallel num_threads(threads_for(a))
+  {
+    // Without it (null) the exponentials are computed twice.
+    float* work = static_cast<float*>(
+        aligned_alloc(64, static_cast<size_t>(blocks * kBlock + (blocks + 15) / 16 * 16) * 4));
+    const KeptExps kept = {work, work + blocks * kBlock};
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < a.tokens; i++) {
+      const int64_t t = token_of(a, i);
+      const Row<T> row = row_of<T>(a, i);
+      const float temperature = temperature_of(a, t), c = base2_scale(a, temperature);
+      RowStats stats = {};
+      if (!masked(a, t)) {
+        stats = work == nullptr
+                    ? row_forward<T, kTransform, false>(row, f, c)
+                    : row_forward<T, kTransform, false, true>(row, f, c, nullptr, 0, kept);
+      }
+      write_row(o, t, stats);
+      token_objective_at(obj, t, o.logp[t], o.entropy[t]);
+      row_backward<T, kTransform>(row, f, c, a.logit_scale / temperature, stats.shift,
+                                  stats.inv_sum, o.entropy[t], obj.d_logp[t], obj.d_entropy[t],
+                                  grad + i * grad_stride, work == nullptr ? nullptr : &kept);
+    }
+    free(work);
   }
 }
 

@@ -1,4 +1,5 @@
-// One row of logits: statistics in one read with one exp per element, and its gradient.
+// One row of logits: statistics in one read with one exp per element (its gradient:
+// row_gradient.h).
 //
 // Everything is in base 2. With u = f(z) the transformed logit and c = log2(e) / T,
 //     x_j = u_j c - shift,   e_j = 2^x_j,   shift = c max_j u_j   (so x <= 0),
@@ -60,7 +61,25 @@ static inline float transformed(const T* zs, const T* bias, const Transform& f, 
 
 // The block loops stay out of line: inlined, g++ 12 loses their restrict qualifiers and falls back
 // to scalar code (5 times slower), and every caller would compile its own copy.
-#define TOKFUSE_BLOCK_LOOP __attribute__((noinline))
+#define TOKFUSE_BLOCK_LOOP __attribute__((noinline, unused))
+
+template <class A, class B>
+struct IsSame {  // std::is_same is an inline template of namespace std, see vec.h
+  static constexpr bool value = false;
+};
+template <class A>
+struct IsSame<A, A> {
+  static constexpr bool value = true;
+};
+
+// Exponentials of a row, kept from the forward sweep for the gradient: (vocab) values in the L2
+// cache, relative to the running maximum of their block, `shift[block]`; infinite where a block was
+// not kept.
+struct KeptExps {
+  float* e;
+  float* shift;
+};
+constexpr float kNotKept = kInf;
 
 struct BlockSums {
   float s, sx, s2, s2x, s2xx, max;
@@ -99,13 +118,6 @@ struct Accumulator {
   }
 };
 
-// A block whose maximum is -inf adds nothing, unless it hides a NaN, which must poison the row.
-static inline bool has_nan(const float* u, int64_t n) {
-  int found = 0;
-  for (int64_t j = 0; j < n; j++) found |= u[j] != u[j];
-  return found != 0;
-}
-
 template <bool kMoments>
 TOKFUSE_BLOCK_LOOP static void sum_block(const float* __restrict u, int64_t n, float c, float shift,
                                          BlockSums* out) {
@@ -114,16 +126,30 @@ TOKFUSE_BLOCK_LOOP static void sum_block(const float* __restrict u, int64_t n, f
 #pragma omp simd reduction(+ : s, sx, s2, s2x, s2xx)
   for (int64_t j = 0; j < n; j++) {
     const float x = clamp_exponent(u[j] * c - shift, floor);
-    const float e = exp2_simd(x), q = e * e;
+    const float e = exp2_simd(x);
     s += e;
     sx += e * x;
-    s2 += q;
+    s2 += e * e;
     if (kMoments) {
-      s2x += q * x;
-      s2xx += q * x * x;
+      s2x += e * e * x;
+      s2xx += e * e * x * x;
     }
   }
   *out = {s, sx, s2, s2x, s2xx, 0.0f};
+}
+
+TOKFUSE_BLOCK_LOOP static float block_max(const float* u, int64_t n) {
+  float m = -kInf;
+#pragma omp simd reduction(max : m)
+  for (int64_t j = 0; j < n; j++) m = u[j] > m ? u[j] : m;
+  return m;
+}
+
+// A block whose maximum is -inf adds nothing, unless it hides a NaN, which must poison the row.
+static inline bool has_nan(const float* u, int64_t n) {
+  int found = 0;
+  for (int64_t j = 0; j < n; j++) found |= u[j] != u[j];
+  return found != 0;
 }
 
 template <bool kMoments>
@@ -137,13 +163,6 @@ static inline void add_block(const float* u, int64_t n, float c, float block_max
   BlockSums sums;
   sum_block<kMoments>(u, n, c, acc.shift, &sums);
   acc.add(sums);
-}
-
-TOKFUSE_BLOCK_LOOP static float block_max(const float* u, int64_t n) {
-  float m = -kInf;
-#pragma omp simd reduction(max : m)
-  for (int64_t j = 0; j < n; j++) m = u[j] > m ? u[j] : m;
-  return m;
 }
 
 // Converts one block to float32 in `buffer` and returns its maximum. Two loops: fused, g++ 12 turns
@@ -165,23 +184,79 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
 }
 
 // The hot loop: exponentials of the present block while the next one streams in from memory. Two
-// separate loops would alternate between waiting for memory and computing.
-template <class T>
+// separate loops would alternate between waiting for memory and computing. float32 and bfloat16 are
+// read where they lie; float16 is converted into `buffer`, which the next call reads. kKeep leaves
+// the exponentials in `kept`, for the gradient: those of bfloat16 as all low halves, then all high
+// ones.
+template <bool kKeep>
 TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
-                                             const T* __restrict next, float* __restrict buffer,
+                                             const float* __restrict next, float*,
+                                             float* __restrict kept, BlockSums* out) {
+  const float floor = opaque(kExponentFloor);
+  float s = 0, sx = 0, s2 = 0, m = -kInf;
+#pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
+  for (int64_t j = 0; j < kBlock; j++) {
+    const float v = next[j];
+    m = v > m ? v : m;
+    const float x = clamp_exponent(u[j] * c - shift, floor);
+    const float e = exp2_simd(x);
+    if (kKeep) kept[j] = e;
+    s += e;
+    sx += e * x;
+    s2 += e * e;
+  }
+  *out = {s, sx, s2, 0.0f, 0.0f, m};
+}
+
+template <bool kKeep>
+TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
+                                             const Float16* __restrict next,
+                                             float* __restrict buffer, float* __restrict kept,
                                              BlockSums* out) {
   const float floor = opaque(kExponentFloor);
   float s = 0, sx = 0, s2 = 0, m = -kInf;
 #pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
   for (int64_t j = 0; j < kBlock; j++) {
     const float v = load(next, j);
-    if (sizeof(T) != 4) buffer[j] = v;
+    buffer[j] = v;
     m = v > m ? v : m;
     const float x = clamp_exponent(u[j] * c - shift, floor);
     const float e = exp2_simd(x);
+    if (kKeep) kept[j] = e;
     s += e;
     sx += e * x;
     s2 += e * e;
+  }
+  *out = {s, sx, s2, 0.0f, 0.0f, m};
+}
+
+template <bool kKeep>
+TOKFUSE_BLOCK_LOOP static void sum_and_stage(const BFloat16* __restrict u, float c, float shift,
+                                             const BFloat16* __restrict next, float*,
+                                             float* __restrict kept, BlockSums* out) {
+  const Bf16Pair* now = reinterpret_cast<const Bf16Pair*>(u);
+  const Bf16Pair* coming = reinterpret_cast<const Bf16Pair*>(next);
+  const float floor = opaque(kExponentFloor);
+  float s = 0, sx = 0, s2 = 0, m = -kInf;
+#pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
+  for (int64_t j = 0; j < kBlock / 2; j++) {
+    const uint32_t later = coming[j], pair = now[j];
+    const float v = low_half(later), w = high_half(later);
+    const float larger = v > w ? v : w;
+    m = larger > m ? larger : m;
+    const float x = clamp_exponent(low_half(pair) * c - shift, floor);
+    const float y = clamp_exponent(high_half(pair) * c - shift, floor);
+    const float e = exp2_simd(x), f = exp2_simd(y);
+    if (kKeep) {
+      kept[j] = e;
+      kept[kBlock / 2 + j] = f;
+    }
+    s += e;
+    sx += e * x;
+    s2 += e * e;
+    s += f;
+    sx += f * y;
+    s2 += f * f;
   }
   *out = {s, sx, s2, 0.0f, 0.0f, m};
 }
@@ -269,10 +344,13 @@ static inline float transformed_max(const Row<T>& row, const Transform& f) {
 // Statistics of one row. `second`, when not null, receives the statistics at a second scale c2 from
 // the same read. Block borders depend on the vocabulary alone, so a row's result does not depend on
 // its batch or on the number of threads.
-template <class T, bool kTransform, bool kMoments>
+template <class T, bool kTransform, bool kMoments, bool kKeep = false>
 static inline RowStats row_forward(const Row<T>& row, const Transform& f, float c,
-                                   RowStats* second = nullptr, float c2 = 0) {
-  constexpr bool kDirect = sizeof(T) == 4 && !kTransform;  // float32 needs no staging copy
+                                   RowStats* second = nullptr, float c2 = 0, KeptExps kept = {}) {
+  // float32 is read where it lies; so is bfloat16 by the fused loop, and staged by the others.
+  constexpr bool kDirect = IsSame<T, float>::value && !kTransform;
+  constexpr bool kFusable = !kTransform && !kMoments;
+  constexpr bool kPairs = IsSame<T, BFloat16>::value && kFusable;
   alignas(64) float buffer[2][kBlock];
   Accumulator<kMoments> acc;
   Accumulator<false> acc2;
@@ -282,11 +360,11 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     const int64_t left = vocab - begin;
     return left < kBlock ? left : kBlock;
   };
+  auto raw = [&row](int64_t begin) { return row.block(begin) + begin; };
   auto stage = [&](int64_t begin, int slot, float* m) -> const float* {
-    if (kDirect) {
-      const float* p = reinterpret_cast<const float*>(row.block(begin)) + begin;
-      *m = block_max(p, width(begin));
-      return p;
+    if constexpr (kDirect) {
+      *m = block_max(raw(begin), width(begin));
+      return raw(begin);
     }
     *m = stage_block<T, kTransform>(row, f, begin, width(begin), buffer[slot]);
     return buffer[slot];
@@ -298,19 +376,36 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
   for (int64_t begin = 0; begin < vocab; begin += kBlock, slot ^= 1) {
     const int64_t n = width(begin), next = begin + kBlock;
     if (m > row_max || m != m) row_max = m;
-    if (row.target >= begin && row.target < begin + n) target_u = u[row.target - begin];
+    if (row.target >= begin && row.target < begin + n) {
+      target_u = u != nullptr ? u[row.target - begin] : load(raw(begin), row.target - begin);
+    }
+    const bool fused = kFusable && next + kBlock <= vocab && m > -kInf;
+    if (u == nullptr && (!fused || second != nullptr)) u = stage(begin, slot, &m);
     if (second != nullptr) add_block<false>(u, n, c2, m, acc2);
     float next_m = -kInf;
     const float* next_u = nullptr;
-    const bool fused = !kTransform && !kMoments && next + kBlock <= vocab && m > -kInf;
-    if (fused) {
-      BlockSums sums;
-      acc.raise_shift(m * c);
-      sum_and_stage(u, c, acc.shift, row.block(next) + next, buffer[slot ^ 1], &sums);
-      acc.add(sums);
-      next_m = sums.max;
-      next_u = kDirect ? reinterpret_cast<const float*>(row.block(next)) + next : buffer[slot ^ 1];
-    } else {
+    if (kKeep) kept.shift[begin / kBlock] = kNotKept;
+    if constexpr (kFusable) {
+      if (fused) {
+        BlockSums sums;
+        acc.raise_shift(m * c);
+        float* e = kKeep ? kept.e + begin : nullptr;
+        if constexpr (kPairs) {
+          sum_and_stage<kKeep>(raw(begin), c, acc.shift, raw(next), nullptr, e, &sums);
+        } else {
+          sum_and_stage<kKeep>(u, c, acc.shift, raw(next), buffer[slot ^ 1], e, &sums);
+        }
+        acc.add(sums);
+        if (kKeep) kept.shift[begin / kBlock] = acc.shift;
+        next_m = sums.max;
+        if constexpr (kDirect) {
+          next_u = raw(next);
+        } else if constexpr (!kPairs) {
+          next_u = buffer[slot ^ 1];
+        }
+      }
+    }
+    if (!fused) {
       add_block<kMoments>(u, n, c, m, acc);
       if (next < vocab) next_u = stage(next, slot ^ 1, &next_m);
     }
@@ -327,84 +422,6 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     return far_row_forward<T, kTransform, kMoments>(row, f, c, target_u, row_max);
   }
   return finish<kMoments>(acc, c, target_u, row_max);
-}
-
-// du = e (a0 + a1 x), the hot loop of the gradient; `out` may be `u`.
-TOKFUSE_BLOCK_LOOP static void gradient_block(const float* u, int64_t n, float c, float shift,
-                                              float a0, float a1, float* out) {
-  const float floor = opaque(kExponentFloor);
-#pragma omp simd
-  for (int64_t j = 0; j < n; j++) {
-    const float x = clamp_exponent(u[j] * c - shift, floor);
-    out[j] = exp2_simd(x) * (a0 + a1 * x);
-  }
-}
-
-// d (softcapped logit) / d (scaled logit), from the staged logit before its bias is subtracted.
-template <class T>
-TOKFUSE_BLOCK_LOOP static void scale_by_slope(const Row<T>& row, const Transform& f, int64_t begin,
-                                              int64_t n, float* __restrict du) {
-  const T* z = row.block(begin) + begin;
-#pragma omp simd
-  for (int64_t j = 0; j < n; j++) {
-    const float t = tanh_simd(load(z, j) * f.pre);
-    du[j] *= 1.0f - t * t;
-  }
-}
-
-template <class T>
-TOKFUSE_BLOCK_LOOP static void store_block(const float* __restrict values, int64_t n,
-                                           T* __restrict out) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; j++) store(out, j, values[j]);
-}
-
-// Gradient of ga * logp + gh * entropy of one row, written to `out` (which may be the row itself).
-// A row with ga = gh = 0 is neither read nor computed. Conversion, gradient and rounding of 16-bit
-// rows are separate loops over an L1 block: in one loop of mixed widths g++ 12 is 25% slower.
-template <class T, bool kTransform>
-static inline void row_backward(const Row<T>& row, const Transform& f, float c, float scale,
-                                float shift, float inv_sum, float entropy, float ga, float gh,
-                                T* out) {
-  constexpr bool kDirect = sizeof(T) == 4 && !kTransform;
-  const int64_t vocab = row.vocab;
-  if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f) {
-    const int64_t piece = row.tile < vocab ? row.tile : vocab;
-    for (int64_t begin = 0; begin < vocab; begin += piece) {
-      const int64_t n = vocab - begin < piece ? vocab - begin : piece;
-      memset(static_cast<void*>(out + (row.block(begin) - row.z) + begin), 0,
-             static_cast<size_t>(n) * sizeof(T));
-    }
-    return;
-  }
-  const double ln_s = -::log(static_cast<double>(inv_sum));
-  const float a0 = static_cast<float>(-scale * inv_sum * (ga + gh * (entropy - ln_s)));
-  const float a1 = static_cast<float>(-scale * inv_sum * gh * kLn2);
-  const int64_t y = row.target >= 0 && row.target < vocab ? row.target : -1;
-  const bool far = is_far(shift);
-  // Where block `begin` of the output lies; rows and gradients share the tiling.
-  auto out_block = [&](int64_t begin) { return out + (row.block(begin) - row.z) + begin; };
-  if (kDirect && !far) {
-    const int64_t piece = row.tile < vocab ? row.tile : vocab;
-    for (int64_t begin = 0; begin < vocab; begin += piece) {
-      const int64_t n = vocab - begin < piece ? vocab - begin : piece;
-      gradient_block(reinterpret_cast<const float*>(row.block(begin)) + begin, n, c, shift, a0, a1,
-                     reinterpret_cast<float*>(out_block(begin)));
-    }
-    if (y >= 0) *reinterpret_cast<float*>(out_block(y)) += scale * ga;
-    return;
-  }
-  const float row_max = far ? transformed_max<T, kTransform>(row, f) : 0.0f;
-  alignas(64) float du[kBlock];
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
-    convert_block<T, kTransform>(row, f, begin, n, du);
-    if (far) subtract(du, n, row_max);
-    gradient_block(du, n, c, far ? 0.0f : shift, a0, a1, du);
-    if (y >= begin && y < begin + n) du[y - begin] += scale * ga;
-    if (kTransform && f.cap != 0.0f) scale_by_slope(row, f, begin, n, du);
-    store_block(du, n, out_block(begin));
-  }
 }
 
 // Starting two threads costs about 5 us; below this much work one thread is faster.

@@ -4,7 +4,7 @@
 //
 // Bytes per row: forward V * sizeof(T); backward 2 V * sizeof(T), or V * sizeof(T) written zeros
 // for a row without gradient. Exponentials per element: 1 and 1. Rows are the unit of parallelism.
-#include "cpu/rows.h"
+#include "cpu/row_gradient.h"
 
 namespace tokfuse {
 namespace TOKFUSE_ISA {

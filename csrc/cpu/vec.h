@@ -89,6 +89,24 @@ static inline float load(const BFloat16* p, int64_t i) {
   return float_of(static_cast<uint32_t>(p[i].bits) << 16);
 }
 
+// Two bfloat16 values as the halves of a 32-bit word. Loops over words never change the width of a
+// lane, so they neither unpack nor pack, which costs more than the conversion itself.
+typedef uint32_t __attribute__((may_alias, aligned(2))) Bf16Pair;
+static inline float low_half(uint32_t pair) { return float_of(pair << 16); }
+static inline float high_half(uint32_t pair) { return float_of(pair & 0xffff0000u); }
+
+// Round to nearest even into the upper 16 bits; the lower ones are left over. For numbers and for
+// NaNs whose lower bits are 0: any other NaN could carry into the sign.
+static inline uint32_t round_to_upper(float value) {
+  const uint32_t u = bits_of(value);
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+
+// Two numbers (or such NaNs) rounded to a pair.
+static inline uint32_t pair_of(float low, float high) {
+  return round_to_upper(low) >> 16 | (round_to_upper(high) & 0xffff0000u);
+}
+
 static inline float load(const Float16* p, int64_t i) {
   const uint32_t h = p[i].bits;
   // Exponent re-biased by a multiplication, which also makes float16 subnormals right.
