@@ -33,7 +33,10 @@ class Backend(NamedTuple):
 
 
 def backends(op: str, without: str = "") -> list[Any]:
-    """pytest parameters from the capability records of `op`; a skip names what is missing."""
+    """pytest parameters from the capability records of `op`; a skip names what is missing.
+
+    Those on a GPU carry the mark `gpu`, those of Triton's interpreter `interpreter`.
+    """
     out = []
     for row in dispatch.table():
         if row["op"] != op or not row["built"] or row["backend"] == without:
@@ -44,6 +47,10 @@ def backends(op: str, without: str = "") -> list[Any]:
         if not missing and device == "cuda" and not torch.cuda.is_available():
             missing = "needs a CUDA device"
         marks = [pytest.mark.skip(reason=f"{row['backend']}: {missing}")] if missing else []
+        if device == "cuda":
+            marks.append(pytest.mark.gpu)
+        elif row["backend"] == "triton":
+            marks.append(pytest.mark.interpreter)
         backend = Backend(row["backend"], device)
         out.append(pytest.param(backend, id=row["backend"], marks=marks))
     return out
