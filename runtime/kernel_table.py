@@ -3,8 +3,8 @@
 Every compile case (`tokfuse.triton_kernels.compile_cases`) is cross-compiled for each architecture
 and disassembled with the tools that Triton bundles; no GPU is needed. Per kernel, dtype and
 architecture the table holds registers, spilled bytes, shared memory, and of the hot loop the widest
-load and the instructions per element. The hot loop is the longest backward branch, the whole body
-where there is none; its elements are the bytes that it loads over the bytes of one element.
+load and the instructions per element: those of one pass through it, over the bytes that it loads
+divided by the bytes of an element.
 """
 
 import argparse
@@ -133,7 +133,10 @@ def _found(pattern: str, text: str) -> str:
 
 
 def hot_loop(sass: str) -> list[str]:
-    """Instructions between the longest backward branch and its target; without one, all."""
+    """The loop with the widest loads, and of several the longest; all instructions if none loops.
+
+    The loops over the edges of a row are longer, and load element by element under a mask.
+    """
     labels: dict[str, int] = {}
     body: list[str] = []
     loops: list[list[str]] = []
@@ -146,7 +149,7 @@ def hot_loop(sass: str) -> list[str]:
             # A branch to itself is the padding behind the last instruction.
             if target and labels.get(target[1], len(body)) < len(body) - 1:
                 loops.append(body[labels[target[1]] :])
-    return max(loops, key=len, default=body)
+    return max(loops, key=lambda x: (max(_load_widths(x), default=0), len(x)), default=body)
 
 
 def _load_widths(instructions: Sequence[str]) -> Iterator[int]:

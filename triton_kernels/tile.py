@@ -31,7 +31,11 @@ def maximum(a, b):
 @triton.jit
 def load(pointers, mask=None, other=None):
     """float32 of what is stored there."""
-    return tl.load(pointers, mask=mask, other=other).to(tl.float32)
+    if mask is None:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=mask, other=other)
+    return x.to(tl.float32)
 
 
 @triton.jit
