@@ -21,6 +21,10 @@ hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    importlib.import_module("fast_interpreter").install()
+
+
 def _use_native_module(path: str) -> None:
     """Test another build of `tokfuse._native`, e.g. one with sanitizers (`make test-sanitize`)."""
     spec = importlib.util.spec_from_file_location("tokfuse._native", path)
