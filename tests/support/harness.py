@@ -58,6 +58,15 @@ def backends(op: str, without: str = "") -> list[Any]:
     return out
 
 
+def host_backends(op: str) -> list[Any]:
+    """`backends` by name, for tests that keep their tensors on the CPU."""
+    return [
+        pytest.param(parameter.values[0].name, id=parameter.id, marks=parameter.marks)
+        for parameter in backends(op)
+        if parameter.values[0].device == "cpu"
+    ]
+
+
 def compare(
     actual: torch.Tensor,
     expected: torch.Tensor,
