@@ -101,7 +101,7 @@ def part_of_row(part, parts, lead, vocab_size, TILE: tl.constexpr):
 
 @triton.jit
 def load_whole(pointers):
-    """float32 of a whole tile; bfloat16 is unpacked in pairs, 2 instructions where a cast takes 3."""
+    """float32 of a whole tile; a pair of bfloat16 is unpacked in 2 instructions, a cast takes 3."""
     if pointers.dtype.element_ty == tl.bfloat16:
         VECTORS: tl.constexpr = pointers.shape[0]
         LANES: tl.constexpr = pointers.shape[1]
