@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,14 @@ class Resources:
         return f"{self.case}:{self.kernel}:{self.dtype}:sm_{self.capability}"
 
 
-def compile_all(names: Sequence[str] = ()) -> list[Resources]:
-    """The resources of every case, or of those whose name starts with one of `names`."""
+def compile_all(
+    names: Sequence[str] = (),
+    wanted: Callable[[torch.dtype, int], bool] = lambda dtype, capability: True,
+) -> list[Resources]:
+    """The resources of every case, or of those whose name starts with one of `names`.
+
+    `wanted` tells which dtypes are compiled for which architecture.
+    """
     if not triton_backend.installed():
         raise SystemExit("kernels: triton is not installed; pip install 'tokfuse[gpu]'.")
     if triton_backend.interpreting():
@@ -69,6 +75,7 @@ def compile_all(names: Sequence[str] = ()) -> list[Resources]:
         if not names or case.name.startswith(tuple(names))
         for dtype in case.dtypes
         for capability in compile_cases.CAPABILITIES
+        if wanted(dtype, capability)
     ]
     # Recorded one after the other: recording replaces Triton's launch for the whole process.
     work = [(*job, launch) for job in jobs for launch in compile_cases.record(*job)]

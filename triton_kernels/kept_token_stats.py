@@ -80,13 +80,13 @@ def kept_token_stats_fwd_kernel(
     for start in range(begin, end, TILE):
         inside = start + offs_k < end
         ids = tl.load(ids_ptr + start + offs_k, mask=inside, other=0)
-        u, _ = _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP)
+        u, slope = _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP)
         hit = inside & (ids == y)
         found += tl.sum(tl.sum(hit.to(tl.int32), axis=2), axis=0)
         u_y = tl.maximum(u_y, tl.max(tl.max(tl.where(hit, u, NEG_INF), axis=2), axis=0))
-        m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
+        m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
 
-    row_m, row_s, row_sd, _, _, _ = rows.merge(c, m, s, sd, ss)
+    row_m, row_s, row_sd, row_ss, step, decay = rows.merge(c, m, s, sd, ss)
     empty = end <= begin
     dead = row_s == 0.0
     log_s = tl.log2(row_s) * LN_2

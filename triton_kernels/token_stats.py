@@ -101,14 +101,14 @@ def token_stats_fwd_kernel(
     for edge in range(first, last):
         at = edge * whole + offs_v
         inside = (at >= lead) & (at < total)
-        u, _ = rows.read(
+        u, slope = rows.read(
             row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP
         )
         old_ss = ss
         m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
         s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
     for start in range(tl.where(lead > 0, TILE, 0), whole, TILE):
-        u, _ = rows.read(
+        u, slope = rows.read(
             row_ptr, bias_row_ptr, start + offs_v, None, softcap, logit_scale, bias_scale,
             HAS_SOFTCAP,
         )  # fmt: skip
@@ -120,7 +120,7 @@ def token_stats_fwd_kernel(
     dead = row_s == 0.0  # only -inf: no distribution
     y = tl.load(target_ptr + row)
     has_target = (y >= 0) & (y < vocab_size) & counts
-    u_y, _ = rows.read(
+    u_y, slope_y = rows.read(
         row_ptr, bias_row_ptr, lead + y, has_target, softcap, logit_scale, bias_scale, HAS_SOFTCAP
     )
     d_y = tl.where(has_target, u_y - row_m, float("nan"))
