@@ -88,12 +88,12 @@ def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> R
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    position = {name: i for i, name in enumerate(launch.signature)}
+    position: dict[Any, tuple[int, ...]] = {k: (i,) for i, k in enumerate(launch.signature)}
     source = ASTSource(
         launch.kernel,
         signature=launch.signature,
         constexprs=launch.constexprs,
-        attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+        attrs={position.get(k, k): [["tt.divisibility", 16]] for k in launch.aligned},
     )
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=launch.options

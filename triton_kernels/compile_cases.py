@@ -53,14 +53,18 @@ class CompileCase:
     streams: int = 1
 
 
+# An argument by its name; a member of a tuple argument by positions.
+Key = str | tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch as the compiler needs it."""
 
     kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    aligned: tuple[str, ...]
+    signature: dict[str, Any]
+    constexprs: dict[Key, Any]
+    aligned: tuple[Key, ...]
     options: dict[str, int]
 
 
@@ -114,22 +118,33 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
     given = {name: value for name, value in kwargs.items() if name in names}
     bound = inspect.signature(kernel.fn).bind(*args, **given)
     bound.apply_defaults()
-    signature, constexprs, aligned = {}, {}, []
-    for parameter, (name, value) in zip(kernel.params, bound.arguments.items(), strict=True):
+    signature: dict[str, Any] = {}
+    constexprs: dict[Key, Any] = {}
+    aligned: list[Key] = []
+
+    def kind(parameter: Any, value: Any, key: Key, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            members = [kind(parameter, v, (*path, i), (*path, i)) for i, v in enumerate(value)]
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         if parameter.is_constexpr or value is None:
-            signature[name], constexprs[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTER[value.dtype]
-            aligned.append(name)  # of torch's allocations; a view may differ
-        elif isinstance(value, bool):
-            signature[name] = "i1"
-        elif isinstance(value, int):
-            if value == 1 and not parameter.do_not_specialize:
-                signature[name], constexprs[name] = "constexpr", 1
-                continue
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                aligned.append(name)
-        else:
-            signature[name] = "fp32"
+            constexprs[key] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            aligned.append(key)  # of torch's allocations; a view may differ
+            return POINTER[value.dtype]
+        if isinstance(value, bool):
+            return "i1"
+        if not isinstance(value, int):
+            return "fp32"
+        if value == 1 and not parameter.do_not_specialize:
+            constexprs[key] = 1
+            return "constexpr"
+        if value % 16 == 0 and not parameter.do_not_specialize:
+            aligned.append(key)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for i, (parameter, (name, value)) in enumerate(
+        zip(kernel.params, bound.arguments.items(), strict=True)
+    ):
+        signature[name] = kind(parameter, value, name, (i,))
     return Launch(kernel, signature, constexprs, tuple(aligned), options)
