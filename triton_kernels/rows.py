@@ -100,36 +100,37 @@ def part_of_row(part, parts, lead, vocab_size, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_whole(pointers):
-    """float32 of a whole tile; a pair of bfloat16 is unpacked in 2 instructions, a cast takes 3."""
+def load_whole(pointers, EVICTION: tl.constexpr = ""):
+    """float32 of a whole tile. bfloat16 is unpacked in pairs: 2 instructions, a cast takes 3."""
+    stored = tl.load(pointers, eviction_policy=EVICTION)
     if pointers.dtype.element_ty == tl.bfloat16:
         VECTORS: tl.constexpr = pointers.shape[0]
         LANES: tl.constexpr = pointers.shape[1]
         ITEMS: tl.constexpr = pointers.shape[2]
-        x = tl.load(pointers).to(tl.int16, bitcast=True).reshape(VECTORS, LANES, ITEMS // 2, 2)
+        x = stored.to(tl.int16, bitcast=True).reshape(VECTORS, LANES, ITEMS // 2, 2)
         low, high = tl.split(x)
-        word = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
-        low = (word << 16).to(tl.float32, bitcast=True)
-        high = (word & -65536).to(tl.float32, bitcast=True)
+        pair = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+        low = (pair << 16).to(tl.float32, bitcast=True)
+        high = (pair & -65536).to(tl.float32, bitcast=True)
         z = tl.join(low, high).reshape(VECTORS, LANES, ITEMS)
     else:
-        z = tl.load(pointers).to(tl.float32)
+        z = stored.to(tl.float32)
     return z
 
 
 @triton.jit
 def read(
     row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = "",
 ):  # fmt: skip
     """(u, d u / d z) at offsets `at`, float32; -inf stays -inf, without slope under a softcap.
 
     The slope leaves out what `base2_scale` holds: it is 1 for plain logits.
     """
     if inside is None:
-        z = load_whole(row_ptr + at)
+        z = load_whole(row_ptr + at, EVICTION)
     else:
-        z = load(row_ptr + at, mask=inside, other=NEG_INF)
+        z = load(row_ptr + at, inside, NEG_INF, EVICTION)
     u, slope = z, 1.0
     if HAS_SOFTCAP:
         t = tanh(z * (logit_scale / softcap))
@@ -175,6 +176,27 @@ def merge(c, m, s, sd, ss):
 
 
 @triton.jit
+def finish(m, s, sd, ss, u_y, has_target, keep, nats):
+    """(logp, entropy, lse, sum_sq, top1, m, 1 / S) of merged rows; 0 where not keep."""
+    dead = s == 0.0  # only -inf: no distribution
+    zero = dead | (keep == 0)
+    log_s = tl.log2(s) * LN_2
+    inv_sum = tl.where(zero, 0.0, 1.0 / s)
+    d_y = tl.where(has_target, u_y - m, float("nan"))
+    logp = tl.where(dead & has_target, NEG_INF, d_y * nats - log_s)
+    lse = tl.where(dead, NEG_INF, m * nats + log_s)
+    return (
+        tl.where(keep, logp, 0.0),
+        tl.where(zero, 0.0, log_s - sd * inv_sum * nats),
+        tl.where(keep, lse, 0.0),
+        tl.where(zero, 0.0, ss * inv_sum * inv_sum),
+        tl.where((d_y >= 0.0) & (zero == 0), 1.0, 0.0),
+        tl.where(zero, 0.0, m),
+        inv_sum,
+    )
+
+
+@triton.jit
 def gradient_constants(nats, inv_sum, entropy, ga, gh):
     """(a0, a1) of the module's docstring; multiply by the slope f'(z) / scale of `base2_scale`."""
     p_scale = nats * inv_sum
@@ -214,10 +236,17 @@ def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def same_lead(x: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """True where rows of `other` begin at the same place within 16 bytes as those of `x`."""
-    if other is None or other.dtype != x.dtype:
+    """True where rows of `other` begin at the same place within a vector as those of `x`.
+
+    A vector is what `x` has in 16 bytes; `other` may have another dtype where all rows begin on
+    one.
+    """
+    if other is None:
         return False
-    return (x.stride(0) - other.stride(0)) % (16 // x.element_size()) == 0
+    items = 16 // x.element_size()
+    if other.dtype != x.dtype:
+        return x.stride(0) % items == 0 and other.stride(0) % items == 0
+    return (x.stride(0) - other.stride(0)) % items == 0
 
 
 def per_row(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:

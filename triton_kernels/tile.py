@@ -29,17 +29,17 @@ def maximum(a, b):
 
 
 @triton.jit
-def load(pointers, mask=None, other=None):
+def load(pointers, mask=None, other=None, EVICTION: tl.constexpr = ""):
     """float32 of what is stored there."""
     if mask is None:
-        x = tl.load(pointers)
+        x = tl.load(pointers, eviction_policy=EVICTION)
     else:
-        x = tl.load(pointers, mask=mask, other=other)
+        x = tl.load(pointers, mask=mask, other=other, eviction_policy=EVICTION)
     return x.to(tl.float32)
 
 
 @triton.jit
-def store(pointers, x, mask=None):
+def store(pointers, x, mask=None, EVICTION: tl.constexpr = ""):
     """Store float32 `x` in the type of the pointers, rounded once to nearest even."""
     element: tl.constexpr = pointers.dtype.element_ty
     if INTERPRET and element == tl.bfloat16:
@@ -48,4 +48,4 @@ def store(pointers, x, mask=None):
         rounded = tl.where(x == x, rounded, 0x7FC0)  # the carry would turn a NaN into an infinity
         tl.store(pointers.to(tl.pointer_type(tl.int16)), rounded.to(tl.int16), mask=mask)
     else:
-        tl.store(pointers, x.to(element), mask=mask)
+        tl.store(pointers, x.to(element), mask=mask, eviction_policy=EVICTION)
