@@ -10,7 +10,7 @@ import torch
 import tokfuse.runtime.ops.linear_token_stats
 import tokfuse.runtime.ops.policy_loss
 import tokfuse.runtime.ops.policy_step  # noqa: F401  (imports register the implementations)
-from tokfuse.runtime import dispatch
+from tokfuse.runtime import dispatch, triton_backend
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,14 +32,18 @@ class Backend(NamedTuple):
         return value.to(self.device) if isinstance(value, torch.Tensor) else value
 
 
-def backends(op: str, without: str = "") -> list[Any]:
+def backends(op: str, without: str = "", interpreted: bool = True) -> list[Any]:
     """pytest parameters from the capability records of `op`; a skip names what is missing.
 
-    Those on a GPU carry the mark `gpu`, those of Triton's interpreter `interpreter`.
+    Those on a GPU carry the mark `gpu`, those of Triton's interpreter `interpreter`. Without
+    `interpreted` they are left out: an operation takes it 0.2 ms, and small cases are in
+    test_triton_*.
     """
     out = []
     for row in dispatch.table():
         if row["op"] != op or not row["built"] or row["backend"] == without:
+            continue
+        if row["backend"] == "triton" and triton_backend.interpreting() and not interpreted:
             continue
         devices = row["devices"]
         device = "cpu" if {"cpu", "*"} & set(devices) else "cuda"
