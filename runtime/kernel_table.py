@@ -99,9 +99,9 @@ def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> R
         source, target=GPUTarget("cuda", capability, 32), options=launch.options
     )
     usage, sass = _disassemble(compiled.asm["cubin"])
-    loop = hot_loop(sass)
-    widths = list(_load_widths(loop))
-    elements = sum(widths) / (case.streams * dtype.itemsize)
+    loops = [(loop, list(_load_widths(loop))) for loop in hot_loops(sass, case.visits)]
+    bytes_per_element = case.streams * dtype.itemsize
+    per_element = sum(len(loop) * bytes_per_element / max(1, sum(w)) for loop, w in loops if w)
     return Resources(
         case=case.name,
         kernel=launch.kernel.__name__,
@@ -112,8 +112,8 @@ def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> R
         spill_bytes=int(_found(r"STACK:(\d+)", usage)),
         shared_bytes=compiled.metadata.shared,
         threads=32 * launch.options.get("num_warps", 4),
-        load_bytes=max(widths, default=0),
-        per_element=round(len(loop) / elements, 2) if elements else 0.0,
+        load_bytes=min(max(widths, default=0) for _, widths in loops),
+        per_element=round(per_element, 2),
     )
 
 
@@ -139,8 +139,8 @@ def _found(pattern: str, text: str) -> str:
     return match[1]
 
 
-def hot_loop(sass: str) -> list[str]:
-    """The loop with the widest loads, and of several the longest; all instructions if none loops.
+def hot_loops(sass: str, count: int = 1) -> list[list[str]]:
+    """The `count` loops with the widest loads, longest first; all instructions if none loops.
 
     The loops over the edges of a row are longer, and load element by element under a mask.
     """
@@ -156,7 +156,8 @@ def hot_loop(sass: str) -> list[str]:
             # A branch to itself is the padding behind the last instruction.
             if target and labels.get(target[1], len(body)) < len(body) - 1:
                 loops.append(body[labels[target[1]] :])
-    return max(loops, key=lambda x: (max(_load_widths(x), default=0), len(x)), default=body)
+    loops.sort(key=lambda x: (max(_load_widths(x), default=0), len(x)), reverse=True)
+    return loops[:count] or [body]
 
 
 def _load_widths(instructions: Sequence[str]) -> Iterator[int]:

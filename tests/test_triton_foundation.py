@@ -209,10 +209,10 @@ SASS = """
 
 
 def test_hot_loop_and_load_widths_of_a_listing():
-    loop = kernel_table.hot_loop(SASS)
+    (loop,) = kernel_table.hot_loops(SASS)
     assert len(loop) == 4 and loop[-1].strip().endswith("(.L_x_1)")
     assert list(kernel_table._load_widths(loop)) == [16, 2]
-    assert len(kernel_table.hot_loop(SASS.replace("`(.L_x_1)", "`(.L_x_9)"))) == 7
+    assert [len(x) for x in kernel_table.hot_loops(SASS.replace("`(.L_x_1)", "`(.L_x_9)"))] == [7]
 
 
 def test_differences_are_named():

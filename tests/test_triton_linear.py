@@ -14,7 +14,8 @@ from head_cases import HeadCase, head_truth
 from logit_cases import FORWARD_ATOL
 
 import tokfuse
-from tokfuse import KL, InfluenceSpec, Objective, PPOClip, Quadratic
+from tokfuse import KL, Objective, PPOClip, Quadratic
+from tokfuse.influence import InfluenceSpec
 from tokfuse.runtime import device_head
 from tokfuse.runtime.ops import policy_step_hidden
 
@@ -23,6 +24,7 @@ for _kernel in ("linear_token_stats", "policy_step", "token_stats"):
     importlib.import_module(f"tokfuse.triton_kernels.{_kernel}")
 
 TOKENS, HIDDEN, VOCAB = 9, 20, 300
+NAMES = ("hidden", "weight", "bias")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -74,7 +76,8 @@ def check(backend, case: HeadCase, bias: bool = True, **options):
     compare(stats.sum_sq, want.stats.sum_sq, rtol=2e-5, what="sum_sq")
     compare(stats.top1, want.stats.top1, what="top1")
     for name, tensor in tensors.items():
-        atol = 1e-5 * want.scales[name]
+        # The second part where log p + entropy cancels: its rounding is that of its terms.
+        atol = 1e-5 * want.scales[name] + 1e-6 * want.grads[name].abs().max()
         if tensor.dtype != torch.float32:
             atol = atol + half_ulp(want.grads[name], tensor.dtype)
         compare(tensor.grad, want.grads[name], atol=atol, what=f"grad_{name}")
@@ -105,8 +108,9 @@ def test_options(dtype: torch.dtype, option, backend, small_tiles):
 def test_a_token_does_not_depend_on_its_batch(backend, small_tiles):
     """Splits are fixed pieces of the vocabulary; the place in a block of tokens changes nothing."""
     case = case_of(torch.bfloat16)
-    whole = tokfuse.linear_token_stats(*case[:2], case.target)
-    part = tokfuse.linear_token_stats(case.hidden[5:], case.weight, case.target[5:])
+    hidden, weight, target = (backend.put(x) for x in (*case[:2], case.target))
+    whole = tokfuse.linear_token_stats(hidden, weight, target)
+    part = tokfuse.linear_token_stats(hidden[5:], weight, target[5:])
     for a, b in zip(whole, part, strict=True):
         assert bits(a[5:]) == bits(b)
 
@@ -117,7 +121,8 @@ def test_masked_tokens_are_never_used(backend, small_tiles):
         want = check(backend, case, mask=mask)
         bad = case._replace(hidden=case.hidden.clone(), target=case.target.clone())
         bad.hidden[~mask], bad.target[~mask] = float("nan"), -100
-        got = tokfuse.linear_token_stats(*bad[:2], bad.target, bias=bad.bias, mask=mask)
+        hidden, weight, bias, target, keep = (backend.put(x) for x in (*bad, mask))
+        got = tokfuse.linear_token_stats(hidden, weight, target, bias=bias, mask=keep)
         for a, b in zip(got, want, strict=True):
             assert bits(a) == bits(b)
 
@@ -140,21 +145,23 @@ def keywords_of(case: HeadCase):
     }  # fmt: skip
 
 
+def leaves(backend, case: HeadCase, needs: str = "hwb") -> dict[str, torch.Tensor]:
+    """hidden, weight and bias on the device, requiring grad where `needs` has their letter."""
+    return {n: backend.put(getattr(case, n)).clone().requires_grad_(n[0] in needs) for n in NAMES}
+
+
 def step_check(backend, case: HeadCase, objective: Objective, needs="hwb", **keywords):
     """Loss, metrics and gradients of a step against the float64 reference."""
-    names = ("hidden", "weight", "bias")
-    exact = {n: getattr(case, n).double().requires_grad_() for n in names}
+    exact = {n: getattr(case, n).double().requires_grad_() for n in NAMES}
     inputs = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
               for k, v in keywords.items()}  # fmt: skip
     with tokfuse.backend("reference"):
         want = tokfuse.policy_step(**exact, objective=objective, **inputs)
         want.loss.backward()
-    tensors = {
-        n: backend.put(getattr(case, n)).clone().requires_grad_(n[0] in needs) for n in names
-    }
+    tensors = leaves(backend, case, needs)
     given = {k: backend.put(v) for k, v in keywords.items()}
     got = tokfuse.policy_step(**tensors, objective=objective, **given)
-    held = {n: getattr(got, f"grad_{n}") for n in names}
+    held = {n: getattr(got, f"grad_{n}") for n in NAMES}
     compare(got.loss, want.loss, atol=1e-5)
     compare(got.metrics.sums, want.metrics.sums, atol=1e-4, what="metric sums")
     for name, grad in held.items():
@@ -162,7 +169,7 @@ def step_check(backend, case: HeadCase, objective: Objective, needs="hwb", **key
             assert grad is None
             continue
         expected = exact[name].grad
-        atol = 6e-6 * expected.abs().max()
+        atol = 1e-5 * expected.abs().max()
         if grad.dtype != torch.float32:
             atol = atol + half_ulp(expected, grad.dtype)
         compare(grad, expected, atol=atol, what=f"grad_{name}")
@@ -203,10 +210,10 @@ def test_step_under_capture_computes_every_row(backend, small_tiles, monkeypatch
     monkeypatch.setattr(torch.Tensor, "tolist", None)
     bad = case._replace(hidden=case.hidden.clone())
     bad.hidden[4] = float("nan")
-    tensors = {n: getattr(bad, n).clone().requires_grad_() for n in ("hidden", "weight", "bias")}
-    got = tokfuse.policy_step(**tensors, objective=SPEC, **keywords)
+    given = {k: backend.put(v) for k, v in keywords.items()}
+    got = tokfuse.policy_step(**leaves(backend, bad), objective=SPEC, **given)
     monkeypatch.undo()
-    for name in ("hidden", "weight", "bias"):
+    for name in NAMES:
         a, b = getattr(got, f"grad_{name}"), getattr(want, f"grad_{name}")
         compare(a, b, atol=1e-6 * float(b.abs().max()), what=name)
     assert not got.grad_hidden[4].any()
@@ -215,10 +222,10 @@ def test_step_under_capture_computes_every_row(backend, small_tiles, monkeypatch
 def test_row_classes(backend):
     """Which rows enter which GEMM: the order of the classes, and what decides the first."""
     case = case_of(torch.float32)
-    problem = policy_step_hidden.HeadProblem(*case[:4], None, 1)
+    problem = policy_step_hidden.HeadProblem(*(backend.put(x) for x in case), None, 1)
     needed = torch.tensor([1, 0, 1, 1, 1, 0, 1, 1, 1]).bool()
     gradient = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 1]).bool()
-    rows = device_head.classify(problem, needed, gradient)
+    rows = device_head.classify(problem, backend.put(needed), backend.put(gradient))
     assert rows.order.tolist() == [2, 4, 8, 0, 3, 6, 7, 1, 5]
     assert (rows.gradient, rows.forward, rows.keep) == (3, 7, None)
     everything = device_head.classify(problem, None, None)
@@ -251,14 +258,14 @@ def test_gradient_of_float32_logits_in_16_bits(backend, small_tiles):
     module = importlib.import_module("tokfuse.triton_kernels.token_stats")
     gen = torch.Generator().manual_seed(1)
     buffer = torch.randn(3, 304, generator=gen)
-    logits, target = buffer[:, :VOCAB], torch.tensor([0, 7, VOCAB - 1])
-    ga, gh = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([0.3, 0.0, 0.0])
+    logits, target = backend.put(buffer)[:, :VOCAB], backend.put(torch.tensor([0, 7, VOCAB - 1]))
+    ga, gh = (backend.put(torch.tensor(x)) for x in ([1.0, 0.0, -2.0], [0.3, 0.0, 0.0]))
     options = {"temperature": 1.3, "softcap": None, "logit_scale": 1.0, "mask": None}
     stats = module.token_stats_fwd(logits, target, **options)
     arguments = (logits, target, stats[5], stats[6], stats[1], ga, gh)
     want = module.token_stats_bwd(*arguments, **options)
     for dtype in HALF:
-        wide = torch.full((3, 304), 9.0, dtype=dtype)
+        wide = torch.full((3, 304), 9.0, dtype=dtype, device=backend.device)
         module.token_stats_bwd(*arguments, out=wide[:, :VOCAB], **options)
         assert bits(wide[:, :VOCAB]) == bits(want.to(dtype))
         assert bool((wide[:, VOCAB:] == 9.0).all())
@@ -266,8 +273,8 @@ def test_gradient_of_float32_logits_in_16_bits(backend, small_tiles):
 
 def test_influence_of_a_step(backend, small_tiles):
     case = case_of(torch.float32)
-    keywords = keywords_of(case)
-    tensors = {n: getattr(case, n).clone().requires_grad_() for n in ("hidden", "weight", "bias")}
+    keywords = {k: backend.put(v) for k, v in keywords_of(case).items()}
+    tensors = leaves(backend, case)
     spec = InfluenceSpec(rank=8)
     got = tokfuse.policy_step(**tensors, objective=SPEC, influence=spec, **keywords).influence
     with tokfuse.backend("reference"):
@@ -279,23 +286,23 @@ def test_influence_of_a_step(backend, small_tiles):
 
 def test_nothing_is_written_and_two_runs_agree(backend, small_tiles):
     case = case_of(torch.bfloat16)
-    tensors = {n: getattr(case, n).requires_grad_() for n in ("hidden", "weight", "bias")}
-    given = {**tensors, **keywords_of(case)}
+    given = leaves(backend, case) | {k: backend.put(v) for k, v in keywords_of(case).items()}
     runs = [
         assert_untouched(lambda: tokfuse.policy_step(objective=SPEC, **given), given)
         for _ in range(2)
     ]
-    for name in ("hidden", "weight", "bias"):
+    for name in NAMES:
         assert bits(getattr(runs[0], f"grad_{name}")) == bits(getattr(runs[1], f"grad_{name}"))
 
 
 def test_no_tokens(backend):
     case = case_of(torch.bfloat16)
-    hidden, weight = case.hidden[:0].requires_grad_(), case.weight.requires_grad_()
-    stats = tokfuse.linear_token_stats(hidden, weight, case.target[:0])
+    case = case._replace(hidden=case.hidden[:0], target=case.target[:0])
+    given, target = leaves(backend, case, "hw"), backend.put(case.target)
+    stats = tokfuse.linear_token_stats(**given, target=target)
     assert stats.logp.shape == (0,)
     step = tokfuse.policy_step(
-        hidden=hidden, weight=weight, target=case.target[:0], old_logp=torch.zeros(0),
-        advantage=torch.zeros(0), objective=SPEC, normalizer="batch",
+        **given, target=target, old_logp=stats.logp.detach(), advantage=stats.logp.detach(),
+        objective=SPEC, normalizer="batch",
     )  # fmt: skip
-    assert float(step.loss) == 0.0 and not step.grad_weight.any()
+    assert float(step.loss.detach()) == 0.0 and not step.grad_weight.any()

@@ -17,6 +17,7 @@ import tokfuse
 from tokfuse import KL, Objective, PPOClip
 from tokfuse.runtime.metrics import SLOTS
 from tokfuse.runtime.objective import KL_ESTIMATORS, LEVELS
+from tokfuse.runtime.ops import policy_step as policy_step_op
 
 launch = pytest.importorskip("tokfuse.triton_kernels.launch")
 for _kernel in ("policy_step", "token_stats"):  # declare their records, which tests replace
@@ -176,14 +177,19 @@ def logits_of(dtype: torch.dtype, vocab: int = VOCAB):
     return logits, keywords
 
 
+def step_of(backend, logits, objective, **keywords):
+    """policy_step on the device of the backend."""
+    given = {k: backend.put(v) for k, v in keywords.items()}
+    return tokfuse.policy_step(logits=backend.put(logits), objective=objective, **given)
+
+
 def step_check(backend, logits, objective, **keywords):
     """Loss, statistics and gradient against the float64 reference."""
     exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
              for k, v in keywords.items()}  # fmt: skip
     with tokfuse.backend("reference"):
         want = tokfuse.policy_step(logits=logits.double(), objective=objective, **exact)
-    put = {k: backend.put(v) for k, v in keywords.items()}
-    got = tokfuse.policy_step(logits=backend.put(logits), objective=objective, **put)
+    got = step_of(backend, logits, objective, **keywords)
     for name in ("logp", "entropy", "lse", "sum_sq", "top1"):
         compare(getattr(got.stats, name), getattr(want.stats, name), atol=FORWARD_ATOL, what=name)
     compare(got.loss, want.loss, atol=1e-5)
@@ -207,7 +213,7 @@ def test_step_in_every_dtype(dtype: torch.dtype, backend, small_tiles):
     step = step_check(backend, logits, SPEC, **keywords)
     rows = step.grad_logits.abs().amax(1) > 0
     assert rows.tolist() == [True, True, False, False, False, True, True]
-    again = tokfuse.policy_step(logits=logits, objective=SPEC, **keywords)
+    again = step_of(backend, logits, SPEC, **keywords)
     assert bits(again.grad_logits) == bits(step.grad_logits)
     assert bits(again.loss) == bits(step.loss)
 
@@ -234,7 +240,7 @@ def test_step_with_the_shipped_tiles(backend):
 def test_step_options(option, backend, small_tiles):
     logits, keywords = logits_of(torch.float32)
     objective = Objective(entropy_coef=0.1)
-    plain = tokfuse.policy_step(logits=logits, objective=objective, **keywords)
+    plain = step_of(backend, logits, objective, **keywords)
     step = step_check(backend, logits, objective, **keywords | option)
     assert not torch.equal(step.loss, plain.loss)
 
@@ -266,18 +272,28 @@ def test_step_over_the_logits(level: str, backend, small_tiles):
 
 def test_rows_without_a_distribution_and_poisoned_rows(backend, small_tiles):
     logits, keywords = logits_of(torch.float32)
-    clean = tokfuse.policy_step(logits=logits, objective=Objective(), **keywords)
+    clean = step_of(backend, logits, Objective(), **keywords)
     logits[0], logits[5, 3] = -INF, float("nan")
-    step = tokfuse.policy_step(logits=logits, objective=Objective(), **keywords)
+    step = step_of(backend, logits, Objective(), **keywords)
     assert float(step.stats.logp[0]) == -INF and not step.grad_logits[0].any()
     assert bool(step.grad_logits[5].isnan().all()) and bool(step.stats.logp[5].isnan())
     for row in (1, 2, 6):
         assert bits(step.grad_logits[row]) == bits(clean.grad_logits[row])
 
 
-def test_a_bad_target_is_refused_before_anything_is_written(backend):
+def test_a_bad_target(backend, small_tiles, monkeypatch):
+    """Refused where values may be read, before anything is written; else its row is NaN."""
     logits, keywords = logits_of(torch.float32)
     before = logits.clone()
+    with monkeypatch.context() as unread:
+        unread.setattr(policy_step_op, "may_read", lambda x: False)
+        wrong = keywords | {"target": keywords["target"].clone()}
+        wrong["target"][1] = VOCAB
+        step = step_of(backend, logits, SPEC, **wrong)
+        assert bool(step.grad_logits[1].isnan().all()) and bool(step.stats.logp[1].isnan())
+        assert bool(step.grad_logits[5].isfinite().all())
+    if backend.device != "cpu":
+        return
     keywords["target"] = torch.full((TOKENS,), VOCAB)
     with pytest.raises(ValueError, match=rf"target must be in \[0, {VOCAB}\) in every row where"):
         tokfuse.policy_step_(logits, objective=SPEC, **keywords)
@@ -286,8 +302,9 @@ def test_a_bad_target_is_refused_before_anything_is_written(backend):
 
 def test_no_tokens(backend):
     step = tokfuse.policy_step(
-        logits=torch.zeros(0, 9), target=torch.zeros(0, dtype=torch.int64),
-        old_logp=torch.zeros(0), advantage=torch.zeros(0), objective=SPEC, normalizer="batch",
+        logits=backend.put(torch.zeros(0, 9)), objective=SPEC, normalizer="batch",
+        target=backend.put(torch.zeros(0, dtype=torch.int64)),
+        old_logp=backend.put(torch.zeros(0)), advantage=backend.put(torch.zeros(0)),
     )  # fmt: skip
     assert float(step.loss) == 0.0 and float(step.count) == 0.0
     assert step.grad_logits.shape == (0, 9)

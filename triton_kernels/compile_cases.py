@@ -45,12 +45,15 @@ class CompileCase:
         dtypes: those that are shipped.
         streams: how many tensors of the big dtype the hot loop reads, element by element: divides
             the bytes that it loads when instructions per element are counted.
+        visits: hot loops that each visit every element, one after the other; their instructions
+            add up.
     """
 
     name: str
     call: Callable[[torch.dtype], object]
     dtypes: tuple[torch.dtype, ...]
     streams: int = 1
+    visits: int = 1
 
 
 # An argument by its name; a member of a tuple argument by positions.
@@ -72,13 +75,13 @@ _CASES: dict[str, CompileCase] = {}
 
 
 def compile_case(
-    name: str, *, dtypes: tuple[torch.dtype, ...], streams: int = 1
+    name: str, *, dtypes: tuple[torch.dtype, ...], streams: int = 1, visits: int = 1
 ) -> Callable[[Callable[[torch.dtype], object]], Callable[[torch.dtype], object]]:
     """Declare the decorated call as a compile case."""
 
     def add(call: Callable[[torch.dtype], object]) -> Callable[[torch.dtype], object]:
         assert name not in _CASES, name
-        _CASES[name] = CompileCase(name, call, dtypes, streams)
+        _CASES[name] = CompileCase(name, call, dtypes, streams, visits)
         return call
 
     return add

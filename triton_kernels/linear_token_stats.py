@@ -160,14 +160,13 @@ def linear_merge_kernel(
     c, nats = _temperature_scale(
         temperature_ptr, offs_t, keep, temperature, logit_scale, HAS_SOFTCAP
     )
-    row = partial_ptr + offs_t
+    part = partial_ptr + offs_t
     m = tl.full((BLOCK_T,), rows.LOWEST_MAX, tl.float32)
     s = tl.zeros((BLOCK_T,), tl.float32)
     sd = tl.zeros((BLOCK_T,), tl.float32)
     ss = tl.zeros((BLOCK_T,), tl.float32)
     u_y = tl.zeros((BLOCK_T,), tl.float32)
-    for split in range(0, num_splits):
-        part = row + split.to(tl.int64) * 5 * num_tokens
+    for _ in range(0, num_splits):
         part_m = tl.load(part, mask=keep, other=0.0)
         new_m = tl.maximum(m, part_m)
         step, part_step = m - new_m, part_m - new_m
@@ -182,6 +181,7 @@ def linear_merge_kernel(
         ss = decay * decay * ss + part_decay * part_decay * part_ss
         u_y += tl.load(part + 4 * num_tokens, mask=keep, other=0.0)
         m = new_m
+        part += 5 * num_tokens
     y = tl.load(target_ptr + offs_t, mask=keep, other=0)
     has_target = (y >= 0) & (y < vocab_size)
     logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(

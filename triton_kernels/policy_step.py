@@ -275,16 +275,16 @@ def _case(dtype: torch.dtype, softcap: float | None, grad_dtype: torch.dtype) ->
     )  # fmt: skip
 
 
-@compile_case("policy_step", dtypes=FLOAT_DTYPES)
+@compile_case("policy_step", dtypes=FLOAT_DTYPES, visits=2)
 def _(dtype: torch.dtype) -> None:
     _case(dtype, None, dtype)
 
 
-@compile_case("policy_step/softcap", dtypes=(torch.bfloat16,))
+@compile_case("policy_step/softcap", dtypes=(torch.bfloat16,), visits=2)
 def _(dtype: torch.dtype) -> None:
     _case(dtype, 30.0, dtype)
 
 
-@compile_case("policy_step/to_bfloat16", dtypes=(torch.float32,))
+@compile_case("policy_step/to_bfloat16", dtypes=(torch.float32,), visits=2)
 def _(dtype: torch.dtype) -> None:
     _case(dtype, None, torch.bfloat16)

@@ -137,12 +137,17 @@ def policy_step(
     Numerics: as `token_stats` and `policy_loss`; grad_weight accumulated in float32. Fused
         token-level kernels equal the composition bitwise in loss and metrics. Rows with a zero
         final coefficient (masked, zero advantage, active clip) get an exactly zero gradient without
-        arithmetic.
+        arithmetic. Triton's fused kernel adds up a row in larger tiles than its `token_stats`:
+        equal to the bounds above, not bitwise. On a GPU a bad target or temperature is not
+        refused: its row is NaN.
 
     Gradients and memory: from logits, one read and one write of (tokens, vocab) for token-level
         objectives, one more read for sequence-level ones. From hidden, the workspace
         `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
-        GEMM. The gradients are held until `loss.backward()` hands them over.
+        GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
+        stops enters with zeros; the host waits once, for the number of rows of each kind (not
+        under CUDA-graph capture: then every row enters every GEMM). The gradients are held until
+        `loss.backward()` hands them over.
 
     Raises:
         ValueError: as `token_stats` and `policy_loss`; neither or both of logits and hidden.
