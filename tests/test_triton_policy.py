@@ -156,7 +156,7 @@ TOKENS, VOCAB = 7, 1101
 def small_tiles(monkeypatch):
     """Tiles of 256 16-bit elements: a row of 1101 has four whole ones, and edges."""
     one_warp = launch.LaunchConfig(block_v=256, num_warps=1)
-    for kernel in ("policy_step", "token_stats_fwd", "token_stats_bwd"):
+    for kernel in ("policy_step", "policy_step_softcap", "token_stats_fwd", "token_stats_bwd"):
         monkeypatch.setitem(launch.DEFAULTS, kernel, {80: one_warp})
 
 
@@ -308,3 +308,31 @@ def test_no_tokens(backend):
     )  # fmt: skip
     assert float(step.loss) == 0.0 and float(step.count) == 0.0
     assert step.grad_logits.shape == (0, 9)
+
+
+# ---------------------------------------------------------------------------------- torch.compile
+
+
+def test_compiled_whole_it_is_the_eager_step(backend, small_tiles):
+    """One graph, no break; the custom op runs the same kernels."""
+    logits, keywords = logits_of(torch.float32)
+    keywords = {k: backend.put(v) for k, v in keywords.items()}
+
+    def step(z):
+        out = tokfuse.policy_step(logits=z, objective=SPEC, **keywords)
+        return out.loss, out.stats.entropy
+
+    def loss(x):
+        inputs = {k: v for k, v in keywords.items() if k != "target"}
+        out = tokfuse.policy_loss(x, objective=SPEC, **inputs)
+        return out.loss, out.metrics.sums
+
+    for function, argument in ((step, logits), (loss, keywords["old_logp"] + 0.05)):
+        results = []
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for run in (function, compiled):
+            x = backend.put(argument).clone().requires_grad_()
+            value, other = run(x)
+            value.backward()
+            results.append([bits(value), bits(other), bits(x.grad)])
+        assert results[0] == results[1]

@@ -42,6 +42,9 @@ launch.declare(
         100: launch.LaunchConfig(block_v=8192, num_warps=16),  # 126 MB of L2 hold two rows per SM
     },
 )
+# The tanh of a softcap needs more registers than the 64 that 32 warps leave a thread, and makes
+# the kernel wait for arithmetic: how many rows share L2 does not matter.
+launch.declare("policy_step_softcap", {80: launch.LaunchConfig(block_v=4096, num_warps=16)})
 
 
 class RowStatistics(NamedTuple):
@@ -221,7 +224,8 @@ def policy_step_rows(
     num_rows, vocab = logits.shape
     if num_rows == 0:
         return
-    config = launch.choose("policy_step", logits)
+    name = "policy_step" if softcap is None else "policy_step_softcap"
+    config = launch.choose(name, logits)
     scale_ptr, number = split_scale(scale)
     vector, scalar = rows.per_row(temperature)
     policy_step_kernel[(num_rows,)](
