@@ -65,7 +65,7 @@ def test_the_host_waits_only_for_the_row_classes():
     logits = (hidden @ weight.t()).detach()
     vectors = {k: v for k, v in keywords.items() if k != "target"}
 
-    def from_logits(**options):
+    def from_logits():
         tokfuse.policy_step(logits=logits, objective=SPEC, normalizer="batch", **keywords)
 
     def loss():
