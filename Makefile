@@ -16,14 +16,18 @@ BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 # A broken compiler must not pass the tests on the fall-back.
 STRICT := TOKFUSE_STRICT_BUILD=1
 PYTEST := $(BIN)/pytest
+# Triton's interpreter and its compiler cannot share a process; one thread, because each tensor
+# operation of the interpreter is a small numpy call.
+INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-gpu test-packaging test-sanitize lint format bench \
+.PHONY: help demo test test-slow test-triton test-gpu test-packaging test-sanitize lint format bench \
 	doctor clean
 
 help:
 	@echo "make demo            train a small model with a fused policy loss (installs what it needs)"
 	@echo "make test            lint, then the tests"
 	@echo "make test-slow       long studies        make test-gpu        tests that need an NVIDIA GPU"
+	@echo "make test-triton     the Triton kernels, interpreted and cross-compiled (in make test, too)"
 	@echo "make test-packaging  every way to install, in clean environments"
 	@echo "make test-sanitize   the native module under ASan and UBSan"
 	@echo "make lint | format   ruff, clang-format, mypy"
@@ -36,11 +40,17 @@ demo:
 
 test: lint
 	@$(STRICT) $(BOOTSTRAP) $(TEST_GROUPS)
-	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu and not interpreter" $(ARGS)
+	@$(INTERPRETER) $(PYTEST) -m "interpreter and not slow" $(ARGS)
 
 test-slow:
 	@$(STRICT) $(BOOTSTRAP) test demo
 	@$(PYTEST) -m "slow" $(ARGS)
+
+test-triton:
+	@$(BOOTSTRAP) test
+	@$(INTERPRETER) $(PYTEST) -m "interpreter" $(ARGS)
+	@$(PYTEST) -m "compiler" $(ARGS)
 
 test-gpu:
 	@$(STRICT) $(BOOTSTRAP) test gpu

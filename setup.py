@@ -105,7 +105,11 @@ class CMakeBuild(build_ext):
 setup(
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
-    package_data={"tokfuse": ["py.typed", "*.pyi"], "tokfuse.bench": ["*.cpp", "*.txt"]},
+    package_data={
+        "tokfuse": ["py.typed", "*.pyi"],
+        "tokfuse.bench": ["*.cpp", "*.txt"],
+        "tokfuse.triton_kernels": ["resources.json"],
+    },
     ext_modules=[Extension("tokfuse._native", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

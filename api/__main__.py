@@ -8,6 +8,10 @@ from collections.abc import Sequence
 # command -> (module with `main(argv) -> int`, loaded only when asked for; one line of help)
 COMMANDS = {
     "doctor": ("tokfuse.runtime.doctor", "versions, devices, and what each op can run on here"),
+    "kernels": (
+        "tokfuse.runtime.kernel_table",
+        "what the Triton kernels compile to, without a GPU",
+    ),
     "bench": ("tokfuse.bench.cli", "time the ops beside their peers"),
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime import native
+from tokfuse.runtime import native, triton_backend
 from tokfuse.runtime.errors import BackendUnavailable
 
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -37,6 +37,7 @@ class Capability:
         dtypes: dtypes of the op's large input.
         features: names of the optional behaviours it honours ("softcap", "bias_logits", ...).
         unusable: returns None when usable on this machine, else one sentence with the reason.
+        only_forced: never chosen by itself, only by `backend(...)` or `TOKFUSE_BACKEND`.
     """
 
     op: str
@@ -46,14 +47,16 @@ class Capability:
     dtypes: frozenset[torch.dtype]
     features: frozenset[str] = frozenset()
     unusable: Callable[[], str | None] = field(default=lambda: None)
+    only_forced: bool = False
 
     def refusal(self, device: str, dtype: torch.dtype, features: frozenset[str]) -> str | None:
         """None when this record covers the call, else the reason in a few words."""
+        # Before `unusable`, which may ask a driver: tensors on the CPU never do.
+        if "*" not in self.devices and device not in self.devices:
+            return f"runs on {'/'.join(sorted(self.devices))}, the tensors are on {device}"
         reason = self.unusable()
         if reason is not None:
             return reason
-        if "*" not in self.devices and device not in self.devices:
-            return f"runs on {'/'.join(sorted(self.devices))}, the tensors are on {device}"
         if dtype not in self.dtypes:
             names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
             return f"takes {names}, the input is {str(dtype).removeprefix('torch.')}"
@@ -82,6 +85,22 @@ def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: s
             op, "cpu", run, frozenset({"cpu"}), dtypes, frozenset(features), native.why_unusable
         )
     )
+
+
+def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
+    """Declare the Triton implementation of `op`: CUDA tensors, or CPU tensors when interpreted.
+
+    The interpreter is a test vehicle, thousands of times slower than any other backend: under
+    TRITON_INTERPRET=1 the row serves CPU tensors, and only where it is forced.
+    """
+    interpreted = triton_backend.interpreting()
+    devices = frozenset({"cpu" if interpreted else "cuda"})
+    register(
+        Capability(
+            op, "triton", run, devices, dtypes, frozenset(features), triton_backend.why_unusable,
+            only_forced=interpreted,
+        )
+    )  # fmt: skip
 
 
 def register_reference(op: str, run: Any, *features: str) -> None:
@@ -166,9 +185,11 @@ def _choose(
     for name in ORDER:
         row = rows.get(name)
         reason = "not implemented" if row is None else row.refusal(device, dtype, features)
-        if reason is None and row is not None and forced in (None, name):
-            return row
-        reasons[name] = reason or "usable, but another backend is forced"
+        if reason is None and row is not None:
+            if forced == name or (forced is None and not row.only_forced):
+                return row
+            reason = f"usable, but {'another backend' if forced else 'only where it'} is forced"
+        reasons[name] = reason or ""
     listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     wanted = "no backend" if forced is None else f"the forced backend {forced!r}"
     verb = "can" if forced is None else "cannot"
@@ -191,7 +212,7 @@ def table() -> list[dict[str, object]]:
                 {
                     "op": op,
                     "backend": name,
-                    "built": name != "cpu" or native.module() is not None,
+                    "built": _built(name),
                     "usable": why is None,
                     "why": why or "",
                     "devices": sorted(row.devices),
@@ -200,3 +221,10 @@ def table() -> list[dict[str, object]]:
                 }
             )
     return rows
+
+
+def _built(backend: str) -> bool:
+    """Whether what a declared implementation is made of is there, usable here or not."""
+    if backend == "cpu":
+        return native.module() is not None
+    return backend != "triton" or triton_backend.installed()

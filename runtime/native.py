@@ -59,6 +59,13 @@ def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def float_vector(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x as the kernels take vectors: float32, contiguous, without gradient."""
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.detach().float().contiguous()
+
+
 def empty_like_rows(x: torch.Tensor) -> torch.Tensor:
     """A contiguous, unwritten tensor of x's shape and dtype, on huge pages when it is large."""
     return advise_huge_pages(torch.empty(x.shape, dtype=x.dtype))

@@ -38,6 +38,8 @@ class Shape:
 
     code: ClassVar[int]
     needs_signal: ClassVar[bool] = False
+    zero_without_advantage: ClassVar[bool] = True
+    """Whether the term has no gradient where the advantage is 0."""
 
     def parameters(self) -> tuple[float, ...]:
         """The values of csrc/common/objective.h's p[] slots, in order."""
@@ -187,6 +189,7 @@ class Quadratic(Shape):
     """-A r + penalty (r - 1)^2: R2VPO (arXiv 2601.03320), reconstructed."""
 
     code: ClassVar[int] = 6
+    zero_without_advantage: ClassVar[bool] = False
     penalty: float
 
     def __post_init__(self) -> None:

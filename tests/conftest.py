@@ -21,6 +21,15 @@ hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    importlib.import_module("fast_interpreter").install()
+    # An example costs 0.2 s in the interpreter.
+    hypothesis.settings.register_profile(
+        "interpreter", hypothesis.settings.default, max_examples=20
+    )
+    hypothesis.settings.load_profile("interpreter")
+
+
 def _use_native_module(path: str) -> None:
     """Test another build of `tokfuse._native`, e.g. one with sanitizers (`make test-sanitize`)."""
     spec = importlib.util.spec_from_file_location("tokfuse._native", path)

@@ -10,21 +10,18 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from harness import host_backends
 from hypothesis import strategies as st
 
 from tokfuse.runtime import dispatch
 from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
 from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
 
-ROWS = [row for row in dispatch.table() if row["op"] == "extended_token_stats" and row["built"]]
 INF = float("inf")
 
 
-@pytest.fixture(params=[row["backend"] for row in ROWS], autouse=True)
+@pytest.fixture(params=host_backends("extended_token_stats"), autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    row = next(row for row in ROWS if row["backend"] == request.param)
-    if not row["usable"]:
-        pytest.skip(f"{request.param}: {row['why']}")
     with dispatch.backend(request.param):
         yield request.param
 

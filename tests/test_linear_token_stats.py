@@ -17,7 +17,7 @@ from logit_cases import FORWARD_ATOL, INF
 import tokfuse
 
 
-@pytest.fixture(params=backends("linear_token_stats"))
+@pytest.fixture(params=backends("linear_token_stats", interpreted=False))
 def backend(request):
     with request.param.forced():
         yield request.param

@@ -20,7 +20,7 @@ from tokfuse.runtime.metrics import SLOTS
 from tokfuse.runtime.objective import AGGREGATIONS, KL_ESTIMATORS, LEVELS
 
 
-@pytest.fixture(params=backends("policy_loss", without="reference"))
+@pytest.fixture(params=backends("policy_loss", without="reference", interpreted=False))
 def backend(request):
     with request.param.forced():
         yield request.param

@@ -21,7 +21,7 @@ from tokfuse.runtime.objective import LEVELS
 NAMES = ("hidden", "weight", "bias")
 
 
-@pytest.fixture(params=backends("policy_step_hidden"))
+@pytest.fixture(params=backends("policy_step_hidden", interpreted=False))
 def backend(request):
     with request.param.forced():
         yield request.param

@@ -16,7 +16,7 @@ from tokfuse.runtime.objective import LEVELS
 TOKENS, VOCAB, HIDDEN = sum(LENGTHS), 2100, 12
 
 
-@pytest.fixture(params=backends("policy_step"))
+@pytest.fixture(params=backends("policy_step", interpreted=False))
 def backend(request):
     with request.param.forced():
         yield request.param
@@ -61,16 +61,27 @@ def composed(logits, objective, **keywords):
     return out, stats, z.grad
 
 
+def same(backend: Backend, fused, simple, what: str):
+    """Bitwise, but for Triton, whose fused kernel adds a row up in larger tiles."""
+    if backend.name == "triton":
+        scale = float(simple.double().nan_to_num(0, 0, 0).abs().max()) if simple.numel() else 0.0
+        compare(fused, simple, atol=2e-6 * max(1.0, scale), what=what)
+    else:
+        assert bits(fused) == bits(simple), what
+
+
 def check(backend: Backend, logits, objective, **keywords):
     logits = backend.put(logits)
     keywords = {k: backend.put(v) for k, v in keywords.items()}
     step = tokfuse.policy_step(logits=logits, objective=objective, **keywords)
     loss, stats, grad = composed(logits, objective, **keywords)
-    for name in ("loss", "token_loss", "loss_sum", "count"):
-        assert bits(getattr(step, name)) == bits(getattr(loss, name)), name
-    assert bits(step.metrics.sums) == bits(loss.metrics.sums)
-    assert [bits(x) for x in step.stats] == [bits(x) for x in stats]
-    assert step.metrics.mean() == loss.metrics.mean()
+    same(backend, step.loss, loss.loss, "loss")
+    same(backend, step.token_loss, loss.token_loss, "token_loss")
+    same(backend, step.loss_sum, loss.loss_sum, "loss_sum")
+    assert bits(step.count) == bits(loss.count)
+    same(backend, step.metrics.sums, loss.metrics.sums, "metrics")
+    for name, fused, simple in zip(stats._fields, step.stats, stats, strict=True):
+        same(backend, fused, simple, name)
     atol = 2e-6 * grad.double().abs().amax(1, keepdim=True).cpu()
     if logits.dtype != torch.float32:
         atol = atol + half_ulp(grad.cpu(), logits.dtype)

@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import checks, native
-from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import (
+    FLOAT_DTYPES,
+    register_cpu,
+    register_reference,
+    register_triton,
+    select,
+)
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
 from tokfuse.runtime.reference import extended_token_stats as reference
@@ -114,6 +120,7 @@ def _cpu_forward(
 register_cpu(
     OP, Kernels(_cpu_forward, stats_op._cpu_backward), FLOAT_DTYPES, "softcap", "bias_logits"
 )
+register_triton(OP, stats_op.TRITON, FLOAT_DTYPES, "softcap", "bias_logits")
 register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
 
 

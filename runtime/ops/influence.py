@@ -12,8 +12,10 @@ import torch
 from tokfuse.runtime import checks
 from tokfuse.runtime.dispatch import (
     ALL_DTYPES,
+    FLOAT_DTYPES,
     register_cpu,
     register_reference,
+    register_triton,
     select,
 )
 from tokfuse.runtime.errors import refuse
@@ -299,6 +301,8 @@ def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
 
 
 register_cpu(OP, _cpu_sketch, ALL_DTYPES)
+# A batched product of torch on the device: no kernel of ours could do it better.
+register_triton(OP, reference.sketch, FLOAT_DTYPES)
 register_reference(OP, reference.sketch)
 
 

@@ -5,13 +5,20 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import (
+    FLOAT_DTYPES,
+    register_cpu,
+    register_reference,
+    register_triton,
+    select,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
 from tokfuse.runtime.packed_checks import INTS, Rows, check_vector, may_read
 from tokfuse.runtime.reference import kept_token_stats as reference
 from tokfuse.runtime.reference.token_stats import check_values
+from tokfuse.runtime.triton_backend import launcher
 
 OP = "kept_token_stats"
 
@@ -70,7 +77,8 @@ def kept_token_stats(
 
     Raises:
         ValueError: wrong shape, dtype, device or range; an id twice in a row. Values are read on
-            the CPU only.
+            the CPU only, or with TOKFUSE_CHECK=1: elsewhere a target or an id out of range makes
+            its row NaN.
         BackendUnavailable: the forced backend cannot run this call.
 
     Source: truncated sampling, Holtzman et al. 2020 (top-p); exact softmax calculus.
@@ -171,7 +179,25 @@ def _cpu_backward(
     return grad
 
 
+# --------------------------------------------------------------------------------- Triton backend
+
+
+def _triton_forward(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    if may_read(ids):
+        reference.check(logits, target, ids, offsets, options["mask"], options["temperature"])
+    out: tuple[torch.Tensor, ...] = _launch_forward(logits, target, ids, offsets, **options)
+    return out
+
+
+_launch_forward = launcher(OP, "kept_token_stats_fwd")
+
+
 register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
+register_triton(OP, Kernels(_triton_forward, launcher(OP, "kept_token_stats_bwd")),
+                FLOAT_DTYPES, "softcap")  # fmt: skip
 register_reference(OP, Kernels(reference.forward, None), "softcap")
 
 

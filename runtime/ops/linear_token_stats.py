@@ -4,11 +4,20 @@ from typing import Any
 
 import torch
 
+from tokfuse.runtime import device_head, native, triton_backend
 from tokfuse.runtime import head as heads
-from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.device_head import DeviceHead
+from tokfuse.runtime.dispatch import (
+    FLOAT_DTYPES,
+    register_cpu,
+    register_reference,
+    register_triton,
+    select,
+)
 from tokfuse.runtime.head import Head, HeadGradients, HeadProblem, LogitsBuffer
+from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions, TokenStats
+from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.reference import linear_token_stats as reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
@@ -36,7 +45,8 @@ def linear_token_stats(
         bias: (vocab,), same dtype. None: no bias.
         temperature, softcap, logit_scale, mask: as in `token_stats`. Masked rows enter no GEMM.
         memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
-            the weight's float32 size where that is more. At least one row is always computed.
+            the weight's float32 size where that is more; on a GPU 1024 rows, up to 1 GiB. At least
+            one row is always computed.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64).
@@ -48,8 +58,10 @@ def linear_token_stats(
     Gradients and memory: hidden, weight and bias, each only where it requires grad. Saved: the
         inputs and three (tokens,) vectors. The backward recomputes the logits of those rows whose
         incoming gradient is not zero, chunk by chunk, and writes their gradient over them. Peak
-        extra
-        memory: memory_budget, the gradients, and a float32 dW where weight is 16-bit.
+        extra memory: memory_budget, the gradients, and a float32 dW where weight is 16-bit. On a
+        GPU a 16-bit head forms the statistics without a workspace, rounds the gradient of its
+        logits once to 16 bits for the gradient GEMMs, and the backward waits once, for the number
+        of its rows (not under CUDA-graph capture: then every row is computed).
 
     Raises:
         ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
@@ -147,7 +159,84 @@ def _cpu_backward(
     return gradients.finish()
 
 
+# --------------------------------------------------------------------------------- Triton backend
+
+
+_launch_fused = triton_backend.launcher("linear_token_stats", "linear_token_stats")
+
+
+def _triton_forward(p: HeadProblem) -> tuple[torch.Tensor, ...]:
+    """16-bit heads: logits never leave the registers. float32: chunks of torch's GEMM."""
+    if may_read(p.target):
+        check_targets(OP, p)
+    o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
+    if hidden.dtype == torch.float32:
+        return _triton_forward_chunks(p)
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    bias = None if p.bias is None else p.bias.detach().contiguous()
+    out: tuple[torch.Tensor, ...] = _launch_fused(
+        hidden, weight, bias, p.target, temperature=o.temperature, softcap=o.softcap,
+        logit_scale=o.logit_scale, mask=o.mask,
+    )  # fmt: skip
+    return out
+
+
+def rows_of_options(p: HeadProblem, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(target, options without mask) of some tokens, for the row kernels."""
+    o = p.options
+    t = o.temperature[index] if isinstance(o.temperature, torch.Tensor) else o.temperature
+    options = {"temperature": t, "softcap": o.softcap, "logit_scale": o.logit_scale, "mask": None}
+    return p.target[index], options
+
+
+def _triton_forward_chunks(p: HeadProblem) -> tuple[torch.Tensor, ...]:
+    rows = device_head.classify(p, p.options.mask, None)
+    head = DeviceHead(p, (False, False, False), rows)
+    out = torch.zeros(7, p.tokens, dtype=torch.float32, device=p.hidden.device)
+    with torch.no_grad():
+        for index, h in head.chunks(0, rows.forward):
+            target, options = rows_of_options(p, index)
+            if rows.keep is not None:
+                options["mask"] = rows.keep[index]
+            stats = stats_op.TRITON.forward(head.logits(h), target, **options)
+            out[:, index] = torch.stack(stats)
+    return tuple(out)
+
+
+def _triton_backward(
+    p: HeadProblem,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> list[torch.Tensor | None]:
+    """As on the CPU: rows without incoming gradient are not recomputed."""
+    assert stats_op.TRITON.backward is not None
+    ga = torch.zeros_like(entropy) if grad_logp is None else grad_logp.float()
+    gh = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy.float()
+    if p.options.mask is not None:
+        ga, gh = (torch.where(p.options.mask, x, 0.0) for x in (ga, gh))
+    rows = device_head.classify(p, (ga != 0) | (gh != 0), None)
+    head = DeviceHead(p, needs, rows)
+    with torch.no_grad():
+        for index, h in head.chunks(0, rows.gradient):
+            logits = head.logits(h)
+            target, options = rows_of_options(p, index)
+            dz = stats_op.TRITON.backward(
+                logits, target, row_max[index], inv_sum[index], entropy[index], ga[index],
+                gh[index], out=head.gradient_like(logits), **options,
+            )  # fmt: skip
+            head.add(index, h, dz)
+    return head.finish()
+
+
 register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")  # type: ignore[arg-type]
+register_triton(OP, Kernels(_triton_forward, _triton_backward), FLOAT_DTYPES, "softcap")  # type: ignore[arg-type]
 register_reference(OP, Kernels(reference.forward, None), "softcap")
 
 

@@ -1,16 +1,24 @@
 """paired_divergence: KL or Jensen-Shannon divergence of two streams of logits, token by token."""
 
+import math
 from typing import Any
 
 import torch
 
 from tokfuse.runtime import checks, native
-from tokfuse.runtime.dispatch import FLOAT_DTYPES, register_cpu, register_reference, select
+from tokfuse.runtime.dispatch import (
+    FLOAT_DTYPES,
+    register_cpu,
+    register_reference,
+    register_triton,
+    select,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
-from tokfuse.runtime.packed_checks import check_choice
+from tokfuse.runtime.packed_checks import check_choice, may_read
 from tokfuse.runtime.reference import paired_divergence as reference
+from tokfuse.runtime.triton_backend import launcher
 
 OP = "paired_divergence"
 KINDS = ("jsd", "kl_forward", "kl_reverse")  # codes 0, 1, 2 of csrc/cpu/distribution_kernels.h
@@ -68,7 +76,8 @@ def paired_divergence(
 
     Raises:
         ValueError: wrong shape, dtype, device, range or kind; logits_q requires grad; beta with a
-            KL; a temperature <= 0 where mask is True.
+            KL; a temperature <= 0 where mask is True. On a GPU values are read with TOKFUSE_CHECK=1
+            only: such a row is NaN.
         BackendUnavailable: the forced backend cannot run this call.
 
     Source: JSD as in CDAS (arXiv 2602.05234; beta = 0.5, P intervened, Q source) and, with beta on
@@ -189,7 +198,28 @@ def _cpu_backward(
     return out
 
 
+# --------------------------------------------------------------------------------- Triton backend
+
+
+def _triton_forward(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, *, beta: float, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    temperature = options["temperature"]
+    if isinstance(temperature, torch.Tensor) and may_read(temperature):
+        _check_temperature(temperature, options["mask"])
+    bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)  # entropy of the weights
+    out: tuple[torch.Tensor, ...] = _launch_forward(
+        logits_p, logits_q, beta=beta, jsd_bound=bound, **options
+    )
+    return out
+
+
+_launch_forward = launcher(OP, "paired_divergence_fwd")
+
+
 register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
+register_triton(OP, Kernels(_triton_forward, launcher(OP, "paired_divergence_bwd")),
+                FLOAT_DTYPES, "softcap")  # fmt: skip
 register_reference(OP, Kernels(reference.forward, None), "softcap")  # type: ignore[arg-type]
 
 

@@ -5,8 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import checks, native
-from tokfuse.runtime.dispatch import eager_cpu, register_cpu, register_reference, select
+from tokfuse.runtime import checks, native, triton_backend, triton_objective
+from tokfuse.runtime.dispatch import (
+    FLOAT_DTYPES,
+    eager_cpu,
+    register_cpu,
+    register_reference,
+    register_triton,
+    select,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.metrics import SLOT, SLOTS, Metrics
 from tokfuse.runtime.objective import Objective
@@ -342,12 +349,7 @@ def native_record(
     out = (token_loss, d_logp, d_entropy, sums, scratch).
     """
 
-    def vector(x: torch.Tensor | None) -> torch.Tensor | None:
-        if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
-            return x
-        return x.detach().float().contiguous()
-
-    i = inputs
+    vector, i = native.float_vector, inputs
     mask = None if i.mask is None else i.mask.contiguous()
     cu = None if i.cu_seqlens is None else i.cu_seqlens.contiguous()
     alive = [
@@ -390,7 +392,37 @@ def _cpu_run(
     return PolicyTerms(loss, token_loss, d_logp, d_entropy, sums)
 
 
-register_cpu(OP, _cpu_run, frozenset({torch.float32, torch.bfloat16, torch.float16}))
+_launch_tokens = triton_backend.launcher("policy_loss", "policy_loss")
+_launch_sequences = triton_backend.launcher("policy_loss", "policy_loss_sequence")
+
+
+def _triton_run(
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+) -> PolicyTerms:
+    given = triton_objective.encode(inputs, objective, inverse)
+    _, level, _, seq_mean, *_ = objective.record
+    x, h = native.float_vector(logp), native.float_vector(entropy)
+    if objective.level == "token":
+        out, sums = _launch_tokens(
+            x, h, given.pointers, given.numbers, given.codes, given.scale, given.counts
+        )
+    else:
+        assert inputs.cu_seqlens is not None
+        out, sums = _launch_sequences(
+            x, h, inputs.cu_seqlens.contiguous(), given.pointers, given.numbers,
+            (*given.codes, level), given.scale, seq_mean=bool(seq_mean),
+            seq_advantage=inputs.advantage_level == "sequence",
+        )  # fmt: skip
+    loss = sums[SLOT["loss"]].to(torch.float32)
+    return PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, sums)
+
+
+register_cpu(OP, _cpu_run, FLOAT_DTYPES)
+register_triton(OP, _triton_run, FLOAT_DTYPES)
 register_reference(OP, _reference_run)
 
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import head as heads
-from tokfuse.runtime import native
+from tokfuse.runtime import native, triton_backend, triton_objective
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
     register_cpu,
     register_reference,
+    register_triton,
     select,
 )
 from tokfuse.runtime.errors import refuse
@@ -25,6 +26,7 @@ from tokfuse.runtime.ops.influence import Influence, InfluenceSpec
 from tokfuse.runtime.ops.policy_loss import Normalizer, PolicyTerms
 from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, Gradients, hand_over, policy_terms
 from tokfuse.runtime.ops.token_stats import LogitOptions, TokenStats
+from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
@@ -135,12 +137,17 @@ def policy_step(
     Numerics: as `token_stats` and `policy_loss`; grad_weight accumulated in float32. Fused
         token-level kernels equal the composition bitwise in loss and metrics. Rows with a zero
         final coefficient (masked, zero advantage, active clip) get an exactly zero gradient without
-        arithmetic.
+        arithmetic. Triton's fused kernel adds up a row in larger tiles than its `token_stats`:
+        equal to the bounds above, not bitwise. On a GPU a bad target or temperature is not
+        refused: its row is NaN.
 
     Gradients and memory: from logits, one read and one write of (tokens, vocab) for token-level
         objectives, one more read for sequence-level ones. From hidden, the workspace
         `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
-        GEMM. The gradients are held until `loss.backward()` hands them over.
+        GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
+        stops enters with zeros; the host waits once, for the number of rows of each kind (not
+        under CUDA-graph capture: then every row enters every GEMM). The gradients are held until
+        `loss.backward()` hands them over.
 
     Raises:
         ValueError: as `token_stats` and `policy_loss`; neither or both of logits and hidden.
@@ -409,7 +416,45 @@ def _cpu_run_sequence(
     return StepTerms(terms, TokenStats(*stats), grad)
 
 
+_launch = triton_backend.launcher("policy_step", "policy_step")
+
+
+def _triton_run(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, in_place: bool,
+) -> StepTerms:  # fmt: skip
+    if may_read(target):
+        reference.check_values(OP, target, logits.shape[1], o.mask, o.temperature)
+    if objective.level != "token":
+        return _triton_run_sequence(logits, target, o, inputs, objective, inverse, in_place)
+    given = triton_objective.encode(inputs, objective, inverse)
+    stats, out, sums, grad = _launch(
+        logits.detach(), target, given.pointers, given.numbers, given.codes, given.scale,
+        given.counts, in_place=in_place, temperature=o.temperature, softcap=o.softcap,
+        logit_scale=o.logit_scale,
+    )  # fmt: skip
+    loss = sums[SLOT["loss"]].to(torch.float32)
+    terms = PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, sums)
+    return StepTerms(terms, TokenStats(*stats), grad)
+
+
+def _triton_run_sequence(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, in_place: bool,
+) -> StepTerms:  # fmt: skip
+    """As on the CPU: statistics, objective, gradient."""
+    assert stats_op.TRITON.backward is not None
+    *stats, row_max, inv_sum = stats_op.TRITON.forward(logits.detach(), target, **o._asdict())
+    terms = losses._triton_run(stats[0], stats[1], inputs, objective, inverse)
+    grad = stats_op.TRITON.backward(
+        logits.detach(), target, row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy,
+        out=logits.detach() if in_place else None, **o._asdict(),
+    )  # fmt: skip
+    return StepTerms(terms, TokenStats(*stats), grad)
+
+
 register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
+register_triton(OP, _triton_run, FLOAT_DTYPES, "softcap")
 register_reference(OP, _reference_run, "softcap")
 
 

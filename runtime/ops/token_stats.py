@@ -11,10 +11,13 @@ from tokfuse.runtime.dispatch import (
     eager_cpu,
     register_cpu,
     register_reference,
+    register_triton,
     select,
 )
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.reference import token_stats as reference
+from tokfuse.runtime.triton_backend import launcher
 
 if TYPE_CHECKING:
     from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
@@ -165,6 +168,8 @@ def token_stats(
 
     Raises:
         ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
+            On a GPU values are read only with TOKFUSE_CHECK=1, because reading them waits for the
+            device: such a target gives NaN in logp and in its row's gradient.
         BackendUnavailable: the forced backend cannot run this call.
 
     Source: the online-softmax identities; sum p^2 as in EL2N (Paul et al. 2021) and verl's optimal
@@ -332,8 +337,25 @@ def _cpu_backward(
     return grad_logits
 
 
+# --------------------------------------------------------------------------------- Triton backend
+
+
+def _triton_forward(
+    logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    if may_read(target):
+        mask, temperature = options["mask"], options["temperature"]
+        reference.check_values(op, target, logits.shape[1], mask, temperature)
+    out: tuple[torch.Tensor, ...] = _launch_forward(logits, target, **options)
+    return out
+
+
+_launch_forward = launcher(OP, "token_stats_fwd")
+TRITON = Kernels(_triton_forward, launcher(OP, "token_stats_bwd"))
+
 _CPU = Kernels(_cpu_forward, _cpu_backward)
 register_cpu(OP, _CPU, FLOAT_DTYPES, "softcap", "bias_logits")
+register_triton(OP, TRITON, FLOAT_DTYPES, "softcap", "bias_logits")
 register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
 
 

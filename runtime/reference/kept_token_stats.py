@@ -21,13 +21,9 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     """(logp, entropy, lse); see `tokfuse.kept_token_stats` for the contract."""
     tokens, vocab = logits.shape
-    rows = torch.repeat_interleave(
-        torch.arange(tokens, device=logits.device), kept_offsets.diff(),
-        output_size=kept_ids.shape[0],
-    )  # fmt: skip
     if not torch.compiler.is_compiling():
-        check_values(OP, target, vocab, mask, temperature)
-        check_ids(kept_ids, rows, vocab, mask)
+        check(logits, target, kept_ids, kept_offsets, mask, temperature)
+    rows = _row_of_each(kept_ids, kept_offsets)
     keep = torch.ones(tokens, dtype=torch.bool, device=logits.device) if mask is None else mask
     counts = keep[rows]
     z = torch.where(counts, logits[rows, torch.where(counts, kept_ids, 0)], 0.0)
@@ -56,6 +52,26 @@ def forward(
 
     minus_inf = float("-inf")
     return final(logp, minus_inf), final(entropy, 0.0), final(top + log_total, minus_inf).detach()
+
+
+def _row_of_each(ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """(kept,) the row that each kept id belongs to."""
+    rows = torch.arange(offsets.shape[0] - 1, device=ids.device)
+    return torch.repeat_interleave(rows, offsets.diff(), output_size=ids.shape[0])
+
+
+def check(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    kept_ids: torch.Tensor,
+    kept_offsets: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+) -> None:
+    """Refuse values out of range; reads them."""
+    vocab = logits.shape[1]
+    check_values(OP, target, vocab, mask, temperature)
+    check_ids(kept_ids, _row_of_each(kept_ids, kept_offsets), vocab, mask)
 
 
 def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Tensor | None) -> None:

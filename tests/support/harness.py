@@ -10,7 +10,7 @@ import torch
 import tokfuse.runtime.ops.linear_token_stats
 import tokfuse.runtime.ops.policy_loss
 import tokfuse.runtime.ops.policy_step  # noqa: F401  (imports register the implementations)
-from tokfuse.runtime import dispatch
+from tokfuse.runtime import dispatch, triton_backend
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,11 +32,18 @@ class Backend(NamedTuple):
         return value.to(self.device) if isinstance(value, torch.Tensor) else value
 
 
-def backends(op: str, without: str = "") -> list[Any]:
-    """pytest parameters from the capability records of `op`; a skip names what is missing."""
+def backends(op: str, without: str = "", interpreted: bool = True) -> list[Any]:
+    """pytest parameters from the capability records of `op`; a skip names what is missing.
+
+    Those on a GPU carry the mark `gpu`, those of Triton's interpreter `interpreter`. Without
+    `interpreted` they are left out: an operation takes it 0.2 ms, and small cases are in
+    test_triton_*.
+    """
     out = []
     for row in dispatch.table():
         if row["op"] != op or not row["built"] or row["backend"] == without:
+            continue
+        if row["backend"] == "triton" and triton_backend.interpreting() and not interpreted:
             continue
         devices = row["devices"]
         device = "cpu" if {"cpu", "*"} & set(devices) else "cuda"
@@ -44,9 +51,24 @@ def backends(op: str, without: str = "") -> list[Any]:
         if not missing and device == "cuda" and not torch.cuda.is_available():
             missing = "needs a CUDA device"
         marks = [pytest.mark.skip(reason=f"{row['backend']}: {missing}")] if missing else []
+        if device == "cuda":
+            marks.append(pytest.mark.gpu)
+        elif row["backend"] == "triton":
+            marks.append(pytest.mark.interpreter)
+            # numpy says so where a GPU is silent: log2(0), 1 / 0.
+            marks.append(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
         backend = Backend(row["backend"], device)
         out.append(pytest.param(backend, id=row["backend"], marks=marks))
     return out
+
+
+def host_backends(op: str) -> list[Any]:
+    """`backends` by name, for tests that keep their tensors on the CPU."""
+    return [
+        pytest.param(parameter.values[0].name, id=parameter.id, marks=parameter.marks)
+        for parameter in backends(op)
+        if parameter.values[0].device == "cpu"
+    ]
 
 
 def compare(

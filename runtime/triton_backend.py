@@ -1,0 +1,64 @@
+"""The way from an op to its Triton launchers; imports triton at the first call, not before."""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+MINIMUM_CAPABILITY = (8, 0)  # bfloat16 arithmetic
+
+
+def interpreting() -> bool:
+    """True in a process whose kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def installed() -> bool:
+    """True where triton can be found; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def why_unusable() -> str | None:
+    """None where Triton kernels run, on a GPU or interpreted; else one sentence. Asks a driver."""
+    if not installed():
+        return "triton is not installed; pip install 'tokfuse[gpu]'"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
+    capability = torch.cuda.get_device_capability()
+    if capability < MINIMUM_CAPABILITY:
+        wanted = ".".join(map(str, MINIMUM_CAPABILITY))
+        return f"needs compute capability {wanted}, the device has {'.'.join(map(str, capability))}"
+    return None
+
+
+@functools.cache
+def kernels(op: str) -> ModuleType:
+    """The module `tokfuse.triton_kernels.<op>`."""
+    return importlib.import_module(f"tokfuse.triton_kernels.{op}")
+
+
+def launcher(op: str, name: str) -> Callable[..., Any]:
+    """`name` of `tokfuse.triton_kernels.<op>`, imported at its first call.
+
+    The call is made with the device of its first argument current, because Triton launches on the
+    current device and not on that of the tensors.
+    """
+
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        function = getattr(kernels(op), name)
+        if x.device.type != "cuda":
+            return function(x, *args, **kwargs)
+        with torch.cuda.device_of(x):
+            return function(x, *args, **kwargs)
+
+    call.__name__ = name
+    return call

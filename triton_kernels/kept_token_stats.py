@@ -1,0 +1,260 @@
+"""kept_token_stats: log-prob, entropy and log-sum-exp over the recorded support of each row.
+
+The statistics are those of rows.py over u_j, j in K_t = kept_ids[offsets[t] : offsets[t + 1]]. Both
+passes gather the kept logits only (K of them, 8 bytes of id and one 32-byte sector each); the
+backward writes the dense gradient, zeros by one memset and then the kept entries: 2V + 40K bytes
+per token at bf16. One launch forward, two backward.
+
+Legend: T tokens (packed), V vocabulary, K kept ids of all rows. An id outside [0, V) makes its row
+NaN, as a target outside does with logp; an id that stands twice in a row counts twice. Both are
+refused where values may be read. Offsets outside [0, K] are cut to it: nothing else is read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tokfuse.triton_kernels import launch, rows
+from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.tile import LN_2, NEG_INF, store
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def _support(offsets_ptr, row, num_kept, mask_ptr):
+    """(begin, end) in kept_ids; empty for a masked row, of which nothing is read."""
+    begin = tl.maximum(tl.load(offsets_ptr + row), 0)
+    end = tl.minimum(tl.load(offsets_ptr + row + 1), num_kept)
+    if mask_ptr is not None:
+        end = tl.where(tl.load(mask_ptr + row), end, begin)
+    return begin, end
+
+
+@triton.jit
+def _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    """(u, slope) of the kept ids; NaN for one that is no column."""
+    column = (ids >= 0) & (ids < vocab_size)
+    u, slope = rows.read(
+        row_ptr, None, ids, inside & column, softcap, logit_scale, 0.0, HAS_SOFTCAP
+    )
+    return tl.where(inside & (column == 0), float("nan"), u), slope
+
+
+@triton.jit
+def kept_token_stats_fwd_kernel(
+    logits_ptr,  # (T, V)
+    target_ptr,  # (T,) int64
+    ids_ptr,  # (K,) int64
+    offsets_ptr,  # (T + 1,) int64
+    mask_ptr,  # (T,) bool or None
+    temperature_ptr,  # (T,) float32 or None
+    logp_ptr,  # (T,) float32, and so are all that follow
+    entropy_ptr,
+    lse_ptr,
+    m_ptr,
+    inv_sum_ptr,
+    stride_logits_t,
+    num_kept,
+    vocab_size,
+    temperature,
+    softcap,
+    logit_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    TILE: tl.constexpr = VECTORS * LANES
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits_t
+    begin, end = _support(offsets_ptr, row, num_kept, mask_ptr)
+    c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, HAS_SOFTCAP)
+    y = tl.load(target_ptr + row)
+    offs_k = rows.tile_offsets(VECTORS, LANES, 1)
+    m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    sd = tl.zeros((LANES,), tl.float32)
+    ss = tl.zeros((LANES,), tl.float32)
+    u_y = tl.full((LANES,), NEG_INF, tl.float32)  # of the target, in the lane that meets it
+    found = tl.zeros((LANES,), tl.int32)
+    for start in range(begin, end, TILE):
+        inside = start + offs_k < end
+        ids = tl.load(ids_ptr + start + offs_k, mask=inside, other=0)
+        u, slope = _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP)
+        hit = inside & (ids == y)
+        found += tl.sum(tl.sum(hit.to(tl.int32), axis=2), axis=0)
+        u_y = tl.maximum(u_y, tl.max(tl.max(tl.where(hit, u, NEG_INF), axis=2), axis=0))
+        m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
+
+    row_m, row_s, row_sd, row_ss, step, decay = rows.merge(c, m, s, sd, ss)
+    empty = end <= begin
+    dead = row_s == 0.0
+    log_s = tl.log2(row_s) * LN_2
+    inv_sum = tl.where(dead, 0.0, 1.0 / row_s)
+    # + 0 * log S: a NaN of the row reaches a target outside the support, too.
+    logp = tl.where(tl.sum(found, axis=0) > 0, tl.max(u_y, axis=0) - row_m, NEG_INF) * nats - log_s
+    logp = tl.where((y >= 0) & (y < vocab_size), logp, float("nan"))
+    logp = tl.where(dead, NEG_INF, tl.where(row_s == row_s, logp, row_s))
+    counts = row >= 0
+    if mask_ptr is not None:
+        counts = tl.load(mask_ptr + row)
+    zero = dead | empty
+    tl.store(logp_ptr + row, tl.where(counts, logp, 0.0))
+    tl.store(lse_ptr + row, tl.where(counts, tl.where(dead, NEG_INF, row_m * nats + log_s), 0.0))
+    tl.store(entropy_ptr + row, tl.where(zero, 0.0, log_s - row_sd * inv_sum * nats))
+    tl.store(m_ptr + row, tl.where(zero, 0.0, row_m))
+    tl.store(inv_sum_ptr + row, tl.where(zero, 0.0, inv_sum))
+
+
+@triton.jit
+def kept_token_stats_bwd_kernel(
+    logits_ptr,  # (T, V)
+    target_ptr,  # (T,) int64
+    ids_ptr,  # (K,) int64
+    offsets_ptr,  # (T + 1,) int64
+    mask_ptr,  # (T,) bool or None
+    temperature_ptr,  # (T,) float32 or None
+    m_ptr,  # (T,) float32, and so are the next two
+    inv_sum_ptr,
+    entropy_ptr,
+    grad_logp_ptr,  # (T,) float32 or None
+    grad_entropy_ptr,  # (T,) float32 or None
+    grad_logits_ptr,  # (T, V), zeros: only kept entries are written
+    stride_logits_t,
+    stride_grad_t,
+    num_kept,
+    vocab_size,
+    temperature,
+    softcap,
+    logit_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    TILE: tl.constexpr = VECTORS * LANES
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits_t
+    grad_row_ptr = grad_logits_ptr + row * stride_grad_t
+    ga, gh = 0.0, 0.0
+    if grad_logp_ptr is not None:
+        ga = tl.load(grad_logp_ptr + row)
+    if grad_entropy_ptr is not None:
+        gh = tl.load(grad_entropy_ptr + row)
+    inv_sum = tl.load(inv_sum_ptr + row)
+    begin, end = _support(offsets_ptr, row, num_kept, mask_ptr)
+    # Rows without gradient, and those without a distribution, keep their zeros, unread.
+    end = tl.where(((ga == 0.0) & (gh == 0.0)) | (inv_sum == 0.0), begin, end)
+    y = tl.load(target_ptr + row)
+    offs_k = rows.tile_offsets(VECTORS, LANES, 1)
+    # A target outside the support has logp = -inf, which sends no gradient: look for it first.
+    found = tl.zeros((LANES,), tl.int32)
+    for start in range(begin, end, TILE):
+        inside = start + offs_k < end
+        hit = inside & (tl.load(ids_ptr + start + offs_k, mask=inside, other=0) == y)
+        found += tl.sum(tl.sum(hit.to(tl.int32), axis=2), axis=0)
+    in_row = (y >= 0) & (y < vocab_size)
+    ga = tl.where(tl.sum(found, axis=0) > 0, ga, tl.where(in_row | (ga == 0.0), 0.0, float("nan")))
+
+    c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, HAS_SOFTCAP)
+    m = tl.load(m_ptr + row)
+    a0, a1 = rows.gradient_constants(nats, inv_sum, tl.load(entropy_ptr + row), ga, gh)
+    for start in range(begin, end, TILE):
+        inside = start + offs_k < end
+        ids = tl.load(ids_ptr + start + offs_k, mask=inside, other=0)
+        u, slope = _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP)
+        grad = rows.gradient(u, slope, m, c, a0, a1)
+        grad += tl.where(ids == y, nats * ga, 0.0) * slope
+        store(grad_row_ptr + ids, grad, mask=inside & (ids >= 0) & (ids < vocab_size))
+
+
+# -------------------------------------------------------------------------------------- launchers
+
+
+launch.declare("kept_token_stats_fwd", {80: launch.LaunchConfig(block_v=256, num_warps=4)})
+launch.declare("kept_token_stats_bwd", {80: launch.LaunchConfig(block_v=256, num_warps=4)})
+
+
+def _tile(config: launch.LaunchConfig) -> dict[str, int]:
+    lanes = 32 * config.num_warps
+    return {"VECTORS": config.block_v // lanes, "LANES": lanes}
+
+
+def kept_token_stats_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """logp, entropy, lse, row maximum and 1 / sum of exps over the support: (tokens,) float32."""
+    tokens, vocab = logits.shape
+    logits = rows.unit_stride(logits)
+    out = [torch.empty(tokens, dtype=torch.float32, device=logits.device) for _ in range(5)]
+    vector, scalar = rows.per_row(temperature)
+    if tokens:
+        config = launch.choose("kept_token_stats_fwd", logits)
+        kept_token_stats_fwd_kernel[(tokens,)](
+            logits, target.contiguous(), ids, offsets, rows.contiguous(mask), vector, *out,
+            logits.stride(0), ids.shape[0], vocab, scalar, softcap or 1.0, logit_scale,
+            HAS_SOFTCAP=softcap is not None, **_tile(config), **config.options,
+        )  # fmt: skip
+    return tuple(out)
+
+
+def kept_token_stats_bwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    m: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    *,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """The dense gradient of the logits, exactly 0 outside the support."""
+    tokens, vocab = logits.shape
+    logits = rows.unit_stride(logits)
+    out = torch.zeros((tokens, vocab), dtype=logits.dtype, device=logits.device)
+    vector, scalar = rows.per_row(temperature)
+    if tokens:
+        config = launch.choose("kept_token_stats_bwd", logits)
+        kept_token_stats_bwd_kernel[(tokens,)](
+            logits, target.contiguous(), ids, offsets, rows.contiguous(mask), vector, m, inv_sum,
+            entropy, rows.as_float(grad_logp), rows.as_float(grad_entropy), out,
+            logits.stride(0), out.stride(0), ids.shape[0], vocab, scalar, softcap or 1.0,
+            logit_scale, HAS_SOFTCAP=softcap is not None, **_tile(config), **config.options,
+        )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------------- compile cases
+
+
+OPTIONS = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0, "mask": None}
+
+
+def _arguments(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    offsets = meta(4097, dtype=torch.int64)
+    tokens = meta(4096, dtype=torch.int64)
+    return meta(4096, 151936, dtype=dtype), tokens, meta(1 << 18, dtype=torch.int64), offsets
+
+
+@compile_case("kept_token_stats_fwd", dtypes=FLOAT_DTYPES)
+def _(dtype: torch.dtype) -> None:
+    kept_token_stats_fwd(*_arguments(dtype), **OPTIONS)
+
+
+@compile_case("kept_token_stats_bwd", dtypes=FLOAT_DTYPES)
+def _(dtype: torch.dtype) -> None:
+    row = meta(4096)
+    kept_token_stats_bwd(*_arguments(dtype), row, row, row, row, row, **OPTIONS)

@@ -1,0 +1,297 @@
+"""The per-token mathematics of every policy objective: csrc/common/objective.h as jit functions.
+
+    policy_term: loss of one token and its derivative, as a function of the log-ratio
+    kl_term:     KL estimate of one token and its derivative in logp
+    token_terms: both and the entropy bonus, weighted, as the row and token kernels use them
+
+Shape, KL estimator and the presence of an input are compile time (few values); every number is run
+time. All functions take scalars (one row per program) as well as blocks of tokens, in float32.
+Codes and parameter slots are shared with runtime/objective.py; tests hold the three copies equal.
+Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LINEAR_LOGP = tl.constexpr(0)
+LINEAR_RATIO = tl.constexpr(1)
+PPO_CLIP = tl.constexpr(2)
+STOP_GRAD_CLIP = tl.constexpr(3)
+SIGMOID_GATE = tl.constexpr(4)
+TARGET_RATIO = tl.constexpr(5)
+QUADRATIC = tl.constexpr(6)
+NFT = tl.constexpr(7)
+LOG_CLAMP = tl.constexpr(8)
+GAMMA = tl.constexpr(9)
+
+KL_NONE = tl.constexpr(0)
+KL_K1 = tl.constexpr(1)
+KL_K2 = tl.constexpr(2)
+KL_K3 = tl.constexpr(3)
+KL_RATIO_K3 = tl.constexpr(4)
+KL_K1_STRAIGHT = tl.constexpr(5)
+KL_K3_STRAIGHT = tl.constexpr(6)
+KL_ABS = tl.constexpr(7)
+
+# Where a bound applies: to each token's log-ratio, to the log-ratio at the objective's level, or to
+# both at once for token-level objectives.
+TOKEN_STAGE = tl.constexpr(1)
+LEVEL_STAGE = tl.constexpr(2)
+BOTH_STAGES = tl.constexpr(3)
+
+CLIPPED_LOW = tl.constexpr(1)  # A < 0 and r below the lower bound: no gradient
+CLIPPED_HIGH = tl.constexpr(2)  # A > 0 and r above the upper bound: no gradient
+CLIPPED_DUAL = tl.constexpr(4)  # A < 0 and r above the dual bound or the cap: no gradient
+
+
+class ObjectiveNumbers(NamedTuple):
+    """The run-time half of an encoded objective. p0..p5 by shape, in objective.h's order."""
+
+    p0: Any
+    p1: Any
+    p2: Any
+    p3: Any
+    p4: Any
+    p5: Any
+    kl_coef: Any  # signed
+    kl_clamp: Any  # bound on |k|; the gradient is zero outside
+    entropy_coef: Any
+    log_ratio_clamp: Any  # bound on |logp - old_logp|; the gradient is zero outside
+
+
+class TokenPointers(NamedTuple):
+    """Per-token inputs, each (T,) float32 and None where the objective has no such term."""
+
+    old_logp: Any
+    advantage: Any
+    mask: Any  # (T,) int8, None: every token counts
+    agg_weight: Any  # aggregation weight before the normaliser, None: 1
+    weight: Any
+    signal: Any
+    ref_logp: Any
+    kl_weight: Any
+    entropy_weight: Any
+
+
+@triton.jit
+def load_or(ptr, offs, keep, missing: tl.constexpr):
+    """ptr[offs] as float32 where keep, 0 elsewhere; the number `missing` for an absent input."""
+    if ptr is None:
+        return missing
+    else:
+        return tl.load(ptr + offs, mask=keep, other=0.0)
+
+
+@triton.jit
+def clip(x, low, high):
+    """x between the bounds. A NaN stays one, which minimum and maximum do not promise."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def sigmoid(x):
+    # exp of a non-positive number only: no overflow, and the tail keeps its relative accuracy.
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def expm1_pair(x):
+    """(e^x - 1, e^x - 1 - x) to a few float32 roundings, relative. tl has no expm1."""
+    # Below 1/2 the series: its first dropped term is x^9 / 9!, 4e-8 of the sum.
+    q = 2.48015873e-5 * x + 1.98412698e-4
+    q = q * x + 1.38888889e-3
+    q = q * x + 8.33333333e-3
+    q = q * x + 4.16666667e-2
+    q = q * x + 1.66666667e-1
+    q = (q * x + 0.5) * x * x
+    em1 = tl.exp(x) - 1.0
+    small = tl.abs(x) < 0.5
+    return tl.where(small, x + q, em1), tl.where(small, q, em1 - x)
+
+
+@triton.jit
+def bounded_log_ratio(log_ratio, a, o, SHAPE: tl.constexpr, STAGE: tl.constexpr):
+    """(log_ratio after the objective's clamps, 0 where they cut the gradient, else 1).
+
+    LogClamp narrows the token bound on the side that would improve the objective, NFT the upper
+    level bound.
+    """
+    low, high = -o.log_ratio_clamp, o.log_ratio_clamp
+    if SHAPE == LOG_CLAMP and STAGE != LEVEL_STAGE:
+        bound = tl.minimum(o.p0, o.log_ratio_clamp)
+        high = tl.where(a >= 0.0, bound, o.log_ratio_clamp)
+        low = tl.where(a <= 0.0, -bound, -o.log_ratio_clamp)
+    if SHAPE == NFT and STAGE != TOKEN_STAGE:
+        high = tl.minimum(o.p2, o.log_ratio_clamp)
+    inside = tl.where((log_ratio < low) | (log_ratio > high), 0.0, 1.0)
+    return clip(log_ratio, low, high), inside
+
+
+@triton.jit
+def clip_flags(a, r, low, high):
+    return tl.where(
+        (a < 0.0) & (r < low), CLIPPED_LOW, tl.where((a > 0.0) & (r > high), CLIPPED_HIGH, 0)
+    )
+
+
+@triton.jit
+def ppo_clip_term(r, a, o):
+    """p = {ratio_min, ratio_max, dual or inf, cap or inf}."""
+    ceiling = tl.minimum(o.p2, o.p3)
+    flags = clip_flags(a, r, o.p0, o.p1)
+    flags = tl.where((flags == 0) & (a < 0.0) & (r > ceiling), CLIPPED_DUAL, flags)
+    value = tl.where(flags == CLIPPED_LOW, o.p0, tl.where(flags == CLIPPED_HIGH, o.p1, r))
+    loss = -a * tl.where(flags == CLIPPED_DUAL, ceiling, value)
+    return loss, tl.where(flags == 0, loss, 0.0), flags
+
+
+@triton.jit
+def nft_term(r, a, rate, o):
+    """p = {negative_floor, positive_floor, log_ratio_max, rate_min, rate_max}.
+
+    The logarithms' arguments are floored in value only: the gradient is kept.
+    """
+    above = tl.where(r > o.p1, r, o.p1)
+    q = clip(rate, o.p3, o.p4)
+    rest = (1.0 - q * r) / (1.0 - q)
+    floored = tl.where(rest > o.p0, rest, o.p0)
+    loss = tl.where(a > 0.0, -a * tl.log(above), tl.where(a < 0.0, a * tl.log(floored), 0.0))
+    up = -a * (r / above)
+    down = -a * (q * r / (1.0 - q)) / floored
+    return loss, tl.where(a > 0.0, up, tl.where(a < 0.0, down, 0.0))
+
+
+@triton.jit
+def policy_term(log_ratio, logp, a, signal, o, SHAPE: tl.constexpr):
+    """(loss, d loss / d log_ratio, d loss / d logp where logp enters explicitly, clip flags)."""
+    r = tl.exp(log_ratio)
+    zero = tl.where(r >= 0.0, 0.0, 0.0)  # not r * 0: r may be NaN
+    flags = tl.where(r >= 0.0, 0, 0)
+    if SHAPE == LINEAR_LOGP:
+        return -a * logp, zero, -a + zero, flags
+    elif SHAPE == LINEAR_RATIO or SHAPE == LOG_CLAMP:
+        loss = tl.where(a == 0.0, 0.0, -a * r)
+        return loss, loss, zero, flags
+    elif SHAPE == PPO_CLIP:
+        loss, d_log_ratio, flags = ppo_clip_term(r, a, o)
+        return loss, d_log_ratio, zero, flags
+    elif SHAPE == STOP_GRAD_CLIP:
+        d_logp = -clip(r, o.p0, o.p1) * a
+        return d_logp * logp, zero, d_logp, clip_flags(a, r, o.p0, o.p1)
+    elif SHAPE == SIGMOID_GATE:
+        tau = tl.where(a > 0.0, o.p0, o.p1)
+        s = sigmoid(tau * (r - 1.0))
+        complement = sigmoid(-tau * (r - 1.0))  # 1 - s would cancel
+        return -(4.0 / tau) * s * a, -4.0 * s * complement * r * a, zero, flags
+    elif SHAPE == TARGET_RATIO:
+        gap = r - (1.0 - o.p0 + (o.p0 + o.p1) * sigmoid(signal))
+        slope = tl.where(gap > 0.0, r, tl.where(gap < 0.0, -r, 0.0))
+        return tl.abs(gap) * tl.abs(a), tl.abs(a) * slope, zero, flags
+    elif SHAPE == QUADRATIC:
+        over = r - 1.0
+        return -a * r + o.p0 * over * over, -r * (a - 2.0 * o.p0 * over), zero, flags
+    elif SHAPE == NFT:
+        loss, d_log_ratio = nft_term(r, a, signal, o)
+        return loss, d_log_ratio, zero, flags
+    else:
+        tl.static_assert(SHAPE == GAMMA)
+        k, lam = tl.where(a >= 0.0, o.p0, o.p2), tl.where(a >= 0.0, o.p1, o.p3)
+        d_logp = -tl.exp(lam + k * log_ratio - lam * r) * a
+        return d_logp * logp, zero, d_logp, flags
+
+
+@triton.jit
+def kl_term(logp, ref_logp, log_ratio, o, KL: tl.constexpr):
+    """(KL estimate, its derivative in logp); `log_ratio` (current, old) enters only RatioK3."""
+    raw = logp - ref_logp
+    k = clip(raw, -o.kl_clamp, o.kl_clamp)
+    inside = tl.where((raw < -o.kl_clamp) | (raw > o.kl_clamp), 0.0, 1.0)
+    em1, k3 = expm1_pair(-k)  # e^-k - 1 and e^-k - 1 + k
+    if KL == KL_K1:
+        return k, inside
+    elif KL == KL_K2:
+        return 0.5 * k * k, inside * k
+    elif KL == KL_K3:
+        return k3, inside * -em1
+    elif KL == KL_RATIO_K3:
+        d = clip(log_ratio, -o.log_ratio_clamp, o.log_ratio_clamp)
+        r = tl.exp(d)
+        return r * k3, r * (tl.where(d == log_ratio, k3, 0.0) - inside * em1)
+    elif KL == KL_K1_STRAIGHT:
+        return k, inside * k
+    elif KL == KL_K3_STRAIGHT:
+        return k3, inside * k
+    else:
+        tl.static_assert(KL == KL_ABS)
+        return tl.abs(k), inside * tl.where(k > 0.0, 1.0, tl.where(k < 0.0, -1.0, 0.0))
+
+
+@triton.jit
+def token_terms(
+    log_ratio,  # at the objective's level, bounded
+    logp,
+    old_logp,
+    entropy,
+    a,
+    agg,  # aggregation weight, normaliser included
+    x,  # TokenPointers
+    offs,
+    keep,
+    o,  # ObjectiveNumbers
+    SHAPE: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+):
+    """(token loss, d / d logp without the ratio's part, d / d entropy, the ratio's part, flags).
+
+    Sequence levels hand the ratio's part out over the tokens of the sequence.
+    """
+    w = load_or(x.weight, offs, keep, 1.0)
+    signal = load_or(x.signal, offs, keep, 0.0)
+    loss, d_ratio, d_logp, flags = policy_term(log_ratio, logp, a, signal, o, SHAPE)
+    loss, d_logp = w * loss, w * d_logp
+    d_entropy = tl.where(loss == 0.0, 0.0, 0.0)
+    if KL != KL_NONE:
+        ref_logp = tl.load(x.ref_logp + offs, mask=keep, other=0.0)
+        kl, d_kl = kl_term(logp, ref_logp, logp - old_logp, o, KL)
+        coef = o.kl_coef * load_or(x.kl_weight, offs, keep, 1.0)
+        loss += coef * kl
+        d_logp += coef * d_kl
+    if ENTROPY_BONUS:
+        d_entropy = -o.entropy_coef * load_or(x.entropy_weight, offs, keep, 1.0) + d_entropy
+        loss += d_entropy * entropy
+    return agg * loss, agg * d_logp, agg * d_entropy, agg * w * d_ratio, flags
+
+
+@triton.jit
+def token_objective(
+    logp,
+    entropy,
+    scale,  # 1 / normaliser
+    x,
+    offs,
+    keep,
+    o,
+    SHAPE: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+):
+    """Token-level objective: (token loss, d / d logp, d / d entropy, ratio, flags); 0 if masked."""
+    old_logp = tl.load(x.old_logp + offs, mask=keep, other=0.0)
+    a = tl.load(x.advantage + offs, mask=keep, other=0.0)
+    agg = scale * load_or(x.agg_weight, offs, keep, 1.0)
+    d, inside = bounded_log_ratio(logp - old_logp, a, o, SHAPE, BOTH_STAGES)
+    loss, d_logp, d_entropy, chain, flags = token_terms(
+        d, logp, old_logp, entropy, a, agg, x, offs, keep, o, SHAPE, KL, ENTROPY_BONUS
+    )
+    d_logp += inside * chain
+    return (
+        tl.where(keep, loss, 0.0),
+        tl.where(keep, d_logp, 0.0),
+        tl.where(keep, d_entropy, 0.0),
+        tl.exp(d),
+        flags,
+    )

@@ -1,0 +1,361 @@
+"""Policy objectives over packed tokens: losses, gradient coefficients and metric sums.
+
+    policy_loss_kernel           token-level ratios: a block of tokens per program, partial sums too
+    policy_loss_sequence_kernel  sequence-level ratios: a sequence per program
+    policy_prepare_kernel        with cu_seqlens: valid tokens of each sequence, and per token the
+                                 aggregation weight and the advantage that a sequence stands for
+
+A token-level objective is one launch over the tokens and one of a single program that adds the
+partial sums; cu_seqlens puts policy_prepare_kernel before them. A sequence-level one is one launch
+over the sequences and the two of policy_metrics. 36 bytes read and 24 written per token.
+
+Sequence level: the log-ratio d of a sequence is the mean (or sum) of its tokens' bounded
+log-ratios, so d loss / d logp_t = d loss / d d * share * [t inside its bounds], where d loss / d d
+collects the terms of all tokens. Sums over a sequence are float64.
+
+Legend: T tokens (packed), S sequences.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tokfuse.triton_kernels import launch, policy_metrics
+from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.launch import LaunchConfig
+from tokfuse.triton_kernels.objective import (
+    LEVEL_STAGE,
+    TOKEN_STAGE,
+    ObjectiveNumbers,
+    TokenPointers,
+    bounded_log_ratio,
+    load_or,
+    token_objective,
+    token_terms,
+)
+from tokfuse.triton_kernels.policy_metrics import SLOTS, TokenResults, metrics_block
+
+LEVEL_TOKEN = 0
+LEVEL_SEQUENCE_TOKEN = tl.constexpr(2)
+LEVEL_SEQUENCE_SUM = tl.constexpr(3)
+
+launch.declare("policy_sequences", {80: LaunchConfig(block_t=512, num_warps=4)})
+
+
+@triton.jit
+def _kept(mask_ptr, offs, in_range):
+    if mask_ptr is None:
+        return in_range
+    else:
+        return in_range & tl.load(mask_ptr + offs, mask=in_range, other=0).to(tl.int1)
+
+
+@triton.jit
+def _borders(cu_seqlens_ptr, seq, num_tokens):
+    """[begin, end) of a sequence, inside the tokens whatever the offsets say."""
+    begin = tl.maximum(tl.load(cu_seqlens_ptr + seq), 0)
+    end = tl.minimum(tl.load(cu_seqlens_ptr + seq + 1), num_tokens)
+    return begin.to(tl.int64), end.to(tl.int64)
+
+
+@triton.jit
+def policy_prepare_kernel(
+    cu_seqlens_ptr,  # (S + 1,) int32
+    mask_ptr,  # (T,) bool or None
+    seq_advantage_ptr,  # (S,) float32 or None
+    counts_ptr,  # (S,) int32, written
+    agg_weight_ptr,  # (T,) float32 or None, written: 1 / count
+    advantage_ptr,  # (T,) float32 or None, written
+    num_tokens,
+    BLOCK_T: tl.constexpr,
+):
+    seq = tl.program_id(0)
+    begin, end = _borders(cu_seqlens_ptr, seq, num_tokens)
+    count = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(begin, end, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        count += tl.where(_kept(mask_ptr, offs_t, offs_t < end), 1, 0)
+    total = tl.sum(count, axis=0)
+    tl.store(counts_ptr + seq, total)
+    if agg_weight_ptr is not None or advantage_ptr is not None:
+        for start in range(begin, end, BLOCK_T):
+            offs_t = start + tl.arange(0, BLOCK_T)
+            if agg_weight_ptr is not None:
+                share = tl.zeros((BLOCK_T,), tl.float32) + 1.0 / tl.maximum(total, 1)
+                tl.store(agg_weight_ptr + offs_t, share, mask=offs_t < end)
+            if advantage_ptr is not None:
+                a = tl.zeros((BLOCK_T,), tl.float32) + tl.load(seq_advantage_ptr + seq)
+                tl.store(advantage_ptr + offs_t, a, mask=offs_t < end)
+
+
+@triton.jit
+def policy_loss_kernel(
+    logp_ptr,  # (T,) float32
+    entropy_ptr,  # (T,) float32 or None
+    x,  # TokenPointers
+    out,  # TokenResults; ratio and flags are not written
+    partials_ptr,  # (P, SLOTS) float64, written
+    scale_ptr,  # () float32 or None
+    o,  # ObjectiveNumbers
+    scale,  # used where scale_ptr is None
+    num_tokens,
+    SHAPE: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    offs_t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_range = offs_t < num_tokens
+    keep = _kept(x.mask, offs_t, in_range)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    logp = tl.load(logp_ptr + offs_t, mask=keep, other=0.0)
+    entropy = tl.zeros((BLOCK_T,), tl.float32)
+    if entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + offs_t, mask=keep, other=0.0)
+    token_loss, d_logp, d_entropy, ratio, flags = token_objective(
+        logp, entropy, scale, x, offs_t, keep, o, SHAPE, KL, ENTROPY_BONUS
+    )
+    tl.store(out.token_loss + offs_t, token_loss, mask=in_range)
+    tl.store(out.d_logp + offs_t, d_logp, mask=in_range)
+    tl.store(out.d_entropy + offs_t, d_entropy, mask=in_range)
+    old_logp = tl.load(x.old_logp + offs_t, mask=keep, other=0.0)
+    ref_logp = logp
+    if x.ref_logp is not None:
+        ref_logp = tl.load(x.ref_logp + offs_t, mask=keep, other=0.0)
+    metrics_block(
+        partials_ptr + block.to(tl.int64) * SLOTS, in_range, keep, logp, old_logp, ref_logp,
+        entropy, ratio, flags, token_loss, d_logp, d_entropy, x.ref_logp is not None,
+    )  # fmt: skip
+
+
+@triton.jit
+def policy_loss_sequence_kernel(
+    logp_ptr,  # (T,) float32
+    entropy_ptr,  # (T,) float32 or None
+    cu_seqlens_ptr,  # (S + 1,) int32
+    counts_ptr,  # (S,) int32, written
+    x,  # TokenPointers
+    out,  # TokenResults
+    scale_ptr,  # () float32 or None
+    o,  # ObjectiveNumbers
+    scale,  # used where scale_ptr is None
+    num_tokens,
+    SHAPE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+    SEQ_MEAN: tl.constexpr,
+    SEQ_ADVANTAGE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    seq = tl.program_id(0)
+    begin, end = _borders(cu_seqlens_ptr, seq, num_tokens)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+
+    total = tl.zeros((BLOCK_T,), tl.float64)
+    counts = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(begin, end, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        keep = _kept(x.mask, offs_t, offs_t < end)
+        log_ratio = tl.load(logp_ptr + offs_t, mask=keep, other=0.0) - tl.load(
+            x.old_logp + offs_t, mask=keep, other=0.0
+        )
+        a = _advantage(x, offs_t, seq, keep, SEQ_ADVANTAGE)
+        bounded, _ = bounded_log_ratio(log_ratio, a, o, SHAPE, TOKEN_STAGE)
+        total += tl.where(keep, bounded, 0.0).to(tl.float64)
+        counts += tl.where(keep, 1, 0)
+    count = tl.sum(counts, axis=0)
+    tl.store(counts_ptr + seq, count)
+    # A float64 division is a call with a stack frame; one Newton step is as good here.
+    valid = tl.maximum(count, 1)
+    share = (1.0 / valid.to(tl.float32)).to(tl.float64)
+    share = share * (2.0 - valid.to(tl.float64) * share)
+    if SEQ_MEAN:
+        scale = scale * share.to(tl.float32)
+    if LEVEL == LEVEL_SEQUENCE_SUM:
+        share = share * 0.0 + 1.0
+    mean = (tl.sum(total, axis=0) * share).to(tl.float32)
+    level_log_ratio, level_inside = bounded_log_ratio(mean, 0.0, o, SHAPE, LEVEL_STAGE)
+
+    chains = tl.zeros((BLOCK_T,), tl.float64)
+    for start in range(begin, end, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        keep = _kept(x.mask, offs_t, offs_t < end)
+        logp = tl.load(logp_ptr + offs_t, mask=keep, other=0.0)
+        old_logp = tl.load(x.old_logp + offs_t, mask=keep, other=0.0)
+        entropy = load_or(entropy_ptr, offs_t, keep, 0.0)
+        d = tl.zeros((BLOCK_T,), tl.float32) + level_log_ratio
+        a = _advantage(x, offs_t, seq, keep, SEQ_ADVANTAGE)
+        loss, d_logp, d_entropy, chain, flags = token_terms(
+            d, logp, old_logp, entropy, a, scale, x, offs_t, keep, o, SHAPE, KL, ENTROPY_BONUS
+        )
+        if LEVEL == LEVEL_SEQUENCE_TOKEN:
+            d_logp += level_inside * chain
+        chains += tl.where(keep, chain, 0.0).to(tl.float64)
+        in_range = offs_t < end
+        tl.store(out.token_loss + offs_t, tl.where(keep, loss, 0.0), mask=in_range)
+        tl.store(out.d_logp + offs_t, tl.where(keep, d_logp, 0.0), mask=in_range)
+        tl.store(out.d_entropy + offs_t, tl.where(keep, d_entropy, 0.0), mask=in_range)
+        tl.store(out.ratio + offs_t, tl.exp(d), mask=in_range)
+        tl.store(out.flags + offs_t, flags, mask=in_range)
+
+    if LEVEL != LEVEL_SEQUENCE_TOKEN:
+        each = (level_inside * tl.sum(chains, axis=0) * share).to(tl.float32)
+        tl.debug_barrier()  # another thread may have written the d_logp that is read below
+        for start in range(begin, end, BLOCK_T):
+            offs_t = start + tl.arange(0, BLOCK_T)
+            keep = _kept(x.mask, offs_t, offs_t < end)
+            log_ratio = tl.load(logp_ptr + offs_t, mask=keep, other=0.0) - tl.load(
+                x.old_logp + offs_t, mask=keep, other=0.0
+            )
+            a = _advantage(x, offs_t, seq, keep, SEQ_ADVANTAGE)
+            _, inside = bounded_log_ratio(log_ratio, a, o, SHAPE, TOKEN_STAGE)
+            d_logp = tl.load(out.d_logp + offs_t, mask=keep, other=0.0)
+            tl.store(out.d_logp + offs_t, d_logp + inside * each, mask=keep)
+
+
+@triton.jit
+def _advantage(x, offs, seq, keep, SEQ_ADVANTAGE: tl.constexpr):
+    if SEQ_ADVANTAGE:
+        return tl.where(keep, tl.load(x.advantage + seq), 0.0)
+    else:
+        return tl.load(x.advantage + offs, mask=keep, other=0.0)
+
+
+def prepare(
+    cu_seqlens: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_tokens: int,
+    *,
+    seq_mean: bool,
+    seq_advantage: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Launches policy_prepare_kernel.
+
+    Args:
+        cu_seqlens: (seqs + 1,) int32.
+        mask: (tokens,) bool or None.
+        num_tokens: packed tokens.
+        seq_mean: whether tokens are weighted by 1 / (valid tokens of their sequence).
+        seq_advantage: (seqs,) float32, to be handed to the tokens; None: not wanted.
+
+    Returns:
+        counts (seqs,) int32; aggregation weights (tokens,) or None; advantages (tokens,) or None.
+    """
+    num_seqs = cu_seqlens.shape[0] - 1
+    config = launch.choose("policy_sequences", cu_seqlens)
+    counts = cu_seqlens.new_empty(num_seqs)
+    weights = cu_seqlens.new_empty(num_tokens, dtype=torch.float32) if seq_mean else None
+    advantage = None if seq_advantage is None else seq_advantage.new_empty(num_tokens)
+    if num_seqs:
+        policy_prepare_kernel[(num_seqs,)](
+            cu_seqlens, mask, seq_advantage, counts, weights, advantage, num_tokens,
+            BLOCK_T=config.block_t, **config.options,
+        )  # fmt: skip
+    return counts, weights, advantage
+
+
+def results_like(vector: torch.Tensor) -> TokenResults:
+    """Unwritten results for as many tokens as `vector` (tokens,) float32 has."""
+    return TokenResults(
+        *(torch.empty_like(vector) for _ in range(4)), torch.empty_like(vector, dtype=torch.int32)
+    )
+
+
+def policy_loss(
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    x: TokenPointers,
+    numbers: ObjectiveNumbers,
+    codes: tuple[int, int],
+    scale: float | torch.Tensor,
+    counts: torch.Tensor | None,
+) -> tuple[TokenResults, torch.Tensor]:
+    """Launches a token-level objective. The caller (runtime) has checked shapes and devices.
+
+    Args:
+        logp: (tokens,) float32, contiguous, as every vector here.
+        entropy: (tokens,) float32 or None.
+        x: inputs of the objective, advantage and aggregation weight per token.
+        numbers: parameters of the objective.
+        codes: (shape, KL estimator).
+        scale: 1 / normaliser, a number or a () float32 tensor.
+        counts: (seqs,) int32 valid tokens of each sequence, or None.
+
+    Returns:
+        token results (ratio and flags None), metric sums (SLOTS,) float64.
+    """
+    num_tokens = logp.shape[0]
+    config = launch.choose("policy_metrics", logp)  # its blocks: the sums are those of policy_step
+    out = TokenResults(*(torch.empty_like(logp) for _ in range(3)), None, None)
+    partials = logp.new_empty(policy_metrics.blocks(num_tokens, config), SLOTS, dtype=torch.float64)
+    if num_tokens:
+        scale_ptr, number = split_scale(scale)
+        policy_loss_kernel[(partials.shape[0],)](
+            logp, entropy, x, out, partials, scale_ptr, numbers, number, num_tokens,
+            SHAPE=codes[0], KL=codes[1], ENTROPY_BONUS=numbers.entropy_coef != 0.0,
+            BLOCK_T=config.block_t, SLOTS=SLOTS, **config.options,
+        )  # fmt: skip
+    return out, policy_metrics.merge(partials, counts, config)
+
+
+def policy_loss_sequence(
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    x: TokenPointers,
+    numbers: ObjectiveNumbers,
+    codes: tuple[int, int, int],
+    scale: float | torch.Tensor,
+    *,
+    seq_mean: bool,
+    seq_advantage: bool,
+) -> tuple[TokenResults, torch.Tensor]:
+    """Launches a sequence-level objective; codes are (shape, KL estimator, level)."""
+    num_tokens, num_seqs = logp.shape[0], cu_seqlens.shape[0] - 1
+    config = launch.choose("policy_sequences", logp)
+    out = results_like(logp)
+    counts = cu_seqlens.new_empty(num_seqs)
+    if num_seqs:
+        scale_ptr, number = split_scale(scale)
+        policy_loss_sequence_kernel[(num_seqs,)](
+            logp, entropy, cu_seqlens, counts, x, out, scale_ptr, numbers, number, num_tokens,
+            SHAPE=codes[0], KL=codes[1], LEVEL=codes[2],
+            ENTROPY_BONUS=numbers.entropy_coef != 0.0, SEQ_MEAN=seq_mean,
+            SEQ_ADVANTAGE=seq_advantage, BLOCK_T=config.block_t, **config.options,
+        )  # fmt: skip
+    sums = policy_metrics.policy_metrics(logp, entropy, x.old_logp, x.ref_logp, x.mask, out, counts)
+    return out, sums
+
+
+def split_scale(scale: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """(pointer, number) for a kernel, one of which counts."""
+    return (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+
+
+def _case_inputs(tokens: int) -> TokenPointers:
+    v = meta(tokens)
+    return TokenPointers(v, v, meta(tokens, dtype=torch.bool), v, v, None, v, None, None)
+
+
+_CASE_NUMBERS = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0)
+
+
+@compile_case("policy_loss", dtypes=(torch.float32,), streams=7)
+def _(dtype: torch.dtype) -> None:
+    x = _case_inputs(8192)
+    policy_loss(meta(8192), meta(8192), x, _CASE_NUMBERS, (2, 3), 1e-3, None)
+
+
+@compile_case("policy_loss/sequence", dtypes=(torch.float32,), streams=7)
+def _(dtype: torch.dtype) -> None:
+    x, cu = _case_inputs(8192), meta(513, dtype=torch.int32)
+    prepare(cu, x.mask, 8192, seq_mean=True, seq_advantage=meta(512))
+    policy_loss_sequence(
+        meta(8192), meta(8192), cu, x, _CASE_NUMBERS, (2, 3, 1), 1e-3,
+        seq_mean=True, seq_advantage=False,
+    )  # fmt: skip

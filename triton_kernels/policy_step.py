@@ -1,0 +1,294 @@
+"""policy_step from logits, token-level objectives: statistics, objective, gradient in one kernel.
+
+A program owns a row. It reads the row once for the statistics (rows.py), one scalar evaluation of
+the objective (objective.py) gives the two coefficients, and a second visit writes
+
+    dz = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
+
+from the row that is still in the L2 cache. Bytes of memory per token at bf16: 2V read, 2V written.
+Exponentials per element: 2. A row whose coefficients are both zero (masked, zero advantage, active
+clip) gets no second visit, only the zeros; a masked one is not read at all.
+
+What keeps the second visit in L2: one wide program per SM, so that at most as many rows are alive
+as there are SMs (H100: 132 * 297 KiB = 38 MiB of 50 at a vocabulary of 152k), first loads that ask
+to stay, and second loads and stores that ask to leave.
+
+The metric sums follow in policy_metrics.py from what is written per token.
+
+Legend: R rows of logits; T tokens, R = T without an index, else row i belongs to token index[i];
+V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tokfuse.triton_kernels import launch, policy_metrics, rows
+from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.objective import ObjectiveNumbers, TokenPointers, token_objective
+from tokfuse.triton_kernels.policy_loss import results_like, split_scale
+from tokfuse.triton_kernels.policy_metrics import TokenResults
+from tokfuse.triton_kernels.tile import store
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# 32 warps of more than 32 registers: no second program fits on the SM, and no second row in L2.
+launch.declare(
+    "policy_step",
+    {
+        80: launch.LaunchConfig(block_v=16384, num_warps=32),
+        100: launch.LaunchConfig(block_v=8192, num_warps=16),  # 126 MB of L2 hold two rows per SM
+    },
+)
+# The tanh of a softcap needs more registers than the 64 that 32 warps leave a thread, and makes
+# the kernel wait for arithmetic: how many rows share L2 does not matter.
+launch.declare("policy_step_softcap", {80: launch.LaunchConfig(block_v=4096, num_warps=16)})
+
+
+class RowStatistics(NamedTuple):
+    """The public statistics, (T,) float32 each."""
+
+    logp: Any
+    entropy: Any
+    lse: Any
+    sum_sq: Any
+    top1: Any
+
+
+@triton.jit
+def _statistics(
+    row_ptr, c, lead, total, softcap, logit_scale,
+    HAS_SOFTCAP: tl.constexpr, VECTORS: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """(m, S, SD, S2) of the row that lies from lead to total."""
+    TILE: tl.constexpr = VECTORS * LANES * ITEMS
+    offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
+    m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    sd = tl.zeros((LANES,), tl.float32)
+    ss = tl.zeros((LANES,), tl.float32)
+    whole = total // TILE * TILE
+    first, last = rows.edges(lead, whole, total)
+    for edge in range(first, last):
+        at = edge * whole + offs_v
+        inside = (at >= lead) & (at < total)
+        u, _ = rows.read(
+            row_ptr, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_last"
+        )
+        m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
+    for start in range(tl.where(lead > 0, TILE, 0), whole, TILE):
+        u, _ = rows.read(
+            row_ptr, None, start + offs_v, None, softcap, logit_scale, 0.0, HAS_SOFTCAP,
+            "evict_last",
+        )  # fmt: skip
+        m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
+    m, s, sd, ss, _, _ = rows.merge(c, m, s, sd, ss)
+    return m, s, sd, ss
+
+
+@triton.jit
+def policy_step_kernel(
+    logits_ptr,  # (R, V)
+    grad_logits_ptr,  # (R, V), may be logits: what is read there is read before it is written
+    index_ptr,  # (R,) int64 or None
+    target_ptr,  # (T,) int64
+    temperature_ptr,  # (T,) float32 or None
+    stats,  # RowStatistics, written
+    x,  # TokenPointers
+    out,  # TokenResults, written
+    scale_ptr,  # () float32 or None
+    o,  # ObjectiveNumbers
+    stride_logits_r,
+    stride_grad_r,
+    vocab_size,
+    scale,  # used where scale_ptr is None
+    temperature,
+    softcap,
+    logit_scale,
+    SHAPE: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SAME_GRAD_LEAD: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    TILE: tl.constexpr = VECTORS * LANES * ITEMS
+    row = tl.program_id(0).to(tl.int64)  # int64 before it meets a stride: R * V passes 2^31
+    token = row
+    if index_ptr is not None:
+        token = tl.load(index_ptr + row)
+    keep = token >= 0
+    if x.mask is not None:
+        keep = tl.load(x.mask + token)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    c, nats = rows.base2_scale(temperature_ptr, token, temperature, logit_scale, HAS_SOFTCAP)
+    begin = row * stride_logits_r
+    lead = (begin % ITEMS).to(tl.int32)
+    row_ptr = rows.row_start(logits_ptr, begin, lead, ITEMS, True)
+    grad_row_ptr = rows.row_start(grad_logits_ptr, row * stride_grad_r, lead, ITEMS, SAME_GRAD_LEAD)
+    total = lead + vocab_size
+
+    # A masked row has no elements: nothing of it is read.
+    m, s, sd, ss = _statistics(
+        row_ptr, c, tl.where(keep, lead, 0), tl.where(keep, total, 0), softcap, logit_scale,
+        HAS_SOFTCAP, VECTORS, LANES, ITEMS,
+    )  # fmt: skip
+    y = tl.load(target_ptr + token)
+    has_target = (y >= 0) & (y < vocab_size)
+    u_y, slope_y = rows.read(
+        row_ptr, None, lead + y, has_target & keep, softcap, logit_scale, 0.0, HAS_SOFTCAP, ""
+    )
+    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(
+        m, s, sd, ss, u_y, has_target, keep, nats
+    )
+    tl.store(stats.logp + token, logp)
+    tl.store(stats.entropy + token, entropy)
+    tl.store(stats.lse + token, lse)
+    tl.store(stats.sum_sq + token, sum_sq)
+    tl.store(stats.top1 + token, top1)
+
+    token_loss, ga, gh, ratio, flags = token_objective(
+        logp, entropy, scale, x, token, keep, o, SHAPE, KL, ENTROPY_BONUS
+    )
+    tl.store(out.token_loss + token, token_loss)
+    tl.store(out.d_logp + token, ga)
+    tl.store(out.d_entropy + token, gh)
+    tl.store(out.ratio + token, ratio)
+    tl.store(out.flags + token, flags)
+
+    offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
+    whole = total // TILE * TILE
+    first, last = rows.edges(lead, whole, total)
+    first_whole = tl.where(lead > 0, TILE, 0)
+    if ((ga == 0.0) & (gh == 0.0)) | (inv_sum == 0.0):
+        none = tl.zeros((VECTORS, LANES, ITEMS), tl.float32)
+        for edge in range(first, last):
+            at = edge * whole + offs_v
+            store(grad_row_ptr + at, none, (at >= lead) & (at < total), "evict_first")
+        for start in range(first_whole, whole, TILE):
+            store(grad_row_ptr + start + offs_v, none, None, "evict_first")
+    else:
+        ga = tl.where((ga == 0.0) | has_target, ga, float("nan"))
+        a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
+        tl.debug_barrier()  # every thread has the target's logit; now its place may be written
+        for edge in range(first, last):
+            at = edge * whole + offs_v
+            inside = (at >= lead) & (at < total)
+            u, slope = rows.read(
+                row_ptr, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
+            )
+            store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), inside, "evict_first")
+        for start in range(first_whole, whole, TILE):
+            at = start + offs_v
+            u, slope = rows.read(
+                row_ptr, None, at, None, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
+            )
+            store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), None, "evict_first")
+        # The target's own term by a store of its own: no element pays for a comparison.
+        tl.debug_barrier()
+        grad_y = slope_y * nats * ga + rows.gradient(u_y, slope_y, m, c, a0, a1)
+        store(grad_row_ptr + lead + y, grad_y, has_target)
+
+
+def policy_step_rows(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    index: torch.Tensor | None,
+    target: torch.Tensor,
+    x: TokenPointers,
+    numbers: ObjectiveNumbers,
+    codes: tuple[int, int],
+    scale: float | torch.Tensor,
+    stats: RowStatistics,
+    out: TokenResults,
+    *,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """Launches the kernel over the rows of `logits`; the caller has checked shapes and devices.
+
+    Args:
+        logits: (rows, vocab) float32, float16 or bfloat16, unit stride along vocab.
+        grad: (rows, vocab), written; may be `logits`, may have another dtype.
+        index: (rows,) int64 token of each row; None: row i is token i.
+        target: (tokens,) int64, as all vectors that follow.
+        x, numbers, codes, scale: the objective, as `policy_loss` takes it.
+        stats, out: written at the rows' tokens.
+    """
+    num_rows, vocab = logits.shape
+    if num_rows == 0:
+        return
+    name = "policy_step" if softcap is None else "policy_step_softcap"
+    config = launch.choose(name, logits)
+    scale_ptr, number = split_scale(scale)
+    vector, scalar = rows.per_row(temperature)
+    policy_step_kernel[(num_rows,)](
+        logits, grad, index, target.contiguous(), vector, stats, x, out, scale_ptr, numbers,
+        logits.stride(0), grad.stride(0), vocab, number, scalar, softcap or 1.0, logit_scale,
+        SHAPE=codes[0], KL=codes[1], ENTROPY_BONUS=numbers.entropy_coef != 0.0,
+        HAS_SOFTCAP=softcap is not None,
+        SAME_GRAD_LEAD=rows.same_lead(logits, grad),
+        **rows.tile_shape(config, logits), **config.options,
+    )  # fmt: skip
+
+
+def policy_step(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    x: TokenPointers,
+    numbers: ObjectiveNumbers,
+    codes: tuple[int, int],
+    scale: float | torch.Tensor,
+    counts: torch.Tensor | None,
+    *,
+    in_place: bool,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[RowStatistics, TokenResults, torch.Tensor, torch.Tensor]:
+    """Statistics, token results, metric sums (SLOTS,) float64 and the gradient of the logits."""
+    stats = RowStatistics(*(torch.empty_like(x.old_logp) for _ in range(5)))
+    out = results_like(x.old_logp)
+    grad = (
+        logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    )
+    policy_step_rows(
+        rows.unit_stride(logits), grad, None, target, x, numbers, codes, scale, stats, out,
+        temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+    )  # fmt: skip
+    sums = policy_metrics.policy_metrics(
+        stats.logp, stats.entropy, x.old_logp, x.ref_logp, x.mask, out, counts
+    )
+    return stats, out, sums, grad
+
+
+def _case(dtype: torch.dtype, softcap: float | None, grad_dtype: torch.dtype) -> None:
+    v, index = meta(4096), meta(4096, dtype=torch.int64)
+    x = TokenPointers(v, v, meta(4096, dtype=torch.bool), v, v, None, v, None, None)
+    numbers = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0)
+    logits, grad = (meta(4096, 151936, dtype=d) for d in (dtype, grad_dtype))
+    policy_step_rows(
+        logits, grad, index, index, x, numbers, (2, 3), 1e-3, RowStatistics(*[v] * 5),
+        results_like(v), temperature=0.7, softcap=softcap, logit_scale=1.0,
+    )  # fmt: skip
+
+
+@compile_case("policy_step", dtypes=FLOAT_DTYPES, visits=2)
+def _(dtype: torch.dtype) -> None:
+    _case(dtype, None, dtype)
+
+
+@compile_case("policy_step/softcap", dtypes=(torch.bfloat16,), visits=2)
+def _(dtype: torch.dtype) -> None:
+    _case(dtype, 30.0, dtype)
+
+
+@compile_case("policy_step/to_bfloat16", dtypes=(torch.float32,), visits=2)
+def _(dtype: torch.dtype) -> None:
+    _case(dtype, None, torch.bfloat16)

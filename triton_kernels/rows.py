@@ -1,0 +1,266 @@
+"""Statistics of one row of logits in one read with one exp per element, and its gradient.
+
+With u = f(z) the transformed logit, c = log2(e) / T, m = max u and d = u - m:
+
+    e = 2^(c d),   S = sum e,   SD = sum d e,   S2 = sum e^2
+    lse = m / T + log S,   logp = d_y / T - log S
+    entropy = log S - SD / (S T),   sum_sq = S2 / S^2
+
+The gradient of ga * logp + gh * entropy is, with log p = d / T - log S,
+
+    dz = f'(z) / T ( ga [j = y] - p (ga + gh (log p + entropy)) )
+       = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
+
+so two constants per row are all that an element needs. (m, 1 / S) are kept for it and not lse: lse
+near 100 has 4e-6 of float32 rounding, which would be the relative error of every p.
+
+Why lanes: reducing every tile to a scalar costs shuffles, barriers and selects, 33 instructions per
+element on sm_90. Here a thread keeps the statistics of the elements that it loads itself, in
+16-byte vectors, and threads meet once per row. Why d = u - m and not fma(u, c, -c m): the rounding
+of c m is an error of 2^(1e-7 m) in e, infinite for logits near 1e30. Sums of d e do not cancel as
+those of u e do.
+
+Where rows begin at no multiple of 16 bytes (a vocabulary of 49155), tiles begin before the row, at
+the multiple that is: `lead` elements of the first tile are not its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tokfuse.triton_kernels.launch import LaunchConfig
+from tokfuse.triton_kernels.tile import LN_2, LOG2_E, NEG_INF, load, maximum
+
+# Every running maximum starts here, the lowest float32: -inf would make (-inf) - (-inf).
+LOWEST_MAX = tl.constexpr(-3.4028234663852886e38)
+# Stands for d of an excluded logit: e is 0 there and d e must be, too, where -inf * 0 is NaN.
+# Its square is finite, for the second moment.
+FARTHEST = tl.constexpr(-1.0e18)
+
+
+@triton.jit
+def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr):
+    """(VECTORS, LANES, ITEMS): a thread is a lane, and loads VECTORS times ITEMS neighbours."""
+    vector = tl.arange(0, VECTORS)[:, None, None] * (LANES * ITEMS)
+    return vector + tl.arange(0, LANES)[None, :, None] * ITEMS + tl.arange(0, ITEMS)[None, None, :]
+
+
+@triton.jit
+def base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM: tl.constexpr):
+    """(c, c in nats): what u is multiplied by; NaN where T <= 0. Plain logits are scaled here."""
+    t = temperature
+    if temperature_ptr is not None:
+        t = tl.load(temperature_ptr + row)
+    nats = tl.where(t > 0, 1.0 / t, float("nan"))
+    if not TRANSFORM:
+        nats *= logit_scale
+    return nats * LOG2_E, nats
+
+
+@triton.jit
+def tanh(x):
+    """Within 2 ulp; near 0 by a polynomial, because 1 - 2 / (e^2x + 1) cancels there."""
+    a = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2_E)) + 1.0)
+    q = a * a
+    p = -5.70498872745e-3 * q + 2.06390887954e-2  # Cephes tanhf, for |x| < 0.625
+    p = ((p * q - 5.37397155531e-2) * q + 1.33314422036e-1) * q - 3.33332819422e-1
+    t = tl.where(a < 0.625, p * q * a + a, far)
+    return tl.where(x < 0.0, -t, t)
+
+
+@triton.jit
+def row_start(pointer, begin, lead, ITEMS: tl.constexpr, SAME_LEAD: tl.constexpr):
+    """Where the tiles of a row begin, `lead` before it: on 16 bytes, known so if SAME_LEAD."""
+    start = begin - lead
+    if SAME_LEAD:
+        start = begin // ITEMS * ITEMS
+    return pointer + start
+
+
+@triton.jit
+def edges(lead, whole, total):
+    """range(first, last) of edges; edge i begins at i * whole.
+
+    Edge 0 is the first tile where the row begins inside it, edge 1 a tail that is not the first
+    tile. The tiles between need no mask.
+    """
+    first = tl.where(lead > 0, 0, 1)
+    last = tl.where((whole < total) & ((whole > 0) | (lead == 0)), 2, 1)
+    return first, last
+
+
+@triton.jit
+def part_of_row(part, parts, lead, vocab_size, TILE: tl.constexpr):
+    """(start, lead, size) of one of `parts` equal pieces of whole tiles; the last may be empty."""
+    total = lead + vocab_size
+    piece = (total + TILE * parts - 1) // (TILE * parts) * TILE
+    start = part * piece
+    return start, tl.where(part == 0, lead, 0), tl.maximum(tl.minimum(piece, total - start), 0)
+
+
+@triton.jit
+def load_whole(pointers, EVICTION: tl.constexpr = ""):
+    """float32 of a whole tile. bfloat16 is unpacked in pairs: 2 instructions, a cast takes 3."""
+    stored = tl.load(pointers, eviction_policy=EVICTION)
+    if pointers.dtype.element_ty == tl.bfloat16:
+        VECTORS: tl.constexpr = pointers.shape[0]
+        LANES: tl.constexpr = pointers.shape[1]
+        ITEMS: tl.constexpr = pointers.shape[2]
+        x = stored.to(tl.int16, bitcast=True).reshape(VECTORS, LANES, ITEMS // 2, 2)
+        low, high = tl.split(x)
+        pair = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+        low = (pair << 16).to(tl.float32, bitcast=True)
+        high = (pair & -65536).to(tl.float32, bitcast=True)
+        z = tl.join(low, high).reshape(VECTORS, LANES, ITEMS)
+    else:
+        z = stored.to(tl.float32)
+    return z
+
+
+@triton.jit
+def read(
+    row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale,
+    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = "",
+):  # fmt: skip
+    """(u, d u / d z) at offsets `at`, float32; -inf stays -inf, without slope under a softcap.
+
+    The slope leaves out what `base2_scale` holds: it is 1 for plain logits.
+    """
+    if inside is None:
+        z = load_whole(row_ptr + at, EVICTION)
+    else:
+        z = load(row_ptr + at, inside, NEG_INF, EVICTION)
+    u, slope = z, 1.0
+    if HAS_SOFTCAP:
+        t = tanh(z * (logit_scale / softcap))
+        u = tl.where(z == NEG_INF, NEG_INF, softcap * t)
+        slope = tl.where(z == NEG_INF, 0.0, logit_scale * (1.0 - t * t))
+    elif bias_row_ptr is not None:
+        u, slope = z * logit_scale, logit_scale
+    if bias_row_ptr is not None:
+        bias = load(bias_row_ptr + at, mask=inside, other=0.0)
+        u = tl.where(z == NEG_INF, NEG_INF, u - bias_scale * bias)
+    return u, slope
+
+
+@triton.jit
+def lane_sum(x):
+    """(LANES,): each lane's sum over its elements of a tile."""
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def fold(u, c, m, s, sd, ss):
+    """Fold a tile (VECTORS, LANES, ITEMS) into the lanes' statistics; also (step, decay, d, e)."""
+    new_m = tl.maximum(m, tl.max(tl.max(u, axis=2), axis=0))
+    step = tl.maximum(m - new_m, FARTHEST)
+    decay = tl.exp2(step * c)
+    d = maximum(u - new_m[None, :, None], FARTHEST)
+    e = tl.exp2(d * c)
+    sd = decay * (sd + step * s) + lane_sum(d * e)
+    s = decay * s + lane_sum(e)
+    ss = decay * decay * ss + lane_sum(e * e)
+    return new_m, s, sd, ss, step, decay, d, e
+
+
+@triton.jit
+def merge(c, m, s, sd, ss):
+    """(m, S, SD, S2) of the row from those of its lanes; also (step, decay) of each lane."""
+    row_m = tl.max(m, axis=0)
+    step = tl.maximum(m - row_m, FARTHEST)
+    decay = tl.exp2(step * c)
+    row_sd = tl.sum(decay * (sd + step * s), axis=0)
+    row_ss = tl.sum(decay * decay * ss, axis=0)
+    return row_m, tl.sum(decay * s, axis=0), row_sd, row_ss, step, decay
+
+
+@triton.jit
+def finish(m, s, sd, ss, u_y, has_target, keep, nats):
+    """(logp, entropy, lse, sum_sq, top1, m, 1 / S) of merged rows; 0 where not keep."""
+    dead = s == 0.0  # only -inf: no distribution
+    zero = dead | (keep == 0)
+    log_s = tl.log2(s) * LN_2
+    inv_sum = tl.where(zero, 0.0, 1.0 / s)
+    d_y = tl.where(has_target, u_y - m, float("nan"))
+    logp = tl.where(dead & has_target, NEG_INF, d_y * nats - log_s)
+    lse = tl.where(dead, NEG_INF, m * nats + log_s)
+    return (
+        tl.where(keep, logp, 0.0),
+        tl.where(zero, 0.0, log_s - sd * inv_sum * nats),
+        tl.where(keep, lse, 0.0),
+        tl.where(zero, 0.0, ss * inv_sum * inv_sum),
+        tl.where((d_y >= 0.0) & (zero == 0), 1.0, 0.0),
+        tl.where(zero, 0.0, m),
+        inv_sum,
+    )
+
+
+@triton.jit
+def gradient_constants(nats, inv_sum, entropy, ga, gh):
+    """(a0, a1) of the module's docstring; multiply by the slope f'(z) / scale of `base2_scale`."""
+    p_scale = nats * inv_sum
+    log_s = -tl.log2(inv_sum) * LN_2
+    return -p_scale * (ga + gh * (entropy - log_s)), -p_scale * gh * nats
+
+
+@triton.jit
+def gradient(u, slope, m, c, a0, a1):
+    """What every element of a row gets; the target's own term is not in it."""
+    d = maximum(u - m, FARTHEST)
+    return tl.exp2(d * c) * (a0 + a1 * d) * slope
+
+
+# ------------------------------------------------------------------------------------- on the host
+
+
+# Programs that fill every GPU a few times over; a batch of fewer rows is cut into parts of rows.
+ENOUGH_PROGRAMS = 4096
+
+
+def tile_shape(config: LaunchConfig, logits: torch.Tensor) -> dict[str, int]:
+    """VECTORS, LANES and ITEMS of `tile_offsets`: one lane per thread, 16 bytes per vector."""
+    items = 16 // logits.element_size()
+    lanes = 32 * config.num_warps
+    return {"VECTORS": max(1, config.block_v // (lanes * items)), "LANES": lanes, "ITEMS": items}
+
+
+def parts(tokens: int, vocab: int, config: LaunchConfig) -> int:
+    """Into how many pieces a row is cut, so that there are enough programs."""
+    return max(1, min(triton.cdiv(ENOUGH_PROGRAMS, tokens), triton.cdiv(vocab, config.block_v)))
+
+
+def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x`, copied where its vocabulary is not contiguous."""
+    return x if x is None or x.stride(1) == 1 else x.contiguous()
+
+
+def same_lead(x: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """True where rows of `other` begin at the same place within a vector as those of `x`.
+
+    A vector is what `x` has in 16 bytes; `other` may have another dtype where all rows begin on
+    one.
+    """
+    if other is None:
+        return False
+    items = 16 // x.element_size()
+    if other.dtype != x.dtype:
+        return x.stride(0) % items == 0 and other.stride(0) % items == 0
+    return (x.stride(0) - other.stride(0)) % items == 0
+
+
+def per_row(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """(contiguous float32 vector or None, number) of an option that may be either."""
+    if isinstance(value, torch.Tensor):
+        return value.float().contiguous(), 1.0
+    return None, value
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x` without strides."""
+    return None if x is None else x.contiguous()
+
+
+def as_float(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x` in float32, contiguous."""
+    return None if x is None else x.float().contiguous()

@@ -1,0 +1,51 @@
+"""Device helpers and constants that more than one kernel uses.
+
+The interpreter (TRITON_INTERPRET=1) holds bfloat16 as the 16 bits of an integer: it multiplies and
+compares those bits, and it truncates on a store where a GPU rounds to nearest even. So every load
+is followed by `.to(tl.float32)`, `tl.dot` takes float32 under `INTERPRET`, and results leave
+through `store`, which rounds by hand there. Nothing of this reaches a compiled kernel.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(
+    os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+# Stands for -inf in running maxima and clamped values: finite, so that (-inf) - (-inf) and
+# 0 * inf never arise, and below every float32 that a logit times log2(e) / T can matter at.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def maximum(a, b):
+    """max(a, b), NaN where either is: a plain maximum drops NaN, the poison of a row with it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load(pointers, mask=None, other=None, EVICTION: tl.constexpr = ""):
+    """float32 of what is stored there."""
+    if mask is None:
+        x = tl.load(pointers, eviction_policy=EVICTION)
+    else:
+        x = tl.load(pointers, mask=mask, other=other, eviction_policy=EVICTION)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store(pointers, x, mask=None, EVICTION: tl.constexpr = ""):
+    """Store float32 `x` in the type of the pointers, rounded once to nearest even."""
+    element: tl.constexpr = pointers.dtype.element_ty
+    if INTERPRET and element == tl.bfloat16:
+        word = x.to(tl.int32, bitcast=True)
+        rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+        rounded = tl.where(x == x, rounded, 0x7FC0)  # the carry would turn a NaN into an infinity
+        tl.store(pointers.to(tl.pointer_type(tl.int16)), rounded.to(tl.int16), mask=mask)
+    else:
+        tl.store(pointers, x.to(element), mask=mask, eviction_policy=EVICTION)

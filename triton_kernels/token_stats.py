@@ -1,0 +1,363 @@
+"""token_stats: five statistics of each row of logits in one read, and their gradient in one more.
+
+Formulas and the reason for their form are in rows.py. Passes over (T, V): forward one read,
+backward one read and one write; a row without gradient is zero-filled unread. Bytes per token at
+bf16: 2V and 4V. One exp per element each; a second temperature costs one more, the moments two
+products.
+
+Legend: T tokens (packed), V vocabulary. Everything after a load is float32; loops work in base 2.
+One program per row (forward) or per part of a row (backward), on a grid of one dimension. A target
+outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would wait for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tokfuse.triton_kernels import launch, rows
+from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.tile import LN_2, NEG_INF, store
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def _fold_extras(
+    step, decay, c2, d, e, ss, s2, ssd, ssdd, SECOND: tl.constexpr, MOMENTS: tl.constexpr
+):  # fmt: skip
+    """The lanes' optional sums after a tile; `ss` is that before it."""
+    if SECOND:
+        s2 = tl.exp2(step * c2) * s2 + rows.lane_sum(tl.exp2(d * c2))
+    if MOMENTS:
+        # (d + step)^2 of the sums so far, then the tile.
+        ssdd = decay * decay * (ssdd + step * (2.0 * ssd + step * ss))
+        ssdd += rows.lane_sum(d * e * (d * e))
+        ssd = decay * decay * (ssd + step * ss) + rows.lane_sum(d * e * e)
+    return s2, ssd, ssdd
+
+
+@triton.jit
+def token_stats_fwd_kernel(
+    logits_ptr,  # (T, V)
+    bias_ptr,  # (T, V) or None
+    target_ptr,  # (T,) int64
+    mask_ptr,  # (T,) bool or None
+    temperature_ptr,  # (T,) float32 or None
+    logp_ptr,  # (T,) float32, and so are all that follow
+    entropy_ptr,
+    lse_ptr,
+    sum_sq_ptr,
+    top1_ptr,
+    m_ptr,
+    inv_sum_ptr,
+    second_logp_ptr,  # or None
+    p2_logp_ptr,  # or None
+    p2_logp2_ptr,  # or None
+    stride_logits_t,
+    stride_bias_t,
+    vocab_size,
+    temperature,
+    softcap,
+    logit_scale,
+    bias_scale,
+    second_temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    SAME_LEAD: tl.constexpr,  # rows of bias begin at the same place within 16 bytes
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    TILE: tl.constexpr = VECTORS * LANES * ITEMS
+    TRANSFORM: tl.constexpr = HAS_SOFTCAP or bias_ptr is not None
+    row = tl.program_id(0).to(tl.int64)  # int64 before it meets a stride: T * V passes 2^31
+    SECOND: tl.constexpr = second_logp_ptr is not None
+    MOMENTS: tl.constexpr = p2_logp_ptr is not None
+    counts = row >= 0  # every row
+    if mask_ptr is not None:
+        counts = tl.load(mask_ptr + row)
+    c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM)
+    c2, nats2 = rows.base2_scale(None, row, second_temperature, logit_scale, TRANSFORM)
+
+    begin = row * stride_logits_t
+    # A masked row has no elements: nothing of it is read, and its outputs are set to 0 at the end.
+    vocab = tl.where(counts, vocab_size, 0)
+    lead = tl.where(counts, begin % ITEMS, 0).to(tl.int32)
+    total = lead + vocab
+    whole = total // TILE * TILE
+    row_ptr = rows.row_start(logits_ptr, begin, lead, ITEMS, True)
+    bias_row_ptr = None
+    if bias_ptr is not None:
+        bias_row_ptr = rows.row_start(bias_ptr, row * stride_bias_t, lead, ITEMS, SAME_LEAD)
+    offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
+    m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
+    s = tl.zeros((LANES,), tl.float32)  # sum e
+    sd = tl.zeros((LANES,), tl.float32)  # sum d e
+    ss = tl.zeros((LANES,), tl.float32)  # sum e^2
+    s2 = tl.zeros((LANES,), tl.float32)  # sum 2^(c2 d)
+    ssd = tl.zeros((LANES,), tl.float32)  # sum d e^2
+    ssdd = tl.zeros((LANES,), tl.float32)  # sum d^2 e^2
+
+    first, last = rows.edges(lead, whole, total)
+    for edge in range(first, last):
+        at = edge * whole + offs_v
+        inside = (at >= lead) & (at < total)
+        u, slope = rows.read(
+            row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+        )
+        old_ss = ss
+        m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
+        s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
+    for start in range(tl.where(lead > 0, TILE, 0), whole, TILE):
+        u, slope = rows.read(
+            row_ptr, bias_row_ptr, start + offs_v, None, softcap, logit_scale, bias_scale,
+            HAS_SOFTCAP,
+        )  # fmt: skip
+        old_ss = ss
+        m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
+        s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
+
+    row_m, row_s, row_sd, row_ss, step, decay = rows.merge(c, m, s, sd, ss)
+    dead = row_s == 0.0  # only -inf: no distribution
+    y = tl.load(target_ptr + row)
+    has_target = (y >= 0) & (y < vocab_size) & counts
+    u_y, slope_y = rows.read(
+        row_ptr, bias_row_ptr, lead + y, has_target, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+    )
+    d_y = tl.where(has_target, u_y - row_m, float("nan"))
+    log_s = tl.log2(row_s) * LN_2
+    inv_sum = tl.where(dead, 0.0, 1.0 / row_s)
+    zero = dead | (counts == 0)
+    logp = tl.where(dead & has_target, NEG_INF, d_y * nats - log_s)
+    lse = tl.where(dead, NEG_INF, row_m * nats + log_s)
+    entropy = log_s - row_sd * inv_sum * nats
+    tl.store(logp_ptr + row, tl.where(counts, logp, 0.0))
+    tl.store(lse_ptr + row, tl.where(counts, lse, 0.0))
+    tl.store(entropy_ptr + row, tl.where(zero, 0.0, entropy))
+    tl.store(sum_sq_ptr + row, tl.where(zero, 0.0, row_ss * inv_sum * inv_sum))
+    tl.store(top1_ptr + row, tl.where((d_y >= 0.0) & (zero == 0), 1.0, 0.0))
+    tl.store(m_ptr + row, tl.where(zero, 0.0, row_m))
+    tl.store(inv_sum_ptr + row, tl.where(zero, 0.0, inv_sum))
+    if SECOND:
+        row_s2 = tl.sum(tl.exp2(step * c2) * s2, axis=0)
+        second = tl.where(dead & has_target, NEG_INF, d_y * nats2 - tl.log2(row_s2) * LN_2)
+        tl.store(second_logp_ptr + row, tl.where(counts, second, 0.0))
+    if MOMENTS:
+        two = decay * decay
+        p_d = tl.sum(two * (ssd + step * ss), axis=0) * nats * inv_sum * inv_sum
+        p_dd = tl.sum(two * (ssdd + step * (2.0 * ssd + step * ss)), axis=0)
+        p_dd = p_dd * (nats * inv_sum) * (nats * inv_sum)
+        p_p = row_ss * inv_sum * inv_sum
+        tl.store(p2_logp_ptr + row, tl.where(zero, 0.0, p_d - log_s * p_p))
+        p2_logp2 = p_dd - log_s * (2.0 * p_d - log_s * p_p)
+        tl.store(p2_logp2_ptr + row, tl.where(zero, 0.0, p2_logp2))
+
+
+@triton.jit
+def token_stats_bwd_kernel(
+    logits_ptr,  # (T, V)
+    bias_ptr,  # (T, V) or None
+    target_ptr,  # (T,) int64
+    mask_ptr,  # (T,) bool or None
+    temperature_ptr,  # (T,) float32 or None
+    m_ptr,  # (T,) float32, and so are the next two
+    inv_sum_ptr,
+    entropy_ptr,
+    grad_logp_ptr,  # (T,) float32 or None
+    grad_entropy_ptr,  # (T,) float32 or None
+    grad_logits_ptr,  # (T, V), may be logits: what is read there is read before it is written
+    stride_logits_t,
+    stride_bias_t,
+    stride_grad_t,
+    vocab_size,
+    parts,
+    temperature,
+    softcap,
+    logit_scale,
+    bias_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    SAME_LEAD: tl.constexpr,
+    SAME_GRAD_LEAD: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    TILE: tl.constexpr = VECTORS * LANES * ITEMS
+    TRANSFORM: tl.constexpr = HAS_SOFTCAP or bias_ptr is not None
+    row = tl.program_id(0).to(tl.int64) // parts
+    ga, gh = 0.0, 0.0
+    if grad_logp_ptr is not None:
+        ga = tl.load(grad_logp_ptr + row)
+    if grad_entropy_ptr is not None:
+        gh = tl.load(grad_entropy_ptr + row)
+    if mask_ptr is not None:
+        counts = tl.load(mask_ptr + row)
+        ga, gh = tl.where(counts, ga, 0.0), tl.where(counts, gh, 0.0)
+    inv_sum = tl.load(inv_sum_ptr + row)
+
+    begin = row * stride_logits_t
+    lead = (begin % ITEMS).to(tl.int32)
+    row_ptr = rows.row_start(logits_ptr, begin, lead, ITEMS, True)
+    bias_row_ptr = None
+    if bias_ptr is not None:
+        bias_row_ptr = rows.row_start(bias_ptr, row * stride_bias_t, lead, ITEMS, SAME_LEAD)
+    grad_row_ptr = rows.row_start(grad_logits_ptr, row * stride_grad_t, lead, ITEMS, SAME_GRAD_LEAD)
+    part_start, part_lead, size = rows.part_of_row(
+        tl.program_id(0) % parts, parts, lead, vocab_size, TILE
+    )
+    whole = size // TILE * TILE
+    first, last = rows.edges(part_lead, whole, size)
+    first_whole = tl.where(part_lead > 0, TILE, 0)
+    row_ptr += part_start
+    grad_row_ptr += part_start
+    if bias_ptr is not None:
+        bias_row_ptr += part_start
+    offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
+
+    # Clipped, zero-advantage and masked rows, and those of only -inf, are written unread.
+    if ((ga == 0.0) & (gh == 0.0)) | (inv_sum == 0.0):
+        none = tl.zeros((VECTORS, LANES, ITEMS), tl.float32)
+        for edge in range(first, last):
+            at = edge * whole + offs_v
+            store(grad_row_ptr + at, none, mask=(at >= part_lead) & (at < size))
+        for start in range(first_whole, whole, TILE):
+            store(grad_row_ptr + start + offs_v, none)
+    else:
+        c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM)
+        m = tl.load(m_ptr + row)
+        y = tl.load(target_ptr + row)
+        ga = tl.where((ga == 0.0) | ((y >= 0) & (y < vocab_size)), ga, float("nan"))
+        a0, a1 = rows.gradient_constants(nats, inv_sum, tl.load(entropy_ptr + row), ga, gh)
+        # The target's own term is added by a store of its own, so that no element pays for a
+        # comparison. Its logit is read before the tiles are written: they may lie in one place.
+        at_y = lead + y - part_start
+        has_y = (at_y >= part_lead) & (at_y < size)
+        u_y, slope_y = rows.read(
+            row_ptr, bias_row_ptr, at_y, has_y, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+        )
+        tl.debug_barrier()
+        for edge in range(first, last):
+            at = edge * whole + offs_v
+            inside = (at >= part_lead) & (at < size)
+            u, slope = rows.read(
+                row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+            )
+            store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), mask=inside)
+        for start in range(first_whole, whole, TILE):
+            at = start + offs_v
+            u, slope = rows.read(
+                row_ptr, bias_row_ptr, at, None, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+            )
+            store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1))
+        tl.debug_barrier()
+        grad_y = slope_y * nats * ga + rows.gradient(u_y, slope_y, m, c, a0, a1)
+        store(grad_row_ptr + at_y, grad_y, mask=has_y)
+
+
+# -------------------------------------------------------------------------------------- launchers
+
+
+launch.declare("token_stats_fwd", {80: launch.LaunchConfig(block_v=4096, num_warps=8)})
+launch.declare("token_stats_bwd", {80: launch.LaunchConfig(block_v=2048, num_warps=8)})
+
+
+def token_stats_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+    bias_logits: torch.Tensor | None = None,
+    bias_scale: float = 1.0,
+    second_temperature: float | None = None,
+    moments: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """logp, entropy, lse, sum_sq, top1, row maximum and 1 / sum of exps: (tokens,) float32 each.
+
+    With second_temperature or moments three more: second_logp, sum_p2_logp and sum_p2_logp2, empty
+    where they were not asked for. The caller has checked shapes, dtypes and devices.
+    """
+    tokens, vocab = logits.shape
+    logits, bias_logits = rows.unit_stride(logits), rows.unit_stride(bias_logits)
+    extended = second_temperature is not None or moments
+    sizes = [tokens] * 7
+    if extended:
+        sizes += [0 if second_temperature is None else tokens] + [tokens if moments else 0] * 2
+    out = [torch.empty(n, dtype=torch.float32, device=logits.device) for n in sizes]
+    second, p2_logp, p2_logp2 = (out[7:] or [None] * 3)  # fmt: skip
+    vector, scalar = rows.per_row(temperature)
+    if tokens:
+        config = launch.choose("token_stats_fwd", logits)
+        token_stats_fwd_kernel[(tokens,)](
+            logits, bias_logits, target.contiguous(), rows.contiguous(mask), vector, *out[:7],
+            None if second_temperature is None else second,
+            p2_logp if moments else None, p2_logp2 if moments else None,
+            logits.stride(0), 0 if bias_logits is None else bias_logits.stride(0), vocab,
+            scalar, softcap or 1.0, logit_scale, bias_scale, second_temperature or 1.0,
+            HAS_SOFTCAP=softcap is not None, SAME_LEAD=rows.same_lead(logits, bias_logits),
+            **rows.tile_shape(config, logits), **config.options,
+        )  # fmt: skip
+    return tuple(out)
+
+
+def token_stats_bwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    m: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+    bias_logits: torch.Tensor | None = None,
+    bias_scale: float = 1.0,
+) -> torch.Tensor:
+    """The gradient of the logits, into `out` if given; `out` may be `logits` itself.
+
+    `m` and `inv_sum` are the sixth and seventh output of `token_stats_fwd`.
+    """
+    tokens, vocab = logits.shape
+    if out is None:
+        out = torch.empty((tokens, vocab), dtype=logits.dtype, device=logits.device)
+    logits, bias_logits = rows.unit_stride(logits), rows.unit_stride(bias_logits)
+    vector, scalar = rows.per_row(temperature)
+    if tokens:
+        config = launch.choose("token_stats_bwd", logits)
+        parts = rows.parts(tokens, vocab, config)
+        token_stats_bwd_kernel[(tokens * parts,)](
+            logits, bias_logits, target.contiguous(), rows.contiguous(mask), vector, m, inv_sum,
+            entropy, rows.as_float(grad_logp), rows.as_float(grad_entropy), out,
+            logits.stride(0), 0 if bias_logits is None else bias_logits.stride(0), out.stride(0),
+            vocab, parts, scalar, softcap or 1.0, logit_scale, bias_scale,
+            HAS_SOFTCAP=softcap is not None, SAME_LEAD=rows.same_lead(logits, bias_logits),
+            SAME_GRAD_LEAD=rows.same_lead(logits, out),
+            **rows.tile_shape(config, logits), **config.options,
+        )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------------- compile cases
+
+
+def _arguments(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return meta(4096, 151936, dtype=dtype), meta(4096, dtype=torch.int64)
+
+
+PLAIN = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0, "mask": None}
+
+
+@compile_case("token_stats_fwd", dtypes=FLOAT_DTYPES)
+def _(dtype: torch.dtype) -> None:
+    token_stats_fwd(*_arguments(dtype), **PLAIN)
+
+
+@compile_case("token_stats_bwd", dtypes=FLOAT_DTYPES)
+def _(dtype: torch.dtype) -> None:
+    row = meta(4096)
+    token_stats_bwd(*_arguments(dtype), row, row, row, row, row, **PLAIN)
