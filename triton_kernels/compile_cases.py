@@ -45,12 +45,16 @@ class CompileCase:
         dtypes: those that are shipped.
         streams: how many tensors of the big dtype the hot loop reads, element by element: divides
             the bytes that it loads when instructions per element are counted.
+        traffic: how many such tensors one pass moves between memory and the chip, read or written,
+            where that is all its work: predicts the share of the memory's bandwidth. 0: no such
+            prediction.
     """
 
     name: str
     call: Callable[[torch.dtype], object]
     dtypes: tuple[torch.dtype, ...]
     streams: int = 1
+    traffic: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,13 @@ _CASES: dict[str, CompileCase] = {}
 
 
 def compile_case(
-    name: str, *, dtypes: tuple[torch.dtype, ...], streams: int = 1
+    name: str, *, dtypes: tuple[torch.dtype, ...], streams: int = 1, traffic: int = 0
 ) -> Callable[[Callable[[torch.dtype], object]], Callable[[torch.dtype], object]]:
     """Declare the decorated call as a compile case."""
 
     def add(call: Callable[[torch.dtype], object]) -> Callable[[torch.dtype], object]:
         assert name not in _CASES, name
-        _CASES[name] = CompileCase(name, call, dtypes, streams)
+        _CASES[name] = CompileCase(name, call, dtypes, streams, traffic)
         return call
 
     return add
