@@ -111,7 +111,7 @@ def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> R
     usage, sass = _disassemble(compiled.asm["cubin"])
     loop = hot_loop(sass)
     widths = list(_load_widths(loop))
-    elements = sum(widths) / (case.streams * dtype.itemsize)
+    elements = sum(widths) / (case.streams * dtype.itemsize) if case.streams else 0
     return Resources(
         case=case.name,
         kernel=launch.kernel.__name__,
@@ -243,7 +243,8 @@ def _shares(table: dict[tuple[str, str, str], dict[int, Resources]]) -> Iterator
 
 
 def _cell(row: Resources) -> str:
-    cell = f"{row.per_element:.1f}, {row.registers} reg, {row.shared_bytes} B, {row.load_bytes} B"
+    count = f"{row.per_element:.1f}" if row.per_element else "-"
+    cell = f"{count}, {row.registers} reg, {row.shared_bytes} B, {row.load_bytes} B"
     return cell + (f", **{row.spill_bytes} B spilled**" if row.spill_bytes else "")
 
 

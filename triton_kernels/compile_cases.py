@@ -44,7 +44,8 @@ class CompileCase:
         call: launches with its big tensors in the given dtype.
         dtypes: those that are shipped.
         streams: how many tensors of the big dtype the hot loop reads, element by element: divides
-            the bytes that it loads when instructions per element are counted.
+            the bytes that it loads when instructions per element are counted. 0: a gather, whose
+            instructions are not counted.
         traffic: how many such tensors one pass moves between memory and the chip, read or written,
             where that is all its work: predicts the share of the memory's bandwidth. 0: no such
             prediction.
