@@ -31,6 +31,14 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 # Other versions of the compiler allot a few registers and instructions more or less.
 REGISTERS_SLACK = 8
 INSTRUCTIONS_SLACK = 0.02
+# Instructions that a GPU issues in the time in which its memory moves one byte: 4 per clock and SM.
+# (capability, SMs, GHz, TB/s); sustained clocks under load are lower than these boost clocks.
+GPUS = {
+    "A100": (80, 108, 1.41, 2.0),
+    "H100": (90, 132, 1.755, 3.35),
+    "H200": (90, 132, 1.755, 4.8),
+    "B200": (100, 148, 1.85, 8.0),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Resources:
     """Width of the widest global load of the hot loop."""
     per_element: float
     """Instructions per element of the hot loop, of one thread."""
+    traffic_bytes: int
+    """Bytes per element between memory and the chip; 0 where bandwidth is not predicted."""
 
     @property
     def key(self) -> str:
@@ -99,7 +109,9 @@ def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> R
         source, target=GPUTarget("cuda", capability, 32), options=launch.options
     )
     usage, sass = _disassemble(compiled.asm["cubin"])
-    loops = [(loop, list(_load_widths(loop))) for loop in hot_loops(sass, case.visits)]
+    loops = []
+    if case.streams:
+        loops = [(loop, list(_load_widths(loop))) for loop in hot_loops(sass, case.visits)]
     bytes_per_element = case.streams * dtype.itemsize
     per_element = sum(len(loop) * bytes_per_element / max(1, sum(w)) for loop, w in loops if w)
     return Resources(
@@ -112,8 +124,9 @@ def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> R
         spill_bytes=int(_found(r"STACK:(\d+)", usage)),
         shared_bytes=compiled.metadata.shared,
         threads=32 * launch.options.get("num_warps", 4),
-        load_bytes=min(max(widths, default=0) for _, widths in loops),
+        load_bytes=min((max(widths, default=0) for _, widths in loops), default=0),
         per_element=round(per_element, 2),
+        traffic_bytes=case.traffic * dtype.itemsize,
     )
 
 
@@ -206,11 +219,35 @@ def as_markdown(rows: Sequence[Resources]) -> str:
     for key, cells in sorted(table.items()):
         shown = [_cell(cells[c]) if c in cells else "-" for c in capabilities]
         lines.append("| " + " | ".join([*key, *shown]) + " |")
+    lines += ["", *_shares(table)]
     return "\n".join(lines) + "\n"
 
 
+def bandwidth_share(row: Resources, gpu: str) -> float:
+    """The part of the memory's bandwidth that the hot loop can use before issue slots run out."""
+    _, processors, gigahertz, terabytes = GPUS[gpu]
+    slots = row.traffic_bytes * 32 * 4 * processors * gigahertz / (1000 * terabytes)
+    return min(1.0, slots / row.per_element)
+
+
+def _shares(table: dict[tuple[str, str, str], dict[int, Resources]]) -> Iterator[str]:
+    yield "Predicted share of the memory's bandwidth, from issue slots alone: an upper bound, which"
+    yield "ignores latency, the special-function unit and clocks below boost."
+    yield ""
+    yield "| case | dtype | " + " | ".join(GPUS) + " |"
+    yield "| --- | --- |" + " --- |" * len(GPUS)
+    for (case, _, dtype), cells in sorted(table.items()):
+        if all(row.traffic_bytes for row in cells.values()):
+            shares = [
+                f"{bandwidth_share(cells[row[0]], gpu):.0%}" if row[0] in cells else "-"
+                for gpu, row in GPUS.items()
+            ]
+            yield "| " + " | ".join([case, dtype, *shares]) + " |"
+
+
 def _cell(row: Resources) -> str:
-    cell = f"{row.per_element:.1f}, {row.registers} reg, {row.shared_bytes} B, {row.load_bytes} B"
+    count = f"{row.per_element:.1f}" if row.per_element else "-"
+    cell = f"{count}, {row.registers} reg, {row.shared_bytes} B, {row.load_bytes} B"
     return cell + (f", **{row.spill_bytes} B spilled**" if row.spill_bytes else "")
 
 

@@ -216,7 +216,7 @@ def test_hot_loop_and_load_widths_of_a_listing():
 
 
 def test_differences_are_named():
-    row = kernel_table.Resources("op", "k", "bfloat16", 90, 40, 0, 0, 256, 16, 10.0)
+    row = kernel_table.Resources("op", "k", "bfloat16", 90, 40, 0, 0, 256, 16, 10.0, 2)
 
     def changed(**fields):
         return kernel_table.Resources(**{**row.__dict__, **fields})
@@ -233,6 +233,13 @@ def test_differences_are_named():
     ):
         assert text in "\n".join(kernel_table.differences([changed(**fields)], [row]))
     assert "not compiled any more" in kernel_table.differences([], [row])[0]
+
+
+def test_bandwidth_is_predicted_from_issue_slots():
+    """17.7 slots per element of 2 bytes on an H100, 12.35 on an H200."""
+    row = kernel_table.Resources("op", "k", "bfloat16", 90, 40, 0, 0, 256, 16, 13.0, 2)
+    assert kernel_table.bandwidth_share(row, "H100") == 1.0
+    assert kernel_table.bandwidth_share(row, "H200") == pytest.approx(12.35 / 13.0, rel=1e-3)
 
 
 def test_forced_triton_on_the_cpu_is_refused_without_the_interpreter():

@@ -44,9 +44,13 @@ class CompileCase:
         call: launches with its big tensors in the given dtype.
         dtypes: those that are shipped.
         streams: how many tensors of the big dtype the hot loop reads, element by element: divides
-            the bytes that it loads when instructions per element are counted.
+            the bytes that it loads when instructions per element are counted. 0: a gather, whose
+            instructions are not counted.
         visits: hot loops that each visit every element, one after the other; their instructions
             add up.
+        traffic: how many such tensors one pass moves between memory and the chip, read or written,
+            where that is all its work: predicts the share of the memory's bandwidth. 0: no such
+            prediction.
     """
 
     name: str
@@ -54,6 +58,7 @@ class CompileCase:
     dtypes: tuple[torch.dtype, ...]
     streams: int = 1
     visits: int = 1
+    traffic: int = 0
 
 
 # An argument by its name; a member of a tuple argument by positions.
@@ -75,13 +80,18 @@ _CASES: dict[str, CompileCase] = {}
 
 
 def compile_case(
-    name: str, *, dtypes: tuple[torch.dtype, ...], streams: int = 1, visits: int = 1
+    name: str,
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    streams: int = 1,
+    visits: int = 1,
+    traffic: int = 0,
 ) -> Callable[[Callable[[torch.dtype], object]], Callable[[torch.dtype], object]]:
     """Declare the decorated call as a compile case."""
 
     def add(call: Callable[[torch.dtype], object]) -> Callable[[torch.dtype], object]:
         assert name not in _CASES, name
-        _CASES[name] = CompileCase(name, call, dtypes, streams, visits)
+        _CASES[name] = CompileCase(name, call, dtypes, streams, visits, traffic)
         return call
 
     return add

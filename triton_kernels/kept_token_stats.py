@@ -249,12 +249,12 @@ def _arguments(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return meta(4096, 151936, dtype=dtype), tokens, meta(1 << 18, dtype=torch.int64), offsets
 
 
-@compile_case("kept_token_stats_fwd", dtypes=FLOAT_DTYPES)
+@compile_case("kept_token_stats_fwd", dtypes=FLOAT_DTYPES, streams=0)
 def _(dtype: torch.dtype) -> None:
     kept_token_stats_fwd(*_arguments(dtype), **OPTIONS)
 
 
-@compile_case("kept_token_stats_bwd", dtypes=FLOAT_DTYPES)
+@compile_case("kept_token_stats_bwd", dtypes=FLOAT_DTYPES, streams=0)
 def _(dtype: torch.dtype) -> None:
     row = meta(4096)
     kept_token_stats_bwd(*_arguments(dtype), row, row, row, row, row, **OPTIONS)

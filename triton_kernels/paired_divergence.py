@@ -382,7 +382,7 @@ def _compile(kind: str) -> None:
         x = meta(4096, 151936, dtype=dtype)
         paired_divergence_fwd(x, x, kind=kind, jsd_bound=0.7, **OPTIONS)
 
-    @compile_case(f"paired_divergence_bwd/{kind}", dtypes=FLOAT_DTYPES, streams=2)
+    @compile_case(f"paired_divergence_bwd/{kind}", dtypes=FLOAT_DTYPES, streams=2, traffic=3)
     def _(dtype: torch.dtype) -> None:
         x, row = meta(4096, 151936, dtype=dtype), meta(4096)
         paired_divergence_bwd(x, x, meta(4096, 6), row, kind=kind, **OPTIONS)

@@ -279,12 +279,12 @@ def _case(dtype: torch.dtype, softcap: float | None, grad_dtype: torch.dtype) ->
     )  # fmt: skip
 
 
-@compile_case("policy_step", dtypes=FLOAT_DTYPES, visits=2)
+@compile_case("policy_step", dtypes=FLOAT_DTYPES, visits=2, traffic=2)
 def _(dtype: torch.dtype) -> None:
     _case(dtype, None, dtype)
 
 
-@compile_case("policy_step/softcap", dtypes=(torch.bfloat16,), visits=2)
+@compile_case("policy_step/softcap", dtypes=(torch.bfloat16,), visits=2, traffic=2)
 def _(dtype: torch.dtype) -> None:
     _case(dtype, 30.0, dtype)
 

@@ -352,12 +352,42 @@ def _arguments(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 PLAIN = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0, "mask": None}
 
 
-@compile_case("token_stats_fwd", dtypes=FLOAT_DTYPES)
+@compile_case("token_stats_fwd", dtypes=FLOAT_DTYPES, traffic=1)
 def _(dtype: torch.dtype) -> None:
     token_stats_fwd(*_arguments(dtype), **PLAIN)
 
 
-@compile_case("token_stats_bwd", dtypes=FLOAT_DTYPES)
+@compile_case("token_stats_bwd", dtypes=FLOAT_DTYPES, traffic=2)
 def _(dtype: torch.dtype) -> None:
     row = meta(4096)
     token_stats_bwd(*_arguments(dtype), row, row, row, row, row, **PLAIN)
+
+
+@compile_case("token_stats_fwd/options", dtypes=(torch.bfloat16,))
+def _(dtype: torch.dtype) -> None:
+    logits, target = _arguments(dtype)
+    token_stats_fwd(
+        logits, target, temperature=meta(4096), softcap=30.0, logit_scale=1.0,
+        mask=meta(4096, dtype=torch.bool), bias_logits=logits, second_temperature=0.7, moments=True,
+    )  # fmt: skip
+
+
+@compile_case("token_stats_bwd/options", dtypes=(torch.bfloat16,))
+def _(dtype: torch.dtype) -> None:
+    row = meta(4096)
+    token_stats_bwd(
+        *_arguments(dtype), row, row, row, row, row, temperature=row, softcap=30.0,
+        logit_scale=1.0, mask=meta(4096, dtype=torch.bool), bias_logits=_arguments(dtype)[0],
+    )  # fmt: skip
+
+
+@compile_case("token_stats_fwd/odd_vocabulary", dtypes=(torch.bfloat16,), traffic=1)
+def _(dtype: torch.dtype) -> None:
+    token_stats_fwd(meta(4096, 49155, dtype=dtype), meta(4096, dtype=torch.int64), **PLAIN)
+
+
+@compile_case("token_stats_bwd/odd_vocabulary", dtypes=(torch.bfloat16,), traffic=2)
+def _(dtype: torch.dtype) -> None:
+    row = meta(4096)
+    logits, target = meta(4096, 49155, dtype=dtype), meta(4096, dtype=torch.int64)
+    token_stats_bwd(logits, target, row, row, row, row, row, **PLAIN)

@@ -1,0 +1,206 @@
+"""What only the Triton row kernels have: poison instead of a refusal, parts of rows, alignment.
+
+The first half runs in the interpreter; the second, marked `gpu`, repeats the cases of the other
+test files on a device and adds what the interpreter cannot show: CUDA graphs, offsets beyond 2^31
+and bandwidth.
+"""
+
+import pytest
+import torch
+from harness import bits, compare
+from logit_cases import CASES
+
+import tokfuse
+from tokfuse.runtime.ops import paired_divergence as paired_op
+from tokfuse.runtime.ops import token_stats as stats_op
+
+pytest.importorskip("triton")
+
+OPTIONS = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0, "mask": None}
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_target_out_of_range_poisons_its_row_where_values_are_not_read():
+    from tokfuse.triton_kernels import token_stats as kernels
+
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 300, -1, 299])
+    out = kernels.token_stats_fwd(logits, target, **OPTIONS)
+    assert out[0].isnan().tolist() == [False, True, True, False]
+    assert all(x.isfinite().all() for x in out[1:])
+    one = torch.ones(4)
+    grad = kernels.token_stats_bwd(logits, target, out[5], out[6], out[1], one, one, **OPTIONS)
+    assert grad.isnan().all(1).tolist() == [False, True, True, False]
+    only_entropy = kernels.token_stats_bwd(
+        logits, target, out[5], out[6], out[1], None, one, **OPTIONS
+    )
+    assert only_entropy.isfinite().all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("programs", [1, 8])
+def test_the_gradient_does_not_depend_on_the_parts_of_a_row(dtype, programs, monkeypatch):
+    """Nor on whether it is written over the logits; the row begins inside 16 bytes."""
+    from tokfuse.triton_kernels import rows
+    from tokfuse.triton_kernels import token_stats as kernels
+
+    logits = torch.randn(2, 5003, generator=torch.Generator().manual_seed(1)).to(dtype)
+    target = torch.tensor([5002, 2050])
+    out = kernels.token_stats_fwd(logits, target, **OPTIONS)
+    state = (out[5], out[6], out[1], torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.0]))
+    whole = kernels.token_stats_bwd(logits, target, *state, **OPTIONS)
+    monkeypatch.setattr(rows, "ENOUGH_PROGRAMS", programs)
+    over = logits.clone()
+    assert kernels.token_stats_bwd(over, target, *state, over, **OPTIONS) is over
+    assert bits(over) == bits(whole)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_id_out_of_range_poisons_its_row_where_values_are_not_read():
+    from tokfuse.triton_kernels import kept_token_stats as kernels
+
+    logits, target = torch.zeros(3, 10), torch.tensor([1, 1, 12])
+    ids, offsets = torch.tensor([1, 2, 1, 10, 3, 4]), torch.tensor([0, 2, 4, 6])
+    out = kernels.kept_token_stats_fwd(logits, target, ids, offsets, **OPTIONS)
+    assert out[0].isnan().tolist() == [False, True, True]
+    assert out[1].isnan().tolist() == [False, True, False]
+    # Offsets that point behind the ids read nothing there.
+    out = kernels.kept_token_stats_fwd(
+        logits, target, ids, torch.tensor([0, 2, 4, 1 << 40]), **OPTIONS
+    )
+    assert out[1][2].isfinite()
+
+
+# ---------------------------------------------------------------------------------- on a device
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on(device: str, arguments: dict) -> dict:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("kind", paired_op.KINDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_divergences_on_a_device_are_those_of_the_reference(case, kind):
+    p, _, options = case.make(torch.float32)
+    q = torch.roll(p, 1, 0) if len(p) > 1 else p + 0.5
+    results = []
+    for device, backend in (("cpu", "reference"), ("cuda", "triton")):
+        z = p.to(device).detach().requires_grad_()
+        with tokfuse.backend(backend):
+            out = tokfuse.paired_divergence(z, q.to(device), kind=kind, **on(device, options))
+            out.nan_to_num(posinf=0.0).sum().backward()
+        results.append((out, z.grad))
+    compare(results[1][0], results[0][0], atol=2e-5, rtol=2e-5)
+    compare(results[1][1], results[0][1], atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_kept_supports_on_a_device_are_those_of_the_reference():
+    gen = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(5, 3000, generator=gen), torch.tensor([7, 1, 2999, 5, 0])
+    ids = torch.cat([torch.randperm(3000, generator=gen)[:n] for n in (700, 1, 0, 2048, 3)])
+    offsets = torch.tensor([0, 700, 701, 701, 2749, 2752])
+    results = []
+    for device, backend in (("cpu", "reference"), ("cuda", "triton")):
+        z = logits.to(device).requires_grad_()
+        given = [x.to(device) for x in (target, ids, offsets)]
+        with tokfuse.backend(backend):
+            out = tokfuse.kept_token_stats(z, *given, temperature=0.8)
+            out.entropy.sum().backward()
+        results.append((*out, z.grad))
+    for got, want in zip(results[1], results[0], strict=True):
+        compare(got, want, atol=2e-5)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_cuda_graph_replays_forward_and_backward():
+    """No host synchronisation, and every allocation comes from the graph's pool."""
+    logits = torch.randn(64, 5003, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(0, 5003, (64,), device="cuda")
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        stats = tokfuse.token_stats(logits, target, temperature=0.7)
+        (grad,) = torch.autograd.grad((stats.logp + 0.1 * stats.entropy).sum(), logits)
+        return stats.logp, grad
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up compiles the kernels
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        logits.mul_(0.5)
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_rows_beyond_2_to_the_31_elements():
+    vocab = 151936
+    tokens = 2**31 // vocab + 3
+    if torch.cuda.mem_get_info()[0] < 3 * tokens * vocab * 2:
+        pytest.skip("needs 14 GB of device memory")
+    logits = torch.zeros(tokens, vocab, device="cuda", dtype=torch.bfloat16)
+    logits[-1, 5] = 20.0
+    target = torch.full((tokens,), 5, device="cuda")
+    z = logits.requires_grad_()
+    stats = tokfuse.token_stats(z, target)
+    stats.logp[-1].backward()
+    assert abs(float(stats.logp[-1])) < 1e-3 and abs(float(stats.logp[0]) + 11.931) < 1e-3
+    assert float(z.grad[-1, 6]) < 0.0 and float(z.grad[0].abs().sum()) == 0.0
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("gradient", [False, True])
+def test_bandwidth_is_that_of_a_copy(gradient, record_property):
+    """The hot loops are within the issue budget, so a pass takes what its bytes take, or 1.6x.
+
+    A ratio of two medians of one process, and far from it: a loop that spills or loads 2 bytes at a
+    time is slower by 3 and more.
+    """
+    logits = torch.randn(4096, 128256, device="cuda", dtype=torch.bfloat16)
+    target = torch.randint(0, 128256, (4096,), device="cuda")
+    other = torch.empty_like(logits)
+
+    def median(run) -> float:
+        times = []
+        for _ in range(15):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return sorted(times[5:])[5]
+
+    run = stats_op.TRITON
+    options = {**OPTIONS, "bias_logits": None, "bias_scale": 1.0}
+    out = run.forward(logits, target, **options)
+    one = torch.ones(4096, device="cuda")
+
+    def passes() -> object:
+        if not gradient:
+            return run.forward(logits, target, **options)
+        return run.backward(logits, target, out[5], out[6], out[1], one, one, other, **options)
+
+    copy = median(lambda: other.copy_(logits))
+    share = copy / median(passes) * (1.0 if gradient else 0.5)
+    record_property("share_of_copy_bandwidth", share)
+    assert share > 1 / 1.6, f"{share:.2f} of the bandwidth of a copy"
