@@ -62,7 +62,7 @@ class Launch:
     """One kernel launch as the compiler needs it."""
 
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, Any]
     aligned: tuple[str, ...]
     options: dict[str, int]
@@ -118,7 +118,8 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
     given = {name: value for name, value in kwargs.items() if name in names}
     bound = inspect.signature(kernel.fn).bind(*args, **given)
     bound.apply_defaults()
-    signature, constexprs, aligned = {}, {}, []
+    signature: dict[str, str | tuple[str, ...]] = {}
+    constexprs, aligned = {}, []
     for parameter, (name, value) in zip(kernel.params, bound.arguments.items(), strict=True):
         if parameter.is_constexpr or value is None:
             signature[name], constexprs[name] = "constexpr", value
@@ -134,6 +135,9 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(name)
+        elif isinstance(value, tuple):  # of numbers; triton_kernels.packed.pair makes them
+            assert all(isinstance(x, float) for x in value), name
+            signature[name] = ("fp32",) * len(value)
         else:
             signature[name] = "fp32"
     return Launch(kernel, signature, constexprs, tuple(aligned), options)
