@@ -2,12 +2,23 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from harness import backends, on_its_device
 
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.ope import ope
+from tokfuse.runtime.reference.ope import ope as reference
+
+ope = on_its_device(ope)
+
+
+@pytest.fixture(params=backends("ope"), autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with request.param.forced():
+        yield request.param.name
 
 
 def batch(num_rows=50, seed=0):
@@ -117,9 +128,39 @@ def test_masked_nan_is_not_read():
         assert torch.equal(got, want)
 
 
-def test_dtypes_and_detachment():
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_rows_and_any_number_of_threads(masked):
+    *tensors, mask = batch(40_000)
+    tensors[1] += 100.0  # the deviations are small beside the rewards
+    mask = mask if masked else None
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ope(*tensors, mask=mask))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    wanted = reference(*(x.double() for x in tensors), mask=mask)
+    for name, (value, error) in wanted.items():
+        got = getattr(results[0], name).item(), getattr(results[0], f"{name}_se").item()
+        assert got == pytest.approx((value.item(), error.item()), rel=2e-7), name
+
+
+def test_rows_without_weight_have_no_self_normalised_estimate():
+    out = ope(torch.zeros(3), torch.arange(3.0), torch.ones(3), torch.ones(3))
+    assert (out.ips.item(), out.ips_se.item(), out.dr.item()) == (0.0, 0.0, 1.0)
+    assert out.snips.isnan() and out.snips_se.isnan() and out.sndr.isnan() and out.sndr_se.isnan()
+
+
+def test_dtypes_and_detachment(backend):
     weight, reward, *_ = batch()
-    assert ope(weight.double(), reward).ips.dtype == torch.float64
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match="cpu: takes float32"):
+            ope(weight.double(), reward)
+    else:
+        assert ope(weight.double(), reward).ips.dtype == torch.float64
     out = ope(weight.bfloat16(), reward.requires_grad_())
     assert out.ips.dtype == torch.float32 and not out.ips.requires_grad
 

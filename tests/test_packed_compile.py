@@ -31,7 +31,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.interpreter)]
+)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_compiled_equals_eager(
     call: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],

@@ -6,21 +6,18 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from harness import backends, on_its_device
 from hypothesis import strategies as st
 
-from tokfuse.runtime import dispatch
 from tokfuse.runtime.ops.whiten import whiten
 
-ROWS = [row for row in dispatch.table() if row["op"] == "whiten" and row["built"]]
+whiten = on_its_device(whiten)
 
 
-@pytest.fixture(params=[row["backend"] for row in ROWS], autouse=True)
+@pytest.fixture(params=backends("whiten"), autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    row = next(row for row in ROWS if row["backend"] == request.param)
-    if not row["usable"]:
-        pytest.skip(f"{request.param}: {row['why']}")
-    with dispatch.backend(request.param):
-        yield request.param
+    with request.param.forced():
+        yield request.param.name
 
 
 def expected(x, mask=None, shift_mean=True, eps=1e-8):
@@ -156,8 +153,9 @@ def test_strided_and_differentiable_input():
     assert torch.equal(out, whiten(wide[:, 1].contiguous(), wide[:, 2] > 0))
 
 
-def test_bits_do_not_depend_on_the_thread_count():
-    x = torch.randn(50_000, generator=torch.Generator().manual_seed(5))
+def test_bits_do_not_depend_on_the_thread_count(backend):
+    size = 5_000 if backend == "triton" else 50_000
+    x = torch.randn(size, generator=torch.Generator().manual_seed(5))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

@@ -149,6 +149,27 @@ void whiten(Address x, Address mask, Address mean, Address var, Address out, int
   TOKFUSE_CALL(whiten, a);
 }
 
+void ope(Address weight, Address reward, Address q_pi, Address q_a, Address mask, Address out,
+         int64_t rows, int threads) {
+  OpeArgs a = {};
+  a.rows = checked_size(rows, "rows must be >= 0");
+  for (Address p : {weight, reward}) require_pointer(p, rows, "weight or reward");
+  require_pointer(out, 10, "out");
+  require(q_pi != 0 || q_a == 0, "q_a needs q_pi");
+  require_threads(threads);
+  a.weight = as<float>(weight);
+  a.reward = as<float>(reward);
+  a.q_pi = as<float>(q_pi);
+  a.q_a = as<float>(q_a);
+  a.mask = as<uint8_t>(mask);
+  a.out = as<double>(out);
+  a.threads = threads;
+  py::gil_scoped_release release;
+  std::vector<double> scratch(static_cast<size_t>((rows / kOpeBlock + 1) * 5));
+  a.scratch = scratch.data();
+  TOKFUSE_CALL(ope, a);
+}
+
 // First valid row with an id outside [0, segments), or -1.
 int64_t segment_moments(Address values, bool is_double, Address ids, Address cu_seqlens,
                         Address mask, Address count, Address sum, Address sum_sq, Address min,
@@ -247,6 +268,7 @@ void bind_packed(py::module_& m) {
   m.def("gae", &gae);
   m.def("vtrace", &vtrace);
   m.def("whiten", &whiten);
+  m.def("ope", &ope);
   m.def("segment_moments", &segment_moments);
   m.def("offpolicy_weights", &offpolicy_weights);
 }

@@ -74,6 +74,19 @@ struct WhitenArgs {
 };
 constexpr int64_t kWhitenBlock = 4096;
 
+struct OpeArgs {
+  int64_t rows;
+  const float* weight;  // (N)
+  const float* reward;  // (N)
+  const float* q_pi;    // (N) or null: dm, dr and sndr mean nothing
+  const float* q_a;     // (N) or null: dr and sndr mean nothing
+  const uint8_t* mask;  // (N) or null
+  double* out;          // (5, 2) ips, snips, dm, dr, sndr: estimate, standard error
+  double* scratch;      // 5 per block of kOpeBlock
+  int threads;          //
+};
+constexpr int64_t kOpeBlock = 4096;
+
 struct MomentsArgs {
   int64_t rows, segments;
   const void* values;         // (N) float, or double with `is_double`
@@ -151,6 +164,7 @@ inline int64_t grouping_scratch(int64_t rows) {
   void gae(const ScanArgs& args);                         \
   void vtrace(const ScanArgs& args);                      \
   void whiten(const WhitenArgs& args);                    \
+  void ope(const OpeArgs& args);                          \
   /* first valid row whose id is outside [0, K), or -1 */ \
   int64_t segment_moments(const MomentsArgs& args);       \
   /* effective sample size */                             \

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
+from tokfuse.runtime import native, triton_backend
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
@@ -356,7 +356,34 @@ def _cpu(
     return weight, torch.tensor(ess, dtype=torch.float32), kept
 
 
+_launch = triton_backend.launcher(OP, OP)
+
+
+def _triton(
+    logp: torch.Tensor | None,
+    behavior: torch.Tensor,
+    *,
+    lam: float | None,
+    power: float | None,
+    rules: tuple[KeepRule, ...],
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _launch(
+        behavior,
+        logp,
+        param=lam or power,
+        rules=tuple((r.statistic, r.over, r.low, r.high, r.negative_only) for r in rules),
+        **options,
+    )
+    return out
+
+
 # By name, because torch.compile can follow a module's table but not a record of the registry.
-_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": reference}
+_RUNS: Runs = {
+    "triton": uncompiled(_triton),
+    "cpu": uncompiled(_cpu),
+    "reference": reference,
+}
+register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, _RUNS["reference"])

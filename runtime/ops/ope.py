@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.dispatch import backend_of, register_reference
+from tokfuse.runtime import native
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
@@ -13,6 +14,7 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
+    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.reference.ope import ope as reference
@@ -96,6 +98,37 @@ def ope(
     return OPE(**fields)
 
 
+def _cpu(
+    weight: torch.Tensor,
+    reward: torch.Tensor,
+    q_pi: torch.Tensor | None,
+    q_a: torch.Tensor | None,
+    *,
+    mask: torch.Tensor | None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor] | None]:
+    module = native.module()
+    assert module is not None
+    values = torch.empty(10, dtype=torch.float64)
+    module.ope(
+        native.pointer(weight),
+        native.pointer(reward),
+        native.pointer(q_pi),
+        native.pointer(q_a),
+        native.pointer(mask),
+        native.pointer(values),
+        reward.shape[0],
+        torch.get_num_threads(),
+    )
+    found = values.to(reward.dtype).unbind(0)
+    given = {"ips": True, "snips": True, "dm": q_pi is not None}
+    given["dr"] = given["sndr"] = q_a is not None
+    return {
+        name: (found[2 * k], found[2 * k + 1]) if given[name] else None
+        for k, name in enumerate(given)
+    }
+
+
 # By name, because torch.compile can follow a module's table but not a record of the registry.
-_RUNS: Runs = {"reference": reference}
+_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": reference}
+register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, reference)

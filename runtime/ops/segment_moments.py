@@ -1,11 +1,12 @@
 """`tokfuse.segment_moments`: count, sum, sum of squares, minimum and maximum per segment."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
+from tokfuse.runtime import native, triton_backend
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
@@ -70,7 +71,8 @@ def segment_moments(
 
     Raises:
         ValueError: shapes, dtypes, both or none of segment_ids and cu_seqlens, num_segments missing
-            or given with cu_seqlens, an id outside [0, num_segments) (read on CPU only).
+            or given with cu_seqlens, an id outside [0, num_segments) (read on CPU; on
+            other devices only with TOKFUSE_CHECK=1, else its row counts nowhere on `triton`).
     """
     num_rows = check_vector(OP, "values", values).shape[0]
     rows = Rows(num_rows, "values", values.device)
@@ -124,7 +126,7 @@ def _reference(
     return reference(values, segment_ids, num_segments, mask=mask)
 
 
-def _forward(
+def _cpu_forward(
     values: torch.Tensor,
     segment_ids: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
@@ -156,19 +158,33 @@ def _forward(
     return count, total, square, low, high
 
 
+_launch = triton_backend.launcher(OP, "segment_moments")
+
+
+def _triton_forward(
+    values: torch.Tensor, segment_ids: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    if segment_ids is not None and may_read(segment_ids):
+        _, num_segments, mask = rest
+        _check_ids(segment_ids, num_segments, mask)
+    out: tuple[torch.Tensor, ...] = _launch(values, segment_ids, *rest)
+    return out
+
+
 class _Moments(torch.autograd.Function):
-    """Native forward; the gradient of the two sums is a gather."""
+    """Forward of a kernel; the gradient of the two sums is a gather."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        kernel: Callable[..., tuple[torch.Tensor, ...]],
         values: torch.Tensor,
         segment_ids: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         num_segments: int,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        count, total, square, low, high = _forward(
+        count, total, square, low, high = kernel(
             values, segment_ids, cu_seqlens, num_segments, mask
         )
         ctx.save_for_backward(values, segment_ids, cu_seqlens, mask)
@@ -184,22 +200,31 @@ class _Moments(torch.autograd.Function):
         if mask is not None:
             ids = torch.where(mask, ids, 0)
         if ids.shape[0] == 0:
-            return torch.zeros_like(values), None, None, None, None
+            return None, torch.zeros_like(values), None, None, None, None
         grad = grad_sum[ids] + 2.0 * values * grad_square[ids]
         if mask is not None:
             grad = torch.where(mask, grad, torch.zeros_like(grad))
-        return grad, None, None, None, None
+        return None, grad, None, None, None, None
 
 
-def _cpu(values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    differentiable = values.requires_grad and torch.is_grad_enabled()
-    if not differentiable:
-        return _forward(values, *rest)
-    out: tuple[torch.Tensor, ...] = _Moments.apply(values, *rest)
-    return out
+def _differentiable(
+    kernel: Callable[..., tuple[torch.Tensor, ...]],
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    def run(values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        if not (values.requires_grad and torch.is_grad_enabled()):
+            return kernel(values, *rest)
+        out: tuple[torch.Tensor, ...] = _Moments.apply(kernel, values, *rest)
+        return out
+
+    return run
 
 
 # By name, because torch.compile can follow a module's table but not a record of the registry.
-_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": _reference}
+_RUNS: Runs = {
+    "triton": uncompiled(_differentiable(_triton_forward)),
+    "cpu": uncompiled(_differentiable(_cpu_forward)),
+    "reference": _reference,
+}
+register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32, torch.float64}))
 register_reference(OP, _RUNS["reference"])

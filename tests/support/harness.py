@@ -1,8 +1,11 @@
 """Shared by the tests of every op: the backends to run on, and how two tensors are compared."""
 
+import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ class Backend(NamedTuple):
 
     def put(self, value: Any) -> Any:
         """A tensor moved to the device of the backend; anything else as it is."""
-        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+        return _moved(value, self.device)
 
 
 def backends(op: str, without: str = "", interpreted: bool = True) -> list[Any]:
@@ -69,6 +72,33 @@ def host_backends(op: str) -> list[Any]:
         for parameter in backends(op)
         if parameter.values[0].device == "cpu"
     ]
+
+
+def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` for tests that build tensors on the CPU: they move to where the forced backend runs.
+
+    Results come back to the CPU; both moves are differentiable, and nothing moves but for a GPU.
+    """
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        forced = dispatch.forced_backend()
+        cuda = forced == "cuda" or (forced == "triton" and not triton_backend.interpreting())
+        device = "cuda" if cuda else "cpu"
+        args = tuple(_moved(x, device) for x in args)
+        # On a GPU the values of ids and borders are only looked at when asked for.
+        with mock.patch.dict(os.environ, {"TOKFUSE_CHECK": "1"} if cuda else {}):
+            out = op(*args, **{name: _moved(x, device) for name, x in kwargs.items()})
+        if not isinstance(out, tuple):
+            return _moved(out, "cpu")
+        fields = (_moved(x, "cpu") for x in out)
+        return type(out)(*fields) if hasattr(out, "_fields") else tuple(fields)
+
+    return call
+
+
+def _moved(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def compare(

@@ -1,0 +1,354 @@
+"""offpolicy_weights: importance weights, kept rows and effective sample size.
+
+With d = clamp(logp - behavior, +-20), w = exp of d, of its sum or of its mean over the sequence,
+and f the transform of the mode: weight = f(w) where the row is kept, else 0.
+
+Launches: one with a program per sequence (per BLOCK rows where there are no borders) that writes
+weight, kept and the sums over its units; a program that adds those sums in order, for the effective
+sample size; normalised, one more that divides; by group, a sort of the ids on the device and one
+with a program per unit, the first of each group doing the group. A sequence whose weight or rules
+need a statistic of the whole is read twice, the second time from L1 or L2.
+
+Bytes per row at float32: 8 read, 5 written (1 more read with a mask, 4 with an advantage); 9 more
+each way where normalised. Everything after a load is float64. Legend: T rows, S sequences, U units
+(sequences, blocks of rows, or rows).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
+from tokfuse.triton_kernels.offpolicy_normalize import normalize_weights, span
+from tokfuse.triton_kernels.packed import is_valid, joined, pair
+
+CLAMP = tl.constexpr(20.0)  # nats
+INFINITY = float("inf")
+STATISTICS = ("ratio", "k1", "k2", "k3")
+OVER = ("token", "sum", "mean", "max")
+
+
+@triton.jit
+def _clamped(x):
+    # Comparisons instead of tl.minimum, which drops a NaN.
+    x = tl.where(x < -CLAMP, -CLAMP, x)
+    return tl.where(x > CLAMP, CLAMP, x)
+
+
+@triton.jit
+def _k3(d):
+    return tl.exp(d) - 1.0 - d
+
+
+@triton.jit
+def _outside(x, low, high):
+    """False for NaN: a poisoned row must show, not vanish."""
+    return (x < low) | (x > high)
+
+
+@triton.jit
+def _log_ratio(logp_ptr, behavior_ptr, offs, valid):
+    """Clamped; 0 where not valid."""
+    d = -tl.load(behavior_ptr + offs, mask=valid, other=0.0).to(tl.float64)
+    if logp_ptr is not None:
+        d += tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
+    return _clamped(d)
+
+
+@triton.jit
+def _row_statistic(d, STATISTIC: tl.constexpr):
+    x = d
+    if STATISTIC == 0:
+        x = tl.exp(d)
+    elif STATISTIC == 1:
+        x = -d
+    elif STATISTIC == 2:
+        x = 0.5 * d * d
+    else:
+        x = _k3(d)
+    return x
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.where(a > b, a, b)
+
+
+@triton.jit
+def _sequence_statistic(count, total, square, k3, low, high, STATISTIC: tl.constexpr,
+                        OVER: tl.constexpr):  # fmt: skip
+    """k2 and k3 are convex with their minimum at 0: their maximum is at an extreme log-ratio."""
+    share = 1.0 / tl.maximum(count, 1.0) if OVER == 2 else 1.0
+    x = total
+    if STATISTIC == 0:
+        x = tl.exp(_clamped(high if OVER == 3 else total * share))
+    elif STATISTIC == 1:
+        x = -low if OVER == 3 else -total * share
+    elif STATISTIC == 2:
+        x = 0.5 * (_larger(low * low, high * high) if OVER == 3 else square * share)
+    else:
+        x = _larger(_k3(low), _k3(high)) if OVER == 3 else k3 * share
+    return x
+
+
+@triton.jit
+def _transform(w, d, low, high, param, MODE: tl.constexpr):
+    """The weight of a kept row, from its ratio w = exp(d)."""
+    f = w
+    if MODE == "truncate":
+        f = tl.where(w < low, low, w)
+        f = tl.where(f > high, high, f)
+    elif MODE == "switch":
+        f = tl.where(w > high, 0.0, w)
+    elif MODE == "shrink":
+        f = param * w / (w * w + param)
+    elif MODE == "subgaussian":
+        f = w / (1.0 - param + param * w)
+    elif MODE == "tempered":
+        f = tl.exp(param * d)
+    elif MODE == "keep":
+        f = tl.full(w.shape, 1.0, tl.float64)
+    return f
+
+
+@triton.jit
+def offpolicy_weights_kernel(
+    logp_ptr,  # (T,) float, or None: 0
+    behavior_ptr,  # (T,) float
+    cu_seqlens_ptr,  # (S + 1,) int32, or None: BLOCK rows per program
+    mask_ptr,  # (T,) bool, or None
+    advantage_ptr,  # (T,) float, or None: no rule reads it
+    weight_ptr,  # (T,) float
+    kept_ptr,  # (T,) bool
+    partial_ptr,  # (3, programs) float64: units, sum of their weights, sum of squares
+    num_rows,
+    low,  # a pair, and so are the next two
+    high,
+    param,
+    bounds,  # (low, high) of each rule as two pairs, or None: no rules
+    SEQUENCE: tl.constexpr,  # the weight is the sequence's
+    MEAN: tl.constexpr,  # of its mean log-ratio instead of the sum
+    MODE: tl.constexpr,
+    RULES: tl.constexpr,  # statistic + 4 over + 16 negative_only
+    SHARED: tl.constexpr,  # the weight or a rule needs a statistic of the whole sequence
+    K3: tl.constexpr,  # a rule needs the sum of k3
+    BLOCK: tl.constexpr,
+):
+    first, stop = span(cu_seqlens_ptr, num_rows, BLOCK)
+    low = joined(low)
+    high = joined(high)
+    param = joined(param)
+    passes = True  # the rules over whole sequences, for every row
+    passes_negative = True  # and those for rows with a negative advantage alone
+    ratio = tl.zeros((), tl.float64)
+    weight = tl.zeros((), tl.float64)
+    if SHARED:
+        counts = tl.zeros((BLOCK,), tl.float64)
+        sums = tl.zeros((BLOCK,), tl.float64)
+        squares = tl.zeros((BLOCK,), tl.float64)
+        k3s = tl.zeros((BLOCK,), tl.float64)
+        lowest = tl.full((BLOCK,), float("inf"), tl.float64)
+        highest = tl.full((BLOCK,), float("-inf"), tl.float64)
+        for start in range(first, stop, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            valid = is_valid(mask_ptr, offs, offs < stop)
+            d = _log_ratio(logp_ptr, behavior_ptr, offs, valid)
+            counts += valid.to(tl.float64)
+            sums += d
+            squares += d * d
+            if K3:
+                k3s += _k3(d)  # 0 at d = 0
+            lowest = tl.minimum(lowest, tl.where(valid, d, float("inf")))
+            highest = tl.maximum(highest, tl.where(valid, d, float("-inf")))
+        count = tl.sum(counts, axis=0)
+        total = tl.sum(sums, axis=0)
+        square = tl.sum(squares, axis=0)
+        k3 = tl.sum(k3s, axis=0)
+        d_low = tl.where(total == total, tl.min(lowest, axis=0), total)
+        d_high = tl.where(total == total, tl.max(highest, axis=0), total)
+        for i in tl.static_range(len(RULES)):
+            if RULES[i] // 4 % 4 > 0:
+                x = _sequence_statistic(
+                    count, total, square, k3, d_low, d_high, RULES[i] % 4, RULES[i] // 4 % 4
+                )
+                rule_low = joined((bounds[4 * i], bounds[4 * i + 1]))
+                rule_high = joined((bounds[4 * i + 2], bounds[4 * i + 3]))
+                dropped = _outside(x, rule_low, rule_high)
+                if RULES[i] >= 16:
+                    passes_negative = passes_negative & (dropped == 0)
+                else:
+                    passes = passes & (dropped == 0)
+        if SEQUENCE:
+            log_weight = total / tl.maximum(count, 1.0) if MEAN else total
+            log_weight = _clamped(log_weight)
+            ratio = tl.exp(log_weight)
+            weight = _transform(ratio, log_weight, low, high, param, MODE)
+
+    units = tl.zeros((BLOCK,), tl.float64)
+    unit_sums = tl.zeros((BLOCK,), tl.float64)
+    unit_squares = tl.zeros((BLOCK,), tl.float64)
+    for start in range(first, stop, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        inside = offs < stop
+        valid = is_valid(mask_ptr, offs, inside)
+        d = _log_ratio(logp_ptr, behavior_ptr, offs, valid)
+        w = ratio + tl.zeros((BLOCK,), tl.float64)
+        f = weight + tl.zeros((BLOCK,), tl.float64)
+        if not SEQUENCE:
+            w = tl.exp(d)
+            f = _transform(w, d, low, high, param, MODE)
+        kept = valid & passes
+        if MODE == "mask":
+            kept = kept & (_outside(w, low, high) == 0)
+        spared = inside
+        if advantage_ptr is not None:
+            spared = tl.load(advantage_ptr + offs, mask=valid, other=0.0) >= 0.0
+            kept = kept & (spared | passes_negative)
+        for i in tl.static_range(len(RULES)):
+            if RULES[i] // 4 % 4 == 0:
+                rule_low = joined((bounds[4 * i], bounds[4 * i + 1]))
+                rule_high = joined((bounds[4 * i + 2], bounds[4 * i + 3]))
+                keeps = _outside(_row_statistic(d, RULES[i] % 4), rule_low, rule_high) == 0
+                if RULES[i] >= 16:
+                    keeps = keeps | spared
+                kept = kept & keeps
+        f = tl.where(kept, f, 0.0)
+        tl.store(weight_ptr + offs, f.to(weight_ptr.dtype.element_ty), mask=inside)
+        tl.store(kept_ptr + offs, kept, mask=inside)
+        if SEQUENCE:
+            units = tl.maximum(units, kept.to(tl.float64))
+        else:
+            units += kept.to(tl.float64)
+            unit_sums += f
+            unit_squares += f * f
+    all_units = tl.sum(units, axis=0)
+    unit_sum = tl.sum(unit_sums, axis=0)
+    unit_square = tl.sum(unit_squares, axis=0)
+    if SEQUENCE:  # a sequence with a kept row is one unit
+        all_units = tl.max(units, axis=0)
+        unit_sum = tl.where(all_units > 0, weight, 0.0)
+        unit_square = unit_sum * unit_sum
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    tl.store(partial_ptr + program, all_units)
+    tl.store(partial_ptr + programs + program, unit_sum)
+    tl.store(partial_ptr + 2 * programs + program, unit_square)
+
+
+declare("offpolicy_weights", {80: LaunchConfig(block_t=512, num_warps=4)})
+
+
+def offpolicy_weights(
+    behavior: torch.Tensor,
+    logp: torch.Tensor | None,
+    *,
+    level: str,
+    mode: str,
+    low: float | None,
+    high: float | None,
+    param: float | None,
+    normalize: str,
+    rules: tuple[tuple[str, str, float | None, float | None, bool], ...],
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    advantage: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weight, ess, kept); floats in the dtype of `behavior`. The caller has checked.
+
+    Args:
+        param: lam or power of the mode.
+        rules: (statistic, over, low, high, negative_only) of each.
+    """
+    num_rows = behavior.shape[0]
+    weight = torch.empty_like(behavior)
+    kept = torch.empty(num_rows, dtype=torch.bool, device=behavior.device)
+    if num_rows == 0:
+        return weight, behavior.new_zeros(()), kept
+    ess = behavior.new_empty(())
+    config = choose("offpolicy_weights", behavior)
+    blocks = triton.cdiv(num_rows, config.block_t)
+    programs = blocks if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    partial = torch.empty(3, programs, dtype=torch.float64, device=behavior.device)
+    codes, bounds, over = [], [], {rule[1] for rule in rules}
+    for statistic, reduced, rule_low, rule_high, negative_only in rules:
+        codes.append(STATISTICS.index(statistic) + 4 * OVER.index(reduced) + 16 * negative_only)
+        bounds += [*pair(rule_low, -INFINITY), *pair(rule_high, INFINITY)]
+    sequence = level in ("sequence", "geometric")
+    offpolicy_weights_kernel[(programs,)](
+        logp,
+        behavior,
+        cu_seqlens,
+        mask,
+        advantage,
+        weight,
+        kept,
+        partial,
+        num_rows,
+        pair(low, -INFINITY),
+        pair(high, INFINITY),
+        pair(param),
+        tuple(bounds) or None,
+        SEQUENCE=sequence,
+        MEAN=level == "geometric",
+        MODE=mode,
+        RULES=tuple(codes),
+        SHARED=sequence or bool(over - {"token"}),
+        K3=any(rule[0] == "k3" and rule[1] in ("sum", "mean") for rule in rules),
+        BLOCK=config.block_t,
+        **config.options,
+    )
+    normalize_weights(weight, kept, ess, partial, normalize, cu_seqlens, group_ids)
+    return weight, ess, kept
+
+
+def _case(dtype: torch.dtype, *, packed: bool, **options: Any) -> None:
+    x, flags = meta(1 << 20, dtype=dtype), meta(1 << 20, dtype=torch.bool)
+    plain = {
+        "level": "token", "mode": "ips", "low": None, "high": None, "param": None,
+        "normalize": "none", "rules": (), "mask": None, "group_ids": None, "advantage": None,
+        "cu_seqlens": meta(1025, dtype=torch.int32) if packed else None,
+    }  # fmt: skip
+    options = {name: flags if value == "flags" else value for name, value in options.items()}
+    offpolicy_weights(x, x, **{**plain, **options})
+
+
+@compile_case("offpolicy_weights/token_truncate", dtypes=(torch.float32, torch.float64), streams=2)
+def _(dtype: torch.dtype) -> None:
+    _case(dtype, packed=False, mode="truncate", high=2.0)
+
+
+@compile_case("offpolicy_weights/sequence_mask", dtypes=(torch.float32,), streams=2)
+def _(dtype: torch.dtype) -> None:
+    _case(dtype, packed=True, level="sequence", mode="mask", low=0.5, high=3.0, mask="flags")
+
+
+@compile_case("offpolicy_weights/snips_group", dtypes=(torch.float32,), streams=2)
+def _(dtype: torch.dtype) -> None:
+    ids = meta(1024, dtype=torch.int64)
+    _case(dtype, packed=True, normalize="group", group_ids=ids)
+
+
+@compile_case("offpolicy_weights/external_group", dtypes=(torch.float32,), streams=2)
+def _(dtype: torch.dtype) -> None:
+    ids = meta(1 << 20, dtype=torch.int64)
+    _case(dtype, packed=False, level="external", normalize="group", group_ids=ids)
+
+
+@compile_case("offpolicy_weights/rules", dtypes=(torch.float32,), streams=2)
+def _(dtype: torch.dtype) -> None:
+    rules = (
+        ("ratio", "mean", 0.99, 1.01, False),
+        ("k3", "mean", None, 1.0, False),
+        ("k2", "max", None, 2.0, False),
+        ("k1", "mean", None, 0.1, True),
+        ("ratio", "token", 0.1, None, True),
+    )
+    advantage = meta(1 << 20, dtype=dtype)
+    _case(
+        dtype, packed=True, level="geometric", mode="tempered", param=0.5, normalize="batch",
+        rules=rules, mask="flags", advantage=advantage,
+    )  # fmt: skip
