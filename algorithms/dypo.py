@@ -121,7 +121,7 @@ class DYPO(Standard):
         pair = (group[:, None] == group) & (reward[:, None] > reward) & own[:, None] & own
         delta = self.beta * (score[:, None] - score)
         in_group = segment_sum(pair.sum(1), group, batch.num_seqs)[group].clamp(min=1)
-        share = pair / in_group[:, None]
+        share = pair.double() / in_group[:, None]
         pull = self.beta * share * torch.sigmoid(-delta)
         value = (share * torch.nn.functional.softplus(-delta)).sum()
         return pull.sum(0) - pull.sum(1), value

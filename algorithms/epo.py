@@ -118,7 +118,7 @@ class EPO(Standard):
             over, under = entropy - high, low - entropy
             penalty = self.alpha * torch.where(known, over.clamp(min=0) + under.clamp(min=0), 0.0)
             # d penalty / d entropy enters as a change of the bonus's weight.
-            slope = self.alpha * known * ((over > 0).double() - (under > 0).double())
+            slope = self.alpha * known.double() * ((over > 0).double() - (under > 0).double())
             weight = (1.0 - beta * slope).to(batch.old_logp.dtype)
             # The weight carries slope * entropy of the penalty's value; the rest is constant.
             penalty = penalty - slope * batch.entropy.double()

@@ -12,9 +12,15 @@ import torch
 from algorithm_cases import (
     cast,
     centred,
+    check,
+    gae,
+    grpo_a,
     k3,
+    outcome,
     per_group,
+    planned,
     ppo,
+    reward_to_go,
     rollout,
     seq_mean,
     spans,
@@ -26,7 +32,7 @@ from harness import Backend, backends, bits, compare
 from torch import Tensor
 
 import tokfuse
-from tokfuse import KL, PPOClip, algorithms
+from tokfuse import algorithms
 from tokfuse.algorithms import Batch, Overlong
 from tokfuse.algorithms.registry import ENTRIES
 
@@ -37,83 +43,11 @@ def backend(request):
         yield request.param
 
 
-def planned(algorithm, batch: Batch, state=None) -> algorithms.Plan:
-    state = algorithm.initial_state() if state is None else state
-    return algorithm.objective(algorithm.prepare(batch, state), state)
-
-
-def gradient_of(plan, logp: Tensor, entropy: Tensor | None = None):
-    """(loss with the plan's constant, d loss / d logp, d loss / d entropy)."""
-    x = logp.detach().clone().requires_grad_()
-    h = None if entropy is None else entropy.detach().clone().requires_grad_()
-    out = plan.loss(x, h).loss
-    leaves = [x] if h is None else [x, h]
-    grads = torch.autograd.grad(out, leaves, allow_unused=True, materialize_grads=True)
-    return out.detach() + (0.0 if plan.constant is None else plan.constant), *grads
-
-
-def check(backend: Backend, algorithm, formula, batch: Batch, state=None) -> None:
-    """The plan's loss and gradients are those of formula(batch, logp, entropy)."""
-    x = batch.logp.clone().requires_grad_()
-    h = batch.entropy.clone().requires_grad_()
-    expected = formula(batch, x, h)
-    grad_x, grad_h = torch.autograd.grad(
-        expected, [x, h], allow_unused=True, materialize_grads=True
-    )
-    dtype = torch.float64 if backend.name == "reference" else torch.float32
-    bound = 1e-12 if backend.name == "reference" else 3e-6
-    plan = planned(algorithm, cast(batch, dtype), state)
-    uses_entropy = plan.objective.entropy_coef != 0.0
-    entropy = batch.entropy.to(dtype) if uses_entropy else None
-    loss, *grads = gradient_of(plan, batch.logp.to(dtype), entropy)
-    size = max(1.0, float(expected.detach().abs()))
-    compare(loss, expected, atol=bound * size, what="loss")
-    compare(grads[0], grad_x, atol=bound * float(grad_x.abs().max()), what="d logp")
-    assert uses_entropy or not grad_h.any()
-    if uses_entropy:
-        compare(grads[1], grad_h, atol=bound * float(grad_h.abs().max()), what="d entropy")
-
-
 # --------------------------------------------------------------------------------------- formulas
-
-
-def reward_to_go(b: Batch, r: Tensor) -> Tensor:
-    out = torch.zeros_like(r)
-    for span in spans(b):
-        for k, t in enumerate(span):
-            out[t] = r[span[k:]].sum()
-    return out
-
-
-def outcome(b: Batch) -> Tensor:
-    """The reward on the last valid token."""
-    r = torch.zeros_like(b.old_logp)
-    for i, span in enumerate(spans(b)):
-        if span:
-            r[span[-1]] = b.reward[i]
-    return r
-
-
-def gae(b: Batch, lam: float | list[float] = 1.0, gamma: float = 1.0) -> Tensor:
-    """Behind an unfinished response the value of its last token, behind a finished one 0."""
-    r, out = outcome(b), torch.zeros_like(b.old_logp)
-    for i, span in enumerate(spans(b)):
-        decay = lam[i] if isinstance(lam, list) else lam
-        carry = 0.0
-        for k in reversed(range(len(span))):
-            behind = 0.0 if b.finished[i] else b.value[span[-1]]
-            after = b.value[span[k + 1]] if k + 1 < len(span) else behind
-            carry = r[span[k]] + gamma * after - b.value[span[k]] + gamma * decay * carry
-            out[span[k]] = carry
-    return out
 
 
 def token_ppo(advantage, aggregate=token_mean, **clip):
     return lambda b, x, h: aggregate(b, ppo(x, b.old_logp, advantage(b), **clip))
-
-
-def grpo_a(b: Batch) -> Tensor:
-    return per_group(b, z_score)
 
 
 def f_dapo(b, x, h):
@@ -400,215 +334,3 @@ def test_clip_cov_drops_candidates_only(backend: Backend):
     again = planned(method, cast(b, dtype), {"updates": 0})
     other = planned(method, cast(b, dtype), {"updates": 1})
     assert bits(again.token_weight) == bits(plan.token_weight) != bits(other.token_weight)
-
-
-# --------------------------------------------------------------------- the same through policy_step
-
-OPTIONS = {
-    "a2pr_nll": {"mu": 0.1}, "cip_entropy": {"entropy_coef": 0.01}, "dr_grpo": {"max_length": 8},
-    "d3s": {"rollouts": (2, 4), "tokens": (0.3, 0.6), "total_steps": 10}, "epo": {"max_turns": 4},
-    "mirror_descent": {"eta": 0.5}, "reinforce_pp": {"reward_kl": 0.01},
-    "r2vpo": {"delta": 0.1, "step_size": 1.0, "penalty": 0.04}, "tppo": {"gamma": 1.0, "lam": 0.95},
-}  # fmt: skip
-METHODS = [name for name in algorithms.list() if name != "grpo_guard"]
-
-
-def example(name: str, **options) -> algorithms.Algorithm:
-    return algorithms.make(name, **{**OPTIONS.get(name, {}), **options})
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_plans_run_fused(name: str, backend: Backend):
-    """policy_step from logits, with a plan's inputs, equals plan.loss of the statistics."""
-    dtype = torch.float64 if backend.name == "reference" else torch.float32
-    batch, method = cast(rollout(2), dtype), example(name)
-    gen = torch.Generator().manual_seed(0)
-    logits = torch.randn(batch.num_tokens, 33, generator=gen, dtype=dtype)
-    target = torch.randint(33, (batch.num_tokens,), generator=gen)
-    stats = tokfuse.token_stats(logits, target)
-    batch = dataclasses.replace(batch, old_logp=stats.logp + 0.3 * batch.causal_weight - 0.3)
-    state = method.initial_state()
-    for plan in method.plans(method.prepare(batch, state).with_policy(stats.logp), state):
-        z = logits.clone().requires_grad_()
-        live = tokfuse.token_stats(z, target)
-        entropy = live.entropy if plan.objective.entropy_coef else None
-        composed = plan.loss(live.logp, entropy)
-        (expected,) = torch.autograd.grad(composed.loss, z)
-        y = logits.clone().requires_grad_()
-        step = tokfuse.policy_step(logits=y, target=target, **plan.inputs())
-        step.loss.backward()
-        compare(step.loss, composed.loss, rtol=2e-6, atol=1e-7)
-        compare(y.grad, expected, atol=3e-6 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_degenerate_groups(name: str):
-    """All right, all wrong, one response, no response: finite losses and gradients."""
-    full = rollout(0)
-    for reward, take in ((1.0, range(12)), (0.0, range(12)), (1.0, [2]), (0.0, [])):
-        batch = full.take(torch.tensor(list(take), dtype=torch.int64))
-        reward = torch.full_like(batch.reward, reward)
-        batch = dataclasses.replace(batch, reward=reward, correct=reward > 0)
-        method = example(name)
-        state = method.initial_state()
-        prepared = method.prepare(batch, state)
-        for plan in (*method.before(prepared, state), *method.plans(prepared, state)):
-            loss, grad, *_ = gradient_of(
-                plan, batch.logp, batch.entropy if plan.objective.entropy_coef else None
-            )
-            assert loss.isfinite() and bool(grad.isfinite().all())
-        state = method.update(state, method.measure(plan, batch.logp, batch.entropy))
-        assert method.advance(state, prepared).keys() == method.initial_state().keys()
-
-
-def test_groups_without_spread_have_no_gradient():
-    """Group estimators give exactly 0 for equal rewards, of which 0.1 and 1.1 leave rounding."""
-    for name in ("grpo", "dr_grpo", "rloo", "opo", "gpg", "gbpo", "d3s", "adora", "gspo", "dapo"):
-        for value in (0.1, 1.1):
-            b = rollout(0)
-            b = dataclasses.replace(b, reward=torch.full_like(b.reward, value))
-            method = example(name, **({"kl": None} if name == "grpo" else {}))
-            _, grad = gradient_of(planned(method, b), b.logp)
-            assert not grad.any(), name
-
-
-# ---------------------------------------------------------------------------- minibatches and ranks
-
-
-# What these minimise is itself decided over all tokens of an optimizer step, or counts in its own
-# unit.
-WHOLE = (
-    "bapo",
-    "cip_entropy",
-    "clip_cov",
-    "dr_grpo",
-    "dypo",
-    "high_entropy",
-    "kl_cov",
-    "nft",
-    "vapo",
-)
-
-
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in WHOLE])
-def test_minibatches_add_up(name: str):
-    """Parts with the whole batch's count give the whole batch's loss, where nothing is global."""
-    method, batch = example(name), rollout(3)
-    state = method.initial_state()
-    prepared = method.prepare(batch, state)
-    whole = method.plans(prepared, state)
-    total = [float(plan.loss(batch.logp, batch.entropy).loss) for plan in whole]
-    parts = [0.0] * len(whole)
-    for ids in ([0, 5, 3], [1, 2, 4, 11], [6, 7, 8, 9, 10]):
-        part = prepared.take(torch.tensor(ids))
-        for k, plan in enumerate(method.plans(part, state)):
-            count = float(whole[k].count())
-            parts[k] += float(plan.loss(part.logp, part.entropy, normalizer=count).loss)
-    assert parts == pytest.approx(total, rel=1e-9, abs=1e-12)
-
-
-def test_take_keeps_order_and_fields():
-    b = rollout(0)
-    ids = torch.tensor([7, 0, 4])
-    part = b.take(ids)
-    assert part.cu_seqlens.tolist() == [0, 6, 9, 13]
-    cu = b.cu_seqlens.tolist()
-    rows = [t for i in ids.tolist() for t in range(cu[i], cu[i + 1])]
-    assert torch.equal(part.old_logp, b.old_logp[rows]) and torch.equal(part.mask, b.mask[rows])
-    assert torch.equal(part.reward, b.reward[ids])
-
-
-# ---------------------------------------------------------------------------------- names, refusals
-
-
-def test_unknown_names_and_options_list_the_known():
-    with pytest.raises(
-        ValueError, match=r"one of a2pr_nll, adora.*got 'gbop'. Did you mean 'gbpo'"
-    ):
-        algorithms.make("gbop")
-    with pytest.raises(ValueError, match=r"algorithms.gbpo: options must be among advantage,.*tau"):
-        algorithms.make("gbpo", tua=1.0)
-    with pytest.raises(ValueError, match=r"dr_grpo: max_length must be given \(no published"):
-        algorithms.make("dr_grpo")
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("grpo", {"lam": 0.9}, "lam must be left out with advantage 'grpo'"),
-        ("grpo", {"advantage": "grop"}, "advantage must be one of grpo"),
-        ("gspo", {"level": "seq"}, "level must be one of"),
-        ("grpo", {"max_length": 5}, "max_length must be left out"),
-        ("opo", {"eps": 1e-4, "advantage": "gae"}, "eps must be left out"),
-        ("grpo", {"kl": None, "kl_control": algorithms.KLControl(target=0.1, horizon=10)},
-         "kl_control must be None without"),
-        ("tis", {"bypass": True}, "correction must be None with bypass"),
-        ("gbpo", {"tau": 0.0}, "tau must be a finite number in"),
-        ("nft", {"neg_weight": -1.0}, "neg_weight must be a finite number"),
-        ("bapo", {"shape": PPOClip(low=0.1)}, "shape must be left out"),
-        ("lopti", {"level": "sequence"}, "level must be one of token"),
-        ("adora", {"condition": "length"}, "condition must be left out with rule 'llm'"),
-    ],
-)  # fmt: skip
-def test_refusals_of_options(name: str, options: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        algorithms.make(name, **options)
-
-
-def test_refusals_of_batches():
-    b = rollout(0)
-    for name, missing in (("grpo", "ref_logp"), ("ppo", "value"), ("bapo", "logp"),
-                          ("high_entropy", "entropy"), ("tis", "sampler_logp"), ("nft", "correct"),
-                          ("dcpo_dist", "second_logp"), ("otb", "sum_sq")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"algorithms.{name}: batch.{missing} must be given"):
-            planned(example(name), dataclasses.replace(b, **{missing: None}))
-    with pytest.raises(ValueError, match="batch must be prepared"):
-        algorithms.make("dapo").objective(b, {})
-    with pytest.raises(ValueError, match=r"entropy must be of shape \(37,\)"):
-        dataclasses.replace(b, entropy=b.entropy[:5])
-    with pytest.raises(ValueError, match="ends at num_tokens"):
-        dataclasses.replace(b, cu_seqlens=b.cu_seqlens[:-1])
-    with pytest.raises(ValueError, match="kl must be None"):
-        rules = (algorithms.KLCov(),)
-        planned(algorithms.make("grpo", rules=rules), b)
-
-
-def test_no_tensor_of_the_user_is_written():
-    b = rollout(0)
-    before = {f.name: bits(v) for f in dataclasses.fields(b)
-              if isinstance(v := getattr(b, f.name), Tensor)}  # fmt: skip
-    for name in METHODS:
-        method = example(name)
-        state = method.initial_state()
-        prepared = method.prepare(b, state)
-        for plan in method.plans(prepared, state):
-            plan.loss(b.logp, b.entropy)
-        method.advance(method.update(state, method.measure(plan, b.logp, b.entropy)), prepared)
-        assert all(bits(getattr(b, k)) == v for k, v in before.items()), name
-
-
-# -------------------------------------------------------------------------------------- controllers
-
-
-def test_kl_controller():
-    """coef *= 1 + clip(KL / target - 1, +-0.2) n / horizon; the plan takes the new coefficient."""
-    control = algorithms.KLControl(target=0.1, horizon=120)
-    method = algorithms.make("grpo", kl=KL(coef=0.04), kl_control=control)
-    b, state = rollout(0), method.initial_state()
-    state = method.update(state, method.measure(planned(method, b), b.logp))
-    kl = float((b.logp - b.ref_logp)[b.valid].mean())
-    error = min(max(kl / 0.1 - 1, -0.2), 0.2)
-    assert state["kl_coef"] == pytest.approx(0.04 * (1 + error * 12 / 120), rel=1e-12)
-    assert planned(method, b, state).objective.kl.coef == state["kl_coef"]
-
-
-def test_entropy_controller():
-    """+-0.005 towards the target, used only while the entropy is not above it."""
-    method = algorithms.make("dapo", entropy_control=algorithms.EntropyControl(target=1.0))
-    b, state = rollout(0), method.initial_state()
-    for entropy, coef, used in ((0.5, 0.005, True), (0.9, 0.01, True), (1.5, 0.005, False)):
-        h = torch.full_like(b.entropy, entropy)
-        state = method.update(state, method.measure(planned(method, b, state), b.logp, h))
-        assert state["entropy_coef"] == pytest.approx(coef)
-        spec = planned(method, b, state).objective
-        assert spec.entropy_coef == (state["entropy_coef"] if used else 0.0)
