@@ -41,8 +41,9 @@ class BAPO(Standard):
         step_low, step_high: grid of the search; the last value is reached exactly on it.
         form: "paper" or "code".
 
-    Inputs: logp of the current policy. State: none. Costs one gather of 2 x (grid + 2) numbers and
-    one wait for the device: the bounds are compile-time-free numbers of the objective.
+    Inputs: logp of the current policy. State: none. Costs one gather of 2 (grid + 2) numbers, and
+    one wait for the device, because bounds are numbers of the objective. Source: paper and released
+    code, each exact in its form.
     """
 
     target: float = 0.4

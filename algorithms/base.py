@@ -28,7 +28,7 @@ import torch
 from tokfuse.algorithms.advantages import Advantage
 from tokfuse.algorithms.batch import Batch
 from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.objective import Objective, Quadratic
 from tokfuse.runtime.ops.policy_loss import PolicyLoss, policy_loss
 
 State = dict[str, Any]
@@ -113,6 +113,13 @@ class Plan:
         if self.objective.counts_sequences:
             return (replace(self.batch, mask=keep).lengths > 0).sum().double()
         return keep.sum().double()
+
+    @property
+    def needs_every_row(self) -> bool:
+        """False where a sequence of advantage 0 has gradient 0: it may be left out of the forward
+        pass, as long as the normaliser counts it."""
+        o = self.objective
+        return o.kl is not None or o.entropy_coef != 0.0 or isinstance(o.shape, Quadratic)
 
     def weigh(self, factor: torch.Tensor) -> "Plan":
         """The policy term of every token times `factor`, (tokens,)."""

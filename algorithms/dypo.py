@@ -46,6 +46,8 @@ class DYPO(Standard):
 
     Inputs: group_ids, correct, demonstration (True on teacher traces, at least one for every hard
     prompt that is to be imitated; several share the weight), ref_logp, logp. State: none.
+
+    Source: paper, exact but for the gaps that the paper index names.
     """
 
     aggregation: str = "seq_mean_token_mean"

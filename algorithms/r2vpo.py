@@ -59,9 +59,10 @@ class R2VPO(Standard):
         """The base's, and lam."""
         return super().initial_state() | {"penalty": self.penalty}
 
-    def _current_spec(self, state: State) -> Objective:
+    def spec(self, state: State) -> Objective:
+        """With the penalty of the state."""
         return replace(
-            super()._current_spec(state), shape=Quadratic(penalty=state["penalty"])
+            super().spec(state), shape=Quadratic(penalty=state["penalty"])
         )  # fmt: skip
 
     def measure(

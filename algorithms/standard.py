@@ -120,7 +120,7 @@ class Standard(Algorithm):
 
     def __post_init__(self) -> None:
         estimators.check_options(self._op, self.advantage, self._given())
-        self._spec(self.kl, self.entropy_coef)  # checks its own fields
+        self._objective(self.kl, self.entropy_coef)  # checks its own fields
         if (self.max_length is None) == self._divides_by_length:
             want = "given" if self._divides_by_length else "left out"
             raise refuse(self._op, "max_length", f"{want} with aggregation {self.aggregation!r}",
@@ -147,7 +147,7 @@ class Standard(Algorithm):
                  "reward_kl")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
-    def _spec(self, kl: KL | None, entropy_coef: float) -> Objective:
+    def _objective(self, kl: KL | None, entropy_coef: float) -> Objective:
         return Objective(shape=self.shape, level=self.level, aggregation=self.aggregation, kl=kl,
                          entropy_coef=entropy_coef)  # fmt: skip
 
@@ -201,7 +201,7 @@ class Standard(Algorithm):
             batch.require(self._op, "sampler_logp")
             assert batch.sampler_logp is not None
             batch = replace(batch, old_logp=batch.sampler_logp, sampler_logp=None)
-        plan = self._plan(batch, self._current_spec(state))
+        plan = self._plan(batch, self.spec(state))
         if plan.objective.kl is not None:
             batch.require(self._op, "ref_logp")
             plan = replace(plan, ref_logp=batch.ref_logp)
@@ -212,7 +212,8 @@ class Standard(Algorithm):
             plan = rule.apply(plan, state)
         return plan
 
-    def _current_spec(self, state: State) -> Objective:
+    def spec(self, state: State) -> Objective:
+        """The objective at this state, before rules change it."""
         kl = self.kl
         if kl is not None and self.kl_control is not None:
             kl = replace(kl, coef=state["kl_coef"])
@@ -220,7 +221,7 @@ class Standard(Algorithm):
         if self.entropy_control is not None:
             active = state["entropy"] <= self.entropy_control.target
             entropy_coef = state["entropy_coef"] if active else 0.0
-        return self._spec(kl, entropy_coef)
+        return self._objective(kl, entropy_coef)
 
     def _plan(self, batch: Batch, objective: Objective) -> Plan:
         assert batch.advantage is not None

@@ -164,7 +164,8 @@ _row(
     "verl",
     "per-position baseline weighted by the squared score",
     advantage="otb",
-    differs="Under importance weights verl multiplies by w^2; here the batch is on policy.",
+    differs="Under importance weights verl multiplies by w^2; here the batch is on policy. "
+    "A masked token has no weight and no reward.",
 )
 
 # ------------------------------------------------------------------------------ other ratios, gates

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 # command -> (module with `main(argv) -> int`, loaded only when asked for; one line of help)
 COMMANDS = {
     "doctor": ("tokfuse.runtime.doctor", "versions, devices, and what each op can run on here"),
+    "algorithms": ("tokfuse.algorithms.listing", "the methods by name, with labels and options"),
     "bench": ("tokfuse.bench.cli", "time the ops beside their peers"),
 }
 

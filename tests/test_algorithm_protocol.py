@@ -54,6 +54,37 @@ def test_plans_run_fused(name: str, backend: Backend):
         compare(y.grad, expected, atol=3e-6 * float(expected.abs().max()))
 
 
+def test_a_users_own_objective_takes_the_fused_backward(backend: Backend):
+    """Autograd on (tokens,) vectors, then one fused pass over the vocabulary, or over a head."""
+    dtype = torch.float64 if backend.name == "reference" else torch.float32
+    bound = 1e-12 if backend.name == "reference" else 2e-6
+    gen = torch.Generator().manual_seed(1)
+    hidden = torch.randn(9, 16, generator=gen, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(50, 16, generator=gen, dtype=dtype) / 4).requires_grad_()
+    target = torch.randint(50, (9,), generator=gen)
+    advantage = torch.randn(9, generator=gen, dtype=dtype)
+    advantage[[2, 5]] = 0.0
+
+    def mine(logp: Tensor, entropy: Tensor) -> Tensor:
+        ratio = (logp - logp.detach() + 0.1).exp()
+        live = advantage != 0
+        return -(advantage * torch.tanh(ratio - 1)).sum() - 0.01 * (live * entropy.square()).sum()
+
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    full = (wide[0] @ wide[1].t()).log_softmax(1)
+    rows = torch.arange(9)
+    expected = torch.autograd.grad(mine(full[rows, target], -(full.exp() * full).sum(1)), wide)
+    stats = tokfuse.linear_token_stats(hidden, weight, target)
+    grads = torch.autograd.grad(mine(stats.logp, stats.entropy), [hidden, weight])
+    for found, exact in zip(grads, expected, strict=True):
+        compare(found, exact, atol=bound * float(exact.abs().max()))
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    stats = tokfuse.token_stats(logits, target)
+    (grad,) = torch.autograd.grad(mine(stats.logp, stats.entropy), logits)
+    compare(grad.double() @ wide[1].detach(), expected[0], atol=bound * 8)
+    assert not grad[[2, 5]].any()  # rows without a coefficient
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_degenerate_groups(name: str):
     """All right, all wrong, one response, no response: finite losses and gradients."""
