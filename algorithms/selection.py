@@ -10,7 +10,7 @@ import torch
 
 from tokfuse.algorithms.batch import Batch, World
 from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.reference.segments import groups_of
+from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 DIGIT = 8  # bits per pass of the radix selection: four gathers of 256 counts
 
@@ -29,12 +29,12 @@ def _threshold(key: torch.Tensor, k: int, world: World) -> tuple[int, int]:
     for shift in range(32 - DIGIT, -1, -DIGIT):
         inside = key[(key >> (shift + DIGIT)) == prefix]
         digit = (inside >> shift) & (2**DIGIT - 1)
-        counts = world.sum(torch.bincount(digit, minlength=2**DIGIT)).tolist()
-        for value in range(2**DIGIT - 1, -1, -1):
-            if above + counts[value] >= k:
-                prefix = (prefix << DIGIT) | value
-                break
-            above += counts[value]
+        counts = world.sum(torch.bincount(digit, minlength=2**DIGIT))
+        # Keys with a digit of at least 255, 254, ...; the first count to reach k holds the key.
+        reached = above + counts.flip(0).cumsum(0)
+        place = int((reached < k).sum())
+        prefix = (prefix << DIGIT) | (2**DIGIT - 1 - place)
+        above = int(reached[place] - counts[2**DIGIT - 1 - place])
     return prefix, above
 
 
@@ -87,47 +87,49 @@ def at_least_quantile(
 
 
 def max_variance_subset(value: torch.Tensor, k: int) -> torch.Tensor:
-    """The k of n values with the largest variance: always some i largest and the k - i smallest.
+    """The k of n values with the largest variance; (n,) bool. All when k >= n.
 
-    One scan over i with prefix sums, O(n log n). Of equal variances the smallest i wins; of equal
-    values the first rows count as smaller. Exact (in float64).
+    See `max_variance_in_groups`, of which this is the case of one group.
+    """
+    return max_variance_in_groups(value, torch.zeros_like(value, dtype=torch.int64), k)
+
+
+def max_variance_in_groups(value: torch.Tensor, group_ids: torch.Tensor, k: int) -> torch.Tensor:
+    """The k values of every group with the largest variance; exact, in float64.
+
+    The best subset is always some i largest and the k - i smallest (brute force agrees), so one
+    scan over i with prefix sums finds it: O(n log n) for the sort and n k for the scan, without a
+    loop over groups. Variances within 1e-9 of the largest are ties, of which the smallest i wins;
+    of equal values the first rows count as smaller.
 
     Args:
-        value: (n,), float. Read on the host.
-        k: size of the subset; all when k >= n.
+        value: (n,), float. group_ids: (n,), int.
+        k: size of the subsets; a smaller group is kept whole.
 
     Returns:
         (n,) bool.
     """
-    n = value.shape[0]
     if k < 1:
         raise refuse("max_variance_subset", "k", ">= 1", k, "Keep at least one value.")
-    if k >= n:
-        return torch.ones_like(value, dtype=torch.bool)
-    x, order = value.double().sort(stable=True)
-    # Centred, because sums of squares lose the digits of mean / deviation.
-    x = x - x.mean()
-    zero = x.new_zeros(1)
-    first, second = (torch.cat([zero, v.cumsum(0)]) for v in (x, x * x))
-    i = torch.arange(k + 1, device=x.device)
-    total, square = (p[k - i] + p[n] - p[n - i] for p in (first, second))
-    variance = square / k - (total / k) ** 2
-    # A difference below the rounding of the sums is a tie.
-    tie = 1e-12 * variance.max().clamp(min=1e-300)
-    best = int((variance >= variance.max() - tie).nonzero()[0])
-    keep = torch.zeros(n, dtype=torch.bool, device=x.device)
-    keep[order[: k - best]] = True
-    keep[order[n - best :]] = True
-    return keep
-
-
-def max_variance_in_groups(value: torch.Tensor, group_ids: torch.Tensor, k: int) -> torch.Tensor:
-    """`max_variance_subset` of size k inside every group; (seqs,) bool."""
-    keep = torch.zeros_like(value, dtype=torch.bool)
-    for group in group_ids.unique().tolist():
-        rows = (group_ids == group).nonzero().flatten()
-        keep[rows] = max_variance_subset(value[rows], k)
-    return keep
+    n = value.shape[0]
+    groups = groups_of(group_ids, key=value)
+    # Centred by group: sums of squares lose the digits of mean / deviation.
+    x = value.double()
+    x = x - segment_sum(x, groups.member, n)[groups.member] / groups.size
+    first, second = (
+        torch.nn.functional.pad(v.cumsum(0), (1, 0))
+        for v in (x[groups.order], x[groups.order] ** 2)
+    )
+    begin, end = groups.start[:, None], (groups.start + groups.size)[:, None]
+    take = groups.size.clamp(max=k)[:, None]
+    i = torch.minimum(torch.arange(k + 1, device=value.device), take)
+    total, square = (p[begin + take - i] - p[begin] + p[end] - p[end - i] for p in (first, second))
+    variance = square / take - (total / take) ** 2
+    best = (variance >= variance.amax(1, keepdim=True) * (1 - 1e-9) - 1e-15).int().argmax(1)
+    rank = torch.empty_like(groups.order)
+    rank[groups.order] = torch.arange(n, device=value.device)
+    rank = rank - groups.start
+    return (rank < take.flatten() - best) | (rank >= groups.size - best)
 
 
 def informative(reward: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
