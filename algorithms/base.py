@@ -207,6 +207,14 @@ class Algorithm(ABC):
         return state
 
 
+def require_metrics(op: str, metrics: Mapping[str, torch.Tensor], *names: str) -> None:
+    """Refuse metrics that `measure` did not make."""
+    for name in names:
+        if name not in metrics:
+            raise refuse(op, f"metrics[{name!r}]", "given", sorted(metrics),
+                         "Pass what algorithm.measure(plan, ...) returned.")  # fmt: skip
+
+
 def kept_sequences(batch: Batch) -> torch.Tensor:
     """(count,) int64: the sequences with a token that counts; the others need no forward pass."""
     return (batch.lengths > 0).nonzero().flatten()

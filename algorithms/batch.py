@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.packed_checks import BOOL, FLOATS, INTS, Rows, check_cu_seqlens, check_vector
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    FLOATS,
+    INTS,
+    Rows,
+    check_choice,
+    check_cu_seqlens,
+    check_vector,
+)
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
 
 OP = "Batch"
@@ -111,6 +119,7 @@ class Batch:
     world: World = World()
 
     def __post_init__(self) -> None:
+        check_choice(OP, "advantage_level", self.advantage_level, ("token", "sequence"))
         tokens = check_vector(OP, "old_logp", self.old_logp).shape[0]
         device = self.old_logp.device
         seqs = check_cu_seqlens(OP, self.cu_seqlens, tokens, device)

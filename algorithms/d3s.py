@@ -94,7 +94,7 @@ class D3S(Standard):
         pool = batch.spread(rows) & batch.valid
         base = super().select(batch, advantage, state)
         pool = pool if base is None else pool & base
-        size = torch.where(advantage.value != advantage.value, torch.inf, advantage.value.abs())
+        size = advantage.value.abs()
         size = size if advantage.level == "token" else batch.spread(size)
         count = max(1, int(fraction * int(batch.world.sum(pool.sum())) + 1e-9))
         return top_mask(size * batch.entropy, count, pool, batch.world)

@@ -10,8 +10,9 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import plan_mask
 from tokfuse.algorithms.standard import Standard
+from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.objective import KL
-from tokfuse.runtime.packed_checks import check_choice, check_number
+from tokfuse.runtime.packed_checks import check_choice, check_number, may_read
 from tokfuse.runtime.reference.segments import segment_sum
 
 
@@ -124,6 +125,17 @@ class EPO(Standard):
             penalty = penalty - slope * batch.entropy.double()
         constant = plan.objective.entropy_coef * beta * (penalty * keep).sum() / count
         return replace(plan, entropy_weight=weight, constant=constant)
+
+    def prepare(self, batch: Batch, state: State) -> Batch:
+        """The base's; turns must lie inside the history."""
+        batch.require(self._op, "turn")
+        assert batch.turn is not None
+        if may_read(batch.turn) and batch.num_seqs > 0:
+            low, high = int(batch.turn.min()), int(batch.turn.max())
+            if low < 0 or high >= self.max_turns:
+                raise refuse(self._op, "batch.turn", f"in [0, max_turns) = [0, {self.max_turns})",
+                             low if low < 0 else high, "Raise max_turns.")  # fmt: skip
+        return super().prepare(batch, state)
 
     def advance(self, state: State, batch: Batch) -> State:
         """Adds the batch's mean entropy of every turn to the history."""

@@ -53,7 +53,10 @@ class GBPO(Standard):
     def prepare(self, batch: Batch, state: State) -> Batch:
         """With the target signal on every token."""
         batch.require(self._op, "group_ids")
-        signal = group_advantage(self.rewards(batch), batch.group_ids, "gbpo_target", eps=self.eps)
+        signal = group_advantage(
+            self.rewards(batch), batch.group_ids, "gbpo_target",
+            eps=self.eps, std=self.std, singleton=self.singleton,
+        )  # fmt: skip
         return replace(super().prepare(batch, state), signal=batch.spread(signal / self.tau))
 
 

@@ -56,7 +56,7 @@ class NFT(Standard):
         if self.level not in ("token", "sequence_sum"):
             raise refuse(self._op, "level", "'token' or 'sequence_sum'", repr(self.level),
                          "These are the paper's two.")  # fmt: skip
-        if self.aggregation == "":
+        if self.aggregation == "":  # each level has its own; Objective checks a given one
             name = "token_sum" if self.level == "token" else "seq_mean_token_mean"
             object.__setattr__(self, "aggregation", name)
         super().__post_init__()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tokfuse.algorithms.base import Plan, State
+from tokfuse.algorithms.base import Plan, State, require_metrics
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.errors import refuse
@@ -77,6 +77,7 @@ class R2VPO(Standard):
 
     def update(self, state: State, metrics: Mapping[str, torch.Tensor]) -> State:
         """The dual step; an update without tokens leaves lam alone."""
+        require_metrics(self._op, metrics, "square", "tokens")
         state = super().update(state, metrics)
         tokens = float(metrics["tokens"])
         if tokens > 0:

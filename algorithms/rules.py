@@ -131,8 +131,8 @@ class ClipCov(TokenRule):
 
     Candidates: unclipped, low < cov < high. max(1, fraction N) of them, drawn without replacement,
     get weight 0; the denominator stays. N and the means are over all ranks (verl: micro-batch).
-    The draw is a hash-like permutation from a generator seeded with (seed, update), the same on
-    every rank. Clip-Cov (arXiv 2505.22617): exact up to the generator.
+    The draw comes from a generator seeded with (seed, update, rank). Clip-Cov (arXiv 2505.22617):
+    exact up to the generator.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("logp",)
@@ -158,7 +158,7 @@ class ClipCov(TokenRule):
         cov = covariance(replace(batch, mask=mask), advantage, batch.logp)
         candidate = mask & ~clipped & (cov > self.low) & (cov < self.high)
         count = max(1, int(self.fraction * int(batch.world.sum(mask.sum()))))
-        # The same on every rank would drop the same rows of each: the rank is part of the seed.
+        # Without the rank, every rank would draw the same numbers for its rows.
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + int(state.get("updates", 0))) * 65_537 + batch.world.rank
         )  # fmt: skip
@@ -194,6 +194,8 @@ class KLCov(TokenRule):
 @dataclass(frozen=True, kw_only=True)
 class PositiveLikelihood(TokenRule):
     """+ coef times the negative log-likelihood of good responses.
+
+    "chosen" counts the tokens of the plan over all ranks: accumulate micro-batches with over="all".
 
     Args:
         coef: weight.

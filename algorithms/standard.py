@@ -12,7 +12,7 @@ import torch
 
 from tokfuse.algorithms import advantages as estimators
 from tokfuse.algorithms.advantages import Advantage
-from tokfuse.algorithms.base import Algorithm, Plan, State
+from tokfuse.algorithms.base import Algorithm, Plan, State, require_metrics
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.rules import ClipCov, Correction, TokenRule
 from tokfuse.algorithms.selection import informative
@@ -267,6 +267,8 @@ class Standard(Algorithm):
 
     def update(self, state: State, metrics: Mapping[str, torch.Tensor]) -> State:
         """One step of every controller."""
+        controlled = {"kl": self.kl_control, "entropy": self.entropy_control}
+        require_metrics(self._op, metrics, *(k for k, v in controlled.items() if v is not None))
         state = dict(state)
         if "updates" in state:
             state["updates"] += 1

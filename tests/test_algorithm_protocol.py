@@ -212,6 +212,12 @@ def test_refusals_of_batches():
         dataclasses.replace(b, entropy=b.entropy[:5])
     with pytest.raises(ValueError, match="ends at num_tokens"):
         dataclasses.replace(b, cu_seqlens=b.cu_seqlens[:-1])
+    with pytest.raises(ValueError, match="advantage_level must be one of token, sequence"):
+        dataclasses.replace(b, advantage_level="group")
+    with pytest.raises(ValueError, match=r"turn must be in \[0, max_turns\) = \[0, 2\); got 3"):
+        planned(example("epo", max_turns=2), b)
+    with pytest.raises(ValueError, match=r"metrics\['square'\] must be given; got \[\]"):
+        example("r2vpo").update({"penalty": 0.1}, {})
     with pytest.raises(ValueError, match="kl must be None"):
         rules = (algorithms.KLCov(),)
         planned(algorithms.make("grpo", rules=rules), b)
