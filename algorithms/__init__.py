@@ -1,1 +1,49 @@
-"""Losses, advantages, selection and schedules as the papers state them; no device code."""
+"""Losses, advantages, selection and schedules as the papers state them; no device code.
+
+    algorithm = tokfuse.algorithms.make("dapo", overlong=None)
+    batch = algorithm.prepare(tokfuse.algorithms.Batch(...), algorithm.initial_state())
+    step = tokfuse.policy_step(logits=z, target=t, **algorithm.objective(batch, state).inputs())
+
+`python -m tokfuse algorithms` lists the methods, `docs/paper_index.md` what each claims.
+"""
+
+from tokfuse.algorithms import critic as critic
+from tokfuse.algorithms import table as _table  # noqa: F401  (fills the registry, as the next do)
+from tokfuse.algorithms.a2pr import A2PR as A2PR
+from tokfuse.algorithms.adora import ADORA as ADORA
+from tokfuse.algorithms.bapo import BAPO as BAPO
+from tokfuse.algorithms.base import Algorithm as Algorithm
+from tokfuse.algorithms.base import Plan as Plan
+from tokfuse.algorithms.base import State as State
+from tokfuse.algorithms.base import kept_sequences as kept_sequences
+from tokfuse.algorithms.batch import Batch as Batch
+from tokfuse.algorithms.batch import World as World
+from tokfuse.algorithms.cip import CIP as CIP
+from tokfuse.algorithms.d3s import D3S as D3S
+from tokfuse.algorithms.dcpo import DCPO as DCPO
+from tokfuse.algorithms.dypo import DYPO as DYPO
+from tokfuse.algorithms.epo import EPO as EPO
+from tokfuse.algorithms.gbpo import BPO as BPO
+from tokfuse.algorithms.gbpo import GBPO as GBPO
+from tokfuse.algorithms.gbpo import median_loss as median_loss
+from tokfuse.algorithms.grpo_guard import GRPOGuard as GRPOGuard
+from tokfuse.algorithms.lopti import LOPTI as LOPTI
+from tokfuse.algorithms.mirror_descent import MirrorDescent as MirrorDescent
+from tokfuse.algorithms.nft import NFT as NFT
+from tokfuse.algorithms.pipo import PIPO as PIPO
+from tokfuse.algorithms.r2vpo import R2VPO as R2VPO
+from tokfuse.algorithms.registry import make as make
+from tokfuse.algorithms.registry import names
+from tokfuse.algorithms.rules import ClipCov as ClipCov
+from tokfuse.algorithms.rules import Correction as Correction
+from tokfuse.algorithms.rules import DampRare as DampRare
+from tokfuse.algorithms.rules import HighEntropy as HighEntropy
+from tokfuse.algorithms.rules import KLCov as KLCov
+from tokfuse.algorithms.rules import PositiveLikelihood as PositiveLikelihood
+from tokfuse.algorithms.standard import EntropyControl as EntropyControl
+from tokfuse.algorithms.standard import KLControl as KLControl
+from tokfuse.algorithms.standard import Overlong as Overlong
+from tokfuse.algorithms.standard import Standard as Standard
+from tokfuse.algorithms.tppo import TPPO as TPPO
+
+list = names

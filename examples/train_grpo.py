@@ -5,7 +5,7 @@ model samples several answers, and those that are right get a higher advantage t
 wrong. Everything after the model's hidden states is `tokfuse`:
 
     linear_token_stats   log-probability and entropy of the sampled tokens, without a logits tensor
-    group_advantage      reward minus the mean of its group, over the group's deviation
+    algorithms           advantages, selection and objective of the method by name, and its state
     policy_step          clipped loss, its metrics and its gradients, wired into autograd
 
 A demonstration (a few minutes on two cores) and a longer run that clearly learns:
@@ -51,7 +51,7 @@ except ModuleNotFoundError as missing:
         "root: it makes an environment with all that is needed and starts this script in it."
     ) from missing
 
-from grpo_demo.algorithms import ALGORITHMS, find_algorithm
+from grpo_demo.algorithms import OPTIONS, make_algorithm
 from grpo_demo.learner import Learner, StepResult
 from grpo_demo.model import default_cache, load_model, require_packages
 from grpo_demo.report import (
@@ -92,7 +92,7 @@ HELP = {
     "group_size": "sampled answers per prompt",
     "max_new_tokens": "tokens per answer",
     "minibatches": "optimizer steps per training step",
-    "algorithm": ", ".join(ALGORITHMS),
+    "algorithm": ", ".join(OPTIONS),
     "lr": "learning rate of AdamW",
     "seed": "seed of the questions and of the sampling",
     "backend": "auto, or a backend that every tokfuse call must use: cpu, reference, ...",
@@ -146,7 +146,6 @@ def open_run(options: argparse.Namespace) -> tuple[Settings, RunFolder, dict[str
 
 def check(settings: Settings) -> None:
     """Refuse settings that cannot work, before the model is loaded."""
-    find_algorithm(settings.algorithm)
     least = {
         "steps": 1,
         "prompts": 1,
@@ -161,6 +160,7 @@ def check(settings: Settings) -> None:
         if value < low:
             option = f"--{name.replace('_', '-')}"
             raise SystemExit(f"train_grpo: {option} must be at least {low}; got {value}.")
+    make_algorithm(settings.algorithm, settings.max_new_tokens)
     if settings.backend not in ("auto", *dispatch.ORDER):
         known = ", ".join(("auto", *dispatch.ORDER))
         raise SystemExit(f"train_grpo: --backend must be one of {known}; got {settings.backend!r}.")
@@ -182,7 +182,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
         )
-        self.algorithm = find_algorithm(settings.algorithm)
+        self.algorithm = make_algorithm(settings.algorithm, settings.max_new_tokens)
         self.learner = Learner(model, self.optimizer, self.algorithm, settings.minibatches)
         self.done = 0  # finished steps; also the position in the stream of questions
         self.batches: list[dict[str, Any]] = []
@@ -195,6 +195,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
+            "algorithm": self.algorithm.state_dict(self.learner.state),
             "batches": self.batches,
         }
 
@@ -202,6 +203,7 @@ class Training:
         self.done = state["done"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.learner.state = self.algorithm.load_state_dict(state["algorithm"])
         self.batches = state["batches"]
         torch.set_rng_state(state["random"])
 
@@ -274,7 +276,8 @@ def finish(training: Training, folder: RunFolder) -> None:
     if training.batches:
         weight = training.model.lm_head.weight
         path = folder.path / "backends.jsonl"
-        print(write_backends(training.batches, weight, training.algorithm.objective, path))
+        objective = training.algorithm.spec(training.learner.state)
+        print(write_backends(training.batches, weight, objective, path))
     plot_runs({training.settings.algorithm: rows}, folder.path / "curves.png")
     summary = summarize(rows)
     print(

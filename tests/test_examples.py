@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,7 +184,7 @@ def test_questions_are_deterministic_and_scored_strictly():
 # --- learning ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+@pytest.mark.parametrize("name", algorithms.OPTIONS)
 def test_every_algorithm_trains(name):
     training = new_training(dataclasses.replace(SETTINGS, algorithm=name))
     before = training.model.lm_head.weight.detach().clone()
@@ -195,29 +194,18 @@ def test_every_algorithm_trains(name):
     assert not torch.equal(before, training.model.lm_head.weight)
 
 
-def test_normalizers():
-    counts = {"sequences": 12, "tokens": 30, "budget": 36}
-    for divide_by, expected in counts.items():
-        row = dataclasses.replace(algorithms.ALGORITHMS["grpo"], divide_by=divide_by)
-        assert row.normalizer(sequences=12, tokens=30, max_new_tokens=3) == expected
-
-
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_leaving_out_groups_without_advantage_is_exact(minibatches):
     batch = dataclasses.replace(
         example_rollout(group_size=4), reward=torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 1])
     )
     nets = []
-    for needs_every_row in (False, True):
+    for leave_out in (True, False):
         net = tiny_model()
-        row = SimpleNamespace(
-            objective=tokfuse.Objective(aggregation="token_mean"),
-            advantage="grpo",
-            normalizer=lambda sequences, tokens, new: float(tokens),
-            needs_every_row=needs_every_row,
-        )
+        method = tokfuse.algorithms.make("grpo", kl=None, aggregation="token_mean")
         optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-        result = learner.Learner(net, optimizer, row, minibatches).step(batch)
+        trainer = learner.Learner(net, optimizer, method, minibatches, leave_out)
+        result = trainer.step(batch)
         assert result.tokens == len(batch.target)
         nets.append((net, result))
     for (name, left_out), whole in zip(
@@ -324,7 +312,7 @@ def test_refusals(tmp_path, monkeypatch):
         return str(caught.value)
 
     known = refusal("--algorithm", "sarsa")
-    assert "'sarsa'" in known and all(name in known for name in algorithms.ALGORITHMS)
+    assert "'sarsa'" in known and all(name in known for name in algorithms.OPTIONS)
     assert "auto, cuda, triton, cpu, reference; got 'gpu'" in refusal("--backend", "gpu")
     assert "--group-size must be at least 2; got 1" in refusal("--group-size", "1")
     assert "no checkpoint.pt" in refusal("--resume", str(tmp_path))
@@ -398,7 +386,7 @@ def test_backend_table_compares_the_same_batches(tmp_path, monkeypatch):
         training.step()
     path = tmp_path / "backends.jsonl"
     text = report.write_backends(
-        training.batches, training.model.lm_head.weight, training.algorithm.objective, path
+        training.batches, training.model.lm_head.weight, training.algorithm.spec({}), path
     )
     assert "Largest difference between the two losses: 0.0e+00" in text
     assert len(path.read_text().splitlines()) == len(training.batches)

@@ -1,66 +1,39 @@
-"""What `--algorithm` knows: an objective, an advantage, and what the loss is divided by."""
+"""What `--algorithm` knows: the methods that need rewards and log-probabilities alone.
 
-from dataclasses import dataclass
+This demonstration has no reference model and no critic, so methods that need one are not offered,
+and GRPO runs without its penalty.
+"""
 
-from tokfuse import Objective, PPOClip
+from typing import Any
 
+from tokfuse import algorithms
 
-@dataclass(frozen=True)
-class Algorithm:
-    """One row of the table.
-
-    Args:
-        objective: the loss of a token, and how tokens add up (`tokfuse.Objective`).
-        advantage: `kind` of `tokfuse.group_advantage`.
-        divide_by: what the summed loss is divided by: "tokens" that count, "sequences", or
-            "budget" (sequences times --max-new-tokens, a constant).
-    """
-
-    objective: Objective
-    advantage: str
-    divide_by: str
-
-    def normalizer(self, sequences: int, tokens: int, max_new_tokens: int) -> float:
-        """The number that `divide_by` stands for."""
-        counts = {
-            "tokens": tokens,
-            "sequences": sequences,
-            "budget": sequences * max_new_tokens,
-        }
-        return float(counts[self.divide_by])
-
-    @property
-    def needs_every_row(self) -> bool:
-        """False when a sequence with advantage 0 has gradient 0, so that it may be left out."""
-        return self.objective.kl is not None or self.objective.entropy_coef != 0.0
-
-
-ALGORITHMS = {
-    # DeepSeekMath (arXiv 2402.03300), without its penalty against a reference model.
-    "grpo": Algorithm(Objective(aggregation="seq_mean_token_mean"), "grpo", "sequences"),
-    # arXiv 2503.20783: no division by the group's deviation nor by the sequence's length.
-    "dr_grpo": Algorithm(Objective(aggregation="token_sum"), "dr_grpo", "budget"),
-    # arXiv 2503.14476: a wider upper clip, and every token of the batch weighs the same.
-    "dapo": Algorithm(
-        Objective(shape=PPOClip(low=0.2, high=0.28), aggregation="token_mean"), "grpo", "tokens"
-    ),
-    # PPO's clipped loss (arXiv 1707.06347) on leave-one-out advantages instead of a critic's.
-    "ppo_clip": Algorithm(Objective(aggregation="token_mean"), "rloo", "tokens"),
-    # arXiv 2507.18071: one ratio per sequence, clipped in a very narrow band.
-    "gspo": Algorithm(
-        Objective(
-            shape=PPOClip(low=3e-4, high=4e-4), level="sequence", aggregation="seq_mean_token_mean"
-        ),
-        "grpo",
-        "sequences",
-    ),
+# name -> what differs from the method's published options
+OPTIONS: dict[str, dict[str, Any]] = {
+    "grpo": {"kl": None},
+    "dr_grpo": {},  # max_length is --max-new-tokens
+    "dapo": {"overlong": None},
+    "rloo": {},
+    "opo": {},
+    "gpg": {},
+    "cispo": {},
+    "sapo": {},
+    "gspo": {},
+    "gmpo": {},
+    "gbpo": {},
+    "nft": {},
+    "adora": {},
+    "r2vpo": {"delta": 0.05, "step_size": 1.0, "penalty": 0.04},
+    "d3s": {"rollouts": (4, 8), "tokens": (0.5, 1.0), "total_steps": 100},
 }
 
 
-def find_algorithm(name: str) -> Algorithm:
-    """The algorithm of that name; an unknown name lists the known."""
-    if name not in ALGORITHMS:
+def make_algorithm(name: str, max_new_tokens: int) -> algorithms.Standard:
+    """The method of that name; an unknown name lists the known."""
+    if name not in OPTIONS:
         raise SystemExit(
-            f"train_grpo: --algorithm must be one of {', '.join(ALGORITHMS)}; got {name!r}."
+            f"train_grpo: --algorithm must be one of {', '.join(OPTIONS)}; got {name!r}."
         )
-    return ALGORITHMS[name]
+    length = {"max_length": max_new_tokens} if name == "dr_grpo" else {}
+    method: algorithms.Standard = algorithms.make(name, **OPTIONS[name], **length)
+    return method

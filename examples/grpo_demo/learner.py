@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import tokfuse
-from grpo_demo.algorithms import Algorithm
 from grpo_demo.rollout import Rollout, completion_hidden
+from tokfuse.algorithms import Algorithm, Batch, Plan
 
 
 @dataclass
@@ -69,18 +69,26 @@ class Learner:
     Args:
         model: a causal language model from transformers.
         optimizer: over the model's parameters.
-        algorithm: objective, advantage and normaliser.
+        algorithm: a method of `tokfuse.algorithms`; `state` is its state.
         minibatches: how many parts each batch is cut into. Every ratio is against the policy that
             sampled the batch, so from the second part on the policy has moved and clipping matters.
+        leave_out: skip the forward pass of groups that cannot have a gradient.
     """
 
     def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, algorithm: Algorithm, minibatches: int
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        algorithm: Algorithm,
+        minibatches: int,
+        leave_out: bool = True,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.algorithm = algorithm
         self.minibatches = minibatches
+        self.leave_out = leave_out
+        self.state = algorithm.initial_state()
 
     def step(self, rollout: Rollout) -> StepResult:
         """Statistics of the policy that sampled the batch, advantages, then the updates."""
@@ -89,68 +97,57 @@ class Learner:
             hidden = completion_hidden(self.model, rollout)
             with clock:
                 old = tokfuse.linear_token_stats(hidden, self.model.lm_head.weight, rollout.target)
+        batch = Batch(
+            reward=rollout.reward,
+            correct=rollout.reward > 0,
+            group_ids=rollout.group_ids,
+            cu_seqlens=rollout.cu_seqlens,
+            old_logp=old.logp,
+            entropy=old.entropy,
+        )
         with clock:
-            advantage = tokfuse.group_advantage(
-                rollout.reward, rollout.group_ids, kind=self.algorithm.advantage
-            )
+            batch = self.algorithm.prepare(batch, self.state)
         result = StepResult(old.entropy.mean().item(), len(old.logp), clock)
         for groups in torch.arange(len(rollout.prompt)).chunk(self.minibatches):
-            self._update(rollout, groups, old.logp, advantage, result)
+            self._update(rollout, groups, batch, result)
+        self.state = self.algorithm.advance(self.state, batch)
         return result
 
-    def _update(
-        self,
-        rollout: Rollout,
-        groups: Tensor,
-        old_logp: Tensor,
-        advantage: Tensor,
-        result: StepResult,
-    ) -> None:
+    def _update(self, rollout: Rollout, groups: Tensor, batch: Batch, result: StepResult) -> None:
         """One optimizer step on these groups; none when no sequence of theirs has a gradient."""
-        live = self._with_gradient(groups, advantage.view(-1, rollout.group_size))
+        whole = self.algorithm.objective(batch.take(rollout.sequences(groups)), self.state)
+        live = self._with_gradient(groups, rollout, batch, whole)
         if len(live) == 0:
             return
         part = rollout.select(live)
-        batch = self._loss_inputs(rollout, groups, live, old_logp, advantage)
+        plan = self.algorithm.objective(batch.take(rollout.sequences(live)), self.state)
+        # A group that is left out has loss 0 and still counts in the normaliser.
+        inputs = plan.inputs(normalizer=whole.count())
         hidden = completion_hidden(self.model, part)
         with result.loss_clock:
             step = tokfuse.policy_step(
-                hidden=hidden,
-                weight=self.model.lm_head.weight,
-                objective=self.algorithm.objective,
-                **batch,
+                hidden=hidden, weight=self.model.lm_head.weight, target=part.target, **inputs
             )
         step.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        metrics = self.algorithm.measure(plan, step.stats.logp, step.stats.entropy)
+        self.state = self.algorithm.update(self.state, metrics)
         result.updates += 1
         result.metrics = step.metrics if result.metrics is None else result.metrics + step.metrics
-        result.batches.append({"hidden": hidden.detach(), **batch})
+        del inputs["objective"]  # the algorithm's, not the batch's
+        result.batches.append({"hidden": hidden.detach(), "target": part.target, **inputs})
 
-    def _with_gradient(self, groups: Tensor, advantage: Tensor) -> Tensor:
-        """The groups that the model must read again; `advantage` is (P, G).
+    def _with_gradient(self, groups: Tensor, rollout: Rollout, batch: Batch, plan: Plan) -> Tensor:
+        """The groups that the model must read again.
 
-        A group whose samples are all right or all wrong has advantage 0 everywhere, and its
-        gradient is exactly 0. It still counts in the normaliser.
+        A group whose samples are all right or all wrong has advantage 0 everywhere, and one that
+        the algorithm left out has no token that counts: its gradient is exactly 0.
         """
-        if self.algorithm.needs_every_row:
+        live = batch.lengths > 0
+        if not plan.needs_every_row:
+            size = batch.advantage.abs()
+            live &= (batch.sequence_mean(size) if batch.advantage_level == "token" else size) > 0
+        if not self.leave_out:
             return groups
-        return groups[advantage[groups].ne(0).any(1)]
-
-    def _loss_inputs(
-        self, rollout: Rollout, groups: Tensor, live: Tensor, old_logp: Tensor, advantage: Tensor
-    ) -> dict[str, Any]:
-        """The packed inputs of `policy_step` for the groups in `live`."""
-        part, counted = rollout.select(live), rollout.select(groups).length
-        sequence_is_live = torch.isin(rollout.group_ids, live)
-        token_is_live = sequence_is_live.repeat_interleave(rollout.length)
-        return {
-            "target": part.target,
-            "old_logp": old_logp[token_is_live],
-            "advantage": advantage[sequence_is_live],
-            "advantage_level": "sequence",
-            "cu_seqlens": part.cu_seqlens,
-            "normalizer": self.algorithm.normalizer(
-                len(counted), int(counted.sum()), rollout.completion.shape[1]
-            ),
-        }
+        return groups[live.view(-1, rollout.group_size)[groups].any(1)]

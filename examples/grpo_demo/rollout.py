@@ -57,9 +57,13 @@ class Rollout:
         """(S + 1,) int32. Where each sequence starts in the packed tokens; the last entry is T."""
         return torch.nn.functional.pad(self.length.cumsum(0), (1, 0)).to(torch.int32)
 
+    def sequences(self, groups: Tensor) -> Tensor:
+        """(count * group size,) int64. The sequences of these prompts, (count,) int64."""
+        return torch.arange(len(self.completion)).view(-1, self.group_size)[groups].flatten()
+
     def select(self, groups: Tensor) -> "Rollout":
         """The same batch with only these prompts, (count,) int64, and their completions."""
-        rows = torch.arange(len(self.completion)).view(-1, self.group_size)[groups].flatten()
+        rows = self.sequences(groups)
         return Rollout(
             self.prompt[groups],
             self.prompt_mask[groups],

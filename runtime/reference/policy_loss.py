@@ -211,7 +211,9 @@ def forward(
         agg = agg / seg.counts.clamp(min=1)[seg.ids]
     count = (seg.counts > 0).sum() if o.counts_sequences else keep.sum()
     if isinstance(inv_normalizer, float) and inv_normalizer < 0:
-        scale: float | torch.Tensor = torch.where(count > 0, 1.0 / count.clamp(min=1), 0.0)
+        # In the working dtype: one over an integer tensor is float32, 1e-9 off in a float64 loss.
+        inverse = 1.0 / count.clamp(min=1).to(dtype)
+        scale: float | torch.Tensor = torch.where(count > 0, inverse, 0.0)
     else:
         scale = inv_normalizer
     token_loss = torch.where(keep, loss, 0.0) * agg * scale

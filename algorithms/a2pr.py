@@ -1,0 +1,44 @@
+"""Likelihood of group-best responses behind an advantage gate, our counterpart of A2PR."""
+
+from dataclasses import dataclass
+
+from tokfuse.algorithms.base import Plan, State
+from tokfuse.algorithms.batch import Batch
+from tokfuse.algorithms.registry import register
+from tokfuse.algorithms.rules import PositiveLikelihood
+from tokfuse.algorithms.standard import Standard
+from tokfuse.runtime.packed_checks import check_number
+
+
+@register(
+    "a2pr_nll",
+    system="A2PR",
+    label="analogue",
+    source="inspired by arXiv 2405.19909; github.com/ltlhuuu/A2PR",
+    summary="+ mu (-logp) on the best response of a group where its advantage is positive",
+    required=("mu",),
+    differs=(
+        "A2PR clones the better of the data set's and a VAE's action in continuous control. Of "
+        "that only the gate is here; mu has no published value and is required."
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class A2PR(Standard):
+    """loss_t = base + mu 1[response is the group's best and A > 0] (-logp), mean over all tokens.
+
+    Args:
+        mu: weight of the likelihood.
+
+    Inputs: group_ids. State: none. Analogue: not the paper's algorithm.
+    """
+
+    mu: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self._op, "mu", self.mu, 0.0)
+
+    def objective(self, batch: Batch, state: State) -> Plan:
+        """The base's plan with the likelihood term."""
+        rule = PositiveLikelihood(coef=self.mu, of="group_best", over="all")
+        return rule.apply(super().objective(batch, state), state)

@@ -1,0 +1,183 @@
+"""Advantage estimators of the standard family, by name; none has a gradient.
+
+Group estimators give one number per response, the others one per token.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.algorithms.batch import Batch
+from tokfuse.algorithms.selection import informative
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.ops.gae import gae
+from tokfuse.runtime.ops.group_advantage import KINDS, group_advantage
+from tokfuse.runtime.ops.whiten import whiten
+from tokfuse.runtime.reference.segments import groups_of, segment_sum
+
+
+class Advantage(NamedTuple):
+    """(tokens,) for level "token", (seqs,) for level "sequence"."""
+
+    value: torch.Tensor
+    level: str
+
+
+# estimator -> (inputs of the Batch beyond rewards, options it reads)
+_SCALED = ("eps", "std", "scale", "singleton")
+ESTIMATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **{kind: (("group_ids",), _SCALED) for kind in KINDS},
+    "remax": (("greedy_reward",), ("eps", "std", "scale")),
+    "reinforce": ((), ("eps", "std", "scale")),
+    "gpg": (("group_ids",), ("singleton",)),
+    "gpg_verl": (("group_ids",), ("singleton",)),
+    "reinforce_pp_baseline": (("group_ids",), ("singleton",)),
+    "reinforce_pp": ((), ("gamma", "reward_kl")),
+    "gae": (("value",), ("gamma", "lam", "length_adaptive_alpha", "reward_kl")),
+    "otb": (("group_ids", "sum_sq"), ("gamma",)),
+}
+WHITENED = frozenset({"gae", "reinforce_pp", "reinforce_pp_baseline"})
+
+
+def estimate(
+    name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str, Any], whitened: bool
+) -> Advantage:
+    """The advantage of a batch. `reward` replaces batch.reward (a length penalty added to it).
+
+        grpo ... reinforce     the presets of `tokfuse.group_advantage`
+        gpg                    (R - mean) / F, F = responses in groups with spread / responses
+        gpg_verl               (R - mean) B / #(R != 0)
+        reinforce_pp_baseline  R - mean, on every token, whitened over tokens
+        reinforce_pp           reward to go of token rewards - reward_kl k1, whitened
+        gae                    `tokfuse.gae` of the same token rewards, whitened
+        otb                    G_t - sum_j G_jt W_jt / sum_j W_jt over the group at position t,
+                               W_t = running sum of 1 - 2 p + sum of p^2
+
+    Args:
+        name: an estimator of the table.
+        options: those of `ESTIMATORS[name]` that are set.
+        whitened: divide by the standard deviation over all tokens of all ranks.
+    """
+    value = _TOKEN[name](batch, reward, options) if name in _TOKEN else _per_group(
+        name, batch, reward, options)  # fmt: skip
+    if not whitened:
+        return value
+    x = value.value if value.level == "token" else batch.spread(value.value)
+    return Advantage(_whiten(batch, x), "token")
+
+
+def _per_group(
+    name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]
+) -> Advantage:
+    if name in ("gpg", "gpg_verl"):
+        gain = group_advantage(reward, batch.group_ids, "dr_grpo", **options)
+        assert batch.group_ids is not None
+        useful = informative(reward, batch.group_ids) if name == "gpg" else reward != 0
+        counts = torch.stack([torch.ones_like(useful).sum(), useful.sum()]).double()
+        total, some = batch.world.sum(counts)
+        return Advantage(gain * (total / some.clamp(min=1)).to(gain.dtype), "sequence")
+    if name == "reinforce_pp_baseline":
+        gain = group_advantage(reward, batch.group_ids, "dr_grpo", **options)
+        return Advantage(gain, "sequence")
+    kind: dict[str, Any] = {"lengths": batch.lengths} if name == "opo" else {}
+    if name == "remax":
+        kind["greedy_reward"] = batch.greedy_reward
+    groups = None if name in ("remax", "reinforce") else batch.group_ids
+    return Advantage(group_advantage(reward, groups, name, **kind, **options), "sequence")
+
+
+def token_rewards(batch: Batch, reward: torch.Tensor, reward_kl: float | None) -> torch.Tensor:
+    """(tokens,) rewards: batch.token_reward, or `reward` on the last token that counts; minus
+    reward_kl (old_logp - ref_logp) on every token."""
+    if batch.token_reward is not None:
+        rewards = batch.token_reward
+    else:
+        rewards = torch.where(last_token(batch), batch.spread(reward), 0.0)
+    if reward_kl:
+        batch.require("reward_kl", "ref_logp")
+        assert batch.ref_logp is not None
+        rewards = rewards - reward_kl * (batch.old_logp - batch.ref_logp)
+    return torch.where(batch.valid, rewards, 0.0)
+
+
+def last_token(batch: Batch) -> torch.Tensor:
+    """(tokens,) bool: the last token of each sequence that counts."""
+    sequence, valid = batch.sequence, batch.valid
+    place = torch.where(valid, torch.arange(batch.num_tokens, device=valid.device), -1)
+    last = torch.full((batch.num_seqs,), -1, device=valid.device)
+    last = last.scatter_reduce(0, sequence, place, "amax")
+    return valid & (place == last[sequence])
+
+
+def _reward_to_go(batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]) -> Advantage:
+    rewards = token_rewards(batch, reward, options.get("reward_kl"))
+    advantage, _ = gae(
+        rewards, torch.zeros_like(rewards), batch.cu_seqlens,
+        gamma=options.get("gamma", 1.0), mask=batch.mask,
+    )  # fmt: skip
+    return Advantage(advantage, "token")
+
+
+def _gae(batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]) -> Advantage:
+    advantage, _ = gae_and_returns(batch, reward, options)
+    return Advantage(advantage, "token")
+
+
+def gae_and_returns(
+    batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tokfuse.gae` on the token rewards of a batch."""
+    assert batch.value is not None
+    given = {k: v for k, v in options.items() if k != "reward_kl"}
+    rewards = token_rewards(batch, reward, options.get("reward_kl"))
+    return gae(
+        rewards, batch.value, batch.cu_seqlens, mask=batch.mask, finished=batch.finished, **given
+    )
+
+
+def _optimal_token_baseline(
+    batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]
+) -> Advantage:
+    to_go = _reward_to_go(batch, reward, options).value.double()
+    assert batch.sum_sq is not None and batch.group_ids is not None
+    sequence, valid, start = batch.sequence, batch.valid, batch.cu_seqlens[:-1].long()
+    step = 1 - 2 * batch.old_logp.double().exp() + batch.sum_sq.double()
+    total = torch.where(valid, step, 0.0).cumsum(0)
+    before = torch.nn.functional.pad(total, (1, 0))[start]
+    weight = torch.where(valid, total - before[sequence], 0.0)
+    # One cell for every position of every group.
+    position = torch.arange(batch.num_tokens, device=valid.device) - start[sequence]
+    group = groups_of(batch.group_ids).member[sequence]
+    cell = (group * max(batch.num_tokens, 1) + position).unique(return_inverse=True)[1]
+    top, bottom = (segment_sum(x, cell, batch.num_tokens)[cell] for x in (to_go * weight, weight))
+    gain = torch.where(valid & (bottom != 0), to_go - top / bottom, 0.0)
+    return Advantage(gain.to(batch.old_logp.dtype), "token")
+
+
+_TOKEN = {"reinforce_pp": _reward_to_go, "gae": _gae, "otb": _optimal_token_baseline}
+
+
+def _whiten(batch: Batch, x: torch.Tensor) -> torch.Tensor:
+    """`tokfuse.whiten` with the moments of all ranks."""
+    if batch.world.gather is None:
+        return whiten(x, batch.mask)
+    valid, wide = batch.valid, x.double()
+    mean = batch.global_mean(wide)
+    square = torch.where(valid, (wide - mean) ** 2, 0.0).sum()
+    total, count = batch.world.sum(torch.stack([square, valid.sum().double()]))
+    return whiten(x, batch.mask, mean=mean, var=total / (count - 1).clamp(min=1))
+
+
+def check_options(op: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are set; refuses those that the estimator does not read."""
+    if name not in ESTIMATORS:
+        known = ", ".join(ESTIMATORS)
+        raise refuse(op, "advantage", f"one of {known}", repr(name), "Choose a listed name.")
+    used = {k: v for k, v in given.items() if v is not None}
+    for option in used:
+        if option not in ESTIMATORS[name][1]:
+            readers = [n for n, (_, options) in ESTIMATORS.items() if option in options]
+            raise refuse(op, option, f"left out with advantage {name!r}", repr(used[option]),
+                         f"It belongs to {', '.join(readers)}.")  # fmt: skip
+    return used

@@ -1,0 +1,131 @@
+"""BAPO: clip bounds searched until positive tokens supply a target share of the loss."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tokfuse.algorithms.base import Plan, State
+from tokfuse.algorithms.batch import Batch, World
+from tokfuse.algorithms.registry import register
+from tokfuse.algorithms.rules import plan_mask, token_advantage
+from tokfuse.algorithms.standard import Standard
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.objective import PPOClip
+from tokfuse.runtime.packed_checks import check_choice, check_number
+
+
+@register(
+    "bapo",
+    system="BAPO",
+    label="exact",
+    source="arXiv 2510.18927 Eq. 8, Alg. 1; github.com/WooooDyy/BAPO",
+    summary="PPO clip whose bounds are searched, in one histogram pass, to a positive share",
+    differs=(
+        "form='paper' (default): share P / (P + N) >= 0.4, upper bound first. form='code': P / N, "
+        "lower bound first, dual clip 3. Eq. 8's factor pi_rollout is an expectation over tokens, "
+        "which sampled tokens already are: not applied twice. A larger lower bound never helps the "
+        "share, so the loop has three outcomes, and one pass finds the loop's."
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class BAPO(Standard):
+    """PPO with ratio bounds [c_low, c_high] chosen per batch, over any estimator of `Standard`.
+
+    e_t = min(r, c_high) A for A > 0, max(r, c_low) A for A < 0; P the sum of positive e, N of
+    negative |e|. From (low[0], high[0]) the bounds go up in steps while the statistic is below
+    `target`; the search restarts with every loss.
+
+    Args:
+        target: of P / (P + N) (paper), of P / N (code).
+        low: (first, last) of c_low; high: of c_high.
+        step_low, step_high: grid of the search; the last value is reached exactly on it.
+        form: "paper" or "code".
+
+    Inputs: logp of the current policy. State: none. Costs one gather of 2 (grid + 2) numbers, and
+    one wait for the device, because bounds are numbers of the objective. Source: paper and released
+    code, each exact in its form.
+    """
+
+    target: float = 0.4
+    low: tuple[float, float] = (0.6, 0.9)
+    high: tuple[float, float] = (1.2, 3.0)
+    step_low: float = 0.02
+    step_high: float = 0.05
+    form: str = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self._op, "form", self.form, ("paper", "code"))
+        check_number(self._op, "target", self.target, 0.0)
+        for name, step in (("low", self.step_low), ("high", self.step_high)):
+            first, last = getattr(self, name)
+            check_number(self._op, f"{name}[0]", first, 0.0)
+            check_number(self._op, f"{name}[1]", last, first)
+            check_number(self._op, f"step_{name}", step, 0.0, open_low=True)
+        if self.shape != PPOClip():
+            raise refuse(self._op, "shape", "left out (its bounds are searched)", self.shape,
+                         "Set low and high.")  # fmt: skip
+
+    @property
+    def needs_policy(self) -> bool:
+        """The search reads the current ratios."""
+        return True
+
+    def objective(self, batch: Batch, state: State) -> Plan:
+        """The plan with this batch's bounds."""
+        batch.require(self._op, "logp")
+        plan = super().objective(batch, state)
+        assert plan.batch.logp is not None
+        ratio = (plan.batch.logp.double() - plan.batch.old_logp.double()).clamp(-20, 20).exp()
+        c_low, c_high = self.search(ratio, token_advantage(plan), plan_mask(plan), batch.world)
+        shape = PPOClip(low=None, high=None, ratio_min=c_low, ratio_max=c_high,
+                        dual=3.0 if self.form == "code" else None)  # fmt: skip
+        return replace(plan, objective=replace(plan.objective, shape=shape))
+
+    def search(
+        self,
+        ratio: torch.Tensor,
+        advantage: torch.Tensor,
+        mask: torch.Tensor,
+        world: World | None = None,
+    ) -> tuple[float, float]:
+        """(c_low, c_high). Integer steps: a sum of 0.02 drifts past the last bound.
+
+        Args:
+            ratio, advantage: (tokens,); mask: (tokens,), bool.
+        """
+        steps_low = round((self.low[1] - self.low[0]) / self.step_low)
+        steps_high = round((self.high[1] - self.high[0]) / self.step_high)
+        last_low = self.low[0] + steps_low * self.step_low
+        grid = [self.high[0] + k * self.step_high for k in range(steps_high + 1)]
+        r, a = ratio.double(), torch.where(mask, advantage.double(), 0.0)
+        r = torch.where(mask, r, 1.0)
+        # Bin of a positive token: the first candidate that its ratio does not exceed.
+        edges = torch.tensor(grid, dtype=torch.float64, device=r.device)
+        place = torch.searchsorted(edges, r)
+        up = a.clamp(min=0)
+        zero = r.new_zeros(len(grid) + 1)
+        inside, size = (zero.index_add(0, place, x) for x in (up * r, up))
+        down = (-a).clamp(min=0)
+        lows = torch.stack([(down * r.clamp(min=c)).sum() for c in (self.low[0], last_low)])
+        sums = (world or World()).sum(torch.cat([inside, size, lows]))
+        inside, size, lows = sums.split([len(grid) + 1, len(grid) + 1, 2])
+        positive = inside.cumsum(0)[:-1] + edges * (size.sum() - size.cumsum(0)[:-1])
+        return self._choose(positive.tolist(), lows.tolist(), grid, last_low)
+
+    def _choose(
+        self, positive: list[float], negative: list[float], grid: list[float], last_low: float
+    ) -> tuple[float, float]:
+        """positive: P at every candidate; negative: N at the first and at the last c_low."""
+
+        def reached(p: float, n: float) -> bool:
+            whole = p + n if self.form == "paper" else n
+            return whole == 0.0 or p / whole >= self.target
+
+        if reached(positive[0], negative[0]):
+            return self.low[0], grid[0]
+        paper = self.form == "paper"
+        for p, bound in zip(positive[paper:], grid[paper:], strict=True):
+            if reached(p, negative[0 if paper else 1]):
+                return (self.low[0] if paper else last_low), bound
+        return last_low, grid[-1]

@@ -1,0 +1,234 @@
+"""What an algorithm reads: one packed rollout batch, and the ranks that share it.
+
+T tokens, S sequences; sequence i owns tokens cu_seqlens[i] : cu_seqlens[i + 1].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    FLOATS,
+    INTS,
+    Rows,
+    check_choice,
+    check_cu_seqlens,
+    check_vector,
+)
+from tokfuse.runtime.reference.segments import segment_sum, sequence_index
+
+OP = "Batch"
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that hold the parts of one batch; without arguments, this process alone.
+
+    Every global decision of an algorithm (a top-K, a quantile, a histogram, a mean) goes through
+    `gather`, with tensors whose size does not depend on the number of tokens.
+
+    Args:
+        gather: takes a tensor of the same shape on every rank, returns (ranks, ...), in rank order.
+            With torch.distributed: `all_gather_into_tensor`. None: one rank.
+        rank: place of this process in that order.
+    """
+
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    rank: int = 0
+
+    def all(self, x: torch.Tensor) -> torch.Tensor:
+        """(ranks, ...): `x` of every rank."""
+        return x.unsqueeze(0) if self.gather is None else self.gather(x.contiguous())
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in rank order: the same bits on every rank."""
+        return self.all(x).sum(0)
+
+    def vectors(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The vectors of all ranks, which may differ in length: padded to the longest one."""
+        sizes = self.all(torch.tensor([x.shape[0]], device=x.device)).flatten().tolist()
+        padded = x.new_zeros(max(sizes))
+        padded[: x.shape[0]] = x
+        return [row[:size] for row, size in zip(self.all(padded), sizes, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Responses of one rollout, packed, and what has been measured of them. Nothing has a gradient.
+
+    Args:
+        reward: (seqs,), float. One per response.
+        cu_seqlens: (seqs + 1,), int32. Borders of the responses.
+        old_logp: (tokens,), float, nats. Under the policy at the start of the update, or, for
+            replayed data, under the policy that produced the token.
+        group_ids: (seqs,), int. Prompt of each response.
+        mask: (tokens,), bool. True where a token counts. None: all.
+        correct: (seqs,), bool. Verified right. None: methods that need it take reward > 0 where
+            their docstring says so, and refuse otherwise.
+        finished: (seqs,), bool. False: cut off by the generation window. None: all finished.
+        greedy_reward: (seqs,), float. Reward of the greedy response to the same prompt (ReMax).
+        turn: (seqs,), int. Turn of the agent that the response belongs to (EPO).
+        demonstration: (seqs,), bool. A teacher's trace, not a sample of the policy (DYPO).
+        token_reward, value, median_value: (tokens,), float. Rewards per token; the critic's value
+            of the state before the token; the learned conditional median (BPO).
+        ref_logp: (tokens,), float, nats. Under the reference policy (CDPO: the bias model).
+        sampler_logp: (tokens,), float, nats. As the rollout engine reported it.
+        second_logp: (tokens,), float, nats. Old policy at another temperature (DCPO); `token_stats`
+            gives it with `second_temperature`.
+        logp: (tokens,), float, nats. Current policy. On the first update this is old_logp.
+        entropy: (tokens,), float, nats. Of the current policy.
+        sum_sq: (tokens,), float. Sum of squared probabilities, of the old policy (OTB).
+        window: (tokens,), bool. Tokens generated in this step (T-PPO). None: all.
+        causal_weight: (tokens,), float. Weights of the entropy (CIP).
+        advantage, advantage_level, signal, token_weight: what `Algorithm.prepare` fills in.
+        world: the ranks that share the batch.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, borders that are no prefix sum.
+    """
+
+    reward: torch.Tensor
+    cu_seqlens: torch.Tensor
+    old_logp: torch.Tensor
+    group_ids: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+    finished: torch.Tensor | None = None
+    greedy_reward: torch.Tensor | None = None
+    turn: torch.Tensor | None = None
+    demonstration: torch.Tensor | None = None
+    token_reward: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    median_value: torch.Tensor | None = None
+    ref_logp: torch.Tensor | None = None
+    sampler_logp: torch.Tensor | None = None
+    second_logp: torch.Tensor | None = None
+    logp: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    sum_sq: torch.Tensor | None = None
+    window: torch.Tensor | None = None
+    causal_weight: torch.Tensor | None = None
+    advantage: torch.Tensor | None = None
+    advantage_level: str = "sequence"
+    signal: torch.Tensor | None = None
+    token_weight: torch.Tensor | None = None
+    world: World = World()
+
+    def __post_init__(self) -> None:
+        check_choice(OP, "advantage_level", self.advantage_level, ("token", "sequence"))
+        tokens = check_vector(OP, "old_logp", self.old_logp).shape[0]
+        device = self.old_logp.device
+        seqs = check_cu_seqlens(OP, self.cu_seqlens, tokens, device)
+        for name in PER_SEQUENCE | PER_TOKEN:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            per_token = name in PER_TOKEN
+            if name == "advantage":
+                per_token = self.advantage_level == "token"
+            rows = Rows(tokens, "old_logp", device) if per_token else Rows(
+                seqs, "cu_seqlens", device)  # fmt: skip
+            check_vector(OP, name, value, rows, (PER_SEQUENCE | PER_TOKEN)[name])
+
+    @property
+    def num_tokens(self) -> int:
+        return self.old_logp.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        return self.reward.shape[0]
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """(tokens,) bool: the mask, or all."""
+        return torch.ones_like(self.old_logp, dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
+    def sequence(self) -> torch.Tensor:
+        """(tokens,) int64: the sequence of every token."""
+        return sequence_index(self.cu_seqlens, self.num_tokens)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(seqs,) int64: tokens of each sequence that count."""
+        return segment_sum(self.valid.long(), self.sequence, self.num_seqs)
+
+    def spread(self, per_sequence: torch.Tensor) -> torch.Tensor:
+        """(tokens,): the value of each token's sequence."""
+        return per_sequence[self.sequence]
+
+    def sequence_mean(self, per_token: torch.Tensor) -> torch.Tensor:
+        """(seqs,) float64: mean over the tokens that count; 0 for a sequence without one."""
+        x = torch.where(self.valid, per_token.double(), 0.0)
+        total: torch.Tensor = segment_sum(x, self.sequence, self.num_seqs)
+        return total / self.lengths.clamp(min=1)
+
+    def global_mean(self, per_token: torch.Tensor) -> torch.Tensor:
+        """() float64: mean over the tokens of all ranks that count; 0 without one."""
+        x = torch.where(self.valid, per_token.double(), 0.0)
+        sums = self.world.sum(torch.stack([x.sum(), self.valid.sum().double()]))
+        return sums[0] / sums[1].clamp(min=1)
+
+    def require(self, op: str, *names: str) -> None:
+        """Refuse a batch that lacks one of these fields."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise refuse(op, f"batch.{name}", "given", None, _HOW_TO_GET.get(name, _PASS_IT))
+
+    def with_policy(self, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> "Batch":
+        """The same batch with detached statistics of the current policy."""
+        entropy = self.entropy if entropy is None else entropy.detach()
+        return replace(self, logp=logp.detach(), entropy=entropy)
+
+    def take(self, seqs: torch.Tensor) -> "Batch":
+        """The batch of these sequences only, (count,) int64, in this order: a minibatch.
+
+        Prepared fields come along, so advantages keep the statistics of the whole batch.
+        """
+        length = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()[seqs]
+        border = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+        shift = self.cu_seqlens[:-1].long()[seqs] - border[:-1]
+        tokens = torch.arange(int(border[-1]), device=seqs.device) + shift.repeat_interleave(length)
+        cut: dict[str, Any] = {"cu_seqlens": border.to(torch.int32)}
+        for name in PER_SEQUENCE | PER_TOKEN:
+            value = getattr(self, name)
+            per_token = name in PER_TOKEN
+            if name == "advantage":
+                per_token = self.advantage_level == "token"
+            if value is not None:
+                cut[name] = value[tokens if per_token else seqs]
+        return replace(self, **cut)
+
+    def to_state(self) -> dict[str, Any]:
+        """Tensors and strings only, for a checkpoint; without `world`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "world"}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], world: World) -> "Batch":
+        """The inverse of `to_state`."""
+        return cls(**state, world=world)
+
+
+PER_SEQUENCE = {
+    "reward": FLOATS, "greedy_reward": FLOATS, "group_ids": INTS, "turn": INTS, "correct": BOOL,
+    "finished": BOOL, "demonstration": BOOL, "advantage": FLOATS,
+}  # fmt: skip
+PER_TOKEN = dict.fromkeys(
+    ("old_logp", "logp", "ref_logp", "sampler_logp", "second_logp", "entropy", "sum_sq", "value",
+     "median_value", "token_reward", "causal_weight", "signal", "token_weight"), FLOATS,
+) | {"mask": BOOL, "window": BOOL}  # fmt: skip
+
+_PASS_IT = "Build the Batch with it."
+_HOW_TO_GET = {
+    "logp": "Pass batch.with_policy(token_stats(...).logp), or old_logp on the first update.",
+    "entropy": "Pass token_stats(...).entropy.",
+    "sum_sq": "Pass token_stats(...).sum_sq.",
+    "second_logp": "Pass token_stats(..., second_temperature=algorithm.temperature(state)).",
+    "ref_logp": "Score the tokens with the reference policy, or make the algorithm with kl=None.",
+    "value": "Pass the critic's values, or choose a group baseline.",
+}

@@ -1,0 +1,116 @@
+"""D3S: train on the rollouts of largest advantage variance and their tokens of largest |A| H."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tokfuse.algorithms.advantages import Advantage
+from tokfuse.algorithms.base import State
+from tokfuse.algorithms.batch import Batch
+from tokfuse.algorithms.registry import register
+from tokfuse.algorithms.selection import max_variance_in_groups, max_variance_subset, top_mask
+from tokfuse.algorithms.standard import Standard
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import check_number
+
+
+@register(
+    "d3s",
+    system="D3S",
+    label="recon",
+    source="arXiv 2509.22115; abstract, reviews and two agreeing notes",
+    summary="max-variance rollouts, then the top |A| entropy tokens, both budgets growing",
+    required=("rollouts", "tokens", "total_steps"),
+    differs=(
+        "Budgets are required: the paper's values were not found. Assumed: top-K over the pooled "
+        "kept tokens, the denominator counts kept tokens, entropy of the policy at the start of "
+        "the update, counts rounded down and at least 1."
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class D3S(Standard):
+    """Dynamic dual-level down-sampling over any objective of `Standard`.
+
+    Advantages are those of all rollouts and stay so. Kept are
+
+        S_q = argmax over subsets of size n of Var(A) inside each prompt q,
+        S   = argmax over subsets of size `batch_rollouts` of Var(A) of their union,
+        T   = the K tokens of S with the largest |A| H, K = floor(fraction * tokens of S),
+
+    loss = base loss * 1[t in T], normalised by the tokens of T. n and the fraction go linearly from
+    their first to their last value over `total_steps`. Both subsets are exact: always some i
+    largest and the rest smallest.
+
+    Args:
+        rollouts: (first, last) n kept per prompt.
+        tokens: (first, last) fraction in (0, 1] of tokens kept, e.g. (0.05, 0.2).
+        total_steps: rollout batches in the run.
+        batch_rollouts: size of S over all ranks. None: stage 1 alone ("D3S-I").
+
+    Inputs: group_ids, entropy (old policy). State: the step. Source: arXiv 2509.22115,
+    reconstructed.
+    """
+
+    rollouts: tuple[int, int] = (0, 0)
+    tokens: tuple[float, float] = (0.0, 0.0)
+    total_steps: int = 0
+    batch_rollouts: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low, high in (("rollouts", 1, 2**31), ("tokens", 0.0, 1.0)):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise refuse(self._op, name, "a pair (first, last)", pair, "Pass both ends.")
+            for value in pair:
+                check_number(self._op, name, value, low, high, open_low=name == "tokens")
+        check_number(self._op, "total_steps", self.total_steps, 1)
+        if self.batch_rollouts is not None:
+            check_number(self._op, "batch_rollouts", self.batch_rollouts, 1)
+
+    def initial_state(self) -> State:
+        """The base's, and the step."""
+        return super().initial_state() | {"step": 0}
+
+    def budgets(self, state: Mapping[str, int]) -> tuple[int, float]:
+        """(rollouts per prompt, fraction of tokens) at this step."""
+        p = min(state["step"] / self.total_steps, 1.0)
+        (n0, n1), (k0, k1) = self.rollouts, self.tokens
+        # 1e-9: (1 - p) 4 + p 8 may fall a rounding below the integer that it is.
+        return max(1, int((1 - p) * n0 + p * n1 + 1e-9)), (1 - p) * k0 + p * k1
+
+    def select(self, batch: Batch, advantage: Advantage, state: State) -> torch.Tensor | None:
+        """The tokens of T."""
+        batch.require(self._op, "group_ids", "entropy")
+        assert batch.group_ids is not None and batch.entropy is not None
+        n, fraction = self.budgets(state)
+        value = advantage.value
+        if advantage.level == "token":
+            value = batch.sequence_mean(value)
+        rows = max_variance_in_groups(value, batch.group_ids, n)
+        if self.batch_rollouts is not None:
+            rows = self._across_groups(batch, value, rows)
+        pool = batch.spread(rows) & batch.valid
+        base = super().select(batch, advantage, state)
+        pool = pool if base is None else pool & base
+        size = advantage.value.abs()
+        size = size if advantage.level == "token" else batch.spread(size)
+        count = max(1, int(fraction * int(batch.world.sum(pool.sum())) + 1e-9))
+        return top_mask(size * batch.entropy, count, pool, batch.world)
+
+    def _across_groups(
+        self, batch: Batch, value: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        """Stage 2 over the kept rollouts of all ranks; every rank solves the same small problem."""
+        assert self.batch_rollouts is not None
+        parts = batch.world.vectors(value[rows])
+        keep = max_variance_subset(torch.cat(parts), self.batch_rollouts)
+        own = keep.split([len(part) for part in parts])[batch.world.rank]
+        out = rows.clone()
+        out[rows] = own
+        return out
+
+    def advance(self, state: State, batch: Batch) -> State:
+        """One step further in the schedule."""
+        return super().advance(state, batch) | {"step": state["step"] + 1}

@@ -1,0 +1,155 @@
+"""EPO: entropy bonus for agents, with a band around each turn's own history of entropy."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from tokfuse.algorithms.base import Plan, State
+from tokfuse.algorithms.batch import Batch
+from tokfuse.algorithms.registry import register
+from tokfuse.algorithms.rules import plan_mask
+from tokfuse.algorithms.standard import Standard
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.objective import KL
+from tokfuse.runtime.packed_checks import check_choice, check_number, may_read
+from tokfuse.runtime.reference.segments import segment_sum
+
+
+@register(
+    "epo",
+    system="EPO",
+    label="exact",
+    source="arXiv 2509.22576; github.com/WujiangXu/EPO",
+    summary="entropy bonus, penalty outside a band around the turn's history, phase schedule",
+    required=("max_turns",),
+    differs=(
+        "mode='paper': the band penalty is piecewise constant, so it has no gradient and only "
+        "moves the reported loss (`Plan.constant`). mode='hinge' is our extension, with one. A "
+        "turn without history is not penalised; sequence means skip padding, which the code "
+        "averages in."
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class EPO(Standard):
+    """L = L_base - coef (mean H - beta_k mean P) over any objective of `Standard`.
+
+    With h the mean entropy of the token's turn over all past batches (each batch weighs the same):
+
+        paper   P = 0 if kappa_low h < H < kappa_high h else alpha; no gradient
+        hinge   P = alpha (relu(kappa_low h - H) + relu(H - kappa_high h))
+
+    beta_k: p = 2 k / K in the first half: 1 - 0.2 (1 - e^-2p); p = (k - K/2) / (K/2) in the second:
+    0.8 e^-3p. P counts only in batches with a turn >= max_turns / 2.
+
+    Args:
+        entropy_coef: coef.
+        kappa_low, kappa_high: the band; alpha: the penalty (0.05 ScienceWorld, 0.1 ALFWorld).
+        total_steps: K. max_turns: turns of an episode.
+        over: "token" compares H of each token, "sequence" the mean of the response.
+        mode: "paper" or "hinge".
+
+    Inputs: turn, entropy of the current policy, ref_logp. State: the step, and per turn the sum of
+    batch means and their number. Source: released code, exact; hinge is ours.
+    """
+
+    entropy_coef: float = 1e-3
+    kl: KL | None = KL(coef=0.01)
+    kappa_low: float = 0.0
+    kappa_high: float = 2.0
+    alpha: float = 0.05
+    total_steps: int = 150
+    max_turns: int = 0
+    over: str = "token"
+    mode: str = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self._op, "kappa_low", self.kappa_low, 0.0)
+        check_number(self._op, "kappa_high", self.kappa_high, self.kappa_low)
+        check_number(self._op, "alpha", self.alpha, 0.0)
+        check_number(self._op, "total_steps", self.total_steps, 1)
+        check_number(self._op, "max_turns", self.max_turns, 1)
+        check_choice(self._op, "over", self.over, ("token", "sequence"))
+        check_choice(self._op, "mode", self.mode, ("paper", "hinge"))
+        check_choice(self._op, "aggregation", self.aggregation, ("token_mean",))
+        check_number(self._op, "entropy_coef", self.entropy_coef, 0.0, open_low=True)
+
+    @property
+    def needs_policy(self) -> bool:
+        """The band reads the current entropies."""
+        return True
+
+    def initial_state(self) -> State:
+        """The base's, the step and an empty history."""
+        history = {"sum": [0.0] * self.max_turns, "batches": [0] * self.max_turns}
+        return super().initial_state() | {"step": 0} | history
+
+    def beta(self, step: int) -> float:
+        """The schedule; it jumps from 0.827 to 0.8 in the middle and ends at 0.04."""
+        half = self.total_steps / 2
+        p = min(step, self.total_steps) / half
+        if p <= 1.0:
+            return 1.0 - 0.2 * (1.0 - math.exp(-2.0 * p))
+        return 0.8 * math.exp(-3.0 * (p - 1.0))
+
+    def objective(self, batch: Batch, state: State) -> Plan:
+        """The base's plan, with the penalty as a weight of the entropy or as a constant."""
+        batch.require(self._op, "turn", "entropy")
+        assert batch.turn is not None and batch.entropy is not None
+        plan = super().objective(batch, state)
+        late = bool((batch.turn >= self.max_turns / 2).any())
+        if not late or plan.objective.entropy_coef == 0.0:
+            return plan
+        keep, entropy = plan_mask(plan), batch.entropy.double()
+        seen = torch.tensor(state["batches"], device=keep.device)[batch.turn.long()]
+        total = torch.tensor(state["sum"], dtype=torch.float64, device=keep.device)
+        history = total[batch.turn.long()] / seen.clamp(min=1)
+        if self.over == "sequence":
+            entropy = batch.spread(replace(batch, mask=keep).sequence_mean(entropy))
+        low, high = (batch.spread(k * history) for k in (self.kappa_low, self.kappa_high))
+        known = batch.spread(seen > 0) & keep
+        beta = self.beta(state["step"])
+        count = plan.count().clamp(min=1)
+        if self.mode == "paper":
+            outside = known & ~((low < entropy) & (entropy < high))
+            penalty = self.alpha * outside.double()
+            weight = None
+        else:
+            over, under = entropy - high, low - entropy
+            penalty = self.alpha * torch.where(known, over.clamp(min=0) + under.clamp(min=0), 0.0)
+            # d penalty / d entropy enters as a change of the bonus's weight.
+            slope = self.alpha * known.double() * ((over > 0).double() - (under > 0).double())
+            weight = (1.0 - beta * slope).to(batch.old_logp.dtype)
+            # The weight carries slope * entropy of the penalty's value; the rest is constant.
+            penalty = penalty - slope * batch.entropy.double()
+        constant = plan.objective.entropy_coef * beta * (penalty * keep).sum() / count
+        return replace(plan, entropy_weight=weight, constant=constant)
+
+    def prepare(self, batch: Batch, state: State) -> Batch:
+        """The base's; turns must lie inside the history."""
+        batch.require(self._op, "turn")
+        assert batch.turn is not None
+        if may_read(batch.turn) and batch.num_seqs > 0:
+            low, high = int(batch.turn.min()), int(batch.turn.max())
+            if low < 0 or high >= self.max_turns:
+                raise refuse(self._op, "batch.turn", f"in [0, max_turns) = [0, {self.max_turns})",
+                             low if low < 0 else high, "Raise max_turns.")  # fmt: skip
+        return super().prepare(batch, state)
+
+    def advance(self, state: State, batch: Batch) -> State:
+        """Adds the batch's mean entropy of every turn to the history."""
+        batch.require(self._op, "turn", "entropy")
+        assert batch.turn is not None and batch.entropy is not None
+        turn = batch.spread(batch.turn.long())
+        entropy = torch.where(batch.valid, batch.entropy.double(), 0.0)
+        sums = segment_sum(entropy, turn, self.max_turns)
+        counts = segment_sum(batch.valid.double(), turn, self.max_turns)
+        sums, counts = batch.world.sum(torch.stack([sums, counts]))
+        mean = (sums / counts.clamp(min=1)).tolist()
+        present = (counts > 0).tolist()
+        return super().advance(state, batch) | {
+            "step": state["step"] + 1,
+            "sum": [s + m for s, m in zip(state["sum"], mean, strict=True)],
+            "batches": [n + p for n, p in zip(state["batches"], present, strict=True)],
+        }

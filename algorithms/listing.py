@@ -1,0 +1,105 @@
+"""`python -m tokfuse algorithms`: the methods, their options, and the paper index."""
+
+import argparse
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokfuse.algorithms  # noqa: F401  (fills the registry)
+from tokfuse.algorithms.registry import ENTRIES, Entry, entry
+
+INDEX_BEGIN = (
+    "<!-- index: written by `python -m tokfuse algorithms --markdown docs/paper_index.md` -->"
+)
+INDEX_END = "<!-- /index -->"
+
+# Systems of the project's reading list that have no code here: why.
+OUT = {
+    "UMLC (arXiv 2502.15697)": "An uplift architecture; its loss is ordinary response regression.",
+    "MPVA (2505.01652)": "A graph VAE for fair node classification: it needs a graph encoder.",
+    "TCS (2506.02084)": "A time-series simulator and its model selection: no loss on tensors.",
+    "AGEC causal bandits (2408.11240)": "Needs a causal graph and interventions on it.",
+    "HDPO (2306.11246)": "Differentiates through a known simulator; sampling tokens is none.",
+    "Domain counterfactuals / ILD (2306.11281)": "Invertible latent models of images.",
+    "CausalDiffAE (2404.17735)": "A diffusion autoencoder of images.",
+    "Steering the Herd (2504.02648)": "Analysis of sequential social learning; nothing to train.",
+    "Invalid-IV ATE (1907.11882)": "An econometric estimator with four or more nuisance fits.",
+    "S-CNFG (2511.06934)": "An equilibrium definition without an estimator, and a negative result.",
+}
+
+
+def table() -> str:
+    """Name, label and summary of every method, aligned."""
+    width = max(map(len, ENTRIES))
+    return "\n".join(
+        f"{one.name:<{width}}  {one.label:<8}  {one.summary}"
+        for one in sorted(ENTRIES.values(), key=lambda one: one.name)
+    )
+
+
+def describe(name: str) -> str:
+    """All that is known of one method."""
+    one = entry(name)
+    lines = [
+        f"{one.name} ({one.label}): {one.summary}",
+        f"source: {one.source}",
+        f"file: {one.file}",
+    ]
+    if one.differs:
+        lines += textwrap.wrap(f"differs: {one.differs}", 96, subsequent_indent="  ")
+    lines += ["", inspect.getdoc(one.cls) or "", "", "options"]
+    for option, default in one.options().items():
+        shown = "must be given" if default is dataclasses.MISSING else repr(default)
+        lines.append(f"  {option} = {shown}")
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The tables of docs/paper_index.md."""
+    systems: dict[str, list[Entry]] = {}
+    for one in ENTRIES.values():
+        systems.setdefault(one.system, []).append(one)
+    lines = ["| system | name | label | file | source | what differs from the paper, and why |",
+             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for system, entries in sorted(systems.items()):
+        for one in entries:
+            cells = (system, f"`{one.name}`", one.label, f"`{one.file}`", one.source,
+                     one.differs or "-")  # fmt: skip
+            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    lines += ["", "| without code | reason |", "| --- | --- |"]
+    lines += [f"| {system} | {reason} |" for system, reason in OUT.items()]
+    return "\n".join(lines)
+
+
+def write_markdown(path: Path) -> None:
+    """Replace what stands between the two index marks of a file by `markdown()`."""
+    text = path.read_text()
+    if text.count(INDEX_BEGIN) != 1 or text.count(INDEX_END) != 1:
+        raise ValueError(
+            f"algorithms: {path} must hold {INDEX_BEGIN!r} and {INDEX_END!r} once each."
+        )
+    head, rest = text.split(INDEX_BEGIN)
+    tail = rest.split(INDEX_END)[1]
+    path.write_text(f"{head}{INDEX_BEGIN}\n{markdown()}\n{INDEX_END}{tail}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokfuse algorithms",
+        description="The methods of tokfuse.algorithms, or one of them with its options.",
+    )
+    parser.add_argument("name", nargs="?", help="a method; without one, the table of all")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the paper index between its marks"
+    )
+    options = parser.parse_args(argv)
+    if options.markdown is not None:
+        write_markdown(options.markdown)
+        return 0
+    try:
+        print(table() if options.name is None else describe(options.name))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0

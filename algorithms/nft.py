@@ -1,0 +1,102 @@
+"""NFT: maximum likelihood in which wrong answers train an implicit negative policy."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tokfuse.algorithms.advantages import Advantage
+from tokfuse.algorithms.base import State
+from tokfuse.algorithms.batch import Batch
+from tokfuse.algorithms.registry import register
+from tokfuse.algorithms.standard import Standard
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.objective import NFT as NFTShape
+from tokfuse.runtime.objective import Shape
+from tokfuse.runtime.packed_checks import check_number
+from tokfuse.runtime.reference.segments import groups_of, segment_sum
+
+
+@register(
+    "nft",
+    system="NFT",
+    label="exact",
+    source="arXiv 2505.18116; github.com/NVlabs/NFT",
+    summary="-log r on right answers, -log of the implicit negative policy on wrong ones",
+    differs=(
+        "A negative neg_weight, which in the code switches to DAPO's loss, is refused: make "
+        "'dapo'. Per token the code divides the micro-batch's sum by 1000: `constant`."
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class NFT(Standard):
+    """w_g [ c (-log r) + (1 - c) neg_weight (-log((1 - q r) / (1 - q))) ], floors straight-through.
+
+    q is the group's success rate, clamped to the shape's [0.02, 0.98]; groups with q 0 or 1 are
+    left out. w_g: 1, 1 - q, sqrt((1 - q) / q) for normalize 0, 1, 2. On policy normalize=2 is GRPO
+    (population deviation), 1 is Dr.GRPO.
+
+    Args:
+        shape: floors and clamps, `tokfuse.NFT`.
+        normalize: 0, 1 or 2.
+        neg_weight: of wrong answers; 0 is rejection fine-tuning.
+        constant: the sum over tokens is divided by it (level "token"); a level "sequence_sum" loss
+            is summed over sequences.
+
+    Inputs: group_ids, correct. State: none. Source: released code, exact.
+    """
+
+    shape: Shape = NFTShape()
+    skip_uniform: bool = True
+    aggregation: str = ""
+    normalize: int = 2
+    neg_weight: float = 1.0
+    constant: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if self.level not in ("token", "sequence_sum"):
+            raise refuse(self._op, "level", "'token' or 'sequence_sum'", repr(self.level),
+                         "These are the paper's two.")  # fmt: skip
+        if self.aggregation == "":  # each level has its own; Objective checks a given one
+            name = "token_sum" if self.level == "token" else "seq_mean_token_mean"
+            object.__setattr__(self, "aggregation", name)
+        super().__post_init__()
+        if not isinstance(self.shape, NFTShape):
+            raise refuse(self._op, "shape", "a tokfuse.NFT", self.shape, "Set its floors there.")
+        if self.normalize not in (0, 1, 2):
+            raise refuse(self._op, "normalize", "0, 1 or 2", self.normalize, "2 is the paper's.")
+        check_number(self._op, "neg_weight", self.neg_weight, 0.0)
+        check_number(self._op, "constant", self.constant, 0.0, open_low=True)
+
+    @property
+    def _divides_by_length(self) -> bool:
+        return False
+
+    def _normalizer(self, batch: Batch) -> float | str:
+        if self.aggregation == "token_sum":
+            return self.constant
+        # The mean over a sequence of its one loss is that loss; divided by 1 they are summed.
+        return 1.0 if self.level == "sequence_sum" else "batch"
+
+    def rate(self, batch: Batch) -> torch.Tensor:
+        """(seqs,) float64: q, clamped."""
+        batch.require(self._op, "group_ids", "correct")
+        assert batch.group_ids is not None and batch.correct is not None
+        assert isinstance(self.shape, NFTShape)
+        member = groups_of(batch.group_ids).member
+        right = batch.correct.double()
+        total, size = (segment_sum(x, member, batch.num_seqs)[member]
+                       for x in (right, torch.ones_like(right)))  # fmt: skip
+        return (total / size).clamp(self.shape.rate_min, self.shape.rate_max)
+
+    def advantages(self, batch: Batch) -> Advantage:
+        """+-w_g: the sign picks the branch, the size is its weight."""
+        q = self.rate(batch)
+        assert batch.correct is not None
+        weight = (torch.ones_like(q), 1 - q, ((1 - q) / q).sqrt())[self.normalize]
+        signed = torch.where(batch.correct, weight, -self.neg_weight * weight)
+        return Advantage(signed.to(batch.old_logp.dtype), "sequence")
+
+    def prepare(self, batch: Batch, state: State) -> Batch:
+        """With q on every token."""
+        signal = batch.spread(self.rate(batch)).to(batch.old_logp.dtype)
+        return replace(super().prepare(batch, state), signal=signal)

@@ -1,0 +1,285 @@
+"""The standard family: one class whose fields are the axes, and every published method a point.
+
+loss = Objective(shape, level, aggregation, kl, entropy_coef) of the estimator's advantages, times
+the correction's weights, changed by the token rules. `algorithms/table.py` names the points.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from tokfuse.algorithms import advantages as estimators
+from tokfuse.algorithms.advantages import Advantage
+from tokfuse.algorithms.base import Algorithm, Plan, State, require_metrics
+from tokfuse.algorithms.batch import Batch
+from tokfuse.algorithms.rules import ClipCov, Correction, TokenRule
+from tokfuse.algorithms.selection import informative
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.objective import KL, Objective, PPOClip, Shape
+from tokfuse.runtime.packed_checks import check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlong:
+    """DAPO's soft punishment, added to the reward of a response of n tokens that count.
+
+    0 up to max_length - cache, then linear down to -1 at max_length, -1 beyond.
+    """
+
+    max_length: int = 20480
+    cache: int = 4096
+
+    def __post_init__(self) -> None:
+        check_number("Overlong", "cache", self.cache, 1, self.max_length)
+
+    def penalty(self, lengths: torch.Tensor) -> torch.Tensor:
+        """(seqs,) in [-1, 0]."""
+        free = self.max_length - self.cache
+        return ((free - lengths.double()) / self.cache).clamp(-1.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLControl:
+    """Ziegler's controller: coef *= 1 + clip(KL / target - 1, +-0.2) seqs / horizon, per update.
+
+    KL is the mean of logp - ref_logp (k1) over the tokens of the update; seqs its responses.
+    """
+
+    target: float
+    horizon: float
+
+    def __post_init__(self) -> None:
+        check_number("KLControl", "target", self.target, 0.0, open_low=True)
+        check_number("KLControl", "horizon", self.horizon, 0.0, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyControl:
+    """The bonus follows a target entropy: coef +- step per update, used only while H <= target.
+
+    Skywork-OR1 and TRL. The coefficient starts at the algorithm's entropy_coef and stays >= 0.
+    """
+
+    target: float = 0.2
+    step: float = 0.005
+
+    def __post_init__(self) -> None:
+        check_number("EntropyControl", "target", self.target, 0.0)
+        check_number("EntropyControl", "step", self.step, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standard(Algorithm):
+    """A policy-gradient method along orthogonal axes; every option may be set on every method.
+
+    Args:
+        advantage: estimator, see `tokfuse.algorithms.advantages.estimate`.
+        eps, std, scale, singleton: as in `tokfuse.group_advantage`; gamma, lam,
+            length_adaptive_alpha as in `tokfuse.gae`; reward_kl: coefficient of k1 inside the
+            token rewards. None: the estimator's own; one it does not read is refused.
+        whiten: divide advantages by their deviation over all tokens. None: the estimator's habit
+            (gae, reinforce_pp and reinforce_pp_baseline do).
+        overlong: length penalty added to the reward, or None.
+        skip_uniform: groups whose rewards are all equal leave the batch, denominator included
+            (DAPO's dynamic sampling; refilling the batch is the data loader's part).
+        shape, level, aggregation, kl, entropy_coef: as in `tokfuse.Objective`.
+        max_length: with aggregation "token_sum": the loss is divided by sequences * max_length.
+        correction: weights for the mismatch between rollout engine and trainer, or None.
+        bypass: the rollout engine's sampler_logp takes the place of old_logp in the ratio.
+        rules: token rules, applied in order.
+        kl_control, entropy_control: controllers of the two coefficients, or None.
+
+    State: the number of updates, and the controlled coefficients.
+    """
+
+    advantage: str = "grpo"
+    eps: float | None = None
+    std: str | None = None
+    scale: str | None = None
+    singleton: str | None = None
+    gamma: float | None = None
+    lam: float | None = None
+    length_adaptive_alpha: float | None = None
+    reward_kl: float | None = None
+    whiten: bool | None = None
+    overlong: Overlong | None = None
+    skip_uniform: bool = False
+    shape: Shape = PPOClip()
+    level: str = "token"
+    aggregation: str = "token_mean"
+    kl: KL | None = None
+    entropy_coef: float = 0.0
+    max_length: int | None = None
+    correction: Correction | None = None
+    bypass: bool = False
+    rules: tuple[TokenRule, ...] = ()
+    kl_control: KLControl | None = None
+    entropy_control: EntropyControl | None = None
+
+    def __post_init__(self) -> None:
+        estimators.check_options(self._op, self.advantage, self._given())
+        self._objective(self.kl, self.entropy_coef)  # checks its own fields
+        if (self.max_length is None) == self._divides_by_length:
+            want = "given" if self._divides_by_length else "left out"
+            raise refuse(self._op, "max_length", f"{want} with aggregation {self.aggregation!r}",
+                         self.max_length, "It divides a token_sum.")  # fmt: skip
+        if self.max_length is not None:
+            check_number(self._op, "max_length", self.max_length, 1)
+        if self.kl_control is not None and self.kl is None:
+            raise refuse(self._op, "kl_control", "None without a KL term", self.kl_control,
+                         "Set kl=KL(coef=...) as its start.")  # fmt: skip
+        if self.bypass and self.correction is not None:
+            raise refuse(self._op, "correction", "None with bypass (the ratio itself corrects)",
+                         self.correction, "Choose one of the two.")  # fmt: skip
+
+    @property
+    def _op(self) -> str:
+        return f"algorithms.{self.name or type(self).__name__.lower()}"
+
+    @property
+    def _divides_by_length(self) -> bool:
+        return self.aggregation == "token_sum"
+
+    def _given(self) -> dict[str, Any]:
+        names = ("eps", "std", "scale", "singleton", "gamma", "lam", "length_adaptive_alpha",
+                 "reward_kl")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def _objective(self, kl: KL | None, entropy_coef: float) -> Objective:
+        return Objective(shape=self.shape, level=self.level, aggregation=self.aggregation, kl=kl,
+                         entropy_coef=entropy_coef)  # fmt: skip
+
+    # ------------------------------------------------------------------------------ before the loss
+
+    def initial_state(self) -> State:
+        """Updates so far, and the coefficients that a controller moves."""
+        state: State = {}
+        if any(isinstance(rule, ClipCov) for rule in self.rules):
+            state["updates"] = 0
+        if self.kl_control is not None:
+            state["kl_coef"] = cast(KL, self.kl).coef
+        if self.entropy_control is not None:
+            state |= {"entropy_coef": self.entropy_coef, "entropy": 0.0}
+        return state
+
+    def rewards(self, batch: Batch) -> torch.Tensor:
+        """(seqs,): the reward that the estimator sees."""
+        if self.overlong is None:
+            return batch.reward
+        if batch.token_reward is not None:
+            raise refuse(self._op, "batch.token_reward", "None with overlong", "a tensor",
+                         "Put the length penalty into the token rewards.")  # fmt: skip
+        return batch.reward + self.overlong.penalty(batch.lengths).to(batch.reward.dtype)
+
+    def advantages(self, batch: Batch) -> Advantage:
+        """Of the named estimator."""
+        needs, _ = estimators.ESTIMATORS[self.advantage]
+        batch.require(self._op, *needs)
+        whiten = self.advantage in estimators.WHITENED if self.whiten is None else self.whiten
+        options = {name: value for name, value in self._given().items() if value is not None}
+        return estimators.estimate(self.advantage, batch, self.rewards(batch), options, whiten)
+
+    def select(self, batch: Batch, advantage: Advantage, state: State) -> torch.Tensor | None:
+        """The groups with spread, where the method skips the others."""
+        if not self.skip_uniform:
+            return None
+        batch.require(self._op, "group_ids")
+        # Correctness where it is known: a length penalty spreads the rewards of solved groups.
+        score = batch.reward if batch.correct is None else batch.correct.float()
+        return batch.spread(informative(score, cast(torch.Tensor, batch.group_ids)))
+
+    # ------------------------------------------------------------------------------------- the loss
+
+    def objective(self, batch: Batch, state: State) -> Plan:
+        """The plan of a prepared batch."""
+        if batch.advantage is None:
+            raise refuse(self._op, "batch", "prepared", "one without advantages",
+                         "Call algorithm.prepare(batch, state) first.")  # fmt: skip
+        if self.bypass:
+            batch.require(self._op, "sampler_logp")
+            assert batch.sampler_logp is not None
+            batch = replace(batch, old_logp=batch.sampler_logp, sampler_logp=None)
+        plan = self._plan(batch, self.spec(state))
+        if plan.objective.kl is not None:
+            batch.require(self._op, "ref_logp")
+            plan = replace(plan, ref_logp=batch.ref_logp)
+        if self.correction is not None:
+            plan = self.correction.apply(plan, self._op)
+        for rule in self.rules:
+            plan.batch.require(self._op, *rule.needs)
+            plan = rule.apply(plan, state)
+        return plan
+
+    def spec(self, state: State) -> Objective:
+        """The objective at this state, before rules change it."""
+        kl = self.kl
+        if kl is not None and self.kl_control is not None:
+            kl = replace(kl, coef=state["kl_coef"])
+        entropy_coef = self.entropy_coef
+        if self.entropy_control is not None:
+            active = state["entropy"] <= self.entropy_control.target
+            entropy_coef = state["entropy_coef"] if active else 0.0
+        return self._objective(kl, entropy_coef)
+
+    def _plan(self, batch: Batch, objective: Objective) -> Plan:
+        assert batch.advantage is not None
+        return Plan(
+            batch=batch, objective=objective, advantage=batch.advantage,
+            advantage_level=batch.advantage_level, mask=batch.mask, signal=batch.signal,
+            token_weight=batch.token_weight, normalizer=self._normalizer(batch),
+        )  # fmt: skip
+
+    def _normalizer(self, batch: Batch) -> float | str:
+        if self.max_length is None:
+            return "batch"
+        return float(max(1, batch.num_seqs) * self.max_length)
+
+    @property
+    def needs_policy(self) -> bool:
+        """True with a rule or a correction that looks at the current policy."""
+        rules = any({"logp", "entropy"} & set(rule.needs) for rule in self.rules)
+        return rules or (self.correction is not None and self.correction.policy == "current")
+
+    # ------------------------------------------------------------------------------------ the state
+
+    def measure(
+        self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Sums over the plan's tokens for the controllers."""
+        keep = plan.batch.valid if plan.mask is None else plan.mask
+
+        def total(x: torch.Tensor) -> torch.Tensor:
+            return torch.where(keep, x.detach().double(), 0.0).sum()
+
+        out = {}
+        if self.kl_control is not None:
+            plan.batch.require(self._op, "ref_logp")
+            out["kl"] = total(logp - cast(torch.Tensor, plan.batch.ref_logp))
+            out["seqs"] = (plan.batch.lengths > 0).sum().double()
+        if self.entropy_control is not None:
+            if entropy is None:
+                raise refuse(self._op, "entropy", "given with entropy_control", None,
+                             "Pass step.stats.entropy.")  # fmt: skip
+            out["entropy"] = total(entropy)
+        return out | {"tokens": keep.sum().double()} if out else {}
+
+    def update(self, state: State, metrics: Mapping[str, torch.Tensor]) -> State:
+        """One step of every controller."""
+        controlled = {"kl": self.kl_control, "entropy": self.entropy_control}
+        require_metrics(self._op, metrics, *(k for k, v in controlled.items() if v is not None))
+        state = dict(state)
+        if "updates" in state:
+            state["updates"] += 1
+        tokens = max(float(metrics["tokens"]), 1.0) if metrics else 1.0
+        if self.kl_control is not None:
+            kl = float(metrics["kl"]) / tokens
+            error = min(max(kl / self.kl_control.target - 1.0, -0.2), 0.2)
+            state["kl_coef"] *= 1.0 + error * float(metrics["seqs"]) / self.kl_control.horizon
+        if self.entropy_control is not None:
+            control, entropy = self.entropy_control, float(metrics["entropy"]) / tokens
+            step = control.step if entropy < control.target else -control.step
+            state["entropy_coef"] = max(0.0, state["entropy_coef"] + step)
+            state["entropy"] = entropy
+        return state

@@ -1,0 +1,331 @@
+"""The standard family as points on the axes of `Standard`: one row a method.
+
+A row names what it changes from `Standard()` (GRPO advantages, PPO clip 0.2, token mean, no KL).
+Sources: the paper, and the code the formula was read in: verl `core_algos.py`, TRL
+`grpo_trainer.py`, OpenRLHF `loss.py`, NeMo-RL, or the authors' repository.
+"""
+
+from typing import Any
+
+from tokfuse.algorithms.registry import Entry, add
+from tokfuse.algorithms.rules import (
+    ClipCov,
+    Correction,
+    DampRare,
+    HighEntropy,
+    KLCov,
+    PositiveLikelihood,
+)
+from tokfuse.algorithms.standard import Overlong, Standard
+from tokfuse.runtime.objective import (
+    KL,
+    Gamma,
+    LinearLogp,
+    LinearRatio,
+    LogClamp,
+    PPOClip,
+    SigmoidGate,
+    StopGradClip,
+)
+from tokfuse.runtime.ops.offpolicy_weights import KeepRule
+
+FAMILY = "The standard family"
+SEQ_MEAN = "seq_mean_token_mean"
+DAPO_CLIP = PPOClip(low=0.2, high=0.28)
+GSPO_CLIP = PPOClip(low=3e-4, high=4e-4)
+
+
+def _row(
+    name: str,
+    source: str,
+    summary: str,
+    *,
+    label: str = "exact",
+    differs: str = "",
+    required: tuple[str, ...] = (),
+    system: str = FAMILY,
+    **preset: Any,
+) -> None:
+    add(
+        Entry(
+            name=name,
+            cls=Standard,
+            system=system,
+            label=label,
+            source=source,
+            summary=summary,
+            differs=differs,
+            preset=preset,
+            required=required,
+        )
+    )
+
+
+# -------------------------------------------------------------------------------------------- clips
+
+_row(
+    "ppo",
+    "arXiv 1707.06347; verl",
+    "clipped ratio on whitened GAE",
+    advantage="gae",
+    differs="gamma and lam are 1 (verl's defaults); the value loss is `critic.value_loss`.",
+)
+_row(
+    "ppo_dual",
+    "arXiv 1912.09729; verl",
+    "PPO, the loss of negative advantages bounded by 3 |A|",
+    advantage="gae",
+    shape=PPOClip(dual=3.0),
+)
+_row(
+    "grpo",
+    "arXiv 2402.03300; verl, TRL",
+    "group z-scores, sequence means, k3 against a reference",
+    aggregation=SEQ_MEAN,
+    kl=KL(coef=0.04),
+    differs="eps of the deviation is verl's 1e-6 (TRL 1e-4); frameworks now set kl=None.",
+)
+_row(
+    "dr_grpo",
+    "arXiv 2503.20783; TRL",
+    "R - mean, divided by sequences * max_length",
+    advantage="dr_grpo",
+    aggregation="token_sum",
+    required=("max_length",),
+    differs="verl's norm lacks the division by sequences.",
+)
+_row(
+    "dapo",
+    "arXiv 2503.14476; verl",
+    "clip 0.2 / 0.28, token mean, length penalty, no dead groups",
+    shape=DAPO_CLIP,
+    overlong=Overlong(),
+    skip_uniform=True,
+    differs="Dead groups are masked out; refilling the batch is the data loader's part.",
+)
+_row(
+    "rloo",
+    "arXiv 2402.14740; verl",
+    "leave-one-out baseline, clipped ratio",
+    advantage="rloo",
+    differs="The paper's REINFORCE loss is shape=LinearLogp(); equal gradients on policy.",
+)
+_row(
+    "remax",
+    "arXiv 2310.10505; verl",
+    "the greedy response's reward as baseline",
+    advantage="remax",
+    differs="Clipped ratio as in verl; the paper's is shape=LinearLogp().",
+)
+_row(
+    "opo",
+    "arXiv 2505.23585; verl",
+    "length-weighted baseline, exactly on policy",
+    advantage="opo",
+    shape=LinearLogp(),
+)
+_row(
+    "reinforce_pp",
+    "arXiv 2501.03262; verl",
+    "reward to go with k1 inside, whitened over tokens",
+    advantage="reinforce_pp",
+    required=("reward_kl",),
+)
+_row(
+    "reinforce_pp_baseline",
+    "arXiv 2501.03262; verl",
+    "R - group mean, whitened over tokens",
+    advantage="reinforce_pp_baseline",
+)
+_row(
+    "gpg",
+    "arXiv 2504.02546; official trainer",
+    "-A logp, scaled by the share of live groups",
+    advantage="gpg",
+    shape=LinearLogp(),
+    differs="verl counts rewards that are not 0 instead: advantage='gpg_verl'.",
+)
+_row(
+    "pass_at_k",
+    "verl",
+    "only the best of a group: (max - second) / deviation",
+    advantage="pass_at_k",
+)
+_row(
+    "maxrl",
+    "third-party code",
+    "(R - mean) / mean, for rewards 0 and 1",
+    advantage="maxrl",
+    label="recon",
+    differs="The paper was not read.",
+)
+_row(
+    "otb",
+    "verl",
+    "per-position baseline weighted by the squared score",
+    advantage="otb",
+    differs="Under importance weights verl multiplies by w^2; here the batch is on policy. "
+    "A masked token has no weight and no reward.",
+)
+
+# ------------------------------------------------------------------------------ other ratios, gates
+
+_row(
+    "gspo",
+    "arXiv 2507.18071; verl, TRL",
+    "one geometric-mean ratio per sequence, clipped",
+    level="sequence",
+    shape=GSPO_CLIP,
+    aggregation=SEQ_MEAN,
+)
+_row(
+    "gspo_token",
+    "arXiv 2507.18071; verl",
+    "GSPO's value, gradients through each token's ratio",
+    level="sequence_token",
+    shape=GSPO_CLIP,
+    aggregation=SEQ_MEAN,
+    differs="verl bounds the log-ratio by 10 above; here it is +-20.",
+)
+_row(
+    "cispo",
+    "arXiv 2506.13585; TRL",
+    "stop-gradient clipped ratio times A logp",
+    shape=StopGradClip(),
+    differs="ratio_max=5 is an absolute bound (TRL, ScaleRL); verl's clip_ratio_high is a width.",
+)
+_row(
+    "gmpo",
+    "arXiv 2507.20673; official code",
+    "geometric mean of clipped token ratios",
+    level="sequence",
+    shape=LogClamp(bound=0.4),
+    aggregation=SEQ_MEAN,
+)
+_row(
+    "sapo",
+    "arXiv 2511.20347; TRL",
+    "sigmoid gate instead of a clip",
+    shape=SigmoidGate(),
+    aggregation=SEQ_MEAN,
+    differs="The value at ratio 1 is -2 A / tau; compare gradients, not losses.",
+)
+_row(
+    "vespo",
+    "TRL",
+    "stop-gradient gamma gate of the sequence ratio",
+    level="sequence_sum",
+    shape=Gamma(),
+)
+
+# ------------------------------------------------------------------------------- tokens, likelihood
+
+_row(
+    "high_entropy",
+    "arXiv 2506.01939; TRL",
+    "DAPO on the 20% of tokens with most entropy",
+    shape=DAPO_CLIP,
+    rules=(HighEntropy(),),
+    differs="The threshold is over all ranks; the denominator counts all tokens, as in TRL.",
+)
+_row(
+    "clip_cov",
+    "arXiv 2505.22617; official code",
+    "no gradient for a few high-covariance tokens",
+    rules=(ClipCov(),),
+    differs="Means and counts over all ranks (verl: micro-batch).",
+)
+_row(
+    "kl_cov",
+    "arXiv 2505.22617; official code",
+    "|logp - old_logp| on the high-covariance tokens",
+    shape=LinearRatio(),
+    rules=(KLCov(),),
+    differs="Count over all ranks; the 7B script's 'k_percent 0.2' is fraction=2e-3.",
+)
+_row(
+    "ar",
+    "arXiv 2505.12929; official code",
+    "advantages of rare tokens damped",
+    rules=(DampRare(alpha=0.2),),
+    differs="alpha 0.3 together with `lopti`.",
+)
+_row(
+    "vapo",
+    "arXiv 2504.05118; NeMo-RL",
+    "length-adaptive GAE, clip 0.2 / 0.28, NLL of the correct",
+    advantage="gae",
+    length_adaptive_alpha=0.05,
+    shape=DAPO_CLIP,
+    rules=(PositiveLikelihood(),),
+    differs="The critic's returns (lam 1) are `critic.returns`; value pre-training is a trainer's.",
+)
+
+# ------------------------------------------------------------------- rollout engine against trainer
+
+_row(
+    "tis",
+    "verl, TRL, OpenRLHF",
+    "token weights min(w, 2)",
+    correction=Correction(high=2.0),
+    differs="verl's bound; OpenRLHF clamps to [0.5, 5].",
+)
+_row(
+    "seq_tis",
+    "verl",
+    "sequence weights min(w, 2)",
+    correction=Correction(level="sequence", high=2.0),
+)
+_row(
+    "mis",
+    "TRL",
+    "sequence weights, dropped above 3",
+    correction=Correction(level="sequence", mode="mask", high=3.0),
+)
+_row(
+    "icepop",
+    "TRL, verl",
+    "token weights, dropped outside [0.5, 5]",
+    correction=Correction(mode="mask", low=0.5, high=5.0),
+    differs="The bounds are OpenRLHF's; the frameworks publish no common ones.",
+)
+_row(
+    "geo_rs",
+    "verl",
+    "sequences dropped by their geometric-mean ratio, weight 1",
+    correction=Correction(
+        mode="keep", dropped="leave", keep_rules=(KeepRule("ratio", "mean", 0.999, 1.001),)
+    ),
+)
+_row(
+    "seq_mask_tis",
+    "OpenRLHF",
+    "token weights, sequences kept by their geometric mean in [0.5, 5]",
+    correction=Correction(mode="ips", keep_rules=(KeepRule("ratio", "mean", 0.5, 5.0),)),
+    differs="The weight is not truncated, as in the code (its comment says it is).",
+)
+_row(
+    "opsm",
+    "DeepSeek-V3.2; TRL",
+    "stale negative sequences dropped",
+    correction=Correction(
+        mode="keep",
+        policy="current",
+        keep_rules=(KeepRule("k1", "mean", high=0.5, negative_only=True),),
+    ),
+    differs="delta 0.5 is TRL's suggestion; the report names none.",
+)
+
+# ---------------------------------------------------------------------------------------- repulsion
+
+_row(
+    "cdpo",
+    "arXiv 2605.01324; VideoThinker trainer",
+    "k3 with coefficient -0.01: repelled by a frozen bias model",
+    system="CDPO (VideoThinker)",
+    aggregation=SEQ_MEAN,
+    eps=1e-4,
+    kl=KL(coef=-0.01, clamp=11.0),
+    differs="ref_logp is the bias model's. The gradient reaches 0.01 e^11: the authors clip the "
+    "gradient norm at 20, which is part of the method and the trainer's to do.",
+)
