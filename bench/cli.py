@@ -2,6 +2,7 @@
 
 OMP_WAIT_POLICY=passive python -m tokfuse bench policy_step --json rows.jsonl --md
 OMP_WAIT_POLICY=passive python -m tokfuse bench all --quick
+python -m tokfuse bench gae
 python -m tokfuse bench errors
 python -m tokfuse bench targets rows.jsonl
 """
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from tokfuse.bench import (
+    advantage,
     errors,
     linear_token_stats,
     machine,
@@ -35,8 +37,12 @@ from tokfuse.bench.row import Row
 
 CASES: dict[str, ModuleType] = {
     module.OP: module
-    for module in (token_stats, policy_step, policy_step_hidden, linear_token_stats, overhead)
-}
+    for module in (
+        token_stats, policy_step, policy_step_hidden, linear_token_stats, advantage, overhead,
+    )
+}  # fmt: skip
+# `bench gae` is `bench advantage --variant gae`: an op that is one variant of a case.
+VARIANT_OPS = {variant: advantage.OP for variant in advantage.VARIANTS}
 ROUNDS, QUICK_ROUNDS = 15, 3
 BUDGET_S = 120.0
 
@@ -46,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.op in VARIANT_OPS:
+        if options.variant not in (None, options.op):
+            parser.error(f"{options.op} is a variant itself; got --variant {options.variant}")
+        options.op, options.variant = VARIANT_OPS[options.op], options.op
     if options.list:
         print(_listing())
         return 0
@@ -81,11 +91,25 @@ def make_plan(options: argparse.Namespace) -> list[tuple[ModuleType, Config, lis
             sizes = parse_shape(op, shape, module.SHAPES[0].count("x") + 1)
             for dtype in dtypes:
                 names = peers.choose(options.peers, dtype)
-                for mode, variant in module.CASES[:1] if options.quick else module.CASES:
-                    if options.variant is None or options.variant == variant:
-                        config = Config(op, mode, variant, dtype, **sizes, seed=options.seed)
-                        plan.append((module, config, names))
+                for mode, variant in choose_cases(module, options.variant, options.quick):
+                    config = Config(op, mode, variant, dtype, **sizes, seed=options.seed)
+                    plan.append((module, config, names))
     return plan
+
+
+def choose_cases(module: ModuleType, variant: str | None, quick: bool) -> list[tuple[str, str]]:
+    """(mode, variant) of the cases of an op to run; `quick` is the first one of those asked for.
+
+    Raises:
+        ValueError: no case of the op has this variant.
+    """
+    cases = [case for case in module.CASES if variant in (None, case[1])]
+    if not cases:
+        known = ", ".join(sorted({name for _, name in module.CASES}))
+        raise ValueError(
+            f"bench: --variant of {module.OP} must be one of {known}; got {variant!r}."
+        )
+    return cases[:1] if quick else cases
 
 
 def parse_shape(op: str, text: str, count: int) -> dict[str, int]:
@@ -198,9 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "op",
         nargs="?",
-        choices=[*CASES, "all", "errors", "targets"],
+        choices=[*CASES, *VARIANT_OPS, "all", "errors", "targets"],
         metavar="OP",
-        help=f"one of {', '.join(CASES)}, all, errors, targets",
+        help=f"one of {', '.join([*CASES, *VARIANT_OPS])}, all, errors, targets",
     )
     parser.add_argument("files", nargs="*", help="for targets: files that --json wrote")
     parser.add_argument("--list", action="store_true", help="describe ops and peers, and stop")

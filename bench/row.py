@@ -30,6 +30,7 @@ ERROR_NAMES = (
     "grad_logits",
     "grad_hidden",
     "grad_weight",
+    "output",  # the worst of what has no column of its own, e.g. advantages
 )
 
 
@@ -40,7 +41,8 @@ class Row:
     Args:
         schema: `SCHEMA_VERSION` of the writer.
         op, mode, variant: what was run; `variant` names what varies beside shape and dtype.
-        shape: "tokens x vocab", or "tokens x hidden x vocab" for ops that hold the lm_head.
+        shape: "tokens x vocab", or "tokens x hidden x vocab" for ops that hold the lm_head; for
+            `advantage`, which sees no vocabulary, "sequences x longest" in the same columns.
         provider, role, backend: who ran it; `role` is one of `ROLES`; `backend` is the dispatched
             one for ours ("cpu", "reference", ...), else the library that did the work.
         status, note: one of `STATUSES`, and the reason or a remark.
@@ -104,6 +106,7 @@ class Row:
     error_grad_logits: float | None = None
     error_grad_hidden: float | None = None
     error_grad_weight: float | None = None
+    error_output: float | None = None
     threads: int = 0
     omp_wait_policy: str = ""
     load_average: float | None = None

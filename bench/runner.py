@@ -153,6 +153,8 @@ def _row(
 ) -> Row:
     config, provider = problem.config, entry.provider
     values: dict[str, Any] = {f"error_{n}": entry.errors.get(n) for n in ERROR_NAMES}
+    unnamed = [error for name, error in entry.errors.items() if name not in ERROR_NAMES]
+    values["error_output"] = max(unnamed, default=None)
     probes = {e.name.removeprefix("limit_"): e for e in live if e.role == "limit" and e.times}
     for name in PROBE_NAMES:
         if name in probes and f"{name}_ms" in Row.__dataclass_fields__:

@@ -37,6 +37,7 @@ SHAPES = {
     "policy_step": "4x33",
     "policy_step_hidden": "16x8x33",
     "linear_token_stats": "4x8x33",
+    "advantage": "16x32",
     "overhead": "1x8",
 }
 
@@ -294,6 +295,34 @@ def test_case_at_a_tiny_size(op: str, tmp_path, capsys: pytest.CaptureFixture[st
             assert row.p20_ms <= row.median_ms <= row.p80_ms
         assert row.status != "error", row.note
     assert all(r.status == "pass" for r in rows if r.role == "peer")
+
+
+@pytest.mark.parametrize("op", list(cli.VARIANT_OPS))
+def test_an_advantage_op_is_a_variant(op: str, tmp_path, capsys) -> None:
+    path = tmp_path / "rows.jsonl"
+    line = [op, "--quick", "--shapes", "16x32", "--peers", "torch_eager", "--json", str(path)]
+    assert cli.main(line) == 0
+    rows = [Row.from_json(text) for text in path.read_text().splitlines()]
+    assert {(row.op, row.variant) for row in rows} == {("advantage", op)}
+    assert {row.provider for row in rows} == {"tokfuse", "limit_copy", "torch_eager"}
+    ours = next(row for row in rows if row.role == "ours")
+    assert max(v for k, v in asdict(ours).items() if k.startswith("error_") and v) < 1e-4
+    with pytest.raises(SystemExit):
+        cli.main([op, "--variant", "all"])
+    assert f"{op} is a variant itself; got --variant all" in capsys.readouterr().err
+
+
+def test_unknown_variant_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["policy_step", "--variant", "entropy=1"])
+    assert "one of entropy=0, entropy=0.01; got 'entropy=1'" in capsys.readouterr().err
+
+
+def test_an_output_without_a_column_is_in_the_row() -> None:
+    want = {"advantage": torch.zeros(2, dtype=torch.float64)}
+    ours = {"tokfuse": quiet({"advantage": torch.tensor([0.25, 0.5])})}
+    rows = run_rows(Problem(CONFIG, ours=ours, peers={}, exact=lambda: want, cold=False))
+    assert rows["tokfuse"].error_output == 0.5
 
 
 @pytest.mark.parametrize("op", ["token_stats", "policy_step", "policy_step_hidden"])
