@@ -17,7 +17,7 @@ BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 STRICT := TOKFUSE_STRICT_BUILD=1
 PYTEST := $(BIN)/pytest
 
-.PHONY: help demo test test-slow test-gpu test-packaging test-sanitize lint format bench \
+.PHONY: help demo test test-slow test-gpu test-packaging test-sanitize lint format bench peers \
 	doctor clean
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test-sanitize   the native module under ASan and UBSan"
 	@echo "make lint | format   ruff, clang-format, mypy"
 	@echo "make bench           the benchmark suite  make doctor         what is built and usable here"
+	@echo "make peers           other libraries beside ours (PEERS=verl: those that need verl's packages)"
 	@echo "make clean           remove what was built (keeps $(VENV))"
 
 demo:
@@ -87,6 +88,19 @@ format:
 bench:
 	@$(BOOTSTRAP) test bench
 	@$(BIN)/python -m tokfuse bench $(or $(ARGS),all --quick)
+
+# Other libraries bring stacks of their own, so each list has an environment of its own.
+PEERS ?= peers
+PEERS_VENV := .venv-$(PEERS)
+PEERS_LIST := bench/peers$(if $(filter verl,$(PEERS)),-verl).txt
+PEERS_PYTHON := $(abspath $(PEERS_VENV))/bin/python
+peers:
+	@$(if $(filter peers verl,$(PEERS)),,$(error PEERS must be peers or verl; got $(PEERS)))true
+	@test -x $(PEERS_PYTHON) || $(PYTHON) -m venv $(PEERS_VENV)
+	@$(PYTHON) tools/no_cuda.py $(PEERS_PYTHON) -r $(PEERS_LIST)
+	@$(PEERS_PYTHON) -m pip install --quiet -r $(PEERS_LIST)
+	@$(STRICT) $(PEERS_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@$(PEERS_PYTHON) -m tokfuse bench $(or $(ARGS),policy_step_hidden --peers all)
 
 doctor:
 	@$(BOOTSTRAP)

@@ -30,7 +30,6 @@ ERROR_NAMES = (
     "grad_logits",
     "grad_hidden",
     "grad_weight",
-    "output",  # the worst of what has no column of its own, e.g. advantages
 )
 
 
@@ -55,9 +54,13 @@ class Row:
         bytes_moved, flops: the least this work must move and compute, with the formula as text.
         peak_extra_bytes: peak resident memory of one call above what was resident before it, its
             results included (`peak_method` says how it was read).
+        result_bytes: of the tensors that one call returned; for an op that writes over its input,
+            that input.
         error_*: against float64 on the same inputs; largest absolute error for outputs, largest
-            absolute error over largest absolute value for gradients.
+            absolute error over largest absolute value for gradients. error_output: the worst of
+            what has no column of its own, e.g. advantages.
         load_average: of the machine when the rounds began: a busy neighbour is visible.
+        sweep: the axis that varies in a table of growth, see growth.py.
     """
 
     schema: int
@@ -97,6 +100,7 @@ class Row:
     flops_formula: str = ""
     peak_extra_bytes: int | None = None
     peak_method: str = ""
+    result_bytes: int | None = None
     error_logp: float | None = None
     error_entropy: float | None = None
     error_lse: float | None = None
@@ -110,6 +114,7 @@ class Row:
     threads: int = 0
     omp_wait_policy: str = ""
     load_average: float | None = None
+    sweep: str = ""
     machine: str = ""
     cpu_model: str = ""
     isa: str = ""
@@ -133,6 +138,14 @@ class Row:
         """The row as one JSON line; an infinite or NaN error becomes a string, so it stays JSON."""
         values = {key: plain(value) for key, value in asdict(self).items()}
         return json.dumps(values, allow_nan=False)
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """Peak memory beyond what the call returned; an op in place returned what was there."""
+        if self.peak_extra_bytes is None or self.result_bytes is None:
+            return None
+        returned = 0 if self.provider.endswith("_") else self.result_bytes
+        return max(0, self.peak_extra_bytes - returned)
 
     @classmethod
     def from_json(cls, line: str) -> "Row":

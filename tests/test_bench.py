@@ -37,6 +37,7 @@ SHAPES = {
     "policy_step": "4x33",
     "policy_step_hidden": "16x8x33",
     "linear_token_stats": "4x8x33",
+    "influence": "16x8x33",
     "advantage": "16x32",
     "overhead": "1x8",
 }
@@ -196,6 +197,18 @@ def test_every_status_becomes_a_row() -> None:
     assert rows["good"].ratio is None and rows["good"].baseline == ""
 
 
+def test_a_peer_that_computes_less_says_so() -> None:
+    want = {"logp": torch.zeros(4), "entropy": torch.zeros(4), "lse": torch.zeros(4)}
+    problem = Problem(
+        CONFIG,
+        ours={"tokfuse": quiet(want)},
+        peers={"less": quiet({"logp": want["logp"]}), "all": quiet(want)},
+        cold=False,
+    )
+    rows = run_rows(problem)
+    assert rows["less"].note == "computes no entropy, lse" and rows["all"].note == ""
+
+
 def test_ratio_and_limit_come_from_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {
         "tokfuse": [2.0, 4.0, 3.0], "slow": [8.0, 8.0, 15.0],
@@ -294,7 +307,8 @@ def test_case_at_a_tiny_size(op: str, tmp_path, capsys: pytest.CaptureFixture[st
             assert row.rounds == 2 and row.median_ms is not None
             assert row.p20_ms <= row.median_ms <= row.p80_ms
         assert row.status != "error", row.note
-    assert all(r.status == "pass" for r in rows if r.role == "peer")
+    wanted = "unsupported" if op == "influence" else "pass"
+    assert all(r.status == wanted for r in rows if r.role == "peer")
 
 
 @pytest.mark.parametrize("op", list(cli.VARIANT_OPS))
