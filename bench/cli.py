@@ -6,6 +6,7 @@ python -m tokfuse bench gae
 python -m tokfuse bench growth --axes tokens,rows --md
 python -m tokfuse bench errors
 python -m tokfuse bench targets rows.jsonl
+python -m tokfuse bench numbers rows.jsonl
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
@@ -27,6 +29,7 @@ from tokfuse.bench import (
     influence,
     linear_token_stats,
     machine,
+    numbers,
     overhead,
     peers,
     policy_step,
@@ -48,7 +51,7 @@ CASES: dict[str, ModuleType] = {
 }  # fmt: skip
 # `bench gae` is `bench advantage --variant gae`: an op that is one variant of a case.
 VARIANT_OPS = {variant: advantage.OP for variant in advantage.VARIANTS}
-ALONE = ("all", "growth", "errors", "targets")
+ALONE = ("all", "growth", "errors", "targets", "numbers")
 ROUNDS, QUICK_ROUNDS = 15, 3
 BUDGET_S = 120.0
 
@@ -79,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if command == "targets":
         return _judge(parser, files)
+    if command == "numbers":
+        return _print_numbers(parser, files, options.write)
+    if options.write is not None:
+        parser.error("--write is for numbers")
     if command in ALONE and files:
         parser.error(f"{command} stands alone; got {' '.join(files)} behind it")
     if options.axes is not None and command != "growth":
@@ -187,6 +194,21 @@ def _judge(parser: argparse.ArgumentParser, files: list[str]) -> int:
     return int(not verdicts or not all(met for _, met in verdicts))
 
 
+def _print_numbers(parser: argparse.ArgumentParser, files: list[str], page: str | None) -> int:
+    """Print the README's tables, or put them into `page`."""
+    if not files:
+        parser.error("numbers: name the files that --json wrote")
+    text = numbers.section(*numbers.read(files))
+    if page is None:
+        print(text)
+        return 0
+    try:
+        numbers.write(Path(page), text)
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
 def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
@@ -270,7 +292,8 @@ def _listing() -> str:
         "  growth              tables over tokens, vocabulary, hidden, threads, gradient rows"
     ]
     lines += ["  errors              every output and gradient against float64"]
-    lines += ["  targets             judge the rows of --json files against the targets", "peers:"]
+    lines += ["  targets             judge the rows of --json files against the targets"]
+    lines += ["  numbers             the README's tables from the rows of --json files", "peers:"]
     lines += [f"  {peer.name:<20}{peer.summary}" for peer in peers.KNOWN.values()]
     return "\n".join(lines)
 
@@ -285,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="OP",
         help=f"some of {', '.join([*CASES, *VARIANT_OPS])}; or one of {', '.join(ALONE)}; "
-        "behind targets, files that --json wrote",
+        "behind targets and numbers, files that --json wrote",
     )
     parser.add_argument("--list", action="store_true", help="describe ops and peers, and stop")
     parser.add_argument("--peers", help="names joined by commas, all, or none")
@@ -313,5 +336,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append rows as JSON lines, as they come")
+    parser.add_argument("--write", metavar="FILE", help="for numbers, put them into this file")
     parser.add_argument("--md", action="store_true", help="print Markdown tables at the end")
     return parser  # fmt: skip

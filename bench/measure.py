@@ -62,15 +62,18 @@ class ColdCache:
             self._buffer.add_(1)
 
 
-def time_once(provider: Provider, cache: ColdCache) -> float:
-    """Milliseconds of one call. Freeing the results is outside the timed region for everyone."""
+def time_once(provider: Provider, cache: ColdCache) -> tuple[float, float]:
+    """Milliseconds of one call, and of its threads' CPU time.
+
+    Freeing the results is outside the timed region for everyone.
+    """
     provider.before()
     cache.flush()
-    start = time.perf_counter()
+    cpu_start, start = time.process_time(), time.perf_counter()
     outputs = provider.run()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     del outputs
-    return seconds * 1e3 / provider.calls
+    return seconds * 1e3 / provider.calls, cpu_seconds * 1e3 / provider.calls
 
 
 def interleave(
@@ -78,11 +81,13 @@ def interleave(
     rounds: int,
     cache: ColdCache,
     budget_s: float = float("inf"),
+    cpu_times: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Time every provider once per round, round after round, so that noise hits all alike.
 
     The order rotates from round to round. A provider that raises leaves the rounds; its exception
-    is returned. After `MIN_ROUNDS`, no round begins once `budget_s` seconds are spent.
+    is returned. After `MIN_ROUNDS`, no round begins once `budget_s` seconds are spent. `cpu_times`
+    is filled with the milliseconds of CPU time, which a busy neighbour inflates least.
 
     Returns:
         milliseconds per provider and round, and the exceptions by provider.
@@ -101,9 +106,13 @@ def interleave(
                 if name in failed:
                     continue
                 try:
-                    times[name].append(time_once(providers[name], cache))
+                    wall, cpu = time_once(providers[name], cache)
                 except Exception as error:  # a peer may raise anything; it becomes a row
                     failed[name] = error
+                    continue
+                times[name].append(wall)
+                if cpu_times is not None:
+                    cpu_times.setdefault(name, []).append(cpu)
     return times, failed
 
 

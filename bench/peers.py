@@ -2,7 +2,8 @@
 
 No library here is a dependency: each is looked for when asked for, and reported as unsupported when
 it is not installed. `make peers` gives them an environment of their own from `peers.txt` and runs
-the step from hidden states beside them; verl's requirements do not fit beside TRL's, so it has another:
+the step from hidden states beside them; verl's requirements do not fit beside TRL's, so it has
+another:
 
     make peers
     make peers PEERS=verl

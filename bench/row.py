@@ -46,6 +46,7 @@ class Row:
             one for ours ("cpu", "reference", ...), else the library that did the work.
         status, note: one of `STATUSES`, and the reason or a remark.
         median_ms, p20_ms, p80_ms, best_ms, rounds: over `rounds` interleaved rounds.
+        cpu_ms: median CPU time of a call, all threads; a busy neighbour inflates it least.
         baseline, ratio: median of this provider / median of `baseline` (ours) in the same rounds;
             above 1 means slower than ours. ratio_p20, ratio_p80: spread of the per-round ratio.
         limit, limit_ms, limit_share: the slowest probe that bounds this work, its median in the
@@ -82,6 +83,7 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     best_ms: float | None = None
+    cpu_ms: float | None = None
     rounds: int = 0
     baseline: str = ""
     ratio: float | None = None

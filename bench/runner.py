@@ -43,6 +43,7 @@ class _Entry:
     peak: tuple[int | None, str] = (None, "")
     result_bytes: int | None = None
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,16 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
     live = [entry for entry in entries if entry.provider is not None]
     load = machine.load_average()
     settings.on_step(f"{problem.config.shape}: {settings.rounds} rounds of {len(live)}")
+    cpu_times: dict[str, list[float]] = {}
     times, failed = interleave(
         {e.name: e.provider for e in live if e.provider is not None},
         settings.rounds,
         ColdCache(problem.cold),
         settings.budget_s,
+        cpu_times,
     )
     for entry in live:
-        entry.times = times[entry.name]
+        entry.times, entry.cpu_times = times[entry.name], cpu_times.get(entry.name, [])
         if entry.name in failed:
             entry.status, entry.note = classify(failed[entry.name])
             entry.times = []
@@ -202,6 +205,7 @@ def _timing(entry: _Entry) -> dict[str, Any]:
         "p20_ms": _round(percentile(entry.times, 0.2)),
         "p80_ms": _round(percentile(entry.times, 0.8)),
         "best_ms": _round(min(entry.times)),
+        "cpu_ms": _round(percentile(entry.cpu_times, 0.5)) if entry.cpu_times else None,
         "rounds": len(entry.times),
     }
 

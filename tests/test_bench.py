@@ -5,6 +5,7 @@ No test asserts a time. Memory is asserted with wide margins, errors with the bo
 
 import json
 import math
+import time
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -129,6 +130,16 @@ def test_interleave_drops_a_provider_that_raises() -> None:
 def test_interleave_stops_at_the_budget_with_three_rounds() -> None:
     times, _ = interleave({"a": Provider(dict)}, 9, ColdCache(False), budget_s=0.0)
     assert len(times["a"]) == 3
+
+
+def test_cpu_time_leaves_out_what_is_waited_for() -> None:
+    def sleeps() -> dict[str, torch.Tensor]:
+        time.sleep(0.05)
+        return {}
+
+    cpu: dict[str, list[float]] = {}
+    times, _ = interleave({"a": Provider(sleeps)}, 2, ColdCache(False), cpu_times=cpu)
+    assert len(cpu["a"]) == 2 and max(cpu["a"]) < min(times["a"])
 
 
 def test_percentile_interpolates() -> None:
