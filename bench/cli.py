@@ -97,11 +97,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = make_growth_plan(options) if command == "growth" else make_plan(options)
     except ValueError as error:
         parser.error(str(error))
-    line = "python -m tokfuse bench " + shlex.join(argv)
-    rows = _run(plan, options, machine.facts(line))
+    rows = _run(plan, options, machine.facts(recorded_command(argv)))
     if options.md:
         print(growth.tables(rows) if command == "growth" else report.markdown(rows))
     return int(any(row.role == "ours" and row.status == "error" for row in rows))
+
+
+def recorded_command(argv: Sequence[str]) -> str:
+    """The command line as rows keep it: without where the rows go, which is nobody's business."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word != "--json" and not word.startswith("--json="):
+            kept.append(word)
+        skip = word == "--json"
+    return "python -m tokfuse bench " + shlex.join(kept)
 
 
 def make_plan(options: argparse.Namespace) -> list[Step]:

@@ -17,6 +17,9 @@ from tokfuse.bench.report import mebibytes
 from tokfuse.bench.row import Row
 
 BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+# Scores of study_influence.py that the text under its table compares.
+SKETCH, HEAD = "sketch, rank 64", "control: true gradient of lm_head"
+NO_GRADIENT = "control: mean hidden state, no gradient"
 Case = tuple[str, ...]
 
 
@@ -185,11 +188,21 @@ def _study(study: Sequence[dict[str, Any]]) -> str:
             cells.setdefault((name, row["score"]), {})[row["slice"]] = text
     lines = [[*key, *(found.get(name, "-") for name in slices)] for key, found in cells.items()]
     first = study[0]
+    readings = [
+        f"- {name}: a sketch of rank 64 agrees with the gradients of all layers at "
+        f"{cells[name, SKETCH]['all']}, the lm_head's own true gradient at "
+        f"{cells[name, HEAD]['all']}, the mean hidden state without any gradient at "
+        f"{cells[name, NO_GRADIENT]['all']}."
+        for name in dict.fromkeys(name for name, _ in cells)
+        if {(name, SKETCH), (name, HEAD), (name, NO_GRADIENT)} <= set(cells)
+    ]
     return (
         f"Do sketches rank samples as their true gradients do? {first['model']}, per-sample\n"
         "gradients of all layers, of the lm_head and of the last block; Spearman correlation of\n"
         "each sample's cosine with a validation mean, and its range over projection seeds:\n\n"
-    ) + _grid(["data (samples)", "score", *slices], lines)
+    ) + "\n\n".join(
+        [_grid(["data (samples)", "score", *slices], lines), "\n".join(readings)]
+    ).strip()
 
 
 def _growth(rows: Sequence[Row]) -> str:
@@ -210,7 +223,7 @@ def _machine(rows: Sequence[Row]) -> str:
     return (
         f"Machine: {all_of(lambda r: r.cpu_model)} ({all_of(lambda r: r.machine)}), threads "
         f"{all_of(lambda r: r.threads)}, kernels at {all_of(lambda r: r.isa)}, torch "
-        f"{all_of(lambda r: r.torch)}.{busy}\nA shared virtual machine: ratios come from "
-        "interleaved rounds and carry the noise of its neighbours. Commands:\n\n"
-        + "\n".join(f"- `{command}`" for command in commands)
+        f"{all_of(lambda r: r.torch)}, commits {all_of(lambda r: r.commit)}.{busy}\n"
+        "A shared virtual machine: ratios come from interleaved rounds and carry the noise "
+        "of its neighbours. Commands:\n\n" + "\n".join(f"- `{command}`" for command in commands)
     )

@@ -48,6 +48,20 @@ def test_tables_hold_what_the_rows_hold() -> None:
     assert "a processor" in text and "- `tokfuse bench x`" in text
 
 
+def test_the_study_is_read_next_to_its_controls() -> None:
+    scores = {numbers.SKETCH: 0.5, numbers.HEAD: 0.75, numbers.NO_GRADIENT: 0.125}
+    study = [STUDY | {"score": name, "spearman": v, "seeds": 1} for name, v in scores.items()]
+    text = numbers.section([], study)
+    assert "rank 64 agrees with the gradients of all layers at 0.50, the lm_head's own" in text
+    assert "at 0.75, the mean hidden state without any gradient at 0.12." in text
+    assert "agrees" not in numbers.section([], study[:1])
+
+
+def test_recorded_command_does_not_say_where_rows_go() -> None:
+    line = cli.recorded_command(["gae", "--json", "/a/b", "--quick", "--json=/c"])
+    assert line == "python -m tokfuse bench gae --quick"
+
+
 def test_rows_of_a_sweep_stay_out_of_the_other_tables() -> None:
     swept = replace(ROW, sweep="tokens", median_ms=99.0, flops=1)
     text = numbers.section([ROW, swept])
