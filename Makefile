@@ -51,23 +51,32 @@ test-packaging:
 	@$(STRICT) $(BOOTSTRAP) test
 	@$(PYTEST) -m "packaging" $(ARGS)
 
-# A second build of the module, with sanitizers, that the tests load in place of the installed one.
-# Python itself does not free everything at exit, so leak detection is off. Reports go to a file,
-# because pytest holds the error stream.
+# A second build of the module, with sanitizers, in a tree of links to the sources that comes first
+# on the path: child processes of the tests load it too. One instruction-set level, and the tests
+# that give kernels and bindings sizes of every kind, so that it stays within three minutes. Python
+# does not free everything at exit, so leak detection is off. Reports go to files, because pytest
+# holds the error stream.
 SANITIZERS := address,undefined
+SANITIZE_DIR := $(abspath build/sanitize)
+SANITIZE_TESTS ?= $(addprefix tests/test_,sanitizers.py native_binding.py native_fuzz.py \
+	token_stats.py policy_step.py policy_step_hidden.py kept_token_stats.py paired_divergence.py \
+	segment_moments.py gae.py offpolicy_weights.py)
 test-sanitize:
-	@$(BOOTSTRAP) test
-	@rm -f build/sanitize/report*
-	@cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DTOKFUSE_SANITIZE=$(SANITIZERS) \
-		-DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	@cmake --build build/sanitize -j $${MAX_JOBS:-2}
-	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=build/sanitize/report \
-		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=build/sanitize/report \
-		TOKFUSE_TEST_NATIVE=$$(echo build/sanitize/_native*.so) \
-		$(PYTEST) -m "not slow and not gpu and not packaging" \
-		-k "not bench and not examples and not docs and not doctor and not layering" $(ARGS) \
-		|| { cat build/sanitize/report* 2>/dev/null; exit 1; }
+	@$(STRICT) $(BOOTSTRAP) test
+	@rm -f $(SANITIZE_DIR)/report*
+	@$(BIN)/python tools/typing_tree.py $(SANITIZE_DIR)/tree
+	@cmake -S . -B $(SANITIZE_DIR) -DCMAKE_BUILD_TYPE=Release -DTOKFUSE_SANITIZE=$(SANITIZERS) \
+		-DTOKFUSE_OUTPUT_DIR=$(SANITIZE_DIR)/tree/tokfuse -DPython_EXECUTABLE=$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
+	@cmake --build $(SANITIZE_DIR) -j $${MAX_JOBS:-2}
+	@export PYTHONPATH=$(SANITIZE_DIR)/tree CI=true \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(SANITIZE_DIR)/report \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$(SANITIZE_DIR)/report; \
+		$(BIN)/python -c 'import sys; from tokfuse.runtime import native; \
+			sys.exit(native.module().sanitizers != "$(SANITIZERS)")' \
+		&& $(PYTEST) -q -m "not slow and not gpu and not packaging and not interpreter" \
+			$(SANITIZE_TESTS) $(ARGS) || { cat $(SANITIZE_DIR)/report* 2>/dev/null; exit 1; }
 
 lint:
 	@$(BOOTSTRAP) --no-native lint

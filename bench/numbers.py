@@ -147,17 +147,19 @@ def _from_hidden(rows: Sequence[Row]) -> str:
 def _price(rows: Sequence[Row]) -> str:
     lines = []
     for (shape, dtype, variant), found in _cases(rows, "influence").items():
-        cells = [_spaced(shape), dtype, variant]
-        for name in ("tokfuse", "tokfuse_norms", "tokfuse_sketches"):
-            row, base = found.get(name), found["tokfuse"]
-            ratio = f"{row.median_ms / base.median_ms:.3f}" if row and row.median_ms else "-"
-            cells.append(_times(row, None) + ("" if name == "tokfuse" else f" ({ratio}x)"))
-        lines.append(cells)
+        base = found.get("tokfuse")
+        for name, label in (("tokfuse", "step alone"), ("tokfuse_norms", "with norms"),
+                            ("tokfuse_sketches", "with norms and sketches")):  # fmt: skip
+            row = found.get(name)
+            if row is None or base is None or not row.median_ms or not base.median_ms:
+                continue
+            cpu = f"{row.cpu_ms / base.cpu_ms:.3f}x" if row.cpu_ms and base.cpu_ms else "-"
+            lines.append([_spaced(shape), dtype, variant, label, f"{row.median_ms:.1f}",
+                          f"{row.median_ms / base.median_ms:.3f}x", cpu])  # fmt: skip
     if not lines:
         return ""
-    return "What influence adds to a step from hidden states:\n\n" + _grid(
-        ["tokens x hidden x vocab", "dtype", "sketch", "step, ms", "with norms",
-         "with norms and sketches"], lines)  # fmt: skip
+    heads = ["tokens x hidden x vocab", "dtype", "sketch", "step", "ms", "time", "CPU"]
+    return f"What influence adds to a step from hidden states:\n\n{_grid(heads, lines)}"
 
 
 def _advantages(rows: Sequence[Row]) -> str:

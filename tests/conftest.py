@@ -1,7 +1,5 @@
 """Settings of the whole test run; set before torch is imported."""
 
-import importlib
-import importlib.util
 import os
 import sys
 
@@ -19,17 +17,3 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
-
-
-def _use_native_module(path: str) -> None:
-    """Test another build of `tokfuse._native`, e.g. one with sanitizers (`make test-sanitize`)."""
-    spec = importlib.util.spec_from_file_location("tokfuse._native", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["tokfuse._native"] = module
-    importlib.import_module("tokfuse")._native = module
-
-
-if "TOKFUSE_TEST_NATIVE" in os.environ:
-    _use_native_module(os.environ["TOKFUSE_TEST_NATIVE"])

@@ -57,6 +57,13 @@ def test_the_study_is_read_next_to_its_controls() -> None:
     assert "agrees" not in numbers.section([], study[:1])
 
 
+def test_the_price_of_influence_is_a_ratio_in_one_run() -> None:
+    alone = replace(ROW, op="influence", variant="rank=64")
+    sketches = replace(alone, provider="tokfuse_sketches", median_ms=2.5, cpu_ms=4.2)
+    text = numbers.section([sketches, alone])
+    assert "| rank=64 | with norms and sketches | 2.5 | 1.250x | 1.050x |" in text
+
+
 def test_recorded_command_does_not_say_where_rows_go() -> None:
     line = cli.recorded_command(["gae", "--json", "/a/b", "--quick", "--json=/c"])
     assert line == "python -m tokfuse bench gae --quick"
