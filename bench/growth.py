@@ -2,8 +2,8 @@
 
 A sweep varies tokens, vocabulary, hidden size, threads, or the share of rows that carry gradient,
 and keeps the rest at a base shape. Each point is an ordinary case, so its rows are ordinary rows
-with the axis in `sweep`. The tables show what must stay flat: time per unit of work, and workspace,
-the peak memory of one call beyond what it returns.
+with the axis in `sweep`. The tables show what must stay flat: CPU time per unit of work, and
+workspace, the peak memory of one call beyond what it returns.
 """
 
 from collections.abc import Iterable, Iterator
@@ -80,11 +80,11 @@ def value_of(row: Row) -> float:
 
 
 def unit_of(row: Row) -> tuple[float, str]:
-    """The work that time should be in proportion to, and its name."""
+    """The work that CPU time should be in proportion to, and the name of the quotient."""
     logits = row.tokens * row.vocab
     if row.hidden:
-        return row.flops * 1e-9, "ms / GFLOP"
-    return logits * 1e-6, "ms / M logits"
+        return row.flops * 1e-9, "CPU ms / GFLOP"
+    return logits * 1e-6, "CPU ms / M logits"
 
 
 def tables(rows: Iterable[Row]) -> str:
@@ -128,8 +128,8 @@ def _ours_cells(row: Row | None) -> list[str]:
     if row is None or row.median_ms is None:
         return ["-"] * 4
     share = "-" if row.limit_share is None else f"{row.limit_share:.0%}"
-    work = unit_of(row)[0]
-    return [milliseconds(row.median_ms), f"{row.median_ms / work:.3f}", share,
+    per_work = "-" if row.cpu_ms is None else f"{row.cpu_ms / unit_of(row)[0]:.3f}"
+    return [milliseconds(row.median_ms), per_work, share,
             mebibytes(row.workspace_bytes)]  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from tokfuse.bench.row import SCHEMA_VERSION, Row
 ROW = Row(
     schema=SCHEMA_VERSION, op="policy_step_hidden", mode="step", variant="rows=1", shape="8x4x16",
     tokens=8, hidden=4, vocab=16, dtype="float32", device="cpu", provider="tokfuse", role="ours",
-    backend="cpu", status="pass", sweep="tokens", threads=2, median_ms=2.0, flops=4_000_000_000,
+    backend="cpu", status="pass", sweep="tokens", threads=2, median_ms=2.0, cpu_ms=3.0,
+    flops=4_000_000_000,
     peak_extra_bytes=5 << 20, result_bytes=3 << 20,
 )  # fmt: skip
 
@@ -84,13 +85,15 @@ def test_growth_rows_and_tables(tmp_path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_table_shows_time_per_work_and_workspace() -> None:
-    larger = replace(ROW, tokens=16, median_ms=4.0, flops=8_000_000_000, limit_share=0.5)
+    larger = replace(
+        ROW, tokens=16, median_ms=4.0, cpu_ms=6.0, flops=8_000_000_000, limit_share=0.5
+    )
     peer = replace(ROW, provider="torch_eager", role="peer", ratio=3.0, result_bytes=0)
     lines = growth.tables([ROW, larger, peer, replace(ROW, sweep="")]).splitlines()
     assert lines[2] == "hidden 4, vocab 16, threads 2, float32, step, rows=1."
-    assert lines[4].startswith("| tokens | tokfuse | ms / GFLOP | of limit | workspace |")
-    assert lines[6] == "| 8 | 2.00 ms | 0.500 | - | 2.0 MiB | 3.0 | 5.0 MiB |"
-    assert lines[7] == "| 16 | 4.00 ms | 0.500 | 50% | 2.0 MiB | - | - |"
+    assert lines[4].startswith("| tokens | tokfuse | CPU ms / GFLOP | of limit | workspace |")
+    assert lines[6] == "| 8 | 2.00 ms | 0.750 | - | 2.0 MiB | 3.0 | 5.0 MiB |"
+    assert lines[7] == "| 16 | 4.00 ms | 0.750 | 50% | 2.0 MiB | - | - |"
 
 
 def test_workspace_of_an_op_in_place_is_its_whole_peak() -> None:
