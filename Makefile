@@ -21,7 +21,7 @@ PYTEST := $(BIN)/pytest
 INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 
 .PHONY: help demo test test-slow test-triton test-gpu test-packaging test-sanitize lint format bench \
-	doctor clean
+	peers doctor clean
 
 help:
 	@echo "make demo            train a small model with a fused policy loss (installs what it needs)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-sanitize   the native module under ASan and UBSan"
 	@echo "make lint | format   ruff, clang-format, mypy"
 	@echo "make bench           the benchmark suite  make doctor         what is built and usable here"
+	@echo "make peers           other libraries beside ours (PEERS=verl: those that need verl's packages)"
 	@echo "make clean           remove what was built (keeps $(VENV))"
 
 demo:
@@ -60,23 +61,32 @@ test-packaging:
 	@$(STRICT) $(BOOTSTRAP) test
 	@$(PYTEST) -m "packaging" $(ARGS)
 
-# A second build of the module, with sanitizers, that the tests load in place of the installed one.
-# Python itself does not free everything at exit, so leak detection is off. Reports go to a file,
-# because pytest holds the error stream.
+# A second build of the module, with sanitizers, in a tree of links to the sources that comes first
+# on the path: child processes of the tests load it too. One instruction-set level, and the tests
+# that give kernels and bindings sizes of every kind, so that it stays within three minutes. Python
+# does not free everything at exit, so leak detection is off. Reports go to files, because pytest
+# holds the error stream.
 SANITIZERS := address,undefined
+SANITIZE_DIR := $(abspath build/sanitize)
+SANITIZE_TESTS ?= $(addprefix tests/test_,sanitizers.py native_binding.py native_fuzz.py eager.py \
+	token_stats.py policy_step.py policy_step_hidden.py kept_token_stats.py paired_divergence.py \
+	segment_moments.py gae.py offpolicy_weights.py)
 test-sanitize:
-	@$(BOOTSTRAP) test
-	@rm -f build/sanitize/report*
-	@cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DTOKFUSE_SANITIZE=$(SANITIZERS) \
-		-DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	@cmake --build build/sanitize -j $${MAX_JOBS:-2}
-	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=build/sanitize/report \
-		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=build/sanitize/report \
-		TOKFUSE_TEST_NATIVE=$$(echo build/sanitize/_native*.so) \
-		$(PYTEST) -m "not slow and not gpu and not packaging" \
-		-k "not bench and not examples and not docs and not doctor and not layering" $(ARGS) \
-		|| { cat build/sanitize/report* 2>/dev/null; exit 1; }
+	@$(STRICT) $(BOOTSTRAP) test
+	@rm -f $(SANITIZE_DIR)/report*
+	@$(BIN)/python tools/typing_tree.py $(SANITIZE_DIR)/tree
+	@cmake -S . -B $(SANITIZE_DIR) -DCMAKE_BUILD_TYPE=Release -DTOKFUSE_SANITIZE=$(SANITIZERS) \
+		-DTOKFUSE_OUTPUT_DIR=$(SANITIZE_DIR)/tree/tokfuse -DPython_EXECUTABLE=$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
+	@cmake --build $(SANITIZE_DIR) -j $${MAX_JOBS:-2}
+	@export PYTHONPATH=$(SANITIZE_DIR)/tree CI=true \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(SANITIZE_DIR)/report \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$(SANITIZE_DIR)/report; \
+		$(BIN)/python -c 'import sys; from tokfuse.runtime import native; \
+			sys.exit(native.module().sanitizers != "$(SANITIZERS)")' \
+		&& $(PYTEST) -q -m "not slow and not gpu and not packaging and not interpreter" \
+			$(SANITIZE_TESTS) $(ARGS) || { cat $(SANITIZE_DIR)/report* 2>/dev/null; exit 1; }
 
 lint:
 	@$(BOOTSTRAP) --no-native lint
@@ -97,6 +107,19 @@ format:
 bench:
 	@$(BOOTSTRAP) test bench
 	@$(BIN)/python -m tokfuse bench $(or $(ARGS),all --quick)
+
+# Other libraries bring stacks of their own, so each list has an environment of its own.
+PEERS ?= peers
+PEERS_VENV := .venv-$(PEERS)
+PEERS_LIST := bench/peers$(if $(filter verl,$(PEERS)),-verl).txt
+PEERS_PYTHON := $(abspath $(PEERS_VENV))/bin/python
+peers:
+	@$(if $(filter peers verl,$(PEERS)),,$(error PEERS must be peers or verl; got $(PEERS)))true
+	@test -x $(PEERS_PYTHON) || $(PYTHON) -m venv $(PEERS_VENV)
+	@$(PYTHON) tools/no_cuda.py $(PEERS_PYTHON) -r $(PEERS_LIST)
+	@$(PEERS_PYTHON) -m pip install --quiet -r $(PEERS_LIST)
+	@$(STRICT) $(PEERS_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@$(PEERS_PYTHON) -m tokfuse bench $(or $(ARGS),policy_step_hidden --peers all)
 
 doctor:
 	@$(BOOTSTRAP)

@@ -93,14 +93,13 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
         function = peers.linear_stats_fn(name, everything=config.variant == "all")
         if name.startswith("torch_compile"):
             function = peers.compiled(function)
-        note = "computes logp only" if name in ("cross_entropy", "cut_cross_entropy") else ""
         if config.mode == "forward":
 
             def forward() -> Outputs:
                 with torch.no_grad():
                     return function(data.hidden, data.weight, data.target)
 
-            return peers.provider(name, forward, note=note)
+            return peers.provider(name, forward)
         hidden = data.hidden.detach().requires_grad_()
         weight = data.weight.detach().requires_grad_()
 
@@ -118,6 +117,6 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
                 stats = {**stats, "grad_hidden": grads[0], "grad_weight": grads[1]}
             return stats
 
-        return peers.provider(name, both, note=note)
+        return peers.provider(name, both)
 
     return factory

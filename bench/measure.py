@@ -35,6 +35,7 @@ class Provider:
     Args:
         run: the timed call; returns its outputs by name (names of `row.ERROR_NAMES`).
         before: untimed work before each call, e.g. restoring what an in-place op overwrote.
+        release: frees what the library keeps between calls, so that a peak counts it.
         backend, version, note: see `row.Row`.
         calls: how many calls `run` makes; the time is divided by it.
         fallback: True when this is ours but on the pure-torch reference.
@@ -42,6 +43,7 @@ class Provider:
 
     run: Callable[[], Outputs]
     before: Callable[[], None] = _nothing
+    release: Callable[[], None] = _nothing
     backend: str = "torch"
     version: str = ""
     note: str = ""
@@ -60,15 +62,18 @@ class ColdCache:
             self._buffer.add_(1)
 
 
-def time_once(provider: Provider, cache: ColdCache) -> float:
-    """Milliseconds of one call. Freeing the results is outside the timed region for everyone."""
+def time_once(provider: Provider, cache: ColdCache) -> tuple[float, float]:
+    """Milliseconds of one call, and of its threads' CPU time.
+
+    Freeing the results is outside the timed region for everyone.
+    """
     provider.before()
     cache.flush()
-    start = time.perf_counter()
+    cpu_start, start = time.process_time(), time.perf_counter()
     outputs = provider.run()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     del outputs
-    return seconds * 1e3 / provider.calls
+    return seconds * 1e3 / provider.calls, cpu_seconds * 1e3 / provider.calls
 
 
 def interleave(
@@ -76,11 +81,13 @@ def interleave(
     rounds: int,
     cache: ColdCache,
     budget_s: float = float("inf"),
+    cpu_times: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Time every provider once per round, round after round, so that noise hits all alike.
 
     The order rotates from round to round. A provider that raises leaves the rounds; its exception
-    is returned. After `MIN_ROUNDS`, no round begins once `budget_s` seconds are spent.
+    is returned. After `MIN_ROUNDS`, no round begins once `budget_s` seconds are spent. `cpu_times`
+    is filled with the milliseconds of CPU time, which a busy neighbour inflates least.
 
     Returns:
         milliseconds per provider and round, and the exceptions by provider.
@@ -99,9 +106,13 @@ def interleave(
                 if name in failed:
                     continue
                 try:
-                    times[name].append(time_once(providers[name], cache))
+                    wall, cpu = time_once(providers[name], cache)
                 except Exception as error:  # a peer may raise anything; it becomes a row
                     failed[name] = error
+                    continue
+                times[name].append(wall)
+                if cpu_times is not None:
+                    cpu_times.setdefault(name, []).append(cpu)
     return times, failed
 
 
@@ -118,11 +129,13 @@ def peak_extra_bytes(provider: Provider) -> tuple[int | None, str]:
     """Peak resident memory of one call above what was resident before it, and how it was read.
 
     The kernel's high-water mark (VmHWM) is reset to the present size just before the call. Freed
-    heap is given back first, so it cannot hide an allocation; buffers that a library keeps between
-    calls (GEMM packing buffers) are resident already and do not count. Exact to about 1 MiB: the
-    kernel batches its page counters per thread.
+    heap and what `release` frees are given back first, so they cannot hide an allocation; the
+    packing buffers that a GEMM library keeps between calls are resident already and do not count.
+    Exact to about 1 MiB: the kernel batches its page counters per thread. After an allocation that
+    failed, malloc may serve from an arena that it cannot trim, and the peak comes out too small.
     """
     provider.before()
+    provider.release()
     _trim_heap()
     try:
         CLEAR_REFS_FILE.write_text("5")
@@ -136,6 +149,12 @@ def peak_extra_bytes(provider: Provider) -> tuple[int | None, str]:
     if not before or not peak:
         return None, "unavailable: no VmHWM in the process status"
     return max(0, peak - before), "VmHWM reset before the call"
+
+
+def tensor_bytes(outputs: Outputs) -> int:
+    """Bytes of the storages behind some tensors, each counted once."""
+    storages = (value.untyped_storage() for value in outputs.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @contextlib.contextmanager

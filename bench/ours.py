@@ -10,6 +10,7 @@ from tokfuse.bench.measure import Outputs, Provider
 from tokfuse.bench.problem import CLIP, Batch, Unsupported
 from tokfuse.runtime import dispatch
 from tokfuse.runtime.errors import BackendUnavailable
+from tokfuse.runtime.head import release_workspace
 
 STATS = ("logp", "entropy", "lse", "sum_sq", "top1")
 
@@ -45,8 +46,9 @@ def provider(
         fallback = name == "reference"
         note = f"ran on the pure-torch reference; {reasons[-1]}" if fallback and reasons else ""
         return Provider(
-            run, prepare, name, tokfuse.__version__, note[:300], calls=calls, fallback=fallback
-        )
+            run, prepare, release_workspace, name, tokfuse.__version__, note[:300],
+            calls=calls, fallback=fallback,
+        )  # fmt: skip
     raise Unsupported("; ".join(reasons)[:600])
 
 

@@ -1,13 +1,15 @@
 """What others do for the same work: plain torch, torch.compile, and optional libraries.
 
 No library here is a dependency: each is looked for when asked for, and reported as unsupported when
-it is not installed. Their versions pull in a stack of their own, so give them an environment:
+it is not installed. `make peers` gives them an environment of their own from `peers.txt` and runs
+the step from hidden states beside them; verl's requirements do not fit beside TRL's, so it has
+another:
 
-    python -m venv .venv-peers && .venv-peers/bin/pip install -r bench/peers.txt
-    .venv-peers/bin/pip install -e . --no-build-isolation
-    .venv-peers/bin/python -m tokfuse bench linear_token_stats --peers all
+    make peers
+    make peers PEERS=verl
 
-verl's requirements do not fit beside TRL's; `peers.txt` says how to give it its own.
+A peer that computes less than ours has what is missing in the note of its row; what it does compute
+is compared with float64 like ours.
 """
 
 import importlib
@@ -45,15 +47,19 @@ KNOWN = {
         Peer("torch_compile", "torch", "torch", "torch.compile of the same function"),
         Peer("torch_eager_f32", "torch", "torch", "the same after logits.float()"),
         Peer("torch_compile_f32", "torch", "torch", "torch.compile of that"),
-        Peer("cross_entropy", "torch", "torch", "F.cross_entropy alone: no entropy, no ratio"),
-        Peer("trl", "trl", "trl", "TRL's fused head and selective log-softmax"),
+        Peer("cross_entropy", "torch", "torch", "F.cross_entropy alone"),
+        Peer("trl", "trl", "trl",
+             "ChunkedLogProbFunction (hidden), selective_log_softmax_and_entropy (logits)"),
         Peer("liger", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=False)"),
-        Peer("verl", "verl", "verl", "FusedLinearForPPO and logprobs_from_logits"),
+        Peer("liger_compile", "liger-kernel", "liger_kernel",
+             "LigerFusedLinearGRPOLoss(compiled=True)"),
+        Peer("verl", "verl", "verl", "FusedLinearForPPO (hidden), logprobs_from_logits (logits)"),
         Peer("cut_cross_entropy", "cut-cross-entropy", "cut_cross_entropy",
-             "linear_cross_entropy(impl='torch_compile'): logp only"),
+             "linear_cross_entropy(impl='torch_compile')"),
     )
 }  # fmt: skip
 
+LIGER = ("liger", "liger_compile")
 DEFAULT = ("torch_eager", "torch_compile", "torch_eager_f32", "torch_compile_f32", "cross_entropy")
 
 
@@ -91,7 +97,7 @@ def load(name: str, module: str) -> ModuleType:
     """Import a peer's module, or raise `Unsupported` with the reason."""
     peer = KNOWN[name]
     if importlib.util.find_spec(peer.module) is None:
-        raise Unsupported("not installed: see bench/peers.txt")
+        raise Unsupported("not installed: `make peers` installs it beside the benchmarks")
     try:
         return importlib.import_module(module)
     except Exception as error:  # a library may fail on import in any way
@@ -208,7 +214,7 @@ def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> L
     if name == "cut_cross_entropy":
         cce = load(name, "cut_cross_entropy").linear_cross_entropy
         return lambda h, w, y: {"logp": -cce(h, w, y, reduction="none", impl="torch_compile")}
-    if name == "liger":
+    if name in LIGER:
         raise Unsupported("gives a loss, not per-token statistics: see policy_step_hidden")
     inner = token_stats_fn(name, 1, everything, entropy_grad)
     if name.endswith("_f32"):
@@ -216,23 +222,25 @@ def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> L
     return lambda h, w, y: inner(h @ w.T, y)
 
 
-def liger_loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Liger's chunked GRPO loss with token mean, on (seqs, length, hidden)."""
-    loss, _ = _liger_module()(
-        batch.padded(hidden),
-        weight,
-        batch.padded(batch.target),
-        torch.ones_like(batch.padded(batch.target)),
-        batch.padded(batch.advantage)[:, 0],
-        old_per_token_logps=batch.padded(batch.old_logp),
-    )
-    assert isinstance(loss, torch.Tensor)
-    return loss
+def liger_loss(
+    name: str, hidden: torch.Tensor, weight: torch.Tensor, batch: Batch
+) -> Callable[[], torch.Tensor]:
+    """Liger's chunked GRPO loss with token mean, on (seqs, length, hidden), ready to be called.
 
-
-def _liger_module() -> Any:
-    chunked = load("liger", "liger_kernel.chunked_loss")
-    return chunked.LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo",
+    Its chunk is one sequence, its default. `name` says whether it compiles the loss of a chunk.
+    """
+    loss_fn = load(name, "liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=name == "liger_compile", use_ref_model=False, loss_type="bnpo",
         epsilon_low=CLIP, epsilon_high=CLIP,
     )  # fmt: skip
+    target, old_logp = batch.padded(batch.target), batch.padded(batch.old_logp)
+    mask, advantage = torch.ones_like(target), batch.padded(batch.advantage)[:, 0]
+
+    def run() -> torch.Tensor:
+        loss, _ = loss_fn(
+            batch.padded(hidden), weight, target, mask, advantage, old_per_token_logps=old_logp
+        )
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    return run

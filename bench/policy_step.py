@@ -26,6 +26,7 @@ SHAPES = ("512x49152", "256x151936")
 QUICK_SHAPES = ("64x8192",)
 DTYPES = ("float32", "bfloat16")
 CASES = (("step", "entropy=0.01"), ("step", "entropy=0"))
+OURS = ("tokfuse_", "tokfuse")
 
 # statistics 19 and gradient 16 per logit, see token_stats; the objective is per token
 FLOPS = 35

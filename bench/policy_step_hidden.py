@@ -100,12 +100,11 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
         hidden = data.hidden.detach().requires_grad_()
         weight = data.weight.detach().requires_grad_(not data.frozen)
         leaves = (hidden,) if data.frozen else (hidden, weight)
-        note = "computes logp only" if name in ("cross_entropy", "cut_cross_entropy") else ""
-        if name == "liger":
-            note = "no entropy"
+        if name in peers.LIGER:
+            loss_fn = peers.liger_loss(name, hidden, weight, batch)
 
             def step() -> tuple[torch.Tensor, Outputs]:
-                return peers.liger_loss(hidden, weight, batch), {}
+                return loss_fn(), {}
         else:
             stats_fn = peers.linear_stats_fn(name, everything=False, entropy_grad=False)
 
@@ -121,6 +120,6 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
             named = dict(zip(("grad_hidden", "grad_weight"), grads, strict=False))
             return {"loss": loss, **stats, **named}
 
-        return peers.provider(name, run, note=note)
+        return peers.provider(name, run)
 
     return factory

@@ -23,7 +23,7 @@ def mebibytes(value: int | None) -> str:
 
 def worst_errors(row: Row) -> str:
     """The worst output (absolute) and the worst gradient (relative), with their names."""
-    values = {n: getattr(row, f"error_{n}") for n in ERROR_NAMES}
+    values = {n: getattr(row, f"error_{n}") for n in (*ERROR_NAMES, "output")}
     texts = []
     for is_grad, sign in ((False, ""), (True, "rel ")):
         known = {

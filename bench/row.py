@@ -40,11 +40,13 @@ class Row:
     Args:
         schema: `SCHEMA_VERSION` of the writer.
         op, mode, variant: what was run; `variant` names what varies beside shape and dtype.
-        shape: "tokens x vocab", or "tokens x hidden x vocab" for ops that hold the lm_head.
+        shape: "tokens x vocab", or "tokens x hidden x vocab" for ops that hold the lm_head; for
+            `advantage`, which sees no vocabulary, "sequences x longest" in the same columns.
         provider, role, backend: who ran it; `role` is one of `ROLES`; `backend` is the dispatched
             one for ours ("cpu", "reference", ...), else the library that did the work.
         status, note: one of `STATUSES`, and the reason or a remark.
         median_ms, p20_ms, p80_ms, best_ms, rounds: over `rounds` interleaved rounds.
+        cpu_ms: median CPU time of a call, all threads; a busy neighbour inflates it least.
         baseline, ratio: median of this provider / median of `baseline` (ours) in the same rounds;
             above 1 means slower than ours. ratio_p20, ratio_p80: spread of the per-round ratio.
         limit, limit_ms, limit_share: the slowest probe that bounds this work, its median in the
@@ -53,9 +55,13 @@ class Row:
         bytes_moved, flops: the least this work must move and compute, with the formula as text.
         peak_extra_bytes: peak resident memory of one call above what was resident before it, its
             results included (`peak_method` says how it was read).
+        result_bytes: of the tensors that one call returned; for an op that writes over its input,
+            that input.
         error_*: against float64 on the same inputs; largest absolute error for outputs, largest
-            absolute error over largest absolute value for gradients.
+            absolute error over largest absolute value for gradients. error_output: the worst of
+            what has no column of its own, e.g. advantages.
         load_average: of the machine when the rounds began: a busy neighbour is visible.
+        sweep: the axis that varies in a table of growth, see growth.py.
     """
 
     schema: int
@@ -77,6 +83,7 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     best_ms: float | None = None
+    cpu_ms: float | None = None
     rounds: int = 0
     baseline: str = ""
     ratio: float | None = None
@@ -95,6 +102,7 @@ class Row:
     flops_formula: str = ""
     peak_extra_bytes: int | None = None
     peak_method: str = ""
+    result_bytes: int | None = None
     error_logp: float | None = None
     error_entropy: float | None = None
     error_lse: float | None = None
@@ -104,9 +112,11 @@ class Row:
     error_grad_logits: float | None = None
     error_grad_hidden: float | None = None
     error_grad_weight: float | None = None
+    error_output: float | None = None
     threads: int = 0
     omp_wait_policy: str = ""
     load_average: float | None = None
+    sweep: str = ""
     machine: str = ""
     cpu_model: str = ""
     isa: str = ""
@@ -130,6 +140,14 @@ class Row:
         """The row as one JSON line; an infinite or NaN error becomes a string, so it stays JSON."""
         values = {key: plain(value) for key, value in asdict(self).items()}
         return json.dumps(values, allow_nan=False)
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """Peak memory beyond what the call returned; an op in place returned what was there."""
+        if self.peak_extra_bytes is None or self.result_bytes is None:
+            return None
+        returned = 0 if self.provider.endswith("_") else self.result_bytes
+        return max(0, self.peak_extra_bytes - returned)
 
     @classmethod
     def from_json(cls, line: str) -> "Row":

@@ -14,6 +14,7 @@ from tokfuse.bench.measure import (
     interleave,
     peak_extra_bytes,
     percentile,
+    tensor_bytes,
 )
 from tokfuse.bench.problem import Config, Factory, Problem, Unsupported
 from tokfuse.bench.row import ERROR_NAMES, SCHEMA_VERSION, Row
@@ -22,6 +23,7 @@ from tokfuse.runtime.errors import BackendUnavailable
 # Far beyond any rounding, bfloat16 included: a provider past these computed something else.
 # Log-probabilities of bfloat16 arithmetic are off by up to 0.1 at |logp| of 30.
 GROSS_ERROR = 1.0
+COMPARED_WORK = tuple(name for name in ERROR_NAMES if not name.startswith("grad_"))
 PROBE_NAMES = ("read", "copy", "exp", "gemm", "native")
 
 Emit = Callable[[Row], None]
@@ -36,9 +38,12 @@ class _Entry:
     provider: Provider | None = None
     status: str = "pass"
     note: str = ""
+    outputs: frozenset[str] = frozenset()
     errors: dict[str, float] = field(default_factory=dict)
     peak: tuple[int | None, str] = (None, "")
+    result_bytes: int | None = None
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -82,23 +87,34 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
         _prepare(entry, factory, problem, settings)
         if entry.provider is None:
             emit(_row(problem, entry, [], settings))
+    for entry in entries:
+        if entry.role == "peer" and entry.provider is not None and not entry.note:
+            entry.note = missing_outputs(entry.outputs, entries[0].outputs)
     problem.forget()  # the float64 answer may be gigabytes
     live = [entry for entry in entries if entry.provider is not None]
     load = machine.load_average()
     settings.on_step(f"{problem.config.shape}: {settings.rounds} rounds of {len(live)}")
+    cpu_times: dict[str, list[float]] = {}
     times, failed = interleave(
         {e.name: e.provider for e in live if e.provider is not None},
         settings.rounds,
         ColdCache(problem.cold),
         settings.budget_s,
+        cpu_times,
     )
     for entry in live:
-        entry.times = times[entry.name]
+        entry.times, entry.cpu_times = times[entry.name], cpu_times.get(entry.name, [])
         if entry.name in failed:
             entry.status, entry.note = classify(failed[entry.name])
             entry.times = []
     for entry in live:
         emit(_row(problem, entry, live, settings, load))
+
+
+def missing_outputs(theirs: frozenset[str], ours: frozenset[str]) -> str:
+    """What a peer does not compute beside its gradients, as a note; "" when it computes all."""
+    names = [name for name in COMPARED_WORK if name in ours - theirs]
+    return f"computes no {', '.join(names)}" if names else ""
 
 
 def classify(error: BaseException) -> tuple[str, str]:
@@ -127,11 +143,12 @@ def _prepare(entry: _Entry, factory: Factory, problem: Problem, settings: Settin
         provider = factory()
         provider.before()
         outputs = provider.run()
-        entry.note = provider.note
+        entry.note, entry.outputs = provider.note, frozenset(outputs)
         if provider.fallback:
             entry.status = "fallback"
         if settings.compare and entry.role != "limit":
             entry.errors = exact.distances(outputs, problem.answer())
+        entry.result_bytes = tensor_bytes(outputs)
         del outputs
         wrong = [n for n, value in entry.errors.items() if not value < GROSS_ERROR]
         if wrong:
@@ -153,6 +170,8 @@ def _row(
 ) -> Row:
     config, provider = problem.config, entry.provider
     values: dict[str, Any] = {f"error_{n}": entry.errors.get(n) for n in ERROR_NAMES}
+    unnamed = [error for name, error in entry.errors.items() if name not in ERROR_NAMES]
+    values["error_output"] = max(unnamed, default=None)
     probes = {e.name.removeprefix("limit_"): e for e in live if e.role == "limit" and e.times}
     for name in PROBE_NAMES:
         if name in probes and f"{name}_ms" in Row.__dataclass_fields__:
@@ -173,6 +192,7 @@ def _row(
         bytes_moved=problem.bytes_moved, bytes_formula=problem.bytes_formula,
         flops=problem.flops, flops_formula=problem.flops_formula,
         peak_extra_bytes=entry.peak[0], peak_method=entry.peak[1],
+        result_bytes=entry.result_bytes,
         provider_version=provider.version if provider else "",
         load_average=load, timestamp=machine.now(),
         **settings.facts, **values,
@@ -185,6 +205,7 @@ def _timing(entry: _Entry) -> dict[str, Any]:
         "p20_ms": _round(percentile(entry.times, 0.2)),
         "p80_ms": _round(percentile(entry.times, 0.8)),
         "best_ms": _round(min(entry.times)),
+        "cpu_ms": _round(percentile(entry.cpu_times, 0.5)) if entry.cpu_times else None,
         "rounds": len(entry.times),
     }
 

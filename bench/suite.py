@@ -33,10 +33,9 @@ def parameters(module: ModuleType) -> list[Any]:
                     module.OP, mode, variant, dtype, sizes[0], sizes[-1],
                     sizes[1] if len(sizes) == 3 else 0,
                 )  # fmt: skip
-                for name in ("tokfuse_", "tokfuse", *PEERS):
-                    if name != "tokfuse_" or module.OP == "policy_step":
-                        label = f"{mode}-{variant}-{dtype}-{shape}-{name}"
-                        out.append(pytest.param(config, name, id=label))
+                for name in (*getattr(module, "OURS", ("tokfuse",)), *PEERS):
+                    label = f"{mode}-{variant}-{dtype}-{shape}-{name}"
+                    out.append(pytest.param(config, name, id=label))
     return out
 
 

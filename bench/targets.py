@@ -3,8 +3,11 @@
     python -m tokfuse bench policy_step --json rows.jsonl
     python -m tokfuse bench targets rows.jsonl
 
-A target is judged for every shape, dtype and variant in the rows, against the faster of a peer's
-forms (in the input's dtype, or after .float()). Only rows with status "pass" count.
+A `Target` says how much longer a peer must take than we do, a `Ceiling` how much longer than a
+base we may take, a `Floor` what share of the machine's limit we must reach, a `Budget` how much
+memory we may use beyond the results. Each is judged for every shape and dtype in the rows, and a
+`Target` against the faster of a peer's forms (in the input's dtype, or after .float()). Only rows
+with status "pass" count.
 """
 
 from collections.abc import Iterable
@@ -25,23 +28,77 @@ class Target:
     times: float
 
 
+@dataclass(frozen=True)
+class Ceiling:
+    """`ours` may take at most `times` as long as the first of `base` that was measured."""
+
+    op: str
+    mode: str
+    variant: str
+    ours: str
+    base: tuple[str, ...]
+    times: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """`ours` must reach this share of its limit."""
+
+    op: str
+    mode: str
+    variant: str
+    ours: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`ours` may use so many bytes beyond what it returns."""
+
+    op: str
+    mode: str
+    variant: str
+    ours: str
+    workspace_bytes: int
+
+
+Goal = Target | Ceiling | Floor | Budget
 COMPILED, EAGER = "torch_compile", "torch_eager"
 BOTH = "entropy=0.01"
 
-TARGETS = (
+HIDDEN = ("policy_step_hidden", "step")
+HIDDEN_PEERS = (EAGER, COMPILED, "trl", "liger", "liger_compile", "verl", "cut_cross_entropy")
+GEMMS = ("limit_gemm3", "limit_gemm")  # the three full products, where a variant needs fewer
+
+TARGETS: tuple[Goal, ...] = (
     Target("policy_step", "step", BOTH, "tokfuse_", COMPILED, 6.0),
     Target("policy_step", "step", BOTH, "tokfuse_", EAGER, 20.0),
     Target("policy_step", "step", BOTH, "tokfuse", COMPILED, 2.5),
     Target("policy_step", "step", BOTH, "tokfuse", EAGER, 8.0),
     Target("token_stats", "forward", "all", "tokfuse", COMPILED, 4.0),
-)
+    *(Target(*HIDDEN, "rows=1", "tokfuse", peer, 1.0) for peer in HIDDEN_PEERS),
+    *(
+        Target("advantage", "forward", variant, "tokfuse", EAGER, 10.0)
+        for variant in ("gae", "vtrace", "group_advantage", "whiten", "offpolicy_weights",
+                        "segment_moments")
+    ),
+    Ceiling(*HIDDEN, "rows=1", "tokfuse", GEMMS, 1.08),
+    Ceiling(*HIDDEN, "rows=0.25", "tokfuse", GEMMS, 0.6),
+    Ceiling(*HIDDEN, "rows=1,frozen", "tokfuse", GEMMS, 0.72),
+    Ceiling("influence", "step", "rank=64", "tokfuse_norms", ("tokfuse",), 1.02),
+    Ceiling("influence", "step", "rank=64", "tokfuse_sketches", ("tokfuse",), 1.05),
+    Floor("token_stats", "forward", "all", "tokfuse", 0.7),
+    Floor("policy_step", "step", BOTH, "tokfuse_", 0.7),
+    *(Budget(*HIDDEN, variant, "tokfuse", 64 << 20)
+      for variant in ("rows=1", "rows=0.25", "rows=1,frozen")),
+)  # fmt: skip
 
 
-def judge(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> list[tuple[str, bool]]:
+def judge(rows: Iterable[Row], targets: Iterable[Goal] = TARGETS) -> list[tuple[str, bool]]:
     """(one line, met) per target and case; a target that no row speaks about gives none."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        if row.status == "pass" and row.median_ms:
+        if row.status == "pass" and row.median_ms and not row.sweep:
             key = (row.op, row.mode, row.variant, row.shape, row.dtype)
             cases.setdefault(key, {})[row.provider] = row  # a later run replaces an earlier one
     verdicts = []
@@ -49,17 +106,39 @@ def judge(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> list[tupl
         for case, found in cases.items():
             if case[:3] != (target.op, target.mode, target.variant) or target.ours not in found:
                 continue
-            forms = [found[n] for n in (target.peer, f"{target.peer}_f32") if n in found]
-            if not forms:
-                continue
-            peer = min(forms, key=lambda row: row.median_ms or 0.0)
-            times = (peer.median_ms or 0.0) / (found[target.ours].median_ms or 1.0)
-            met = times >= target.times
-            verdicts.append(
-                (
-                    f"{'met ' if met else 'MISS'} {' '.join(case):<62} {peer.provider} / "
-                    f"{target.ours} = {times:.2f} (at least {target.times:g})",
-                    met,
-                )
-            )
+            verdict = _verdict(target, found)
+            if verdict is not None:
+                text, met = verdict
+                verdicts.append((f"{'met ' if met else 'MISS'} {' '.join(case):<62} {text}", met))
     return verdicts
+
+
+def _verdict(target: Goal, found: dict[str, Row]) -> tuple[str, bool] | None:
+    """What was reached and what is asked, as text, and whether it is; None without rows."""
+    ours = found[target.ours]
+    if isinstance(target, Floor):
+        if ours.limit_share is None:
+            return None
+        text = f"{target.ours} reaches {ours.limit_share:.2f} of {ours.limit}"
+        return f"{text} (at least {target.share:g})", ours.limit_share >= target.share
+    if isinstance(target, Budget):
+        used = ours.workspace_bytes
+        if used is None:
+            return None
+        asked = f"(at most {target.workspace_bytes / 2**20:g})"
+        return (f"{target.ours} uses {used / 2**20:.1f} MiB beyond its results {asked}",
+                used <= target.workspace_bytes)  # fmt: skip
+    if isinstance(target, Ceiling):
+        base = next((found[name] for name in target.base if name in found), None)
+        if base is None:
+            return None
+        times = (ours.median_ms or 0.0) / (base.median_ms or 1.0)
+        text = f"{target.ours} / {base.provider} = {times:.3f} (at most {target.times:g})"
+        return text, times <= target.times
+    forms = [found[name] for name in (target.peer, f"{target.peer}_f32") if name in found]
+    if not forms:
+        return None
+    peer = min(forms, key=lambda row: row.median_ms or 0.0)
+    times = (peer.median_ms or 0.0) / (ours.median_ms or 1.0)
+    text = f"{peer.provider} / {target.ours} = {times:.2f} (at least {target.times:g})"
+    return text, times >= target.times

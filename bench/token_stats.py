@@ -96,14 +96,13 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
         function = peers.token_stats_fn(name, 1, everything=config.variant == "all")
         if name.startswith("torch_compile"):
             function = peers.compiled(function)
-        note = "computes logp only" if name == "cross_entropy" else ""
         if config.mode == "forward":
 
             def forward() -> Outputs:
                 with torch.no_grad():
                     return function(data.logits, data.target)
 
-            return peers.provider(name, forward, note=note)
+            return peers.provider(name, forward)
         leaf = data.logits.detach().requires_grad_()
 
         def both() -> Outputs:
@@ -116,6 +115,6 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
             # without the entropy the gradient is of another function: nothing to compare with
             return {**stats, "grad_logits": grad} if "entropy" in stats else stats
 
-        return peers.provider(name, both, note=note)
+        return peers.provider(name, both)
 
     return factory

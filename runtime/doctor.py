@@ -36,7 +36,6 @@ ENVIRONMENT = {
     "MAX_JOBS": "parallel compile jobs of the native build",
     "TOKFUSE_ALLOW_CUDA_WHEELS": "1 lets `make` install a CUDA build of torch without a GPU",
     "TOKFUSE_BENCH_FULL": "1 makes `pytest bench` take the published shapes",
-    "TOKFUSE_TEST_NATIVE": "the tests load this build of the native module (`make test-sanitize`)",
 }
 
 SHORT_DTYPE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}

@@ -1,7 +1,6 @@
 """Settings of the whole test run; set before torch is imported."""
 
 import importlib
-import importlib.util
 import os
 import sys
 
@@ -29,17 +28,3 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         "interpreter", hypothesis.settings.default, max_examples=20
     )
     hypothesis.settings.load_profile("interpreter")
-
-
-def _use_native_module(path: str) -> None:
-    """Test another build of `tokfuse._native`, e.g. one with sanitizers (`make test-sanitize`)."""
-    spec = importlib.util.spec_from_file_location("tokfuse._native", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["tokfuse._native"] = module
-    importlib.import_module("tokfuse")._native = module
-
-
-if "TOKFUSE_TEST_NATIVE" in os.environ:
-    _use_native_module(os.environ["TOKFUSE_TEST_NATIVE"])

@@ -5,6 +5,7 @@ No test asserts a time. Memory is asserted with wide margins, errors with the bo
 
 import json
 import math
+import time
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -37,6 +38,8 @@ SHAPES = {
     "policy_step": "4x33",
     "policy_step_hidden": "16x8x33",
     "linear_token_stats": "4x8x33",
+    "influence": "16x8x33",
+    "advantage": "16x32",
     "overhead": "1x8",
 }
 
@@ -129,6 +132,16 @@ def test_interleave_stops_at_the_budget_with_three_rounds() -> None:
     assert len(times["a"]) == 3
 
 
+def test_cpu_time_leaves_out_what_is_waited_for() -> None:
+    def sleeps() -> dict[str, torch.Tensor]:
+        time.sleep(0.05)
+        return {}
+
+    cpu: dict[str, list[float]] = {}
+    times, _ = interleave({"a": Provider(sleeps)}, 2, ColdCache(False), cpu_times=cpu)
+    assert len(cpu["a"]) == 2 and max(cpu["a"]) < min(times["a"])
+
+
 def test_percentile_interpolates() -> None:
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([1.0, 2.0], 0.2) == pytest.approx(1.2)
@@ -193,6 +206,18 @@ def test_every_status_becomes_a_row() -> None:
     # a fallback is no baseline: nothing is said to be slower or faster than it
     assert rows["tokfuse"].backend == "reference"
     assert rows["good"].ratio is None and rows["good"].baseline == ""
+
+
+def test_a_peer_that_computes_less_says_so() -> None:
+    want = {"logp": torch.zeros(4), "entropy": torch.zeros(4), "lse": torch.zeros(4)}
+    problem = Problem(
+        CONFIG,
+        ours={"tokfuse": quiet(want)},
+        peers={"less": quiet({"logp": want["logp"]}), "all": quiet(want)},
+        cold=False,
+    )
+    rows = run_rows(problem)
+    assert rows["less"].note == "computes no entropy, lse" and rows["all"].note == ""
 
 
 def test_ratio_and_limit_come_from_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +318,36 @@ def test_case_at_a_tiny_size(op: str, tmp_path, capsys: pytest.CaptureFixture[st
             assert row.rounds == 2 and row.median_ms is not None
             assert row.p20_ms <= row.median_ms <= row.p80_ms
         assert row.status != "error", row.note
-    assert all(r.status == "pass" for r in rows if r.role == "peer")
+    wanted = "unsupported" if op == "influence" else "pass"
+    assert all(r.status == wanted for r in rows if r.role == "peer")
+
+
+@pytest.mark.parametrize("op", list(cli.VARIANT_OPS))
+def test_an_advantage_op_is_a_variant(op: str, tmp_path, capsys) -> None:
+    path = tmp_path / "rows.jsonl"
+    line = [op, "--quick", "--shapes", "16x32", "--peers", "torch_eager", "--json", str(path)]
+    assert cli.main(line) == 0
+    rows = [Row.from_json(text) for text in path.read_text().splitlines()]
+    assert {(row.op, row.variant) for row in rows} == {("advantage", op)}
+    assert {row.provider for row in rows} == {"tokfuse", "limit_copy", "torch_eager"}
+    ours = next(row for row in rows if row.role == "ours")
+    assert max(v for k, v in asdict(ours).items() if k.startswith("error_") and v) < 1e-4
+    with pytest.raises(SystemExit):
+        cli.main([op, "--variant", "all"])
+    assert f"{op} is a variant itself; got --variant all" in capsys.readouterr().err
+
+
+def test_unknown_variant_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["policy_step", "--variant", "entropy=1"])
+    assert "one of entropy=0, entropy=0.01; got 'entropy=1'" in capsys.readouterr().err
+
+
+def test_an_output_without_a_column_is_in_the_row() -> None:
+    want = {"advantage": torch.zeros(2, dtype=torch.float64)}
+    ours = {"tokfuse": quiet({"advantage": torch.tensor([0.25, 0.5])})}
+    rows = run_rows(Problem(CONFIG, ours=ours, peers={}, exact=lambda: want, cold=False))
+    assert rows["tokfuse"].error_output == 0.5
 
 
 @pytest.mark.parametrize("op", ["token_stats", "policy_step", "policy_step_hidden"])

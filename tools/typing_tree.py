@@ -1,11 +1,16 @@
 """Writes `.typing/tokfuse`, a tree of symbolic links that type checkers can read.
 
+    python tools/typing_tree.py [FOLDER]
+
 The editable install finds packages by an import hook, which mypy and pyright do not follow. The
-tree has the folders under their import names; pyproject.toml and editors point at `.typing`.
+tree has the folders under their import names; pyproject.toml and editors point at `.typing`. On
+PYTHONPATH a tree comes before the install, so another build of the native module, put into it, is
+the one that is imported (`make test-sanitize`).
 """
 
 import ast
 import shutil
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,4 +57,4 @@ def write_tree(tree: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_tree(ROOT / ".typing")
+    write_tree(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / ".typing")

@@ -9,7 +9,7 @@ namespace tokfuse {
 namespace {
 
 Isa detect() {
-#if defined(__x86_64__)
+#if defined(TOKFUSE_ISA_LEVELS)
   __builtin_cpu_init();
   Isa best = Isa::kBase;
   if (__builtin_cpu_supports("x86-64-v2")) best = Isa::kV2;

@@ -28,6 +28,7 @@ const char* isa_name() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of tokfuse over raw pointers";
+  m.attr("sanitizers") = TOKFUSE_SANITIZERS;  // "" or what CMake was given, e.g. address,undefined
   m.def("active_isa", &tokfuse::isa_name, "Instruction-set level the kernels run at.");
   tokfuse::active_isa();  // an impossible TOKFUSE_ISA fails here, at import, not at the first call
   tokfuse::bind_token_stats(m);

@@ -59,7 +59,7 @@ struct DivergenceArgs {
                              const float* grad_divergence, void* grad_p, int64_t grad_stride);    \
   }
 
-#if defined(__x86_64__)
+#if defined(TOKFUSE_ISA_LEVELS)
 TOKFUSE_DECLARE_DISTRIBUTION_KERNELS(isa_v2)
 TOKFUSE_DECLARE_DISTRIBUTION_KERNELS(isa_v3)
 TOKFUSE_DECLARE_DISTRIBUTION_KERNELS(isa_v4)

@@ -100,7 +100,12 @@ struct ObjectiveArgs {
                              int64_t* kept);                                                \
   }
 
-#if defined(__x86_64__)
+// One level only: on other machines, and in builds with sanitizers, where three take minutes.
+#if defined(__x86_64__) && !defined(TOKFUSE_ONE_ISA)
+#define TOKFUSE_ISA_LEVELS
+#endif
+
+#if defined(TOKFUSE_ISA_LEVELS)
 TOKFUSE_DECLARE_KERNELS(isa_v2)
 TOKFUSE_DECLARE_KERNELS(isa_v3)
 TOKFUSE_DECLARE_KERNELS(isa_v4)
@@ -112,7 +117,7 @@ TOKFUSE_DECLARE_KERNELS(isa_base)
 enum class Isa { kBase, kV2, kV3, kV4 };
 Isa active_isa();
 
-#if defined(__x86_64__)
+#if defined(TOKFUSE_ISA_LEVELS)
 #define TOKFUSE_CALL(function, ...)                                                            \
   (::tokfuse::active_isa() == ::tokfuse::Isa::kV4   ? ::tokfuse::isa_v4::function(__VA_ARGS__) \
    : ::tokfuse::active_isa() == ::tokfuse::Isa::kV3 ? ::tokfuse::isa_v3::function(__VA_ARGS__) \

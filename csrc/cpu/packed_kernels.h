@@ -171,7 +171,7 @@ inline int64_t grouping_scratch(int64_t rows) {
   double offpolicy_weights(const OffPolicyArgs& args);    \
   }
 
-#if defined(__x86_64__)
+#if defined(TOKFUSE_ISA_LEVELS)
 TOKFUSE_DECLARE_PACKED_KERNELS(isa_v2)
 TOKFUSE_DECLARE_PACKED_KERNELS(isa_v3)
 TOKFUSE_DECLARE_PACKED_KERNELS(isa_v4)

@@ -1,0 +1,231 @@
+"""`python -m tokfuse bench numbers FILES`: the tables of the README, from recorded rows.
+
+    python -m tokfuse bench numbers bench/results/*.jsonl --write README.md
+
+With `--write` the text between the markers of that file is replaced; a test holds the README equal
+to the rows in `bench/results`. A later row of the same case and provider replaces an earlier one.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokfuse.bench import growth
+from tokfuse.bench.report import mebibytes
+from tokfuse.bench.row import Row
+
+BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+# Scores of study_influence.py that the text under its table compares.
+SKETCH, HEAD = "sketch, rank 64", "control: true gradient of lm_head"
+NO_GRADIENT = "control: mean hidden state, no gradient"
+Case = tuple[str, ...]
+
+
+def read(files: Iterable[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows of the benchmarks, and those of the influence study, which have no provider."""
+    rows, study = [], []
+    for file in files:
+        for line in Path(file).read_text(encoding="utf-8").splitlines():
+            if not line.strip():
+                continue
+            values = json.loads(line)
+            if "provider" in values:
+                rows.append(Row.from_json(line))
+            else:
+                study.append(values)
+    return rows, study
+
+
+def section(rows: Sequence[Row], study: Sequence[dict[str, Any]] = ()) -> str:
+    """Everything between the markers."""
+    timed = [row for row in rows if not row.sweep]
+    parts = [_from_logits(timed), _from_hidden(timed), _price(timed), _advantages(timed),
+             _study(study), _growth(rows), _machine(rows)]  # fmt: skip
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(file: Path, text: str) -> None:
+    """Replace what stands between the markers of a file.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    page = file.read_text(encoding="utf-8")
+    if BEGIN not in page or END not in page:
+        raise ValueError(
+            f"bench: --write needs a file with {BEGIN} and {END}; {file} has not both."
+        )
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    file.write_text(pattern.sub(lambda _: f"{BEGIN}\n{text}\n{END}", page), encoding="utf-8")
+
+
+def _cases(rows: Sequence[Row], op: str, variant: str | None = None) -> dict[Case, dict[str, Row]]:
+    """Rows of an op by case and provider, in the order in which they came."""
+    out: dict[Case, dict[str, Row]] = {}
+    for row in rows:
+        if (
+            row.op == op
+            and row.status == "pass"
+            and row.median_ms
+            and variant in (None, row.variant)
+        ):
+            out.setdefault((row.shape, row.dtype, row.variant), {})[row.provider] = row
+    return out
+
+
+def _fastest(found: dict[str, Row], *names: str) -> Row | None:
+    rows = [found[name] for name in names if name in found]
+    return min(rows, key=lambda row: row.median_ms or 0.0) if rows else None
+
+
+def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    table = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+
+
+def _times(row: Row | None, base: Row | None) -> str:
+    if row is None or row.median_ms is None:
+        return "-"
+    times = f" ({row.median_ms / base.median_ms:.1f}x)" if base and base.median_ms else ""
+    return f"{row.median_ms:.1f}{times}"
+
+
+def _cpu(row: Row, base: Row | None) -> str:
+    return f"{row.cpu_ms / base.cpu_ms:.1f}x" if row.cpu_ms and base and base.cpu_ms else "-"
+
+
+def _spaced(shape: str) -> str:
+    return shape.replace("x", " x ")
+
+
+def _from_logits(rows: Sequence[Row]) -> str:
+    lines = []
+    for (shape, dtype, _), found in _cases(rows, "policy_step", "entropy=0.01").items():
+        base = found.get("tokfuse_")
+        lines.append([
+            _spaced(shape), dtype, _times(base, None), _times(found.get("tokfuse"), base),
+            _times(_fastest(found, "torch_compile", "torch_compile_f32"), base),
+            _times(_fastest(found, "torch_eager", "torch_eager_f32"), base),
+            _times(found.get("cross_entropy"), base), _times(found.get("limit_copy"), None),
+        ])  # fmt: skip
+    if not lines:
+        return ""
+    return (
+        "Loss side from logits: statistics, clipped objective with an entropy bonus, gradient.\n"
+        "Milliseconds, median of interleaved rounds with cold caches; in brackets multiples of\n"
+        "ours over the logits. The torch columns are the faster of the input's dtype and float32.\n"
+        "`limit` is a plain copy of the same bytes in the same run.\n\n"
+    ) + _grid(["tokens x vocab", "dtype", "over the logits", "out of place", "torch.compile",
+               "torch eager", "cross_entropy alone", "limit"], lines)  # fmt: skip
+
+
+def _from_hidden(rows: Sequence[Row]) -> str:
+    lines = []
+    for (shape, dtype, variant), found in _cases(rows, "policy_step_hidden").items():
+        base = found.get("tokfuse")
+        for name, row in sorted(found.items(), key=lambda item: item[1].median_ms or 0.0):
+            if row.role == "limit" and name != "limit_gemm":
+                continue
+            label = "bare matrix products" if name == "limit_gemm" else name
+            lines.append([
+                _spaced(shape), dtype, variant, label, _times(row, base), _cpu(row, base),
+                "-" if row.role == "limit" else mebibytes(row.workspace_bytes), row.note or "-",
+            ])  # fmt: skip
+    if not lines:
+        return ""
+    return (
+        "From hidden states and the lm_head, with both gradients (`frozen`: not the weight's).\n"
+        "`rows` is the share of rows with gradient, workspace the peak memory of a call beyond\n"
+        "what it returns. CPU is the CPU time of all threads as a multiple of ours, which other\n"
+        "work on the machine disturbs less than the time.\n\n"
+    ) + _grid(["tokens x hidden x vocab", "dtype", "variant", "provider", "ms (of ours)", "CPU",
+               "workspace", "note"], lines)  # fmt: skip
+
+
+def _price(rows: Sequence[Row]) -> str:
+    lines = []
+    for (shape, dtype, variant), found in _cases(rows, "influence").items():
+        base = found.get("tokfuse")
+        for name, label in (("tokfuse", "step alone"), ("tokfuse_norms", "with norms"),
+                            ("tokfuse_sketches", "with norms and sketches")):  # fmt: skip
+            row = found.get(name)
+            if row is None or base is None or not row.median_ms or not base.median_ms:
+                continue
+            cpu = f"{row.cpu_ms / base.cpu_ms:.3f}x" if row.cpu_ms and base.cpu_ms else "-"
+            lines.append([_spaced(shape), dtype, variant, label, f"{row.median_ms:.1f}",
+                          f"{row.median_ms / base.median_ms:.3f}x", cpu])  # fmt: skip
+    if not lines:
+        return ""
+    heads = ["tokens x hidden x vocab", "dtype", "sketch", "step", "ms", "time", "CPU"]
+    return f"What influence adds to a step from hidden states:\n\n{_grid(heads, lines)}"
+
+
+def _advantages(rows: Sequence[Row]) -> str:
+    lines = []
+    for (shape, _, variant), found in _cases(rows, "advantage").items():
+        ours, peer = found.get("tokfuse"), found.get("torch_eager")
+        if ours and peer:
+            lines.append([f"`{variant}`", _spaced(shape), _times(ours, None), _times(peer, ours)])
+    if not lines:
+        return ""
+    return (
+        "Between rewards and the loss, beside the vectorised torch form, milliseconds:\n\n"
+        + _grid(["op", "sequences x longest", "ours", "torch"], lines)
+    )
+
+
+def _study(study: Sequence[dict[str, Any]]) -> str:
+    if not study:
+        return ""
+    slices = list(dict.fromkeys(row["slice"] for row in study))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in study:
+        if row["kind"] == "direction":
+            text = f"{row['spearman']:.2f}"
+            if row["seeds"] > 1:
+                text += f" ({row['spearman_low']:.2f} to {row['spearman_high']:.2f})"
+            name = f"{row['data']} ({row['samples']})"
+            cells.setdefault((name, row["score"]), {})[row["slice"]] = text
+    lines = [[*key, *(found.get(name, "-") for name in slices)] for key, found in cells.items()]
+    first = study[0]
+    readings = [
+        f"- {name}: a sketch of rank 64 agrees with the gradients of all layers at "
+        f"{cells[name, SKETCH]['all']}, the lm_head's own true gradient at "
+        f"{cells[name, HEAD]['all']}, the mean hidden state without any gradient at "
+        f"{cells[name, NO_GRADIENT]['all']}."
+        for name in dict.fromkeys(name for name, _ in cells)
+        if {(name, SKETCH), (name, HEAD), (name, NO_GRADIENT)} <= set(cells)
+    ]
+    return (
+        f"Do sketches rank samples as their true gradients do? {first['model']}, per-sample\n"
+        "gradients of all layers, of the lm_head and of the last block; Spearman correlation of\n"
+        "each sample's cosine with a validation mean, and its range over projection seeds:\n\n"
+    ) + "\n\n".join(
+        [_grid(["data (samples)", "score", *slices], lines), "\n".join(readings)]
+    ).strip()
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    text = growth.tables(rows)
+    return f"How it grows, one axis at a time:\n\n{text}" if text else ""
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+
+    def all_of(value: Callable[[Row], object]) -> str:
+        return ", ".join(dict.fromkeys(str(value(row)) for row in rows))
+
+    loads = [row.load_average for row in rows if row.load_average is not None]
+    busy = f" Load average while measuring: {min(loads):.1f} to {max(loads):.1f}." if loads else ""
+    commands = dict.fromkeys(re.sub(r" --(json|md)( \S+\.jsonl)?", "", r.command) for r in rows)
+    return (
+        f"Machine: {all_of(lambda r: r.cpu_model)} ({all_of(lambda r: r.machine)}), threads "
+        f"{all_of(lambda r: r.threads)}, kernels at {all_of(lambda r: r.isa)}, torch "
+        f"{all_of(lambda r: r.torch)}, commits {all_of(lambda r: r.commit)}.{busy}\n"
+        "A shared virtual machine: ratios come from interleaved rounds and carry the noise "
+        "of its neighbours. Commands:\n\n" + "\n".join(f"- `{command}`" for command in commands)
+    )

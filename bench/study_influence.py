@@ -1,0 +1,389 @@
+"""How far sketches of the last hidden state rank samples as their true gradients do.
+
+    OMP_WAIT_POLICY=passive python -m tokfuse.bench.study_influence --json rows.jsonl
+
+SmolLM2-135M-Instruct; per-sample gradients of all its parameters by one backward each, against the
+sketches, norms and the exact adapter gradient that one `policy_step` gives for all samples at once.
+Two data sets: answers of four task families (every sample pulls the answer up), and rollouts of one
+task with group advantages (some pull up, some down). A sample's score is the cosine between its
+gradient and the mean gradient of a validation group; rows hold Spearman rank correlations with the
+scores of the true gradients: of all layers, of the lm_head, of the last block. Sketches are drawn
+with several seeds, and the rows keep the spread. Needs the demo's packages; six CPU minutes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.algorithms import influence as selection
+from tokfuse.bench import machine
+from tokfuse.runtime.objective import Objective, PPOClip
+from tokfuse.runtime.ops.influence import Influence, InfluenceSpec
+from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
+from tokfuse.runtime.ops.policy_step import policy_step
+
+FAMILIES = ("chain_sum", "spell_backward", "word_sorting", "caesar_cipher")
+SLICES = ("all", "lm_head", "last_block")
+GROUP_SIZE = 4  # rollouts of one prompt
+SEEDS = 8
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+class Sample(NamedTuple):
+    """One sequence: the loss is -advantage * mean log-prob of the tokens after the prompt."""
+
+    ids: torch.Tensor
+    prompt: int
+    advantage: float
+    group: int
+
+
+class DataSet(NamedTuple):
+    """Samples to rank, and validation samples in groups 0, 1, ..."""
+
+    name: str
+    train: list[Sample]
+    validation: list[Sample]
+
+    @property
+    def groups(self) -> int:
+        """Number of validation groups."""
+        return 1 + max(s.group for s in self.validation)
+
+
+# ----------------------------------------------------------------------------------------- samples
+
+
+def answers(tokenizer: Any, train: int, validation: int) -> DataSet:
+    """Questions of four families with their right answers; a family is a validation group."""
+    import reasoning_gym
+
+    parts: tuple[list[Sample], list[Sample]] = ([], [])
+    for group, family in enumerate(FAMILIES):
+        entries = reasoning_gym.create_dataset(family, seed=7, size=train + validation)
+        for i in range(train + validation):
+            chat = [{"role": "user", "content": entries[i]["question"]}]
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            before = tokenizer(prompt)["input_ids"]
+            after = tokenizer(entries[i]["answer"] + "<|im_end|>")["input_ids"]
+            sample = Sample(torch.tensor(before + after), len(before), 1.0, group)
+            parts[int(i >= train)].append(sample)
+    return DataSet("answers", *parts)
+
+
+def rollouts(model: Any, tokenizer: Any, train: int, validation: int) -> DataSet:
+    """Sampled completions of sums, advantage reward - group mean; silent groups are left out."""
+    from grpo_demo.task import ChainSum, kept_length
+
+    task, samples, start = ChainSum(seed=1), [], 0
+    torch.manual_seed(0)
+    while len(samples) < train + validation:
+        for question in task.questions(start, 16):
+            ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"]
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=6,
+                num_return_sequences=GROUP_SIZE, pad_token_id=tokenizer.eos_token_id,
+            )[:, ids.shape[1] :]  # fmt: skip
+            reward = torch.tensor([task.score(tokenizer.decode(row), question) for row in out])
+            for row, advantage in zip(out, reward - reward.mean(), strict=True):
+                kept = kept_length([tokenizer.decode(token) for token in row])
+                if advantage != 0:
+                    whole = torch.cat([ids[0], row[:kept]])
+                    samples.append(Sample(whole, ids.shape[1], float(advantage), 0))
+        start += 16
+    return DataSet("rollouts", samples[:train], samples[train : train + validation])
+
+
+# ---------------------------------------------------------------------------------- true gradients
+
+
+class TrueGradients:
+    """Per-sample gradients by one backward each, kept as products with the validation means."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        # The tied head as a leaf of its own, so that its share of the gradient is seen apart.
+        self.head = model.lm_head.weight.detach().clone().requires_grad_()
+        self.names = [name for name, _ in model.named_parameters()] + ["lm_head"]
+        last = len(model.model.layers) - 1
+        self.in_last_block = [f".layers.{last}." in name for name in self.names]
+        self.embedding = self.names.index("model.embed_tokens.weight")
+
+    def hidden(self, sample: Sample) -> torch.Tensor:
+        """(response tokens, hidden): what the head multiplies to predict them."""
+        states = self.model.model(sample.ids.unsqueeze(0)).last_hidden_state[0]
+        return states[sample.prompt - 1 : -1]
+
+    def gradient(self, sample: Sample) -> list[torch.Tensor]:
+        """d loss / d every parameter; the embedding holds the sum of its two uses."""
+        logp = torch.log_softmax(self.hidden(sample) @ self.head.t(), dim=-1)
+        chosen = logp.gather(1, sample.ids[sample.prompt :].unsqueeze(1))
+        leaves = [*self.model.parameters(), self.head]
+        grads = list(torch.autograd.grad(-sample.advantage * chosen.mean(), leaves))
+        grads[self.embedding] = grads[self.embedding] + grads[-1]
+        return grads
+
+    def products(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
+        """(slices,) inner products, in the order of SLICES."""
+        each = torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)])
+        block = torch.tensor(self.in_last_block)
+        return torch.stack([each[:-1].sum(), each[-1], each[block].sum()]).double()
+
+    def scores(self, data: DataSet) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slices, samples, groups) cosines with the groups' means, (slices, samples) norms."""
+        means: list[list[torch.Tensor]] = []
+        for group in range(data.groups):
+            members = [s for s in data.validation if s.group == group]
+            total = self.gradient(members[0])
+            for sample in members[1:]:
+                total = [t.add_(g) for t, g in zip(total, self.gradient(sample), strict=True)]
+            means.append(total)
+        sizes = torch.stack([self.products(m, m).sqrt() for m in means])
+        rows, norms = [], []
+        for sample in data.train:
+            grad = self.gradient(sample)
+            norm = self.products(grad, grad).sqrt()
+            rows.append(torch.stack([self.products(grad, m) for m in means]) / norm / sizes)
+            norms.append(norm)
+        return torch.stack(rows).permute(2, 0, 1), torch.stack(norms).t()
+
+
+# ------------------------------------------------------------------------------------- by-products
+
+
+class Packed(NamedTuple):
+    """The final hidden states of all samples, response tokens only, one after the other."""
+
+    hidden: torch.Tensor
+    cu_seqlens: torch.Tensor
+    samples: list[Sample]
+
+    def by_products(self, weight: torch.Tensor, rank: int | None, seed: int) -> Influence:
+        """What one policy_step over all samples gives besides the loss."""
+        target = torch.cat([s.ids[s.prompt :] for s in self.samples])
+        step = policy_step(
+            hidden=self.hidden,
+            weight=weight,
+            target=target,
+            old_logp=linear_token_stats(self.hidden, weight, target).logp,
+            advantage=torch.tensor([s.advantage for s in self.samples]),
+            advantage_level="sequence",
+            objective=Objective(shape=PPOClip(), aggregation="seq_mean_token_mean"),
+            cu_seqlens=self.cu_seqlens,
+            influence=InfluenceSpec(rank=rank, seed=seed),
+        )
+        assert step.influence is not None
+        return step.influence
+
+    def means(self) -> torch.Tensor:
+        """(samples, hidden) mean hidden state of each sample."""
+        return torch.stack([h.mean(0) for h in self.hidden.split(self.cu_seqlens.diff().tolist())])
+
+
+def pack(true: TrueGradients, samples: list[Sample]) -> Packed:
+    """One forward pass of the model per sample."""
+    with torch.no_grad():
+        hidden = [true.hidden(s) for s in samples]
+    cu_seqlens = torch.tensor([0, *(h.shape[0] for h in hidden)]).cumsum(0).int()
+    return Packed(torch.cat(hidden), cu_seqlens, samples)
+
+
+def group_means(features: torch.Tensor, samples: Sequence[Sample], groups: int) -> torch.Tensor:
+    """(groups, ...) sums of the features of each group's samples."""
+    ids = torch.tensor([s.group for s in samples])
+    return torch.stack([features[ids == group].sum(0) for group in range(groups)])
+
+
+class Sketches:
+    """Sketches of one data set; the forward passes are made once."""
+
+    def __init__(self, true: TrueGradients, data: DataSet) -> None:
+        self.data, self.weight = data, true.head.detach()
+        self.train, self.validation = (pack(true, part) for part in (data.train, data.validation))
+
+    def scores(self, rank: int | None, seed: int) -> torch.Tensor:
+        """(samples, groups) cosines of sketches."""
+        train, validation = (
+            part.by_products(self.weight, rank, seed).sketches
+            for part in (self.train, self.validation)
+        )
+        return self.against_groups(train, validation)
+
+    def against_groups(self, train: torch.Tensor, validation: torch.Tensor) -> torch.Tensor:
+        """(samples, groups) cosines of features with the groups' means."""
+        means = group_means(validation, self.data.validation, self.data.groups)
+        return selection.matrix(train, means)
+
+
+def sample_norms(norms: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+    """Root of the sum of squares over each sequence's tokens."""
+    parts = norms.double().square().split(cu.diff().tolist())
+    return torch.stack([p.sum().sqrt() for p in parts])
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Rank correlation; continuous scores have no ties worth averaging."""
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def alike(data: DataSet, group: int) -> list[torch.Tensor]:
+    """Sets of samples that are hard to tell apart: the group's own family, or one sign."""
+    if data.groups > 1:
+        return [torch.tensor([s.group == group for s in data.train])]
+    up = torch.tensor([s.advantage > 0 for s in data.train])
+    return [up, ~up]
+
+
+def agreement(scores: torch.Tensor, truth: torch.Tensor, data: DataSet) -> tuple[float, float]:
+    """Mean over groups of Spearman over all samples, and over those that are alike."""
+    over_all, within = [], []
+    for group in range(data.groups):
+        x, y = scores[:, group], truth[:, group]
+        over_all.append(spearman(x, y))
+        within += [spearman(x[chosen], y[chosen]) for chosen in alike(data, group)]
+    return sum(over_all) / len(over_all), sum(within) / len(within)
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """Agreement of one score with one slice of the true gradients.
+
+    Args:
+        data, samples, groups: the data set, its ranked samples, its validation groups.
+        kind: "direction" compares cosines with a group's mean, "magnitude" compares norms.
+        score, slice: what ranked the samples, and the true gradients that it is held against.
+        spearman: rank correlation over all samples, mean over groups and seeds.
+        spearman_alike: the same among samples of one family, or one sign of the advantage.
+        spearman_low, spearman_high: of `spearman`, over the seeds of the projections.
+        seeds: how many; 1 where nothing is drawn.
+    """
+
+    data: str
+    samples: int
+    groups: int
+    kind: str
+    score: str
+    slice: str
+    spearman: float
+    spearman_alike: float | None
+    spearman_low: float
+    spearman_high: float
+    seeds: int
+    model: str
+    cpu_model: str
+    threads: int
+    torch: str
+    commit: str
+
+
+def rows(true: TrueGradients, data: DataSet, facts: dict[str, Any]) -> Iterator[StudyRow]:
+    """Every score against every slice of the true gradients."""
+    cosines, norms = true.scores(data)
+    sketches = Sketches(true, data)
+    kept = {key: facts[key] for key in ("cpu_model", "threads", "torch", "commit")}
+
+    def row(
+        kind: str, score: str, slice_: str, found: list[tuple[float, float | None]]
+    ) -> StudyRow:
+        over_all = [pair[0] for pair in found]
+        alike_ = [pair[1] for pair in found if pair[1] is not None]
+        return StudyRow(
+            data.name, len(data.train), data.groups, kind, score, slice_, mean(over_all),
+            mean(alike_) if alike_ else None, min(over_all), max(over_all), len(found),
+            "SmolLM2-135M-Instruct", **kept,
+        )  # fmt: skip
+
+    for name, scores in directions(sketches, cosines).items():
+        for i, slice_ in enumerate(SLICES):
+            yield row("direction", name, slice_, [agreement(s, cosines[i], data) for s in scores])
+    for name, values in magnitudes(sketches).items():
+        for i, slice_ in enumerate(SLICES):
+            yield row("magnitude", name, slice_, [(spearman(values, norms[i]), None)])
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def directions(sketches: Sketches, cosines: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """(samples, groups) scores by name, one tensor per seed; controls use no sketch."""
+    mean_hidden = sketches.against_groups(sketches.train.means(), sketches.validation.means())
+    return {
+        "adapter gradient, no projection": [sketches.scores(None, 0)],
+        **{
+            f"sketch, rank {rank}": [sketches.scores(rank, seed) for seed in range(SEEDS)]
+            for rank in (16, 64, 256)
+        },
+        "control: mean hidden state, no gradient": [mean_hidden],
+        **{f"control: true gradient of {n}": [cosines[i]] for i, n in enumerate(SLICES) if i},
+    }
+
+
+def magnitudes(sketches: Sketches) -> dict[str, torch.Tensor]:
+    """(samples,) norms by name: they say how hard a sample pulls, not where to."""
+    out, cu = sketches.train.by_products(sketches.weight, 64, 0), sketches.train.cu_seqlens
+    return {
+        "token_norms": sample_norms(out.token_norms, cu),
+        "head_norms": sample_norms(out.head_norms, cu),
+        "hidden_norms": sample_norms(out.hidden_norms, cu),
+        "norm of the sketch": torch.linalg.vector_norm(out.sketches.flatten(1), dim=1),
+    }
+
+
+def table(found: Sequence[StudyRow], kind: str) -> str:
+    """One Markdown table; in brackets the spread over seeds, or the samples that are alike."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in found:
+        if row.kind == kind:
+            text = f"{row.spearman:.2f}"
+            if row.seeds > 1:
+                text += f" ({row.spearman_low:.2f} to {row.spearman_high:.2f})"
+            if row.spearman_alike is not None:
+                text += f", alike {row.spearman_alike:.2f}"
+            cells.setdefault((row.data, row.score), []).append(text)
+    lines = ["| data | score | " + " | ".join(SLICES) + " |", "| --- " * 5 + "|"]
+    lines += [f"| {data} | {score} | {' | '.join(texts)} |"
+              for (data, score), texts in cells.items()]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the study, append its rows to --json, print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--train", type=int, default=12, help="answers to rank, per family")
+    parser.add_argument("--validation", type=int, default=4, help="validation answers, per family")
+    parser.add_argument("--rollouts", type=int, default=40, help="rollouts to rank")
+    parser.add_argument("--cache", type=Path, default=None, help="where the converted model lies")
+    parser.add_argument("--json", type=Path, help="append rows as JSON lines, as they come")
+    args = parser.parse_args(argv)
+    sys.path.insert(0, str(EXAMPLES))
+    from grpo_demo.model import default_cache, load_model
+
+    model, tokenizer = load_model(args.cache or default_cache())
+    model.eval()
+    true, facts = TrueGradients(model), machine.facts("study_influence")
+    found = []
+    for data in (
+        answers(tokenizer, args.train, args.validation),
+        rollouts(model, tokenizer, args.rollouts, args.rollouts // 2),
+    ):
+        for row in rows(true, data, facts):
+            found.append(row)
+            if args.json:
+                with args.json.open("a", encoding="utf-8") as sink:
+                    print(json.dumps(asdict(row)), file=sink)
+    print(table(found, "direction"), table(found, "magnitude"), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
