@@ -34,10 +34,10 @@ def backend(request):
 def test_plans_run_fused(name: str, backend: Backend):
     """policy_step from logits, with a plan's inputs, equals plan.loss of the statistics."""
     dtype = torch.float64 if backend.name == "reference" else torch.float32
-    batch, method = cast(rollout(2), dtype), example(name)
+    batch, method = cast(rollout(2), dtype, backend.device), example(name)
     gen = torch.Generator().manual_seed(0)
-    logits = torch.randn(batch.num_tokens, 33, generator=gen, dtype=dtype)
-    target = torch.randint(33, (batch.num_tokens,), generator=gen)
+    logits = backend.put(torch.randn(batch.num_tokens, 33, generator=gen, dtype=dtype))
+    target = backend.put(torch.randint(33, (batch.num_tokens,), generator=gen))
     stats = tokfuse.token_stats(logits, target)
     batch = dataclasses.replace(batch, old_logp=stats.logp + 0.3 * batch.causal_weight - 0.3)
     state = method.initial_state()
@@ -59,10 +59,10 @@ def test_a_users_own_objective_takes_the_fused_backward(backend: Backend):
     dtype = torch.float64 if backend.name == "reference" else torch.float32
     bound = 1e-12 if backend.name == "reference" else 2e-6
     gen = torch.Generator().manual_seed(1)
-    hidden = torch.randn(9, 16, generator=gen, dtype=dtype, requires_grad=True)
-    weight = (torch.randn(50, 16, generator=gen, dtype=dtype) / 4).requires_grad_()
-    target = torch.randint(50, (9,), generator=gen)
-    advantage = torch.randn(9, generator=gen, dtype=dtype)
+    hidden = backend.put(torch.randn(9, 16, generator=gen, dtype=dtype)).requires_grad_()
+    weight = backend.put(torch.randn(50, 16, generator=gen, dtype=dtype) / 4).requires_grad_()
+    target = backend.put(torch.randint(50, (9,), generator=gen))
+    advantage = backend.put(torch.randn(9, generator=gen, dtype=dtype))
     advantage[[2, 5]] = 0.0
 
     def mine(logp: Tensor, entropy: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def test_a_users_own_objective_takes_the_fused_backward(backend: Backend):
 
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     full = (wide[0] @ wide[1].t()).log_softmax(1)
-    rows = torch.arange(9)
+    rows = backend.put(torch.arange(9))
     expected = torch.autograd.grad(mine(full[rows, target], -(full.exp() * full).sum(1)), wide)
     stats = tokfuse.linear_token_stats(hidden, weight, target)
     grads = torch.autograd.grad(mine(stats.logp, stats.entropy), [hidden, weight])

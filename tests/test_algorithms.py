@@ -321,16 +321,17 @@ def test_clip_cov_drops_candidates_only(backend: Backend):
     rule = algorithms.ClipCov(fraction=0.1, low=0.05, high=5.0, seed=3)
     method = algorithms.make("clip_cov", rules=(rule,))
     dtype = torch.float64 if backend.name == "reference" else torch.float32
-    plan = planned(method, cast(b, dtype))
+    here = cast(b, dtype, backend.device)
+    plan = planned(method, here)
     a, x = grpo_a(b), b.logp
     cov = (a - a[b.valid].mean()) * (x - x[b.valid].mean())
     r = (x - b.old_logp).exp()
     clipped = ((a > 0) & (r > 1.2)) | ((a < 0) & (r < 0.8))
     candidate = b.valid & ~clipped & (cov > 0.05) & (cov < 5)
-    dropped = plan.token_weight == 0
+    dropped = plan.token_weight.cpu() == 0
     assert int(dropped.sum()) == 3  # 0.1 of 34
     assert not (dropped & ~candidate).any()
     check(backend, method, lambda b, x, h: token_mean(b, ~dropped * ppo(x, b.old_logp, a)), b)
-    again = planned(method, cast(b, dtype), {"updates": 0})
-    other = planned(method, cast(b, dtype), {"updates": 1})
+    again = planned(method, here, {"updates": 0})
+    other = planned(method, here, {"updates": 1})
     assert bits(again.token_weight) == bits(plan.token_weight) != bits(other.token_weight)

@@ -56,12 +56,12 @@ def rollout(seed: int = 0, binary: bool = True, **replaced: Any) -> Batch:
     return Batch(**{**rounded, **replaced})
 
 
-def cast(batch: Batch, dtype: torch.dtype) -> Batch:
-    """The floating fields in another dtype."""
+def cast(batch: Batch, dtype: torch.dtype, device: str = "cpu") -> Batch:
+    """The batch on a device, its floating fields in a dtype."""
     changed = {
-        f.name: value.to(dtype)
+        f.name: value.to(device, dtype if value.is_floating_point() else value.dtype)
         for f in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, f.name), Tensor) and value.is_floating_point()
+        if isinstance(value := getattr(batch, f.name), Tensor)
     }
     return dataclasses.replace(batch, **changed)
 
@@ -204,10 +204,10 @@ def check(
     )
     dtype = torch.float64 if backend.name == "reference" else torch.float32
     bound = 1e-12 if backend.name == "reference" else 3e-6
-    plan = planned(algorithm, cast(batch, dtype), state)
+    here = cast(batch, dtype, backend.device)
+    plan = planned(algorithm, here, state)
     uses_entropy = plan.objective.entropy_coef != 0.0
-    entropy = batch.entropy.to(dtype) if uses_entropy else None
-    loss, *grads = gradient_of(plan, batch.logp.to(dtype), entropy)
+    loss, *grads = gradient_of(plan, here.logp, here.entropy if uses_entropy else None)
     size = max(1.0, float(expected.detach().abs()))
     compare(loss, expected, atol=bound * size, what="loss")
     compare(grads[0], grad_x, atol=bound * float(grad_x.abs().max()), what="d logp")
