@@ -194,10 +194,7 @@ def _judge(parser: argparse.ArgumentParser, files: list[str]) -> int:
     """Print the verdicts over rows read from files; 1 when one is missed or there is none."""
     if not files:
         parser.error("targets: name the files that --json wrote")
-    rows = []
-    for name in files:
-        with open(name, encoding="utf-8") as source:
-            rows += [Row.from_json(line) for line in source if line.strip()]
+    rows, _ = numbers.read(files)
     verdicts = targets.judge(rows)
     print("\n".join(line for line, _ in verdicts) or "no row speaks about a target")
     return int(not verdicts or not all(met for _, met in verdicts))

@@ -41,9 +41,27 @@ def read(files: Iterable[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
 def section(rows: Sequence[Row], study: Sequence[dict[str, Any]] = ()) -> str:
     """Everything between the markers."""
     timed = [row for row in rows if not row.sweep]
-    parts = [_from_logits(timed), _from_hidden(timed), _price(timed), _advantages(timed),
-             _study(study), _growth(rows), _machine(rows)]  # fmt: skip
+    swept = [row for row in rows if row.sweep]
+    parts = [
+        _from_logits(timed) + _load(timed, "policy_step"),
+        _from_hidden(timed) + _load(timed, "policy_step_hidden"),
+        _price(timed) + _load(timed, "influence"),
+        _advantages(timed) + _load(timed, "advantage"),
+        _study(study),
+        _growth(swept) + _load(swept, *{row.op for row in swept}),
+        _machine(rows),
+    ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _load(rows: Sequence[Row], *ops: str) -> str:
+    """How busy the machine was: a load above the number of cores stretches every time."""
+    loads = [row.load_average for row in rows if row.op in ops and row.load_average is not None]
+    if not loads:
+        return ""
+    is_busy = max(loads) > 2 * max(row.threads for row in rows)
+    busy = "; other work stretched these times" if is_busy else ""
+    return f"\n\nLoad average while measuring: {min(loads):.1f} to {max(loads):.1f}{busy}."
 
 
 def write(file: Path, text: str) -> None:
@@ -219,13 +237,11 @@ def _machine(rows: Sequence[Row]) -> str:
     def all_of(value: Callable[[Row], object]) -> str:
         return ", ".join(dict.fromkeys(str(value(row)) for row in rows))
 
-    loads = [row.load_average for row in rows if row.load_average is not None]
-    busy = f" Load average while measuring: {min(loads):.1f} to {max(loads):.1f}." if loads else ""
     commands = dict.fromkeys(re.sub(r" --(json|md)( \S+\.jsonl)?", "", r.command) for r in rows)
     return (
         f"Machine: {all_of(lambda r: r.cpu_model)} ({all_of(lambda r: r.machine)}), threads "
         f"{all_of(lambda r: r.threads)}, kernels at {all_of(lambda r: r.isa)}, torch "
-        f"{all_of(lambda r: r.torch)}, commits {all_of(lambda r: r.commit)}.{busy}\n"
+        f"{all_of(lambda r: r.torch)}, commits {all_of(lambda r: r.commit)}.\n"
         "A shared virtual machine: ratios come from interleaved rounds and carry the noise "
         "of its neighbours. Commands:\n\n" + "\n".join(f"- `{command}`" for command in commands)
     )

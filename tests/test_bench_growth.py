@@ -67,7 +67,7 @@ def test_several_ops_in_one_run() -> None:
         "token_stats"
     ] * 2
     options.names = ["gae", "softmax"]
-    with pytest.raises(ValueError, match="one of token_stats, .*targets; got 'softmax'"):
+    with pytest.raises(ValueError, match="one of token_stats, .*numbers; got 'softmax'"):
         cli.make_plan(options)
 
 

@@ -57,6 +57,19 @@ def test_the_study_is_read_next_to_its_controls() -> None:
     assert "agrees" not in numbers.section([], study[:1])
 
 
+def test_a_busy_machine_is_said_under_its_table() -> None:
+    calm, busy = (numbers.section([replace(ROW, load_average=x)]) for x in (1.5, 12.0))
+    assert "measuring: 1.5 to 1.5." in calm
+    assert "measuring: 12.0 to 12.0; other work stretched these times." in busy
+
+
+def test_targets_pass_over_the_study(tmp_path, capsys) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(STUDY) + "\n" + ROW.to_json() + "\n")
+    assert cli.main(["targets", str(path)]) == 0  # the workspace of 2 MiB is judged
+    assert "beyond its results" in capsys.readouterr().out
+
+
 def test_the_price_of_influence_is_a_ratio_in_one_run() -> None:
     alone = replace(ROW, op="influence", variant="rank=64")
     sketches = replace(alone, provider="tokfuse_sketches", median_ms=2.5, cpu_ms=4.2)
