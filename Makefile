@@ -16,6 +16,9 @@ BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 # A broken compiler must not pass the tests on the fall-back.
 STRICT := TOKFUSE_STRICT_BUILD=1
 PYTEST := $(BIN)/pytest
+# Test files over two processes: the Python around a test is serial.
+WORKERS ?= 2
+SPREAD := -n $(WORKERS) --dist loadfile
 # Triton's interpreter and its compiler cannot share a process; one thread, because each tensor
 # operation of the interpreter is a small numpy call.
 INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
@@ -41,8 +44,8 @@ demo:
 
 test: lint
 	@$(STRICT) $(BOOTSTRAP) $(TEST_GROUPS)
-	@$(PYTEST) -m "not slow and not gpu and not interpreter" $(ARGS)
-	@$(INTERPRETER) $(PYTEST) -m "interpreter and not slow" $(ARGS)
+	@$(PYTEST) $(SPREAD) -m "not slow and not gpu and not interpreter" $(ARGS)
+	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter and not slow" $(ARGS)
 
 test-slow:
 	@$(STRICT) $(BOOTSTRAP) test demo
@@ -50,7 +53,7 @@ test-slow:
 
 test-triton:
 	@$(BOOTSTRAP) test
-	@$(INTERPRETER) $(PYTEST) -m "interpreter" $(ARGS)
+	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter" $(ARGS)
 	@$(PYTEST) -m "compiler" $(ARGS)
 
 test-gpu:
@@ -85,7 +88,7 @@ test-sanitize:
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$(SANITIZE_DIR)/report; \
 		$(BIN)/python -c 'import sys; from tokfuse.runtime import native; \
 			sys.exit(native.module().sanitizers != "$(SANITIZERS)")' \
-		&& $(PYTEST) -q -m "not slow and not gpu and not packaging and not interpreter" \
+		&& $(PYTEST) -q $(SPREAD) -m "not slow and not gpu and not packaging and not interpreter" \
 			$(SANITIZE_TESTS) $(ARGS) || { cat $(SANITIZE_DIR)/report* 2>/dev/null; exit 1; }
 
 lint:

@@ -15,6 +15,7 @@ OP = "algorithms.grpo_guard"
     "grpo_guard",
     system="GRPO-Guard",
     label="exact",
+    required=("advantage_max",),
     source="arXiv 2510.22319; copy of the official code in zhmtike/flow_grpo",
     summary="log-ratio without its mean and step-dependent variance, gradients over 1 / dt",
     differs=(
@@ -32,14 +33,14 @@ class GRPOGuard:
 
     Args:
         clip: width; 2e-6 (OCR) or 4e-6 (PickScore) in the paper.
-        advantage_max: advantages are clamped to +-advantage_max.
+        advantage_max: advantages are clamped to +-advantage_max; the paper gives no value.
         beta: coefficient of mean (mu - mu_ref)^2 / (2 sigma^2).
 
     Inputs: latents and means of one denoising step. State: none. Source: released code, exact.
     """
 
     clip: float = 2e-6
-    advantage_max: float = 5.0
+    advantage_max: float
     beta: float = 0.0
 
     def __post_init__(self) -> None:

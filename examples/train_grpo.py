@@ -16,6 +16,9 @@ A demonstration (a few minutes on two cores) and a longer run that clearly learn
     done
     python examples/summarize_runs.py runs/long-1 runs/long-2 runs/long-3
 
+Over these seeds the mean reward rose from 0.35, 0.37 and 0.47 in the first three steps to 0.85,
+0.86 and 0.84 in the last fifth; docs/learning.md has the curves.
+
 The run folder gets `metrics.jsonl` (a row per step, written as it comes), `backends.jsonl` (the
 `cpu` backend against the pure-torch `reference` on the run's own batches) and `curves.png`. Ctrl-C
 finishes the running step, saves, and says how to go on. A resumed run equals an uninterrupted one.

@@ -188,37 +188,16 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
 // read where they lie; float16 is converted into `buffer`, which the next call reads. kKeep leaves
 // the exponentials in `kept`, for the gradient: those of bfloat16 as all low halves, then all high
 // ones.
-template <bool kKeep>
+template <bool kKeep, class T>
 TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
-                                             const float* __restrict next, float*,
+                                             const T* __restrict next, float* __restrict buffer,
                                              float* __restrict kept, BlockSums* out) {
   const float floor = opaque(kExponentFloor);
   float s = 0, sx = 0, s2 = 0, m = -kInf;
 #pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
   for (int64_t j = 0; j < kBlock; j++) {
-    const float v = next[j];
-    m = v > m ? v : m;
-    const float x = clamp_exponent(u[j] * c - shift, floor);
-    const float e = exp2_simd(x);
-    if (kKeep) kept[j] = e;
-    s += e;
-    sx += e * x;
-    s2 += e * e;
-  }
-  *out = {s, sx, s2, 0.0f, 0.0f, m};
-}
-
-template <bool kKeep>
-TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
-                                             const Float16* __restrict next,
-                                             float* __restrict buffer, float* __restrict kept,
-                                             BlockSums* out) {
-  const float floor = opaque(kExponentFloor);
-  float s = 0, sx = 0, s2 = 0, m = -kInf;
-#pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
-  for (int64_t j = 0; j < kBlock; j++) {
     const float v = load(next, j);
-    buffer[j] = v;
+    if (sizeof(T) != 4) buffer[j] = v;
     m = v > m ? v : m;
     const float x = clamp_exponent(u[j] * c - shift, floor);
     const float e = exp2_simd(x);
