@@ -115,6 +115,11 @@ def _read(row_ptr, at, inside, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _read_whole(row_ptr, start, offs_v, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    return rows.read_whole(row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP)[0]
+
+
+@triton.jit
 def paired_divergence_fwd_kernel(
     p_ptr,  # (T, V)
     q_ptr,  # (T, V)
@@ -132,7 +137,6 @@ def paired_divergence_fwd_kernel(
     jsd_bound,
     KIND: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SAME_LEAD: tl.constexpr,
     VECTORS: tl.constexpr,
     LANES: tl.constexpr,
     ITEMS: tl.constexpr,
@@ -143,32 +147,27 @@ def paired_divergence_fwd_kernel(
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
     c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, HAS_SOFTCAP)
-    begin = row * stride_p_t
     # A masked row has no elements: nothing of it is read.
-    lead = tl.where(counts, begin % ITEMS, 0).to(tl.int32)
-    total = lead + tl.where(counts, vocab_size, 0)
-    whole = total // TILE * TILE
-    p_row = rows.row_start(p_ptr, begin, lead, ITEMS, True)
-    q_row = rows.row_start(q_ptr, row * stride_q_t, lead, ITEMS, SAME_LEAD)
+    vocab = tl.where(counts, vocab_size, 0)
+    whole = vocab // TILE * TILE
+    p_row = rows.fixed_start(p_ptr, row, stride_p_t, ITEMS)
+    q_row = rows.fixed_start(q_ptr, row, stride_q_t, ITEMS)
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
-    first, last = rows.edges(lead, whole, total)
-    first_whole = tl.where(lead > 0, TILE, 0)
 
     mp = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
     mq = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
     sp = tl.zeros((LANES,), tl.float32)
     sq = tl.zeros((LANES,), tl.float32)
-    for edge in range(first, last):
-        at = edge * whole + offs_v
-        inside = (at >= lead) & (at < total)
+    if whole < vocab:
+        at = whole + offs_v
+        inside = at < vocab
         u_p = _read(p_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
         u_q = _read(q_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
         mp, sp = _lane_max_sum(u_p, c, mp, sp)
         mq, sq = _lane_max_sum(u_q, c, mq, sq)
-    for start in range(first_whole, whole, TILE):
-        at = start + offs_v
-        u_p = _read(p_row, at, None, softcap, logit_scale, HAS_SOFTCAP)
-        u_q = _read(q_row, at, None, softcap, logit_scale, HAS_SOFTCAP)
+    for start in range(0, whole, TILE):
+        u_p = _read_whole(p_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
+        u_q = _read_whole(q_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
         mp, sp = _lane_max_sum(u_p, c, mp, sp)
         mq, sq = _lane_max_sum(u_q, c, mq, sq)
     p_max, p_sum = _row_max_sum(c, mp, sp)
@@ -180,18 +179,17 @@ def paired_divergence_fwd_kernel(
 
     total_sum = tl.zeros((LANES,), tl.float32)
     mean = tl.zeros((LANES,), tl.float32)
-    for edge in range(first, last):
-        at = edge * whole + offs_v
-        inside = (at >= lead) & (at < total)
+    if whole < vocab:
+        at = whole + offs_v
+        inside = at < vocab
         u_p = _read(p_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
         u_q = _read(q_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
         p, gap, d, term = _element(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, beta, KIND)
         total_sum += rows.lane_sum(term)
         mean += rows.lane_sum(tl.where(p > 0.0, p * d, 0.0))
-    for start in range(first_whole, whole, TILE):
-        at = start + offs_v
-        u_p = _read(p_row, at, None, softcap, logit_scale, HAS_SOFTCAP)
-        u_q = _read(q_row, at, None, softcap, logit_scale, HAS_SOFTCAP)
+    for start in range(0, whole, TILE):
+        u_p = _read_whole(p_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
+        u_q = _read_whole(q_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
         p, gap, d, term = _element(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, beta, KIND)
         total_sum += rows.lane_sum(term)
         mean += rows.lane_sum(tl.where(p > 0.0, p * d, 0.0))
@@ -292,13 +290,14 @@ def paired_divergence_bwd_kernel(
             )
             store(out_row + at, out, mask=inside)
         for start in range(first_whole, whole, TILE):
-            at = start + offs_v
-            u_p, slope = rows.read(p_row, None, at, None, softcap, logit_scale, 0.0, HAS_SOFTCAP)
-            u_q = _read(q_row, at, None, softcap, logit_scale, HAS_SOFTCAP)
+            u_p, slope = rows.read_whole(
+                p_row, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP
+            )
+            u_q = _read_whole(q_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
             out = _gradient(
                 u_p, u_q, slope, c, p_max, q_max, p_log2s, q_log2s, beta, mean, scale, KIND
             )
-            store(out_row + at, out)
+            store(out_row + start + offs_v, out)
 
 
 # -------------------------------------------------------------------------------------- launchers
@@ -332,8 +331,8 @@ def paired_divergence_fwd(
         paired_divergence_fwd_kernel[(tokens,)](
             p, q, rows.contiguous(mask), vector, out, state, p.stride(0), q.stride(0), vocab,
             scalar, softcap or 1.0, logit_scale, beta, jsd_bound, KIND=KINDS[kind],
-            HAS_SOFTCAP=softcap is not None, SAME_LEAD=rows.same_lead(p, q),
-            **rows.tile_shape(config, p), **config.options,
+            HAS_SOFTCAP=softcap is not None, 
+            **rows.tile_shape(config, p, rows.rows_aligned(p, q)), **config.options,
         )  # fmt: skip
     return out, state
 
@@ -363,7 +362,8 @@ def paired_divergence_bwd(
             p, q, vector, state, rows.as_float(grad), out, p.stride(0), q.stride(0),
             out.stride(0), vocab, parts, scalar, softcap or 1.0, logit_scale, beta,
             KIND=KINDS[kind], HAS_SOFTCAP=softcap is not None, SAME_LEAD=rows.same_lead(p, q),
-            SAME_GRAD_LEAD=rows.same_lead(p, out), **rows.tile_shape(config, p), **config.options,
+            SAME_GRAD_LEAD=rows.same_lead(p, out),
+            **rows.tile_shape(config, p, rows.base_aligned(p, q, out)), **config.options,
         )  # fmt: skip
     return out
 

@@ -79,10 +79,9 @@ def _statistics(
         )
         m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
     for start in range(tl.where(lead > 0, TILE, 0), whole, TILE):
-        u, _ = rows.read(
-            row_ptr, None, start + offs_v, None, softcap, logit_scale, 0.0, HAS_SOFTCAP,
-            "evict_last",
-        )  # fmt: skip
+        u, _ = rows.read_whole(
+            row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_last"
+        )
         m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
     m, s, sd, ss, _, _ = rows.merge(c, m, s, sd, ss)
     return m, s, sd, ss
@@ -184,11 +183,15 @@ def policy_step_kernel(
             )
             store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), inside, "evict_first")
         for start in range(first_whole, whole, TILE):
-            at = start + offs_v
-            u, slope = rows.read(
-                row_ptr, None, at, None, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
+            u, slope = rows.read_whole(
+                row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
             )
-            store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), None, "evict_first")
+            store(
+                grad_row_ptr + start + offs_v,
+                rows.gradient(u, slope, m, c, a0, a1),
+                None,
+                "evict_first",
+            )
         # The target's own term by a store of its own: no element pays for a comparison.
         tl.debug_barrier()
         grad_y = slope_y * nats * ga + rows.gradient(u_y, slope_y, m, c, a0, a1)
@@ -234,7 +237,7 @@ def policy_step_rows(
         SHAPE=codes[0], KL=codes[1], ENTROPY_BONUS=numbers.entropy_coef != 0.0,
         HAS_SOFTCAP=softcap is not None,
         SAME_GRAD_LEAD=rows.same_lead(logits, grad),
-        **rows.tile_shape(config, logits), **config.options,
+        **rows.tile_shape(config, logits, rows.rows_aligned(logits, grad)), **config.options,
     )  # fmt: skip
 
 

@@ -20,8 +20,10 @@ element on sm_90. Here a thread keeps the statistics of the elements that it loa
 of c m is an error of 2^(1e-7 m) in e, infinite for logits near 1e30. Sums of d e do not cancel as
 those of u e do.
 
-Where rows begin at no multiple of 16 bytes (a vocabulary of 49155), tiles begin before the row, at
-the multiple that is: `lead` elements of the first tile are not its own.
+Rows that begin at no multiple of 16 bytes (a vocabulary of 49155): a backward's tiles begin before
+the row, at the multiple that is; `lead` elements of the first tile are not its own. A forward's
+begin with the row, because which lane adds which elements must not depend on where a row lies, or
+its bits would depend on the batch that it is in; there a vector is one element (`tile_shape`).
 """
 
 import torch
@@ -79,6 +81,12 @@ def row_start(pointer, begin, lead, ITEMS: tl.constexpr, SAME_LEAD: tl.constexpr
 
 
 @triton.jit
+def fixed_start(pointer, row, stride, ITEMS: tl.constexpr):
+    """Where a row begins, known to be a multiple of ITEMS, as `stride` is."""
+    return pointer + row * (stride // ITEMS) * ITEMS
+
+
+@triton.jit
 def edges(lead, whole, total):
     """range(first, last) of edges; edge i begins at i * whole.
 
@@ -100,37 +108,35 @@ def part_of_row(part, parts, lead, vocab_size, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_whole(pointers, EVICTION: tl.constexpr = ""):
-    """float32 of a whole tile. bfloat16 is unpacked in pairs: 2 instructions, a cast takes 3."""
-    stored = tl.load(pointers, eviction_policy=EVICTION)
-    if pointers.dtype.element_ty == tl.bfloat16:
-        VECTORS: tl.constexpr = pointers.shape[0]
-        LANES: tl.constexpr = pointers.shape[1]
-        ITEMS: tl.constexpr = pointers.shape[2]
-        x = stored.to(tl.int16, bitcast=True).reshape(VECTORS, LANES, ITEMS // 2, 2)
-        low, high = tl.split(x)
-        pair = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
-        low = (pair << 16).to(tl.float32, bitcast=True)
-        high = (pair & -65536).to(tl.float32, bitcast=True)
+def load_whole(row_ptr, start, offs_v, EVICTION: tl.constexpr = ""):
+    """float32 of the tile that begins at `start`, none of it masked.
+
+    bfloat16 is read as pairs in a word, of which a shift and an and make two float32; a cast takes
+    three instructions for the two.
+    """
+    VECTORS: tl.constexpr = offs_v.shape[0]
+    LANES: tl.constexpr = offs_v.shape[1]
+    ITEMS: tl.constexpr = offs_v.shape[2]
+    if row_ptr.dtype.element_ty == tl.bfloat16 and ITEMS > 1:
+        words_ptr = row_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        offs_w = tile_offsets(VECTORS, LANES, ITEMS // 2)
+        word = tl.load(words_ptr + start // ITEMS * (ITEMS // 2) + offs_w, eviction_policy=EVICTION)
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & -65536).to(tl.float32, bitcast=True)
         z = tl.join(low, high).reshape(VECTORS, LANES, ITEMS)
     else:
-        z = stored.to(tl.float32)
+        z = tl.load(row_ptr + start + offs_v, eviction_policy=EVICTION).to(tl.float32)
     return z
 
 
 @triton.jit
-def read(
-    row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale,
-    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = "",
+def transform(
+    z, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """(u, d u / d z) at offsets `at`, float32; -inf stays -inf, without slope under a softcap.
+    """(u, d u / d z) of logits at offsets `at`; -inf stays -inf, without slope under a softcap.
 
     The slope leaves out what `base2_scale` holds: it is 1 for plain logits.
     """
-    if inside is None:
-        z = load_whole(row_ptr + at, EVICTION)
-    else:
-        z = load(row_ptr + at, inside, NEG_INF, EVICTION)
     u, slope = z, 1.0
     if HAS_SOFTCAP:
         t = tanh(z * (logit_scale / softcap))
@@ -142,6 +148,28 @@ def read(
         bias = load(bias_row_ptr + at, mask=inside, other=0.0)
         u = tl.where(z == NEG_INF, NEG_INF, u - bias_scale * bias)
     return u, slope
+
+
+@triton.jit
+def read(
+    row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale,
+    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = "",
+):  # fmt: skip
+    """`transform` of the logits at offsets `at`; outside of the row they are -inf."""
+    z = load(row_ptr + at, inside, NEG_INF, EVICTION)
+    return transform(z, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
+
+
+@triton.jit
+def read_whole(
+    row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale,
+    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = "",
+):  # fmt: skip
+    """`transform` of the tile that begins at `start`, none of it masked."""
+    z = load_whole(row_ptr, start, offs_v, EVICTION)
+    return transform(
+        z, bias_row_ptr, start + offs_v, None, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+    )
 
 
 @triton.jit
@@ -218,11 +246,18 @@ def gradient(u, slope, m, c, a0, a1):
 ENOUGH_PROGRAMS = 4096
 
 
-def tile_shape(config: LaunchConfig, logits: torch.Tensor) -> dict[str, int]:
-    """VECTORS, LANES and ITEMS of `tile_offsets`: one lane per thread, 16 bytes per vector."""
+def tile_shape(config: LaunchConfig, logits: torch.Tensor, aligned: bool) -> dict[str, int]:
+    """VECTORS, LANES and ITEMS of `tile_offsets`: one lane per thread, 16 bytes per vector.
+
+    Vectors that the compiler cannot know to be aligned would be loaded in a layout in which lanes
+    meet in every tile, 44 instructions per element; they are single elements instead.
+    """
     items = 16 // logits.element_size()
     lanes = 32 * config.num_warps
-    return {"VECTORS": max(1, config.block_v // (lanes * items)), "LANES": lanes, "ITEMS": items}
+    vectors = max(1, config.block_v // (lanes * items))
+    if not aligned:
+        vectors, items = vectors * items, 1
+    return {"VECTORS": vectors, "LANES": lanes, "ITEMS": items}
 
 
 def parts(tokens: int, vocab: int, config: LaunchConfig) -> int:
@@ -233,6 +268,17 @@ def parts(tokens: int, vocab: int, config: LaunchConfig) -> int:
 def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
     """`x`, copied where its vocabulary is not contiguous."""
     return x if x is None or x.stride(1) == 1 else x.contiguous()
+
+
+def base_aligned(*tensors: torch.Tensor | None) -> bool:
+    """True where each begins at a multiple of 16 bytes."""
+    return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def rows_aligned(*tensors: torch.Tensor | None) -> bool:
+    """True where every row of each does."""
+    apart = (0 if x is None else x.stride(0) * x.element_size() for x in tensors)
+    return base_aligned(*tensors) and all(n % 16 == 0 for n in apart)
 
 
 def same_lead(x: torch.Tensor, other: torch.Tensor | None) -> bool:

@@ -62,7 +62,6 @@ def token_stats_fwd_kernel(
     bias_scale,
     second_temperature,
     HAS_SOFTCAP: tl.constexpr,
-    SAME_LEAD: tl.constexpr,  # rows of bias begin at the same place within 16 bytes
     VECTORS: tl.constexpr,
     LANES: tl.constexpr,
     ITEMS: tl.constexpr,
@@ -78,16 +77,13 @@ def token_stats_fwd_kernel(
     c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM)
     c2, nats2 = rows.base2_scale(None, row, second_temperature, logit_scale, TRANSFORM)
 
-    begin = row * stride_logits_t
     # A masked row has no elements: nothing of it is read, and its outputs are set to 0 at the end.
     vocab = tl.where(counts, vocab_size, 0)
-    lead = tl.where(counts, begin % ITEMS, 0).to(tl.int32)
-    total = lead + vocab
-    whole = total // TILE * TILE
-    row_ptr = rows.row_start(logits_ptr, begin, lead, ITEMS, True)
+    whole = vocab // TILE * TILE
+    row_ptr = rows.fixed_start(logits_ptr, row, stride_logits_t, ITEMS)
     bias_row_ptr = None
     if bias_ptr is not None:
-        bias_row_ptr = rows.row_start(bias_ptr, row * stride_bias_t, lead, ITEMS, SAME_LEAD)
+        bias_row_ptr = rows.fixed_start(bias_ptr, row, stride_bias_t, ITEMS)
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
     m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
     s = tl.zeros((LANES,), tl.float32)  # sum e
@@ -97,21 +93,19 @@ def token_stats_fwd_kernel(
     ssd = tl.zeros((LANES,), tl.float32)  # sum d e^2
     ssdd = tl.zeros((LANES,), tl.float32)  # sum d^2 e^2
 
-    first, last = rows.edges(lead, whole, total)
-    for edge in range(first, last):
-        at = edge * whole + offs_v
-        inside = (at >= lead) & (at < total)
-        u, slope = rows.read(
-            row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP
-        )
+    for start in range(0, whole, TILE):  # no mask in the hot loop
+        u, slope = rows.read_whole(
+            row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale,
+            HAS_SOFTCAP,
+        )  # fmt: skip
         old_ss = ss
         m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
         s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
-    for start in range(tl.where(lead > 0, TILE, 0), whole, TILE):
+    if whole < vocab:
+        at = whole + offs_v
         u, slope = rows.read(
-            row_ptr, bias_row_ptr, start + offs_v, None, softcap, logit_scale, bias_scale,
-            HAS_SOFTCAP,
-        )  # fmt: skip
+            row_ptr, bias_row_ptr, at, at < vocab, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+        )
         old_ss = ss
         m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
         s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
@@ -121,7 +115,7 @@ def token_stats_fwd_kernel(
     y = tl.load(target_ptr + row)
     has_target = (y >= 0) & (y < vocab_size) & counts
     u_y, slope_y = rows.read(
-        row_ptr, bias_row_ptr, lead + y, has_target, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+        row_ptr, bias_row_ptr, y, has_target, softcap, logit_scale, bias_scale, HAS_SOFTCAP
     )
     d_y = tl.where(has_target, u_y - row_m, float("nan"))
     log_s = tl.log2(row_s) * LN_2
@@ -243,11 +237,11 @@ def token_stats_bwd_kernel(
             )
             store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), mask=inside)
         for start in range(first_whole, whole, TILE):
-            at = start + offs_v
-            u, slope = rows.read(
-                row_ptr, bias_row_ptr, at, None, softcap, logit_scale, bias_scale, HAS_SOFTCAP
-            )
-            store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1))
+            u, slope = rows.read_whole(
+                row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale,
+                HAS_SOFTCAP,
+            )  # fmt: skip
+            store(grad_row_ptr + start + offs_v, rows.gradient(u, slope, m, c, a0, a1))
         tl.debug_barrier()
         grad_y = slope_y * nats * ga + rows.gradient(u_y, slope_y, m, c, a0, a1)
         store(grad_row_ptr + at_y, grad_y, mask=has_y)
@@ -295,8 +289,9 @@ def token_stats_fwd(
             p2_logp if moments else None, p2_logp2 if moments else None,
             logits.stride(0), 0 if bias_logits is None else bias_logits.stride(0), vocab,
             scalar, softcap or 1.0, logit_scale, bias_scale, second_temperature or 1.0,
-            HAS_SOFTCAP=softcap is not None, SAME_LEAD=rows.same_lead(logits, bias_logits),
-            **rows.tile_shape(config, logits), **config.options,
+            HAS_SOFTCAP=softcap is not None,
+            **rows.tile_shape(config, logits, rows.rows_aligned(logits, bias_logits)),
+            **config.options,
         )  # fmt: skip
     return tuple(out)
 
@@ -337,7 +332,8 @@ def token_stats_bwd(
             vocab, parts, scalar, softcap or 1.0, logit_scale, bias_scale,
             HAS_SOFTCAP=softcap is not None, SAME_LEAD=rows.same_lead(logits, bias_logits),
             SAME_GRAD_LEAD=rows.same_lead(logits, out),
-            **rows.tile_shape(config, logits), **config.options,
+            **rows.tile_shape(config, logits, rows.base_aligned(logits, bias_logits, out)),
+            **config.options,
         )  # fmt: skip
     return out
 
@@ -384,6 +380,11 @@ def _(dtype: torch.dtype) -> None:
 @compile_case("token_stats_fwd/odd_vocabulary", dtypes=(torch.bfloat16,), traffic=1)
 def _(dtype: torch.dtype) -> None:
     token_stats_fwd(meta(4096, 49155, dtype=dtype), meta(4096, dtype=torch.int64), **PLAIN)
+
+
+@compile_case("token_stats_fwd/multiple_of_8", dtypes=(torch.bfloat16,), traffic=1)
+def _(dtype: torch.dtype) -> None:
+    token_stats_fwd(meta(4096, 50264, dtype=dtype), meta(4096, dtype=torch.int64), **PLAIN)
 
 
 @compile_case("token_stats_bwd/odd_vocabulary", dtypes=(torch.bfloat16,), traffic=2)
