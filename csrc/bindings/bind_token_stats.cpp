@@ -29,6 +29,7 @@ LogitsArgs logits_args(const py::tuple& t) {
   a.tile_stride = t[18].cast<int64_t>();
   require(a.tile >= 0 && a.tile % 2048 == 0, "tile must be a multiple of 2048 columns, or 0");
   require(a.tile == 0 || (a.stride >= a.tile && a.tile_stride >= a.tile), "tiles must not overlap");
+  require(a.tile > 0 || a.tile_stride == 0, "tile_stride needs a tile");
   require(a.tile == 0 || a.bias_stride == 0, "tiled logits take no bias_logits");
   require(a.index != nullptr || a.tokens == 0 || a.total == a.tokens,
           "total must equal tokens without an index");
