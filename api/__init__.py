@@ -36,7 +36,7 @@ _PUBLIC = {
     "policy_step": "tokfuse.runtime.ops.policy_step",
     "policy_step_": "tokfuse.runtime.ops.policy_step",
     "PolicyLoss": "tokfuse.runtime.ops.policy_loss",
-    "PolicyStep": "tokfuse.runtime.ops.policy_step",
+    "PolicyStep": "tokfuse.runtime.step_result",
     "PPOClip": "tokfuse.runtime.objective",
     "Quadratic": "tokfuse.runtime.objective",
     "release_workspace": "tokfuse.runtime.head",
@@ -88,7 +88,6 @@ if TYPE_CHECKING:
     from tokfuse.runtime.ops.paired_divergence import paired_divergence as paired_divergence
     from tokfuse.runtime.ops.policy_loss import PolicyLoss as PolicyLoss
     from tokfuse.runtime.ops.policy_loss import policy_loss as policy_loss
-    from tokfuse.runtime.ops.policy_step import PolicyStep as PolicyStep
     from tokfuse.runtime.ops.policy_step import policy_step as policy_step
     from tokfuse.runtime.ops.policy_step import policy_step_ as policy_step_
     from tokfuse.runtime.ops.segment_moments import SegmentMoments as SegmentMoments
@@ -98,6 +97,7 @@ if TYPE_CHECKING:
     from tokfuse.runtime.ops.vtrace import VTrace as VTrace
     from tokfuse.runtime.ops.vtrace import vtrace as vtrace
     from tokfuse.runtime.ops.whiten import whiten as whiten
+    from tokfuse.runtime.step_result import PolicyStep as PolicyStep
 
 
 def __getattr__(name: str) -> Any:

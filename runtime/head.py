@@ -18,8 +18,8 @@ import torch
 
 from tokfuse.runtime import checks, native
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.logit_options import LogitOptions, check_options
 from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.token_stats import LogitOptions
 
 MIN_BUDGET = 64 << 20
 # An element of dW costs a chunk 8 bytes and 2 operations per row: below 950 rows the dW GEMM of an
@@ -81,7 +81,7 @@ def check_head(
                          f"{tuple(bias.shape)} {bias.dtype}", "Pass lm_head.bias.")  # fmt: skip
         checks.check_device(op, "bias", bias, hidden.device)
     checks.check_target(op, target, hidden.shape[0], hidden.device)
-    stats_op.check_options(op, hidden.shape[0], hidden.device, options)
+    check_options(op, hidden.shape[0], hidden.device, options)
     if memory_budget is None:
         # A sixth of the float32 weight gradient keeps dW traffic small against the GEMMs.
         memory_budget = max(MIN_BUDGET, weight.numel() * 4 // 6)

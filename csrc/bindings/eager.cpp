@@ -5,7 +5,7 @@
 // device, a dtype that must be converted, a stride, a subclass, a wrong shape or value). The caller
 // then goes the general way, which converts, or refuses with a sentence; so nothing is explained
 // here, and nothing has been written when None comes back.
-#include <cstring>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <vector>

@@ -13,8 +13,9 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
+from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
+from tokfuse.runtime.ops.token_stats import Kernels
 from tokfuse.runtime.reference import extended_token_stats as reference
 from tokfuse.runtime.reference.token_stats import bad_row
 

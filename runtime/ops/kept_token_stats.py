@@ -13,8 +13,9 @@ from tokfuse.runtime.dispatch import (
     select,
 )
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
+from tokfuse.runtime.ops.token_stats import Kernels
 from tokfuse.runtime.packed_checks import INTS, Rows, check_vector, may_read
 from tokfuse.runtime.reference import kept_token_stats as reference
 from tokfuse.runtime.reference.token_stats import check_values
@@ -84,7 +85,7 @@ def kept_token_stats(
     Source: truncated sampling, Holtzman et al. 2020 (top-p); exact softmax calculus.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
-    stats_op.check_logits(OP, logits, target, options)
+    check_logits(OP, logits, target, options)
     ids, offsets = _check_support(logits, kept_ids, kept_offsets)
     capability = select(OP, logits.device.type, logits.dtype, options.features())
     arguments = _arguments(options)

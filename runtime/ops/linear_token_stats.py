@@ -15,8 +15,9 @@ from tokfuse.runtime.dispatch import (
     select,
 )
 from tokfuse.runtime.head import Head, HeadGradients, HeadProblem, LogitsBuffer
+from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions, TokenStats
+from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
 from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.reference import linear_token_stats as reference
 from tokfuse.runtime.reference import token_stats as stats_reference
@@ -240,8 +241,7 @@ register_triton(OP, Kernels(_triton_forward, _triton_backward), FLOAT_DTYPES, "s
 register_reference(OP, Kernels(reference.forward, None), "softcap")
 
 
-# --------------------------------------------------------------------------------- autograd,
-# compile
+# ------------------------------------------------------------------------------- autograd, compile
 
 
 class _LinearFunction(torch.autograd.Function):

@@ -14,8 +14,8 @@ from tokfuse.runtime.dispatch import (
     select,
 )
 from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.token_stats import Kernels, LogitOptions
+from tokfuse.runtime.logit_options import LogitOptions, check_options
+from tokfuse.runtime.ops.token_stats import Kernels
 from tokfuse.runtime.packed_checks import check_choice, may_read
 from tokfuse.runtime.reference import paired_divergence as reference
 from tokfuse.runtime.triton_backend import launcher
@@ -128,7 +128,7 @@ def _check(
     if kind != "jsd" and beta != 0.5:
         raise refuse(OP, "beta", f'left out with kind="{kind}"', repr(beta),
                      'It weights the mixture of kind="jsd".')  # fmt: skip
-    stats_op.check_options(OP, logits_p.shape[0], logits_p.device, o)
+    check_options(OP, logits_p.shape[0], logits_p.device, o)
 
 
 def _check_temperature(temperature: torch.Tensor, mask: torch.Tensor | None) -> None:

@@ -1,12 +1,12 @@
 """policy_step: loss and gradient of a policy objective, from logits or from hidden states."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from tokfuse.runtime import head as heads
-from tokfuse.runtime import native, triton_backend, triton_objective
+from tokfuse.runtime import native, policy_checks, triton_backend, triton_objective
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
@@ -16,65 +16,24 @@ from tokfuse.runtime.dispatch import (
     select,
 )
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.metrics import SLOT, Metrics
 from tokfuse.runtime.objective import Objective
 from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.influence import Influence, InfluenceSpec
-from tokfuse.runtime.ops.policy_loss import Normalizer, PolicyTerms
-from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, Gradients, hand_over, policy_terms
-from tokfuse.runtime.ops.token_stats import LogitOptions, TokenStats
+from tokfuse.runtime.ops.influence import InfluenceSpec
+from tokfuse.runtime.ops.policy_loss import PolicyTerms
+from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, policy_terms
+from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.packed_checks import may_read
+from tokfuse.runtime.policy_checks import Normalizer
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
+from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
 
 OP = "policy_step"
-
-
-@dataclass(frozen=True)
-class PolicyStep:
-    """What `policy_step` and `policy_step_` return."""
-
-    loss: torch.Tensor
-    """() float32, loss_sum / normalizer; `loss.backward()` hands out the gradients below."""
-    token_loss: torch.Tensor
-    """(tokens,) float32, the summands of `loss`; detached."""
-    loss_sum: torch.Tensor
-    """() float32, aggregated sum before the normaliser; detached."""
-    count: torch.Tensor
-    """() float64, this batch's own denominator: valid tokens, or sequences with a valid token."""
-    metrics: Metrics
-    stats: TokenStats
-    """Statistics of the current policy; detached."""
-    _gradients: dict[str, torch.Tensor | None]
-    influence: Influence | None = None
-    """Gradient norms and sketches, where `influence=InfluenceSpec(...)` asked for them."""
-
-    # The last `loss.backward()` gives the gradients away: held here too, autograd would have to
-    # copy a (vocab, hidden) tensor into `weight.grad`. Read them before, or instead.
-
-    @property
-    def grad_logits(self) -> torch.Tensor | None:
-        """(tokens, vocab), d loss / d logits; None from hidden, after the last backward, and on
-        the reference inside torch.compile, which makes the backward itself."""
-        return self._gradients.get("logits")
-
-    @property
-    def grad_hidden(self) -> torch.Tensor | None:
-        """(tokens, hidden); None where hidden needs no gradient, or after the last backward."""
-        return self._gradients.get("hidden")
-
-    @property
-    def grad_weight(self) -> torch.Tensor | None:
-        """(vocab, hidden); None where weight needs no gradient, or after the last backward."""
-        return self._gradients.get("weight")
-
-    @property
-    def grad_bias(self) -> torch.Tensor | None:
-        """(vocab,); None where bias needs no gradient, or after the last backward."""
-        return self._gradients.get("bias")
 
 
 class StepTerms(NamedTuple):
@@ -175,12 +134,12 @@ def policy_step(
             if done is not None:
                 return done
         inverse = _check_step(OP, logits, target, options, inputs, objective, normalizer)
-        sampler_kl = losses.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
+        sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
         return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl)
     assert hidden is not None
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
     inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer)
-    sampler_kl = losses.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
+    sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
     out, gradients = hidden_step.apply(problem, inputs, objective, inverse)
@@ -237,7 +196,7 @@ def policy_step_(
             return done
     inverse = _check_step(op, logits, target, options, inputs, objective, normalizer)
     _check_writable(op, logits)
-    sampler_kl = losses.sampler_mismatch(op, sampler_logp, inputs, old_logp)
+    sampler_kl = policy_checks.sampler_mismatch(op, sampler_logp, inputs, old_logp)
     return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl, True)
 
 
@@ -257,15 +216,15 @@ def _check_policy(
     op: str, inputs: PolicyInputs, objective: Objective, tokens: int, device: torch.device,
     normalizer: Normalizer,
 ) -> float:  # fmt: skip
-    losses.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
-    return losses.inverse_normalizer(op, normalizer, objective)
+    policy_checks.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
+    return policy_checks.inverse_normalizer(op, normalizer, objective)
 
 
 def _check_step(
     op: str, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
     inputs: PolicyInputs, objective: Objective, normalizer: Normalizer,
 ) -> float:  # fmt: skip
-    stats_op.check_logits(op, logits, target, options)
+    check_logits(op, logits, target, options)
     return _check_policy(op, inputs, objective, logits.shape[0], logits.device, normalizer)
 
 
@@ -298,7 +257,7 @@ def _eager(
     native_module = eager_cpu()
     if native_module is None or not isinstance(objective, Objective):
         return None
-    inverse = losses.inverse_normalizer(op, normalizer, objective)
+    inverse = policy_checks.inverse_normalizer(op, normalizer, objective)
     in_place = op == "policy_step_"
     out = native_module.eager_policy_step(
         logits, target, options, inputs, objective.record, objective.counts_sequences, inverse,

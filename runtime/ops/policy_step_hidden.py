@@ -15,23 +15,24 @@ from tokfuse.runtime.dispatch import (
     select,
 )
 from tokfuse.runtime.head import GradientPool, Head, HeadGradients, HeadProblem, LogitsBuffer
+from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.metrics import SLOT
 from tokfuse.runtime.objective import Objective
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
-from tokfuse.runtime.ops.token_stats import LogitOptions, TokenStats
+from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
+from tokfuse.runtime.step_result import Gradients, hand_over
 
 OP = "policy_step_hidden"
 NAMES = ("hidden", "weight", "bias")
 PREPARE, ROWS, METRICS = 1, 2, 4  # phases of tokfuse._native.policy_step
 STEP_PHASES = PREPARE | ROWS | METRICS
 
-Gradients = dict[str, torch.Tensor | None]
 Step = tuple[PolicyTerms, TokenStats, list[torch.Tensor | None]]
 
 
@@ -60,33 +61,6 @@ def traced_reference(
     stats = TokenStats(*stats_reference.forward(logits, target, **o._asdict()))
     terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
     return terms.loss, terms.token_loss, terms.sums, *(x.detach() for x in stats)
-
-
-def _keeps_graph() -> bool:
-    """True inside a backward that may run again (retain_graph=True)."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
-def hand_over(gradients: Gradients, grad_loss: torch.Tensor) -> Gradients:
-    """The held gradients times grad_loss. In the last backward they are given away, not copied."""
-    if not any(x is not None for x in gradients.values()):
-        raise RuntimeError(
-            "policy_step: backward ran twice, and the first one handed the gradients over. "
-            "Pass retain_graph=True to the first backward."
-        )
-    last = not _keeps_graph()
-    # Reading the scalar costs no synchronisation on a CPU, and saves a pass over every gradient.
-    is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
-    out: Gradients = {}
-    for name, grad in gradients.items():
-        if grad is not None and not is_one:
-            grad = grad.mul_(grad_loss) if last else grad * grad_loss.to(grad.dtype)
-        elif grad is not None and not last:
-            grad = grad.clone()  # autograd may hand it to an optimizer that writes into it
-        out[name] = grad
-    if last:
-        gradients.update(dict.fromkeys(gradients))
-    return out
 
 
 class _HiddenStep(torch.autograd.Function):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
-from tokfuse.runtime import checks, native
+from tokfuse.runtime import native
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
@@ -14,7 +14,7 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.triton_backend import launcher
@@ -38,27 +38,6 @@ class TokenStats(NamedTuple):
     """sum of p^2; 1 - 2 exp(logp) + sum_sq is the squared norm of d logp / d logits at T = 1."""
     top1: torch.Tensor
     """1.0 where the target attains the row's maximum (ties count), else 0.0."""
-
-
-class LogitOptions(NamedTuple):
-    """How logits become a distribution: softmax((softcap(logit_scale z) - bias_scale b) / T)."""
-
-    temperature: float | torch.Tensor
-    softcap: float | None
-    logit_scale: float
-    mask: torch.Tensor | None
-    bias_logits: torch.Tensor | None = None
-    bias_scale: float = 1.0
-
-    def features(self) -> frozenset[str]:
-        """Names of the optional behaviours this call uses."""
-        if self.bias_logits is None and self.softcap is None:
-            return _NO_FEATURES
-        names = {"softcap"} if self.softcap is not None else set()
-        return frozenset(names | ({"bias_logits"} if self.bias_logits is not None else set()))
-
-
-_NO_FEATURES: frozenset[str] = frozenset()
 
 
 class Kernels(NamedTuple):
@@ -211,40 +190,6 @@ def _eager(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> Token
 
 def _capability(logits: torch.Tensor, options: LogitOptions) -> Any:
     return select(OP, logits.device.type, logits.dtype, options.features())
-
-
-def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> None:
-    """Everything about the logits that can be refused without reading values."""
-    checks.check_matrix(op, "logits", logits, "(tokens, vocab)")
-    tokens, vocab = logits.shape
-    if vocab < 1:
-        raise refuse(op, "logits", "at least one column wide", f"shape {tuple(logits.shape)}",
-                     "Pass the whole vocabulary.")  # fmt: skip
-    checks.check_target(op, target, tokens, logits.device)
-    check_options(op, tokens, logits.device, o)
-    if o.bias_logits is not None:
-        bias = checks.require_tensor(op, "bias_logits", o.bias_logits)
-        if bias.shape != logits.shape or bias.dtype != logits.dtype:
-            raise refuse(
-                op, "bias_logits", f"{tuple(logits.shape)} {logits.dtype} like logits",
-                f"{tuple(bias.shape)} {bias.dtype}", "Score the same tokens in the same dtype.",
-            )  # fmt: skip
-        checks.check_device(op, "bias_logits", bias, logits.device)
-        if bias.requires_grad and torch.is_grad_enabled():
-            raise refuse(op, "bias_logits", "free of gradient", "requires_grad=True",
-                         "Call bias_logits.detach().")  # fmt: skip
-
-
-def check_options(op: str, tokens: int, device: torch.device, o: LogitOptions) -> None:
-    """Temperature, softcap, scale and mask."""
-    if isinstance(o.temperature, torch.Tensor):
-        checks.check_vector(op, "temperature", o.temperature, tokens, "tokens", device)
-    else:
-        checks.check_positive(op, "temperature", o.temperature)
-    if o.softcap is not None:
-        checks.check_positive(op, "softcap", o.softcap)
-    checks.check_positive(op, "logit_scale", o.logit_scale)
-    checks.check_mask(op, o.mask, tokens, device)
 
 
 # ------------------------------------------------------------------------------------ CPU backend
