@@ -9,6 +9,7 @@ divided by the bytes of an element.
 
 import argparse
 import concurrent.futures
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,13 +95,33 @@ def compile_all(
         return list(pool.map(lambda w: _resources(*w), work))
 
 
+# CPython 3.11 counts the depth of ast.parse in one place for all threads (gh-106905): two that parse
+# at once fail with "AST constructor recursion depth mismatch". Triton parses in these two methods.
+_PARSING = threading.RLock()
+
+
+@functools.cache
+def _source_type() -> Any:
+    from triton.compiler import ASTSource
+
+    class Source(ASTSource):  # type: ignore[misc]
+        def hash(self) -> Any:
+            with _PARSING:
+                return super().hash()
+
+        def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+            with _PARSING:
+                return super().make_ir(*args, **kwargs)
+
+    return Source
+
+
 def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     position: dict[Any, tuple[int, ...]] = {k: (i,) for i, k in enumerate(launch.signature)}
-    source = ASTSource(
+    source = _source_type()(
         launch.kernel,
         signature=launch.signature,
         constexprs=launch.constexprs,
