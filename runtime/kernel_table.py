@@ -95,8 +95,9 @@ def compile_all(
         return list(pool.map(lambda w: _resources(*w), work))
 
 
-# CPython 3.11 counts the depth of ast.parse in one place for all threads (gh-106905): two that parse
-# at once fail with "AST constructor recursion depth mismatch". Triton parses in these two methods.
+# CPython 3.11 counts the depth of ast.parse in one place for all threads (gh-106905): two that
+# parse at once fail with "AST constructor recursion depth mismatch". Triton parses in these two
+# methods.
 _PARSING = threading.RLock()
 
 
