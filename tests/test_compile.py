@@ -167,7 +167,7 @@ def op_arguments():
         ),
         "policy_step_hidden": (
             ops.policy_step_hidden,
-            (hidden, weight, None, target, *head, *policy[:3], *policy[4:], key, 0.5,
+            (hidden, weight, None, target, *head, *policy[:3], *policy[4:], key, 0.5, False,
              True, True, False),
         ),
         "policy_step": (

@@ -130,7 +130,7 @@ def test_one_row_compiles(call):
 
     case = compile_cases.CompileCase("one", one, (torch.float32,))
     for launch in compile_cases.record(case, torch.float32, 90):
-        assert kernel_table._resources(case, torch.float32, 90, launch).spill_bytes == 0
+        assert kernel_table.resources_of(case, torch.float32, 90, launch).spill_bytes == 0
 
 
 def _calls(device):

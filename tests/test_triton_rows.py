@@ -7,6 +7,7 @@ and bandwidth.
 
 import pytest
 import torch
+from gpu_time import median_ms
 from harness import bits, compare
 from logit_cases import CASES
 
@@ -179,17 +180,6 @@ def test_bandwidth_is_that_of_a_copy(gradient, record_property):
     target = torch.randint(0, 128256, (4096,), device="cuda")
     other = torch.empty_like(logits)
 
-    def median(run) -> float:
-        times = []
-        for _ in range(15):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        return sorted(times[5:])[5]
-
     run = stats_op.TRITON
     options = {**OPTIONS, "bias_logits": None, "bias_scale": 1.0}
     out = run.forward(logits, target, **options)
@@ -200,7 +190,7 @@ def test_bandwidth_is_that_of_a_copy(gradient, record_property):
             return run.forward(logits, target, **options)
         return run.backward(logits, target, out[5], out[6], out[1], one, one, other, **options)
 
-    copy = median(lambda: other.copy_(logits))
-    share = copy / median(passes) * (1.0 if gradient else 0.5)
+    copy = median_ms(lambda: other.copy_(logits))
+    share = copy / median_ms(passes) * (1.0 if gradient else 0.5)
     record_property("share_of_copy_bandwidth", share)
     assert share > 1 / 1.6, f"{share:.2f} of the bandwidth of a copy"

@@ -38,16 +38,13 @@ launch.declare("linear_merge", {80: launch.LaunchConfig(block_t=128, num_warps=4
 
 @triton.jit
 def _temperature_scale(
-    temperature_ptr, offs_t, keep, temperature, logit_scale, HAS_SOFTCAP: tl.constexpr
+    temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr
 ):
     """(c, c in nats) of each token, as rows.base2_scale."""
     t = tl.zeros(offs_t.shape, tl.float32) + temperature
     if temperature_ptr is not None:
         t = tl.load(temperature_ptr + offs_t, mask=keep, other=1.0)
-    nats = tl.where(t > 0.0, 1.0 / t, float("nan"))
-    if not HAS_SOFTCAP:
-        nats *= logit_scale
-    return nats * rows.LOG2_E, nats
+    return rows.scaled_by_temperature(t, softcap, logit_scale, HAS_SOFTCAP, False)
 
 
 @triton.jit
@@ -79,7 +76,9 @@ def linear_token_stats_kernel(
     keep = offs_t < num_tokens
     if mask_ptr is not None:
         keep = keep & tl.load(mask_ptr + offs_t, mask=keep, other=0).to(tl.int1)
-    c, _ = _temperature_scale(temperature_ptr, offs_t, keep, temperature, logit_scale, HAS_SOFTCAP)
+    c, _ = _temperature_scale(
+        temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP
+    )
     y = tl.load(target_ptr + offs_t, mask=keep, other=-1)
     offs_h = tl.arange(0, BLOCK_H)
     hidden_rows = hidden_ptr + offs_t[:, None] * stride_hidden_t
@@ -115,7 +114,7 @@ def linear_token_stats_kernel(
         if bias_ptr is not None:
             u += load(bias_ptr + offs_v, in_vocab, 0.0)[None, :]
         if HAS_SOFTCAP:
-            u = softcap * rows.tanh(u * (logit_scale / softcap))
+            u = rows.capped(u, softcap, logit_scale)
         u_y += tl.sum(tl.where(offs_v[None, :] == y[:, None], u, 0.0), axis=1)
         u = tl.where(in_vocab[None, :], u, NEG_INF)
         new_m = tl.maximum(m, tl.max(u, axis=1))
@@ -148,6 +147,7 @@ def linear_merge_kernel(
     vocab_size,
     num_splits,
     temperature,
+    softcap,
     logit_scale,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -158,7 +158,7 @@ def linear_merge_kernel(
     if mask_ptr is not None:
         keep = keep & tl.load(mask_ptr + offs_t, mask=in_range, other=0).to(tl.int1)
     c, nats = _temperature_scale(
-        temperature_ptr, offs_t, keep, temperature, logit_scale, HAS_SOFTCAP
+        temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP
     )
     part = partial_ptr + offs_t
     m = tl.full((BLOCK_T,), rows.LOWEST_MAX, tl.float32)
@@ -234,8 +234,8 @@ def linear_token_stats(
     )  # fmt: skip
     merge = launch.choose("linear_merge", hidden)
     linear_merge_kernel[(triton.cdiv(tokens, merge.block_t),)](
-        partial, target, mask, vector, out, tokens, vocab, splits, scalar, logit_scale,
-        HAS_SOFTCAP=softcap is not None, BLOCK_T=merge.block_t, **merge.options,
+        partial, target, mask, vector, out, tokens, vocab, splits, scalar, softcap or 1.0,
+        logit_scale, HAS_SOFTCAP=softcap is not None, BLOCK_T=merge.block_t, **merge.options,
     )  # fmt: skip
     return tuple(out)
 
