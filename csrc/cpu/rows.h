@@ -188,16 +188,93 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
 // read where they lie; float16 is converted into `buffer`, which the next call reads. kKeep leaves
 // the exponentials in `kept`, for the gradient: those of bfloat16 as all low halves, then all high
 // ones.
-template <bool kKeep, class T>
+//
+// Prefetched a page before their use: the hardware's own streams end at every 4 KiB page, which is
+// one block of bfloat16. Half and twice the distance take as long; without, bfloat16 rows take 1.6
+// to 2.4 times as long and float32 rows 1.3 times. Past the end it does no harm.
+constexpr int kAhead = 4096;
+
+static inline void prefetch(const void* p) {
+  __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 2);
+}
+
+// Sums of one lane each; two sets, so that additions do not wait for each other.
+struct LaneSums {
+  Lanes s = {}, sx = {}, s2 = {};
+
+  Lanes add(Lanes x) {
+    const Lanes e = exp2_simd(x);
+    s += e;
+    sx += e * x;
+    s2 += e * e;
+    return e;
+  }
+};
+
+static inline BlockSums block_sums(const LaneSums& a, const LaneSums& b, Lanes max) {
+  return {sum_of(a.s + b.s), sum_of(a.sx + b.sx), sum_of(a.s2 + b.s2), 0.0f, 0.0f, max_of(max)};
+}
+
+template <bool kKeep>
 TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
-                                             const T* __restrict next, float* __restrict buffer,
+                                             const float* __restrict next, float*,
                                              float* __restrict kept, BlockSums* out) {
+  const Lanes floor = splat(kExponentFloor);
+  LaneSums a, b;
+  Lanes m = splat(-kInf);
+  for (int64_t j = 0; j < kBlock; j += 2 * kLanes) {
+    const Lanes v = *reinterpret_cast<const LanesAt*>(next + j);
+    const Lanes w = *reinterpret_cast<const LanesAt*>(next + j + kLanes);
+    if (j % 16 == 0) prefetch(next + j);
+    if (kLanes == 16) prefetch(next + j + 16);
+    const Lanes larger = v > w ? v : w;
+    m = larger > m ? larger : m;
+    const Lanes x = *reinterpret_cast<const LanesAt*>(u + j) * c - shift;
+    const Lanes y = *reinterpret_cast<const LanesAt*>(u + j + kLanes) * c - shift;
+    const Lanes e = a.add(clamp_exponent(x, floor)), f = b.add(clamp_exponent(y, floor));
+    if (kKeep) {
+      *reinterpret_cast<LanesAt*>(kept + j) = e;
+      *reinterpret_cast<LanesAt*>(kept + j + kLanes) = f;
+    }
+  }
+  *out = block_sums(a, b, m);
+}
+
+template <bool kKeep>
+TOKFUSE_BLOCK_LOOP static void sum_and_stage(const BFloat16* __restrict u, float c, float shift,
+                                             const BFloat16* __restrict next, float*,
+                                             float* __restrict kept, BlockSums* out) {
+  const Lanes floor = splat(kExponentFloor);
+  LaneSums a, b;
+  Lanes m = splat(-kInf);
+  for (int64_t j = 0; j < kBlock / 2; j += kLanes) {
+    const WordLanes later = *reinterpret_cast<const WordLanesAt*>(next + 2 * j);
+    const WordLanes pair = *reinterpret_cast<const WordLanesAt*>(u + 2 * j);
+    if (j % 16 == 0) prefetch(next + 2 * j);
+    const Lanes v = low_half(later), w = high_half(later);
+    const Lanes larger = v > w ? v : w;
+    m = larger > m ? larger : m;
+    const Lanes x = low_half(pair) * c - shift, y = high_half(pair) * c - shift;
+    const Lanes e = a.add(clamp_exponent(x, floor)), f = b.add(clamp_exponent(y, floor));
+    if (kKeep) {
+      *reinterpret_cast<LanesAt*>(kept + j) = e;
+      *reinterpret_cast<LanesAt*>(kept + kBlock / 2 + j) = f;
+    }
+  }
+  *out = block_sums(a, b, m);
+}
+
+template <bool kKeep>
+TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
+                                             const Float16* __restrict next,
+                                             float* __restrict buffer, float* __restrict kept,
+                                             BlockSums* out) {
   const float floor = opaque(kExponentFloor);
   float s = 0, sx = 0, s2 = 0, m = -kInf;
 #pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
   for (int64_t j = 0; j < kBlock; j++) {
     const float v = load(next, j);
-    if (sizeof(T) != 4) buffer[j] = v;
+    buffer[j] = v;
     m = v > m ? v : m;
     const float x = clamp_exponent(u[j] * c - shift, floor);
     const float e = exp2_simd(x);
@@ -205,37 +282,6 @@ TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c,
     s += e;
     sx += e * x;
     s2 += e * e;
-  }
-  *out = {s, sx, s2, 0.0f, 0.0f, m};
-}
-
-template <bool kKeep>
-TOKFUSE_BLOCK_LOOP static void sum_and_stage(const BFloat16* __restrict u, float c, float shift,
-                                             const BFloat16* __restrict next, float*,
-                                             float* __restrict kept, BlockSums* out) {
-  const Bf16Pair* now = reinterpret_cast<const Bf16Pair*>(u);
-  const Bf16Pair* coming = reinterpret_cast<const Bf16Pair*>(next);
-  const float floor = opaque(kExponentFloor);
-  float s = 0, sx = 0, s2 = 0, m = -kInf;
-#pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
-  for (int64_t j = 0; j < kBlock / 2; j++) {
-    const uint32_t later = coming[j], pair = now[j];
-    const float v = low_half(later), w = high_half(later);
-    const float larger = v > w ? v : w;
-    m = larger > m ? larger : m;
-    const float x = clamp_exponent(low_half(pair) * c - shift, floor);
-    const float y = clamp_exponent(high_half(pair) * c - shift, floor);
-    const float e = exp2_simd(x), f = exp2_simd(y);
-    if (kKeep) {
-      kept[j] = e;
-      kept[kBlock / 2 + j] = f;
-    }
-    s += e;
-    sx += e * x;
-    s2 += e * e;
-    s += f;
-    sx += f * y;
-    s2 += f * f;
   }
   *out = {s, sx, s2, 0.0f, 0.0f, m};
 }
