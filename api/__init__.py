@@ -61,8 +61,8 @@ __all__ = ["__version__", *_PUBLIC, *_MODULES]
 if TYPE_CHECKING:
     from tokfuse.runtime.dispatch import backend as backend
     from tokfuse.runtime.errors import BackendUnavailable as BackendUnavailable
-    from tokfuse.runtime.native import release_workspace as release_workspace
     from tokfuse.runtime.metrics import Metrics as Metrics
+    from tokfuse.runtime.native import release_workspace as release_workspace
     from tokfuse.runtime.objective import KL as KL
     from tokfuse.runtime.objective import NFT as NFT
     from tokfuse.runtime.objective import Gamma as Gamma

@@ -5,6 +5,7 @@ Bound: a compiled call runs the same kernels, so values are equal, not close.
 
 import pytest
 import torch
+from harness import host_backends
 
 import tokfuse
 from tokfuse.runtime import native
@@ -14,6 +15,13 @@ from tokfuse.runtime.ops.policy_loss import objective_key
 pytestmark = pytest.mark.skipif(
     native.module() is None, reason="the native module is not built: cpu backend missing"
 )
+
+
+@pytest.fixture(params=host_backends("policy_step_hidden", "reference"), autouse=True)
+def backend(request):
+    with tokfuse.backend(request.param):
+        yield request.param
+
 
 TOKENS, VOCAB, HIDDEN = 6, 37, 8
 OBJECTIVE = tokfuse.Objective(kl=tokfuse.KL(coef=0.05), entropy_coef=0.01)

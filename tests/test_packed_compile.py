@@ -110,6 +110,16 @@ def test_opcheck(name: str, backend: str) -> None:
     torch.library.opcheck(op.default, args, kwargs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck_on_a_gpu(name: str) -> None:
+    args, kwargs = ARGUMENTS[name]
+    given = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+    options = {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in kwargs.items()}
+    op = getattr(torch.ops.tokfuse, f"{name}_triton")
+    torch.library.opcheck(op.default, given, options)
+
+
 def test_rules_survive_the_way_into_a_graph() -> None:
     rules = (
         KeepRule("k3", "mean", high=1.0),

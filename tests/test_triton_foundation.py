@@ -6,8 +6,10 @@ need a process without it.
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,18 @@ def test_a_device_takes_the_newest_record_that_is_not_above_it(monkeypatch):
     assert launch.choose("some_fwd", x) == new
     monkeypatch.setitem(launch.TUNED, ("some_fwd", 89), new)
     assert launch.default("some_fwd", 89) == new and launch.default("some_fwd", 86) == old
+
+
+def test_no_default_that_triton_3_6_refuses():
+    """A plain string as the default of a device function fails there: a constexpr does not."""
+    folder = Path(compile_cases.__file__).parent
+    wrong = [
+        f"{file.name}: {line.strip()}"
+        for file in sorted(folder.glob("*.py"))
+        for line in file.read_text().splitlines()
+        if re.search(r"tl\.constexpr = [\"']", line)
+    ]
+    assert wrong == []
 
 
 # ------------------------------------------------------------------------------------- dispatch

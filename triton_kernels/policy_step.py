@@ -6,9 +6,10 @@ the objective (objective.py) gives the two coefficients, and a second visit writ
     dz = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
 
 from the row that is still in the L2 cache. Bytes of memory per token at bf16: 2V read, 2V written.
-Exponentials per element: 2; under a softcap 4 and 2 reciprocals, because no place holds the row's
-tangents between the visits (297 KiB at bf16 and a vocabulary of 152k, rounded). A row whose coefficients are both zero (masked, zero advantage, active
-clip) gets no second visit, only the zeros; a masked one is not read at all.
+Exponentials per element: 2; under a softcap 4 and 2 reciprocals, because no place holds a row's
+tangents between the visits (297 KiB at bf16 and a vocabulary of 152k, and rounded). A row whose
+coefficients are both zero (masked, zero advantage, active clip) gets no second visit, only the
+zeros; a masked one is not read at all.
 
 What keeps the second visit in L2: one wide program per SM, so that at most as many rows are alive
 as there are SMs (H100: 132 * 297 KiB = 38 MiB of 50 at a vocabulary of 152k), first loads that ask

@@ -1,6 +1,7 @@
 """Statistics of one row of logits in one read with one exp per element, and its gradient.
 
-With u = f(z) the transformed logit, c = log2(e) / T, m = max u and d = u - m:
+With u = f(z) the transformed logit, c = log2(e) / T, m = max u and d = u - m (under a softcap u is
+the tangent, and the cap is in c and in 1 / T):
 
     e = 2^(c d),   S = sum e,   SD = sum d e,   S2 = sum e^2
     lse = m / T + log S,   logp = d_y / T - log S

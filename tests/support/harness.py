@@ -65,11 +65,11 @@ def backends(op: str, without: str = "", interpreted: bool = True) -> list[Any]:
     return out
 
 
-def host_backends(op: str) -> list[Any]:
+def host_backends(op: str, without: str = "") -> list[Any]:
     """`backends` by name, for tests that keep their tensors on the CPU."""
     return [
         pytest.param(parameter.values[0].name, id=parameter.id, marks=parameter.marks)
-        for parameter in backends(op)
+        for parameter in backends(op, without)
         if parameter.values[0].device == "cpu"
     ]
 
