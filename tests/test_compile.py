@@ -131,7 +131,9 @@ def test_in_place_step_refuses_to_be_traced():
         compiled(step)(logits.clone())
 
 
-def test_inductor_runs_the_ops_too():
+def test_inductor_runs_the_ops_too(backend):
+    if backend == "triton":
+        pytest.skip("inductor calls the op as aot_eager does, and compiles 20 s for the CPU")
     logits, target, *_ = problem()
     torch._dynamo.reset()
 
@@ -164,6 +166,10 @@ def op_arguments():
             (logits, target, shift, shift + 1, shift, advantage, None, *stats),
         ),
         "linear_token_stats": (ops.linear_token_stats, (hidden, weight, None, target, *head)),
+        "linear_token_stats/bfloat16": (
+            ops.linear_token_stats,
+            (hidden.detach().bfloat16(), weight.detach().bfloat16(), None, target, *head),
+        ),
         "linear_token_stats_backward": (
             ops.linear_token_stats_backward,
             (hidden.detach(), weight.detach(), None, target, *head, shift, shift + 1, shift,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from harness import backends, on_its_device
+from harness import backends, on_its_device, thread_counts
 
 from tokfuse.runtime import triton_backend
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
@@ -138,7 +138,7 @@ def test_many_rows_and_any_number_of_threads(masked):
     mask = mask if masked else None
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in thread_counts():
             torch.set_num_threads(threads)
             results.append(ope(*tensors, mask=mask))
     finally:

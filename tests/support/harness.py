@@ -74,6 +74,12 @@ def host_backends(op: str, without: str = "") -> list[Any]:
     ]
 
 
+def thread_counts() -> tuple[int, ...]:
+    """Threads of the host to run a call with; interpreted kernels use one, so they run twice."""
+    interpreted = dispatch.forced_backend() == "triton" and triton_backend.interpreting()
+    return (1, 2) if interpreted else (1, 2, 3)
+
+
 def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     """`op` for tests that build tensors on the CPU: they move to where the forced backend runs.
 
