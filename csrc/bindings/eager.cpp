@@ -309,7 +309,7 @@ PyObject* eager_policy_step(PyObject*, PyObject* const* args, Py_ssize_t count) 
     {
       py::gil_scoped_release release;
       TOKFUSE_CALL(policy_prepare, o);
-      TOKFUSE_CALL(policy_rows, a, out, o, grad, grad_stride);
+      TOKFUSE_CALL(policy_rows, a, out, o, grad, grad_stride, true);
       TOKFUSE_CALL(policy_metrics, o);
     }
     write_loss(o, cells);
