@@ -68,6 +68,7 @@ def policy_step(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    compact_clipped: bool = False,
     influence: InfluenceSpec | None = None,
 ) -> PolicyStep:
     """Policy loss, gradients, statistics and metrics; equal to composing the simple ops.
@@ -85,6 +86,9 @@ def policy_step(
         token_weight: (tokens,) multiplies the policy term (`policy_loss` calls it weight).
         temperature, softcap, logit_scale: as in `token_stats`.
         memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
+        compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU:
+            the host waits once per chunk of `memory_budget`, because it must give a GEMM its size.
+            On the CPU they never enter them.
         influence: from hidden only, with cu_seqlens: also return gradient norms and sketches of the
             loss in `step.influence`; computes grad_hidden even where hidden needs none.
         others: as in `policy_loss`; the entropy of an entropy bonus is the policy's own.
@@ -104,9 +108,9 @@ def policy_step(
         objectives, one more read for sequence-level ones. From hidden, the workspace
         `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
         GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
-        stops enters with zeros; the host waits once, for the number of rows of each kind (not
-        under CUDA-graph capture: then every row enters every GEMM). The gradients are held until
-        `loss.backward()` hands them over.
+        stops enters with zeros unless `compact_clipped`; the host waits once, for the number of
+        rows of each kind (not under CUDA-graph capture: then every row enters every GEMM). The
+        gradients are held until `loss.backward()` hands them over.
 
     Raises:
         ValueError: as `token_stats` and `policy_loss`; neither or both of logits and hidden.
@@ -126,6 +130,9 @@ def policy_step(
         if weight is not None or bias is not None:
             raise refuse(OP, "weight and bias", "None with logits=", "a tensor",
                          "They belong to hidden=.")  # fmt: skip
+        if compact_clipped:
+            raise refuse(OP, "compact_clipped", "False with logits= (no GEMM follows)", "True",
+                         "Pass hidden= and weight=.")  # fmt: skip
         if influence is not None:
             raise refuse(OP, "influence", "None with logits= (sketches need the hidden states)",
                          "a spec", "Use influence.logit_norms on the statistics.")  # fmt: skip
@@ -138,6 +145,7 @@ def policy_step(
         return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl)
     assert hidden is not None
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    problem = problem._replace(compact_clipped=compact_clipped)
     inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer)
     sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
     if influence is not None:

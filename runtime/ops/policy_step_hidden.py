@@ -14,6 +14,7 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
+from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.head import GradientPool, Head, HeadGradients, HeadProblem, LogitsBuffer
 from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.metrics import SLOT
@@ -256,6 +257,9 @@ def _triton_run_token(
     gradient = may_carry_gradient(x, objective)
     if not any(needs):
         gradient = torch.zeros_like(p.target, dtype=torch.bool)
+    if p.compact_clipped and device_head.capturing(p.hidden):
+        want = "False under CUDA-graph capture (no value can reach the host)"
+        raise refuse("policy_step", "compact_clipped", want, "True", "Capture without it.")
     rows = device_head.classify(p, o.mask, gradient)
     head = DeviceHead(p, needs, rows)
     stats = TokenStats(*(torch.zeros_like(x.old_logp) for _ in range(5)))
@@ -271,7 +275,12 @@ def _triton_run_token(
                 logits, dz, index, p.target, x, given.numbers, given.codes, given.scale, stats,
                 out, temperature=o.temperature, softcap=o.softcap, logit_scale=o.logit_scale,
             )  # fmt: skip
-            if start == 0:
+            if start > 0:
+                continue
+            if p.compact_clipped:
+                alive = (out.d_logp[index] != 0) | (out.d_entropy[index] != 0)
+                head.add_nonzero(index, h, dz, alive)
+            else:
                 head.add(index, h, dz)
     sums = _launch_metrics(
         stats.logp, stats.entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts
@@ -309,13 +318,15 @@ def _hidden_op(
     old_logp: torch.Tensor, advantage: torch.Tensor, advantage_level: str,
     cu_seqlens: torch.Tensor | None, token_weight: torch.Tensor | None,
     signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
-    entropy_weight: torch.Tensor | None, objective_key: str, inverse: float,
+    entropy_weight: torch.Tensor | None, objective_key: str, inverse: float, compact_clipped: bool,
     needs_hidden: bool, needs_weight: bool, needs_bias: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     p = linear.head_problem(
         hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale,
         memory_budget,
-    )._replace(needs=(needs_hidden, needs_weight, needs_bias))  # fmt: skip
+    )  # fmt: skip
+    needs = (needs_hidden, needs_weight, needs_bias)
+    p = p._replace(needs=needs, compact_clipped=compact_clipped)
     inputs = PolicyInputs(
         old_logp, advantage, advantage_level, mask, cu_seqlens,
         token_weight, signal, ref_logp, kl_weight, entropy_weight,
@@ -347,7 +358,7 @@ def _op_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
         g * grads[0].to(g.dtype) if need else None
         for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    return (*scaled,) + (None,) * 21
+    return (*scaled,) + (None,) * 22
 
 
 _hidden_op.register_autograd(_op_backward, setup_context=_setup_context)
@@ -364,7 +375,7 @@ def _custom_op(
         p.hidden, p.weight, p.bias, p.target, o.mask, vector, scalar, o.softcap or 0.0,
         o.logit_scale, p.memory_budget, i.old_logp, i.advantage, i.advantage_level, i.cu_seqlens,
         i.weight, i.signal, i.ref_logp, i.kl_weight, i.entropy_weight,
-        losses.objective_key(objective), inverse, *needs,
+        losses.objective_key(objective), inverse, p.compact_clipped, *needs,
     )  # fmt: skip
     grads = [x if need else None for x, need in zip(out[8:], needs, strict=True)]
     return tuple(out[:8]), dict(zip(NAMES, grads, strict=True))
