@@ -22,8 +22,17 @@ POLICY = {
     "CDPO (VideoThinker)": "exact", "Actor-critics, optimal sample efficiency": "analogue",
     "A2PR": "analogue", "CIP": "analogue", "The standard family": "exact",
 }  # fmt: skip
-PREFERENCE: dict[str, str] = {}
-REWARD: dict[str, str] = {}
+PREFERENCE = {
+    "The DPO family": "exact", "RPO": "exact", "HPL": "recon", "ARIES": "analogue",
+    "SePPO": "recon", "LeaF": "recon", "Differential Information": "utility",
+    "MetaTuner": "utility",
+}  # fmt: skip
+REWARD = {
+    "CausalRM": "recon", "FiMi-RM": "recon", "UGDA": "recon", "PARL": "analogue",
+    "Outcome-invariant DA / IVL": "exact", "Kernel causal balancing": "exact",
+    "One Map, Many Trials": "utility", "PUC / PTONet": "utility", "OILCA": "utility",
+    "CDSAE": "utility", "The standard family": "exact",
+}  # fmt: skip
 SELECTION: dict[str, str] = {}
 CAUSAL: dict[str, str] = {}
 SYSTEMS = {

@@ -7,6 +7,7 @@ import torch
 from tokfuse.algorithms.preference.base import PreferenceLoss
 from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch
 from tokfuse.algorithms.stateful import State
+from tokfuse.runtime import checks
 from tokfuse.runtime import head as heads
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.logit_options import LogitOptions, check_logits
@@ -127,16 +128,16 @@ def preference_step(
     rows, twice = layout.units.order, 0
     gradients: Gradients = {}
     if logits is not None:
+        _check_tokens(batch, logits)
         check_logits(OP, logits, target, options)
-        _check_tokens(batch, logits.shape[0])
         stats = token_stats(logits, target, temperature=temperature, softcap=softcap,
                             logit_scale=logit_scale, mask=layout.counted)  # fmt: skip
         value = objective(TokenStats(*(x[rows] for x in stats)), rows, 0, layout.last)
         value = value.to(stats.logp.dtype)
     else:
         assert hidden is not None
+        _check_tokens(batch, hidden)
         problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
-        _check_tokens(batch, hidden.shape[0])
         value, stats, gradients, twice = unit_step(
             problem, layout.units, objective, own_budget=memory_budget is not None
         )
@@ -171,7 +172,8 @@ def _check_input(
                      "They belong to hidden=.")  # fmt: skip
 
 
-def _check_tokens(batch: PreferenceBatch, tokens: int) -> None:
+def _check_tokens(batch: PreferenceBatch, rows: torch.Tensor) -> None:
+    tokens = checks.require_tensor(OP, "logits or hidden", rows).shape[0]
     if batch.num_tokens != tokens:
         raise refuse(OP, "batch.num_tokens", f"{tokens}, the rows of the input", batch.num_tokens,
                      "Pack one row per token.")  # fmt: skip

@@ -58,14 +58,15 @@ def pearson(x: torch.Tensor, y: torch.Tensor, world: World | None = None) -> tor
     check_vector(OP, "x", x)
     check_vector(OP, "y", y, Rows(x.shape[0], "x", x.device))
     x, y = x.double(), y.double()
-    first = torch.stack([torch.full_like(x.sum(), x.shape[0]), x.sum(), y.sum()])
-    first = _global(first, world)
-    mean = first[1:] / first[0].detach().clamp(min=1)
+    first = torch.stack([torch.full_like(x.sum(), x.shape[0]), x.sum(), y.sum()]).detach()
+    first = first if world is None else world.sum(first)
+    # The sums over all ranks do not change with the means; a rank's own part of them would.
+    mean = first[1:] / first[0].clamp(min=1)
     a, b = x - mean[0], y - mean[1]
     moments = _global(torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]), world)
     spread = moments[1] * moments[2]
     # Rounding leaves a spread of about eps^2 where all are equal.
-    floor = 1e-24 * first[0].detach() ** 2 * (1 + mean.detach() ** 2).prod()
+    floor = 1e-24 * first[0] ** 2 * (1 + mean**2).prod()
     flat = spread.detach() <= floor
     return torch.where(flat, 0.0, moments[0]) / torch.where(flat, 1.0, spread).sqrt()
 
