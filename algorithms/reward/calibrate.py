@@ -68,12 +68,15 @@ class RewardCalibrator(Stateful):
             raise refuse(self._op, "state", "what fit returned", sorted(state), "Fit it first.")
         x = predicted.detach().double()
         if self.method == "lcc":
-            return ((x - state["intercept"]) / state["slope"]).to(predicted.dtype)
-        points, h = state["points"].to(x.device), state["bandwidth"]
+            out: torch.Tensor = (x - state["intercept"]) / state["slope"]
+            return out.to(predicted.dtype)
+        points: torch.Tensor = state["points"].to(x.device)
+        h: float = state["bandwidth"]
         gap = points.unsqueeze(0) - x.unsqueeze(1)
         share = torch.softmax(-0.5 * (gap / h) ** 2, 1)
         slope = (share * gap).sum(1) / h**2
-        return (x - state["noise"] ** 2 * slope).to(predicted.dtype)
+        noise: float = state["noise"]
+        return (x - noise**2 * slope).to(predicted.dtype)
 
 
 def _given(value: object) -> object:
