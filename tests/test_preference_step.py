@@ -251,6 +251,22 @@ class TestEdges:
         assert bits(step.loss) == bits(want.loss)
         assert bits(leaves["weight"].grad) == bits(grads["weight"])
 
+    def test_a_bad_token_poisons_its_pair_only(self, backend: Backend):
+        bad = 2  # a token of sequence 0, chosen in pair 1 (with sequence 7)
+        given = {k: backend.put(v) for k, v in head().items()}
+        given["hidden"][bad] = float("nan")
+        hidden = given["hidden"].requires_grad_()
+        batch = put(backend, pair_batch())
+        step = preference_step(loss=example("dpo"), batch=batch, normalizer="batch", **given)
+        step.loss.backward()
+        want, grads = evaluate(backend, "dpo")
+        assert step.losses.isnan().tolist() == [False, True, False, False]
+        own = torch.zeros(TOKENS, dtype=torch.bool)
+        for i in PAIRS[1]:
+            own[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]] = True
+        compare(hidden.grad[~own], grads["hidden"][~own], atol=1e-6)
+        assert bool(hidden.grad[own & pair_batch().mask].isnan().all())
+
     def test_bitwise_repeatable_and_nothing_of_the_user_is_written(self, backend: Backend):
         runs = [evaluate(backend, "dpo", memory_budget=9 * ONE_ROW) for _ in range(2)]
         assert [bits(g) for g in runs[0][1].values()] == [bits(g) for g in runs[1][1].values()]
@@ -301,3 +317,20 @@ class TestEdges:
                     loss=example("dpo"), batch=batch, normalizer="batch", **given
                 )
             assert not quiet.loss.requires_grad and quiet.loss.item() == step.loss.item()
+
+
+def test_traced_by_torch_compile():
+    """A graph break for the borders, then the composition: the same numbers."""
+    given, batch, loss = head(), pair_batch(), example("dpo")
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        step = preference_step(
+            loss=loss, batch=batch, hidden=hidden * 1.0, normalizer="batch",
+            weight=given["weight"], bias=given["bias"], target=given["target"],
+        )  # fmt: skip
+        return step.loss
+
+    plain, traced = (given["hidden"].clone().requires_grad_() for _ in range(2))
+    run(plain).backward()
+    torch.compile(run, backend="eager")(traced).backward()
+    compare(traced.grad, plain.grad, atol=1e-6)

@@ -277,6 +277,17 @@ def test_configs_and_batches_are_plain(name: str):
                for f in dataclasses.fields(batch) if f.name != "world")  # fmt: skip
 
 
+def test_bco_takes_the_mean_over_all_ranks():
+    loss, other = example("bco_pair"), torch.tensor([6.0, 4.0]).double()
+    world = algorithms.World(gather=lambda x: torch.stack([x, other]))
+    out = step(loss, pair_batch(world=world))
+    own = torch.cat(out.rewards)
+    state = loss.update(loss.initial_state(), out)
+    assert state == {"mean": pytest.approx((float(own.sum()) + 6) / 12), "batches": 1}
+    empty = step(loss, pair_batch(pairs=torch.zeros(0, 2, dtype=torch.int64)))
+    assert loss.update(state, empty) == state, "a batch without pairs has no mean"
+
+
 def test_metrics_add_up_over_parts():
     """Sums over two halves of the pairs are those of the whole; a margin above 0 counts."""
     gen = torch.Generator().manual_seed(0)

@@ -21,6 +21,7 @@ import torch
 from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch, Side
 from tokfuse.algorithms.stateful import State, Stateful
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.packed_checks import check_choice, check_number
 from tokfuse.runtime.unit_step import Loss
 
@@ -70,7 +71,9 @@ class PreferenceLoss(Stateful, ABC):
     def objective(self, batch: PreferenceBatch, layout: Layout, state: State, scale: float) -> Loss:
         """The function of statistics that `unit_step` differentiates: scale * sum of the losses."""
 
-        def of_units(stats, tokens, first, last):  # type: ignore[no-untyped-def]
+        def of_units(
+            stats: TokenStats, tokens: torch.Tensor, first: int, last: int
+        ) -> torch.Tensor:
             start, stop = layout.range(first, last)
             sides = layout.sides(stats.logp, stats.sum_sq, tokens, start, stop)
             return scale * self.losses(sides, batch, state, slice(start, stop)).sum()
