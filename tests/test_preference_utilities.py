@@ -166,6 +166,7 @@ def test_metatuner():
         ("ld_dpo", {"tail_weight": 1.5}, "tail_weight must be a finite number"),
         ("hpl", {"level_weight": (1.0, -1.0)}, "level_weight must be a finite number"),
         ("hpl", {"nll": NLL(coef=1.0, reduction="batch_mean")}, "nll.reduction must be 'sum' or"),
+        ("dpo", {"nll": NLL(coef=1.0, level=0)}, "nll.level must be left out without level_weight"),
         ("apo_zero", {"form": "apo"}, "form must be one of apo_zero"),
         ("bco_pair", {"shift": "mean"}, "shift must be one of running, none"),
         ("orpo", {"beta": 0.1}, "beta must be left out"),
@@ -231,7 +232,7 @@ def test_what_a_loss_lacks_or_would_ignore_is_refused():
         (dpo, pair_batch(**unpaired), "batch.pairs must be given"),
         (kto, pair_batch(**unpaired), "batch.kl must be given"),
         (kto, pair_batch(kl=torch.tensor(0.0)), "batch.desirable must be given"),
-        (example("dpo", nll=NLL(coef=1.0, level=0)), pair_batch(), "batch.level must be given for"),
+        (hpl, pair_batch(level=torch.tensor([0, 1, 2, 3])), r"batch.level must be in \[0, 3\)"),
         (example("aot"), pair_batch(pair_weight=torch.ones(4)), "batch.pair_weight must be left"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch, Side
 from tokfuse.algorithms.stateful import State, Stateful
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.packed_checks import check_choice, check_number
+from tokfuse.runtime.packed_checks import check_choice, check_number, may_read
 from tokfuse.runtime.unit_step import Loss
 
 if TYPE_CHECKING:
@@ -140,6 +140,11 @@ class PairLoss(PreferenceLoss):
         if (batch.level is None) != (self.level_weight is None):
             raise refuse(self._op, "batch.level", "given with level_weight, and only then",
                          "one of them", "Name the level of each pair.")  # fmt: skip
+        if self.level_weight is None or batch.level is None or not may_read(batch.level):
+            return
+        if bool(((batch.level < 0) | (batch.level >= len(self.level_weight))).any()):
+            raise refuse(self._op, "batch.level", f"in [0, {len(self.level_weight)}), the levels "
+                         "of level_weight", batch.level.tolist(), "Count from 0.")  # fmt: skip
 
     def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State,
                units: slice) -> torch.Tensor:  # fmt: skip

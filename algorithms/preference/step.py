@@ -26,7 +26,7 @@ class PreferenceStep:
     loss: torch.Tensor
     """(), sum of `losses` / normalizer; `loss.backward()` hands out the gradients."""
     losses: torch.Tensor
-    """(pairs,) or (seqs,) float64, weights included."""
+    """(pairs,) or (seqs,) float64, weights included; of AOT by rank, not by pair."""
     rewards: tuple[torch.Tensor, ...]
     """Implicit rewards, float64: (chosen (pairs,), rejected (pairs,)), or of an unpaired batch
     (all (seqs,),)."""
