@@ -16,7 +16,13 @@ import torch
 from tokfuse.runtime import native
 from tokfuse.runtime.device_head import DeviceHead, RowClasses
 from tokfuse.runtime.dispatch import select
-from tokfuse.runtime.head import Head, HeadGradients, HeadProblem, LogitsBuffer
+from tokfuse.runtime.head import (
+    Head,
+    HeadGradients,
+    HeadProblem,
+    LogitsBuffer,
+    rows_in_budget,
+)
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.policy_step_hidden import NAMES, wanted
@@ -157,9 +163,7 @@ class _CpuWork:
 
     def __init__(self, p: HeadProblem, units: Units) -> None:
         self.problem, self.units = p, units
-        rows = units.order.shape[0]
-        limit = max(1, p.memory_budget // (4 * (p.vocab + 2 * p.hidden.shape[1] + 16)))
-        self.rows = max(1, min(limit, rows))
+        self.rows = max(1, min(rows_in_budget(p), units.order.shape[0]))
         self.head = Head(p)
         needs = wanted(p)
         self.backward = any(needs)
