@@ -101,14 +101,17 @@ class DeviceHead:
         self._pool: torch.Tensor | None = None
         self._pooled: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tokens, hidden states)
 
-    def chunks(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(tokens, hidden states) of rows [start, stop) of the order, what the budget holds."""
+    def rows_in_budget(self) -> int:
+        """Rows of logits, their gradient and hidden states that the workspace holds."""
         p = self.problem
         wide, narrow = 4, 2 if self.mixed else 4
         buffers = wide + (narrow if self.mixed else 0) + (narrow if p.compact_clipped else 0)
         per_row = self._stride * buffers + 8 * p.hidden.shape[1] + 64
-        limit = max(1, p.memory_budget // per_row)
-        parts = max(1, -(-(stop - start) // limit))
+        return max(1, p.memory_budget // per_row)
+
+    def chunks(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(tokens, hidden states) of rows [start, stop) of the order, what the budget holds."""
+        parts = max(1, -(-(stop - start) // self.rows_in_budget()))
         size = max(1, -(-(stop - start) // parts))
         for begin in range(start, stop, size):
             index = self.rows.order[begin : min(begin + size, stop)]
