@@ -14,6 +14,8 @@ COMMANDS = {
     ),
     "algorithms": ("tokfuse.algorithms.listing", "the methods by name, with labels and options"),
     "bench": ("tokfuse.bench.cli", "time the ops beside their peers"),
+    "profile": ("tokfuse.bench.profile", "where the time of one benchmark case goes"),
+    "report": ("tokfuse.bench.page", "one page of tables and plots from saved rows"),
 }
 
 
