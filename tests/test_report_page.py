@@ -24,7 +24,10 @@ ROW = Row(
 )  # fmt: skip
 PEER = replace(ROW, provider="trl", role="peer", median_ms=9.0, note="computes no <lse>")
 SWEPT = [
-    replace(ROW, sweep=axis, tokens=tokens, vocab=vocab, variant=variant, median_ms=ms)
+    replace(
+        ROW, sweep=axis, tokens=tokens, vocab=vocab, variant=variant, median_ms=ms,
+        shape=f"{tokens}x{vocab}",
+    )
     for axis, tokens, vocab, variant, ms in [
         ("tokens", 4, 16, "v", 1.0), ("tokens", 8, 16, "v", 2.0), ("vocab", 4, 16, "v", 1.0),
         ("vocab", 4, 64, "v", 3.0), ("rows", 4, 16, "rows=0.25", 1.0),
@@ -121,7 +124,7 @@ def test_plots_are_drawn_from_the_sweeps_and_the_roofs(text: str) -> None:
     for part in ("against tokens", "against vocabulary", "share of rows", "workspace", "Roofline"):
         assert any(part in title for title in titles), titles
     assert "copy: 8.0 GB/s" in text
-    assert "<title>tokfuse: 4x49152, 3</title>" in text
+    assert "<title>tokfuse: 4x64, 3</title>" in text
 
 
 def test_a_later_row_of_a_case_replaces_an_earlier_one() -> None:
@@ -171,7 +174,7 @@ def test_predictions_take_the_longer_of_bytes_and_instructions() -> None:
     kernel = next(k for k in kernel_table.committed() if k.case == "policy_step")
     slow = predict._row(replace(kernel, per_element=320.0), "H100", 1000)
     assert slow.median_ms == pytest.approx(8192e3 * 10 / (132 * 4 * 1.755e9) * 1e3, rel=1e-2)
-    assert slow.limit_share < 0.1
+    assert slow.limit_share < 0.12
 
 
 BROWSER = next(
