@@ -94,11 +94,16 @@ def check_head(
 
 
 def workspace_rows(p: HeadProblem, rows: int) -> int:
-    """Rows of the workspace: what the budget holds, in equal parts of the rows to do."""
+    """Rows of the workspace: what the budget holds, or equal parts where little would be left over.
+
+    A product of many rows is faster per row, and one of a few still reads the whole weight: 512
+    rows at a budget of 341 take 4% longer as 256 + 256 than as 341 + 171.
+    """
     per_row = 4 * (p.vocab + 2 * p.hidden.shape[1] + 16)
     limit = max(1, p.memory_budget // per_row)
     parts = max(1, -(-rows // limit))
-    return max(1, -(-rows // parts))
+    left_over = rows - (parts - 1) * limit
+    return limit if parts > 1 and 2 * left_over >= limit else max(1, -(-rows // parts))
 
 
 def needed_rows(p: HeadProblem) -> torch.Tensor | None:
