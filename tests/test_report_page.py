@@ -35,8 +35,8 @@ SWEPT = [
     ]
 ]  # fmt: skip
 ROWS = [
-    ROW, PEER, replace(PEER, provider="verl", median_ms=30.0),
     replace(PEER, provider="absent", status="unsupported", median_ms=None, note="not installed"),
+    ROW, PEER, replace(PEER, provider="verl", median_ms=30.0),
     replace(ROW, provider="tokfuse_", status="fallback", backend="reference", median_ms=1.0),
     *SWEPT, *predict.rows(),
 ]  # fmt: skip
@@ -107,7 +107,8 @@ def test_every_measured_row_is_there_with_its_status(text: str) -> None:
         "tokfuse": "pass", "trl": "pass", "verl": "pass", "absent": "unsupported",
         "tokfuse_": "fallback",
     }  # fmt: skip
-    assert rows[0]["GB/s"] == "4" and rows[0]["tokens/s"] == "2,000"
+    assert rows[0]["note"] == "not installed" and rows[0]["median"] == "-"
+    assert rows[1]["GB/s"] == "4" and rows[1]["tokens/s"] == "2,000"
     assert len(Outline(text).tables["growth"]) == 1 + len(SWEPT)
 
 
