@@ -109,7 +109,7 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "tokfuse": ["py.typed", "*.pyi"],
-        "tokfuse.bench": ["*.cpp", "*.txt"],
+        "tokfuse.bench": ["*.cpp", "*.txt", "*.css", "*.js"],
         "tokfuse.triton_kernels": ["resources.json"],
     },
     ext_modules=[Extension("tokfuse._native", sources=[], optional=True)],

@@ -19,11 +19,13 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.gae import gae as reference
 
 OP = "gae"
 
 
+@ranged("gae.fwd")
 def gae(
     reward: torch.Tensor,
     value: torch.Tensor,
@@ -68,6 +70,12 @@ def gae(
 
     Gradients and memory:
         No gradients. Two (tokens,) outputs; inputs of other dtypes are converted first.
+
+    Examples:
+        >>> reward, value = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.5])
+        >>> cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
+        >>> tokfuse.gae(reward, value, cu_seqlens)
+        (tensor([0.5000, 0.5000, 0.5000]), tensor([1., 1., 1.]))
 
     Raises:
         ValueError: shapes, dtypes, ranges, a `cu_seqlens` that is not a prefix sum of the tokens

@@ -19,6 +19,7 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.group_advantage import group_advantage as reference
 
 OP = "group_advantage"
@@ -49,6 +50,7 @@ GROUPLESS = ("greedy", "none")
 DEFAULT_EPS = {"std": 1e-6, "batch_std": 1e-6, "mean": 1e-8, "none": 0.0}
 
 
+@ranged("group_advantage.fwd")
 def group_advantage(
     reward: torch.Tensor,
     group_ids: torch.Tensor | None,
@@ -111,6 +113,11 @@ def group_advantage(
     Gradients and memory:
         None: advantages are constants of the loss. O(seqs) extra memory, O(seqs) time (median and
         second_best sort inside a group).
+
+    Examples:
+        >>> reward, prompt = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
+        >>> tokfuse.group_advantage(reward, prompt, kind="dr_grpo")
+        tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
 
     Raises:
         ValueError: shapes, dtypes, unknown names, or an option that the choice would ignore.

@@ -23,6 +23,7 @@ from tokfuse.runtime.head import HeadProblem
 from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
 from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.packed_checks import Rows, check_vector
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import influence as reference
 from tokfuse.runtime.reference.token_stats import accumulation_dtype
 
@@ -63,6 +64,7 @@ class Influence:
     """(seqs, rank, rank) float32, see `tokfuse.influence.sketch`."""
 
 
+@ranged("influence.logit_norms.fwd")
 def logit_norms(
     stats: TokenStats | ExtendedTokenStats,
     coefficient: torch.Tensor,
@@ -138,6 +140,7 @@ def _moments(op: str, stats: TokenStats | ExtendedTokenStats) -> tuple[torch.Ten
     return stats.sum_p2_logp.double(), stats.sum_p2_logp2.double()
 
 
+@ranged("influence.head_norms.fwd")
 def head_norms(logit_norms: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Norm of each token's term of the lm_head's weight gradient: logit_norms_t * ||h_t||.
 
@@ -164,6 +167,7 @@ def head_norms(logit_norms: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     return torch.where(logit_norms == 0, 0.0, norms * logit_norms.detach()).to(norms.dtype)
 
 
+@ranged("influence.hidden_norms.fwd")
 def hidden_norms(grad_hidden: torch.Tensor) -> torch.Tensor:
     """Row norms ||d loss / d hidden_t|| of the gradient that the backward of the lm_head writes.
 
@@ -190,6 +194,7 @@ def hidden_norms(grad_hidden: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- sketches
 
 
+@ranged("influence.sketch.fwd")
 def sketch(
     grad_hidden: torch.Tensor,
     hidden: torch.Tensor,

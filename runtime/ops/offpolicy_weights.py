@@ -24,6 +24,7 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.offpolicy_weights import offpolicy_weights as reference
 
 OP = "offpolicy_weights"
@@ -78,6 +79,7 @@ class OffPolicyWeights(NamedTuple):
     kept_mask: torch.Tensor
 
 
+@ranged("offpolicy_weights.fwd")
 def offpolicy_weights(
     logp: torch.Tensor | None,
     behavior_logp: torch.Tensor | None = None,
@@ -154,6 +156,11 @@ def offpolicy_weights(
 
     Gradients and memory:
         No gradients. Two (tokens,) outputs; one pass, plus one when normalised.
+
+    Examples:
+        >>> logp, logged = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -3.0])
+        >>> tokfuse.offpolicy_weights(logp, logged, mode="truncate", high=2.0).weight
+        tensor([1., 2.])
 
     Raises:
         ValueError: shapes, dtypes, unknown names, missing bounds, an option that would be ignored.

@@ -18,6 +18,7 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.ope import ope as reference
 
 OP = "ope"
@@ -38,6 +39,7 @@ class OPE(NamedTuple):
     sndr_se: torch.Tensor | None
 
 
+@ranged("ope.fwd")
 def ope(
     weight: torch.Tensor,
     reward: torch.Tensor,
@@ -69,6 +71,10 @@ def ope(
 
     Numerics:
         Computed in float64. No valid row gives NaN estimates, one valid row NaN errors.
+
+    Examples:
+        >>> tokfuse.ope(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])).ips
+        tensor(1.)
 
     Raises:
         ValueError: shapes, dtypes, q_a without q_pi.

@@ -29,6 +29,7 @@ from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, policy_terms
 from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.policy_checks import Normalizer
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
@@ -44,6 +45,7 @@ class StepTerms(NamedTuple):
     grad_logits: torch.Tensor
 
 
+@ranged("policy_step.fwd")
 def policy_step(
     *,
     logits: torch.Tensor | None = None,
@@ -112,6 +114,17 @@ def policy_step(
         rows of each kind (not under CUDA-graph capture: then every row enters every GEMM). The
         gradients are held until `loss.backward()` hands them over.
 
+    Examples:
+        >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
+        >>> step = tokfuse.policy_step(
+        ...     logits=logits, target=target, old_logp=torch.full((2,), -1.3863),
+        ...     advantage=torch.tensor([1.0, 0.0]), objective=tokfuse.Objective(), normalizer=2,
+        ... )
+        >>> step.loss.backward()
+        >>> logits.grad  # the second row carries no gradient
+        tensor([[-0.3750,  0.1250,  0.1250,  0.1250],
+                [ 0.0000,  0.0000,  0.0000,  0.0000]])
+
     Raises:
         ValueError: as `token_stats` and `policy_loss`; neither or both of logits and hidden.
 
@@ -157,6 +170,7 @@ def policy_step(
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
 
 
+@ranged("policy_step_.fwd")
 def policy_step_(
     logits: torch.Tensor,
     *,
@@ -322,6 +336,7 @@ class _LogitsStep(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         return hand_over(ctx.gradients, grad_loss)["logits"], None, None
 
@@ -429,6 +444,7 @@ register_reference(OP, _reference_run, "softcap")
 
 
 @torch.library.custom_op("tokfuse::policy_step", mutates_args=())
+@ranged("policy_step.fwd")
 def _policy_step_op(
     logits: torch.Tensor, target: torch.Tensor,
     temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,

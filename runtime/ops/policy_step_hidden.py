@@ -24,6 +24,7 @@ from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.packed_checks import may_read
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
@@ -81,6 +82,7 @@ class _HiddenStep(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss)
         return (*(grads[name] for name in NAMES),) + (None,) * 5
@@ -311,6 +313,7 @@ register_reference(OP, _reference_run, "softcap")
 
 
 @torch.library.custom_op("tokfuse::policy_step_hidden", mutates_args=())
+@ranged("policy_step.fwd")
 def _hidden_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
     mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,

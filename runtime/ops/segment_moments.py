@@ -21,6 +21,7 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.segment_moments import segment_moments as reference
 from tokfuse.runtime.reference.segments import sequence_index
 
@@ -37,6 +38,7 @@ class SegmentMoments(NamedTuple):
     max: torch.Tensor
 
 
+@ranged("segment_moments.fwd")
 def segment_moments(
     values: torch.Tensor,
     segment_ids: torch.Tensor | None = None,
@@ -68,6 +70,11 @@ def segment_moments(
     Gradients and memory:
         Differentiable in `sum` and `sum_sq`; count, min and max are not. Saves the values. With ids
         and at least 64 rows per segment, 8 tables of 40 bytes per segment.
+
+    Examples:
+        >>> cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
+        >>> tokfuse.segment_moments(torch.tensor([1.0, 2.0, 5.0]), cu_seqlens=cu_seqlens).sum
+        tensor([3., 5.])
 
     Raises:
         ValueError: shapes, dtypes, both or none of segment_ids and cu_seqlens, num_segments missing
@@ -192,6 +199,7 @@ class _Moments(torch.autograd.Function):
         return count, total, square, low, high
 
     @staticmethod
+    @ranged("segment_moments.bwd")
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, ids, cu_seqlens, mask = ctx.saved_tensors
         _, grad_sum, grad_square, _, _ = grads

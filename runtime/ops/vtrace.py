@@ -18,6 +18,7 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.vtrace import vtrace as reference
 
 OP = "vtrace"
@@ -31,6 +32,7 @@ class VTrace(NamedTuple):
     rho: torch.Tensor
 
 
+@ranged("vtrace.fwd")
 def vtrace(
     log_ratio: torch.Tensor,
     reward: torch.Tensor,
@@ -78,6 +80,12 @@ def vtrace(
 
     Gradients and memory:
         No gradients. Three (tokens,) outputs; inputs of other dtypes are converted first.
+
+    Examples:
+        >>> cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
+        >>> reward, value = torch.tensor([0.0, 1.0]), torch.zeros(2)
+        >>> tokfuse.vtrace(torch.zeros(2), reward, value, cu_seqlens).target
+        tensor([1., 1.])
 
     Raises:
         ValueError: shapes, dtypes, ranges, a `cu_seqlens` that is not a prefix sum of the tokens.

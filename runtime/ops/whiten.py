@@ -16,11 +16,13 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.whiten import whiten as reference
 
 OP = "whiten"
 
 
+@ranged("whiten.fwd")
 def whiten(
     x: torch.Tensor,
     mask: torch.Tensor | None = None,
@@ -51,6 +53,10 @@ def whiten(
 
     Gradients and memory:
         No gradients. One (tokens,) output; two reads and one write.
+
+    Examples:
+        >>> tokfuse.whiten(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([-1.,  0.,  1.])
 
     Raises:
         ValueError: shapes, dtypes, eps, one of mean and var without the other.
