@@ -29,6 +29,8 @@ PACKAGE_DIR = {
     "tokfuse.runtime.ops": "runtime/ops",
     "tokfuse.runtime.reference": "runtime/reference",
     "tokfuse.algorithms": "algorithms",
+    "tokfuse.algorithms.causal": "algorithms/causal",
+    "tokfuse.algorithms.curation": "algorithms/curation",
     "tokfuse.integrations": "integrations",
     "tokfuse.triton_kernels": "triton_kernels",
     "tokfuse.bench": "bench",

@@ -33,6 +33,7 @@ from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.objective import Objective, Quadratic
 from tokfuse.runtime.ops.policy_loss import PolicyLoss, policy_loss
 
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """One optimizer step: an objective and its inputs.

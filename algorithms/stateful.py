@@ -1,4 +1,4 @@
-"""What every method with a memory shares: a frozen configuration, and a state that is plain data."""
+"""What every method with a memory shares: a frozen configuration, a state of plain data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
