@@ -31,6 +31,8 @@ PACKAGE_DIR = {
     "tokfuse.algorithms": "algorithms",
     "tokfuse.algorithms.causal": "algorithms/causal",
     "tokfuse.algorithms.curation": "algorithms/curation",
+    "tokfuse.algorithms.preference": "algorithms/preference",
+    "tokfuse.algorithms.reward": "algorithms/reward",
     "tokfuse.integrations": "integrations",
     "tokfuse.triton_kernels": "triton_kernels",
     "tokfuse.bench": "bench",

@@ -90,12 +90,15 @@ class DeviceHead:
         self._logits: torch.Tensor | None = None
         self._dz: torch.Tensor | None = None
 
-    def chunks(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(tokens, hidden states) of rows [start, stop) of the order, what the budget holds."""
+    def rows_in_budget(self) -> int:
+        """Rows of logits, their gradient and hidden states that the workspace holds."""
         p = self.problem
         per_row = self._stride * (6 if self.mixed else 4) + 8 * p.hidden.shape[1] + 64
-        limit = max(1, p.memory_budget // per_row)
-        parts = max(1, -(-(stop - start) // limit))
+        return max(1, p.memory_budget // per_row)
+
+    def chunks(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(tokens, hidden states) of rows [start, stop) of the order, what the budget holds."""
+        parts = max(1, -(-(stop - start) // self.rows_in_budget()))
         size = max(1, -(-(stop - start) // parts))
         for begin in range(start, stop, size):
             index = self.rows.order[begin : min(begin + size, stop)]

@@ -22,8 +22,6 @@ POLICY = {
     "CDPO (VideoThinker)": "exact", "Actor-critics, optimal sample efficiency": "analogue",
     "A2PR": "analogue", "CIP": "analogue", "The standard family": "exact",
 }  # fmt: skip
-PREFERENCE: dict[str, str] = {}
-REWARD: dict[str, str] = {}
 SELECTION = {
     "UGDA": "recon", "LESS": "exact", "GREATS": "exact", "LeaF": "exact", "CurES": "exact",
     "SEELE": "exact", "Cog-Rethinker": "recon", "ISLA": "analogue", "HPL": "exact",
@@ -39,6 +37,17 @@ CAUSAL = {
 OUT = {
     "UMLC", "MPVA", "TCS", "AGEC causal bandits", "HDPO", "Domain counterfactuals / ILD",
     "CausalDiffAE", "Steering the Herd", "Invalid-IV ATE", "S-CNFG",
+}  # fmt: skip
+PREFERENCE = {
+    "The DPO family": "exact", "RPO": "exact", "HPL": "recon", "ARIES": "analogue",
+    "SePPO": "recon", "LeaF": "recon", "Differential Information": "utility",
+    "MetaTuner": "utility",
+}  # fmt: skip
+REWARD = {
+    "CausalRM": "recon", "FiMi-RM": "recon", "UGDA": "recon", "PARL": "analogue",
+    "Outcome-invariant DA / IVL": "exact", "Kernel causal balancing": "exact",
+    "One Map, Many Trials": "utility", "PUC / PTONet": "utility", "OILCA": "utility",
+    "CDSAE": "utility", "The standard family": "exact",
 }  # fmt: skip
 SYSTEMS = {
     "policy": POLICY, "preference": PREFERENCE, "reward": REWARD, "selection": SELECTION,
