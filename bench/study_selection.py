@@ -92,7 +92,7 @@ def sums(count: int, seed: int, taken: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def build_pool(tokenizer: Any, s: Settings, seed: int) -> Pool:
-    """The pool, a validation set, and held-out sums whose questions occur in neither."""
+    """The pool, a validation set, and held-out sums whose questions are asked in neither."""
     import reasoning_gym
 
     def sample(prompt: str, answer: str, kind: int) -> Sample:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import hypothesis
 import numpy as np
@@ -16,8 +17,8 @@ from tokfuse.algorithms.curation import cog_rethinker, cures, hpl, isla, seele
 make = algorithms.make
 
 
-def t(*values, dtype=torch.float64):
-    return torch.tensor(values, dtype=dtype)
+def t(*values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------- CurES
@@ -95,7 +96,7 @@ def seen(method, wins, trials):
 def test_posterior_and_paper_probabilities():
     method = make("cures", prompts=5, tau=0.1)
     state = seen(method, range(5), 4)
-    p = torch.tensor([(s + 1) / 6 for s in range(5)], dtype=torch.float64)
+    p = t(*((s + 1) / 6 for s in range(5)))
     torch.testing.assert_close(method.success(state), p)
     w = ((p * (1 - p)).sqrt() / 0.1).exp()
     torch.testing.assert_close(method.probabilities(state), w / w.sum())
@@ -126,11 +127,8 @@ def test_draws_are_without_replacement_seeded_and_follow_the_probabilities():
     moved = make("cures", prompts=4, tau=0.05, seed=4)
     runs = [[int(m.sample(state | {"draws": i}, 1)[0]) for i in range(20)] for m in (method, moved)]
     assert runs[0] != runs[1]
-
-
-def test_a_tiny_temperature_takes_the_most_uncertain():
-    method = make("cures", prompts=4, tau=1e-9)
-    assert method.sample(seen(method, [0, 2, 4, 1], 4), 2)[0].tolist() == [1, 3]
+    cold = make("cures", prompts=4, tau=1e-9)
+    assert cold.sample(seen(cold, [0, 2, 4, 1], 4), 2)[0].tolist() == [1, 3]
 
 
 def test_trap_a_zero_quota_starves_a_prompt_unless_a_minimum_is_set():
@@ -199,6 +197,12 @@ def test_trap_rounds_all_right_or_all_wrong_still_give_a_rate(rounds):
     right = [r for r, a in rounds if a == 1.0 and r < 1.0]
     assert all(rate >= r - 1e-6 for r in wrong if r < 1.0)
     assert all(rate <= r + 1e-6 for r in right)
+
+
+def test_without_scipy_the_fit_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"Install tokfuse\[selection\], or scipy"):
+        seele.fit_3pl([0.5], [0.5])
 
 
 def test_trap_no_rate_reaches_an_accuracy_below_the_guessing_floor():

@@ -5,6 +5,7 @@ Feed a true risk (negative log-likelihood, pairwise loss, minus the mean reward)
 clipped policy surrogate is none: it is about 0 on policy, whatever the policy does.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ class GroupDRO(Stateful):
     Args:
         environments: their number. step_size: eta >= 0.
 
-    State: q, uniform at first.
+    State: log q, uniform at first; logarithms, so that no weight underflows to 0 for good.
     """
 
     environments: int = 0
@@ -77,7 +78,7 @@ class GroupDRO(Stateful):
 
     def initial_state(self) -> State:
         """Uniform."""
-        return {"weight": [1.0 / self.environments] * self.environments}
+        return {"log_weight": [-math.log(self.environments)] * self.environments}
 
     def observe(self, state: State, risk: torch.Tensor) -> State:
         """The state after the risks of a step, (environments,); NaN where one was not seen, which
@@ -87,13 +88,13 @@ class GroupDRO(Stateful):
             raise refuse(self._op, "risk", f"of shape ({self.environments},)",
                          f"shape {tuple(risk.shape)}", "Pass NaN for an unseen one.")  # fmt: skip
         growth = self.step_size * risk.detach().double().cpu()
-        log = torch.tensor(state["weight"], dtype=torch.float64).log()
         growth = torch.where(growth.isnan(), 0.0, growth)
-        return {"weight": torch.softmax(log + growth, 0).tolist()}
+        log = torch.tensor(state["log_weight"], dtype=torch.float64) + growth
+        return {"log_weight": torch.log_softmax(log, 0).tolist()}
 
     def weights(self, state: State) -> torch.Tensor:
         """(environments,) float64, sum 1."""
-        return torch.tensor(state["weight"], dtype=torch.float64)
+        return torch.tensor(state["log_weight"], dtype=torch.float64).exp()
 
 
 @register(

@@ -108,7 +108,7 @@ class SquareCB(Arms):
     Args:
         arms: K. scale: g0 >= 0. power: >= 0 (0.5 in VW). seed: of the draws.
 
-    State: pulls, sums of reward, decisions.
+    State: pulls, sums of reward and residual, decisions.
     """
 
     scale: float = 10.0

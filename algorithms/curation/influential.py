@@ -183,7 +183,9 @@ class UGDA:
         """(kept,) int64 ids, most influential first.
 
         Args:
-            rewards: (members, samples). The others as for `LESS.scores`, one entry per checkpoint.
+            rewards: (members, samples), of all ranks: the shares are of the samples given here, so
+                a choice per rank would depend on how they are spread.
+            The others as for `LESS.scores`, one entry per checkpoint.
         """
         updates = _updates(self, train, moments)
         score = less_scores(updates, validation, weight=weight, subtask=subtask, average="gradient")
