@@ -1,10 +1,10 @@
 """Choosing among a few arms (prompts, hints, clip ranges) and logging with what probability.
 
-method = tokfuse.algorithms.make("squarecb", arms=3)
-choice = method.choose(state)
-state = method.observe(state, choice, reward)
-w = tokfuse.offpolicy_weights(...)   # a log of choices has propensities, so its value can be
-                                     # estimated for another policy: tokfuse.ope
+    method = tokfuse.algorithms.make("squarecb", arms=3)
+    choice = method.choose(state)
+    state = method.observe(state, choice, reward)
+
+A log of choices holds propensities, so `tokfuse.ope` can value another policy from it.
 """
 
 import math

@@ -1,10 +1,13 @@
 """CurES: which prompts to draw, and how many rollouts each gets, by what gradients still move.
 
-method = tokfuse.algorithms.make("cures", prompts=5000, tau=0.1)
-prompts = method.sample(state, 128)                      # by exp(sqrt(p (1 - p)) / tau)
-sigma = rollout_sigma(sketches, correct, prompt_ids, num_prompts, method.success(state, ids))
-quota = method.quota(sigma, 1024)                        # sums to 1024 exactly
-state = method.observe(state, ids, correct)              # every training rollout counts
+    method = tokfuse.algorithms.make("cures", prompts=5000, tau=0.1)
+    prompts, state = method.sample(state, 128)               # by exp(sqrt(p (1 - p)) / tau)
+    p = method.success(state)[prompts]
+    sigma = rollout_sigma(sketches, correct, place, 128, p)  # from a few rollouts of each
+    quota = method.quota(sigma, 1024)                        # sums to 1024 exactly
+    state = method.observe(state, prompts[place], correct)   # every training rollout counts
+
+`place` is the place in `prompts` of each rollout's prompt.
 """
 
 from collections.abc import Sequence
@@ -129,14 +132,16 @@ def rollout_sigma(
     check_vector(op, "prompt_ids", prompt_ids, rows, INTS)
     check_vector(op, "p", p, Rows(num_prompts, "num_prompts", gradient.device))
     x = gradient.detach().double().flatten(1) if gradient.dim() > 1 else gradient.double()[:, None]
-    square, mean = [], []
+    square: list[torch.Tensor] = []
+    mean: list[torch.Tensor] = []
     for side in (correct, ~correct):
         count = segment_sum(side.double(), prompt_ids, num_prompts).clamp_min(1.0)
         kept = torch.where(side[:, None], x, 0.0)
         square.append(segment_sum(kept.square().sum(1), prompt_ids, num_prompts) / count)
         total = x.new_zeros(num_prompts, x.shape[1]).index_add_(0, prompt_ids.long(), kept)
         mean.append(total / count[:, None])
-    return gradient_sigma(p, *square, (mean[0] - mean[1]).square().sum(1))
+    apart = (mean[0] - mean[1]).square().sum(1)
+    return gradient_sigma(p, square[0], square[1], apart)
 
 
 @register(

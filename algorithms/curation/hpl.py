@@ -54,9 +54,9 @@ class HPLCurriculum:
             length: (pairs,), int, actions of the group. gap: (pairs,), return of the chosen group
                 minus that of the rejected one.
         """
-        long = 1 + sum((length > border).long() for border in self.lengths)
-        hard = 1 + sum((gap < border).long() for border in self.gaps)
-        return long, hard
+        long = torch.stack([length > border for border in self.lengths]).sum(0)
+        hard = torch.stack([gap < border for border in self.gaps]).sum(0)
+        return 1 + long, 1 + hard
 
     def in_phase(self, phase: int, length: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
         """(pairs,) bool: the pairs of phase 1, 2 or 3."""

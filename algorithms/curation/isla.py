@@ -19,7 +19,8 @@ class StepScores(NamedTuple):
 def binary_entropy(p: torch.Tensor) -> torch.Tensor:
     """-p log p - (1 - p) log(1 - p) in nats; 0 at 0 and 1."""
     p = p.double()
-    return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
+    nats: torch.Tensor = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
+    return nats
 
 
 @register(

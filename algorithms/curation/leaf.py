@@ -1,10 +1,10 @@
 """LeaF: tokens of a prompt that mislead the student but not the teacher, and prompts without them.
 
-g = [embedding_sensitivity(d_loss_d_embeddings) for the student, the teacher]
-method = tokfuse.algorithms.make("leaf")
-mask = method.confounders(*g, keep=is_whitespace)
-for begin, end in spans(mask):
-    train also on torch.cat([ids[:begin], ids[end:]])
+    student, teacher = (embedding_sensitivity(g) for g in gradients_of_the_embeddings)
+    mask = tokfuse.algorithms.make("leaf").confounders(student, teacher, keep=is_whitespace)
+    prompts = [ids, *prune(ids, mask)]
+
+The distillation on whole and pruned prompts is `make("leaf_kl")`.
 """
 
 import math
@@ -43,7 +43,7 @@ def _unit_range(x: torch.Tensor) -> torch.Tensor:
     summary="tokens to which the student is sensitive and the teacher is not, cut out by spans",
     differs=(
         "The masks are the released code's. `worth_keeping` is the paper's condition, which the "
-        "released scripts leave out. The distillation loss on pruned prompts is apart."
+        "released scripts leave out. The distillation loss on pruned prompts is `leaf_kl`."
     ),
 )
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
 """SEELE: how much of a reference solution to show, so that half of the rollouts succeed.
 
-method = tokfuse.algorithms.make("seele")
-for _ in range(method.rounds):
-    hint = method.hint(state, prompt, units)             # hint.length of the solution's units
-    state = method.observe(state, prompt, units, hint, mean_reward_of_its_rollouts)
+    method = tokfuse.algorithms.make("seele")
+    for _ in range(method.rounds):
+        hint = method.hint(state, prompt, units)  # hint.length of the solution's units
+        state = method.observe(state, prompt, units, hint, mean_reward_of_its_rollouts)
+
+The rollouts of a hint continue it; `masks` keeps its tokens out of the policy loss.
 """
 
 import math
@@ -84,14 +86,15 @@ def fit_3pl(
 
     def residual(theta: np.ndarray) -> np.ndarray:
         k, mu, b = theta
-        return b + (1 - b) / (1 + np.exp(np.minimum(700.0, -k * (x + mu)))) - y
+        curve: np.ndarray = b + (1 - b) / (1 + np.exp(np.minimum(700.0, -k * (x + mu))))
+        return curve - y
 
-    low, high = (np.array([bound[i] for bound in bounds]) for i in range(2))
+    lowest, highest = (np.array([bound[i] for bound in bounds]) for i in range(2))
     best = None
     for middle in (0.5, 0.25, 0.75):
-        inside = low + 0.01 * (high - low), high - 0.01 * (high - low)
-        start = np.clip([8.0, -middle, 0.05], *inside)
-        found = solve(residual, start, bounds=(low, high), method="trf",
+        margin = 0.01 * (highest - lowest)
+        start = np.clip([8.0, -middle, 0.05], lowest + margin, highest - margin)
+        found = solve(residual, start, bounds=(lowest, highest), method="trf",
                       ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=200)  # fmt: skip
         if best is None or found.cost < best.cost * (1 - 1e-9):
             best = found
