@@ -45,7 +45,7 @@ class Settings:
     steps: int = 100
     pairs: int = 64
     answers: int = 2000
-    lr: float = 3e-3
+    lr: float = 5e-3
     seed: int = 0
 
 

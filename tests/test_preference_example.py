@@ -12,17 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import compare_algorithms as task
 import train_preference as example
 
-SHORT = example.Settings(steps=50, answers=1000)
+SHORT = example.Settings(steps=60, answers=1000, lr=6e-3)
 
 
 @pytest.mark.parametrize("name", example.LOSSES)
 def test_losses_learn_from_pairs(name: str):
     rows = list(example.train(name, example.LOSSES[name], SHORT))
     first, last = rows[0], rows[-1]
-    assert [row["step"] for row in rows] == list(range(0, 51, 5))
+    assert [row["step"] for row in rows] == list(range(0, 61, 6))
     assert last["loss"] < 0.85 * first["loss"]
     assert last["margin"] > first["margin"] + 0.5 and last["accuracy"] > 0.7
-    assert last["right"] > 1.5 * first["right"], "answers that it never saw sampled"
+    assert last["right"] > 2 * first["right"], "answers that it never saw sampled"
     if name != "simpo":  # the policy starts as the reference
         assert abs(first["margin"]) < 1e-5
 

@@ -19,10 +19,14 @@ HIDDEN, VOCAB = 12, 700
 ONE_ROW, ALL_ROWS = 4 * (VOCAB + 2 * HIDDEN + 16), 1 << 40
 
 
-@pytest.fixture(params=backends("linear_token_stats"))
+@pytest.fixture(params=backends("linear_token_stats", interpreted=False))
 def backend(request):
     with request.param.forced():
         yield request.param
+
+
+# On Triton's interpreter as well.
+everywhere = pytest.mark.parametrize("backend", backends("linear_token_stats"), indirect=True)
 
 
 def head(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -89,16 +93,19 @@ def check(backend: Backend, name: str, needs: str = "hwb", dtype=torch.float32, 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_from_hidden_states(name: str, backend: Backend):
-    if backend.name == "triton" and name not in ("dpo", "kto", "aot", "wpo"):
-        pytest.skip("the interpreter runs one loss per kind")
     check(backend, name)
+
+
+@pytest.mark.parametrize("rows", [6, TOKENS])
+@pytest.mark.parametrize("name", ["dpo", "kto", "aot", "wpo"])
+@everywhere
+def test_every_kind_of_unit(name: str, rows: int, backend: Backend):
+    check(backend, name, memory_budget=rows * ONE_ROW)
 
 
 @pytest.mark.parametrize("name", ["dpo", "slic", "aot", "kto", "ld_dpo"])
 @pytest.mark.parametrize("rows", [1, 3, 6, 9, TOKENS])
 def test_any_memory_budget(name: str, rows: int, backend: Backend):
-    if backend.name == "triton" and (rows == 1 or name not in ("dpo", "aot")):
-        pytest.skip("the interpreter runs the two kinds of units")
     step = check(backend, name, memory_budget=rows * ONE_ROW)
     if backend.name == "cpu" and name == "dpo":
         assert (step.read_twice > 0) == (rows < 9)  # the largest pair has 9 rows
@@ -107,11 +114,13 @@ def test_any_memory_budget(name: str, rows: int, backend: Backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@everywhere
 def test_sixteen_bits(dtype: torch.dtype, backend: Backend):
     check(backend, "dpo", dtype=dtype)
 
 
 @pytest.mark.parametrize("needs", ["", "h", "w", "b", "hw"])
+@everywhere
 def test_gradients_only_where_asked(needs: str, backend: Backend):
     step = check(backend, "simpo", needs=needs)
     assert step.loss.requires_grad == bool(needs)
@@ -120,6 +129,7 @@ def test_gradients_only_where_asked(needs: str, backend: Backend):
 @pytest.mark.parametrize(
     "option", [{"temperature": 1.4}, {"softcap": 5.0}, {"logit_scale": 0.3}], ids=str
 )
+@everywhere
 def test_logit_options_are_honoured(option: dict, backend: Backend):
     plain, _ = evaluate(backend, "dpo")
     step = check(backend, "dpo", **option)
@@ -127,6 +137,7 @@ def test_logit_options_are_honoured(option: dict, backend: Backend):
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "aot"])
+@everywhere
 def test_from_logits(name: str, backend: Backend):
     """The logits of the head give what the head gives, and their own gradient."""
     given = {k: backend.put(v) for k, v in head().items()}
@@ -213,8 +224,6 @@ def test_pairs_without_gradient_enter_no_gradient_product(backend: Backend):
 # -------------------------------------------------------------------------------------------- edges
 
 
-@pytest.mark.parametrize("backend", backends("linear_token_stats", interpreted=False),
-                         indirect=True)  # fmt: skip
 class TestEdges:
     def test_no_pairs(self, backend: Backend):
         batch = pair_batch(pairs=torch.zeros(0, 2, dtype=torch.int64))
@@ -250,6 +259,22 @@ class TestEdges:
         step.loss.backward()
         assert bits(step.loss) == bits(want.loss)
         assert bits(leaves["weight"].grad) == bits(grads["weight"])
+
+    def test_a_bad_token_poisons_its_pair_only(self, backend: Backend):
+        bad = 2  # a token of sequence 0, chosen in pair 1 (with sequence 7)
+        given = {k: backend.put(v) for k, v in head().items()}
+        given["hidden"][bad] = float("nan")
+        hidden = given["hidden"].requires_grad_()
+        batch = put(backend, pair_batch())
+        step = preference_step(loss=example("dpo"), batch=batch, normalizer="batch", **given)
+        step.loss.backward()
+        want, grads = evaluate(backend, "dpo")
+        assert step.losses.isnan().tolist() == [False, True, False, False]
+        own = torch.zeros(TOKENS, dtype=torch.bool)
+        for i in PAIRS[1]:
+            own[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]] = True
+        compare(hidden.grad[~own], grads["hidden"][~own], atol=1e-6)
+        assert bool(hidden.grad[own & pair_batch().mask].isnan().all())
 
     def test_bitwise_repeatable_and_nothing_of_the_user_is_written(self, backend: Backend):
         runs = [evaluate(backend, "dpo", memory_budget=9 * ONE_ROW) for _ in range(2)]
@@ -301,3 +326,20 @@ class TestEdges:
                     loss=example("dpo"), batch=batch, normalizer="batch", **given
                 )
             assert not quiet.loss.requires_grad and quiet.loss.item() == step.loss.item()
+
+
+def test_traced_by_torch_compile():
+    """A graph break for the borders, then the composition: the same numbers."""
+    given, batch, loss = head(), pair_batch(), example("dpo")
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        step = preference_step(
+            loss=loss, batch=batch, hidden=hidden * 1.0, normalizer="batch",
+            weight=given["weight"], bias=given["bias"], target=given["target"],
+        )  # fmt: skip
+        return step.loss
+
+    plain, traced = (given["hidden"].clone().requires_grad_() for _ in range(2))
+    run(plain).backward()
+    torch.compile(run, backend="eager")(traced).backward()
+    compare(traced.grad, plain.grad, atol=1e-6)

@@ -166,6 +166,7 @@ def test_metatuner():
         ("ld_dpo", {"tail_weight": 1.5}, "tail_weight must be a finite number"),
         ("hpl", {"level_weight": (1.0, -1.0)}, "level_weight must be a finite number"),
         ("hpl", {"nll": NLL(coef=1.0, reduction="batch_mean")}, "nll.reduction must be 'sum' or"),
+        ("dpo", {"nll": NLL(coef=1.0, level=0)}, "nll.level must be left out without level_weight"),
         ("apo_zero", {"form": "apo"}, "form must be one of apo_zero"),
         ("bco_pair", {"shift": "mean"}, "shift must be one of running, none"),
         ("orpo", {"beta": 0.1}, "beta must be left out"),
@@ -231,7 +232,7 @@ def test_what_a_loss_lacks_or_would_ignore_is_refused():
         (dpo, pair_batch(**unpaired), "batch.pairs must be given"),
         (kto, pair_batch(**unpaired), "batch.kl must be given"),
         (kto, pair_batch(kl=torch.tensor(0.0)), "batch.desirable must be given"),
-        (example("dpo", nll=NLL(coef=1.0, level=0)), pair_batch(), "batch.level must be given for"),
+        (hpl, pair_batch(level=torch.tensor([0, 1, 2, 3])), r"batch.level must be in \[0, 3\)"),
         (example("aot"), pair_batch(pair_weight=torch.ones(4)), "batch.pair_weight must be left"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -275,6 +276,17 @@ def test_configs_and_batches_are_plain(name: str):
     again = PreferenceBatch.from_state(batch.to_state(), batch.world)
     assert all(getattr(again, f.name) is getattr(batch, f.name)
                for f in dataclasses.fields(batch) if f.name != "world")  # fmt: skip
+
+
+def test_bco_takes_the_mean_over_all_ranks():
+    loss, other = example("bco_pair"), torch.tensor([6.0, 4.0]).double()
+    world = algorithms.World(gather=lambda x: torch.stack([x, other]))
+    out = step(loss, pair_batch(world=world))
+    own = torch.cat(out.rewards)
+    state = loss.update(loss.initial_state(), out)
+    assert state == {"mean": pytest.approx((float(own.sum()) + 6) / 12), "batches": 1}
+    empty = step(loss, pair_batch(pairs=torch.zeros(0, 2, dtype=torch.int64)))
+    assert loss.update(state, empty) == state, "a batch without pairs has no mean"
 
 
 def test_metrics_add_up_over_parts():

@@ -116,6 +116,10 @@ def test_propensity_forms():
     dr.loss(leaf, seen, prop, imputed=e).backward()
     assert prop.grad is None and leaf.grad[2] == 0
     compare(imputation_loss(unseen, e, seen, p), torch.tensor([0.5, 4.0, 0.0]), rtol=1e-12)
+    # Kernel balancing: mean over all of e plus mean over the observed of w (l - e).
+    w = torch.tensor([1.5, 0.5, 1.0]).double()
+    balanced = dr.loss(unseen, seen, (2 / 3) / w, imputed=e)
+    assert float(balanced) == pytest.approx(5.5 / 3 + (1.5 * (1 - 1.5) + 0.5 * (2 - 1)) / 2)
     with pytest.raises(ValueError, match="imputed must be given with form 'dr', and only then"):
         ips.loss(loss, seen, p, imputed=e)
     with pytest.raises(ValueError, match="normalizer must be left out with form 'snips'"):
@@ -257,6 +261,22 @@ def test_uplift_ranking_shares_ties():
     curve = torch.tensor(credit).cumsum(0).sum()
     ideal = torch.tensor([1.0, 1, 1, -1, -1, -1]).cumsum(0).sum()
     assert float(principled_uplift_auc(score, t, y)) == pytest.approx(float(curve / ideal))
+
+
+def test_uplift_ranking_gives_the_published_values():
+    """The notebook of the authors' repository; its ties are broken as its sort does, last first."""
+    t = torch.tensor([1, 0, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
+    y = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1], dtype=torch.bool)
+    place = 1e-3 * torch.arange(8)
+    for score, value in (([1, 1, 0, 0, 0, 0, -1, -1], 0.6129032258064516),
+                         ([1, 0, 1, -1, 0, 0, 0, -1], 0.4838709677419355)):  # fmt: skip
+        found = principled_uplift_auc(torch.tensor(score) + place, t, y, area="code")
+        assert float(found) == pytest.approx(value, rel=1e-12)
+    tied = principled_uplift_auc(torch.tensor([1.0, 0, 1, -1, 0, 0, 0, -1]), t, y)
+    first = principled_uplift_auc(torch.tensor([1.0, 0, 1, -1, 0, 0, 0, -1]) - place, t, y)
+    assert float(first) == pytest.approx(1.0) and 0.5 < float(tied) < 0.9
+    with pytest.raises(ValueError, match="area must be one of zero, code"):
+        principled_uplift_auc(place, t, y, area="half")
 
 
 def test_uplift_loss_is_centred_on_the_effect_at_any_propensity():

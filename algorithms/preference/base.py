@@ -21,7 +21,8 @@ import torch
 from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch, Side
 from tokfuse.algorithms.stateful import State, Stateful
 from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.packed_checks import check_choice, check_number
+from tokfuse.runtime.ops.token_stats import TokenStats
+from tokfuse.runtime.packed_checks import check_choice, check_number, may_read
 from tokfuse.runtime.unit_step import Loss
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ class PreferenceLoss(Stateful, ABC):
     def objective(self, batch: PreferenceBatch, layout: Layout, state: State, scale: float) -> Loss:
         """The function of statistics that `unit_step` differentiates: scale * sum of the losses."""
 
-        def of_units(stats, tokens, first, last):  # type: ignore[no-untyped-def]
+        def of_units(
+            stats: TokenStats, tokens: torch.Tensor, first: int, last: int
+        ) -> torch.Tensor:
             start, stop = layout.range(first, last)
             sides = layout.sides(stats.logp, stats.sum_sq, tokens, start, stop)
             return scale * self.losses(sides, batch, state, slice(start, stop)).sum()
@@ -137,6 +140,11 @@ class PairLoss(PreferenceLoss):
         if (batch.level is None) != (self.level_weight is None):
             raise refuse(self._op, "batch.level", "given with level_weight, and only then",
                          "one of them", "Name the level of each pair.")  # fmt: skip
+        if self.level_weight is None or batch.level is None or not may_read(batch.level):
+            return
+        if bool(((batch.level < 0) | (batch.level >= len(self.level_weight))).any()):
+            raise refuse(self._op, "batch.level", f"in [0, {len(self.level_weight)}), the levels "
+                         "of level_weight", batch.level.tolist(), "Count from 0.")  # fmt: skip
 
     def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State,
                units: slice) -> torch.Tensor:  # fmt: skip

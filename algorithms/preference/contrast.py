@@ -89,6 +89,9 @@ class Contrast(PairLoss):
         if self.alpha is not None and not abs(self.alpha - 1.0) > 1e-6:
             raise refuse(self._op, "alpha", "not 1 (the limit is divergence 'reverse_kl')",
                          self.alpha, "Choose another.")  # fmt: skip
+        if self.nll is not None and self.nll.level is not None and self.level_weight is None:
+            raise refuse(self._op, "nll.level", "left out without level_weight", self.nll.level,
+                         "Weight the levels.")  # fmt: skip
         if self.nll is not None and self.nll.reduction == "batch_mean" and self.level_weight:
             raise refuse(self._op, "nll.reduction", "'sum' or 'mean' with level_weight",
                          "'batch_mean'", "A level has a mean of its own.")  # fmt: skip
@@ -116,12 +119,6 @@ class Contrast(PairLoss):
     @property
     def needs_reference(self) -> bool:
         return self.reference
-
-    def check(self, batch: PreferenceBatch) -> None:
-        super().check(batch)
-        if self.nll is not None and self.nll.level is not None and batch.level is None:
-            raise refuse(self._op, "batch.level", "given for nll.level", None,
-                         "Name the level of each pair.")  # fmt: skip
 
     def score(self, side: Side) -> torch.Tensor:
         """s of one side: the implicit reward over beta."""

@@ -26,7 +26,7 @@ class PreferenceStep:
     loss: torch.Tensor
     """(), sum of `losses` / normalizer; `loss.backward()` hands out the gradients."""
     losses: torch.Tensor
-    """(pairs,) or (seqs,) float64, weights included."""
+    """(pairs,) or (seqs,) float64, weights included; of AOT by rank, not by pair."""
     rewards: tuple[torch.Tensor, ...]
     """Implicit rewards, float64: (chosen (pairs,), rejected (pairs,)), or of an unpaired batch
     (all (seqs,),)."""
@@ -108,7 +108,8 @@ def preference_step(
         larger than memory_budget, and batches of losses that couple all pairs (AOT) that are, cost
         2 T H V more (`read_twice`). The gradients are held until `loss.backward()`. From logits:
         one read, then one read and one write. The host reads the borders of the pairs once.
-        The `reference` backend and torch.compile take `linear_token_stats` and autograd.
+        The `reference` backend takes `linear_token_stats` and autograd, and so does a call that
+        torch.compile traces (with a graph break for the borders).
 
     Raises:
         ValueError: shapes, dtypes, devices; neither or both of logits and hidden; a batch that

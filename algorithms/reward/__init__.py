@@ -5,6 +5,7 @@ from tokfuse.algorithms.reward.calibrate import RewardCalibrator as RewardCalibr
 from tokfuse.algorithms.reward.correction import NoiseCorrection as NoiseCorrection
 from tokfuse.algorithms.reward.correction import PropensityLoss as PropensityLoss
 from tokfuse.algorithms.reward.correction import anchor_noise_rates as anchor_noise_rates
+from tokfuse.algorithms.reward.correction import imputation_loss as imputation_loss
 from tokfuse.algorithms.reward.effects import group_effect as group_effect
 from tokfuse.algorithms.reward.effects import principled_uplift_auc as principled_uplift_auc
 from tokfuse.algorithms.reward.effects import uplift_loss as uplift_loss

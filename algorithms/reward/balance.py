@@ -21,7 +21,7 @@ OP = "algorithms.kernel_balancing"
     summary="entropy of the weights plus a hinge for each feature out of balance",
     differs="One hinge per anchor: the released code sums the gaps before the hinge, so that "
     "opposite ones cancel. Features (kernel values at anchors) are the caller's; the weighted and "
-    "doubly robust losses are `causalrm` with propensity 1 / w.",
+    "doubly robust losses are `causalrm` with propensity (observed / all) / w.",
 )
 @dataclass(frozen=True, kw_only=True)
 class BalancePenalty:

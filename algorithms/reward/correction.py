@@ -136,8 +136,8 @@ class PropensityLoss:
             loss: (samples,), of each sample's prediction (with noisy labels: corrected); where
                 observed is False it is not read and may be NaN.
             observed: (samples,), bool.
-            propensity: (samples,), P(observed), in (0, 1]. Weights w of another source (kernel
-                balancing): 1 / w.
+            propensity: (samples,), P(observed), > 0. For weights w that are 1 on average over the
+                observed (kernel balancing): share of observed samples / w.
             imputed: (samples,), for "dr", and only there: the expected loss of each sample.
             normalizer: number of samples over all micro-batches and ranks, for "ips" and "dr".
                 None: this call's.

@@ -8,7 +8,14 @@ from torch.nn.functional import logsigmoid
 from tokfuse.algorithms.registry import register
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.ops.segment_moments import segment_moments
-from tokfuse.runtime.packed_checks import BOOL, INTS, Rows, check_optional, check_vector
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    INTS,
+    Rows,
+    check_choice,
+    check_optional,
+    check_vector,
+)
 
 SYSTEM = "PUC / PTONet"
 SOURCE = "github.com/euzmin/PUC (utils.py, models/PTONet.py)"
@@ -102,10 +109,11 @@ def _mean_and_error(
     source=SOURCE,
     summary="how well predicted uplifts rank samples: treated-good and untreated-bad count alike",
     differs="Samples of equal uplift share their mean credit: the released code takes them as they "
-    "lie, which moves its own example from 0.48 to 1.00.",
+    "lie, which moves its own example from 0.48 to 1.00. area='zero' (default) starts the curve at "
+    "the origin, as the chord; area='code' at its first rank, as the code does.",
 )
 def principled_uplift_auc(
-    uplift: torch.Tensor, treated: torch.Tensor, outcome: torch.Tensor
+    uplift: torch.Tensor, treated: torch.Tensor, outcome: torch.Tensor, *, area: str = "zero"
 ) -> torch.Tensor:
     """() area between curve and chord over that of the ideal order; 1 ideal, 0 random, -1 reversed.
 
@@ -115,6 +123,7 @@ def principled_uplift_auc(
     Args:
         uplift: (samples,), predicted effect.
         treated, outcome: (samples,), bool.
+        area: "zero": trapezoids from rank 0; "code": from rank 1, under a chord of one rank less.
 
     Returns:
         float64; NaN where all samples agree, or none: every order is ideal.
@@ -123,6 +132,7 @@ def principled_uplift_auc(
     rows = Rows(check_vector(op, "uplift", uplift).shape[0], "uplift", uplift.device)
     check_vector(op, "treated", treated, rows, BOOL)
     check_vector(op, "outcome", outcome, rows, BOOL)
+    check_choice(op, "area", area, ("zero", "code"))
     credit = torch.where(treated == outcome, 1.0, -1.0).double()
     # Equal uplifts: the mean credit of all of them, which is the mean over all their orders.
     _, tie = uplift.detach().unique(return_inverse=True)
@@ -131,13 +141,15 @@ def principled_uplift_auc(
     mean = count.index_add(0, tie, credit) / count.index_add(0, tie, torch.ones_like(credit))
     order = uplift.argsort(descending=True, stable=True)
     ideal = credit.sort(descending=True).values
-    chord = _area(torch.full_like(credit, float(credit.mean()) if credit.numel() else 0.0))
-    return (_area(mean[tie][order]) - chord) / (_area(ideal) - chord)
+    return _above_chord(mean[tie][order], area) / _above_chord(ideal, area)
 
 
-def _area(step: torch.Tensor) -> torch.Tensor:
-    """Sum of the curve over its ranks, from rank 0."""
-    return step.cumsum(0).sum()
+def _above_chord(step: torch.Tensor, area: str) -> torch.Tensor:
+    """Trapezoids under the curve less the triangle under its chord."""
+    curve = step.cumsum(0)
+    if area == "zero":
+        return curve.sum() - (curve[-1:].sum() * (curve.shape[0] + 1)) / 2
+    return curve.sum() - (curve[:1].sum() + curve[-1:].sum() * curve.shape[0]) / 2
 
 
 @register(
