@@ -176,6 +176,7 @@ class Split:
         source = self.model.model
         part.layers.load_state_dict(source.layers[-self.blocks :].state_dict())
         part.norm.load_state_dict(source.norm.state_dict())
+        part.embed_tokens = torch.nn.Identity()  # it starts from hidden states, not from tokens
         return part
 
     def hidden(self, upper: Any, data: Encoded) -> Packed:
@@ -202,10 +203,8 @@ class Split:
         return logp, torch.stack([part.bool().all() for part in stats.top1.split(sizes)])
 
     def influence(self, answers: Packed, rank: int | None) -> Influence:
-        """Norms and sketches, each sample's of its own mean token NLL."""
-        found, n = answers.by_products(self.head, rank, 0), len(answers.samples)
-        # The loss is the mean over the samples: undo the division.
-        return Influence(*(getattr(found, name) * n for name in Influence.__dataclass_fields__))
+        """Norms and sketches, each sample's of its own mean token NLL: the loss is their sum."""
+        return answers.by_products(self.head, rank, 0)
 
     def train(self, upper: Any, data: Encoded, s: Settings, steps: int, seed: int) -> Any:
         """`upper` after AdamW steps over shuffled epochs of the data."""

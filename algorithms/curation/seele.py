@@ -86,8 +86,8 @@ def fit_3pl(
 
     def residual(theta: np.ndarray) -> np.ndarray:
         k, mu, b = theta
-        curve: np.ndarray = b + (1 - b) / (1 + np.exp(np.minimum(700.0, -k * (x + mu))))
-        return curve - y
+        gap: np.ndarray = b + (1 - b) / (1 + np.exp(np.minimum(700.0, -k * (x + mu)))) - y
+        return gap
 
     lowest, highest = (np.array([bound[i] for bound in bounds]) for i in range(2))
     best = None
