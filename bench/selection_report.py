@@ -85,7 +85,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         bottom.bar(place, share, bottom=base, color=color, label=kind)
         base = [a + b for a, b in zip(base, share, strict=True)]
     bottom.set_ylabel("share of the chosen samples")
-    bottom.legend()
+    bottom.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     bottom.set_xticks(place, names, rotation=30, ha="right")
     figure.savefig(path, dpi=110)
     plt.close(figure)

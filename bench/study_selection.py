@@ -339,32 +339,41 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def run_missing(path: Path, seeds: Sequence[int], budget: float, cache: Path | None) -> None:
+    """Append the rows that `path` lacks, for about `budget` seconds."""
+    deadline, s = time.monotonic() + budget, Settings()
+    done = {seed: {r["ranking"] for r in rows_of(path) if r["seed"] == seed} for seed in seeds}
+    missing = [seed for seed in seeds if len(done[seed]) < selection_report.RANKINGS]
+    if not missing:
+        return
+    sys.path.insert(0, str(EXAMPLES))
+    from grpo_demo.model import default_cache, load_model
+
+    model, tokenizer = load_model(cache or default_cache())
+    split = Split(model.eval(), s.blocks)
+    for seed in missing:
+        if time.monotonic() > deadline:
+            return
+        choices = path.with_name(f"{path.stem}-choices-{seed}.json")
+        pool = build_pool(tokenizer, s, seed)
+        for row in run_seed(split, pool, s, seed, done[seed], choices, deadline):
+            with path.open("a", encoding="utf-8") as sink:
+                print(json.dumps(asdict(row)), file=sink)
+            print(f"seed {seed}  {row.ranking:<20} {row.useful:.2f} useful  {row.after:.3f}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, append rows to --json, write the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="rows, appended as they come")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, then stop")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; 0: no run")
     parser.add_argument("--cache", type=Path, default=None, help="where the converted model lies")
     parser.add_argument("--write", type=Path, help="page whose marked part the tables replace")
     parser.add_argument("--plot", type=Path, help="PNG of the accuracies")
     args = parser.parse_args(argv)
-    deadline, s = time.monotonic() + args.budget, Settings()
-    sys.path.insert(0, str(EXAMPLES))
-    from grpo_demo.model import default_cache, load_model
-
-    model, tokenizer = load_model(args.cache or default_cache())
-    split = Split(model.eval(), s.blocks)
-    for seed in args.seeds:
-        done = {row["ranking"] for row in rows_of(args.json) if row["seed"] == seed}
-        if len(done) == selection_report.RANKINGS or time.monotonic() > deadline:
-            continue
-        choices = args.json.with_name(f"{args.json.stem}-choices-{seed}.json")
-        pool = build_pool(tokenizer, s, seed)
-        for row in run_seed(split, pool, s, seed, done, choices, deadline):
-            with args.json.open("a", encoding="utf-8") as sink:
-                print(json.dumps(asdict(row)), file=sink)
-            print(f"seed {seed}  {row.ranking:<30} {row.useful:.2f} useful  {row.after:.3f}")
+    if args.budget > 0:
+        run_missing(args.json, args.seeds, args.budget, args.cache)
     rows = rows_of(args.json)
     complete = len(rows) == selection_report.RANKINGS * len(args.seeds)
     print("complete" if complete else f"{len(rows)} rows so far: run it again")
