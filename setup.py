@@ -29,6 +29,8 @@ PACKAGE_DIR = {
     "tokfuse.runtime.ops": "runtime/ops",
     "tokfuse.runtime.reference": "runtime/reference",
     "tokfuse.algorithms": "algorithms",
+    "tokfuse.algorithms.causal": "algorithms/causal",
+    "tokfuse.algorithms.curation": "algorithms/curation",
     "tokfuse.algorithms.preference": "algorithms/preference",
     "tokfuse.algorithms.reward": "algorithms/reward",
     "tokfuse.integrations": "integrations",

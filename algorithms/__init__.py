@@ -7,7 +7,9 @@
 `python -m tokfuse algorithms` lists the methods, `docs/paper_index.md` what each claims.
 """
 
+from tokfuse.algorithms import causal as causal
 from tokfuse.algorithms import critic as critic
+from tokfuse.algorithms import curation as curation
 from tokfuse.algorithms import reward as reward
 from tokfuse.algorithms import table as _table  # noqa: F401  (fills the registry, as the next do)
 from tokfuse.algorithms.a2pr import A2PR as A2PR
