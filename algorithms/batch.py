@@ -69,6 +69,15 @@ class World:
         padded[: x.shape[0]] = x
         return [row[:size] for row, size in zip(self.all(padded), sizes, strict=True)]
 
+    def together(
+        self, run: Callable[..., torch.Tensor], *vectors: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        """This rank's part of run(vectors of all ranks, joined in rank order): every rank solves
+        the same small problem."""
+        parts = [self.vectors(x) for x in vectors]
+        whole = run(*(torch.cat(part) for part in parts))
+        return whole.split([len(x) for x in parts[0]])[self.rank]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

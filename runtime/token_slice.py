@@ -67,7 +67,7 @@ class TokenSlice:
         ] if self.order.numel() else self.order  # fmt: skip
 
     def take(self, x: torch.Tensor, fill: Any = 0) -> torch.Tensor:
-        """(local, ...): this rank's part of a global tensor; padding is `fill` (masks: False)."""
+        """(local, ...): this rank's part of a global tensor; padding is `fill` in x's dtype."""
         if x.shape[:1] != (self.num_tokens,):
             raise refuse("TokenSlice.take", "x", f"({self.num_tokens}, ...) long, the whole batch",
                          f"shape {tuple(x.shape)}", "Cut global tensors only.")  # fmt: skip
@@ -76,7 +76,7 @@ class TokenSlice:
             return x
         out = x[index.clamp(min=0)]
         inside = (index >= 0).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(inside, out, fill)
+        return torch.where(inside, out, torch.as_tensor(fill, dtype=x.dtype, device=x.device))
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """(num_tokens, ...): the parts of all ranks in global order, on every rank.

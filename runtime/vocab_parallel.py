@@ -107,6 +107,7 @@ def linear_token_stats(
     mask: torch.Tensor | None = None,
     memory_budget: int | None = None,
     sequence_parallel: bool = False,
+    reduce_hidden: bool = True,
 ) -> TokenStats:
     """`tokfuse.linear_token_stats` with an lm_head whose rows are cut over ranks.
 
@@ -120,6 +121,9 @@ def linear_token_stats(
         bias: (rows,) or None, this rank's part of the bias.
         temperature, softcap, logit_scale, mask, memory_budget: as in `linear_token_stats`.
         sequence_parallel: gather the hidden states of the ranks first, and split their gradient.
+        reduce_hidden: False leaves the gradient of hidden this shard's part, without a collective,
+            for hosts that add the parts up themselves (Megatron-LM's copy_to and gather_from
+            regions). Not with sequence_parallel.
 
     Returns:
         TokenStats of the whole vocabulary for all tokens, the same bits on every rank.
@@ -139,7 +143,10 @@ def linear_token_stats(
     Source: as `token_stats` of this module; sequence parallelism of arXiv 2205.05198. Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
-    call = HeadCall(LINEAR, options, target, memory_budget, shard, sequence_parallel)
+    if sequence_parallel and not reduce_hidden:
+        raise refuse(LINEAR, "reduce_hidden", "True with sequence_parallel", False,
+                     "A slice of hidden needs the sum over the shards.")  # fmt: skip
+    call = HeadCall(LINEAR, options, target, memory_budget, shard, sequence_parallel, reduce_hidden)
     _check_head(call, hidden, weight, bias)
     out: tuple[torch.Tensor, ...] = _ShardHead.apply(hidden, weight, bias, call)
     return TokenStats(*out)

@@ -34,6 +34,7 @@ class HeadCall(NamedTuple):
     memory_budget: int | None
     shard: VocabShard
     sequence_parallel: bool
+    reduce_hidden: bool = True
 
 
 def _unit(backend: str, o: LogitOptions) -> float | torch.Tensor:
@@ -172,8 +173,10 @@ def head_backward(
     grad_hidden = None
     if needs[0]:
         part = torch.zeros_like(hidden) if grads[0] is None else grads[0]
-        add = collectives.sum_and_split if call.sequence_parallel else collectives.sum_
-        grad_hidden = add(part, call.shard.group)
+        if call.sequence_parallel:
+            grad_hidden = collectives.sum_and_split(part, call.shard.group)
+        else:
+            grad_hidden = collectives.sum_(part, call.shard.group) if call.reduce_hidden else part
     return [
         grad_hidden,
         _padded(grads[1], weight) if needs[1] else None,

@@ -309,6 +309,13 @@ def case_one_collective_each_way() -> None:
         assert seen == ([] if alone else [record])
         stats.logp.sum().backward()
         assert seen == ([] if alone else [record, gradient])
+    whole, h.grad = h.grad, None
+    with counted() as seen:
+        stats = D.linear_token_stats(h, w, p["target"], shard=shard, reduce_hidden=False)
+        stats.logp.sum().backward()
+        assert seen == ([] if alone else [record]), "the host adds the parts up"
+    dist.all_reduce(h.grad)
+    compare(h.grad, whole, atol=1e-5, what="sum of the parts")
     step = {"old_logp": torch.zeros(TOKENS), "advantage": torch.ones(TOKENS)}
     step |= {"objective": tokfuse.Objective(), "target": p["target"], "shard": shard}
     with counted() as seen:
@@ -350,6 +357,8 @@ def case_refusals_are_the_same_on_every_rank() -> None:
     refused(lambda: D.policy_step(logits=z, **bad), "old_logp")
     if ranks() > 1:
         call = {"shard": shard, "sequence_parallel": True}
+        part = call | {"reduce_hidden": False}
+        refused(lambda: D.linear_token_stats(h, w, y, **part), "True with sequence_parallel")
         refused(lambda: D.linear_token_stats(h, w, y, **call), f"{ranks()} x {TOKENS} long")
         other = dist.new_group([ranks() - 1])
         if dist.get_rank() == 0:
