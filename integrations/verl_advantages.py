@@ -98,15 +98,12 @@ def reinforce_plus_plus(
     """Discounted reward to go, whitened over the batch."""
     gamma = _needs("reinforce_plus_plus", "config", config).gamma
     mask = response_mask.reshape(-1) > 0
-    # A reward on an observation token counts for the tokens before it, as in verl.
-    returns, _returns = _discounted(token_level_rewards, mask, gamma)
+    flat = token_level_rewards.reshape(-1)
+    borders = _borders(token_level_rewards)
+    # Without a value function the advantage is the reward to go; tokens outside the mask are passed.
+    returns = gae_op(flat, torch.zeros_like(flat), borders, gamma=gamma, mask=mask)[0]
     returns = returns.view_as(token_level_rewards)
     return _whitened(returns, response_mask), returns
-
-
-def _discounted(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> Pair:
-    flat = rewards.reshape(-1)
-    return gae_op(flat, torch.zeros_like(flat), _borders(rewards), gamma=gamma, mask=mask)
 
 
 def gae(

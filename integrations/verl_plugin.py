@@ -40,12 +40,12 @@ def register_algorithm(name: str, register_as: str | None = None, **options: Any
         name: one of `tokfuse.algorithms.list()`; options: its options.
         register_as: name in verl; None: "tokfuse_<name>".
     """
+    HOST.require(OP)
     from verl.trainer.ppo.core_algos import register_policy_loss
 
     from tokfuse.algorithms import registry
     from tokfuse.integrations import verl_losses
 
-    HOST.require(OP)
     registry.make(name, **options)  # refuses unknown names and options now
     chosen = PREFIX + name if register_as is None else register_as
     register_policy_loss(chosen)(functools.partial(verl_losses.algorithm_loss, name, options))
@@ -54,11 +54,11 @@ def register_algorithm(name: str, register_as: str | None = None, **options: Any
 
 def register() -> list[str]:
     """Register every loss and advantage estimator under its prefixed name; done once."""
+    HOST.require(OP)
     from verl.trainer.ppo import core_algos
 
     from tokfuse.integrations import verl_advantages, verl_losses
 
-    HOST.require(OP)
     names = []
     for name in verl_losses.OF_VERL:
         loss: Callable[..., Any] = functools.partial(verl_losses.verl_loss, name)

@@ -42,6 +42,8 @@ def all_gather(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor:
     if ranks == 1:
         return x.unsqueeze(0)
     out = torch.empty((ranks, *x.shape), dtype=x.dtype, device=x.device)
+    if x.numel() == 0:  # on every rank, as the shapes are the same
+        return out
     # As a vector, because gloo and NCCL agree on the meaning of flat buffers only.
     dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group)
     return out
@@ -49,7 +51,7 @@ def all_gather(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor:
 
 def sum_(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor:
     """`x`, overwritten by its sum over the ranks."""
-    if num_ranks(group) > 1:
+    if num_ranks(group) > 1 and x.numel() > 0:
         dist.all_reduce(x, group=group)
     return x
 
@@ -60,5 +62,6 @@ def sum_and_split(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor
     if ranks == 1:
         return x
     out = torch.empty((x.shape[0] // ranks, *x.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    if x.numel() > 0:
+        dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
     return out

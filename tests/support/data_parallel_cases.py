@@ -200,11 +200,8 @@ def case_targets_are_shifted_before_they_are_cut() -> None:
 # ----------------------------------------------------------------------------------- FSDP2, DTensor
 
 
-def fsdp_model(head_unit: bool) -> Model:
-    model = Model()
-    if head_unit:
-        fully_shard(model.lm_head)
-    return fully_shard(model)
+def sharded(module: Any) -> Any:
+    return fully_shard(module, mesh=init_device_mesh("cpu", (ranks(),)))
 
 
 def fsdp_step(model: Model, weight_of: Any) -> None:
@@ -226,7 +223,7 @@ def fsdp_step(model: Model, weight_of: Any) -> None:
 
 
 def case_fsdp2_head_in_the_root_unit() -> None:
-    model = fsdp_model(head_unit=False)
+    model = sharded(Model())
     mine = own_micro_batches()
     counts = float(sum(count_of(TOKEN, d) for d in mine))
     normalizer = D.global_normalizer(counts, gradient_ranks=ranks())
@@ -241,7 +238,7 @@ class TrunkUnit(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         whole = Model()
-        self.trunk, self.lm_head = fully_shard(whole.trunk), fully_shard(whole.lm_head)
+        self.trunk, self.lm_head = sharded(whole.trunk), sharded(whole.lm_head)
 
 
 def head_gradient(weight_of: Any) -> torch.Tensor:
@@ -274,8 +271,8 @@ def case_fsdp2_loss_inside_the_heads_forward() -> None:
     whole = Model()
     head = HeadForward(HIDDEN, VOCAB, bias=False)
     head.load_state_dict(whole.lm_head.state_dict())
-    fully_shard(head)
-    trunk = fully_shard(whole.trunk)
+    sharded(head)
+    trunk = sharded(whole.trunk)
     mine = own_micro_batches()
     counts = float(sum(count_of(TOKEN, d) for d in mine))
     normalizer = D.global_normalizer(counts, gradient_ranks=ranks())
@@ -321,7 +318,7 @@ def case_dtensor_head_cut_over_the_vocabulary() -> None:
         step.loss.backward()
     want = whole_gradients(TOKEN)["lm_head.weight"]
     scale = float(want.abs().max())
-    compare(weight.grad.full_tensor(), want, atol=3e-6 * scale, what="DTensor head")
+    compare(weight.grad.full_tensor(), want, atol=1e-5 * scale, what="DTensor head")
     assert torch.equal(D.head_weight(full.trunk.weight, gradients="mean"), full.trunk.weight)
     refused(lambda: D.head_weight(weight, gradients="avg"), "gradients", "mean, sum")
     call = {"gradients": "mean", "tensor_parallel": "pipe"}

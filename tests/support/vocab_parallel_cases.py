@@ -192,10 +192,14 @@ def case_head() -> None:
 
 
 def policy_problem() -> dict[str, Any]:
-    """The batch of the policy cases over logits that give its log-probs, roughly."""
+    """The batch of the policy cases over logits that give its log-probs, roughly, and two masked
+    tokens more, so that four ranks can cut it."""
     _, inputs = batch("ref_logp", "sampler_logp").cast(torch.float32)
     gen = torch.Generator().manual_seed(8)
-    tokens = inputs["old_logp"].shape[0]
+    tokens = inputs["old_logp"].shape[0] + 2
+    pad = torch.nn.functional.pad
+    inputs = {k: v if k == "cu_seqlens" else pad(v, (0, 2)) for k, v in inputs.items()}
+    inputs["cu_seqlens"] = pad(inputs["cu_seqlens"], (0, 1), value=tokens)
     return inputs | {
         "logits": torch.randn(tokens, VOCAB, generator=gen) * 0.3,
         "hidden": torch.randn(tokens, HIDDEN, generator=gen) * 0.3,
@@ -216,8 +220,9 @@ OBJECTIVES = {
 
 
 def check_step(
-    objective: tokfuse.Objective, normalizer: Any, source: str, empty: bool = False
-) -> None:
+    objective: tokfuse.Objective, normalizer: Any, source: str, empty: bool = False,
+    sequence_parallel: bool = False,
+) -> None:  # fmt: skip
     p = policy_problem()
     if empty:
         p["mask"] = torch.zeros_like(p["mask"])
@@ -233,8 +238,13 @@ def check_step(
     else:
         whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         mine = [hidden.clone().requires_grad_(), cut(weight, shard, columns, 0).requires_grad_()]
+        if sequence_parallel:
+            mine[0] = hidden.chunk(ranks())[dist.get_rank()].clone().requires_grad_()
         want = tokfuse.policy_step(hidden=whole[0], weight=whole[1], **given)
-        got = D.policy_step(shard=shard, hidden=mine[0], weight=mine[1], **given)
+        got = D.policy_step(
+            shard=shard, hidden=mine[0], weight=mine[1], sequence_parallel=sequence_parallel,
+            **given,
+        )  # fmt: skip
         assert got.grad_logits is None and got.grad_hidden is not None
     what = f"{source} {objective.level} empty={empty}"
     for name in ("loss", "token_loss", "loss_sum", "count"):
@@ -249,6 +259,8 @@ def check_step(
     (2 * want.loss).backward()
     (2 * got.loss).backward()
     grads = [x.grad for x in whole]
+    if sequence_parallel:
+        grads[0] = grads[0].chunk(ranks())[dist.get_rank()]
     grads[-1] = grads[-1].narrow(int(source == "logits"), shard.start, shard.size)
     for x, grad in zip(mine, grads, strict=True):
         own = x.grad if x.grad.shape == grad.shape else x.grad.narrow(
@@ -261,6 +273,10 @@ def case_policy_step() -> None:
     for source in ("logits", "hidden"):
         check_step(OBJECTIVES["token"], 37.0, source)
         check_step(OBJECTIVES["sequence"], "batch", source)
+
+
+def case_policy_step_with_sequence_parallel() -> None:
+    check_step(OBJECTIVES["token"], 37.0, "hidden", sequence_parallel=True)
 
 
 def case_policy_step_without_a_valid_token() -> None:
