@@ -100,7 +100,7 @@ def reinforce_plus_plus(
     mask = response_mask.reshape(-1) > 0
     flat = token_level_rewards.reshape(-1)
     borders = _borders(token_level_rewards)
-    # Without a value function the advantage is the reward to go; tokens outside the mask are passed.
+    # Without a value function the advantage is the reward to go; masked tokens are passed over.
     returns = gae_op(flat, torch.zeros_like(flat), borders, gamma=gamma, mask=mask)[0]
     returns = returns.view_as(token_level_rewards)
     return _whitened(returns, response_mask), returns

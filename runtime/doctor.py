@@ -27,10 +27,10 @@ PACKAGES = ("tokfuse", "torch", "triton", "transformers", "numpy", "nvidia-ml-py
 ENVIRONMENT = {
     "TOKFUSE_BACKEND": "force one backend for every op: cuda, triton, cpu or reference",
     "TOKFUSE_ISA": "run the CPU kernels at v2, v3 or v4 of x86-64 instead of the best one",
-    "TOKFUSE_VERL_HEADS": "1 puts tokfuse in the place of verl's fused heads when verl is loaded",
     "TOKFUSE_CHECK": "1 checks values that live on a GPU too (it waits for the device)",
     "OMP_NUM_THREADS": "CPU threads, shared with torch (torch.set_num_threads overrides it)",
     "OMP_WAIT_POLICY": "`passive` lets idle CPU threads sleep; set it on a shared machine",
+    "TOKFUSE_VERL_HEADS": "1 puts tokfuse in the place of verl's fused heads when verl is loaded",
     "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, for tests; set it before the import",
     "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fall-back",
     "TOKFUSE_CMAKE_ARGS": "extra arguments for the CMake configure step",
