@@ -215,6 +215,10 @@ def plan(c: Cluster) -> dict[str, float]:
     }  # fmt: skip
 
 
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
 def _print(rows: list[list[str]]) -> None:
     for i, row in enumerate(rows):
         print(f"| {' | '.join(row)} |")
@@ -233,7 +237,7 @@ def main() -> None:
         sizes = (8, 64, 256, 1024)
         plans = [plan(Cluster(gpus)) for gpus in sizes]
         rows = [["predicted, per GPU", *(f"{g} GPUs" for g in sizes)]]
-        rows += [[name, *(f"{x[name]:,.4g}" for x in plans)] for name in plans[0]]
+        rows += [[name, *(_number(x[name]) for x in plans)] for name in plans[0]]
         _print(rows)
         return
     if "LOCAL_RANK" in os.environ:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import collectives
+from tokfuse.runtime import collectives, native
 from tokfuse.runtime import head as heads
 from tokfuse.runtime.dispatch import select
 from tokfuse.runtime.head import HeadProblem
@@ -105,7 +105,10 @@ def row_backward(
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of this shard's logits; 0 in the padding."""
     logits = logits.detach()
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.device.type == "cpu":
+        out = native.empty_like_rows(logits)
+    else:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     out[:, shard.size :] = 0.0
     if shard.size > 0:
         _, run = _row_kernels(logits, o)
