@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tokfuse.runtime import vocab_parallel
+from tokfuse.runtime.collectives import GATHER
 from tokfuse.runtime.vocab_shard import VocabShard
 
 VOCAB = 4096
@@ -107,11 +108,11 @@ FORMS: dict[str, Form] = {
 def _count(run: Callable[[], torch.Tensor]) -> tuple[list[tuple[str, int]], torch.Tensor]:
     """The collectives of a call, with the bytes this rank puts into each."""
     seen: list[tuple[str, int]] = []
-    kept = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "all_reduce")}
+    kept = {name: getattr(dist, name) for name in (GATHER, "all_reduce")}
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            x = args[name == "all_gather_into_tensor"]
+            x = args[name == GATHER]
             seen.append((name, x.numel() * x.element_size()))
             return kept[name](*args, **kwargs)
 
@@ -157,7 +158,7 @@ def _every_form(tokens: int, device: str) -> list[Row]:
             form(own, y, shard)[0].item()
             best = min(best, time.perf_counter() - start)
         put = {kind: sum(n for k, n in seen if k == kind) / tokens for kind, _ in seen}
-        rows.append(Row(name, ranks, len(seen), put.get("all_gather_into_tensor", 0.0),
+        rows.append(Row(name, ranks, len(seen), put.get(GATHER, 0.0),
                         put.get("all_reduce", 0.0), best * 1e3))  # fmt: skip
     return rows
 

@@ -11,6 +11,15 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# torch 2.13 renamed both and warns of the old names.
+GATHER, SCATTER = (
+    new if hasattr(dist, new) else old
+    for new, old in (
+        ("all_gather_single", "all_gather_into_tensor"),
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+    )
+)
+
 
 def require_group(op: str, group: "ProcessGroup | None") -> None:
     """Refuse a group that this process cannot speak to."""
@@ -45,7 +54,7 @@ def all_gather(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor:
     if x.numel() == 0:  # on every rank, as the shapes are the same
         return out
     # As a vector, because gloo and NCCL agree on the meaning of flat buffers only.
-    dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group)
+    getattr(dist, GATHER)(out.view(-1), x.view(-1), group=group)
     return out
 
 
@@ -63,5 +72,5 @@ def sum_and_split(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor
         return x
     out = torch.empty((x.shape[0] // ranks, *x.shape[1:]), dtype=x.dtype, device=x.device)
     if x.numel() > 0:
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+        getattr(dist, SCATTER)(out, x.contiguous(), group=group)
     return out

@@ -27,9 +27,11 @@ def call(info=None, mode="token-mean", **changed):
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
     config = Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=0.28, clip_ratio_c=3.0,
                     global_batch_info=info or {})  # fmt: skip
+    difference, advantages = (torch.randn(3, 4, generator=gen) for _ in range(2))
+    difference[0, 0], advantages[0, 0] = 5.0, -1.0  # a ratio of 4.5: the dual clip
     fields = {
-        "old_log_prob": old, "log_prob": old + torch.randn(3, 4, generator=gen) * 0.3,
-        "advantages": torch.randn(3, 4, generator=gen), "response_mask": mask,
+        "old_log_prob": old, "log_prob": old + difference * 0.3, "advantages": advantages,
+        "response_mask": mask,
         "loss_agg_mode": mode, "config": config, "rollout_is_weights": None,
     }  # fmt: skip
     return verl_losses.Call(**{**fields, **changed})

@@ -12,6 +12,7 @@ from policy_cases import SHAPES, batch
 
 import tokfuse
 from tokfuse import distributed as D
+from tokfuse.runtime import collectives
 
 TOKENS, VOCAB, HIDDEN = 12, 4500, 24
 STATS = ("logp", "entropy", "lse", "sum_sq", "top1")
@@ -288,7 +289,7 @@ def case_policy_step_without_a_valid_token() -> None:
 def counted() -> Iterator[list[tuple[str, int]]]:
     """(collective, bytes of its input) of every collective inside."""
     seen: list[tuple[str, int]] = []
-    names = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast")
+    names = (collectives.GATHER, "all_reduce", collectives.SCATTER, "broadcast")
     kept = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Any:
@@ -310,7 +311,7 @@ def counted() -> Iterator[list[tuple[str, int]]]:
 
 def case_one_collective_each_way() -> None:
     p, (shard, columns) = head_problem(), shards()["even"]
-    record = ("all_gather_into_tensor", 20 * TOKENS)
+    record = (collectives.GATHER, 20 * TOKENS)
     gradient = ("all_reduce", 4 * TOKENS * HIDDEN)
     alone = ranks() == 1
     z = (p["hidden"] @ p["weight"].t())[:, shard.start : shard.stop].clone().requires_grad_()
@@ -341,7 +342,7 @@ def case_one_collective_each_way() -> None:
     with counted() as seen:
         D.policy_step(hidden=local, weight=w, sequence_parallel=True, **step).loss.backward()
     part = 4 * TOKENS * HIDDEN
-    want = [("all_gather_into_tensor", part // ranks()), record, ("reduce_scatter_tensor", part)]
+    want = [(collectives.GATHER, part // ranks()), record, (collectives.SCATTER, part)]
     assert seen == ([] if alone else want), seen
 
 
