@@ -1,5 +1,6 @@
 """policy_step from hidden states: the lm_head's GEMMs around the fused row kernels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,10 +50,20 @@ def apply(
             logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
             return traced_reference(logits, p.target, p.options, inputs, objective, inverse), {}
         return _custom_op(problem, inputs, objective, inverse)
-    out = _HiddenStep.apply(
-        problem.hidden, problem.weight, problem.bias, problem, inputs, objective, inverse, gradients
-    )
+    p, features = problem, problem.options.features()
+    run = select(OP, p.hidden.device.type, p.hidden.dtype, features).run
+    out = attach(p.hidden, p.weight, p.bias, lambda: run(p, inputs, objective, inverse), gradients)
     return out, gradients
+
+
+def attach(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    compute: Callable[[], Step], gradients: Gradients,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """(loss, token_loss, sums, *stats) of `compute()`, whose gradients, also put into `gradients`,
+    the backward of the loss hands out."""
+    out: tuple[torch.Tensor, ...] = _HiddenStep.apply(hidden, weight, bias, compute, gradients)
+    return out
 
 
 def traced_reference(
@@ -69,12 +80,9 @@ class _HiddenStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        problem: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float,
-        gradients: Gradients,
+        compute: Callable[[], Step], gradients: Gradients,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        features = problem.options.features()
-        run = select(OP, hidden.device.type, hidden.dtype, features).run
-        terms, stats, grads = run(problem, inputs, objective, inverse)
+        terms, stats, grads = compute()
         gradients.update(zip(NAMES, grads, strict=True))
         ctx.gradients = gradients
         ctx.mark_non_differentiable(terms.token_loss, terms.sums, *stats)
@@ -85,7 +93,7 @@ class _HiddenStep(torch.autograd.Function):
     @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss)
-        return (*(grads[name] for name in NAMES),) + (None,) * 5
+        return *(grads[name] for name in NAMES), None, None
 
 
 def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
