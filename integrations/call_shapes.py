@@ -349,7 +349,8 @@ def slime_policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(token losses, 1.0 where clipped), each (tokens,), of ppo_kl = old_logp - logp.
 
-    Differentiable in ppo_kl; slime reduces them itself. Token ratios only: compute_gspo_kl's are not a token's own.
+    Differentiable in ppo_kl; slime reduces them. Token ratios only: those of compute_gspo_kl are
+    not a token's own.
     """
     shape = PPOClip(low=eps_clip, high=eps_clip_high, dual=eps_clip_c)
     objective = Objective(shape=shape, aggregation="token_sum")

@@ -116,9 +116,10 @@ def install(model: Any, *, temperature: float = 1.0) -> None:
 
 def uninstall(model: Any) -> None:
     """The model's own forward; without `install`, nothing."""
-    patch = _PATCHES.pop(_base(model), None)
-    if patch is not None:
-        patch.restore()
+    model = _base(model)
+    if model in _PATCHES:
+        _PATCHES[model].restore()
+        del _PATCHES[model]
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def _check(algorithm: Algorithm, trainer: Any) -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(args)}
     for option in REPLACED:
         given, default = getattr(args, option), defaults[option]
-        if given != default and not (option == "epsilon_high" and given == args.epsilon):
+        if given != default:
             want = f"its default {default!r} with algorithm={name!r}, which takes its place"
             raise refuse(OP, option, want, repr(given), "Set it on the method.")
     kl = getattr(algorithm, "kl", None)

@@ -77,15 +77,16 @@ def test_gradients_against_float64(level):
     ).loss  # fmt: skip
     assert loss.item() == pytest.approx(step.loss.item(), rel=1e-5)
     for mine, exact in zip(ours, grads, strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-6)
+        assert (mine.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
 
 
 def test_compiled_whole():
     hidden, weight, inputs = batch()
+    spec = objective("token")
 
     def loss(h):
         return tokfuse.policy_step(hidden=h, weight=weight, old_logp=None, normalizer="batch",
-                                   objective=objective("token"), **inputs).loss  # fmt: skip
+                                   objective=spec, **inputs).loss  # fmt: skip
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(hidden.clone().requires_grad_()), loss(hidden))

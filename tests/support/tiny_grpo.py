@@ -24,6 +24,11 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit()) / 6 for c in completions]
 
 
+def letters(completions: list[str], **_: Any) -> list[float]:
+    """The share of different letters: some reward for any model's text."""
+    return [len(set(text)) / max(1, len(text)) for text in completions]
+
+
 def trainer(cls: type, output: Path, model: Any = None, **options: Any) -> Any:
     """A trainer on the tiny model; keyword arguments of the config, `extra` of the class."""
     from trl import GRPOConfig
