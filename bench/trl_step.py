@@ -118,6 +118,8 @@ class Clock:
         inner = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if name == "_compute_loss":
+                self.backbone_s = 0.0  # generation ran the transformer, too
             start = _now(self.device)
             out = inner(*args, **kwargs)
             after(_now(self.device) - start)
@@ -145,7 +147,6 @@ class Clock:
 
     def _after_step(self, seconds: float) -> None:
         self._add("step_s", seconds)
-        self.backbone_s = 0.0
         if self.trainer.accelerator.sync_gradients:
             self.steps.append(self.parts)
             self.parts = dict.fromkeys(self.parts, 0.0)

@@ -17,11 +17,14 @@ N, V, H = 24, 61, 12
 def batch():
     gen = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(N, H, generator=gen), torch.randn(V, H, generator=gen)
+    target = torch.randint(V, (N,), generator=gen)
+    logp = (hidden @ weight.T).log_softmax(-1)[torch.arange(N), target]
     return hidden, weight, {
-        "target": torch.randint(V, (N,), generator=gen),
+        "target": target,
         "advantage": torch.randn(N, generator=gen),
         "mask": torch.rand(N, generator=gen) > 0.2,
-        "ref_logp": torch.randn(N, generator=gen) - 4,
+        # Near the policy: the gradient of ratio * k3 is k, as a difference of terms like exp(-k).
+        "ref_logp": logp + 0.3 * torch.randn(N, generator=gen),
         "cu_seqlens": torch.tensor([0, 5, 5, 16, N], dtype=torch.int32),
     }  # fmt: skip
 
