@@ -51,7 +51,7 @@ test: lint
 	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter and not slow" $(ARGS)
 
 test-slow:
-	@$(STRICT) $(BOOTSTRAP) test demo
+	@$(STRICT) $(BOOTSTRAP) test demo hosts
 	@$(PYTEST) -m "slow" $(ARGS)
 
 test-triton:

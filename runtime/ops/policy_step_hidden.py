@@ -252,7 +252,7 @@ def _triton_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inve
     if may_read(p.target):
         linear.check_targets("policy_step", p)
     with torch.no_grad():
-        if objective.level != "token":
+        if objective.level != "token" or inputs.old_logp is None:
             return _triton_run_sequence(p, inputs, objective, inverse)
         return _triton_run_token(p, inputs, objective, inverse)
 
@@ -326,7 +326,7 @@ def _hidden_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
     mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,
     softcap: float, logit_scale: float, memory_budget: int,
-    old_logp: torch.Tensor, advantage: torch.Tensor, advantage_level: str,
+    old_logp: torch.Tensor | None, advantage: torch.Tensor, advantage_level: str,
     cu_seqlens: torch.Tensor | None, token_weight: torch.Tensor | None,
     signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
     entropy_weight: torch.Tensor | None, objective_key: str, inverse: float, compact_clipped: bool,
