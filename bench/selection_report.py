@@ -11,11 +11,13 @@ KINDS = ("useful", "irrelevant", "mislabelled")
 
 
 def by_ranking(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each ranking, best mean accuracy first."""
+    """Rows of each ranking, best mean gain over its seeds first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["ranking"], []).append(row)
-    return dict(sorted(groups.items(), key=lambda item: -mean(item[1], "after")))
+    return dict(
+        sorted(groups.items(), key=lambda item: mean(item[1], "before") - mean(item[1], "after"))
+    )
 
 
 def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
@@ -23,22 +25,23 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per ranking: what it chose, and the accuracy of each seed."""
+    """One line per ranking: what it chose, its mean over the seeds that ran, and each seed."""
     seeds = sorted({row["seed"] for row in rows})
     lines = ["| trained on | samples | " + " | ".join(KINDS)
-             + " | accuracy | " + " | ".join(f"seed {seed}" for seed in seeds)
-             + " | log-prob of the answer |", "| --- " * (6 + len(seeds)) + "|"]  # fmt: skip
+             + " | accuracy | gain | " + " | ".join(f"seed {seed}" for seed in seeds)
+             + " | log-prob of the answer |", "| --- " * (8 + len(seeds)) + "|"]  # fmt: skip
     for name, group in by_ranking(rows).items():
         cells = [name, f"{mean(group, 'samples'):.0f}"]
         cells += [f"{mean(group, kind):.0%}" for kind in KINDS]
-        cells.append(f"{mean(group, 'after'):.3f}")
+        after, before = mean(group, "after"), mean(group, "before")
+        cells += [f"{after:.3f}", f"{after - before:+.3f}"]
         of_seed = {row["seed"]: row["after"] for row in group}
         cells += [f"{of_seed[seed]:.3f}" if seed in of_seed else "-" for seed in seeds]
         cells.append(f"{mean(group, 'logp'):.3f}")
         lines.append("| " + " | ".join(cells) + " |")
-    before = {row["seed"]: row["before"] for row in rows}
-    values = [before[seed] for seed in seeds]
-    cells = ["nothing", "0", "-", "-", "-", f"{sum(values) / len(values):.3f}"]
+    start = {row["seed"]: row["before"] for row in rows}
+    values = [start[seed] for seed in seeds]
+    cells = ["nothing", "0", "-", "-", "-", f"{sum(values) / len(values):.3f}", "-"]
     lines.append("| " + " | ".join([*cells, *(f"{v:.3f}" for v in values), "-"]) + " |")
     return "\n".join(lines)
 

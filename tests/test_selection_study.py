@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tokfuse.bench import selection_report, study_selection  # noqa: E402
 from tokfuse.bench.study_influence import Sample  # noqa: E402
 from tokfuse.bench.study_selection import Pool, Settings, Split  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 S = Settings(per_kind=6, validation=4, held_out=5, blocks=1, steps=2, batch=4, warm_steps=1,
              warm_samples=6, members=2, rank=4, lr=1e-2)  # fmt: skip
 
@@ -113,6 +115,8 @@ def test_rows_resume_and_the_report_holds_them(split, pool, tmp_path) -> None:
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert all(f"| {name} |" in text for name in by_name) and "| nothing |" in text
+    lines = selection_report.table(plain).splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 11
     page.write_text("no marks")
     with pytest.raises(ValueError, match="must hold"):
         selection_report.write(page, plain)
@@ -145,3 +149,13 @@ def test_the_pool_of_sums() -> None:
             assert question not in held
             assert (eval(question) == int(answer)) == (sample.group == 0)
             assert text.endswith("\n") and chr(int(sample.ids[sample.prompt])) == " "
+
+
+def test_the_page_is_what_the_rows_say() -> None:
+    page, rows = ROOT / "docs" / "selection_study.md", ROOT / "docs" / "selection_study.jsonl"
+    found = study_selection.rows_of(rows)
+    written = page.read_text().split(selection_report.BEGIN)[1].split(selection_report.END)[0]
+    assert written.strip() == f"{selection_report.table(found)}\n\n{selection_report.facts(found)}"
+    runs = [(row["seed"], row["ranking"]) for row in found]
+    assert len(runs) == len(set(runs)) and {seed for seed, _ in runs} == {1, 2, 3}
+    assert len({name for _, name in runs}) == selection_report.RANKINGS
