@@ -76,7 +76,8 @@ def command(options: argparse.Namespace, argv: Sequence[str]) -> list[str]:
     Without a CUDA device nsys records the whole process and its NVTX ranges: there is no CUDA
     profiler whose start it could wait for.
     """
-    inner = [*_without(argv, "--tool", "-o", "--out"), "--tool", "none"]
+    kept = [word for word in _without(argv, "--tool", "-o", "--out") if word != "--print"]
+    inner = [*kept, "--tool", "none"]
     here = [sys.executable, "-m", "tokfuse", "profile", *inner]
     environment = ["env", "TOKFUSE_NVTX=1"]
     if options.tool == "nsys":
