@@ -127,7 +127,7 @@ def _trace(work: Callable[[], None], options: argparse.Namespace, config: Config
     print(recorded.key_averages().table(sort_by=order, row_limit=options.rows))
     path = Path(f"{options.out}.json")
     recorded.export_chrome_trace(str(path))
-    print(f"trace: {path} (chrome://tracing or https://ui.perfetto.dev)")
+    print(f"trace: {path} (for chrome://tracing or Perfetto)")
     return 0
 
 
