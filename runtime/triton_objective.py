@@ -31,6 +31,8 @@ def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> Triton
     kernels = triton_backend.kernels("objective")
     shape, _, kl, seq_mean, p, *numbers = cast(tuple[Any, ...], objective.record)
     i = inputs
+    old_logp = i.old_logp
+    assert old_logp is not None  # the callers put the current one in its place
     vectors = {name: native.float_vector(getattr(i, name)) for name in kernels.TokenPointers._fields
                if hasattr(i, name) and name != "mask"}  # fmt: skip
     mask = None if i.mask is None else i.mask.contiguous()
@@ -39,7 +41,7 @@ def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> Triton
     if i.cu_seqlens is not None and (per_token or inverse < 0):
         per_sequence = per_token and i.advantage_level == "sequence"
         counts, agg_weight, advantage = _prepare(
-            i.cu_seqlens.contiguous(), mask, i.old_logp.shape[0],
+            i.cu_seqlens.contiguous(), mask, old_logp.shape[0],
             seq_mean=per_token and bool(seq_mean),
             seq_advantage=vectors["advantage"] if per_sequence else None,
         )  # fmt: skip
@@ -47,19 +49,21 @@ def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> Triton
             vectors["advantage"] = advantage
     scale: float | torch.Tensor = inverse
     if inverse < 0:
-        scale = _batch_scale(i, counts if objective.counts_sequences else None)
+        scale = _batch_scale(i.mask, old_logp, counts if objective.counts_sequences else None)
     pointers = kernels.TokenPointers(mask=mask, agg_weight=agg_weight, **vectors)
     return TritonInputs(
         pointers, kernels.ObjectiveNumbers(*p, *numbers), (shape, kl), scale, counts
     )
 
 
-def _batch_scale(i: PolicyInputs, counts: torch.Tensor | None) -> torch.Tensor:
+def _batch_scale(
+    mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None
+) -> torch.Tensor:
     """1 / count of this batch, 0 where nothing counts, without asking the device."""
     if counts is not None:
         count = (counts > 0).sum()
-    elif i.mask is not None:
-        count = i.mask.sum()
+    elif mask is not None:
+        count = mask.sum()
     else:
-        count = torch.full((), i.old_logp.shape[0], device=i.old_logp.device)
+        count = torch.full((), rows.shape[0], device=rows.device)
     return torch.where(count > 0, 1.0 / count.clamp(min=1).double(), 0.0).float()

@@ -1,10 +1,13 @@
 """`tokfuse.gae`: generalised advantage estimation over packed sequences, as one reverse scan."""
 
+from typing import Any
+
 import torch
 
 from tokfuse.runtime import native, triton_backend
 from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
@@ -14,7 +17,6 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.ranges import ranged
@@ -151,10 +153,28 @@ def _cpu(
     return advantage, returns
 
 
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    lam = options["lam"]
+    per_seq = lam if isinstance(lam, torch.Tensor) else None
+    return options | {"lam": 1.0 if per_seq is not None else lam, "seq_lam": per_seq}
+
+
+def _rich(options: dict[str, Any]) -> dict[str, Any]:
+    per_seq = options.pop("seq_lam")
+    return options | ({} if per_seq is None else {"lam": per_seq})
+
+
+_FORM = GraphForm(
+    "(Tensor reward, Tensor value, Tensor cu_seqlens, *, float gamma, float lam, Tensor? seq_lam,"
+    " float? length_adaptive_alpha, Tensor? mask, Tensor? finished) -> (Tensor, Tensor)",
+    like_rows(2),
+    _flat,
+    _rich,
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "triton": uncompiled(triton_backend.launcher(OP, "gae")),
-    "cpu": uncompiled(_cpu),
+    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))

@@ -5,6 +5,7 @@ import torch
 from tokfuse.runtime import native, triton_backend
 from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     FLOATS,
     INTS,
@@ -16,7 +17,6 @@ from tokfuse.runtime.packed_checks import (
     check_unused,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.ranges import ranged
@@ -226,10 +226,15 @@ def _cpu(
     return out
 
 
+_FORM = GraphForm(
+    "(Tensor reward, Tensor? group_ids, *, str baseline, str scale, bool sample_std, float eps,"
+    " bool singleton_reward, Tensor? lengths, Tensor? greedy_reward) -> Tensor",
+    lambda reward, *_, **__: torch.empty_like(reward),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "triton": uncompiled(triton_backend.launcher(OP, "group_advantage")),
-    "cpu": uncompiled(_cpu),
+    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokfuse.runtime import checks
+from tokfuse.runtime import checks, triton_backend
 from tokfuse.runtime.dispatch import (
     ALL_DTYPES,
     FLOAT_DTYPES,
@@ -220,7 +220,7 @@ def sketch(
         rank: r of the (r, hidden) projections, entries +-1 / sqrt(r). None: no projection, F_s is
             the adapter's whole (hidden, hidden) gradient.
         seed: of the projections, equal on every machine. Compare sketches of one rank and seed.
-        max_seqlen: longest sequence. None: taken from cu_seqlens, one synchronisation on a GPU.
+        max_seqlen: longest sequence, which only the reference pads to. None: from cu_seqlens.
 
     Returns:
         (seqs, rank, rank) float32 (float64 for float64 hidden); 0 for an empty sequence. Detached.
@@ -228,8 +228,8 @@ def sketch(
     Numerics: float32 products whatever the input dtype; grad_hidden of a 16-bit head was rounded
         once to 16 bits. Repeatable bitwise on one machine.
 
-    Gradients and memory: none is differentiated. Extra memory 8 * tokens * rank bytes and, on
-        devices other than the CPU, as much again per padded token.
+    Gradients and memory: none is differentiated. Extra memory 8 * tokens * rank bytes; in
+        the reference as much again per padded token.
 
     Raises:
         ValueError: shapes, dtypes, devices, cu_seqlens, rank, max_seqlen.
@@ -246,9 +246,7 @@ def sketch(
     checks.check_device(op, "grad_hidden", grad_hidden, hidden.device)
     checks.check_cu_seqlens(op, cu_seqlens, hidden.shape[0], hidden.device)
     check_spec(op, rank, seed)
-    if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-    elif max_seqlen < 0:
+    if max_seqlen is not None and max_seqlen < 0:
         raise refuse(op, "max_seqlen", ">= 0", max_seqlen, "Omit it to have it computed.")
     pair = None if rank is None else projections(rank, hidden.shape[1], seed, hidden.device)
     run = select(OP, hidden.device.type, hidden.dtype).run
@@ -281,7 +279,7 @@ def _cpu_sketch(
     hidden: torch.Tensor,
     cu_seqlens: torch.Tensor,
     pair: tuple[torch.Tensor, torch.Tensor] | None,
-    max_seqlen: int,
+    max_seqlen: int | None,
 ) -> torch.Tensor:
     """One small GEMM per sequence: nothing is padded."""
     dtype = accumulation_dtype(hidden.dtype)
@@ -305,9 +303,26 @@ def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     return out
 
 
+_launch = triton_backend.launcher(OP, "sketch")
+
+
+def _triton_sketch(
+    grad_hidden: torch.Tensor,
+    hidden: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    pair: tuple[torch.Tensor, torch.Tensor] | None,
+    max_seqlen: int | None,
+) -> torch.Tensor:
+    """The projections are GEMMs of torch; nothing waits for the length of a sequence."""
+    left, right = grad_hidden.float(), hidden.float()
+    if pair is not None:
+        left, right = left @ pair[0].t(), right @ pair[1].t()
+    out: torch.Tensor = _launch(left, right, cu_seqlens)
+    return out
+
+
 register_cpu(OP, _cpu_sketch, ALL_DTYPES)
-# A batched product of torch on the device: no kernel of ours could do it better.
-register_triton(OP, reference.sketch, FLOAT_DTYPES)
+register_triton(OP, _triton_sketch, FLOAT_DTYPES)
 register_reference(OP, reference.sketch)
 
 

@@ -203,14 +203,16 @@ def rows_of_options(p: HeadProblem, index: torch.Tensor) -> tuple[torch.Tensor, 
 def _triton_forward_chunks(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     rows = device_head.classify(p, p.options.mask, None)
     head = DeviceHead(p, (False, False, False), rows)
-    out = torch.zeros(7, p.tokens, dtype=torch.float32, device=p.hidden.device)
+    # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
+    out = [torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device) for _ in range(7)]
     with torch.no_grad():
         for index, h in head.chunks(0, rows.forward):
             target, options = rows_of_options(p, index)
             if rows.keep is not None:
                 options["mask"] = rows.keep[index]
             stats = stats_op.TRITON.forward(head.logits(h), target, **options)
-            out[:, index] = torch.stack(stats)
+            for kept, x in zip(out, stats, strict=True):
+                kept[index] = x
     return tuple(out)
 
 

@@ -9,6 +9,7 @@ import torch
 from tokfuse.runtime import native, triton_backend
 from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     INTS,
@@ -21,7 +22,6 @@ from tokfuse.runtime.packed_checks import (
     check_unused,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.ranges import ranged
@@ -385,10 +385,44 @@ def _triton(
     return out
 
 
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    rules = options["rules"]
+    codes = [
+        (STATISTICS.index(r.statistic) * len(OVER) + OVER.index(r.over)) * 2 + r.negative_only
+        for r in rules
+    ]
+    bounds = []
+    for rule in rules:
+        bounds.append(-math.inf if rule.low is None else rule.low)
+        bounds.append(math.inf if rule.high is None else rule.high)
+    return options | {"rules": codes, "bounds": bounds}
+
+
+def _rich(options: dict[str, Any]) -> dict[str, Any]:
+    bounds, rules = options.pop("bounds"), []
+    for i, code in enumerate(options["rules"]):
+        statistic, over = divmod(code // 2, len(OVER))
+        low, high = (None if math.isinf(x) else x for x in bounds[2 * i : 2 * i + 2])
+        rules.append(KeepRule(STATISTICS[statistic], OVER[over], low, high, bool(code % 2)))
+    return options | {"rules": tuple(rules)}
+
+
+_FORM = GraphForm(
+    "(Tensor? logp, Tensor behavior, *, str level, str mode, float? low, float? high, float? lam,"
+    " float? power, str normalize, int[] rules, float[] bounds, Tensor? cu_seqlens, Tensor? mask,"
+    " Tensor? group_ids, Tensor? advantage) -> (Tensor, Tensor, Tensor)",
+    lambda logp, behavior, **_: (
+        torch.empty_like(behavior),
+        behavior.new_empty(()),
+        torch.empty_like(behavior, dtype=torch.bool),
+    ),
+    _flat,
+    _rich,
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "triton": uncompiled(_triton),
-    "cpu": uncompiled(_cpu),
+    "triton": traceable(OP, "triton", _triton, _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))

@@ -8,6 +8,7 @@ import torch
 from tokfuse.runtime import native, triton_backend
 from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     INTS,
@@ -18,7 +19,6 @@ from tokfuse.runtime.packed_checks import (
     check_vector,
     may_read,
     plain,
-    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.ranges import ranged
@@ -216,21 +216,49 @@ class _Moments(torch.autograd.Function):
 
 
 def _differentiable(
-    kernel: Callable[..., tuple[torch.Tensor, ...]],
+    backend: str, kernel: Callable[..., tuple[torch.Tensor, ...]]
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
+    forward = traceable(OP, backend, kernel, _FORM)
+
     def run(values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-        if not (values.requires_grad and torch.is_grad_enabled()):
-            return kernel(values, *rest)
+        needs = values.requires_grad and torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or not needs:
+            found: tuple[torch.Tensor, ...] = forward(values, *rest)
+            return found
         out: tuple[torch.Tensor, ...] = _Moments.apply(kernel, values, *rest)
         return out
 
     return run
 
 
+def _fake(
+    values: torch.Tensor, ids: Any, cu_seqlens: Any, num_segments: int, mask: Any
+) -> tuple[torch.Tensor, ...]:
+    sums = (values.new_empty(num_segments) for _ in range(4))
+    return values.new_empty(num_segments, dtype=torch.int64), *sums
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    values, ids, cu_seqlens, _, mask = inputs
+    ctx.save_for_backward(values, ids, cu_seqlens, mask)
+    count, _, _, low, high = output
+    ctx.mark_non_differentiable(count, low, high)
+
+
+def _op_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _Moments.backward(ctx, *grads)[1:]
+
+
+_FORM = GraphForm(
+    "(Tensor values, Tensor? segment_ids, Tensor? cu_seqlens, SymInt num_segments, Tensor? mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    differentiate=(_setup_context, _op_backward),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "triton": uncompiled(_differentiable(_triton_forward)),
-    "cpu": uncompiled(_differentiable(_cpu_forward)),
+    "triton": _differentiable("triton", _triton_forward),
+    "cpu": _differentiable("cpu", _cpu_forward),
     "reference": _reference,
 }
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))

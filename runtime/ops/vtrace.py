@@ -6,6 +6,7 @@ import torch
 
 from tokfuse.runtime import native, triton_backend
 from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
+from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
@@ -15,7 +16,6 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.ranges import ranged
@@ -162,10 +162,15 @@ def _cpu(
     return target, advantage, rho
 
 
+_FORM = GraphForm(
+    "(Tensor log_ratio, Tensor reward, Tensor value, Tensor cu_seqlens, *, float gamma, float lam,"
+    " float? rho_bar, float? c_bar, Tensor? mask, Tensor? finished) -> (Tensor, Tensor, Tensor)",
+    like_rows(3),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "triton": uncompiled(triton_backend.launcher(OP, "vtrace")),
-    "cpu": uncompiled(_cpu),
+    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))

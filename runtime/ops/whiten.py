@@ -5,6 +5,7 @@ import torch
 from tokfuse.runtime import native, triton_backend
 from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
@@ -13,7 +14,6 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
 from tokfuse.runtime.ranges import ranged
@@ -124,10 +124,14 @@ def _cpu(
     return out
 
 
+_FORM = GraphForm(
+    "(Tensor x, *, Tensor? mask, bool shift_mean, float eps, Tensor? mean, Tensor? var) -> Tensor",
+    lambda x, **_: torch.empty_like(x),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "triton": uncompiled(triton_backend.launcher(OP, "whiten")),
-    "cpu": uncompiled(_cpu),
+    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))

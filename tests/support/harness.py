@@ -65,13 +65,19 @@ def backends(op: str, without: str = "", interpreted: bool = True) -> list[Any]:
     return out
 
 
-def host_backends(op: str) -> list[Any]:
+def host_backends(op: str, without: str = "") -> list[Any]:
     """`backends` by name, for tests that keep their tensors on the CPU."""
     return [
         pytest.param(parameter.values[0].name, id=parameter.id, marks=parameter.marks)
-        for parameter in backends(op)
+        for parameter in backends(op, without)
         if parameter.values[0].device == "cpu"
     ]
+
+
+def thread_counts() -> tuple[int, ...]:
+    """Threads of the host to run a call with; interpreted kernels use one, so they run twice."""
+    interpreted = dispatch.forced_backend() == "triton" and triton_backend.interpreting()
+    return (1, 2) if interpreted else (1, 2, 3)
 
 
 def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
