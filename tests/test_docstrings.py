@@ -45,6 +45,11 @@ def test_examples_run_as_written(example: doctest.DocTest) -> None:
     assert runner.failures == 0, "".join(said)
 
 
+def test_every_page_is_in_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text()
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if f": {p.name}\n" not in nav] == []
+
+
 PARSERS = {"bench": bench.cli._parser, "profile": bench.profile._parser}
 
 
