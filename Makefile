@@ -115,7 +115,7 @@ format:
 docs:
 	@$(BOOTSTRAP) --no-native docs
 	@$(BIN)/python tools/typing_tree.py
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
 bench:

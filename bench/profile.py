@@ -76,7 +76,8 @@ def command(options: argparse.Namespace, argv: Sequence[str]) -> list[str]:
     Without a CUDA device nsys records the whole process and its NVTX ranges: there is no CUDA
     profiler whose start it could wait for.
     """
-    inner = [*_without(argv, "--tool", "-o", "--out"), "--tool", "none"]
+    kept = [word for word in _without(argv, "--tool", "-o", "--out") if word != "--print"]
+    inner = [*kept, "--tool", "none"]
     here = [sys.executable, "-m", "tokfuse", "profile", *inner]
     environment = ["env", "TOKFUSE_NVTX=1"]
     if options.tool == "nsys":
@@ -126,7 +127,7 @@ def _trace(work: Callable[[], None], options: argparse.Namespace, config: Config
     print(recorded.key_averages().table(sort_by=order, row_limit=options.rows))
     path = Path(f"{options.out}.json")
     recorded.export_chrome_trace(str(path))
-    print(f"trace: {path} (chrome://tracing or https://ui.perfetto.dev)")
+    print(f"trace: {path} (for chrome://tracing or Perfetto)")
     return 0
 
 

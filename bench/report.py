@@ -33,8 +33,11 @@ def number(value: float | None) -> str:
 
 
 def spread(row: Row) -> str:
-    """20th and 80th percentile in milliseconds."""
-    return "-" if row.p20_ms is None else f"{row.p20_ms:.3g} - {row.p80_ms:.3g}"
+    """20th and 80th percentile, in the unit of the median."""
+    if row.p20_ms is None or row.p80_ms is None or row.median_ms is None:
+        return "-"
+    scale = 1e3 if row.median_ms < 0.1 else 1.0
+    return f"{row.p20_ms * scale:.3g} - {row.p80_ms * scale:.3g}"
 
 
 def energy(row: Row) -> str:
@@ -91,7 +94,7 @@ def _facts(row: Row) -> str:
 
 def _table(key: tuple[str, ...], group: list[Row]) -> str:
     ours = [r for r in group if r.role == "ours" and r.status == "pass" and r.median_ms]
-    heads = ["provider", "status", "median", "p20 - p80 ms", *(f"/ {r.provider}" for r in ours)]
+    heads = ["provider", "status", "median", "p20 - p80", *(f"/ {r.provider}" for r in ours)]
     heads += [
         "of limit",
         "tokens/s",

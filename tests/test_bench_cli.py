@@ -33,6 +33,8 @@ def test_rates_are_work_over_the_median() -> None:
     assert replace(ROW, median_ms=None).tokens_per_s is None
     line = report.line(ROW)
     assert all(text in line for text in ("1.5 - 3", "2000", "50%", " 4 ", " 2 "))
+    fast = replace(ROW, median_ms=0.002, p20_ms=0.0015, p80_ms=0.003)
+    assert "2.00 us" in report.line(fast) and "1.5 - 3 " in report.line(fast)
     text = report.markdown([replace(ROW, energy_mj=12.0)])
     assert "| tokens/s | GB/s | GFLOP/s | energy |" in text and "| 12 mJ |" in text
 

@@ -68,7 +68,7 @@ def test_several_ops_in_one_run() -> None:
         "token_stats"
     ] * 2
     options.names = ["gae", "softmax"]
-    with pytest.raises(ValueError, match="one of token_stats, .*compare; got 'softmax'"):
+    with pytest.raises(ValueError, match="one of token_stats, .*predict; got 'softmax'"):
         planning.make_plan(options)
 
 

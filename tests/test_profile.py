@@ -51,7 +51,7 @@ def test_the_exact_command_is_printed(
     assert all(text in printed for text in wanted), printed
     inner = printed.splitlines()[0].split("-m tokfuse profile ")[1]
     assert inner.startswith("token_stats --shapes 4x33") and inner.endswith("--tool none")
-    assert " -o " not in inner
+    assert " -o " not in inner and "--print" not in inner
 
 
 def test_an_absent_tool_says_what_to_install(monkeypatch, capsys) -> None:
