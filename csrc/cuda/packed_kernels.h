@@ -1,0 +1,62 @@
+// Launchers of the CUDA kernels over packed vectors. Each makes one launch on `stream` of the current
+// device; all pointers are the device's. Records as in common/, but for what is written here.
+#pragma once
+
+#include "common/objective_args.h"
+#include "common/packed_args.h"
+#include "cuda/stream.h"
+
+namespace tokfuse {
+namespace cuda {
+
+// Rows of equal id, from a stable sort of the ids: `order` are the rows, `ids` the sorted ids.
+struct SortedIds {
+  const int64_t* ids;
+  const int64_t* order;
+};
+
+// MomentsArgs::ids is sorted; `order` holds its rows. A row whose id is outside [0, K) counts
+// nowhere. `scratch` and `tickets` hold what moments_parts asks for.
+struct MomentsScratch {
+  const int64_t* order;
+  int parts;
+  double* table;      // (K, parts, 5) with more than one part
+  unsigned* tickets;  // (K)
+};
+int moments_parts(int64_t rows, int64_t segments);
+cudaError_t segment_moments(const MomentsArgs& args, const MomentsScratch& scratch,
+                            cudaStream_t stream);
+
+cudaError_t gae(const ScanArgs& args, cudaStream_t stream);
+cudaError_t vtrace(const ScanArgs& args, cudaStream_t stream);
+
+// args.scratch: 3 per block of kWhitenBlock rows.
+cudaError_t whiten(const WhitenArgs& args, cudaStream_t stream);
+
+// args.scratch: 10 per block of kOpeBlock rows.
+cudaError_t ope(const OpeArgs& args, cudaStream_t stream);
+
+// Groups as `groups` has them; args.ids is not read.
+cudaError_t group_advantage(const GroupAdvantageArgs& args, const SortedIds& groups,
+                            cudaStream_t stream);
+
+// `ess` receives the effective sample size. args.partial: 5 S. Groups as above, only for kGroup.
+cudaError_t offpolicy_weights(const OffPolicyArgs& args, const SortedIds& groups, float* ess,
+                              cudaStream_t stream);
+
+// `partial` holds policy_partials(tokens, seqs) numbers.
+int64_t policy_partials(int64_t tokens, int64_t seqs);
+cudaError_t policy_loss(const ObjectiveArgs& args, double* partial, cudaStream_t stream);
+
+// out (S, R, R) = sum over the tokens of each sequence of left_t right_t^T.
+struct SketchArgs {
+  int64_t tokens, seqs, rank;
+  const float* left;          // (T, R)
+  const float* right;         // (T, R)
+  const int32_t* cu_seqlens;  // (S + 1)
+  float* out;                 // (S, R, R)
+};
+cudaError_t sketch(const SketchArgs& args, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace tokfuse
