@@ -2,8 +2,8 @@
 // weights, for CPU and CUDA. "or null" marks optional pointers. The binding layer has checked sizes
 // and codes; kernels trust them.
 //
-// Shapes in comments: T tokens, S sequences, N rows, K segments. `threads` and scratch memory are the
-// CPU's.
+// Shapes in comments: T tokens, S sequences, N rows, K segments. `threads` and scratch memory are
+// the CPU's.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Shared by the kernels over packed vectors: sums of a block in one fixed order, and the last block.
+// Shared by the kernels over packed vectors: sums of a block in one fixed order, and the last
+// block.
 //
 // These kernels move 8 to 40 bytes per token where a logits kernel moves 300,000, so their sums are
 // float64: a result is rounded once and does not depend on how the work was cut.

@@ -1,10 +1,15 @@
-// Launchers of the CUDA kernels over packed vectors. Each makes one launch on `stream` of the current
-// device; all pointers are the device's. Records as in common/, but for what is written here.
+// Launchers of the CUDA kernels over packed vectors. Each makes one launch on `stream` of the
+// current device; all pointers are the device's. Records as in common/, but for what is written
+// here.
 #pragma once
 
 #include "common/objective_args.h"
 #include "common/packed_args.h"
-#include "cuda/stream.h"
+#if defined(TOKFUSE_CUDA_HOST)
+#include "cuda_host/cuda_host.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
 
 namespace tokfuse {
 namespace cuda {
@@ -47,6 +52,25 @@ cudaError_t offpolicy_weights(const OffPolicyArgs& args, const SortedIds& groups
 // `partial` holds policy_partials(tokens, seqs) numbers.
 int64_t policy_partials(int64_t tokens, int64_t seqs);
 cudaError_t policy_loss(const ObjectiveArgs& args, double* partial, cudaStream_t stream);
+
+// What a row kernel left of each token, and the metrics of all; (T) each, or null where "or null".
+struct TokenResults {
+  int64_t tokens;
+  const float* logp;
+  const float* entropy;
+  const float* old_logp;
+  const float* ref_logp;  // or null
+  const uint8_t* mask;    // or null
+  const float* token_loss;
+  const float* d_logp;
+  const float* d_entropy;
+  const float* ratio;
+  const int32_t* flags;
+  const double* seqs;  // () sequences with a valid token, or null: 0
+};
+// `partial` holds policy_partials(tokens, 0) numbers, `metrics` kMetricCount.
+cudaError_t policy_metrics(const TokenResults& results, double* partial, double* metrics,
+                           cudaStream_t stream);
 
 // out (S, R, R) = sum over the tokens of each sequence of left_t right_t^T.
 struct SketchArgs {

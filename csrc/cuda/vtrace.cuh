@@ -1,5 +1,5 @@
-// vtrace: V-trace targets and advantages, one reverse scan per sequence, a block each. Reads 12 bytes
-// per token (13 with a mask) and writes 12.
+// vtrace: V-trace targets and advantages, one reverse scan per sequence, a block each. Reads 12
+// bytes per token (13 with a mask) and writes 12.
 //
 //   rho = min(ratio, rho_bar), c = lam min(ratio, c_bar), ratio = exp(clamp(log_ratio, +-20))
 //   v(t) - V(t) = rho (r + gamma V(next) - V(t)) + gamma c (v(next) - V(next))
