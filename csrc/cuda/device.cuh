@@ -315,6 +315,16 @@ inline cudaError_t device_arch(int* arch) {
   return error;
 }
 
+inline cudaError_t l2_bytes(int64_t* bytes) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&value, cudaDevAttrL2CacheSize, device);
+  }
+  *bytes = value;
+  return error;
+}
+
 // Allows a kernel the dynamic shared memory and cluster of `shape`; once per device is enough, but
 // it costs less than to remember.
 template <class Kernel>

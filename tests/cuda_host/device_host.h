@@ -145,6 +145,11 @@ inline cudaError_t device_arch(int* arch) {
   return cudaSuccess;
 }
 
+inline cudaError_t l2_bytes(int64_t* bytes) {
+  *bytes = 50 << 20;
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t,
                    const Arguments&... arguments) {

@@ -1,0 +1,49 @@
+// Launchers of token_stats.cuh.
+#include "cuda/token_stats.cuh"
+
+#include "cuda/launch.h"
+
+namespace tokfuse {
+namespace cuda {
+
+cudaError_t token_stats_fwd(const LogitsArgs& a, const TokenStatsOut& out, cudaStream_t stream) {
+  if (a.rows == 0) return cudaSuccess;
+  const bool extras = out.second_logp != nullptr || out.p2_logp != nullptr;
+  return by_dtype(a.dtype, [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    const bool aligned =
+        rows_aligned<T>(a.logits, a.stride) && rows_aligned<T>(a.bias_logits, a.bias_stride);
+    return by_flag(is_transformed(a), [&](auto transformed) {
+      return by_flag(extras, [&](auto with_extras) {
+        return launch_resident(token_stats_fwd_kernel<T, decltype(transformed)::value,
+                                                      decltype(with_extras)::value>,
+                               a.rows, kForwardThreads, stream, a, out, aligned);
+      });
+    });
+  });
+}
+
+// Parts of rows that fill every GPU a few times over where there are few rows.
+constexpr int64_t kEnoughBlocks = 4096;
+constexpr int64_t kSmallestPart = 4096;  // elements
+
+cudaError_t token_stats_bwd(const LogitsArgs& a, const TokenStatsGrad& g, cudaStream_t stream) {
+  if (a.rows == 0) return cudaSuccess;
+  const int64_t wanted = (kEnoughBlocks + a.rows - 1) / a.rows;
+  const int64_t most = (a.vocab + kSmallestPart - 1) / kSmallestPart;
+  const int parts = static_cast<int>(wanted < most ? wanted : most);
+  return by_dtypes(a.dtype, g.grad_dtype, [&](auto* type, auto* grad_type) {
+    using T = Pointee<decltype(type)>;
+    using G = Pointee<decltype(grad_type)>;
+    const bool aligned = rows_aligned<T>(a.logits, a.stride) &&
+                         rows_aligned<T>(a.bias_logits, a.bias_stride) &&
+                         grad_aligned<T, G>(g.grad_logits, g.grad_stride);
+    return by_flag(is_transformed(a), [&](auto transformed) {
+      return launch_resident(token_stats_bwd_kernel<T, G, decltype(transformed)::value>,
+                             a.rows * parts, kBackwardThreads, stream, a, g, parts, aligned);
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace tokfuse
