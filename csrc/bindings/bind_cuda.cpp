@@ -8,6 +8,7 @@ void bind_cuda(pybind11::module_& m) {
   m.doc() = "CUDA kernels of tokfuse over device addresses";
   cuda::bind_packed(m);
   cuda::bind_policy(m);
+  cuda::bind_rows(m);
 }
 
 }  // namespace tokfuse

@@ -71,7 +71,8 @@ class DeviceGuard {
 };
 
 // Runs `launch(stream)` on the device of the place; an error becomes an exception that names the op
-// and the launch. An error that an earlier kernel left comes out here too: launches are asynchronous.
+// and the launch. An error that an earlier kernel left comes out here too: launches are
+// asynchronous.
 template <class Launch>
 void run(const char* op, const char* kernel, const Place& place, Launch launch) {
   pybind11::gil_scoped_release release;
@@ -89,6 +90,7 @@ void run(const char* op, const char* kernel, const Place& place, Launch launch) 
 
 void bind_packed(pybind11::module_& m);
 void bind_policy(pybind11::module_& m);
+void bind_rows(pybind11::module_& m);
 
 }  // namespace cuda
 

@@ -63,8 +63,7 @@ void bind_gae(const py::tuple& place, Address reward, Address value, Address cu_
   a.alpha = alpha;
   a.advantage = as<float>(advantage);
   a.returns = as<float>(returns);
-  run("gae", "gae_kernel", place_of(place),
-      [&](cudaStream_t stream) { return gae(a, stream); });
+  run("gae", "gae_kernel", place_of(place), [&](cudaStream_t stream) { return gae(a, stream); });
 }
 
 void bind_vtrace(const py::tuple& place, Address log_ratio, Address reward, Address value,
@@ -112,8 +111,7 @@ void bind_ope(const py::tuple& place, Address weight, Address reward, Address q_
   a.mask = as<uint8_t>(mask);
   a.out = as<double>(out);
   a.scratch = as<double>(scratch);
-  run("ope", "ope_kernel", place_of(place),
-      [&](cudaStream_t stream) { return ope(a, stream); });
+  run("ope", "ope_kernel", place_of(place), [&](cudaStream_t stream) { return ope(a, stream); });
 }
 
 void bind_group_advantage(const py::tuple& place, Address reward, Address ids, Address order,

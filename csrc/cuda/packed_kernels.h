@@ -53,6 +53,18 @@ cudaError_t offpolicy_weights(const OffPolicyArgs& args, const SortedIds& groups
 int64_t policy_partials(int64_t tokens, int64_t seqs);
 cudaError_t policy_loss(const ObjectiveArgs& args, double* partial, cudaStream_t stream);
 
+// What sequences mean for their tokens: (S) counts, and (T) vectors or null where not wanted.
+struct PrepareArgs {
+  int64_t seqs;
+  const int32_t* cu_seqlens;   // (S + 1)
+  const uint8_t* mask;         // (T) or null
+  const float* seq_advantage;  // (S) or null
+  int32_t* counts;             // (S) valid tokens of each sequence
+  float* agg_weight;           // (T) 1 / valid tokens of its sequence, or null
+  float* advantage;            // (T), with seq_advantage
+};
+cudaError_t policy_prepare(const PrepareArgs& args, cudaStream_t stream);
+
 // What a row kernel left of each token, and the metrics of all; (T) each, or null where "or null".
 struct TokenResults {
   int64_t tokens;
@@ -66,7 +78,8 @@ struct TokenResults {
   const float* d_entropy;
   const float* ratio;
   const int32_t* flags;
-  const double* seqs;  // () sequences with a valid token, or null: 0
+  const int32_t* counts;  // (S) valid tokens of each sequence, or null: sequences are not counted
+  int64_t seqs;           // S
 };
 // `partial` holds policy_partials(tokens, 0) numbers, `metrics` kMetricCount.
 cudaError_t policy_metrics(const TokenResults& results, double* partial, double* metrics,

@@ -12,6 +12,12 @@ cudaError_t policy_loss(const ObjectiveArgs& o, double* partial, cudaStream_t st
                      partial);
 }
 
+cudaError_t policy_prepare(const PrepareArgs& a, cudaStream_t stream) {
+  if (a.seqs == 0) return cudaSuccess;
+  return launch(&policy_prepare_kernel, LaunchShape{static_cast<unsigned>(a.seqs), kBlock}, stream,
+                a);
+}
+
 cudaError_t policy_metrics(const TokenResults& r, double* partial, double* metrics,
                            cudaStream_t stream) {
   return launch_grid(&policy_metrics_kernel, policy_segments(r.tokens, 0), kBlock, stream, r,

@@ -187,7 +187,26 @@ __global__ void __launch_bounds__(kBlock)
   grid_sync();
   if (blockIdx.x != 0) return;
   const PolicyMetrics all = block_sum_of(metrics, segments, no_metrics());
-  if (threadIdx.x == 0) store_metrics(all, r.tokens, r.seqs == nullptr ? 0 : *r.seqs, out);
+  Sums<1> seqs = {};
+  for (int64_t i = threadIdx.x; r.counts != nullptr && i < r.seqs; i += kBlock) {
+    seqs.at[0] += r.counts[i] > 0;
+  }
+  seqs = block_sum(seqs);
+  if (threadIdx.x == 0) store_metrics(all, r.tokens, seqs.at[0], out);
+}
+
+// A block per sequence: its valid tokens, and what they mean for each of them.
+__global__ void __launch_bounds__(kBlock) policy_prepare_kernel(const PrepareArgs a) {
+  const int64_t seq = blockIdx.x, begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
+  Sums<1> n = {};
+  for (int64_t t = begin + threadIdx.x; t < end; t += kBlock) n.at[0] += counts(a.mask, t);
+  n = block_sum(n);
+  if (threadIdx.x == 0) a.counts[seq] = static_cast<int32_t>(n.at[0]);
+  const float weight = n.at[0] > 0 ? 1.0f / static_cast<float>(n.at[0]) : 1.0f;
+  for (int64_t t = begin + threadIdx.x; t < end; t += kBlock) {
+    if (a.agg_weight != nullptr) a.agg_weight[t] = weight;
+    if (a.advantage != nullptr) a.advantage[t] = a.seq_advantage[seq];
+  }
 }
 
 }  // namespace cuda
