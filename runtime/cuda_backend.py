@@ -1,7 +1,8 @@
 """The way from an op to the CUDA launchers of the native module; touches no driver at import.
 
-TOKFUSE_CUDA_HOST names a build of the launchers that runs on the CPU (tests/support/cuda_module.py):
-the backend then takes CPU tensors, for tests, and only where it is forced.
+TOKFUSE_CUDA_HOST names a build of the launchers that runs on the CPU, by
+tests/support/cuda_module.py: the backend then takes CPU tensors, for tests, and only where it is
+forced.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Launchers of the CUDA kernels of policy objectives: over packed tokens, and fused with the rows."""
+"""Launchers of the CUDA kernels of policy objectives: over packed tokens, and fused with rows."""
 
 from typing import Any, NamedTuple
 

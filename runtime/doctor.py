@@ -74,7 +74,7 @@ def _native() -> dict[str, Any]:
     if module is not None:
         info["file"] = module.__file__
         info["active_isa"] = module.active_isa()
-        info["cuda_version"], info["cuda_archs"] = module.cuda_version, module.cuda_archs.split(";")
+        info["cuda_version"], info["cuda_archs"] = module.cuda_version, module.cuda_archs.split(",")
     return info
 
 

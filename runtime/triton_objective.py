@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from tokfuse.runtime import device_objective, triton_backend
+from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.objective import Objective
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
@@ -37,6 +38,7 @@ def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> Triton
     )
 
 
+_launch_step = triton_backend.launcher("policy_step", "policy_step")
 _launch_rows = triton_backend.launcher("policy_step", "policy_step_rows")
 _launch_metrics = triton_backend.launcher("policy_metrics", "policy_metrics")
 
@@ -74,3 +76,17 @@ def policy_metrics(
         logp, entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts
     )
     return sums
+
+
+def policy_step(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, in_place: bool,
+) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Statistics, token results, metric sums and the gradient of the logits; token-level."""
+    given = encode(inputs, objective, inverse)
+    out: tuple[Any, Any, torch.Tensor, torch.Tensor] = _launch_step(
+        logits, target, given.pointers, given.numbers, given.codes, given.scale, given.counts,
+        in_place=in_place, temperature=o.temperature, softcap=o.softcap,
+        logit_scale=o.logit_scale,
+    )  # fmt: skip
+    return out

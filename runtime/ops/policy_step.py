@@ -1,13 +1,13 @@
 """policy_step: loss and gradient of a policy objective, from logits or from hidden states."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from tokfuse.runtime import cuda_policy, native, policy_checks, triton_objective
 from tokfuse.runtime import head as heads
-from tokfuse.runtime import cuda_policy, native, policy_checks, triton_backend, triton_objective
+from tokfuse.runtime.device_step import DeviceStep, StepTerms, device_run
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
@@ -29,21 +29,12 @@ from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, policy_terms
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.policy_checks import Normalizer
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
 
 OP = "policy_step"
-
-
-class StepTerms(NamedTuple):
-    """What a backend computes from one batch of logits."""
-
-    terms: PolicyTerms
-    stats: TokenStats
-    grad_logits: torch.Tensor
 
 
 def policy_step(
@@ -377,70 +368,11 @@ def _cpu_run_sequence(
     return StepTerms(terms, TokenStats(*stats), grad)
 
 
-class DeviceStep(NamedTuple):
-    """What the two device backends do differently."""
-
-    stats: stats_op.Kernels
-    loss: Callable[..., PolicyTerms]
-    fused: Callable[..., tuple[Any, Any, torch.Tensor, torch.Tensor]]
-    """(logits, target, options, inputs, objective, inverse, in_place) -> statistics, token results,
-    metric sums, gradient."""
-
-
-_launch = triton_backend.launcher("policy_step", "policy_step")
-
-
-def _triton_fused(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, in_place: bool,
-) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:  # fmt: skip
-    given = triton_objective.encode(inputs, objective, inverse)
-    out: tuple[Any, Any, torch.Tensor, torch.Tensor] = _launch(
-        logits, target, given.pointers, given.numbers, given.codes, given.scale, given.counts,
-        in_place=in_place, temperature=o.temperature, softcap=o.softcap,
-        logit_scale=o.logit_scale,
-    )  # fmt: skip
-    return out
-
-
-def _device_run(kernels: DeviceStep) -> Callable[..., StepTerms]:
-    def run(
-        logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-        objective: Objective, inverse: float, in_place: bool,
-    ) -> StepTerms:  # fmt: skip
-        if may_read(target):
-            reference.check_values(OP, target, logits.shape[1], o.mask, o.temperature)
-        z = logits.detach()
-        if objective.level != "token":
-            return _device_run_sequence(kernels, z, target, o, inputs, objective, inverse, in_place)
-        stats, out, sums, grad = kernels.fused(z, target, o, inputs, objective, inverse, in_place)
-        loss = sums[SLOT["loss"]].to(torch.float32)
-        terms = PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, sums)
-        return StepTerms(terms, TokenStats(*stats), grad)
-
-    return run
-
-
-def _device_run_sequence(
-    kernels: DeviceStep, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions,
-    inputs: PolicyInputs, objective: Objective, inverse: float, in_place: bool,
-) -> StepTerms:  # fmt: skip
-    """As on the CPU: statistics, objective, gradient."""
-    assert kernels.stats.backward is not None
-    *stats, row_max, inv_sum = kernels.stats.forward(logits, target, **o._asdict())
-    terms = kernels.loss(stats[0], stats[1], inputs, objective, inverse)
-    grad = kernels.stats.backward(
-        logits, target, row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy,
-        out=logits if in_place else None, **o._asdict(),
-    )  # fmt: skip
-    return StepTerms(terms, TokenStats(*stats), grad)
-
-
 CUDA = DeviceStep(stats_op.CUDA, losses._cuda_run, cuda_policy.policy_step)
-TRITON = DeviceStep(stats_op.TRITON, losses._triton_run, _triton_fused)
+TRITON = DeviceStep(stats_op.TRITON, losses._triton_run, triton_objective.policy_step)
 register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
-register_cuda(OP, _device_run(CUDA), FLOAT_DTYPES, "softcap")
-register_triton(OP, _device_run(TRITON), FLOAT_DTYPES, "softcap")
+register_cuda(OP, device_run(CUDA), FLOAT_DTYPES, "softcap")
+register_triton(OP, device_run(TRITON), FLOAT_DTYPES, "softcap")
 register_reference(OP, _reference_run, "softcap")
 
 

@@ -78,7 +78,8 @@ def segment_moments(
     Raises:
         ValueError: shapes, dtypes, both or none of segment_ids and cu_seqlens, num_segments missing
             or given with cu_seqlens, an id outside [0, num_segments) (read on CPU; on
-            other devices only with TOKFUSE_CHECK=1, else its row counts nowhere on `cuda` and `triton`).
+            other devices only with TOKFUSE_CHECK=1, else its row counts nowhere on `cuda` and
+            `triton`).
     """
     num_rows = check_vector(OP, "values", values).shape[0]
     rows = Rows(num_rows, "values", values.device)

@@ -2,8 +2,8 @@
 
     python tests/support/cuda_module.py     builds it and prints the file
 
-A process with TOKFUSE_CUDA_HOST set to that file runs the backend "cuda" on CPU tensors, where it is
-forced.
+A process with TOKFUSE_CUDA_HOST set to that file runs the backend "cuda" on CPU tensors, where it
+is forced.
 """
 
 import functools
