@@ -59,7 +59,7 @@ struct Region {
 struct Request {
   bool shared, write;
   unsigned bytes;
-  std::vector<uintptr_t> at;
+  std::map<unsigned, uintptr_t> at;  // by lane
 };
 
 struct Traffic {
@@ -184,7 +184,7 @@ class Checker : public Observer {
       request.shared = place == Place::kShared;
       request.write = write;
       request.bytes = bytes;
-      request.at.push_back(at);
+      request.at[current->lane] = at;
     }
     inside_ = false;
   }
@@ -234,8 +234,10 @@ class Checker : public Observer {
            cell <= (at + bytes - 1 - base + kGuard) / kCell && cell < region->cells.size(); cell++) {
         check(&region->cells[cell], write, now, at, "device memory");
       }
-    } else if (in_shared(at, bytes, write, now)) {
-      place = Place::kShared;
+    } else if (const Block* block = shared_of(at, bytes, write, now)) {
+      // What lies in another block's shared memory comes over the cluster's network, not by banks.
+      const bool mine = current != nullptr && block == current->block;
+      place = mine ? Place::kShared : Place::kElsewhere;
       for (uintptr_t cell = at / kCell; cell <= (at + bytes - 1) / kCell; cell++) {
         check(&shared_[cell], write, now, at, "shared memory");
       }
@@ -251,25 +253,27 @@ class Checker : public Observer {
     return at < next->first + next->second.bytes + kGuard ? &next->second : nullptr;
   }
 
-  bool in_shared(uintptr_t at, unsigned bytes, bool write, const Access& now) {
+  const Block* shared_of(uintptr_t at, unsigned bytes, bool write, const Access& now) {
     for (const Block& block : machine.blocks) {
       const uintptr_t statics = reinterpret_cast<uintptr_t>(block.statics);
       const uintptr_t dynamic = reinterpret_cast<uintptr_t>(block.dynamic);
       if (at >= statics && at < statics + kStaticShared) {
         for (const SharedObject& o : machine.objects) {
-          if (at >= statics + o.offset && at + bytes <= statics + o.offset + o.bytes) return true;
+          if (at >= statics + o.offset && at + bytes <= statics + o.offset + o.bytes) {
+            return &block;
+          }
         }
         outside(at, bytes, write, now, "static shared");
-        return true;
+        return &block;
       }
       if (dynamic != 0 && at >= dynamic && at < dynamic + machine.shape.shared + kGuard) {
         if (at + bytes > dynamic + machine.shape.shared) {
           outside(at, bytes, write, now, "dynamic shared");
         }
-        return true;
+        return &block;
       }
     }
-    return false;
+    return nullptr;
   }
 
   void check(Cell* cell, bool write, const Access& now, uintptr_t at, const char* where) {
@@ -355,7 +359,7 @@ class Checker : public Observer {
     t.requests++;
     if (!r.shared) {
       std::set<uintptr_t> sectors, cells;
-      for (uintptr_t at : r.at) {
+      for (const auto& [lane, at] : r.at) {
         for (uintptr_t b = at; b < at + r.bytes; b += kCell) {
           sectors.insert(b / 32);
           cells.insert(b / kCell);
@@ -366,19 +370,19 @@ class Checker : public Observer {
       return;
     }
     // Lanes go in groups whose words fill the 32 banks once.
-    const size_t words = std::max(1u, r.bytes / 4), group = 32 / words;
-    for (size_t first = 0; first < r.at.size(); first += group) {
+    const unsigned words = std::max(1u, r.bytes / 4), group = 32 / words;
+    for (unsigned first = 0; first < 32; first += group) {
       std::map<uintptr_t, std::set<uintptr_t>> banks;
-      for (size_t i = first; i < std::min(first + group, r.at.size()); i++) {
-        for (size_t w = 0; w < words; w++) {
-          const uintptr_t word = r.at[i] / 4 + w;
+      for (auto it = r.at.lower_bound(first); it != r.at.end() && it->first < first + group; ++it) {
+        for (unsigned w = 0; w < words; w++) {
+          const uintptr_t word = it->second / 4 + w;
           banks[word % 32].insert(word);
         }
       }
       size_t most = 0;
       for (const auto& [bank, distinct] : banks) most = std::max(most, distinct.size());
       t.units += most;
-      t.fewest++;
+      t.fewest += most > 0;
     }
   }
 
