@@ -216,3 +216,80 @@ def test_float32_rows_give_16_bit_gradients_at_their_tokens(dtype: torch.dtype, 
         logits[index], target, state, ones, ones, torch.empty_like(out), index=index
     )
     check_gradient(again, truth(logits[index], target[index], torch.ones(3), torch.ones(3)))
+
+
+# ----------------------------------------------------------- kept_token_stats, paired_divergence
+
+OPTIONS = {
+    "plain": {},
+    "all": {"temperature": torch.linspace(0.5, 2.0, 6), "softcap": 4.0, "logit_scale": 2.0,
+            "mask": torch.tensor([True, False, True, True, False, True])},
+}  # fmt: skip
+
+
+def reference_gradient(call, logits, *weights):
+    """(outputs, gradient of their weighted sum) of a reference op in float64."""
+    z = logits.double().requires_grad_()
+    with tokfuse.backend("reference"):
+        out = call(z)
+    total = sum(
+        (torch.where(x.isfinite(), x, 0.0) * w.double()).sum()
+        for x, w in zip(out, weights, strict=False)
+    )
+    return out, torch.autograd.grad(total, z)[0]
+
+
+def to_rounding(grad, expected, size: float) -> None:
+    atol = torch.as_tensor(size * 4e-6)
+    if grad.dtype != torch.float32:
+        atol = atol + half_ulp(expected, grad.dtype)
+    compare(grad, expected, atol=atol, what="gradient")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_kept_token_stats(options, dtype: torch.dtype):
+    import cuda_rows
+
+    gen = torch.Generator().manual_seed(4)
+    logits = (torch.randn(6, 1501, generator=gen) * 3).to(dtype)
+    sizes = (1, 7, 130, 1501, 0, 40)
+    ids = torch.cat([torch.randperm(1501, generator=gen)[:n] for n in sizes])
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    target = torch.where(torch.tensor(sizes) > 0, ids[offsets[:-1].clamp(max=len(ids) - 1)], 0)
+    target[5] = next(i for i in range(1501) if i not in ids[offsets[5] :])  # outside the support
+    ga, gh = torch.linspace(-1, 2, 6), torch.linspace(1, -1, 6)
+    ga[3] = gh[3] = 0.0 if options else 0.5
+
+    def reference(z):
+        return tokfuse.kept_token_stats(z, target, ids, offsets, **options)
+
+    wanted, expected = reference_gradient(reference, logits, ga, gh)
+    stats, grad = cuda_rows.kept_token_stats(logits, target, ids, offsets, ga, gh, **options)
+    for got, want in zip(stats, wanted, strict=True):
+        compare(got, want, atol=FORWARD_ATOL)
+    to_rounding(grad, expected, 20.0)
+
+
+@pytest.mark.parametrize("kind", ["jsd", "kl_forward", "kl_reverse"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_paired_divergence(options, dtype: torch.dtype, kind: str):
+    import cuda_rows
+
+    gen = torch.Generator().manual_seed(5)
+    for vocab in (3, 2056, 3001):
+        p = (torch.randn(6, vocab, generator=gen) * 3).to(dtype)
+        q = (p + torch.randn(6, vocab, generator=gen)).to(dtype)
+        q[2] = p[2]
+        p[3], weight = -INF, torch.linspace(-1, 2, 6)
+        beta = 0.3 if kind == "jsd" else 0.5
+
+        def reference(z, q=q, beta=beta):
+            return (tokfuse.paired_divergence(z, q.double(), kind=kind, beta=beta, **options),)
+
+        (value,), expected = reference_gradient(reference, p, weight)
+        got, grad = cuda_rows.paired_divergence(p, q, weight, kind, beta, **options)
+        compare(got, value, atol=2e-6, rtol=2e-6, what="divergence")
+        assert got[2] == 0 and not grad[2:4].any()
+        to_rounding(grad, expected, 20.0)

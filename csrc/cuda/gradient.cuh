@@ -55,6 +55,12 @@ __device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair
   }
 }
 
+// The same of one element, before its slope.
+__device__ __forceinline__ float gradient_at(const Slopes& s, float u) {
+  const float d = max_nan(u - s.m, kFarthest);
+  return exp2_fast(d * s.c) * fmaf(s.a1, d, s.a0);
+}
+
 // Elements [0, count) of a vector.
 template <class T, class G>
 __device__ __forceinline__ void store_elements(G* out, const Pair* v, int count) {
@@ -136,9 +142,7 @@ struct TargetTerm {
 
   __device__ __forceinline__ void write(G* grad, const Slopes& s) const {
     if (!mine) return;
-    const float d = max_nan(y.x - s.m, kFarthest);
-    const float rest = exp2_fast(d * s.c) * fmaf(s.a1, d, s.a0);
-    store_element(grad + s.target, (rest + s.at_target) * y.y);
+    store_element(grad + s.target, (gradient_at(s, y.x) + s.at_target) * y.y);
   }
 };
 

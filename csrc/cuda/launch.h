@@ -62,6 +62,14 @@ bool grad_aligned(const void* base, int64_t stride) {
   return rows_aligned<G>(base, stride, sizeof(G) < sizeof(T) ? 8 : 16);
 }
 
+// Into how many parts rows are cut, so that few rows fill a GPU, too.
+inline int parts_of_rows(int64_t rows, int64_t vocab) {
+  constexpr int64_t kEnoughBlocks = 4096, kSmallestPart = 4096;
+  const int64_t wanted = (kEnoughBlocks + rows - 1) / rows;
+  const int64_t most = vocab > kSmallestPart ? (vocab + kSmallestPart - 1) / kSmallestPart : 1;
+  return static_cast<int>(wanted < most ? wanted : most);
+}
+
 inline bool is_transformed(const LogitsArgs& a) {
   return a.softcap != 0.0f || a.bias_logits != nullptr;
 }

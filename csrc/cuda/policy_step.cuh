@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
   const int vocab = static_cast<int>(a.vocab);
   const Part all = part_of_row(a.vocab, 0, 1, kItems<T>);
   int turn = 0;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, turn ^= 1) {
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const int64_t token = token_of(a, row);
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
     G* grad = static_cast<G*>(grads.base) + row * grads.stride;
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
       fold_row<T, false, kTransform>(f, source, lane, scale.c, 0.0f);
     }
     const Record r = merge_block(lane, records[turn], scale.c, 0.0f);
+    turn ^= 1;
     if (threadIdx.x == 0) verdict = finish_row(a, out, o, token, r, u_y, scale, true);
     __syncthreads();
     const RowVerdict v = verdict;

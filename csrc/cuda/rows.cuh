@@ -442,8 +442,8 @@ __device__ __forceinline__ Record no_record() {
   return {kLowestMax, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
 }
 
-// The record of the block, valid in its first warp. `shared` may be written again only after a
-// barrier that follows the next call's: callers take turns with two of them.
+// The record of the block, valid in its first warp. Its threads may still read `shared` until the
+// barrier of the next call: callers take turns with two of them, from call to call.
 template <bool kExtras>
 __device__ __forceinline__ Record merge_block(const Lane<kExtras>& lane,
                                               Array<Record, kMaxWarps>& shared, float c, float c2) {

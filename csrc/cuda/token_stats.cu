@@ -23,15 +23,9 @@ cudaError_t token_stats_fwd(const LogitsArgs& a, const TokenStatsOut& out, cudaS
   });
 }
 
-// Parts of rows that fill every GPU a few times over where there are few rows.
-constexpr int64_t kEnoughBlocks = 4096;
-constexpr int64_t kSmallestPart = 4096;  // elements
-
 cudaError_t token_stats_bwd(const LogitsArgs& a, const TokenStatsGrad& g, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
-  const int64_t wanted = (kEnoughBlocks + a.rows - 1) / a.rows;
-  const int64_t most = (a.vocab + kSmallestPart - 1) / kSmallestPart;
-  const int parts = static_cast<int>(wanted < most ? wanted : most);
+  const int parts = parts_of_rows(a.rows, a.vocab);
   return by_dtypes(a.dtype, g.grad_dtype, [&](auto* type, auto* grad_type) {
     using T = Pointee<decltype(type)>;
     using G = Pointee<decltype(grad_type)>;

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kForwardThreads, kTransform ? 2 : (kExtras ? 3
   const Transform f = transform_of(a);
   const Scale second = scale_at(a, out.second_temperature, kTransform);
   int turn = 0;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, turn ^= 1) {
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const int64_t token = token_of(a, row);
     if (!counts(a, token)) {
       if (threadIdx.x > 0) continue;
@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kForwardThreads, kTransform ? 2 : (kExtras ? 3
       fold_row<T, false, kTransform>(f, whole, lane, scale.c, second.c);
     }
     const Record r = merge_block(lane, records[turn], scale.c, second.c);
+    turn ^= 1;
     if (threadIdx.x > 0) continue;
     const int64_t y = a.target[token];
     const bool has_target = y >= 0 && y < a.vocab;

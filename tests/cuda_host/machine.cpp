@@ -105,6 +105,9 @@ void wait_as(State state, const char* at) {
 // ------------------------------------------------------------------------------ meetings of threads
 
 void release_block(Block& block) {
+  if (block.alive < block.threads.size()) {
+    fail("__syncthreads() of a block of which threads have ended");
+  }
   block.waiting = 0;
   block.last_all = block.all;
   block.last_any = block.any;
@@ -275,9 +278,11 @@ void make_block(Block& block, unsigned rank, uint3 index) {
   ASAN_POISON_MEMORY_REGION(block.statics, kStaticShared);
 #endif
   if (shape.shared > 0) {
+    // What lies behind is the checker's, or AddressSanitizer's.
+    const size_t bytes = shape.shared + (observer != nullptr ? kGuard : 0);
     void* at = nullptr;
-    if (posix_memalign(&at, 1024, shape.shared) != 0) fail("no memory for shared memory");
-    memset(at, 0xff, shape.shared);
+    if (posix_memalign(&at, 1024, bytes) != 0) fail("no memory for shared memory");
+    memset(at, 0xff, bytes);
     block.dynamic = static_cast<unsigned char*>(at);
   }
   for (unsigned i = 0; i < block.threads.size(); i++) {

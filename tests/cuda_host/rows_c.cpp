@@ -19,4 +19,21 @@ int rows_policy_step(const LogitsArgs* args, const TokenStatsOut* out, const Tok
   return policy_step(*args, *out, *o, grad, stride, static_cast<DType>(dtype), nullptr);
 }
 
+int rows_kept_token_stats_fwd(const KeptArgs* args, const TokenStatsOut* out) {
+  return kept_token_stats_fwd(*args, *out, nullptr);
+}
+
+int rows_kept_token_stats_bwd(const KeptArgs* args, const TokenStatsGrad* grad) {
+  return kept_token_stats_bwd(*args, *grad, nullptr);
+}
+
+int rows_paired_divergence_fwd(const DivergenceArgs* args, float* divergence, float* state) {
+  return paired_divergence_fwd(*args, divergence, state, nullptr);
+}
+
+int rows_paired_divergence_bwd(const DivergenceArgs* args, const float* state, const float* grad,
+                               void* grad_p, int64_t stride) {
+  return paired_divergence_bwd(*args, state, grad, grad_p, stride, nullptr);
+}
+
 }  // extern "C"

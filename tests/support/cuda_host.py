@@ -21,7 +21,8 @@ CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_host"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (
-    "-std=c++17", "-fPIC", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-std=c++17", "-fPIC", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
     "-DTOKFUSE_CUDA_HOST", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
 )  # fmt: skip
 OPTIMIZED = ("-O2",)

@@ -42,6 +42,13 @@ TokenObjective: Any = _record(
     "TokenObjective", params=ObjectiveParams, **dict.fromkeys(TOKEN_INPUTS, POINTER), scale=POINTER,
     scale_value=FLOAT, **dict.fromkeys(RESULTS, POINTER),
 )  # fmt: skip
+KeptArgs: Any = _record("KeptArgs", logits=LogitsArgs, ids=POINTER, offsets=POINTER, kept=INT64)
+DivergenceArgs: Any = _record(
+    "DivergenceArgs", p=POINTER, q=POINTER, p_stride=INT64, q_stride=INT64, dtype=INT32,
+    tokens=INT64, vocab=INT64, mask=POINTER, temperatures=POINTER, temperature=FLOAT, softcap=FLOAT,
+    logit_scale=FLOAT, beta=FLOAT, kind=INT32,
+)  # fmt: skip
+KINDS = {"jsd": 0, "kl_forward": 1, "kl_reverse": 2}
 
 
 @functools.cache
@@ -161,3 +168,53 @@ def policy_step(
     )  # fmt: skip
     del kept
     return stats[:5], results, grad
+
+
+def kept_token_stats(
+    logits: Tensor,
+    target: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    grad_logp: Tensor,
+    grad_entropy: Tensor,
+    **options: Any,
+) -> tuple[list[Tensor], Tensor]:
+    """(logp, entropy and lse; gradient)."""
+    tokens, nan = target.shape[0], float("nan")
+    rows = logits_record(logits, target, **options)
+    args = KeptArgs(rows, _pointer(ids), _pointer(offsets), ids.shape[0])
+    logp, entropy, lse, row_max, inv_sum = (torch.full((tokens,), nan) for _ in range(5))
+    out = TokenStatsOut(
+        _pointer(logp), _pointer(entropy), _pointer(lse), None, None, _pointer(row_max),
+        _pointer(inv_sum),
+    )  # fmt: skip
+    _launch("kept_token_stats_fwd", args, out)
+    grad = torch.full(logits.shape, nan, dtype=logits.dtype)
+    record = TokenStatsGrad(
+        _pointer(row_max), _pointer(inv_sum), _pointer(entropy), _pointer(grad_logp),
+        _pointer(grad_entropy), _pointer(grad), grad.stride(0), DTYPE_CODE[grad.dtype],
+    )  # fmt: skip
+    _launch("kept_token_stats_bwd", args, record)
+    return [logp, entropy, lse], grad
+
+
+def paired_divergence(
+    p: Tensor, q: Tensor, grad: Tensor, kind: str, beta: float = 0.5, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(divergence, gradient of p)."""
+    rows = logits_record(p, p, **options)
+    other = _unit(q)
+    assert other is not None
+    args = DivergenceArgs(
+        rows.logits, _pointer(other), rows.stride, other.stride(0), rows.dtype, rows.rows,
+        rows.vocab, rows.mask, rows.temperatures, rows.temperature, rows.softcap, rows.logit_scale,
+        beta, KINDS[kind],
+    )  # fmt: skip
+    out, state = torch.full((len(p),), float("nan")), torch.full((len(p), 6), float("nan"))
+    _launch("paired_divergence_fwd", args, POINTER(_pointer(out)), POINTER(_pointer(state)))
+    grad_p = torch.full(p.shape, float("nan"), dtype=p.dtype)
+    _launch(
+        "paired_divergence_bwd", args, POINTER(_pointer(state)), POINTER(_pointer(grad)),
+        POINTER(_pointer(grad_p)), INT64(grad_p.stride(0)),
+    )  # fmt: skip
+    return out, grad_p
