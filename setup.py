@@ -80,10 +80,9 @@ class CMakeBuild(build_ext):
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             self._remove_stale(ext)
             reason = f"tokfuse: the native module was not built ({error})."
-            if _strict():
-                raise SystemExit(
-                    f"{reason} TOKFUSE_STRICT_BUILD is set, so it stops here."
-                ) from error
+            insists = "TOKFUSE_STRICT_BUILD" if _strict() else "TOKFUSE_CUDA"
+            if _strict() or cuda == "ON":
+                raise SystemExit(f"{reason} {insists} is set, so it stops here.") from error
             print(
                 f"{reason} Installing without it: every op runs on the pure-torch reference. "
                 "`python -m tokfuse doctor` reports this; install g++ and cmake and reinstall.",

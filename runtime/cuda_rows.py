@@ -100,3 +100,111 @@ def token_stats_bwd(
     launchers().token_stats_bwd(place(logits), record, grad)
     del alive
     return out
+
+
+def kept_token_stats_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """logp, entropy, lse, row maximum and 1 / sum of exps over the kept ids: (tokens,) float32."""
+    record, alive = logits_record(logits, target, **options)
+    logp, entropy, lse, row_max, inv_sum = out = [
+        torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(5)
+    ]
+    none = logp.new_empty(0)
+    launchers().kept_token_stats_fwd(
+        place(logits), record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0],
+        stats_record([logp, entropy, lse, none, none, row_max, inv_sum], None),
+    )  # fmt: skip
+    del alive
+    return tuple(out)
+
+
+def kept_token_stats_bwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
+    """The dense gradient of the logits, exactly 0 outside the support."""
+    record, alive = logits_record(logits, target, **options)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    ga, gh = float_vector(grad_logp), float_vector(grad_entropy)
+    grad = (
+        row_max.data_ptr(), inv_sum.data_ptr(), entropy.data_ptr(), pointer(ga), pointer(gh),
+        out.data_ptr(), out.stride(0), DTYPE_CODE[out.dtype],
+    )  # fmt: skip
+    launchers().kept_token_stats_bwd(
+        place(logits), record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0], grad
+    )
+    del alive
+    return out
+
+
+# csrc/cuda/kernels.h, Divergence
+DIVERGENCE_CODE = {"jsd": 0, "kl_forward": 1, "kl_reverse": 2}
+
+
+def _divergence_record(
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    p, q = unit_stride(logits_p), unit_stride(logits_q)
+    mask = None if mask is None else mask.contiguous()
+    scalar, vector = 1.0, None
+    if isinstance(temperature, torch.Tensor):
+        vector = float_vector(temperature)
+    else:
+        scalar = temperature
+    record = (
+        p.data_ptr(), p.stride(0), q.data_ptr(), q.stride(0), DTYPE_CODE[p.dtype], *p.shape,
+        pointer(mask), pointer(vector), scalar, softcap or 0.0, logit_scale,
+        DIVERGENCE_CODE[kind], beta,
+    )  # fmt: skip
+    return record, (p, q, mask, vector)
+
+
+def paired_divergence_fwd(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(divergence (tokens,), what the backward needs of each row)."""
+    record, alive = _divergence_record(logits_p, logits_q, **options)
+    out = torch.empty(logits_p.shape[0], dtype=torch.float32, device=logits_p.device)
+    state = out.new_empty(logits_p.shape[0], launchers().DIVERGENCE_STATE)
+    launchers().paired_divergence_fwd(place(out), record, out.data_ptr(), state.data_ptr())
+    del alive
+    return out, state
+
+
+def paired_divergence_bwd(
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    state: torch.Tensor,
+    grad: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """The gradient of logits_p; masked rows are known by their state."""
+    record, alive = _divergence_record(logits_p, logits_q, **options)
+    out = torch.empty(logits_p.shape, dtype=logits_p.dtype, device=logits_p.device)
+    given = float_vector(grad)
+    launchers().paired_divergence_bwd(
+        place(out), record, state.data_ptr(), pointer(given), out.data_ptr(), out.stride(0)
+    )
+    del alive
+    return out

@@ -118,12 +118,85 @@ void bind_policy_step(const py::tuple& place, const py::tuple& logits, const py:
   });
 }
 
+KeptArgs kept_args(const py::tuple& logits, Address ids, Address offsets, int64_t kept) {
+  KeptArgs a = {logits_args(logits), as<int64_t>(ids), as<int64_t>(offsets), kept};
+  require(a.logits.index == nullptr && a.logits.bias_logits == nullptr,
+          "kept rows take neither an index nor bias_logits");
+  require(kept >= 0 && (ids != 0 || kept == 0), "ids are null");
+  require(offsets != 0, "offsets are null");
+  return a;
+}
+
+void bind_kept_fwd(const py::tuple& place, const py::tuple& logits, Address ids, Address offsets,
+                   int64_t kept, const py::tuple& out) {
+  const KeptArgs a = kept_args(logits, ids, offsets, kept);
+  const TokenStatsOut o = stats_out(out);
+  run("kept_token_stats", "kept_token_stats_fwd_kernel", place_of(place),
+      [&](cudaStream_t stream) { return kept_token_stats_fwd(a, o, stream); });
+}
+
+void bind_kept_bwd(const py::tuple& place, const py::tuple& logits, Address ids, Address offsets,
+                   int64_t kept, const py::tuple& grad) {
+  const KeptArgs a = kept_args(logits, ids, offsets, kept);
+  const TokenStatsGrad g = stats_grad(grad);
+  run("kept_token_stats", "kept_token_stats_bwd_kernel", place_of(place),
+      [&](cudaStream_t stream) { return kept_token_stats_bwd(a, g, stream); });
+}
+
+// (p, p_stride, q, q_stride, dtype, tokens, vocab, mask, temperatures, temperature, softcap,
+// logit_scale, kind, beta)
+DivergenceArgs divergence_args(const py::tuple& t) {
+  require(t.size() == 14, "divergence record must have 14 fields");
+  DivergenceArgs a = {};
+  a.p = as<void>(t[0].cast<Address>());
+  a.p_stride = t[1].cast<int64_t>();
+  a.q = as<void>(t[2].cast<Address>());
+  a.q_stride = t[3].cast<int64_t>();
+  a.dtype = dtype_of(t[4].cast<int>());
+  a.tokens = t[5].cast<int64_t>();
+  a.vocab = t[6].cast<int64_t>();
+  a.mask = as<uint8_t>(t[7].cast<Address>());
+  a.temperatures = as<float>(t[8].cast<Address>());
+  a.temperature = t[9].cast<float>();
+  a.softcap = t[10].cast<float>();
+  a.logit_scale = t[11].cast<float>();
+  a.kind = code_of(t[12].cast<int>(), Divergence::kReverseKl, "unknown divergence code");
+  a.beta = t[13].cast<float>();
+  require(a.tokens >= 0 && a.vocab >= 1, "tokens must be >= 0 and vocab >= 1");
+  require((a.p != nullptr && a.q != nullptr) || a.tokens == 0, "logits are null");
+  return a;
+}
+
+void bind_divergence_fwd(const py::tuple& place, const py::tuple& record, Address divergence,
+                         Address state) {
+  const DivergenceArgs a = divergence_args(record);
+  run("paired_divergence", "paired_divergence_fwd_kernel", place_of(place),
+      [&](cudaStream_t stream) {
+        return paired_divergence_fwd(a, as<float>(divergence), as<float>(state), stream);
+      });
+}
+
+void bind_divergence_bwd(const py::tuple& place, const py::tuple& record, Address state,
+                         Address grad_divergence, Address grad_p, int64_t grad_stride) {
+  const DivergenceArgs a = divergence_args(record);
+  run("paired_divergence", "paired_divergence_bwd_kernel", place_of(place),
+      [&](cudaStream_t stream) {
+        return paired_divergence_bwd(a, as<float>(state), as<float>(grad_divergence),
+                                     as<void>(grad_p), grad_stride, stream);
+      });
+}
+
 }  // namespace
 
 void bind_rows(py::module_& m) {
   m.def("token_stats_fwd", &bind_token_stats_fwd);
   m.def("token_stats_bwd", &bind_token_stats_bwd);
   m.def("policy_step", &bind_policy_step);
+  m.def("kept_token_stats_fwd", &bind_kept_fwd);
+  m.def("kept_token_stats_bwd", &bind_kept_bwd);
+  m.def("paired_divergence_fwd", &bind_divergence_fwd);
+  m.def("paired_divergence_bwd", &bind_divergence_bwd);
+  m.attr("DIVERGENCE_STATE") = kDivergenceState;
 }
 
 }  // namespace cuda

@@ -42,8 +42,8 @@ struct SharedSums {
 // What a whole sequence shares: the outcome of each sequence rule, and at sequence levels its
 // weight.
 struct Verdict {
-  bool passes[kMaxRules];
-  bool kept;  // by mode "mask" at a sequence level
+  unsigned passes;  // a bit per rule
+  bool kept;        // by mode "mask" at a sequence level
   float weight;
 };
 
@@ -101,8 +101,9 @@ __device__ inline Verdict verdict_of(const OffPolicyArgs& a, const Span& span, c
   const Shared shared = shared_of(a, span, needs);
   for (int r = 0; r < a.num_rules; r++) {
     const KeepRule& rule = a.rules[r];
-    v.passes[r] =
+    const bool passes =
         rule.over != Over::kToken && inside(shared_statistic(rule, shared), rule.low, rule.high);
+    v.passes |= static_cast<unsigned>(passes) << r;
   }
   if (!per_sequence(a)) return v;
   double d = shared.sum;
@@ -125,7 +126,7 @@ __device__ inline bool keeps(const OffPolicyArgs& a, int64_t t, const Verdict& v
     const KeepRule& rule = a.rules[r];
     const bool passes = rule.over == Over::kToken
                             ? inside(row_statistic(rule.statistic, d, ratio), rule.low, rule.high)
-                            : v.passes[r];
+                            : (v.passes >> r & 1u) != 0;
     if (!passes && !(rule.negative_only && a.advantage[t] >= 0.0f)) return false;
   }
   return true;
@@ -194,7 +195,7 @@ __device__ inline void normalize_groups(const OffPolicyArgs& a, const SortedIds&
   if (threadIdx.x == 0) *ess = square == 0 ? 0.0f : static_cast<float>(sum * sum / square);
 }
 
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)
     offpolicy_weights_kernel(const OffPolicyArgs a, const SortedIds groups, float* const ess) {
   const Needs needs = needs_of(a);
   if (a.block_tokens == 1) {  // every row is a unit of its own; a block takes kBlock of them
