@@ -119,7 +119,7 @@ __device__ inline double std_of_batch(const GroupAdvantageArgs& a) {
   return sqrt(block_sum(square).at[0] / (n - a.ddof));
 }
 
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)
     group_advantage_kernel(const GroupAdvantageArgs a, const SortedIds groups) {
   const double batch_std = a.scale == Scale::kBatchStd ? std_of_batch(a) : 0;
   if (groups.ids == nullptr) {

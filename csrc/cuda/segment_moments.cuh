@@ -53,7 +53,7 @@ __device__ void store_cell(const MomentsArgs& a, int64_t k, const Cell& c) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)
     segment_moments_kernel(const MomentsArgs a, const MomentsScratch scratch) {
   const int parts = scratch.parts;
   const int64_t k = blockIdx.x / parts, part = blockIdx.x % parts;
