@@ -53,13 +53,15 @@ __device__ __forceinline__ Part part_of_row(const T* row, int64_t vocab, int par
 __device__ __forceinline__ bool writes_head() { return threadIdx.x == blockDim.x - 2; }
 __device__ __forceinline__ bool writes_last() { return threadIdx.x == blockDim.x - 1; }
 
-// What every element gets, in place of u; the target's own term is not in it.
-template <int kPairs, bool kTransform>
+// What every element gets, in place of u; the target's own term is not in it. kShare: as in
+// exp2_pair, for vectors that every row begins with; elsewhere a row's bits would depend on where it
+// lies.
+template <int kPairs, bool kTransform, int kShare>
 __device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair* slope) {
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
     const Pair d = below(u[i], s.m);
-    u[i] = mul2(exp2_pair(times(d, s.c), i), fma2({s.a1, s.a1}, d, {s.a0, s.a0}));
+    u[i] = mul2(exp2_pair<kShare>(times(d, s.c), i), fma2({s.a1, s.a1}, d, {s.a0, s.a0}));
   }
   if constexpr (kTransform) {
 #pragma unroll
@@ -83,7 +85,7 @@ __device__ __forceinline__ void store_elements(G* out, const Pair* v, int count)
 }
 
 // The block's threads write the whole vectors of a part; `source` gives those of the logits.
-template <class T, class G, bool kTransform, bool kAligned, class Source>
+template <class T, class G, bool kTransform, bool kAligned, int kShare, class Source>
 __device__ __forceinline__ void write_whole(const Transform& f, const Source& source, bool has_bias,
                                             G* grad, int begin, int end, const Slopes& s,
                                             uint64_t policy) {
@@ -94,7 +96,7 @@ __device__ __forceinline__ void write_whole(const Transform& f, const Source& so
     Pair u[kPairs], slope[kPairs];
     const Vec16 bias = kTransform && has_bias ? source.whole_bias(v) : Vec16();
     transformed<T, kTransform>(f, source.whole(v), bias, has_bias, u, slope);
-    gradient_of<kPairs, kTransform>(s, u, slope);
+    gradient_of<kPairs, kTransform, kShare>(s, u, slope);
     G* to = grad + static_cast<int64_t>(v) * kItems<T>;
     if (kAligned) {
       store_vector<kPairs>(to, u, policy);
@@ -113,7 +115,7 @@ __device__ __forceinline__ void write_few(const Transform& f, const T* logits, c
   const bool has_bias = kTransform && bias != nullptr;
   const Vec16 b = has_bias ? load_elements(bias + begin, count) : Vec16();
   transformed<T, kTransform>(f, load_elements(logits + begin, count), b, has_bias, u, slope);
-  gradient_of<kPairs, kTransform>(s, u, slope);
+  gradient_of<kPairs, kTransform, kNoPolynomial>(s, u, slope);
   store_elements<T>(grad + begin, u, count);
 }
 
@@ -187,11 +189,12 @@ __device__ __forceinline__ void write_gradient(const Transform& f, const T* logi
   if (together) {
     const T* shifted = has_bias ? bias + part.head : nullptr;
     const GlobalRow<T, true> row = {logits + part.head, shifted, vocab - part.head, policy};
-    write_whole<T, G, kTransform, true>(f, row, has_bias, grad + part.head, part.begin, part.end, s,
-                                        policy);
+    write_whole<T, G, kTransform, true, kNoPolynomial>(f, row, has_bias, grad + part.head,
+                                                       part.begin, part.end, s, policy);
   } else {
     const GlobalRow<T, false> row = {logits, bias, vocab, policy};
-    write_whole<T, G, kTransform, false>(f, row, has_bias, grad, part.begin, part.end, s, policy);
+    write_whole<T, G, kTransform, false, kNoPolynomial>(f, row, has_bias, grad, part.begin,
+                                                        part.end, s, policy);
   }
   write_ends<T, G, kTransform>(f, logits, bias, vocab, grad, part, s);
   target.write(grad, s);

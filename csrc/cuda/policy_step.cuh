@@ -239,7 +239,8 @@ __device__ __forceinline__ void write_slice(const Transform& f, const Fetcher<T>
   const int stage = use % rows.layout.stages;
   const SharedSlice<T> slice = {rows.buffer + static_cast<int64_t>(stage) * rows.layout.slice * 16};
   G* own = grad + static_cast<int64_t>(part.begin) * kItems<T>;
-  write_whole<T, G, kTransform, true>(f, slice, false, own, 0, rows.count, s, policy);
+  write_whole<T, G, kTransform, true, kPolynomialShare>(f, slice, false, own, 0, rows.count, s,
+                                                        policy);
   write_ends<T, G, kTransform>(f, row.logits, row.bias, row.vocab, grad, part, s);
   target.write(grad, s);
 }

@@ -309,15 +309,18 @@ __device__ __forceinline__ Pair exp2_polynomial(Pair x) {
 
 // One pair in this many goes through the polynomial: sm_100 reads elements as fast as its exp unit
 // takes them, and has issue slots left. 0: none.
+constexpr int kNoPolynomial = 0;
 #if TOKFUSE_ARCH >= 100
 constexpr int kPolynomialShare = 8;
 #else
-constexpr int kPolynomialShare = 0;
+constexpr int kPolynomialShare = kNoPolynomial;
 #endif
 
+// 2^x of pair i of a vector; which unit computes it depends on i alone.
+template <int kShare>
 __device__ __forceinline__ Pair exp2_pair(Pair x, int i) {
-  if (kPolynomialShare > 0 && i % (kPolynomialShare > 0 ? kPolynomialShare : 1) == 0) {
-    return exp2_polynomial(x);
+  if constexpr (kShare != kNoPolynomial) {
+    if (i % kShare == 0) return exp2_polynomial(x);
   }
   return {exp2_fast(x.x), exp2_fast(x.y)};
 }
@@ -357,13 +360,13 @@ __device__ __forceinline__ void fold(Lane<kExtras>& a, const Pair* u, float tile
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
     const Pair d = below(u[i], m);
-    const Pair e = exp2_pair(times(d, c), i);
+    const Pair e = exp2_pair<kPolynomialShare>(times(d, c), i);
     a.s = add2(a.s, e);
     a.sd = fma2(d, e, a.sd);
     a.ss = fma2(e, e, a.ss);
     if (kExtras) {
       const Pair de = mul2(d, e);
-      a.s2 = add2(a.s2, exp2_pair(times(d, c2), i + 1));
+      a.s2 = add2(a.s2, exp2_pair<kPolynomialShare>(times(d, c2), i + 1));
       a.ssd = fma2(de, e, a.ssd);
       a.ssdd = fma2(de, de, a.ssdd);
     }
