@@ -28,26 +28,40 @@ __device__ __forceinline__ Slopes slopes_of(const Scale& scale, float m, float i
           has_target ? static_cast<int>(y) : -1};
 }
 
-// Whole vectors [begin, end) of a row, and whether the elements behind the last whole one belong to
-// it.
+// A part of a row: whole vectors [begin, end), counted from element `head` on, which in the output
+// lies at a multiple of 16 bytes; perhaps the elements before, and those behind the last whole one.
 struct Part {
-  int begin, end;
-  bool has_last;
+  int begin, end, head;
+  bool has_head, has_last;
 };
 
-__device__ __forceinline__ Part part_of_row(int64_t vocab, int part, int parts, int items) {
-  const int whole = static_cast<int>(vocab) / items, piece = (whole + parts - 1) / parts;
+// `together`: each row of all tensors begins at the same place between multiples of 16 bytes, so
+// that vectors can be aligned. Which thread writes what makes no difference here.
+template <class T>
+__device__ __forceinline__ Part part_of_row(const T* row, int64_t vocab, int part, int parts,
+                                            bool together) {
+  const int lead = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+  const int size = static_cast<int>(vocab);
+  const int head = together && lead > 0 ? min(kItems<T> - lead, size) : 0;
+  const int whole = (size - head) / kItems<T>, piece = (whole + parts - 1) / parts;
   const int begin = min(part * piece, whole), end = min(begin + piece, whole);
-  return {begin, end, part == parts - 1 && vocab % items != 0};
+  return {begin, end, head, part == 0 && head > 0,
+          part == parts - 1 && (size - head) % kItems<T> != 0};
 }
 
-// What every element gets, in place of u; the target's own term is not in it.
-template <int kPairs, bool kTransform>
+// The threads of a block that write the head and the last elements.
+__device__ __forceinline__ bool writes_head() { return threadIdx.x == blockDim.x - 2; }
+__device__ __forceinline__ bool writes_last() { return threadIdx.x == blockDim.x - 1; }
+
+// What every element gets, in place of u; the target's own term is not in it. kShare: as in
+// exp2_pair, for vectors that every row begins with; elsewhere a row's bits would depend on where it
+// lies.
+template <int kPairs, bool kTransform, int kShare>
 __device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair* slope) {
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
     const Pair d = below(u[i], s.m);
-    u[i] = mul2(exp2_pair(times(d, s.c), i), fma2({s.a1, s.a1}, d, {s.a0, s.a0}));
+    u[i] = mul2(exp2_pair<kShare>(times(d, s.c), i), fma2({s.a1, s.a1}, d, {s.a0, s.a0}));
   }
   if constexpr (kTransform) {
 #pragma unroll
@@ -70,19 +84,19 @@ __device__ __forceinline__ void store_elements(G* out, const Pair* v, int count)
   }
 }
 
-// The block's threads write vectors [begin, end) of a row; `source` gives those of the logits.
-template <class T, class G, bool kTransform, bool kAligned, class Source>
+// The block's threads write the whole vectors of a part; `source` gives those of the logits.
+template <class T, class G, bool kTransform, bool kAligned, int kShare, class Source>
 __device__ __forceinline__ void write_whole(const Transform& f, const Source& source, bool has_bias,
-                                            G* grad, const Part& part, const Slopes& s,
+                                            G* grad, int begin, int end, const Slopes& s,
                                             uint64_t policy) {
   constexpr int kPairs = kItems<T> / 2;
   const int threads = static_cast<int>(blockDim.x);
 #pragma unroll 2
-  for (int v = part.begin + static_cast<int>(threadIdx.x); v < part.end; v += threads) {
+  for (int v = begin + static_cast<int>(threadIdx.x); v < end; v += threads) {
     Pair u[kPairs], slope[kPairs];
     const Vec16 bias = kTransform && has_bias ? source.whole_bias(v) : Vec16();
     transformed<T, kTransform>(f, source.whole(v), bias, has_bias, u, slope);
-    gradient_of<kPairs, kTransform>(s, u, slope);
+    gradient_of<kPairs, kTransform, kShare>(s, u, slope);
     G* to = grad + static_cast<int64_t>(v) * kItems<T>;
     if (kAligned) {
       store_vector<kPairs>(to, u, policy);
@@ -92,39 +106,53 @@ __device__ __forceinline__ void write_whole(const Transform& f, const Source& so
   }
 }
 
-// The vector behind the whole ones, by one thread.
+// Elements [begin, begin + count), fewer than a vector, by one thread.
 template <class T, class G, bool kTransform>
-__device__ __forceinline__ void write_last(const Transform& f, const GlobalRow<T, false>& row,
-                                           G* grad, const Slopes& s) {
+__device__ __forceinline__ void write_few(const Transform& f, const T* logits, const T* bias,
+                                          G* grad, int begin, int count, const Slopes& s) {
   constexpr int kPairs = kItems<T> / 2;
   Pair u[kPairs], slope[kPairs];
-  const bool has_bias = kTransform && row.bias != nullptr;
-  const Vec16 bias = has_bias ? row.last_bias() : Vec16();
-  transformed<T, kTransform>(f, row.last(), bias, has_bias, u, slope);
-  gradient_of<kPairs, kTransform>(s, u, slope);
-  store_elements<T>(grad + row.vocab / kItems<T> * kItems<T>, u, row.vocab % kItems<T>);
+  const bool has_bias = kTransform && bias != nullptr;
+  const Vec16 b = has_bias ? load_elements(bias + begin, count) : Vec16();
+  transformed<T, kTransform>(f, load_elements(logits + begin, count), b, has_bias, u, slope);
+  gradient_of<kPairs, kTransform, kNoPolynomial>(s, u, slope);
+  store_elements<T>(grad + begin, u, count);
+}
+
+template <class T, class G, bool kTransform>
+__device__ __forceinline__ void write_ends(const Transform& f, const T* logits, const T* bias,
+                                           int vocab, G* grad, const Part& part, const Slopes& s) {
+  if (part.has_head && writes_head()) {
+    write_few<T, G, kTransform>(f, logits, bias, grad, 0, part.head, s);
+  }
+  if (part.has_last && writes_last()) {
+    const int count = (vocab - part.head) % kItems<T>;
+    write_few<T, G, kTransform>(f, logits, bias, grad, vocab - count, count, s);
+  }
 }
 
 template <class T, class G>
-__device__ __forceinline__ void write_zeros(G* grad, int vocab, const Part& part, bool aligned,
+__device__ __forceinline__ void write_zeros(G* grad, int vocab, const Part& part, bool together,
                                             uint64_t policy) {
   const Pair none[kItems<T> / 2] = {};
   for (int v = part.begin + static_cast<int>(threadIdx.x); v < part.end;
        v += static_cast<int>(blockDim.x)) {
-    G* to = grad + static_cast<int64_t>(v) * kItems<T>;
-    if (aligned) {
+    G* to = grad + part.head + static_cast<int64_t>(v) * kItems<T>;
+    if (together) {
       store_vector<kItems<T> / 2>(to, none, policy);
     } else {
       store_elements<T>(to, none, kItems<T>);
     }
   }
-  if (part.has_last && threadIdx.x == blockDim.x - 1) {
-    store_elements<T>(grad + vocab / kItems<T> * kItems<T>, none, vocab % kItems<T>);
+  if (part.has_head && writes_head()) store_elements<T>(grad, none, part.head);
+  if (part.has_last && writes_last()) {
+    const int count = (vocab - part.head) % kItems<T>;
+    store_elements<T>(grad + vocab - count, none, count);
   }
 }
 
-// The target's own term. The thread that writes the target's vector reads its logit before that and
-// overwrites its gradient after, so that no element pays for a comparison and no thread waits.
+// The target's own term. The thread that writes the target's element reads its logit before that
+// and overwrites its gradient after, so that no element pays for a comparison and no thread waits.
 template <class T, class G, bool kTransform>
 struct TargetTerm {
   bool mine;
@@ -132,11 +160,15 @@ struct TargetTerm {
 
   __device__ __forceinline__ TargetTerm(const Transform& f, const T* row, const T* bias, int vocab,
                                         const Part& part, const Slopes& s) {
-    const int v = s.target / kItems<T>, threads = static_cast<int>(blockDim.x);
-    const int thread = static_cast<int>(threadIdx.x);
-    const bool whole = v >= part.begin && v < part.end && (v - part.begin) % threads == thread;
-    const bool last = part.has_last && v == vocab / kItems<T> && thread == threads - 1;
-    mine = s.target >= 0 && (whole || last);
+    const int at = s.target - part.head, v = at / kItems<T>;
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    if (at < 0) {
+      mine = part.has_head && writes_head() && s.target >= 0;
+    } else if (v < part.end) {
+      mine = v >= part.begin && (v - part.begin) % threads == thread;
+    } else {
+      mine = part.has_last && writes_last() && v == (vocab - part.head) / kItems<T>;
+    }
     y = mine ? element_of<T, kTransform>(f, row, bias, s.target) : Pair();
   }
 
@@ -151,19 +183,20 @@ struct TargetTerm {
 template <class T, class G, bool kTransform>
 __device__ __forceinline__ void write_gradient(const Transform& f, const T* logits, const T* bias,
                                                int vocab, G* grad, const Part& part,
-                                               const Slopes& s, bool aligned, uint64_t policy) {
+                                               const Slopes& s, bool together, uint64_t policy) {
   const TargetTerm<T, G, kTransform> target(f, logits, bias, vocab, part, s);
   const bool has_bias = bias != nullptr;
-  const GlobalRow<T, false> any = {logits, bias, vocab, policy};
-  if (aligned) {
-    const GlobalRow<T, true> row = {logits, bias, vocab, policy};
-    write_whole<T, G, kTransform, true>(f, row, has_bias, grad, part, s, policy);
+  if (together) {
+    const T* shifted = has_bias ? bias + part.head : nullptr;
+    const GlobalRow<T, true> row = {logits + part.head, shifted, vocab - part.head, policy};
+    write_whole<T, G, kTransform, true, kNoPolynomial>(f, row, has_bias, grad + part.head,
+                                                       part.begin, part.end, s, policy);
   } else {
-    write_whole<T, G, kTransform, false>(f, any, has_bias, grad, part, s, policy);
+    const GlobalRow<T, false> row = {logits, bias, vocab, policy};
+    write_whole<T, G, kTransform, false, kNoPolynomial>(f, row, has_bias, grad, part.begin,
+                                                        part.end, s, policy);
   }
-  if (part.has_last && threadIdx.x == blockDim.x - 1) {
-    write_last<T, G, kTransform>(f, any, grad, s);
-  }
+  write_ends<T, G, kTransform>(f, logits, bias, vocab, grad, part, s);
   target.write(grad, s);
 }
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ Pair kept_element(const LogitsArgs& a, const Transfor
 }
 
 template <class T, bool kTransform>
-__global__ void __launch_bounds__(kKeptThreads)
+__global__ void __launch_bounds__(kKeptThreads, 8)
     kept_token_stats_fwd_kernel(const __grid_constant__ KeptArgs a,
                                 const __grid_constant__ TokenStatsOut out) {
   using Records = Array<Record, kMaxWarps>;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kKeptThreads)
 }
 
 template <class T, bool kTransform>
-__global__ void __launch_bounds__(kKeptThreads)
+__global__ void __launch_bounds__(kKeptThreads, 8)
     kept_token_stats_bwd_kernel(const __grid_constant__ KeptArgs a,
                                 const __grid_constant__ TokenStatsGrad g) {
   const Transform f = transform_of(a.logits);

@@ -56,10 +56,16 @@ bool rows_aligned(const void* base, int64_t stride, int64_t bytes = 16) {
          (base == nullptr || stride * static_cast<int64_t>(sizeof(T)) % bytes == 0);
 }
 
-// The same of a gradient whose vectors hold as many elements as 16 bytes of T.
+// True where row i of both tensors begins at the same element of a vector, for every i: where vectors
+// of T are aligned, those of as many elements of G are, too.
 template <class T, class G>
-bool grad_aligned(const void* base, int64_t stride) {
-  return rows_aligned<G>(base, stride, sizeof(G) < sizeof(T) ? 8 : 16);
+bool rows_together(const void* base, int64_t stride, const void* other, int64_t other_stride) {
+  constexpr int64_t kItems = 16 / static_cast<int64_t>(sizeof(T));
+  const auto first = [](const void* p, size_t bytes) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / bytes % kItems);
+  };
+  return other == nullptr || (first(base, sizeof(T)) == first(other, sizeof(G)) &&
+                              (stride - other_stride) % kItems == 0);
 }
 
 // Into how many parts rows are cut, so that few rows fill a GPU, too.

@@ -59,11 +59,12 @@ cudaError_t paired_divergence_bwd(const DivergenceArgs& a, const float* state,
   const int parts = parts_of_rows(a.tokens, a.vocab);
   return dispatch(a, [&](auto* type, auto transformed, auto kind) {
     using T = Pointee<decltype(type)>;
-    const bool aligned = streams_aligned<T>(a) && rows_aligned<T>(grad_p, grad_stride);
+    const bool together = rows_together<T, T>(a.p, a.p_stride, a.q, a.q_stride) &&
+                          rows_together<T, T>(a.p, a.p_stride, grad_p, grad_stride);
     return launch_resident(paired_divergence_bwd_kernel<T, decltype(transformed)::value,
                                                         decltype(kind)::value>,
                            a.tokens * parts, kDivergenceThreads, stream, a, state, grad_divergence,
-                           static_cast<T*>(grad_p), grad_stride, parts, aligned);
+                           static_cast<T*>(grad_p), grad_stride, parts, together);
   });
 }
 

@@ -109,28 +109,26 @@ __device__ __forceinline__ LogitsArgs options_of(const DivergenceArgs& a) {
   return out;
 }
 
-// This thread's vectors of two rows, those behind the whole ones as well: run(v, z_p, z_q).
-template <class T, bool kAligned, class Run>
-__device__ __forceinline__ void for_vectors(const T* p, const T* q, int vocab, const Part& part,
-                                            uint64_t policy, const Run& run) {
-  const GlobalRow<T, kAligned> row_p = {p, nullptr, vocab, policy};
-  const GlobalRow<T, kAligned> row_q = {q, nullptr, vocab, policy};
-  for (int v = part.begin + static_cast<int>(threadIdx.x); v < part.end;
-       v += static_cast<int>(blockDim.x)) {
-    run(v, row_p.whole(v), row_q.whole(v));
-  }
-  if (part.has_last && threadIdx.x == blockDim.x - 1) {
-    run(vocab / kItems<T>, row_p.last(), row_q.last());
-  }
-}
-
+// This thread's vectors of a part of two rows: run(first element, count, z_p, z_q). One loop for
+// both alignments: beside forty instructions per element a branch per vector is nothing, and two
+// take twice as long to compile.
 template <class T, class Run>
 __device__ __forceinline__ void for_vectors(const T* p, const T* q, int vocab, const Part& part,
                                             bool aligned, uint64_t policy, const Run& run) {
-  if (aligned) {
-    for_vectors<T, true>(p, q, vocab, part, policy, run);
-  } else {
-    for_vectors<T, false>(p, q, vocab, part, policy, run);
+  const int rest = vocab - part.head;
+  const GlobalRow<T, true> p_aligned = {p + part.head, nullptr, rest, policy};
+  const GlobalRow<T, true> q_aligned = {q + part.head, nullptr, rest, policy};
+  const GlobalRow<T, false> p_any = {p + part.head, nullptr, rest, policy};
+  const GlobalRow<T, false> q_any = {q + part.head, nullptr, rest, policy};
+  for (int v = part.begin + static_cast<int>(threadIdx.x); v < part.end;
+       v += static_cast<int>(blockDim.x)) {
+    run(part.head + v * kItems<T>, kItems<T>, aligned ? p_aligned.whole(v) : p_any.whole(v),
+        aligned ? q_aligned.whole(v) : q_any.whole(v));
+  }
+  const bool head = part.has_head && writes_head();
+  if (head || (part.has_last && writes_last())) {
+    const int count = head ? part.head : rest % kItems<T>, first = head ? 0 : vocab - count;
+    run(first, count, load_elements(p + first, count), load_elements(q + first, count));
   }
 }
 
@@ -189,7 +187,7 @@ __device__ __forceinline__ Pair sum_block(Pair a, Array<WarpFloats, 2>& shared) 
 }
 
 template <class T, bool kTransform, Divergence kKind>
-__global__ void __launch_bounds__(kDivergenceThreads)
+__global__ void __launch_bounds__(kDivergenceThreads, 2)
     paired_divergence_fwd_kernel(const __grid_constant__ DivergenceArgs a, float jsd_bound,
                                  float* divergence, float* state, bool aligned) {
   constexpr int kPairs = kItems<T> / 2;
@@ -198,18 +196,18 @@ __global__ void __launch_bounds__(kDivergenceThreads)
   const Transform f = transform_of(options);
   const uint64_t stay = l2_policy<Keep::kLast>(), leave = l2_policy<Keep::kFirst>();
   const int vocab = static_cast<int>(a.vocab);
-  const Part all = part_of_row(a.vocab, 0, 1, kItems<T>);
   for (int64_t t = blockIdx.x; t < a.tokens; t += gridDim.x) {
     const bool keep = counts(options, t);
     const T* p = static_cast<const T*>(a.p) + t * a.p_stride;
     const T* q = static_cast<const T*>(a.q) + t * a.q_stride;
+    const Part all = part_of_row(p, a.vocab, 0, 1, false);
     const float c = keep ? scale_at(options, temperature_of(options, t), kTransform).c : 1.0f;
     MaxSum sum_p = {kLowestMax, 0.0f}, sum_q = sum_p;
     Pair sums = {0.0f, 0.0f};  // of the terms, of p d
     Distributions w = {c, 0.0f, 0.0f, 0.0f, 0.0f, a.beta};
     if (keep) {
       Pair u[kPairs], slope[kPairs];
-      for_vectors<T>(p, q, vocab, all, aligned, stay, [&](int, const Vec16& zp, const Vec16& zq) {
+      for_vectors<T>(p, q, vocab, all, aligned, stay, [&](int, int, const Vec16& zp, const Vec16& zq) {
         transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
         fold_sum<kPairs>(sum_p, u, c);
         transformed<T, kTransform>(f, zq, Vec16(), false, u, slope);
@@ -223,10 +221,10 @@ __global__ void __launch_bounds__(kDivergenceThreads)
     const bool empty = sum_p.s == 0.0f || sum_q.s == 0.0f;
     if (!empty) {
       Pair v[kPairs], u[kPairs], slope[kPairs];
-      for_vectors<T>(p, q, vocab, all, aligned, leave, [&](int i, const Vec16& zp, const Vec16& zq) {
+      for_vectors<T>(p, q, vocab, all, aligned, leave, [&](int, int count, const Vec16& zp,
+                                                           const Vec16& zq) {
         transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
         transformed<T, kTransform>(f, zq, Vec16(), false, v, slope);
-        const int count = i < vocab / kItems<T> ? kItems<T> : vocab % kItems<T>;
 #pragma unroll
         for (int j = 0; j < kItems<T>; j++) {
           if (j >= count) continue;
@@ -259,10 +257,10 @@ __device__ __forceinline__ float divergence_gradient(float u_p, float u_q, const
 }
 
 template <class T, bool kTransform, Divergence kKind>
-__global__ void __launch_bounds__(kDivergenceThreads)
+__global__ void __launch_bounds__(kDivergenceThreads, 2)
     paired_divergence_bwd_kernel(const __grid_constant__ DivergenceArgs a, const float* state,
                                  const float* grad_divergence, T* grad_p, int64_t grad_stride,
-                                 int parts, bool aligned) {
+                                 int parts, bool together) {
   constexpr int kPairs = kItems<T> / 2;
   const LogitsArgs options = options_of(a);
   const Transform f = transform_of(options);
@@ -270,20 +268,20 @@ __global__ void __launch_bounds__(kDivergenceThreads)
   const int vocab = static_cast<int>(a.vocab);
   for (int64_t item = blockIdx.x; item < a.tokens * parts; item += gridDim.x) {
     const int64_t t = item / parts;
-    const Part part = part_of_row(a.vocab, static_cast<int>(item % parts), parts, kItems<T>);
+    const T* p = static_cast<const T*>(a.p) + t * a.p_stride;
+    const T* q = static_cast<const T*>(a.q) + t * a.q_stride;
+    const Part part = part_of_row(p, a.vocab, static_cast<int>(item % parts), parts, together);
     const float* s = state + t * kDivergenceState;
     T* out = grad_p + t * grad_stride;
     if (s[0] == 0.0f || grad_divergence[t] == 0.0f) {  // unread
-      write_zeros<T>(out, vocab, part, aligned, policy);
+      write_zeros<T>(out, vocab, part, together, policy);
       continue;
     }
     const Scale scale = scale_at(options, temperature_of(options, t), kTransform);
     const Distributions w = {scale.c, s[1], s[2], s[3], s[4], a.beta};
     const float mean = s[5], factor = grad_divergence[t] * scale.nats;
-    const T* p = static_cast<const T*>(a.p) + t * a.p_stride;
-    const T* q = static_cast<const T*>(a.q) + t * a.q_stride;
-    for_vectors<T>(p, q, vocab, part, aligned, policy,
-                   [&](int i, const Vec16& zp, const Vec16& zq) {
+    for_vectors<T>(p, q, vocab, part, together, policy,
+                   [&](int first, int count, const Vec16& zp, const Vec16& zq) {
       Pair u[kPairs], v[kPairs], slope[kPairs], unused[kPairs];
       transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
       transformed<T, kTransform>(f, zq, Vec16(), false, v, unused);
@@ -293,13 +291,10 @@ __global__ void __launch_bounds__(kDivergenceThreads)
                 divergence_gradient<kKind>(u[j].y, v[j].y, w, mean) * factor};
         if constexpr (kTransform) u[j] = mul2(u[j], slope[j]);
       }
-      T* to = out + static_cast<int64_t>(i) * kItems<T>;
-      if (i >= vocab / kItems<T>) {
-        store_elements<T>(to, u, vocab % kItems<T>);
-      } else if (aligned) {
-        store_vector<kPairs>(to, u, policy);
+      if (together && count == kItems<T>) {
+        store_vector<kPairs>(out + first, u, policy);
       } else {
-        store_elements<T>(to, u, kItems<T>);
+        store_elements<T>(out + first, u, count);
       }
     });
   }

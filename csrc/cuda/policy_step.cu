@@ -52,7 +52,7 @@ cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
 template <class T, class G, bool kTransform>
 cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out,
                             const TokenObjective& o, const GradientRows& grads, bool aligned,
-                            cudaStream_t stream) {
+                            bool together, cudaStream_t stream) {
   int64_t cache = 0;
   const cudaError_t error = l2_bytes(&cache);
   if (error != cudaSuccess) return error;
@@ -60,7 +60,7 @@ cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out,
   const int64_t fit = cache / 4 * 3 / (row_bytes > 0 ? row_bytes : 1);
   const int64_t rows = a.rows < fit || fit < 1 ? a.rows : fit;
   return launch_resident(policy_step_kernel<T, G, kTransform>, rows, kPolicyThreads, stream, a, out,
-                         o, grads, aligned);
+                         o, grads, aligned, together);
 }
 
 }  // namespace
@@ -76,15 +76,15 @@ cudaError_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const Tok
   return by_dtypes(a.dtype, grad_dtype, [&](auto* type, auto* grad_type) {
     using T = Pointee<decltype(type)>;
     using G = Pointee<decltype(grad_type)>;
-    const bool aligned =
-        rows_aligned<T>(a.logits, a.stride) && grad_aligned<T, G>(grad_logits, grad_stride);
+    const bool aligned = rows_aligned<T>(a.logits, a.stride);
+    const bool together = rows_together<T, G>(a.logits, a.stride, grad_logits, grad_stride);
     const ClusterChoice choice = choose_cluster(a.vocab / kItems<T>);
     return by_flag(a.softcap != 0.0f, [&](auto transformed) {
       constexpr bool kTransform = decltype(transformed)::value;
-      if (arch >= 90 && aligned && choice.cluster > 0) {
+      if (arch >= 90 && aligned && together && choice.cluster > 0) {
         return launch_cluster<T, G, kTransform>(choice, a, out, o, grads, stream);
       }
-      return launch_portable<T, G, kTransform>(a, out, o, grads, aligned, stream);
+      return launch_portable<T, G, kTransform>(a, out, o, grads, aligned, together, stream);
     });
   });
 }

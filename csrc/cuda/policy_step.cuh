@@ -74,22 +74,23 @@ template <class T, class G, bool kTransform>
 __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
     policy_step_kernel(const __grid_constant__ LogitsArgs a,
                        const __grid_constant__ TokenStatsOut out,
-                       const __grid_constant__ TokenObjective o, GradientRows grads, bool aligned) {
+                       const __grid_constant__ TokenObjective o, GradientRows grads, bool aligned,
+                       bool together) {
   using Records = Array<Record, kMaxWarps>;
   TOKFUSE_SHARED(records, Array<Records, 2>);
   TOKFUSE_SHARED(verdict, RowVerdict);
   const uint64_t stay = l2_policy<Keep::kLast>(), leave = l2_policy<Keep::kFirst>();
   const Transform f = transform_of(a);
   const int vocab = static_cast<int>(a.vocab);
-  const Part all = part_of_row(a.vocab, 0, 1, kItems<T>);
   int turn = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const int64_t token = token_of(a, row);
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
     G* grad = static_cast<G*>(grads.base) + row * grads.stride;
+    const Part all = part_of_row(logits, a.vocab, 0, 1, together);
     if (!counts(a, token)) {
       if (threadIdx.x == 0) write_masked(out, o, token);
-      write_zeros<T>(grad, vocab, all, aligned, leave);
+      write_zeros<T>(grad, vocab, all, together, leave);
       continue;
     }
     const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
@@ -109,10 +110,10 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
     __syncthreads();
     const RowVerdict v = verdict;
     if (v.nothing) {
-      write_zeros<T>(grad, vocab, all, aligned, leave);
+      write_zeros<T>(grad, vocab, all, together, leave);
     } else {
       write_gradient<T, G, kTransform>(f, logits, static_cast<const T*>(nullptr), vocab, grad, all,
-                                       v.slopes, aligned, leave);
+                                       v.slopes, together, leave);
     }
   }
 }
@@ -135,7 +136,7 @@ template <class T>
 struct SharedSlice {
   const unsigned char* base;
 
-  __device__ __forceinline__ Vec16 whole(int v) const { return shared_load16(base + v * 16); }
+  __device__ __forceinline__ Vec16 whole(int v) const { return load16_near(base + v * 16); }
   __device__ __forceinline__ Vec16 whole_bias(int) const { return Vec16(); }
 };
 
@@ -237,13 +238,10 @@ __device__ __forceinline__ void write_slice(const Transform& f, const Fetcher<T>
   const TargetTerm<T, G, kTransform> target(f, row.logits, nullptr, row.vocab, part, s);
   const int stage = use % rows.layout.stages;
   const SharedSlice<T> slice = {rows.buffer + static_cast<int64_t>(stage) * rows.layout.slice * 16};
-  const Part own = {0, rows.count, false};
-  write_whole<T, G, kTransform, true>(f, slice, false,
-                                      grad + static_cast<int64_t>(part.begin) * kItems<T>, own, s,
-                                      policy);
-  if (part.has_last && threadIdx.x == blockDim.x - 1) {
-    write_last<T, G, kTransform>(f, row, grad, s);
-  }
+  G* own = grad + static_cast<int64_t>(part.begin) * kItems<T>;
+  write_whole<T, G, kTransform, true, kPolynomialShare>(f, slice, false, own, 0, rows.count, s,
+                                                        policy);
+  write_ends<T, G, kTransform>(f, row.logits, row.bias, row.vocab, grad, part, s);
   target.write(grad, s);
 }
 
@@ -269,7 +267,7 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
   const Transform f = transform_of(a);
   const int vocab = static_cast<int>(a.vocab), whole = vocab / kItems<T>;
   const int first = min(rank * layout.slice, whole), last = min(first + layout.slice, whole);
-  const Part part = {first, last, rank == blocks - 1 && vocab % kItems<T> != 0};
+  const Part part = {first, last, 0, false, rank == blocks - 1 && vocab % kItems<T> != 0};
   const int64_t step = gridDim.x / static_cast<unsigned>(blocks);
   const int64_t begin = blockIdx.x / static_cast<unsigned>(blocks);
   Fetcher<T> rows = {a, buffer, full, layout, first, last - first, begin, step, 0, leave};

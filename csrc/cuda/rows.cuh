@@ -16,8 +16,9 @@
 //
 // A thread keeps the statistics of the elements that it loads itself (`Lane`), in vectors of 16
 // bytes: vector v of a row belongs to thread v % threads. Threads meet once per row, in an order
-// that the vocabulary alone decides. Rows that begin at no multiple of 16 bytes are loaded element
-// by element by the same threads: a row's bits depend on neither its place nor its batch.
+// that the vocabulary alone decides. Where a row begins at no multiple of 16 bytes, the same threads
+// put the same vectors together from the two around each: a row's bits depend on neither its place
+// nor its batch.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -71,6 +72,24 @@ __device__ __forceinline__ Vec16 load_elements(const T* from, int count) {
     }
     v.word[w] = word;
   }
+  return v;
+}
+
+// 16 bytes from any element on, of two whole vectors around them.
+__device__ __forceinline__ Vec16 load_between(const void* from) {
+  const unsigned lead = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % 16);
+  const unsigned char* at = static_cast<const unsigned char*>(from) - lead;
+  const Vec16 low = load16_near(at), high = load16_near(at + 16);
+  uint32_t w[8];
+#pragma unroll
+  for (int i = 0; i < 4; i++) w[i] = low.word[i], w[i + 4] = high.word[i];
+#pragma unroll
+  for (int i = 0; i < 6; i++) w[i] = lead & 8u ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; i++) w[i] = lead & 4u ? w[i + 1] : w[i];
+  Vec16 v;
+#pragma unroll
+  for (int i = 0; i < 4; i++) v.word[i] = __funnelshift_r(w[i], w[i + 1], (lead & 3u) * 8);
   return v;
 }
 
@@ -215,8 +234,11 @@ struct GlobalRow {
   uint64_t policy;
 
   __device__ __forceinline__ Vec16 vector(const T* from, int v) const {
-    if (kAligned) return load16(from + static_cast<int64_t>(v) * kItems<T>, policy);
-    return load_elements(from + static_cast<int64_t>(v) * kItems<T>, kItems<T>);
+    from += static_cast<int64_t>(v) * kItems<T>;
+    if (kAligned) return load16(from, policy);
+    // The vectors around reach out of the row at its ends.
+    const bool inner = v > 0 && (v + 2) * kItems<T> <= vocab;
+    return inner ? load_between(from) : load_elements(from, kItems<T>);
   }
   __device__ __forceinline__ Vec16 whole(int v) const { return vector(logits, v); }
   __device__ __forceinline__ Vec16 whole_bias(int v) const { return vector(bias, v); }
@@ -287,15 +309,18 @@ __device__ __forceinline__ Pair exp2_polynomial(Pair x) {
 
 // One pair in this many goes through the polynomial: sm_100 reads elements as fast as its exp unit
 // takes them, and has issue slots left. 0: none.
+constexpr int kNoPolynomial = 0;
 #if TOKFUSE_ARCH >= 100
 constexpr int kPolynomialShare = 8;
 #else
-constexpr int kPolynomialShare = 0;
+constexpr int kPolynomialShare = kNoPolynomial;
 #endif
 
+// 2^x of pair i of a vector; which unit computes it depends on i alone.
+template <int kShare>
 __device__ __forceinline__ Pair exp2_pair(Pair x, int i) {
-  if (kPolynomialShare > 0 && i % (kPolynomialShare > 0 ? kPolynomialShare : 1) == 0) {
-    return exp2_polynomial(x);
+  if constexpr (kShare != kNoPolynomial) {
+    if (i % kShare == 0) return exp2_polynomial(x);
   }
   return {exp2_fast(x.x), exp2_fast(x.y)};
 }
@@ -335,13 +360,13 @@ __device__ __forceinline__ void fold(Lane<kExtras>& a, const Pair* u, float tile
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
     const Pair d = below(u[i], m);
-    const Pair e = exp2_pair(times(d, c), i);
+    const Pair e = exp2_pair<kPolynomialShare>(times(d, c), i);
     a.s = add2(a.s, e);
     a.sd = fma2(d, e, a.sd);
     a.ss = fma2(e, e, a.ss);
     if (kExtras) {
       const Pair de = mul2(d, e);
-      a.s2 = add2(a.s2, exp2_pair(times(d, c2), i + 1));
+      a.s2 = add2(a.s2, exp2_pair<kPolynomialShare>(times(d, c2), i + 1));
       a.ssd = fma2(de, e, a.ssd);
       a.ssdd = fma2(de, de, a.ssdd);
     }

@@ -29,12 +29,12 @@ cudaError_t token_stats_bwd(const LogitsArgs& a, const TokenStatsGrad& g, cudaSt
   return by_dtypes(a.dtype, g.grad_dtype, [&](auto* type, auto* grad_type) {
     using T = Pointee<decltype(type)>;
     using G = Pointee<decltype(grad_type)>;
-    const bool aligned = rows_aligned<T>(a.logits, a.stride) &&
-                         rows_aligned<T>(a.bias_logits, a.bias_stride) &&
-                         grad_aligned<T, G>(g.grad_logits, g.grad_stride);
+    const bool together =
+        rows_together<T, T>(a.logits, a.stride, a.bias_logits, a.bias_stride) &&
+        rows_together<T, G>(a.logits, a.stride, g.grad_logits, g.grad_stride);
     return by_flag(is_transformed(a), [&](auto transformed) {
       return launch_resident(token_stats_bwd_kernel<T, G, decltype(transformed)::value>,
-                             a.rows * parts, kBackwardThreads, stream, a, g, parts, aligned);
+                             a.rows * parts, kBackwardThreads, stream, a, g, parts, together);
     });
   });
 }

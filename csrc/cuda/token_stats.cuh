@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kForwardThreads, kTransform ? 2 : (kExtras ? 3
 template <class T, class G, bool kTransform>
 __global__ void __launch_bounds__(kBackwardThreads)
     token_stats_bwd_kernel(const __grid_constant__ LogitsArgs a,
-                           const __grid_constant__ TokenStatsGrad g, int parts, bool aligned) {
+                           const __grid_constant__ TokenStatsGrad g, int parts, bool together) {
   const uint64_t policy = l2_policy<Keep::kFirst>();
   const Transform f = transform_of(a);
   for (int64_t item = blockIdx.x; item < a.rows * parts; item += gridDim.x) {
@@ -91,22 +91,22 @@ __global__ void __launch_bounds__(kBackwardThreads)
     const bool keep = counts(a, token);
     const float ga = keep && g.grad_logp != nullptr ? g.grad_logp[token] : 0.0f;
     const float gh = keep && g.grad_entropy != nullptr ? g.grad_entropy[token] : 0.0f;
-    const Part part = part_of_row(a.vocab, static_cast<int>(item % parts), parts, kItems<T>);
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    const Part part = part_of_row(logits, a.vocab, static_cast<int>(item % parts), parts, together);
     const T* bias = static_cast<const T*>(a.bias_logits);
     if (bias != nullptr) bias += row * a.bias_stride;
     G* grad = static_cast<G*>(g.grad_logits) + row * g.grad_stride;
     const float inv_sum = keep ? g.inv_sum[token] : 0.0f;
     // Clipped, zero-advantage and masked rows, and those of only -inf, are written unread.
     if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f) {
-      write_zeros<T>(grad, static_cast<int>(a.vocab), part, aligned, policy);
+      write_zeros<T>(grad, static_cast<int>(a.vocab), part, together, policy);
       continue;
     }
     const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
     const Slopes s = slopes_of(scale, g.row_max[token], inv_sum, g.entropy[token], ga, gh,
                                a.target[token], a.vocab);
     write_gradient<T, G, kTransform>(f, logits, bias, static_cast<int>(a.vocab), grad, part, s,
-                                     aligned, policy);
+                                     together, policy);
   }
 }
 

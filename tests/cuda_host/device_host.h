@@ -58,7 +58,7 @@ inline void store16(void* to, const Vec16& v) {
 
 inline void store16(void* to, const Vec16& v, uint64_t) { store16(to, v); }
 
-inline Vec16 shared_load16(const void* from) { return load16(from); }
+inline Vec16 load16_near(const void* from) { return load16(from); }
 
 TOKFUSE_HOST_RAW float float_of(uint32_t bits) {
   float value;
