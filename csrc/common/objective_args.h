@@ -36,39 +36,20 @@ struct ObjectiveArgs {
   float* scratch;     // (4 T), see cpu/objective_tokens.h
 };
 
-// What one token contributes, aggregation weight included; masked tokens are not asked for.
-struct TokenTerms {
-  float loss;
-  float d_logp;     // without the derivative through the ratio
-  float d_entropy;  //
-  float chain;      // derivative through the ratio, which sequence levels redistribute
-  float ratio;
-  uint32_t flags;
-};
-
-TOKFUSE_HD float optional(const float* p, int64_t t, float missing) {
-  return p == nullptr ? missing : p[t];
-}
-
-// Policy, KL and entropy terms of token t with its log-ratio already at the objective's level.
+// The terms of token t with its log-ratio already at the objective's level.
 TOKFUSE_HD TokenTerms token_terms(const ObjectiveArgs& o, int64_t t, float log_ratio, float logp,
                                   float entropy, float advantage, float agg) {
-  const float w = optional(o.weight, t, 1.0f);
-  const PolicyTerm policy =
-      policy_term(o.params, log_ratio, logp, advantage, optional(o.signal, t, 0.0f));
-  float loss = w * policy.loss, d_logp = w * policy.d_logp, d_entropy = 0.0f;
-  if (o.params.kl != Kl::kNone) {
-    const KlTerm kl = kl_term(o.params, logp, o.ref_logp[t], logp - o.old_logp[t]);
-    const float coef = o.params.kl_coef * optional(o.kl_weight, t, 1.0f);
-    loss += coef * kl.value;
-    d_logp += coef * kl.d_logp;
-  }
-  if (o.params.entropy_coef != 0.0f) {
-    d_entropy = -o.params.entropy_coef * optional(o.entropy_weight, t, 1.0f);
-    loss += d_entropy * entropy;
-  }
-  return {agg * loss,      agg * d_logp, agg * d_entropy, agg * w * policy.d_log_ratio,
-          expf(log_ratio), policy.flags};
+  const TokenInputs x = {logp,
+                         entropy,
+                         o.old_logp[t],
+                         optional(o.ref_logp, t, 0.0f),
+                         advantage,
+                         optional(o.signal, t, 0.0f),
+                         agg,
+                         optional(o.weight, t, 1.0f),
+                         optional(o.kl_weight, t, 1.0f),
+                         optional(o.entropy_weight, t, 1.0f)};
+  return token_terms(o.params, x, log_ratio);
 }
 
 }  // namespace tokfuse
