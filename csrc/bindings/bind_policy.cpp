@@ -1,3 +1,5 @@
+#include <new>
+
 #include "bindings/bind.h"
 
 namespace py = pybind11;
@@ -111,8 +113,10 @@ int64_t policy_step(int phases, const py::tuple& logits, const py::tuple& record
   int64_t n = 0;
   if (phases & kPrepare) TOKFUSE_CALL(policy_prepare, o);
   if (phases & kRows) {
-    TOKFUSE_CALL(policy_rows, a, out, o, as<void>(grad_logits), grad_stride);
+    // Rows that are dropped need no zeros.
+    TOKFUSE_CALL(policy_rows, a, out, o, as<void>(grad_logits), grad_stride, kept == 0);
     if (kept != 0) n = TOKFUSE_CALL(keep_gradient_rows, a, o, as<int64_t>(kept));
+    if (n < 0) throw std::bad_alloc();
   }
   if (phases & kMetrics) TOKFUSE_CALL(policy_metrics, o);
   return -1 - n;

@@ -59,18 +59,19 @@ struct TokenStatsGrad {
 };
 
 // Target checks that need values: index of the first bad row, or -1.
-#define TOKFUSE_DECLARE_KERNELS(isa)                                                        \
-  namespace isa {                                                                           \
-  int64_t first_bad_row(const LogitsArgs& args);                                            \
-  void token_stats_fwd(const LogitsArgs& args, const TokenStatsOut& out);                   \
-  void token_stats_bwd(const LogitsArgs& args, const TokenStatsGrad& grad);                 \
-  void policy_loss(const ObjectiveArgs& args);                                              \
-  void policy_prepare(const ObjectiveArgs& args);                                           \
-  void policy_metrics(const ObjectiveArgs& args);                                           \
-  void policy_rows(const LogitsArgs& args, const TokenStatsOut& out,                        \
-                   const ObjectiveArgs& objective, void* grad_logits, int64_t grad_stride); \
-  int64_t keep_gradient_rows(const LogitsArgs& args, const ObjectiveArgs& objective,        \
-                             int64_t* kept);                                                \
+#define TOKFUSE_DECLARE_KERNELS(isa)                                                       \
+  namespace isa {                                                                          \
+  int64_t first_bad_row(const LogitsArgs& args);                                           \
+  void token_stats_fwd(const LogitsArgs& args, const TokenStatsOut& out);                  \
+  void token_stats_bwd(const LogitsArgs& args, const TokenStatsGrad& grad);                \
+  void policy_loss(const ObjectiveArgs& args);                                             \
+  void policy_prepare(const ObjectiveArgs& args);                                          \
+  void policy_metrics(const ObjectiveArgs& args);                                          \
+  void policy_rows(const LogitsArgs& args, const TokenStatsOut& out,                       \
+                   const ObjectiveArgs& objective, void* grad_logits, int64_t grad_stride, \
+                   bool fill_zeros);                                                       \
+  int64_t keep_gradient_rows(const LogitsArgs& args, const ObjectiveArgs& objective,       \
+                             int64_t* kept);                                               \
   }
 
 // One level only: on other machines, and in builds with sanitizers, where three take minutes.
