@@ -24,8 +24,8 @@ SPREAD := -n $(WORKERS) --dist loadfile
 INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 
 # The CUDA kernels on the CPU: the file that the variable names is built first, by $(CXX) alone.
-CUDA_HOST := export OMP_NUM_THREADS=1 \
-	TOKFUSE_CUDA_HOST="$$($(BIN)/python tests/support/cuda_module.py)" &&
+CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
+	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
 
 .PHONY: help demo test test-slow test-triton test-cuda test-gpu bench-gpu test-packaging \
 	test-sanitize lint format bench peers doctor clean

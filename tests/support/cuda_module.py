@@ -7,6 +7,7 @@ is forced.
 """
 
 import functools
+import os
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,4 +42,4 @@ def build(jobs: int = 1) -> Path:
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)))
