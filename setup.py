@@ -128,6 +128,7 @@ setup(
     package_data={
         "tokfuse": ["py.typed", "*.pyi"],
         "tokfuse.bench": ["*.cpp", "*.txt"],
+        "tokfuse.runtime": ["cuda_resources.json"],
         "tokfuse.triton_kernels": ["resources.json"],
     },
     ext_modules=[Extension("tokfuse._native", sources=[], optional=True)],

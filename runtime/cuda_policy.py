@@ -49,9 +49,9 @@ class TokenResults(NamedTuple):
 
 def results_like(vector: torch.Tensor) -> TokenResults:
     """Zeros for as many tokens as `vector` (tokens,) float32 has."""
-    return TokenResults(
-        *(torch.zeros_like(vector) for _ in range(4)), torch.zeros_like(vector, dtype=torch.int32)
-    )
+    loss, d_logp, d_entropy, ratio = (torch.zeros_like(vector) for _ in range(4))
+    flags = torch.zeros_like(vector, dtype=torch.int32)
+    return TokenResults(loss, d_logp, d_entropy, ratio, flags)
 
 
 def _prepare(
@@ -140,9 +140,9 @@ def policy_step(
     given = encode(inputs, objective, inverse)
     vector = given.pointers.old_logp
     stats = tuple(torch.empty_like(vector) for _ in range(5))
-    out = TokenResults(
-        *(torch.empty_like(vector) for _ in range(4)), torch.empty_like(vector, dtype=torch.int32)
-    )
+    loss, d_logp, d_entropy, ratio = (torch.empty_like(vector) for _ in range(4))
+    flags = torch.empty_like(vector, dtype=torch.int32)
+    out = TokenResults(loss, d_logp, d_entropy, ratio, flags)
     grad = logits if in_place else torch.empty(
         logits.shape, dtype=logits.dtype, device=logits.device
     )  # fmt: skip

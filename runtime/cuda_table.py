@@ -20,7 +20,8 @@ from pathlib import Path
 from tokfuse.runtime import cuda_backend, native
 from tokfuse.runtime.kernel_table import INSTRUCTIONS_SLACK, REGISTERS_SLACK
 
-TABLE = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "resources.json"
+# Not among the sources of the module: writing it must not make the module out of date.
+TABLE = Path(__file__).resolve().parent / "cuda_resources.json"
 # By the argument of a template; sizes in bytes.
 DTYPES = {"float": ("float32", 4), "BFloat16": ("bfloat16", 2), "Float16": ("float16", 2),
           "double": ("float64", 8)}  # fmt: skip
@@ -118,15 +119,15 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
-def read_module() -> list[Kernel]:
-    """Every kernel of the native module, on every architecture it was built for."""
+def read_module(arch: str = "") -> list[Kernel]:
+    """Every kernel of the native module, on one architecture, or on all it was built for."""
     reason, module, folder = why_not(), native.module(), tools()
     if reason is not None:
         raise SystemExit(f"kernels: {reason}.")
     assert module is not None and module.__file__ is not None and folder is not None
     with tempfile.TemporaryDirectory() as scratch:
         _run(folder / "cuobjdump", "-xelf", "all", module.__file__, cwd=Path(scratch))
-        files = sorted(Path(scratch).glob("*.cubin"))
+        files = sorted(Path(scratch).glob(f"*.sm_{arch or '*'}.cubin"))
         with ThreadPoolExecutor() as pool:
             found = pool.map(lambda file: list(_read_cubin(folder, file)), files)
             return sorted((k for kernels in found for k in kernels), key=lambda k: k.key)

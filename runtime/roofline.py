@@ -103,8 +103,8 @@ def _lines(kernels: Sequence[Kernel]) -> Iterator[str]:
 HEAD = """\
 # Roofline of the CUDA kernels (predicted)
 
-Written by `python -m tokfuse kernels --cuda --write` from `csrc/cuda/resources.json`: registers and
-instructions are read from the compiled module, the rest is arithmetic. No GPU was used.
+Written by `python -m tokfuse kernels --cuda --write` from `runtime/cuda_resources.json`: registers
+and instructions are read from the compiled module, the rest is arithmetic. No GPU was used.
 
     time per element = max(bytes / bandwidth, instructions / issue rate, exps / exp rate)
     predicted share  = (bytes / bandwidth) / time per element

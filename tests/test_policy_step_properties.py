@@ -16,7 +16,7 @@ from tokfuse.runtime.objective import LEVELS
 TOKENS, VOCAB, HIDDEN = sum(LENGTHS), 2100, 12
 
 
-@pytest.fixture(params=backends("policy_step", interpreted=False))
+@pytest.fixture(params=backends("policy_step", interpreted=False, hosted=False))
 def backend(request):
     with request.param.forced():
         yield request.param

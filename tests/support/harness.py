@@ -35,18 +35,23 @@ class Backend(NamedTuple):
         return _moved(value, self.device)
 
 
-def backends(op: str, without: str = "", interpreted: bool = True) -> list[Any]:
+def backends(
+    op: str, without: str = "", interpreted: bool = True, hosted: bool = True
+) -> list[Any]:
     """pytest parameters from the capability records of `op`; a skip names what is missing.
 
     Those on a GPU carry the mark `gpu`, those of Triton's interpreter `interpreter`. Without
     `interpreted` they are left out: an operation takes it 0.2 ms, and small cases are in
-    test_triton_*.
+    test_triton_*. CUDA kernels that run on the CPU carry the mark `cuda_host`, and are left out
+    without `hosted`.
     """
     out = []
     for row in dispatch.table():
         if row["op"] != op or not row["built"] or row["backend"] == without:
             continue
         if row["backend"] == "triton" and triton_backend.interpreting() and not interpreted:
+            continue
+        if row["backend"] == "cuda" and cuda_backend.hosted() and not hosted:
             continue
         devices = row["devices"]
         device = "cpu" if {"cpu", "*"} & set(devices) else "cuda"
