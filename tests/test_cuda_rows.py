@@ -110,7 +110,7 @@ def check_policy(logits, target, inputs, objective, mask=None, scale=0.25, out=N
     stats, results, grad = cuda_rows.policy_step(
         logits, target, objective.record, inputs, scale, out, mask=mask, **options
     )
-    if out is None:
+    if out is not logits:
         assert bits(logits) == bits(before)
     ga, gh = results["d_logp"], results["d_entropy"]
     expected = truth(before, target, ga, gh, mask=mask, **options)
@@ -183,7 +183,12 @@ def test_policy_step_over_the_blocks_of_a_cluster(dtype: torch.dtype, vocab: int
     target[0], target[3] = vocab - 1, 0
     mask = torch.tensor([True, False, True, True, False, False, True])
     inputs = {n: inputs[n] for n in ("old_logp", "advantage")}
-    check_policy(wide[:, :vocab], target, inputs, Objective(entropy_coef=0.01), mask)
+    beside = torch.full_like(wide, float("nan"))[:, :vocab]
+    objective = Objective(entropy_coef=0.01)
+    separate = check_policy(wide[:, :vocab], target, inputs, objective, mask, out=beside)
+    over = wide.clone()[:, :vocab]
+    check_policy(over, target, inputs, objective, mask, out=over)
+    assert bits(over) == bits(separate[1])
 
 
 def test_policy_step_scale_and_aggregation_weight(arch: int):

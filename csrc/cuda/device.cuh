@@ -110,9 +110,14 @@ __device__ __forceinline__ void store16(void* to, const Vec16& v, uint64_t polic
                : "memory");
 }
 
-// 16 bytes of shared memory, or of global memory that is soon read again, at a multiple of 16.
-__device__ __forceinline__ Vec16 load16_near(const void* from) {
+// 16 bytes of shared memory at a multiple of 16.
+__device__ __forceinline__ Vec16 shared_load16(const void* from) {
   return *static_cast<const Vec16*>(from);
+}
+
+// 4 bytes at a multiple of 4; through L1, where the neighbours' next loads find their lines.
+__device__ __forceinline__ uint32_t load4(const void* from) {
+  return *static_cast<const uint32_t*>(from);
 }
 
 // ------------------------------------------------------------------------------------- arithmetic

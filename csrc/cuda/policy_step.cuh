@@ -136,7 +136,7 @@ template <class T>
 struct SharedSlice {
   const unsigned char* base;
 
-  __device__ __forceinline__ Vec16 whole(int v) const { return load16_near(base + v * 16); }
+  __device__ __forceinline__ Vec16 whole(int v) const { return shared_load16(base + v * 16); }
   __device__ __forceinline__ Vec16 whole_bias(int) const { return Vec16(); }
 };
 

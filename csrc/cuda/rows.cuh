@@ -17,8 +17,8 @@
 // A thread keeps the statistics of the elements that it loads itself (`Lane`), in vectors of 16
 // bytes: vector v of a row belongs to thread v % threads. Threads meet once per row, in an order
 // that the vocabulary alone decides. Where a row begins at no multiple of 16 bytes, the same threads
-// put the same vectors together from the two around each: a row's bits depend on neither its place
-// nor its batch.
+// put the same vectors together from words of 4: a row's bits depend on neither its place nor its
+// batch.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -75,21 +75,20 @@ __device__ __forceinline__ Vec16 load_elements(const T* from, int count) {
   return v;
 }
 
-// 16 bytes from any element on, of two whole vectors around them.
-__device__ __forceinline__ Vec16 load_between(const void* from) {
-  const unsigned lead = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % 16);
-  const unsigned char* at = static_cast<const unsigned char*>(from) - lead;
-  const Vec16 low = load16_near(at), high = load16_near(at + 16);
-  uint32_t w[8];
+// 16 bytes from any element on, of the words around them.
+template <class T>
+__device__ __forceinline__ Vec16 load_words(const T* from) {
+  const unsigned odd = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % 4);  // 0 or 2
+  const unsigned char* at = reinterpret_cast<const unsigned char*>(from) - odd;
+  uint32_t word[5];
 #pragma unroll
-  for (int i = 0; i < 4; i++) w[i] = low.word[i], w[i + 4] = high.word[i];
+  for (int i = 0; i < 4; i++) word[i] = load4(at + 4 * i);
+  Vec16 v = {{word[0], word[1], word[2], word[3]}};
+  if constexpr (sizeof(T) == 2) {
+    word[4] = odd != 0 ? load4(at + 16) : 0u;
 #pragma unroll
-  for (int i = 0; i < 6; i++) w[i] = lead & 8u ? w[i + 2] : w[i];
-#pragma unroll
-  for (int i = 0; i < 5; i++) w[i] = lead & 4u ? w[i + 1] : w[i];
-  Vec16 v;
-#pragma unroll
-  for (int i = 0; i < 4; i++) v.word[i] = __funnelshift_r(w[i], w[i + 1], (lead & 3u) * 8);
+    for (int i = 0; i < 4; i++) v.word[i] = __funnelshift_r(word[i], word[i + 1], odd * 8);
+  }
   return v;
 }
 
@@ -236,9 +235,9 @@ struct GlobalRow {
   __device__ __forceinline__ Vec16 vector(const T* from, int v) const {
     from += static_cast<int64_t>(v) * kItems<T>;
     if (kAligned) return load16(from, policy);
-    // The vectors around reach out of the row at its ends.
-    const bool inner = v > 0 && (v + 2) * kItems<T> <= vocab;
-    return inner ? load_between(from) : load_elements(from, kItems<T>);
+    // The words around reach out of the row at its ends.
+    const bool inner = sizeof(T) == 4 || (v > 0 && (v + 1) * kItems<T> < vocab);
+    return inner ? load_words(from) : load_elements(from, kItems<T>);
   }
   __device__ __forceinline__ Vec16 whole(int v) const { return vector(logits, v); }
   __device__ __forceinline__ Vec16 whole_bias(int v) const { return vector(bias, v); }

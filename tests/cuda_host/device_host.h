@@ -58,7 +58,13 @@ inline void store16(void* to, const Vec16& v) {
 
 inline void store16(void* to, const Vec16& v, uint64_t) { store16(to, v); }
 
-inline Vec16 load16_near(const void* from) { return load16(from); }
+inline Vec16 shared_load16(const void* from) { return load16(from); }
+
+inline uint32_t load4(const void* from) {
+  typedef uint32_t Word __attribute__((may_alias));
+  host::check_aligned(from, 4);
+  return *static_cast<const Word*>(from);
+}
 
 TOKFUSE_HOST_RAW float float_of(uint32_t bits) {
   float value;
