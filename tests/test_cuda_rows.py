@@ -1,7 +1,7 @@
 """The CUDA row kernels, run on the CPU (tests/cuda_host): parity with float64 and the reference.
 
-The same sources that nvcc compiles. Bounds as in the tests of the ops; both ways of policy_step, rows
-in a cluster and the second visit through L2.
+The same sources that nvcc compiles. Bounds as in the tests of the ops; both ways of policy_step:
+rows in a cluster, and the second visit through L2.
 """
 
 import pytest
@@ -47,9 +47,7 @@ def check(logits, target, **options) -> None:
     expected = truth(logits, target, ga, gh, **options)
     stats = cuda_rows.token_stats_fwd(logits, target, **options)
     check_stats(stats, expected)
-    check_gradient(
-        cuda_rows.token_stats_bwd(logits, target, stats, ga, gh, **options), expected
-    )
+    check_gradient(cuda_rows.token_stats_bwd(logits, target, stats, ga, gh, **options), expected)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -54,8 +54,8 @@ __device__ __forceinline__ bool writes_head() { return threadIdx.x == blockDim.x
 __device__ __forceinline__ bool writes_last() { return threadIdx.x == blockDim.x - 1; }
 
 // What every element gets, in place of u; the target's own term is not in it. kShare: as in
-// exp2_pair, for vectors that every row begins with; elsewhere a row's bits would depend on where it
-// lies.
+// exp2_pair, for vectors that every row begins with; elsewhere a row's bits would depend on where
+// it lies.
 template <int kPairs, bool kTransform, int kShare>
 __device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair* slope) {
 #pragma unroll

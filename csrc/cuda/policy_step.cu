@@ -1,7 +1,6 @@
 // Launcher of policy_step.cuh: which kernel, and how rows lie in shared memory.
-#include "cuda/policy_step.cuh"
-
 #include "cuda/launch.h"
+#include "cuda/policy_step.cuh"
 
 namespace tokfuse {
 namespace cuda {
@@ -12,8 +11,8 @@ constexpr int64_t kSharedBytes = 224 * 1024;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// The smallest cluster whose blocks hold two rows, or else one. Decided by the bytes of a row alone,
-// as the order of its sums depends on it. cluster = 0: a row does not fit.
+// The smallest cluster whose blocks hold two rows, or else one. Decided by the bytes of a row
+// alone, as the order of its sums depends on it. cluster = 0: a row does not fit.
 struct ClusterChoice {
   unsigned cluster;
   ClusterLayout layout;
@@ -24,8 +23,8 @@ ClusterChoice choose_cluster(int64_t vectors) {
     for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
       // Slices begin at multiples of 128 bytes.
       const int64_t slice = round_up((vectors + cluster - 1) / cluster, 8);
-      const int64_t tiles = (slice + kTileOf<false> * kPolicyThreads - 1) /
-                            (kTileOf<false> * kPolicyThreads);
+      const int64_t tiles =
+          (slice + kTileOf<false> * kPolicyThreads - 1) / (kTileOf<false> * kPolicyThreads);
       if (slice * 16 * stages <= kSharedBytes && tiles <= kMaxTiles) {
         return {static_cast<unsigned>(cluster), {static_cast<int>(slice), stages}};
       }
@@ -50,9 +49,9 @@ cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
 
 // As many rows at once as three quarters of L2 hold.
 template <class T, class G, bool kTransform>
-cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out,
-                            const TokenObjective& o, const GradientRows& grads, bool aligned,
-                            bool together, cudaStream_t stream) {
+cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out, const TokenObjective& o,
+                            const GradientRows& grads, bool aligned, bool together,
+                            cudaStream_t stream) {
   int64_t cache = 0;
   const cudaError_t error = l2_bytes(&cache);
   if (error != cudaSuccess) return error;

@@ -12,7 +12,8 @@
 //   policy_step_kernel: the second visit finds the row in the L2 cache: first loads ask to stay
 //     there, second loads and stores to leave, and the grid holds no more rows than L2 does.
 //
-// The metric sums are another launch's, from what is written per token. Legend: R rows, V vocabulary.
+// The metric sums are another launch's, from what is written per token. Legend: R rows, V
+// vocabulary.
 #pragma once
 
 #include "cuda/gradient.cuh"

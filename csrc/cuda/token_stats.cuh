@@ -1,12 +1,12 @@
 // token_stats: five statistics of each row of logits in one read, and their gradient in one more.
 //
-// Formulas are in rows.cuh. Passes over (R, V): forward one read, backward one read and one write; a
-// row without gradient is zero-filled unread. Bytes per row at bf16: 2V and 4V. One exp per element
-// each; a second temperature costs one more, the moments two products.
+// Formulas are in rows.cuh. Passes over (R, V): forward one read, backward one read and one write;
+// a row without gradient is zero-filled unread. Bytes per row at bf16: 2V and 4V. One exp per
+// element each; a second temperature costs one more, the moments two products.
 //
 // A block takes whole rows (forward) or parts of rows (backward), on a grid that is resident at
-// once. A target outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would wait
-// for the device.
+// once. A target outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would
+// wait for the device.
 #pragma once
 
 #include "cuda/gradient.cuh"

@@ -164,9 +164,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t,
                    const Arguments&... arguments) {
   const host::Shape given = {dim3(shape.blocks), dim3(shape.threads), shape.shared, shape.cluster};
-  return static_cast<cudaError_t>(host::run(given, __PRETTY_FUNCTION__, [&] {
-    kernel(static_cast<Parameters>(arguments)...);
-  }));
+  return static_cast<cudaError_t>(host::run(
+      given, __PRETTY_FUNCTION__, [&] { kernel(static_cast<Parameters>(arguments)...); }));
 }
 
 template <class Kernel>
