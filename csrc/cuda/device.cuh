@@ -269,9 +269,10 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, unsigned arriva
                : "memory");
 }
 
-// Makes mbarrier_init visible to bulk copies and to the cluster.
+// Makes mbarrier_init visible to the cluster and to bulk copies, which see memory by another way.
 __device__ __forceinline__ void mbarrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::
+                   : "memory");
 }
 
 // One arrival, which adds `bytes` to what the phase awaits of bulk copies.

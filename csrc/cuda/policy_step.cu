@@ -33,20 +33,6 @@ ClusterChoice choose_cluster(int64_t vectors) {
   return {0, {0, 0}};
 }
 
-template <class T, class G, bool kTransform>
-cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
-                           const TokenStatsOut& out, const TokenObjective& o,
-                           const GradientRows& grads, cudaStream_t stream) {
-  const auto kernel = policy_step_cluster_kernel<T, G, kTransform>;
-  LaunchShape shape = {1, kPolicyThreads, 0, choice.cluster};
-  shape.shared = static_cast<size_t>(choice.layout.slice) * 16 * choice.layout.stages;
-  const cudaError_t error = resident_blocks(kernel, shape, &shape.blocks);
-  if (error != cudaSuccess) return error;
-  const int64_t wanted = a.rows * choice.cluster;
-  if (wanted < static_cast<int64_t>(shape.blocks)) shape.blocks = static_cast<unsigned>(wanted);
-  return launch(kernel, shape, stream, a, out, o, grads, choice.layout);
-}
-
 // As many rows at once as three quarters of L2 hold.
 template <class T, class G, bool kTransform>
 cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out, const TokenObjective& o,
@@ -60,6 +46,22 @@ cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out, const
   const int64_t rows = a.rows < fit || fit < 1 ? a.rows : fit;
   return launch_resident(policy_step_kernel<T, G, kTransform>, rows, kPolicyThreads, stream, a, out,
                          o, grads, aligned, together);
+}
+
+// `launched` is false where the device cannot hold such a cluster, as a part of a GPU may.
+template <class T, class G, bool kTransform>
+cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
+                           const TokenStatsOut& out, const TokenObjective& o,
+                           const GradientRows& grads, cudaStream_t stream, bool* launched) {
+  const auto kernel = policy_step_cluster_kernel<T, G, kTransform>;
+  LaunchShape shape = {1, kPolicyThreads, 0, choice.cluster};
+  shape.shared = static_cast<size_t>(choice.layout.slice) * 16 * choice.layout.stages;
+  const cudaError_t error = resident_blocks(kernel, shape, &shape.blocks);
+  *launched = error == cudaSuccess && shape.blocks > 0;
+  if (!*launched) return error;
+  const int64_t wanted = a.rows * choice.cluster;
+  if (wanted < static_cast<int64_t>(shape.blocks)) shape.blocks = static_cast<unsigned>(wanted);
+  return launch(kernel, shape, stream, a, out, o, grads, choice.layout);
 }
 
 }  // namespace
@@ -81,7 +83,10 @@ cudaError_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const Tok
     return by_flag(a.softcap != 0.0f, [&](auto transformed) {
       constexpr bool kTransform = decltype(transformed)::value;
       if (arch >= 90 && aligned && together && choice.cluster > 0) {
-        return launch_cluster<T, G, kTransform>(choice, a, out, o, grads, stream);
+        bool launched = false;
+        const cudaError_t result =
+            launch_cluster<T, G, kTransform>(choice, a, out, o, grads, stream, &launched);
+        if (launched || result != cudaSuccess) return result;
       }
       return launch_portable<T, G, kTransform>(a, out, o, grads, aligned, together, stream);
     });
