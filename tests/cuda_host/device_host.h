@@ -78,9 +78,14 @@ TOKFUSE_HOST_RAW uint32_t bits_of(float value) {
   return bits;
 }
 
+// As wrong as the hardware may be: a relative 2^-22.5, of a sign that goes with the argument. Whole
+// numbers are exact there, too.
 inline float exp2_fast(float x) {
+  constexpr float kError = 1.6858e-7f;
   const float y = exp2f(x);
-  return y < 1.17549435e-38f ? 0.0f : y;
+  if (y < 1.17549435e-38f) return 0.0f;
+  if (x == floorf(x)) return y;
+  return (bits_of(x) >> 15 & 1u) != 0 ? y * (1.0f + kError) : y * (1.0f - kError);
 }
 
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : (a < b ? b : a); }
