@@ -39,7 +39,7 @@ _PUBLIC = {
     "PolicyStep": "tokfuse.runtime.step_result",
     "PPOClip": "tokfuse.runtime.objective",
     "Quadratic": "tokfuse.runtime.objective",
-    "release_workspace": "tokfuse.runtime.head",
+    "release_workspace": "tokfuse.runtime.native",
     "segment_moments": "tokfuse.runtime.ops.segment_moments",
     "SegmentMoments": "tokfuse.runtime.ops.segment_moments",
     "SigmoidGate": "tokfuse.runtime.objective",
@@ -60,8 +60,8 @@ __all__ = ["__version__", *_PUBLIC, *_MODULES]
 if TYPE_CHECKING:
     from tokfuse.runtime.dispatch import backend as backend
     from tokfuse.runtime.errors import BackendUnavailable as BackendUnavailable
-    from tokfuse.runtime.head import release_workspace as release_workspace
     from tokfuse.runtime.metrics import Metrics as Metrics
+    from tokfuse.runtime.native import release_workspace as release_workspace
     from tokfuse.runtime.objective import KL as KL
     from tokfuse.runtime.objective import NFT as NFT
     from tokfuse.runtime.objective import Gamma as Gamma

@@ -10,7 +10,7 @@ from tokfuse.bench.measure import Outputs, Provider
 from tokfuse.bench.problem import CLIP, Batch, Unsupported
 from tokfuse.runtime import dispatch
 from tokfuse.runtime.errors import BackendUnavailable
-from tokfuse.runtime.head import release_workspace
+from tokfuse.runtime.native import release_workspace
 
 STATS = ("logp", "entropy", "lse", "sum_sq", "top1")
 

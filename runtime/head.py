@@ -10,7 +10,6 @@ of columns, and dW is written tile by tile from the last to the first, so that i
 tiles already consumed.
 """
 
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -108,25 +107,6 @@ def needed_rows(p: HeadProblem) -> torch.Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
 
 
-# One workspace per thread, kept between calls: on fresh pages the first write of 50 MB costs 7 to
-# 20 ms, as much as the row kernels that use it.
-_LOCAL = threading.local()
-
-
-def _workspace(rows: int, vocab: int) -> torch.Tensor:
-    """(rows, vocab) float32 from this thread's workspace, which grows but does not shrink."""
-    kept: torch.Tensor | None = getattr(_LOCAL, "workspace", None)
-    if kept is None or kept.numel() < rows * vocab:
-        _LOCAL.workspace = None  # freed before the larger one exists
-        kept = _LOCAL.workspace = native.advise_huge_pages(torch.empty(rows * vocab))
-    return kept[: rows * vocab].view(rows, vocab)
-
-
-def release_workspace() -> None:
-    """Free the head workspace that this thread keeps between calls (64 MiB by default)."""
-    _LOCAL.workspace = None
-
-
 class LogitsBuffer:
     """float32 logits (rows, vocab) in tiles of `tile` columns; one tile is the ordinary layout."""
 
@@ -135,8 +115,8 @@ class LogitsBuffer:
 
     @staticmethod
     def workspace(rows: int, vocab: int) -> "LogitsBuffer":
-        """A buffer in this thread's workspace."""
-        return LogitsBuffer(_workspace(rows, vocab).view(-1), rows, vocab, vocab)
+        """A buffer of its own."""
+        return LogitsBuffer(native.empty((rows * vocab,)), rows, vocab, vocab)
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first column, end column, logits of rows [start, stop)) of every tile."""
@@ -162,9 +142,10 @@ class LogitsBuffer:
         return record, (*alive, index)
 
 
-DW_TILE = (
-    4096  # columns of a tile in dw_buffer: whole row-kernel blocks, and wide enough for the GEMM
-)
+# Columns of a tile in dw_buffer: whole row-kernel blocks, and wide enough for the GEMM (at 2048 the
+# products of 128 rows take 5% longer). Of R rows only the first R / (hidden - R) tiles reach into
+# dW's own tile and are copied before it is written.
+DW_TILE = 4096
 
 
 def dw_buffer(weight_gradient: torch.Tensor, rows: int, at_least: int) -> LogitsBuffer | None:
@@ -245,7 +226,7 @@ class HeadGradients:
         self.hidden = torch.zeros(p.hidden.shape, dtype=p.hidden.dtype) if needs[0] else None
         self.weight: torch.Tensor | None = None
         if needs[1]:
-            self.weight = native.advise_huge_pages(torch.empty(p.weight.shape, dtype=torch.float32))
+            self.weight = native.empty(p.weight.shape)
         self.bias = torch.zeros(p.vocab, dtype=torch.float32) if needs[2] else None
         self._weight_written = False
 
@@ -268,13 +249,15 @@ class HeadGradients:
 
     def _add_weight(self, grad: torch.Tensor, buffer: LogitsBuffer, h: torch.Tensor) -> None:
         inside = buffer.storage.data_ptr() == grad.data_ptr()
+        spare = native.empty((h.shape[0], buffer.tile)) if inside else None
         for begin, end, dz in reversed(list(buffer.tiles(0, h.shape[0]))):
-            if inside:  # its own dW tile is about to overwrite it
-                dz = _workspace(h.shape[0], end - begin).copy_(dz)
+            out = grad[begin:end]
+            if spare is not None and overlap(out, dz):
+                dz = spare[:, : end - begin].copy_(dz)
             if self._weight_written:
-                grad[begin:end].addmm_(dz.t(), h)
+                out.addmm_(dz.t(), h)
             else:
-                torch.mm(dz.t(), h, out=grad[begin:end])
+                torch.mm(dz.t(), h, out=out)
         self._weight_written = True
 
     def finish(self) -> list[torch.Tensor | None]:
@@ -285,6 +268,15 @@ class HeadGradients:
         weight = None if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return [self.hidden, weight, bias]
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True when the memory that two tensors span has a byte in common."""
+    spans = []
+    for x in (a, b):
+        last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        spans.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 
 
 class GradientPool:

@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -66,18 +67,32 @@ def float_vector(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.detach().float().contiguous()
 
 
-def empty_like_rows(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous, unwritten tensor of x's shape and dtype, on huge pages when it is large."""
-    return advise_huge_pages(torch.empty(x.shape, dtype=x.dtype))
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A contiguous, unwritten CPU tensor of a kernel's dtype; a large one reuses kept memory.
 
-
-def advise_huge_pages(x: torch.Tensor) -> torch.Tensor:
-    """Ask for 2 MiB pages under a fresh CPU tensor: its first write then faults 512 times less."""
-    nbytes = x.numel() * x.element_size()
-    native = module()
-    if nbytes >= _HUGE_MIN_BYTES and native is not None:
-        native.advise_huge_pages(x.data_ptr(), nbytes)
+    When such a tensor is freed, its memory serves the next one of about its size, because the
+    first write to fresh pages costs more than the kernels that write (csrc/bindings/buffers.h).
+    `release_workspace` gives what is kept back to the system.
+    """
+    native = eager()
+    if native is None or dtype not in DTYPE_CODE:
+        return torch.empty(shape, dtype=dtype)
+    x: torch.Tensor = native.empty(tuple(shape), DTYPE_CODE[dtype])
     return x
 
 
-_HUGE_MIN_BYTES = 4 << 20
+def empty_like_rows(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous, unwritten tensor of x's shape and dtype."""
+    return empty(x.shape, x.dtype)
+
+
+def release_workspace() -> None:
+    """Give back to the system the memory that the CPU kernels keep between calls.
+
+    Kept are freed results and workspaces of 1 MiB and more, up to an eighth of the machine's
+    memory and at most 2 GiB, or what TOKFUSE_KEEP_MIB says (0 keeps nothing). Tensors in use are
+    not touched.
+    """
+    native = module()
+    if native is not None:
+        native.release_buffers()

@@ -303,20 +303,13 @@ PyObject* eager_policy_step(PyObject*, PyObject* const* args, Py_ssize_t count) 
     void* grad = const_cast<void*>(a.logits);
     int64_t grad_stride = a.stride;
     if (args[8] != Py_True) {
-      const bool wide = a.dtype == DType::kFloat32;
-      const DlType type = wide                          ? kDlFloat32
-                          : a.dtype == DType::kBFloat16 ? kDlBfloat16
-                                                        : kDlFloat16;
-      grad = results.add({n, a.vocab}, type);
+      grad = results.add({n, a.vocab}, dl_type(a.dtype));
       grad_stride = a.vocab;
-      const int64_t bytes = n * a.vocab * (wide ? 4 : 2);
-      constexpr int64_t kHugeMinBytes = int64_t{4} << 20;
-      if (bytes >= kHugeMinBytes) advise_huge_pages(reinterpret_cast<uintptr_t>(grad), bytes);
     }
     {
       py::gil_scoped_release release;
       TOKFUSE_CALL(policy_prepare, o);
-      TOKFUSE_CALL(policy_rows, a, out, o, grad, grad_stride);
+      TOKFUSE_CALL(policy_rows, a, out, o, grad, grad_stride, true);
       TOKFUSE_CALL(policy_metrics, o);
     }
     write_loss(o, cells);

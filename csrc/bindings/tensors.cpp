@@ -1,10 +1,9 @@
 #include "bindings/tensors.h"
 
-#include "bindings/bind.h"
+#include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "bindings/bind.h"
+#include "bindings/buffers.h"
 
 namespace py = pybind11;
 
@@ -58,6 +57,53 @@ void set_error(void*, const char*, const char* message) {
   PyErr_SetString(PyExc_RuntimeError, message);
 }
 
+constexpr int32_t kMaxDims = 4;
+
+// A contiguous tensor in a buffer of buffers.h, which its last owner gives back.
+void delete_large(DlManaged* managed);
+
+struct Large {
+  Large(const int64_t* sizes, int32_t ndim, DlType type, void* data) {
+    int64_t stride = 1;
+    for (int32_t i = ndim - 1; i >= 0; i--) {
+      shape[i] = sizes[i];
+      strides[i] = stride;
+      stride *= sizes[i];
+    }
+    const DlTensor tensor = {data, {kDlCpu, 0}, ndim, type, shape, strides, 0};
+    managed = {{kDlMajor, 0}, this, delete_large, 0, tensor};
+  }
+
+  DlManaged managed;
+  int64_t shape[kMaxDims], strides[kMaxDims];
+};
+
+void delete_large(DlManaged* managed) {
+  Large* large = static_cast<Large*>(managed->context);
+  return_buffer(managed->tensor.data);
+  delete large;
+}
+
+int64_t byte_count(const int64_t* shape, int32_t ndim, DlType type) {
+  int64_t bytes = type.bits / 8;
+  for (int32_t i = 0; i < ndim; i++) {
+    require(shape[i] >= 0 && !__builtin_mul_overflow(bytes, shape[i], &bytes),
+            "a size is negative, or the tensor larger than the address space");
+  }
+  return bytes;
+}
+
+// An unwritten tensor for Python; `code` is a DType.
+py::object empty(const py::tuple& shape, int code) {
+  const DlType type = dl_type(dtype_of(code));
+  int64_t sizes[kMaxDims];
+  require(g_exchange != nullptr, "the tensors of this torch cannot be made here");
+  require(shape.size() <= kMaxDims, "a tensor has 0 to 4 dimensions");
+  for (size_t i = 0; i < shape.size(); i++) sizes[i] = shape[i].cast<int64_t>();
+  void* data = nullptr;
+  return empty_tensor(sizes, static_cast<int32_t>(shape.size()), type, &data);
+}
+
 }  // namespace
 
 bool read_tensor(PyObject* object, DlTensor* out) {
@@ -80,38 +126,41 @@ bool requires_grad(PyObject* tensor) {
 }
 
 py::object empty_tensor(std::initializer_list<int64_t> shape, DlType type, void** data) {
-  int64_t sizes[4];
-  int32_t ndim = 0;
-  for (int64_t size : shape) sizes[ndim++] = size;
-  DlTensor wanted = {nullptr, {kDlCpu, 0}, ndim, type, sizes, nullptr, 0};
-  DlManaged* managed = nullptr;
-  void* object = nullptr;
-  if (g_exchange->allocate(&wanted, &managed, nullptr, set_error) != 0) {
-    throw py::error_already_set();
-  }
-  *data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
-  if (g_exchange->object_from_managed(managed, &object) != 0) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  return empty_tensor(shape.begin(), static_cast<int32_t>(shape.size()), type, data);
 }
 
-// The first write to a fresh buffer then faults 512 times less often: touching 100 MB of 4 KiB
-// pages costs more than the kernel that fills it.
-void advise_huge_pages(uintptr_t address, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (bytes > 0 && end > begin) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+py::object empty_tensor(const int64_t* shape, int32_t ndim, DlType type, void** data) {
+  require(ndim >= 0 && ndim <= kMaxDims, "a tensor has 0 to 4 dimensions");
+  Large* large = nullptr;
+  DlManaged* managed = nullptr;
+  int64_t sizes[kMaxDims];
+  std::copy(shape, shape + ndim, sizes);
+  const int64_t bytes = byte_count(shape, ndim, type);
+  if (bytes >= kKeptBytes) {
+    large = new Large(shape, ndim, type, take_buffer(static_cast<size_t>(bytes)));
+    managed = &large->managed;
+  } else {
+    DlTensor wanted = {nullptr, {kDlCpu, 0}, ndim, type, sizes, nullptr, 0};
+    if (g_exchange->allocate(&wanted, &managed, nullptr, set_error) != 0) {
+      throw py::error_already_set();
+    }
   }
-#else
-  (void)address, (void)bytes;
-#endif
+  *data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  void* object = nullptr;
+  if (g_exchange->object_from_managed(managed, &object) != 0) {
+    if (large != nullptr) delete_large(managed);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
 void bind_tensors(py::module_& m) {
   m.def("use_tensors", &use_tensors);
-  m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("empty", &empty);
+  m.def("release_buffers", &release_buffers);
+  m.def("kept_bytes", &kept_bytes);
+  m.def("kept_limit", &kept_limit);
+  kept_limit();  // an impossible TOKFUSE_KEEP_MIB fails here, at import, not at the first call
 }
 
 }  // namespace tokfuse

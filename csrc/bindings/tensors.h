@@ -32,6 +32,12 @@ constexpr DlType kDlInt32 = {0, 32, 1}, kDlInt64 = {0, 64, 1}, kDlBool = {6, 8, 
                  kDlFloat32 = {2, 32, 1}, kDlFloat64 = {2, 64, 1}, kDlFloat16 = {2, 16, 1},
                  kDlBfloat16 = {4, 16, 1};
 
+inline DlType dl_type(DType dtype) {
+  return dtype == DType::kFloat32    ? kDlFloat32
+         : dtype == DType::kBFloat16 ? kDlBfloat16
+                                     : kDlFloat16;
+}
+
 inline bool operator==(DlType a, DlType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
@@ -43,10 +49,9 @@ bool read_tensor(PyObject* object, DlTensor* out);
 // True when autograd tracks the tensor, or when that cannot be told.
 bool requires_grad(PyObject* tensor);
 
-// A new, unwritten CPU tensor, or null with a Python error set.
+// A new, unwritten CPU tensor, or null with a Python error set. Large ones lie in memory that is
+// kept (buffers.h).
 pybind11::object empty_tensor(std::initializer_list<int64_t> shape, DlType type, void** data);
-
-// Asks for 2 MiB pages under a fresh, untouched buffer.
-void advise_huge_pages(uintptr_t address, int64_t bytes);
+pybind11::object empty_tensor(const int64_t* shape, int32_t ndim, DlType type, void** data);
 
 }  // namespace tokfuse

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-#include "common/objective.h"
+#include "common/objective_args.h"
 
 namespace tokfuse {
 
@@ -58,46 +58,20 @@ struct TokenStatsGrad {
   int64_t grad_stride;        //
 };
 
-// Per-token inputs of an objective; "or null" means the term is absent.
-struct ObjectiveArgs {
-  ObjectiveParams params;
-  int64_t tokens, seqs;
-  const float* logp;            // (T)
-  const float* old_logp;        // (T)
-  const float* advantage;       // (T), or (S) when advantage_per_seq
-  int advantage_per_seq;        //
-  const uint8_t* mask;          // (T) or null
-  const int32_t* cu_seqlens;    // (S + 1) or null
-  const float* weight;          // (T) or null: multiplies the policy term
-  const float* signal;          // (T) or null: target signal (TargetRatio) or success rate (NFT)
-  const float* ref_logp;        // (T) or null
-  const float* kl_weight;       // (T) or null
-  const float* entropy;         // (T) or null
-  const float* entropy_weight;  // (T) or null
-  double inv_normalizer;  // multiplies every loss and coefficient; < 0: this batch's own count
-  int normalize_by_seqs;  // the own count is of sequences, not of tokens
-  int threads;
-  // outputs
-  float* token_loss;  // (T) aggregation weight included, normaliser too
-  float* d_logp;      // (T) d loss / d logp
-  float* d_entropy;   // (T) d loss / d entropy
-  double* metrics;    // (kMetricCount)
-  float* scratch;     // (4 T), see cpu/objective_tokens.h
-};
-
 // Target checks that need values: index of the first bad row, or -1.
-#define TOKFUSE_DECLARE_KERNELS(isa)                                                        \
-  namespace isa {                                                                           \
-  int64_t first_bad_row(const LogitsArgs& args);                                            \
-  void token_stats_fwd(const LogitsArgs& args, const TokenStatsOut& out);                   \
-  void token_stats_bwd(const LogitsArgs& args, const TokenStatsGrad& grad);                 \
-  void policy_loss(const ObjectiveArgs& args);                                              \
-  void policy_prepare(const ObjectiveArgs& args);                                           \
-  void policy_metrics(const ObjectiveArgs& args);                                           \
-  void policy_rows(const LogitsArgs& args, const TokenStatsOut& out,                        \
-                   const ObjectiveArgs& objective, void* grad_logits, int64_t grad_stride); \
-  int64_t keep_gradient_rows(const LogitsArgs& args, const ObjectiveArgs& objective,        \
-                             int64_t* kept);                                                \
+#define TOKFUSE_DECLARE_KERNELS(isa)                                                       \
+  namespace isa {                                                                          \
+  int64_t first_bad_row(const LogitsArgs& args);                                           \
+  void token_stats_fwd(const LogitsArgs& args, const TokenStatsOut& out);                  \
+  void token_stats_bwd(const LogitsArgs& args, const TokenStatsGrad& grad);                \
+  void policy_loss(const ObjectiveArgs& args);                                             \
+  void policy_prepare(const ObjectiveArgs& args);                                          \
+  void policy_metrics(const ObjectiveArgs& args);                                          \
+  void policy_rows(const LogitsArgs& args, const TokenStatsOut& out,                       \
+                   const ObjectiveArgs& objective, void* grad_logits, int64_t grad_stride, \
+                   bool fill_zeros);                                                       \
+  int64_t keep_gradient_rows(const LogitsArgs& args, const ObjectiveArgs& objective,       \
+                             int64_t* kept);                                               \
   }
 
 // One level only: on other machines, and in builds with sanitizers, where three take minutes.

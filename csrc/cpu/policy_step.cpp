@@ -13,9 +13,13 @@ namespace tokfuse {
 namespace TOKFUSE_ISA {
 namespace {
 
+bool has_gradient(const ObjectiveArgs& obj, int64_t t) {
+  return obj.d_logp[t] != 0.0f || obj.d_entropy[t] != 0.0f;
+}
+
 template <class T, bool kTransform>
 void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj, T* grad,
-          int64_t grad_stride) {
+          int64_t grad_stride, bool fill_zeros) {
   const Transform f = transform_of(a);
   const int64_t blocks = (a.vocab + kBlock - 1) / kBlock;
 #pragma omp parallel num_threads(threads_for(a))
@@ -37,6 +41,7 @@ void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
       }
       write_row(o, t, stats);
       token_objective_at(obj, t, o.logp[t], o.entropy[t]);
+      if (!fill_zeros && !has_gradient(obj, t)) continue;
       row_backward<T, kTransform>(row, f, c, a.logit_scale / temperature, stats.shift,
                                   stats.inv_sum, o.entropy[t], obj.d_logp[t], obj.d_entropy[t],
                                   grad + i * grad_stride, work == nullptr ? nullptr : &kept);
@@ -52,40 +57,45 @@ void policy_prepare(const ObjectiveArgs& obj) { objective_prepare(obj); }
 void policy_metrics(const ObjectiveArgs& obj) { objective_metrics(obj); }
 
 void policy_rows(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj, void* grad,
-                 int64_t grad_stride) {
+                 int64_t grad_stride, bool fill_zeros) {
   by_dtype(a, [&](auto* tag) {
     using T = typename RemovePointer<decltype(tag)>::type;
-    has_transform(a) ? step<T, true>(a, o, obj, static_cast<T*>(grad), grad_stride)
-                     : step<T, false>(a, o, obj, static_cast<T*>(grad), grad_stride);
+    T* out = static_cast<T*>(grad);
+    has_transform(a) ? step<T, true>(a, o, obj, out, grad_stride, fill_zeros)
+                     : step<T, false>(a, o, obj, out, grad_stride, fill_zeros);
   });
 }
 
 // Moves the float32 rows whose final coefficient is not zero to the front of the buffer and lists
-// their tokens in kept; returns their number n. Rows already in the first n stay, later ones fill
-// the holes: at most min(n, rows - n) row copies.
+// their tokens in kept; returns their number n, or -1 without memory. Rows already in the first n
+// stay, later ones fill the holes: at most min(n, rows - n) row copies.
 int64_t keep_gradient_rows(const LogitsArgs& a, const ObjectiveArgs& obj, int64_t* kept) {
-  auto has_gradient = [&](int64_t i) {
-    const int64_t t = token_of(a, i);
-    return obj.d_logp[t] != 0.0f || obj.d_entropy[t] != 0.0f;
-  };
   int64_t n = 0;
-  for (int64_t i = 0; i < a.tokens; i++) n += has_gradient(i);
+  for (int64_t i = 0; i < a.tokens; i++) n += has_gradient(obj, token_of(a, i));
+  // Pairs of a row and the hole that it fills.
+  int64_t from = n, holes = 0;
+  int64_t* moved = static_cast<int64_t*>(malloc(static_cast<size_t>(n) * 2 * sizeof(int64_t)));
+  if (n > 0 && moved == nullptr) return -1;
+  for (int64_t i = 0; i < n; i++) {
+    kept[i] = token_of(a, i);
+    if (has_gradient(obj, kept[i])) continue;
+    while (!has_gradient(obj, token_of(a, from))) from++;
+    kept[i] = token_of(a, from);
+    moved[2 * holes] = from++;
+    moved[2 * holes++ + 1] = i;
+  }
   float* rows = static_cast<float*>(const_cast<void*>(a.logits));
   const int64_t piece = a.tile > 0 ? a.tile : a.vocab;
-  int64_t from = n;
-  for (int64_t i = 0; i < n; i++) {
-    if (has_gradient(i)) {
-      kept[i] = token_of(a, i);
-      continue;
-    }
-    while (!has_gradient(from)) from++;
+#pragma omp parallel for schedule(static) num_threads(threads_for(a))
+  for (int64_t k = 0; k < holes; k++) {
     for (int64_t begin = 0; begin < a.vocab; begin += piece) {
       const int64_t width = a.vocab - begin < piece ? a.vocab - begin : piece;
       float* tile = rows + begin / piece * a.tile_stride;
-      memcpy(tile + i * a.stride, tile + from * a.stride, static_cast<size_t>(width) * 4);
+      memcpy(tile + moved[2 * k + 1] * a.stride, tile + moved[2 * k] * a.stride,
+             static_cast<size_t>(width) * 4);
     }
-    kept[i] = token_of(a, from++);
   }
+  free(moved);
   return n;
 }
 

@@ -188,16 +188,90 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
 // read where they lie; float16 is converted into `buffer`, which the next call reads. kKeep leaves
 // the exponentials in `kept`, for the gradient: those of bfloat16 as all low halves, then all high
 // ones.
-template <bool kKeep, class T>
+//
+// `after` is prefetched meanwhile, one block before its use: the hardware's own streams end at
+// every 4 KiB page, which is one block of bfloat16, and at every tile. Without, bfloat16 rows
+// take 1.6 to 2.4 times as long and float32 rows 1.3 times. Past the end of memory it does no harm.
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// Sums of one lane each; two sets, so that additions do not wait for each other.
+struct LaneSums {
+  Lanes s = {}, sx = {}, s2 = {};
+
+  Lanes add(Lanes x) {
+    const Lanes e = exp2_simd(x);
+    s += e;
+    sx += e * x;
+    s2 += e * e;
+    return e;
+  }
+};
+
+static inline BlockSums block_sums(const LaneSums& a, const LaneSums& b, Lanes max) {
+  return {sum_of(a.s + b.s), sum_of(a.sx + b.sx), sum_of(a.s2 + b.s2), 0.0f, 0.0f, max_of(max)};
+}
+
+template <bool kKeep>
 TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
-                                             const T* __restrict next, float* __restrict buffer,
-                                             float* __restrict kept, BlockSums* out) {
+                                             const float* __restrict next, const float* after,
+                                             float*, float* __restrict kept, BlockSums* out) {
+  const Lanes floor = splat(kExponentFloor);
+  LaneSums a, b;
+  Lanes m = splat(-kInf);
+  for (int64_t j = 0; j < kBlock; j += 2 * kLanes) {
+    const Lanes v = *reinterpret_cast<const LanesAt*>(next + j);
+    const Lanes w = *reinterpret_cast<const LanesAt*>(next + j + kLanes);
+    if (j % 16 == 0) prefetch(after + j);
+    if (kLanes == 16) prefetch(after + j + 16);
+    const Lanes larger = v > w ? v : w;
+    m = larger > m ? larger : m;
+    const Lanes x = *reinterpret_cast<const LanesAt*>(u + j) * c - shift;
+    const Lanes y = *reinterpret_cast<const LanesAt*>(u + j + kLanes) * c - shift;
+    const Lanes e = a.add(clamp_exponent(x, floor)), f = b.add(clamp_exponent(y, floor));
+    if (kKeep) {
+      *reinterpret_cast<LanesAt*>(kept + j) = e;
+      *reinterpret_cast<LanesAt*>(kept + j + kLanes) = f;
+    }
+  }
+  *out = block_sums(a, b, m);
+}
+
+template <bool kKeep>
+TOKFUSE_BLOCK_LOOP static void sum_and_stage(const BFloat16* __restrict u, float c, float shift,
+                                             const BFloat16* __restrict next, const BFloat16* after,
+                                             float*, float* __restrict kept, BlockSums* out) {
+  const Lanes floor = splat(kExponentFloor);
+  LaneSums a, b;
+  Lanes m = splat(-kInf);
+  for (int64_t j = 0; j < kBlock / 2; j += kLanes) {
+    const WordLanes later = *reinterpret_cast<const WordLanesAt*>(next + 2 * j);
+    const WordLanes pair = *reinterpret_cast<const WordLanesAt*>(u + 2 * j);
+    if (j % 16 == 0) prefetch(after + 2 * j);
+    const Lanes v = low_half(later), w = high_half(later);
+    const Lanes larger = v > w ? v : w;
+    m = larger > m ? larger : m;
+    const Lanes x = low_half(pair) * c - shift, y = high_half(pair) * c - shift;
+    const Lanes e = a.add(clamp_exponent(x, floor)), f = b.add(clamp_exponent(y, floor));
+    if (kKeep) {
+      *reinterpret_cast<LanesAt*>(kept + j) = e;
+      *reinterpret_cast<LanesAt*>(kept + kBlock / 2 + j) = f;
+    }
+  }
+  *out = block_sums(a, b, m);
+}
+
+template <bool kKeep>
+TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
+                                             const Float16* __restrict next, const Float16* after,
+                                             float* __restrict buffer, float* __restrict kept,
+                                             BlockSums* out) {
+  for (int64_t j = 0; j < kBlock; j += 32) prefetch(after + j);
   const float floor = opaque(kExponentFloor);
   float s = 0, sx = 0, s2 = 0, m = -kInf;
 #pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
   for (int64_t j = 0; j < kBlock; j++) {
     const float v = load(next, j);
-    if (sizeof(T) != 4) buffer[j] = v;
+    buffer[j] = v;
     m = v > m ? v : m;
     const float x = clamp_exponent(u[j] * c - shift, floor);
     const float e = exp2_simd(x);
@@ -205,37 +279,6 @@ TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c,
     s += e;
     sx += e * x;
     s2 += e * e;
-  }
-  *out = {s, sx, s2, 0.0f, 0.0f, m};
-}
-
-template <bool kKeep>
-TOKFUSE_BLOCK_LOOP static void sum_and_stage(const BFloat16* __restrict u, float c, float shift,
-                                             const BFloat16* __restrict next, float*,
-                                             float* __restrict kept, BlockSums* out) {
-  const Bf16Pair* now = reinterpret_cast<const Bf16Pair*>(u);
-  const Bf16Pair* coming = reinterpret_cast<const Bf16Pair*>(next);
-  const float floor = opaque(kExponentFloor);
-  float s = 0, sx = 0, s2 = 0, m = -kInf;
-#pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
-  for (int64_t j = 0; j < kBlock / 2; j++) {
-    const uint32_t later = coming[j], pair = now[j];
-    const float v = low_half(later), w = high_half(later);
-    const float larger = v > w ? v : w;
-    m = larger > m ? larger : m;
-    const float x = clamp_exponent(low_half(pair) * c - shift, floor);
-    const float y = clamp_exponent(high_half(pair) * c - shift, floor);
-    const float e = exp2_simd(x), f = exp2_simd(y);
-    if (kKeep) {
-      kept[j] = e;
-      kept[kBlock / 2 + j] = f;
-    }
-    s += e;
-    sx += e * x;
-    s2 += e * e;
-    s += f;
-    sx += f * y;
-    s2 += f * f;
   }
   *out = {s, sx, s2, 0.0f, 0.0f, m};
 }
@@ -369,10 +412,11 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
         BlockSums sums;
         acc.raise_shift(m * c);
         float* e = kKeep ? kept.e + begin : nullptr;
+        const T* after = raw(next + kBlock);
         if constexpr (kPairs) {
-          sum_and_stage<kKeep>(raw(begin), c, acc.shift, raw(next), nullptr, e, &sums);
+          sum_and_stage<kKeep>(raw(begin), c, acc.shift, raw(next), after, nullptr, e, &sums);
         } else {
-          sum_and_stage<kKeep>(u, c, acc.shift, raw(next), buffer[slot ^ 1], e, &sums);
+          sum_and_stage<kKeep>(u, c, acc.shift, raw(next), after, buffer[slot ^ 1], e, &sums);
         }
         acc.add(sums);
         if (kKeep) kept.shift[begin / kBlock] = acc.shift;

@@ -25,23 +25,25 @@ double lambda_of(const ScanArgs& a, int64_t seq) {
   return 1 - 1 / (span > 1 ? span : 1);
 }
 
-// The recursion of n tokens, from the last to the first: one multiply-add each. Everything else of
-// a dense block is done in vector loops around it.
-double recursion(const double* inject, const double* decay, int64_t n, double carried,
+// The recursion of n tokens, from the last to the first, out[i] = inject[i] + decay_i out[i + 1].
+// Everything else of a dense block is done in vector loops around it. Four tokens at a time are
+// solved as if nothing followed them, and what follows is added with the product of their decays:
+// of the four multiply-adds in a row, 4 cycles each, one remains. decay(i) gives decay_i.
+template <class Decay>
+double recursion(const double* inject, Decay decay, int64_t n, double carried,
                  double* __restrict out) {
-  for (int64_t i = n - 1; i >= 0; i--) {
-    carried = inject[i] + decay[i] * carried;
-    out[i] = carried;
+  int64_t i = n;
+  for (; i >= 4; i -= 4) {
+    const double d3 = decay(i - 1), d2 = decay(i - 2), d1 = decay(i - 3), d0 = decay(i - 4);
+    const double x3 = inject[i - 1], x2 = inject[i - 2] + d2 * x3;
+    const double x1 = inject[i - 3] + d1 * x2, x0 = inject[i - 4] + d0 * x1;
+    const double p2 = d2 * d3, p1 = d1 * p2, p0 = d0 * p1;
+    out[i - 1] = x3 + d3 * carried;
+    out[i - 2] = x2 + p2 * carried;
+    out[i - 3] = x1 + p1 * carried;
+    out[i - 4] = carried = x0 + p0 * carried;
   }
-  return carried;
-}
-
-double recursion(const double* inject, double decay, int64_t n, double carried,
-                 double* __restrict out) {
-  for (int64_t i = n - 1; i >= 0; i--) {
-    carried = inject[i] + decay * carried;
-    out[i] = carried;
-  }
+  for (i--; i >= 0; i--) out[i] = carried = inject[i] + decay(i) * carried;
   return carried;
 }
 
@@ -81,7 +83,7 @@ void gae_dense(const ScanArgs& a, int64_t seq) {
 #pragma omp simd
     for (int64_t i = 0; i < n - 1; i++) delta[i] = reward[i] + gamma * value[i + 1] - value[i];
     delta[n - 1] = reward[n - 1] + gamma * next_value - value[n - 1];
-    carried = recursion(delta, decay, n, carried, scan);
+    carried = recursion(delta, [decay](int64_t) { return decay; }, n, carried, scan);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
       advantage[i] = static_cast<float>(scan[i]);
@@ -162,7 +164,7 @@ VtraceState dense_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n, 
     decay[i] = factor * (ratio[i] > c_bar ? c_bar : ratio[i]);
   }
   trace[n] = s.carried;
-  recursion(inject, decay, n, s.carried, trace);
+  recursion(inject, [&decay](int64_t i) { return decay[i]; }, n, s.carried, trace);
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     advantage[i] = static_cast<float>(ahead[i] + gamma * trace[i + 1]);

@@ -35,6 +35,37 @@ static inline uint32_t bits_of(float value) {
   return bits;
 }
 
+// One vector register of the level, as a GNU vector: for the one loop that must do between elements
+// what a `#pragma omp simd` loop cannot (prefetch), and the functions below that both kinds share.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t WordLanes __attribute__((vector_size(4 * kLanes)));
+typedef float LanesAt __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t WordLanesAt __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
+
+static inline Lanes float_of(WordLanes bits) { return (Lanes)bits; }
+static inline WordLanes bits_of(Lanes value) { return (WordLanes)value; }
+static inline Lanes splat(float value) { return Lanes{} + value; }
+
+static inline float sum_of(Lanes v) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  }
+  return v[0];
+}
+
+static inline float max_of(Lanes v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
 // Hides a constant from the optimiser. Knowing the bound of clamp_exponent, g++ 12 splits the loop
 // body into a clamped and an unclamped arm and merges them with masks: 30% slower than one maximum.
 static inline float opaque(float value) {
@@ -45,19 +76,22 @@ static inline float opaque(float value) {
 // Below -127 the exponential is exactly 0: a masked logit (-inf) has no weight at all, and 0 * x
 // stays 0. NaN stays NaN. `floor` is opaque(kExponentFloor).
 constexpr float kExponentFloor = -127.0f;
-static inline float clamp_exponent(float x, float floor) { return x < floor ? floor : x; }
+template <class F>
+static inline F clamp_exponent(F x, F floor) {
+  return x < floor ? floor : x;
+}
 
 // 2^x for x in [-127, 127], relative error <= 1.8e-7, exactly 0 below -126.5. 11 vector
 // instructions.
 //
 // x = n + r with |r| <= 1/2: adding kMagic leaves n + 127 in the low mantissa bits, which shifted
 // left by 23 are the bits of 2^n (n = -127 gives +0.0). Degree-5 minimax of 2^r with p(0) = 1.
-static inline float exp2_simd(float x) {
+template <class F>
+static inline F exp2_simd(F x) {
   constexpr float kMagic = 12582912.0f + 127.0f;
-  const float t = x + kMagic;
-  const float r = x - (t - kMagic);
-  float p = 0x1.5bba14p-10f;
-  p = p * r + 0x1.3cea88p-7f;
+  const F t = x + kMagic;
+  const F r = x - (t - kMagic);
+  F p = r * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
   p = p * r + 0x1.c6b752p-5f;
   p = p * r + 0x1.ebf9bcp-3f;
   p = p * r + 0x1.62e42ap-1f;
@@ -92,8 +126,14 @@ static inline float load(const BFloat16* p, int64_t i) {
 // Two bfloat16 values as the halves of a 32-bit word. Loops over words never change the width of a
 // lane, so they neither unpack nor pack, which costs more than the conversion itself.
 typedef uint32_t __attribute__((may_alias, aligned(2))) Bf16Pair;
-static inline float low_half(uint32_t pair) { return float_of(pair << 16); }
-static inline float high_half(uint32_t pair) { return float_of(pair & 0xffff0000u); }
+template <class W>
+static inline auto low_half(W pair) {
+  return float_of(pair << 16);
+}
+template <class W>
+static inline auto high_half(W pair) {
+  return float_of(pair & 0xffff0000u);
+}
 
 // Round to nearest even into the upper 16 bits; the lower ones are left over. For numbers and for
 // NaNs whose lower bits are 0: any other NaN could carry into the sign.

@@ -2,8 +2,14 @@
 
 import torch
 
-from tokfuse.runtime import native, triton_backend
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
+from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
@@ -145,10 +151,12 @@ def _cpu(
 
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
+    "cuda": uncompiled(cuda_packed.gae),
     "triton": uncompiled(triton_backend.launcher(OP, "gae")),
     "cpu": uncompiled(_cpu),
     "reference": reference,
 }
+register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, _RUNS["reference"])

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tokfuse.runtime import checks
+from tokfuse.runtime import checks, cuda_packed
 from tokfuse.runtime.dispatch import (
     ALL_DTYPES,
     FLOAT_DTYPES,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -292,6 +293,20 @@ def _cpu_sketch(
     return sketches
 
 
+def _cuda_sketch(
+    grad_hidden: torch.Tensor,
+    hidden: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    pair: tuple[torch.Tensor, torch.Tensor] | None,
+    max_seqlen: int,
+) -> torch.Tensor:
+    """Two GEMMs of torch and one launch over all sequences: nothing is padded."""
+    left, right = grad_hidden.float(), hidden.float()
+    if pair is not None:
+        left, right = left @ pair[0].t(), right @ pair[1].t()
+    return cuda_packed.sketch(left, right, cu_seqlens)
+
+
 def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape[0], projection.shape[0], dtype=projection.dtype)
     for start in range(0, x.shape[0], CHUNK):
@@ -301,6 +316,7 @@ def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
 
 
 register_cpu(OP, _cpu_sketch, ALL_DTYPES)
+register_cuda(OP, _cuda_sketch, FLOAT_DTYPES)
 # A batched product of torch on the device: no kernel of ours could do it better.
 register_triton(OP, reference.sketch, FLOAT_DTYPES)
 register_reference(OP, reference.sketch)

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import native
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference
+from tokfuse.runtime import cuda_packed, native
+from tokfuse.runtime.dispatch import backend_of, register_cpu, register_cuda, register_reference
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
@@ -119,7 +119,26 @@ def _cpu(
         reward.shape[0],
         torch.get_num_threads(),
     )
-    found = values.to(reward.dtype).unbind(0)
+    return _named(values.to(reward.dtype), q_pi, q_a)
+
+
+def _cuda(
+    weight: torch.Tensor,
+    reward: torch.Tensor,
+    q_pi: torch.Tensor | None,
+    q_a: torch.Tensor | None,
+    *,
+    mask: torch.Tensor | None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor] | None]:
+    values = cuda_packed.ope(weight, reward, q_pi, q_a, mask=mask)
+    return _named(values.to(reward.dtype), q_pi, q_a)
+
+
+def _named(
+    values: torch.Tensor, q_pi: torch.Tensor | None, q_a: torch.Tensor | None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor] | None]:
+    """(10,) estimates and errors by name; None where the model is missing."""
+    found = values.unbind(0)
     given = {"ips": True, "snips": True, "dm": q_pi is not None}
     given["dr"] = given["sndr"] = q_a is not None
     return {
@@ -129,6 +148,11 @@ def _cpu(
 
 
 # By name, because torch.compile can follow a module's table but not a record of the registry.
-_RUNS: Runs = {"cpu": uncompiled(_cpu), "reference": reference}
+_RUNS: Runs = {
+    "cuda": uncompiled(_cuda),
+    "cpu": uncompiled(_cpu),
+    "reference": reference,
+}
+register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, reference)
