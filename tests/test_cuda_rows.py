@@ -1,7 +1,7 @@
 """The CUDA row kernels, run on the CPU (tests/cuda_host): parity with float64 and the reference.
 
-The same sources that nvcc compiles. Bounds as in the tests of the ops; both ways of policy_step, rows
-in a cluster and the second visit through L2.
+The same sources that nvcc compiles. Bounds as in the tests of the ops; both ways of policy_step:
+rows in a cluster, and the second visit through L2.
 """
 
 import pytest
@@ -47,9 +47,7 @@ def check(logits, target, **options) -> None:
     expected = truth(logits, target, ga, gh, **options)
     stats = cuda_rows.token_stats_fwd(logits, target, **options)
     check_stats(stats, expected)
-    check_gradient(
-        cuda_rows.token_stats_bwd(logits, target, stats, ga, gh, **options), expected
-    )
+    check_gradient(cuda_rows.token_stats_bwd(logits, target, stats, ga, gh, **options), expected)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -110,7 +108,7 @@ def check_policy(logits, target, inputs, objective, mask=None, scale=0.25, out=N
     stats, results, grad = cuda_rows.policy_step(
         logits, target, objective.record, inputs, scale, out, mask=mask, **options
     )
-    if out is None:
+    if out is not logits:
         assert bits(logits) == bits(before)
     ga, gh = results["d_logp"], results["d_entropy"]
     expected = truth(before, target, ga, gh, mask=mask, **options)
@@ -183,7 +181,12 @@ def test_policy_step_over_the_blocks_of_a_cluster(dtype: torch.dtype, vocab: int
     target[0], target[3] = vocab - 1, 0
     mask = torch.tensor([True, False, True, True, False, False, True])
     inputs = {n: inputs[n] for n in ("old_logp", "advantage")}
-    check_policy(wide[:, :vocab], target, inputs, Objective(entropy_coef=0.01), mask)
+    beside = torch.full_like(wide, float("nan"))[:, :vocab]
+    objective = Objective(entropy_coef=0.01)
+    separate = check_policy(wide[:, :vocab], target, inputs, objective, mask, out=beside)
+    over = wide.clone()[:, :vocab]
+    check_policy(over, target, inputs, objective, mask, out=over)
+    assert bits(over) == bits(separate[1])
 
 
 def test_policy_step_scale_and_aggregation_weight(arch: int):

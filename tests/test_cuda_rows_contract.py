@@ -138,9 +138,7 @@ def test_second_temperature_and_moments(softcap: float | None, dtype: torch.dtyp
     logits[3] = -INF
     options = {"softcap": softcap, "temperature": torch.linspace(0.6, 1.8, 5),
                "mask": torch.tensor([True, True, False, True, True])}  # fmt: skip
-    out = kernels().token_stats_fwd(
-        logits, target, second_temperature=0.7, moments=True, **options
-    )
+    out = kernels().token_stats_fwd(logits, target, second_temperature=0.7, moments=True, **options)
     plain = kernels().token_stats_fwd(logits, target, **options)
     for got, want in zip(out[:7], plain[:7], strict=True):
         compare(got, want, atol=2e-6, rtol=2e-6)

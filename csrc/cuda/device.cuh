@@ -2,9 +2,9 @@
 // cache hints, packed arithmetic, and the launch itself.
 //
 // Kernels include this header and nothing of CUDA's. With TOKFUSE_CUDA_HOST the same kernels are
-// compiled by a C++ compiler, and every function here has its twin in tests/cuda_host/device_host.h;
-// keywords, built-in variables, barriers, shuffles and atomics come from tests/cuda_host/cuda_host.h.
-// What kernels keep to, for both:
+// compiled by a C++ compiler, and every function here has its twin in
+// tests/cuda_host/device_host.h; keywords, built-in variables, barriers, shuffles and atomics come
+// from tests/cuda_host/cuda_host.h. What kernels keep to, for both:
 //   * shared memory is declared by TOKFUSE_SHARED or TOKFUSE_DYNAMIC_SHARED;
 //   * a launch is `launch(kernel, shape, stream, arguments...)`;
 //   * code for one architecture stands behind TOKFUSE_ARCH: 80, 90 or 100, 0 in host code.
@@ -99,8 +99,8 @@ __device__ __forceinline__ Vec16 load16(const void* from, uint64_t policy) {
 }
 
 __device__ __forceinline__ void store16(void* to, const Vec16& v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.word[0]),
-               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
 
@@ -110,9 +110,14 @@ __device__ __forceinline__ void store16(void* to, const Vec16& v, uint64_t polic
                : "memory");
 }
 
-// 16 bytes of shared memory, or of global memory that is soon read again, at a multiple of 16.
-__device__ __forceinline__ Vec16 load16_near(const void* from) {
+// 16 bytes of shared memory at a multiple of 16.
+__device__ __forceinline__ Vec16 shared_load16(const void* from) {
   return *static_cast<const Vec16*>(from);
+}
+
+// 4 bytes at a multiple of 4; through L1, where the neighbours' next loads find their lines.
+__device__ __forceinline__ uint32_t load4(const void* from) {
+  return *static_cast<const uint32_t*>(from);
 }
 
 // ------------------------------------------------------------------------------------- arithmetic
@@ -174,7 +179,8 @@ __device__ __forceinline__ Pair fma2(Pair a, Pair b, Pair c) {
 #endif
 }
 
-// ------------------------------------------------------------------------------- 16-bit conversions
+// ------------------------------------------------------------------------------- 16-bit
+// conversions
 
 // A word of two 16-bit floats, low half first, and back, rounded to nearest even.
 __device__ __forceinline__ Pair unpack(BFloat16, uint32_t word) {
@@ -241,19 +247,19 @@ __device__ __forceinline__ unsigned cluster_blocks() {
 
 // Every thread of every block of the cluster meets; what they wrote is seen by all.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 }
 
 // The float that block `rank` of the cluster has where this block has `mine` in shared memory.
 __device__ __forceinline__ float cluster_load(const float* mine, unsigned rank) {
   float value;
-  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2;"
-               " ld.shared::cluster.f32 %0, [there];}"
-               : "=f"(value)
-               : "r"(shared_address(mine)), "r"(rank)
-               : "memory");
+  asm volatile(
+      "{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2;"
+      " ld.shared::cluster.f32 %0, [there];}"
+      : "=f"(value)
+      : "r"(shared_address(mine)), "r"(rank)
+      : "memory");
   return value;
 }
 
@@ -263,9 +269,10 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, unsigned arriva
                : "memory");
 }
 
-// Makes mbarrier_init visible to bulk copies and to the cluster.
+// Makes mbarrier_init visible to the cluster and to bulk copies, which see memory by another way.
 __device__ __forceinline__ void mbarrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::
+                   : "memory");
 }
 
 // One arrival, which adds `bytes` to what the phase awaits of bulk copies.
@@ -382,8 +389,8 @@ cudaError_t resident_blocks(Kernel* kernel, const LaunchShape& shape, unsigned* 
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads,
-                                                          shape.shared);
+    error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads, shape.shared);
   }
   *blocks = static_cast<unsigned>(processors * count);
   return error;

@@ -54,8 +54,8 @@ __device__ __forceinline__ bool writes_head() { return threadIdx.x == blockDim.x
 __device__ __forceinline__ bool writes_last() { return threadIdx.x == blockDim.x - 1; }
 
 // What every element gets, in place of u; the target's own term is not in it. kShare: as in
-// exp2_pair, for vectors that every row begins with; elsewhere a row's bits would depend on where it
-// lies.
+// exp2_pair, for vectors that every row begins with; elsewhere a row's bits would depend on where
+// it lies.
 template <int kPairs, bool kTransform, int kShare>
 __device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair* slope) {
 #pragma unroll
@@ -84,24 +84,47 @@ __device__ __forceinline__ void store_elements(G* out, const Pair* v, int count)
   }
 }
 
+template <class T, class G, bool kTransform, bool kAligned, int kShare>
+__device__ __forceinline__ void write_vector(const Transform& f, const Vec16& z, const Vec16& bias,
+                                             bool has_bias, G* to, const Slopes& s,
+                                             uint64_t policy) {
+  constexpr int kPairs = kItems<T> / 2;
+  Pair u[kPairs], slope[kPairs];
+  transformed<T, kTransform>(f, z, bias, has_bias, u, slope);
+  gradient_of<kPairs, kTransform, kShare>(s, u, slope);
+  if (kAligned) {
+    store_vector<kPairs>(to, u, policy);
+  } else {
+    store_elements<T>(to, u, kItems<T>);
+  }
+}
+
 // The block's threads write the whole vectors of a part; `source` gives those of the logits.
-template <class T, class G, bool kTransform, bool kAligned, int kShare, class Source>
+// kAhead: vectors that a thread loads before it computes on the first.
+template <class T, class G, bool kTransform, bool kAligned, int kShare, int kAhead, class Source>
 __device__ __forceinline__ void write_whole(const Transform& f, const Source& source, bool has_bias,
                                             G* grad, int begin, int end, const Slopes& s,
                                             uint64_t policy) {
-  constexpr int kPairs = kItems<T> / 2;
   const int threads = static_cast<int>(blockDim.x);
-#pragma unroll 2
-  for (int v = begin + static_cast<int>(threadIdx.x); v < end; v += threads) {
-    Pair u[kPairs], slope[kPairs];
-    const Vec16 bias = kTransform && has_bias ? source.whole_bias(v) : Vec16();
-    transformed<T, kTransform>(f, source.whole(v), bias, has_bias, u, slope);
-    gradient_of<kPairs, kTransform, kShare>(s, u, slope);
+  const auto write = [&](int v, const Vec16& z, const Vec16& bias) {
     G* to = grad + static_cast<int64_t>(v) * kItems<T>;
-    if (kAligned) {
-      store_vector<kPairs>(to, u, policy);
-    } else {
-      store_elements<T>(to, u, kItems<T>);
+    write_vector<T, G, kTransform, kAligned, kShare>(f, z, bias, has_bias, to, s, policy);
+  };
+  Vec16 z[kAhead], bias[kAhead] = {};
+  int v = begin + static_cast<int>(threadIdx.x);
+  for (; v + (kAhead - 1) * threads < end; v += kAhead * threads) {
+#pragma unroll
+    for (int j = 0; j < kAhead; j++) {
+      z[j] = source.whole(v + j * threads);
+      if (kTransform && has_bias) bias[j] = source.whole_bias(v + j * threads);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; j++) write(v + j * threads, z[j], bias[j]);
+  }
+  if constexpr (kAhead > 1) {
+    for (; v < end; v += threads) {
+      if (kTransform && has_bias) bias[0] = source.whole_bias(v);
+      write(v, source.whole(v), bias[0]);
     }
   }
 }
@@ -180,7 +203,7 @@ struct TargetTerm {
 
 // The block writes one part of a row from global memory. grad may be the row itself: each thread
 // reads only what it writes.
-template <class T, class G, bool kTransform>
+template <class T, class G, bool kTransform, int kAhead>
 __device__ __forceinline__ void write_gradient(const Transform& f, const T* logits, const T* bias,
                                                int vocab, G* grad, const Part& part,
                                                const Slopes& s, bool together, uint64_t policy) {
@@ -189,12 +212,12 @@ __device__ __forceinline__ void write_gradient(const Transform& f, const T* logi
   if (together) {
     const T* shifted = has_bias ? bias + part.head : nullptr;
     const GlobalRow<T, true> row = {logits + part.head, shifted, vocab - part.head, policy};
-    write_whole<T, G, kTransform, true, kNoPolynomial>(f, row, has_bias, grad + part.head,
-                                                       part.begin, part.end, s, policy);
+    write_whole<T, G, kTransform, true, kNoPolynomial, kAhead>(f, row, has_bias, grad + part.head,
+                                                               part.begin, part.end, s, policy);
   } else {
     const GlobalRow<T, false> row = {logits, bias, vocab, policy};
-    write_whole<T, G, kTransform, false, kNoPolynomial>(f, row, has_bias, grad, part.begin,
-                                                        part.end, s, policy);
+    write_whole<T, G, kTransform, false, kNoPolynomial, kAhead>(f, row, has_bias, grad, part.begin,
+                                                                part.end, s, policy);
   }
   write_ends<T, G, kTransform>(f, logits, bias, vocab, grad, part, s);
   target.write(grad, s);

@@ -1,6 +1,5 @@
 // Launchers of kept_token_stats.cuh.
 #include "cuda/kept_token_stats.cuh"
-
 #include "cuda/launch.h"
 
 namespace tokfuse {

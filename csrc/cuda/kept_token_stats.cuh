@@ -5,9 +5,9 @@
 // backward writes the dense gradient, zeros by one memset and then the kept entries: 2V + 40K bytes
 // per token at bf16.
 //
-// Legend: T tokens, V vocabulary, K kept ids of all rows. An id outside [0, V) makes its row NaN, as
-// a target outside does with logp; an id that stands twice in a row counts twice. Offsets outside
-// [0, K] are cut to it: nothing else is read.
+// Legend: T tokens, V vocabulary, K kept ids of all rows. An id outside [0, V) makes its row NaN,
+// as a target outside does with logp; an id that stands twice in a row counts twice. Offsets
+// outside [0, K] are cut to it: nothing else is read.
 #pragma once
 
 #include "cuda/gradient.cuh"

@@ -1,9 +1,9 @@
 // Launchers of the row kernels: their argument records and what they return.
 //
-// Shapes in comments: R rows of logits, T tokens (R = T without an index), V vocabulary, K kept ids.
-// "or null" marks optional pointers. Pointers are of device memory. Strides and offsets are 64-bit
-// element counts. The binding layer has checked sizes and codes; the launchers trust them. Each
-// returns the error of its launch; one of the kernel itself comes with a later call.
+// Shapes in comments: R rows of logits, T tokens (R = T without an index), V vocabulary, K kept
+// ids. "or null" marks optional pointers. Pointers are of device memory. Strides and offsets are
+// 64-bit element counts. The binding layer has checked sizes and codes; the launchers trust them.
+// Each returns the error of its launch; one of the kernel itself comes with a later call.
 #pragma once
 
 #include <cstdint>

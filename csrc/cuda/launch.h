@@ -56,8 +56,8 @@ bool rows_aligned(const void* base, int64_t stride, int64_t bytes = 16) {
          (base == nullptr || stride * static_cast<int64_t>(sizeof(T)) % bytes == 0);
 }
 
-// True where row i of both tensors begins at the same element of a vector, for every i: where vectors
-// of T are aligned, those of as many elements of G are, too.
+// True where row i of both tensors begins at the same element of a vector, for every i: where
+// vectors of T are aligned, those of as many elements of G are, too.
 template <class T, class G>
 bool rows_together(const void* base, int64_t stride, const void* other, int64_t other_stride) {
   constexpr int64_t kItems = 16 / static_cast<int64_t>(sizeof(T));

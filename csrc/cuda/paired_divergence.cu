@@ -1,7 +1,6 @@
 // Launchers of paired_divergence.cuh.
-#include "cuda/paired_divergence.cuh"
-
 #include "cuda/launch.h"
+#include "cuda/paired_divergence.cuh"
 
 namespace tokfuse {
 namespace cuda {
@@ -45,10 +44,9 @@ cudaError_t paired_divergence_fwd(const DivergenceArgs& a, float* divergence, fl
   const float bound = static_cast<float>(-beta * log(beta) - rest * log(rest));
   return dispatch(a, [&](auto* type, auto transformed, auto kind) {
     using T = Pointee<decltype(type)>;
-    return launch_resident(paired_divergence_fwd_kernel<T, decltype(transformed)::value,
-                                                        decltype(kind)::value>,
-                           a.tokens, kDivergenceThreads, stream, a, bound, divergence, state,
-                           streams_aligned<T>(a));
+    return launch_resident(
+        paired_divergence_fwd_kernel<T, decltype(transformed)::value, decltype(kind)::value>,
+        a.tokens, kDivergenceThreads, stream, a, bound, divergence, state, streams_aligned<T>(a));
   });
 }
 
@@ -61,10 +59,10 @@ cudaError_t paired_divergence_bwd(const DivergenceArgs& a, const float* state,
     using T = Pointee<decltype(type)>;
     const bool together = rows_together<T, T>(a.p, a.p_stride, a.q, a.q_stride) &&
                           rows_together<T, T>(a.p, a.p_stride, grad_p, grad_stride);
-    return launch_resident(paired_divergence_bwd_kernel<T, decltype(transformed)::value,
-                                                        decltype(kind)::value>,
-                           a.tokens * parts, kDivergenceThreads, stream, a, state, grad_divergence,
-                           static_cast<T*>(grad_p), grad_stride, parts, together);
+    return launch_resident(
+        paired_divergence_bwd_kernel<T, decltype(transformed)::value, decltype(kind)::value>,
+        a.tokens * parts, kDivergenceThreads, stream, a, state, grad_divergence,
+        static_cast<T*>(grad_p), grad_stride, parts, together);
   });
 }
 

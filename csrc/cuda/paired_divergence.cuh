@@ -1,12 +1,12 @@
 // paired_divergence: KL or Jensen-Shannon of two rows of logits, and its gradient to the first.
 //
 // KL(Q || P), KL(P || Q), or JSD with a weight. Passes over (T, V): forward one read of each stream
-// from memory for the two log-sum-exps, then a second visit of the rows, which are in the L2 cache by
-// then; backward one read of each and one write. Exponentials per element: 2, then 1, then 1, and a
-// polynomial each.
+// from memory for the two log-sum-exps, then a second visit of the rows, which are in the L2 cache
+// by then; backward one read of each and one write. Exponentials per element: 2, then 1, then 1,
+// and a polynomial each.
 //
-// With delta = log p - log q, formed from u_p - u_q so that close logits subtract exactly, `big` the
-// larger of p and q, a = |delta| and m1 = e^-a - 1:
+// With delta = log p - log q, formed from u_p - u_q so that close logits subtract exactly, `big`
+// the larger of p and q, a = |delta| and m1 = e^-a - 1:
 //
 //     small = big (1 + m1),   q - p = +-big m1,   log(big / mix) = -log(1 + b m1)
 //
@@ -54,8 +54,8 @@ __device__ __forceinline__ float log1p_negative(float y) {
 
 // What turns two logits into probabilities; base 2.
 struct Distributions {
-  float c;               // log2(e) / T
-  float p_max, q_max;    // log2 p = (u_p - p_max) c - p_log2s
+  float c;             // log2(e) / T
+  float p_max, q_max;  // log2 p = (u_p - p_max) c - p_log2s
   float p_log2s, q_log2s;
   float beta;
 };
@@ -165,7 +165,8 @@ using WarpFloats = Array<float, kMaxWarps>;
 
 // Of all threads of the block, in each of them. Two barriers: `shared` is free again afterwards.
 __device__ __forceinline__ MaxSum merge_sum_block(MaxSum a, Array<WarpFloats, 2>& shared, float c) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, at = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            at = static_cast<int>(threadIdx.x) % kWarp;
   a = merge_sum(a, c);
   if (at == 0) shared[0][warp] = a.m, shared[1][warp] = a.s;
   __syncthreads();
@@ -176,7 +177,8 @@ __device__ __forceinline__ MaxSum merge_sum_block(MaxSum a, Array<WarpFloats, 2>
 }
 
 __device__ __forceinline__ Pair sum_block(Pair a, Array<WarpFloats, 2>& shared) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, at = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            at = static_cast<int>(threadIdx.x) % kWarp;
   a = {warp_sum(a.x), warp_sum(a.y)};
   if (at == 0) shared[0][warp] = a.x, shared[1][warp] = a.y;
   __syncthreads();
@@ -207,12 +209,13 @@ __global__ void __launch_bounds__(kDivergenceThreads, 2)
     Distributions w = {c, 0.0f, 0.0f, 0.0f, 0.0f, a.beta};
     if (keep) {
       Pair u[kPairs], slope[kPairs];
-      for_vectors<T>(p, q, vocab, all, aligned, stay, [&](int, int, const Vec16& zp, const Vec16& zq) {
-        transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
-        fold_sum<kPairs>(sum_p, u, c);
-        transformed<T, kTransform>(f, zq, Vec16(), false, u, slope);
-        fold_sum<kPairs>(sum_q, u, c);
-      });
+      for_vectors<T>(p, q, vocab, all, aligned, stay,
+                     [&](int, int, const Vec16& zp, const Vec16& zq) {
+                       transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
+                       fold_sum<kPairs>(sum_p, u, c);
+                       transformed<T, kTransform>(f, zq, Vec16(), false, u, slope);
+                       fold_sum<kPairs>(sum_q, u, c);
+                     });
       sum_p = merge_sum_block(sum_p, shared, c);
       sum_q = merge_sum_block(sum_q, shared, c);
       w = {c, sum_p.m, sum_q.m, log2f(sum_p.s), log2f(sum_q.s), a.beta};
@@ -221,19 +224,19 @@ __global__ void __launch_bounds__(kDivergenceThreads, 2)
     const bool empty = sum_p.s == 0.0f || sum_q.s == 0.0f;
     if (!empty) {
       Pair v[kPairs], u[kPairs], slope[kPairs];
-      for_vectors<T>(p, q, vocab, all, aligned, leave, [&](int, int count, const Vec16& zp,
-                                                           const Vec16& zq) {
-        transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
-        transformed<T, kTransform>(f, zq, Vec16(), false, v, slope);
+      for_vectors<T>(p, q, vocab, all, aligned, leave,
+                     [&](int, int count, const Vec16& zp, const Vec16& zq) {
+                       transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
+                       transformed<T, kTransform>(f, zq, Vec16(), false, v, slope);
 #pragma unroll
-        for (int j = 0; j < kItems<T>; j++) {
-          if (j >= count) continue;
-          const Compared x = j % 2 == 0 ? compare<kKind>(u[j / 2].x, v[j / 2].x, w)
-                                        : compare<kKind>(u[j / 2].y, v[j / 2].y, w);
-          sums.x += x.term;
-          sums.y += x.p > 0.0f ? x.p * x.d : 0.0f;
-        }
-      });
+                       for (int j = 0; j < kItems<T>; j++) {
+                         if (j >= count) continue;
+                         const Compared x = j % 2 == 0 ? compare<kKind>(u[j / 2].x, v[j / 2].x, w)
+                                                       : compare<kKind>(u[j / 2].y, v[j / 2].y, w);
+                         sums.x += x.term;
+                         sums.y += x.p > 0.0f ? x.p * x.d : 0.0f;
+                       }
+                     });
       sums = sum_block(sums, shared);
     }
     if (threadIdx.x > 0) continue;
@@ -282,21 +285,21 @@ __global__ void __launch_bounds__(kDivergenceThreads, 2)
     const float mean = s[5], factor = grad_divergence[t] * scale.nats;
     for_vectors<T>(p, q, vocab, part, together, policy,
                    [&](int first, int count, const Vec16& zp, const Vec16& zq) {
-      Pair u[kPairs], v[kPairs], slope[kPairs], unused[kPairs];
-      transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
-      transformed<T, kTransform>(f, zq, Vec16(), false, v, unused);
+                     Pair u[kPairs], v[kPairs], slope[kPairs], unused[kPairs];
+                     transformed<T, kTransform>(f, zp, Vec16(), false, u, slope);
+                     transformed<T, kTransform>(f, zq, Vec16(), false, v, unused);
 #pragma unroll
-      for (int j = 0; j < kPairs; j++) {
-        u[j] = {divergence_gradient<kKind>(u[j].x, v[j].x, w, mean) * factor,
-                divergence_gradient<kKind>(u[j].y, v[j].y, w, mean) * factor};
-        if constexpr (kTransform) u[j] = mul2(u[j], slope[j]);
-      }
-      if (together && count == kItems<T>) {
-        store_vector<kPairs>(out + first, u, policy);
-      } else {
-        store_elements<T>(out + first, u, count);
-      }
-    });
+                     for (int j = 0; j < kPairs; j++) {
+                       u[j] = {divergence_gradient<kKind>(u[j].x, v[j].x, w, mean) * factor,
+                               divergence_gradient<kKind>(u[j].y, v[j].y, w, mean) * factor};
+                       if constexpr (kTransform) u[j] = mul2(u[j], slope[j]);
+                     }
+                     if (together && count == kItems<T>) {
+                       store_vector<kPairs>(out + first, u, policy);
+                     } else {
+                       store_elements<T>(out + first, u, count);
+                     }
+                   });
   }
 }
 

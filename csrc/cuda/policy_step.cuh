@@ -12,7 +12,8 @@
 //   policy_step_kernel: the second visit finds the row in the L2 cache: first loads ask to stay
 //     there, second loads and stores to leave, and the grid holds no more rows than L2 does.
 //
-// The metric sums are another launch's, from what is written per token. Legend: R rows, V vocabulary.
+// The metric sums are another launch's, from what is written per token. Legend: R rows, V
+// vocabulary.
 #pragma once
 
 #include "cuda/gradient.cuh"
@@ -112,8 +113,8 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
     if (v.nothing) {
       write_zeros<T>(grad, vocab, all, together, leave);
     } else {
-      write_gradient<T, G, kTransform>(f, logits, static_cast<const T*>(nullptr), vocab, grad, all,
-                                       v.slopes, together, leave);
+      write_gradient<T, G, kTransform, 1>(f, logits, static_cast<const T*>(nullptr), vocab, grad,
+                                          all, v.slopes, together, leave);
     }
   }
 }
@@ -136,7 +137,7 @@ template <class T>
 struct SharedSlice {
   const unsigned char* base;
 
-  __device__ __forceinline__ Vec16 whole(int v) const { return load16_near(base + v * 16); }
+  __device__ __forceinline__ Vec16 whole(int v) const { return shared_load16(base + v * 16); }
   __device__ __forceinline__ Vec16 whole_bias(int) const { return Vec16(); }
 };
 
@@ -193,16 +194,16 @@ __device__ __forceinline__ void fold_slice(const Transform& f, const Fetcher<T>&
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const Vec16 bias[kTile] = {};
   Vec16 z[kTile];
-  for (int begin = 0, tile = 0; begin < rows.count; begin += kTile * threads, tile++) {
+  int begin = 0, tile = 0;
+  for (; begin + kTile * threads <= rows.count; begin += kTile * threads, tile++) {
     mbarrier_wait(&rows.full[stage * kMaxTiles + tile], parity);
-    int v = begin + thread;
-    if (v + (kTile - 1) * threads < rows.count) {
 #pragma unroll
-      for (int j = 0; j < kTile; j++) z[j] = slice.whole(v + j * threads);
-      fold_vectors<T, kTile, kTransform>(f, lane, z, bias, false, c, 0.0f);
-      continue;
-    }
-    for (; v < rows.count; v += threads) {
+    for (int j = 0; j < kTile; j++) z[j] = slice.whole(begin + thread + j * threads);
+    fold_vectors<T, kTile, kTransform>(f, lane, z, bias, false, c, 0.0f);
+  }
+  if (begin < rows.count) {
+    mbarrier_wait(&rows.full[stage * kMaxTiles + tile], parity);
+    for (int v = begin + thread; v < rows.count; v += threads) {
       z[0] = slice.whole(v);
       fold_vectors<T, 1, kTransform>(f, lane, z, bias, false, c, 0.0f);
     }
@@ -239,8 +240,8 @@ __device__ __forceinline__ void write_slice(const Transform& f, const Fetcher<T>
   const int stage = use % rows.layout.stages;
   const SharedSlice<T> slice = {rows.buffer + static_cast<int64_t>(stage) * rows.layout.slice * 16};
   G* own = grad + static_cast<int64_t>(part.begin) * kItems<T>;
-  write_whole<T, G, kTransform, true, kPolynomialShare>(f, slice, false, own, 0, rows.count, s,
-                                                        policy);
+  write_whole<T, G, kTransform, true, kPolynomialShare, 1>(f, slice, false, own, 0, rows.count, s,
+                                                           policy);
   write_ends<T, G, kTransform>(f, row.logits, row.bias, row.vocab, grad, part, s);
   target.write(grad, s);
 }

@@ -1,12 +1,12 @@
 // token_stats: five statistics of each row of logits in one read, and their gradient in one more.
 //
-// Formulas are in rows.cuh. Passes over (R, V): forward one read, backward one read and one write; a
-// row without gradient is zero-filled unread. Bytes per row at bf16: 2V and 4V. One exp per element
-// each; a second temperature costs one more, the moments two products.
+// Formulas are in rows.cuh. Passes over (R, V): forward one read, backward one read and one write;
+// a row without gradient is zero-filled unread. Bytes per row at bf16: 2V and 4V. One exp per
+// element each; a second temperature costs one more, the moments two products.
 //
 // A block takes whole rows (forward) or parts of rows (backward), on a grid that is resident at
-// once. A target outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would wait
-// for the device.
+// once. A target outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would
+// wait for the device.
 #pragma once
 
 #include "cuda/gradient.cuh"
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kForwardThreads, kTransform ? 2 : (kExtras ? 3
 }
 
 template <class T, class G, bool kTransform>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, kTransform ? 3 : 4)
     token_stats_bwd_kernel(const __grid_constant__ LogitsArgs a,
                            const __grid_constant__ TokenStatsGrad g, int parts, bool together) {
   const uint64_t policy = l2_policy<Keep::kFirst>();
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
     const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
     const Slopes s = slopes_of(scale, g.row_max[token], inv_sum, g.entropy[token], ga, gh,
                                a.target[token], a.vocab);
-    write_gradient<T, G, kTransform>(f, logits, bias, static_cast<int>(a.vocab), grad, part, s,
-                                     together, policy);
+    write_gradient<T, G, kTransform, kTransform ? 1 : 2>(f, logits, bias, static_cast<int>(a.vocab),
+                                                         grad, part, s, together, policy);
   }
 }
 

@@ -12,10 +12,10 @@ constexpr int kThreads = 128;
 using Floats = Array<float, kThreads>;
 
 struct Data {
-  const float* x;     // (1024), 0, 1, 2 ...
-  float* y;           // (1024)
-  unsigned* ticket;   // 0
-  float* scratch;     // (kThreads) right behind which nothing is allocated
+  const float* x;    // (1024), 0, 1, 2 ...
+  float* y;          // (1024)
+  unsigned* ticket;  // 0
+  float* scratch;    // (kThreads) right behind which nothing is allocated
 };
 
 __device__ int me() { return static_cast<int>(threadIdx.x); }

@@ -5,8 +5,8 @@
 // compiler puts at every load and store land here. A cell per 2 bytes remembers who wrote and who
 // has read since. Whether an earlier access is over is decided exactly, by vector clocks: every
 // thread has one, and meetings of threads (barriers, __syncwarp, clusters) and mbarriers pass them
-// on; shuffles and votes do not order memory. A bulk copy is a thread of its own that knows what its
-// starter knew. Between clusters only an atomic after a fence orders.
+// on; shuffles and votes do not order memory. A bulk copy is a thread of its own that knows what
+// its starter knew. Between clusters only an atomic after a fence orders.
 //
 // At the end it prints problems and, per source line, sectors per request of global accesses and
 // wavefronts of shared ones; the exit status is 67 if there was a problem.
@@ -79,7 +79,8 @@ class Checker : public Observer {
 
   void cluster_begins() override {
     unsigned threads = 0;
-    for (const Block& block : machine.blocks) threads += static_cast<unsigned>(block.threads.size());
+    for (const Block& block : machine.blocks)
+      threads += static_cast<unsigned>(block.threads.size());
     const auto nothing = std::make_shared<const Clock>(threads + kProxies, 0);
     threads_ = threads;
     knows_.assign(threads + kProxies, nothing);
@@ -231,7 +232,8 @@ class Checker : public Observer {
       const uintptr_t base = region_base_;
       if (at < base || at + bytes > base + region->bytes) outside(at, bytes, write, now, "device");
       for (uintptr_t cell = (at - base + kGuard) / kCell;
-           cell <= (at + bytes - 1 - base + kGuard) / kCell && cell < region->cells.size(); cell++) {
+           cell <= (at + bytes - 1 - base + kGuard) / kCell && cell < region->cells.size();
+           cell++) {
         check(&region->cells[cell], write, now, at, "device memory");
       }
     } else if (const Block* block = shared_of(at, bytes, write, now)) {
@@ -334,8 +336,8 @@ class Checker : public Observer {
     if (FILE* pipe = popen(command, "r")) {
       // The innermost place of the inlined ones that is not this machinery's.
       while (fgets(line, sizeof(line), pipe) != nullptr) {
-        const bool ours = strstr(line, "device_host.h") == nullptr &&
-                          strstr(line, "cuda_host.h") == nullptr;
+        const bool ours =
+            strstr(line, "device_host.h") == nullptr && strstr(line, "cuda_host.h") == nullptr;
         if (found.empty() && ours) found = place_in(line);
       }
       pclose(pipe);

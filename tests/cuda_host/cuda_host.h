@@ -1,10 +1,11 @@
-// CUDA's own vocabulary for a C++ compiler: keywords, built-in variables, barriers, shuffles, votes,
-// atomics, asynchronous copies and a small runtime, so that kernels run on the CPU.
+// CUDA's own vocabulary for a C++ compiler: keywords, built-in variables, barriers, shuffles,
+// votes, atomics, asynchronous copies and a small runtime, so that kernels run on the CPU.
 //
-// A thread is a fiber, all threads of a cluster are alive together, clusters run one after the other
-// (machine.cpp). Only names that kernels or launchers use are here; nothing of NVIDIA's is needed.
-// Interleavings between two meetings of threads are not explored: the checker (checker.cpp) and
-// shuffled orders (TOKFUSE_HOST_SEED) stand for that. A kernel that waits for another cluster hangs.
+// A thread is a fiber, all threads of a cluster are alive together, clusters run one after the
+// other (machine.cpp). Only names that kernels or launchers use are here; nothing of NVIDIA's is
+// needed. Interleavings between two meetings of threads are not explored: the checker (checker.cpp)
+// and shuffled orders (TOKFUSE_HOST_SEED) stand for that. A kernel that waits for another cluster
+// hangs.
 #pragma once
 
 #include <math.h>
@@ -35,10 +36,10 @@
 #define TOKFUSE_HOST_RAW __attribute__((no_sanitize("thread"))) inline
 
 // One object per block, wherever the declaration stands; blocks of a cluster are alive together.
-#define TOKFUSE_SHARED(name, ...)                                                          \
-  static char name##_tag;                                                                  \
-  __VA_ARGS__& name = *static_cast<__VA_ARGS__*>(tokfuse::host::shared_object(             \
-      &name##_tag, sizeof(__VA_ARGS__), alignof(__VA_ARGS__), #name))
+#define TOKFUSE_SHARED(name, ...)                 \
+  static char name##_tag;                         \
+  __VA_ARGS__& name = *static_cast<__VA_ARGS__*>( \
+      tokfuse::host::shared_object(&name##_tag, sizeof(__VA_ARGS__), alignof(__VA_ARGS__), #name))
 #define TOKFUSE_DYNAMIC_SHARED(name) \
   unsigned char* const name = static_cast<unsigned char*>(tokfuse::host::dynamic_shared())
 
@@ -101,7 +102,9 @@ inline void __syncthreads() { tokfuse::host::block_meet(tokfuse::host::Vote::kNo
 inline int __syncthreads_and(int p) {
   return tokfuse::host::block_meet(tokfuse::host::Vote::kAnd, p);
 }
-inline int __syncthreads_or(int p) { return tokfuse::host::block_meet(tokfuse::host::Vote::kOr, p); }
+inline int __syncthreads_or(int p) {
+  return tokfuse::host::block_meet(tokfuse::host::Vote::kOr, p);
+}
 inline int __syncthreads_count(int p) {
   return tokfuse::host::block_meet(tokfuse::host::Vote::kCount, p);
 }
@@ -187,13 +190,13 @@ T max(T a, T b) {
 }
 
 // Atomics: fibers of one thread need no real ones. A float sum arrives in the order of the threads.
-#define TOKFUSE_HOST_ATOMIC(name, next)                    \
-  template <class T>                                       \
+#define TOKFUSE_HOST_ATOMIC(name, next)                     \
+  template <class T>                                        \
   TOKFUSE_HOST_RAW T name(T* at, std::common_type_t<T> v) { \
-    tokfuse::host::atomic_access(at, sizeof(T));           \
-    const T old = *at;                                     \
-    *at = (next);                                          \
-    return old;                                            \
+    tokfuse::host::atomic_access(at, sizeof(T));            \
+    const T old = *at;                                      \
+    *at = (next);                                           \
+    return old;                                             \
   }
 TOKFUSE_HOST_ATOMIC(atomicAdd, old + v)
 TOKFUSE_HOST_ATOMIC(atomicMax, old < v ? v : old)
@@ -233,8 +236,21 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 // Memory filled with NaN, between guards that the checker watches.
 cudaError_t cudaMalloc(void** at, size_t bytes);
 cudaError_t cudaFree(void* at);
-const char* cudaGetErrorName(cudaError_t error);
-const char* cudaGetErrorString(cudaError_t error);
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+  }
+  return "unknown";
+}
+inline const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 // What the last launch that failed left; reading it clears it.
 cudaError_t cudaGetLastError();
 

@@ -58,7 +58,13 @@ inline void store16(void* to, const Vec16& v) {
 
 inline void store16(void* to, const Vec16& v, uint64_t) { store16(to, v); }
 
-inline Vec16 load16_near(const void* from) { return load16(from); }
+inline Vec16 shared_load16(const void* from) { return load16(from); }
+
+inline uint32_t load4(const void* from) {
+  typedef uint32_t Word __attribute__((may_alias));
+  host::check_aligned(from, 4);
+  return *static_cast<const Word*>(from);
+}
 
 TOKFUSE_HOST_RAW float float_of(uint32_t bits) {
   float value;
@@ -72,9 +78,14 @@ TOKFUSE_HOST_RAW uint32_t bits_of(float value) {
   return bits;
 }
 
+// As wrong as the hardware may be: a relative 2^-22.5, of a sign that goes with the argument. Whole
+// numbers are exact there, too.
 inline float exp2_fast(float x) {
+  constexpr float kError = 1.6858e-7f;
   const float y = exp2f(x);
-  return y < 1.17549435e-38f ? 0.0f : y;
+  if (y < 1.17549435e-38f) return 0.0f;
+  if (x == floorf(x)) return y;
+  return (bits_of(x) >> 15 & 1u) != 0 ? y * (1.0f + kError) : y * (1.0f - kError);
 }
 
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : (a < b ? b : a); }
@@ -158,9 +169,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t,
                    const Arguments&... arguments) {
   const host::Shape given = {dim3(shape.blocks), dim3(shape.threads), shape.shared, shape.cluster};
-  return static_cast<cudaError_t>(host::run(given, __PRETTY_FUNCTION__, [&] {
-    kernel(static_cast<Parameters>(arguments)...);
-  }));
+  return static_cast<cudaError_t>(host::run(
+      given, __PRETTY_FUNCTION__, [&] { kernel(static_cast<Parameters>(arguments)...); }));
 }
 
 template <class Kernel>

@@ -1,19 +1,20 @@
 // Runs kernels on the CPU: fibers, meetings of threads, shared memory, asynchronous copies.
 //
-// One fiber per thread. A scheduler resumes ready fibers in turn (in an order that TOKFUSE_HOST_SEED
-// shuffles, reproducibly) until each has ended or waits. Bulk copies land when nobody can go on, the
-// latest moment there is; with a seed also at once, the earliest. Shared and device memory begin as
-// NaN. What CUDA leaves undefined stops the program here, with kernel, block and thread.
+// One fiber per thread. A scheduler resumes ready fibers in turn (in an order that
+// TOKFUSE_HOST_SEED shuffles, reproducibly) until each has ended or waits. Bulk copies land when
+// nobody can go on, the latest moment there is; with a seed also at once, the earliest. Shared and
+// device memory begin as NaN. What CUDA leaves undefined stops the program here, with kernel, block
+// and thread.
 #include "machine.h"
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdio>
 
+#include "bulk.h"
+#include "fibers.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace tokfuse {
@@ -25,76 +26,9 @@ Observer* observer = nullptr;
 
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStack = 256 * 1024;
-#else
-constexpr size_t kStack = 64 * 1024;
-#endif
-constexpr size_t kPage = 4096;
 constexpr size_t kRedZone = 32;  // between static shared objects
 
 cudaError_t last_error = cudaSuccess;
-
-struct Scheduler {
-  void* stack_pointer = nullptr;
-  void* fake_stack = nullptr;
-  const void* bottom = nullptr;
-  size_t size = 0;
-};
-Scheduler scheduler;
-
-// Empty without TOKFUSE_HOST_SEED; seeded anew by every launch, so that each is reproducible alone.
-struct Shuffle {
-  const char* seed = getenv("TOKFUSE_HOST_SEED");
-  std::mt19937 random;
-};
-Shuffle shuffle_order;
-
-extern "C" void tokfuse_host_switch(void** save, void* to);  // x86-64, System V
-__asm__(R"(
-.text
-.type tokfuse_host_switch, @function
-tokfuse_host_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-
-void to_scheduler() {
-  Thread& t = *current;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(t.state == State::kDone ? nullptr : &t.fake_stack,
-                                 scheduler.bottom, scheduler.size);
-#endif
-  tokfuse_host_switch(&t.stack_pointer, scheduler.stack_pointer);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(t.fake_stack, &scheduler.bottom, &scheduler.size);
-#endif
-}
-
-void resume(Thread& t) {
-  current = &t;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&scheduler.fake_stack, t.stack, kStack);
-#endif
-  tokfuse_host_switch(&scheduler.stack_pointer, t.stack_pointer);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
-#endif
-  current = nullptr;
-}
 
 void wait_as(State state, const char* at) {
   current->state = state;
@@ -102,7 +36,8 @@ void wait_as(State state, const char* at) {
   to_scheduler();
 }
 
-// ------------------------------------------------------------------------------ meetings of threads
+// ------------------------------------------------------------------------------ meetings of
+// threads
 
 void release_block(Block& block) {
   if (block.alive < block.threads.size()) {
@@ -160,49 +95,8 @@ void meet_warp(unsigned mask, const char* name, uint64_t value) {
   if (!try_meet(t)) wait_as(State::kAtWarp, name);
 }
 
-// ---------------------------------------------------------------------------------- bulk copies
-
-bool phase_over(const Thread& t) { return (t.barrier->phase & 1) != t.parity; }
-
-// Ends the phase when nothing is awaited any more.
-void advance(Mbarrier* barrier) {
-  if (barrier->pending > 0 || barrier->bytes != 0) return;
-  barrier->phase++;
-  barrier->pending = barrier->arrivals;
-  for (Block& block : machine.blocks) {
-    for (Thread& t : block.threads) {
-      if (t.state == State::kAtMbarrier && t.barrier == barrier && phase_over(t)) {
-        t.state = State::kReady;
-      }
-    }
-  }
-}
-
-void land(const BulkCopy& bulk) {
-  memcpy(bulk.copy.to, bulk.copy.from, bulk.copy.bytes);
-  if (observer != nullptr) observer->bulk_landed(bulk);
-  bulk.barrier->bytes -= static_cast<int64_t>(bulk.copy.bytes);
-  advance(bulk.barrier);
-}
-
-bool land_one() {
-  if (machine.bulk.empty()) return false;
-  const size_t which =
-      shuffle_order.seed == nullptr ? 0 : shuffle_order.random() % machine.bulk.size();
-  const BulkCopy bulk = machine.bulk[which];
-  machine.bulk.erase(machine.bulk.begin() + static_cast<int64_t>(which));
-  land(bulk);
-  return true;
-}
-
-void check_bulk(const void* to, const void* from, unsigned bytes) {
-  const uintptr_t any =
-      reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
-  if (any % 16 != 0) fail("a bulk copy must have addresses and bytes that are multiples of 16");
-  if (bytes == 0) fail("a bulk copy of nothing");
-}
-
-// -------------------------------------------------------------------------------- running a cluster
+// -------------------------------------------------------------------------------- running a
+// cluster
 
 void end_thread() {
   Thread& t = *current;
@@ -227,24 +121,9 @@ void end_thread() {
 const std::function<void()>* kernel_body = nullptr;
 
 void fiber_main() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler.bottom, &scheduler.size);
-#endif
+  fiber_begins();
   (*kernel_body)();
   end_thread();
-}
-
-// Stacks live as long as the process; the page below each is a trap.
-unsigned char* stack_of(size_t index) {
-  static std::vector<unsigned char*> stacks;
-  while (stacks.size() <= index) {
-    void* at = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) fail("no memory for the stack of a thread");
-    mprotect(at, kPage, PROT_NONE);
-    stacks.push_back(static_cast<unsigned char*>(at) + kPage);
-  }
-  return stacks[index];
 }
 
 void make_thread(Block& block, Thread& t, unsigned i, uint3 block_index) {
@@ -259,11 +138,7 @@ void make_thread(Block& block, Thread& t, unsigned i, uint3 block_index) {
              size,
              machine.shape.grid};
   t.stack = stack_of(t.in_cluster);
-  void** top = reinterpret_cast<void**>(t.stack + kStack - 64);
-  *--top = nullptr;  // where fiber_main would return to; it does not
-  *--top = reinterpret_cast<void*>(&fiber_main);
-  for (int saved = 0; saved < 6; saved++) *--top = nullptr;
-  t.stack_pointer = top;
+  t.stack_pointer = fiber_of(t.stack, &fiber_main);
 }
 
 void make_block(Block& block, unsigned rank, uint3 index) {
@@ -361,9 +236,7 @@ void fail(const char* what) {
 
 int arch() { return static_cast<int>(number_from("TOKFUSE_HOST_ARCH", 90)); }
 
-unsigned processors() {
-  return static_cast<unsigned>(number_from("TOKFUSE_HOST_PROCESSORS", 2));
-}
+unsigned processors() { return static_cast<unsigned>(number_from("TOKFUSE_HOST_PROCESSORS", 2)); }
 
 int run(const Shape& shape, const char* kernel, const std::function<void()>& body) {
   if (!valid(shape)) return last_error = cudaErrorInvalidConfiguration;
@@ -455,7 +328,8 @@ unsigned warp_ballot(unsigned mask, bool predicate) {
   meet_warp(mask, "__ballot_sync", predicate ? 1 : 0);
   unsigned ballot = 0;
   for (unsigned lane = 0; lane < 32; lane++) {
-    if (current->present >> lane & 1) ballot |= static_cast<unsigned>(current->received[lane]) << lane;
+    if (current->present >> lane & 1)
+      ballot |= static_cast<unsigned>(current->received[lane]) << lane;
   }
   return ballot;
 }
@@ -472,7 +346,8 @@ void check_aligned(const void* at, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(at) % bytes != 0) fail("a misaligned vector access");
 }
 
-// ----------------------------------------------------------------------------------------- cp.async
+// -----------------------------------------------------------------------------------------
+// cp.async
 
 void copy_async(void* to, const void* from, size_t bytes, size_t zeros) {
   if (bytes != 4 && bytes != 8 && bytes != 16) fail("cp.async copies 4, 8 or 16 bytes");
@@ -595,22 +470,6 @@ cudaError_t cudaFree(void* at) {
   free(at);
   return cudaSuccess;
 }
-
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-  }
-  return "unknown";
-}
-
-const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 
 cudaError_t cudaGetLastError() {
   const cudaError_t error = tokfuse::host::last_error;

@@ -58,7 +58,7 @@ struct Block {
   unsigned rank = 0;
   std::vector<Thread> threads;
   unsigned alive = 0, waiting = 0;
-  int all = 1, any = 0, count = 0;              // of the vote under way
+  int all = 1, any = 0, count = 0;                 // of the vote under way
   int last_all = 1, last_any = 0, last_count = 0;  // of the last one
   unsigned char* statics = nullptr;
   unsigned char* dynamic = nullptr;

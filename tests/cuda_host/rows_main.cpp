@@ -112,18 +112,18 @@ struct Problem {
       args.bias_logits = memory.logits(dtype, kTokens, stride, vocab);
       args.bias_stride = stride;
     }
-    float** outputs[] = {&stats.logp, &stats.entropy, &stats.lse, &stats.sum_sq, &stats.top1,
-                         &stats.row_max, &stats.inv_sum, &stats.second_logp, &stats.p2_logp,
-                         &stats.p2_logp2};
+    float** outputs[] = {&stats.logp,    &stats.entropy, &stats.lse,     &stats.sum_sq,
+                         &stats.top1,    &stats.row_max, &stats.inv_sum, &stats.second_logp,
+                         &stats.p2_logp, &stats.p2_logp2};
     for (size_t i = 0; i < (options ? 10u : 7u); i++) *outputs[i] = memory.of<float>(kTokens);
     stats.second_temperature = 0.7f;
     grad = memory.logits(dtype, kTokens, stride, vocab);
   }
 
   void hash_stats(Hash* hash) const {
-    for (const float* p : {stats.logp, stats.entropy, stats.lse, stats.sum_sq, stats.top1,
-                           stats.row_max, stats.inv_sum, stats.second_logp, stats.p2_logp,
-                           stats.p2_logp2}) {
+    for (const float* p :
+         {stats.logp, stats.entropy, stats.lse, stats.sum_sq, stats.top1, stats.row_max,
+          stats.inv_sum, stats.second_logp, stats.p2_logp, stats.p2_logp2}) {
       if (p != nullptr) hash->add(p, kTokens * 4);
     }
   }
@@ -138,10 +138,9 @@ int token_stats(DType dtype, int64_t vocab, int64_t stride, bool options) {
   const int failed = report(name, dtype, vocab, error, hash);
   const float *ga = x.memory.uniform(kTokens, -1.0f, 1.0f),
               *gh = x.memory.uniform(kTokens, -1.0f, 1.0f);
-  error = token_stats_bwd(x.args,
-                          {x.stats.row_max, x.stats.inv_sum, x.stats.entropy, ga, gh, x.grad,
-                           stride, dtype},
-                          nullptr);
+  error = token_stats_bwd(
+      x.args, {x.stats.row_max, x.stats.inv_sum, x.stats.entropy, ga, gh, x.grad, stride, dtype},
+      nullptr);
   hash.rows(x.grad, dtype, kTokens, stride, vocab);
   return failed + report(name, dtype, vocab, error, hash);
 }
@@ -187,10 +186,9 @@ int kept(DType dtype, int64_t vocab) {
   cudaError_t error = kept_token_stats_fwd(args, x.stats, nullptr);
   const float* ones = x.memory.uniform(kTokens, 1.0f, 2.0f);
   if (error == cudaSuccess) {
-    error = kept_token_stats_bwd(args,
-                                 {x.stats.row_max, x.stats.inv_sum, x.stats.entropy, ones, ones,
-                                  x.grad, vocab, dtype},
-                                 nullptr);
+    error = kept_token_stats_bwd(
+        args, {x.stats.row_max, x.stats.inv_sum, x.stats.entropy, ones, ones, x.grad, vocab, dtype},
+        nullptr);
   }
   Hash hash;
   x.hash_stats(&hash);
@@ -201,7 +199,7 @@ int kept(DType dtype, int64_t vocab) {
 int divergence(DType dtype, int64_t vocab, Divergence kind) {
   Problem x(dtype, vocab, vocab, false);
   const void* q = x.memory.logits(dtype, kTokens, vocab, vocab);
-  const DivergenceArgs args = {x.args.logits, q,    vocab, vocab, dtype, kTokens, vocab,
+  const DivergenceArgs args = {x.args.logits, q,       vocab, vocab, dtype, kTokens, vocab,
                                x.args.mask,   nullptr, 1.0f,  0.0f,  1.0f,  0.5f,    kind};
   float* out = x.memory.of<float>(kTokens);
   float* state = x.memory.of<float>(kTokens * kDivergenceState);

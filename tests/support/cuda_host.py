@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,8 +29,9 @@ FLAGS = (
 OPTIMIZED = ("-O2",)
 SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
              "-fno-sanitize-recover=undefined")  # fmt: skip
-# Instrumented as for ThreadSanitizer, whose calls checker.cpp answers; never linked with its library.
+# Instrumented as for ThreadSanitizer, whose calls checker.cpp answers; never linked with it.
 CHECKED = ("-O1", "-fsanitize=thread", "-Wno-tsan")
+KINDS = {OPTIMIZED: "fast", SANITIZED: "sanitized", CHECKED: "checked"}
 
 needs_host = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which(COMPILER) is None,
@@ -58,7 +60,7 @@ def _made(name: str, command: Sequence[str]) -> Path:
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         for old in BUILD.glob(f"{name}-*"):
-            if _age_of(old) > 1:
+            if _days_old(old) > 1:  # another run of the tests may use what is younger
                 old.unlink(missing_ok=True)
         part = target.with_suffix(f".{os.getpid()}")
         _run([*command, str(part)])
@@ -66,22 +68,19 @@ def _made(name: str, command: Sequence[str]) -> Path:
     return target
 
 
-def _age_of(path: Path) -> float:
-    """Days; another run of the tests may still use what is younger than one."""
-    import time
-
+def _days_old(path: Path) -> float:
     return (time.time() - path.stat().st_mtime) / 86400
 
 
-def compiled(source: Path, flags: Sequence[str]) -> Path:
+def compiled(source: Path, flags: tuple[str, ...]) -> Path:
     """The object of one source."""
-    kind = {"-O2": "fast", "-O1": "checked" if "thread" in "".join(flags) else "sanitized"}[flags[0]]
+    kind = KINDS[flags]
     language = ["-x", "c++"] if source.suffix == ".cu" else []
     command = [COMPILER, *FLAGS, *flags, *language, "-c", str(source), "-o"]
     return _made(f"{source.stem}-{kind}.o", command)
 
 
-def program(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+def program(name: str, sources: Sequence[Path], flags: tuple[str, ...]) -> Path:
     """An executable of kernels and a main, with the machine; with the checker for CHECKED."""
     objects = [compiled(source, flags) for source in sources]
     objects += [compiled(HOST / "machine.cpp", OPTIMIZED if flags is CHECKED else flags)]
