@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "TOKFUSE_ISA": "run the CPU kernels at v2, v3 or v4 of x86-64 instead of the best one",
     "TOKFUSE_KEEP_MIB": "MiB of freed CPU results kept for the next call; 0 keeps none",
     "TOKFUSE_CHECK": "1 checks values that live on a GPU too (it waits for the device)",
+    "TOKFUSE_NVTX": "1 pushes NVTX ranges around every op, 0 never; unset: where nsys started it",
     "OMP_NUM_THREADS": "CPU threads, shared with torch (torch.set_num_threads overrides it)",
     "OMP_WAIT_POLICY": "`passive` lets idle CPU threads sleep; set it on a shared machine",
     "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, for tests; set it before the import",

@@ -67,15 +67,19 @@ def token_stats_fwd_kernel(
     ITEMS: tl.constexpr,
 ):
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
-    TRANSFORM: tl.constexpr = HAS_SOFTCAP or bias_ptr is not None
+    HAS_BIAS: tl.constexpr = bias_ptr is not None
     row = tl.program_id(0).to(tl.int64)  # int64 before it meets a stride: T * V passes 2^31
     SECOND: tl.constexpr = second_logp_ptr is not None
     MOMENTS: tl.constexpr = p2_logp_ptr is not None
     counts = row >= 0  # every row
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
-    c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM)
-    c2, nats2 = rows.base2_scale(None, row, second_temperature, logit_scale, TRANSFORM)
+    c, nats = rows.base2_scale(
+        temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
+    )
+    c2, nats2 = rows.base2_scale(
+        None, row, second_temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
+    )
 
     # A masked row has no elements: nothing of it is read, and its outputs are set to 0 at the end.
     vocab = tl.where(counts, vocab_size, 0)
@@ -176,7 +180,7 @@ def token_stats_bwd_kernel(
     ITEMS: tl.constexpr,
 ):
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
-    TRANSFORM: tl.constexpr = HAS_SOFTCAP or bias_ptr is not None
+    HAS_BIAS: tl.constexpr = bias_ptr is not None
     row = tl.program_id(0).to(tl.int64) // parts
     ga, gh = 0.0, 0.0
     if grad_logp_ptr is not None:
@@ -216,7 +220,9 @@ def token_stats_bwd_kernel(
         for start in range(first_whole, whole, TILE):
             store(grad_row_ptr + start + offs_v, none)
     else:
-        c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM)
+        c, nats = rows.base2_scale(
+            temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
+        )
         m = tl.load(m_ptr + row)
         y = tl.load(target_ptr + row)
         ga = tl.where((ga == 0.0) | ((y >= 0) & (y < vocab_size)), ga, float("nan"))

@@ -17,6 +17,7 @@ from tokfuse.runtime.dispatch import (
 )
 from tokfuse.runtime.metrics import SLOT, SLOTS, Metrics
 from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import policy_loss as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
@@ -48,6 +49,7 @@ class PolicyTerms(NamedTuple):
     sums: torch.Tensor
 
 
+@ranged("policy_loss.fwd")
 def policy_loss(
     logp: torch.Tensor,
     *,
@@ -102,6 +104,16 @@ def policy_loss(
 
     Gradients and memory: logp and entropy only; every other input that requires grad is refused.
         Saved: two (tokens,) vectors.
+
+    Examples:
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> out = tokfuse.policy_loss(
+        ...     logp, old_logp=logp.detach(), advantage=torch.tensor([1.0, -1.0]),
+        ...     objective=tokfuse.Objective(), normalizer="batch",
+        ... )
+        >>> out.loss.backward()
+        >>> logp.grad
+        tensor([-0.5000,  0.5000])
 
     Raises:
         ValueError: shapes, dtypes, devices, cu_seqlens, unknown options, an input that the
@@ -295,6 +307,8 @@ def _cuda_run(
     objective: Objective,
     inverse: float,
 ) -> PolicyTerms:
+    if inputs.old_logp is None:
+        inputs = inputs._replace(old_logp=logp.detach())
     out = cuda_policy.policy_loss(logp, entropy, inputs, objective, inverse)
     token_loss, d_logp, d_entropy, sums = out
     loss = sums[SLOT["loss"]].to(torch.float32)
@@ -350,6 +364,7 @@ class _PolicyLossFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("policy_loss.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         d_logp, d_entropy = ctx.saved_tensors
         logp_dtype, entropy_dtype = ctx.dtypes
@@ -360,6 +375,7 @@ class _PolicyLossFunction(torch.autograd.Function):
 
 
 @torch.library.custom_op("tokfuse::policy_loss", mutates_args=())
+@ranged("policy_loss.fwd")
 def _policy_loss_op(
     logp: torch.Tensor,
     entropy: torch.Tensor | None,

@@ -30,6 +30,7 @@ from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, policy_terms
 from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.policy_checks import Normalizer
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
@@ -37,6 +38,7 @@ from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
 OP = "policy_step"
 
 
+@ranged("policy_step.fwd")
 def policy_step(
     *,
     logits: torch.Tensor | None = None,
@@ -61,6 +63,7 @@ def policy_step(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    compact_clipped: bool = False,
     influence: InfluenceSpec | None = None,
 ) -> PolicyStep:
     """Policy loss, gradients, statistics and metrics; equal to composing the simple ops.
@@ -78,6 +81,9 @@ def policy_step(
         token_weight: (tokens,) multiplies the policy term (`policy_loss` calls it weight).
         temperature, softcap, logit_scale: as in `token_stats`.
         memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
+        compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU:
+            the host waits once per chunk of `memory_budget`, because it must give a GEMM its size.
+            On the CPU they never enter them.
         influence: from hidden only, with cu_seqlens: also return gradient norms and sketches of the
             loss in `step.influence`; computes grad_hidden even where hidden needs none.
         others: as in `policy_loss`; the entropy of an entropy bonus is the policy's own.
@@ -97,9 +103,20 @@ def policy_step(
         objectives, one more read for sequence-level ones. From hidden, the workspace
         `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
         GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
-        stops enters with zeros; the host waits once, for the number of rows of each kind (not
-        under CUDA-graph capture: then every row enters every GEMM). The gradients are held until
-        `loss.backward()` hands them over.
+        stops enters with zeros unless `compact_clipped`; the host waits once, for the number of
+        rows of each kind (not under CUDA-graph capture: then every row enters every GEMM). The
+        gradients are held until `loss.backward()` hands them over.
+
+    Examples:
+        >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
+        >>> step = tokfuse.policy_step(
+        ...     logits=logits, target=target, old_logp=torch.full((2,), -1.3863),
+        ...     advantage=torch.tensor([1.0, 0.0]), objective=tokfuse.Objective(), normalizer=2,
+        ... )
+        >>> step.loss.backward()
+        >>> logits.grad  # the second row carries no gradient
+        tensor([[-0.3750,  0.1250,  0.1250,  0.1250],
+                [ 0.0000,  0.0000,  0.0000,  0.0000]])
 
     Raises:
         ValueError: as `token_stats` and `policy_loss`; neither or both of logits and hidden.
@@ -119,6 +136,9 @@ def policy_step(
         if weight is not None or bias is not None:
             raise refuse(OP, "weight and bias", "None with logits=", "a tensor",
                          "They belong to hidden=.")  # fmt: skip
+        if compact_clipped:
+            raise refuse(OP, "compact_clipped", "False with logits= (no GEMM follows)", "True",
+                         "Pass hidden= and weight=.")  # fmt: skip
         if influence is not None:
             raise refuse(OP, "influence", "None with logits= (sketches need the hidden states)",
                          "a spec", "Use influence.logit_norms on the statistics.")  # fmt: skip
@@ -131,6 +151,7 @@ def policy_step(
         return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl)
     assert hidden is not None
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    problem = problem._replace(compact_clipped=compact_clipped)
     inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer)
     sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
     if influence is not None:
@@ -142,6 +163,7 @@ def policy_step(
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
 
 
+@ranged("policy_step_.fwd")
 def policy_step_(
     logits: torch.Tensor,
     *,
@@ -307,6 +329,7 @@ class _LogitsStep(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         return hand_over(ctx.gradients, grad_loss)["logits"], None, None
 
@@ -380,6 +403,7 @@ register_reference(OP, _reference_run, "softcap")
 
 
 @torch.library.custom_op("tokfuse::policy_step", mutates_args=())
+@ranged("policy_step.fwd")
 def _policy_step_op(
     logits: torch.Tensor, target: torch.Tensor,
     temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
