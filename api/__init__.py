@@ -54,7 +54,7 @@ _PUBLIC = {
 }
 
 # public modules, `tokfuse.<name>`
-_MODULES = ("algorithms", "influence")
+_MODULES = ("algorithms", "distributed", "influence")
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 

@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "TOKFUSE_NVTX": "1 pushes NVTX ranges around every op, 0 never; unset: where nsys started it",
     "OMP_NUM_THREADS": "CPU threads, shared with torch (torch.set_num_threads overrides it)",
     "OMP_WAIT_POLICY": "`passive` lets idle CPU threads sleep; set it on a shared machine",
+    "TOKFUSE_VERL_HEADS": "1 puts tokfuse in the place of verl's fused heads when verl is loaded",
     "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, for tests; set it before the import",
     "TOKFUSE_CUDA": "AUTO builds the CUDA kernels where nvcc is found, ON insists, OFF does not",
     "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fall-back",

@@ -39,6 +39,8 @@ LOWEST_MAX = tl.constexpr(-3.4028234663852886e38)
 # Stands for d of an excluded logit: e is 0 there and d e must be, too, where -inf * 0 is NaN.
 # Its square is finite, for the second moment.
 FARTHEST = tl.constexpr(-1.0e18)
+# A target that lies in another shard of the vocabulary: the gradient has no one-hot term here.
+ELSEWHERE = tl.constexpr(-(2**31))
 
 
 @triton.jit

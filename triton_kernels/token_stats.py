@@ -8,6 +8,7 @@ products.
 Legend: T tokens (packed), V vocabulary. Everything after a load is float32; loops work in base 2.
 One program per row (forward) or per part of a row (backward), on a grid of one dimension. A target
 outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would wait for the device.
+In the backward ELSEWHERE is none of these: the target is another vocabulary shard's.
 """
 
 import torch
@@ -225,7 +226,8 @@ def token_stats_bwd_kernel(
         )
         m = tl.load(m_ptr + row)
         y = tl.load(target_ptr + row)
-        ga = tl.where((ga == 0.0) | ((y >= 0) & (y < vocab_size)), ga, float("nan"))
+        known = ((y >= 0) & (y < vocab_size)) | (y == rows.ELSEWHERE)
+        ga = tl.where((ga == 0.0) | known, ga, float("nan"))
         a0, a1 = rows.gradient_constants(nats, inv_sum, tl.load(entropy_ptr + row), ga, gh)
         # The target's own term is added by a store of its own, so that no element pays for a
         # comparison. Its logit is read before the tiles are written: they may lie in one place.

@@ -46,7 +46,7 @@ def policy_step(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     target: torch.Tensor,
-    old_logp: torch.Tensor,
+    old_logp: torch.Tensor | None,
     advantage: torch.Tensor,
     objective: Objective,
     mask: torch.Tensor | None = None,
@@ -78,6 +78,9 @@ def policy_step(
         weight: (vocab, hidden), the lm_head, with
         bias: (vocab,) or None. Same dtype and device.
         target: (tokens,) int64, in [0, vocab) where mask is True.
+        old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
+            log-probabilities; every ratio is 1. Triton then needs the statistics first, as for
+            sequence-level ratios.
         token_weight: (tokens,) multiplies the policy term (`policy_loss` calls it weight).
         temperature, softcap, logit_scale: as in `token_stats`.
         memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
@@ -146,18 +149,20 @@ def policy_step(
             done = _eager(OP, logits, target, options, inputs, objective, normalizer)
             if done is not None:
                 return done
-        inverse = _check_step(OP, logits, target, options, inputs, objective, normalizer)
-        sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
-        return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl)
+        inverse = _check_step(
+            OP, logits, target, options, inputs, objective, normalizer, sampler_logp
+        )
+        return _from_logits(logits, target, options, inputs, objective, inverse, sampler_logp)
     assert hidden is not None
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
     problem = problem._replace(compact_clipped=compact_clipped)
-    inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer)
-    sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
+    inverse = _check_policy(
+        OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp
+    )
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
     out, gradients = hidden_step.apply(problem, inputs, objective, inverse)
-    step = _result(out, inputs, objective, inverse, sampler_kl, gradients)
+    step = _result(out, inputs, objective, inverse, sampler_logp, gradients)
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
@@ -168,7 +173,7 @@ def policy_step_(
     logits: torch.Tensor,
     *,
     target: torch.Tensor,
-    old_logp: torch.Tensor,
+    old_logp: torch.Tensor | None,
     advantage: torch.Tensor,
     objective: Objective,
     mask: torch.Tensor | None = None,
@@ -209,10 +214,9 @@ def policy_step_(
         done = _eager(op, logits, target, options, inputs, objective, normalizer)
         if done is not None:
             return done
-    inverse = _check_step(op, logits, target, options, inputs, objective, normalizer)
+    inverse = _check_step(op, logits, target, options, inputs, objective, normalizer, sampler_logp)
     _check_writable(op, logits)
-    sampler_kl = policy_checks.sampler_mismatch(op, sampler_logp, inputs, old_logp)
-    return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl, True)
+    return _from_logits(logits, target, options, inputs, objective, inverse, sampler_logp, True)
 
 
 def _check_writable(op: str, logits: torch.Tensor) -> None:
@@ -229,26 +233,30 @@ def _check_writable(op: str, logits: torch.Tensor) -> None:
 
 def _check_policy(
     op: str, inputs: PolicyInputs, objective: Objective, tokens: int, device: torch.device,
-    normalizer: Normalizer,
+    normalizer: Normalizer, sampler_logp: torch.Tensor | None,
 ) -> float:  # fmt: skip
     policy_checks.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
+    policy_checks.check_sampler(op, sampler_logp, tokens, device)
     return policy_checks.inverse_normalizer(op, normalizer, objective)
 
 
 def _check_step(
     op: str, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
     inputs: PolicyInputs, objective: Objective, normalizer: Normalizer,
+    sampler_logp: torch.Tensor | None,
 ) -> float:  # fmt: skip
     check_logits(op, logits, target, options)
-    return _check_policy(op, inputs, objective, logits.shape[0], logits.device, normalizer)
+    tokens, device = logits.shape[0], logits.device
+    return _check_policy(op, inputs, objective, tokens, device, normalizer, sampler_logp)
 
 
 def _result(
     out: tuple[Any, ...], inputs: PolicyInputs, objective: Objective, inverse: float,
-    sampler_kl: torch.Tensor | None, gradients: dict[str, torch.Tensor | None],
+    sampler_logp: torch.Tensor | None, gradients: dict[str, torch.Tensor | None],
 ) -> PolicyStep:  # fmt: skip
     loss, token_loss, sums, *stats = out
     terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)
+    sampler_kl = policy_checks.sampler_mismatch(sampler_logp, inputs, stats[0])
     base = losses.finish(terms, inputs, objective, inverse, True, sampler_kl)
     return PolicyStep(
         loss,
@@ -301,22 +309,22 @@ def _attach(
 
 def _from_logits(
     logits: torch.Tensor, target: torch.Tensor, options: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, sampler_kl: torch.Tensor | None, in_place: bool = False,
+    objective: Objective, inverse: float, sampler_logp: torch.Tensor | None, in_place: bool = False,
 ) -> PolicyStep:  # fmt: skip
     capability = select(OP, logits.device.type, logits.dtype, options.features())
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
             out = hidden_step.traced_reference(logits, target, options, inputs, objective, inverse)
-            return _result(out, inputs, objective, inverse, sampler_kl, {})
+            return _result(out, inputs, objective, inverse, sampler_logp, {})
         out = _custom_op(logits, target, options, inputs, objective, inverse)
-        return _result(out[:8], inputs, objective, inverse, sampler_kl, {"logits": out[8]})
+        return _result(out[:8], inputs, objective, inverse, sampler_logp, {"logits": out[8]})
     terms, stats, grad = capability.run(
         logits, target, options, inputs, objective, inverse, in_place
     )
     gradients: Gradients = {"logits": grad}
     loss = _attach(logits, terms.loss, gradients, in_place)
     out = (loss, terms.token_loss, terms.sums, *stats)
-    return _result(out, inputs, objective, inverse, sampler_kl, gradients)
+    return _result(out, inputs, objective, inverse, sampler_logp, gradients)
 
 
 class _LogitsStep(torch.autograd.Function):
@@ -407,9 +415,10 @@ register_reference(OP, _reference_run, "softcap")
 def _policy_step_op(
     logits: torch.Tensor, target: torch.Tensor,
     temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
-    logit_scale: float, old_logp: torch.Tensor, advantage: torch.Tensor, advantage_level: str,
-    mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, weight: torch.Tensor | None,
-    signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
+    logit_scale: float, old_logp: torch.Tensor | None, advantage: torch.Tensor,
+    advantage_level: str, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
+    weight: torch.Tensor | None, signal: torch.Tensor | None, ref_logp: torch.Tensor | None,
+    kl_weight: torch.Tensor | None,
     entropy_weight: torch.Tensor | None, objective_key: str, inverse: float,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,

@@ -51,10 +51,20 @@ def apply(
             logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
             return traced_reference(logits, p.target, p.options, inputs, objective, inverse), {}
         return _custom_op(problem, inputs, objective, inverse)
-    out = _HiddenStep.apply(
-        problem.hidden, problem.weight, problem.bias, problem, inputs, objective, inverse, gradients
-    )
+    p, features = problem, problem.options.features()
+    run = select(OP, p.hidden.device.type, p.hidden.dtype, features).run
+    out = attach(p.hidden, p.weight, p.bias, lambda: run(p, inputs, objective, inverse), gradients)
     return out, gradients
+
+
+def attach(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    compute: Callable[[], Step], gradients: Gradients,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """(loss, token_loss, sums, *stats) of `compute()`, whose gradients, also put into `gradients`,
+    the backward of the loss hands out."""
+    out: tuple[torch.Tensor, ...] = _HiddenStep.apply(hidden, weight, bias, compute, gradients)
+    return out
 
 
 def traced_reference(
@@ -71,12 +81,9 @@ class _HiddenStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        problem: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float,
-        gradients: Gradients,
+        compute: Callable[[], Step], gradients: Gradients,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        features = problem.options.features()
-        run = select(OP, hidden.device.type, hidden.dtype, features).run
-        terms, stats, grads = run(problem, inputs, objective, inverse)
+        terms, stats, grads = compute()
         gradients.update(zip(NAMES, grads, strict=True))
         ctx.gradients = gradients
         ctx.mark_non_differentiable(terms.token_loss, terms.sums, *stats)
@@ -87,7 +94,7 @@ class _HiddenStep(torch.autograd.Function):
     @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss)
-        return (*(grads[name] for name in NAMES),) + (None,) * 5
+        return *(grads[name] for name in NAMES), None, None
 
 
 def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
@@ -333,7 +340,7 @@ def _hidden_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
     mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,
     softcap: float, logit_scale: float, memory_budget: int,
-    old_logp: torch.Tensor, advantage: torch.Tensor, advantage_level: str,
+    old_logp: torch.Tensor | None, advantage: torch.Tensor, advantage_level: str,
     cu_seqlens: torch.Tensor | None, token_weight: torch.Tensor | None,
     signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
     entropy_weight: torch.Tensor | None, objective_key: str, inverse: float, compact_clipped: bool,
