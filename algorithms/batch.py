@@ -76,7 +76,8 @@ class World:
         the same small problem."""
         parts = [self.vectors(x) for x in vectors]
         whole = run(*(torch.cat(part) for part in parts))
-        return whole.split([len(x) for x in parts[0]])[self.rank]
+        mine: torch.Tensor = whole.split([len(x) for x in parts[0]])[self.rank]
+        return mine
 
 
 @dataclass(frozen=True, kw_only=True)

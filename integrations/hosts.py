@@ -74,8 +74,10 @@ class Rebinding:
         """Every attribute is the object that it was; refused, whole, where somebody came after."""
         for owner, name, _, ours, _ in self._saved:
             if getattr(owner, name) is not ours:
-                raise refuse(self._op, f"{_label(owner)}.{name}", "still what was installed",
-                             repr(getattr(owner, name)), "Undo the later patch first.")  # fmt: skip
+                raise refuse(
+                    self._op, f"{_label(owner)}.{name}", "still the one that was installed",
+                    repr(getattr(owner, name)), "Undo the later patch first.",
+                )  # fmt: skip
         while self._saved:
             owner, name, before, _, inherited = self._saved.pop()
             if inherited:

@@ -116,14 +116,15 @@ def normalizer(trainer: Any, inputs: Inputs, mask: torch.Tensor) -> float | torc
     """TRL's denominator. Sequences without a token count, as in TRL. mask: (batch, length)."""
     steps, batch = accumulation(trainer), mask.shape[0]
     if trainer.loss_type in WINDOW_MEAN:
-        window = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
-        return (
-            window * steps / trainer.args.steps_per_generation if trainer.model.training else window
-        )
+        items: torch.Tensor = inputs["num_items_in_batch"].clamp(min=1.0)
+        window: torch.Tensor = items / trainer.accelerator.num_processes
+        if trainer.model.training:
+            window = window * steps / trainer.args.steps_per_generation
+        return window
     if trainer.loss_type == "bnpo":
         return mask.sum().clamp(min=1) * steps
     if trainer.loss_type == "dr_grpo":
-        return batch * trainer.max_completion_length * steps
+        return float(batch * trainer.max_completion_length * steps)
     return batch * steps
 
 
@@ -144,6 +145,9 @@ def policy_inputs(
     if corrects_sampler(trainer):
         ratio = inputs["importance_sampling_ratio"]
         if trainer.loss_type == "vespo":
+            if old_logp is None:
+                raise refuse(OP, "old_per_token_logps", "given where the sampler is corrected for",
+                             "None", "TRL computes them with vLLM; keep them.")  # fmt: skip
             old_logp = _with_sampler(old_logp, ratio, mask)
         else:
             weights = (*weights, ratio)
@@ -204,4 +208,5 @@ def ratio_times_kl(
     kl = (gap.exp() - gap - 1) * log_ratio.exp()
     if AGGREGATIONS[trainer.loss_type] == "seq_mean_token_mean":
         kl = kl / counts
-    return trainer.beta * kl.sum() / normalizer(trainer, inputs, mask)
+    total: torch.Tensor = trainer.beta * kl.sum() / normalizer(trainer, inputs, mask)
+    return total

@@ -150,7 +150,7 @@ def optimal_token_baseline(
     )  # fmt: skip
     returns = rewards.flip(-1).cumsum(-1).flip(-1)
     gain = estimators.estimate("otb", batch, batch.reward, {}, False).value.view_as(rewards)
-    counts = torch.bincount(batch.group_ids)[batch.group_ids]  # type: ignore[arg-type,index]
+    counts = torch.bincount(batch.group_ids)[batch.group_ids]  # type: ignore[arg-type]
     alone = (counts == 1).unsqueeze(-1)  # a single response keeps its return
     if handle_zero_tail:
         alone = alone | _beyond_the_second(response_mask, batch.group_ids)  # type: ignore[arg-type]

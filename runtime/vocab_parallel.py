@@ -224,7 +224,7 @@ def policy_step(
     tokens, device = target.shape[0], target.device
     policy_checks.check_inputs(STEP, inputs, objective, tokens, device, has_entropy=True)
     inverse = policy_checks.inverse_normalizer(STEP, normalizer, objective)
-    sampler_kl = policy_checks.sampler_mismatch(STEP, sampler_logp, inputs, old_logp)
+    policy_checks.check_sampler(STEP, sampler_logp, tokens, device)
 
     def terms_of(stats: TokenStats) -> PolicyTerms:
         run = select(losses.OP, stats.logp.device.type, stats.logp.dtype).run
@@ -244,7 +244,7 @@ def policy_step(
         out = hidden_step.attach(
             h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of), gradients
         )
-    return step_op._result(out, inputs, objective, inverse, sampler_kl, gradients)
+    return step_op._result(out, inputs, objective, inverse, sampler_logp, gradients)
 
 
 # ------------------------------------------------------------------------------------------ checks
