@@ -88,9 +88,3 @@ def program(name: str, sources: Sequence[Path], flags: tuple[str, ...]) -> Path:
     if flags is CHECKED:
         objects += [compiled(HOST / "checker.cpp", OPTIMIZED)]
     return _made(name, [COMPILER, *map(str, objects), *link, "-ldl", "-o"])
-
-
-def library(name: str, sources: Sequence[Path]) -> Path:
-    """A shared library of kernels and the machine."""
-    objects = [compiled(source, OPTIMIZED) for source in (*sources, HOST / "machine.cpp")]
-    return _made(f"{name}.so", [COMPILER, "-shared", *map(str, objects), "-o"])
