@@ -35,7 +35,7 @@ class Loops:
         visits: loops that go over a whole row.
         source: where they load it from: "LDG" memory, "LDS" shared memory.
         traffic: elements moved between memory and the chip per element of a row.
-        streams: tensors that a loop reads.
+        streams: loads that stand in a loop for each vector that a pass takes.
     """
 
     visits: int
@@ -49,8 +49,9 @@ ROW_KERNELS = {
     "token_stats_bwd_kernel": Loops(1, traffic=2),
     "policy_step_kernel": Loops(2, traffic=2),
     "policy_step_cluster_kernel": Loops(2, "LDS", traffic=2),
-    "paired_divergence_fwd_kernel": Loops(2, traffic=2, streams=2),
-    "paired_divergence_bwd_kernel": Loops(1, traffic=3, streams=2),
+    # One loop for rows on and between vectors, of two tensors: an upper bound.
+    "paired_divergence_fwd_kernel": Loops(2, traffic=2, streams=6),
+    "paired_divergence_bwd_kernel": Loops(1, traffic=3, streams=6),
 }
 
 
@@ -208,21 +209,26 @@ def _loaded(loop: Sequence[str], source: str) -> int:
 
 
 def _per_element(name: str, listing: str) -> tuple[float, float]:
-    """(instructions, exps) per element of the hot loops: the longest with 16-byte loads."""
+    """(instructions, exps) per element of the hot loops: the longest with 16-byte loads.
+
+    An element takes an exp: a loop with fewer is that of rows between vectors, which loads twice
+    what it uses.
+    """
     base, _, rest = name.partition("<")
     hot = ROW_KERNELS.get(base)
     if hot is None:
         return 0.0, 0.0
     size = DTYPES[rest.split(",")[0].rstrip(">")][1]
-    loops = [loop for loop in _loops(listing) if _loaded(loop, hot.source)]
-    loops.sort(key=lambda loop: (_loaded(loop, hot.source), len(loop)), reverse=True)
-    counts = [
-        (len(loop), sum("MUFU.EX2" in x for x in loop), _loaded(loop, hot.source) / hot.streams)
-        for loop in loops[: hot.visits]
-    ]
+    found = []
+    for loop in _loops(listing):
+        elements = _loaded(loop, hot.source) / size / hot.streams
+        exps = sum("MUFU.EX2" in text for text in loop)
+        if elements and exps >= elements:
+            found.append((elements, len(loop), exps))
+    found = sorted(found, reverse=True)[: hot.visits]
     return (
-        round(sum(n * size / loaded for n, _, loaded in counts), 2),
-        round(sum(e * size / loaded for _, e, loaded in counts), 2),
+        round(sum(length / elements for elements, length, _ in found), 2),
+        round(sum(exps / elements for elements, _, exps in found), 2),
     )
 
 

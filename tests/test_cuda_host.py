@@ -5,14 +5,10 @@ the shipped kernels: no race, no access outside of an array, no undefined behavi
 same bits in whatever order threads run.
 """
 
-import os
 import re
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from cuda_host import CHECKED, CUDA, HOST, OPTIMIZED, SANITIZED, needs_host, program
+from cuda_host import CHECKED, CUDA, HOST, OPTIMIZED, SANITIZED, Run, needs_host, program, run
 
 pytestmark = needs_host
 
@@ -21,21 +17,6 @@ ROW_KERNELS = [
     CUDA / f"{op}.cu"
     for op in ("token_stats", "policy_step", "kept_token_stats", "paired_divergence")
 ]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a program said."""
-
-    status: int
-    out: str
-    err: str
-
-
-def run(path: Path, *arguments: str, **variables: str) -> Run:
-    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **variables}
-    done = subprocess.run([path, *arguments], capture_output=True, text=True, env=env)
-    return Run(done.returncode, done.stdout, done.stderr)
 
 
 def bugs(flags, *arguments: str, **variables: str) -> Run:

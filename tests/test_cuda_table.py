@@ -86,32 +86,23 @@ def test_a_worse_kernel_is_reported():
     ]
 
 
-LISTING = """
-.L_x_1:
-        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
-        /*0020*/                   MUFU.EX2 R8, R4 ;
-.L_x_2:
-        /*0030*/                   FADD R9, R8, R9 ;
-        /*0040*/              @P0  BRA `(.L_x_2) ;
-        /*0050*/                   FADD R9, R8, R9 ;
-        /*0060*/              @P1  BRA `(.L_x_1) ;
-.L_x_3:
-        /*0070*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
-        /*0080*/                   MUFU.EX2 R8, R4 ;
-        /*0090*/                   MUFU.EX2 R8, R5 ;
-        /*00a0*/              @P1  BRA `(.L_x_3) ;
-        /*00b0*/                   EXIT ;
-.L_x_4:
-        /*00c0*/                   BRA `(.L_x_4);
-"""
+def listing(*loads_of_loops: int) -> str:
+    """Loops of a 4-byte type inside an outer one: loads, four exps, a branch back."""
+    lines = [".L_x_0:"]
+    for number, loads in enumerate(loads_of_loops, 1):
+        body = ["LDG.E.128.CONSTANT R4, desc[UR4][R2.64]"] * loads + ["MUFU.EX2 R8, R4"] * 4
+        lines += [f".L_x_{number}:", *body, f"@P0 BRA `(.L_x_{number})"]
+    lines += ["BRA `(.L_x_0)", "EXIT", ".L_x_99:", "BRA `(.L_x_99)"]
+    return "\n".join(x if x.startswith(".L") else f"        /*0010*/  {x} ;" for x in lines)
 
 
 def test_instructions_are_counted_in_the_innermost_loops():
-    """Of 16-byte loads: four instructions and two exps per eight bfloat16 elements."""
-    assert [len(loop) for loop in cuda_table._loops(LISTING)] == [2, 4]
-    name = "token_stats_fwd_kernel<BFloat16, false, false>"
-    assert cuda_table._per_element(name, LISTING) == (0.5, 0.25)
-    assert cuda_table._per_element("whiten_kernel", LISTING) == (0.0, 0.0)
+    """The second loop loads twice what it uses, as rows between vectors do."""
+    text = listing(1, 2, 0)
+    assert [len(loop) for loop in cuda_table._loops(text)] == [6, 7, 5]
+    name = "token_stats_fwd_kernel<float, false, false>"
+    assert cuda_table._per_element(name, text) == (6 / 4, 1.0)
+    assert cuda_table._per_element("whiten_kernel", text) == (0.0, 0.0)
 
 
 @needs_module

@@ -20,7 +20,7 @@ inline void grid_sync() { host::cluster_meet(); }
 // What the host execution keeps alive at once.
 template <class Kernel>
 cudaError_t blocks_together(Kernel*, unsigned, unsigned* blocks) {
-  *blocks = host::arch() >= 90 ? 3 : 1;
+  *blocks = host::arch() >= 90 ? min(host::processors() + 1, 8u) : 1;
   return cudaSuccess;
 }
 

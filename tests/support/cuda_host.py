@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,19 @@ def program(name: str, sources: Sequence[Path], flags: tuple[str, ...]) -> Path:
     if flags is CHECKED:
         objects += [compiled(HOST / "checker.cpp", OPTIMIZED)]
     return _made(name, [COMPILER, *map(str, objects), *link, "-ldl", "-o"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a program said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run(path: Path, *arguments: str, **variables: str) -> Run:
+    """Run a program of `program`."""
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **variables}
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, env=env)
+    return Run(done.returncode, done.stdout, done.stderr)
