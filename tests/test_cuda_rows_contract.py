@@ -1,23 +1,21 @@
 """What the CUDA row kernels promise beyond values: bits, poison, far rows, big offsets, extras."""
 
+import cuda_rows as k
 import pytest
 import torch
-from cuda_host import needs_host
 from harness import FLOAT_DTYPES, bits, compare
 from logit_cases import INF, transformed
 
 from tokfuse import Objective
+from tokfuse.runtime import cuda_backend
 
-pytestmark = needs_host
+pytestmark = [
+    pytest.mark.cuda_host,
+    pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST"),
+]
 
 NAN = float("nan")
 OBJECTIVE = Objective(entropy_coef=0.02)
-
-
-def kernels():
-    import cuda_rows
-
-    return cuda_rows
 
 
 def problem(tokens: int, vocab: int, dtype: torch.dtype = torch.bfloat16):
@@ -32,11 +30,10 @@ def problem(tokens: int, vocab: int, dtype: torch.dtype = torch.bfloat16):
 
 def everything(logits: torch.Tensor, target, inputs) -> list[list[int]]:
     """Bits of each row's statistics and gradients, by both ways to a gradient."""
-    k = kernels()
     stats = k.token_stats_fwd(logits, target)
     ones = torch.ones(len(target))
     grad = k.token_stats_bwd(logits, target, stats, ones, -ones)
-    step, results, step_grad = k.policy_step(logits, target, OBJECTIVE.record, inputs)
+    step, results, step_grad = k.policy_step(logits, target, OBJECTIVE, inputs)
     outputs = [*stats[:7], *step, *results.values()]
     rows = [[*(bits(x[t])[0] for x in outputs), *bits(grad[t]), *bits(step_grad[t])]
             for t in range(len(target))]  # fmt: skip
@@ -73,7 +70,6 @@ def test_a_row_does_not_depend_on_where_it_lies(offset: int, dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_narrow_rows_that_begin_anywhere(vocab: int, dtype: torch.dtype):
     """The gradient over the logits, in aligned vectors, is that beside them, element by element."""
-    k = kernels()
     logits, target, _ = problem(9, vocab, dtype)
     stats = k.token_stats_fwd(logits, target)
     ones = torch.ones(9)
@@ -93,20 +89,16 @@ def test_nan_and_infinity_poison_their_row_only(bad: float, dtype: torch.dtype, 
     logits[1, 77] = bad
     with_bad = everything(logits, target, inputs)
     assert with_bad[0] == good[0] and with_bad[2] == good[2]
-    k = kernels()
-    stats, results, grad = k.policy_step(logits, target, OBJECTIVE.record, inputs)
+    stats, results, grad = k.policy_step(logits, target, OBJECTIVE, inputs)
     assert stats[0][1].isnan() and stats[1][1].isnan() and results["token_loss"][1].isnan()
     assert grad[1].isnan().all()
 
 
 def test_a_target_or_temperature_out_of_range_poisons_its_row(arch: int):
-    k = kernels()
     logits, _, inputs = problem(5, 300, torch.float32)
     target = torch.tensor([0, 300, -1, 299, 5])
     temperature = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
-    stats, results, grad = k.policy_step(
-        logits, target, OBJECTIVE.record, inputs, temperature=temperature
-    )
+    stats, results, grad = k.policy_step(logits, target, OBJECTIVE, inputs, temperature=temperature)
     bad = [False, True, True, False, True]
     assert stats[0].isnan().tolist() == bad and results["d_logp"].isnan().tolist() == bad
     assert grad.isnan().all(1).tolist() == bad
@@ -120,11 +112,10 @@ def test_a_target_or_temperature_out_of_range_poisons_its_row(arch: int):
 
 def test_magnitudes_that_only_a_fill_value_has(arch: int):
     """1e30 of all logits: d = u - m is exact, where u c - m c would not be."""
-    k = kernels()
     logits, target, inputs = problem(3, 2100, torch.float32)
     far = torch.tensor([[1e30], [-1e30], [3e38]]).expand(3, 2100).clone()
     far[:, 7] *= 1 - 1e-6
-    stats, _, grad = k.policy_step(far, torch.tensor([5, 5, 5]), OBJECTIVE.record, inputs)
+    stats, _, grad = k.policy_step(far, torch.tensor([5, 5, 5]), OBJECTIVE, inputs)
     entropy = stats[1].double()
     compare(entropy[[0, 2]], torch.full((2,), 2099.0).log(), atol=2e-5)
     assert stats[0].isfinite().all() and grad.isfinite().all()
@@ -138,8 +129,8 @@ def test_second_temperature_and_moments(softcap: float | None, dtype: torch.dtyp
     logits[3] = -INF
     options = {"softcap": softcap, "temperature": torch.linspace(0.6, 1.8, 5),
                "mask": torch.tensor([True, True, False, True, True])}  # fmt: skip
-    out = kernels().token_stats_fwd(logits, target, second_temperature=0.7, moments=True, **options)
-    plain = kernels().token_stats_fwd(logits, target, **options)
+    out = k.token_stats_fwd(logits, target, second_temperature=0.7, moments=True, **options)
+    plain = k.token_stats_fwd(logits, target, **options)
     for got, want in zip(out[:7], plain[:7], strict=True):
         compare(got, want, atol=2e-6, rtol=2e-6)
     second, p2_logp, p2_logp2 = out[7:]
@@ -159,15 +150,14 @@ def test_second_temperature_and_moments(softcap: float | None, dtype: torch.dtyp
 
 def test_rows_beyond_two_gigabytes(arch: int):
     """Offsets are 64-bit: the second row lies 2^31 elements behind the first."""
-    k = kernels()
     stride, vocab = (1 << 31) + 64, 1003
     logits, target, inputs = problem(2, vocab)
     # Pages that nobody touches take no memory.
     places = [torch.empty(stride + vocab, dtype=torch.bfloat16) for _ in range(2)]
     far, grad = (x.as_strided((2, vocab), (stride, 1)) for x in places)
     far.copy_(logits)
-    stats, _, got = k.policy_step(far, target, OBJECTIVE.record, inputs, 1.0, grad)
-    want = k.policy_step(logits, target, OBJECTIVE.record, inputs)
+    stats, _, got = k.policy_step(far, target, OBJECTIVE, inputs, 1.0, grad)
+    want = k.policy_step(logits, target, OBJECTIVE, inputs)
     compare(stats[0], want[0][0], atol=2e-6)
     compare(got, want[2], atol=1e-6, rtol=1e-2)
     state = k.token_stats_fwd(far, target)

@@ -105,9 +105,3 @@ def run(path: Path, *arguments: str, **variables: str) -> Run:
     env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **variables}
     done = subprocess.run([path, *arguments], capture_output=True, text=True, env=env)
     return Run(done.returncode, done.stdout, done.stderr)
-
-
-def library(name: str, sources: Sequence[Path]) -> Path:
-    """A shared library of kernels and the machine."""
-    objects = [compiled(source, OPTIMIZED) for source in (*sources, HOST / "machine.cpp")]
-    return _made(f"{name}.so", [COMPILER, "-shared", *map(str, objects), "-o"])
