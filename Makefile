@@ -23,14 +23,20 @@ SPREAD := -n $(WORKERS) --dist loadfile
 # operation of the interpreter is a small numpy call.
 INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-triton test-gpu test-packaging test-sanitize test-verl lint \
-	format docs bench bench-release peers doctor clean
+# The CUDA kernels on the CPU: the file that the variable names is built first, by $(CXX) alone.
+CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
+	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
+
+.PHONY: help demo test test-slow test-triton test-cuda test-gpu bench-gpu test-packaging \
+	test-sanitize test-verl lint format docs bench bench-release peers doctor clean
 
 help:
 	@echo "make demo            train a small model with a fused policy loss (installs what it needs)"
 	@echo "make test            lint, then the tests"
 	@echo "make test-slow       long studies        make test-gpu        tests that need an NVIDIA GPU"
 	@echo "make test-triton     the Triton kernels, interpreted and cross-compiled (in make test, too)"
+	@echo "make test-cuda       the CUDA kernels, run on the CPU and read from the native module"
+	@echo "make bench-gpu       the benchmarks on a GPU, once per backend"
 	@echo "make test-packaging  every way to install, in clean environments"
 	@echo "make test-verl       the plug-in beside verl's own losses, in .venv-verl"
 	@echo "make test-sanitize   the native module under ASan and UBSan"
@@ -47,8 +53,9 @@ demo:
 
 test: lint
 	@$(STRICT) $(BOOTSTRAP) $(TEST_GROUPS)
-	@$(PYTEST) $(SPREAD) -m "not slow and not gpu and not interpreter" $(ARGS)
+	@$(PYTEST) $(SPREAD) -m "not slow and not gpu and not interpreter and not cuda_host" $(ARGS)
 	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter and not slow" $(ARGS)
+	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host and not slow" $(ARGS)
 
 test-slow:
 	@$(STRICT) $(BOOTSTRAP) test demo hosts
@@ -59,9 +66,24 @@ test-triton:
 	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter" $(ARGS)
 	@$(PYTEST) -m "compiler" $(ARGS)
 
+test-cuda:
+	@$(BOOTSTRAP) test
+	@$(PYTEST) $(SPREAD) tests/test_cuda_*.py $(ARGS)
+	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host" $(ARGS)
+
+# On a machine with a GPU: every kernel, CUDA and Triton, and then the CUDA ones under
+# compute-sanitizer where that is installed (SANITIZER= leaves it out).
+SANITIZER ?= $(shell command -v compute-sanitizer)
 test-gpu:
-	@$(STRICT) $(BOOTSTRAP) test gpu
+	@TOKFUSE_CUDA=ON $(STRICT) $(BOOTSTRAP) test gpu
 	@$(PYTEST) -m "gpu" $(ARGS)
+	@$(foreach tool,$(if $(SANITIZER),memcheck racecheck synccheck),$(SANITIZER) --tool $(tool) \
+		--error-exitcode 1 $(BIN)/python tests/support/cuda_smoke.py &&) true
+
+bench-gpu:
+	@TOKFUSE_CUDA=ON $(STRICT) $(BOOTSTRAP) test bench gpu
+	@$(foreach backend,cuda triton,TOKFUSE_BACKEND=$(backend) $(BIN)/python -m tokfuse bench \
+		--device cuda $(or $(ARGS),all) &&) true
 
 test-packaging:
 	@$(STRICT) $(BOOTSTRAP) test
@@ -82,7 +104,7 @@ test-sanitize:
 	@rm -f $(SANITIZE_DIR)/report*
 	@$(BIN)/python tools/typing_tree.py $(SANITIZE_DIR)/tree
 	@cmake -S . -B $(SANITIZE_DIR) -DCMAKE_BUILD_TYPE=Release -DTOKFUSE_SANITIZE=$(SANITIZERS) \
-		-DTOKFUSE_OUTPUT_DIR=$(SANITIZE_DIR)/tree/tokfuse -DPython_EXECUTABLE=$(BIN)/python \
+		-DTOKFUSE_CUDA=OFF -DTOKFUSE_OUTPUT_DIR=$(SANITIZE_DIR)/tree/tokfuse -DPython_EXECUTABLE=$(BIN)/python \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
 	@cmake --build $(SANITIZE_DIR) -j $${MAX_JOBS:-2}
 	@export PYTHONPATH=$(SANITIZE_DIR)/tree CI=true \

@@ -2,6 +2,7 @@
 
 Environment:
     TOKFUSE_STRICT_BUILD=1   a failed native build is an error (default: go on without it)
+    TOKFUSE_CUDA=AUTO|ON|OFF CUDA kernels where nvcc is found (default), always, or never
     TOKFUSE_CMAKE_ARGS="..." extra arguments for the CMake configure step
     MAX_JOBS=N               parallel compile jobs
 """
@@ -40,14 +41,15 @@ PACKAGE_DIR = {
 
 # CMake caches what these select, so each combination gets a build folder of its own.
 BUILD_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CMAKE_GENERATOR",
-                  "TOKFUSE_CMAKE_ARGS", "TOKFUSE_CUDA")  # fmt: skip
+                  "CUDA_HOME", "CUDA_PATH", "TOKFUSE_CMAKE_ARGS")  # fmt: skip
 
 
-def native_build_dir() -> Path:
+def native_build_dir(cuda: str) -> Path:
     """A folder that outlives the build, so that an unchanged source file is compiled once."""
     tools = [shutil.which(name) for name in ("c++", "nvcc", "cmake")]
     settings = [
         sys.base_prefix,
+        cuda,
         *map(str, tools),
         *(os.environ.get(name, "") for name in BUILD_SETTINGS),
     ]
@@ -55,19 +57,36 @@ def native_build_dir() -> Path:
     return ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}"
 
 
+def _strict() -> bool:
+    return os.environ.get("TOKFUSE_STRICT_BUILD", "0") not in ("", "0")
+
+
+def _compiles_cuda(cuda: str) -> bool:
+    """Whether the build configured with this setting got as far as choosing to compile CUDA."""
+    cache = native_build_dir(cuda) / "CMakeCache.txt"
+    return cache.is_file() and "CMAKE_CUDA_COMPILER:" in cache.read_text()
+
+
 class CMakeBuild(build_ext):
     """Configures and builds `CMakeLists.txt`, and puts the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        cuda = os.environ.get("TOKFUSE_CUDA") or "AUTO"
         try:
-            self._run_cmake(ext)
+            try:
+                self._run_cmake(ext, cuda)
+            except subprocess.CalledProcessError as error:
+                if cuda != "AUTO" or _strict() or not _compiles_cuda(cuda):
+                    raise
+                print(f"tokfuse: the build with CUDA kernels failed ({error}); again without.",
+                      file=sys.stderr)  # fmt: skip
+                self._run_cmake(ext, "OFF")
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             self._remove_stale(ext)
             reason = f"tokfuse: the native module was not built ({error})."
-            if os.environ.get("TOKFUSE_STRICT_BUILD", "0") not in ("", "0"):
-                raise SystemExit(
-                    f"{reason} TOKFUSE_STRICT_BUILD is set, so it stops here."
-                ) from error
+            insists = "TOKFUSE_STRICT_BUILD" if _strict() else "TOKFUSE_CUDA"
+            if _strict() or cuda == "ON":
+                raise SystemExit(f"{reason} {insists} is set, so it stops here.") from error
             print(
                 f"{reason} Installing without it: every op runs on the pure-torch reference. "
                 "`python -m tokfuse doctor` reports this; install g++ and cmake and reinstall.",
@@ -82,11 +101,11 @@ class CMakeBuild(build_ext):
         (ROOT / PACKAGE_DIR["tokfuse"] / name).unlink(missing_ok=True)
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
-    def _run_cmake(self, ext: Extension) -> None:
+    def _run_cmake(self, ext: Extension, cuda: str) -> None:
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = native_build_dir()
+        build_dir = native_build_dir(cuda)
         build_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -99,6 +118,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={Path(pybind11.get_cmake_dir()).resolve()}",
             f"-DTOKFUSE_OUTPUT_DIR={target.parent}",
+            f"-DTOKFUSE_CUDA={cuda}",
             *shlex.split(os.environ.get("TOKFUSE_CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
@@ -112,6 +132,7 @@ setup(
     package_data={
         "tokfuse": ["py.typed", "*.pyi"],
         "tokfuse.bench": ["*.cpp", "*.txt", "*.css", "*.js"],
+        "tokfuse.runtime": ["cuda_resources.json"],
         "tokfuse.triton_kernels": ["resources.json"],
     },
     ext_modules=[Extension("tokfuse._native", sources=[], optional=True)],

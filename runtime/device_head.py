@@ -1,9 +1,12 @@
-"""The lm_head in chunks on an accelerator: torch's GEMMs around the Triton row kernels.
+"""The lm_head in chunks on an accelerator: torch's GEMMs around row kernels, CUDA's or Triton's.
 
 As runtime/head.py does on the CPU, logits exist some rows at a time: GEMM, row kernel, gradient
 GEMMs. Logits are float32. Their gradient overwrites them for a float32 head; for a 16-bit head it
 is rounded once to the head's dtype, in a buffer of its own, because tensor cores take no mixed
 operands; products accumulate in float32 and dW is a float32 sum over the chunks.
+
+A chunk is one GEMM and one row kernel for statistics, and one GEMM more for each of grad_hidden and
+grad_weight; its workspace is 4 bytes per logit, 6 for a 16-bit head.
 
 Row classes. On the CPU the rows that turn out to carry gradient are collected as they appear; here
 that would make the host wait for every chunk. So rows are sorted by class on the device, before the

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime import native, triton_backend
+from tokfuse.runtime import cuda_backend, native, triton_backend
 from tokfuse.runtime.errors import BackendUnavailable
 
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -99,6 +99,22 @@ def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features
         Capability(
             op, "triton", run, devices, dtypes, frozenset(features), triton_backend.why_unusable,
             only_forced=interpreted,
+        )
+    )  # fmt: skip
+
+
+def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
+    """Declare the CUDA implementation of `op`: CUDA tensors of a GPU of compute capability 8.0 on.
+
+    Where the kernels run on the CPU, for tests, the row serves CPU tensors, and only where it is
+    forced.
+    """
+    hosted = cuda_backend.hosted()
+    devices = frozenset({"cpu" if hosted else "cuda"})
+    register(
+        Capability(
+            op, "cuda", run, devices, dtypes, frozenset(features), cuda_backend.why_unusable,
+            only_forced=hosted,
         )
     )  # fmt: skip
 
@@ -227,4 +243,6 @@ def _built(backend: str) -> bool:
     """Whether what a declared implementation is made of is there, usable here or not."""
     if backend == "cpu":
         return native.module() is not None
+    if backend == "cuda":
+        return cuda_backend.module() is not None
     return backend != "triton" or triton_backend.installed()

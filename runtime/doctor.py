@@ -26,6 +26,7 @@ PACKAGES = ("tokfuse", "torch", "triton", "transformers", "numpy", "nvidia-ml-py
 # Every environment variable that the project reads or that changes how it runs.
 ENVIRONMENT = {
     "TOKFUSE_BACKEND": "force one backend for every op: cuda, triton, cpu or reference",
+    "TOKFUSE_CUDA_HOST": "a build of the CUDA kernels that runs on the CPU, for tests",
     "TOKFUSE_ISA": "run the CPU kernels at v2, v3 or v4 of x86-64 instead of the best one",
     "TOKFUSE_KEEP_MIB": "MiB of freed CPU results kept for the next call; 0 keeps none",
     "TOKFUSE_CHECK": "1 checks values that live on a GPU too (it waits for the device)",
@@ -34,6 +35,7 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "`passive` lets idle CPU threads sleep; set it on a shared machine",
     "TOKFUSE_VERL_HEADS": "1 puts tokfuse in the place of verl's fused heads when verl is loaded",
     "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, for tests; set it before the import",
+    "TOKFUSE_CUDA": "AUTO builds the CUDA kernels where nvcc is found, ON insists, OFF does not",
     "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fall-back",
     "TOKFUSE_CMAKE_ARGS": "extra arguments for the CMake configure step",
     "MAX_JOBS": "parallel compile jobs of the native build",
@@ -74,9 +76,8 @@ def _native() -> dict[str, Any]:
     info: dict[str, Any] = {"built": module is not None, "why": native.why_unusable() or ""}
     if module is not None:
         info["file"] = module.__file__
-        for name in ("active_isa", "build_info"):
-            if hasattr(module, name):
-                info[name] = getattr(module, name)()
+        info["active_isa"] = module.active_isa()
+        info["cuda_version"], info["cuda_archs"] = module.cuda_version, module.cuda_archs.split(",")
     return info
 
 
@@ -188,13 +189,11 @@ def _ops_section(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
 def _native_lines(info: dict[str, Any]) -> list[str]:
     if not info["built"]:
         return [f"native module  not available: {info['why']}"]
-    parts = [f"isa {info['active_isa']}"] if "active_isa" in info else []
-    build = info.get("build_info")
-    if isinstance(build, dict):
-        parts += [f"{key} {value}" for key, value in build.items()]
-    elif build:
-        parts.append(str(build))
-    return ["native module  " + ", ".join(["built", *parts])]
+    cuda = "no CUDA kernels"
+    if info["cuda_version"]:
+        archs = " ".join(f"sm_{arch}" for arch in info["cuda_archs"])
+        cuda = f"CUDA kernels by nvcc {info['cuda_version']} for {archs}"
+    return [f"native module  built, isa {info['active_isa']}, {cuda}"]
 
 
 def render(data: dict[str, Any]) -> str:

@@ -396,13 +396,20 @@ def differences(now: Sequence[Resources], before: Sequence[Resources]) -> list[s
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tokfuse kernels",
-        description="Registers, spills and instructions per element of the Triton kernels, no GPU.",
+        description="Registers, spills and instructions per element of the kernels, no GPU.",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--check", action="store_true", help="compile, compare with the table")
     form.add_argument("--write", action="store_true", help="compile what changed, write the table")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels of the native module")
     parser.add_argument("cases", nargs="*", help="only cases whose name starts like one of these")
     options = parser.parse_args(argv)
+    if options.cuda:
+        from tokfuse.runtime import cuda_table
+
+        if options.cases:
+            parser.error("--cuda reads the whole module; it takes no cases")
+        return cuda_table.main(options.check, options.write)
     rows = compile_all(options.cases, known=committed() if options.write else ())
     if options.write:
         if options.cases:

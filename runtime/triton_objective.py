@@ -4,7 +4,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from tokfuse.runtime import native, triton_backend
+from tokfuse.runtime import device_objective, triton_backend
+from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.objective import Objective
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
@@ -27,43 +28,65 @@ class TritonInputs(NamedTuple):
 
 
 def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> TritonInputs:
-    """Vectors in float32; with cu_seqlens, what sequences mean for their tokens. No host sync."""
+    """As `device_objective.per_token`, with the numbers that are compile time apart."""
     kernels = triton_backend.kernels("objective")
-    shape, _, kl, seq_mean, p, *numbers = cast(tuple[Any, ...], objective.record)
-    i = inputs
-    old_logp = i.old_logp
-    assert old_logp is not None  # the callers put the current one in its place
-    vectors = {name: native.float_vector(getattr(i, name)) for name in kernels.TokenPointers._fields
-               if hasattr(i, name) and name != "mask"}  # fmt: skip
-    mask = None if i.mask is None else i.mask.contiguous()
-    counts, agg_weight = None, None
-    per_token = objective.level == "token"
-    if i.cu_seqlens is not None and (per_token or inverse < 0):
-        per_sequence = per_token and i.advantage_level == "sequence"
-        counts, agg_weight, advantage = _prepare(
-            i.cu_seqlens.contiguous(), mask, old_logp.shape[0],
-            seq_mean=per_token and bool(seq_mean),
-            seq_advantage=vectors["advantage"] if per_sequence else None,
-        )  # fmt: skip
-        if per_sequence:
-            vectors["advantage"] = advantage
-    scale: float | torch.Tensor = inverse
-    if inverse < 0:
-        scale = _batch_scale(i.mask, old_logp, counts if objective.counts_sequences else None)
-    pointers = kernels.TokenPointers(mask=mask, agg_weight=agg_weight, **vectors)
+    shape, _, kl, _, p, *numbers = cast(tuple[Any, ...], objective.record)
+    given = device_objective.per_token(inputs, objective, inverse, _prepare)
+    pointers = kernels.TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
     return TritonInputs(
-        pointers, kernels.ObjectiveNumbers(*p, *numbers), (shape, kl), scale, counts
+        pointers, kernels.ObjectiveNumbers(*p, *numbers), (shape, kl), given.scale, given.counts
     )
 
 
-def _batch_scale(
-    mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None
+_launch_step = triton_backend.launcher("policy_step", "policy_step")
+_launch_rows = triton_backend.launcher("policy_step", "policy_step_rows")
+_launch_metrics = triton_backend.launcher("policy_metrics", "policy_metrics")
+
+
+def results_like(vector: torch.Tensor) -> Any:
+    """TokenResults of zeros for as many tokens as `vector` (tokens,) float32 has."""
+    return triton_backend.kernels("policy_metrics").TokenResults(
+        *(torch.zeros_like(vector) for _ in range(4)), torch.zeros_like(vector, dtype=torch.int32)
+    )
+
+
+def policy_step_rows(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    index: torch.Tensor | None,
+    target: torch.Tensor,
+    given: TritonInputs,
+    stats: Any,
+    out: Any,
+    **options: Any,
+) -> None:
+    """The launcher of that name, for the inputs of `encode`."""
+    _launch_rows(
+        logits, grad, index, target, given.pointers, given.numbers, given.codes, given.scale,
+        stats, out, **options,
+    )  # fmt: skip
+
+
+def policy_metrics(
+    logp: torch.Tensor, entropy: torch.Tensor, given: TritonInputs, out: Any
 ) -> torch.Tensor:
-    """1 / count of this batch, 0 where nothing counts, without asking the device."""
-    if counts is not None:
-        count = (counts > 0).sum()
-    elif mask is not None:
-        count = mask.sum()
-    else:
-        count = torch.full((), rows.shape[0], device=rows.device)
-    return torch.where(count > 0, 1.0 / count.clamp(min=1).double(), 0.0).float()
+    """Metric sums (SLOTS,) float64 of what the row kernel left."""
+    x = given.pointers
+    sums: torch.Tensor = _launch_metrics(
+        logp, entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts
+    )
+    return sums
+
+
+def policy_step(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, in_place: bool,
+) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Statistics, token results, metric sums and the gradient of the logits; token-level."""
+    given = encode(inputs, objective, inverse)
+    out: tuple[Any, Any, torch.Tensor, torch.Tensor] = _launch_step(
+        logits, target, given.pointers, given.numbers, given.codes, given.scale, given.counts,
+        in_place=in_place, temperature=o.temperature, softcap=o.softcap,
+        logit_scale=o.logit_scale,
+    )  # fmt: skip
+    return out

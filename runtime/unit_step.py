@@ -8,6 +8,7 @@ and 4 T H V for the gradients of rows whose coefficient is not zero. Only a unit
 workspace is read twice: statistics first, then the logits of its rows again, 2 T H V more.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -226,11 +227,13 @@ class _CpuWork:
 # --------------------------------------------------------------------------------- Triton backend
 
 
-def _triton_run(p: HeadProblem, units: Units, loss: Loss) -> tuple[Any, ...]:
+def _device_run(
+    kernels: stats_op.Kernels, p: HeadProblem, units: Units, loss: Loss
+) -> tuple[Any, ...]:
     """As on the CPU; rows without gradient pass as zeros, the host reads no coefficient."""
     if may_read(p.target):
         linear.check_targets(OP, p)
-    assert stats_op.TRITON.backward is not None
+    assert kernels.backward is not None
     needs, device, rows = wanted(p), p.hidden.device, units.order.shape[0]
     with torch.no_grad():
         head = DeviceHead(p, needs, RowClasses(units.order, rows, rows, None))
@@ -244,7 +247,7 @@ def _triton_run(p: HeadProblem, units: Units, loss: Loss) -> tuple[Any, ...]:
             for index, h in chunks:
                 logits = head.logits(h)
                 target, options = linear.rows_of_options(p, index)
-                found = stats_op.TRITON.forward(logits, target, **options)
+                found = kernels.forward(logits, target, **options)
                 for whole, part in zip(stats, found, strict=True):
                     whole[index] = part
             value, c = _coefficients(stats, units.order[start:stop], first, last, loss)
@@ -257,7 +260,7 @@ def _triton_run(p: HeadProblem, units: Units, loss: Loss) -> tuple[Any, ...]:
                     read_twice += index.shape[0]
                 target, options = linear.rows_of_options(p, index)
                 _, entropy, _, _, _, row_max, inv_sum = (x[index] for x in stats)
-                dz = stats_op.TRITON.backward(
+                dz = kernels.backward(
                     logits, target, row_max, inv_sum, entropy, c[index],
                     torch.zeros_like(entropy), out=head.gradient_like(logits), **options,
                 )  # fmt: skip
@@ -265,4 +268,8 @@ def _triton_run(p: HeadProblem, units: Units, loss: Loss) -> tuple[Any, ...]:
         return total, stats[:5], head.finish(), read_twice
 
 
-_RUNS = {"cpu": _cpu_run, "triton": _triton_run}
+_RUNS = {
+    "cuda": functools.partial(_device_run, stats_op.CUDA),
+    "triton": functools.partial(_device_run, stats_op.TRITON),
+    "cpu": _cpu_run,
+}

@@ -17,7 +17,8 @@ from tokfuse.runtime.reference import vocab_parallel as reference
 from tokfuse.runtime.vocab_shard import Merged, VocabShard, empty_record, merge, pack
 
 # What the row kernels' backward takes for "another shard owns the target": ELSEWHERE of
-# triton_kernels/rows.py; the CPU's takes any id outside the columns.
+# triton_kernels/rows.py, kElsewhere of csrc/cuda/gradient.cuh; the CPU's takes any id outside the
+# columns.
 ELSEWHERE = -(2**31)
 LN_2 = 0.6931471805599453
 
@@ -43,7 +44,7 @@ def _unit(backend: str, o: LogitOptions) -> float | torch.Tensor:
         return 1.0
     if backend == "cpu":
         return LN_2
-    assert backend == "triton", backend
+    assert backend in ("cuda", "triton"), backend
     # Softcap and bias apply to scaled logits; without them the scale is part of the exponent's.
     scale = 1.0 if o.softcap is not None or o.bias_logits is not None else o.logit_scale
     if isinstance(o.temperature, torch.Tensor):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokfuse
-from tokfuse.runtime import dispatch, native
+from tokfuse.runtime import cuda_backend, dispatch, native
 
 has_native = pytest.mark.skipif(
     native.module() is None, reason="the native module is not built: cpu backend missing"
@@ -47,6 +47,7 @@ def test_unknown_backend_lists_the_known():
             pass
 
 
+@pytest.mark.skipif(cuda_backend.hosted(), reason="the CUDA kernels run on the CPU here")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_forced_backend_that_is_missing_raises_with_every_reason(name):
     logits, target = problem()
@@ -56,8 +57,7 @@ def test_forced_backend_that_is_missing_raises_with_every_reason(name):
     assert f"the forced backend {name!r} cannot run this call" in text
     for other in dispatch.ORDER:
         assert f"{other}: " in text
-    reason = {"cuda": "not implemented", "triton": "runs on cuda, the tensors are on cpu"}[name]
-    assert f"{name}: {reason}" in text
+    assert f"{name}: runs on cuda, the tensors are on cpu" in text
 
 
 @has_native

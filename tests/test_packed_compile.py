@@ -32,7 +32,13 @@ CALLS = {
 
 
 @pytest.mark.parametrize(
-    "backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.interpreter)]
+    "backend",
+    [
+        "cpu",
+        "reference",
+        pytest.param("triton", marks=pytest.mark.interpreter),
+        pytest.param("cuda", marks=pytest.mark.cuda_host),
+    ],
 )
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_compiled_equals_eager(

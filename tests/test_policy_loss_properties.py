@@ -12,7 +12,7 @@ FULL = Objective(shape=TargetRatio(), kl=KL(estimator="ratio_k3", coef=0.2), ent
 NAMES = ("weight", "signal", "ref_logp", "kl_weight", "entropy", "entropy_weight")
 
 
-@pytest.fixture(params=backends("policy_loss", interpreted=False))
+@pytest.fixture(params=backends("policy_loss", interpreted=False, hosted=False))
 def backend(request):
     with request.param.forced():
         yield request.param

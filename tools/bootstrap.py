@@ -30,7 +30,7 @@ NATIVE_INPUTS = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc")
 # Settings that change what the compiler is given.
 NATIVE_ENVIRONMENT = (
     "CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CMAKE_GENERATOR",
-    "TOKFUSE_CMAKE_ARGS", "TOKFUSE_CUDA",
+    "TOKFUSE_CMAKE_ARGS", "TOKFUSE_CUDA", "CUDA_HOME", "CUDA_PATH",
 )  # fmt: skip
 
 

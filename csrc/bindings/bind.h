@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/objective_params.h"
 #include "cpu/kernels.h"
 
 namespace tokfuse {
@@ -47,9 +48,6 @@ inline DType dtype_of(int code) {
 // (logits, stride, dtype, tokens, vocab, target, mask, temperatures, temperature, softcap,
 // logit_scale, bias_logits, bias_stride, bias_scale, threads, index, total, tile, tile_stride)
 LogitsArgs logits_args(const pybind11::tuple& t);
-
-// (shape, level, kl, seq_mean, (p0..p5), kl_coef, kl_clamp, entropy_coef, log_ratio_clamp)
-ObjectiveParams objective_params(const pybind11::tuple& t);
 
 // Sizes, null pointers and offsets of a record that is complete but for logp and entropy.
 void check_objective(const ObjectiveArgs& o);

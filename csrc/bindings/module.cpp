@@ -5,6 +5,9 @@
 
 #include "bindings/bind.h"
 #include "cpu/kernels.h"
+#if defined(TOKFUSE_WITH_CUDA)
+#include "bindings/bind_cuda.h"
+#endif
 
 namespace tokfuse {
 namespace {
@@ -27,9 +30,15 @@ const char* isa_name() {
 }  // namespace tokfuse
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "CPU kernels of tokfuse over raw pointers";
+  m.doc() = "Kernels of tokfuse over raw pointers";
   m.attr("sanitizers") = TOKFUSE_SANITIZERS;  // "" or what CMake was given, e.g. address,undefined
   m.def("active_isa", &tokfuse::isa_name, "Instruction-set level the kernels run at.");
+  m.attr("cuda_version") = TOKFUSE_CUDA_VERSION;  // of nvcc; "" without CUDA kernels
+  m.attr("cuda_archs") = TOKFUSE_CUDA_ARCHS;      // e.g. "80,90a,100a"
+#if defined(TOKFUSE_WITH_CUDA)
+  pybind11::module_ cuda = m.def_submodule("cuda");
+  tokfuse::bind_cuda(cuda);
+#endif
   tokfuse::active_isa();  // an impossible TOKFUSE_ISA fails here, at import, not at the first call
   tokfuse::bind_token_stats(m);
   tokfuse::bind_policy(m);

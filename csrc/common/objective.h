@@ -228,6 +228,45 @@ TOKFUSE_HD KlTerm kl_term(const ObjectiveParams& o, float logp, float ref_logp, 
   return {0.0f, 0.0f};
 }
 
+// One token of a batch; 0, or 1 for a weight, where the objective has no such term.
+struct TokenInputs {
+  float logp, entropy, old_logp, ref_logp, advantage, signal;
+  float agg;  // aggregation weight, normaliser included
+  float weight, kl_weight, entropy_weight;
+};
+
+// What it contributes, aggregation weight included.
+struct TokenTerms {
+  float loss;
+  float d_logp;     // without the derivative through the ratio
+  float d_entropy;  //
+  float chain;      // derivative through the ratio, which sequence levels redistribute
+  float ratio;
+  uint32_t flags;
+};
+
+// Policy, KL and entropy terms of a token with its log-ratio already at the objective's level.
+TOKFUSE_HD TokenTerms token_terms(const ObjectiveParams& o, const TokenInputs& x, float log_ratio) {
+  const PolicyTerm policy = policy_term(o, log_ratio, x.logp, x.advantage, x.signal);
+  float loss = x.weight * policy.loss, d_logp = x.weight * policy.d_logp, d_entropy = 0.0f;
+  if (o.kl != Kl::kNone) {
+    const KlTerm kl = kl_term(o, x.logp, x.ref_logp, x.logp - x.old_logp);
+    const float coef = o.kl_coef * x.kl_weight;
+    loss += coef * kl.value;
+    d_logp += coef * kl.d_logp;
+  }
+  if (o.entropy_coef != 0.0f) {
+    d_entropy = -o.entropy_coef * x.entropy_weight;
+    loss += d_entropy * x.entropy;
+  }
+  return {x.agg * loss,    x.agg * d_logp, x.agg * d_entropy, x.agg * x.weight * policy.d_log_ratio,
+          expf(log_ratio), policy.flags};
+}
+
+TOKFUSE_HD float optional(const float* p, int64_t t, float missing) {
+  return p == nullptr ? missing : p[t];
+}
+
 // Slots of the metric vector. Fractions are numerator / kTokens; kMasked is a count of kAll.
 enum Metric : int32_t {
   kTokens = 0,  // valid tokens

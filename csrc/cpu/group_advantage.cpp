@@ -3,6 +3,7 @@
 // One hashed pass gathers the rows of each group; every group is then read from the gathered copy.
 // Statistics are float64. Groups of equal rewards give exactly 0: they are found by comparison,
 // since a rounded mean divided by eps = 1e-6 can be as large as 0.1.
+#include "common/group_rules.h"
 #include "cpu/grouping.h"
 #include "cpu/vec.h"
 
@@ -65,27 +66,6 @@ double length_weighted_mean(const GroupAdvantageArgs& a, const int64_t* row, con
   return weight == 0 ? mean : sum / weight;
 }
 
-double divisor(const GroupAdvantageArgs& a, const double* x, int64_t n, double mean,
-               double batch_std) {
-  switch (a.scale) {
-    case Scale::kStd:
-      return std_of(x, n, mean, a.ddof) + a.eps;
-    case Scale::kBatchStd:
-      return batch_std + a.eps;
-    case Scale::kMean:
-      return mean + a.eps;
-    case Scale::kNone:
-      break;
-  }
-  return 1;
-}
-
-double singleton(const GroupAdvantageArgs& a, double x, double batch_std) {
-  if (!a.singleton_reward) return x == x ? 0.0 : x;
-  if (a.scale == Scale::kBatchStd) return x / (batch_std + a.eps);
-  return a.scale == Scale::kNone ? x : x / (1 + a.eps);
-}
-
 // Writes the advantages of one group of n >= 2 rows; `x` holds its rewards and may be reordered.
 void group_rows_out(const GroupAdvantageArgs& a, const int64_t* row, double* x, int64_t n,
                     double batch_std) {
@@ -104,7 +84,9 @@ void group_rows_out(const GroupAdvantageArgs& a, const int64_t* row, double* x, 
     return;
   }
   const double size = static_cast<double>(n), mean = sum_of(x, n) / size;
-  double centre = mean, factor = 1 / divisor(a, x, n, mean, batch_std), best = 0;
+  double centre = mean, best = 0;
+  const double group_std = a.scale == Scale::kStd ? std_of(x, n, mean, a.ddof) : 0;
+  double factor = 1 / group_divisor(a, group_std, batch_std, mean);
   if (a.baseline == Baseline::kLeaveOneOut) factor *= size / (size - 1);
   if (a.baseline == Baseline::kLengthWeighted) centre = length_weighted_mean(a, row, x, n, mean);
   if (ranked) {
@@ -157,7 +139,7 @@ void group_advantage(const GroupAdvantageArgs& a) {
     double* x = a.scratch_double + begin;
     for (int64_t i = 0; i < n; i++) x[i] = a.reward[g.row[begin + i]];
     if (n == 1) {
-      a.advantage[g.row[begin]] = static_cast<float>(singleton(a, x[0], batch_std));
+      a.advantage[g.row[begin]] = static_cast<float>(singleton_advantage(a, x[0], batch_std));
     } else {
       group_rows_out(a, g.row + begin, x, n, batch_std);
     }

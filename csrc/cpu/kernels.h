@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-#include "common/objective.h"
+#include "common/objective_args.h"
 
 namespace tokfuse {
 
@@ -56,33 +56,6 @@ struct TokenStatsGrad {
   const float* grad_entropy;  // (T) or null
   void* grad_logits;          // (T, V), dtype of the logits; may be the logits themselves
   int64_t grad_stride;        //
-};
-
-// Per-token inputs of an objective; "or null" means the term is absent.
-struct ObjectiveArgs {
-  ObjectiveParams params;
-  int64_t tokens, seqs;
-  const float* logp;            // (T)
-  const float* old_logp;        // (T)
-  const float* advantage;       // (T), or (S) when advantage_per_seq
-  int advantage_per_seq;        //
-  const uint8_t* mask;          // (T) or null
-  const int32_t* cu_seqlens;    // (S + 1) or null
-  const float* weight;          // (T) or null: multiplies the policy term
-  const float* signal;          // (T) or null: target signal (TargetRatio) or success rate (NFT)
-  const float* ref_logp;        // (T) or null
-  const float* kl_weight;       // (T) or null
-  const float* entropy;         // (T) or null
-  const float* entropy_weight;  // (T) or null
-  double inv_normalizer;  // multiplies every loss and coefficient; < 0: this batch's own count
-  int normalize_by_seqs;  // the own count is of sequences, not of tokens
-  int threads;
-  // outputs
-  float* token_loss;  // (T) aggregation weight included, normaliser too
-  float* d_logp;      // (T) d loss / d logp
-  float* d_entropy;   // (T) d loss / d entropy
-  double* metrics;    // (kMetricCount)
-  float* scratch;     // (4 T), see cpu/objective_tokens.h
 };
 
 // Target checks that need values: index of the first bad row, or -1.

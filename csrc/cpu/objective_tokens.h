@@ -24,35 +24,17 @@ static inline bool valid_token(const ObjectiveArgs& o, int64_t t) {
   return o.mask == nullptr || o.mask[t] != 0;
 }
 
-static inline float optional(const float* p, int64_t t, float missing) {
-  return p == nullptr ? missing : p[t];
-}
-
-// Policy, KL and entropy terms of token t with its log-ratio already at the objective's level.
-// `chain` receives the weighted derivative through the ratio, which sequence levels redistribute.
-static inline void token_terms(const ObjectiveArgs& o, int64_t t, float log_ratio, float logp,
+// token_terms into the outputs; `chain` receives the weighted derivative through the ratio.
+static inline void store_terms(const ObjectiveArgs& o, int64_t t, float log_ratio, float logp,
                                float entropy, float* chain) {
   const Scratch s = scratch_of(o);
-  const float agg = s.agg_weight[t], w = optional(o.weight, t, 1.0f);
-  const PolicyTerm policy =
-      policy_term(o.params, log_ratio, logp, s.advantage[t], optional(o.signal, t, 0.0f));
-  float loss = w * policy.loss, d_logp = w * policy.d_logp, d_entropy = 0.0f;
-  if (o.params.kl != Kl::kNone) {
-    const KlTerm kl = kl_term(o.params, logp, o.ref_logp[t], logp - o.old_logp[t]);
-    const float coef = o.params.kl_coef * optional(o.kl_weight, t, 1.0f);
-    loss += coef * kl.value;
-    d_logp += coef * kl.d_logp;
-  }
-  if (o.params.entropy_coef != 0.0f) {
-    d_entropy = -o.params.entropy_coef * optional(o.entropy_weight, t, 1.0f);
-    loss += d_entropy * entropy;
-  }
-  *chain = agg * w * policy.d_log_ratio;
-  o.token_loss[t] = agg * loss;
-  o.d_logp[t] = agg * d_logp;
-  o.d_entropy[t] = agg * d_entropy;
-  s.ratio[t] = expf(log_ratio);
-  s.flags[t] = policy.flags;
+  const TokenTerms x = token_terms(o, t, log_ratio, logp, entropy, s.advantage[t], s.agg_weight[t]);
+  *chain = x.chain;
+  o.token_loss[t] = x.loss;
+  o.d_logp[t] = x.d_logp;
+  o.d_entropy[t] = x.d_entropy;
+  s.ratio[t] = x.ratio;
+  s.flags[t] = x.flags;
 }
 
 static inline void zero_token(const ObjectiveArgs& o, int64_t t) {
@@ -66,7 +48,7 @@ static inline void token_objective_at(const ObjectiveArgs& o, int64_t t, float l
   float inside, chain;
   const float d = bounded_log_ratio(o.params, kBothStages, logp - o.old_logp[t],
                                     scratch_of(o).advantage[t], &inside);
-  token_terms(o, t, d, logp, entropy, &chain);
+  store_terms(o, t, d, logp, entropy, &chain);
   o.d_logp[t] += inside * chain;
 }
 
@@ -95,7 +77,7 @@ static inline void sequence_objective(const ObjectiveArgs& o, int64_t begin, int
   double chain_sum = 0;
   for (int64_t t = begin; t < end; t++) {
     if (!valid_token(o, t)) continue;
-    token_terms(o, t, d, o.logp[t], optional(o.entropy, t, 0.0f), &chain);
+    store_terms(o, t, d, o.logp[t], optional(o.entropy, t, 0.0f), &chain);
     chain_sum += chain;
     if (o.params.level == Level::kSequenceToken) o.d_logp[t] += level_inside * chain;
   }

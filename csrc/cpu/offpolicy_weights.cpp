@@ -4,6 +4,7 @@
 // weights.
 //
 // Sums per sequence are float64 and combined in order, whatever the thread count.
+#include "common/offpolicy_rules.h"
 #include "cpu/grouping.h"
 #include "cpu/vec.h"
 
@@ -13,24 +14,8 @@ namespace {
 
 constexpr int64_t kSerialTokens = 16384;
 constexpr int64_t kStage = 512;  // rows staged on the stack
-constexpr double kClamp = 20;    // nats
-
-struct Span {
-  int64_t begin, end;
-};
-
-Span span_of(const OffPolicyArgs& a, int64_t seq) {
-  if (a.cu_seqlens != nullptr) return {a.cu_seqlens[seq], a.cu_seqlens[seq + 1]};
-  const int64_t begin = seq * a.block_tokens, end = begin + a.block_tokens;
-  return {begin, end < a.tokens ? end : a.tokens};
-}
 
 int threads_for(const OffPolicyArgs& a) { return a.tokens < kSerialTokens ? 1 : a.threads; }
-
-double clamped(double x) { return x < -kClamp ? -kClamp : x > kClamp ? kClamp : x; }
-
-// NaN is inside: a poisoned row must show, not vanish.
-bool inside(double x, double low, double high) { return !(x < low) && !(x > high); }
 
 // Clamped log-ratios of n <= kStage rows; 0 on masked rows.
 void stage(const OffPolicyArgs& a, int64_t begin, int64_t n, float* __restrict d) {
@@ -56,32 +41,6 @@ void stage(const OffPolicyArgs& a, int64_t begin, int64_t n, float* __restrict d
 }
 
 bool valid(const OffPolicyArgs& a, int64_t t) { return a.mask == nullptr || a.mask[t] != 0; }
-
-double k3_of(double d) { return ::expm1(d) - d; }
-
-// Statistics of one sequence that its rows share.
-struct Shared {
-  double count, sum, square, k3, low, high;
-};
-
-// Which statistics of a sequence the rules read; count and sum are always there.
-struct Needs {
-  bool shared, extremes, k3, ratios;  // ratios: a rule tests single rows
-};
-
-Needs needs_of(const OffPolicyArgs& a) {
-  Needs n = {a.level == WeightLevel::kSequence || a.level == WeightLevel::kGeometric, false, false,
-             false};
-  for (int r = 0; r < a.num_rules; r++) {
-    const KeepRule& rule = a.rules[r];
-    n.shared |= rule.over != Over::kToken;
-    n.ratios |= rule.over == Over::kToken;
-    n.extremes |= rule.over == Over::kMax;
-    n.k3 |=
-        rule.statistic == Statistic::kK3 && (rule.over == Over::kSum || rule.over == Over::kMean);
-  }
-  return n;
-}
 
 // Adds n staged rows; masked ones hold d = 0 and add nothing to the sums.
 void add_sums(const OffPolicyArgs& a, int64_t begin, int64_t n, const float* d, Shared& s) {
@@ -126,41 +85,6 @@ Shared shared_of(const OffPolicyArgs& a, const Span& span, const Needs& needs) {
   }
   if (s.sum != s.sum) s.low = s.high = s.sum;
   return s;
-}
-
-double largest(double x, double y) { return x > y || x != x ? x : y; }
-
-// The statistic of a sequence-level rule. k2 and k3 are convex with their minimum at d = 0, so
-// their maximum over a sequence sits at its smallest or largest log-ratio.
-double shared_statistic(const KeepRule& rule, const Shared& s) {
-  const double n = s.count > 0 ? s.count : 1;
-  const bool max = rule.over == Over::kMax;
-  const double share = rule.over == Over::kMean ? 1 / n : 1;
-  switch (rule.statistic) {
-    case Statistic::kRatio:
-      return ::exp(clamped(max ? s.high : s.sum * share));
-    case Statistic::kK1:
-      return max ? -s.low : -s.sum * share;
-    case Statistic::kK2:
-      return max ? 0.5 * largest(s.low * s.low, s.high * s.high) : 0.5 * s.square * share;
-    case Statistic::kK3:
-      break;
-  }
-  return max ? largest(k3_of(s.low), k3_of(s.high)) : s.k3 * share;
-}
-
-double row_statistic(Statistic statistic, double d, double ratio) {
-  switch (statistic) {
-    case Statistic::kRatio:
-      return ratio;
-    case Statistic::kK1:
-      return -d;
-    case Statistic::kK2:
-      return 0.5 * d * d;
-    case Statistic::kK3:
-      break;
-  }
-  return k3_of(d);
 }
 
 // Weights of n rows from their ratios w = exp(d), in place. One loop per mode: each one vectorises.

@@ -9,6 +9,7 @@ from tokfuse.runtime import checks, native
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -122,6 +123,7 @@ def _cpu_forward(
 register_cpu(
     OP, Kernels(_cpu_forward, stats_op._cpu_backward), FLOAT_DTYPES, "softcap", "bias_logits"
 )
+register_cuda(OP, stats_op.CUDA, FLOAT_DTYPES, "softcap", "bias_logits")
 register_triton(OP, stats_op.TRITON, FLOAT_DTYPES, "softcap", "bias_logits")
 register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
 

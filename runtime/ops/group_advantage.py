@@ -2,8 +2,14 @@
 
 import torch
 
-from tokfuse.runtime import native, triton_backend
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
+from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
@@ -226,6 +232,24 @@ def _cpu(
     return out
 
 
+def _cuda(
+    reward: torch.Tensor,
+    group_ids: torch.Tensor | None,
+    *,
+    baseline: str,
+    scale: str,
+    sample_std: bool,
+    eps: float,
+    singleton_reward: bool,
+    lengths: torch.Tensor | None,
+    greedy_reward: torch.Tensor | None,
+) -> torch.Tensor:
+    codes = (BASELINES.index(baseline), SCALES.index(scale))
+    return cuda_packed.group_advantage(
+        reward, group_ids, lengths, greedy_reward, codes, int(sample_std), eps, singleton_reward
+    )
+
+
 _FORM = GraphForm(
     "(Tensor reward, Tensor? group_ids, *, str baseline, str scale, bool sample_std, float eps,"
     " bool singleton_reward, Tensor? lengths, Tensor? greedy_reward) -> Tensor",
@@ -233,10 +257,12 @@ _FORM = GraphForm(
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
+    "cuda": traceable(OP, "cuda", _cuda, _FORM),
     "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
     "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
+register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, _RUNS["reference"])

@@ -5,15 +5,17 @@ inner product of gradients, and for that the sketches are made.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from tokfuse.runtime import checks, triton_backend
+from tokfuse.runtime import checks, cuda_packed, triton_backend
 from tokfuse.runtime.dispatch import (
     ALL_DTYPES,
     FLOAT_DTYPES,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -303,26 +305,27 @@ def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     return out
 
 
-_launch = triton_backend.launcher(OP, "sketch")
-
-
-def _triton_sketch(
-    grad_hidden: torch.Tensor,
-    hidden: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    pair: tuple[torch.Tensor, torch.Tensor] | None,
-    max_seqlen: int | None,
-) -> torch.Tensor:
+def _device_sketch(launch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The projections are GEMMs of torch; nothing waits for the length of a sequence."""
-    left, right = grad_hidden.float(), hidden.float()
-    if pair is not None:
-        left, right = left @ pair[0].t(), right @ pair[1].t()
-    out: torch.Tensor = _launch(left, right, cu_seqlens)
-    return out
+
+    def run(
+        grad_hidden: torch.Tensor,
+        hidden: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        pair: tuple[torch.Tensor, torch.Tensor] | None,
+        max_seqlen: int | None,
+    ) -> torch.Tensor:
+        left, right = grad_hidden.float(), hidden.float()
+        if pair is not None:
+            left, right = left @ pair[0].t(), right @ pair[1].t()
+        return launch(left, right, cu_seqlens)
+
+    return run
 
 
 register_cpu(OP, _cpu_sketch, ALL_DTYPES)
-register_triton(OP, _triton_sketch, FLOAT_DTYPES)
+register_cuda(OP, _device_sketch(cuda_packed.sketch), FLOAT_DTYPES)
+register_triton(OP, _device_sketch(triton_backend.launcher(OP, "sketch")), FLOAT_DTYPES)
 register_reference(OP, reference.sketch)
 
 

@@ -1,13 +1,15 @@
 """kept_token_stats: log-prob and entropy over a recorded support, e.g. a sampler's top-p ids."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import native
+from tokfuse.runtime import cuda_rows, native
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -187,25 +189,32 @@ def _cpu_backward(
     return grad
 
 
-# --------------------------------------------------------------------------------- Triton backend
+# ----------------------------------------------------------------------- CUDA and Triton backends
 
 
-def _triton_forward(
-    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
-    **options: Any,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    if may_read(ids):
-        reference.check(logits, target, ids, offsets, options["mask"], options["temperature"])
-    out: tuple[torch.Tensor, ...] = _launch_forward(logits, target, ids, offsets, **options)
-    return out
+def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Any:
+    """`launch`, after a look at ids where values of the device may be read."""
+
+    def forward(
+        logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        if may_read(ids):
+            reference.check(logits, target, ids, offsets, options["mask"], options["temperature"])
+        return launch(logits, target, ids, offsets, **options)
+
+    return forward
 
 
-_launch_forward = launcher(OP, "kept_token_stats_fwd")
+CUDA = Kernels(_on_device(cuda_rows.kept_token_stats_fwd), cuda_rows.kept_token_stats_bwd)
+TRITON = Kernels(
+    _on_device(launcher(OP, "kept_token_stats_fwd")), launcher(OP, "kept_token_stats_bwd")
+)
 
 
 register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
-register_triton(OP, Kernels(_triton_forward, launcher(OP, "kept_token_stats_bwd")),
-                FLOAT_DTYPES, "softcap")  # fmt: skip
+register_cuda(OP, CUDA, FLOAT_DTYPES, "softcap")
+register_triton(OP, TRITON, FLOAT_DTYPES, "softcap")
 register_reference(OP, Kernels(reference.forward, None), "softcap")
 
 

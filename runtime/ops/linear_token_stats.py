@@ -1,5 +1,6 @@
 """linear_token_stats: token_stats of hidden @ weight.T, without a (tokens, vocab) tensor."""
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from tokfuse.runtime.device_head import DeviceHead
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -167,7 +169,7 @@ def _cpu_backward(
     return gradients.finish()
 
 
-# --------------------------------------------------------------------------------- Triton backend
+# ----------------------------------------------------------------------- CUDA and Triton backends
 
 
 _launch_fused = triton_backend.launcher("linear_token_stats", "linear_token_stats")
@@ -179,7 +181,7 @@ def _triton_forward(p: HeadProblem) -> tuple[torch.Tensor, ...]:
         check_targets(OP, p)
     o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
     if hidden.dtype == torch.float32:
-        return _triton_forward_chunks(p)
+        return forward_in_chunks(p, stats_op.TRITON)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     if weight.stride(1) != 1:
@@ -200,7 +202,14 @@ def rows_of_options(p: HeadProblem, index: torch.Tensor) -> tuple[torch.Tensor, 
     return p.target[index], options
 
 
-def _triton_forward_chunks(p: HeadProblem) -> tuple[torch.Tensor, ...]:
+def _cuda_forward(p: HeadProblem) -> tuple[torch.Tensor, ...]:
+    if may_read(p.target):
+        check_targets(OP, p)
+    return forward_in_chunks(p, stats_op.CUDA)
+
+
+def forward_in_chunks(p: HeadProblem, kernels: Kernels) -> tuple[torch.Tensor, ...]:
+    """Chunks of torch's GEMM and the row kernel: 1 and 1 launches each."""
     rows = device_head.classify(p, p.options.mask, None)
     head = DeviceHead(p, (False, False, False), rows)
     # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
@@ -210,13 +219,14 @@ def _triton_forward_chunks(p: HeadProblem) -> tuple[torch.Tensor, ...]:
             target, options = rows_of_options(p, index)
             if rows.keep is not None:
                 options["mask"] = rows.keep[index]
-            stats = stats_op.TRITON.forward(head.logits(h), target, **options)
+            stats = kernels.forward(head.logits(h), target, **options)
             for kept, x in zip(out, stats, strict=True):
                 kept[index] = x
     return tuple(out)
 
 
-def _triton_backward(
+def backward_in_chunks(
+    kernels: Kernels,
     p: HeadProblem,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
@@ -226,7 +236,7 @@ def _triton_backward(
     needs: tuple[bool, bool, bool],
 ) -> list[torch.Tensor | None]:
     """As on the CPU: rows without incoming gradient are not recomputed."""
-    assert stats_op.TRITON.backward is not None
+    assert kernels.backward is not None
     ga = torch.zeros_like(entropy) if grad_logp is None else grad_logp.float()
     gh = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy.float()
     if p.options.mask is not None:
@@ -237,7 +247,7 @@ def _triton_backward(
         for index, h in head.chunks(0, rows.gradient):
             logits = head.logits(h)
             target, options = rows_of_options(p, index)
-            dz = stats_op.TRITON.backward(
+            dz = kernels.backward(
                 logits, target, row_max[index], inv_sum[index], entropy[index], ga[index],
                 gh[index], out=head.gradient_like(logits), **options,
             )  # fmt: skip
@@ -246,7 +256,10 @@ def _triton_backward(
 
 
 register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")  # type: ignore[arg-type]
-register_triton(OP, Kernels(_triton_forward, _triton_backward), FLOAT_DTYPES, "softcap")  # type: ignore[arg-type]
+CUDA = Kernels(_cuda_forward, functools.partial(backward_in_chunks, stats_op.CUDA))  # type: ignore[arg-type]
+TRITON = Kernels(_triton_forward, functools.partial(backward_in_chunks, stats_op.TRITON))  # type: ignore[arg-type]
+register_cuda(OP, CUDA, FLOAT_DTYPES, "softcap")
+register_triton(OP, TRITON, FLOAT_DTYPES, "softcap")
 register_reference(OP, Kernels(reference.forward, None), "softcap")
 
 

@@ -6,8 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import native, triton_backend
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
+from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
@@ -330,16 +336,6 @@ def _cpu(
     assert module is not None
     weight = native.empty_like_rows(behavior)
     kept = torch.empty(behavior.shape[0], dtype=torch.bool)
-    packed_rules = [
-        (
-            STATISTICS.index(rule.statistic),
-            OVER.index(rule.over),
-            -math.inf if rule.low is None else rule.low,
-            math.inf if rule.high is None else rule.high,
-            rule.negative_only,
-        )
-        for rule in rules
-    ]
     ess = module.offpolicy_weights(
         native.pointer(logp),
         native.pointer(behavior),
@@ -357,10 +353,49 @@ def _cpu(
         math.inf if high is None else high,
         lam or power or 0.0,
         NORMALIZE.index(normalize),
-        packed_rules,
+        _rule_records(rules),
         torch.get_num_threads(),
     )
     return weight, torch.tensor(ess, dtype=torch.float32), kept
+
+
+def _rule_records(rules: tuple[KeepRule, ...]) -> list[tuple[Any, ...]]:
+    """As the native module takes them."""
+    return [
+        (
+            STATISTICS.index(rule.statistic),
+            OVER.index(rule.over),
+            -math.inf if rule.low is None else rule.low,
+            math.inf if rule.high is None else rule.high,
+            rule.negative_only,
+        )
+        for rule in rules
+    ]
+
+
+def _cuda(
+    logp: torch.Tensor | None,
+    behavior: torch.Tensor,
+    *,
+    level: str,
+    mode: str,
+    low: float | None,
+    high: float | None,
+    lam: float | None,
+    power: float | None,
+    normalize: str,
+    rules: tuple[KeepRule, ...],
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    advantage: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes = (LEVELS.index(level), MODES.index(mode), NORMALIZE.index(normalize))
+    bounds = (-math.inf if low is None else low, math.inf if high is None else high)
+    return cuda_packed.offpolicy_weights(
+        logp, behavior, cu_seqlens, mask, group_ids, advantage, codes,
+        (*bounds, lam or power or 0.0), _rule_records(rules),
+    )  # fmt: skip
 
 
 _launch = triton_backend.launcher(OP, OP)
@@ -421,10 +456,12 @@ _FORM = GraphForm(
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
+    "cuda": traceable(OP, "cuda", _cuda, _FORM),
     "triton": traceable(OP, "triton", _triton, _FORM),
     "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
+register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, _RUNS["reference"])

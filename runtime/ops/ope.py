@@ -5,8 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import native, triton_backend
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
+from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
@@ -156,10 +162,12 @@ _FORM = GraphForm(
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
+    "cuda": _named("cuda", cuda_packed.ope),
     "triton": _named("triton", triton_backend.launcher(OP, OP)),
     "cpu": _named("cpu", _cpu),
     "reference": reference,
 }
+register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, _RUNS["reference"])

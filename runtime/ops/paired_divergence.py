@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime import checks, native
+from tokfuse.runtime import checks, cuda_rows, native
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -205,15 +206,25 @@ def _cpu_backward(
     return out
 
 
-# --------------------------------------------------------------------------------- Triton backend
+# ----------------------------------------------------------------------- CUDA and Triton backends
+
+
+def _check_readable(temperature: float | torch.Tensor, mask: torch.Tensor | None) -> None:
+    if isinstance(temperature, torch.Tensor) and may_read(temperature):
+        _check_temperature(temperature, mask)
+
+
+def _cuda_forward(
+    logits_p: torch.Tensor, logits_q: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    _check_readable(options["temperature"], options["mask"])
+    return cuda_rows.paired_divergence_fwd(logits_p, logits_q, **options)
 
 
 def _triton_forward(
     logits_p: torch.Tensor, logits_q: torch.Tensor, *, beta: float, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    temperature = options["temperature"]
-    if isinstance(temperature, torch.Tensor) and may_read(temperature):
-        _check_temperature(temperature, options["mask"])
+    _check_readable(options["temperature"], options["mask"])
     bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)  # entropy of the weights
     out: tuple[torch.Tensor, ...] = _launch_forward(
         logits_p, logits_q, beta=beta, jsd_bound=bound, **options
@@ -225,6 +236,7 @@ _launch_forward = launcher(OP, "paired_divergence_fwd")
 
 
 register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
+register_cuda(OP, Kernels(_cuda_forward, cuda_rows.paired_divergence_bwd), FLOAT_DTYPES, "softcap")
 register_triton(OP, Kernels(_triton_forward, launcher(OP, "paired_divergence_bwd")),
                 FLOAT_DTYPES, "softcap")  # fmt: skip
 register_reference(OP, Kernels(reference.forward, None), "softcap")  # type: ignore[arg-type]

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import native, policy_checks, triton_backend, triton_objective
+from tokfuse.runtime import cuda_policy, native, policy_checks, triton_backend, triton_objective
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -304,6 +305,21 @@ def _cpu_run(
     return PolicyTerms(loss, token_loss, d_logp, d_entropy, sums)
 
 
+def _cuda_run(
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+) -> PolicyTerms:
+    if inputs.old_logp is None:
+        inputs = inputs._replace(old_logp=logp.detach())
+    out = cuda_policy.policy_loss(logp, entropy, inputs, objective, inverse)
+    token_loss, d_logp, d_entropy, sums = out
+    loss = sums[SLOT["loss"]].to(torch.float32)
+    return PolicyTerms(loss, token_loss, d_logp, d_entropy, sums)
+
+
 _launch_tokens = triton_backend.launcher("policy_loss", "policy_loss")
 _launch_sequences = triton_backend.launcher("policy_loss", "policy_loss_sequence")
 
@@ -336,6 +352,7 @@ def _triton_run(
 
 
 register_cpu(OP, _cpu_run, FLOAT_DTYPES)
+register_cuda(OP, _cuda_run, FLOAT_DTYPES)
 register_triton(OP, _triton_run, FLOAT_DTYPES)
 register_reference(OP, _reference_run)
 

@@ -1,16 +1,18 @@
 """policy_step: loss and gradient of a policy objective, from logits or from hidden states."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from tokfuse.runtime import cuda_policy, native, policy_checks, triton_objective
 from tokfuse.runtime import head as heads
-from tokfuse.runtime import native, policy_checks, triton_backend, triton_objective
+from tokfuse.runtime.device_step import DeviceStep, StepTerms, device_run
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -27,7 +29,6 @@ from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, policy_terms
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.policy_checks import Normalizer
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import token_stats as reference
@@ -35,14 +36,6 @@ from tokfuse.runtime.reference.policy_loss import PolicyInputs
 from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
 
 OP = "policy_step"
-
-
-class StepTerms(NamedTuple):
-    """What a backend computes from one batch of logits."""
-
-    terms: PolicyTerms
-    stats: TokenStats
-    grad_logits: torch.Tensor
 
 
 @ranged("policy_step.fwd")
@@ -406,45 +399,11 @@ def _cpu_run_sequence(
     return StepTerms(terms, TokenStats(*stats), grad)
 
 
-_launch = triton_backend.launcher("policy_step", "policy_step")
-
-
-def _triton_run(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, in_place: bool,
-) -> StepTerms:  # fmt: skip
-    if may_read(target):
-        reference.check_values(OP, target, logits.shape[1], o.mask, o.temperature)
-    if objective.level != "token" or inputs.old_logp is None:
-        return _triton_run_sequence(logits, target, o, inputs, objective, inverse, in_place)
-    given = triton_objective.encode(inputs, objective, inverse)
-    stats, out, sums, grad = _launch(
-        logits.detach(), target, given.pointers, given.numbers, given.codes, given.scale,
-        given.counts, in_place=in_place, temperature=o.temperature, softcap=o.softcap,
-        logit_scale=o.logit_scale,
-    )  # fmt: skip
-    loss = sums[SLOT["loss"]].to(torch.float32)
-    terms = PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, sums)
-    return StepTerms(terms, TokenStats(*stats), grad)
-
-
-def _triton_run_sequence(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, in_place: bool,
-) -> StepTerms:  # fmt: skip
-    """Statistics, objective, gradient; where the objective needs the statistics first."""
-    assert stats_op.TRITON.backward is not None
-    *stats, row_max, inv_sum = stats_op.TRITON.forward(logits.detach(), target, **o._asdict())
-    terms = losses._triton_run(stats[0], stats[1], inputs, objective, inverse)
-    grad = stats_op.TRITON.backward(
-        logits.detach(), target, row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy,
-        out=logits.detach() if in_place else None, **o._asdict(),
-    )  # fmt: skip
-    return StepTerms(terms, TokenStats(*stats), grad)
-
-
+CUDA = DeviceStep(stats_op.CUDA, losses._cuda_run, cuda_policy.policy_step)
+TRITON = DeviceStep(stats_op.TRITON, losses._triton_run, triton_objective.policy_step)
 register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
-register_triton(OP, _triton_run, FLOAT_DTYPES, "softcap")
+register_cuda(OP, device_run(CUDA), FLOAT_DTYPES, "softcap")
+register_triton(OP, device_run(TRITON), FLOAT_DTYPES, "softcap")
 register_reference(OP, _reference_run, "softcap")
 
 

@@ -1,16 +1,17 @@
 """policy_step from hidden states: the lm_head's GEMMs around the fused row kernels."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import device_head, native, triton_backend, triton_objective
+from tokfuse.runtime import cuda_policy, device_head, native, triton_objective
 from tokfuse.runtime import head as heads
 from tokfuse.runtime.device_head import DeviceHead
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -23,7 +24,7 @@ from tokfuse.runtime.objective import Objective
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
-from tokfuse.runtime.ops.token_stats import TokenStats
+from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
 from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
@@ -221,18 +222,23 @@ def _cpu_run_sequence(
     return terms, TokenStats(*stats), grads
 
 
-# --------------------------------------------------------------------------------- Triton backend
+# ----------------------------------------------------------------------- CUDA and Triton backends
 
 
-_launch_rows = triton_backend.launcher("policy_step", "policy_step_rows")
-_launch_metrics = triton_backend.launcher("policy_metrics", "policy_metrics")
+class PolicyKernels(NamedTuple):
+    """What the two device backends do differently."""
+
+    objective: Any
+    """Module with encode, policy_step_rows, policy_metrics and results_like."""
+    loss: Callable[..., PolicyTerms]
+    linear: Kernels
 
 
 def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
     """(tokens,) bool, False where a token-level coefficient is 0 whatever the logits; None: all.
 
     A zero advantage is the common case, whole groups of it. What the clip will stop is not known.
-    `x` is the TokenPointers of the objective.
+    `x` holds the per-token inputs of the objective.
     """
     if not objective.shape.zero_without_advantage:
         return None
@@ -248,20 +254,24 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
     return torch.stack(terms).any(0)
 
 
-def _triton_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
-    if may_read(p.target):
-        linear.check_targets("policy_step", p)
-    with torch.no_grad():
-        if objective.level != "token" or inputs.old_logp is None:
-            return _triton_run_sequence(p, inputs, objective, inverse)
-        return _triton_run_token(p, inputs, objective, inverse)
+def _device_run(kernels: PolicyKernels) -> Callable[..., Step]:
+    def run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+        if may_read(p.target):
+            linear.check_targets("policy_step", p)
+        with torch.no_grad():
+            per_token = objective.level == "token" and inputs.old_logp is not None
+            way = _device_run_token if per_token else _device_run_sequence
+            return way(kernels, p, inputs, objective, inverse)
+
+    return run
 
 
-def _triton_run_token(
-    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> Step:
+def _device_run_token(
+    kernels: PolicyKernels, p: HeadProblem, inputs: PolicyInputs, objective: Objective,
+    inverse: float,
+) -> Step:  # fmt: skip
     """Gradients in the forward: 2MHV, and 4MHV for the rows that may carry gradient."""
-    given = triton_objective.encode(inputs, objective, inverse)
+    given = kernels.objective.encode(inputs, objective, inverse)
     x, o = given.pointers, p.options
     needs = wanted(p)
     gradient = may_carry_gradient(x, objective)
@@ -273,17 +283,14 @@ def _triton_run_token(
     rows = device_head.classify(p, o.mask, gradient)
     head = DeviceHead(p, needs, rows)
     stats = TokenStats(*(torch.zeros_like(x.old_logp) for _ in range(5)))
-    out = triton_backend.kernels("policy_metrics").TokenResults(
-        *(torch.zeros_like(x.old_logp) for _ in range(4)),
-        torch.zeros_like(x.old_logp, dtype=torch.int32),
-    )
+    out = kernels.objective.results_like(x.old_logp)
     for start, stop in ((0, rows.gradient), (rows.gradient, rows.forward)):
         for index, h in head.chunks(start, stop):
             logits = head.logits(h)
             dz = head.gradient_like(logits)
-            _launch_rows(
-                logits, dz, index, p.target, x, given.numbers, given.codes, given.scale, stats,
-                out, temperature=o.temperature, softcap=o.softcap, logit_scale=o.logit_scale,
+            kernels.objective.policy_step_rows(
+                logits, dz, index, p.target, given, stats, out, temperature=o.temperature,
+                softcap=o.softcap, logit_scale=o.logit_scale,
             )  # fmt: skip
             if start > 0:
                 continue
@@ -292,28 +299,35 @@ def _triton_run_token(
                 head.add_nonzero(index, h, dz, alive)
             else:
                 head.add(index, h, dz)
-    sums = _launch_metrics(
-        stats.logp, stats.entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts
-    )
+    sums = kernels.objective.policy_metrics(stats.logp, stats.entropy, given, out)
     loss = sums[SLOT["loss"]].to(torch.float32)
     terms = PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, sums)
     return terms, stats, head.finish()
 
 
-def _triton_run_sequence(
-    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> Step:
+def _device_run_sequence(
+    kernels: PolicyKernels, p: HeadProblem, inputs: PolicyInputs, objective: Objective,
+    inverse: float,
+) -> Step:  # fmt: skip
     """As on the CPU: statistics, then the gradients of the rows that carry one."""
-    *stats, row_max, inv_sum = linear._triton_forward(p)
-    terms = losses._triton_run(stats[0], stats[1], inputs, objective, inverse)
-    grads = linear._triton_backward(
+    assert kernels.linear.backward is not None
+    *stats, row_max, inv_sum = kernels.linear.forward(p)
+    terms = kernels.loss(stats[0], stats[1], inputs, objective, inverse)
+    grads: Any = kernels.linear.backward(
         p, row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy, wanted(p)
     )
     return terms, TokenStats(*stats), grads
 
 
 register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
-register_triton(OP, _triton_run, FLOAT_DTYPES, "softcap")
+register_cuda(
+    OP, _device_run(PolicyKernels(cuda_policy, losses._cuda_run, linear.CUDA)), FLOAT_DTYPES,
+    "softcap",
+)  # fmt: skip
+register_triton(
+    OP, _device_run(PolicyKernels(triton_objective, losses._triton_run, linear.TRITON)),
+    FLOAT_DTYPES, "softcap",
+)  # fmt: skip
 register_reference(OP, _reference_run, "softcap")
 
 

@@ -5,8 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import native, triton_backend
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
+from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
@@ -79,7 +85,8 @@ def segment_moments(
     Raises:
         ValueError: shapes, dtypes, both or none of segment_ids and cu_seqlens, num_segments missing
             or given with cu_seqlens, an id outside [0, num_segments) (read on CPU; on
-            other devices only with TOKFUSE_CHECK=1, else its row counts nowhere on `triton`).
+            other devices only with TOKFUSE_CHECK=1, else its row counts nowhere on `cuda` and
+            `triton`).
     """
     num_rows = check_vector(OP, "values", values).shape[0]
     rows = Rows(num_rows, "values", values.device)
@@ -165,17 +172,20 @@ def _cpu_forward(
     return count, total, square, low, high
 
 
-_launch = triton_backend.launcher(OP, "segment_moments")
+def _on_device(
+    launch: Callable[..., tuple[torch.Tensor, ...]],
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """`launch`, after a look at the ids where values of the device may be read."""
 
+    def run(
+        values: torch.Tensor, segment_ids: torch.Tensor | None, *rest: Any
+    ) -> tuple[torch.Tensor, ...]:
+        if segment_ids is not None and may_read(segment_ids):
+            _, num_segments, mask = rest
+            _check_ids(segment_ids, num_segments, mask)
+        return launch(values, segment_ids, *rest)
 
-def _triton_forward(
-    values: torch.Tensor, segment_ids: torch.Tensor | None, *rest: Any
-) -> tuple[torch.Tensor, ...]:
-    if segment_ids is not None and may_read(segment_ids):
-        _, num_segments, mask = rest
-        _check_ids(segment_ids, num_segments, mask)
-    out: tuple[torch.Tensor, ...] = _launch(values, segment_ids, *rest)
-    return out
+    return run
 
 
 class _Moments(torch.autograd.Function):
@@ -257,10 +267,12 @@ _FORM = GraphForm(
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "triton": _differentiable("triton", _triton_forward),
+    "cuda": _differentiable("cuda", _on_device(cuda_packed.segment_moments)),
+    "triton": _differentiable("triton", _on_device(triton_backend.launcher(OP, OP))),
     "cpu": _differentiable("cpu", _cpu_forward),
     "reference": _reference,
 }
+register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32, torch.float64}))
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32, torch.float64}))
 register_reference(OP, _RUNS["reference"])

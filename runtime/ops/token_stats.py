@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
-from tokfuse.runtime import native
+from tokfuse.runtime import cuda_rows, native
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
     register_cpu,
+    register_cuda,
     register_reference,
     register_triton,
     select,
@@ -289,24 +290,29 @@ def _cpu_backward(
     return grad_logits
 
 
-# --------------------------------------------------------------------------------- Triton backend
+# ----------------------------------------------------------------------- CUDA and Triton backends
 
 
-def _triton_forward(
-    logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any
-) -> tuple[torch.Tensor, ...]:
-    if may_read(target):
-        mask, temperature = options["mask"], options["temperature"]
-        reference.check_values(op, target, logits.shape[1], mask, temperature)
-    out: tuple[torch.Tensor, ...] = _launch_forward(logits, target, **options)
-    return out
+def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Any:
+    """`launch`, after a look at targets where values of the device may be read."""
+
+    def forward(
+        logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
+        if may_read(target):
+            mask, temperature = options["mask"], options["temperature"]
+            reference.check_values(op, target, logits.shape[1], mask, temperature)
+        return launch(logits, target, **options)
+
+    return forward
 
 
-_launch_forward = launcher(OP, "token_stats_fwd")
-TRITON = Kernels(_triton_forward, launcher(OP, "token_stats_bwd"))
+CUDA = Kernels(_on_device(cuda_rows.token_stats_fwd), cuda_rows.token_stats_bwd)
+TRITON = Kernels(_on_device(launcher(OP, "token_stats_fwd")), launcher(OP, "token_stats_bwd"))
 
 _CPU = Kernels(_cpu_forward, _cpu_backward)
 register_cpu(OP, _CPU, FLOAT_DTYPES, "softcap", "bias_logits")
+register_cuda(OP, CUDA, FLOAT_DTYPES, "softcap", "bias_logits")
 register_triton(OP, TRITON, FLOAT_DTYPES, "softcap", "bias_logits")
 register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
 

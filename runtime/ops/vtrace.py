@@ -4,8 +4,14 @@ from typing import NamedTuple
 
 import torch
 
-from tokfuse.runtime import native, triton_backend
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_reference, register_triton
+from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
 from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
@@ -169,10 +175,12 @@ _FORM = GraphForm(
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
+    "cuda": traceable(OP, "cuda", cuda_packed.vtrace, _FORM),
     "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
     "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
+register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))
 register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, _RUNS["reference"])

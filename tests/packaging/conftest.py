@@ -62,7 +62,7 @@ class CleanEnvironment:
     ) -> subprocess.CompletedProcess[str]:
         """`pip install` or `pip wheel` of the project, with nothing fetched."""
         offline = ["--no-build-isolation", "--no-deps", "--no-index", "--verbose"]
-        env = {"TOKFUSE_CMAKE_ARGS": QUICK_BUILD, **env}
+        env = {"TOKFUSE_CMAKE_ARGS": QUICK_BUILD, "TOKFUSE_CUDA": "OFF", **env}
         return self.run("-m", "pip", command, *offline, *arguments, check=check, **env)
 
 

@@ -6,6 +6,7 @@ module, and no folder of the repository becomes a top-level name.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,10 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.packaging
+
+QUICK_BUILD = (
+    f"-DCMAKE_CXX_COMPILER_LAUNCHER={Path(__file__).resolve().parent / 'compile_quickly.sh'}"
+)
 
 FOLDERS = ("api", "runtime", "algorithms", "integrations", "triton_kernels", "bench", "tests")
 FALLBACK = "every op runs on the pure-torch reference"
@@ -90,9 +95,37 @@ def test_sdist_holds_everything_a_build_reads(sdist: Path, source: Path):
 
 
 def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Path):
-    """From the archive alone, with no CUDA compiler on PATH (the other tests keep it there)."""
-    environment.pip("install", str(sdist), PATH=path_without("nvcc", tmp_path / "bin"))
-    check_installed(environment, native=True)
+    """From the archive alone, with no CUDA compiler on PATH."""
+    path = path_without("nvcc", tmp_path / "bin")
+    output = environment.pip("install", str(sdist), PATH=path, TOKFUSE_CUDA="AUTO").stdout
+    assert "tokfuse: no CUDA kernels (no nvcc that works" in output
+    assert check_installed(environment, native=True)["native"]["cuda_version"] == ""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_install_with_nvcc(sdist: Path, environment):
+    """CUDA kernels, where there is no GPU: one architecture, because three take minutes."""
+    arguments = f"{QUICK_BUILD} -DTOKFUSE_CUDA_ARCHITECTURES=80"
+    environment.pip("install", str(sdist), TOKFUSE_CUDA="ON", TOKFUSE_CMAKE_ARGS=arguments)
+    report = check_installed(environment, native=True)
+    assert report["native"]["cuda_version"] and report["native"]["cuda_archs"] == ["80"]
+    assert "CUDA kernels by nvcc" in report["text"]
+    rows = [row for row in report["ops"] if row["backend"] == "cuda"]
+    assert rows and all(row["built"] for row in rows)
+
+
+def test_a_broken_nvcc_leaves_the_cuda_kernels_out(source: Path, environment):
+    environment.pip("install", str(source), TOKFUSE_CUDA="AUTO", CUDACXX="/bin/false")
+    assert check_installed(environment, native=True)["native"]["cuda_version"] == ""
+
+
+def test_cuda_kernels_that_are_asked_for_are_no_option(source: Path, environment):
+    done = environment.pip(
+        "install", str(source), check=False, TOKFUSE_CUDA="ON", CUDACXX="/bin/false"
+    )
+    assert done.returncode != 0
+    assert "TOKFUSE_CUDA=ON needs nvcc, and none that works was found" in done.stdout
+    assert "TOKFUSE_CUDA is set, so it stops here" in done.stdout
 
 
 def test_wheel_contents(source: Path, environment, tmp_path: Path):

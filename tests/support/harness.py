@@ -13,7 +13,7 @@ import torch
 import tokfuse.runtime.ops.linear_token_stats
 import tokfuse.runtime.ops.policy_loss
 import tokfuse.runtime.ops.policy_step  # noqa: F401  (imports register the implementations)
-from tokfuse.runtime import dispatch, native, triton_backend
+from tokfuse.runtime import cuda_backend, dispatch, native, triton_backend
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,18 +35,23 @@ class Backend(NamedTuple):
         return _moved(value, self.device)
 
 
-def backends(op: str, without: str = "", interpreted: bool = True) -> list[Any]:
+def backends(
+    op: str, without: str = "", interpreted: bool = True, hosted: bool = True
+) -> list[Any]:
     """pytest parameters from the capability records of `op`; a skip names what is missing.
 
     Those on a GPU carry the mark `gpu`, those of Triton's interpreter `interpreter`. Without
     `interpreted` they are left out: an operation takes it 0.2 ms, and small cases are in
-    test_triton_*.
+    test_triton_*. CUDA kernels that run on the CPU carry the mark `cuda_host`, and are left out
+    without `hosted`.
     """
     out = []
     for row in dispatch.table():
         if row["op"] != op or not row["built"] or row["backend"] == without:
             continue
         if row["backend"] == "triton" and triton_backend.interpreting() and not interpreted:
+            continue
+        if row["backend"] == "cuda" and cuda_backend.hosted() and not hosted:
             continue
         devices = row["devices"]
         device = "cpu" if {"cpu", "*"} & set(devices) else "cuda"
@@ -56,6 +61,8 @@ def backends(op: str, without: str = "", interpreted: bool = True) -> list[Any]:
         marks = [pytest.mark.skip(reason=f"{row['backend']}: {missing}")] if missing else []
         if device == "cuda":
             marks.append(pytest.mark.gpu)
+        elif row["backend"] == "cuda":
+            marks.append(pytest.mark.cuda_host)
         elif row["backend"] == "triton":
             marks.append(pytest.mark.interpreter)
             # numpy says so where a GPU is silent: log2(0), 1 / 0.
@@ -89,7 +96,9 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
         forced = dispatch.forced_backend()
-        cuda = forced == "cuda" or (forced == "triton" and not triton_backend.interpreting())
+        cuda = (forced == "cuda" and not cuda_backend.hosted()) or (
+            forced == "triton" and not triton_backend.interpreting()
+        )
         device = "cuda" if cuda else "cpu"
         args = tuple(_moved(x, device) for x in args)
         # On a GPU the values of ids and borders are only looked at when asked for.

@@ -1,0 +1,154 @@
+// Argument records of the kernels over packed vectors: advantages, scans, moments and off-policy
+// weights, for CPU and CUDA. "or null" marks optional pointers. The binding layer has checked sizes
+// and codes; kernels trust them.
+//
+// Shapes in comments: T tokens, S sequences, N rows, K segments. `threads` and scratch memory are
+// the CPU's.
+#pragma once
+
+#include <cstdint>
+
+namespace tokfuse {
+
+// Codes shared with runtime/ops/group_advantage.py (BASELINES, SCALES: same order).
+enum class Baseline : int32_t {
+  kMean = 0,
+  kLeaveOneOut,
+  kLengthWeighted,
+  kMedian,
+  kSecondBest,
+  kGreedy,
+  kNone
+};
+enum class Scale : int32_t { kNone = 0, kStd, kBatchStd, kMean };
+
+struct GroupAdvantageArgs {
+  int64_t seqs;
+  const float* reward;     // (S)
+  const int64_t* ids;      // (S), null for kGreedy and kNone
+  const int64_t* lengths;  // (S), only for kLengthWeighted
+  const float* greedy;     // (S), only for kGreedy
+  float* advantage;        // (S)
+  Baseline baseline;       //
+  Scale scale;             //
+  int ddof;                //
+  double eps;              //
+  int singleton_reward;    // a group of one: 1 keeps its reward, 0 gives 0
+  int64_t* scratch_int;    // grouping_scratch(S), only with ids
+  double* scratch_double;  // (S), only with ids
+  int threads;             //
+};
+
+struct ScanArgs {
+  int64_t tokens, seqs;
+  const float* reward;        // (T)
+  const float* value;         // (T)
+  const int32_t* cu_seqlens;  // (S + 1)
+  const uint8_t* mask;        // (T) or null
+  const uint8_t* finished;    // (S) or null: all finished
+  double gamma, lam;          //
+  int threads;                //
+  // gae only
+  const float* lam_per_seq;  // (S) or null
+  double alpha;              // 0, or lam = 1 - 1 / max(alpha n, 1)
+  float* advantage;          // (T)
+  float* returns;            // (T)
+  // vtrace only, beside advantage
+  const float* log_ratio;  // (T)
+  float rho_bar, c_bar;    // +inf: no bound
+  float* target;           // (T)
+  float* rho;              // (T)
+};
+
+struct WhitenArgs {
+  int64_t tokens;
+  const float* x;       // (T)
+  const uint8_t* mask;  // (T) or null
+  const double* mean;   // 0-dim, or null: own statistics
+  const double* var;    //
+  float* out;           // (T)
+  int shift_mean;       //
+  double eps;           //
+  double* scratch;      // 3 per block of kWhitenBlock
+  int threads;          //
+};
+constexpr int64_t kWhitenBlock = 4096;
+
+struct OpeArgs {
+  int64_t rows;
+  const float* weight;  // (N)
+  const float* reward;  // (N)
+  const float* q_pi;    // (N) or null: dm, dr and sndr mean nothing
+  const float* q_a;     // (N) or null: dr and sndr mean nothing
+  const uint8_t* mask;  // (N) or null
+  double* out;          // (5, 2) ips, snips, dm, dr, sndr: estimate, standard error
+  double* scratch;      // 5 per block of kOpeBlock
+  int threads;          //
+};
+constexpr int64_t kOpeBlock = 4096;
+
+struct MomentsArgs {
+  int64_t rows, segments;
+  const void* values;         // (N) float, or double with `is_double`
+  int is_double;              //
+  const int64_t* ids;         // (N), or null with cu_seqlens
+  const int32_t* cu_seqlens;  // (K + 1)
+  const uint8_t* mask;        // (N) or null
+  int64_t* count;             // (K)
+  void* sum;                  // (K), type of values; the same for the next three
+  void* sum_sq;               //
+  void* min;                  //
+  void* max;                  //
+  double* scratch;            // chunks * K * 5, only with ids
+  int64_t chunks;             // fixed by the sizes alone
+  int threads;                //
+};
+
+// Codes shared with runtime/ops/offpolicy_weights.py.
+enum class WeightLevel : int32_t { kToken = 0, kSequence, kGeometric, kExternal };
+enum class WeightMode : int32_t {
+  kIps = 0,
+  kTruncate,
+  kMask,
+  kSwitch,
+  kShrink,
+  kSubgaussian,
+  kTempered,
+  kKeep
+};
+enum class Statistic : int32_t { kRatio = 0, kK1, kK2, kK3 };
+enum class Over : int32_t { kToken = 0, kSum, kMean, kMax };
+enum class Normalize : int32_t { kNone = 0, kBatch, kGroup };
+
+struct KeepRule {
+  Statistic statistic;
+  Over over;
+  double low, high;  // -inf, +inf: no bound
+  int negative_only;
+};
+constexpr int kMaxRules = 8;
+
+struct OffPolicyArgs {
+  int64_t tokens, seqs;
+  const float* logp;          // (T) or null: 0
+  const float* behavior;      // (T)
+  const int32_t* cu_seqlens;  // (S + 1), or null: S blocks of block_tokens
+  int64_t block_tokens;       // 1 makes every row its own sequence
+  const uint8_t* mask;        // (T) or null
+  const int64_t* group_ids;   // (S), only for kGroup
+  const float* advantage;     // (T), only when a rule is negative_only
+  WeightLevel level;          //
+  WeightMode mode;            //
+  double low, high;           // -inf, +inf: no bound
+  double param;               // lam or power of the mode
+  Normalize normalize;        //
+  KeepRule rules[kMaxRules];  //
+  int num_rules;              //
+  float* weight;              // (T)
+  uint8_t* kept;              // (T)
+  double* partial;            // (3 S) units, sum and sum of squares of their weights
+  int64_t* scratch_int;       // grouping_scratch(S), only for kGroup
+  int threads;                //
+};
+
+}  // namespace tokfuse

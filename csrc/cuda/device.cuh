@@ -1,0 +1,406 @@
+// Everything about a GPU that plain CUDA C++ does not say: inline assembly, clusters, bulk copies,
+// cache hints, packed arithmetic, and the launch itself.
+//
+// Kernels include this header and nothing of CUDA's. With TOKFUSE_CUDA_HOST the same kernels are
+// compiled by a C++ compiler, and every function here has its twin in
+// tests/cuda_host/device_host.h; keywords, built-in variables, barriers, shuffles and atomics come
+// from tests/cuda_host/cuda_host.h. What kernels keep to, for both:
+//   * shared memory is declared by TOKFUSE_SHARED or TOKFUSE_DYNAMIC_SHARED;
+//   * a launch is `launch(kernel, shape, stream, arguments...)`;
+//   * code for one architecture stands behind TOKFUSE_ARCH: 80, 90 or 100, 0 in host code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+
+#if defined(TOKFUSE_CUDA_HOST)
+#include "cuda_host/cuda_host.h"
+#else
+#include <cuda_runtime.h>
+#if defined(__CUDA_ARCH__)
+#define TOKFUSE_ARCH (__CUDA_ARCH__ / 10)
+#else
+#define TOKFUSE_ARCH 0
+#endif
+// Name and type; an array is an Array.
+#define TOKFUSE_SHARED(name, ...) __shared__ __VA_ARGS__ name
+#define TOKFUSE_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+
+namespace tokfuse {
+namespace cuda {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.693147180559945309417f;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+// Two float32 that sm_100 computes on with one instruction.
+struct alignas(8) Pair {
+  float x, y;
+};
+
+// An array that can be the type of a TOKFUSE_SHARED.
+template <class T, int N>
+struct Array {
+  T at[N];
+  __host__ __device__ __forceinline__ T& operator[](int i) { return at[i]; }
+};
+
+// What L2 does with the lines of an access.
+enum class Keep { kLast, kFirst };  // evict last: a second visit follows; evict first: none does
+
+// How many blocks of how many threads; `cluster` blocks form a thread-block cluster.
+struct LaunchShape {
+  unsigned blocks, threads;
+  size_t shared = 0;  // bytes of dynamic shared memory of a block
+  unsigned cluster = 1;
+};
+
+#if !defined(TOKFUSE_CUDA_HOST)
+
+// ---------------------------------------------------------------------------------- memory access
+
+// A cache policy for load16 and store16; make it once per thread.
+template <Keep kKeep>
+__device__ __forceinline__ uint64_t l2_policy() {
+  uint64_t policy;
+  if (kKeep == Keep::kLast) {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
+}
+
+// 16 bytes of global memory at a multiple of 16. Volatile: the same place may be written later.
+__device__ __forceinline__ Vec16 load16(const void* from) {
+  Vec16 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ Vec16 load16(const void* from, uint64_t policy) {
+  Vec16 v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(from), "l"(policy)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store16(void* to, const Vec16& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void store16(void* to, const Vec16& v, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
+               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "l"(policy)
+               : "memory");
+}
+
+// 16 bytes of shared memory at a multiple of 16.
+__device__ __forceinline__ Vec16 shared_load16(const void* from) {
+  return *static_cast<const Vec16*>(from);
+}
+
+// 4 bytes at a multiple of 4; through L1, where the neighbours' next loads find their lines.
+__device__ __forceinline__ uint32_t load4(const void* from) {
+  return *static_cast<const uint32_t*>(from);
+}
+
+// ------------------------------------------------------------------------------------- arithmetic
+
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
+
+// 2^x, 2 ulp; subnormal results are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// max, NaN where either is: fmaxf drops it.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+__device__ __forceinline__ Pair add2(Pair a, Pair b) {
+#if TOKFUSE_ARCH >= 100
+  Pair y;
+  asm("{.reg .b64 a, b, y; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; add.rn.f32x2 y, a, b;"
+      " mov.b64 {%0, %1}, y;}"
+      : "=f"(y.x), "=f"(y.y)
+      : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));
+  return y;
+#else
+  return {a.x + b.x, a.y + b.y};
+#endif
+}
+
+__device__ __forceinline__ Pair mul2(Pair a, Pair b) {
+#if TOKFUSE_ARCH >= 100
+  Pair y;
+  asm("{.reg .b64 a, b, y; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; mul.rn.f32x2 y, a, b;"
+      " mov.b64 {%0, %1}, y;}"
+      : "=f"(y.x), "=f"(y.y)
+      : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));
+  return y;
+#else
+  return {a.x * b.x, a.y * b.y};
+#endif
+}
+
+__device__ __forceinline__ Pair fma2(Pair a, Pair b, Pair c) {
+#if TOKFUSE_ARCH >= 100
+  Pair y;
+  asm("{.reg .b64 a, b, c, y; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; mov.b64 c, {%6, %7};"
+      " fma.rn.f32x2 y, a, b, c; mov.b64 {%0, %1}, y;}"
+      : "=f"(y.x), "=f"(y.y)
+      : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y), "f"(c.x), "f"(c.y));
+  return y;
+#else
+  return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y)};
+#endif
+}
+
+// ------------------------------------------------------------------------------- 16-bit
+// conversions
+
+// A word of two 16-bit floats, low half first, and back, rounded to nearest even.
+__device__ __forceinline__ Pair unpack(BFloat16, uint32_t word) {
+  return {float_of(word << 16), float_of(word & 0xffff0000u)};
+}
+
+__device__ __forceinline__ Pair unpack(Float16, uint32_t word) {
+  Pair y;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(y.x), "=f"(y.y)
+      : "r"(word));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack(BFloat16, Pair v) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(v.y), "f"(v.x));
+  return word;
+}
+
+__device__ __forceinline__ uint32_t pack(Float16, Pair v) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(v.y), "f"(v.x));
+  return word;
+}
+
+// The larger one of each half; a NaN is dropped.
+__device__ __forceinline__ uint32_t max2(BFloat16, uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t max2(Float16, uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+// ------------------------------------------------------------- clusters, barriers and bulk copies
+
+// An mbarrier in shared memory: a phase ends when the awaited arrivals and bytes have come.
+struct Mbarrier {
+  uint64_t word;
+};
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+#if TOKFUSE_ARCH >= 90
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ unsigned cluster_blocks() {
+  unsigned blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+
+// Every thread of every block of the cluster meets; what they wrote is seen by all.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
+// The float that block `rank` of the cluster has where this block has `mine` in shared memory.
+__device__ __forceinline__ float cluster_load(const float* mine, unsigned rank) {
+  float value;
+  asm volatile(
+      "{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2;"
+      " ld.shared::cluster.f32 %0, [there];}"
+      : "=f"(value)
+      : "r"(shared_address(mine)), "r"(rank)
+      : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+// Makes mbarrier_init visible to the cluster and to bulk copies, which see memory by another way.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::
+                   : "memory");
+}
+
+// One arrival, which adds `bytes` to what the phase awaits of bulk copies.
+__device__ __forceinline__ void mbarrier_expect(Mbarrier* barrier, unsigned bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Waits for the end of the phase of this parity.
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\tWAIT:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra WAIT;\n\t}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Copies `bytes` to this block's shared memory; `barrier` counts them. All multiples of 16.
+__device__ __forceinline__ void bulk_load(void* to, const void* from, unsigned bytes,
+                                          Mbarrier* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+#endif  // TOKFUSE_ARCH >= 90
+
+// ------------------------------------------------------------------------------------ on the host
+
+// 80, 90 or 100: the architecture of the current device, rounded down to what kernels know.
+inline cudaError_t device_arch(int* arch) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  // A 12.0 has neither the shared memory nor the exp units of a 10.0: it takes the portable path.
+  *arch = major == 9 ? 90 : (major == 10 ? 100 : 80);
+  return error;
+}
+
+inline cudaError_t l2_bytes(int64_t* bytes) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&value, cudaDevAttrL2CacheSize, device);
+  }
+  *bytes = value;
+  return error;
+}
+
+// Allows a kernel the dynamic shared memory and cluster of `shape`; once per device is enough, but
+// it costs less than to remember.
+template <class Kernel>
+cudaError_t prepare_kernel(Kernel* kernel, const LaunchShape& shape) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shape.shared <= kWithoutAsking) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shape.shared));
+}
+
+inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream,
+                                        cudaLaunchAttribute* cluster) {
+  cluster->id = cudaLaunchAttributeClusterDimension;
+  cluster->val.clusterDim.x = shape.cluster;
+  cluster->val.clusterDim.y = cluster->val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = stream;
+  config.attrs = cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+// Starts the kernel. The error is that of the launch; one of the kernel comes with a later call.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaError_t error = prepare_kernel(kernel, shape);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = launch_config(shape, stream, &cluster);
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Blocks of a persistent grid: as many as the device holds at once, whole clusters.
+template <class Kernel>
+cudaError_t resident_blocks(Kernel* kernel, const LaunchShape& shape, unsigned* blocks) {
+  cudaError_t error = prepare_kernel(kernel, shape);
+  if (error != cudaSuccess) return error;
+  int device = 0, processors = 0, count = 0;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute cluster;
+    LaunchShape one = shape;
+    one.blocks = shape.cluster;
+    const cudaLaunchConfig_t config = launch_config(one, nullptr, &cluster);
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    *blocks = static_cast<unsigned>(count) * shape.cluster;
+    return error;
+  }
+  error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads, shape.shared);
+  }
+  *blocks = static_cast<unsigned>(processors * count);
+  return error;
+}
+
+#endif  // !TOKFUSE_CUDA_HOST
+
+}  // namespace cuda
+}  // namespace tokfuse
+
+#if defined(TOKFUSE_CUDA_HOST)
+#include "cuda_host/device_host.h"
+#endif

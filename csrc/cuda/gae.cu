@@ -1,0 +1,12 @@
+#include "cuda/gae.cuh"
+
+namespace tokfuse {
+namespace cuda {
+
+cudaError_t gae(const ScanArgs& a, cudaStream_t stream) {
+  if (a.tokens == 0 || a.seqs == 0) return cudaSuccess;
+  return launch(&gae_kernel, LaunchShape{static_cast<unsigned>(a.seqs), kScanBlock}, stream, a);
+}
+
+}  // namespace cuda
+}  // namespace tokfuse

@@ -1,0 +1,109 @@
+// kept_token_stats: log-prob, entropy and log-sum-exp over the recorded support of each row.
+//
+// The statistics are those of rows.cuh over u_j, j in K_t = ids[offsets[t] .. offsets[t + 1]). Both
+// passes gather the kept logits only (K of them, 8 bytes of id and one 32-byte sector each); the
+// backward writes the dense gradient, zeros by one memset and then the kept entries: 2V + 40K bytes
+// per token at bf16.
+//
+// Legend: T tokens, V vocabulary, K kept ids of all rows. An id outside [0, V) makes its row NaN,
+// as a target outside does with logp; an id that stands twice in a row counts twice. Offsets
+// outside [0, K] are cut to it: nothing else is read.
+#pragma once
+
+#include "cuda/gradient.cuh"
+#include "cuda/rows.cuh"
+
+namespace tokfuse {
+namespace cuda {
+
+constexpr int kKeptThreads = 128;
+
+// Positions of a token's ids; none for a masked row, of which nothing is read.
+struct Support {
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ Support support_of(const KeptArgs& a, int64_t token) {
+  if (!counts(a.logits, token)) return {0, 0};
+  const int64_t begin = a.offsets[token], end = a.offsets[token + 1];
+  return {begin > 0 ? begin : 0, end < a.kept ? end : a.kept};
+}
+
+// (u, slope) of a kept id; NaN for one that is no column.
+template <class T, bool kTransform>
+__device__ __forceinline__ Pair kept_element(const LogitsArgs& a, const Transform& f, const T* row,
+                                             int64_t id) {
+  if (id < 0 || id >= a.vocab) return {nan_float(), 0.0f};
+  return element_of<T, kTransform>(f, row, nullptr, id);
+}
+
+template <class T, bool kTransform>
+__global__ void __launch_bounds__(kKeptThreads, 8)
+    kept_token_stats_fwd_kernel(const __grid_constant__ KeptArgs a,
+                                const __grid_constant__ TokenStatsOut out) {
+  using Records = Array<Record, kMaxWarps>;
+  using Targets = Array<float, kMaxWarps>;
+  TOKFUSE_SHARED(records, Array<Records, 2>);
+  TOKFUSE_SHARED(targets, Array<Targets, 2>);
+  const Transform f = transform_of(a.logits);
+  int turn = 0;
+  for (int64_t t = blockIdx.x; t < a.logits.rows; t += gridDim.x, turn ^= 1) {
+    const Support ids = support_of(a, t);
+    const int64_t y = a.logits.target[t];
+    const Scale scale = scale_at(a.logits, temperature_of(a.logits, t), kTransform);
+    const T* row = static_cast<const T*>(a.logits.logits) + t * a.logits.stride;
+    Lane<false> lane;
+    float u_y = -inf_float();  // of the target, in the thread that meets it
+    for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) {
+      const int64_t id = a.ids[i];
+      const Pair u = {kept_element<T, kTransform>(a.logits, f, row, id).x, -inf_float()};
+      if (id == y) u_y = fmaxf(u_y, u.x);
+      fold<1>(lane, &u, u.x, scale.c, 0.0f);
+    }
+    u_y = warp_max(u_y);
+    if (threadIdx.x % kWarp == 0) targets[turn][static_cast<int>(threadIdx.x) / kWarp] = u_y;
+    const Record r = merge_block(lane, records[turn], scale.c, 0.0f);
+    if (threadIdx.x > 0) continue;
+    for (int w = 1; w < kKeptThreads / kWarp; w++) u_y = fmaxf(u_y, targets[turn][w]);
+    // A target outside the support has u_y = -inf, and logp = -inf with it.
+    RowStats stats = finish(r, u_y, y >= 0 && y < a.logits.vocab, scale.nats);
+    if (r.s != r.s) stats.logp = r.s;  // a NaN of the row reaches such a target, too
+    if (r.s == 0.0f) stats.logp = stats.lse;
+    write_stats(out, t, counts(a.logits, t) ? stats : RowStats());
+  }
+}
+
+template <class T, bool kTransform>
+__global__ void __launch_bounds__(kKeptThreads, 8)
+    kept_token_stats_bwd_kernel(const __grid_constant__ KeptArgs a,
+                                const __grid_constant__ TokenStatsGrad g) {
+  const Transform f = transform_of(a.logits);
+  for (int64_t t = blockIdx.x; t < a.logits.rows; t += gridDim.x) {
+    float ga = g.grad_logp != nullptr ? g.grad_logp[t] : 0.0f;
+    const float gh = g.grad_entropy != nullptr ? g.grad_entropy[t] : 0.0f;
+    const float inv_sum = g.inv_sum[t];
+    const Support ids = support_of(a, t);
+    // Rows without gradient, and those without a distribution, keep their zeros, unread.
+    if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f || ids.end <= ids.begin) continue;
+    const int64_t y = a.logits.target[t];
+    // A target outside the support has logp = -inf, which sends no gradient: look for it first.
+    int met = 0;
+    for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) met |= a.ids[i] == y;
+    if (!__syncthreads_or(met) && y >= 0 && y < a.logits.vocab) ga = 0.0f;
+    const Scale scale = scale_at(a.logits, temperature_of(a.logits, t), kTransform);
+    const Slopes s =
+        slopes_of(scale, g.row_max[t], inv_sum, g.entropy[t], ga, gh, y, a.logits.vocab);
+    const T* row = static_cast<const T*>(a.logits.logits) + t * a.logits.stride;
+    T* grad = static_cast<T*>(g.grad_logits) + t * g.grad_stride;
+    for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) {
+      const int64_t id = a.ids[i];
+      if (id < 0 || id >= a.logits.vocab) continue;
+      const Pair u = kept_element<T, kTransform>(a.logits, f, row, id);
+      const float at = gradient_at(s, u.x) + (id == y ? s.at_target : 0.0f);
+      store_element(grad + id, at * u.y);
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace tokfuse

@@ -1,0 +1,70 @@
+// Launchers of paired_divergence.cuh.
+#include "cuda/launch.h"
+#include "cuda/paired_divergence.cuh"
+
+namespace tokfuse {
+namespace cuda {
+namespace {
+
+template <Divergence kValue>
+struct Kind {
+  static constexpr Divergence value = kValue;
+};
+
+// Calls run(null pointer of the element type, Flag of a softcap, Kind).
+template <class F>
+cudaError_t dispatch(const DivergenceArgs& a, const F& run) {
+  return by_dtype(a.dtype, [&](auto* type) {
+    return by_flag(a.softcap != 0.0f, [&](auto transformed) {
+      switch (a.kind) {
+        case Divergence::kJsd:
+          return run(type, transformed, Kind<Divergence::kJsd>());
+        case Divergence::kForwardKl:
+          return run(type, transformed, Kind<Divergence::kForwardKl>());
+        case Divergence::kReverseKl:
+          return run(type, transformed, Kind<Divergence::kReverseKl>());
+      }
+      return cudaErrorInvalidValue;
+    });
+  });
+}
+
+template <class T>
+bool streams_aligned(const DivergenceArgs& a) {
+  return rows_aligned<T>(a.p, a.p_stride) && rows_aligned<T>(a.q, a.q_stride);
+}
+
+}  // namespace
+
+cudaError_t paired_divergence_fwd(const DivergenceArgs& a, float* divergence, float* state,
+                                  cudaStream_t stream) {
+  if (a.tokens == 0) return cudaSuccess;
+  // Largest value of the JSD: the entropy of the mixture's weights.
+  const double beta = a.beta, rest = 1.0 - beta;
+  const float bound = static_cast<float>(-beta * log(beta) - rest * log(rest));
+  return dispatch(a, [&](auto* type, auto transformed, auto kind) {
+    using T = Pointee<decltype(type)>;
+    return launch_resident(
+        paired_divergence_fwd_kernel<T, decltype(transformed)::value, decltype(kind)::value>,
+        a.tokens, kDivergenceThreads, stream, a, bound, divergence, state, streams_aligned<T>(a));
+  });
+}
+
+cudaError_t paired_divergence_bwd(const DivergenceArgs& a, const float* state,
+                                  const float* grad_divergence, void* grad_p, int64_t grad_stride,
+                                  cudaStream_t stream) {
+  if (a.tokens == 0) return cudaSuccess;
+  const int parts = parts_of_rows(a.tokens, a.vocab);
+  return dispatch(a, [&](auto* type, auto transformed, auto kind) {
+    using T = Pointee<decltype(type)>;
+    const bool together = rows_together<T, T>(a.p, a.p_stride, a.q, a.q_stride) &&
+                          rows_together<T, T>(a.p, a.p_stride, grad_p, grad_stride);
+    return launch_resident(
+        paired_divergence_bwd_kernel<T, decltype(transformed)::value, decltype(kind)::value>,
+        a.tokens * parts, kDivergenceThreads, stream, a, state, grad_divergence,
+        static_cast<T*>(grad_p), grad_stride, parts, together);
+  });
+}
+
+}  // namespace cuda
+}  // namespace tokfuse

@@ -1,0 +1,28 @@
+#include "cuda/policy_loss.cuh"
+
+namespace tokfuse {
+namespace cuda {
+
+int64_t policy_partials(int64_t tokens, int64_t seqs) {
+  return policy_segments(tokens, seqs) * (1 + kMetricCount);
+}
+
+cudaError_t policy_loss(const ObjectiveArgs& o, double* partial, cudaStream_t stream) {
+  return launch_grid(&policy_loss_kernel, policy_segments(o.tokens, o.seqs), kBlock, stream, o,
+                     partial);
+}
+
+cudaError_t policy_prepare(const PrepareArgs& a, cudaStream_t stream) {
+  if (a.seqs == 0) return cudaSuccess;
+  return launch(&policy_prepare_kernel, LaunchShape{static_cast<unsigned>(a.seqs), kBlock}, stream,
+                a);
+}
+
+cudaError_t policy_metrics(const TokenResults& r, double* partial, double* metrics,
+                           cudaStream_t stream) {
+  return launch_grid(&policy_metrics_kernel, policy_segments(r.tokens, 0), kBlock, stream, r,
+                     partial, metrics);
+}
+
+}  // namespace cuda
+}  // namespace tokfuse

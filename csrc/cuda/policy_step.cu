@@ -1,0 +1,97 @@
+// Launcher of policy_step.cuh: which kernel, and how rows lie in shared memory.
+#include "cuda/launch.h"
+#include "cuda/policy_step.cuh"
+
+namespace tokfuse {
+namespace cuda {
+namespace {
+
+// Dynamic shared memory of a block, beside the records: 227 KiB at most together.
+constexpr int64_t kSharedBytes = 224 * 1024;
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// The smallest cluster whose blocks hold two rows, or else one. Decided by the bytes of a row
+// alone, as the order of its sums depends on it. cluster = 0: a row does not fit.
+struct ClusterChoice {
+  unsigned cluster;
+  ClusterLayout layout;
+};
+
+ClusterChoice choose_cluster(int64_t vectors) {
+  for (int stages = kMaxStages; stages > 0; stages--) {
+    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+      // Slices begin at multiples of 128 bytes.
+      const int64_t slice = round_up((vectors + cluster - 1) / cluster, 8);
+      const int64_t tiles =
+          (slice + kTileOf<false> * kPolicyThreads - 1) / (kTileOf<false> * kPolicyThreads);
+      if (slice * 16 * stages <= kSharedBytes && tiles <= kMaxTiles) {
+        return {static_cast<unsigned>(cluster), {static_cast<int>(slice), stages}};
+      }
+    }
+  }
+  return {0, {0, 0}};
+}
+
+// As many rows at once as three quarters of L2 hold.
+template <class T, class G, bool kTransform>
+cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out, const TokenObjective& o,
+                            const GradientRows& grads, bool aligned, bool together,
+                            cudaStream_t stream) {
+  int64_t cache = 0;
+  const cudaError_t error = l2_bytes(&cache);
+  if (error != cudaSuccess) return error;
+  const int64_t row_bytes = a.vocab * static_cast<int64_t>(sizeof(T));
+  const int64_t fit = cache / 4 * 3 / (row_bytes > 0 ? row_bytes : 1);
+  const int64_t rows = a.rows < fit || fit < 1 ? a.rows : fit;
+  return launch_resident(policy_step_kernel<T, G, kTransform>, rows, kPolicyThreads, stream, a, out,
+                         o, grads, aligned, together);
+}
+
+// `launched` is false where the device cannot hold such a cluster, as a part of a GPU may.
+template <class T, class G, bool kTransform>
+cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
+                           const TokenStatsOut& out, const TokenObjective& o,
+                           const GradientRows& grads, cudaStream_t stream, bool* launched) {
+  const auto kernel = policy_step_cluster_kernel<T, G, kTransform>;
+  LaunchShape shape = {1, kPolicyThreads, 0, choice.cluster};
+  shape.shared = static_cast<size_t>(choice.layout.slice) * 16 * choice.layout.stages;
+  const cudaError_t error = resident_blocks(kernel, shape, &shape.blocks);
+  *launched = error == cudaSuccess && shape.blocks > 0;
+  if (!*launched) return error;
+  const int64_t wanted = a.rows * choice.cluster;
+  if (wanted < static_cast<int64_t>(shape.blocks)) shape.blocks = static_cast<unsigned>(wanted);
+  return launch(kernel, shape, stream, a, out, o, grads, choice.layout);
+}
+
+}  // namespace
+
+cudaError_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const TokenObjective& o,
+                        void* grad_logits, int64_t grad_stride, DType grad_dtype,
+                        cudaStream_t stream) {
+  if (a.rows == 0) return cudaSuccess;
+  int arch = 0;
+  const cudaError_t error = device_arch(&arch);
+  if (error != cudaSuccess) return error;
+  const GradientRows grads = {grad_logits, grad_stride};
+  return by_dtypes(a.dtype, grad_dtype, [&](auto* type, auto* grad_type) {
+    using T = Pointee<decltype(type)>;
+    using G = Pointee<decltype(grad_type)>;
+    const bool aligned = rows_aligned<T>(a.logits, a.stride);
+    const bool together = rows_together<T, G>(a.logits, a.stride, grad_logits, grad_stride);
+    const ClusterChoice choice = choose_cluster(a.vocab / kItems<T>);
+    return by_flag(a.softcap != 0.0f, [&](auto transformed) {
+      constexpr bool kTransform = decltype(transformed)::value;
+      if (arch >= 90 && aligned && together && choice.cluster > 0) {
+        bool launched = false;
+        const cudaError_t result =
+            launch_cluster<T, G, kTransform>(choice, a, out, o, grads, stream, &launched);
+        if (launched || result != cudaSuccess) return result;
+      }
+      return launch_portable<T, G, kTransform>(a, out, o, grads, aligned, together, stream);
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace tokfuse

@@ -1,0 +1,316 @@
+// policy_step from logits, token-level objectives: statistics, objective, gradient in one kernel.
+//
+// A row is read for its statistics (rows.cuh), one evaluation of the objective gives the two
+// coefficients, and a second visit writes the gradient. A row whose coefficients are both zero
+// (masked, zero advantage, active clip) gets no second visit, only the zeros; a masked one is not
+// read at all. Exponentials per element: 2.
+//
+// Bytes of memory per element at bf16: 2 read, 2 written.
+//   policy_step_cluster_kernel (sm_90 and up): a row lies in the shared memory of a cluster of
+//     blocks; bulk copies bring it there and, as soon as a row has been written, the row after the
+//     next. Needs rows at multiples of 16 bytes and room for one (policy_step.cu).
+//   policy_step_kernel: the second visit finds the row in the L2 cache: first loads ask to stay
+//     there, second loads and stores to leave, and the grid holds no more rows than L2 does.
+//
+// The metric sums are another launch's, from what is written per token. Legend: R rows, V
+// vocabulary.
+#pragma once
+
+#include "cuda/gradient.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/token_objective.cuh"
+
+namespace tokfuse {
+namespace cuda {
+
+constexpr int kPolicyThreads = 512;
+
+struct GradientRows {
+  void* base;  // (R, V); may be the logits themselves
+  int64_t stride;
+};
+
+// What the thread that finishes a row tells the others.
+struct RowVerdict {
+  Slopes slopes;
+  bool nothing;  // the gradient is zero
+};
+
+// Statistics and objective of a row from its record; writes both. By one thread.
+__device__ __forceinline__ RowVerdict finish_row(const LogitsArgs& a, const TokenStatsOut& out,
+                                                 const TokenObjective& o, int64_t token,
+                                                 const Record& r, float u_y, const Scale& scale,
+                                                 bool writes) {
+  const int64_t y = a.target[token];
+  const bool has_target = y >= 0 && y < a.vocab;
+  const RowStats stats = finish(r, u_y, has_target, scale.nats);
+  const TokenResult result = token_objective(o, token, stats.logp, stats.entropy);
+  if (writes) {
+    write_stats(out, token, stats);
+    write_result(o, token, result);
+  }
+  const float ga = result.d_logp, gh = result.d_entropy;
+  RowVerdict verdict;
+  verdict.nothing = (ga == 0.0f && gh == 0.0f) || stats.inv_sum == 0.0f;
+  verdict.slopes = slopes_of(scale, stats.m, stats.inv_sum, stats.entropy, ga, gh, y, a.vocab);
+  return verdict;
+}
+
+// The outputs of a masked row. By one thread.
+__device__ __forceinline__ void write_masked(const TokenStatsOut& out, const TokenObjective& o,
+                                             int64_t token) {
+  write_stats(out, token, RowStats());
+  write_result(o, token, TokenResult());
+}
+
+// The transformed logit of the target, or 0 without one.
+template <class T, bool kTransform>
+__device__ __forceinline__ float target_logit(const LogitsArgs& a, const Transform& f,
+                                              const T* logits, int64_t token) {
+  const int64_t y = a.target[token];
+  return y >= 0 && y < a.vocab ? element_of<T, kTransform>(f, logits, nullptr, y).x : 0.0f;
+}
+
+template <class T, class G, bool kTransform>
+__global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
+    policy_step_kernel(const __grid_constant__ LogitsArgs a,
+                       const __grid_constant__ TokenStatsOut out,
+                       const __grid_constant__ TokenObjective o, GradientRows grads, bool aligned,
+                       bool together) {
+  using Records = Array<Record, kMaxWarps>;
+  TOKFUSE_SHARED(records, Array<Records, 2>);
+  TOKFUSE_SHARED(verdict, RowVerdict);
+  const uint64_t stay = l2_policy<Keep::kLast>(), leave = l2_policy<Keep::kFirst>();
+  const Transform f = transform_of(a);
+  const int vocab = static_cast<int>(a.vocab);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+    const int64_t token = token_of(a, row);
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    G* grad = static_cast<G*>(grads.base) + row * grads.stride;
+    const Part all = part_of_row(logits, a.vocab, 0, 1, together);
+    if (!counts(a, token)) {
+      if (threadIdx.x == 0) write_masked(out, o, token);
+      write_zeros<T>(grad, vocab, all, together, leave);
+      continue;
+    }
+    const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
+    // Before anything may be written there.
+    const float u_y = threadIdx.x == 0 ? target_logit<T, kTransform>(a, f, logits, token) : 0.0f;
+    Lane<false> lane;
+    if (aligned) {
+      const GlobalRow<T, true> source = {logits, nullptr, vocab, stay};
+      fold_row<T, true, kTransform>(f, source, lane, scale.c, 0.0f);
+    } else {
+      const GlobalRow<T, false> source = {logits, nullptr, vocab, stay};
+      fold_row<T, false, kTransform>(f, source, lane, scale.c, 0.0f);
+    }
+    const Record r = merge_block(lane, records[turn], scale.c, 0.0f);
+    turn ^= 1;
+    if (threadIdx.x == 0) verdict = finish_row(a, out, o, token, r, u_y, scale, true);
+    __syncthreads();
+    const RowVerdict v = verdict;
+    if (v.nothing) {
+      write_zeros<T>(grad, vocab, all, together, leave);
+    } else {
+      write_gradient<T, G, kTransform, 1>(f, logits, static_cast<const T*>(nullptr), vocab, grad,
+                                          all, v.slopes, together, leave);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------- rows in a cluster
+
+// Tiles of vectors that have an mbarrier each: a row of a block has at most this many.
+constexpr int kMaxTiles = 8;
+constexpr int kMaxStages = 2;
+constexpr int kMaxCluster = 8;
+
+// How rows lie in shared memory: block `rank` holds whole vectors [rank * slice, ...) of each.
+struct ClusterLayout {
+  int slice;   // vectors
+  int stages;  // rows in flight
+};
+
+// A slice in shared memory, by its own vector numbers.
+template <class T>
+struct SharedSlice {
+  const unsigned char* base;
+
+  __device__ __forceinline__ Vec16 whole(int v) const { return shared_load16(base + v * 16); }
+  __device__ __forceinline__ Vec16 whole_bias(int) const { return Vec16(); }
+};
+
+#if TOKFUSE_ARCH >= 90
+
+// The bulk copies of a block's slices: rows in the order in which the cluster takes them, masked
+// ones left out. Only thread 0 calls `next`.
+template <class T>
+struct Fetcher {
+  using Barriers = Array<Mbarrier, kMaxStages * kMaxTiles>;
+  const LogitsArgs& a;
+  unsigned char* buffer;
+  Barriers& full;
+  ClusterLayout layout;
+  int first, count;  // this block's whole vectors of a row
+  int64_t row, step;
+  int fetched = 0;
+  uint64_t policy;
+
+  __device__ __forceinline__ int tile_vectors() const {
+    return kTileOf<false> * static_cast<int>(blockDim.x);
+  }
+
+  __device__ __forceinline__ void next() {
+    while (row < a.rows && !counts(a, token_of(a, row))) row += step;
+    if (row >= a.rows) return;
+    const int stage = fetched % layout.stages;
+    unsigned char* to = buffer + static_cast<int64_t>(stage) * layout.slice * 16;
+    const unsigned char* from =
+        reinterpret_cast<const unsigned char*>(static_cast<const T*>(a.logits) + row * a.stride) +
+        static_cast<int64_t>(first) * 16;
+    for (int v = 0, tile = 0; v < count; v += tile_vectors(), tile++) {
+      const unsigned bytes = static_cast<unsigned>(min(tile_vectors(), count - v)) * 16;
+      Mbarrier* barrier = &full[stage * kMaxTiles + tile];
+      mbarrier_expect(barrier, bytes);
+      bulk_load(to + static_cast<int64_t>(v) * 16, from + static_cast<int64_t>(v) * 16, bytes,
+                barrier, policy);
+    }
+    fetched++;
+    row += step;
+  }
+};
+
+// Folds the slice of the `use`-th fetched row as its tiles arrive, and what lies behind the whole
+// vectors where it is this block's.
+template <class T, bool kTransform>
+__device__ __forceinline__ void fold_slice(const Transform& f, const Fetcher<T>& rows, int use,
+                                           const GlobalRow<T, false>& row, bool has_last,
+                                           Lane<false>& lane, float c) {
+  constexpr int kTile = kTileOf<false>;
+  const int stage = use % rows.layout.stages;
+  const unsigned parity = static_cast<unsigned>(use / rows.layout.stages) & 1u;
+  const SharedSlice<T> slice = {rows.buffer + static_cast<int64_t>(stage) * rows.layout.slice * 16};
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const Vec16 bias[kTile] = {};
+  Vec16 z[kTile];
+  int begin = 0, tile = 0;
+  for (; begin + kTile * threads <= rows.count; begin += kTile * threads, tile++) {
+    mbarrier_wait(&rows.full[stage * kMaxTiles + tile], parity);
+#pragma unroll
+    for (int j = 0; j < kTile; j++) z[j] = slice.whole(begin + thread + j * threads);
+    fold_vectors<T, kTile, kTransform>(f, lane, z, bias, false, c, 0.0f);
+  }
+  if (begin < rows.count) {
+    mbarrier_wait(&rows.full[stage * kMaxTiles + tile], parity);
+    for (int v = begin + thread; v < rows.count; v += threads) {
+      z[0] = slice.whole(v);
+      fold_vectors<T, 1, kTransform>(f, lane, z, bias, false, c, 0.0f);
+    }
+  }
+  if (has_last && thread == threads - 1) {
+    z[0] = row.last();
+    fold_vectors<T, 1, kTransform>(f, lane, z, bias, false, c, 0.0f);
+  }
+}
+
+// The record of the cluster in the first warp of each block, from that of its own block there.
+// `shared` takes turns, as in merge_block.
+__device__ __forceinline__ Record merge_cluster(const Record& mine, Record& shared, float c) {
+  const unsigned blocks = cluster_blocks();
+  if (blocks == 1) return mine;
+  if (threadIdx.x == 0) shared = mine;
+  cluster_sync();
+  if (threadIdx.x >= kWarp) return mine;
+  Record r = no_record();
+  if (threadIdx.x < blocks) {
+    r.m = cluster_load(&shared.m, threadIdx.x);
+    r.s = cluster_load(&shared.s, threadIdx.x);
+    r.sd = cluster_load(&shared.sd, threadIdx.x);
+    r.ss = cluster_load(&shared.ss, threadIdx.x);
+  }
+  return merge_warp<false>(r, c, 0.0f);
+}
+
+template <class T, class G, bool kTransform>
+__device__ __forceinline__ void write_slice(const Transform& f, const Fetcher<T>& rows, int use,
+                                            const GlobalRow<T, false>& row, G* grad,
+                                            const Part& part, const Slopes& s, uint64_t policy) {
+  const TargetTerm<T, G, kTransform> target(f, row.logits, nullptr, row.vocab, part, s);
+  const int stage = use % rows.layout.stages;
+  const SharedSlice<T> slice = {rows.buffer + static_cast<int64_t>(stage) * rows.layout.slice * 16};
+  G* own = grad + static_cast<int64_t>(part.begin) * kItems<T>;
+  write_whole<T, G, kTransform, true, kPolynomialShare, 1>(f, slice, false, own, 0, rows.count, s,
+                                                           policy);
+  write_ends<T, G, kTransform>(f, row.logits, row.bias, row.vocab, grad, part, s);
+  target.write(grad, s);
+}
+
+#endif  // TOKFUSE_ARCH >= 90
+
+template <class T, class G, bool kTransform>
+__global__ void __launch_bounds__(kPolicyThreads, 1)
+    policy_step_cluster_kernel(const __grid_constant__ LogitsArgs a,
+                               const __grid_constant__ TokenStatsOut out,
+                               const __grid_constant__ TokenObjective o, GradientRows grads,
+                               ClusterLayout layout) {
+#if TOKFUSE_ARCH >= 90
+  using Records = Array<Record, kMaxWarps>;
+  using Barriers = Array<Mbarrier, kMaxStages * kMaxTiles>;
+  using BlockRecords = Array<Record, 2>;
+  TOKFUSE_SHARED(records, Array<Records, 2>);
+  TOKFUSE_SHARED(block_records, BlockRecords);
+  TOKFUSE_SHARED(full, Barriers);
+  TOKFUSE_SHARED(verdict, RowVerdict);
+  TOKFUSE_DYNAMIC_SHARED(buffer);
+  const uint64_t leave = l2_policy<Keep::kFirst>();
+  const int blocks = static_cast<int>(cluster_blocks()), rank = static_cast<int>(cluster_rank());
+  const Transform f = transform_of(a);
+  const int vocab = static_cast<int>(a.vocab), whole = vocab / kItems<T>;
+  const int first = min(rank * layout.slice, whole), last = min(first + layout.slice, whole);
+  const Part part = {first, last, 0, false, rank == blocks - 1 && vocab % kItems<T> != 0};
+  const int64_t step = gridDim.x / static_cast<unsigned>(blocks);
+  const int64_t begin = blockIdx.x / static_cast<unsigned>(blocks);
+  Fetcher<T> rows = {a, buffer, full, layout, first, last - first, begin, step, 0, leave};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kMaxStages * kMaxTiles; i++) mbarrier_init(&full[i], 1);
+    mbarrier_init_fence();
+    for (int i = 0; i < layout.stages; i++) rows.next();
+  }
+  __syncthreads();
+  int use = 0;  // rows that were fetched and finished
+  for (int64_t row = begin; row < a.rows; row += step) {
+    const int64_t token = token_of(a, row);
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    G* grad = static_cast<G*>(grads.base) + row * grads.stride;
+    if (!counts(a, token)) {
+      if (threadIdx.x == 0 && rank == 0) write_masked(out, o, token);
+      write_zeros<T>(grad, vocab, part, true, leave);
+      continue;
+    }
+    const GlobalRow<T, false> source = {logits, nullptr, vocab, leave};
+    const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
+    // Before any block of the cluster may write there.
+    const float u_y = threadIdx.x == 0 ? target_logit<T, kTransform>(a, f, logits, token) : 0.0f;
+    Lane<false> lane;
+    fold_slice<T, kTransform>(f, rows, use, source, part.has_last, lane, scale.c);
+    Record r = merge_block(lane, records[use & 1], scale.c, 0.0f);
+    r = merge_cluster(r, block_records[use & 1], scale.c);
+    if (threadIdx.x == 0) verdict = finish_row(a, out, o, token, r, u_y, scale, rank == 0);
+    __syncthreads();
+    const RowVerdict v = verdict;
+    if (v.nothing) {
+      write_zeros<T>(grad, vocab, part, true, leave);
+    } else {
+      write_slice<T, G, kTransform>(f, rows, use, source, grad, part, v.slopes, leave);
+    }
+    __syncthreads();  // the slice and the verdict have been read
+    if (threadIdx.x == 0) rows.next();
+    use++;
+  }
+  cluster_sync();  // no block leaves while another may read its record
+#endif
+}
+
+}  // namespace cuda
+}  // namespace tokfuse

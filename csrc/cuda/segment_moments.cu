@@ -1,0 +1,35 @@
+#include "cuda/segment_moments.cuh"
+
+namespace tokfuse {
+namespace cuda {
+namespace {
+
+constexpr int64_t kStripsPerPart = 8;
+constexpr int kMaxParts = 64;
+
+}  // namespace
+
+// A power of two; 1 where the mean segment has few strips of kBlock rows.
+int moments_parts(int64_t rows, int64_t segments) {
+  int parts = 1;
+  if (segments == 0) return parts;
+  const int64_t strips = rows / (segments * kBlock * kStripsPerPart);
+  while (parts < strips && parts < kMaxParts) parts *= 2;
+  return parts;
+}
+
+cudaError_t segment_moments(const MomentsArgs& a, const MomentsScratch& scratch,
+                            cudaStream_t stream) {
+  if (a.segments == 0) return cudaSuccess;
+  if (scratch.parts > 1) {
+    const cudaError_t error = cudaMemsetAsync(
+        scratch.tickets, 0, static_cast<size_t>(a.segments) * sizeof(unsigned), stream);
+    if (error != cudaSuccess) return error;
+  }
+  const LaunchShape shape = {static_cast<unsigned>(a.segments * scratch.parts), kBlock};
+  return a.is_double ? launch(&segment_moments_kernel<double>, shape, stream, a, scratch)
+                     : launch(&segment_moments_kernel<float>, shape, stream, a, scratch);
+}
+
+}  // namespace cuda
+}  // namespace tokfuse

@@ -1,0 +1,114 @@
+// token_stats: five statistics of each row of logits in one read, and their gradient in one more.
+//
+// Formulas are in rows.cuh. Passes over (R, V): forward one read, backward one read and one write;
+// a row without gradient is zero-filled unread. Bytes per row at bf16: 2V and 4V. One exp per
+// element each; a second temperature costs one more, the moments two products.
+//
+// A block takes whole rows (forward) or parts of rows (backward), on a grid that is resident at
+// once. A target outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would
+// wait for the device.
+#pragma once
+
+#include "cuda/gradient.cuh"
+#include "cuda/rows.cuh"
+
+namespace tokfuse {
+namespace cuda {
+
+constexpr int kForwardThreads = 256;
+constexpr int kBackwardThreads = 256;
+
+// second_logp and the moments of p^2 from a record.
+__device__ __forceinline__ void write_extras(const TokenStatsOut& o, int64_t t, const Record& r,
+                                             const RowStats& x, float u_y, bool has_target,
+                                             float nats, float nats2) {
+  const bool dead = x.inv_sum == 0.0f;
+  if (o.second_logp != nullptr) {
+    const float d_y = has_target ? u_y - r.m : nan_float();
+    const float second = d_y * nats2 - log2f(r.s2) * kLn2;
+    o.second_logp[t] = dead ? x.logp : second;
+  }
+  if (o.p2_logp == nullptr) return;
+  const float log_s = log2f(r.s) * kLn2, inv = x.inv_sum;
+  const float p_d = r.ssd * nats * inv * inv;
+  const float p_dd = r.ssdd * (nats * inv) * (nats * inv);
+  o.p2_logp[t] = dead ? 0.0f : p_d - log_s * x.sum_sq;
+  o.p2_logp2[t] = dead ? 0.0f : p_dd - log_s * (2.0f * p_d - log_s * x.sum_sq);
+}
+
+template <class T, bool kTransform, bool kExtras>
+__global__ void __launch_bounds__(kForwardThreads, kTransform ? 2 : (kExtras ? 3 : 4))
+    token_stats_fwd_kernel(const __grid_constant__ LogitsArgs a,
+                           const __grid_constant__ TokenStatsOut out, bool aligned) {
+  using Records = Array<Record, kMaxWarps>;
+  TOKFUSE_SHARED(records, Array<Records, 2>);
+  const uint64_t policy = l2_policy<Keep::kFirst>();
+  const Transform f = transform_of(a);
+  const Scale second = scale_at(a, out.second_temperature, kTransform);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+    const int64_t token = token_of(a, row);
+    if (!counts(a, token)) {
+      if (threadIdx.x > 0) continue;
+      write_stats(out, token, RowStats());
+      if (out.second_logp != nullptr) out.second_logp[token] = 0.0f;
+      if (out.p2_logp != nullptr) out.p2_logp[token] = out.p2_logp2[token] = 0.0f;
+      continue;
+    }
+    const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    const T* bias = static_cast<const T*>(a.bias_logits);
+    if (bias != nullptr) bias += row * a.bias_stride;
+    const int vocab = static_cast<int>(a.vocab);
+    Lane<kExtras> lane;
+    if (aligned) {
+      const GlobalRow<T, true> whole = {logits, bias, vocab, policy};
+      fold_row<T, true, kTransform>(f, whole, lane, scale.c, second.c);
+    } else {
+      const GlobalRow<T, false> whole = {logits, bias, vocab, policy};
+      fold_row<T, false, kTransform>(f, whole, lane, scale.c, second.c);
+    }
+    const Record r = merge_block(lane, records[turn], scale.c, second.c);
+    turn ^= 1;
+    if (threadIdx.x > 0) continue;
+    const int64_t y = a.target[token];
+    const bool has_target = y >= 0 && y < a.vocab;
+    const float u_y = has_target ? element_of<T, kTransform>(f, logits, bias, y).x : 0.0f;
+    const RowStats stats = finish(r, u_y, has_target, scale.nats);
+    write_stats(out, token, stats);
+    if (kExtras) write_extras(out, token, r, stats, u_y, has_target, scale.nats, second.nats);
+  }
+}
+
+template <class T, class G, bool kTransform>
+__global__ void __launch_bounds__(kBackwardThreads, kTransform ? 3 : 4)
+    token_stats_bwd_kernel(const __grid_constant__ LogitsArgs a,
+                           const __grid_constant__ TokenStatsGrad g, int parts, bool together) {
+  const uint64_t policy = l2_policy<Keep::kFirst>();
+  const Transform f = transform_of(a);
+  for (int64_t item = blockIdx.x; item < a.rows * parts; item += gridDim.x) {
+    const int64_t row = item / parts, token = token_of(a, row);
+    const bool keep = counts(a, token);
+    const float ga = keep && g.grad_logp != nullptr ? g.grad_logp[token] : 0.0f;
+    const float gh = keep && g.grad_entropy != nullptr ? g.grad_entropy[token] : 0.0f;
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    const Part part = part_of_row(logits, a.vocab, static_cast<int>(item % parts), parts, together);
+    const T* bias = static_cast<const T*>(a.bias_logits);
+    if (bias != nullptr) bias += row * a.bias_stride;
+    G* grad = static_cast<G*>(g.grad_logits) + row * g.grad_stride;
+    const float inv_sum = keep ? g.inv_sum[token] : 0.0f;
+    // Clipped, zero-advantage and masked rows, and those of only -inf, are written unread.
+    if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f) {
+      write_zeros<T>(grad, static_cast<int>(a.vocab), part, together, policy);
+      continue;
+    }
+    const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
+    const Slopes s = slopes_of(scale, g.row_max[token], inv_sum, g.entropy[token], ga, gh,
+                               a.target[token], a.vocab);
+    write_gradient<T, G, kTransform, kTransform ? 1 : 2>(f, logits, bias, static_cast<int>(a.vocab),
+                                                         grad, part, s, together, policy);
+  }
+}
+
+}  // namespace cuda
+}  // namespace tokfuse

@@ -1,0 +1,475 @@
+// Races, reads and writes outside of arrays, coalescing and bank conflicts of kernels run by
+// machine.cpp.
+//
+// Kernels are compiled with -fsanitize=thread and linked without its library: the calls that the
+// compiler puts at every load and store land here. A cell per 2 bytes remembers who wrote and who
+// has read since. Whether an earlier access is over is decided exactly, by vector clocks: every
+// thread has one, and meetings of threads (barriers, __syncwarp, clusters) and mbarriers pass them
+// on; shuffles and votes do not order memory. A bulk copy is a thread of its own that knows what
+// its starter knew. Between clusters only an atomic after a fence orders.
+//
+// At the end it prints problems and, per source line, sectors per request of global accesses and
+// wavefronts of shared ones; the exit status is 67 if there was a problem.
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <set>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include "machine.h"
+
+namespace tokfuse {
+namespace host {
+namespace {
+
+constexpr uintptr_t kCell = 2;  // bytes
+constexpr int kProblems = 20;   // reported at most
+constexpr int kExitStatus = 67;
+constexpr unsigned kProxies = 64;  // bulk copies that are told apart, per cluster
+
+// Clocks of all threads of the cluster, and of its bulk copies behind them.
+using Clock = std::vector<uint32_t>;
+using Knowledge = std::shared_ptr<const Clock>;
+
+struct Access {
+  unsigned cluster = 0, thread = 0;
+  uint32_t clock = 0;
+  bool atomic = false;
+  uintptr_t pc = 0;
+};
+
+struct Cell {
+  uint64_t launch = 0;
+  bool written = false;
+  Access write;
+  std::vector<Access> reads;  // since the write, one per thread
+};
+
+struct Region {
+  size_t bytes;
+  std::vector<Cell> cells;
+};
+
+struct Request {
+  bool shared, write;
+  unsigned bytes;
+  std::map<unsigned, uintptr_t> at;  // by lane
+};
+
+struct Traffic {
+  bool shared = false, write = false;
+  unsigned bytes = 0;
+  uint64_t requests = 0, units = 0, fewest = 0;  // units: sectors, or wavefronts
+};
+
+void join(Clock* into, const Clock& other) {
+  for (size_t i = 0; i < into->size(); i++) (*into)[i] = std::max((*into)[i], other[i]);
+}
+
+class Checker : public Observer {
+ public:
+  Checker() { observer = this; }
+  ~Checker() override { report(); }
+
+  void cluster_begins() override {
+    unsigned threads = 0;
+    for (const Block& block : machine.blocks)
+      threads += static_cast<unsigned>(block.threads.size());
+    const auto nothing = std::make_shared<const Clock>(threads + kProxies, 0);
+    threads_ = threads;
+    knows_.assign(threads + kProxies, nothing);
+    clock_.assign(threads + kProxies, 1);
+    released_.clear();
+    shared_.clear();
+    next_proxy_ = 0;
+    if (machine.cluster == 0) {
+      fenced_.clear();
+      published_.clear();
+      acquired_.clear();
+    }
+  }
+
+  void cluster_ends() override {
+    for (auto& [key, request] : requests_) count(key.pc, request);
+    requests_.clear();
+    times_.clear();
+  }
+
+  void met(const std::vector<Thread*>& threads) override {
+    auto all = std::make_shared<Clock>(threads_ + kProxies, 0);
+    std::set<const Clock*> seen;
+    for (const Thread* t : threads) {
+      if (seen.insert(knows_[t->in_cluster].get()).second) {
+        join(all.get(), *knows_[t->in_cluster]);
+      }
+    }
+    for (const Thread* t : threads) {
+      (*all)[t->in_cluster] = clock_[t->in_cluster];
+    }
+    for (const Thread* t : threads) {
+      knows_[t->in_cluster] = all;
+      clock_[t->in_cluster]++;
+    }
+  }
+
+  void arrived(const Mbarrier* barrier) override { release(barrier, current->in_cluster); }
+
+  void waited(Thread* thread, const Mbarrier* barrier) override {
+    acquire(thread->in_cluster, released_[barrier]);
+  }
+
+  unsigned bulk_started(const Copy&) override {
+    const unsigned proxy = threads_ + next_proxy_++ % kProxies;
+    Clock known = *knows_[current->in_cluster];
+    known[current->in_cluster] = clock_[current->in_cluster];
+    join(&known, *knows_[proxy]);
+    knows_[proxy] = std::make_shared<const Clock>(known);
+    clock_[current->in_cluster]++;
+    return proxy;
+  }
+
+  void bulk_landed(const BulkCopy& bulk) override {
+    for (size_t i = 0; i < bulk.copy.bytes; i += 16) {
+      const uintptr_t from = reinterpret_cast<uintptr_t>(bulk.copy.from) + i;
+      const uintptr_t to = reinterpret_cast<uintptr_t>(bulk.copy.to) + i;
+      touch(from, 16, false, access_of(bulk.proxy, false, 0));
+      touch(to, 16, true, access_of(bulk.proxy, false, 0));
+    }
+    release(bulk.barrier, bulk.proxy);
+  }
+
+  void copied(const Copy& copy) override {
+    const Access me = access_of(current->in_cluster, false, 0);
+    touch(reinterpret_cast<uintptr_t>(copy.from), static_cast<unsigned>(copy.bytes), false, me);
+    touch(reinterpret_cast<uintptr_t>(copy.to), static_cast<unsigned>(copy.bytes), true, me);
+  }
+
+  void atomic(void* at, size_t bytes, const void* caller) override {
+    if (current == nullptr) return;
+    const Access me = access_of(current->in_cluster, true, reinterpret_cast<uintptr_t>(caller));
+    touch(reinterpret_cast<uintptr_t>(at), static_cast<unsigned>(bytes), true, me);
+    std::set<unsigned>& published = published_[at];
+    std::set<unsigned>& acquired = acquired_[machine.cluster];
+    acquired.insert(published.begin(), published.end());
+    if (fenced_.count(machine.cluster) == 0) return;
+    published.insert(machine.cluster);
+    published.insert(acquired.begin(), acquired.end());
+  }
+
+  void fence() override { fenced_.insert(machine.cluster); }
+
+  void allocated(void* at, size_t bytes) override {
+    regions_[reinterpret_cast<uintptr_t>(at)] = {
+        bytes, std::vector<Cell>((bytes + 2 * kGuard) / kCell + 1)};
+  }
+
+  void freed(void* at) override { regions_.erase(reinterpret_cast<uintptr_t>(at)); }
+
+  // A load or store of a kernel.
+  void access(uintptr_t at, unsigned bytes, bool write, uintptr_t pc) {
+    if (current == nullptr || inside_) return;
+    const uintptr_t stack = reinterpret_cast<uintptr_t>(current->stack);
+    if (at >= stack && at < stack + (1u << 20)) return;
+    inside_ = true;
+    const Place place = touch(at, bytes, write, access_of(current->in_cluster, false, pc));
+    if (place != Place::kElsewhere) {
+      const unsigned warp = current->in_cluster / 32;
+      const unsigned time = times_[{pc, current->in_cluster}]++;
+      Request& request = requests_[{pc, warp, time}];
+      request.shared = place == Place::kShared;
+      request.write = write;
+      request.bytes = bytes;
+      request.at[current->lane] = at;
+    }
+    inside_ = false;
+  }
+
+ private:
+  enum class Place { kElsewhere, kGlobal, kShared };
+
+  struct Key {
+    uintptr_t pc;
+    unsigned warp, time;
+    bool operator<(const Key& o) const {
+      return std::tie(pc, warp, time) < std::tie(o.pc, o.warp, o.time);
+    }
+  };
+
+  Access access_of(unsigned thread, bool atomic, uintptr_t pc) const {
+    return {machine.cluster, thread, clock_[thread], atomic, pc};
+  }
+
+  void release(const Mbarrier* barrier, unsigned thread) {
+    Clock& known = released_[barrier];
+    if (known.empty()) known.assign(threads_ + kProxies, 0);
+    join(&known, *knows_[thread]);
+    known[thread] = clock_[thread]++;
+  }
+
+  void acquire(unsigned thread, const Clock& known) {
+    if (known.empty()) return;
+    Clock joined = *knows_[thread];
+    join(&joined, known);
+    knows_[thread] = std::make_shared<const Clock>(joined);
+  }
+
+  bool over(const Access& before, const Access& now) {
+    if (before.cluster != now.cluster) return acquired_[now.cluster].count(before.cluster) > 0;
+    return before.thread == now.thread || before.clock <= (*knows_[now.thread])[before.thread];
+  }
+
+  // Checks and remembers one access; where it was.
+  Place touch(uintptr_t at, unsigned bytes, bool write, const Access& now) {
+    Place place = Place::kElsewhere;
+    if (Region* region = region_of(at)) {
+      place = Place::kGlobal;
+      const uintptr_t base = region_base_;
+      if (at < base || at + bytes > base + region->bytes) outside(at, bytes, write, now, "device");
+      for (uintptr_t cell = (at - base + kGuard) / kCell;
+           cell <= (at + bytes - 1 - base + kGuard) / kCell && cell < region->cells.size();
+           cell++) {
+        check(&region->cells[cell], write, now, at, "device memory");
+      }
+    } else if (const Block* block = shared_of(at, bytes, write, now)) {
+      // What lies in another block's shared memory comes over the cluster's network, not by banks.
+      const bool mine = current != nullptr && block == current->block;
+      place = mine ? Place::kShared : Place::kElsewhere;
+      for (uintptr_t cell = at / kCell; cell <= (at + bytes - 1) / kCell; cell++) {
+        check(&shared_[cell], write, now, at, "shared memory");
+      }
+    }
+    return place;
+  }
+
+  Region* region_of(uintptr_t at) {
+    auto next = regions_.upper_bound(at + kGuard);
+    if (next == regions_.begin()) return nullptr;
+    --next;
+    region_base_ = next->first;
+    return at < next->first + next->second.bytes + kGuard ? &next->second : nullptr;
+  }
+
+  const Block* shared_of(uintptr_t at, unsigned bytes, bool write, const Access& now) {
+    for (const Block& block : machine.blocks) {
+      const uintptr_t statics = reinterpret_cast<uintptr_t>(block.statics);
+      const uintptr_t dynamic = reinterpret_cast<uintptr_t>(block.dynamic);
+      if (at >= statics && at < statics + kStaticShared) {
+        for (const SharedObject& o : machine.objects) {
+          if (at >= statics + o.offset && at + bytes <= statics + o.offset + o.bytes) {
+            return &block;
+          }
+        }
+        outside(at, bytes, write, now, "static shared");
+        return &block;
+      }
+      if (dynamic != 0 && at >= dynamic && at < dynamic + machine.shape.shared + kGuard) {
+        if (at + bytes > dynamic + machine.shape.shared) {
+          outside(at, bytes, write, now, "dynamic shared");
+        }
+        return &block;
+      }
+    }
+    return nullptr;
+  }
+
+  void check(Cell* cell, bool write, const Access& now, uintptr_t at, const char* where) {
+    if (cell->launch != machine.launch) {
+      *cell = Cell();
+      cell->launch = machine.launch;
+    }
+    if (cell->written && !(cell->write.atomic && now.atomic) && !over(cell->write, now)) {
+      race(write ? "two writes" : "a read of a write", cell->write, now, at, where);
+    }
+    if (!write) {
+      for (Access& read : cell->reads) {
+        if (read.cluster == now.cluster && read.thread == now.thread) {
+          read = now;
+          return;
+        }
+      }
+      cell->reads.push_back(now);
+      return;
+    }
+    for (const Access& read : cell->reads) {
+      if (!over(read, now)) race("a write over a read", read, now, at, where);
+    }
+    cell->reads.clear();
+    cell->write = now;
+    cell->written = true;
+  }
+
+  void race(const char* what, const Access& a, const Access& b, uintptr_t at, const char* where) {
+    if (!reported_.insert({a.pc, b.pc}).second || problems_++ >= kProblems) return;
+    fprintf(stderr, "cuda_host: race in %s at %#lx: %s that nothing orders\n", where,
+            static_cast<unsigned long>(at), what);
+    for (const Access* access : {&a, &b}) {
+      const char* who = access->thread >= threads_ ? "bulk copy" : "thread";
+      fprintf(stderr, "  cluster %u %s %u  %s\n", access->cluster, who, access->thread,
+              line_of(access->pc).c_str());
+    }
+  }
+
+  void outside(uintptr_t at, unsigned bytes, bool write, const Access& now, const char* where) {
+    if (!reported_.insert({now.pc, 1}).second || problems_++ >= kProblems) return;
+    fprintf(stderr, "cuda_host: out of bounds: %u bytes %s outside of a %s array at %#lx\n", bytes,
+            write ? "written" : "read", where, static_cast<unsigned long>(at));
+    fprintf(stderr, "  cluster %u thread %u  %s\n", now.cluster, now.thread,
+            line_of(now.pc).c_str());
+  }
+
+  std::string line_of(uintptr_t pc) {
+    if (pc == 0) return "an asynchronous copy";
+    Dl_info info;
+    const uintptr_t base = dladdr(reinterpret_cast<void*>(pc), &info) != 0
+                               ? reinterpret_cast<uintptr_t>(info.dli_fbase)
+                               : 0;
+    char command[256], line[512];
+    snprintf(command, sizeof(command), "addr2line -Cipe /proc/%d/exe %#lx 2>/dev/null",
+             static_cast<int>(getpid()), static_cast<unsigned long>(pc - 1 - base));
+    std::string found;
+    if (FILE* pipe = popen(command, "r")) {
+      // The innermost place of the inlined ones that is not this machinery's.
+      while (fgets(line, sizeof(line), pipe) != nullptr) {
+        const bool ours =
+            strstr(line, "device_host.h") == nullptr && strstr(line, "cuda_host.h") == nullptr;
+        if (found.empty() && ours) found = place_in(line);
+      }
+      pclose(pipe);
+    }
+    return found;
+  }
+
+  // "file.cuh:12" of a line of addr2line.
+  static std::string place_in(const std::string& line) {
+    const size_t end = line.find_first_of(" \n", line.rfind('/'));
+    const size_t begin = line.rfind('/', end);
+    return line.substr(begin == std::string::npos ? 0 : begin + 1, end - begin - 1);
+  }
+
+  // Sectors of 32 bytes, or wavefronts of 32 banks: what a request took, and the fewest.
+  void count(uintptr_t pc, const Request& r) {
+    Traffic& t = traffic_[pc];
+    t.shared = r.shared;
+    t.write = r.write;
+    t.bytes = r.bytes;
+    t.requests++;
+    if (!r.shared) {
+      std::set<uintptr_t> sectors, cells;
+      for (const auto& [lane, at] : r.at) {
+        for (uintptr_t b = at; b < at + r.bytes; b += kCell) {
+          sectors.insert(b / 32);
+          cells.insert(b / kCell);
+        }
+      }
+      t.units += sectors.size();
+      t.fewest += (cells.size() * kCell + 31) / 32;
+      return;
+    }
+    // Lanes go in groups whose words fill the 32 banks once.
+    const unsigned words = std::max(1u, r.bytes / 4), group = 32 / words;
+    for (unsigned first = 0; first < 32; first += group) {
+      std::map<uintptr_t, std::set<uintptr_t>> banks;
+      for (auto it = r.at.lower_bound(first); it != r.at.end() && it->first < first + group; ++it) {
+        for (unsigned w = 0; w < words; w++) {
+          const uintptr_t word = it->second / 4 + w;
+          banks[word % 32].insert(word);
+        }
+      }
+      size_t most = 0;
+      for (const auto& [bank, distinct] : banks) most = std::max(most, distinct.size());
+      t.units += most;
+      t.fewest += most > 0;
+    }
+  }
+
+  void report() {
+    inside_ = true;
+    fprintf(stderr, "cuda_host: %d problems\n", problems_);
+    std::map<std::string, Traffic> lines;
+    for (const auto& [pc, t] : traffic_) {
+      char key[64];
+      snprintf(key, sizeof(key), "%s %s %2u bytes ", t.shared ? "shared" : "device",
+               t.write ? "store" : "load", t.bytes);
+      Traffic& sum = lines[key + line_of(pc)];
+      sum.requests += t.requests;
+      sum.units += t.units;
+      sum.fewest += t.fewest;
+    }
+    for (const auto& [line, t] : lines) {
+      fprintf(stderr, "  %-52s %8lu requests, %.2f of the fewest %s\n", line.c_str(),
+              static_cast<unsigned long>(t.requests),
+              static_cast<double>(t.units) / static_cast<double>(t.fewest),
+              line[0] == 's' ? "wavefronts" : "sectors");
+    }
+    if (problems_ > 0) _exit(kExitStatus);
+  }
+
+  unsigned threads_ = 0, next_proxy_ = 0;
+  std::vector<Knowledge> knows_;
+  std::vector<uint32_t> clock_;
+  std::unordered_map<const Mbarrier*, Clock> released_;
+  std::map<uintptr_t, Region> regions_;
+  uintptr_t region_base_ = 0;
+  std::unordered_map<uintptr_t, Cell> shared_;
+  std::set<unsigned> fenced_;
+  std::map<void*, std::set<unsigned>> published_;
+  std::map<unsigned, std::set<unsigned>> acquired_;
+  std::map<Key, Request> requests_;
+  std::map<std::pair<uintptr_t, unsigned>, unsigned> times_;
+  std::map<uintptr_t, Traffic> traffic_;
+  std::set<std::pair<uintptr_t, uintptr_t>> reported_;
+  int problems_ = 0;
+  bool inside_ = false;
+};
+
+Checker checker;
+
+}  // namespace
+}  // namespace host
+}  // namespace tokfuse
+
+// ------------------------------------------------------------------------- what the compiler calls
+
+using tokfuse::host::checker;
+
+#define CALLER reinterpret_cast<uintptr_t>(__builtin_return_address(0))
+#define ACCESS(name, bytes, write) \
+  void name(void* at) { checker.access(reinterpret_cast<uintptr_t>(at), bytes, write, CALLER); }
+#define ACCESSES(bytes)                              \
+  ACCESS(__tsan_read##bytes, bytes, false)           \
+  ACCESS(__tsan_write##bytes, bytes, true)           \
+  ACCESS(__tsan_unaligned_read##bytes, bytes, false) \
+  ACCESS(__tsan_unaligned_write##bytes, bytes, true)
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+
+void __tsan_read_range(void* at, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 4) {
+    checker.access(reinterpret_cast<uintptr_t>(at) + i,
+                   static_cast<unsigned>(bytes - i < 4 ? bytes - i : 4), false, CALLER);
+  }
+}
+
+void __tsan_write_range(void* at, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 4) {
+    checker.access(reinterpret_cast<uintptr_t>(at) + i,
+                   static_cast<unsigned>(bytes - i < 4 ? bytes - i : 4), true, CALLER);
+  }
+}
+}

@@ -1,0 +1,115 @@
+// What machine.cpp and checker.cpp share: the threads that are alive, and what happens to them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/device.cuh"
+
+namespace tokfuse {
+namespace host {
+
+enum class State { kReady, kAtBlock, kAtWarp, kAtCluster, kAtMbarrier, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, zeros;
+};
+
+struct Block;
+
+struct Thread {
+  Place place;
+  Block* block = nullptr;
+  unsigned in_block = 0, in_cluster = 0, lane = 0;
+  State state = State::kReady;
+  const char* waits_at = "";
+  void* stack_pointer = nullptr;
+  unsigned char* stack = nullptr;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+  // a meeting of a warp
+  unsigned mask = 0;
+  const char* meeting = nullptr;
+  uint64_t given = 0, received[32];
+  unsigned present = 0;
+  // an mbarrier
+  Mbarrier* barrier = nullptr;
+  unsigned parity = 0;
+  // cp.async: copies not yet waited for, and how many of them each committed group ends at
+  std::vector<Copy> copies;
+  std::vector<size_t> groups;
+};
+
+struct SharedObject {
+  const void* tag;
+  size_t offset, bytes;
+  const char* name;
+};
+
+constexpr size_t kStaticShared = 48 * 1024;
+// A block has at most 227 KiB of both kinds.
+constexpr size_t kShared = 227 * 1024;
+
+struct Block {
+  unsigned rank = 0;
+  std::vector<Thread> threads;
+  unsigned alive = 0, waiting = 0;
+  int all = 1, any = 0, count = 0;                 // of the vote under way
+  int last_all = 1, last_any = 0, last_count = 0;  // of the last one
+  unsigned char* statics = nullptr;
+  unsigned char* dynamic = nullptr;
+};
+
+struct BulkCopy {
+  Copy copy;
+  Mbarrier* barrier;
+  unsigned proxy;  // the checker's name for who writes
+};
+
+// The clusters of one launch run in one Machine, one after the other.
+struct Machine {
+  Shape shape;
+  std::string kernel;
+  uint64_t launch = 0;
+  unsigned cluster = 0;  // index of the running one
+  std::vector<Block> blocks;
+  std::vector<SharedObject> objects;
+  size_t static_bytes = 0;
+  std::vector<BulkCopy> bulk;
+  unsigned cluster_waiting = 0;
+};
+
+extern Machine machine;
+// The running thread; null outside of kernels.
+extern Thread* current;
+
+// Told of everything that orders or touches memory; null in a build without the checker.
+class Observer {
+ public:
+  virtual ~Observer() = default;
+  virtual void cluster_begins() = 0;
+  virtual void cluster_ends() = 0;
+  // These threads have met: what each did before is known to all.
+  virtual void met(const std::vector<Thread*>& threads) = 0;
+  virtual void arrived(const Mbarrier* barrier) = 0;
+  virtual void waited(Thread* thread, const Mbarrier* barrier) = 0;
+  // A bulk copy was started; the result is its `proxy`.
+  virtual unsigned bulk_started(const Copy& copy) = 0;
+  virtual void bulk_landed(const BulkCopy& copy) = 0;
+  virtual void copied(const Copy& copy) = 0;
+  virtual void atomic(void* at, size_t bytes, const void* caller) = 0;
+  virtual void fence() = 0;
+  virtual void allocated(void* at, size_t bytes) = 0;
+  virtual void freed(void* at) = 0;
+};
+extern Observer* observer;
+
+// Guard bytes on both sides of what cudaMalloc gives.
+constexpr size_t kGuard = 256;
+
+}  // namespace host
+}  // namespace tokfuse

@@ -1,0 +1,107 @@
+"""Builds CUDA kernels for the CPU: csrc/cuda against tests/cuda_host, by g++ and nothing else.
+
+Objects lie in build/cuda_host, one per source and set of flags, and are made again when a file of
+csrc or tests/cuda_host changes.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = ROOT / "tests" / "cuda_host"
+CUDA = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda_host"
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = (
+    "-std=c++17", "-fPIC", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+    "-DTOKFUSE_CUDA_HOST", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
+)  # fmt: skip
+OPTIMIZED = ("-O2",)
+SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
+             "-fno-sanitize-recover=undefined")  # fmt: skip
+# Instrumented as for ThreadSanitizer, whose calls checker.cpp answers; never linked with it.
+CHECKED = ("-O1", "-fsanitize=thread", "-Wno-tsan")
+KINDS = {OPTIMIZED: "fast", SANITIZED: "sanitized", CHECKED: "checked"}
+
+needs_host = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which(COMPILER) is None,
+    reason=f"kernels run on the CPU of an x86-64 with {COMPILER}",
+)
+
+
+@functools.cache
+def _sources() -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *HOST.iterdir()]):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+
+
+def _made(name: str, command: Sequence[str]) -> Path:
+    """What `command` writes to its last argument, unless it is there already."""
+    key = hashlib.sha256(_sources() + "\0".join(command).encode()).hexdigest()[:16]
+    target = BUILD / f"{name}-{key}"
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        for old in BUILD.glob(f"{name}-*"):
+            if _days_old(old) > 1:  # another run of the tests may use what is younger
+                old.unlink(missing_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        _run([*command, str(part)])
+        part.replace(target)
+    return target
+
+
+def _days_old(path: Path) -> float:
+    return (time.time() - path.stat().st_mtime) / 86400
+
+
+def compiled(source: Path, flags: tuple[str, ...]) -> Path:
+    """The object of one source."""
+    kind = KINDS[flags]
+    language = ["-x", "c++"] if source.suffix == ".cu" else []
+    command = [COMPILER, *FLAGS, *flags, *language, "-c", str(source), "-o"]
+    return _made(f"{source.stem}-{kind}.o", command)
+
+
+def program(name: str, sources: Sequence[Path], flags: tuple[str, ...]) -> Path:
+    """An executable of kernels and a main, with the machine; with the checker for CHECKED."""
+    objects = [compiled(source, flags) for source in sources]
+    objects += [compiled(HOST / "machine.cpp", OPTIMIZED if flags is CHECKED else flags)]
+    link = [] if flags is CHECKED else [f for f in flags if f.startswith("-fsanitize")]
+    if flags is CHECKED:
+        objects += [compiled(HOST / "checker.cpp", OPTIMIZED)]
+    return _made(name, [COMPILER, *map(str, objects), *link, "-ldl", "-o"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a program said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run(path: Path, *arguments: str, **variables: str) -> Run:
+    """Run a program of `program`."""
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **variables}
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, env=env)
+    return Run(done.returncode, done.stdout, done.stderr)

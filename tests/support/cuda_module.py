@@ -1,0 +1,45 @@
+"""Builds `_cuda_host`: the launchers and bindings of the CUDA backend, on the CPU.
+
+    python tests/support/cuda_module.py     builds it and prints the file
+
+A process with TOKFUSE_CUDA_HOST set to that file runs the backend "cuda" on CPU tensors, where it
+is forced.
+"""
+
+import functools
+import os
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from cuda_host import COMPILER, CUDA, FLAGS, HOST, OPTIMIZED, ROOT, _made, compiled
+
+BINDINGS = ROOT / "csrc" / "bindings"
+
+
+def _binding(source: Path) -> Path:
+    """The object of a file that includes pybind11, whose headers take no -Wextra -Werror."""
+    flags = [f for f in FLAGS if f not in ("-Werror", "-Wextra")]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    command = [COMPILER, *flags, "-O1", "-fvisibility=hidden", *includes, "-c", str(source), "-o"]
+    return _made(f"{source.stem}-binding.o", command)
+
+
+@functools.cache
+def build(jobs: int = 1) -> Path:
+    """The module's file; made again when a source changed."""
+    bindings = [*sorted(BINDINGS.glob("bind_cuda*.cpp")), BINDINGS / "objective_params.cpp"]
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = [
+            *pool.map(
+                lambda path: compiled(path, OPTIMIZED),
+                [*sorted(CUDA.glob("*.cu")), HOST / "machine.cpp"],
+            ),
+            *pool.map(_binding, [*bindings, HOST / "module.cpp"]),
+        ]
+    return _made("_cuda_host.so", [COMPILER, "-shared", *map(str, objects), "-o"])
+
+
+if __name__ == "__main__":
+    print(build(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)))

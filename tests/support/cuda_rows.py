@@ -1,0 +1,64 @@
+"""The launchers of the CUDA row kernels, with the defaults of the ops; outputs begin as NaN.
+
+For tests of what the ops do not ask for: arrays in odd places, rows of some tokens, 16-bit
+gradients of float32 rows. Only in a process with TOKFUSE_CUDA_HOST.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokfuse.runtime import cuda_policy, cuda_rows
+from tokfuse.runtime.objective import Objective
+
+PLAIN: dict[str, Any] = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
+
+
+def token_stats_fwd(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """logp, entropy, lse, sum_sq, top1, row_max, inv_sum and the extras that were asked for."""
+    return cuda_rows.token_stats_fwd(logits, target, **{"mask": None, **PLAIN, **options})
+
+
+def token_stats_bwd(
+    logits: Tensor,
+    target: Tensor,
+    stats: tuple[Tensor, ...],
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    out: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The gradient, from what token_stats_fwd returned; `out` may be the logits."""
+    grad = torch.full(logits.shape, float("nan"), dtype=logits.dtype) if out is None else out
+    return cuda_rows.token_stats_bwd(
+        logits, target, stats[5], stats[6], stats[1], grad_logp, grad_entropy, grad,
+        **{"mask": None, **PLAIN, **options},
+    )  # fmt: skip
+
+
+def policy_step(
+    logits: Tensor,
+    target: Tensor,
+    objective: Objective,
+    inputs: dict[str, Tensor],
+    scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    index: Tensor | None = None,
+    **options: Any,
+) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
+    """(statistics, results by name, gradient)."""
+    nan = torch.full((len(target),), float("nan"))
+    stats = [nan.clone() for _ in range(5)]
+    flags = torch.full((len(target),), -1, dtype=torch.int32)
+    results = cuda_policy.TokenResults(*(nan.clone() for _ in range(4)), flags)
+    grad = torch.full(logits.shape, float("nan"), dtype=logits.dtype) if out is None else out
+    names = (name for name in cuda_policy.TokenPointers._fields if name != "mask")
+    pointers = cuda_policy.TokenPointers(mask=mask, **{name: inputs.get(name) for name in names})
+    given = cuda_policy.CudaInputs(pointers, objective.record, scale, None)
+    cuda_policy.policy_step_rows(
+        logits, grad, index, target, given, stats, results, **{**PLAIN, **options}
+    )
+    return stats, results._asdict(), grad

@@ -1,0 +1,39 @@
+"""The CUDA kernels over packed vectors under the checkers of tests/cuda_host.
+
+No race, no access outside of an array, no undefined behaviour, and the same bits whatever the order
+of threads and the number of blocks. Their values are tested by the tests of each op (`cuda_host`).
+"""
+
+import pytest
+from cuda_host import CHECKED, CUDA, HOST, OPTIMIZED, SANITIZED, Run, needs_host, program, run
+
+pytestmark = needs_host
+OPS = ("gae", "vtrace", "whiten", "ope", "segment_moments", "group_advantage",
+       "offpolicy_weights", "policy_loss", "influence")  # fmt: skip
+
+
+def packed(flags: tuple[str, ...], **variables: str) -> Run:
+    kernels = [CUDA / f"{op}.cu" for op in OPS]
+    return run(program("packed", [*kernels, HOST / "packed_main.cpp"], flags), **variables)
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_no_race_and_no_access_outside_of_an_array(arch: str):
+    done = packed(CHECKED, TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_SEED="11")
+    assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_address_and_undefined_behaviour_sanitizers(arch: str):
+    done = packed(SANITIZED, TOKFUSE_HOST_ARCH=arch)
+    assert done.status == 0, done.err
+
+
+def test_the_same_bits_in_every_order_of_threads_and_by_any_number_of_blocks():
+    plain = packed(OPTIMIZED)
+    assert plain.status == 0 and plain.out.count("cudaSuccess") > 20
+    for seed in ("1", "2"):
+        assert packed(OPTIMIZED, TOKFUSE_HOST_SEED=seed).out == plain.out
+    for processors in ("1", "4"):
+        assert packed(OPTIMIZED, TOKFUSE_HOST_PROCESSORS=processors).out == plain.out
+    assert packed(OPTIMIZED, TOKFUSE_HOST_ARCH="80").out == plain.out
