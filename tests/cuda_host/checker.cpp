@@ -2,7 +2,7 @@
 // machine.cpp.
 //
 // Kernels are compiled with -fsanitize=thread and linked without its library: the calls that the
-// compiler puts at every load and store land here. A cell per 2 bytes remembers who wrote and who
+// compiler puts at every load and store land here. A cell per byte remembers who wrote and who
 // has read since. Whether an earlier access is over is decided exactly, by vector clocks: every
 // thread has one, and meetings of threads (barriers, __syncwarp, clusters) and mbarriers pass them
 // on; shuffles and votes do not order memory. A bulk copy is a thread of its own that knows what
@@ -28,7 +28,7 @@ namespace tokfuse {
 namespace host {
 namespace {
 
-constexpr uintptr_t kCell = 2;  // bytes
+constexpr uintptr_t kCell = 1;  // bytes; neighbours of a byte array are different places
 constexpr int kProblems = 20;   // reported at most
 constexpr int kExitStatus = 67;
 constexpr unsigned kProxies = 64;  // bulk copies that are told apart, per cluster
