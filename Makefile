@@ -28,7 +28,7 @@ CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
 	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
 
 .PHONY: help demo test test-slow test-triton test-cuda test-gpu bench-gpu test-packaging \
-	test-sanitize lint format bench peers doctor clean
+	test-sanitize test-verl lint format docs bench bench-release peers doctor clean
 
 help:
 	@echo "make demo            train a small model with a fused policy loss (installs what it needs)"
@@ -38,9 +38,12 @@ help:
 	@echo "make test-cuda       the CUDA kernels, run on the CPU and read from the native module"
 	@echo "make bench-gpu       the benchmarks on a GPU, once per backend"
 	@echo "make test-packaging  every way to install, in clean environments"
+	@echo "make test-verl       the plug-in beside verl's own losses, in .venv-verl"
 	@echo "make test-sanitize   the native module under ASan and UBSan"
 	@echo "make lint | format   ruff, clang-format, mypy"
+	@echo "make docs            the documentation site, strictly, into build/site"
 	@echo "make bench           the benchmark suite  make doctor         what is built and usable here"
+	@echo "make bench-release   the committed rows and the README's numbers, on a quiet machine"
 	@echo "make peers           other libraries beside ours (PEERS=verl: those that need verl's packages)"
 	@echo "make clean           remove what was built (keeps $(VENV))"
 
@@ -55,7 +58,7 @@ test: lint
 	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host and not slow" $(ARGS)
 
 test-slow:
-	@$(STRICT) $(BOOTSTRAP) test demo
+	@$(STRICT) $(BOOTSTRAP) test demo hosts
 	@$(PYTEST) -m "slow" $(ARGS)
 
 test-triton:
@@ -129,21 +132,45 @@ format:
 	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs --no-run-if-empty $(BIN)/clang-format -i
 
+# A broken link, reference or docstring section is an error. The generator reads the sources through
+# the links of tools/typing_tree.py.
+docs:
+	@$(BOOTSTRAP) --no-native docs
+	@$(BIN)/python tools/typing_tree.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
 bench:
 	@$(BOOTSTRAP) test bench
 	@$(BIN)/python -m tokfuse bench $(or $(ARGS),all --quick)
 
+# The rows of bench/results and what is made of them. ARGS="--quick --out build/trial" tries the
+# commands; a trial keeps the README as it is.
+bench-release:
+	@$(BOOTSTRAP) test bench
+	@$(MAKE) --no-print-directory peers ARGS=--list >/dev/null
+	@$(MAKE) --no-print-directory peers PEERS=verl ARGS=--list >/dev/null
+	@$(BIN)/python tools/bench_release.py $(ARGS)
+	@$(if $(ARGS),,$(BIN)/python -m tokfuse report bench/results/*.jsonl -o build/report.html --readme README.md)
+
 # Other libraries bring stacks of their own, so each list has an environment of its own.
 PEERS ?= peers
-PEERS_VENV := .venv-$(PEERS)
-PEERS_LIST := bench/peers$(if $(filter verl,$(PEERS)),-verl).txt
-PEERS_PYTHON := $(abspath $(PEERS_VENV))/bin/python
-peers:
-	@$(if $(filter peers verl,$(PEERS)),,$(error PEERS must be peers or verl; got $(PEERS)))true
-	@test -x $(PEERS_PYTHON) || $(PYTHON) -m venv $(PEERS_VENV)
+PEERS_PYTHON = $(abspath .venv-$(PEERS))/bin/python
+PEERS_LIST = bench/peers$(if $(filter verl,$(PEERS)),-verl).txt
+define PEERS_SETUP
+$(if $(filter peers verl,$(PEERS)),,$(error PEERS must be peers or verl; got $(PEERS)))true
+	@test -x $(PEERS_PYTHON) || $(PYTHON) -m venv .venv-$(PEERS)
 	@$(PYTHON) tools/no_cuda.py $(PEERS_PYTHON) -r $(PEERS_LIST)
 	@$(PEERS_PYTHON) -m pip install --quiet -r $(PEERS_LIST)
 	@$(STRICT) $(PEERS_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+endef
+test-verl: PEERS := verl
+test-verl:
+	@$(PEERS_SETUP)
+	@$(abspath .venv-verl)/bin/pytest -p no:cacheprovider tests/verl $(ARGS)
+
+peers:
+	@$(PEERS_SETUP)
 	@$(PEERS_PYTHON) -m tokfuse bench $(or $(ARGS),policy_step_hidden --peers all)
 
 doctor:

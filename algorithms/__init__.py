@@ -7,7 +7,10 @@
 `python -m tokfuse algorithms` lists the methods, `docs/paper_index.md` what each claims.
 """
 
+from tokfuse.algorithms import causal as causal
 from tokfuse.algorithms import critic as critic
+from tokfuse.algorithms import curation as curation
+from tokfuse.algorithms import reward as reward
 from tokfuse.algorithms import table as _table  # noqa: F401  (fills the registry, as the next do)
 from tokfuse.algorithms.a2pr import A2PR as A2PR
 from tokfuse.algorithms.adora import ADORA as ADORA
@@ -31,6 +34,14 @@ from tokfuse.algorithms.lopti import LOPTI as LOPTI
 from tokfuse.algorithms.mirror_descent import MirrorDescent as MirrorDescent
 from tokfuse.algorithms.nft import NFT as NFT
 from tokfuse.algorithms.pipo import PIPO as PIPO
+from tokfuse.algorithms.preference import NLL as NLL
+from tokfuse.algorithms.preference import PairLoss as PairLoss
+from tokfuse.algorithms.preference import PreferenceBatch as PreferenceBatch
+from tokfuse.algorithms.preference import PreferenceLoss as PreferenceLoss
+from tokfuse.algorithms.preference import PreferenceStep as PreferenceStep
+from tokfuse.algorithms.preference import kto_kl as kto_kl
+from tokfuse.algorithms.preference import mismatched as mismatched
+from tokfuse.algorithms.preference import preference_step as preference_step
 from tokfuse.algorithms.r2vpo import R2VPO as R2VPO
 from tokfuse.algorithms.registry import make as make
 from tokfuse.algorithms.registry import names

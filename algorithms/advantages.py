@@ -84,7 +84,26 @@ def _per_group(
     if name == "remax":
         kind["greedy_reward"] = batch.greedy_reward
     groups = None if name in ("remax", "reinforce") else batch.group_ids
+    if options.get("scale") == "batch_std" and batch.world.gather is not None:
+        return Advantage(_over_ranks(name, batch, reward, kind, options), "sequence")
     return Advantage(group_advantage(reward, groups, name, **kind, **options), "sequence")
+
+
+def _over_ranks(
+    name: str, batch: Batch, reward: torch.Tensor, kind: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """A deviation of the whole batch needs the rewards of all ranks; groups stay the ranks' own."""
+    grouped = name not in ("remax", "reinforce")
+    ids = torch.zeros_like(reward, dtype=torch.int64)
+    if grouped and batch.group_ids is not None:
+        ids = groups_of(batch.group_ids).member + (batch.world.rank << 32)
+
+    def run(r: torch.Tensor, g: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(kind, extra, strict=True))
+        return group_advantage(r, g if grouped else None, name, **given, **options)  # type: ignore[arg-type]
+
+    return batch.world.together(run, reward, ids, *kind.values())
 
 
 def token_rewards(batch: Batch, reward: torch.Tensor, reward_kl: float | None) -> torch.Tensor:

@@ -27,12 +27,11 @@ import torch
 
 from tokfuse.algorithms.advantages import Advantage
 from tokfuse.algorithms.batch import Batch
+from tokfuse.algorithms.stateful import State as State
+from tokfuse.algorithms.stateful import Stateful
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.objective import Objective, Quadratic
 from tokfuse.runtime.ops.policy_loss import PolicyLoss, policy_loss
-
-State = dict[str, Any]
-"""Numbers, strings, lists, dicts and tensors: `torch.save` and JSON-like stores keep it exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,22 +127,13 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Algorithm(ABC):
-    """A method of the literature: its fields are its configuration, its methods are pure.
-
-    `name` is its name in the registry, for messages and checkpoints.
-    """
-
-    name: str = ""
+class Algorithm(Stateful, ABC):
+    """A method that trains a policy: its fields are its configuration, its methods are pure."""
 
     @property
     def needs_policy(self) -> bool:
         """True where `objective` reads batch.logp or batch.entropy of the current policy."""
         return False
-
-    def initial_state(self) -> State:
-        """The state before the first batch."""
-        return {}
 
     @abstractmethod
     def advantages(self, batch: Batch) -> Advantage:
@@ -187,23 +177,6 @@ class Algorithm(ABC):
 
     def advance(self, state: State, batch: Batch) -> State:
         """The state after a rollout batch, prepared, has been used up."""
-        return state
-
-    def state_dict(self, state: State) -> State:
-        """A checkpoint: the state, and whose it is."""
-        return {"algorithm": self.name, "config": repr(self), "state": state}
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> State:
-        """The state of a checkpoint; refuses that of another method or configuration."""
-        for key, own in (("algorithm", self.name), ("config", repr(self))):
-            if saved[key] != own:
-                raise refuse(f"algorithms.{self.name}", f"the {key} of the checkpoint", own,
-                             saved[key], "Make the algorithm that was saved.")  # fmt: skip
-        state: State = saved["state"]
-        if state.keys() != self.initial_state().keys():
-            raise refuse(f"algorithms.{self.name}", "the saved state",
-                         f"of {sorted(self.initial_state())}", sorted(state),
-                         "Load what state_dict returned.")  # fmt: skip
         return state
 
 

@@ -5,10 +5,11 @@ T tokens, S sequences; sequence i owns tokens cu_seqlens[i] : cu_seqlens[i + 1].
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokfuse.runtime import collectives
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.packed_checks import (
     BOOL,
@@ -20,6 +21,9 @@ from tokfuse.runtime.packed_checks import (
     check_vector,
 )
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "Batch"
 
@@ -33,12 +37,22 @@ class World:
 
     Args:
         gather: takes a tensor of the same shape on every rank, returns (ranks, ...), in rank order.
-            With torch.distributed: `all_gather_into_tensor`. None: one rank.
+            With torch.distributed: `World.of_group()`. None: one rank.
         rank: place of this process in that order.
+
+    The responses to one prompt lie on one rank: statistics of groups are local, those of the batch
+    are not.
     """
 
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None
     rank: int = 0
+
+    @classmethod
+    def of_group(cls, group: "ProcessGroup | None" = None) -> "World":
+        """The ranks of a process group that hold different parts of the batch; None: the default
+        group."""
+        collectives.require_group("World.of_group", group)
+        return cls(lambda x: collectives.all_gather(x, group), collectives.own_rank(group))
 
     def all(self, x: torch.Tensor) -> torch.Tensor:
         """(ranks, ...): `x` of every rank."""
@@ -54,6 +68,16 @@ class World:
         padded = x.new_zeros(max(sizes))
         padded[: x.shape[0]] = x
         return [row[:size] for row, size in zip(self.all(padded), sizes, strict=True)]
+
+    def together(
+        self, run: Callable[..., torch.Tensor], *vectors: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        """This rank's part of run(vectors of all ranks, joined in rank order): every rank solves
+        the same small problem."""
+        parts = [self.vectors(x) for x in vectors]
+        whole = run(*(torch.cat(part) for part in parts))
+        mine: torch.Tensor = whole.split([len(x) for x in parts[0]])[self.rank]
+        return mine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,11 +104,9 @@ class D3S(Standard):
     ) -> torch.Tensor:  # fmt: skip
         """Stage 2 over the kept rollouts of all ranks; every rank solves the same small problem."""
         assert self.batch_rollouts is not None
-        parts = batch.world.vectors(value[rows])
-        keep = max_variance_subset(torch.cat(parts), self.batch_rollouts)
-        own = keep.split([len(part) for part in parts])[batch.world.rank]
+        size = self.batch_rollouts
         out = rows.clone()
-        out[rows] = own
+        out[rows] = batch.world.together(lambda x: max_variance_subset(x, size), value[rows])
         return out
 
     def advance(self, state: State, batch: Batch) -> State:

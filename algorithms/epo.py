@@ -98,7 +98,8 @@ class EPO(Standard):
         batch.require(self._op, "turn", "entropy")
         assert batch.turn is not None and batch.entropy is not None
         plan = super().objective(batch, state)
-        late = bool((batch.turn >= self.max_turns / 2).any())
+        # Of all ranks: they must agree on what the loss is.
+        late = bool(batch.world.sum((batch.turn >= self.max_turns / 2).any().long()))
         if not late or plan.objective.entropy_coef == 0.0:
             return plan
         keep, entropy = plan_mask(plan), batch.entropy.double()

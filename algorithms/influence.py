@@ -222,12 +222,15 @@ def ugda_select(
     for name, fraction in (("uncertain", uncertain), ("influential", influential)):
         if not 0.0 < fraction <= 1.0:
             raise refuse(op, name, "in (0, 1]", fraction, "It is a share of the samples.")
-    kept = _top(rewards.var(0, unbiased=False), uncertain)
-    return kept[_top(score[kept], influential)]
+    kept = top_fraction(rewards.var(0, unbiased=False), uncertain)
+    return kept[top_fraction(score[kept], influential)]
 
 
-def _top(value: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Ids of the largest `fraction` of values, largest first, the first of equals."""
+def top_fraction(value: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Ids of the largest `fraction` of values, largest first, the first of equals.
+
+    The count rounds to the nearest, and is at least 1 where there is a value.
+    """
     count = min(value.shape[0], max(1, round(fraction * value.shape[0])))
     return value.sort(descending=True, stable=True).indices[:count]
 

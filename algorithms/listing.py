@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokfuse.algorithms  # noqa: F401  (fills the registry)
-from tokfuse.algorithms.registry import ENTRIES, Entry, entry
+from tokfuse.algorithms.registry import ENTRIES, KINDS, Entry, entry, names
 
 INDEX_BEGIN = (
     "<!-- index: written by `python -m tokfuse algorithms --markdown docs/paper_index.md` -->"
@@ -30,20 +30,22 @@ OUT = {
 }
 
 
-def table() -> str:
-    """Name, label and summary of every method, aligned."""
-    width = max(map(len, ENTRIES))
-    return "\n".join(
-        f"{one.name:<{width}}  {one.label:<8}  {one.summary}"
-        for one in sorted(ENTRIES.values(), key=lambda one: one.name)
-    )
+def table(kind: str | None = None) -> str:
+    """Name, label and summary of every method, aligned, under a heading for each kind."""
+    width, parts = max(map(len, ENTRIES)), []
+    for each, title in KINDS.items():
+        rows = [f"  {name:<{width}}  {ENTRIES[name].label:<8}  {ENTRIES[name].summary}"
+                for name in names(each)]  # fmt: skip
+        if rows and kind in (None, each):
+            parts.append("\n".join([f"{each}: {title}", *rows]))
+    return "\n\n".join(parts)
 
 
 def describe(name: str) -> str:
     """All that is known of one method."""
     one = entry(name)
     lines = [
-        f"{one.name} ({one.label}): {one.summary}",
+        f"{one.name} ({one.kind}, {one.label}): {one.summary}",
         f"source: {one.source}",
         f"file: {one.file}",
     ]
@@ -57,10 +59,21 @@ def describe(name: str) -> str:
 
 
 def markdown() -> str:
-    """The tables of docs/paper_index.md."""
-    systems: dict[str, list[Entry]] = {}
-    for one in ENTRIES.values():
-        systems.setdefault(one.system, []).append(one)
+    """The tables of docs/paper_index.md, one for each kind of method."""
+    lines: list[str] = []
+    for kind, title in KINDS.items():
+        systems: dict[str, list[Entry]] = {}
+        for one in ENTRIES.values():
+            if one.kind == kind:
+                systems.setdefault(one.system, []).append(one)
+        if systems:
+            lines += [f"## {title}", "", *_rows(systems), ""]
+    lines += ["## Without code", "", "| system | reason |", "| --- | --- |"]
+    lines += [f"| {system} | {reason} |" for system, reason in OUT.items()]
+    return "\n".join(lines)
+
+
+def _rows(systems: dict[str, list[Entry]]) -> list[str]:
     lines = ["| system | name | label | file | source | what differs from the paper, and why |",
              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for system, entries in sorted(systems.items()):
@@ -68,9 +81,7 @@ def markdown() -> str:
             cells = (system, f"`{one.name}`", one.label, f"`{one.file}`", one.source,
                      one.differs or "-")  # fmt: skip
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    lines += ["", "| without code | reason |", "| --- | --- |"]
-    lines += [f"| {system} | {reason} |" for system, reason in OUT.items()]
-    return "\n".join(lines)
+    return lines
 
 
 def write_markdown(path: Path) -> None:
@@ -91,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="The methods of tokfuse.algorithms, or one of them with its options.",
     )
     parser.add_argument("name", nargs="?", help="a method; without one, the table of all")
+    parser.add_argument("--kind", choices=KINDS, help="only the methods of this kind")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the paper index between its marks"
     )
@@ -99,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_markdown(options.markdown)
         return 0
     try:
-        print(table() if options.name is None else describe(options.name))
+        print(table(options.kind) if options.name is None else describe(options.name))
     except ValueError as error:
         parser.error(str(error))
     return 0

@@ -2,19 +2,29 @@
 
 `label` is the strength of the claim: "exact" (formula verified in the paper or its authors' code),
 "recon" (reconstructed from agreeing sources, assumptions named), "analogue" (our token-level
-counterpart of a method from another domain).
+counterpart of a method from another domain), "utility" (a small function that serves the paper's
+idea; it does not implement the paper).
 """
 
 import dataclasses
 import difflib
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
-from tokfuse.algorithms.base import Algorithm
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import check_choice
 
-LABELS = ("exact", "recon", "analogue")
+LABELS = ("exact", "recon", "analogue", "utility")
+KINDS = {
+    "policy": "Policy optimisation",
+    "preference": "Preference losses",
+    "reward": "Reward models",
+    "selection": "Selection, influence and curriculum",
+    "causal": "Causal and off-policy estimators",
+}
 T = TypeVar("T")
 
 
@@ -24,7 +34,10 @@ class Entry:
 
     Args:
         name: what `make` takes.
-        cls: its class, a frozen dataclass whose fields are the options.
+        cls: its class, a frozen dataclass whose fields are the options; or a function, whose
+            keyword arguments are.
+        kind: one of `KINDS`.
+        table: module that holds the row, where that is not the one of `cls`.
         preset: values of fields that make the method out of the class.
         required: options without a published default: they must be given.
         system: its row in the paper index.
@@ -36,30 +49,42 @@ class Entry:
     """
 
     name: str
-    cls: type
+    cls: Callable[..., Any]
     system: str
     label: str
     source: str
     summary: str
     differs: str = ""
+    kind: str = "policy"
+    table: str = ""
     preset: dict[str, Any] = dataclasses.field(default_factory=dict)
     required: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
         """The file in the repository that holds it."""
-        stem = self.cls.__module__.rpartition(".")[2]
-        return f"algorithms/{'table' if stem == 'standard' else stem}.py"
+        module = self.table or self.cls.__module__
+        return module.removeprefix("tokfuse.").replace(".", "/") + ".py"
 
     def options(self) -> dict[str, Any]:
         """Option -> default; MISSING for one that must be given."""
-        out = {}
-        for f in dataclasses.fields(self.cls):
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            out[f.name] = self.preset.get(f.name, default)
-        out |= dict.fromkeys(self.required, MISSING)
+        out = _defaults(self.cls) | self.preset | dict.fromkeys(self.required, MISSING)
         out.pop("name", None)
         return out
+
+
+def _defaults(made: Callable[..., Any]) -> dict[str, Any]:
+    """Option -> default of a frozen dataclass, or of a function's keyword-only arguments."""
+    if inspect.isfunction(made):
+        return {
+            name: MISSING if p.default is p.empty else p.default
+            for name, p in inspect.signature(made).parameters.items()
+            if p.kind is p.KEYWORD_ONLY
+        }
+    return {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in dataclasses.fields(made)  # type: ignore[arg-type]
+    }
 
 
 ENTRIES: dict[str, Entry] = {}
@@ -67,14 +92,16 @@ ENTRIES: dict[str, Entry] = {}
 
 def add(entry: Entry) -> None:
     """Put a method into the registry."""
-    assert entry.label in LABELS and entry.name not in ENTRIES, entry.name
+    assert entry.label in LABELS and entry.kind in KINDS, entry.name
+    assert entry.name not in ENTRIES and entry.preset.keys() <= _defaults(entry.cls).keys()
     ENTRIES[entry.name] = entry
 
 
-def register(name: str, **facts: Any) -> Callable[[type[T]], type[T]]:
-    """Class decorator: the class under `name`, with the facts of `Entry`."""
+def register(name: str, **facts: Any) -> Callable[[T], T]:
+    """Decorator: the class or function under `name`, with the facts of `Entry`."""
 
-    def put(cls: type[T]) -> type[T]:
+    def put(cls: T) -> T:
+        assert callable(cls)
         add(Entry(name=name, cls=cls, **facts))
         return cls
 
@@ -99,7 +126,9 @@ def make(name: str, **options: Any) -> Any:
         options: its fields, see `python -m tokfuse algorithms NAME`. Defaults are the paper's.
 
     Returns:
-        An `Algorithm` (for "grpo_guard" a `GRPOGuard`, which works on latents, not on tokens).
+        By kind of the method: "policy" an `Algorithm` (for "grpo_guard" a `GRPOGuard`, which works
+        on latents, not on tokens), "preference" a `PreferenceLoss`, otherwise a frozen object with
+        the methods its docstring names, or the function itself with the options filled in.
 
     Raises:
         ValueError: an unknown name or option (the known are listed), an option without a published
@@ -115,10 +144,15 @@ def make(name: str, **options: Any) -> Any:
     if missing:
         raise refuse(f"algorithms.{name}", ", ".join(missing), "given (no published default)",
                      "nothing", "Choose values for your run.")  # fmt: skip
-    named = {"name": name} if issubclass(one.cls, Algorithm) else {}
-    return one.cls(**{**named, **one.preset, **options})
+    given = one.preset | options
+    if inspect.isfunction(one.cls):
+        return functools.partial(one.cls, **given)
+    named = {"name": name} if "name" in _defaults(one.cls) else {}
+    return one.cls(**named, **given)
 
 
-def names() -> list[str]:
-    """All names that `make` takes, sorted."""
-    return sorted(ENTRIES)
+def names(kind: str | None = None) -> list[str]:
+    """All names that `make` takes, sorted; those of one kind, a key of `registry.KINDS`."""
+    if kind is not None:
+        check_choice("algorithms.list", "kind", kind, KINDS)
+    return sorted(name for name, one in ENTRIES.items() if kind in (None, one.kind))

@@ -135,10 +135,6 @@ class Standard(Algorithm):
                          self.correction, "Choose one of the two.")  # fmt: skip
 
     @property
-    def _op(self) -> str:
-        return f"algorithms.{self.name or type(self).__name__.lower()}"
-
-    @property
     def _divides_by_length(self) -> bool:
         return self.aggregation == "token_sum"
 

@@ -50,6 +50,7 @@ def _row(
         Entry(
             name=name,
             cls=Standard,
+            table=__name__,
             system=system,
             label=label,
             source=source,

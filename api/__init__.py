@@ -23,6 +23,7 @@ _PUBLIC = {
     "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
     "LinearLogp": "tokfuse.runtime.objective",
     "LinearRatio": "tokfuse.runtime.objective",
+    "load_tuned": "tokfuse.runtime.tune",
     "LogClamp": "tokfuse.runtime.objective",
     "Metrics": "tokfuse.runtime.metrics",
     "NFT": "tokfuse.runtime.objective",
@@ -53,7 +54,7 @@ _PUBLIC = {
 }
 
 # public modules, `tokfuse.<name>`
-_MODULES = ("algorithms", "influence")
+_MODULES = ("algorithms", "distributed", "influence")
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from tokfuse.runtime.ops.vtrace import vtrace as vtrace
     from tokfuse.runtime.ops.whiten import whiten as whiten
     from tokfuse.runtime.step_result import PolicyStep as PolicyStep
+    from tokfuse.runtime.tune import load_tuned as load_tuned
 
 
 def __getattr__(name: str) -> Any:

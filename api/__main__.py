@@ -12,8 +12,11 @@ COMMANDS = {
         "tokfuse.runtime.kernel_table",
         "what the Triton kernels compile to, without a GPU",
     ),
+    "tune": ("tokfuse.runtime.tune", "measure launch records of the Triton kernels on this GPU"),
     "algorithms": ("tokfuse.algorithms.listing", "the methods by name, with labels and options"),
     "bench": ("tokfuse.bench.cli", "time the ops beside their peers"),
+    "profile": ("tokfuse.bench.profile", "where the time of one benchmark case goes"),
+    "report": ("tokfuse.bench.page", "one page of tables and plots from saved rows"),
 }
 
 

@@ -17,7 +17,7 @@ import torch
 
 from tokfuse.bench import ours, peers, probes
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import Config, Factory, Problem, Unsupported, generator
+from tokfuse.bench.problem import Config, Factory, Problem, Unsupported, generator, on_device
 from tokfuse.runtime.ops.gae import gae
 from tokfuse.runtime.ops.group_advantage import group_advantage
 from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
@@ -76,7 +76,7 @@ class _Inputs:
 
     def padded(self, packed: torch.Tensor) -> torch.Tensor:
         """(time, seqs), zeros behind the end."""
-        by_seq = torch.zeros(self.present.T.shape, dtype=packed.dtype)
+        by_seq = packed.new_zeros(self.present.T.shape)
         by_seq[self.present.T] = packed
         return by_seq.T.contiguous()
 
@@ -87,12 +87,13 @@ class _Inputs:
 def build(config: Config, peer_names: list[str]) -> Problem:
     """The problem of one configuration."""
     data = _Inputs(config)
+    on_device(data, config.device)
     case = _CASES[config.variant]
     per_token = BYTES[config.variant]
     moved = per_token * data.tokens or GROUP_BYTES * data.seqs
 
     def limit() -> Provider:
-        return probes.copy_probe(torch.zeros(max(1, moved // 8)))
+        return probes.copy_probe(torch.zeros(max(1, moved // 8), device=config.device))
 
     return Problem(
         config,
@@ -143,8 +144,8 @@ def _gae_torch(data: _Inputs) -> Callable[[], Outputs]:
     present = data.present.float()
 
     def run() -> Outputs:
-        carried = torch.zeros(data.seqs)
-        following = torch.zeros(data.seqs)
+        carried = torch.zeros(data.seqs, device=data.reward.device)
+        following = torch.zeros(data.seqs, device=data.reward.device)
         advantage = torch.empty_like(reward)
         for t in reversed(range(reward.shape[0])):
             delta = reward[t] + GAMMA * following - value[t]
@@ -162,8 +163,8 @@ def _vtrace_torch(data: _Inputs) -> Callable[[], Outputs]:
 
     def run() -> Outputs:
         ratio = log_ratio.clamp(-20.0, 20.0).exp().clamp(max=1.0)
-        carried = torch.zeros(data.seqs)
-        following = torch.zeros(data.seqs)
+        carried = torch.zeros(data.seqs, device=data.reward.device)
+        following = torch.zeros(data.seqs, device=data.reward.device)
         target, advantage = torch.empty_like(reward), torch.empty_like(reward)
         for t in reversed(range(reward.shape[0])):
             ahead = reward[t] + GAMMA * following - value[t]
@@ -179,7 +180,7 @@ def _vtrace_torch(data: _Inputs) -> Callable[[], Outputs]:
 def _group_torch(data: _Inputs) -> Callable[[], Outputs]:
     def run() -> Outputs:
         _, index, count = data.group.unique(return_inverse=True, return_counts=True)
-        zero = torch.zeros(count.shape[0])
+        zero = data.score.new_zeros(count.shape[0])
         mean = zero.index_add(0, index, data.score) / count
         centred = data.score - mean[index]
         var = zero.index_add(0, index, centred**2) / (count - 1)
@@ -199,7 +200,7 @@ def _whiten_torch(data: _Inputs) -> Callable[[], Outputs]:
 def _offpolicy_torch(data: _Inputs) -> Callable[[], Outputs]:
     def run() -> Outputs:
         d = (data.log_ratio - data.zero).clamp(-20.0, 20.0)
-        mean = torch.zeros(data.seqs).index_add(0, data.seq, d) / data.lengths
+        mean = data.reward.new_zeros(data.seqs).index_add(0, data.seq, d) / data.lengths
         ratio = mean.exp()
         kept = ((ratio >= GEO_LOW) & (ratio <= GEO_HIGH))[data.seq]
         weight = d.exp().clamp(max=CAP) * kept
@@ -211,7 +212,7 @@ def _offpolicy_torch(data: _Inputs) -> Callable[[], Outputs]:
 
 def _moments_torch(data: _Inputs) -> Callable[[], Outputs]:
     def run() -> Outputs:
-        x, zero = data.value, torch.zeros(data.seqs)
+        x, zero = data.value, torch.zeros(data.seqs, device=data.reward.device)
         return {
             "sum": zero.index_add(0, data.seq, x),
             "sum_sq": zero.index_add(0, data.seq, x * x),

@@ -11,60 +11,36 @@ python -m tokfuse bench numbers rows.jsonl
 
 import argparse
 import contextlib
+import dataclasses
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TextIO
 
 import torch
 
 from tokfuse.bench import (
-    advantage,
+    compare,
     errors,
     growth,
-    influence,
-    linear_token_stats,
+    liger_csv,
     machine,
     numbers,
-    overhead,
     peers,
-    policy_step,
-    policy_step_hidden,
+    plot,
+    predict,
     report,
     runner,
     targets,
-    token_stats,
 )
-from tokfuse.bench.problem import Config
-from tokfuse.bench.row import Row
+from tokfuse.bench.plan import ALONE, CASES, MODELS, VARIANT_OPS, Step, make_growth_plan, make_plan
+from tokfuse.bench.row import Row, check_one_machine
+from tokfuse.runtime import dispatch
 
-CASES: dict[str, ModuleType] = {
-    module.OP: module
-    for module in (
-        token_stats, policy_step, policy_step_hidden, linear_token_stats, influence, advantage,
-        overhead,
-    )
-}  # fmt: skip
-# `bench gae` is `bench advantage --variant gae`: an op that is one variant of a case.
-VARIANT_OPS = {variant: advantage.OP for variant in advantage.VARIANTS}
-ALONE = ("all", "growth", "errors", "targets", "numbers")
 ROUNDS, QUICK_ROUNDS = 15, 3
 BUDGET_S = 120.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """One case of a run: its module, its configuration, its peers, and where it is in a sweep."""
-
-    module: ModuleType
-    config: Config
-    peers: list[str]
-    threads: int | None = None
-    sweep: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,129 +58,99 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if command == "targets":
         return _judge(parser, files)
+    if command == "compare":
+        return _compare(parser, files, options.tolerance)
     if command == "numbers":
         return _print_numbers(parser, files, options.write)
+    _check_options(parser, options, command, files)
+    if command == "predict":
+        return _predict(options.json)
+    machine.warn_about_waiting()
+    forced = dispatch.backend(options.backend) if options.backend else contextlib.nullcontext()
+    if command == "errors":
+        with forced:
+            return errors.main(options)
+    try:
+        plan = make_growth_plan(options) if command == "growth" else make_plan(options)
+    except ValueError as error:
+        parser.error(str(error))
+    facts = machine.facts(recorded_command(argv), options.device)
+    try:
+        _check_file(options.json, facts)
+    except ValueError as error:
+        parser.error(str(error))
+    with forced:
+        rows = _run(plan, options, facts)
+    if options.md:
+        print(growth.tables(rows) if command == "growth" else report.markdown(rows))
+    if options.png:
+        plot.draw(rows, Path(options.png))
+    return int(any(row.role == "ours" and row.status == "error" for row in rows))
+
+
+def _check_options(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, command: str, files: list[str]
+) -> None:
+    """Refuse what a command would not honour, before anything is measured."""
     if options.write is not None:
         parser.error("--write is for numbers")
     if command in ALONE and files:
         parser.error(f"{command} stands alone; got {' '.join(files)} behind it")
     if options.axes is not None and command != "growth":
         parser.error("--axes is for growth")
-    machine.warn_about_waiting()
-    if command == "errors":
-        return errors.main(options)
-    try:
-        plan = make_growth_plan(options) if command == "growth" else make_plan(options)
-    except ValueError as error:
-        parser.error(str(error))
-    rows = _run(plan, options, machine.facts(recorded_command(argv)))
-    if options.md:
-        print(growth.tables(rows) if command == "growth" else report.markdown(rows))
-    return int(any(row.role == "ours" and row.status == "error" for row in rows))
+    if command in ("errors", "predict"):
+        for name in ("csv", "png"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is for measured rows; {command} has none")
+    if options.png:
+        plot.check_available(parser.error)
+    if options.device == "cpu":
+        if torch.cuda.is_available():
+            hint = "tokfuse bench: measuring the CPU; --device cuda measures the GPU"
+            print(hint, file=sys.stderr)
+    elif command in ("errors", "predict"):
+        parser.error(f"--device is for measured rows; {command} has none")
+    elif not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device and a CUDA build of torch; there is none")
+
+
+FILE_OPTIONS = ("--json", "--csv", "--png")
 
 
 def recorded_command(argv: Sequence[str]) -> str:
     """The command line as rows keep it: without where the rows go, which is nobody's business."""
     kept, skip = [], False
     for word in argv:
-        if not skip and word != "--json" and not word.startswith("--json="):
+        if not skip and word.partition("=")[0] not in FILE_OPTIONS:
             kept.append(word)
-        skip = word == "--json"
+        skip = not skip and word in FILE_OPTIONS
     return "python -m tokfuse bench " + shlex.join(kept)
-
-
-def make_plan(options: argparse.Namespace) -> list[Step]:
-    """Every case with its peers, in the order they will run.
-
-    Raises:
-        ValueError: an op, variant, shape or peer that is not known.
-    """
-    plan = []
-    for name in CASES if options.names == ["all"] else options.names:
-        op, variant = VARIANT_OPS.get(name, name), options.variant
-        if op not in CASES:
-            known = ", ".join([*CASES, *VARIANT_OPS, *ALONE])
-            raise ValueError(f"bench: OP must be one of {known}; got {name!r}.")
-        if name in VARIANT_OPS:
-            if variant not in (None, name):
-                raise ValueError(f"bench: {name} is a variant itself; got --variant {variant}.")
-            variant = name
-        module = CASES[op]
-        quick = module.QUICK_SHAPES if options.quick else module.SHAPES
-        shapes = options.shapes.split(",") if options.shapes else quick
-        dtypes = options.dtype.split(",") if options.dtype else module.DTYPES
-        for shape in shapes:
-            sizes = parse_shape(op, shape, module.SHAPES[0].count("x") + 1)
-            for dtype in dtypes:
-                names = peers.choose(options.peers, dtype)
-                for mode, variant_ in choose_cases(module, variant, options.quick):
-                    config = Config(op, mode, variant_, dtype, **sizes, seed=options.seed)
-                    plan.append(Step(module, config, names))
-    return plan
-
-
-def make_growth_plan(options: argparse.Namespace) -> list[Step]:
-    """Every point of the wanted sweeps.
-
-    Raises:
-        ValueError: an axis or peer that is not known, or an option that a sweep sets itself.
-    """
-    for name in ("shapes", "dtype", "variant"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"bench: growth sets the shapes itself; --{name} cannot be honoured.")
-    axes = growth.choose(options.axes)
-    names = peers.choose(options.peers or growth.PEERS, "float32")
-    return [
-        Step(CASES[config.op], config, names, threads, sweep.axis)
-        for sweep in growth.sweeps(options.seed, options.quick)
-        if sweep.axis in axes
-        for config, threads in sweep.points()
-    ]
-
-
-def choose_cases(module: ModuleType, variant: str | None, quick: bool) -> list[tuple[str, str]]:
-    """(mode, variant) of the cases of an op to run; `quick` is the first one of those asked for.
-
-    Raises:
-        ValueError: no case of the op has this variant.
-    """
-    cases = [case for case in module.CASES if variant in (None, case[1])]
-    if not cases:
-        known = ", ".join(sorted({name for _, name in module.CASES}))
-        raise ValueError(
-            f"bench: --variant of {module.OP} must be one of {known}; got {variant!r}."
-        )
-    return cases[:1] if quick else cases
-
-
-def parse_shape(op: str, text: str, count: int) -> dict[str, int]:
-    """ "512x49152" or "512x576x49152" as sizes by name.
-
-    Raises:
-        ValueError: not `count` positive integers joined by "x".
-    """
-    names = ("tokens", "vocab") if count == 2 else ("tokens", "hidden", "vocab")
-    parts = text.strip().split("x")
-    if len(parts) != count or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise ValueError(f"bench: --shapes of {op} must be {'x'.join(names)}; got {text!r}.")
-    return dict(zip(names, map(int, parts), strict=True))
 
 
 def _judge(parser: argparse.ArgumentParser, files: list[str]) -> int:
     """Print the verdicts over rows read from files; 1 when one is missed or there is none."""
     if not files:
         parser.error("targets: name the files that --json wrote")
-    rows, _ = numbers.read(files)
+    rows = _read_rows(parser, files)[0]
     verdicts = targets.judge(rows)
     print("\n".join(line for line, _ in verdicts) or "no row speaks about a target")
     return int(not verdicts or not all(met for _, met in verdicts))
+
+
+def _read_rows(
+    parser: argparse.ArgumentParser, files: list[str]
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    try:
+        return numbers.read(files)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _print_numbers(parser: argparse.ArgumentParser, files: list[str], page: str | None) -> int:
     """Print the README's tables, or put them into `page`."""
     if not files:
         parser.error("numbers: name the files that --json wrote")
-    text = numbers.section(*numbers.read(files))
+    text = numbers.section(*_read_rows(parser, files))
     if page is None:
         print(text)
         return 0
@@ -215,17 +161,57 @@ def _print_numbers(parser: argparse.ArgumentParser, files: list[str], page: str 
     return 0
 
 
+def _compare(parser: argparse.ArgumentParser, files: list[str], tolerance: float) -> int:
+    """Print how shares of the limit changed from one file to another; 1 when one fell too far."""
+    if len(files) != 2:
+        parser.error("compare: name two files, the earlier first")
+    try:
+        verdicts = compare.compare(*(compare.read(Path(file)) for file in files), tolerance)
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join(line for line, _ in verdicts) or "no case is in both files")
+    return int(not verdicts or not all(kept for _, kept in verdicts))
+
+
+def _predict(path: str | None) -> int:
+    """Print the predicted rows, and write them where `--json` says, in place of what is there."""
+    rows = list(predict.rows())
+    print("\n".join([report.HEADER, *map(report.line, rows)]))
+    if path is not None:
+        Path(path).write_text("".join(f"{row.to_json()}\n" for row in rows), encoding="utf-8")
+    return 0
+
+
+def _check_file(path: str | None, facts: dict[str, Any]) -> None:
+    """Refuse to append rows of this machine to those of another.
+
+    Raises:
+        ValueError: the file holds rows of another machine.
+    """
+    if path is None or not Path(path).exists():
+        return
+    old, _ = numbers.read([path])
+    if old:
+        check_one_machine([*old, dataclasses.replace(old[0], status="pass", **facts)], path)
+
+
 def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     if not options.md:
         print(report.HEADER, flush=True)
-    with _open(options.json) as sink, _progress(len(plan)) as bar:
+    with (
+        _open(options.json) as sink,
+        _open(options.csv) as table,
+        _progress(len(plan), options.quiet) as bar,
+    ):
 
         def emit(row: Row) -> None:
             rows.append(row)
             if sink is not None:
                 print(row.to_json(), file=sink, flush=True)
+            if table is not None:
+                liger_csv.append(row, table)
             if not options.md:
                 bar.clear()
                 print(report.line(row), flush=True)
@@ -276,14 +262,14 @@ class _NoBar:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar on stderr; silent when stderr is not a terminal."""
+def _progress(total: int, quiet: bool) -> Iterator[Any]:
+    """A bar on stderr; silent when asked to be, or when stderr is not a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
         yield _NoBar()
         return
-    disable = not sys.stderr.isatty()
+    disable = quiet or not sys.stderr.isatty()
     with tqdm(total=total, file=sys.stderr, disable=disable, unit="case") as bar:
         yield bar
 
@@ -299,7 +285,12 @@ def _listing() -> str:
     ]
     lines += ["  errors              every output and gradient against float64"]
     lines += ["  targets             judge the rows of --json files against the targets"]
-    lines += ["  numbers             the README's tables from the rows of --json files", "peers:"]
+    lines += ["  numbers             the README's tables from the rows of --json files"]
+    lines += ["  compare             shares of the limit in two files, the earlier first"]
+    lines += ["  predict             what the Triton kernels should take on GPUs; nothing runs"]
+    lines += ["models (--shapes 256xNAME):"]
+    lines += [f"  {name:<20}hidden {h}, vocabulary {v}" for name, (h, v) in MODELS.items()]
+    lines += ["peers:"]
     lines += [f"  {peer.name:<20}{peer.summary}" for peer in peers.KNOWN.values()]
     return "\n".join(lines)
 
@@ -314,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="OP",
         help=f"some of {', '.join([*CASES, *VARIANT_OPS])}; or one of {', '.join(ALONE)}; "
-        "behind targets and numbers, files that --json wrote",
+        "behind targets, numbers and compare, files that --json wrote",
     )
     parser.add_argument("--list", action="store_true", help="describe ops and peers, and stop")
     parser.add_argument("--peers", help="names joined by commas, all, or none")
@@ -324,9 +315,13 @@ def _parser() -> argparse.ArgumentParser:
         help="small shapes, first variant, 3 rounds: shows that it works",
     )
     parser.add_argument(
-        "--shapes", help="512x49152,... (tokens x vocab, or tokens x hidden x vocab)"
+        "--shapes",
+        help="512x49152,... (tokens x vocab, or tokens x hidden x vocab), or 256xMODEL with one of "
+        + ", ".join(MODELS),
     )
     parser.add_argument("--dtype", help="float32,bfloat16,float16")
+    parser.add_argument("--backend", choices=dispatch.ORDER, help="force one backend of ours")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--variant", help="only this variant of the op's cases")
     parser.add_argument("--axes", help=f"for growth, some of {','.join(growth.AXES)}")
     parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default {ROUNDS})")
@@ -342,6 +337,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append rows as JSON lines, as they come")
+    parser.add_argument("--csv", metavar="FILE", help="append rows as CSV in Liger's columns")
+    parser.add_argument("--png", metavar="FILE", help="draw the rows at the end")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=compare.TOLERANCE,
+        help=f"for compare, how far a share of the limit may fall (default {compare.TOLERANCE:g})",
+    )
     parser.add_argument("--write", metavar="FILE", help="for numbers, put them into this file")
     parser.add_argument("--md", action="store_true", help="print Markdown tables at the end")
     return parser  # fmt: skip

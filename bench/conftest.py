@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,3 +13,10 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     if file_path.suffix == ".py" and file_path.name.startswith("bench_"):
         return pytest.Module.from_parent(parent, path=file_path)
     return None
+
+
+@pytest.hookimpl(optionalhook=True)  # a hook of pytest-benchmark, which may be absent
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    from tokfuse.bench import machine  # late: OMP_WAIT_POLICY counts before torch is imported
+
+    machine_info["tokfuse"] = machine.facts("pytest bench --benchmark-only")

@@ -51,7 +51,7 @@ def grad_logits(
     logits: torch.Tensor, target: torch.Tensor, by_logp: torch.Tensor, by_entropy: torch.Tensor
 ) -> torch.Tensor:
     """d loss / d logits, (tokens, vocab) float64, from the derivatives by logp and entropy."""
-    out = torch.empty(logits.shape, dtype=torch.float64)
+    out = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
     for first in range(0, logits.shape[0], BLOCK_ROWS):
         rows = slice(first, first + BLOCK_ROWS)
         stats, log_p = _block(logits[rows].double(), target[rows])

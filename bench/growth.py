@@ -7,7 +7,7 @@ workspace, the peak memory of one call beyond what it returns.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokfuse.bench.problem import Config
 from tokfuse.bench.report import mebibytes, milliseconds
@@ -37,14 +37,17 @@ def at(base: Config, axis: str, value: float) -> Config:
     if axis in sizes:
         sizes[axis] = int(value)
     variant = f"rows={value:g}" if axis == "rows" else base.variant
-    return Config(base.op, base.mode, variant, base.dtype, **sizes, seed=base.seed)
+    return replace(base, variant=variant, **sizes)
 
 
-def sweeps(seed: int = 0, quick: bool = False) -> list[Sweep]:
+def sweeps(seed: int = 0, quick: bool = False, device: str = "cpu") -> list[Sweep]:
     """Every sweep; `quick` takes small shapes, which show that it works and nothing else."""
     tokens, hidden, vocab = (32, 32, 4096) if quick else (512, 576, 49152)
-    head = Config("policy_step_hidden", "step", "rows=1", "float32", tokens, vocab, hidden, seed)
-    given = Config("policy_step", "step", "entropy=0.01", "float32", tokens, vocab, 0, seed)
+    common = {"seed": seed, "device": device}
+    head = Config(
+        "policy_step_hidden", "step", "rows=1", "float32", tokens, vocab, hidden, **common
+    )
+    given = Config("policy_step", "step", "entropy=0.01", "float32", tokens, vocab, **common)
     out = []
     for base in (given, head):
         out += [

@@ -21,6 +21,7 @@ from tokfuse.bench.problem import (
     generator,
     make_batch,
     make_head,
+    on_device,
     sample_target,
 )
 from tokfuse.runtime.ops.influence import projections
@@ -52,6 +53,7 @@ class _Inputs:
 def build(config: Config, peer_names: list[str]) -> Problem:
     """The problem of one configuration."""
     data = _Inputs(config)
+    on_device(data, config.device)
     product = 2 * config.tokens * config.hidden * config.vocab
     extra = 4 * config.tokens * data.rank * (config.hidden + data.rank)
     return Problem(

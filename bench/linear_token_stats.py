@@ -8,7 +8,15 @@ import torch
 
 from tokfuse.bench import exact, ours, peers, probes
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import Config, Factory, Problem, generator, make_head, sample_target
+from tokfuse.bench.problem import (
+    Config,
+    Factory,
+    Problem,
+    generator,
+    make_head,
+    on_device,
+    sample_target,
+)
 
 OP = "linear_token_stats"
 SHAPES = ("512x576x49152", "256x2048x151936")
@@ -31,6 +39,7 @@ class _Inputs:
 def build(config: Config, peer_names: list[str]) -> Problem:
     """The problem of one configuration."""
     data = _Inputs(config)
+    on_device(data, config.device)
     backward = config.mode == "forward+backward"
     gemms = 3 if backward else 1
     product = 2 * config.tokens * config.hidden * config.vocab
@@ -90,6 +99,7 @@ def _ours(config: Config, data: _Inputs) -> Provider:
 def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
     def factory() -> Provider:
         peers.check_dtype(name, config.dtype)
+        peers.check_device(name, config.device)
         function = peers.linear_stats_fn(name, everything=config.variant == "all")
         if name.startswith("torch_compile"):
             function = peers.compiled(function)

@@ -10,25 +10,31 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import tokfuse
+from tokfuse.bench import telemetry
 from tokfuse.runtime import native
 
 MEMINFO = Path("/proc/meminfo")
 
 
-def facts(command: str) -> dict[str, object]:
+def facts(command: str, device: str = "cpu") -> dict[str, Any]:
     """The row fields that are the same for a whole run."""
+    gpu = telemetry.describe() if device == "cuda" else telemetry.Telemetry("")
     return {
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "machine": _machine(),
         "cpu_model": _cpu_model(),
         "isa": _isa(),
+        "gpu": gpu.name or (torch.cuda.get_device_name() if device == "cuda" else ""),
+        "driver": gpu.driver,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version_of("triton"),
         "tokfuse": tokfuse.__version__,
         "commit": _commit(),
         "command": command,

@@ -19,9 +19,13 @@ MIN_ROUNDS = 3
 CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
 
 
+GPU_CACHE_BYTES = 128 << 20  # more than the second-level cache of any GPU so far
+
+
 @functools.cache
-def _eviction_buffer() -> torch.Tensor:
-    return torch.zeros(2 * last_level_cache_bytes() // 8, dtype=torch.int64)
+def _eviction_buffer(device: str) -> torch.Tensor:
+    cache_bytes = last_level_cache_bytes() if device == "cpu" else GPU_CACHE_BYTES
+    return torch.zeros(2 * cache_bytes // 8, dtype=torch.int64, device=device)
 
 
 def _nothing() -> None:
@@ -39,6 +43,7 @@ class Provider:
         backend, version, note: see `row.Row`.
         calls: how many calls `run` makes; the time is divided by it.
         fallback: True when this is ours but on the pure-torch reference.
+        device: "cpu", or "cuda": timed by events of the current stream.
     """
 
     run: Callable[[], Outputs]
@@ -49,13 +54,14 @@ class Provider:
     note: str = ""
     calls: int = 1
     fallback: bool = False
+    device: str = "cpu"
 
 
 class ColdCache:
     """Evicts the caches by writing twice the last-level cache; the same for every provider."""
 
-    def __init__(self, enabled: bool = True) -> None:
-        self._buffer = _eviction_buffer() if enabled else None
+    def __init__(self, enabled: bool = True, device: str = "cpu") -> None:
+        self._buffer = _eviction_buffer(device) if enabled else None
 
     def flush(self) -> None:
         if self._buffer is not None:
@@ -65,15 +71,30 @@ class ColdCache:
 def time_once(provider: Provider, cache: ColdCache) -> tuple[float, float]:
     """Milliseconds of one call, and of its threads' CPU time.
 
-    Freeing the results is outside the timed region for everyone.
+    Freeing the results is outside the timed region for everyone. On a GPU the events stand behind
+    the cache's eviction in the stream, so the launch of the work is hidden by it where it is short.
     """
     provider.before()
     cache.flush()
+    if provider.device != "cpu":
+        return _time_on_device(provider)
     cpu_start, start = time.process_time(), time.perf_counter()
     outputs = provider.run()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     del outputs
     return seconds * 1e3 / provider.calls, cpu_seconds * 1e3 / provider.calls
+
+
+def _time_on_device(provider: Provider) -> tuple[float, float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cpu_start = time.process_time()
+    start.record()
+    outputs = provider.run()
+    end.record()
+    end.synchronize()
+    cpu_ms = (time.process_time() - cpu_start) * 1e3
+    del outputs
+    return start.elapsed_time(end) / provider.calls, cpu_ms / provider.calls
 
 
 def interleave(
@@ -136,6 +157,8 @@ def peak_extra_bytes(provider: Provider) -> tuple[int | None, str]:
     """
     provider.before()
     provider.release()
+    if provider.device != "cpu":
+        return _peak_on_device(provider)
     _trim_heap()
     try:
         CLEAR_REFS_FILE.write_text("5")
@@ -149,6 +172,17 @@ def peak_extra_bytes(provider: Provider) -> tuple[int | None, str]:
     if not before or not peak:
         return None, "unavailable: no VmHWM in the process status"
     return max(0, peak - before), "VmHWM reset before the call"
+
+
+def _peak_on_device(provider: Provider) -> tuple[int, str]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = provider.run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del outputs
+    return peak, "peak of torch's CUDA allocator above what was allocated before the call"
 
 
 def tensor_bytes(outputs: Outputs) -> int:

@@ -8,13 +8,13 @@ to the rows in `bench/results`. A later row of the same case and provider replac
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokfuse.bench import growth
 from tokfuse.bench.report import mebibytes
-from tokfuse.bench.row import Row
+from tokfuse.bench.row import Row, check_one_machine
 
 BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
 # Scores of study_influence.py that the text under its table compares.
@@ -23,8 +23,12 @@ NO_GRADIENT = "control: mean hidden state, no gradient"
 Case = tuple[str, ...]
 
 
-def read(files: Iterable[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows of the benchmarks, and those of the influence study, which have no provider."""
+def read(files: Sequence[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows of the benchmarks, and those of the influence study, which have no provider.
+
+    Raises:
+        ValueError: the rows are of different machines.
+    """
     rows, study = [], []
     for file in files:
         for line in Path(file).read_text(encoding="utf-8").splitlines():
@@ -35,6 +39,7 @@ def read(files: Iterable[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
                 rows.append(Row.from_json(line))
             else:
                 study.append(values)
+    check_one_machine(rows, ", ".join(map(str, files)))
     return rows, study
 
 
@@ -49,7 +54,8 @@ def section(rows: Sequence[Row], study: Sequence[dict[str, Any]] = ()) -> str:
         _advantages(timed) + _load(timed, "advantage"),
         _study(study),
         _growth(swept) + _load(swept, *{row.op for row in swept}),
-        _machine(rows),
+        _machine([row for row in rows if row.status != "predicted"]),
+        _predicted(rows),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -223,6 +229,25 @@ def _study(study: Sequence[dict[str, Any]]) -> str:
     ) + "\n\n".join(
         [_grid(["data (samples)", "score", *slices], lines), "\n".join(readings)]
     ).strip()
+
+
+def _predicted(rows: Sequence[Row]) -> str:
+    """GPU times that nobody measured, in a table that says so in its head."""
+    times: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row.status == "predicted" and row.dtype == "bfloat16" and row.median_ms:
+            case = (f"`{row.op}` {row.mode}", _spaced(row.shape))
+            bound = "" if row.limit_share == 1.0 else " (issue)"
+            times.setdefault(case, {})[row.gpu] = f"{row.median_ms:.2f}{bound}"
+    if not times:
+        return ""
+    gpus = list(dict.fromkeys(gpu for found in times.values() for gpu in found))
+    lines = [[*case, *(found.get(gpu, "-") for gpu in gpus)] for case, found in times.items()]
+    return (
+        "**Predicted, nothing ran**: milliseconds of the Triton kernels in bfloat16, the longer\n"
+        "of the bytes over the bandwidth and (`issue`) the instructions over what the SMs issue,\n"
+        "from data sheets (`python -m tokfuse bench predict`). Real runs are slower.\n\n"
+    ) + _grid(["kernel", "tokens x vocab", *(f"{gpu}, predicted" for gpu in gpus)], lines)
 
 
 def _growth(rows: Sequence[Row]) -> str:

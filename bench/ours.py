@@ -8,7 +8,7 @@ import torch
 import tokfuse
 from tokfuse.bench.measure import Outputs, Provider
 from tokfuse.bench.problem import CLIP, Batch, Unsupported
-from tokfuse.runtime import dispatch
+from tokfuse.runtime import dispatch, triton_backend
 from tokfuse.runtime.errors import BackendUnavailable
 from tokfuse.runtime.native import release_workspace
 
@@ -30,7 +30,7 @@ def provider(
 
     A forced backend serves the call or raises, so the first that serves is the one that dispatch
     takes by itself; the timed calls are not forced. The pure-torch reference is marked as a
-    fallback, with the reasons of the others as the note.
+    fallback, with the reasons of the others as the note, and so is Triton's interpreter.
     """
     prepare = before or (lambda: None)
     forced = dispatch.forced_backend()
@@ -43,8 +43,10 @@ def provider(
         except BackendUnavailable as error:
             reasons.append(f"{name}: {error}")
             continue
-        fallback = name == "reference"
+        interpreted = name == "triton" and triton_backend.interpreting()
+        fallback = interpreted or name == "reference"
         note = f"ran on the pure-torch reference; {reasons[-1]}" if fallback and reasons else ""
+        note = "ran in Triton's interpreter: says nothing about speed" if interpreted else note
         return Provider(
             run, prepare, release_workspace, name, tokfuse.__version__, note[:300],
             calls=calls, fallback=fallback,

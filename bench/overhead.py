@@ -1,6 +1,7 @@
 """Case `overhead`: one call at one token and a vocabulary of 8: only the wrapping is timed.
 
-Variants: `token_stats` without and with gradient bookkeeping, and `policy_loss`. `limit_native` is
+Variants: `token_stats` without and with gradient bookkeeping, `policy_loss`, and `range`, what a
+range of runtime/ranges.py costs while nobody profiles. `limit_native` is
 the bare native call with the same arguments, repeated inside one public call; `torch_eager` is the
 cheapest torch op on the same logits, one log_softmax. Caches are warm; times are per call.
 """
@@ -23,12 +24,14 @@ from tokfuse.bench.problem import (
 )
 from tokfuse.runtime import native
 from tokfuse.runtime.ops import policy_loss, token_stats
+from tokfuse.runtime.ranges import ranged
 
 OP = "overhead"
 SHAPES = ("1x8",)
 QUICK_SHAPES = ("1x8",)
 DTYPES = ("float32",)
-CASES = (("call", "token_stats"), ("call", "token_stats,grad"), ("call", "policy_loss"))
+VARIANTS = ("token_stats", "token_stats,grad", "policy_loss", "range")
+CASES = tuple(("call", variant) for variant in VARIANTS)
 
 CALLS = 300
 NATIVE_CALLS = 5000  # the one public call around them adds less than a percent
@@ -37,6 +40,10 @@ NATIVE_NAME = {"token_stats": "token_stats_fwd", "policy_loss": "policy_loss"}
 
 def build(config: Config, peer_names: list[str]) -> Problem:
     """The problem of one configuration."""
+    if config.device != "cpu":
+        raise Unsupported("calls on the CPU are measured: take --device cpu")
+    if config.variant == "range":
+        return _range(config, peer_names)
     call = _call(config)
     native_name = NATIVE_NAME[config.variant.partition(",")[0]]
     return Problem(
@@ -44,6 +51,24 @@ def build(config: Config, peer_names: list[str]) -> Problem:
         ours={"tokfuse": lambda: ours.provider(_repeat(call()), calls=CALLS)},
         peers={name: _peer_factory(name, config) for name in peer_names},
         limits={"limit_native": lambda: _native_provider(native_name, call())},
+        bounds=("native",),
+        cold=False,
+        bounds_peers=False,
+    )
+
+
+def _range(config: Config, peer_names: list[str]) -> Problem:
+    """An empty function in a range while nobody profiles; `limit_native` is it alone."""
+
+    def nothing() -> None:
+        return None
+
+    inside = ranged("overhead")(nothing)
+    return Problem(
+        config,
+        ours={"tokfuse": lambda: Provider(_repeat(inside), backend="python", calls=CALLS)},
+        peers={name: _peer_factory(name, config) for name in peer_names},
+        limits={"limit_native": lambda: Provider(_repeat(nothing), backend="python", calls=CALLS)},
         bounds=("native",),
         cold=False,
         bounds_peers=False,

@@ -32,12 +32,16 @@ LinearStatsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
 
 @dataclass(frozen=True)
 class Peer:
-    """A name for `--peers`, the distribution and module that it needs, and a line of help."""
+    """A name for `--peers`, the distribution and module that it needs, and a line of help.
+
+    `needs_cuda`: its kernels run on a GPU only.
+    """
 
     name: str
     distribution: str
     module: str
     summary: str
+    needs_cuda: bool = False
 
 
 KNOWN = {
@@ -53,9 +57,20 @@ KNOWN = {
         Peer("liger", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=False)"),
         Peer("liger_compile", "liger-kernel", "liger_kernel",
              "LigerFusedLinearGRPOLoss(compiled=True)"),
+        Peer("liger_grpo", "liger-kernel", "liger_kernel", "triton_grpo_loss (logits)", True),
+        Peer("liger_flce", "liger-kernel", "liger_kernel",
+             "LigerFusedLinearCrossEntropyFunction (hidden): log-prob only", True),
+        Peer("liger_flsce", "liger-kernel", "liger_kernel",
+             "LigerFusedLinearScaledCrossEntropyFunction (hidden); torch chunks without sm_90"),
         Peer("verl", "verl", "verl", "FusedLinearForPPO (hidden), logprobs_from_logits (logits)"),
         Peer("cut_cross_entropy", "cut-cross-entropy", "cut_cross_entropy",
              "linear_cross_entropy(impl='torch_compile')"),
+        Peer("cut_cross_entropy_triton", "cut-cross-entropy", "cut_cross_entropy",
+             "linear_cross_entropy(impl='cce')", True),
+        Peer("verl_triton", "verl", "verl", "linear_cross_entropy (hidden)", True),
+        Peer("flash_attn", "flash-attn", "flash_attn",
+             "cross_entropy_loss (logits): log-prob only", True),
+        Peer("quack", "quack-kernels", "quack", "cross_entropy (logits): log-prob only", True),
     )
 }  # fmt: skip
 
@@ -108,6 +123,14 @@ def check_dtype(name: str, dtype: str) -> None:
     """Refuse a float32 repeat of what the plain peer already measures."""
     if name.endswith("_f32") and dtype == "float32":
         raise Unsupported("the input is float32 already: the same as without _f32")
+
+
+def check_device(name: str, device: str) -> None:
+    """Refuse a CUDA kernel on CPU tensors, after saying so where it is not even installed."""
+    peer = KNOWN[name]
+    if peer.needs_cuda and device != "cuda":
+        load(name, peer.module)
+        raise Unsupported("a kernel for CUDA tensors; these are on the CPU")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,7 +208,15 @@ def token_stats_fn(
             }
 
         return verl
-    raise Unsupported("has no op from logits that runs on this device")
+    if name == "flash_attn":
+        flash = load(name, "flash_attn.ops.triton.cross_entropy").cross_entropy_loss
+        return lambda z, y: {"logp": -flash(z, y)[0]}
+    if name == "quack":
+        quack = load(name, "quack.cross_entropy").cross_entropy
+        return lambda z, y: {"logp": -quack(z, y, reduction="none")}
+    if name == "liger_grpo":
+        raise Unsupported("gives a loss, not per-token statistics: see policy_step")
+    raise Unsupported("has no op from logits")
 
 
 def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> LinearStatsFn:
@@ -214,12 +245,59 @@ def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> L
     if name == "cut_cross_entropy":
         cce = load(name, "cut_cross_entropy").linear_cross_entropy
         return lambda h, w, y: {"logp": -cce(h, w, y, reduction="none", impl="torch_compile")}
+    if name == "cut_cross_entropy_triton":
+        cce = load(name, "cut_cross_entropy").linear_cross_entropy
+        return lambda h, w, y: {"logp": -cce(h, w, y, reduction="none", impl="cce")}
+    if name == "verl_triton":
+        fused = load(name, "verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+
+        def verl_triton(
+            hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+        ) -> Outputs:
+            logp, entropy = fused(hidden, weight, target, 1.0, "none")
+            return {"logp": logp, "entropy": entropy}
+
+        return verl_triton
+    if name == "liger_flce":
+        flce = load(name, "liger_kernel.ops").LigerFusedLinearCrossEntropyFunction
+        arguments = (None, None, -100, 0.0, 0.0, "none")
+        return lambda h, w, y: {"logp": -flce.apply(h, w, y, *arguments)[0]}
+    if name == "liger_flsce":
+        flsce = load(name, "liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
+
+        def scaled(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Outputs:
+            nll, entropy = flsce.apply(hidden, weight, target, return_entropy=True)
+            return {"logp": -nll, "entropy": entropy}
+
+        return scaled
+    if name in ("liger_grpo", "flash_attn", "quack"):
+        raise Unsupported("works on logits: see policy_step and token_stats")
     if name in LIGER:
         raise Unsupported("gives a loss, not per-token statistics: see policy_step_hidden")
     inner = token_stats_fn(name, 1, everything, entropy_grad)
     if name.endswith("_f32"):
         return lambda h, w, y: inner(h.float() @ w.float().T, y)
     return lambda h, w, y: inner(h @ w.T, y)
+
+
+def liger_grpo(logits: torch.Tensor, batch: Batch) -> Callable[[], torch.Tensor]:
+    """Liger's Triton GRPO loss with token mean; wants one more position than tokens, as a model
+    gives. Not in place: the logits of a benchmark are used again."""
+    loss_fn = load("liger_grpo", "liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    target, old_logp = batch.padded(batch.target), batch.padded(batch.old_logp)
+    mask, advantage = torch.ones_like(target), batch.padded(batch.advantage)[:, 0]
+    room = torch.zeros_like(batch.padded(logits.detach())[:, :1])
+
+    def run() -> torch.Tensor:
+        longer = torch.cat([batch.padded(logits), room], 1)
+        loss = loss_fn(
+            longer, old_logp, None, target, advantage, mask, temperature=1.0, beta=0.0,
+            eps_low=CLIP, eps_high=CLIP, inplace=False, loss_type="bnpo", reduce=True,
+        )[0]  # fmt: skip
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    return run
 
 
 def liger_loss(

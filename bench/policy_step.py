@@ -15,9 +15,11 @@ from tokfuse.bench.problem import (
     Config,
     Factory,
     Problem,
+    Unsupported,
     generator,
     make_batch,
     make_logits,
+    on_device,
     sample_target,
 )
 
@@ -47,6 +49,7 @@ class _Inputs:
 def build(config: Config, peer_names: list[str]) -> Problem:
     """The problem of one configuration."""
     data = _Inputs(config)
+    on_device(data, config.device)
     size = config.tokens * config.vocab
     return Problem(
         config,
@@ -58,7 +61,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
         limits={
             "limit_read": lambda: probes.read_probe(data.logits),
             "limit_copy": lambda: probes.copy_probe(data.logits),
-            "limit_exp": lambda: probes.exp_probe(size),
+            "limit_exp": lambda: probes.exp_probe(size, config.device),
         },
         exact=lambda: exact.policy_step(data.logits, data.batch, data.entropy_coef),
         bounds=("copy", "exp"),
@@ -97,6 +100,7 @@ def _ours_in_place(data: _Inputs) -> Provider:
 def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
     def factory() -> Provider:
         peers.check_dtype(name, config.dtype)
+        peers.check_device(name, config.device)
         leaf = data.logits.detach().requires_grad_()
         batch = data.batch
         if name == "cross_entropy":
@@ -107,6 +111,17 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
 
             note = "forward and backward of another loss: no entropy, no ratio"
             return peers.provider(name, cross_entropy, note=note)
+        if name == "liger_grpo":
+            if data.entropy_coef:
+                raise Unsupported("has no entropy bonus")
+            loss_fn = peers.liger_grpo(leaf, batch)
+
+            def grpo() -> Outputs:
+                loss = loss_fn()
+                (grad,) = torch.autograd.grad(loss, leaf)
+                return {"loss": loss, "grad_logits": grad}
+
+            return peers.provider(name, grpo, note="the copy to one more position is timed too")
         stats_fn = peers.token_stats_fn(
             name, batch.num_seqs, everything=False, entropy_grad=data.entropy_coef != 0
         )

@@ -19,6 +19,7 @@ from tokfuse.bench.problem import (
     generator,
     make_batch,
     make_head,
+    on_device,
     sample_target,
 )
 
@@ -47,6 +48,7 @@ class _Inputs:
 def build(config: Config, peer_names: list[str]) -> Problem:
     """The problem of one configuration."""
     data = _Inputs(config)
+    on_device(data, config.device)
     backward_products = 1 if data.frozen else 2
     per_row = 2 * config.hidden * config.vocab
     flops = per_row * (config.tokens + backward_products * data.grad_rows)
@@ -96,6 +98,7 @@ def _ours(data: _Inputs) -> Provider:
 def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
     def factory() -> Provider:
         peers.check_dtype(name, config.dtype)
+        peers.check_device(name, config.device)
         batch = data.batch
         hidden = data.hidden.detach().requires_grad_()
         weight = data.weight.detach().requires_grad_(not data.frozen)

@@ -2,6 +2,7 @@
 
 read: every byte of the input once. copy: the same bytes to memory already touched. exp: as many
 exponentials as there are logits, over data in L1. gemm: the bare matrix products of torch.
+On a GPU these are torch's: a sum over the bytes as int32, a copy, the products; exp has no probe.
 `probes.cpp` is compiled at first use (g++, cached by content in the user's cache folder); without a
 compiler the probes are reported as unsupported and no share of a limit is given.
 """
@@ -27,6 +28,9 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
 
 def read_probe(data: torch.Tensor) -> Provider:
     """Read `data` once."""
+    if data.device.type != "cpu":
+        words = data.reshape(-1).view(torch.int32)
+        return Provider(lambda: _nothing(words.sum()))
     library = _library()
     bytes_read = data.numel() * data.element_size() // 8 * 8
     threads = torch.get_num_threads()
@@ -40,9 +44,11 @@ def read_probe(data: torch.Tensor) -> Provider:
 
 def copy_probe(data: torch.Tensor) -> Provider:
     """Copy `data` to memory that was touched before."""
-    library = _library()
     target = torch.empty_like(data)
     target.copy_(data)
+    if data.device.type != "cpu":
+        return Provider(lambda: _nothing(target.copy_(data)))
+    library = _library()
     size = data.numel() * data.element_size()
     threads = torch.get_num_threads()
 
@@ -53,8 +59,10 @@ def copy_probe(data: torch.Tensor) -> Provider:
     return Provider(run, backend="c++")
 
 
-def exp_probe(elements: int) -> Provider:
+def exp_probe(elements: int, device: str = "cpu") -> Provider:
     """`elements` exponentials over data in L1."""
+    if device != "cpu":
+        raise Unsupported("the bare exp sweep is a probe of the CPU")
     library = _library()
     threads = torch.get_num_threads()
 
@@ -87,6 +95,12 @@ def gemm_probe(
         return {}
 
     return Provider(run)
+
+
+def _nothing(result: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A probe's result is no output."""
+    del result
+    return {}
 
 
 @functools.cache

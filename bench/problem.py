@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ class Config:
     vocab: int
     hidden: int = 0
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def shape(self) -> str:
@@ -104,6 +106,21 @@ class Batch:
     def padded(self, tensor: torch.Tensor) -> torch.Tensor:
         """View (tokens, ...) as (seqs, length, ...), the layout of most peers."""
         return tensor.view(self.num_seqs, -1, *tensor.shape[1:])
+
+
+def on_device(inputs: Any, device: str) -> None:
+    """Move every tensor that a record of inputs holds, nested records included.
+
+    Inputs are drawn on the CPU, so a seed means the same numbers on every device.
+    """
+    if device == "cpu":
+        return
+    for name, value in vars(inputs).items():
+        if isinstance(value, torch.Tensor):
+            moved = value.detach().to(device).requires_grad_(value.requires_grad)
+            setattr(inputs, name, moved)
+        elif isinstance(value, Batch):
+            on_device(value, device)
 
 
 def generator(config: Config) -> torch.Generator:

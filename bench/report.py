@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from tokfuse.bench.row import ERROR_NAMES, Row
 
 HEADER = (
-    f"{'op':<19}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<18}{'provider':<19}"
-    f"{'backend':<18}{'status':<12}{'median':>10}{'x ours':>8}{'limit':>7}{'peak':>10}  max error"
+    f"{'op':<19}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<18}{'provider':<25}"
+    f"{'backend':<18}{'status':<12}{'median':>10}{'p20 - p80':>17}{'x ours':>8}{'limit':>7}"
+    f"{'tokens/s':>10}{'GB/s':>8}{'GFLOP/s':>9}{'energy':>10}{'peak':>10}  max error"
 )
 
 
@@ -19,6 +20,26 @@ def milliseconds(value: float | None) -> str:
 
 def mebibytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 2**20:.1f} MiB"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, in thousands or millions where that is shorter."""
+    if value is None:
+        return "-"
+    for low, scale, unit in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if value >= low:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:.3g}" if value < 1e3 else f"{value:.0f}"
+
+
+def spread(row: Row) -> str:
+    """20th and 80th percentile in milliseconds."""
+    return "-" if row.p20_ms is None else f"{row.p20_ms:.3g} - {row.p80_ms:.3g}"
+
+
+def energy(row: Row) -> str:
+    """Energy of one call, "-" where no driver told it."""
+    return "-" if row.energy_mj is None else f"{row.energy_mj:.3g} mJ"
 
 
 def worst_errors(row: Row) -> str:
@@ -41,8 +62,10 @@ def line(row: Row) -> str:
     share = "-" if row.limit_share is None else f"{row.limit_share:.0%}"
     text = (
         f"{row.op:<19}{row.shape:<17}{row.dtype:<9}{row.mode:<17}{row.variant:<18}"
-        f"{row.provider:<19}{row.backend:<18}{row.status:<12}{milliseconds(row.median_ms):>10}"
-        f"{ratio:>8}{share:>7}{mebibytes(row.peak_extra_bytes):>10}  {worst_errors(row)}"
+        f"{row.provider:<25}{row.backend:<18}{row.status:<12}{milliseconds(row.median_ms):>10}"
+        f"{spread(row):>17}{ratio:>8}{share:>7}{number(row.tokens_per_s):>10}"
+        f"{number(row.gb_per_s):>8}{number(row.gflop_per_s):>9}{energy(row):>10}"
+        f"{mebibytes(row.peak_extra_bytes):>10}  {worst_errors(row)}"
     )
     return f"{text}  ({row.note})" if row.note else text.rstrip()
 
@@ -68,21 +91,28 @@ def _facts(row: Row) -> str:
 
 def _table(key: tuple[str, ...], group: list[Row]) -> str:
     ours = [r for r in group if r.role == "ours" and r.status == "pass" and r.median_ms]
-    heads = ["provider", "status", "median", "p20 - p80", *(f"/ {r.provider}" for r in ours)]
-    heads += ["of limit", "peak extra", "max error", "note"]
+    heads = ["provider", "status", "median", "p20 - p80 ms", *(f"/ {r.provider}" for r in ours)]
+    heads += [
+        "of limit",
+        "tokens/s",
+        "GB/s",
+        "GFLOP/s",
+        "energy",
+        "peak extra",
+        "max error",
+        "note",
+    ]
     rows = [heads, ["---"] * len(heads)]
     for row in sorted(group, key=lambda row: row.median_ms is None):  # what was timed comes first
         name = row.provider if row.role == "limit" else f"{row.provider} ({row.backend or '-'})"
-        spread = "-"
-        if row.p20_ms is not None:
-            spread = f"{milliseconds(row.p20_ms)} - {milliseconds(row.p80_ms)}"
         ratios = [
             f"{row.median_ms / base.median_ms:.2f}" if row.median_ms and base.median_ms else "-"
             for base in ours
         ]
         share = f"{row.limit_share:.0%} of {row.limit}" if row.limit_share is not None else "-"
         rows.append(
-            [name, row.status, milliseconds(row.median_ms), spread, *ratios, share,
+            [name, row.status, milliseconds(row.median_ms), spread(row), *ratios, share,
+             number(row.tokens_per_s), number(row.gb_per_s), number(row.gflop_per_s), energy(row),
              mebibytes(row.peak_extra_bytes), worst_errors(row), row.note.replace("|", "/")]
         )  # fmt: skip
     first = group[0]

@@ -5,6 +5,7 @@ removing one or changing its meaning raises it.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -13,9 +14,11 @@ SCHEMA_VERSION = 1
 # pass         ran, and what it returned is finite and near the float64 values
 # oom          needs more memory than there is
 # unsupported  this provider cannot run here, or not this shape, dtype or variant; `note` says why
-# fallback     ours ran, but on the pure-torch reference: never to be read as a fused kernel
+# fallback     ours ran, but on the pure-torch reference or in Triton's interpreter: never to be
+#              read as a fused kernel
 # error        ran and failed, or returned wrong numbers; `note` has the message
-STATUSES = ("pass", "oom", "unsupported", "fallback", "error")
+# predicted    nothing ran: computed from bytes, instructions and a GPU's data sheet
+STATUSES = ("pass", "oom", "unsupported", "fallback", "error", "predicted")
 
 ROLES = ("ours", "peer", "limit")
 
@@ -61,6 +64,10 @@ class Row:
             absolute error over largest absolute value for gradients. error_output: the worst of
             what has no column of its own, e.g. advantages.
         load_average: of the machine when the rounds began: a busy neighbour is visible.
+        energy_mj, power_w, sm_clock_mhz, throttle: of the GPU while this provider alone was
+            repeated: millijoules per call, mean watts, lowest clock, and why clocks were lowered;
+            `telemetry` is "nvml", or "unavailable: " and the reason.
+        gpu, driver: name of the GPU and version of its driver where `device` is "cuda".
         sweep: the axis that varies in a table of growth, see growth.py.
     """
 
@@ -116,12 +123,20 @@ class Row:
     threads: int = 0
     omp_wait_policy: str = ""
     load_average: float | None = None
+    energy_mj: float | None = None
+    power_w: float | None = None
+    sm_clock_mhz: int | None = None
+    throttle: str = ""
+    telemetry: str = ""
     sweep: str = ""
     machine: str = ""
     cpu_model: str = ""
+    gpu: str = ""
+    driver: str = ""
     isa: str = ""
     python: str = ""
     torch: str = ""
+    triton: str = ""
     tokfuse: str = ""
     provider_version: str = ""
     commit: str = ""
@@ -149,6 +164,30 @@ class Row:
         returned = 0 if self.provider.endswith("_") else self.result_bytes
         return max(0, self.peak_extra_bytes - returned)
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second at the median; None for ops that see no vocabulary."""
+        return None if self.op == "advantage" else self._rate(self.tokens, 1.0)
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """`bytes_moved` over the median, 1e9 bytes per second: of the least traffic, not of what
+        this provider really moved."""
+        return self._rate(self.bytes_moved, 1e9) if self.bytes_moved else None
+
+    @property
+    def gflop_per_s(self) -> float | None:
+        """`flops` over the median, 1e9 per second: of the least work, as `gb_per_s`."""
+        return self._rate(self.flops, 1e9) if self.flops else None
+
+    def _rate(self, amount: float, unit: float) -> float | None:
+        return amount / unit / (self.median_ms * 1e-3) if self.median_ms else None
+
+    @property
+    def machine_key(self) -> tuple[str, ...]:
+        """What must agree before two rows may be compared: system, processor, kernels' level."""
+        return (self.machine, self.cpu_model, self.isa)
+
     @classmethod
     def from_json(cls, line: str) -> "Row":
         """Read `to_json` back; fields of a newer writer that are unknown here are dropped."""
@@ -165,3 +204,23 @@ def plain(value: Any) -> Any:
     """The value, or its name where JSON has none (inf, nan)."""
     finite = not isinstance(value, float) or abs(value) < float("inf")
     return value if finite else str(value)
+
+
+def check_one_machine(rows: Iterable[Row], where: str) -> None:
+    """Refuse rows of different machines: times of two machines in one table compare nothing.
+
+    Predicted rows belong to no machine and are let through.
+
+    Raises:
+        ValueError: two machines; the message names them.
+    """
+    measured = [row for row in rows if row.status != "predicted" and row.machine]
+    keys = list(dict.fromkeys(row.machine_key for row in measured))
+    if len(keys) < 2:  # rows of the CPU and of one GPU of the same machine may stand together
+        keys = list(dict.fromkeys((row.gpu,) for row in measured if row.gpu))
+    if len(keys) > 1:
+        names = "; ".join(" / ".join(key) for key in keys)
+        raise ValueError(
+            f"bench: {where} must be rows of one machine; got {len(keys)}: {names}. "
+            "Keep a file per machine, or measure again on one."
+        )

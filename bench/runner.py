@@ -1,6 +1,7 @@
 """Runs one problem: makes the providers, checks them against float64, times them, writes rows."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +19,14 @@ from tokfuse.bench.measure import (
 )
 from tokfuse.bench.problem import Config, Factory, Problem, Unsupported
 from tokfuse.bench.row import ERROR_NAMES, SCHEMA_VERSION, Row
+from tokfuse.bench.telemetry import Sampler, Telemetry
 from tokfuse.runtime.errors import BackendUnavailable
 
 # Far beyond any rounding, bfloat16 included: a provider past these computed something else.
 # Log-probabilities of bfloat16 arithmetic are off by up to 0.1 at |logp| of 30.
 GROSS_ERROR = 1.0
+TELEMETRY_S = 1.0  # NVML renews its power reading ten times a second at best
+NO_TELEMETRY = Telemetry("unavailable: the tensors are on the CPU")
 COMPARED_WORK = tuple(name for name in ERROR_NAMES if not name.startswith("grad_"))
 PROBE_NAMES = ("read", "copy", "exp", "gemm", "native")
 
@@ -30,7 +34,7 @@ Emit = Callable[[Row], None]
 
 
 @dataclass
-class _Entry:
+class Entry:
     """A provider on its way to a row."""
 
     name: str
@@ -44,12 +48,13 @@ class _Entry:
     result_bytes: int | None = None
     times: list[float] = field(default_factory=list)
     cpu_times: list[float] = field(default_factory=list)
+    telemetry: Telemetry | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to measure: rounds per provider and the seconds they may take, whether to compare with
-    float64 and to read peak memory, and the facts that go into every row."""
+    float64 and to read peak memory, who reads the GPU, and the facts that go into every row."""
 
     rounds: int
     facts: dict[str, Any]
@@ -57,6 +62,7 @@ class Settings:
     compare: bool = True
     peak: bool = True
     on_step: Callable[[str], None] = lambda text: None
+    sampler: Callable[[], Sampler] = Sampler
 
 
 def run_case(config: Config, build: Callable[[], Problem], settings: Settings, emit: Emit) -> None:
@@ -66,9 +72,9 @@ def run_case(config: Config, build: Callable[[], Problem], settings: Settings, e
             problem = build()
         except Exception as error:  # most likely out of memory; the next case may still fit
             status, note = classify(error)
-            entry = _Entry("tokfuse", "ours", status=status, note=f"making the inputs: {note}")
+            entry = Entry("tokfuse", "ours", status=status, note=f"making the inputs: {note}")
             nothing = Problem(config, {}, {})
-            emit(_row(nothing, entry, [], settings))
+            emit(row_of(nothing, entry, [], settings))
             return
         run_problem(problem, settings, emit)
 
@@ -81,12 +87,12 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # a shape compiled before must not count as a recompilation
-    entries = [_Entry(name, role) for role, name, _ in _factories(problem)]
+    entries = [Entry(name, role) for role, name, _ in _factories(problem)]
     for entry, (_, _, factory) in zip(entries, _factories(problem), strict=True):
         settings.on_step(f"{problem.config.shape} {entry.name}: first call")
         _prepare(entry, factory, problem, settings)
         if entry.provider is None:
-            emit(_row(problem, entry, [], settings))
+            emit(row_of(problem, entry, [], settings))
     for entry in entries:
         if entry.role == "peer" and entry.provider is not None and not entry.note:
             entry.note = missing_outputs(entry.outputs, entries[0].outputs)
@@ -98,7 +104,7 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
     times, failed = interleave(
         {e.name: e.provider for e in live if e.provider is not None},
         settings.rounds,
-        ColdCache(problem.cold),
+        ColdCache(problem.cold, problem.config.device),
         settings.budget_s,
         cpu_times,
     )
@@ -108,7 +114,26 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
             entry.status, entry.note = classify(failed[entry.name])
             entry.times = []
     for entry in live:
-        emit(_row(problem, entry, live, settings, load))
+        if entry.times and problem.config.device != "cpu":
+            entry.telemetry = _telemetry(entry, settings)
+        emit(row_of(problem, entry, live, settings, load))
+
+
+def _telemetry(entry: Entry, settings: Settings) -> Telemetry:
+    """Readings while one provider alone is repeated; rounds interleave and could not tell whose
+    energy it was."""
+    assert entry.provider is not None
+    settings.on_step(f"{entry.name}: energy")
+    calls, start = 0, time.perf_counter()
+    with settings.sampler() as sampler:
+        while sampler.is_reading and time.perf_counter() - start < TELEMETRY_S:
+            entry.provider.before()
+            entry.provider.run()
+            calls += 1
+            if entry.provider.device == "cuda":
+                torch.cuda.synchronize()
+    sampler.result.calls = calls * entry.provider.calls
+    return sampler.result
 
 
 def missing_outputs(theirs: frozenset[str], ours: frozenset[str]) -> str:
@@ -137,10 +162,11 @@ def _factories(problem: Problem) -> Iterator[tuple[str, str, Factory]]:
             yield role, name, factory
 
 
-def _prepare(entry: _Entry, factory: Factory, problem: Problem, settings: Settings) -> None:
+def _prepare(entry: Entry, factory: Factory, problem: Problem, settings: Settings) -> None:
     """Make the provider, run it once (compiling what it compiles), compare it, take its peak."""
     try:
         provider = factory()
+        provider.device = problem.config.device
         provider.before()
         outputs = provider.run()
         entry.note, entry.outputs = provider.note, frozenset(outputs)
@@ -161,10 +187,10 @@ def _prepare(entry: _Entry, factory: Factory, problem: Problem, settings: Settin
         entry.status, entry.note = classify(error)
 
 
-def _row(
+def row_of(
     problem: Problem,
-    entry: _Entry,
-    live: list[_Entry],
+    entry: Entry,
+    live: list[Entry],
     settings: Settings,
     load: float | None = None,
 ) -> Row:
@@ -186,7 +212,7 @@ def _row(
         schema=SCHEMA_VERSION,
         op=config.op, mode=config.mode, variant=config.variant, shape=config.shape,
         tokens=config.tokens, hidden=config.hidden, vocab=config.vocab,
-        dtype=config.dtype, device="cpu",
+        dtype=config.dtype, device=config.device,
         provider=entry.name, role=entry.role, backend=provider.backend if provider else "",
         status=entry.status, note=entry.note,
         bytes_moved=problem.bytes_moved, bytes_formula=problem.bytes_formula,
@@ -194,12 +220,25 @@ def _row(
         peak_extra_bytes=entry.peak[0], peak_method=entry.peak[1],
         result_bytes=entry.result_bytes,
         provider_version=provider.version if provider else "",
-        load_average=load, timestamp=machine.now(),
+        load_average=load, **_readings(problem, entry), timestamp=machine.now(),
         **settings.facts, **values,
     )  # fmt: skip
 
 
-def _timing(entry: _Entry) -> dict[str, Any]:
+def _readings(problem: Problem, entry: Entry) -> dict[str, Any]:
+    """The telemetry columns."""
+    if problem.config.device == "cpu":
+        return {"telemetry": NO_TELEMETRY.status}
+    if entry.telemetry is None:
+        return {}
+    got = entry.telemetry
+    return {
+        "telemetry": got.status, "throttle": ", ".join(got.throttle), "power_w": got.power_w,
+        "sm_clock_mhz": got.sm_clock_mhz, "energy_mj": got.energy_per_call_mj,
+    }  # fmt: skip
+
+
+def _timing(entry: Entry) -> dict[str, Any]:
     return {
         "median_ms": _round(percentile(entry.times, 0.5)),
         "p20_ms": _round(percentile(entry.times, 0.2)),
@@ -210,7 +249,7 @@ def _timing(entry: _Entry) -> dict[str, Any]:
     }
 
 
-def _against_ours(entry: _Entry, live: list[_Entry]) -> dict[str, Any]:
+def _against_ours(entry: Entry, live: list[Entry]) -> dict[str, Any]:
     """Ratio against the first of ours, unless that one is a fallback: that would flatter nobody."""
     base = next((e for e in live if e.role == "ours" and e.times), None)
     if base is None or base.status != "pass":
@@ -225,7 +264,7 @@ def _against_ours(entry: _Entry, live: list[_Entry]) -> dict[str, Any]:
     }
 
 
-def _against_limit(problem: Problem, entry: _Entry, probes: dict[str, _Entry]) -> dict[str, Any]:
+def _against_limit(problem: Problem, entry: Entry, probes: dict[str, Entry]) -> dict[str, Any]:
     """The slowest bound; "read+copy" is one bound made of two probes, one after the other."""
     bounds = {}
     for bound in problem.bounds:

@@ -1,21 +1,25 @@
 """Lets `pytest bench --benchmark-only` run the same cases through pytest-benchmark.
 
-    OMP_WAIT_POLICY=passive pytest bench --benchmark-only --benchmark-group-by=group
+    OMP_WAIT_POLICY=passive pytest bench --benchmark-only --benchmark-json=new.json
+    python -m tokfuse bench compare old.json new.json
 
 Small shapes by default; `TOKFUSE_BENCH_FULL=1` takes the published ones. pytest-benchmark runs one
 provider after the other, so its ratios carry the machine's drift; `python -m tokfuse bench`
 interleaves them.
 """
 
+import contextlib
+import functools
+import json
 import os
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tokfuse.bench import exact, peers
-from tokfuse.bench.measure import ColdCache
-from tokfuse.bench.problem import Config, Unsupported
+from tokfuse.bench import exact, machine, peers, runner
+from tokfuse.bench.measure import ColdCache, Provider, peak_extra_bytes, tensor_bytes, time_once
+from tokfuse.bench.problem import Config, Problem, Unsupported
 from tokfuse.runtime.errors import BackendUnavailable
 
 PEERS = ("torch_eager", "cross_entropy")
@@ -40,28 +44,55 @@ def parameters(module: ModuleType) -> list[Any]:
 
 
 def run(benchmark: Any, module: ModuleType, config: Config, name: str) -> None:
-    """Time one provider of one case with pytest-benchmark, restoring inputs before each round."""
+    """Time one provider of one case with pytest-benchmark, restoring inputs before each round.
+
+    Before each round the limits are timed once, so that the share of the limit in `extra_info` is
+    of the same seconds; `extra_info` is a whole `row.Row`, which `bench compare` reads.
+    """
     problem = module.build(config, [name] if name in peers.KNOWN else [])
     factory = {**problem.ours, **problem.peers}[name]
     try:
         provider = factory()
     except (Unsupported, BackendUnavailable) as error:
         pytest.skip(str(error))
+    entry = runner.Entry(name, "ours" if name in problem.ours else "peer", provider)
+    entry.status = "fallback" if provider.fallback else "pass"
     provider.before()
-    errors = exact.distances(provider.run(), problem.answer())
+    outputs = provider.run()
+    entry.errors = exact.distances(outputs, problem.answer())
+    entry.result_bytes = tensor_bytes(outputs)
+    del outputs
+    entry.peak = peak_extra_bytes(provider)
+    limits = [runner.Entry(key, "limit", made) for key, made in _limits(problem).items()]
     cache = ColdCache(problem.cold)
 
     def setup() -> None:
+        for limit in limits:
+            assert limit.provider is not None
+            limit.times.append(time_once(limit.provider, cache)[0])
         provider.before()
         cache.flush()
 
     benchmark.group = f"{config.op} {config.mode} {config.variant} {config.dtype} {config.shape}"
-    benchmark.extra_info.update(
-        backend=provider.backend,
-        status="fallback" if provider.fallback else "pass",
-        calls=provider.calls,
-        bytes_moved=problem.bytes_moved,
-        flops=problem.flops,
-        **{f"error_{key}": value for key, value in errors.items()},
-    )
     benchmark.pedantic(provider.run, setup=setup, rounds=5, iterations=1, warmup_rounds=1)
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        entry.times = [s * 1e3 / provider.calls for s in benchmark.stats.stats.data]
+    row = runner.row_of(problem, entry, [entry, *limits], runner.Settings(5, _facts()))
+    benchmark.extra_info.update(
+        json.loads(row.to_json()), tokens_per_s=row.tokens_per_s, gb_per_s=row.gb_per_s,
+        gflop_per_s=row.gflop_per_s,
+    )  # fmt: skip
+
+
+def _limits(problem: Problem) -> dict[str, Provider]:
+    """The limits that can be timed here."""
+    out = {}
+    for name, factory in problem.limits.items():
+        with contextlib.suppress(Unsupported):
+            out[name] = factory()
+    return out
+
+
+@functools.cache
+def _facts() -> dict[str, Any]:
+    return machine.facts("pytest bench --benchmark-only")

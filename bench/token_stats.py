@@ -9,7 +9,15 @@ import torch
 
 from tokfuse.bench import exact, ours, peers, probes
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import Config, Factory, Problem, generator, make_logits, sample_target
+from tokfuse.bench.problem import (
+    Config,
+    Factory,
+    Problem,
+    generator,
+    make_logits,
+    on_device,
+    sample_target,
+)
 
 OP = "token_stats"
 SHAPES = ("512x49152", "256x151936")
@@ -37,6 +45,7 @@ class _Inputs:
 def build(config: Config, peer_names: list[str]) -> Problem:
     """The problem of one configuration."""
     data = _Inputs(config)
+    on_device(data, config.device)
     size = config.tokens * config.vocab
     backward = config.mode == "forward+backward"
     passes, flops = (3, FORWARD_FLOPS + BACKWARD_FLOPS) if backward else (1, FORWARD_FLOPS)
@@ -51,7 +60,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
 
     limits: dict[str, Factory] = {
         "limit_read": lambda: probes.read_probe(data.logits),
-        "limit_exp": lambda: probes.exp_probe(size),
+        "limit_exp": lambda: probes.exp_probe(size, config.device),
     }
     if backward:
         limits["limit_copy"] = lambda: probes.copy_probe(data.logits)
@@ -93,6 +102,7 @@ def _ours(config: Config, data: _Inputs) -> Provider:
 def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
     def factory() -> Provider:
         peers.check_dtype(name, config.dtype)
+        peers.check_device(name, config.device)
         function = peers.token_stats_fn(name, 1, everything=config.variant == "all")
         if name.startswith("torch_compile"):
             function = peers.compiled(function)

@@ -95,19 +95,28 @@ class Policy(torch.nn.Module):
         self.head = torch.nn.Linear(64, VOCAB)
 
     def forward(self, prompt: Tensor, total: Tensor, position: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.hidden(prompt, total, position))
+        return logits
+
+    def hidden(self, prompt: Tensor, total: Tensor, position: Tensor) -> Tensor:
+        """What the head gets."""
         one_hot = torch.nn.functional.one_hot
         parts = (one_hot(prompt, DIGITS), one_hot(total, DIGITS), one_hot(position, LENGTH))
-        logits: Tensor = self.head(torch.tanh(self.body(torch.cat(parts, -1).float())))
-        return logits
+        return torch.tanh(self.body(torch.cat(parts, -1).float()))
 
     def packed_logits(self, rollout: Rollout) -> Tensor:
         """(tokens, VOCAB): row t predicts rollout.target[t]."""
+        logits: Tensor = self.head(self.packed_hidden(rollout))
+        return logits
+
+    def packed_hidden(self, rollout: Rollout) -> Tensor:
+        """(tokens, 64): the states behind `packed_logits`."""
         digit = torch.where(rollout.tokens < DIGITS, rollout.tokens, 0)
         total = (digit.cumsum(1) - digit) % DIGITS
         position = torch.arange(LENGTH).expand_as(total)
         prompt = rollout.prompt[:, None].expand_as(total)
         kept = rollout.kept
-        return self(prompt[kept], total[kept], position[kept])
+        return self.hidden(prompt[kept], total[kept], position[kept])
 
 
 @torch.no_grad()

@@ -120,17 +120,16 @@ def ope(
     reward: torch.Tensor,
     q_pi: torch.Tensor | None,
     q_a: torch.Tensor | None,
-    *,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(10,) float64: estimate and standard error of ips, snips, dm, dr, sndr."""
+    """(5, 2): estimate and standard error of ips, snips, dm, dr, sndr."""
     values = _doubles(10, weight)
     scratch = _doubles(10 * -(-reward.shape[0] // launchers().OPE_BLOCK), weight)
     launchers().ope(
         place(weight), pointer(weight), pointer(reward), pointer(q_pi), pointer(q_a),
         pointer(mask), pointer(values), pointer(scratch), reward.shape[0],
     )  # fmt: skip
-    return values
+    return values.view(5, 2).to(reward.dtype)
 
 
 def group_advantage(

@@ -29,29 +29,31 @@ DTYPES = {"float": ("float32", 4), "BFloat16": ("bfloat16", 2), "Float16": ("flo
 
 @dataclass(frozen=True)
 class Loops:
-    """Which loops of a kernel are hot: those that read the rows.
+    """Which loops of a kernel are hot: those that go over a row by vectors of 16 bytes.
 
     Args:
-        visits: loops that go over a whole row.
+        reads: loops that only read the row.
+        writes: loops that read it and write another one.
         source: where they load it from: "LDG" memory, "LDS" shared memory.
         traffic: elements moved between memory and the chip per element of a row.
-        streams: loads that stand in a loop for each vector that a pass takes.
+        streams: rows that a loop reads side by side.
     """
 
-    visits: int
+    reads: int
+    writes: int
     source: str = "LDG"
     traffic: int = 1
     streams: int = 1
 
 
 ROW_KERNELS = {
-    "token_stats_fwd_kernel": Loops(1),
-    "token_stats_bwd_kernel": Loops(1, traffic=2),
-    "policy_step_kernel": Loops(2, traffic=2),
-    "policy_step_cluster_kernel": Loops(2, "LDS", traffic=2),
-    # One loop for rows on and between vectors, of two tensors: an upper bound.
-    "paired_divergence_fwd_kernel": Loops(2, traffic=2, streams=6),
-    "paired_divergence_bwd_kernel": Loops(1, traffic=3, streams=6),
+    "token_stats_fwd_kernel": Loops(1, 0),
+    "token_stats_bwd_kernel": Loops(0, 1, traffic=2),
+    "policy_step_kernel": Loops(1, 1, traffic=2),
+    "policy_step_cluster_kernel": Loops(1, 1, "LDS", traffic=2),
+    # Rows on and between vectors share a loop: an upper bound.
+    "paired_divergence_fwd_kernel": Loops(2, 0, traffic=2, streams=2),
+    "paired_divergence_bwd_kernel": Loops(0, 1, traffic=3, streams=2),
 }
 
 
@@ -203,32 +205,29 @@ def _loops(listing: str) -> list[list[str]]:
     return [body[a:b] for a, b in inner]
 
 
-def _loaded(loop: Sequence[str], source: str) -> int:
-    """Bytes that 16-byte loads of one pass bring to a thread."""
-    return sum(16 for text in loop if re.search(rf"\b{source}\.[\w.]*\b128\b", text))
+def _vectors(loop: Sequence[str], instruction: str) -> int:
+    """16-byte accesses of that kind in one pass."""
+    return sum(bool(re.search(rf"\b{instruction}\.[\w.]*\b128\b", text)) for text in loop)
 
 
 def _per_element(name: str, listing: str) -> tuple[float, float]:
-    """(instructions, exps) per element of the hot loops: the longest with 16-byte loads.
-
-    An element takes an exp: a loop with fewer is that of rows between vectors, which loads twice
-    what it uses.
-    """
+    """(instructions, exps) per element of the hot loops: the longest of their kind."""
     base, _, rest = name.partition("<")
     hot = ROW_KERNELS.get(base)
     if hot is None:
         return 0.0, 0.0
     size = DTYPES[rest.split(",")[0].rstrip(">")][1]
-    found = []
+    found: dict[bool, list[tuple[float, int, int]]] = {False: [], True: []}
     for loop in _loops(listing):
-        elements = _loaded(loop, hot.source) / size / hot.streams
-        exps = sum("MUFU.EX2" in text for text in loop)
-        if elements and exps >= elements:
-            found.append((elements, len(loop), exps))
-    found = sorted(found, reverse=True)[: hot.visits]
+        elements = 16 * _vectors(loop, hot.source) / size / hot.streams
+        if elements:
+            exps = sum("MUFU.EX2" in text for text in loop)
+            found["STG" in " ".join(loop)].append((elements, len(loop), exps))
+    chosen = sorted(found[False], reverse=True)[: hot.reads]
+    chosen += sorted(found[True], reverse=True)[: hot.writes]
     return (
-        round(sum(length / elements for elements, length, _ in found), 2),
-        round(sum(exps / elements for elements, _, exps in found), 2),
+        round(sum(length / elements for elements, length, _ in chosen), 2),
+        round(sum(exps / elements for elements, _, exps in chosen), 2),
     )
 
 

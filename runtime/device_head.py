@@ -13,6 +13,12 @@ that would make the host wait for every chunk. So rows are sorted by class on th
 first GEMM, and the host reads the sizes of the classes, 16 bytes: the one synchronisation of a
 call. Under CUDA-graph capture nothing can be read: all rows are computed, and those of the lower
 classes contribute exact zeros.
+
+What the clip stops is known only after a chunk's row kernel. The size of a GEMM is an argument of
+its launch: the host must know it, and no bound but "all of the chunk" is known before, so a form
+without a wait cannot make the GEMM smaller. By default such rows enter with exact zeros. With
+`compact_clipped` the host reads the rows of each chunk that carry gradient (one wait a chunk, whose
+three GEMMs take milliseconds); they collect in a buffer, and the GEMMs run when it is full.
 """
 
 from collections.abc import Iterator
@@ -21,6 +27,9 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime.head import HeadProblem
+
+# Collecting a row reads and writes it once more: where nearly all carry gradient, zeros cost less.
+POOLED_SHARE = 0.9
 
 
 class RowClasses(NamedTuple):
@@ -92,13 +101,20 @@ class DeviceHead:
         self._stride = -(-p.vocab // 16) * 16
         self._logits: torch.Tensor | None = None
         self._dz: torch.Tensor | None = None
+        self._pool: torch.Tensor | None = None
+        self._pooled: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tokens, hidden states)
+
+    def rows_in_budget(self) -> int:
+        """Rows of logits, their gradient and hidden states that the workspace holds."""
+        p = self.problem
+        wide, narrow = 4, 2 if self.mixed else 4
+        buffers = wide + (narrow if self.mixed else 0) + (narrow if p.compact_clipped else 0)
+        per_row = self._stride * buffers + 8 * p.hidden.shape[1] + 64
+        return max(1, p.memory_budget // per_row)
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(tokens, hidden states) of rows [start, stop) of the order, what the budget holds."""
-        p = self.problem
-        per_row = self._stride * (6 if self.mixed else 4) + 8 * p.hidden.shape[1] + 64
-        limit = max(1, p.memory_budget // per_row)
-        parts = max(1, -(-(stop - start) // limit))
+        parts = max(1, -(-(stop - start) // self.rows_in_budget()))
         size = max(1, -(-(stop - start) // parts))
         for begin in range(start, stop, size):
             index = self.rows.order[begin : min(begin + size, stop)]
@@ -143,8 +159,34 @@ class DeviceHead:
             _matmul(dz.t(), h, self.grad_weight, self._weight_written)
             self._weight_written = True
 
+    def add_nonzero(
+        self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, alive: torch.Tensor
+    ) -> None:
+        """`add` for the rows of the chunk that are `alive`, later; waits for their number."""
+        kept = alive.nonzero().squeeze(1)
+        if kept.shape[0] > POOLED_SHARE * h.shape[0]:
+            self.add(index, h, dz)
+            return
+        capacity = h.shape[0]
+        used = sum(tokens.shape[0] for tokens, _ in self._pooled)
+        if used + kept.shape[0] > capacity:
+            self._flush()
+            used = 0
+        self._pool = self._buffer(self._pool, capacity, dz.dtype)
+        rows = self._pool[used : used + kept.shape[0], : self.problem.vocab]
+        torch.index_select(dz, 0, kept, out=rows)
+        self._pooled.append((index[kept], h[kept]))
+
+    def _flush(self) -> None:
+        if self._pooled and self._pool is not None:
+            index, h = (torch.cat(parts) for parts in zip(*self._pooled, strict=True))
+            self._pooled = []
+            if index.shape[0]:
+                self.add(index, h, self._pool[: index.shape[0], : self.problem.vocab])
+
     def finish(self) -> list[torch.Tensor | None]:
         """[grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
+        self._flush()
         if self.grad_weight is not None and not self._weight_written:
             self.grad_weight.zero_()
         dtype = self.problem.weight.dtype

@@ -37,6 +37,8 @@ def per_token(
     i: PolicyInputs, objective: Objective, inverse: float, prepare: Prepare
 ) -> DeviceInputs:
     """Vectors in float32; with cu_seqlens, what sequences mean for their tokens. No host sync."""
+    old_logp = i.old_logp
+    assert old_logp is not None  # the callers put the current one in its place
     vectors = {name: native.float_vector(getattr(i, name)) for name in VECTORS}
     mask = None if i.mask is None else i.mask.contiguous()
     counts, agg_weight = None, None
@@ -44,7 +46,7 @@ def per_token(
     if i.cu_seqlens is not None and (at_tokens or inverse < 0):
         hand_out = at_tokens and i.advantage_level == "sequence"
         counts, agg_weight, advantage = prepare(
-            i.cu_seqlens.contiguous(), mask, i.old_logp.shape[0],
+            i.cu_seqlens.contiguous(), mask, old_logp.shape[0],
             seq_mean=at_tokens and bool(_seq_mean(objective)),
             seq_advantage=vectors["advantage"] if hand_out else None,
         )  # fmt: skip
@@ -52,7 +54,7 @@ def per_token(
             vectors["advantage"] = advantage
     scale: float | torch.Tensor = inverse
     if inverse < 0:
-        scale = _batch_scale(i, counts if objective.counts_sequences else None)
+        scale = _batch_scale(i.mask, old_logp, counts if objective.counts_sequences else None)
     return DeviceInputs(vectors, mask, agg_weight, scale, counts)
 
 
@@ -60,12 +62,14 @@ def _seq_mean(objective: Objective) -> Any:
     return objective.record[3]
 
 
-def _batch_scale(i: PolicyInputs, counts: torch.Tensor | None) -> torch.Tensor:
+def _batch_scale(
+    mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None
+) -> torch.Tensor:
     """1 / count of this batch, 0 where nothing counts, without asking the device."""
     if counts is not None:
         count = (counts > 0).sum()
-    elif i.mask is not None:
-        count = i.mask.sum()
+    elif mask is not None:
+        count = mask.sum()
     else:
-        count = torch.full((), i.old_logp.shape[0], device=i.old_logp.device)
+        count = torch.full((), rows.shape[0], device=rows.device)
     return torch.where(count > 0, 1.0 / count.clamp(min=1).double(), 0.0).float()

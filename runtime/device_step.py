@@ -41,7 +41,7 @@ def device_run(kernels: DeviceStep) -> Callable[..., StepTerms]:
         if may_read(target):
             reference.check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
         z = logits.detach()
-        if objective.level != "token":
+        if objective.level != "token" or inputs.old_logp is None:
             return _device_run_sequence(kernels, z, target, o, inputs, objective, inverse, in_place)
         stats, out, sums, grad = kernels.fused(z, target, o, inputs, objective, inverse, in_place)
         loss = sums[SLOT["loss"]].to(torch.float32)
@@ -55,7 +55,7 @@ def _device_run_sequence(
     kernels: DeviceStep, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions,
     inputs: PolicyInputs, objective: Objective, inverse: float, in_place: bool,
 ) -> StepTerms:  # fmt: skip
-    """As on the CPU: statistics, objective, gradient."""
+    """Statistics, objective, gradient; where the objective needs the statistics first."""
     assert kernels.stats.backward is not None
     *stats, row_max, inv_sum = kernels.stats.forward(logits, target, **o._asdict())
     terms = kernels.loss(stats[0], stats[1], inputs, objective, inverse)

@@ -5,12 +5,18 @@ and disassembled with the tools that Triton bundles; no GPU is needed. Per kerne
 architecture the table holds registers, spilled bytes, shared memory, and of the hot loop the widest
 load and the instructions per element: those of one pass through it, over the bytes that it loads
 divided by the bytes of an element.
+
+A row also names its source: a digest of all that decides it, the code of the kernel and of every
+device function that it reaches, arguments, options, this analysis and the version of Triton. Rows
+whose source stands in the committed table need no second compilation (`known`).
 """
 
 import argparse
 import concurrent.futures
 import functools
+import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -33,7 +39,10 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 # Other versions of the compiler allot a few registers and instructions more or less.
 REGISTERS_SLACK = 8
 INSTRUCTIONS_SLACK = 0.02
-# Instructions that a GPU issues in the time in which its memory moves one byte: 4 per clock and SM.
+# Threads whose instruction an SM issues per clock, and those that its special-function units serve
+# (exponentials, reciprocals, logarithms): they bound what a kernel makes of the memory's bandwidth.
+ISSUED = 128
+SPECIAL = 16
 # (capability, SMs, GHz, TB/s); sustained clocks under load are lower than these boost clocks.
 GPUS = {
     "A100": (80, 108, 1.41, 2.0),
@@ -59,26 +68,29 @@ class Resources:
     """Width of the widest global load of the hot loop."""
     per_element: float
     """Instructions per element of the hot loop, of one thread."""
+    special_per_element: float
+    """Of these, those of the special-function units."""
     traffic_bytes: int
     """Bytes per element between memory and the chip; 0 where bandwidth is not predicted."""
+    source: str
+    """Digest of what was compiled, by which compiler, and how it was read."""
 
     @property
     def key(self) -> str:
-        return f"{self.case}:{self.kernel}:{self.dtype}:sm_{self.capability}"
+        return row_key(self.case, self.kernel, self.dtype, self.capability)
 
 
 def compile_all(
     names: Sequence[str] = (),
     wanted: Callable[[torch.dtype, int], bool] = lambda dtype, capability: True,
+    known: Sequence[Resources] = (),
 ) -> list[Resources]:
     """The resources of every case, or of those whose name starts with one of `names`.
 
-    `wanted` tells which dtypes are compiled for which architecture.
+    `wanted` tells which dtypes are compiled for which architecture. Rows of `known` are taken over
+    where their source is what would be compiled now.
     """
-    if not triton_backend.installed():
-        raise SystemExit("kernels: triton is not installed; pip install 'tokfuse[gpu]'.")
-    if triton_backend.interpreting():
-        raise SystemExit("kernels: TRITON_INTERPRET is set, which leaves no compiler. Unset it.")
+    require_compiler()
     from tokfuse.triton_kernels import compile_cases
 
     jobs = [
@@ -91,8 +103,52 @@ def compile_all(
     ]
     # Recorded one after the other: recording replaces Triton's launch for the whole process.
     work = [(*job, launch) for job in jobs for launch in compile_cases.record(*job)]
+    old = {(row.key, row.source): row for row in known}
+
+    def resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> Resources:
+        key = row_key(case.name, launch.kernel.__name__, name_of(dtype), capability)
+        found = old.get((key, source_of(case, dtype, capability, launch)))
+        return found or resources_of(case, dtype, capability, launch)
+
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda w: _resources(*w), work))
+        return list(pool.map(lambda w: resources(*w), work))
+
+
+def require_compiler(command: str = "kernels") -> None:
+    """Leaves with one sentence where nothing can be compiled."""
+    if not triton_backend.installed():
+        raise SystemExit(f"{command}: triton is not installed; pip install 'tokfuse[gpu]'.")
+    if triton_backend.interpreting():
+        raise SystemExit(f"{command}: TRITON_INTERPRET is set, which leaves no compiler. Unset it.")
+
+
+def row_key(case: str, kernel: str, dtype: str, capability: int) -> str:
+    """What a row of the table is found by."""
+    return f"{case}:{kernel}:{dtype}:sm_{capability}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def source_of(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> str:
+    """Digest of everything that decides a row."""
+    from tokfuse.triton_kernels import compile_cases
+
+    facts = (
+        compile_cases.code_of(launch.kernel),
+        launch.signature, launch.constexprs, launch.aligned, launch.options,
+        (case.streams, case.visits, case.traffic, dtype, capability),
+        importlib.metadata.version("triton"), _analysis(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _analysis() -> str:
+    read = (resources_of, _disassemble, hot_loops, _load_widths)
+    return "".join(inspect.getsource(function) for function in read)
 
 
 # CPython 3.11 counts the depth of ast.parse in one place for all threads (gh-106905): two that
@@ -117,7 +173,7 @@ def _source_type() -> Any:
     return Source
 
 
-def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> Resources:
+def resources_of(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -136,11 +192,12 @@ def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> R
     if case.streams:
         loops = [(loop, list(_load_widths(loop))) for loop in hot_loops(sass, case.visits)]
     bytes_per_element = case.streams * dtype.itemsize
-    per_element = sum(len(loop) * bytes_per_element / max(1, sum(w)) for loop, w in loops if w)
+    # A loop over the bytes that one pass through it loads: passes per element.
+    passes = [(loop, bytes_per_element / max(1, sum(widths))) for loop, widths in loops if widths]
     return Resources(
         case=case.name,
         kernel=launch.kernel.__name__,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name_of(dtype),
         capability=capability,
         registers=int(_found(r"REG:(\d+)", usage)),
         # Spilled registers live on the stack, and these kernels keep nothing else there.
@@ -148,8 +205,12 @@ def _resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> R
         shared_bytes=compiled.metadata.shared,
         threads=32 * launch.options.get("num_warps", 4),
         load_bytes=min((max(widths, default=0) for _, widths in loops), default=0),
-        per_element=round(per_element, 2),
+        per_element=round(sum(len(loop) * share for loop, share in passes), 2),
+        special_per_element=round(
+            sum(share * sum("MUFU" in text for text in loop) for loop, share in passes), 2
+        ),
         traffic_bytes=case.traffic * dtype.itemsize,
+        source=source_of(case, dtype, capability, launch),
     )
 
 
@@ -209,6 +270,28 @@ def _load_widths(instructions: Sequence[str]) -> Iterator[int]:
 
 # ------------------------------------------------------------------------------------- the table
 
+ABOUT = """Written by `python -m tokfuse kernels --write`; `--check` compiles again and compares.
+No GPU is needed. Each cell: instructions per element of the hot loop (of one thread),
+registers, shared memory and widest load in bytes; spills are named where there are any.
+
+The hot path is what reads (tokens, vocab), 300 KB a token: `token_stats`, `policy_step`,
+`paired_divergence` and `linear_token_stats` load 16 bytes at a time, but for a forward over
+rows at odd addresses (`odd_vocabulary`), whose sums must not depend on where a row lies. The
+kernels over per-token vectors move 8 to 44 bytes a token, a ten-thousandth of that. They work
+in float64 on pieces that end where a sequence or a group does, at any address, so their loads
+are as wide as one element or, where a piece begins on whole vectors, as 16 bytes.
+
+The table is that of Triton 3.7.1. With 3.6.0 and 3.9.0 every case compiles, too (every dtype
+for sm_90, bfloat16 for sm_80 and sm_100). Instructions per element in bfloat16, sm_90 / sm_100:
+
+* 3.6.0: `token_stats_fwd` 12.1 / 9.1, `token_stats_bwd` 9.5 / 9.4, `policy_step` 22.4 / 19.1,
+  under a softcap 47.5 / 39.6; `policy_step` in float32 and `policy_metrics` spill 8 bytes.
+* 3.9.0: 11.1 / 10.5, 10.8 / 9.1, 24.3 / 23.1 and 46.8 / 40.1; no spills.
+
+`python -m tokfuse tune` measures other launch records on a GPU, `--dry-run` lists them with
+what they compile to; `tokfuse.load_tuned()` uses what was stored.
+""".splitlines()
+
 
 def as_json(rows: Sequence[Resources]) -> str:
     """The committed form: one line per row, so that a difference reads as one."""
@@ -232,9 +315,7 @@ def as_markdown(rows: Sequence[Resources]) -> str:
     lines = [
         "# Triton kernels, compiled",
         "",
-        "Written by `python -m tokfuse kernels --write`; `--check` compiles again and compares.",
-        "No GPU is needed. Each cell: instructions per element of the hot loop (of one thread),",
-        "registers, shared memory and widest load in bytes; spills are named where there are any.",
+        *ABOUT,
         "",
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),
@@ -246,24 +327,36 @@ def as_markdown(rows: Sequence[Resources]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def bandwidth_share(row: Resources, gpu: str) -> float:
-    """The part of the memory's bandwidth that the hot loop can use before issue slots run out."""
+def bandwidth_share(row: Resources, gpu: str) -> tuple[float, str]:
+    """(share, limit): the part of the memory's bandwidth that the hot loop can use, and why.
+
+    The limit is "memory", "issue" (instruction slots) or "special" (special-function units).
+    """
     _, processors, gigahertz, terabytes = GPUS[gpu]
-    slots = row.traffic_bytes * 32 * 4 * processors * gigahertz / (1000 * terabytes)
-    return min(1.0, slots / row.per_element)
+    clocks = row.traffic_bytes * processors * gigahertz / (1000 * terabytes)
+    shares = [(1.0, "memory"), (clocks * ISSUED / row.per_element, "issue")]
+    if row.special_per_element:
+        shares.append((clocks * SPECIAL / row.special_per_element, "special"))
+    return min(shares)
+
+
+def _share(row: Resources, gpu: str) -> str:
+    share, limit = bandwidth_share(row, gpu)
+    return f"{share:.0%}{' s' if limit == 'special' else ''}"
 
 
 def _shares(table: dict[tuple[str, str, str], dict[int, Resources]]) -> Iterator[str]:
-    yield "Predicted share of the memory's bandwidth, from issue slots alone: an upper bound, which"
-    yield "ignores latency, the special-function unit and clocks below boost."
+    yield "Predicted share of the memory's bandwidth, from the instructions of the hot loop: an"
+    yield "upper bound, which ignores latency and clocks below boost. What limits it is issue"
+    yield "slots, or the special-function units (s), which take eight slots for an exponential or a"
+    yield "reciprocal."
     yield ""
     yield "| case | dtype | " + " | ".join(GPUS) + " |"
     yield "| --- | --- |" + " --- |" * len(GPUS)
     for (case, _, dtype), cells in sorted(table.items()):
         if all(row.traffic_bytes for row in cells.values()):
             shares = [
-                f"{bandwidth_share(cells[row[0]], gpu):.0%}" if row[0] in cells else "-"
-                for gpu, row in GPUS.items()
+                _share(cells[row[0]], gpu) if row[0] in cells else "-" for gpu, row in GPUS.items()
             ]
             yield "| " + " | ".join([case, dtype, *shares]) + " |"
 
@@ -307,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--check", action="store_true", help="compile, compare with the table")
-    form.add_argument("--write", action="store_true", help="compile, replace the table")
+    form.add_argument("--write", action="store_true", help="compile what changed, write the table")
     parser.add_argument("--cuda", action="store_true", help="the CUDA kernels of the native module")
     parser.add_argument("cases", nargs="*", help="only cases whose name starts like one of these")
     options = parser.parse_args(argv)
@@ -317,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.cases:
             parser.error("--cuda reads the whole module; it takes no cases")
         return cuda_table.main(options.check, options.write)
-    rows = compile_all(options.cases)
+    rows = compile_all(options.cases, known=committed() if options.write else ())
     if options.write:
         if options.cases:
             kept = [r for r in committed() if not r.case.startswith(tuple(options.cases))]

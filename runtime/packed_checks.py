@@ -167,9 +167,3 @@ def plain(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torc
     if dtype is not None and tensor.dtype != dtype:
         tensor = tensor.to(dtype)
     return tensor.contiguous()
-
-
-def uncompiled(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` as one clean graph break under torch.compile: it passes addresses, not tensors."""
-    wrapped: Callable[..., Any] = torch.compiler.disable(run)
-    return wrapped

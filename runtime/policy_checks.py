@@ -53,7 +53,7 @@ def check_inputs(
     checks.check_vector(op, "advantage", inputs.advantage, size, like, device)
     for name in ("old_logp", "weight", "signal", "ref_logp", "kl_weight", "entropy_weight"):
         value = getattr(inputs, name)
-        if value is not None or name == "old_logp":
+        if value is not None:
             checks.check_vector(op, name, value, tokens, "tokens", device)
     _check_used(op, inputs, objective, has_entropy)
 
@@ -100,13 +100,24 @@ def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) ->
     return 1.0 / normalizer
 
 
+def check_sampler(
+    op: str, sampler_logp: torch.Tensor | None, tokens: int, device: torch.device
+) -> None:
+    """Shape of the rollout engine's log-probabilities."""
+    if sampler_logp is not None:
+        checks.check_vector(op, "sampler_logp", sampler_logp, tokens, "tokens", device)
+
+
 def sampler_mismatch(
-    op: str, sampler_logp: torch.Tensor | None, inputs: PolicyInputs, like: torch.Tensor
+    sampler_logp: torch.Tensor | None, inputs: PolicyInputs, logp: torch.Tensor
 ) -> torch.Tensor | None:
-    """Sum over valid tokens of the k3 estimate of KL(sampler || old policy)."""
+    """Sum over valid tokens of the k3 estimate of KL(sampler || old policy).
+
+    logp: of the current policy, which is the old one where old_logp is None.
+    """
     if sampler_logp is None:
         return None
-    checks.check_vector(op, "sampler_logp", sampler_logp, like.shape[0], "tokens", like.device)
-    d = (inputs.old_logp.double() - sampler_logp.double()).clamp(-20, 20)
+    old = logp.detach() if inputs.old_logp is None else inputs.old_logp
+    d = (old.double() - sampler_logp.double()).clamp(-20, 20)
     k3 = torch.expm1(d) - d
     return (k3 if inputs.mask is None else torch.where(inputs.mask, k3, 0.0)).sum()

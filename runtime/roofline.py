@@ -37,6 +37,7 @@ GPUS = {
     "B200": Gpu("100a", 148, 1.85, 8.0),
 }
 
+DIVERGENCES = ("JSD", "forward KL", "reverse KL")
 # Kernels over packed vectors: bytes per token (or row) between memory and the chip, float32.
 PACKED = {
     "policy_loss_kernel": (48, "token; 36 read, 12 written"),
@@ -88,7 +89,7 @@ def _lines(kernels: Sequence[Kernel]) -> Iterator[str]:
     for kernel, name, gpu in _rows(kernels):
         dtype, size = kernel.dtype
         yield "| " + " | ".join([
-            f"`{kernel.base}`", dtype, name, str(ROW_KERNELS[kernel.base].traffic * size),
+            _label(kernel), dtype, name, str(ROW_KERNELS[kernel.base].traffic * size),
             f"{kernel.per_element:.1f}", f"{kernel.exp_per_element:.2f}", str(kernel.registers),
             f"{occupancy(kernel):.0%}", f"{share(kernel, gpu):.0%}",
         ]) + " |"  # fmt: skip
@@ -146,5 +147,10 @@ def _rows(kernels: Sequence[Kernel]) -> Iterator[tuple[Kernel, str, Gpu]]:
 
 
 def _plain(kernel: Kernel) -> bool:
-    types = [a for a in kernel.arguments if not a.isdigit() and a not in ("true", "false")]
-    return len(set(types)) == 1 and "true" not in kernel.arguments and "1" not in kernel.arguments
+    types = {a for a in kernel.arguments if not a.isdigit() and a not in ("true", "false")}
+    return len(types) == 1 and "true" not in kernel.arguments
+
+
+def _label(kernel: Kernel) -> str:
+    kinds = [a for a in kernel.arguments if a.isdigit()]
+    return f"`{kernel.base}`" + "".join(f" {DIVERGENCES[int(kind)]}" for kind in kinds)

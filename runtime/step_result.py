@@ -60,11 +60,11 @@ def _keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def hand_over(gradients: Gradients, grad_loss: torch.Tensor) -> Gradients:
+def hand_over(gradients: Gradients, grad_loss: torch.Tensor, op: str = "policy_step") -> Gradients:
     """The held gradients times grad_loss. In the last backward they are given away, not copied."""
     if not any(x is not None for x in gradients.values()):
         raise RuntimeError(
-            "policy_step: backward ran twice, and the first one handed the gradients over. "
+            f"{op}: backward ran twice, and the first one handed the gradients over. "
             "Pass retain_graph=True to the first backward."
         )
     last = not _keeps_graph()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tokfuse.bench import cli, growth, measure
+from tokfuse.bench import plan as planning
 from tokfuse.bench.row import SCHEMA_VERSION, Row
 
 ROW = Row(
@@ -19,8 +20,8 @@ ROW = Row(
 )  # fmt: skip
 
 
-def plan(*arguments: str) -> list[cli.Step]:
-    return cli.make_growth_plan(cli._parser().parse_args(["growth", *arguments]))
+def plan(*arguments: str) -> list[planning.Step]:
+    return planning.make_growth_plan(cli._parser().parse_args(["growth", *arguments]))
 
 
 def test_a_sweep_varies_one_axis() -> None:
@@ -63,12 +64,12 @@ def test_axes_belong_to_growth(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_several_ops_in_one_run() -> None:
     options = cli._parser().parse_args(["gae", "token_stats", "--quick"])
-    assert [step.config.op for step in cli.make_plan(options)] == ["advantage"] + [
+    assert [step.config.op for step in planning.make_plan(options)] == ["advantage"] + [
         "token_stats"
     ] * 2
     options.names = ["gae", "softmax"]
-    with pytest.raises(ValueError, match="one of token_stats, .*numbers; got 'softmax'"):
-        cli.make_plan(options)
+    with pytest.raises(ValueError, match="one of token_stats, .*compare; got 'softmax'"):
+        planning.make_plan(options)
 
 
 def test_growth_rows_and_tables(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,9 +172,7 @@ def test_packed_ops_take_one_launch(counted: Counted):
 def test_a_launch_goes_to_the_device_of_its_tensors():
     """There is one device here; another one is asked for, and refused by name."""
     x = torch.ones(8)
-    with pytest.raises(
-        RuntimeError, match="whiten: launching whiten_kernel on CUDA device 1"
-    ):
+    with pytest.raises(RuntimeError, match="whiten: launching whiten_kernel on CUDA device 1"):
         cuda_backend.launchers().whiten(
             (1, 0), x.data_ptr(), 0, 0, 0, x.data_ptr(), x.new_empty(6).data_ptr(), 8, False, 0.0
         )

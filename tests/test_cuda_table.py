@@ -86,22 +86,25 @@ def test_a_worse_kernel_is_reported():
     ]
 
 
-def listing(*loads_of_loops: int) -> str:
-    """Loops of a 4-byte type inside an outer one: loads, four exps, a branch back."""
+def listing(*loops: tuple[int, int]) -> str:
+    """Loops inside an outer one: 16-byte loads and stores of each, four exps, a branch back."""
     lines = [".L_x_0:"]
-    for number, loads in enumerate(loads_of_loops, 1):
+    for number, (loads, stores) in enumerate(loops, 1):
         body = ["LDG.E.128.CONSTANT R4, desc[UR4][R2.64]"] * loads + ["MUFU.EX2 R8, R4"] * 4
+        body += ["STG.E.128 desc[UR4][R2.64], R4"] * stores
         lines += [f".L_x_{number}:", *body, f"@P0 BRA `(.L_x_{number})"]
     lines += ["BRA `(.L_x_0)", "EXIT", ".L_x_99:", "BRA `(.L_x_99)"]
     return "\n".join(x if x.startswith(".L") else f"        /*0010*/  {x} ;" for x in lines)
 
 
 def test_instructions_are_counted_in_the_innermost_loops():
-    """The second loop loads twice what it uses, as rows between vectors do."""
-    text = listing(1, 2, 0)
-    assert [len(loop) for loop in cuda_table._loops(text)] == [6, 7, 5]
-    name = "token_stats_fwd_kernel<float, false, false>"
-    assert cuda_table._per_element(name, text) == (6 / 4, 1.0)
+    """The longest loop that reads, and the longest that writes too; others read no vectors."""
+    text = listing((1, 0), (2, 0), (0, 0), (1, 1))
+    assert [len(loop) for loop in cuda_table._loops(text)] == [6, 7, 5, 7]
+    forward = "token_stats_fwd_kernel<float, false, false>"
+    assert cuda_table._per_element(forward, text) == (round(7 / 8, 2), 0.5)
+    step = "policy_step_kernel<float, float, false>"
+    assert cuda_table._per_element(step, text) == (round(7 / 8 + 7 / 4, 2), 1.5)
     assert cuda_table._per_element("whiten_kernel", text) == (0.0, 0.0)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from harness import host_backends
+from harness import host_backends, thread_counts
 from hypothesis import strategies as st
 
 from tokfuse.runtime import dispatch
@@ -223,7 +223,7 @@ def test_a_row_does_not_depend_on_batch_or_threads():
     logits, target = batch(64, 1500)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in thread_counts():
             torch.set_num_threads(threads)
             results.append(token_stats(logits, target, second_temperature=2.0, moments=True))
     finally:

@@ -5,6 +5,7 @@ import math
 import hypothesis
 import pytest
 import torch
+from harness import host_backends
 from hypothesis import strategies as st
 
 from tokfuse.runtime import dispatch
@@ -158,9 +159,17 @@ def by_definition(grad, hidden, cu, rank, seed):
     return torch.stack(out)
 
 
+@pytest.fixture(params=host_backends("influence"))
+def sketching(request):
+    with dispatch.backend(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("rank", [1, 4, 64, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_sketches_by_their_definition(rank, dtype, backend):
+def test_sketches_by_their_definition(rank, dtype, sketching):
+    if sketching == "triton" and dtype == torch.float64:
+        pytest.skip("triton: takes float32 and 16 bits")
     grad, hidden, cu = packed(dtype=dtype)
     out = influence.sketch(grad, hidden, cu, rank=rank, seed=3)
     assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -249,14 +258,14 @@ def test_projections_are_the_same_on_every_machine():
     ]
 
 
-def test_splitting_a_sequence_splits_its_sketch(backend):
+def test_splitting_a_sequence_splits_its_sketch(sketching):
     grad, hidden, _ = packed((16,))
     whole = influence.sketch(grad, hidden, torch.tensor([0, 16], dtype=torch.int32), rank=8)
     parts = influence.sketch(grad, hidden, torch.tensor([0, 5, 16], dtype=torch.int32), rank=8)
     torch.testing.assert_close(parts.sum(0), whole[0], rtol=1e-5, atol=1e-5)
 
 
-def test_no_tokens_and_no_sequences(backend):
+def test_no_tokens_and_no_sequences(sketching):
     none = torch.zeros(0, 6)
     two = influence.sketch(none, none, torch.zeros(3, dtype=torch.int32), rank=4)
     assert two.shape == (2, 4, 4) and (two == 0).all()

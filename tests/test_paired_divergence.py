@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from harness import host_backends
+from harness import compare, host_backends, thread_counts
 from hypothesis import strategies as st
 
 from tokfuse.runtime import dispatch
@@ -69,16 +69,12 @@ def check(p, q, rtol=4e-6, atol=1e-9, mask=None, **options):
     out = paired_divergence(z, q, mask=mask, **options)
     keep = torch.ones(len(p), dtype=torch.bool) if mask is None else mask
     value, grad, term = truth(p, q, **options)
-    torch.testing.assert_close(
-        out.detach().double(), torch.where(keep, value, 0.0), rtol=2e-6, atol=2e-6
-    )
+    compare(out, torch.where(keep, value, 0.0), rtol=2e-6, atol=2e-6)
     weight = torch.linspace(-1, 2, len(p)) if len(p) > 1 else torch.ones(len(p))
     (out * weight).sum().backward()
     want = torch.where(keep.unsqueeze(1), grad * weight.double().unsqueeze(1), 0.0)
     rtol *= 2 if dispatch.forced_backend() == "reference" else 1  # torch rounds log p as well
-    bound = atol + rtol * term * weight.abs().unsqueeze(1)
-    worst = ((z.grad.double() - want).abs() / bound).nan_to_num(INF).amax(1)
-    assert (worst <= 1).all(), worst
+    compare(z.grad, want, atol=atol + rtol * term * weight.abs().unsqueeze(1), what="gradient")
 
 
 OPTIONS = {
@@ -317,10 +313,10 @@ def test_registration_is_sound(backend):
 def test_a_row_does_not_depend_on_batch_or_threads(backend):
     if backend == "reference":
         pytest.skip("torch's own reductions promise nothing here")
-    p, q = batch(40, 1500)
+    p, q = batch(8 if backend == "triton" else 40, 1500)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in thread_counts():
             torch.set_num_threads(threads)
             z = p.clone().requires_grad_()
             out = paired_divergence(z, q)

@@ -4,9 +4,12 @@ Tests marked `interpreter` run kernels of this file with TRITON_INTERPRET=1; tho
 need a process without it.
 """
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +71,18 @@ def test_a_device_takes_the_newest_record_that_is_not_above_it(monkeypatch):
     assert launch.choose("some_fwd", x) == new
     monkeypatch.setitem(launch.TUNED, ("some_fwd", 89), new)
     assert launch.default("some_fwd", 89) == new and launch.default("some_fwd", 86) == old
+
+
+def test_no_default_that_triton_3_6_refuses():
+    """A plain string as the default of a device function fails there: a constexpr does not."""
+    folder = Path(compile_cases.__file__).parent
+    wrong = [
+        f"{file.name}: {line.strip()}"
+        for file in sorted(folder.glob("*.py"))
+        for line in file.read_text().splitlines()
+        if re.search(r"tl\.constexpr = [\"']", line)
+    ]
+    assert wrong == []
 
 
 # ------------------------------------------------------------------------------------- dispatch
@@ -189,11 +204,15 @@ def test_resources_of_a_copy(capability):
 
     case = compile_cases.CompileCase("round", call, (torch.bfloat16,))
     (one,) = compile_cases.record(case, torch.bfloat16, capability)
-    row = kernel_table._resources(case, torch.bfloat16, capability, one)
+    row = kernel_table.resources_of(case, torch.bfloat16, capability, one)
     assert (row.spill_bytes, row.shared_bytes, row.threads, row.load_bytes) == (0, 0, 128, 16)
     assert 1.5 < row.per_element < 8.0 and 8 <= row.registers < 64
 
 
+ROW = kernel_table.Resources(
+    "op", "k", "bfloat16", 90, registers=40, spill_bytes=0, shared_bytes=0, threads=256,
+    load_bytes=16, per_element=10.0, special_per_element=1.0, traffic_bytes=2, source="",
+)  # fmt: skip
 SASS = """
 .text.k:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -216,7 +235,7 @@ def test_hot_loop_and_load_widths_of_a_listing():
 
 
 def test_differences_are_named():
-    row = kernel_table.Resources("op", "k", "bfloat16", 90, 40, 0, 0, 256, 16, 10.0, 2)
+    row = ROW
 
     def changed(**fields):
         return kernel_table.Resources(**{**row.__dict__, **fields})
@@ -235,11 +254,15 @@ def test_differences_are_named():
     assert "not compiled any more" in kernel_table.differences([], [row])[0]
 
 
-def test_bandwidth_is_predicted_from_issue_slots():
-    """17.7 slots per element of 2 bytes on an H100, 12.35 on an H200."""
-    row = kernel_table.Resources("op", "k", "bfloat16", 90, 40, 0, 0, 256, 16, 13.0, 2)
-    assert kernel_table.bandwidth_share(row, "H100") == 1.0
-    assert kernel_table.bandwidth_share(row, "H200") == pytest.approx(12.35 / 13.0, rel=1e-3)
+def test_bandwidth_is_predicted_from_issue_slots_and_special_functions():
+    """17.7 slots per element of 2 bytes on an H100, 12.35 on an H200; an eighth of special ones."""
+    row = dataclasses.replace(ROW, per_element=13.0)
+    assert kernel_table.bandwidth_share(row, "H100") == (1.0, "memory")
+    share, limit = kernel_table.bandwidth_share(row, "H200")
+    assert (share, limit) == (pytest.approx(12.35 / 13.0, rel=1e-3), "issue")
+    row = dataclasses.replace(row, special_per_element=2.0)
+    share, limit = kernel_table.bandwidth_share(row, "H200")
+    assert (share, limit) == (pytest.approx(12.35 / 16.0, rel=1e-3), "special")
 
 
 def test_forced_triton_on_the_cpu_is_refused_without_the_interpreter():

@@ -5,10 +5,12 @@ Without a GPU, capture rests on what these ops do: launches and torch allocation
 host but the one of `device_head.classify`, which test_triton_linear runs as if under capture.
 """
 
+import functools
 import warnings
 
 import pytest
 import torch
+from gpu_time import median_ms
 from harness import bits, compare
 
 import tokfuse
@@ -83,6 +85,8 @@ def test_the_host_waits_only_for_the_row_classes():
     for call in (from_logits, loss, sequence):
         assert synchronisations(call) == 0, call.__name__
     assert synchronisations(from_hidden) == 1
+    compact = functools.partial(from_hidden, compact_clipped=True)
+    assert synchronisations(compact) == 2  # and once per chunk, here one
     kl = Objective(kl=KL(coef=0.1))
     known = {"mask": None, "ref_logp": keywords["old_logp"]}
     assert synchronisations(lambda: from_hidden(kl, **known)) == 0
@@ -159,3 +163,35 @@ def test_offsets_beyond_two_to_the_31():
     want = tokfuse.policy_step(logits=logits.contiguous(), **keywords)
     got = tokfuse.policy_step_(logits, **keywords)
     assert bits(got.grad_logits.contiguous()) == bits(want.grad_logits)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_step_over_the_logits_takes_the_time_of_a_copy(softcap, record_property):
+    """One read and one write: the second visit of a row is served by L2. A softcap's arithmetic
+    takes longer than the memory, 72% of the bandwidth of an H100 by the table of compiled kernels.
+    """
+    rows, vocab = 4096, 128_256
+    logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    other = torch.empty_like(logits)
+    given = {
+        "target": torch.randint(0, vocab, (rows,), device="cuda"),
+        "advantage": torch.ones(rows, device="cuda"),
+        "old_logp": torch.full((rows,), -12.0, device="cuda"),
+    }  # fmt: skip
+    spec = Objective(entropy_coef=0.01)
+    step = median_ms(lambda: tokfuse.policy_step_(logits, objective=spec, softcap=softcap, **given))
+    share = median_ms(lambda: other.copy_(logits)) / step
+    record_property("share_of_copy_bandwidth", share)
+    assert share > (0.6 if softcap is None else 0.3), f"{share:.2f} of the bandwidth of a copy"
+
+
+@pytest.mark.parametrize("kind", ["kl_forward", "jsd"])
+def test_a_divergence_takes_the_time_of_its_reads(kind, record_property):
+    """Two streams read from memory once and from L2 again: as long as a copy of one, or twice."""
+    p, q = (torch.randn(4096, 128_256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(p)
+    share = median_ms(lambda: out.copy_(p)) / median_ms(
+        lambda: tokfuse.paired_divergence(p, q, kind=kind)
+    )
+    record_property("share_of_copy_bandwidth", share)
+    assert share > 0.3, f"{share:.2f} of the bandwidth of a copy"

@@ -219,6 +219,48 @@ def test_step_under_capture_computes_every_row(backend, small_tiles, monkeypatch
     assert not got.grad_hidden[4].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clipped_rows_enter_no_gradient_gemm_where_asked(dtype, backend, small_tiles, monkeypatch):
+    """Half of 24 tokens carry gradient; those of chunks of 8 collect until a buffer is full."""
+    gen = torch.Generator().manual_seed(6)
+    hidden = torch.randn(24, HIDDEN, generator=gen).to(dtype)
+    case = case_of(dtype)._replace(hidden=hidden, target=torch.arange(24) * 12)
+    logits = hidden.float() @ case.weight.float().t() + case.bias.float()
+    logp = logits.log_softmax(1).gather(1, case.target[:, None])[:, 0]
+    alive = torch.arange(24) % 4 % 3 > 0
+    old_logp = logp - torch.where(alive, 0.0, 1.0)  # ratios of 1 and e
+    keywords = {"target": case.target, "old_logp": old_logp, "advantage": torch.ones(24)}
+    budget = 8 * (304 * 12 + 8 * HIDDEN + 64)
+    entered = []
+    add = device_head.DeviceHead.add
+
+    def recorded(self, index, h, dz):
+        entered.append(index.tolist())
+        add(self, index, h, dz)
+
+    monkeypatch.setattr(device_head.DeviceHead, "add", recorded)
+    step_check(backend, case, SPEC, memory_budget=budget, **keywords)
+    assert sum(entered, []) == list(range(24))
+    entered.clear()
+    step_check(backend, case, SPEC, memory_budget=budget, compact_clipped=True, **keywords)
+    assert entered == [[1, 2, 5, 6, 9, 10, 13, 14], [17, 18, 21, 22]]
+
+
+def test_compact_clipped_is_refused_where_it_cannot_be_honoured(backend, small_tiles, monkeypatch):
+    case = case_of(torch.float32)
+    keywords = {k: backend.put(v) for k, v in keywords_of(case).items()}
+    with pytest.raises(ValueError, match="compact_clipped must be False with logits="):
+        tokfuse.policy_step(
+            logits=backend.put(torch.zeros(TOKENS, VOCAB)), objective=SPEC, compact_clipped=True,
+            **keywords,
+        )  # fmt: skip
+    monkeypatch.setattr(device_head, "capturing", lambda x: True)
+    with pytest.raises(ValueError, match="compact_clipped must be False under CUDA-graph capture"):
+        tokfuse.policy_step(
+            **leaves(backend, case), objective=SPEC, compact_clipped=True, **keywords
+        )
+
+
 def test_row_classes(backend):
     """Which rows enter which GEMM: the order of the classes, and what decides the first."""
     case = case_of(torch.float32)

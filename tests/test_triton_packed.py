@@ -19,6 +19,7 @@ from tokfuse.triton_kernels.compile_cases import meta  # noqa: E402
 from tokfuse.triton_kernels.gae import gae  # noqa: E402
 from tokfuse.triton_kernels.group_advantage import group_advantage  # noqa: E402
 from tokfuse.triton_kernels.offpolicy_weights import offpolicy_weights  # noqa: E402
+from tokfuse.triton_kernels.ope import ope  # noqa: E402
 from tokfuse.triton_kernels.segment_moments import parts_of, segment_moments  # noqa: E402
 from tokfuse.triton_kernels.vtrace import vtrace  # noqa: E402
 from tokfuse.triton_kernels.whiten import whiten  # noqa: E402
@@ -95,6 +96,7 @@ ONE = {
         x, None, baseline="greedy", scale="batch_std", sample_std=True, eps=1e-6,
         singleton_reward=True, lengths=None, greedy_reward=x,
     ),
+    "ope": lambda x, cu, flags, ids: ope(x, x, x, x, flags),
     "segment_moments": lambda x, cu, flags, ids: segment_moments(x, ids, None, 1, flags),
     "long_segment": lambda x, cu, flags, ids: segment_moments(meta(1 << 20), None, cu, 1, None),
     "offpolicy_weights": lambda x, cu, flags, ids: offpolicy_weights(
@@ -130,7 +132,7 @@ def test_one_row_compiles(call):
 
     case = compile_cases.CompileCase("one", one, (torch.float32,))
     for launch in compile_cases.record(case, torch.float32, 90):
-        assert kernel_table._resources(case, torch.float32, 90, launch).spill_bytes == 0
+        assert kernel_table.resources_of(case, torch.float32, 90, launch).spill_bytes == 0
 
 
 def _calls(device):
@@ -147,6 +149,7 @@ def _calls(device):
         "whiten": lambda: (tokfuse.whiten(x, mask),),
         "group_advantage": lambda: (tokfuse.group_advantage(x, ids, scale="batch_std"),),
         "median": lambda: (tokfuse.group_advantage(x, ids, "gbpo_target"),),
+        "ope": lambda: tokfuse.ope(x.exp(), y, z, y, mask=mask),
         "segment_moments": lambda: tokfuse.segment_moments(x, ids, num_segments=99, mask=mask),
         "offpolicy_weights": lambda: tokfuse.offpolicy_weights(
             x, y, mode="snips", cu_seqlens=cu, group_ids=groups,

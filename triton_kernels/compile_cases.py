@@ -15,15 +15,21 @@ spills, load widths and instructions per element against the committed table; it
 process with TRITON_INTERPRET set, where there is no compiler.
 """
 
+import ast
+import contextlib
+import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
+import triton.language as tl
 import triton.runtime.jit
 
 from tokfuse.triton_kernels import launch
@@ -98,8 +104,39 @@ def compile_case(
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor without memory, for the arguments of a case."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+    """A tensor without memory, for the arguments of a case; a real one inside `on_device`.
+
+    Then integers are ids or columns below 1024, flags true but for every eighth, and floats of a
+    normal distribution.
+    """
+    device = _DEVICES[-1]
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if dtype.is_floating_point:
+        return torch.randn(shape, device=device, dtype=dtype)
+    count = torch.arange(torch.Size(shape).numel(), device=device).view(shape)
+    return count % 8 > 0 if dtype == torch.bool else (count % 1024).to(dtype)
+
+
+def borders(pieces: int, total: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """(pieces + 1,) cu_seqlens, or offsets, of pieces of equal length; like `meta`."""
+    device = _DEVICES[-1]
+    if device == "meta":
+        return torch.empty(pieces + 1, dtype=dtype, device="meta")
+    return torch.arange(0, total + 1, total // pieces, dtype=dtype, device=device)
+
+
+_DEVICES = ["meta"]
+
+
+@contextlib.contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Inside, cases have real tensors and can be run: what tuning times."""
+    _DEVICES.append(device)
+    try:
+        yield
+    finally:
+        _DEVICES.pop()
 
 
 def cases() -> list[CompileCase]:
@@ -108,6 +145,25 @@ def cases() -> list[CompileCase]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return [_CASES[name] for name in sorted(_CASES)]
+
+
+@contextlib.contextmanager
+def timed_launches(before: Callable[[], object]) -> Iterator[list[tuple[Any, Any]]]:
+    """Inside, `before` runs ahead of every launch, and the launch lies between two CUDA events."""
+    events: list[tuple[Any, Any]] = []
+    launched = triton.runtime.jit.JITFunction.run
+
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        before()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        out = launched(kernel, *args, **kwargs)
+        end.record()
+        events.append((begin, end))
+        return out
+
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
+        yield events
 
 
 def record(case: CompileCase, dtype: torch.dtype, capability: int) -> list[Launch]:
@@ -161,3 +217,42 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
     ):
         signature[name] = kind(parameter, value, name, (i,))
     return Launch(kernel, signature, constexprs, tuple(aligned), options)
+
+
+@functools.cache
+def code_of(kernel: Any) -> str:
+    """The code of a kernel, then of every device function and constant of ours that it reaches.
+
+    Without comments, docstrings and places in their files: what is left decides what is compiled.
+    """
+    found: dict[str, str] = {}
+    _collect(kernel, found)
+    return "\n".join(found.values())
+
+
+def _collect(kernel: Any, found: dict[str, str]) -> None:
+    name = f"{kernel.fn.__module__}.{kernel.__name__}"
+    if name in found:
+        return
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        del body[0]
+    found[name] = ast.unparse(tree)
+    for node in ast.walk(tree):
+        value = _value_of(node, kernel.fn.__globals__)
+        if isinstance(value, triton.runtime.jit.JITFunction):
+            _collect(value, found)
+        elif isinstance(value, tl.constexpr | int | float | str):
+            found[f"{name}: {ast.unparse(node)}"] = f"{ast.unparse(node)} = {value!r}"
+
+
+def _value_of(node: ast.AST, names: dict[str, Any]) -> Any:
+    """What a name, or an attribute of one of our modules, stands for; None for anything else."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        module = names.get(node.value.id)
+        if isinstance(module, ModuleType) and module.__name__.startswith("tokfuse."):
+            return getattr(module, node.attr, None)
+    return None

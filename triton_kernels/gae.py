@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
 from tokfuse.triton_kernels.packed import (
     first_lane,
@@ -141,11 +141,11 @@ def gae(
 def _(dtype: torch.dtype) -> None:
     tokens = meta(1 << 20, dtype=dtype)
     options = {"lam": 0.95, "length_adaptive_alpha": None, "mask": None, "finished": None}
-    gae(tokens, tokens, meta(1025, dtype=torch.int32), gamma=0.99, **options)
+    gae(tokens, tokens, borders(1024, 1 << 20), gamma=0.99, **options)
 
 
 @compile_case("gae/masked", dtypes=(torch.float32, torch.float64), streams=3)
 def _(dtype: torch.dtype) -> None:
     tokens, flags = meta(1 << 20, dtype=dtype), meta(1 << 20, dtype=torch.bool)
     options = {"lam": 1.0, "length_adaptive_alpha": 0.05, "mask": flags, "finished": flags[:1024]}
-    gae(tokens, tokens, meta(1025, dtype=torch.int32), gamma=0.99, **options)
+    gae(tokens, tokens, borders(1024, 1 << 20), gamma=0.99, **options)

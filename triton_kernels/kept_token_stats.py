@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from tokfuse.triton_kernels import launch, rows
-from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
 from tokfuse.triton_kernels.tile import LN_2, NEG_INF, store
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,7 +68,7 @@ def kept_token_stats_fwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_t
     begin, end = _support(offsets_ptr, row, num_kept, mask_ptr)
-    c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, HAS_SOFTCAP)
+    c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP)
     y = tl.load(target_ptr + row)
     offs_k = rows.tile_offsets(VECTORS, LANES, 1)
     m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
@@ -155,7 +155,7 @@ def kept_token_stats_bwd_kernel(
     in_row = (y >= 0) & (y < vocab_size)
     ga = tl.where(tl.sum(found, axis=0) > 0, ga, tl.where(in_row | (ga == 0.0), 0.0, float("nan")))
 
-    c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, HAS_SOFTCAP)
+    c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP)
     m = tl.load(m_ptr + row)
     a0, a1 = rows.gradient_constants(nats, inv_sum, tl.load(entropy_ptr + row), ga, gh)
     for start in range(begin, end, TILE):
@@ -244,7 +244,7 @@ OPTIONS = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0, "mask": None
 
 
 def _arguments(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    offsets = meta(4097, dtype=torch.int64)
+    offsets = borders(4096, 1 << 18, torch.int64)
     tokens = meta(4096, dtype=torch.int64)
     return meta(4096, 151936, dtype=dtype), tokens, meta(1 << 18, dtype=torch.int64), offsets
 

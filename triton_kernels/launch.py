@@ -6,13 +6,15 @@ A kernel file declares its defaults once, next to its launcher:
 
 and its launcher asks `choose("token_stats_fwd", logits)`. An architecture that is not declared
 takes the next older one: sm_86 the record of 80, sm_120 that of 100. A tuned record replaces a
-default only after `TUNED` was filled, which nothing does by itself.
+default only after `TUNED` was filled, which nothing does by itself: see runtime/tune.py.
 """
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -72,6 +74,7 @@ DEFAULTS: dict[str, Mapping[int, LaunchConfig]] = {}
 # (kernel, capability) -> record; takes precedence over DEFAULTS.
 TUNED: dict[tuple[str, int], LaunchConfig] = {}
 _ASSUMED: list[int] = []
+_WATCHERS: list[list[str]] = []
 
 
 def declare(kernel: str, by_capability: Mapping[int, LaunchConfig]) -> None:
@@ -82,6 +85,8 @@ def declare(kernel: str, by_capability: Mapping[int, LaunchConfig]) -> None:
 
 def choose(kernel: str, x: torch.Tensor) -> LaunchConfig:
     """The record that `kernel` is launched with on the device of `x`."""
+    for chosen in _WATCHERS:
+        chosen.append(kernel)
     return default(kernel, _ASSUMED[-1] if _ASSUMED else _capability(x.device))
 
 
@@ -110,3 +115,54 @@ def assume(capability: int) -> Iterator[None]:
         yield
     finally:
         _ASSUMED.pop()
+
+
+@contextlib.contextmanager
+def choices() -> Iterator[list[str]]:
+    """Collects the names that `choose` is asked for inside."""
+    chosen: list[str] = []
+    _WATCHERS.append(chosen)
+    try:
+        yield chosen
+    finally:
+        _WATCHERS.remove(chosen)
+
+
+@contextlib.contextmanager
+def trial(kernel: str, capability: int, config: LaunchConfig) -> Iterator[None]:
+    """Inside, `kernel` is launched with `config` on that architecture."""
+    before = TUNED.get((kernel, capability))
+    TUNED[kernel, capability] = config
+    try:
+        yield
+    finally:
+        del TUNED[kernel, capability]
+        if before is not None:
+            TUNED[kernel, capability] = before
+
+
+def candidates(kernel: str, capability: int) -> list[LaunchConfig]:
+    """The record in use, then every valid one near it: what tuning tries.
+
+    Blocks and warps are halved and doubled, and once more; an axis that the kernel does not have
+    stays 1, and a loop that is not pipelined stays so.
+    """
+    base = default(kernel, capability)
+    axes: dict[str, list[int]] = {}
+    for name, value in asdict(base).items():
+        axes[name] = [value]
+        if name == "num_stages" and value > 1:
+            axes[name] = [2, 3, 4, 5]
+        elif name == "num_warps" or (name != "num_stages" and value > 1):
+            axes[name] = [n for n in (value // 4, value // 2, value, 2 * value, 4 * value) if n]
+    near = (
+        _valid(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
+    )
+    return [base, *(config for config in near if config is not None and config != base)]
+
+
+def _valid(fields: dict[str, Any]) -> LaunchConfig | None:
+    try:
+        return LaunchConfig(**fields)
+    except ValueError:
+        return None

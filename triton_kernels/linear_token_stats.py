@@ -38,16 +38,13 @@ launch.declare("linear_merge", {80: launch.LaunchConfig(block_t=128, num_warps=4
 
 @triton.jit
 def _temperature_scale(
-    temperature_ptr, offs_t, keep, temperature, logit_scale, HAS_SOFTCAP: tl.constexpr
+    temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr
 ):
     """(c, c in nats) of each token, as rows.base2_scale."""
     t = tl.zeros(offs_t.shape, tl.float32) + temperature
     if temperature_ptr is not None:
         t = tl.load(temperature_ptr + offs_t, mask=keep, other=1.0)
-    nats = tl.where(t > 0.0, 1.0 / t, float("nan"))
-    if not HAS_SOFTCAP:
-        nats *= logit_scale
-    return nats * rows.LOG2_E, nats
+    return rows.scaled_by_temperature(t, softcap, logit_scale, HAS_SOFTCAP, False)
 
 
 @triton.jit
@@ -79,7 +76,9 @@ def linear_token_stats_kernel(
     keep = offs_t < num_tokens
     if mask_ptr is not None:
         keep = keep & tl.load(mask_ptr + offs_t, mask=keep, other=0).to(tl.int1)
-    c, _ = _temperature_scale(temperature_ptr, offs_t, keep, temperature, logit_scale, HAS_SOFTCAP)
+    c, _ = _temperature_scale(
+        temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP
+    )
     y = tl.load(target_ptr + offs_t, mask=keep, other=-1)
     offs_h = tl.arange(0, BLOCK_H)
     hidden_rows = hidden_ptr + offs_t[:, None] * stride_hidden_t
@@ -115,7 +114,7 @@ def linear_token_stats_kernel(
         if bias_ptr is not None:
             u += load(bias_ptr + offs_v, in_vocab, 0.0)[None, :]
         if HAS_SOFTCAP:
-            u = softcap * rows.tanh(u * (logit_scale / softcap))
+            u = rows.capped(u, softcap, logit_scale)
         u_y += tl.sum(tl.where(offs_v[None, :] == y[:, None], u, 0.0), axis=1)
         u = tl.where(in_vocab[None, :], u, NEG_INF)
         new_m = tl.maximum(m, tl.max(u, axis=1))
@@ -143,11 +142,18 @@ def linear_merge_kernel(
     target_ptr,  # (T,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    out_ptr,  # (7, T) float32: logp, entropy, lse, sum_sq, top1, m, 1 / sum e
+    logp_ptr,  # (T,) float32, and so are all that follow
+    entropy_ptr,
+    lse_ptr,
+    sum_sq_ptr,
+    top1_ptr,
+    m_ptr,
+    inv_sum_ptr,
     num_tokens,
     vocab_size,
     num_splits,
     temperature,
+    softcap,
     logit_scale,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -158,7 +164,7 @@ def linear_merge_kernel(
     if mask_ptr is not None:
         keep = keep & tl.load(mask_ptr + offs_t, mask=in_range, other=0).to(tl.int1)
     c, nats = _temperature_scale(
-        temperature_ptr, offs_t, keep, temperature, logit_scale, HAS_SOFTCAP
+        temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP
     )
     part = partial_ptr + offs_t
     m = tl.full((BLOCK_T,), rows.LOWEST_MAX, tl.float32)
@@ -187,14 +193,13 @@ def linear_merge_kernel(
     logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(
         m, s, sd, ss, u_y, has_target, keep, nats
     )
-    out = out_ptr + offs_t
-    tl.store(out, logp, mask=in_range)
-    tl.store(out + num_tokens, entropy, mask=in_range)
-    tl.store(out + 2 * num_tokens, lse, mask=in_range)
-    tl.store(out + 3 * num_tokens, sum_sq, mask=in_range)
-    tl.store(out + 4 * num_tokens, top1, mask=in_range)
-    tl.store(out + 5 * num_tokens, m, mask=in_range)
-    tl.store(out + 6 * num_tokens, inv_sum, mask=in_range)
+    tl.store(logp_ptr + offs_t, logp, mask=in_range)
+    tl.store(entropy_ptr + offs_t, entropy, mask=in_range)
+    tl.store(lse_ptr + offs_t, lse, mask=in_range)
+    tl.store(sum_sq_ptr + offs_t, sum_sq, mask=in_range)
+    tl.store(top1_ptr + offs_t, top1, mask=in_range)
+    tl.store(m_ptr + offs_t, m, mask=in_range)
+    tl.store(inv_sum_ptr + offs_t, inv_sum, mask=in_range)
 
 
 def linear_token_stats(
@@ -218,7 +223,8 @@ def linear_token_stats(
         temperature, softcap, logit_scale, mask: as in `token_stats`.
     """
     tokens, vocab = hidden.shape[0], weight.shape[0]
-    out = torch.empty(7, tokens, dtype=torch.float32, device=hidden.device)
+    # Tensors of their own: the results of an op in a compiled graph must not share storage.
+    out = [torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(7)]
     if tokens == 0:
         return tuple(out)
     config = launch.choose("linear_token_stats", hidden)
@@ -234,8 +240,8 @@ def linear_token_stats(
     )  # fmt: skip
     merge = launch.choose("linear_merge", hidden)
     linear_merge_kernel[(triton.cdiv(tokens, merge.block_t),)](
-        partial, target, mask, vector, out, tokens, vocab, splits, scalar, logit_scale,
-        HAS_SOFTCAP=softcap is not None, BLOCK_T=merge.block_t, **merge.options,
+        partial, target, mask, vector, *out, tokens, vocab, splits, scalar, softcap or 1.0,
+        logit_scale, HAS_SOFTCAP=softcap is not None, BLOCK_T=merge.block_t, **merge.options,
     )  # fmt: skip
     return tuple(out)
 

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
 from tokfuse.triton_kernels.offpolicy_normalize import normalize_weights, span
 from tokfuse.triton_kernels.packed import is_valid, joined, pair
@@ -310,7 +310,7 @@ def _case(dtype: torch.dtype, *, packed: bool, **options: Any) -> None:
     plain = {
         "level": "token", "mode": "ips", "low": None, "high": None, "param": None,
         "normalize": "none", "rules": (), "mask": None, "group_ids": None, "advantage": None,
-        "cu_seqlens": meta(1025, dtype=torch.int32) if packed else None,
+        "cu_seqlens": borders(1024, 1 << 20) if packed else None,
     }  # fmt: skip
     options = {name: flags if value == "flags" else value for name, value in options.items()}
     offpolicy_weights(x, x, **{**plain, **options})

@@ -146,7 +146,7 @@ def paired_divergence_fwd_kernel(
     counts = row >= 0  # every row
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
-    c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, HAS_SOFTCAP)
+    c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP)
     # A masked row has no elements: nothing of it is read.
     vocab = tl.where(counts, vocab_size, 0)
     whole = vocab // TILE * TILE
@@ -273,7 +273,9 @@ def paired_divergence_bwd_kernel(
         for start in range(first_whole, whole, TILE):
             store(out_row + start + offs_v, none)
     else:
-        c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, HAS_SOFTCAP)
+        c, nats = rows.base2_scale(
+            temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP
+        )
         p_max = tl.load(state + 1)
         q_max = tl.load(state + 2)
         p_log2s = tl.load(state + 3)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from tokfuse.triton_kernels import launch, policy_metrics
-from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig
 from tokfuse.triton_kernels.objective import (
     LEVEL_STAGE,
@@ -353,7 +353,7 @@ def _(dtype: torch.dtype) -> None:
 
 @compile_case("policy_loss/sequence", dtypes=(torch.float32,), streams=7)
 def _(dtype: torch.dtype) -> None:
-    x, cu = _case_inputs(8192), meta(513, dtype=torch.int32)
+    x, cu = _case_inputs(8192), borders(512, 8192)
     prepare(cu, x.mask, 8192, seq_mean=True, seq_advantage=meta(512))
     policy_loss_sequence(
         meta(8192), meta(8192), cu, x, _CASE_NUMBERS, (2, 3, 1), 1e-3,

@@ -6,8 +6,10 @@ the objective (objective.py) gives the two coefficients, and a second visit writ
     dz = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
 
 from the row that is still in the L2 cache. Bytes of memory per token at bf16: 2V read, 2V written.
-Exponentials per element: 2. A row whose coefficients are both zero (masked, zero advantage, active
-clip) gets no second visit, only the zeros; a masked one is not read at all.
+Exponentials per element: 2; under a softcap 4 and 2 reciprocals, because no place holds a row's
+tangents between the visits (297 KiB at bf16 and a vocabulary of 152k, and rounded). A row whose
+coefficients are both zero (masked, zero advantage, active clip) gets no second visit, only the
+zeros; a masked one is not read at all.
 
 What keeps the second visit in L2: one wide program per SM, so that at most as many rows are alive
 as there are SMs (H100: 132 * 297 KiB = 38 MiB of 50 at a vocabulary of 152k), first loads that ask
@@ -42,9 +44,9 @@ launch.declare(
         100: launch.LaunchConfig(block_v=8192, num_warps=16),  # 126 MB of L2 hold two rows per SM
     },
 )
-# The tanh of a softcap needs more registers than the 64 that 32 warps leave a thread, and makes
-# the kernel wait for arithmetic: how many rows share L2 does not matter.
-launch.declare("policy_step_softcap", {80: launch.LaunchConfig(block_v=4096, num_warps=16)})
+# The tanh of a softcap needs more registers than the 64 that 32 warps leave a thread; 16 warps of
+# more than 64 have the SM, and the row in L2, to themselves as well.
+launch.declare("policy_step_softcap", {80: launch.LaunchConfig(block_v=8192, num_warps=16)})
 
 
 class RowStatistics(NamedTuple):
@@ -125,7 +127,9 @@ def policy_step_kernel(
         keep = tl.load(x.mask + token)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-    c, nats = rows.base2_scale(temperature_ptr, token, temperature, logit_scale, HAS_SOFTCAP)
+    c, nats = rows.base2_scale(
+        temperature_ptr, token, temperature, softcap, logit_scale, HAS_SOFTCAP
+    )
     begin = row * stride_logits_r
     lead = (begin % ITEMS).to(tl.int32)
     row_ptr = rows.row_start(logits_ptr, begin, lead, ITEMS, True)

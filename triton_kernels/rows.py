@@ -1,6 +1,7 @@
 """Statistics of one row of logits in one read with one exp per element, and its gradient.
 
-With u = f(z) the transformed logit, c = log2(e) / T, m = max u and d = u - m:
+With u = f(z) the transformed logit, c = log2(e) / T, m = max u and d = u - m (under a softcap u is
+the tangent, and the cap is in c and in 1 / T):
 
     e = 2^(c d),   S = sum e,   SD = sum d e,   S2 = sum e^2
     lse = m / T + log S,   logp = d_y / T - log S
@@ -31,13 +32,15 @@ import triton
 import triton.language as tl
 
 from tokfuse.triton_kernels.launch import LaunchConfig
-from tokfuse.triton_kernels.tile import LN_2, LOG2_E, NEG_INF, load, maximum
+from tokfuse.triton_kernels.tile import LN_2, LOG2_E, NEG_INF, NO_HINT, load, maximum, reciprocal
 
 # Every running maximum starts here, the lowest float32: -inf would make (-inf) - (-inf).
 LOWEST_MAX = tl.constexpr(-3.4028234663852886e38)
 # Stands for d of an excluded logit: e is 0 there and d e must be, too, where -inf * 0 is NaN.
 # Its square is finite, for the second moment.
 FARTHEST = tl.constexpr(-1.0e18)
+# A target that lies in another shard of the vocabulary: the gradient has no one-hot term here.
+ELSEWHERE = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -48,27 +51,43 @@ def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr
 
 
 @triton.jit
-def base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM: tl.constexpr):
-    """(c, c in nats): what u is multiplied by; NaN where T <= 0. Plain logits are scaled here."""
+def base2_scale(
+    temperature_ptr, row, temperature, softcap, logit_scale,
+    HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr = False,
+):  # fmt: skip
+    """(c, c in nats): what u of `transform` is multiplied by; NaN where T <= 0."""
     t = temperature
     if temperature_ptr is not None:
         t = tl.load(temperature_ptr + row)
+    return scaled_by_temperature(t, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS)
+
+
+@triton.jit
+def scaled_by_temperature(
+    t, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """`base2_scale` of temperatures that are loaded."""
     nats = tl.where(t > 0, 1.0 / t, float("nan"))
-    if not TRANSFORM:
+    if HAS_SOFTCAP:
+        nats *= softcap
+    elif not HAS_BIAS:
         nats *= logit_scale
     return nats * LOG2_E, nats
 
 
 @triton.jit
-def tanh(x):
-    """Within 2 ulp; near 0 by a polynomial, because 1 - 2 / (e^2x + 1) cancels there."""
-    a = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2_E)) + 1.0)
-    q = a * a
-    p = -5.70498872745e-3 * q + 2.06390887954e-2  # Cephes tanhf, for |x| < 0.625
-    p = ((p * q - 5.37397155531e-2) * q + 1.33314422036e-1) * q - 3.33332819422e-1
-    t = tl.where(a < 0.625, p * q * a + a, far)
-    return tl.where(x < 0.0, -t, t)
+def capped(z, softcap, logit_scale):
+    """tanh(logit_scale z / softcap), with one exponential and one reciprocal; NaN stays NaN.
+
+    With E = e^2|x| it is 1 - 2 / (E + 1), whose rounding is that of 1, so that near 0 the quotient
+    (E - 1) / (E + 1) takes its place: E - 1 is exact there.
+    """
+    exponent = tl.abs(z) * (2.0 * LOG2_E * (logit_scale / softcap))
+    e = tl.exp2(exponent)
+    r = reciprocal(e + 1.0)
+    t = tl.where(exponent < 1.6, (e - 1.0) * r, 1.0 - 2.0 * r)
+    sign = z.to(tl.int32, bitcast=True) & -2147483648
+    return (t.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -108,7 +127,7 @@ def part_of_row(part, parts, lead, vocab_size, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_whole(row_ptr, start, offs_v, EVICTION: tl.constexpr = ""):
+def load_whole(row_ptr, start, offs_v, EVICTION: tl.constexpr = NO_HINT):
     """float32 of the tile that begins at `start`, none of it masked.
 
     bfloat16 is read as pairs in a word, of which a shift and an and make two float32; a cast takes
@@ -135,25 +154,29 @@ def transform(
 ):  # fmt: skip
     """(u, d u / d z) of logits at offsets `at`; -inf stays -inf, without slope under a softcap.
 
-    The slope leaves out what `base2_scale` holds: it is 1 for plain logits.
+    Both leave out what `base2_scale` holds: the softcap, or the scale of logits without bias. So u
+    is the hyperbolic tangent itself, and logits that it brings close subtract exactly.
     """
     u, slope = z, 1.0
     if HAS_SOFTCAP:
-        t = tanh(z * (logit_scale / softcap))
-        u = tl.where(z == NEG_INF, NEG_INF, softcap * t)
-        slope = tl.where(z == NEG_INF, 0.0, logit_scale * (1.0 - t * t))
+        u = capped(z, softcap, logit_scale)
+        # Of an excluded logit it is 0: the tangent is 1.
+        slope = (1.0 - u * u) * (logit_scale / softcap)
+        if bias_row_ptr is not None:
+            bias_scale /= softcap
     elif bias_row_ptr is not None:
         u, slope = z * logit_scale, logit_scale
     if bias_row_ptr is not None:
-        bias = load(bias_row_ptr + at, mask=inside, other=0.0)
-        u = tl.where(z == NEG_INF, NEG_INF, u - bias_scale * bias)
+        u -= bias_scale * load(bias_row_ptr + at, mask=inside, other=0.0)
+    if HAS_SOFTCAP or bias_row_ptr is not None:
+        u = tl.where(z == NEG_INF, NEG_INF, u)
     return u, slope
 
 
 @triton.jit
 def read(
     row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale,
-    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = "",
+    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = NO_HINT,
 ):  # fmt: skip
     """`transform` of the logits at offsets `at`; outside of the row they are -inf."""
     z = load(row_ptr + at, inside, NEG_INF, EVICTION)
@@ -163,7 +186,7 @@ def read(
 @triton.jit
 def read_whole(
     row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale,
-    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = "",
+    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = NO_HINT,
 ):  # fmt: skip
     """`transform` of the tile that begins at `start`, none of it masked."""
     z = load_whole(row_ptr, start, offs_v, EVICTION)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
 from tokfuse.triton_kernels.packed import as_int64, is_valid
 
@@ -152,8 +152,8 @@ def parts_of(num_rows: int, num_segments: int, block: int) -> int:
 
 @compile_case("segment_moments/borders", dtypes=(torch.float32, torch.float64))
 def _(dtype: torch.dtype) -> None:
-    mask, borders = meta(1 << 20, dtype=torch.bool), meta(1025, dtype=torch.int32)
-    segment_moments(meta(1 << 20, dtype=dtype), None, borders, 1024, mask)
+    mask, cu = meta(1 << 20, dtype=torch.bool), borders(1024, 1 << 20)
+    segment_moments(meta(1 << 20, dtype=dtype), None, cu, 1024, mask)
 
 
 @compile_case("segment_moments/ids", dtypes=(torch.float32,))

@@ -8,6 +8,7 @@ products.
 Legend: T tokens (packed), V vocabulary. Everything after a load is float32; loops work in base 2.
 One program per row (forward) or per part of a row (backward), on a grid of one dimension. A target
 outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would wait for the device.
+In the backward ELSEWHERE is none of these: the target is another vocabulary shard's.
 """
 
 import torch
@@ -67,15 +68,19 @@ def token_stats_fwd_kernel(
     ITEMS: tl.constexpr,
 ):
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
-    TRANSFORM: tl.constexpr = HAS_SOFTCAP or bias_ptr is not None
+    HAS_BIAS: tl.constexpr = bias_ptr is not None
     row = tl.program_id(0).to(tl.int64)  # int64 before it meets a stride: T * V passes 2^31
     SECOND: tl.constexpr = second_logp_ptr is not None
     MOMENTS: tl.constexpr = p2_logp_ptr is not None
     counts = row >= 0  # every row
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
-    c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM)
-    c2, nats2 = rows.base2_scale(None, row, second_temperature, logit_scale, TRANSFORM)
+    c, nats = rows.base2_scale(
+        temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
+    )
+    c2, nats2 = rows.base2_scale(
+        None, row, second_temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
+    )
 
     # A masked row has no elements: nothing of it is read, and its outputs are set to 0 at the end.
     vocab = tl.where(counts, vocab_size, 0)
@@ -176,7 +181,7 @@ def token_stats_bwd_kernel(
     ITEMS: tl.constexpr,
 ):
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
-    TRANSFORM: tl.constexpr = HAS_SOFTCAP or bias_ptr is not None
+    HAS_BIAS: tl.constexpr = bias_ptr is not None
     row = tl.program_id(0).to(tl.int64) // parts
     ga, gh = 0.0, 0.0
     if grad_logp_ptr is not None:
@@ -216,10 +221,13 @@ def token_stats_bwd_kernel(
         for start in range(first_whole, whole, TILE):
             store(grad_row_ptr + start + offs_v, none)
     else:
-        c, nats = rows.base2_scale(temperature_ptr, row, temperature, logit_scale, TRANSFORM)
+        c, nats = rows.base2_scale(
+            temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
+        )
         m = tl.load(m_ptr + row)
         y = tl.load(target_ptr + row)
-        ga = tl.where((ga == 0.0) | ((y >= 0) & (y < vocab_size)), ga, float("nan"))
+        known = ((y >= 0) & (y < vocab_size)) | (y == rows.ELSEWHERE)
+        ga = tl.where((ga == 0.0) | known, ga, float("nan"))
         a0, a1 = rows.gradient_constants(nats, inv_sum, tl.load(entropy_ptr + row), ga, gh)
         # The target's own term is added by a store of its own, so that no element pays for a
         # comparison. Its logit is read before the tiles are written: they may lie in one place.

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tokfuse.triton_kernels.compile_cases import compile_case, meta
+from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
 from tokfuse.triton_kernels.packed import (
     first_lane,
@@ -167,14 +167,14 @@ def vtrace(
 
 @compile_case("vtrace", dtypes=(torch.float32,), streams=8)  # each input twice, the value thrice
 def _(dtype: torch.dtype) -> None:
-    x, borders = meta(1 << 20, dtype=dtype), meta(1025, dtype=torch.int32)
+    x, cu = meta(1 << 20, dtype=dtype), borders(1024, 1 << 20)
     options = {"rho_bar": 1.0, "c_bar": 1.0, "mask": None, "finished": None}
-    vtrace(x, x, x, borders, gamma=0.99, lam=0.95, **options)
+    vtrace(x, x, x, cu, gamma=0.99, lam=0.95, **options)
 
 
 @compile_case("vtrace/masked", dtypes=(torch.float32, torch.float64), streams=8)
 def _(dtype: torch.dtype) -> None:
-    x, borders = meta(1 << 20, dtype=dtype), meta(1025, dtype=torch.int32)
+    x, cu = meta(1 << 20, dtype=dtype), borders(1024, 1 << 20)
     flags = meta(1 << 20, dtype=torch.bool)
     options = {"rho_bar": None, "c_bar": 1.0, "mask": flags, "finished": flags[:1024]}
-    vtrace(x, x, x, borders, gamma=0.99, lam=0.95, **options)
+    vtrace(x, x, x, cu, gamma=0.99, lam=0.95, **options)

@@ -24,7 +24,7 @@ __device__ inline double lambda_of(const ScanArgs& a, int64_t seq, int64_t begin
   return 1 - 1 / (span > 1 ? span : 1);
 }
 
-__global__ void __launch_bounds__(kScanBlock) gae_kernel(const ScanArgs a) {
+__global__ void __launch_bounds__(kScanBlock, 6) gae_kernel(const ScanArgs a) {
   const int64_t seq = blockIdx.x, begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
   const double gamma = a.gamma, decay = gamma * lambda_of(a, seq, begin, end);
   const bool ends = a.finished == nullptr || a.finished[seq] != 0;

@@ -7,6 +7,9 @@
 namespace tokfuse {
 namespace cuda {
 
+// As a target: another shard of the vocabulary owns it, and gives it its term.
+constexpr int64_t kElsewhere = -(int64_t{1} << 31);
+
 // Constants of one row's gradient.
 struct Slopes {
   float c, m, a0, a1;
@@ -18,7 +21,7 @@ __device__ __forceinline__ Slopes slopes_of(const Scale& scale, float m, float i
                                             float entropy, float ga, float gh, int64_t y,
                                             int64_t vocab) {
   const bool has_target = y >= 0 && y < vocab;
-  if (!has_target && ga != 0.0f) ga = nan_float();
+  if (!has_target && y != kElsewhere && ga != 0.0f) ga = nan_float();
   const float p_scale = scale.nats * inv_sum, log_s = -log2f(inv_sum) * kLn2;
   return {scale.c,
           m,

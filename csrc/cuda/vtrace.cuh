@@ -13,7 +13,7 @@ namespace cuda {
 
 constexpr float kLogRatioClamp = 20.0f;
 
-__global__ void __launch_bounds__(kScanBlock) vtrace_kernel(const ScanArgs a) {
+__global__ void __launch_bounds__(kScanBlock, 6) vtrace_kernel(const ScanArgs a) {
   const int64_t seq = blockIdx.x, begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
   const double gamma = a.gamma, decay = gamma * a.lam;
   const bool ends = a.finished == nullptr || a.finished[seq] != 0;

@@ -17,6 +17,7 @@ from tokfuse.runtime.dispatch import (
 from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import extended_token_stats as reference
 from tokfuse.runtime.reference.token_stats import bad_row
 
@@ -131,6 +132,7 @@ register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits
 
 
 @torch.library.custom_op("tokfuse::extended_token_stats", mutates_args=())
+@ranged("token_stats.fwd")
 def _extended_op(
     logits: torch.Tensor,
     target: torch.Tensor,

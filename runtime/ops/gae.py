@@ -1,5 +1,7 @@
 """`tokfuse.gae`: generalised advantage estimation over packed sequences, as one reverse scan."""
 
+from typing import Any
+
 import torch
 
 from tokfuse.runtime import cuda_packed, native, triton_backend
@@ -11,6 +13,7 @@ from tokfuse.runtime.dispatch import (
     register_triton,
 )
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
@@ -20,14 +23,15 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.gae import gae as reference
 
 OP = "gae"
 
 
+@ranged("gae.fwd")
 def gae(
     reward: torch.Tensor,
     value: torch.Tensor,
@@ -72,6 +76,12 @@ def gae(
 
     Gradients and memory:
         No gradients. Two (tokens,) outputs; inputs of other dtypes are converted first.
+
+    Examples:
+        >>> reward, value = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.5])
+        >>> cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
+        >>> tokfuse.gae(reward, value, cu_seqlens)
+        (tensor([0.5000, 0.5000, 0.5000]), tensor([1., 1., 1.]))
 
     Raises:
         ValueError: shapes, dtypes, ranges, a `cu_seqlens` that is not a prefix sum of the tokens
@@ -149,11 +159,29 @@ def _cpu(
     return advantage, returns
 
 
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    lam = options["lam"]
+    per_seq = lam if isinstance(lam, torch.Tensor) else None
+    return options | {"lam": 1.0 if per_seq is not None else lam, "seq_lam": per_seq}
+
+
+def _rich(options: dict[str, Any]) -> dict[str, Any]:
+    per_seq = options.pop("seq_lam")
+    return options | ({} if per_seq is None else {"lam": per_seq})
+
+
+_FORM = GraphForm(
+    "(Tensor reward, Tensor value, Tensor cu_seqlens, *, float gamma, float lam, Tensor? seq_lam,"
+    " float? length_adaptive_alpha, Tensor? mask, Tensor? finished) -> (Tensor, Tensor)",
+    like_rows(2),
+    _flat,
+    _rich,
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": uncompiled(cuda_packed.gae),
-    "triton": uncompiled(triton_backend.launcher(OP, "gae")),
-    "cpu": uncompiled(_cpu),
+    "cuda": traceable(OP, "cuda", cuda_packed.gae, _FORM),
+    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

@@ -11,6 +11,7 @@ from tokfuse.runtime.dispatch import (
     register_triton,
 )
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     FLOATS,
     INTS,
@@ -22,9 +23,9 @@ from tokfuse.runtime.packed_checks import (
     check_unused,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.group_advantage import group_advantage as reference
 
 OP = "group_advantage"
@@ -55,6 +56,7 @@ GROUPLESS = ("greedy", "none")
 DEFAULT_EPS = {"std": 1e-6, "batch_std": 1e-6, "mean": 1e-8, "none": 0.0}
 
 
+@ranged("group_advantage.fwd")
 def group_advantage(
     reward: torch.Tensor,
     group_ids: torch.Tensor | None,
@@ -117,6 +119,11 @@ def group_advantage(
     Gradients and memory:
         None: advantages are constants of the loss. O(seqs) extra memory, O(seqs) time (median and
         second_best sort inside a group).
+
+    Examples:
+        >>> reward, prompt = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
+        >>> tokfuse.group_advantage(reward, prompt, kind="dr_grpo")
+        tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
 
     Raises:
         ValueError: shapes, dtypes, unknown names, or an option that the choice would ignore.
@@ -243,11 +250,16 @@ def _cuda(
     )
 
 
+_FORM = GraphForm(
+    "(Tensor reward, Tensor? group_ids, *, str baseline, str scale, bool sample_std, float eps,"
+    " bool singleton_reward, Tensor? lengths, Tensor? greedy_reward) -> Tensor",
+    lambda reward, *_, **__: torch.empty_like(reward),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": uncompiled(_cuda),
-    "triton": uncompiled(triton_backend.launcher(OP, "group_advantage")),
-    "cpu": uncompiled(_cpu),
+    "cuda": traceable(OP, "cuda", _cuda, _FORM),
+    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

@@ -5,11 +5,12 @@ inner product of gradients, and for that the sketches are made.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from tokfuse.runtime import checks, cuda_packed
+from tokfuse.runtime import checks, cuda_packed, triton_backend
 from tokfuse.runtime.dispatch import (
     ALL_DTYPES,
     FLOAT_DTYPES,
@@ -24,6 +25,7 @@ from tokfuse.runtime.head import HeadProblem
 from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
 from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.packed_checks import Rows, check_vector
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import influence as reference
 from tokfuse.runtime.reference.token_stats import accumulation_dtype
 
@@ -64,6 +66,7 @@ class Influence:
     """(seqs, rank, rank) float32, see `tokfuse.influence.sketch`."""
 
 
+@ranged("influence.logit_norms.fwd")
 def logit_norms(
     stats: TokenStats | ExtendedTokenStats,
     coefficient: torch.Tensor,
@@ -139,6 +142,7 @@ def _moments(op: str, stats: TokenStats | ExtendedTokenStats) -> tuple[torch.Ten
     return stats.sum_p2_logp.double(), stats.sum_p2_logp2.double()
 
 
+@ranged("influence.head_norms.fwd")
 def head_norms(logit_norms: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Norm of each token's term of the lm_head's weight gradient: logit_norms_t * ||h_t||.
 
@@ -165,6 +169,7 @@ def head_norms(logit_norms: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     return torch.where(logit_norms == 0, 0.0, norms * logit_norms.detach()).to(norms.dtype)
 
 
+@ranged("influence.hidden_norms.fwd")
 def hidden_norms(grad_hidden: torch.Tensor) -> torch.Tensor:
     """Row norms ||d loss / d hidden_t|| of the gradient that the backward of the lm_head writes.
 
@@ -191,6 +196,7 @@ def hidden_norms(grad_hidden: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- sketches
 
 
+@ranged("influence.sketch.fwd")
 def sketch(
     grad_hidden: torch.Tensor,
     hidden: torch.Tensor,
@@ -216,7 +222,7 @@ def sketch(
         rank: r of the (r, hidden) projections, entries +-1 / sqrt(r). None: no projection, F_s is
             the adapter's whole (hidden, hidden) gradient.
         seed: of the projections, equal on every machine. Compare sketches of one rank and seed.
-        max_seqlen: longest sequence. None: taken from cu_seqlens, one synchronisation on a GPU.
+        max_seqlen: longest sequence, which only the reference pads to. None: from cu_seqlens.
 
     Returns:
         (seqs, rank, rank) float32 (float64 for float64 hidden); 0 for an empty sequence. Detached.
@@ -224,8 +230,8 @@ def sketch(
     Numerics: float32 products whatever the input dtype; grad_hidden of a 16-bit head was rounded
         once to 16 bits. Repeatable bitwise on one machine.
 
-    Gradients and memory: none is differentiated. Extra memory 8 * tokens * rank bytes and, on
-        devices other than the CPU, as much again per padded token.
+    Gradients and memory: none is differentiated. Extra memory 8 * tokens * rank bytes; in
+        the reference as much again per padded token.
 
     Raises:
         ValueError: shapes, dtypes, devices, cu_seqlens, rank, max_seqlen.
@@ -242,9 +248,7 @@ def sketch(
     checks.check_device(op, "grad_hidden", grad_hidden, hidden.device)
     checks.check_cu_seqlens(op, cu_seqlens, hidden.shape[0], hidden.device)
     check_spec(op, rank, seed)
-    if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-    elif max_seqlen < 0:
+    if max_seqlen is not None and max_seqlen < 0:
         raise refuse(op, "max_seqlen", ">= 0", max_seqlen, "Omit it to have it computed.")
     pair = None if rank is None else projections(rank, hidden.shape[1], seed, hidden.device)
     run = select(OP, hidden.device.type, hidden.dtype).run
@@ -277,7 +281,7 @@ def _cpu_sketch(
     hidden: torch.Tensor,
     cu_seqlens: torch.Tensor,
     pair: tuple[torch.Tensor, torch.Tensor] | None,
-    max_seqlen: int,
+    max_seqlen: int | None,
 ) -> torch.Tensor:
     """One small GEMM per sequence: nothing is padded."""
     dtype = accumulation_dtype(hidden.dtype)
@@ -293,20 +297,6 @@ def _cpu_sketch(
     return sketches
 
 
-def _cuda_sketch(
-    grad_hidden: torch.Tensor,
-    hidden: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    pair: tuple[torch.Tensor, torch.Tensor] | None,
-    max_seqlen: int,
-) -> torch.Tensor:
-    """Two GEMMs of torch and one launch over all sequences: nothing is padded."""
-    left, right = grad_hidden.float(), hidden.float()
-    if pair is not None:
-        left, right = left @ pair[0].t(), right @ pair[1].t()
-    return cuda_packed.sketch(left, right, cu_seqlens)
-
-
 def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape[0], projection.shape[0], dtype=projection.dtype)
     for start in range(0, x.shape[0], CHUNK):
@@ -315,10 +305,27 @@ def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _device_sketch(launch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The projections are GEMMs of torch; nothing waits for the length of a sequence."""
+
+    def run(
+        grad_hidden: torch.Tensor,
+        hidden: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        pair: tuple[torch.Tensor, torch.Tensor] | None,
+        max_seqlen: int | None,
+    ) -> torch.Tensor:
+        left, right = grad_hidden.float(), hidden.float()
+        if pair is not None:
+            left, right = left @ pair[0].t(), right @ pair[1].t()
+        return launch(left, right, cu_seqlens)
+
+    return run
+
+
 register_cpu(OP, _cpu_sketch, ALL_DTYPES)
-register_cuda(OP, _cuda_sketch, FLOAT_DTYPES)
-# A batched product of torch on the device: no kernel of ours could do it better.
-register_triton(OP, reference.sketch, FLOAT_DTYPES)
+register_cuda(OP, _device_sketch(cuda_packed.sketch), FLOAT_DTYPES)
+register_triton(OP, _device_sketch(triton_backend.launcher(OP, "sketch")), FLOAT_DTYPES)
 register_reference(OP, reference.sketch)
 
 

@@ -19,6 +19,7 @@ from tokfuse.runtime.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels
 from tokfuse.runtime.packed_checks import INTS, Rows, check_vector, may_read
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import kept_token_stats as reference
 from tokfuse.runtime.reference.token_stats import check_values
 from tokfuse.runtime.triton_backend import launcher
@@ -37,6 +38,7 @@ class KeptTokenStats(NamedTuple):
     """log-sum-exp of the kept transformed logits, nats. Full lse - this = -log of the kept mass."""
 
 
+@ranged("kept_token_stats.fwd")
 def kept_token_stats(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -77,6 +79,11 @@ def kept_token_stats(
     Gradients and memory: logits receive the gradient of logp and entropy, exactly 0 outside the
         support; lse is detached. Forward and backward gather the kept logits; the backward writes
         a dense (tokens, vocab) gradient. Saved: logits, ids and three (tokens,) vectors.
+
+    Examples:
+        >>> kept, offsets = torch.tensor([0, 2, 1, 3]), torch.tensor([0, 2, 4])  # two ids per row
+        >>> tokfuse.kept_token_stats(torch.zeros(2, 4), torch.tensor([2, 3]), kept, offsets).logp
+        tensor([-0.6931, -0.6931])
 
     Raises:
         ValueError: wrong shape, dtype, device or range; an id twice in a row. Values are read on
@@ -233,6 +240,7 @@ class _KeptFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("kept_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return (None,) * 6
@@ -252,6 +260,7 @@ def _unpack(
 
 
 @torch.library.custom_op("tokfuse::kept_token_stats", mutates_args=())
+@ranged("kept_token_stats.fwd")
 def _kept_op(
     logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
     temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
@@ -268,6 +277,7 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 
 
 @torch.library.custom_op("tokfuse::kept_token_stats_backward", mutates_args=())
+@ranged("kept_token_stats.bwd")
 def _kept_backward_op(
     logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
     shift: torch.Tensor, inv_sum: torch.Tensor, entropy: torch.Tensor,

@@ -21,12 +21,14 @@ from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
 from tokfuse.runtime.packed_checks import may_read
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import linear_token_stats as reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 OP = "linear_token_stats"
 
 
+@ranged("linear_token_stats.fwd")
 def linear_token_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -65,6 +67,11 @@ def linear_token_stats(
         GPU a 16-bit head forms the statistics without a workspace, rounds the gradient of its
         logits once to 16 bits for the gradient GEMMs, and the backward waits once, for the number
         of its rows (not under CUDA-graph capture: then every row is computed).
+
+    Examples:
+        >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
+        >>> tokfuse.linear_token_stats(hidden, weight, torch.tensor([0, 1, 2])).entropy
+        tensor([1.6094, 1.6094, 1.6094])
 
     Raises:
         ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
@@ -205,14 +212,16 @@ def forward_in_chunks(p: HeadProblem, kernels: Kernels) -> tuple[torch.Tensor, .
     """Chunks of torch's GEMM and the row kernel: 1 and 1 launches each."""
     rows = device_head.classify(p, p.options.mask, None)
     head = DeviceHead(p, (False, False, False), rows)
-    out = torch.zeros(7, p.tokens, dtype=torch.float32, device=p.hidden.device)
+    # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
+    out = [torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device) for _ in range(7)]
     with torch.no_grad():
         for index, h in head.chunks(0, rows.forward):
             target, options = rows_of_options(p, index)
             if rows.keep is not None:
                 options["mask"] = rows.keep[index]
             stats = kernels.forward(head.logits(h), target, **options)
-            out[:, index] = torch.stack(stats)
+            for kept, x in zip(out, stats, strict=True):
+                kept[index] = x
     return tuple(out)
 
 
@@ -281,6 +290,7 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("linear_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None, None
@@ -295,6 +305,7 @@ class _LinearFunction(torch.autograd.Function):
 
 
 @torch.library.custom_op("tokfuse::linear_token_stats", mutates_args=())
+@ranged("linear_token_stats.fwd")
 def _linear_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
     mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,
@@ -316,6 +327,7 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 
 
 @torch.library.custom_op("tokfuse::linear_token_stats_backward", mutates_args=())
+@ranged("linear_token_stats.bwd")
 def _linear_backward_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
     mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,

@@ -15,6 +15,7 @@ from tokfuse.runtime.dispatch import (
     register_triton,
 )
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     INTS,
@@ -27,9 +28,9 @@ from tokfuse.runtime.packed_checks import (
     check_unused,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.offpolicy_weights import offpolicy_weights as reference
 
 OP = "offpolicy_weights"
@@ -84,6 +85,7 @@ class OffPolicyWeights(NamedTuple):
     kept_mask: torch.Tensor
 
 
+@ranged("offpolicy_weights.fwd")
 def offpolicy_weights(
     logp: torch.Tensor | None,
     behavior_logp: torch.Tensor | None = None,
@@ -160,6 +162,11 @@ def offpolicy_weights(
 
     Gradients and memory:
         No gradients. Two (tokens,) outputs; one pass, plus one when normalised.
+
+    Examples:
+        >>> logp, logged = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -3.0])
+        >>> tokfuse.offpolicy_weights(logp, logged, mode="truncate", high=2.0).weight
+        tensor([1., 2.])
 
     Raises:
         ValueError: shapes, dtypes, unknown names, missing bounds, an option that would be ignored.
@@ -413,11 +420,45 @@ def _triton(
     return out
 
 
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    rules = options["rules"]
+    codes = [
+        (STATISTICS.index(r.statistic) * len(OVER) + OVER.index(r.over)) * 2 + r.negative_only
+        for r in rules
+    ]
+    bounds = []
+    for rule in rules:
+        bounds.append(-math.inf if rule.low is None else rule.low)
+        bounds.append(math.inf if rule.high is None else rule.high)
+    return options | {"rules": codes, "bounds": bounds}
+
+
+def _rich(options: dict[str, Any]) -> dict[str, Any]:
+    bounds, rules = options.pop("bounds"), []
+    for i, code in enumerate(options["rules"]):
+        statistic, over = divmod(code // 2, len(OVER))
+        low, high = (None if math.isinf(x) else x for x in bounds[2 * i : 2 * i + 2])
+        rules.append(KeepRule(STATISTICS[statistic], OVER[over], low, high, bool(code % 2)))
+    return options | {"rules": tuple(rules)}
+
+
+_FORM = GraphForm(
+    "(Tensor? logp, Tensor behavior, *, str level, str mode, float? low, float? high, float? lam,"
+    " float? power, str normalize, int[] rules, float[] bounds, Tensor? cu_seqlens, Tensor? mask,"
+    " Tensor? group_ids, Tensor? advantage) -> (Tensor, Tensor, Tensor)",
+    lambda logp, behavior, **_: (
+        torch.empty_like(behavior),
+        behavior.new_empty(()),
+        torch.empty_like(behavior, dtype=torch.bool),
+    ),
+    _flat,
+    _rich,
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": uncompiled(_cuda),
-    "triton": uncompiled(_triton),
-    "cpu": uncompiled(_cpu),
+    "cuda": traceable(OP, "cuda", _cuda, _FORM),
+    "triton": traceable(OP, "triton", _triton, _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

@@ -1,12 +1,20 @@
 """`tokfuse.ope`: value of a policy from logged data, with standard errors."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import cuda_packed, native
-from tokfuse.runtime.dispatch import backend_of, register_cpu, register_cuda, register_reference
+from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
@@ -14,9 +22,9 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.ope import ope as reference
 
 OP = "ope"
@@ -37,6 +45,7 @@ class OPE(NamedTuple):
     sndr_se: torch.Tensor | None
 
 
+@ranged("ope.fwd")
 def ope(
     weight: torch.Tensor,
     reward: torch.Tensor,
@@ -69,6 +78,10 @@ def ope(
     Numerics:
         Computed in float64. No valid row gives NaN estimates, one valid row NaN errors.
 
+    Examples:
+        >>> tokfuse.ope(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])).ips
+        tensor(1.)
+
     Raises:
         ValueError: shapes, dtypes, q_a without q_pi.
 
@@ -85,17 +98,23 @@ def ope(
         raise refuse(OP, "q_pi", "given with q_a", None, "The correction needs its direct part.")
     dtype = working_dtype(weight, reward, q_pi, q_a)
     run = _RUNS[backend_of(OP, reward.device.type, dtype)]
-    found = run(
-        plain(weight, dtype),
-        plain(reward, dtype),
-        plain(q_pi, dtype),
-        plain(q_a, dtype),
-        mask=plain(mask),
-    )
+    vectors = (plain(x, dtype) for x in (weight, reward, q_pi, q_a))
+    found: Estimates = run(*vectors, mask=plain(mask))
     fields: dict[str, Any] = {}
     for name, estimate in found.items():
         fields[name], fields[f"{name}_se"] = (None, None) if estimate is None else estimate
     return OPE(**fields)
+
+
+NAMES = ("ips", "snips", "dm", "dr", "sndr")
+Estimates = dict[str, tuple[torch.Tensor, torch.Tensor] | None]
+
+
+def _by_name(found: torch.Tensor, q_pi: torch.Tensor | None, q_a: torch.Tensor | None) -> Estimates:
+    """(5, 2) estimates and errors in the order of `NAMES`; None where a model is missing."""
+    given = {"dm": q_pi is not None, "dr": q_a is not None, "sndr": q_a is not None}
+    rows = zip(NAMES, found.unbind(0), strict=True)
+    return {name: (row[0], row[1]) if given.get(name, True) else None for name, row in rows}
 
 
 def _cpu(
@@ -103,12 +122,11 @@ def _cpu(
     reward: torch.Tensor,
     q_pi: torch.Tensor | None,
     q_a: torch.Tensor | None,
-    *,
     mask: torch.Tensor | None,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor] | None]:
+) -> torch.Tensor:
     module = native.module()
     assert module is not None
-    values = torch.empty(10, dtype=torch.float64)
+    values = torch.empty(len(NAMES), 2, dtype=torch.float64)
     module.ope(
         native.pointer(weight),
         native.pointer(reward),
@@ -119,40 +137,37 @@ def _cpu(
         reward.shape[0],
         torch.get_num_threads(),
     )
-    return _named(values.to(reward.dtype), q_pi, q_a)
+    return values.to(reward.dtype)
 
 
-def _cuda(
-    weight: torch.Tensor,
-    reward: torch.Tensor,
-    q_pi: torch.Tensor | None,
-    q_a: torch.Tensor | None,
-    *,
-    mask: torch.Tensor | None,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor] | None]:
-    values = cuda_packed.ope(weight, reward, q_pi, q_a, mask=mask)
-    return _named(values.to(reward.dtype), q_pi, q_a)
+def _named(backend: str, kernel: Callable[..., torch.Tensor]) -> Callable[..., Estimates]:
+    run = traceable(OP, backend, kernel, _FORM)
+
+    def call(
+        weight: torch.Tensor,
+        reward: torch.Tensor,
+        q_pi: torch.Tensor | None,
+        q_a: torch.Tensor | None,
+        *,
+        mask: torch.Tensor | None,
+    ) -> Estimates:
+        return _by_name(run(weight, reward, q_pi, q_a, mask), q_pi, q_a)
+
+    return call
 
 
-def _named(
-    values: torch.Tensor, q_pi: torch.Tensor | None, q_a: torch.Tensor | None
-) -> dict[str, tuple[torch.Tensor, torch.Tensor] | None]:
-    """(10,) estimates and errors by name; None where the model is missing."""
-    found = values.unbind(0)
-    given = {"ips": True, "snips": True, "dm": q_pi is not None}
-    given["dr"] = given["sndr"] = q_a is not None
-    return {
-        name: (found[2 * k], found[2 * k + 1]) if given[name] else None
-        for k, name in enumerate(given)
-    }
-
-
+_FORM = GraphForm(
+    "(Tensor weight, Tensor reward, Tensor? q_pi, Tensor? q_a, Tensor? mask) -> Tensor",
+    lambda weight, reward, *_: reward.new_empty(len(NAMES), 2),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": uncompiled(_cuda),
-    "cpu": uncompiled(_cpu),
+    "cuda": _named("cuda", cuda_packed.ope),
+    "triton": _named("triton", triton_backend.launcher(OP, OP)),
+    "cpu": _named("cpu", _cpu),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))
+register_triton(OP, _RUNS["triton"], frozenset({torch.float32, torch.float64}))
 register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
-register_reference(OP, reference)
+register_reference(OP, _RUNS["reference"])

@@ -18,6 +18,7 @@ from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.logit_options import LogitOptions, check_options
 from tokfuse.runtime.ops.token_stats import Kernels
 from tokfuse.runtime.packed_checks import check_choice, may_read
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import paired_divergence as reference
 from tokfuse.runtime.triton_backend import launcher
 
@@ -26,6 +27,7 @@ KINDS = ("jsd", "kl_forward", "kl_reverse")  # codes 0, 1, 2 of csrc/cpu/distrib
 STATE = 6  # kDivergenceState
 
 
+@ranged("paired_divergence.fwd")
 def paired_divergence(
     logits_p: torch.Tensor,
     logits_q: torch.Tensor,
@@ -74,6 +76,11 @@ def paired_divergence(
     Gradients and memory: logits_p. Forward: one read of each stream from memory, the second visit
         of a row is to the cache. Saved: both logits and 6 floats per token. Backward: one read of
         each, one write; rows with a zero incoming gradient are not read.
+
+    Examples:
+        >>> p, q = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+        >>> tokfuse.paired_divergence(p, q)
+        tensor([0.1109])
 
     Raises:
         ValueError: wrong shape, dtype, device, range or kind; logits_q requires grad; beta with a
@@ -253,6 +260,7 @@ class _DivergenceFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("paired_divergence.bwd")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         p, q, state, vector, mask = ctx.saved_tensors
         kind, beta, o, run = ctx.rest
@@ -272,6 +280,7 @@ def _unpack(
 
 
 @torch.library.custom_op("tokfuse::paired_divergence", mutates_args=())
+@ranged("paired_divergence.fwd")
 def _divergence_op(
     logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float,
     temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
@@ -291,6 +300,7 @@ def _(logits_p: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.library.custom_op("tokfuse::paired_divergence_backward", mutates_args=())
+@ranged("paired_divergence.bwd")
 def _divergence_backward_op(
     logits_p: torch.Tensor, logits_q: torch.Tensor, state: torch.Tensor, grad: torch.Tensor,
     kind: str, beta: float, temperature: torch.Tensor | None, scalar_temperature: float,

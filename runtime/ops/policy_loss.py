@@ -17,6 +17,7 @@ from tokfuse.runtime.dispatch import (
 )
 from tokfuse.runtime.metrics import SLOT, SLOTS, Metrics
 from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import policy_loss as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
@@ -48,10 +49,11 @@ class PolicyTerms(NamedTuple):
     sums: torch.Tensor
 
 
+@ranged("policy_loss.fwd")
 def policy_loss(
     logp: torch.Tensor,
     *,
-    old_logp: torch.Tensor,
+    old_logp: torch.Tensor | None,
     advantage: torch.Tensor,
     objective: Objective,
     mask: torch.Tensor | None = None,
@@ -75,7 +77,8 @@ def policy_loss(
 
     Args:
         logp: (tokens,) floating, nats, of the current policy; receives a gradient.
-        old_logp: (tokens,), nats, at the start of the update.
+        old_logp: (tokens,), nats, at the start of the update. None: on policy, logp itself without
+            its gradient; every ratio is 1.
         advantage: (tokens,), or (seqs,) with advantage_level="sequence".
         objective: an `Objective`.
         mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
@@ -103,6 +106,16 @@ def policy_loss(
     Gradients and memory: logp and entropy only; every other input that requires grad is refused.
         Saved: two (tokens,) vectors.
 
+    Examples:
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> out = tokfuse.policy_loss(
+        ...     logp, old_logp=logp.detach(), advantage=torch.tensor([1.0, -1.0]),
+        ...     objective=tokfuse.Objective(), normalizer="batch",
+        ... )
+        >>> out.loss.backward()
+        >>> logp.grad
+        tensor([-0.5000,  0.5000])
+
     Raises:
         ValueError: shapes, dtypes, devices, cu_seqlens, unknown options, an input that the
             objective needs and lacks, or is given and does not use.
@@ -122,9 +135,10 @@ def policy_loss(
     policy_checks.check_inputs(
         OP, inputs, objective, logp.shape[0], logp.device, entropy is not None
     )
+    policy_checks.check_sampler(OP, sampler_logp, logp.shape[0], logp.device)
     inverse = policy_checks.inverse_normalizer(OP, normalizer, objective)
     terms = _apply(logp, entropy, inputs, objective, inverse)
-    sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, logp)
+    sampler_kl = policy_checks.sampler_mismatch(sampler_logp, inputs, logp)
     return finish(terms, inputs, objective, inverse, entropy is not None, sampler_kl)
 
 
@@ -242,20 +256,23 @@ def native_record(
 ) -> tuple[tuple[Any, ...], list[torch.Tensor | None]]:
     """(record for tokfuse._native, tensors that must outlive the call).
 
-    out = (token_loss, d_logp, d_entropy, sums, scratch).
+    out = (token_loss, d_logp, d_entropy, sums, scratch). On policy the old log-probabilities are
+    logp's own memory, which the fused kernel writes before it reads a token's objective.
     """
 
     vector, i = native.float_vector, inputs
+    old_logp = logp if i.old_logp is None else i.old_logp
+    assert old_logp is not None
     mask = None if i.mask is None else i.mask.contiguous()
     cu = None if i.cu_seqlens is None else i.cu_seqlens.contiguous()
     alive = [
-        vector(logp), vector(i.old_logp), vector(i.advantage), mask, cu, vector(i.weight),
+        vector(logp), vector(old_logp), vector(i.advantage), mask, cu, vector(i.weight),
         vector(i.signal), vector(i.ref_logp), vector(i.kl_weight), vector(entropy),
         vector(i.entropy_weight), *out,
     ]  # fmt: skip
     p = [native.pointer(x) for x in alive]
     record = (
-        objective.record, i.old_logp.shape[0], 0 if cu is None else cu.shape[0] - 1,
+        objective.record, old_logp.shape[0], 0 if cu is None else cu.shape[0] - 1,
         p[0], p[1], p[2], int(i.advantage_level == "sequence"), p[3], p[4], p[5], p[6], p[7],
         p[8], p[9], p[10], inverse, int(objective.counts_sequences), torch.get_num_threads(),
         *p[11:],
@@ -295,6 +312,8 @@ def _cuda_run(
     objective: Objective,
     inverse: float,
 ) -> PolicyTerms:
+    if inputs.old_logp is None:
+        inputs = inputs._replace(old_logp=logp.detach())
     out = cuda_policy.policy_loss(logp, entropy, inputs, objective, inverse)
     token_loss, d_logp, d_entropy, sums = out
     loss = sums[SLOT["loss"]].to(torch.float32)
@@ -312,6 +331,8 @@ def _triton_run(
     objective: Objective,
     inverse: float,
 ) -> PolicyTerms:
+    if inputs.old_logp is None:
+        inputs = inputs._replace(old_logp=logp.detach())
     given = triton_objective.encode(inputs, objective, inverse)
     _, level, _, seq_mean, *_ = objective.record
     x, h = native.float_vector(logp), native.float_vector(entropy)
@@ -350,6 +371,7 @@ class _PolicyLossFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("policy_loss.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         d_logp, d_entropy = ctx.saved_tensors
         logp_dtype, entropy_dtype = ctx.dtypes
@@ -360,10 +382,11 @@ class _PolicyLossFunction(torch.autograd.Function):
 
 
 @torch.library.custom_op("tokfuse::policy_loss", mutates_args=())
+@ranged("policy_loss.fwd")
 def _policy_loss_op(
     logp: torch.Tensor,
     entropy: torch.Tensor | None,
-    old_logp: torch.Tensor,
+    old_logp: torch.Tensor | None,
     advantage: torch.Tensor,
     advantage_level: str,
     mask: torch.Tensor | None,

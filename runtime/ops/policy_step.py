@@ -30,6 +30,7 @@ from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, policy_terms
 from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.policy_checks import Normalizer
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
@@ -37,6 +38,7 @@ from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
 OP = "policy_step"
 
 
+@ranged("policy_step.fwd")
 def policy_step(
     *,
     logits: torch.Tensor | None = None,
@@ -44,7 +46,7 @@ def policy_step(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     target: torch.Tensor,
-    old_logp: torch.Tensor,
+    old_logp: torch.Tensor | None,
     advantage: torch.Tensor,
     objective: Objective,
     mask: torch.Tensor | None = None,
@@ -61,6 +63,7 @@ def policy_step(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    compact_clipped: bool = False,
     influence: InfluenceSpec | None = None,
 ) -> PolicyStep:
     """Policy loss, gradients, statistics and metrics; equal to composing the simple ops.
@@ -75,9 +78,15 @@ def policy_step(
         weight: (vocab, hidden), the lm_head, with
         bias: (vocab,) or None. Same dtype and device.
         target: (tokens,) int64, in [0, vocab) where mask is True.
+        old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
+            log-probabilities; every ratio is 1. Triton then needs the statistics first, as for
+            sequence-level ratios.
         token_weight: (tokens,) multiplies the policy term (`policy_loss` calls it weight).
         temperature, softcap, logit_scale: as in `token_stats`.
         memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
+        compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU:
+            the host waits once per chunk of `memory_budget`, because it must give a GEMM its size.
+            On the CPU they never enter them.
         influence: from hidden only, with cu_seqlens: also return gradient norms and sketches of the
             loss in `step.influence`; computes grad_hidden even where hidden needs none.
         others: as in `policy_loss`; the entropy of an entropy bonus is the policy's own.
@@ -97,9 +106,20 @@ def policy_step(
         objectives, one more read for sequence-level ones. From hidden, the workspace
         `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
         GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
-        stops enters with zeros; the host waits once, for the number of rows of each kind (not
-        under CUDA-graph capture: then every row enters every GEMM). The gradients are held until
-        `loss.backward()` hands them over.
+        stops enters with zeros unless `compact_clipped`; the host waits once, for the number of
+        rows of each kind (not under CUDA-graph capture: then every row enters every GEMM). The
+        gradients are held until `loss.backward()` hands them over.
+
+    Examples:
+        >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
+        >>> step = tokfuse.policy_step(
+        ...     logits=logits, target=target, old_logp=torch.full((2,), -1.3863),
+        ...     advantage=torch.tensor([1.0, 0.0]), objective=tokfuse.Objective(), normalizer=2,
+        ... )
+        >>> step.loss.backward()
+        >>> logits.grad  # the second row carries no gradient
+        tensor([[-0.3750,  0.1250,  0.1250,  0.1250],
+                [ 0.0000,  0.0000,  0.0000,  0.0000]])
 
     Raises:
         ValueError: as `token_stats` and `policy_loss`; neither or both of logits and hidden.
@@ -119,6 +139,9 @@ def policy_step(
         if weight is not None or bias is not None:
             raise refuse(OP, "weight and bias", "None with logits=", "a tensor",
                          "They belong to hidden=.")  # fmt: skip
+        if compact_clipped:
+            raise refuse(OP, "compact_clipped", "False with logits= (no GEMM follows)", "True",
+                         "Pass hidden= and weight=.")  # fmt: skip
         if influence is not None:
             raise refuse(OP, "influence", "None with logits= (sketches need the hidden states)",
                          "a spec", "Use influence.logit_norms on the statistics.")  # fmt: skip
@@ -126,27 +149,31 @@ def policy_step(
             done = _eager(OP, logits, target, options, inputs, objective, normalizer)
             if done is not None:
                 return done
-        inverse = _check_step(OP, logits, target, options, inputs, objective, normalizer)
-        sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
-        return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl)
+        inverse = _check_step(
+            OP, logits, target, options, inputs, objective, normalizer, sampler_logp
+        )
+        return _from_logits(logits, target, options, inputs, objective, inverse, sampler_logp)
     assert hidden is not None
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
-    inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer)
-    sampler_kl = policy_checks.sampler_mismatch(OP, sampler_logp, inputs, old_logp)
+    problem = problem._replace(compact_clipped=compact_clipped)
+    inverse = _check_policy(
+        OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp
+    )
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
     out, gradients = hidden_step.apply(problem, inputs, objective, inverse)
-    step = _result(out, inputs, objective, inverse, sampler_kl, gradients)
+    step = _result(out, inputs, objective, inverse, sampler_logp, gradients)
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
 
 
+@ranged("policy_step_.fwd")
 def policy_step_(
     logits: torch.Tensor,
     *,
     target: torch.Tensor,
-    old_logp: torch.Tensor,
+    old_logp: torch.Tensor | None,
     advantage: torch.Tensor,
     objective: Objective,
     mask: torch.Tensor | None = None,
@@ -187,10 +214,9 @@ def policy_step_(
         done = _eager(op, logits, target, options, inputs, objective, normalizer)
         if done is not None:
             return done
-    inverse = _check_step(op, logits, target, options, inputs, objective, normalizer)
+    inverse = _check_step(op, logits, target, options, inputs, objective, normalizer, sampler_logp)
     _check_writable(op, logits)
-    sampler_kl = policy_checks.sampler_mismatch(op, sampler_logp, inputs, old_logp)
-    return _from_logits(logits, target, options, inputs, objective, inverse, sampler_kl, True)
+    return _from_logits(logits, target, options, inputs, objective, inverse, sampler_logp, True)
 
 
 def _check_writable(op: str, logits: torch.Tensor) -> None:
@@ -207,26 +233,30 @@ def _check_writable(op: str, logits: torch.Tensor) -> None:
 
 def _check_policy(
     op: str, inputs: PolicyInputs, objective: Objective, tokens: int, device: torch.device,
-    normalizer: Normalizer,
+    normalizer: Normalizer, sampler_logp: torch.Tensor | None,
 ) -> float:  # fmt: skip
     policy_checks.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
+    policy_checks.check_sampler(op, sampler_logp, tokens, device)
     return policy_checks.inverse_normalizer(op, normalizer, objective)
 
 
 def _check_step(
     op: str, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
     inputs: PolicyInputs, objective: Objective, normalizer: Normalizer,
+    sampler_logp: torch.Tensor | None,
 ) -> float:  # fmt: skip
     check_logits(op, logits, target, options)
-    return _check_policy(op, inputs, objective, logits.shape[0], logits.device, normalizer)
+    tokens, device = logits.shape[0], logits.device
+    return _check_policy(op, inputs, objective, tokens, device, normalizer, sampler_logp)
 
 
 def _result(
     out: tuple[Any, ...], inputs: PolicyInputs, objective: Objective, inverse: float,
-    sampler_kl: torch.Tensor | None, gradients: dict[str, torch.Tensor | None],
+    sampler_logp: torch.Tensor | None, gradients: dict[str, torch.Tensor | None],
 ) -> PolicyStep:  # fmt: skip
     loss, token_loss, sums, *stats = out
     terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)
+    sampler_kl = policy_checks.sampler_mismatch(sampler_logp, inputs, stats[0])
     base = losses.finish(terms, inputs, objective, inverse, True, sampler_kl)
     return PolicyStep(
         loss,
@@ -279,22 +309,22 @@ def _attach(
 
 def _from_logits(
     logits: torch.Tensor, target: torch.Tensor, options: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, sampler_kl: torch.Tensor | None, in_place: bool = False,
+    objective: Objective, inverse: float, sampler_logp: torch.Tensor | None, in_place: bool = False,
 ) -> PolicyStep:  # fmt: skip
     capability = select(OP, logits.device.type, logits.dtype, options.features())
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
             out = hidden_step.traced_reference(logits, target, options, inputs, objective, inverse)
-            return _result(out, inputs, objective, inverse, sampler_kl, {})
+            return _result(out, inputs, objective, inverse, sampler_logp, {})
         out = _custom_op(logits, target, options, inputs, objective, inverse)
-        return _result(out[:8], inputs, objective, inverse, sampler_kl, {"logits": out[8]})
+        return _result(out[:8], inputs, objective, inverse, sampler_logp, {"logits": out[8]})
     terms, stats, grad = capability.run(
         logits, target, options, inputs, objective, inverse, in_place
     )
     gradients: Gradients = {"logits": grad}
     loss = _attach(logits, terms.loss, gradients, in_place)
     out = (loss, terms.token_loss, terms.sums, *stats)
-    return _result(out, inputs, objective, inverse, sampler_kl, gradients)
+    return _result(out, inputs, objective, inverse, sampler_logp, gradients)
 
 
 class _LogitsStep(torch.autograd.Function):
@@ -307,6 +337,7 @@ class _LogitsStep(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         return hand_over(ctx.gradients, grad_loss)["logits"], None, None
 
@@ -380,12 +411,14 @@ register_reference(OP, _reference_run, "softcap")
 
 
 @torch.library.custom_op("tokfuse::policy_step", mutates_args=())
+@ranged("policy_step.fwd")
 def _policy_step_op(
     logits: torch.Tensor, target: torch.Tensor,
     temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
-    logit_scale: float, old_logp: torch.Tensor, advantage: torch.Tensor, advantage_level: str,
-    mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, weight: torch.Tensor | None,
-    signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
+    logit_scale: float, old_logp: torch.Tensor | None, advantage: torch.Tensor,
+    advantage_level: str, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
+    weight: torch.Tensor | None, signal: torch.Tensor | None, ref_logp: torch.Tensor | None,
+    kl_weight: torch.Tensor | None,
     entropy_weight: torch.Tensor | None, objective_key: str, inverse: float,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,

@@ -16,6 +16,7 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
+from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.head import GradientPool, Head, HeadGradients, HeadProblem, LogitsBuffer
 from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.metrics import SLOT
@@ -25,6 +26,7 @@ from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
 from tokfuse.runtime.packed_checks import may_read
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
@@ -49,10 +51,20 @@ def apply(
             logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
             return traced_reference(logits, p.target, p.options, inputs, objective, inverse), {}
         return _custom_op(problem, inputs, objective, inverse)
-    out = _HiddenStep.apply(
-        problem.hidden, problem.weight, problem.bias, problem, inputs, objective, inverse, gradients
-    )
+    p, features = problem, problem.options.features()
+    run = select(OP, p.hidden.device.type, p.hidden.dtype, features).run
+    out = attach(p.hidden, p.weight, p.bias, lambda: run(p, inputs, objective, inverse), gradients)
     return out, gradients
+
+
+def attach(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    compute: Callable[[], Step], gradients: Gradients,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """(loss, token_loss, sums, *stats) of `compute()`, whose gradients, also put into `gradients`,
+    the backward of the loss hands out."""
+    out: tuple[torch.Tensor, ...] = _HiddenStep.apply(hidden, weight, bias, compute, gradients)
+    return out
 
 
 def traced_reference(
@@ -69,12 +81,9 @@ class _HiddenStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        problem: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float,
-        gradients: Gradients,
+        compute: Callable[[], Step], gradients: Gradients,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        features = problem.options.features()
-        run = select(OP, hidden.device.type, hidden.dtype, features).run
-        terms, stats, grads = run(problem, inputs, objective, inverse)
+        terms, stats, grads = compute()
         gradients.update(zip(NAMES, grads, strict=True))
         ctx.gradients = gradients
         ctx.mark_non_differentiable(terms.token_loss, terms.sums, *stats)
@@ -82,9 +91,10 @@ class _HiddenStep(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss)
-        return (*(grads[name] for name in NAMES),) + (None,) * 5
+        return *(grads[name] for name in NAMES), None, None
 
 
 def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
@@ -249,7 +259,7 @@ def _device_run(kernels: PolicyKernels) -> Callable[..., Step]:
         if may_read(p.target):
             linear.check_targets("policy_step", p)
         with torch.no_grad():
-            per_token = objective.level == "token"
+            per_token = objective.level == "token" and inputs.old_logp is not None
             way = _device_run_token if per_token else _device_run_sequence
             return way(kernels, p, inputs, objective, inverse)
 
@@ -267,6 +277,9 @@ def _device_run_token(
     gradient = may_carry_gradient(x, objective)
     if not any(needs):
         gradient = torch.zeros_like(p.target, dtype=torch.bool)
+    if p.compact_clipped and device_head.capturing(p.hidden):
+        want = "False under CUDA-graph capture (no value can reach the host)"
+        raise refuse("policy_step", "compact_clipped", want, "True", "Capture without it.")
     rows = device_head.classify(p, o.mask, gradient)
     head = DeviceHead(p, needs, rows)
     stats = TokenStats(*(torch.zeros_like(x.old_logp) for _ in range(5)))
@@ -279,7 +292,12 @@ def _device_run_token(
                 logits, dz, index, p.target, given, stats, out, temperature=o.temperature,
                 softcap=o.softcap, logit_scale=o.logit_scale,
             )  # fmt: skip
-            if start == 0:
+            if start > 0:
+                continue
+            if p.compact_clipped:
+                alive = (out.d_logp[index] != 0) | (out.d_entropy[index] != 0)
+                head.add_nonzero(index, h, dz, alive)
+            else:
                 head.add(index, h, dz)
     sums = kernels.objective.policy_metrics(stats.logp, stats.entropy, given, out)
     loss = sums[SLOT["loss"]].to(torch.float32)
@@ -317,20 +335,23 @@ register_reference(OP, _reference_run, "softcap")
 
 
 @torch.library.custom_op("tokfuse::policy_step_hidden", mutates_args=())
+@ranged("policy_step.fwd")
 def _hidden_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
     mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,
     softcap: float, logit_scale: float, memory_budget: int,
-    old_logp: torch.Tensor, advantage: torch.Tensor, advantage_level: str,
+    old_logp: torch.Tensor | None, advantage: torch.Tensor, advantage_level: str,
     cu_seqlens: torch.Tensor | None, token_weight: torch.Tensor | None,
     signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
-    entropy_weight: torch.Tensor | None, objective_key: str, inverse: float,
+    entropy_weight: torch.Tensor | None, objective_key: str, inverse: float, compact_clipped: bool,
     needs_hidden: bool, needs_weight: bool, needs_bias: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     p = linear.head_problem(
         hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale,
         memory_budget,
-    )._replace(needs=(needs_hidden, needs_weight, needs_bias))  # fmt: skip
+    )  # fmt: skip
+    needs = (needs_hidden, needs_weight, needs_bias)
+    p = p._replace(needs=needs, compact_clipped=compact_clipped)
     inputs = PolicyInputs(
         old_logp, advantage, advantage_level, mask, cu_seqlens,
         token_weight, signal, ref_logp, kl_weight, entropy_weight,
@@ -362,7 +383,7 @@ def _op_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
         g * grads[0].to(g.dtype) if need else None
         for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    return (*scaled,) + (None,) * 21
+    return (*scaled,) + (None,) * 22
 
 
 _hidden_op.register_autograd(_op_backward, setup_context=_setup_context)
@@ -379,7 +400,7 @@ def _custom_op(
         p.hidden, p.weight, p.bias, p.target, o.mask, vector, scalar, o.softcap or 0.0,
         o.logit_scale, p.memory_budget, i.old_logp, i.advantage, i.advantage_level, i.cu_seqlens,
         i.weight, i.signal, i.ref_logp, i.kl_weight, i.entropy_weight,
-        losses.objective_key(objective), inverse, *needs,
+        losses.objective_key(objective), inverse, p.compact_clipped, *needs,
     )  # fmt: skip
     grads = [x if need else None for x, need in zip(out[8:], needs, strict=True)]
     return tuple(out[:8]), dict(zip(NAMES, grads, strict=True))

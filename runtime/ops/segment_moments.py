@@ -14,6 +14,7 @@ from tokfuse.runtime.dispatch import (
     register_triton,
 )
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     INTS,
@@ -24,9 +25,9 @@ from tokfuse.runtime.packed_checks import (
     check_vector,
     may_read,
     plain,
-    uncompiled,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.segment_moments import segment_moments as reference
 from tokfuse.runtime.reference.segments import sequence_index
 
@@ -43,6 +44,7 @@ class SegmentMoments(NamedTuple):
     max: torch.Tensor
 
 
+@ranged("segment_moments.fwd")
 def segment_moments(
     values: torch.Tensor,
     segment_ids: torch.Tensor | None = None,
@@ -74,6 +76,11 @@ def segment_moments(
     Gradients and memory:
         Differentiable in `sum` and `sum_sq`; count, min and max are not. Saves the values. With ids
         and at least 64 rows per segment, 8 tables of 40 bytes per segment.
+
+    Examples:
+        >>> cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
+        >>> tokfuse.segment_moments(torch.tensor([1.0, 2.0, 5.0]), cu_seqlens=cu_seqlens).sum
+        tensor([3., 5.])
 
     Raises:
         ValueError: shapes, dtypes, both or none of segment_ids and cu_seqlens, num_segments missing
@@ -202,6 +209,7 @@ class _Moments(torch.autograd.Function):
         return count, total, square, low, high
 
     @staticmethod
+    @ranged("segment_moments.bwd")
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, ids, cu_seqlens, mask = ctx.saved_tensors
         _, grad_sum, grad_square, _, _ = grads
@@ -218,22 +226,50 @@ class _Moments(torch.autograd.Function):
 
 
 def _differentiable(
-    kernel: Callable[..., tuple[torch.Tensor, ...]],
+    backend: str, kernel: Callable[..., tuple[torch.Tensor, ...]]
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
+    forward = traceable(OP, backend, kernel, _FORM)
+
     def run(values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-        if not (values.requires_grad and torch.is_grad_enabled()):
-            return kernel(values, *rest)
+        needs = values.requires_grad and torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or not needs:
+            found: tuple[torch.Tensor, ...] = forward(values, *rest)
+            return found
         out: tuple[torch.Tensor, ...] = _Moments.apply(kernel, values, *rest)
         return out
 
     return run
 
 
+def _fake(
+    values: torch.Tensor, ids: Any, cu_seqlens: Any, num_segments: int, mask: Any
+) -> tuple[torch.Tensor, ...]:
+    sums = (values.new_empty(num_segments) for _ in range(4))
+    return values.new_empty(num_segments, dtype=torch.int64), *sums
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    values, ids, cu_seqlens, _, mask = inputs
+    ctx.save_for_backward(values, ids, cu_seqlens, mask)
+    count, _, _, low, high = output
+    ctx.mark_non_differentiable(count, low, high)
+
+
+def _op_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _Moments.backward(ctx, *grads)[1:]
+
+
+_FORM = GraphForm(
+    "(Tensor values, Tensor? segment_ids, Tensor? cu_seqlens, SymInt num_segments, Tensor? mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    differentiate=(_setup_context, _op_backward),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": uncompiled(_differentiable(_on_device(cuda_packed.segment_moments))),
-    "triton": uncompiled(_differentiable(_on_device(triton_backend.launcher(OP, OP)))),
-    "cpu": uncompiled(_differentiable(_cpu_forward)),
+    "cuda": _differentiable("cuda", _on_device(cuda_packed.segment_moments)),
+    "triton": _differentiable("triton", _on_device(triton_backend.launcher(OP, OP))),
+    "cpu": _differentiable("cpu", _cpu_forward),
     "reference": _reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32, torch.float64}))

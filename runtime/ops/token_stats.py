@@ -17,6 +17,7 @@ from tokfuse.runtime.dispatch import (
 )
 from tokfuse.runtime.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.packed_checks import may_read
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.triton_backend import launcher
 
@@ -96,6 +97,7 @@ def token_stats(
 ) -> "ExtendedTokenStats": ...
 
 
+@ranged("token_stats.fwd")
 def token_stats(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -145,6 +147,11 @@ def token_stats(
     Gradients and memory: logits receive the gradient of logp and entropy; all others are detached.
         Saved: the logits and three (tokens,) vectors. The backward reads the logits once and writes
         the gradient once; rows whose incoming gradients are both 0 are not read.
+
+    Examples:
+        >>> stats = tokfuse.token_stats(torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> stats.logp, stats.sum_sq
+        (tensor([-1.3863, -1.3863]), tensor([0.2500, 0.2500]))
 
     Raises:
         ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
@@ -338,6 +345,7 @@ class _TokenStatsFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @ranged("token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         grad_logp, grad_entropy = grads[0], grads[1]
         if grad_logp is None and grad_entropy is None:
@@ -364,6 +372,7 @@ def _unpack(
 
 
 @torch.library.custom_op("tokfuse::token_stats", mutates_args=())
+@ranged("token_stats.fwd")
 def _token_stats_op(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -391,6 +400,7 @@ def _(logits: torch.Tensor, target: torch.Tensor, *_: Any) -> tuple[torch.Tensor
 
 
 @torch.library.custom_op("tokfuse::token_stats_backward", mutates_args=())
+@ranged("token_stats.bwd")
 def _token_stats_backward_op(
     logits: torch.Tensor,
     target: torch.Tensor,

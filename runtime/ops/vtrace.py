@@ -12,6 +12,7 @@ from tokfuse.runtime.dispatch import (
     register_reference,
     register_triton,
 )
+from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
@@ -21,9 +22,9 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.vtrace import vtrace as reference
 
 OP = "vtrace"
@@ -37,6 +38,7 @@ class VTrace(NamedTuple):
     rho: torch.Tensor
 
 
+@ranged("vtrace.fwd")
 def vtrace(
     log_ratio: torch.Tensor,
     reward: torch.Tensor,
@@ -84,6 +86,12 @@ def vtrace(
 
     Gradients and memory:
         No gradients. Three (tokens,) outputs; inputs of other dtypes are converted first.
+
+    Examples:
+        >>> cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
+        >>> reward, value = torch.tensor([0.0, 1.0]), torch.zeros(2)
+        >>> tokfuse.vtrace(torch.zeros(2), reward, value, cu_seqlens).target
+        tensor([1., 1.])
 
     Raises:
         ValueError: shapes, dtypes, ranges, a `cu_seqlens` that is not a prefix sum of the tokens.
@@ -160,11 +168,16 @@ def _cpu(
     return target, advantage, rho
 
 
+_FORM = GraphForm(
+    "(Tensor log_ratio, Tensor reward, Tensor value, Tensor cu_seqlens, *, float gamma, float lam,"
+    " float? rho_bar, float? c_bar, Tensor? mask, Tensor? finished) -> (Tensor, Tensor, Tensor)",
+    like_rows(3),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": uncompiled(cuda_packed.vtrace),
-    "triton": uncompiled(triton_backend.launcher(OP, "vtrace")),
-    "cpu": uncompiled(_cpu),
+    "cuda": traceable(OP, "cuda", cuda_packed.vtrace, _FORM),
+    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

@@ -11,6 +11,7 @@ from tokfuse.runtime.dispatch import (
     register_triton,
 )
 from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.packed_checks import (
     BOOL,
     Rows,
@@ -19,14 +20,15 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
     plain,
-    uncompiled,
     working_dtype,
 )
+from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.whiten import whiten as reference
 
 OP = "whiten"
 
 
+@ranged("whiten.fwd")
 def whiten(
     x: torch.Tensor,
     mask: torch.Tensor | None = None,
@@ -57,6 +59,10 @@ def whiten(
 
     Gradients and memory:
         No gradients. One (tokens,) output; two reads and one write.
+
+    Examples:
+        >>> tokfuse.whiten(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([-1.,  0.,  1.])
 
     Raises:
         ValueError: shapes, dtypes, eps, one of mean and var without the other.
@@ -124,11 +130,15 @@ def _cpu(
     return out
 
 
+_FORM = GraphForm(
+    "(Tensor x, *, Tensor? mask, bool shift_mean, float eps, Tensor? mean, Tensor? var) -> Tensor",
+    lambda x, **_: torch.empty_like(x),
+)
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": uncompiled(cuda_packed.whiten),
-    "triton": uncompiled(triton_backend.launcher(OP, "whiten")),
-    "cpu": uncompiled(_cpu),
+    "cuda": traceable(OP, "cuda", cuda_packed.whiten, _FORM),
+    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
+    "cpu": traceable(OP, "cpu", _cpu, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

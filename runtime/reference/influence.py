@@ -29,7 +29,7 @@ def sketch(
     hidden: torch.Tensor,
     cu_seqlens: torch.Tensor,
     projections: tuple[torch.Tensor, torch.Tensor] | None,
-    max_seqlen: int,
+    max_seqlen: int | None,
 ) -> torch.Tensor:
     """(seqs, rank, rank): sum over the tokens of each sequence of (P_out dX_t)(P_in h_t)^T.
 
@@ -42,6 +42,8 @@ def sketch(
     if hidden.shape[0] == 0:
         rank = pair[0].shape[1]
         return pair[0].new_zeros(cu_seqlens.shape[0] - 1, rank, rank)
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
     offsets = cu_seqlens.to(torch.int64)
     place = offsets[:-1].unsqueeze(1) + torch.arange(max_seqlen, device=hidden.device)
     inside = (place < offsets[1:].unsqueeze(1)).unsqueeze(-1)

@@ -10,9 +10,12 @@ from tokfuse.runtime.objective import Objective
 
 
 class PolicyInputs(NamedTuple):
-    """Per-token inputs of an objective, without gradient; None means the term is absent."""
+    """Per-token inputs of an objective, without gradient; None means the term is absent.
 
-    old_logp: torch.Tensor
+    old_logp None: on policy, the old policy is the current one and every ratio is 1.
+    """
+
+    old_logp: torch.Tensor | None
     advantage: torch.Tensor
     advantage_level: str = "token"
     mask: torch.Tensor | None = None
@@ -186,7 +189,8 @@ def forward(
     per_token = inputs.advantage_level == "token"
     a = required(vector(inputs.advantage if per_token else inputs.advantage[seg.ids], 0.0))
     x = torch.where(keep, x, 0.0)
-    raw = x - required(vector(inputs.old_logp, 0.0))
+    old = x.detach() if inputs.old_logp is None else required(vector(inputs.old_logp, 0.0))
+    raw = x - old
     d = _bound_tokens(o, raw, a)
     if o.level != "token":
         mean = seg.mean(torch.where(keep, d, 0.0), as_sum=o.level == "sequence_sum")

@@ -36,7 +36,7 @@ def _moments(
     count = keep.sum()
     if y.shape[0] == 0:
         return zero, y, zero
-    first = y[keep.to(torch.uint8).argmax()]
+    first = y.take(keep.to(torch.uint8).argmax())
     equal = torch.where(keep, y == first, True).all()
     mean = torch.where(equal, first, y.sum() / count.clamp_min(1))
     centred = torch.where(keep, y - mean, zero)

@@ -166,7 +166,7 @@ OPTIONS = {
     "mirror_descent": {"eta": 0.5}, "reinforce_pp": {"reward_kl": 0.01},
     "r2vpo": {"delta": 0.1, "step_size": 1.0, "penalty": 0.04}, "tppo": {"gamma": 1.0, "lam": 0.95},
 }  # fmt: skip
-METHODS = [name for name in algorithms.list() if name != "grpo_guard"]
+METHODS = [name for name in algorithms.list("policy") if name != "grpo_guard"]
 
 
 def example(name: str, **options) -> algorithms.Algorithm:

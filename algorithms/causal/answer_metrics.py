@@ -1,0 +1,109 @@
+"""Metrics of answers sampled in groups: pass@k, majority@k, best of n."""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import INTS, Rows, check_number, check_vector
+
+FACTS = {
+    "kind": "causal",
+    "system": "Test-time scaling survey",
+    "label": "utility",
+    "source": "arXiv 2503.24235 tabulates it",
+}
+
+
+@register(
+    "pass_rate_at_k",
+    summary="1 - C(n - c, k) / C(n, k): unbiased chance that one of k answers is right",
+    differs="A metric; the survey has no method of its own. Estimator as in openai/human-eval.",
+    **FACTS,
+)
+def pass_rate_at_k(samples: torch.Tensor, correct: torch.Tensor, *, k: int) -> torch.Tensor:
+    """Unbiased pass@k of every prompt from n answers of which c are right. Utility.
+
+    1 - prod_{i=n-c+1..n} (1 - k / i), which neither overflows nor cancels.
+
+    Args:
+        samples: (prompts,), int, n >= k. correct: (prompts,), int, c in [0, n]. k: >= 1.
+
+    Returns:
+        (prompts,) float64.
+    """
+    op = "answer_metrics.pass_rate_at_k"
+    check_vector(op, "samples", samples, dtypes=INTS)
+    check_vector(op, "correct", correct, Rows(samples.shape[0], "samples", samples.device), INTS)
+    check_number(op, "k", k, 1)
+    if bool((samples < k).any()):
+        raise refuse(op, "samples", f">= k = {k}", int(samples.min()), "Sample more, or lower k.")
+    if bool(((correct < 0) | (correct > samples)).any()):
+        raise refuse(op, "correct", "in [0, samples]", "others", "Count right answers.")
+    n, c = samples.double()[:, None], correct.double()[:, None]
+    i = torch.arange(1, int(samples.max()) + 1 if samples.numel() else 1, device=samples.device)
+    used = (i > n - c) & (i <= n)
+    # Factors at i <= k are <= 0 only where fewer than k answers are wrong: then pass@k is 1.
+    factor = torch.where(used, (1 - k / i.double()).clamp_min(0.0), 1.0)
+    return 1 - factor.prod(1)
+
+
+@register(
+    "majority_at_k",
+    summary="the most frequent of k answers, weighted or not; of equal ones the first seen",
+    differs="A metric; the survey has no method of its own. Ties go to the first seen.",
+    **FACTS,
+)
+def majority_at_k(
+    answers: Sequence[Hashable], *, weight: Sequence[float] | None = None
+) -> Hashable:
+    """The answer with the largest total weight (cons@k). Utility.
+
+    Args:
+        answers: k of one prompt, in canonical form. None: no answer, which cannot win unless
+            nothing else was given.
+        weight: one per answer, >= 0. None: 1 each.
+
+    Returns:
+        The winner; of equal ones the first seen. An empty sequence gives None.
+    """
+    op = "answer_metrics.majority_at_k"
+    given = [1.0] * len(answers) if weight is None else list(weight)
+    if len(given) != len(answers):
+        raise refuse(op, "weight", f"one per answer, {len(answers)}", len(given), "Pair them.")
+    totals: dict[Hashable, float] = {}
+    for answer, w in zip(answers, given, strict=True):
+        check_number(op, "weight", w, 0.0)
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + w
+    return max(totals, key=lambda answer: totals[answer]) if totals else None
+
+
+@register(
+    "best_of_n",
+    summary="index of the best-scored answer; weighted: of the answer whose scores add up highest",
+    differs="A metric; the survey has no method of its own. Ties go to the first.",
+    **FACTS,
+)
+def best_of_n(
+    score: Sequence[float], answers: Sequence[Hashable] | None = None, *, weighted: bool = False
+) -> int:
+    """Which of n sampled answers to give. Utility.
+
+    Args:
+        score: one per answer, n >= 1. answers: in canonical form, needed with weighted.
+        weighted: add the scores (>= 0) of equal answers first (weighted best-of-N), and return the
+            best-scored member of the winner.
+    """
+    op = "answer_metrics.best_of_n"
+    if len(score) == 0:
+        raise refuse(op, "score", "of at least one answer", "none", "Sample one.")
+    if weighted != (answers is not None):
+        raise refuse(op, "answers", "given exactly where weighted=True",
+                     f"weighted={weighted}", "Pass both or none.")  # fmt: skip
+    if answers is None:
+        return max(range(len(score)), key=lambda i: (score[i], -i))
+    winner = majority_at_k(answers, weight=score)
+    return max((i for i in range(len(score)) if answers[i] == winner),
+               key=lambda i: (score[i], -i))  # fmt: skip

@@ -1,0 +1,97 @@
+"""Effects of leaving something out, and bounds on what was necessary and sufficient."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import check_vector
+
+
+class Effect(NamedTuple):
+    """A difference of means and its standard error."""
+
+    value: float
+    standard_error: float
+
+
+@register(
+    "ablation_effect",
+    kind="causal",
+    system="CMB",
+    label="utility",
+    source="difference in means; inspired by CMB (arXiv 2505.21165)",
+    summary="how much a segment is worth: rewards with it minus rewards without, with errors",
+    differs=(
+        "CMB's own formula was not found. Black-box influence by forward passes, where the reward "
+        "has no gradient; arms are `ofs`."
+    ),
+)
+def ablation_effect(full: torch.Tensor, without: torch.Tensor, *, paired: bool = False) -> Effect:
+    """mean(full) - mean(without), and its standard error. Utility.
+
+    Args:
+        full: (runs,), rewards with the factor. without: (runs',), rewards with it removed.
+        paired: run i of both shares prompt and random numbers: the error is that of the
+            differences. Otherwise sqrt(var / n + var' / n').
+
+    At least two runs each. Sample variances.
+    """
+    op = "effects.ablation_effect"
+    for name, x in (("full", full), ("without", without)):
+        if check_vector(op, name, x).shape[0] < 2:
+            raise refuse(op, name, "of at least two runs", x.shape[0], "An error needs two.")
+    a, b = full.double(), without.double()
+    if not paired:
+        return Effect(float(a.mean() - b.mean()),
+                      math.sqrt(float(a.var() / a.shape[0] + b.var() / b.shape[0])))  # fmt: skip
+    if a.shape != b.shape:
+        raise refuse(op, "without", f"of shape {tuple(a.shape)} with paired=True",
+                     f"shape {tuple(b.shape)}", "Pair the runs.")  # fmt: skip
+    return Effect(float((a - b).mean()), math.sqrt(float((a - b).var()) / a.shape[0]))
+
+
+class Bounds(NamedTuple):
+    """low <= PNS <= high."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+@register(
+    "pns_bounds",
+    kind="causal",
+    system="IDUM",
+    label="utility",
+    source="Tian and Pearl's bounds; used by IDUM (ICML 2025)",
+    summary="bounds of the probability that a step was necessary and sufficient",
+    differs="The standard bounds. IDUM's risk on top of them was not found.",
+)
+def pns_bounds(
+    with_step: torch.Tensor, without_step: torch.Tensor, *, monotone: bool = False
+) -> Bounds:
+    """max(0, p1 - p0) <= P(Y1 = 1, Y0 = 0) <= min(p1, 1 - p0). Utility.
+
+    Args:
+        with_step: p1, success rates with the step or hint; without_step: p0. Same shape, in [0, 1].
+        monotone: the step never turns a success into a failure: then PNS = p1 - p0, which must
+            not be negative.
+
+    p1 and p0 are rates under intervention: rollouts from the same prefixes with and without.
+    """
+    op = "effects.pns_bounds"
+    if with_step.shape != without_step.shape:
+        raise refuse(op, "without_step", f"of shape {tuple(with_step.shape)}",
+                     f"shape {tuple(without_step.shape)}", "Pair the rates.")  # fmt: skip
+    p1, p0 = with_step.double(), without_step.double()
+    for name, p in (("with_step", p1), ("without_step", p0)):
+        if not bool(((p >= 0) & (p <= 1)).all()):
+            raise refuse(op, name, "in [0, 1]", "others", "Pass success rates.")
+    if monotone:
+        if bool((p1 < p0).any()):
+            raise refuse(op, "with_step", ">= without_step with monotone=True", "a smaller rate",
+                         "The data contradict monotonicity: drop it.")  # fmt: skip
+        return Bounds(p1 - p0, p1 - p0)
+    return Bounds((p1 - p0).clamp_min(0.0), torch.minimum(p1, 1 - p0))

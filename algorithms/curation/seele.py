@@ -1,0 +1,218 @@
+"""SEELE: how much of a reference solution to show, so that half of the rollouts succeed.
+
+    method = tokfuse.algorithms.make("seele")
+    for _ in range(method.rounds):
+        hint = method.hint(state, prompt, units)  # hint.length of the solution's units
+        state = method.observe(state, prompt, units, hint, mean_reward_of_its_rollouts)
+
+The rollouts of a hint continue it; `masks` keeps its tokens out of the policy loss.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.algorithms.stateful import State, Stateful
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import check_number
+
+Bounds = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+BOUNDS: Bounds = ((0.1, 50.0), (-1.5, 0.5), (0.0, 0.99))
+
+
+class ThreePL(NamedTuple):
+    """f(rate) = b + (1 - b) / (1 + exp(-k (rate + mu)))."""
+
+    k: float
+    mu: float
+    b: float
+
+    def accuracy(self, rate: float) -> float:
+        """Expected accuracy at a hint rate."""
+        return self.b + (1 - self.b) / (1 + math.exp(min(700.0, -self.k * (rate + self.mu))))
+
+
+class Hint(NamedTuple):
+    """How much of the solution to show."""
+
+    rate: float
+    length: int
+
+
+def fit_3pl(
+    rates: Sequence[float], accuracies: Sequence[float], *, bounds: Bounds = BOUNDS
+) -> ThreePL:
+    """Least squares of the three-parameter logistic over the distinct rates.
+
+    min over (k, mu, b) of sum_j (f(p_j) - mean accuracy of the rounds at p_j)^2, with the points
+    (0, 0) and (1, 1) added where that rate has not been tried: they keep rounds that are all right
+    or all wrong from leaving the fit undetermined.
+
+    Args:
+        rates: hint rates in [0, 1], one per round; repeated rates are averaged.
+        accuracies: in [0, 1], one per round.
+        bounds: (low, high) of k, mu and b. The paper states none; a fit it plots ends at k = 50.
+
+    Returns:
+        The best of three fits from fixed starts (the first of equals): deterministic.
+
+    Raises:
+        ValueError: lengths, values outside [0, 1], bounds. ImportError: scipy is missing.
+
+    Source: SEELE (arXiv 2509.06923), its model, pseudo-points and trust-region solver. Exact.
+    """
+    op = "fit_3pl"
+    if len(rates) != len(accuracies):
+        raise refuse(op, "accuracies", f"one per rate, {len(rates)}", len(accuracies), "Pair them.")
+    for name, values in (("rates", rates), ("accuracies", accuracies)):
+        for value in values:
+            check_number(op, name, float(value), 0.0, 1.0)
+    for name, (low, high) in zip(("k", "mu", "b"), bounds, strict=True):
+        if not low < high:
+            raise refuse(op, f"bounds of {name}", "low < high", (low, high), "Widen them.")
+    solve = _least_squares()
+    points: dict[float, list[float]] = {}
+    for rate, accuracy in zip(rates, accuracies, strict=True):
+        points.setdefault(float(rate), []).append(float(accuracy))
+    points.setdefault(0.0, [0.0])
+    points.setdefault(1.0, [1.0])
+    x = np.array(sorted(points))
+    y = np.array([sum(points[rate]) / len(points[rate]) for rate in sorted(points)])
+
+    def residual(theta: np.ndarray) -> np.ndarray:
+        k, mu, b = theta
+        gap: np.ndarray = b + (1 - b) / (1 + np.exp(np.minimum(700.0, -k * (x + mu)))) - y
+        return gap
+
+    lowest, highest = (np.array([bound[i] for bound in bounds]) for i in range(2))
+    best = None
+    for middle in (0.5, 0.25, 0.75):
+        margin = 0.01 * (highest - lowest)
+        start = np.clip([8.0, -middle, 0.05], lowest + margin, highest - margin)
+        found = solve(residual, start, bounds=(lowest, highest), method="trf",
+                      ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=200)  # fmt: skip
+        if best is None or found.cost < best.cost * (1 - 1e-9):
+            best = found
+    assert best is not None
+    return ThreePL(*map(float, best.x))
+
+
+def _least_squares():  # type: ignore[no-untyped-def]
+    try:
+        from scipy.optimize import least_squares
+    except ImportError as error:
+        raise ImportError(
+            "algorithms.seele: the fit needs scipy. Install tokfuse[selection], or scipy."
+        ) from error
+    return least_squares
+
+
+def invert_3pl(curve: ThreePL, target: float) -> float:
+    """The rate in [0, 1] at which `curve` reaches `target`.
+
+    p = -mu - ln((1 - b) / (target - b) - 1) / k, clamped. With b >= target no rate gives so little:
+    0, no hint at all.
+
+    Raises:
+        ValueError: target outside (0, 1).
+
+    Source: SEELE (arXiv 2509.06923); the clamp and the case b >= target are ours.
+    """
+    if not 0.0 < target < 1.0:
+        raise refuse("invert_3pl", "target", "in (0, 1)", target, "The paper aims at 0.5.")
+    k, mu, b = curve
+    if b >= target:
+        return 0.0
+    return min(1.0, max(0.0, -mu - math.log((1 - b) / (target - b) - 1) / k))
+
+
+@register(
+    "seele",
+    kind="selection",
+    system="SEELE",
+    label="exact",
+    source="arXiv 2509.06923 Eqs. 1-13, Algorithm 1, Table 2 (code not retrievable)",
+    summary="hint length by a three-parameter logistic fitted online: half of the rollouts pass",
+    differs=(
+        "Not in the paper: the parameters' bounds, the clamp to [0, 1], no hint where b >= target. "
+        "The recorded rate is that of the whole number of units shown. The imitation term on hint "
+        "tokens is a log-likelihood (the paper writes a probability)."
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class SEELE(Stateful):
+    """Rounds of rollouts per prompt: fit accuracy over hint rate, show what makes it `target`.
+
+    Args:
+        target: accuracy aimed at, in (0, 1).
+        rounds: m, per prompt and step; rollouts: n of each round. The advantage is over all m n
+            rollouts, r - mean: `make("dr_grpo")` with one group id per prompt.
+        imitation: gamma, weight of the hint tokens' log-likelihood.
+        bounds: of k, mu and b, see `fit_3pl`.
+
+    State: of every prompt (rate, accuracy) of the rounds of this step, and the last rate, at which
+    the next epoch starts; a new prompt starts at (units - 1) / units. Source: paper, exact.
+    """
+
+    target: float = 0.5
+    rounds: int = 4
+    rollouts: int = 8
+    imitation: float = 1e-3
+    bounds: Bounds = BOUNDS
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.target < 1.0:
+            raise refuse(self._op, "target", "in (0, 1)", self.target, "The paper aims at 0.5.")
+        check_number(self._op, "rounds", self.rounds, 1)
+        check_number(self._op, "rollouts", self.rollouts, 1)
+        check_number(self._op, "imitation", self.imitation, 0.0)
+
+    def initial_state(self) -> State:
+        """No prompt seen."""
+        return {"memory": {}, "last": {}}
+
+    def hint(self, state: State, prompt: str, units: int) -> Hint:
+        """What to show in the next round of a prompt whose solution has `units` >= 1 parts."""
+        check_number(self._op, "units", units, 1)
+        rounds = state["memory"].get(prompt, [])
+        if rounds:
+            rate = invert_3pl(fit_3pl(*zip(*rounds, strict=True), bounds=self.bounds), self.target)
+        else:
+            rate = state["last"].get(prompt, (units - 1) / units)
+        return Hint(rate, min(units, math.floor(rate * units + 0.5)))
+
+    def observe(self, state: State, prompt: str, units: int, hint: Hint, accuracy: float) -> State:
+        """The state after a round: mean reward of its rollouts, in [0, 1].
+
+        After `rounds` rounds the memory of the prompt is emptied: the step is over.
+        """
+        check_number(self._op, "accuracy", accuracy, 0.0, 1.0)
+        rounds = [*state["memory"].get(prompt, []), [hint.length / units, float(accuracy)]]
+        memory = {**state["memory"], prompt: rounds}
+        if len(rounds) >= self.rounds:
+            del memory[prompt]
+        return {"memory": memory, "last": {**state["last"], prompt: hint.rate}}
+
+    def masks(
+        self, cu_seqlens: torch.Tensor, hint_tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(policy mask, imitation mask), (tokens,) bool: the first hint_tokens of each sequence
+        are the hint, which the policy did not sample and must not be credited for.
+
+        Args:
+            cu_seqlens: (seqs + 1,), int32, borders of hint + generated tokens.
+            hint_tokens: (seqs,), int.
+        """
+        lengths = cu_seqlens.diff().long()
+        if hint_tokens.shape != lengths.shape or bool((hint_tokens > lengths).any()):
+            raise refuse(self._op, "hint_tokens", f"({lengths.shape[0]},), within each sequence",
+                         hint_tokens.tolist(), "Count hint tokens of every sequence.")  # fmt: skip
+        start = cu_seqlens[:-1].long().repeat_interleave(lengths)
+        place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - start
+        hint = place < hint_tokens.long().repeat_interleave(lengths)
+        return ~hint, hint

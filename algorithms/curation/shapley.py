@@ -1,0 +1,112 @@
+"""Shapley values of a set function, exact and by permutations; the graph CDC-MAS blames along."""
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.runtime.packed_checks import check_number
+
+Value = Callable[[frozenset[int]], float]
+MOST_PLAYERS = 16  # 65,536 calls of the value function
+
+
+class Estimate(NamedTuple):
+    """Monte-Carlo values and their standard errors, (players,) float64 each."""
+
+    value: torch.Tensor
+    standard_error: torch.Tensor
+
+
+def shapley_exact(value: Value, players: int) -> torch.Tensor:
+    """phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S)).
+
+    Args:
+        value: v, of a frozenset of players 0 .. n - 1; called once for each of the 2^n sets.
+        players: n, in [0, 16].
+
+    Returns:
+        (players,) float64; they add up to v(all) - v(none).
+
+    Source: Shapley; the attribution of CDC-MAS (arXiv 2509.08682). Utility.
+    """
+    check_number("shapley_exact", "players", players, 0, MOST_PLAYERS)
+    worth = [
+        value(frozenset(i for i in range(players) if mask >> i & 1)) for mask in range(2**players)
+    ]
+    share = [1 / (players * math.comb(players - 1, size)) for size in range(players)]
+    phi = torch.zeros(players, dtype=torch.float64)
+    for i, mask in itertools.product(range(players), range(2**players)):
+        if not mask >> i & 1:
+            phi[i] += share[mask.bit_count()] * (worth[mask | 1 << i] - worth[mask])
+    return phi
+
+
+def shapley_monte_carlo(
+    value: Value, players: int, *, permutations: int = 200, seed: int = 0
+) -> Estimate:
+    """Mean marginal contribution along random orders: unbiased, and sums to v(all) - v(none).
+
+    Args:
+        value: v, of a frozenset of players; values of sets seen before are remembered.
+        players: n >= 0. permutations: >= 2, n calls each at most. seed: of the orders.
+
+    Source: permutation sampling of the Shapley value; CDC-MAS (arXiv 2509.08682). Utility.
+    """
+    check_number("shapley_monte_carlo", "players", players, 0)
+    check_number("shapley_monte_carlo", "permutations", permutations, 2)
+    known: dict[frozenset[int], float] = {}
+
+    def worth(members: frozenset[int]) -> float:
+        if members not in known:
+            known[members] = value(members)
+        return known[members]
+
+    rng = np.random.default_rng(seed)
+    gain = torch.zeros(permutations, players, dtype=torch.float64)
+    for row in gain:
+        members: frozenset[int] = frozenset()
+        for i in rng.permutation(players).tolist():
+            larger = members | {i}
+            row[i] = worth(larger) - worth(members)
+            members = larger
+    return Estimate(gain.mean(0), gain.std(0) / math.sqrt(permutations))
+
+
+@register(
+    "cdc_mas",
+    kind="selection",
+    system="CDC-MAS",
+    label="utility",
+    source="Shapley values; arXiv 2509.08682 from two notes",
+    summary="blame of agents: mean marginal repair along random orders, with standard errors",
+    differs=(
+        "Only the Shapley part. v(S), the outcome with the agents of S repaired, is an assumption "
+        "and the caller's to evaluate; the step discovery was not found. Edges: "
+        "`shapley.performance_graph`."
+    ),
+)
+def agent_blame(
+    repaired: Value, agents: int, *, permutations: int = 200, seed: int = 0
+) -> Estimate:
+    """`shapley_monte_carlo` with v(S) = outcome when the agents in S are repaired. Utility.
+
+    Args:
+        repaired: v. agents: n. permutations, seed: as there.
+    """
+    return shapley_monte_carlo(repaired, agents, permutations=permutations, seed=seed)
+
+
+def performance_graph(
+    dependencies: Iterable[tuple[Hashable, Hashable]],
+) -> list[tuple[Hashable, Hashable]]:
+    """Edges (cause, effect) of bad performance: every dependency (consumer, provider) reversed.
+
+    If A fed B bad data then B depends on A, and the result holds (A, B). Sources state the
+    direction inconsistently; this is what must hold in the result.
+    """
+    return [(provider, consumer) for consumer, provider in dependencies]

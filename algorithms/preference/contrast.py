@@ -1,0 +1,180 @@
+"""Losses of the difference of two implicit rewards, on orthogonal axes: the DPO family."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from tokfuse.algorithms.preference.base import PairLoss
+from tokfuse.algorithms.preference.batch import PreferenceBatch, Side
+from tokfuse.algorithms.stateful import State
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import check_choice, check_number
+
+LINKS = ("logistic", "robust", "hinge", "square", "exo", "discopop")
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+LENGTHS = ("sum", "mean")
+NLL_REDUCTIONS = ("sum", "mean", "batch_mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NLL:
+    """A likelihood term of the chosen response: coef * (-logp), reduced.
+
+    Args:
+        coef: >= 0.
+        reduction: "sum" over the tokens of the response (RPO's main text), "mean" over them, or
+            "batch_mean": all chosen tokens of the batch count alike, as a cross-entropy over the
+            packed batch does.
+        times_beta: multiply by the loss's beta too (RPO: eta beta).
+        level: only pairs of this level. None: all.
+    """
+
+    coef: float
+    reduction: str = "mean"
+    times_beta: bool = False
+    level: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("NLL", "coef", self.coef, 0.0)
+        check_choice("NLL", "reduction", self.reduction, NLL_REDUCTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast(PairLoss):
+    """loss = link(u) + likelihood term, u = beta (s_chosen - s_rejected) - margin.
+
+    s = f(logp - ref), or logp without a reference, as a sum over tokens or their mean.
+
+    Args:
+        beta: scale of the implicit reward.
+        link: "logistic" -(1-e) log sig(u) - e log sig(-u) with e = smoothing (cDPO); "robust"
+            [-(1-e) log sig(u) + e log sig(-u)] / (1-2e); "hinge" max(0, 1-u); "square"
+            ((u - 1/2) / beta)^2 = (s_w - s_l - 1/(2 beta))^2 (IPO); "exo" KL of (sig(u), sig(-u))
+            from (1-e, e); "discopop" (1-m) (-log sig(u)) + m exp(-u), m = sig(u / tau).
+        smoothing: e, in [0, 0.5); for "logistic", "robust" and "exo" only.
+        tau: for "discopop" only.
+        margin: subtracted from u (SimPO's gamma).
+        length: "sum", or "mean" over the tokens that count.
+        reference: False: logp alone; no reference is read, and given one it is refused.
+        divergence: f of the log-ratio x: "reverse_kl" x, "forward_kl" -exp(-x), "js" log sig(x),
+            "alpha" exp((alpha-1) x) / (alpha-1).
+        alpha: for "alpha" only; not 1.
+        nll: likelihood term of the chosen response. None: none.
+        weighting, tail_weight, level_weight: as in `PairLoss`.
+    """
+
+    link: str = "logistic"
+    smoothing: float = 0.0
+    tau: float | None = None
+    margin: float = 0.0
+    length: str = "sum"
+    reference: bool = True
+    divergence: str = "reverse_kl"
+    alpha: float | None = None
+    nll: NLL | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self._op, "link", self.link, LINKS)
+        check_choice(self._op, "length", self.length, LENGTHS)
+        check_choice(self._op, "divergence", self.divergence, DIVERGENCES)
+        check_number(self._op, "margin", self.margin, -math.inf)
+        self._check_smoothing()
+        self._check_used("tau", self.tau, self.link == "discopop", "link 'discopop'")
+        self._check_used("alpha", self.alpha, self.divergence == "alpha", "divergence 'alpha'")
+        if self.tau is not None:
+            check_number(self._op, "tau", self.tau, 0.0, open_low=True)
+        if self.alpha is not None and not abs(self.alpha - 1.0) > 1e-6:
+            raise refuse(self._op, "alpha", "not 1 (the limit is divergence 'reverse_kl')",
+                         self.alpha, "Choose another.")  # fmt: skip
+        if self.nll is not None and self.nll.level is not None and self.level_weight is None:
+            raise refuse(self._op, "nll.level", "left out without level_weight", self.nll.level,
+                         "Weight the levels.")  # fmt: skip
+        if self.nll is not None and self.nll.reduction == "batch_mean" and self.level_weight:
+            raise refuse(self._op, "nll.reduction", "'sum' or 'mean' with level_weight",
+                         "'batch_mean'", "A level has a mean of its own.")  # fmt: skip
+        if not self.reference and self.divergence != "reverse_kl":
+            raise refuse(self._op, "divergence", "'reverse_kl' without a reference",
+                         repr(self.divergence), "It maps the ratio to the reference.")  # fmt: skip
+
+    def _check_smoothing(self) -> None:
+        check_number(self._op, "smoothing", self.smoothing, 0.0, 0.5)
+        if self.link in ("hinge", "square", "discopop") and self.smoothing != 0.0:
+            raise refuse(self._op, "smoothing", f"left out with link {self.link!r}",
+                         self.smoothing, "It would have no effect.")  # fmt: skip
+        if self.link == "robust" and self.smoothing == 0.5:
+            raise refuse(self._op, "smoothing", "below 0.5 with link 'robust'", 0.5,
+                         "Half the labels wrong say nothing.")  # fmt: skip
+        if self.link == "exo" and self.smoothing == 0.0:
+            raise refuse(self._op, "smoothing", "above 0 with link 'exo' (log 0)", 0.0,
+                         "The paper's code takes 1e-3.")  # fmt: skip
+
+    def _check_used(self, name: str, value: object, used: bool, by: str) -> None:
+        if used != (value is not None):
+            want = f"given with {by}, and only then"
+            raise refuse(self._op, name, want, value, "Check both options.")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.reference
+
+    def score(self, side: Side) -> torch.Tensor:
+        """s of one side: the implicit reward over beta."""
+        x = side.log_ratio
+        if self.divergence == "forward_kl":
+            x = -torch.exp(-x)
+        elif self.divergence == "js":
+            x = logsigmoid(x)
+        elif self.divergence == "alpha":
+            assert self.alpha is not None
+            x = torch.exp((self.alpha - 1.0) * x) / (self.alpha - 1.0)
+        return x / side.length if self.length == "mean" else x
+
+    def reward(self, side: Side) -> torch.Tensor:
+        """beta s: what the link compares."""
+        return self.beta * self.score(side)
+
+    def pair_losses(self, chosen: Side, rejected: Side, state: State) -> torch.Tensor:
+        u = self.reward(chosen) - self.reward(rejected) - self.margin
+        e = self.smoothing
+        if self.link == "logistic":
+            return -(1 - e) * logsigmoid(u) - e * logsigmoid(-u)
+        if self.link == "robust":
+            return (-(1 - e) * logsigmoid(u) + e * logsigmoid(-u)) / (1 - 2 * e)
+        if self.link == "hinge":
+            return torch.relu(1 - u)
+        if self.link == "square":
+            return ((u - 0.5) / self.beta) ** 2
+        if self.link == "exo":
+            up = torch.sigmoid(u) * (logsigmoid(u) - math.log1p(-e))
+            return up + torch.sigmoid(-u) * (logsigmoid(-u) - math.log(e))
+        assert self.tau is not None
+        gate = u / self.tau
+        # exp(-u) alone overflows where the gate is 0.
+        return torch.sigmoid(-gate) * -logsigmoid(u) + torch.exp(logsigmoid(gate) - u)
+
+    def extra(self, chosen: Side, batch: PreferenceBatch, units: slice) -> torch.Tensor:
+        term = self.nll
+        if term is None:
+            return super().extra(chosen, batch, units)
+        nll = -chosen.logp * (term.coef * (self.beta if term.times_beta else 1.0))
+        if term.reduction == "mean":
+            nll = nll / chosen.length
+        elif term.reduction == "batch_mean":
+            nll = nll * batch.num_units / self.chosen_tokens(batch)
+        if term.level is not None:
+            assert batch.level is not None
+            nll = torch.where(batch.level[units] == term.level, nll, 0.0)
+        return nll
+
+    def chosen_tokens(self, batch: PreferenceBatch) -> torch.Tensor:
+        """() float64: tokens of the batch's chosen responses that count."""
+        assert batch.pairs is not None
+        keep = batch.mask
+        if keep is None:
+            keep = torch.ones(batch.num_tokens, dtype=torch.bool, device=batch.pairs.device)
+        before = torch.nn.functional.pad(keep.double().cumsum(0), (1, 0))
+        at = before[batch.cu_seqlens.long()]
+        return (at[1:] - at[:-1])[batch.pairs[:, 0]].sum().clamp(min=1)

@@ -1,0 +1,67 @@
+"""Kernel causal balancing: weights of observed samples that match the population's features."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import check_number, check_vector
+
+OP = "algorithms.kernel_balancing"
+
+
+@register(
+    "kernel_balancing",
+    kind="reward",
+    system="Kernel causal balancing",
+    label="exact",
+    required=("gamma", "slack"),
+    source="arXiv 2404.19596; github.com/haoxuanli-pku/ICLR24-Kernel-Balancing",
+    summary="entropy of the weights plus a hinge for each feature out of balance",
+    differs="One hinge per anchor: the released code sums the gaps before the hinge, so that "
+    "opposite ones cancel. Features (kernel values at anchors) are the caller's; the weighted and "
+    "doubly robust losses are `causalrm` with propensity (observed / all) / w.",
+)
+@dataclass(frozen=True, kw_only=True)
+class BalancePenalty:
+    """penalty(w) = mean(w log w) + gamma sum_j max(0, |m_j - mean_i w_i phi_ij| - slack). Exact.
+
+    Args:
+        gamma: > 0, weight of the balance; the published runs tune it.
+        slack: >= 0, gap that is not penalised.
+    """
+
+    gamma: float
+    slack: float
+
+    def __post_init__(self) -> None:
+        check_number(OP, "gamma", self.gamma, 0.0, open_low=True)
+        check_number(OP, "slack", self.slack, 0.0)
+
+    def gaps(
+        self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor
+    ) -> torch.Tensor:
+        """(anchors,) m_j - mean_i w_i phi_ij."""
+        samples = check_vector(OP, "weight", weight).shape[0]
+        if features.dim() != 2 or features.shape[0] != samples:
+            raise refuse(OP, "features", f"({samples}, anchors) like weight",
+                         tuple(features.shape), "Pass one row per observed sample.")  # fmt: skip
+        if target_mean.shape != features.shape[1:]:
+            raise refuse(OP, "target_mean", f"{tuple(features.shape[1:])} like features",
+                         tuple(target_mean.shape), "Average over all samples.")  # fmt: skip
+        return target_mean - (weight @ features) / max(1, samples)
+
+    def loss(
+        self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor
+    ) -> torch.Tensor:
+        """() the penalty, differentiable in the weights.
+
+        Args:
+            weight: (samples,) > 0, of the observed samples; 1 on average.
+            features: (samples, anchors), phi of the observed samples, e.g. k(x_i, x_j).
+            target_mean: (anchors,), mean of phi over all samples, observed or not.
+        """
+        gap = self.gaps(weight, features, target_mean)
+        entropy = torch.xlogy(weight, weight).sum() / max(1, weight.shape[0])
+        return entropy + self.gamma * torch.relu(gap.abs() - self.slack).sum()

@@ -1,0 +1,83 @@
+"""Predicted rewards without the shrinkage of regression, for differences of group means."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.algorithms.stateful import State, Stateful
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import Rows, check_choice, check_vector
+
+
+@register(
+    "reward_calibrator",
+    kind="reward",
+    system="One Map, Many Trials",
+    label="utility",
+    source="arXiv 2508.01341; github.com/AIandGlobalDevelopmentLab/unshrink",
+    summary="de-shrinks predicted rewards: linear calibration (LCC) or Tweedie's correction",
+    differs="The density's slope is analytic where the code takes a central difference. LCC is a "
+    "no-op under z-scores per group. Both raise the error of single samples: for means only.",
+)
+@dataclass(frozen=True, kw_only=True)
+class RewardCalibrator(Stateful):
+    """LCC: (yhat - a) / b, of prediction = a + b truth. Tweedie: yhat - s^2 d/dyhat log p(yhat).
+
+    Utility. p is a Gaussian kernel density of the calibration predictions (Scott's bandwidth), s
+    the deviation of prediction minus truth. Fit on samples that the reward model has not seen.
+
+    Args:
+        method: "lcc" or "tweedie".
+
+    State: what `fit` returns; plain data.
+    """
+
+    method: str = "tweedie"
+
+    def __post_init__(self) -> None:
+        check_choice(self._op, "method", self.method, ("lcc", "tweedie"))
+
+    def initial_state(self) -> State:
+        """Not fitted: `transform` refuses it."""
+        keys = ("intercept", "slope") if self.method == "lcc" else ("points", "bandwidth", "noise")
+        return dict.fromkeys(keys)
+
+    def fit(self, predicted: torch.Tensor, truth: torch.Tensor) -> State:
+        """Calibrate on (samples,) predictions and true rewards; at least 3, not all equal."""
+        samples = check_vector(self._op, "predicted", predicted).shape[0]
+        rows = Rows(samples, "predicted", predicted.device)
+        check_vector(self._op, "truth", truth, rows)
+        x, y = predicted.detach().double().cpu(), truth.detach().double().cpu()
+        if samples < 3 or float(x.std()) == 0.0 or float(y.std()) == 0.0:
+            raise refuse(self._op, "predicted and truth", "3 samples at least, not all equal",
+                         f"{samples} samples", "Hold out more samples.")  # fmt: skip
+        if self.method == "lcc":
+            slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((y - y.mean()) ** 2).sum())
+            if slope == 0.0:
+                raise refuse(self._op, "predicted", "correlated with the truth", "slope 0",
+                             "This reward model says nothing.")  # fmt: skip
+            return {"intercept": float(x.mean()) - slope * float(y.mean()), "slope": slope}
+        bandwidth = float(x.std()) * samples**-0.2
+        return {"points": x, "bandwidth": bandwidth, "noise": float((x - y).std(unbiased=False))}
+
+    def transform(self, predicted: torch.Tensor, state: State) -> torch.Tensor:
+        """(samples,) calibrated rewards, detached, in the dtype of `predicted`."""
+        check_vector(self._op, "predicted", predicted)
+        if state.keys() != self.initial_state().keys() or None in [*map(_given, state.values())]:
+            raise refuse(self._op, "state", "what fit returned", sorted(state), "Fit it first.")
+        x = predicted.detach().double()
+        if self.method == "lcc":
+            out: torch.Tensor = (x - state["intercept"]) / state["slope"]
+            return out.to(predicted.dtype)
+        points: torch.Tensor = state["points"].to(x.device)
+        h: float = state["bandwidth"]
+        gap = points.unsqueeze(0) - x.unsqueeze(1)
+        share = torch.softmax(-0.5 * (gap / h) ** 2, 1)
+        slope = (share * gap).sum(1) / h**2
+        noise: float = state["noise"]
+        return (x - noise**2 * slope).to(predicted.dtype)
+
+
+def _given(value: object) -> object:
+    return None if value is None else True

@@ -1,0 +1,179 @@
+"""Losses on feedback with wrong labels and on feedback that only some samples have."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import (
+    BOOL,
+    Rows,
+    check_choice,
+    check_number,
+    check_optional,
+    check_vector,
+)
+
+SYSTEM = "CausalRM"
+SOURCE = "arXiv 2603.18736 (a long summary with every formula)"
+
+
+@register(
+    "causalrm_noise",
+    kind="reward",
+    system=SYSTEM,
+    label="recon",
+    required=("rho01", "rho10"),
+    source=SOURCE,
+    summary="loss whose mean over label noise is the loss on clean labels",
+    differs="The base loss is the caller's (the source: squared error). Read in a summary of the "
+    "paper; the identity is the standard one and is tested.",
+)
+@dataclass(frozen=True, kw_only=True)
+class NoiseCorrection:
+    """l~(1) = [(1 - rho10) l(1) - rho01 l(0)] / (1 - rho01 - rho10), and l~(0) alike.
+
+    Reconstructed. E over the noise of l~(noisy label) = l(clean label). A single l~ may be
+    negative; the gradient is unbiased all the same, so it is not clamped.
+
+    Args:
+        rho01: P(label 0 | truth 1), rate of false negatives, in [0, 1).
+        rho10: P(label 1 | truth 0), rate of false positives; the two add up to less than 1.
+    """
+
+    rho01: float
+    rho10: float
+
+    def __post_init__(self) -> None:
+        op = "algorithms.causalrm_noise"
+        check_number(op, "rho01", self.rho01, 0.0, 1.0)
+        check_number(op, "rho10", self.rho10, 0.0, 1.0)
+        if self.rho01 + self.rho10 >= 1.0:
+            raise refuse(op, "rho01 + rho10", "less than 1 (labels that tell something)",
+                         self.rho01 + self.rho10, "Estimate them again.")  # fmt: skip
+
+    def loss(
+        self, loss_one: torch.Tensor, loss_zero: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        """(samples,) corrected losses.
+
+        Args:
+            loss_one, loss_zero: (samples,), the base loss of the prediction with label 1 and 0.
+            label: (samples,) bool, as observed.
+        """
+        op = "algorithms.causalrm_noise"
+        rows = Rows(check_vector(op, "loss_one", loss_one).shape[0], "loss_one", loss_one.device)
+        check_vector(op, "loss_zero", loss_zero, rows)
+        check_vector(op, "label", label, rows, BOOL)
+        scale = 1.0 / (1.0 - self.rho01 - self.rho10)
+        one = (1 - self.rho10) * loss_one - self.rho01 * loss_zero
+        zero = (1 - self.rho01) * loss_zero - self.rho10 * loss_one
+        return scale * torch.where(label, one, zero)
+
+
+def anchor_noise_rates(probability: torch.Tensor) -> tuple[float, float]:
+    """(rho01, rho10) = (1 - max P(label 1), min P(label 1)) over samples.
+
+    The surest samples are anchors: of truth 1 and of truth 0 for certain. Reads values.
+
+    Args:
+        probability: (samples,), of a proxy that was trained on the noisy labels.
+
+    Source: CausalRM, reconstructed; the anchor-point estimate of Liu and Tao (2016).
+    """
+    check_vector("algorithms.causalrm_noise", "probability", probability)
+    if probability.shape[0] == 0:
+        raise refuse("algorithms.causalrm_noise", "probability", "of one sample at least",
+                     "none", "Score the proxy on the data.")  # fmt: skip
+    return 1.0 - float(probability.max()), float(probability.min())
+
+
+FORMS = ("ips", "snips", "dr")
+
+
+@register(
+    "causalrm",
+    kind="reward",
+    system=SYSTEM,
+    label="recon",
+    source=SOURCE,
+    summary="losses of the observed samples over their propensity, or doubly robust",
+    differs="Clipping of the propensities is ours, off by default.",
+)
+@dataclass(frozen=True, kw_only=True)
+class PropensityLoss:
+    """Mean loss over all samples from the observed ones. Reconstructed, of standard estimators.
+
+    ips: mean(o l / p); snips: sum(o l / p) / sum(o / p); dr: mean(e + o (l - e) / p), unbiased if
+    either p or e is right.
+
+    Args:
+        form: "ips", "snips" or "dr".
+        clip: lower bound of p, in (0, 1); biases the estimate. None: none.
+    """
+
+    form: str = "ips"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("algorithms.causalrm", "form", self.form, FORMS)
+        if self.clip is not None:
+            check_number("algorithms.causalrm", "clip", self.clip, 0.0, 1.0, open_low=True)
+
+    def loss(
+        self,
+        loss: torch.Tensor,
+        observed: torch.Tensor,
+        propensity: torch.Tensor,
+        *,
+        imputed: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """() the estimate, differentiable in `loss` and `imputed`, not in the propensity.
+
+        Args:
+            loss: (samples,), of each sample's prediction (with noisy labels: corrected); where
+                observed is False it is not read and may be NaN.
+            observed: (samples,), bool.
+            propensity: (samples,), P(observed), > 0. For weights w that are 1 on average over the
+                observed (kernel balancing): share of observed samples / w.
+            imputed: (samples,), for "dr", and only there: the expected loss of each sample.
+            normalizer: number of samples over all micro-batches and ranks, for "ips" and "dr".
+                None: this call's.
+        """
+        op = "algorithms.causalrm"
+        samples = check_vector(op, "loss", loss).shape[0]
+        rows = Rows(samples, "loss", loss.device)
+        check_vector(op, "observed", observed, rows, BOOL)
+        check_vector(op, "propensity", propensity, rows)
+        check_optional(op, "imputed", imputed, rows)
+        if (imputed is None) == (self.form == "dr"):
+            raise refuse(op, "imputed", "given with form 'dr', and only then",
+                         None if imputed is None else "a tensor", "Choose the form.")  # fmt: skip
+        p = propensity.detach()
+        if self.clip is not None:
+            p = p.clamp(min=self.clip)
+        weight = torch.where(observed, 1.0 / torch.where(observed, p, 1.0), 0.0)
+        known = torch.where(observed, loss, 0.0)
+        if self.form == "snips":
+            if normalizer is not None:
+                raise refuse(op, "normalizer", "left out with form 'snips'", "a number",
+                             "It divides by its weights.")  # fmt: skip
+            total = weight.sum()
+            return (weight * known).sum() / torch.where(total > 0, total, 1.0)
+        count = max(1, samples) if normalizer is None else normalizer
+        if imputed is None:
+            return (weight * known).sum() / count
+        return (imputed + weight * (known - torch.where(observed, imputed, 0.0))).sum() / count
+
+
+def imputation_loss(
+    loss: torch.Tensor, imputed: torch.Tensor, observed: torch.Tensor, propensity: torch.Tensor
+) -> torch.Tensor:
+    """(samples,) o (l - e)^2 / p: what the imputation head of "dr" minimises; l is detached.
+
+    Source: kernel balancing's released code (w (e - e_hat)^2), exact.
+    """
+    gap = torch.where(observed, loss.detach() - imputed, 0.0)
+    return gap * gap / torch.where(observed, propensity.detach(), 1.0)

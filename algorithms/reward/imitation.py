@@ -1,0 +1,92 @@
+"""Likelihood with weights from elsewhere, and DWBC's weights from a discriminator."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import BOOL, Rows, check_number, check_optional, check_vector
+
+OP = "algorithms.dwbc"
+
+
+def weighted_nll(
+    logp: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor,
+) -> torch.Tensor:
+    """() -sum over tokens of weight logp / normalizer; the weight is detached.
+
+    Args:
+        logp: (tokens,), differentiable, e.g. `tokfuse.linear_token_stats(...).logp`, whose backward
+            does not compute rows of weight 0.
+        weight: (tokens,), any sign.
+        mask: (tokens,), bool. None: all count.
+        normalizer: e.g. the number of tokens that count, over micro-batches and ranks.
+    """
+    op = "algorithms.weighted_nll"
+    rows = Rows(check_vector(op, "logp", logp).shape[0], "logp", logp.device)
+    check_vector(op, "weight", weight, rows)
+    check_optional(op, "mask", mask, rows, BOOL)
+    w = weight.detach().to(logp.dtype)
+    # Before the product: a masked or unweighted token may have logp -inf.
+    keep = w != 0 if mask is None else mask & (w != 0)
+    return -(w * torch.where(keep, logp, 0.0) * keep).sum() / normalizer
+
+
+@register(
+    "dwbc",
+    kind="reward",
+    system="OILCA",
+    label="utility",
+    required=("eta",),
+    source="github.com/ZexuSun/OILCA-NeurIPS23 (the policy loss, which is DWBC's)",
+    summary="weights of expert and other samples from a discriminator, for `weighted_nll`",
+    differs="OILCA's own contribution, counterfactual expert data from a VAE, is not here. An "
+    "expert sample can get a negative weight (7.5 - 8.9 - 1 with eta 0.8): `negative` counts them.",
+)
+@dataclass(frozen=True, kw_only=True)
+class DWBC:
+    """Weights w of w (-log pi): expert alpha - (eta / (d (1-d)) + 1), other 1 / (1-d) - 1. Utility.
+
+    d is the discriminator's probability of expert, clipped; other samples with d < cut get 0.
+
+    Args:
+        eta: class prior of the discriminator's positive-unlabelled loss, in (0, 1).
+        alpha: weight of the expert's likelihood.
+        clip: d is kept in [clip, 1 - clip].
+        cut: in [0, 1].
+    """
+
+    eta: float
+    alpha: float = 7.5
+    clip: float = 0.1
+    cut: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number(OP, "eta", self.eta, 0.0, 1.0, open_low=True)
+        check_number(OP, "alpha", self.alpha, 0.0)
+        check_number(OP, "clip", self.clip, 0.0, 0.5, open_low=True)
+        check_number(OP, "cut", self.cut, 0.0, 1.0)
+        if self.clip == 0.5:
+            raise refuse(OP, "clip", "below 0.5", 0.5, "Every sample would count alike.")
+
+    def weights(self, probability: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        """(samples,) detached weights.
+
+        Args:
+            probability: (samples,), d. expert: (samples,), bool.
+        """
+        check_vector(OP, "probability", probability)
+        rows = Rows(probability.shape[0], "probability", probability.device)
+        check_vector(OP, "expert", expert, rows, BOOL)
+        d = probability.detach().clamp(self.clip, 1 - self.clip)
+        other = torch.where(d < self.cut, 0.0, 1 / (1 - d) - 1)
+        return torch.where(expert, self.alpha - (self.eta / (d * (1 - d)) + 1), other)
+
+    def negative(self, weight: torch.Tensor) -> torch.Tensor:
+        """() share of negative weights: log it, a likelihood is being pushed down."""
+        return (weight < 0).double().mean()

@@ -1,0 +1,67 @@
+"""IVL: augmentations that cannot change the outcome as instruments against hidden confounding."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.ops.segment_moments import segment_moments
+from tokfuse.runtime.packed_checks import INTS, Rows, check_number, check_vector
+
+OP = "algorithms.ivl"
+
+
+@register(
+    "ivl",
+    kind="reward",
+    system="Outcome-invariant DA / IVL",
+    label="exact",
+    required=("alpha",),
+    source="arXiv 2510.25128; github.com/uzairakbar/causal-data-augmentation (ivl.py)",
+    summary="squared group means of the residuals plus alpha times squared residuals",
+    differs="The quadratic form r'Pr. The released nonlinear code averages P + alpha I over "
+    "*squared* residuals, which with one-hot groups is plain squared error times 1 + alpha: no "
+    "instrument is left. Defined for squared loss only.",
+)
+@dataclass(frozen=True, kw_only=True)
+class IVL:
+    """loss = [sum_g n_g mean_g(r)^2 + alpha sum r^2] / normalizer = r'(P + alpha I) r, exact.
+
+    P replaces a residual by the mean of its group, and groups are *augmentations* (paraphrase,
+    format, padding), not prompts.
+
+    Args:
+        alpha: >= 0, weight of the ordinary risk.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        check_number(OP, "alpha", self.alpha, 0.0)
+
+    def loss(
+        self,
+        residual: torch.Tensor,
+        group_ids: torch.Tensor,
+        num_groups: int,
+        *,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """() the loss, differentiable in the residuals.
+
+        Args:
+            residual: (samples,), outcome minus prediction on the augmented input.
+            group_ids: (samples,), int, the augmentation of each sample, in [0, num_groups).
+            num_groups: number of augmentations.
+            normalizer: e.g. the number of samples of all micro-batches; the group means are this
+                call's. None: this call's samples.
+        """
+        samples = check_vector(OP, "residual", residual).shape[0]
+        check_vector(OP, "group_ids", group_ids, Rows(samples, "residual", residual.device), INTS)
+        if normalizer is not None and not float(normalizer) > 0.0:
+            raise refuse(OP, "normalizer", "> 0", float(normalizer), "Count the samples.")
+        moments = segment_moments(residual, group_ids, num_segments=num_groups)
+        projected = (moments.sum**2 / moments.count.clamp(min=1)).sum()
+        total = projected + self.alpha * (residual * residual).sum()
+        return total / (max(1, samples) if normalizer is None else normalizer)

@@ -1,0 +1,83 @@
+"""UGDA's refinement: what the selected samples, scored by an expert, teach the reward ensemble."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokfuse.algorithms.registry import register
+from tokfuse.algorithms.stateful import draws
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.packed_checks import INTS, check_number, check_vector, may_read
+
+OP = "algorithms.ugda_refine"
+
+
+@register(
+    "ugda_refine",
+    kind="reward",
+    system="UGDA",
+    label="recon",
+    source="OpenReview iamWnRpMuQ (abstract, reviews with the constants)",
+    summary="expert scores become quantiles of each member's own rewards, then squared error",
+    differs="Assumed: the quantiles are those of a member's rewards over the logged samples, at "
+    "(j - 1/2) / 5; 0.01 is the variance of the noise. Whose samples: `influence.ugda_select`.",
+)
+@dataclass(frozen=True, kw_only=True)
+class UGDARefinement:
+    """target_ki = Quantile(R_k, (score_i - 1/2) / levels) + noise. Reconstructed.
+
+    loss = sum over members k of mean over samples i of (R_ki - target_ki)^2.
+
+    Args:
+        levels: expert scores run from 1 to it.
+        noise_std: standard deviation of the noise on the targets.
+        seed: of the noise.
+    """
+
+    levels: int = 5
+    noise_std: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number(OP, "noise_std", self.noise_std, 0.0)
+        if self.levels < 2:
+            raise refuse(OP, "levels", "an int >= 2", self.levels, "The paper's experts give 1-5.")
+
+    def targets(self, logged: torch.Tensor, score: torch.Tensor, step: int = 0) -> torch.Tensor:
+        """(members, samples) regression targets, detached; the same for the same seed and step.
+
+        Args:
+            logged: (members, logged samples), each member's rewards during the policy's training.
+            score: (samples,), int in [1, levels], of the selected samples.
+            step: round of refinement; a new one draws new noise.
+        """
+        if logged.dim() != 2 or logged.shape[1] == 0:
+            raise refuse(OP, "logged", "(members, samples >= 1)", tuple(logged.shape),
+                         "Pass one row per member.")  # fmt: skip
+        check_vector(OP, "score", score, None, INTS)
+        if may_read(score) and bool(((score < 1) | (score > self.levels)).any()):
+            raise refuse(OP, "score", f"in [1, {self.levels}]", score.tolist(), "Count from 1.")
+        level = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
+        table = torch.quantile(logged.detach().double(), level.to(logged.device), dim=1)
+        noise = draws(self.seed, step).normal(0, self.noise_std, (logged.shape[0], score.shape[0]))
+        target = table[(score - 1).long()].t() + torch.from_numpy(noise).to(logged.device)
+        return target.to(logged.dtype)
+
+    def loss(
+        self,
+        reward: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """() sum over members of the mean squared error, differentiable in `reward`.
+
+        Args:
+            reward, target: (members, samples).
+            normalizer: samples over micro-batches and ranks. None: this call's.
+        """
+        if reward.shape != target.shape:
+            raise refuse(OP, "target", f"{tuple(reward.shape)} like reward", tuple(target.shape),
+                         "Take it from `targets`.")  # fmt: skip
+        count = max(1, reward.shape[1]) if normalizer is None else normalizer
+        return ((reward - target.detach()) ** 2).sum() / count

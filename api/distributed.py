@@ -1,0 +1,34 @@
+"""The loss over many ranks, on torch.distributed: nothing else in tokfuse communicates.
+
+    shard = tokfuse.distributed.VocabShard.even(151_936, tensor_parallel_group)
+    step = tokfuse.distributed.policy_step(hidden=h, weight=w_of_this_rank, shard=shard, ...)
+
+`token_stats`, `linear_token_stats` and `policy_step` here are those of `tokfuse` for an lm_head
+whose rows are cut over ranks. `global_normalizer` and `merge_metrics` make losses and metrics
+independent of the split over data-parallel ranks, `TokenSlice` and `shifted_targets` serve context
+parallelism, `head_weight` and `vocab_shard` FSDP2 and DTensor heads. Every docstring says what it
+sends; `docs/distributed.md` says how they go together.
+"""
+
+from tokfuse.runtime.distributed import (
+    global_normalizer,
+    head_weight,
+    merge_metrics,
+    vocab_shard,
+)
+from tokfuse.runtime.token_slice import TokenSlice, shifted_targets
+from tokfuse.runtime.vocab_parallel import linear_token_stats, policy_step, token_stats
+from tokfuse.runtime.vocab_shard import VocabShard
+
+__all__ = [
+    "TokenSlice",
+    "VocabShard",
+    "global_normalizer",
+    "head_weight",
+    "linear_token_stats",
+    "merge_metrics",
+    "policy_step",
+    "shifted_targets",
+    "token_stats",
+    "vocab_shard",
+]

@@ -1,0 +1,134 @@
+"""What a command line of the benchmark asks for: cases with shapes, peers and threads, in order."""
+
+import argparse
+from dataclasses import dataclass
+from types import ModuleType
+
+from tokfuse.bench import (
+    advantage,
+    growth,
+    influence,
+    linear_token_stats,
+    overhead,
+    peers,
+    policy_step,
+    policy_step_hidden,
+    token_stats,
+)
+from tokfuse.bench.problem import Config
+
+CASES: dict[str, ModuleType] = {
+    module.OP: module
+    for module in (
+        token_stats, policy_step, policy_step_hidden, linear_token_stats, influence, advantage,
+        overhead,
+    )
+}  # fmt: skip
+# `bench gae` is `bench advantage --variant gae`: an op that is one variant of a case.
+VARIANT_OPS = {variant: advantage.OP for variant in advantage.VARIANTS}
+ALONE = ("all", "growth", "errors", "targets", "numbers", "compare", "predict")
+# `--shapes 256xllama3`: hidden size and vocabulary of a family's published configuration.
+MODELS = {
+    "smollm2": (576, 49152),  # SmolLM2-135M
+    "qwen2.5": (896, 151936),  # Qwen2.5-0.5B
+    "llama3": (2048, 128256),  # Llama-3.2-1B
+    "gemma2": (2304, 256000),  # gemma-2-2b
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One case of a run: its module, its configuration, its peers, and where it is in a sweep."""
+
+    module: ModuleType
+    config: Config
+    peers: list[str]
+    threads: int | None = None
+    sweep: str = ""
+
+
+def make_plan(options: argparse.Namespace) -> list[Step]:
+    """Every case with its peers, in the order they will run.
+
+    Raises:
+        ValueError: an op, variant, shape or peer that is not known.
+    """
+    plan = []
+    for name in CASES if options.names == ["all"] else options.names:
+        op, variant = VARIANT_OPS.get(name, name), options.variant
+        if op not in CASES:
+            known = ", ".join([*CASES, *VARIANT_OPS, *ALONE])
+            raise ValueError(f"bench: OP must be one of {known}; got {name!r}.")
+        if name in VARIANT_OPS:
+            if variant not in (None, name):
+                raise ValueError(f"bench: {name} is a variant itself; got --variant {variant}.")
+            variant = name
+        module = CASES[op]
+        quick = module.QUICK_SHAPES if options.quick else module.SHAPES
+        shapes = options.shapes.split(",") if options.shapes else quick
+        dtypes = options.dtype.split(",") if options.dtype else module.DTYPES
+        for shape in shapes:
+            sizes = parse_shape(op, shape, module.SHAPES[0].count("x") + 1)
+            for dtype in dtypes:
+                names = peers.choose(options.peers, dtype)
+                for mode, variant_ in choose_cases(module, variant, options.quick):
+                    config = Config(
+                        op, mode, variant_, dtype, **sizes, seed=options.seed, device=options.device
+                    )
+                    plan.append(Step(module, config, names))
+    return plan
+
+
+def make_growth_plan(options: argparse.Namespace) -> list[Step]:
+    """Every point of the wanted sweeps.
+
+    Raises:
+        ValueError: an axis or peer that is not known, or an option that a sweep sets itself.
+    """
+    for name in ("shapes", "dtype", "variant"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"bench: growth sets the shapes itself; --{name} cannot be honoured.")
+    axes = growth.choose(options.axes)
+    names = peers.choose(options.peers or growth.PEERS, "float32")
+    return [
+        Step(CASES[config.op], config, names, threads, sweep.axis)
+        for sweep in growth.sweeps(options.seed, options.quick, options.device)
+        if sweep.axis in axes
+        for config, threads in sweep.points()
+    ]
+
+
+def choose_cases(module: ModuleType, variant: str | None, quick: bool) -> list[tuple[str, str]]:
+    """(mode, variant) of the cases of an op to run; `quick` is the first one of those asked for.
+
+    Raises:
+        ValueError: no case of the op has this variant.
+    """
+    cases = [case for case in module.CASES if variant in (None, case[1])]
+    if not cases:
+        known = ", ".join(sorted({name for _, name in module.CASES}))
+        raise ValueError(
+            f"bench: --variant of {module.OP} must be one of {known}; got {variant!r}."
+        )
+    return cases[:1] if quick else cases
+
+
+def parse_shape(op: str, text: str, count: int) -> dict[str, int]:
+    """ "512x49152", "512x576x49152" or "512xsmollm2" (a name of `MODELS`) as sizes by name.
+
+    Raises:
+        ValueError: not `count` positive integers joined by "x", nor tokens and a model.
+    """
+    names = ("tokens", "vocab") if count == 2 else ("tokens", "hidden", "vocab")
+    parts = text.strip().split("x", 1)
+    if parts[-1] in MODELS and op != advantage.OP:
+        hidden, vocab = MODELS[parts[-1]]
+        parts = [parts[0], *([str(hidden)] if count == 3 else []), str(vocab)]
+    else:
+        parts = text.strip().split("x")
+    if len(parts) != count or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise ValueError(
+            f"bench: --shapes of {op} must be {'x'.join(names)}; got {text!r}. "
+            f"A model stands for its sizes: 256x{{{', '.join(MODELS)}}}."
+        )
+    return dict(zip(names, map(int, parts), strict=True))

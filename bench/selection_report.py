@@ -1,0 +1,91 @@
+"""The selection study's rows as a table, a sentence per score and a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN = "<!-- selection: written by `python -m tokfuse.bench.study_selection` -->"
+END = "<!-- /selection -->"
+RANKINGS = 10  # what the study trains on, per seed
+KINDS = ("useful", "irrelevant", "mislabelled")
+
+
+def by_ranking(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each ranking, best mean accuracy first."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["ranking"], []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: -mean(item[1], "after")))
+
+
+def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per ranking: what it chose, and the accuracy of each seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    lines = ["| trained on | samples | " + " | ".join(KINDS)
+             + " | accuracy | " + " | ".join(f"seed {seed}" for seed in seeds)
+             + " | log-prob of the answer |", "| --- " * (6 + len(seeds)) + "|"]  # fmt: skip
+    for name, group in by_ranking(rows).items():
+        cells = [name, f"{mean(group, 'samples'):.0f}"]
+        cells += [f"{mean(group, kind):.0%}" for kind in KINDS]
+        cells.append(f"{mean(group, 'after'):.3f}")
+        of_seed = {row["seed"]: row["after"] for row in group}
+        cells += [f"{of_seed[seed]:.3f}" if seed in of_seed else "-" for seed in seeds]
+        cells.append(f"{mean(group, 'logp'):.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    before = {row["seed"]: row["before"] for row in rows}
+    values = [before[seed] for seed in seeds]
+    cells = ["nothing", "0", "-", "-", "-", f"{sum(values) / len(values):.3f}"]
+    lines.append("| " + " | ".join([*cells, *(f"{v:.3f}" for v in values), "-"]) + " |")
+    return "\n".join(lines)
+
+
+def facts(rows: Sequence[dict[str, Any]]) -> str:
+    """Machine and settings."""
+    last = rows[-1]
+    seconds = sum(row["seconds"] for row in rows)
+    settings = ", ".join(f"{key} {value:g}" for key, value in last["settings"].items())
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return (f"{last['cpu_model']}, threads {last['threads']}, torch {last['torch']}, commits "
+            f"{commits}; {seconds / 60:.0f} minutes of training. {settings}.")  # fmt: skip
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Replace what stands between the two marks of the page."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"study_selection: {path} must hold {BEGIN!r} and {END!r} once each.")
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    path.write_text(f"{head}{BEGIN}\n{table(rows)}\n\n{facts(rows)}\n{END}{tail}")
+
+
+def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A bar per ranking with a point per seed, above the shares of what it chose."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = by_ranking(rows)
+    names, place = [*groups], range(len(groups))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    top.bar(place, [mean(group, "after") for group in groups.values()], color="0.8")
+    for i, group in enumerate(groups.values()):
+        top.plot([i] * len(group), [row["after"] for row in group], "k.")
+    top.axhline(mean(rows, "before"), color="tab:red", linestyle="--", label="before training")
+    top.set_ylabel("held-out accuracy")
+    top.legend()
+    base = [0.0] * len(names)
+    for kind, color in zip(KINDS, ("tab:green", "tab:gray", "tab:red"), strict=True):
+        share = [mean(group, kind) for group in groups.values()]
+        bottom.bar(place, share, bottom=base, color=color, label=kind)
+        base = [a + b for a, b in zip(base, share, strict=True)]
+    bottom.set_ylabel("share of the chosen samples")
+    bottom.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    bottom.set_xticks(place, names, rotation=30, ha="right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

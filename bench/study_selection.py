@@ -1,0 +1,387 @@
+"""Which score picks the samples worth training on: a mixed pool, the top third, held-out accuracy.
+
+    OMP_WAIT_POLICY=passive python -m tokfuse.bench.study_selection --json rows.jsonl --budget 200
+    ... again until it says "complete", then with --write docs/selection_study.md --plot FILE.png
+
+SmolLM2-135M-Instruct on one-digit sums with one solved example. The pool holds equally many useful
+samples (sums with right answers), irrelevant ones (other tasks, right answers) and mislabelled ones
+(sums with wrong answers). Every score ranks the pool, the upper half of the model's blocks is
+trained on the top third, and greedy accuracy is read on held-out sums. Same steps and batch size
+for all. Rows come as they are done, and a second run goes on where the first stopped. Needs the
+demo's packages; about a quarter of an hour of one core.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.algorithms.curation.influential import GREATS, LESS, UGDA
+from tokfuse.algorithms.influence import adam_features, top_fraction
+from tokfuse.bench import machine, selection_report
+from tokfuse.bench.study_influence import Packed, Sample, sample_norms
+from tokfuse.runtime.ops.influence import Influence, projections
+from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+KINDS = ("useful", "irrelevant", "mislabelled")
+IRRELEVANT = ("spell_backward", "letter_counting")
+FULL, ORACLE = "the whole pool", "only useful samples"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the study.
+
+    Args:
+        per_kind: samples of each kind in the pool. validation, held_out: right-answered sums.
+        blocks: blocks trained, from the top, with the final norm; the lm_head is frozen.
+        steps, batch, lr: AdamW, weight decay 0, mean over samples of mean token NLL.
+        warm_steps: steps on `warm_samples` random samples, before LESS's second checkpoint.
+        members: ensemble for UGDA, each a warm-up on other samples.
+        rank: of the sketches.
+    """
+
+    per_kind: int = 80
+    validation: int = 24
+    held_out: int = 120
+    blocks: int = 15
+    steps: int = 20
+    batch: int = 16
+    lr: float = 1e-4
+    warm_steps: int = 3
+    warm_samples: int = 32
+    members: int = 3
+    rank: int = 64
+
+
+class Pool(NamedTuple):
+    """Samples of one seed; `Sample.group` is the kind."""
+
+    train: list[Sample]
+    validation: list[Sample]
+    held_out: list[Sample]
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+
+def sums(count: int, seed: int, taken: set[str]) -> Iterator[tuple[str, str]]:
+    """(prompt, answer) of sums with one solved example; no question of `taken`, which grows not."""
+    import reasoning_gym
+
+    entries = reasoning_gym.create_dataset(
+        "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, seed=seed, size=10**7
+    )
+    found = index = 0
+    while found < count:
+        solved, entry = entries[index], entries[index + 1]
+        index += 2
+        question = entry["metadata"]["expression"]
+        if question not in taken:
+            found += 1
+            line = f"{solved['metadata']['expression']} = {solved['answer']}"
+            yield f"{line}\n{question} =", entry["answer"]
+
+
+def build_pool(tokenizer: Any, s: Settings, seed: int) -> Pool:
+    """The pool, a validation set, and held-out sums whose questions are asked in neither."""
+    import reasoning_gym
+
+    def sample(prompt: str, answer: str, kind: int) -> Sample:
+        before = tokenizer(prompt)["input_ids"]
+        whole = tokenizer(f"{prompt} {answer}\n")["input_ids"]
+        assert whole[: len(before)] == before, prompt
+        return Sample(torch.tensor(whole), len(before), 1.0, kind)
+
+    base = seed * 10**7
+    held_out = list(sums(s.held_out, base + 1, set()))
+    taken = {prompt.split("\n")[1].removesuffix(" =") for prompt, _ in held_out}
+    # One-digit sums are few: half of all questions may be held out, none of them is trained on.
+    right = list(sums(s.per_kind + s.validation, base + 2_000_001, taken))
+    wrong = list(sums(s.per_kind, base + 4_000_001, taken))
+    generator = torch.Generator().manual_seed(seed)
+    shift = (1 + torch.randint(8, (s.per_kind,), generator=generator)).tolist()
+    pool = [sample(q, a, 0) for q, a in right[: s.per_kind]]
+    for i in range(s.per_kind):
+        entries = reasoning_gym.create_dataset(IRRELEVANT[i % 2], seed=base + i, size=1)
+        pool.append(sample(entries[0]["question"].strip(), entries[0]["answer"], 1))
+    pool += [sample(q, str(int(a) + d), 2) for (q, a), d in zip(wrong, shift, strict=True)]
+    return Pool(
+        pool,
+        [sample(q, a, 0) for q, a in right[s.per_kind :]],
+        [sample(q, a, 0) for q, a in held_out],
+    )
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(rows, longest, ...), each row's last element repeated: causal attention never looks back
+    from it."""
+    longest = max(row.shape[0] for row in rows)
+    return torch.stack(
+        [torch.cat([row, row[-1:].expand(longest - len(row), *row.shape[1:])]) for row in rows]
+    )
+
+
+class Encoded(NamedTuple):
+    """Samples, and what the frozen lower blocks make of them."""
+
+    samples: list[Sample]
+    states: list[torch.Tensor]
+
+    def take(self, ids: Sequence[int]) -> "Encoded":
+        return Encoded([self.samples[i] for i in ids], [self.states[i] for i in ids])
+
+
+def packed(rows: list[torch.Tensor], samples: list[Sample]) -> Packed:
+    """Rows of each sample, one after the other."""
+    cu_seqlens = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).int()
+    return Packed(torch.cat(rows), cu_seqlens, samples)
+
+
+class Split:
+    """A causal language model cut into frozen lower blocks and trainable upper ones."""
+
+    def __init__(self, model: Any, blocks: int) -> None:
+        self.model, self.blocks = model, blocks
+        self.head = model.lm_head.weight.detach()
+
+    @torch.no_grad()
+    def encode(self, samples: list[Sample]) -> Encoded:
+        """Hidden states in front of the upper blocks, 32 samples at a time."""
+        states: list[torch.Tensor] = []
+        for start in range(0, len(samples), 32):
+            part = samples[start : start + 32]
+            out = self.model.model(
+                pad([x.ids for x in part]), output_hidden_states=True, use_cache=False
+            ).hidden_states[-1 - self.blocks]
+            states += [row[: x.ids.shape[0]].clone() for row, x in zip(out, part, strict=True)]
+        return Encoded(samples, states)
+
+    def upper(self) -> Any:
+        """A copy of the upper blocks and the final norm, as a model over `inputs_embeds`."""
+        config = copy.deepcopy(self.model.config)
+        config.num_hidden_layers, config.vocab_size, config.pad_token_id = self.blocks, 1, None
+        part = type(self.model.model)(config)
+        source = self.model.model
+        part.layers.load_state_dict(source.layers[-self.blocks :].state_dict())
+        part.norm.load_state_dict(source.norm.state_dict())
+        part.embed_tokens = torch.nn.Identity()  # it starts from hidden states, not from tokens
+        return part
+
+    def hidden(self, upper: Any, data: Encoded) -> Packed:
+        """What the lm_head multiplies to predict the tokens behind each prompt."""
+        out = upper(inputs_embeds=pad(data.states), use_cache=False).last_hidden_state
+        rows = [h[x.prompt - 1 : len(x.ids) - 1] for h, x in zip(out, data.samples, strict=True)]
+        return packed(rows, data.samples)
+
+    @torch.no_grad()
+    def read(self, upper: Any, data: Encoded) -> Packed:
+        """`hidden` of any number of samples, 64 at a time."""
+        parts = [self.hidden(upper, data.take(range(i, min(i + 64, len(data.samples)))))
+                 for i in range(0, len(data.samples), 64)]  # fmt: skip
+        rows = [row for p in parts for row in p.hidden.split(p.cu_seqlens.diff().tolist())]
+        return packed(rows, data.samples)
+
+    def outcome(self, answers: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        """(samples,) mean log-prob of the answer, differentiable, and whether greedy decoding gives
+        it: by induction it does where every token of it is the arg-max behind the ones before."""
+        target = torch.cat([x.ids[x.prompt :] for x in answers.samples])
+        stats = linear_token_stats(answers.hidden, self.head, target)
+        sizes = answers.cu_seqlens.diff().tolist()
+        logp = torch.stack([part.mean() for part in stats.logp.split(sizes)])
+        return logp, torch.stack([part.bool().all() for part in stats.top1.split(sizes)])
+
+    def influence(self, answers: Packed, rank: int | None) -> Influence:
+        """Norms and sketches, each sample's of its own mean token NLL: the loss is their sum."""
+        return answers.by_products(self.head, rank, 0)
+
+    def train(self, upper: Any, data: Encoded, s: Settings, steps: int, seed: int) -> Any:
+        """`upper` after AdamW steps over shuffled epochs of the data."""
+        optimiser = torch.optim.AdamW(upper.parameters(), lr=s.lr, weight_decay=0.0)
+        generator, queue = torch.Generator().manual_seed(seed), []
+        for _ in range(steps):
+            while len(queue) < s.batch:
+                queue += torch.randperm(len(data.samples), generator=generator).tolist()
+            batch, queue = queue[: s.batch], queue[s.batch :]
+            loss = -self.outcome(self.hidden(upper, data.take(batch)))[0].mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return upper
+
+
+# ------------------------------------------------------------------------------------------ ranking
+
+
+def rankings(split: Split, pool: Encoded, validation: Encoded, s: Settings,
+             seed: int) -> dict[str, list[int]]:  # fmt: skip
+    """Every score's choice of a third of the pool, best first."""
+    n, base = len(pool.samples), split.upper().eval()
+    generator = torch.Generator().manual_seed(1000 + seed)
+    order = torch.randperm(n, generator=generator)
+    answers, wanted = split.read(base, pool), split.read(base, validation)
+    loss = -split.outcome(answers)[0]
+    own, anchors = split.influence(answers, s.rank), split.influence(wanted, s.rank).sketches
+
+    warm = [torch.randperm(n, generator=generator)[: s.warm_samples].tolist()
+            for _ in range(s.members)]  # fmt: skip
+    trained = [split.train(split.upper(), pool.take(part), s, s.warm_steps, seed).eval()
+               for part in warm]  # fmt: skip
+    later = [split.read(upper, pool) for upper in trained]
+    checkpoints = ((answers, wanted), (later[0], split.read(trained[0], validation)))
+    features = [adam(split, train, warm[0], s) for train, _ in checkpoints]
+    targets = [split.influence(each, s.rank).sketches for _, each in checkpoints]
+    rewards = torch.stack([split.outcome(each)[0] for each in later])
+    third = LESS(fraction=1 / 3)
+    chosen = {
+        "random": order[: n // 3],
+        "lowest loss": top_fraction(-loss, 1 / 3),
+        "highest loss": top_fraction(loss, 1 / 3),
+        "gradient norm": top_fraction(sample_norms(own.hidden_norms, answers.cu_seqlens), 1 / 3),
+        "sketch cosine": third.select([own.sketches], [anchors]),
+        "LESS": third.select(features, targets),
+        "GREATS": GREATS(k=n // 3, lr=s.lr).select(own.sketches, anchors),
+        "UGDA": UGDA(uncertain=2 / 3, influential=1 / 2).select(rewards, features, targets),
+        ORACLE: torch.tensor([i for i, x in enumerate(pool.samples) if x.group == 0]),
+        FULL: torch.arange(n),
+    }
+    return {name: ids.tolist() for name, ids in chosen.items()}
+
+
+def adam(split: Split, answers: Packed, warm: list[int], s: Settings) -> torch.Tensor:
+    """(samples, rank, rank) Adam updates of the adapter's gradient, preconditioned first and
+    projected then, as LESS does; moments over the warm-up samples' batches."""
+    gradient = split.influence(answers, None).sketches
+    first, second = torch.zeros(2, *gradient.shape[1:])
+    for start in range(0, len(warm), s.batch):
+        g = gradient[warm[start : start + s.batch]].mean(0)
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+    out, inner = projections(s.rank, split.head.shape[1], 0, split.head.device)
+    return torch.cat([out @ adam_features(part, first, second) @ inner.t()
+                      for part in gradient.split(32)])  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class SelectionRow:
+    """One training run.
+
+    Args:
+        ranking, seed: what chose the samples; of the pool and the order of training.
+        samples: how many were chosen. useful, irrelevant, mislabelled: their shares.
+        before, after: greedy accuracy on the held-out sums.
+        logp: mean log-prob of a held-out answer's token after training, nats.
+        seconds: of the training.
+    """
+
+    ranking: str
+    seed: int
+    samples: int
+    useful: float
+    irrelevant: float
+    mislabelled: float
+    before: float
+    after: float
+    logp: float
+    seconds: float
+    settings: dict[str, Any]
+    cpu_model: str
+    threads: int
+    torch: str
+    commit: str
+
+
+def run_seed(split: Split, pool: Pool, s: Settings, seed: int, done: set[str], choices: Path,
+             deadline: float) -> Iterator[SelectionRow]:  # fmt: skip
+    """The rows of one seed that are not done, until the deadline (`time.monotonic`).
+
+    choices: JSON file that keeps what the scores chose, so that a later run need not score again.
+    """
+    facts = machine.facts("study_selection")
+    kept = {key: facts[key] for key in ("cpu_model", "threads", "torch", "commit")}
+    train, held_out = split.encode(pool.train), split.encode(pool.held_out)
+    if not choices.exists():
+        before = split.outcome(split.read(split.upper().eval(), held_out))[1].double().mean()
+        ranked = rankings(split, train, split.encode(pool.validation), s, seed)
+        choices.write_text(json.dumps({"before": float(before), "chosen": ranked}))
+    known = json.loads(choices.read_text())
+    for name, ids in known["chosen"].items():
+        if name in done:
+            continue
+        if time.monotonic() > deadline:
+            return
+        start = time.perf_counter()
+        upper = split.train(split.upper(), train.take(ids), s, s.steps, seed)
+        seconds = time.perf_counter() - start
+        logp, hit = split.outcome(split.read(upper.eval(), held_out))
+        shares = [sum(train.samples[i].group == kind for i in ids) / len(ids) for kind in range(3)]
+        yield SelectionRow(
+            name, seed, len(ids), *shares, known["before"], float(hit.double().mean()),
+            float(logp.mean()), round(seconds, 1), asdict(s), **kept,
+        )  # fmt: skip
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Rows so far; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_missing(path: Path, seeds: Sequence[int], budget: float, cache: Path | None) -> None:
+    """Append the rows that `path` lacks, for about `budget` seconds."""
+    deadline, s = time.monotonic() + budget, Settings()
+    done = {seed: {r["ranking"] for r in rows_of(path) if r["seed"] == seed} for seed in seeds}
+    missing = [seed for seed in seeds if len(done[seed]) < selection_report.RANKINGS]
+    if not missing:
+        return
+    sys.path.insert(0, str(EXAMPLES))
+    from grpo_demo.model import default_cache, load_model
+
+    model, tokenizer = load_model(cache or default_cache())
+    split = Split(model.eval(), s.blocks)
+    for seed in missing:
+        if time.monotonic() > deadline:
+            return
+        choices = path.with_name(f"{path.stem}-choices-{seed}.json")
+        pool = build_pool(tokenizer, s, seed)
+        for row in run_seed(split, pool, s, seed, done[seed], choices, deadline):
+            with path.open("a", encoding="utf-8") as sink:
+                print(json.dumps(asdict(row)), file=sink)
+            print(f"seed {seed}  {row.ranking:<20} {row.useful:.2f} useful  {row.after:.3f}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, append rows to --json, write the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, help="rows, appended as they come")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; 0: no run")
+    parser.add_argument("--cache", type=Path, default=None, help="where the converted model lies")
+    parser.add_argument("--write", type=Path, help="page whose marked part the tables replace")
+    parser.add_argument("--plot", type=Path, help="PNG of the accuracies")
+    args = parser.parse_args(argv)
+    if args.budget > 0:
+        run_missing(args.json, args.seeds, args.budget, args.cache)
+    rows = rows_of(args.json)
+    complete = len(rows) == selection_report.RANKINGS * len(args.seeds)
+    print("complete" if complete else f"{len(rows)} rows so far: run it again")
+    if args.write:
+        selection_report.write(args.write, rows)
+    if args.plot:
+        selection_report.plot(args.plot, rows)
+
+
+if __name__ == "__main__":
+    main()

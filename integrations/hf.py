@@ -1,0 +1,376 @@
+"""transformers: the loss side of a causal language model on tokfuse's kernels, without logits.
+
+    from tokfuse.integrations import hf
+    hf.install(model)                       # model(..., labels=labels) forms no logits any more
+    hf.uninstall(model)                     # the model's own forward again
+    Trainer(..., compute_loss_func=hf.compute_loss_func)    # from logits, no float32 copy of them
+    model.loss_function = hf.causal_lm_loss                 # the same, inside the model
+
+`head_of(model)` gives what `tokfuse.policy_step(hidden=...)` needs of a model; `packed_hidden` runs
+packed sequences without padding where flash-attention is there.
+
+Model types: those of `SUPPORTED`, whose logits are softcap(scale * (W h + b)). Tied weights, bias,
+soft cap and scale are honoured. LoRA on the lm_head is computed; with dropout, DoRA or another
+adapter it is refused, because reading `lm_head.weight` alone would drop it.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokfuse.integrations.hosts import Host, Rebinding, where
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
+from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
+
+HOST = Host("transformers", (5, 23), (5, 23))
+OP = "integrations.hf"
+IGNORE = -100
+
+# config.model_type -> the attribute of its text config that scales the logits, "" for none, and
+# "1/" before one that divides them. Read in transformers 5.23; others transform logits in ways of
+# their own and are refused.
+SUPPORTED = {
+    "llama": "", "mistral": "", "qwen2": "", "qwen3": "", "phi3": "", "olmo2": "", "smollm3": "",
+    "gemma": "", "gemma2": "", "gemma3_text": "", "cohere": "logit_scale", "cohere2": "logit_scale",
+    "granite": "1/logits_scaling",
+}  # fmt: skip
+
+_PATCHES: "weakref.WeakKeyDictionary[torch.nn.Module, Rebinding]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ModelHead:
+    """What turns final hidden states into logits: softcap(logit_scale * (weight h + bias)).
+
+    Args:
+        weight: (vocab, hidden); with an adapter, its sum with the adapter's product, and gradient.
+        bias: (vocab,) or None.
+        softcap, logit_scale: as in `tokfuse.token_stats`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `tokfuse.policy_step` and `tokfuse.linear_token_stats`."""
+        return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap,
+                "logit_scale": self.logit_scale}  # fmt: skip
+
+
+def head_of(model: Any) -> ModelHead:
+    """The head of a causal language model, as it is now: call it again after every update.
+
+    Raises:
+        ValueError: a model type, head or adapter whose logits would not be those of the model.
+    """
+    model = _base(model)
+    config = model.config.get_text_config()
+    if config.model_type not in SUPPORTED:
+        known = ", ".join(SUPPORTED)
+        raise refuse(f"{OP}.head_of", "the model type", f"one of {known}", repr(config.model_type),
+                     "Use causal_lm_loss, which takes logits.")  # fmt: skip
+    weight, bias = _weight_and_bias(model.get_output_embeddings())
+    name = SUPPORTED[config.model_type]
+    scale = float(getattr(config, name.removeprefix("1/"))) if name else 1.0
+    return ModelHead(
+        weight, bias, getattr(config, "final_logit_softcapping", None),
+        1.0 / scale if name.startswith("1/") else scale,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ forward of a model
+
+
+def install(model: Any, *, temperature: float = 1.0) -> None:
+    """`model(..., labels=labels)` computes its loss from hidden states; again: nothing.
+
+    loss = -sum log p(label) / num_items_in_batch (without it: the mean over labels that are not
+    -100), the model's own; `logits` of the output is None. `shift_labels` are scored in place,
+    `token_stats=True` adds (batch, length) `logp` and `entropy` with gradient. Without labels the
+    forward is the model's own, so generation is.
+
+    Args:
+        model: a model of `SUPPORTED`; wrap it in DDP, FSDP or PEFT before or after.
+        temperature: divides the logits.
+
+    Raises:
+        ValueError: an untested transformers, or what `head_of` refuses.
+    """
+    HOST.require(f"{OP}.install")
+    model = _base(model)
+    head_of(model)
+    if model in _PATCHES and _PATCHES[model].active:
+        return
+    patch = Rebinding(f"{OP}.uninstall")
+    patch.set(model, "forward", _forward_of(model, model.forward, temperature))
+    _PATCHES[model] = patch
+
+
+def uninstall(model: Any) -> None:
+    """The model's own forward; without `install`, nothing."""
+    model = _base(model)
+    if model in _PATCHES:
+        _PATCHES[model].restore()
+        del _PATCHES[model]
+
+
+@contextlib.contextmanager
+def installed(model: Any, *, temperature: float = 1.0) -> Iterator[None]:
+    """`install` on entry, `uninstall` on exit."""
+    install(model, temperature=temperature)
+    try:
+        yield
+    finally:
+        uninstall(model)
+
+
+def describe(model: Any) -> str:
+    """What of this model runs where."""
+    model = _base(model)
+    active = model in _PATCHES and _PATCHES[model].active
+    head = head_of(model)
+    shape = " x ".join(map(str, head.weight.shape))
+    return "\n".join([
+        f"transformers {HOST.installed} (tested: {HOST.tested}), {type(model).__name__} "
+        f"{'with tokfuse' if active else 'as it is'}",
+        f"  head {shape}, bias {head.bias is not None}, softcap {head.softcap}, "
+        f"scale {head.logit_scale:g}: {where('linear_token_stats')}",
+        f"  packed sequences: {packed_route(model)}",
+    ])  # fmt: skip
+
+
+def _forward_of(model: Any, original: Callable[..., Any], temperature: float) -> Callable[..., Any]:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    @functools.wraps(original)
+    def forward(
+        *args: Any, labels: torch.Tensor | None = None, shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None, token_stats: bool = False,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if labels is None and shift_labels is None:
+            return original(*args, **kwargs)
+        _check_forward(model, kwargs)
+        outputs = model.base_model(*args, **kwargs)
+        hidden = outputs.last_hidden_state
+        if shift_labels is None:
+            hidden, target = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]
+        else:
+            target = shift_labels
+        stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), temperature)
+        count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        output = CausalLMOutputWithPast(
+            loss=-stats.logp.sum() / count, past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+        )  # fmt: skip
+        if token_stats:
+            output["logp"], output["entropy"] = (
+                x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
+            )
+        return output
+
+    return forward
+
+
+def _labelled_stats(
+    model: Any, hidden: torch.Tensor, target: torch.Tensor, temperature: float
+) -> tuple[TokenStats, torch.Tensor]:
+    """Statistics of the rows with a label, and (batch, length) bool: which those are."""
+    if hidden.shape[:2] != target.shape:
+        raise refuse(OP, "labels", f"of shape (batch, length) = {tuple(hidden.shape[:2])} like the "
+                     "hidden states", tuple(target.shape), "Pad labels of soft prompts with -100."
+                     )  # fmt: skip
+    rows, head = target != IGNORE, head_of(model)
+    weight, bias = head.weight.to(hidden.dtype), head.bias
+    bias = None if bias is None else bias.to(hidden.dtype)
+    stats = linear_token_stats(
+        hidden[rows], weight, target[rows], bias=bias, temperature=temperature,
+        softcap=head.softcap, logit_scale=head.logit_scale,
+    )  # fmt: skip
+    return stats, rows
+
+
+def _check_forward(model: Any, kwargs: dict[str, Any]) -> None:
+    config = model.config.get_text_config()
+    refused = {
+        "logits_to_keep": (kwargs.pop("logits_to_keep", 0), 0),
+        "return_dict": (kwargs.pop("return_dict", None) is False, False),
+        "output_router_logits": (
+            kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)),
+            False,
+        ),
+    }
+    for name, (given, allowed) in refused.items():
+        if not isinstance(given, int) or given != allowed:
+            raise refuse(OP, name, f"{allowed} with labels (the loss needs every labelled row, an "
+                         "output object, and no auxiliary loss)", given,
+                         "Uninstall tokfuse for this call.")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- losses from logits
+
+
+def compute_loss_func(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """`Trainer(compute_loss_func=...)`: next-token cross-entropy of `outputs.logits`.
+
+    Equal to the model's own loss; the logits are read once, in their dtype, and their gradient is
+    the only other tensor of their size.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    return causal_lm_loss(logits, labels, logits.shape[-1], num_items_in_batch)
+
+
+def causal_lm_loss(
+    logits: torch.Tensor, labels: torch.Tensor | None, vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None, ignore_index: int = IGNORE,
+    shift_labels: torch.Tensor | None = None, **kwargs: Any,
+) -> torch.Tensor:  # fmt: skip
+    """`model.loss_function = ...`: the arguments of transformers' ForCausalLMLoss.
+
+    loss = -sum log p(label) / num_items_in_batch, without it the mean; a batch without a label
+    gives 0 with zero gradient (transformers: NaN). kwargs: what the model was called with.
+
+    Args:
+        logits: (batch, length, vocab). labels: (batch, length), shifted here; or
+        shift_labels: (batch, length), scored in place. ignore_index marks rows to leave out.
+    """
+    if shift_labels is None:
+        if labels is None:
+            raise refuse(OP, "labels", "given without shift_labels", None, "Pass one of them.")
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    target = shift_labels.reshape(-1).to(logits.device)
+    rows = target != ignore_index
+    stats = token_stats(logits.reshape(-1, vocab_size), target.masked_fill(~rows, 0), mask=rows)
+    count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(count, torch.Tensor):
+        count = count.to(logits.device)
+    return -stats.logp.sum() / count
+
+
+# ---------------------------------------------------------------------------------------- adapters
+
+
+def _base(model: Any) -> Any:
+    """The transformers model under PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(
+        model, "get_base_model") else model  # fmt: skip
+
+
+def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of a plain linear layer, or of one under PEFT, with what the adapters add."""
+    if hasattr(head, "modules_to_save"):  # a trained copy of the whole layer
+        active = head.active_adapters
+        if head.disable_adapters or not active:
+            return _weight_and_bias(head.original_module)
+        return _weight_and_bias(head.modules_to_save[active[0]])
+    if hasattr(head, "get_base_layer"):
+        weight, bias = _weight_and_bias(head.get_base_layer())
+        return _with_lora(head, weight), bias
+    if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
+        raise refuse(f"{OP}.head_of", "lm_head", "a floating torch.nn.Linear, plain or with LoRA",
+                     type(head).__name__, "Use causal_lm_loss, which takes logits.")  # fmt: skip
+    if isinstance(head.weight, torch.distributed.tensor.DTensor):
+        raise refuse(f"{OP}.head_of", "lm_head.weight", "a plain tensor inside the forward (a "
+                     "gathered shard would get gradients that are not averaged over ranks)",
+                     "a DTensor", "Shard the lm_head with the root unit of FSDP2.")  # fmt: skip
+    return head.weight, head.bias
+
+
+def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """weight + the scaled products of the active adapters, differentiable in them."""
+    if layer.disable_adapters or layer.merged:
+        return weight
+    for name in layer.active_adapters:
+        if name not in getattr(layer, "lora_A", {}):
+            if any(name in getattr(layer, part, {}) for part in layer.adapter_layer_names):
+                raise _refuse_adapter("a LoRA adapter of a linear layer", type(layer).__name__)
+            continue
+        dropout = layer.lora_dropout[name]
+        if layer.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0:
+            raise _refuse_adapter("without dropout (its mask is drawn inside the layer)",
+                                  f"lora_dropout={dropout.p}")  # fmt: skip
+        if name in getattr(layer, "lora_variant", {}) or layer.lora_bias.get(name, False):
+            raise _refuse_adapter("plain LoRA", "a variant (DoRA, a bias, ...)")
+        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight
+
+
+def _refuse_adapter(want: str, actual: str) -> ValueError:
+    return refuse(f"{OP}.head_of", "the adapter of lm_head", want, actual,
+                  "Take lm_head out of target_modules.")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ packed
+
+
+def packed_route(model: Any) -> str:
+    """How `packed_hidden` runs: "flash_attention_2, no padding" or "padded"."""
+    from transformers.utils import is_flash_attn_2_available
+
+    wanted = _base(model).config.get_text_config()._attn_implementation
+    flash = wanted == "flash_attention_2" and is_flash_attn_2_available()
+    return "flash_attention_2, no padding" if flash else "padded"
+
+
+def packed_hidden(model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """(tokens, hidden): final hidden states of packed sequences, each of which sees itself only.
+
+    With attn_implementation="flash_attention_2" and flash-attn there, one row of all tokens with
+    their borders; otherwise the sequences are padded to the longest for the forward, and packed
+    again: same numbers, batch * longest rows in the transformer.
+
+    Args:
+        input_ids: (tokens,), int64. cu_seqlens: (seqs + 1,), int32.
+    """
+    base = _base(model).base_model
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    longest = int(lengths.max()) if len(lengths) else 0
+    place = torch.arange(len(input_ids), device=input_ids.device)
+    position = place - cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=len(input_ids))
+    if packed_route(model) != "padded":
+        cu = cu_seqlens.to(torch.int32)
+        borders = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest,
+                   "max_length_k": longest}  # fmt: skip
+        out = base(
+            input_ids=input_ids[None], position_ids=position[None], use_cache=False, **borders
+        )
+        packed: torch.Tensor = out.last_hidden_state[0]
+        return packed
+    rows = torch.arange(longest, device=input_ids.device) < lengths.unsqueeze(1)
+    rows = rows[lengths > 0]  # an all-masked row has no attention
+    ids = input_ids.new_zeros(rows.shape).masked_scatter(rows, input_ids)
+    out = base(input_ids=ids, attention_mask=rows.long(), use_cache=False)
+    padded: torch.Tensor = out.last_hidden_state[rows]
+    return padded
+
+
+def packed_token_stats(
+    model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float = 1.0
+) -> tuple[TokenStats, torch.Tensor]:
+    """Statistics of every next token of packed sequences, without padding and without logits.
+
+    Returns:
+        TokenStats over (tokens - sequences that are not empty) rows, and their (seqs + 1,) int32
+        borders: a sequence of n tokens gives n - 1 rows, the predictions of its tokens 1 to n - 1.
+    """
+    hidden = packed_hidden(model, input_ids, cu_seqlens)
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    first = cu_seqlens[:-1][lengths > 0].long()
+    follows = torch.ones_like(input_ids, dtype=torch.bool).index_fill_(0, first, False)
+    head = head_of(model)
+    stats = linear_token_stats(
+        hidden[follows.roll(-1)] if len(first) else hidden, target=input_ids[follows],
+        temperature=temperature, **head.arguments(),
+    )  # fmt: skip
+    borders = torch.nn.functional.pad((lengths - 1).clamp(min=0).cumsum(0), (1, 0))
+    return stats, borders.to(torch.int32)

@@ -1,0 +1,105 @@
+"""What every adapter shares: the tested versions of a host, and attributes that can be put back."""
+
+import importlib.metadata
+import re
+from dataclasses import dataclass
+
+import torch
+
+from tokfuse.runtime.dispatch import select
+from tokfuse.runtime.errors import BackendUnavailable, refuse
+
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A library that an adapter plugs into.
+
+    Args:
+        name: its distribution.
+        low, high: tested range of (major, minor), both included.
+    """
+
+    name: str
+    low: Version
+    high: Version
+
+    @property
+    def installed(self) -> str | None:
+        """Its version here, or None."""
+        try:
+            return importlib.metadata.version(self.name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    @property
+    def tested(self) -> str:
+        """The tested range, for messages."""
+        low, high = (".".join(map(str, v)) for v in (self.low, self.high))
+        return f"{low}.*" if low == high else f"{low} to {high}"
+
+    def require(self, op: str) -> str:
+        """The installed version; refuses one that was not tested."""
+        version = self.installed
+        next_step = f"Install {self.name} {self.tested}."
+        if version is None:
+            raise refuse(op, self.name, "installed", "nothing", next_step)
+        found = re.match(r"(\d+)\.(\d+)", version)
+        if found is None or not self.low <= (int(found[1]), int(found[2])) <= self.high:
+            raise refuse(op, self.name, f"{self.tested} (its internals change between versions)",
+                         version, next_step)  # fmt: skip
+        return version
+
+
+class Rebinding:
+    """Attributes of a host replaced together, and put back together."""
+
+    def __init__(self, op: str) -> None:
+        self._op = op
+        self._saved: list[tuple[object, str, object, object, bool]] = []
+
+    @property
+    def active(self) -> bool:
+        """True between the first `set` and `restore`."""
+        return bool(self._saved)
+
+    def set(self, owner: object, name: str, value: object) -> None:
+        """owner.name = value, remembered; an attribute that is not there is refused."""
+        before, inherited = getattr(owner, name), name not in vars(owner)
+        setattr(owner, name, value)
+        self._saved.append((owner, name, before, value, inherited))
+
+    def restore(self) -> None:
+        """Every attribute is the object that it was; refused, whole, where somebody came after."""
+        for owner, name, _, ours, _ in self._saved:
+            if getattr(owner, name) is not ours:
+                raise refuse(
+                    self._op, f"{_label(owner)}.{name}", "still the one that was installed",
+                    repr(getattr(owner, name)), "Undo the later patch first.",
+                )  # fmt: skip
+        while self._saved:
+            owner, name, before, _, inherited = self._saved.pop()
+            if inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+def _label(owner: object) -> str:
+    return str(getattr(owner, "__name__", type(owner).__name__))
+
+
+def runs_on(op: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that `op` would take for such a tensor, or why there is none."""
+    try:
+        return select(op, device, dtype, frozenset()).backend
+    except BackendUnavailable as error:
+        return f"unavailable ({error})"
+
+
+def where(op: str) -> str:
+    """`op (cpu: cpu, cuda: triton)`: the backend for bfloat16 on each device of this machine."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = [f"{device}: {runs_on(op, device, torch.bfloat16)}" for device in devices]
+    return f"{op} ({', '.join(rows)})"

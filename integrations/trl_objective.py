@@ -1,0 +1,212 @@
+"""TRL's GRPO options as a `tokfuse.Objective` and its inputs, for TRL 1.16.
+
+loss = 1 / normalizer * sum over tokens of aggregation(
+           weight * policy term + beta * KL - entropy_coef * entropy_weight * entropy)
+
+policy term: `loss_type` and `importance_sampling_level`; weight: the product of vLLM's importance
+ratio, the off-policy mask and the top-entropy mask, whichever are on.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tokfuse.integrations.padded import Padding
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.objective import (
+    KL,
+    Gamma,
+    Objective,
+    PPOClip,
+    Shape,
+    SigmoidGate,
+    StopGradClip,
+)
+
+OP = "FusedGRPOTrainer"
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+# loss_type -> aggregation; whatever the type, the denominator is `normalizer`'s business
+AGGREGATIONS = {
+    "grpo": "seq_mean_token_mean", "sapo": "seq_mean_token_mean", "bnpo": "token_mean",
+    "dr_grpo": "token_sum", "luspo": "seq_mean_token_sum", "cispo": "token_mean",
+    "dapo": "token_mean", "vespo": "token_mean",
+}  # fmt: skip
+WINDOW_MEAN = ("cispo", "dapo", "vespo")  # divided by the tokens of the accumulation window
+LEVELS = ("token", "sequence")
+# VESPO bounds the log of the sequence ratio from below by log(1e-8), its smallest weight.
+VESPO_LOG_CLAMP = -math.log(1e-8)
+VESPO_LAMBDA_MIN = 1e-4
+
+Inputs = Mapping[str, Any]
+
+
+def check(trainer: Any) -> None:
+    """Refuse what would not be honoured; builds the objective once, which checks its numbers."""
+    if trainer.loss_type not in AGGREGATIONS:
+        raise refuse(OP, "loss_type", f"one of {', '.join(AGGREGATIONS)}",
+                     repr(trainer.loss_type), "Use TRL's GRPOTrainer under install().")  # fmt: skip
+    if trainer.importance_sampling_level not in LEVELS:
+        raise refuse(OP, "importance_sampling_level", f"one of {', '.join(LEVELS)}",
+                     repr(trainer.importance_sampling_level), "See GRPOConfig.")  # fmt: skip
+    objective(trainer, 0.0)
+
+
+def corrects_sampler(trainer: Any) -> bool:
+    """True where the batch comes with vLLM's importance ratio."""
+    return bool(trainer.use_vllm and trainer.vllm_importance_sampling_correction)
+
+
+def adds_kl(trainer: Any) -> bool:
+    """True where the KL term is multiplied by another ratio than the policy term's token ratio.
+
+    That of the whole sequence, or of VESPO's that holds the sampler's: `ratio_times_kl` adds it.
+    """
+    if trainer.beta == 0.0 or not trainer.args.use_bias_correction_kl:
+        return False
+    of_sampler = trainer.loss_type == "vespo" and corrects_sampler(trainer)
+    return bool(of_sampler or trainer.importance_sampling_level == "sequence")
+
+
+def objective(trainer: Any, entropy_coef: float) -> Objective:
+    """The objective of the trainer's options."""
+    kl = None
+    if trainer.beta != 0.0 and not adds_kl(trainer):
+        estimator = "ratio_k3" if trainer.args.use_bias_correction_kl else "k3"
+        kl = KL(estimator=estimator, coef=trainer.beta)
+    vespo = trainer.loss_type == "vespo"
+    clamp = {"log_ratio_clamp": VESPO_LOG_CLAMP} if vespo else {}
+    return Objective(
+        shape=_shape(trainer), level="sequence_sum" if vespo else trainer.importance_sampling_level,
+        aggregation=AGGREGATIONS[trainer.loss_type], kl=kl, entropy_coef=entropy_coef, **clamp,
+    )  # fmt: skip
+
+
+def _shape(trainer: Any) -> Shape:
+    args, kind = trainer.args, trainer.loss_type
+    if kind in CLIPPED:
+        return PPOClip(low=trainer.epsilon_low, high=trainer.epsilon_high, cap=args.delta)
+    if kind == "cispo":
+        return StopGradClip(ratio_min=0.0, ratio_max=trainer.epsilon_high)
+    if kind == "sapo":
+        return SigmoidGate(tau_positive=args.sapo_temperature_pos,
+                           tau_negative=args.sapo_temperature_neg)  # fmt: skip
+    lam = {"lam_positive": args.vespo_lambda_pos, "lam_negative": args.vespo_lambda_neg}
+    return Gamma(k_positive=args.vespo_k_pos, k_negative=args.vespo_k_neg,
+                 **{name: max(x, VESPO_LAMBDA_MIN) for name, x in lam.items()})  # fmt: skip
+
+
+def entropy_coef(trainer: Any) -> float:
+    """The bonus in force: TRL switches the adaptive one off above its target."""
+    if not trainer._entropy_bonus_enabled:
+        return 0.0
+    if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
+        return 0.0
+    return float(trainer.entropy_coef)
+
+
+def accumulation(trainer: Any) -> float:
+    """What TRL divides a micro-batch's mean by."""
+    training = trainer.model.training
+    return float(trainer.current_gradient_accumulation_steps) if training else 1.0
+
+
+def normalizer(trainer: Any, inputs: Inputs, mask: torch.Tensor) -> float | torch.Tensor:
+    """TRL's denominator. Sequences without a token count, as in TRL. mask: (batch, length)."""
+    steps, batch = accumulation(trainer), mask.shape[0]
+    if trainer.loss_type in WINDOW_MEAN:
+        items: torch.Tensor = inputs["num_items_in_batch"].clamp(min=1.0)
+        window: torch.Tensor = items / trainer.accelerator.num_processes
+        if trainer.model.training:
+            window = window * steps / trainer.args.steps_per_generation
+        return window
+    if trainer.loss_type == "bnpo":
+        return mask.sum().clamp(min=1) * steps
+    if trainer.loss_type == "dr_grpo":
+        return float(batch * trainer.max_completion_length * steps)
+    return batch * steps
+
+
+def policy_inputs(
+    trainer: Any, inputs: Inputs, padding: Padding, mask: torch.Tensor,
+    weights: tuple[torch.Tensor, ...] = (), entropy_mask: torch.Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Keyword arguments of `policy_step`, all but the model's.
+
+    Args:
+        inputs: TRL's micro-batch. padding: its completion tokens.
+        mask: (batch, length) bool, the tokens that count.
+        weights: factors of the policy term, (batch, length) or (batch, 1).
+        entropy_mask: (batch, length) bool, the tokens that the bonus acts on. None: those of mask.
+    """
+    advantage = inputs["advantages"]
+    old_logp, ref_logp = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
+    if corrects_sampler(trainer):
+        ratio = inputs["importance_sampling_ratio"]
+        if trainer.loss_type == "vespo":
+            if old_logp is None:
+                raise refuse(OP, "old_per_token_logps", "given where the sampler is corrected for",
+                             "None", "TRL computes them with vLLM; keep them.")  # fmt: skip
+            old_logp = _with_sampler(old_logp, ratio, mask)
+        else:
+            weights = (*weights, ratio)
+    divisor = normalizer(trainer, inputs, mask)
+    coef = entropy_coef(trainer)
+    level = "sequence" if advantage.dim() == 1 else "token"
+    token_weight = None
+    if weights:
+        token_weight = math.prod(padding.pack(x.float()) for x in weights)
+    return {
+        "objective": objective(trainer, coef),
+        "advantage": advantage if level == "sequence" else padding.pack(advantage),
+        "advantage_level": level,
+        "old_logp": None if old_logp is None else padding.pack(old_logp),
+        "ref_logp": None if ref_logp is None or adds_kl(trainer) else padding.pack(ref_logp),
+        "mask": padding.pack(mask),
+        "cu_seqlens": padding.cu_seqlens,
+        "normalizer": divisor,
+        "token_weight": token_weight,
+        "entropy_weight": None if coef == 0.0 else padding.pack(
+            _entropy_weight(trainer, mask, mask if entropy_mask is None else entropy_mask, divisor)
+        ),
+    }  # fmt: skip
+
+
+def _with_sampler(old: torch.Tensor, ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Old log-probabilities whose sequence ratio is TRL's: log(current / old) + log(old / sampler).
+
+    TRL adds the sum of the second over the whole row, so each token that counts takes a share.
+    """
+    total = ratio.log().clamp(-VESPO_LOG_CLAMP, 20.0).sum(-1, keepdim=True)
+    return old - total / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _entropy_weight(
+    trainer: Any, mask: torch.Tensor, acts_on: torch.Tensor, divisor: float | torch.Tensor
+) -> torch.Tensor:
+    """TRL's bonus is a mean over its own tokens, whatever the policy term is divided by."""
+    weight = acts_on.float() * (divisor / (acts_on.sum().clamp(min=1) * accumulation(trainer)))
+    if AGGREGATIONS[trainer.loss_type] == "seq_mean_token_mean":
+        weight = weight * mask.sum(-1, keepdim=True)
+    return weight
+
+
+def ratio_times_kl(
+    trainer: Any, inputs: Inputs, logps: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """beta * ratio * k3, aggregated and divided as the policy term; () with gradient.
+
+    logps: (batch, length), with gradient. The ratio has its gradient, too (DeepSeek-V3.2).
+    """
+    old, ref = inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"]
+    log_ratio = torch.where(mask, logps - (logps.detach() if old is None else old), 0.0)
+    counts = mask.sum(-1, keepdim=True).clamp(min=1)
+    if trainer.importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True) / counts
+    gap = torch.where(mask, ref - logps, 0.0)
+    kl = (gap.exp() - gap - 1) * log_ratio.exp()
+    if AGGREGATIONS[trainer.loss_type] == "seq_mean_token_mean":
+        kl = kl / counts
+    total: torch.Tensor = trainer.beta * kl.sum() / normalizer(trainer, inputs, mask)
+    return total

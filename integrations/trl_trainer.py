@@ -1,0 +1,250 @@
+"""TRL's GRPOTrainer with its policy loss in one pass over the lm_head.
+
+TRL runs the model with a fused head that returns per-token log-probabilities, then forms the loss
+from them in torch, then goes through the head again in the backward. Here the head itself is
+`tokfuse.policy_step`: TRL's forward calls it with the hidden states and the weight, inside whatever
+DDP, FSDP or PEFT wrap around the model, and the gradients are formed there. TRL's own code, fed the
+log-probabilities without gradient, then computes TRL's own metrics.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from tokfuse.algorithms import Algorithm
+from tokfuse.integrations import trl as host
+from tokfuse.integrations import trl_algorithm, trl_objective
+from tokfuse.integrations.padded import Padding
+from tokfuse.runtime.ops.policy_loss import policy_loss
+from tokfuse.runtime.ops.policy_step import policy_step
+from tokfuse.runtime.step_result import PolicyStep
+
+FORWARD_KEYS = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+class PolicyHead(host.Head):
+    """TRL's head as one policy step; `step` is what it gave."""
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        super().__init__(self._run)
+        self.inputs = inputs
+        self.step: PolicyStep | None = None
+
+    def _run(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        targets: torch.Tensor, temperature: float, chunk_size: int, softcap: float | None,
+        logit_scale: float, outputs: tuple[str, ...],
+    ) -> host.PerToken:  # fmt: skip
+        hidden, weight, bias = host.operands(hidden, weight, bias)
+        self.step = policy_step(
+            hidden=hidden, weight=weight, bias=bias, target=targets, temperature=temperature,
+            softcap=softcap, logit_scale=logit_scale, **self.inputs,
+        )  # fmt: skip
+        stats = self.step.stats
+        return _Carry.apply(stats.logp, self.step.loss), stats.entropy, None, None, None
+
+
+class _Carry(torch.autograd.Function):
+    """`logp` unchanged, but connected to `loss`: DDP looks for unused parameters in a forward's
+    outputs, and the loss is not one of them."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return logp.view_as(logp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad.new_zeros(())
+
+
+class FusedGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, its policy loss through `tokfuse.policy_step`; options, metrics are TRL's.
+
+    Every `loss_type`, importance sampling level and correction of TRL 1.16, equal to TRL's loss and
+    gradients to float32 rounding. `top_entropy_quantile`, `off_policy_mask_threshold`, a
+    bias-corrected KL under a sequence's ratio, and float16 scaling take two calls (statistics, then
+    `policy_loss`): they look at the policy before the loss, add a term that the objective does not
+    have, or scale gradients that must not be formed unscaled.
+
+    Args:
+        algorithm: a method of `tokfuse.algorithms`, its name or an instance. It takes the place of
+            TRL's advantages, loss_type and their options; rewards, generation, the reference model
+            (set beta to the method's KL coefficient) and the optimizer stay TRL's. None: TRL's own
+            loss.
+        solved_above: with an algorithm: a response whose reward is above this counts as right.
+        others: as in `trl.GRPOTrainer`.
+
+    Raises:
+        ValueError: an untested TRL, an option that would not be honoured, a method that needs what
+            TRL does not have.
+    """
+
+    def __init__(self, *args: Any, algorithm: str | Algorithm | None = None,
+                 solved_above: float = 0.0, **kwargs: Any) -> None:  # fmt: skip
+        host.HOST.require("integrations.trl.FusedGRPOTrainer")
+        super().__init__(*args, **kwargs)
+        self._scores: Scores | None = None
+        self._head: host.Head | None = None
+        self._method = None
+        if algorithm is None:
+            trl_objective.check(self)
+        else:
+            self._method = trl_algorithm.Method(algorithm, self, solved_above)
+
+    def describe(self) -> str:
+        """How this trainer's loss runs, and on which backends."""
+        if self._method is not None:
+            route = self._method.describe()
+        else:
+            calls = "statistics, then policy_loss" if self._looks_first else "one policy_step"
+            route = f"loss_type {self.loss_type}: {calls}"
+        return f"FusedGRPOTrainer: {route}\n{host.describe()}"
+
+    @property
+    def _looks_first(self) -> bool:
+        """True where the loss needs the policy's statistics before it can be stated."""
+        masks = self.top_entropy_quantile < 1.0 or self.off_policy_mask_threshold is not None
+        return bool(masks or trl_objective.adds_kl(self) or self.args.fp16)
+
+    # -------------------------------------------------------------------------- TRL's entry points
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Scores:
+        """TRL's, with its head on tokfuse; inside `_replayed`, the scores that there are."""
+        if self._scores is not None:
+            return self._scores
+        with host.rebound(self._head or host.Head(host.token_head)):
+            scores: Scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return scores
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's rollout; a method of tokfuse adds its advantages, in TRL's padded layout."""
+        if self._method is None:
+            out: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            return out
+        with self._method.watching_rewards(self):
+            out = super()._generate_and_score_completions(inputs)
+        return self._method.prepare(self, out)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The loss of a micro-batch, its gradient formed already; TRL's metrics on the way."""
+        padding, mask = trl_algorithm.padding_of(inputs)
+        if self._method is not None:
+            loss, scores = self._method.loss(self, model, inputs, padding)
+        elif self._looks_first:
+            loss, scores = self._loss_after_statistics(model, inputs, padding, mask)
+        else:
+            given = trl_objective.policy_inputs(self, inputs, padding, mask)
+            step, scores = self.step(model, inputs, given)
+            loss = step.loss
+        if self._method is None:
+            with self._replayed(scores):
+                super()._compute_loss(model, inputs)
+        aux_loss = scores[2]
+        if aux_loss is not None:
+            steps = trl_objective.accumulation(self)
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+        return loss
+
+    # ----------------------------------------------------------------------------------- the loss
+
+    def step(
+        self, model: Any, inputs: dict[str, Any], given: dict[str, Any]
+    ) -> tuple[PolicyStep, Scores]:
+        """One policy step inside the model's forward, and TRL's padded scores."""
+        head = PolicyHead(given)
+        scores = self.scores(model, inputs, head)
+        assert head.step is not None
+        return head.step, scores
+
+    def scores(
+        self, model: Any, inputs: dict[str, Any], head: host.Head | None = None,
+        batch_size: int | None = None,
+    ) -> Scores:  # fmt: skip
+        """TRL's padded log-probabilities and entropies of the completions, through this head."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        self._head = head
+        try:
+            return self._get_per_token_logps_and_entropies(
+                model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled, batch_size=batch_size,
+                **{name: inputs.get(name) for name in FORWARD_KEYS},
+            )  # fmt: skip
+        finally:
+            self._head = None
+
+    def _loss_after_statistics(
+        self, model: Any, inputs: dict[str, Any], padding: Padding, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, Scores]:
+        """Statistics with gradient, TRL's masks from them, then the loss on packed vectors."""
+        scores = self.scores(model, inputs)
+        logps, entropies, _ = scores
+        assert entropies is not None
+        weights: list[torch.Tensor] = []
+        entropy_mask = None
+        if self.top_entropy_quantile < 1.0:
+            entropy_mask = self.get_high_entropy_mask(
+                entropies.detach(), mask.long(), 1 - self.top_entropy_quantile
+            )
+            weights.append(entropy_mask)
+        if self.off_policy_mask_threshold is not None:
+            weights.append(self._off_policy_mask(inputs, logps.detach(), mask))
+        given = trl_objective.policy_inputs(
+            self, inputs, padding, mask, tuple(weights), entropy_mask
+        )
+        given["weight"] = given.pop("token_weight")
+        logp, entropy = padding.pack(logps), padding.pack(entropies)
+        loss = policy_loss(logp, entropy=entropy, **given).loss
+        if trl_objective.adds_kl(self):
+            loss = loss + trl_objective.ratio_times_kl(self, inputs, logps, mask)
+        return loss, scores
+
+    def _off_policy_mask(
+        self, inputs: dict[str, Any], logps: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        advantages = inputs["advantages"]
+        old = inputs.get("old_per_token_logps")
+        keep: torch.Tensor = self.get_off_policy_mask(
+            advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
+            per_token_logps=logps,
+            sampling_per_token_logps=inputs.get(
+                "sampling_per_token_logps", logps if old is None else old
+            ),
+            mask=mask.long(),
+            off_policy_threshold=self.off_policy_mask_threshold,
+        )
+        return keep
+
+    @contextlib.contextmanager
+    def _replayed(self, scores: Scores) -> Iterator[None]:
+        """TRL's loss on scores that are there already, without gradient: for its metrics."""
+        logps, entropies, aux_loss = (None if x is None else x.detach() for x in scores)
+        assert logps is not None
+        self._scores = (logps, entropies, aux_loss)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._scores = None
+
+    # -------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._method is not None and self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._method.save(f"{self._get_output_dir(trial=trial)}/{folder}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._method is not None and checkpoint is not None:
+            self._method.load(checkpoint)

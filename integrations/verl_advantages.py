@@ -1,0 +1,188 @@
+"""verl's advantage estimators on tokfuse's one-pass operations: the same numbers, no Python loop.
+
+Signatures are those that verl's trainer calls: padded (batch, length) tensors, groups by the array
+of prompt uids. Plain module-level functions, for Ray.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokfuse.algorithms import advantages as estimators
+from tokfuse.algorithms.batch import Batch
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.ops.gae import gae as gae_op
+from tokfuse.runtime.ops.group_advantage import group_advantage
+from tokfuse.runtime.ops.whiten import whiten
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _borders(x: torch.Tensor) -> torch.Tensor:
+    rows, length = x.shape
+    return torch.arange(rows + 1, dtype=torch.int32, device=x.device) * length
+
+
+def _groups(index: Any, device: torch.device) -> torch.Tensor:
+    """(batch,) int64 from verl's uids: strings or numbers in a numpy array, or a tensor."""
+    values = index.detach().cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index)
+    return torch.from_numpy(np.unique(values, return_inverse=True)[1].reshape(-1)).to(device)
+
+
+def _needs(name: str, argument: str, value: Any) -> Any:
+    if value is None:
+        raise refuse(f"tokfuse_{name}", argument, "given (verl's trainer gives it to its own "
+                     f"{name!r} only)", None, "Use that estimator's own name there.")  # fmt: skip
+    return value
+
+
+def _scaled(config: Any, norm_adv_by_std_in_grpo: bool | None) -> bool:
+    if norm_adv_by_std_in_grpo is not None:
+        return norm_adv_by_std_in_grpo
+    return True if config is None else bool(config.get("norm_adv_by_std_in_grpo", True))
+
+
+def group(
+    kind: str, token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any,
+    epsilon: float = 1e-6, norm_adv_by_std_in_grpo: bool | None = None, config: Any = None,
+    **_: Any,
+) -> Pair:  # fmt: skip
+    """Estimators that compare the responses to one prompt; `kind` of `tokfuse.group_advantage`."""
+    scores = token_level_rewards.sum(-1)
+    ids = _groups(index, scores.device)
+    options: dict[str, Any] = {}
+    if kind in ("grpo", "pass_at_k"):
+        if _scaled(config, norm_adv_by_std_in_grpo):
+            options["eps"] = epsilon
+        else:
+            options["scale"] = "none"
+    if kind == "opo":
+        options["lengths"] = response_mask.sum(-1).long()
+    if kind == "pass_at_k" and bool((ids.bincount() < 2).any()):
+        raise refuse("tokfuse_grpo_passk", "index", "groups of at least 2 responses",
+                     "a single one", "Sample more per prompt.")  # fmt: skip
+    out = group_advantage(scores, ids, kind, **options).unsqueeze(-1) * response_mask
+    return out, out
+
+
+def gpg(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any,
+    f_norm: float = 1.0, **_: Any,
+) -> Pair:  # fmt: skip
+    """(R - mean) batch / #(R != 0) / f_norm."""
+    scores = token_level_rewards.sum(-1)
+    gain = group_advantage(scores, _groups(index, scores.device), "dr_grpo")
+    some = torch.count_nonzero(scores).clamp(min=1)
+    out = (gain * (scores.shape[0] / some) / f_norm).unsqueeze(-1) * response_mask
+    return out, out
+
+
+def _whitened(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return whiten(x.reshape(-1), mask.reshape(-1) > 0).view_as(x)
+
+
+def reinforce_plus_plus_baseline(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any, **_: Any
+) -> Pair:
+    """R - mean of the group on every token, whitened over the batch."""
+    scores = token_level_rewards.sum(-1)
+    gain = group_advantage(scores, _groups(index, scores.device), "dr_grpo")
+    out = _whitened(gain.unsqueeze(-1).expand_as(token_level_rewards), response_mask)
+    return out, out
+
+
+def reinforce_plus_plus(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **_: Any
+) -> Pair:
+    """Discounted reward to go, whitened over the batch."""
+    gamma = _needs("reinforce_plus_plus", "config", config).gamma
+    mask = response_mask.reshape(-1) > 0
+    flat = token_level_rewards.reshape(-1)
+    borders = _borders(token_level_rewards)
+    # Without a value function the advantage is the reward to go; masked tokens are passed over.
+    returns = gae_op(flat, torch.zeros_like(flat), borders, gamma=gamma, mask=mask)[0]
+    returns = returns.view_as(token_level_rewards)
+    return _whitened(returns, response_mask), returns
+
+
+def gae(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor,
+    values: torch.Tensor | None = None, gamma: float = 1.0, lam: float = 1.0, **_: Any,
+) -> Pair:  # fmt: skip
+    """Generalised advantages, whitened, and returns; tokens outside the mask are skipped and 0."""
+    v = _needs("gae", "values", values)
+    mask = response_mask.reshape(-1) > 0
+    advantage, returns = gae_op(
+        token_level_rewards.reshape(-1), v.reshape(-1), _borders(v), gamma=float(gamma),
+        lam=float(lam), mask=mask,
+    )  # fmt: skip
+    return whiten(advantage, mask).view_as(v), returns.view_as(v)
+
+
+def remax(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor,
+    reward_baselines: torch.Tensor | None = None, **_: Any,
+) -> Pair:  # fmt: skip
+    """Reward to go minus the reward of the greedy response."""
+    greedy = _needs("remax", "reward_baselines", reward_baselines)
+    returns = (token_level_rewards * response_mask).flip(-1).cumsum(-1).flip(-1)
+    return returns - greedy.unsqueeze(-1) * response_mask, returns
+
+
+def optimal_token_baseline(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any,
+    old_log_probs: torch.Tensor | None = None, sum_pi_squared: torch.Tensor | None = None,
+    rollout_is_weights: torch.Tensor | None = None, handle_zero_tail: bool = True, **_: Any,
+) -> Pair:  # fmt: skip
+    """A baseline per position, weighted by the running sum of 1 - 2 p + sum of p^2."""
+    name = "optimal_token_baseline"
+    old, square = (_needs(name, "old_log_probs", old_log_probs),
+                   _needs(name, "sum_pi_squared", sum_pi_squared))  # fmt: skip
+    if rollout_is_weights is not None:
+        raise refuse(f"tokfuse_{name}", "rollout_is_weights", "None", "a tensor",
+                     "Use verl's own estimator with importance weights.")  # fmt: skip
+    rewards = token_level_rewards * response_mask
+    batch = Batch(
+        reward=rewards.sum(-1), cu_seqlens=_borders(rewards), old_logp=old.reshape(-1),
+        group_ids=_groups(index, rewards.device), mask=response_mask.reshape(-1) > 0,
+        token_reward=rewards.reshape(-1), sum_sq=square.reshape(-1),
+    )  # fmt: skip
+    returns = rewards.flip(-1).cumsum(-1).flip(-1)
+    gain = estimators.estimate("otb", batch, batch.reward, {}, False).value.view_as(rewards)
+    counts = torch.bincount(batch.group_ids)[batch.group_ids]  # type: ignore[arg-type]
+    alone = (counts == 1).unsqueeze(-1)  # a single response keeps its return
+    if handle_zero_tail:
+        alone = alone | _beyond_the_second(response_mask, batch.group_ids)  # type: ignore[arg-type]
+    return torch.where(alone, returns, gain) * response_mask, returns
+
+
+def _beyond_the_second(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(batch, length) bool: positions that only the longest response of a group reaches."""
+    tokens = mask.sum(-1).long()
+    longest = torch.zeros(int(ids.max()) + 1, dtype=torch.int64, device=mask.device)
+    longest.scatter_reduce_(0, ids, tokens, "amax")
+    is_longest = tokens == longest[ids]
+    single = torch.zeros_like(longest).index_add_(0, ids, is_longest.long()) == 1
+    second = torch.zeros_like(longest).scatter_reduce_(
+        0, ids, torch.where(is_longest, 0, tokens), "amax"
+    )
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return (is_longest & single[ids]).unsqueeze(-1) & (position >= second[ids].unsqueeze(-1))
+
+
+# name after the prefix -> (function, its first argument if it serves several)
+ESTIMATORS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "grpo": (group, ("grpo",)),
+    "dr_grpo": (group, ("dr_grpo",)),
+    "rloo": (group, ("rloo",)),
+    "opo": (group, ("opo",)),
+    "grpo_passk": (group, ("pass_at_k",)),
+    "maxrl": (group, ("maxrl",)),
+    "gpg": (gpg, ()),
+    "reinforce_plus_plus": (reinforce_plus_plus, ()),
+    "reinforce_plus_plus_baseline": (reinforce_plus_plus_baseline, ()),
+    "gae": (gae, ()),
+    "remax": (remax, ()),
+    "optimal_token_baseline": (optimal_token_baseline, ()),
+}

@@ -1,0 +1,418 @@
+"""verl's policy losses on `tokfuse.policy_loss`: the same numbers from one fused pass.
+
+Every function has the signature of verl's registry and is a plain module-level one, so that it
+travels to Ray workers by name. verl's padded (batch, length) tensors are a packed batch already:
+`length` tokens per response, with a mask. Values, gradients, metrics and aggregation are verl
+0.9's, `config.global_batch_info` included; each difference is named where it is.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.algorithms import registry
+from tokfuse.algorithms.batch import Batch
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.metrics import Metrics
+from tokfuse.runtime.objective import (
+    KL,
+    LinearLogp,
+    LinearRatio,
+    Objective,
+    PPOClip,
+    SigmoidGate,
+    StopGradClip,
+)
+from tokfuse.runtime.ops.policy_loss import PolicyLoss, policy_loss
+
+Loss = tuple[torch.Tensor, dict[str, Any]]
+UNBOUNDED = 1e30  # where verl does not clamp; a log-ratio is clamped at 80 at most
+FREE = 80.0
+BATCH_INFO = ("dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor")
+AGGREGATIONS = {
+    "token-mean": "token_mean",
+    "token-sum": "token_sum",
+    "seq-mean-token-sum": "seq_mean_token_sum",
+    "seq-mean-token-sum-norm": "seq_mean_token_sum",
+    "seq-mean-token-mean": "seq_mean_token_mean",
+}
+
+
+class Call(NamedTuple):
+    """One call of a loss, as verl makes it; tensors are (batch, length)."""
+
+    old_log_prob: torch.Tensor
+    log_prob: torch.Tensor
+    advantages: torch.Tensor
+    response_mask: torch.Tensor
+    loss_agg_mode: str
+    config: Any
+    rollout_is_weights: torch.Tensor | None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(tokens,) bool."""
+        return self.response_mask.reshape(-1) > 0
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """(batch + 1,) int32: every response has `length` tokens, padding included."""
+        rows, length = self.log_prob.shape
+        return torch.arange(rows + 1, dtype=torch.int32, device=self.log_prob.device) * length
+
+    @property
+    def widths(self) -> tuple[float, float]:
+        """clip_ratio_low and clip_ratio_high, or clip_ratio."""
+        low, high = self.config.clip_ratio_low, self.config.clip_ratio_high
+        both = self.config.clip_ratio
+        return both if low is None else low, both if high is None else high
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean over the tokens that count, as verl's masked_mean; 0 without one."""
+        mask = self.response_mask > 0
+        return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def normalizer(call: Call, mode: str) -> tuple[float | str, float]:
+    """(normalizer of policy_loss, divisor of the loss) that make verl's `agg_loss`.
+
+    With dp_size D verl multiplies by D what it divides by a global count. Where a count is not
+    given it is this batch's own; no valid token gives 0 (verl: NaN).
+    """
+    info = dict(call.config.global_batch_info)
+    unknown = set(info) - set(BATCH_INFO)
+    if unknown or mode not in AGGREGATIONS:
+        what, known = ("global_batch_info", BATCH_INFO) if unknown else (
+            "loss_agg_mode", AGGREGATIONS)  # fmt: skip
+        raise refuse("verl_plugin", what, f"among {', '.join(known)}",
+                     sorted(unknown) if unknown else repr(mode),
+                     "This version of verl was not tested.")  # fmt: skip
+    ranks = info.get("dp_size") or 1
+    if mode == "token-sum":
+        return 1.0 / ranks, 1.0
+    key = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    count = info.get(key)
+    divisor = 1.0
+    if mode == "seq-mean-token-sum-norm":
+        divisor = float(info.get("loss_scale_factor") or call.response_mask.shape[-1])
+    if count is None:
+        if ranks > 1:
+            raise refuse("verl_plugin", f"global_batch_info[{key!r}]",
+                         f"given with dp_size={ranks}", None, "The trainer sets it.")  # fmt: skip
+        return "batch", divisor
+    return (float(count) or 1.0) / ranks, divisor
+
+
+def run(
+    call: Call, objective: Objective, *, mode: str | None = None,
+    weight: torch.Tensor | None = None, logp: torch.Tensor | None = None,
+    advantage: torch.Tensor | None = None, **given: Any,
+) -> PolicyLoss:  # fmt: skip
+    """`tokfuse.policy_loss` of the call; `weight` (batch, length) comes beside verl's own."""
+    mode = call.loss_agg_mode if mode is None else mode
+    count, divisor = given.pop("count", None) or normalizer(call, mode)
+    objective = replace(objective, aggregation=AGGREGATIONS[mode])
+    weights = [w for w in (weight, call.rollout_is_weights) if w is not None]
+    product = None if not weights else torch.stack(weights).prod(0).detach().reshape(-1)
+    level = "token" if advantage is None else "sequence"
+    out = policy_loss(
+        (call.log_prob if logp is None else logp).reshape(-1),
+        old_logp=call.old_log_prob.detach().reshape(-1),
+        advantage=(call.advantages.reshape(-1) if advantage is None else advantage).detach(),
+        objective=objective, mask=call.mask, cu_seqlens=call.cu_seqlens, normalizer=count,
+        weight=product,
+        advantage_level=level, **given,
+    )  # fmt: skip
+    return out if divisor == 1.0 else replace(out, loss=out.loss / divisor)
+
+
+def report(call: Call, metrics: Metrics | None, **tensors: torch.Tensor) -> dict[str, float]:
+    """verl's actor/ metrics, read from the device in one go."""
+    names = list(tensors)
+    values = [tensors[name].detach().double() for name in names]
+    fused: dict[str, float] = {}
+    if metrics is not None:
+        numbers = metrics.mean()
+        fused = {
+            "actor/pg_clipfrac": numbers["clip_low"] + numbers["clip_high"],
+            "actor/ppo_kl": numbers["kl_k1"],
+            "actor/pg_clipfrac_lower": numbers["dual_clip"],
+        }
+    read = torch.stack(values).tolist() if values else []
+    return fused | {f"actor/{name}": value for name, value in zip(names, read, strict=True)}
+
+
+# -------------------------------------------------------------------------- the losses of verl 0.9
+
+
+def vanilla(call: Call) -> Loss:
+    """PPO with clip and dual clip."""
+    low, high = call.widths
+    shape = PPOClip(low=low, high=high, dual=call.config.get("clip_ratio_c", 3.0))
+    out = run(call, Objective(shape=shape))
+    return out.loss, report(call, out.metrics)
+
+
+def gspo(call: Call) -> Loss:
+    """Ratio of the sequence, gradient through the token. verl stops it above a ratio of e^10."""
+    low, high = call.widths
+    objective = Objective(
+        shape=PPOClip(low=low, high=high), level="sequence_token", log_ratio_clamp=FREE
+    )
+    out = run(call, objective)
+    return out.loss, report(call, out.metrics)
+
+
+def sapo(call: Call) -> Loss:
+    """Sigmoid gates; always averaged by sequence, as verl does."""
+    shape = SigmoidGate(tau_positive=call.config.tau_pos, tau_negative=call.config.tau_neg)
+    out = run(call, Objective(shape=shape), mode="seq-mean-token-mean")
+    return out.loss, report(call, out.metrics)
+
+
+def gpg(call: Call) -> Loss:
+    """-A logp."""
+    return run(call, Objective(shape=LinearLogp())).loss, {}
+
+
+def cispo(call: Call) -> Loss:
+    """-sg(clip(r)) A logp with widths on both sides."""
+    low, high = call.widths
+    shape = StopGradClip(low=low, high=high, ratio_min=None, ratio_max=None)
+    out = run(call, Objective(shape=shape))
+    ratio = (call.log_prob - call.old_log_prob).detach().clamp(-20, 20).exp()
+    clipped = call.mean(((ratio < 1 - low) | (ratio > 1 + high)).float())
+    return out.loss, report(call, out.metrics, pg_clipfrac=clipped) | {
+        "actor/pg_clipfrac_lower": 0.0
+    }
+
+
+def dro(call: Call) -> Loss:
+    """-A logp + beta / 2 (logp - old)^2."""
+    beta = call.config.policy_loss.dro_beta
+    if beta is None or beta <= 0:
+        raise refuse("verl_plugin", "policy_loss.dro_beta", "> 0 with loss dro", beta, "Set it.")
+    kl = KL(estimator="k2", coef=beta, clamp=UNBOUNDED)
+    out = run(call, Objective(shape=LinearLogp(), kl=kl), **_against_old(call))
+    return out.loss, report(call, None, ppo_kl=call.mean(call.old_log_prob - call.log_prob))
+
+
+def _against_old(call: Call, chosen: torch.Tensor | None = None) -> dict[str, Any]:
+    """The old policy as reference; verl's importance weights multiply that term, too."""
+    factors = [x.float() for x in (chosen, call.rollout_is_weights) if x is not None]
+    out: dict[str, Any] = {"ref_logp": call.old_log_prob.detach().reshape(-1)}
+    if factors:
+        out["kl_weight"] = torch.stack(factors).prod(0).detach().reshape(-1)
+    return out
+
+
+def _dppo(call: Call, keep: torch.Tensor) -> Loss:
+    """-A sg(min(r, cap)) logp on kept tokens."""
+    cap = call.config.get("clip_ratio_c", 20.0)
+    shape = StopGradClip(ratio_min=0.0, ratio_max=cap)
+    out = run(call, Objective(shape=shape), weight=keep.to(call.log_prob.dtype))
+    ratio = (call.log_prob - call.old_log_prob).detach().clamp(-20, 20).exp()
+    return out.loss, report(
+        call, out.metrics, pg_clipfrac=call.mean((~keep).float()),
+        pg_clipfrac_lower=call.mean(((ratio > cap) & keep).float()),
+    )  # fmt: skip
+
+
+def dppo_tv(call: Call) -> Loss:
+    """Divergence mask on the change of the token's probability."""
+    low, high = call.widths
+    change = call.log_prob.detach().exp() - call.old_log_prob.exp()
+    return _dppo(call, torch.where(call.advantages > 0, change <= high, change >= -low))
+
+
+def dppo_kl(call: Call) -> Loss:
+    """Divergence mask on the binary KL of the token."""
+    low, high = call.widths
+    p, old = call.log_prob.detach().exp(), call.old_log_prob.exp()
+    kl = old * (call.old_log_prob - call.log_prob.detach()) + (1 - old) * torch.log(
+        (1 - old + 1e-8) / (1 - p + 1e-8)
+    )
+    up, down = (kl <= high) | (p <= old), (kl <= low) | (p >= old)
+    return _dppo(call, torch.where(call.advantages > 0, up, down))
+
+
+def _covariance(call: Call) -> torch.Tensor:
+    logp = call.log_prob.detach()
+    return (call.advantages - call.mean(call.advantages)) * (logp - call.mean(logp))
+
+
+def clip_cov(call: Call) -> Loss:
+    """A random few of the tokens of large covariance learn nothing; draws as verl draws."""
+    low, high = call.widths
+    options = call.config.policy_loss
+    ratio_of_tokens = _or(options.clip_cov_ratio, 0.0002)
+    bottom, top = _or(options.clip_cov_lb, 1.0), _or(options.clip_cov_ub, 5.0)
+    mask = call.response_mask > 0
+    ratio = (call.log_prob - call.old_log_prob).detach().exp()
+    a, bounded = call.advantages, ratio.clamp(1 - low, 1 + high)
+    cov = torch.where((-a * bounded > -a * ratio) | ~mask, -torch.inf, _covariance(call))
+    place = ((cov < top) & (cov > bottom) & mask).nonzero()
+    keep = torch.ones_like(a)
+    if len(place) > 0:
+        count = max(int(ratio_of_tokens * int(mask.sum())), 1)
+        place = place[torch.randperm(len(place))[: min(count, len(place))]]
+        keep[place[:, 0], place[:, 1]] = 0
+    objective = Objective(shape=PPOClip(low=low, high=high), log_ratio_clamp=FREE)
+    out = run(call, objective, weight=keep)
+    numbers = report(call, out.metrics, pg_clipfrac=call.mean((keep == 0).float()))
+    numbers.pop("actor/pg_clipfrac_lower")
+    return out.loss, numbers
+
+
+def kl_cov(call: Call) -> Loss:
+    """-A r, with |log r| added on the tokens of largest covariance."""
+    options = call.config.policy_loss
+    fraction, coef = _or(options.kl_cov_ratio, 0.0002), _or(options.ppo_kl_coef, 1.0)
+    mask = call.response_mask > 0
+    place = mask.reshape(-1).nonzero().squeeze(1)
+    chosen = torch.zeros_like(call.advantages)
+    if len(place) > 0 and fraction > 0:
+        count = max(1, int(len(place) * fraction))
+        top = torch.topk(_covariance(call).reshape(-1)[place], count).indices
+        chosen.view(-1)[place[top]] = 1
+    kl = KL(estimator="abs", coef=coef, clamp=UNBOUNDED)
+    objective = Objective(shape=LinearRatio(), kl=kl, log_ratio_clamp=FREE)
+    out = run(call, objective, **_against_old(call, chosen))
+    return out.loss, report(call, None, ppo_kl=call.mean((call.log_prob - call.old_log_prob).abs()))
+
+
+def geo_mean(call: Call) -> Loss:
+    """GMPO: exp of the sequence's mean clamped log-ratio times its mean advantage.
+
+    verl averages over all rows and overlooks global_batch_info; here global_batch_size and dp_size
+    are honoured where they are given.
+    """
+    low, high = call.widths
+    mask = call.response_mask > 0
+    difference = call.log_prob - call.old_log_prob
+    a = call.advantages
+    bounded = difference.clamp(-low, high)
+    pessimistic = torch.where(
+        a > 0, torch.minimum(difference, bounded),
+        torch.where(a < 0, torch.maximum(difference, bounded), 0.0),
+    )  # fmt: skip
+    tokens = mask.sum(-1).clamp(min=1)
+    per_response = torch.where(mask, a, 0.0).sum(-1) / tokens
+    weights = call.rollout_is_weights
+    if weights is not None:
+        logs = torch.where(mask, torch.log(weights + 1e-10), 0.0).sum(-1) / tokens
+        per_response = per_response * logs.exp()
+    info = dict(call.config.global_batch_info)
+    count = info.get("global_batch_size")
+    rows = call.log_prob.shape[0] if count is None else float(count) / (info.get("dp_size") or 1)
+    out = run(
+        call._replace(rollout_is_weights=None),
+        Objective(shape=LinearRatio(), level="sequence", log_ratio_clamp=FREE),
+        mode="seq-mean-token-mean", logp=call.old_log_prob + pessimistic, advantage=per_response,
+        count=(rows, 1.0),
+    )  # fmt: skip
+    clipped = difference.detach() != bounded.detach()
+    return out.loss, report(
+        call, None, pg_clipfrac=call.mean((clipped & (a > 0)).float()),
+        ppo_kl=call.mean(-difference), pg_clipfrac_lower=call.mean((clipped & (a < 0)).float()),
+    )  # fmt: skip
+
+
+def bypass_mode(call: Call) -> Loss:
+    """verl's own importance weights and rejection mask, then REINFORCE or PPO from here."""
+    from verl.trainer.ppo import rollout_corr_helper as helper
+
+    policy = getattr(call.config, "policy_loss", None)
+    options = None if policy is None else policy.get("rollout_correction", None)
+    if options is None:
+        raise refuse("verl_plugin", "policy_loss.rollout_correction", "given with loss bypass_mode",
+                     None, "Set it, or choose another loss.")  # fmt: skip
+    names = ("rollout_is", "rollout_rs", "rollout_rs_threshold")
+    with torch.no_grad():
+        weights, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
+            old_log_prob=call.log_prob, rollout_log_prob=call.old_log_prob,
+            response_mask=call.response_mask,
+            rollout_is_threshold=options.get("rollout_is_threshold", 2.0),
+            rollout_is_batch_normalize=options.get("rollout_is_batch_normalize", False),
+            **{name: options.get(name, None) for name in names},
+        )  # fmt: skip
+    call = call._replace(response_mask=mask, rollout_is_weights=None)
+    kind = options.get("loss_type", "ppo_clip")
+    if kind == "ppo_clip":
+        loss, numbers = vanilla(call)
+    elif kind == "reinforce":
+        own = weights.batch["rollout_is_weights"] if weights else None
+        loss, _ = gpg(call._replace(rollout_is_weights=own))
+        numbers = report(call, None, ppo_kl=call.mean(call.old_log_prob - call.log_prob))
+    else:
+        raise refuse("verl_plugin", "rollout_correction.loss_type", "'ppo_clip' or 'reinforce'",
+                     repr(kind), "Choose one.")  # fmt: skip
+    return loss, numbers | metrics
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+OF_VERL: dict[str, Callable[[Call], Loss]] = {
+    f.__name__: f
+    for f in (
+        vanilla, dppo_tv, dppo_kl, gspo, sapo, gpg, clip_cov, kl_cov, geo_mean, dro, cispo,
+        bypass_mode,
+    )
+}  # fmt: skip
+
+# Methods whose loss needs no more than log-probs and advantages, and no option without default.
+OF_ALGORITHMS = ("bapo", "gmpo", "gspo_token", "vespo")
+
+
+def verl_loss(
+    name: str, old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor,
+    response_mask: torch.Tensor, loss_agg_mode: str = "token-mean", config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> Loss:  # fmt: skip
+    """The loss `name` of verl, computed here; registered as `tokfuse_<name>`."""
+    return OF_VERL[name](
+        Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+             rollout_is_weights)
+    )  # fmt: skip
+
+
+def algorithm_loss(
+    name: str, options: Mapping[str, Any], old_log_prob: torch.Tensor, log_prob: torch.Tensor,
+    advantages: torch.Tensor, response_mask: torch.Tensor, loss_agg_mode: str = "token-mean",
+    config: Any = None, rollout_is_weights: torch.Tensor | None = None,
+) -> Loss:  # fmt: skip
+    """The loss of `tokfuse.algorithms.make(name, **options)` on verl's advantages.
+
+    Its clip bounds are the method's own options, not actor.clip_ratio; loss_agg_mode and
+    global_batch_info are verl's. What the method takes from the batch it takes from this
+    micro-batch.
+    """
+    call = Call(
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+        rollout_is_weights,
+    )  # fmt: skip
+    method = registry.make(name, **options)
+    state = method.initial_state()
+    if state:
+        raise refuse("verl_plugin", "algorithm", "one without state", repr(name),
+                     "verl's losses are functions; use tokfuse.algorithms.")  # fmt: skip
+    detached = log_prob.detach().reshape(-1)
+    batch = Batch(
+        reward=advantages.new_zeros(advantages.shape[0]), cu_seqlens=call.cu_seqlens,
+        old_logp=old_log_prob.detach().reshape(-1), mask=call.mask, logp=detached,
+        advantage=advantages.detach().reshape(-1), advantage_level="token",
+    )  # fmt: skip
+    plan = method.objective(batch, state)
+    count, divisor = normalizer(call, loss_agg_mode)
+    plan = replace(
+        plan, normalizer=count,
+        objective=replace(plan.objective, aggregation=AGGREGATIONS[loss_agg_mode]),
+    )  # fmt: skip
+    if rollout_is_weights is not None:
+        plan = plan.weigh(rollout_is_weights.detach().reshape(-1))
+    out = plan.loss(log_prob.reshape(-1))
+    return out.loss / divisor, report(call, out.metrics)

@@ -1,0 +1,124 @@
+"""verl 0.9: losses and advantages by name, and on request its fused heads.
+
+verl imports this module by itself, in the driver and in every Ray worker (entry point group
+`verl.plugins`), and finds new names; nothing of verl is changed:
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=tokfuse_vanilla       # every loss of verl, fused
+    actor_rollout_ref.actor.policy_loss.loss_mode=tokfuse_bapo          # methods of tokfuse
+    algorithm.adv_estimator=tokfuse_grpo
+
+`install()`, or TOKFUSE_VERL_HEADS=1 in the environment of the job for all processes, also puts
+`tokfuse.linear_token_stats` in the place of verl's fused heads (`model.use_fused_kernels=True`).
+`uninstall()` restores them, `describe()` says what runs where. A failure while verl loads this
+module is logged as a WARNING: verl itself would say nothing.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tokfuse.integrations.hosts import Host, Rebinding, where
+from tokfuse.runtime.errors import refuse
+
+OP = "verl_plugin"
+PREFIX = "tokfuse_"
+HOST = Host("verl", (0, 9), (0, 9))
+VARIABLE = "TOKFUSE_VERL_HEADS"
+_REBINDING = Rebinding(OP)
+
+
+def register_algorithm(name: str, register_as: str | None = None, **options: Any) -> str:
+    """Make `tokfuse.algorithms.make(name, **options)` a policy loss of verl; returns its name.
+
+    The function that is registered goes to Ray workers by name, so call this in a module that
+    every worker imports (`VERL_USE_EXTERNAL_MODULES`). Methods that keep state between batches or
+    read more than log-probabilities and advantages are refused when they are called.
+
+    Args:
+        name: one of `tokfuse.algorithms.list()`; options: its options.
+        register_as: name in verl; None: "tokfuse_<name>".
+    """
+    HOST.require(OP)
+    from verl.trainer.ppo.core_algos import register_policy_loss
+
+    from tokfuse.algorithms import registry
+    from tokfuse.integrations import verl_losses
+
+    registry.make(name, **options)  # refuses unknown names and options now
+    chosen = PREFIX + name if register_as is None else register_as
+    register_policy_loss(chosen)(functools.partial(verl_losses.algorithm_loss, name, options))
+    return chosen
+
+
+def register() -> list[str]:
+    """Register every loss and advantage estimator under its prefixed name; done once."""
+    HOST.require(OP)
+    from verl.trainer.ppo import core_algos
+
+    from tokfuse.integrations import verl_advantages, verl_losses
+
+    names = []
+    for name in verl_losses.OF_VERL:
+        loss: Callable[..., Any] = functools.partial(verl_losses.verl_loss, name)
+        core_algos.register_policy_loss(PREFIX + name)(loss)
+        names.append(PREFIX + name)
+    names += [register_algorithm(name) for name in verl_losses.OF_ALGORITHMS]
+    for name, (function, first) in verl_advantages.ESTIMATORS.items():
+        if PREFIX + name not in core_algos.ADV_ESTIMATOR_REGISTRY:
+            core_algos.register_adv_est(PREFIX + name)(functools.partial(function, *first))
+        names.append(PREFIX + name)
+    return names
+
+
+def install() -> None:
+    """Put tokfuse in the place of verl's fused heads in this process; a second call does nothing.
+
+    Raises:
+        ValueError: a version of verl that was not tested.
+    """
+    HOST.require(OP)
+    if _REBINDING.active:
+        return
+    from tokfuse.integrations import verl_heads
+
+    for owner, attribute, replacement in verl_heads.targets():
+        _REBINDING.set(owner, attribute, replacement)
+
+
+def uninstall() -> None:
+    """Restore every attribute that `install` replaced; refused where another patch came later."""
+    _REBINDING.restore()
+
+
+def describe() -> dict[str, Any]:
+    """Version of the host, registered names, and the backend of each op on each device."""
+    from tokfuse.integrations import verl_advantages, verl_losses
+
+    losses = [*verl_losses.OF_VERL, *verl_losses.OF_ALGORITHMS]
+    return {
+        "host": f"verl {HOST.installed} (tested: {HOST.tested})",
+        "losses": {PREFIX + name: where("policy_loss") for name in losses},
+        "advantages": [PREFIX + name for name in verl_advantages.ESTIMATORS],
+        "heads": where("linear_token_stats") if _REBINDING.active else "verl's own",
+    }
+
+
+def _load() -> None:
+    """What `import verl` runs. An exception would vanish in verl's debug log."""
+    try:
+        register()
+        setting = os.environ.get(VARIABLE, "0")
+        if setting not in ("", "0", "1"):
+            raise refuse(OP, VARIABLE, "0 or 1", repr(setting), "1 installs the fused heads.")
+        if setting == "1":
+            install()
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "tokfuse's plug-in for verl did not load, its names are not registered: %s", error
+        )
+
+
+if HOST.installed is not None:
+    _load()

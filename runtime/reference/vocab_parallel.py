@@ -1,0 +1,107 @@
+"""Row statistics of one vocabulary shard, and their gradient, in plain torch and any float dtype.
+
+The seven outputs and the backward arguments are those of the row kernels; the shift is in nats.
+"""
+
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.reference import token_stats
+from tokfuse.runtime.reference.linear_token_stats import logits_of
+from tokfuse.runtime.reference.token_stats import transformed_logits
+
+
+def forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+    bias_logits: torch.Tensor | None = None,
+    bias_scale: float = 1.0,
+) -> tuple[torch.Tensor, ...]:
+    """(logp, entropy, lse, sum_sq, top1, shift, inv_sum) of the shard's own softmax."""
+    with torch.no_grad():
+        stats = token_stats.forward(
+            logits, target, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            mask=mask, bias_logits=bias_logits, bias_scale=bias_scale,
+        )  # fmt: skip
+        u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
+        shift = u.amax(-1)
+        dead = shift == float("-inf") if mask is None else ~mask | (shift == float("-inf"))
+        shift = torch.where(dead, 0.0, shift)
+        total = (u - shift.unsqueeze(-1)).exp().sum(-1)
+        return *stats, shift, torch.where(dead, 0.0, 1.0 / total)
+
+
+def backward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    shift: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+    bias_logits: torch.Tensor | None = None,
+    bias_scale: float = 1.0,
+) -> torch.Tensor:
+    """grad_logp d logp + grad_entropy d entropy, over the shard's logits.
+
+    p_j = e^(u_j - shift) inv_sum; du_j = grad_logp ([j = target] - p_j)
+    - grad_entropy p_j (log p_j + entropy). A target outside [0, vocab) has no term of its own.
+    """
+    zero = torch.zeros_like(entropy)
+    ga, gh = (zero if x is None else x.to(zero.dtype) for x in (grad_logp, grad_entropy))
+    idle = ((ga == 0) & (gh == 0)) | (inv_sum == 0)
+    if mask is not None:
+        idle = idle | ~mask
+    u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
+    ga, gh, shift, inv_sum, entropy = (
+        x.unsqueeze(-1) for x in (ga, gh, shift, inv_sum, entropy)
+    )  # fmt: skip
+    x = u - shift
+    p = x.exp() * inv_sum
+    log_p = torch.where(p == 0, 0.0, x + inv_sum.log())
+    onehot = target.unsqueeze(-1) == torch.arange(logits.shape[1], device=logits.device)
+    du = ga * (onehot.to(p.dtype) - p) - gh * p * (log_p + entropy)
+    slope = torch.full_like(u, logit_scale)
+    if softcap is not None:
+        slope = logit_scale * (1 - torch.tanh(logits.to(u.dtype) * logit_scale / softcap) ** 2)
+    t = temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature
+    grad = torch.where(idle.unsqueeze(-1), 0.0, du * slope / t).to(logits.dtype)
+    return grad if out is None else out.copy_(grad)
+
+
+def head_forward(p: Any) -> tuple[torch.Tensor, ...]:
+    """`forward` of the logits of a head problem."""
+    return forward(logits_of(p.hidden, p.weight, p.bias), p.target, **p.options._asdict())
+
+
+def head_backward(
+    p: Any,
+    shift: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> list[torch.Tensor | None]:
+    """[grad_hidden, grad_weight, grad_bias] of the logits' gradient."""
+    logits = logits_of(p.hidden, p.weight, p.bias)
+    dz = backward(
+        logits, p.target, shift, inv_sum, entropy, grad_logp, grad_entropy, **p.options._asdict()
+    )
+    return [
+        (dz @ p.weight.to(dz.dtype)).to(p.hidden.dtype) if needs[0] else None,
+        (dz.t() @ p.hidden.to(dz.dtype)).to(p.weight.dtype) if needs[1] else None,
+        dz.sum(0).to(p.weight.dtype) if needs[2] else None,
+    ]

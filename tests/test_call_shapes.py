@@ -1,0 +1,355 @@
+"""Losses under other trainers' signatures, each against the trainer's formula written in torch."""
+
+import importlib
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tokfuse.integrations import call_shapes as shapes
+
+B, L, V = 3, 6, 31
+
+
+def batch(seed=0):
+    gen = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    logp = (-2 + 0.5 * draw(B, L)).float()
+    mask = torch.ones(B, L)
+    mask[0, 4:] = mask[2, 2:] = 0
+    return SimpleNamespace(
+        logp=logp.requires_grad_(), old=(logp.detach() + 0.3 * draw(B, L)).float(),
+        rollout=(logp.detach() + 0.6 * draw(B, L)).float(), advantage=draw(B, L).float(), mask=mask,
+    )  # fmt: skip
+
+
+def ppo(ratio, a, low, high, dual=None):
+    loss = torch.maximum(-ratio * a, -ratio.clamp(1 - low, 1 + high) * a)
+    return loss if dual is None else torch.where(a < 0, torch.minimum(loss, -dual * a), loss)
+
+
+def assert_same(ours, theirs, leaf):
+    assert ours.item() == pytest.approx(theirs.item(), rel=2e-6, abs=1e-6)
+    mine, want = (torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in (ours, theirs))
+    torch.testing.assert_close(mine, want, rtol=2e-5, atol=1e-6)
+
+
+def mean_of(x, mask):
+    return ((x * mask).sum() / mask.sum()).item()
+
+
+# ------------------------------------------------------------------------------------------- Liger
+
+LIGER = {
+    "dapo": {}, "bnpo": {"beta": 0.0}, "grpo": {}, "sapo": {}, "cispo": {"eps_high": 1.1},
+    "dr_grpo": {"max_completion_length": 9}, "vespo": {"beta": 0.0},
+}  # fmt: skip
+
+
+def liger_reference(logits, b, ids, a, kind, beta=0.04, eps_high=0.4, max_completion_length=L):
+    logp = (logits[:, :-1] / 0.9).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    ratio, a, m = (logp - b.old).exp(), a.unsqueeze(1), b.mask
+    if kind == "sapo":
+        tau = torch.where(a > 0, 1.0, 1.05)
+        loss = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a
+    elif kind == "cispo":
+        loss = -ratio.clamp(max=eps_high).detach() * a * logp
+    elif kind == "vespo":
+        w = ((logp - b.old) * m).sum(-1, keepdim=True).exp().detach()
+        k, lam = torch.where(a >= 0, 2.0, 3.0), torch.where(a >= 0, 3.0, 2.0)
+        loss = -(lam + k * w.log() - lam * w).exp() * a * logp
+    else:
+        loss = ppo(ratio, a, 0.2, eps_high)
+    loss = loss + beta * ((b.rollout - logp).exp() - (b.rollout - logp) - 1)
+    if kind in ("grpo", "sapo"):
+        return ((loss * m).sum(1) / m.sum(1)).mean()
+    return (loss * m).sum() / (B * max_completion_length if kind == "dr_grpo" else m.sum())
+
+
+@pytest.mark.parametrize("kind", LIGER)
+def test_liger(kind):
+    b = batch()
+    gen = torch.Generator().manual_seed(3)
+    logits = torch.randn(B, L + 1, V, generator=gen, requires_grad=True)
+    ids, a = torch.randint(V, (B, L), generator=gen), torch.tensor([1.0, -0.5, 0.7])
+    before = logits.detach().clone()
+    ours, metrics = shapes.triton_grpo_loss(
+        logits, b.old, b.rollout, ids, a, b.mask, loss_type=kind, reduce=True, **LIGER[kind]
+    )
+    assert_same(ours, liger_reference(logits, b, ids, a, kind, **LIGER[kind]), logits)
+    assert torch.equal(logits.detach(), before)  # inplace=True is a permission
+    assert len(metrics) == (1 if LIGER[kind].get("beta") == 0.0 else 2)
+
+
+def test_liger_window_and_sampler_ratio():
+    b = batch()
+    logits = torch.randn(B, L + 1, V, requires_grad=True)
+    ids, a = torch.randint(V, (B, L)), torch.tensor([1.0, -0.5, 0.7])
+    args = (logits, b.old, None, ids, a, b.mask)
+    one, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True, num_items_in_batch=40)
+    plain, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True)
+    assert one.item() == pytest.approx(plain.item() * b.mask.sum().item() / 40, rel=1e-5)
+    twice, _ = shapes.triton_grpo_loss(
+        *args, beta=0.0, reduce=True, vllm_is_ratio=torch.full((B,), 2.0)
+    )
+    assert twice.item() == pytest.approx(2 * plain.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [
+    {"reduce": False}, {"loss_type": "luspo", "reduce": True}, {"loss_type": "x", "reduce": True},
+    {"use_bias_correction_kl": True, "importance_sampling_level": "sequence", "reduce": True},
+])  # fmt: skip
+def test_liger_refuses(more):
+    name = "use_bias_correction_kl" if len(more) == 3 else next(iter(more))
+    with pytest.raises(ValueError, match=f"call_shapes: {name} must be"):
+        shapes.triton_grpo_loss(
+            torch.zeros(1, 3, 4), None, torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int64),
+            torch.ones(1), **more,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- OpenRLHF
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"dual_clip": 1.5}, {"token_level_loss": False}, {"policy_loss_type": "gspo"},
+    {"enable_vllm_is_correction": True}, {"vllm_is_correction_type": "icepop"},
+    {"vllm_is_correction_type": "seq-mask-tis"},
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "counts", [{}, {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 7}]
+)
+def test_openrlhf(options, counts):
+    b, m = batch(), batch().mask
+    low, high = (0.7, 1.4)
+    correct = options.get("enable_vllm_is_correction") or "vllm_is_correction_type" in options
+    if correct:
+        options = {**options, "enable_vllm_is_correction": True,
+                   "vllm_is_truncated_threshold": [low, high]}  # fmt: skip
+    gspo = options.get("policy_loss_type") == "gspo"
+    log_ratio = b.logp - b.old
+    if gspo:
+        log_ratio = ((log_ratio * m).sum(1) / m.sum(1)).unsqueeze(1) * torch.ones_like(m)
+    loss = ppo(log_ratio.exp(), b.advantage, 0.2, 0.2, options.get("dual_clip"))
+    w = (b.old - b.rollout).exp()
+    if correct:
+        mean = (((b.old - b.rollout) * m).sum(1) / m.sum(1)).exp().unsqueeze(1)
+        loss = loss * {
+            "tis": w.clamp(low, high), "icepop": w * ((w >= low) & (w <= high)),
+            "seq-mask-tis": w * ((mean >= low) & (mean <= high)),
+        }[options.get("vllm_is_correction_type", "tis")]  # fmt: skip
+    if gspo or not options.get("token_level_loss", True):
+        want = ((loss * m).sum(1) / m.sum(1)).sum() / counts.get("global_batch_size", B)
+    else:
+        want = (loss * m).sum() / counts.get("batch_num_tokens", m.sum())
+    module = shapes.PolicyLoss(**options)
+    ours, clip, kl, vllm_kl = module(b.logp, b.old, b.advantage, m, b.rollout, **counts)
+    assert_same(ours, want * counts.get("dp_size", 1), b.logp)
+    clipped = ((log_ratio.exp() > 1.2) & (b.advantage > 0)) | (
+        (log_ratio.exp() < 0.8) & (b.advantage < 0))  # fmt: skip
+    assert clip.item() == pytest.approx(mean_of(clipped, m), abs=1e-6)
+    assert kl.item() == pytest.approx(mean_of(b.old - b.logp.detach(), m), abs=1e-5)
+    assert (vllm_kl is None) != bool(correct)
+    if correct:
+        assert vllm_kl.item() == pytest.approx(mean_of(b.rollout - b.old, m), abs=1e-5)
+
+
+def test_openrlhf_refuses():
+    with pytest.raises(ValueError, match="policy_loss_type must be 'ppo' or 'gspo'"):
+        shapes.PolicyLoss(policy_loss_type="reinforce")
+    with pytest.raises(ValueError, match="vllm_is_correction_type must be 'tis'"):
+        shapes.PolicyLoss(vllm_is_correction_type="mis")
+    with pytest.raises(ValueError, match="enable_vllm_is_correction must be False with"):
+        shapes.PolicyLoss(policy_loss_type="gspo", enable_vllm_is_correction=True)
+    b = batch()
+    module = shapes.PolicyLoss(enable_vllm_is_correction=True, vllm_is_truncated_threshold=[0.5, 2])
+    with pytest.raises(ValueError, match="rollout_log_probs must be given with"):
+        module(b.logp, b.old, b.advantage, b.mask)
+
+
+# ------------------------------------------------------------------------------------------- SkyRL
+
+
+def skyrl_config(kind, **more):
+    return SimpleNamespace(
+        policy_loss_type=kind, eps_clip_low=0.2, eps_clip_high=0.3, clip_ratio_c=1.4,
+        cispo=SimpleNamespace(cispo_eps_clip_low=0.1, cispo_eps_clip_high=0.2, cispo_anchor="old"),
+        sapo=SimpleNamespace(tau_pos=1.5, tau_neg=0.5),
+        off_policy_correction=SimpleNamespace(tis_ratio_type=None, token_tis_ratio_clip_high=2.0),
+        **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["regular", "dual_clip", "gspo", "cispo", "sapo"])
+def test_skyrl(kind):
+    b, m = batch(), batch().mask
+    log_ratio = b.logp - b.old
+    ratio, a = log_ratio.exp(), b.advantage
+    clipped = ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0))
+    if kind == "gspo":
+        mean = ((log_ratio * m).sum(1) / m.sum(1)).unsqueeze(1)
+        ratio = (b.logp - b.logp.detach() + mean.detach()).exp()
+        clipped = ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0))
+    loss = ppo(ratio, a, 0.2, 0.3, 1.4 if kind == "dual_clip" else None)
+    if kind == "cispo":
+        loss = -a * ratio.clamp(0.9, 1.2).detach() * b.logp
+        clipped = (ratio < 0.9) | (ratio > 1.2)
+    if kind == "sapo":
+        tau = torch.where(a > 0, 1.5, 0.5)
+        loss, clipped = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a, torch.zeros_like(m)
+    ours, metrics = shapes.skyrl_policy_loss(b.logp, b.old, a, skyrl_config(kind), m)
+    assert_same(ours, (loss * m).sum(), b.logp)
+    assert metrics["clip_ratio"] == pytest.approx(mean_of(clipped, m), abs=1e-6)
+
+
+def test_skyrl_refuses():
+    b = batch()
+    with pytest.raises(ValueError, match="config.policy_loss_type must be regular"):
+        shapes.skyrl_policy_loss(b.logp, b.old, b.advantage, skyrl_config("kl_cov"))
+    config = skyrl_config("regular")
+    config.off_policy_correction.tis_ratio_type = "token"
+    with pytest.raises(ValueError, match="off_policy_correction.tis_ratio_type must be None"):
+        shapes.skyrl_policy_loss(b.logp, b.old, b.advantage, config)
+    config = skyrl_config("cispo")
+    config.cispo.cispo_anchor = "rollout"
+    with pytest.raises(ValueError, match="cispo_anchor must be 'old'"):
+        shapes.skyrl_policy_loss(b.logp, b.old, b.advantage, config)
+
+
+# ----------------------------------------------------------------------------------------- NeMo-RL
+
+
+def nemo(b, **cfg):
+    """(loss, metrics) of our object; one more position in front, as NeMo-RL's data has it."""
+
+    def data(x):
+        return torch.nn.functional.pad(x, (1, 0))
+
+    loss = shapes.NemoPolicyLoss(SimpleNamespace(reference_policy_kl_penalty=0.0, **cfg))
+    return loss(
+        next_token_logprobs=b.logp, global_valid_seqs=torch.tensor(5),
+        global_valid_toks=torch.tensor(19),
+        data={"token_mask": data(b.mask), "sample_mask": torch.tensor([1.0, 1.0, 0.0]),
+              "advantages": data(b.advantage), "prev_logprobs": data(b.old),
+              "generation_logprobs": data(b.rollout)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cfg", [
+    {}, {"ratio_clip_c": 1.3}, {"ratio_clip_min": 0.1, "ratio_clip_max": 0.4},
+    {"disable_ppo_ratio": True}, {"use_cispo": True}, {"force_on_policy_ratio": True},
+    {"token_level_loss": False},
+    {"token_level_loss": False, "sequence_level_importance_ratios": True},
+    {"use_importance_sampling_correction": True},
+    {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 1.2},
+    {"truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio": 1.4,
+     "truncated_importance_sampling_ratio_min": 0.7},
+])  # fmt: skip
+def test_nemo(cfg):
+    b = batch()
+    m = b.mask * torch.tensor([1.0, 1.0, 0.0]).unsqueeze(1)
+    if "truncated_importance_sampling_type" in cfg:
+        cfg = {**cfg, "use_importance_sampling_correction": True}
+    log_ratio = b.logp - (b.logp.detach() if "force_on_policy_ratio" in cfg else b.old)
+    if "sequence_level_importance_ratios" in cfg:
+        log_ratio = ((log_ratio * m).sum(1) / m.sum(1).clamp(min=1)).unsqueeze(1) + 0 * m
+    low, high = cfg.get("ratio_clip_min", 0.2), cfg.get("ratio_clip_max", 0.2)
+    loss = ppo(log_ratio.exp(), b.advantage, low, high, cfg.get("ratio_clip_c"))
+    if "disable_ppo_ratio" in cfg:
+        loss = -b.advantage * b.logp
+    if "use_cispo" in cfg:
+        loss = -b.advantage * log_ratio.exp().clamp(0.8, 1.2).detach() * b.logp
+    if "use_importance_sampling_correction" in cfg:
+        w = (b.old - b.rollout).exp()
+        kind = cfg.get("truncated_importance_sampling_type")
+        w = w.clamp(0, 1.2) if kind == "tis" else w
+        loss = loss * (w * ((w >= 0.7) & (w <= 1.4)) if kind == "icepop" else w)
+    want = (loss * m).sum() / 19
+    if not cfg.get("token_level_loss", True):
+        want = ((loss * m).sum(1) / m.sum(1).clamp(min=1)).sum() / 5
+    ours, metrics = nemo(b, **cfg)
+    assert_same(ours, want, b.logp)
+    assert metrics["num_valid_samples"] == 2
+    assert metrics["probs_ratio_min"] <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("cfg", [
+    {"positive_example_nll_weight": 0.1},
+    {"use_importance_sampling_correction": True,
+     "truncated_importance_sampling_type": "seq-mask-tis"},
+    {"use_importance_sampling_correction": True, "sequence_level_importance_ratios": True,
+     "token_level_loss": False},
+])  # fmt: skip
+def test_nemo_refuses(cfg):
+    with pytest.raises(ValueError, match="call_shapes: cfg"):
+        nemo(batch(), **cfg)
+    with pytest.raises(ValueError, match="cfg.reference_policy_kl_penalty must be 0; got 0.01"):
+        shapes.NemoPolicyLoss(SimpleNamespace())
+
+
+def test_nemo_enums_come_from_the_host(monkeypatch):
+    interfaces = types.ModuleType("nemo_rl.algorithms.loss.interfaces")
+    interfaces.LossType = SimpleNamespace(TOKEN_LEVEL="t", SEQUENCE_LEVEL="s")
+    interfaces.LossInputType = SimpleNamespace(LOGPROB="logprob")
+    for name in ("nemo_rl", "nemo_rl.algorithms", "nemo_rl.algorithms.loss"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, interfaces.__name__, interfaces)
+    loss = shapes.NemoPolicyLoss(SimpleNamespace(reference_policy_kl_penalty=0.0))
+    assert (loss.loss_type, loss.input_type) == ("t", "logprob")
+
+
+# --------------------------------------------------------------------------------- slime, prime-rl
+
+
+@pytest.mark.parametrize("dual", [None, 1.4])
+def test_slime(dual):
+    b = batch()
+    kl, a = (b.old - b.logp)[b.mask.bool()], b.advantage[b.mask.bool()]
+    weight = torch.linspace(0.5, 2, len(kl))  # slime's reducer weighs samples
+    ours, clipped = shapes.slime_policy_loss(kl, a, 0.2, 0.3, dual)
+    want = ppo((-kl).exp(), a, 0.2, 0.3, dual)
+    torch.testing.assert_close(ours, want, rtol=2e-6, atol=1e-6)
+    assert_same((ours * weight).sum(), (want * weight).sum(), b.logp)
+    ratio = (-kl).exp()
+    assert torch.equal(clipped.bool(), ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0)))
+
+
+def test_prime_rl(monkeypatch):
+    module = types.ModuleType("prime_rl.trainer.rl.loss")
+    module.LossOutputs = SimpleNamespace
+    for name in ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    b = batch()
+    m, w = b.mask[0].bool(), torch.linspace(0.5, 2, L)
+    inputs = SimpleNamespace(
+        trainer_logprobs=b.logp[0], inference_logprobs=b.old[0], ref_logprobs=b.rollout[0],
+        advantages=b.advantage[0], loss_mask=m, loss_weights=w,
+    )  # fmt: skip
+    out = shapes.prime_rl_loss(inputs, clip_high=0.4, dual=1.3, kl_coef=0.1)
+    gap = b.rollout[0] - b.logp[0]
+    token = ppo((b.logp[0] - b.old[0]).exp(), b.advantage[0], 0.2, 0.4, 1.3)
+    token = token + 0.1 * (gap.exp() - gap - 1)
+    assert_same(out.loss, (token * w)[m].sum(), b.logp)
+    assert set(out.metrics) == {"clip_low", "clip_high", "kl_k1", "ratio", "ref_kl_k3"}
+
+
+# ------------------------------------------------------------------------------------- cloudpickle
+
+
+@pytest.mark.parametrize("thing", [
+    shapes.triton_grpo_loss, shapes.skyrl_policy_loss, shapes.slime_policy_loss,
+    shapes.prime_rl_loss, shapes.PolicyLoss(dual_clip=2.0),
+    shapes.NemoPolicyLoss(SimpleNamespace(reference_policy_kl_penalty=0.0)),
+], ids=lambda x: getattr(x, "__name__", type(x).__name__))  # fmt: skip
+def test_everything_survives_cloudpickle(thing):
+    cloudpickle = pytest.importorskip("cloudpickle", reason="needs the group `hosts`")
+    again = importlib.import_module("pickle").loads(cloudpickle.dumps(thing))
+    assert type(again) is type(thing)
+    if callable(getattr(thing, "__name__", None)) or isinstance(thing, types.FunctionType):
+        assert again is thing  # by name: nothing of the extension in the message

@@ -1,0 +1,334 @@
+"""tokfuse.integrations.hf beside transformers: loss, gradients, statistics, packed forward."""
+
+import copy
+
+import pytest
+import torch
+
+import tokfuse
+from tokfuse.integrations import hf, hosts
+
+pytest.importorskip("peft", reason="needs the group `hosts`")
+transformers = pytest.importorskip("transformers", reason="needs the group `hosts`")
+
+V, H, B, L = 61, 16, 3, 9
+SIZES = {
+    "vocab_size": V, "hidden_size": H, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
+    "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.3,
+}  # fmt: skip
+# Options that would be easy to lose.
+MODELS = {
+    "llama": {"tie_word_embeddings": False}, "mistral": {}, "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {}, "phi3": {}, "olmo2": {}, "smollm3": {"no_rope_layers": [1]}, "gemma": {},
+    "gemma2": {"final_logit_softcapping": 0.8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "gemma3_text": {"final_logit_softcapping": 0.8, "query_pre_attn_scalar": 8},
+    "cohere": {"logit_scale": 0.3}, "cohere2": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0},
+}  # fmt: skip
+
+
+def make(kind="llama", **options):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **MODELS[kind], **options})
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def batch():
+    gen = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, V, (B, L), generator=gen)
+    mask = torch.ones(B, L, dtype=torch.int64)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def run(model, **more):
+    model.zero_grad()
+    out = model(**batch(), **more)
+    out.loss.backward()
+    return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(mine, theirs):
+    torch.testing.assert_close(mine[0].loss, theirs[0].loss, rtol=1e-6, atol=1e-6)
+    assert mine[1].keys() == theirs[1].keys()
+    for name, grad in theirs[1].items():
+        torch.testing.assert_close(mine[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# ---------------------------------------------------------------------------------- patched forward
+
+
+@pytest.mark.parametrize("kind", hf.SUPPORTED)
+def test_every_supported_head(kind):
+    model = make(kind)
+    theirs = run(model)
+    with hf.installed(model):
+        mine = run(model)
+    assert mine[0].logits is None
+    assert_same(mine, theirs)
+
+
+def test_bias_normalizer_and_shifted_labels():
+    model = make()
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, V))
+    more = {"num_items_in_batch": torch.tensor(37)}
+    theirs = run(model, **more)
+    with hf.installed(model):
+        assert_same(run(model, **more), theirs)
+        given = batch()
+        shifted = torch.nn.functional.pad(given.pop("labels"), (0, 1), value=-100)[:, 1:]
+        out = model(**given, shift_labels=shifted, **more)
+    torch.testing.assert_close(out.loss, theirs[0].loss, rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_beside_the_loss():
+    model = make()
+    labels = batch()["labels"][:, 1:]
+    logp = (model(**batch()).logits[:, :-1] / 0.7).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    with hf.installed(model, temperature=0.7):
+        out = model(**batch(), token_stats=True)
+    rows = labels != -100
+    chosen = logp.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(out["logp"], chosen.masked_fill(~rows, 0), rtol=0, atol=2e-6)
+    torch.testing.assert_close(out["entropy"], entropy.masked_fill(~rows, 0), rtol=0, atol=2e-6)
+    out["entropy"].sum().backward()
+    assert model.lm_head.weight.grad.any()
+
+
+def test_without_labels_the_forward_is_the_models_own():
+    model = make()
+    ids = batch()["input_ids"]
+    before, text = model(ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)
+    with hf.installed(model):
+        assert torch.equal(model(ids).logits, before)
+        assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), text)
+
+
+def test_no_label_at_all_is_a_differentiable_zero():
+    model = make()
+    given = {**batch(), "labels": torch.full((B, L), -100)}
+    with hf.installed(model):
+        loss = model(**given).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+def test_install_is_idempotent_and_uninstall_restores():
+    model = make()
+    hf.uninstall(model)
+    assert "forward" not in vars(model)
+    hf.install(model)
+    ours = model.forward
+    hf.install(model)
+    assert model.forward is ours and "with tokfuse" in hf.describe(model)
+    hf.uninstall(model)
+    assert "forward" not in vars(model) and model.forward.__func__ is type(model).forward
+    assert "as it is" in hf.describe(model)
+    hf.install(model)
+    model.forward = model.forward.__wrapped__
+    for _ in range(2):  # and it stays so
+        with pytest.raises(ValueError, match=r"forward must be still the one that was installed"):
+            hf.uninstall(model)
+
+
+@pytest.mark.parametrize(
+    "more", [{"logits_to_keep": 3}, {"return_dict": False}, {"output_router_logits": True}]
+)
+def test_a_forward_option_that_is_not_honoured_is_refused(more):
+    model = make()
+    with (
+        hf.installed(model),
+        pytest.raises(ValueError, match=rf"integrations.hf: {next(iter(more))} "),
+    ):
+        model(**batch(), **more)
+
+
+def test_labels_of_another_length_are_refused():
+    model = make()
+    given = {**batch(), "labels": torch.zeros(B, L - 2, dtype=torch.int64)}
+    with (
+        hf.installed(model),
+        pytest.raises(ValueError, match=r"labels must be of shape .* \(3, 8\)"),
+    ):
+        model(**given)
+
+
+def test_untested_versions_and_other_models_are_refused(monkeypatch):
+    model = make()
+    model.config.model_type = "mamba"
+    with pytest.raises(ValueError, match=r"the model type must be one of llama, .*; got 'mamba'"):
+        hf.install(model)
+    monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: "4.57.1")
+    with pytest.raises(ValueError, match=r"transformers must be 5\.23\.\* .* got 4\.57\.1"):
+        hf.install(make())
+
+
+# ---------------------------------------------------------------------------------------- adapters
+
+
+def lora(**options):
+    from peft import LoraConfig, get_peft_model
+
+    defaults = {"target_modules": ["lm_head"], "r": 3, "lora_alpha": 5, "init_lora_weights": False}
+    torch.manual_seed(4)
+    return get_peft_model(make(), LoraConfig(**{**defaults, **options}))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_dropout": 0.4},
+                                     {"target_modules": ["q_proj"],
+                                      "modules_to_save": ["lm_head"]}])  # fmt: skip
+def test_adapters_of_the_head_are_computed(options):
+    model = lora(**options).eval()  # no dropout
+    theirs = run(model)
+    with hf.installed(model):
+        assert_same(run(model), theirs)
+        with model.disable_adapter():
+            off = model(**batch()).loss
+        model.merge_adapter()
+        merged = model(**batch()).loss
+        model.unmerge_adapter()
+    torch.testing.assert_close(merged, theirs[0].loss, rtol=1e-5, atol=1e-5)
+    assert (off - theirs[0].loss).abs() > 1e-3
+
+
+REFUSED_ADAPTERS = {
+    "without dropout": {"lora_dropout": 0.4},
+    "plain LoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED_ADAPTERS)
+def test_adapters_that_would_be_dropped_are_refused(text):
+    model = lora(**REFUSED_ADAPTERS[text]).train()
+    with pytest.raises(ValueError, match=f"adapter of lm_head must be {text}"):
+        hf.head_of(model)
+
+
+def test_other_adapters_and_heads_are_refused():
+    from peft import IA3Config, get_peft_model
+
+    config = IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    with pytest.raises(ValueError, match="must be a LoRA adapter of a linear layer"):
+        hf.head_of(get_peft_model(make(), config))
+    model = make()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match=r"a floating torch.nn.Linear, .*; got Sequential"):
+        hf.head_of(model)
+
+
+# ------------------------------------------------------------------------------ losses from logits
+
+
+def test_loss_function_of_a_model():
+    model = make("gemma2")
+    theirs = run(model)
+    model.loss_function = hf.causal_lm_loss
+    assert_same(run(model), theirs)
+
+
+def test_compute_loss_func_of_the_trainer(tmp_path):
+    def train(**options):
+        args = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=3,
+            max_steps=2, logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
+            save_strategy="no", optim="sgd", learning_rate=0.1,
+        )  # fmt: skip
+        rows = [{k: v[i] for k, v in batch().items()} for i in range(B)] * 2
+        trainer = transformers.Trainer(make(), args, train_dataset=rows, **options)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history[:-1]]
+
+    stock = train()
+    assert train(compute_loss_func=hf.compute_loss_func) == pytest.approx(stock, rel=2e-6)
+
+
+def test_causal_lm_loss_normalizer_ignore_index_and_shift():
+    logits = torch.randn(2, 5, V)
+    labels = torch.randint(V, (2, 5))
+    labels[0, 3] = 7
+    want = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=7, reduction="sum"
+    )
+    got = hf.causal_lm_loss(logits, labels, V, num_items_in_batch=11, ignore_index=7)
+    torch.testing.assert_close(got, want / 11)
+    shifted = hf.causal_lm_loss(logits, None, V, shift_labels=labels)
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(shifted, want)
+    with pytest.raises(ValueError, match="labels must be given without shift_labels"):
+        hf.causal_lm_loss(logits, None, V)
+
+
+# ------------------------------------------------------------------------------------------ packed
+
+
+def packed(lengths):
+    ids = torch.cat([batch()["input_ids"][i % B, :n] for i, n in enumerate(lengths)])
+    return ids, torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def test_packed_sequences_see_themselves_only():
+    model = make()
+    lengths = [5, 0, 9, 1, 7]
+    ids, cu = packed(lengths)
+    stats, borders = hf.packed_token_stats(model, ids, cu, temperature=0.8)
+    alone = []
+    for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        if end > start:
+            one = ids[start:end]
+            logp = (model(one[None]).logits[0, :-1] / 0.8).log_softmax(-1)
+            alone.append(logp.gather(-1, one[1:, None]).squeeze(-1))
+    torch.testing.assert_close(stats.logp, torch.cat(alone), rtol=0, atol=3e-6)
+    assert borders.tolist() == [0, 4, 4, 12, 12, 18]
+    assert hf.packed_route(model) == "padded"
+
+
+def test_packed_with_flash_attention_passes_the_borders(monkeypatch):
+    """What transformers' flash_attention_2 reads instead of a mask."""
+    model = make()
+    monkeypatch.setattr(hf, "packed_route", lambda model: "flash_attention_2, no padding")
+    seen = {}
+    backbone = model.base_model.forward
+
+    def record(**kwargs):
+        seen.update(kwargs)
+        return backbone(input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"])
+
+    monkeypatch.setattr(model.base_model, "forward", record)
+    ids, cu = packed([4, 6])
+    assert hf.packed_hidden(model, ids, cu).shape == (10, H)
+    assert seen["input_ids"].tolist() == [ids.tolist()]
+    assert seen["position_ids"].tolist() == [[*range(4), *range(6)]]
+    assert seen["cu_seq_lens_q"].tolist() == seen["cu_seq_lens_k"].tolist() == [0, 4, 10]
+    assert seen["cu_seq_lens_q"].dtype == torch.int32
+    assert (seen["max_length_q"], seen["max_length_k"]) == (6, 6)
+    assert "attention_mask" not in seen
+
+
+def test_a_policy_step_on_a_model():
+    """head_of and packed_hidden are what policy_step needs; equal to the model's own logits."""
+    model = make("gemma2")
+    ids, cu = packed([6, 8])
+    hidden = hf.packed_hidden(model, ids, cu)
+    step = tokfuse.policy_step(
+        hidden=hidden[:-1], **hf.head_of(model).arguments(), target=ids[1:], old_logp=None,
+        advantage=torch.linspace(-1, 1, len(ids) - 1), objective=tokfuse.Objective(),
+    )  # fmt: skip
+    logits = torch.cat([model(x[None]).logits[0] for x in (ids[:6], ids[6:])])[:-1]
+    want = tokfuse.token_stats(logits, ids[1:]).logp
+    torch.testing.assert_close(step.stats.logp, want, rtol=0, atol=3e-6)
+    step.loss.backward()
+    assert model.get_input_embeddings().weight.grad.any()
+
+
+def test_the_patch_belongs_to_one_model():
+    first, second = make(), make()
+    hf.install(first)
+    assert "forward" not in vars(second)
+    assert copy.deepcopy(second)(**batch()).logits is not None
+    hf.uninstall(first)

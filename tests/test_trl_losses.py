@@ -1,0 +1,202 @@
+"""FusedGRPOTrainer against TRL's GRPOTrainer: real training steps, every loss type and option.
+
+Both train the same tiny model from the same seed with plain SGD (Adam would blow up rounding where
+a gradient is nearly 0). Loss, gradient norm, entropy, KL and every metric of TRL agree to 1e-6 of
+their size, and so do the weights after the last step.
+"""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs the group `hosts`")
+
+import tiny_grpo
+from trl import GRPOTrainer
+
+from tokfuse.integrations.trl import FusedGRPOTrainer
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+CLOCKS = ("time", "per_second", "runtime")
+SGD = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}
+# Two passes over each rollout, micro-batches of different lengths: ratios move, clips bite.
+REUSED = {**SGD, "num_iterations": 2, "max_steps": 3, "epsilon": 0.02}
+
+
+class Sampled:
+    """TRL's trainer as if vLLM had sampled: log-probabilities a little off, one of them unknown."""
+
+    def _generate(self, prompts):
+        self.use_vllm = False
+        out = list(super()._generate(prompts))
+        out[4] = [[-3.2 + 0.4 * ((3 * i + 5 * j) % 5) for j, _ in enumerate(ids)]
+                  for i, ids in enumerate(out[1])]  # fmt: skip
+        out[4][0][0] = None
+        self.use_vllm = True
+        return tuple(out)
+
+
+class Tools:
+    """Completions in which every third token came from a tool: seen by the model, not trained."""
+
+    def _generate(self, prompts):
+        out = list(super()._generate(prompts))
+        out[2] = [[int(j % 3 != 1) for j, _ in enumerate(ids)] for ids in out[1]]
+        return tuple(out)
+
+
+def train(cls, tmp_path, mixin=None, **options):
+    if mixin is not None:
+        cls = type(cls.__name__, (mixin, cls), {})
+    trainer = tiny_grpo.trainer(cls, tmp_path, **options)
+    trainer.train()
+    return trainer
+
+
+def history(trainer):
+    """Every number that was logged, without the clocks."""
+    return [
+        {name: x for name, x in row.items() if not any(clock in name for clock in CLOCKS)}
+        for row in trainer.state.log_history
+    ]
+
+
+def assert_same(ours, stock):
+    for mine, theirs in zip(history(ours), history(stock), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=2e-6, abs=1e-6, nan_ok=True), name
+    mine, theirs = ours.model.state_dict(), stock.model.state_dict()
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=2e-6, msg=name)
+
+
+def both(tmp_path, **options):
+    stock, ours = (train(cls, tmp_path, **options) for cls in (GRPOTrainer, FusedGRPOTrainer))
+    assert_same(ours, stock)
+    return ours, stock
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_on_policy(loss_type, tmp_path):
+    ours, _ = both(tmp_path, **SGD, loss_type=loss_type)
+    assert "one policy_step" in ours.describe()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_reused_rollout(loss_type, level, tmp_path):
+    both(tmp_path, **REUSED, loss_type=loss_type, importance_sampling_level=level)
+
+
+def kl(**options):
+    return {"beta": 0.2, **options}
+
+
+OPTIONS = {
+    "two-sided clip": {"delta": 1.05, "epsilon_high": 0.03},
+    "asymmetric clip": {"epsilon_high": 0.001},
+    "cispo bound": {"loss_type": "cispo", "epsilon_high": 0.95},
+    "sapo temperatures": {"loss_type": "sapo", "sapo_temperature_pos": 2.0,
+                          "sapo_temperature_neg": 0.5},
+    "vespo weights": {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 0.0,
+                      "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.5, "learning_rate": 0.02},
+    "kl": kl(), "kl of grpo": kl(loss_type="grpo"),
+    "kl of luspo": kl(loss_type="luspo", learning_rate=0.03),
+    "plain kl": kl(use_bias_correction_kl=False),
+    "kl of gspo": kl(importance_sampling_level="sequence", loss_type="grpo"),
+    "kl of gspo over tokens": kl(importance_sampling_level="sequence"),
+    "plain kl of gspo": kl(importance_sampling_level="sequence", use_bias_correction_kl=False),
+    "entropy bonus": {"entropy_coef": 0.1},
+    "entropy bonus of grpo": {"entropy_coef": 0.1, "loss_type": "grpo"},
+    "entropy bonus of dr_grpo": {"entropy_coef": -0.1, "loss_type": "dr_grpo"},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 3.4,
+                         "entropy_coef_delta": 0.05, "entropy_coef": 0.1, "max_steps": 4},
+    "high-entropy tokens": {"top_entropy_quantile": 0.4},
+    "high-entropy tokens, bonus, kl": kl(top_entropy_quantile=0.4, entropy_coef=0.1,
+                                         loss_type="grpo"),
+    "off-policy mask": {"off_policy_mask_threshold": 1e-4},
+    "truncated completions": {"mask_truncated_completions": True, "loss_type": "grpo"},
+    "rewards over the batch": {"scale_rewards": "batch"},
+    "uneven accumulation": {"steps_per_generation": 4, "gradient_accumulation_steps": 1},
+    "other temperature": {"temperature": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option(option, tmp_path, plain_history):
+    _, stock = both(tmp_path, **{**REUSED, **OPTIONS[option]})
+    assert history(stock) != plain_history  # else an ignored option would pass
+
+
+@pytest.fixture(scope="module")
+def plain_history(tmp_path_factory):
+    return history(train(GRPOTrainer, tmp_path_factory.mktemp("plain"), **REUSED))
+
+
+SAMPLER = {
+    "token_truncate": {"vllm_importance_sampling_clip_max": 1.3},
+    "token_mask": {"vllm_importance_sampling_clip_max": 1.3},
+    "sequence_truncate": {"vllm_importance_sampling_clip_max": 1.3},
+    "sequence_mask": {"vllm_importance_sampling_clip_min": 0.5},
+}
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+@pytest.mark.parametrize("mode", SAMPLER)
+def test_vllm_correction(mode, loss_type, tmp_path):
+    options = {"loss_type": loss_type, "vllm_importance_sampling_mode": mode, **SAMPLER[mode]}
+    ours, _ = both(tmp_path, mixin=Sampled, **REUSED, **options)
+    assert not math.isnan(ours.state.log_history[0]["loss"])
+
+
+def test_kl_of_vespo_corrected_for_the_sampler(tmp_path):
+    both(tmp_path, mixin=Sampled, **REUSED, **kl(loss_type="vespo"))
+
+
+def test_off_policy_mask_against_the_sampler(tmp_path):
+    both(tmp_path, mixin=Sampled, **REUSED, off_policy_mask_threshold=0.3)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_tool_tokens_are_not_trained(loss_type, tmp_path):
+    both(tmp_path, mixin=Tools, **REUSED, loss_type=loss_type, entropy_coef=0.1)
+
+
+def test_evaluation(tmp_path):
+    values = []
+    for cls in (GRPOTrainer, FusedGRPOTrainer):
+        extra = {"eval_dataset": tiny_grpo.prompts(4)}
+        trainer = tiny_grpo.trainer(cls, tmp_path, per_device_eval_batch_size=4, extra=extra)
+        torch.manual_seed(5)
+        values.append({k: x for k, x in trainer.evaluate().items()
+                       if not any(clock in k for clock in CLOCKS)})  # fmt: skip
+        assert all(p.grad is None for p in trainer.model.parameters())
+    assert values[1] == pytest.approx(values[0], rel=1e-6, abs=1e-6)
+
+
+def test_lora_and_a_frozen_head(tmp_path):
+    from peft import LoraConfig
+
+    extra = {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], r=4)}
+    stock, ours = (
+        train(cls, tmp_path, **{**REUSED, **kl()}, extra=extra)
+        for cls in (GRPOTrainer, FusedGRPOTrainer)
+    )
+    assert_same(ours, stock)
+
+
+def test_an_untied_head_with_bias_and_softcap(tmp_path):
+    """What TRL reads from the model reaches the kernel."""
+    histories = []
+    for cls in (GRPOTrainer, FusedGRPOTrainer):
+        model = tiny_grpo.load(tied=False)
+        model.config.final_logit_softcapping = 2.0
+        model.config.logit_scale = 0.7
+        with torch.no_grad():
+            model.lm_head.bias = torch.nn.Parameter(
+                torch.linspace(-1, 1, model.lm_head.out_features)
+            )
+        histories.append(train(cls, tmp_path, model=model, gradient_checkpointing=True, **REUSED))
+    assert_same(histories[1], histories[0])

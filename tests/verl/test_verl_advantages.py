@@ -1,0 +1,107 @@
+"""Every advantage estimator that has a counterpart in verl, on the same batch."""
+
+import numpy as np
+import pytest
+import torch
+from harness import compare
+
+pytest.importorskip("verl")
+
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo import core_algos
+
+ROWS, LENGTH = 10, 7
+
+
+def batch(seed=0, singles=True):
+    gen = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([[7], [5], [3], [7], [1], [6], [2], [4], [7], [3]])
+    mask = (torch.arange(LENGTH) < lengths).long()
+    mask[0, 2] = 0  # an observation between two turns
+    score = torch.randn(ROWS, generator=gen).round(decimals=1)
+    score[3] = 0.0
+    rewards = torch.zeros(ROWS, LENGTH)
+    rewards[torch.arange(ROWS), lengths.squeeze(1) - 1] = score
+    uids = ["b", "a", "b", "c", "a", "b", "single" if singles else "a", "c", "c", "a"]
+    old = -torch.rand(ROWS, LENGTH, generator=gen) * 2
+    p = old.exp()
+    return {
+        "token_level_rewards": rewards, "response_mask": mask,
+        "index": np.array(uids, dtype=object), "config": AlgoConfig(gamma=0.95),
+    }, {
+        "values": torch.randn(ROWS, LENGTH, generator=gen),
+        "reward_baselines": torch.randn(ROWS, generator=gen), "old_log_probs": old,
+        "sum_pi_squared": p * p + (1 - p) ** 2 * torch.rand(ROWS, LENGTH, generator=gen),
+    }  # fmt: skip
+
+
+CASES = {
+    "grpo": (), "rloo": (), "opo": (), "gpg": (), "reinforce_plus_plus": (),
+    "reinforce_plus_plus_baseline": (), "grpo_passk": (), "remax": ("reward_baselines",),
+    "optimal_token_baseline": ("old_log_probs", "sum_pi_squared"),
+}  # fmt: skip
+
+
+def both(name, given, **more):
+    """(ours, verl's), each (advantages, returns)."""
+    fresh = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+             for _ in range(2)]  # fmt: skip
+    return (
+        core_algos.get_adv_estimator_fn(f"tokfuse_{name}")(**fresh[0], **more),
+        core_algos.get_adv_estimator_fn(name)(**fresh[1], **more),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_advantages_are_those_of_verl(name, seed):
+    given, extra = batch(seed, singles=name != "grpo_passk")
+    ours, theirs = both(name, given, **{k: extra[k] for k in CASES[name]})
+    for a, b, what in zip(ours, theirs, ("advantages", "returns"), strict=True):
+        mask = given["response_mask"]
+        compare(a * mask, b * mask, atol=3e-6, rtol=3e-6, what=f"{name} {what}")
+
+
+def test_gae_is_that_of_verl_where_tokens_count():
+    given, extra = batch()
+    given["response_mask"][0, 2] = 1  # verl carries values over observations in its own way
+    call = {k: given[k] for k in ("token_level_rewards", "response_mask")}
+    call |= {"values": extra["values"], "gamma": 0.95, "lam": 0.9}
+    ours, theirs = both("gae", call)
+    mask = given["response_mask"]
+    for a, b in zip(ours, theirs, strict=True):
+        compare(a * mask, b * mask, atol=5e-6, rtol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_passk"])
+def test_the_deviation_can_be_left_out(name):
+    given, _ = batch(singles=False)
+    given["config"] = AlgoConfig(norm_adv_by_std_in_grpo=False)
+    more = {"norm_adv_by_std_in_grpo": False} if name == "grpo" else {}
+    ours, theirs = both(name, given, **more)
+    compare(ours[0], theirs[0], atol=3e-6)
+    assert not torch.allclose(ours[0], both(name, batch(singles=False)[0])[0][0])
+    from_config = core_algos.get_adv_estimator_fn(f"tokfuse_{name}")(**given)
+    compare(from_config[0], theirs[0], atol=3e-6)
+
+
+def test_zero_tail_can_be_kept():
+    given, extra = batch()
+    call = {k: extra[k] for k in ("old_log_probs", "sum_pi_squared")}
+    ours, theirs = both("optimal_token_baseline", given, handle_zero_tail=False, **call)
+    compare(ours[0], theirs[0], atol=3e-6, rtol=3e-6)
+
+
+def test_inputs_that_the_trainer_gives_to_its_own_names_only():
+    given, extra = batch()
+    for name, word in (("gae", "values"), ("remax", "reward_baselines"),
+                       ("optimal_token_baseline", "old_log_probs")):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            core_algos.get_adv_estimator_fn(f"tokfuse_{name}")(**given)
+    with pytest.raises(ValueError, match="rollout_is_weights"):
+        core_algos.get_adv_estimator_fn("tokfuse_optimal_token_baseline")(
+            **given, old_log_probs=extra["old_log_probs"], sum_pi_squared=extra["sum_pi_squared"],
+            rollout_is_weights=torch.ones(ROWS, LENGTH),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="at least 2"):
+        core_algos.get_adv_estimator_fn("tokfuse_grpo_passk")(**given)
