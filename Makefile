@@ -120,7 +120,7 @@ lint:
 	@$(BOOTSTRAP) --no-native lint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort \
+	@find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort \
 		| xargs --no-run-if-empty $(BIN)/clang-format --dry-run -Werror
 	@$(BIN)/python tools/typing_tree.py
 	@$(BIN)/mypy
@@ -129,7 +129,7 @@ format:
 	@$(BOOTSTRAP) --no-native lint
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	@find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs --no-run-if-empty $(BIN)/clang-format -i
 
 # A broken link, reference or docstring section is an error. The generator reads the sources through

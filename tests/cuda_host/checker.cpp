@@ -2,7 +2,7 @@
 // machine.cpp.
 //
 // Kernels are compiled with -fsanitize=thread and linked without its library: the calls that the
-// compiler puts at every load and store land here. A cell per 2 bytes remembers who wrote and who
+// compiler puts at every load and store land here. A cell per byte remembers who wrote and who
 // has read since. Whether an earlier access is over is decided exactly, by vector clocks: every
 // thread has one, and meetings of threads (barriers, __syncwarp, clusters) and mbarriers pass them
 // on; shuffles and votes do not order memory. A bulk copy is a thread of its own that knows what
@@ -18,7 +18,6 @@
 #include <map>
 #include <memory>
 #include <set>
-#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -28,8 +27,9 @@ namespace tokfuse {
 namespace host {
 namespace {
 
-constexpr uintptr_t kCell = 2;  // bytes
-constexpr int kProblems = 20;   // reported at most
+constexpr uintptr_t kCell = 1;        // bytes; neighbours of a byte array are different places
+constexpr int kProblems = 20;         // reported at most
+constexpr size_t kManyReads = 16384;  // of one place, before those of the same threads are dropped
 constexpr int kExitStatus = 67;
 constexpr unsigned kProxies = 64;  // bulk copies that are told apart, per cluster
 
@@ -42,13 +42,15 @@ struct Access {
   uint32_t clock = 0;
   bool atomic = false;
   uintptr_t pc = 0;
+
+  bool is_of(const Access& o) const { return cluster == o.cluster && thread == o.thread; }
 };
 
 struct Cell {
   uint64_t launch = 0;
   bool written = false;
   Access write;
-  std::vector<Access> reads;  // since the write, one per thread
+  std::vector<Access> reads;  // since the write
 };
 
 struct Region {
@@ -59,7 +61,8 @@ struct Region {
 struct Request {
   bool shared, write;
   unsigned bytes;
-  std::map<unsigned, uintptr_t> at;  // by lane
+  uint32_t lanes;
+  uintptr_t at[32];
 };
 
 struct Traffic {
@@ -180,11 +183,12 @@ class Checker : public Observer {
     const Place place = touch(at, bytes, write, access_of(current->in_cluster, false, pc));
     if (place != Place::kElsewhere) {
       const unsigned warp = current->in_cluster / 32;
-      const unsigned time = times_[{pc, current->in_cluster}]++;
+      const unsigned time = times_[{pc, current->in_cluster, 0}]++;
       Request& request = requests_[{pc, warp, time}];
       request.shared = place == Place::kShared;
       request.write = write;
       request.bytes = bytes;
+      request.lanes |= 1u << current->lane;
       request.at[current->lane] = at;
     }
     inside_ = false;
@@ -196,8 +200,11 @@ class Checker : public Observer {
   struct Key {
     uintptr_t pc;
     unsigned warp, time;
-    bool operator<(const Key& o) const {
-      return std::tie(pc, warp, time) < std::tie(o.pc, o.warp, o.time);
+    bool operator==(const Key& o) const { return pc == o.pc && warp == o.warp && time == o.time; }
+  };
+  struct HashKey {
+    size_t operator()(const Key& k) const {
+      return (k.pc * 0x9e3779b97f4a7c15ull) ^ (static_cast<size_t>(k.warp) << 32 | k.time) * 31;
     }
   };
 
@@ -287,13 +294,7 @@ class Checker : public Observer {
       race(write ? "two writes" : "a read of a write", cell->write, now, at, where);
     }
     if (!write) {
-      for (Access& read : cell->reads) {
-        if (read.cluster == now.cluster && read.thread == now.thread) {
-          read = now;
-          return;
-        }
-      }
-      cell->reads.push_back(now);
+      remember_read(&cell->reads, now);
       return;
     }
     for (const Access& read : cell->reads) {
@@ -302,6 +303,20 @@ class Checker : public Observer {
     cell->reads.clear();
     cell->write = now;
     cell->written = true;
+  }
+
+  // The last read of each thread is enough. Threads read one place by turns: looking for this one's
+  // every time would take longer than to drop the older ones now and then.
+  static void remember_read(std::vector<Access>* reads, const Access& now) {
+    if (!reads->empty() && reads->back().is_of(now)) reads->pop_back();
+    reads->push_back(now);
+    if (reads->size() < kManyReads) return;
+    std::set<std::pair<unsigned, unsigned>> seen;
+    std::vector<Access> last;
+    for (auto it = reads->rbegin(); it != reads->rend(); ++it) {
+      if (seen.insert({it->cluster, it->thread}).second) last.push_back(*it);
+    }
+    *reads = last;
   }
 
   void race(const char* what, const Access& a, const Access& b, uintptr_t at, const char* where) {
@@ -360,24 +375,26 @@ class Checker : public Observer {
     t.bytes = r.bytes;
     t.requests++;
     if (!r.shared) {
-      std::set<uintptr_t> sectors, cells;
-      for (const auto& [lane, at] : r.at) {
-        for (uintptr_t b = at; b < at + r.bytes; b += kCell) {
-          sectors.insert(b / 32);
-          cells.insert(b / kCell);
+      std::set<uintptr_t> sectors, places;
+      for (unsigned lane = 0; lane < 32; lane++) {
+        if (!(r.lanes >> lane & 1)) continue;
+        for (uintptr_t b = r.at[lane] / 32; b <= (r.at[lane] + r.bytes - 1) / 32; b++) {
+          sectors.insert(b);
         }
+        places.insert(r.at[lane]);
       }
       t.units += sectors.size();
-      t.fewest += (cells.size() * kCell + 31) / 32;
+      t.fewest += (places.size() * r.bytes + 31) / 32;
       return;
     }
     // Lanes go in groups whose words fill the 32 banks once.
     const unsigned words = std::max(1u, r.bytes / 4), group = 32 / words;
     for (unsigned first = 0; first < 32; first += group) {
       std::map<uintptr_t, std::set<uintptr_t>> banks;
-      for (auto it = r.at.lower_bound(first); it != r.at.end() && it->first < first + group; ++it) {
+      for (unsigned lane = first; lane < first + group; lane++) {
+        if (!(r.lanes >> lane & 1)) continue;
         for (unsigned w = 0; w < words; w++) {
-          const uintptr_t word = it->second / 4 + w;
+          const uintptr_t word = r.at[lane] / 4 + w;
           banks[word % 32].insert(word);
         }
       }
@@ -420,8 +437,8 @@ class Checker : public Observer {
   std::set<unsigned> fenced_;
   std::map<void*, std::set<unsigned>> published_;
   std::map<unsigned, std::set<unsigned>> acquired_;
-  std::map<Key, Request> requests_;
-  std::map<std::pair<uintptr_t, unsigned>, unsigned> times_;
+  std::unordered_map<Key, Request, HashKey> requests_;
+  std::unordered_map<Key, unsigned, HashKey> times_;  // a thread in place of a warp
   std::map<uintptr_t, Traffic> traffic_;
   std::set<std::pair<uintptr_t, uintptr_t>> reported_;
   int problems_ = 0;
