@@ -111,7 +111,8 @@ def _describe_logits_op() -> str:
 def _utils() -> ModuleType:
     import trl.trainer.utils
 
-    return trl.trainer.utils
+    utils: ModuleType = trl.trainer.utils
+    return utils
 
 
 class Head:
@@ -170,7 +171,7 @@ def token_head(
             raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name),
                          "This TRL asks for something newer.")  # fmt: skip
     hidden, weight, bias = operands(hidden, weight, bias)
-    options = {"temperature": temperature, "softcap": final_logit_softcapping}
+    options: dict[str, Any] = {"temperature": temperature, "softcap": final_logit_softcapping}
     stats = linear_token_stats(
         hidden, weight, targets, bias=bias, logit_scale=logit_scale, **options
     )

@@ -53,11 +53,11 @@ class Method:
     """
 
     def __init__(self, algorithm: str | Algorithm, trainer: Any, solved_above: float) -> None:
-        if isinstance(algorithm, str):
-            algorithm = algorithms.make(algorithm)
-        _check(algorithm, trainer)
-        self.algorithm: Algorithm = algorithm
-        self.state: State = algorithm.initial_state()
+        named = isinstance(algorithm, str)
+        method: Any = algorithms.make(str(algorithm)) if named else algorithm
+        _check(method, trainer)
+        self.algorithm: Algorithm = method
+        self.state: State = method.initial_state()
         self._solved = solved_above
         self._level = "sequence"
         self._rollout: Batch | None = None  # the one in use, for `advance`
@@ -177,7 +177,8 @@ class Method:
         if not trainer.model.training:
             return window
         steps = trl_objective.accumulation(trainer)
-        return window * steps / trainer.args.steps_per_generation
+        scale = float(steps / trainer.args.steps_per_generation)
+        return window * scale
 
     def _step_state(
         self, trainer: Any, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor

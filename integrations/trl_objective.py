@@ -115,16 +115,16 @@ def accumulation(trainer: Any) -> float:
 def normalizer(trainer: Any, inputs: Inputs, mask: torch.Tensor) -> float | torch.Tensor:
     """TRL's denominator. Sequences without a token count, as in TRL. mask: (batch, length)."""
     steps, batch = accumulation(trainer), mask.shape[0]
+    divisor: float | torch.Tensor = batch * steps
     if trainer.loss_type in WINDOW_MEAN:
-        window = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
-        return (
-            window * steps / trainer.args.steps_per_generation if trainer.model.training else window
-        )
-    if trainer.loss_type == "bnpo":
-        return mask.sum().clamp(min=1) * steps
-    if trainer.loss_type == "dr_grpo":
-        return batch * trainer.max_completion_length * steps
-    return batch * steps
+        divisor = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+        if trainer.model.training:
+            divisor = divisor * steps / trainer.args.steps_per_generation
+    elif trainer.loss_type == "bnpo":
+        divisor = mask.sum().clamp(min=1) * steps
+    elif trainer.loss_type == "dr_grpo":
+        divisor = batch * trainer.max_completion_length * steps
+    return divisor
 
 
 def policy_inputs(
@@ -144,7 +144,7 @@ def policy_inputs(
     if corrects_sampler(trainer):
         ratio = inputs["importance_sampling_ratio"]
         if trainer.loss_type == "vespo":
-            old_logp = _with_sampler(old_logp, ratio, mask)
+            old_logp = _with_sampler(inputs["old_per_token_logps"], ratio, mask)
         else:
             weights = (*weights, ratio)
     divisor = normalizer(trainer, inputs, mask)
@@ -204,4 +204,5 @@ def ratio_times_kl(
     kl = (gap.exp() - gap - 1) * log_ratio.exp()
     if AGGREGATIONS[trainer.loss_type] == "seq_mean_token_mean":
         kl = kl / counts
-    return trainer.beta * kl.sum() / normalizer(trainer, inputs, mask)
+    total: torch.Tensor = trainer.beta * kl.sum() / normalizer(trainer, inputs, mask)
+    return total

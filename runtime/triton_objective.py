@@ -31,6 +31,7 @@ def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> Triton
     kernels = triton_backend.kernels("objective")
     shape, _, kl, seq_mean, p, *numbers = cast(tuple[Any, ...], objective.record)
     i = inputs
+    assert i.old_logp is not None  # on policy, the callers put the statistics there
     vectors = {name: native.float_vector(getattr(i, name)) for name in kernels.TokenPointers._fields
                if hasattr(i, name) and name != "mask"}  # fmt: skip
     mask = None if i.mask is None else i.mask.contiguous()
@@ -56,6 +57,7 @@ def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> Triton
 
 def _batch_scale(i: PolicyInputs, counts: torch.Tensor | None) -> torch.Tensor:
     """1 / count of this batch, 0 where nothing counts, without asking the device."""
+    assert i.old_logp is not None
     if counts is not None:
         count = (counts > 0).sum()
     elif i.mask is not None:
