@@ -55,7 +55,8 @@ def test_the_same_bits_as_with_its_own_logp(backend, level, source):
     with backend.forced():
         step, grads = run(source, level, None, backend)
         again, same = run(source, level, step.stats.logp, backend)
-    if backend.name in ("cuda", "triton") and level == "token":  # another kernel: equal to the op's bounds
+    # Another kernel: equal to the op's bounds.
+    if backend.name in ("cuda", "triton") and level == "token":
         torch.testing.assert_close(step.loss, again.loss, rtol=2e-6, atol=2e-6)
         for mine, theirs in zip(grads, same, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
