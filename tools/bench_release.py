@@ -52,10 +52,10 @@ STEPS = (
          f"128xqwen2.5,128xllama3,32xgemma2 {FEW} --peers {EVERY}"),
     Step("peers", "verl", f"policy_step_hidden --variant rows=1 --shapes 256xsmollm2 {FEW} "
          "--peers verl"),
-    Step("growth", "ours", f"growth --axes tokens,vocab,rows {FEW} --peers torch_eager"),
-    Step("growth", "ours", f"growth --axes hidden,threads {FEW} --peers none"),
     Step("advantage", "ours", "advantage --rounds 5 --budget 10 --peers torch_eager"),
     Step("influence", "ours", "influence --rounds 5 --budget 20 --no-errors --peers none"),
+    Step("growth", "ours", f"growth --axes tokens,vocab,rows {FEW} --peers torch_eager"),
+    Step("growth", "ours", f"growth --axes hidden,threads {FEW} --peers none"),
     Step("predicted", "ours", "predict"),
 )  # fmt: skip
 
