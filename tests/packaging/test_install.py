@@ -95,9 +95,12 @@ def test_sdist_holds_everything_a_build_reads(sdist: Path, source: Path):
 
 
 def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Path):
-    """From the archive alone, with no CUDA compiler on PATH."""
+    """From the archive alone, with no CUDA compiler on PATH, nor where CMake looks besides."""
     path = path_without("nvcc", tmp_path / "bin")
-    output = environment.pip("install", str(sdist), PATH=path, TOKFUSE_CUDA="AUTO").stdout
+    arguments = f"{QUICK_BUILD} -DCMAKE_CUDA_COMPILER=NOTFOUND"
+    output = environment.pip(
+        "install", str(sdist), PATH=path, TOKFUSE_CUDA="AUTO", TOKFUSE_CMAKE_ARGS=arguments
+    ).stdout
     assert "tokfuse: no CUDA kernels (no nvcc that works" in output
     assert check_installed(environment, native=True)["native"]["cuda_version"] == ""
 
