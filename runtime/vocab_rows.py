@@ -45,8 +45,11 @@ def _unit(backend: str, o: LogitOptions) -> float | torch.Tensor:
     if backend == "cpu":
         return LN_2
     assert backend in ("cuda", "triton"), backend
-    # Softcap and bias apply to scaled logits; without them the scale is part of the exponent's.
+    # Softcap and bias apply to scaled logits; without them the scale is part of the exponent's. The
+    # Triton kernels have the cap in the exponent as well, and the shift is a tangent.
     scale = 1.0 if o.softcap is not None or o.bias_logits is not None else o.logit_scale
+    if backend == "triton" and o.softcap is not None:
+        scale = o.softcap
     if isinstance(o.temperature, torch.Tensor):
         return scale / o.temperature.double()
     return scale / o.temperature

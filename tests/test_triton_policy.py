@@ -15,9 +15,9 @@ from policy_cases import SHAPES
 
 import tokfuse
 from tokfuse import KL, Objective, PPOClip
+from tokfuse.runtime import device_step
 from tokfuse.runtime.metrics import SLOTS
 from tokfuse.runtime.objective import KL_ESTIMATORS, LEVELS
-from tokfuse.runtime.ops import policy_step as policy_step_op
 
 launch = pytest.importorskip("tokfuse.triton_kernels.launch")
 for _kernel in ("policy_step", "token_stats"):  # declare their records, which tests replace
@@ -286,7 +286,7 @@ def test_a_bad_target(backend, small_tiles, monkeypatch):
     logits, keywords = logits_of(torch.float32)
     before = logits.clone()
     with monkeypatch.context() as unread:
-        unread.setattr(policy_step_op, "may_read", lambda x: False)
+        unread.setattr(device_step, "may_read", lambda x: False)
         wrong = keywords | {"target": keywords["target"].clone()}
         wrong["target"][1] = VOCAB
         step = step_of(backend, logits, SPEC, **wrong)

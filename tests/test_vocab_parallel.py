@@ -142,7 +142,8 @@ def test_backends_declare_the_unit_of_their_shift():
     """A new backend of token_stats must say what its shift means, or no shard can be merged."""
     options = LogitOptions(torch.tensor([0.5, 2.0]), None, 3.0, None)
     assert vocab_rows._unit("triton", options).tolist() == [6.0, 1.5]
-    assert vocab_rows._unit("triton", options._replace(softcap=9.0)).tolist() == [2.0, 0.5]
+    assert vocab_rows._unit("triton", options._replace(softcap=9.0)).tolist() == [18.0, 4.5]
+    assert vocab_rows._unit("cuda", options._replace(softcap=9.0)).tolist() == [2.0, 0.5]
     assert vocab_rows._unit("reference", options) == 1.0
     with pytest.raises(AssertionError):
         vocab_rows._unit("metal", options)
