@@ -103,12 +103,14 @@ def workspace_rows(p: HeadProblem, rows: int) -> int:
     """Rows of the workspace: what the budget holds, or equal parts where little would be left over.
 
     A product of many rows is faster per row, and one of a few still reads the whole weight: 512
-    rows at a budget of 341 take 4% longer as 256 + 256 than as 341 + 171.
+    rows at a budget of 341 take 4% longer as 256 + 256 than as 341 + 171. An eighth is left for
+    what products and row kernels need besides (4 MiB there).
     """
     limit = rows_in_budget(p)
     parts = max(1, -(-rows // limit))
+    equal = max(1, -(-rows // parts))
     left_over = rows - (parts - 1) * limit
-    return limit if parts > 1 and 2 * left_over >= limit else max(1, -(-rows // parts))
+    return max(equal, limit * 7 // 8) if parts > 1 and 2 * left_over >= limit else equal
 
 
 def needed_rows(p: HeadProblem) -> torch.Tensor | None:
