@@ -103,8 +103,8 @@ def workspace_rows(p: HeadProblem, rows: int) -> int:
     """Rows of the workspace: what the budget holds, or equal parts where little would be left over.
 
     A product of many rows is faster per row, and one of a few still reads the whole weight: 512
-    rows at a budget of 341 take 4% longer as 256 + 256 than as 341 + 171. An eighth is left for
-    what products and row kernels need besides (4 MiB there).
+    rows at a budget of 341 took 4% longer as 256 + 256 than as 341 + 171 (best of 11 on a busy
+    machine). An eighth is left for what products and row kernels need besides (4 MiB there).
     """
     limit = rows_in_budget(p)
     parts = max(1, -(-rows // limit))
