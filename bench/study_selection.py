@@ -34,8 +34,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 KINDS = ("useful", "irrelevant", "mislabelled")
 IRRELEVANT = ("spell_backward", "letter_counting")
 FULL, ORACLE = "the whole pool", "only useful samples"
-# Not chosen beforehand: the runs were made with features scaled by the sample count, which is GREATS
-# at ten times the learning rate. The factor was set after them, so that rows and code agree.
+# Not chosen beforehand: the runs were made with features scaled by the sample count, which is
+# GREATS at ten times the learning rate. The factor was set after them, so that rows and code agree.
 OVERLAP = 10
 
 
