@@ -191,7 +191,8 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
 //
 // `after` is prefetched meanwhile, one block before its use: the hardware's own streams end at
 // every 4 KiB page, which is one block of bfloat16, and at every tile. Without, bfloat16 rows
-// take 1.5 to 2.4 times as long and float32 rows 1.2 to 1.4. Past the end of memory it does no harm.
+// take 1.5 to 2.4 times as long and float32 rows 1.2 to 1.4. Past the end of memory it does no
+// harm.
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Sums of one lane each; two sets, so that additions do not wait for each other.
