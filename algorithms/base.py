@@ -98,8 +98,6 @@ class Plan:
     ) -> PolicyLoss:
         """`tokfuse.policy_loss` of differentiable statistics; the same numbers as `policy_step`."""
         inputs = self.inputs(normalizer)
-        if "token_weight" in inputs:
-            inputs["weight"] = inputs.pop("token_weight")
         return policy_loss(logp, entropy=entropy, **inputs)
 
     def count(self) -> torch.Tensor:

@@ -55,7 +55,8 @@ def _padded_loss(
     return policy_loss(
         padding.pack(log_probs), old_logp=None if old is None else padding.pack(old),
         advantage=padding.pack(advantages), objective=objective, normalizer=normalizer,
-        cu_seqlens=padding.cu_seqlens, weight=None if weight is None else padding.pack(weight),
+        cu_seqlens=padding.cu_seqlens,
+        token_weight=None if weight is None else padding.pack(weight),
     )  # fmt: skip
 
 
@@ -388,7 +389,7 @@ def prime_rl_loss(
         inputs.trainer_logprobs, old_logp=inputs.inference_logprobs, advantage=inputs.advantages,
         objective=Objective(shape=PPOClip(low=clip_low, high=clip_high, dual=dual), level=level,
                             kl=kl, aggregation="token_sum"),
-        mask=inputs.loss_mask, ref_logp=inputs.ref_logprobs if kl else None, weight=weight,
+        mask=inputs.loss_mask, ref_logp=inputs.ref_logprobs if kl else None, token_weight=weight,
         kl_weight=weight if kl else None,
         cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32, device=inputs.loss_mask.device),
     )  # fmt: skip

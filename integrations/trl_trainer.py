@@ -201,7 +201,6 @@ class FusedGRPOTrainer(GRPOTrainer):
         given = trl_objective.policy_inputs(
             self, inputs, padding, mask, tuple(weights), entropy_mask
         )
-        given["weight"] = given.pop("token_weight")
         logp, entropy = padding.pack(logps), padding.pack(entropies)
         loss = policy_loss(logp, entropy=entropy, **given).loss
         if trl_objective.adds_kl(self):

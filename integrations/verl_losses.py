@@ -122,7 +122,7 @@ def run(
         old_logp=call.old_log_prob.detach().reshape(-1),
         advantage=(call.advantages.reshape(-1) if advantage is None else advantage).detach(),
         objective=objective, mask=call.mask, cu_seqlens=call.cu_seqlens, normalizer=count,
-        weight=product,
+        token_weight=product,
         advantage_level=level, **given,
     )  # fmt: skip
     return out if divisor == 1.0 else replace(out, loss=out.loss / divisor)

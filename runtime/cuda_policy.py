@@ -20,7 +20,7 @@ class TokenPointers(NamedTuple):
     advantage: Any
     mask: Any
     agg_weight: Any
-    weight: Any
+    token_weight: Any
     signal: Any
     ref_logp: Any
     kl_weight: Any
@@ -111,8 +111,8 @@ def policy_step_rows(
     on_device = isinstance(given.scale, torch.Tensor)
     objective = (
         given.record, *(pointer(v) for v in (
-            x.old_logp, x.advantage, x.agg_weight, x.weight, x.signal, x.ref_logp, x.kl_weight,
-            x.entropy_weight)),
+            x.old_logp, x.advantage, x.agg_weight, x.token_weight, x.signal, x.ref_logp,
+            x.kl_weight, x.entropy_weight)),
         pointer(given.scale) if isinstance(given.scale, torch.Tensor) else 0,
         1.0 if on_device else given.scale, *map(pointer, out),
     )  # fmt: skip
@@ -189,7 +189,7 @@ def policy_loss(
     record = (
         objective.record, tokens, seqs, pointer(x), pointer(v["old_logp"]),
         pointer(v["advantage"]), int(i.advantage_level == "sequence"), pointer(mask), pointer(cu),
-        pointer(v["weight"]), pointer(v["signal"]), pointer(v["ref_logp"]),
+        pointer(v["token_weight"]), pointer(v["signal"]), pointer(v["ref_logp"]),
         pointer(v["kl_weight"]), pointer(h), pointer(v["entropy_weight"]), inverse,
         int(objective.counts_sequences), *map(pointer, outputs), pointer(sums),
     )  # fmt: skip

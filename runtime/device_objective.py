@@ -16,7 +16,9 @@ from tokfuse.runtime.reference.policy_loss import PolicyInputs
 # (cu_seqlens, mask, tokens, seq_mean, seq_advantage) -> counts (seqs,) int32, aggregation weights
 # (tokens,) or None, advantages (tokens,) or None
 Prepare = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
-VECTORS = ("old_logp", "advantage", "weight", "signal", "ref_logp", "kl_weight", "entropy_weight")
+VECTORS = (
+    "old_logp", "advantage", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight",
+)  # fmt: skip
 
 
 class DeviceInputs(NamedTuple):

@@ -51,7 +51,7 @@ def check_inputs(
         assert inputs.cu_seqlens is not None
         size, like = inputs.cu_seqlens.shape[0] - 1, "seqs"
     checks.check_vector(op, "advantage", inputs.advantage, size, like, device)
-    for name in ("old_logp", "weight", "signal", "ref_logp", "kl_weight", "entropy_weight"):
+    for name in ("old_logp", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight"):
         value = getattr(inputs, name)
         if value is not None:
             checks.check_vector(op, name, value, tokens, "tokens", device)

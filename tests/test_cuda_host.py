@@ -141,8 +141,9 @@ def test_an_impossible_launch_is_an_error():
 # ------------------------------------------------------------------------------ the shipped kernels
 
 
-def rows(flags, **variables: str) -> Run:
-    return run(program("rows", [*ROW_KERNELS, HOST / "rows_main.cpp"], flags), **variables)
+def rows(flags, *arguments: str, **variables: str) -> Run:
+    main = program("rows", [*ROW_KERNELS, HOST / "rows_main.cpp"], flags)
+    return run(main, *arguments, **variables)
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
@@ -158,6 +159,41 @@ def test_row_kernels_have_no_race_and_stay_inside_their_arrays(arch: str):
     shared = {p: x for p, x in report.items() if p.startswith("shared")}
     assert vectors and shared
     assert max(vectors.values()) < 1.1 and max(shared.values()) == 1.0, (vectors, shared)
+
+
+def moved(op: str, size: int, vocab: int, arch: str, kernel: str) -> tuple[float, float]:
+    """Bytes read and written per row that is not masked (4) and per row (5), over `vocab`."""
+    done = rows(
+        CHECKED, op, str(size), str(vocab), TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_PROCESSORS="1"
+    )
+    assert done.status == 0, done.err
+    found = re.findall(rf"Arguments = {{[^}}]*{kernel}.*: (\d+) bytes read, (\d+)", done.err)
+    ((read, written),) = found
+    return int(read) / (4 * vocab), int(written) / (5 * vocab)
+
+
+# What a row costs beside its logits, in bytes per element at these sizes: targets, the inputs of
+# the objective, results. The backward's come from every block of a row, and so from a cache.
+BESIDE, BESIDE_IN_BACKWARD = 0.08, 0.5
+
+
+@pytest.mark.parametrize(("size", "vocab"), [(2, 32_768), (4, 32_768), (2, 151_936)])
+@pytest.mark.parametrize(("arch", "visits"), [("80", 2), ("90", 1), ("100", 1)])
+def test_policy_step_reads_a_row_once_and_writes_it_once(arch, visits, size, vocab):
+    """In a cluster; the portable kernel's second visit is meant for L2."""
+    op = "policy_step_" if size == 4 else "policy_step"
+    read, written = moved(op, size, vocab, arch, "TokenObjective")
+    assert visits * size <= read < visits * size + BESIDE
+    assert size <= written < size + BESIDE
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_token_stats_reads_a_row_once_and_the_backward_once_more(size: int):
+    read, written = moved("token_stats", size, 32_768, "90", "TokenStatsOut")
+    assert size <= read < size + BESIDE and written < BESIDE
+    read, written = moved("token_stats", size, 32_768, "90", "TokenStatsGrad")
+    assert size <= read < size + BESIDE_IN_BACKWARD
+    assert size <= written < size + BESIDE
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])

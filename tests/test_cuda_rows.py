@@ -50,8 +50,9 @@ def policy_problem(tokens: int, vocab: int, dtype: torch.dtype, **names: bool):
     advantage = uniform(-2.0, 2.0)
     advantage[1::4] = 0.0
     inputs = {
-        "old_logp": logp + uniform(-0.5, 0.5), "advantage": advantage, "weight": uniform(0.2, 2.0),
-        "signal": uniform(0.1, 0.9), "ref_logp": logp + uniform(-1.0, 1.0),
+        "old_logp": logp + uniform(-0.5, 0.5), "advantage": advantage,
+        "token_weight": uniform(0.2, 2.0), "signal": uniform(0.1, 0.9),
+        "ref_logp": logp + uniform(-1.0, 1.0),
         "kl_weight": uniform(0.0, 1.0), "entropy_weight": uniform(0.0, 1.0),
     }  # fmt: skip
     return logits, target, inputs
@@ -59,8 +60,8 @@ def policy_problem(tokens: int, vocab: int, dtype: torch.dtype, **names: bool):
 
 EVERYTHING = Objective(kl=KL(coef=0.05), entropy_coef=0.02)
 OBJECTIVES = {
-    "clip": (Objective(shape=PPOClip(low=0.1, high=0.1, dual=2.0)), ("weight",)),
-    "all_terms": (EVERYTHING, ("weight", "ref_logp", "kl_weight", "entropy_weight")),
+    "clip": (Objective(shape=PPOClip(low=0.1, high=0.1, dual=2.0)), ("token_weight",)),
+    "all_terms": (EVERYTHING, ("token_weight", "ref_logp", "kl_weight", "entropy_weight")),
     "no_weights": (EVERYTHING, ("ref_logp",)),
     "signal": (Objective(shape=TargetRatio(low=0.2, high=0.3)), ("signal",)),
 }

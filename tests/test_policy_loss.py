@@ -151,7 +151,7 @@ def test_kl_clamp_stops_the_gradient_outside(estimator: str, run):
 
 
 def test_weights_multiply_their_own_term(run):
-    names = ("weight", "ref_logp", "kl_weight", "entropy", "entropy_weight")
+    names = ("token_weight", "ref_logp", "kl_weight", "entropy", "entropy_weight")
     data = batch(*names)
     data.inputs["ref_logp"][3] = data.logp[3] + 1.0
     old, ref = data.inputs["old_logp"].tolist(), data.inputs["ref_logp"].tolist()

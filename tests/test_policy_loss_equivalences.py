@@ -94,7 +94,7 @@ def test_nft_on_policy_is_grpo_or_dr_grpo(normalize: int, centre_only: bool, bac
     weight = (1 - q) if normalize == 1 else ((1 - q) / q).sqrt()
     _, nft = evaluate(
         backend, Objective(shape=NFT()), logp, old_logp=logp, advantage=2 * correct - 1,
-        signal=q.expand(8), weight=weight.expand(8),
+        signal=q.expand(8), token_weight=weight.expand(8),
     )  # fmt: skip
     _, expected = evaluate(backend, Objective(), logp, old_logp=logp, advantage=grpo)
     compare(nft, expected, rtol=1e-6)

@@ -38,7 +38,7 @@ def evaluate(put, objective: Objective, dtype: torch.dtype, inputs):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_equal_the_reference(shape: str, level: str, backend: Backend):
-    names = ["weight", "ref_logp", "kl_weight", "entropy", "entropy_weight"]
+    names = ["token_weight", "ref_logp", "kl_weight", "entropy", "entropy_weight"]
     data = batch(*names, *(["signal"] if SHAPES[shape].needs_signal else []))
     turn = list(LEVELS).index(level)
     for i, estimator in enumerate((None, *KL_ESTIMATORS)):

@@ -9,7 +9,7 @@ import tokfuse
 from tokfuse import KL, LinearRatio, Objective, PPOClip, TargetRatio
 
 FULL = Objective(shape=TargetRatio(), kl=KL(estimator="ratio_k3", coef=0.2), entropy_coef=0.1)
-NAMES = ("weight", "signal", "ref_logp", "kl_weight", "entropy", "entropy_weight")
+NAMES = ("token_weight", "signal", "ref_logp", "kl_weight", "entropy", "entropy_weight")
 
 
 @pytest.fixture(params=backends("policy_loss", interpreted=False, hosted=False))
@@ -291,7 +291,7 @@ def test_16_bit_inputs_are_exact_and_their_gradients_rounded_once(dtype, backend
 def test_inputs_of_mixed_dtypes(backend: Backend):
     logp, inputs = batch(*NAMES).cast(torch.float32)
     mixed = dict(inputs)
-    for name in ("old_logp", "weight", "entropy"):
+    for name in ("old_logp", "token_weight", "entropy"):
         mixed[name] = inputs[name].double()
     got, want = (evaluate(backend, FULL, logp, **given) for given in (mixed, inputs))
     assert same(got[:4], want[:4]) and got[4].dtype == torch.float64

@@ -61,8 +61,6 @@ def composed(backend: Backend, case, objective: Objective, needs: str, **keyword
     stats = tokfuse.linear_token_stats(
         target=inputs.pop("target"), mask=inputs.get("mask"), **tensors, **options
     )
-    if "token_weight" in inputs:
-        inputs["weight"] = inputs.pop("token_weight")
     out = tokfuse.policy_loss(stats.logp, entropy=stats.entropy, objective=objective, **inputs)
     if out.loss.requires_grad:
         out.loss.backward()

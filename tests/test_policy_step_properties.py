@@ -54,8 +54,6 @@ def composed(logits, objective, **keywords):
     inputs = dict(keywords)
     options = {k: inputs.pop(k) for k in STATS if k in inputs and k != "mask"}
     stats = tokfuse.token_stats(z, inputs.pop("target"), mask=inputs.get("mask"), **options)
-    if "token_weight" in inputs:
-        inputs["weight"] = inputs.pop("token_weight")
     out = tokfuse.policy_loss(stats.logp, entropy=stats.entropy, objective=objective, **inputs)
     out.loss.backward()
     return out, stats, z.grad

@@ -212,9 +212,9 @@ LOSS = [
     (lambda: loss_call(sampler_logp=torch.zeros(3)),
      "policy_loss: sampler_logp must be of shape (tokens,) = (22,); got shape (3,). Pass one value "
      "for each of the tokens."),
-    (lambda: loss_call(weight=torch.zeros(22, device="meta")),
-     "policy_loss: weight must be on cpu, where the main input is; got meta. Call "
-     "weight.to('cpu')."),
+    (lambda: loss_call(token_weight=torch.zeros(22, device="meta")),
+     "policy_loss: token_weight must be on cpu, where the main input is; got meta. Call "
+     "token_weight.to('cpu')."),
 ]  # fmt: skip
 STEP = [
     (lambda: step_call(logits=None),
@@ -238,8 +238,8 @@ STEP = [
      "policy_step: target must be in [0, 7) in every row where mask is True; got 9 in row 1. Set "
      "mask to False on prompt and padding rows."),
     (lambda: step_call(token_weight=torch.ones(2)),
-     "policy_step: weight must be of shape (tokens,) = (3,); got shape (2,). Pass one value for "
-     "each of the tokens."),
+     "policy_step: token_weight must be of shape (tokens,) = (3,); got shape (2,). Pass one value "
+     "for each of the tokens."),
 ]  # fmt: skip
 ALL = [*LOGITS, *HEAD, *LOSS, *STEP]
 

@@ -14,6 +14,7 @@ import importlib
 import pytest
 import torch
 from harness import bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokfuse
 from tokfuse import KL, Objective
@@ -171,6 +172,54 @@ def test_reading_a_value_would_be_seen(launches, monkeypatch):
     monkeypatch.setattr(device_head, "capturing", lambda x: False)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         CALLS["policy_step/hidden"]()
+
+
+class Products(TorchDispatchMode):
+    """Bytes that matrix products read and write, by the shape of their result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[tuple[tuple[int, ...], int, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.rstrip("_")
+        out = function(*args, **(kwargs or {}))
+        if name in ("mm", "addmm"):
+            read = {id(x): x.numel() * x.itemsize for x in args if isinstance(x, torch.Tensor)}
+            self.moved.append((tuple(out.shape), sum(read.values()), out.numel() * out.itemsize))
+        return out
+
+
+@pytest.mark.skipif(triton_backend.interpreting(), reason="the interpreter reads what it launches")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_chunk_of_the_head_moves_what_the_docs_say(dtype, frozen, launches):
+    """docs/cuda.md, "A chunk of the head"; backend cuda has the same products (device_head)."""
+    rows, vocab, hidden, e = TOKENS // 4, VOCAB, HIDDEN, dtype.itemsize
+    d = 4 if e == 4 else 2
+    per_row = (4 + (0 if e == 4 else d)) * vocab + 8 * hidden + 64
+    given = batch() | head(dtype)
+    if frozen:
+        given["weight"] = given["weight"].detach()
+    with Products() as products:
+        tokfuse.policy_step(objective=Objective(), memory_budget=rows * per_row, **given)
+    steps = [name for name, _ in launches if name == "policy_step_kernel"]
+    assert len(steps) == 4
+    weight, states, logits, gradient = (
+        vocab * hidden * e,
+        rows * hidden * e,
+        rows * vocab * 4,
+        (rows * vocab * d),
+    )
+    want = []
+    for chunk in range(4):
+        want.append(((rows, vocab), states + weight, logits))
+        want.append(((rows, hidden), gradient + weight, 4 * rows * hidden))
+        if not frozen:
+            sum_so_far = 4 * vocab * hidden
+            before = sum_so_far if chunk else 0
+            want.append(((vocab, hidden), gradient + states + before, sum_so_far))
+    assert products.moved == want
 
 
 @pytest.mark.interpreter

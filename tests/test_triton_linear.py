@@ -278,7 +278,7 @@ def test_row_classes(backend):
     ("objective", "given", "expected"),
     [
         (SPEC, {}, [True, False, True]),
-        (SPEC, {"weight": [1.0, 1.0, 0.0]}, [True, False, False]),
+        (SPEC, {"token_weight": [1.0, 1.0, 0.0]}, [True, False, False]),
         (Objective(shape=Quadratic(penalty=0.1)), {}, None),
         (Objective(kl=KL(coef=0.1)), {}, None),
         (Objective(kl=KL(coef=0.1)), {"kl_weight": [0.0, 1.0, 0.0]}, [True, True, True]),

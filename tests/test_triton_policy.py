@@ -50,7 +50,7 @@ def tokens_of(signal: bool):
     logp = old + log_ratio
     inputs = {
         "old_logp": old, "advantage": uniform(-2.0, 2.0), "mask": torch.arange(tokens) % 9 != 4,
-        "ref_logp": logp + uniform(-1.5, 1.5), "weight": uniform(0.2, 2.0),
+        "ref_logp": logp + uniform(-1.5, 1.5), "token_weight": uniform(0.2, 2.0),
         "kl_weight": uniform(0.0, 1.0), "entropy_weight": uniform(0.0, 1.0),
         "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int(),
     }  # fmt: skip

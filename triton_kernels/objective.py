@@ -68,7 +68,7 @@ class TokenPointers(NamedTuple):
     advantage: Any
     mask: Any  # (T,) int8, None: every token counts
     agg_weight: Any  # aggregation weight before the normaliser, None: 1
-    weight: Any
+    token_weight: Any
     signal: Any
     ref_logp: Any
     kl_weight: Any
@@ -249,7 +249,7 @@ def token_terms(
 
     Sequence levels hand the ratio's part out over the tokens of the sequence.
     """
-    w = load_or(x.weight, offs, keep, 1.0)
+    w = load_or(x.token_weight, offs, keep, 1.0)
     signal = load_or(x.signal, offs, keep, 0.0)
     loss, d_ratio, d_logp, flags = policy_term(log_ratio, logp, a, signal, o, SHAPE)
     loss, d_logp = w * loss, w * d_logp

@@ -63,7 +63,7 @@ def policy_loss(
     sampler_logp: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     advantage_level: str = "token",
-    weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
@@ -89,10 +89,10 @@ def policy_loss(
         ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
             metric.
         sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
-            sampler_kl_k3. To correct for it, pass `weight` from `tokfuse.offpolicy_weights`.
+            sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
         entropy: (tokens,), nats, of the current policy; receives a gradient with an entropy bonus.
         advantage_level: "token" or "sequence"; never guessed from the shape.
-        weight: (tokens,) multiplies the policy term (importance weights, selection masks).
+        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
         signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
         kl_weight, entropy_weight: (tokens,) multiply the KL and the entropy term.
 
@@ -125,7 +125,7 @@ def policy_loss(
     """
     inputs = PolicyInputs(
         old_logp, advantage, advantage_level, mask, cu_seqlens,
-        weight, signal, ref_logp, kl_weight, entropy_weight,
+        token_weight, signal, ref_logp, kl_weight, entropy_weight,
     )  # fmt: skip
     if sampler_logp is None:
         done = _eager(logp, entropy, inputs, objective, normalizer)
@@ -266,7 +266,7 @@ def native_record(
     mask = None if i.mask is None else i.mask.contiguous()
     cu = None if i.cu_seqlens is None else i.cu_seqlens.contiguous()
     alive = [
-        vector(logp), vector(old_logp), vector(i.advantage), mask, cu, vector(i.weight),
+        vector(logp), vector(old_logp), vector(i.advantage), mask, cu, vector(i.token_weight),
         vector(i.signal), vector(i.ref_logp), vector(i.kl_weight), vector(entropy),
         vector(i.entropy_weight), *out,
     ]  # fmt: skip
@@ -391,7 +391,7 @@ def _policy_loss_op(
     advantage_level: str,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
     signal: torch.Tensor | None,
     ref_logp: torch.Tensor | None,
     kl_weight: torch.Tensor | None,
@@ -401,7 +401,7 @@ def _policy_loss_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = PolicyInputs(
         old_logp, advantage, advantage_level, mask, cu_seqlens,
-        weight, signal, ref_logp, kl_weight, entropy_weight,
+        token_weight, signal, ref_logp, kl_weight, entropy_weight,
     )  # fmt: skip
     run = select(OP, logp.device.type, logp.dtype).run
     terms = run(logp, entropy, inputs, _OBJECTIVES[objective_key], inverse)
@@ -458,7 +458,8 @@ def _custom_op(
     inverse: float,
 ) -> tuple[torch.Tensor, ...]:
     out = _policy_loss_op(
-        logp, entropy, i.old_logp, i.advantage, i.advantage_level, i.mask, i.cu_seqlens, i.weight,
-        i.signal, i.ref_logp, i.kl_weight, i.entropy_weight, objective_key(objective), inverse,
+        logp, entropy, i.old_logp, i.advantage, i.advantage_level, i.mask, i.cu_seqlens,
+        i.token_weight, i.signal, i.ref_logp, i.kl_weight, i.entropy_weight,
+        objective_key(objective), inverse,
     )  # fmt: skip
     return tuple(out)

@@ -81,7 +81,7 @@ def policy_step(
         old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
             log-probabilities; every ratio is 1. Triton then needs the statistics first, as for
             sequence-level ratios.
-        token_weight: (tokens,) multiplies the policy term (`policy_loss` calls it weight).
+        token_weight: (tokens,) multiplies the policy term.
         temperature, softcap, logit_scale: as in `token_stats`.
         memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
         compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU:
@@ -417,7 +417,7 @@ def _policy_step_op(
     temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
     logit_scale: float, old_logp: torch.Tensor | None, advantage: torch.Tensor,
     advantage_level: str, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
-    weight: torch.Tensor | None, signal: torch.Tensor | None, ref_logp: torch.Tensor | None,
+    token_weight: torch.Tensor | None, signal: torch.Tensor | None, ref_logp: torch.Tensor | None,
     kl_weight: torch.Tensor | None,
     entropy_weight: torch.Tensor | None, objective_key: str, inverse: float,
 ) -> tuple[
@@ -430,7 +430,7 @@ def _policy_step_op(
     )  # fmt: skip
     inputs = PolicyInputs(
         old_logp, advantage, advantage_level, mask, cu_seqlens,
-        weight, signal, ref_logp, kl_weight, entropy_weight,
+        token_weight, signal, ref_logp, kl_weight, entropy_weight,
     )  # fmt: skip
     run = select(OP, logits.device.type, logits.dtype, options.features()).run
     objective = losses.objective_of(objective_key)
@@ -467,7 +467,7 @@ def _custom_op(
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     out = _policy_step_op(
         logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, i.old_logp, i.advantage,
-        i.advantage_level, i.mask, i.cu_seqlens, i.weight, i.signal, i.ref_logp, i.kl_weight,
+        i.advantage_level, i.mask, i.cu_seqlens, i.token_weight, i.signal, i.ref_logp, i.kl_weight,
         i.entropy_weight, losses.objective_key(objective), inverse,
     )  # fmt: skip
     return tuple(out)

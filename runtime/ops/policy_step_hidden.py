@@ -242,7 +242,9 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
     """
     if not objective.shape.zero_without_advantage:
         return None
-    terms = [x.advantage != 0 if x.weight is None else (x.advantage != 0) & (x.weight != 0)]
+    terms = [
+        x.advantage != 0 if x.token_weight is None else (x.advantage != 0) & (x.token_weight != 0)
+    ]
     for coef, weight in (
         (0.0 if objective.kl is None else objective.kl.coef, x.kl_weight),
         (objective.entropy_coef, x.entropy_weight),
@@ -399,7 +401,7 @@ def _custom_op(
     out = _hidden_op(
         p.hidden, p.weight, p.bias, p.target, o.mask, vector, scalar, o.softcap or 0.0,
         o.logit_scale, p.memory_budget, i.old_logp, i.advantage, i.advantage_level, i.cu_seqlens,
-        i.weight, i.signal, i.ref_logp, i.kl_weight, i.entropy_weight,
+        i.token_weight, i.signal, i.ref_logp, i.kl_weight, i.entropy_weight,
         losses.objective_key(objective), inverse, p.compact_clipped, *needs,
     )  # fmt: skip
     grads = [x if need else None for x, need in zip(out[8:], needs, strict=True)]

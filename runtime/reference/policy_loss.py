@@ -20,7 +20,7 @@ class PolicyInputs(NamedTuple):
     advantage_level: str = "token"
     mask: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
+    token_weight: torch.Tensor | None = None
     signal: torch.Tensor | None = None
     ref_logp: torch.Tensor | None = None
     kl_weight: torch.Tensor | None = None
@@ -198,7 +198,7 @@ def forward(
     d = _bound_level(o, d)
 
     loss, flags = _policy_term(o, d, x, a, vector(inputs.signal, 0.0))
-    weight = vector(inputs.weight, 0.0)
+    weight = vector(inputs.token_weight, 0.0)
     loss = loss if weight is None else weight * loss
     if o.kl is not None:
         kl = _kl_term(o, x, required(vector(inputs.ref_logp, 0.0)), raw)

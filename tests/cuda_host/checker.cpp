@@ -8,12 +8,14 @@
 // on; shuffles and votes do not order memory. A bulk copy is a thread of its own that knows what
 // its starter knew. Between clusters only an atomic after a fence orders.
 //
-// At the end it prints problems and, per source line, sectors per request of global accesses and
-// wavefronts of shared ones; the exit status is 67 if there was a problem.
+// At the end it prints problems, the bytes of device memory that each kernel reads and writes,
+// in sectors of 32, and, per source line, sectors per request of global accesses and wavefronts of
+// shared ones; the exit status is 67 if there was a problem.
 #include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -141,16 +143,17 @@ class Checker : public Observer {
     for (size_t i = 0; i < bulk.copy.bytes; i += 16) {
       const uintptr_t from = reinterpret_cast<uintptr_t>(bulk.copy.from) + i;
       const uintptr_t to = reinterpret_cast<uintptr_t>(bulk.copy.to) + i;
-      touch(from, 16, false, access_of(bulk.proxy, false, 0));
-      touch(to, 16, true, access_of(bulk.proxy, false, 0));
+      moved(touch(from, 16, false, access_of(bulk.proxy, false, 0)), false, 16);
+      moved(touch(to, 16, true, access_of(bulk.proxy, false, 0)), true, 16);
     }
     release(bulk.barrier, bulk.proxy);
   }
 
   void copied(const Copy& copy) override {
     const Access me = access_of(current->in_cluster, false, 0);
-    touch(reinterpret_cast<uintptr_t>(copy.from), static_cast<unsigned>(copy.bytes), false, me);
-    touch(reinterpret_cast<uintptr_t>(copy.to), static_cast<unsigned>(copy.bytes), true, me);
+    const unsigned bytes = static_cast<unsigned>(copy.bytes);
+    moved(touch(reinterpret_cast<uintptr_t>(copy.from), bytes, false, me), false, bytes);
+    moved(touch(reinterpret_cast<uintptr_t>(copy.to), bytes, true, me), true, bytes);
   }
 
   void atomic(void* at, size_t bytes, const void* caller) override {
@@ -178,7 +181,7 @@ class Checker : public Observer {
   void access(uintptr_t at, unsigned bytes, bool write, uintptr_t pc) {
     if (current == nullptr || inside_) return;
     const uintptr_t stack = reinterpret_cast<uintptr_t>(current->stack);
-    if (at >= stack && at < stack + (1u << 20)) return;
+    if (at >= stack && at < stack + kStack) return;
     inside_ = true;
     const Place place = touch(at, bytes, write, access_of(current->in_cluster, false, pc));
     if (place != Place::kElsewhere) {
@@ -367,6 +370,11 @@ class Checker : public Observer {
     return line.substr(begin == std::string::npos ? 0 : begin + 1, end - begin - 1);
   }
 
+  // Bytes that went over the bus of device memory, or would without caches.
+  void moved(Place place, bool write, uint64_t bytes) {
+    if (place == Place::kGlobal) moved_[machine.kernel][write ? 1 : 0] += bytes;
+  }
+
   // Sectors of 32 bytes, or wavefronts of 32 banks: what a request took, and the fewest.
   void count(uintptr_t pc, const Request& r) {
     Traffic& t = traffic_[pc];
@@ -384,6 +392,7 @@ class Checker : public Observer {
         places.insert(r.at[lane]);
       }
       t.units += sectors.size();
+      moved(Place::kGlobal, r.write, 32 * sectors.size());
       t.fewest += (places.size() * r.bytes + 31) / 32;
       return;
     }
@@ -408,6 +417,10 @@ class Checker : public Observer {
   void report() {
     inside_ = true;
     fprintf(stderr, "cuda_host: %d problems\n", problems_);
+    for (const auto& [kernel, bytes] : moved_) {
+      fprintf(stderr, "cuda_host: %s: %lu bytes read, %lu bytes written\n", kernel.c_str(),
+              static_cast<unsigned long>(bytes[0]), static_cast<unsigned long>(bytes[1]));
+    }
     std::map<std::string, Traffic> lines;
     for (const auto& [pc, t] : traffic_) {
       char key[64];
@@ -440,6 +453,7 @@ class Checker : public Observer {
   std::unordered_map<Key, Request, HashKey> requests_;
   std::unordered_map<Key, unsigned, HashKey> times_;  // a thread in place of a warp
   std::map<uintptr_t, Traffic> traffic_;
+  std::map<std::string, std::array<uint64_t, 2>> moved_;  // kernel -> bytes read, written
   std::set<std::pair<uintptr_t, uintptr_t>> reported_;
   int problems_ = 0;
   bool inside_ = false;

@@ -17,11 +17,6 @@ namespace tokfuse {
 namespace host {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStack = 256 * 1024;
-#else
-constexpr size_t kStack = 64 * 1024;
-#endif
 constexpr size_t kPage = 4096;
 
 struct Scheduler {

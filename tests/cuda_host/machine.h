@@ -108,6 +108,13 @@ class Observer {
 };
 extern Observer* observer;
 
+// Of the stack of a thread: what lies above is other memory.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStack = 256 * 1024;
+#else
+constexpr size_t kStack = 64 * 1024;
+#endif
+
 // Guard bytes on both sides of what cudaMalloc gives.
 constexpr size_t kGuard = 256;
 

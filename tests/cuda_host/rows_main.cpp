@@ -1,6 +1,9 @@
 // Runs every row kernel on small problems whose arrays end where they end, for the sanitizers, the
 // checker and shuffled orders. Prints one line per launch: a hash of all that it wrote.
+// `rows OP BYTES VOCAB` runs one op alone, on logits of that many bytes each.
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 
 #include "cuda/kernels.h"
 #include "program.h"
@@ -164,8 +167,17 @@ int everything() {
   return failed;
 }
 
+int one(const char* op, int bytes, int64_t vocab) {
+  const DType dtype = bytes == 4 ? DType::kFloat32 : DType::kBFloat16;
+  if (strcmp(op, "token_stats") == 0) return token_stats(dtype, vocab, vocab, false);
+  return policy(dtype, vocab, vocab, strcmp(op, "policy_step_") == 0);
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace tokfuse
 
-int main() { return tokfuse::cuda::everything(); }
+int main(int count, char** given) {
+  if (count < 4) return tokfuse::cuda::everything();
+  return tokfuse::cuda::one(given[1], atoi(given[2]), atoll(given[3]));
+}

@@ -98,7 +98,7 @@ def main() -> None:
     vector = [make(torch.rand(TOKENS)) for _ in range(7)]
     cu = make(torch.tensor([0, 2, 2, TOKENS]).int())
     inputs = PolicyInputs(
-        vector[0], vector[1], cu_seqlens=cu, weight=vector[2], signal=vector[3],
+        vector[0], vector[1], cu_seqlens=cu, token_weight=vector[2], signal=vector[3],
         ref_logp=vector[4], kl_weight=vector[5], entropy_weight=vector[6],
         mask=torch.ones(TOKENS, dtype=torch.bool),
     )  # fmt: skip

@@ -72,7 +72,7 @@ def batch(*names: str, per_sequence: bool = False) -> Batch:
     per_token = uniform(-2.0, 2.0)
     per_token[4] = 0.0
     vectors = {
-        "weight": uniform(0.2, 2.0), "signal": uniform(0.1, 0.9),
+        "token_weight": uniform(0.2, 2.0), "signal": uniform(0.1, 0.9),
         "ref_logp": (logp + uniform(-1.5, 1.5)).float().double(), "kl_weight": uniform(0.0, 1.0),
         "entropy": uniform(0.1, 4.0), "entropy_weight": uniform(0.0, 1.0),
         "sampler_logp": (old + uniform(-0.5, 0.5)).float().double(),
@@ -237,7 +237,7 @@ class Direct:
         keep, cu = i["mask"].tolist(), i["cu_seqlens"].tolist()
         spans = [range(a, b) for a, b in zip(cu, cu[1:], strict=False)]
         self.groups = [[t for t in span if keep[t]] for span in spans]
-        self.weight = i["weight"].tolist() if "weight" in i else [1.0] * len(self.old)
+        self.weight = i["token_weight"].tolist() if "token_weight" in i else [1.0] * len(self.old)
 
     def losses(self, live: list[float], frozen: list[float]) -> list[float]:
         """Loss of every token; 0 where masked."""
