@@ -28,7 +28,7 @@ void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
     float* work = static_cast<float*>(
         aligned_alloc(64, static_cast<size_t>(blocks * kBlock + (blocks + 15) / 16 * 16) * 4));
     const KeptExps kept = {work, work + blocks * kBlock};
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided, 2)
     for (int64_t i = 0; i < a.tokens; i++) {
       const int64_t t = token_of(a, i);
       const Row<T> row = row_of<T>(a, i);

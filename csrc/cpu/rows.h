@@ -13,13 +13,10 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/sweep.h"
 
 namespace tokfuse {
 namespace TOKFUSE_ISA {
-
-// One staged block of float32 is 8 KiB, and two are alive at a time: half of a 32 KiB L1.
-constexpr int64_t kBlock = 2048;
 
 struct RowStats {
   double logp, entropy, lse, sum_sq;
@@ -59,10 +56,6 @@ static inline float transformed(const T* zs, const T* bias, const Transform& f, 
   return u;
 }
 
-// The block loops stay out of line: inlined, g++ 12 loses their restrict qualifiers and falls back
-// to scalar code (5 times slower), and every caller would compile its own copy.
-#define TOKFUSE_BLOCK_LOOP __attribute__((noinline, unused))
-
 template <class A, class B>
 struct IsSame {  // std::is_same is an inline template of namespace std, see vec.h
   static constexpr bool value = false;
@@ -80,10 +73,6 @@ struct KeptExps {
   float* shift;
 };
 constexpr float kNotKept = kInf;
-
-struct BlockSums {
-  float s, sx, s2, s2x, s2xx, max;
-};
 
 // Running sums of one softmax over blocks of a row.
 template <bool kMoments>
@@ -181,107 +170,6 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
                                 float* buffer) {
   convert_block<T, kTransform>(row, f, begin, n, buffer);
   return block_max(buffer, n);
-}
-
-// The hot loop: exponentials of the present block while the next one streams in from memory. Two
-// separate loops would alternate between waiting for memory and computing. float32 and bfloat16 are
-// read where they lie; float16 is converted into `buffer`, which the next call reads. kKeep leaves
-// the exponentials in `kept`, for the gradient: those of bfloat16 as all low halves, then all high
-// ones.
-//
-// `after` is prefetched meanwhile, one block before its use: the hardware's own streams end at
-// every 4 KiB page, which is one block of bfloat16, and at every tile. Without, bfloat16 rows
-// take 1.5 to 2.4 times as long and float32 rows 1.2 to 1.4. Past the end of memory it does no
-// harm.
-static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
-// Sums of one lane each; two sets, so that additions do not wait for each other.
-struct LaneSums {
-  Lanes s = {}, sx = {}, s2 = {};
-
-  Lanes add(Lanes x) {
-    const Lanes e = exp2_simd(x);
-    s += e;
-    sx += e * x;
-    s2 += e * e;
-    return e;
-  }
-};
-
-static inline BlockSums block_sums(const LaneSums& a, const LaneSums& b, Lanes max) {
-  return {sum_of(a.s + b.s), sum_of(a.sx + b.sx), sum_of(a.s2 + b.s2), 0.0f, 0.0f, max_of(max)};
-}
-
-template <bool kKeep>
-TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
-                                             const float* __restrict next, const float* after,
-                                             float*, float* __restrict kept, BlockSums* out) {
-  const Lanes floor = splat(kExponentFloor);
-  LaneSums a, b;
-  Lanes m = splat(-kInf);
-  for (int64_t j = 0; j < kBlock; j += 2 * kLanes) {
-    const Lanes v = *reinterpret_cast<const LanesAt*>(next + j);
-    const Lanes w = *reinterpret_cast<const LanesAt*>(next + j + kLanes);
-    if (j % 16 == 0) prefetch(after + j);
-    if (kLanes == 16) prefetch(after + j + 16);
-    const Lanes larger = v > w ? v : w;
-    m = larger > m ? larger : m;
-    const Lanes x = *reinterpret_cast<const LanesAt*>(u + j) * c - shift;
-    const Lanes y = *reinterpret_cast<const LanesAt*>(u + j + kLanes) * c - shift;
-    const Lanes e = a.add(clamp_exponent(x, floor)), f = b.add(clamp_exponent(y, floor));
-    if (kKeep) {
-      *reinterpret_cast<LanesAt*>(kept + j) = e;
-      *reinterpret_cast<LanesAt*>(kept + j + kLanes) = f;
-    }
-  }
-  *out = block_sums(a, b, m);
-}
-
-template <bool kKeep>
-TOKFUSE_BLOCK_LOOP static void sum_and_stage(const BFloat16* __restrict u, float c, float shift,
-                                             const BFloat16* __restrict next, const BFloat16* after,
-                                             float*, float* __restrict kept, BlockSums* out) {
-  const Lanes floor = splat(kExponentFloor);
-  LaneSums a, b;
-  Lanes m = splat(-kInf);
-  for (int64_t j = 0; j < kBlock / 2; j += kLanes) {
-    const WordLanes later = *reinterpret_cast<const WordLanesAt*>(next + 2 * j);
-    const WordLanes pair = *reinterpret_cast<const WordLanesAt*>(u + 2 * j);
-    if (j % 16 == 0) prefetch(after + 2 * j);
-    const Lanes v = low_half(later), w = high_half(later);
-    const Lanes larger = v > w ? v : w;
-    m = larger > m ? larger : m;
-    const Lanes x = low_half(pair) * c - shift, y = high_half(pair) * c - shift;
-    const Lanes e = a.add(clamp_exponent(x, floor)), f = b.add(clamp_exponent(y, floor));
-    if (kKeep) {
-      *reinterpret_cast<LanesAt*>(kept + j) = e;
-      *reinterpret_cast<LanesAt*>(kept + kBlock / 2 + j) = f;
-    }
-  }
-  *out = block_sums(a, b, m);
-}
-
-template <bool kKeep>
-TOKFUSE_BLOCK_LOOP static void sum_and_stage(const float* __restrict u, float c, float shift,
-                                             const Float16* __restrict next, const Float16* after,
-                                             float* __restrict buffer, float* __restrict kept,
-                                             BlockSums* out) {
-  for (int64_t j = 0; j < kBlock; j += 32) prefetch(after + j);
-  const float floor = opaque(kExponentFloor);
-  float s = 0, sx = 0, s2 = 0, m = -kInf;
-#pragma omp simd reduction(+ : s, sx, s2) reduction(max : m)
-  for (int64_t j = 0; j < kBlock; j++) {
-    const float v = load(next, j);
-    buffer[j] = v;
-    m = v > m ? v : m;
-    const float x = clamp_exponent(u[j] * c - shift, floor);
-    const float e = exp2_simd(x);
-    if (kKeep) kept[j] = e;
-    s += e;
-    sx += e * x;
-    s2 += e * e;
-  }
-  *out = {s, sx, s2, 0.0f, 0.0f, m};
 }
 
 template <bool kMoments>
@@ -394,7 +282,11 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
   };
 
   float m = -kInf;
-  const float* u = vocab > 0 ? stage(0, 0, &m) : nullptr;
+  const float* u = nullptr;
+  if constexpr (kPairs) {
+    if (vocab >= kBlock) m = max_of_pairs(raw(0));
+  }
+  if (vocab > 0 && (!kPairs || vocab < kBlock)) u = stage(0, 0, &m);
   int slot = 0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock, slot ^= 1) {
     const int64_t n = width(begin), next = begin + kBlock;
@@ -402,7 +294,9 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     if (row.target >= begin && row.target < begin + n) {
       target_u = u != nullptr ? u[row.target - begin] : load(raw(begin), row.target - begin);
     }
-    const bool fused = kFusable && next + kBlock <= vocab && m > -kInf;
+    // float16 is fused with a whole next block only, because that is converted on the way.
+    const bool ahead = next + kBlock <= vocab;
+    const bool fused = kFusable && m > -kInf && (ahead || ((kPairs || kDirect) && n == kBlock));
     if (u == nullptr && (!fused || second != nullptr)) u = stage(begin, slot, &m);
     if (second != nullptr) add_block<false>(u, n, c2, m, acc2);
     float next_m = -kInf;
@@ -413,11 +307,13 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
         BlockSums sums;
         acc.raise_shift(m * c);
         float* e = kKeep ? kept.e + begin : nullptr;
+        // The last whole block looks at itself again; what it prefetches is mostly the next row.
+        const T* beside = ahead ? raw(next) : raw(begin);
         const T* after = raw(next + kBlock);
         if constexpr (kPairs) {
-          sum_and_stage<kKeep>(raw(begin), c, acc.shift, raw(next), after, nullptr, e, &sums);
+          sum_and_stage<kKeep>(raw(begin), c, acc.shift, beside, after, nullptr, e, &sums);
         } else {
-          sum_and_stage<kKeep>(u, c, acc.shift, raw(next), after, buffer[slot ^ 1], e, &sums);
+          sum_and_stage<kKeep>(u, c, acc.shift, beside, after, buffer[slot ^ 1], e, &sums);
         }
         acc.add(sums);
         if (kKeep) kept.shift[begin / kBlock] = acc.shift;
@@ -429,10 +325,8 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
         }
       }
     }
-    if (!fused) {
-      add_block<kMoments>(u, n, c, m, acc);
-      if (next < vocab) next_u = stage(next, slot ^ 1, &next_m);
-    }
+    if (!fused) add_block<kMoments>(u, n, c, m, acc);
+    if (next < vocab && !(fused && ahead)) next_u = stage(next, slot ^ 1, &next_m);
     u = next_u;
     m = next_m;
   }

@@ -2,6 +2,9 @@
 // row in one read (forward), and the gradient of logp and entropy in one read and one write
 // (backward).
 //
+// Threads take stretches of rows (schedule guided), because a row ends with the prefetch of the
+// next one: 10% of the time of cold bfloat16 rows.
+//
 // Bytes per row: forward V * sizeof(T); backward 2 V * sizeof(T), or V * sizeof(T) written zeros
 // for a row without gradient. Exponentials per element: 1 and 1. Rows are the unit of parallelism.
 #include "cpu/row_gradient.h"
@@ -14,7 +17,7 @@ template <class T, bool kTransform, bool kMoments>
 void forward(const LogitsArgs& a, const TokenStatsOut& o) {
   const Transform f = transform_of(a);
   const RowStats zero = {};
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(a))
+#pragma omp parallel for schedule(guided, 2) num_threads(threads_for(a))
   for (int64_t i = 0; i < a.tokens; i++) {
     const int64_t t = token_of(a, i);
     if (masked(a, t)) {
@@ -34,7 +37,7 @@ void forward(const LogitsArgs& a, const TokenStatsOut& o) {
 template <class T, bool kTransform>
 void backward(const LogitsArgs& a, const TokenStatsGrad& g) {
   const Transform f = transform_of(a);
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(a))
+#pragma omp parallel for schedule(guided, 2) num_threads(threads_for(a))
   for (int64_t i = 0; i < a.tokens; i++) {
     const int64_t t = token_of(a, i);
     const bool skip = masked(a, t);

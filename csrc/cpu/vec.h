@@ -53,18 +53,45 @@ static inline Lanes float_of(WordLanes bits) { return (Lanes)bits; }
 static inline WordLanes bits_of(Lanes value) { return (WordLanes)value; }
 static inline Lanes splat(float value) { return Lanes{} + value; }
 
-static inline float sum_of(Lanes v) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
+// Folds a vector in halves. Written as a loop over v[i], g++ 12 goes through memory at every step:
+// the four folds of a block then took a fifth of its time.
+struct Sum {
+  template <class V>
+  V operator()(V a, V b) const {
+    return a + b;
   }
-  return v[0];
-}
+};
+struct Largest {
+  template <class V>
+  V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+template <int kWidth>
+struct Folded {
+  typedef float Vector __attribute__((vector_size(4 * kWidth)));
+  typedef float Half __attribute__((vector_size(2 * kWidth)));
 
-static inline float max_of(Lanes v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; i++) m = v[i] > m ? v[i] : m;
-  return m;
-}
+  template <class F>
+  static inline float by(const F& f, Vector v) {
+    Half low, high;
+    memcpy(&low, &v, sizeof(Half));
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
+    return Folded<kWidth / 2>::by(f, f(low, high));
+  }
+};
+template <>
+struct Folded<2> {
+  typedef float Vector __attribute__((vector_size(8)));
+
+  template <class F>
+  static inline float by(const F& f, Vector v) {
+    return f(v[0], v[1]);
+  }
+};
+
+static inline float sum_of(Lanes v) { return Folded<kLanes>::by(Sum(), v); }
+static inline float max_of(Lanes v) { return Folded<kLanes>::by(Largest(), v); }
 
 // Hides a constant from the optimiser. Knowing the bound of clamp_exponent, g++ 12 splits the loop
 // body into a clamped and an unclamped arm and merges them with masks: 30% slower than one maximum.
@@ -81,22 +108,27 @@ static inline F clamp_exponent(F x, F floor) {
   return x < floor ? floor : x;
 }
 
+// 2^r for |r| <= 1/2, relative error <= 1.8e-7: degree-5 minimax polynomial with p(0) = 1.
+template <class F>
+static inline F exp2_of_fraction(F r) {
+  F p = r * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+  p = p * r + 0x1.c6b752p-5f;
+  p = p * r + 0x1.ebf9bcp-3f;
+  p = p * r + 0x1.62e42ap-1f;
+  return p * r + 1.0f;
+}
+
 // 2^x for x in [-127, 127], relative error <= 1.8e-7, exactly 0 below -126.5. 11 vector
 // instructions.
 //
 // x = n + r with |r| <= 1/2: adding kMagic leaves n + 127 in the low mantissa bits, which shifted
-// left by 23 are the bits of 2^n (n = -127 gives +0.0). Degree-5 minimax of 2^r with p(0) = 1.
+// left by 23 are the bits of 2^n (n = -127 gives +0.0).
 template <class F>
 static inline F exp2_simd(F x) {
   constexpr float kMagic = 12582912.0f + 127.0f;
   const F t = x + kMagic;
   const F r = x - (t - kMagic);
-  F p = r * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
-  p = p * r + 0x1.c6b752p-5f;
-  p = p * r + 0x1.ebf9bcp-3f;
-  p = p * r + 0x1.62e42ap-1f;
-  p = p * r + 1.0f;
-  return p * float_of(bits_of(t) << 23);
+  return exp2_of_fraction(r) * float_of(bits_of(t) << 23);
 }
 
 // tanh(x), absolute error <= 2e-7: odd polynomial near 0, 1 - 2 / (1 + e^2x) elsewhere.
