@@ -34,9 +34,6 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 KINDS = ("useful", "irrelevant", "mislabelled")
 IRRELEVANT = ("spell_backward", "letter_counting")
 FULL, ORACLE = "the whole pool", "only useful samples"
-# Not chosen beforehand: the runs were made with features scaled by the sample count, which is
-# GREATS at ten times the learning rate. The factor was set after them, so that rows and code agree.
-OVERLAP = 10
 
 
 @dataclass(frozen=True)
@@ -254,7 +251,7 @@ def rankings(split: Split, pool: Encoded, validation: Encoded, s: Settings,
         "gradient norm": top_fraction(sample_norms(own.hidden_norms, answers.cu_seqlens), 1 / 3),
         "sketch cosine": third.select([own.sketches], [anchors]),
         "LESS": third.select(features, targets),
-        "GREATS": GREATS(k=n // 3, lr=OVERLAP * s.lr).select(own.sketches, anchors),
+        "GREATS": GREATS(k=n // 3, lr=s.lr).select(own.sketches, anchors),
         "UGDA": UGDA(uncertain=2 / 3, influential=1 / 2).select(rewards, features, targets),
         ORACLE: torch.tensor([i for i, x in enumerate(pool.samples) if x.group == 0]),
         FULL: torch.arange(n),
