@@ -330,14 +330,16 @@ def bypass_mode(call: Call) -> Loss:
         raise refuse("verl_plugin", "policy_loss.rollout_correction", "given with loss bypass_mode",
                      None, "Set it, or choose another loss.")  # fmt: skip
     names = ("rollout_is", "rollout_rs", "rollout_rs_threshold")
-    with torch.no_grad():
-        weights, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
-            old_log_prob=call.log_prob, rollout_log_prob=call.old_log_prob,
-            response_mask=call.response_mask,
-            rollout_is_threshold=options.get("rollout_is_threshold", 2.0),
-            rollout_is_batch_normalize=options.get("rollout_is_batch_normalize", False),
-            **{name: options.get(name, None) for name in names},
-        )  # fmt: skip
+    weights, mask, metrics = None, call.response_mask, {}
+    if bool(mask.any()):  # verl's helper refuses a micro-batch without a valid token
+        with torch.no_grad():
+            weights, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
+                old_log_prob=call.log_prob, rollout_log_prob=call.old_log_prob,
+                response_mask=call.response_mask,
+                rollout_is_threshold=options.get("rollout_is_threshold", 2.0),
+                rollout_is_batch_normalize=options.get("rollout_is_batch_normalize", False),
+                **{name: options.get(name, None) for name in names},
+            )  # fmt: skip
     call = call._replace(response_mask=mask, rollout_is_weights=None)
     kind = options.get("loss_type", "ppo_clip")
     if kind == "ppo_clip":
