@@ -8,32 +8,35 @@ from typing import Any
 
 from tokfuse import algorithms
 
-# name -> what differs from the method's published options
-OPTIONS: dict[str, dict[str, Any]] = {
-    "grpo": {"kl": None},
-    "dr_grpo": {},  # max_length is --max-new-tokens
-    "dapo": {"overlong": None},
-    "rloo": {},
-    "opo": {},
-    "gpg": {},
-    "cispo": {},
-    "sapo": {},
-    "gspo": {},
-    "gmpo": {},
-    "gbpo": {},
-    "nft": {},
-    "adora": {},
-    "r2vpo": {"delta": 0.05, "step_size": 1.0, "penalty": 0.04},
-    "d3s": {"rollouts": (4, 8), "tokens": (0.5, 1.0), "total_steps": 100},
+# label -> the method, and what differs from its published options
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo": ("grpo", {"kl": None}),
+    # GRPO with an entropy bonus that acts below a target, by Skywork-OR1's controller.
+    "grpo_entropy": ("grpo", {"kl": None, "entropy_control": algorithms.EntropyControl()}),
+    "dr_grpo": ("dr_grpo", {}),  # max_length is --max-new-tokens
+    "dapo": ("dapo", {"overlong": None}),
+    "rloo": ("rloo", {}),
+    "opo": ("opo", {}),
+    "gpg": ("gpg", {}),
+    "cispo": ("cispo", {}),
+    "sapo": ("sapo", {}),
+    "gspo": ("gspo", {}),
+    "gmpo": ("gmpo", {}),
+    "gbpo": ("gbpo", {}),
+    "nft": ("nft", {}),
+    "adora": ("adora", {}),
+    "r2vpo": ("r2vpo", {"delta": 0.05, "step_size": 1.0, "penalty": 0.04}),
+    "d3s": ("d3s", {"rollouts": (4, 8), "tokens": (0.5, 1.0), "total_steps": 100}),
 }
 
 
-def make_algorithm(name: str, max_new_tokens: int) -> algorithms.Standard:
-    """The method of that name; an unknown name lists the known."""
-    if name not in OPTIONS:
+def make_algorithm(label: str, max_new_tokens: int) -> algorithms.Standard:
+    """The method of that label; an unknown one lists the known."""
+    if label not in OPTIONS:
         raise SystemExit(
-            f"train_grpo: --algorithm must be one of {', '.join(OPTIONS)}; got {name!r}."
+            f"train_grpo: --algorithm must be one of {', '.join(OPTIONS)}; got {label!r}."
         )
+    name, options = OPTIONS[label]
     length = {"max_length": max_new_tokens} if name == "dr_grpo" else {}
-    method: algorithms.Standard = algorithms.make(name, **OPTIONS[name], **length)
+    method: algorithms.Standard = algorithms.make(name, **options, **length)
     return method
