@@ -145,7 +145,9 @@ def score(rollout: Rollout) -> Tensor:
 
 
 class Trainer:
-    """A policy, an algorithm and its state."""
+    """A policy, an algorithm and its state; compare_scenarios.py changes what is asked and how."""
+
+    max_gradient: float | None = None
 
     def __init__(self, algorithm: Algorithm, seed: int, settings: Settings) -> None:
         torch.manual_seed(seed)
@@ -161,16 +163,12 @@ class Trainer:
         """Sample, score, update."""
         s = self.settings
         self.loss_s = self.backward_tokens = 0.0
-        prompt = torch.randint(DIGITS, (s.prompts,), generator=self.generator)
-        rollout = sample(self.policy, prompt.repeat_interleave(s.group_size), self.generator)
-        batch = self._measured(rollout)
+        rollout, batch = self.collect()
         entropy = float(batch.global_mean(batch.entropy)) if batch.entropy is not None else 0.0
-        start = time.perf_counter()
-        batch = self.algorithm.prepare(batch, self.state)
-        self.loss_s += time.perf_counter() - start
+        batch = self.prepared(batch)
         for plan in self.algorithm.before(batch, self.state):
             assert self.previous is not None
-            self._apply(plan, self.previous)
+            self.apply(plan, self.previous)
         for seqs in self._minibatches():
             self._update(rollout.take(seqs), batch.take(seqs))
         self.state = self.algorithm.advance(self.state, batch)
@@ -183,13 +181,34 @@ class Trainer:
             "loss_ms": self.loss_s * 1e3,
         }
 
-    def _measured(self, rollout: Rollout) -> Batch:
+    def prompts(self) -> Tensor:
+        """What is asked in this step."""
+        return torch.randint(DIGITS, (self.settings.prompts,), generator=self.generator)
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """The reward of every answer."""
+        return score(rollout)
+
+    def collect(self) -> tuple[Rollout, Batch]:
+        """Answers to train on, and their statistics."""
+        prompt = self.prompts().repeat_interleave(self.settings.group_size)
+        rollout = sample(self.policy, prompt, self.generator)
+        return rollout, self.measured(rollout)
+
+    def prepared(self, batch: Batch) -> Batch:
+        """The batch with its advantages."""
+        start = time.perf_counter()
+        batch = self.algorithm.prepare(batch, self.state)
+        self.loss_s += time.perf_counter() - start
+        return batch
+
+    def measured(self, rollout: Rollout) -> Batch:
         """The rollout and its statistics under the policy that sampled it."""
         with torch.no_grad():
             logits = self.policy.packed_logits(rollout)
         temperature = getattr(self.algorithm, "temperature", lambda state: 1.0)(self.state)
         old = tokfuse.token_stats(logits, rollout.target, second_temperature=temperature)
-        reward = score(rollout)
+        reward = self.score(rollout)
         groups = torch.arange(self.settings.prompts)
         return Batch(
             reward=reward,
@@ -218,15 +237,18 @@ class Trainer:
             batch = batch.with_policy(stats.logp, stats.entropy)
             self.loss_s += time.perf_counter() - start
         for plan in self.algorithm.plans(batch, self.state):
-            self._apply(plan, rollout)
+            self.apply(plan, rollout)
 
-    def _apply(self, plan: Plan, rollout: Rollout) -> None:
+    def apply(self, plan: Plan, rollout: Rollout) -> None:
+        """One optimizer step."""
         logits = self.policy.packed_logits(rollout)
         start = time.perf_counter()
         step = tokfuse.policy_step(logits=logits, target=rollout.target, **plan.inputs())
         self.loss_s += time.perf_counter() - start
         self.optimizer.zero_grad(set_to_none=True)
         step.loss.backward()
+        if self.max_gradient is not None:
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_gradient)
         self.optimizer.step()
         metrics = self.algorithm.measure(plan, step.stats.logp, step.stats.entropy)
         self.state = self.algorithm.update(self.state, metrics)
