@@ -312,8 +312,9 @@ def tail(name: str) -> Callable[[list[Row]], float]:
     """The mean of a figure over the last sixth of the run."""
 
     def mean(rows: list[Row]) -> float:
-        last = max(row["step"] for row in rows)
-        return statistics.fmean(row[name] for row in rows if row["step"] > last - (last + 1) // 6)
+        steps = max(row["step"] for row in rows) + 1
+        first = steps - max(1, steps // 6)
+        return statistics.fmean(row[name] for row in rows if row["step"] >= first)
 
     return mean
 
