@@ -14,22 +14,30 @@ first GEMM, and the host reads the sizes of the classes, 16 bytes: the one synch
 call. Under CUDA-graph capture nothing can be read: all rows are computed, and those of the lower
 classes contribute exact zeros.
 
-What the clip stops is known only after a chunk's row kernel. The size of a GEMM is an argument of
-its launch: the host must know it, and no bound but "all of the chunk" is known before, so a form
-without a wait cannot make the GEMM smaller. By default such rows enter with exact zeros. With
-`compact_clipped` the host reads the rows of each chunk that carry gradient (one wait a chunk, whose
-three GEMMs take milliseconds); they collect in a buffer, and the GEMMs run when it is full.
+What the clip stops is known only after a chunk's row kernel, and the size of a GEMM of torch's is
+an argument of its launch. By default such rows enter with exact zeros. With `compact_clipped` the
+two gradient GEMMs of the first class are kernels of ours (triton_kernels/head_gradient.py) that
+find the live rows, and how many they are, in device memory: no wait, and a CUDA graph holds them.
+They are no faster than cuBLAS per row, so it is the caller's to say that many rows are clipped.
 """
 
+import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.runtime import triton_backend
+from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.head import HeadProblem
 
-# Collecting a row reads and writes it once more: where nearly all carry gradient, zeros cost less.
-POOLED_SHARE = 0.9
+
+def check_compact(op: str, p: HeadProblem) -> None:
+    """Refuse `compact_clipped` where its kernels cannot run."""
+    reason = triton_backend.why_unusable() if p.compact_clipped else None
+    if reason is not None:
+        raise refuse(op, "compact_clipped", "False where Triton kernels cannot run", reason,
+                     "Leave it out: clipped rows enter with zeros.")  # fmt: skip
 
 
 class RowClasses(NamedTuple):
@@ -81,6 +89,11 @@ def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: boo
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
+def _current(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, not on that of its tensors."""
+    return torch.cuda.device_of(x) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
 class DeviceHead:
     """Chunks of logits, and the gradients that are made of theirs."""
 
@@ -101,14 +114,12 @@ class DeviceHead:
         self._stride = -(-p.vocab // 16) * 16
         self._logits: torch.Tensor | None = None
         self._dz: torch.Tensor | None = None
-        self._pool: torch.Tensor | None = None
-        self._pooled: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tokens, hidden states)
 
     def rows_in_budget(self) -> int:
         """Rows of logits, their gradient and hidden states that the workspace holds."""
         p = self.problem
         wide, narrow = 4, 2 if self.mixed else 4
-        buffers = wide + (narrow if self.mixed else 0) + (narrow if p.compact_clipped else 0)
+        buffers = wide + (narrow if self.mixed else 0)
         per_row = self._stride * buffers + 8 * p.hidden.shape[1] + 64
         return max(1, p.memory_budget // per_row)
 
@@ -146,47 +157,42 @@ class DeviceHead:
 
     def add(self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor) -> None:
         """Consume the gradient rows of tokens `index`."""
+        self._add_small(index, dz)
         if self.grad_hidden is not None:
             out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
             _matmul(dz, self.weight, out)
             self.grad_hidden[index] = out.to(self.grad_hidden.dtype)
+        if self.grad_weight is not None:
+            _matmul(dz.t(), h, self.grad_weight, self._weight_written)
+            self._weight_written = True
+
+    def _add_small(self, index: torch.Tensor, dz: torch.Tensor) -> None:
         if self.grad_bias is not None:
             self.grad_bias += dz.sum(0, dtype=torch.float32)
         norms = self.problem.row_norms
         if norms is not None:
             norms[index] = torch.linalg.vector_norm(dz, dim=1, dtype=torch.float32)
-        if self.grad_weight is not None:
-            _matmul(dz.t(), h, self.grad_weight, self._weight_written)
-            self._weight_written = True
 
-    def add_nonzero(
-        self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, alive: torch.Tensor
+    def add_live(
+        self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, live: torch.Tensor
     ) -> None:
-        """`add` for the rows of the chunk that are `alive`, later; waits for their number."""
-        kept = alive.nonzero().squeeze(1)
-        if kept.shape[0] > POOLED_SHARE * h.shape[0]:
-            self.add(index, h, dz)
-            return
-        capacity = h.shape[0]
-        used = sum(tokens.shape[0] for tokens, _ in self._pooled)
-        if used + kept.shape[0] > capacity:
-            self._flush()
-            used = 0
-        self._pool = self._buffer(self._pool, capacity, dz.dtype)
-        rows = self._pool[used : used + kept.shape[0], : self.problem.vocab]
-        torch.index_select(dz, 0, kept, out=rows)
-        self._pooled.append((index[kept], h[kept]))
-
-    def _flush(self) -> None:
-        if self._pooled and self._pool is not None:
-            index, h = (torch.cat(parts) for parts in zip(*self._pooled, strict=True))
-            self._pooled = []
-            if index.shape[0]:
-                self.add(index, h, self._pool[: index.shape[0], : self.problem.vocab])
+        """`add` whose GEMMs skip the rows that are not `live`, which hold zeros; never waits."""
+        self._add_small(index, dz)
+        kernels = triton_backend.kernels("head_gradient")
+        if self.hidden.dtype != dz.dtype:  # on the CPU, where gradients stay float32
+            h = h.float()
+        with _current(dz):
+            rows, count = kernels.live_first(live)
+            if self.grad_hidden is not None:
+                weight = self.weight.to(dz.dtype).contiguous()
+                kernels.grad_hidden(dz, weight, rows, count, index, self.grad_hidden)
+            if self.grad_weight is not None:
+                h = h.contiguous()
+                kernels.grad_weight(dz, h, rows, count, self.grad_weight, self._weight_written)
+                self._weight_written = True
 
     def finish(self) -> list[torch.Tensor | None]:
         """[grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
-        self._flush()
         if self.grad_weight is not None and not self._weight_written:
             self.grad_weight.zero_()
         dtype = self.problem.weight.dtype

@@ -40,7 +40,7 @@ class HeadProblem(NamedTuple):
     memory_budget: int
     needs: tuple[bool, bool, bool] | None = None  # gradients asked for; None: by requires_grad
     row_norms: torch.Tensor | None = None  # (tokens,), receives ||d loss / d logits_t||
-    compact_clipped: bool = False  # on a GPU: read after every chunk which rows carry gradient
+    compact_clipped: bool = False  # on a GPU: gradient GEMMs of ours, over the live rows alone
 
     @property
     def tokens(self) -> int:

@@ -281,6 +281,12 @@ kernels over per-token vectors move 8 to 44 bytes a token, a ten-thousandth of t
 in float64 on pieces that end where a sequence or a group does, at any address, so their loads
 are as wide as one element or, where a piece begins on whole vectors, as 16 bytes.
 
+`head_gradient` are the two gradient products of `policy_step(compact_clipped=True)`, over the
+live rows that they find in device memory. cuBLAS needs the number of rows on the host, so by
+default clipped rows enter its products with zeros. Ours pay where many rows are clipped: at a
+rate of f times that of cuBLAS they are faster below a live share of f, and f is not known before
+both have run on the device at hand; so the choice is the caller's and not automatic.
+
 The table is that of Triton 3.7.1. With 3.6.0 and 3.9.0 every case compiles, too (every dtype
 for sm_90, bfloat16 for sm_80 and sm_100). Instructions per element in bfloat16, sm_90 / sm_100:
 

@@ -108,6 +108,7 @@ CALLS = {
     "policy_step/sequence": lambda: policy_step("sequence"),
     "policy_step_": lambda: policy_step("token", in_place=True),
     "policy_step/hidden": lambda: from_hidden("token"),
+    "policy_step/hidden_compact": lambda: from_hidden("token", compact_clipped=True),
     "policy_step/hidden_sequence": lambda: from_hidden("sequence"),
     "influence": lambda: from_hidden("token", influence=InfluenceSpec(rank=8)),
     "gae": lambda: tokfuse.gae(vector(), vector(), borders(), mask=vector(torch.bool)),
@@ -138,6 +139,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(dispatch, "_REGISTRY", table)
     monkeypatch.setattr(dispatch, "_CHOICES", {})
     monkeypatch.setattr(device_head, "capturing", lambda x: True)
+    monkeypatch.setattr(triton_backend, "why_unusable", lambda: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     found = []
 

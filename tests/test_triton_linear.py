@@ -20,7 +20,7 @@ from tokfuse.runtime import device_head
 from tokfuse.runtime.ops import policy_step_hidden
 
 launch = pytest.importorskip("tokfuse.triton_kernels.launch")
-for _kernel in ("linear_token_stats", "policy_step", "token_stats"):
+for _kernel in ("head_gradient", "linear_token_stats", "policy_step", "token_stats"):
     importlib.import_module(f"tokfuse.triton_kernels.{_kernel}")
 
 TOKENS, HIDDEN, VOCAB = 9, 20, 300
@@ -41,6 +41,10 @@ def small_tiles(monkeypatch):
     tile = launch.LaunchConfig(block_t=8, block_v=64, block_h=16, num_warps=1)
     monkeypatch.setattr(module, "SPLIT", 128)
     monkeypatch.setitem(launch.DEFAULTS, "linear_token_stats", {80: tile})
+    square = launch.LaunchConfig(block_t=16, block_v=64, block_h=16, num_warps=1)
+    for kernel in ("head_grad_hidden", "head_grad_weight"):
+        monkeypatch.setitem(launch.DEFAULTS, kernel, {80: square})
+        monkeypatch.setitem(launch.DEFAULTS, f"{kernel}_f32", {80: square})
     one_warp = launch.LaunchConfig(block_v=256, num_warps=1)
     for kernel in ("policy_step", "token_stats_fwd", "token_stats_bwd"):
         monkeypatch.setitem(launch.DEFAULTS, kernel, {80: one_warp})
@@ -219,9 +223,12 @@ def test_step_under_capture_computes_every_row(backend, small_tiles, monkeypatch
     assert not got.grad_hidden[4].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_clipped_rows_enter_no_gradient_gemm_where_asked(dtype, backend, small_tiles, monkeypatch):
-    """Half of 24 tokens carry gradient; those of chunks of 8 collect until a buffer is full."""
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("needs", ["hwb", "h", "w"])
+def test_clipped_rows_enter_no_gradient_gemm_where_asked(
+    dtype, needs, backend, small_tiles, monkeypatch
+):
+    """Half of 24 tokens carry gradient; chunks of 8 find them without a value on the host."""
     gen = torch.Generator().manual_seed(6)
     hidden = torch.randn(24, HIDDEN, generator=gen).to(dtype)
     case = case_of(dtype)._replace(hidden=hidden, target=torch.arange(24) * 12)
@@ -230,20 +237,44 @@ def test_clipped_rows_enter_no_gradient_gemm_where_asked(dtype, backend, small_t
     alive = torch.arange(24) % 4 % 3 > 0
     old_logp = logp - torch.where(alive, 0.0, 1.0)  # ratios of 1 and e
     keywords = {"target": case.target, "old_logp": old_logp, "advantage": torch.ones(24)}
-    budget = 8 * (304 * 12 + 8 * HIDDEN + 64)
-    entered = []
-    add = device_head.DeviceHead.add
+    budget = 8 * (304 * 8 + 8 * HIDDEN + 64)
+    kernels = importlib.import_module("tokfuse.triton_kernels.head_gradient")
+    found, first = [], kernels.live_first
 
-    def recorded(self, index, h, dz):
-        entered.append(index.tolist())
-        add(self, index, h, dz)
+    def recorded(live):
+        rows, count = first(live)
+        found.append(rows[: int(count)].tolist())
+        return rows, count
 
-    monkeypatch.setattr(device_head.DeviceHead, "add", recorded)
-    step_check(backend, case, SPEC, memory_budget=budget, **keywords)
-    assert sum(entered, []) == list(range(24))
-    entered.clear()
-    step_check(backend, case, SPEC, memory_budget=budget, compact_clipped=True, **keywords)
-    assert entered == [[1, 2, 5, 6, 9, 10, 13, 14], [17, 18, 21, 22]]
+    monkeypatch.setattr(kernels, "live_first", recorded)
+    step_check(backend, case, SPEC, needs=needs, memory_budget=budget, **keywords)
+    assert found == []
+    options = {"memory_budget": budget, "compact_clipped": True}
+    step = step_check(backend, case, SPEC, needs=needs, **options, **keywords)
+    assert len(found) > 1
+    assert sum(len(rows) for rows in found) == 12
+    again = step_check(backend, case, SPEC, needs=needs, **options, **keywords)
+    for name in NAMES:
+        a, b = getattr(step, f"grad_{name}"), getattr(again, f"grad_{name}")
+        assert (a is None) == (b is None) and (a is None or bits(a) == bits(b))
+
+
+def test_compact_clipped_under_capture(backend, small_tiles, monkeypatch):
+    """Masked rows, NaN here, are computed and enter neither gradient GEMM; nothing is read."""
+    case = case_of(torch.bfloat16)
+    keywords = keywords_of(case)
+    want = step_check(backend, case, SPEC, **keywords)
+    monkeypatch.setattr(device_head, "capturing", lambda x: True)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    bad = case._replace(hidden=case.hidden.clone())
+    bad.hidden[4] = float("nan")
+    given = {k: backend.put(v) for k, v in keywords.items()}
+    got = tokfuse.policy_step(**leaves(backend, bad), objective=SPEC, compact_clipped=True, **given)
+    monkeypatch.undo()
+    for name in NAMES:
+        a, b = getattr(got, f"grad_{name}").float(), getattr(want, f"grad_{name}").float()
+        compare(a, b, atol=5e-3 * float(b.abs().max()), what=name)
+    assert not got.grad_hidden[4].any()
 
 
 def test_compact_clipped_is_refused_where_it_cannot_be_honoured(backend, small_tiles, monkeypatch):
@@ -254,11 +285,61 @@ def test_compact_clipped_is_refused_where_it_cannot_be_honoured(backend, small_t
             logits=backend.put(torch.zeros(TOKENS, VOCAB)), objective=SPEC, compact_clipped=True,
             **keywords,
         )  # fmt: skip
-    monkeypatch.setattr(device_head, "capturing", lambda x: True)
-    with pytest.raises(ValueError, match="compact_clipped must be False under CUDA-graph capture"):
+    monkeypatch.setattr(device_head.triton_backend, "why_unusable", lambda: "no CUDA device")
+    want = "compact_clipped must be False where Triton kernels cannot run; got no CUDA device"
+    with pytest.raises(ValueError, match=want):
         tokfuse.policy_step(
             **leaves(backend, case), objective=SPEC, compact_clipped=True, **keywords
         )
+
+
+# (rows, live ones, hidden size, vocabulary); tiles are 16 rows x 64 columns x 16 of hidden
+SHAPES = [
+    (24, (), 20, 300), (24, (5,), 20, 300), (24, range(24), 16, 256),
+    (24, range(0, 24, 2), 20, 300), (23, (0, 22), 17, 301), (8, range(8), 1, 1),
+    (9, range(1, 9), 33, 65), (1, (0,), 16, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("rows", "live", "size", "vocab"), SHAPES)
+def test_head_gradient_over_live_rows(rows, live, size, vocab, dtype, backend, monkeypatch):
+    """Against float64 of the live rows; the others hold NaN, which must not be read."""
+    kernels = importlib.import_module("tokfuse.triton_kernels.head_gradient")
+    tile = launch.LaunchConfig(block_t=16, block_v=64, block_h=16, num_warps=1)
+    for name in ("head_grad_hidden", "head_grad_weight"):
+        monkeypatch.setitem(launch.DEFAULTS, name, {80: tile})
+        monkeypatch.setitem(launch.DEFAULTS, f"{name}_f32", {80: tile})
+    gen = torch.Generator().manual_seed(rows + vocab)
+    keep = torch.zeros(rows, dtype=torch.bool)
+    keep[list(live)] = True
+    wide = torch.full((rows, vocab + 3), float("nan"), dtype=dtype)
+    dz = wide[:, :vocab]
+    dz.copy_(torch.randn(rows, vocab, generator=gen))
+    hidden = torch.randn(rows, size, generator=gen).to(dtype)
+    weight = torch.randn(vocab, size, generator=gen).to(dtype)
+    z, h, w = (x.double() for x in (dz[keep], hidden[keep], weight))
+    wide[~keep] = hidden[~keep] = float("nan")
+    token = torch.randperm(rows + 4, generator=gen)[:rows]
+
+    grads, sums = torch.full((rows + 4, size), 7.0, dtype=dtype), torch.full((vocab, size), 3.0)
+    put = backend.put
+    order, count = kernels.live_first(put(keep))
+    assert order[: int(count)].tolist() == list(live) and sorted(order.tolist()) == list(
+        range(rows)
+    )
+    grads, sums = put(grads), put(sums)
+    kernels.grad_hidden(put(wide)[:, :vocab], put(weight), order, count, put(token), grads)
+    kernels.grad_weight(put(wide)[:, :vocab], put(hidden), order, count, sums, False)
+    want, sizes = z @ w, 3e-7 * (z.abs() @ w.abs())
+    compare(grads[token[keep]], want, atol=sizes + half_ulp(want, dtype), what="hidden")
+    untouched = torch.ones(rows + 4, dtype=torch.bool)
+    untouched[token[keep]] = False
+    assert bool((grads.cpu()[untouched] == 7.0).all())
+    want, sizes = z.t() @ h, 3e-7 * (z.abs().t() @ h.abs())
+    compare(sums, want, atol=sizes, what="weight")
+    kernels.grad_weight(put(wide)[:, :vocab], put(hidden), order, count, sums, True)
+    compare(sums, 2 * want, atol=3 * sizes, what="weight, twice")
 
 
 def test_row_classes(backend):

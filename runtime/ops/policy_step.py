@@ -84,9 +84,10 @@ def policy_step(
         token_weight: (tokens,) multiplies the policy term.
         temperature, softcap, logit_scale: as in `token_stats`.
         memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
-        compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU:
-            the host waits once per chunk of `memory_budget`, because it must give a GEMM its size.
-            On the CPU they never enter them.
+        compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU,
+            by Triton kernels that find the rows in device memory: nothing waits. For batches of
+            which a large part is clipped; cuBLAS is the faster one per row. On the CPU such rows
+            never enter them.
         influence: from hidden only, with cu_seqlens: also return gradient norms and sketches of the
             loss in `step.influence`; computes grad_hidden even where hidden needs none.
         others: as in `policy_loss`; the entropy of an entropy bonus is the policy's own.

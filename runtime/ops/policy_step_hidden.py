@@ -16,7 +16,6 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.head import GradientPool, Head, HeadGradients, HeadProblem, LogitsBuffer
 from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.metrics import SLOT
@@ -279,9 +278,7 @@ def _device_run_token(
     gradient = may_carry_gradient(x, objective)
     if not any(needs):
         gradient = torch.zeros_like(p.target, dtype=torch.bool)
-    if p.compact_clipped and device_head.capturing(p.hidden):
-        want = "False under CUDA-graph capture (no value can reach the host)"
-        raise refuse("policy_step", "compact_clipped", want, "True", "Capture without it.")
+    device_head.check_compact("policy_step", p)
     rows = device_head.classify(p, o.mask, gradient)
     head = DeviceHead(p, needs, rows)
     stats = TokenStats(*(torch.zeros_like(x.old_logp) for _ in range(5)))
@@ -297,8 +294,8 @@ def _device_run_token(
             if start > 0:
                 continue
             if p.compact_clipped:
-                alive = (out.d_logp[index] != 0) | (out.d_entropy[index] != 0)
-                head.add_nonzero(index, h, dz, alive)
+                live = (out.d_logp[index] != 0) | (out.d_entropy[index] != 0)
+                head.add_live(index, h, dz, live)
             else:
                 head.add(index, h, dz)
     sums = kernels.objective.policy_metrics(stats.logp, stats.entropy, given, out)
