@@ -21,7 +21,7 @@ import tokfuse
 from tokfuse import KL, PPOClip, algorithms
 
 
-@pytest.fixture(params=backends("policy_loss", interpreted=False, hosted=False))
+@pytest.fixture(params=backends("policy_loss"))
 def backend(request):
     with request.param.forced():
         yield request.param

@@ -29,7 +29,7 @@ from tokfuse import PPOClip, algorithms
 from tokfuse.algorithms import Batch, critic
 
 
-@pytest.fixture(params=backends("policy_loss", interpreted=False, hosted=False))
+@pytest.fixture(params=backends("policy_loss"))
 def backend(request):
     with request.param.forced():
         yield request.param

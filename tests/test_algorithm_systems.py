@@ -31,7 +31,7 @@ from tokfuse import algorithms
 from tokfuse.algorithms import Batch
 
 
-@pytest.fixture(params=backends("policy_loss", interpreted=False, hosted=False))
+@pytest.fixture(params=backends("policy_loss"))
 def backend(request):
     with request.param.forced():
         yield request.param

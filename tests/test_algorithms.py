@@ -37,7 +37,7 @@ from tokfuse.algorithms import Batch, Overlong
 from tokfuse.algorithms.registry import ENTRIES
 
 
-@pytest.fixture(params=backends("policy_loss", interpreted=False, hosted=False))
+@pytest.fixture(params=backends("policy_loss"))
 def backend(request):
     with request.param.forced():
         yield request.param

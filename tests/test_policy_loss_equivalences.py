@@ -24,7 +24,7 @@ from tokfuse import (
 )
 
 
-@pytest.fixture(params=backends("policy_loss", interpreted=False, hosted=False))
+@pytest.fixture(params=backends("policy_loss"))
 def backend(request):
     with request.param.forced():
         yield request.param
