@@ -46,6 +46,8 @@ STEPS = (
          "--budget 5 --no-errors --peers torch_compile"),
     Step("hidden", "ours", "policy_step_hidden --shapes 512xsmollm2 --rounds 3 --budget 8 "
          "--no-errors --peers torch_eager,torch_compile"),
+    Step("hidden", "ours", "policy_step_hidden --shapes 256x2048x151936 --rounds 3 --budget 20 "
+         "--no-errors --peers none"),
     Step("peers", "peers", f"policy_step_hidden --variant rows=1 --shapes 256xsmollm2 {FEW} "
          f"--peers {EVERY},liger_compile"),
     Step("peers", "peers", "policy_step_hidden --variant rows=1 --shapes "
