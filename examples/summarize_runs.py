@@ -1,24 +1,81 @@
 """Did the runs learn? Mean reward of the first three steps and of the last fifth, one line per run.
 
     python examples/summarize_runs.py runs/long-1 runs/long-2 runs/long-3 --plot curves.png
+    python examples/summarize_runs.py runs/grpo-1 runs/grpo-2 runs/nft-1 runs/nft-2 --compare
 
-Reads `metrics.jsonl` of each run folder that `examples/train_grpo.py` wrote.
+Reads `metrics.jsonl` of each run folder that `examples/train_grpo.py` wrote. `--compare` takes what
+stands before the last "-" of a folder's name for the method and what follows for the seed, and
+prints a Markdown table of the methods; the plot then has a curve per method, mean over seeds.
 """
 
 import argparse
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from grpo_demo.report import plot_runs, summarize
 from grpo_demo.run_folder import RunFolder
 
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def by_method(rows: Runs) -> dict[str, list[list[dict[str, Any]]]]:
+    """The runs of each method."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for run, own in rows.items():
+        found.setdefault(Path(run).name.rpartition("-")[0], []).append(own)
+    return found
+
+
+def comparison(rows: Runs) -> str:
+    """Means over seeds, with the lowest and the highest seed where they matter."""
+    lines = [
+        "| method | seeds | reward, mean of run | reward, last fifth | entropy, last fifth "
+        "| tokens in the backward | loss side ms/step |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def spread(values: list[float]) -> str:
+        return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    for method, runs in by_method(rows).items():
+        ends = [own[-max(1, len(own) // 5) :] for own in runs]
+        everything = [row for own in runs for row in own]
+        share = sum(row["grad_rows"] * row["tokens"] for row in everything)
+        share /= sum(row["tokens"] for row in everything)
+        entropy = statistics.fmean(row["entropy"] for end in ends for row in end)
+        milliseconds = statistics.median(row["loss_ms"] for row in everything)
+        lines.append(
+            f"| {method} | {len(runs)} "
+            f"| {spread([statistics.fmean(r['reward'] for r in own) for own in runs])} "
+            f"| {spread([statistics.fmean(r['reward'] for r in end) for end in ends])} "
+            f"| {entropy:.2f} | {share:.0%} | {milliseconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def means(rows: Runs) -> Runs:
+    """A row per method and step: reward and entropy over its seeds."""
+    return {
+        method: [
+            {
+                "step": step,
+                **{key: statistics.fmean(own[step][key] for own in runs)
+                   for key in ("reward", "entropy")},
+            }
+            for step in range(min(map(len, runs)))
+        ]
+        for method, runs in by_method(rows).items()
+    }  # fmt: skip
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Summarize runs of examples/train_grpo.py.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--compare", action="store_true", help="a table of methods, not of runs")
     parser.add_argument("--plot", type=Path, help="write the curves of all runs to this PNG")
     options = parser.parse_args(argv)
 
@@ -26,6 +83,11 @@ def main(argv: list[str]) -> int:
     empty = [run for run, found in rows.items() if not found]
     if empty:
         raise SystemExit(f"summarize_runs: no rows in {', '.join(empty)}. Name run folders.")
+    if options.compare:
+        print(comparison(rows))
+        if options.plot:
+            plot_runs(means(rows), options.plot)
+        return 0
     print("run\tsteps\tminutes\tfirst three steps\tlast fifth\tgain")
     gains = []
     for run, found in rows.items():

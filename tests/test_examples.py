@@ -411,6 +411,27 @@ def test_summary_of_several_runs(tmp_path, capsys):
         summarize_runs.main([str(tmp_path / "c")])
 
 
+def test_comparison_of_methods(tmp_path, capsys):
+    for name, last, tokens in (("grpo-1", 0.9, 100), ("grpo-2", 0.7, 300), ("nft-1", 0.5, 100)):
+        folder = new_folder(tmp_path / name)
+        for step in range(10):
+            folder.append({
+                "step": step, "reward": last if step >= 8 else 0.5, "entropy": 0.2, "step_s": 1.0,
+                "grad_rows": 0.5 if tokens == 100 else 0.1, "tokens": tokens, "loss_ms": 40.0,
+            })  # fmt: skip
+    plot = tmp_path / "curves.png"
+    runs = [str(tmp_path / name) for name in ("grpo-1", "grpo-2", "nft-1")]
+    assert summarize_runs.main([*runs, "--compare", "--plot", str(plot)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[2] == (
+        "| grpo | 2 | 0.560 (0.540 to 0.580) | 0.800 (0.700 to 0.900) | 0.20 | 20% | 40 |"
+    )
+    assert out[3].startswith("| nft | 1 | 0.500 (0.500 to 0.500)") and len(out) == 4
+    rows = {name: run_folder.RunFolder(tmp_path / name).rows() for name in ("grpo-1", "grpo-2")}
+    assert summarize_runs.means(rows)["grpo"][9]["reward"] == pytest.approx(0.8)
+    assert plot.stat().st_size > 5000
+
+
 def test_curves(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     rows = [{"step": i, "reward": 0.5, "entropy": 1.0} for i in range(4)]
