@@ -104,7 +104,9 @@ class DeviceHead:
         device = p.hidden.device
         # On the CPU, where the interpreter runs, a 16-bit GEMM is a hundred times slower.
         self.mixed = p.hidden.dtype != torch.float32 and device.type != "cpu"
-        self.grad_hidden = torch.zeros_like(self.hidden) if needs[0] else None
+        self.grad_hidden: torch.Tensor | None = None
+        if needs[0]:  # rows of unit stride, whatever the strides of hidden
+            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
         self.grad_weight: torch.Tensor | None = None
         if needs[1]:
             self.grad_weight = torch.empty(p.weight.shape, dtype=torch.float32, device=device)

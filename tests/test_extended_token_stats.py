@@ -13,7 +13,7 @@ import torch
 from harness import host_backends, thread_counts
 from hypothesis import strategies as st
 
-from tokfuse.runtime import dispatch
+from tokfuse.runtime import dispatch, native
 from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
 from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
 
@@ -51,8 +51,10 @@ def expected(logits, target, second, *, temperature=1.0, softcap=None, logit_sca
 
 def check(out, wanted):
     # Torch's float32 log_softmax rounds log p, and p^2 inherits that; the kernels round once, but
-    # those on a GPU take its exponential, which errs by 2 ulp.
+    # those on a GPU take its exponential, which errs by 2 ulp, and narrower vectors add longer.
     rtol = {"reference": 2e-5, "cuda": 1e-5}.get(dispatch.forced_backend() or "", 4e-6)
+    if rtol < 1e-5 and native.module().active_isa() != "x86-64-v4":
+        rtol = 1e-5
     torch.testing.assert_close(out.second_logp.double(), wanted[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(out.sum_p2_logp.double(), wanted[1], rtol=rtol, atol=1e-9)
     torch.testing.assert_close(out.sum_p2_logp2.double(), wanted[2], rtol=rtol, atol=1e-9)

@@ -259,22 +259,35 @@ def test_clipped_rows_enter_no_gradient_gemm_where_asked(
         assert (a is None) == (b is None) and (a is None or bits(a) == bits(b))
 
 
-def test_compact_clipped_under_capture(backend, small_tiles, monkeypatch):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_compact_clipped_under_capture(level: str, backend, small_tiles, monkeypatch):
     """Masked rows, NaN here, are computed and enter neither gradient GEMM; nothing is read."""
     case = case_of(torch.bfloat16)
     keywords = keywords_of(case)
-    want = step_check(backend, case, SPEC, **keywords)
+    spec = Objective(level=level, entropy_coef=0.02)
+    want = step_check(backend, case, spec, **keywords)
+    entered = []
+    add = device_head.DeviceHead.add_live
+    monkeypatch.setattr(
+        device_head.DeviceHead, "add_live", lambda *given: entered.append(add(*given))
+    )
     monkeypatch.setattr(device_head, "capturing", lambda x: True)
     monkeypatch.setattr(torch.Tensor, "tolist", None)
     bad = case._replace(hidden=case.hidden.clone())
     bad.hidden[4] = float("nan")
     given = {k: backend.put(v) for k, v in keywords.items()}
-    got = tokfuse.policy_step(**leaves(backend, bad), objective=SPEC, compact_clipped=True, **given)
+    got = tokfuse.policy_step(**leaves(backend, bad), objective=spec, compact_clipped=True, **given)
     monkeypatch.undo()
     for name in NAMES:
         a, b = getattr(got, f"grad_{name}").float(), getattr(want, f"grad_{name}").float()
         compare(a, b, atol=5e-3 * float(b.abs().max()), what=name)
-    assert not got.grad_hidden[4].any()
+    assert entered and not got.grad_hidden[4].any()
+
+
+def test_compact_clipped_takes_a_transposed_hidden(backend, small_tiles):
+    case = case_of(torch.float32)
+    turned = case._replace(hidden=case.hidden.t().contiguous().t())
+    step_check(backend, turned, SPEC, compact_clipped=True, **keywords_of(case))
 
 
 def test_compact_clipped_is_refused_where_it_cannot_be_honoured(backend, small_tiles, monkeypatch):

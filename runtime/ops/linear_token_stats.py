@@ -251,7 +251,10 @@ def backward_in_chunks(
                 logits, target, row_max[index], inv_sum[index], entropy[index], ga[index],
                 gh[index], out=head.gradient_like(logits), **options,
             )  # fmt: skip
-            head.add(index, h, dz)
+            if p.compact_clipped and rows.keep is not None:  # else only live rows are here
+                head.add_live(index, h, dz, rows.keep[index])
+            else:
+                head.add(index, h, dz)
     return head.finish()
 
 

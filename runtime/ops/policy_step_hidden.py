@@ -259,6 +259,7 @@ def _device_run(kernels: PolicyKernels) -> Callable[..., Step]:
     def run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
         if may_read(p.target):
             linear.check_targets("policy_step", p)
+        device_head.check_compact("policy_step", p)
         with torch.no_grad():
             per_token = objective.level == "token" and inputs.old_logp is not None
             way = _device_run_token if per_token else _device_run_sequence
@@ -278,7 +279,6 @@ def _device_run_token(
     gradient = may_carry_gradient(x, objective)
     if not any(needs):
         gradient = torch.zeros_like(p.target, dtype=torch.bool)
-    device_head.check_compact("policy_step", p)
     rows = device_head.classify(p, o.mask, gradient)
     head = DeviceHead(p, needs, rows)
     stats = TokenStats(*(torch.zeros_like(x.old_logp) for _ in range(5)))
