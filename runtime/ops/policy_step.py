@@ -109,7 +109,8 @@ def policy_step(
         GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
         stops enters with zeros unless `compact_clipped`; the host waits once, for the number of
         rows of each kind (not under CUDA-graph capture: then every row enters every GEMM, but
-        for what `compact_clipped` keeps out). The gradients are held until `loss.backward()` hands them over.
+        for what `compact_clipped` keeps out). The gradients are held until `loss.backward()` hands
+        them over.
 
     Examples:
         >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
