@@ -342,6 +342,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def run_missing(path: Path, seeds: Sequence[int], budget: float, cache: Path | None) -> None:
     """Append the rows that `path` lacks, for about `budget` seconds."""
     deadline, s = time.monotonic() + budget, Settings()
+    path.parent.mkdir(parents=True, exist_ok=True)
     done = {seed: {r["ranking"] for r in rows_of(path) if r["seed"] == seed} for seed in seeds}
     missing = [seed for seed in seeds if len(done[seed]) < selection_report.RANKINGS]
     if not missing:

@@ -157,5 +157,6 @@ def test_the_page_is_what_the_rows_say() -> None:
     written = page.read_text().split(selection_report.BEGIN)[1].split(selection_report.END)[0]
     assert written.strip() == f"{selection_report.table(found)}\n\n{selection_report.facts(found)}"
     runs = [(row["seed"], row["ranking"]) for row in found]
-    assert len(runs) == len(set(runs)) and {seed for seed, _ in runs} == {1, 2, 3}
-    assert len({name for _, name in runs}) == selection_report.RANKINGS
+    assert len(runs) == len(set(runs)) and {seed for seed, _ in runs} == {1, 2, 3, 4, 5}
+    assert len(runs) == 5 * selection_report.RANKINGS  # complete, and of one state of the code
+    assert len({row["commit"] for row in found}) == 1
