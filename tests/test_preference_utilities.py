@@ -300,4 +300,8 @@ def test_metrics_add_up_over_parts():
     for key in whole:
         compare(parts[0][key] + parts[1][key], whole[key], rtol=1e-9, atol=1e-12)
     assert whole["count"] == 4 and 0 < whole["accuracy"] < 5
+    with tokfuse.backend("reference"):  # the policy is the reference: no pair is ahead
+        flat = pair_batch(ref_logp=tokfuse.token_stats(z, target).logp)
+        even = step(example("dpo"), flat, logits=z, target=target).metrics
+    assert even["accuracy"] == 0 and even["margin"] == 0
     compare(whole["margin"], whole["chosen"] - whole["rejected"], rtol=1e-9)

@@ -43,6 +43,10 @@ def test_pearson():
     value = pearson(flat, y[:5].float())
     value.backward()
     assert value.item() == 0.0 and not flat.grad.any()
+    # The mean of many equal numbers is off by rounding, which is no spread.
+    many = normal(3000)
+    assert pearson(torch.full((3000,), 0.1, dtype=torch.float64), many).item() == 0.0
+    assert pearson(1e-6 * many, many).item() == pytest.approx(1.0)
     assert float(pearson(x.detach()[:0], y[:0])) == 0.0
 
 
@@ -101,6 +105,8 @@ def test_fimi_losses_and_phases():
     v1 = algorithms.make("fimi_rm", warmup=3, mse_weight=1.0)
     compare(v1.probe_loss(w, pw) - fimi.probe_loss(w, pw), ((w - pw) ** 2).mean(), rtol=1e-10)
     assert torch.autograd.grad(v1.probe_loss(w, pw), w, allow_unused=True)[0] is None
+    # One sample: no correlation, and its own squared error.
+    compare(v1.probe_loss(w[:1], pw[:1]), (w[0] - pw[0]) ** 2, rtol=1e-12)
     state, seen = fimi.initial_state(), []
     for _ in range(9):
         seen.append(fimi.phase(state))
@@ -156,6 +162,8 @@ def test_ugda_refinement():
     reward = normal(2, 3).requires_grad_()
     want = sum(((reward[k] - target[k]) ** 2).mean() for k in range(2))
     compare(refine.loss(reward, target.double()), want, rtol=1e-12)
+    one = refine.loss(reward[:, :1], target[:, :1].double())
+    compare(one, ((reward[:, 0] - target[:, 0]) ** 2).sum(), rtol=1e-12)
     noisy = algorithms.make("ugda_refine")
     many = torch.full((20_000,), 3)
     noise = noisy.targets(logged, many) - 50 * torch.tensor([[1.0], [10.0]])

@@ -238,6 +238,7 @@ def test_majority_and_best_of_n():
     assert answer_metrics.best_of_n([0.1, 0.9, 0.9]) == 1
     weighted = make("best_of_n", weighted=True)
     assert weighted([0.6, 0.3, 0.4], ["a", "b", "b"]) == 2
+    assert weighted([0.6, 0.4, 0.4], ["a", "b", "b"]) == 1  # the first of equals
 
 
 # ---------------------------------------------------------------------------------- what is refused

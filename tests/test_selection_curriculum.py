@@ -217,6 +217,8 @@ def test_seele_rounds_settle_at_the_target_and_the_state_resumes():
     state, seen_accuracy = method.initial_state(), []
     assert method.hint(state, "q", units).rate == 39 / 40
     assert method.hint(state, "q", 1) == seele.Hint(0.0, 0)
+    at = {"memory": {}, "last": {"q": 0.65}}  # parts are rounded: 1.3 and 1.95 of them
+    assert [method.hint(at, "q", n).length for n in (2, 3)] == [1, 2]
     for _ in range(method.rounds):
         hint = method.hint(state, "q", units)
         seen_accuracy.append(truth.accuracy(hint.length / units))
