@@ -21,15 +21,18 @@ find the live rows, and how many they are, in device memory: no wait, and a CUDA
 They are no faster than cuBLAS per row, so it is the caller's to say that many rows are clipped.
 """
 
-import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tokfuse.runtime import triton_backend
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.head import HeadProblem
+
+_live_first = triton_backend.launcher("head_gradient", "live_first")
+_live_grad_hidden = triton_backend.launcher("head_gradient", "grad_hidden")
+_live_grad_weight = triton_backend.launcher("head_gradient", "grad_weight")
 
 
 def check_compact(op: str, p: HeadProblem) -> None:
@@ -89,11 +92,6 @@ def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: boo
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
-def _current(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, not on that of its tensors."""
-    return torch.cuda.device_of(x) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
 class DeviceHead:
     """Chunks of logits, and the gradients that are made of theirs."""
 
@@ -116,6 +114,7 @@ class DeviceHead:
         self._stride = -(-p.vocab // 16) * 16
         self._logits: torch.Tensor | None = None
         self._dz: torch.Tensor | None = None
+        self._live_weight: torch.Tensor | None = None  # of dz's dtype (the CPU's is float32)
 
     def rows_in_budget(self) -> int:
         """Rows of logits, their gradient and hidden states that the workspace holds."""
@@ -180,18 +179,15 @@ class DeviceHead:
     ) -> None:
         """`add` whose GEMMs skip the rows that are not `live`, which hold zeros; never waits."""
         self._add_small(index, dz)
-        kernels = triton_backend.kernels("head_gradient")
-        if self.hidden.dtype != dz.dtype:  # on the CPU, where gradients stay float32
-            h = h.float()
-        with _current(dz):
-            rows, count = kernels.live_first(live)
-            if self.grad_hidden is not None:
-                weight = self.weight.to(dz.dtype).contiguous()
-                kernels.grad_hidden(dz, weight, rows, count, index, self.grad_hidden)
-            if self.grad_weight is not None:
-                h = h.contiguous()
-                kernels.grad_weight(dz, h, rows, count, self.grad_weight, self._weight_written)
-                self._weight_written = True
+        rows, count = _live_first(live)
+        if self.grad_hidden is not None:
+            if self._live_weight is None:
+                self._live_weight = self.weight.to(dz.dtype).contiguous()
+            _live_grad_hidden(dz, self._live_weight, rows, count, index, self.grad_hidden)
+        if self.grad_weight is not None:
+            h = h.to(dz.dtype).contiguous()
+            _live_grad_weight(dz, h, rows, count, self.grad_weight, self._weight_written)
+            self._weight_written = True
 
     def finish(self) -> list[torch.Tensor | None]:
         """[grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
