@@ -66,7 +66,7 @@ def assert_same(ours, stock):
     for mine, theirs in zip(history(ours), history(stock), strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
-            assert mine[name] == pytest.approx(value, rel=2e-6, abs=1e-6, nan_ok=True), name
+            assert mine[name] == pytest.approx(value, rel=1e-6, abs=1e-6, nan_ok=True), name
     mine, theirs = ours.model.state_dict(), stock.model.state_dict()
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=2e-6, msg=name)
@@ -87,7 +87,10 @@ def test_on_policy(loss_type, tmp_path):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_reused_rollout(loss_type, level, tmp_path):
-    both(tmp_path, **REUSED, loss_type=loss_type, importance_sampling_level=level)
+    # luspo multiplies by the length: its gradients are five times the others', and steps of 0.3 turn
+    # roundings of the first step into 1.4e-6 of the third.
+    options = {**REUSED, "learning_rate": 0.03 if loss_type == "luspo" else 0.3}
+    both(tmp_path, **options, loss_type=loss_type, importance_sampling_level=level)
 
 
 def kl(**options):
@@ -101,7 +104,7 @@ OPTIONS = {
     "sapo temperatures": {"loss_type": "sapo", "sapo_temperature_pos": 2.0,
                           "sapo_temperature_neg": 0.5},
     "vespo weights": {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 0.0,
-                      "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.5, "learning_rate": 0.02},
+                      "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.5, "learning_rate": 0.002},
     "kl": kl(), "kl of grpo": kl(loss_type="grpo"),
     "kl of luspo": kl(loss_type="luspo", learning_rate=0.03),
     "plain kl": kl(use_bias_correction_kl=False),

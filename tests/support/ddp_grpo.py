@@ -1,7 +1,9 @@
-"""One rank of a GRPO run under DistributedDataParallel on the CPU: `ddp_grpo.py ARM FOLDER`.
+"""One rank of a GRPO run under DistributedDataParallel on the CPU.
 
-ARM is "stock" or "fused". Rank 0 writes what it logged, and its parameters' sums, to
-FOLDER/ARM.json; the other ranks their sums, to see that all ranks hold the same model.
+    ddp_grpo.py ARM FOLDER OPTIONS
+
+ARM is "stock" or "fused", OPTIONS a JSON object of GRPOConfig. Every rank writes what it logged and
+the sum of each of its parameters to FOLDER/ARM-RANK.json.
 """
 
 import json
@@ -25,7 +27,8 @@ def main(arm: str, folder: Path, options: dict) -> None:
     rank = os.environ["RANK"]
     trainer = tiny_grpo.trainer(
         ARMS[arm], folder / f"{arm}-{rank}", ddp_backend="gloo", gradient_accumulation_steps=2,
-        max_steps=3, beta=0.04, num_iterations=2, **options,
+        max_steps=3, beta=0.04, num_iterations=2,
+        optim="sgd", learning_rate=0.3, max_grad_norm=0.0, **options,
     )  # fmt: skip
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"]) > 1
     trainer.train()
