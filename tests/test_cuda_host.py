@@ -177,7 +177,9 @@ def moved(op: str, size: int, vocab: int, arch: str, kernel: str) -> tuple[float
 BESIDE, BESIDE_IN_BACKWARD = 0.08, 0.5
 
 
-@pytest.mark.parametrize(("size", "vocab"), [(2, 32_768), (4, 32_768), (2, 151_936)])
+@pytest.mark.parametrize(
+    ("size", "vocab"), [(2, 32_768), (4, 32_768), (2, 131_072), (2, 151_936), (2, 262_144)]
+)
 @pytest.mark.parametrize(("arch", "visits"), [("80", 2), ("90", 1), ("100", 1)])
 def test_policy_step_reads_a_row_once_and_writes_it_once(arch, visits, size, vocab):
     """In a cluster; the portable kernel's second visit is meant for L2."""

@@ -15,7 +15,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -24,6 +23,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "traffic.h"
 
 namespace tokfuse {
 namespace host {
@@ -60,19 +60,6 @@ struct Region {
   std::vector<Cell> cells;
 };
 
-struct Request {
-  bool shared, write;
-  unsigned bytes;
-  uint32_t lanes;
-  uintptr_t at[32];
-};
-
-struct Traffic {
-  bool shared = false, write = false;
-  unsigned bytes = 0;
-  uint64_t requests = 0, units = 0, fewest = 0;  // units: sectors, or wavefronts
-};
-
 void join(Clock* into, const Clock& other) {
   for (size_t i = 0; i < into->size(); i++) (*into)[i] = std::max((*into)[i], other[i]);
 }
@@ -100,11 +87,7 @@ class Checker : public Observer {
     }
   }
 
-  void cluster_ends() override {
-    for (auto& [key, request] : requests_) count(key.pc, request);
-    requests_.clear();
-    times_.clear();
-  }
+  void cluster_ends() override { traffic_.cluster_ends(machine.kernel); }
 
   void met(const std::vector<Thread*>& threads) override {
     auto all = std::make_shared<Clock>(threads_ + kProxies, 0);
@@ -185,31 +168,13 @@ class Checker : public Observer {
     inside_ = true;
     const Place place = touch(at, bytes, write, access_of(current->in_cluster, false, pc));
     if (place != Place::kElsewhere) {
-      const unsigned warp = current->in_cluster / 32;
-      const unsigned time = times_[{pc, current->in_cluster, 0}]++;
-      Request& request = requests_[{pc, warp, time}];
-      request.shared = place == Place::kShared;
-      request.write = write;
-      request.bytes = bytes;
-      request.lanes |= 1u << current->lane;
-      request.at[current->lane] = at;
+      traffic_.access(place == Place::kShared, write, bytes, at, pc, current->in_cluster);
     }
     inside_ = false;
   }
 
  private:
   enum class Place { kElsewhere, kGlobal, kShared };
-
-  struct Key {
-    uintptr_t pc;
-    unsigned warp, time;
-    bool operator==(const Key& o) const { return pc == o.pc && warp == o.warp && time == o.time; }
-  };
-  struct HashKey {
-    size_t operator()(const Key& k) const {
-      return (k.pc * 0x9e3779b97f4a7c15ull) ^ (static_cast<size_t>(k.warp) << 32 | k.time) * 31;
-    }
-  };
 
   Access access_of(unsigned thread, bool atomic, uintptr_t pc) const {
     return {machine.cluster, thread, clock_[thread], atomic, pc};
@@ -370,73 +335,14 @@ class Checker : public Observer {
     return line.substr(begin == std::string::npos ? 0 : begin + 1, end - begin - 1);
   }
 
-  // Bytes that went over the bus of device memory, or would without caches.
   void moved(Place place, bool write, uint64_t bytes) {
-    if (place == Place::kGlobal) moved_[machine.kernel][write ? 1 : 0] += bytes;
-  }
-
-  // Sectors of 32 bytes, or wavefronts of 32 banks: what a request took, and the fewest.
-  void count(uintptr_t pc, const Request& r) {
-    Traffic& t = traffic_[pc];
-    t.shared = r.shared;
-    t.write = r.write;
-    t.bytes = r.bytes;
-    t.requests++;
-    if (!r.shared) {
-      std::set<uintptr_t> sectors, places;
-      for (unsigned lane = 0; lane < 32; lane++) {
-        if (!(r.lanes >> lane & 1)) continue;
-        for (uintptr_t b = r.at[lane] / 32; b <= (r.at[lane] + r.bytes - 1) / 32; b++) {
-          sectors.insert(b);
-        }
-        places.insert(r.at[lane]);
-      }
-      t.units += sectors.size();
-      moved(Place::kGlobal, r.write, 32 * sectors.size());
-      t.fewest += (places.size() * r.bytes + 31) / 32;
-      return;
-    }
-    // Lanes go in groups whose words fill the 32 banks once.
-    const unsigned words = std::max(1u, r.bytes / 4), group = 32 / words;
-    for (unsigned first = 0; first < 32; first += group) {
-      std::map<uintptr_t, std::set<uintptr_t>> banks;
-      for (unsigned lane = first; lane < first + group; lane++) {
-        if (!(r.lanes >> lane & 1)) continue;
-        for (unsigned w = 0; w < words; w++) {
-          const uintptr_t word = r.at[lane] / 4 + w;
-          banks[word % 32].insert(word);
-        }
-      }
-      size_t most = 0;
-      for (const auto& [bank, distinct] : banks) most = std::max(most, distinct.size());
-      t.units += most;
-      t.fewest += most > 0;
-    }
+    if (place == Place::kGlobal) traffic_.moved(machine.kernel, write, bytes);
   }
 
   void report() {
     inside_ = true;
     fprintf(stderr, "cuda_host: %d problems\n", problems_);
-    for (const auto& [kernel, bytes] : moved_) {
-      fprintf(stderr, "cuda_host: %s: %lu bytes read, %lu bytes written\n", kernel.c_str(),
-              static_cast<unsigned long>(bytes[0]), static_cast<unsigned long>(bytes[1]));
-    }
-    std::map<std::string, Traffic> lines;
-    for (const auto& [pc, t] : traffic_) {
-      char key[64];
-      snprintf(key, sizeof(key), "%s %s %2u bytes ", t.shared ? "shared" : "device",
-               t.write ? "store" : "load", t.bytes);
-      Traffic& sum = lines[key + line_of(pc)];
-      sum.requests += t.requests;
-      sum.units += t.units;
-      sum.fewest += t.fewest;
-    }
-    for (const auto& [line, t] : lines) {
-      fprintf(stderr, "  %-52s %8lu requests, %.2f of the fewest %s\n", line.c_str(),
-              static_cast<unsigned long>(t.requests),
-              static_cast<double>(t.units) / static_cast<double>(t.fewest),
-              line[0] == 's' ? "wavefronts" : "sectors");
-    }
+    traffic_.report([this](uintptr_t pc) { return line_of(pc); });
     if (problems_ > 0) _exit(kExitStatus);
   }
 
@@ -450,10 +356,7 @@ class Checker : public Observer {
   std::set<unsigned> fenced_;
   std::map<void*, std::set<unsigned>> published_;
   std::map<unsigned, std::set<unsigned>> acquired_;
-  std::unordered_map<Key, Request, HashKey> requests_;
-  std::unordered_map<Key, unsigned, HashKey> times_;  // a thread in place of a warp
-  std::map<uintptr_t, Traffic> traffic_;
-  std::map<std::string, std::array<uint64_t, 2>> moved_;  // kernel -> bytes read, written
+  Traffic traffic_;
   std::set<std::pair<uintptr_t, uintptr_t>> reported_;
   int problems_ = 0;
   bool inside_ = false;
