@@ -89,9 +89,11 @@ class Rollout:
 class Policy(torch.nn.Module):
     """Logits of the next token from the asked digit, the sum so far, and the position."""
 
+    inputs = 2 * DIGITS + LENGTH
+
     def __init__(self) -> None:
         super().__init__()
-        self.body = torch.nn.Linear(2 * DIGITS + LENGTH, 64)
+        self.body = torch.nn.Linear(self.inputs, 64)
         self.head = torch.nn.Linear(64, VOCAB)
 
     def forward(self, prompt: Tensor, total: Tensor, position: Tensor) -> Tensor:
@@ -147,11 +149,12 @@ def score(rollout: Rollout) -> Tensor:
 class Trainer:
     """A policy, an algorithm and its state; compare_scenarios.py changes what is asked and how."""
 
+    make_policy: type[Policy] = Policy
     max_gradient: float | None = None
 
     def __init__(self, algorithm: Algorithm, seed: int, settings: Settings) -> None:
         torch.manual_seed(seed)
-        self.policy = Policy()
+        self.policy = self.make_policy()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.lr)
         self.algorithm, self.settings = algorithm, settings
         self.state: State = algorithm.initial_state()

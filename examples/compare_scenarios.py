@@ -8,10 +8,10 @@ shortcut  The answer is the last digit of a + b; a hint names it, rightly in nin
           First a bias model learns from the hint alone; then a policy is trained by GRPO, and by
           CDPO, which is repelled by that frozen model. Measured: answers to prompts whose hint is
           wrong, and how many of them follow the hint.
-replay    GRPO trains until three answers in ten are right. From there every update uses answers
-          that the policy of eight updates ago sampled, and the advantage is 1 or -1, so that most
-          of the weight is negative at first. BAPO against a PPO clip and against its own starting
-          bounds: reward, entropy, positive share of the loss.
+replay    GRPO trains until three answers in ten are right. From there every step uses answers
+          that the policy of eight steps (16 updates) ago sampled, the first of them nine times, and
+          the advantage is 1 or -1, so that most of the weight is negative at first. BAPO against a
+          PPO clip and against its own starting bounds: reward, entropy, positive share of the loss.
 harm      Every fifth batch rewards what is wrong: advantage -1 for a right answer, 1 for a wrong
           one. PIPO, which measures what an update brought and takes back what did harm, against
           GRPO: the reward right after the bad updates and two steps later, less that before them.
@@ -36,7 +36,6 @@ from compare_algorithms import (
     DIGITS,
     LENGTH,
     STOP,
-    VOCAB,
     Policy,
     Rollout,
     Settings,
@@ -66,10 +65,7 @@ class HintedPolicy(Policy):
     A prompt is the number 10 * pair + hint.
     """
 
-    def __init__(self) -> None:
-        torch.nn.Module.__init__(self)
-        self.body = torch.nn.Linear(UNKNOWN + 1 + 2 * DIGITS + LENGTH, 64)
-        self.head = torch.nn.Linear(64, VOCAB)
+    inputs = UNKNOWN + 1 + 2 * DIGITS + LENGTH
 
     def hidden(self, prompt: Tensor, total: Tensor, position: Tensor) -> Tensor:
         """What the head gets."""
@@ -96,15 +92,14 @@ def answers_with(rollout: Rollout, digit: Tensor) -> Tensor:
 class HintedTrainer(Trainer):
     """Trains on hinted prompts; `bias` is the frozen model that CDPO keeps away from."""
 
+    make_policy = HintedPolicy
     max_gradient = MAX_GRADIENT
 
     def __init__(
-        self, algorithm: Algorithm, seed: int, settings: Settings, bias: HintedPolicy | None
+        self, algorithm: Algorithm, seed: int, settings: Settings, bias: Policy | None
     ) -> None:
         super().__init__(algorithm, seed, settings)
-        torch.manual_seed(seed)
-        self.policy, self.bias = HintedPolicy(), bias
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.lr)
+        self.bias = bias
 
     def prompts(self) -> Tensor:
         """Pairs with hints; hints alone while the bias model itself is trained."""
