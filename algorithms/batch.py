@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokfuse.runtime import collectives
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     BOOL,
     FLOATS,
     INTS,
@@ -20,6 +19,7 @@ from tokfuse.runtime.packed_checks import (
     check_cu_seqlens,
     check_vector,
 )
+from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
 
 if TYPE_CHECKING:

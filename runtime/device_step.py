@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.runtime.checks import may_read
 from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.metrics import SLOT
 from tokfuse.runtime.objective import Objective
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
-from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokfuse.runtime import collectives
+from tokfuse.runtime.checks import check_choice, check_number
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.metrics import Metrics
-from tokfuse.runtime.packed_checks import check_choice, check_number
 from tokfuse.runtime.vocab_shard import VocabShard
 
 if TYPE_CHECKING:

@@ -80,16 +80,17 @@ def check_head(
             raise refuse(op, "bias", f"({weight.shape[0]},) {weight.dtype} like weight",
                          f"{tuple(bias.shape)} {bias.dtype}", "Pass lm_head.bias.")  # fmt: skip
         checks.check_device(op, "bias", bias, hidden.device)
-    checks.check_target(op, target, hidden.shape[0], hidden.device)
+    rows = checks.Rows(hidden.shape[0], "the rows of hidden", hidden.device)
+    checks.check_vector(op, "target", target, rows, checks.INT64)
     check_options(op, hidden.shape[0], hidden.device, options)
     if memory_budget is None:
         # A sixth of the float32 weight gradient keeps dW traffic small against the GEMMs.
         memory_budget = max(MIN_BUDGET, weight.numel() * 4 // 6)
         if hidden.device.type != "cpu":
-            rows = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
-            memory_budget = max(memory_budget, min(rows, 1 << 30))
-    elif memory_budget < 1:
-        raise refuse(op, "memory_budget", "a number of bytes >= 1", repr(memory_budget),
+            workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
+            memory_budget = max(memory_budget, min(workspace, 1 << 30))
+    elif not isinstance(memory_budget, int) or memory_budget < 1:
+        raise refuse(op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget),
                      "Omit it for the default.")  # fmt: skip
     return HeadProblem(hidden, weight, bias, target, options, memory_budget)
 

@@ -1,5 +1,6 @@
 """How logits become a distribution, and what can be refused of them without reading a value."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOp
     if vocab < 1:
         raise refuse(op, "logits", "at least one column wide", f"shape {tuple(logits.shape)}",
                      "Pass the whole vocabulary.")  # fmt: skip
-    checks.check_target(op, target, tokens, logits.device)
+    rows = checks.Rows(tokens, "the rows of logits", logits.device)
+    checks.check_vector(op, "target", target, rows, checks.INT64)
     check_options(op, tokens, logits.device, o)
     if o.bias_logits is not None:
         bias = checks.require_tensor(op, "bias_logits", o.bias_logits)
@@ -46,18 +48,18 @@ def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOp
                 f"{tuple(bias.shape)} {bias.dtype}", "Score the same tokens in the same dtype.",
             )  # fmt: skip
         checks.check_device(op, "bias_logits", bias, logits.device)
-        if bias.requires_grad and torch.is_grad_enabled():
-            raise refuse(op, "bias_logits", "free of gradient", "requires_grad=True",
-                         "Call bias_logits.detach().")  # fmt: skip
+        checks.check_constant(op, "bias_logits", bias)
+        checks.check_number(op, "bias_scale", o.bias_scale, -math.inf)
 
 
 def check_options(op: str, tokens: int, device: torch.device, o: LogitOptions) -> None:
     """Temperature, softcap, scale and mask."""
+    rows = checks.Rows(tokens, "the tokens", device)
     if isinstance(o.temperature, torch.Tensor):
-        checks.check_vector(op, "temperature", o.temperature, tokens, "tokens", device)
+        checks.check_constant_vector(op, "temperature", o.temperature, rows)
     else:
         checks.check_positive(op, "temperature", o.temperature)
     if o.softcap is not None:
         checks.check_positive(op, "softcap", o.softcap)
     checks.check_positive(op, "logit_scale", o.logit_scale)
-    checks.check_mask(op, o.mask, tokens, device)
+    checks.check_optional(op, "mask", o.mask, rows, checks.BOOL)

@@ -16,8 +16,8 @@ def check_logp(op: str, logp: torch.Tensor, entropy: torch.Tensor | None) -> Non
     if logp.dim() != 1 or not logp.dtype.is_floating_point:
         raise refuse(op, "logp", "a floating vector of shape (tokens,)",
                      f"{tuple(logp.shape)} {logp.dtype}", "Pack padded batches first.")  # fmt: skip
-    if entropy is not None:
-        checks.check_vector(op, "entropy", entropy.detach(), logp.shape[0], "tokens", logp.device)
+    rows = checks.Rows(logp.shape[0], "logp", logp.device)
+    checks.check_optional(op, "entropy", entropy, rows)
 
 
 def check_inputs(
@@ -37,7 +37,8 @@ def check_inputs(
     if inputs.advantage_level not in ("token", "sequence"):
         raise refuse(op, "advantage_level", "'token' or 'sequence'",
                      repr(inputs.advantage_level), "Pass one of the two.")  # fmt: skip
-    checks.check_mask(op, inputs.mask, tokens, device)
+    rows = checks.Rows(tokens, "the tokens", device)
+    checks.check_optional(op, "mask", inputs.mask, rows, checks.BOOL)
     per_sequence = inputs.advantage_level == "sequence"
     if inputs.cu_seqlens is not None:
         checks.check_cu_seqlens(op, inputs.cu_seqlens, tokens, device)
@@ -46,15 +47,15 @@ def check_inputs(
             f"level={objective.level!r}, aggregation={objective.aggregation!r}")  # fmt: skip
         raise refuse(op, "cu_seqlens", f"given for {why}", "None",
                      "Pass the packing offsets (seqs + 1,) int32.")  # fmt: skip
-    size, like = tokens, "tokens"
+    units = rows
     if per_sequence:
         assert inputs.cu_seqlens is not None
-        size, like = inputs.cu_seqlens.shape[0] - 1, "seqs"
-    checks.check_vector(op, "advantage", inputs.advantage, size, like, device)
+        units = checks.Rows(inputs.cu_seqlens.shape[0] - 1, "cu_seqlens", device)
+    checks.check_constant_vector(op, "advantage", inputs.advantage, units)
     for name in ("old_logp", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight"):
         value = getattr(inputs, name)
         if value is not None:
-            checks.check_vector(op, name, value, tokens, "tokens", device)
+            checks.check_constant_vector(op, name, value, rows)
     _check_used(op, inputs, objective, has_entropy)
 
 
@@ -94,10 +95,7 @@ def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) ->
             raise refuse(op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}",
                          "Pass the global count.")  # fmt: skip
         normalizer = float(normalizer)
-    if not 0.0 < normalizer < float("inf"):
-        raise refuse(op, "normalizer", "a finite number > 0", repr(normalizer),
-                     "Pass the global count, or None for the sum.")  # fmt: skip
-    return 1.0 / normalizer
+    return 1.0 / checks.check_number(op, "normalizer", normalizer, 0.0, open_low=True)
 
 
 def check_sampler(
@@ -105,7 +103,8 @@ def check_sampler(
 ) -> None:
     """Shape of the rollout engine's log-probabilities."""
     if sampler_logp is not None:
-        checks.check_vector(op, "sampler_logp", sampler_logp, tokens, "tokens", device)
+        rows = checks.Rows(tokens, "the tokens", device)
+        checks.check_constant_vector(op, "sampler_logp", sampler_logp, rows)
 
 
 def sampler_mismatch(

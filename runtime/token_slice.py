@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokfuse.runtime import collectives
+from tokfuse.runtime.checks import check_number
 from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.packed_checks import check_number
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

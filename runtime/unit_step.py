@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import native
+from tokfuse.runtime.checks import may_read
 from tokfuse.runtime.device_head import DeviceHead, RowClasses
 from tokfuse.runtime.dispatch import select
 from tokfuse.runtime.head import (
@@ -28,7 +29,6 @@ from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.policy_step_hidden import NAMES, wanted
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.step_result import Gradients, hand_over
 
 OP = "unit_step"

@@ -15,6 +15,7 @@ import torch
 
 from tokfuse.runtime import checks, collectives, policy_checks, vocab_rows
 from tokfuse.runtime import head as heads
+from tokfuse.runtime.checks import may_read
 from tokfuse.runtime.dispatch import select
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.logit_options import LogitOptions, check_logits, check_options
@@ -24,7 +25,6 @@ from tokfuse.runtime.ops import policy_step as step_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.policy_checks import Normalizer
 from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
@@ -275,7 +275,8 @@ def _check_logits(
     if logits.shape[1] > 0:
         check_logits(op, logits, target, o)
     else:
-        checks.check_target(op, target, logits.shape[0], logits.device)
+        rows = checks.Rows(logits.shape[0], "the rows of logits", logits.device)
+        checks.check_vector(op, "target", target, rows, checks.INT64)
         check_options(op, logits.shape[0], logits.device, o)
     _check_target(op, target, o, shard)
 

@@ -303,5 +303,5 @@ def test_refusals(args, kwargs, message):
 def test_wrong_types():
     with pytest.raises(TypeError, match="cu_seqlens must be a torch.Tensor; got list"):
         gae(X, X, [0, 3])
-    with pytest.raises(TypeError, match="gamma must be a number; got bool"):
+    with pytest.raises(TypeError, match="gamma must be a number; got True"):
         gae(X, X, CU, gamma=True)

@@ -429,7 +429,7 @@ REFUSALS = [
     (lambda: influence.head_norms(ONES, ONES), "hidden must be two-dimensional"),
     (lambda: influence.hidden_norms(ONES), "grad_hidden must be two-dimensional"),
     (lambda: influence.sketch(H[:2], H, CU), r"grad_hidden must be of shape \(3, 2\) like hidden"),
-    (lambda: influence.sketch(H, H, CU + 1), "cu_seqlens must be an offset list that starts at 0"),
+    (lambda: influence.sketch(H, H, CU + 1), "cu_seqlens must be a prefix sum that starts at 0"),
     (lambda: influence.sketch(H, H, CU, rank=0), "rank must be an int >= 1, or None"),
     (lambda: influence.sketch(H, H, CU, seed=0.5), "seed must be an int"),
     (lambda: influence.sketch(H, H, CU, max_seqlen=-1), "max_seqlen must be >= 0"),

@@ -307,9 +307,9 @@ REFUSALS = [
     ((Z, Y, IDS * 0, OFFSETS), {}, "kept_ids must be different .*got 0 twice in row 0"),
     ((Z, Y + 4, IDS, OFFSETS), {}, r"target must be in \[0, 4\) .*got 4 in row 0"),
     ((Z, Y, IDS, OFFSETS), {"temperature": torch.zeros(2)}, "temperature must be > 0 in every row"),
-    ((Z, Y, IDS, OFFSETS), {"temperature": 0.0}, "temperature must be a finite number > 0"),
-    ((Z, Y, IDS, OFFSETS), {"softcap": -1.0}, "softcap must be a finite number > 0"),
-    ((Z, Y, IDS, OFFSETS), {"mask": Y}, "mask must be bool"),
+    ((Z, Y, IDS, OFFSETS), {"temperature": 0.0}, "temperature must be a finite number"),
+    ((Z, Y, IDS, OFFSETS), {"softcap": -1.0}, "softcap must be a finite number"),
+    ((Z, Y, IDS, OFFSETS), {"mask": Y}, "mask must be of dtype bool"),
     ((Z[0], Y, IDS, OFFSETS), {}, "logits must be two-dimensional"),
 ]
 

@@ -452,5 +452,5 @@ def test_refusals_of_a_rule():
         KeepRule("k1")
     with pytest.raises(ValueError, match="^KeepRule: low must be <= high = 1; got 2"):
         KeepRule("k1", low=2.0, high=1.0)
-    with pytest.raises(TypeError, match="rules must hold KeepRule; got str"):
+    with pytest.raises(TypeError, match="rules must be a tuple of KeepRule; got"):
         offpolicy_weights(X, X, rules=("k1",))

@@ -46,22 +46,23 @@ def step_call(**changes):
     return tokfuse.policy_step, arguments
 
 
-ONE_PER_ROW = "Pass one token id per row."
+POSITIVE, CHECK = "a finite number in (0, inf)", "Check its unit and sign."
+PACKED = "Pass the packed vector, without padding."
+FLOATS = "bfloat16 or float16 or float32 or float64"
 LOGITS = [
     (lambda: logits_call(logits=torch.zeros(V)),
      "token_stats: logits must be two-dimensional (tokens, vocab); got shape (7,). Pack padded "
      "batches to (tokens, ...) first."),
     (lambda: logits_call(logits=torch.zeros(T, V, dtype=torch.int64)),
-     "token_stats: logits must be float32, bfloat16, float16 or float64; got torch.int64. Cast it "
-     "to one of these."),
+     f"token_stats: logits must be of dtype {FLOATS}; got int64. Call logits.float()."),
     (lambda: logits_call(logits=torch.zeros(T, 0)),
      "token_stats: logits must be at least one column wide; got shape (3, 0). Pass the whole "
      "vocabulary."),
     (lambda: logits_call(target=torch.tensor([0, 3])),
-     f"token_stats: target must be of shape (tokens,) = (3,) to match the rows; got shape (2,). "
-     f"{ONE_PER_ROW}"),
+     f"token_stats: target must be of shape (3,) to match the rows of logits; got shape (2,). "
+     f"{PACKED}"),
     (lambda: logits_call(target=torch.tensor([0, 3, 6]).int()),
-     "token_stats: target must be int64; got torch.int32. Call target.long()."),
+     "token_stats: target must be of dtype int64; got int32. Call target.long()."),
     (lambda: logits_call(target=torch.tensor([0, 7, 6])),
      "token_stats: target must be in [0, 7) in every row where mask is True; got 7 in row 1. Set "
      "mask to False on prompt and padding rows."),
@@ -72,17 +73,16 @@ LOGITS = [
      "token_stats: target must be on cpu, where the main input is; got meta. Call "
      "target.to('cpu')."),
     (lambda: logits_call(mask=torch.ones(4, dtype=torch.bool)),
-     "token_stats: mask must be of shape (tokens,) = (3,); got shape (4,). Pass one flag per "
-     "token."),
+     f"token_stats: mask must be of shape (3,) to match the tokens; got shape (4,). {PACKED}"),
     (lambda: logits_call(mask=torch.ones(3)),
-     "token_stats: mask must be bool (True counts); got torch.float32. Call mask.bool()."),
+     "token_stats: mask must be of dtype bool; got float32. Call mask.bool()."),
     (lambda: logits_call(temperature=0.0),
-     "token_stats: temperature must be a finite number > 0; got 0.0. Omit it for the default."),
+     f"token_stats: temperature must be {POSITIVE}; got 0.0. {CHECK}"),
     (lambda: logits_call(temperature=NAN),
-     "token_stats: temperature must be a finite number > 0; got nan. Omit it for the default."),
+     f"token_stats: temperature must be {POSITIVE}; got nan. {CHECK}"),
     (lambda: logits_call(temperature=torch.ones(2)),
-     "token_stats: temperature must be of shape (tokens,) = (3,); got shape (2,). Pass one value "
-     "for each of the tokens."),
+     "token_stats: temperature must be of shape (3,) to match the tokens; got shape (2,). "
+     f"{PACKED}"),
     (lambda: logits_call(temperature=torch.tensor([1.0, -2.0, 1.0])),
      "token_stats: temperature must be > 0 in every row where mask is True; got -2.0 in row 1. "
      "Mask the row or fix its temperature."),
@@ -93,9 +93,15 @@ LOGITS = [
      "token_stats: temperature must be free of gradient (the op does not differentiate it); got "
      "requires_grad=True. Call temperature.detach()."),
     (lambda: logits_call(softcap=float("inf")),
-     "token_stats: softcap must be a finite number > 0; got inf. Omit it for the default."),
+     f"token_stats: softcap must be {POSITIVE}; got inf. {CHECK}"),
     (lambda: logits_call(logit_scale=-1.0),
-     "token_stats: logit_scale must be a finite number > 0; got -1.0. Omit it for the default."),
+     f"token_stats: logit_scale must be {POSITIVE}; got -1.0. {CHECK}"),
+    (lambda: logits_call(bias_scale=0.5),
+     "token_stats: bias_scale must be left out without bias_logits; got 0.5. It would have no "
+     "effect."),
+    (lambda: logits_call(bias_logits=torch.zeros(T, V), bias_scale=NAN),
+     "token_stats: bias_scale must be a finite number in (-inf, inf); got nan. Check its unit and "
+     "sign."),
     (lambda: logits_call(bias_logits=torch.zeros(T, V + 1)),
      "token_stats: bias_logits must be (3, 7) torch.float32 like logits; got (3, 8) torch.float32. "
      "Score the same tokens in the same dtype."),
@@ -103,8 +109,8 @@ LOGITS = [
      "token_stats: bias_logits must be (3, 7) torch.float32 like logits; got (3, 7) torch.float16. "
      "Score the same tokens in the same dtype."),
     (lambda: logits_call(bias_logits=torch.zeros(T, V, requires_grad=True)),
-     "token_stats: bias_logits must be free of gradient; got requires_grad=True. Call "
-     "bias_logits.detach()."),
+     "token_stats: bias_logits must be free of gradient (the op does not differentiate it); "
+     "got requires_grad=True. Call bias_logits.detach()."),
 ]  # fmt: skip
 HEAD = [
     (lambda: head_call(hidden=torch.zeros(T, 1, H)),
@@ -125,9 +131,12 @@ HEAD = [
     (lambda: head_call(target=torch.tensor([0, 3, 7])),
      "linear_token_stats: target must be in [0, 7) in every row where mask is True; got 7 in row "
      "2. Set mask to False on prompt and padding rows."),
+    (lambda: head_call(memory_budget=64e6),
+     "linear_token_stats: memory_budget must be a whole number of bytes >= 1; got 64000000.0. Omit "
+     "it for the default."),
     (lambda: head_call(memory_budget=0),
-     "linear_token_stats: memory_budget must be a number of bytes >= 1; got 0. Omit it for the "
-     "default."),
+     "linear_token_stats: memory_budget must be a whole number of bytes >= 1; got 0. Omit it for "
+     "the default."),
 ]  # fmt: skip
 IGNORED = "It would be ignored."
 ONE_VALUE = "Pass one value per token."
@@ -139,41 +148,40 @@ LOSS = [
      "policy_loss: logp must be a floating vector of shape (tokens,); got (22,) torch.int64. Pack "
      "padded batches first."),
     (lambda: loss_call(old_logp=torch.zeros(21)),
-     "policy_loss: old_logp must be of shape (tokens,) = (22,); got shape (21,). Pass one value "
-     "for each of the tokens."),
+     "policy_loss: old_logp must be of shape (22,) to match the tokens; got shape (21,). "
+     f"{PACKED}"),
     (lambda: loss_call(old_logp=torch.zeros(22, requires_grad=True)),
      "policy_loss: old_logp must be free of gradient (the op does not differentiate it); got "
      "requires_grad=True. Call old_logp.detach()."),
     (lambda: loss_call(advantage=torch.zeros(6)),
-     "policy_loss: advantage must be of shape (tokens,) = (22,); got shape (6,). Pass one value "
-     "for each of the tokens."),
+     "policy_loss: advantage must be of shape (22,) to match the tokens; got shape (6,). "
+     f"{PACKED}"),
     (lambda: loss_call(advantage=torch.zeros(22), advantage_level="sequence"),
-     "policy_loss: advantage must be of shape (seqs,) = (6,); got shape (22,). Pass one value for "
-     "each of the seqs."),
+     "policy_loss: advantage must be of shape (6,) to match cu_seqlens; got shape (22,). "
+     f"{PACKED}"),
     (lambda: loss_call(advantage=torch.zeros(22).long()),
-     "policy_loss: advantage must be floating point; got torch.int64. Call advantage.float()."),
+     f"policy_loss: advantage must be of dtype {FLOATS}; got int64. Call advantage.float()."),
     (lambda: loss_call(advantage_level="group"),
      "policy_loss: advantage_level must be 'token' or 'sequence'; got 'group'. Pass one of the "
      "two."),
     (lambda: loss_call(mask=torch.ones(22)),
-     "policy_loss: mask must be bool (True counts); got torch.float32. Call mask.bool()."),
+     "policy_loss: mask must be of dtype bool; got float32. Call mask.bool()."),
     (lambda: loss_call(cu_seqlens=torch.tensor([0, 22])),
-     "policy_loss: cu_seqlens must be int32; got torch.int64. Call cu_seqlens.int()."),
+     "policy_loss: cu_seqlens must be of dtype int32; got int64. Call cu_seqlens.int()."),
     (lambda: loss_call(cu_seqlens=torch.zeros(0).int()),
-     "policy_loss: cu_seqlens must be of shape (seqs + 1,); got shape (0,). Pass the exclusive "
-     "prefix sum of the sequence lengths."),
+     "policy_loss: cu_seqlens must be of shape (num_seqs + 1,); got shape (0,). No sequence: "
+     "pass [0]."),
     (lambda: loss_call(cu_seqlens=torch.tensor([1, 22]).int()),
-     "policy_loss: cu_seqlens must be an offset list that starts at 0; got 1 first. Prepend 0 to "
-     "the running sum."),
+     "policy_loss: cu_seqlens must be a prefix sum that starts at 0; got 1. Prepend 0."),
     (lambda: loss_call(cu_seqlens=torch.tensor([0, 21]).int()),
-     "policy_loss: cu_seqlens must be an offset list that ends at tokens = 22; got 21 last. Its "
-     "last entry is the number of packed tokens."),
+     "policy_loss: cu_seqlens must be a prefix sum that ends at num_tokens = 22; got 21. Pack "
+     "exactly the tokens it counts."),
     (lambda: loss_call(cu_seqlens=torch.tensor([0]).int()),
-     "policy_loss: cu_seqlens must be an offset list that ends at tokens = 22; got 0 last. Its "
-     "last entry is the number of packed tokens."),
+     "policy_loss: cu_seqlens must be a prefix sum that ends at num_tokens = 22; got 0. Pack "
+     "exactly the tokens it counts."),
     (lambda: loss_call(cu_seqlens=torch.tensor([0, 9, 8, 22]).int()),
-     "policy_loss: cu_seqlens must be non-decreasing; got a decreasing pair. Use the running sum "
-     "of the lengths."),
+     "policy_loss: cu_seqlens must be non-decreasing; got 9 then 8 at 1. Sequence lengths cannot "
+     "be negative."),
     (lambda: loss_call(cu_seqlens=None, objective=Objective(level="sequence")),
      "policy_loss: cu_seqlens must be given for level='sequence', aggregation='token_mean'; got "
      "None. Pass the packing offsets (seqs + 1,) int32."),
@@ -184,11 +192,11 @@ LOSS = [
      "policy_loss: cu_seqlens must be given for advantage_level='sequence'; got None. Pass the "
      "packing offsets (seqs + 1,) int32."),
     (lambda: loss_call(normalizer=0.0),
-     "policy_loss: normalizer must be a finite number > 0; got 0.0. Pass the global count, or None "
-     "for the sum."),
+     "policy_loss: normalizer must be a finite number in (0, inf); got 0.0. Check its "
+     "unit and sign."),
     (lambda: loss_call(normalizer=float("inf")),
-     "policy_loss: normalizer must be a finite number > 0; got inf. Pass the global count, or None "
-     "for the sum."),
+     "policy_loss: normalizer must be a finite number in (0, inf); got inf. Check its "
+     "unit and sign."),
     (lambda: loss_call(normalizer="tokens"),
      "policy_loss: normalizer must be None, a number, a 0-dim tensor or 'batch'; got 'tokens'. "
      "Pass the global count."),
@@ -210,8 +218,8 @@ LOSS = [
     (lambda: loss_call(entropy_weight=torch.zeros(22)),
      f"policy_loss: entropy_weight must be None with entropy_coef=0; got a tensor. {IGNORED}"),
     (lambda: loss_call(sampler_logp=torch.zeros(3)),
-     "policy_loss: sampler_logp must be of shape (tokens,) = (22,); got shape (3,). Pass one value "
-     "for each of the tokens."),
+     "policy_loss: sampler_logp must be of shape (22,) to match the tokens; got shape (3,). "
+     f"{PACKED}"),
     (lambda: loss_call(token_weight=torch.zeros(22, device="meta")),
      "policy_loss: token_weight must be on cpu, where the main input is; got meta. Call "
      "token_weight.to('cpu')."),
@@ -222,8 +230,10 @@ STEP = [
     (lambda: step_call(hidden=torch.zeros(T, H)),
      "policy_step: input must be either logits= or hidden= with weight=; got both. Pass one."),
     (lambda: step_call(bias=torch.zeros(V)),
-     "policy_step: weight and bias must be None with logits=; got a tensor. They belong to "
-     "hidden=."),
+     "policy_step: bias must be left out with logits=; got a tensor. It would have no effect."),
+    (lambda: step_call(memory_budget=1 << 20),
+     "policy_step: memory_budget must be left out with logits=; got 1048576. It would have no "
+     "effect."),
     (lambda: step_call(logits=None, hidden=torch.zeros(T, H)),
      "policy_step: weight must be given with hidden=; got None. Pass lm_head.weight."),
     (lambda: step_call(logits=None, hidden=torch.zeros(T, H), weight=torch.zeros(V, H),
@@ -238,8 +248,8 @@ STEP = [
      "policy_step: target must be in [0, 7) in every row where mask is True; got 9 in row 1. Set "
      "mask to False on prompt and padding rows."),
     (lambda: step_call(token_weight=torch.ones(2)),
-     "policy_step: token_weight must be of shape (tokens,) = (3,); got shape (2,). Pass one value "
-     "for each of the tokens."),
+     "policy_step: token_weight must be of shape (3,) to match the tokens; got shape (2,). "
+     f"{PACKED}"),
 ]  # fmt: skip
 ALL = [*LOGITS, *HEAD, *LOSS, *STEP]
 
@@ -274,6 +284,19 @@ TYPES = [
     (lambda: loss_call(advantage=1.0), "policy_loss: advantage must be a torch.Tensor; got float."),
     (lambda: loss_call(cu_seqlens=[0, 22]),
      "policy_loss: cu_seqlens must be a torch.Tensor; got list."),
+    (lambda: logits_call(moments=1), "token_stats: moments must be True or False; got 1. Pass"),
+    (lambda: logits_call(temperature="1"),
+     "token_stats: temperature must be a number; got '1'. Pass an int or a float."),
+    (lambda: logits_call(softcap=torch.ones(3)),
+     "token_stats: softcap must be a number; got tensor([1., 1., 1.]). Pass an int or a float."),
+    (lambda: loss_call(entropy=1.0), "policy_loss: entropy must be a torch.Tensor; got float."),
+    (lambda: loss_call(normalizer=[22]),
+     "policy_loss: normalizer must be a number; got [22]. Pass an int or a float."),
+    (lambda: step_call(compact_clipped="no"),
+     "policy_step: compact_clipped must be True or False; got 'no'. Pass a bool."),
+    (lambda: step_call(logits=None, hidden=torch.zeros(T, H), weight=torch.zeros(V, H),
+                       influence="norms"),
+     "policy_step: influence must be an InfluenceSpec; got 'norms'. Build one."),
     (lambda: loss_call(objective=PPOClip()),
      "policy_loss: objective must be a tokfuse.Objective; got PPOClip. Build one, for example"),
     (lambda: step_call(objective="grpo"),

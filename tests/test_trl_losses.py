@@ -87,8 +87,8 @@ def test_on_policy(loss_type, tmp_path):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_reused_rollout(loss_type, level, tmp_path):
-    # luspo multiplies by the length: its gradients are five times the others', and steps of 0.3 turn
-    # roundings of the first step into 1.4e-6 of the third.
+    # luspo multiplies by the length: its gradients are five times the others', and steps of 0.3
+    # turn roundings of the first step into 1.4e-6 of the third.
     options = {**REUSED, "learning_rate": 0.03 if loss_type == "luspo" else 0.3}
     both(tmp_path, **options, loss_type=loss_type, importance_sampling_level=level)
 

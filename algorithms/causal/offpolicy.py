@@ -3,12 +3,12 @@
 import torch
 
 from tokfuse.algorithms.registry import Entry, add, register
+from tokfuse.runtime.checks import INTS, Rows, check_number, check_vector
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.ope import ope
 from tokfuse.runtime.ops.paired_divergence import paired_divergence
 from tokfuse.runtime.ops.token_stats import token_stats
 from tokfuse.runtime.ops.vtrace import vtrace
-from tokfuse.runtime.packed_checks import INTS, Rows, check_number, check_vector
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
+from tokfuse.runtime.checks import BOOL, Rows, check_number, check_vector
 from tokfuse.runtime.ops.influence import hidden_norms
-from tokfuse.runtime.packed_checks import BOOL, Rows, check_number, check_vector
 
 
 def embedding_sensitivity(grad_embedding: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.algorithms.batch import World
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     BOOL,
     FLOATS,
     INTS,
@@ -17,6 +16,7 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     may_read,
 )
+from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
 from tokfuse.runtime.unit_step import Units
 

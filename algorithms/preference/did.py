@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
+from tokfuse.runtime.checks import Rows, check_choice, check_vector
 from tokfuse.runtime.ops.token_stats import token_stats
-from tokfuse.runtime.packed_checks import Rows, check_choice, check_vector
 
 OP = "algorithms.did_entropy"
 SYSTEM = "Differential Information"

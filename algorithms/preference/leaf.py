@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
+from tokfuse.runtime.checks import BOOL, Rows, check_choice, check_number, check_vector
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.ops.paired_divergence import paired_divergence
-from tokfuse.runtime.packed_checks import BOOL, Rows, check_choice, check_number, check_vector
 
 OP = "algorithms.leaf_kl"
 

@@ -9,10 +9,10 @@ from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch
 from tokfuse.algorithms.stateful import State
 from tokfuse.runtime import checks
 from tokfuse.runtime import head as heads
+from tokfuse.runtime.checks import check_number
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
-from tokfuse.runtime.packed_checks import check_number
 from tokfuse.runtime.step_result import Gradients
 from tokfuse.runtime.unit_step import unit_step
 
@@ -168,9 +168,8 @@ def _check_input(
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
         raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
-    if logits is not None and any(x is not None for x in (weight, bias, memory_budget)):
-        raise refuse(OP, "weight, bias and memory_budget", "None with logits=", "a value",
-                     "They belong to hidden=.")  # fmt: skip
+    if logits is not None:
+        checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget)
 
 
 def _check_tokens(batch: PreferenceBatch, rows: torch.Tensor) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
+from tokfuse.runtime.checks import check_number, check_vector
 from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.packed_checks import check_number, check_vector
 
 OP = "algorithms.kernel_balancing"
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     BOOL,
     Rows,
     check_choice,
@@ -14,6 +13,7 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
 )
+from tokfuse.runtime.errors import refuse
 
 SYSTEM = "CausalRM"
 SOURCE = "arXiv 2603.18736 (a long summary with every formula)"

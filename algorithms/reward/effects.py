@@ -6,9 +6,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.ops.segment_moments import segment_moments
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     BOOL,
     INTS,
     Rows,
@@ -16,6 +14,8 @@ from tokfuse.runtime.packed_checks import (
     check_optional,
     check_vector,
 )
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.ops.segment_moments import segment_moments
 
 SYSTEM = "PUC / PTONet"
 SOURCE = "github.com/euzmin/PUC (utils.py, models/PTONet.py)"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
+from tokfuse.runtime.checks import INTS, Rows, check_number, check_vector
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.ops.segment_moments import segment_moments
-from tokfuse.runtime.packed_checks import INTS, Rows, check_number, check_vector
 
 OP = "algorithms.ivl"
 

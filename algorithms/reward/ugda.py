@@ -6,8 +6,8 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import draws
+from tokfuse.runtime.checks import INTS, check_number, check_vector, may_read
 from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.packed_checks import INTS, check_number, check_vector, may_read
 
 OP = "algorithms.ugda_refine"
 

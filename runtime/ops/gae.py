@@ -5,16 +5,7 @@ from typing import Any
 import torch
 
 from tokfuse.runtime import cuda_packed, native, triton_backend
-from tokfuse.runtime.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     BOOL,
     Rows,
     Runs,
@@ -25,6 +16,15 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.gae import gae as reference
 

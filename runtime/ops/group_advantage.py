@@ -3,16 +3,7 @@
 import torch
 
 from tokfuse.runtime import cuda_packed, native, triton_backend
-from tokfuse.runtime.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.graph_ops import GraphForm, traceable
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     FLOATS,
     INTS,
     Rows,
@@ -25,6 +16,15 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.group_advantage import group_advantage as reference
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.runtime import checks, cuda_packed, triton_backend
+from tokfuse.runtime.checks import Rows, check_vector
 from tokfuse.runtime.dispatch import (
     ALL_DTYPES,
     FLOAT_DTYPES,
@@ -24,7 +25,6 @@ from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.head import HeadProblem
 from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.packed_checks import Rows, check_vector
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import influence as reference
 from tokfuse.runtime.reference.token_stats import accumulation_dtype
@@ -336,6 +336,8 @@ def request(
     op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torch.Tensor | None
 ) -> HeadProblem:
     """The problem, asking for the gradient of the hidden states and the norms of the logits'."""
+    if not isinstance(spec, InfluenceSpec):
+        raise TypeError(f"{op}: influence must be an InfluenceSpec; got {spec!r}. Build one.")
     if cu_seqlens is None:
         raise refuse(op, "cu_seqlens", "given with influence= (one sketch per sequence)", "None",
                      "Pass the packing offsets.")  # fmt: skip

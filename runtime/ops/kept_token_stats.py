@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import cuda_rows, native
+from tokfuse.runtime.checks import INTS, Rows, check_vector, may_read
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
@@ -18,7 +19,6 @@ from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels
-from tokfuse.runtime.packed_checks import INTS, Rows, check_vector, may_read
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import kept_token_stats as reference
 from tokfuse.runtime.reference.token_stats import check_values

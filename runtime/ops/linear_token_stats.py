@@ -7,6 +7,7 @@ import torch
 
 from tokfuse.runtime import device_head, native, triton_backend
 from tokfuse.runtime import head as heads
+from tokfuse.runtime.checks import may_read
 from tokfuse.runtime.device_head import DeviceHead
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
@@ -20,7 +21,6 @@ from tokfuse.runtime.head import Head, HeadGradients, HeadProblem, LogitsBuffer
 from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
-from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import linear_token_stats as reference
 from tokfuse.runtime.reference import token_stats as stats_reference

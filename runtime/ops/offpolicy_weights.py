@@ -7,16 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import cuda_packed, native, triton_backend
-from tokfuse.runtime.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.graph_ops import GraphForm, traceable
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     BOOL,
     INTS,
     Rows,
@@ -30,6 +21,15 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.offpolicy_weights import offpolicy_weights as reference
 
@@ -270,9 +270,10 @@ def _check_rules(
     advantage: torch.Tensor | None,
     rows: Rows,
 ) -> None:
-    for rule in rules:
-        if not isinstance(rule, KeepRule):
-            raise TypeError(f"{OP}: rules must hold KeepRule; got {type(rule).__name__}.")
+    if not (isinstance(rules, tuple | list) and all(isinstance(rule, KeepRule) for rule in rules)):
+        raise TypeError(
+            f"{OP}: rules must be a tuple of KeepRule; got {rules!r}. Leave it out for none."
+        )
     if len(rules) > MAX_RULES:
         raise refuse(OP, "rules", f"at most {MAX_RULES}", len(rules), "Intersect the masks.")
     if mode == "keep" and not rules:

@@ -6,6 +6,15 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.checks import (
+    BOOL,
+    Rows,
+    Runs,
+    check_optional,
+    check_vector,
+    plain,
+    working_dtype,
+)
 from tokfuse.runtime.dispatch import (
     backend_of,
     register_cpu,
@@ -15,15 +24,6 @@ from tokfuse.runtime.dispatch import (
 )
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.graph_ops import GraphForm, traceable
-from tokfuse.runtime.packed_checks import (
-    BOOL,
-    Rows,
-    Runs,
-    check_optional,
-    check_vector,
-    plain,
-    working_dtype,
-)
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.ope import ope as reference
 

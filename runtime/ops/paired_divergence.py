@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tokfuse.runtime import checks, cuda_rows, native
+from tokfuse.runtime.checks import check_choice, may_read
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
@@ -17,7 +18,6 @@ from tokfuse.runtime.dispatch import (
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.logit_options import LogitOptions, check_options
 from tokfuse.runtime.ops.token_stats import Kernels
-from tokfuse.runtime.packed_checks import check_choice, may_read
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import paired_divergence as reference
 from tokfuse.runtime.triton_backend import launcher
@@ -130,7 +130,7 @@ def _check(
         raise refuse(OP, "logits_q", "free of gradient (only P learns)", "requires_grad=True",
                      "Call logits_q.detach(), or swap the streams.")  # fmt: skip
     check_choice(OP, "kind", kind, KINDS)
-    if not 0.0 < beta < 1.0:
+    if not 0.0 < checks.check_number(OP, "beta", beta, -math.inf) < 1.0:
         raise refuse(OP, "beta", "in (0, 1)", repr(beta),
                      'Its limits are kind="kl_forward" (0) and "kl_reverse" (1).')  # fmt: skip
     if kind != "jsd" and beta != 0.5:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime import cuda_policy, native, policy_checks, triton_objective
+from tokfuse.runtime import checks, cuda_policy, native, policy_checks, triton_objective
 from tokfuse.runtime import head as heads
 from tokfuse.runtime.device_step import DeviceStep, StepTerms, device_run
 from tokfuse.runtime.dispatch import (
@@ -134,13 +134,12 @@ def policy_step(
         token_weight, signal, ref_logp, kl_weight, entropy_weight,
     )  # fmt: skip
     options = LogitOptions(temperature, softcap, logit_scale, mask)
+    checks.check_flag(OP, "compact_clipped", compact_clipped)
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
         raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
     if logits is not None:
-        if weight is not None or bias is not None:
-            raise refuse(OP, "weight and bias", "None with logits=", "a tensor",
-                         "They belong to hidden=.")  # fmt: skip
+        checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget)
         if compact_clipped:
             raise refuse(OP, "compact_clipped", "False with logits= (no GEMM follows)", "True",
                          "Pass hidden= and weight=.")  # fmt: skip

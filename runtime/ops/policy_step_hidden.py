@@ -7,6 +7,7 @@ import torch
 
 from tokfuse.runtime import cuda_policy, device_head, native, triton_objective
 from tokfuse.runtime import head as heads
+from tokfuse.runtime.checks import may_read
 from tokfuse.runtime.device_head import DeviceHead
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
@@ -24,7 +25,6 @@ from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
-from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference

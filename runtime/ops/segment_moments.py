@@ -6,16 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime import cuda_packed, native, triton_backend
-from tokfuse.runtime.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.graph_ops import GraphForm, traceable
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     BOOL,
     INTS,
     Rows,
@@ -27,6 +18,15 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
+from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.graph_ops import GraphForm, traceable
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.segment_moments import segment_moments as reference
 from tokfuse.runtime.reference.segments import sequence_index

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 
 from tokfuse.runtime import cuda_rows, native
+from tokfuse.runtime.checks import check_flag, may_read
 from tokfuse.runtime.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
@@ -15,8 +16,8 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
+from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.logit_options import LogitOptions, check_logits
-from tokfuse.runtime.packed_checks import may_read
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.triton_backend import launcher
@@ -163,6 +164,11 @@ def token_stats(
         token baseline; bias subtraction as CausalInfoMin's TE-D (arXiv 2311.16941), exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    one = isinstance(bias_scale, int | float) and bias_scale == 1.0
+    if bias_logits is None and not one:
+        raise refuse(OP, "bias_scale", "left out without bias_logits", repr(bias_scale),
+                     "It would have no effect.")  # fmt: skip
+    check_flag(OP, "moments", moments)
     if second_temperature is None and not moments:
         stats = _eager(logits, target, options)
         if stats is not None:

@@ -5,15 +5,7 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime import cuda_packed, native, triton_backend
-from tokfuse.runtime.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
-from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
-from tokfuse.runtime.packed_checks import (
+from tokfuse.runtime.checks import (
     BOOL,
     Rows,
     Runs,
@@ -24,6 +16,14 @@ from tokfuse.runtime.packed_checks import (
     plain,
     working_dtype,
 )
+from tokfuse.runtime.dispatch import (
+    backend_of,
+    register_cpu,
+    register_cuda,
+    register_reference,
+    register_triton,
+)
+from tokfuse.runtime.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.vtrace import vtrace as reference
 

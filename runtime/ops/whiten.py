@@ -3,6 +3,17 @@
 import torch
 
 from tokfuse.runtime import cuda_packed, native, triton_backend
+from tokfuse.runtime.checks import (
+    BOOL,
+    Rows,
+    Runs,
+    check_flag,
+    check_number,
+    check_optional,
+    check_vector,
+    plain,
+    working_dtype,
+)
 from tokfuse.runtime.dispatch import (
     backend_of,
     register_cpu,
@@ -12,16 +23,6 @@ from tokfuse.runtime.dispatch import (
 )
 from tokfuse.runtime.errors import refuse
 from tokfuse.runtime.graph_ops import GraphForm, traceable
-from tokfuse.runtime.packed_checks import (
-    BOOL,
-    Rows,
-    Runs,
-    check_number,
-    check_optional,
-    check_vector,
-    plain,
-    working_dtype,
-)
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference.whiten import whiten as reference
 
@@ -74,6 +75,7 @@ def whiten(
     num_tokens = check_vector(OP, "x", x).shape[0]
     check_optional(OP, "mask", mask, Rows(num_tokens, "x", x.device), BOOL)
     check_number(OP, "eps", eps, 0.0)
+    check_flag(OP, "shift_mean", shift_mean)
     if (mean is None) != (var is None):
         raise refuse(OP, "mean and var", "given together", "one of them", "Pass both or none.")
     dtype = working_dtype(x)
