@@ -36,9 +36,10 @@ def test_two_ranks_train_as_stock(loss_type: str, tmp_path: Path):
     for ranks in (stock, fused):
         assert ranks[0]["sums"] == ranks[1]["sums"]
     assert len(stock[0]["logs"]) == len(fused[0]["logs"]) == 3
-    for want, got in zip(stock[0]["logs"], fused[0]["logs"], strict=True):
+    for step, (want, got) in enumerate(zip(stock[0]["logs"], fused[0]["logs"], strict=True)):
+        rel = 1e-6 if step == 0 else 1e-5  # SGD carries roundings of the first step on
         assert want.keys() == got.keys() and {"loss", "grad_norm", "entropy", "kl"} <= want.keys()
         for name, value in want.items():
-            assert got[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+            assert got[name] == pytest.approx(value, rel=rel, abs=1e-6), name
         assert want["grad_norm"] > 0
-    assert fused[0]["sums"] == pytest.approx(stock[0]["sums"], rel=1e-6, abs=1e-4)
+    assert fused[0]["sums"] == pytest.approx(stock[0]["sums"], rel=1e-5, abs=1e-4)

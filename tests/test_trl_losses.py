@@ -2,7 +2,9 @@
 
 Both train the same tiny model from the same seed with plain SGD (Adam would blow up rounding where
 a gradient is nearly 0). Loss, gradient norm, entropy, KL and every metric of TRL agree to 1e-6 of
-their size, and so do the weights after the last step.
+their size. Later steps see weights that roundings of the first moved, some by steps of 0.3: there a
+metric may differ by twice what it differs between two runs of the stock trainer, one of them from
+weights of which every other is the next float32. The weights after the last step agree, too.
 """
 
 import math
@@ -46,10 +48,14 @@ class Tools:
         return tuple(out)
 
 
-def train(cls, tmp_path, mixin=None, **options):
+def train(cls, tmp_path, mixin=None, nudged=False, **options):
     if mixin is not None:
         cls = type(cls.__name__, (mixin, cls), {})
     trainer = tiny_grpo.trainer(cls, tmp_path, **options)
+    if nudged:
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.view(-1)[::2] = torch.nextafter(p.view(-1)[::2], torch.tensor(torch.inf))
     trainer.train()
     return trainer
 
@@ -62,11 +68,25 @@ def history(trainer):
     ]
 
 
-def assert_same(ours, stock):
-    for mine, theirs in zip(history(ours), history(stock), strict=True):
+def distances(ours, stock):
+    """(step, name) -> difference of a figure, relative to it where it is above 1."""
+    found = {}
+    for step, (mine, theirs) in enumerate(zip(history(ours), history(stock), strict=True)):
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
-            assert mine[name] == pytest.approx(value, rel=1e-6, abs=1e-6, nan_ok=True), name
+            assert math.isnan(mine[name]) == math.isnan(value), name
+            found[step, name] = abs(mine[name] - value) / max(1.0, abs(value))
+    return found
+
+
+def assert_same(ours, stock, nudged):
+    own = {}
+    for (_, name), difference in distances(nudged, stock).items():
+        own[name] = max(own.get(name, 0.0), difference)
+    assert max(x for x in own.values() if not math.isnan(x)) < 1e-4  # the same samples were drawn
+    for (step, name), difference in distances(ours, stock).items():
+        bound = 1e-6 if step == 0 else max(1e-6, 2 * own[name])
+        assert math.isnan(difference) or difference <= bound, (step, name, difference, own[name])
     mine, theirs = ours.model.state_dict(), stock.model.state_dict()
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=2e-6, msg=name)
@@ -74,7 +94,7 @@ def assert_same(ours, stock):
 
 def both(tmp_path, **options):
     stock, ours = (train(cls, tmp_path, **options) for cls in (GRPOTrainer, FusedGRPOTrainer))
-    assert_same(ours, stock)
+    assert_same(ours, stock, train(GRPOTrainer, tmp_path, nudged=True, **options))
     return ours, stock
 
 
@@ -87,10 +107,7 @@ def test_on_policy(loss_type, tmp_path):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_reused_rollout(loss_type, level, tmp_path):
-    # luspo multiplies by the length: its gradients are five times the others', and steps of 0.3
-    # turn roundings of the first step into 1.4e-6 of the third.
-    options = {**REUSED, "learning_rate": 0.03 if loss_type == "luspo" else 0.3}
-    both(tmp_path, **options, loss_type=loss_type, importance_sampling_level=level)
+    both(tmp_path, **REUSED, loss_type=loss_type, importance_sampling_level=level)
 
 
 def kl(**options):
@@ -183,17 +200,13 @@ def test_lora_and_a_frozen_head(tmp_path):
     from peft import LoraConfig
 
     extra = {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], r=4)}
-    stock, ours = (
-        train(cls, tmp_path, **{**REUSED, **kl()}, extra=extra)
-        for cls in (GRPOTrainer, FusedGRPOTrainer)
-    )
-    assert_same(ours, stock)
+    both(tmp_path, **{**REUSED, **kl()}, extra=extra)
 
 
 def test_an_untied_head_with_bias_and_softcap(tmp_path):
     """What TRL reads from the model reaches the kernel."""
-    histories = []
-    for cls in (GRPOTrainer, FusedGRPOTrainer):
+
+    def run(cls, nudged=False):
         model = tiny_grpo.load(tied=False)
         model.config.final_logit_softcapping = 2.0
         model.config.logit_scale = 0.7
@@ -201,5 +214,8 @@ def test_an_untied_head_with_bias_and_softcap(tmp_path):
             model.lm_head.bias = torch.nn.Parameter(
                 torch.linspace(-1, 1, model.lm_head.out_features)
             )
-        histories.append(train(cls, tmp_path, model=model, gradient_checkpointing=True, **REUSED))
-    assert_same(histories[1], histories[0])
+        return train(
+            cls, tmp_path, nudged=nudged, model=model, gradient_checkpointing=True, **REUSED
+        )
+
+    assert_same(run(FusedGRPOTrainer), run(GRPOTrainer), run(GRPOTrainer, nudged=True))
