@@ -8,8 +8,9 @@ from tokfuse.runtime import cuda_rows, device_objective
 from tokfuse.runtime.cuda_backend import launchers, place
 from tokfuse.runtime.logit_options import LogitOptions
 from tokfuse.runtime.metrics import SLOTS
-from tokfuse.runtime.native import DTYPE_CODE, float_vector, pointer
+from tokfuse.runtime.native import DTYPE_CODE, pointer
 from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.policy_record import policy_record
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
 
@@ -178,21 +179,12 @@ def policy_loss(
     inverse: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(token_loss, d_logp, d_entropy, metric sums) of any level, in one launch."""
-    i, tokens = inputs, logp.shape[0]
-    outputs = [torch.empty(tokens, dtype=torch.float32, device=logp.device) for _ in range(3)]
+    outputs = [torch.empty(logp.shape[0], dtype=torch.float32, device=logp.device)
+               for _ in range(3)]  # fmt: skip
     sums = torch.empty(len(SLOTS), dtype=torch.float64, device=logp.device)
-    mask = None if i.mask is None else i.mask.contiguous()
-    cu = None if i.cu_seqlens is None else i.cu_seqlens.contiguous()
-    seqs = 0 if cu is None else cu.shape[0] - 1
-    v = {name: float_vector(getattr(i, name)) for name in device_objective.VECTORS}
-    x, h = float_vector(logp), float_vector(entropy)
-    record = (
-        objective.record, tokens, seqs, pointer(x), pointer(v["old_logp"]),
-        pointer(v["advantage"]), int(i.advantage_level == "sequence"), pointer(mask), pointer(cu),
-        pointer(v["token_weight"]), pointer(v["signal"]), pointer(v["ref_logp"]),
-        pointer(v["kl_weight"]), pointer(h), pointer(v["entropy_weight"]), inverse,
-        int(objective.counts_sequences), *map(pointer, outputs), pointer(sums),
-    )  # fmt: skip
+    record, alive = policy_record(logp, entropy, inputs, objective, inverse, [*outputs, sums])
+    _, tokens, seqs, *_ = record
     partial = sums.new_empty(launchers().policy_partials(tokens, seqs))
     launchers().policy_loss(place(logp), record, pointer(partial))
+    del alive
     return outputs[0], outputs[1], outputs[2], sums

@@ -96,7 +96,7 @@ def test_bad_targets_are_reported_before_anything_is_written():
 def test_broken_policy_records_are_refused():
     run(
         """
-        bad = {1: [-1], 2: [-1], 4: [0], 5: [0], 17: [0, -4], 18: [0], 19: [0], 20: [0], 21: [0],
+        bad = {1: [-1], 2: [-1], 4: [0], 5: [0], 17: [0], 18: [0], 19: [0], 20: [0], 21: [0, -4],
                22: [0]}
         for i, values in bad.items():
             for value in values:

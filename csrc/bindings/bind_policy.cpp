@@ -7,7 +7,7 @@ namespace py = pybind11;
 namespace tokfuse {
 
 void check_objective(const ObjectiveArgs& o) {
-  require(o.tokens >= 0 && o.seqs >= 0, "tokens and seqs must be >= 0");
+  check_objective_inputs(o);
   require_threads(o.threads);
   require(o.metrics != nullptr, "metrics is null");
   for (const float* p :
@@ -17,11 +17,6 @@ void check_objective(const ObjectiveArgs& o) {
   }
   require(o.advantage != nullptr || (o.advantage_per_seq ? o.seqs : o.tokens) == 0,
           "advantage is null");
-  require(o.cu_seqlens != nullptr || o.seqs == 0, "cu_seqlens is null");
-  const bool needs_seqs = o.params.level != Level::kToken || o.params.seq_mean ||
-                          o.advantage_per_seq || (o.inv_normalizer < 0 && o.normalize_by_seqs);
-  require(!needs_seqs || o.cu_seqlens != nullptr || o.tokens == 0, "cu_seqlens is null");
-  require(o.params.kl == Kl::kNone || o.ref_logp != nullptr || o.tokens == 0, "ref_logp is null");
   for (int64_t i = 0; i < o.seqs; i++) {
     require(o.cu_seqlens[i] >= 0 && o.cu_seqlens[i] <= o.cu_seqlens[i + 1],
             "cu_seqlens must be non-decreasing from 0");
@@ -32,42 +27,18 @@ void check_objective(const ObjectiveArgs& o) {
 
 namespace {
 
-// (params, tokens, seqs, logp, old_logp, advantage, advantage_per_seq, mask, cu_seqlens, weight,
-// signal, ref_logp, kl_weight, entropy, entropy_weight, inv_normalizer, normalize_by_seqs, threads,
-// token_loss, d_logp, d_entropy, metrics, scratch)
-ObjectiveArgs objective_args(const py::tuple& t) {
-  require(t.size() == 23, "policy record must have 23 fields");
-  auto floats = [&](size_t i) { return as<float>(t[i].cast<Address>()); };
-  ObjectiveArgs o;
-  o.params = objective_params(t[0].cast<py::tuple>());
-  o.tokens = t[1].cast<int64_t>();
-  o.seqs = t[2].cast<int64_t>();
-  o.logp = floats(3);
-  o.old_logp = floats(4);
-  o.advantage = floats(5);
-  o.advantage_per_seq = t[6].cast<int>();
-  o.mask = as<uint8_t>(t[7].cast<Address>());
-  o.cu_seqlens = as<int32_t>(t[8].cast<Address>());
-  o.weight = floats(9);
-  o.signal = floats(10);
-  o.ref_logp = floats(11);
-  o.kl_weight = floats(12);
-  o.entropy = floats(13);
-  o.entropy_weight = floats(14);
-  o.inv_normalizer = t[15].cast<double>();
-  o.normalize_by_seqs = t[16].cast<int>();
-  o.threads = t[17].cast<int>();
-  o.token_loss = floats(18);
-  o.d_logp = floats(19);
-  o.d_entropy = floats(20);
-  o.metrics = as<double>(t[21].cast<Address>());
-  o.scratch = floats(22);
+// The fields of objective_args, then (threads, scratch).
+ObjectiveArgs policy_args(const py::tuple& t) {
+  require(t.size() == kObjectiveFields + 2, "policy record must have 23 fields");
+  ObjectiveArgs o = objective_args(t);
+  o.threads = t[kObjectiveFields].cast<int>();
+  o.scratch = as<float>(t[kObjectiveFields + 1].cast<Address>());
   check_objective(o);
   return o;
 }
 
 void policy_loss(const py::tuple& record) {
-  const ObjectiveArgs o = objective_args(record);
+  const ObjectiveArgs o = policy_args(record);
   require(o.logp != nullptr || o.tokens == 0, "logp is null");
   require(o.params.entropy_coef == 0.0f || o.entropy != nullptr || o.tokens == 0,
           "entropy is null");
@@ -84,7 +55,7 @@ int64_t policy_step(int phases, const py::tuple& logits, const py::tuple& record
                     Address sum_sq, Address top1, Address shift, Address inv_sum,
                     Address grad_logits, int64_t grad_stride, Address kept) {
   const LogitsArgs a = logits_args(logits);
-  const ObjectiveArgs o = objective_args(record);
+  const ObjectiveArgs o = policy_args(record);
   require(o.tokens == a.total, "logits and policy records must have the same tokens");
   require(o.params.level == Level::kToken, "policy_step fuses token-level objectives only");
   require(grad_stride >= (a.tile > 0 ? a.tile : a.vocab) || a.tokens <= 1,

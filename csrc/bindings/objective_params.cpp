@@ -34,4 +34,42 @@ ObjectiveParams objective_params(const py::tuple& t) {
   return o;
 }
 
+ObjectiveArgs objective_args(const py::tuple& t) {
+  require(t.size() >= kObjectiveFields, "a policy record has at least 21 fields");
+  auto floats = [&](size_t i) { return reinterpret_cast<float*>(t[i].cast<uintptr_t>()); };
+  ObjectiveArgs o = {};
+  o.params = objective_params(t[0].cast<py::tuple>());
+  o.tokens = t[1].cast<int64_t>();
+  o.seqs = t[2].cast<int64_t>();
+  o.logp = floats(3);
+  o.old_logp = floats(4);
+  o.advantage = floats(5);
+  o.advantage_per_seq = t[6].cast<int>();
+  o.mask = reinterpret_cast<uint8_t*>(t[7].cast<uintptr_t>());
+  o.cu_seqlens = reinterpret_cast<int32_t*>(t[8].cast<uintptr_t>());
+  o.weight = floats(9);
+  o.signal = floats(10);
+  o.ref_logp = floats(11);
+  o.kl_weight = floats(12);
+  o.entropy = floats(13);
+  o.entropy_weight = floats(14);
+  o.inv_normalizer = t[15].cast<double>();
+  o.normalize_by_seqs = t[16].cast<int>();
+  o.token_loss = floats(17);
+  o.d_logp = floats(18);
+  o.d_entropy = floats(19);
+  o.metrics = reinterpret_cast<double*>(t[20].cast<uintptr_t>());
+  return o;
+}
+
+void check_objective_inputs(const ObjectiveArgs& o) {
+  require(o.tokens >= 0 && o.seqs >= 0, "tokens and seqs must be >= 0");
+  require(o.cu_seqlens != nullptr || o.seqs == 0, "cu_seqlens is null");
+  const bool needs_seqs = o.params.level != Level::kToken || o.params.seq_mean != 0 ||
+                          o.advantage_per_seq != 0 ||
+                          (o.inv_normalizer < 0 && o.normalize_by_seqs != 0);
+  require(!needs_seqs || o.cu_seqlens != nullptr || o.tokens == 0, "cu_seqlens is null");
+  require(o.params.kl == Kl::kNone || o.ref_logp != nullptr || o.tokens == 0, "ref_logp is null");
+}
+
 }  // namespace tokfuse

@@ -17,6 +17,7 @@ from tokfuse.runtime.dispatch import (
 )
 from tokfuse.runtime.metrics import SLOT, SLOTS, Metrics
 from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.policy_record import policy_record
 from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import policy_loss as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
@@ -256,28 +257,11 @@ def native_record(
 ) -> tuple[tuple[Any, ...], list[torch.Tensor | None]]:
     """(record for tokfuse._native, tensors that must outlive the call).
 
-    out = (token_loss, d_logp, d_entropy, sums, scratch). On policy the old log-probabilities are
-    logp's own memory, which the fused kernel writes before it reads a token's objective.
+    out = (token_loss, d_logp, d_entropy, sums, scratch), see `policy_record`.
     """
-
-    vector, i = native.float_vector, inputs
-    old_logp = logp if i.old_logp is None else i.old_logp
-    assert old_logp is not None
-    mask = None if i.mask is None else i.mask.contiguous()
-    cu = None if i.cu_seqlens is None else i.cu_seqlens.contiguous()
-    alive = [
-        vector(logp), vector(old_logp), vector(i.advantage), mask, cu, vector(i.token_weight),
-        vector(i.signal), vector(i.ref_logp), vector(i.kl_weight), vector(entropy),
-        vector(i.entropy_weight), *out,
-    ]  # fmt: skip
-    p = [native.pointer(x) for x in alive]
-    record = (
-        objective.record, old_logp.shape[0], 0 if cu is None else cu.shape[0] - 1,
-        p[0], p[1], p[2], int(i.advantage_level == "sequence"), p[3], p[4], p[5], p[6], p[7],
-        p[8], p[9], p[10], inverse, int(objective.counts_sequences), torch.get_num_threads(),
-        *p[11:],
-    )  # fmt: skip
-    return record, alive
+    *results, scratch = out
+    record, alive = policy_record(logp, entropy, inputs, objective, inverse, results)
+    return (*record, torch.get_num_threads(), scratch.data_ptr()), [*alive, scratch]
 
 
 def native_outputs(tokens: int) -> tuple[torch.Tensor, ...]:

@@ -108,8 +108,8 @@ def main() -> None:
     policy, more = losses.native_record(out[0], out[1], inputs, objective, 1.0, terms)
     pointers = [x.data_ptr() for x in out]
     bad_logits = spoil(logits_record, {0, 5, 6, 7, 11, 15}, {1, 3, 4, 16}).filter(threads_stay_few)
-    bad_policy = spoil(policy, {3, 4, 5, 7, 8, *range(9, 15), *range(18, 23)}, {1, 2}).filter(
-        lambda r: all(not (isinstance(x, int | float) and 8 < x < 5000) for x in r[17:18])
+    bad_policy = spoil(policy, {3, 4, 5, 7, 8, *range(9, 15), *range(17, 21), 22}, {1, 2}).filter(
+        lambda r: all(not (isinstance(x, int | float) and 8 < x < 5000) for x in r[21:22])
     )
     nullable = st.integers(-20, 6).map(lambda null: [i != null for i in range(7)])
     outcomes = {"ran": 0, "refused": 0}
