@@ -376,5 +376,5 @@ def test_refusals(args, kwargs, message):
 def test_wrong_types():
     with pytest.raises(TypeError, match="reward must be a torch.Tensor; got list"):
         group_advantage([1.0], IDS)
-    with pytest.raises(TypeError, match="eps must be a number; got str"):
+    with pytest.raises(TypeError, match="eps must be a number; got '1e-6'"):
         group_advantage(X, IDS, eps="1e-6")
