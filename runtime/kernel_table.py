@@ -103,6 +103,9 @@ def compile_all(
     ]
     # Recorded one after the other: recording replaces Triton's launch for the whole process.
     work = [(*job, launch) for job in jobs for launch in compile_cases.record(*job)]
+    # So are the kernels parsed (see _PARSING); the digests below find them parsed.
+    for *_, launch in work:
+        compile_cases.code_of(launch.kernel)
     old = {(row.key, row.source): row for row in known}
 
     def resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> Resources:

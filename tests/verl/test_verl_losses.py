@@ -6,7 +6,6 @@ CISPO's have values that mean little, so gradients are compared as well.
 
 import copy
 
-import cloudpickle
 import pytest
 import torch
 from harness import compare
@@ -14,6 +13,7 @@ from harness import compare
 # The imports below find verl only in its environment.
 pytest.importorskip("verl")
 
+import cloudpickle
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
