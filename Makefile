@@ -68,7 +68,7 @@ test-triton:
 
 test-cuda:
 	@$(BOOTSTRAP) test
-	@$(PYTEST) $(SPREAD) tests/test_cuda_*.py $(ARGS)
+	@$(PYTEST) $(SPREAD) tests/backends/test_cuda_*.py $(ARGS)
 	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host" $(ARGS)
 
 # On a machine with a GPU: every kernel, CUDA and Triton, and then the CUDA ones under
@@ -96,9 +96,9 @@ test-packaging:
 # holds the error stream.
 SANITIZERS := address,undefined
 SANITIZE_DIR := $(abspath build/sanitize)
-SANITIZE_TESTS ?= $(addprefix tests/test_,sanitizers.py native_binding.py native_fuzz.py eager.py \
-	token_stats.py policy_step.py policy_step_hidden.py kept_token_stats.py paired_divergence.py \
-	segment_moments.py gae.py offpolicy_weights.py)
+SANITIZE_TESTS ?= $(addprefix tests/backends/test_,sanitizers.py native_binding.py native_fuzz.py eager.py) \
+	$(addprefix tests/ops/test_,token_stats.py policy_step.py policy_step_hidden.py kept_token_stats.py \
+	paired_divergence.py segment_moments.py gae.py offpolicy_weights.py)
 test-sanitize:
 	@$(STRICT) $(BOOTSTRAP) test
 	@rm -f $(SANITIZE_DIR)/report*
@@ -167,7 +167,7 @@ endef
 test-verl: PEERS := verl
 test-verl:
 	@$(PEERS_SETUP)
-	@$(abspath .venv-verl)/bin/pytest -p no:cacheprovider tests/verl $(ARGS)
+	@$(abspath .venv-verl)/bin/pytest -p no:cacheprovider tests/integrations/verl $(ARGS)
 
 peers:
 	@$(PEERS_SETUP)

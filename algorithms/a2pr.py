@@ -7,7 +7,7 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import PositiveLikelihood
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_number
+from tokfuse.runtime.core.checks import check_number
 
 
 @register(

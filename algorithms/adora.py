@@ -8,8 +8,8 @@ from tokfuse.algorithms.advantages import Advantage
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 # rule -> (weight, longest failure that counts)

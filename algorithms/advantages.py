@@ -10,7 +10,7 @@ import torch
 
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.selection import informative
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.gae import gae
 from tokfuse.runtime.ops.group_advantage import KINDS, group_advantage
 from tokfuse.runtime.ops.whiten import whiten

@@ -9,9 +9,9 @@ from tokfuse.algorithms.batch import Batch, World
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import plan_mask, token_advantage
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import PPOClip
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import PPOClip
 
 
 @register(

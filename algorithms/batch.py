@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokfuse.runtime import collectives
-from tokfuse.runtime.checks import (
+from tokfuse.runtime.core.checks import (
     BOOL,
     FLOATS,
     INTS,
@@ -19,7 +18,8 @@ from tokfuse.runtime.checks import (
     check_cu_seqlens,
     check_vector,
 )
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.distributed.counts import collectives
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
 
 if TYPE_CHECKING:

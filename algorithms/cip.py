@@ -9,7 +9,7 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import plan_mask
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_choice, check_number
+from tokfuse.runtime.core.checks import check_choice, check_number
 
 
 @register(

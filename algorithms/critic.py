@@ -4,7 +4,7 @@ import torch
 
 from tokfuse.algorithms.advantages import gae_and_returns
 from tokfuse.algorithms.batch import Batch
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 
 
 def returns(

@@ -11,8 +11,8 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.selection import max_variance_in_groups, max_variance_subset, top_mask
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.errors import refuse
 
 
 @register(

@@ -9,8 +9,8 @@ from tokfuse.algorithms.base import State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.objective import PPOClip, Shape
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.policy.objective import PPOClip, Shape
 
 
 @register(

@@ -10,8 +10,8 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import UNBOUNDED, plan_mask, with_kl
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.objective import KL
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.policy.objective import KL
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 

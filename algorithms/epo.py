@@ -10,9 +10,9 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import plan_mask
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_choice, check_number, may_read
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import KL
+from tokfuse.runtime.core.checks import check_choice, check_number, may_read
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import KL
 from tokfuse.runtime.reference.segments import segment_sum
 
 

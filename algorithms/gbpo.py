@@ -9,9 +9,9 @@ from tokfuse.algorithms.base import State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.objective import Shape, TargetRatio
+from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.ops.group_advantage import group_advantage
+from tokfuse.runtime.policy.objective import Shape, TargetRatio
 
 SOURCE = "arXiv 2604.18578; github.com/bounded-ratio-rl/bounded_ratio_rl"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 
 
 def matrix(

@@ -9,8 +9,8 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import with_kl
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.objective import KL, LinearRatio, Shape
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.policy.objective import KL, LinearRatio, Shape
 
 
 @register(

@@ -9,10 +9,10 @@ from tokfuse.algorithms.base import State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import NFT as NFTShape
-from tokfuse.runtime.objective import Shape
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import NFT as NFTShape
+from tokfuse.runtime.policy.objective import Shape
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 

@@ -8,9 +8,9 @@ from tokfuse.algorithms.base import Plan, State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import PPOClip
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import PPOClip
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 

@@ -8,9 +8,9 @@ import torch
 from tokfuse.algorithms.base import Plan, State, require_metrics
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import Objective, Quadratic, Shape
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import Objective, Quadratic, Shape
 
 
 @register(

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
-from tokfuse.runtime.checks import check_choice
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_choice
+from tokfuse.runtime.core.errors import refuse
 
 LABELS = ("exact", "recon", "analogue", "utility")
 KINDS = {

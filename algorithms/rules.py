@@ -13,10 +13,10 @@ import torch
 from tokfuse.algorithms.base import Plan, State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.selection import at_least_quantile, covariance, top_mask
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import KL
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
+from tokfuse.runtime.policy.objective import KL
 from tokfuse.runtime.reference.segments import groups_of
 
 UNBOUNDED = 1e6  # a clamp that no log-probability reaches

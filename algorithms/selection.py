@@ -9,7 +9,7 @@ import math
 import torch
 
 from tokfuse.algorithms.batch import Batch, World
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 DIGIT = 8  # bits per pass of the radix selection: four gathers of 256 counts

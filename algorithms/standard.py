@@ -16,9 +16,9 @@ from tokfuse.algorithms.base import Algorithm, Plan, State, require_metrics
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.rules import ClipCov, Correction, TokenRule
 from tokfuse.algorithms.selection import informative
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import KL, Objective, PPOClip, Shape
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import KL, Objective, PPOClip, Shape
 
 
 @dataclass(frozen=True, kw_only=True)

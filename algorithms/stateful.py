@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 
 State = dict[str, Any]
 """Numbers, strings, lists, dicts and tensors: `torch.save` and JSON-like stores keep it exactly."""

@@ -17,7 +17,8 @@ from tokfuse.algorithms.rules import (
     PositiveLikelihood,
 )
 from tokfuse.algorithms.standard import Overlong, Standard
-from tokfuse.runtime.objective import (
+from tokfuse.runtime.ops.offpolicy_weights import KeepRule
+from tokfuse.runtime.policy.objective import (
     KL,
     Gamma,
     LinearLogp,
@@ -27,7 +28,6 @@ from tokfuse.runtime.objective import (
     SigmoidGate,
     StopGradClip,
 )
-from tokfuse.runtime.ops.offpolicy_weights import KeepRule
 
 FAMILY = "The standard family"
 SEQ_MEAN = "seq_mean_token_mean"

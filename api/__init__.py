@@ -10,24 +10,24 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _PUBLIC = {
-    "backend": "tokfuse.runtime.dispatch",
-    "BackendUnavailable": "tokfuse.runtime.errors",
+    "backend": "tokfuse.runtime.core.dispatch",
+    "BackendUnavailable": "tokfuse.runtime.core.errors",
     "ExtendedTokenStats": "tokfuse.runtime.ops.extended_token_stats",
     "gae": "tokfuse.runtime.ops.gae",
-    "Gamma": "tokfuse.runtime.objective",
+    "Gamma": "tokfuse.runtime.policy.objective",
     "group_advantage": "tokfuse.runtime.ops.group_advantage",
     "KeepRule": "tokfuse.runtime.ops.offpolicy_weights",
     "kept_token_stats": "tokfuse.runtime.ops.kept_token_stats",
     "KeptTokenStats": "tokfuse.runtime.ops.kept_token_stats",
-    "KL": "tokfuse.runtime.objective",
+    "KL": "tokfuse.runtime.policy.objective",
     "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
-    "LinearLogp": "tokfuse.runtime.objective",
-    "LinearRatio": "tokfuse.runtime.objective",
-    "load_tuned": "tokfuse.runtime.tune",
-    "LogClamp": "tokfuse.runtime.objective",
-    "Metrics": "tokfuse.runtime.metrics",
-    "NFT": "tokfuse.runtime.objective",
-    "Objective": "tokfuse.runtime.objective",
+    "LinearLogp": "tokfuse.runtime.policy.objective",
+    "LinearRatio": "tokfuse.runtime.policy.objective",
+    "load_tuned": "tokfuse.inspection.tune",
+    "LogClamp": "tokfuse.runtime.policy.objective",
+    "Metrics": "tokfuse.runtime.policy.metrics",
+    "NFT": "tokfuse.runtime.policy.objective",
+    "Objective": "tokfuse.runtime.policy.objective",
     "offpolicy_weights": "tokfuse.runtime.ops.offpolicy_weights",
     "OffPolicyWeights": "tokfuse.runtime.ops.offpolicy_weights",
     "OPE": "tokfuse.runtime.ops.ope",
@@ -37,15 +37,15 @@ _PUBLIC = {
     "policy_step": "tokfuse.runtime.ops.policy_step",
     "policy_step_": "tokfuse.runtime.ops.policy_step",
     "PolicyLoss": "tokfuse.runtime.ops.policy_loss",
-    "PolicyStep": "tokfuse.runtime.step_result",
-    "PPOClip": "tokfuse.runtime.objective",
-    "Quadratic": "tokfuse.runtime.objective",
-    "release_workspace": "tokfuse.runtime.native",
+    "PolicyStep": "tokfuse.runtime.policy.step_result",
+    "PPOClip": "tokfuse.runtime.policy.objective",
+    "Quadratic": "tokfuse.runtime.policy.objective",
+    "release_workspace": "tokfuse.runtime.core.native",
     "segment_moments": "tokfuse.runtime.ops.segment_moments",
     "SegmentMoments": "tokfuse.runtime.ops.segment_moments",
-    "SigmoidGate": "tokfuse.runtime.objective",
-    "StopGradClip": "tokfuse.runtime.objective",
-    "TargetRatio": "tokfuse.runtime.objective",
+    "SigmoidGate": "tokfuse.runtime.policy.objective",
+    "StopGradClip": "tokfuse.runtime.policy.objective",
+    "TargetRatio": "tokfuse.runtime.policy.objective",
     "token_stats": "tokfuse.runtime.ops.token_stats",
     "TokenStats": "tokfuse.runtime.ops.token_stats",
     "VTrace": "tokfuse.runtime.ops.vtrace",
@@ -59,22 +59,10 @@ _MODULES = ("algorithms", "distributed", "influence")
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 
 if TYPE_CHECKING:
-    from tokfuse.runtime.dispatch import backend as backend
-    from tokfuse.runtime.errors import BackendUnavailable as BackendUnavailable
-    from tokfuse.runtime.metrics import Metrics as Metrics
-    from tokfuse.runtime.native import release_workspace as release_workspace
-    from tokfuse.runtime.objective import KL as KL
-    from tokfuse.runtime.objective import NFT as NFT
-    from tokfuse.runtime.objective import Gamma as Gamma
-    from tokfuse.runtime.objective import LinearLogp as LinearLogp
-    from tokfuse.runtime.objective import LinearRatio as LinearRatio
-    from tokfuse.runtime.objective import LogClamp as LogClamp
-    from tokfuse.runtime.objective import Objective as Objective
-    from tokfuse.runtime.objective import PPOClip as PPOClip
-    from tokfuse.runtime.objective import Quadratic as Quadratic
-    from tokfuse.runtime.objective import SigmoidGate as SigmoidGate
-    from tokfuse.runtime.objective import StopGradClip as StopGradClip
-    from tokfuse.runtime.objective import TargetRatio as TargetRatio
+    from tokfuse.inspection.tune import load_tuned as load_tuned
+    from tokfuse.runtime.core.dispatch import backend as backend
+    from tokfuse.runtime.core.errors import BackendUnavailable as BackendUnavailable
+    from tokfuse.runtime.core.native import release_workspace as release_workspace
     from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats as ExtendedTokenStats
     from tokfuse.runtime.ops.gae import gae as gae
     from tokfuse.runtime.ops.group_advantage import group_advantage as group_advantage
@@ -98,8 +86,20 @@ if TYPE_CHECKING:
     from tokfuse.runtime.ops.vtrace import VTrace as VTrace
     from tokfuse.runtime.ops.vtrace import vtrace as vtrace
     from tokfuse.runtime.ops.whiten import whiten as whiten
-    from tokfuse.runtime.step_result import PolicyStep as PolicyStep
-    from tokfuse.runtime.tune import load_tuned as load_tuned
+    from tokfuse.runtime.policy.metrics import Metrics as Metrics
+    from tokfuse.runtime.policy.objective import KL as KL
+    from tokfuse.runtime.policy.objective import NFT as NFT
+    from tokfuse.runtime.policy.objective import Gamma as Gamma
+    from tokfuse.runtime.policy.objective import LinearLogp as LinearLogp
+    from tokfuse.runtime.policy.objective import LinearRatio as LinearRatio
+    from tokfuse.runtime.policy.objective import LogClamp as LogClamp
+    from tokfuse.runtime.policy.objective import Objective as Objective
+    from tokfuse.runtime.policy.objective import PPOClip as PPOClip
+    from tokfuse.runtime.policy.objective import Quadratic as Quadratic
+    from tokfuse.runtime.policy.objective import SigmoidGate as SigmoidGate
+    from tokfuse.runtime.policy.objective import StopGradClip as StopGradClip
+    from tokfuse.runtime.policy.objective import TargetRatio as TargetRatio
+    from tokfuse.runtime.policy.step_result import PolicyStep as PolicyStep
 
 
 def __getattr__(name: str) -> Any:

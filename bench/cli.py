@@ -37,7 +37,7 @@ from tokfuse.bench import (
 )
 from tokfuse.bench.plan import ALONE, CASES, MODELS, VARIANT_OPS, Step, make_growth_plan, make_plan
 from tokfuse.bench.row import Row, check_one_machine
-from tokfuse.runtime import dispatch
+from tokfuse.runtime.core import dispatch
 
 ROUNDS, QUICK_ROUNDS = 15, 3
 BUDGET_S = 120.0

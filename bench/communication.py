@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tokfuse.runtime import vocab_parallel
-from tokfuse.runtime.collectives import GATHER
-from tokfuse.runtime.vocab_shard import VocabShard
+from tokfuse.runtime.distributed.collectives import GATHER
+from tokfuse.runtime.distributed.counts import vocab_parallel
+from tokfuse.runtime.distributed.vocab_shard import VocabShard
 
 VOCAB = 4096
 Form = Callable[[torch.Tensor, torch.Tensor, VocabShard], torch.Tensor]

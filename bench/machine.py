@@ -16,7 +16,7 @@ import torch
 
 import tokfuse
 from tokfuse.bench import telemetry
-from tokfuse.runtime import native
+from tokfuse.runtime.core import native
 
 MEMINFO = Path("/proc/meminfo")
 

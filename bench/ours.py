@@ -8,9 +8,10 @@ import torch
 import tokfuse
 from tokfuse.bench.measure import Outputs, Provider
 from tokfuse.bench.problem import CLIP, Batch, Unsupported
-from tokfuse.runtime import dispatch, triton_backend
-from tokfuse.runtime.errors import BackendUnavailable
-from tokfuse.runtime.native import release_workspace
+from tokfuse.runtime.backends import triton_backend
+from tokfuse.runtime.core import dispatch
+from tokfuse.runtime.core.errors import BackendUnavailable
+from tokfuse.runtime.core.native import release_workspace
 
 STATS = ("logp", "entropy", "lse", "sum_sq", "top1")
 

@@ -1,7 +1,7 @@
 """Case `overhead`: one call at one token and a vocabulary of 8: only the wrapping is timed.
 
 Variants: `token_stats` without and with gradient bookkeeping, `policy_loss`, and `range`, what a
-range of runtime/ranges.py costs while nobody profiles. `limit_native` is
+range of runtime/core/ranges.py costs while nobody profiles. `limit_native` is
 the bare native call with the same arguments, repeated inside one public call; `torch_eager` is the
 cheapest torch op on the same logits, one log_softmax. Caches are warm; times are per call.
 """
@@ -22,9 +22,9 @@ from tokfuse.bench.problem import (
     make_batch,
     make_logits,
 )
-from tokfuse.runtime import native
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.ops import policy_loss, token_stats
-from tokfuse.runtime.ranges import ranged
 
 OP = "overhead"
 SHAPES = ("1x8",)

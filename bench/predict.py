@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from tokfuse.bench import machine
 from tokfuse.bench.plan import MODELS
 from tokfuse.bench.row import SCHEMA_VERSION, Row
-from tokfuse.runtime import kernel_table
+from tokfuse.inspection import kernel_table
 
 TOKENS = 8192
 DTYPES = ("float32", "bfloat16")

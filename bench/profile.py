@@ -25,9 +25,9 @@ import torch
 from tokfuse.bench import peers, plan
 from tokfuse.bench.measure import ColdCache, Provider
 from tokfuse.bench.problem import Config, Unsupported
-from tokfuse.runtime import dispatch
-from tokfuse.runtime.errors import BackendUnavailable
-from tokfuse.runtime.ranges import ranged
+from tokfuse.runtime.core import dispatch
+from tokfuse.runtime.core.errors import BackendUnavailable
+from tokfuse.runtime.core.ranges import ranged
 
 TOOLS = ("torch", "nsys", "ncu", "none")
 WARMUP_CALLS = 3

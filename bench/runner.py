@@ -20,7 +20,7 @@ from tokfuse.bench.measure import (
 from tokfuse.bench.problem import Config, Factory, Problem, Unsupported
 from tokfuse.bench.row import ERROR_NAMES, SCHEMA_VERSION, Row
 from tokfuse.bench.telemetry import Sampler, Telemetry
-from tokfuse.runtime.errors import BackendUnavailable
+from tokfuse.runtime.core.errors import BackendUnavailable
 
 # Far beyond any rounding, bfloat16 included: a provider past these computed something else.
 # Log-probabilities of bfloat16 arithmetic are off by up to 0.1 at |logp| of 30.

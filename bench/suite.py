@@ -20,7 +20,7 @@ import pytest
 from tokfuse.bench import exact, machine, peers, runner
 from tokfuse.bench.measure import ColdCache, Provider, peak_extra_bytes, tensor_bytes, time_once
 from tokfuse.bench.problem import Config, Problem, Unsupported
-from tokfuse.runtime.errors import BackendUnavailable
+from tokfuse.runtime.core.errors import BackendUnavailable
 
 PEERS = ("torch_eager", "cross_entropy")
 

@@ -47,7 +47,7 @@ try:
     import torch
 
     import tokfuse
-    from tokfuse.runtime import dispatch
+    from tokfuse.runtime.core import dispatch
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"train_grpo: {missing.name} is not installed here. Run `make demo` from the repository's "

@@ -21,12 +21,19 @@ import torch
 
 from tokfuse.integrations import trl_objective
 from tokfuse.integrations.padded import Padding
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import KL, LinearLogp, Objective, PPOClip, SigmoidGate, StopGradClip
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
 from tokfuse.runtime.ops.policy_loss import PolicyLoss as PolicyLossResult
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
+from tokfuse.runtime.policy.objective import (
+    KL,
+    LinearLogp,
+    Objective,
+    PPOClip,
+    SigmoidGate,
+    StopGradClip,
+)
 
 OP = "integrations.call_shapes"
 Scalar = float | torch.Tensor

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from tokfuse.integrations.hosts import Host, Rebinding, where
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tokfuse.runtime.dispatch import select
-from tokfuse.runtime.errors import BackendUnavailable, refuse
+from tokfuse.runtime.core.dispatch import select
+from tokfuse.runtime.core.errors import BackendUnavailable, refuse
 
 Version = tuple[int, int]
 

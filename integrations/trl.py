@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokfuse.integrations.hosts import Host, Rebinding, where
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.policy_step import policy_step as _policy_step  # registers its backends
 from tokfuse.runtime.ops.token_stats import token_stats

@@ -19,8 +19,8 @@ from tokfuse.algorithms import Algorithm, Batch, Plan, State, World
 from tokfuse.algorithms.batch import PER_SEQUENCE, PER_TOKEN
 from tokfuse.integrations import trl_objective
 from tokfuse.integrations.padded import Padding
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.metrics import SLOT, Metrics
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.metrics import SLOT, Metrics
 
 OP = "FusedGRPOTrainer"
 PREFIX = "tokfuse/"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from tokfuse.integrations.padded import Padding
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.objective import (
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import (
     KL,
     Gamma,
     Objective,

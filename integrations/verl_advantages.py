@@ -11,7 +11,7 @@ import torch
 
 from tokfuse.algorithms import advantages as estimators
 from tokfuse.algorithms.batch import Batch
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.gae import gae as gae_op
 from tokfuse.runtime.ops.group_advantage import group_advantage
 from tokfuse.runtime.ops.whiten import whiten

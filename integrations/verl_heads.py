@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 
 OP = "verl_plugin"
@@ -97,8 +97,8 @@ def linear_cross_entropy(
     group = dist_process_group
     if group is None or torch.distributed.get_world_size(group) == 1:
         return fused_head(hidden, weight, labels, temperature)
-    from tokfuse.runtime.vocab_parallel import linear_token_stats as sharded
-    from tokfuse.runtime.vocab_shard import VocabShard
+    from tokfuse.runtime.distributed.vocab_parallel import linear_token_stats as sharded
+    from tokfuse.runtime.distributed.vocab_shard import VocabShard
 
     rows, ranks = weight.shape[0], torch.distributed.get_world_size(group)
     start = rows * torch.distributed.get_rank(group)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokfuse.integrations.hosts import Host, Rebinding, where
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 
 OP = "verl_plugin"
 PREFIX = "tokfuse_"

@@ -6,7 +6,7 @@ A kernel file declares its defaults once, next to its launcher:
 
 and its launcher asks `choose("token_stats_fwd", logits)`. An architecture that is not declared
 takes the next older one: sm_86 the record of 80, sm_120 that of 100. A tuned record replaces a
-default only after `TUNED` was filled, which nothing does by itself: see runtime/tune.py.
+default only after `TUNED` was filled, which nothing does by itself: see inspection/tune.py.
 """
 
 import contextlib

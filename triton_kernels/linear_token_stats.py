@@ -11,8 +11,8 @@ a token's result depends on neither the number of tokens nor the device. Neighbo
 a split: its weights come from memory once and then from L2. Extra memory: 20 T bytes per split.
 
 Products of 16-bit numbers are exact in float32 and accumulate there; a logit is never rounded to 16
-bits, which eager PyTorch does. float32 heads take the chunked GEMM of runtime/device_head.py,
-because tl.dot would need many passes for them.
+bits, which eager PyTorch does. float32 heads take the chunked GEMM of
+runtime/lm_head/device_head.py, because tl.dot would need many passes for them.
 
 Legend: T tokens, V vocabulary, H hidden, S splits.
 """

@@ -6,7 +6,7 @@
 
 Shape, KL estimator and the presence of an input are compile time (few values); every number is run
 time. All functions take scalars (one row per program) as well as blocks of tokens, in float32.
-Codes and parameter slots are shared with runtime/objective.py; tests hold the three copies equal.
+Codes and parameter slots are shared with runtime/policy/objective.py; tests hold the copies equal.
 Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp.
 """
 

@@ -5,7 +5,7 @@
     token) policy_metrics_merge_kernel:  one program adds the partial sums
 
 No atomics: blocks are fixed pieces of BLOCK_T tokens and are added in one order, so the sums repeat
-bitwise and do not depend on the device. Slots are those of runtime/metrics.py and csrc's Metric.
+bitwise and do not depend on the device. Slots: runtime/policy/metrics.py, csrc's Metric.
 
 Legend: T tokens, P partial sums (one row per block of tokens).
 """

@@ -5,8 +5,8 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import INTS, Rows, check_number, check_vector
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import INTS, Rows, check_number, check_vector
+from tokfuse.runtime.core.errors import refuse
 
 FACTS = {
     "kind": "causal",

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import check_vector
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_vector
+from tokfuse.runtime.core.errors import refuse
 
 
 class Effect(NamedTuple):

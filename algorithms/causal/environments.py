@@ -12,8 +12,8 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.checks import check_number, check_vector
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_number, check_vector
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.segment_moments import segment_moments
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from tokfuse.algorithms.registry import Entry, add, register
-from tokfuse.runtime.checks import INTS, Rows, check_number, check_vector
+from tokfuse.runtime.core.checks import INTS, Rows, check_number, check_vector
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.ope import ope
 from tokfuse.runtime.ops.paired_divergence import paired_divergence

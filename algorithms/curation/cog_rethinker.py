@@ -10,8 +10,8 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
 
 STAGES = ("direct", "decompose", "reflect")
 

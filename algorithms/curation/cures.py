@@ -18,8 +18,8 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful, draws
-from tokfuse.runtime.checks import BOOL, INTS, Rows, check_choice, check_number, check_vector
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import BOOL, INTS, Rows, check_choice, check_number, check_vector
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.reference.segments import segment_sum
 
 CODE_TEMPERATURE = 100.0  # the released sampler divides by 100 (accepted + 1)

@@ -21,8 +21,8 @@ from tokfuse.algorithms.influence import (
     ugda_select,
 )
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.errors import refuse
 
 Moments = tuple[torch.Tensor, torch.Tensor]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import Rows, check_number, check_vector
+from tokfuse.runtime.core.checks import Rows, check_number, check_vector
 
 
 class StepScores(NamedTuple):

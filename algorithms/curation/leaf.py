@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import BOOL, Rows, check_number, check_vector
+from tokfuse.runtime.core.checks import BOOL, Rows, check_number, check_vector
 from tokfuse.runtime.ops.influence import hidden_norms
 
 

@@ -18,8 +18,8 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.errors import refuse
 
 Bounds = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 BOUNDS: Bounds = ((0.1, 50.0), (-1.5, 0.5), (0.0, 0.99))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import check_number
+from tokfuse.runtime.core.checks import check_number
 
 Value = Callable[[frozenset[int]], float]
 MOST_PLAYERS = 16  # 65,536 calls of the value function

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import BOOL, Rows, check_number, check_vector
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import BOOL, Rows, check_number, check_vector
+from tokfuse.runtime.core.errors import refuse
 
 
 def kl_binary(successes_p: float, trials_p: int, successes_q: float, trials_q: int, *,

@@ -20,10 +20,10 @@ import torch
 
 from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch, Side
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.checks import check_choice, check_number, may_read
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_choice, check_number, may_read
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.lm_head.unit_step import Loss
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.unit_step import Loss
 
 if TYPE_CHECKING:
     from tokfuse.algorithms.preference.step import PreferenceStep

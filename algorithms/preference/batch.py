@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.algorithms.batch import World
-from tokfuse.runtime.checks import (
+from tokfuse.runtime.core.checks import (
     BOOL,
     FLOATS,
     INTS,
@@ -16,9 +16,9 @@ from tokfuse.runtime.checks import (
     check_optional,
     may_read,
 )
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.lm_head.unit_step import Units
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
-from tokfuse.runtime.unit_step import Units
 
 OP = "PreferenceBatch"
 

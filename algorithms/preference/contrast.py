@@ -9,8 +9,8 @@ from torch.nn.functional import logsigmoid
 from tokfuse.algorithms.preference.base import PairLoss
 from tokfuse.algorithms.preference.batch import PreferenceBatch, Side
 from tokfuse.algorithms.stateful import State
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
 
 LINKS = ("logistic", "robust", "hinge", "square", "exo", "discopop")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import Rows, check_choice, check_vector
+from tokfuse.runtime.core.checks import Rows, check_choice, check_vector
 from tokfuse.runtime.ops.token_stats import token_stats
 
 OP = "algorithms.did_entropy"

@@ -11,8 +11,8 @@ from tokfuse.algorithms.preference.batch import PreferenceBatch, Side
 from tokfuse.algorithms.preference.step import PreferenceStep
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
 
 FAMILY = "The DPO family"
 FORMS = ("apo_zero", "apo_down", "nca", "sppo_hard")

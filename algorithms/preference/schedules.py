@@ -7,8 +7,8 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful, draws
-from tokfuse.runtime.checks import check_choice, check_number
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
 
 
 def check_period(op: str, name: str, value: object) -> None:

@@ -7,14 +7,14 @@ import torch
 from tokfuse.algorithms.preference.base import PreferenceLoss
 from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch
 from tokfuse.algorithms.stateful import State
-from tokfuse.runtime import checks
-from tokfuse.runtime import head as heads
-from tokfuse.runtime.checks import check_number
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.lm_head import head as heads
+from tokfuse.runtime.lm_head.unit_step import unit_step
 from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
-from tokfuse.runtime.step_result import Gradients
-from tokfuse.runtime.unit_step import unit_step
+from tokfuse.runtime.policy.step_result import Gradients
 
 OP = "preference_step"
 

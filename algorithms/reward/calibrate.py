@@ -6,8 +6,8 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.checks import Rows, check_choice, check_vector
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import Rows, check_choice, check_vector
+from tokfuse.runtime.core.errors import refuse
 
 
 @register(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import (
+from tokfuse.runtime.core.checks import (
     BOOL,
     Rows,
     check_choice,
@@ -13,7 +13,7 @@ from tokfuse.runtime.checks import (
     check_optional,
     check_vector,
 )
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 
 SYSTEM = "CausalRM"
 SOURCE = "arXiv 2603.18736 (a long summary with every formula)"

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import (
+from tokfuse.runtime.core.checks import (
     BOOL,
     INTS,
     Rows,
@@ -14,7 +14,7 @@ from tokfuse.runtime.checks import (
     check_optional,
     check_vector,
 )
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.segment_moments import segment_moments
 
 SYSTEM = "PUC / PTONet"

@@ -8,8 +8,8 @@ from tokfuse.algorithms.batch import World
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.reward.pairwise import bradley_terry
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.checks import FLOATS, INTS, Rows, check_number, check_vector
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import FLOATS, INTS, Rows, check_number, check_vector
+from tokfuse.runtime.core.errors import refuse
 
 OP = "algorithms.fimi_rm"
 

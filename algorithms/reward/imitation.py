@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import BOOL, Rows, check_number, check_optional, check_vector
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import BOOL, Rows, check_number, check_optional, check_vector
+from tokfuse.runtime.core.errors import refuse
 
 OP = "algorithms.dwbc"
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import Rows, check_vector
+from tokfuse.runtime.core.checks import Rows, check_vector
 
 
 @register(

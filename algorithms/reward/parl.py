@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.checks import FLOATS, Rows, check_choice, check_number, check_vector
+from tokfuse.runtime.core.checks import FLOATS, Rows, check_choice, check_number, check_vector
 
 OP = "algorithms.parl"
 

@@ -6,8 +6,8 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import draws
-from tokfuse.runtime.checks import INTS, check_number, check_vector, may_read
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.checks import INTS, check_number, check_vector, may_read
+from tokfuse.runtime.core.errors import refuse
 
 OP = "algorithms.ugda_refine"
 

@@ -1,4 +1,4 @@
-// The records of an objective and of its inputs (runtime/objective.py, runtime/policy_record.py),
+// The records of an objective and of its inputs (runtime/policy/objective.py, runtime/backends/policy_record.py),
 // for CPU and CUDA kernels.
 #pragma once
 

@@ -6,7 +6,7 @@
 
 namespace tokfuse {
 
-// Codes shared with runtime/native.py.
+// Codes shared with runtime/core/native.py.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct BFloat16 {

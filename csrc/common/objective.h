@@ -4,7 +4,7 @@
 //   kl_term:     KL estimate of one token and its derivative in logp
 //
 // Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp. All derivatives are of the
-// un-aggregated token loss. Codes and parameter slots are shared with runtime/objective.py.
+// un-aggregated token loss. Codes and parameter slots are shared with runtime/policy/objective.py.
 #pragma once
 
 #include <math.h>

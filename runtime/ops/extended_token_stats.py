@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import checks, native
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.core import checks, native
+from tokfuse.runtime.core.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
     register_cuda,
@@ -14,10 +14,10 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels
-from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import extended_token_stats as reference
 from tokfuse.runtime.reference.token_stats import bad_row
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tokfuse.runtime import checks, cuda_packed, triton_backend
-from tokfuse.runtime.checks import Rows, check_vector
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.backends import cuda_packed, triton_backend
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.checks import Rows, check_vector
+from tokfuse.runtime.core.dispatch import (
     ALL_DTYPES,
     FLOAT_DTYPES,
     register_cpu,
@@ -21,11 +22,11 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.head import HeadProblem
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.lm_head.head import HeadProblem
 from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import influence as reference
 from tokfuse.runtime.reference.token_stats import accumulation_dtype
 

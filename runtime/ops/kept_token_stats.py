@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import cuda_rows, native
-from tokfuse.runtime.checks import INTS, Rows, check_vector, may_read
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.backends import cuda_rows
+from tokfuse.runtime.backends.triton_backend import launcher
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import INTS, Rows, check_vector, may_read
+from tokfuse.runtime.core.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
     register_cuda,
@@ -15,14 +17,13 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels
-from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import kept_token_stats as reference
 from tokfuse.runtime.reference.token_stats import check_values
-from tokfuse.runtime.triton_backend import launcher
 
 OP = "kept_token_stats"
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime import device_head, native, triton_backend
-from tokfuse.runtime import head as heads
-from tokfuse.runtime.checks import may_read
-from tokfuse.runtime.device_head import DeviceHead
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.backends import triton_backend
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import may_read
+from tokfuse.runtime.core.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
     register_cuda,
@@ -17,11 +16,14 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.head import Head, HeadGradients, HeadProblem, LogitsBuffer
-from tokfuse.runtime.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.lm_head import device_head
+from tokfuse.runtime.lm_head import head as heads
+from tokfuse.runtime.lm_head.device_head import DeviceHead
+from tokfuse.runtime.lm_head.head import Head, HeadGradients, HeadProblem, LogitsBuffer
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
-from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import linear_token_stats as reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import cuda_packed, native, triton_backend
-from tokfuse.runtime.checks import (
+from tokfuse.runtime.backends import cuda_packed, triton_backend
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import (
     BOOL,
     Rows,
     Runs,
@@ -15,16 +16,16 @@ from tokfuse.runtime.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.core.dispatch import (
     backend_of,
     register_cpu,
     register_cuda,
     register_reference,
     register_triton,
 )
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.graph_ops import GraphForm, traceable
-from tokfuse.runtime.ranges import ranged
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.graph_ops import GraphForm, traceable
+from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference.ope import ope as reference
 
 OP = "ope"

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime import checks, cuda_rows, native
-from tokfuse.runtime.checks import check_choice, may_read
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.backends import cuda_rows
+from tokfuse.runtime.backends.triton_backend import launcher
+from tokfuse.runtime.core import checks, native
+from tokfuse.runtime.core.checks import check_choice, may_read
+from tokfuse.runtime.core.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
     register_cuda,
@@ -15,12 +17,11 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.logit_options import LogitOptions, check_options
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions, check_options
+from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.ops.token_stats import Kernels
-from tokfuse.runtime.ranges import ranged
 from tokfuse.runtime.reference import paired_divergence as reference
-from tokfuse.runtime.triton_backend import launcher
 
 OP = "paired_divergence"
 KINDS = ("jsd", "kl_forward", "kl_reverse")  # codes 0, 1, 2 of csrc/cpu/distribution_kernels.h

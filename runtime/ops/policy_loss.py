@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import cuda_policy, native, policy_checks, triton_backend, triton_objective
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.backends import cuda_policy, triton_backend, triton_objective
+from tokfuse.runtime.backends.policy_record import policy_record
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
     register_cpu,
@@ -15,10 +17,10 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.metrics import SLOT, SLOTS, Metrics
-from tokfuse.runtime.objective import Objective
-from tokfuse.runtime.policy_record import policy_record
-from tokfuse.runtime.ranges import ranged
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.policy import policy_checks
+from tokfuse.runtime.policy.metrics import SLOT, SLOTS, Metrics
+from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.reference import policy_loss as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 

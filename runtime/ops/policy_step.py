@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime import checks, cuda_policy, native, policy_checks, triton_objective
-from tokfuse.runtime import head as heads
-from tokfuse.runtime.device_step import DeviceStep, StepTerms, device_run
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.backends import cuda_policy, triton_objective
+from tokfuse.runtime.backends.device_step import DeviceStep, StepTerms, device_run
+from tokfuse.runtime.core import checks, native
+from tokfuse.runtime.core.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
     register_cpu,
@@ -17,10 +17,10 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.logit_options import LogitOptions, check_logits
-from tokfuse.runtime.metrics import SLOT, Metrics
-from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.lm_head import head as heads
 from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
@@ -29,11 +29,13 @@ from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, policy_terms
 from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.policy_checks import Normalizer
-from tokfuse.runtime.ranges import ranged
+from tokfuse.runtime.policy import policy_checks
+from tokfuse.runtime.policy.metrics import SLOT, Metrics
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.policy_checks import Normalizer
+from tokfuse.runtime.policy.step_result import Gradients, PolicyStep, hand_over
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
-from tokfuse.runtime.step_result import Gradients, PolicyStep, hand_over
 
 OP = "policy_step"
 

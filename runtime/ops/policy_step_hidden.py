@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime import cuda_policy, device_head, native, triton_objective
-from tokfuse.runtime import head as heads
-from tokfuse.runtime.checks import may_read
-from tokfuse.runtime.device_head import DeviceHead
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.backends import cuda_policy, triton_objective
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import may_read
+from tokfuse.runtime.core.dispatch import (
     FLOAT_DTYPES,
     register_cpu,
     register_cuda,
@@ -17,19 +16,28 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.head import GradientPool, Head, HeadGradients, HeadProblem, LogitsBuffer
-from tokfuse.runtime.logit_options import LogitOptions
-from tokfuse.runtime.metrics import SLOT
-from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.lm_head import device_head
+from tokfuse.runtime.lm_head import head as heads
+from tokfuse.runtime.lm_head.device_head import DeviceHead
+from tokfuse.runtime.lm_head.head import (
+    GradientPool,
+    Head,
+    HeadGradients,
+    HeadProblem,
+    LogitsBuffer,
+)
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
 from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
-from tokfuse.runtime.ranges import ranged
+from tokfuse.runtime.policy.metrics import SLOT
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.step_result import Gradients, hand_over
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
-from tokfuse.runtime.step_result import Gradients, hand_over
 
 OP = "policy_step_hidden"
 NAMES = ("hidden", "weight", "bias")

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
-from tokfuse.runtime import cuda_rows, native
-from tokfuse.runtime.checks import check_flag, may_read
-from tokfuse.runtime.dispatch import (
+from tokfuse.runtime.backends import cuda_rows
+from tokfuse.runtime.backends.triton_backend import launcher
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import check_flag, may_read
+from tokfuse.runtime.core.dispatch import (
     FLOAT_DTYPES,
     eager_cpu,
     register_cpu,
@@ -16,11 +18,10 @@ from tokfuse.runtime.dispatch import (
     register_triton,
     select,
 )
-from tokfuse.runtime.errors import refuse
-from tokfuse.runtime.logit_options import LogitOptions, check_logits
-from tokfuse.runtime.ranges import ranged
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference import token_stats as reference
-from tokfuse.runtime.triton_backend import launcher
 
 if TYPE_CHECKING:
     from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats

@@ -2,7 +2,7 @@
 
 import torch
 
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.reference.token_stats import check_values, transformed_logits
 
 OP = "kept_token_stats"

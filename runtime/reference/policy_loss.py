@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from tokfuse.runtime import objective as spec
-from tokfuse.runtime.metrics import SLOT, SLOTS
-from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.policy import objective as spec
+from tokfuse.runtime.policy.metrics import SLOT, SLOTS
+from tokfuse.runtime.policy.objective import Objective
 
 
 class PolicyInputs(NamedTuple):

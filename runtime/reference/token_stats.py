@@ -2,7 +2,7 @@
 
 import torch
 
-from tokfuse.runtime.errors import refuse
+from tokfuse.runtime.core.errors import refuse
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-// Seeded bugs, each a kernel: tests/test_cuda_host.py requires that each is found, and that the
+// Seeded bugs, each a kernel: tests/backends/test_cuda_host.py requires that each is found, and that the
 // kernels named ok_ are not.
 #include <cstdio>
 

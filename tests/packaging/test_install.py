@@ -22,7 +22,16 @@ QUICK_BUILD = (
     f"-DCMAKE_CXX_COMPILER_LAUNCHER={Path(__file__).resolve().parent / 'compile_quickly.sh'}"
 )
 
-FOLDERS = ("api", "runtime", "algorithms", "integrations", "triton_kernels", "bench", "tests")
+FOLDERS = (
+    "api",
+    "runtime",
+    "inspection",
+    "algorithms",
+    "integrations",
+    "triton_kernels",
+    "bench",
+    "tests",
+)
 FALLBACK = "every op runs on the pure-torch reference"
 
 # Runs in the environment under test, from a folder that is not the repository.
@@ -32,7 +41,7 @@ import tokfuse
 for name in tokfuse.__all__:
     getattr(tokfuse, name)
 taken = [name for name in {FOLDERS!r} if importlib.util.find_spec(name) is not None]
-from tokfuse.runtime import doctor
+from tokfuse.inspection import doctor
 report = doctor.report()
 print(json.dumps(dict(report, taken=taken, file=tokfuse.__file__, text=doctor.render(report))))
 """
@@ -137,7 +146,7 @@ def test_wheel_contents(source: Path, environment, tmp_path: Path):
         names = wheel.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"tokfuse"}
     assert "tokfuse/py.typed" in names
-    assert "tokfuse/runtime/doctor.py" in names
+    assert "tokfuse/inspection/doctor.py" in names
     assert any(name.startswith("tokfuse/_native") and name.endswith(".so") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     installed = {name for name in names if name.endswith(".py")}

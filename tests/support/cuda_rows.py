@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokfuse.runtime import cuda_policy, cuda_rows
-from tokfuse.runtime.objective import Objective
+from tokfuse.runtime.backends import cuda_policy, cuda_rows
+from tokfuse.runtime.policy.objective import Objective
 
 PLAIN: dict[str, Any] = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
 

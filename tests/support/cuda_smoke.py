@@ -11,7 +11,7 @@ import torch
 
 import tokfuse
 from tokfuse import KL, Objective, PPOClip
-from tokfuse.runtime import cuda_backend
+from tokfuse.runtime.backends import cuda_backend
 
 TOKENS, VOCAB, HIDDEN = 24, 1003, 16
 DEVICE = "cpu" if cuda_backend.hosted() else "cuda"

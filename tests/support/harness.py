@@ -13,7 +13,8 @@ import torch
 import tokfuse.runtime.ops.linear_token_stats
 import tokfuse.runtime.ops.policy_loss
 import tokfuse.runtime.ops.policy_step  # noqa: F401  (imports register the implementations)
-from tokfuse.runtime import cuda_backend, dispatch, native, triton_backend
+from tokfuse.runtime.backends import cuda_backend, triton_backend
+from tokfuse.runtime.core import dispatch, native
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokfuse
-from tokfuse.runtime import native
+from tokfuse.runtime.core import native
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import token_stats as stats
 from tokfuse.runtime.reference.policy_loss import PolicyInputs

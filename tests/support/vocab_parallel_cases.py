@@ -12,7 +12,7 @@ from policy_cases import SHAPES, batch
 
 import tokfuse
 from tokfuse import distributed as D
-from tokfuse.runtime import collectives
+from tokfuse.runtime.distributed.counts import collectives
 
 TOKENS, VOCAB, HIDDEN = 12, 4500, 24
 STATS = ("logp", "entropy", "lse", "sum_sq", "top1")

@@ -1,0 +1,1 @@
+"""Reports about the installed library: doctor, kernel tables, roofline, launch tuning."""

@@ -1,0 +1,287 @@
+"""`python -m tokfuse kernels --cuda`: what nvcc made of the CUDA kernels, and a committed table.
+
+Read from the native module itself with the tools that Triton bundles (cuobjdump, nvdisasm): what is
+counted is what is shipped, and nothing is compiled. Per kernel and architecture: registers, spills,
+static shared memory, threads, and of the hot loops the instructions per element.
+"""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tokfuse.inspection.kernel_table import INSTRUCTIONS_SLACK, REGISTERS_SLACK
+from tokfuse.runtime.backends import cuda_backend
+from tokfuse.runtime.core import native
+
+# Not among the sources of the module: writing it must not make the module out of date.
+TABLE = Path(__file__).resolve().parent / "cuda_resources.json"
+# By the argument of a template; sizes in bytes.
+DTYPES = {"float": ("float32", 4), "BFloat16": ("bfloat16", 2), "Float16": ("float16", 2),
+          "double": ("float64", 8)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Which loops of a kernel are hot: those that go over a row by vectors of 16 bytes.
+
+    Args:
+        reads: loops that only read the row.
+        writes: loops that read it and write another one.
+        source: where they load it from: "LDG" memory, "LDS" shared memory.
+        traffic: elements moved between memory and the chip per element of a row.
+        streams: rows that a loop reads side by side.
+    """
+
+    reads: int
+    writes: int
+    source: str = "LDG"
+    traffic: int = 1
+    streams: int = 1
+
+
+ROW_KERNELS = {
+    "token_stats_fwd_kernel": Loops(1, 0),
+    "token_stats_bwd_kernel": Loops(0, 1, traffic=2),
+    "policy_step_kernel": Loops(1, 1, traffic=2),
+    "policy_step_cluster_kernel": Loops(1, 1, "LDS", traffic=2),
+    # Rows on and between vectors share a loop: an upper bound.
+    "paired_divergence_fwd_kernel": Loops(2, 0, traffic=2, streams=2),
+    "paired_divergence_bwd_kernel": Loops(0, 1, traffic=3, streams=2),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel on one architecture."""
+
+    name: str
+    """With its template arguments, e.g. token_stats_fwd_kernel<BFloat16, false, false>."""
+    arch: str
+    registers: int
+    stack_bytes: int
+    """Spilled registers, and arrays that are indexed by a variable."""
+    shared_bytes: int
+    threads: int
+    per_element: float
+    """Instructions per element of the hot loops, of one thread; 0 where rows are not read."""
+    exp_per_element: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}:sm_{self.arch}"
+
+    @property
+    def base(self) -> str:
+        return self.name.partition("<")[0]
+
+    @property
+    def arguments(self) -> list[str]:
+        return [a for a in self.name.partition("<")[2].rstrip(">").split(", ") if a]
+
+    @property
+    def dtype(self) -> tuple[str, int]:
+        """(name, bytes) of its elements; float32 where it is no template of them."""
+        return DTYPES.get((self.arguments or ["float"])[0], DTYPES["float"])
+
+
+# -------------------------------------------------------------------------------- reading the file
+
+
+def tools() -> Path | None:
+    """The folder of cuobjdump and nvdisasm, or None."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return folder if (folder / "nvdisasm").exists() else None
+
+
+def nvcc_version() -> str:
+    """Of the compiler that made the module's kernels; "" where there are none."""
+    return str(getattr(native.module(), "cuda_version", ""))
+
+
+def why_not() -> str | None:
+    """None where the table can be made here, else one sentence."""
+    if not nvcc_version():
+        return cuda_backend.why_unusable() or "the CUDA kernels run on the CPU here"
+    if tools() is None or shutil.which("c++filt") is None:
+        return "needs triton, whose wheel holds cuobjdump and nvdisasm, and c++filt"
+    return None
+
+
+def _run(*command: str | Path, cwd: Path | None = None) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
+
+
+def read_module(arch: str = "") -> list[Kernel]:
+    """Every kernel of the native module, on one architecture, or on all it was built for."""
+    reason, module, folder = why_not(), native.module(), tools()
+    if reason is not None:
+        raise SystemExit(f"kernels: {reason}.")
+    assert module is not None and module.__file__ is not None and folder is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        _run(folder / "cuobjdump", "-xelf", "all", module.__file__, cwd=Path(scratch))
+        files = sorted(Path(scratch).glob(f"*.sm_{arch or '*'}.cubin"))
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda file: list(_read_cubin(folder, file)), files)
+            return sorted((k for kernels in found for k in kernels), key=lambda k: k.key)
+
+
+def _read_cubin(folder: Path, file: Path) -> Iterator[Kernel]:
+    arch = re.search(r"\.sm_(\w+)\.cubin$", file.name)
+    assert arch is not None, file
+    usage = _run(folder / "cuobjdump", "-res-usage", file)
+    threads = _threads(_run(folder / "cuobjdump", "-elf", file))
+    code = _functions(_run(folder / "nvdisasm", "-c", file))
+    for mangled, registers, stack, shared in re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
+    ):
+        name = readable(mangled)
+        instructions, exps = _per_element(name, code[mangled])
+        yield Kernel(name, arch[1], int(registers), int(stack), int(shared),
+                     threads.get(mangled, 0), instructions, exps)  # fmt: skip
+
+
+def _threads(elf: str) -> dict[str, int]:
+    """Launch bounds by function."""
+    found = {}
+    for part in elf.split(".nv.info.")[1:]:
+        bound = re.search(r"EIATTR_MAX_THREADS.*?Value:\s*0x([0-9a-f]+) ", part, re.DOTALL)
+        if bound is not None:
+            found[part.split()[0]] = int(bound[1], 16)
+    return found
+
+
+def _functions(sass: str) -> dict[str, str]:
+    """The listing of each function."""
+    parts = re.split(r"^//-+ \.text\.(\S+) -+$", sass, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def readable(mangled: str) -> str:
+    """Kernel and template arguments, without namespaces and parameters."""
+    text = _run("c++filt", mangled).strip()
+    text = re.sub(r"\b(tokfuse|cuda)::", "", text.removeprefix("void "))
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            text = text[:i]
+            break
+    return re.sub(r"\(\w+\)(\d)", r"\1", text)
+
+
+# ---------------------------------------------------------------------------------- counting loops
+
+
+def _loops(listing: str) -> list[list[str]]:
+    """Innermost loops: the instructions between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    body: list[str] = []
+    spans: list[tuple[int, int]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(body)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            body.append(instruction[1])
+            target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
+            if target and labels.get(target[1], len(body)) < len(body) - 1:
+                spans.append((labels[target[1]], len(body)))
+    inner = [
+        (a, b)
+        for a, b in spans
+        if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)
+    ]
+    return [body[a:b] for a, b in inner]
+
+
+def _vectors(loop: Sequence[str], instruction: str) -> int:
+    """16-byte accesses of that kind in one pass."""
+    return sum(bool(re.search(rf"\b{instruction}\.[\w.]*\b128\b", text)) for text in loop)
+
+
+def _per_element(name: str, listing: str) -> tuple[float, float]:
+    """(instructions, exps) per element of the hot loops: the longest of their kind."""
+    base, _, rest = name.partition("<")
+    hot = ROW_KERNELS.get(base)
+    if hot is None:
+        return 0.0, 0.0
+    size = DTYPES[rest.split(",")[0].rstrip(">")][1]
+    found: dict[bool, list[tuple[float, int, int]]] = {False: [], True: []}
+    for loop in _loops(listing):
+        elements = 16 * _vectors(loop, hot.source) / size / hot.streams
+        if elements:
+            exps = sum("MUFU.EX2" in text for text in loop)
+            found["STG" in " ".join(loop)].append((elements, len(loop), exps))
+    chosen = sorted(found[False], reverse=True)[: hot.reads]
+    chosen += sorted(found[True], reverse=True)[: hot.writes]
+    return (
+        round(sum(length / elements for elements, length, _ in chosen), 2),
+        round(sum(exps / elements for elements, _, exps in chosen), 2),
+    )
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+
+def as_json(kernels: Sequence[Kernel]) -> str:
+    """The committed form: one line per kernel, so that a difference reads as one."""
+    lines = [json.dumps(asdict(kernel)) for kernel in sorted(kernels, key=lambda k: k.key)]
+    return f'{{"nvcc": "{nvcc_version()}", "kernels": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
+
+
+def committed() -> list[Kernel]:
+    """The rows of the committed table."""
+    return [Kernel(**row) for row in json.loads(TABLE.read_text())["kernels"]]
+
+
+def differences(now: Sequence[Kernel], before: Sequence[Kernel]) -> list[str]:
+    """One sentence for each kernel that is worse than the table, missing from it, or gone."""
+    old, new = {k.key: k for k in before}, {k.key: k for k in now}
+    found = [f"{key}: is not in the table" for key in sorted(new.keys() - old.keys())]
+    found += [f"{key}: is in the table, not in the module" for key in sorted(old.keys() - new)]
+    for key in sorted(old.keys() & new.keys()):
+        a, b = old[key], new[key]
+        limits = {
+            "registers": a.registers + REGISTERS_SLACK,
+            "stack_bytes": a.stack_bytes,
+            "shared_bytes": a.shared_bytes,
+            "threads": a.threads,
+            "per_element": a.per_element * (1 + INSTRUCTIONS_SLACK),
+        }
+        found += [
+            f"{key}: {name} {getattr(b, name)}, the table has {getattr(a, name)}"
+            for name, limit in limits.items()
+            if getattr(b, name) > limit
+        ]
+    return found
+
+
+def main(check: bool, write: bool) -> int:
+    kernels = read_module()
+    if write:
+        from tokfuse.inspection import roofline
+
+        TABLE.write_text(as_json(kernels))
+        roofline.PAGE.write_text(roofline.as_markdown(kernels))
+        print(f"wrote {TABLE} and {roofline.PAGE}")
+        return 0
+    for k in kernels:
+        print(
+            f"{k.key}: {k.registers} registers, {k.stack_bytes} B stack, {k.shared_bytes} B "
+            f"shared, {k.threads} threads, {k.per_element:.1f} instructions per element"
+        )
+    found = differences(kernels, committed()) if check else []
+    print("\n".join(found), file=sys.stderr)
+    return 1 if found else 0

@@ -1,0 +1,283 @@
+"""`python -m tokfuse doctor`: what is installed, what is here, and what each op can run on.
+
+`report()` gathers plain data (JSON-ready), `render()` lays it out for people, and `markdown()`
+gives the support table of the README, which depends on the declared capabilities only and not on
+the machine. A GPU driver is asked only when a report is asked for.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import pkgutil
+import platform
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.core import dispatch, native
+
+PACKAGES = ("tokfuse", "torch", "triton", "transformers", "numpy", "nvidia-ml-py")
+
+# Every environment variable that the project reads or that changes how it runs.
+ENVIRONMENT = {
+    "TOKFUSE_BACKEND": "force one backend for every op: cuda, triton, cpu or reference",
+    "TOKFUSE_CUDA_HOST": "a build of the CUDA kernels that runs on the CPU, for tests",
+    "TOKFUSE_ISA": "run the CPU kernels at v2, v3 or v4 of x86-64 instead of the best one",
+    "TOKFUSE_KEEP_MIB": "MiB of freed CPU results kept for the next call; 0 keeps none",
+    "TOKFUSE_CHECK": "1 checks values that live on a GPU too (it waits for the device)",
+    "TOKFUSE_NVTX": "1 pushes NVTX ranges around every op, 0 never; unset: where nsys started it",
+    "OMP_NUM_THREADS": "CPU threads, shared with torch (torch.set_num_threads overrides it)",
+    "OMP_WAIT_POLICY": "`passive` lets idle CPU threads sleep; set it on a shared machine",
+    "TOKFUSE_VERL_HEADS": "1 puts tokfuse in the place of verl's fused heads when verl is loaded",
+    "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, for tests; set it before the import",
+    "TOKFUSE_CUDA": "AUTO builds the CUDA kernels where nvcc is found, ON insists, OFF does not",
+    "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fall-back",
+    "TOKFUSE_CMAKE_ARGS": "extra arguments for the CMake configure step",
+    "MAX_JOBS": "parallel compile jobs of the native build",
+    "TOKFUSE_ALLOW_CUDA_WHEELS": "1 lets `make` install a CUDA build of torch without a GPU",
+    "TOKFUSE_BENCH_FULL": "1 makes `pytest bench` take the published shapes",
+}
+
+SHORT_DTYPE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+SUPPORT_BEGIN = "<!-- support: written by `python -m tokfuse doctor --markdown README.md` -->"
+SUPPORT_END = "<!-- /support -->"
+
+
+def import_ops() -> dict[str, str]:
+    """Import every module of `tokfuse.runtime.ops`, which registers the ops; failures by name."""
+    package = importlib.import_module("tokfuse.runtime.ops")
+    failures = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        name = f"{package.__name__}.{module.name}"
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            failures[name] = str(error)
+    return failures
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _native() -> dict[str, Any]:
+    module = native.module()
+    info: dict[str, Any] = {"built": module is not None, "why": native.why_unusable() or ""}
+    if module is not None:
+        info["file"] = module.__file__
+        info["active_isa"] = module.active_isa()
+        info["cuda_version"], info["cuda_archs"] = module.cuda_version, module.cuda_archs.split(",")
+    return info
+
+
+def _openmp_runtimes() -> list[str]:
+    """Files of the OpenMP runtimes in this process; more than one means two thread pools."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    files = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
+    return sorted(f for f in files if Path(f).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _cuda() -> dict[str, Any]:
+    if torch.version.cuda is None:
+        return {"devices": [], "why": "torch is a CPU build"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
+        why = str(caught[0].message).splitlines()[0] if caught else "no GPU or no driver"
+        return {"devices": [], "why": why}
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return {"devices": devices, "why": ""}
+
+
+def report() -> dict[str, Any]:
+    """Everything the doctor knows, as plain data.
+
+    Returns:
+        Keys `versions`, `native`, `devices`, `threads`, `environment`, `failures` (modules of ops
+        that do not import) and `ops`; `ops` has one row per op and backend: op, backend, built,
+        usable, why, devices, dtypes, features.
+    """
+    failures = import_ops()
+    return {
+        "versions": _versions(),
+        "native": _native(),
+        "devices": {"cpu": _cpu_name(), "cuda": _cuda()},
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "openmp_runtimes": _openmp_runtimes(),
+        },
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+        "failures": failures,
+        "ops": dispatch.table(),
+    }
+
+
+def _aligned(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Left-aligned columns, two blanks apart; the last column is free."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+        .rstrip()
+        for row in rows
+    ]  # fmt: skip
+
+
+def _default_backend(rows: Sequence[dict[str, Any]], device: str) -> str:
+    """The first usable backend, in dispatch order, that takes tensors of `device`."""
+    for row in rows:
+        if row["usable"] and ("*" in row["devices"] or device in row["devices"]):
+            return str(row["backend"])
+    return "none"
+
+
+def _ops_section(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
+    """One line per op, one column per backend; the reasons are numbered below the table."""
+    reasons: list[str] = []
+    table = [["op", *dispatch.ORDER, f"{device} tensors run on"]]
+    for op in sorted({row["op"] for row in rows}):
+        of_op = [row for row in rows if row["op"] == op]
+        cells = []
+        for row in of_op:
+            if row["usable"]:
+                cells.append("yes")
+            elif not row["devices"]:  # no record at all
+                cells.append("-")
+            else:
+                if row["why"] not in reasons:
+                    reasons.append(row["why"])
+                state = "unusable" if row["built"] else "not built"
+                cells.append(f"{state} [{reasons.index(row['why']) + 1}]")
+        table.append([op, *cells, _default_backend(of_op, device)])
+    lines = ["ops  (yes: usable here; -: not implemented)", *_aligned(table)]
+    return lines + [f"  [{number}] {reason}" for number, reason in enumerate(reasons, 1)]
+
+
+def _native_lines(info: dict[str, Any]) -> list[str]:
+    if not info["built"]:
+        return [f"native module  not available: {info['why']}"]
+    cuda = "no CUDA kernels"
+    if info["cuda_version"]:
+        archs = " ".join(f"sm_{arch}" for arch in info["cuda_archs"])
+        cuda = f"CUDA kernels by nvcc {info['cuda_version']} for {archs}"
+    return [f"native module  built, isa {info['active_isa']}, {cuda}"]
+
+
+def render(data: dict[str, Any]) -> str:
+    """The report as text for people."""
+    present = [f"{name} {version}" for name, version in data["versions"].items() if version]
+    absent = [name for name, version in data["versions"].items() if not version]
+    lines = ["versions       " + ", ".join(present)]
+    if absent:
+        lines.append("not installed  " + ", ".join(absent))
+    lines += _native_lines(data["native"])
+    threads, cuda = data["threads"], data["devices"]["cuda"]
+    runtimes = len(threads["openmp_runtimes"])
+    note = "" if runtimes < 2 else f"; {runtimes} OpenMP runtimes are loaded, expect contention"
+    lines.append(f"threads        {threads['torch']} of {threads['cores']} cores{note}")
+    lines.append(f"cpu            {data['devices']['cpu']}")
+    gpus = [f"{d['name']} (sm_{d['capability'].replace('.', '')}, {d['memory_gib']} GiB)"
+            for d in cuda["devices"]]  # fmt: skip
+    lines.append("cuda           " + ("; ".join(gpus) or f"none: {cuda['why']}"))
+    lines += ["", "environment"]
+    settings = [
+        [name, "unset" if value is None else value, ENVIRONMENT[name]]
+        for name, value in data["environment"].items()
+    ]
+    lines += [*_aligned(settings), ""]
+    lines += _ops_section(data["ops"], "cuda" if cuda["devices"] else "cpu")
+    lines += [f"  {name} does not import: {why}" for name, why in data["failures"].items()]
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The support table of the README: per op and backend, the declared dtypes and options."""
+    import_ops()
+    rows = dispatch.table()
+    lines = [
+        "| op | " + " | ".join(dispatch.ORDER) + " |",
+        "| --- |" + " --- |" * len(dispatch.ORDER),
+    ]
+    for op in sorted({str(row["op"]) for row in rows}):
+        cells = [_markdown_cell(row) for row in rows if row["op"] == op]
+        lines.append(f"| `{op}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _markdown_cell(row: dict[str, Any]) -> str:
+    if not row["devices"]:
+        return "-"
+    dtypes = [SHORT_DTYPE.get(name, name) for name in row["dtypes"]]
+    cell = " ".join(sorted(dtypes, key=lambda name: list(SHORT_DTYPE.values()).index(name)))
+    return cell + "".join(f", {feature}" for feature in row["features"])
+
+
+def write_markdown(path: Path) -> None:
+    """Replace what stands between the two support marks of a file by `markdown()`."""
+    text = path.read_text()
+    if text.count(SUPPORT_BEGIN) != 1 or text.count(SUPPORT_END) != 1:
+        raise ValueError(
+            f"doctor: {path} must hold {SUPPORT_BEGIN!r} and {SUPPORT_END!r} once each."
+        )
+    head, rest = text.split(SUPPORT_BEGIN)
+    tail = rest.split(SUPPORT_END)[1]
+    path.write_text(f"{head}{SUPPORT_BEGIN}\n{markdown()}\n{SUPPORT_END}{tail}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokfuse doctor",
+        description="What is installed, what is here, and what each op can run on.",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="the whole report as JSON")
+    form.add_argument(
+        "--markdown",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="the support table; with FILE, written between its marks there",
+    )
+    options = parser.parse_args(argv)
+    if options.markdown == "-":
+        print(markdown())
+    elif options.markdown:
+        write_markdown(Path(options.markdown))
+    elif options.json:
+        print(json.dumps(report(), indent=2, default=str))
+    else:
+        print(render(report()))
+    return 0

@@ -1,0 +1,440 @@
+"""`python -m tokfuse kernels`: what the Triton kernels compile to, held against a committed table.
+
+Every compile case (`tokfuse.triton_kernels.compile_cases`) is cross-compiled for each architecture
+and disassembled with the tools that Triton bundles; no GPU is needed. Per kernel, dtype and
+architecture the table holds registers, spilled bytes, shared memory, and of the hot loop the widest
+load and the instructions per element: those of one pass through it, over the bytes that it loads
+divided by the bytes of an element.
+
+A row also names its source: a digest of all that decides it, the code of the kernel and of every
+device function that it reaches, arguments, options, this analysis and the version of Triton. Rows
+whose source stands in the committed table need no second compilation (`known`).
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.backends import triton_backend
+
+# Beside the kernels, so that an installed package can be checked too.
+TABLE = Path(__file__).resolve().parent.parent / "triton_kernels" / "resources.json"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+# Other versions of the compiler allot a few registers and instructions more or less.
+REGISTERS_SLACK = 8
+INSTRUCTIONS_SLACK = 0.02
+# Threads whose instruction an SM issues per clock, and those that its special-function units serve
+# (exponentials, reciprocals, logarithms): they bound what a kernel makes of the memory's bandwidth.
+ISSUED = 128
+SPECIAL = 16
+# (capability, SMs, GHz, TB/s); sustained clocks under load are lower than these boost clocks.
+GPUS = {
+    "A100": (80, 108, 1.41, 2.0),
+    "H100": (90, 132, 1.755, 3.35),
+    "H200": (90, 132, 1.755, 4.8),
+    "B200": (100, 148, 1.85, 8.0),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel."""
+
+    case: str
+    kernel: str
+    dtype: str
+    capability: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    threads: int
+    load_bytes: int
+    """Width of the widest global load of the hot loop."""
+    per_element: float
+    """Instructions per element of the hot loop, of one thread."""
+    special_per_element: float
+    """Of these, those of the special-function units."""
+    traffic_bytes: int
+    """Bytes per element between memory and the chip; 0 where bandwidth is not predicted."""
+    source: str
+    """Digest of what was compiled, by which compiler, and how it was read."""
+
+    @property
+    def key(self) -> str:
+        return row_key(self.case, self.kernel, self.dtype, self.capability)
+
+
+def compile_all(
+    names: Sequence[str] = (),
+    wanted: Callable[[torch.dtype, int], bool] = lambda dtype, capability: True,
+    known: Sequence[Resources] = (),
+) -> list[Resources]:
+    """The resources of every case, or of those whose name starts with one of `names`.
+
+    `wanted` tells which dtypes are compiled for which architecture. Rows of `known` are taken over
+    where their source is what would be compiled now.
+    """
+    require_compiler()
+    from tokfuse.triton_kernels import compile_cases
+
+    jobs = [
+        (case, dtype, capability)
+        for case in compile_cases.cases()
+        if not names or case.name.startswith(tuple(names))
+        for dtype in case.dtypes
+        for capability in compile_cases.CAPABILITIES
+        if wanted(dtype, capability)
+    ]
+    # Recorded one after the other: recording replaces Triton's launch for the whole process.
+    work = [(*job, launch) for job in jobs for launch in compile_cases.record(*job)]
+    # So are the kernels parsed (see _PARSING); the digests below find them parsed.
+    for *_, launch in work:
+        compile_cases.code_of(launch.kernel)
+    old = {(row.key, row.source): row for row in known}
+
+    def resources(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> Resources:
+        key = row_key(case.name, launch.kernel.__name__, name_of(dtype), capability)
+        found = old.get((key, source_of(case, dtype, capability, launch)))
+        return found or resources_of(case, dtype, capability, launch)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda w: resources(*w), work))
+
+
+def require_compiler(command: str = "kernels") -> None:
+    """Leaves with one sentence where nothing can be compiled."""
+    if not triton_backend.installed():
+        raise SystemExit(f"{command}: triton is not installed; pip install 'tokfuse[gpu]'.")
+    if triton_backend.interpreting():
+        raise SystemExit(f"{command}: TRITON_INTERPRET is set, which leaves no compiler. Unset it.")
+
+
+def row_key(case: str, kernel: str, dtype: str, capability: int) -> str:
+    """What a row of the table is found by."""
+    return f"{case}:{kernel}:{dtype}:sm_{capability}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def source_of(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> str:
+    """Digest of everything that decides a row."""
+    from tokfuse.triton_kernels import compile_cases
+
+    facts = (
+        compile_cases.code_of(launch.kernel),
+        launch.signature, launch.constexprs, launch.aligned, launch.options,
+        (case.streams, case.visits, case.traffic, dtype, capability),
+        importlib.metadata.version("triton"), _analysis(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _analysis() -> str:
+    read = (resources_of, _disassemble, hot_loops, _load_widths)
+    return "".join(inspect.getsource(function) for function in read)
+
+
+# CPython 3.11 counts the depth of ast.parse in one place for all threads (gh-106905): two that
+# parse at once fail with "AST constructor recursion depth mismatch". Triton parses in these two
+# methods.
+_PARSING = threading.RLock()
+
+
+@functools.cache
+def _source_type() -> Any:
+    from triton.compiler import ASTSource
+
+    class Source(ASTSource):  # type: ignore[misc]
+        def hash(self) -> Any:
+            with _PARSING:
+                return super().hash()
+
+        def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+            with _PARSING:
+                return super().make_ir(*args, **kwargs)
+
+    return Source
+
+
+def resources_of(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> Resources:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    position: dict[Any, tuple[int, ...]] = {k: (i,) for i, k in enumerate(launch.signature)}
+    source = _source_type()(
+        launch.kernel,
+        signature=launch.signature,
+        constexprs=launch.constexprs,
+        attrs={position.get(k, k): [["tt.divisibility", 16]] for k in launch.aligned},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=launch.options
+    )
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    loops = []
+    if case.streams:
+        loops = [(loop, list(_load_widths(loop))) for loop in hot_loops(sass, case.visits)]
+    bytes_per_element = case.streams * dtype.itemsize
+    # A loop over the bytes that one pass through it loads: passes per element.
+    passes = [(loop, bytes_per_element / max(1, sum(widths))) for loop, widths in loops if widths]
+    return Resources(
+        case=case.name,
+        kernel=launch.kernel.__name__,
+        dtype=name_of(dtype),
+        capability=capability,
+        registers=int(_found(r"REG:(\d+)", usage)),
+        # Spilled registers live on the stack, and these kernels keep nothing else there.
+        spill_bytes=int(_found(r"STACK:(\d+)", usage)),
+        shared_bytes=compiled.metadata.shared,
+        threads=32 * launch.options.get("num_warps", 4),
+        load_bytes=min((max(widths, default=0) for _, widths in loops), default=0),
+        per_element=round(sum(len(loop) * share for loop, share in passes), 2),
+        special_per_element=round(
+            sum(share * sum("MUFU" in text for text in loop) for loop, share in passes), 2
+        ),
+        traffic_bytes=case.traffic * dtype.itemsize,
+        source=source_of(case, dtype, capability, launch),
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, SASS)."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c"))
+        usage, sass = (
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in commands
+        )
+    return usage, sass
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in {text[:200]}"
+    return match[1]
+
+
+def hot_loops(sass: str, count: int = 1) -> list[list[str]]:
+    """The `count` loops with the widest loads, longest first; all instructions if none loops.
+
+    The loops over the edges of a row are longer, and load element by element under a mask.
+    """
+    labels: dict[str, int] = {}
+    body: list[str] = []
+    loops: list[list[str]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(body)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            body.append(instruction[1])
+            target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
+            # A branch to itself is the padding behind the last instruction.
+            if target and labels.get(target[1], len(body)) < len(body) - 1:
+                loops.append(body[labels[target[1]] :])
+    loops.sort(key=lambda x: (max(_load_widths(x), default=0), len(x)), reverse=True)
+    return loops[:count] or [body]
+
+
+def _load_widths(instructions: Sequence[str]) -> Iterator[int]:
+    """Bytes of each load from global memory, straight or into shared memory."""
+    for text in instructions:
+        if match := re.search(r"\b(?:LDG|LDGSTS)\.([\w.]+)", text):
+            suffixes = match[1].split(".")
+            bits = [
+                int(s.lstrip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128|256)", s)
+            ]
+            yield bits[0] // 8 if bits else 4
+
+
+# ------------------------------------------------------------------------------------- the table
+
+ABOUT = """Written by `python -m tokfuse kernels --write`; `--check` compiles again and compares.
+No GPU is needed. Each cell: instructions per element of the hot loop (of one thread),
+registers, shared memory and widest load in bytes; spills are named where there are any.
+
+The hot path is what reads (tokens, vocab), 300 KB a token: `token_stats`, `policy_step`,
+`paired_divergence` and `linear_token_stats` load 16 bytes at a time, but for a forward over
+rows at odd addresses (`odd_vocabulary`), whose sums must not depend on where a row lies. The
+kernels over per-token vectors move 8 to 44 bytes a token, a ten-thousandth of that. They work
+in float64 on pieces that end where a sequence or a group does, at any address, so their loads
+are as wide as one element or, where a piece begins on whole vectors, as 16 bytes.
+
+`head_gradient` are the two gradient products of `policy_step(compact_clipped=True)`, over the
+live rows that they find in device memory. cuBLAS needs the number of rows on the host, so by
+default clipped rows enter its products with zeros. Ours pay where many rows are clipped: at a
+rate of f times that of cuBLAS they are faster below a live share of f, and f is not known before
+both have run on the device at hand; so the choice is the caller's and not automatic.
+
+The table is that of Triton 3.7.1. With 3.6.0 and 3.9.0 every case compiles, too (every dtype
+for sm_90, bfloat16 for sm_80 and sm_100). Instructions per element in bfloat16, sm_90 / sm_100:
+
+* 3.6.0: `token_stats_fwd` 12.1 / 9.1, `token_stats_bwd` 9.5 / 9.4, `policy_step` 22.4 / 19.1,
+  under a softcap 47.5 / 39.6; `policy_step` in float32 and `policy_metrics` spill 8 bytes.
+* 3.9.0: 11.1 / 10.5, 10.8 / 9.1, 24.3 / 23.1 and 46.8 / 40.1; no spills.
+
+`python -m tokfuse tune` measures other launch records on a GPU, `--dry-run` lists them with
+what they compile to; `tokfuse.load_tuned()` uses what was stored.
+""".splitlines()
+
+
+def as_json(rows: Sequence[Resources]) -> str:
+    """The committed form: one line per row, so that a difference reads as one."""
+    lines = [json.dumps(asdict(row)) for row in sorted(rows, key=lambda row: row.key)]
+    version = json.dumps(importlib.metadata.version("triton"))
+    return f'{{"triton": {version}, "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
+
+
+def committed() -> list[Resources]:
+    """The rows of the committed table."""
+    return [Resources(**row) for row in json.loads(TABLE.read_text())["rows"]]
+
+
+def as_markdown(rows: Sequence[Resources]) -> str:
+    """The table for people: one line per kernel and dtype, a column per architecture."""
+    capabilities = sorted({row.capability for row in rows})
+    table: dict[tuple[str, str, str], dict[int, Resources]] = {}
+    for row in rows:
+        table.setdefault((row.case, row.kernel, row.dtype), {})[row.capability] = row
+    head = ["case", "kernel", "dtype", *(f"sm_{c}" for c in capabilities)]
+    lines = [
+        "# Triton kernels, compiled",
+        "",
+        *ABOUT,
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + " --- |" * len(head),
+    ]
+    for key, cells in sorted(table.items()):
+        shown = [_cell(cells[c]) if c in cells else "-" for c in capabilities]
+        lines.append("| " + " | ".join([*key, *shown]) + " |")
+    lines += ["", *_shares(table)]
+    return "\n".join(lines) + "\n"
+
+
+def bandwidth_share(row: Resources, gpu: str) -> tuple[float, str]:
+    """(share, limit): the part of the memory's bandwidth that the hot loop can use, and why.
+
+    The limit is "memory", "issue" (instruction slots) or "special" (special-function units).
+    """
+    _, processors, gigahertz, terabytes = GPUS[gpu]
+    clocks = row.traffic_bytes * processors * gigahertz / (1000 * terabytes)
+    shares = [(1.0, "memory"), (clocks * ISSUED / row.per_element, "issue")]
+    if row.special_per_element:
+        shares.append((clocks * SPECIAL / row.special_per_element, "special"))
+    return min(shares)
+
+
+def _share(row: Resources, gpu: str) -> str:
+    share, limit = bandwidth_share(row, gpu)
+    return f"{share:.0%}{' s' if limit == 'special' else ''}"
+
+
+def _shares(table: dict[tuple[str, str, str], dict[int, Resources]]) -> Iterator[str]:
+    yield "Predicted share of the memory's bandwidth, from the instructions of the hot loop: an"
+    yield "upper bound, which ignores latency and clocks below boost. What limits it is issue"
+    yield "slots, or the special-function units (s), which take eight slots for an exponential or a"
+    yield "reciprocal."
+    yield ""
+    yield "| case | dtype | " + " | ".join(GPUS) + " |"
+    yield "| --- | --- |" + " --- |" * len(GPUS)
+    for (case, _, dtype), cells in sorted(table.items()):
+        if all(row.traffic_bytes for row in cells.values()):
+            shares = [
+                _share(cells[row[0]], gpu) if row[0] in cells else "-" for gpu, row in GPUS.items()
+            ]
+            yield "| " + " | ".join([case, dtype, *shares]) + " |"
+
+
+def _cell(row: Resources) -> str:
+    count = f"{row.per_element:.1f}" if row.per_element else "-"
+    cell = f"{count}, {row.registers} reg, {row.shared_bytes} B, {row.load_bytes} B"
+    return cell + (f", **{row.spill_bytes} B spilled**" if row.spill_bytes else "")
+
+
+def differences(now: Sequence[Resources], before: Sequence[Resources]) -> list[str]:
+    """One sentence for each kernel that is worse than the table, missing from it, or gone."""
+    old, new = {row.key: row for row in before}, {row.key: row for row in now}
+    found = [f"{key}: is not in the table" for key in sorted(new.keys() - old.keys())]
+    found += [
+        f"{key}: is in the table and not compiled any more"
+        for key in sorted(old.keys() - new.keys())
+    ]
+    for key in sorted(old.keys() & new.keys()):
+        a, b = old[key], new[key]
+        limits = {
+            "registers": a.registers + REGISTERS_SLACK,
+            "spill_bytes": a.spill_bytes,
+            "shared_bytes": a.shared_bytes,
+            "per_element": a.per_element * (1 + INSTRUCTIONS_SLACK),
+        }
+        found += [
+            f"{key}: {name} {getattr(b, name)}, the table has {getattr(a, name)}"
+            for name, limit in limits.items()
+            if getattr(b, name) > limit
+        ]
+        if b.load_bytes < a.load_bytes:
+            found.append(f"{key}: loads of {b.load_bytes} bytes, the table has {a.load_bytes}")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokfuse kernels",
+        description="Registers, spills and instructions per element of the kernels, no GPU.",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--check", action="store_true", help="compile, compare with the table")
+    form.add_argument("--write", action="store_true", help="compile what changed, write the table")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels of the native module")
+    parser.add_argument("cases", nargs="*", help="only cases whose name starts like one of these")
+    options = parser.parse_args(argv)
+    if options.cuda:
+        from tokfuse.inspection import cuda_table
+
+        if options.cases:
+            parser.error("--cuda reads the whole module; it takes no cases")
+        return cuda_table.main(options.check, options.write)
+    rows = compile_all(options.cases, known=committed() if options.write else ())
+    if options.write:
+        if options.cases:
+            kept = [r for r in committed() if not r.case.startswith(tuple(options.cases))]
+            rows = [*kept, *rows]
+        TABLE.write_text(as_json(rows))
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(as_markdown(rows))
+        print(f"wrote {TABLE} and {PAGE}")
+        return 0
+    print(as_markdown(rows), end="")
+    if not options.check:
+        return 0
+    before = [
+        r for r in committed() if not options.cases or r.case.startswith(tuple(options.cases))
+    ]
+    found = differences(rows, before)
+    print("\n".join(found) or "as in the table", file=sys.stderr)
+    return 1 if found else 0

@@ -1,0 +1,157 @@
+"""`docs/roofline.md`: what the CUDA kernels ask of a GPU, from the committed table. All predicted.
+
+    time per element = max(bytes / bandwidth, instructions / issue rate, exps / exp rate)
+    predicted share of the bandwidth = (bytes / bandwidth) / time per element
+
+Per SM and clock: 4 warp instructions, that is 128 of a thread, and 16 exps. Clocks are boost
+clocks; latency is not in the formula: occupancy stands beside it.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tokfuse.inspection.cuda_table import ROW_KERNELS, Kernel
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
+
+ISSUE, EXPS = 128, 16  # of threads, per SM and clock
+REGISTERS, WARPS, SHARED = 65536, 64, 227 * 1024  # of an SM; A100: 163 KiB shared
+# A block of policy_step at 151,936 bfloat16 logits: slices of two rows in a cluster of four.
+CLUSTER_SHARED = 152064
+
+
+class Gpu(NamedTuple):
+    """Boost clock and nominal bandwidth."""
+
+    arch: str
+    processors: int
+    gigahertz: float
+    terabytes: float
+
+
+GPUS = {
+    "A100": Gpu("80", 108, 1.41, 2.0),
+    "H100": Gpu("90a", 132, 1.755, 3.35),
+    "H200": Gpu("90a", 132, 1.755, 4.8),
+    "B200": Gpu("100a", 148, 1.85, 8.0),
+}
+
+DIVERGENCES = ("JSD", "forward KL", "reverse KL")
+# Kernels over packed vectors: bytes per token (or row) between memory and the chip, float32.
+PACKED = {
+    "policy_loss_kernel": (48, "token; 36 read, 12 written"),
+    "policy_metrics_kernel": (36, "token"),
+    "gae_kernel": (16, "token; 17 with a mask"),
+    "vtrace_kernel": (24, "token; 25 with a mask"),
+    "whiten_kernel": (8, "token; a second read of 4 from L2"),
+    "segment_moments_kernel": (4, "row by borders; 20 by ids, after torch's sort"),
+    "group_advantage_kernel": (28, "sequence, after torch's sort of the ids"),
+    "offpolicy_weights_kernel": (13, "token; 9 more in L2 where normalised"),
+    "ope_kernel": (17, "row; a second read from L2"),
+    "sketch_kernel": (512, "token at rank 64; 4 KFLOP, float32"),
+}
+
+
+def share(kernel: Kernel, gpu: Gpu) -> float:
+    """The predicted share of the bandwidth."""
+    rate = gpu.processors * gpu.gigahertz / 1000  # tera clocks of all SMs
+    size = kernel.dtype[1]
+    memory = ROW_KERNELS[kernel.base].traffic * size / gpu.terabytes
+    issue = kernel.per_element / (ISSUE * rate)
+    exps = kernel.exp_per_element / (EXPS * rate)
+    return memory / max(memory, issue, exps)
+
+
+def occupancy(kernel: Kernel) -> float:
+    """Resident warps over the most there can be."""
+    warps = kernel.threads // 32
+    registers = -(-kernel.registers // 8) * 8 * 32
+    dynamic = CLUSTER_SHARED if kernel.base == "policy_step_cluster_kernel" else 0
+    blocks = min(
+        REGISTERS // (registers * warps),
+        WARPS // warps,
+        SHARED // (kernel.shared_bytes + dynamic + 1024),
+    )
+    return blocks * warps / WARPS
+
+
+def as_markdown(kernels: Sequence[Kernel]) -> str:
+    """The page."""
+    return "\n".join(_lines(kernels)) + "\n"
+
+
+def _lines(kernels: Sequence[Kernel]) -> Iterator[str]:
+    gpus = "; ".join(
+        f"{name} {g.processors}, {g.gigahertz}, {g.terabytes}" for name, g in GPUS.items()
+    )
+    yield HEAD.format(gpus=gpus)
+    for kernel, name, gpu in _rows(kernels):
+        dtype, size = kernel.dtype
+        yield "| " + " | ".join([
+            _label(kernel), dtype, name, str(ROW_KERNELS[kernel.base].traffic * size),
+            f"{kernel.per_element:.1f}", f"{kernel.exp_per_element:.2f}", str(kernel.registers),
+            f"{occupancy(kernel):.0%}", f"{share(kernel, gpu):.0%}",
+        ]) + " |"  # fmt: skip
+    yield PACKED_HEAD
+    by_base = {k.base: k for k in kernels if k.arch == "90a" and k.dtype[0] == "float32"}
+    for base, (size, unit) in PACKED.items():
+        k = by_base[base]
+        yield (f"| `{base}` | {size} | {unit} | {k.threads} | {k.registers} | "
+               f"{occupancy(k):.0%} |")  # fmt: skip
+
+
+HEAD = """\
+# Roofline of the CUDA kernels (predicted)
+
+Written by `python -m tokfuse kernels --cuda --write` from `inspection/cuda_resources.json`:
+registers and instructions are read from the compiled module, the rest is arithmetic. No GPU was
+used.
+
+    time per element = max(bytes / bandwidth, instructions / issue rate, exps / exp rate)
+    predicted share  = (bytes / bandwidth) / time per element
+
+Issue rate: 128 instructions of a thread per SM and clock; exp rate: 16. SMs, boost GHz, TB/s:
+{gpus}.
+100% means that the memory is the limit on paper: latency, clocks below boost and what a streaming
+kernel really gets of the nominal bandwidth (about 90% on Hopper) are not in it.
+
+## Rows of logits
+
+Without softcap, bias and extra statistics. Bytes per token are the bytes per element times the
+vocabulary. The cluster kernel holds its row in the shared memory of a cluster (occupancy at 151,936
+bfloat16 logits) and serves sm_90 and sm_100; the other one reads the row twice, the second time
+from L2, which is not counted.
+
+| kernel | dtype | GPU | bytes per element | instructions | exps | registers | occupancy | share |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+PACKED_HEAD = """
+## Packed vectors
+
+One launch each; float64 sums in a fixed order. At a few thousand tokens the launch itself is the
+cost. Registers and occupancy on sm_90.
+
+| kernel | bytes | per | threads | registers | occupancy |
+| --- | --- | --- | --- | --- | --- |"""
+
+
+def _rows(kernels: Sequence[Kernel]) -> Iterator[tuple[Kernel, str, Gpu]]:
+    """Plain instances by kernel, dtype and GPU; gradients in the dtype of the logits."""
+    for base in ROW_KERNELS:
+        for dtype in ("bfloat16", "float32"):
+            for name, gpu in GPUS.items():
+                for k in kernels:
+                    if k.base == base and k.dtype[0] == dtype and k.arch == gpu.arch and _plain(k):
+                        if base != "policy_step_cluster_kernel" or gpu.arch != "80":
+                            yield k, name, gpu
+
+
+def _plain(kernel: Kernel) -> bool:
+    types = {a for a in kernel.arguments if not a.isdigit() and a not in ("true", "false")}
+    return len(types) == 1 and "true" not in kernel.arguments
+
+
+def _label(kernel: Kernel) -> str:
+    kinds = [a for a in kernel.arguments if a.isdigit()]
+    return f"`{kernel.base}`" + "".join(f" {DIVERGENCES[int(kind)]}" for kind in kinds)

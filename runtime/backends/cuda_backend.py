@@ -1,0 +1,82 @@
+"""The way from an op to the CUDA launchers of the native module; touches no driver at import.
+
+TOKFUSE_CUDA_HOST names a build of the launchers that runs on the CPU, by
+tests/support/cuda_module.py: the backend then takes CPU tensors, for tests, and only where it is
+forced.
+"""
+
+import functools
+import importlib.machinery
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.core import native
+
+HOST_VARIABLE = "TOKFUSE_CUDA_HOST"
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def hosted() -> bool:
+    """True in a process whose CUDA kernels run on the CPU."""
+    return bool(os.environ.get(HOST_VARIABLE))
+
+
+@functools.cache
+def module() -> ModuleType | None:
+    """The launchers, or None where they were not built."""
+    if not hosted():
+        return getattr(native.module(), "cuda", None)
+    path = os.environ[HOST_VARIABLE]
+    loader = importlib.machinery.ExtensionFileLoader("_cuda_host", path)
+    spec = importlib.util.spec_from_file_location("_cuda_host", path, loader=loader)
+    assert spec is not None
+    host = importlib.util.module_from_spec(spec)
+    loader.exec_module(host)
+    return host
+
+
+def launchers() -> Any:
+    """`module()` where a record of the registry says that it is there."""
+    found = module()
+    assert found is not None
+    return found
+
+
+@functools.cache
+def why_unusable() -> str | None:
+    """None where the CUDA kernels run; else one sentence. Asks a driver."""
+    if module() is None:
+        return native.why_unusable() or (
+            "the native module was built without CUDA kernels; put nvcc on PATH and reinstall"
+        )
+    if hosted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < MINIMUM_CAPABILITY:
+        wanted = ".".join(map(str, MINIMUM_CAPABILITY))
+        return f"needs compute capability {wanted}, the device has {'.'.join(map(str, capability))}"
+    return None
+
+
+def place(x: torch.Tensor) -> tuple[int, int]:
+    """(device index, stream handle) that work on `x` is launched on: torch's current stream."""
+    if x.device.type != "cuda":
+        return 0, 0
+    stream = torch.cuda.current_stream(x.device)
+    return stream.device_index, stream.cuda_stream
+
+
+def sorted_ids(
+    ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """(sorted ids, their rows in the order of the ids, ties in row order): torch's stable sort."""
+    if ids is None:
+        return None, None
+    values, order = torch.sort(ids, stable=True)
+    return values, order

@@ -1,0 +1,195 @@
+"""Launchers of the CUDA kernels over packed vectors: outputs and scratch memory from torch.
+
+One launch each. Ids are sorted by torch first, in memory of the caching allocator.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.backends.cuda_backend import launchers, place, sorted_ids
+from tokfuse.runtime.core.native import pointer
+
+
+def _doubles(count: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.float64, device=like.device)
+
+
+def segment_moments(
+    values: torch.Tensor,
+    segment_ids: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    num_segments: int,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """(count, sum, sum_sq, min, max), each (segments,).
+
+    A row whose id is outside [0, num_segments) counts nowhere.
+    """
+    if segment_ids is not None and mask is not None:
+        # The id of a masked row is not read: it goes behind the last segment.
+        segment_ids, mask = torch.where(mask, segment_ids, num_segments), None
+    ids, order = sorted_ids(segment_ids)
+    count = torch.empty(num_segments, dtype=torch.int64, device=values.device)
+    out = [count, *(values.new_empty(num_segments) for _ in range(4))]
+    rows = values.shape[0]
+    parts = launchers().moments_parts(rows, num_segments)
+    table = tickets = None
+    if parts > 1:
+        table = _doubles(5 * parts * num_segments, values)
+        tickets = torch.empty(num_segments, dtype=torch.int32, device=values.device)
+    launchers().segment_moments(
+        place(values), pointer(values), values.dtype == torch.float64, pointer(ids),
+        pointer(order), pointer(cu_seqlens), pointer(mask), *map(pointer, out), pointer(table),
+        pointer(tickets), rows, num_segments,
+    )  # fmt: skip
+    return tuple(out)
+
+
+def gae(
+    reward: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float | torch.Tensor,
+    length_adaptive_alpha: float | None,
+    mask: torch.Tensor | None,
+    finished: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantage, returns), each (tokens,)."""
+    advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
+    per_seq = lam if isinstance(lam, torch.Tensor) else None
+    launchers().gae(
+        place(reward), pointer(reward), pointer(value), pointer(cu_seqlens), pointer(mask),
+        pointer(finished), pointer(per_seq), pointer(advantage), pointer(returns),
+        reward.shape[0], cu_seqlens.shape[0] - 1, gamma,
+        1.0 if isinstance(lam, torch.Tensor) else lam, length_adaptive_alpha or 0.0,
+    )  # fmt: skip
+    return advantage, returns
+
+
+def vtrace(
+    log_ratio: torch.Tensor,
+    reward: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    rho_bar: float | None,
+    c_bar: float | None,
+    mask: torch.Tensor | None,
+    finished: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(target, advantage, rho), each (tokens,)."""
+    target, advantage, rho = (torch.empty_like(reward) for _ in range(3))
+    launchers().vtrace(
+        place(reward), pointer(log_ratio), pointer(reward), pointer(value), pointer(cu_seqlens),
+        pointer(mask), pointer(finished), pointer(target), pointer(advantage), pointer(rho),
+        reward.shape[0], cu_seqlens.shape[0] - 1, gamma, lam,
+        math.inf if rho_bar is None else rho_bar, math.inf if c_bar is None else c_bar,
+    )  # fmt: skip
+    return target, advantage, rho
+
+
+def whiten(
+    x: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    shift_mean: bool,
+    eps: float,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+) -> torch.Tensor:
+    """(tokens,), 0 where masked."""
+    out = torch.empty_like(x)
+    scratch = None
+    if mean is None:
+        scratch = _doubles(3 * -(-x.shape[0] // launchers().WHITEN_BLOCK), x)
+    launchers().whiten(
+        place(x), pointer(x), pointer(mask), pointer(mean), pointer(var), pointer(out),
+        pointer(scratch), x.shape[0], shift_mean, eps,
+    )  # fmt: skip
+    return out
+
+
+def ope(
+    weight: torch.Tensor,
+    reward: torch.Tensor,
+    q_pi: torch.Tensor | None,
+    q_a: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """(5, 2): estimate and standard error of ips, snips, dm, dr, sndr."""
+    values = _doubles(10, weight)
+    scratch = _doubles(10 * -(-reward.shape[0] // launchers().OPE_BLOCK), weight)
+    launchers().ope(
+        place(weight), pointer(weight), pointer(reward), pointer(q_pi), pointer(q_a),
+        pointer(mask), pointer(values), pointer(scratch), reward.shape[0],
+    )  # fmt: skip
+    return values.view(5, 2).to(reward.dtype)
+
+
+def group_advantage(
+    reward: torch.Tensor,
+    group_ids: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    greedy: torch.Tensor | None,
+    codes: tuple[int, int],
+    ddof: int,
+    eps: float,
+    singleton_reward: bool,
+) -> torch.Tensor:
+    """(seqs,); codes are (baseline, scale)."""
+    out = torch.empty_like(reward)
+    ids, order = sorted_ids(group_ids)
+    launchers().group_advantage(
+        place(reward), pointer(reward), pointer(ids), pointer(order), pointer(lengths),
+        pointer(greedy), pointer(out), reward.shape[0], *codes, ddof, eps, singleton_reward,
+    )  # fmt: skip
+    return out
+
+
+def offpolicy_weights(
+    logp: torch.Tensor | None,
+    behavior: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    advantage: torch.Tensor | None,
+    codes: tuple[int, int, int],
+    numbers: tuple[float, float, float],
+    rules: list[tuple[Any, ...]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weight, ess, kept); codes are (level, mode, normalize), numbers (low, high, parameter)."""
+    tokens = behavior.shape[0]
+    seqs = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    level, mode, normalize = codes
+    spans = launchers().offpolicy_spans(tokens, seqs, cu_seqlens is not None, normalize)
+    weight, ess = torch.empty_like(behavior), behavior.new_empty(())
+    kept = torch.empty(tokens, dtype=torch.bool, device=behavior.device)
+    partial = _doubles(5 * spans, behavior)
+    ids, order = sorted_ids(group_ids)
+    launchers().offpolicy_weights(
+        place(behavior), pointer(logp), pointer(behavior), pointer(cu_seqlens), pointer(mask),
+        pointer(ids), pointer(order), pointer(advantage), pointer(weight), pointer(kept),
+        pointer(ess), pointer(partial), tokens, seqs, level, mode, *numbers, normalize, rules,
+    )  # fmt: skip
+    return weight, ess, kept
+
+
+def sketch(left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """(seqs, rank, rank): per sequence the sum over its tokens of left_t right_t^T.
+
+    left, right: (tokens, rank) float32.
+    """
+    seqs, rank = cu_seqlens.shape[0] - 1, left.shape[1]
+    out = left.new_empty(seqs, rank, rank)
+    left, right = left.contiguous(), right.contiguous()
+    launchers().sketch(
+        place(left), pointer(left), pointer(right), pointer(cu_seqlens.contiguous()),
+        pointer(out), left.shape[0], seqs, rank,
+    )  # fmt: skip
+    return out

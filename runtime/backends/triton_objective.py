@@ -1,0 +1,92 @@
+"""The inputs of a policy objective as its Triton kernels take them."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from tokfuse.runtime.backends import device_objective, triton_backend
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.reference.policy_loss import PolicyInputs
+
+_prepare = triton_backend.launcher("policy_loss", "prepare")
+
+
+class TritonInputs(NamedTuple):
+    """Arguments of the launchers of policy_loss and policy_step."""
+
+    pointers: Any
+    """triton_kernels.objective.TokenPointers."""
+    numbers: Any
+    """triton_kernels.objective.ObjectiveNumbers."""
+    codes: tuple[int, int]
+    """Shape and KL estimator: compile time."""
+    scale: float | torch.Tensor
+    """1 / normaliser; a () float32 tensor where it is this batch's own count."""
+    counts: torch.Tensor | None
+    """(seqs,) int32, valid tokens of each sequence."""
+
+
+def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> TritonInputs:
+    """As `device_objective.per_token`, with the numbers that are compile time apart."""
+    kernels = triton_backend.kernels("objective")
+    shape, _, kl, _, p, *numbers = cast(tuple[Any, ...], objective.record)
+    given = device_objective.per_token(inputs, objective, inverse, _prepare)
+    pointers = kernels.TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
+    return TritonInputs(
+        pointers, kernels.ObjectiveNumbers(*p, *numbers), (shape, kl), given.scale, given.counts
+    )
+
+
+_launch_step = triton_backend.launcher("policy_step", "policy_step")
+_launch_rows = triton_backend.launcher("policy_step", "policy_step_rows")
+_launch_metrics = triton_backend.launcher("policy_metrics", "policy_metrics")
+
+
+def results_like(vector: torch.Tensor) -> Any:
+    """TokenResults of zeros for as many tokens as `vector` (tokens,) float32 has."""
+    return triton_backend.kernels("policy_metrics").TokenResults(
+        *(torch.zeros_like(vector) for _ in range(4)), torch.zeros_like(vector, dtype=torch.int32)
+    )
+
+
+def policy_step_rows(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    index: torch.Tensor | None,
+    target: torch.Tensor,
+    given: TritonInputs,
+    stats: Any,
+    out: Any,
+    **options: Any,
+) -> None:
+    """The launcher of that name, for the inputs of `encode`."""
+    _launch_rows(
+        logits, grad, index, target, given.pointers, given.numbers, given.codes, given.scale,
+        stats, out, **options,
+    )  # fmt: skip
+
+
+def policy_metrics(
+    logp: torch.Tensor, entropy: torch.Tensor, given: TritonInputs, out: Any
+) -> torch.Tensor:
+    """Metric sums (SLOTS,) float64 of what the row kernel left."""
+    x = given.pointers
+    sums: torch.Tensor = _launch_metrics(
+        logp, entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts
+    )
+    return sums
+
+
+def policy_step(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
+    objective: Objective, inverse: float, in_place: bool,
+) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Statistics, token results, metric sums and the gradient of the logits; token-level."""
+    given = encode(inputs, objective, inverse)
+    out: tuple[Any, Any, torch.Tensor, torch.Tensor] = _launch_step(
+        logits, target, given.pointers, given.numbers, given.codes, given.scale, given.counts,
+        in_place=in_place, temperature=o.temperature, softcap=o.softcap,
+        logit_scale=o.logit_scale,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,1 @@
+"""Dispatch, capability records, checks, errors, ranges: what every other room builds on."""

@@ -1,0 +1,243 @@
+"""Argument checks shared by the ops. Each refuses with one sentence, the actual value, a next step.
+
+Checks that need the values of a tensor run for CPU tensors, where they cost no synchronisation; for
+other devices only when `TOKFUSE_CHECK=1` is set.
+"""
+
+import math
+import numbers
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.errors import refuse
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+INTS = frozenset({torch.int32, torch.int64})
+INT32 = frozenset({torch.int32})
+INT64 = frozenset({torch.int64})
+BOOL = frozenset({torch.bool})
+_CONVERSION = {FLOATS: "float", INTS: "long", INT32: "int", INT64: "long", BOOL: "bool"}
+Runs = dict[str, Callable[..., Any]]  # backend -> implementation of one op
+
+
+def may_read(tensor: torch.Tensor) -> bool:
+    """True when the values of `tensor` may be read on the host here.
+
+    Not inside a compiled graph, which reading would cut; the native kernels check again.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("TOKFUSE_CHECK", "0") not in ("", "0")
+
+
+# ----------------------------------------------------------------------------------------- tensors
+
+
+def require_tensor(op: str, name: str, value: object) -> torch.Tensor:
+    """`value` as a tensor, or a TypeError that names it."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}. Convert it first."
+        )
+    return value
+
+
+def check_dtype(op: str, name: str, value: torch.Tensor, dtypes: frozenset[torch.dtype]) -> None:
+    """One of `dtypes`."""
+    if value.dtype not in dtypes:
+        raise refuse(
+            op, name, f"of dtype {names_of(dtypes)}", str(value.dtype).removeprefix("torch."),
+            f"Call {name}.{_CONVERSION[dtypes]}().",
+        )  # fmt: skip
+
+
+def names_of(dtypes: Iterable[torch.dtype]) -> str:
+    """Dtype names in one string."""
+    return " or ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+
+
+def check_device(op: str, name: str, x: torch.Tensor, device: torch.device) -> None:
+    """Same device as the op's main input."""
+    if x.device != device:
+        raise refuse(
+            op, name, f"on {device}, where the main input is", str(x.device),
+            f"Call {name}.to({str(device)!r}).",
+        )  # fmt: skip
+
+
+def check_constant(op: str, name: str, x: torch.Tensor) -> None:
+    """No gradient is asked for what the op does not differentiate."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise refuse(
+            op, name, "free of gradient (the op does not differentiate it)", "requires_grad=True",
+            f"Call {name}.detach().",
+        )  # fmt: skip
+
+
+def check_matrix(op: str, name: str, x: torch.Tensor, axes: str) -> None:
+    """A two-dimensional floating tensor of a supported dtype."""
+    require_tensor(op, name, x)
+    if x.dim() != 2:
+        raise refuse(
+            op, name, f"two-dimensional {axes}", f"shape {tuple(x.shape)}",
+            "Pack padded batches to (tokens, ...) first.",
+        )  # fmt: skip
+    check_dtype(op, name, x, FLOATS)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a vector has to match: the size, whose size it is, and the device."""
+
+    size: int
+    partner: str
+    device: torch.device
+
+
+def check_vector(
+    op: str,
+    name: str,
+    value: object,
+    rows: Rows | None = None,
+    dtypes: frozenset[torch.dtype] = FLOATS,
+) -> torch.Tensor:
+    """A 1-D tensor of one of `dtypes` that matches `rows`."""
+    x = require_tensor(op, name, value)
+    if x.dim() != 1 or (rows is not None and x.shape[0] != rows.size):
+        want = "a 1-D tensor"
+        if rows is not None:
+            want = f"of shape ({rows.size},) to match {rows.partner}"
+        raise refuse(op, name, want, f"shape {tuple(x.shape)}",
+                     "Pass the packed vector, without padding.")  # fmt: skip
+    check_dtype(op, name, x, dtypes)
+    if rows is not None:
+        check_device(op, name, x, rows.device)
+    return x
+
+
+def check_optional(
+    op: str,
+    name: str,
+    value: object,
+    rows: Rows | None = None,
+    dtypes: frozenset[torch.dtype] = FLOATS,
+) -> None:
+    """`check_vector` unless the value is None."""
+    if value is not None:
+        check_vector(op, name, value, rows, dtypes)
+
+
+def check_constant_vector(op: str, name: str, value: object, rows: Rows) -> None:
+    """A floating vector that matches `rows` and carries no gradient."""
+    check_constant(op, name, check_vector(op, name, value, rows))
+
+
+def check_cu_seqlens(
+    op: str, value: object, num_tokens: int, device: torch.device, name: str = "cu_seqlens"
+) -> int:
+    """(seqs + 1,) int32, starts at 0, never decreases, ends at the token count. Returns seqs."""
+    cu_seqlens = check_vector(op, name, value, dtypes=INT32)
+    check_device(op, name, cu_seqlens, device)
+    num_seqs = cu_seqlens.shape[0] - 1
+    if num_seqs < 0:
+        raise refuse(op, name, "of shape (num_seqs + 1,)", "shape (0,)", "No sequence: pass [0].")
+    if not may_read(cu_seqlens) or _borders_ok(cu_seqlens, num_seqs, num_tokens):
+        return num_seqs
+    if int(cu_seqlens[0]) != 0:
+        raise refuse(op, name, "a prefix sum that starts at 0", int(cu_seqlens[0]), "Prepend 0.")
+    if int(cu_seqlens[-1]) != num_tokens:
+        want = f"a prefix sum that ends at num_tokens = {num_tokens}"
+        raise refuse(op, name, want, int(cu_seqlens[-1]), "Pack exactly the tokens it counts.")
+    if num_seqs > 0 and bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        place = int((cu_seqlens[1:] < cu_seqlens[:-1]).to(torch.uint8).argmax())
+        actual = f"{int(cu_seqlens[place])} then {int(cu_seqlens[place + 1])} at {place}"
+        raise refuse(op, name, "non-decreasing", actual, "Sequence lengths cannot be negative.")
+    return num_seqs
+
+
+def _borders_ok(cu_seqlens: torch.Tensor, num_seqs: int, num_tokens: int) -> bool:
+    """The same test in one native call: five torch ops cost more than a scan over a small batch."""
+    module = native.module()
+    if module is None or cu_seqlens.device.type != "cpu" or not cu_seqlens.is_contiguous():
+        return False
+    return bool(module.cu_seqlens_ok(cu_seqlens.data_ptr(), num_seqs, num_tokens))
+
+
+# ----------------------------------------------------------------------------------------- options
+
+
+def check_choice(op: str, name: str, value: object, known: Iterable[str]) -> None:
+    """One of the known names; the message lists them."""
+    known = tuple(known)
+    if value not in known:
+        raise refuse(op, name, f"one of {', '.join(known)}", repr(value), "Choose a listed name.")
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    """A bool, and not what merely counts as one: "no" would be True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False; got {value!r}. Pass a bool.")
+
+
+def check_number(
+    op: str,
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+) -> float:
+    """A finite number in [low, high], or (low, high] with `open_low`."""
+    # The abstract class, for numpy's numbers, last: torch.compile does not trace into it.
+    real = isinstance(value, int | float) or isinstance(value, numbers.Real)
+    if isinstance(value, bool) or not real:
+        raise TypeError(f"{op}: {name} must be a number; got {value!r}. Pass an int or a float.")
+    number = float(value)  # type: ignore[arg-type]
+    # No math.isfinite: torch.compile traces comparisons of a symbolic number, and not that.
+    finite = -math.inf < number < math.inf
+    inside = number > low if open_low else number >= low
+    if not (finite and inside and number <= high):
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if high == math.inf else "]"
+        want = f"a finite number in {left}{low:g}, {high:g}{right}"
+        raise refuse(op, name, want, value, "Check its unit and sign.")
+    return number
+
+
+def check_positive(op: str, name: str, value: object) -> None:
+    """A finite number above zero."""
+    check_number(op, name, value, 0.0, open_low=True)
+
+
+def check_unused(op: str, used_by: str, **options: object) -> None:
+    """Every option given here would be ignored, so it must be None."""
+    for name, value in options.items():
+        if value is not None:
+            actual = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            raise refuse(op, name, f"left out with {used_by}", actual, "It would have no effect.")
+
+
+# ------------------------------------------------------------------------------------- conversions
+
+
+def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float64 when any of the inputs is float64, else float32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def plain(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    """Detached, contiguous, optionally converted; the tensor itself when it is so already."""
+    if tensor is None:
+        return None
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if dtype is not None and tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()

@@ -1,0 +1,249 @@
+"""Capability records and the one place where a backend is chosen.
+
+Every implementation of an op is declared by a `Capability`: where it runs, which dtypes and which
+features it honours. `select` walks `ORDER` and returns the first implementation whose record covers
+the call. A forced backend (`with backend("cpu"):` or `TOKFUSE_BACKEND=cpu`) is never replaced by
+another: if it cannot serve the call, `BackendUnavailable` lists every backend with its reason.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.backends import cuda_backend, triton_backend
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.errors import BackendUnavailable
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+
+FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+ALL_DTYPES = FLOAT_DTYPES | {torch.float64}
+ALL_DEVICES = frozenset({"*"})
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What one implementation of one op declares.
+
+    Args:
+        op: public op name, e.g. "token_stats".
+        backend: one of `ORDER`.
+        run: the callable, or record of callables; the same form for every backend of an op.
+        devices: device types it accepts; {"*"} means any.
+        dtypes: dtypes of the op's large input.
+        features: names of the optional behaviours it honours ("softcap", "bias_logits", ...).
+        unusable: returns None when usable on this machine, else one sentence with the reason.
+        only_forced: never chosen by itself, only by `backend(...)` or `TOKFUSE_BACKEND`.
+    """
+
+    op: str
+    backend: str
+    run: Any
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    features: frozenset[str] = frozenset()
+    unusable: Callable[[], str | None] = field(default=lambda: None)
+    only_forced: bool = False
+
+    def refusal(self, device: str, dtype: torch.dtype, features: frozenset[str]) -> str | None:
+        """None when this record covers the call, else the reason in a few words."""
+        # Before `unusable`, which may ask a driver: tensors on the CPU never do.
+        if "*" not in self.devices and device not in self.devices:
+            return f"runs on {'/'.join(sorted(self.devices))}, the tensors are on {device}"
+        reason = self.unusable()
+        if reason is not None:
+            return reason
+        if dtype not in self.dtypes:
+            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
+            return f"takes {names}, the input is {str(dtype).removeprefix('torch.')}"
+        missing = features - self.features
+        if missing:
+            return f"does not honour {', '.join(sorted(missing))}"
+        return None
+
+
+_REGISTRY: dict[str, dict[str, Capability]] = {}
+_CHOICES: dict[tuple[object, ...], Capability] = {}
+_FORCED: ContextVar[str | None] = ContextVar("tokfuse_backend", default=None)
+
+
+def register(capability: Capability) -> None:
+    """Add one record; an op has at most one implementation per backend."""
+    rows = _REGISTRY.setdefault(capability.op, {})
+    assert capability.backend in ORDER and capability.backend not in rows
+    rows[capability.backend] = capability
+
+
+def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
+    """Declare the native CPU implementation of `op`."""
+    register(
+        Capability(
+            op, "cpu", run, frozenset({"cpu"}), dtypes, frozenset(features), native.why_unusable
+        )
+    )
+
+
+def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
+    """Declare the Triton implementation of `op`: CUDA tensors, or CPU tensors when interpreted.
+
+    The interpreter is a test vehicle, thousands of times slower than any other backend: under
+    TRITON_INTERPRET=1 the row serves CPU tensors, and only where it is forced.
+    """
+    interpreted = triton_backend.interpreting()
+    devices = frozenset({"cpu" if interpreted else "cuda"})
+    register(
+        Capability(
+            op, "triton", run, devices, dtypes, frozenset(features), triton_backend.why_unusable,
+            only_forced=interpreted,
+        )
+    )  # fmt: skip
+
+
+def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
+    """Declare the CUDA implementation of `op`: CUDA tensors of a GPU of compute capability 8.0 on.
+
+    Where the kernels run on the CPU, for tests, the row serves CPU tensors, and only where it is
+    forced.
+    """
+    hosted = cuda_backend.hosted()
+    devices = frozenset({"cpu" if hosted else "cuda"})
+    register(
+        Capability(
+            op, "cuda", run, devices, dtypes, frozenset(features), cuda_backend.why_unusable,
+            only_forced=hosted,
+        )
+    )  # fmt: skip
+
+
+def register_reference(op: str, run: Any, *features: str) -> None:
+    """Declare the plain-torch implementation of `op`: any device, any float dtype."""
+    register(Capability(op, "reference", run, ALL_DEVICES, ALL_DTYPES, frozenset(features)))
+
+
+def forced_backend() -> str | None:
+    """The innermost `backend(...)` context, else `TOKFUSE_BACKEND`, else None."""
+    forced = _FORCED.get()
+    if forced is None and native.environment_sets("TOKFUSE_BACKEND"):
+        forced = os.environ.get("TOKFUSE_BACKEND") or None
+        if forced is not None and forced not in ORDER:
+            raise ValueError(
+                f"TOKFUSE_BACKEND must be one of {', '.join(ORDER)}; got {forced!r}. "
+                "Unset it to let every op choose."
+            )
+    return forced
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend inside a `with` block: `with tokfuse.backend("reference"): ...`.
+
+    Args:
+        name: one of "cuda", "triton", "cpu", "reference".
+
+    Raises:
+        ValueError: unknown name. A known backend that cannot serve a call raises
+            `BackendUnavailable` at that call, with the reason of every backend.
+    """
+    if name not in ORDER:
+        raise ValueError(f"backend: name must be one of {', '.join(ORDER)}; got {name!r}.")
+    token = _FORCED.set(name)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def select(
+    op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
+) -> Capability:
+    """The implementation that serves this call; cached: a repeated call costs one lookup."""
+    forced = forced_backend()
+    key = (op, device, dtype, features, forced)
+    choice = _CHOICES.get(key)
+    if choice is None:
+        choice = _CHOICES[key] = _choose(op, device, dtype, features, forced)
+    return choice
+
+
+def eager_cpu() -> Any | None:
+    """The native module where a CPU call may be handed to it whole, checks and outputs included.
+
+    None under torch.compile, where another backend is forced, or without the module: the call then
+    takes the general path, as it does when the native function finds its arguments not plain.
+    """
+    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
+        return None
+    return native.eager()
+
+
+# torch.compile calls it while it traces and keeps the answer, as with assume_constant_result.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def backend_of(
+    op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
+) -> str:
+    """Name of the backend that `select` chooses; inside torch.compile a plain constant."""
+    name: str = select(op, device, dtype, features).backend
+    return name
+
+
+def _choose(
+    op: str, device: str, dtype: torch.dtype, features: frozenset[str], forced: str | None
+) -> Capability:
+    rows = _REGISTRY[op]
+    reasons = {}
+    for name in ORDER:
+        row = rows.get(name)
+        reason = "not implemented" if row is None else row.refusal(device, dtype, features)
+        if reason is None and row is not None:
+            if forced == name or (forced is None and not row.only_forced):
+                return row
+            reason = f"usable, but {'another backend' if forced else 'only where it'} is forced"
+        reasons[name] = reason or ""
+    listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    wanted = "no backend" if forced is None else f"the forced backend {forced!r}"
+    verb = "can" if forced is None else "cannot"
+    raise BackendUnavailable(f"{op}: {wanted} {verb} run this call ({listing}).")
+
+
+def table() -> list[dict[str, object]]:
+    """One row per op and backend: built, usable here, why not, devices, dtypes, features."""
+    rows: list[dict[str, object]] = []
+    for op in sorted(_REGISTRY):
+        for name in ORDER:
+            row = _REGISTRY[op].get(name)
+            if row is None:
+                rows.append({"op": op, "backend": name, "built": False, "usable": False,
+                             "why": "not implemented", "devices": [], "dtypes": [],
+                             "features": []})  # fmt: skip
+                continue
+            why = row.unusable()
+            rows.append(
+                {
+                    "op": op,
+                    "backend": name,
+                    "built": _built(name),
+                    "usable": why is None,
+                    "why": why or "",
+                    "devices": sorted(row.devices),
+                    "dtypes": sorted(str(d).removeprefix("torch.") for d in row.dtypes),
+                    "features": sorted(row.features),
+                }
+            )
+    return rows
+
+
+def _built(backend: str) -> bool:
+    """Whether what a declared implementation is made of is there, usable here or not."""
+    if backend == "cpu":
+        return native.module() is not None
+    if backend == "cuda":
+        return cuda_backend.module() is not None
+    return backend != "triton" or triton_backend.installed()

@@ -1,0 +1,1 @@
+"""Vocabulary shards, sequence slices and global counts over many ranks."""

@@ -1,0 +1,419 @@
+"""token_stats, linear_token_stats and policy_step over a vocabulary that is cut over ranks.
+
+Each rank runs the row kernels on its columns, one all-gather exchanges five numbers per token and
+rank (vocab_shard.py), and every rank merges them to the same bits. The backward of a shard needs no
+other shard: logits exchange nothing, hidden states add up their gradients once.
+
+Every rank of the group makes the same calls with the same target, mask, temperature and loss, as
+the ranks of tensor parallelism do; what is refused is refused on all of them alike.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.checks import may_read
+from tokfuse.runtime.core.dispatch import select
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions, check_logits, check_options
+from tokfuse.runtime.distributed.counts import collectives, vocab_rows
+from tokfuse.runtime.distributed.vocab_rows import HeadCall
+from tokfuse.runtime.distributed.vocab_shard import VocabShard
+from tokfuse.runtime.lm_head import head as heads
+from tokfuse.runtime.ops import policy_loss as losses
+from tokfuse.runtime.ops import policy_step as step_op
+from tokfuse.runtime.ops import policy_step_hidden as hidden_step
+from tokfuse.runtime.ops.policy_loss import PolicyTerms
+from tokfuse.runtime.ops.token_stats import TokenStats
+from tokfuse.runtime.policy import policy_checks
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.policy_checks import Normalizer
+from tokfuse.runtime.policy.step_result import Gradients, PolicyStep
+from tokfuse.runtime.reference import token_stats as stats_reference
+from tokfuse.runtime.reference.policy_loss import PolicyInputs
+
+STATS, LINEAR, STEP = (
+    f"distributed.{op}" for op in ("token_stats", "linear_token_stats", "policy_step")
+)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _outside_compile(function: F) -> F:
+    """One clean graph break under torch.compile: process groups cannot be traced."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
+
+
+@_outside_compile
+def token_stats(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    shard: VocabShard,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+    bias_logits: torch.Tensor | None = None,
+    bias_scale: float = 1.0,
+) -> TokenStats:
+    """`tokfuse.token_stats` of logits whose columns are cut over the ranks of `shard.group`.
+
+    Args:
+        logits: (tokens, columns), this rank's columns of the vocabulary, columns >= shard.size;
+            those beyond are padding.
+        target: (tokens,) int64, in [0, shard.vocab_size) where mask is True; the same on all ranks.
+        shard: this rank's part of the vocabulary.
+        bias_logits: (tokens, columns), the same columns of the bias model.
+        temperature, softcap, logit_scale, mask, bias_scale: as in `token_stats`, equal on all
+            ranks.
+
+    Returns:
+        TokenStats(logp, entropy, lse, sum_sq, top1) of the whole vocabulary, each (tokens,), the
+        same bits on every rank.
+
+    Numerics: as `token_stats`, for rows whose largest |logit| / temperature is below 2^22; records
+        are exchanged in float32 (float64 for float64 logits) and merged in float64, in rank order.
+        Where the maxima of two shards differ by less than a rounding, top1 counts both.
+
+    Gradients and communication: one all-gather of 20 bytes per token and rank (40 for float64).
+        logits receive the gradient of logp and entropy without a collective: it is right where
+        every rank computes the same loss of the outputs. Saved: the logits and three (tokens,)
+        vectors. Padding columns receive 0.
+
+    Raises:
+        ValueError: as `token_stats`; fewer columns than the shard has.
+        BackendUnavailable: the forced backend cannot run this call.
+
+    Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053) in one exchange
+        instead of three reductions, with entropy and sum_sq. Exact.
+    """
+    options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    _check_logits(STATS, logits, target, options, shard)
+    out: tuple[torch.Tensor, ...] = _ShardStats.apply(logits, target, options, shard)
+    return TokenStats(*out)
+
+
+@_outside_compile
+def linear_token_stats(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    shard: VocabShard,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+    memory_budget: int | None = None,
+    sequence_parallel: bool = False,
+    reduce_hidden: bool = True,
+) -> TokenStats:
+    """`tokfuse.linear_token_stats` with an lm_head whose rows are cut over ranks.
+
+    Args:
+        hidden: (tokens, hidden), the same on all ranks; with sequence_parallel (tokens / ranks,
+            hidden), this rank's equal slice in rank order.
+        weight: (rows, hidden), this rank's rows of the lm_head, rows >= shard.size; those beyond
+            are padding.
+        target: (tokens,) int64 of all tokens, the same on all ranks.
+        shard: this rank's part of the vocabulary.
+        bias: (rows,) or None, this rank's part of the bias.
+        temperature, softcap, logit_scale, mask, memory_budget: as in `linear_token_stats`.
+        sequence_parallel: gather the hidden states of the ranks first, and split their gradient.
+        reduce_hidden: False leaves the gradient of hidden this shard's part, without a collective,
+            for hosts that add the parts up themselves (Megatron-LM's copy_to and gather_from
+            regions). Not with sequence_parallel.
+
+    Returns:
+        TokenStats of the whole vocabulary for all tokens, the same bits on every rank.
+
+    Numerics: as `linear_token_stats`. The ranks' parts of the gradient of hidden are added in the
+        dtype of hidden.
+
+    Gradients and communication: forward one all-gather of 20 bytes per token and rank; backward one
+        all-reduce of the gradient of hidden, (tokens, hidden), where it is wanted. With
+        sequence_parallel one more all-gather of the hidden states forward, and a reduce-scatter in
+        place of the all-reduce. weight and bias exchange nothing.
+
+    Raises:
+        ValueError: as `linear_token_stats`; fewer rows than the shard has; with sequence_parallel a
+            target that is not ranks times as long as hidden.
+
+    Source: as `token_stats` of this module; sequence parallelism of arXiv 2205.05198. Exact.
+    """
+    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    if sequence_parallel and not reduce_hidden:
+        raise refuse(LINEAR, "reduce_hidden", "True with sequence_parallel", False,
+                     "A slice of hidden needs the sum over the shards.")  # fmt: skip
+    call = HeadCall(LINEAR, options, target, memory_budget, shard, sequence_parallel, reduce_hidden)
+    _check_head(call, hidden, weight, bias)
+    out: tuple[torch.Tensor, ...] = _ShardHead.apply(hidden, weight, bias, call)
+    return TokenStats(*out)
+
+
+@_outside_compile
+def policy_step(
+    *,
+    shard: VocabShard,
+    logits: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    target: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantage: torch.Tensor,
+    objective: Objective,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: Normalizer = None,
+    ref_logp: torch.Tensor | None = None,
+    sampler_logp: torch.Tensor | None = None,
+    advantage_level: str = "token",
+    token_weight: torch.Tensor | None = None,
+    signal: torch.Tensor | None = None,
+    kl_weight: torch.Tensor | None = None,
+    entropy_weight: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget: int | None = None,
+    sequence_parallel: bool = False,
+) -> PolicyStep:
+    """`tokfuse.policy_step` over a vocabulary that is cut over ranks.
+
+    Same as `tokfuse.policy_loss` of this module's `token_stats` (or `linear_token_stats`) with its
+    autograd. The gradient of a token needs every shard first, so statistics and gradient are two
+    passes over the logits; from hidden, (2 + 4f) M H V operations with a share f of rows that carry
+    gradient.
+
+    Args:
+        shard: this rank's part of the vocabulary.
+        logits: (tokens, columns) of this rank, or None and
+        hidden, weight, bias, sequence_parallel, memory_budget: as in `linear_token_stats` here.
+        others: as in `tokfuse.policy_step`, equal on all ranks of the group.
+
+    Returns:
+        PolicyStep: loss, metrics and statistics of the whole vocabulary, the same bits on every
+        rank; gradients of this rank's logits, or of weight, bias and hidden (all-reduced).
+
+    Numerics, gradients, communication: as `token_stats` and `linear_token_stats` here, all of it
+        inside this call; `loss.backward()` exchanges nothing.
+
+    Raises:
+        ValueError: as `tokfuse.policy_step` and the functions here.
+
+    Source: as those. Exact.
+    """
+    inputs = PolicyInputs(
+        old_logp, advantage, advantage_level, mask, cu_seqlens,
+        token_weight, signal, ref_logp, kl_weight, entropy_weight,
+    )  # fmt: skip
+    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    if (logits is None) == (hidden is None):
+        given = "both" if logits is not None else "neither"
+        raise refuse(STEP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
+    call = HeadCall(STEP, options, target, memory_budget, shard, sequence_parallel)
+    if logits is not None:
+        if weight is not None or bias is not None or sequence_parallel:
+            raise refuse(STEP, "weight, bias and sequence_parallel", "left out with logits=",
+                         "given", "They belong to hidden=.")  # fmt: skip
+        _check_logits(STEP, logits, target, options, shard)
+    else:
+        _check_head(call, hidden, weight, bias)
+    tokens, device = target.shape[0], target.device
+    policy_checks.check_inputs(STEP, inputs, objective, tokens, device, has_entropy=True)
+    inverse = policy_checks.inverse_normalizer(STEP, normalizer, objective)
+    policy_checks.check_sampler(STEP, sampler_logp, tokens, device)
+
+    def terms_of(stats: TokenStats) -> PolicyTerms:
+        run = select(losses.OP, stats.logp.device.type, stats.logp.dtype).run
+        terms: PolicyTerms = run(stats.logp, stats.entropy, inputs, objective, inverse)
+        return terms._replace(loss=terms.loss.detach())
+
+    gradients: Gradients = {}
+    out: tuple[Any, ...]
+    if logits is not None:
+        terms, stats, grad = _step_from_logits(logits, target, options, shard, terms_of)
+        gradients["logits"] = grad
+        loss = step_op._attach(logits, terms.loss, gradients, in_place=False)
+        out = (loss, terms.token_loss, terms.sums, *stats)
+    else:
+        assert hidden is not None and weight is not None
+        h, w = hidden, weight
+        out = hidden_step.attach(
+            h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of), gradients
+        )
+    return step_op._result(out, inputs, objective, inverse, sampler_logp, gradients)
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def _check_target(op: str, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> None:
+    # Before the exchange and of replicated tensors only: every rank refuses, or none does.
+    if may_read(target):
+        stats_reference.check_values(op, target, shard.vocab_size, o.mask, o.temperature)
+
+
+def _check_shard(op: str, shard: object) -> None:
+    if not isinstance(shard, VocabShard):
+        raise TypeError(
+            f"{op}: shard must be a VocabShard; got {type(shard).__name__}. "
+            "Make one with VocabShard.even(vocab_size, group)."
+        )
+
+
+def _check_logits(
+    op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard
+) -> None:
+    _check_shard(op, shard)
+    checks.check_matrix(op, "logits", logits, "(tokens, columns)")
+    if logits.shape[1] < shard.size:
+        raise refuse(op, "logits", f"at least {shard.size} columns wide, the shard's size",
+                     f"shape {tuple(logits.shape)}", "Pass this rank's columns.")  # fmt: skip
+    if logits.shape[1] > 0:
+        check_logits(op, logits, target, o)
+    else:
+        rows = checks.Rows(logits.shape[0], "the rows of logits", logits.device)
+        checks.check_vector(op, "target", target, rows, checks.INT64)
+        check_options(op, logits.shape[0], logits.device, o)
+    _check_target(op, target, o, shard)
+
+
+def _check_head(
+    call: HeadCall,
+    hidden: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
+    op, shard = call.op, call.shard
+    _check_shard(op, shard)
+    checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")  # type: ignore[arg-type]
+    assert hidden is not None
+    if call.sequence_parallel:
+        ranks = collectives.num_ranks(shard.group)
+        if call.target.shape[0] != ranks * hidden.shape[0]:
+            raise refuse(
+                op, "target", f"{ranks} x {hidden.shape[0]} long with sequence_parallel",
+                f"shape {tuple(call.target.shape)}", "Pass the targets of all ranks' tokens.",
+            )  # fmt: skip
+        hidden = hidden.detach().new_empty(1, hidden.shape[1]).expand(call.target.shape[0], -1)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == 0:
+        weight, bias = weight.new_empty(1, weight.shape[1]), None  # an empty shard
+    heads.check_head(op, hidden, weight, bias, call.target, call.options, call.memory_budget)
+    assert weight is not None
+    if weight.shape[0] < shard.size:
+        raise refuse(op, "weight", f"at least {shard.size} rows long, the shard's size",
+                     f"shape {tuple(weight.shape)}", "Pass this rank's rows.")  # fmt: skip
+    _check_target(op, call.target, call.options, shard)
+
+
+# ---------------------------------------------------------------------------------------- autograd
+
+
+def _tensors(o: LogitOptions) -> tuple[torch.Tensor | None, ...]:
+    """The tensors among the options, for save_for_backward."""
+    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
+    return vector, o.mask, o.bias_logits
+
+
+def _scalars(o: LogitOptions) -> LogitOptions:
+    """The options without their tensors."""
+    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
+    return o._replace(temperature=scalar, mask=None, bias_logits=None)
+
+
+def _with(o: LogitOptions, *tensors: torch.Tensor | None) -> LogitOptions:
+    """The options with their tensors again."""
+    vector, mask, bias_logits = tensors
+    o = o._replace(mask=mask, bias_logits=bias_logits)
+    return o if vector is None else o._replace(temperature=vector)
+
+
+class _ShardStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard
+    ) -> tuple[torch.Tensor, ...]:
+        merged = vocab_rows.row_forward(logits, target, o, shard)
+        stats = merged.stats
+        ctx.save_for_backward(
+            logits, target, merged.shift, merged.inv_sum, stats.entropy, *_tensors(o)
+        )
+        ctx.options, ctx.shard = _scalars(o), shard
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*stats[2:])
+        return tuple(stats)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        if grads[0] is None and grads[1] is None:
+            return None, None, None, None
+        logits, target, *merged = ctx.saved_tensors
+        o = _with(ctx.options, *merged[3:])
+        grad = vocab_rows.row_backward(logits, target, o, ctx.shard, *merged[:3], *grads[:2])
+        return grad, None, None, None
+
+
+class _ShardHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        call: HeadCall,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        hidden = vocab_rows.gathered(hidden, call)
+        merged = vocab_rows.head_forward(hidden, weight, bias, call)
+        stats = merged.stats
+        ctx.save_for_backward(
+            hidden, weight, bias, call.target, merged.shift, merged.inv_sum, stats.entropy,
+            *_tensors(call.options),
+        )  # fmt: skip
+        ctx.op, ctx.options, ctx.rest = call.op, _scalars(call.options), call[3:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*stats[2:])
+        return tuple(stats)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        if grads[0] is None and grads[1] is None:
+            return None, None, None, None
+        hidden, weight, bias, target, *merged = ctx.saved_tensors
+        call = HeadCall(ctx.op, _with(ctx.options, *merged[3:]), target, *ctx.rest)
+        needs = tuple(ctx.needs_input_grad[:3])
+        given = (*merged[:3], *grads[:2])
+        return *vocab_rows.head_backward(hidden, weight, bias, call, needs, *given), None
+
+
+def _step_from_logits(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard,
+    terms_of: Callable[[TokenStats], PolicyTerms],
+) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:  # fmt: skip
+    with torch.no_grad():
+        merged = vocab_rows.row_forward(logits, target, o, shard)
+        stats, terms = merged.stats, terms_of(merged.stats)
+        grad = vocab_rows.row_backward(
+            logits, target, o, shard, merged.shift, merged.inv_sum, stats.entropy, terms.d_logp,
+            terms.d_entropy,
+        )  # fmt: skip
+    return terms, stats, grad
+
+
+def _step_from_hidden(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall,
+    terms_of: Callable[[TokenStats], PolicyTerms],
+) -> hidden_step.Step:  # fmt: skip
+    needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    with torch.no_grad():
+        hidden = vocab_rows.gathered(hidden, call)
+        merged = vocab_rows.head_forward(hidden, weight, bias, call)
+        stats, terms = merged.stats, terms_of(merged.stats)
+        grads = vocab_rows.head_backward(
+            hidden, weight, bias, call, needs, merged.shift, merged.inv_sum, stats.entropy,
+            terms.d_logp, terms.d_entropy,
+        )  # fmt: skip
+    return terms, stats, grads

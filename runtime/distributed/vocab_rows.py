@@ -1,0 +1,202 @@
+"""The row kernels over one vocabulary shard: local statistics, the exchange, local gradients."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.dispatch import select
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.distributed.counts import collectives
+from tokfuse.runtime.distributed.vocab_shard import Merged, VocabShard, empty_record, merge, pack
+from tokfuse.runtime.lm_head import head as heads
+from tokfuse.runtime.lm_head.head import HeadProblem
+from tokfuse.runtime.ops import linear_token_stats as linear_op
+from tokfuse.runtime.ops import token_stats as stats_op
+from tokfuse.runtime.ops.token_stats import Kernels
+from tokfuse.runtime.reference import token_stats as stats_reference
+from tokfuse.runtime.reference import vocab_parallel as reference
+
+# What the row kernels' backward takes for "another shard owns the target": ELSEWHERE of
+# triton_kernels/rows.py, kElsewhere of csrc/cuda/gradient.cuh; the CPU's takes any id outside the
+# columns.
+ELSEWHERE = -(2**31)
+LN_2 = 0.6931471805599453
+
+_REFERENCE_ROWS = Kernels(reference.forward, reference.backward)
+_REFERENCE_HEAD = Kernels(reference.head_forward, reference.head_backward)  # type: ignore[arg-type]
+
+
+class HeadCall(NamedTuple):
+    """Arguments of a call from hidden states that are no differentiable tensors."""
+
+    op: str
+    options: LogitOptions
+    target: torch.Tensor
+    memory_budget: int | None
+    shard: VocabShard
+    sequence_parallel: bool
+    reduce_hidden: bool = True
+
+
+def _unit(backend: str, o: LogitOptions) -> float | torch.Tensor:
+    """Nats per unit of the shift that the row kernels of a backend return."""
+    if backend == "reference":
+        return 1.0
+    if backend == "cpu":
+        return LN_2
+    assert backend in ("cuda", "triton"), backend
+    # Softcap and bias apply to scaled logits; without them the scale is part of the exponent's. The
+    # Triton kernels have the cap in the exponent as well, and the shift is a tangent.
+    scale = 1.0 if o.softcap is not None or o.bias_logits is not None else o.logit_scale
+    if backend == "triton" and o.softcap is not None:
+        scale = o.softcap
+    if isinstance(o.temperature, torch.Tensor):
+        return scale / o.temperature.double()
+    return scale / o.temperature
+
+
+def _exchange(
+    local: tuple[torch.Tensor, ...] | None, target: torch.Tensor, o: LogitOptions,
+    shard: VocabShard, backend: str, dtype: torch.dtype,
+) -> Merged:  # fmt: skip
+    """The one all-gather, and the merge. `local`: outputs of the row kernel; None: no columns."""
+    if local is None:
+        record = empty_record(target, dtype)
+    else:
+        record = pack(local, shard.owns(target))
+    records = collectives.all_gather(record, shard.group)
+    return merge(records, collectives.own_rank(shard.group), _unit(backend, o), o.mask)
+
+
+def _column(target: torch.Tensor, shard: VocabShard, elsewhere: int) -> torch.Tensor:
+    """Column of the target in this shard; `elsewhere` where another one owns it."""
+    return torch.where(shard.owns(target), target - shard.start, elsewhere)
+
+
+# ------------------------------------------------------------------------------------- from logits
+
+
+def _row_kernels(logits: torch.Tensor, o: LogitOptions) -> tuple[str, Kernels]:
+    capability = select(stats_op.OP, logits.device.type, logits.dtype, o.features())
+    backend = capability.backend
+    return backend, _REFERENCE_ROWS if backend == "reference" else capability.run
+
+
+def _row_options(o: LogitOptions, shard: VocabShard) -> dict[str, Any]:
+    """The options for the columns of the shard, without those of its padding."""
+    if o.bias_logits is not None:
+        o = o._replace(bias_logits=o.bias_logits[:, : shard.size])
+    return o._asdict()
+
+
+def row_forward(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard
+) -> Merged:
+    """Statistics of the whole vocabulary; logits (tokens, columns) with padding columns."""
+    backend, run = _row_kernels(logits, o)
+    local = None
+    if shard.size > 0:
+        z = logits.detach()[:, : shard.size]
+        local = run.forward(z, _column(target, shard, 0), **_row_options(o, shard))[:7]
+    dtype = stats_reference.accumulation_dtype(logits.dtype)
+    return _exchange(local, target, o, shard, backend, dtype)
+
+
+def row_backward(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard,
+    shift: torch.Tensor, inv_sum: torch.Tensor, entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of this shard's logits; 0 in the padding."""
+    logits = logits.detach()
+    if logits.device.type == "cpu":
+        out = native.empty_like_rows(logits)
+    else:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out[:, shard.size :] = 0.0
+    if shard.size > 0:
+        _, run = _row_kernels(logits, o)
+        assert run.backward is not None
+        run.backward(
+            logits[:, : shard.size], _column(target, shard, ELSEWHERE), shift, inv_sum, entropy,
+            grad_logp, grad_entropy, out=out[:, : shard.size], **_row_options(o, shard),
+        )  # fmt: skip
+    return out
+
+
+# ------------------------------------------------------------------------------ from hidden states
+
+
+def gathered(hidden: torch.Tensor, call: HeadCall) -> torch.Tensor:
+    """The hidden states of all tokens; a collective with sequence parallelism only."""
+    hidden = hidden.detach()
+    if not call.sequence_parallel:
+        return hidden
+    return collectives.all_gather(hidden, call.shard.group).flatten(0, 1)
+
+
+def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> tuple[str, Kernels]:
+    capability = select(linear_op.OP, hidden.device.type, hidden.dtype, o.features())
+    backend = capability.backend
+    return backend, _REFERENCE_HEAD if backend == "reference" else capability.run
+
+
+def _problem(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall,
+    elsewhere: int,
+) -> HeadProblem:  # fmt: skip
+    size = call.shard.size
+    own_bias = None if bias is None else bias.detach()[:size]
+    target = _column(call.target, call.shard, elsewhere)
+    return heads.check_head(
+        call.op, hidden, weight.detach()[:size], own_bias, target, call.options, call.memory_budget
+    )
+
+
+def head_forward(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall
+) -> Merged:
+    """Statistics of the whole vocabulary; weight (rows, hidden) with padding rows."""
+    backend, run = _head_kernels(hidden, call.options)
+    local = None
+    if call.shard.size > 0:
+        local = run.forward(_problem(hidden, weight, bias, call, 0))[:7]
+    dtype = stats_reference.accumulation_dtype(hidden.dtype)
+    return _exchange(local, call.target, call.options, call.shard, backend, dtype)
+
+
+def head_backward(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall,
+    needs: tuple[bool, bool, bool], shift: torch.Tensor, inv_sum: torch.Tensor,
+    entropy: torch.Tensor, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """[grad_hidden of all shards, grad_weight, grad_bias of this one]; 0 in the padding."""
+    grads: list[torch.Tensor | None] = [None, None, None]
+    if call.shard.size > 0:
+        p = _problem(hidden, weight, bias, call, ELSEWHERE)
+        _, run = _head_kernels(hidden, call.options)
+        assert run.backward is not None
+        grads = run.backward(p, shift, inv_sum, entropy, grad_logp, grad_entropy, needs)  # type: ignore[assignment]
+    grad_hidden = None
+    if needs[0]:
+        part = torch.zeros_like(hidden) if grads[0] is None else grads[0]
+        if call.sequence_parallel:
+            grad_hidden = collectives.sum_and_split(part, call.shard.group)
+        else:
+            grad_hidden = collectives.sum_(part, call.shard.group) if call.reduce_hidden else part
+    return [
+        grad_hidden,
+        _padded(grads[1], weight) if needs[1] else None,
+        _padded(grads[2], bias) if needs[2] and bias is not None else None,
+    ]
+
+
+def _padded(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The gradient with zeros for the padding rows; only a rank that has some copies."""
+    if grad is not None and grad.shape == like.shape:
+        return grad
+    out = torch.zeros_like(like)
+    if grad is not None:
+        out[: grad.shape[0]] = grad
+    return out

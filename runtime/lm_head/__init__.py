@@ -1,0 +1,1 @@
+"""Ops that start from hidden states: the lm_head in chunks of rows."""

@@ -1,0 +1,311 @@
+"""The lm_head in chunks: logits exist some rows at a time, in a buffer that is reused.
+
+Rows of one chunk go through the head's GEMM, a row kernel turns them into statistics or gradients
+in place, and gradient rows collect at the front of the buffer until it is full. Then the gradient
+GEMMs consume them. So dW (vocab x hidden) is read and written once per full buffer and not once per
+chunk, and rows without gradient enter no gradient GEMM.
+
+The first buffer costs no memory: it lies where dW will be (`dw_buffer`). Logits lie there in tiles
+of columns, and dW is written tile by tile from the last to the first, so that it overwrites only
+tiles already consumed.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.core import checks, native
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions, check_options
+from tokfuse.runtime.ops import token_stats as stats_op
+
+MIN_BUDGET = 64 << 20
+# An element of dW costs a chunk 8 bytes and 2 operations per row: below 950 rows the dW GEMM of an
+# H100 (800 TFLOP/s, 3.35 TB/s) waits for memory.
+GPU_ROWS = 1024
+TILE_BYTES = (
+    2 << 20
+)  # float32 copy of a bfloat16 / float16 weight tile; stays in the L2 or L3 cache
+
+
+class HeadProblem(NamedTuple):
+    """Checked arguments of an op that goes through the lm_head."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    options: LogitOptions
+    memory_budget: int
+    needs: tuple[bool, bool, bool] | None = None  # gradients asked for; None: by requires_grad
+    row_norms: torch.Tensor | None = None  # (tokens,), receives ||d loss / d logits_t||
+    compact_clipped: bool = False  # on a GPU: gradient GEMMs of ours, over the live rows alone
+
+    @property
+    def tokens(self) -> int:
+        """Number of packed tokens."""
+        return self.hidden.shape[0]
+
+    @property
+    def vocab(self) -> int:
+        """Vocabulary size."""
+        return self.weight.shape[0]
+
+
+def check_head(
+    op: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    options: LogitOptions,
+    memory_budget: int | None,
+) -> HeadProblem:
+    """Shapes, dtypes, devices; fills in the default budget."""
+    checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")
+    if weight is None:
+        raise refuse(op, "weight", "given with hidden=", "None", "Pass lm_head.weight.")
+    checks.check_matrix(op, "weight", weight, "(vocab, hidden)")
+    if weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
+        raise refuse(op, "weight", f"of shape (vocab, hidden) with hidden = {hidden.shape[1]}",
+                     f"shape {tuple(weight.shape)}", "Pass lm_head.weight as it is.")  # fmt: skip
+    if weight.dtype != hidden.dtype:
+        raise refuse(op, "weight", f"{hidden.dtype} like hidden", str(weight.dtype),
+                     "Cast one of them.")  # fmt: skip
+    checks.check_device(op, "weight", weight, hidden.device)
+    if bias is not None:
+        checks.require_tensor(op, "bias", bias)
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            raise refuse(op, "bias", f"({weight.shape[0]},) {weight.dtype} like weight",
+                         f"{tuple(bias.shape)} {bias.dtype}", "Pass lm_head.bias.")  # fmt: skip
+        checks.check_device(op, "bias", bias, hidden.device)
+    rows = checks.Rows(hidden.shape[0], "the rows of hidden", hidden.device)
+    checks.check_vector(op, "target", target, rows, checks.INT64)
+    check_options(op, hidden.shape[0], hidden.device, options)
+    if memory_budget is None:
+        # A sixth of the float32 weight gradient keeps dW traffic small against the GEMMs.
+        memory_budget = max(MIN_BUDGET, weight.numel() * 4 // 6)
+        if hidden.device.type != "cpu":
+            workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
+            memory_budget = max(memory_budget, min(workspace, 1 << 30))
+    elif not isinstance(memory_budget, int) or memory_budget < 1:
+        raise refuse(op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget),
+                     "Omit it for the default.")  # fmt: skip
+    return HeadProblem(hidden, weight, bias, target, options, memory_budget)
+
+
+def rows_in_budget(p: HeadProblem) -> int:
+    """Rows of logits, with their hidden states, that the budget holds."""
+    return max(1, p.memory_budget // (4 * (p.vocab + 2 * p.hidden.shape[1] + 16)))
+
+
+def workspace_rows(p: HeadProblem, rows: int) -> int:
+    """Rows of the workspace: what the budget holds, or equal parts where little would be left over.
+
+    A product of many rows is faster per row, and one of a few still reads the whole weight: 512
+    rows at a budget of 341 took 4% longer as 256 + 256 than as 341 + 171 (best of 11 on a busy
+    machine). An eighth is left for what products and row kernels need besides (4 MiB there).
+    """
+    limit = rows_in_budget(p)
+    parts = max(1, -(-rows // limit))
+    equal = max(1, -(-rows // parts))
+    left_over = rows - (parts - 1) * limit
+    return max(equal, limit * 7 // 8) if parts > 1 and 2 * left_over >= limit else equal
+
+
+def needed_rows(p: HeadProblem) -> torch.Tensor | None:
+    """Token ids that need a forward, or None for all of them."""
+    mask = p.options.mask
+    return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
+
+
+class LogitsBuffer:
+    """float32 logits (rows, vocab) in tiles of `tile` columns; one tile is the ordinary layout."""
+
+    def __init__(self, storage: torch.Tensor, rows: int, vocab: int, tile: int) -> None:
+        self.storage, self.rows, self.vocab, self.tile = storage, rows, vocab, tile
+
+    @staticmethod
+    def workspace(rows: int, vocab: int) -> "LogitsBuffer":
+        """A buffer of its own."""
+        return LogitsBuffer(native.empty((rows * vocab,)), rows, vocab, vocab)
+
+    def tiles(self, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first column, end column, logits of rows [start, stop)) of every tile."""
+        for k, begin in enumerate(range(0, self.vocab, self.tile)):
+            end = min(begin + self.tile, self.vocab)
+            whole = self.storage[k * self.rows * self.tile :][: self.rows * self.tile]
+            yield begin, end, whole.view(self.rows, self.tile)[start:stop, : end - begin]
+
+    def record(
+        self, p: HeadProblem, start: int, stop: int, index: torch.Tensor
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """(record for tokfuse._native of rows [start, stop), tensors that must outlive the call).
+
+        Row start + i belongs to token index[i]. Masked tokens never enter a buffer.
+        """
+        first = self.storage[: self.rows * self.tile].view(self.rows, self.tile)[start:stop]
+        options = p.options._replace(mask=None)
+        record, alive = stats_op.native_logits_record(first, p.target, options)
+        tiled = self.tile < self.vocab
+        layout = (self.tile, self.rows * self.tile) if tiled else (0, 0)
+        shape = (stop - start, p.vocab)
+        record = (*record[:3], *shape, *record[5:15], index.data_ptr(), p.tokens, *layout)
+        return record, (*alive, index)
+
+
+# Columns of a tile in dw_buffer: whole row-kernel blocks, and wide enough for the GEMM (at 2048 the
+# products of 128 rows take 5% longer). Of R rows only the first R / (hidden - R) tiles reach into
+# dW's own tile and are copied before it is written.
+DW_TILE = 4096
+
+
+def dw_buffer(weight_gradient: torch.Tensor, rows: int, at_least: int) -> LogitsBuffer | None:
+    """A buffer for up to `rows` logits in the memory of an unwritten float32 dW (vocab, hidden).
+
+    At most `hidden` rows: then tile k starts before dW's own tile k ends and after tile k - 1 of
+    the logits, so writing dW from the last tile down spares every tile not yet consumed. None where
+    fewer than `at_least` rows fit.
+    """
+    vocab, hidden = weight_gradient.shape
+    tiles = -(-vocab // DW_TILE)
+    rows = min(rows, hidden, vocab * hidden // (tiles * DW_TILE))
+    if rows < at_least or vocab <= DW_TILE:
+        return None
+    return LogitsBuffer(weight_gradient.view(-1), rows, vocab, DW_TILE)
+
+
+class Head:
+    """GEMMs of the lm_head in float32, whatever the dtype of its tensors."""
+
+    def __init__(self, p: HeadProblem) -> None:
+        self.problem = p
+        self.weight = p.weight.detach()
+        self.hidden = p.hidden.detach()
+        self.bias = None if p.bias is None else p.bias.detach().float()
+        if self.weight.dtype != torch.float32:
+            tile = max(1, min(p.vocab, TILE_BYTES // (4 * self.weight.shape[1])))
+            self.tile = torch.empty(tile, self.weight.shape[1])
+
+    def rows_of_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the tokens, in float32."""
+        if tokens.shape[0] == self.problem.tokens and self.hidden.dtype == torch.float32:
+            first, last = int(tokens[0]), int(tokens[-1])
+            if first == 0 and last == tokens.shape[0] - 1 and bool((tokens.diff() == 1).all()):
+                return self.hidden  # every token in order: nothing to gather
+        return self.hidden[tokens].float()
+
+    def _weight_tiles(self, begin: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """float32 weight rows [begin, end), in cache-sized copies for 16-bit heads."""
+        if self.weight.dtype == torch.float32:
+            yield begin, end, self.weight[begin:end]
+            return
+        for first in range(begin, end, self.tile.shape[0]):
+            last = min(first + self.tile.shape[0], end)
+            tile = self.tile[: last - first]
+            tile.copy_(self.weight[first:last])
+            yield first, last, tile
+
+    def logits(self, hidden: torch.Tensor, buffer: LogitsBuffer, start: int) -> None:
+        """Rows from `start` of the buffer = hidden @ weight.T + bias."""
+        for begin, end, out in buffer.tiles(start, start + hidden.shape[0]):
+            for first, last, weight in self._weight_tiles(begin, end):
+                torch.mm(hidden, weight.t(), out=out[:, first - begin : last - begin])
+            if self.bias is not None:
+                out += self.bias[begin:end]
+
+    def grad_hidden(self, buffer: LogitsBuffer, rows: int) -> torch.Tensor:
+        """(rows, hidden) = gradient rows @ weight; out= keeps autocast from rounding it."""
+        out = torch.empty(rows, self.weight.shape[1])
+        written = False
+        for begin, end, dz in buffer.tiles(0, rows):
+            for first, last, weight in self._weight_tiles(begin, end):
+                part = dz[:, first - begin : last - begin]
+                if written:
+                    out.addmm_(part, weight)
+                else:
+                    torch.mm(part, weight, out=out)
+                written = True
+        return out
+
+
+class HeadGradients:
+    """Gradients of hidden, weight and bias where asked for; dW accumulated in float32."""
+
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
+        p = head.problem
+        self.head = head
+        self.hidden = torch.zeros(p.hidden.shape, dtype=p.hidden.dtype) if needs[0] else None
+        self.weight: torch.Tensor | None = None
+        if needs[1]:
+            self.weight = native.empty(p.weight.shape)
+        self.bias = torch.zeros(p.vocab, dtype=torch.float32) if needs[2] else None
+        self._weight_written = False
+
+    def add(self, buffer: LogitsBuffer, tokens: torch.Tensor) -> None:
+        """Consume the first len(tokens) gradient rows of the buffer."""
+        rows = tokens.shape[0]
+        if rows == 0:
+            return
+        if self.hidden is not None:
+            self.hidden[tokens] = self.head.grad_hidden(buffer, rows).to(self.hidden.dtype)
+        if self.bias is not None:
+            for begin, end, dz in buffer.tiles(0, rows):
+                self.bias[begin:end] += dz.sum(0)
+        norms = self.head.problem.row_norms
+        if norms is not None:
+            tiles = [torch.linalg.vector_norm(dz, dim=1) for _, _, dz in buffer.tiles(0, rows)]
+            norms[tokens] = torch.linalg.vector_norm(torch.stack(tiles), dim=0)
+        if self.weight is not None:
+            self._add_weight(self.weight, buffer, self.head.rows_of_hidden(tokens))
+
+    def _add_weight(self, grad: torch.Tensor, buffer: LogitsBuffer, h: torch.Tensor) -> None:
+        inside = buffer.storage.data_ptr() == grad.data_ptr()
+        spare = native.empty((h.shape[0], buffer.tile)) if inside else None
+        for begin, end, dz in reversed(list(buffer.tiles(0, h.shape[0]))):
+            out = grad[begin:end]
+            if spare is not None and overlap(out, dz):
+                dz = spare[:, : end - begin].copy_(dz)
+            if self._weight_written:
+                out.addmm_(dz.t(), h)
+            else:
+                torch.mm(dz.t(), h, out=out)
+        self._weight_written = True
+
+    def finish(self) -> list[torch.Tensor | None]:
+        """[grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
+        if self.weight is not None and not self._weight_written:
+            self.weight.zero_()
+        dtype = self.head.problem.weight.dtype
+        weight = None if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return [self.hidden, weight, bias]
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True when the memory that two tensors span has a byte in common."""
+    spans = []
+    for x in (a, b):
+        last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        spans.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
+
+
+class GradientPool:
+    """A buffer whose front collects gradient rows; the next chunk's logits follow them."""
+
+    def __init__(self, buffer: LogitsBuffer, gradients: HeadGradients) -> None:
+        self.buffer, self.gradients = buffer, gradients
+        self.tokens = torch.empty(buffer.rows, dtype=torch.int64)
+        self.used = 0
+
+    def free(self) -> int:
+        """Rows free for the next chunk; 0 when too few are left to be worth a GEMM."""
+        free = self.buffer.rows - self.used
+        return free if free >= max(1, self.buffer.rows // 4) else 0
+
+    def flush(self) -> None:
+        """Run the gradient GEMMs on what has collected."""
+        self.gradients.add(self.buffer, self.tokens[: self.used])
+        self.used = 0

@@ -1,0 +1,122 @@
+"""What policy_loss and policy_step refuse of their inputs, and how they read a normalizer."""
+
+import torch
+
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.reference.policy_loss import PolicyInputs
+
+Normalizer = float | int | str | torch.Tensor | None
+
+
+def check_logp(op: str, logp: torch.Tensor, entropy: torch.Tensor | None) -> None:
+    """The two differentiable vectors."""
+    checks.require_tensor(op, "logp", logp)
+    if logp.dim() != 1 or not logp.dtype.is_floating_point:
+        raise refuse(op, "logp", "a floating vector of shape (tokens,)",
+                     f"{tuple(logp.shape)} {logp.dtype}", "Pack padded batches first.")  # fmt: skip
+    rows = checks.Rows(logp.shape[0], "logp", logp.device)
+    checks.check_optional(op, "entropy", entropy, rows)
+
+
+def check_inputs(
+    op: str,
+    inputs: PolicyInputs,
+    objective: Objective,
+    tokens: int,
+    device: torch.device,
+    has_entropy: bool,
+) -> None:
+    """Shapes of every input, and that the objective has what it needs and nothing it ignores."""
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{op}: objective must be a tokfuse.Objective; got {type(objective).__name__}. "
+            "Build one, for example Objective(shape=PPOClip(low=0.2, high=0.28))."
+        )
+    if inputs.advantage_level not in ("token", "sequence"):
+        raise refuse(op, "advantage_level", "'token' or 'sequence'",
+                     repr(inputs.advantage_level), "Pass one of the two.")  # fmt: skip
+    rows = checks.Rows(tokens, "the tokens", device)
+    checks.check_optional(op, "mask", inputs.mask, rows, checks.BOOL)
+    per_sequence = inputs.advantage_level == "sequence"
+    if inputs.cu_seqlens is not None:
+        checks.check_cu_seqlens(op, inputs.cu_seqlens, tokens, device)
+    elif objective.needs_sequences or per_sequence or objective.counts_sequences:
+        why = "advantage_level='sequence'" if per_sequence else (
+            f"level={objective.level!r}, aggregation={objective.aggregation!r}")  # fmt: skip
+        raise refuse(op, "cu_seqlens", f"given for {why}", "None",
+                     "Pass the packing offsets (seqs + 1,) int32.")  # fmt: skip
+    units = rows
+    if per_sequence:
+        assert inputs.cu_seqlens is not None
+        units = checks.Rows(inputs.cu_seqlens.shape[0] - 1, "cu_seqlens", device)
+    checks.check_constant_vector(op, "advantage", inputs.advantage, units)
+    for name in ("old_logp", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight"):
+        value = getattr(inputs, name)
+        if value is not None:
+            checks.check_constant_vector(op, name, value, rows)
+    _check_used(op, inputs, objective, has_entropy)
+
+
+def _check_used(op: str, inputs: PolicyInputs, o: Objective, has_entropy: bool) -> None:
+    shape = type(o.shape).__name__
+    needs = [
+        ("signal", o.shape.needs_signal, inputs.signal is not None, f"shape {shape}"),
+        ("kl_weight", None, inputs.kl_weight is not None and o.kl is None, "kl=None"),
+        ("ref_logp", o.kl is not None, inputs.ref_logp is not None, "a KL term"),
+        ("entropy", o.entropy_coef != 0.0, has_entropy, "an entropy bonus"),
+        ("entropy_weight", None, inputs.entropy_weight is not None and o.entropy_coef == 0.0,
+         "entropy_coef=0"),
+    ]  # fmt: skip
+    for name, needed, given, what in needs:
+        if needed and not given:
+            raise refuse(op, name, f"given for {what}", "None", "Pass one value per token.")
+        if needed is None and given:
+            raise refuse(op, name, f"None with {what}", "a tensor", "It would be ignored.")
+    if inputs.signal is not None and not o.shape.needs_signal:
+        raise refuse(op, "signal", f"None with shape {shape}", "a tensor", "It would be ignored.")
+
+
+def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) -> float:
+    """1 / normalizer; 1.0 for None, -1.0 for "batch" (the batch's own count)."""
+    if normalizer is None:
+        return 1.0
+    if isinstance(normalizer, str):
+        if normalizer != "batch":
+            raise refuse(op, "normalizer", "None, a number, a 0-dim tensor or 'batch'",
+                         repr(normalizer), "Pass the global count.")  # fmt: skip
+        if objective.aggregation == "token_sum":
+            raise refuse(op, "normalizer", "a number with aggregation='token_sum'", "'batch'",
+                         "Dr.GRPO divides by sequences * max length; pass that.")  # fmt: skip
+        return -1.0
+    if isinstance(normalizer, torch.Tensor):
+        if normalizer.numel() != 1:
+            raise refuse(op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}",
+                         "Pass the global count.")  # fmt: skip
+        normalizer = float(normalizer)
+    return 1.0 / checks.check_number(op, "normalizer", normalizer, 0.0, open_low=True)
+
+
+def check_sampler(
+    op: str, sampler_logp: torch.Tensor | None, tokens: int, device: torch.device
+) -> None:
+    """Shape of the rollout engine's log-probabilities."""
+    if sampler_logp is not None:
+        rows = checks.Rows(tokens, "the tokens", device)
+        checks.check_constant_vector(op, "sampler_logp", sampler_logp, rows)
+
+
+def sampler_mismatch(
+    sampler_logp: torch.Tensor | None, inputs: PolicyInputs, logp: torch.Tensor
+) -> torch.Tensor | None:
+    """Sum over valid tokens of the k3 estimate of KL(sampler || old policy).
+
+    logp: of the current policy, which is the old one where old_logp is None.
+    """
+    if sampler_logp is None:
+        return None
+    old = logp.detach() if inputs.old_logp is None else inputs.old_logp
+    d = (old.double() - sampler_logp.double()).clamp(-20, 20)
+    k3 = torch.expm1(d) - d
+    return (k3 if inputs.mask is None else torch.where(inputs.mask, k3, 0.0)).sum()

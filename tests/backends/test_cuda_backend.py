@@ -1,0 +1,219 @@
+"""The cuda backend without a GPU: what it refuses, and its launches counted on the CPU.
+
+Parity of its kernels is tested by the tests of each op, in a process with TOKFUSE_CUDA_HOST (marker
+cuda_host); here is what only this backend has.
+"""
+
+import collections
+
+import pytest
+import torch
+from harness import bits
+
+import tokfuse
+from tokfuse import BackendUnavailable, Objective, PPOClip
+from tokfuse.runtime.backends import cuda_backend, cuda_packed, cuda_policy, cuda_rows
+from tokfuse.runtime.core import native
+
+built = pytest.mark.skipif(
+    getattr(native.module(), "cuda", None) is None, reason="built without CUDA kernels"
+)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+hosted = pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST")
+
+
+# ------------------------------------------------------------------------------------ without a GPU
+
+
+@built
+@no_gpu
+def test_a_launch_without_a_driver_names_op_and_launch():
+    x = torch.zeros(4)
+    with pytest.raises(RuntimeError) as caught:
+        native.module().cuda.gae(
+            (0, 0), x.data_ptr(), x.data_ptr(), torch.tensor([0, 4], dtype=torch.int32).data_ptr(),
+            0, 0, 0, x.data_ptr(), x.data_ptr(), 4, 1, 0.9, 0.9, 0.0,
+        )  # fmt: skip
+    assert str(caught.value).startswith("gae: launching gae_kernel on CUDA device 0 failed: ")
+    assert "doctor" in str(caught.value)
+
+
+@built
+@no_gpu
+@pytest.mark.skipif(cuda_backend.hosted(), reason="the kernels run on the CPU here")
+def test_the_forced_backend_is_refused_with_the_reason():
+    with tokfuse.backend("cuda"), pytest.raises(BackendUnavailable, match="cuda: runs on cuda"):
+        tokfuse.whiten(torch.randn(8))
+
+
+@built
+def test_the_module_says_what_it_was_built_for():
+    module = native.module()
+    assert module.cuda_version
+    assert module.cuda_archs.split(",")[0] == "80"
+
+
+@built
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("token_stats_fwd", ((), ()), "logits record must have 15 fields"),
+        ("policy_loss", ((), 0), "policy record must have 21 fields"),
+        ("whiten", (0, 0, 8, 0, 0, 0, 4, False, 0.0), "mean and var come together"),
+        ("whiten", (0, 0, 0, 0, 0, 0, 4, False, 0.0), "scratch memory is missing"),
+        ("ope", (0, 0, 0, 8, 0, 0, 0, 4), "q_a needs q_pi"),
+        ("sketch", (0, 0, 0, 0, -1, 0, 0), "a size must be >= 0"),
+    ],
+)
+def test_the_binding_refuses(name: str, arguments: tuple, message: str):
+    with pytest.raises(ValueError, match=message):
+        getattr(native.module().cuda, name)((0, 0), *arguments)
+
+
+# --------------------------------------------------------------------------- launches, on the CPU
+
+
+class Counted:
+    """The launchers, counting what is launched."""
+
+    def __init__(self) -> None:
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __getattr__(self, name: str):
+        found = getattr(cuda_backend.launchers(), name)
+        if not callable(found) or name in ("moments_parts", "offpolicy_spans", "policy_partials"):
+            return found
+
+        def call(*arguments):
+            self.calls[name] += 1
+            return found(*arguments)
+
+        return call
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    counter = Counted()
+    for module in (cuda_packed, cuda_policy, cuda_rows):
+        monkeypatch.setattr(module, "launchers", lambda: counter)
+    return counter
+
+
+CU = torch.tensor([0, 3, 3, 40, 64], dtype=torch.int32)
+
+
+def head(rows: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 8, generator=generator)
+    weight = torch.randn(200, 8, generator=generator)
+    return hidden, weight, torch.randint(200, (rows,), generator=generator)
+
+
+def budget_of(rows: int) -> int:
+    """memory_budget for chunks of that many rows: float32 logits, two rows of hidden states."""
+    return rows * (4 * 208 + 8 * 8 + 64)
+
+
+@hosted
+@pytest.mark.cuda_host
+def test_linear_statistics_take_one_row_launch_per_chunk(counted: Counted):
+    hidden, weight, target = head()
+    with tokfuse.backend("cuda"):
+        tokfuse.linear_token_stats(hidden, weight, target, memory_budget=budget_of(16))
+    assert counted.calls == {"token_stats_fwd": 4}
+
+
+@hosted
+@pytest.mark.cuda_host
+def test_a_step_from_hidden_states_takes_one_row_launch_per_chunk(counted: Counted):
+    hidden, weight, target = head()
+    products = collections.Counter()
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "addmm", "addmm_"):
+                products[name.rstrip("_")] += 1
+            return function(*args, **(kwargs or {}))
+
+    clip = Objective(shape=PPOClip(low=0.2, high=0.2))
+    with tokfuse.backend("cuda"), Products():
+        tokfuse.policy_step(
+            hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), target=target,
+            old_logp=torch.full((64,), -5.0), advantage=torch.ones(64), objective=clip,
+            memory_budget=budget_of(16),
+        )  # fmt: skip
+    # Per chunk: logits, gradient of the hidden states, gradient of the weight.
+    assert sum(products.values()) == 3 * 4
+    assert counted.calls == {"policy_step": 4, "policy_metrics": 1}
+
+
+@hosted
+@pytest.mark.cuda_host
+def test_packed_ops_take_one_launch(counted: Counted):
+    x, ids = torch.randn(64), torch.randint(0, 3, (64,))
+    clip = Objective(shape=PPOClip(low=0.2, high=0.2), level="sequence")
+    with tokfuse.backend("cuda"):
+        tokfuse.policy_loss(
+            x, old_logp=x, advantage=x, objective=clip, cu_seqlens=CU, normalizer="batch"
+        )
+        tokfuse.gae(x, x, CU, gamma=0.9, lam=0.9)
+        tokfuse.whiten(x)
+        tokfuse.segment_moments(x, ids, num_segments=3)
+        tokfuse.offpolicy_weights(x, x.flip(0), normalize="batch")
+        tokfuse.group_advantage(x, ids)
+        tokfuse.ope(x.abs(), x)
+    assert counted.calls == dict.fromkeys(
+        ("policy_loss", "gae", "whiten", "segment_moments", "offpolicy_weights",
+         "group_advantage", "ope"), 1)  # fmt: skip
+
+
+@hosted
+@pytest.mark.cuda_host
+def test_a_launch_goes_to_the_device_of_its_tensors():
+    """There is one device here; another one is asked for, and refused by name."""
+    x = torch.ones(8)
+    with pytest.raises(RuntimeError, match="whiten: launching whiten_kernel on CUDA device 1"):
+        cuda_backend.launchers().whiten(
+            (1, 0), x.data_ptr(), 0, 0, 0, x.data_ptr(), x.new_empty(6).data_ptr(), 8, False, 0.0
+        )
+
+
+# ---------------------------------------------------------------------- what the layouts promise
+
+
+@hosted
+@pytest.mark.cuda_host
+def test_a_long_segment_is_shared_by_blocks():
+    rows = 1 << 15
+    assert cuda_backend.launchers().moments_parts(rows, 2) > 1
+    x = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    cu = torch.tensor([0, 20000, rows], dtype=torch.int32)
+    with tokfuse.backend("cuda"):
+        got = tokfuse.segment_moments(x, cu_seqlens=cu)
+    want = tokfuse.segment_moments(x.double(), cu_seqlens=cu)
+    torch.testing.assert_close(got.sum.double(), want.sum, atol=1e-3, rtol=1e-6)
+    assert torch.equal(got.count, want.count)
+    assert torch.equal(got.max.double(), want.max)
+
+
+@hosted
+@pytest.mark.cuda_host
+def test_results_repeat_bitwise():
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(2, 9000, generator=generator).unbind(0)
+    with tokfuse.backend("cuda"):
+        pairs = [(tokfuse.whiten(x), tokfuse.ope(x.abs(), y).ips_se) for _ in range(2)]
+    assert [bits(a) for a in pairs[0]] == [bits(a) for a in pairs[1]]
+
+
+@hosted
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("rank", [8, 65])
+def test_sketches_are_sums_of_outer_products(rank: int):
+    generator = torch.Generator().manual_seed(3)
+    left, right = torch.randn(2, 64, rank, generator=generator).unbind(0)
+    got = cuda_packed.sketch(left, right, CU)
+    for s in range(len(CU) - 1):
+        own = slice(int(CU[s]), int(CU[s + 1]))
+        torch.testing.assert_close(got[s], left[own].T @ right[own], atol=1e-4, rtol=1e-5)

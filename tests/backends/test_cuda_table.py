@@ -1,0 +1,128 @@
+"""The CUDA kernels as nvcc compiled them: complete, within budget, and the table is true."""
+
+import json
+
+import pytest
+
+from tokfuse.inspection import cuda_table, roofline
+
+TABLE = cuda_table.committed()
+NAMES = {(kernel.name, kernel.arch): kernel for kernel in TABLE}
+needs_module = pytest.mark.skipif(
+    cuda_table.why_not() is not None, reason=str(cuda_table.why_not())
+)
+
+
+def plain(base: str, arch: str, dtype: str = "bfloat16") -> cuda_table.Kernel:
+    """The instance without options."""
+    (kernel,) = [k for k in TABLE if k.base == base and k.arch == arch and k.dtype[0] == dtype
+                 and roofline._plain(k)]  # fmt: skip
+    return kernel
+
+
+def test_every_kernel_was_compiled_for_every_architecture():
+    names = {kernel.name for kernel in TABLE}
+    assert {(name, arch) for name in names for arch in ("80", "90a", "100a")} == set(NAMES)
+    bases = {kernel.base for kernel in TABLE}
+    assert bases >= set(cuda_table.ROW_KERNELS) | set(roofline.PACKED)
+
+
+def test_nothing_spills():
+    assert [k.key for k in TABLE if k.stack_bytes] == []
+
+
+def test_registers_and_shared_memory_are_within_the_launch_bounds():
+    for k in TABLE:
+        assert k.threads in (128, 256, 512, 1024), k.key
+        assert k.registers * k.threads <= roofline.REGISTERS, k.key
+        assert k.shared_bytes <= 48 * 1024, k.key
+        assert roofline.occupancy(k) > 0, k.key
+
+
+@pytest.mark.parametrize(
+    ("base", "arch", "limit"),
+    [
+        ("token_stats_fwd_kernel", "90a", 10.0),
+        ("token_stats_fwd_kernel", "100a", 8.0),
+        ("policy_step_kernel", "80", 20.0),
+        ("policy_step_cluster_kernel", "90a", 20.0),
+        ("policy_step_cluster_kernel", "100a", 20.0),
+    ],
+)
+def test_instructions_per_element_are_within_budget(base: str, arch: str, limit: float):
+    assert 0 < plain(base, arch).per_element <= limit
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100", "H200"])
+def test_the_forward_is_predicted_to_be_bound_by_bandwidth(gpu: str):
+    where = roofline.GPUS[gpu]
+    assert roofline.share(plain("token_stats_fwd_kernel", where.arch), where) == 1.0
+
+
+def test_policy_step_moves_four_bytes_per_bfloat16_element():
+    kernel = plain("policy_step_cluster_kernel", "90a")
+    assert cuda_table.ROW_KERNELS[kernel.base].traffic * kernel.dtype[1] == 4
+    assert roofline.share(kernel, roofline.GPUS["H100"]) == 1.0
+
+
+def test_the_page_is_the_table():
+    if not roofline.PAGE.parent.is_dir():
+        pytest.skip("not a source tree")
+    assert roofline.PAGE.read_text() == roofline.as_markdown(TABLE)
+
+
+def test_json_survives():
+    rows = json.loads(cuda_table.as_json(TABLE))["kernels"]
+    assert [cuda_table.Kernel(**row) for row in rows] == sorted(TABLE, key=lambda k: k.key)
+
+
+def test_a_worse_kernel_is_reported():
+    good = TABLE[0]
+    worse = cuda_table.Kernel(**{**good.__dict__, "registers": good.registers + 9})
+    found = cuda_table.differences([worse, *TABLE[1:]], TABLE)
+    assert found == [f"{good.key}: registers {worse.registers}, the table has {good.registers}"]
+    assert cuda_table.differences(TABLE[1:], TABLE) == [
+        f"{good.key}: is in the table, not in the module"
+    ]
+
+
+def listing(*loops: tuple[int, int]) -> str:
+    """Loops inside an outer one: 16-byte loads and stores of each, four exps, a branch back."""
+    lines = [".L_x_0:"]
+    for number, (loads, stores) in enumerate(loops, 1):
+        body = ["LDG.E.128.CONSTANT R4, desc[UR4][R2.64]"] * loads + ["MUFU.EX2 R8, R4"] * 4
+        body += ["STG.E.128 desc[UR4][R2.64], R4"] * stores
+        lines += [f".L_x_{number}:", *body, f"@P0 BRA `(.L_x_{number})"]
+    lines += ["BRA `(.L_x_0)", "EXIT", ".L_x_99:", "BRA `(.L_x_99)"]
+    return "\n".join(x if x.startswith(".L") else f"        /*0010*/  {x} ;" for x in lines)
+
+
+def test_instructions_are_counted_in_the_innermost_loops():
+    """The longest loop that reads, and the longest that writes too; others read no vectors."""
+    text = listing((1, 0), (2, 0), (0, 0), (1, 1))
+    assert [len(loop) for loop in cuda_table._loops(text)] == [6, 7, 5, 7]
+    forward = "token_stats_fwd_kernel<float, false, false>"
+    assert cuda_table._per_element(forward, text) == (round(7 / 8, 2), 0.5)
+    step = "policy_step_kernel<float, float, false>"
+    assert cuda_table._per_element(step, text) == (round(7 / 8 + 7 / 4, 2), 1.5)
+    assert cuda_table._per_element("whiten_kernel", text) == (0.0, 0.0)
+
+
+@needs_module
+def test_names_are_those_of_the_source():
+    names = {
+        "_ZN7tokfuse4cuda13whiten_kernelENS_10WhitenArgsE": "whiten_kernel",
+        "_ZN7tokfuse4cuda22segment_moments_kernelIdEEvNS_11MomentsArgsENS0_14MomentsScratchE":
+            "segment_moments_kernel<double>",
+    }  # fmt: skip
+    assert {mangled: cuda_table.readable(mangled) for mangled in names} == names
+
+
+@needs_module
+@pytest.mark.compiler
+def test_the_table_is_what_the_module_holds():
+    if json.loads(cuda_table.TABLE.read_text())["nvcc"] != cuda_table.nvcc_version():
+        pytest.skip("another nvcc built the module")
+    # One architecture: disassembling takes 8 s each; `kernels --cuda --check` does all.
+    now = cuda_table.read_module("90a")
+    assert cuda_table.differences(now, [k for k in TABLE if k.arch == "90a"]) == []

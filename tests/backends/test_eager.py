@@ -1,0 +1,302 @@
+"""The native whole-call path of the eager mode: same results as the general path, same refusals."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokfuse
+from tokfuse.runtime.core import dispatch, native
+from tokfuse.runtime.ops import policy_loss as losses
+from tokfuse.runtime.ops import policy_step as steps
+from tokfuse.runtime.ops import token_stats as stats
+
+pytestmark = pytest.mark.skipif(
+    native.eager() is None, reason="no native module, or a torch without the DLPack exchange API"
+)
+
+TOKENS, VOCAB = 7, 33
+CU = torch.tensor([0, 3, 7], dtype=torch.int32)
+Call = Callable[[], Any]
+
+
+class Spy:
+    """Stands for the native module and notes which whole-call functions answered."""
+
+    def __init__(self) -> None:
+        self.answered: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            out = getattr(native.eager(), name)(*args)
+            self.answered += [] if out is None else [name]
+            return out
+
+        return call
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+    spy = Spy()
+    for op in (stats, losses, steps):
+        monkeypatch.setattr(op, "eager_cpu", lambda: spy)
+    yield spy
+
+
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    advantage = torch.randn(TOKENS, generator=gen)
+    advantage[2] = 0.0
+    return {
+        "old_logp": -3.5 + 0.3 * torch.randn(TOKENS, generator=gen),
+        "advantage": advantage,
+        "mask": torch.tensor([True, True, True, False, True, True, True]),
+    }
+
+
+def logits_of(dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+    return torch.randn(TOKENS, VOCAB, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+TARGET = torch.arange(TOKENS) * 4
+
+OBJECTIVES = {
+    "ppo": (tokfuse.Objective(), {}),
+    "kl_entropy": (
+        tokfuse.Objective(kl=tokfuse.KL(coef=0.1), entropy_coef=0.02),
+        {"ref_logp": torch.full((TOKENS,), -3.4), "kl_weight": torch.linspace(0, 1, TOKENS)},
+    ),
+    "seq_mean": (tokfuse.Objective(aggregation="seq_mean_token_mean"), {"cu_seqlens": CU}),
+    "batch": (tokfuse.Objective(), {"normalizer": "batch"}),
+    "number": (tokfuse.Objective(aggregation="token_sum"), {"normalizer": 12}),
+    "per_sequence": (
+        tokfuse.Objective(),
+        {"cu_seqlens": CU, "advantage_level": "sequence", "advantage": torch.tensor([1.0, -2.0])},
+    ),
+    "signal": (
+        tokfuse.Objective(shape=tokfuse.NFT()),
+        {"signal": torch.full((TOKENS,), 0.4)},
+    ),
+}
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, tokfuse.PolicyStep):
+        given = (result.loss, result.token_loss, result.loss_sum, result.count)
+        rest = (result.metrics.sums, *result.stats, result.grad_logits)
+        return [x for x in (*given, *rest) if x is not None]
+    if isinstance(result, losses.PolicyLoss):
+        given = (result.loss, result.token_loss, result.loss_sum, result.count)
+        return [*given, result.metrics.sums]
+    return list(result)
+
+
+def both_ways(call: Call, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`call` on the eager path, then on the general one: bitwise the same."""
+    fast = call()
+    assert len(spy.answered) == 1, "the native function did not answer a plain call"
+    for op in (stats, losses, steps):
+        monkeypatch.setattr(op, "eager_cpu", lambda: None)
+    slow = call()
+    for a, b in zip(flat(fast), flat(slow), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(a, b), (a, b)
+    if isinstance(fast, losses.PolicyLoss | tokfuse.PolicyStep):
+        assert fast.metrics.mean() == slow.metrics.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": torch.linspace(0.5, 2.0, TOKENS)},
+        {"softcap": 5.0, "logit_scale": 0.5},
+        {"mask": batch()["mask"]},
+    ],
+    ids=["plain", "temperature", "per_token", "softcap", "mask"],
+)
+def test_token_stats(
+    options: dict[str, Any], dtype: torch.dtype, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = logits_of(dtype)
+    both_ways(lambda: tokfuse.token_stats(z, TARGET, **options), spy, monkeypatch)
+
+
+def test_row_stride(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = logits_of()[::2, 3:]
+    both_ways(lambda: tokfuse.token_stats(z, TARGET[::2].clone() // 4), spy, monkeypatch)
+
+
+def test_token_stats_gradient(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call() -> torch.Tensor:
+        z = logits_of().requires_grad_()
+        out = tokfuse.token_stats(z, TARGET)
+        assert not out.lse.requires_grad and out.logp.requires_grad
+        (grad,) = torch.autograd.grad((out.logp * 2 - out.entropy).sum(), z)
+        return grad
+
+    both_ways(call, spy, monkeypatch)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_policy_loss(name: str, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, extra = OBJECTIVES[name]
+
+    def call() -> list[torch.Tensor]:
+        logp = torch.linspace(-4, -3, TOKENS, requires_grad=True)
+        entropy = torch.linspace(0, 2, TOKENS, requires_grad=True)
+        given = {**batch(), **extra}
+        out = tokfuse.policy_loss(logp, entropy=entropy, objective=objective, **given)
+        grads = torch.autograd.grad(out.loss, [logp, entropy], materialize_grads=True)
+        return [*flat(out), *grads]
+
+    both_ways(call, spy, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_policy_step(
+    name: str, in_place: bool, dtype: torch.dtype, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, extra = OBJECTIVES[name]
+    given = {**batch(), **extra, "target": TARGET, "objective": objective}
+
+    def call() -> Any:
+        z = logits_of(dtype)
+        if in_place:
+            version = z._version
+            step = tokfuse.policy_step_(z, **given)
+            assert z._version > version and step.grad_logits.data_ptr() == z.data_ptr()
+            return step
+        return tokfuse.policy_step(logits=z, **given)
+
+    both_ways(call, spy, monkeypatch)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_policy_step_gradient(in_place: bool, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {**batch(), "target": TARGET, "objective": tokfuse.Objective()}
+
+    def call() -> torch.Tensor:
+        leaf = logits_of().requires_grad_()
+        z = leaf * 1.0
+        step = (
+            tokfuse.policy_step_(z, **given) if in_place else tokfuse.policy_step(logits=z, **given)
+        )
+        (step.loss * 3).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    both_ways(call, spy, monkeypatch)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"old_logp": batch()["old_logp"].double()},
+        {"old_logp": batch()["old_logp"].bfloat16()},
+        {"advantage": torch.randn(2 * TOKENS)[::2]},
+        {"mask": torch.ones(2 * TOKENS, dtype=torch.bool)[::2]},
+        {"old_logp": batch()["old_logp"].as_subclass(Subclass)},
+        {"sampler_logp": batch()["old_logp"]},
+    ],
+    ids=["float64", "bfloat16", "strided", "strided_mask", "subclass", "sampler"],
+)
+def test_what_must_be_converted_takes_the_general_path(change: dict[str, Any], spy: Spy) -> None:
+    given = {**batch(), **change}
+    out = tokfuse.policy_loss(torch.full((TOKENS,), -3.5), objective=tokfuse.Objective(), **given)
+    assert spy.answered == [] and bool(out.loss.isfinite())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": TARGET + 30}, "target must be in"),
+        ({"target": TARGET[:-1]}, "target must be of shape"),
+        ({"target": TARGET.int()}, "target must be of dtype int64"),
+        ({"temperature": 0.0}, "temperature must be"),
+        ({"temperature": torch.zeros(TOKENS)}, "temperature must be > 0"),
+        ({"softcap": -1.0}, "softcap must be"),
+        ({"logit_scale": float("nan")}, "logit_scale must be"),
+        ({"old_logp": torch.zeros(TOKENS, requires_grad=True)}, "old_logp must be free of grad"),
+        ({"advantage": torch.zeros(3)}, "advantage must be of shape"),
+        ({"mask": torch.ones(TOKENS)}, "mask must be of dtype bool"),
+        ({"signal": torch.zeros(TOKENS)}, "signal must be None"),
+        ({"kl_weight": torch.zeros(TOKENS)}, "kl_weight must be None"),
+        ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, "cu_seqlens must be"),
+        ({"cu_seqlens": torch.tensor([0, 5, 3, 7], dtype=torch.int32)}, "non-decreasing"),
+        ({"cu_seqlens": torch.tensor([1, 7], dtype=torch.int32)}, "starts at 0"),
+        ({"advantage_level": "row"}, "advantage_level must be"),
+        ({"normalizer": 0.0}, "normalizer must be"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    change: dict[str, Any], words: str, in_place: bool, spy: Spy
+) -> None:
+    z = logits_of()
+    kept = z.clone()
+    given = {**batch(), "target": TARGET, "objective": tokfuse.Objective(), **change}
+    with pytest.raises(ValueError, match=words):
+        if in_place:
+            tokfuse.policy_step_(z, **given)
+        else:
+            tokfuse.policy_step(logits=z, **given)
+    assert torch.equal(z, kept) and spy.answered == []
+
+
+def test_a_forced_backend_is_not_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.eager_cpu() is not None
+    with tokfuse.backend("cpu"):
+        assert dispatch.eager_cpu() is not None
+    with tokfuse.backend("reference"):
+        assert dispatch.eager_cpu() is None
+    monkeypatch.setenv("TOKFUSE_BACKEND", "reference")  # after import: read at every call
+    assert dispatch.eager_cpu() is None
+    monkeypatch.setenv("TOKFUSE_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="TOKFUSE_BACKEND must be one of"):
+        tokfuse.token_stats(logits_of(), TARGET)
+
+
+def test_a_torch_without_the_exchange_api_takes_the_general_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = tokfuse.token_stats(logits_of(), TARGET)
+    native.eager.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
+    try:
+        assert native.eager() is None
+        out = tokfuse.token_stats(logits_of(), TARGET)
+    finally:
+        monkeypatch.undo()
+        native.eager.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+ODD = st.sampled_from(
+    [None, 0, -1, 1.5, "token", b"", (), (1, 2), [], object(), torch.zeros(3), torch.zeros(2, 3),
+     torch.zeros(0, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool),
+     torch.zeros(()), torch.zeros(1, 1, 1), torch.zeros(3).as_subclass(Subclass), 2**70,
+     float("nan"), True]
+)  # fmt: skip
+
+
+@given(
+    name=st.sampled_from(["eager_token_stats", "eager_policy_loss", "eager_policy_step"]),
+    args=st.lists(st.one_of(ODD, st.tuples(*[ODD] * 6), st.tuples(*[ODD] * 10)), max_size=10),
+)
+def test_any_arguments_end_in_none_or_a_result(name: str, args: list[Any]) -> None:
+    out = getattr(native.eager(), name)(*args)
+    assert out is None or isinstance(out, tuple)

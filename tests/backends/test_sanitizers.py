@@ -1,0 +1,68 @@
+"""The build of `make test-sanitize` bites: kernels that are lied to end with a report.
+
+Every call here is undefined behaviour in an ordinary build, where these tests are skipped.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tokfuse.runtime.core import native
+
+MODULE = native.module()
+pytestmark = pytest.mark.skipif(
+    not getattr(MODULE, "sanitizers", ""), reason="the native module is built without sanitizers"
+)
+
+# (4, 9) float32 logits, and what the binding layer cannot see: the size behind an address.
+PRELUDE = """
+import torch
+from tokfuse.runtime.core import native
+from tokfuse.runtime.ops import token_stats as stats
+M = native.module()
+torch.set_num_threads(1)
+z, y = torch.randn(4, 9), torch.tensor([0, 1, 2, 8])
+record, alive = stats.native_logits_record(z, y, stats.LogitOptions(1.0, None, 1.0, None))
+out = [torch.empty(4) for _ in range(7)]
+def call(logits=z, out=out, offset=0):
+    M.token_stats_fwd((logits.data_ptr() + offset, *record[1:]), *(x.data_ptr() for x in out),
+                      0, 0, 0, 1.0)
+"""
+
+
+def report(body: str) -> tuple[int, str]:
+    """Exit status and error output of a child, with the reports in it instead of in files."""
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PRELUDE + textwrap.dedent(body)],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_what_is_right_is_not_reported() -> None:
+    status, text = report("call()")
+    assert status == 0, text
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("call(logits=torch.randn(35))", "heap-buffer-overflow"),
+        ("call(out=[torch.empty(3), *out[1:]])", "heap-buffer-overflow"),
+        ("freed = torch.empty(36).data_ptr(); call(logits=z, offset=freed - z.data_ptr())",
+         "heap-use-after-free"),
+        ("call(logits=torch.randn(40), offset=2)", "misaligned address"),
+    ],
+    ids=["read past the logits", "write past an output", "freed logits", "misaligned logits"],
+)  # fmt: skip
+def test_a_lie_about_a_buffer_is_reported(body: str, found: str) -> None:
+    status, text = report(body)
+    assert status != 0 and found in text, f"exit {status}: {text[-2000:]}"

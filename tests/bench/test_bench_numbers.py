@@ -1,0 +1,136 @@
+"""`bench numbers` and `bench targets`: what is said about the rows is in the rows."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tokfuse.bench import cli, numbers, targets
+from tokfuse.bench.row import SCHEMA_VERSION, Row
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
+ROW = Row(
+    schema=SCHEMA_VERSION, op="policy_step_hidden", mode="step", variant="rows=1", shape="8x4x16",
+    tokens=8, hidden=4, vocab=16, dtype="float32", device="cpu", provider="tokfuse", role="ours",
+    backend="cpu", status="pass", threads=2, median_ms=2.0, cpu_ms=4.0, peak_extra_bytes=5 << 20,
+    result_bytes=3 << 20, cpu_model="a processor", command="tokfuse bench x --json r.jsonl",
+)  # fmt: skip
+PEER = replace(ROW, provider="trl", role="peer", median_ms=5.0, cpu_ms=6.0, note="computes no lse")
+STUDY = {
+    "data": "answers", "samples": 4, "kind": "direction", "score": "sketch", "slice": "all",
+    "spearman": 0.5, "spearman_low": 0.25, "spearman_high": 0.75, "seeds": 8, "model": "a model",
+}  # fmt: skip
+
+
+def test_readme_is_current() -> None:
+    assert RESULTS
+    page = (ROOT / "README.md").read_text()
+    recorded = page.split(numbers.BEGIN)[1].split(numbers.END)[0].strip()
+    assert recorded == numbers.section(*numbers.read(RESULTS)), (
+        "run `python -m tokfuse bench numbers bench/results/*.jsonl --write README.md`"
+    )
+
+
+def test_tables_hold_what_the_rows_hold() -> None:
+    gemm = replace(ROW, provider="limit_gemm", role="limit", median_ms=1.5)
+    text = numbers.section(
+        [ROW, PEER, gemm, replace(PEER, provider="liger", status="error")], [STUDY]
+    )
+    assert (
+        "| 8 x 4 x 16 | float32 | rows=1 | bare matrix products | 1.5 (0.8x) | 1.0x | - | - |"
+        in text
+    )
+    assert "| tokfuse | 2.0 (1.0x) | 1.0x | 2.0 MiB | - |" in text
+    assert "| trl | 5.0 (2.5x) | 1.5x | 2.0 MiB | computes no lse |" in text and "liger" not in text
+    assert "| answers (4) | sketch | 0.50 (0.25 to 0.75) |" in text
+    assert "a processor" in text and "- `tokfuse bench x`" in text
+
+
+def test_the_study_is_read_next_to_its_controls() -> None:
+    scores = {numbers.SKETCH: 0.5, numbers.HEAD: 0.75, numbers.NO_GRADIENT: 0.125}
+    study = [STUDY | {"score": name, "spearman": v, "seeds": 1} for name, v in scores.items()]
+    text = numbers.section([], study)
+    assert "rank 64 agrees with the gradients of all layers at 0.50, the lm_head's own" in text
+    assert "at 0.75, the mean hidden state without any gradient at 0.12." in text
+    assert "agrees" not in numbers.section([], study[:1])
+
+
+def test_a_busy_machine_is_said_under_its_table() -> None:
+    calm, busy = (numbers.section([replace(ROW, load_average=x)]) for x in (1.5, 12.0))
+    assert "measuring: 1.5 to 1.5." in calm
+    assert "measuring: 12.0 to 12.0; other work stretched these times." in busy
+
+
+def test_targets_pass_over_the_study(tmp_path, capsys) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(STUDY) + "\n" + ROW.to_json() + "\n")
+    assert cli.main(["targets", str(path)]) == 0  # the workspace of 2 MiB is judged
+    assert "beyond its results" in capsys.readouterr().out
+
+
+def test_the_price_of_influence_is_a_ratio_in_one_run() -> None:
+    alone = replace(ROW, op="influence", variant="rank=64")
+    sketches = replace(alone, provider="tokfuse_sketches", median_ms=2.5, cpu_ms=4.2)
+    text = numbers.section([sketches, alone])
+    assert "| rank=64 | with norms and sketches | 2.5 | 1.250x | 1.050x |" in text
+
+
+def test_recorded_command_does_not_say_where_rows_go() -> None:
+    line = cli.recorded_command(["gae", "--json", "/a/b", "--quick", "--json=/c"])
+    assert line == "python -m tokfuse bench gae --quick"
+
+
+def test_rows_of_a_sweep_stay_out_of_the_other_tables() -> None:
+    swept = replace(ROW, sweep="tokens", median_ms=99.0, flops=1)
+    text = numbers.section([ROW, swept])
+    assert text.count("99.00 ms") == 1 and "### policy_step_hidden: tokens" in text
+
+
+def test_numbers_are_written_between_the_markers(tmp_path, capsys) -> None:
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    rows.write_text(ROW.to_json() + "\n\n" + json.dumps(STUDY) + "\n")
+    page.write_text(f"before\n{numbers.BEGIN}\nold\n{numbers.END}\nafter\n")
+    assert cli.main(["numbers", str(rows), "--write", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert cli.main(["numbers", str(rows)]) == 0
+    assert capsys.readouterr().out.strip() in text
+    page.write_text("no markers")
+    for line in (["numbers", str(rows), "--write", str(page)], ["numbers"],
+                 ["policy_step", "--write", str(page)]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            cli.main(line)
+    assert page.read_text() == "no markers"
+
+
+@pytest.mark.parametrize(
+    ("goal", "row", "text", "met"),
+    [
+        (targets.Ceiling("o", "m", "v", "tokfuse", ("none", "base"), 2.0), {"median_ms": 3.0},
+         "tokfuse / base = 1.500 (at most 2)", True),
+        (targets.Ceiling("o", "m", "v", "tokfuse", ("base",), 1.2), {"median_ms": 3.0},
+         "tokfuse / base = 1.500 (at most 1.2)", False),
+        (targets.Floor("o", "m", "v", "tokfuse", 0.7), {"limit_share": 0.6, "limit": "read"},
+         "tokfuse reaches 0.60 of read (at least 0.7)", False),
+        (targets.Budget("o", "m", "v", "tokfuse", 1 << 20), {},
+         "tokfuse uses 2.0 MiB beyond its results (at most 1)", False),
+        (targets.Target("o", "m", "v", "tokfuse", "base", 0.5), {},
+         "base / tokfuse = 1.00 (at least 0.5)", True),
+    ],
+)  # fmt: skip
+def test_every_kind_of_goal(goal: targets.Goal, row: dict, text: str, met: bool) -> None:
+    ours = replace(ROW, op="o", mode="m", variant="v", **row)
+    base = replace(ours, provider="base", role="peer", median_ms=2.0)
+    ((line, verdict),) = targets.judge([ours, base], [goal])
+    assert text in line and verdict is met
+    assert targets.judge([replace(ours, sweep="tokens")], [goal]) == []
+
+
+def test_a_goal_without_rows_is_silent() -> None:
+    goals = (targets.Ceiling("o", "m", "v", "tokfuse", ("base",), 1.0),
+             targets.Floor("o", "m", "v", "tokfuse", 0.7),
+             targets.Budget("o", "m", "v", "tokfuse", 1))  # fmt: skip
+    bare = replace(ROW, op="o", mode="m", variant="v", peak_extra_bytes=None)
+    assert targets.judge([bare], goals) == []

@@ -1,0 +1,115 @@
+"""What the documentation states holds: examples run, names and defaults exist, tables are current.
+
+A fenced `python` block of a page is a program that must run as it stands. Inline code of the form
+`tokfuse.name(argument=value)` states defaults.
+"""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokfuse
+from tokfuse.inspection import doctor
+from tokfuse.runtime.core import native
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def inline_code(page: Path) -> list[str]:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [(page, n) for page in PAGES for n in range(len(blocks(page, "python")))],
+    ids=lambda value: value.name if isinstance(value, Path) else str(value),
+)
+def test_examples_run(page: Path, number: int, tmp_path: Path):
+    script = tmp_path / "example.py"
+    script.write_text(blocks(page, "python")[number])
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_first_example_is_short():
+    lines = [line for line in blocks(ROOT / "README.md", "python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 18
+
+
+def quoted_calls() -> list[tuple[str, str]]:
+    """(page, code) of every inline `tokfuse.` expression."""
+    return [
+        (name, code)
+        for name, page in zip(IDS, PAGES, strict=True)
+        for code in inline_code(page)
+        if re.fullmatch(r"tokfuse(\.\w+)+(\(.*\))?", code)
+    ]
+
+
+@pytest.mark.parametrize(("page", "code"), quoted_calls())
+def test_quoted_names_and_defaults_exist(page: str, code: str):
+    tree = ast.parse(code, mode="eval").body
+    call = tree if isinstance(tree, ast.Call) else None
+    path = ast.unparse(call.func if call else tree).split(".")[1:]
+    if path[:2] == ["_native", "cuda"] and not hasattr(native.module(), "cuda"):
+        pytest.skip("the native module is built without CUDA")
+    value: object = tokfuse
+    for position, part in enumerate(path):
+        if not hasattr(value, part):  # a sub-package that nothing has imported yet
+            __import__(".".join(["tokfuse", *path[: position + 1]]))
+        value = getattr(value, part)
+    for keyword in call.keywords if call else ():
+        parameters = inspect.signature(value).parameters  # type: ignore[arg-type]
+        assert keyword.arg in parameters, f"{page}: {code}: no argument {keyword.arg}"
+        stated = ast.literal_eval(keyword.value)
+        assert parameters[keyword.arg].default == stated, f"{page}: {code}: another default"
+
+
+def test_support_table_is_current():
+    written = README.split(doctor.SUPPORT_BEGIN)[1].split(doctor.SUPPORT_END)[0].strip()
+    assert written == doctor.markdown(), "run `python -m tokfuse doctor --markdown README.md`"
+
+
+def test_environment_table_is_current():
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*) \|$", README, re.MULTILINE))
+    assert rows == doctor.ENVIRONMENT
+
+
+def test_folder_map_is_complete():
+    listed = set(re.findall(r"^\| `(\w+)/` \|", README, re.MULTILINE))
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    folders = {name.split("/")[0] for name in done.stdout.splitlines() if "/" in name}
+    assert {folder for folder in folders if not folder.startswith(".")} == listed | {
+        "docs"
+    } & folders
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_quoted_targets_and_files_exist(page: Path):
+    makefile = (ROOT / "Makefile").read_text()
+    text = page.read_text()
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
+    for code in inline_code(page):
+        if re.fullmatch(r"\.?\w[\w./-]*\.(py|md|txt|toml|h|cpp|sh)", code) and "/" in code:
+            assert (ROOT / code).is_file(), f"{code} does not exist"
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / link).exists(), f"broken link {link}"

@@ -1,0 +1,157 @@
+"""The paper index, the registry, the docstrings and the command say the same things."""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from tokfuse import algorithms
+from tokfuse.__main__ import main
+from tokfuse.algorithms import listing, registry
+from tokfuse.algorithms.registry import ENTRIES, KINDS, LABELS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "paper_index.md"
+# Every system of the reading list that has code of a kind, and the strongest claim it may make.
+POLICY = {
+    "D3S": "recon", "ADORA": "exact", "BRRL / BPO / GBPO": "exact", "PIPO": "exact",
+    "T-PPO": "recon", "R2VPO": "recon", "BAPO": "exact", "GRPO-Guard": "exact",
+    "DCPO (distribution-centric)": "exact", "EPO": "exact", "NFT": "exact", "DYPO": "exact",
+    "CDPO (VideoThinker)": "exact", "Actor-critics, optimal sample efficiency": "analogue",
+    "A2PR": "analogue", "CIP": "analogue", "The standard family": "exact",
+}  # fmt: skip
+SELECTION = {
+    "UGDA": "recon", "LESS": "exact", "GREATS": "exact", "LeaF": "exact", "CurES": "exact",
+    "SEELE": "exact", "Cog-Rethinker": "recon", "ISLA": "analogue", "HPL": "exact",
+    "Thought Branches": "exact", "CDC-MAS": "utility", "OFS": "utility",
+    "Adyen bandits": "utility",
+}  # fmt: skip
+CAUSAL = {
+    "CDAS": "exact", "Ad-load balancing": "exact", "CausalInfoMin": "exact", "IDUM": "utility",
+    "Causal minimax invariance": "analogue", "CMB": "utility",
+    "Policy-guided diffusion": "analogue", "Test-time scaling survey": "utility",
+}  # fmt: skip
+# Read for this project and without code here: each has its reason in the page.
+OUT = {
+    "UMLC", "MPVA", "TCS", "AGEC causal bandits", "HDPO", "Domain counterfactuals / ILD",
+    "CausalDiffAE", "Steering the Herd", "Invalid-IV ATE", "S-CNFG",
+}  # fmt: skip
+PREFERENCE = {
+    "The DPO family": "exact", "RPO": "exact", "HPL": "recon", "ARIES": "analogue",
+    "SePPO": "recon", "LeaF": "recon", "Differential Information": "utility",
+    "MetaTuner": "utility",
+}  # fmt: skip
+REWARD = {
+    "CausalRM": "recon", "FiMi-RM": "recon", "UGDA": "recon", "PARL": "analogue",
+    "Outcome-invariant DA / IVL": "exact", "Kernel causal balancing": "exact",
+    "One Map, Many Trials": "utility", "PUC / PTONet": "utility", "OILCA": "utility",
+    "CDSAE": "utility", "The standard family": "exact",
+}  # fmt: skip
+SYSTEMS = {
+    "policy": POLICY, "preference": PREFERENCE, "reward": REWARD, "selection": SELECTION,
+    "causal": CAUSAL,
+}  # fmt: skip
+# How a docstring says what the label says.
+WORDS = {
+    "exact": r"\b[Ee]xact\b", "recon": r"\b[Rr]econstructed\b", "analogue": r"\bAnalogue\b",
+    "utility": r"\bUtility\b",
+}  # fmt: skip
+
+
+def test_the_page_is_what_the_registry_writes():
+    text = PAGE.read_text()
+    written = text.split(listing.INDEX_BEGIN)[1].split(listing.INDEX_END)[0].strip()
+    assert written == listing.markdown(), (
+        "run `python -m tokfuse algorithms --markdown docs/paper_index.md`"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_system_has_its_label(kind: str):
+    claimed = {}
+    for one in ENTRIES.values():
+        if one.kind == kind:
+            claimed.setdefault(one.system, set()).add(one.label)
+    assert claimed.keys() == SYSTEMS[kind].keys()
+    for system, label in SYSTEMS[kind].items():
+        # No entry claims more than its system may.
+        assert min(LABELS.index(each) for each in claimed[system]) == LABELS.index(label), system
+
+
+def test_every_system_without_code_has_its_reason():
+    stated = {name.split(" (")[0]: reason for name, reason in listing.OUT.items()}
+    assert stated.keys() == OUT and all(len(reason) > 20 for reason in stated.values())
+
+
+@pytest.mark.parametrize("name", algorithms.list())
+def test_entries_name_a_file_a_source_and_their_reservations(name: str):
+    one = ENTRIES[name]
+    source = (ROOT / one.file).read_text()
+    assert f'"{name}"' in source
+    assert one.source and not one.summary.endswith(".")
+    assert one.label == "exact" or one.differs, "a weaker claim states why"
+    if not one.table:
+        text = inspect.getdoc(one.cls)
+        assert re.search(WORDS[one.label], text), f"{name}: label {one.label}"
+        inherited = algorithms.Standard.__dataclass_fields__ if one.kind == "policy" else ()
+        missing = [
+            option
+            for option in one.options()
+            if option not in inherited and not re.search(rf"\b{option}\b", text)
+        ]
+        assert not missing, f"{name}: undocumented {missing}"
+
+
+def test_a_function_is_made_with_its_options_filled_in(monkeypatch):
+    monkeypatch.setattr(registry, "ENTRIES", {})
+
+    @registry.register("half", kind="reward", system="-", label="utility", source="-", summary="-")
+    def half(x: float, *, shift: float, scale: float = 0.5) -> float:
+        return scale * x + shift
+
+    assert registry.entry("half").options() == {"shift": dataclasses.MISSING, "scale": 0.5}
+    assert algorithms.make("half", shift=1.0)(4.0) == 3.0
+    with pytest.raises(ValueError, match=r"half: shift must be given"):
+        algorithms.make("half")
+    assert algorithms.list("reward") == ["half"] and algorithms.list("policy") == []
+    with pytest.raises(ValueError, match="kind must be one of policy, preference"):
+        algorithms.list("rewards")
+
+
+def test_every_axis_of_the_standard_family_is_documented():
+    text = inspect.getdoc(algorithms.Standard)
+    fields = set(algorithms.Standard.__dataclass_fields__) - {"name"}
+    assert not {f for f in fields if not re.search(rf"\b{f}\b", text)}
+
+
+def test_the_command(capsys):
+    assert main(["algorithms"]) == 0
+    parts = capsys.readouterr().out.strip().split("\n\n")
+    kinds = [kind for kind in KINDS if algorithms.list(kind)]
+    assert [part.split(":")[0] for part in parts] == kinds
+    for kind, part in zip(kinds, parts, strict=True):
+        rows = [line.split() for line in part.splitlines()[1:]]
+        assert [row[0] for row in rows] == algorithms.list(kind)
+        assert all(row[1] in LABELS for row in rows)
+    assert main(["algorithms", "--kind", "policy"]) == 0
+    assert capsys.readouterr().out.strip() == parts[0]
+    assert main(["algorithms", "r2vpo"]) == 0
+    out = capsys.readouterr().out
+    assert "r2vpo (policy, recon)" in out and "penalty = must be given" in out
+    with pytest.raises(SystemExit):
+        main(["algorithms", "r2d2"])
+    assert "one of a2pr_nll" in capsys.readouterr().err
+
+
+def test_the_index_is_written_between_its_marks_only(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{listing.INDEX_BEGIN}\nold\n{listing.INDEX_END}\nafter\n")
+    assert main(["algorithms", "--markdown", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old\n" not in text
+    assert listing.markdown() in text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="must hold"):
+        main(["algorithms", "--markdown", str(page)])
