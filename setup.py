@@ -46,19 +46,24 @@ PACKAGE_DIR = {
 }
 
 # CMake caches what these select, so each combination gets a build folder of its own.
-BUILD_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CMAKE_GENERATOR",
-                  "CUDA_HOME", "CUDA_PATH", "TOKFUSE_CMAKE_ARGS")  # fmt: skip
+BUILD_SETTINGS = (
+    "CC",
+    "CXX",
+    "CFLAGS",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "CUDACXX",
+    "CMAKE_GENERATOR",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "TOKFUSE_CMAKE_ARGS",
+)
 
 
 def native_build_dir(cuda: str) -> Path:
     """A folder that outlives the build, so that an unchanged source file is compiled once."""
     tools = [shutil.which(name) for name in ("c++", "nvcc", "cmake")]
-    settings = [
-        sys.base_prefix,
-        cuda,
-        *map(str, tools),
-        *(os.environ.get(name, "") for name in BUILD_SETTINGS),
-    ]
+    settings = [sys.base_prefix, cuda, *map(str, tools), *(os.environ.get(name, "") for name in BUILD_SETTINGS)]
     key = hashlib.sha256("\0".join(settings).encode()).hexdigest()[:8]
     return ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}"
 
@@ -84,8 +89,7 @@ class CMakeBuild(build_ext):
             except subprocess.CalledProcessError as error:
                 if cuda != "AUTO" or _strict() or not _compiles_cuda(cuda):
                     raise
-                print(f"tokfuse: the build with CUDA kernels failed ({error}); again without.",
-                      file=sys.stderr)  # fmt: skip
+                print(f"tokfuse: the build with CUDA kernels failed ({error}); again without.", file=sys.stderr)
                 self._run_cmake(ext, "OFF")
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             self._remove_stale(ext)

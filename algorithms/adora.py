@@ -70,13 +70,19 @@ class ADORA(Standard):
         if self.condition is not None:
             check_choice(self._op, "condition", self.condition, ("length", "difficulty", "either"))
             if not self.rule.startswith("paper"):
-                raise refuse(self._op, "condition", f"left out with rule {self.rule!r}",
-                             repr(self.condition), "It would have no effect.")  # fmt: skip
+                raise refuse(
+                    self._op,
+                    "condition",
+                    f"left out with rule {self.rule!r}",
+                    repr(self.condition),
+                    "It would have no effect.",
+                )
         if self.tau is not None:
             check_number(self._op, "tau", self.tau, 0.0, 1.0)
             if self.condition not in ("difficulty", "either"):
-                raise refuse(self._op, "tau", f"left out with condition {self.condition!r}",
-                             self.tau, "It would have no effect.")  # fmt: skip
+                raise refuse(
+                    self._op, "tau", f"left out with condition {self.condition!r}", self.tau, "It would have no effect."
+                )
 
     def group_weight(self, batch: Batch) -> torch.Tensor:
         """(seqs,) float64: w of each response's group."""
@@ -95,7 +101,7 @@ class ADORA(Standard):
 
         longest = torch.full_like(length, -torch.inf).scatter_reduce(
             0, member, torch.where(right, length, -torch.inf), "amax"
-        )[member]  # fmt: skip
+        )[member]
         failures, successes = total(wrong), total(right)
         mean = total(torch.where(wrong, length, 0.0)) / failures.clamp(min=1)
         without = torch.inf if self.rule == "vlm" else -torch.inf

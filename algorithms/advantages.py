@@ -40,9 +40,7 @@ ESTIMATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 WHITENED = frozenset({"gae", "reinforce_pp", "reinforce_pp_baseline"})
 
 
-def estimate(
-    name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str, Any], whitened: bool
-) -> Advantage:
+def estimate(name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str, Any], whitened: bool) -> Advantage:
     """The advantage of a batch. `reward` replaces batch.reward (a length penalty added to it).
 
         grpo ... reinforce     the presets of `tokfuse.group_advantage`
@@ -59,17 +57,14 @@ def estimate(
         options: those of `ESTIMATORS[name]` that are set.
         whitened: divide by the standard deviation over all tokens of all ranks.
     """
-    value = _TOKEN[name](batch, reward, options) if name in _TOKEN else _per_group(
-        name, batch, reward, options)  # fmt: skip
+    value = _TOKEN[name](batch, reward, options) if name in _TOKEN else _per_group(name, batch, reward, options)
     if not whitened:
         return value
     x = value.value if value.level == "token" else batch.spread(value.value)
     return Advantage(_whiten(batch, x), "token")
 
 
-def _per_group(
-    name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]
-) -> Advantage:
+def _per_group(name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]) -> Advantage:
     if name in ("gpg", "gpg_verl"):
         gain = group_advantage(reward, batch.group_ids, "dr_grpo", **options)
         assert batch.group_ids is not None
@@ -90,9 +85,8 @@ def _per_group(
 
 
 def _over_ranks(
-    name: str, batch: Batch, reward: torch.Tensor, kind: Mapping[str, torch.Tensor],
-    options: Mapping[str, Any],
-) -> torch.Tensor:  # fmt: skip
+    name: str, batch: Batch, reward: torch.Tensor, kind: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> torch.Tensor:
     """A deviation of the whole batch needs the rewards of all ranks; groups stay the ranks' own."""
     grouped = name not in ("remax", "reinforce")
     ids = torch.zeros_like(reward, dtype=torch.int64)
@@ -132,9 +126,8 @@ def last_token(batch: Batch) -> torch.Tensor:
 def _reward_to_go(batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]) -> Advantage:
     rewards = token_rewards(batch, reward, options.get("reward_kl"))
     advantage, _ = gae(
-        rewards, torch.zeros_like(rewards), batch.cu_seqlens,
-        gamma=options.get("gamma", 1.0), mask=batch.mask,
-    )  # fmt: skip
+        rewards, torch.zeros_like(rewards), batch.cu_seqlens, gamma=options.get("gamma", 1.0), mask=batch.mask
+    )
     return Advantage(advantage, "token")
 
 
@@ -150,14 +143,10 @@ def gae_and_returns(
     assert batch.value is not None
     given = {k: v for k, v in options.items() if k != "reward_kl"}
     rewards = token_rewards(batch, reward, options.get("reward_kl"))
-    return gae(
-        rewards, batch.value, batch.cu_seqlens, mask=batch.mask, finished=batch.finished, **given
-    )
+    return gae(rewards, batch.value, batch.cu_seqlens, mask=batch.mask, finished=batch.finished, **given)
 
 
-def _optimal_token_baseline(
-    batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]
-) -> Advantage:
+def _optimal_token_baseline(batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]) -> Advantage:
     to_go = _reward_to_go(batch, reward, options).value.double()
     assert batch.sum_sq is not None and batch.group_ids is not None
     sequence, valid, start = batch.sequence, batch.valid, batch.cu_seqlens[:-1].long()
@@ -197,6 +186,11 @@ def check_options(op: str, name: str, given: Mapping[str, Any]) -> dict[str, Any
     for option in used:
         if option not in ESTIMATORS[name][1]:
             readers = [n for n, (_, options) in ESTIMATORS.items() if option in options]
-            raise refuse(op, option, f"left out with advantage {name!r}", repr(used[option]),
-                         f"It belongs to {', '.join(readers)}.")  # fmt: skip
+            raise refuse(
+                op,
+                option,
+                f"left out with advantage {name!r}",
+                repr(used[option]),
+                f"It belongs to {', '.join(readers)}.",
+            )
     return used

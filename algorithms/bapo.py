@@ -63,8 +63,7 @@ class BAPO(Standard):
             check_number(self._op, f"{name}[1]", last, first)
             check_number(self._op, f"step_{name}", step, 0.0, open_low=True)
         if self.shape != PPOClip():
-            raise refuse(self._op, "shape", "left out (its bounds are searched)", self.shape,
-                         "Set low and high.")  # fmt: skip
+            raise refuse(self._op, "shape", "left out (its bounds are searched)", self.shape, "Set low and high.")
 
     @property
     def needs_policy(self) -> bool:
@@ -78,16 +77,13 @@ class BAPO(Standard):
         assert plan.batch.logp is not None
         ratio = (plan.batch.logp.double() - plan.batch.old_logp.double()).clamp(-20, 20).exp()
         c_low, c_high = self.search(ratio, token_advantage(plan), plan_mask(plan), batch.world)
-        shape = PPOClip(low=None, high=None, ratio_min=c_low, ratio_max=c_high,
-                        dual=3.0 if self.form == "code" else None)  # fmt: skip
+        shape = PPOClip(
+            low=None, high=None, ratio_min=c_low, ratio_max=c_high, dual=3.0 if self.form == "code" else None
+        )
         return replace(plan, objective=replace(plan.objective, shape=shape))
 
     def search(
-        self,
-        ratio: torch.Tensor,
-        advantage: torch.Tensor,
-        mask: torch.Tensor,
-        world: World | None = None,
+        self, ratio: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor, world: World | None = None
     ) -> tuple[float, float]:
         """(c_low, c_high). Integer steps: a sum of 0.02 drifts past the last bound.
 

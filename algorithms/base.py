@@ -91,10 +91,7 @@ class Plan:
         }
 
     def loss(
-        self,
-        logp: torch.Tensor,
-        entropy: torch.Tensor | None = None,
-        normalizer: float | torch.Tensor | None = None,
+        self, logp: torch.Tensor, entropy: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None
     ) -> PolicyLoss:
         """`tokfuse.policy_loss` of differentiable statistics; the same numbers as `policy_step`."""
         inputs = self.inputs(normalizer)
@@ -163,9 +160,7 @@ class Algorithm(Stateful, ABC):
         """One optimizer step each, in this order, for a minibatch."""
         return (self.objective(batch, state),)
 
-    def measure(
-        self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def measure(self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """0-dim sums that `update` needs; add them over micro-batches and ranks."""
         return {}
 
@@ -182,8 +177,9 @@ def require_metrics(op: str, metrics: Mapping[str, torch.Tensor], *names: str) -
     """Refuse metrics that `measure` did not make."""
     for name in names:
         if name not in metrics:
-            raise refuse(op, f"metrics[{name!r}]", "given", sorted(metrics),
-                         "Pass what algorithm.measure(plan, ...) returned.")  # fmt: skip
+            raise refuse(
+                op, f"metrics[{name!r}]", "given", sorted(metrics), "Pass what algorithm.measure(plan, ...) returned."
+            )
 
 
 def kept_sequences(batch: Batch) -> torch.Tensor:

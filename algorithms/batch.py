@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokfuse.runtime.core.checks import (
-    BOOL,
-    FLOATS,
-    INTS,
-    Rows,
-    check_choice,
-    check_cu_seqlens,
-    check_vector,
-)
+from tokfuse.runtime.core.checks import BOOL, FLOATS, INTS, Rows, check_choice, check_cu_seqlens, check_vector
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.distributed.counts import collectives
+from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
 
 if TYPE_CHECKING:
@@ -69,9 +61,7 @@ class World:
         padded[: x.shape[0]] = x
         return [row[:size] for row, size in zip(self.all(padded), sizes, strict=True)]
 
-    def together(
-        self, run: Callable[..., torch.Tensor], *vectors: torch.Tensor
-    ) -> torch.Tensor:  # fmt: skip
+    def together(self, run: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> torch.Tensor:
         """This rank's part of run(vectors of all ranks, joined in rank order): every rank solves
         the same small problem."""
         parts = [self.vectors(x) for x in vectors]
@@ -154,8 +144,7 @@ class Batch:
             per_token = name in PER_TOKEN
             if name == "advantage":
                 per_token = self.advantage_level == "token"
-            rows = Rows(tokens, "old_logp", device) if per_token else Rows(
-                seqs, "cu_seqlens", device)  # fmt: skip
+            rows = Rows(tokens, "old_logp", device) if per_token else Rows(seqs, "cu_seqlens", device)
             check_vector(OP, name, value, rows, (PER_SEQUENCE | PER_TOKEN)[name])
 
     @property
@@ -239,13 +228,33 @@ class Batch:
 
 
 PER_SEQUENCE = {
-    "reward": FLOATS, "greedy_reward": FLOATS, "group_ids": INTS, "turn": INTS, "correct": BOOL,
-    "finished": BOOL, "demonstration": BOOL, "advantage": FLOATS,
-}  # fmt: skip
+    "reward": FLOATS,
+    "greedy_reward": FLOATS,
+    "group_ids": INTS,
+    "turn": INTS,
+    "correct": BOOL,
+    "finished": BOOL,
+    "demonstration": BOOL,
+    "advantage": FLOATS,
+}
 PER_TOKEN = dict.fromkeys(
-    ("old_logp", "logp", "ref_logp", "sampler_logp", "second_logp", "entropy", "sum_sq", "value",
-     "median_value", "token_reward", "causal_weight", "signal", "token_weight"), FLOATS,
-) | {"mask": BOOL, "window": BOOL}  # fmt: skip
+    (
+        "old_logp",
+        "logp",
+        "ref_logp",
+        "sampler_logp",
+        "second_logp",
+        "entropy",
+        "sum_sq",
+        "value",
+        "median_value",
+        "token_reward",
+        "causal_weight",
+        "signal",
+        "token_weight",
+    ),
+    FLOATS,
+) | {"mask": BOOL, "window": BOOL}
 
 _PASS_IT = "Build the Batch with it."
 _HOW_TO_GET = {

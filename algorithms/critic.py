@@ -7,9 +7,7 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.runtime.core.errors import refuse
 
 
-def returns(
-    batch: Batch, *, gamma: float = 1.0, lam: float = 1.0, reward_kl: float = 0.0
-) -> torch.Tensor:
+def returns(batch: Batch, *, gamma: float = 1.0, lam: float = 1.0, reward_kl: float = 0.0) -> torch.Tensor:
     """(tokens,) regression target of the critic: GAE + value. lam 1: the Monte-Carlo return.
 
     A decoupled critic (VAPO) has lam 1 whatever the policy's; the policy's own is the default of

@@ -99,9 +99,7 @@ class D3S(Standard):
         count = max(1, int(fraction * int(batch.world.sum(pool.sum())) + 1e-9))
         return top_mask(size * batch.entropy, count, pool, batch.world)
 
-    def _across_groups(
-        self, batch: Batch, value: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:  # fmt: skip
+    def _across_groups(self, batch: Batch, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Stage 2 over the kept rollouts of all ranks; every rank solves the same small problem."""
         assert self.batch_rollouts is not None
         size = self.batch_rollouts

@@ -134,8 +134,13 @@ class EPO(Standard):
         if may_read(batch.turn) and batch.num_seqs > 0:
             low, high = int(batch.turn.min()), int(batch.turn.max())
             if low < 0 or high >= self.max_turns:
-                raise refuse(self._op, "batch.turn", f"in [0, max_turns) = [0, {self.max_turns})",
-                             low if low < 0 else high, "Raise max_turns.")  # fmt: skip
+                raise refuse(
+                    self._op,
+                    "batch.turn",
+                    f"in [0, max_turns) = [0, {self.max_turns})",
+                    low if low < 0 else high,
+                    "Raise max_turns.",
+                )
         return super().prepare(batch, state)
 
     def advance(self, state: State, batch: Batch) -> State:

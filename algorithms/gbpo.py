@@ -54,9 +54,8 @@ class GBPO(Standard):
         """With the target signal on every token."""
         batch.require(self._op, "group_ids")
         signal = group_advantage(
-            self.rewards(batch), batch.group_ids, "gbpo_target",
-            eps=self.eps, std=self.std, singleton=self.singleton,
-        )  # fmt: skip
+            self.rewards(batch), batch.group_ids, "gbpo_target", eps=self.eps, std=self.std, singleton=self.singleton
+        )
         return replace(super().prepare(batch, state), signal=batch.spread(signal / self.tau))
 
 

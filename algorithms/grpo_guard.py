@@ -59,8 +59,13 @@ class GRPOGuard:
         """
         for name, x in (("mean", mean), ("old_mean", old_mean)):
             if x.shape != latent.shape:
-                raise refuse(OP, name, f"of shape {tuple(latent.shape)} like latent",
-                             f"{tuple(x.shape)}", "Pass one mean per latent.")  # fmt: skip
+                raise refuse(
+                    OP,
+                    name,
+                    f"of shape {tuple(latent.shape)} like latent",
+                    f"{tuple(x.shape)}",
+                    "Pass one mean per latent.",
+                )
         x, mu, old = (t.flatten(1) for t in (latent, mean, old_mean))
         s = std.reshape(-1, 1)
         return ((x - old).detach() / s * (mu - old.detach())).mean(1)

@@ -13,9 +13,7 @@ import torch
 from tokfuse.runtime.core.errors import refuse
 
 
-def matrix(
-    features: torch.Tensor, others: torch.Tensor | None = None, *, cosine: bool = True
-) -> torch.Tensor:
+def matrix(features: torch.Tensor, others: torch.Tensor | None = None, *, cosine: bool = True) -> torch.Tensor:
     """Inner products of all pairs of features: how a step on one sample helps another.
 
     A small gradient step on sample i changes the loss of sample j by -lr <g_i, g_j> to first order
@@ -38,8 +36,13 @@ def matrix(
     left = _flat("influence.matrix", "features", features)
     right = left if others is None else _flat("influence.matrix", "others", others)
     if right.shape[1] != left.shape[1]:
-        raise refuse("influence.matrix", "others", f"features of {left.shape[1]} numbers each",
-                     f"{right.shape[1]}", "Use one rank and seed for both.")  # fmt: skip
+        raise refuse(
+            "influence.matrix",
+            "others",
+            f"features of {left.shape[1]} numbers each",
+            f"{right.shape[1]}",
+            "Use one rank and seed for both.",
+        )
     if cosine:
         left, right = _unit(left), _unit(right)
     return left @ right.t()
@@ -80,8 +83,13 @@ def adam_features(
     op = "influence.adam_features"
     for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if state.shape != gradient.shape[1:]:
-            raise refuse(op, name, f"of shape {tuple(gradient.shape[1:])}, one sample's gradient",
-                         f"shape {tuple(state.shape)}", "Pass the optimiser's state.")  # fmt: skip
+            raise refuse(
+                op,
+                name,
+                f"of shape {tuple(gradient.shape[1:])}, one sample's gradient",
+                f"shape {tuple(state.shape)}",
+                "Pass the optimiser's state.",
+            )
     if not all(0.0 <= beta < 1.0 for beta in betas):
         raise refuse(op, "betas", "two numbers in [0, 1)", betas, "Pass the optimiser's own.")
     if not 0.0 < eps < math.inf:
@@ -122,22 +130,33 @@ def less_scores(
     """
     op = "influence.less_scores"
     if not len(train) == len(validation) > 0:
-        raise refuse(op, "train and validation", "one tensor per checkpoint each",
-                     f"{len(train)} and {len(validation)}", "Pair the checkpoints.")  # fmt: skip
+        raise refuse(
+            op,
+            "train and validation",
+            "one tensor per checkpoint each",
+            f"{len(train)} and {len(validation)}",
+            "Pair the checkpoints.",
+        )
     if average not in ("cosine", "gradient"):
         raise refuse(op, "average", '"cosine" or "gradient"', repr(average), "Choose one.")
     shares = [1.0 / len(train)] * len(train)
     if weight is not None:
         if len(weight) != len(train) or not sum(weight) > 0 or min(weight) < 0:
-            raise refuse(op, "weight", "one number >= 0 per checkpoint, not all 0", list(weight),
-                         "Pass the mean learning rates.")  # fmt: skip
+            raise refuse(
+                op, "weight", "one number >= 0 per checkpoint, not all 0", list(weight), "Pass the mean learning rates."
+            )
         shares = [w / sum(weight) for w in weight]
     count = validation[0].shape[0]
     if subtask is None:
         subtask = torch.zeros(count, dtype=torch.int64, device=validation[0].device)
     elif subtask.shape != (count,):
-        raise refuse(op, "subtask", f"of shape ({count},) like the validation samples",
-                     f"shape {tuple(subtask.shape)}", "Pass one id per sample.")  # fmt: skip
+        raise refuse(
+            op,
+            "subtask",
+            f"of shape ({count},) like the validation samples",
+            f"shape {tuple(subtask.shape)}",
+            "Pass one id per sample.",
+        )
     members = torch.nn.functional.one_hot(subtask).t()  # (subtasks, samples')
     total: torch.Tensor | None = None
     for share, of_train, of_validation in zip(shares, train, validation, strict=True):
@@ -174,9 +193,13 @@ def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> tor
     op = "influence.greedy_select"
     samples = score.shape[0]
     if score.dim() != 1 or interaction.shape != (samples, samples):
-        raise refuse(op, "interaction", f"of shape ({samples}, {samples}) for score of shape "
-                     f"{tuple(score.shape)}", f"shape {tuple(interaction.shape)}",
-                     "Pass one row per sample.")  # fmt: skip
+        raise refuse(
+            op,
+            "interaction",
+            f"of shape ({samples}, {samples}) for score of shape {tuple(score.shape)}",
+            f"shape {tuple(interaction.shape)}",
+            "Pass one row per sample.",
+        )
     if not 0 <= k <= samples:
         raise refuse(op, "k", f"in [0, {samples}]", k, "There are no more samples.")
     gain = score.detach().clone()
@@ -190,11 +213,7 @@ def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> tor
 
 
 def ugda_select(
-    rewards: torch.Tensor,
-    score: torch.Tensor,
-    *,
-    uncertain: float = 0.5,
-    influential: float = 0.5,
+    rewards: torch.Tensor, score: torch.Tensor, *, uncertain: float = 0.5, influential: float = 0.5
 ) -> torch.Tensor:
     """Samples to relabel: the most uncertain ones, and of these the most influential ones.
 
@@ -216,9 +235,13 @@ def ugda_select(
     """
     op = "influence.ugda_select"
     if rewards.dim() != 2 or rewards.shape[0] < 2 or score.shape != rewards.shape[1:]:
-        raise refuse(op, "rewards", "of shape (members >= 2, samples) with score (samples,)",
-                     f"shapes {tuple(rewards.shape)} and {tuple(score.shape)}",
-                     "Pass one row per ensemble member.")  # fmt: skip
+        raise refuse(
+            op,
+            "rewards",
+            "of shape (members >= 2, samples) with score (samples,)",
+            f"shapes {tuple(rewards.shape)} and {tuple(score.shape)}",
+            "Pass one row per ensemble member.",
+        )
     for name, fraction in (("uncertain", uncertain), ("influential", influential)):
         if not 0.0 < fraction <= 1.0:
             raise refuse(op, name, "in (0, 1]", fraction, "It is a share of the samples.")
@@ -238,8 +261,13 @@ def top_fraction(value: torch.Tensor, fraction: float) -> torch.Tensor:
 def _flat(op: str, name: str, features: torch.Tensor) -> torch.Tensor:
     """(samples, numbers) in float32 or float64."""
     if features.dim() < 2:
-        raise refuse(op, name, "(samples, ...) with one feature per sample",
-                     f"shape {tuple(features.shape)}", "Add the sample axis.")  # fmt: skip
+        raise refuse(
+            op,
+            name,
+            "(samples, ...) with one feature per sample",
+            f"shape {tuple(features.shape)}",
+            "Add the sample axis.",
+        )
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     return features.detach().flatten(1).to(wide)
 

@@ -10,9 +10,7 @@ from pathlib import Path
 import tokfuse.algorithms  # noqa: F401  (fills the registry)
 from tokfuse.algorithms.registry import ENTRIES, KINDS, Entry, entry, names
 
-INDEX_BEGIN = (
-    "<!-- index: written by `python -m tokfuse algorithms --markdown docs/paper_index.md` -->"
-)
+INDEX_BEGIN = "<!-- index: written by `python -m tokfuse algorithms --markdown docs/paper_index.md` -->"
 INDEX_END = "<!-- /index -->"
 
 # Systems of the project's reading list that have no code here: why.
@@ -34,8 +32,7 @@ def table(kind: str | None = None) -> str:
     """Name, label and summary of every method, aligned, under a heading for each kind."""
     width, parts = max(map(len, ENTRIES)), []
     for each, title in KINDS.items():
-        rows = [f"  {name:<{width}}  {ENTRIES[name].label:<8}  {ENTRIES[name].summary}"
-                for name in names(each)]  # fmt: skip
+        rows = [f"  {name:<{width}}  {ENTRIES[name].label:<8}  {ENTRIES[name].summary}" for name in names(each)]
         if rows and kind in (None, each):
             parts.append("\n".join([f"{each}: {title}", *rows]))
     return "\n\n".join(parts)
@@ -44,11 +41,7 @@ def table(kind: str | None = None) -> str:
 def describe(name: str) -> str:
     """All that is known of one method."""
     one = entry(name)
-    lines = [
-        f"{one.name} ({one.kind}, {one.label}): {one.summary}",
-        f"source: {one.source}",
-        f"file: {one.file}",
-    ]
+    lines = [f"{one.name} ({one.kind}, {one.label}): {one.summary}", f"source: {one.source}", f"file: {one.file}"]
     if one.differs:
         lines += textwrap.wrap(f"differs: {one.differs}", 96, subsequent_indent="  ")
     lines += ["", inspect.getdoc(one.cls) or "", "", "options"]
@@ -74,12 +67,13 @@ def markdown() -> str:
 
 
 def _rows(systems: dict[str, list[Entry]]) -> list[str]:
-    lines = ["| system | name | label | file | source | what differs from the paper, and why |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "| system | name | label | file | source | what differs from the paper, and why |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for system, entries in sorted(systems.items()):
         for one in entries:
-            cells = (system, f"`{one.name}`", one.label, f"`{one.file}`", one.source,
-                     one.differs or "-")  # fmt: skip
+            cells = (system, f"`{one.name}`", one.label, f"`{one.file}`", one.source, one.differs or "-")
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return lines
 
@@ -88,9 +82,7 @@ def write_markdown(path: Path) -> None:
     """Replace what stands between the two index marks of a file by `markdown()`."""
     text = path.read_text()
     if text.count(INDEX_BEGIN) != 1 or text.count(INDEX_END) != 1:
-        raise ValueError(
-            f"algorithms: {path} must hold {INDEX_BEGIN!r} and {INDEX_END!r} once each."
-        )
+        raise ValueError(f"algorithms: {path} must hold {INDEX_BEGIN!r} and {INDEX_END!r} once each.")
     head, rest = text.split(INDEX_BEGIN)
     tail = rest.split(INDEX_END)[1]
     path.write_text(f"{head}{INDEX_BEGIN}\n{markdown()}\n{INDEX_END}{tail}")
@@ -103,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", nargs="?", help="a method; without one, the table of all")
     parser.add_argument("--kind", choices=KINDS, help="only the methods of this kind")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write the paper index between its marks"
-    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the paper index between its marks")
     options = parser.parse_args(argv)
     if options.markdown is not None:
         write_markdown(options.markdown)

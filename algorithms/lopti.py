@@ -46,6 +46,4 @@ class LOPTI(Standard):
         plan = self.objective(batch, state)
         mask, rare = plan_mask(plan), batch.old_logp.exp() < self.eta
         total = max(float(plan.count()), 1.0)
-        return tuple(
-            replace(plan, mask=mask & part, normalizer=total) for part in (rare, ~rare)
-        )  # fmt: skip
+        return tuple(replace(plan, mask=mask & part, normalizer=total) for part in (rare, ~rare))

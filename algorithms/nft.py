@@ -54,8 +54,7 @@ class NFT(Standard):
 
     def __post_init__(self) -> None:
         if self.level not in ("token", "sequence_sum"):
-            raise refuse(self._op, "level", "'token' or 'sequence_sum'", repr(self.level),
-                         "These are the paper's two.")  # fmt: skip
+            raise refuse(self._op, "level", "'token' or 'sequence_sum'", repr(self.level), "These are the paper's two.")
         if self.aggregation == "":  # each level has its own; Objective checks a given one
             name = "token_sum" if self.level == "token" else "seq_mean_token_mean"
             object.__setattr__(self, "aggregation", name)
@@ -84,8 +83,7 @@ class NFT(Standard):
         assert isinstance(self.shape, NFTShape)
         member = groups_of(batch.group_ids).member
         right = batch.correct.double()
-        total, size = (segment_sum(x, member, batch.num_seqs)[member]
-                       for x in (right, torch.ones_like(right)))  # fmt: skip
+        total, size = (segment_sum(x, member, batch.num_seqs)[member] for x in (right, torch.ones_like(right)))
         return (total / size).clamp(self.shape.rate_min, self.shape.rate_max)
 
     def advantages(self, batch: Batch) -> Advantage:

@@ -57,8 +57,7 @@ class PIPO(Standard):
         check_number(self._op, "min_steps", self.min_steps, 2)
         check_number(self._op, "worsening", self.worsening, 0.0)
         if not isinstance(self.shape, PPOClip):
-            raise refuse(self._op, "shape", "a PPOClip (the second pass clips with it)", self.shape,
-                         "Set its widths.")  # fmt: skip
+            raise refuse(self._op, "shape", "a PPOClip (the second pass clips with it)", self.shape, "Set its widths.")
 
     def initial_state(self) -> State:
         """The base's, no previous batch, no means."""
@@ -101,8 +100,10 @@ class PIPO(Standard):
         """Caches the batch and its mean reward."""
         means = [*state["means"], _mean_reward(batch)][-self.history :]
         return super().advance(state, batch) | {
-            "means": means, "batches": state["batches"] + 1, "previous": batch.to_state(),
-        }  # fmt: skip
+            "means": means,
+            "batches": state["batches"] + 1,
+            "previous": batch.to_state(),
+        }
 
 
 def _mean_reward(batch: Batch) -> float:

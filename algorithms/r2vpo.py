@@ -52,8 +52,9 @@ class R2VPO(Standard):
         for name in ("delta", "step_size", "penalty"):
             check_number(self._op, name, getattr(self, name), 0.0)
         if self.shape != Quadratic(penalty=0.0):
-            raise refuse(self._op, "shape", "left out (it is Quadratic, with the state's penalty)",
-                         self.shape, "Set penalty.")  # fmt: skip
+            raise refuse(
+                self._op, "shape", "left out (it is Quadratic, with the state's penalty)", self.shape, "Set penalty."
+            )
 
     def initial_state(self) -> State:
         """The base's, and lam."""
@@ -61,19 +62,14 @@ class R2VPO(Standard):
 
     def spec(self, state: State) -> Objective:
         """With the penalty of the state."""
-        return replace(
-            super().spec(state), shape=Quadratic(penalty=state["penalty"])
-        )  # fmt: skip
+        return replace(super().spec(state), shape=Quadratic(penalty=state["penalty"]))
 
-    def measure(
-        self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def measure(self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Sum of (r - 1)^2 over the tokens that count."""
         keep = plan.batch.valid if plan.mask is None else plan.mask
         ratio = (logp.detach().double() - plan.batch.old_logp.double()).clamp(-20, 20).exp()
         square = torch.where(keep, (ratio - 1) ** 2, 0.0).sum()
-        return super().measure(plan, logp, entropy) | {
-            "square": square, "tokens": keep.sum().double()}  # fmt: skip
+        return super().measure(plan, logp, entropy) | {"square": square, "tokens": keep.sum().double()}
 
     def update(self, state: State, metrics: Mapping[str, torch.Tensor]) -> State:
         """The dual step; an update without tokens leaves lam alone."""

@@ -138,12 +138,18 @@ def make(name: str, **options: Any) -> Any:
     known = one.options()
     for option in options:
         if option not in known:
-            raise refuse(f"algorithms.{name}", "options", f"among {', '.join(known)}",
-                         repr(option), "Check the spelling.")  # fmt: skip
+            raise refuse(
+                f"algorithms.{name}", "options", f"among {', '.join(known)}", repr(option), "Check the spelling."
+            )
     missing = [o for o, default in known.items() if default is MISSING and o not in options]
     if missing:
-        raise refuse(f"algorithms.{name}", ", ".join(missing), "given (no published default)",
-                     "nothing", "Choose values for your run.")  # fmt: skip
+        raise refuse(
+            f"algorithms.{name}",
+            ", ".join(missing),
+            "given (no published default)",
+            "nothing",
+            "Choose values for your run.",
+        )
     given = one.preset | options
     if inspect.isfunction(one.cls):
         return functools.partial(one.cls, **given)

@@ -59,11 +59,18 @@ class Correction:
         batch.require(op, "sampler_logp", *(("logp",) if current else ()))
         negative_only = any(rule.negative_only for rule in self.keep_rules)
         out = offpolicy_weights(
-            batch.logp if current else batch.old_logp, batch.sampler_logp,
-            level=self.level, mode=self.mode, low=self.low, high=self.high,
-            rules=self.keep_rules, normalize=self.normalize, cu_seqlens=batch.cu_seqlens,
-            mask=plan.mask, advantage=token_advantage(plan) if negative_only else None,
-        )  # fmt: skip
+            batch.logp if current else batch.old_logp,
+            batch.sampler_logp,
+            level=self.level,
+            mode=self.mode,
+            low=self.low,
+            high=self.high,
+            rules=self.keep_rules,
+            normalize=self.normalize,
+            cu_seqlens=batch.cu_seqlens,
+            mask=plan.mask,
+            advantage=token_advantage(plan) if negative_only else None,
+        )
         if self.dropped == "leave":
             plan = replace(plan, mask=out.kept_mask)
         return plan.weigh(out.weight)
@@ -102,9 +109,7 @@ class HighEntropy(TokenRule):
     def apply(self, plan: Plan, state: State) -> Plan:
         batch = plan.batch
         assert batch.entropy is not None
-        keep = at_least_quantile(
-            batch.entropy, 1.0 - self.fraction, plan_mask(plan), batch.world
-        )  # fmt: skip
+        keep = at_least_quantile(batch.entropy, 1.0 - self.fraction, plan_mask(plan), batch.world)
         return plan.weigh(keep)
 
 
@@ -151,8 +156,13 @@ class ClipCov(TokenRule):
         advantage = token_advantage(plan)
         bounds = getattr(plan.objective.shape, "bounds", None)
         if bounds is None or plan.objective.level != "token":
-            raise refuse("ClipCov", "the objective", "a token-level clip (candidates are its "
-                         "unclipped tokens)", plan.objective, "Set shape=PPOClip().")  # fmt: skip
+            raise refuse(
+                "ClipCov",
+                "the objective",
+                "a token-level clip (candidates are its unclipped tokens)",
+                plan.objective,
+                "Set shape=PPOClip().",
+            )
         ratio = (batch.logp - batch.old_logp).exp()
         clipped = ((advantage > 0) & (ratio > bounds[1])) | ((advantage < 0) & (ratio < bounds[0]))
         cov = covariance(replace(batch, mask=mask), advantage, batch.logp)
@@ -161,7 +171,7 @@ class ClipCov(TokenRule):
         # Without the rank, every rank would draw the same numbers for its rows.
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + int(state.get("updates", 0))) * 65_537 + batch.world.rank
-        )  # fmt: skip
+        )
         draw = torch.rand(batch.num_tokens, generator=generator).to(mask.device)
         return plan.weigh(~top_mask(draw, count, candidate, batch.world))
 
@@ -220,8 +230,9 @@ class PositiveLikelihood(TokenRule):
     def apply(self, plan: Plan, state: State) -> Plan:
         batch, op = plan.batch, "PositiveLikelihood"
         if plan.objective.aggregation != "token_mean":
-            raise refuse(op, "aggregation", "'token_mean'", repr(plan.objective.aggregation),
-                         "The term is a mean over tokens.")  # fmt: skip
+            raise refuse(
+                op, "aggregation", "'token_mean'", repr(plan.objective.aggregation), "The term is a mean over tokens."
+            )
         if self.of == "correct":
             batch.require(op, "correct")
             assert batch.correct is not None
@@ -245,17 +256,18 @@ def _group_best(batch: Batch) -> torch.Tensor:
     return batch.reward == lowest.scatter_reduce(0, group, batch.reward, "amax")[group]
 
 
-def with_kl(
-    plan: Plan, kl: KL, ref_logp: torch.Tensor, weight: torch.Tensor, op: str
-) -> Plan:  # fmt: skip
+def with_kl(plan: Plan, kl: KL, ref_logp: torch.Tensor, weight: torch.Tensor, op: str) -> Plan:
     """The plan with a KL term in the objective's one slot for it."""
     if plan.objective.kl is not None:
-        raise refuse(op, "kl", "None (the objective has one KL term, and this rule uses it)",
-                     plan.objective.kl, "Drop one of the two.")  # fmt: skip
+        raise refuse(
+            op,
+            "kl",
+            "None (the objective has one KL term, and this rule uses it)",
+            plan.objective.kl,
+            "Drop one of the two.",
+        )
     weight = weight.to(plan.batch.old_logp.dtype)
-    return replace(
-        plan, objective=replace(plan.objective, kl=kl), ref_logp=ref_logp, kl_weight=weight
-    )  # fmt: skip
+    return replace(plan, objective=replace(plan.objective, kl=kl), ref_logp=ref_logp, kl_weight=weight)
 
 
 def plan_mask(plan: Plan) -> torch.Tensor:

@@ -38,9 +38,7 @@ def _threshold(key: torch.Tensor, k: int, world: World) -> tuple[int, int]:
     return prefix, above
 
 
-def top_mask(
-    score: torch.Tensor, k: int, mask: torch.Tensor, world: World | None = None
-) -> torch.Tensor:
+def top_mask(score: torch.Tensor, k: int, mask: torch.Tensor, world: World | None = None) -> torch.Tensor:
     """The k largest scores of all ranks, among the rows with mask true.
 
     Args:
@@ -65,9 +63,7 @@ def top_mask(
     return (mask & (key > threshold)) | first
 
 
-def at_least_quantile(
-    score: torch.Tensor, q: float, mask: torch.Tensor, world: World | None = None
-) -> torch.Tensor:
+def at_least_quantile(score: torch.Tensor, q: float, mask: torch.Tensor, world: World | None = None) -> torch.Tensor:
     """Rows whose score is at least the q-quantile (linear interpolation) of all masked scores.
 
     Everything that ties with the smallest kept score is kept. No row: nothing.
@@ -116,10 +112,7 @@ def max_variance_in_groups(value: torch.Tensor, group_ids: torch.Tensor, k: int)
     # Centred by group: sums of squares lose the digits of mean / deviation.
     x = value.double()
     x = x - segment_sum(x, groups.member, n)[groups.member] / groups.size
-    first, second = (
-        torch.nn.functional.pad(v.cumsum(0), (1, 0))
-        for v in (x[groups.order], x[groups.order] ** 2)
-    )
+    first, second = (torch.nn.functional.pad(v.cumsum(0), (1, 0)) for v in (x[groups.order], x[groups.order] ** 2))
     begin, end = groups.start[:, None], (groups.start + groups.size)[:, None]
     take = groups.size.clamp(max=k)[:, None]
     i = torch.minimum(torch.arange(k + 1, device=value.device), take)
@@ -136,9 +129,7 @@ def informative(reward: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     """(seqs,) bool: False in groups whose rewards are all equal, those of one response included."""
     groups = groups_of(group_ids)
     first = reward[groups.order[groups.start]]
-    differs = torch.zeros_like(groups.member).index_add_(
-        0, groups.member, (reward != first).long()
-    )  # fmt: skip
+    differs = torch.zeros_like(groups.member).index_add_(0, groups.member, (reward != first).long())
     return differs[groups.member] > 0
 
 

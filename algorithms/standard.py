@@ -123,29 +123,40 @@ class Standard(Algorithm):
         self._objective(self.kl, self.entropy_coef)  # checks its own fields
         if (self.max_length is None) == self._divides_by_length:
             want = "given" if self._divides_by_length else "left out"
-            raise refuse(self._op, "max_length", f"{want} with aggregation {self.aggregation!r}",
-                         self.max_length, "It divides a token_sum.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "max_length",
+                f"{want} with aggregation {self.aggregation!r}",
+                self.max_length,
+                "It divides a token_sum.",
+            )
         if self.max_length is not None:
             check_number(self._op, "max_length", self.max_length, 1)
         if self.kl_control is not None and self.kl is None:
-            raise refuse(self._op, "kl_control", "None without a KL term", self.kl_control,
-                         "Set kl=KL(coef=...) as its start.")  # fmt: skip
+            raise refuse(
+                self._op, "kl_control", "None without a KL term", self.kl_control, "Set kl=KL(coef=...) as its start."
+            )
         if self.bypass and self.correction is not None:
-            raise refuse(self._op, "correction", "None with bypass (the ratio itself corrects)",
-                         self.correction, "Choose one of the two.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "correction",
+                "None with bypass (the ratio itself corrects)",
+                self.correction,
+                "Choose one of the two.",
+            )
 
     @property
     def _divides_by_length(self) -> bool:
         return self.aggregation == "token_sum"
 
     def _given(self) -> dict[str, Any]:
-        names = ("eps", "std", "scale", "singleton", "gamma", "lam", "length_adaptive_alpha",
-                 "reward_kl")  # fmt: skip
+        names = ("eps", "std", "scale", "singleton", "gamma", "lam", "length_adaptive_alpha", "reward_kl")
         return {name: getattr(self, name) for name in names}
 
     def _objective(self, kl: KL | None, entropy_coef: float) -> Objective:
-        return Objective(shape=self.shape, level=self.level, aggregation=self.aggregation, kl=kl,
-                         entropy_coef=entropy_coef)  # fmt: skip
+        return Objective(
+            shape=self.shape, level=self.level, aggregation=self.aggregation, kl=kl, entropy_coef=entropy_coef
+        )
 
     # ------------------------------------------------------------------------------ before the loss
 
@@ -165,8 +176,13 @@ class Standard(Algorithm):
         if self.overlong is None:
             return batch.reward
         if batch.token_reward is not None:
-            raise refuse(self._op, "batch.token_reward", "None with overlong", "a tensor",
-                         "Put the length penalty into the token rewards.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "batch.token_reward",
+                "None with overlong",
+                "a tensor",
+                "Put the length penalty into the token rewards.",
+            )
         return batch.reward + self.overlong.penalty(batch.lengths).to(batch.reward.dtype)
 
     def advantages(self, batch: Batch) -> Advantage:
@@ -191,8 +207,9 @@ class Standard(Algorithm):
     def objective(self, batch: Batch, state: State) -> Plan:
         """The plan of a prepared batch."""
         if batch.advantage is None:
-            raise refuse(self._op, "batch", "prepared", "one without advantages",
-                         "Call algorithm.prepare(batch, state) first.")  # fmt: skip
+            raise refuse(
+                self._op, "batch", "prepared", "one without advantages", "Call algorithm.prepare(batch, state) first."
+            )
         if self.bypass:
             batch.require(self._op, "sampler_logp")
             assert batch.sampler_logp is not None
@@ -222,10 +239,15 @@ class Standard(Algorithm):
     def _plan(self, batch: Batch, objective: Objective) -> Plan:
         assert batch.advantage is not None
         return Plan(
-            batch=batch, objective=objective, advantage=batch.advantage,
-            advantage_level=batch.advantage_level, mask=batch.mask, signal=batch.signal,
-            token_weight=batch.token_weight, normalizer=self._normalizer(batch),
-        )  # fmt: skip
+            batch=batch,
+            objective=objective,
+            advantage=batch.advantage,
+            advantage_level=batch.advantage_level,
+            mask=batch.mask,
+            signal=batch.signal,
+            token_weight=batch.token_weight,
+            normalizer=self._normalizer(batch),
+        )
 
     def _normalizer(self, batch: Batch) -> float | str:
         if self.max_length is None:
@@ -240,9 +262,7 @@ class Standard(Algorithm):
 
     # ------------------------------------------------------------------------------------ the state
 
-    def measure(
-        self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def measure(self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Sums over the plan's tokens for the controllers."""
         keep = plan.batch.valid if plan.mask is None else plan.mask
 
@@ -256,8 +276,7 @@ class Standard(Algorithm):
             out["seqs"] = (plan.batch.lengths > 0).sum().double()
         if self.entropy_control is not None:
             if entropy is None:
-                raise refuse(self._op, "entropy", "given with entropy_control", None,
-                             "Pass step.stats.entropy.")  # fmt: skip
+                raise refuse(self._op, "entropy", "given with entropy_control", None, "Pass step.stats.entropy.")
             out["entropy"] = total(entropy)
         return out | {"tokens": keep.sum().double()} if out else {}
 

@@ -38,13 +38,22 @@ class Stateful:
         """The state of a checkpoint; refuses that of another method or configuration."""
         for key, own in (("algorithm", self.name), ("config", repr(self))):
             if saved[key] != own:
-                raise refuse(f"algorithms.{self.name}", f"the {key} of the checkpoint", own,
-                             saved[key], "Make the algorithm that was saved.")  # fmt: skip
+                raise refuse(
+                    f"algorithms.{self.name}",
+                    f"the {key} of the checkpoint",
+                    own,
+                    saved[key],
+                    "Make the algorithm that was saved.",
+                )
         state: State = saved["state"]
         if state.keys() != self.initial_state().keys():
-            raise refuse(f"algorithms.{self.name}", "the saved state",
-                         f"of {sorted(self.initial_state())}", sorted(state),
-                         "Load what state_dict returned.")  # fmt: skip
+            raise refuse(
+                f"algorithms.{self.name}",
+                "the saved state",
+                f"of {sorted(self.initial_state())}",
+                sorted(state),
+                "Load what state_dict returned.",
+            )
         return state
 
 

@@ -8,14 +8,7 @@ Sources: the paper, and the code the formula was read in: verl `core_algos.py`, 
 from typing import Any
 
 from tokfuse.algorithms.registry import Entry, add
-from tokfuse.algorithms.rules import (
-    ClipCov,
-    Correction,
-    DampRare,
-    HighEntropy,
-    KLCov,
-    PositiveLikelihood,
-)
+from tokfuse.algorithms.rules import ClipCov, Correction, DampRare, HighEntropy, KLCov, PositiveLikelihood
 from tokfuse.algorithms.standard import Overlong, Standard
 from tokfuse.runtime.ops.offpolicy_weights import KeepRule
 from tokfuse.runtime.policy.objective import (
@@ -119,11 +112,7 @@ _row(
     differs="Clipped ratio as in verl; the paper's is shape=LinearLogp().",
 )
 _row(
-    "opo",
-    "arXiv 2505.23585; verl",
-    "length-weighted baseline, exactly on policy",
-    advantage="opo",
-    shape=LinearLogp(),
+    "opo", "arXiv 2505.23585; verl", "length-weighted baseline, exactly on policy", advantage="opo", shape=LinearLogp()
 )
 _row(
     "reinforce_pp",
@@ -146,12 +135,7 @@ _row(
     shape=LinearLogp(),
     differs="verl counts rewards that are not 0 instead: advantage='gpg_verl'.",
 )
-_row(
-    "pass_at_k",
-    "verl",
-    "only the best of a group: (max - second) / deviation",
-    advantage="pass_at_k",
-)
+_row("pass_at_k", "verl", "only the best of a group: (max - second) / deviation", advantage="pass_at_k")
 _row(
     "maxrl",
     "third-party code",
@@ -211,13 +195,7 @@ _row(
     aggregation=SEQ_MEAN,
     differs="The value at ratio 1 is -2 A / tau; compare gradients, not losses.",
 )
-_row(
-    "vespo",
-    "TRL",
-    "stop-gradient gamma gate of the sequence ratio",
-    level="sequence_sum",
-    shape=Gamma(),
-)
+_row("vespo", "TRL", "stop-gradient gamma gate of the sequence ratio", level="sequence_sum", shape=Gamma())
 
 # ------------------------------------------------------------------------------- tokens, likelihood
 
@@ -271,18 +249,8 @@ _row(
     correction=Correction(high=2.0),
     differs="verl's bound; OpenRLHF clamps to [0.5, 5].",
 )
-_row(
-    "seq_tis",
-    "verl",
-    "sequence weights min(w, 2)",
-    correction=Correction(level="sequence", high=2.0),
-)
-_row(
-    "mis",
-    "TRL",
-    "sequence weights, dropped above 3",
-    correction=Correction(level="sequence", mode="mask", high=3.0),
-)
+_row("seq_tis", "verl", "sequence weights min(w, 2)", correction=Correction(level="sequence", high=2.0))
+_row("mis", "TRL", "sequence weights, dropped above 3", correction=Correction(level="sequence", mode="mask", high=3.0))
 _row(
     "icepop",
     "TRL, verl",
@@ -294,9 +262,7 @@ _row(
     "geo_rs",
     "verl",
     "sequences dropped by their geometric-mean ratio, weight 1",
-    correction=Correction(
-        mode="keep", dropped="leave", keep_rules=(KeepRule("ratio", "mean", 0.999, 1.001),)
-    ),
+    correction=Correction(mode="keep", dropped="leave", keep_rules=(KeepRule("ratio", "mean", 0.999, 1.001),)),
 )
 _row(
     "seq_mask_tis",
@@ -310,9 +276,7 @@ _row(
     "DeepSeek-V3.2; TRL",
     "stale negative sequences dropped",
     correction=Correction(
-        mode="keep",
-        policy="current",
-        keep_rules=(KeepRule("k1", "mean", high=0.5, negative_only=True),),
+        mode="keep", policy="current", keep_rules=(KeepRule("k1", "mean", high=0.5, negative_only=True),)
     ),
     differs="delta 0.5 is TRL's suggestion; the report names none.",
 )

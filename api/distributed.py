@@ -10,12 +10,7 @@ parallelism, `head_weight` and `vocab_shard` FSDP2 and DTensor heads. Every docs
 sends; `docs/distributed.md` says how they go together.
 """
 
-from tokfuse.runtime.distributed.counts import (
-    global_normalizer,
-    head_weight,
-    merge_metrics,
-    vocab_shard,
-)
+from tokfuse.runtime.distributed.counts import global_normalizer, head_weight, merge_metrics, vocab_shard
 from tokfuse.runtime.distributed.token_slice import TokenSlice, shifted_targets
 from tokfuse.runtime.distributed.vocab_parallel import linear_token_stats, policy_step, token_stats
 from tokfuse.runtime.distributed.vocab_shard import VocabShard

@@ -9,21 +9,8 @@ not tokens that help. Influence proper is an inner product of gradients (`matrix
 `greedy_select`), here of sketches that see the last hidden state only.
 """
 
-from tokfuse.algorithms.influence import (
-    adam_features,
-    greedy_select,
-    less_scores,
-    matrix,
-    ugda_select,
-)
-from tokfuse.runtime.ops.influence import (
-    Influence,
-    InfluenceSpec,
-    head_norms,
-    hidden_norms,
-    logit_norms,
-    sketch,
-)
+from tokfuse.algorithms.influence import adam_features, greedy_select, less_scores, matrix, ugda_select
+from tokfuse.runtime.ops.influence import Influence, InfluenceSpec, head_norms, hidden_norms, logit_norms, sketch
 
 __all__ = [
     "Influence",

@@ -29,28 +29,14 @@ OP = "advantage"
 SHAPES = ("4096x1024",)
 QUICK_SHAPES = ("256x128",)
 DTYPES = ("float32",)
-VARIANTS = (
-    "gae",
-    "vtrace",
-    "group_advantage",
-    "whiten",
-    "offpolicy_weights",
-    "segment_moments",
-)
+VARIANTS = ("gae", "vtrace", "group_advantage", "whiten", "offpolicy_weights", "segment_moments")
 CASES = tuple(("forward", variant) for variant in VARIANTS)
 
 GAMMA, LAM = 0.99, 0.95
 GROUP = 16
 CAP, GEO_LOW, GEO_HIGH = 2.0, 0.99, 1.01
 # Bytes per token that must be read and written.
-BYTES = {
-    "gae": 16,
-    "vtrace": 24,
-    "group_advantage": 0,
-    "whiten": 8,
-    "offpolicy_weights": 13,
-    "segment_moments": 4,
-}
+BYTES = {"gae": 16, "vtrace": 24, "group_advantage": 0, "whiten": 8, "offpolicy_weights": 13, "segment_moments": 4}
 GROUP_BYTES = 16  # reward, id and advantage of one sequence
 
 
@@ -265,9 +251,7 @@ def _cast(wide: bool) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _case(
-    call: Callable[..., Outputs],
-    torch_form: Callable[[_Inputs], Callable[[], Outputs]],
-    is_padded: bool = False,
+    call: Callable[..., Outputs], torch_form: Callable[[_Inputs], Callable[[], Outputs]], is_padded: bool = False
 ) -> _Case:
     return _Case(call, lambda data: call(data, wide=True), torch_form, is_padded)
 

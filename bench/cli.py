@@ -137,9 +137,7 @@ def _judge(parser: argparse.ArgumentParser, files: list[str]) -> int:
     return int(not verdicts or not all(met for _, met in verdicts))
 
 
-def _read_rows(
-    parser: argparse.ArgumentParser, files: list[str]
-) -> tuple[list[Row], list[dict[str, Any]]]:
+def _read_rows(parser: argparse.ArgumentParser, files: list[str]) -> tuple[list[Row], list[dict[str, Any]]]:
     try:
         return numbers.read(files)
     except ValueError as error:
@@ -200,11 +198,7 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     if not options.md:
         print(report.HEADER, flush=True)
-    with (
-        _open(options.json) as sink,
-        _open(options.csv) as table,
-        _progress(len(plan), options.quiet) as bar,
-    ):
+    with _open(options.json) as sink, _open(options.csv) as table, _progress(len(plan), options.quiet) as bar:
 
         def emit(row: Row) -> None:
             rows.append(row)
@@ -280,9 +274,7 @@ def _listing() -> str:
         summary = (module.__doc__ or "").splitlines()[0]
         lines.append(f"  {op:<20}{summary}")
         lines.append(f"  {'':<20}shapes {', '.join(module.SHAPES)}; {', '.join(module.DTYPES)}")
-    lines += [
-        "  growth              tables over tokens, vocabulary, hidden, threads, gradient rows"
-    ]
+    lines += ["  growth              tables over tokens, vocabulary, hidden, threads, gradient rows"]
     lines += ["  errors              every output and gradient against float64"]
     lines += ["  targets             judge the rows of --json files against the targets"]
     lines += ["  numbers             the README's tables from the rows of --json files"]
@@ -297,8 +289,7 @@ def _listing() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tokfuse bench",
-        description="Time the ops beside their peers and the limits of this machine.",
+        prog="python -m tokfuse bench", description="Time the ops beside their peers and the limits of this machine."
     )
     parser.add_argument(
         "names",
@@ -310,9 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="describe ops and peers, and stop")
     parser.add_argument("--peers", help="names joined by commas, all, or none")
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="small shapes, first variant, 3 rounds: shows that it works",
+        "--quick", action="store_true", help="small shapes, first variant, 3 rounds: shows that it works"
     )
     parser.add_argument(
         "--shapes",
@@ -331,9 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         default=BUDGET_S,
         help=f"seconds of rounds per case; at least 3 rounds are made (default {BUDGET_S:g})",
     )
-    parser.add_argument(
-        "--no-errors", action="store_true", help="skip float64, which is slow at large shapes"
-    )
+    parser.add_argument("--no-errors", action="store_true", help="skip float64, which is slow at large shapes")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append rows as JSON lines, as they come")
@@ -348,4 +335,4 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--write", metavar="FILE", help="for numbers, put them into this file")
     parser.add_argument("--md", action="store_true", help="print Markdown tables at the end")
-    return parser  # fmt: skip
+    return parser

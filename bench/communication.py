@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tokfuse.runtime.distributed import vocab_parallel
 from tokfuse.runtime.distributed.collectives import GATHER
-from tokfuse.runtime.distributed.counts import vocab_parallel
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
 
 VOCAB = 4096
@@ -54,17 +54,13 @@ class Row:
         return (p - 1) * self.gathered + 2 * (p - 1) / p * self.reduced
 
 
-def _sums(
-    z: torch.Tensor, y: torch.Tensor, shard: VocabShard, high: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+def _sums(z: torch.Tensor, y: torch.Tensor, shard: VocabShard, high: torch.Tensor) -> torch.Tensor:
     """(4, tokens): sum e, sum (z - m) e, sum e^2, target's z - m."""
     d = z - high[:, None]
     e = d.exp()
     column = torch.where(shard.owns(y), y - shard.start, 0)
     own = d.gather(1, column[:, None]).squeeze(1)
-    return torch.stack(
-        [e.sum(1), (d * e).sum(1), (e * e).sum(1), torch.where(shard.owns(y), own, 0)]
-    )
+    return torch.stack([e.sum(1), (d * e).sum(1), (e * e).sum(1), torch.where(shard.owns(y), own, 0)])
 
 
 def _one_gather(z: torch.Tensor, y: torch.Tensor, shard: VocabShard) -> torch.Tensor:
@@ -158,8 +154,7 @@ def _every_form(tokens: int, device: str) -> list[Row]:
             form(own, y, shard)[0].item()
             best = min(best, time.perf_counter() - start)
         put = {kind: sum(n for k, n in seen if k == kind) / tokens for kind, _ in seen}
-        rows.append(Row(name, ranks, len(seen), put.get(GATHER, 0.0),
-                        put.get("all_reduce", 0.0), best * 1e3))  # fmt: skip
+        rows.append(Row(name, ranks, len(seen), put.get(GATHER, 0.0), put.get("all_reduce", 0.0), best * 1e3))
     return rows
 
 
@@ -209,11 +204,11 @@ def plan(c: Cluster) -> dict[str, float]:
         "grad_hidden, ms": (c.latency + gradient / c.link) * 1e3,
         "head weight over data ranks, MB a step": shards / 1e6,
         "head weight, ms a step, unless hidden": shards / c.network * 1e3,
-        "exchange of the loss side, % of its step": 100 * (
-            c.micro_batches * (record + gradient) / c.link + 2 * c.micro_batches * c.latency
-        ) / (c.micro_batches * gemm),
+        "exchange of the loss side, % of its step": 100
+        * (c.micro_batches * (record + gradient) / c.link + 2 * c.micro_batches * c.latency)
+        / (c.micro_batches * gemm),
         "normaliser, bytes a step": 8 * (data - 1),
-    }  # fmt: skip
+    }
 
 
 def _number(x: float) -> str:
@@ -254,9 +249,16 @@ def main() -> None:
         found = measure(options.ranks, options.tokens)
     rows = [["form", "ranks", "collectives", "bytes in", "bytes sent by a ring", "ms"]]
     for row in found:
-        rows.append([row.form, str(row.ranks), str(row.collectives),
-                     f"{row.gathered + row.reduced:.0f}", f"{row.wire:.0f}",
-                     f"{row.milliseconds:.2f}"])  # fmt: skip
+        rows.append(
+            [
+                row.form,
+                str(row.ranks),
+                str(row.collectives),
+                f"{row.gathered + row.reduced:.0f}",
+                f"{row.wire:.0f}",
+                f"{row.milliseconds:.2f}",
+            ]
+        )
     _print(rows)
 
 

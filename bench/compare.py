@@ -33,8 +33,7 @@ def read(file: Path) -> dict[Case, Row]:
             values = [json.loads(line) for line in text.splitlines() if line.strip()]
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"bench: {file} must be JSON lines of `bench --json`, or a file of "
-                f"`--benchmark-json`; got {error}."
+                f"bench: {file} must be JSON lines of `bench --json`, or a file of `--benchmark-json`; got {error}."
             ) from error
     rows = [Row.from_json(json.dumps(v)) for v in values if "provider" in v and "schema" in v]
     return {
@@ -44,9 +43,7 @@ def read(file: Path) -> dict[Case, Row]:
     }
 
 
-def compare(
-    old: Mapping[Case, Row], new: Mapping[Case, Row], tolerance: float = TOLERANCE
-) -> list[tuple[str, bool]]:
+def compare(old: Mapping[Case, Row], new: Mapping[Case, Row], tolerance: float = TOLERANCE) -> list[tuple[str, bool]]:
     """(one line, kept) per case of both.
 
     Raises:

@@ -221,23 +221,26 @@ def _run_peer(name: str, data: Inputs) -> tuple[str, Outputs]:
     return peers.KNOWN[name].module, stats | _grads(data, stats, (leaf,))
 
 
-def measure_errors(
-    dtypes: list[str], peer_names: list[str], facts: dict[str, Any]
-) -> Iterator[ErrorRow]:
+def measure_errors(dtypes: list[str], peer_names: list[str], facts: dict[str, Any]) -> Iterator[ErrorRow]:
     """One row per op, provider, dtype, family and output."""
     kept: dict[str, Any] = {key: str(facts[key]) for key in ("cpu_model", "isa", "torch", "commit")}
     for dtype in dtypes:
         for case in cases(getattr(torch, dtype), peer_names):
             row = partial(
-                ErrorRow, schema=SCHEMA_VERSION, op=case.op, provider=case.provider, dtype=dtype,
-                family=case.inputs.family, shape=case.inputs.shape, **kept,
-            )  # fmt: skip
+                ErrorRow,
+                schema=SCHEMA_VERSION,
+                op=case.op,
+                provider=case.provider,
+                dtype=dtype,
+                family=case.inputs.family,
+                shape=case.inputs.shape,
+                **kept,
+            )
             try:
                 backend, outputs = case.run()
             except Exception as error:  # becomes a row
                 status, note = classify(error)
-                yield row(backend="", output="", max_abs=None, max_rel=None, status=status,
-                          note=note)  # fmt: skip
+                yield row(backend="", output="", max_abs=None, max_rel=None, status=status, note=note)
                 continue
             status = "fallback" if backend == "reference" else "pass"
             want = case.exact()
@@ -245,8 +248,14 @@ def measure_errors(
                 if name in outputs and name in want:
                     worst = exact.distance("", outputs[name], want[name])
                     largest = exact.largest(want[name])
-                    yield row(backend=backend, output=name, max_abs=worst, status=status, note="",
-                              max_rel=worst / largest if largest else worst)  # fmt: skip
+                    yield row(
+                        backend=backend,
+                        output=name,
+                        max_abs=worst,
+                        status=status,
+                        note="",
+                        max_rel=worst / largest if largest else worst,
+                    )
 
 
 def table(rows: list[ErrorRow], markdown: bool = False) -> str:
@@ -270,10 +279,7 @@ def table(rows: list[ErrorRow], markdown: bool = False) -> str:
     if markdown:
         return "\n".join("| " + " | ".join(line) + " |" for line in out)
     widths = [max(len(line[i]) for line in out) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-        for line in out
-    )
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in out)
 
 
 def main(options: argparse.Namespace) -> int:

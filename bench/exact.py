@@ -40,10 +40,7 @@ def _block(logits: torch.Tensor, target: torch.Tensor) -> tuple[Outputs, torch.T
 
 def token_stats(logits: torch.Tensor, target: torch.Tensor) -> Outputs:
     """All five statistics, each (tokens,) float64."""
-    parts = [
-        _block(z.double(), y)[0]
-        for z, y in zip(logits.split(BLOCK_ROWS), target.split(BLOCK_ROWS), strict=True)
-    ]
+    parts = [_block(z.double(), y)[0] for z, y in zip(logits.split(BLOCK_ROWS), target.split(BLOCK_ROWS), strict=True)]
     return {name: torch.cat([part[name] for part in parts]) for name in FORWARD}
 
 
@@ -64,9 +61,7 @@ def grad_logits(
     return out
 
 
-def policy_terms(
-    stats: Outputs, batch: Batch, entropy_coef: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def policy_terms(stats: Outputs, batch: Batch, entropy_coef: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """PPO-clip with token mean: the loss, and its derivatives by logp and by entropy."""
     advantage = batch.advantage.double()
     ratio = (stats["logp"] - batch.old_logp.double()).exp()
@@ -92,9 +87,7 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return hidden.double() @ weight.double().T
 
 
-def through_head(
-    grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, with_weight: bool = True
-) -> Outputs:
+def through_head(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, with_weight: bool = True) -> Outputs:
     """Gradients by hidden states and weight, from the gradient by the logits."""
     out = {"grad_hidden": grad @ weight.double()}
     if with_weight:
@@ -129,6 +122,4 @@ def distance(name: str, value: torch.Tensor, exact: torch.Tensor) -> float:
 
 def distances(outputs: Outputs, exact: Outputs) -> dict[str, float]:
     """`distance` of every output that has an exact value."""
-    return {
-        name: distance(name, value, exact[name]) for name, value in outputs.items() if name in exact
-    }
+    return {name: distance(name, value, exact[name]) for name, value in outputs.items() if name in exact}

@@ -44,9 +44,7 @@ def sweeps(seed: int = 0, quick: bool = False, device: str = "cpu") -> list[Swee
     """Every sweep; `quick` takes small shapes, which show that it works and nothing else."""
     tokens, hidden, vocab = (32, 32, 4096) if quick else (512, 576, 49152)
     common = {"seed": seed, "device": device}
-    head = Config(
-        "policy_step_hidden", "step", "rows=1", "float32", tokens, vocab, hidden, **common
-    )
+    head = Config("policy_step_hidden", "step", "rows=1", "float32", tokens, vocab, hidden, **common)
     given = Config("policy_step", "step", "entropy=0.01", "float32", tokens, vocab, **common)
     out = []
     for base in (given, head):
@@ -132,17 +130,13 @@ def _ours_cells(row: Row | None) -> list[str]:
         return ["-"] * 4
     share = "-" if row.limit_share is None else f"{row.limit_share:.0%}"
     per_work = "-" if row.cpu_ms is None else f"{row.cpu_ms / unit_of(row)[0]:.3f}"
-    return [milliseconds(row.median_ms), per_work, share,
-            mebibytes(row.workspace_bytes)]  # fmt: skip
+    return [milliseconds(row.median_ms), per_work, share, mebibytes(row.workspace_bytes)]
 
 
 def _fixed(axis: str, group: list[Row]) -> str:
     """What does not vary, as one line."""
     first = group[0]
-    parts = {
-        "tokens": first.tokens, "hidden": first.hidden, "vocab": first.vocab,
-        "threads": first.threads,
-    }  # fmt: skip
+    parts = {"tokens": first.tokens, "hidden": first.hidden, "vocab": first.vocab, "threads": first.threads}
     kept = [f"{name} {value}" for name, value in parts.items() if name != axis and value]
     variant = [] if axis == "rows" else [first.variant]
     return ", ".join([*kept, first.dtype, first.mode, *variant]) + "."

@@ -98,9 +98,7 @@ def _answer(data: _Inputs) -> Outputs:
         "grad_token_norms": token_norms,
         "grad_head_norms": token_norms * hidden.norm(dim=1),
         "grad_hidden_norms": out["grad_hidden"].norm(dim=1),
-        "grad_sketches": reference.sketch(
-            out["grad_hidden"], hidden, data.cu_seqlens, pair, longest
-        ),
+        "grad_sketches": reference.sketch(out["grad_hidden"], hidden, data.cu_seqlens, pair, longest),
     }
 
 

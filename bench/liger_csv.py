@@ -12,10 +12,22 @@ from typing import TextIO
 from tokfuse.bench.row import Row
 
 COLUMNS = (
-    "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit",
-    "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80",
-    "extra_benchmark_config_str", "gpu_name", "timestamp", "liger_version",
-)  # fmt: skip
+    "kernel_name",
+    "kernel_provider",
+    "kernel_operation_mode",
+    "metric_name",
+    "metric_unit",
+    "x_name",
+    "x_label",
+    "x_value",
+    "y_value_50",
+    "y_value_20",
+    "y_value_80",
+    "extra_benchmark_config_str",
+    "gpu_name",
+    "timestamp",
+    "liger_version",
+)
 # Their names of what is timed.
 MODES = {"forward+backward": "full", "step": "full", "call": "forward"}
 # sweep -> (x_name, x_label)
@@ -45,10 +57,17 @@ def lines(row: Row) -> list[list[object]]:
     axis = row.sweep or "vocab"
     value = row.variant.partition("=")[2] if axis == "rows" else getattr(row, axis)
     extra = {
-        "shape": row.shape, "dtype": row.dtype, "mode": row.mode, "variant": row.variant,
-        "backend": row.backend, "device": row.device, "limit_share": row.limit_share,
-        "tokens_per_s": row.tokens_per_s, "gb_per_s": row.gb_per_s, "gflop_per_s": row.gflop_per_s,
-    }  # fmt: skip
+        "shape": row.shape,
+        "dtype": row.dtype,
+        "mode": row.mode,
+        "variant": row.variant,
+        "backend": row.backend,
+        "device": row.device,
+        "limit_share": row.limit_share,
+        "tokens_per_s": row.tokens_per_s,
+        "gb_per_s": row.gb_per_s,
+        "gflop_per_s": row.gflop_per_s,
+    }
     head = [row.op, row.provider, MODES.get(row.mode, row.mode)]
     middle = [*AXES[axis], value]
     tail = [json.dumps(extra), row.gpu or row.cpu_model, row.timestamp, f"tokfuse {row.tokfuse}"]

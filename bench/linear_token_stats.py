@@ -8,15 +8,7 @@ import torch
 
 from tokfuse.bench import exact, ours, peers, probes
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import (
-    Config,
-    Factory,
-    Problem,
-    generator,
-    make_head,
-    on_device,
-    sample_target,
-)
+from tokfuse.bench.problem import Config, Factory, Problem, generator, make_head, on_device, sample_target
 
 OP = "linear_token_stats"
 SHAPES = ("512x576x49152", "256x2048x151936")
@@ -57,19 +49,14 @@ def build(config: Config, peer_names: list[str]) -> Problem:
         config,
         ours={"tokfuse": lambda: _ours(config, data)},
         peers={name: _peer_factory(name, config, data) for name in peer_names},
-        limits={
-            "limit_gemm": lambda: probes.gemm_probe(
-                data.hidden, data.weight, config.tokens, True, backward
-            )
-        },
+        limits={"limit_gemm": lambda: probes.gemm_probe(data.hidden, data.weight, config.tokens, True, backward)},
         exact=answer,
         bounds=("gemm",),
         bytes_moved=head_bytes * (2 if backward else 1),
-        bytes_formula="(T + V) H " + str(config.item_bytes) + (" x 2: inputs, gradients" if backward
-                                                               else ": inputs"),
+        bytes_formula="(T + V) H " + str(config.item_bytes) + (" x 2: inputs, gradients" if backward else ": inputs"),
         flops=gemms * product,
         flops_formula=f"{2 * gemms} T H V: {gemms} matrix product" + ("s" if backward else ""),
-    )  # fmt: skip
+    )
 
 
 def _ours(config: Config, data: _Inputs) -> Provider:
@@ -84,14 +71,8 @@ def _ours(config: Config, data: _Inputs) -> Provider:
 
     def both() -> Outputs:
         stats = op(hidden, weight, data.target)
-        grads = torch.autograd.grad(
-            (stats.logp, stats.entropy), (hidden, weight), (data.by_logp, data.by_entropy)
-        )
-        return {
-            **ours.stats_outputs(stats),
-            "grad_hidden": grads[0],
-            "grad_weight": grads[1],
-        }
+        grads = torch.autograd.grad((stats.logp, stats.entropy), (hidden, weight), (data.by_logp, data.by_entropy))
+        return {**ours.stats_outputs(stats), "grad_hidden": grads[0], "grad_weight": grads[1]}
 
     return ours.provider(both)
 
@@ -118,9 +99,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
             names = [n for n in ("logp", "entropy") if n in stats]
             incoming = {"logp": data.by_logp, "entropy": data.by_entropy}
             grads = torch.autograd.grad(
-                [stats[n] for n in names],
-                (hidden, weight),
-                [incoming[n].to(stats[n].dtype) for n in names],
+                [stats[n] for n in names], (hidden, weight), [incoming[n].to(stats[n].dtype) for n in names]
             )
             # without the entropy the gradient is of another function: nothing to compare with
             if "entropy" in stats:

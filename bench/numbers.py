@@ -78,9 +78,7 @@ def write(file: Path, text: str) -> None:
     """
     page = file.read_text(encoding="utf-8")
     if BEGIN not in page or END not in page:
-        raise ValueError(
-            f"bench: --write needs a file with {BEGIN} and {END}; {file} has not both."
-        )
+        raise ValueError(f"bench: --write needs a file with {BEGIN} and {END}; {file} has not both.")
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     file.write_text(pattern.sub(lambda _: f"{BEGIN}\n{text}\n{END}", page), encoding="utf-8")
 
@@ -89,12 +87,7 @@ def _cases(rows: Sequence[Row], op: str, variant: str | None = None) -> dict[Cas
     """Rows of an op by case and provider, in the order in which they came."""
     out: dict[Case, dict[str, Row]] = {}
     for row in rows:
-        if (
-            row.op == op
-            and row.status == "pass"
-            and row.median_ms
-            and variant in (None, row.variant)
-        ):
+        if row.op == op and row.status == "pass" and row.median_ms and variant in (None, row.variant):
             out.setdefault((row.shape, row.dtype, row.variant), {})[row.provider] = row
     return out
 
@@ -128,12 +121,18 @@ def _from_logits(rows: Sequence[Row]) -> str:
     lines = []
     for (shape, dtype, _), found in _cases(rows, "policy_step", "entropy=0.01").items():
         base = found.get("tokfuse_")
-        lines.append([
-            _spaced(shape), dtype, _times(base, None), _times(found.get("tokfuse"), base),
-            _times(_fastest(found, "torch_compile", "torch_compile_f32"), base),
-            _times(_fastest(found, "torch_eager", "torch_eager_f32"), base),
-            _times(found.get("cross_entropy"), base), _times(found.get("limit_copy"), None),
-        ])  # fmt: skip
+        lines.append(
+            [
+                _spaced(shape),
+                dtype,
+                _times(base, None),
+                _times(found.get("tokfuse"), base),
+                _times(_fastest(found, "torch_compile", "torch_compile_f32"), base),
+                _times(_fastest(found, "torch_eager", "torch_eager_f32"), base),
+                _times(found.get("cross_entropy"), base),
+                _times(found.get("limit_copy"), None),
+            ]
+        )
     if not lines:
         return ""
     return (
@@ -141,8 +140,19 @@ def _from_logits(rows: Sequence[Row]) -> str:
         "Milliseconds, median of interleaved rounds with cold caches; in brackets multiples of\n"
         "ours over the logits. The torch columns are the faster of the input's dtype and float32.\n"
         "`limit` is a plain copy of the same bytes in the same run.\n\n"
-    ) + _grid(["tokens x vocab", "dtype", "over the logits", "out of place", "torch.compile",
-               "torch eager", "cross_entropy alone", "limit"], lines)  # fmt: skip
+    ) + _grid(
+        [
+            "tokens x vocab",
+            "dtype",
+            "over the logits",
+            "out of place",
+            "torch.compile",
+            "torch eager",
+            "cross_entropy alone",
+            "limit",
+        ],
+        lines,
+    )
 
 
 def _from_hidden(rows: Sequence[Row]) -> str:
@@ -153,10 +163,18 @@ def _from_hidden(rows: Sequence[Row]) -> str:
             if row.role == "limit" and name != "limit_gemm":
                 continue
             label = "bare matrix products" if name == "limit_gemm" else name
-            lines.append([
-                _spaced(shape), dtype, variant, label, _times(row, base), _cpu(row, base),
-                "-" if row.role == "limit" else mebibytes(row.workspace_bytes), row.note or "-",
-            ])  # fmt: skip
+            lines.append(
+                [
+                    _spaced(shape),
+                    dtype,
+                    variant,
+                    label,
+                    _times(row, base),
+                    _cpu(row, base),
+                    "-" if row.role == "limit" else mebibytes(row.workspace_bytes),
+                    row.note or "-",
+                ]
+            )
     if not lines:
         return ""
     return (
@@ -164,22 +182,35 @@ def _from_hidden(rows: Sequence[Row]) -> str:
         "`rows` is the share of rows with gradient, workspace the peak memory of a call beyond\n"
         "what it returns. CPU is the CPU time of all threads as a multiple of ours, which other\n"
         "work on the machine disturbs less than the time.\n\n"
-    ) + _grid(["tokens x hidden x vocab", "dtype", "variant", "provider", "ms (of ours)", "CPU",
-               "workspace", "note"], lines)  # fmt: skip
+    ) + _grid(
+        ["tokens x hidden x vocab", "dtype", "variant", "provider", "ms (of ours)", "CPU", "workspace", "note"], lines
+    )
 
 
 def _price(rows: Sequence[Row]) -> str:
     lines = []
     for (shape, dtype, variant), found in _cases(rows, "influence").items():
         base = found.get("tokfuse")
-        for name, label in (("tokfuse", "step alone"), ("tokfuse_norms", "with norms"),
-                            ("tokfuse_sketches", "with norms and sketches")):  # fmt: skip
+        for name, label in (
+            ("tokfuse", "step alone"),
+            ("tokfuse_norms", "with norms"),
+            ("tokfuse_sketches", "with norms and sketches"),
+        ):
             row = found.get(name)
             if row is None or base is None or not row.median_ms or not base.median_ms:
                 continue
             cpu = f"{row.cpu_ms / base.cpu_ms:.3f}x" if row.cpu_ms and base.cpu_ms else "-"
-            lines.append([_spaced(shape), dtype, variant, label, f"{row.median_ms:.1f}",
-                          f"{row.median_ms / base.median_ms:.3f}x", cpu])  # fmt: skip
+            lines.append(
+                [
+                    _spaced(shape),
+                    dtype,
+                    variant,
+                    label,
+                    f"{row.median_ms:.1f}",
+                    f"{row.median_ms / base.median_ms:.3f}x",
+                    cpu,
+                ]
+            )
     if not lines:
         return ""
     heads = ["tokens x hidden x vocab", "dtype", "sketch", "step", "ms", "time", "CPU"]
@@ -194,9 +225,8 @@ def _advantages(rows: Sequence[Row]) -> str:
             lines.append([f"`{variant}`", _spaced(shape), _times(ours, None), _times(peer, ours)])
     if not lines:
         return ""
-    return (
-        "Between rewards and the loss, beside the vectorised torch form, milliseconds:\n\n"
-        + _grid(["op", "sequences x longest", "ours", "torch"], lines)
+    return "Between rewards and the loss, beside the vectorised torch form, milliseconds:\n\n" + _grid(
+        ["op", "sequences x longest", "ours", "torch"], lines
     )
 
 
@@ -226,9 +256,7 @@ def _study(study: Sequence[dict[str, Any]]) -> str:
         f"Do sketches rank samples as their true gradients do? {first['model']}, per-sample\n"
         "gradients of all layers, of the lm_head and of the last block; Spearman correlation of\n"
         "each sample's cosine with a validation mean, and its range over projection seeds:\n\n"
-    ) + "\n\n".join(
-        [_grid(["data (samples)", "score", *slices], lines), "\n".join(readings)]
-    ).strip()
+    ) + "\n\n".join([_grid(["data (samples)", "score", *slices], lines), "\n".join(readings)]).strip()
 
 
 def _predicted(rows: Sequence[Row]) -> str:

@@ -24,9 +24,7 @@ def public(name: str) -> Any:
         raise Unsupported(f"tokfuse.{name} is not in this version") from error
 
 
-def provider(
-    run: Callable[[], Outputs], before: Callable[[], None] | None = None, calls: int = 1
-) -> Provider:
+def provider(run: Callable[[], Outputs], before: Callable[[], None] | None = None, calls: int = 1) -> Provider:
     """Wrap a call and find its backend by forcing each in turn, fastest first.
 
     A forced backend serves the call or raises, so the first that serves is the one that dispatch
@@ -49,9 +47,8 @@ def provider(
         note = f"ran on the pure-torch reference; {reasons[-1]}" if fallback and reasons else ""
         note = "ran in Triton's interpreter: says nothing about speed" if interpreted else note
         return Provider(
-            run, prepare, release_workspace, name, tokfuse.__version__, note[:300],
-            calls=calls, fallback=fallback,
-        )  # fmt: skip
+            run, prepare, release_workspace, name, tokfuse.__version__, note[:300], calls=calls, fallback=fallback
+        )
     raise Unsupported("; ".join(reasons)[:600])
 
 
@@ -73,9 +70,7 @@ def step_outputs(step: Any) -> Outputs:
 def objective(entropy_coef: float) -> Any:
     """PPO-clip, token level, token mean; with an entropy bonus when the coefficient is not 0."""
     return public("Objective")(
-        shape=public("PPOClip")(low=CLIP, high=CLIP),
-        entropy_coef=entropy_coef,
-        aggregation="token_mean",
+        shape=public("PPOClip")(low=CLIP, high=CLIP), entropy_coef=entropy_coef, aggregation="token_mean"
     )
 
 

@@ -13,15 +13,7 @@ import torch
 
 from tokfuse.bench import ours, peers
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import (
-    Config,
-    Factory,
-    Problem,
-    Unsupported,
-    generator,
-    make_batch,
-    make_logits,
-)
+from tokfuse.bench.problem import Config, Factory, Problem, Unsupported, generator, make_batch, make_logits
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.ops import policy_loss, token_stats

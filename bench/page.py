@@ -53,21 +53,34 @@ def page(rows: Sequence[Row]) -> str:
     predicted = latest(row for row in rows if row.status == "predicted")
     plain = [row for row in measured if not row.sweep]
     sections = [
-        ("What to expect", "Ours beside the fastest other that was measured in the same rounds.",
-         _table("summary", _SUMMARY, _best(plain))),
-        ("Plots", "Points have tooltips. A plot needs rows of the sweep that it shows.",
-         f'<div class="plots">{"".join(plots(measured))}</div>'),
-        ("Every measured row", "Click a head to sort. Times are medians of interleaved rounds with "
-         "cold caches; the limit was timed in the same rounds.",
-         _filter("rows") + _table("rows", _COLUMNS, plain)),
-        ("Growth, one axis at a time", "Rows of the sweeps.",
-         _table("growth", [("axis", lambda r: (r.sweep, None)), *_COLUMNS],
-                [row for row in measured if row.sweep])),
-        ("Predicted for GPUs: nothing ran",
-         "Computed from the bytes of the contract, the instructions of the compiled kernels and "
-         "data sheets. Launches, tails and caches are left out, so real runs are slower.",
-         _table("predicted", _PREDICTED, predicted) + "".join(_predicted_plot(predicted))),
-    ]  # fmt: skip
+        (
+            "What to expect",
+            "Ours beside the fastest other that was measured in the same rounds.",
+            _table("summary", _SUMMARY, _best(plain)),
+        ),
+        (
+            "Plots",
+            "Points have tooltips. A plot needs rows of the sweep that it shows.",
+            f'<div class="plots">{"".join(plots(measured))}</div>',
+        ),
+        (
+            "Every measured row",
+            "Click a head to sort. Times are medians of interleaved rounds with "
+            "cold caches; the limit was timed in the same rounds.",
+            _filter("rows") + _table("rows", _COLUMNS, plain),
+        ),
+        (
+            "Growth, one axis at a time",
+            "Rows of the sweeps.",
+            _table("growth", [("axis", lambda r: (r.sweep, None)), *_COLUMNS], [row for row in measured if row.sweep]),
+        ),
+        (
+            "Predicted for GPUs: nothing ran",
+            "Computed from the bytes of the contract, the instructions of the compiled kernels and "
+            "data sheets. Launches, tails and caches are left out, so real runs are slower.",
+            _table("predicted", _PREDICTED, predicted) + "".join(_predicted_plot(predicted)),
+        ),
+    ]
     body = "".join(
         f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{content}</section>"
         for title, text, content in sections
@@ -85,10 +98,8 @@ def page(rows: Sequence[Row]) -> str:
 def latest(rows: Iterable[Row]) -> list[Row]:
     """A later row of the same case and provider replaces an earlier one."""
     kept = {
-        (r.op, r.mode, r.variant, r.shape, r.dtype, r.device, r.gpu, r.sweep, r.threads,
-         r.provider): r
-        for r in rows
-    }  # fmt: skip
+        (r.op, r.mode, r.variant, r.shape, r.dtype, r.device, r.gpu, r.sweep, r.threads, r.provider): r for r in rows
+    }
     return list(kept.values())
 
 
@@ -119,29 +130,41 @@ def _status(row: Row) -> tuple[str, float | None]:
 
 
 _CASE: list[tuple[str, Cell]] = [
-    ("op", _text("op")), ("mode", _text("mode")), ("variant", _text("variant")),
-    ("shape", _shape), ("dtype", _text("dtype")),
-]  # fmt: skip
+    ("op", _text("op")),
+    ("mode", _text("mode")),
+    ("variant", _text("variant")),
+    ("shape", _shape),
+    ("dtype", _text("dtype")),
+]
 _COLUMNS: list[tuple[str, Cell]] = [
     *_CASE,
-    ("provider", _text("provider")), ("backend", _text("backend")), ("status", _status),
+    ("provider", _text("provider")),
+    ("backend", _text("backend")),
+    ("status", _status),
     ("median", lambda r: (milliseconds(r.median_ms), r.median_ms)),
-    ("p20 ms", lambda r: _number(r.p20_ms)), ("p80 ms", lambda r: _number(r.p80_ms)),
+    ("p20 ms", lambda r: _number(r.p20_ms)),
+    ("p80 ms", lambda r: _number(r.p80_ms)),
     ("x ours", lambda r: _number(r.ratio, ".2f")),
-    ("of limit", lambda r: _number(r.limit_share, ".0%")), ("limit", _text("limit")),
+    ("of limit", lambda r: _number(r.limit_share, ".0%")),
+    ("limit", _text("limit")),
     ("tokens/s", lambda r: _number(r.tokens_per_s, ",.0f")),
-    ("GB/s", lambda r: _number(r.gb_per_s)), ("GFLOP/s", lambda r: _number(r.gflop_per_s)),
-    ("CPU ms", lambda r: _number(r.cpu_ms)), ("workspace", _workspace),
+    ("GB/s", lambda r: _number(r.gb_per_s)),
+    ("GFLOP/s", lambda r: _number(r.gflop_per_s)),
+    ("CPU ms", lambda r: _number(r.cpu_ms)),
+    ("workspace", _workspace),
     ("energy mJ", lambda r: _number(r.energy_mj)),
     ("max error", lambda r: (escape(worst_errors(r)) or "-", None)),
     ("note", _text("note")),
-]  # fmt: skip
+]
 _PREDICTED: list[tuple[str, Cell]] = [
-    ("GPU", _text("gpu")), *_CASE, ("status", _status),
+    ("GPU", _text("gpu")),
+    *_CASE,
+    ("status", _status),
     ("predicted ms", lambda r: _number(r.median_ms)),
     ("memory alone ms", lambda r: _number(r.limit_ms)),
-    ("tokens/s", lambda r: _number(r.tokens_per_s, ",.0f")), ("note", _text("note")),
-]  # fmt: skip
+    ("tokens/s", lambda r: _number(r.tokens_per_s, ",.0f")),
+    ("note", _text("note")),
+]
 Best = tuple[Row, Row | None]
 
 
@@ -151,9 +174,7 @@ def _peer_cell(of: Cell) -> Any:
 
 def _gain(pair: Best) -> tuple[str, float | None]:
     ours, peer = pair
-    return (
-        _number(peer.median_ms / ours.median_ms, ".2f") if peer and peer.median_ms else ("-", None)
-    )
+    return _number(peer.median_ms / ours.median_ms, ".2f") if peer and peer.median_ms else ("-", None)
 
 
 _SUMMARY: list[tuple[str, Any]] = [
@@ -191,8 +212,7 @@ def _table(name: str, columns: Sequence[tuple[str, Any]], rows: Sequence[Any]) -
     if not rows:
         return ""
     heads = "".join(
-        f'<th data-name="{escape(head)}" aria-sort="none"><button>{escape(head)}</button></th>'
-        for head, _ in columns
+        f'<th data-name="{escape(head)}" aria-sort="none"><button>{escape(head)}</button></th>' for head, _ in columns
     )
     lines = []
     for row in rows:
@@ -233,16 +253,12 @@ def _facts(rows: Sequence[Row]) -> str:
     lines = [
         f"{all_of('cpu_model')} ({all_of('machine')}), kernels at {all_of('isa')}, "
         f"threads {all_of('threads')}, GPU {all_of('gpu')}",
-        f"tokfuse {all_of('tokfuse')} at {all_of('commit')}, torch {all_of('torch')}, "
-        f"Python {all_of('python')}",
+        f"tokfuse {all_of('tokfuse')} at {all_of('commit')}, torch {all_of('torch')}, Python {all_of('python')}",
         f"load average while measuring {busy}; telemetry {all_of('telemetry')}",
     ]
     commands = "".join(f"<li><code>{escape(c)}</code></li>" for c in _commands(rows))
     facts = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return (
-        f'<ul class="facts">{facts}<li><details><summary>commands</summary><ul>{commands}</ul>'
-        "</details></li></ul>"
-    )
+    return f'<ul class="facts">{facts}<li><details><summary>commands</summary><ul>{commands}</ul></details></li></ul>'
 
 
 def _commands(rows: Sequence[Row]) -> list[str]:
@@ -261,9 +277,12 @@ def plots(rows: Sequence[Row]) -> list[str]:
     passed = [row for row in rows if row.status == "pass" and row.median_ms]
     out = []
     labels = {
-        "vocab": "vocabulary", "tokens": "tokens", "rows": "share of rows with gradient",
-        "hidden": "hidden size", "threads": "threads",
-    }  # fmt: skip
+        "vocab": "vocabulary",
+        "tokens": "tokens",
+        "rows": "share of rows with gradient",
+        "hidden": "hidden size",
+        "threads": "threads",
+    }
     for op in dict.fromkeys(row.op for row in passed if row.sweep):
         for axis, label in labels.items():
             swept = [r for r in passed if r.op == op and r.sweep == axis and r.role != "limit"]
@@ -272,9 +291,7 @@ def plots(rows: Sequence[Row]) -> list[str]:
             out.append(svg.plot(f"{op}: time against {label}", series, label, "ms", is_log, is_log))
         swept = [r for r in passed if r.op == op and r.sweep == "tokens" and r.role != "limit"]
         series = _by_provider(swept, growth.value_of, _mebibytes)
-        out.append(
-            svg.plot(f"{op}: workspace against tokens", series, "tokens", "MiB", log_y=False)
-        )
+        out.append(svg.plot(f"{op}: workspace against tokens", series, "tokens", "MiB", log_y=False))
     for dtype in dict.fromkeys(row.dtype for row in passed):
         out.append(_roofline([r for r in passed if r.dtype == dtype and not r.sweep], dtype))
     return [text for text in out if text]
@@ -284,9 +301,7 @@ def _mebibytes(row: Row) -> float | None:
     return None if row.workspace_bytes is None else row.workspace_bytes / 2**20
 
 
-def _by_provider(
-    rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], float | None]
-) -> list[Series]:
+def _by_provider(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], float | None]) -> list[Series]:
     series: dict[str, Series] = {}
     for row in rows:
         value = y(row)
@@ -323,16 +338,16 @@ def _roofline(rows: Sequence[Row], dtype: str) -> str:
         top = max(products)
         name = f"matrix products: {top:.0f} GFLOP/s"
         series.append(Series(name, [Point(min(start, high), top), Point(high, top)], "roof", 7))
-    for role, style, name, colour in (
-        ("ours", "dot", "tokfuse", 0),
-        ("peer", "cross", "others", 2),
-    ):
+    for role, style, name, colour in (("ours", "dot", "tokfuse", 0), ("peer", "cross", "others", 2)):
         found = [
-            Point(r.flops / r.bytes_moved, r.gflop_per_s or 0.0,
-                  f"{r.provider}: {r.op} {r.shape} {r.variant}, {milliseconds(r.median_ms)}")
+            Point(
+                r.flops / r.bytes_moved,
+                r.gflop_per_s or 0.0,
+                f"{r.provider}: {r.op} {r.shape} {r.variant}, {milliseconds(r.median_ms)}",
+            )
             for r in points
             if r.role == role
-        ]  # fmt: skip
+        ]
         series.append(Series(name, found, style, colour))
     return svg.plot(f"Roofline, {dtype}", series, "FLOP per byte", "GFLOP/s")
 

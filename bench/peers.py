@@ -52,27 +52,39 @@ KNOWN = {
         Peer("torch_eager_f32", "torch", "torch", "the same after logits.float()"),
         Peer("torch_compile_f32", "torch", "torch", "torch.compile of that"),
         Peer("cross_entropy", "torch", "torch", "F.cross_entropy alone"),
-        Peer("trl", "trl", "trl",
-             "ChunkedLogProbFunction (hidden), selective_log_softmax_and_entropy (logits)"),
+        Peer("trl", "trl", "trl", "ChunkedLogProbFunction (hidden), selective_log_softmax_and_entropy (logits)"),
         Peer("liger", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=False)"),
-        Peer("liger_compile", "liger-kernel", "liger_kernel",
-             "LigerFusedLinearGRPOLoss(compiled=True)"),
+        Peer("liger_compile", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=True)"),
         Peer("liger_grpo", "liger-kernel", "liger_kernel", "triton_grpo_loss (logits)", True),
-        Peer("liger_flce", "liger-kernel", "liger_kernel",
-             "LigerFusedLinearCrossEntropyFunction (hidden): log-prob only", True),
-        Peer("liger_flsce", "liger-kernel", "liger_kernel",
-             "LigerFusedLinearScaledCrossEntropyFunction (hidden); torch chunks without sm_90"),
+        Peer(
+            "liger_flce",
+            "liger-kernel",
+            "liger_kernel",
+            "LigerFusedLinearCrossEntropyFunction (hidden): log-prob only",
+            True,
+        ),
+        Peer(
+            "liger_flsce",
+            "liger-kernel",
+            "liger_kernel",
+            "LigerFusedLinearScaledCrossEntropyFunction (hidden); torch chunks without sm_90",
+        ),
         Peer("verl", "verl", "verl", "FusedLinearForPPO (hidden), logprobs_from_logits (logits)"),
-        Peer("cut_cross_entropy", "cut-cross-entropy", "cut_cross_entropy",
-             "linear_cross_entropy(impl='torch_compile')"),
-        Peer("cut_cross_entropy_triton", "cut-cross-entropy", "cut_cross_entropy",
-             "linear_cross_entropy(impl='cce')", True),
+        Peer(
+            "cut_cross_entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy(impl='torch_compile')"
+        ),
+        Peer(
+            "cut_cross_entropy_triton",
+            "cut-cross-entropy",
+            "cut_cross_entropy",
+            "linear_cross_entropy(impl='cce')",
+            True,
+        ),
         Peer("verl_triton", "verl", "verl", "linear_cross_entropy (hidden)", True),
-        Peer("flash_attn", "flash-attn", "flash_attn",
-             "cross_entropy_loss (logits): log-prob only", True),
+        Peer("flash_attn", "flash-attn", "flash_attn", "cross_entropy_loss (logits): log-prob only", True),
         Peer("quack", "quack-kernels", "quack", "cross_entropy (logits): log-prob only", True),
     )
-}  # fmt: skip
+}
 
 LIGER = ("liger", "liger_compile")
 DEFAULT = ("torch_eager", "torch_compile", "torch_eager_f32", "torch_compile_f32", "cross_entropy")
@@ -139,11 +151,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def eager_stats(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    everything: bool = True,
-    upcast: bool = False,
-    entropy_grad: bool = True,
+    logits: torch.Tensor, target: torch.Tensor, everything: bool = True, upcast: bool = False, entropy_grad: bool = True
 ) -> Outputs:
     """The usual torch code: one log_softmax and what follows from it."""
     if upcast:
@@ -171,9 +179,7 @@ def clip_loss(stats: Outputs, batch: Batch, entropy_coef: float) -> torch.Tensor
     return -gain.sum() / batch.num_tokens
 
 
-def token_stats_fn(
-    name: str, num_seqs: int, everything: bool, entropy_grad: bool = True
-) -> StatsFn:
+def token_stats_fn(name: str, num_seqs: int, everything: bool, entropy_grad: bool = True) -> StatsFn:
     """Per-token statistics from logits (tokens, vocab), by the named peer."""
     if name in ("torch_eager", "torch_eager_f32", "torch_compile", "torch_compile_f32"):
         upcast = name.endswith("_f32")
@@ -251,9 +257,7 @@ def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> L
     if name == "verl_triton":
         fused = load(name, "verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
 
-        def verl_triton(
-            hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
-        ) -> Outputs:
+        def verl_triton(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Outputs:
             logp, entropy = fused(hidden, weight, target, 1.0, "none")
             return {"logp": logp, "entropy": entropy}
 
@@ -291,33 +295,44 @@ def liger_grpo(logits: torch.Tensor, batch: Batch) -> Callable[[], torch.Tensor]
     def run() -> torch.Tensor:
         longer = torch.cat([batch.padded(logits), room], 1)
         loss = loss_fn(
-            longer, old_logp, None, target, advantage, mask, temperature=1.0, beta=0.0,
-            eps_low=CLIP, eps_high=CLIP, inplace=False, loss_type="bnpo", reduce=True,
-        )[0]  # fmt: skip
+            longer,
+            old_logp,
+            None,
+            target,
+            advantage,
+            mask,
+            temperature=1.0,
+            beta=0.0,
+            eps_low=CLIP,
+            eps_high=CLIP,
+            inplace=False,
+            loss_type="bnpo",
+            reduce=True,
+        )[0]
         assert isinstance(loss, torch.Tensor)
         return loss
 
     return run
 
 
-def liger_loss(
-    name: str, hidden: torch.Tensor, weight: torch.Tensor, batch: Batch
-) -> Callable[[], torch.Tensor]:
+def liger_loss(name: str, hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> Callable[[], torch.Tensor]:
     """Liger's chunked GRPO loss with token mean, on (seqs, length, hidden), ready to be called.
 
     Its chunk is one sequence, its default. `name` says whether it compiles the loss of a chunk.
     """
     loss_fn = load(name, "liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=name == "liger_compile", use_ref_model=False, loss_type="bnpo",
-        epsilon_low=CLIP, epsilon_high=CLIP,
-    )  # fmt: skip
+        beta=0.0,
+        compiled=name == "liger_compile",
+        use_ref_model=False,
+        loss_type="bnpo",
+        epsilon_low=CLIP,
+        epsilon_high=CLIP,
+    )
     target, old_logp = batch.padded(batch.target), batch.padded(batch.old_logp)
     mask, advantage = torch.ones_like(target), batch.padded(batch.advantage)[:, 0]
 
     def run() -> torch.Tensor:
-        loss, _ = loss_fn(
-            batch.padded(hidden), weight, target, mask, advantage, old_per_token_logps=old_logp
-        )
+        loss, _ = loss_fn(batch.padded(hidden), weight, target, mask, advantage, old_per_token_logps=old_logp)
         assert isinstance(loss, torch.Tensor)
         return loss
 

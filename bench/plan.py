@@ -19,11 +19,8 @@ from tokfuse.bench.problem import Config
 
 CASES: dict[str, ModuleType] = {
     module.OP: module
-    for module in (
-        token_stats, policy_step, policy_step_hidden, linear_token_stats, influence, advantage,
-        overhead,
-    )
-}  # fmt: skip
+    for module in (token_stats, policy_step, policy_step_hidden, linear_token_stats, influence, advantage, overhead)
+}
 # `bench gae` is `bench advantage --variant gae`: an op that is one variant of a case.
 VARIANT_OPS = {variant: advantage.OP for variant in advantage.VARIANTS}
 ALONE = ("all", "growth", "errors", "targets", "numbers", "compare", "predict")
@@ -72,9 +69,7 @@ def make_plan(options: argparse.Namespace) -> list[Step]:
             for dtype in dtypes:
                 names = peers.choose(options.peers, dtype)
                 for mode, variant_ in choose_cases(module, variant, options.quick):
-                    config = Config(
-                        op, mode, variant_, dtype, **sizes, seed=options.seed, device=options.device
-                    )
+                    config = Config(op, mode, variant_, dtype, **sizes, seed=options.seed, device=options.device)
                     plan.append(Step(module, config, names))
     return plan
 
@@ -107,9 +102,7 @@ def choose_cases(module: ModuleType, variant: str | None, quick: bool) -> list[t
     cases = [case for case in module.CASES if variant in (None, case[1])]
     if not cases:
         known = ", ".join(sorted({name for _, name in module.CASES}))
-        raise ValueError(
-            f"bench: --variant of {module.OP} must be one of {known}; got {variant!r}."
-        )
+        raise ValueError(f"bench: --variant of {module.OP} must be one of {known}; got {variant!r}.")
     return cases[:1] if quick else cases
 
 

@@ -45,9 +45,12 @@ def _bars(axes: Any, group: list[Row]) -> None:
     high = [(r.p80_ms or m) - m for m, r in zip(medians, group, strict=True)]
     names = [f"{r.provider} (fallback)" if r.status == "fallback" else r.provider for r in group]
     bars = axes.barh(
-        names, medians, xerr=[low, high], color=[COLOURS[row.role] for row in group],
+        names,
+        medians,
+        xerr=[low, high],
+        color=[COLOURS[row.role] for row in group],
         error_kw={"elinewidth": 1, "ecolor": "#333333"},
-    )  # fmt: skip
+    )
     for bar, row in zip(bars, group, strict=True):
         bar.set_hatch("//" if row.status == "fallback" else "")
     axes.set_xscale("log")

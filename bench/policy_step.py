@@ -53,10 +53,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
     size = config.tokens * config.vocab
     return Problem(
         config,
-        ours={
-            "tokfuse_": lambda: _ours_in_place(data),
-            "tokfuse": lambda: _ours(data),
-        },
+        ours={"tokfuse_": lambda: _ours_in_place(data), "tokfuse": lambda: _ours(data)},
         peers={name: _peer_factory(name, config, data) for name in peer_names},
         limits={
             "limit_read": lambda: probes.read_probe(data.logits),
@@ -122,9 +119,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
                 return {"loss": loss, "grad_logits": grad}
 
             return peers.provider(name, grpo, note="the copy to one more position is timed too")
-        stats_fn = peers.token_stats_fn(
-            name, batch.num_seqs, everything=False, entropy_grad=data.entropy_coef != 0
-        )
+        stats_fn = peers.token_stats_fn(name, batch.num_seqs, everything=False, entropy_grad=data.entropy_coef != 0)
 
         def step(logits: torch.Tensor) -> tuple[torch.Tensor, Outputs]:
             stats = stats_fn(logits, batch.target)

@@ -12,16 +12,7 @@ import torch
 
 from tokfuse.bench import exact, ours, peers, probes
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import (
-    Config,
-    Factory,
-    Problem,
-    generator,
-    make_batch,
-    make_head,
-    on_device,
-    sample_target,
-)
+from tokfuse.bench.problem import Config, Factory, Problem, generator, make_batch, make_head, on_device, sample_target
 
 OP = "policy_step_hidden"
 SHAPES = ("512x576x49152", "256x2048x151936")
@@ -54,14 +45,10 @@ def build(config: Config, peer_names: list[str]) -> Problem:
     flops = per_row * (config.tokens + backward_products * data.grad_rows)
     head_bytes = (config.tokens + config.vocab) * config.hidden * config.item_bytes
     limits: dict[str, Factory] = {
-        "limit_gemm": lambda: probes.gemm_probe(
-            data.hidden, data.weight, data.grad_rows, not data.frozen, True
-        )
+        "limit_gemm": lambda: probes.gemm_probe(data.hidden, data.weight, data.grad_rows, not data.frozen, True)
     }
     if data.frozen or data.grad_rows < config.tokens:
-        limits["limit_gemm3"] = lambda: probes.gemm_probe(
-            data.hidden, data.weight, config.tokens, True, True
-        )
+        limits["limit_gemm3"] = lambda: probes.gemm_probe(data.hidden, data.weight, config.tokens, True, True)
     return Problem(
         config,
         ours={"tokfuse": lambda: _ours(data)},

@@ -45,13 +45,29 @@ def _row(kernel: kernel_table.Resources, gpu: str, vocab: int) -> Row:
     issue_ms = elements * kernel.per_element / LANES / (sms * ISSUES * ghz * 1e6)
     median = max(memory_ms, issue_ms)
     return Row(
-        schema=SCHEMA_VERSION, op=op, mode=mode, variant=variant, shape=f"{TOKENS}x{vocab}",
-        tokens=TOKENS, hidden=0, vocab=vocab, dtype=kernel.dtype, device="cuda",
-        provider="tokfuse", role="ours", backend="triton", status="predicted",
+        schema=SCHEMA_VERSION,
+        op=op,
+        mode=mode,
+        variant=variant,
+        shape=f"{TOKENS}x{vocab}",
+        tokens=TOKENS,
+        hidden=0,
+        vocab=vocab,
+        dtype=kernel.dtype,
+        device="cuda",
+        provider="tokfuse",
+        role="ours",
+        backend="triton",
+        status="predicted",
         note=f"nothing ran: {kernel.per_element:g} instructions and {kernel.traffic_bytes} bytes "
         f"per logit; {sms} SMs at {ghz:g} GHz, {tb_per_s:g} TB/s",
-        median_ms=round(median, 4), limit="memory", limit_ms=round(memory_ms, 4),
-        limit_share=round(memory_ms / median, 4), bytes_moved=elements * kernel.traffic_bytes,
-        bytes_formula=f"{kernel.traffic_bytes} T V", gpu=gpu, timestamp=machine.now(),
+        median_ms=round(median, 4),
+        limit="memory",
+        limit_ms=round(memory_ms, 4),
+        limit_share=round(memory_ms / median, 4),
+        bytes_moved=elements * kernel.traffic_bytes,
+        bytes_formula=f"{kernel.traffic_bytes} T V",
+        gpu=gpu,
+        timestamp=machine.now(),
         command="python -m tokfuse bench predict",
-    )  # fmt: skip
+    )

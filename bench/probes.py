@@ -21,9 +21,18 @@ from tokfuse.bench.measure import Provider
 from tokfuse.bench.problem import Unsupported
 
 SOURCE = Path(__file__).with_name("probes.cpp")
-FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
-         "-fno-trapping-math", "-ffp-contract=fast", "-std=c++17",
-         "-fopenmp", "-shared", "-fPIC")  # fmt: skip
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-std=c++17",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
 
 
 def read_probe(data: torch.Tensor) -> Provider:

@@ -145,15 +145,12 @@ def make_head(config: Config, gen: torch.Generator) -> tuple[torch.Tensor, torch
 def sample_target(logits: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
     """Tokens drawn from the policy itself, as a rollout would."""
     rows = [
-        torch.multinomial(torch.softmax(part.float(), -1), 1, generator=gen).squeeze(-1)
-        for part in logits.split(64)
+        torch.multinomial(torch.softmax(part.float(), -1), 1, generator=gen).squeeze(-1) for part in logits.split(64)
     ]
     return torch.cat(rows)
 
 
-def make_batch(
-    target: torch.Tensor, logp: torch.Tensor, gen: torch.Generator, grad_rows: float = 1.0
-) -> Batch:
+def make_batch(target: torch.Tensor, logp: torch.Tensor, gen: torch.Generator, grad_rows: float = 1.0) -> Batch:
     """Old log-probabilities near `logp`, and one advantage per sequence.
 
     `grad_rows`: share of the sequences with a non-zero advantage; the others are those of groups in

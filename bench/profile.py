@@ -82,17 +82,29 @@ def command(options: argparse.Namespace, argv: Sequence[str]) -> list[str]:
     environment = ["env", "TOKFUSE_NVTX=1"]
     if options.tool == "nsys":
         if options.device == "cuda":
-            capture = ["-t", "cuda,nvtx,osrt,cublas", "-c", "cudaProfilerApi",
-                       "--capture-range-end=stop"]  # fmt: skip
+            capture = ["-t", "cuda,nvtx,osrt,cublas", "-c", "cudaProfilerApi", "--capture-range-end=stop"]
         else:
             capture = ["-t", "nvtx,osrt"]
         return [*environment, "nsys", "profile", *capture, "-o", options.out, "-f", "true", *here]
     op = options.range or f"{options.case.removesuffix('_hidden')}.fwd"
     return [
-        *environment, "ncu", "--profile-from-start", "off", "--nvtx", "--nvtx-include",
-        f"tokfuse::{op}/", *(["-k", f"regex:{options.kernel}"] if options.kernel else []),
-        "-c", str(options.kernels), "--set", "full", "-f", "-o", options.out, *here,
-    ]  # fmt: skip
+        *environment,
+        "ncu",
+        "--profile-from-start",
+        "off",
+        "--nvtx",
+        "--nvtx-include",
+        f"tokfuse::{op}/",
+        *(["-k", f"regex:{options.kernel}"] if options.kernel else []),
+        "-c",
+        str(options.kernels),
+        "--set",
+        "full",
+        "-f",
+        "-o",
+        options.out,
+        *here,
+    ]
 
 
 def _run_tool(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -203,8 +215,7 @@ def _without(argv: Sequence[str], *options: str) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tokfuse profile",
-        description="Where the time of one benchmark case goes.",
+        prog="python -m tokfuse profile", description="Where the time of one benchmark case goes."
     )
     parser.add_argument("case", metavar="CASE", help="an op of `python -m tokfuse bench --list`")
     parser.add_argument("--tool", choices=TOOLS, default="torch")

@@ -50,9 +50,7 @@ def worst_errors(row: Row) -> str:
     values = {n: getattr(row, f"error_{n}") for n in (*ERROR_NAMES, "output")}
     texts = []
     for is_grad, sign in ((False, ""), (True, "rel ")):
-        known = {
-            n: v for n, v in values.items() if v is not None and n.startswith("grad_") == is_grad
-        }
+        known = {n: v for n, v in values.items() if v is not None and n.startswith("grad_") == is_grad}
         if known:
             name = max(known, key=known.__getitem__)
             texts.append(f"{name} {sign}{known[name]:.1e}")
@@ -95,29 +93,29 @@ def _facts(row: Row) -> str:
 def _table(key: tuple[str, ...], group: list[Row]) -> str:
     ours = [r for r in group if r.role == "ours" and r.status == "pass" and r.median_ms]
     heads = ["provider", "status", "median", "p20 - p80", *(f"/ {r.provider}" for r in ours)]
-    heads += [
-        "of limit",
-        "tokens/s",
-        "GB/s",
-        "GFLOP/s",
-        "energy",
-        "peak extra",
-        "max error",
-        "note",
-    ]
+    heads += ["of limit", "tokens/s", "GB/s", "GFLOP/s", "energy", "peak extra", "max error", "note"]
     rows = [heads, ["---"] * len(heads)]
     for row in sorted(group, key=lambda row: row.median_ms is None):  # what was timed comes first
         name = row.provider if row.role == "limit" else f"{row.provider} ({row.backend or '-'})"
-        ratios = [
-            f"{row.median_ms / base.median_ms:.2f}" if row.median_ms and base.median_ms else "-"
-            for base in ours
-        ]
+        ratios = [f"{row.median_ms / base.median_ms:.2f}" if row.median_ms and base.median_ms else "-" for base in ours]
         share = f"{row.limit_share:.0%} of {row.limit}" if row.limit_share is not None else "-"
         rows.append(
-            [name, row.status, milliseconds(row.median_ms), spread(row), *ratios, share,
-             number(row.tokens_per_s), number(row.gb_per_s), number(row.gflop_per_s), energy(row),
-             mebibytes(row.peak_extra_bytes), worst_errors(row), row.note.replace("|", "/")]
-        )  # fmt: skip
+            [
+                name,
+                row.status,
+                milliseconds(row.median_ms),
+                spread(row),
+                *ratios,
+                share,
+                number(row.tokens_per_s),
+                number(row.gb_per_s),
+                number(row.gflop_per_s),
+                energy(row),
+                mebibytes(row.peak_extra_bytes),
+                worst_errors(row),
+                row.note.replace("|", "/"),
+            ]
+        )
     first = group[0]
     title = f"### {' '.join(key)}\n\nLeast work: {first.bytes_formula}; {first.flops_formula}.\n\n"
     return title + "\n".join("| " + " | ".join(cells) + " |" for cells in rows)

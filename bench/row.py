@@ -23,17 +23,7 @@ STATUSES = ("pass", "oom", "unsupported", "fallback", "error", "predicted")
 ROLES = ("ours", "peer", "limit")
 
 # every output and gradient that can be compared with float64; `error_<name>` in the row
-ERROR_NAMES = (
-    "logp",
-    "entropy",
-    "lse",
-    "sum_sq",
-    "top1",
-    "loss",
-    "grad_logits",
-    "grad_hidden",
-    "grad_weight",
-)
+ERROR_NAMES = ("logp", "entropy", "lse", "sum_sq", "top1", "loss", "grad_logits", "grad_hidden", "grad_weight")
 
 
 @dataclass(frozen=True)
@@ -145,9 +135,7 @@ class Row:
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
-            raise ValueError(
-                f"Row: status must be one of {', '.join(STATUSES)}; got {self.status!r}."
-            )
+            raise ValueError(f"Row: status must be one of {', '.join(STATUSES)}; got {self.status!r}.")
         if self.role not in ROLES:
             raise ValueError(f"Row: role must be one of {', '.join(ROLES)}; got {self.role!r}.")
 

@@ -9,14 +9,7 @@ from typing import Any
 import torch
 
 from tokfuse.bench import exact, machine
-from tokfuse.bench.measure import (
-    ColdCache,
-    Provider,
-    interleave,
-    peak_extra_bytes,
-    percentile,
-    tensor_bytes,
-)
+from tokfuse.bench.measure import ColdCache, Provider, interleave, peak_extra_bytes, percentile, tensor_bytes
 from tokfuse.bench.problem import Config, Factory, Problem, Unsupported
 from tokfuse.bench.row import ERROR_NAMES, SCHEMA_VERSION, Row
 from tokfuse.bench.telemetry import Sampler, Telemetry
@@ -187,13 +180,7 @@ def _prepare(entry: Entry, factory: Factory, problem: Problem, settings: Setting
         entry.status, entry.note = classify(error)
 
 
-def row_of(
-    problem: Problem,
-    entry: Entry,
-    live: list[Entry],
-    settings: Settings,
-    load: float | None = None,
-) -> Row:
+def row_of(problem: Problem, entry: Entry, live: list[Entry], settings: Settings, load: float | None = None) -> Row:
     config, provider = problem.config, entry.provider
     values: dict[str, Any] = {f"error_{n}": entry.errors.get(n) for n in ERROR_NAMES}
     unnamed = [error for name, error in entry.errors.items() if name not in ERROR_NAMES]
@@ -210,19 +197,34 @@ def row_of(
             values |= _against_limit(problem, entry, probes)
     return Row(
         schema=SCHEMA_VERSION,
-        op=config.op, mode=config.mode, variant=config.variant, shape=config.shape,
-        tokens=config.tokens, hidden=config.hidden, vocab=config.vocab,
-        dtype=config.dtype, device=config.device,
-        provider=entry.name, role=entry.role, backend=provider.backend if provider else "",
-        status=entry.status, note=entry.note,
-        bytes_moved=problem.bytes_moved, bytes_formula=problem.bytes_formula,
-        flops=problem.flops, flops_formula=problem.flops_formula,
-        peak_extra_bytes=entry.peak[0], peak_method=entry.peak[1],
+        op=config.op,
+        mode=config.mode,
+        variant=config.variant,
+        shape=config.shape,
+        tokens=config.tokens,
+        hidden=config.hidden,
+        vocab=config.vocab,
+        dtype=config.dtype,
+        device=config.device,
+        provider=entry.name,
+        role=entry.role,
+        backend=provider.backend if provider else "",
+        status=entry.status,
+        note=entry.note,
+        bytes_moved=problem.bytes_moved,
+        bytes_formula=problem.bytes_formula,
+        flops=problem.flops,
+        flops_formula=problem.flops_formula,
+        peak_extra_bytes=entry.peak[0],
+        peak_method=entry.peak[1],
         result_bytes=entry.result_bytes,
         provider_version=provider.version if provider else "",
-        load_average=load, **_readings(problem, entry), timestamp=machine.now(),
-        **settings.facts, **values,
-    )  # fmt: skip
+        load_average=load,
+        **_readings(problem, entry),
+        timestamp=machine.now(),
+        **settings.facts,
+        **values,
+    )
 
 
 def _readings(problem: Problem, entry: Entry) -> dict[str, Any]:
@@ -233,9 +235,12 @@ def _readings(problem: Problem, entry: Entry) -> dict[str, Any]:
         return {}
     got = entry.telemetry
     return {
-        "telemetry": got.status, "throttle": ", ".join(got.throttle), "power_w": got.power_w,
-        "sm_clock_mhz": got.sm_clock_mhz, "energy_mj": got.energy_per_call_mj,
-    }  # fmt: skip
+        "telemetry": got.status,
+        "throttle": ", ".join(got.throttle),
+        "power_w": got.power_w,
+        "sm_clock_mhz": got.sm_clock_mhz,
+        "energy_mj": got.energy_per_call_mj,
+    }
 
 
 def _timing(entry: Entry) -> dict[str, Any]:

@@ -15,9 +15,7 @@ def by_ranking(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["ranking"], []).append(row)
-    return dict(
-        sorted(groups.items(), key=lambda item: mean(item[1], "before") - mean(item[1], "after"))
-    )
+    return dict(sorted(groups.items(), key=lambda item: mean(item[1], "before") - mean(item[1], "after")))
 
 
 def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
@@ -27,9 +25,14 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per ranking: what it chose, its mean over the seeds that ran, and each seed."""
     seeds = sorted({row["seed"] for row in rows})
-    lines = ["| trained on | samples | " + " | ".join(KINDS)
-             + " | accuracy | gain | " + " | ".join(f"seed {seed}" for seed in seeds)
-             + " | log-prob of the answer |", "| --- " * (8 + len(seeds)) + "|"]  # fmt: skip
+    lines = [
+        "| trained on | samples | "
+        + " | ".join(KINDS)
+        + " | accuracy | gain | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | log-prob of the answer |",
+        "| --- " * (8 + len(seeds)) + "|",
+    ]
     for name, group in by_ranking(rows).items():
         cells = [name, f"{mean(group, 'samples'):.0f}"]
         cells += [f"{mean(group, kind):.0%}" for kind in KINDS]
@@ -52,8 +55,10 @@ def facts(rows: Sequence[dict[str, Any]]) -> str:
     seconds = sum(row["seconds"] for row in rows)
     settings = ", ".join(f"{key} {value:g}" for key, value in last["settings"].items())
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return (f"{last['cpu_model']}, threads {last['threads']}, torch {last['torch']}, commits "
-            f"{commits}; {seconds / 60:.0f} minutes of training. {settings}.")  # fmt: skip
+    return (
+        f"{last['cpu_model']}, threads {last['threads']}, torch {last['torch']}, commits "
+        f"{commits}; {seconds / 60:.0f} minutes of training. {settings}."
+    )
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -87,9 +87,14 @@ def rollouts(model: Any, tokenizer: Any, train: int, validation: int) -> DataSet
         for question in task.questions(start, 16):
             ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"]
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=6,
-                num_return_sequences=GROUP_SIZE, pad_token_id=tokenizer.eos_token_id,
-            )[:, ids.shape[1] :]  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=6,
+                num_return_sequences=GROUP_SIZE,
+                pad_token_id=tokenizer.eos_token_id,
+            )[:, ids.shape[1] :]
             reward = torch.tensor([task.score(tokenizer.decode(row), question) for row in out])
             for row, advantage in zip(out, reward - reward.mean(), strict=True):
                 kept = kept_length([tokenizer.decode(token) for token in row])
@@ -210,8 +215,7 @@ class Sketches:
     def scores(self, rank: int | None, seed: int) -> torch.Tensor:
         """(samples, groups) cosines of sketches."""
         train, validation = (
-            part.by_products(self.weight, rank, seed).sketches
-            for part in (self.train, self.validation)
+            part.by_products(self.weight, rank, seed).sketches for part in (self.train, self.validation)
         )
         return self.against_groups(train, validation)
 
@@ -292,16 +296,24 @@ def rows(true: TrueGradients, data: DataSet, facts: dict[str, Any]) -> Iterator[
     sketches = Sketches(true, data)
     kept = {key: facts[key] for key in ("cpu_model", "threads", "torch", "commit")}
 
-    def row(
-        kind: str, score: str, slice_: str, found: list[tuple[float, float | None]]
-    ) -> StudyRow:
+    def row(kind: str, score: str, slice_: str, found: list[tuple[float, float | None]]) -> StudyRow:
         over_all = [pair[0] for pair in found]
         alike_ = [pair[1] for pair in found if pair[1] is not None]
         return StudyRow(
-            data.name, len(data.train), data.groups, kind, score, slice_, mean(over_all),
-            mean(alike_) if alike_ else None, min(over_all), max(over_all), len(found),
-            "SmolLM2-135M-Instruct", **kept,
-        )  # fmt: skip
+            data.name,
+            len(data.train),
+            data.groups,
+            kind,
+            score,
+            slice_,
+            mean(over_all),
+            mean(alike_) if alike_ else None,
+            min(over_all),
+            max(over_all),
+            len(found),
+            "SmolLM2-135M-Instruct",
+            **kept,
+        )
 
     for name, scores in directions(sketches, cosines).items():
         for i, slice_ in enumerate(SLICES):
@@ -320,10 +332,7 @@ def directions(sketches: Sketches, cosines: torch.Tensor) -> dict[str, list[torc
     mean_hidden = sketches.against_groups(sketches.train.means(), sketches.validation.means())
     return {
         "adapter gradient, no projection": [sketches.scores(None, 0)],
-        **{
-            f"sketch, rank {rank}": [sketches.scores(rank, seed) for seed in range(SEEDS)]
-            for rank in (16, 64, 256)
-        },
+        **{f"sketch, rank {rank}": [sketches.scores(rank, seed) for seed in range(SEEDS)] for rank in (16, 64, 256)},
         "control: mean hidden state, no gradient": [mean_hidden],
         **{f"control: true gradient of {n}": [cosines[i]] for i, n in enumerate(SLICES) if i},
     }
@@ -352,8 +361,7 @@ def table(found: Sequence[StudyRow], kind: str) -> str:
                 text += f", alike {row.spearman_alike:.2f}"
             cells.setdefault((row.data, row.score), []).append(text)
     lines = ["| data | score | " + " | ".join(SLICES) + " |", "| --- " * 5 + "|"]
-    lines += [f"| {data} | {score} | {' | '.join(texts)} |"
-              for (data, score), texts in cells.items()]  # fmt: skip
+    lines += [f"| {data} | {score} | {' | '.join(texts)} |" for (data, score), texts in cells.items()]
     return "\n".join(lines)
 
 

@@ -114,11 +114,7 @@ def build_pool(tokenizer: Any, s: Settings, seed: int) -> Pool:
         entries = reasoning_gym.create_dataset(IRRELEVANT[i % 2], seed=base + i, size=1)
         pool.append(sample(entries[0]["question"].strip(), entries[0]["answer"], 1))
     pool += [sample(q, str(int(a) + d), 2) for (q, a), d in zip(wrong, shift, strict=True)]
-    return Pool(
-        pool,
-        [sample(q, a, 0) for q, a in right[s.per_kind :]],
-        [sample(q, a, 0) for q, a in held_out],
-    )
+    return Pool(pool, [sample(q, a, 0) for q, a in right[s.per_kind :]], [sample(q, a, 0) for q, a in held_out])
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -128,9 +124,7 @@ def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """(rows, longest, ...), each row's last element repeated: causal attention never looks back
     from it."""
     longest = max(row.shape[0] for row in rows)
-    return torch.stack(
-        [torch.cat([row, row[-1:].expand(longest - len(row), *row.shape[1:])]) for row in rows]
-    )
+    return torch.stack([torch.cat([row, row[-1:].expand(longest - len(row), *row.shape[1:])]) for row in rows])
 
 
 class Encoded(NamedTuple):
@@ -188,8 +182,10 @@ class Split:
     @torch.no_grad()
     def read(self, upper: Any, data: Encoded) -> Packed:
         """`hidden` of any number of samples, 64 at a time."""
-        parts = [self.hidden(upper, data.take(range(i, min(i + 64, len(data.samples)))))
-                 for i in range(0, len(data.samples), 64)]  # fmt: skip
+        parts = [
+            self.hidden(upper, data.take(range(i, min(i + 64, len(data.samples)))))
+            for i in range(0, len(data.samples), 64)
+        ]
         rows = [row for p in parts for row in p.hidden.split(p.cu_seqlens.diff().tolist())]
         return packed(rows, data.samples)
 
@@ -224,8 +220,7 @@ class Split:
 # ------------------------------------------------------------------------------------------ ranking
 
 
-def rankings(split: Split, pool: Encoded, validation: Encoded, s: Settings,
-             seed: int) -> dict[str, list[int]]:  # fmt: skip
+def rankings(split: Split, pool: Encoded, validation: Encoded, s: Settings, seed: int) -> dict[str, list[int]]:
     """Every score's choice of a third of the pool, best first."""
     n, base = len(pool.samples), split.upper().eval()
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -234,10 +229,8 @@ def rankings(split: Split, pool: Encoded, validation: Encoded, s: Settings,
     loss = -split.outcome(answers)[0]
     own, anchors = split.influence(answers, s.rank), split.influence(wanted, s.rank).sketches
 
-    warm = [torch.randperm(n, generator=generator)[: s.warm_samples].tolist()
-            for _ in range(s.members)]  # fmt: skip
-    trained = [split.train(split.upper(), pool.take(part), s, s.warm_steps, seed).eval()
-               for part in warm]  # fmt: skip
+    warm = [torch.randperm(n, generator=generator)[: s.warm_samples].tolist() for _ in range(s.members)]
+    trained = [split.train(split.upper(), pool.take(part), s, s.warm_steps, seed).eval() for part in warm]
     later = [split.read(upper, pool) for upper in trained]
     checkpoints = ((answers, wanted), (later[0], split.read(trained[0], validation)))
     features = [adam(split, train, warm[0], s) for train, _ in checkpoints]
@@ -268,8 +261,7 @@ def adam(split: Split, answers: Packed, warm: list[int], s: Settings) -> torch.T
         g = gradient[warm[start : start + s.batch]].mean(0)
         first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
     out, inner = projections(s.rank, split.head.shape[1], 0, split.head.device)
-    return torch.cat([out @ adam_features(part, first, second) @ inner.t()
-                      for part in gradient.split(32)])  # fmt: skip
+    return torch.cat([out @ adam_features(part, first, second) @ inner.t() for part in gradient.split(32)])
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -304,8 +296,9 @@ class SelectionRow:
     commit: str
 
 
-def run_seed(split: Split, pool: Pool, s: Settings, seed: int, done: set[str], choices: Path,
-             deadline: float) -> Iterator[SelectionRow]:  # fmt: skip
+def run_seed(
+    split: Split, pool: Pool, s: Settings, seed: int, done: set[str], choices: Path, deadline: float
+) -> Iterator[SelectionRow]:
     """The rows of one seed that are not done, until the deadline (`time.monotonic`).
 
     choices: JSON file that keeps what the scores chose, so that a later run need not score again.
@@ -329,9 +322,17 @@ def run_seed(split: Split, pool: Pool, s: Settings, seed: int, done: set[str], c
         logp, hit = split.outcome(split.read(upper.eval(), held_out))
         shares = [sum(train.samples[i].group == kind for i in ids) / len(ids) for kind in range(3)]
         yield SelectionRow(
-            name, seed, len(ids), *shares, known["before"], float(hit.double().mean()),
-            float(logp.mean()), round(seconds, 1), asdict(s), **kept,
-        )  # fmt: skip
+            name,
+            seed,
+            len(ids),
+            *shares,
+            known["before"],
+            float(hit.double().mean()),
+            float(logp.mean()),
+            round(seconds, 1),
+            asdict(s),
+            **kept,
+        )
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -34,9 +34,8 @@ def parameters(module: ModuleType) -> list[Any]:
         for dtype in module.DTYPES:
             for mode, variant in module.CASES:
                 config = Config(
-                    module.OP, mode, variant, dtype, sizes[0], sizes[-1],
-                    sizes[1] if len(sizes) == 3 else 0,
-                )  # fmt: skip
+                    module.OP, mode, variant, dtype, sizes[0], sizes[-1], sizes[1] if len(sizes) == 3 else 0
+                )
                 for name in (*getattr(module, "OURS", ("tokfuse",)), *PEERS):
                     label = f"{mode}-{variant}-{dtype}-{shape}-{name}"
                     out.append(pytest.param(config, name, id=label))
@@ -79,9 +78,8 @@ def run(benchmark: Any, module: ModuleType, config: Config, name: str) -> None:
         entry.times = [s * 1e3 / provider.calls for s in benchmark.stats.stats.data]
     row = runner.row_of(problem, entry, [entry, *limits], runner.Settings(5, _facts()))
     benchmark.extra_info.update(
-        json.loads(row.to_json()), tokens_per_s=row.tokens_per_s, gb_per_s=row.gb_per_s,
-        gflop_per_s=row.gflop_per_s,
-    )  # fmt: skip
+        json.loads(row.to_json()), tokens_per_s=row.tokens_per_s, gb_per_s=row.gb_per_s, gflop_per_s=row.gflop_per_s
+    )
 
 
 def _limits(problem: Problem) -> dict[str, Provider]:

@@ -75,12 +75,7 @@ class _Axis:
 
 
 def plot(
-    title: str,
-    series: Sequence[Series],
-    x_label: str,
-    y_label: str,
-    log_x: bool = True,
-    log_y: bool = True,
+    title: str, series: Sequence[Series], x_label: str, y_label: str, log_x: bool = True, log_y: bool = True
 ) -> str:
     """A figure element; "" when there is nothing to draw."""
     drawn = [s for s in series if s.points]
@@ -103,9 +98,7 @@ def plot(
     for index, one in enumerate(drawn):
         parts += _marks(one, one.css(index), x, y)
     parts.append("</svg>")
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}{_legend(drawn)}</figure>"
-    )
+    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}{_legend(drawn)}</figure>"
 
 
 def _marks(one: Series, colour: str, x: _Axis, y: _Axis) -> list[str]:
@@ -128,10 +121,7 @@ def _marks(one: Series, colour: str, x: _Axis, y: _Axis) -> list[str]:
 
 
 def _legend(series: Sequence[Series]) -> str:
-    items = "".join(
-        f'<li><i class="{one.css(index)}"></i>{escape(one.name)}</li>'
-        for index, one in enumerate(series)
-    )
+    items = "".join(f'<li><i class="{one.css(index)}"></i>{escape(one.name)}</li>' for index, one in enumerate(series))
     return f'<ul class="legend">{items}</ul>'
 
 

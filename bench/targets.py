@@ -79,8 +79,7 @@ TARGETS: tuple[Goal, ...] = (
     *(Target(*HIDDEN, "rows=1", "tokfuse", peer, 1.0) for peer in HIDDEN_PEERS),
     *(
         Target("advantage", "forward", variant, "tokfuse", EAGER, 10.0)
-        for variant in ("gae", "vtrace", "group_advantage", "whiten", "offpolicy_weights",
-                        "segment_moments")
+        for variant in ("gae", "vtrace", "group_advantage", "whiten", "offpolicy_weights", "segment_moments")
     ),
     Ceiling(*HIDDEN, "rows=1", "tokfuse", GEMMS, 1.08),
     Ceiling(*HIDDEN, "rows=0.25", "tokfuse", GEMMS, 0.6),
@@ -89,9 +88,8 @@ TARGETS: tuple[Goal, ...] = (
     Ceiling("influence", "step", "rank=64", "tokfuse_sketches", ("tokfuse",), 1.05),
     Floor("token_stats", "forward", "all", "tokfuse", 0.7),
     Floor("policy_step", "step", BOTH, "tokfuse_", 0.7),
-    *(Budget(*HIDDEN, variant, "tokfuse", 64 << 20)
-      for variant in ("rows=1", "rows=0.25", "rows=1,frozen")),
-)  # fmt: skip
+    *(Budget(*HIDDEN, variant, "tokfuse", 64 << 20) for variant in ("rows=1", "rows=0.25", "rows=1,frozen")),
+)
 
 
 def judge(rows: Iterable[Row], targets: Iterable[Goal] = TARGETS) -> list[tuple[str, bool]]:
@@ -126,8 +124,7 @@ def _verdict(target: Goal, found: dict[str, Row]) -> tuple[str, bool] | None:
         if used is None:
             return None
         asked = f"(at most {target.workspace_bytes / 2**20:g})"
-        return (f"{target.ours} uses {used / 2**20:.1f} MiB beyond its results {asked}",
-                used <= target.workspace_bytes)  # fmt: skip
+        return (f"{target.ours} uses {used / 2**20:.1f} MiB beyond its results {asked}", used <= target.workspace_bytes)
     if isinstance(target, Ceiling):
         base = next((found[name] for name in target.base if name in found), None)
         if base is None:

@@ -89,9 +89,7 @@ class Sampler:
         nvml: the module to ask; None imports pynvml.
     """
 
-    def __init__(
-        self, device: int = 0, interval_s: float = INTERVAL_S, nvml: Any | None = None
-    ) -> None:
+    def __init__(self, device: int = 0, interval_s: float = INTERVAL_S, nvml: Any | None = None) -> None:
         self.result = Telemetry("unavailable: not started")
         self._device, self._interval_s, self._nvml = device, interval_s, nvml
         self._handle: Any = None
@@ -119,10 +117,7 @@ class Sampler:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._thread is None:
             return

@@ -17,11 +17,19 @@ def saved_model(tied: bool = True) -> str:
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(SPECIAL) + WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        tie_word_embeddings=tied, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        vocab_size=len(SPECIAL) + WORDS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     folder = tempfile.mkdtemp(prefix="tokfuse-tiny-")
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
@@ -35,9 +43,7 @@ def tokenizer() -> Any:
     vocab = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(WORDS))])}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def prompts(count: int = 8) -> list[str]:

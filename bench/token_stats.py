@@ -9,15 +9,7 @@ import torch
 
 from tokfuse.bench import exact, ours, peers, probes
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import (
-    Config,
-    Factory,
-    Problem,
-    generator,
-    make_logits,
-    on_device,
-    sample_target,
-)
+from tokfuse.bench.problem import Config, Factory, Problem, generator, make_logits, on_device, sample_target
 
 OP = "token_stats"
 SHAPES = ("512x49152", "256x151936")
@@ -53,9 +45,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
     def answer() -> Outputs:
         out = exact.token_stats(data.logits, data.target)
         if backward:
-            out["grad_logits"] = exact.grad_logits(
-                data.logits, data.target, data.by_logp, data.by_entropy
-            )
+            out["grad_logits"] = exact.grad_logits(data.logits, data.target, data.by_logp, data.by_entropy)
         return out
 
     limits: dict[str, Factory] = {
@@ -72,8 +62,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
         exact=answer,
         bounds=("read+copy", "exp+exp") if backward else ("read", "exp"),
         bytes_moved=passes * size * config.item_bytes,
-        bytes_formula=f"{passes} T V {config.item_bytes}: "
-        + ("read; read and write" if backward else "one read"),
+        bytes_formula=f"{passes} T V {config.item_bytes}: " + ("read; read and write" if backward else "one read"),
         flops=flops * size,
         flops_formula=f"{flops} T V, an exp counted as 12",
     )
@@ -91,9 +80,7 @@ def _ours(config: Config, data: _Inputs) -> Provider:
 
     def both() -> Outputs:
         stats = op(leaf, data.target)
-        (grad,) = torch.autograd.grad(
-            (stats.logp, stats.entropy), leaf, (data.by_logp, data.by_entropy)
-        )
+        (grad,) = torch.autograd.grad((stats.logp, stats.entropy), leaf, (data.by_logp, data.by_entropy))
         return {**ours.stats_outputs(stats), "grad_logits": grad}
 
     return ours.provider(both)

@@ -166,33 +166,48 @@ def _run_arm(options: argparse.Namespace) -> dict[str, Any]:
     texts = tiny_model.prompts(64) if tiny else [f"{i} + {i % 7} =" for i in range(64)]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            folder, per_device_train_batch_size=options.prompts * options.generations,
-            num_generations=options.generations, max_completion_length=options.length,
-            max_steps=options.steps, logging_steps=1, learning_rate=1e-6, report_to=[], bf16=False,
-            use_cpu=not torch.cuda.is_available(), disable_tqdm=True, save_strategy="no", seed=1,
-            gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"},
-        )  # fmt: skip
+            folder,
+            per_device_train_batch_size=options.prompts * options.generations,
+            num_generations=options.generations,
+            max_completion_length=options.length,
+            max_steps=options.steps,
+            logging_steps=1,
+            learning_rate=1e-6,
+            report_to=[],
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+            save_strategy="no",
+            seed=1,
+            gradient_checkpointing=False,
+            model_init_kwargs={"dtype": "float32"},
+        )
         trainer = cls(
-            model=tiny_model.saved_model() if tiny else options.model, reward_funcs=_reward,
-            args=config, train_dataset=Dataset.from_dict({"prompt": texts}),
-            processing_class=tiny_model.tokenizer() if tiny else AutoTokenizer.from_pretrained(
-                options.model, padding_side="left"),
-        )  # fmt: skip
+            model=tiny_model.saved_model() if tiny else options.model,
+            reward_funcs=_reward,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=tiny_model.tokenizer()
+            if tiny
+            else AutoTokenizer.from_pretrained(options.model, padding_side="left"),
+        )
         clock = Clock(trainer)
         before = _start_of_peak()
         trainer.train()
     peak_bytes = _peak() - before
     logged = [row for row in trainer.state.log_history if "loss" in row]
-    medians = {
-        name: statistics.median(step[name] for step in clock.steps[1:]) for name in FIGURES[:-1]
-    }
+    medians = {name: statistics.median(step[name] for step in clock.steps[1:]) for name in FIGURES[:-1]}
     return {
-        "arm": options.arm, "model": options.model or "tiny", "steps": options.steps,
-        "sequences": options.prompts * options.generations, "length": options.length,
-        **medians, "peak_mib": peak_bytes / 2**20,
+        "arm": options.arm,
+        "model": options.model or "tiny",
+        "steps": options.steps,
+        "sequences": options.prompts * options.generations,
+        "length": options.length,
+        **medians,
+        "peak_mib": peak_bytes / 2**20,
         "losses": [row["loss"] for row in logged],
         "grad_norms": [row["grad_norm"] for row in logged],
-    }  # fmt: skip
+    }
 
 
 def _start_of_peak() -> int:
@@ -228,8 +243,7 @@ def _line(row: dict[str, Any]) -> str:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """One line per arm, medians over its runs; multiples of stock in brackets."""
     found = {
-        arm: {name: statistics.median(r[name] for r in rows if r["arm"] == arm) for name in FIGURES}
-        for arm in ARMS
+        arm: {name: statistics.median(r[name] for r in rows if r["arm"] == arm) for name in FIGURES} for arm in ARMS
     }
     first, stock = rows[0], found["stock"]
     lines = [

@@ -32,16 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from compare_algorithms import (
-    DIGITS,
-    LENGTH,
-    STOP,
-    Policy,
-    Rollout,
-    Settings,
-    Trainer,
-    sample,
-)
+from compare_algorithms import DIGITS, LENGTH, STOP, Policy, Rollout, Settings, Trainer, sample
 from torch import Tensor
 
 import tokfuse
@@ -70,10 +61,7 @@ class HintedPolicy(Policy):
     def hidden(self, prompt: Tensor, total: Tensor, position: Tensor) -> Tensor:
         """What the head gets."""
         pair, hint = prompt // DIGITS, prompt % DIGITS
-        parts = (
-            one_hot(pair, UNKNOWN + 1), one_hot(hint, DIGITS), one_hot(total, DIGITS),
-            one_hot(position, LENGTH),
-        )  # fmt: skip
+        parts = (one_hot(pair, UNKNOWN + 1), one_hot(hint, DIGITS), one_hot(total, DIGITS), one_hot(position, LENGTH))
         return torch.tanh(self.body(torch.cat(parts, -1).float()))
 
 
@@ -95,9 +83,7 @@ class HintedTrainer(Trainer):
     make_policy = HintedPolicy
     max_gradient = MAX_GRADIENT
 
-    def __init__(
-        self, algorithm: Algorithm, seed: int, settings: Settings, bias: Policy | None
-    ) -> None:
+    def __init__(self, algorithm: Algorithm, seed: int, settings: Settings, bias: Policy | None) -> None:
         super().__init__(algorithm, seed, settings)
         self.bias = bias
 
@@ -157,8 +143,7 @@ def shortcut(seed: int, steps: int) -> Iterator[Row]:
     for label, options in SHORTCUT.items():
         trainer = HintedTrainer(make("cdpo", **options), seed, settings, bias)
         for step in range(steps):
-            yield {"method": label, "seed": seed, "step": step, **trainer.step(),
-                   **trainer.examine()}  # fmt: skip
+            yield {"method": label, "seed": seed, "step": step, **trainer.step(), **trainer.examine()}
 
 
 # ------------------------------------------------------------------------------------------ replay
@@ -169,9 +154,7 @@ LAG, WARM_REWARD = 8, 0.3
 class ReplayTrainer(Trainer):
     """Trains on what an earlier policy sampled; rewards are 1 and -1, and no baseline is taken."""
 
-    def __init__(
-        self, algorithm: Algorithm, seed: int, settings: Settings, start: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, algorithm: Algorithm, seed: int, settings: Settings, start: dict[str, Tensor]) -> None:
         super().__init__(algorithm, seed, settings)
         self.policy.load_state_dict(start)
         self.waiting: deque[tuple[Rollout, Batch]] = deque()
@@ -209,8 +192,7 @@ def positive_share(plan: Plan) -> float:
     batch = plan.batch
     if batch.logp is None:
         return float("nan")
-    advantage = batch.advantage if batch.advantage_level == "token" else batch.spread(
-        batch.advantage)  # fmt: skip
+    advantage = batch.advantage if batch.advantage_level == "token" else batch.spread(batch.advantage)
     low, high = plan.objective.shape.bounds
     ratio = (batch.logp.double() - batch.old_logp.double()).exp()
     up = (ratio.clamp(max=high) * advantage.clamp(min=0)).sum()
@@ -259,9 +241,7 @@ class HarmedTrainer(Trainer):
         self.count += 1
         if not harmful:
             return batch
-        return dataclasses.replace(
-            batch, advantage=1 - 2 * batch.reward, advantage_level="sequence"
-        )
+        return dataclasses.replace(batch, advantage=1 - 2 * batch.reward, advantage_level="sequence")
 
 
 def is_harmful(step: int) -> bool:
@@ -331,36 +311,46 @@ class Scenario:
 
 SCENARIOS = {
     "shortcut": Scenario(
-        shortcut, 300,
-        {"training reward, last sixth": tail("reward"),
-         "accuracy where the hint is wrong": tail("accuracy"),
-         "follows the wrong hint": tail("follows_hint"), "entropy": tail("entropy")},
+        shortcut,
+        300,
+        {
+            "training reward, last sixth": tail("reward"),
+            "accuracy where the hint is wrong": tail("accuracy"),
+            "follows the wrong hint": tail("follows_hint"),
+            "entropy": tail("entropy"),
+        },
         ("accuracy", "follows_hint"),
     ),
     "replay": Scenario(
-        replay, 120,
-        {"reward, mean of run": whole("reward"), "reward, last sixth": tail("reward"),
-         "entropy, mean of run": whole("entropy"), "entropy, last sixth": tail("entropy"),
-         "positive share": whole("positive_share")},
+        replay,
+        120,
+        {
+            "reward, mean of run": whole("reward"),
+            "reward, last sixth": tail("reward"),
+            "entropy, mean of run": whole("entropy"),
+            "entropy, last sixth": tail("entropy"),
+            "positive share": whole("positive_share"),
+        },
         ("reward", "entropy"),
     ),
     "harm": Scenario(
-        harm, 60,
-        {"reward, mean of run": whole("reward"), "reward, last sixth": tail("reward"),
-         "right after harm": lambda rows: after_harm(rows, 1),
-         "two steps later": lambda rows: after_harm(rows, 3),
-         "entropy, last sixth": tail("entropy")},
+        harm,
+        60,
+        {
+            "reward, mean of run": whole("reward"),
+            "reward, last sixth": tail("reward"),
+            "right after harm": lambda rows: after_harm(rows, 1),
+            "two steps later": lambda rows: after_harm(rows, 3),
+            "entropy, last sixth": tail("entropy"),
+        },
         ("reward", "entropy"),
     ),
-}  # fmt: skip
+}
 
 
 def summary(rows: list[Row], scenario: Scenario) -> str:
     """A Markdown table: mean over seeds, with the least and the greatest."""
-    lines = [
-        "| method | " + " | ".join(scenario.figures) + " |",
-        "| --- |" + " --- |" * len(scenario.figures),
-    ]
+    lines = ["| method | " + " | ".join(scenario.figures) + " |", "| --- |" + " --- |" * len(scenario.figures)]
     for label in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == label]
         cells = []
@@ -381,17 +371,13 @@ def plot(rows: dict[str, list[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(
-        len(rows), 2, figsize=(11, 3.2 * len(rows)), constrained_layout=True, squeeze=False
-    )
+    figure, grid = plt.subplots(len(rows), 2, figsize=(11, 3.2 * len(rows)), constrained_layout=True, squeeze=False)
     for axes, (name, own) in zip(grid, rows.items(), strict=True):
         for axis, what in zip(axes, SCENARIOS[name].curves, strict=True):
             for label in dict.fromkeys(row["method"] for row in own):
                 steps = sorted({row["step"] for row in own})
                 means = [
-                    statistics.fmean(
-                        r[what] for r in own if r["step"] == step and r["method"] == label
-                    )
+                    statistics.fmean(r[what] for r in own if r["step"] == step and r["method"] == label)
                     for step in steps
                 ]
                 axis.plot(steps, means, label=label, linewidth=1.2)

@@ -61,15 +61,11 @@ def means(rows: Runs) -> Runs:
     """A row per method and step: reward and entropy over its seeds."""
     return {
         method: [
-            {
-                "step": step,
-                **{key: statistics.fmean(own[step][key] for own in runs)
-                   for key in ("reward", "entropy")},
-            }
+            {"step": step, **{key: statistics.fmean(own[step][key] for own in runs) for key in ("reward", "entropy")}}
             for step in range(min(map(len, runs)))
         ]
         for method, runs in by_method(rows).items()
-    }  # fmt: skip
+    }
 
 
 def main(argv: list[str]) -> int:
@@ -94,8 +90,7 @@ def main(argv: list[str]) -> int:
         s = summarize(found)
         gains.append(s["last_fifth"] - s["first_three"])
         print(
-            f"{run}\t{s['steps']}\t{s['minutes']:.1f}\t{s['first_three']:.3f}"
-            f"\t{s['last_fifth']:.3f}\t{gains[-1]:+.3f}"
+            f"{run}\t{s['steps']}\t{s['minutes']:.1f}\t{s['first_three']:.3f}\t{s['last_fifth']:.3f}\t{gains[-1]:+.3f}"
         )
     print(f"smallest gain {min(gains):+.3f}, mean gain {statistics.fmean(gains):+.3f}")
     if options.plot:

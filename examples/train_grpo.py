@@ -57,13 +57,7 @@ except ModuleNotFoundError as missing:
 from grpo_demo.algorithms import OPTIONS, make_algorithm
 from grpo_demo.learner import Learner, StepResult
 from grpo_demo.model import default_cache, load_model, require_packages
-from grpo_demo.report import (
-    header,
-    plot_runs,
-    step_line,
-    summarize,
-    write_backends,
-)
+from grpo_demo.report import header, plot_runs, step_line, summarize, write_backends
 from grpo_demo.rollout import Rollout, collect
 from grpo_demo.run_folder import RunFolder, StopRequest, merge_settings
 from grpo_demo.task import ChainSum
@@ -106,8 +100,7 @@ HELP = {
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options; those that were not given are absent, so that --resume can tell."""
     parser = argparse.ArgumentParser(
-        description="Train SmolLM2-135M with GRPO and tokfuse.",
-        argument_default=argparse.SUPPRESS,
+        description="Train SmolLM2-135M with GRPO and tokfuse.", argument_default=argparse.SUPPRESS
     )
     for option in dataclasses.fields(Settings):
         parser.add_argument(
@@ -118,12 +111,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="run folder (default runs/grpo-<time>)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a saved run")
     cache = default_cache()
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=cache,
-        help=f"folder of converted weights (default {cache})",
-    )
+    parser.add_argument("--cache", type=Path, default=cache, help=f"folder of converted weights (default {cache})")
     return parser.parse_args(argv)
 
 
@@ -182,9 +170,7 @@ class Training:
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
         self.algorithm = make_algorithm(settings.algorithm, settings.max_new_tokens)
         self.learner = Learner(model, self.optimizer, self.algorithm, settings.minibatches)
         self.done = 0  # finished steps; also the position in the stream of questions
@@ -214,9 +200,7 @@ class Training:
         """Sample, score, learn; the result row of this step."""
         s, start = self.settings, time.perf_counter()
         questions = self.task.questions(self.done * s.prompts, s.prompts)
-        rollout = collect(
-            self.model, self.tokenizer, self.task, questions, s.group_size, s.max_new_tokens
-        )
+        rollout = collect(self.model, self.tokenizer, self.task, questions, s.group_size, s.max_new_tokens)
         sampled = time.perf_counter()
         result = self.learner.step(rollout)
         self.batches = largest(self.batches + result.batches)
@@ -230,9 +214,7 @@ def largest(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(batches, key=lambda batch: -len(batch["target"]))[:SAVED_BATCHES]
 
 
-def make_row(
-    step: int, rollout: Rollout, result: StepResult, sample_s: float, step_s: float
-) -> dict[str, Any]:
+def make_row(step: int, rollout: Rollout, result: StepResult, sample_s: float, step_s: float) -> dict[str, Any]:
     """One row of metrics.jsonl."""
     return {
         "step": step,

@@ -30,12 +30,7 @@ from tokfuse import algorithms
 from tokfuse.algorithms import PreferenceBatch, PreferenceLoss, PreferenceStep
 
 # loss -> options; the published beta of RPO is for answers of hundreds of tokens
-LOSSES: dict[str, dict[str, Any]] = {
-    "dpo": {},
-    "simpo": {},
-    "kto": {},
-    "rpo": {"beta": 0.1},
-}
+LOSSES: dict[str, dict[str, Any]] = {"dpo": {}, "simpo": {}, "kto": {}, "rpo": {"beta": 0.1}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +120,15 @@ class Trainer:
         """Loss and rewards of some pairs; the whole gradient if autograd is on."""
         head = self.policy.head
         return algorithms.preference_step(
-            loss=self.loss, batch=self.batch(pairs), state=self.state, normalizer="batch",
-            hidden=self.policy.packed_hidden(pairs.rollout), weight=head.weight, bias=head.bias,
+            loss=self.loss,
+            batch=self.batch(pairs),
+            state=self.state,
+            normalizer="batch",
+            hidden=self.policy.packed_hidden(pairs.rollout),
+            weight=head.weight,
+            bias=head.bias,
             target=pairs.rollout.target,
-        )  # fmt: skip
+        )
 
     def train(self, pairs: Pairs) -> None:
         """One optimizer step."""
@@ -143,8 +143,11 @@ class Trainer:
 def measure(trainer: Trainer, held_out: Pairs, settings: Settings) -> dict[str, float]:
     """Loss, margin and accuracy on held-out pairs, and the share of right samples."""
     step = trainer.evaluate(held_out)
-    chosen, rejected = step.rewards if len(step.rewards) == 2 else (
-        step.rewards[0][held_out.chosen], step.rewards[0][held_out.rejected])  # fmt: skip
+    chosen, rejected = (
+        step.rewards
+        if len(step.rewards) == 2
+        else (step.rewards[0][held_out.chosen], step.rewards[0][held_out.rejected])
+    )
     generator = torch.Generator().manual_seed(settings.seed + 1)
     answers = sample(trainer.policy, torch.arange(DIGITS).repeat_interleave(100), generator)
     return {
@@ -173,8 +176,9 @@ def train(name: str, options: dict[str, Any], settings: Settings) -> Iterator[di
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES), metavar="NAME",
-                        choices=algorithms.list("preference"))  # fmt: skip
+    parser.add_argument(
+        "--losses", nargs="+", default=list(LOSSES), metavar="NAME", choices=algorithms.list("preference")
+    )
     for field in dataclasses.fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(field.default), default=field.default)
@@ -188,9 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += own
         first, last = own[0], own[-1]
         changes = "  ".join(
-            f"{key} {first[key]:.3f} -> {last[key]:.3f}" for key in first if key in
-            ("loss", "margin", "accuracy", "right")
-        )  # fmt: skip
+            f"{key} {first[key]:.3f} -> {last[key]:.3f}"
+            for key in first
+            if key in ("loss", "margin", "accuracy", "right")
+        )
         print(f"{name:8} {changes}", flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

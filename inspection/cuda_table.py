@@ -24,8 +24,7 @@ from tokfuse.runtime.core import native
 # Not among the sources of the module: writing it must not make the module out of date.
 TABLE = Path(__file__).resolve().parent / "cuda_resources.json"
 # By the argument of a template; sizes in bytes.
-DTYPES = {"float": ("float32", 4), "BFloat16": ("bfloat16", 2), "Float16": ("float16", 2),
-          "double": ("float64", 8)}  # fmt: skip
+DTYPES = {"float": ("float32", 4), "BFloat16": ("bfloat16", 2), "Float16": ("float16", 2), "double": ("float64", 8)}
 
 
 @dataclass(frozen=True)
@@ -143,13 +142,12 @@ def _read_cubin(folder: Path, file: Path) -> Iterator[Kernel]:
     usage = _run(folder / "cuobjdump", "-res-usage", file)
     threads = _threads(_run(folder / "cuobjdump", "-elf", file))
     code = _functions(_run(folder / "nvdisasm", "-c", file))
-    for mangled, registers, stack, shared in re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
-    ):
+    for mangled, registers, stack, shared in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage):
         name = readable(mangled)
         instructions, exps = _per_element(name, code[mangled])
-        yield Kernel(name, arch[1], int(registers), int(stack), int(shared),
-                     threads.get(mangled, 0), instructions, exps)  # fmt: skip
+        yield Kernel(
+            name, arch[1], int(registers), int(stack), int(shared), threads.get(mangled, 0), instructions, exps
+        )
 
 
 def _threads(elf: str) -> dict[str, int]:
@@ -198,11 +196,7 @@ def _loops(listing: str) -> list[list[str]]:
             target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
             if target and labels.get(target[1], len(body)) < len(body) - 1:
                 spans.append((labels[target[1]], len(body)))
-    inner = [
-        (a, b)
-        for a, b in spans
-        if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)
-    ]
+    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)]
     return [body[a:b] for a, b in inner]
 
 

@@ -135,11 +135,7 @@ def report() -> dict[str, Any]:
         "versions": _versions(),
         "native": _native(),
         "devices": {"cpu": _cpu_name(), "cuda": _cuda()},
-        "threads": {
-            "torch": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "openmp_runtimes": _openmp_runtimes(),
-        },
+        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count(), "openmp_runtimes": _openmp_runtimes()},
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "failures": failures,
         "ops": dispatch.table(),
@@ -150,10 +146,9 @@ def _aligned(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
     """Left-aligned columns, two blanks apart; the last column is free."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
-        .rstrip()
+        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def _default_backend(rows: Sequence[dict[str, Any]], device: str) -> str:
@@ -209,13 +204,11 @@ def render(data: dict[str, Any]) -> str:
     note = "" if runtimes < 2 else f"; {runtimes} OpenMP runtimes are loaded, expect contention"
     lines.append(f"threads        {threads['torch']} of {threads['cores']} cores{note}")
     lines.append(f"cpu            {data['devices']['cpu']}")
-    gpus = [f"{d['name']} (sm_{d['capability'].replace('.', '')}, {d['memory_gib']} GiB)"
-            for d in cuda["devices"]]  # fmt: skip
+    gpus = [f"{d['name']} (sm_{d['capability'].replace('.', '')}, {d['memory_gib']} GiB)" for d in cuda["devices"]]
     lines.append("cuda           " + ("; ".join(gpus) or f"none: {cuda['why']}"))
     lines += ["", "environment"]
     settings = [
-        [name, "unset" if value is None else value, ENVIRONMENT[name]]
-        for name, value in data["environment"].items()
+        [name, "unset" if value is None else value, ENVIRONMENT[name]] for name, value in data["environment"].items()
     ]
     lines += [*_aligned(settings), ""]
     lines += _ops_section(data["ops"], "cuda" if cuda["devices"] else "cpu")
@@ -227,10 +220,7 @@ def markdown() -> str:
     """The support table of the README: per op and backend, the declared dtypes and options."""
     import_ops()
     rows = dispatch.table()
-    lines = [
-        "| op | " + " | ".join(dispatch.ORDER) + " |",
-        "| --- |" + " --- |" * len(dispatch.ORDER),
-    ]
+    lines = ["| op | " + " | ".join(dispatch.ORDER) + " |", "| --- |" + " --- |" * len(dispatch.ORDER)]
     for op in sorted({str(row["op"]) for row in rows}):
         cells = [_markdown_cell(row) for row in rows if row["op"] == op]
         lines.append(f"| `{op}` | " + " | ".join(cells) + " |")
@@ -249,9 +239,7 @@ def write_markdown(path: Path) -> None:
     """Replace what stands between the two support marks of a file by `markdown()`."""
     text = path.read_text()
     if text.count(SUPPORT_BEGIN) != 1 or text.count(SUPPORT_END) != 1:
-        raise ValueError(
-            f"doctor: {path} must hold {SUPPORT_BEGIN!r} and {SUPPORT_END!r} once each."
-        )
+        raise ValueError(f"doctor: {path} must hold {SUPPORT_BEGIN!r} and {SUPPORT_END!r} once each.")
     head, rest = text.split(SUPPORT_BEGIN)
     tail = rest.split(SUPPORT_END)[1]
     path.write_text(f"{head}{SUPPORT_BEGIN}\n{markdown()}\n{SUPPORT_END}{tail}")
@@ -259,8 +247,7 @@ def write_markdown(path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tokfuse doctor",
-        description="What is installed, what is here, and what each op can run on.",
+        prog="python -m tokfuse doctor", description="What is installed, what is here, and what each op can run on."
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="the whole report as JSON")

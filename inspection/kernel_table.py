@@ -141,10 +141,14 @@ def source_of(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> st
 
     facts = (
         compile_cases.code_of(launch.kernel),
-        launch.signature, launch.constexprs, launch.aligned, launch.options,
+        launch.signature,
+        launch.constexprs,
+        launch.aligned,
+        launch.options,
         (case.streams, case.visits, case.traffic, dtype, capability),
-        importlib.metadata.version("triton"), _analysis(),
-    )  # fmt: skip
+        importlib.metadata.version("triton"),
+        _analysis(),
+    )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -187,9 +191,7 @@ def resources_of(case: Any, dtype: torch.dtype, capability: int, launch: Any) ->
         constexprs=launch.constexprs,
         attrs={position.get(k, k): [["tt.divisibility", 16]] for k in launch.aligned},
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=launch.options
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     usage, sass = _disassemble(compiled.asm["cubin"])
     loops = []
     if case.streams:
@@ -209,9 +211,7 @@ def resources_of(case: Any, dtype: torch.dtype, capability: int, launch: Any) ->
         threads=32 * launch.options.get("num_warps", 4),
         load_bytes=min((max(widths, default=0) for _, widths in loops), default=0),
         per_element=round(sum(len(loop) * share for loop, share in passes), 2),
-        special_per_element=round(
-            sum(share * sum("MUFU" in text for text in loop) for loop, share in passes), 2
-        ),
+        special_per_element=round(sum(share * sum("MUFU" in text for text in loop) for loop, share in passes), 2),
         traffic_bytes=case.traffic * dtype.itemsize,
         source=source_of(case, dtype, capability, launch),
     )
@@ -265,9 +265,7 @@ def _load_widths(instructions: Sequence[str]) -> Iterator[int]:
     for text in instructions:
         if match := re.search(r"\b(?:LDG|LDGSTS)\.([\w.]+)", text):
             suffixes = match[1].split(".")
-            bits = [
-                int(s.lstrip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128|256)", s)
-            ]
+            bits = [int(s.lstrip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128|256)", s)]
             yield bits[0] // 8 if bits else 4
 
 
@@ -321,14 +319,7 @@ def as_markdown(rows: Sequence[Resources]) -> str:
     for row in rows:
         table.setdefault((row.case, row.kernel, row.dtype), {})[row.capability] = row
     head = ["case", "kernel", "dtype", *(f"sm_{c}" for c in capabilities)]
-    lines = [
-        "# Triton kernels, compiled",
-        "",
-        *ABOUT,
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + " --- |" * len(head),
-    ]
+    lines = ["# Triton kernels, compiled", "", *ABOUT, "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for key, cells in sorted(table.items()):
         shown = [_cell(cells[c]) if c in cells else "-" for c in capabilities]
         lines.append("| " + " | ".join([*key, *shown]) + " |")
@@ -364,9 +355,7 @@ def _shares(table: dict[tuple[str, str, str], dict[int, Resources]]) -> Iterator
     yield "| --- | --- |" + " --- |" * len(GPUS)
     for (case, _, dtype), cells in sorted(table.items()):
         if all(row.traffic_bytes for row in cells.values()):
-            shares = [
-                _share(cells[row[0]], gpu) if row[0] in cells else "-" for gpu, row in GPUS.items()
-            ]
+            shares = [_share(cells[row[0]], gpu) if row[0] in cells else "-" for gpu, row in GPUS.items()]
             yield "| " + " | ".join([case, dtype, *shares]) + " |"
 
 
@@ -380,10 +369,7 @@ def differences(now: Sequence[Resources], before: Sequence[Resources]) -> list[s
     """One sentence for each kernel that is worse than the table, missing from it, or gone."""
     old, new = {row.key: row for row in before}, {row.key: row for row in now}
     found = [f"{key}: is not in the table" for key in sorted(new.keys() - old.keys())]
-    found += [
-        f"{key}: is in the table and not compiled any more"
-        for key in sorted(old.keys() - new.keys())
-    ]
+    found += [f"{key}: is in the table and not compiled any more" for key in sorted(old.keys() - new.keys())]
     for key in sorted(old.keys() & new.keys()):
         a, b = old[key], new[key]
         limits = {
@@ -432,9 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(as_markdown(rows), end="")
     if not options.check:
         return 0
-    before = [
-        r for r in committed() if not options.cases or r.case.startswith(tuple(options.cases))
-    ]
+    before = [r for r in committed() if not options.cases or r.case.startswith(tuple(options.cases))]
     found = differences(rows, before)
     print("\n".join(found) or "as in the table", file=sys.stderr)
     return 1 if found else 0

@@ -68,11 +68,7 @@ def occupancy(kernel: Kernel) -> float:
     warps = kernel.threads // 32
     registers = -(-kernel.registers // 8) * 8 * 32
     dynamic = CLUSTER_SHARED if kernel.base == "policy_step_cluster_kernel" else 0
-    blocks = min(
-        REGISTERS // (registers * warps),
-        WARPS // warps,
-        SHARED // (kernel.shared_bytes + dynamic + 1024),
-    )
+    blocks = min(REGISTERS // (registers * warps), WARPS // warps, SHARED // (kernel.shared_bytes + dynamic + 1024))
     return blocks * warps / WARPS
 
 
@@ -82,23 +78,32 @@ def as_markdown(kernels: Sequence[Kernel]) -> str:
 
 
 def _lines(kernels: Sequence[Kernel]) -> Iterator[str]:
-    gpus = "; ".join(
-        f"{name} {g.processors}, {g.gigahertz}, {g.terabytes}" for name, g in GPUS.items()
-    )
+    gpus = "; ".join(f"{name} {g.processors}, {g.gigahertz}, {g.terabytes}" for name, g in GPUS.items())
     yield HEAD.format(gpus=gpus)
     for kernel, name, gpu in _rows(kernels):
         dtype, size = kernel.dtype
-        yield "| " + " | ".join([
-            _label(kernel), dtype, name, str(ROW_KERNELS[kernel.base].traffic * size),
-            f"{kernel.per_element:.1f}", f"{kernel.exp_per_element:.2f}", str(kernel.registers),
-            f"{occupancy(kernel):.0%}", f"{share(kernel, gpu):.0%}",
-        ]) + " |"  # fmt: skip
+        yield (
+            "| "
+            + " | ".join(
+                [
+                    _label(kernel),
+                    dtype,
+                    name,
+                    str(ROW_KERNELS[kernel.base].traffic * size),
+                    f"{kernel.per_element:.1f}",
+                    f"{kernel.exp_per_element:.2f}",
+                    str(kernel.registers),
+                    f"{occupancy(kernel):.0%}",
+                    f"{share(kernel, gpu):.0%}",
+                ]
+            )
+            + " |"
+        )
     yield PACKED_HEAD
     by_base = {k.base: k for k in kernels if k.arch == "90a" and k.dtype[0] == "float32"}
     for base, (size, unit) in PACKED.items():
         k = by_base[base]
-        yield (f"| `{base}` | {size} | {unit} | {k.threads} | {k.registers} | "
-               f"{occupancy(k):.0%} |")  # fmt: skip
+        yield (f"| `{base}` | {size} | {unit} | {k.threads} | {k.registers} | {occupancy(k):.0%} |")
 
 
 HEAD = """\

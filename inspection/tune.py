@@ -214,8 +214,13 @@ def load_tuned(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         raise refuse(OP, "path", f"a table of format {FORMAT}", repr(found), hint)
     capability = table["capability"]
     if torch.cuda.is_available() and capability != _device()[1]:
-        raise refuse(OP, "path", f"a table for compute capability {_device()[1]}, this device's",
-                     f"{capability} ({table['device']})", hint)  # fmt: skip
+        raise refuse(
+            OP,
+            "path",
+            f"a table for compute capability {_device()[1]}, this device's",
+            f"{capability} ({table['device']})",
+            hint,
+        )
     compile_cases.cases()  # imports every kernel file, which declares its records
     records = {}
     for kernel, fields in table["records"].items():
@@ -243,8 +248,7 @@ def _line(candidate: Candidate, note: str) -> str:
     c = candidate.config
     shape = f"{c.block_t} x {c.block_v} x {c.block_h}, {c.num_warps} warps, {c.num_stages} stages"
     cells = [
-        f"{r.kernel}: {r.per_element} per element, {r.registers} reg, {r.shared_bytes} B,"
-        f" loads of {r.load_bytes} B"
+        f"{r.kernel}: {r.per_element} per element, {r.registers} reg, {r.shared_bytes} B, loads of {r.load_bytes} B"
         for r in candidate.resources
     ]
     return f"  {shape:44} {note:14} {'; '.join(cells)}"
@@ -287,9 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return tune(kernels, *_device(), options.output, cuda_timer)
 
 
-def tune(
-    kernels: Sequence[str], device: str, capability: int, output: Path | None, timer: Timer
-) -> int:
+def tune(kernels: Sequence[str], device: str, capability: int, output: Path | None, timer: Timer) -> int:
     """Measures, reports and stores; 0."""
     choices = []
     for kernel in kernels:
@@ -297,8 +299,7 @@ def tune(
         choices.append(choice)
         ours, best = choice.seconds[0], min(choice.seconds)
         kept = "shipped record kept" if choice.best == choice.configs[0] else f"{choice.best}"
-        print(f"{kernel}: {ours * 1e6:.1f} us, best of {len(choice.seconds)} {best * 1e6:.1f} us;"
-              f" {kept}", flush=True)  # fmt: skip
+        print(f"{kernel}: {ours * 1e6:.1f} us, best of {len(choice.seconds)} {best * 1e6:.1f} us; {kept}", flush=True)
     path = output or default_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(as_json(device, capability, choices))

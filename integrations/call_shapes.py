@@ -26,14 +26,7 @@ from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
 from tokfuse.runtime.ops.policy_loss import PolicyLoss as PolicyLossResult
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
-from tokfuse.runtime.policy.objective import (
-    KL,
-    LinearLogp,
-    Objective,
-    PPOClip,
-    SigmoidGate,
-    StopGradClip,
-)
+from tokfuse.runtime.policy.objective import KL, LinearLogp, Objective, PPOClip, SigmoidGate, StopGradClip
 
 OP = "integrations.call_shapes"
 Scalar = float | torch.Tensor
@@ -53,35 +46,57 @@ def _mask(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def _padded_loss(
-    log_probs: torch.Tensor, old: torch.Tensor | None, advantages: torch.Tensor,
-    mask: torch.Tensor, objective: Objective, normalizer: Scalar | str | None,
+    log_probs: torch.Tensor,
+    old: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    objective: Objective,
+    normalizer: Scalar | str | None,
     weight: torch.Tensor | None = None,
-) -> PolicyLossResult:  # fmt: skip
+) -> PolicyLossResult:
     """`policy_loss` of the tokens that count in padded (batch, length) tensors."""
     padding = Padding(mask)
     return policy_loss(
-        padding.pack(log_probs), old_logp=None if old is None else padding.pack(old),
-        advantage=padding.pack(advantages), objective=objective, normalizer=normalizer,
+        padding.pack(log_probs),
+        old_logp=None if old is None else padding.pack(old),
+        advantage=padding.pack(advantages),
+        objective=objective,
+        normalizer=normalizer,
         cu_seqlens=padding.cu_seqlens,
         token_weight=None if weight is None else padding.pack(weight),
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------- Liger
 
 
 def triton_grpo_loss(
-    logits: torch.Tensor, old_logp: torch.Tensor | None, ref_logp: torch.Tensor | None,
-    completion_ids: torch.Tensor, advantages: torch.Tensor,
-    completion_mask: torch.Tensor | None = None, temperature: float = 0.9, beta: float = 0.04,
-    eps_low: float = 0.2, eps_high: float = 0.4, inplace: bool = True, loss_type: str = "dapo",
-    max_completion_length: int | None = None, importance_sampling_level: str = "token",
-    reduce: bool = False, sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05,
-    vllm_is_ratio: torch.Tensor | None = None, delta: float | None = None,
-    use_bias_correction_kl: bool = False, num_items_in_batch: Scalar | None = None,
-    vespo_k_pos: float = 2.0, vespo_lambda_pos: float = 3.0, vespo_k_neg: float = 3.0,
+    logits: torch.Tensor,
+    old_logp: torch.Tensor | None,
+    ref_logp: torch.Tensor | None,
+    completion_ids: torch.Tensor,
+    advantages: torch.Tensor,
+    completion_mask: torch.Tensor | None = None,
+    temperature: float = 0.9,
+    beta: float = 0.04,
+    eps_low: float = 0.2,
+    eps_high: float = 0.4,
+    inplace: bool = True,
+    loss_type: str = "dapo",
+    max_completion_length: int | None = None,
+    importance_sampling_level: str = "token",
+    reduce: bool = False,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vllm_is_ratio: torch.Tensor | None = None,
+    delta: float | None = None,
+    use_bias_correction_kl: bool = False,
+    num_items_in_batch: Scalar | None = None,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(loss, [mean KL if beta, clip fraction]) in one pass over logits (batch, length + 1, vocab).
 
     Arguments and defaults of Liger-Kernel 0.8.5; the last position is dropped, as there. `inplace`
@@ -90,42 +105,67 @@ def triton_grpo_loss(
     bias-corrected KL under a sequence's ratio.
     """
     if not reduce:
-        raise _refused("reduce", "True (the loss is formed in one pass, whole)", False,
-                       "Pass reduce=True, or use tokfuse.policy_loss.")  # fmt: skip
+        raise _refused(
+            "reduce",
+            "True (the loss is formed in one pass, whole)",
+            False,
+            "Pass reduce=True, or use tokfuse.policy_loss.",
+        )
     if loss_type == "luspo" or loss_type not in trl_objective.AGGREGATIONS:
         known = ", ".join(sorted(set(trl_objective.AGGREGATIONS) - {"luspo"}))
         raise _refused("loss_type", f"one of {known}", repr(loss_type), "Use tokfuse.policy_step.")
     mask = _mask(completion_mask, completion_ids)
     args = SimpleNamespace(
-        delta=delta, use_bias_correction_kl=use_bias_correction_kl, steps_per_generation=1,
-        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
-        vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg,
+        delta=delta,
+        use_bias_correction_kl=use_bias_correction_kl,
+        steps_per_generation=1,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        vespo_k_pos=vespo_k_pos,
+        vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg,
         vespo_lambda_neg=vespo_lambda_neg,
-    )  # fmt: skip
+    )
     options = SimpleNamespace(  # Liger's formulas are TRL's
-        args=args, loss_type=loss_type, importance_sampling_level=importance_sampling_level,
-        beta=beta, epsilon_low=eps_low, epsilon_high=eps_high, _entropy_bonus_enabled=False,
-        use_vllm=vllm_is_ratio is not None, vllm_importance_sampling_correction=True,
-        model=SimpleNamespace(training=False), accelerator=SimpleNamespace(
-            num_processes=1 if num_items_in_batch is None else _world_size()),
+        args=args,
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        beta=beta,
+        epsilon_low=eps_low,
+        epsilon_high=eps_high,
+        _entropy_bonus_enabled=False,
+        use_vllm=vllm_is_ratio is not None,
+        vllm_importance_sampling_correction=True,
+        model=SimpleNamespace(training=False),
+        accelerator=SimpleNamespace(num_processes=1 if num_items_in_batch is None else _world_size()),
         max_completion_length=max_completion_length or completion_ids.shape[1],
-    )  # fmt: skip
+    )
     if trl_objective.adds_kl(options):
-        raise _refused("use_bias_correction_kl", "False with importance_sampling_level='sequence'",
-                       True, "Use trl.FusedGRPOTrainer.")  # fmt: skip
+        raise _refused(
+            "use_bias_correction_kl",
+            "False with importance_sampling_level='sequence'",
+            True,
+            "Use trl.FusedGRPOTrainer.",
+        )
     if vllm_is_ratio is not None and vllm_is_ratio.dim() == 1:
         vllm_is_ratio = vllm_is_ratio.unsqueeze(-1)
     items = mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     padding = Padding(mask)
-    given = trl_objective.policy_inputs(options, {
-        "advantages": advantages, "old_per_token_logps": old_logp, "ref_per_token_logps": ref_logp,
-        "importance_sampling_ratio": vllm_is_ratio, "num_items_in_batch": items,
-    }, padding, mask)  # fmt: skip
+    given = trl_objective.policy_inputs(
+        options,
+        {
+            "advantages": advantages,
+            "old_per_token_logps": old_logp,
+            "ref_per_token_logps": ref_logp,
+            "importance_sampling_ratio": vllm_is_ratio,
+            "num_items_in_batch": items,
+        },
+        padding,
+        mask,
+    )
     if beta == 0.0:
         given["ref_logp"] = None
-    step = policy_step(
-        logits=logits[:, :-1][mask], target=completion_ids[mask], temperature=temperature, **given
-    )
+    step = policy_step(logits=logits[:, :-1][mask], target=completion_ids[mask], temperature=temperature, **given)
     mean = step.metrics.mean()
     clipped = torch.tensor(mean["clip_low"] + mean["clip_high"], device=logits.device)
     kl = [torch.tensor(mean["ref_kl_k3"], device=logits.device)] if beta != 0.0 else []
@@ -144,37 +184,53 @@ class PolicyLoss(torch.nn.Module):
     """
 
     def __init__(
-        self, clip_eps_low: float = 0.2, clip_eps_high: float = 0.2, dual_clip: float | None = None,
-        token_level_loss: bool = True, policy_loss_type: str = "ppo",
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
         enable_vllm_is_correction: bool = False,
         vllm_is_truncated_threshold: list[float] | None = None,
         vllm_is_correction_type: str = "tis",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if policy_loss_type not in ("ppo", "gspo"):
-            raise _refused("policy_loss_type", "'ppo' or 'gspo'", repr(policy_loss_type),
-                           "Use tokfuse.policy_loss.")  # fmt: skip
+            raise _refused("policy_loss_type", "'ppo' or 'gspo'", repr(policy_loss_type), "Use tokfuse.policy_loss.")
         gspo = policy_loss_type == "gspo"
         if gspo and enable_vllm_is_correction:
-            raise _refused("enable_vllm_is_correction", "False with policy_loss_type='gspo'", True,
-                           "Pass rollout_log_probs as old_log_probs.")  # fmt: skip
+            raise _refused(
+                "enable_vllm_is_correction",
+                "False with policy_loss_type='gspo'",
+                True,
+                "Pass rollout_log_probs as old_log_probs.",
+            )
         if vllm_is_correction_type not in ("tis", "icepop", "seq-mask-tis"):
-            raise _refused("vllm_is_correction_type", "'tis', 'icepop' or 'seq-mask-tis'",
-                           repr(vllm_is_correction_type), "Check the spelling.")  # fmt: skip
+            raise _refused(
+                "vllm_is_correction_type",
+                "'tis', 'icepop' or 'seq-mask-tis'",
+                repr(vllm_is_correction_type),
+                "Check the spelling.",
+            )
         self.objective = Objective(
             shape=PPOClip(low=clip_eps_low, high=clip_eps_high, dual=dual_clip),
             level="sequence" if gspo else "token",
             aggregation="token_mean" if token_level_loss and not gspo else "seq_mean_token_mean",
-        )  # fmt: skip
+        )
         self.correction = vllm_is_correction_type if enable_vllm_is_correction else None
         self.bounds = vllm_is_truncated_threshold
 
     def forward(
-        self, log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor,
-        action_mask: torch.Tensor | None = None, rollout_log_probs: torch.Tensor | None = None,
-        dp_size: int = 1, batch_num_tokens: Scalar | None = None,
+        self,
+        log_probs: torch.Tensor,
+        old_log_probs: torch.Tensor,
+        advantages: torch.Tensor,
+        action_mask: torch.Tensor | None = None,
+        rollout_log_probs: torch.Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: Scalar | None = None,
         global_batch_size: Scalar | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Padded (batch, length) tensors; the global counts divide, times dp_size."""
         mask = _mask(action_mask, log_probs)
         by_token = self.objective.aggregation == "token_mean"
@@ -182,32 +238,30 @@ class PolicyLoss(torch.nn.Module):
         weight, vllm_kl = None, None
         if self.correction is not None:
             if rollout_log_probs is None:
-                raise _refused("rollout_log_probs", "given with enable_vllm_is_correction", None,
-                               "Keep the rollout engine's log-probabilities.")  # fmt: skip
+                raise _refused(
+                    "rollout_log_probs",
+                    "given with enable_vllm_is_correction",
+                    None,
+                    "Keep the rollout engine's log-probabilities.",
+                )
             weight = self._weight(old_log_probs, rollout_log_probs, mask)
             vllm_kl = (rollout_log_probs - old_log_probs)[mask].mean()
         normalizer = "batch" if count is None else count / dp_size
-        out = _padded_loss(
-            log_probs, old_log_probs, advantages, mask, self.objective, normalizer, weight
-        )
+        out = _padded_loss(log_probs, old_log_probs, advantages, mask, self.objective, normalizer, weight)
         mean = out.metrics.mean()
         clip = log_probs.new_tensor(mean["clip_low"] + mean["clip_high"])
         return out.loss, clip, log_probs.new_tensor(mean["kl_k1"]), vllm_kl
 
-    def _weight(
-        self, old: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:  # fmt: skip
+    def _weight(self, old: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         assert self.bounds is not None
         low, high = self.bounds
         padding = Padding(mask)
-        options: dict[str, Any] = {"mode": "truncate" if self.correction == "tis" else "mask",
-                                   "low": low, "high": high}  # fmt: skip
+        options: dict[str, Any] = {"mode": "truncate" if self.correction == "tis" else "mask", "low": low, "high": high}
         if self.correction == "seq-mask-tis":
             options = {"mode": "ips", "rules": (KeepRule("ratio", "mean", low, high),)}
         weights = offpolicy_weights(
-            padding.pack(old), padding.pack(rollout), level="token", cu_seqlens=padding.cu_seqlens,
-            **options,
-        )  # fmt: skip
+            padding.pack(old), padding.pack(rollout), level="token", cu_seqlens=padding.cu_seqlens, **options
+        )
         return padding.pad(weights.weight)
 
 
@@ -215,9 +269,13 @@ class PolicyLoss(torch.nn.Module):
 
 
 def skyrl_policy_loss(
-    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, config: Any,
-    loss_mask: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    config: Any,
+    loss_mask: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
     """(masked sum of the token losses, {"clip_ratio"}): SkyRL scales advantages beforehand.
 
     config.policy_loss_type: regular, dual_clip, gspo, cispo (anchored on the old policy), sapo;
@@ -227,25 +285,33 @@ def skyrl_policy_loss(
     correction = vars(getattr(config, "off_policy_correction", None) or SimpleNamespace())
     for name, value in correction.items():
         if value is not None and (name.endswith(("_type", "_metric")) or "outlier" in name):
-            raise _refused(f"config.off_policy_correction.{name}", "None", repr(value),
-                           "Weight the advantages with tokfuse.offpolicy_weights.")  # fmt: skip
+            raise _refused(
+                f"config.off_policy_correction.{name}",
+                "None",
+                repr(value),
+                "Weight the advantages with tokfuse.offpolicy_weights.",
+            )
     if kind not in ("regular", "dual_clip", "gspo", "cispo", "sapo"):
-        raise _refused("config.policy_loss_type", "regular, dual_clip, gspo, cispo or sapo", kind,
-                       "Use tokfuse.policy_loss.")  # fmt: skip
+        raise _refused(
+            "config.policy_loss_type", "regular, dual_clip, gspo, cispo or sapo", kind, "Use tokfuse.policy_loss."
+        )
     if kind == "sapo":
         shape: Any = SigmoidGate(tau_positive=config.sapo.tau_pos, tau_negative=config.sapo.tau_neg)
     elif kind == "cispo":
         if getattr(config.cispo, "cispo_anchor", "old") != "old":
-            raise _refused("config.cispo.cispo_anchor", "'old'", repr(config.cispo.cispo_anchor),
-                           "Pass rollout_logprobs as old_log_probs.")  # fmt: skip
-        shape = StopGradClip(low=config.cispo.cispo_eps_clip_low, ratio_min=None, ratio_max=None,
-                             high=config.cispo.cispo_eps_clip_high)  # fmt: skip
+            raise _refused(
+                "config.cispo.cispo_anchor",
+                "'old'",
+                repr(config.cispo.cispo_anchor),
+                "Pass rollout_logprobs as old_log_probs.",
+            )
+        shape = StopGradClip(
+            low=config.cispo.cispo_eps_clip_low, ratio_min=None, ratio_max=None, high=config.cispo.cispo_eps_clip_high
+        )
     else:
         dual = config.clip_ratio_c if kind == "dual_clip" else None
         shape = PPOClip(low=config.eps_clip_low, high=config.eps_clip_high, dual=dual)
-    objective = Objective(
-        shape=shape, level="sequence_token" if kind == "gspo" else "token", aggregation="token_sum"
-    )
+    objective = Objective(shape=shape, level="sequence_token" if kind == "gspo" else "token", aggregation="token_sum")
     mask = _mask(loss_mask, log_probs)
     out = _padded_loss(log_probs, old_log_probs, advantages, mask, objective, None)
     if kind == "cispo":  # SkyRL counts both bounds, whatever the advantage
@@ -275,10 +341,11 @@ class NemoPolicyLoss:
             return getattr(cfg, name, default)
 
         off = {
-            "reference_policy_kl_penalty": 0.0 if get("use_kl_in_reward", False) else get(
-                "reference_policy_kl_penalty", 0.01),
+            "reference_policy_kl_penalty": 0.0
+            if get("use_kl_in_reward", False)
+            else get("reference_policy_kl_penalty", 0.01),
             "positive_example_nll_weight": get("positive_example_nll_weight", 0.0),
-        }  # fmt: skip
+        }
         for name, value in off.items():
             if value:
                 raise _refused(f"cfg.{name}", "0", value, "Use NeMo-RL's ClippedPGLossFn.")
@@ -287,9 +354,12 @@ class NemoPolicyLoss:
         if get("use_importance_sampling_correction", False):
             self.correction = get("truncated_importance_sampling_type", None) or "plain"
         if self.correction == "seq-mask-tis" or (sequence and self.correction != "none"):
-            raise _refused("cfg.truncated_importance_sampling_type", "None, 'tis' or 'icepop' at "
-                           "token level", self.correction, "Use NeMo-RL's ClippedPGLossFn."
-                           )  # fmt: skip
+            raise _refused(
+                "cfg.truncated_importance_sampling_type",
+                "None, 'tis' or 'icepop' at token level",
+                self.correction,
+                "Use NeMo-RL's ClippedPGLossFn.",
+            )
         self.high = get("truncated_importance_sampling_ratio", None)
         self.low = get("truncated_importance_sampling_ratio_min", None)
         clip = {"low": get("ratio_clip_min", 0.2), "high": get("ratio_clip_max", 0.2)}
@@ -301,9 +371,10 @@ class NemoPolicyLoss:
         self.on_policy = get("force_on_policy_ratio", False)
         by_token = get("token_level_loss", True)
         self.objective = Objective(
-            shape=shape, level="sequence" if sequence else "token",
+            shape=shape,
+            level="sequence" if sequence else "token",
             aggregation="token_mean" if by_token else "seq_mean_token_mean",
-        )  # fmt: skip
+        )
 
     @property
     def loss_type(self) -> Any:
@@ -321,9 +392,12 @@ class NemoPolicyLoss:
         return LossInputType.LOGPROB
 
     def __call__(
-        self, next_token_logprobs: torch.Tensor, data: Any, global_valid_seqs: torch.Tensor,
+        self,
+        next_token_logprobs: torch.Tensor,
+        data: Any,
+        global_valid_seqs: torch.Tensor,
         global_valid_toks: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:  # fmt: skip
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         mask = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)).bool()
         old = next_token_logprobs.detach() if self.on_policy else data["prev_logprobs"][:, 1:]
         weight = None
@@ -335,26 +409,36 @@ class NemoPolicyLoss:
                 weight = torch.where((weight >= self.low) & (weight <= self.high), weight, 0.0)
         by_token = self.objective.aggregation == "token_mean"
         out = _padded_loss(
-            next_token_logprobs, old, data["advantages"][:, 1:], mask, self.objective,
-            global_valid_toks if by_token else global_valid_seqs, weight,
-        )  # fmt: skip
+            next_token_logprobs,
+            old,
+            data["advantages"][:, 1:],
+            mask,
+            self.objective,
+            global_valid_toks if by_token else global_valid_seqs,
+            weight,
+        )
         mean = out.metrics.mean()
         share = mean["tokens"] / float(global_valid_toks)
         return out.loss, {
-            "loss": out.loss.item(), "probs_ratio": mean["ratio"] * share,
-            "probs_ratio_min": mean["ratio_min"], "probs_ratio_max": mean["ratio_max"],
+            "loss": out.loss.item(),
+            "probs_ratio": mean["ratio"] * share,
+            "probs_ratio_min": mean["ratio_min"],
+            "probs_ratio_max": mean["ratio_max"],
             "clip_fraction": (mean["clip_low"] + mean["clip_high"]) * share,
             "num_valid_samples": data["sample_mask"].sum().item(),
-        }  # fmt: skip
+        }
 
 
 # ------------------------------------------------------------------------------------------- slime
 
 
 def slime_policy_loss(
-    ppo_kl: torch.Tensor, advantages: torch.Tensor, eps_clip: float, eps_clip_high: float,
+    ppo_kl: torch.Tensor,
+    advantages: torch.Tensor,
+    eps_clip: float,
+    eps_clip_high: float,
     eps_clip_c: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(token losses, 1.0 where clipped), each (tokens,), of ppo_kl = old_logp - logp.
 
     Differentiable in ppo_kl; slime reduces them. Token ratios only: those of compute_gspo_kl are
@@ -365,9 +449,7 @@ def slime_policy_loss(
     logp = -ppo_kl
     leaf = logp.detach().requires_grad_()
     with torch.enable_grad():
-        out = policy_loss(
-            leaf, old_logp=torch.zeros_like(leaf), advantage=advantages, objective=objective
-        )
+        out = policy_loss(leaf, old_logp=torch.zeros_like(leaf), advantage=advantages, objective=objective)
         (slope,) = torch.autograd.grad(out.loss, leaf)
     ratio, (low, high) = leaf.detach().exp(), shape.bounds
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
@@ -378,9 +460,13 @@ def slime_policy_loss(
 
 
 def prime_rl_loss(
-    inputs: Any, clip_low: float = 0.2, clip_high: float = 0.2, dual: float | None = None,
-    level: str = "token", kl_coef: float = 0.0,
-) -> Any:  # fmt: skip
+    inputs: Any,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual: float | None = None,
+    level: str = "token",
+    kl_coef: float = 0.0,
+) -> Any:
     """prime-rl's LossOutputs of one sequence: the *sum* of its token losses, and metrics.
 
     `inputs` is its LossInputs; the old policy is inference_logprobs. kl_coef adds k3 against
@@ -393,13 +479,18 @@ def prime_rl_loss(
     tokens = inputs.trainer_logprobs.shape[0]
     weight = inputs.loss_weights
     out = policy_loss(
-        inputs.trainer_logprobs, old_logp=inputs.inference_logprobs, advantage=inputs.advantages,
-        objective=Objective(shape=PPOClip(low=clip_low, high=clip_high, dual=dual), level=level,
-                            kl=kl, aggregation="token_sum"),
-        mask=inputs.loss_mask, ref_logp=inputs.ref_logprobs if kl else None, token_weight=weight,
+        inputs.trainer_logprobs,
+        old_logp=inputs.inference_logprobs,
+        advantage=inputs.advantages,
+        objective=Objective(
+            shape=PPOClip(low=clip_low, high=clip_high, dual=dual), level=level, kl=kl, aggregation="token_sum"
+        ),
+        mask=inputs.loss_mask,
+        ref_logp=inputs.ref_logprobs if kl else None,
+        token_weight=weight,
         kl_weight=weight if kl else None,
         cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32, device=inputs.loss_mask.device),
-    )  # fmt: skip
+    )
     mean = out.metrics.mean()
     names = ("clip_low", "clip_high", "kl_k1", "ratio", "ref_kl_k3")
     device = inputs.loss_mask.device

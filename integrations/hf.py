@@ -36,10 +36,20 @@ IGNORE = -100
 # "1/" before one that divides them. Read in transformers 5.23; others transform logits in ways of
 # their own and are refused.
 SUPPORTED = {
-    "llama": "", "mistral": "", "qwen2": "", "qwen3": "", "phi3": "", "olmo2": "", "smollm3": "",
-    "gemma": "", "gemma2": "", "gemma3_text": "", "cohere": "logit_scale", "cohere2": "logit_scale",
+    "llama": "",
+    "mistral": "",
+    "qwen2": "",
+    "qwen3": "",
+    "phi3": "",
+    "olmo2": "",
+    "smollm3": "",
+    "gemma": "",
+    "gemma2": "",
+    "gemma3_text": "",
+    "cohere": "logit_scale",
+    "cohere2": "logit_scale",
     "granite": "1/logits_scaling",
-}  # fmt: skip
+}
 
 _PATCHES: "weakref.WeakKeyDictionary[torch.nn.Module, Rebinding]" = weakref.WeakKeyDictionary()
 
@@ -61,8 +71,7 @@ class ModelHead:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `tokfuse.policy_step` and `tokfuse.linear_token_stats`."""
-        return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap,
-                "logit_scale": self.logit_scale}  # fmt: skip
+        return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
 def head_of(model: Any) -> ModelHead:
@@ -75,15 +84,19 @@ def head_of(model: Any) -> ModelHead:
     config = model.config.get_text_config()
     if config.model_type not in SUPPORTED:
         known = ", ".join(SUPPORTED)
-        raise refuse(f"{OP}.head_of", "the model type", f"one of {known}", repr(config.model_type),
-                     "Use causal_lm_loss, which takes logits.")  # fmt: skip
+        raise refuse(
+            f"{OP}.head_of",
+            "the model type",
+            f"one of {known}",
+            repr(config.model_type),
+            "Use causal_lm_loss, which takes logits.",
+        )
     weight, bias = _weight_and_bias(model.get_output_embeddings())
     name = SUPPORTED[config.model_type]
     scale = float(getattr(config, name.removeprefix("1/"))) if name else 1.0
     return ModelHead(
-        weight, bias, getattr(config, "final_logit_softcapping", None),
-        1.0 / scale if name.startswith("1/") else scale,
-    )  # fmt: skip
+        weight, bias, getattr(config, "final_logit_softcapping", None), 1.0 / scale if name.startswith("1/") else scale
+    )
 
 
 # ------------------------------------------------------------------------------ forward of a model
@@ -138,13 +151,15 @@ def describe(model: Any) -> str:
     active = model in _PATCHES and _PATCHES[model].active
     head = head_of(model)
     shape = " x ".join(map(str, head.weight.shape))
-    return "\n".join([
-        f"transformers {HOST.installed} (tested: {HOST.tested}), {type(model).__name__} "
-        f"{'with tokfuse' if active else 'as it is'}",
-        f"  head {shape}, bias {head.bias is not None}, softcap {head.softcap}, "
-        f"scale {head.logit_scale:g}: {where('linear_token_stats')}",
-        f"  packed sequences: {packed_route(model)}",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"transformers {HOST.installed} (tested: {HOST.tested}), {type(model).__name__} "
+            f"{'with tokfuse' if active else 'as it is'}",
+            f"  head {shape}, bias {head.bias is not None}, softcap {head.softcap}, "
+            f"scale {head.logit_scale:g}: {where('linear_token_stats')}",
+            f"  packed sequences: {packed_route(model)}",
+        ]
+    )
 
 
 def _forward_of(model: Any, original: Callable[..., Any], temperature: float) -> Callable[..., Any]:
@@ -152,10 +167,13 @@ def _forward_of(model: Any, original: Callable[..., Any], temperature: float) ->
 
     @functools.wraps(original)
     def forward(
-        *args: Any, labels: torch.Tensor | None = None, shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None, token_stats: bool = False,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        token_stats: bool = False,
         **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         if labels is None and shift_labels is None:
             return original(*args, **kwargs)
         _check_forward(model, kwargs)
@@ -168,9 +186,11 @@ def _forward_of(model: Any, original: Callable[..., Any], temperature: float) ->
         stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), temperature)
         count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         output = CausalLMOutputWithPast(
-            loss=-stats.logp.sum() / count, past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
-        )  # fmt: skip
+            loss=-stats.logp.sum() / count,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
         if token_stats:
             output["logp"], output["entropy"] = (
                 x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
@@ -185,16 +205,25 @@ def _labelled_stats(
 ) -> tuple[TokenStats, torch.Tensor]:
     """Statistics of the rows with a label, and (batch, length) bool: which those are."""
     if hidden.shape[:2] != target.shape:
-        raise refuse(OP, "labels", f"of shape (batch, length) = {tuple(hidden.shape[:2])} like the "
-                     "hidden states", tuple(target.shape), "Pad labels of soft prompts with -100."
-                     )  # fmt: skip
+        raise refuse(
+            OP,
+            "labels",
+            f"of shape (batch, length) = {tuple(hidden.shape[:2])} like the hidden states",
+            tuple(target.shape),
+            "Pad labels of soft prompts with -100.",
+        )
     rows, head = target != IGNORE, head_of(model)
     weight, bias = head.weight.to(hidden.dtype), head.bias
     bias = None if bias is None else bias.to(hidden.dtype)
     stats = linear_token_stats(
-        hidden[rows], weight, target[rows], bias=bias, temperature=temperature,
-        softcap=head.softcap, logit_scale=head.logit_scale,
-    )  # fmt: skip
+        hidden[rows],
+        weight,
+        target[rows],
+        bias=bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )
     return stats, rows
 
 
@@ -210,9 +239,13 @@ def _check_forward(model: Any, kwargs: dict[str, Any]) -> None:
     }
     for name, (given, allowed) in refused.items():
         if not isinstance(given, int) or given != allowed:
-            raise refuse(OP, name, f"{allowed} with labels (the loss needs every labelled row, an "
-                         "output object, and no auxiliary loss)", given,
-                         "Uninstall tokfuse for this call.")  # fmt: skip
+            raise refuse(
+                OP,
+                name,
+                f"{allowed} with labels (the loss needs every labelled row, an output object, and no auxiliary loss)",
+                given,
+                "Uninstall tokfuse for this call.",
+            )
 
 
 # ------------------------------------------------------------------------------- losses from logits
@@ -231,10 +264,14 @@ def compute_loss_func(
 
 
 def causal_lm_loss(
-    logits: torch.Tensor, labels: torch.Tensor | None, vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None, ignore_index: int = IGNORE,
-    shift_labels: torch.Tensor | None = None, **kwargs: Any,
-) -> torch.Tensor:  # fmt: skip
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = IGNORE,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """`model.loss_function = ...`: the arguments of transformers' ForCausalLMLoss.
 
     loss = -sum log p(label) / num_items_in_batch, without it the mean; a batch without a label
@@ -262,8 +299,7 @@ def causal_lm_loss(
 
 def _base(model: Any) -> Any:
     """The transformers model under PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(
-        model, "get_base_model") else model  # fmt: skip
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -277,12 +313,21 @@ def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = _weight_and_bias(head.get_base_layer())
         return _with_lora(head, weight), bias
     if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
-        raise refuse(f"{OP}.head_of", "lm_head", "a floating torch.nn.Linear, plain or with LoRA",
-                     type(head).__name__, "Use causal_lm_loss, which takes logits.")  # fmt: skip
+        raise refuse(
+            f"{OP}.head_of",
+            "lm_head",
+            "a floating torch.nn.Linear, plain or with LoRA",
+            type(head).__name__,
+            "Use causal_lm_loss, which takes logits.",
+        )
     if isinstance(head.weight, torch.distributed.tensor.DTensor):
-        raise refuse(f"{OP}.head_of", "lm_head.weight", "a plain tensor inside the forward (a "
-                     "gathered shard would get gradients that are not averaged over ranks)",
-                     "a DTensor", "Shard the lm_head with the root unit of FSDP2.")  # fmt: skip
+        raise refuse(
+            f"{OP}.head_of",
+            "lm_head.weight",
+            "a plain tensor inside the forward (a gathered shard would get gradients that are not averaged over ranks)",
+            "a DTensor",
+            "Shard the lm_head with the root unit of FSDP2.",
+        )
     return head.weight, head.bias
 
 
@@ -297,8 +342,7 @@ def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:
             continue
         dropout = layer.lora_dropout[name]
         if layer.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0:
-            raise _refuse_adapter("without dropout (its mask is drawn inside the layer)",
-                                  f"lora_dropout={dropout.p}")  # fmt: skip
+            raise _refuse_adapter("without dropout (its mask is drawn inside the layer)", f"lora_dropout={dropout.p}")
         if name in getattr(layer, "lora_variant", {}) or layer.lora_bias.get(name, False):
             raise _refuse_adapter("plain LoRA", "a variant (DoRA, a bias, ...)")
         weight = weight + layer.get_delta_weight(name).to(weight.dtype)
@@ -306,8 +350,7 @@ def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_adapter(want: str, actual: str) -> ValueError:
-    return refuse(f"{OP}.head_of", "the adapter of lm_head", want, actual,
-                  "Take lm_head out of target_modules.")  # fmt: skip
+    return refuse(f"{OP}.head_of", "the adapter of lm_head", want, actual, "Take lm_head out of target_modules.")
 
 
 # ------------------------------------------------------------------------------------------ packed
@@ -339,11 +382,8 @@ def packed_hidden(model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor)
     position = place - cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=len(input_ids))
     if packed_route(model) != "padded":
         cu = cu_seqlens.to(torch.int32)
-        borders = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest,
-                   "max_length_k": longest}  # fmt: skip
-        out = base(
-            input_ids=input_ids[None], position_ids=position[None], use_cache=False, **borders
-        )
+        borders = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
+        out = base(input_ids=input_ids[None], position_ids=position[None], use_cache=False, **borders)
         packed: torch.Tensor = out.last_hidden_state[0]
         return packed
     rows = torch.arange(longest, device=input_ids.device) < lengths.unsqueeze(1)
@@ -369,8 +409,10 @@ def packed_token_stats(
     follows = torch.ones_like(input_ids, dtype=torch.bool).index_fill_(0, first, False)
     head = head_of(model)
     stats = linear_token_stats(
-        hidden[follows.roll(-1)] if len(first) else hidden, target=input_ids[follows],
-        temperature=temperature, **head.arguments(),
-    )  # fmt: skip
+        hidden[follows.roll(-1)] if len(first) else hidden,
+        target=input_ids[follows],
+        temperature=temperature,
+        **head.arguments(),
+    )
     borders = torch.nn.functional.pad((lengths - 1).clamp(min=0).cumsum(0), (1, 0))
     return stats, borders.to(torch.int32)

@@ -47,8 +47,7 @@ class Host:
             raise refuse(op, self.name, "installed", "nothing", next_step)
         found = re.match(r"(\d+)\.(\d+)", version)
         if found is None or not self.low <= (int(found[1]), int(found[2])) <= self.high:
-            raise refuse(op, self.name, f"{self.tested} (its internals change between versions)",
-                         version, next_step)  # fmt: skip
+            raise refuse(op, self.name, f"{self.tested} (its internals change between versions)", version, next_step)
         return version
 
 
@@ -75,9 +74,12 @@ class Rebinding:
         for owner, name, _, ours, _ in self._saved:
             if getattr(owner, name) is not ours:
                 raise refuse(
-                    self._op, f"{_label(owner)}.{name}", "still the one that was installed",
-                    repr(getattr(owner, name)), "Undo the later patch first.",
-                )  # fmt: skip
+                    self._op,
+                    f"{_label(owner)}.{name}",
+                    "still the one that was installed",
+                    repr(getattr(owner, name)),
+                    "Undo the later patch first.",
+                )
         while self._saved:
             owner, name, before, _, inherited = self._saved.pop()
             if inherited:

@@ -151,10 +151,16 @@ def _labelled_rows_only(device: torch.device) -> bool:
 
 
 def token_head(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-    temperature: float, chunk_size: int, final_logit_softcapping: float | None = None,
-    logit_scale: float = 1.0, outputs: tuple[str, ...] = OUTPUTS,
-) -> PerToken:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    chunk_size: int,
+    final_logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = OUTPUTS,
+) -> PerToken:
     """What TRL's `ChunkedLogProbFunction.apply` returns: one (N,) tensor for each of `OUTPUTS`.
 
     Args:
@@ -168,13 +174,10 @@ def token_head(
     """
     for name in outputs:
         if name not in OUTPUTS:
-            raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name),
-                         "This TRL asks for something newer.")  # fmt: skip
+            raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name), "This TRL asks for something newer.")
     hidden, weight, bias = operands(hidden, weight, bias)
     options: dict[str, Any] = {"temperature": temperature, "softcap": final_logit_softcapping}
-    stats = linear_token_stats(
-        hidden, weight, targets, bias=bias, logit_scale=logit_scale, **options
-    )
+    stats = linear_token_stats(hidden, weight, targets, bias=bias, logit_scale=logit_scale, **options)
     found: dict[str, Callable[[], torch.Tensor]] = {
         "log_probs": lambda: stats.logp,
         "entropy": lambda: stats.entropy,
@@ -191,8 +194,13 @@ def operands(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The three in the dtype that TRL computes in; without gradient where none is recorded."""
     if hasattr(weight, "ds_id"):
-        raise refuse(OP, "lm_head.weight", "a whole parameter", "a DeepSpeed ZeRO-3 partition",
-                     "Use FSDP2, ZeRO-2, or uninstall tokfuse.")  # fmt: skip
+        raise refuse(
+            OP,
+            "lm_head.weight",
+            "a whole parameter",
+            "a DeepSpeed ZeRO-3 partition",
+            "Use FSDP2, ZeRO-2, or uninstall tokfuse.",
+        )
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -205,9 +213,13 @@ def operands(
 
 @torch.no_grad()
 def _mean_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, logit_scale: float,
-    temperature: float, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    temperature: float,
+    softcap: float | None,
+) -> torch.Tensor:
     """(N,) mean over the vocabulary; without a softcap linear, so it needs no logits."""
     h, scale = hidden.float(), logit_scale / temperature
     if softcap is None:
@@ -238,16 +250,17 @@ def supports_logits(
 
 
 def logits_op(
-    logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0,
-    row_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0, row_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probabilities, entropies), float32, of the shape of `index`; 0 where row_mask is 0.
 
     Args:
         logits: (..., V). index: (...), integer. row_mask: (...), 0 skips the row.
     """
     stats = token_stats(
-        logits.reshape(-1, logits.shape[-1]), index.reshape(-1).long(), temperature=temperature,
+        logits.reshape(-1, logits.shape[-1]),
+        index.reshape(-1).long(),
+        temperature=temperature,
         mask=None if row_mask is None else row_mask.reshape(-1) != 0,
-    )  # fmt: skip
+    )
     return stats.logp.view(index.shape), stats.entropy.view(index.shape)

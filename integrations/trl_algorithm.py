@@ -29,13 +29,28 @@ STATE_FILE = "tokfuse_algorithm.pt"
 
 # Options of GRPOConfig that the method takes the place of: left at their defaults, or refused.
 REPLACED = (
-    "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "scale_rewards",
-    "multi_objective_aggregation", "use_bias_correction_kl", "off_policy_mask_threshold",
-    "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "sapo_temperature_pos",
-    "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
-    "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "loss_type",
+    "importance_sampling_level",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "scale_rewards",
+    "multi_objective_aggregation",
+    "use_bias_correction_kl",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min",
-)  # fmt: skip
+)
 
 LossAndScores = tuple[torch.Tensor, Any]
 
@@ -53,9 +68,7 @@ class Method:
     """
 
     def __init__(self, algorithm: str | Algorithm, trainer: Any, solved_above: float) -> None:
-        self.algorithm: Algorithm = (
-            algorithms.make(algorithm) if isinstance(algorithm, str) else algorithm
-        )
+        self.algorithm: Algorithm = algorithms.make(algorithm) if isinstance(algorithm, str) else algorithm
         _check(self.algorithm, trainer)
         self.state: State = self.algorithm.initial_state()
         self._solved = solved_above
@@ -86,8 +99,7 @@ class Method:
     def prepare(self, trainer: Any, out: dict[str, Any]) -> dict[str, Any]:
         """TRL's rollout with the method's advantages and selection beside it."""
         training = trainer.model.training
-        size = trainer.args.per_device_train_batch_size if training else (
-            trainer.args.per_device_eval_batch_size)  # fmt: skip
+        size = trainer.args.per_device_train_batch_size if training else (trainer.args.per_device_eval_batch_size)
         with torch.no_grad():
             logps, entropies, _ = trainer.scores(trainer.model, out, batch_size=size)
         padding, mask = padding_of(out)
@@ -107,15 +119,24 @@ class Method:
         return out
 
     def _batch(
-        self, trainer: Any, out: dict[str, Any], padding: Padding, mask: torch.Tensor,
-        logps: torch.Tensor, entropies: torch.Tensor,
-    ) -> Batch:  # fmt: skip
+        self,
+        trainer: Any,
+        out: dict[str, Any],
+        padding: Padding,
+        mask: torch.Tensor,
+        logps: torch.Tensor,
+        entropies: torch.Tensor,
+    ) -> Batch:
         accelerator, seqs = trainer.accelerator, mask.shape[0]
         group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         if seqs % group:
-            raise refuse(OP, "the sequences of a rank", f"whole groups of {group} (the method's "
-                         "baseline is a group's)", seqs, "Change per_device_train_batch_size or "
-                         "steps_per_generation.")  # fmt: skip
+            raise refuse(
+                OP,
+                "the sequences of a rank",
+                f"whole groups of {group} (the method's baseline is a group's)",
+                seqs,
+                "Change per_device_train_batch_size or steps_per_generation.",
+            )
         assert self._rewards is not None
         weights = trainer.reward_weights.to(self._rewards.device)
         rewards = (self._rewards * weights.unsqueeze(0)).nansum(dim=1)
@@ -128,22 +149,25 @@ class Method:
         ref = out.get("ref_per_token_logps")
         reward = rewards[first : first + seqs].float()
         return Batch(
-            reward=reward, correct=reward > self._solved,
+            reward=reward,
+            correct=reward > self._solved,
             group_ids=torch.arange(first, first + seqs, device=old.device) // group,
-            cu_seqlens=padding.cu_seqlens, old_logp=old, entropy=padding.pack(entropies),
-            mask=padding.pack(mask), sampler_logp=sampler,
+            cu_seqlens=padding.cu_seqlens,
+            old_logp=old,
+            entropy=padding.pack(entropies),
+            mask=padding.pack(mask),
+            sampler_logp=sampler,
             ref_logp=None if ref is None else padding.pack(ref),
-            finished=_finished(trainer, out), world=_world(accelerator),
-        )  # fmt: skip
+            finished=_finished(trainer, out),
+            world=_world(accelerator),
+        )
 
     def _per_token(self, name: str) -> bool:
         return self._level == "token" if name == "advantage" else name in PER_TOKEN
 
     # --------------------------------------------------------------------------------------- loss
 
-    def loss(
-        self, trainer: Any, model: Any, inputs: dict[str, Any], padding: Padding
-    ) -> LossAndScores:
+    def loss(self, trainer: Any, model: Any, inputs: dict[str, Any], padding: Padding) -> LossAndScores:
         """The loss of a micro-batch, and TRL's padded scores; metrics and state on the way."""
         values = {
             name.removeprefix(PREFIX): value
@@ -151,8 +175,9 @@ class Method:
             if name.startswith(PREFIX) and name != COUNT
         }
         packed = {n: padding.pack(x) if self._per_token(n) else x for n, x in values.items()}
-        batch = Batch(cu_seqlens=padding.cu_seqlens, advantage_level=self._level,
-                      world=_world(trainer.accelerator), **packed)  # fmt: skip
+        batch = Batch(
+            cu_seqlens=padding.cu_seqlens, advantage_level=self._level, world=_world(trainer.accelerator), **packed
+        )
         divisor = self._divisor(trainer, inputs)
         if self.algorithm.needs_policy or trainer.args.fp16:
             scores = trainer.scores(model, inputs)
@@ -180,15 +205,12 @@ class Method:
         scaled: torch.Tensor = window * steps / trainer.args.steps_per_generation
         return scaled
 
-    def _step_state(
-        self, trainer: Any, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor
-    ) -> None:
+    def _step_state(self, trainer: Any, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor) -> None:
         for name, value in self.algorithm.measure(plan, logp, entropy).items():
             self._measured[name] = self._measured[name] + value if name in self._measured else value
         if not trainer.accelerator.sync_gradients:
             return
-        total = {name: trainer.accelerator.reduce(value, reduction="sum")
-                 for name, value in self._measured.items()}  # fmt: skip
+        total = {name: trainer.accelerator.reduce(value, reduction="sum") for name, value in self._measured.items()}
         self.state = self.algorithm.update(self.state, total)
         self._measured = {}
 
@@ -214,13 +236,23 @@ def padding_of(inputs: dict[str, Any]) -> tuple[Padding, torch.Tensor]:
 
 def _check(algorithm: Algorithm, trainer: Any) -> None:
     if not isinstance(algorithm, Algorithm):
-        raise refuse(OP, "algorithm", "a method on tokens", type(algorithm).__name__,
-                     "`python -m tokfuse algorithms` lists the methods.")  # fmt: skip
+        raise refuse(
+            OP,
+            "algorithm",
+            "a method on tokens",
+            type(algorithm).__name__,
+            "`python -m tokfuse algorithms` lists the methods.",
+        )
     name = algorithm.name or type(algorithm).__name__
     for hook in ("plans", "before"):
         if getattr(type(algorithm), hook) is not getattr(Algorithm, hook):
-            raise refuse(OP, "algorithm", "one loss per optimizer step, as TRL takes them",
-                         f"{name}, which takes more", "Run it as in examples/.")  # fmt: skip
+            raise refuse(
+                OP,
+                "algorithm",
+                "one loss per optimizer step, as TRL takes them",
+                f"{name}, which takes more",
+                "Run it as in examples/.",
+            )
     args = trainer.args
     defaults = {f.name: f.default for f in dataclasses.fields(args)}
     for option in REPLACED:
@@ -244,9 +276,7 @@ def _fields(batch: Batch) -> list[str]:
 def _finished(trainer: Any, out: dict[str, Any]) -> torch.Tensor:
     """(batch,) bool: completions that end with an end-of-sequence token."""
     ids, rows = out["completion_ids"], out["completion_mask"].bool()
-    ends = torch.tensor(
-        [*trainer.eos_token_ids, trainer._tokenizer.pad_token_id], device=ids.device
-    )
+    ends = torch.tensor([*trainer.eos_token_ids, trainer._tokenizer.pad_token_id], device=ids.device)
     last = (rows.sum(1) - 1).clamp(min=0)
     return torch.isin(ids.gather(1, last.unsqueeze(1)).squeeze(1), ends)
 
@@ -270,9 +300,10 @@ def _log(trainer: Any, metrics: Metrics) -> None:
         "clip_ratio/low_mean": mean["clip_low"],
         "clip_ratio/high_mean": mean["clip_high"],
         "clip_ratio/region_mean": mean["clip_low"] + mean["clip_high"],
-        "ratio/min": mean["ratio_min"], "ratio/max": mean["ratio_max"],
+        "ratio/min": mean["ratio_min"],
+        "ratio/max": mean["ratio_max"],
         "grad_rows": mean["grad_rows"],
-    }  # fmt: skip
+    }
     if "ref_kl_k3" in mean:
         logged["kl"] = mean["ref_kl_k3"]
     mode = "train" if trainer.model.training else "eval"

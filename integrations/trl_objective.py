@@ -15,24 +15,21 @@ import torch
 
 from tokfuse.integrations.padded import Padding
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.policy.objective import (
-    KL,
-    Gamma,
-    Objective,
-    PPOClip,
-    Shape,
-    SigmoidGate,
-    StopGradClip,
-)
+from tokfuse.runtime.policy.objective import KL, Gamma, Objective, PPOClip, Shape, SigmoidGate, StopGradClip
 
 OP = "FusedGRPOTrainer"
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 # loss_type -> aggregation; whatever the type, the denominator is `normalizer`'s business
 AGGREGATIONS = {
-    "grpo": "seq_mean_token_mean", "sapo": "seq_mean_token_mean", "bnpo": "token_mean",
-    "dr_grpo": "token_sum", "luspo": "seq_mean_token_sum", "cispo": "token_mean",
-    "dapo": "token_mean", "vespo": "token_mean",
-}  # fmt: skip
+    "grpo": "seq_mean_token_mean",
+    "sapo": "seq_mean_token_mean",
+    "bnpo": "token_mean",
+    "dr_grpo": "token_sum",
+    "luspo": "seq_mean_token_sum",
+    "cispo": "token_mean",
+    "dapo": "token_mean",
+    "vespo": "token_mean",
+}
 WINDOW_MEAN = ("cispo", "dapo", "vespo")  # divided by the tokens of the accumulation window
 LEVELS = ("token", "sequence")
 # VESPO bounds the log of the sequence ratio from below by log(1e-8), its smallest weight.
@@ -45,11 +42,21 @@ Inputs = Mapping[str, Any]
 def check(trainer: Any) -> None:
     """Refuse what would not be honoured; builds the objective once, which checks its numbers."""
     if trainer.loss_type not in AGGREGATIONS:
-        raise refuse(OP, "loss_type", f"one of {', '.join(AGGREGATIONS)}",
-                     repr(trainer.loss_type), "Use TRL's GRPOTrainer under install().")  # fmt: skip
+        raise refuse(
+            OP,
+            "loss_type",
+            f"one of {', '.join(AGGREGATIONS)}",
+            repr(trainer.loss_type),
+            "Use TRL's GRPOTrainer under install().",
+        )
     if trainer.importance_sampling_level not in LEVELS:
-        raise refuse(OP, "importance_sampling_level", f"one of {', '.join(LEVELS)}",
-                     repr(trainer.importance_sampling_level), "See GRPOConfig.")  # fmt: skip
+        raise refuse(
+            OP,
+            "importance_sampling_level",
+            f"one of {', '.join(LEVELS)}",
+            repr(trainer.importance_sampling_level),
+            "See GRPOConfig.",
+        )
     objective(trainer, 0.0)
 
 
@@ -78,9 +85,13 @@ def objective(trainer: Any, entropy_coef: float) -> Objective:
     vespo = trainer.loss_type == "vespo"
     clamp = {"log_ratio_clamp": VESPO_LOG_CLAMP} if vespo else {}
     return Objective(
-        shape=_shape(trainer), level="sequence_sum" if vespo else trainer.importance_sampling_level,
-        aggregation=AGGREGATIONS[trainer.loss_type], kl=kl, entropy_coef=entropy_coef, **clamp,
-    )  # fmt: skip
+        shape=_shape(trainer),
+        level="sequence_sum" if vespo else trainer.importance_sampling_level,
+        aggregation=AGGREGATIONS[trainer.loss_type],
+        kl=kl,
+        entropy_coef=entropy_coef,
+        **clamp,
+    )
 
 
 def _shape(trainer: Any) -> Shape:
@@ -90,11 +101,13 @@ def _shape(trainer: Any) -> Shape:
     if kind == "cispo":
         return StopGradClip(ratio_min=0.0, ratio_max=trainer.epsilon_high)
     if kind == "sapo":
-        return SigmoidGate(tau_positive=args.sapo_temperature_pos,
-                           tau_negative=args.sapo_temperature_neg)  # fmt: skip
+        return SigmoidGate(tau_positive=args.sapo_temperature_pos, tau_negative=args.sapo_temperature_neg)
     lam = {"lam_positive": args.vespo_lambda_pos, "lam_negative": args.vespo_lambda_neg}
-    return Gamma(k_positive=args.vespo_k_pos, k_negative=args.vespo_k_neg,
-                 **{name: max(x, VESPO_LAMBDA_MIN) for name, x in lam.items()})  # fmt: skip
+    return Gamma(
+        k_positive=args.vespo_k_pos,
+        k_negative=args.vespo_k_neg,
+        **{name: max(x, VESPO_LAMBDA_MIN) for name, x in lam.items()},
+    )
 
 
 def entropy_coef(trainer: Any) -> float:
@@ -129,9 +142,13 @@ def normalizer(trainer: Any, inputs: Inputs, mask: torch.Tensor) -> float | torc
 
 
 def policy_inputs(
-    trainer: Any, inputs: Inputs, padding: Padding, mask: torch.Tensor,
-    weights: tuple[torch.Tensor, ...] = (), entropy_mask: torch.Tensor | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    trainer: Any,
+    inputs: Inputs,
+    padding: Padding,
+    mask: torch.Tensor,
+    weights: tuple[torch.Tensor, ...] = (),
+    entropy_mask: torch.Tensor | None = None,
+) -> dict[str, Any]:
     """Keyword arguments of `policy_step`, all but the model's.
 
     Args:
@@ -146,8 +163,13 @@ def policy_inputs(
         ratio = inputs["importance_sampling_ratio"]
         if trainer.loss_type == "vespo":
             if old_logp is None:
-                raise refuse(OP, "old_per_token_logps", "given where the sampler is corrected for",
-                             "None", "TRL computes them with vLLM; keep them.")  # fmt: skip
+                raise refuse(
+                    OP,
+                    "old_per_token_logps",
+                    "given where the sampler is corrected for",
+                    "None",
+                    "TRL computes them with vLLM; keep them.",
+                )
             old_logp = _with_sampler(old_logp, ratio, mask)
         else:
             weights = (*weights, ratio)
@@ -167,10 +189,10 @@ def policy_inputs(
         "cu_seqlens": padding.cu_seqlens,
         "normalizer": divisor,
         "token_weight": token_weight,
-        "entropy_weight": None if coef == 0.0 else padding.pack(
-            _entropy_weight(trainer, mask, mask if entropy_mask is None else entropy_mask, divisor)
-        ),
-    }  # fmt: skip
+        "entropy_weight": None
+        if coef == 0.0
+        else padding.pack(_entropy_weight(trainer, mask, mask if entropy_mask is None else entropy_mask, divisor)),
+    }
 
 
 def _with_sampler(old: torch.Tensor, ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -192,9 +214,7 @@ def _entropy_weight(
     return weight
 
 
-def ratio_times_kl(
-    trainer: Any, inputs: Inputs, logps: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+def ratio_times_kl(trainer: Any, inputs: Inputs, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """beta * ratio * k3, aggregated and divided as the policy term; () with gradient.
 
     logps: (batch, length), with gradient. The ratio has its gradient, too (DeepSeek-V3.2).

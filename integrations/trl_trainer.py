@@ -24,9 +24,17 @@ from tokfuse.runtime.ops.policy_step import policy_step
 from tokfuse.runtime.policy.step_result import PolicyStep
 
 FORWARD_KEYS = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
-    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -40,15 +48,28 @@ class PolicyHead(host.Head):
         self.step: PolicyStep | None = None
 
     def _run(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        targets: torch.Tensor, temperature: float, chunk_size: int, softcap: float | None,
-        logit_scale: float, outputs: tuple[str, ...],
-    ) -> host.PerToken:  # fmt: skip
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
+    ) -> host.PerToken:
         hidden, weight, bias = host.operands(hidden, weight, bias)
         self.step = policy_step(
-            hidden=hidden, weight=weight, bias=bias, target=targets, temperature=temperature,
-            softcap=softcap, logit_scale=logit_scale, **self.inputs,
-        )  # fmt: skip
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            target=targets,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            **self.inputs,
+        )
         stats = self.step.stats
         return _Carry.apply(stats.logp, self.step.loss), stats.entropy, None, None, None
 
@@ -88,8 +109,9 @@ class FusedGRPOTrainer(GRPOTrainer):
             TRL does not have.
     """
 
-    def __init__(self, *args: Any, algorithm: str | Algorithm | None = None,
-                 solved_above: float = 0.0, **kwargs: Any) -> None:  # fmt: skip
+    def __init__(
+        self, *args: Any, algorithm: str | Algorithm | None = None, solved_above: float = 0.0, **kwargs: Any
+    ) -> None:
         host.HOST.require("integrations.trl.FusedGRPOTrainer")
         super().__init__(*args, **kwargs)
         self._scores: Scores | None = None
@@ -156,9 +178,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     # ----------------------------------------------------------------------------------- the loss
 
-    def step(
-        self, model: Any, inputs: dict[str, Any], given: dict[str, Any]
-    ) -> tuple[PolicyStep, Scores]:
+    def step(self, model: Any, inputs: dict[str, Any], given: dict[str, Any]) -> tuple[PolicyStep, Scores]:
         """One policy step inside the model's forward, and TRL's padded scores."""
         head = PolicyHead(given)
         scores = self.scores(model, inputs, head)
@@ -166,19 +186,23 @@ class FusedGRPOTrainer(GRPOTrainer):
         return head.step, scores
 
     def scores(
-        self, model: Any, inputs: dict[str, Any], head: host.Head | None = None,
-        batch_size: int | None = None,
-    ) -> Scores:  # fmt: skip
+        self, model: Any, inputs: dict[str, Any], head: host.Head | None = None, batch_size: int | None = None
+    ) -> Scores:
         """TRL's padded log-probabilities and entropies of the completions, through this head."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         self._head = head
         try:
             return self._get_per_token_logps_and_entropies(
-                model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True,
-                compute_aux_loss=self.aux_loss_enabled, batch_size=batch_size,
+                model,
+                ids,
+                attention,
+                inputs["completion_ids"].size(1),
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+                batch_size=batch_size,
                 **{name: inputs.get(name) for name in FORWARD_KEYS},
-            )  # fmt: skip
+            )
         finally:
             self._head = None
 
@@ -192,32 +216,24 @@ class FusedGRPOTrainer(GRPOTrainer):
         weights: list[torch.Tensor] = []
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
-            entropy_mask = self.get_high_entropy_mask(
-                entropies.detach(), mask.long(), 1 - self.top_entropy_quantile
-            )
+            entropy_mask = self.get_high_entropy_mask(entropies.detach(), mask.long(), 1 - self.top_entropy_quantile)
             weights.append(entropy_mask)
         if self.off_policy_mask_threshold is not None:
             weights.append(self._off_policy_mask(inputs, logps.detach(), mask))
-        given = trl_objective.policy_inputs(
-            self, inputs, padding, mask, tuple(weights), entropy_mask
-        )
+        given = trl_objective.policy_inputs(self, inputs, padding, mask, tuple(weights), entropy_mask)
         logp, entropy = padding.pack(logps), padding.pack(entropies)
         loss = policy_loss(logp, entropy=entropy, **given).loss
         if trl_objective.adds_kl(self):
             loss = loss + trl_objective.ratio_times_kl(self, inputs, logps, mask)
         return loss, scores
 
-    def _off_policy_mask(
-        self, inputs: dict[str, Any], logps: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def _off_policy_mask(self, inputs: dict[str, Any], logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         advantages = inputs["advantages"]
         old = inputs.get("old_per_token_logps")
         keep: torch.Tensor = self.get_off_policy_mask(
             advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
             per_token_logps=logps,
-            sampling_per_token_logps=inputs.get(
-                "sampling_per_token_logps", logps if old is None else old
-            ),
+            sampling_per_token_logps=inputs.get("sampling_per_token_logps", logps if old is None else old),
             mask=mask.long(),
             off_policy_threshold=self.off_policy_mask_threshold,
         )

@@ -32,8 +32,13 @@ def _groups(index: Any, device: torch.device) -> torch.Tensor:
 
 def _needs(name: str, argument: str, value: Any) -> Any:
     if value is None:
-        raise refuse(f"tokfuse_{name}", argument, "given (verl's trainer gives it to its own "
-                     f"{name!r} only)", None, "Use that estimator's own name there.")  # fmt: skip
+        raise refuse(
+            f"tokfuse_{name}",
+            argument,
+            f"given (verl's trainer gives it to its own {name!r} only)",
+            None,
+            "Use that estimator's own name there.",
+        )
     return value
 
 
@@ -44,10 +49,15 @@ def _scaled(config: Any, norm_adv_by_std_in_grpo: bool | None) -> bool:
 
 
 def group(
-    kind: str, token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any,
-    epsilon: float = 1e-6, norm_adv_by_std_in_grpo: bool | None = None, config: Any = None,
+    kind: str,
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool | None = None,
+    config: Any = None,
     **_: Any,
-) -> Pair:  # fmt: skip
+) -> Pair:
     """Estimators that compare the responses to one prompt; `kind` of `tokfuse.group_advantage`."""
     scores = token_level_rewards.sum(-1)
     ids = _groups(index, scores.device)
@@ -60,16 +70,16 @@ def group(
     if kind == "opo":
         options["lengths"] = response_mask.sum(-1).long()
     if kind == "pass_at_k" and bool((ids.bincount() < 2).any()):
-        raise refuse("tokfuse_grpo_passk", "index", "groups of at least 2 responses",
-                     "a single one", "Sample more per prompt.")  # fmt: skip
+        raise refuse(
+            "tokfuse_grpo_passk", "index", "groups of at least 2 responses", "a single one", "Sample more per prompt."
+        )
     out = group_advantage(scores, ids, kind, **options).unsqueeze(-1) * response_mask
     return out, out
 
 
 def gpg(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any,
-    f_norm: float = 1.0, **_: Any,
-) -> Pair:  # fmt: skip
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any, f_norm: float = 1.0, **_: Any
+) -> Pair:
     """(R - mean) batch / #(R != 0) / f_norm."""
     scores = token_level_rewards.sum(-1)
     gain = group_advantage(scores, _groups(index, scores.device), "dr_grpo")
@@ -107,23 +117,28 @@ def reinforce_plus_plus(
 
 
 def gae(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor,
-    values: torch.Tensor | None = None, gamma: float = 1.0, lam: float = 1.0, **_: Any,
-) -> Pair:  # fmt: skip
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    values: torch.Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    **_: Any,
+) -> Pair:
     """Generalised advantages, whitened, and returns; tokens outside the mask are skipped and 0."""
     v = _needs("gae", "values", values)
     mask = response_mask.reshape(-1) > 0
     advantage, returns = gae_op(
-        token_level_rewards.reshape(-1), v.reshape(-1), _borders(v), gamma=float(gamma),
-        lam=float(lam), mask=mask,
-    )  # fmt: skip
+        token_level_rewards.reshape(-1), v.reshape(-1), _borders(v), gamma=float(gamma), lam=float(lam), mask=mask
+    )
     return whiten(advantage, mask).view_as(v), returns.view_as(v)
 
 
 def remax(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor,
-    reward_baselines: torch.Tensor | None = None, **_: Any,
-) -> Pair:  # fmt: skip
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    reward_baselines: torch.Tensor | None = None,
+    **_: Any,
+) -> Pair:
     """Reward to go minus the reward of the greedy response."""
     greedy = _needs("remax", "reward_baselines", reward_baselines)
     returns = (token_level_rewards * response_mask).flip(-1).cumsum(-1).flip(-1)
@@ -131,23 +146,36 @@ def remax(
 
 
 def optimal_token_baseline(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any,
-    old_log_probs: torch.Tensor | None = None, sum_pi_squared: torch.Tensor | None = None,
-    rollout_is_weights: torch.Tensor | None = None, handle_zero_tail: bool = True, **_: Any,
-) -> Pair:  # fmt: skip
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Any,
+    old_log_probs: torch.Tensor | None = None,
+    sum_pi_squared: torch.Tensor | None = None,
+    rollout_is_weights: torch.Tensor | None = None,
+    handle_zero_tail: bool = True,
+    **_: Any,
+) -> Pair:
     """A baseline per position, weighted by the running sum of 1 - 2 p + sum of p^2."""
     name = "optimal_token_baseline"
-    old, square = (_needs(name, "old_log_probs", old_log_probs),
-                   _needs(name, "sum_pi_squared", sum_pi_squared))  # fmt: skip
+    old, square = (_needs(name, "old_log_probs", old_log_probs), _needs(name, "sum_pi_squared", sum_pi_squared))
     if rollout_is_weights is not None:
-        raise refuse(f"tokfuse_{name}", "rollout_is_weights", "None", "a tensor",
-                     "Use verl's own estimator with importance weights.")  # fmt: skip
+        raise refuse(
+            f"tokfuse_{name}",
+            "rollout_is_weights",
+            "None",
+            "a tensor",
+            "Use verl's own estimator with importance weights.",
+        )
     rewards = token_level_rewards * response_mask
     batch = Batch(
-        reward=rewards.sum(-1), cu_seqlens=_borders(rewards), old_logp=old.reshape(-1),
-        group_ids=_groups(index, rewards.device), mask=response_mask.reshape(-1) > 0,
-        token_reward=rewards.reshape(-1), sum_sq=square.reshape(-1),
-    )  # fmt: skip
+        reward=rewards.sum(-1),
+        cu_seqlens=_borders(rewards),
+        old_logp=old.reshape(-1),
+        group_ids=_groups(index, rewards.device),
+        mask=response_mask.reshape(-1) > 0,
+        token_reward=rewards.reshape(-1),
+        sum_sq=square.reshape(-1),
+    )
     returns = rewards.flip(-1).cumsum(-1).flip(-1)
     gain = estimators.estimate("otb", batch, batch.reward, {}, False).value.view_as(rewards)
     counts = torch.bincount(batch.group_ids)[batch.group_ids]  # type: ignore[arg-type]
@@ -164,9 +192,7 @@ def _beyond_the_second(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     longest.scatter_reduce_(0, ids, tokens, "amax")
     is_longest = tokens == longest[ids]
     single = torch.zeros_like(longest).index_add_(0, ids, is_longest.long()) == 1
-    second = torch.zeros_like(longest).scatter_reduce_(
-        0, ids, torch.where(is_longest, 0, tokens), "amax"
-    )
+    second = torch.zeros_like(longest).scatter_reduce_(0, ids, torch.where(is_longest, 0, tokens), "amax")
     position = torch.arange(mask.shape[1], device=mask.device)
     return (is_longest & single[ids]).unsqueeze(-1) & (position >= second[ids].unsqueeze(-1))
 

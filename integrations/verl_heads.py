@@ -22,18 +22,20 @@ SUM_SQ = "_tokfuse_sum_sq"  # on the log_probs that a fused forward returns
 TORCH_HEAD = "verl.utils.experimental.torch_functional"
 TRITON_HEAD = "verl.utils.kernel.linear_cross_entropy"
 # Modules that took the name when they were loaded.
-MEGATRON = (
-    "verl.models.mcore.model_forward_fused",
-    "verl.models.mcore.model_forward_1f1b_overlap",
-)
+MEGATRON = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 
 
 def _plain(weight: torch.Tensor) -> torch.Tensor:
     if hasattr(weight, "placements"):
-        raise refuse(OP, "vocab_weights", "a plain tensor", "a DTensor",
-                     "Call the head inside the model's forward, where FSDP has gathered it, or use "
-                     "tokfuse.distributed for tensor parallelism.")  # fmt: skip
+        raise refuse(
+            OP,
+            "vocab_weights",
+            "a plain tensor",
+            "a DTensor",
+            "Call the head inside the model's forward, where FSDP has gathered it, or use "
+            "tokfuse.distributed for tensor parallelism.",
+        )
     return weight
 
 
@@ -45,15 +47,19 @@ def _temperature(value: Any, tokens: int) -> float | torch.Tensor:
     if flat.numel() == 1:
         return flat.expand(tokens)
     if flat.numel() != tokens:
-        raise refuse(OP, "temperature", f"a number or one per token ({tokens})",
-                     f"shape {tuple(value.shape)}", "Spread it over the tokens.")  # fmt: skip
+        raise refuse(
+            OP,
+            "temperature",
+            f"a number or one per token ({tokens})",
+            f"shape {tuple(value.shape)}",
+            "Spread it over the tokens.",
+        )
     return flat
 
 
 def fused_head(
-    hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor,
-    temperature: Any = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(log_probs, entropy) in the shape of input_ids, float32, differentiable."""
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     target = input_ids.reshape(-1).to(torch.int64)
@@ -71,21 +77,23 @@ class FusedLinearForPPO(torch.nn.Module):
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
         if impl_backend not in ("torch", "liger"):
-            raise refuse(OP, "impl_backend", "'torch' or 'liger'", repr(impl_backend),
-                         "Both run on tokfuse here.")  # fmt: skip
+            raise refuse(OP, "impl_backend", "'torch' or 'liger'", repr(impl_backend), "Both run on tokfuse here.")
 
     def forward(
-        self, hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor,
-        temperature: Any = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log_probs, entropy) in the shape of input_ids."""
         return fused_head(hidden_states, vocab_weights, input_ids, temperature)
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: Any = 1.0,
-    reduction: str = "none", dist_process_group: Any = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: Any = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """verl's Triton head: (log_probs, entropy), each (tokens,).
 
     With a tensor-parallel group of more than one rank `weight` is this rank's equal part of the
@@ -103,10 +111,13 @@ def linear_cross_entropy(
     rows, ranks = weight.shape[0], torch.distributed.get_world_size(group)
     start = rows * torch.distributed.get_rank(group)
     stats = sharded(
-        hidden, _plain(weight), labels.to(torch.int64),
+        hidden,
+        _plain(weight),
+        labels.to(torch.int64),
         shard=VocabShard(rows * ranks, start, start + rows, group),
-        temperature=_temperature(temperature, len(labels)), reduce_hidden=False,
-    )  # fmt: skip
+        temperature=_temperature(temperature, len(labels)),
+        reduce_hidden=False,
+    )
     return stats.logp, stats.entropy
 
 
@@ -122,12 +133,15 @@ def prepare_model_inputs(original: Any) -> Any:
         fused = tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
         if not fused or not isinstance(micro_batch["temperature"], torch.Tensor):
             return original(self, micro_batch, *args, **kwargs)
-        padded = not tu.get_non_tensor_data(
-            data=micro_batch, key="use_remove_padding", default=True
-        )
+        padded = not tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
         if padded:
-            raise refuse(OP, "use_remove_padding", "True for a temperature per sample with fused "
-                         "kernels", False, "Set model.use_remove_padding=True.")  # fmt: skip
+            raise refuse(
+                OP,
+                "use_remove_padding",
+                "True for a temperature per sample with fused kernels",
+                False,
+                "Set model.use_remove_padding=True.",
+            )
         # As for the logits path: it spreads the temperature over the packed, sliced tokens.
         plain = micro_batch.copy()
         tu.assign_non_tensor(plain, use_fused_kernels=False)
@@ -144,20 +158,20 @@ def prepare_model_outputs(original: Any) -> Any:
     """The engine's method, giving sum_pi_squared with fused kernels."""
 
     @functools.wraps(original)
-    def call(
-        self: Any, output: Any, output_args: Any, micro_batch: Any, *args: Any, **kwargs: Any
-    ) -> Any:  # fmt: skip
+    def call(self: Any, output: Any, output_args: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
         tu = importlib.import_module("verl.utils.tensordict_utils")
         wanted = ("use_fused_kernels", "calculate_sum_pi_squared")
-        if not all(
-            tu.get_non_tensor_data(data=micro_batch, key=k, default=False) for k in wanted
-        ):  # fmt: skip
+        if not all(tu.get_non_tensor_data(data=micro_batch, key=k, default=False) for k in wanted):
             return original(self, output, output_args, micro_batch, *args, **kwargs)
         square = getattr(output.log_probs, SUM_SQ, None)
         if square is None:
-            raise refuse(OP, "output.log_probs", "what the installed fused head returned",
-                         "a tensor of something else", "Use a model whose forward verl patches, "
-                         "without casting its outputs.")  # fmt: skip
+            raise refuse(
+                OP,
+                "output.log_probs",
+                "what the installed fused head returned",
+                "a tensor of something else",
+                "Use a model whose forward verl patches, without casting its outputs.",
+            )
         without = micro_batch.copy()
         tu.assign_non_tensor(without, calculate_sum_pi_squared=False)
         made = original(self, output, output_args, without, *args, **kwargs)

@@ -17,15 +17,7 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.policy_loss import PolicyLoss, policy_loss
 from tokfuse.runtime.policy.metrics import Metrics
-from tokfuse.runtime.policy.objective import (
-    KL,
-    LinearLogp,
-    LinearRatio,
-    Objective,
-    PPOClip,
-    SigmoidGate,
-    StopGradClip,
-)
+from tokfuse.runtime.policy.objective import KL, LinearLogp, LinearRatio, Objective, PPOClip, SigmoidGate, StopGradClip
 
 Loss = tuple[torch.Tensor, dict[str, Any]]
 UNBOUNDED = 1e30  # where verl does not clamp; a log-ratio is clamped at 80 at most
@@ -84,11 +76,14 @@ def normalizer(call: Call, mode: str) -> tuple[float | str, float]:
     info = dict(call.config.global_batch_info)
     unknown = set(info) - set(BATCH_INFO)
     if unknown or mode not in AGGREGATIONS:
-        what, known = ("global_batch_info", BATCH_INFO) if unknown else (
-            "loss_agg_mode", AGGREGATIONS)  # fmt: skip
-        raise refuse("verl_plugin", what, f"among {', '.join(known)}",
-                     sorted(unknown) if unknown else repr(mode),
-                     "This version of verl was not tested.")  # fmt: skip
+        what, known = ("global_batch_info", BATCH_INFO) if unknown else ("loss_agg_mode", AGGREGATIONS)
+        raise refuse(
+            "verl_plugin",
+            what,
+            f"among {', '.join(known)}",
+            sorted(unknown) if unknown else repr(mode),
+            "This version of verl was not tested.",
+        )
     ranks = info.get("dp_size") or 1
     if mode == "token-sum":
         return 1.0 / ranks, 1.0
@@ -99,17 +94,27 @@ def normalizer(call: Call, mode: str) -> tuple[float | str, float]:
         divisor = float(info.get("loss_scale_factor") or call.response_mask.shape[-1])
     if count is None:
         if ranks > 1:
-            raise refuse("verl_plugin", f"global_batch_info[{key!r}]",
-                         f"given with dp_size={ranks}", None, "The trainer sets it.")  # fmt: skip
+            raise refuse(
+                "verl_plugin",
+                f"global_batch_info[{key!r}]",
+                f"given with dp_size={ranks}",
+                None,
+                "The trainer sets it.",
+            )
         return "batch", divisor
     return (float(count) or 1.0) / ranks, divisor
 
 
 def run(
-    call: Call, objective: Objective, *, mode: str | None = None,
-    weight: torch.Tensor | None = None, logp: torch.Tensor | None = None,
-    advantage: torch.Tensor | None = None, **given: Any,
-) -> PolicyLoss:  # fmt: skip
+    call: Call,
+    objective: Objective,
+    *,
+    mode: str | None = None,
+    weight: torch.Tensor | None = None,
+    logp: torch.Tensor | None = None,
+    advantage: torch.Tensor | None = None,
+    **given: Any,
+) -> PolicyLoss:
     """`tokfuse.policy_loss` of the call; `weight` (batch, length) comes beside verl's own."""
     mode = call.loss_agg_mode if mode is None else mode
     count, divisor = given.pop("count", None) or normalizer(call, mode)
@@ -121,10 +126,14 @@ def run(
         (call.log_prob if logp is None else logp).reshape(-1),
         old_logp=call.old_log_prob.detach().reshape(-1),
         advantage=(call.advantages.reshape(-1) if advantage is None else advantage).detach(),
-        objective=objective, mask=call.mask, cu_seqlens=call.cu_seqlens, normalizer=count,
+        objective=objective,
+        mask=call.mask,
+        cu_seqlens=call.cu_seqlens,
+        normalizer=count,
         token_weight=product,
-        advantage_level=level, **given,
-    )  # fmt: skip
+        advantage_level=level,
+        **given,
+    )
     return out if divisor == 1.0 else replace(out, loss=out.loss / divisor)
 
 
@@ -158,9 +167,7 @@ def vanilla(call: Call) -> Loss:
 def gspo(call: Call) -> Loss:
     """Ratio of the sequence, gradient through the token. verl stops it above a ratio of e^10."""
     low, high = call.widths
-    objective = Objective(
-        shape=PPOClip(low=low, high=high), level="sequence_token", log_ratio_clamp=FREE
-    )
+    objective = Objective(shape=PPOClip(low=low, high=high), level="sequence_token", log_ratio_clamp=FREE)
     out = run(call, objective)
     return out.loss, report(call, out.metrics)
 
@@ -184,9 +191,7 @@ def cispo(call: Call) -> Loss:
     out = run(call, Objective(shape=shape))
     ratio = (call.log_prob - call.old_log_prob).detach().clamp(-20, 20).exp()
     clipped = call.mean(((ratio < 1 - low) | (ratio > 1 + high)).float())
-    return out.loss, report(call, out.metrics, pg_clipfrac=clipped) | {
-        "actor/pg_clipfrac_lower": 0.0
-    }
+    return out.loss, report(call, out.metrics, pg_clipfrac=clipped) | {"actor/pg_clipfrac_lower": 0.0}
 
 
 def dro(call: Call) -> Loss:
@@ -215,9 +220,11 @@ def _dppo(call: Call, keep: torch.Tensor) -> Loss:
     out = run(call, Objective(shape=shape), weight=keep.to(call.log_prob.dtype))
     ratio = (call.log_prob - call.old_log_prob).detach().clamp(-20, 20).exp()
     return out.loss, report(
-        call, out.metrics, pg_clipfrac=call.mean((~keep).float()),
+        call,
+        out.metrics,
+        pg_clipfrac=call.mean((~keep).float()),
         pg_clipfrac_lower=call.mean(((ratio > cap) & keep).float()),
-    )  # fmt: skip
+    )
 
 
 def dppo_tv(call: Call) -> Loss:
@@ -231,9 +238,7 @@ def dppo_kl(call: Call) -> Loss:
     """Divergence mask on the binary KL of the token."""
     low, high = call.widths
     p, old = call.log_prob.detach().exp(), call.old_log_prob.exp()
-    kl = old * (call.old_log_prob - call.log_prob.detach()) + (1 - old) * torch.log(
-        (1 - old + 1e-8) / (1 - p + 1e-8)
-    )
+    kl = old * (call.old_log_prob - call.log_prob.detach()) + (1 - old) * torch.log((1 - old + 1e-8) / (1 - p + 1e-8))
     up, down = (kl <= high) | (p <= old), (kl <= low) | (p >= old)
     return _dppo(call, torch.where(call.advantages > 0, up, down))
 
@@ -295,9 +300,8 @@ def geo_mean(call: Call) -> Loss:
     a = call.advantages
     bounded = difference.clamp(-low, high)
     pessimistic = torch.where(
-        a > 0, torch.minimum(difference, bounded),
-        torch.where(a < 0, torch.maximum(difference, bounded), 0.0),
-    )  # fmt: skip
+        a > 0, torch.minimum(difference, bounded), torch.where(a < 0, torch.maximum(difference, bounded), 0.0)
+    )
     tokens = mask.sum(-1).clamp(min=1)
     per_response = torch.where(mask, a, 0.0).sum(-1) / tokens
     weights = call.rollout_is_weights
@@ -310,14 +314,19 @@ def geo_mean(call: Call) -> Loss:
     out = run(
         call._replace(rollout_is_weights=None),
         Objective(shape=LinearRatio(), level="sequence", log_ratio_clamp=FREE),
-        mode="seq-mean-token-mean", logp=call.old_log_prob + pessimistic, advantage=per_response,
+        mode="seq-mean-token-mean",
+        logp=call.old_log_prob + pessimistic,
+        advantage=per_response,
         count=(rows, 1.0),
-    )  # fmt: skip
+    )
     clipped = difference.detach() != bounded.detach()
     return out.loss, report(
-        call, None, pg_clipfrac=call.mean((clipped & (a > 0)).float()),
-        ppo_kl=call.mean(-difference), pg_clipfrac_lower=call.mean((clipped & (a < 0)).float()),
-    )  # fmt: skip
+        call,
+        None,
+        pg_clipfrac=call.mean((clipped & (a > 0)).float()),
+        ppo_kl=call.mean(-difference),
+        pg_clipfrac_lower=call.mean((clipped & (a < 0)).float()),
+    )
 
 
 def bypass_mode(call: Call) -> Loss:
@@ -327,19 +336,25 @@ def bypass_mode(call: Call) -> Loss:
     policy = getattr(call.config, "policy_loss", None)
     options = None if policy is None else policy.get("rollout_correction", None)
     if options is None:
-        raise refuse("verl_plugin", "policy_loss.rollout_correction", "given with loss bypass_mode",
-                     None, "Set it, or choose another loss.")  # fmt: skip
+        raise refuse(
+            "verl_plugin",
+            "policy_loss.rollout_correction",
+            "given with loss bypass_mode",
+            None,
+            "Set it, or choose another loss.",
+        )
     names = ("rollout_is", "rollout_rs", "rollout_rs_threshold")
     weights, mask, metrics = None, call.response_mask, {}
     if bool(mask.any()):  # verl's helper refuses a micro-batch without a valid token
         with torch.no_grad():
             weights, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
-                old_log_prob=call.log_prob, rollout_log_prob=call.old_log_prob,
+                old_log_prob=call.log_prob,
+                rollout_log_prob=call.old_log_prob,
                 response_mask=call.response_mask,
                 rollout_is_threshold=options.get("rollout_is_threshold", 2.0),
                 rollout_is_batch_normalize=options.get("rollout_is_batch_normalize", False),
                 **{name: options.get(name, None) for name in names},
-            )  # fmt: skip
+            )
     call = call._replace(response_mask=mask, rollout_is_weights=None)
     kind = options.get("loss_type", "ppo_clip")
     if kind == "ppo_clip":
@@ -349,8 +364,9 @@ def bypass_mode(call: Call) -> Loss:
         loss, _ = gpg(call._replace(rollout_is_weights=own))
         numbers = report(call, None, ppo_kl=call.mean(call.old_log_prob - call.log_prob))
     else:
-        raise refuse("verl_plugin", "rollout_correction.loss_type", "'ppo_clip' or 'reinforce'",
-                     repr(kind), "Choose one.")  # fmt: skip
+        raise refuse(
+            "verl_plugin", "rollout_correction.loss_type", "'ppo_clip' or 'reinforce'", repr(kind), "Choose one."
+        )
     return loss, numbers | metrics
 
 
@@ -360,60 +376,70 @@ def _or(value: float | None, default: float) -> float:
 
 OF_VERL: dict[str, Callable[[Call], Loss]] = {
     f.__name__: f
-    for f in (
-        vanilla, dppo_tv, dppo_kl, gspo, sapo, gpg, clip_cov, kl_cov, geo_mean, dro, cispo,
-        bypass_mode,
-    )
-}  # fmt: skip
+    for f in (vanilla, dppo_tv, dppo_kl, gspo, sapo, gpg, clip_cov, kl_cov, geo_mean, dro, cispo, bypass_mode)
+}
 
 # Methods whose loss needs no more than log-probs and advantages, and no option without default.
 OF_ALGORITHMS = ("bapo", "gmpo", "gspo_token", "vespo")
 
 
 def verl_loss(
-    name: str, old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor,
-    response_mask: torch.Tensor, loss_agg_mode: str = "token-mean", config: Any = None,
+    name: str,
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
-) -> Loss:  # fmt: skip
+) -> Loss:
     """The loss `name` of verl, computed here; registered as `tokfuse_<name>`."""
     return OF_VERL[name](
-        Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
-             rollout_is_weights)
-    )  # fmt: skip
+        Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+    )
 
 
 def algorithm_loss(
-    name: str, options: Mapping[str, Any], old_log_prob: torch.Tensor, log_prob: torch.Tensor,
-    advantages: torch.Tensor, response_mask: torch.Tensor, loss_agg_mode: str = "token-mean",
-    config: Any = None, rollout_is_weights: torch.Tensor | None = None,
-) -> Loss:  # fmt: skip
+    name: str,
+    options: Mapping[str, Any],
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> Loss:
     """The loss of `tokfuse.algorithms.make(name, **options)` on verl's advantages.
 
     Its clip bounds are the method's own options, not actor.clip_ratio; loss_agg_mode and
     global_batch_info are verl's. What the method takes from the batch it takes from this
     micro-batch.
     """
-    call = Call(
-        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
-        rollout_is_weights,
-    )  # fmt: skip
+    call = Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
     method = registry.make(name, **options)
     state = method.initial_state()
     if state:
-        raise refuse("verl_plugin", "algorithm", "one without state", repr(name),
-                     "verl's losses are functions; use tokfuse.algorithms.")  # fmt: skip
+        raise refuse(
+            "verl_plugin",
+            "algorithm",
+            "one without state",
+            repr(name),
+            "verl's losses are functions; use tokfuse.algorithms.",
+        )
     detached = log_prob.detach().reshape(-1)
     batch = Batch(
-        reward=advantages.new_zeros(advantages.shape[0]), cu_seqlens=call.cu_seqlens,
-        old_logp=old_log_prob.detach().reshape(-1), mask=call.mask, logp=detached,
-        advantage=advantages.detach().reshape(-1), advantage_level="token",
-    )  # fmt: skip
+        reward=advantages.new_zeros(advantages.shape[0]),
+        cu_seqlens=call.cu_seqlens,
+        old_logp=old_log_prob.detach().reshape(-1),
+        mask=call.mask,
+        logp=detached,
+        advantage=advantages.detach().reshape(-1),
+        advantage_level="token",
+    )
     plan = method.objective(batch, state)
     count, divisor = normalizer(call, loss_agg_mode)
-    plan = replace(
-        plan, normalizer=count,
-        objective=replace(plan.objective, aggregation=AGGREGATIONS[loss_agg_mode]),
-    )  # fmt: skip
+    plan = replace(plan, normalizer=count, objective=replace(plan.objective, aggregation=AGGREGATIONS[loss_agg_mode]))
     if rollout_is_weights is not None:
         plan = plan.weigh(rollout_is_weights.detach().reshape(-1))
     out = plan.loss(log_prob.reshape(-1))

@@ -24,7 +24,5 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     importlib.import_module("fast_interpreter").install()
     importlib.import_module("interpreted_scan").install()
     # An example costs 0.2 s in the interpreter.
-    hypothesis.settings.register_profile(
-        "interpreter", hypothesis.settings.default, max_examples=20
-    )
+    hypothesis.settings.register_profile("interpreter", hypothesis.settings.default, max_examples=20)
     hypothesis.settings.load_profile("interpreter")

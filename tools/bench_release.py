@@ -36,30 +36,51 @@ class Step:
 
 # Tokens are few where vocabulary x hidden is large: a step of every peer takes seconds there.
 STEPS = (
-    Step("logits", "peers", "policy_step --variant entropy=0.01 --shapes 512xsmollm2,256xqwen2.5 "
-         "--rounds 7 --budget 10 --no-errors --peers torch_eager,torch_compile,torch_eager_f32,"
-         "torch_compile_f32,cross_entropy,trl"),
-    Step("logits", "peers", "policy_step --variant entropy=0.01 --shapes 256xllama3,128xgemma2 "
-         "--dtype float32 --rounds 5 --budget 8 --no-errors --peers torch_eager,torch_compile,"
-         "cross_entropy,trl"),
-    Step("logits", "ours", "token_stats --variant logp,entropy --shapes 512xsmollm2 --rounds 5 "
-         "--budget 5 --no-errors --peers torch_compile"),
-    Step("hidden", "ours", "policy_step_hidden --shapes 512xsmollm2 --rounds 3 --budget 8 "
-         "--no-errors --peers torch_eager,torch_compile"),
-    Step("hidden", "ours", "policy_step_hidden --shapes 256x2048x151936 --rounds 3 --budget 20 "
-         "--no-errors --peers none"),
-    Step("peers", "peers", f"policy_step_hidden --variant rows=1 --shapes 256xsmollm2 {FEW} "
-         f"--peers {EVERY},liger_compile"),
-    Step("peers", "peers", "policy_step_hidden --variant rows=1 --shapes "
-         f"128xqwen2.5,128xllama3,32xgemma2 {FEW} --peers {EVERY}"),
-    Step("peers", "verl", f"policy_step_hidden --variant rows=1 --shapes 256xsmollm2 {FEW} "
-         "--peers verl"),
+    Step(
+        "logits",
+        "peers",
+        "policy_step --variant entropy=0.01 --shapes 512xsmollm2,256xqwen2.5 "
+        "--rounds 7 --budget 10 --no-errors --peers torch_eager,torch_compile,torch_eager_f32,"
+        "torch_compile_f32,cross_entropy,trl",
+    ),
+    Step(
+        "logits",
+        "peers",
+        "policy_step --variant entropy=0.01 --shapes 256xllama3,128xgemma2 "
+        "--dtype float32 --rounds 5 --budget 8 --no-errors --peers torch_eager,torch_compile,"
+        "cross_entropy,trl",
+    ),
+    Step(
+        "logits",
+        "ours",
+        "token_stats --variant logp,entropy --shapes 512xsmollm2 --rounds 5 "
+        "--budget 5 --no-errors --peers torch_compile",
+    ),
+    Step(
+        "hidden",
+        "ours",
+        "policy_step_hidden --shapes 512xsmollm2 --rounds 3 --budget 8 --no-errors --peers torch_eager,torch_compile",
+    ),
+    Step(
+        "hidden", "ours", "policy_step_hidden --shapes 256x2048x151936 --rounds 3 --budget 20 --no-errors --peers none"
+    ),
+    Step(
+        "peers",
+        "peers",
+        f"policy_step_hidden --variant rows=1 --shapes 256xsmollm2 {FEW} --peers {EVERY},liger_compile",
+    ),
+    Step(
+        "peers",
+        "peers",
+        f"policy_step_hidden --variant rows=1 --shapes 128xqwen2.5,128xllama3,32xgemma2 {FEW} --peers {EVERY}",
+    ),
+    Step("peers", "verl", f"policy_step_hidden --variant rows=1 --shapes 256xsmollm2 {FEW} --peers verl"),
     Step("advantage", "ours", "advantage --rounds 5 --budget 10 --peers torch_eager"),
     Step("influence", "ours", "influence --rounds 5 --budget 20 --no-errors --peers none"),
     Step("growth", "ours", f"growth --axes tokens,vocab,rows {FEW} --peers torch_eager"),
     Step("growth", "ours", f"growth --axes hidden,threads {FEW} --peers none"),
     Step("predicted", "ours", "predict"),
-)  # fmt: skip
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fresh = out / f"{kind}.jsonl.new"
         fresh.unlink(missing_ok=True)
         steps = [step for step in STEPS if step.kind == kind]
-        problems = [
-            said for step in steps if (said := attempt(step, fresh, options.quick, deadline))
-        ]
+        problems = [said for step in steps if (said := attempt(step, fresh, options.quick, deadline))]
         if not problems:
             fresh.replace(out / f"{kind}.jsonl")
         bad += problems

@@ -29,9 +29,19 @@ CONSTRAINTS = ROOT / "constraints.txt"
 NATIVE_INPUTS = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc")
 # Settings that change what the compiler is given.
 NATIVE_ENVIRONMENT = (
-    "CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CMAKE_GENERATOR",
-    "TOKFUSE_CMAKE_ARGS", "TOKFUSE_CUDA", "CUDA_HOME", "CUDA_PATH",
-)  # fmt: skip
+    "CC",
+    "CXX",
+    "CFLAGS",
+    "CXXFLAGS",
+    "CPPFLAGS",
+    "LDFLAGS",
+    "CUDACXX",
+    "CMAKE_GENERATOR",
+    "TOKFUSE_CMAKE_ARGS",
+    "TOKFUSE_CUDA",
+    "CUDA_HOME",
+    "CUDA_PATH",
+)
 
 
 def say(message: str) -> None:
@@ -179,7 +189,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.version_info < (3, 11):  # noqa: UP036  an older Python gets as far as this line
-        raise SystemExit(
-            f"tokfuse: Python 3.11 or newer is needed; this is {sys.version.split()[0]}."
-        )
+        raise SystemExit(f"tokfuse: Python 3.11 or newer is needed; this is {sys.version.split()[0]}.")
     sys.exit(main(sys.argv[1:]))

@@ -42,11 +42,7 @@ def wanted_links() -> dict[str, Path]:
 def write_tree(tree: Path) -> None:
     """Make `tree` hold exactly the wanted links; leaves a tree that is right untouched."""
     wanted = wanted_links()
-    present = {
-        str(path.relative_to(tree)): path.readlink()
-        for path in tree.glob("*/*")
-        if path.is_symlink()
-    }
+    present = {str(path.relative_to(tree)): path.readlink() for path in tree.glob("*/*") if path.is_symlink()}
     if present == wanted:
         return
     if tree.exists():

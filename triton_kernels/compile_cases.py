@@ -36,9 +36,15 @@ from tokfuse.triton_kernels import launch
 
 CAPABILITIES = (80, 90, 100)
 POINTER = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+}
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,7 @@ _CASES: dict[str, CompileCase] = {}
 
 
 def compile_case(
-    name: str,
-    *,
-    dtypes: tuple[torch.dtype, ...],
-    streams: int = 1,
-    visits: int = 1,
-    traffic: int = 0,
+    name: str, *, dtypes: tuple[torch.dtype, ...], streams: int = 1, visits: int = 1, traffic: int = 0
 ) -> Callable[[Callable[[torch.dtype], object]], Callable[[torch.dtype], object]]:
     """Declare the decorated call as a compile case."""
 
@@ -212,9 +213,7 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
             aligned.append(key)
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
-    for i, (parameter, (name, value)) in enumerate(
-        zip(kernel.params, bound.arguments.items(), strict=True)
-    ):
+    for i, (parameter, (name, value)) in enumerate(zip(kernel.params, bound.arguments.items(), strict=True)):
         signature[name] = kind(parameter, value, name, (i,))
     return Launch(kernel, signature, constexprs, tuple(aligned), options)
 

@@ -50,10 +50,20 @@ def _ranked(reward_ptr, order_ptr, place):
 
 @triton.jit
 def _one_group(
-    reward_ptr, order_ptr, lengths_ptr, advantage_ptr, start, size, batch_std, eps,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, DDOF: tl.constexpr,
-    SINGLETON_REWARD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    reward_ptr,
+    order_ptr,
+    lengths_ptr,
+    advantage_ptr,
+    start,
+    size,
+    batch_std,
+    eps,
+    BASELINE: tl.constexpr,
+    SCALE: tl.constexpr,
+    DDOF: tl.constexpr,
+    SINGLETON_REWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = size.to(tl.float64)
     first = _ranked(reward_ptr, order_ptr, start)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -157,9 +167,20 @@ def group_advantage_kernel(
             batch_std = _batch_std(partial_ptr, num_partials, num_rows, DDOF)
         size = group_size(ids_ptr, start, num_rows, BLOCK)
         _one_group(
-            reward_ptr, order_ptr, lengths_ptr, advantage_ptr, start, size, batch_std, joined(eps),
-            BASELINE, SCALE, DDOF, SINGLETON_REWARD, BLOCK,
-        )  # fmt: skip
+            reward_ptr,
+            order_ptr,
+            lengths_ptr,
+            advantage_ptr,
+            start,
+            size,
+            batch_std,
+            joined(eps),
+            BASELINE,
+            SCALE,
+            DDOF,
+            SINGLETON_REWARD,
+            BLOCK,
+        )
 
 
 @triton.jit
@@ -210,26 +231,44 @@ def group_advantage(
     if group_ids is None:
         config = choose("groupless_advantage", reward)
         groupless_advantage_kernel[(triton.cdiv(num_rows, config.block_t),)](
-            reward, greedy_reward, partial, advantage, num_rows, num_partials, pair(eps),
-            DDOF=int(sample_std), BLOCK=config.block_t, **config.options,
-        )  # fmt: skip
+            reward,
+            greedy_reward,
+            partial,
+            advantage,
+            num_rows,
+            num_partials,
+            pair(eps),
+            DDOF=int(sample_std),
+            BLOCK=config.block_t,
+            **config.options,
+        )
         return advantage
     config = choose("group_advantage", reward)
     ids, order = sorted_groups(group_ids, reward if baseline in RANKED else None)
     group_advantage_kernel[(num_rows,)](
-        reward, ids, order, lengths, partial, advantage, num_rows, num_partials, pair(eps),
-        BASELINE=baseline, SCALE=scale, DDOF=int(sample_std), SINGLETON_REWARD=singleton_reward,
-        BLOCK=config.block_t, **config.options,
-    )  # fmt: skip
+        reward,
+        ids,
+        order,
+        lengths,
+        partial,
+        advantage,
+        num_rows,
+        num_partials,
+        pair(eps),
+        BASELINE=baseline,
+        SCALE=scale,
+        DDOF=int(sample_std),
+        SINGLETON_REWARD=singleton_reward,
+        BLOCK=config.block_t,
+        **config.options,
+    )
     return advantage
 
 
 RANKED = ("median", "second_best")
 
 
-def sorted_groups(
-    group_ids: torch.Tensor, key: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sorted_groups(group_ids: torch.Tensor, key: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending ids and the row of each; rows of one id by `key`, or in their own order."""
     if key is None:
         ids, order = torch.sort(group_ids, stable=True)

@@ -27,22 +27,24 @@ HALF = (torch.bfloat16, torch.float16)
 
 launch.declare(
     "head_grad_hidden",
-    {80: launch.LaunchConfig(block_t=128, block_v=32, block_h=128, num_warps=8, num_stages=4),
-     90: launch.LaunchConfig(block_t=128, block_v=64, block_h=128, num_warps=8, num_stages=4)},
-)  # fmt: skip
-launch.declare(
-    "head_grad_weight",
-    {80: launch.LaunchConfig(block_t=32, block_v=128, block_h=128, num_warps=8, num_stages=4),
-     90: launch.LaunchConfig(block_t=64, block_v=128, block_h=128, num_warps=8, num_stages=4)},
-)  # fmt: skip
-# float32 has no tensor cores at full precision: smaller tiles, or the sums do not fit registers.
-launch.declare(
-    "head_grad_hidden_f32",
-    {80: launch.LaunchConfig(block_t=64, block_v=16, block_h=64, num_warps=8, num_stages=3)},
+    {
+        80: launch.LaunchConfig(block_t=128, block_v=32, block_h=128, num_warps=8, num_stages=4),
+        90: launch.LaunchConfig(block_t=128, block_v=64, block_h=128, num_warps=8, num_stages=4),
+    },
 )
 launch.declare(
-    "head_grad_weight_f32",
-    {80: launch.LaunchConfig(block_t=16, block_v=64, block_h=64, num_warps=8, num_stages=3)},
+    "head_grad_weight",
+    {
+        80: launch.LaunchConfig(block_t=32, block_v=128, block_h=128, num_warps=8, num_stages=4),
+        90: launch.LaunchConfig(block_t=64, block_v=128, block_h=128, num_warps=8, num_stages=4),
+    },
+)
+# float32 has no tensor cores at full precision: smaller tiles, or the sums do not fit registers.
+launch.declare(
+    "head_grad_hidden_f32", {80: launch.LaunchConfig(block_t=64, block_v=16, block_h=64, num_warps=8, num_stages=3)}
+)
+launch.declare(
+    "head_grad_weight_f32", {80: launch.LaunchConfig(block_t=16, block_v=64, block_h=64, num_warps=8, num_stages=3)}
 )
 
 
@@ -82,16 +84,14 @@ def head_grad_hidden_kernel(
         z = tl.load(dz_rows + columns[None, :], mask=live[:, None] & in_vocab[None, :], other=0.0)
         w = tl.load(
             weight_ptr + columns[:, None].to(tl.int64) * stride_weight_v + offs_h[None, :],
-            mask=in_vocab[:, None] & in_hidden[None, :], other=0.0,
-        )  # fmt: skip
+            mask=in_vocab[:, None] & in_hidden[None, :],
+            other=0.0,
+        )
         if INTERPRET:
             z, w = z.to(tl.float32), w.to(tl.float32)
         total = tl.dot(z, w, total, input_precision="ieee")
     token = tl.load(token_ptr + row, mask=live, other=0)
-    store(
-        grad_ptr + token[:, None] * stride_grad_t + offs_h[None, :], total,
-        mask=live[:, None] & in_hidden[None, :],
-    )  # fmt: skip
+    store(grad_ptr + token[:, None] * stride_grad_t + offs_h[None, :], total, mask=live[:, None] & in_hidden[None, :])
 
 
 @triton.jit
@@ -122,13 +122,13 @@ def head_grad_weight_kernel(
         live = begin + offs_t < count
         row = tl.load(rows_ptr + begin + offs_t, mask=live, other=0).to(tl.int64)
         z = tl.load(
-            dz_ptr + row[:, None] * stride_dz_r + offs_v[None, :],
-            mask=live[:, None] & in_vocab[None, :], other=0.0,
-        )  # fmt: skip
+            dz_ptr + row[:, None] * stride_dz_r + offs_v[None, :], mask=live[:, None] & in_vocab[None, :], other=0.0
+        )
         h = tl.load(
             hidden_ptr + row[:, None] * stride_hidden_r + offs_h[None, :],
-            mask=live[:, None] & in_hidden[None, :], other=0.0,
-        )  # fmt: skip
+            mask=live[:, None] & in_hidden[None, :],
+            other=0.0,
+        )
         if INTERPRET:
             z, h = z.to(tl.float32), h.to(tl.float32)
         total = tl.dot(tl.trans(z), h, total, input_precision="ieee")
@@ -166,19 +166,27 @@ def grad_hidden(
     config = launch.choose(_named("head_grad_hidden", dz), dz)
     row_blocks = triton.cdiv(dz.shape[0], config.block_t)
     head_grad_hidden_kernel[(row_blocks * triton.cdiv(weight.shape[1], config.block_h),)](
-        dz, weight, rows, count, token, out, dz.stride(0), weight.stride(0), out.stride(0),
-        dz.shape[1], weight.shape[1], row_blocks, BLOCK_T=config.block_t, BLOCK_V=config.block_v,
-        BLOCK_H=config.block_h, **config.options,
-    )  # fmt: skip
+        dz,
+        weight,
+        rows,
+        count,
+        token,
+        out,
+        dz.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        dz.shape[1],
+        weight.shape[1],
+        row_blocks,
+        BLOCK_T=config.block_t,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        **config.options,
+    )
 
 
 def grad_weight(
-    dz: torch.Tensor,
-    hidden: torch.Tensor,
-    rows: torch.Tensor,
-    count: torch.Tensor,
-    out: torch.Tensor,
-    accumulate: bool,
+    dz: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, out: torch.Tensor, accumulate: bool
 ) -> None:
     """out = or += the sum of dz[i]^T hidden[i] over the first `count` rows i of `rows`.
 
@@ -189,10 +197,23 @@ def grad_weight(
     config = launch.choose(_named("head_grad_weight", dz), dz)
     vocab_blocks = triton.cdiv(dz.shape[1], config.block_v)
     head_grad_weight_kernel[(vocab_blocks * triton.cdiv(hidden.shape[1], config.block_h),)](
-        dz, hidden, rows, count, out, dz.stride(0), hidden.stride(0), out.stride(0), dz.shape[1],
-        hidden.shape[1], vocab_blocks, ACCUMULATE=accumulate, BLOCK_T=config.block_t,
-        BLOCK_V=config.block_v, BLOCK_H=config.block_h, **config.options,
-    )  # fmt: skip
+        dz,
+        hidden,
+        rows,
+        count,
+        out,
+        dz.stride(0),
+        hidden.stride(0),
+        out.stride(0),
+        dz.shape[1],
+        hidden.shape[1],
+        vocab_blocks,
+        ACCUMULATE=accumulate,
+        BLOCK_T=config.block_t,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        **config.options,
+    )
 
 
 def _named(kernel: str, dz: torch.Tensor) -> str:

@@ -54,9 +54,16 @@ def sketch(left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Tensor) ->
     tiles = triton.cdiv(rank, config.block_h)
     if out.numel():
         sketch_kernel[(num_seqs * tiles * tiles,)](
-            left.contiguous(), right.contiguous(), cu_seqlens.contiguous(), out, rank, tiles,
-            BLOCK_T=config.block_t, BLOCK_R=config.block_h, **config.options,
-        )  # fmt: skip
+            left.contiguous(),
+            right.contiguous(),
+            cu_seqlens.contiguous(),
+            out,
+            rank,
+            tiles,
+            BLOCK_T=config.block_t,
+            BLOCK_R=config.block_h,
+            **config.options,
+        )
     return out
 
 

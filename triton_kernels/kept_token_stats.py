@@ -35,9 +35,7 @@ def _support(offsets_ptr, row, num_kept, mask_ptr):
 def _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
     """(u, slope) of the kept ids; NaN for one that is no column."""
     column = (ids >= 0) & (ids < vocab_size)
-    u, slope = rows.read(
-        row_ptr, None, ids, inside & column, softcap, logit_scale, 0.0, HAS_SOFTCAP
-    )
+    u, slope = rows.read(row_ptr, None, ids, inside & column, softcap, logit_scale, 0.0, HAS_SOFTCAP)
     return tl.where(inside & (column == 0), float("nan"), u), slope
 
 
@@ -198,10 +196,23 @@ def kept_token_stats_fwd(
     if tokens:
         config = launch.choose("kept_token_stats_fwd", logits)
         kept_token_stats_fwd_kernel[(tokens,)](
-            logits, target.contiguous(), ids, offsets, rows.contiguous(mask), vector, *out,
-            logits.stride(0), ids.shape[0], vocab, scalar, softcap or 1.0, logit_scale,
-            HAS_SOFTCAP=softcap is not None, **_tile(config), **config.options,
-        )  # fmt: skip
+            logits,
+            target.contiguous(),
+            ids,
+            offsets,
+            rows.contiguous(mask),
+            vector,
+            *out,
+            logits.stride(0),
+            ids.shape[0],
+            vocab,
+            scalar,
+            softcap or 1.0,
+            logit_scale,
+            HAS_SOFTCAP=softcap is not None,
+            **_tile(config),
+            **config.options,
+        )
     return tuple(out)
 
 
@@ -229,11 +240,29 @@ def kept_token_stats_bwd(
     if tokens:
         config = launch.choose("kept_token_stats_bwd", logits)
         kept_token_stats_bwd_kernel[(tokens,)](
-            logits, target.contiguous(), ids, offsets, rows.contiguous(mask), vector, m, inv_sum,
-            entropy, rows.as_float(grad_logp), rows.as_float(grad_entropy), out,
-            logits.stride(0), out.stride(0), ids.shape[0], vocab, scalar, softcap or 1.0,
-            logit_scale, HAS_SOFTCAP=softcap is not None, **_tile(config), **config.options,
-        )  # fmt: skip
+            logits,
+            target.contiguous(),
+            ids,
+            offsets,
+            rows.contiguous(mask),
+            vector,
+            m,
+            inv_sum,
+            entropy,
+            rows.as_float(grad_logp),
+            rows.as_float(grad_entropy),
+            out,
+            logits.stride(0),
+            out.stride(0),
+            ids.shape[0],
+            vocab,
+            scalar,
+            softcap or 1.0,
+            logit_scale,
+            HAS_SOFTCAP=softcap is not None,
+            **_tile(config),
+            **config.options,
+        )
     return out
 
 

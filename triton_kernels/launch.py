@@ -155,9 +155,7 @@ def candidates(kernel: str, capability: int) -> list[LaunchConfig]:
             axes[name] = [2, 3, 4, 5]
         elif name == "num_warps" or (name != "num_stages" and value > 1):
             axes[name] = [n for n in (value // 4, value // 2, value, 2 * value, 4 * value) if n]
-    near = (
-        _valid(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
-    )
+    near = (_valid(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values()))
     return [base, *(config for config in near if config is not None and config != base)]
 
 

@@ -30,16 +30,16 @@ SPLIT = 8192  # columns; 19 splits of 152k, times 64 blocks of 8192 tokens, fill
 
 launch.declare(
     "linear_token_stats",
-    {80: launch.LaunchConfig(block_t=128, block_v=128, block_h=32, num_warps=8, num_stages=4),
-     90: launch.LaunchConfig(block_t=128, block_v=128, block_h=64, num_warps=8, num_stages=4)},
-)  # fmt: skip
+    {
+        80: launch.LaunchConfig(block_t=128, block_v=128, block_h=32, num_warps=8, num_stages=4),
+        90: launch.LaunchConfig(block_t=128, block_v=128, block_h=64, num_warps=8, num_stages=4),
+    },
+)
 launch.declare("linear_merge", {80: launch.LaunchConfig(block_t=128, num_warps=4)})
 
 
 @triton.jit
-def _temperature_scale(
-    temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr
-):
+def _temperature_scale(temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
     """(c, c in nats) of each token, as rows.base2_scale."""
     t = tl.zeros(offs_t.shape, tl.float32) + temperature
     if temperature_ptr is not None:
@@ -76,9 +76,7 @@ def linear_token_stats_kernel(
     keep = offs_t < num_tokens
     if mask_ptr is not None:
         keep = keep & tl.load(mask_ptr + offs_t, mask=keep, other=0).to(tl.int1)
-    c, _ = _temperature_scale(
-        temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP
-    )
+    c, _ = _temperature_scale(temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP)
     y = tl.load(target_ptr + offs_t, mask=keep, other=-1)
     offs_h = tl.arange(0, BLOCK_H)
     hidden_rows = hidden_ptr + offs_t[:, None] * stride_hidden_t
@@ -98,16 +96,8 @@ def linear_token_stats_kernel(
         u = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
         for k in range(0, hidden_size, BLOCK_H):
             in_hidden = k + offs_h < hidden_size
-            h = tl.load(
-                hidden_rows + (k + offs_h)[None, :],
-                mask=keep[:, None] & in_hidden[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                weight_rows + (k + offs_h)[None, :],
-                mask=in_vocab[:, None] & in_hidden[None, :],
-                other=0.0,
-            )
+            h = tl.load(hidden_rows + (k + offs_h)[None, :], mask=keep[:, None] & in_hidden[None, :], other=0.0)
+            w = tl.load(weight_rows + (k + offs_h)[None, :], mask=in_vocab[:, None] & in_hidden[None, :], other=0.0)
             if INTERPRET:
                 h, w = h.to(tl.float32), w.to(tl.float32)
             u = tl.dot(h, tl.trans(w), u)
@@ -163,9 +153,7 @@ def linear_merge_kernel(
     keep = in_range
     if mask_ptr is not None:
         keep = keep & tl.load(mask_ptr + offs_t, mask=in_range, other=0).to(tl.int1)
-    c, nats = _temperature_scale(
-        temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP
-    )
+    c, nats = _temperature_scale(temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP)
     part = partial_ptr + offs_t
     m = tl.full((BLOCK_T,), rows.LOWEST_MAX, tl.float32)
     s = tl.zeros((BLOCK_T,), tl.float32)
@@ -190,9 +178,7 @@ def linear_merge_kernel(
         part += 5 * num_tokens
     y = tl.load(target_ptr + offs_t, mask=keep, other=0)
     has_target = (y >= 0) & (y < vocab_size)
-    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(
-        m, s, sd, ss, u_y, has_target, keep, nats
-    )
+    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(m, s, sd, ss, u_y, has_target, keep, nats)
     tl.store(logp_ptr + offs_t, logp, mask=in_range)
     tl.store(entropy_ptr + offs_t, entropy, mask=in_range)
     tl.store(lse_ptr + offs_t, lse, mask=in_range)
@@ -233,25 +219,60 @@ def linear_token_stats(
     vector, scalar = rows.per_row(temperature)
     mask, target = rows.contiguous(mask), target.contiguous()
     linear_token_stats_kernel[(token_blocks * splits,)](
-        hidden, weight, bias, target, mask, vector, partial, hidden.stride(0), weight.stride(0),
-        tokens, vocab, hidden.shape[1], token_blocks, scalar, softcap or 1.0, logit_scale,
-        HAS_SOFTCAP=softcap is not None, SPLIT=SPLIT, BLOCK_T=config.block_t,
-        BLOCK_V=config.block_v, BLOCK_H=config.block_h, **config.options,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        target,
+        mask,
+        vector,
+        partial,
+        hidden.stride(0),
+        weight.stride(0),
+        tokens,
+        vocab,
+        hidden.shape[1],
+        token_blocks,
+        scalar,
+        softcap or 1.0,
+        logit_scale,
+        HAS_SOFTCAP=softcap is not None,
+        SPLIT=SPLIT,
+        BLOCK_T=config.block_t,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        **config.options,
+    )
     merge = launch.choose("linear_merge", hidden)
     linear_merge_kernel[(triton.cdiv(tokens, merge.block_t),)](
-        partial, target, mask, vector, *out, tokens, vocab, splits, scalar, softcap or 1.0,
-        logit_scale, HAS_SOFTCAP=softcap is not None, BLOCK_T=merge.block_t, **merge.options,
-    )  # fmt: skip
+        partial,
+        target,
+        mask,
+        vector,
+        *out,
+        tokens,
+        vocab,
+        splits,
+        scalar,
+        softcap or 1.0,
+        logit_scale,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK_T=merge.block_t,
+        **merge.options,
+    )
     return tuple(out)
 
 
 def _case(dtype: torch.dtype, softcap: float | None) -> None:
     linear_token_stats(
-        meta(8192, 4096, dtype=dtype), meta(151936, 4096, dtype=dtype), None,
-        meta(8192, dtype=torch.int64), temperature=0.7, softcap=softcap, logit_scale=1.0,
+        meta(8192, 4096, dtype=dtype),
+        meta(151936, 4096, dtype=dtype),
+        None,
+        meta(8192, dtype=torch.int64),
+        temperature=0.7,
+        softcap=softcap,
+        logit_scale=1.0,
         mask=meta(8192, dtype=torch.bool),
-    )  # fmt: skip
+    )
 
 
 @compile_case("linear_token_stats", dtypes=DTYPES)

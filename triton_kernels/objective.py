@@ -132,9 +132,7 @@ def bounded_log_ratio(log_ratio, a, o, SHAPE: tl.constexpr, STAGE: tl.constexpr)
 
 @triton.jit
 def clip_flags(a, r, low, high):
-    return tl.where(
-        (a < 0.0) & (r < low), CLIPPED_LOW, tl.where((a > 0.0) & (r > high), CLIPPED_HIGH, 0)
-    )
+    return tl.where((a < 0.0) & (r < low), CLIPPED_LOW, tl.where((a > 0.0) & (r > high), CLIPPED_HIGH, 0))
 
 
 @triton.jit
@@ -288,10 +286,4 @@ def token_objective(
         d, logp, old_logp, entropy, a, agg, x, offs, keep, o, SHAPE, KL, ENTROPY_BONUS
     )
     d_logp += inside * chain
-    return (
-        tl.where(keep, loss, 0.0),
-        tl.where(keep, d_logp, 0.0),
-        tl.where(keep, d_entropy, 0.0),
-        tl.exp(d),
-        flags,
-    )
+    return (tl.where(keep, loss, 0.0), tl.where(keep, d_logp, 0.0), tl.where(keep, d_entropy, 0.0), tl.exp(d), flags)

@@ -53,9 +53,7 @@ def offpolicy_ess_kernel(
     tl.store(ess_ptr, ess.to(ess_ptr.dtype.element_ty))
     if factor_ptr is not None:
         count = tl.sum(units, axis=0)
-        tl.store(
-            factor_ptr, tl.where(total == 0.0, 0.0, count / tl.where(total == 0.0, 1.0, total))
-        )
+        tl.store(factor_ptr, tl.where(total == 0.0, 0.0, count / tl.where(total == 0.0, 1.0, total)))
 
 
 @triton.jit
@@ -166,18 +164,16 @@ def normalize_weights(
         factor = torch.empty((), dtype=torch.float64, device=weight.device)
     one = choose("offpolicy_ess", weight)
     offpolicy_ess_kernel[(1,)](
-        partial, ess, factor if normalize == "batch" else None, partial.shape[1],
-        BLOCK=one.block_t, **one.options,
-    )  # fmt: skip
+        partial, ess, factor if normalize == "batch" else None, partial.shape[1], BLOCK=one.block_t, **one.options
+    )
     if factor is None:
         return
     config = choose("offpolicy_scale", weight)
     borders = cu_seqlens if normalize == "group" else None
     blocks = triton.cdiv(weight.shape[0], config.block_t)
     offpolicy_scale_kernel[(blocks if borders is None else borders.shape[0] - 1,)](
-        weight, kept, factor, borders, weight.shape[0],
-        PER_ROW=per_row, BLOCK=config.block_t, **config.options,
-    )  # fmt: skip
+        weight, kept, factor, borders, weight.shape[0], PER_ROW=per_row, BLOCK=config.block_t, **config.options
+    )
 
 
 def _groups(
@@ -190,7 +186,6 @@ def _groups(
     scaled = torch.empty(3, num_units, dtype=torch.float64, device=ids.device)
     config = choose("offpolicy_group", ids)
     offpolicy_group_kernel[(num_units,)](
-        ids, order, partial, weight, kept, factor, scaled, num_units,
-        BLOCK=config.block_t, **config.options,
-    )  # fmt: skip
+        ids, order, partial, weight, kept, factor, scaled, num_units, BLOCK=config.block_t, **config.options
+    )
     return scaled, factor

@@ -78,8 +78,7 @@ def _larger(a, b):
 
 
 @triton.jit
-def _sequence_statistic(count, total, square, k3, low, high, STATISTIC: tl.constexpr,
-                        OVER: tl.constexpr):  # fmt: skip
+def _sequence_statistic(count, total, square, k3, low, high, STATISTIC: tl.constexpr, OVER: tl.constexpr):
     """k2 and k3 are convex with their minimum at 0: their maximum is at an extreme log-ratio."""
     share = 1.0 / tl.maximum(count, 1.0) if OVER == 2 else 1.0
     x = total
@@ -171,9 +170,7 @@ def offpolicy_weights_kernel(
         d_high = tl.where(total == total, tl.max(highest, axis=0), total)
         for i in tl.static_range(len(RULES)):
             if RULES[i] // 4 % 4 > 0:
-                x = _sequence_statistic(
-                    count, total, square, k3, d_low, d_high, RULES[i] % 4, RULES[i] // 4 % 4
-                )
+                x = _sequence_statistic(count, total, square, k3, d_low, d_high, RULES[i] % 4, RULES[i] // 4 % 4)
                 rule_low = joined((bounds[4 * i], bounds[4 * i + 1]))
                 rule_high = joined((bounds[4 * i + 2], bounds[4 * i + 3]))
                 dropped = _outside(x, rule_low, rule_high)
@@ -308,10 +305,18 @@ def offpolicy_weights(
 def _case(dtype: torch.dtype, *, packed: bool, **options: Any) -> None:
     x, flags = meta(1 << 20, dtype=dtype), meta(1 << 20, dtype=torch.bool)
     plain = {
-        "level": "token", "mode": "ips", "low": None, "high": None, "param": None,
-        "normalize": "none", "rules": (), "mask": None, "group_ids": None, "advantage": None,
+        "level": "token",
+        "mode": "ips",
+        "low": None,
+        "high": None,
+        "param": None,
+        "normalize": "none",
+        "rules": (),
+        "mask": None,
+        "group_ids": None,
+        "advantage": None,
         "cu_seqlens": borders(1024, 1 << 20) if packed else None,
-    }  # fmt: skip
+    }
     options = {name: flags if value == "flags" else value for name, value in options.items()}
     offpolicy_weights(x, x, **{**plain, **options})
 
@@ -349,6 +354,13 @@ def _(dtype: torch.dtype) -> None:
     )
     advantage = meta(1 << 20, dtype=dtype)
     _case(
-        dtype, packed=True, level="geometric", mode="tempered", param=0.5, normalize="batch",
-        rules=rules, mask="flags", advantage=advantage,
-    )  # fmt: skip
+        dtype,
+        packed=True,
+        level="geometric",
+        mode="tempered",
+        param=0.5,
+        normalize="batch",
+        rules=rules,
+        mask="flags",
+        advantage=advantage,
+    )

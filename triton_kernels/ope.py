@@ -94,9 +94,7 @@ def ope_sums_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, num_rows, tl.num_programs(0) * BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        valid, w, r, q, e = _load_rows(
-            weight_ptr, reward_ptr, q_pi_ptr, q_a_ptr, mask_ptr, offs, num_rows
-        )
+        valid, w, r, q, e = _load_rows(weight_ptr, reward_ptr, q_pi_ptr, q_a_ptr, mask_ptr, offs, num_rows)
         rows += valid.to(tl.float64)
         ws += w
         wrs += w * r
@@ -127,9 +125,7 @@ def ope_deviations_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, num_rows, tl.num_programs(0) * BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        valid, w, r, q, e = _load_rows(
-            weight_ptr, reward_ptr, q_pi_ptr, q_a_ptr, mask_ptr, offs, num_rows
-        )
+        valid, w, r, q, e = _load_rows(weight_ptr, reward_ptr, q_pi_ptr, q_a_ptr, mask_ptr, offs, num_rows)
         x = tl.where(valid, w * r - ips, 0.0)
         a += x * x
         x = tl.where(valid, w * (r - snips) * inverse, 0.0)
@@ -179,15 +175,11 @@ def ope(
     num_rows, device = reward.shape[0], reward.device
     config = choose("ope", reward)
     programs = max(1, min(triton.cdiv(num_rows, config.block_t), MAX_PARTIALS.value))
-    sums, squares = torch.empty(
-        2, NUM_ESTIMATES.value, programs, dtype=torch.float64, device=device
-    )
+    sums, squares = torch.empty(2, NUM_ESTIMATES.value, programs, dtype=torch.float64, device=device)
     out = torch.empty(NUM_ESTIMATES.value, 2, dtype=reward.dtype, device=device)
     rows = (weight, reward, q_pi, q_a, mask)
     ope_sums_kernel[(programs,)](*rows, sums, num_rows, BLOCK=config.block_t, **config.options)
-    ope_deviations_kernel[(programs,)](
-        *rows, sums, squares, num_rows, BLOCK=config.block_t, **config.options
-    )
+    ope_deviations_kernel[(programs,)](*rows, sums, squares, num_rows, BLOCK=config.block_t, **config.options)
     ope_results_kernel[(1,)](sums, squares, out, programs, num_warps=1)
     return out
 

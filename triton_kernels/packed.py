@@ -139,9 +139,7 @@ def partial_moments(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     config = choose("partial_moments", x)
     programs = min(triton.cdiv(x.shape[0], config.block_t), MAX_PARTIALS.value)
     partial = torch.empty(3, programs, dtype=torch.float64, device=x.device)
-    partial_moments_kernel[(programs,)](
-        x, mask, partial, x.shape[0], BLOCK=config.block_t, **config.options
-    )
+    partial_moments_kernel[(programs,)](x, mask, partial, x.shape[0], BLOCK=config.block_t, **config.options)
     return partial
 
 

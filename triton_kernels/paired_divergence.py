@@ -210,9 +210,7 @@ def paired_divergence_fwd_kernel(
 
 
 @triton.jit
-def _gradient(
-    u_p, u_q, slope, c, p_max, q_max, p_log2s, q_log2s, beta, mean, scale, KIND: tl.constexpr
-):  # fmt: skip
+def _gradient(u_p, u_q, slope, c, p_max, q_max, p_log2s, q_log2s, beta, mean, scale, KIND: tl.constexpr):
     p, q_minus_p, d, term = _element(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, beta, KIND)
     if KIND == JSD:
         g = (1.0 - beta) * p * (d - mean)
@@ -252,9 +250,7 @@ def paired_divergence_bwd_kernel(
     row = tl.program_id(0).to(tl.int64) // parts
     begin = row * stride_p_t
     lead = (begin % ITEMS).to(tl.int32)
-    start_at, part_lead, size = rows.part_of_row(
-        tl.program_id(0) % parts, parts, lead, vocab_size, TILE
-    )
+    start_at, part_lead, size = rows.part_of_row(tl.program_id(0) % parts, parts, lead, vocab_size, TILE)
     p_row = rows.row_start(p_ptr, begin, lead, ITEMS, True) + start_at
     q_row = rows.row_start(q_ptr, row * stride_q_t, lead, ITEMS, SAME_LEAD) + start_at
     out_row = rows.row_start(grad_p_ptr, row * stride_grad_t, lead, ITEMS, SAME_GRAD_LEAD)
@@ -273,9 +269,7 @@ def paired_divergence_bwd_kernel(
         for start in range(first_whole, whole, TILE):
             store(out_row + start + offs_v, none)
     else:
-        c, nats = rows.base2_scale(
-            temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP
-        )
+        c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP)
         p_max = tl.load(state + 1)
         q_max = tl.load(state + 2)
         p_log2s = tl.load(state + 3)
@@ -287,18 +281,12 @@ def paired_divergence_bwd_kernel(
             inside = (at >= part_lead) & (at < size)
             u_p, slope = rows.read(p_row, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP)
             u_q = _read(q_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
-            out = _gradient(
-                u_p, u_q, slope, c, p_max, q_max, p_log2s, q_log2s, beta, mean, scale, KIND
-            )
+            out = _gradient(u_p, u_q, slope, c, p_max, q_max, p_log2s, q_log2s, beta, mean, scale, KIND)
             store(out_row + at, out, mask=inside)
         for start in range(first_whole, whole, TILE):
-            u_p, slope = rows.read_whole(
-                p_row, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP
-            )
+            u_p, slope = rows.read_whole(p_row, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP)
             u_q = _read_whole(q_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
-            out = _gradient(
-                u_p, u_q, slope, c, p_max, q_max, p_log2s, q_log2s, beta, mean, scale, KIND
-            )
+            out = _gradient(u_p, u_q, slope, c, p_max, q_max, p_log2s, q_log2s, beta, mean, scale, KIND)
             store(out_row + start + offs_v, out)
 
 
@@ -331,11 +319,25 @@ def paired_divergence_fwd(
     if tokens:
         config = launch.choose("paired_divergence_fwd", p)
         paired_divergence_fwd_kernel[(tokens,)](
-            p, q, rows.contiguous(mask), vector, out, state, p.stride(0), q.stride(0), vocab,
-            scalar, softcap or 1.0, logit_scale, beta, jsd_bound, KIND=KINDS[kind],
-            HAS_SOFTCAP=softcap is not None, 
-            **rows.tile_shape(config, p, rows.rows_aligned(p, q)), **config.options,
-        )  # fmt: skip
+            p,
+            q,
+            rows.contiguous(mask),
+            vector,
+            out,
+            state,
+            p.stride(0),
+            q.stride(0),
+            vocab,
+            scalar,
+            softcap or 1.0,
+            logit_scale,
+            beta,
+            jsd_bound,
+            KIND=KINDS[kind],
+            HAS_SOFTCAP=softcap is not None,
+            **rows.tile_shape(config, p, rows.rows_aligned(p, q)),
+            **config.options,
+        )
     return out, state
 
 
@@ -361,21 +363,35 @@ def paired_divergence_bwd(
         config = launch.choose("paired_divergence_bwd", p)
         parts = rows.parts(tokens, vocab, config)
         paired_divergence_bwd_kernel[(tokens * parts,)](
-            p, q, vector, state, rows.as_float(grad), out, p.stride(0), q.stride(0),
-            out.stride(0), vocab, parts, scalar, softcap or 1.0, logit_scale, beta,
-            KIND=KINDS[kind], HAS_SOFTCAP=softcap is not None, SAME_LEAD=rows.same_lead(p, q),
+            p,
+            q,
+            vector,
+            state,
+            rows.as_float(grad),
+            out,
+            p.stride(0),
+            q.stride(0),
+            out.stride(0),
+            vocab,
+            parts,
+            scalar,
+            softcap or 1.0,
+            logit_scale,
+            beta,
+            KIND=KINDS[kind],
+            HAS_SOFTCAP=softcap is not None,
+            SAME_LEAD=rows.same_lead(p, q),
             SAME_GRAD_LEAD=rows.same_lead(p, out),
-            **rows.tile_shape(config, p, rows.base_aligned(p, q, out)), **config.options,
-        )  # fmt: skip
+            **rows.tile_shape(config, p, rows.base_aligned(p, q, out)),
+            **config.options,
+        )
     return out
 
 
 # ---------------------------------------------------------------------------------- compile cases
 
 
-OPTIONS = {
-    "beta": 0.5, "temperature": 1.0, "softcap": None, "logit_scale": 1.0, "mask": None,
-}  # fmt: skip
+OPTIONS = {"beta": 0.5, "temperature": 1.0, "softcap": None, "logit_scale": 1.0, "mask": None}
 
 
 def _compile(kind: str) -> None:

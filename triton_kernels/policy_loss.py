@@ -126,9 +126,20 @@ def policy_loss_kernel(
     if x.ref_logp is not None:
         ref_logp = tl.load(x.ref_logp + offs_t, mask=keep, other=0.0)
     metrics_block(
-        partials_ptr + block.to(tl.int64) * SLOTS, in_range, keep, logp, old_logp, ref_logp,
-        entropy, ratio, flags, token_loss, d_logp, d_entropy, x.ref_logp is not None,
-    )  # fmt: skip
+        partials_ptr + block.to(tl.int64) * SLOTS,
+        in_range,
+        keep,
+        logp,
+        old_logp,
+        ref_logp,
+        entropy,
+        ratio,
+        flags,
+        token_loss,
+        d_logp,
+        d_entropy,
+        x.ref_logp is not None,
+    )
 
 
 @triton.jit
@@ -253,17 +264,22 @@ def prepare(
     advantage = None if seq_advantage is None else seq_advantage.new_empty(num_tokens)
     if num_seqs:
         policy_prepare_kernel[(num_seqs,)](
-            cu_seqlens, mask, seq_advantage, counts, weights, advantage, num_tokens,
-            BLOCK_T=config.block_t, **config.options,
-        )  # fmt: skip
+            cu_seqlens,
+            mask,
+            seq_advantage,
+            counts,
+            weights,
+            advantage,
+            num_tokens,
+            BLOCK_T=config.block_t,
+            **config.options,
+        )
     return counts, weights, advantage
 
 
 def results_like(vector: torch.Tensor) -> TokenResults:
     """Unwritten results for as many tokens as `vector` (tokens,) float32 has."""
-    return TokenResults(
-        *(torch.empty_like(vector) for _ in range(4)), torch.empty_like(vector, dtype=torch.int32)
-    )
+    return TokenResults(*(torch.empty_like(vector) for _ in range(4)), torch.empty_like(vector, dtype=torch.int32))
 
 
 def policy_loss(
@@ -296,10 +312,22 @@ def policy_loss(
     if num_tokens:
         scale_ptr, number = split_scale(scale)
         policy_loss_kernel[(partials.shape[0],)](
-            logp, entropy, x, out, partials, scale_ptr, numbers, number, num_tokens,
-            SHAPE=codes[0], KL=codes[1], ENTROPY_BONUS=numbers.entropy_coef != 0.0,
-            BLOCK_T=config.block_t, SLOTS=SLOTS, **config.options,
-        )  # fmt: skip
+            logp,
+            entropy,
+            x,
+            out,
+            partials,
+            scale_ptr,
+            numbers,
+            number,
+            num_tokens,
+            SHAPE=codes[0],
+            KL=codes[1],
+            ENTROPY_BONUS=numbers.entropy_coef != 0.0,
+            BLOCK_T=config.block_t,
+            SLOTS=SLOTS,
+            **config.options,
+        )
     return out, policy_metrics.merge(partials, counts, config)
 
 
@@ -323,11 +351,25 @@ def policy_loss_sequence(
     if num_seqs:
         scale_ptr, number = split_scale(scale)
         policy_loss_sequence_kernel[(num_seqs,)](
-            logp, entropy, cu_seqlens, counts, x, out, scale_ptr, numbers, number, num_tokens,
-            SHAPE=codes[0], KL=codes[1], LEVEL=codes[2],
-            ENTROPY_BONUS=numbers.entropy_coef != 0.0, SEQ_MEAN=seq_mean,
-            SEQ_ADVANTAGE=seq_advantage, BLOCK_T=config.block_t, **config.options,
-        )  # fmt: skip
+            logp,
+            entropy,
+            cu_seqlens,
+            counts,
+            x,
+            out,
+            scale_ptr,
+            numbers,
+            number,
+            num_tokens,
+            SHAPE=codes[0],
+            KL=codes[1],
+            LEVEL=codes[2],
+            ENTROPY_BONUS=numbers.entropy_coef != 0.0,
+            SEQ_MEAN=seq_mean,
+            SEQ_ADVANTAGE=seq_advantage,
+            BLOCK_T=config.block_t,
+            **config.options,
+        )
     sums = policy_metrics.policy_metrics(logp, entropy, x.old_logp, x.ref_logp, x.mask, out, counts)
     return out, sums
 
@@ -356,6 +398,5 @@ def _(dtype: torch.dtype) -> None:
     x, cu = _case_inputs(8192), borders(512, 8192)
     prepare(cu, x.mask, 8192, seq_mean=True, seq_advantage=meta(512))
     policy_loss_sequence(
-        meta(8192), meta(8192), cu, x, _CASE_NUMBERS, (2, 3, 1), 1e-3,
-        seq_mean=True, seq_advantage=False,
-    )  # fmt: skip
+        meta(8192), meta(8192), cu, x, _CASE_NUMBERS, (2, 3, 1), 1e-3, seq_mean=True, seq_advantage=False
+    )

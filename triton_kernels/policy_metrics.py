@@ -187,21 +187,35 @@ def policy_metrics(
     partials = logp.new_empty(blocks(num_tokens, config), SLOTS, dtype=torch.float64)
     if num_tokens:
         policy_metrics_kernel[(partials.shape[0],)](
-            logp, entropy, old_logp, ref_logp, mask, results, partials, num_tokens,
-            BLOCK_T=config.block_t, SLOTS=SLOTS, **config.options,
-        )  # fmt: skip
+            logp,
+            entropy,
+            old_logp,
+            ref_logp,
+            mask,
+            results,
+            partials,
+            num_tokens,
+            BLOCK_T=config.block_t,
+            SLOTS=SLOTS,
+            **config.options,
+        )
     return merge(partials, counts, config)
 
 
-def merge(
-    partials: torch.Tensor, counts: torch.Tensor | None, config: LaunchConfig
-) -> torch.Tensor:
+def merge(partials: torch.Tensor, counts: torch.Tensor | None, config: LaunchConfig) -> torch.Tensor:
     """Launches the sum over the partial sums; counts are the valid tokens of each sequence."""
     sums = partials.new_empty(SLOTS)
     policy_metrics_merge_kernel[(1,)](
-        partials, counts, sums, partials.shape[0], 0 if counts is None else counts.shape[0],
-        BLOCK_T=config.block_t, SLOTS=SLOTS, SLOTS_P2=SLOTS_P2, num_warps=1,
-    )  # fmt: skip
+        partials,
+        counts,
+        sums,
+        partials.shape[0],
+        0 if counts is None else counts.shape[0],
+        BLOCK_T=config.block_t,
+        SLOTS=SLOTS,
+        SLOTS_P2=SLOTS_P2,
+        num_warps=1,
+    )
     return sums
 
 

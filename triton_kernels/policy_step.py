@@ -61,9 +61,17 @@ class RowStatistics(NamedTuple):
 
 @triton.jit
 def _statistics(
-    row_ptr, c, lead, total, softcap, logit_scale,
-    HAS_SOFTCAP: tl.constexpr, VECTORS: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr,
-):  # fmt: skip
+    row_ptr,
+    c,
+    lead,
+    total,
+    softcap,
+    logit_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
     """(m, S, SD, S2) of the row that lies from lead to total."""
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
@@ -76,14 +84,10 @@ def _statistics(
     for edge in range(first, last):
         at = edge * whole + offs_v
         inside = (at >= lead) & (at < total)
-        u, _ = rows.read(
-            row_ptr, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_last"
-        )
+        u, _ = rows.read(row_ptr, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_last")
         m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
     for start in range(tl.where(lead > 0, TILE, 0), whole, TILE):
-        u, _ = rows.read_whole(
-            row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_last"
-        )
+        u, _ = rows.read_whole(row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_last")
         m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
     m, s, sd, ss, _, _ = rows.merge(c, m, s, sd, ss)
     return m, s, sd, ss
@@ -127,9 +131,7 @@ def policy_step_kernel(
         keep = tl.load(x.mask + token)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-    c, nats = rows.base2_scale(
-        temperature_ptr, token, temperature, softcap, logit_scale, HAS_SOFTCAP
-    )
+    c, nats = rows.base2_scale(temperature_ptr, token, temperature, softcap, logit_scale, HAS_SOFTCAP)
     begin = row * stride_logits_r
     lead = (begin % ITEMS).to(tl.int32)
     row_ptr = rows.row_start(logits_ptr, begin, lead, ITEMS, True)
@@ -138,17 +140,21 @@ def policy_step_kernel(
 
     # A masked row has no elements: nothing of it is read.
     m, s, sd, ss = _statistics(
-        row_ptr, c, tl.where(keep, lead, 0), tl.where(keep, total, 0), softcap, logit_scale,
-        HAS_SOFTCAP, VECTORS, LANES, ITEMS,
-    )  # fmt: skip
+        row_ptr,
+        c,
+        tl.where(keep, lead, 0),
+        tl.where(keep, total, 0),
+        softcap,
+        logit_scale,
+        HAS_SOFTCAP,
+        VECTORS,
+        LANES,
+        ITEMS,
+    )
     y = tl.load(target_ptr + token)
     has_target = (y >= 0) & (y < vocab_size)
-    u_y, slope_y = rows.read(
-        row_ptr, None, lead + y, has_target & keep, softcap, logit_scale, 0.0, HAS_SOFTCAP, ""
-    )
-    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(
-        m, s, sd, ss, u_y, has_target, keep, nats
-    )
+    u_y, slope_y = rows.read(row_ptr, None, lead + y, has_target & keep, softcap, logit_scale, 0.0, HAS_SOFTCAP, "")
+    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(m, s, sd, ss, u_y, has_target, keep, nats)
     tl.store(stats.logp + token, logp)
     tl.store(stats.entropy + token, entropy)
     tl.store(stats.lse + token, lse)
@@ -182,20 +188,13 @@ def policy_step_kernel(
         for edge in range(first, last):
             at = edge * whole + offs_v
             inside = (at >= lead) & (at < total)
-            u, slope = rows.read(
-                row_ptr, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
-            )
+            u, slope = rows.read(row_ptr, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first")
             store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), inside, "evict_first")
         for start in range(first_whole, whole, TILE):
             u, slope = rows.read_whole(
                 row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
             )
-            store(
-                grad_row_ptr + start + offs_v,
-                rows.gradient(u, slope, m, c, a0, a1),
-                None,
-                "evict_first",
-            )
+            store(grad_row_ptr + start + offs_v, rows.gradient(u, slope, m, c, a0, a1), None, "evict_first")
         # The target's own term by a store of its own: no element pays for a comparison.
         tl.debug_barrier()
         grad_y = slope_y * nats * ga + rows.gradient(u_y, slope_y, m, c, a0, a1)
@@ -236,13 +235,31 @@ def policy_step_rows(
     scale_ptr, number = split_scale(scale)
     vector, scalar = rows.per_row(temperature)
     policy_step_kernel[(num_rows,)](
-        logits, grad, index, target.contiguous(), vector, stats, x, out, scale_ptr, numbers,
-        logits.stride(0), grad.stride(0), vocab, number, scalar, softcap or 1.0, logit_scale,
-        SHAPE=codes[0], KL=codes[1], ENTROPY_BONUS=numbers.entropy_coef != 0.0,
+        logits,
+        grad,
+        index,
+        target.contiguous(),
+        vector,
+        stats,
+        x,
+        out,
+        scale_ptr,
+        numbers,
+        logits.stride(0),
+        grad.stride(0),
+        vocab,
+        number,
+        scalar,
+        softcap or 1.0,
+        logit_scale,
+        SHAPE=codes[0],
+        KL=codes[1],
+        ENTROPY_BONUS=numbers.entropy_coef != 0.0,
         HAS_SOFTCAP=softcap is not None,
         SAME_GRAD_LEAD=rows.same_lead(logits, grad),
-        **rows.tile_shape(config, logits, rows.rows_aligned(logits, grad)), **config.options,
-    )  # fmt: skip
+        **rows.tile_shape(config, logits, rows.rows_aligned(logits, grad)),
+        **config.options,
+    )
 
 
 def policy_step(
@@ -262,16 +279,23 @@ def policy_step(
     """Statistics, token results, metric sums (SLOTS,) float64 and the gradient of the logits."""
     stats = RowStatistics(*(torch.empty_like(x.old_logp) for _ in range(5)))
     out = results_like(x.old_logp)
-    grad = (
-        logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    )
+    grad = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     policy_step_rows(
-        rows.unit_stride(logits), grad, None, target, x, numbers, codes, scale, stats, out,
-        temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-    )  # fmt: skip
-    sums = policy_metrics.policy_metrics(
-        stats.logp, stats.entropy, x.old_logp, x.ref_logp, x.mask, out, counts
+        rows.unit_stride(logits),
+        grad,
+        None,
+        target,
+        x,
+        numbers,
+        codes,
+        scale,
+        stats,
+        out,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
     )
+    sums = policy_metrics.policy_metrics(stats.logp, stats.entropy, x.old_logp, x.ref_logp, x.mask, out, counts)
     return stats, out, sums, grad
 
 
@@ -281,9 +305,20 @@ def _case(dtype: torch.dtype, softcap: float | None, grad_dtype: torch.dtype) ->
     numbers = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0)
     logits, grad = (meta(4096, 151936, dtype=d) for d in (dtype, grad_dtype))
     policy_step_rows(
-        logits, grad, index, index, x, numbers, (2, 3), 1e-3, RowStatistics(*[v] * 5),
-        results_like(v), temperature=0.7, softcap=softcap, logit_scale=1.0,
-    )  # fmt: skip
+        logits,
+        grad,
+        index,
+        index,
+        x,
+        numbers,
+        (2, 3),
+        1e-3,
+        RowStatistics(*[v] * 5),
+        results_like(v),
+        temperature=0.7,
+        softcap=softcap,
+        logit_scale=1.0,
+    )
 
 
 @compile_case("policy_step", dtypes=FLOAT_DTYPES, visits=2, traffic=2)

@@ -52,9 +52,8 @@ def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr
 
 @triton.jit
 def base2_scale(
-    temperature_ptr, row, temperature, softcap, logit_scale,
-    HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr = False,
-):  # fmt: skip
+    temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr = False
+):
     """(c, c in nats): what u of `transform` is multiplied by; NaN where T <= 0."""
     t = temperature
     if temperature_ptr is not None:
@@ -63,9 +62,7 @@ def base2_scale(
 
 
 @triton.jit
-def scaled_by_temperature(
-    t, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr
-):
+def scaled_by_temperature(t, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
     """`base2_scale` of temperatures that are loaded."""
     nats = tl.where(t > 0, 1.0 / t, float("nan"))
     if HAS_SOFTCAP:
@@ -149,9 +146,7 @@ def load_whole(row_ptr, start, offs_v, EVICTION: tl.constexpr = NO_HINT):
 
 
 @triton.jit
-def transform(
-    z, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP: tl.constexpr
-):  # fmt: skip
+def transform(z, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP: tl.constexpr):
     """(u, d u / d z) of logits at offsets `at`; -inf stays -inf, without slope under a softcap.
 
     Both leave out what `base2_scale` holds: the softcap, or the scale of logits without bias. So u
@@ -175,9 +170,16 @@ def transform(
 
 @triton.jit
 def read(
-    row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale,
-    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = NO_HINT,
-):  # fmt: skip
+    row_ptr,
+    bias_row_ptr,
+    at,
+    inside,
+    softcap,
+    logit_scale,
+    bias_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    EVICTION: tl.constexpr = NO_HINT,
+):
     """`transform` of the logits at offsets `at`; outside of the row they are -inf."""
     z = load(row_ptr + at, inside, NEG_INF, EVICTION)
     return transform(z, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
@@ -185,14 +187,19 @@ def read(
 
 @triton.jit
 def read_whole(
-    row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale,
-    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr = NO_HINT,
-):  # fmt: skip
+    row_ptr,
+    bias_row_ptr,
+    start,
+    offs_v,
+    softcap,
+    logit_scale,
+    bias_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    EVICTION: tl.constexpr = NO_HINT,
+):
     """`transform` of the tile that begins at `start`, none of it masked."""
     z = load_whole(row_ptr, start, offs_v, EVICTION)
-    return transform(
-        z, bias_row_ptr, start + offs_v, None, softcap, logit_scale, bias_scale, HAS_SOFTCAP
-    )
+    return transform(z, bias_row_ptr, start + offs_v, None, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
 
 
 @triton.jit

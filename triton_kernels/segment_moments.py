@@ -24,9 +24,7 @@ STRIPS_PER_PART = 4
 
 
 @triton.jit
-def _store_cell(
-    count_ptr, sum_ptr, sum_sq_ptr, min_ptr, max_ptr, place, count, total, square, low, high
-):
+def _store_cell(count_ptr, sum_ptr, sum_sq_ptr, min_ptr, max_ptr, place, count, total, square, low, high):
     poisoned = square != square  # minimum and maximum drop a NaN, squares keep it
     dtype = sum_ptr.dtype.element_ty
     tl.store(count_ptr + place, count.to(count_ptr.dtype.element_ty))
@@ -72,10 +70,18 @@ def segment_moments_kernel(
         low = tl.minimum(low, tl.where(valid, x, float("inf")))
         high = tl.maximum(high, tl.where(valid, x, float("-inf")))
     _store_cell(
-        count_ptr, sum_ptr, sum_sq_ptr, min_ptr, max_ptr, program,
-        tl.sum(count, axis=0), tl.sum(total, axis=0), tl.sum(square, axis=0),
-        tl.min(low, axis=0), tl.max(high, axis=0),
-    )  # fmt: skip
+        count_ptr,
+        sum_ptr,
+        sum_sq_ptr,
+        min_ptr,
+        max_ptr,
+        program,
+        tl.sum(count, axis=0),
+        tl.sum(total, axis=0),
+        tl.sum(square, axis=0),
+        tl.min(low, axis=0),
+        tl.max(high, axis=0),
+    )
 
 
 @triton.jit
@@ -93,13 +99,18 @@ def segment_moments_merge_kernel(
     cell = table_ptr + segment * PARTS + tl.arange(0, PARTS)
     field = as_int64(num_segments) * PARTS
     _store_cell(
-        count_ptr, sum_ptr, sum_sq_ptr, min_ptr, max_ptr, segment,
+        count_ptr,
+        sum_ptr,
+        sum_sq_ptr,
+        min_ptr,
+        max_ptr,
+        segment,
         tl.sum(tl.load(cell), axis=0),
         tl.sum(tl.load(cell + field), axis=0),
         tl.sum(tl.load(cell + 2 * field), axis=0),
         tl.min(tl.load(cell + 3 * field), axis=0),
         tl.max(tl.load(cell + 4 * field), axis=0),
-    )  # fmt: skip
+    )
 
 
 declare("segment_moments", {80: LaunchConfig(block_t=512, num_warps=4)})
@@ -134,13 +145,10 @@ def segment_moments(
         whole = torch.empty(5, num_segments, parts, dtype=torch.float64, device=values.device)
         table = list(whole.unbind(0))
     segment_moments_kernel[(num_segments * parts,)](
-        values, order, borders, mask, *table,
-        PARTS=parts, BLOCK=config.block_t, **config.options,
-    )  # fmt: skip
+        values, order, borders, mask, *table, PARTS=parts, BLOCK=config.block_t, **config.options
+    )
     if parts > 1:
-        segment_moments_merge_kernel[(num_segments,)](
-            whole, *outputs, num_segments, PARTS=parts, num_warps=1
-        )
+        segment_moments_merge_kernel[(num_segments,)](whole, *outputs, num_segments, PARTS=parts, num_warps=1)
     return tuple(outputs)
 
 

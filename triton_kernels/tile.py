@@ -11,9 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(
-    os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-)
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
@@ -36,9 +34,7 @@ def reciprocal(x):
     if INTERPRET:
         y = 1.0 / x
     else:
-        y = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y
 
 

@@ -23,9 +23,7 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def _fold_extras(
-    step, decay, c2, d, e, ss, s2, ssd, ssdd, SECOND: tl.constexpr, MOMENTS: tl.constexpr
-):  # fmt: skip
+def _fold_extras(step, decay, c2, d, e, ss, s2, ssd, ssdd, SECOND: tl.constexpr, MOMENTS: tl.constexpr):
     """The lanes' optional sums after a tile; `ss` is that before it."""
     if SECOND:
         s2 = tl.exp2(step * c2) * s2 + rows.lane_sum(tl.exp2(d * c2))
@@ -75,12 +73,8 @@ def token_stats_fwd_kernel(
     counts = row >= 0  # every row
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
-    c, nats = rows.base2_scale(
-        temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
-    )
-    c2, nats2 = rows.base2_scale(
-        None, row, second_temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
-    )
+    c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS)
+    c2, nats2 = rows.base2_scale(None, row, second_temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS)
 
     # A masked row has no elements: nothing of it is read, and its outputs are set to 0 at the end.
     vocab = tl.where(counts, vocab_size, 0)
@@ -99,18 +93,13 @@ def token_stats_fwd_kernel(
     ssdd = tl.zeros((LANES,), tl.float32)  # sum d^2 e^2
 
     for start in range(0, whole, TILE):  # no mask in the hot loop
-        u, slope = rows.read_whole(
-            row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale,
-            HAS_SOFTCAP,
-        )  # fmt: skip
+        u, slope = rows.read_whole(row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
         old_ss = ss
         m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
         s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
     if whole < vocab:
         at = whole + offs_v
-        u, slope = rows.read(
-            row_ptr, bias_row_ptr, at, at < vocab, softcap, logit_scale, bias_scale, HAS_SOFTCAP
-        )
+        u, slope = rows.read(row_ptr, bias_row_ptr, at, at < vocab, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
         old_ss = ss
         m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
         s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
@@ -119,9 +108,7 @@ def token_stats_fwd_kernel(
     dead = row_s == 0.0  # only -inf: no distribution
     y = tl.load(target_ptr + row)
     has_target = (y >= 0) & (y < vocab_size) & counts
-    u_y, slope_y = rows.read(
-        row_ptr, bias_row_ptr, y, has_target, softcap, logit_scale, bias_scale, HAS_SOFTCAP
-    )
+    u_y, slope_y = rows.read(row_ptr, bias_row_ptr, y, has_target, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
     d_y = tl.where(has_target, u_y - row_m, float("nan"))
     log_s = tl.log2(row_s) * LN_2
     inv_sum = tl.where(dead, 0.0, 1.0 / row_s)
@@ -200,9 +187,7 @@ def token_stats_bwd_kernel(
     if bias_ptr is not None:
         bias_row_ptr = rows.row_start(bias_ptr, row * stride_bias_t, lead, ITEMS, SAME_LEAD)
     grad_row_ptr = rows.row_start(grad_logits_ptr, row * stride_grad_t, lead, ITEMS, SAME_GRAD_LEAD)
-    part_start, part_lead, size = rows.part_of_row(
-        tl.program_id(0) % parts, parts, lead, vocab_size, TILE
-    )
+    part_start, part_lead, size = rows.part_of_row(tl.program_id(0) % parts, parts, lead, vocab_size, TILE)
     whole = size // TILE * TILE
     first, last = rows.edges(part_lead, whole, size)
     first_whole = tl.where(part_lead > 0, TILE, 0)
@@ -221,9 +206,7 @@ def token_stats_bwd_kernel(
         for start in range(first_whole, whole, TILE):
             store(grad_row_ptr + start + offs_v, none)
     else:
-        c, nats = rows.base2_scale(
-            temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS
-        )
+        c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS)
         m = tl.load(m_ptr + row)
         y = tl.load(target_ptr + row)
         known = ((y >= 0) & (y < vocab_size)) | (y == rows.ELSEWHERE)
@@ -233,22 +216,17 @@ def token_stats_bwd_kernel(
         # comparison. Its logit is read before the tiles are written: they may lie in one place.
         at_y = lead + y - part_start
         has_y = (at_y >= part_lead) & (at_y < size)
-        u_y, slope_y = rows.read(
-            row_ptr, bias_row_ptr, at_y, has_y, softcap, logit_scale, bias_scale, HAS_SOFTCAP
-        )
+        u_y, slope_y = rows.read(row_ptr, bias_row_ptr, at_y, has_y, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
         tl.debug_barrier()
         for edge in range(first, last):
             at = edge * whole + offs_v
             inside = (at >= part_lead) & (at < size)
-            u, slope = rows.read(
-                row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP
-            )
+            u, slope = rows.read(row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
             store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), mask=inside)
         for start in range(first_whole, whole, TILE):
             u, slope = rows.read_whole(
-                row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale,
-                HAS_SOFTCAP,
-            )  # fmt: skip
+                row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+            )
             store(grad_row_ptr + start + offs_v, rows.gradient(u, slope, m, c, a0, a1))
         tl.debug_barrier()
         grad_y = slope_y * nats * ga + rows.gradient(u_y, slope_y, m, c, a0, a1)
@@ -287,20 +265,32 @@ def token_stats_fwd(
     if extended:
         sizes += [0 if second_temperature is None else tokens] + [tokens if moments else 0] * 2
     out = [torch.empty(n, dtype=torch.float32, device=logits.device) for n in sizes]
-    second, p2_logp, p2_logp2 = (out[7:] or [None] * 3)  # fmt: skip
+    second, p2_logp, p2_logp2 = out[7:] or [None] * 3
     vector, scalar = rows.per_row(temperature)
     if tokens:
         config = launch.choose("token_stats_fwd", logits)
         token_stats_fwd_kernel[(tokens,)](
-            logits, bias_logits, target.contiguous(), rows.contiguous(mask), vector, *out[:7],
+            logits,
+            bias_logits,
+            target.contiguous(),
+            rows.contiguous(mask),
+            vector,
+            *out[:7],
             None if second_temperature is None else second,
-            p2_logp if moments else None, p2_logp2 if moments else None,
-            logits.stride(0), 0 if bias_logits is None else bias_logits.stride(0), vocab,
-            scalar, softcap or 1.0, logit_scale, bias_scale, second_temperature or 1.0,
+            p2_logp if moments else None,
+            p2_logp2 if moments else None,
+            logits.stride(0),
+            0 if bias_logits is None else bias_logits.stride(0),
+            vocab,
+            scalar,
+            softcap or 1.0,
+            logit_scale,
+            bias_scale,
+            second_temperature or 1.0,
             HAS_SOFTCAP=softcap is not None,
             **rows.tile_shape(config, logits, rows.rows_aligned(logits, bias_logits)),
             **config.options,
-        )  # fmt: skip
+        )
     return tuple(out)
 
 
@@ -334,15 +324,32 @@ def token_stats_bwd(
         config = launch.choose("token_stats_bwd", logits)
         parts = rows.parts(tokens, vocab, config)
         token_stats_bwd_kernel[(tokens * parts,)](
-            logits, bias_logits, target.contiguous(), rows.contiguous(mask), vector, m, inv_sum,
-            entropy, rows.as_float(grad_logp), rows.as_float(grad_entropy), out,
-            logits.stride(0), 0 if bias_logits is None else bias_logits.stride(0), out.stride(0),
-            vocab, parts, scalar, softcap or 1.0, logit_scale, bias_scale,
-            HAS_SOFTCAP=softcap is not None, SAME_LEAD=rows.same_lead(logits, bias_logits),
+            logits,
+            bias_logits,
+            target.contiguous(),
+            rows.contiguous(mask),
+            vector,
+            m,
+            inv_sum,
+            entropy,
+            rows.as_float(grad_logp),
+            rows.as_float(grad_entropy),
+            out,
+            logits.stride(0),
+            0 if bias_logits is None else bias_logits.stride(0),
+            out.stride(0),
+            vocab,
+            parts,
+            scalar,
+            softcap or 1.0,
+            logit_scale,
+            bias_scale,
+            HAS_SOFTCAP=softcap is not None,
+            SAME_LEAD=rows.same_lead(logits, bias_logits),
             SAME_GRAD_LEAD=rows.same_lead(logits, out),
             **rows.tile_shape(config, logits, rows.base_aligned(logits, bias_logits, out)),
             **config.options,
-        )  # fmt: skip
+        )
     return out
 
 
@@ -371,18 +378,34 @@ def _(dtype: torch.dtype) -> None:
 def _(dtype: torch.dtype) -> None:
     logits, target = _arguments(dtype)
     token_stats_fwd(
-        logits, target, temperature=meta(4096), softcap=30.0, logit_scale=1.0,
-        mask=meta(4096, dtype=torch.bool), bias_logits=logits, second_temperature=0.7, moments=True,
-    )  # fmt: skip
+        logits,
+        target,
+        temperature=meta(4096),
+        softcap=30.0,
+        logit_scale=1.0,
+        mask=meta(4096, dtype=torch.bool),
+        bias_logits=logits,
+        second_temperature=0.7,
+        moments=True,
+    )
 
 
 @compile_case("token_stats_bwd/options", dtypes=(torch.bfloat16,))
 def _(dtype: torch.dtype) -> None:
     row = meta(4096)
     token_stats_bwd(
-        *_arguments(dtype), row, row, row, row, row, temperature=row, softcap=30.0,
-        logit_scale=1.0, mask=meta(4096, dtype=torch.bool), bias_logits=_arguments(dtype)[0],
-    )  # fmt: skip
+        *_arguments(dtype),
+        row,
+        row,
+        row,
+        row,
+        row,
+        temperature=row,
+        softcap=30.0,
+        logit_scale=1.0,
+        mask=meta(4096, dtype=torch.bool),
+        bias_logits=_arguments(dtype)[0],
+    )
 
 
 @compile_case("token_stats_fwd/odd_vocabulary", dtypes=(torch.bfloat16,), traffic=1)

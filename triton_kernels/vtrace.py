@@ -19,14 +19,7 @@ import triton.language as tl
 
 from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
-from tokfuse.triton_kernels.packed import (
-    first_lane,
-    is_valid,
-    joined,
-    pair,
-    reverse_minimum,
-    reverse_recurrence,
-)
+from tokfuse.triton_kernels.packed import first_lane, is_valid, joined, pair, reverse_minimum, reverse_recurrence
 
 LOG_RATIO_CLAMP = tl.constexpr(20.0)
 

@@ -55,9 +55,7 @@ def pass_rate_at_k(samples: torch.Tensor, correct: torch.Tensor, *, k: int) -> t
     differs="A metric; the survey has no method of its own. Ties go to the first seen.",
     **FACTS,
 )
-def majority_at_k(
-    answers: Sequence[Hashable], *, weight: Sequence[float] | None = None
-) -> Hashable:
+def majority_at_k(answers: Sequence[Hashable], *, weight: Sequence[float] | None = None) -> Hashable:
     """The answer with the largest total weight (cons@k). Utility.
 
     Args:
@@ -86,9 +84,7 @@ def majority_at_k(
     differs="A metric; the survey has no method of its own. Ties go to the first.",
     **FACTS,
 )
-def best_of_n(
-    score: Sequence[float], answers: Sequence[Hashable] | None = None, *, weighted: bool = False
-) -> int:
+def best_of_n(score: Sequence[float], answers: Sequence[Hashable] | None = None, *, weighted: bool = False) -> int:
     """Which of n sampled answers to give. Utility.
 
     Args:
@@ -100,10 +96,8 @@ def best_of_n(
     if len(score) == 0:
         raise refuse(op, "score", "of at least one answer", "none", "Sample one.")
     if weighted != (answers is not None):
-        raise refuse(op, "answers", "given exactly where weighted=True",
-                     f"weighted={weighted}", "Pass both or none.")  # fmt: skip
+        raise refuse(op, "answers", "given exactly where weighted=True", f"weighted={weighted}", "Pass both or none.")
     if answers is None:
         return max(range(len(score)), key=lambda i: (score[i], -i))
     winner = majority_at_k(answers, weight=score)
-    return max((i for i in range(len(score)) if answers[i] == winner),
-               key=lambda i: (score[i], -i))  # fmt: skip
+    return max((i for i in range(len(score)) if answers[i] == winner), key=lambda i: (score[i], -i))

@@ -45,11 +45,11 @@ def ablation_effect(full: torch.Tensor, without: torch.Tensor, *, paired: bool =
             raise refuse(op, name, "of at least two runs", x.shape[0], "An error needs two.")
     a, b = full.double(), without.double()
     if not paired:
-        return Effect(float(a.mean() - b.mean()),
-                      math.sqrt(float(a.var() / a.shape[0] + b.var() / b.shape[0])))  # fmt: skip
+        return Effect(float(a.mean() - b.mean()), math.sqrt(float(a.var() / a.shape[0] + b.var() / b.shape[0])))
     if a.shape != b.shape:
-        raise refuse(op, "without", f"of shape {tuple(a.shape)} with paired=True",
-                     f"shape {tuple(b.shape)}", "Pair the runs.")  # fmt: skip
+        raise refuse(
+            op, "without", f"of shape {tuple(a.shape)} with paired=True", f"shape {tuple(b.shape)}", "Pair the runs."
+        )
     return Effect(float((a - b).mean()), math.sqrt(float((a - b).var()) / a.shape[0]))
 
 
@@ -69,9 +69,7 @@ class Bounds(NamedTuple):
     summary="bounds of the probability that a step was necessary and sufficient",
     differs="The standard bounds. IDUM's risk on top of them was not found.",
 )
-def pns_bounds(
-    with_step: torch.Tensor, without_step: torch.Tensor, *, monotone: bool = False
-) -> Bounds:
+def pns_bounds(with_step: torch.Tensor, without_step: torch.Tensor, *, monotone: bool = False) -> Bounds:
     """max(0, p1 - p0) <= P(Y1 = 1, Y0 = 0) <= min(p1, 1 - p0). Utility.
 
     Args:
@@ -83,15 +81,25 @@ def pns_bounds(
     """
     op = "effects.pns_bounds"
     if with_step.shape != without_step.shape:
-        raise refuse(op, "without_step", f"of shape {tuple(with_step.shape)}",
-                     f"shape {tuple(without_step.shape)}", "Pair the rates.")  # fmt: skip
+        raise refuse(
+            op,
+            "without_step",
+            f"of shape {tuple(with_step.shape)}",
+            f"shape {tuple(without_step.shape)}",
+            "Pair the rates.",
+        )
     p1, p0 = with_step.double(), without_step.double()
     for name, p in (("with_step", p1), ("without_step", p0)):
         if not bool(((p >= 0) & (p <= 1)).all()):
             raise refuse(op, name, "in [0, 1]", "others", "Pass success rates.")
     if monotone:
         if bool((p1 < p0).any()):
-            raise refuse(op, "with_step", ">= without_step with monotone=True", "a smaller rate",
-                         "The data contradict monotonicity: drop it.")  # fmt: skip
+            raise refuse(
+                op,
+                "with_step",
+                ">= without_step with monotone=True",
+                "a smaller rate",
+                "The data contradict monotonicity: drop it.",
+            )
         return Bounds(p1 - p0, p1 - p0)
     return Bounds((p1 - p0).clamp_min(0.0), torch.minimum(p1, 1 - p0))

@@ -85,8 +85,13 @@ class GroupDRO(Stateful):
         counts as 0 growth."""
         check_vector(self._op, "risk", risk)
         if risk.shape[0] != self.environments:
-            raise refuse(self._op, "risk", f"of shape ({self.environments},)",
-                         f"shape {tuple(risk.shape)}", "Pass NaN for an unseen one.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "risk",
+                f"of shape ({self.environments},)",
+                f"shape {tuple(risk.shape)}",
+                "Pass NaN for an unseen one.",
+            )
         growth = self.step_size * risk.detach().double().cpu()
         growth = torch.where(growth.isnan(), 0.0, growth)
         log = torch.tensor(state["log_weight"], dtype=torch.float64) + growth

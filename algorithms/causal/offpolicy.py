@@ -25,9 +25,7 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
         "asked."
     ),
 )
-def tempered_group_weights(
-    seq_logp: torch.Tensor, group_ids: torch.Tensor, *, power: float = 1.0
-) -> torch.Tensor:
+def tempered_group_weights(seq_logp: torch.Tensor, group_ids: torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
     """w_i = exp(power l_i) / sum over the group of exp(power l_j), detached. Analogue.
 
     Args:
@@ -41,8 +39,7 @@ def tempered_group_weights(
     """
     op = "tempered_group_weights"
     check_vector(op, "seq_logp", seq_logp)
-    check_vector(op, "group_ids", group_ids, Rows(seq_logp.shape[0], "seq_logp", seq_logp.device),
-                 INTS)  # fmt: skip
+    check_vector(op, "group_ids", group_ids, Rows(seq_logp.shape[0], "seq_logp", seq_logp.device), INTS)
     check_number(op, "power", power, 0.0, 4.0)
     member = groups_of(group_ids).member
     x = seq_logp.detach().double()
@@ -55,28 +52,61 @@ def tempered_group_weights(
 
 # name, op, system, source, summary, what differs
 _SERVED = (
-    ("offpolicy_weights", offpolicy_weights, "Ad-load balancing",
-     "arXiv 2309.11518; estimators as in st-tech/zr-obp",
-     "importance weights: IPS, truncated, switched, shrunk, sub-Gaussian; ESS and what was kept",
-     "The paper's reward mix was not found; weights and estimators are the standard ones."),
-    ("ope", ope, "Ad-load balancing", "arXiv 2309.11518; st-tech/zr-obp",
-     "value of a policy from logged data: IPS, SNIPS, DM, DR, SNDR, with errors",
-     "As for `offpolicy_weights`."),
-    ("vtrace", vtrace, "Ad-load balancing", "arXiv 2309.11518; IMPALA (arXiv 1802.01561)",
-     "sequential doubly robust returns: one reverse scan over the responses",
-     "Over sequences the paper's q(x, pi) is intractable; the scan with a critic replaces it."),
-    ("paired_divergence", paired_divergence, "CDAS",
-     "arXiv 2602.05234; github.com/colored-dye/concept_das",
-     "per-token JSD or KL of two streams of logits, gradient to one of them",
-     "The divergence only; activation hooks belong to the model. Statistics in float32: the "
-     "released loss takes the dtype of the logits and may give NaN."),
-    ("debiased_token_stats", token_stats, "CausalInfoMin",
-     "arXiv 2311.16941; github.com/Vaidehi99/CausalInfoMin (TE-D)",
-     "`bias_logits` subtracts a frozen bias model's logits inside the pass",
-     "TE-D only: the rate term and the dictionary of ATE-D are not here. Old and new policy of a "
-     "ratio must use the same bias."),
-)  # fmt: skip
+    (
+        "offpolicy_weights",
+        offpolicy_weights,
+        "Ad-load balancing",
+        "arXiv 2309.11518; estimators as in st-tech/zr-obp",
+        "importance weights: IPS, truncated, switched, shrunk, sub-Gaussian; ESS and what was kept",
+        "The paper's reward mix was not found; weights and estimators are the standard ones.",
+    ),
+    (
+        "ope",
+        ope,
+        "Ad-load balancing",
+        "arXiv 2309.11518; st-tech/zr-obp",
+        "value of a policy from logged data: IPS, SNIPS, DM, DR, SNDR, with errors",
+        "As for `offpolicy_weights`.",
+    ),
+    (
+        "vtrace",
+        vtrace,
+        "Ad-load balancing",
+        "arXiv 2309.11518; IMPALA (arXiv 1802.01561)",
+        "sequential doubly robust returns: one reverse scan over the responses",
+        "Over sequences the paper's q(x, pi) is intractable; the scan with a critic replaces it.",
+    ),
+    (
+        "paired_divergence",
+        paired_divergence,
+        "CDAS",
+        "arXiv 2602.05234; github.com/colored-dye/concept_das",
+        "per-token JSD or KL of two streams of logits, gradient to one of them",
+        "The divergence only; activation hooks belong to the model. Statistics in float32: the "
+        "released loss takes the dtype of the logits and may give NaN.",
+    ),
+    (
+        "debiased_token_stats",
+        token_stats,
+        "CausalInfoMin",
+        "arXiv 2311.16941; github.com/Vaidehi99/CausalInfoMin (TE-D)",
+        "`bias_logits` subtracts a frozen bias model's logits inside the pass",
+        "TE-D only: the rate term and the dictionary of ATE-D are not here. Old and new policy of a "
+        "ratio must use the same bias.",
+    ),
+)
 
 for _name, _op, _system, _source, _summary, _differs in _SERVED:
-    add(Entry(name=_name, cls=_op, table=__name__, kind="causal", system=_system, label="exact",
-              source=_source, summary=_summary, differs=_differs))  # fmt: skip
+    add(
+        Entry(
+            name=_name,
+            cls=_op,
+            table=__name__,
+            kind="causal",
+            system=_system,
+            label="exact",
+            source=_source,
+            summary=_summary,
+            differs=_differs,
+        )
+    )

@@ -68,13 +68,10 @@ class Arms(Stateful):
         zero = [0.0] * self.arms
         return {"pulls": [0] * self.arms, "reward": zero, "residual": zero, "step": 0}
 
-    def observe(
-        self, state: State, choice: Choice, reward: float, residual: float | None = None
-    ) -> State:
+    def observe(self, state: State, choice: Choice, reward: float, residual: float | None = None) -> State:
         """The state with the outcome of a choice added. residual: constraint violation, > 0 bad."""
         if not 0 <= choice.arm < self.arms:
-            raise refuse(self._op, "choice.arm", f"in [0, {self.arms})", choice.arm,
-                         "Pass what choose returned.")  # fmt: skip
+            raise refuse(self._op, "choice.arm", f"in [0, {self.arms})", choice.arm, "Pass what choose returned.")
         added = {"pulls": 1, "reward": float(reward), "residual": float(residual or 0.0)}
         out = {"step": state["step"] + 1}
         for key, value in added.items():
@@ -125,8 +122,13 @@ class SquareCB(Arms):
         if cost is None:
             cost = -self.means(state)
         elif cost.shape != (self.arms,):
-            raise refuse(self._op, "cost", f"of shape ({self.arms},), one per arm",
-                         f"shape {tuple(cost.shape)}", "Predict every arm.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "cost",
+                f"of shape ({self.arms},), one per arm",
+                f"shape {tuple(cost.shape)}",
+                "Predict every arm.",
+            )
         p = squarecb_probabilities(cost, self.scale * max(1, state["step"]) ** self.power)
         place = draws(self.seed, state["step"]).random()
         arm = min(int((p.cumsum(0) <= place).sum()), self.arms - 1)
@@ -198,10 +200,14 @@ def generation_report(log: Sequence[Choice], target: Sequence[Sequence[float]]) 
         arm. Shares that lose an arm, or a size far below len(log), warn of degrading generations.
     """
     if len(log) != len(target) or not log:
-        raise refuse("generation_report", "target", "one row per choice, at least one",
-                     f"{len(target)} for {len(log)}", "Score every logged choice.")  # fmt: skip
-    w = torch.tensor([row[c.arm] / c.propensity for c, row in zip(log, target, strict=True)],
-                     dtype=torch.float64)  # fmt: skip
+        raise refuse(
+            "generation_report",
+            "target",
+            "one row per choice, at least one",
+            f"{len(target)} for {len(log)}",
+            "Score every logged choice.",
+        )
+    w = torch.tensor([row[c.arm] / c.propensity for c, row in zip(log, target, strict=True)], dtype=torch.float64)
     square = float(w.square().sum())
     arms = torch.bincount(torch.tensor([c.arm for c in log]), minlength=len(log[0].probabilities))
     size = float(w.sum()) ** 2 / square if square > 0 else 0.0

@@ -90,8 +90,13 @@ class CogRethinker(Stateful):
         "direct" for a new prompt; None where some rollout was right, and after the last stage.
         """
         if len(accuracies) > len(STAGES):
-            raise refuse(self._op, "accuracies", f"of at most {len(STAGES)} stages",
-                         len(accuracies), "Start over for a new rollout.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "accuracies",
+                f"of at most {len(STAGES)} stages",
+                len(accuracies),
+                "Start over for a new rollout.",
+            )
         for accuracy in accuracies:
             check_number(self._op, "accuracies", float(accuracy), 0.0, 1.0)
         if any(accuracy > 0 for accuracy in accuracies) or len(accuracies) == len(STAGES):
@@ -118,7 +123,5 @@ class CogRethinker(Stateful):
             solved: (seqs,), bool: correct, and of stage 2 or 3. Without one all weights are 0.
         """
         lengths = cu_seqlens.diff().long()
-        each = (
-            self.sft_weight * solved.double() / (lengths.clamp_min(1) * solved.sum().clamp_min(1))
-        )
+        each = self.sft_weight * solved.double() / (lengths.clamp_min(1) * solved.sum().clamp_min(1))
         return each.repeat_interleave(lengths).float()

@@ -46,8 +46,9 @@ def largest_remainder(share: torch.Tensor, total: int) -> torch.Tensor:
     if not bool((share >= 0).all() and share.isfinite().all()):
         raise refuse(op, "share", "finite numbers >= 0", "others", "Check the statistics.")
     if total < 0 or (total > 0 and share.shape[0] == 0):
-        raise refuse(op, "total", f">= 0 for {share.shape[0]} rows, and 0 without rows", total,
-                     "Pass what is to be shared out.")  # fmt: skip
+        raise refuse(
+            op, "total", f">= 0 for {share.shape[0]} rows, and 0 without rows", total, "Pass what is to be shared out."
+        )
     if share.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=share.device)
     x = share.double()
@@ -99,11 +100,7 @@ def gradient_sigma(
     ),
 )
 def rollout_sigma(
-    gradient: torch.Tensor,
-    correct: torch.Tensor,
-    prompt_ids: torch.Tensor,
-    num_prompts: int,
-    p: torch.Tensor,
+    gradient: torch.Tensor, correct: torch.Tensor, prompt_ids: torch.Tensor, num_prompts: int, p: torch.Tensor
 ) -> torch.Tensor:
     """`gradient_sigma` of every prompt from its rollouts' gradients, or from their norms. Exact.
 
@@ -200,23 +197,30 @@ class CurES(Stateful):
         check_number(self._op, "multiple", self.multiple, 1)
         check_number(self._op, "minimum", self.minimum, 0)
         if self.rounding == "exact" and self.multiple != 1:
-            raise refuse(self._op, "multiple", "left out with rounding 'exact'", self.multiple,
-                         "Pass a total that divides.")  # fmt: skip
+            raise refuse(
+                self._op, "multiple", "left out with rounding 'exact'", self.multiple, "Pass a total that divides."
+            )
 
     def initial_state(self) -> State:
         """Nothing tried."""
         return {"successes": [0] * self.prompts, "trials": [0] * self.prompts, "draws": 0}
 
-    def observe(
-        self, state: State, prompt_ids: Sequence[int] | torch.Tensor, correct: torch.Tensor
-    ) -> State:
+    def observe(self, state: State, prompt_ids: Sequence[int] | torch.Tensor, correct: torch.Tensor) -> State:
         """The state with these rollouts counted; (rollouts,) ids and bool."""
         ids = torch.as_tensor(prompt_ids).long().cpu()
-        right = check_vector(self._op, "correct", correct, Rows(ids.shape[0], "prompt_ids",
-                             correct.device), BOOL).long().cpu()  # fmt: skip
+        right = (
+            check_vector(self._op, "correct", correct, Rows(ids.shape[0], "prompt_ids", correct.device), BOOL)
+            .long()
+            .cpu()
+        )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.prompts:
-            raise refuse(self._op, "prompt_ids", f"in [0, {self.prompts})",
-                         f"{int(ids.min())} to {int(ids.max())}", "Raise prompts.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "prompt_ids",
+                f"in [0, {self.prompts})",
+                f"{int(ids.min())} to {int(ids.max())}",
+                "Raise prompts.",
+            )
         wins = torch.bincount(ids, right.double(), minlength=self.prompts).long()
         tries = torch.bincount(ids, minlength=self.prompts)
         return state | {
@@ -259,8 +263,7 @@ class CurES(Stateful):
         """
         rest = total - self.minimum * sigma.shape[0]
         if rest < 0:
-            raise refuse(self._op, "total", f">= minimum * prompts = {total - rest}", total,
-                         "Raise it.")  # fmt: skip
+            raise refuse(self._op, "total", f">= minimum * prompts = {total - rest}", total, "Raise it.")
         if self.rounding == "exact":
             return largest_remainder(sigma, rest) + self.minimum
         x = sigma.double()

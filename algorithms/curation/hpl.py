@@ -110,8 +110,13 @@ def segment_uncertain(
     op = "segment_uncertain"
     check_vector(op, "entropy", entropy)
     if (quantile is None) == (threshold is None):
-        raise refuse(op, "quantile or threshold", "given, one of them",
-                     "none" if quantile is None else "both", "Set the other to None.")  # fmt: skip
+        raise refuse(
+            op,
+            "quantile or threshold",
+            "given, one of them",
+            "none" if quantile is None else "both",
+            "Set the other to None.",
+        )
     n = entropy.shape[0]
     if n == 0:
         return torch.zeros(1, dtype=torch.int32)

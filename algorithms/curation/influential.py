@@ -12,14 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokfuse.algorithms.influence import (
-    adam_features,
-    greedy_select,
-    less_scores,
-    matrix,
-    top_fraction,
-    ugda_select,
-)
+from tokfuse.algorithms.influence import adam_features, greedy_select, less_scores, matrix, top_fraction, ugda_select
 from tokfuse.algorithms.registry import register
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
@@ -72,9 +65,7 @@ class LESS:
         moments: (exp_avg, exp_avg_sq) per checkpoint, for the training features; validation
             features stay plain gradients. None: plain gradients on both sides (the SGD form).
         """
-        return less_scores(
-            _updates(self, train, moments), validation, weight=weight, subtask=subtask
-        )
+        return less_scores(_updates(self, train, moments), validation, weight=weight, subtask=subtask)
 
     def select(
         self,
@@ -119,9 +110,7 @@ class GREATS:
         check_number("algorithms.greats", "k", self.k, 1)
         check_number("algorithms.greats", "lr", self.lr, 0.0, open_low=True)
 
-    def select(
-        self, features: torch.Tensor, validation: torch.Tensor, *, divisor: float = 1.0
-    ) -> torch.Tensor:
+    def select(self, features: torch.Tensor, validation: torch.Tensor, *, divisor: float = 1.0) -> torch.Tensor:
         """(k,) int64 ids in the order of picking.
 
         Args:
@@ -199,8 +188,13 @@ def _updates(
     if moments is None:
         return train
     if len(moments) != len(train):
-        raise refuse(f"algorithms.{type(method).__name__.lower()}", "moments",
-                     f"one pair per checkpoint, {len(train)}", len(moments),
-                     "Pass the optimiser's state of each.")  # fmt: skip
-    return [adam_features(g, m, v, betas=method.betas, eps=method.eps)
-            for g, (m, v) in zip(train, moments, strict=True)]  # fmt: skip
+        raise refuse(
+            f"algorithms.{type(method).__name__.lower()}",
+            "moments",
+            f"one pair per checkpoint, {len(train)}",
+            len(moments),
+            "Pass the optimiser's state of each.",
+        )
+    return [
+        adam_features(g, m, v, betas=method.betas, eps=method.eps) for g, (m, v) in zip(train, moments, strict=True)
+    ]

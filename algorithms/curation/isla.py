@@ -65,8 +65,7 @@ class ISLA:
     def select(self, accuracy: torch.Tensor, uncertainty: torch.Tensor) -> torch.Tensor:
         """(steps,) bool; accuracy (steps + 1,), uncertainty (steps,) mean entropies."""
         gain = self.scores(accuracy).relative_accuracy
-        check_vector("algorithms.isla", "uncertainty", uncertainty,
-                     Rows(gain.shape[0], "accuracy", accuracy.device))  # fmt: skip
+        check_vector("algorithms.isla", "uncertainty", uncertainty, Rows(gain.shape[0], "accuracy", accuracy.device))
         return (gain >= self.min_accuracy_gain) & (uncertainty >= self.min_uncertainty)
 
     def pair(self, chosen_accuracy: float, sampled: torch.Tensor) -> int | None:

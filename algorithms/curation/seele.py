@@ -44,9 +44,7 @@ class Hint(NamedTuple):
     length: int
 
 
-def fit_3pl(
-    rates: Sequence[float], accuracies: Sequence[float], *, bounds: Bounds = BOUNDS
-) -> ThreePL:
+def fit_3pl(rates: Sequence[float], accuracies: Sequence[float], *, bounds: Bounds = BOUNDS) -> ThreePL:
     """Least squares of the three-parameter logistic over the distinct rates.
 
     min over (k, mu, b) of sum_j (f(p_j) - mean accuracy of the rounds at p_j)^2, with the points
@@ -94,8 +92,9 @@ def fit_3pl(
     for middle in (0.5, 0.25, 0.75):
         margin = 0.01 * (highest - lowest)
         start = np.clip([8.0, -middle, 0.05], lowest + margin, highest - margin)
-        found = solve(residual, start, bounds=(lowest, highest), method="trf",
-                      ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=200)  # fmt: skip
+        found = solve(
+            residual, start, bounds=(lowest, highest), method="trf", ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=200
+        )
         if best is None or found.cost < best.cost * (1 - 1e-9):
             best = found
     assert best is not None
@@ -106,9 +105,7 @@ def _least_squares():  # type: ignore[no-untyped-def]
     try:
         from scipy.optimize import least_squares
     except ImportError as error:
-        raise ImportError(
-            "algorithms.seele: the fit needs scipy. Install tokfuse[selection], or scipy."
-        ) from error
+        raise ImportError("algorithms.seele: the fit needs scipy. Install tokfuse[selection], or scipy.") from error
     return least_squares
 
 
@@ -198,9 +195,7 @@ class SEELE(Stateful):
             del memory[prompt]
         return {"memory": memory, "last": {**state["last"], prompt: hint.rate}}
 
-    def masks(
-        self, cu_seqlens: torch.Tensor, hint_tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def masks(self, cu_seqlens: torch.Tensor, hint_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(policy mask, imitation mask), (tokens,) bool: the first hint_tokens of each sequence
         are the hint, which the policy did not sample and must not be credited for.
 
@@ -210,8 +205,13 @@ class SEELE(Stateful):
         """
         lengths = cu_seqlens.diff().long()
         if hint_tokens.shape != lengths.shape or bool((hint_tokens > lengths).any()):
-            raise refuse(self._op, "hint_tokens", f"({lengths.shape[0]},), within each sequence",
-                         hint_tokens.tolist(), "Count hint tokens of every sequence.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "hint_tokens",
+                f"({lengths.shape[0]},), within each sequence",
+                hint_tokens.tolist(),
+                "Count hint tokens of every sequence.",
+            )
         start = cu_seqlens[:-1].long().repeat_interleave(lengths)
         place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - start
         hint = place < hint_tokens.long().repeat_interleave(lengths)

@@ -35,9 +35,7 @@ def shapley_exact(value: Value, players: int) -> torch.Tensor:
     Source: Shapley; the attribution of CDC-MAS (arXiv 2509.08682). Utility.
     """
     check_number("shapley_exact", "players", players, 0, MOST_PLAYERS)
-    worth = [
-        value(frozenset(i for i in range(players) if mask >> i & 1)) for mask in range(2**players)
-    ]
+    worth = [value(frozenset(i for i in range(players) if mask >> i & 1)) for mask in range(2**players)]
     share = [1 / (players * math.comb(players - 1, size)) for size in range(players)]
     phi = torch.zeros(players, dtype=torch.float64)
     for i, mask in itertools.product(range(players), range(2**players)):
@@ -46,9 +44,7 @@ def shapley_exact(value: Value, players: int) -> torch.Tensor:
     return phi
 
 
-def shapley_monte_carlo(
-    value: Value, players: int, *, permutations: int = 200, seed: int = 0
-) -> Estimate:
+def shapley_monte_carlo(value: Value, players: int, *, permutations: int = 200, seed: int = 0) -> Estimate:
     """Mean marginal contribution along random orders: unbiased, and sums to v(all) - v(none).
 
     Args:
@@ -90,9 +86,7 @@ def shapley_monte_carlo(
         "`shapley.performance_graph`."
     ),
 )
-def agent_blame(
-    repaired: Value, agents: int, *, permutations: int = 200, seed: int = 0
-) -> Estimate:
+def agent_blame(repaired: Value, agents: int, *, permutations: int = 200, seed: int = 0) -> Estimate:
     """`shapley_monte_carlo` with v(S) = outcome when the agents in S are repaired. Utility.
 
     Args:
@@ -101,9 +95,7 @@ def agent_blame(
     return shapley_monte_carlo(repaired, agents, permutations=permutations, seed=seed)
 
 
-def performance_graph(
-    dependencies: Iterable[tuple[Hashable, Hashable]],
-) -> list[tuple[Hashable, Hashable]]:
+def performance_graph(dependencies: Iterable[tuple[Hashable, Hashable]]) -> list[tuple[Hashable, Hashable]]:
     """Edges (cause, effect) of bad performance: every dependency (consumer, provider) reversed.
 
     If A fed B bad data then B depends on A, and the result holds (A, B). Sources state the

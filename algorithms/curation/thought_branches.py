@@ -16,8 +16,7 @@ from tokfuse.runtime.core.checks import BOOL, Rows, check_number, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 
-def kl_binary(successes_p: float, trials_p: int, successes_q: float, trials_q: int, *,
-              alpha: float = 1e-9) -> float:  # fmt: skip
+def kl_binary(successes_p: float, trials_p: int, successes_q: float, trials_q: int, *, alpha: float = 1e-9) -> float:
     """KL(Bernoulli p || Bernoulli q) in nats from counts, each smoothed by alpha; at least 0.
 
     p = (successes + alpha) / (trials + 2 alpha); p ln(p / q) + (1 - p) ln((1 - p) / (1 - q)).
@@ -86,9 +85,7 @@ class ThoughtBranches:
         check_number(op, "max_interventions", self.max_interventions, 1)
         check_number(op, "alpha", self.alpha, 0.0, open_low=True)
 
-    def importance(
-        self, similarity: torch.Tensor, outcome: torch.Tensor, kept_outcome: torch.Tensor
-    ) -> float:
+    def importance(self, similarity: torch.Tensor, outcome: torch.Tensor, kept_outcome: torch.Tensor) -> float:
         """Counterfactual importance, nats.
 
         Args:
@@ -103,14 +100,20 @@ class ThoughtBranches:
         check_vector(op, "outcome", outcome, rows, BOOL)
         check_vector(op, "kept_outcome", kept_outcome, dtypes=BOOL)
         if not (outcome.numel() and kept_outcome.numel()):
-            raise refuse(op, "outcome and kept_outcome", "of at least one rollout each",
-                         f"{outcome.numel()} and {kept_outcome.numel()}", "Resample.")  # fmt: skip
+            raise refuse(
+                op,
+                "outcome and kept_outcome",
+                "of at least one rollout each",
+                f"{outcome.numel()} and {kept_outcome.numel()}",
+                "Resample.",
+            )
         differs = similarity < self.similar
         if float(differs.double().mean()) <= self.min_dissimilar:
             differs = torch.ones_like(differs)
         branch = outcome[differs]
-        return kl_binary(int(branch.sum()), branch.numel(), int(kept_outcome.sum()),
-                         kept_outcome.numel(), alpha=self.alpha)  # fmt: skip
+        return kl_binary(
+            int(branch.sum()), branch.numel(), int(kept_outcome.sum()), kept_outcome.numel(), alpha=self.alpha
+        )
 
     def resilience(
         self,
@@ -160,7 +163,12 @@ def transplant_curve(outcomes: Sequence[torch.Tensor]) -> torch.Tensor:
             of resampling behind it under the prompt without the hint (100 in the paper).
     """
     if not outcomes or any(o.numel() == 0 for o in outcomes):
-        raise refuse("transplant_curve", "outcomes", "at least one rollout per prefix",
-                     [o.numel() for o in outcomes], "Resample every prefix.")  # fmt: skip
+        raise refuse(
+            "transplant_curve",
+            "outcomes",
+            "at least one rollout per prefix",
+            [o.numel() for o in outcomes],
+            "Resample every prefix.",
+        )
     rates = torch.stack([o.double().mean() for o in outcomes])
     return rates - rates[0]

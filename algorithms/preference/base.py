@@ -55,8 +55,7 @@ class PreferenceLoss(Stateful, ABC):
         """Refuse a batch that lacks what the loss reads."""
 
     @abstractmethod
-    def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State,
-               units: slice) -> torch.Tensor:  # fmt: skip
+    def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State, units: slice) -> torch.Tensor:
         """(units,) float64: the loss of each pair or sequence, weights included; differentiable in
         the sums of log-probabilities. `units` are the pairs or sequences that `sides` holds."""
 
@@ -71,9 +70,7 @@ class PreferenceLoss(Stateful, ABC):
     def objective(self, batch: PreferenceBatch, layout: Layout, state: State, scale: float) -> Loss:
         """The function of statistics that `unit_step` differentiates: scale * sum of the losses."""
 
-        def of_units(
-            stats: TokenStats, tokens: torch.Tensor, first: int, last: int
-        ) -> torch.Tensor:
+        def of_units(stats: TokenStats, tokens: torch.Tensor, first: int, last: int) -> torch.Tensor:
             start, stop = layout.range(first, last)
             sides = layout.sides(stats.logp, stats.sum_sq, tokens, start, stop)
             return scale * self.losses(sides, batch, state, slice(start, stop)).sum()
@@ -84,14 +81,29 @@ class PreferenceLoss(Stateful, ABC):
         """Refuse a missing reference, one that would be ignored, and sums where tokens count."""
         given = batch.ref_logp is not None or batch.ref_sum is not None
         if self.needs_reference and not given:
-            raise refuse(self._op, "batch.ref_logp or batch.ref_sum", "given", None,
-                         "Score the responses with the frozen reference policy.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "batch.ref_logp or batch.ref_sum",
+                "given",
+                None,
+                "Score the responses with the frozen reference policy.",
+            )
         if given and not self.needs_reference:
-            raise refuse(self._op, "batch.ref_logp and batch.ref_sum", "left out", "a tensor",
-                         "This loss has no reference policy.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "batch.ref_logp and batch.ref_sum",
+                "left out",
+                "a tensor",
+                "This loss has no reference policy.",
+            )
         if batch.ref_sum is not None and self.token_tail_weight is not None:
-            raise refuse(self._op, "batch.ref_sum", "left out with tail_weight", "a tensor",
-                         "Pass ref_logp: its tail is weighted, too.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "batch.ref_sum",
+                "left out with tail_weight",
+                "a tensor",
+                "Pass ref_logp: its tail is weighted, too.",
+            )
 
 
 WEIGHTINGS = ("none", "wpo")
@@ -138,16 +150,25 @@ class PairLoss(PreferenceLoss):
         if batch.kl is not None:
             raise refuse(self._op, "batch.kl", "left out", "a tensor", "Only KTO reads it.")
         if (batch.level is None) != (self.level_weight is None):
-            raise refuse(self._op, "batch.level", "given with level_weight, and only then",
-                         "one of them", "Name the level of each pair.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "batch.level",
+                "given with level_weight, and only then",
+                "one of them",
+                "Name the level of each pair.",
+            )
         if self.level_weight is None or batch.level is None or not may_read(batch.level):
             return
         if bool(((batch.level < 0) | (batch.level >= len(self.level_weight))).any()):
-            raise refuse(self._op, "batch.level", f"in [0, {len(self.level_weight)}), the levels "
-                         "of level_weight", batch.level.tolist(), "Count from 0.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "batch.level",
+                f"in [0, {len(self.level_weight)}), the levels of level_weight",
+                batch.level.tolist(),
+                "Count from 0.",
+            )
 
-    def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State,
-               units: slice) -> torch.Tensor:  # fmt: skip
+    def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State, units: slice) -> torch.Tensor:
         chosen, rejected = sides
         loss = self.pair_losses(chosen, rejected, state) + self.extra(chosen, batch, units)
         if self.weighting == "wpo":

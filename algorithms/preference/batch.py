@@ -7,15 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.algorithms.batch import World
-from tokfuse.runtime.core.checks import (
-    BOOL,
-    FLOATS,
-    INTS,
-    Rows,
-    check_cu_seqlens,
-    check_optional,
-    may_read,
-)
+from tokfuse.runtime.core.checks import BOOL, FLOATS, INTS, Rows, check_cu_seqlens, check_optional, may_read
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.lm_head.unit_step import Units
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
@@ -70,16 +62,14 @@ class PreferenceBatch:
             raise refuse(OP, "pairs or desirable", "given, one of them", given, "Pass one.")
         if self.ref_logp is not None and self.ref_sum is not None:
             raise refuse(OP, "ref_sum", "left out with ref_logp", "both", "The sums follow.")
-        tokens, per_seq = Rows(self.num_tokens, "num_tokens", device), Rows(
-            seqs, "cu_seqlens", device)  # fmt: skip
+        tokens, per_seq = Rows(self.num_tokens, "num_tokens", device), Rows(seqs, "cu_seqlens", device)
         check_optional(OP, "mask", self.mask, tokens, BOOL)
         check_optional(OP, "ref_logp", self.ref_logp, tokens, FLOATS)
         check_optional(OP, "ref_sum", self.ref_sum, per_seq, FLOATS)
         check_optional(OP, "desirable", self.desirable, per_seq, BOOL)
         self._check_pairs(seqs, device)
         if self.kl is not None and self.kl.dim() != 0:
-            raise refuse(OP, "kl", "a 0-dim tensor", f"shape {tuple(self.kl.shape)}",
-                         "Pass what kto_kl returned.")  # fmt: skip
+            raise refuse(OP, "kl", "a 0-dim tensor", f"shape {tuple(self.kl.shape)}", "Pass what kto_kl returned.")
 
     def _check_pairs(self, seqs: int, device: torch.device) -> None:
         pairs = self.pairs
@@ -89,19 +79,24 @@ class PreferenceBatch:
                     raise refuse(OP, name, "left out without pairs", "a tensor", "It has no unit.")
             return
         if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
-            raise refuse(OP, "pairs", "(pairs, 2) int64", f"{tuple(pairs.shape)} {pairs.dtype}",
-                         "Pass the chosen and the rejected sequence of each pair.")  # fmt: skip
+            raise refuse(
+                OP,
+                "pairs",
+                "(pairs, 2) int64",
+                f"{tuple(pairs.shape)} {pairs.dtype}",
+                "Pass the chosen and the rejected sequence of each pair.",
+            )
         rows = Rows(pairs.shape[0], "pairs", device)
         check_optional(OP, "pair_weight", self.pair_weight, rows, FLOATS)
         check_optional(OP, "level", self.level, rows, INTS)
         if not may_read(pairs):
             return
         if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < seqs:
-            raise refuse(OP, "pairs", f"sequences in [0, {seqs})",
-                         f"{int(pairs.min())} to {int(pairs.max())}", "Count from 0.")  # fmt: skip
+            raise refuse(
+                OP, "pairs", f"sequences in [0, {seqs})", f"{int(pairs.min())} to {int(pairs.max())}", "Count from 0."
+            )
         if pairs.unique().numel() != pairs.numel():
-            raise refuse(OP, "pairs", "each sequence once", "one in two pairs",
-                         "Pack the response twice.")  # fmt: skip
+            raise refuse(OP, "pairs", "each sequence once", "one in two pairs", "Pack the response twice.")
 
     @property
     def num_seqs(self) -> int:

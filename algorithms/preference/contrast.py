@@ -87,29 +87,40 @@ class Contrast(PairLoss):
         if self.tau is not None:
             check_number(self._op, "tau", self.tau, 0.0, open_low=True)
         if self.alpha is not None and not abs(self.alpha - 1.0) > 1e-6:
-            raise refuse(self._op, "alpha", "not 1 (the limit is divergence 'reverse_kl')",
-                         self.alpha, "Choose another.")  # fmt: skip
+            raise refuse(
+                self._op, "alpha", "not 1 (the limit is divergence 'reverse_kl')", self.alpha, "Choose another."
+            )
         if self.nll is not None and self.nll.level is not None and self.level_weight is None:
-            raise refuse(self._op, "nll.level", "left out without level_weight", self.nll.level,
-                         "Weight the levels.")  # fmt: skip
+            raise refuse(self._op, "nll.level", "left out without level_weight", self.nll.level, "Weight the levels.")
         if self.nll is not None and self.nll.reduction == "batch_mean" and self.level_weight:
-            raise refuse(self._op, "nll.reduction", "'sum' or 'mean' with level_weight",
-                         "'batch_mean'", "A level has a mean of its own.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "nll.reduction",
+                "'sum' or 'mean' with level_weight",
+                "'batch_mean'",
+                "A level has a mean of its own.",
+            )
         if not self.reference and self.divergence != "reverse_kl":
-            raise refuse(self._op, "divergence", "'reverse_kl' without a reference",
-                         repr(self.divergence), "It maps the ratio to the reference.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "divergence",
+                "'reverse_kl' without a reference",
+                repr(self.divergence),
+                "It maps the ratio to the reference.",
+            )
 
     def _check_smoothing(self) -> None:
         check_number(self._op, "smoothing", self.smoothing, 0.0, 0.5)
         if self.link in ("hinge", "square", "discopop") and self.smoothing != 0.0:
-            raise refuse(self._op, "smoothing", f"left out with link {self.link!r}",
-                         self.smoothing, "It would have no effect.")  # fmt: skip
+            raise refuse(
+                self._op, "smoothing", f"left out with link {self.link!r}", self.smoothing, "It would have no effect."
+            )
         if self.link == "robust" and self.smoothing == 0.5:
-            raise refuse(self._op, "smoothing", "below 0.5 with link 'robust'", 0.5,
-                         "Half the labels wrong say nothing.")  # fmt: skip
+            raise refuse(
+                self._op, "smoothing", "below 0.5 with link 'robust'", 0.5, "Half the labels wrong say nothing."
+            )
         if self.link == "exo" and self.smoothing == 0.0:
-            raise refuse(self._op, "smoothing", "above 0 with link 'exo' (log 0)", 0.0,
-                         "The paper's code takes 1e-3.")  # fmt: skip
+            raise refuse(self._op, "smoothing", "above 0 with link 'exo' (log 0)", 0.0, "The paper's code takes 1e-3.")
 
     def _check_used(self, name: str, value: object, used: bool, by: str) -> None:
         if used != (value is not None):

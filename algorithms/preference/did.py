@@ -32,9 +32,7 @@ class DIDEntropy(NamedTuple):
     differs="The paper's estimator was not found (it takes 32 samples): self-normalised importance "
     "sampling is ours. Its weights are heavy-tailed at sequence level: a plot, never a loss.",
 )
-def did_entropy(
-    logp_sum: torch.Tensor, ref_sum: torch.Tensor, *, sampled_from: str = "reference"
-) -> DIDEntropy:
+def did_entropy(logp_sum: torch.Tensor, ref_sum: torch.Tensor, *, sampled_from: str = "reference") -> DIDEntropy:
     """Entropy of q(y) = (pi(y) / ref(y)) / Z over the responses y of one prompt. Utility.
 
     H(q) = log Z - E_q[log(pi / ref)]; with y_k drawn from b, v_k = pi / (ref b) at y_k:

@@ -47,8 +47,9 @@ class LeaF:
         check_choice(OP, "form", self.form, ("paper", "code"))
         check_number(OP, "temperature", self.temperature, 0.0, open_low=True)
         if (self.lam is None) != (self.form == "code"):
-            raise refuse(OP, "lam", "given with form 'paper', and only then", self.lam,
-                         "The released code mixes both contexts.")  # fmt: skip
+            raise refuse(
+                OP, "lam", "given with form 'paper', and only then", self.lam, "The released code mixes both contexts."
+            )
         if self.lam is not None:
             check_number(OP, "lam", self.lam, 0.0, 1.0)
 
@@ -72,9 +73,7 @@ class LeaF:
                 call's.
         """
         check_vector(OP, "pruned", pruned, Rows(student.shape[0], "student", student.device), BOOL)
-        kl = paired_divergence(
-            student, teacher, kind="kl_forward", temperature=self.temperature, mask=mask
-        )
+        kl = paired_divergence(student, teacher, kind="kl_forward", temperature=self.temperature, mask=mask)
         keep = torch.ones_like(pruned) if mask is None else mask
         parts = [torch.where(keep & side, kl, 0.0).sum() for side in (~pruned, pruned)]
         if counts is None:

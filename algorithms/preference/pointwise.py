@@ -144,9 +144,7 @@ def log_odds(a: torch.Tensor) -> torch.Tensor:
     """a - log(1 - exp(a)) for a < 0, without cancellation at either end."""
     near = a > -0.6931471805599453
     log1mexp = torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, a, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near, -1.0, a))),
+        near, torch.log(-torch.expm1(torch.where(near, a, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, a)))
     )
     return a - log1mexp
 
@@ -186,11 +184,9 @@ class KTO(PreferenceLoss):
         if batch.desirable is None:
             raise refuse(self._op, "batch.desirable", "given", None, "Label every response.")
         if batch.kl is None:
-            raise refuse(self._op, "batch.kl", "given", None,
-                         "Pass kto_kl of mismatched pairs; 0 leaves it out.")  # fmt: skip
+            raise refuse(self._op, "batch.kl", "given", None, "Pass kto_kl of mismatched pairs; 0 leaves it out.")
 
-    def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State,
-               units: slice) -> torch.Tensor:  # fmt: skip
+    def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State, units: slice) -> torch.Tensor:
         assert batch.desirable is not None and batch.kl is not None
         (side,), good = sides, batch.desirable[units]
         kl = batch.kl.detach().double().clamp(min=0.0)
@@ -206,14 +202,17 @@ def mismatched(num_seqs: int) -> torch.Tensor:
         ValueError: fewer than two responses: there is no other one.
     """
     if num_seqs < 2:
-        raise refuse("algorithms.kto", "num_seqs", "at least 2 (a mismatched response)", num_seqs,
-                     "Use larger batches, or kl = 0.")  # fmt: skip
+        raise refuse(
+            "algorithms.kto",
+            "num_seqs",
+            "at least 2 (a mismatched response)",
+            num_seqs,
+            "Use larger batches, or kl = 0.",
+        )
     return (torch.arange(num_seqs) + 1) % num_seqs
 
 
-def kto_kl(
-    logp_sum: torch.Tensor, ref_sum: torch.Tensor, world: World | None = None
-) -> torch.Tensor:
+def kto_kl(logp_sum: torch.Tensor, ref_sum: torch.Tensor, world: World | None = None) -> torch.Tensor:
     """() float64: max(0, mean over all ranks of logp - ref) of mismatched pairs, detached.
 
     Args:
@@ -248,14 +247,14 @@ class AOT(PairLoss):
         super().__post_init__()
         check_number(self._op, "smoothing", self.smoothing, 0.0, 0.5)
         if self.weighting != "none" or self.level_weight is not None:
-            raise refuse(self._op, "weighting and level_weight", "left out", "a value",
-                         "A sorted rank belongs to no pair.")  # fmt: skip
+            raise refuse(
+                self._op, "weighting and level_weight", "left out", "a value", "A sorted rank belongs to no pair."
+            )
 
     def check(self, batch: PreferenceBatch) -> None:
         super().check(batch)
         if batch.pair_weight is not None:
-            raise refuse(self._op, "batch.pair_weight", "left out", "a tensor",
-                         "A sorted rank belongs to no pair.")  # fmt: skip
+            raise refuse(self._op, "batch.pair_weight", "left out", "a tensor", "A sorted rank belongs to no pair.")
 
     def pair_losses(self, chosen: Side, rejected: Side, state: State) -> torch.Tensor:
         if self.paired:

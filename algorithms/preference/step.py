@@ -50,13 +50,19 @@ class PreferenceStep:
         if len(self.rewards) == 2:
             chosen, rejected = self.rewards
             margin = chosen - rejected
-            return out | {"chosen": chosen.sum(), "rejected": rejected.sum(),
-                          "margin": margin.sum(),
-                          "accuracy": (margin > 0).double().sum()}  # fmt: skip
+            return out | {
+                "chosen": chosen.sum(),
+                "rejected": rejected.sum(),
+                "margin": margin.sum(),
+                "accuracy": (margin > 0).double().sum(),
+            }
         assert self.batch.desirable is not None
         good, (reward,) = self.batch.desirable, self.rewards
-        return out | {"desirable": reward[good].sum(), "undesirable": reward[~good].sum(),
-                      "desirable_count": good.double().sum()}  # fmt: skip
+        return out | {
+            "desirable": reward[good].sum(),
+            "undesirable": reward[~good].sum(),
+            "desirable_count": good.double().sum(),
+        }
 
 
 def preference_step(
@@ -118,8 +124,9 @@ def preference_step(
     Source: both sides of a pair in one chunk as in Liger-Kernel's chunked_loss. Exact.
     """
     if not isinstance(loss, PreferenceLoss):
-        raise TypeError(f"{OP}: loss must be a PreferenceLoss; got {type(loss).__name__}. "
-                        "Make one with tokfuse.algorithms.make.")  # fmt: skip
+        raise TypeError(
+            f"{OP}: loss must be a PreferenceLoss; got {type(loss).__name__}. Make one with tokfuse.algorithms.make."
+        )
     loss.check(batch)
     state = loss.initial_state() if state is None else state
     layout = Layout(batch, loss.whole, loss.token_tail_weight)
@@ -131,8 +138,9 @@ def preference_step(
     if logits is not None:
         _check_tokens(batch, logits)
         check_logits(OP, logits, target, options)
-        stats = token_stats(logits, target, temperature=temperature, softcap=softcap,
-                            logit_scale=logit_scale, mask=layout.counted)  # fmt: skip
+        stats = token_stats(
+            logits, target, temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=layout.counted
+        )
         value = objective(TokenStats(*(x[rows] for x in stats)), rows, 0, layout.last)
         value = value.to(stats.logp.dtype)
     else:
@@ -155,16 +163,20 @@ def _scale(normalizer: float | str | None, batch: PreferenceBatch) -> float:
         return 1.0
     if isinstance(normalizer, str):
         if normalizer != "batch":
-            raise refuse(OP, "normalizer", 'None, a number or "batch"', repr(normalizer),
-                         "Pass the global number of pairs.")  # fmt: skip
+            raise refuse(
+                OP, "normalizer", 'None, a number or "batch"', repr(normalizer), "Pass the global number of pairs."
+            )
         return 1.0 / max(1, batch.num_units)
     return 1.0 / check_number(OP, "normalizer", normalizer, 0.0, open_low=True)
 
 
 def _check_input(
-    logits: torch.Tensor | None, hidden: torch.Tensor | None, weight: torch.Tensor | None,
-    bias: torch.Tensor | None, memory_budget: int | None,
-) -> None:  # fmt: skip
+    logits: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    memory_budget: int | None,
+) -> None:
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
         raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
@@ -175,5 +187,6 @@ def _check_input(
 def _check_tokens(batch: PreferenceBatch, rows: torch.Tensor) -> None:
     tokens = checks.require_tensor(OP, "logits or hidden", rows).shape[0]
     if batch.num_tokens != tokens:
-        raise refuse(OP, "batch.num_tokens", f"{tokens}, the rows of the input", batch.num_tokens,
-                     "Pack one row per token.")  # fmt: skip
+        raise refuse(
+            OP, "batch.num_tokens", f"{tokens}, the rows of the input", batch.num_tokens, "Pack one row per token."
+        )

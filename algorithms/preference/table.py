@@ -52,13 +52,7 @@ _row(
     differs="Known as cDPO; that name is CDPO's here. TRL's present 'sigmoid' ignores its label "
     "smoothing; Liger's comment calls `robust_dpo` cDPO. They differ.",
 )
-_row(
-    "robust_dpo",
-    "arXiv 2403.00409; TRL",
-    "DPO unbiased under a rate of flipped labels",
-    link="robust",
-    smoothing=0.1,
-)
+_row("robust_dpo", "arXiv 2403.00409; TRL", "DPO unbiased under a rate of flipped labels", link="robust", smoothing=0.1)
 _row(
     "slic",
     "arXiv 2305.10425; TRL 'hinge'",
@@ -81,19 +75,8 @@ _row(
     link="square",
     differs="Eq. 17 as it is written, which grows with the length; see `ipo`.",
 )
-_row(
-    "dpo_norm",
-    "TRL 'sigmoid_norm'; Tulu 3",
-    "DPO on log-ratios per token",
-    length="mean",
-)
-_row(
-    "exo_pair",
-    "arXiv 2402.00856 Eq. 16; TRL",
-    "reverse KL from the smoothed label",
-    link="exo",
-    smoothing=1e-3,
-)
+_row("dpo_norm", "TRL 'sigmoid_norm'; Tulu 3", "DPO on log-ratios per token", length="mean")
+_row("exo_pair", "arXiv 2402.00856 Eq. 16; TRL", "reverse KL from the smoothed label", link="exo", smoothing=1e-3)
 _row(
     "discopop",
     "arXiv 2406.08414; TRL",
@@ -124,26 +107,9 @@ _row(
     differs="divergence='forward_kl' is the limit alpha = 0 of divergence='alpha'; rejected and "
     "chosen constants cancel.",
 )
-_row(
-    "apo_zero",
-    "arXiv 2408.06266; TRL",
-    "chosen up, rejected down, each against the reference",
-    cls=Pointwise,
-)
-_row(
-    "apo_down",
-    "arXiv 2408.06266; TRL",
-    "both down, the rejected more",
-    cls=Pointwise,
-    form="apo_down",
-)
-_row(
-    "nca_pair",
-    "arXiv 2402.05369; TRL",
-    "noise contrastive alignment of a pair",
-    cls=Pointwise,
-    form="nca",
-)
+_row("apo_zero", "arXiv 2408.06266; TRL", "chosen up, rejected down, each against the reference", cls=Pointwise)
+_row("apo_down", "arXiv 2408.06266; TRL", "both down, the rejected more", cls=Pointwise, form="apo_down")
+_row("nca_pair", "arXiv 2402.05369; TRL", "noise contrastive alignment of a pair", cls=Pointwise, form="nca")
 _row(
     "sppo_hard",
     "arXiv 2405.00675 Eq. 4.7; TRL",
@@ -208,8 +174,7 @@ _row(
     system="RPO",
     beta=0.01,
     required=("nll",),
-    differs="Appendix F gives no eta for the mean, so that nll=NLL(coef=eta, reduction='mean') is "
-    "required.",
+    differs="Appendix F gives no eta for the mean, so that nll=NLL(coef=eta, reduction='mean') is required.",
 )
 _row(
     "hpl",

@@ -39,22 +39,28 @@ class BalancePenalty:
         check_number(OP, "gamma", self.gamma, 0.0, open_low=True)
         check_number(OP, "slack", self.slack, 0.0)
 
-    def gaps(
-        self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor
-    ) -> torch.Tensor:
+    def gaps(self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor) -> torch.Tensor:
         """(anchors,) m_j - mean_i w_i phi_ij."""
         samples = check_vector(OP, "weight", weight).shape[0]
         if features.dim() != 2 or features.shape[0] != samples:
-            raise refuse(OP, "features", f"({samples}, anchors) like weight",
-                         tuple(features.shape), "Pass one row per observed sample.")  # fmt: skip
+            raise refuse(
+                OP,
+                "features",
+                f"({samples}, anchors) like weight",
+                tuple(features.shape),
+                "Pass one row per observed sample.",
+            )
         if target_mean.shape != features.shape[1:]:
-            raise refuse(OP, "target_mean", f"{tuple(features.shape[1:])} like features",
-                         tuple(target_mean.shape), "Average over all samples.")  # fmt: skip
+            raise refuse(
+                OP,
+                "target_mean",
+                f"{tuple(features.shape[1:])} like features",
+                tuple(target_mean.shape),
+                "Average over all samples.",
+            )
         return target_mean - (weight @ features) / max(1, samples)
 
-    def loss(
-        self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor
-    ) -> torch.Tensor:
+    def loss(self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor) -> torch.Tensor:
         """() the penalty, differentiable in the weights.
 
         Args:

@@ -50,13 +50,19 @@ class RewardCalibrator(Stateful):
         check_vector(self._op, "truth", truth, rows)
         x, y = predicted.detach().double().cpu(), truth.detach().double().cpu()
         if samples < 3 or float(x.std()) == 0.0 or float(y.std()) == 0.0:
-            raise refuse(self._op, "predicted and truth", "3 samples at least, not all equal",
-                         f"{samples} samples", "Hold out more samples.")  # fmt: skip
+            raise refuse(
+                self._op,
+                "predicted and truth",
+                "3 samples at least, not all equal",
+                f"{samples} samples",
+                "Hold out more samples.",
+            )
         if self.method == "lcc":
             slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((y - y.mean()) ** 2).sum())
             if slope == 0.0:
-                raise refuse(self._op, "predicted", "correlated with the truth", "slope 0",
-                             "This reward model says nothing.")  # fmt: skip
+                raise refuse(
+                    self._op, "predicted", "correlated with the truth", "slope 0", "This reward model says nothing."
+                )
             return {"intercept": float(x.mean()) - slope * float(y.mean()), "slope": slope}
         bandwidth = float(x.std()) * samples**-0.2
         return {"points": x, "bandwidth": bandwidth, "noise": float((x - y).std(unbiased=False))}

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import (
-    BOOL,
-    Rows,
-    check_choice,
-    check_number,
-    check_optional,
-    check_vector,
-)
+from tokfuse.runtime.core.checks import BOOL, Rows, check_choice, check_number, check_optional, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 SYSTEM = "CausalRM"
@@ -50,12 +43,15 @@ class NoiseCorrection:
         check_number(op, "rho01", self.rho01, 0.0, 1.0)
         check_number(op, "rho10", self.rho10, 0.0, 1.0)
         if self.rho01 + self.rho10 >= 1.0:
-            raise refuse(op, "rho01 + rho10", "less than 1 (labels that tell something)",
-                         self.rho01 + self.rho10, "Estimate them again.")  # fmt: skip
+            raise refuse(
+                op,
+                "rho01 + rho10",
+                "less than 1 (labels that tell something)",
+                self.rho01 + self.rho10,
+                "Estimate them again.",
+            )
 
-    def loss(
-        self, loss_one: torch.Tensor, loss_zero: torch.Tensor, label: torch.Tensor
-    ) -> torch.Tensor:
+    def loss(self, loss_one: torch.Tensor, loss_zero: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """(samples,) corrected losses.
 
         Args:
@@ -84,8 +80,9 @@ def anchor_noise_rates(probability: torch.Tensor) -> tuple[float, float]:
     """
     check_vector("algorithms.causalrm_noise", "probability", probability)
     if probability.shape[0] == 0:
-        raise refuse("algorithms.causalrm_noise", "probability", "of one sample at least",
-                     "none", "Score the proxy on the data.")  # fmt: skip
+        raise refuse(
+            "algorithms.causalrm_noise", "probability", "of one sample at least", "none", "Score the proxy on the data."
+        )
     return 1.0 - float(probability.max()), float(probability.min())
 
 
@@ -149,8 +146,13 @@ class PropensityLoss:
         check_vector(op, "propensity", propensity, rows)
         check_optional(op, "imputed", imputed, rows)
         if (imputed is None) == (self.form == "dr"):
-            raise refuse(op, "imputed", "given with form 'dr', and only then",
-                         None if imputed is None else "a tensor", "Choose the form.")  # fmt: skip
+            raise refuse(
+                op,
+                "imputed",
+                "given with form 'dr', and only then",
+                None if imputed is None else "a tensor",
+                "Choose the form.",
+            )
         p = propensity.detach()
         if self.clip is not None:
             p = p.clamp(min=self.clip)
@@ -158,8 +160,7 @@ class PropensityLoss:
         known = torch.where(observed, loss, 0.0)
         if self.form == "snips":
             if normalizer is not None:
-                raise refuse(op, "normalizer", "left out with form 'snips'", "a number",
-                             "It divides by its weights.")  # fmt: skip
+                raise refuse(op, "normalizer", "left out with form 'snips'", "a number", "It divides by its weights.")
             total = weight.sum()
             return (weight * known).sum() / torch.where(total > 0, total, 1.0)
         count = max(1, samples) if normalizer is None else normalizer

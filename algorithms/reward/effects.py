@@ -6,14 +6,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import (
-    BOOL,
-    INTS,
-    Rows,
-    check_choice,
-    check_optional,
-    check_vector,
-)
+from tokfuse.runtime.core.checks import BOOL, INTS, Rows, check_choice, check_optional, check_vector
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.segment_moments import segment_moments
 
@@ -73,8 +66,7 @@ def group_effect(
     for name, value in (("propensity", propensity), ("mu1", mu1), ("mu0", mu0)):
         check_optional(op, name, value, rows)
     if (mu1 is None) != (mu0 is None) or (mu1 is not None and propensity is None):
-        raise refuse(op, "mu1 and mu0", "both given, with propensity", "a part of them",
-                     "AIPW needs all three.")  # fmt: skip
+        raise refuse(op, "mu1 and mu0", "both given, with propensity", "a part of them", "AIPW needs all three.")
     r = reward.detach().double()
     if propensity is None:
         arms = [_mean_and_error(r, group_ids, num_groups, arm) for arm in (treated, ~treated)]
@@ -163,11 +155,7 @@ def _above_chord(step: torch.Tensor, area: str) -> torch.Tensor:
     "propensity 1/2 only. A ranking loss: uplifts in (-1, 1) are not calibrated by it.",
 )
 def uplift_loss(
-    uplift: torch.Tensor,
-    treated: torch.Tensor,
-    outcome: torch.Tensor,
-    *,
-    propensity: float | torch.Tensor = 0.5,
+    uplift: torch.Tensor, treated: torch.Tensor, outcome: torch.Tensor, *, propensity: float | torch.Tensor = 0.5
 ) -> torch.Tensor:
     """(samples,) w BCE(sig(uplift), t y + (1-t)(1-y)), w = 0.5 / e or 0.5 / (1-e). Utility.
 

@@ -127,9 +127,7 @@ class FiMi(Stateful):
         """The state after an optimizer step."""
         return {"step": state["step"] + 1}
 
-    def probe_loss(
-        self, reward: torch.Tensor, predicted: torch.Tensor, world: World | None = None
-    ) -> torch.Tensor:
+    def probe_loss(self, reward: torch.Tensor, predicted: torch.Tensor, world: World | None = None) -> torch.Tensor:
         """() the probe's loss, differentiable in `predicted`; both sides of all pairs.
 
         Args:

@@ -12,11 +12,7 @@ OP = "algorithms.dwbc"
 
 
 def weighted_nll(
-    logp: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    normalizer: float | torch.Tensor,
+    logp: torch.Tensor, weight: torch.Tensor, *, mask: torch.Tensor | None = None, normalizer: float | torch.Tensor
 ) -> torch.Tensor:
     """() -sum over tokens of weight logp / normalizer; the weight is detached.
 

@@ -15,17 +15,14 @@ from tokfuse.runtime.core.checks import Rows, check_vector
     source="Bradley and Terry (1952); arXiv 2203.02155",
     summary="-log sig(r_chosen - r_rejected - margin)",
 )
-def bradley_terry(
-    chosen: torch.Tensor, rejected: torch.Tensor, *, margin: float = 0.0
-) -> torch.Tensor:
+def bradley_terry(chosen: torch.Tensor, rejected: torch.Tensor, *, margin: float = 0.0) -> torch.Tensor:
     """(pairs,) -log sig(r_w - r_l - margin). Exact.
 
     Args:
         chosen, rejected: (pairs,), rewards; both receive gradients.
         margin: least difference asked for (Llama 2).
     """
-    rows = Rows(check_vector("algorithms.bradley_terry", "chosen", chosen).shape[0], "chosen",
-                chosen.device)  # fmt: skip
+    rows = Rows(check_vector("algorithms.bradley_terry", "chosen", chosen).shape[0], "chosen", chosen.device)
     check_vector("algorithms.bradley_terry", "rejected", rejected, rows)
     return -logsigmoid(chosen - rejected - margin)
 

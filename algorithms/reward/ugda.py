@@ -52,8 +52,7 @@ class UGDARefinement:
             step: round of refinement; a new one draws new noise.
         """
         if logged.dim() != 2 or logged.shape[1] == 0:
-            raise refuse(OP, "logged", "(members, samples >= 1)", tuple(logged.shape),
-                         "Pass one row per member.")  # fmt: skip
+            raise refuse(OP, "logged", "(members, samples >= 1)", tuple(logged.shape), "Pass one row per member.")
         check_vector(OP, "score", score, None, INTS)
         if may_read(score) and bool(((score < 1) | (score > self.levels)).any()):
             raise refuse(OP, "score", f"in [1, {self.levels}]", score.tolist(), "Count from 1.")
@@ -64,11 +63,7 @@ class UGDARefinement:
         return target.to(logged.dtype)
 
     def loss(
-        self,
-        reward: torch.Tensor,
-        target: torch.Tensor,
-        *,
-        normalizer: float | torch.Tensor | None = None,
+        self, reward: torch.Tensor, target: torch.Tensor, *, normalizer: float | torch.Tensor | None = None
     ) -> torch.Tensor:
         """() sum over members of the mean squared error, differentiable in `reward`.
 
@@ -77,7 +72,8 @@ class UGDARefinement:
             normalizer: samples over micro-batches and ranks. None: this call's.
         """
         if reward.shape != target.shape:
-            raise refuse(OP, "target", f"{tuple(reward.shape)} like reward", tuple(target.shape),
-                         "Take it from `targets`.")  # fmt: skip
+            raise refuse(
+                OP, "target", f"{tuple(reward.shape)} like reward", tuple(target.shape), "Take it from `targets`."
+            )
         count = max(1, reward.shape[1]) if normalizer is None else normalizer
         return ((reward - target.detach()) ** 2).sum() / count

@@ -33,9 +33,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def make_algorithm(label: str, max_new_tokens: int) -> algorithms.Standard:
     """The method of that label; an unknown one lists the known."""
     if label not in OPTIONS:
-        raise SystemExit(
-            f"train_grpo: --algorithm must be one of {', '.join(OPTIONS)}; got {label!r}."
-        )
+        raise SystemExit(f"train_grpo: --algorithm must be one of {', '.join(OPTIONS)}; got {label!r}.")
     name, options = OPTIONS[label]
     length = {"max_length": max_new_tokens} if name == "dr_grpo" else {}
     method: algorithms.Standard = algorithms.make(name, **options, **length)

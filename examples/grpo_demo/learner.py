@@ -55,12 +55,7 @@ class StepResult:
             figures["kl"] = mean["kl_k3"]
             figures["clip_fraction"] = mean["clip_low"] + mean["clip_high"]
             figures["grad_rows"] = mean["grad_rows"] * mean["tokens"] / self.tokens
-        return {
-            "entropy": self.entropy,
-            **figures,
-            "updates": self.updates,
-            "loss_ms": self.loss_clock.seconds * 1e3,
-        }
+        return {"entropy": self.entropy, **figures, "updates": self.updates, "loss_ms": self.loss_clock.seconds * 1e3}
 
 
 class Learner:
@@ -125,9 +120,7 @@ class Learner:
         inputs = plan.inputs(normalizer=whole.count())
         hidden = completion_hidden(self.model, part)
         with result.loss_clock:
-            step = tokfuse.policy_step(
-                hidden=hidden, weight=self.model.lm_head.weight, target=part.target, **inputs
-            )
+            step = tokfuse.policy_step(hidden=hidden, weight=self.model.lm_head.weight, target=part.target, **inputs)
         step.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

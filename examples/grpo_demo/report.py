@@ -44,9 +44,7 @@ def step_line(row: dict[str, Any]) -> str:
     return "  ".join(cells) + (f"  {row['note']}" if row["note"] else "")
 
 
-def compare_backends(
-    batches: list[dict[str, Any]], weight: torch.Tensor, objective: Any
-) -> list[dict[str, Any]]:
+def compare_backends(batches: list[dict[str, Any]], weight: torch.Tensor, objective: Any) -> list[dict[str, Any]]:
     """Time `policy_step` of every backend on the same saved batches.
 
     The rounds are interleaved, so that a busy machine is unfair to neither; the first round only
@@ -124,9 +122,7 @@ def backend_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"Largest difference between the two losses: {worst:.1e}"])
 
 
-def write_backends(
-    batches: list[dict[str, Any]], weight: torch.Tensor, objective: Any, path: Path
-) -> str:
+def write_backends(batches: list[dict[str, Any]], weight: torch.Tensor, objective: Any, path: Path) -> str:
     """Compare the backends, write the rows to `path`, and return the table as text."""
     try:
         rows = compare_backends(batches, weight, objective)

@@ -74,9 +74,7 @@ class Rollout:
         )
 
 
-def collect(
-    model: Any, tokenizer: Any, task: Any, questions: list[Question], group_size: int, new: int
-) -> Rollout:
+def collect(model: Any, tokenizer: Any, task: Any, questions: list[Question], group_size: int, new: int) -> Rollout:
     """Sample `group_size` completions of `new` tokens for each question, and score them."""
     prompt, prompt_mask = encode(tokenizer, [question.prompt for question in questions])
     completion = sample(model, prompt, prompt_mask, group_size, new)
@@ -104,10 +102,7 @@ def sample(model: Any, prompt: Tensor, mask: Tensor, group_size: int, new: int) 
     # The samples of a group share their prompt: read it once and copy the keys and values.
     # `generate` wants at least one unread token, so the last one is left to it.
     prefix = model.model(
-        prompt[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions(mask)[:, :-1],
-        use_cache=True,
+        prompt[:, :-1], attention_mask=mask[:, :-1], position_ids=positions(mask)[:, :-1], use_cache=True
     )
     prefix.past_key_values.batch_repeat_interleave(group_size)
     tokens = model.generate(
@@ -131,9 +126,7 @@ def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
     """
     group_size = rollout.group_size
     mask = rollout.prompt_mask
-    prompt = model.model(
-        rollout.prompt, attention_mask=mask, position_ids=positions(mask), use_cache=True
-    )
+    prompt = model.model(rollout.prompt, attention_mask=mask, position_ids=positions(mask), use_cache=True)
     prompt.past_key_values.batch_repeat_interleave(group_size)
     first = prompt.last_hidden_state[:, -1:].repeat_interleave(group_size, 0)
 

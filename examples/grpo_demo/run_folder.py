@@ -46,9 +46,7 @@ class RunFolder:
     def keep_rows_before(self, step: int) -> None:
         """Drop rows of steps that came after the checkpoint: they will be made again."""
         rows = [row for row in self.rows() if row["step"] < step]
-        write_atomically(
-            self.metrics, lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        )
+        write_atomically(self.metrics, lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in rows)))
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint; an interrupted write leaves the one before."""

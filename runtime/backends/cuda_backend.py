@@ -72,9 +72,7 @@ def place(x: torch.Tensor) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
-def sorted_ids(
-    ids: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+def sorted_ids(ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
     """(sorted ids, their rows in the order of the ids, ties in row order): torch's stable sort."""
     if ids is None:
         return None, None

@@ -40,10 +40,19 @@ def segment_moments(
         table = _doubles(5 * parts * num_segments, values)
         tickets = torch.empty(num_segments, dtype=torch.int32, device=values.device)
     launchers().segment_moments(
-        place(values), pointer(values), values.dtype == torch.float64, pointer(ids),
-        pointer(order), pointer(cu_seqlens), pointer(mask), *map(pointer, out), pointer(table),
-        pointer(tickets), rows, num_segments,
-    )  # fmt: skip
+        place(values),
+        pointer(values),
+        values.dtype == torch.float64,
+        pointer(ids),
+        pointer(order),
+        pointer(cu_seqlens),
+        pointer(mask),
+        *map(pointer, out),
+        pointer(table),
+        pointer(tickets),
+        rows,
+        num_segments,
+    )
     return tuple(out)
 
 
@@ -62,11 +71,21 @@ def gae(
     advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
     per_seq = lam if isinstance(lam, torch.Tensor) else None
     launchers().gae(
-        place(reward), pointer(reward), pointer(value), pointer(cu_seqlens), pointer(mask),
-        pointer(finished), pointer(per_seq), pointer(advantage), pointer(returns),
-        reward.shape[0], cu_seqlens.shape[0] - 1, gamma,
-        1.0 if isinstance(lam, torch.Tensor) else lam, length_adaptive_alpha or 0.0,
-    )  # fmt: skip
+        place(reward),
+        pointer(reward),
+        pointer(value),
+        pointer(cu_seqlens),
+        pointer(mask),
+        pointer(finished),
+        pointer(per_seq),
+        pointer(advantage),
+        pointer(returns),
+        reward.shape[0],
+        cu_seqlens.shape[0] - 1,
+        gamma,
+        1.0 if isinstance(lam, torch.Tensor) else lam,
+        length_adaptive_alpha or 0.0,
+    )
     return advantage, returns
 
 
@@ -86,11 +105,23 @@ def vtrace(
     """(target, advantage, rho), each (tokens,)."""
     target, advantage, rho = (torch.empty_like(reward) for _ in range(3))
     launchers().vtrace(
-        place(reward), pointer(log_ratio), pointer(reward), pointer(value), pointer(cu_seqlens),
-        pointer(mask), pointer(finished), pointer(target), pointer(advantage), pointer(rho),
-        reward.shape[0], cu_seqlens.shape[0] - 1, gamma, lam,
-        math.inf if rho_bar is None else rho_bar, math.inf if c_bar is None else c_bar,
-    )  # fmt: skip
+        place(reward),
+        pointer(log_ratio),
+        pointer(reward),
+        pointer(value),
+        pointer(cu_seqlens),
+        pointer(mask),
+        pointer(finished),
+        pointer(target),
+        pointer(advantage),
+        pointer(rho),
+        reward.shape[0],
+        cu_seqlens.shape[0] - 1,
+        gamma,
+        lam,
+        math.inf if rho_bar is None else rho_bar,
+        math.inf if c_bar is None else c_bar,
+    )
     return target, advantage, rho
 
 
@@ -109,9 +140,17 @@ def whiten(
     if mean is None:
         scratch = _doubles(3 * -(-x.shape[0] // launchers().WHITEN_BLOCK), x)
     launchers().whiten(
-        place(x), pointer(x), pointer(mask), pointer(mean), pointer(var), pointer(out),
-        pointer(scratch), x.shape[0], shift_mean, eps,
-    )  # fmt: skip
+        place(x),
+        pointer(x),
+        pointer(mask),
+        pointer(mean),
+        pointer(var),
+        pointer(out),
+        pointer(scratch),
+        x.shape[0],
+        shift_mean,
+        eps,
+    )
     return out
 
 
@@ -126,9 +165,16 @@ def ope(
     values = _doubles(10, weight)
     scratch = _doubles(10 * -(-reward.shape[0] // launchers().OPE_BLOCK), weight)
     launchers().ope(
-        place(weight), pointer(weight), pointer(reward), pointer(q_pi), pointer(q_a),
-        pointer(mask), pointer(values), pointer(scratch), reward.shape[0],
-    )  # fmt: skip
+        place(weight),
+        pointer(weight),
+        pointer(reward),
+        pointer(q_pi),
+        pointer(q_a),
+        pointer(mask),
+        pointer(values),
+        pointer(scratch),
+        reward.shape[0],
+    )
     return values.view(5, 2).to(reward.dtype)
 
 
@@ -146,9 +192,19 @@ def group_advantage(
     out = torch.empty_like(reward)
     ids, order = sorted_ids(group_ids)
     launchers().group_advantage(
-        place(reward), pointer(reward), pointer(ids), pointer(order), pointer(lengths),
-        pointer(greedy), pointer(out), reward.shape[0], *codes, ddof, eps, singleton_reward,
-    )  # fmt: skip
+        place(reward),
+        pointer(reward),
+        pointer(ids),
+        pointer(order),
+        pointer(lengths),
+        pointer(greedy),
+        pointer(out),
+        reward.shape[0],
+        *codes,
+        ddof,
+        eps,
+        singleton_reward,
+    )
     return out
 
 
@@ -173,10 +229,26 @@ def offpolicy_weights(
     partial = _doubles(5 * spans, behavior)
     ids, order = sorted_ids(group_ids)
     launchers().offpolicy_weights(
-        place(behavior), pointer(logp), pointer(behavior), pointer(cu_seqlens), pointer(mask),
-        pointer(ids), pointer(order), pointer(advantage), pointer(weight), pointer(kept),
-        pointer(ess), pointer(partial), tokens, seqs, level, mode, *numbers, normalize, rules,
-    )  # fmt: skip
+        place(behavior),
+        pointer(logp),
+        pointer(behavior),
+        pointer(cu_seqlens),
+        pointer(mask),
+        pointer(ids),
+        pointer(order),
+        pointer(advantage),
+        pointer(weight),
+        pointer(kept),
+        pointer(ess),
+        pointer(partial),
+        tokens,
+        seqs,
+        level,
+        mode,
+        *numbers,
+        normalize,
+        rules,
+    )
     return weight, ess, kept
 
 
@@ -189,7 +261,13 @@ def sketch(left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Tensor) ->
     out = left.new_empty(seqs, rank, rank)
     left, right = left.contiguous(), right.contiguous()
     launchers().sketch(
-        place(left), pointer(left), pointer(right), pointer(cu_seqlens.contiguous()),
-        pointer(out), left.shape[0], seqs, rank,
-    )  # fmt: skip
+        place(left),
+        pointer(left),
+        pointer(right),
+        pointer(cu_seqlens.contiguous()),
+        pointer(out),
+        left.shape[0],
+        seqs,
+        rank,
+    )
     return out

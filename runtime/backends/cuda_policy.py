@@ -68,9 +68,15 @@ def _prepare(
     weights = cu_seqlens.new_empty(tokens, dtype=torch.float32) if seq_mean else None
     advantage = None if seq_advantage is None else seq_advantage.new_empty(tokens)
     launchers().policy_prepare(
-        place(cu_seqlens), pointer(cu_seqlens), pointer(mask), pointer(seq_advantage),
-        pointer(counts), pointer(weights), pointer(advantage), seqs,
-    )  # fmt: skip
+        place(cu_seqlens),
+        pointer(cu_seqlens),
+        pointer(mask),
+        pointer(seq_advantage),
+        pointer(counts),
+        pointer(weights),
+        pointer(advantage),
+        seqs,
+    )
     return counts, weights, advantage
 
 
@@ -106,22 +112,32 @@ def policy_step_rows(
     """
     x = given.pointers
     record, alive = cuda_rows.logits_record(
-        logits, target, index=index, temperature=temperature, softcap=softcap,
-        logit_scale=logit_scale, mask=x.mask,
-    )  # fmt: skip
+        logits, target, index=index, temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=x.mask
+    )
     on_device = isinstance(given.scale, torch.Tensor)
     objective = (
-        given.record, *(pointer(v) for v in (
-            x.old_logp, x.advantage, x.agg_weight, x.token_weight, x.signal, x.ref_logp,
-            x.kl_weight, x.entropy_weight)),
+        given.record,
+        *(
+            pointer(v)
+            for v in (
+                x.old_logp,
+                x.advantage,
+                x.agg_weight,
+                x.token_weight,
+                x.signal,
+                x.ref_logp,
+                x.kl_weight,
+                x.entropy_weight,
+            )
+        ),
         pointer(given.scale) if isinstance(given.scale, torch.Tensor) else 0,
-        1.0 if on_device else given.scale, *map(pointer, out),
-    )  # fmt: skip
+        1.0 if on_device else given.scale,
+        *map(pointer, out),
+    )
     statistics = cuda_rows.stats_record(list(stats), None)
     launchers().policy_step(
-        place(logits), record, statistics, objective, grad.data_ptr(), grad.stride(0),
-        DTYPE_CODE[grad.dtype],
-    )  # fmt: skip
+        place(logits), record, statistics, objective, grad.data_ptr(), grad.stride(0), DTYPE_CODE[grad.dtype]
+    )
     del alive
 
 
@@ -144,43 +160,48 @@ def policy_step(
     loss, d_logp, d_entropy, ratio = (torch.empty_like(vector) for _ in range(4))
     flags = torch.empty_like(vector, dtype=torch.int32)
     out = TokenResults(loss, d_logp, d_entropy, ratio, flags)
-    grad = logits if in_place else torch.empty(
-        logits.shape, dtype=logits.dtype, device=logits.device
-    )  # fmt: skip
+    grad = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     policy_step_rows(
-        logits, grad, None, target, given, stats, out, temperature=o.temperature,
-        softcap=o.softcap, logit_scale=o.logit_scale,
-    )  # fmt: skip
+        logits,
+        grad,
+        None,
+        target,
+        given,
+        stats,
+        out,
+        temperature=o.temperature,
+        softcap=o.softcap,
+        logit_scale=o.logit_scale,
+    )
     return stats, out, policy_metrics(stats[0], stats[1], given, out), grad
 
 
-def policy_metrics(
-    logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs, out: TokenResults
-) -> torch.Tensor:
+def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs, out: TokenResults) -> torch.Tensor:
     """Metric sums (SLOTS,) float64 of what the row kernel left."""
     x, tokens = given.pointers, logp.shape[0]
     sums = torch.empty(len(SLOTS), dtype=torch.float64, device=logp.device)
     partial = sums.new_empty(launchers().policy_partials(tokens, 0))
     counts = given.counts
     results = (
-        tokens, pointer(logp), pointer(entropy), pointer(x.old_logp), pointer(x.ref_logp),
-        pointer(x.mask), *map(pointer, out), pointer(counts),
+        tokens,
+        pointer(logp),
+        pointer(entropy),
+        pointer(x.old_logp),
+        pointer(x.ref_logp),
+        pointer(x.mask),
+        *map(pointer, out),
+        pointer(counts),
         0 if counts is None else counts.shape[0],
-    )  # fmt: skip
+    )
     launchers().policy_metrics(place(logp), results, pointer(partial), pointer(sums))
     return sums
 
 
 def policy_loss(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(token_loss, d_logp, d_entropy, metric sums) of any level, in one launch."""
-    outputs = [torch.empty(logp.shape[0], dtype=torch.float32, device=logp.device)
-               for _ in range(3)]  # fmt: skip
+    outputs = [torch.empty(logp.shape[0], dtype=torch.float32, device=logp.device) for _ in range(3)]
     sums = torch.empty(len(SLOTS), dtype=torch.float64, device=logp.device)
     record, alive = policy_record(logp, entropy, inputs, objective, inverse, [*outputs, sums])
     _, tokens, seqs, *_ = record

@@ -37,10 +37,21 @@ def logits_record(
     else:
         scalar = temperature
     record = (
-        logits.data_ptr(), logits.stride(0), DTYPE_CODE[logits.dtype], *logits.shape,
-        pointer(index), target.data_ptr(), pointer(mask), pointer(vector), scalar, softcap or 0.0,
-        logit_scale, pointer(bias), 0 if bias is None else bias.stride(0), bias_scale,
-    )  # fmt: skip
+        logits.data_ptr(),
+        logits.stride(0),
+        DTYPE_CODE[logits.dtype],
+        *logits.shape,
+        pointer(index),
+        target.data_ptr(),
+        pointer(mask),
+        pointer(vector),
+        scalar,
+        softcap or 0.0,
+        logit_scale,
+        pointer(bias),
+        0 if bias is None else bias.stride(0),
+        bias_scale,
+    )
     return record, (logits, target, mask, vector, bias)
 
 
@@ -94,20 +105,22 @@ def token_stats_bwd(
     record, alive = logits_record(logits, target, **options)
     ga, gh = float_vector(grad_logp), float_vector(grad_entropy)
     grad = (
-        row_max.data_ptr(), inv_sum.data_ptr(), entropy.data_ptr(), pointer(ga), pointer(gh),
-        out.data_ptr(), out.stride(0), DTYPE_CODE[out.dtype],
-    )  # fmt: skip
+        row_max.data_ptr(),
+        inv_sum.data_ptr(),
+        entropy.data_ptr(),
+        pointer(ga),
+        pointer(gh),
+        out.data_ptr(),
+        out.stride(0),
+        DTYPE_CODE[out.dtype],
+    )
     launchers().token_stats_bwd(place(logits), record, grad)
     del alive
     return out
 
 
 def kept_token_stats_fwd(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    ids: torch.Tensor,
-    offsets: torch.Tensor,
-    **options: Any,
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, ...]:
     """logp, entropy, lse, row maximum and 1 / sum of exps over the kept ids: (tokens,) float32."""
     record, alive = logits_record(logits, target, **options)
@@ -116,9 +129,13 @@ def kept_token_stats_fwd(
     ]
     none = logp.new_empty(0)
     launchers().kept_token_stats_fwd(
-        place(logits), record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0],
+        place(logits),
+        record,
+        ids.data_ptr(),
+        offsets.data_ptr(),
+        ids.shape[0],
         stats_record([logp, entropy, lse, none, none, row_max, inv_sum], None),
-    )  # fmt: skip
+    )
     del alive
     return tuple(out)
 
@@ -140,12 +157,16 @@ def kept_token_stats_bwd(
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     ga, gh = float_vector(grad_logp), float_vector(grad_entropy)
     grad = (
-        row_max.data_ptr(), inv_sum.data_ptr(), entropy.data_ptr(), pointer(ga), pointer(gh),
-        out.data_ptr(), out.stride(0), DTYPE_CODE[out.dtype],
-    )  # fmt: skip
-    launchers().kept_token_stats_bwd(
-        place(logits), record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0], grad
+        row_max.data_ptr(),
+        inv_sum.data_ptr(),
+        entropy.data_ptr(),
+        pointer(ga),
+        pointer(gh),
+        out.data_ptr(),
+        out.stride(0),
+        DTYPE_CODE[out.dtype],
     )
+    launchers().kept_token_stats_bwd(place(logits), record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0], grad)
     del alive
     return out
 
@@ -173,10 +194,20 @@ def _divergence_record(
     else:
         scalar = temperature
     record = (
-        p.data_ptr(), p.stride(0), q.data_ptr(), q.stride(0), DTYPE_CODE[p.dtype], *p.shape,
-        pointer(mask), pointer(vector), scalar, softcap or 0.0, logit_scale,
-        DIVERGENCE_CODE[kind], beta,
-    )  # fmt: skip
+        p.data_ptr(),
+        p.stride(0),
+        q.data_ptr(),
+        q.stride(0),
+        DTYPE_CODE[p.dtype],
+        *p.shape,
+        pointer(mask),
+        pointer(vector),
+        scalar,
+        softcap or 0.0,
+        logit_scale,
+        DIVERGENCE_CODE[kind],
+        beta,
+    )
     return record, (p, q, mask, vector)
 
 
@@ -193,11 +224,7 @@ def paired_divergence_fwd(
 
 
 def paired_divergence_bwd(
-    logits_p: torch.Tensor,
-    logits_q: torch.Tensor,
-    state: torch.Tensor,
-    grad: torch.Tensor,
-    **options: Any,
+    logits_p: torch.Tensor, logits_q: torch.Tensor, state: torch.Tensor, grad: torch.Tensor, **options: Any
 ) -> torch.Tensor:
     """The gradient of logits_p; masked rows are known by their state."""
     record, alive = _divergence_record(logits_p, logits_q, **options)

@@ -16,9 +16,7 @@ from tokfuse.runtime.reference.policy_loss import PolicyInputs
 # (cu_seqlens, mask, tokens, seq_mean, seq_advantage) -> counts (seqs,) int32, aggregation weights
 # (tokens,) or None, advantages (tokens,) or None
 Prepare = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
-VECTORS = (
-    "old_logp", "advantage", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight",
-)  # fmt: skip
+VECTORS = ("old_logp", "advantage", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight")
 
 
 class DeviceInputs(NamedTuple):
@@ -35,9 +33,7 @@ class DeviceInputs(NamedTuple):
     """(seqs,) int32, valid tokens of each sequence."""
 
 
-def per_token(
-    i: PolicyInputs, objective: Objective, inverse: float, prepare: Prepare
-) -> DeviceInputs:
+def per_token(i: PolicyInputs, objective: Objective, inverse: float, prepare: Prepare) -> DeviceInputs:
     """Vectors in float32; with cu_seqlens, what sequences mean for their tokens. No host sync."""
     old_logp = i.old_logp
     assert old_logp is not None  # the callers put the current one in its place
@@ -48,10 +44,12 @@ def per_token(
     if i.cu_seqlens is not None and (at_tokens or inverse < 0):
         hand_out = at_tokens and i.advantage_level == "sequence"
         counts, agg_weight, advantage = prepare(
-            i.cu_seqlens.contiguous(), mask, old_logp.shape[0],
+            i.cu_seqlens.contiguous(),
+            mask,
+            old_logp.shape[0],
             seq_mean=at_tokens and bool(_seq_mean(objective)),
             seq_advantage=vectors["advantage"] if hand_out else None,
-        )  # fmt: skip
+        )
         if hand_out:
             vectors["advantage"] = advantage
     scale: float | torch.Tensor = inverse
@@ -64,9 +62,7 @@ def _seq_mean(objective: Objective) -> Any:
     return objective.record[3]
 
 
-def _batch_scale(
-    mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None
-) -> torch.Tensor:
+def _batch_scale(mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
     """1 / count of this batch, 0 where nothing counts, without asking the device."""
     if counts is not None:
         count = (counts > 0).sum()

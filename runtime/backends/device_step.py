@@ -35,9 +35,14 @@ class DeviceStep(NamedTuple):
 
 def device_run(kernels: DeviceStep) -> Callable[..., StepTerms]:
     def run(
-        logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-        objective: Objective, inverse: float, in_place: bool,
-    ) -> StepTerms:  # fmt: skip
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        o: LogitOptions,
+        inputs: PolicyInputs,
+        objective: Objective,
+        inverse: float,
+        in_place: bool,
+    ) -> StepTerms:
         if may_read(target):
             reference.check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
         z = logits.detach()
@@ -52,15 +57,28 @@ def device_run(kernels: DeviceStep) -> Callable[..., StepTerms]:
 
 
 def _device_run_sequence(
-    kernels: DeviceStep, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions,
-    inputs: PolicyInputs, objective: Objective, inverse: float, in_place: bool,
-) -> StepTerms:  # fmt: skip
+    kernels: DeviceStep,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    in_place: bool,
+) -> StepTerms:
     """Statistics, objective, gradient; where the objective needs the statistics first."""
     assert kernels.stats.backward is not None
     *stats, row_max, inv_sum = kernels.stats.forward(logits, target, **o._asdict())
     terms = kernels.loss(stats[0], stats[1], inputs, objective, inverse)
     grad = kernels.stats.backward(
-        logits, target, row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy,
-        out=logits if in_place else None, **o._asdict(),
-    )  # fmt: skip
+        logits,
+        target,
+        row_max,
+        inv_sum,
+        stats[1],
+        terms.d_logp,
+        terms.d_entropy,
+        out=logits if in_place else None,
+        **o._asdict(),
+    )
     return StepTerms(terms, TokenStats(*stats), grad)

@@ -29,14 +29,29 @@ def policy_record(
     mask = None if i.mask is None else i.mask.contiguous()
     cu = None if i.cu_seqlens is None else i.cu_seqlens.contiguous()
     vectors = (
-        logp, old_logp, i.advantage, i.token_weight, i.signal, i.ref_logp, i.kl_weight, entropy,
+        logp,
+        old_logp,
+        i.advantage,
+        i.token_weight,
+        i.signal,
+        i.ref_logp,
+        i.kl_weight,
+        entropy,
         i.entropy_weight,
-    )  # fmt: skip
+    )
     alive = [*map(float_vector, vectors), mask, cu, *out]
     p = [pointer(x) for x in alive]
     record = (
-        objective.record, old_logp.shape[0], 0 if cu is None else cu.shape[0] - 1,
-        *p[:3], int(i.advantage_level == "sequence"), p[9], p[10], *p[3:9],
-        inverse, int(objective.counts_sequences), *p[11:],
-    )  # fmt: skip
+        objective.record,
+        old_logp.shape[0],
+        0 if cu is None else cu.shape[0] - 1,
+        *p[:3],
+        int(i.advantage_level == "sequence"),
+        p[9],
+        p[10],
+        *p[3:9],
+        inverse,
+        int(objective.counts_sequences),
+        *p[11:],
+    )
     return record, alive

@@ -33,9 +33,7 @@ def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> Triton
     shape, _, kl, _, p, *numbers = cast(tuple[Any, ...], objective.record)
     given = device_objective.per_token(inputs, objective, inverse, _prepare)
     pointers = kernels.TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
-    return TritonInputs(
-        pointers, kernels.ObjectiveNumbers(*p, *numbers), (shape, kl), given.scale, given.counts
-    )
+    return TritonInputs(pointers, kernels.ObjectiveNumbers(*p, *numbers), (shape, kl), given.scale, given.counts)
 
 
 _launch_step = triton_backend.launcher("policy_step", "policy_step")
@@ -62,31 +60,39 @@ def policy_step_rows(
 ) -> None:
     """The launcher of that name, for the inputs of `encode`."""
     _launch_rows(
-        logits, grad, index, target, given.pointers, given.numbers, given.codes, given.scale,
-        stats, out, **options,
-    )  # fmt: skip
+        logits, grad, index, target, given.pointers, given.numbers, given.codes, given.scale, stats, out, **options
+    )
 
 
-def policy_metrics(
-    logp: torch.Tensor, entropy: torch.Tensor, given: TritonInputs, out: Any
-) -> torch.Tensor:
+def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: TritonInputs, out: Any) -> torch.Tensor:
     """Metric sums (SLOTS,) float64 of what the row kernel left."""
     x = given.pointers
-    sums: torch.Tensor = _launch_metrics(
-        logp, entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts
-    )
+    sums: torch.Tensor = _launch_metrics(logp, entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts)
     return sums
 
 
 def policy_step(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, in_place: bool,
-) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    in_place: bool,
+) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """Statistics, token results, metric sums and the gradient of the logits; token-level."""
     given = encode(inputs, objective, inverse)
     out: tuple[Any, Any, torch.Tensor, torch.Tensor] = _launch_step(
-        logits, target, given.pointers, given.numbers, given.codes, given.scale, given.counts,
-        in_place=in_place, temperature=o.temperature, softcap=o.softcap,
+        logits,
+        target,
+        given.pointers,
+        given.numbers,
+        given.codes,
+        given.scale,
+        given.counts,
+        in_place=in_place,
+        temperature=o.temperature,
+        softcap=o.softcap,
         logit_scale=o.logit_scale,
-    )  # fmt: skip
+    )
     return out

@@ -41,9 +41,7 @@ def may_read(tensor: torch.Tensor) -> bool:
 def require_tensor(op: str, name: str, value: object) -> torch.Tensor:
     """`value` as a tensor, or a TypeError that names it."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}. Convert it first."
-        )
+        raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}. Convert it first.")
     return value
 
 
@@ -51,9 +49,12 @@ def check_dtype(op: str, name: str, value: torch.Tensor, dtypes: frozenset[torch
     """One of `dtypes`."""
     if value.dtype not in dtypes:
         raise refuse(
-            op, name, f"of dtype {names_of(dtypes)}", str(value.dtype).removeprefix("torch."),
+            op,
+            name,
+            f"of dtype {names_of(dtypes)}",
+            str(value.dtype).removeprefix("torch."),
             f"Call {name}.{_CONVERSION[dtypes]}().",
-        )  # fmt: skip
+        )
 
 
 def names_of(dtypes: Iterable[torch.dtype]) -> str:
@@ -65,18 +66,20 @@ def check_device(op: str, name: str, x: torch.Tensor, device: torch.device) -> N
     """Same device as the op's main input."""
     if x.device != device:
         raise refuse(
-            op, name, f"on {device}, where the main input is", str(x.device),
-            f"Call {name}.to({str(device)!r}).",
-        )  # fmt: skip
+            op, name, f"on {device}, where the main input is", str(x.device), f"Call {name}.to({str(device)!r})."
+        )
 
 
 def check_constant(op: str, name: str, x: torch.Tensor) -> None:
     """No gradient is asked for what the op does not differentiate."""
     if x.requires_grad and torch.is_grad_enabled():
         raise refuse(
-            op, name, "free of gradient (the op does not differentiate it)", "requires_grad=True",
+            op,
+            name,
+            "free of gradient (the op does not differentiate it)",
+            "requires_grad=True",
             f"Call {name}.detach().",
-        )  # fmt: skip
+        )
 
 
 def check_matrix(op: str, name: str, x: torch.Tensor, axes: str) -> None:
@@ -84,9 +87,12 @@ def check_matrix(op: str, name: str, x: torch.Tensor, axes: str) -> None:
     require_tensor(op, name, x)
     if x.dim() != 2:
         raise refuse(
-            op, name, f"two-dimensional {axes}", f"shape {tuple(x.shape)}",
+            op,
+            name,
+            f"two-dimensional {axes}",
+            f"shape {tuple(x.shape)}",
             "Pack padded batches to (tokens, ...) first.",
-        )  # fmt: skip
+        )
     check_dtype(op, name, x, FLOATS)
 
 
@@ -100,11 +106,7 @@ class Rows:
 
 
 def check_vector(
-    op: str,
-    name: str,
-    value: object,
-    rows: Rows | None = None,
-    dtypes: frozenset[torch.dtype] = FLOATS,
+    op: str, name: str, value: object, rows: Rows | None = None, dtypes: frozenset[torch.dtype] = FLOATS
 ) -> torch.Tensor:
     """A 1-D tensor of one of `dtypes` that matches `rows`."""
     x = require_tensor(op, name, value)
@@ -112,8 +114,7 @@ def check_vector(
         want = "a 1-D tensor"
         if rows is not None:
             want = f"of shape ({rows.size},) to match {rows.partner}"
-        raise refuse(op, name, want, f"shape {tuple(x.shape)}",
-                     "Pass the packed vector, without padding.")  # fmt: skip
+        raise refuse(op, name, want, f"shape {tuple(x.shape)}", "Pass the packed vector, without padding.")
     check_dtype(op, name, x, dtypes)
     if rows is not None:
         check_device(op, name, x, rows.device)
@@ -121,11 +122,7 @@ def check_vector(
 
 
 def check_optional(
-    op: str,
-    name: str,
-    value: object,
-    rows: Rows | None = None,
-    dtypes: frozenset[torch.dtype] = FLOATS,
+    op: str, name: str, value: object, rows: Rows | None = None, dtypes: frozenset[torch.dtype] = FLOATS
 ) -> None:
     """`check_vector` unless the value is None."""
     if value is not None:
@@ -137,9 +134,7 @@ def check_constant_vector(op: str, name: str, value: object, rows: Rows) -> None
     check_constant(op, name, check_vector(op, name, value, rows))
 
 
-def check_cu_seqlens(
-    op: str, value: object, num_tokens: int, device: torch.device, name: str = "cu_seqlens"
-) -> int:
+def check_cu_seqlens(op: str, value: object, num_tokens: int, device: torch.device, name: str = "cu_seqlens") -> int:
     """(seqs + 1,) int32, starts at 0, never decreases, ends at the token count. Returns seqs."""
     cu_seqlens = check_vector(op, name, value, dtypes=INT32)
     check_device(op, name, cu_seqlens, device)
@@ -185,13 +180,7 @@ def check_flag(op: str, name: str, value: object) -> None:
 
 
 def check_number(
-    op: str,
-    name: str,
-    value: object,
-    low: float,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
+    op: str, name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> float:
     """A finite number in [low, high], or (low, high] with `open_low`."""
     # The abstract class, for numpy's numbers, last: torch.compile does not trace into it.

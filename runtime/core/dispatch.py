@@ -81,11 +81,7 @@ def register(capability: Capability) -> None:
 
 def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
     """Declare the native CPU implementation of `op`."""
-    register(
-        Capability(
-            op, "cpu", run, frozenset({"cpu"}), dtypes, frozenset(features), native.why_unusable
-        )
-    )
+    register(Capability(op, "cpu", run, frozenset({"cpu"}), dtypes, frozenset(features), native.why_unusable))
 
 
 def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
@@ -98,10 +94,16 @@ def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features
     devices = frozenset({"cpu" if interpreted else "cuda"})
     register(
         Capability(
-            op, "triton", run, devices, dtypes, frozenset(features), triton_backend.why_unusable,
+            op,
+            "triton",
+            run,
+            devices,
+            dtypes,
+            frozenset(features),
+            triton_backend.why_unusable,
             only_forced=interpreted,
         )
-    )  # fmt: skip
+    )
 
 
 def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
@@ -113,11 +115,8 @@ def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: 
     hosted = cuda_backend.hosted()
     devices = frozenset({"cpu" if hosted else "cuda"})
     register(
-        Capability(
-            op, "cuda", run, devices, dtypes, frozenset(features), cuda_backend.why_unusable,
-            only_forced=hosted,
-        )
-    )  # fmt: skip
+        Capability(op, "cuda", run, devices, dtypes, frozenset(features), cuda_backend.why_unusable, only_forced=hosted)
+    )
 
 
 def register_reference(op: str, run: Any, *features: str) -> None:
@@ -132,8 +131,7 @@ def forced_backend() -> str | None:
         forced = os.environ.get("TOKFUSE_BACKEND") or None
         if forced is not None and forced not in ORDER:
             raise ValueError(
-                f"TOKFUSE_BACKEND must be one of {', '.join(ORDER)}; got {forced!r}. "
-                "Unset it to let every op choose."
+                f"TOKFUSE_BACKEND must be one of {', '.join(ORDER)}; got {forced!r}. Unset it to let every op choose."
             )
     return forced
 
@@ -158,9 +156,7 @@ def backend(name: str) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-def select(
-    op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
-) -> Capability:
+def select(op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()) -> Capability:
     """The implementation that serves this call; cached: a repeated call costs one lookup."""
     forced = forced_backend()
     key = (op, device, dtype, features, forced)
@@ -186,17 +182,13 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def backend_of(
-    op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()
-) -> str:
+def backend_of(op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()) -> str:
     """Name of the backend that `select` chooses; inside torch.compile a plain constant."""
     name: str = select(op, device, dtype, features).backend
     return name
 
 
-def _choose(
-    op: str, device: str, dtype: torch.dtype, features: frozenset[str], forced: str | None
-) -> Capability:
+def _choose(op: str, device: str, dtype: torch.dtype, features: frozenset[str], forced: str | None) -> Capability:
     rows = _REGISTRY[op]
     reasons = {}
     for name in ORDER:
@@ -220,9 +212,18 @@ def table() -> list[dict[str, object]]:
         for name in ORDER:
             row = _REGISTRY[op].get(name)
             if row is None:
-                rows.append({"op": op, "backend": name, "built": False, "usable": False,
-                             "why": "not implemented", "devices": [], "dtypes": [],
-                             "features": []})  # fmt: skip
+                rows.append(
+                    {
+                        "op": op,
+                        "backend": name,
+                        "built": False,
+                        "usable": False,
+                        "why": "not implemented",
+                        "devices": [],
+                        "dtypes": [],
+                        "features": [],
+                    }
+                )
                 continue
             why = row.unusable()
             rows.append(

@@ -34,9 +34,7 @@ class GraphForm(NamedTuple):
 STAR = " *,"
 
 
-def traceable(
-    op: str, backend: str, run: Callable[..., Any], form: GraphForm
-) -> Callable[..., Any]:
+def traceable(op: str, backend: str, run: Callable[..., Any], form: GraphForm) -> Callable[..., Any]:
     """`run`, and inside torch.compile a custom op around it."""
     # A custom op takes no tensor as a keyword alone, so there the star is gone.
     positional, _, rest = form.schema.partition(STAR)
@@ -51,9 +49,8 @@ def traceable(
         return call
 
     custom = torch.library.custom_op(
-        f"tokfuse::{op}_{backend}", named(run, form.rich), mutates_args=(),
-        schema=positional + rest,
-    )  # fmt: skip
+        f"tokfuse::{op}_{backend}", named(run, form.rich), mutates_args=(), schema=positional + rest
+    )
     custom.register_fake(named(form.fake))
     if form.differentiate is not None:
         setup_context, backward = form.differentiate

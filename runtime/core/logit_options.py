@@ -35,8 +35,9 @@ def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOp
     checks.check_matrix(op, "logits", logits, "(tokens, vocab)")
     tokens, vocab = logits.shape
     if vocab < 1:
-        raise refuse(op, "logits", "at least one column wide", f"shape {tuple(logits.shape)}",
-                     "Pass the whole vocabulary.")  # fmt: skip
+        raise refuse(
+            op, "logits", "at least one column wide", f"shape {tuple(logits.shape)}", "Pass the whole vocabulary."
+        )
     rows = checks.Rows(tokens, "the rows of logits", logits.device)
     checks.check_vector(op, "target", target, rows, checks.INT64)
     check_options(op, tokens, logits.device, o)
@@ -44,9 +45,12 @@ def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOp
         bias = checks.require_tensor(op, "bias_logits", o.bias_logits)
         if bias.shape != logits.shape or bias.dtype != logits.dtype:
             raise refuse(
-                op, "bias_logits", f"{tuple(logits.shape)} {logits.dtype} like logits",
-                f"{tuple(bias.shape)} {bias.dtype}", "Score the same tokens in the same dtype.",
-            )  # fmt: skip
+                op,
+                "bias_logits",
+                f"{tuple(logits.shape)} {logits.dtype} like logits",
+                f"{tuple(bias.shape)} {bias.dtype}",
+                "Score the same tokens in the same dtype.",
+            )
         checks.check_device(op, "bias_logits", bias, logits.device)
         checks.check_constant(op, "bias_logits", bias)
         checks.check_number(op, "bias_scale", o.bias_scale, -math.inf)

@@ -19,10 +19,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("tokfuse._native"), None
     except ImportError as error:
-        reason = (
-            f"the native module is not available ({error}); "
-            "install g++ and cmake, then reinstall tokfuse"
-        )
+        reason = f"the native module is not available ({error}); install g++ and cmake, then reinstall tokfuse"
         # Once in a process, so that nobody takes the slow path for the fast one.
         message = f"tokfuse runs on the pure-torch reference: {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)

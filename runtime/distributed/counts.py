@@ -6,7 +6,7 @@ import torch
 
 from tokfuse.runtime.core.checks import check_choice, check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.distributed.counts import collectives
+from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
 from tokfuse.runtime.policy.metrics import Metrics
 
@@ -46,8 +46,13 @@ def global_normalizer(
     collectives.require_group("global_normalizer", group)
     own = torch.as_tensor(count, dtype=torch.float64, device=device).detach().reshape(-1)
     if own.numel() != 1:
-        raise refuse("global_normalizer", "count", "one number, summed over micro-batches",
-                     f"shape {tuple(own.shape)}", "Add the counts first.")  # fmt: skip
+        raise refuse(
+            "global_normalizer",
+            "count",
+            "one number, summed over micro-batches",
+            f"shape {tuple(own.shape)}",
+            "Add the counts first.",
+        )
     total = collectives.all_gather(own, group).sum()
     return torch.where(total > 0, total / gradient_ranks, 1.0)
 
@@ -69,18 +74,16 @@ def merge_metrics(metrics: Metrics, group: "ProcessGroup | None" = None) -> Metr
         sums.append(sampler.double().reshape(1))
     rows = collectives.all_gather(torch.cat(sums), group)
     parts = [
-        Metrics(row[: metrics.sums.shape[0]].clone(), metrics.absent,
-                None if sampler is None else row[-1]) for row in rows
-    ]  # fmt: skip
+        Metrics(row[: metrics.sums.shape[0]].clone(), metrics.absent, None if sampler is None else row[-1])
+        for row in rows
+    ]
     merged = parts[0]
     for part in parts[1:]:
         merged = merged + part
     return merged
 
 
-def head_weight(
-    weight: torch.Tensor, *, gradients: str, tensor_parallel: str | None = None
-) -> torch.Tensor:
+def head_weight(weight: torch.Tensor, *, gradients: str, tensor_parallel: str | None = None) -> torch.Tensor:
     """A plain tensor of an lm_head weight that may be a DTensor, with the right gradient.
 
     FSDP2 keeps parameters as DTensors. `weight.full_tensor()`, called outside the module's forward,
@@ -113,8 +116,9 @@ def head_weight(
     incoming: list[Placement] = []
     for dimension, placement in enumerate(weight.placements):
         if not (placement.is_replicate() or placement.is_shard(0)):
-            raise refuse("head_weight", "weight", "cut by rows or replicated",
-                         str(weight.placements), "Shard the vocabulary.")  # fmt: skip
+            raise refuse(
+                "head_weight", "weight", "cut by rows or replicated", str(weight.placements), "Shard the vocabulary."
+            )
         if dimension == kept:
             outcome.append(Shard(0))
             incoming.append(Shard(0))
@@ -124,9 +128,7 @@ def head_weight(
     return weight.redistribute(placements=outcome).to_local(grad_placements=incoming)
 
 
-def vocab_shard(
-    weight: torch.Tensor, tensor_parallel: str, *, vocab_size: int | None = None
-) -> VocabShard:
+def vocab_shard(weight: torch.Tensor, tensor_parallel: str, *, vocab_size: int | None = None) -> VocabShard:
     """The shard that `head_weight(weight, ..., tensor_parallel=...)` returns.
 
     Args:
@@ -149,6 +151,11 @@ def _mesh_dimension(op: str, weight: torch.Tensor, name: str | None) -> int | No
     names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
     if name not in names:
         known = ", ".join(names) or "no named dimension"
-        raise refuse(op, "tensor_parallel", f"a mesh dimension of the weight ({known})", repr(name),
-                     "Distribute lm_head.weight over a named mesh.")  # fmt: skip
+        raise refuse(
+            op,
+            "tensor_parallel",
+            f"a mesh dimension of the weight ({known})",
+            repr(name),
+            "Distribute lm_head.weight over a named mesh.",
+        )
     return names.index(name)

@@ -7,7 +7,7 @@ import torch
 
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.distributed.counts import collectives
+from tokfuse.runtime.distributed import collectives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,9 +46,7 @@ class TokenSlice:
         return cls._of_pieces(num_tokens, group, 2)
 
     @classmethod
-    def _of_pieces(
-        cls, num_tokens: int, group: "ProcessGroup | None", pieces: int
-    ) -> "TokenSlice":  # fmt: skip
+    def _of_pieces(cls, num_tokens: int, group: "ProcessGroup | None", pieces: int) -> "TokenSlice":
         check_number("TokenSlice", "num_tokens", num_tokens, 0)
         collectives.require_group("TokenSlice", group)
         ranks = collectives.num_ranks(group)
@@ -62,15 +60,22 @@ class TokenSlice:
     @property
     def index(self) -> torch.Tensor:
         """(local,) int64: the tokens of this rank, -1 for padding."""
-        return self.order.chunk(collectives.num_ranks(self.group))[
-            collectives.own_rank(self.group)
-        ] if self.order.numel() else self.order  # fmt: skip
+        return (
+            self.order.chunk(collectives.num_ranks(self.group))[collectives.own_rank(self.group)]
+            if self.order.numel()
+            else self.order
+        )
 
     def take(self, x: torch.Tensor, fill: Any = 0) -> torch.Tensor:
         """(local, ...): this rank's part of a global tensor; padding is `fill` in x's dtype."""
         if x.shape[:1] != (self.num_tokens,):
-            raise refuse("TokenSlice.take", "x", f"({self.num_tokens}, ...) long, the whole batch",
-                         f"shape {tuple(x.shape)}", "Cut global tensors only.")  # fmt: skip
+            raise refuse(
+                "TokenSlice.take",
+                "x",
+                f"({self.num_tokens}, ...) long, the whole batch",
+                f"shape {tuple(x.shape)}",
+                "Cut global tensors only.",
+            )
         index = self.index.to(x.device)
         if self.num_tokens == 0:
             return x
@@ -87,8 +92,13 @@ class TokenSlice:
         """
         local = self.index.shape[0]
         if x.shape[:1] != (local,):
-            raise refuse("TokenSlice.gather", "x", f"({local}, ...) long, this rank's part",
-                         f"shape {tuple(x.shape)}", "Gather what take cut.")  # fmt: skip
+            raise refuse(
+                "TokenSlice.gather",
+                "x",
+                f"({local}, ...) long, this rank's part",
+                f"shape {tuple(x.shape)}",
+                "Gather what take cut.",
+            )
         out: torch.Tensor = _Gather.apply(x, self)
         return out
 

@@ -18,7 +18,7 @@ from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits, check_options
-from tokfuse.runtime.distributed.counts import collectives, vocab_rows
+from tokfuse.runtime.distributed import collectives, vocab_rows
 from tokfuse.runtime.distributed.vocab_rows import HeadCall
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
 from tokfuse.runtime.lm_head import head as heads
@@ -34,9 +34,7 @@ from tokfuse.runtime.policy.step_result import Gradients, PolicyStep
 from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
-STATS, LINEAR, STEP = (
-    f"distributed.{op}" for op in ("token_stats", "linear_token_stats", "policy_step")
-)
+STATS, LINEAR, STEP = (f"distributed.{op}" for op in ("token_stats", "linear_token_stats", "policy_step"))
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -146,8 +144,13 @@ def linear_token_stats(
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     if sequence_parallel and not reduce_hidden:
-        raise refuse(LINEAR, "reduce_hidden", "True with sequence_parallel", False,
-                     "A slice of hidden needs the sum over the shards.")  # fmt: skip
+        raise refuse(
+            LINEAR,
+            "reduce_hidden",
+            "True with sequence_parallel",
+            False,
+            "A slice of hidden needs the sum over the shards.",
+        )
     call = HeadCall(LINEAR, options, target, memory_budget, shard, sequence_parallel, reduce_hidden)
     _check_head(call, hidden, weight, bias)
     out: tuple[torch.Tensor, ...] = _ShardHead.apply(hidden, weight, bias, call)
@@ -208,9 +211,17 @@ def policy_step(
     Source: as those. Exact.
     """
     inputs = PolicyInputs(
-        old_logp, advantage, advantage_level, mask, cu_seqlens,
-        token_weight, signal, ref_logp, kl_weight, entropy_weight,
-    )  # fmt: skip
+        old_logp,
+        advantage,
+        advantage_level,
+        mask,
+        cu_seqlens,
+        token_weight,
+        signal,
+        ref_logp,
+        kl_weight,
+        entropy_weight,
+    )
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
@@ -218,8 +229,9 @@ def policy_step(
     call = HeadCall(STEP, options, target, memory_budget, shard, sequence_parallel)
     if logits is not None:
         if weight is not None or bias is not None or sequence_parallel:
-            raise refuse(STEP, "weight, bias and sequence_parallel", "left out with logits=",
-                         "given", "They belong to hidden=.")  # fmt: skip
+            raise refuse(
+                STEP, "weight, bias and sequence_parallel", "left out with logits=", "given", "They belong to hidden=."
+            )
         _check_logits(STEP, logits, target, options, shard)
     else:
         _check_head(call, hidden, weight, bias)
@@ -243,9 +255,7 @@ def policy_step(
     else:
         assert hidden is not None and weight is not None
         h, w = hidden, weight
-        out = hidden_step.attach(
-            h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of), gradients
-        )
+        out = hidden_step.attach(h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of), gradients)
     return step_op._result(out, inputs, objective, inverse, sampler_logp, gradients)
 
 
@@ -266,14 +276,17 @@ def _check_shard(op: str, shard: object) -> None:
         )
 
 
-def _check_logits(
-    op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard
-) -> None:
+def _check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> None:
     _check_shard(op, shard)
     checks.check_matrix(op, "logits", logits, "(tokens, columns)")
     if logits.shape[1] < shard.size:
-        raise refuse(op, "logits", f"at least {shard.size} columns wide, the shard's size",
-                     f"shape {tuple(logits.shape)}", "Pass this rank's columns.")  # fmt: skip
+        raise refuse(
+            op,
+            "logits",
+            f"at least {shard.size} columns wide, the shard's size",
+            f"shape {tuple(logits.shape)}",
+            "Pass this rank's columns.",
+        )
     if logits.shape[1] > 0:
         check_logits(op, logits, target, o)
     else:
@@ -284,10 +297,7 @@ def _check_logits(
 
 
 def _check_head(
-    call: HeadCall,
-    hidden: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    call: HeadCall, hidden: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> None:
     op, shard = call.op, call.shard
     _check_shard(op, shard)
@@ -297,17 +307,25 @@ def _check_head(
         ranks = collectives.num_ranks(shard.group)
         if call.target.shape[0] != ranks * hidden.shape[0]:
             raise refuse(
-                op, "target", f"{ranks} x {hidden.shape[0]} long with sequence_parallel",
-                f"shape {tuple(call.target.shape)}", "Pass the targets of all ranks' tokens.",
-            )  # fmt: skip
+                op,
+                "target",
+                f"{ranks} x {hidden.shape[0]} long with sequence_parallel",
+                f"shape {tuple(call.target.shape)}",
+                "Pass the targets of all ranks' tokens.",
+            )
         hidden = hidden.detach().new_empty(1, hidden.shape[1]).expand(call.target.shape[0], -1)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == 0:
         weight, bias = weight.new_empty(1, weight.shape[1]), None  # an empty shard
     heads.check_head(op, hidden, weight, bias, call.target, call.options, call.memory_budget)
     assert weight is not None
     if weight.shape[0] < shard.size:
-        raise refuse(op, "weight", f"at least {shard.size} rows long, the shard's size",
-                     f"shape {tuple(weight.shape)}", "Pass this rank's rows.")  # fmt: skip
+        raise refuse(
+            op,
+            "weight",
+            f"at least {shard.size} rows long, the shard's size",
+            f"shape {tuple(weight.shape)}",
+            "Pass this rank's rows.",
+        )
     _check_target(op, call.target, call.options, shard)
 
 
@@ -340,9 +358,7 @@ class _ShardStats(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats = merged.stats
-        ctx.save_for_backward(
-            logits, target, merged.shift, merged.inv_sum, stats.entropy, *_tensors(o)
-        )
+        ctx.save_for_backward(logits, target, merged.shift, merged.inv_sum, stats.entropy, *_tensors(o))
         ctx.options, ctx.shard = _scalars(o), shard
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[2:])
@@ -362,16 +378,14 @@ class _ShardStats(torch.autograd.Function):
 class _ShardHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        call: HeadCall,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall
+    ) -> tuple[torch.Tensor, ...]:
         hidden = vocab_rows.gathered(hidden, call)
         merged = vocab_rows.head_forward(hidden, weight, bias, call)
         stats = merged.stats
         ctx.save_for_backward(
-            hidden, weight, bias, call.target, merged.shift, merged.inv_sum, stats.entropy,
-            *_tensors(call.options),
-        )  # fmt: skip
+            hidden, weight, bias, call.target, merged.shift, merged.inv_sum, stats.entropy, *_tensors(call.options)
+        )
         ctx.op, ctx.options, ctx.rest = call.op, _scalars(call.options), call[3:]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[2:])
@@ -390,30 +404,43 @@ class _ShardHead(torch.autograd.Function):
 
 
 def _step_from_logits(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    shard: VocabShard,
     terms_of: Callable[[TokenStats], PolicyTerms],
-) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:  # fmt: skip
+) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:
     with torch.no_grad():
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats, terms = merged.stats, terms_of(merged.stats)
         grad = vocab_rows.row_backward(
-            logits, target, o, shard, merged.shift, merged.inv_sum, stats.entropy, terms.d_logp,
-            terms.d_entropy,
-        )  # fmt: skip
+            logits, target, o, shard, merged.shift, merged.inv_sum, stats.entropy, terms.d_logp, terms.d_entropy
+        )
     return terms, stats, grad
 
 
 def _step_from_hidden(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    call: HeadCall,
     terms_of: Callable[[TokenStats], PolicyTerms],
-) -> hidden_step.Step:  # fmt: skip
+) -> hidden_step.Step:
     needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     with torch.no_grad():
         hidden = vocab_rows.gathered(hidden, call)
         merged = vocab_rows.head_forward(hidden, weight, bias, call)
         stats, terms = merged.stats, terms_of(merged.stats)
         grads = vocab_rows.head_backward(
-            hidden, weight, bias, call, needs, merged.shift, merged.inv_sum, stats.entropy,
-            terms.d_logp, terms.d_entropy,
-        )  # fmt: skip
+            hidden,
+            weight,
+            bias,
+            call,
+            needs,
+            merged.shift,
+            merged.inv_sum,
+            stats.entropy,
+            terms.d_logp,
+            terms.d_entropy,
+        )
     return terms, stats, grads

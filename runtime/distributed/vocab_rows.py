@@ -7,7 +7,7 @@ import torch
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.distributed.counts import collectives
+from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.distributed.vocab_shard import Merged, VocabShard, empty_record, merge, pack
 from tokfuse.runtime.lm_head import head as heads
 from tokfuse.runtime.lm_head.head import HeadProblem
@@ -57,9 +57,13 @@ def _unit(backend: str, o: LogitOptions) -> float | torch.Tensor:
 
 
 def _exchange(
-    local: tuple[torch.Tensor, ...] | None, target: torch.Tensor, o: LogitOptions,
-    shard: VocabShard, backend: str, dtype: torch.dtype,
-) -> Merged:  # fmt: skip
+    local: tuple[torch.Tensor, ...] | None,
+    target: torch.Tensor,
+    o: LogitOptions,
+    shard: VocabShard,
+    backend: str,
+    dtype: torch.dtype,
+) -> Merged:
     """The one all-gather, and the merge. `local`: outputs of the row kernel; None: no columns."""
     if local is None:
         record = empty_record(target, dtype)
@@ -90,9 +94,7 @@ def _row_options(o: LogitOptions, shard: VocabShard) -> dict[str, Any]:
     return o._asdict()
 
 
-def row_forward(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard
-) -> Merged:
+def row_forward(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> Merged:
     """Statistics of the whole vocabulary; logits (tokens, columns) with padding columns."""
     backend, run = _row_kernels(logits, o)
     local = None
@@ -104,10 +106,16 @@ def row_forward(
 
 
 def row_backward(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard,
-    shift: torch.Tensor, inv_sum: torch.Tensor, entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    shard: VocabShard,
+    shift: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+) -> torch.Tensor:
     """The gradient of this shard's logits; 0 in the padding."""
     logits = logits.detach()
     if logits.device.type == "cpu":
@@ -119,9 +127,16 @@ def row_backward(
         _, run = _row_kernels(logits, o)
         assert run.backward is not None
         run.backward(
-            logits[:, : shard.size], _column(target, shard, ELSEWHERE), shift, inv_sum, entropy,
-            grad_logp, grad_entropy, out=out[:, : shard.size], **_row_options(o, shard),
-        )  # fmt: skip
+            logits[:, : shard.size],
+            _column(target, shard, ELSEWHERE),
+            shift,
+            inv_sum,
+            entropy,
+            grad_logp,
+            grad_entropy,
+            out=out[:, : shard.size],
+            **_row_options(o, shard),
+        )
     return out
 
 
@@ -143,20 +158,15 @@ def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> tuple[str, Kernels]:
 
 
 def _problem(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall,
-    elsewhere: int,
-) -> HeadProblem:  # fmt: skip
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall, elsewhere: int
+) -> HeadProblem:
     size = call.shard.size
     own_bias = None if bias is None else bias.detach()[:size]
     target = _column(call.target, call.shard, elsewhere)
-    return heads.check_head(
-        call.op, hidden, weight.detach()[:size], own_bias, target, call.options, call.memory_budget
-    )
+    return heads.check_head(call.op, hidden, weight.detach()[:size], own_bias, target, call.options, call.memory_budget)
 
 
-def head_forward(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall
-) -> Merged:
+def head_forward(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall) -> Merged:
     """Statistics of the whole vocabulary; weight (rows, hidden) with padding rows."""
     backend, run = _head_kernels(hidden, call.options)
     local = None
@@ -167,10 +177,17 @@ def head_forward(
 
 
 def head_backward(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall,
-    needs: tuple[bool, bool, bool], shift: torch.Tensor, inv_sum: torch.Tensor,
-    entropy: torch.Tensor, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None,
-) -> list[torch.Tensor | None]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    call: HeadCall,
+    needs: tuple[bool, bool, bool],
+    shift: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
     """[grad_hidden of all shards, grad_weight, grad_bias of this one]; 0 in the padding."""
     grads: list[torch.Tensor | None] = [None, None, None]
     if call.shard.size > 0:

@@ -20,7 +20,7 @@ import torch
 
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.distributed.counts import collectives
+from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.ops.token_stats import TokenStats
 
 if TYPE_CHECKING:
@@ -56,15 +56,16 @@ class VocabShard:
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.vocab_size:
             raise refuse(
-                "VocabShard", "start and stop", f"0 <= start <= stop <= {self.vocab_size}",
-                (self.start, self.stop), "Pass the borders of this rank's part.",
-            )  # fmt: skip
+                "VocabShard",
+                "start and stop",
+                f"0 <= start <= stop <= {self.vocab_size}",
+                (self.start, self.stop),
+                "Pass the borders of this rank's part.",
+            )
         collectives.require_group("VocabShard", self.group)
 
     @classmethod
-    def even(
-        cls, vocab_size: int, group: "ProcessGroup | None" = None, *, multiple: int = 1
-    ) -> "VocabShard":
+    def even(cls, vocab_size: int, group: "ProcessGroup | None" = None, *, multiple: int = 1) -> "VocabShard":
         """Equal parts of ceil(vocab_size / ranks), as DTensor's Shard(0) and torch.chunk cut.
 
         Args:
@@ -136,9 +137,7 @@ def empty_record(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values[:, None].expand(RECORD, target.shape[0])
 
 
-def merge(
-    records: torch.Tensor, rank: int, unit: float | torch.Tensor, mask: torch.Tensor | None
-) -> Merged:
+def merge(records: torch.Tensor, rank: int, unit: float | torch.Tensor, mask: torch.Tensor | None) -> Merged:
     """Statistics of the whole from the records of all shards: (ranks, RECORD, tokens).
 
     In float64 and in rank order, so that every rank gets the same bits.

@@ -2,7 +2,7 @@
 
 As runtime/lm_head/head.py does on the CPU, logits exist some rows at a time: GEMM, row kernel,
 gradient GEMMs. Logits are float32. Their gradient overwrites them for a float32 head; for a 16-bit
-head it is rounded once to the head's dtype, in a separate buffer, because tensor cores take no mixed
+head it is rounded once to the head's dtype, in another buffer, because tensor cores take no mixed
 operands; products accumulate in float32 and dW is a float32 sum over the chunks.
 
 A chunk is one GEMM and one row kernel for statistics, and one GEMM more for each of grad_hidden and
@@ -39,8 +39,13 @@ def check_compact(op: str, p: HeadProblem) -> None:
     """Refuse `compact_clipped` where its kernels cannot run."""
     reason = triton_backend.why_unusable() if p.compact_clipped else None
     if reason is not None:
-        raise refuse(op, "compact_clipped", "False where Triton kernels cannot run", reason,
-                     "Leave it out: clipped rows enter with zeros.")  # fmt: skip
+        raise refuse(
+            op,
+            "compact_clipped",
+            "False where Triton kernels cannot run",
+            reason,
+            "Leave it out: clipped rows enter with zeros.",
+        )
 
 
 class RowClasses(NamedTuple):
@@ -60,9 +65,7 @@ def capturing(x: torch.Tensor) -> bool:
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def classify(
-    p: HeadProblem, needed: torch.Tensor | None, gradient: torch.Tensor | None
-) -> RowClasses:
+def classify(p: HeadProblem, needed: torch.Tensor | None, gradient: torch.Tensor | None) -> RowClasses:
     """Rows by class; None: every row, and every needed row. Reads two numbers from the device."""
     tokens, device = p.tokens, p.hidden.device
     if needed is None and gradient is None:
@@ -174,9 +177,7 @@ class DeviceHead:
         if norms is not None:
             norms[index] = torch.linalg.vector_norm(dz, dim=1, dtype=torch.float32)
 
-    def add_live(
-        self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, live: torch.Tensor
-    ) -> None:
+    def add_live(self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, live: torch.Tensor) -> None:
         """`add` whose GEMMs skip the rows that are not `live`, which hold zeros; never waits."""
         self._add_small(index, dz)
         rows, count = _live_first(live)

@@ -24,9 +24,7 @@ MIN_BUDGET = 64 << 20
 # An element of dW costs a chunk 8 bytes and 2 operations per row: below 950 rows the dW GEMM of an
 # H100 (800 TFLOP/s, 3.35 TB/s) waits for memory.
 GPU_ROWS = 1024
-TILE_BYTES = (
-    2 << 20
-)  # float32 copy of a bfloat16 / float16 weight tile; stays in the L2 or L3 cache
+TILE_BYTES = 2 << 20  # float32 copy of a bfloat16 / float16 weight tile; stays in the L2 or L3 cache
 
 
 class HeadProblem(NamedTuple):
@@ -68,17 +66,26 @@ def check_head(
         raise refuse(op, "weight", "given with hidden=", "None", "Pass lm_head.weight.")
     checks.check_matrix(op, "weight", weight, "(vocab, hidden)")
     if weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
-        raise refuse(op, "weight", f"of shape (vocab, hidden) with hidden = {hidden.shape[1]}",
-                     f"shape {tuple(weight.shape)}", "Pass lm_head.weight as it is.")  # fmt: skip
+        raise refuse(
+            op,
+            "weight",
+            f"of shape (vocab, hidden) with hidden = {hidden.shape[1]}",
+            f"shape {tuple(weight.shape)}",
+            "Pass lm_head.weight as it is.",
+        )
     if weight.dtype != hidden.dtype:
-        raise refuse(op, "weight", f"{hidden.dtype} like hidden", str(weight.dtype),
-                     "Cast one of them.")  # fmt: skip
+        raise refuse(op, "weight", f"{hidden.dtype} like hidden", str(weight.dtype), "Cast one of them.")
     checks.check_device(op, "weight", weight, hidden.device)
     if bias is not None:
         checks.require_tensor(op, "bias", bias)
         if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
-            raise refuse(op, "bias", f"({weight.shape[0]},) {weight.dtype} like weight",
-                         f"{tuple(bias.shape)} {bias.dtype}", "Pass lm_head.bias.")  # fmt: skip
+            raise refuse(
+                op,
+                "bias",
+                f"({weight.shape[0]},) {weight.dtype} like weight",
+                f"{tuple(bias.shape)} {bias.dtype}",
+                "Pass lm_head.bias.",
+            )
         checks.check_device(op, "bias", bias, hidden.device)
     rows = checks.Rows(hidden.shape[0], "the rows of hidden", hidden.device)
     checks.check_vector(op, "target", target, rows, checks.INT64)
@@ -90,8 +97,9 @@ def check_head(
             workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
             memory_budget = max(memory_budget, min(workspace, 1 << 30))
     elif not isinstance(memory_budget, int) or memory_budget < 1:
-        raise refuse(op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget),
-                     "Omit it for the default.")  # fmt: skip
+        raise refuse(
+            op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget), "Omit it for the default."
+        )
     return HeadProblem(hidden, weight, bias, target, options, memory_budget)
 
 

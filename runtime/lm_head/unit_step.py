@@ -18,13 +18,7 @@ from tokfuse.runtime.core import native
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.lm_head.device_head import DeviceHead, RowClasses
-from tokfuse.runtime.lm_head.head import (
-    Head,
-    HeadGradients,
-    HeadProblem,
-    LogitsBuffer,
-    rows_in_budget,
-)
+from tokfuse.runtime.lm_head.head import Head, HeadGradients, HeadProblem, LogitsBuffer, rows_in_budget
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.policy_step_hidden import NAMES, wanted
@@ -105,9 +99,16 @@ def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
     """`linear_token_stats` and autograd: what the chunked passes must equal."""
     o = p.options
     stats = linear.linear_token_stats(
-        p.hidden, p.weight, p.target, bias=p.bias, temperature=o.temperature, softcap=o.softcap,
-        logit_scale=o.logit_scale, mask=o.mask, memory_budget=p.memory_budget,
-    )  # fmt: skip
+        p.hidden,
+        p.weight,
+        p.target,
+        bias=p.bias,
+        temperature=o.temperature,
+        softcap=o.softcap,
+        logit_scale=o.logit_scale,
+        mask=o.mask,
+        memory_budget=p.memory_budget,
+    )
     of_units = TokenStats(*(x[units.order] for x in stats))
     total = loss(of_units, units.order, 0, len(units.border) - 1).to(stats.logp.dtype)
     return UnitStep(total, TokenStats(*(x.detach() for x in stats)), {}, 0)
@@ -116,9 +117,16 @@ def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
 class _UnitStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        p: HeadProblem, units: Units, loss: Loss, run: Callable[..., Any], gradients: Gradients,
-    ) -> tuple[Any, ...]:  # fmt: skip
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        p: HeadProblem,
+        units: Units,
+        loss: Loss,
+        run: Callable[..., Any],
+        gradients: Gradients,
+    ) -> tuple[Any, ...]:
         value, stats, grads, read_twice = run(p, units, loss)
         gradients.update(zip(NAMES, grads, strict=True))
         ctx.gradients = gradients
@@ -209,9 +217,15 @@ class _CpuWork:
         record, alive = self.buffer.record(self.problem, 0, tokens.shape[0], tokens)
         _, entropy, _, _, _, shift, inv_sum = self.stats
         self.module.token_stats_bwd(
-            record, shift.data_ptr(), inv_sum.data_ptr(), entropy.data_ptr(), c.data_ptr(), 0,
-            self.buffer.storage.data_ptr(), self.problem.vocab,
-        )  # fmt: skip
+            record,
+            shift.data_ptr(),
+            inv_sum.data_ptr(),
+            entropy.data_ptr(),
+            c.data_ptr(),
+            0,
+            self.buffer.storage.data_ptr(),
+            self.problem.vocab,
+        )
         del alive
 
     def _compact(self, live: torch.Tensor) -> None:
@@ -227,9 +241,7 @@ class _CpuWork:
 # --------------------------------------------------------------------------------- Triton backend
 
 
-def _device_run(
-    kernels: stats_op.Kernels, p: HeadProblem, units: Units, loss: Loss
-) -> tuple[Any, ...]:
+def _device_run(kernels: stats_op.Kernels, p: HeadProblem, units: Units, loss: Loss) -> tuple[Any, ...]:
     """As on the CPU; rows without gradient pass as zeros, the host reads no coefficient."""
     if may_read(p.target):
         linear.check_targets(OP, p)
@@ -261,9 +273,16 @@ def _device_run(
                 target, options = linear.rows_of_options(p, index)
                 _, entropy, _, _, _, row_max, inv_sum = (x[index] for x in stats)
                 dz = kernels.backward(
-                    logits, target, row_max, inv_sum, entropy, c[index],
-                    torch.zeros_like(entropy), out=head.gradient_like(logits), **options,
-                )  # fmt: skip
+                    logits,
+                    target,
+                    row_max,
+                    inv_sum,
+                    entropy,
+                    c[index],
+                    torch.zeros_like(entropy),
+                    out=head.gradient_like(logits),
+                    **options,
+                )
                 head.add(index, h, dz)
         return total, stats[:5], head.finish(), read_twice
 

@@ -93,12 +93,7 @@ def _run(logits: torch.Tensor, options: LogitOptions) -> Kernels:
 
 
 def _cpu_forward(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    second_temperature: float | None,
-    moments: bool,
-    **options: Any,
+    logits: torch.Tensor, target: torch.Tensor, *, second_temperature: float | None, moments: bool, **options: Any
 ) -> tuple[torch.Tensor, ...]:
     """(logp, entropy, lse, sum_sq, top1, shift, inv_sum, second_logp, p2_logp, p2_logp2)."""
     o = LogitOptions(**options)
@@ -111,18 +106,20 @@ def _cpu_forward(
     module = native.module()
     assert module is not None
     bad = module.token_stats_fwd(
-        record, *[x.data_ptr() for x in out[:7]], p2_logp, p2_logp2, second,
+        record,
+        *[x.data_ptr() for x in out[:7]],
+        p2_logp,
+        p2_logp2,
+        second,
         1.0 if second_temperature is None else second_temperature,
-    )  # fmt: skip
+    )
     del alive
     if bad >= 0:
         raise bad_row(stats_op.OP, bad, target, logits.shape[1], o.temperature)
     return tuple(out)
 
 
-register_cpu(
-    OP, Kernels(_cpu_forward, stats_op._cpu_backward), FLOAT_DTYPES, "softcap", "bias_logits"
-)
+register_cpu(OP, Kernels(_cpu_forward, stats_op._cpu_backward), FLOAT_DTYPES, "softcap", "bias_logits")
 register_cuda(OP, stats_op.CUDA, FLOAT_DTYPES, "softcap", "bias_logits")
 register_triton(OP, stats_op.TRITON, FLOAT_DTYPES, "softcap", "bias_logits")
 register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
@@ -146,13 +143,9 @@ def _extended_op(
     second_temperature: float | None,
     moments: bool,
 ) -> list[torch.Tensor]:
-    options = stats_op._unpack(
-        temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale
-    )
+    options = stats_op._unpack(temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
     run = _run(logits, LogitOptions(**options))
-    out = run.forward(
-        logits, target, second_temperature=second_temperature, moments=moments, **options
-    )
+    out = run.forward(logits, target, second_temperature=second_temperature, moments=moments, **options)
     return list(out)
 
 
@@ -176,13 +169,10 @@ def _op_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
 _extended_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _custom_op(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, extras: Extras
-) -> tuple[torch.Tensor, ...]:
+def _custom_op(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, extras: Extras) -> tuple[torch.Tensor, ...]:
     vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     out = _extended_op(
-        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask,
-        o.bias_logits, o.bias_scale, *extras,
-    )  # fmt: skip
+        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask, o.bias_logits, o.bias_scale, *extras
+    )
     return tuple(out)

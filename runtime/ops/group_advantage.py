@@ -17,13 +17,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
+from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -43,15 +37,7 @@ KINDS = {
     "maxrl": ("mean", "mean"),
     "reinforce": ("none", "none"),
 }
-BASELINES = (
-    "mean",
-    "leave_one_out",
-    "length_weighted",
-    "median",
-    "second_best",
-    "greedy",
-    "none",
-)
+BASELINES = ("mean", "leave_one_out", "length_weighted", "median", "second_best", "greedy", "none")
 SCALES = ("none", "std", "batch_std", "mean")
 GROUPLESS = ("greedy", "none")
 DEFAULT_EPS = {"std": 1e-6, "batch_std": 1e-6, "mean": 1e-8, "none": 0.0}

@@ -113,8 +113,13 @@ def logit_norms(
     rows = Rows(stats.logp.shape[0], "stats", stats.logp.device)
     check_vector(op, "coefficient", coefficient, rows)
     if softcap is not None:
-        raise refuse(op, "softcap", "None (the identity needs logits that are linear in p's)",
-                     repr(softcap), "Use policy_step(hidden=..., influence=...).")  # fmt: skip
+        raise refuse(
+            op,
+            "softcap",
+            "None (the identity needs logits that are linear in p's)",
+            repr(softcap),
+            "Use policy_step(hidden=..., influence=...).",
+        )
     checks.check_positive(op, "logit_scale", logit_scale)
     if isinstance(temperature, torch.Tensor):
         check_vector(op, "temperature", temperature, rows)
@@ -138,8 +143,13 @@ def logit_norms(
 
 def _moments(op: str, stats: TokenStats | ExtendedTokenStats) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(stats, TokenStats) or stats.sum_p2_logp is None or stats.sum_p2_logp2 is None:
-        raise refuse(op, "stats", "with moments where entropy_coefficient is given",
-                     "none", "Call token_stats(..., moments=True).")  # fmt: skip
+        raise refuse(
+            op,
+            "stats",
+            "with moments where entropy_coefficient is given",
+            "none",
+            "Call token_stats(..., moments=True).",
+        )
     return stats.sum_p2_logp.double(), stats.sum_p2_logp2.double()
 
 
@@ -243,9 +253,13 @@ def sketch(
     checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")
     checks.check_matrix(op, "grad_hidden", grad_hidden, "(tokens, hidden)")
     if grad_hidden.shape != hidden.shape:
-        raise refuse(op, "grad_hidden", f"of shape {tuple(hidden.shape)} like hidden",
-                     f"shape {tuple(grad_hidden.shape)}",
-                     "Pass the gradient of hidden.")  # fmt: skip
+        raise refuse(
+            op,
+            "grad_hidden",
+            f"of shape {tuple(hidden.shape)} like hidden",
+            f"shape {tuple(grad_hidden.shape)}",
+            "Pass the gradient of hidden.",
+        )
     checks.check_device(op, "grad_hidden", grad_hidden, hidden.device)
     checks.check_cu_seqlens(op, cu_seqlens, hidden.shape[0], hidden.device)
     check_spec(op, rank, seed)
@@ -267,9 +281,7 @@ def check_spec(op: str, rank: int | None, seed: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def projections(
-    rank: int, hidden_size: int, seed: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def projections(rank: int, hidden_size: int, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(P_out, P_in), each (rank, hidden_size) float32 with entries +-1 / sqrt(rank)."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (2, rank, hidden_size), generator=generator, dtype=torch.float32)
@@ -333,18 +345,18 @@ register_reference(OP, reference.sketch)
 # ---------------------------------------------------------------------- by-product of policy_step
 
 
-def request(
-    op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torch.Tensor | None
-) -> HeadProblem:
+def request(op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torch.Tensor | None) -> HeadProblem:
     """The problem, asking for the gradient of the hidden states and the norms of the logits'."""
     if not isinstance(spec, InfluenceSpec):
         raise TypeError(f"{op}: influence must be an InfluenceSpec; got {spec!r}. Build one.")
     if cu_seqlens is None:
-        raise refuse(op, "cu_seqlens", "given with influence= (one sketch per sequence)", "None",
-                     "Pass the packing offsets.")  # fmt: skip
+        raise refuse(
+            op, "cu_seqlens", "given with influence= (one sketch per sequence)", "None", "Pass the packing offsets."
+        )
     if torch.compiler.is_compiling():
-        raise refuse(op, "influence", "None inside torch.compile", "a spec",
-                     "Call policy_step outside of the compiled function.")  # fmt: skip
+        raise refuse(
+            op, "influence", "None inside torch.compile", "a spec", "Call policy_step outside of the compiled function."
+        )
     checks.check_cu_seqlens(op, cu_seqlens, problem.tokens, problem.hidden.device)
     check_spec(op, spec.rank, spec.seed)
     bias = problem.bias is not None and problem.bias.requires_grad
@@ -354,10 +366,7 @@ def request(
 
 
 def collect(
-    spec: InfluenceSpec,
-    problem: HeadProblem,
-    gradients: dict[str, torch.Tensor | None],
-    cu_seqlens: torch.Tensor,
+    spec: InfluenceSpec, problem: HeadProblem, gradients: dict[str, torch.Tensor | None], cu_seqlens: torch.Tensor
 ) -> Influence:
     """Norms and sketches from what the step holds; lets go of a grad_hidden nobody asked for."""
     grad_hidden, norms = gradients["hidden"], problem.row_norms

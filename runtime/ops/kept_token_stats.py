@@ -120,18 +120,29 @@ def _check_support(
     tokens = logits.shape[0]
     check_vector(OP, "kept_ids", kept_ids, None, INTS)
     if kept_ids.device != logits.device:
-        raise refuse(OP, "kept_ids", f"on {logits.device}, where the logits are",
-                     str(kept_ids.device), "Move it with .to(device).")  # fmt: skip
+        raise refuse(
+            OP,
+            "kept_ids",
+            f"on {logits.device}, where the logits are",
+            str(kept_ids.device),
+            "Move it with .to(device).",
+        )
     rows = Rows(tokens + 1, "tokens + 1", logits.device)
     check_vector(OP, "kept_offsets", kept_offsets, rows, INTS)
     if may_read(kept_offsets) and not torch.compiler.is_compiling():
         first, last = int(kept_offsets[0]), int(kept_offsets[-1])
         if first != 0 or last != kept_ids.shape[0]:
-            raise refuse(OP, "kept_offsets", f"a prefix sum from 0 to kept = {kept_ids.shape[0]}",
-                         f"{first} to {last}", "Pass exactly the ids it counts.")  # fmt: skip
+            raise refuse(
+                OP,
+                "kept_offsets",
+                f"a prefix sum from 0 to kept = {kept_ids.shape[0]}",
+                f"{first} to {last}",
+                "Pass exactly the ids it counts.",
+            )
         if bool((kept_offsets[1:] < kept_offsets[:-1]).any()):
-            raise refuse(OP, "kept_offsets", "non-decreasing", "a decreasing pair",
-                         "Use the running sum of the support sizes.")  # fmt: skip
+            raise refuse(
+                OP, "kept_offsets", "non-decreasing", "a decreasing pair", "Use the running sum of the support sizes."
+            )
     return kept_ids.to(torch.int64).contiguous(), kept_offsets.to(torch.int64).contiguous()
 
 
@@ -139,9 +150,8 @@ def _check_support(
 
 
 def _refuse_row(
-    bad: int, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
-    o: LogitOptions,
-) -> None:  # fmt: skip
+    bad: int, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, o: LogitOptions
+) -> None:
     """Raise the error for row `bad`; which value it is about was not recorded by the kernel."""
     vocab = logits.shape[1]
     only = torch.zeros(logits.shape[0], dtype=torch.bool)
@@ -152,9 +162,8 @@ def _refuse_row(
 
 
 def _cpu_forward(
-    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
-    **options: Any,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, ...]:
     """(logp, entropy, lse, shift, inv_sum)."""
     o = LogitOptions(**options)
     record, alive = stats_op.native_logits_record(logits, target, o)
@@ -171,10 +180,17 @@ def _cpu_forward(
 
 
 def _cpu_backward(
-    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
-    shift: torch.Tensor, inv_sum: torch.Tensor, entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, **options: Any,
-) -> torch.Tensor:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    shift: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
     record, alive = stats_op.native_logits_record(logits, target, LogitOptions(**options))
     grad = native.empty_like_rows(logits)
     ga = None if grad_logp is None else grad_logp.float().contiguous()
@@ -182,10 +198,18 @@ def _cpu_backward(
     module = native.module()
     assert module is not None
     module.kept_token_stats_bwd(
-        record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0], shift.data_ptr(),
-        inv_sum.data_ptr(), entropy.data_ptr(), native.pointer(ga), native.pointer(gh),
-        grad.data_ptr(), grad.stride(0),
-    )  # fmt: skip
+        record,
+        ids.data_ptr(),
+        offsets.data_ptr(),
+        ids.shape[0],
+        shift.data_ptr(),
+        inv_sum.data_ptr(),
+        entropy.data_ptr(),
+        native.pointer(ga),
+        native.pointer(gh),
+        grad.data_ptr(),
+        grad.stride(0),
+    )
     del alive
     return grad
 
@@ -197,9 +221,8 @@ def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Any:
     """`launch`, after a look at ids where values of the device may be read."""
 
     def forward(
-        logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
-        **options: Any,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
         if may_read(ids):
             reference.check(logits, target, ids, offsets, options["mask"], options["temperature"])
         return launch(logits, target, ids, offsets, **options)
@@ -208,9 +231,7 @@ def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Any:
 
 
 CUDA = Kernels(_on_device(cuda_rows.kept_token_stats_fwd), cuda_rows.kept_token_stats_bwd)
-TRITON = Kernels(
-    _on_device(launcher(OP, "kept_token_stats_fwd")), launcher(OP, "kept_token_stats_bwd")
-)
+TRITON = Kernels(_on_device(launcher(OP, "kept_token_stats_fwd")), launcher(OP, "kept_token_stats_bwd"))
 
 
 register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
@@ -225,12 +246,15 @@ register_reference(OP, Kernels(reference.forward, None), "softcap")
 class _KeptFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor,
-        offsets: torch.Tensor, o: LogitOptions, run: Kernels,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        logp, entropy, lse, shift, inv_sum = run.forward(
-            logits, target, ids, offsets, **_arguments(o)
-        )
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        ids: torch.Tensor,
+        offsets: torch.Tensor,
+        o: LogitOptions,
+        run: Kernels,
+    ) -> tuple[torch.Tensor, ...]:
+        logp, entropy, lse, shift, inv_sum = run.forward(logits, target, ids, offsets, **_arguments(o))
         vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
         ctx.save_for_backward(logits, target, ids, offsets, shift, inv_sum, entropy, vector, o.mask)
         scalar = o.temperature if vector is None else 1.0
@@ -253,9 +277,8 @@ class _KeptFunction(torch.autograd.Function):
 
 
 def _unpack(
-    temperature: torch.Tensor | None, scalar: float, softcap: float, logit_scale: float,
-    mask: torch.Tensor | None,
-) -> dict[str, Any]:  # fmt: skip
+    temperature: torch.Tensor | None, scalar: float, softcap: float, logit_scale: float, mask: torch.Tensor | None
+) -> dict[str, Any]:
     chosen = scalar if temperature is None else temperature
     return _arguments(LogitOptions(chosen, softcap or None, logit_scale, mask))
 
@@ -263,10 +286,16 @@ def _unpack(
 @torch.library.custom_op("tokfuse::kept_token_stats", mutates_args=())
 @ranged("kept_token_stats.fwd")
 def _kept_op(
-    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
-    temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
-    logit_scale: float, mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
     run = select(OP, logits.device.type, logits.dtype, LogitOptions(**options).features()).run
     return run.forward(logits, target, ids, offsets, **options)  # type: ignore[no-any-return]
@@ -280,12 +309,21 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 @torch.library.custom_op("tokfuse::kept_token_stats_backward", mutates_args=())
 @ranged("kept_token_stats.bwd")
 def _kept_backward_op(
-    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
-    shift: torch.Tensor, inv_sum: torch.Tensor, entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None,
-    temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
-    logit_scale: float, mask: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    shift: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
     options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
     run = select(OP, logits.device.type, logits.dtype, LogitOptions(**options).features()).run
     return run.backward(  # type: ignore[no-any-return]
@@ -319,12 +357,9 @@ _kept_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _custom_op(
-    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor,
-    o: LogitOptions,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, o: LogitOptions
+) -> tuple[torch.Tensor, ...]:
     vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _kept_op(
-        logits, target, ids, offsets, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask
-    )
+    out = _kept_op(logits, target, ids, offsets, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask)
     return tuple(out)

@@ -85,9 +85,7 @@ def linear_token_stats(
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
     capability = select(OP, hidden.device.type, hidden.dtype, options.features())
     if capability.backend == "reference":
-        return TokenStats(
-            *reference.forward(hidden, weight, target, bias=bias, **_reference_options(options))
-        )
+        return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **_reference_options(options)))
     if torch.compiler.is_compiling():
         return TokenStats(*_custom_op(problem)[:5])
     run = capability.run
@@ -163,9 +161,15 @@ def _cpu_backward(
         head.logits(head.rows_of_hidden(chunk), buffer, 0)
         record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
         module.token_stats_bwd(
-            record, shift.data_ptr(), inv_sum.data_ptr(), entropy.data_ptr(), ga.data_ptr(),
-            native.pointer(gh), buffer.storage.data_ptr(), p.vocab,
-        )  # fmt: skip
+            record,
+            shift.data_ptr(),
+            inv_sum.data_ptr(),
+            entropy.data_ptr(),
+            ga.data_ptr(),
+            native.pointer(gh),
+            buffer.storage.data_ptr(),
+            p.vocab,
+        )
         del alive
         gradients.add(buffer, chunk)
     return gradients.finish()
@@ -190,9 +194,15 @@ def _triton_forward(p: HeadProblem) -> tuple[torch.Tensor, ...]:
         weight = weight.contiguous()
     bias = None if p.bias is None else p.bias.detach().contiguous()
     out: tuple[torch.Tensor, ...] = _launch_fused(
-        hidden, weight, bias, p.target, temperature=o.temperature, softcap=o.softcap,
-        logit_scale=o.logit_scale, mask=o.mask,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        p.target,
+        temperature=o.temperature,
+        softcap=o.softcap,
+        logit_scale=o.logit_scale,
+        mask=o.mask,
+    )
     return out
 
 
@@ -250,9 +260,16 @@ def backward_in_chunks(
             logits = head.logits(h)
             target, options = rows_of_options(p, index)
             dz = kernels.backward(
-                logits, target, row_max[index], inv_sum[index], entropy[index], ga[index],
-                gh[index], out=head.gradient_like(logits), **options,
-            )  # fmt: skip
+                logits,
+                target,
+                row_max[index],
+                inv_sum[index],
+                entropy[index],
+                ga[index],
+                gh[index],
+                out=head.gradient_like(logits),
+                **options,
+            )
             if p.compact_clipped and rows.keep is not None:  # else only live rows are here
                 head.add_live(index, h, dz, rows.keep[index])
             else:
@@ -274,19 +291,12 @@ register_reference(OP, Kernels(reference.forward, None), "softcap")
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        p: HeadProblem,
-        run: Kernels,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p: HeadProblem, run: Kernels
     ) -> tuple[torch.Tensor, ...]:
         logp, entropy, lse, sum_sq, top1, shift, inv_sum = run.forward(p)
         o = p.options
         vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-        ctx.save_for_backward(
-            hidden, weight, bias, p.target, o.mask, vector, shift, inv_sum, entropy
-        )
+        ctx.save_for_backward(hidden, weight, bias, p.target, o.mask, vector, shift, inv_sum, entropy)
         scalar = o.temperature if vector is None else 1.0
         ctx.rest = (LogitOptions(scalar, o.softcap, o.logit_scale, None), p.memory_budget, run)
         ctx.set_materialize_grads(False)
@@ -312,16 +322,20 @@ class _LinearFunction(torch.autograd.Function):
 @torch.library.custom_op("tokfuse::linear_token_stats", mutates_args=())
 @ranged("linear_token_stats.fwd")
 def _linear_op(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
-    mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,
-    softcap: float, logit_scale: float, memory_budget: int,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    memory_budget: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     p = head_problem(
-        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale,
-        memory_budget,
-    )  # fmt: skip
+        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale, memory_budget
+    )
     run = select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
     return run.forward(p)  # type: ignore[no-any-return]
 
@@ -334,17 +348,28 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 @torch.library.custom_op("tokfuse::linear_token_stats_backward", mutates_args=())
 @ranged("linear_token_stats.bwd")
 def _linear_backward_op(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
-    mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,
-    softcap: float, logit_scale: float, memory_budget: int,
-    shift: torch.Tensor, inv_sum: torch.Tensor, entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None,
-    needs_hidden: bool, needs_weight: bool, needs_bias: bool,
-) -> list[torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    memory_budget: int,
+    shift: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> list[torch.Tensor]:
     p = head_problem(
-        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale,
-        memory_budget,
-    )  # fmt: skip
+        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale, memory_budget
+    )
     run = select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
     needs = (needs_hidden, needs_weight, needs_bias)
     grads = run.backward(p, shift, inv_sum, entropy, grad_logp, grad_entropy, needs)
@@ -355,17 +380,21 @@ def _linear_backward_op(
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
     needs = rest[-3:]
     likes = (hidden, weight, bias if bias is not None else hidden)
-    return [
-        x.new_empty(x.shape) if need else x.new_empty(0)
-        for x, need in zip(likes, needs, strict=True)
-    ]
+    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, needs, strict=True)]
 
 
 def head_problem(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
-    mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar: float, softcap: float,
-    logit_scale: float, memory_budget: int,
-) -> HeadProblem:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    scalar: float,
+    softcap: float,
+    logit_scale: float,
+    memory_budget: int,
+) -> HeadProblem:
     chosen = scalar if temperature is None else temperature
     options = LogitOptions(chosen, softcap or None, logit_scale, mask)
     return HeadProblem(hidden, weight, bias, target, options, memory_budget)
@@ -384,9 +413,7 @@ def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         return (None,) * 10
     *inputs, shift, inv_sum, entropy = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:3])
-    out = _linear_backward_op(
-        *inputs, *ctx.scalars, shift, inv_sum, entropy, grads[0], grads[1], *needs
-    )
+    out = _linear_backward_op(*inputs, *ctx.scalars, shift, inv_sum, entropy, grads[0], grads[1], *needs)
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
     return (*chosen,) + (None,) * 7
 
@@ -399,7 +426,6 @@ def _custom_op(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     out = _linear_op(
-        p.hidden, p.weight, p.bias, p.target, o.mask, vector, scalar, o.softcap or 0.0,
-        o.logit_scale, p.memory_budget,
-    )  # fmt: skip
+        p.hidden, p.weight, p.bias, p.target, o.mask, vector, scalar, o.softcap or 0.0, o.logit_scale, p.memory_budget
+    )
     return tuple(out)

@@ -22,13 +22,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
+from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -43,8 +37,14 @@ STATISTICS = ("ratio", "k1", "k2", "k3")
 OVER = ("token", "sum", "mean", "max")
 MAX_RULES = 8
 # What each mode reads beside the ratio; every other number must be left out.
-READS = {"truncate": ("low", "high"), "mask": ("low", "high"), "switch": ("high",),
-         "shrink": ("lam",), "subgaussian": ("lam",), "tempered": ("power",)}  # fmt: skip
+READS = {
+    "truncate": ("low", "high"),
+    "mask": ("low", "high"),
+    "switch": ("high",),
+    "shrink": ("lam",),
+    "subgaussian": ("lam",),
+    "tempered": ("power",),
+}
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,7 @@ def _check_numbers(mode: str, **numbers: float | None) -> None:
 
 
 def _policies(
-    logp: torch.Tensor | None,
-    behavior_logp: torch.Tensor | None,
-    propensity: torch.Tensor | None,
-    level: str,
+    logp: torch.Tensor | None, behavior_logp: torch.Tensor | None, propensity: torch.Tensor | None, level: str
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     if (behavior_logp is None) == (propensity is None):
         actual = "none" if propensity is None else "both"
@@ -265,16 +262,9 @@ def _policies(
     return logp, behavior
 
 
-def _check_rules(
-    mode: str,
-    rules: tuple[KeepRule, ...],
-    advantage: torch.Tensor | None,
-    rows: Rows,
-) -> None:
+def _check_rules(mode: str, rules: tuple[KeepRule, ...], advantage: torch.Tensor | None, rows: Rows) -> None:
     if not (isinstance(rules, tuple | list) and all(isinstance(rule, KeepRule) for rule in rules)):
-        raise TypeError(
-            f"{OP}: rules must be a tuple of KeepRule; got {rules!r}. Leave it out for none."
-        )
+        raise TypeError(f"{OP}: rules must be a tuple of KeepRule; got {rules!r}. Leave it out for none.")
     if len(rules) > MAX_RULES:
         raise refuse(OP, "rules", f"at most {MAX_RULES}", len(rules), "Intersect the masks.")
     if mode == "keep" and not rules:
@@ -395,9 +385,16 @@ def _cuda(
     codes = (LEVELS.index(level), MODES.index(mode), NORMALIZE.index(normalize))
     bounds = (-math.inf if low is None else low, math.inf if high is None else high)
     return cuda_packed.offpolicy_weights(
-        logp, behavior, cu_seqlens, mask, group_ids, advantage, codes,
-        (*bounds, lam or power or 0.0), _rule_records(rules),
-    )  # fmt: skip
+        logp,
+        behavior,
+        cu_seqlens,
+        mask,
+        group_ids,
+        advantage,
+        codes,
+        (*bounds, lam or power or 0.0),
+        _rule_records(rules),
+    )
 
 
 _launch = triton_backend.launcher(OP, OP)
@@ -424,10 +421,7 @@ def _triton(
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
     rules = options["rules"]
-    codes = [
-        (STATISTICS.index(r.statistic) * len(OVER) + OVER.index(r.over)) * 2 + r.negative_only
-        for r in rules
-    ]
+    codes = [(STATISTICS.index(r.statistic) * len(OVER) + OVER.index(r.over)) * 2 + r.negative_only for r in rules]
     bounds = []
     for rule in rules:
         bounds.append(-math.inf if rule.low is None else rule.low)

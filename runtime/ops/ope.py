@@ -7,22 +7,8 @@ import torch
 
 from tokfuse.runtime.backends import cuda_packed, triton_backend
 from tokfuse.runtime.core import native
-from tokfuse.runtime.core.checks import (
-    BOOL,
-    Rows,
-    Runs,
-    check_optional,
-    check_vector,
-    plain,
-    working_dtype,
-)
-from tokfuse.runtime.core.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
+from tokfuse.runtime.core.checks import BOOL, Rows, Runs, check_optional, check_vector, plain, working_dtype
+from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged

@@ -113,30 +113,35 @@ def _arguments(o: LogitOptions) -> dict[str, Any]:
     return {name: getattr(o, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
 
 
-def _check(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions
-) -> None:
+def _check(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions) -> None:
     checks.check_matrix(OP, "logits_p", logits_p, "(tokens, vocab)")
     checks.require_tensor(OP, "logits_q", logits_q)
     if logits_p.shape[1] < 1:
-        raise refuse(OP, "logits_p", "at least one column wide", f"shape {tuple(logits_p.shape)}",
-                     "Pass the whole vocabulary.")  # fmt: skip
+        raise refuse(
+            OP, "logits_p", "at least one column wide", f"shape {tuple(logits_p.shape)}", "Pass the whole vocabulary."
+        )
     if logits_q.shape != logits_p.shape or logits_q.dtype != logits_p.dtype:
         raise refuse(
-            OP, "logits_q", f"{tuple(logits_p.shape)} {logits_p.dtype} like logits_p",
-            f"{tuple(logits_q.shape)} {logits_q.dtype}", "Pair the rows of the two streams.",
-        )  # fmt: skip
+            OP,
+            "logits_q",
+            f"{tuple(logits_p.shape)} {logits_p.dtype} like logits_p",
+            f"{tuple(logits_q.shape)} {logits_q.dtype}",
+            "Pair the rows of the two streams.",
+        )
     checks.check_device(OP, "logits_q", logits_q, logits_p.device)
     if logits_q.requires_grad and torch.is_grad_enabled():
-        raise refuse(OP, "logits_q", "free of gradient (only P learns)", "requires_grad=True",
-                     "Call logits_q.detach(), or swap the streams.")  # fmt: skip
+        raise refuse(
+            OP,
+            "logits_q",
+            "free of gradient (only P learns)",
+            "requires_grad=True",
+            "Call logits_q.detach(), or swap the streams.",
+        )
     check_choice(OP, "kind", kind, KINDS)
     if not 0.0 < checks.check_number(OP, "beta", beta, -math.inf) < 1.0:
-        raise refuse(OP, "beta", "in (0, 1)", repr(beta),
-                     'Its limits are kind="kl_forward" (0) and "kl_reverse" (1).')  # fmt: skip
+        raise refuse(OP, "beta", "in (0, 1)", repr(beta), 'Its limits are kind="kl_forward" (0) and "kl_reverse" (1).')
     if kind != "jsd" and beta != 0.5:
-        raise refuse(OP, "beta", f'left out with kind="{kind}"', repr(beta),
-                     'It weights the mixture of kind="jsd".')  # fmt: skip
+        raise refuse(OP, "beta", f'left out with kind="{kind}"', repr(beta), 'It weights the mixture of kind="jsd".')
     check_options(OP, logits_p.shape[0], logits_p.device, o)
 
 
@@ -147,8 +152,13 @@ def _check_temperature(temperature: torch.Tensor, mask: torch.Tensor | None) -> 
 
 
 def _refuse_temperature(temperature: torch.Tensor, row: int) -> None:
-    raise refuse(OP, "temperature", "> 0 in every row where mask is True",
-                 f"{float(temperature[row])} in row {row}", "Mask the row.")  # fmt: skip
+    raise refuse(
+        OP,
+        "temperature",
+        "> 0 in every row where mask is True",
+        f"{float(temperature[row])} in row {row}",
+        "Mask the row.",
+    )
 
 
 # ------------------------------------------------------------------------------------ CPU backend
@@ -166,10 +176,22 @@ def _record(
     else:
         scalar = o.temperature
     record = (
-        p.data_ptr(), p.stride(0), q.data_ptr(), q.stride(0), native.DTYPE_CODE[p.dtype],
-        p.shape[0], p.shape[1], native.pointer(mask), native.pointer(vector), scalar,
-        o.softcap or 0.0, o.logit_scale, KINDS.index(kind), beta, torch.get_num_threads(),
-    )  # fmt: skip
+        p.data_ptr(),
+        p.stride(0),
+        q.data_ptr(),
+        q.stride(0),
+        native.DTYPE_CODE[p.dtype],
+        p.shape[0],
+        p.shape[1],
+        native.pointer(mask),
+        native.pointer(vector),
+        scalar,
+        o.softcap or 0.0,
+        o.logit_scale,
+        KINDS.index(kind),
+        beta,
+        torch.get_num_threads(),
+    )
     return record, (p, q, mask, vector)
 
 
@@ -192,17 +214,21 @@ def _cpu_forward(
 
 
 def _cpu_backward(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, state: torch.Tensor, grad: torch.Tensor,
-    *, kind: str, beta: float, **options: Any,
-) -> torch.Tensor:  # fmt: skip
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    state: torch.Tensor,
+    grad: torch.Tensor,
+    *,
+    kind: str,
+    beta: float,
+    **options: Any,
+) -> torch.Tensor:
     record, alive = _record(logits_p, logits_q, kind, beta, LogitOptions(**options))
     out = native.empty_like_rows(logits_p)
     given = grad.float().contiguous()
     module = native.module()
     assert module is not None
-    module.paired_divergence_bwd(
-        record, state.data_ptr(), given.data_ptr(), out.data_ptr(), out.stride(0)
-    )
+    module.paired_divergence_bwd(record, state.data_ptr(), given.data_ptr(), out.data_ptr(), out.stride(0))
     del alive
     return out
 
@@ -215,9 +241,7 @@ def _check_readable(temperature: float | torch.Tensor, mask: torch.Tensor | None
         _check_temperature(temperature, mask)
 
 
-def _cuda_forward(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, **options: Any
-) -> tuple[torch.Tensor, ...]:
+def _cuda_forward(logits_p: torch.Tensor, logits_q: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
     _check_readable(options["temperature"], options["mask"])
     return cuda_rows.paired_divergence_fwd(logits_p, logits_q, **options)
 
@@ -227,9 +251,7 @@ def _triton_forward(
 ) -> tuple[torch.Tensor, ...]:
     _check_readable(options["temperature"], options["mask"])
     bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)  # entropy of the weights
-    out: tuple[torch.Tensor, ...] = _launch_forward(
-        logits_p, logits_q, beta=beta, jsd_bound=bound, **options
-    )
+    out: tuple[torch.Tensor, ...] = _launch_forward(logits_p, logits_q, beta=beta, jsd_bound=bound, **options)
     return out
 
 
@@ -238,8 +260,7 @@ _launch_forward = launcher(OP, "paired_divergence_fwd")
 
 register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
 register_cuda(OP, Kernels(_cuda_forward, cuda_rows.paired_divergence_bwd), FLOAT_DTYPES, "softcap")
-register_triton(OP, Kernels(_triton_forward, launcher(OP, "paired_divergence_bwd")),
-                FLOAT_DTYPES, "softcap")  # fmt: skip
+register_triton(OP, Kernels(_triton_forward, launcher(OP, "paired_divergence_bwd")), FLOAT_DTYPES, "softcap")
 register_reference(OP, Kernels(reference.forward, None), "softcap")  # type: ignore[arg-type]
 
 
@@ -249,9 +270,8 @@ register_reference(OP, Kernels(reference.forward, None), "softcap")  # type: ign
 class _DivergenceFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float,
-        o: LogitOptions, run: Kernels,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions, run: Kernels
+    ) -> torch.Tensor:
         out, state = run.forward(logits_p, logits_q, kind=kind, beta=beta, **_arguments(o))
         vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
         ctx.save_for_backward(logits_p, logits_q, state, vector, o.mask)
@@ -273,9 +293,8 @@ class _DivergenceFunction(torch.autograd.Function):
 
 
 def _unpack(
-    temperature: torch.Tensor | None, scalar: float, softcap: float, logit_scale: float,
-    mask: torch.Tensor | None,
-) -> LogitOptions:  # fmt: skip
+    temperature: torch.Tensor | None, scalar: float, softcap: float, logit_scale: float, mask: torch.Tensor | None
+) -> LogitOptions:
     chosen = scalar if temperature is None else temperature
     return LogitOptions(chosen, softcap or None, logit_scale, mask)
 
@@ -283,10 +302,16 @@ def _unpack(
 @torch.library.custom_op("tokfuse::paired_divergence", mutates_args=())
 @ranged("paired_divergence.fwd")
 def _divergence_op(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float,
-    temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
-    logit_scale: float, mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    kind: str,
+    beta: float,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     o = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
     run = select(OP, logits_p.device.type, logits_p.dtype, o.features()).run
     out = run.forward(logits_p, logits_q, kind=kind, beta=beta, **_arguments(o))
@@ -303,10 +328,18 @@ def _(logits_p: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.custom_op("tokfuse::paired_divergence_backward", mutates_args=())
 @ranged("paired_divergence.bwd")
 def _divergence_backward_op(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, state: torch.Tensor, grad: torch.Tensor,
-    kind: str, beta: float, temperature: torch.Tensor | None, scalar_temperature: float,
-    softcap: float, logit_scale: float, mask: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    state: torch.Tensor,
+    grad: torch.Tensor,
+    kind: str,
+    beta: float,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
     o = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
     run = select(OP, logits_p.device.type, logits_p.dtype, o.features()).run
     out = run.backward(logits_p, logits_q, state, grad, kind=kind, beta=beta, **_arguments(o))
@@ -335,13 +368,9 @@ def _op_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
 _divergence_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _custom_op(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions
-) -> torch.Tensor:
+def _custom_op(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions) -> torch.Tensor:
     vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _divergence_op(
-        logits_p, logits_q, kind, beta, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask
-    )
+    out = _divergence_op(logits_p, logits_q, kind, beta, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask)
     first: torch.Tensor = out[0]
     return first

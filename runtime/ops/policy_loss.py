@@ -127,17 +127,23 @@ def policy_loss(
         (2402.03300), Dr.GRPO (2503.20783). Exact.
     """
     inputs = PolicyInputs(
-        old_logp, advantage, advantage_level, mask, cu_seqlens,
-        token_weight, signal, ref_logp, kl_weight, entropy_weight,
-    )  # fmt: skip
+        old_logp,
+        advantage,
+        advantage_level,
+        mask,
+        cu_seqlens,
+        token_weight,
+        signal,
+        ref_logp,
+        kl_weight,
+        entropy_weight,
+    )
     if sampler_logp is None:
         done = _eager(logp, entropy, inputs, objective, normalizer)
         if done is not None:
             return done
     policy_checks.check_logp(OP, logp, entropy)
-    policy_checks.check_inputs(
-        OP, inputs, objective, logp.shape[0], logp.device, entropy is not None
-    )
+    policy_checks.check_inputs(OP, inputs, objective, logp.shape[0], logp.device, entropy is not None)
     policy_checks.check_sampler(OP, sampler_logp, logp.shape[0], logp.device)
     inverse = policy_checks.inverse_normalizer(OP, normalizer, objective)
     terms = _apply(logp, entropy, inputs, objective, inverse)
@@ -158,15 +164,12 @@ def _eager(
         return None
     inverse = policy_checks.inverse_normalizer(OP, normalizer, objective)
     out = native_module.eager_policy_loss(
-        logp, entropy, inputs, objective.record, objective.counts_sequences, inverse,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        logp, entropy, inputs, objective.record, objective.counts_sequences, inverse, torch.get_num_threads()
+    )
     if out is None:
         return None
     loss, loss_sum, count, token_loss, sums, d_logp, d_entropy = out
-    if torch.is_grad_enabled() and (
-        logp.requires_grad or (entropy is not None and entropy.requires_grad)
-    ):
+    if torch.is_grad_enabled() and (logp.requires_grad or (entropy is not None and entropy.requires_grad)):
         terms = PolicyTerms(loss, token_loss, d_logp, d_entropy, sums)
         loss = _PolicyLossFunction.apply(logp, entropy, terms)
     metrics = Metrics(sums, ABSENT[inputs.ref_logp is not None, entropy is not None])
@@ -174,11 +177,7 @@ def _eager(
 
 
 def _apply(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> PolicyTerms:
     capability = select(OP, logp.device.type, logp.dtype)
     if capability.backend == "reference":
@@ -226,11 +225,7 @@ def usable_by_autograd(x: Any) -> Any:
 
 
 def _reference_run(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> PolicyTerms:
     loss, token_loss, sums = reference.forward(logp, entropy, inputs, objective, inverse)
     if torch.compiler.is_compiling():
@@ -274,11 +269,7 @@ def native_outputs(tokens: int) -> tuple[torch.Tensor, ...]:
 
 
 def _cpu_run(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> PolicyTerms:
     out = native_outputs(logp.shape[0])
     record, alive = native_record(logp, entropy, inputs, objective, inverse, out)
@@ -292,11 +283,7 @@ def _cpu_run(
 
 
 def _cuda_run(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> PolicyTerms:
     if inputs.old_logp is None:
         inputs = inputs._replace(old_logp=logp.detach())
@@ -311,11 +298,7 @@ _launch_sequences = triton_backend.launcher("policy_loss", "policy_loss_sequence
 
 
 def _triton_run(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> PolicyTerms:
     if inputs.old_logp is None:
         inputs = inputs._replace(old_logp=logp.detach())
@@ -323,16 +306,20 @@ def _triton_run(
     _, level, _, seq_mean, *_ = objective.record
     x, h = native.float_vector(logp), native.float_vector(entropy)
     if objective.level == "token":
-        out, sums = _launch_tokens(
-            x, h, given.pointers, given.numbers, given.codes, given.scale, given.counts
-        )
+        out, sums = _launch_tokens(x, h, given.pointers, given.numbers, given.codes, given.scale, given.counts)
     else:
         assert inputs.cu_seqlens is not None
         out, sums = _launch_sequences(
-            x, h, inputs.cu_seqlens.contiguous(), given.pointers, given.numbers,
-            (*given.codes, level), given.scale, seq_mean=bool(seq_mean),
+            x,
+            h,
+            inputs.cu_seqlens.contiguous(),
+            given.pointers,
+            given.numbers,
+            (*given.codes, level),
+            given.scale,
+            seq_mean=bool(seq_mean),
             seq_advantage=inputs.advantage_level == "sequence",
-        )  # fmt: skip
+        )
     loss = sums[SLOT["loss"]].to(torch.float32)
     return PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, sums)
 
@@ -348,9 +335,7 @@ register_reference(OP, _reference_run)
 
 class _PolicyLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logp: torch.Tensor, entropy: torch.Tensor | None, terms: PolicyTerms
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logp: torch.Tensor, entropy: torch.Tensor | None, terms: PolicyTerms) -> torch.Tensor:
         ctx.save_for_backward(terms.d_logp, terms.d_entropy)
         ctx.dtypes = (logp.dtype, None if entropy is None else entropy.dtype)
         return terms.loss
@@ -386,9 +371,17 @@ def _policy_loss_op(
     inverse: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = PolicyInputs(
-        old_logp, advantage, advantage_level, mask, cu_seqlens,
-        token_weight, signal, ref_logp, kl_weight, entropy_weight,
-    )  # fmt: skip
+        old_logp,
+        advantage,
+        advantage_level,
+        mask,
+        cu_seqlens,
+        token_weight,
+        signal,
+        ref_logp,
+        kl_weight,
+        entropy_weight,
+    )
     run = select(OP, logp.device.type, logp.dtype).run
     terms = run(logp, entropy, inputs, _OBJECTIVES[objective_key], inverse)
     return tuple(terms)
@@ -437,15 +430,22 @@ def objective_of(key: str) -> Objective:
 
 
 def _custom_op(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    i: PolicyInputs,
-    objective: Objective,
-    inverse: float,
+    logp: torch.Tensor, entropy: torch.Tensor | None, i: PolicyInputs, objective: Objective, inverse: float
 ) -> tuple[torch.Tensor, ...]:
     out = _policy_loss_op(
-        logp, entropy, i.old_logp, i.advantage, i.advantage_level, i.mask, i.cu_seqlens,
-        i.token_weight, i.signal, i.ref_logp, i.kl_weight, i.entropy_weight,
-        objective_key(objective), inverse,
-    )  # fmt: skip
+        logp,
+        entropy,
+        i.old_logp,
+        i.advantage,
+        i.advantage_level,
+        i.mask,
+        i.cu_seqlens,
+        i.token_weight,
+        i.signal,
+        i.ref_logp,
+        i.kl_weight,
+        i.entropy_weight,
+        objective_key(objective),
+        inverse,
+    )
     return tuple(out)

@@ -132,9 +132,17 @@ def policy_step(
         gradients in the forward as Fast-LLM's and Liger's heads. Exact.
     """
     inputs = PolicyInputs(
-        old_logp, advantage, advantage_level, mask, cu_seqlens,
-        token_weight, signal, ref_logp, kl_weight, entropy_weight,
-    )  # fmt: skip
+        old_logp,
+        advantage,
+        advantage_level,
+        mask,
+        cu_seqlens,
+        token_weight,
+        signal,
+        ref_logp,
+        kl_weight,
+        entropy_weight,
+    )
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     checks.check_flag(OP, "compact_clipped", compact_clipped)
     if (logits is None) == (hidden is None):
@@ -143,25 +151,27 @@ def policy_step(
     if logits is not None:
         checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget)
         if compact_clipped:
-            raise refuse(OP, "compact_clipped", "False with logits= (no GEMM follows)", "True",
-                         "Pass hidden= and weight=.")  # fmt: skip
+            raise refuse(
+                OP, "compact_clipped", "False with logits= (no GEMM follows)", "True", "Pass hidden= and weight=."
+            )
         if influence is not None:
-            raise refuse(OP, "influence", "None with logits= (sketches need the hidden states)",
-                         "a spec", "Use influence.logit_norms on the statistics.")  # fmt: skip
+            raise refuse(
+                OP,
+                "influence",
+                "None with logits= (sketches need the hidden states)",
+                "a spec",
+                "Use influence.logit_norms on the statistics.",
+            )
         if sampler_logp is None:
             done = _eager(OP, logits, target, options, inputs, objective, normalizer)
             if done is not None:
                 return done
-        inverse = _check_step(
-            OP, logits, target, options, inputs, objective, normalizer, sampler_logp
-        )
+        inverse = _check_step(OP, logits, target, options, inputs, objective, normalizer, sampler_logp)
         return _from_logits(logits, target, options, inputs, objective, inverse, sampler_logp)
     assert hidden is not None
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
     problem = problem._replace(compact_clipped=compact_clipped)
-    inverse = _check_policy(
-        OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp
-    )
+    inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp)
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
     out, gradients = hidden_step.apply(problem, inputs, objective, inverse)
@@ -207,9 +217,17 @@ def policy_step_(
         ValueError: as `policy_step`; logits that cannot be written in place.
     """
     inputs = PolicyInputs(
-        old_logp, advantage, advantage_level, mask, cu_seqlens,
-        token_weight, signal, ref_logp, kl_weight, entropy_weight,
-    )  # fmt: skip
+        old_logp,
+        advantage,
+        advantage_level,
+        mask,
+        cu_seqlens,
+        token_weight,
+        signal,
+        ref_logp,
+        kl_weight,
+        entropy_weight,
+    )
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     op = "policy_step_"
     if sampler_logp is None and isinstance(logits, torch.Tensor) and logits.dim() == 2:
@@ -224,61 +242,77 @@ def policy_step_(
 
 def _check_writable(op: str, logits: torch.Tensor) -> None:
     if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1] or logits.stride(1) != 1:
-        raise refuse(op, "logits", "writable in place (contiguous vocabulary, rows apart)",
-                     f"strides {logits.stride()}", "Call policy_step instead.")  # fmt: skip
+        raise refuse(
+            op,
+            "logits",
+            "writable in place (contiguous vocabulary, rows apart)",
+            f"strides {logits.stride()}",
+            "Call policy_step instead.",
+        )
     if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
-        raise refuse(op, "logits", "no leaf that requires grad", "one",
-                     "Call policy_step instead, or detach the logits.")  # fmt: skip
+        raise refuse(
+            op, "logits", "no leaf that requires grad", "one", "Call policy_step instead, or detach the logits."
+        )
     if torch.compiler.is_compiling():
-        raise refuse(op, "logits", "outside torch.compile", "a traced tensor",
-                     "Call policy_step inside compiled code.")  # fmt: skip
+        raise refuse(op, "logits", "outside torch.compile", "a traced tensor", "Call policy_step inside compiled code.")
 
 
 def _check_policy(
-    op: str, inputs: PolicyInputs, objective: Objective, tokens: int, device: torch.device,
-    normalizer: Normalizer, sampler_logp: torch.Tensor | None,
-) -> float:  # fmt: skip
+    op: str,
+    inputs: PolicyInputs,
+    objective: Objective,
+    tokens: int,
+    device: torch.device,
+    normalizer: Normalizer,
+    sampler_logp: torch.Tensor | None,
+) -> float:
     policy_checks.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
     policy_checks.check_sampler(op, sampler_logp, tokens, device)
     return policy_checks.inverse_normalizer(op, normalizer, objective)
 
 
 def _check_step(
-    op: str, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
-    inputs: PolicyInputs, objective: Objective, normalizer: Normalizer,
+    op: str,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    options: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    normalizer: Normalizer,
     sampler_logp: torch.Tensor | None,
-) -> float:  # fmt: skip
+) -> float:
     check_logits(op, logits, target, options)
     tokens, device = logits.shape[0], logits.device
     return _check_policy(op, inputs, objective, tokens, device, normalizer, sampler_logp)
 
 
 def _result(
-    out: tuple[Any, ...], inputs: PolicyInputs, objective: Objective, inverse: float,
-    sampler_logp: torch.Tensor | None, gradients: dict[str, torch.Tensor | None],
-) -> PolicyStep:  # fmt: skip
+    out: tuple[Any, ...],
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    sampler_logp: torch.Tensor | None,
+    gradients: dict[str, torch.Tensor | None],
+) -> PolicyStep:
     loss, token_loss, sums, *stats = out
     terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)
     sampler_kl = policy_checks.sampler_mismatch(sampler_logp, inputs, stats[0])
     base = losses.finish(terms, inputs, objective, inverse, True, sampler_kl)
-    return PolicyStep(
-        loss,
-        base.token_loss,
-        base.loss_sum,
-        base.count,
-        base.metrics,
-        TokenStats(*stats),
-        gradients,
-    )
+    return PolicyStep(loss, base.token_loss, base.loss_sum, base.count, base.metrics, TokenStats(*stats), gradients)
 
 
 # ------------------------------------------------------------------------------------- from logits
 
 
 def _eager(
-    op: str, logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
-    inputs: PolicyInputs, objective: Objective, normalizer: Normalizer,
-) -> PolicyStep | None:  # fmt: skip
+    op: str,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    options: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    normalizer: Normalizer,
+) -> PolicyStep | None:
     """A plain call on the CPU, answered by one native function; None: take the general path."""
     native_module = eager_cpu()
     if native_module is None or not isinstance(objective, Objective):
@@ -286,9 +320,16 @@ def _eager(
     inverse = policy_checks.inverse_normalizer(op, normalizer, objective)
     in_place = op == "policy_step_"
     out = native_module.eager_policy_step(
-        logits, target, options, inputs, objective.record, objective.counts_sequences, inverse,
-        torch.get_num_threads(), in_place,
-    )  # fmt: skip
+        logits,
+        target,
+        options,
+        inputs,
+        objective.record,
+        objective.counts_sequences,
+        inverse,
+        torch.get_num_threads(),
+        in_place,
+    )
     if out is None:
         return None
     loss, loss_sum, count, token_loss, sums, *rest = out
@@ -299,9 +340,7 @@ def _eager(
     return PolicyStep(loss, token_loss, loss_sum, count, metrics, stats, gradients)
 
 
-def _attach(
-    logits: torch.Tensor, loss: torch.Tensor, gradients: Gradients, in_place: bool
-) -> torch.Tensor:
+def _attach(logits: torch.Tensor, loss: torch.Tensor, gradients: Gradients, in_place: bool) -> torch.Tensor:
     """`loss`, whose backward hands out the gradients that are there already."""
     if torch.is_grad_enabled() and logits.requires_grad:
         loss = _LogitsStep.apply(logits, (loss,), gradients)
@@ -311,9 +350,15 @@ def _attach(
 
 
 def _from_logits(
-    logits: torch.Tensor, target: torch.Tensor, options: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, sampler_logp: torch.Tensor | None, in_place: bool = False,
-) -> PolicyStep:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    options: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    sampler_logp: torch.Tensor | None,
+    in_place: bool = False,
+) -> PolicyStep:
     capability = select(OP, logits.device.type, logits.dtype, options.features())
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
@@ -321,9 +366,7 @@ def _from_logits(
             return _result(out, inputs, objective, inverse, sampler_logp, {})
         out = _custom_op(logits, target, options, inputs, objective, inverse)
         return _result(out[:8], inputs, objective, inverse, sampler_logp, {"logits": out[8]})
-    terms, stats, grad = capability.run(
-        logits, target, options, inputs, objective, inverse, in_place
-    )
+    terms, stats, grad = capability.run(logits, target, options, inputs, objective, inverse, in_place)
     gradients: Gradients = {"logits": grad}
     loss = _attach(logits, terms.loss, gradients, in_place)
     out = (loss, terms.token_loss, terms.sums, *stats)
@@ -332,9 +375,7 @@ def _from_logits(
 
 class _LogitsStep(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, loss: tuple[torch.Tensor], gradients: Gradients
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, loss: tuple[torch.Tensor], gradients: Gradients) -> torch.Tensor:
         ctx.gradients = gradients
         return loss[0]
 
@@ -346,9 +387,14 @@ class _LogitsStep(torch.autograd.Function):
 
 
 def _reference_run(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, in_place: bool,
-) -> StepTerms:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    in_place: bool,
+) -> StepTerms:
     with torch.inference_mode(False), torch.enable_grad():
         z = losses.usable_by_autograd(logits.detach()).requires_grad_()
         target, *given = map(losses.usable_by_autograd, (target, *o))
@@ -365,9 +411,14 @@ def _reference_run(
 
 
 def _cpu_run(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, in_place: bool,
-) -> StepTerms:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    in_place: bool,
+) -> StepTerms:
     if objective.level != "token":
         return _cpu_run_sequence(logits, target, o, inputs, objective, inverse, in_place)
     tokens = logits.shape[0]
@@ -379,9 +430,8 @@ def _cpu_run(
     module = native.module()
     assert module is not None
     bad = module.policy_step(
-        STEP_PHASES, logits_record, record, *[x.data_ptr() for x in stats[2:]],
-        grad.data_ptr(), grad.stride(0), 0,
-    )  # fmt: skip
+        STEP_PHASES, logits_record, record, *[x.data_ptr() for x in stats[2:]], grad.data_ptr(), grad.stride(0), 0
+    )
     del alive, more
     if bad >= 0:
         raise reference.bad_row(OP, bad, target, logits.shape[1], o.temperature)
@@ -389,16 +439,28 @@ def _cpu_run(
 
 
 def _cpu_run_sequence(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float, in_place: bool,
-) -> StepTerms:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    in_place: bool,
+) -> StepTerms:
     """A ratio of the whole sequence needs every logp of it before any gradient: three launches."""
     *stats, shift, inv_sum = stats_op._cpu_forward(logits, target, op=OP, **o._asdict())
     terms = losses._cpu_run(stats[0], stats[1], inputs, objective, inverse)
     grad = stats_op._cpu_backward(
-        logits, target, shift, inv_sum, stats[1], terms.d_logp, terms.d_entropy,
-        out=logits.detach() if in_place else None, **o._asdict(),
-    )  # fmt: skip
+        logits,
+        target,
+        shift,
+        inv_sum,
+        stats[1],
+        terms.d_logp,
+        terms.d_entropy,
+        out=logits.detach() if in_place else None,
+        **o._asdict(),
+    )
     return StepTerms(terms, TokenStats(*stats), grad)
 
 
@@ -416,25 +478,50 @@ register_reference(OP, _reference_run, "softcap")
 @torch.library.custom_op("tokfuse::policy_step", mutates_args=())
 @ranged("policy_step.fwd")
 def _policy_step_op(
-    logits: torch.Tensor, target: torch.Tensor,
-    temperature: torch.Tensor | None, scalar_temperature: float, softcap: float,
-    logit_scale: float, old_logp: torch.Tensor | None, advantage: torch.Tensor,
-    advantage_level: str, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
-    token_weight: torch.Tensor | None, signal: torch.Tensor | None, ref_logp: torch.Tensor | None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    old_logp: torch.Tensor | None,
+    advantage: torch.Tensor,
+    advantage_level: str,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    signal: torch.Tensor | None,
+    ref_logp: torch.Tensor | None,
     kl_weight: torch.Tensor | None,
-    entropy_weight: torch.Tensor | None, objective_key: str, inverse: float,
+    entropy_weight: torch.Tensor | None,
+    objective_key: str,
+    inverse: float,
 ) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-]:  # fmt: skip
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
     options = LogitOptions(
-        scalar_temperature if temperature is None else temperature, softcap or None, logit_scale,
-        mask,
-    )  # fmt: skip
+        scalar_temperature if temperature is None else temperature, softcap or None, logit_scale, mask
+    )
     inputs = PolicyInputs(
-        old_logp, advantage, advantage_level, mask, cu_seqlens,
-        token_weight, signal, ref_logp, kl_weight, entropy_weight,
-    )  # fmt: skip
+        old_logp,
+        advantage,
+        advantage_level,
+        mask,
+        cu_seqlens,
+        token_weight,
+        signal,
+        ref_logp,
+        kl_weight,
+        entropy_weight,
+    )
     run = select(OP, logits.device.type, logits.dtype, options.features()).run
     objective = losses.objective_of(objective_key)
     terms, stats, grad = run(logits, target, options, inputs, objective, inverse, False)
@@ -463,14 +550,28 @@ _policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _custom_op(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, i: PolicyInputs,
-    objective: Objective, inverse: float,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, i: PolicyInputs, objective: Objective, inverse: float
+) -> tuple[torch.Tensor, ...]:
     vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     out = _policy_step_op(
-        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, i.old_logp, i.advantage,
-        i.advantage_level, i.mask, i.cu_seqlens, i.token_weight, i.signal, i.ref_logp, i.kl_weight,
-        i.entropy_weight, losses.objective_key(objective), inverse,
-    )  # fmt: skip
+        logits,
+        target,
+        vector,
+        scalar,
+        o.softcap or 0.0,
+        o.logit_scale,
+        i.old_logp,
+        i.advantage,
+        i.advantage_level,
+        i.mask,
+        i.cu_seqlens,
+        i.token_weight,
+        i.signal,
+        i.ref_logp,
+        i.kl_weight,
+        i.entropy_weight,
+        losses.objective_key(objective),
+        inverse,
+    )
     return tuple(out)

@@ -21,13 +21,7 @@ from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.lm_head import device_head
 from tokfuse.runtime.lm_head import head as heads
 from tokfuse.runtime.lm_head.device_head import DeviceHead
-from tokfuse.runtime.lm_head.head import (
-    GradientPool,
-    Head,
-    HeadGradients,
-    HeadProblem,
-    LogitsBuffer,
-)
+from tokfuse.runtime.lm_head.head import GradientPool, Head, HeadGradients, HeadProblem, LogitsBuffer
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops.policy_loss import PolicyTerms
@@ -65,9 +59,12 @@ def apply(
 
 
 def attach(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-    compute: Callable[[], Step], gradients: Gradients,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    compute: Callable[[], Step],
+    gradients: Gradients,
+) -> tuple[torch.Tensor, ...]:
     """(loss, token_loss, sums, *stats) of `compute()`, whose gradients, also put into `gradients`,
     the backward of the loss hands out."""
     out: tuple[torch.Tensor, ...] = _HiddenStep.apply(hidden, weight, bias, compute, gradients)
@@ -75,9 +72,13 @@ def attach(
 
 
 def traced_reference(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, inputs: PolicyInputs,
-    objective: Objective, inverse: float,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+) -> tuple[torch.Tensor, ...]:
     """(loss, token_loss, sums, *stats) for torch.compile, which then makes the backward."""
     stats = TokenStats(*stats_reference.forward(logits, target, **o._asdict()))
     terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
@@ -87,9 +88,13 @@ def traced_reference(
 class _HiddenStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        compute: Callable[[], Step], gradients: Gradients,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        compute: Callable[[], Step],
+        gradients: Gradients,
+    ) -> tuple[torch.Tensor, ...]:
         terms, stats, grads = compute()
         gradients.update(zip(NAMES, grads, strict=True))
         ctx.gradients = gradients
@@ -121,9 +126,7 @@ def policy_terms(out: tuple[torch.Tensor, ...]) -> PolicyTerms:
 # ---------------------------------------------------------------------------------------- backends
 
 
-def _reference_run(
-    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> Step:
+def _reference_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
     needs = wanted(p)
     usable = losses.usable_by_autograd
     autocast = torch.autocast(p.hidden.device.type, enabled=False)
@@ -143,11 +146,7 @@ def _reference_run(
         asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
         if p.row_norms is not None:
             asked.append(logits)
-        found = iter(
-            torch.autograd.grad(terms.loss, asked, allow_unused=True, materialize_grads=True)
-            if asked
-            else ()
-        )
+        found = iter(torch.autograd.grad(terms.loss, asked, allow_unused=True, materialize_grads=True) if asked else ())
     grads = [next(found) if need else None for need in needs]
     if p.row_norms is not None:
         p.row_norms.copy_(torch.linalg.vector_norm(next(found), dim=1))
@@ -163,9 +162,7 @@ def _cpu_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse
         return _cpu_run_token(p, inputs, objective, inverse)
 
 
-def _cpu_run_token(
-    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> Step:
+def _cpu_run_token(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
     """Gradients in the forward: 2MHV for the logits, 4MHV for the rows that carry gradient."""
     module = native.module()
     assert module is not None
@@ -181,9 +178,7 @@ def _cpu_run_token(
 
     def phase(which: int, buffer: LogitsBuffer, start: int, chunk: torch.Tensor, kept: int) -> int:
         chunk_record, chunk_alive = buffer.record(p, start, start + chunk.shape[0], chunk)
-        code: int = module.policy_step(
-            which, chunk_record, record, *pointers, chunk_record[0], chunk_record[1], kept
-        )
+        code: int = module.policy_step(which, chunk_record, record, *pointers, chunk_record[0], chunk_record[1], kept)
         del chunk_alive
         assert code < 0  # targets were checked before the first GEMM
         return -1 - code
@@ -217,15 +212,11 @@ def _cpu_run_token(
     return policy_terms(out), TokenStats(*stats[:5]), gradients.finish()
 
 
-def _cpu_run_sequence(
-    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> Step:
+def _cpu_run_sequence(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
     """A ratio of the whole sequence needs all its logp first: statistics, then gradients."""
     *stats, shift, inv_sum = linear._cpu_forward(p)
     terms = losses._cpu_run(stats[0], stats[1], inputs, objective, inverse)
-    grads = linear._cpu_backward(
-        p, shift, inv_sum, stats[1], terms.d_logp, terms.d_entropy, wanted(p)
-    )
+    grads = linear._cpu_backward(p, shift, inv_sum, stats[1], terms.d_logp, terms.d_entropy, wanted(p))
     return terms, TokenStats(*stats), grads
 
 
@@ -249,9 +240,7 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
     """
     if not objective.shape.zero_without_advantage:
         return None
-    terms = [
-        x.advantage != 0 if x.token_weight is None else (x.advantage != 0) & (x.token_weight != 0)
-    ]
+    terms = [x.advantage != 0 if x.token_weight is None else (x.advantage != 0) & (x.token_weight != 0)]
     for coef, weight in (
         (0.0 if objective.kl is None else objective.kl.coef, x.kl_weight),
         (objective.entropy_coef, x.entropy_weight),
@@ -277,9 +266,8 @@ def _device_run(kernels: PolicyKernels) -> Callable[..., Step]:
 
 
 def _device_run_token(
-    kernels: PolicyKernels, p: HeadProblem, inputs: PolicyInputs, objective: Objective,
-    inverse: float,
-) -> Step:  # fmt: skip
+    kernels: PolicyKernels, p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> Step:
     """Gradients in the forward: 2MHV, and 4MHV for the rows that may carry gradient."""
     given = kernels.objective.encode(inputs, objective, inverse)
     x, o = given.pointers, p.options
@@ -296,9 +284,17 @@ def _device_run_token(
             logits = head.logits(h)
             dz = head.gradient_like(logits)
             kernels.objective.policy_step_rows(
-                logits, dz, index, p.target, given, stats, out, temperature=o.temperature,
-                softcap=o.softcap, logit_scale=o.logit_scale,
-            )  # fmt: skip
+                logits,
+                dz,
+                index,
+                p.target,
+                given,
+                stats,
+                out,
+                temperature=o.temperature,
+                softcap=o.softcap,
+                logit_scale=o.logit_scale,
+            )
             if start > 0:
                 continue
             if p.compact_clipped:
@@ -313,28 +309,21 @@ def _device_run_token(
 
 
 def _device_run_sequence(
-    kernels: PolicyKernels, p: HeadProblem, inputs: PolicyInputs, objective: Objective,
-    inverse: float,
-) -> Step:  # fmt: skip
+    kernels: PolicyKernels, p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> Step:
     """As on the CPU: statistics, then the gradients of the rows that carry one."""
     assert kernels.linear.backward is not None
     *stats, row_max, inv_sum = kernels.linear.forward(p)
     terms = kernels.loss(stats[0], stats[1], inputs, objective, inverse)
-    grads: Any = kernels.linear.backward(
-        p, row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy, wanted(p)
-    )
+    grads: Any = kernels.linear.backward(p, row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy, wanted(p))
     return terms, TokenStats(*stats), grads
 
 
 register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
-register_cuda(
-    OP, _device_run(PolicyKernels(cuda_policy, losses._cuda_run, linear.CUDA)), FLOAT_DTYPES,
-    "softcap",
-)  # fmt: skip
+register_cuda(OP, _device_run(PolicyKernels(cuda_policy, losses._cuda_run, linear.CUDA)), FLOAT_DTYPES, "softcap")
 register_triton(
-    OP, _device_run(PolicyKernels(triton_objective, losses._triton_run, linear.TRITON)),
-    FLOAT_DTYPES, "softcap",
-)  # fmt: skip
+    OP, _device_run(PolicyKernels(triton_objective, losses._triton_run, linear.TRITON)), FLOAT_DTYPES, "softcap"
+)
 register_reference(OP, _reference_run, "softcap")
 
 
@@ -344,25 +333,49 @@ register_reference(OP, _reference_run, "softcap")
 @torch.library.custom_op("tokfuse::policy_step_hidden", mutates_args=())
 @ranged("policy_step.fwd")
 def _hidden_op(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
-    mask: torch.Tensor | None, temperature: torch.Tensor | None, scalar_temperature: float,
-    softcap: float, logit_scale: float, memory_budget: int,
-    old_logp: torch.Tensor | None, advantage: torch.Tensor, advantage_level: str,
-    cu_seqlens: torch.Tensor | None, token_weight: torch.Tensor | None,
-    signal: torch.Tensor | None, ref_logp: torch.Tensor | None, kl_weight: torch.Tensor | None,
-    entropy_weight: torch.Tensor | None, objective_key: str, inverse: float, compact_clipped: bool,
-    needs_hidden: bool, needs_weight: bool, needs_bias: bool,
-) -> list[torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    memory_budget: int,
+    old_logp: torch.Tensor | None,
+    advantage: torch.Tensor,
+    advantage_level: str,
+    cu_seqlens: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    signal: torch.Tensor | None,
+    ref_logp: torch.Tensor | None,
+    kl_weight: torch.Tensor | None,
+    entropy_weight: torch.Tensor | None,
+    objective_key: str,
+    inverse: float,
+    compact_clipped: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> list[torch.Tensor]:
     p = linear.head_problem(
-        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale,
-        memory_budget,
-    )  # fmt: skip
+        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale, memory_budget
+    )
     needs = (needs_hidden, needs_weight, needs_bias)
     p = p._replace(needs=needs, compact_clipped=compact_clipped)
     inputs = PolicyInputs(
-        old_logp, advantage, advantage_level, mask, cu_seqlens,
-        token_weight, signal, ref_logp, kl_weight, entropy_weight,
-    )  # fmt: skip
+        old_logp,
+        advantage,
+        advantage_level,
+        mask,
+        cu_seqlens,
+        token_weight,
+        signal,
+        ref_logp,
+        kl_weight,
+        entropy_weight,
+    )
     run = select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
     terms, stats, grads = run(p, inputs, losses.objective_of(objective_key), inverse)
     held = [hidden.new_empty(0) if x is None else x for x in grads]
@@ -404,10 +417,29 @@ def _custom_op(
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     needs = wanted(p)
     out = _hidden_op(
-        p.hidden, p.weight, p.bias, p.target, o.mask, vector, scalar, o.softcap or 0.0,
-        o.logit_scale, p.memory_budget, i.old_logp, i.advantage, i.advantage_level, i.cu_seqlens,
-        i.token_weight, i.signal, i.ref_logp, i.kl_weight, i.entropy_weight,
-        losses.objective_key(objective), inverse, p.compact_clipped, *needs,
-    )  # fmt: skip
+        p.hidden,
+        p.weight,
+        p.bias,
+        p.target,
+        o.mask,
+        vector,
+        scalar,
+        o.softcap or 0.0,
+        o.logit_scale,
+        p.memory_budget,
+        i.old_logp,
+        i.advantage,
+        i.advantage_level,
+        i.cu_seqlens,
+        i.token_weight,
+        i.signal,
+        i.ref_logp,
+        i.kl_weight,
+        i.entropy_weight,
+        losses.objective_key(objective),
+        inverse,
+        p.compact_clipped,
+        *needs,
+    )
     grads = [x if need else None for x, need in zip(out[8:], needs, strict=True)]
     return tuple(out[:8]), dict(zip(NAMES, grads, strict=True))

@@ -19,13 +19,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
+from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -108,9 +102,7 @@ def segment_moments(
     dtype = working_dtype(values)
     run = _RUNS[backend_of(OP, values.device.type, dtype)]
     x = values.to(dtype).contiguous()
-    return SegmentMoments(
-        *run(x, plain(segment_ids, torch.int64), plain(cu_seqlens), num_segments, plain(mask))
-    )
+    return SegmentMoments(*run(x, plain(segment_ids, torch.int64), plain(cu_seqlens), num_segments, plain(mask)))
 
 
 def _check_ids(ids: torch.Tensor, num_segments: int, mask: torch.Tensor | None) -> None:
@@ -173,14 +165,10 @@ def _cpu_forward(
     return count, total, square, low, high
 
 
-def _on_device(
-    launch: Callable[..., tuple[torch.Tensor, ...]],
-) -> Callable[..., tuple[torch.Tensor, ...]]:
+def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
     """`launch`, after a look at the ids where values of the device may be read."""
 
-    def run(
-        values: torch.Tensor, segment_ids: torch.Tensor | None, *rest: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def run(values: torch.Tensor, segment_ids: torch.Tensor | None, *rest: Any) -> tuple[torch.Tensor, ...]:
         if segment_ids is not None and may_read(segment_ids):
             _, num_segments, mask = rest
             _check_ids(segment_ids, num_segments, mask)
@@ -202,9 +190,7 @@ class _Moments(torch.autograd.Function):
         num_segments: int,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        count, total, square, low, high = kernel(
-            values, segment_ids, cu_seqlens, num_segments, mask
-        )
+        count, total, square, low, high = kernel(values, segment_ids, cu_seqlens, num_segments, mask)
         ctx.save_for_backward(values, segment_ids, cu_seqlens, mask)
         ctx.mark_non_differentiable(count, low, high)
         return count, total, square, low, high
@@ -242,9 +228,7 @@ def _differentiable(
     return run
 
 
-def _fake(
-    values: torch.Tensor, ids: Any, cu_seqlens: Any, num_segments: int, mask: Any
-) -> tuple[torch.Tensor, ...]:
+def _fake(values: torch.Tensor, ids: Any, cu_seqlens: Any, num_segments: int, mask: Any) -> tuple[torch.Tensor, ...]:
     sums = (values.new_empty(num_segments) for _ in range(4))
     return values.new_empty(num_segments, dtype=torch.int64), *sums
 

@@ -167,8 +167,7 @@ def token_stats(
     options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
     one = isinstance(bias_scale, int | float) and bias_scale == 1.0
     if bias_logits is None and not one:
-        raise refuse(OP, "bias_scale", "left out without bias_logits", repr(bias_scale),
-                     "It would have no effect.")  # fmt: skip
+        raise refuse(OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "It would have no effect.")
     check_flag(OP, "moments", moments)
     if second_temperature is None and not moments:
         stats = _eager(logits, target, options)
@@ -251,9 +250,7 @@ def native_logits_record(
     return record, (logits, target, mask, vector, bias)
 
 
-def _cpu_forward(
-    logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any
-) -> tuple[torch.Tensor, ...]:
+def _cpu_forward(logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any) -> tuple[torch.Tensor, ...]:
     o = LogitOptions(**options)
     record, alive = native_logits_record(logits, target, o)
     out = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(7)]
@@ -303,9 +300,7 @@ def _cpu_backward(
 def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Any:
     """`launch`, after a look at targets where values of the device may be read."""
 
-    def forward(
-        logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any) -> tuple[torch.Tensor, ...]:
         if may_read(target):
             mask, temperature = options["mask"], options["temperature"]
             reference.check_values(op, target, logits.shape[1], mask, temperature)
@@ -340,8 +335,7 @@ class _TokenStatsFunction(torch.autograd.Function):
         if outputs is None:
             outputs = run.forward(logits, target, **o._asdict())
         logp, entropy, lse, sum_sq, top1, shift, inv_sum, *extras = outputs
-        tensors = (o.temperature if isinstance(o.temperature, torch.Tensor) else None,
-                   o.mask, o.bias_logits)  # fmt: skip
+        tensors = (o.temperature if isinstance(o.temperature, torch.Tensor) else None, o.mask, o.bias_logits)
         ctx.save_for_backward(logits, target, shift, inv_sum, entropy, *tensors)
         ctx.options, ctx.run = o._replace(mask=None, bias_logits=None), run
         if tensors[0] is not None:
@@ -368,14 +362,11 @@ class _TokenStatsFunction(torch.autograd.Function):
 # ---------------------------------------------------------------------------------- torch.compile
 
 
-def _unpack(
-    temperature: torch.Tensor | None, scalar: float, softcap: float, *rest: Any
-) -> dict[str, Any]:
+def _unpack(temperature: torch.Tensor | None, scalar: float, softcap: float, *rest: Any) -> dict[str, Any]:
     logit_scale, mask, bias_logits, bias_scale = rest
     return LogitOptions(
-        scalar if temperature is None else temperature,
-        softcap or None, logit_scale, mask, bias_logits, bias_scale,
-    )._asdict()  # fmt: skip
+        scalar if temperature is None else temperature, softcap or None, logit_scale, mask, bias_logits, bias_scale
+    )._asdict()
 
 
 @torch.library.custom_op("tokfuse::token_stats", mutates_args=())
@@ -390,12 +381,8 @@ def _token_stats_op(
     mask: torch.Tensor | None,
     bias_logits: torch.Tensor | None,
     bias_scale: float,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:
-    options = _unpack(
-        temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale
-    )
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
     run = _capability(logits, LogitOptions(**options)).run
     out = run.forward(logits, target, **options)
     return out  # type: ignore[no-any-return]
@@ -424,9 +411,7 @@ def _token_stats_backward_op(
     bias_logits: torch.Tensor | None,
     bias_scale: float,
 ) -> torch.Tensor:
-    options = _unpack(
-        temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale
-    )
+    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
     run = _capability(logits, LogitOptions(**options)).run
     grad = run.backward(logits, target, shift, inv_sum, entropy, grad_logp, grad_entropy, **options)
     return grad  # type: ignore[no-any-return]
@@ -452,22 +437,31 @@ def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
         return (None,) * 9
     grad = _token_stats_backward_op(
-        logits, target, shift, inv_sum, entropy, grads[0], grads[1],
-        temperature, scalar, softcap, logit_scale, mask, bias, bias_scale,
-    )  # fmt: skip
+        logits,
+        target,
+        shift,
+        inv_sum,
+        entropy,
+        grads[0],
+        grads[1],
+        temperature,
+        scalar,
+        softcap,
+        logit_scale,
+        mask,
+        bias,
+        bias_scale,
+    )
     return (grad,) + (None,) * 8
 
 
 _token_stats_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _custom_op(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions
-) -> tuple[torch.Tensor, ...]:
+def _custom_op(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> tuple[torch.Tensor, ...]:
     vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     out = _token_stats_op(
-        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask,
-        o.bias_logits, o.bias_scale,
-    )  # fmt: skip
+        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask, o.bias_logits, o.bias_scale
+    )
     return tuple(out)

@@ -17,13 +17,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
+from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference.vtrace import vtrace as reference

@@ -15,13 +15,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import (
-    backend_of,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
+from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -92,9 +86,7 @@ def whiten(
     return out
 
 
-def _statistic(
-    name: str, value: torch.Tensor | float | None, device: torch.device
-) -> torch.Tensor | None:
+def _statistic(name: str, value: torch.Tensor | float | None, device: torch.device) -> torch.Tensor | None:
     if value is None:
         return None
     if isinstance(value, torch.Tensor):

@@ -6,10 +6,24 @@ import torch
 
 # Slots of the metric vector, shared with csrc/common/objective.h::Metric.
 SLOTS = (
-    "tokens", "all_tokens", "seqs", "loss", "masked", "clip_low", "clip_high", "dual_clip",
-    "kl_k1", "kl_k3", "ref_kl_k1", "ref_kl_k3", "ratio", "ratio_min", "ratio_max", "entropy",
+    "tokens",
+    "all_tokens",
+    "seqs",
+    "loss",
+    "masked",
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "kl_k1",
+    "kl_k3",
+    "ref_kl_k1",
+    "ref_kl_k3",
+    "ratio",
+    "ratio_min",
+    "ratio_max",
+    "entropy",
     "grad_rows",
-)  # fmt: skip
+)
 SLOT = {name: i for i, name in enumerate(SLOTS)}
 _PER_TOKEN = ("clip_low", "clip_high", "dual_clip", "kl_k1", "kl_k3", "ratio", "grad_rows")
 

@@ -15,21 +15,15 @@ from typing import ClassVar
 INF = float("inf")
 
 LEVELS = {"token": 0, "sequence": 1, "sequence_token": 2, "sequence_sum": 3}
-KL_ESTIMATORS = {
-    "k1": 1, "k2": 2, "k3": 3, "ratio_k3": 4, "k1_straight": 5, "k3_straight": 6, "abs": 7,
-}  # fmt: skip
+KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3, "ratio_k3": 4, "k1_straight": 5, "k3_straight": 6, "abs": 7}
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum")
 
 
-def _check(
-    spec: object, name: str, low: float, high: float = INF, *, open_low: bool = False
-) -> None:
+def _check(spec: object, name: str, low: float, high: float = INF, *, open_low: bool = False) -> None:
     value = getattr(spec, name)
     ok = isinstance(value, int | float) and (value > low if open_low else value >= low)
     if not ok or not value <= high:
-        bounds = f"{'>' if open_low else '>='} {low:g}" + (
-            f" and <= {high:g}" if high < INF else ""
-        )
+        bounds = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < INF else "")
         raise ValueError(f"{type(spec).__name__}: {name} must be {bounds}; got {value!r}.")
 
 
@@ -306,17 +300,12 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, Shape):
-            raise TypeError(
-                f"Objective: shape must be a Shape such as PPOClip(); got {self.shape!r}."
-            )
+            raise TypeError(f"Objective: shape must be a Shape such as PPOClip(); got {self.shape!r}.")
         if self.kl is not None and not isinstance(self.kl, KL):
             raise TypeError(f"Objective: kl must be a KL or None; got {self.kl!r}.")
         for name, known in (("level", LEVELS), ("aggregation", AGGREGATIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"Objective: {name} must be one of {', '.join(known)}; "
-                    f"got {getattr(self, name)!r}."
-                )
+                raise ValueError(f"Objective: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
         _check(self, "entropy_coef", -INF)
         _check(self, "log_ratio_clamp", 0.0, 80.0, open_low=True)  # exp(80) is finite in float32
 

@@ -14,19 +14,19 @@ def check_logp(op: str, logp: torch.Tensor, entropy: torch.Tensor | None) -> Non
     """The two differentiable vectors."""
     checks.require_tensor(op, "logp", logp)
     if logp.dim() != 1 or not logp.dtype.is_floating_point:
-        raise refuse(op, "logp", "a floating vector of shape (tokens,)",
-                     f"{tuple(logp.shape)} {logp.dtype}", "Pack padded batches first.")  # fmt: skip
+        raise refuse(
+            op,
+            "logp",
+            "a floating vector of shape (tokens,)",
+            f"{tuple(logp.shape)} {logp.dtype}",
+            "Pack padded batches first.",
+        )
     rows = checks.Rows(logp.shape[0], "logp", logp.device)
     checks.check_optional(op, "entropy", entropy, rows)
 
 
 def check_inputs(
-    op: str,
-    inputs: PolicyInputs,
-    objective: Objective,
-    tokens: int,
-    device: torch.device,
-    has_entropy: bool,
+    op: str, inputs: PolicyInputs, objective: Objective, tokens: int, device: torch.device, has_entropy: bool
 ) -> None:
     """Shapes of every input, and that the objective has what it needs and nothing it ignores."""
     if not isinstance(objective, Objective):
@@ -35,18 +35,21 @@ def check_inputs(
             "Build one, for example Objective(shape=PPOClip(low=0.2, high=0.28))."
         )
     if inputs.advantage_level not in ("token", "sequence"):
-        raise refuse(op, "advantage_level", "'token' or 'sequence'",
-                     repr(inputs.advantage_level), "Pass one of the two.")  # fmt: skip
+        raise refuse(
+            op, "advantage_level", "'token' or 'sequence'", repr(inputs.advantage_level), "Pass one of the two."
+        )
     rows = checks.Rows(tokens, "the tokens", device)
     checks.check_optional(op, "mask", inputs.mask, rows, checks.BOOL)
     per_sequence = inputs.advantage_level == "sequence"
     if inputs.cu_seqlens is not None:
         checks.check_cu_seqlens(op, inputs.cu_seqlens, tokens, device)
     elif objective.needs_sequences or per_sequence or objective.counts_sequences:
-        why = "advantage_level='sequence'" if per_sequence else (
-            f"level={objective.level!r}, aggregation={objective.aggregation!r}")  # fmt: skip
-        raise refuse(op, "cu_seqlens", f"given for {why}", "None",
-                     "Pass the packing offsets (seqs + 1,) int32.")  # fmt: skip
+        why = (
+            "advantage_level='sequence'"
+            if per_sequence
+            else (f"level={objective.level!r}, aggregation={objective.aggregation!r}")
+        )
+        raise refuse(op, "cu_seqlens", f"given for {why}", "None", "Pass the packing offsets (seqs + 1,) int32.")
     units = rows
     if per_sequence:
         assert inputs.cu_seqlens is not None
@@ -66,9 +69,8 @@ def _check_used(op: str, inputs: PolicyInputs, o: Objective, has_entropy: bool) 
         ("kl_weight", None, inputs.kl_weight is not None and o.kl is None, "kl=None"),
         ("ref_logp", o.kl is not None, inputs.ref_logp is not None, "a KL term"),
         ("entropy", o.entropy_coef != 0.0, has_entropy, "an entropy bonus"),
-        ("entropy_weight", None, inputs.entropy_weight is not None and o.entropy_coef == 0.0,
-         "entropy_coef=0"),
-    ]  # fmt: skip
+        ("entropy_weight", None, inputs.entropy_weight is not None and o.entropy_coef == 0.0, "entropy_coef=0"),
+    ]
     for name, needed, given, what in needs:
         if needed and not given:
             raise refuse(op, name, f"given for {what}", "None", "Pass one value per token.")
@@ -84,23 +86,32 @@ def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) ->
         return 1.0
     if isinstance(normalizer, str):
         if normalizer != "batch":
-            raise refuse(op, "normalizer", "None, a number, a 0-dim tensor or 'batch'",
-                         repr(normalizer), "Pass the global count.")  # fmt: skip
+            raise refuse(
+                op,
+                "normalizer",
+                "None, a number, a 0-dim tensor or 'batch'",
+                repr(normalizer),
+                "Pass the global count.",
+            )
         if objective.aggregation == "token_sum":
-            raise refuse(op, "normalizer", "a number with aggregation='token_sum'", "'batch'",
-                         "Dr.GRPO divides by sequences * max length; pass that.")  # fmt: skip
+            raise refuse(
+                op,
+                "normalizer",
+                "a number with aggregation='token_sum'",
+                "'batch'",
+                "Dr.GRPO divides by sequences * max length; pass that.",
+            )
         return -1.0
     if isinstance(normalizer, torch.Tensor):
         if normalizer.numel() != 1:
-            raise refuse(op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}",
-                         "Pass the global count.")  # fmt: skip
+            raise refuse(
+                op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}", "Pass the global count."
+            )
         normalizer = float(normalizer)
     return 1.0 / checks.check_number(op, "normalizer", normalizer, 0.0, open_low=True)
 
 
-def check_sampler(
-    op: str, sampler_logp: torch.Tensor | None, tokens: int, device: torch.device
-) -> None:
+def check_sampler(op: str, sampler_logp: torch.Tensor | None, tokens: int, device: torch.device) -> None:
     """Shape of the rollout engine's log-probabilities."""
     if sampler_logp is not None:
         rows = checks.Rows(tokens, "the tokens", device)

@@ -8,12 +8,7 @@ from tokfuse.runtime.reference import token_stats as reference
 
 
 def forward(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    second_temperature: float | None,
-    moments: bool,
-    **options: Any,
+    logits: torch.Tensor, target: torch.Tensor, *, second_temperature: float | None, moments: bool, **options: Any
 ) -> tuple[torch.Tensor, ...]:
     """The five outputs of token_stats, then second_logp, sum_p2_logp and sum_p2_logp2.
 
@@ -24,9 +19,7 @@ def forward(
         nothing = stats[0].new_empty(0)
         second, p2_logp, p2_logp2 = nothing, nothing, nothing
         if second_temperature is not None:
-            second = reference.forward(
-                logits.detach(), target, **{**options, "temperature": second_temperature}
-            )[0]
+            second = reference.forward(logits.detach(), target, **{**options, "temperature": second_temperature})[0]
         if moments:
             p2_logp, p2_logp2 = weighted_moments(logits.detach(), **options)
     return (*stats, second, p2_logp, p2_logp2)

@@ -2,12 +2,7 @@
 
 import torch
 
-from tokfuse.runtime.reference.segments import (
-    next_valid,
-    reverse_scan,
-    segment_sum,
-    sequence_index,
-)
+from tokfuse.runtime.reference.segments import next_valid, reverse_scan, segment_sum, sequence_index
 
 
 def gae(
@@ -48,11 +43,7 @@ def token_layout(
 
 
 def bootstrap(
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    seq: torch.Tensor,
-    end: torch.Tensor,
-    finished: torch.Tensor | None,
+    v: torch.Tensor, mask: torch.Tensor, seq: torch.Tensor, end: torch.Tensor, finished: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Value of the next valid state of each token, and its place (`tokens` when behind the end).
 
@@ -68,11 +59,7 @@ def bootstrap(
 
 
 def _lambda_per_token(
-    lam: float | torch.Tensor,
-    alpha: float | None,
-    mask: torch.Tensor,
-    seq: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    lam: float | torch.Tensor, alpha: float | None, mask: torch.Tensor, seq: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     if alpha is not None:
         num_seqs = cu_seqlens.shape[0] - 1

@@ -50,9 +50,7 @@ def _batch_std(x: torch.Tensor, ddof: int) -> torch.Tensor:
     return torch.where((x == x[0]).all(), torch.zeros_like(std), std)
 
 
-def _centre(
-    x: torch.Tensor, groups: Groups, baseline: str, lengths: torch.Tensor | None
-) -> torch.Tensor:
+def _centre(x: torch.Tensor, groups: Groups, baseline: str, lengths: torch.Tensor | None) -> torch.Tensor:
     """reward minus the group's baseline; `second_best` gives max - second to the best row only."""
     num, index, count = x.shape[0], groups.member, groups.size
     mean = (segment_sum(x, index, num)[index]) / count
@@ -78,9 +76,7 @@ def _centre(
     return torch.where(x == best, best - second, torch.zeros_like(x)) + poison
 
 
-def _denominator(
-    x: torch.Tensor, groups: Groups, scale: str, ddof: int, eps: float
-) -> torch.Tensor:
+def _denominator(x: torch.Tensor, groups: Groups, scale: str, ddof: int, eps: float) -> torch.Tensor:
     """(rows,) divisor of each row."""
     if scale == "none":
         return torch.ones_like(x)

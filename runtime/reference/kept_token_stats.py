@@ -82,14 +82,20 @@ def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Ten
     if bool(bad.any()):
         at = int(bad.to(torch.uint8).argmax())
         raise refuse(
-            OP, "kept_ids", f"in [0, {vocab}) in every row where mask is True",
-            f"{int(ids[at])} in row {int(rows[at])}", "Pass vocabulary ids.",
-        )  # fmt: skip
+            OP,
+            "kept_ids",
+            f"in [0, {vocab}) in every row where mask is True",
+            f"{int(ids[at])} in row {int(rows[at])}",
+            "Pass vocabulary ids.",
+        )
     key = (rows * vocab + ids).sort().values
     twice = key[1:] == key[:-1]
     if bool(twice.any()):
         at = int(key[int(twice.to(torch.uint8).argmax())])
         raise refuse(
-            OP, "kept_ids", "different from each other within a row",
-            f"{at % vocab} twice in row {at // vocab}", "Remove the repetition.",
-        )  # fmt: skip
+            OP,
+            "kept_ids",
+            "different from each other within a row",
+            f"{at % vocab} twice in row {at // vocab}",
+            "Remove the repetition.",
+        )

@@ -8,9 +8,7 @@ from tokfuse.runtime.reference import token_stats
 from tokfuse.runtime.reference.token_stats import accumulation_dtype
 
 
-def logits_of(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """(tokens, vocab) logits in float32 (float64 for float64 inputs)."""
     dtype = accumulation_dtype(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):

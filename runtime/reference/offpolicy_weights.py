@@ -70,12 +70,7 @@ def offpolicy_weights(
 
 
 def transform(
-    w: torch.Tensor,
-    mode: str,
-    low: float | None,
-    high: float | None,
-    lam: float | None,
-    power: float | None,
+    w: torch.Tensor, mode: str, low: float | None, high: float | None, lam: float | None, power: float | None
 ) -> torch.Tensor:
     """The weight of a kept row, from its ratio w."""
     if mode == "truncate":
@@ -95,9 +90,7 @@ def transform(
     return torch.ones_like(w) if mode == "keep" else w  # ips, mask
 
 
-def _layout(
-    rows: torch.Tensor, cu_seqlens: torch.Tensor | None, mask: torch.Tensor | None
-) -> _Layout:
+def _layout(rows: torch.Tensor, cu_seqlens: torch.Tensor | None, mask: torch.Tensor | None) -> _Layout:
     num_rows = rows.shape[0]
     if mask is None:
         mask = torch.ones(num_rows, dtype=torch.bool, device=rows.device)
@@ -134,9 +127,7 @@ def _inside(x: torch.Tensor, low: float | None, high: float | None) -> torch.Ten
     return ~outside
 
 
-def _rule_keeps(
-    d: torch.Tensor, layout: _Layout, rule: Rule, advantage: torch.Tensor | None
-) -> torch.Tensor:
+def _rule_keeps(d: torch.Tensor, layout: _Layout, rule: Rule, advantage: torch.Tensor | None) -> torch.Tensor:
     if rule.statistic == "ratio":
         x = _clamped(_reduced(d, layout, rule.over)).exp()
     else:
@@ -159,11 +150,7 @@ def _first_kept(kept: torch.Tensor, layout: _Layout) -> torch.Tensor:
 
 
 def _unit_mean(
-    weight: torch.Tensor,
-    unit: torch.Tensor,
-    layout: _Layout,
-    group_ids: torch.Tensor | None,
-    normalize: str,
+    weight: torch.Tensor, unit: torch.Tensor, layout: _Layout, group_ids: torch.Tensor | None, normalize: str
 ) -> torch.Tensor:
     """Mean weight over the units of the batch, or of the row's group."""
     units = torch.where(unit, weight, torch.zeros_like(weight))

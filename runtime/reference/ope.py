@@ -47,7 +47,5 @@ def ope(
             residual = w * (r - valid(q_a))
             correction = residual.sum() / w.sum()
             out["dr"] = estimate(mean(direct + residual), direct + residual)
-            out["sndr"] = estimate(
-                mean(direct) + correction, direct + (residual - correction * w) / mean_w
-            )
+            out["sndr"] = estimate(mean(direct) + correction, direct + (residual - correction * w) / mean_w)
     return out

@@ -38,9 +38,7 @@ def forward(
         infinite = (no_q & ~no_p).any(-1) & ~zero
     # Neither kind of row may enter the arithmetic: its gradient would be 0 * inf.
     flat = (zero | infinite).unsqueeze(-1)
-    out = _divergence(
-        _log_probs(torch.where(flat, 0.0, u_p)), _log_probs(torch.where(flat, 0.0, u_q)), kind, beta
-    )
+    out = _divergence(_log_probs(torch.where(flat, 0.0, u_p)), _log_probs(torch.where(flat, 0.0, u_q)), kind, beta)
     out = out + (-out.detach()).clamp_min(0.0)  # rounding below 0; the gradient stays
     return torch.where(infinite, float("inf"), torch.where(zero, 0.0, out))
 

@@ -121,9 +121,7 @@ def _policy_term(
     return -(lam + k * d - lam * r).exp().detach() * a * logp, {}
 
 
-def _ppo_clip(
-    shape: spec.PPOClip, r: torch.Tensor, a: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _ppo_clip(shape: spec.PPOClip, r: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     low, high = shape.bounds
     free = r if shape.cap is None else r.clamp(max=shape.cap)
     clipped = _clip(r, low, high)

@@ -6,11 +6,7 @@ from tokfuse.runtime.reference.segments import segment_sum
 
 
 def segment_moments(
-    values: torch.Tensor,
-    segment_ids: torch.Tensor,
-    num_segments: int,
-    *,
-    mask: torch.Tensor | None,
+    values: torch.Tensor, segment_ids: torch.Tensor, num_segments: int, *, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(count, sum, sum_sq, min, max), each (num_segments,); sums run in float64."""
     ids = segment_ids.to(torch.int64)

@@ -33,11 +33,7 @@ def transformed_logits(
 
 
 def check_values(
-    op: str,
-    target: torch.Tensor,
-    vocab: int,
-    mask: torch.Tensor | None,
-    temperature: float | torch.Tensor,
+    op: str, target: torch.Tensor, vocab: int, mask: torch.Tensor | None, temperature: float | torch.Tensor
 ) -> None:
     """Range of targets and temperatures where the mask is true."""
     bad = (target < 0) | (target >= vocab)
@@ -50,21 +46,25 @@ def check_values(
         raise bad_row(op, row, target, vocab, temperature)
 
 
-def bad_row(
-    op: str, row: int, target: torch.Tensor, vocab: int, temperature: float | torch.Tensor
-) -> ValueError:
+def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: float | torch.Tensor) -> ValueError:
     """The error for the first row whose target or temperature is out of range."""
     y = int(target[row])
     if 0 <= y < vocab:
         assert isinstance(temperature, torch.Tensor)
         return refuse(
-            op, "temperature", "> 0 in every row where mask is True",
-            f"{float(temperature[row])} in row {row}", "Mask the row or fix its temperature.",
-        )  # fmt: skip
+            op,
+            "temperature",
+            "> 0 in every row where mask is True",
+            f"{float(temperature[row])} in row {row}",
+            "Mask the row or fix its temperature.",
+        )
     return refuse(
-        op, "target", f"in [0, {vocab}) in every row where mask is True",
-        f"{y} in row {row}", "Set mask to False on prompt and padding rows.",
-    )  # fmt: skip
+        op,
+        "target",
+        f"in [0, {vocab}) in every row where mask is True",
+        f"{y} in row {row}",
+        "Set mask to False on prompt and padding rows.",
+    )
 
 
 def forward(

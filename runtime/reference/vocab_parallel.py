@@ -26,9 +26,15 @@ def forward(
     """(logp, entropy, lse, sum_sq, top1, shift, inv_sum) of the shard's own softmax."""
     with torch.no_grad():
         stats = token_stats.forward(
-            logits, target, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            mask=mask, bias_logits=bias_logits, bias_scale=bias_scale,
-        )  # fmt: skip
+            logits,
+            target,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=mask,
+            bias_logits=bias_logits,
+            bias_scale=bias_scale,
+        )
         u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
         shift = u.amax(-1)
         dead = shift == float("-inf") if mask is None else ~mask | (shift == float("-inf"))
@@ -65,9 +71,7 @@ def backward(
     if mask is not None:
         idle = idle | ~mask
     u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
-    ga, gh, shift, inv_sum, entropy = (
-        x.unsqueeze(-1) for x in (ga, gh, shift, inv_sum, entropy)
-    )  # fmt: skip
+    ga, gh, shift, inv_sum, entropy = (x.unsqueeze(-1) for x in (ga, gh, shift, inv_sum, entropy))
     x = u - shift
     p = x.exp() * inv_sum
     log_p = torch.where(p == 0, 0.0, x + inv_sum.log())
@@ -97,9 +101,7 @@ def head_backward(
 ) -> list[torch.Tensor | None]:
     """[grad_hidden, grad_weight, grad_bias] of the logits' gradient."""
     logits = logits_of(p.hidden, p.weight, p.bias)
-    dz = backward(
-        logits, p.target, shift, inv_sum, entropy, grad_logp, grad_entropy, **p.options._asdict()
-    )
+    dz = backward(logits, p.target, shift, inv_sum, entropy, grad_logp, grad_entropy, **p.options._asdict())
     return [
         (dz @ p.weight.to(dz.dtype)).to(p.hidden.dtype) if needs[0] else None,
         (dz.t() @ p.hidden.to(dz.dtype)).to(p.weight.dtype) if needs[1] else None,

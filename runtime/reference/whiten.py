@@ -28,9 +28,7 @@ def whiten(
     return torch.where(keep, out, zero).to(x.dtype)
 
 
-def _moments(
-    y: torch.Tensor, keep: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _moments(y: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Masked mean, centred values and unbiased variance; equal values give exactly 0 for both."""
     zero = torch.zeros((), dtype=y.dtype, device=y.device)
     count = keep.sum()

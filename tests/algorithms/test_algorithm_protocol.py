@@ -6,14 +6,7 @@ import json
 
 import pytest
 import torch
-from algorithm_cases import (
-    METHODS,
-    cast,
-    example,
-    gradient_of,
-    planned,
-    rollout,
-)
+from algorithm_cases import METHODS, cast, example, gradient_of, planned, rollout
 from harness import Backend, backends, bits, compare
 from torch import Tensor
 
@@ -97,9 +90,7 @@ def test_degenerate_groups(name: str):
         state = method.initial_state()
         prepared = method.prepare(batch, state)
         for plan in (*method.before(prepared, state), *method.plans(prepared, state)):
-            loss, grad, *_ = gradient_of(
-                plan, batch.logp, batch.entropy if plan.objective.entropy_coef else None
-            )
+            loss, grad, *_ = gradient_of(plan, batch.logp, batch.entropy if plan.objective.entropy_coef else None)
             assert loss.isfinite() and bool(grad.isfinite().all())
         state = method.update(state, method.measure(plan, batch.logp, batch.entropy))
         assert method.advance(state, prepared).keys() == method.initial_state().keys()
@@ -121,17 +112,7 @@ def test_groups_without_spread_have_no_gradient():
 
 # What these minimise is itself decided over all tokens of an optimizer step, or counts in its own
 # unit.
-WHOLE = (
-    "bapo",
-    "cip_entropy",
-    "clip_cov",
-    "dr_grpo",
-    "dypo",
-    "high_entropy",
-    "kl_cov",
-    "nft",
-    "vapo",
-)
+WHOLE = ("bapo", "cip_entropy", "clip_cov", "dr_grpo", "dypo", "high_entropy", "kl_cov", "nft", "vapo")
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in WHOLE])
@@ -166,9 +147,7 @@ def test_take_keeps_order_and_fields():
 
 
 def test_unknown_names_and_options_list_the_known():
-    with pytest.raises(
-        ValueError, match=r"one of a2pr_nll, .*adora.*got 'gbop'. Did you mean 'gbpo'"
-    ):
+    with pytest.raises(ValueError, match=r"one of a2pr_nll, .*adora.*got 'gbop'. Did you mean 'gbpo'"):
         algorithms.make("gbop")
     with pytest.raises(ValueError, match=r"algorithms.gbpo: options must be among advantage,.*tau"):
         algorithms.make("gbpo", tua=1.0)
@@ -184,8 +163,11 @@ def test_unknown_names_and_options_list_the_known():
         ("gspo", {"level": "seq"}, "level must be one of"),
         ("grpo", {"max_length": 5}, "max_length must be left out"),
         ("opo", {"eps": 1e-4, "advantage": "gae"}, "eps must be left out"),
-        ("grpo", {"kl": None, "kl_control": algorithms.KLControl(target=0.1, horizon=10)},
-         "kl_control must be None without"),
+        (
+            "grpo",
+            {"kl": None, "kl_control": algorithms.KLControl(target=0.1, horizon=10)},
+            "kl_control must be None without",
+        ),
         ("tis", {"bypass": True}, "correction must be None with bypass"),
         ("gbpo", {"tau": 0.0}, "tau must be a finite number in"),
         ("nft", {"neg_weight": -1.0}, "neg_weight must be a finite number"),
@@ -193,7 +175,7 @@ def test_unknown_names_and_options_list_the_known():
         ("lopti", {"level": "sequence"}, "level must be one of token"),
         ("adora", {"condition": "length"}, "condition must be left out with rule 'llm'"),
     ],
-)  # fmt: skip
+)
 def test_refusals_of_options(name: str, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         algorithms.make(name, **options)
@@ -201,9 +183,16 @@ def test_refusals_of_options(name: str, options: dict, message: str):
 
 def test_refusals_of_batches():
     b = rollout(0)
-    for name, missing in (("grpo", "ref_logp"), ("ppo", "value"), ("bapo", "logp"),
-                          ("high_entropy", "entropy"), ("tis", "sampler_logp"), ("nft", "correct"),
-                          ("dcpo_dist", "second_logp"), ("otb", "sum_sq")):  # fmt: skip
+    for name, missing in (
+        ("grpo", "ref_logp"),
+        ("ppo", "value"),
+        ("bapo", "logp"),
+        ("high_entropy", "entropy"),
+        ("tis", "sampler_logp"),
+        ("nft", "correct"),
+        ("dcpo_dist", "second_logp"),
+        ("otb", "sum_sq"),
+    ):
         with pytest.raises(ValueError, match=rf"algorithms.{name}: batch.{missing} must be given"):
             planned(example(name), dataclasses.replace(b, **{missing: None}))
     with pytest.raises(ValueError, match="batch must be prepared"):
@@ -225,8 +214,7 @@ def test_refusals_of_batches():
 
 def test_no_tensor_of_the_user_is_written():
     b = rollout(0)
-    before = {f.name: bits(v) for f in dataclasses.fields(b)
-              if isinstance(v := getattr(b, f.name), Tensor)}  # fmt: skip
+    before = {f.name: bits(v) for f in dataclasses.fields(b) if isinstance(v := getattr(b, f.name), Tensor)}
     for name in METHODS:
         method = example(name)
         state = method.initial_state()
@@ -306,8 +294,11 @@ def test_resumed_runs_are_exact(name: str, tmp_path):
 def _plain(state):
     if isinstance(state, dict):
         return {k: _plain(v) for k, v in state.items()}
-    return bits(state) if isinstance(state, Tensor) and state.is_floating_point() else (
-        state.tolist() if isinstance(state, Tensor) else json.dumps(state))  # fmt: skip
+    return (
+        bits(state)
+        if isinstance(state, Tensor) and state.is_floating_point()
+        else (state.tolist() if isinstance(state, Tensor) else json.dumps(state))
+    )
 
 
 def test_another_methods_checkpoint_is_refused():

@@ -9,19 +9,7 @@ import math
 
 import pytest
 import torch
-from algorithm_cases import (
-    check,
-    gae,
-    gradient_of,
-    grpo_a,
-    k3,
-    planned,
-    ppo,
-    rollout,
-    same_gradient,
-    spans,
-    token_mean,
-)
+from algorithm_cases import check, gae, gradient_of, grpo_a, k3, planned, ppo, rollout, same_gradient, spans, token_mean
 from harness import Backend, backends, bits, compare
 from torch import Tensor
 
@@ -49,10 +37,13 @@ def test_d3s_against_brute_force(backend: Backend):
         b = rollout(seed, binary=False)
         a = b.sequence_mean(grpo_a(b))
         pool = [
-            i for g in (0, 7, 3)
-            for i in max(itertools.combinations((b.group_ids == g).nonzero().flatten().tolist(), 2),
-                         key=lambda s: a[list(s)].var(correction=0))
-        ]  # fmt: skip
+            i
+            for g in (0, 7, 3)
+            for i in max(
+                itertools.combinations((b.group_ids == g).nonzero().flatten().tolist(), 2),
+                key=lambda s: a[list(s)].var(correction=0),
+            )
+        ]
         kept = max(itertools.combinations(sorted(pool), 4), key=lambda s: a[list(s)].var())
         rows = [t for i in kept for t in spans(b)[i]]
         score = (grpo_a(b).abs() * b.entropy).float()
@@ -155,8 +146,13 @@ def test_the_last_delta_of_an_unfinished_response_is_its_reward():
     one = {"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32), "old_logp": torch.zeros(3)}
     value = torch.tensor([0.1, 0.4, 0.7])
     for finished, last in ((False, 0.0), (True, -0.7)):
-        b = Batch(reward=torch.zeros(1), value=value, finished=torch.tensor([finished]),
-                  window=torch.ones(3, dtype=torch.bool), **one)  # fmt: skip
+        b = Batch(
+            reward=torch.zeros(1),
+            value=value,
+            finished=torch.tensor([finished]),
+            window=torch.ones(3, dtype=torch.bool),
+            **one,
+        )
         a = algorithms.make("tppo", gamma=1.0, lam=0.0).advantages(b).value
         assert float(a[-1]) == pytest.approx(last)
 
@@ -216,8 +212,9 @@ def epo_penalty(b: Batch, h: Tensor, mode: str, over: str) -> Tensor:
 @pytest.mark.parametrize("over", ["token", "sequence"])
 @pytest.mark.parametrize("mode", ["paper", "hinge"])
 def test_epo(mode: str, over: str, backend: Backend):
-    method = algorithms.make("epo", max_turns=4, total_steps=60, kappa_low=0.5, kappa_high=1.5,
-                             mode=mode, over=over, entropy_coef=0.1)  # fmt: skip
+    method = algorithms.make(
+        "epo", max_turns=4, total_steps=60, kappa_low=0.5, kappa_high=1.5, mode=mode, over=over, entropy_coef=0.1
+    )
     beta = 1 - 0.2 * (1 - math.exp(-2 * 20 / 30))
 
     def formula(b, x, h):

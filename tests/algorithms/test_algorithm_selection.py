@@ -51,8 +51,9 @@ def test_top_mask_is_a_stable_sort(k: int):
     """Zeros of either sign tie, a denormal does not; the first of equals are taken."""
     expected = top_by_sorting(SCORES, max(k, 0), MASK)
     assert torch.equal(selection.top_mask(SCORES, k, MASK), expected)
-    parts = spread_over(2, lambda world: selection.top_mask(
-        SCORES.split([5, 7])[world.rank], k, MASK.split([5, 7])[world.rank], world))  # fmt: skip
+    parts = spread_over(
+        2, lambda world: selection.top_mask(SCORES.split([5, 7])[world.rank], k, MASK.split([5, 7])[world.rank], world)
+    )
     assert torch.equal(torch.cat(parts), expected)
 
 
@@ -84,8 +85,12 @@ def test_quantile_keeps_what_torch_keeps(q: float):
         assert torch.equal(selection.at_least_quantile(score, q, mask), expected)
         if size > 2:
             cut = [2, size - 2]
-            parts = spread_over(2, lambda w, s=score, m=mask, c=cut: selection.at_least_quantile(
-                s.split(c)[w.rank], q, m.split(c)[w.rank], w))  # fmt: skip
+            parts = spread_over(
+                2,
+                lambda w, s=score, m=mask, c=cut: selection.at_least_quantile(
+                    s.split(c)[w.rank], q, m.split(c)[w.rank], w
+                ),
+            )
             assert torch.equal(torch.cat(parts), expected)
 
 
@@ -109,8 +114,7 @@ def test_max_variance_subset_is_the_best_of_all_subsets():
 def test_max_variance_ties_take_the_smallest_i():
     """Equal values: no largest, the first k rows, which count as smallest."""
     assert selection.max_variance_subset(torch.ones(5), 2).tolist() == [1, 1, 0, 0, 0]
-    assert selection.max_variance_subset(torch.tensor([1.0, 0.0, 0.0, 1.0]), 3).tolist() == [
-        True, True, True, False]  # fmt: skip
+    assert selection.max_variance_subset(torch.tensor([1.0, 0.0, 0.0, 1.0]), 3).tolist() == [True, True, True, False]
 
 
 def test_informative_groups():
@@ -120,8 +124,21 @@ def test_informative_groups():
 
 
 # Advantages of a group do not depend on other ranks; these methods decide over all of them.
-GLOBAL = ("bapo", "cip_entropy", "clip_cov", "d3s", "dcpo_dist", "gpg", "high_entropy", "kl_cov",
-          "ppo", "reinforce_pp", "vapo", "pipo", "epo")  # fmt: skip
+GLOBAL = (
+    "bapo",
+    "cip_entropy",
+    "clip_cov",
+    "d3s",
+    "dcpo_dist",
+    "gpg",
+    "high_entropy",
+    "kl_cov",
+    "ppo",
+    "reinforce_pp",
+    "vapo",
+    "pipo",
+    "epo",
+)
 assert set(GLOBAL) <= set(METHODS)
 
 

@@ -41,9 +41,7 @@ def backend(request):
 
 
 def f_gbpo(b, x, h):
-    signal = per_group(
-        b, lambda r, g, _: (r - g.sort().values[1:3].mean()) / (g.std() + 1e-6) / 0.3
-    )
+    signal = per_group(b, lambda r, g, _: (r - g.sort().values[1:3].mean()) / (g.std() + 1e-6) / 0.3)
     target = 1 - 0.2 + 0.4 * torch.sigmoid(signal)
     return token_mean(b, ((x - b.old_logp).exp() - target).abs() * grpo_a(b).abs())
 
@@ -101,9 +99,7 @@ def test_r2vpo_dual_step_sums_over_micro_batches():
     merged = {name: parts[0][name] + parts[1][name] for name in whole}
     mean = (((b.logp - b.old_logp).exp() - 1) ** 2)[b.valid].mean()
     for sums in (whole, merged):
-        assert method.update(state, sums)["penalty"] == pytest.approx(
-            float(0.3 + 2 * (mean - 0.05)), rel=1e-12
-        )
+        assert method.update(state, sums)["penalty"] == pytest.approx(float(0.3 + 2 * (mean - 0.05)), rel=1e-12)
     on_policy = method.measure(plan, b.old_logp)
     assert method.update(state, on_policy)["penalty"] == pytest.approx(0.2)
     assert method.update({"penalty": 0.01}, on_policy)["penalty"] == 0.0
@@ -288,9 +284,13 @@ def test_pipo_waits_and_can_skip():
 
 def test_pipo_forms_kill_opposite_sides_of_a_negative_coefficient():
     d = torch.tensor([0.5, -0.5], dtype=torch.float64)
-    b = Batch(reward=torch.zeros(1).double(), group_ids=torch.zeros(1, dtype=torch.int64),
-              cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
-              old_logp=torch.zeros(2).double(), advantage=-torch.ones(1).double())  # fmt: skip
+    b = Batch(
+        reward=torch.zeros(1).double(),
+        group_ids=torch.zeros(1, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
+        old_logp=torch.zeros(2).double(),
+        advantage=-torch.ones(1).double(),
+    )
     for form, alive in (("paper", [True, False]), ("code", [False, True])):
         method = algorithms.make("pipo", form=form, min_steps=2)
         state = {"means": [0.0, 0.1], "batches": 2, "previous": b.to_state()}
@@ -367,9 +367,7 @@ def test_a2pr_gate(backend: Backend):
 def test_cip_entropy(backend: Backend):
     def formula(b, x, h):
         u = b.causal_weight[b.valid]
-        return (
-            token_mean(b, ppo(x, b.old_logp, grpo_a(b))) - 0.03 * (u * h[b.valid]).sum() / u.sum()
-        )
+        return token_mean(b, ppo(x, b.old_logp, grpo_a(b))) - 0.03 * (u * h[b.valid]).sum() / u.sum()
 
     check(backend, algorithms.make("cip_entropy", entropy_coef=0.03), formula, rollout(0))
 
@@ -426,9 +424,7 @@ def test_grpo_guard_is_the_papers_normalised_ratio():
     expected = (torch.maximum(-c * r, -c * r.clamp(0.99, 1.01)) / dt).mean()
     expected = expected + 0.1 * ((mean - old) ** 2 / (2 * sigma[:, None, None] ** 2)).mean()
     compare(loss, expected, rtol=1e-12)
-    torch.autograd.gradcheck(
-        lambda m: guard.loss(x, m, old, sigma, dt, a, ref_mean=old), mu, eps=1e-7, atol=1e-5
-    )
+    torch.autograd.gradcheck(lambda m: guard.loss(x, m, old, sigma, dt, a, ref_mean=old), mu, eps=1e-7, atol=1e-5)
     alone = guard.log_ratio(x[2:3], mean[2:3], old[2:3], s[2:3])
     assert bits(alone) == bits(guard.log_ratio(x, mean, old, s)[2:3])  # no bias of the batch's
     with pytest.raises(ValueError, match="ref_mean must be given with beta = 0.1"):

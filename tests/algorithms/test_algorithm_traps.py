@@ -4,15 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from algorithm_cases import (
-    centred,
-    gradient_of,
-    grpo_a,
-    planned,
-    rollout,
-    same_gradient,
-    token_mean,
-)
+from algorithm_cases import centred, gradient_of, grpo_a, planned, rollout, same_gradient, token_mean
 from harness import bits, compare
 
 import tokfuse
@@ -25,11 +17,17 @@ def test_on_policy_gradients_coincide():
     b = dataclasses.replace(b, logp=b.old_logp)
     base = algorithms.make("grpo", kl=None, aggregation="token_mean")
     same = {
-        "cispo": {}, "sapo": {"aggregation": "token_mean"}, "gpg": {"advantage": "grpo"},
-        "r2vpo": {"delta": 1.0, "step_size": 0.0, "penalty": 5.0}, "bapo": {}, "pipo": {},
-        "mirror_descent": {"eta": 0.1}, "kl_cov": {}, "vespo": {}, "tppo": {
-            "advantage": "grpo", "gamma": None, "lam": None},
-    }  # fmt: skip
+        "cispo": {},
+        "sapo": {"aggregation": "token_mean"},
+        "gpg": {"advantage": "grpo"},
+        "r2vpo": {"delta": 1.0, "step_size": 0.0, "penalty": 5.0},
+        "bapo": {},
+        "pipo": {},
+        "mirror_descent": {"eta": 0.1},
+        "kl_cov": {},
+        "vespo": {},
+        "tppo": {"advantage": "grpo", "gamma": None, "lam": None},
+    }
     free = dataclasses.replace(b, ref_logp=None, window=b.valid)
     for name, options in same.items():
         same_gradient(algorithms.make(name, **options), base, free)
@@ -51,8 +49,11 @@ def test_limits_are_the_simpler_method():
     same_gradient(algorithms.make("r2vpo", delta=0.0, step_size=0.0, penalty=0.0), linear, b)
     same_gradient(algorithms.make("bapo", low=(0.8, 0.8), high=(1.2, 1.2)), base, b)
     same_gradient(dataclasses.replace(base, shape=PPOClip(dual=1e30)), base, b)
-    same_gradient(algorithms.make("vapo", rules=()), algorithms.make(
-        "ppo", length_adaptive_alpha=0.05, shape=PPOClip(low=0.2, high=0.28)), b)  # fmt: skip
+    same_gradient(
+        algorithms.make("vapo", rules=()),
+        algorithms.make("ppo", length_adaptive_alpha=0.05, shape=PPOClip(low=0.2, high=0.28)),
+        b,
+    )
     epo = algorithms.make("epo", max_turns=4, entropy_coef=1e-30, kl=None)
     left = gradient_of(planned(epo, b), b.logp, b.entropy)[1]
     assert bits(left) == bits(gradient_of(planned(base, b), b.logp)[1])
@@ -67,8 +68,7 @@ def test_traps_of_one_name_with_two_meanings():
     b = dataclasses.replace(b, logp=b.old_logp)
     width = tokfuse.StopGradClip(low=0.2, high=0.28, ratio_min=None, ratio_max=None)
     absolute = tokfuse.StopGradClip(ratio_max=0.28)
-    grads = [gradient_of(planned(algorithms.make("cispo", shape=s), b), b.logp)[1]
-             for s in (width, absolute)]  # fmt: skip
+    grads = [gradient_of(planned(algorithms.make("cispo", shape=s), b), b.logp)[1] for s in (width, absolute)]
     compare(grads[1], 0.28 * grads[0], rtol=1e-12)
     sapo = algorithms.make("sapo", aggregation="token_mean", shape=SigmoidGate(tau_negative=1.0))
     loss, grad = gradient_of(planned(sapo, b), b.logp)
@@ -81,17 +81,17 @@ def test_traps_of_one_name_with_two_meanings():
 def test_kl_cov_is_a_no_op_on_the_first_update():
     b = rollout(0, binary=False)
     b = dataclasses.replace(b, logp=b.old_logp)
-    same_gradient(
-        algorithms.make("kl_cov"), algorithms.make("kl_cov", rules=()), b
-    )  # fmt: skip
+    same_gradient(algorithms.make("kl_cov"), algorithms.make("kl_cov", rules=()), b)
 
 
 def test_rejected_tokens_leave_or_stay_in_the_denominator():
     """verl shrinks the mask, TRL multiplies the loss: the losses differ by the share kept."""
     b = rollout(0)
     rule = (tokfuse.KeepRule("ratio", "token", 0.9, 1.1),)
-    plans = [planned(algorithms.make("tis", correction=algorithms.Correction(
-        mode="keep", keep_rules=rule, dropped=d)), b) for d in ("leave", "count")]  # fmt: skip
+    plans = [
+        planned(algorithms.make("tis", correction=algorithms.Correction(mode="keep", keep_rules=rule, dropped=d)), b)
+        for d in ("leave", "count")
+    ]
     (left, a), (counted, c) = (gradient_of(plan, b.logp) for plan in plans)
     kept = float(plans[0].count())
     assert kept < int(b.valid.sum()) == float(plans[1].count())

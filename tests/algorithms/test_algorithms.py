@@ -238,21 +238,22 @@ def f_tis_current(b, x, h):
 
 CASES = {
     "ppo": ("ppo", {}, token_ppo(lambda b: whitened(b, gae(b)))),
-    "ppo_raw": ("ppo", {"whiten": False, "lam": 0.9, "gamma": 0.99},
-                token_ppo(lambda b: gae(b, 0.9, gamma=0.99))),
+    "ppo_raw": ("ppo", {"whiten": False, "lam": 0.9, "gamma": 0.99}, token_ppo(lambda b: gae(b, 0.9, gamma=0.99))),
     "ppo_dual": ("ppo_dual", {}, f_ppo_dual),
     "grpo": ("grpo", {}, f_grpo),
     "grpo_no_kl": ("grpo", {"kl": None}, token_ppo(grpo_a, seq_mean)),
-    "grpo_batch_scale": ("grpo", {"kl": None, "scale": "batch_std"}, token_ppo(
-        lambda b: per_group(b, centred) / (b.reward.std() + 1e-6), seq_mean)),
+    "grpo_batch_scale": (
+        "grpo",
+        {"kl": None, "scale": "batch_std"},
+        token_ppo(lambda b: per_group(b, centred) / (b.reward.std() + 1e-6), seq_mean),
+    ),
     "dr_grpo": ("dr_grpo", {"max_length": 9}, f_dr_grpo),
     "dapo": ("dapo", {"overlong": Overlong(max_length=5, cache=2)}, f_dapo),
     "rloo": ("rloo", {}, token_ppo(lambda b: per_group(b, centred) * 4 / 3)),
     "remax": ("remax", {}, token_ppo(lambda b: b.spread(b.reward - b.greedy_reward))),
     "opo": ("opo", {}, f_opo),
     "reinforce_pp": ("reinforce_pp", {"reward_kl": 0.1}, f_reinforce_pp),
-    "reinforce_pp_baseline": ("reinforce_pp_baseline", {},
-                              token_ppo(lambda b: whitened(b, per_group(b, centred)))),
+    "reinforce_pp_baseline": ("reinforce_pp_baseline", {}, token_ppo(lambda b: whitened(b, per_group(b, centred)))),
     "pass_at_k": ("pass_at_k", {}, token_ppo(lambda b: per_group(b, pass_at_k))),
     "otb": ("otb", {}, token_ppo(otb)),
     "gspo": ("gspo", {}, f_gspo),
@@ -269,17 +270,30 @@ CASES = {
     "seq_tis": ("seq_tis", {}, mismatch(lambda d: d.sum().exp().clamp(max=2).expand_as(d))),
     "mis": ("mis", {}, mismatch(lambda d: keep_if(d, 0, 3, d.sum().exp()))),
     "icepop": ("icepop", {}, mismatch(lambda d: keep_if(d, 0.5, 5, d.exp()))),
-    "seq_mask_tis": ("seq_mask_tis", {}, mismatch(
-        lambda d: d.exp() * float(0.5 <= d.mean().exp() <= 5))),
-    "geo_rs": ("geo_rs", {"correction": algorithms.Correction(
-        mode="keep", dropped="leave",
-        keep_rules=(tokfuse.KeepRule("ratio", "mean", 0.9, 1.1),))}, f_geo_rs),
-    "opsm": ("opsm", {"correction": algorithms.Correction(
-        mode="keep", policy="current",
-        keep_rules=(tokfuse.KeepRule("k1", "mean", high=0.05, negative_only=True),))}, f_opsm),
+    "seq_mask_tis": ("seq_mask_tis", {}, mismatch(lambda d: d.exp() * float(0.5 <= d.mean().exp() <= 5))),
+    "geo_rs": (
+        "geo_rs",
+        {
+            "correction": algorithms.Correction(
+                mode="keep", dropped="leave", keep_rules=(tokfuse.KeepRule("ratio", "mean", 0.9, 1.1),)
+            )
+        },
+        f_geo_rs,
+    ),
+    "opsm": (
+        "opsm",
+        {
+            "correction": algorithms.Correction(
+                mode="keep",
+                policy="current",
+                keep_rules=(tokfuse.KeepRule("k1", "mean", high=0.05, negative_only=True),),
+            )
+        },
+        f_opsm,
+    ),
     "bypass": ("grpo", {"kl": None, "aggregation": "token_mean", "bypass": True}, f_tis_current),
     "cdpo": ("cdpo", {}, f_cdpo),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -295,9 +309,7 @@ def test_methods_of_binary_rewards(backend: Backend):
     live = dataclasses.replace(b, reward=reward)
     check(backend, algorithms.make("gpg"), f_gpg, live)
     a = per_group(b, lambda r, group, _: (r - group.mean()) / (group.mean() + 1e-8))
-    check(
-        backend, algorithms.make("maxrl"), lambda b, x, h: token_mean(b, ppo(x, b.old_logp, a)), b
-    )
+    check(backend, algorithms.make("maxrl"), lambda b, x, h: token_mean(b, ppo(x, b.old_logp, a)), b)
 
 
 def test_gpg_counts_live_groups_and_verl_counts_rewards():

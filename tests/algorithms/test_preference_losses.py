@@ -93,12 +93,11 @@ def table(w: S, r: S, b: float):
         "slic": (-b * (u < 1).double(), b * (u < 1).double()),
         "ipo_sum": [k * 2 * (w.rho - r.rho - 1 / (2 * b)) for k in (1, -1)],
         "ipo": (2 * m / w.n, -2 * m / r.n),
-        "dpo_norm": [k * b / n * sig(-b * (w.rho / w.n - r.rho / r.n))
-                     for k, n in ((-1, w.n), (1, r.n))],
+        "dpo_norm": [k * b / n * sig(-b * (w.rho / w.n - r.rho / r.n)) for k, n in ((-1, w.n), (1, r.n))],
         "orpo": (-1 / w.n - 0.1 * z / (w.n * (1 - a_w.exp())), 0.1 * z / (r.n * (1 - a_l.exp()))),
         "apo_zero": (-b * s_w * (1 - s_w), b * s_l * (1 - s_l)),
         "apo_down": (b * s_w * (1 - s_w) - b * s * (1 - s), b * s * (1 - s)),
-    }  # fmt: skip
+    }
 
 
 def test_coefficients_are_one_number_per_sequence():
@@ -152,9 +151,7 @@ def test_kto():
     compare(step.losses, torch.stack(losses), rtol=1e-12)
     compare(grad, torch.where(mask, want, 0.0), atol=1e-13)
     assert step.metrics["desirable_count"] == 7 and "margin" not in step.metrics
-    assert float(step.metrics["desirable"]) == pytest.approx(
-        float(step.rewards[0][batch.desirable].sum())
-    )
+    assert float(step.metrics["desirable"]) == pytest.approx(float(step.rewards[0][batch.desirable].sum()))
 
 
 def test_kto_kl_is_detached_clamped_and_global():
@@ -203,8 +200,7 @@ def test_ld_dpo_damps_the_tail_of_the_longer_side():
     for pair in PAIRS:
         rows = [[t for t in range(cu[i], cu[i + 1]) if mask[t]] for i in pair]
         short = min(map(len, rows))
-        rho = [sum((1.0 if k < short else 0.3) * (leaf - ref)[t] for k, t in enumerate(side))
-               for side in rows]  # fmt: skip
+        rho = [sum((1.0 if k < short else 0.3) * (leaf - ref)[t] for k, t in enumerate(side)) for side in rows]
         total = total - logsig(0.1 * (rho[0] - rho[1]))
     (grad,) = torch.autograd.grad(total, leaf)
     step, found = run(loss, batch, logp)
@@ -258,8 +254,12 @@ def test_bco_shift_is_the_running_mean_of_earlier_batches():
     for shift in (0.0, 0.4, -1.0):
         step, _ = run(loss, batch, logp + shift / 10, state=state)
         d = sum(means) / len(means) if means else 0.0
-        want, _ = expected(lambda w, r: -logsig(0.1 * w.rho - d) - logsig(d - 0.1 * r.rho),  # noqa: B023
-                           batch, logp + shift / 10, ref)  # fmt: skip
+        want, _ = expected(
+            lambda w, r: -logsig(0.1 * w.rho - d) - logsig(d - 0.1 * r.rho),  # noqa: B023
+            batch,
+            logp + shift / 10,
+            ref,
+        )
         compare(step.losses, want, rtol=1e-12)
         means.append(float(torch.cat(step.rewards).mean()))
         state = loss.load_state_dict(loss.state_dict(loss.update(state, step)))
@@ -268,14 +268,16 @@ def test_bco_shift_is_the_running_mean_of_earlier_batches():
 
 @pytest.mark.parametrize(
     ("divergence", "alpha", "f"),
-    [("forward_kl", None, lambda x: -(-x).exp()), ("alpha", 0.5, lambda x: (-0.5 * x).exp() / -0.5),
-     ("alpha", 3.0, lambda x: (2 * x).exp() / 2)],
-)  # fmt: skip
+    [
+        ("forward_kl", None, lambda x: -(-x).exp()),
+        ("alpha", 0.5, lambda x: (-0.5 * x).exp() / -0.5),
+        ("alpha", 3.0, lambda x: (2 * x).exp() / 2),
+    ],
+)
 def test_f_divergences(divergence, alpha, f):
     _, _, logp, ref = sequences()
     loss = algorithms.make("f_dpo", divergence=divergence, alpha=alpha)
-    losses, grad = expected(lambda w, r: -logsig(0.1 * (f(w.rho) - f(r.rho))), pair_batch(), logp,
-                            ref)  # fmt: skip
+    losses, grad = expected(lambda w, r: -logsig(0.1 * (f(w.rho) - f(r.rho))), pair_batch(), logp, ref)
     step, found = run(loss, pair_batch(), logp)
     compare(step.losses, losses, rtol=1e-11)
     compare(found, grad, atol=1e-11)
@@ -305,8 +307,7 @@ def test_trap_1_rpo_is_the_sum_and_three_others_share_its_name():
     """300 tokens: eta beta sum = 0.015 mean NLL; TRL's recipe 0.005; rpo_alpha 1."""
     cu = torch.tensor([0, 300, 600], dtype=torch.int32)
     logp = torch.full((600,), -0.5, dtype=torch.float64)
-    batch = PreferenceBatch(num_tokens=600, cu_seqlens=cu, pairs=torch.tensor([[0, 1]]),
-                            ref_logp=logp)  # fmt: skip
+    batch = PreferenceBatch(num_tokens=600, cu_seqlens=cu, pairs=torch.tensor([[0, 1]]), ref_logp=logp)
 
     def term(nll: NLL) -> float:
         loss = algorithms.make("rpo", nll=nll)
@@ -315,9 +316,7 @@ def test_trap_1_rpo_is_the_sum_and_three_others_share_its_name():
     assert term(NLL(coef=0.005, reduction="sum", times_beta=True)) == pytest.approx(0.015)
     assert term(NLL(coef=0.005, reduction="batch_mean")) == pytest.approx(0.005)
     assert term(NLL(coef=0.005)) == pytest.approx(0.005)
-    assert algorithms.make("rpo") == algorithms.make(
-        "rpo", nll=NLL(coef=0.005, reduction="sum", times_beta=True)
-    )
+    assert algorithms.make("rpo") == algorithms.make("rpo", nll=NLL(coef=0.005, reduction="sum", times_beta=True))
 
 
 def test_trap_2_smoothing_acts_or_is_refused():
@@ -336,10 +335,10 @@ def test_trap_3_ipo_of_sums_grows_with_the_length_and_ipo_of_means_does_not():
     cu, half = torch.tensor([0, 4, 8], dtype=torch.int32), torch.tensor([0, 8, 16])
     for length, border in ((8, cu), (16, half.int())):
         logp = torch.cat([torch.full((length // 2,), v).double() for v in (-0.5, -1.5)])
-        batch = PreferenceBatch(num_tokens=length, cu_seqlens=border, pairs=torch.tensor([[0, 1]]),
-                                ref_logp=torch.full_like(logp, -1.0))  # fmt: skip
-        mean, total = (float(run(algorithms.make(n, beta=1.0), batch, logp)[0].loss)
-                       for n in ("ipo", "ipo_sum"))  # fmt: skip
+        batch = PreferenceBatch(
+            num_tokens=length, cu_seqlens=border, pairs=torch.tensor([[0, 1]]), ref_logp=torch.full_like(logp, -1.0)
+        )
+        mean, total = (float(run(algorithms.make(n, beta=1.0), batch, logp)[0].loss) for n in ("ipo", "ipo_sum"))
         assert mean == pytest.approx(0.25) and total == pytest.approx((length / 2 - 0.5) ** 2)
 
 
@@ -360,9 +359,7 @@ def test_likelihood_ratios_far_out_stay_finite():
     for sign in (1, -1):
         ref = torch.full((2000,), -1.0, dtype=torch.float64)
         logp = torch.cat([torch.full((1000,), -1.0 - 0.9 * s * sign).double() for s in (-1, 1)])
-        batch = PreferenceBatch(num_tokens=2000, cu_seqlens=cu, pairs=torch.tensor([[0, 1]]),
-                                ref_logp=ref)  # fmt: skip
-        for link, more in (("discopop", {"tau": 0.05}), ("exo", {"smoothing": 1e-3}),
-                           ("robust", {}), ("logistic", {})):  # fmt: skip
+        batch = PreferenceBatch(num_tokens=2000, cu_seqlens=cu, pairs=torch.tensor([[0, 1]]), ref_logp=ref)
+        for link, more in (("discopop", {"tau": 0.05}), ("exo", {"smoothing": 1e-3}), ("robust", {}), ("logistic", {})):
             step, grad = run(Contrast(link=link, beta=1.0, **more), batch, logp)
             assert bool(step.loss.isfinite()) and bool(grad.isfinite().all()), link

@@ -65,9 +65,7 @@ def composed(backend: Backend, name: str, dtype=torch.float32, **given):
     wide = {k: v.double() if v.is_floating_point() else v for k, v in head(dtype).items()}
     leaves = {k: v.requires_grad_() for k, v in wide.items() if k != "target"}
     with tokfuse.backend("reference"):
-        step = preference_step(
-            loss=loss, batch=batch, normalizer="batch", target=wide["target"], **leaves, **given
-        )
+        step = preference_step(loss=loss, batch=batch, normalizer="batch", target=wide["target"], **leaves, **given)
         step.loss.backward()
     return step, {k: v.grad for k, v in leaves.items()}
 
@@ -126,9 +124,7 @@ def test_gradients_only_where_asked(needs: str, backend: Backend):
     assert step.loss.requires_grad == bool(needs)
 
 
-@pytest.mark.parametrize(
-    "option", [{"temperature": 1.4}, {"softcap": 5.0}, {"logit_scale": 0.3}], ids=str
-)
+@pytest.mark.parametrize("option", [{"temperature": 1.4}, {"softcap": 5.0}, {"logit_scale": 0.3}], ids=str)
 @everywhere
 def test_logit_options_are_honoured(option: dict, backend: Backend):
     plain, _ = evaluate(backend, "dpo")
@@ -144,14 +140,11 @@ def test_from_logits(name: str, backend: Backend):
     loss = example(name)
     batch = put(backend, example_batch(loss))
     logits = (given["hidden"] @ given["weight"].t() + given["bias"]).requires_grad_()
-    step = preference_step(
-        loss=loss, batch=batch, logits=logits, target=given["target"], normalizer="batch"
-    )
+    step = preference_step(loss=loss, batch=batch, logits=logits, target=given["target"], normalizer="batch")
     step.loss.backward()
     want, grads = evaluate(backend, name)
     compare(step.loss, want.loss, rtol=1e-5)
-    compare(logits.grad @ given["weight"], grads["hidden"],
-            atol=2e-5 * float(grads["hidden"].abs().max()))  # fmt: skip
+    compare(logits.grad @ given["weight"], grads["hidden"], atol=2e-5 * float(grads["hidden"].abs().max()))
     assert not logits.grad[~(batch.mask & (logits.grad != 0).any(1))].any()
     outside = [t for i in (2, 9) for t in range(sum(LENGTHS[:i]), sum(LENGTHS[: i + 1]))]
     if name != "kto":
@@ -185,8 +178,7 @@ def count(backend: Backend, name: str, **given) -> float:
     return products.flops / (rows * HIDDEN * VOCAB)
 
 
-@pytest.mark.parametrize("backend", backends("linear_token_stats", without="reference"),
-                         indirect=True)  # fmt: skip
+@pytest.mark.parametrize("backend", backends("linear_token_stats", without="reference"), indirect=True)
 def test_matrix_products_are_counted(backend: Backend):
     """6 T H V with both gradients, 4 with a frozen lm_head, 8 only for pairs beyond the budget."""
     assert count(backend, "dpo") == 6.0
@@ -197,8 +189,9 @@ def test_matrix_products_are_counted(backend: Backend):
     assert count(backend, "dpo", memory_budget=ONE_ROW) == 8.0
 
 
-@pytest.mark.parametrize("backend", backends("linear_token_stats", without="reference",
-                                             interpreted=False), indirect=True)  # fmt: skip
+@pytest.mark.parametrize(
+    "backend", backends("linear_token_stats", without="reference", interpreted=False), indirect=True
+)
 def test_pairs_without_gradient_enter_no_gradient_product(backend: Backend):
     """A hinge beyond its margin: (2 + 4 f) T H V, and exact zeros."""
     if backend.name != "cpu":
@@ -209,14 +202,16 @@ def test_pairs_without_gradient_enter_no_gradient_product(backend: Backend):
     live = step.losses > 0
     assert 0 < int(live.sum()) < len(PAIRS)
     border = batch.cu_seqlens.tolist()
-    rows = [sum(int(batch.mask[t]) for i in pair for t in range(border[i], border[i + 1]))
-            for pair in PAIRS]  # fmt: skip
+    rows = [sum(int(batch.mask[t]) for i in pair for t in range(border[i], border[i + 1])) for pair in PAIRS]
     share = sum(n for n, alive in zip(rows, live.tolist(), strict=True) if alive) / sum(rows)
-    assert count(backend, "slic", batch=batch, options={"beta": 0.3}) == pytest.approx(
-        2 + 4 * share
-    )
-    dead = [t for pair, alive in zip(PAIRS, live.tolist(), strict=True) if not alive
-            for i in pair for t in range(border[i], border[i + 1])]  # fmt: skip
+    assert count(backend, "slic", batch=batch, options={"beta": 0.3}) == pytest.approx(2 + 4 * share)
+    dead = [
+        t
+        for pair, alive in zip(PAIRS, live.tolist(), strict=True)
+        if not alive
+        for i in pair
+        for t in range(border[i], border[i + 1])
+    ]
     assert not grads["hidden"][dead].any()
     check(backend, "slic", batch=batch, options={"beta": 0.3})
 
@@ -254,8 +249,9 @@ class TestEdges:
             given["hidden"][~used] = float("nan")
         tensors = {k: backend.put(v) for k, v in given.items()}
         leaves = {k: v.requires_grad_() for k, v in tensors.items() if k != "target"}
-        step = preference_step(loss=example("dpo"), batch=put(backend, batch), normalizer="batch",
-                               target=tensors["target"], **leaves)  # fmt: skip
+        step = preference_step(
+            loss=example("dpo"), batch=put(backend, batch), normalizer="batch", target=tensors["target"], **leaves
+        )
         step.loss.backward()
         assert bits(step.loss) == bits(want.loss)
         assert bits(leaves["weight"].grad) == bits(grads["weight"])
@@ -286,10 +282,12 @@ class TestEdges:
     def test_reference_sums_are_the_reference(self, backend: Backend):
         batch = pair_batch()
         border, rows = batch.cu_seqlens.tolist(), torch.arange(TOKENS)
-        total = torch.stack([
-            batch.ref_logp[(rows >= i) & (rows < j) & batch.mask].sum()
-            for i, j in zip(border, border[1:], strict=False)
-        ])  # fmt: skip
+        total = torch.stack(
+            [
+                batch.ref_logp[(rows >= i) & (rows < j) & batch.mask].sum()
+                for i, j in zip(border, border[1:], strict=False)
+            ]
+        )
         one, grads = evaluate(backend, "dpo", batch=batch)
         two, others = evaluate(backend, "dpo", batch=pair_batch(ref_sum=total))
         compare(two.loss, one.loss, rtol=1e-6)
@@ -302,8 +300,7 @@ class TestEdges:
         compare(step.losses, plain.losses * weight.double(), rtol=1e-6)
         given = {k: backend.put(v) for k, v in head().items()}
         batch = put(backend, pair_batch())
-        total, tenth = (preference_step(loss=example("dpo"), batch=batch, normalizer=n, **given)
-                        for n in (None, 10))  # fmt: skip
+        total, tenth = (preference_step(loss=example("dpo"), batch=batch, normalizer=n, **given) for n in (None, 10))
         compare(total.loss, plain.losses.sum(), rtol=1e-5)
         compare(tenth.loss, total.loss / 10, rtol=1e-6)
 
@@ -322,9 +319,7 @@ class TestEdges:
                 step.loss.backward()
         for context in (torch.no_grad, torch.inference_mode):
             with context():
-                quiet = preference_step(
-                    loss=example("dpo"), batch=batch, normalizer="batch", **given
-                )
+                quiet = preference_step(loss=example("dpo"), batch=batch, normalizer="batch", **given)
             assert not quiet.loss.requires_grad and quiet.loss.item() == step.loss.item()
 
 
@@ -334,9 +329,14 @@ def test_traced_by_torch_compile():
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         step = preference_step(
-            loss=loss, batch=batch, hidden=hidden * 1.0, normalizer="batch",
-            weight=given["weight"], bias=given["bias"], target=given["target"],
-        )  # fmt: skip
+            loss=loss,
+            batch=batch,
+            hidden=hidden * 1.0,
+            normalizer="batch",
+            weight=given["weight"],
+            bias=given["bias"],
+            target=given["target"],
+        )
         return step.loss
 
     plain, traced = (given["hidden"].clone().requires_grad_() for _ in range(2))

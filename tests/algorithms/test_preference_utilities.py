@@ -68,9 +68,11 @@ def test_did_entropy_estimates_the_entropy_of_the_ratio(sampled_from: str):
     q = (policy - ref).softmax(0)
     exact = float(-(q * q.log()).sum())
     drawn = torch.multinomial(
-        (ref if sampled_from == "reference" else policy).exp(), 100_000, replacement=True,
+        (ref if sampled_from == "reference" else policy).exp(),
+        100_000,
+        replacement=True,
         generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    )
     found = did_entropy(policy[drawn], ref[drawn], sampled_from=sampled_from)
     assert float(found.entropy) == pytest.approx(exact, abs=0.03)
     v = (policy - 2 * ref if sampled_from == "reference" else -ref)[drawn].exp()
@@ -178,7 +180,7 @@ def test_metatuner():
         ("aries", {}, "level_weight must be given"),
         ("rpo_mean", {}, "nll must be given"),
     ],
-)  # fmt: skip
+)
 def test_options_are_refused(name: str, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         algorithms.make(name, **options)
@@ -205,10 +207,12 @@ def test_likelihood_terms_are_refused():
         ({"mask": torch.ones(3, dtype=torch.bool)}, "mask must be of shape"),
         ({"kl": torch.zeros(2)}, "kl must be a 0-dim tensor"),
         ({"num_tokens": 5}, "cu_seqlens must be a prefix sum that ends at num_tokens"),
-        ({"pairs": None, "desirable": torch.ones(10, dtype=torch.bool),
-          "pair_weight": torch.ones(4)}, "pair_weight must be left out without pairs"),
+        (
+            {"pairs": None, "desirable": torch.ones(10, dtype=torch.bool), "pair_weight": torch.ones(4)},
+            "pair_weight must be left out without pairs",
+        ),
     ],
-)  # fmt: skip
+)
 def test_batches_are_refused(given: dict, message: str):
     with pytest.raises(ValueError, match=message):
         pair_batch(reference=False, **given)
@@ -255,8 +259,12 @@ def test_step_refusals():
         step(dpo, batch, normalizer="pairs")
     with pytest.raises(ValueError, match="normalizer must be a finite number"):
         step(dpo, batch, normalizer=0)
-    long = PreferenceBatch(num_tokens=2, cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32),
-                           pairs=torch.tensor([[0, 1]]), ref_logp=torch.zeros(2))  # fmt: skip
+    long = PreferenceBatch(
+        num_tokens=2,
+        cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32),
+        pairs=torch.tensor([[0, 1]]),
+        ref_logp=torch.zeros(2),
+    )
     with pytest.raises(ValueError, match="batch.num_tokens must be 30"):
         step(dpo, long)
 
@@ -274,8 +282,7 @@ def test_configs_and_batches_are_plain(name: str):
     assert loss.load_state_dict(loss.state_dict(state)) == state
     batch = example_batch(loss)
     again = PreferenceBatch.from_state(batch.to_state(), batch.world)
-    assert all(getattr(again, f.name) is getattr(batch, f.name)
-               for f in dataclasses.fields(batch) if f.name != "world")  # fmt: skip
+    assert all(getattr(again, f.name) is getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "world")
 
 
 def test_bco_takes_the_mean_over_all_ranks():
@@ -295,8 +302,10 @@ def test_metrics_add_up_over_parts():
     z, target = torch.randn(TOKENS, 4, generator=gen), torch.randint(4, (TOKENS,), generator=gen)
     with tokfuse.backend("reference"):
         whole = step(example("dpo"), pair_batch(), logits=z, target=target).metrics
-        parts = [step(example("dpo"), pair_batch(pairs=torch.tensor(PAIRS[i : i + 2])), logits=z,
-                      target=target).metrics for i in (0, 2)]  # fmt: skip
+        parts = [
+            step(example("dpo"), pair_batch(pairs=torch.tensor(PAIRS[i : i + 2])), logits=z, target=target).metrics
+            for i in (0, 2)
+        ]
     for key in whole:
         compare(parts[0][key] + parts[1][key], whole[key], rtol=1e-9, atol=1e-12)
     assert whole["count"] == 4 and 0 < whole["accuracy"] < 5

@@ -13,12 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from tokfuse import algorithms
-from tokfuse.algorithms.reward import (
-    anchor_noise_rates,
-    group_effect,
-    principled_uplift_auc,
-    uplift_loss,
-)
+from tokfuse.algorithms.reward import anchor_noise_rates, group_effect, principled_uplift_auc, uplift_loss
 from tokfuse.algorithms.reward.correction import imputation_loss
 
 # ------------------------------------------------------------------------------------ CausalRM, KCB
@@ -104,9 +99,7 @@ def test_propensity_forms():
     assert float(ips.loss(unseen, seen, p, normalizer=6)) == pytest.approx(10 / 6)
     snips = algorithms.make("causalrm", form="snips")
     assert float(snips.loss(unseen, seen, p)) == pytest.approx(10 / 6)
-    assert float(snips.loss(loss + 7, seen, p)) == pytest.approx(
-        10 / 6 + 7
-    )  # IPS does not shift so
+    assert float(snips.loss(loss + 7, seen, p)) == pytest.approx(10 / 6 + 7)  # IPS does not shift so
     clipped = algorithms.make("causalrm", clip=0.4)
     assert float(clipped.loss(unseen, seen, p)) == pytest.approx((1 / 0.5 + 2 / 0.4) / 3)
     dr = algorithms.make("causalrm", form="dr")
@@ -129,10 +122,7 @@ def test_propensity_forms():
 
 def test_balance_hinges_are_per_anchor():
     """Trap: gaps of opposite sign must not cancel; the released sum before the hinge lets them."""
-    phi, target = (
-        torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(),
-        torch.tensor([0.9, 0.1], dtype=torch.float64),
-    )
+    phi, target = (torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), torch.tensor([0.9, 0.1], dtype=torch.float64))
     penalty = algorithms.make("kernel_balancing", gamma=2.0, slack=0.1)
     even = torch.ones(2, dtype=torch.float64)
     assert float(penalty.gaps(even, phi, target).sum()) == pytest.approx(0.0)
@@ -197,8 +187,9 @@ def test_tweedie_recovers_the_spread_of_a_calibrated_predictor():
     model = algorithms.make("reward_calibrator")
     state = model.fit(predicted[:2000], truth[:2000])
     out, y = model.transform(predicted[2000:], state), truth[2000:]
-    before, after = (float(((v - v.mean()) * (y - y.mean())).mean() / y.var(unbiased=False))
-                     for v in (predicted[2000:], out))  # fmt: skip
+    before, after = (
+        float(((v - v.mean()) * (y - y.mean())).mean() / y.var(unbiased=False)) for v in (predicted[2000:], out)
+    )
     assert before == pytest.approx(0.64, abs=0.05) and after == pytest.approx(1.0, abs=0.1)
     assert float(((out - y) ** 2).mean()) > float(((predicted[2000:] - y) ** 2).mean())
     # The slope of log p against finite differences of the density itself.
@@ -209,8 +200,7 @@ def test_tweedie_recovers_the_spread_of_a_calibrated_predictor():
         return torch.logsumexp(-0.5 * ((x[:, None] - points) / h) ** 2, 1)
 
     slope = (log_density(at.double() + 1e-5) - log_density(at.double() - 1e-5)) / 2e-5
-    compare(model.transform(at.double(), state), at.double() - state["noise"] ** 2 * slope,
-            atol=1e-8)  # fmt: skip
+    compare(model.transform(at.double(), state), at.double() - state["noise"] ** 2 * slope, atol=1e-8)
     with pytest.raises(ValueError, match="state must be what fit returned"):
         model.transform(at, model.initial_state())
     with pytest.raises(ValueError, match="3 samples at least, not all equal"):
@@ -236,10 +226,12 @@ def test_group_effects():
     one_group = torch.zeros(n, dtype=torch.int64)
     zero, half = torch.zeros_like(x), torch.full_like(x, 0.5)
     for given, right in (
-        ({}, False), ({"propensity": e}, True), ({"propensity": half}, False),
+        ({}, False),
+        ({"propensity": e}, True),
+        ({"propensity": half}, False),
         ({"propensity": e, "mu1": zero, "mu0": zero}, True),
         ({"propensity": half, "mu1": x + 0.5, "mu0": x}, True),
-    ):  # fmt: skip
+    ):
         effect, error = group_effect(y, t, one_group, 1, **given)
         assert (abs(float(effect) - 0.5) < 5 * float(error)) == right, given
     with pytest.raises(ValueError, match="mu1 and mu0 must be both given"):
@@ -268,8 +260,10 @@ def test_uplift_ranking_gives_the_published_values():
     t = torch.tensor([1, 0, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
     y = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1], dtype=torch.bool)
     place = 1e-3 * torch.arange(8)
-    for score, value in (([1, 1, 0, 0, 0, 0, -1, -1], 0.6129032258064516),
-                         ([1, 0, 1, -1, 0, 0, 0, -1], 0.4838709677419355)):  # fmt: skip
+    for score, value in (
+        ([1, 1, 0, 0, 0, 0, -1, -1], 0.6129032258064516),
+        ([1, 0, 1, -1, 0, 0, 0, -1], 0.4838709677419355),
+    ):
         found = principled_uplift_auc(torch.tensor(score) + place, t, y, area="code")
         assert float(found) == pytest.approx(value, rel=1e-12)
     tied = principled_uplift_auc(torch.tensor([1.0, 0, 1, -1, 0, 0, 0, -1]), t, y)

@@ -13,12 +13,7 @@ from torch.autograd import gradcheck
 
 from tokfuse import algorithms
 from tokfuse.algorithms import World
-from tokfuse.algorithms.reward import (
-    LengthProbe,
-    bradley_terry,
-    pair_consistency,
-    weighted_nll,
-)
+from tokfuse.algorithms.reward import LengthProbe, bradley_terry, pair_consistency, weighted_nll
 from tokfuse.algorithms.reward.fimi import length_encoding, pearson
 
 # ----------------------------------------------------------------------------------------- FiMi-RM
@@ -81,8 +76,7 @@ def test_trap_15_statistics_are_global():
         compare(value, whole, rtol=1e-12)
     parts = sum(torch.autograd.grad(v, r, retain_graph=True)[0] for v in values)
     compare(parts, torch.autograd.grad(whole, r, retain_graph=True)[0], atol=1e-14)
-    probes = ranks([[r[:4], p[:4]], [r[4:], p[4:]]],
-                   lambda world, a, b: fimi.probe_loss(a, b, world))  # fmt: skip
+    probes = ranks([[r[:4], p[:4]], [r[4:], p[4:]]], lambda world, a, b: fimi.probe_loss(a, b, world))
     alone = fimi.probe_loss(r, p)
     summed = sum(torch.autograd.grad(v, p, retain_graph=True)[0] for v in probes)
     compare(summed, torch.autograd.grad(alone, p)[0], atol=1e-14)
@@ -139,8 +133,7 @@ def test_a_probe_takes_the_length_out_of_a_reward():
             if phase == "probe":
                 loss = fimi.probe_loss(reward, guess)
             else:
-                loss = bradley_terry(*sides[:2]).mean() if phase == "warmup" else (
-                    fimi.reward_loss(*sides))  # fmt: skip
+                loss = bradley_terry(*sides[:2]).mean() if phase == "warmup" else (fimi.reward_loss(*sides))
             optimizer = optimizers["probe" if phase == "probe" else "reward"]
             optimizer.zero_grad()
             loss.backward()
@@ -200,9 +193,7 @@ def test_parl_gradient_is_that_of_the_upper_objective(baseline: str):
     total = torch.zeros((), dtype=torch.float64)
     for a, b in itertools.product(range(len(pairs)), repeat=2):
         two = torch.tensor([a, b])
-        total = total + share[a] * share[b] * parl.loss(
-            nu[first[two]], nu[second[two]], y[two], expected[:2]
-        )
+        total = total + share[a] * share[b] * parl.loss(nu[first[two]], nu[second[two]], y[two], expected[:2])
     compare(-torch.autograd.grad(total, nu)[0], want, atol=1e-12)
     value = parl.loss(nu[first], nu[second], y, expected)
     compare(value, -utility.mean(), rtol=1e-12, what="the reported value is the loss itself")

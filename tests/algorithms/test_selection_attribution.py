@@ -56,8 +56,7 @@ def test_confounders_are_what_only_the_student_looks_at_and_never_whitespace():
     assert not method.confounders(student, teacher, keep).any()
     assert not method.confounders(t(), t()).any()
     # Scaling one model's gradients changes nothing: each is mapped to [0, 1] by itself.
-    assert torch.equal(method.confounders(100 * student, teacher),
-                       method.confounders(student, teacher))  # fmt: skip
+    assert torch.equal(method.confounders(100 * student, teacher), method.confounders(student, teacher))
 
 
 def test_spans_and_pruned_prompts():
@@ -89,15 +88,11 @@ def test_importance_is_of_the_dissimilar_rollouts_only():
     outcome = torch.tensor([True, False, False, True, True, True])
     kept = torch.tensor([True, True, True, False])
     method = make("thought_branches")
-    assert method.importance(similarity, outcome, kept) == pytest.approx(
-        thought_branches.kl_binary(1, 3, 3, 4)
-    )
+    assert method.importance(similarity, outcome, kept) == pytest.approx(thought_branches.kl_binary(1, 3, 3, 4))
     wide = make("thought_branches", similar=0.15).importance(similarity, outcome, kept)
     assert wide == pytest.approx(thought_branches.kl_binary(0, 1, 3, 4))
     few = make("thought_branches", similar=0.15, min_dissimilar=0.2)
-    assert few.importance(similarity, outcome, kept) == pytest.approx(
-        thought_branches.kl_binary(4, 6, 3, 4)
-    )
+    assert few.importance(similarity, outcome, kept) == pytest.approx(thought_branches.kl_binary(4, 6, 3, 4))
     smooth = make("thought_branches", alpha=1.0).importance(similarity, outcome, kept)
     assert smooth == pytest.approx(thought_branches.kl_binary(1, 3, 3, 4, alpha=1.0))
 
@@ -117,9 +112,7 @@ def test_resilience_counts_removals_until_the_content_stays_away():
     out = make("thought_branches").resilience(["p", "S", "z"], 1, resample, same)
     assert out == (3, True, ["p", "x", "a", "b", "c"])
     assert prefixes == [["p"], ["p", "x"], ["p", "x", "a", "b"]]
-    stubborn = make("thought_branches", max_interventions=4).resilience(
-        ["S"], 0, lambda prefix: ["S"], same
-    )
+    stubborn = make("thought_branches", max_interventions=4).resilience(["S"], 0, lambda prefix: ["S"], same)
     assert stubborn == (4, False, ["S"])
     assert make("thought_branches").resilience(["S"], 0, lambda prefix: [], same).abandoned
 
@@ -203,8 +196,9 @@ def test_ablation_effect_and_its_errors():
 
 def test_ablation_errors_are_those_of_repeated_experiments():
     gen = torch.Generator().manual_seed(1)
-    found = [effects.ablation_effect(torch.randn(30, generator=gen), torch.randn(
-        20, generator=gen)) for _ in range(400)]  # fmt: skip
+    found = [
+        effects.ablation_effect(torch.randn(30, generator=gen), torch.randn(20, generator=gen)) for _ in range(400)
+    ]
     values = torch.tensor([f.value for f in found])
     mean_error = sum(f.standard_error for f in found) / len(found)
     assert float(values.std()) == pytest.approx(mean_error, rel=0.15)
@@ -245,7 +239,7 @@ REFUSED = [
     (lambda: effects.pns_bounds(t(1), t(1, 1)), "pns_bounds: without_step must be of shape"),
     (lambda: effects.pns_bounds(t(1.5), t(1)), r"pns_bounds: with_step must be in \[0, 1\]"),
     (lambda: effects.pns_bounds(t(0.1), t(0.2), monotone=True), "with_step must be >= without_ste"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=range(len(REFUSED)))

@@ -60,15 +60,13 @@ def test_squarecb_learns_and_its_log_values_another_policy():
 
 def test_squarecb_draws_by_its_probabilities_and_takes_a_context():
     method = make("squarecb", arms=2, scale=6.0, power=0.0)
-    picks = [method.choose(method.initial_state() | {"step": i}, t(0.0, 1.0)).arm
-             for i in range(2000)]  # fmt: skip
+    picks = [method.choose(method.initial_state() | {"step": i}, t(0.0, 1.0)).arm for i in range(2000)]
     assert sum(picks) / 2000 == pytest.approx(1 / 8, abs=0.03)
     growing = make("squarecb", arms=2, scale=6.0, power=0.5)
     late = growing.choose(growing.initial_state() | {"step": 100}, t(0.0, 1.0))
     assert min(late.probabilities) == pytest.approx(1 / 62)
     other = make("squarecb", arms=2, scale=6.0, power=0.0, seed=9)
-    again = [other.choose(other.initial_state() | {"step": i}, t(0.0, 1.0)).arm
-             for i in range(200)]  # fmt: skip
+    again = [other.choose(other.initial_state() | {"step": i}, t(0.0, 1.0)).arm for i in range(200)]
     assert again != picks[:200]
 
 
@@ -129,8 +127,7 @@ def test_group_dro_moves_weight_to_the_worst_environment():
     once = method.observe(state, t(1.0, 2.0, math.nan))
     expected = t(math.exp(0.5), math.exp(1.0), 1.0)
     torch.testing.assert_close(method.weights(once), expected / expected.sum())
-    torch.testing.assert_close(method.weights(method.observe(once, t(0, 0, 0))),
-                               method.weights(once))  # fmt: skip
+    torch.testing.assert_close(method.weights(method.observe(once, t(0, 0, 0))), method.weights(once))
     assert method.weights(state).tolist() == pytest.approx([1 / 3] * 3)
     loaded = method.load_state_dict(json.loads(json.dumps(method.state_dict(once))))
     assert loaded == once
@@ -184,9 +181,14 @@ def test_trap_a_clipped_surrogate_is_no_risk():
     for env in (slice(0, 4), slice(4, 8)):
         advantage = reward[env] - reward[env].mean()
         loss = tokfuse.policy_loss(
-            logp[env], old_logp=logp[env], advantage=advantage, objective=objective,
-            advantage_level="sequence", cu_seqlens=cu[:5], normalizer="batch",
-        ).loss  # fmt: skip
+            logp[env],
+            old_logp=logp[env],
+            advantage=advantage,
+            objective=objective,
+            advantage_level="sequence",
+            cu_seqlens=cu[:5],
+            normalizer="batch",
+        ).loss
         assert abs(float(loss)) < 1e-12
     assert float(reward[:4].mean()) != float(reward[4:].mean())
 
@@ -262,7 +264,7 @@ REFUSED = [
     (lambda: answer_metrics.majority_at_k(["a"], weight=[]), "majority_at_k: weight must be one p"),
     (lambda: answer_metrics.best_of_n([]), "best_of_n: score must be of at least one"),
     (lambda: answer_metrics.best_of_n([1.0], weighted=True), "best_of_n: answers must be given ex"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=range(len(REFUSED)))

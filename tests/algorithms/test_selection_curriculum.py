@@ -24,9 +24,7 @@ def t(*values):
 # ------------------------------------------------------------------------------------------- CurES
 
 
-@hypothesis.given(
-    st.lists(st.floats(0, 1e300), min_size=1, max_size=12), st.integers(0, 5000)
-)  # fmt: skip
+@hypothesis.given(st.lists(st.floats(0, 1e300), min_size=1, max_size=12), st.integers(0, 5000))
 def test_largest_remainder_sums_exactly_and_stays_within_one(shares, total):
     x = t(*shares)
     count = cures.largest_remainder(x, total)
@@ -71,16 +69,17 @@ def test_trap_norms_alone_overestimate_sigma():
     i = 1
     plus, minus = (g.norm(dim=1)[(ids == i) & side] for side in (right, ~right))
     q = 1 - p[i]
-    square = (p[i] * q**2 * plus.square().mean() + p[i] ** 2 * q * minus.square().mean()
-              - (p[i] * q * (plus.mean() - minus.mean())) ** 2)  # fmt: skip
+    square = (
+        p[i] * q**2 * plus.square().mean()
+        + p[i] ** 2 * q * minus.square().mean()
+        - (p[i] * q * (plus.mean() - minus.mean())) ** 2
+    )
     assert float(norms[i]) == pytest.approx(float(square.sqrt()))
 
 
 def test_sigma_with_an_unseen_side_is_finite_and_without_rollouts_zero():
     g = torch.ones(2, 3)
-    out = cures.rollout_sigma(
-        g, torch.tensor([False, False]), torch.tensor([0, 0]), 2, t(0.25, 0.5)
-    )
+    out = cures.rollout_sigma(g, torch.tensor([False, False]), torch.tensor([0, 0]), 2, t(0.25, 0.5))
     assert float(out[0]) == pytest.approx(math.sqrt(0.25 * 0.75 * (0.25 * 3 - 0.25 * 0.75 * 3)))
     assert float(out[1]) == 0.0
     certain = cures.rollout_sigma(g, torch.tensor([True, False]), torch.tensor([0, 1]), 2, t(1, 0))
@@ -152,9 +151,8 @@ def test_released_rounding_fills_up_to_a_multiple():
 
 
 @pytest.mark.parametrize(
-    "truth", [seele.ThreePL(8.0, -0.4, 0.1), seele.ThreePL(20.0, -0.7, 0.0),
-              seele.ThreePL(5.0, -0.2, 0.25)]
-)  # fmt: skip
+    "truth", [seele.ThreePL(8.0, -0.4, 0.1), seele.ThreePL(20.0, -0.7, 0.0), seele.ThreePL(5.0, -0.2, 0.25)]
+)
 def test_seele_recovers_planted_parameters(truth):
     pytest.importorskip("scipy")
     rates = [i / 12 for i in range(13)]
@@ -183,10 +181,19 @@ def test_fit_bounds_are_used():
     assert seele.fit_3pl([0.4, 0.5], [0.0, 1.0], bounds=bounds).k <= 3.0
 
 
-@pytest.mark.parametrize("rounds", [[(0.9, 0.0)], [(0.9, 1.0)], [(0.5, 1.0), (0.25, 1.0)],
-                                    [(0.0, 1.0)], [(1.0, 0.0)], [(0.0, 0.0), (1.0, 1.0)],
-                                    [(0.0, 0.0), (1.0, 0.0)],
-                                    [(0.0, 1.0), (1.0, 1.0)]])  # fmt: skip
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [(0.9, 0.0)],
+        [(0.9, 1.0)],
+        [(0.5, 1.0), (0.25, 1.0)],
+        [(0.0, 1.0)],
+        [(1.0, 0.0)],
+        [(0.0, 0.0), (1.0, 1.0)],
+        [(0.0, 0.0), (1.0, 0.0)],
+        [(0.0, 1.0), (1.0, 1.0)],
+    ],
+)
 def test_trap_rounds_all_right_or_all_wrong_still_give_a_rate(rounds):
     pytest.importorskip("scipy")
     fit = seele.fit_3pl(*zip(*rounds, strict=True))
@@ -237,9 +244,7 @@ def test_seele_rounds_settle_at_the_target_and_the_state_resumes():
 
 
 def test_trap_hint_tokens_are_outside_the_policy_mask():
-    policy, imitation = make("seele").masks(
-        torch.tensor([0, 3, 3, 7], dtype=torch.int32), torch.tensor([2, 0, 1])
-    )
+    policy, imitation = make("seele").masks(torch.tensor([0, 3, 3, 7], dtype=torch.int32), torch.tensor([2, 0, 1]))
     assert imitation.tolist() == [True, True, False, True, False, False, False]
     assert torch.equal(policy, ~imitation)
 
@@ -297,15 +302,12 @@ def test_cog_rethinker_buffers_and_retrieval():
     state = method.initial_state()
     for question in ("sum of two primes", "area of a circle", "area of a square", "prime factors"):
         state = method.push(state, "decompose", question, question.upper())
-    assert [q for q, _ in state["decompose"]] == ["area of a circle", "area of a square",
-                                                  "prime factors"]  # fmt: skip
+    assert [q for q, _ in state["decompose"]] == ["area of a circle", "area of a square", "prime factors"]
     found = method.retrieve(state, "decompose", "the area of one circle")
     assert found[0] == ("area of a circle", "AREA OF A CIRCLE") and len(found) == 2
     assert method.retrieve(state, "reflect", "x") == []
     again = method.load_state_dict(json.loads(json.dumps(method.state_dict(state))))
-    assert method.retrieve(again, "decompose", "prime") == method.retrieve(
-        state, "decompose", "prime"
-    )
+    assert method.retrieve(again, "decompose", "prime") == method.retrieve(state, "decompose", "prime")
 
 
 def test_bm25_by_its_formula():
@@ -322,10 +324,7 @@ def test_bm25_by_its_formula():
 
 
 def test_sft_weights_are_the_mean_over_solved_responses_of_token_means():
-    method, cu = (
-        make("cog_rethinker", sft_weight=0.3),
-        torch.tensor([0, 2, 3, 7], dtype=torch.int32),
-    )
+    method, cu = (make("cog_rethinker", sft_weight=0.3), torch.tensor([0, 2, 3, 7], dtype=torch.int32))
     w, logp = method.sft_weights(cu, torch.tensor([True, False, True])), torch.arange(1.0, 8.0)
     expected = 0.3 * (logp[:2].mean() + logp[3:].mean()) / 2
     assert float((w * logp).sum()) == pytest.approx(float(expected))
@@ -382,7 +381,7 @@ REFUSED = [
     (lambda: R.route([0.0] * 4), "cog_rethinker: accuracies must be of at most 3"),
     (lambda: R.push(R.initial_state(), "direct", "", ""), "cog_rethinker: stage must be one of de"),
     (lambda: make("isla"), "algorithms.isla: min_accuracy_gain, min_uncertainty must be given"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=range(len(REFUSED)))

@@ -64,8 +64,7 @@ def test_greats_equals_brute_force(seed):
 
     chosen: list[int] = []
     for _ in range(k):
-        chosen.append(max((i for i in range(7) if i not in chosen),
-                          key=lambda i: gain([*chosen, i])))  # fmt: skip
+        chosen.append(max((i for i in range(7) if i not in chosen), key=lambda i: gain([*chosen, i])))
     assert make("greats", k=k, lr=lr).select(g, valid).tolist() == chosen
 
 
@@ -117,8 +116,9 @@ def test_trap_a_choice_per_rank_is_not_the_choice_over_all_ranks():
     train, valid = features(8), features(2, seed=1)
     method = make("ugda", influential=1.0)
     whole = method.select(rewards, [train], [valid])
-    halves = [method.select(rewards[:, part], [train[part]], [valid]) + part.start
-              for part in (slice(0, 4), slice(4, 8))]  # fmt: skip
+    halves = [
+        method.select(rewards[:, part], [train[part]], [valid]) + part.start for part in (slice(0, 4), slice(4, 8))
+    ]
     assert sorted(whole.tolist()) == [0, 1, 2, 3]
     assert sorted(torch.cat(halves).tolist()) == [0, 1, 6, 7]
 
@@ -129,11 +129,17 @@ def test_trap_a_choice_per_rank_is_not_the_choice_over_all_ranks():
 def step_sketches(hidden, weight, target, cu_seqlens, advantage, old_shift=0.0):
     old = tokfuse.linear_token_stats(hidden, weight, target).logp + old_shift
     step = tokfuse.policy_step(
-        hidden=hidden, weight=weight, target=target, old_logp=old, advantage=advantage,
-        advantage_level="sequence", cu_seqlens=cu_seqlens, normalizer="batch",
+        hidden=hidden,
+        weight=weight,
+        target=target,
+        old_logp=old,
+        advantage=advantage,
+        advantage_level="sequence",
+        cu_seqlens=cu_seqlens,
+        normalizer="batch",
         objective=tokfuse.Objective(shape=tokfuse.PPOClip(), aggregation="seq_mean_token_mean"),
         influence=tokfuse.influence.InfluenceSpec(rank=None),
-    )  # fmt: skip
+    )
     return step.influence.sketches
 
 
@@ -173,7 +179,7 @@ REFUSED = [
     (lambda: make("greats", k=1, lr=1.0).select(features(), features(), divisor=0), "divisor must"),
     (lambda: make("ugda", uncertain=0.0), "algorithms.ugda: uncertain must be"),
     (lambda: make("ugda", influential=2.0), "algorithms.ugda: influential must be"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=range(len(REFUSED)))

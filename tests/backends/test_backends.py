@@ -10,9 +10,7 @@ import tokfuse
 from tokfuse.runtime.backends import cuda_backend
 from tokfuse.runtime.core import dispatch, native
 
-has_native = pytest.mark.skipif(
-    native.module() is None, reason="the native module is not built: cpu backend missing"
-)
+has_native = pytest.mark.skipif(native.module() is None, reason="the native module is not built: cpu backend missing")
 
 
 def problem():
@@ -69,17 +67,13 @@ def test_forced_backend_that_lacks_the_dtype_is_not_replaced():
 
 
 def test_refusals_name_device_dtype_and_features():
-    row = dispatch.Capability(
-        "op", "cpu", None, frozenset({"cpu"}), frozenset({torch.float32}), frozenset({"a"})
-    )
+    row = dispatch.Capability("op", "cpu", None, frozenset({"cpu"}), frozenset({torch.float32}), frozenset({"a"}))
     none = frozenset()
     assert row.refusal("cpu", torch.float32, none) is None
     assert row.refusal("cuda", torch.float32, none) == "runs on cpu, the tensors are on cuda"
     assert row.refusal("cpu", torch.bfloat16, none) == "takes float32, the input is bfloat16"
     assert row.refusal("cpu", torch.float32, frozenset({"a", "b"})) == "does not honour b"
-    broken = dispatch.Capability(
-        "op", "cpu", None, row.devices, row.dtypes, none, lambda: "no compiler"
-    )
+    broken = dispatch.Capability("op", "cpu", None, row.devices, row.dtypes, none, lambda: "no compiler")
     assert broken.refusal("cpu", torch.float32, none) == "no compiler"
 
 

@@ -127,9 +127,8 @@ def test_tensors_are_ordinary_ones():
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 KEEP = """

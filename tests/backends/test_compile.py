@@ -12,9 +12,7 @@ from tokfuse.runtime.core import native
 from tokfuse.runtime.ops import linear_token_stats, policy_step, token_stats  # noqa: F401
 from tokfuse.runtime.ops.policy_loss import objective_key
 
-pytestmark = pytest.mark.skipif(
-    native.module() is None, reason="the native module is not built: cpu backend missing"
-)
+pytestmark = pytest.mark.skipif(native.module() is None, reason="the native module is not built: cpu backend missing")
 
 
 @pytest.fixture(params=host_backends("policy_step_hidden", "reference"), autouse=True)
@@ -84,9 +82,16 @@ def test_policy_loss(level):
 
     def loss(logp, entropy):
         return tokfuse.policy_loss(
-            logp, entropy=entropy, old_logp=old, advantage=advantage, mask=mask, cu_seqlens=cu,
-            ref_logp=old + 0.1, objective=objective, normalizer="batch",
-        ).loss  # fmt: skip
+            logp,
+            entropy=entropy,
+            old_logp=old,
+            advantage=advantage,
+            mask=mask,
+            cu_seqlens=cu,
+            ref_logp=old + 0.1,
+            objective=objective,
+            normalizer="batch",
+        ).loss
 
     same(loss, old + 0.2 * logits[:, 0], logits[:, 1].abs())
 
@@ -96,9 +101,15 @@ def test_policy_step():
 
     def loss(z):
         return tokfuse.policy_step(
-            logits=z, target=target, old_logp=old, advantage=advantage, mask=mask,
-            ref_logp=old + 0.1, objective=OBJECTIVE, normalizer=3.0,
-        ).loss  # fmt: skip
+            logits=z,
+            target=target,
+            old_logp=old,
+            advantage=advantage,
+            mask=mask,
+            ref_logp=old + 0.1,
+            objective=OBJECTIVE,
+            normalizer=3.0,
+        ).loss
 
     same(loss, logits)
 
@@ -110,10 +121,16 @@ def test_policy_step_from_hidden(frozen):
 
     def loss(h, *w):
         return tokfuse.policy_step(
-            hidden=h, weight=weight if frozen else w[0], target=target, old_logp=old,
-            advantage=advantage, mask=mask, ref_logp=old + 0.1, objective=OBJECTIVE,
+            hidden=h,
+            weight=weight if frozen else w[0],
+            target=target,
+            old_logp=old,
+            advantage=advantage,
+            mask=mask,
+            ref_logp=old + 0.1,
+            objective=OBJECTIVE,
             normalizer=3.0,
-        ).loss  # fmt: skip
+        ).loss
 
     same(loss, *([hidden] if frozen else [hidden, weight]))
 
@@ -123,9 +140,7 @@ def test_in_place_step_refuses_to_be_traced():
     objective = tokfuse.Objective()
 
     def step(z):
-        return tokfuse.policy_step_(
-            z, target=target, old_logp=old, advantage=advantage, objective=objective
-        ).loss
+        return tokfuse.policy_step_(z, target=target, old_logp=old, advantage=advantage, objective=objective).loss
 
     with pytest.raises(Exception, match="outside torch.compile"):
         compiled(step)(logits.clone())
@@ -172,22 +187,29 @@ def op_arguments():
         ),
         "linear_token_stats_backward": (
             ops.linear_token_stats_backward,
-            (hidden.detach(), weight.detach(), None, target, *head, shift, shift + 1, shift,
-             advantage, None, True, True, False),
+            (
+                hidden.detach(),
+                weight.detach(),
+                None,
+                target,
+                *head,
+                shift,
+                shift + 1,
+                shift,
+                advantage,
+                None,
+                True,
+                True,
+                False,
+            ),
         ),
-        "policy_loss": (
-            ops.policy_loss,
-            (old.clone().requires_grad_(), (-old).requires_grad_(), *policy, key, 0.5),
-        ),
+        "policy_loss": (ops.policy_loss, (old.clone().requires_grad_(), (-old).requires_grad_(), *policy, key, 0.5)),
         "policy_step_hidden": (
             ops.policy_step_hidden,
-            (hidden, weight, None, target, *head, *policy[:3], *policy[4:], key, 0.5, False,
-             True, True, False),
+            (hidden, weight, None, target, *head, *policy[:3], *policy[4:], key, 0.5, False, True, True, False),
         ),
-        "policy_step": (
-            ops.policy_step, (grad, target, None, 1.3, 0.0, 1.0, *policy, key, 0.5),
-        ),
-    }  # fmt: skip
+        "policy_step": (ops.policy_step, (grad, target, None, 1.3, 0.0, 1.0, *policy, key, 0.5)),
+    }
 
 
 @pytest.mark.parametrize("name", list(op_arguments()))

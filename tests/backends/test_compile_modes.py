@@ -20,7 +20,7 @@ def batch(tokens: int, dtype: torch.dtype = torch.float32):
         "advantage": torch.randn(tokens, generator=gen, dtype=torch.float64).to(dtype),
         "mask": torch.arange(tokens) % 4 != 1,
         "cu_seqlens": torch.tensor([0, 2, tokens]).int(),
-    }  # fmt: skip
+    }
     return torch.randn(tokens, VOCAB, generator=gen).to(dtype), other
 
 
@@ -32,25 +32,46 @@ def stats(z, target, old_logp, advantage, mask, cu_seqlens):
 def loss(z, target, old_logp, advantage, mask, cu_seqlens):
     s = tokfuse.token_stats(z, target, mask=mask)
     return tokfuse.policy_loss(
-        s.logp, entropy=s.entropy, old_logp=old_logp, advantage=advantage, mask=mask,
-        cu_seqlens=cu_seqlens, objective=SEQUENCES, normalizer="batch",
-    ).loss  # fmt: skip
+        s.logp,
+        entropy=s.entropy,
+        old_logp=old_logp,
+        advantage=advantage,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        objective=SEQUENCES,
+        normalizer="batch",
+    ).loss
 
 
 def step(z, target, old_logp, advantage, mask, cu_seqlens):
     return tokfuse.policy_step(
-        logits=z, target=target, old_logp=old_logp, advantage=advantage, mask=mask,
-        ref_logp=old_logp - 0.1, objective=TOKENS, normalizer=3.0,
-    ).loss  # fmt: skip
+        logits=z,
+        target=target,
+        old_logp=old_logp,
+        advantage=advantage,
+        mask=mask,
+        ref_logp=old_logp - 0.1,
+        objective=TOKENS,
+        normalizer=3.0,
+    ).loss
 
 
 def head(z, target, old_logp, advantage, mask, cu_seqlens):
     weight = torch.linspace(-1, 1, VOCAB * HIDDEN, dtype=z.dtype).view(VOCAB, HIDDEN)
     s = tokfuse.linear_token_stats(z[:, :HIDDEN], weight, target, mask=mask)
-    return s.logp.sum() + tokfuse.policy_step(
-        hidden=z[:, HIDDEN : 2 * HIDDEN], weight=weight, target=target, old_logp=old_logp,
-        advantage=advantage, mask=mask, cu_seqlens=cu_seqlens, objective=SEQUENCES,
-    ).loss  # fmt: skip
+    return (
+        s.logp.sum()
+        + tokfuse.policy_step(
+            hidden=z[:, HIDDEN : 2 * HIDDEN],
+            weight=weight,
+            target=target,
+            old_logp=old_logp,
+            advantage=advantage,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            objective=SEQUENCES,
+        ).loss
+    )
 
 
 FUNCTIONS = {f.__name__: f for f in (stats, loss, step, head)}
@@ -122,11 +143,17 @@ def test_every_output_is_there_and_only_the_loss_has_a_graph():
     z, other = batch(6)
 
     def outputs(x):
-        out = tokfuse.policy_step(
-            logits=x, objective=SEQUENCES, **other, sampler_logp=other["old_logp"] + 0.1
+        out = tokfuse.policy_step(logits=x, objective=SEQUENCES, **other, sampler_logp=other["old_logp"] + 0.1)
+        return (
+            out.loss,
+            out.token_loss,
+            out.loss_sum,
+            out.count,
+            out.metrics.sums,
+            out.metrics.sampler_kl_k3,
+            *out.stats,
+            out.grad_logits,
         )
-        return (out.loss, out.token_loss, out.loss_sum, out.count, out.metrics.sums,
-                out.metrics.sampler_kl_k3, *out.stats, out.grad_logits)  # fmt: skip
 
     eager = outputs(z.clone().requires_grad_())
     traced = compiled(outputs)(z.clone().requires_grad_())

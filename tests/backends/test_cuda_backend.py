@@ -15,9 +15,7 @@ from tokfuse import BackendUnavailable, Objective, PPOClip
 from tokfuse.runtime.backends import cuda_backend, cuda_packed, cuda_policy, cuda_rows
 from tokfuse.runtime.core import native
 
-built = pytest.mark.skipif(
-    getattr(native.module(), "cuda", None) is None, reason="built without CUDA kernels"
-)
+built = pytest.mark.skipif(getattr(native.module(), "cuda", None) is None, reason="built without CUDA kernels")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 hosted = pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST")
 
@@ -31,9 +29,21 @@ def test_a_launch_without_a_driver_names_op_and_launch():
     x = torch.zeros(4)
     with pytest.raises(RuntimeError) as caught:
         native.module().cuda.gae(
-            (0, 0), x.data_ptr(), x.data_ptr(), torch.tensor([0, 4], dtype=torch.int32).data_ptr(),
-            0, 0, 0, x.data_ptr(), x.data_ptr(), 4, 1, 0.9, 0.9, 0.0,
-        )  # fmt: skip
+            (0, 0),
+            x.data_ptr(),
+            x.data_ptr(),
+            torch.tensor([0, 4], dtype=torch.int32).data_ptr(),
+            0,
+            0,
+            0,
+            x.data_ptr(),
+            x.data_ptr(),
+            4,
+            1,
+            0.9,
+            0.9,
+            0.0,
+        )
     assert str(caught.value).startswith("gae: launching gae_kernel on CUDA device 0 failed: ")
     assert "doctor" in str(caught.value)
 
@@ -139,10 +149,14 @@ def test_a_step_from_hidden_states_takes_one_row_launch_per_chunk(counted: Count
     clip = Objective(shape=PPOClip(low=0.2, high=0.2))
     with tokfuse.backend("cuda"), Products():
         tokfuse.policy_step(
-            hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), target=target,
-            old_logp=torch.full((64,), -5.0), advantage=torch.ones(64), objective=clip,
+            hidden=hidden.requires_grad_(),
+            weight=weight.requires_grad_(),
+            target=target,
+            old_logp=torch.full((64,), -5.0),
+            advantage=torch.ones(64),
+            objective=clip,
             memory_budget=budget_of(16),
-        )  # fmt: skip
+        )
     # Per chunk: logits, gradient of the hidden states, gradient of the weight.
     assert sum(products.values()) == 3 * 4
     assert counted.calls == {"policy_step": 4, "policy_metrics": 1}
@@ -154,9 +168,7 @@ def test_packed_ops_take_one_launch(counted: Counted):
     x, ids = torch.randn(64), torch.randint(0, 3, (64,))
     clip = Objective(shape=PPOClip(low=0.2, high=0.2), level="sequence")
     with tokfuse.backend("cuda"):
-        tokfuse.policy_loss(
-            x, old_logp=x, advantage=x, objective=clip, cu_seqlens=CU, normalizer="batch"
-        )
+        tokfuse.policy_loss(x, old_logp=x, advantage=x, objective=clip, cu_seqlens=CU, normalizer="batch")
         tokfuse.gae(x, x, CU, gamma=0.9, lam=0.9)
         tokfuse.whiten(x)
         tokfuse.segment_moments(x, ids, num_segments=3)
@@ -164,8 +176,8 @@ def test_packed_ops_take_one_launch(counted: Counted):
         tokfuse.group_advantage(x, ids)
         tokfuse.ope(x.abs(), x)
     assert counted.calls == dict.fromkeys(
-        ("policy_loss", "gae", "whiten", "segment_moments", "offpolicy_weights",
-         "group_advantage", "ope"), 1)  # fmt: skip
+        ("policy_loss", "gae", "whiten", "segment_moments", "offpolicy_weights", "group_advantage", "ope"), 1
+    )
 
 
 @hosted

@@ -13,10 +13,7 @@ from cuda_host import CHECKED, CUDA, HOST, OPTIMIZED, SANITIZED, Run, needs_host
 pytestmark = needs_host
 
 CHECKER_STATUS = 67
-ROW_KERNELS = [
-    CUDA / f"{op}.cu"
-    for op in ("token_stats", "policy_step", "kept_token_stats", "paired_divergence")
-]
+ROW_KERNELS = [CUDA / f"{op}.cu" for op in ("token_stats", "policy_step", "kept_token_stats", "paired_divergence")]
 
 
 def bugs(flags, *arguments: str, **variables: str) -> Run:
@@ -62,8 +59,15 @@ BY_SANITIZER = {
     "bad_dynamic_shared_overrun": "heap-buffer-overflow",
 }
 BY_RESULT = ("bad_uninitialised_shared", "bad_async_copy_without_wait", "bad_bulk_without_wait")
-CORRECT = ("ok_syncthreads", "ok_syncwarp", "ok_atomic_add", "ok_last_block", "ok_cluster_exchange",
-           "ok_bulk", "ok_async_copy")  # fmt: skip
+CORRECT = (
+    "ok_syncthreads",
+    "ok_syncwarp",
+    "ok_atomic_add",
+    "ok_last_block",
+    "ok_cluster_exchange",
+    "ok_bulk",
+    "ok_async_copy",
+)
 
 
 @pytest.mark.parametrize("name", BY_CHECKER)
@@ -108,8 +112,7 @@ def test_every_seeded_bug_is_asked_for():
 
 
 def test_a_sum_in_the_order_of_threads_changes_with_the_order():
-    orders = {bugs(OPTIMIZED, "bad_order_of_threads", TOKFUSE_HOST_SEED=str(i)).out
-              for i in range(1, 5)}  # fmt: skip
+    orders = {bugs(OPTIMIZED, "bad_order_of_threads", TOKFUSE_HOST_SEED=str(i)).out for i in range(1, 5)}
     assert len(orders) > 1
     same = {bugs(OPTIMIZED, "bad_order_of_threads", TOKFUSE_HOST_SEED="7").out for _ in range(2)}
     assert len(same) == 1
@@ -149,9 +152,7 @@ def rows(flags, *arguments: str, **variables: str) -> Run:
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_row_kernels_have_no_race_and_stay_inside_their_arrays(arch: str):
     # One processor: its block takes all rows, so that buffers are used again.
-    done = rows(
-        CHECKED, TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_SEED="11", TOKFUSE_HOST_PROCESSORS="1"
-    )
+    done = rows(CHECKED, TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_SEED="11", TOKFUSE_HOST_PROCESSORS="1")
     assert done.status == 0, done.err
     report = traffic(done.err)
     # Vectors of aligned rows: every sector once; shared memory without bank conflicts.
@@ -163,9 +164,7 @@ def test_row_kernels_have_no_race_and_stay_inside_their_arrays(arch: str):
 
 def moved(op: str, size: int, vocab: int, arch: str, kernel: str) -> tuple[float, float]:
     """Bytes read and written per row that is not masked (4) and per row (5), over `vocab`."""
-    done = rows(
-        CHECKED, op, str(size), str(vocab), TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_PROCESSORS="1"
-    )
+    done = rows(CHECKED, op, str(size), str(vocab), TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_PROCESSORS="1")
     assert done.status == 0, done.err
     found = re.findall(rf"Arguments = {{[^}}]*{kernel}.*: (\d+) bytes read, (\d+)", done.err)
     ((read, written),) = found
@@ -177,9 +176,7 @@ def moved(op: str, size: int, vocab: int, arch: str, kernel: str) -> tuple[float
 BESIDE, BESIDE_IN_BACKWARD = 0.08, 0.5
 
 
-@pytest.mark.parametrize(
-    ("size", "vocab"), [(2, 32_768), (4, 32_768), (2, 131_072), (2, 151_936), (2, 262_144)]
-)
+@pytest.mark.parametrize(("size", "vocab"), [(2, 32_768), (4, 32_768), (2, 131_072), (2, 151_936), (2, 262_144)])
 @pytest.mark.parametrize(("arch", "visits"), [("80", 2), ("90", 1), ("100", 1)])
 def test_policy_step_reads_a_row_once_and_writes_it_once(arch, visits, size, vocab):
     """In a cluster; the portable kernel's second visit is meant for L2."""

@@ -8,8 +8,17 @@ import pytest
 from cuda_host import CHECKED, CUDA, HOST, OPTIMIZED, SANITIZED, Run, needs_host, program, run
 
 pytestmark = needs_host
-OPS = ("gae", "vtrace", "whiten", "ope", "segment_moments", "group_advantage",
-       "offpolicy_weights", "policy_loss", "influence")  # fmt: skip
+OPS = (
+    "gae",
+    "vtrace",
+    "whiten",
+    "ope",
+    "segment_moments",
+    "group_advantage",
+    "offpolicy_weights",
+    "policy_loss",
+    "influence",
+)
 
 
 def packed(flags: tuple[str, ...], **variables: str) -> Run:

@@ -14,10 +14,7 @@ import tokfuse
 from tokfuse import KL, Objective, PPOClip, TargetRatio
 from tokfuse.runtime.backends import cuda_backend
 
-pytestmark = [
-    pytest.mark.cuda_host,
-    pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST"),
-]
+pytestmark = [pytest.mark.cuda_host, pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST")]
 
 
 def check_stats(stats, expected) -> None:
@@ -50,11 +47,14 @@ def policy_problem(tokens: int, vocab: int, dtype: torch.dtype, **names: bool):
     advantage = uniform(-2.0, 2.0)
     advantage[1::4] = 0.0
     inputs = {
-        "old_logp": logp + uniform(-0.5, 0.5), "advantage": advantage,
-        "token_weight": uniform(0.2, 2.0), "signal": uniform(0.1, 0.9),
+        "old_logp": logp + uniform(-0.5, 0.5),
+        "advantage": advantage,
+        "token_weight": uniform(0.2, 2.0),
+        "signal": uniform(0.1, 0.9),
         "ref_logp": logp + uniform(-1.0, 1.0),
-        "kl_weight": uniform(0.0, 1.0), "entropy_weight": uniform(0.0, 1.0),
-    }  # fmt: skip
+        "kl_weight": uniform(0.0, 1.0),
+        "entropy_weight": uniform(0.0, 1.0),
+    }
     return logits, target, inputs
 
 
@@ -70,9 +70,7 @@ OBJECTIVES = {
 def check_policy(logits, target, inputs, objective, mask=None, scale=0.25, out=None, **options):
     """Statistics and gradient against float64, results against policy_loss in float64."""
     before = logits.clone()
-    stats, results, grad = cuda_rows.policy_step(
-        logits, target, objective, inputs, scale, out, mask=mask, **options
-    )
+    stats, results, grad = cuda_rows.policy_step(logits, target, objective, inputs, scale, out, mask=mask, **options)
     if out is not logits:
         assert bits(logits) == bits(before)
     ga, gh = results["d_logp"], results["d_entropy"]
@@ -82,9 +80,13 @@ def check_policy(logits, target, inputs, objective, mask=None, scale=0.25, out=N
     logp, entropy = (x.double().requires_grad_() for x in stats[:2])
     given = {name: x.double() for name, x in inputs.items() if name != "agg_weight"}
     whole = tokfuse.policy_loss(
-        logp, objective=objective, normalizer=1 / float(scale), mask=mask,
-        entropy=entropy if objective.entropy_coef else None, **given,
-    )  # fmt: skip
+        logp,
+        objective=objective,
+        normalizer=1 / float(scale),
+        mask=mask,
+        entropy=entropy if objective.entropy_coef else None,
+        **given,
+    )
     agg = inputs.get("agg_weight", torch.ones_like(ga)).double()
     if "agg_weight" not in inputs:
         whole.loss.backward()
@@ -168,9 +170,7 @@ def test_float32_rows_give_16_bit_gradients_at_their_tokens(dtype: torch.dtype, 
     inputs = {n: inputs[n] for n in ("old_logp", "advantage")}
     index = torch.tensor([4, 1, 5])
     out = torch.full((3, 520), float("nan"), dtype=dtype)
-    stats, results, grad = cuda_rows.policy_step(
-        logits[index], target, Objective(), inputs, 1.0, out, index=index
-    )
+    stats, results, grad = cuda_rows.policy_step(logits[index], target, Objective(), inputs, 1.0, out, index=index)
     assert stats[0][[0, 2, 3]].isnan().all()  # other tokens are left alone
     expected = truth(logits[index], target[index], results["d_logp"][index], torch.zeros(3))
     check_stats([x[index] for x in stats], expected)

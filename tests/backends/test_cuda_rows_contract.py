@@ -9,10 +9,7 @@ from logit_cases import INF, transformed
 from tokfuse import Objective
 from tokfuse.runtime.backends import cuda_backend
 
-pytestmark = [
-    pytest.mark.cuda_host,
-    pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST"),
-]
+pytestmark = [pytest.mark.cuda_host, pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST")]
 
 NAN = float("nan")
 OBJECTIVE = Objective(entropy_coef=0.02)
@@ -22,9 +19,7 @@ def problem(tokens: int, vocab: int, dtype: torch.dtype = torch.bfloat16):
     gen = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(tokens, vocab, generator=gen) * 3).to(dtype)
     target = torch.randint(0, vocab, (tokens,), generator=gen)
-    inputs = {
-        "old_logp": torch.full((tokens,), -8.0), "advantage": torch.linspace(-1.0, 1.5, tokens)
-    }  # fmt: skip
+    inputs = {"old_logp": torch.full((tokens,), -8.0), "advantage": torch.linspace(-1.0, 1.5, tokens)}
     return logits, target, inputs
 
 
@@ -35,8 +30,7 @@ def everything(logits: torch.Tensor, target, inputs) -> list[list[int]]:
     grad = k.token_stats_bwd(logits, target, stats, ones, -ones)
     step, results, step_grad = k.policy_step(logits, target, OBJECTIVE, inputs)
     outputs = [*stats[:7], *step, *results.values()]
-    rows = [[*(bits(x[t])[0] for x in outputs), *bits(grad[t]), *bits(step_grad[t])]
-            for t in range(len(target))]  # fmt: skip
+    rows = [[*(bits(x[t])[0] for x in outputs), *bits(grad[t]), *bits(step_grad[t])] for t in range(len(target))]
     return rows
 
 
@@ -127,8 +121,11 @@ def test_second_temperature_and_moments(softcap: float | None, dtype: torch.dtyp
     logits, target, _ = problem(5, 3001, dtype)
     logits[1, 5:900] = -INF
     logits[3] = -INF
-    options = {"softcap": softcap, "temperature": torch.linspace(0.6, 1.8, 5),
-               "mask": torch.tensor([True, True, False, True, True])}  # fmt: skip
+    options = {
+        "softcap": softcap,
+        "temperature": torch.linspace(0.6, 1.8, 5),
+        "mask": torch.tensor([True, True, False, True, True]),
+    }
     out = k.token_stats_fwd(logits, target, second_temperature=0.7, moments=True, **options)
     plain = k.token_stats_fwd(logits, target, **options)
     for got, want in zip(out[:7], plain[:7], strict=True):

@@ -8,15 +8,12 @@ from tokfuse.inspection import cuda_table, roofline
 
 TABLE = cuda_table.committed()
 NAMES = {(kernel.name, kernel.arch): kernel for kernel in TABLE}
-needs_module = pytest.mark.skipif(
-    cuda_table.why_not() is not None, reason=str(cuda_table.why_not())
-)
+needs_module = pytest.mark.skipif(cuda_table.why_not() is not None, reason=str(cuda_table.why_not()))
 
 
 def plain(base: str, arch: str, dtype: str = "bfloat16") -> cuda_table.Kernel:
     """The instance without options."""
-    (kernel,) = [k for k in TABLE if k.base == base and k.arch == arch and k.dtype[0] == dtype
-                 and roofline._plain(k)]  # fmt: skip
+    (kernel,) = [k for k in TABLE if k.base == base and k.arch == arch and k.dtype[0] == dtype and roofline._plain(k)]
     return kernel
 
 
@@ -81,9 +78,7 @@ def test_a_worse_kernel_is_reported():
     worse = cuda_table.Kernel(**{**good.__dict__, "registers": good.registers + 9})
     found = cuda_table.differences([worse, *TABLE[1:]], TABLE)
     assert found == [f"{good.key}: registers {worse.registers}, the table has {good.registers}"]
-    assert cuda_table.differences(TABLE[1:], TABLE) == [
-        f"{good.key}: is in the table, not in the module"
-    ]
+    assert cuda_table.differences(TABLE[1:], TABLE) == [f"{good.key}: is in the table, not in the module"]
 
 
 def listing(*loops: tuple[int, int]) -> str:
@@ -112,9 +107,10 @@ def test_instructions_are_counted_in_the_innermost_loops():
 def test_names_are_those_of_the_source():
     names = {
         "_ZN7tokfuse4cuda13whiten_kernelENS_10WhitenArgsE": "whiten_kernel",
-        "_ZN7tokfuse4cuda22segment_moments_kernelIdEEvNS_11MomentsArgsENS0_14MomentsScratchE":
-            "segment_moments_kernel<double>",
-    }  # fmt: skip
+        "_ZN7tokfuse4cuda22segment_moments_kernelIdEEvNS_11MomentsArgsENS0_14MomentsScratchE": (
+            "segment_moments_kernel<double>"
+        ),
+    }
     assert {mangled: cuda_table.readable(mangled) for mangled in names} == names
 
 

@@ -76,10 +76,7 @@ OBJECTIVES = {
         tokfuse.Objective(),
         {"cu_seqlens": CU, "advantage_level": "sequence", "advantage": torch.tensor([1.0, -2.0])},
     ),
-    "signal": (
-        tokfuse.Objective(shape=tokfuse.NFT()),
-        {"signal": torch.full((TOKENS,), 0.4)},
-    ),
+    "signal": (tokfuse.Objective(shape=tokfuse.NFT()), {"signal": torch.full((TOKENS,), 0.4)}),
 }
 
 
@@ -122,9 +119,7 @@ def both_ways(call: Call, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["plain", "temperature", "per_token", "softcap", "mask"],
 )
-def test_token_stats(
-    options: dict[str, Any], dtype: torch.dtype, spy: Spy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_stats(options: dict[str, Any], dtype: torch.dtype, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     z = logits_of(dtype)
     both_ways(lambda: tokfuse.token_stats(z, TARGET, **options), spy, monkeypatch)
 
@@ -163,9 +158,7 @@ def test_policy_loss(name: str, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_policy_step(
-    name: str, in_place: bool, dtype: torch.dtype, spy: Spy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_policy_step(name: str, in_place: bool, dtype: torch.dtype, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     objective, extra = OBJECTIVES[name]
     given = {**batch(), **extra, "target": TARGET, "objective": objective}
 
@@ -188,9 +181,7 @@ def test_policy_step_gradient(in_place: bool, spy: Spy, monkeypatch: pytest.Monk
     def call() -> torch.Tensor:
         leaf = logits_of().requires_grad_()
         z = leaf * 1.0
-        step = (
-            tokfuse.policy_step_(z, **given) if in_place else tokfuse.policy_step(logits=z, **given)
-        )
+        step = tokfuse.policy_step_(z, **given) if in_place else tokfuse.policy_step(logits=z, **given)
         (step.loss * 3).backward()
         assert leaf.grad is not None
         return leaf.grad
@@ -243,9 +234,7 @@ def test_what_must_be_converted_takes_the_general_path(change: dict[str, Any], s
         ({"normalizer": 0.0}, "normalizer must be"),
     ],
 )
-def test_refused_before_anything_is_written(
-    change: dict[str, Any], words: str, in_place: bool, spy: Spy
-) -> None:
+def test_refused_before_anything_is_written(change: dict[str, Any], words: str, in_place: bool, spy: Spy) -> None:
     z = logits_of()
     kept = z.clone()
     given = {**batch(), "target": TARGET, "objective": tokfuse.Objective(), **change}
@@ -270,9 +259,7 @@ def test_a_forced_backend_is_not_bypassed(monkeypatch: pytest.MonkeyPatch) -> No
         tokfuse.token_stats(logits_of(), TARGET)
 
 
-def test_a_torch_without_the_exchange_api_takes_the_general_path(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_torch_without_the_exchange_api_takes_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokfuse.token_stats(logits_of(), TARGET)
     native.eager.cache_clear()
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
@@ -286,11 +273,30 @@ def test_a_torch_without_the_exchange_api_takes_the_general_path(
 
 
 ODD = st.sampled_from(
-    [None, 0, -1, 1.5, "token", b"", (), (1, 2), [], object(), torch.zeros(3), torch.zeros(2, 3),
-     torch.zeros(0, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool),
-     torch.zeros(()), torch.zeros(1, 1, 1), torch.zeros(3).as_subclass(Subclass), 2**70,
-     float("nan"), True]
-)  # fmt: skip
+    [
+        None,
+        0,
+        -1,
+        1.5,
+        "token",
+        b"",
+        (),
+        (1, 2),
+        [],
+        object(),
+        torch.zeros(3),
+        torch.zeros(2, 3),
+        torch.zeros(0, 5),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, dtype=torch.bool),
+        torch.zeros(()),
+        torch.zeros(1, 1, 1),
+        torch.zeros(3).as_subclass(Subclass),
+        2**70,
+        float("nan"),
+        True,
+    ]
+)
 
 
 @given(

@@ -16,9 +16,7 @@ import triton.language as tl  # noqa: E402
 
 from tokfuse.triton_kernels import compile_cases, launch  # noqa: E402
 
-needs_compiler = pytest.mark.skipif(
-    triton_backend.interpreting(), reason="the interpreter is on: no compiler"
-)
+needs_compiler = pytest.mark.skipif(triton_backend.interpreting(), reason="the interpreter is on: no compiler")
 TABLE = kernel_table.committed()
 WRITTEN_BY = json.loads(kernel_table.TABLE.read_text())["triton"]
 # Compiled in every run of the tests: the passes over (tokens, vocab) that most of the time goes to.
@@ -72,9 +70,7 @@ def test_16_byte_loads_where_rows_are_read_in_order():
 
 @pytest.mark.parametrize(("kernel", "capability"), list(BUDGET))
 def test_instructions_per_element_are_within_budget(kernel, capability):
-    (row,) = (
-        r for r in TABLE if (r.case, r.capability, r.dtype) == (kernel, capability, "bfloat16")
-    )
+    (row,) = (r for r in TABLE if (r.case, r.capability, r.dtype) == (kernel, capability, "bfloat16"))
     assert row.per_element <= BUDGET[kernel, capability]
 
 
@@ -150,9 +146,8 @@ def test_a_changed_row_is_compiled_and_an_unchanged_one_is_not(monkeypatch):
         compiled.append(capability)
         source = kernel_table.source_of(case, dtype, capability, launch)
         return dataclasses.replace(
-            TABLE[0], case="copy", kernel="_outer_kernel", dtype="float32", capability=capability,
-            source=source,
-        )  # fmt: skip
+            TABLE[0], case="copy", kernel="_outer_kernel", dtype="float32", capability=capability, source=source
+        )
 
     monkeypatch.setattr(kernel_table, "resources_of", resources)
     rows = kernel_table.compile_all()
@@ -170,12 +165,15 @@ def _copy(dtype: torch.dtype) -> None:
 
 def test_the_interpreter_is_refused():
     done = subprocess.run(
-        [sys.executable, "-P", "-c",
-         "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
-         "from tokfuse.inspection import kernel_table; kernel_table.main([])"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "kernels: TRITON_INTERPRET is set, which leaves no compiler. Unset it."
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
+            "from tokfuse.inspection import kernel_table; kernel_table.main([])",
+        ],
+        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 1
+    assert done.stderr.strip() == ("kernels: TRITON_INTERPRET is set, which leaves no compiler. Unset it.")

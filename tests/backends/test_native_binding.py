@@ -180,13 +180,12 @@ def test_every_instruction_set_level_is_right(level):
     )
 
 
-@pytest.mark.skipif(
-    getattr(native.module(), "sanitizers", "") != "", reason="the sanitized module has one level"
-)
+@pytest.mark.skipif(getattr(native.module(), "sanitizers", "") != "", reason="the sanitized module has one level")
 def test_an_impossible_instruction_set_is_refused_and_named():
     out = subprocess.run(
-        [sys.executable, "-P", "-c",
-         "from tokfuse.runtime.core import native; print(native.why_unusable())"],
-        capture_output=True, text=True, env={**os.environ, "TOKFUSE_ISA": "v9"},
-    )  # fmt: skip
+        [sys.executable, "-P", "-c", "from tokfuse.runtime.core import native; print(native.why_unusable())"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKFUSE_ISA": "v9"},
+    )
     assert "TOKFUSE_ISA must be v2, v3 or v4" in out.stdout

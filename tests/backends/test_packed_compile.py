@@ -42,9 +42,7 @@ CALLS = {
 )
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_compiled_equals_eager(
-    call: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
-    backend: str,
-    request: pytest.FixtureRequest,
+    call: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], backend: str, request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.id.removesuffix(f"-{backend}").removeprefix(f"{backend}-")
     skip_unusable(name, backend)
@@ -88,23 +86,49 @@ def test_a_traced_sum_is_differentiable(backend: str) -> None:
 
 RATIO_RULES = {"rules": [0, 4], "bounds": [0.5, float("inf"), -1.0, 2.0]}
 ARGUMENTS = {
-    "gae": ((X, Y, CU), {"gamma": 0.9, "lam": 1.0, "seq_lam": Y[:3], "length_adaptive_alpha": None,
-                         "mask": MASK, "finished": None}),
-    "vtrace": ((X, X, Y, CU), {"gamma": 0.9, "lam": 1.0, "rho_bar": 1.0, "c_bar": None,
-                               "mask": MASK, "finished": None}),
+    "gae": (
+        (X, Y, CU),
+        {"gamma": 0.9, "lam": 1.0, "seq_lam": Y[:3], "length_adaptive_alpha": None, "mask": MASK, "finished": None},
+    ),
+    "vtrace": (
+        (X, X, Y, CU),
+        {"gamma": 0.9, "lam": 1.0, "rho_bar": 1.0, "c_bar": None, "mask": MASK, "finished": None},
+    ),
     "whiten": ((X,), {"mask": MASK, "shift_mean": True, "eps": 1e-8, "mean": None, "var": None}),
-    "group_advantage": ((X, IDS), {"baseline": "mean", "scale": "std", "sample_std": True,
-                                   "eps": 1e-6, "singleton_reward": True, "lengths": None,
-                                   "greedy_reward": None}),
+    "group_advantage": (
+        (X, IDS),
+        {
+            "baseline": "mean",
+            "scale": "std",
+            "sample_std": True,
+            "eps": 1e-6,
+            "singleton_reward": True,
+            "lengths": None,
+            "greedy_reward": None,
+        },
+    ),
     # Without gradient: opcheck adds its outputs up, and one of them is of integers. The gradient
     # of a traced call is tested above.
     "segment_moments": ((X, IDS, None, 3, MASK), {}),
-    "offpolicy_weights": ((X, Y), {"level": "token", "mode": "ips", "low": None, "high": None,
-                                   "lam": None, "power": None, "normalize": "none", **RATIO_RULES,
-                                   "cu_seqlens": CU, "mask": MASK, "group_ids": None,
-                                   "advantage": None}),
+    "offpolicy_weights": (
+        (X, Y),
+        {
+            "level": "token",
+            "mode": "ips",
+            "low": None,
+            "high": None,
+            "lam": None,
+            "power": None,
+            "normalize": "none",
+            **RATIO_RULES,
+            "cu_seqlens": CU,
+            "mask": MASK,
+            "group_ids": None,
+            "advantage": None,
+        },
+    ),
     "ope": ((X.exp(), Y, X, None, MASK), {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

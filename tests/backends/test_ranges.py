@@ -19,8 +19,12 @@ TOKENS, VOCAB, HIDDEN = 6, 16, 8
 LOGITS, HEAD = torch.randn(TOKENS, VOCAB), torch.randn(VOCAB, HIDDEN)
 STATES, TARGET = torch.randn(TOKENS, HIDDEN), torch.arange(TOKENS)
 CU = torch.tensor([0, 2, TOKENS], dtype=torch.int32)
-POLICY = {"old_logp": torch.zeros(TOKENS), "advantage": torch.ones(TOKENS),
-          "objective": tokfuse.Objective(), "normalizer": 6.0}  # fmt: skip
+POLICY = {
+    "old_logp": torch.zeros(TOKENS),
+    "advantage": torch.ones(TOKENS),
+    "objective": tokfuse.Objective(),
+    "normalizer": 6.0,
+}
 
 
 def leaf(x: torch.Tensor) -> torch.Tensor:
@@ -29,28 +33,20 @@ def leaf(x: torch.Tensor) -> torch.Tensor:
 
 CALLS: dict[str, Callable[[], Any]] = {
     "token_stats": lambda: tokfuse.token_stats(leaf(LOGITS), TARGET).logp.sum(),
-    "linear_token_stats": lambda: tokfuse.linear_token_stats(
-        leaf(STATES), leaf(HEAD), TARGET
-    ).logp.sum(),
+    "linear_token_stats": lambda: tokfuse.linear_token_stats(leaf(STATES), leaf(HEAD), TARGET).logp.sum(),
     "kept_token_stats": lambda: tokfuse.kept_token_stats(
         leaf(LOGITS), TARGET, TARGET, torch.arange(TOKENS + 1)
     ).logp.sum(),
     "paired_divergence": lambda: tokfuse.paired_divergence(leaf(LOGITS), LOGITS).sum(),
     "policy_loss": lambda: tokfuse.policy_loss(leaf(torch.zeros(TOKENS)), **POLICY).loss,
-    "policy_step": lambda: tokfuse.policy_step(
-        logits=leaf(LOGITS), target=TARGET, **POLICY
-    ).loss,
-    "segment_moments": lambda: tokfuse.segment_moments(
-        leaf(torch.ones(TOKENS)), cu_seqlens=CU
-    ).sum.sum(),
-}  # fmt: skip
+    "policy_step": lambda: tokfuse.policy_step(logits=leaf(LOGITS), target=TARGET, **POLICY).loss,
+    "segment_moments": lambda: tokfuse.segment_moments(leaf(torch.ones(TOKENS)), cu_seqlens=CU).sum.sum(),
+}
 WITHOUT_BACKWARD: dict[str, Callable[[], Any]] = {
     "policy_step_": lambda: tokfuse.policy_step_(LOGITS.clone(), target=TARGET, **POLICY),
     "gae": lambda: tokfuse.gae(torch.ones(TOKENS), torch.ones(TOKENS), cu_seqlens=CU),
     "whiten": lambda: tokfuse.whiten(torch.randn(TOKENS)),
-    "group_advantage": lambda: tokfuse.group_advantage(
-        torch.ones(4), torch.tensor([0, 0, 1, 1]), kind="grpo"
-    ),
+    "group_advantage": lambda: tokfuse.group_advantage(torch.ones(4), torch.tensor([0, 0, 1, 1]), kind="grpo"),
     "influence.head_norms": lambda: tokfuse.influence.head_norms(torch.ones(TOKENS), STATES),
 }
 
@@ -66,9 +62,7 @@ def names_of(call: Callable[[], Any]) -> list[str]:
 @pytest.mark.parametrize("op", CALLS)
 def test_forward_and_backward_are_named(op: str) -> None:
     names = names_of(lambda: CALLS[op]().backward())
-    assert [n for n in names if n.endswith((".fwd", ".bwd"))] == [
-        f"tokfuse::{op}.fwd", f"tokfuse::{op}.bwd"
-    ]  # fmt: skip
+    assert [n for n in names if n.endswith((".fwd", ".bwd"))] == [f"tokfuse::{op}.fwd", f"tokfuse::{op}.bwd"]
 
 
 @pytest.mark.parametrize("op", WITHOUT_BACKWARD)
@@ -103,13 +97,12 @@ def test_compiled_code_has_the_ranges_of_its_custom_ops() -> None:
 def test_every_public_op_is_ranged() -> None:
     """An op without the decorator would be missing from every profile."""
     ops = [
-        name
-        for name, module in tokfuse._PUBLIC.items()
-        if name.islower() and module.startswith("tokfuse.runtime.ops.")
+        name for name, module in tokfuse._PUBLIC.items() if name.islower() and module.startswith("tokfuse.runtime.ops.")
     ]
     functions = {name: getattr(tokfuse, name) for name in ops}
-    functions |= {f"influence.{n}": getattr(tokfuse.influence, n)
-                  for n in ("logit_norms", "head_norms", "hidden_norms", "sketch")}  # fmt: skip
+    functions |= {
+        f"influence.{n}": getattr(tokfuse.influence, n) for n in ("logit_norms", "head_norms", "hidden_norms", "sketch")
+    }
     assert len(functions) > 15
     for name, function in functions.items():
         while isinstance(function, type(names_of)) and hasattr(function, "__wrapped__"):
@@ -132,9 +125,13 @@ def test_nvtx_ranges_nest_and_close_after_an_error(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("environment", "wanted"),
-    [({}, False), ({"TOKFUSE_NVTX": "1"}, True), ({"NVTX_INJECTION64_PATH": "/x.so"}, True),
-     ({"NVTX_INJECTION64_PATH": "/x.so", "TOKFUSE_NVTX": "0"}, False)],
-)  # fmt: skip
+    [
+        ({}, False),
+        ({"TOKFUSE_NVTX": "1"}, True),
+        ({"NVTX_INJECTION64_PATH": "/x.so"}, True),
+        ({"NVTX_INJECTION64_PATH": "/x.so", "TOKFUSE_NVTX": "0"}, False),
+    ],
+)
 def test_the_environment_decides_about_nvtx(
     environment: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,14 +168,10 @@ def test_a_worker_inherits_the_ranges(tmp_path: Path) -> None:
     )
     (tmp_path / "main.py").write_text(WORKER)
     paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "TOKFUSE_NVTX": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
+    environment = os.environ | {"TOKFUSE_NVTX": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
+        [sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == "['tokfuse::token_stats.fwd', 'pop']", done.stderr[-2000:]
 
 

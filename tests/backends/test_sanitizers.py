@@ -35,15 +35,14 @@ def call(logits=z, out=out, offset=0):
 
 def report(body: str) -> tuple[int, str]:
     """Exit status and error output of a child, with the reports in it instead of in files."""
-    environment = {
-        **os.environ,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "halt_on_error=1",
-    }
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", PRELUDE + textwrap.dedent(body)],
-        capture_output=True, text=True, env=environment, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
     return done.returncode, done.stderr
 
 
@@ -57,12 +56,11 @@ def test_what_is_right_is_not_reported() -> None:
     [
         ("call(logits=torch.randn(35))", "heap-buffer-overflow"),
         ("call(out=[torch.empty(3), *out[1:]])", "heap-buffer-overflow"),
-        ("freed = torch.empty(36).data_ptr(); call(logits=z, offset=freed - z.data_ptr())",
-         "heap-use-after-free"),
+        ("freed = torch.empty(36).data_ptr(); call(logits=z, offset=freed - z.data_ptr())", "heap-use-after-free"),
         ("call(logits=torch.randn(40), offset=2)", "misaligned address"),
     ],
     ids=["read past the logits", "write past an output", "freed logits", "misaligned logits"],
-)  # fmt: skip
+)
 def test_a_lie_about_a_buffer_is_reported(body: str, found: str) -> None:
     status, text = report(body)
     assert status != 0 and found in text, f"exit {status}: {text[-2000:]}"

@@ -44,15 +44,17 @@ def matrix(columns: int = VOCAB, dtype: torch.dtype = torch.bfloat16) -> torch.T
 
 def batch() -> dict:
     return {
-        "target": vector(LONG), "old_logp": vector(), "advantage": vector(),
-        "mask": vector(torch.bool), "cu_seqlens": borders(), "normalizer": "batch",
-    }  # fmt: skip
+        "target": vector(LONG),
+        "old_logp": vector(),
+        "advantage": vector(),
+        "mask": vector(torch.bool),
+        "cu_seqlens": borders(),
+        "normalizer": "batch",
+    }
 
 
 def head(dtype: torch.dtype = torch.float32) -> dict:
-    return {
-        "hidden": matrix(HIDDEN, dtype), "weight": meta(VOCAB, HIDDEN, dtype=dtype).requires_grad_()
-    }  # fmt: skip
+    return {"hidden": matrix(HIDDEN, dtype), "weight": meta(VOCAB, HIDDEN, dtype=dtype).requires_grad_()}
 
 
 def policy_loss(level: str) -> None:
@@ -91,13 +93,9 @@ CALLS = {
         tokfuse.token_stats(matrix(), vector(LONG), second_temperature=0.7, moments=True)
     ),
     "kept_token_stats": lambda: statistics(
-        tokfuse.kept_token_stats(
-            matrix(), vector(LONG), meta(1 << 20, dtype=LONG), meta(TOKENS + 1, dtype=LONG)
-        )
+        tokfuse.kept_token_stats(matrix(), vector(LONG), meta(1 << 20, dtype=LONG), meta(TOKENS + 1, dtype=LONG))
     ),
-    "paired_divergence": lambda: (
-        tokfuse.paired_divergence(matrix(), matrix().detach()).sum().backward()
-    ),
+    "paired_divergence": lambda: tokfuse.paired_divergence(matrix(), matrix().detach()).sum().backward(),
     "linear_token_stats": lambda: tokfuse.linear_token_stats(
         **head(torch.bfloat16), target=vector(LONG), mask=vector(torch.bool)
     ),
@@ -117,15 +115,14 @@ CALLS = {
     "vtrace": lambda: tokfuse.vtrace(vector(), vector(), vector(), borders(), finished=None),
     "whiten": lambda: tokfuse.whiten(vector(), vector(torch.bool)),
     "group_advantage": lambda: tokfuse.group_advantage(vector(), vector(LONG), "gbpo_target"),
-    "segment_moments": lambda: tokfuse.segment_moments(
-        vector().requires_grad_(), vector(LONG), num_segments=TOKENS
-    ).sum.sum().backward(),
+    "segment_moments": lambda: (
+        tokfuse.segment_moments(vector().requires_grad_(), vector(LONG), num_segments=TOKENS).sum.sum().backward()
+    ),
     "offpolicy_weights": lambda: tokfuse.offpolicy_weights(
-        vector(), vector(), mode="snips", cu_seqlens=borders(),
-        group_ids=meta(SEQUENCES, dtype=LONG),
+        vector(), vector(), mode="snips", cu_seqlens=borders(), group_ids=meta(SEQUENCES, dtype=LONG)
     ),
     "ope": lambda: tokfuse.ope(vector(), vector(), vector(), vector(), mask=vector(torch.bool)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -134,9 +131,7 @@ def launches(monkeypatch):
     importlib.import_module("tokfuse.inspection.doctor").import_ops()
     table = {}
     for op, rows in dispatch._REGISTRY.items():
-        row = dataclasses.replace(
-            rows["triton"], devices=frozenset({"meta"}), unusable=lambda: None, only_forced=False
-        )
+        row = dataclasses.replace(rows["triton"], devices=frozenset({"meta"}), unusable=lambda: None, only_forced=False)
         table[op] = rows | {"triton": row}
     monkeypatch.setattr(dispatch, "_REGISTRY", table)
     monkeypatch.setattr(dispatch, "_CHOICES", {})
@@ -209,12 +204,7 @@ def test_a_chunk_of_the_head_moves_what_the_docs_say(dtype, frozen, launches):
         tokfuse.policy_step(objective=Objective(), memory_budget=rows * per_row, **given)
     steps = [name for name, _ in launches if name == "policy_step_kernel"]
     assert len(steps) == 4
-    weight, states, logits, gradient = (
-        vocab * hidden * e,
-        rows * hidden * e,
-        rows * vocab * 4,
-        (rows * vocab * d),
-    )
+    weight, states, logits, gradient = (vocab * hidden * e, rows * hidden * e, rows * vocab * 4, (rows * vocab * d))
     want = []
     for chunk in range(4):
         want.append(((rows, vocab), states + weight, logits))
@@ -237,9 +227,11 @@ def test_rows_that_lie_beyond_2_to_the_31_elements():
     near = torch.randn(3, 304, generator=torch.Generator().manual_seed(0)).bfloat16()[:, :vocab]
     far.copy_(near)
     given = {
-        "target": torch.tensor([0, 7, vocab - 1]), "advantage": torch.ones(3),
-        "old_logp": torch.full((3,), -6.0), "objective": Objective(entropy_coef=0.1),
-    }  # fmt: skip
+        "target": torch.tensor([0, 7, vocab - 1]),
+        "advantage": torch.ones(3),
+        "old_logp": torch.full((3,), -6.0),
+        "objective": Objective(entropy_coef=0.1),
+    }
     with tokfuse.backend("triton"):
         results = []
         for logits in (near, far):

@@ -25,9 +25,7 @@ import triton.language as tl  # noqa: E402
 
 from tokfuse.triton_kernels import compile_cases, launch, tile  # noqa: E402
 
-needs_compiler = pytest.mark.skipif(
-    triton_backend.interpreting(), reason="the interpreter is on: no compiler"
-)
+needs_compiler = pytest.mark.skipif(triton_backend.interpreting(), reason="the interpreter is on: no compiler")
 
 
 @triton.jit
@@ -106,9 +104,11 @@ for name in (None, "triton"):
     lines = {}
     for interpret in ("0", "1"):
         done = subprocess.run(
-            [sys.executable, "-P", "-c", code], capture_output=True, text=True,
+            [sys.executable, "-P", "-c", code],
+            capture_output=True,
+            text=True,
             env={**os.environ, "TRITON_INTERPRET": interpret},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         lines[interpret] = done.stdout.splitlines()
     assert [("runs on cuda, the tensors are on cpu" in line) for line in lines["0"]] == [True] * 2
@@ -134,9 +134,7 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch):
     assert "no CUDA device" in triton_backend.why_unusable.__wrapped__()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert triton_backend.why_unusable.__wrapped__() == (
-        "needs compute capability 8.0, the device has 7.5"
-    )
+    assert triton_backend.why_unusable.__wrapped__() == ("needs compute capability 8.0, the device has 7.5")
     monkeypatch.setattr(triton_backend, "installed", lambda: False)
     assert "triton is not installed" in triton_backend.why_unusable.__wrapped__()
 
@@ -182,12 +180,7 @@ def test_recording_specialises_as_the_jit_does():
 
     case = compile_cases.CompileCase("round", call, (torch.bfloat16,))
     first, second, third = compile_cases.record(case, torch.bfloat16, 90)
-    assert first.signature == {
-        "x_ptr": "*bf16",
-        "out_ptr": "*bf16",
-        "n": "i32",
-        "BLOCK": "constexpr",
-    }
+    assert first.signature == {"x_ptr": "*bf16", "out_ptr": "*bf16", "n": "i32", "BLOCK": "constexpr"}
     assert first.aligned == ("x_ptr", "out_ptr", "n") and first.options == {"num_warps": 8}
     assert second.constexprs == {"n": 1, "BLOCK": 1024}
     assert third.signature["n"] == "i64" and third.aligned == ("x_ptr",)
@@ -212,9 +205,20 @@ def test_resources_of_a_copy(capability):
 
 
 ROW = kernel_table.Resources(
-    "op", "k", "bfloat16", 90, registers=40, spill_bytes=0, shared_bytes=0, threads=256,
-    load_bytes=16, per_element=10.0, special_per_element=1.0, traffic_bytes=2, source="",
-)  # fmt: skip
+    "op",
+    "k",
+    "bfloat16",
+    90,
+    registers=40,
+    spill_bytes=0,
+    shared_bytes=0,
+    threads=256,
+    load_bytes=16,
+    per_element=10.0,
+    special_per_element=1.0,
+    traffic_bytes=2,
+    source="",
+)
 SASS = """
 .text.k:
         /*0000*/                   MOV R1, c[0x0][0x28] ;

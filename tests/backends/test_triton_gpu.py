@@ -16,10 +16,7 @@ from harness import bits, compare
 import tokfuse
 from tokfuse import KL, Objective, PPOClip
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 TOKENS, HIDDEN, VOCAB = 64, 256, 32_008
 SPEC = Objective(shape=PPOClip(low=0.2, high=0.2), aggregation="seq_mean_token_mean")
@@ -39,11 +36,12 @@ def problem(dtype: torch.dtype = torch.bfloat16):
     advantage = torch.randn(TOKENS, generator=gen)
     advantage[::3] = 0.0
     keywords = {
-        "target": torch.randint(0, VOCAB, (TOKENS,), generator=gen), "advantage": advantage,
+        "target": torch.randint(0, VOCAB, (TOKENS,), generator=gen),
+        "advantage": advantage,
         "old_logp": torch.randn(TOKENS, generator=gen) - 11.0,
         "mask": torch.arange(TOKENS) % 5 > 0,
         "cu_seqlens": torch.tensor([0, 20, TOKENS], dtype=torch.int32),
-    }  # fmt: skip
+    }
     keywords = {k: v.cuda() for k, v in keywords.items()}
     return hidden.cuda().requires_grad_(), weight.cuda().requires_grad_(), keywords
 
@@ -132,9 +130,8 @@ def test_a_step_from_hidden_replays(dtype: torch.dtype, level: str, compact: boo
 
     def step():
         return tokfuse.policy_step(
-            hidden=hidden, weight=weight, objective=Objective(level=level),
-            compact_clipped=compact, **keywords,
-        )  # fmt: skip
+            hidden=hidden, weight=weight, objective=Objective(level=level), compact_clipped=compact, **keywords
+        )
 
     graph, out = captured(step)
     with torch.no_grad():
@@ -145,12 +142,7 @@ def test_a_step_from_hidden_replays(dtype: torch.dtype, level: str, compact: boo
     eps = torch.finfo(dtype).eps
     for name in ("grad_hidden", "grad_weight"):
         expected = getattr(want, name)
-        compare(
-            getattr(out, name),
-            expected,
-            atol=max(eps, 1e-5) * float(expected.abs().max()),
-            what=name,
-        )
+        compare(getattr(out, name), expected, atol=max(eps, 1e-5) * float(expected.abs().max()), what=name)
     assert not out.grad_hidden[~keywords["mask"]].any()
 
 
@@ -160,9 +152,11 @@ def test_offsets_beyond_two_to_the_31():
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")[:, :VOCAB]
     logits.copy_(torch.randn(rows, VOCAB))
     keywords = {
-        "target": torch.arange(rows, device="cuda"), "advantage": torch.ones(rows, device="cuda"),
-        "old_logp": torch.full((rows,), -11.0, device="cuda"), "objective": Objective(),
-    }  # fmt: skip
+        "target": torch.arange(rows, device="cuda"),
+        "advantage": torch.ones(rows, device="cuda"),
+        "old_logp": torch.full((rows,), -11.0, device="cuda"),
+        "objective": Objective(),
+    }
     want = tokfuse.policy_step(logits=logits.contiguous(), **keywords)
     got = tokfuse.policy_step_(logits, **keywords)
     assert bits(got.grad_logits.contiguous()) == bits(want.grad_logits)
@@ -180,7 +174,7 @@ def test_a_step_over_the_logits_takes_the_time_of_a_copy(softcap, record_propert
         "target": torch.randint(0, vocab, (rows,), device="cuda"),
         "advantage": torch.ones(rows, device="cuda"),
         "old_logp": torch.full((rows,), -12.0, device="cuda"),
-    }  # fmt: skip
+    }
     spec = Objective(entropy_coef=0.01)
     step = median_ms(lambda: tokfuse.policy_step_(logits, objective=spec, softcap=softcap, **given))
     share = median_ms(lambda: other.copy_(logits)) / step
@@ -193,8 +187,6 @@ def test_a_divergence_takes_the_time_of_its_reads(kind, record_property):
     """Two streams read from memory once and from L2 again: as long as a copy of one, or twice."""
     p, q = (torch.randn(4096, 128_256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(p)
-    share = median_ms(lambda: out.copy_(p)) / median_ms(
-        lambda: tokfuse.paired_divergence(p, q, kind=kind)
-    )
+    share = median_ms(lambda: out.copy_(p)) / median_ms(lambda: tokfuse.paired_divergence(p, q, kind=kind))
     record_property("share_of_copy_bandwidth", share)
     assert share > 0.3, f"{share:.2f} of the bandwidth of a copy"

@@ -96,11 +96,17 @@ def test_values_and_gradients(dtype: torch.dtype, bias: bool, backend, small_til
 
 @pytest.mark.parametrize(
     "option",
-    [{"temperature": 1.4}, {"temperature": torch.linspace(0.6, 1.8, TOKENS)}, {"softcap": 5.0},
-     {"logit_scale": 0.3}, {"mask": torch.arange(TOKENS) % 3 != 1},
-     {"mask": torch.zeros(TOKENS, dtype=torch.bool)}, {"memory_budget": 1}],
+    [
+        {"temperature": 1.4},
+        {"temperature": torch.linspace(0.6, 1.8, TOKENS)},
+        {"softcap": 5.0},
+        {"logit_scale": 0.3},
+        {"mask": torch.arange(TOKENS) % 3 != 1},
+        {"mask": torch.zeros(TOKENS, dtype=torch.bool)},
+        {"memory_budget": 1},
+    ],
     ids=lambda option: "-".join(map(str, option)),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_options(dtype: torch.dtype, option, backend, small_tiles):
     plain = check(backend, case_of(dtype))
@@ -143,10 +149,13 @@ def keywords_of(case: HeadCase):
     mask = torch.ones(TOKENS, dtype=torch.bool)
     mask[4] = False
     return {
-        "target": case.target, "old_logp": logp + 0.2 * torch.randn(TOKENS, generator=gen),
-        "advantage": advantage, "mask": mask, "normalizer": 3.0,
+        "target": case.target,
+        "old_logp": logp + 0.2 * torch.randn(TOKENS, generator=gen),
+        "advantage": advantage,
+        "mask": mask,
+        "normalizer": 3.0,
         "cu_seqlens": torch.tensor([0, 4, 4, 9]).int(),
-    }  # fmt: skip
+    }
 
 
 def leaves(backend, case: HeadCase, needs: str = "hwb") -> dict[str, torch.Tensor]:
@@ -157,8 +166,9 @@ def leaves(backend, case: HeadCase, needs: str = "hwb") -> dict[str, torch.Tenso
 def step_check(backend, case: HeadCase, objective: Objective, needs="hwb", **keywords):
     """Loss, metrics and gradients of a step against the float64 reference."""
     exact = {n: getattr(case, n).double().requires_grad_() for n in NAMES}
-    inputs = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-              for k, v in keywords.items()}  # fmt: skip
+    inputs = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in keywords.items()
+    }
     with tokfuse.backend("reference"):
         want = tokfuse.policy_step(**exact, objective=objective, **inputs)
         want.loss.backward()
@@ -225,9 +235,7 @@ def test_step_under_capture_computes_every_row(backend, small_tiles, monkeypatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("needs", ["hwb", "h", "w"])
-def test_clipped_rows_enter_no_gradient_gemm_where_asked(
-    dtype, needs, backend, small_tiles, monkeypatch
-):
+def test_clipped_rows_enter_no_gradient_gemm_where_asked(dtype, needs, backend, small_tiles, monkeypatch):
     """Half of 24 tokens carry gradient; chunks of 8 find them without a value on the host."""
     gen = torch.Generator().manual_seed(6)
     hidden = torch.randn(24, HIDDEN, generator=gen).to(dtype)
@@ -268,9 +276,7 @@ def test_compact_clipped_under_capture(level: str, backend, small_tiles, monkeyp
     want = step_check(backend, case, spec, **keywords)
     entered = []
     add = device_head.DeviceHead.add_live
-    monkeypatch.setattr(
-        device_head.DeviceHead, "add_live", lambda *given: entered.append(add(*given))
-    )
+    monkeypatch.setattr(device_head.DeviceHead, "add_live", lambda *given: entered.append(add(*given)))
     monkeypatch.setattr(device_head, "capturing", lambda x: True)
     monkeypatch.setattr(torch.Tensor, "tolist", None)
     bad = case._replace(hidden=case.hidden.clone())
@@ -295,23 +301,25 @@ def test_compact_clipped_is_refused_where_it_cannot_be_honoured(backend, small_t
     keywords = {k: backend.put(v) for k, v in keywords_of(case).items()}
     with pytest.raises(ValueError, match="compact_clipped must be False with logits="):
         tokfuse.policy_step(
-            logits=backend.put(torch.zeros(TOKENS, VOCAB)), objective=SPEC, compact_clipped=True,
-            **keywords,
-        )  # fmt: skip
+            logits=backend.put(torch.zeros(TOKENS, VOCAB)), objective=SPEC, compact_clipped=True, **keywords
+        )
     monkeypatch.setattr(device_head.triton_backend, "why_unusable", lambda: "no CUDA device")
     want = "compact_clipped must be False where Triton kernels cannot run; got no CUDA device"
     with pytest.raises(ValueError, match=want):
-        tokfuse.policy_step(
-            **leaves(backend, case), objective=SPEC, compact_clipped=True, **keywords
-        )
+        tokfuse.policy_step(**leaves(backend, case), objective=SPEC, compact_clipped=True, **keywords)
 
 
 # (rows, live ones, hidden size, vocabulary); tiles are 16 rows x 64 columns x 16 of hidden
 SHAPES = [
-    (24, (), 20, 300), (24, (5,), 20, 300), (24, range(24), 16, 256),
-    (24, range(0, 24, 2), 20, 300), (23, (0, 22), 17, 301), (8, range(8), 1, 1),
-    (9, range(1, 9), 33, 65), (1, (0,), 16, 64),
-]  # fmt: skip
+    (24, (), 20, 300),
+    (24, (5,), 20, 300),
+    (24, range(24), 16, 256),
+    (24, range(0, 24, 2), 20, 300),
+    (23, (0, 22), 17, 301),
+    (8, range(8), 1, 1),
+    (9, range(1, 9), 33, 65),
+    (1, (0,), 16, 64),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
@@ -338,9 +346,7 @@ def test_head_gradient_over_live_rows(rows, live, size, vocab, dtype, backend, m
     grads, sums = torch.full((rows + 4, size), 7.0, dtype=dtype), torch.full((vocab, size), 3.0)
     put = backend.put
     order, count = kernels.live_first(put(keep))
-    assert order[: int(count)].tolist() == list(live) and sorted(order.tolist()) == list(
-        range(rows)
-    )
+    assert order[: int(count)].tolist() == list(live) and sorted(order.tolist()) == list(range(rows))
     grads, sums = put(grads), put(sums)
     kernels.grad_hidden(put(wide)[:, :vocab], put(weight), order, count, put(token), grads)
     kernels.grad_weight(put(wide)[:, :vocab], put(hidden), order, count, sums, False)
@@ -423,10 +429,7 @@ def test_influence_of_a_step(backend, small_tiles):
 def test_nothing_is_written_and_two_runs_agree(backend, small_tiles):
     case = case_of(torch.bfloat16)
     given = leaves(backend, case) | {k: backend.put(v) for k, v in keywords_of(case).items()}
-    runs = [
-        assert_untouched(lambda: tokfuse.policy_step(objective=SPEC, **given), given)
-        for _ in range(2)
-    ]
+    runs = [assert_untouched(lambda: tokfuse.policy_step(objective=SPEC, **given), given) for _ in range(2)]
     for name in NAMES:
         assert bits(getattr(runs[0], f"grad_{name}")) == bits(getattr(runs[1], f"grad_{name}"))
 
@@ -438,7 +441,11 @@ def test_no_tokens(backend):
     stats = tokfuse.linear_token_stats(**given, target=target)
     assert stats.logp.shape == (0,)
     step = tokfuse.policy_step(
-        **given, target=target, old_logp=stats.logp.detach(), advantage=stats.logp.detach(),
-        objective=SPEC, normalizer="batch",
-    )  # fmt: skip
+        **given,
+        target=target,
+        old_logp=stats.logp.detach(),
+        advantage=stats.logp.detach(),
+        objective=SPEC,
+        normalizer="batch",
+    )
     assert float(step.loss.detach()) == 0.0 and not step.grad_weight.any()

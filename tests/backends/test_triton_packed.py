@@ -25,9 +25,7 @@ from tokfuse.triton_kernels.segment_moments import parts_of, segment_moments  # 
 from tokfuse.triton_kernels.vtrace import vtrace  # noqa: E402
 from tokfuse.triton_kernels.whiten import whiten  # noqa: E402
 
-needs_compiler = pytest.mark.skipif(
-    triton_backend.interpreting(), reason="the interpreter is on: no compiler"
-)
+needs_compiler = pytest.mark.skipif(triton_backend.interpreting(), reason="the interpreter is on: no compiler")
 
 
 @triton.jit
@@ -86,35 +84,78 @@ ONE = {
     "vtrace": lambda x, cu, flags, ids: vtrace(
         x, x, x, cu, gamma=0.9, lam=1.0, rho_bar=1.0, c_bar=1.0, mask=flags, finished=flags
     ),
-    "whiten": lambda x, cu, flags, ids: whiten(
-        x, mask=flags, shift_mean=True, eps=0.0, mean=None, var=None
-    ),
+    "whiten": lambda x, cu, flags, ids: whiten(x, mask=flags, shift_mean=True, eps=0.0, mean=None, var=None),
     "group_advantage": lambda x, cu, flags, ids: group_advantage(
-        x, ids, baseline="median", scale="batch_std", sample_std=True, eps=1e-6,
-        singleton_reward=True, lengths=None, greedy_reward=None,
+        x,
+        ids,
+        baseline="median",
+        scale="batch_std",
+        sample_std=True,
+        eps=1e-6,
+        singleton_reward=True,
+        lengths=None,
+        greedy_reward=None,
     ),
     "remax": lambda x, cu, flags, ids: group_advantage(
-        x, None, baseline="greedy", scale="batch_std", sample_std=True, eps=1e-6,
-        singleton_reward=True, lengths=None, greedy_reward=x,
+        x,
+        None,
+        baseline="greedy",
+        scale="batch_std",
+        sample_std=True,
+        eps=1e-6,
+        singleton_reward=True,
+        lengths=None,
+        greedy_reward=x,
     ),
     "ope": lambda x, cu, flags, ids: ope(x, x, x, x, flags),
     "segment_moments": lambda x, cu, flags, ids: segment_moments(x, ids, None, 1, flags),
     "long_segment": lambda x, cu, flags, ids: segment_moments(meta(1 << 20), None, cu, 1, None),
     "offpolicy_weights": lambda x, cu, flags, ids: offpolicy_weights(
-        x, x, level="sequence", mode="ips", low=None, high=None, param=None, normalize="group",
-        rules=(("k1", "mean", None, 0.1, True),), cu_seqlens=cu, mask=flags, group_ids=ids,
+        x,
+        x,
+        level="sequence",
+        mode="ips",
+        low=None,
+        high=None,
+        param=None,
+        normalize="group",
+        rules=(("k1", "mean", None, 0.1, True),),
+        cu_seqlens=cu,
+        mask=flags,
+        group_ids=ids,
         advantage=x,
     ),
     "external": lambda x, cu, flags, ids: offpolicy_weights(
-        x, None, level="external", mode="ips", low=None, high=None, param=None, normalize="group",
-        rules=(), cu_seqlens=None, mask=None, group_ids=ids, advantage=None,
-    ),
-    "batch": lambda x, cu, flags, ids: offpolicy_weights(
-        x, x, level="token", mode="keep", low=None, high=None, param=None, normalize="batch",
-        rules=(("k3", "token", None, 0.1, False),), cu_seqlens=None, mask=None, group_ids=None,
+        x,
+        None,
+        level="external",
+        mode="ips",
+        low=None,
+        high=None,
+        param=None,
+        normalize="group",
+        rules=(),
+        cu_seqlens=None,
+        mask=None,
+        group_ids=ids,
         advantage=None,
     ),
-}  # fmt: skip
+    "batch": lambda x, cu, flags, ids: offpolicy_weights(
+        x,
+        x,
+        level="token",
+        mode="keep",
+        low=None,
+        high=None,
+        param=None,
+        normalize="batch",
+        rules=(("k3", "token", None, 0.1, False),),
+        cu_seqlens=None,
+        mask=None,
+        group_ids=None,
+        advantage=None,
+    ),
+}
 
 
 @needs_compiler
@@ -124,12 +165,7 @@ def test_one_row_compiles(call):
     """The JIT makes a constant of an argument that equals 1, and a constant has no dtype."""
 
     def one(dtype: torch.dtype) -> None:
-        call(
-            meta(1, dtype=dtype),
-            meta(2, dtype=torch.int32),
-            meta(1, dtype=torch.bool),
-            meta(1, dtype=torch.int64),
-        )
+        call(meta(1, dtype=dtype), meta(2, dtype=torch.int32), meta(1, dtype=torch.bool), meta(1, dtype=torch.int64))
 
     case = compile_cases.CompileCase("one", one, (torch.float32,))
     for launch in compile_cases.record(case, torch.float32, 90):
@@ -153,10 +189,9 @@ def _calls(device):
         "ope": lambda: tokfuse.ope(x.exp(), y, z, y, mask=mask),
         "segment_moments": lambda: tokfuse.segment_moments(x, ids, num_segments=99, mask=mask),
         "offpolicy_weights": lambda: tokfuse.offpolicy_weights(
-            x, y, mode="snips", cu_seqlens=cu, group_ids=groups,
-            rules=(tokfuse.KeepRule("k2", "mean", high=1e3),),
+            x, y, mode="snips", cu_seqlens=cu, group_ids=groups, rules=(tokfuse.KeepRule("k2", "mean", high=1e3),)
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.gpu

@@ -49,11 +49,15 @@ def tokens_of(signal: bool):
     log_ratio[:3] = torch.tensor([0.0, 25.0, -26.0])
     logp = old + log_ratio
     inputs = {
-        "old_logp": old, "advantage": uniform(-2.0, 2.0), "mask": torch.arange(tokens) % 9 != 4,
-        "ref_logp": logp + uniform(-1.5, 1.5), "token_weight": uniform(0.2, 2.0),
-        "kl_weight": uniform(0.0, 1.0), "entropy_weight": uniform(0.0, 1.0),
+        "old_logp": old,
+        "advantage": uniform(-2.0, 2.0),
+        "mask": torch.arange(tokens) % 9 != 4,
+        "ref_logp": logp + uniform(-1.5, 1.5),
+        "token_weight": uniform(0.2, 2.0),
+        "kl_weight": uniform(0.0, 1.0),
+        "entropy_weight": uniform(0.0, 1.0),
         "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int(),
-    }  # fmt: skip
+    }
     inputs["advantage"][7] = 0.0
     inputs["ref_logp"][11:13] = logp[11:13] + torch.tensor([30.0, 0.0])
     if signal:
@@ -65,11 +69,7 @@ def evaluate(backend, objective, dtype, logp, entropy, inputs, **options):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     x, h = (backend.put(v.to(dtype)).requires_grad_() for v in (logp, entropy))
     out = tokfuse.policy_loss(
-        x,
-        entropy=h,
-        objective=objective,
-        **{k: backend.put(v) for k, v in inputs.items()},
-        **options,
+        x, entropy=h, objective=objective, **{k: backend.put(v) for k, v in inputs.items()}, **options
     )
     out.loss.backward()
     return out, x.grad, h.grad
@@ -105,10 +105,13 @@ def test_token_objectives_with_every_estimator(shape: str, backend):
 def test_sequence_objectives(shape: str, level: str, backend):
     turn = list(SHAPES).index(shape) + 3 * list(LEVELS).index(level)
     objective = Objective(
-        shape=SHAPES[shape], level=level, kl=KL(estimator=list(KL_ESTIMATORS)[turn % 7], coef=0.07),
+        shape=SHAPES[shape],
+        level=level,
+        kl=KL(estimator=list(KL_ESTIMATORS)[turn % 7], coef=0.07),
         aggregation=("seq_mean_token_mean", "seq_mean_token_sum", "token_sum")[turn % 3],
-        entropy_coef=0.013, log_ratio_clamp=15.0,
-    )  # fmt: skip
+        entropy_coef=0.013,
+        log_ratio_clamp=15.0,
+    )
     check(backend, objective, SHAPES[shape].needs_signal)
 
 
@@ -129,9 +132,7 @@ def test_advantage_per_sequence(backend):
         inputs["advantage"] = per_seq.repeat_interleave(torch.tensor(LENGTHS))
         want = evaluate(backend, objective, torch.float32, logp, entropy, inputs)
         inputs["advantage"] = per_seq
-        got = evaluate(
-            backend, objective, torch.float32, logp, entropy, inputs, advantage_level="sequence"
-        )
+        got = evaluate(backend, objective, torch.float32, logp, entropy, inputs, advantage_level="sequence")
         assert bits(got[1]) == bits(want[1]) and bits(got[0].loss) == bits(want[0].loss)
 
 
@@ -172,8 +173,9 @@ def logits_of(dtype: torch.dtype, vocab: int = VOCAB):
         "target": target,
         "old_logp": logp - torch.tensor([0.1, -0.05, 0.5, 0.0, 0.02, -0.02, 0.03]),
         "advantage": torch.tensor([1.0, -1.5, 2.0, 1.0, 0.0, -0.5, 0.7]),  # 2 is clipped
-        "mask": torch.tensor([1, 1, 1, 0, 1, 1, 1]).bool(), "normalizer": 3.0,
-    }  # fmt: skip
+        "mask": torch.tensor([1, 1, 1, 0, 1, 1, 1]).bool(),
+        "normalizer": 3.0,
+    }
     return logits, keywords
 
 
@@ -185,8 +187,7 @@ def step_of(backend, logits, objective, **keywords):
 
 def step_check(backend, logits, objective, **keywords):
     """Loss, statistics and gradient against the float64 reference."""
-    exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-             for k, v in keywords.items()}  # fmt: skip
+    exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in keywords.items()}
     with tokfuse.backend("reference"):
         want = tokfuse.policy_step(logits=logits.double(), objective=objective, **exact)
     got = step_of(backend, logits, objective, **keywords)
@@ -226,17 +227,23 @@ def test_step_at_the_borders_of_a_tile(vocab: int, backend, small_tiles):
 
 def test_step_with_the_shipped_tiles(backend):
     logits, keywords = logits_of(torch.float32)
-    step_check(backend, logits[:2], SPEC, **{
-        k: v[:2] if isinstance(v, torch.Tensor) else v for k, v in keywords.items()})  # fmt: skip
+    step_check(
+        backend, logits[:2], SPEC, **{k: v[:2] if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    )
 
 
 @pytest.mark.parametrize(
     "option",
-    [{"temperature": 0.7}, {"temperature": torch.linspace(0.5, 1.5, TOKENS)}, {"softcap": 4.0},
-     {"logit_scale": 0.5}, {"token_weight": torch.linspace(0.0, 2.0, TOKENS)},
-     {"normalizer": "batch"}],
+    [
+        {"temperature": 0.7},
+        {"temperature": torch.linspace(0.5, 1.5, TOKENS)},
+        {"softcap": 4.0},
+        {"logit_scale": 0.5},
+        {"token_weight": torch.linspace(0.0, 2.0, TOKENS)},
+        {"normalizer": "batch"},
+    ],
     ids=lambda option: "-".join(map(str, option)),
-)  # fmt: skip
+)
 def test_step_options(option, backend, small_tiles):
     logits, keywords = logits_of(torch.float32)
     objective = Objective(entropy_coef=0.1)
@@ -302,10 +309,13 @@ def test_a_bad_target(backend, small_tiles, monkeypatch):
 
 def test_no_tokens(backend):
     step = tokfuse.policy_step(
-        logits=backend.put(torch.zeros(0, 9)), objective=SPEC, normalizer="batch",
+        logits=backend.put(torch.zeros(0, 9)),
+        objective=SPEC,
+        normalizer="batch",
         target=backend.put(torch.zeros(0, dtype=torch.int64)),
-        old_logp=backend.put(torch.zeros(0)), advantage=backend.put(torch.zeros(0)),
-    )  # fmt: skip
+        old_logp=backend.put(torch.zeros(0)),
+        advantage=backend.put(torch.zeros(0)),
+    )
     assert float(step.loss) == 0.0 and float(step.count) == 0.0
     assert step.grad_logits.shape == (0, 9)
 

@@ -57,9 +57,7 @@ def test_a_target_out_of_range_poisons_its_row_where_values_are_not_read():
     one = torch.ones(4)
     grad = kernels.token_stats_bwd(logits, target, out[5], out[6], out[1], one, one, **OPTIONS)
     assert grad.isnan().all(1).tolist() == [False, True, True, False]
-    only_entropy = kernels.token_stats_bwd(
-        logits, target, out[5], out[6], out[1], None, one, **OPTIONS
-    )
+    only_entropy = kernels.token_stats_bwd(logits, target, out[5], out[6], out[1], None, one, **OPTIONS)
     assert only_entropy.isfinite().all()
 
 
@@ -93,9 +91,7 @@ def test_an_id_out_of_range_poisons_its_row_where_values_are_not_read():
     assert out[0].isnan().tolist() == [False, True, True]
     assert out[1].isnan().tolist() == [False, True, False]
     # Offsets that point behind the ids read nothing there.
-    out = kernels.kept_token_stats_fwd(
-        logits, target, ids, torch.tensor([0, 2, 4, 1 << 40]), **OPTIONS
-    )
+    out = kernels.kept_token_stats_fwd(logits, target, ids, torch.tensor([0, 2, 4, 1 << 40]), **OPTIONS)
     assert out[1][2].isfinite()
 
 

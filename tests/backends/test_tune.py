@@ -18,9 +18,7 @@ from tokfuse.runtime.backends import triton_backend
 pytest.importorskip("triton")
 from tokfuse.triton_kernels import compile_cases, launch  # noqa: E402
 
-needs_compiler = pytest.mark.skipif(
-    triton_backend.interpreting(), reason="the interpreter is on: no compiler"
-)
+needs_compiler = pytest.mark.skipif(triton_backend.interpreting(), reason="the interpreter is on: no compiler")
 RECORD = launch.LaunchConfig(block_v=4096, num_warps=8)
 
 
@@ -128,9 +126,11 @@ REFUSALS = [
     ([1], "load_tuned: path must be a table of format 1; got "),
     (GOOD | {"format": 2}, "load_tuned: path must be a table of format 1; got 2"),
     (GOOD | {"records": {"no_such": FIELDS}}, "load_tuned: path must be a table of kernels among"),
-    (GOOD | {"records": {"token_stats_fwd": FIELDS | {"block_v": 3000}}},
-     "LaunchConfig: blocks and num_warps must be powers of two"),
-]  # fmt: skip
+    (
+        GOOD | {"records": {"token_stats_fwd": FIELDS | {"block_v": 3000}}},
+        "LaunchConfig: blocks and num_warps must be powers of two",
+    ),
+]
 
 
 @pytest.mark.parametrize(("content", "message"), REFUSALS, ids=range(len(REFUSALS)))

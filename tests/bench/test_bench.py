@@ -11,29 +11,28 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 
-from tokfuse.bench import (
-    cli,
-    errors,
-    exact,
-    machine,
-    measure,
-    peers,
-    plan,
-    probes,
-    report,
-    runner,
-    targets,
-)
+from tokfuse.bench import cli, errors, exact, machine, measure, peers, plan, probes, report, runner, targets
 from tokfuse.bench.measure import ColdCache, Provider, interleave, percentile
 from tokfuse.bench.problem import Config, Problem, Unsupported, make_batch
 from tokfuse.bench.row import SCHEMA_VERSION, STATUSES, Row
 
 CONFIG = Config("token_stats", "forward", "all", "float32", 4, 16)
 ROW = Row(
-    schema=SCHEMA_VERSION, op="token_stats", mode="forward", variant="all", shape="4x16", tokens=4,
-    hidden=0, vocab=16, dtype="float32", device="cpu", provider="tokfuse", role="ours",
-    backend="cpu", status="pass",
-)  # fmt: skip
+    schema=SCHEMA_VERSION,
+    op="token_stats",
+    mode="forward",
+    variant="all",
+    shape="4x16",
+    tokens=4,
+    hidden=0,
+    vocab=16,
+    dtype="float32",
+    device="cpu",
+    provider="tokfuse",
+    role="ours",
+    backend="cpu",
+    status="pass",
+)
 SHAPES = {
     "token_stats": "4x33",
     "policy_step": "4x33",
@@ -197,9 +196,14 @@ def test_every_status_becomes_a_row() -> None:
     rows = run_rows(problem)
     status = {name: row.status for name, row in rows.items()}
     assert status == {
-        "tokfuse": "fallback", "good": "pass", "wrong": "error", "nan": "error",
-        "broken": "error", "large": "oom", "missing": "unsupported",
-    }  # fmt: skip
+        "tokfuse": "fallback",
+        "good": "pass",
+        "wrong": "error",
+        "nan": "error",
+        "broken": "error",
+        "large": "oom",
+        "missing": "unsupported",
+    }
     assert set(status.values()) == set(STATUSES) - {"predicted"}  # nothing runs for that one
     assert rows["missing"].note == "not installed" and rows["missing"].median_ms is None
     assert rows["good"].error_logp == pytest.approx(1e-3)
@@ -223,9 +227,12 @@ def test_a_peer_that_computes_less_says_so() -> None:
 
 def test_ratio_and_limit_come_from_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {
-        "tokfuse": [2.0, 4.0, 3.0], "slow": [8.0, 8.0, 15.0],
-        "limit_read": [0.5, 0.5, 0.5], "limit_copy": [1.0, 1.0, 9.0], "limit_exp": [1.0, 1.0, 1.0],
-    }  # fmt: skip
+        "tokfuse": [2.0, 4.0, 3.0],
+        "slow": [8.0, 8.0, 15.0],
+        "limit_read": [0.5, 0.5, 0.5],
+        "limit_copy": [1.0, 1.0, 9.0],
+        "limit_exp": [1.0, 1.0, 1.0],
+    }
     monkeypatch.setattr(runner, "interleave", lambda *args: (times, {}))
     problem = Problem(
         CONFIG,
@@ -423,9 +430,7 @@ def test_probes_run() -> None:
     assert all(provider.run() == {} for provider in providers)
 
 
-def test_waiting_policy_is_warned_about(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_waiting_policy_is_warned_about(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     machine.warn_about_waiting()
     assert capsys.readouterr().err == ""

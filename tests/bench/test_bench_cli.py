@@ -12,12 +12,35 @@ from tokfuse.bench import cli, compare, liger_csv, machine, numbers, plan, plot,
 from tokfuse.bench.row import SCHEMA_VERSION, Row, check_one_machine
 
 ROW = Row(
-    schema=SCHEMA_VERSION, op="policy_step", mode="step", variant="entropy=0", shape="4x16",
-    tokens=4, hidden=0, vocab=16, dtype="float32", device="cpu", provider="tokfuse", role="ours",
-    backend="cpu", status="pass", median_ms=2.0, p20_ms=1.5, p80_ms=3.0, bytes_moved=8_000_000,
-    flops=4_000_000, machine="Linux, 2 cores", cpu_model="a processor", isa="v3", timestamp="now",
-    peak_extra_bytes=3 << 20, limit="copy", limit_share=0.5, tokfuse="0.1.0", threads=2,
-)  # fmt: skip
+    schema=SCHEMA_VERSION,
+    op="policy_step",
+    mode="step",
+    variant="entropy=0",
+    shape="4x16",
+    tokens=4,
+    hidden=0,
+    vocab=16,
+    dtype="float32",
+    device="cpu",
+    provider="tokfuse",
+    role="ours",
+    backend="cpu",
+    status="pass",
+    median_ms=2.0,
+    p20_ms=1.5,
+    p80_ms=3.0,
+    bytes_moved=8_000_000,
+    flops=4_000_000,
+    machine="Linux, 2 cores",
+    cpu_model="a processor",
+    isa="v3",
+    timestamp="now",
+    peak_extra_bytes=3 << 20,
+    limit="copy",
+    limit_share=0.5,
+    tokfuse="0.1.0",
+    threads=2,
+)
 TINY = ["policy_step", "--quick", "--rounds", "1", "--shapes", "4x33", "--dtype", "float32"]
 
 
@@ -71,8 +94,7 @@ def test_csv_has_ligers_columns_and_what_passed_only() -> None:
 def test_a_fallback_is_marked_in_the_plot(tmp_path: Path, monkeypatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(plot, "_bars", lambda axes, group: seen.extend(r.status for r in group))
-    plot.draw([ROW, replace(ROW, status="fallback"), replace(ROW, median_ms=None)],
-              tmp_path / "p.png")  # fmt: skip
+    plot.draw([ROW, replace(ROW, status="fallback"), replace(ROW, median_ms=None)], tmp_path / "p.png")
     assert sorted(seen) == ["fallback", "pass"]
 
 
@@ -83,9 +105,7 @@ def test_png_without_matplotlib_is_refused_before_anything_runs(monkeypatch, cap
 
 def test_a_model_stands_for_its_sizes() -> None:
     assert plan.parse_shape("policy_step", "8xllama3", 2) == {"tokens": 8, "vocab": 128256}
-    assert plan.parse_shape("policy_step_hidden", "8xgemma2", 3) == {
-        "tokens": 8, "hidden": 2304, "vocab": 256000,
-    }  # fmt: skip
+    assert plan.parse_shape("policy_step_hidden", "8xgemma2", 3) == {"tokens": 8, "hidden": 2304, "vocab": 256000}
     with pytest.raises(ValueError, match="256x{smollm2, qwen2.5, llama3, gemma2}"):
         plan.parse_shape("policy_step", "8xgpt5", 2)
 
@@ -97,9 +117,7 @@ def test_a_forced_backend_serves_every_row_or_none(tmp_path: Path) -> None:
     cli.main([*line, "cuda"])
     rows = [Row.from_json(text) for text in path.read_text().splitlines()]
     ours = [row for row in rows if row.role == "ours"]
-    assert [(r.status, r.backend) for r in ours] == [("fallback", "reference")] * 2 + [
-        ("unsupported", "")
-    ] * 2  # fmt: skip
+    assert [(r.status, r.backend) for r in ours] == [("fallback", "reference")] * 2 + [("unsupported", "")] * 2
     assert "cuda" in ours[-1].note
 
 
@@ -162,9 +180,7 @@ def test_compare_refuses(tmp_path: Path, capsys) -> None:
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     old.write_text(ROW.to_json() + "\n")
     new.write_text("nonsense")
-    assert "must be JSON lines of `bench --json`" in refusal(
-        ["compare", str(old), str(new)], capsys
-    )
+    assert "must be JSON lines of `bench --json`" in refusal(["compare", str(old), str(new)], capsys)
     assert "name two files" in refusal(["compare", str(old)], capsys)
     new.write_text(replace(ROW, cpu_model="another").to_json())
     assert "one machine" in refusal(["compare", str(old), str(new)], capsys)

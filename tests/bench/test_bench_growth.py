@@ -12,12 +12,28 @@ from tokfuse.bench import plan as planning
 from tokfuse.bench.row import SCHEMA_VERSION, Row
 
 ROW = Row(
-    schema=SCHEMA_VERSION, op="policy_step_hidden", mode="step", variant="rows=1", shape="8x4x16",
-    tokens=8, hidden=4, vocab=16, dtype="float32", device="cpu", provider="tokfuse", role="ours",
-    backend="cpu", status="pass", sweep="tokens", threads=2, median_ms=2.0, cpu_ms=3.0,
+    schema=SCHEMA_VERSION,
+    op="policy_step_hidden",
+    mode="step",
+    variant="rows=1",
+    shape="8x4x16",
+    tokens=8,
+    hidden=4,
+    vocab=16,
+    dtype="float32",
+    device="cpu",
+    provider="tokfuse",
+    role="ours",
+    backend="cpu",
+    status="pass",
+    sweep="tokens",
+    threads=2,
+    median_ms=2.0,
+    cpu_ms=3.0,
     flops=4_000_000_000,
-    peak_extra_bytes=5 << 20, result_bytes=3 << 20,
-)  # fmt: skip
+    peak_extra_bytes=5 << 20,
+    result_bytes=3 << 20,
+)
 
 
 def plan(*arguments: str) -> list[planning.Step]:
@@ -28,8 +44,9 @@ def test_a_sweep_varies_one_axis() -> None:
     for sweep in growth.sweeps():
         points = list(sweep.points())
         for config, threads in points:
-            same = replace(config, **{n: getattr(sweep.base, n) for n in ("variant", sweep.axis)
-                                      if hasattr(sweep.base, n)})  # fmt: skip
+            same = replace(
+                config, **{n: getattr(sweep.base, n) for n in ("variant", sweep.axis) if hasattr(sweep.base, n)}
+            )
             assert same == sweep.base and (threads is None) == (sweep.axis != "threads")
         assert len({(config, threads) for config, threads in points}) == len(sweep.values) >= 2
 
@@ -64,9 +81,7 @@ def test_axes_belong_to_growth(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_several_ops_in_one_run() -> None:
     options = cli._parser().parse_args(["gae", "token_stats", "--quick"])
-    assert [step.config.op for step in planning.make_plan(options)] == ["advantage"] + [
-        "token_stats"
-    ] * 2
+    assert [step.config.op for step in planning.make_plan(options)] == ["advantage"] + ["token_stats"] * 2
     options.names = ["gae", "softmax"]
     with pytest.raises(ValueError, match="one of token_stats, .*predict; got 'softmax'"):
         planning.make_plan(options)
@@ -86,9 +101,7 @@ def test_growth_rows_and_tables(tmp_path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_table_shows_time_per_work_and_workspace() -> None:
-    larger = replace(
-        ROW, tokens=16, median_ms=4.0, cpu_ms=6.0, flops=8_000_000_000, limit_share=0.5
-    )
+    larger = replace(ROW, tokens=16, median_ms=4.0, cpu_ms=6.0, flops=8_000_000_000, limit_share=0.5)
     peer = replace(ROW, provider="torch_eager", role="peer", ratio=3.0, result_bytes=0)
     lines = growth.tables([ROW, larger, peer, replace(ROW, sweep="")]).splitlines()
     assert lines[2] == "hidden 4, vocab 16, threads 2, float32, step, rows=1."
@@ -118,8 +131,11 @@ def test_peak_counts_the_kept_workspace_and_is_flat_in_tokens(tmp_path) -> None:
     options = ["--peers", "none", "--no-errors", "--json", str(path)]
     subprocess.run(
         [sys.executable, "-m", "tokfuse", "bench", *command.split(), *options],
-        cwd=tmp_path, check=True, timeout=120, capture_output=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
     rows = [Row.from_json(line) for line in path.read_text().splitlines()]
     few, many = (row for row in rows if row.role == "ours")
     if few.workspace_bytes is None or few.status != "pass":

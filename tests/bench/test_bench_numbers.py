@@ -12,16 +12,41 @@ from tokfuse.bench.row import SCHEMA_VERSION, Row
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
 ROW = Row(
-    schema=SCHEMA_VERSION, op="policy_step_hidden", mode="step", variant="rows=1", shape="8x4x16",
-    tokens=8, hidden=4, vocab=16, dtype="float32", device="cpu", provider="tokfuse", role="ours",
-    backend="cpu", status="pass", threads=2, median_ms=2.0, cpu_ms=4.0, peak_extra_bytes=5 << 20,
-    result_bytes=3 << 20, cpu_model="a processor", command="tokfuse bench x --json r.jsonl",
-)  # fmt: skip
+    schema=SCHEMA_VERSION,
+    op="policy_step_hidden",
+    mode="step",
+    variant="rows=1",
+    shape="8x4x16",
+    tokens=8,
+    hidden=4,
+    vocab=16,
+    dtype="float32",
+    device="cpu",
+    provider="tokfuse",
+    role="ours",
+    backend="cpu",
+    status="pass",
+    threads=2,
+    median_ms=2.0,
+    cpu_ms=4.0,
+    peak_extra_bytes=5 << 20,
+    result_bytes=3 << 20,
+    cpu_model="a processor",
+    command="tokfuse bench x --json r.jsonl",
+)
 PEER = replace(ROW, provider="trl", role="peer", median_ms=5.0, cpu_ms=6.0, note="computes no lse")
 STUDY = {
-    "data": "answers", "samples": 4, "kind": "direction", "score": "sketch", "slice": "all",
-    "spearman": 0.5, "spearman_low": 0.25, "spearman_high": 0.75, "seeds": 8, "model": "a model",
-}  # fmt: skip
+    "data": "answers",
+    "samples": 4,
+    "kind": "direction",
+    "score": "sketch",
+    "slice": "all",
+    "spearman": 0.5,
+    "spearman_low": 0.25,
+    "spearman_high": 0.75,
+    "seeds": 8,
+    "model": "a model",
+}
 
 
 def test_readme_is_current() -> None:
@@ -35,13 +60,8 @@ def test_readme_is_current() -> None:
 
 def test_tables_hold_what_the_rows_hold() -> None:
     gemm = replace(ROW, provider="limit_gemm", role="limit", median_ms=1.5)
-    text = numbers.section(
-        [ROW, PEER, gemm, replace(PEER, provider="liger", status="error")], [STUDY]
-    )
-    assert (
-        "| 8 x 4 x 16 | float32 | rows=1 | bare matrix products | 1.5 (0.8x) | 1.0x | - | - |"
-        in text
-    )
+    text = numbers.section([ROW, PEER, gemm, replace(PEER, provider="liger", status="error")], [STUDY])
+    assert "| 8 x 4 x 16 | float32 | rows=1 | bare matrix products | 1.5 (0.8x) | 1.0x | - | - |" in text
     assert "| tokfuse | 2.0 (1.0x) | 1.0x | 2.0 MiB | - |" in text
     assert "| trl | 5.0 (2.5x) | 1.5x | 2.0 MiB | computes no lse |" in text and "liger" not in text
     assert "| answers (4) | sketch | 0.50 (0.25 to 0.75) |" in text
@@ -98,8 +118,7 @@ def test_numbers_are_written_between_the_markers(tmp_path, capsys) -> None:
     assert cli.main(["numbers", str(rows)]) == 0
     assert capsys.readouterr().out.strip() in text
     page.write_text("no markers")
-    for line in (["numbers", str(rows), "--write", str(page)], ["numbers"],
-                 ["policy_step", "--write", str(page)]):  # fmt: skip
+    for line in (["numbers", str(rows), "--write", str(page)], ["numbers"], ["policy_step", "--write", str(page)]):
         with pytest.raises(SystemExit):
             cli.main(line)
     assert page.read_text() == "no markers"
@@ -108,18 +127,33 @@ def test_numbers_are_written_between_the_markers(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("goal", "row", "text", "met"),
     [
-        (targets.Ceiling("o", "m", "v", "tokfuse", ("none", "base"), 2.0), {"median_ms": 3.0},
-         "tokfuse / base = 1.500 (at most 2)", True),
-        (targets.Ceiling("o", "m", "v", "tokfuse", ("base",), 1.2), {"median_ms": 3.0},
-         "tokfuse / base = 1.500 (at most 1.2)", False),
-        (targets.Floor("o", "m", "v", "tokfuse", 0.7), {"limit_share": 0.6, "limit": "read"},
-         "tokfuse reaches 0.60 of read (at least 0.7)", False),
-        (targets.Budget("o", "m", "v", "tokfuse", 1 << 20), {},
-         "tokfuse uses 2.0 MiB beyond its results (at most 1)", False),
-        (targets.Target("o", "m", "v", "tokfuse", "base", 0.5), {},
-         "base / tokfuse = 1.00 (at least 0.5)", True),
+        (
+            targets.Ceiling("o", "m", "v", "tokfuse", ("none", "base"), 2.0),
+            {"median_ms": 3.0},
+            "tokfuse / base = 1.500 (at most 2)",
+            True,
+        ),
+        (
+            targets.Ceiling("o", "m", "v", "tokfuse", ("base",), 1.2),
+            {"median_ms": 3.0},
+            "tokfuse / base = 1.500 (at most 1.2)",
+            False,
+        ),
+        (
+            targets.Floor("o", "m", "v", "tokfuse", 0.7),
+            {"limit_share": 0.6, "limit": "read"},
+            "tokfuse reaches 0.60 of read (at least 0.7)",
+            False,
+        ),
+        (
+            targets.Budget("o", "m", "v", "tokfuse", 1 << 20),
+            {},
+            "tokfuse uses 2.0 MiB beyond its results (at most 1)",
+            False,
+        ),
+        (targets.Target("o", "m", "v", "tokfuse", "base", 0.5), {}, "base / tokfuse = 1.00 (at least 0.5)", True),
     ],
-)  # fmt: skip
+)
 def test_every_kind_of_goal(goal: targets.Goal, row: dict, text: str, met: bool) -> None:
     ours = replace(ROW, op="o", mode="m", variant="v", **row)
     base = replace(ours, provider="base", role="peer", median_ms=2.0)
@@ -129,8 +163,10 @@ def test_every_kind_of_goal(goal: targets.Goal, row: dict, text: str, met: bool)
 
 
 def test_a_goal_without_rows_is_silent() -> None:
-    goals = (targets.Ceiling("o", "m", "v", "tokfuse", ("base",), 1.0),
-             targets.Floor("o", "m", "v", "tokfuse", 0.7),
-             targets.Budget("o", "m", "v", "tokfuse", 1))  # fmt: skip
+    goals = (
+        targets.Ceiling("o", "m", "v", "tokfuse", ("base",), 1.0),
+        targets.Floor("o", "m", "v", "tokfuse", 0.7),
+        targets.Budget("o", "m", "v", "tokfuse", 1),
+    )
     bare = replace(ROW, op="o", mode="m", variant="v", peak_extra_bytes=None)
     assert targets.judge([bare], goals) == []

@@ -18,14 +18,26 @@ PYTEST = str(Path(sys.executable).with_name("pytest"))
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("suite") / "saved.json"
-    line = ["bench", "--benchmark-only", f"--benchmark-json={path}", "-q", "-p", "no:cacheprovider",
-            "-k", "forward-all-float32 and (tokfuse or eager) and not linear"]  # fmt: skip
+    line = [
+        "bench",
+        "--benchmark-only",
+        f"--benchmark-json={path}",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "forward-all-float32 and (tokfuse or eager) and not linear",
+    ]
     # In a worker of xdist the child would take itself for one, and turn benchmarks off.
     outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
-        [PYTEST, *line], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        [PYTEST, *line],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
         env=outside | {"TOKFUSE_BENCH_FULL": "0"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return path
 
@@ -38,9 +50,9 @@ def test_groups_and_extra_info_are_rows(saved: Path) -> None:
     rows = {b["extra_info"]["provider"]: b["extra_info"] for b in whole["benchmarks"]}
     assert set(rows) == {"tokfuse", "torch_eager"}
     ours = Row.from_json(json.dumps(rows["tokfuse"]))
-    assert ours.role == "ours" and ours.median_ms and ours.tokens_per_s == pytest.approx(
-        rows["tokfuse"]["tokens_per_s"]
-    )  # fmt: skip
+    assert (
+        ours.role == "ours" and ours.median_ms and ours.tokens_per_s == pytest.approx(rows["tokfuse"]["tokens_per_s"])
+    )
     assert ours.read_ms and ours.limit in ("read", "exp") and ours.limit_share
     assert ours.error_logp is not None and ours.error_logp < 2e-5 and ours.rounds == 5
 

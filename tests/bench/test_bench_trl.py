@@ -10,16 +10,23 @@ pytest.importorskip("trl", reason="needs the group `hosts`")
 
 import tiny_grpo  # noqa: F401  (sets HF_HUB_OFFLINE)
 
-OPTIONS = argparse.Namespace(
-    arm="fused", model=None, steps=3, prompts=1, generations=4, length=5, rounds=1
-)
+OPTIONS = argparse.Namespace(arm="fused", model=None, steps=3, prompts=1, generations=4, length=5, rounds=1)
 FACTS = {"trl": "1.16.0", "cpu_model": "a CPU", "threads": 2, "torch": "2.13", "load_average": 0.5}
 
 
 def row(arm="stock", **more):
     figures = {"step_s": 2.0, "generation_s": 0.5, "loss_side_s": 1.0, "peak_mib": 100.0}
-    return {"arm": arm, "model": "tiny", "sequences": 4, "length": 5, "losses": [0.5, 0.25],
-            "grad_norms": [1.0, 2.0], **figures, **FACTS, **more}  # fmt: skip
+    return {
+        "arm": arm,
+        "model": "tiny",
+        "sequences": 4,
+        "length": 5,
+        "losses": [0.5, 0.25],
+        "grad_norms": [1.0, 2.0],
+        **figures,
+        **FACTS,
+        **more,
+    }
 
 
 def test_an_arm_measures_its_steps():

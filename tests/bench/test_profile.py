@@ -30,20 +30,29 @@ def test_a_trace_on_the_cpu_has_our_ranges(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--tool", "nsys", "--device", "cuda"],
-         ["nsys profile -t cuda,nvtx,osrt,cublas -c cudaProfilerApi --capture-range-end=stop",
-          "-o tokfuse-profile -f true"]),
+        (
+            ["--tool", "nsys", "--device", "cuda"],
+            [
+                "nsys profile -t cuda,nvtx,osrt,cublas -c cudaProfilerApi --capture-range-end=stop",
+                "-o tokfuse-profile -f true",
+            ],
+        ),
         (["--tool", "nsys"], ["nsys profile -t nvtx,osrt -o tokfuse-profile"]),
-        (["--tool", "ncu", "--device", "cuda", "--kernel", "token.*", "-o", "r"],
-         ["ncu --profile-from-start off --nvtx --nvtx-include tokfuse::token_stats.fwd/",
-          "-k 'regex:token.*' -c 3 --set full -f -o r", "ncu --import r.ncu-rep"]),
-        (["--tool", "ncu", "--range", "token_stats.bwd", "--kernels", "7"],
-         ["--nvtx-include tokfuse::token_stats.bwd/ -c 7"]),
+        (
+            ["--tool", "ncu", "--device", "cuda", "--kernel", "token.*", "-o", "r"],
+            [
+                "ncu --profile-from-start off --nvtx --nvtx-include tokfuse::token_stats.fwd/",
+                "-k 'regex:token.*' -c 3 --set full -f -o r",
+                "ncu --import r.ncu-rep",
+            ],
+        ),
+        (
+            ["--tool", "ncu", "--range", "token_stats.bwd", "--kernels", "7"],
+            ["--nvtx-include tokfuse::token_stats.bwd/ -c 7"],
+        ),
     ],
-)  # fmt: skip
-def test_the_exact_command_is_printed(
-    arguments: list[str], wanted: list[str], capsys, monkeypatch
-) -> None:
+)
+def test_the_exact_command_is_printed(arguments: list[str], wanted: list[str], capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert profile.main([*TINY, *arguments, "--print"]) == 0
     printed = capsys.readouterr().out

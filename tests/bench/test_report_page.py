@@ -15,31 +15,57 @@ from tokfuse.bench.row import SCHEMA_VERSION, Row
 from tokfuse.inspection import kernel_table
 
 ROW = Row(
-    schema=SCHEMA_VERSION, op="policy_step", mode="step", variant="entropy=0.01", shape="4x49152",
-    tokens=4, hidden=0, vocab=49152, dtype="float32", device="cpu", provider="tokfuse", role="ours",
-    backend="cpu", status="pass", median_ms=2.0, p20_ms=1.5, p80_ms=3.0, bytes_moved=8_000_000,
-    flops=35_000_000, copy_ms=1.0, machine="Linux, 2 cores", cpu_model="a processor", isa="v3",
-    limit="copy", limit_share=0.5, peak_extra_bytes=5 << 20, result_bytes=3 << 20, threads=2,
+    schema=SCHEMA_VERSION,
+    op="policy_step",
+    mode="step",
+    variant="entropy=0.01",
+    shape="4x49152",
+    tokens=4,
+    hidden=0,
+    vocab=49152,
+    dtype="float32",
+    device="cpu",
+    provider="tokfuse",
+    role="ours",
+    backend="cpu",
+    status="pass",
+    median_ms=2.0,
+    p20_ms=1.5,
+    p80_ms=3.0,
+    bytes_moved=8_000_000,
+    flops=35_000_000,
+    copy_ms=1.0,
+    machine="Linux, 2 cores",
+    cpu_model="a processor",
+    isa="v3",
+    limit="copy",
+    limit_share=0.5,
+    peak_extra_bytes=5 << 20,
+    result_bytes=3 << 20,
+    threads=2,
     command="python -m tokfuse bench policy_step",
-)  # fmt: skip
+)
 PEER = replace(ROW, provider="trl", role="peer", median_ms=9.0, note="computes no <lse>")
 SWEPT = [
-    replace(
-        ROW, sweep=axis, tokens=tokens, vocab=vocab, variant=variant, median_ms=ms,
-        shape=f"{tokens}x{vocab}",
-    )
+    replace(ROW, sweep=axis, tokens=tokens, vocab=vocab, variant=variant, median_ms=ms, shape=f"{tokens}x{vocab}")
     for axis, tokens, vocab, variant, ms in [
-        ("tokens", 4, 16, "v", 1.0), ("tokens", 8, 16, "v", 2.0), ("vocab", 4, 16, "v", 1.0),
-        ("vocab", 4, 64, "v", 3.0), ("rows", 4, 16, "rows=0.25", 1.0),
+        ("tokens", 4, 16, "v", 1.0),
+        ("tokens", 8, 16, "v", 2.0),
+        ("vocab", 4, 16, "v", 1.0),
+        ("vocab", 4, 64, "v", 3.0),
+        ("rows", 4, 16, "rows=0.25", 1.0),
         ("rows", 4, 16, "rows=1", 2.0),
     ]
-]  # fmt: skip
+]
 ROWS = [
     replace(PEER, provider="absent", status="unsupported", median_ms=None, note="not installed"),
-    ROW, PEER, replace(PEER, provider="verl", median_ms=30.0),
+    ROW,
+    PEER,
+    replace(PEER, provider="verl", median_ms=30.0),
     replace(ROW, provider="tokfuse_", status="fallback", backend="reference", median_ms=1.0),
-    *SWEPT, *predict.rows(),
-]  # fmt: skip
+    *SWEPT,
+    *predict.rows(),
+]
 
 
 class Outline(HTMLParser):
@@ -104,9 +130,12 @@ def test_every_measured_row_is_there_with_its_status(text: str) -> None:
     head, *lines = Outline(text).tables["rows"]
     rows = [dict(zip(head, line, strict=True)) for line in lines]
     assert {r["provider"]: r["status"] for r in rows} == {
-        "tokfuse": "pass", "trl": "pass", "verl": "pass", "absent": "unsupported",
+        "tokfuse": "pass",
+        "trl": "pass",
+        "verl": "pass",
+        "absent": "unsupported",
         "tokfuse_": "fallback",
-    }  # fmt: skip
+    }
     assert rows[0]["note"] == "not installed" and rows[0]["median"] == "-"
     assert rows[1]["GB/s"] == "4" and rows[1]["tokens/s"] == "2,000"
     assert len(Outline(text).tables["growth"]) == 1 + len(SWEPT)
@@ -178,14 +207,18 @@ def test_predictions_take_the_longer_of_bytes_and_instructions() -> None:
     assert slow.limit_share < 0.12
 
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
     "--virtual-time-budget=3000",
-]  # fmt: skip
+]
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on the path")
@@ -207,10 +240,18 @@ def test_it_works_in_a_browser(text: str, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(text.replace("</body>", probe))
     done = subprocess.run(
-        [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,900",
-         "--dump-dom", file.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            BROWSER,
+            *FLAGS,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1300,900",
+            "--dump-dom",
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert 'data-ready="yes"' in done.stdout, done.stderr[-2000:]
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title is not None

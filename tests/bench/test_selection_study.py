@@ -14,17 +14,33 @@ from tokfuse.bench.study_influence import Sample  # noqa: E402
 from tokfuse.bench.study_selection import Pool, Settings, Split  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-S = Settings(per_kind=6, validation=4, held_out=5, blocks=1, steps=2, batch=4, warm_steps=1,
-             warm_samples=6, members=2, rank=4, lr=1e-2)  # fmt: skip
+S = Settings(
+    per_kind=6,
+    validation=4,
+    held_out=5,
+    blocks=1,
+    steps=2,
+    batch=4,
+    warm_steps=1,
+    warm_samples=6,
+    members=2,
+    rank=4,
+    lr=1e-2,
+)
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -38,8 +54,7 @@ def pool() -> Pool:
     gen = torch.Generator().manual_seed(1)
 
     def samples(count: int, kind: int) -> list[Sample]:
-        return [Sample(torch.randint(61, (6 + i % 3,), generator=gen), 4, 1.0, kind)
-                for i in range(count)]  # fmt: skip
+        return [Sample(torch.randint(61, (6 + i % 3,), generator=gen), 4, 1.0, kind) for i in range(count)]
 
     train = [s for kind in range(3) for s in samples(S.per_kind, kind)]
     return Pool(train, samples(S.validation, 0), samples(S.held_out, 0))
@@ -64,8 +79,14 @@ def test_greedy_accuracy_is_that_of_generation(model, split) -> None:
     samples = []
     for i in range(6):
         prompt = torch.randint(3, 61, (1, 4), generator=gen)
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                             max_new_tokens=3, pad_token_id=0, eos_token_id=None)[0]  # fmt: skip
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=3,
+            pad_token_id=0,
+            eos_token_id=None,
+        )[0]
         if i % 2:
             out = torch.cat([out[:-1], (out[-1:] + 1) % 61])
         samples.append(Sample(out, 4, 1.0, 0))
@@ -105,8 +126,7 @@ def test_rows_resume_and_the_report_holds_them(split, pool, tmp_path) -> None:
     assert third == [6] * (selection_report.RANKINGS - 1)
     done = {row.ranking for row in rows} - {"LESS"}
     (again,) = study_selection.run_seed(split, pool, S, 1, done, choices, never)
-    assert (again.ranking, again.after, again.logp) == (
-        "LESS", by_name["LESS"].after, by_name["LESS"].logp)  # fmt: skip
+    assert (again.ranking, again.after, again.logp) == ("LESS", by_name["LESS"].after, by_name["LESS"].logp)
     assert list(study_selection.run_seed(split, pool, S, 1, set(), choices, 0.0)) == []
     plain = [json.loads(json.dumps(vars(row))) for row in rows]
     page = tmp_path / "page.md"
@@ -124,8 +144,16 @@ def test_rows_resume_and_the_report_holds_them(split, pool, tmp_path) -> None:
 
 def test_the_plot_is_written(tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    row = {"ranking": "random", "seed": 1, "before": 0.5, "after": 0.6, "samples": 3,
-           "useful": 0.5, "irrelevant": 0.25, "mislabelled": 0.25}  # fmt: skip
+    row = {
+        "ranking": "random",
+        "seed": 1,
+        "before": 0.5,
+        "after": 0.6,
+        "samples": 3,
+        "useful": 0.5,
+        "irrelevant": 0.25,
+        "mislabelled": 0.25,
+    }
     selection_report.plot(tmp_path / "out.png", [row, row | {"ranking": "LESS"}])
     assert (tmp_path / "out.png").stat().st_size > 5000
 

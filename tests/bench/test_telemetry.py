@@ -109,8 +109,12 @@ def test_the_thread_samples_while_work_is_done() -> None:
 
 
 def test_a_reading_that_the_gpu_lacks_is_none_and_not_zero() -> None:
-    missing = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage",
-               "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetClockInfo")  # fmt: skip
+    missing = (
+        "nvmlDeviceGetTotalEnergyConsumption",
+        "nvmlDeviceGetPowerUsage",
+        "nvmlDeviceGetMemoryInfo",
+        "nvmlDeviceGetClockInfo",
+    )
     with Sampler(nvml=RecordedDriver(missing), interval_s=60.0) as sampler:
         pass
     got = sampler.result
@@ -143,9 +147,15 @@ def test_without_the_package_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("visible", "device", "uuid"),
-    [("1", 0, "GPU-bbbb-2"), ("1,0", 1, "GPU-aaaa-1"), ("GPU-bbbb", 0, "GPU-bbbb-2"),
-     ("GPU-bbbb-2,GPU-aaaa-1", 1, "GPU-aaaa-1"), ("MIG-7", 0, "MIG-7"), (None, 1, "GPU-bbbb-2")],
-)  # fmt: skip
+    [
+        ("1", 0, "GPU-bbbb-2"),
+        ("1,0", 1, "GPU-aaaa-1"),
+        ("GPU-bbbb", 0, "GPU-bbbb-2"),
+        ("GPU-bbbb-2,GPU-aaaa-1", 1, "GPU-aaaa-1"),
+        ("MIG-7", 0, "MIG-7"),
+        (None, 1, "GPU-bbbb-2"),
+    ],
+)
 def test_visible_devices_are_mapped(
     visible: str | None, device: int, uuid: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,18 +166,13 @@ def test_visible_devices_are_mapped(
 
 
 @pytest.mark.parametrize(
-    ("visible", "text"),
-    [("0", "hides device 1"), ("", "hides device 1"), ("0,GPU-cc", "names GPU-cc, which no GPU")],
+    ("visible", "text"), [("0", "hides device 1"), ("", "hides device 1"), ("0,GPU-cc", "names GPU-cc, which no GPU")]
 )
-def test_a_hidden_device_is_unavailable(
-    visible: str, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hidden_device_is_unavailable(visible: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with Sampler(1, nvml=RecordedDriver()) as sampler:
         pass
-    assert sampler.result.status.startswith("unavailable: ValueError") and text in (
-        sampler.result.status
-    )
+    assert sampler.result.status.startswith("unavailable: ValueError") and text in (sampler.result.status)
 
 
 def test_an_error_in_the_work_is_passed_on_and_the_driver_closed() -> None:
@@ -184,11 +189,8 @@ def test_energy_is_of_one_call_and_of_the_gpu_only(monkeypatch: pytest.MonkeyPat
     got = runner._telemetry(entry, settings)
     assert got.calls >= 5 and got.energy_per_call_mj == 700.0 / got.calls
     entry.telemetry = got
-    problem = Problem(Config("token_stats", "forward", "all", "float32", 4, 16, device="cuda"),
-                      {}, {})  # fmt: skip
+    problem = Problem(Config("token_stats", "forward", "all", "float32", 4, 16, device="cuda"), {}, {})
     readings = runner._readings(problem, entry)
     assert readings["throttle"] == "power cap" and readings["sm_clock_mhz"] == 1755
     problem.config = replace(problem.config, device="cpu")
-    assert runner._readings(problem, entry) == {
-        "telemetry": "unavailable: the tensors are on the CPU"
-    }
+    assert runner._readings(problem, entry) == {"telemetry": "unavailable: the tensors are on the CPU"}

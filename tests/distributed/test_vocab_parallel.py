@@ -12,7 +12,7 @@ from logit_cases import FORWARD_ATOL, GRADIENT_RTOL, truth
 import tokfuse
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.distributed.counts import vocab_rows, vocab_shard
+from tokfuse.runtime.distributed import vocab_rows, vocab_shard
 from tokfuse.runtime.ops import token_stats as stats_op
 
 INF = float("inf")
@@ -36,8 +36,7 @@ class Shard:
 
 def run(z, y, ga, gh, cuts, mask, options):
     """(statistics, gradient) put together from shards."""
-    o = LogitOptions(options.get("temperature", 1.0), options.get("softcap"),
-                     options.get("logit_scale", 1.0), mask)  # fmt: skip
+    o = LogitOptions(options.get("temperature", 1.0), options.get("softcap"), options.get("logit_scale", 1.0), mask)
     backend, kernels = vocab_rows._row_kernels(z, o)
     shards = [Shard(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
@@ -52,10 +51,11 @@ def run(z, y, ga, gh, cuts, mask, options):
     parts = []
     for rank, s in enumerate(shards):
         merged = vocab_shard.merge(records, rank, vocab_rows._unit(backend, o), mask)
-        parts.append(vocab_rows.row_backward(
-            z[:, s.start : s.stop].contiguous(), y, o, s, merged.shift, merged.inv_sum,
-            merged.stats.entropy, ga, gh,
-        ))  # fmt: skip
+        parts.append(
+            vocab_rows.row_backward(
+                z[:, s.start : s.stop].contiguous(), y, o, s, merged.shift, merged.inv_sum, merged.stats.entropy, ga, gh
+            )
+        )
     return merged.stats, torch.cat(parts, 1)
 
 

@@ -23,9 +23,12 @@ def batch(seed=0):
     mask = torch.ones(B, L)
     mask[0, 4:] = mask[2, 2:] = 0
     return SimpleNamespace(
-        logp=logp.requires_grad_(), old=(logp.detach() + 0.3 * draw(B, L)).float(),
-        rollout=(logp.detach() + 0.6 * draw(B, L)).float(), advantage=draw(B, L).float(), mask=mask,
-    )  # fmt: skip
+        logp=logp.requires_grad_(),
+        old=(logp.detach() + 0.3 * draw(B, L)).float(),
+        rollout=(logp.detach() + 0.6 * draw(B, L)).float(),
+        advantage=draw(B, L).float(),
+        mask=mask,
+    )
 
 
 def ppo(ratio, a, low, high, dual=None):
@@ -46,9 +49,14 @@ def mean_of(x, mask):
 # ------------------------------------------------------------------------------------------- Liger
 
 LIGER = {
-    "dapo": {}, "bnpo": {"beta": 0.0}, "grpo": {}, "sapo": {}, "cispo": {"eps_high": 1.1},
-    "dr_grpo": {"max_completion_length": 9}, "vespo": {"beta": 0.0},
-}  # fmt: skip
+    "dapo": {},
+    "bnpo": {"beta": 0.0},
+    "grpo": {},
+    "sapo": {},
+    "cispo": {"eps_high": 1.1},
+    "dr_grpo": {"max_completion_length": 9},
+    "vespo": {"beta": 0.0},
+}
 
 
 def liger_reference(logits, b, ids, a, kind, beta=0.04, eps_high=0.4, max_completion_length=L):
@@ -94,43 +102,49 @@ def test_liger_window_and_sampler_ratio():
     one, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True, num_items_in_batch=40)
     plain, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True)
     assert one.item() == pytest.approx(plain.item() * b.mask.sum().item() / 40, rel=1e-5)
-    twice, _ = shapes.triton_grpo_loss(
-        *args, beta=0.0, reduce=True, vllm_is_ratio=torch.full((B,), 2.0)
-    )
+    twice, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True, vllm_is_ratio=torch.full((B,), 2.0))
     assert twice.item() == pytest.approx(2 * plain.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("more", [
-    {"reduce": False}, {"loss_type": "luspo", "reduce": True}, {"loss_type": "x", "reduce": True},
-    {"use_bias_correction_kl": True, "importance_sampling_level": "sequence", "reduce": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"reduce": False},
+        {"loss_type": "luspo", "reduce": True},
+        {"loss_type": "x", "reduce": True},
+        {"use_bias_correction_kl": True, "importance_sampling_level": "sequence", "reduce": True},
+    ],
+)
 def test_liger_refuses(more):
     name = "use_bias_correction_kl" if len(more) == 3 else next(iter(more))
     with pytest.raises(ValueError, match=f"call_shapes: {name} must be"):
         shapes.triton_grpo_loss(
-            torch.zeros(1, 3, 4), None, torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int64),
-            torch.ones(1), **more,
-        )  # fmt: skip
+            torch.zeros(1, 3, 4), None, torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1), **more
+        )
 
 
 # ---------------------------------------------------------------------------------------- OpenRLHF
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"dual_clip": 1.5}, {"token_level_loss": False}, {"policy_loss_type": "gspo"},
-    {"enable_vllm_is_correction": True}, {"vllm_is_correction_type": "icepop"},
-    {"vllm_is_correction_type": "seq-mask-tis"},
-])  # fmt: skip
 @pytest.mark.parametrize(
-    "counts", [{}, {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 7}]
+    "options",
+    [
+        {},
+        {"dual_clip": 1.5},
+        {"token_level_loss": False},
+        {"policy_loss_type": "gspo"},
+        {"enable_vllm_is_correction": True},
+        {"vllm_is_correction_type": "icepop"},
+        {"vllm_is_correction_type": "seq-mask-tis"},
+    ],
 )
+@pytest.mark.parametrize("counts", [{}, {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 7}])
 def test_openrlhf(options, counts):
     b, m = batch(), batch().mask
     low, high = (0.7, 1.4)
     correct = options.get("enable_vllm_is_correction") or "vllm_is_correction_type" in options
     if correct:
-        options = {**options, "enable_vllm_is_correction": True,
-                   "vllm_is_truncated_threshold": [low, high]}  # fmt: skip
+        options = {**options, "enable_vllm_is_correction": True, "vllm_is_truncated_threshold": [low, high]}
     gspo = options.get("policy_loss_type") == "gspo"
     log_ratio = b.logp - b.old
     if gspo:
@@ -139,10 +153,14 @@ def test_openrlhf(options, counts):
     w = (b.old - b.rollout).exp()
     if correct:
         mean = (((b.old - b.rollout) * m).sum(1) / m.sum(1)).exp().unsqueeze(1)
-        loss = loss * {
-            "tis": w.clamp(low, high), "icepop": w * ((w >= low) & (w <= high)),
-            "seq-mask-tis": w * ((mean >= low) & (mean <= high)),
-        }[options.get("vllm_is_correction_type", "tis")]  # fmt: skip
+        loss = (
+            loss
+            * {
+                "tis": w.clamp(low, high),
+                "icepop": w * ((w >= low) & (w <= high)),
+                "seq-mask-tis": w * ((mean >= low) & (mean <= high)),
+            }[options.get("vllm_is_correction_type", "tis")]
+        )
     if gspo or not options.get("token_level_loss", True):
         want = ((loss * m).sum(1) / m.sum(1)).sum() / counts.get("global_batch_size", B)
     else:
@@ -150,8 +168,7 @@ def test_openrlhf(options, counts):
     module = shapes.PolicyLoss(**options)
     ours, clip, kl, vllm_kl = module(b.logp, b.old, b.advantage, m, b.rollout, **counts)
     assert_same(ours, want * counts.get("dp_size", 1), b.logp)
-    clipped = ((log_ratio.exp() > 1.2) & (b.advantage > 0)) | (
-        (log_ratio.exp() < 0.8) & (b.advantage < 0))  # fmt: skip
+    clipped = ((log_ratio.exp() > 1.2) & (b.advantage > 0)) | ((log_ratio.exp() < 0.8) & (b.advantage < 0))
     assert clip.item() == pytest.approx(mean_of(clipped, m), abs=1e-6)
     assert kl.item() == pytest.approx(mean_of(b.old - b.logp.detach(), m), abs=1e-5)
     assert (vllm_kl is None) != bool(correct)
@@ -177,12 +194,15 @@ def test_openrlhf_refuses():
 
 def skyrl_config(kind, **more):
     return SimpleNamespace(
-        policy_loss_type=kind, eps_clip_low=0.2, eps_clip_high=0.3, clip_ratio_c=1.4,
+        policy_loss_type=kind,
+        eps_clip_low=0.2,
+        eps_clip_high=0.3,
+        clip_ratio_c=1.4,
         cispo=SimpleNamespace(cispo_eps_clip_low=0.1, cispo_eps_clip_high=0.2, cispo_anchor="old"),
         sapo=SimpleNamespace(tau_pos=1.5, tau_neg=0.5),
         off_policy_correction=SimpleNamespace(tis_ratio_type=None, token_tis_ratio_clip_high=2.0),
         **more,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("kind", ["regular", "dual_clip", "gspo", "cispo", "sapo"])
@@ -232,24 +252,39 @@ def nemo(b, **cfg):
 
     loss = shapes.NemoPolicyLoss(SimpleNamespace(reference_policy_kl_penalty=0.0, **cfg))
     return loss(
-        next_token_logprobs=b.logp, global_valid_seqs=torch.tensor(5),
+        next_token_logprobs=b.logp,
+        global_valid_seqs=torch.tensor(5),
         global_valid_toks=torch.tensor(19),
-        data={"token_mask": data(b.mask), "sample_mask": torch.tensor([1.0, 1.0, 0.0]),
-              "advantages": data(b.advantage), "prev_logprobs": data(b.old),
-              "generation_logprobs": data(b.rollout)},
-    )  # fmt: skip
+        data={
+            "token_mask": data(b.mask),
+            "sample_mask": torch.tensor([1.0, 1.0, 0.0]),
+            "advantages": data(b.advantage),
+            "prev_logprobs": data(b.old),
+            "generation_logprobs": data(b.rollout),
+        },
+    )
 
 
-@pytest.mark.parametrize("cfg", [
-    {}, {"ratio_clip_c": 1.3}, {"ratio_clip_min": 0.1, "ratio_clip_max": 0.4},
-    {"disable_ppo_ratio": True}, {"use_cispo": True}, {"force_on_policy_ratio": True},
-    {"token_level_loss": False},
-    {"token_level_loss": False, "sequence_level_importance_ratios": True},
-    {"use_importance_sampling_correction": True},
-    {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 1.2},
-    {"truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio": 1.4,
-     "truncated_importance_sampling_ratio_min": 0.7},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {},
+        {"ratio_clip_c": 1.3},
+        {"ratio_clip_min": 0.1, "ratio_clip_max": 0.4},
+        {"disable_ppo_ratio": True},
+        {"use_cispo": True},
+        {"force_on_policy_ratio": True},
+        {"token_level_loss": False},
+        {"token_level_loss": False, "sequence_level_importance_ratios": True},
+        {"use_importance_sampling_correction": True},
+        {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 1.2},
+        {
+            "truncated_importance_sampling_type": "icepop",
+            "truncated_importance_sampling_ratio": 1.4,
+            "truncated_importance_sampling_ratio_min": 0.7,
+        },
+    ],
+)
 def test_nemo(cfg):
     b = batch()
     m = b.mask * torch.tensor([1.0, 1.0, 0.0]).unsqueeze(1)
@@ -278,13 +313,18 @@ def test_nemo(cfg):
     assert metrics["probs_ratio_min"] <= 1.0 + 1e-6
 
 
-@pytest.mark.parametrize("cfg", [
-    {"positive_example_nll_weight": 0.1},
-    {"use_importance_sampling_correction": True,
-     "truncated_importance_sampling_type": "seq-mask-tis"},
-    {"use_importance_sampling_correction": True, "sequence_level_importance_ratios": True,
-     "token_level_loss": False},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"positive_example_nll_weight": 0.1},
+        {"use_importance_sampling_correction": True, "truncated_importance_sampling_type": "seq-mask-tis"},
+        {
+            "use_importance_sampling_correction": True,
+            "sequence_level_importance_ratios": True,
+            "token_level_loss": False,
+        },
+    ],
+)
 def test_nemo_refuses(cfg):
     with pytest.raises(ValueError, match="call_shapes: cfg"):
         nemo(batch(), **cfg)
@@ -328,9 +368,13 @@ def test_prime_rl(monkeypatch):
     b = batch()
     m, w = b.mask[0].bool(), torch.linspace(0.5, 2, L)
     inputs = SimpleNamespace(
-        trainer_logprobs=b.logp[0], inference_logprobs=b.old[0], ref_logprobs=b.rollout[0],
-        advantages=b.advantage[0], loss_mask=m, loss_weights=w,
-    )  # fmt: skip
+        trainer_logprobs=b.logp[0],
+        inference_logprobs=b.old[0],
+        ref_logprobs=b.rollout[0],
+        advantages=b.advantage[0],
+        loss_mask=m,
+        loss_weights=w,
+    )
     out = shapes.prime_rl_loss(inputs, clip_high=0.4, dual=1.3, kl_coef=0.1)
     gap = b.rollout[0] - b.logp[0]
     token = ppo((b.logp[0] - b.old[0]).exp(), b.advantage[0], 0.2, 0.4, 1.3)
@@ -342,11 +386,18 @@ def test_prime_rl(monkeypatch):
 # ------------------------------------------------------------------------------------- cloudpickle
 
 
-@pytest.mark.parametrize("thing", [
-    shapes.triton_grpo_loss, shapes.skyrl_policy_loss, shapes.slime_policy_loss,
-    shapes.prime_rl_loss, shapes.PolicyLoss(dual_clip=2.0),
-    shapes.NemoPolicyLoss(SimpleNamespace(reference_policy_kl_penalty=0.0)),
-], ids=lambda x: getattr(x, "__name__", type(x).__name__))  # fmt: skip
+@pytest.mark.parametrize(
+    "thing",
+    [
+        shapes.triton_grpo_loss,
+        shapes.skyrl_policy_loss,
+        shapes.slime_policy_loss,
+        shapes.prime_rl_loss,
+        shapes.PolicyLoss(dual_clip=2.0),
+        shapes.NemoPolicyLoss(SimpleNamespace(reference_policy_kl_penalty=0.0)),
+    ],
+    ids=lambda x: getattr(x, "__name__", type(x).__name__),
+)
 def test_everything_survives_cloudpickle(thing):
     cloudpickle = pytest.importorskip("cloudpickle", reason="needs the group `hosts`")
     again = importlib.import_module("pickle").loads(cloudpickle.dumps(thing))

@@ -13,20 +13,35 @@ transformers = pytest.importorskip("transformers", reason="needs the group `host
 
 V, H, B, L = 61, 16, 3, 9
 SIZES = {
-    "vocab_size": V, "hidden_size": H, "intermediate_size": 24, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
-    "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": V,
+    "hidden_size": H,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "initializer_range": 0.3,
-}  # fmt: skip
+}
 # Options that would be easy to lose.
 MODELS = {
-    "llama": {"tie_word_embeddings": False}, "mistral": {}, "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {}, "phi3": {}, "olmo2": {}, "smollm3": {"no_rope_layers": [1]}, "gemma": {},
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "phi3": {},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1]},
+    "gemma": {},
     "gemma2": {"final_logit_softcapping": 0.8, "query_pre_attn_scalar": 8, "sliding_window": 16},
     "gemma3_text": {"final_logit_softcapping": 0.8, "query_pre_attn_scalar": 8},
-    "cohere": {"logit_scale": 0.3}, "cohere2": {"logit_scale": 0.3},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 3.0},
-}  # fmt: skip
+}
 
 
 def make(kind="llama", **options):
@@ -137,25 +152,17 @@ def test_install_is_idempotent_and_uninstall_restores():
             hf.uninstall(model)
 
 
-@pytest.mark.parametrize(
-    "more", [{"logits_to_keep": 3}, {"return_dict": False}, {"output_router_logits": True}]
-)
+@pytest.mark.parametrize("more", [{"logits_to_keep": 3}, {"return_dict": False}, {"output_router_logits": True}])
 def test_a_forward_option_that_is_not_honoured_is_refused(more):
     model = make()
-    with (
-        hf.installed(model),
-        pytest.raises(ValueError, match=rf"integrations.hf: {next(iter(more))} "),
-    ):
+    with hf.installed(model), pytest.raises(ValueError, match=rf"integrations.hf: {next(iter(more))} "):
         model(**batch(), **more)
 
 
 def test_labels_of_another_length_are_refused():
     model = make()
     given = {**batch(), "labels": torch.zeros(B, L - 2, dtype=torch.int64)}
-    with (
-        hf.installed(model),
-        pytest.raises(ValueError, match=r"labels must be of shape .* \(3, 8\)"),
-    ):
+    with hf.installed(model), pytest.raises(ValueError, match=r"labels must be of shape .* \(3, 8\)"):
         model(**given)
 
 
@@ -180,9 +187,10 @@ def lora(**options):
     return get_peft_model(make(), LoraConfig(**{**defaults, **options}))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_dropout": 0.4},
-                                     {"target_modules": ["q_proj"],
-                                      "modules_to_save": ["lm_head"]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"lora_dropout": 0.4}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+)
 def test_adapters_of_the_head_are_computed(options):
     model = lora(**options).eval()  # no dropout
     theirs = run(model)
@@ -197,10 +205,7 @@ def test_adapters_of_the_head_are_computed(options):
     assert (off - theirs[0].loss).abs() > 1e-3
 
 
-REFUSED_ADAPTERS = {
-    "without dropout": {"lora_dropout": 0.4},
-    "plain LoRA": {"use_dora": True},
-}
+REFUSED_ADAPTERS = {"without dropout": {"lora_dropout": 0.4}, "plain LoRA": {"use_dora": True}}
 
 
 @pytest.mark.parametrize("text", REFUSED_ADAPTERS)
@@ -235,10 +240,18 @@ def test_loss_function_of_a_model():
 def test_compute_loss_func_of_the_trainer(tmp_path):
     def train(**options):
         args = transformers.TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=3,
-            max_steps=2, logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
-            save_strategy="no", optim="sgd", learning_rate=0.1,
-        )  # fmt: skip
+            str(tmp_path),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=3,
+            max_steps=2,
+            logging_steps=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            optim="sgd",
+            learning_rate=0.1,
+        )
         rows = [{k: v[i] for k, v in batch().items()} for i in range(B)] * 2
         trainer = transformers.Trainer(make(), args, train_dataset=rows, **options)
         trainer.train()
@@ -316,9 +329,13 @@ def test_a_policy_step_on_a_model():
     ids, cu = packed([6, 8])
     hidden = hf.packed_hidden(model, ids, cu)
     step = tokfuse.policy_step(
-        hidden=hidden[:-1], **hf.head_of(model).arguments(), target=ids[1:], old_logp=None,
-        advantage=torch.linspace(-1, 1, len(ids) - 1), objective=tokfuse.Objective(),
-    )  # fmt: skip
+        hidden=hidden[:-1],
+        **hf.head_of(model).arguments(),
+        target=ids[1:],
+        old_logp=None,
+        advantage=torch.linspace(-1, 1, len(ids) - 1),
+        objective=tokfuse.Objective(),
+    )
     logits = torch.cat([model(x[None]).logits[0] for x in (ids[:6], ids[6:])])[:-1]
     want = tokfuse.token_stats(logits, ids[1:]).logp
     torch.testing.assert_close(step.stats.logp, want, rtol=0, atol=3e-6)

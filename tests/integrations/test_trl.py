@@ -18,8 +18,7 @@ from tokfuse.integrations import hosts
 from tokfuse.integrations import trl as host
 from tokfuse.integrations.trl_trainer import PolicyHead
 
-SEAMS = ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy",
-         "_supports_trl_loss_kernel")  # fmt: skip
+SEAMS = ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy", "_supports_trl_loss_kernel")
 N, H, V = 12, 16, 70
 
 
@@ -144,8 +143,9 @@ def test_head_refuses_a_partitioned_weight():
 def test_policy_head_is_connected_to_its_loss():
     """DDP searches the outputs of a forward for the parameters that will get a gradient."""
     leaves, target = head_inputs()
-    head = PolicyHead({"old_logp": None, "advantage": torch.ones(N),
-                       "objective": tokfuse.Objective(), "normalizer": "batch"})  # fmt: skip
+    head = PolicyHead(
+        {"old_logp": None, "advantage": torch.ones(N), "objective": tokfuse.Objective(), "normalizer": "batch"}
+    )
     logp, *_ = head.apply(*leaves, target, 1.0, 128, None, 1.0, ("log_probs", "entropy"))
     logp.sum().backward(retain_graph=True)  # no gradient of its own
     assert not leaves[1].grad.any()
@@ -186,9 +186,7 @@ def test_logits_op_equals_trls(masked):
 
     def run():
         logits = base.clone().requires_grad_()
-        logp, entropy = utils.selective_log_softmax_and_entropy(
-            logits, index, temperature=0.8, row_mask=row_mask
-        )
+        logp, entropy = utils.selective_log_softmax_and_entropy(logits, index, temperature=0.8, row_mask=row_mask)
         alone = utils.selective_log_softmax(logits, index, row_mask=row_mask)
         ((logp + 0.5 * entropy + alone) * torch.arange(15.0).view(3, 5)).sum().backward()
         return logp, entropy, alone, utils.entropy_from_logits(logits), logits.grad
@@ -227,30 +225,41 @@ def sft(tmp_path):
 
     rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{2 * i} w3 w4"} for i in range(8)]
     args, data = SFTConfig(str(tmp_path), **COMMON), Dataset.from_list(rows)
-    return SFTTrainer(model=tiny_grpo.saved_model(), args=args, train_dataset=data,
-                      processing_class=tiny_grpo.tokenizer())  # fmt: skip
+    return SFTTrainer(
+        model=tiny_grpo.saved_model(), args=args, train_dataset=data, processing_class=tiny_grpo.tokenizer()
+    )
 
 
 def dpo(tmp_path):
     from datasets import Dataset
 
-    rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{2 * i} w3", "rejected": f" w{i} w5 w6"}
-            for i in range(8)]  # fmt: skip
+    rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{2 * i} w3", "rejected": f" w{i} w5 w6"} for i in range(8)]
     args, data = DPOConfig(str(tmp_path), **COMMON), Dataset.from_list(rows)
-    return DPOTrainer(model=tiny_grpo.saved_model(), args=args, train_dataset=data,
-                      processing_class=tiny_grpo.tokenizer())  # fmt: skip
+    return DPOTrainer(
+        model=tiny_grpo.saved_model(), args=args, train_dataset=data, processing_class=tiny_grpo.tokenizer()
+    )
 
 
 COMMON = {
-    "per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1, "use_cpu": True,
-    "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "optim": "sgd",
-    "learning_rate": 0.1, "gradient_checkpointing": False,
-}  # fmt: skip
+    "per_device_train_batch_size": 4,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "gradient_checkpointing": False,
+}
 TRAINERS = {
-    "grpo": lambda path: tiny_grpo.trainer(GRPOTrainer, path, beta=0.1, num_iterations=2,
-                                           optim="sgd", learning_rate=0.3),
-    "sft": sft, "dpo": dpo,
-}  # fmt: skip
+    "grpo": lambda path: tiny_grpo.trainer(
+        GRPOTrainer, path, beta=0.1, num_iterations=2, optim="sgd", learning_rate=0.3
+    ),
+    "sft": sft,
+    "dpo": dpo,
+}
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -18,8 +18,7 @@ import tokfuse
 from tokfuse import algorithms
 from tokfuse.integrations.trl import FusedGRPOTrainer
 
-SGD = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "num_iterations": 2,
-       "max_steps": 3}  # fmt: skip
+SGD = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "num_iterations": 2, "max_steps": 3}
 # Not the clip ratios: a reward at its group's mean has advantage 0 in TRL and 3e-8 in ours.
 SAME = ("loss", "grad_norm", "entropy", "kl")
 
@@ -30,22 +29,23 @@ def method(name, **options):
 
 def fused(tmp_path, algorithm, **options):
     return tiny_grpo.trainer(
-        FusedGRPOTrainer,
-        tmp_path,
-        **{**SGD, **options},
-        extra={"algorithm": algorithm, "solved_above": 0.45},
+        FusedGRPOTrainer, tmp_path, **{**SGD, **options}, extra={"algorithm": algorithm, "solved_above": 0.45}
     )
 
 
 # TRL's way of writing the method, and ours with TRL's constants.
 TWINS = {
     "grpo over tokens": ({}, method("grpo", kl=None, aggregation="token_mean", eps=1e-4)),
-    "dr_grpo": ({"loss_type": "dapo", "scale_rewards": "none"},
-                method("dr_grpo", aggregation="token_mean", max_length=None)),
+    "dr_grpo": (
+        {"loss_type": "dapo", "scale_rewards": "none"},
+        method("dr_grpo", aggregation="token_mean", max_length=None),
+    ),
     "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0}, method("cispo", eps=1e-4)),
-    "kl": ({"beta": 0.1, "use_bias_correction_kl": False},
-           method("grpo", kl=tokfuse.KL(coef=0.1), aggregation="token_mean", eps=1e-4)),
-}  # fmt: skip
+    "kl": (
+        {"beta": 0.1, "use_bias_correction_kl": False},
+        method("grpo", kl=tokfuse.KL(coef=0.1), aggregation="token_mean", eps=1e-4),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -64,12 +64,24 @@ def test_equals_trl_where_trl_has_the_method(name, tmp_path):
 # One of every kind: state, selection, signals, token weights, token advantages, rules that look at
 # the policy, a bias model.
 NAMES = {
-    "rloo": {}, "opo": {}, "gspo": {}, "gmpo": {}, "nft": {}, "gbpo": {}, "adora": {},
-    "high_entropy": {}, "clip_cov": {}, "kl_cov": {}, "ar": {}, "reinforce_pp": {"reward_kl": 0.0},
+    "rloo": {},
+    "opo": {},
+    "gspo": {},
+    "gmpo": {},
+    "nft": {},
+    "gbpo": {},
+    "adora": {},
+    "high_entropy": {},
+    "clip_cov": {},
+    "kl_cov": {},
+    "ar": {},
+    "reinforce_pp": {"reward_kl": 0.0},
     "d3s": {"rollouts": (2, 4), "tokens": (0.5, 1.0), "total_steps": 4},
-    "r2vpo": {"delta": 0.05, "step_size": 1.0, "penalty": 0.04}, "cdpo": {}, "bapo": {},
+    "r2vpo": {"delta": 0.05, "step_size": 1.0, "penalty": 0.04},
+    "cdpo": {},
+    "bapo": {},
     "dapo": {"overlong": None},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,8 +107,7 @@ def test_the_loss_is_the_one_that_the_method_states(tmp_path):
 
     def watched(model, inputs):
         loss = real(model, inputs)
-        seen.append((loss.item(), {k: v.clone() for k, v in inputs.items()
-                                   if isinstance(v, torch.Tensor)}))  # fmt: skip
+        seen.append((loss.item(), {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}))
         return loss
 
     trainer._compute_loss = watched
@@ -106,9 +117,11 @@ def test_the_loss_is_the_one_that_the_method_states(tmp_path):
     lengths = rows.sum(1)
     old = inputs["old_per_token_logps"][rows]
     batch = algorithms.Batch(
-        reward=inputs["tokfuse/reward"], group_ids=torch.zeros(4, dtype=torch.int64), old_logp=old,
+        reward=inputs["tokfuse/reward"],
+        group_ids=torch.zeros(4, dtype=torch.int64),
+        old_logp=old,
         cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-    )  # fmt: skip
+    )
     plan = algorithm.objective(algorithm.prepare(batch, {}), {})
     assert loss == pytest.approx(plan.loss(old).loss.item(), rel=1e-5, abs=1e-6)
 
@@ -127,12 +140,16 @@ def test_state_follows_updates_and_checkpoints(tmp_path):
 
 
 REFUSED = {
-    "loss_type": {"loss_type": "grpo"}, "epsilon": {"epsilon": 0.1}, "delta": {"delta": 1.5},
+    "loss_type": {"loss_type": "grpo"},
+    "epsilon": {"epsilon": 0.1},
+    "delta": {"delta": 1.5},
     "importance_sampling_level": {"importance_sampling_level": "sequence"},
-    "scale_rewards": {"scale_rewards": "none"}, "entropy_coef": {"entropy_coef": 0.1},
-    "top_entropy_quantile": {"top_entropy_quantile": 0.5}, "beta": {"beta": 0.1},
+    "scale_rewards": {"scale_rewards": "none"},
+    "entropy_coef": {"entropy_coef": 0.1},
+    "top_entropy_quantile": {"top_entropy_quantile": 0.5},
+    "beta": {"beta": 0.1},
     "off_policy_mask_threshold": {"off_policy_mask_threshold": 0.1},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", REFUSED)
@@ -144,8 +161,7 @@ def test_an_option_that_the_method_replaces_is_refused(option, tmp_path):
 @pytest.mark.parametrize("name", ["lopti", "pipo", "grpo_guard"])
 def test_a_method_that_is_no_single_loss_is_refused(name, tmp_path):
     cls = algorithms.registry.entry(name).cls
-    required = {o for o, v in algorithms.registry.entry(name).options().items()
-                if v is dataclasses.MISSING}  # fmt: skip
+    required = {o for o, v in algorithms.registry.entry(name).options().items() if v is dataclasses.MISSING}
     algorithm = method(name, **{o: 1 for o in required}) if required else method(name)
     assert isinstance(algorithm, cls)
     with pytest.raises(ValueError, match="FusedGRPOTrainer: algorithm must be"):

@@ -16,14 +16,29 @@ PROGRAM = Path(__file__).parents[1] / "support" / "ddp_grpo.py"
 def run(arm: str, folder: Path, options: dict) -> list[dict]:
     """What each of two ranks wrote."""
     environment = os.environ | {
-        "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-         str(PROGRAM), arm, str(folder), json.dumps(options)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--standalone",
+            str(PROGRAM),
+            arm,
+            str(folder),
+            json.dumps(options),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{arm}-{rank}.json").read_text()) for rank in range(2)]
 

@@ -33,8 +33,7 @@ class Sampled:
     def _generate(self, prompts):
         self.use_vllm = False
         out = list(super()._generate(prompts))
-        out[4] = [[-3.2 + 0.4 * ((3 * i + 5 * j) % 5) for j, _ in enumerate(ids)]
-                  for i, ids in enumerate(out[1])]  # fmt: skip
+        out[4] = [[-3.2 + 0.4 * ((3 * i + 5 * j) % 5) for j, _ in enumerate(ids)] for i, ids in enumerate(out[1])]
         out[4][0][0] = None
         self.use_vllm = True
         return tuple(out)
@@ -118,11 +117,17 @@ OPTIONS = {
     "two-sided clip": {"delta": 1.05, "epsilon_high": 0.03},
     "asymmetric clip": {"epsilon_high": 0.001},
     "cispo bound": {"loss_type": "cispo", "epsilon_high": 0.95},
-    "sapo temperatures": {"loss_type": "sapo", "sapo_temperature_pos": 2.0,
-                          "sapo_temperature_neg": 0.5},
-    "vespo weights": {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 0.0,
-                      "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.5, "learning_rate": 0.002},
-    "kl": kl(), "kl of grpo": kl(loss_type="grpo"),
+    "sapo temperatures": {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5},
+    "vespo weights": {
+        "loss_type": "vespo",
+        "vespo_k_pos": 1.0,
+        "vespo_lambda_pos": 0.0,
+        "vespo_k_neg": 0.5,
+        "vespo_lambda_neg": 1.5,
+        "learning_rate": 0.002,
+    },
+    "kl": kl(),
+    "kl of grpo": kl(loss_type="grpo"),
     "kl of luspo": kl(loss_type="luspo", learning_rate=0.03),
     "plain kl": kl(use_bias_correction_kl=False),
     "kl of gspo": kl(importance_sampling_level="sequence", loss_type="grpo"),
@@ -131,17 +136,21 @@ OPTIONS = {
     "entropy bonus": {"entropy_coef": 0.1},
     "entropy bonus of grpo": {"entropy_coef": 0.1, "loss_type": "grpo"},
     "entropy bonus of dr_grpo": {"entropy_coef": -0.1, "loss_type": "dr_grpo"},
-    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 3.4,
-                         "entropy_coef_delta": 0.05, "entropy_coef": 0.1, "max_steps": 4},
+    "adaptive entropy": {
+        "use_adaptive_entropy": True,
+        "entropy_target": 3.4,
+        "entropy_coef_delta": 0.05,
+        "entropy_coef": 0.1,
+        "max_steps": 4,
+    },
     "high-entropy tokens": {"top_entropy_quantile": 0.4},
-    "high-entropy tokens, bonus, kl": kl(top_entropy_quantile=0.4, entropy_coef=0.1,
-                                         loss_type="grpo"),
+    "high-entropy tokens, bonus, kl": kl(top_entropy_quantile=0.4, entropy_coef=0.1, loss_type="grpo"),
     "off-policy mask": {"off_policy_mask_threshold": 1e-4},
     "truncated completions": {"mask_truncated_completions": True, "loss_type": "grpo"},
     "rewards over the batch": {"scale_rewards": "batch"},
     "uneven accumulation": {"steps_per_generation": 4, "gradient_accumulation_steps": 1},
     "other temperature": {"temperature": 0.5},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -190,8 +199,7 @@ def test_evaluation(tmp_path):
         extra = {"eval_dataset": tiny_grpo.prompts(4)}
         trainer = tiny_grpo.trainer(cls, tmp_path, per_device_eval_batch_size=4, extra=extra)
         torch.manual_seed(5)
-        values.append({k: x for k, x in trainer.evaluate().items()
-                       if not any(clock in k for clock in CLOCKS)})  # fmt: skip
+        values.append({k: x for k, x in trainer.evaluate().items() if not any(clock in k for clock in CLOCKS)})
         assert all(p.grad is None for p in trainer.model.parameters())
     assert values[1] == pytest.approx(values[0], rel=1e-6, abs=1e-6)
 
@@ -211,11 +219,7 @@ def test_an_untied_head_with_bias_and_softcap(tmp_path):
         model.config.final_logit_softcapping = 2.0
         model.config.logit_scale = 0.7
         with torch.no_grad():
-            model.lm_head.bias = torch.nn.Parameter(
-                torch.linspace(-1, 1, model.lm_head.out_features)
-            )
-        return train(
-            cls, tmp_path, nudged=nudged, model=model, gradient_checkpointing=True, **REUSED
-        )
+            model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
+        return train(cls, tmp_path, nudged=nudged, model=model, gradient_checkpointing=True, **REUSED)
 
     assert_same(run(FusedGRPOTrainer), run(GRPOTrainer), run(GRPOTrainer, nudged=True))

@@ -34,15 +34,28 @@ def history(cls, tmp_path, options):
     tokenizer.padding_side = "left"
     prompts = [f"4 + 3 = 7\n{i} + {i + 1} =" for i in range(8)]
     trainer = cls(
-        model=model, reward_funcs=tiny_grpo.letters, processing_class=tokenizer,
+        model=model,
+        reward_funcs=tiny_grpo.letters,
+        processing_class=tokenizer,
         args=GRPOConfig(
-            str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_steps=4,
-            max_completion_length=8, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
-            disable_tqdm=True, save_strategy="no", gradient_checkpointing=False, optim="sgd",
-            learning_rate=1e-3, **options,
+            str(tmp_path),
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_steps=4,
+            max_completion_length=8,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            optim="sgd",
+            learning_rate=1e-3,
+            **options,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-    )  # fmt: skip
+    )
     trainer.train()
     return [
         {name: x for name, x in row.items() if not any(clock in name for clock in CLOCKS)}

@@ -25,15 +25,20 @@ def call(info=None, mode="token-mean", **changed):
     gen = torch.Generator().manual_seed(0)
     old = -torch.rand(3, 4, generator=gen)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
-    config = Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=0.28, clip_ratio_c=3.0,
-                    global_batch_info=info or {})  # fmt: skip
+    config = Config(
+        clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=0.28, clip_ratio_c=3.0, global_batch_info=info or {}
+    )
     difference, advantages = (torch.randn(3, 4, generator=gen) for _ in range(2))
     difference[0, 0], advantages[0, 0] = 5.0, -1.0  # a ratio of 4.5: the dual clip
     fields = {
-        "old_log_prob": old, "log_prob": old + difference * 0.3, "advantages": advantages,
+        "old_log_prob": old,
+        "log_prob": old + difference * 0.3,
+        "advantages": advantages,
         "response_mask": mask,
-        "loss_agg_mode": mode, "config": config, "rollout_is_weights": None,
-    }  # fmt: skip
+        "loss_agg_mode": mode,
+        "config": config,
+        "rollout_is_weights": None,
+    }
     return verl_losses.Call(**{**fields, **changed})
 
 
@@ -60,10 +65,13 @@ def test_vanilla_is_a_policy_loss():
     loss, metrics = verl_losses.vanilla(c)
     shape = tokfuse.PPOClip(low=0.2, high=0.28, dual=3.0)
     out = tokfuse.policy_loss(
-        logp.flatten(), old_logp=c.old_log_prob.flatten(), advantage=c.advantages.flatten(),
-        objective=tokfuse.Objective(shape=shape), mask=c.response_mask.flatten() > 0,
+        logp.flatten(),
+        old_logp=c.old_log_prob.flatten(),
+        advantage=c.advantages.flatten(),
+        objective=tokfuse.Objective(shape=shape),
+        mask=c.response_mask.flatten() > 0,
         normalizer=6.0,
-    )  # fmt: skip
+    )
     assert torch.equal(loss, out.loss)
     assert metrics["actor/ppo_kl"] == out.metrics["kl_k1"]
     ours, want = (torch.autograd.grad(x, logp)[0] for x in (loss, out.loss))

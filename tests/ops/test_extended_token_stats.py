@@ -32,8 +32,9 @@ def batch(tokens=9, vocab=5003, scale=3.0, seed=0, dtype=torch.float32):
     return logits, torch.randint(0, vocab, (tokens,), generator=gen)
 
 
-def expected(logits, target, second, *, temperature=1.0, softcap=None, logit_scale=1.0,
-             bias_logits=None, bias_scale=1.0):  # fmt: skip
+def expected(
+    logits, target, second, *, temperature=1.0, softcap=None, logit_scale=1.0, bias_logits=None, bias_scale=1.0
+):
     """(second_logp, sum p^2 log p, sum p^2 log^2 p) by the definition, in float64."""
     u = logits.double() * logit_scale
     if softcap is not None:
@@ -116,9 +117,7 @@ def test_the_five_plain_outputs_stay_as_they_are():
     logits, target = batch()
     mask = torch.arange(9) % 2 == 0
     plain = token_stats(logits, target, temperature=0.8, mask=mask)
-    wide = token_stats(
-        logits, target, temperature=0.8, mask=mask, second_temperature=1.0, moments=True
-    )
+    wide = token_stats(logits, target, temperature=0.8, mask=mask, second_temperature=1.0, moments=True)
     for a, b in zip(plain, wide, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -187,9 +186,7 @@ def test_gradcheck(backend):
 
 
 def test_zero_tokens():
-    out = token_stats(
-        torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), second_temperature=2.0, moments=True
-    )
+    out = token_stats(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), second_temperature=2.0, moments=True)
     assert [x.shape for x in out] == [(0,)] * 8
 
 

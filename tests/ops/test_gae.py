@@ -48,9 +48,7 @@ def check(actual, wanted):
     for got, want in zip(actual, wanted, strict=True):
         assert got.dtype == torch.float32 and not got.requires_grad
         scale = max(1.0, want.nan_to_num().abs().max().item()) if want.numel() else 1.0
-        torch.testing.assert_close(
-            got.double(), want, rtol=2e-7, atol=1e-12 * scale, equal_nan=True
-        )
+        torch.testing.assert_close(got.double(), want, rtol=2e-7, atol=1e-12 * scale, equal_nan=True)
 
 
 def batch(lengths=(5, 0, 1, 130, 7, 0), seed=0):
@@ -98,12 +96,7 @@ def test_against_the_token_loop(data):
 
 def test_long_mixed_sequences():
     reward, value, cu, mask, finished = batch((300, 1, 0, 77, 1024, 3))
-    for kwargs in (
-        {},
-        {"mask": mask},
-        {"finished": finished},
-        {"mask": mask, "finished": finished},
-    ):
+    for kwargs in ({}, {"mask": mask}, {"finished": finished}, {"mask": mask, "finished": finished}):
         check(
             gae(reward, value, cu, gamma=0.99, lam=0.9, **kwargs),
             expected(reward, value, cu.tolist(), 0.99, 0.9, **kwargs),
@@ -170,10 +163,7 @@ def test_lam_per_sequence():
         expected(reward, value, cu.tolist(), 0.9, lam.double().tolist(), mask),
     )
     assert not torch.equal(gae(reward, value, cu, lam=lam)[0], gae(reward, value, cu)[0])
-    both = [
-        gae(reward, value, cu, lam=0.95)[0],
-        gae(reward, value, cu, lam=torch.full((6,), 0.95))[0],
-    ]
+    both = [gae(reward, value, cu, lam=0.95)[0], gae(reward, value, cu, lam=torch.full((6,), 0.95))[0]]
     torch.testing.assert_close(*both)
 
 
@@ -286,11 +276,7 @@ REFUSALS = [
     ((X, X, CU), {"lam": -0.1}, r"lam must be a finite number in \[0, 1\]; got -0.1"),
     ((X, X, CU), {"lam": X}, r"lam must be of shape \(2,\) to match cu_seqlens"),
     ((X, X, CU), {"length_adaptive_alpha": 0.0}, r"length_adaptive_alpha must be .* in \(0, inf\)"),
-    (
-        (X, X, CU),
-        {"length_adaptive_alpha": 0.1, "lam": 0.9},
-        "lam must be left out with length_adaptive_alpha",
-    ),
+    ((X, X, CU), {"length_adaptive_alpha": 0.1, "lam": 0.9}, "lam must be left out with length_adaptive_alpha"),
 ]
 
 

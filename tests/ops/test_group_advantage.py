@@ -14,13 +14,7 @@ import torch
 from harness import backends, on_its_device
 from hypothesis import strategies as st
 
-from tokfuse.runtime.ops.group_advantage import (
-    BASELINES,
-    GROUPLESS,
-    KINDS,
-    SCALES,
-    group_advantage,
-)
+from tokfuse.runtime.ops.group_advantage import BASELINES, GROUPLESS, KINDS, SCALES, group_advantage
 
 group_advantage = on_its_device(group_advantage)
 TOLERANCE = {"rtol": 2e-7, "atol": 1e-12}
@@ -110,8 +104,7 @@ def test_every_baseline_and_scale(baseline, scale):
 
 
 rewards = st.one_of(
-    st.sampled_from([0.0, 1.0, 0.1, 1.1, -1.0, 2.0]),
-    st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
+    st.sampled_from([0.0, 1.0, 0.1, 1.1, -1.0, 2.0]), st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 )
 group_numbers = st.sampled_from([0, 1, 2, 7, -1, -(2**63), 2**63 - 1])
 
@@ -168,8 +161,7 @@ def test_published_numbers():
     close("gbpo_target", [1.73205, 0.0, 0.0, -1 / 2.081666, 0.0, 3 / 2.081666])
     close("maxrl", [2.0, -1.0, -1.0, -0.625, -0.25, 0.875])
     close("opo", [0.5, -0.5, -0.5, -2.0, -1.0, 2.0], lengths=torch.tensor([2, 1, 1, 2, 0, 2]))
-    close("remax", [0.5, -0.5, 0.0, 0.5, 1.5, 5.0],
-          greedy_reward=torch.tensor([0.5, 0.5, 0.0, 0.5, 0.5, 0.0]))  # fmt: skip
+    close("remax", [0.5, -0.5, 0.0, 0.5, 1.5, 5.0], greedy_reward=torch.tensor([0.5, 0.5, 0.0, 0.5, 0.5, 0.0]))
     close("reinforce", reward.tolist())
 
 
@@ -287,9 +279,7 @@ def test_advantages_of_a_group_sum_to_zero_and_shift_is_ignored():
     for kind in ("grpo", "dr_grpo", "rloo"):
         out = group_advantage(reward, ids, kind)
         assert out.view(8, 8).sum(1).abs().max() < 1e-5
-        torch.testing.assert_close(
-            group_advantage(reward + 16.0, ids, kind), out, rtol=0, atol=2e-5
-        )
+        torch.testing.assert_close(group_advantage(reward + 16.0, ids, kind), out, rtol=0, atol=2e-5)
 
 
 def test_leave_one_out_is_the_scaled_centring():

@@ -222,40 +222,7 @@ def test_projections_are_the_same_on_every_machine():
     p_out, p_in = influence.projections(4, 8, 0, torch.device("cpu"))
     assert p_out.abs().unique().tolist() == [0.5] and not torch.equal(p_out, p_in)
     signs = (p_out > 0).flatten().int().tolist()
-    assert signs == [
-        0,
-        1,
-        1,
-        0,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        0,
-        0,
-        1,
-        0,
-        0,
-        0,
-        0,
-        0,
-        1,
-        0,
-        1,
-        1,
-        0,
-        0,
-        1,
-        1,
-        1,
-        1,
-        0,
-        1,
-        0,
-    ]
+    assert signs == [0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 0]
 
 
 def test_splitting_a_sequence_splits_its_sketch(sketching):
@@ -288,9 +255,15 @@ def step_inputs(dtype=torch.float32, vocab=301, size=16, seed=0):
     advantage = torch.randn(20, generator=gen)
     advantage[7] = 0.0
     return {
-        "hidden": hidden, "weight": weight, "target": target, "old_logp": old_logp, "mask": mask,
-        "advantage": advantage, "cu_seqlens": cu, "normalizer": "batch",
-    }  # fmt: skip
+        "hidden": hidden,
+        "weight": weight,
+        "target": target,
+        "old_logp": old_logp,
+        "mask": mask,
+        "advantage": advantage,
+        "cu_seqlens": cu,
+        "normalizer": "batch",
+    }
 
 
 def gradients_in_float64(given, objective, **options):
@@ -304,10 +277,7 @@ def gradients_in_float64(given, objective, **options):
         stats = token_stats(logits, given["target"], mask=given["mask"], **options)
         names = ("old_logp", "advantage", "mask", "cu_seqlens", "normalizer", "ref_logp")
         rest = {k: given[k] for k in names if k in given}
-        wide = {
-            k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-            for k, v in rest.items()
-        }
+        wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in rest.items()}
         entropy = stats.entropy if objective.entropy_coef else None
         policy_loss(stats.logp, objective=objective, entropy=entropy, **wide).loss.backward()
     return logits.grad, hidden.grad
@@ -337,9 +307,7 @@ def test_influence_of_a_step(objective, options, needs, backend):
     out, hidden = step.influence, given["hidden"].detach()
     want = torch.linalg.vector_norm(grad_logits, dim=1)
     torch.testing.assert_close(out.token_norms.double(), want, rtol=2e-5, atol=1e-8)
-    torch.testing.assert_close(
-        out.head_norms.double(), want * hidden.double().norm(dim=1), rtol=2e-5, atol=1e-8
-    )
+    torch.testing.assert_close(out.head_norms.double(), want * hidden.double().norm(dim=1), rtol=2e-5, atol=1e-8)
     want = torch.linalg.vector_norm(grad_hidden, dim=1)
     torch.testing.assert_close(out.hidden_norms.double(), want, rtol=2e-5, atol=1e-8)
     want = by_definition(grad_hidden, hidden, given["cu_seqlens"], 8, 5)
@@ -382,9 +350,7 @@ def test_small_workspaces_and_tiles_give_the_same_norms():
     """A vocabulary of several tiles, consumed inside dW's memory and a few rows at a time."""
     if (
         dispatch.table()
-        and next(
-            r for r in dispatch.table() if r["op"] == "policy_step_hidden" and r["backend"] == "cpu"
-        )["why"]
+        and next(r for r in dispatch.table() if r["op"] == "policy_step_hidden" and r["backend"] == "cpu")["why"]
     ):
         pytest.skip("needs the native module")
     given = step_inputs(vocab=9001)
@@ -392,20 +358,13 @@ def test_small_workspaces_and_tiles_give_the_same_norms():
     want = torch.linalg.vector_norm(grad_logits, dim=1)
     given["weight"].requires_grad_()
     for budget in (1, 300_000, None):
-        step = policy_step(
-            **given, objective=PPO, influence=InfluenceSpec(),
-            memory_budget=budget,
-        )  # fmt: skip
+        step = policy_step(**given, objective=PPO, influence=InfluenceSpec(), memory_budget=budget)
         torch.testing.assert_close(step.influence.token_norms.double(), want, rtol=2e-5, atol=1e-8)
 
 
 def test_the_normaliser_is_included(backend):
     one, two = (
-        policy_step(
-            **{**step_inputs(), "normalizer": n},
-            objective=PPO,
-            influence=InfluenceSpec(rank=4),
-        ).influence
+        policy_step(**{**step_inputs(), "normalizer": n}, objective=PPO, influence=InfluenceSpec(rank=4)).influence
         for n in (1.0, 2.0)
     )
     torch.testing.assert_close(one.token_norms, 2 * two.token_norms)
@@ -419,11 +378,12 @@ ONES, H, CU = torch.ones(3), torch.ones(3, 2), torch.tensor([0, 3], dtype=torch.
 REFUSALS = [
     (lambda: influence.logit_norms(STATS, torch.ones(2)), r"coefficient must be of shape \(3,\)"),
     (lambda: influence.logit_norms(STATS, ONES, softcap=30.0), "softcap must be None .*got 30.0"),
-    (lambda: influence.logit_norms(STATS, ONES, entropy_coefficient=ONES),
-     "stats must be with moments where entropy_coefficient is given"),
+    (
+        lambda: influence.logit_norms(STATS, ONES, entropy_coefficient=ONES),
+        "stats must be with moments where entropy_coefficient is given",
+    ),
     (lambda: influence.logit_norms(STATS, ONES, temperature=0.0), "temperature must be a finite"),
-    (lambda: influence.logit_norms(STATS, ONES, temperature=torch.ones(2)),
-     r"temperature must be of shape \(3,\)"),
+    (lambda: influence.logit_norms(STATS, ONES, temperature=torch.ones(2)), r"temperature must be of shape \(3,\)"),
     (lambda: influence.logit_norms(STATS, ONES, logit_scale=-1.0), "logit_scale must be a finite"),
     (lambda: influence.head_norms(torch.ones(2), H), r"logit_norms must be of shape \(3,\)"),
     (lambda: influence.head_norms(ONES, ONES), "hidden must be two-dimensional"),
@@ -433,7 +393,7 @@ REFUSALS = [
     (lambda: influence.sketch(H, H, CU, rank=0), "rank must be an int >= 1, or None"),
     (lambda: influence.sketch(H, H, CU, seed=0.5), "seed must be an int"),
     (lambda: influence.sketch(H, H, CU, max_seqlen=-1), "max_seqlen must be >= 0"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSALS, ids=range(len(REFUSALS)))

@@ -57,10 +57,7 @@ def truth(logits, target, ids, offsets, **options):
     kept = [ids[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
     found = [bool((row == y).any()) for row, y in zip(kept, target, strict=True)]
     valid = (out.logp > -INF) & torch.tensor(found, dtype=torch.bool)
-    grads = [
-        torch.autograd.grad(x.sum(), z, retain_graph=True)[0]
-        for x in (out.logp[valid], out.entropy)
-    ]
+    grads = [torch.autograd.grad(x.sum(), z, retain_graph=True)[0] for x in (out.logp[valid], out.entropy)]
     log_p = torch.where(z == -INF, -1e4, z.detach() - out.lse.detach().nan_to_num().unsqueeze(1))
     size = log_p.clamp(max=0).exp() * (log_p.abs() + out.entropy.detach().unsqueeze(1))
     return out, [torch.where(z == -INF, 0.0, g) for g in grads], size.amax(1, keepdim=True)
@@ -96,9 +93,13 @@ OPTIONS = {
     "softcap": {"softcap": 4.0},
     "scale": {"logit_scale": 0.3},
     "mask": {"mask": torch.arange(8) % 3 > 0},
-    "all": {"temperature": torch.linspace(0.5, 2.0, 8), "softcap": 4.0, "logit_scale": 2.0,
-            "mask": torch.arange(8) % 2 == 0},
-}  # fmt: skip
+    "all": {
+        "temperature": torch.linspace(0.5, 2.0, 8),
+        "softcap": 4.0,
+        "logit_scale": 2.0,
+        "mask": torch.arange(8) % 2 == 0,
+    },
+}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -230,9 +231,7 @@ def test_gradcheck(backend):
     mask = torch.tensor([True, True, False])
 
     def stats(z):
-        return kept_token_stats(
-            z, target, ids, offsets, mask=mask, softcap=5.0, temperature=0.8
-        )[:2]  # fmt: skip
+        return kept_token_stats(z, target, ids, offsets, mask=mask, softcap=5.0, temperature=0.8)[:2]
 
     assert torch.autograd.gradcheck(stats, (logits.requires_grad_(),))
 
@@ -275,9 +274,7 @@ def test_registration_is_sound(backend):
 def test_a_row_does_not_depend_on_batch_or_threads(backend):
     if backend == "reference":
         pytest.skip("torch's scatter kernels promise nothing here")
-    logits, target, ids, offsets = batch(
-        sizes=(300,) * (8 if backend == "triton" else 40), vocab=2000
-    )
+    logits, target, ids, offsets = batch(sizes=(300,) * (8 if backend == "triton" else 40), vocab=2000)
     before, results = torch.get_num_threads(), []
     try:
         for threads in thread_counts():
@@ -331,7 +328,5 @@ def test_the_kernel_checks_what_it_indexes_by(backend):
     pointers = [x.data_ptr() for x in out]
     for offsets, kept in ((OFFSETS, 2), (OFFSETS + 1, 3), (torch.tensor([0, 4, 3]), 3)):
         with pytest.raises(ValueError, match="offsets must"):
-            native.module().kept_token_stats_fwd(
-                record, IDS.data_ptr(), offsets.data_ptr(), kept, *pointers
-            )
+            native.module().kept_token_stats_fwd(record, IDS.data_ptr(), offsets.data_ptr(), kept, *pointers)
     del alive

@@ -37,22 +37,16 @@ def evaluate(backend: Backend, case: HeadCase, ga, gh, *, bias=True, needs="hwb"
     options = {name: backend.put(value) for name, value in options.items()}
     if bias:
         options["bias"] = tensors["bias"]
-    stats = tokfuse.linear_token_stats(
-        tensors["hidden"], tensors["weight"], backend.put(case.target), **options
-    )
+    stats = tokfuse.linear_token_stats(tensors["hidden"], tensors["weight"], backend.put(case.target), **options)
     if stats.logp.requires_grad:
         torch.autograd.backward([stats.logp, stats.entropy], [backend.put(ga), backend.put(gh)])
     return stats, {name: tensor.grad for name, tensor in tensors.items()}
 
 
-def check(
-    backend: Backend, case: HeadCase, *, bias=True, needs="hwb", memory_budget=None, **options
-):
+def check(backend: Backend, case: HeadCase, *, bias=True, needs="hwb", memory_budget=None, **options):
     ga, gh = coefficients(len(case.target))
     expected = head_truth(case, ga, gh, bias, **options)
-    stats, grads = evaluate(
-        backend, case, ga, gh, bias=bias, needs=needs, memory_budget=memory_budget, **options
-    )
+    stats, grads = evaluate(backend, case, ga, gh, bias=bias, needs=needs, memory_budget=memory_budget, **options)
     for name in ("logp", "entropy", "lse"):
         compare(getattr(stats, name), getattr(expected.stats, name), atol=FORWARD_ATOL, what=name)
     compare(stats.sum_sq, expected.stats.sum_sq, rtol=2e-5, what="sum_sq")
@@ -164,9 +158,7 @@ def test_two_runs_are_bitwise_equal(backend: Backend):
     case = head_case("tiles", torch.bfloat16)
     runs = [evaluate(backend, case, *coefficients(37), memory_budget=300_000) for _ in range(2)]
     assert [bits(x) for x in runs[0][0]] == [bits(x) for x in runs[1][0]]
-    assert {k: bits(v) for k, v in runs[0][1].items()} == {
-        k: bits(v) for k, v in runs[1][1].items()
-    }
+    assert {k: bits(v) for k, v in runs[0][1].items()} == {k: bits(v) for k, v in runs[1][1].items()}
 
 
 def test_equals_token_stats_of_the_logits(backend: Backend):
@@ -214,9 +206,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype, backend: Backend):
 
 def test_float64_runs_on_the_reference():
     gen = torch.Generator().manual_seed(1)
-    h, w = torch.randn(5, 3, dtype=torch.float64, generator=gen), torch.randn(
-        7, 3, dtype=torch.float64, generator=gen
-    )  # fmt: skip
+    h, w = torch.randn(5, 3, dtype=torch.float64, generator=gen), torch.randn(7, 3, dtype=torch.float64, generator=gen)
     b, y = torch.randn(7, dtype=torch.float64, generator=gen), torch.tensor([0, 6, 2, 3, 3])
 
     def call(hidden, weight, bias):
@@ -251,8 +241,6 @@ print(peak(64), peak(1024))
 def test_peak_memory_does_not_grow_with_the_tokens():
     """1024 rows of 30000 float32 logits are 117 MiB; the workspace holds 8 MiB of them."""
     env = {**os.environ, "TOKFUSE_BACKEND": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PEAK], env=env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-P", "-c", PEAK], env=env, capture_output=True, text=True, check=True)
     few, many = map(int, done.stdout.split())
     assert many - few < 40

@@ -6,26 +6,23 @@ import re
 import pytest
 
 import tokfuse
-from tokfuse import (
-    KL,
-    NFT,
-    Gamma,
-    LogClamp,
-    Objective,
-    PPOClip,
-    Quadratic,
-    SigmoidGate,
-    StopGradClip,
-    TargetRatio,
-)
+from tokfuse import KL, NFT, Gamma, LogClamp, Objective, PPOClip, Quadratic, SigmoidGate, StopGradClip, TargetRatio
 from tokfuse.runtime.policy import objective as spec
 from tokfuse.runtime.policy.objective import AGGREGATIONS, KL_ESTIMATORS, LEVELS, Shape
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [
-    tokfuse.LinearLogp, tokfuse.LinearRatio, PPOClip, StopGradClip, SigmoidGate, TargetRatio,
-    Quadratic, NFT, LogClamp, Gamma,
-]  # fmt: skip
+    tokfuse.LinearLogp,
+    tokfuse.LinearRatio,
+    PPOClip,
+    StopGradClip,
+    SigmoidGate,
+    TargetRatio,
+    Quadratic,
+    NFT,
+    LogClamp,
+    Gamma,
+]
 
 
 def build(shape: type[Shape]) -> Shape:
@@ -64,22 +61,16 @@ def test_parameters_and_defaults(shape: Shape):
 
 def test_encode_is_the_record_of_the_kernels():
     objective = Objective(
-        shape=PPOClip(dual=3.0), level="sequence_token", aggregation="seq_mean_token_mean",
-        kl=KL(estimator="k2", coef=-0.5, clamp=9.0), entropy_coef=0.25, log_ratio_clamp=7.0,
-    )  # fmt: skip
+        shape=PPOClip(dual=3.0),
+        level="sequence_token",
+        aggregation="seq_mean_token_mean",
+        kl=KL(estimator="k2", coef=-0.5, clamp=9.0),
+        entropy_coef=0.25,
+        log_ratio_clamp=7.0,
+    )
     expected = (2, 2, 2, 1, (0.8, 1.2, 3.0, INF, 0.0, 0.0), -0.5, 9.0, 0.25, 7.0)
     assert objective.record == expected
-    assert Objective().record == (
-        2,
-        0,
-        0,
-        0,
-        (0.8, 1.2, INF, INF, 0.0, 0.0),
-        0.0,
-        20.0,
-        0.0,
-        20.0,
-    )
+    assert Objective().record == (2, 0, 0, 0, (0.8, 1.2, INF, INF, 0.0, 0.0), 0.0, 20.0, 0.0, 20.0)
 
 
 def test_encode_gives_every_option_its_own_code():
@@ -98,9 +89,7 @@ def test_every_field_of_a_shape_reaches_the_kernels(shape: type[Shape]):
         value = getattr(base, field.name)
         if field.name in ("low", "high", "ratio_min", "ratio_max") and hasattr(base, "bounds"):
             continue  # a width or a bound, tested above
-        other = {"dual": 4.0, "cap": 5.0, "rate_min": 0.1, "rate_max": 0.9}.get(
-            field.name, (value or 0.0) + 0.125
-        )
+        other = {"dual": 4.0, "cap": 5.0, "rate_min": 0.1, "rate_max": 0.9}.get(field.name, (value or 0.0) + 0.125)
         assert dataclasses.replace(base, **{field.name: other}).parameters() != base.parameters()
 
 
@@ -121,21 +110,30 @@ REFUSED = [
     (lambda: PPOClip(low=1.5), "PPOClip: low must be >= 0 and <= 1; got 1.5."),
     (lambda: PPOClip(high=NAN), "PPOClip: high must be >= 0; got nan."),
     (lambda: PPOClip(high="0.2"), "PPOClip: high must be >= 0; got '0.2'."),
-    (lambda: PPOClip(ratio_max=2.0),
-     "PPOClip: give exactly one of high (a width around 1) and ratio_max (a bound on the ratio "
-     "itself); got ['high', 'ratio_max']."),
-    (lambda: PPOClip(low=None),
-     "PPOClip: give exactly one of low (a width around 1) and ratio_min (a bound on the ratio "
-     "itself); got neither."),
-    (lambda: PPOClip(low=None, high=None, ratio_min=2.0, ratio_max=1.0),
-     "PPOClip: bounds must be ordered; got (2.0, 1.0)."),
+    (
+        lambda: PPOClip(ratio_max=2.0),
+        "PPOClip: give exactly one of high (a width around 1) and ratio_max (a bound on the ratio "
+        "itself); got ['high', 'ratio_max'].",
+    ),
+    (
+        lambda: PPOClip(low=None),
+        "PPOClip: give exactly one of low (a width around 1) and ratio_min (a bound on the ratio itself); got neither.",
+    ),
+    (
+        lambda: PPOClip(low=None, high=None, ratio_min=2.0, ratio_max=1.0),
+        "PPOClip: bounds must be ordered; got (2.0, 1.0).",
+    ),
     (lambda: PPOClip(dual=1.0), "PPOClip: dual must be > 1; got 1.0."),
-    (lambda: PPOClip(low=None, high=None, ratio_min=2.0, ratio_max=3.0, dual=1.5),
-     "PPOClip: dual must be > 2; got 1.5."),
+    (
+        lambda: PPOClip(low=None, high=None, ratio_min=2.0, ratio_max=3.0, dual=1.5),
+        "PPOClip: dual must be > 2; got 1.5.",
+    ),
     (lambda: PPOClip(cap=1.2), "PPOClip: cap must be > 1.2; got 1.2."),
-    (lambda: StopGradClip(high=0.2),
-     "StopGradClip: give exactly one of high (a width around 1) and ratio_max (a bound on the "
-     "ratio itself); got ['high', 'ratio_max']."),
+    (
+        lambda: StopGradClip(high=0.2),
+        "StopGradClip: give exactly one of high (a width around 1) and ratio_max (a bound on the "
+        "ratio itself); got ['high', 'ratio_max'].",
+    ),
     (lambda: StopGradClip(ratio_max=-1.0), "StopGradClip: ratio_max must be >= 0; got -1.0."),
     (lambda: SigmoidGate(tau_positive=0.0), "SigmoidGate: tau_positive must be > 0; got 0.0."),
     (lambda: SigmoidGate(tau_negative=None), "SigmoidGate: tau_negative must be > 0; got None."),
@@ -150,22 +148,25 @@ REFUSED = [
     (lambda: NFT(rate_max=1.0), "NFT: rate_max must be < 1; got 1.0."),
     (lambda: LogClamp(bound=0.0), "LogClamp: bound must be > 0; got 0.0."),
     (lambda: Gamma(k_positive=-1.0), "Gamma: k_positive must be >= 0; got -1.0."),
-    (lambda: KL(estimator="k4", coef=1.0),
-     "KL: estimator must be one of k1, k2, k3, ratio_k3, k1_straight, k3_straight, abs; got 'k4'."),
+    (
+        lambda: KL(estimator="k4", coef=1.0),
+        "KL: estimator must be one of k1, k2, k3, ratio_k3, k1_straight, k3_straight, abs; got 'k4'.",
+    ),
     (lambda: KL(coef=NAN), "KL: coef must be >= -inf; got nan."),
     (lambda: KL(coef=1.0, clamp=0.0), "KL: clamp must be > 0; got 0.0."),
-    (lambda: Objective(level="tokens"),
-     "Objective: level must be one of token, sequence, sequence_token, sequence_sum; got "
-     "'tokens'."),
-    (lambda: Objective(aggregation="mean"),
-     "Objective: aggregation must be one of token_mean, seq_mean_token_mean, seq_mean_token_sum, "
-     "token_sum; got 'mean'."),
+    (
+        lambda: Objective(level="tokens"),
+        "Objective: level must be one of token, sequence, sequence_token, sequence_sum; got 'tokens'.",
+    ),
+    (
+        lambda: Objective(aggregation="mean"),
+        "Objective: aggregation must be one of token_mean, seq_mean_token_mean, seq_mean_token_sum, "
+        "token_sum; got 'mean'.",
+    ),
     (lambda: Objective(entropy_coef=NAN), "Objective: entropy_coef must be >= -inf; got nan."),
-    (lambda: Objective(log_ratio_clamp=81.0),
-     "Objective: log_ratio_clamp must be > 0 and <= 80; got 81.0."),
-    (lambda: Objective(log_ratio_clamp=0.0),
-     "Objective: log_ratio_clamp must be > 0 and <= 80; got 0.0."),
-]  # fmt: skip
+    (lambda: Objective(log_ratio_clamp=81.0), "Objective: log_ratio_clamp must be > 0 and <= 80; got 81.0."),
+    (lambda: Objective(log_ratio_clamp=0.0), "Objective: log_ratio_clamp must be > 0 and <= 80; got 0.0."),
+]
 
 
 @pytest.mark.parametrize(("make", "text"), REFUSED, ids=[text[:40] for _, text in REFUSED])

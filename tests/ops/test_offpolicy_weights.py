@@ -65,9 +65,7 @@ MODES = {
 def test_every_mode_at_every_level(mode, level, masked):
     logp, behavior, cu, mask = batch()
     m = mask if masked else None
-    out = offpolicy_weights(
-        logp, behavior, level=level, mode=mode, cu_seqlens=cu, mask=m, **MODES[mode]
-    )
+    out = offpolicy_weights(logp, behavior, level=level, mode=mode, cu_seqlens=cu, mask=m, **MODES[mode])
     want = expected(
         log_ratio(logp, behavior),
         level=level,
@@ -236,17 +234,21 @@ def test_snips_is_ips_normalised():
         b = offpolicy_weights(logp, behavior, normalize=norm, cu_seqlens=cu, **kwargs)
         assert torch.equal(a.weight, b.weight) and torch.equal(a.ess, b.ess)
     forced = offpolicy_weights(logp, behavior, mode="snips", normalize="batch", cu_seqlens=cu)
-    assert torch.equal(
-        forced.weight, offpolicy_weights(logp, behavior, mode="snips", cu_seqlens=cu).weight
-    )
+    assert torch.equal(forced.weight, offpolicy_weights(logp, behavior, mode="snips", cu_seqlens=cu).weight)
 
 
 def test_tempered_group_weights_are_a_softmax():
     logp, behavior, cu, _ = batch((4, 4, 4))
     out = offpolicy_weights(
-        logp, behavior, level="sequence", mode="tempered", power=0.7,
-        normalize="group", group_ids=torch.tensor([5, 5, 5]), cu_seqlens=cu,
-    )  # fmt: skip
+        logp,
+        behavior,
+        level="sequence",
+        mode="tempered",
+        power=0.7,
+        normalize="group",
+        group_ids=torch.tensor([5, 5, 5]),
+        cu_seqlens=cu,
+    )
     sums = (logp - behavior).view(3, 4).sum(1)
     torch.testing.assert_close(out.weight[::4], 3 * torch.softmax(0.7 * sums, 0))
 
@@ -258,9 +260,7 @@ def test_external_rows_and_propensities():
     inverse = offpolicy_weights(None, propensity=p, level="external")
     torch.testing.assert_close(inverse.weight, 1 / p)
     groups = torch.tensor([1, 1, 0], dtype=torch.int32)
-    by_group = offpolicy_weights(
-        None, propensity=p, level="external", mode="snips", group_ids=groups
-    )
+    by_group = offpolicy_weights(None, propensity=p, level="external", mode="snips", group_ids=groups)
     torch.testing.assert_close(by_group.weight, torch.tensor([4 / 3, 2 / 3, 1.0]))
     same = offpolicy_weights(logp, p.log(), level="external")
     torch.testing.assert_close(same.weight, out.weight)
@@ -304,8 +304,12 @@ def test_nan_shows_where_it_belongs_and_nowhere_else():
     logp[5] = float("nan")
     token = offpolicy_weights(logp, behavior, mode="mask", low=0.0, high=1e9)
     assert token.weight.isnan().tolist() == [i == 5 for i in range(12)] and token.kept_mask[5]
-    for rule in (KeepRule("ratio", "mean", 0.0, 1e9), KeepRule("k3", "max", high=1e9),
-                 KeepRule("k2", "sum", high=1e9), KeepRule("k3", "mean", high=1e9)):  # fmt: skip
+    for rule in (
+        KeepRule("ratio", "mean", 0.0, 1e9),
+        KeepRule("k3", "max", high=1e9),
+        KeepRule("k2", "sum", high=1e9),
+        KeepRule("k3", "mean", high=1e9),
+    ):
         out = offpolicy_weights(logp, behavior, level="sequence", cu_seqlens=cu, rules=(rule,))
         assert out.weight.isnan().tolist() == [4 <= i < 8 for i in range(12)]
         assert out.kept_mask.all()
@@ -325,9 +329,7 @@ def test_edges():
     for kwargs in ({}, {"level": "geometric", "cu_seqlens": cu}, {"mode": "snips"}):
         out = offpolicy_weights(logp, behavior, mask=torch.zeros_like(mask), **kwargs)
         assert out.weight.abs().sum() == 0 and not out.kept_mask.any() and out.ess.item() == 0.0
-    every_zero = offpolicy_weights(
-        torch.ones(3), torch.zeros(3), mode="switch", high=1.0, normalize="batch"
-    )
+    every_zero = offpolicy_weights(torch.ones(3), torch.zeros(3), mode="switch", high=1.0, normalize="batch")
     assert every_zero.weight.tolist() == [0.0] * 3 and every_zero.ess.item() == 0.0
 
 
@@ -335,13 +337,10 @@ def test_sequences_longer_than_a_stage():
     logp, behavior, cu, mask = batch((511, 512, 513, 1200), spread=0.02)
     for level in ("token", "sequence", "geometric"):
         rules = (KeepRule("k3", "mean", high=1.0), KeepRule("k2", "max", high=10.0))
-        out = offpolicy_weights(
-            logp, behavior, level=level, cu_seqlens=cu, mask=mask, rules=rules, normalize="batch"
-        )
+        out = offpolicy_weights(logp, behavior, level=level, cu_seqlens=cu, mask=mask, rules=rules, normalize="batch")
         want = expected(
-            log_ratio(logp, behavior), level=level, cu=cu.tolist(), mask=mask.tolist(),
-            rules=rules, normalize="batch",
-        )  # fmt: skip
+            log_ratio(logp, behavior), level=level, cu=cu.tolist(), mask=mask.tolist(), rules=rules, normalize="batch"
+        )
         check(out, want)
 
 
@@ -357,9 +356,7 @@ def test_dtypes(dtype, backend):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert out.weight.dtype == out.ess.dtype == wide
     want = expected(log_ratio(logp, behavior), mask=mask.tolist())
-    torch.testing.assert_close(
-        out.weight.double(), torch.tensor(want[0]).double(), rtol=4e-6, atol=0
-    )
+    torch.testing.assert_close(out.weight.double(), torch.tensor(want[0]).double(), rtol=4e-6, atol=0)
 
 
 def test_strided_and_differentiable_inputs():
@@ -402,11 +399,7 @@ REFUSALS = [
     ((X, X), {"normalize": "seq"}, "normalize must be one of none, batch, group"),
     ((X, X), {"mode": "snips", "normalize": "none"}, "normalize must be 'batch' or 'group' with"),
     ((X, X), {"high": 2.0}, "high must be left out with mode 'ips'; got 2.0"),
-    (
-        (X, X),
-        {"mode": "switch", "low": 0.1, "high": 2.0},
-        "low must be left out with mode 'switch'",
-    ),
+    ((X, X), {"mode": "switch", "low": 0.1, "high": 2.0}, "low must be left out with mode 'switch'"),
     ((X, X), {"mode": "shrink", "high": 2.0}, "high must be left out with mode 'shrink'"),
     ((X, X), {"mode": "tempered", "lam": 2.0}, "lam must be left out with mode 'tempered'"),
     ((X, X), {"mode": "truncate"}, "low or high must be given with mode 'truncate'"),

@@ -19,14 +19,18 @@ def batch():
     hidden, weight = torch.randn(N, H, generator=gen), torch.randn(V, H, generator=gen)
     target = torch.randint(V, (N,), generator=gen)
     logp = (hidden @ weight.T).log_softmax(-1)[torch.arange(N), target]
-    return hidden, weight, {
-        "target": target,
-        "advantage": torch.randn(N, generator=gen),
-        "mask": torch.rand(N, generator=gen) > 0.2,
-        # Near the policy: the gradient of ratio * k3 is k, as a difference of terms like exp(-k).
-        "ref_logp": logp + 0.3 * torch.randn(N, generator=gen),
-        "cu_seqlens": torch.tensor([0, 5, 5, 16, N], dtype=torch.int32),
-    }  # fmt: skip
+    return (
+        hidden,
+        weight,
+        {
+            "target": target,
+            "advantage": torch.randn(N, generator=gen),
+            "mask": torch.rand(N, generator=gen) > 0.2,
+            # Near the policy: the gradient of ratio * k3 is k, as a difference of terms like exp(-k).
+            "ref_logp": logp + 0.3 * torch.randn(N, generator=gen),
+            "cu_seqlens": torch.tensor([0, 5, 5, 16, N], dtype=torch.int32),
+        },
+    )
 
 
 def objective(level):
@@ -41,9 +45,8 @@ def run(source, level, old, backend, dtype=torch.float32):
     h, w = leaves
     given = {"logits": h @ w.T} if source == "logits" else {"hidden": h, "weight": w}
     step = tokfuse.policy_step(
-        **given, **inputs, old_logp=old, objective=objective(level), normalizer="batch",
-        sampler_logp=inputs["ref_logp"],
-    )  # fmt: skip
+        **given, **inputs, old_logp=old, objective=objective(level), normalizer="batch", sampler_logp=inputs["ref_logp"]
+    )
     step.loss.backward()
     return step, [x.grad for x in leaves]
 
@@ -70,15 +73,18 @@ def test_the_same_bits_as_with_its_own_logp(backend, level, source):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_gradients_against_float64(level):
-    cpu = next(p.values[0] for p in backends("policy_step", interpreted=False)
-               if p.values[0].name == "reference")  # fmt: skip
+    cpu = next(p.values[0] for p in backends("policy_step", interpreted=False) if p.values[0].name == "reference")
     step, grads = run("hidden", level, None, cpu, torch.float64)
     _, ours = run("hidden", level, None, cpu)
     stats = tokfuse.linear_token_stats(*batch()[:2], batch()[2]["target"])
     loss = tokfuse.policy_loss(
-        stats.logp, entropy=stats.entropy, old_logp=None, objective=objective(level),
-        normalizer="batch", **{k: x for k, x in batch()[2].items() if k != "target"},
-    ).loss  # fmt: skip
+        stats.logp,
+        entropy=stats.entropy,
+        old_logp=None,
+        objective=objective(level),
+        normalizer="batch",
+        **{k: x for k, x in batch()[2].items() if k != "target"},
+    ).loss
     assert loss.item() == pytest.approx(step.loss.item(), rel=1e-5)
     for mine, exact in zip(ours, grads, strict=True):
         assert (mine.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
@@ -89,8 +95,9 @@ def test_compiled_whole():
     spec = objective("token")
 
     def loss(h):
-        return tokfuse.policy_step(hidden=h, weight=weight, old_logp=None, normalizer="batch",
-                                   objective=spec, **inputs).loss  # fmt: skip
+        return tokfuse.policy_step(
+            hidden=h, weight=weight, old_logp=None, normalizer="batch", objective=spec, **inputs
+        ).loss
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(hidden.clone().requires_grad_()), loss(hidden))

@@ -43,9 +43,7 @@ def test_formulas(masked):
     w, r, direct, q = (x[keep].double().tolist() for x in tensors[:4])
     n = len(w)
     pairs = list(zip(w, r, strict=True))
-    assert (out.ips.item(), out.ips_se.item()) == pytest.approx(
-        mean_and_error([a * b for a, b in pairs]), rel=1e-6
-    )
+    assert (out.ips.item(), out.ips_se.item()) == pytest.approx(mean_and_error([a * b for a, b in pairs]), rel=1e-6)
     snips = sum(a * b for a, b in pairs) / sum(w)
     assert out.snips.item() == pytest.approx(snips, rel=1e-6)
     snips_se = math.sqrt(sum((a * (b - snips)) ** 2 for a, b in pairs) / (n * (n - 1)))
@@ -65,10 +63,12 @@ def test_dr_is_unbiased_when_either_the_weight_or_the_model_is_right():
         q_pi = sum(p * x for p, x in zip(pi, model, strict=True))
         # One logged row per action, drawn with its behaviour probability.
         value = sum(
-            b[a] * ope(torch.tensor([weights[a]]), torch.tensor([r[a]]), torch.tensor([q_pi]),
-                       torch.tensor([model[a]])).dr.item()
+            b[a]
+            * ope(
+                torch.tensor([weights[a]]), torch.tensor([r[a]]), torch.tensor([q_pi]), torch.tensor([model[a]])
+            ).dr.item()
             for a in (0, 1)
-        )  # fmt: skip
+        )
         right = weights == [3.5, 0.375] or model == r
         assert (value == pytest.approx(true, rel=1e-6)) == right
 
@@ -125,9 +125,7 @@ def test_missing_models_and_edges():
 def test_masked_nan_is_not_read():
     weight, reward, q_pi, q_a, mask = batch()
     dirty = [torch.where(mask, x, float("nan")) for x in (weight, reward, q_pi, q_a)]
-    for got, want in zip(
-        ope(*dirty, mask=mask), ope(weight, reward, q_pi, q_a, mask=mask), strict=True
-    ):
+    for got, want in zip(ope(*dirty, mask=mask), ope(weight, reward, q_pi, q_a, mask=mask), strict=True):
         assert torch.equal(got, want)
 
 

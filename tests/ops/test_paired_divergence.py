@@ -84,9 +84,13 @@ OPTIONS = {
     "softcap": {"softcap": 4.0},
     "scale": {"logit_scale": 0.3},
     "mask": {"mask": torch.arange(6) % 3 > 0},
-    "all": {"temperature": torch.linspace(0.5, 2.0, 6), "softcap": 4.0, "logit_scale": 2.0,
-            "mask": torch.arange(6) % 2 == 0},
-}  # fmt: skip
+    "all": {
+        "temperature": torch.linspace(0.5, 2.0, 6),
+        "softcap": 4.0,
+        "logit_scale": 2.0,
+        "mask": torch.arange(6) % 2 == 0,
+    },
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,9 +167,7 @@ def test_jsd_is_symmetric_at_one_half_and_swaps_with_beta():
 
 def test_forward_and_reverse_are_each_other_swapped():
     p, q = batch()
-    torch.testing.assert_close(
-        paired_divergence(p, q, kind="kl_forward"), paired_divergence(q, p, kind="kl_reverse")
-    )
+    torch.testing.assert_close(paired_divergence(p, q, kind="kl_forward"), paired_divergence(q, p, kind="kl_reverse"))
 
 
 def test_forward_kl_is_the_target_against_the_learner():
@@ -244,10 +246,7 @@ def test_any_pair_of_rows(data):
     vocab, tokens = data.draw(st.integers(1, 12)), data.draw(st.integers(0, 3))
     numbers = st.floats(-60, 60, width=32, allow_subnormal=False)
     row = st.lists(numbers, min_size=vocab, max_size=vocab)
-    p, q = (
-        torch.tensor([data.draw(row) for _ in range(tokens)]).reshape(tokens, vocab)
-        for _ in range(2)
-    )
+    p, q = (torch.tensor([data.draw(row) for _ in range(tokens)]).reshape(tokens, vocab) for _ in range(2))
     excluded = data.draw(st.lists(st.booleans(), min_size=vocab, max_size=vocab))
     if not all(excluded):
         p[:, excluded], q[:, excluded] = -INF, -INF

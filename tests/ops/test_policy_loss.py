@@ -9,17 +9,7 @@ import math
 import pytest
 import torch
 from harness import backends, compare
-from policy_cases import (
-    LENGTHS,
-    SEQUENCE_METHODS,
-    TOKEN_METHODS,
-    Batch,
-    Direct,
-    batch,
-    by_sequence,
-    clip,
-    ratio,
-)
+from policy_cases import LENGTHS, SEQUENCE_METHODS, TOKEN_METHODS, Batch, Direct, batch, by_sequence, clip, ratio
 
 import tokfuse
 from tokfuse import KL, LinearRatio, Objective, PPOClip
@@ -56,13 +46,19 @@ def check(run, data: Batch, objective: Objective, direct: Direct, agg=None, **op
     values, slopes = direct.evaluate(agg)
     out, grad, _ = run(data, objective, **options)
     scale = max(1.0, max(map(abs, values)))
-    compare(out.token_loss, torch.tensor(values, dtype=torch.float64), atol=run.tolerance * scale,
-            rtol=run.tolerance, what="token_loss")  # fmt: skip
+    compare(
+        out.token_loss,
+        torch.tensor(values, dtype=torch.float64),
+        atol=run.tolerance * scale,
+        rtol=run.tolerance,
+        what="token_loss",
+    )
     total = math.fsum(values)
     assert abs(float(out.loss.detach()) - total) <= 2 * run.tolerance * max(scale, abs(total))
     scale = max(1.0, max(map(abs, slopes)))
-    compare(grad, torch.tensor(slopes, dtype=torch.float64), atol=run.tolerance * scale,
-            rtol=run.tolerance, what="gradient")  # fmt: skip
+    compare(
+        grad, torch.tensor(slopes, dtype=torch.float64), atol=run.tolerance * scale, rtol=run.tolerance, what="gradient"
+    )
     return out, grad
 
 
@@ -163,8 +159,7 @@ def test_weights_multiply_their_own_term(run):
         kl = kl_formula("k3", live - ref[t], frozen - ref[t], ratio(live, old[t]))
         return 0.3 * kl_weight[t] * kl - 0.02 * h_weight[t] * entropy[t]
 
-    clipped = by_sequence(lambda live, frozen, o, a, s: max(
-        -a * ratio(live, o), -a * clip(ratio(live, o), 0.8, 1.2)))  # fmt: skip
+    clipped = by_sequence(lambda live, frozen, o, a, s: max(-a * ratio(live, o), -a * clip(ratio(live, o), 0.8, 1.2)))
     check(run, data, objective, Direct(clipped, data, term))
     _, _, grad = run(data, objective)
     expected = [-0.02 * w * k for w, k in zip(h_weight, keep, strict=True)]
@@ -194,19 +189,18 @@ def test_aggregations_and_normalizers(name: str, level: str, run):
     objective = Objective(level=level, aggregation=name, shape=PPOClip(low=0.2, high=0.2))
     formula = SEQUENCE_METHODS["gspo"][1]
     if level == "token":
-        formula = by_sequence(lambda live, frozen, o, a, s: max(
-            -a * ratio(live, o), -a * clip(ratio(live, o), 0.8, 1.2)))  # fmt: skip
+        formula = by_sequence(
+            lambda live, frozen, o, a, s: max(-a * ratio(live, o), -a * clip(ratio(live, o), 0.8, 1.2))
+        )
     direct, agg = Direct(formula, data), aggregation(name, data)
     out, _ = check(run, data, objective, direct, agg)
     assert float(out.loss_sum) == float(out.loss.detach())
     assert float(out.count) == COUNTS.get(name, 17)
     for normalizer in (12.5, torch.tensor(12.5), torch.tensor([12.5], dtype=torch.float64)):
-        scaled, _ = check(run, data, objective, direct, [w / 12.5 for w in agg],
-                          normalizer=normalizer)  # fmt: skip
+        scaled, _ = check(run, data, objective, direct, [w / 12.5 for w in agg], normalizer=normalizer)
         assert float(scaled.loss_sum) == pytest.approx(float(out.loss.detach()), 1e-6, 2e-6)
     if name in COUNTS:
-        mean, _ = check(run, data, objective, direct, [w / COUNTS[name] for w in agg],
-                        normalizer="batch")  # fmt: skip
+        mean, _ = check(run, data, objective, direct, [w / COUNTS[name] for w in agg], normalizer="batch")
         assert float(mean.loss_sum) == pytest.approx(float(out.loss.detach()), 1e-6, 2e-6)
 
 

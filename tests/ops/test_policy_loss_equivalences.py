@@ -33,9 +33,7 @@ def backend(request):
 def evaluate(backend: Backend, objective: Objective, logp, **inputs):
     """(result, d loss / d logp on the CPU)."""
     x = backend.put(logp).detach().clone().requires_grad_()
-    out = tokfuse.policy_loss(
-        x, objective=objective, **{k: backend.put(v) for k, v in inputs.items()}
-    )
+    out = tokfuse.policy_loss(x, objective=objective, **{k: backend.put(v) for k, v in inputs.items()})
     out.loss.backward()
     return out, x.grad.cpu()
 
@@ -56,11 +54,18 @@ def same(backend: Backend, left: Objective, right: Objective, *names: str) -> No
 # --------------------------------------------------------------------------------------- on policy
 
 ON_POLICY = {
-    "reinforce": LinearLogp(), "surrogate": LinearRatio(), "ppo": PPOClip(),
-    "ppo_dual": PPOClip(dual=3.0), "two_sided": PPOClip(cap=2.0), "cispo": StopGradClip(),
-    "sapo": SigmoidGate(), "gbpo": TargetRatio(), "r2vpo": Quadratic(penalty=5.0),
-    "gmpo": LogClamp(), "vespo": Gamma(),
-}  # fmt: skip
+    "reinforce": LinearLogp(),
+    "surrogate": LinearRatio(),
+    "ppo": PPOClip(),
+    "ppo_dual": PPOClip(dual=3.0),
+    "two_sided": PPOClip(cap=2.0),
+    "cispo": StopGradClip(),
+    "sapo": SigmoidGate(),
+    "gbpo": TargetRatio(),
+    "r2vpo": Quadratic(penalty=5.0),
+    "gmpo": LogClamp(),
+    "vespo": Gamma(),
+}
 
 
 @pytest.mark.parametrize("name", ON_POLICY)
@@ -93,9 +98,14 @@ def test_nft_on_policy_is_grpo_or_dr_grpo(normalize: int, centre_only: bool, bac
     logp = torch.linspace(-3, -0.5, 8)
     weight = (1 - q) if normalize == 1 else ((1 - q) / q).sqrt()
     _, nft = evaluate(
-        backend, Objective(shape=NFT()), logp, old_logp=logp, advantage=2 * correct - 1,
-        signal=q.expand(8), token_weight=weight.expand(8),
-    )  # fmt: skip
+        backend,
+        Objective(shape=NFT()),
+        logp,
+        old_logp=logp,
+        advantage=2 * correct - 1,
+        signal=q.expand(8),
+        token_weight=weight.expand(8),
+    )
     _, expected = evaluate(backend, Objective(), logp, old_logp=logp, advantage=grpo)
     compare(nft, expected, rtol=1e-6)
 
@@ -170,18 +180,14 @@ def test_gbpo_pulls_a_ratio_outside_the_bounds_back(backend: Backend):
     inputs["signal"] = torch.zeros(5)
     out, grad = evaluate(backend, middle, torch.full((5,), math.log(1.05)), **inputs)
     compare(out.token_loss, torch.zeros(5), atol=2e-7)
-    exact = evaluate(
-        backend, Objective(shape=TargetRatio(low=0.5, high=0.5)), torch.zeros(5), **inputs
-    )
+    exact = evaluate(backend, Objective(shape=TargetRatio(low=0.5, high=0.5)), torch.zeros(5), **inputs)
     assert not exact[1].any()  # exactly on the target: subgradient 0
 
 
 def test_sapo_is_not_normalised_to_the_ratio(backend: Backend):
     zero = torch.zeros(2)
     advantage = torch.tensor([2.0, -3.0])
-    out, grad = evaluate(
-        backend, Objective(shape=SigmoidGate()), zero, old_logp=zero, advantage=advantage
-    )
+    out, grad = evaluate(backend, Objective(shape=SigmoidGate()), zero, old_logp=zero, advantage=advantage)
     compare(out.token_loss, torch.tensor([-4.0, 6.0 / 1.05]), rtol=1e-6)
     compare(grad, -advantage, rtol=1e-6)
 
@@ -208,10 +214,13 @@ def expected_gradient(estimator: str, behaviour: torch.Tensor | None = None):
     logp = theta.log_softmax(0)
     sampled = logp.detach() if behaviour is None else behaviour
     out = tokfuse.policy_loss(
-        logp, old_logp=sampled, advantage=torch.zeros(6, dtype=torch.float64),
+        logp,
+        old_logp=sampled,
+        advantage=torch.zeros(6, dtype=torch.float64),
         objective=Objective(shape=LinearRatio(), kl=KL(estimator=estimator, coef=1.0)),
-        ref_logp=ref, kl_weight=sampled.exp(),
-    )  # fmt: skip
+        ref_logp=ref,
+        kl_weight=sampled.exp(),
+    )
     (grad,) = torch.autograd.grad(out.loss, theta)
     logp = theta.log_softmax(0)
     (reverse,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), theta, retain_graph=True)
@@ -238,18 +247,21 @@ def test_negative_kl_coefficient_repels_up_to_the_clamp(backend: Backend):
     """k3 with coefficient -0.01 reaches 0.01 e^11 at the clamp of 11 and 0 beyond (CDPO)."""
     k = torch.tensor([-10.999, -11.5, 0.5])
     objective = Objective(shape=LinearRatio(), kl=KL(coef=-0.01, clamp=11.0))
-    _, grad = evaluate(backend, objective, k, old_logp=k, advantage=torch.zeros(3),
-                       ref_logp=torch.zeros(3))  # fmt: skip
-    compare(
-        grad, torch.tensor([0.01 * math.expm1(10.999), 0.0, 0.01 * math.expm1(-0.5)]), rtol=1e-5
-    )
+    _, grad = evaluate(backend, objective, k, old_logp=k, advantage=torch.zeros(3), ref_logp=torch.zeros(3))
+    compare(grad, torch.tensor([0.01 * math.expm1(10.999), 0.0, 0.01 * math.expm1(-0.5)]), rtol=1e-5)
 
 
 def test_abs_penalty_is_a_no_op_where_the_policies_agree(backend: Backend):
     logp = torch.tensor([-1.0, -2.0, -3.0])
     objective = Objective(shape=LinearRatio(), kl=KL(estimator="abs", coef=1.0))
-    _, grad = evaluate(backend, objective, logp, old_logp=logp, advantage=torch.zeros(3),
-                       ref_logp=logp + torch.tensor([0.0, 0.1, -0.1]))  # fmt: skip
+    _, grad = evaluate(
+        backend,
+        objective,
+        logp,
+        old_logp=logp,
+        advantage=torch.zeros(3),
+        ref_logp=logp + torch.tensor([0.0, 0.1, -0.1]),
+    )
     assert grad.tolist() == [0.0, -1.0, 1.0]
 
 

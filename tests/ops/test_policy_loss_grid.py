@@ -49,9 +49,13 @@ def test_kernels_equal_the_reference(shape: str, level: str, backend: Backend):
             given = type(data)(data.logp, rest)
         for aggregation in (AGGREGATIONS[(i + turn) % 4], AGGREGATIONS[(i + turn + 1) % 4]):
             objective = Objective(
-                shape=SHAPES[shape], level=level, kl=kl, entropy_coef=0.013,
-                aggregation=aggregation, log_ratio_clamp=15.0,
-            )  # fmt: skip
+                shape=SHAPES[shape],
+                level=level,
+                kl=kl,
+                entropy_coef=0.013,
+                aggregation=aggregation,
+                log_ratio_clamp=15.0,
+            )
             with tokfuse.backend("reference"):
                 want = evaluate(lambda x: x, objective, torch.float64, given)
             got = evaluate(backend.put, objective, torch.float32, given)
@@ -63,8 +67,7 @@ def check(got, want, what: str) -> None:
     for i, name in ((1, "d logp"), (2, "d entropy")):
         scale = max(1.0, float(want[i].abs().max()))
         compare(got[i], want[i], atol=1e-6 * scale, rtol=1e-5, what=f"{name} {what}")
-    compare(got[0].token_loss, want[0].token_loss, atol=1e-6 * max(1.0, largest), rtol=1e-5,
-            what=f"token_loss {what}")  # fmt: skip
+    compare(got[0].token_loss, want[0].token_loss, atol=1e-6 * max(1.0, largest), rtol=1e-5, what=f"token_loss {what}")
     atol = torch.zeros(len(SLOTS))
     atol[SLOTS.index("loss")] = 1e-5 * max(1.0, float(want[0].token_loss.abs().sum()))
     compare(got[0].metrics.sums, want[0].metrics.sums, atol=atol, rtol=3e-6, what=f"sums {what}")
@@ -94,8 +97,7 @@ def test_every_metric_is_what_it_says(any_backend: Backend):
     keep = data.inputs["mask"].tolist()
     tokens = [t for t, valid in enumerate(keep) if valid]
     old, ref, sampler, entropy, advantage = (
-        data.inputs[n].tolist()
-        for n in ("old_logp", "ref_logp", "sampler_logp", "entropy", "advantage")
+        data.inputs[n].tolist() for n in ("old_logp", "ref_logp", "sampler_logp", "entropy", "advantage")
     )
     logp, n = data.logp.tolist(), len(tokens)
     r = {t: math.exp(max(-20.0, min(20.0, logp[t] - old[t]))) for t in tokens}
@@ -106,17 +108,24 @@ def test_every_metric_is_what_it_says(any_backend: Backend):
     low = [t for t in tokens if advantage[t] < 0 and r[t] < 0.8]
     dual = [t for t in tokens if advantage[t] < 0 and r[t] > 3.0]
     expected = {
-        "clip_low": len(low) / n, "clip_high": len(up) / n, "dual_clip": len(dual) / n,
+        "clip_low": len(low) / n,
+        "clip_high": len(up) / n,
+        "dual_clip": len(dual) / n,
         "kl_k1": sum(-d[t] for t in tokens) / n,
         "kl_k3": sum(math.expm1(d[t]) - d[t] for t in tokens) / n,
         "ref_kl_k1": sum(k.values()) / n,
         "ref_kl_k3": sum(math.expm1(-k[t]) + k[t] for t in tokens) / n,
         "sampler_kl_k3": sum(math.expm1(gap[t]) - gap[t] for t in tokens) / n,
-        "ratio": sum(r.values()) / n, "ratio_min": min(r.values()), "ratio_max": max(r.values()),
+        "ratio": sum(r.values()) / n,
+        "ratio_min": min(r.values()),
+        "ratio_max": max(r.values()),
         "entropy": sum(entropy[t] for t in tokens) / n,
-        "masked": 1 - n / len(keep), "tokens": n, "seqs": 4,
-        "grad_rows": 1.0, "loss": float(out.loss),
-    }  # fmt: skip
+        "masked": 1 - n / len(keep),
+        "tokens": n,
+        "seqs": 4,
+        "grad_rows": 1.0,
+        "loss": float(out.loss),
+    }
     assert up and low and dual and set(got) == set(expected)
     for name, value in expected.items():
         assert got[name] == pytest.approx(value, rel=2e-6), name
@@ -124,9 +133,7 @@ def test_every_metric_is_what_it_says(any_backend: Backend):
 
 
 def test_grad_rows_counts_what_will_cost_arithmetic(any_backend: Backend):
-    got, data, _ = metrics_of(
-        any_backend, Objective(shape=tokfuse.PPOClip(low=0.2, high=0.28, dual=3.0))
-    )
+    got, data, _ = metrics_of(any_backend, Objective(shape=tokfuse.PPOClip(low=0.2, high=0.28, dual=3.0)))
     clipped = got["clip_low"] + got["clip_high"] + got["dual_clip"]
     outside = [t for t, d in enumerate(LOG_RATIOS) if abs(d) > 20 and data.inputs["mask"][t]]
     assert outside == [10] and data.inputs["advantage"][10] < 0  # r = e^-20: clipped low anyway
@@ -163,10 +170,7 @@ def test_absent_inputs_give_no_metric(any_backend: Backend):
 def test_ref_logp_without_a_kl_term_gives_the_metric_only(any_backend: Backend):
     plain, _, out = metrics_of(any_backend, Objective())
     given, _, same = metrics_of(any_backend, Objective(), "ref_logp")
-    assert torch.equal(out.loss, same.loss) and set(given) - set(plain) == {
-        "ref_kl_k1",
-        "ref_kl_k3",
-    }
+    assert torch.equal(out.loss, same.loss) and set(given) - set(plain) == {"ref_kl_k1", "ref_kl_k3"}
 
 
 def test_merged_metrics_are_those_of_the_whole(any_backend: Backend):

@@ -41,10 +41,12 @@ def long_batch(tokens: int):
     cuts = torch.randint(0, tokens + 1, (tokens // 20,), generator=gen).sort().values
     cu = torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])]).int()
     return old + torch.randn(tokens, generator=gen) * 0.3, {
-        "old_logp": old, "advantage": torch.randn(tokens, generator=gen), "cu_seqlens": cu,
+        "old_logp": old,
+        "advantage": torch.randn(tokens, generator=gen),
+        "cu_seqlens": cu,
         "mask": torch.rand(tokens, generator=gen) < 0.7,
         "entropy": torch.rand(tokens, generator=gen),
-    }  # fmt: skip
+    }
 
 
 # -------------------------------------------------------------------------------------- invariances
@@ -101,8 +103,7 @@ def test_sequence_order_does_not_matter(backend: Backend):
     moved_cu = torch.tensor([0, *(len(s) for s in spans)]).cumsum(0).int()
     objective = Objective(level="sequence", aggregation="seq_mean_token_mean", entropy_coef=0.3)
     whole = evaluate(backend, objective, logp, cu_seqlens=torch.tensor(cu).int(), **inputs)
-    moved = evaluate(backend, objective, logp[order], cu_seqlens=moved_cu,
-                     **{k: v[order] for k, v in inputs.items()})  # fmt: skip
+    moved = evaluate(backend, objective, logp[order], cu_seqlens=moved_cu, **{k: v[order] for k, v in inputs.items()})
     compare(moved[1], whole[1][order], rtol=1e-6)
     compare(moved[3], whole[3][order], rtol=1e-6)
     compare(moved[2], whole[2], rtol=2e-6)
@@ -131,8 +132,9 @@ def test_values_at_masked_tokens_are_never_used(level: str, value: float, backen
     spoilt = {k: v.clone() for k, v in inputs.items()}
     for name in (*NAMES, "old_logp", "advantage"):
         spoilt[name][bad] = value
-    objective = Objective(shape=TargetRatio(), level=level, kl=KL(coef=0.2), entropy_coef=0.1,
-                          aggregation="seq_mean_token_mean")  # fmt: skip
+    objective = Objective(
+        shape=TargetRatio(), level=level, kl=KL(coef=0.2), entropy_coef=0.1, aggregation="seq_mean_token_mean"
+    )
     plain = evaluate(backend, objective, logp, **inputs)
     assert same(evaluate(backend, objective, logp.masked_fill(bad, value), **spoilt), plain)
     for v in (plain[1], plain[3], plain[4]):
@@ -144,8 +146,7 @@ def test_the_advantage_of_a_masked_sequence_is_never_used(backend: Backend):
     results = []
     for value in (0.0, float("nan")):
         inputs["advantage"] = torch.tensor([1.5, value, -0.75, -1.25, 0.5, value])
-        results.append(evaluate(backend, Objective(level="sequence"), logp,
-                                advantage_level="sequence", **inputs))  # fmt: skip
+        results.append(evaluate(backend, Objective(level="sequence"), logp, advantage_level="sequence", **inputs))
     assert same(*results)
 
 
@@ -163,9 +164,16 @@ def test_no_valid_token_gives_a_differentiable_zero_that_touches_every_input(bac
     masked = inputs | {"mask": torch.zeros_like(inputs["mask"])}
     for x, given in ((logp, masked), (logp[:0], none)):
         for normalizer in (None, 5.0, "batch"):
-            for objective in (FULL, Objective(level="sequence", shape=TargetRatio(),
-                                              entropy_coef=0.1, kl=KL(coef=0.1),
-                                              aggregation="seq_mean_token_mean")):  # fmt: skip
+            for objective in (
+                FULL,
+                Objective(
+                    level="sequence",
+                    shape=TargetRatio(),
+                    entropy_coef=0.1,
+                    kl=KL(coef=0.1),
+                    aggregation="seq_mean_token_mean",
+                ),
+            ):
                 out = evaluate(backend, objective, x, normalizer=normalizer, **given)
                 assert float(out[0]) == 0.0 and out[1].shape == x.shape
                 for grad in out[3:]:
@@ -204,9 +212,7 @@ def test_no_graph_without_grad(backend: Backend):
     inputs = {k: backend.put(v) for k, v in inputs.items()}
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            out = tokfuse.policy_loss(
-                backend.put(logp).clone().requires_grad_(), objective=Objective(), **inputs
-            )
+            out = tokfuse.policy_loss(backend.put(logp).clone().requires_grad_(), objective=Objective(), **inputs)
         assert not out.loss.requires_grad
     out = tokfuse.policy_loss(backend.put(logp), objective=Objective(entropy_coef=0.1), **inputs)
     assert not out.loss.requires_grad
@@ -239,8 +245,7 @@ def test_reference_passes_gradcheck(level: str):
     inputs["old_logp"] = logp - 0.1 * (logp - inputs["old_logp"])  # away from every kink
     inputs["ref_logp"] = logp + 0.3
     h = inputs.pop("entropy")
-    objective = Objective(shape=tokfuse.SigmoidGate(), level=level, kl=KL(coef=0.2),
-                          entropy_coef=0.1)  # fmt: skip
+    objective = Objective(shape=tokfuse.SigmoidGate(), level=level, kl=KL(coef=0.2), entropy_coef=0.1)
     inputs.pop("signal")
 
     def loss(x, y):
@@ -256,9 +261,10 @@ def test_sequence_token_keeps_its_gradient_at_the_clamp(backend: Backend):
     """The clamped mean is a constant: each token's own factor exp(l - sg(l)) is at its inside."""
     logp = torch.tensor([-0.3, -1.7, -0.21])
     inputs = {
-        "old_logp": logp - torch.tensor([2.5, 2.0, 1.9]), "advantage": torch.ones(3),
+        "old_logp": logp - torch.tensor([2.5, 2.0, 1.9]),
+        "advantage": torch.ones(3),
         "cu_seqlens": torch.tensor([0, 1, 2, 3]).int(),
-    }  # fmt: skip
+    }
     objective = Objective(shape=LinearRatio(), level="sequence_token", log_ratio_clamp=1.37)
     *_, grad = evaluate(backend, objective, logp, **inputs)
     compare(grad, torch.full((3,), -1.37).exp().reciprocal().neg(), rtol=1e-6)
@@ -307,8 +313,13 @@ def test_autocast_changes_nothing(backend: Backend):
 @pytest.mark.parametrize("name", [*NAMES, "old_logp", "advantage", "mask", "cu_seqlens", "logp"])
 def test_no_input_is_ignored(name: str, backend: Backend):
     logp, inputs = batch(*NAMES).cast(torch.float32)
-    objective = Objective(shape=TargetRatio(), kl=KL(coef=0.2), entropy_coef=0.1,
-                          level="sequence_token", aggregation="seq_mean_token_mean")  # fmt: skip
+    objective = Objective(
+        shape=TargetRatio(),
+        kl=KL(coef=0.2),
+        entropy_coef=0.1,
+        level="sequence_token",
+        aggregation="seq_mean_token_mean",
+    )
     plain = evaluate(backend, objective, logp, **inputs)
     if name == "cu_seqlens":
         inputs[name] = torch.tensor([0, 4, 4, 6, 15, 19, 22]).int()
@@ -328,6 +339,4 @@ def test_no_argument_is_written(backend: Backend):
     for level in ("token", "sequence"):
         objective = Objective(shape=PPOClip(), level=level, kl=KL(coef=0.1), entropy_coef=0.1)
         rest = {k: v for k, v in given.items() if k != "signal"}
-        assert_untouched(
-            lambda o=objective, r=rest: tokfuse.policy_loss(objective=o, **r).loss.backward(), rest
-        )
+        assert_untouched(lambda o=objective, r=rest: tokfuse.policy_loss(objective=o, **r).loss.backward(), rest)

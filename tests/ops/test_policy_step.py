@@ -12,9 +12,7 @@ import tokfuse
 from tokfuse import KL, Objective, PPOClip
 from tokfuse.runtime.core import native
 
-pytestmark = pytest.mark.skipif(
-    native.module() is None, reason="the native module is not built: cpu backend missing"
-)
+pytestmark = pytest.mark.skipif(native.module() is None, reason="the native module is not built: cpu backend missing")
 
 TOKENS, HIDDEN, VOCAB = 41, 24, 4099  # two column blocks and a tail of 3
 OBJECTIVES = {
@@ -37,29 +35,29 @@ def problem(objective=OBJECTIVES["clip"], dtype=torch.float32):
     advantage[::3] = 0
     mask = torch.rand(TOKENS, generator=g) > 0.2
     keywords = {
-        "target": target, "old_logp": old, "advantage": advantage, "mask": mask,
+        "target": target,
+        "old_logp": old,
+        "advantage": advantage,
+        "mask": mask,
         "cu_seqlens": torch.tensor([0, 7, 7, 20, 41], dtype=torch.int32),
-        "objective": objective, "normalizer": 3.0, "temperature": 1.2,
-    }  # fmt: skip
+        "objective": objective,
+        "normalizer": 3.0,
+        "temperature": 1.2,
+    }
     if objective.kl is not None:
         keywords["ref_logp"] = old + 0.1 * rand(TOKENS)
     return [x.to(dtype) for x in (hidden, weight, bias)], logits, keywords
 
 
 def doubled(keywords):
-    return {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in keywords.items()
-    }
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in keywords.items()}
 
 
 def exact(tensors, keywords):
     """Loss and gradients of the float64 reference, by autograd through the full logits."""
     leaves = [x.double().requires_grad_() for x in tensors]
     with tokfuse.backend("reference"):
-        step = tokfuse.policy_step(
-            hidden=leaves[0], weight=leaves[1], bias=leaves[2], **doubled(keywords)
-        )
+        step = tokfuse.policy_step(hidden=leaves[0], weight=leaves[1], bias=leaves[2], **doubled(keywords))
         step.loss.backward()
     return step, [x.grad for x in leaves]
 
@@ -92,9 +90,7 @@ def test_from_hidden_against_float64(name, budget):
     tensors, _, keywords = problem(OBJECTIVES[name])
     reference, expected = exact(tensors, keywords)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    step = tokfuse.policy_step(
-        hidden=leaves[0], weight=leaves[1], bias=leaves[2], memory_budget=budget, **keywords
-    )
+    step = tokfuse.policy_step(hidden=leaves[0], weight=leaves[1], bias=leaves[2], memory_budget=budget, **keywords)
     step.loss.backward()
     close(step.loss, reference.loss.detach(), 1e-5)
     for leaf, gradient in zip(leaves, expected, strict=True):
@@ -104,18 +100,21 @@ def test_from_hidden_against_float64(name, budget):
 def test_wide_hidden_takes_the_buffer_inside_dw():
     """hidden > tokens: the logits of all rows lie where dW will be, in two tiles."""
     g = torch.Generator().manual_seed(5)
-    tensors = [torch.randn(20, 64, generator=g), torch.randn(6000, 64, generator=g) * 0.3,
-               torch.randn(6000, generator=g)]  # fmt: skip
+    tensors = [
+        torch.randn(20, 64, generator=g),
+        torch.randn(6000, 64, generator=g) * 0.3,
+        torch.randn(6000, generator=g),
+    ]
     target = torch.randint(0, 6000, (20,), generator=g)
     keywords = {
-        "target": target, "old_logp": torch.full((20,), -8.0), "objective": Objective(),
+        "target": target,
+        "old_logp": torch.full((20,), -8.0),
+        "objective": Objective(),
         "advantage": torch.randn(20, generator=g),
-    }  # fmt: skip
+    }
     _, expected = exact(tensors, keywords)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    tokfuse.policy_step(
-        hidden=leaves[0], weight=leaves[1], bias=leaves[2], **keywords
-    ).loss.backward()
+    tokfuse.policy_step(hidden=leaves[0], weight=leaves[1], bias=leaves[2], **keywords).loss.backward()
     for leaf, gradient in zip(leaves, expected, strict=True):
         close(leaf.grad, gradient)
 
@@ -184,9 +183,7 @@ def test_rows_without_coefficient_have_exactly_no_gradient():
     assert torch.equal(again.grad_logits, step.grad_logits)
 
 
-@pytest.mark.parametrize(
-    "needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1), (0, 0, 0)]
-)
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1), (0, 0, 0)])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gradients_only_where_asked(needs, backend):
     tensors, _, keywords = problem()
@@ -220,9 +217,7 @@ def test_autocast_changes_nothing():
     for enabled in (False, True):
         leaves = [x.clone().requires_grad_() for x in tensors]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            step = tokfuse.policy_step(
-                hidden=leaves[0], weight=leaves[1], bias=leaves[2], **keywords
-            )
+            step = tokfuse.policy_step(hidden=leaves[0], weight=leaves[1], bias=leaves[2], **keywords)
         step.loss.backward()
         results.append([step.loss.detach(), *(x.grad for x in leaves)])
     for a, b in zip(*results, strict=True):
@@ -235,10 +230,13 @@ def test_empty_batch_is_a_differentiable_zero(from_hidden, empty):
     tokens = 0 if empty == "no tokens" else 3
     hidden, weight = torch.randn(tokens, 8).requires_grad_(), torch.randn(50, 8).requires_grad_()
     keywords = {
-        "target": torch.zeros(tokens, dtype=torch.int64), "old_logp": torch.zeros(tokens),
-        "advantage": torch.ones(tokens), "objective": Objective(), "normalizer": "batch",
+        "target": torch.zeros(tokens, dtype=torch.int64),
+        "old_logp": torch.zeros(tokens),
+        "advantage": torch.ones(tokens),
+        "objective": Objective(),
+        "normalizer": "batch",
         "mask": torch.zeros(tokens, dtype=torch.bool),
-    }  # fmt: skip
+    }
     if from_hidden:
         step = tokfuse.policy_step(hidden=hidden, weight=weight, **keywords)
     else:
@@ -255,8 +253,7 @@ def test_normalizer_is_invariant_to_micro_batches():
     whole = tokfuse.policy_step(logits=logits, **{**keywords, "normalizer": total})
     parts, split = [], [(0, 20), (20, 41)]
     for a, b in split:
-        rows = {k: v[a:b] for k, v in keywords.items() if k in
-                ("target", "old_logp", "advantage", "mask")}  # fmt: skip
+        rows = {k: v[a:b] for k, v in keywords.items() if k in ("target", "old_logp", "advantage", "mask")}
         part = {**keywords, **rows, "normalizer": total, "cu_seqlens": None}
         parts.append(tokfuse.policy_step(logits=logits[a:b], **part))
     assert torch.equal(torch.cat([p.grad_logits for p in parts]), whole.grad_logits)
@@ -271,9 +268,7 @@ def test_no_argument_is_mutated():
     copies = [x.clone() for x in given]
     tokfuse.policy_step(logits=logits, **keywords)
     leaves = [x.requires_grad_() for x in tensors]
-    tokfuse.policy_step(
-        hidden=leaves[0], weight=leaves[1], bias=leaves[2], **keywords
-    ).loss.backward()
+    tokfuse.policy_step(hidden=leaves[0], weight=leaves[1], bias=leaves[2], **keywords).loss.backward()
     for x, copy in zip(given, copies, strict=True):
         assert torch.equal(x.detach(), copy)
 
@@ -295,15 +290,13 @@ REFUSALS = {
     "neither input": ({"logits": None}, "either logits= or hidden= with weight=; got neither"),
     "both inputs": ({"hidden": torch.zeros(TOKENS, 2)}, "got both"),
     "weight with logits": ({"weight": torch.zeros(VOCAB, 2)}, "weight must be left out with log"),
-    "bad target": (
-        {"target": torch.full((TOKENS,), VOCAB)}, rf"in \[0, {VOCAB}\) in every row where mask"),
+    "bad target": ({"target": torch.full((TOKENS,), VOCAB)}, rf"in \[0, {VOCAB}\) in every row where mask"),
     "old_logp": ({"old_logp": torch.zeros(3)}, r"old_logp must be of shape \(41,\) to match"),
     "normalizer": ({"normalizer": 0}, r"normalizer must be a finite number in \(0, inf\); got 0"),
     "unused signal": ({"signal": torch.zeros(TOKENS)}, "signal must be None with shape PPOClip"),
-    "kl without ref": (
-        {"objective": OBJECTIVES["kl_entropy"]}, "ref_logp must be given for a KL term; got None"),
+    "kl without ref": ({"objective": OBJECTIVES["kl_entropy"]}, "ref_logp must be given for a KL term; got None"),
     "temperature": ({"temperature": -1.0}, "temperature must be a finite number .*; got -1.0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSALS)

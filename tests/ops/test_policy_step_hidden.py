@@ -37,12 +37,12 @@ def keywords_of(size: str, case, dtype: torch.dtype, signal: bool = False, tempe
         "target": case.target,
         "old_logp": logp + 0.3 * torch.randn(tokens, generator=gen),
         "ref_logp": logp + 0.3 * torch.randn(tokens, generator=gen),
-        "advantage": torch.where(torch.arange(tokens) % 4 == 1, 0.0,
-                                 torch.randn(tokens, generator=gen)),
+        "advantage": torch.where(torch.arange(tokens) % 4 == 1, 0.0, torch.randn(tokens, generator=gen)),
         "mask": torch.arange(tokens) % 5 != 3,
         "cu_seqlens": torch.tensor([0, 4, 4, tokens - 6, tokens]).int(),
-        "normalizer": 3.0, "temperature": temperature,
-    }  # fmt: skip
+        "normalizer": 3.0,
+        "temperature": temperature,
+    }
     return out | ({"signal": torch.rand(tokens, generator=gen)} if signal else {})
 
 
@@ -58,9 +58,7 @@ def composed(backend: Backend, case, objective: Objective, needs: str, **keyword
     tensors, inputs = leaves(backend, case, needs), dict(keywords)
     options = {k: inputs.pop(k) for k in ("temperature", "softcap", "logit_scale") if k in inputs}
     inputs.pop("memory_budget", None)
-    stats = tokfuse.linear_token_stats(
-        target=inputs.pop("target"), mask=inputs.get("mask"), **tensors, **options
-    )
+    stats = tokfuse.linear_token_stats(target=inputs.pop("target"), mask=inputs.get("mask"), **tensors, **options)
     out = tokfuse.policy_loss(stats.logp, entropy=stats.entropy, objective=objective, **inputs)
     if out.loss.requires_grad:
         out.loss.backward()
@@ -98,10 +96,10 @@ def check(backend: Backend, case, objective: Objective, *, needs: str = "hwb", *
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_objective(shape: str, level: str, backend: Backend):
     case = head_case("one_tile")
-    objective = Objective(shape=SHAPES[shape], level=level, kl=KL(coef=0.05), entropy_coef=0.02,
-                          aggregation="seq_mean_token_mean")  # fmt: skip
-    check(backend, case, objective, **keywords_of(
-        "one_tile", case, torch.float32, SHAPES[shape].needs_signal))  # fmt: skip
+    objective = Objective(
+        shape=SHAPES[shape], level=level, kl=KL(coef=0.05), entropy_coef=0.02, aggregation="seq_mean_token_mean"
+    )
+    check(backend, case, objective, **keywords_of("one_tile", case, torch.float32, SHAPES[shape].needs_signal))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -131,12 +129,18 @@ def test_gradients_only_where_asked(level: str, needs: str, backend: Backend):
 
 
 OPTIONS = {
-    "temperature": 0.8, "temperature_rows": torch.linspace(0.5, 1.5, 37), "softcap": 4.0,
-    "logit_scale": 0.5, "token_weight": torch.linspace(0.0, 2.0, 37),
-    "kl_weight": torch.linspace(0.0, 1.0, 37), "entropy_weight": torch.linspace(1.0, 0.0, 37),
-    "signal": torch.linspace(-2.0, 2.0, 37), "mask": torch.arange(37) % 2 == 0,
-    "advantage": torch.linspace(-1.0, 1.0, 37), "normalizer": "batch",
-}  # fmt: skip
+    "temperature": 0.8,
+    "temperature_rows": torch.linspace(0.5, 1.5, 37),
+    "softcap": 4.0,
+    "logit_scale": 0.5,
+    "token_weight": torch.linspace(0.0, 2.0, 37),
+    "kl_weight": torch.linspace(0.0, 1.0, 37),
+    "entropy_weight": torch.linspace(1.0, 0.0, 37),
+    "signal": torch.linspace(-2.0, 2.0, 37),
+    "mask": torch.arange(37) % 2 == 0,
+    "advantage": torch.linspace(-1.0, 1.0, 37),
+    "normalizer": "batch",
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -161,8 +165,7 @@ def test_rows_without_coefficient_enter_no_gemm(budget, kept: int, backend: Back
     case = head_case("tiles")
     keywords = keywords_of("tiles", case, torch.float32)
     order = torch.randperm(37, generator=torch.Generator().manual_seed(kept))
-    keywords |= {"mask": torch.ones(37, dtype=torch.bool), "advantage": torch.zeros(37),
-                 "memory_budget": budget}  # fmt: skip
+    keywords |= {"mask": torch.ones(37, dtype=torch.bool), "advantage": torch.zeros(37), "memory_budget": budget}
     keywords["advantage"][order[:kept]] = 1.5
     del keywords["ref_logp"]
     objective = Objective(shape=PPOClip(low=1.0, high=1e9))
@@ -191,8 +194,7 @@ def test_no_tokens_and_nothing_valid(backend: Backend):
     masked = keywords | {"mask": torch.zeros(37, dtype=torch.bool)}
     for level in ("token", "sequence"):
         objective = Objective(level=level, kl=KL(coef=0.1), entropy_coef=0.1)
-        for given, inputs in ((none, empty | {"cu_seqlens": torch.tensor([0]).int()}),
-                              (case, masked)):  # fmt: skip
+        for given, inputs in ((none, empty | {"cu_seqlens": torch.tensor([0]).int()}), (case, masked)):
             tensors = leaves(backend, given, "hwb")
             step = tokfuse.policy_step(**tensors, objective=objective, **inputs)
             step.loss.backward()
@@ -256,8 +258,7 @@ def test_tied_weight_collects_both_gradients(backend: Backend):
     keywords = {k: backend.put(v) for k, v in keywords_of("one_tile", case, torch.float32).items()}
     weight = backend.put(case.weight).detach().clone().requires_grad_()
     tokens = backend.put(torch.arange(37))
-    step = tokfuse.policy_step(hidden=weight[tokens] * 2.0, weight=weight, objective=Objective(),
-                               **keywords)  # fmt: skip
+    step = tokfuse.policy_step(hidden=weight[tokens] * 2.0, weight=weight, objective=Objective(), **keywords)
     through_hidden, direct = step.grad_hidden.clone(), step.grad_weight.clone()
     step.loss.backward()
     direct[:37] += 2.0 * through_hidden
@@ -283,8 +284,6 @@ print(peak(64), peak(1024))
 def test_peak_memory_does_not_grow_with_the_tokens():
     """1024 rows of 30000 float32 logits are 117 MiB; the workspace holds 8 MiB of them."""
     env = {**os.environ, "TOKFUSE_BACKEND": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PEAK], env=env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-P", "-c", PEAK], env=env, capture_output=True, text=True, check=True)
     few, many = map(int, done.stdout.split())
     assert many - few < 40

@@ -35,9 +35,13 @@ def problem(dtype: torch.dtype = torch.float32, kl: bool = False, signal: bool =
     advantage, mask = rand(TOKENS), torch.arange(TOKENS) % 7 != 2
     advantage[5::6] = 0.0
     keywords = {
-        "target": target, "old_logp": old, "advantage": advantage, "mask": mask,
-        "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int(), "normalizer": 4.0,
-    }  # fmt: skip
+        "target": target,
+        "old_logp": old,
+        "advantage": advantage,
+        "mask": mask,
+        "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int(),
+        "normalizer": 4.0,
+    }
     if kl:
         keywords["ref_logp"] = old + 0.2 * rand(TOKENS)
     if signal:
@@ -93,10 +97,8 @@ def check(backend: Backend, logits, objective, **keywords):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_objective_equals_the_composition(shape: str, level: str, backend: Backend):
     logits, keywords = problem(kl=True, signal=SHAPES[shape].needs_signal)
-    objective = Objective(shape=SHAPES[shape], level=level, kl=KL(coef=0.05),
-                          aggregation="seq_mean_token_mean")  # fmt: skip
-    check(backend, logits[:, :300].clone(), objective, **keywords
-          | {"target": keywords["target"] % 300})  # fmt: skip
+    objective = Objective(shape=SHAPES[shape], level=level, kl=KL(coef=0.05), aggregation="seq_mean_token_mean")
+    check(backend, logits[:, :300].clone(), objective, **keywords | {"target": keywords["target"] % 300})
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -108,24 +110,28 @@ def test_dtypes_and_entropy_bonus(dtype: torch.dtype, level: str, backend: Backe
 
 
 OPTIONS = {
-    "temperature": 0.8, "softcap": 6.0, "logit_scale": 0.5,
+    "temperature": 0.8,
+    "softcap": 6.0,
+    "logit_scale": 0.5,
     "temperature_rows": torch.linspace(0.5, 1.5, TOKENS),
     "token_weight": torch.linspace(0.0, 2.0, TOKENS),
     "kl_weight": torch.linspace(0.0, 1.0, TOKENS),
     "entropy_weight": torch.linspace(1.0, 0.0, TOKENS),
-    "ref_logp": torch.full((TOKENS,), -5.0), "signal": torch.linspace(-2.0, 2.0, TOKENS),
-    "normalizer": 9.0, "normalizer_batch": "batch",
-    "mask": torch.arange(TOKENS) % 2 == 0, "old_logp": torch.full((TOKENS,), -6.0),
+    "ref_logp": torch.full((TOKENS,), -5.0),
+    "signal": torch.linspace(-2.0, 2.0, TOKENS),
+    "normalizer": 9.0,
+    "normalizer_batch": "batch",
+    "mask": torch.arange(TOKENS) % 2 == 0,
+    "old_logp": torch.full((TOKENS,), -6.0),
     "advantage": torch.linspace(-1.0, 1.0, TOKENS),
     "cu_seqlens": torch.tensor([0, 11, 22]).int(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_honoured(name: str, backend: Backend):
     logits, keywords = problem(kl=True, signal=True)
-    objective = Objective(shape=TargetRatio(), kl=KL(coef=0.1), entropy_coef=0.1,
-                          aggregation="seq_mean_token_mean")  # fmt: skip
+    objective = Objective(shape=TargetRatio(), kl=KL(coef=0.1), entropy_coef=0.1, aggregation="seq_mean_token_mean")
     plain = check(backend, logits, objective, **keywords)
     key = name.removesuffix("_rows").removesuffix("_batch")
     step = check(backend, logits, objective, **keywords | {key: OPTIONS[name]})
@@ -159,9 +165,7 @@ def test_no_argument_is_written(backend: Backend):
     given = {k: backend.put(v) for k, v in given.items()}
     objective = Objective(kl=KL(coef=0.1), level="sequence", entropy_coef=0.1)
     for spec in (objective, Objective(kl=KL(coef=0.1))):
-        assert_untouched(
-            lambda s=spec: tokfuse.policy_step(objective=s, **given).loss.backward(), given
-        )
+        assert_untouched(lambda s=spec: tokfuse.policy_step(objective=s, **given).loss.backward(), given)
 
 
 # ----------------------------------------------------------------------------------------- autograd
@@ -268,11 +272,19 @@ def test_in_place_is_noticed_by_who_saved_the_logits(backend: Backend):
 
 TOO_LARGE = VOCAB + 3
 BAD = {
-    "target": torch.full((TOKENS,), TOO_LARGE), "temperature": torch.zeros(TOKENS),
-    "advantage": torch.zeros(TOKENS - 1), "normalizer": -1.0, "softcap": 0.0, "logit_scale": -1.0,
-    "cu_seqlens": torch.tensor([0, 5]).int(), "sampler_logp": torch.zeros(2), "objective": "ppo",
-    "mask": torch.ones(TOKENS), "advantage_level": "batch", "kl_weight": torch.ones(TOKENS),
-}  # fmt: skip
+    "target": torch.full((TOKENS,), TOO_LARGE),
+    "temperature": torch.zeros(TOKENS),
+    "advantage": torch.zeros(TOKENS - 1),
+    "normalizer": -1.0,
+    "softcap": 0.0,
+    "logit_scale": -1.0,
+    "cu_seqlens": torch.tensor([0, 5]).int(),
+    "sampler_logp": torch.zeros(2),
+    "objective": "ppo",
+    "mask": torch.ones(TOKENS),
+    "advantage_level": "batch",
+    "kl_weight": torch.ones(TOKENS),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -292,9 +304,7 @@ def test_rows_beyond_two_to_the_31_elements():
     short = {k: v[:2] for k, v in keywords.items() if k not in ("cu_seqlens", "normalizer")}
     with tokfuse.backend("cpu"):
         want = tokfuse.policy_step(logits=logits[:2], objective=Objective(), **short)
-        far = torch.empty((1 << 31) + 4096, dtype=torch.bfloat16).as_strided(
-            (2, VOCAB), (1 << 31, 1)
-        )
+        far = torch.empty((1 << 31) + 4096, dtype=torch.bfloat16).as_strided((2, VOCAB), (1 << 31, 1))
         far.copy_(logits[:2])
         tokfuse.policy_step_(far, objective=Objective(), **short)
     assert bits(far) == bits(want.grad_logits)

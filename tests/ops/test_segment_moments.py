@@ -102,8 +102,10 @@ def test_empty_segments():
     out = segment_moments(torch.tensor([2.0]), torch.tensor([1]), num_segments=3)
     assert out.count.tolist() == [0, 1, 0] and out.sum.tolist() == [0.0, 2.0, 0.0]
     assert out.min.tolist() == [INF, 2.0, INF] and out.max.tolist() == [-INF, 2.0, -INF]
-    for kwargs in ({"segment_ids": torch.zeros(0, dtype=torch.int64), "num_segments": 2},
-                   {"cu_seqlens": torch.zeros(3, dtype=torch.int32)}):  # fmt: skip
+    for kwargs in (
+        {"segment_ids": torch.zeros(0, dtype=torch.int64), "num_segments": 2},
+        {"cu_seqlens": torch.zeros(3, dtype=torch.int32)},
+    ):
         out = segment_moments(torch.zeros(0), **kwargs)
         assert out.count.tolist() == [0, 0] and out.min.tolist() == [INF, INF]
     nothing = segment_moments(torch.zeros(0), torch.zeros(0, dtype=torch.int64), num_segments=0)

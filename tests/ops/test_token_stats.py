@@ -127,9 +127,11 @@ def test_float64_runs_on_the_reference_and_passes_gradcheck():
     z[1, 3] = -INF
     y = torch.tensor([0, 2, 6, 3])
     options = {
-        "mask": torch.tensor([True, True, False, True]), "softcap": 4.0, "logit_scale": 1.2,
+        "mask": torch.tensor([True, True, False, True]),
+        "softcap": 4.0,
+        "logit_scale": 1.2,
         "temperature": torch.tensor([0.7, 1.0, 2.0, 1.5], dtype=torch.float64),
-    }  # fmt: skip
+    }
     finite = z != -INF
 
     def statistics(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -247,8 +249,9 @@ def test_masked_rows_are_zero_and_never_read(dtype: torch.dtype, backend: Backen
         options = {"mask": mask, "softcap": cap}
         ga, gh = coefficients(6)
         want, want_grad = evaluate(backend, logits, target, ga, gh, **options, bias_logits=bias)
-        got, grad = evaluate(backend, bad_logits, bad_target, ga, gh, **options,
-                             bias_logits=bad_bias, temperature=temperature)  # fmt: skip
+        got, grad = evaluate(
+            backend, bad_logits, bad_target, ga, gh, **options, bias_logits=bad_bias, temperature=temperature
+        )
         for a, b in zip((*got, grad), (*want, want_grad), strict=True):
             assert bits(a) == bits(b)
             assert bits(a[~mask]) == bits(torch.zeros_like(a[~mask]))
@@ -257,19 +260,19 @@ def test_masked_rows_are_zero_and_never_read(dtype: torch.dtype, backend: Backen
 # ------------------------------------------------------------------------------------------ options
 
 OPTIONS = {
-    "temperature": 1.7, "softcap": 6.0, "logit_scale": 0.4,
+    "temperature": 1.7,
+    "softcap": 6.0,
+    "logit_scale": 0.4,
     "mask": torch.tensor([True, False, True]),
     "bias_logits": torch.linspace(-2, 3, 120).reshape(3, 40),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_alters_every_statistic_and_the_gradient(name: str, backend: Backend):
     logits, target, _ = Case("options", 3, 40).make(torch.float32)
     plain, plain_grad = evaluate(backend, logits, target, torch.ones(3), torch.ones(3))
-    stats, grad = evaluate(
-        backend, logits, target, torch.ones(3), torch.ones(3), **{name: OPTIONS[name]}
-    )
+    stats, grad = evaluate(backend, logits, target, torch.ones(3), torch.ones(3), **{name: OPTIONS[name]})
     for field in ("logp", "entropy", "lse", "sum_sq"):
         assert not torch.equal(getattr(stats, field), getattr(plain, field)), field
     assert not torch.equal(grad, plain_grad)

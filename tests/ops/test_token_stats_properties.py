@@ -264,9 +264,7 @@ def test_more_than_two_to_the_31_elements_in_a_batch(kernel: Backend):
     mask[[0, -2, -1]] = True
     row = torch.randn(1, vocab, generator=torch.Generator().manual_seed(8)).bfloat16()
     target = torch.full((tokens,), vocab - 1)
-    stats = tokfuse.token_stats(
-        kernel.put(row).expand(tokens, -1), kernel.put(target), mask=kernel.put(mask)
-    )
+    stats = tokfuse.token_stats(kernel.put(row).expand(tokens, -1), kernel.put(target), mask=kernel.put(mask))
     alone = run(kernel, row, target[:1])
     for got, want in zip(stats, alone[:5], strict=True):
         assert bits(got[[0, -2, -1]]) == bits(want) * 3

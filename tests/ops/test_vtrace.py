@@ -26,8 +26,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param.name
 
 
-def expected(d, reward, value, cu, gamma=1.0, lam=1.0, rho_bar=1.0, c_bar=1.0,
-             mask=None, finished=None):  # fmt: skip
+def expected(d, reward, value, cu, gamma=1.0, lam=1.0, rho_bar=1.0, c_bar=1.0, mask=None, finished=None):
     d, reward, value = d.double().tolist(), reward.double().tolist(), value.double().tolist()
     target, advantage, rhos = ([0.0] * len(reward) for _ in range(3))
     for s in range(len(cu) - 1):
@@ -116,9 +115,7 @@ def test_doubly_robust_recursion():
     out = vtrace(d, reward, value, cu, gamma=0.9, rho_bar=None, c_bar=None)
     ratio, ahead = d.double().exp(), 0.0
     for t in reversed(range(9)):
-        ahead = value[t].item() + ratio[t].item() * (
-            reward[t].item() + 0.9 * ahead - value[t].item()
-        )
+        ahead = value[t].item() + ratio[t].item() * (reward[t].item() + 0.9 * ahead - value[t].item())
         assert out.target[t].item() == pytest.approx(ahead, rel=1e-5, abs=1e-5)
 
 

@@ -57,9 +57,7 @@ class CleanEnvironment:
         assert not check or done.returncode == 0, done.stdout[-4000:]
         return done
 
-    def pip(
-        self, command: str, *arguments: str, check: bool = True, **env: str
-    ) -> subprocess.CompletedProcess[str]:
+    def pip(self, command: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """`pip install` or `pip wheel` of the project, with nothing fetched."""
         offline = ["--no-build-isolation", "--no-deps", "--no-index", "--verbose"]
         env = {"TOKFUSE_CMAKE_ARGS": QUICK_BUILD, "TOKFUSE_CUDA": "OFF", **env}

@@ -34,9 +34,7 @@ def wheel(folder: Path, name: str, version: str, *requires: str) -> None:
     file = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
 
 
@@ -63,9 +61,13 @@ def test_an_unknown_group_is_refused(tools):
 
 def test_cuda_distributions_are_recognised(tools):
     names = {
-        "nvidia-cublas": "13.0.2", "cuda-bindings": "13.0", "torch": "2.13.0+cu130",
-        "nvidia-ml-py": "13.615.71", "numpy": "2.3.5", "cudadecimal": "1.0",
-    }  # fmt: skip
+        "nvidia-cublas": "13.0.2",
+        "cuda-bindings": "13.0",
+        "torch": "2.13.0+cu130",
+        "nvidia-ml-py": "13.615.71",
+        "numpy": "2.3.5",
+        "cudadecimal": "1.0",
+    }
     report = {"install": [{"metadata": {"name": n, "version": v}} for n, v in names.items()]}
     found = tools("no_cuda").cuda_distributions(report)
     assert found == ["cuda-bindings==13.0", "nvidia-cublas==13.0.2", "torch==2.13.0+cu130"]
@@ -118,9 +120,8 @@ def test_second_run_does_nothing_and_a_changed_source_rebuilds(own_source, envir
 
     def bootstrap() -> str:
         done = environment.run(
-            "tools/bootstrap.py",
-            cwd=own_source, VENV=str(environment.folder), PIP_NO_INDEX="1", TOKFUSE_CUDA="OFF",
-        )  # fmt: skip
+            "tools/bootstrap.py", cwd=own_source, VENV=str(environment.folder), PIP_NO_INDEX="1", TOKFUSE_CUDA="OFF"
+        )
         return done.stdout
 
     first = bootstrap()

@@ -18,20 +18,9 @@ import pytest
 
 pytestmark = pytest.mark.packaging
 
-QUICK_BUILD = (
-    f"-DCMAKE_CXX_COMPILER_LAUNCHER={Path(__file__).resolve().parent / 'compile_quickly.sh'}"
-)
+QUICK_BUILD = f"-DCMAKE_CXX_COMPILER_LAUNCHER={Path(__file__).resolve().parent / 'compile_quickly.sh'}"
 
-FOLDERS = (
-    "api",
-    "runtime",
-    "inspection",
-    "algorithms",
-    "integrations",
-    "triton_kernels",
-    "bench",
-    "tests",
-)
+FOLDERS = ("api", "runtime", "inspection", "algorithms", "integrations", "triton_kernels", "bench", "tests")
 FALLBACK = "every op runs on the pure-torch reference"
 
 # Runs in the environment under test, from a folder that is not the repository.
@@ -60,9 +49,7 @@ def check_installed(environment, *, native: bool) -> dict[str, Any]:
     assert report["versions"]["tokfuse"]
     assert report["native"]["built"] is native
     assert ("native module  not available" in report["text"]) is not native
-    warned = environment.run("-c", RUN_TWICE).stdout.count(
-        "tokfuse runs on the pure-torch reference"
-    )
+    warned = environment.run("-c", RUN_TWICE).stdout.count("tokfuse runs on the pure-torch reference")
     assert warned == (0 if native else 1), "the fall-back is said once"
     rows = {(row["op"], row["backend"]): row for row in report["ops"]}
     assert rows
@@ -107,9 +94,7 @@ def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Pat
     """From the archive alone, with no CUDA compiler on PATH, nor where CMake looks besides."""
     path = path_without("nvcc", tmp_path / "bin")
     arguments = f"{QUICK_BUILD} -DCMAKE_CUDA_COMPILER=NOTFOUND"
-    output = environment.pip(
-        "install", str(sdist), PATH=path, TOKFUSE_CUDA="AUTO", TOKFUSE_CMAKE_ARGS=arguments
-    ).stdout
+    output = environment.pip("install", str(sdist), PATH=path, TOKFUSE_CUDA="AUTO", TOKFUSE_CMAKE_ARGS=arguments).stdout
     assert "tokfuse: no CUDA kernels (no nvcc that works" in output
     assert check_installed(environment, native=True)["native"]["cuda_version"] == ""
 
@@ -132,9 +117,7 @@ def test_a_broken_nvcc_leaves_the_cuda_kernels_out(source: Path, environment):
 
 
 def test_cuda_kernels_that_are_asked_for_are_no_option(source: Path, environment):
-    done = environment.pip(
-        "install", str(source), check=False, TOKFUSE_CUDA="ON", CUDACXX="/bin/false"
-    )
+    done = environment.pip("install", str(source), check=False, TOKFUSE_CUDA="ON", CUDACXX="/bin/false")
     assert done.returncode != 0
     assert "TOKFUSE_CUDA=ON needs nvcc, and none that works was found" in done.stdout
     assert "TOKFUSE_CUDA is set, so it stops here" in done.stdout
@@ -182,9 +165,7 @@ def test_fallback_without_a_working(broken, source: Path, environment, tmp_path:
 
 
 def test_strict_build_is_fatal(source: Path, environment):
-    done = environment.pip(
-        "install", str(source), check=False, CXX="/bin/false", TOKFUSE_STRICT_BUILD="1"
-    )
+    done = environment.pip("install", str(source), check=False, CXX="/bin/false", TOKFUSE_STRICT_BUILD="1")
     assert done.returncode != 0
     assert "TOKFUSE_STRICT_BUILD is set, so it stops here" in done.stdout
     assert environment.run("-c", "import tokfuse", check=False).returncode != 0
@@ -194,8 +175,10 @@ def test_failed_editable_build_removes_the_old_module(own_source: Path, environm
     """Calls with raw pointers must never reach a module built from other sources."""
     name = subprocess.run(
         [sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     old = own_source / "api" / f"_native{name}"
     old.write_bytes(b"built from other sources")
     environment.pip("install", "--editable", str(own_source), CXX="/bin/false")

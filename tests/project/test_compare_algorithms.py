@@ -77,7 +77,7 @@ def test_the_command_writes_rows_and_a_table(tmp_path: Path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["method"], row["seed"], row["step"]) for row in rows] == [
         (m, s, t) for m in ("grpo", "pipo") for s in range(2) for t in range(3)
-    ]  # fmt: skip
+    ]
     text = (tmp_path / "summary.md").read_text()
     assert text.strip() in capsys.readouterr().out
     mean = sum(row["reward"] for row in rows if row["method"] == "grpo") / 6

@@ -42,9 +42,7 @@ def test_the_bias_model_sees_hints_alone_and_is_the_reference():
 
 def test_the_gradient_of_cdpo_is_clipped(monkeypatch):
     limits = []
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: limits.append(limit)
-    )
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: limits.append(limit))
     scenarios.HintedTrainer(make("cdpo", kl=None), 0, SHORT, None).step()
     assert limits == [20.0] * SHORT.minibatches
 
@@ -61,9 +59,7 @@ def test_replayed_batches_are_eight_steps_old():
 
 def test_the_positive_share_is_that_of_the_clipped_products():
     start = compare.Policy().state_dict()
-    trainer = scenarios.ReplayTrainer(
-        make("bapo", advantage="reinforce", **scenarios.FIXED), 0, SHORT, start
-    )
+    trainer = scenarios.ReplayTrainer(make("bapo", advantage="reinforce", **scenarios.FIXED), 0, SHORT, start)
     rollout, batch = trainer.collect()
     batch = trainer.prepared(batch)
     drift = torch.linspace(-1.0, 1.0, len(rollout.target))

@@ -40,9 +40,7 @@ def inline_code(page: Path) -> list[str]:
 def test_examples_run(page: Path, number: int, tmp_path: Path):
     script = tmp_path / "example.py"
     script.write_text(blocks(page, "python")[number])
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -97,9 +95,7 @@ def test_folder_map_is_complete():
     if done.returncode != 0:
         pytest.skip("not a git checkout")
     folders = {name.split("/")[0] for name in done.stdout.splitlines() if "/" in name}
-    assert {folder for folder in folders if not folder.startswith(".")} == listed | {
-        "docs"
-    } & folders
+    assert {folder for folder in folders if not folder.startswith(".")} == listed | {"docs"} & folders
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

@@ -24,8 +24,7 @@ OPS = "tokfuse.runtime.ops."
 def public() -> dict[str, object]:
     """Every public name, those of `tokfuse.influence` included."""
     names = {n: getattr(tokfuse, n) for n in tokfuse._PUBLIC}
-    return names | {f"influence.{n}": getattr(tokfuse.influence, n)
-                    for n in tokfuse.influence.__all__}  # fmt: skip
+    return names | {f"influence.{n}": getattr(tokfuse.influence, n) for n in tokfuse.influence.__all__}
 
 
 def examples() -> Iterator[doctest.DocTest]:
@@ -83,8 +82,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^::: (tokfuse\S+)$", page, re.MULTILINE))
     wanted = {f"{module}.{name}" for name, module in tokfuse._PUBLIC.items()}
-    wanted |= {f"{value.__module__}.{value.__name__}" for name, value in public().items()
-               if name.startswith("influence.")}  # fmt: skip
+    wanted |= {
+        f"{value.__module__}.{value.__name__}" for name, value in public().items() if name.startswith("influence.")
+    }
     assert wanted <= listed, sorted(wanted - listed)
     for name in listed:
         module, _, attribute = name.rpartition(".")

@@ -84,26 +84,31 @@ def test_text_numbers_the_reasons():
     """A backend that is declared and cannot run is marked, and its reason stands below."""
     common = {"op": "halve", "dtypes": ["float32"], "features": []}
     rows = [
-        {**common, "backend": "cuda", "built": False, "usable": False, "devices": ["cuda"],
-         "why": "no nvcc"},
-        {**common, "backend": "triton", "built": True, "usable": False, "devices": ["cuda"],
-         "why": "no GPU"},
-        {**common, "backend": "cpu", "built": False, "usable": False, "devices": [],
-         "why": "not implemented"},
-        {**common, "backend": "reference", "built": True, "usable": True, "devices": ["*"],
-         "why": ""},
-    ]  # fmt: skip
+        {**common, "backend": "cuda", "built": False, "usable": False, "devices": ["cuda"], "why": "no nvcc"},
+        {**common, "backend": "triton", "built": True, "usable": False, "devices": ["cuda"], "why": "no GPU"},
+        {**common, "backend": "cpu", "built": False, "usable": False, "devices": [], "why": "not implemented"},
+        {**common, "backend": "reference", "built": True, "usable": True, "devices": ["*"], "why": ""},
+    ]
     lines = doctor._ops_section(rows, "cpu")
-    assert lines[2].split() == [
-        "halve", "not", "built", "[1]", "unusable", "[2]", "-", "yes", "reference"
-    ]  # fmt: skip
+    assert lines[2].split() == ["halve", "not", "built", "[1]", "unusable", "[2]", "-", "yes", "reference"]
     assert lines[3:] == ["  [1] no nvcc", "  [2] no GPU"]
 
 
 def test_environment_lists_every_variable_that_the_code_reads():
     read = set()
-    for folder in ("api", "runtime", "inspection", "integrations", "algorithms", "triton_kernels",
-                   "bench", "csrc", "tools", "setup.py", "tests/conftest.py"):  # fmt: skip
+    for folder in (
+        "api",
+        "runtime",
+        "inspection",
+        "integrations",
+        "algorithms",
+        "triton_kernels",
+        "bench",
+        "csrc",
+        "tools",
+        "setup.py",
+        "tests/conftest.py",
+    ):
         path = ROOT / folder
         for file in [path] if path.is_file() else path.rglob("*.*"):
             if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
@@ -135,9 +140,7 @@ def test_write_markdown(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--json"], ["doctor", "--help"]])
 def test_command_line(arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "tokfuse", *arguments], capture_output=True, text=True, cwd="/"
-    )
+    done = subprocess.run([sys.executable, "-m", "tokfuse", *arguments], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     assert done.stdout
     if "--json" in arguments:
@@ -145,8 +148,6 @@ def test_command_line(arguments):
 
 
 def test_unknown_command_names_the_known_ones():
-    done = subprocess.run(
-        [sys.executable, "-m", "tokfuse", "doktor"], capture_output=True, text=True, cwd="/"
-    )
+    done = subprocess.run([sys.executable, "-m", "tokfuse", "doktor"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 2
     assert "doctor" in done.stderr and "bench" in done.stderr

@@ -98,13 +98,7 @@ def example_rollout(group_size: int = 2) -> rollout.Rollout:
 def plain_hidden(net: torch.nn.Module, batch: rollout.Rollout) -> torch.Tensor:
     """`completion_hidden` by one forward over every whole sequence."""
     tokens = torch.cat([batch.prompt.repeat_interleave(batch.group_size, 0), batch.completion], 1)
-    mask = torch.cat(
-        [
-            batch.prompt_mask.repeat_interleave(batch.group_size, 0),
-            torch.ones_like(batch.completion),
-        ],
-        1,
-    )
+    mask = torch.cat([batch.prompt_mask.repeat_interleave(batch.group_size, 0), torch.ones_like(batch.completion)], 1)
     states = net.model(tokens, attention_mask=mask, position_ids=rollout.positions(mask))
     start = batch.prompt.shape[1] - 1
     return states.last_hidden_state[:, start:-1][batch.kept]
@@ -114,8 +108,7 @@ def plain_hidden(net: torch.nn.Module, batch: rollout.Rollout) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "length"),
-    [(["\n", "1"], 1), ([" 7", "\n", "x"], 2), ([" 7", " \n\n", "x"], 2), ([" 1", "2"], 2)],
+    ("pieces", "length"), [(["\n", "1"], 1), ([" 7", "\n", "x"], 2), ([" 7", " \n\n", "x"], 2), ([" 1", "2"], 2)]
 )
 def test_the_first_newline_ends_what_counts(pieces, length):
     assert task.kept_length(pieces) == length
@@ -196,9 +189,7 @@ def test_every_algorithm_trains(name):
 
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_leaving_out_groups_without_advantage_is_exact(minibatches):
-    batch = dataclasses.replace(
-        example_rollout(group_size=4), reward=torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 1])
-    )
+    batch = dataclasses.replace(example_rollout(group_size=4), reward=torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 1]))
     nets = []
     for leave_out in (True, False):
         net = tiny_model()
@@ -208,9 +199,7 @@ def test_leaving_out_groups_without_advantage_is_exact(minibatches):
         result = trainer.step(batch)
         assert result.tokens == len(batch.target)
         nets.append((net, result))
-    for (name, left_out), whole in zip(
-        nets[0][0].named_parameters(), nets[1][0].parameters(), strict=True
-    ):
+    for (name, left_out), whole in zip(nets[0][0].named_parameters(), nets[1][0].parameters(), strict=True):
         torch.testing.assert_close(left_out, whole, rtol=1e-5, atol=1e-6, msg=name)
     for _, result in nets:
         assert result.row()["grad_rows"] == pytest.approx(7 / 15)
@@ -385,9 +374,7 @@ def test_backend_table_compares_the_same_batches(tmp_path, monkeypatch):
     while not training.batches:
         training.step()
     path = tmp_path / "backends.jsonl"
-    text = report.write_backends(
-        training.batches, training.model.lm_head.weight, training.algorithm.spec({}), path
-    )
+    text = report.write_backends(training.batches, training.model.lm_head.weight, training.algorithm.spec({}), path)
     assert "Largest difference between the two losses: 0.0e+00" in text
     assert len(path.read_text().splitlines()) == len(training.batches)
 
@@ -415,17 +402,22 @@ def test_comparison_of_methods(tmp_path, capsys):
     for name, last, tokens in (("grpo-1", 0.9, 100), ("grpo-2", 0.7, 300), ("nft-1", 0.5, 100)):
         folder = new_folder(tmp_path / name)
         for step in range(10):
-            folder.append({
-                "step": step, "reward": last if step >= 8 else 0.5, "entropy": 0.2, "step_s": 1.0,
-                "grad_rows": 0.5 if tokens == 100 else 0.1, "tokens": tokens, "loss_ms": 40.0,
-            })  # fmt: skip
+            folder.append(
+                {
+                    "step": step,
+                    "reward": last if step >= 8 else 0.5,
+                    "entropy": 0.2,
+                    "step_s": 1.0,
+                    "grad_rows": 0.5 if tokens == 100 else 0.1,
+                    "tokens": tokens,
+                    "loss_ms": 40.0,
+                }
+            )
     plot = tmp_path / "curves.png"
     runs = [str(tmp_path / name) for name in ("grpo-1", "grpo-2", "nft-1")]
     assert summarize_runs.main([*runs, "--compare", "--plot", str(plot)]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[2] == (
-        "| grpo | 2 | 0.560 (0.540 to 0.580) | 0.800 (0.700 to 0.900) | 0.20 | 20% | 40 |"
-    )
+    assert out[2] == ("| grpo | 2 | 0.560 (0.540 to 0.580) | 0.800 (0.700 to 0.900) | 0.20 | 20% | 40 |")
     assert out[3].startswith("| nft | 1 | 0.500 (0.500 to 0.500)") and len(out) == 4
     rows = {name: run_folder.RunFolder(tmp_path / name).rows() for name in ("grpo-1", "grpo-2")}
     assert summarize_runs.means(rows)["grpo"][9]["reward"] == pytest.approx(0.8)

@@ -27,23 +27,12 @@ MAY_IMPORT = {
     "runtime": {"triton_kernels", "native"},
     "triton_kernels": set(),
     "inspection": {"runtime", "triton_kernels", "native"},
-    "bench": {
-        "api",
-        "integrations",
-        "algorithms",
-        "runtime",
-        "triton_kernels",
-        "native",
-        "inspection",
-    },
+    "bench": {"api", "integrations", "algorithms", "runtime", "triton_kernels", "native", "inspection"},
 }
 # Kernel files that hold several ops, or parts of them: file stem -> ops it serves.
 SHARED_KERNELS = {"scan": {"gae", "vtrace"}}
 # Ops specified as the composition of simpler ones, whose references are theirs.
-COMPOSED = {
-    "policy_step": {"token_stats", "policy_loss"},
-    "policy_step_hidden": {"linear_token_stats", "policy_loss"},
-}
+COMPOSED = {"policy_step": {"token_stats", "policy_loss"}, "policy_step_hidden": {"linear_token_stats", "policy_loss"}}
 # Ops that have their own rows in the doctor's table and are called through another public name.
 CALLED_THROUGH = {"policy_step_hidden": "policy_step", "extended_token_stats": "token_stats"}
 
@@ -93,9 +82,7 @@ def layer_of(module: str) -> str | None:
 
 
 def all_imports() -> list[tuple[str, Import]]:
-    return [
-        (layer, one) for layer in MAY_IMPORT for file in sources(layer) for one in imports(file)
-    ]
+    return [(layer, one) for layer in MAY_IMPORT for file in sources(layer) for one in imports(file)]
 
 
 def test_imports_go_one_way():
@@ -108,11 +95,7 @@ def test_imports_go_one_way():
 
 
 def test_imports_are_absolute_and_by_package_name():
-    wrong = [
-        str(one)
-        for _, one in all_imports()
-        if one.relative or one.module.split(".")[0] in (*MAY_IMPORT, "csrc")
-    ]
+    wrong = [str(one) for _, one in all_imports() if one.relative or one.module.split(".")[0] in (*MAY_IMPORT, "csrc")]
     assert not wrong, "\n".join(wrong)
 
 
@@ -129,10 +112,7 @@ def test_triton_kernels_import_torch_triton_and_themselves_only():
 
 def test_algorithms_hold_no_device_code():
     wrong = [
-        str(one)
-        for file in sources("algorithms")
-        for one in imports(file)
-        if one.module.split(".")[0] == "triton"
+        str(one) for file in sources("algorithms") for one in imports(file) if one.module.split(".")[0] == "triton"
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -146,9 +126,7 @@ def test_native_code_includes_no_torch_header():
 
 def run_python(code: str) -> str:
     """Output of a fresh interpreter, away from the repository."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.strip()
 
@@ -202,9 +180,7 @@ def test_public_names_are_importable_and_documented(name: str):
         # "keywords as in policy_loss" is documentation too, where policy_loss documents them.
         others = [other for other in tokfuse._PUBLIC if re.search(rf"\b{other}\b", text)]
         text += "".join(inspect.getdoc(getattr(tokfuse, other)) or "" for other in others)
-        missing = [
-            p for p in inspect.signature(value).parameters if not re.search(rf"\b{p}\b", text)
-        ]
+        missing = [p for p in inspect.signature(value).parameters if not re.search(rf"\b{p}\b", text)]
         assert not missing, f"{name}: undocumented {missing}"
 
 
@@ -236,9 +212,7 @@ def test_every_op_has_a_reference_and_a_test_of_its_name():
     references = stems("runtime/reference", "*.py")
     assert not {op for op in ops if not COMPOSED.get(op, {op}) <= references}
     tests = {stem.removeprefix("test_") for stem in stems("tests/ops", "test_*.py")}
-    assert not {CALLED_THROUGH.get(op, op) for op in ops} - tests, (
-        "ops without tests/ops/test_<op>.py"
-    )
+    assert not {CALLED_THROUGH.get(op, op) for op in ops} - tests, "ops without tests/ops/test_<op>.py"
 
 
 def test_every_op_is_public():
@@ -247,8 +221,7 @@ def test_every_op_is_public():
 
 
 @pytest.mark.parametrize(
-    ("folder", "pattern"),
-    [("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"), ("triton_kernels", "*.py")],
+    ("folder", "pattern"), [("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"), ("triton_kernels", "*.py")]
 )
 def test_kernel_files_are_named_after_their_op(folder: str, pattern: str):
     ops = stems("runtime/ops", "*.py")
@@ -285,10 +258,20 @@ def test_files_name_no_place_of_one_machine():
 def test_links_lead_to_sources_only():
     """Papers and code; never an index of packages or an address of one machine."""
     hosts = {
-        "arxiv.org", "doi.org", "github.com", "huggingface.co", "openreview.net", "pytorch.org",
-        "docs.pytorch.org", "docs.nvidia.com", "triton-lang.org", "www.apache.org",
-        "aclanthology.org", "proceedings.mlr.press", "www.kernel.org",
-    }  # fmt: skip
+        "arxiv.org",
+        "doi.org",
+        "github.com",
+        "huggingface.co",
+        "openreview.net",
+        "pytorch.org",
+        "docs.pytorch.org",
+        "docs.nvidia.com",
+        "triton-lang.org",
+        "www.apache.org",
+        "aclanthology.org",
+        "proceedings.mlr.press",
+        "www.kernel.org",
+    }
     found = [
         f"{file.relative_to(ROOT)}: {host}"
         for file in project_files()

@@ -16,56 +16,99 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "paper_index.md"
 # Every system of the reading list that has code of a kind, and the strongest claim it may make.
 POLICY = {
-    "D3S": "recon", "ADORA": "exact", "BRRL / BPO / GBPO": "exact", "PIPO": "exact",
-    "T-PPO": "recon", "R2VPO": "recon", "BAPO": "exact", "GRPO-Guard": "exact",
-    "DCPO (distribution-centric)": "exact", "EPO": "exact", "NFT": "exact", "DYPO": "exact",
-    "CDPO (VideoThinker)": "exact", "Actor-critics, optimal sample efficiency": "analogue",
-    "A2PR": "analogue", "CIP": "analogue", "The standard family": "exact",
-}  # fmt: skip
+    "D3S": "recon",
+    "ADORA": "exact",
+    "BRRL / BPO / GBPO": "exact",
+    "PIPO": "exact",
+    "T-PPO": "recon",
+    "R2VPO": "recon",
+    "BAPO": "exact",
+    "GRPO-Guard": "exact",
+    "DCPO (distribution-centric)": "exact",
+    "EPO": "exact",
+    "NFT": "exact",
+    "DYPO": "exact",
+    "CDPO (VideoThinker)": "exact",
+    "Actor-critics, optimal sample efficiency": "analogue",
+    "A2PR": "analogue",
+    "CIP": "analogue",
+    "The standard family": "exact",
+}
 SELECTION = {
-    "UGDA": "recon", "LESS": "exact", "GREATS": "exact", "LeaF": "exact", "CurES": "exact",
-    "SEELE": "exact", "Cog-Rethinker": "recon", "ISLA": "analogue", "HPL": "exact",
-    "Thought Branches": "exact", "CDC-MAS": "utility", "OFS": "utility",
+    "UGDA": "recon",
+    "LESS": "exact",
+    "GREATS": "exact",
+    "LeaF": "exact",
+    "CurES": "exact",
+    "SEELE": "exact",
+    "Cog-Rethinker": "recon",
+    "ISLA": "analogue",
+    "HPL": "exact",
+    "Thought Branches": "exact",
+    "CDC-MAS": "utility",
+    "OFS": "utility",
     "Adyen bandits": "utility",
-}  # fmt: skip
+}
 CAUSAL = {
-    "CDAS": "exact", "Ad-load balancing": "exact", "CausalInfoMin": "exact", "IDUM": "utility",
-    "Causal minimax invariance": "analogue", "CMB": "utility",
-    "Policy-guided diffusion": "analogue", "Test-time scaling survey": "utility",
-}  # fmt: skip
+    "CDAS": "exact",
+    "Ad-load balancing": "exact",
+    "CausalInfoMin": "exact",
+    "IDUM": "utility",
+    "Causal minimax invariance": "analogue",
+    "CMB": "utility",
+    "Policy-guided diffusion": "analogue",
+    "Test-time scaling survey": "utility",
+}
 # Read for this project and without code here: each has its reason in the page.
 OUT = {
-    "UMLC", "MPVA", "TCS", "AGEC causal bandits", "HDPO", "Domain counterfactuals / ILD",
-    "CausalDiffAE", "Steering the Herd", "Invalid-IV ATE", "S-CNFG",
-}  # fmt: skip
+    "UMLC",
+    "MPVA",
+    "TCS",
+    "AGEC causal bandits",
+    "HDPO",
+    "Domain counterfactuals / ILD",
+    "CausalDiffAE",
+    "Steering the Herd",
+    "Invalid-IV ATE",
+    "S-CNFG",
+}
 PREFERENCE = {
-    "The DPO family": "exact", "RPO": "exact", "HPL": "recon", "ARIES": "analogue",
-    "SePPO": "recon", "LeaF": "recon", "Differential Information": "utility",
+    "The DPO family": "exact",
+    "RPO": "exact",
+    "HPL": "recon",
+    "ARIES": "analogue",
+    "SePPO": "recon",
+    "LeaF": "recon",
+    "Differential Information": "utility",
     "MetaTuner": "utility",
-}  # fmt: skip
+}
 REWARD = {
-    "CausalRM": "recon", "FiMi-RM": "recon", "UGDA": "recon", "PARL": "analogue",
-    "Outcome-invariant DA / IVL": "exact", "Kernel causal balancing": "exact",
-    "One Map, Many Trials": "utility", "PUC / PTONet": "utility", "OILCA": "utility",
-    "CDSAE": "utility", "The standard family": "exact",
-}  # fmt: skip
-SYSTEMS = {
-    "policy": POLICY, "preference": PREFERENCE, "reward": REWARD, "selection": SELECTION,
-    "causal": CAUSAL,
-}  # fmt: skip
+    "CausalRM": "recon",
+    "FiMi-RM": "recon",
+    "UGDA": "recon",
+    "PARL": "analogue",
+    "Outcome-invariant DA / IVL": "exact",
+    "Kernel causal balancing": "exact",
+    "One Map, Many Trials": "utility",
+    "PUC / PTONet": "utility",
+    "OILCA": "utility",
+    "CDSAE": "utility",
+    "The standard family": "exact",
+}
+SYSTEMS = {"policy": POLICY, "preference": PREFERENCE, "reward": REWARD, "selection": SELECTION, "causal": CAUSAL}
 # How a docstring says what the label says.
 WORDS = {
-    "exact": r"\b[Ee]xact\b", "recon": r"\b[Rr]econstructed\b", "analogue": r"\bAnalogue\b",
+    "exact": r"\b[Ee]xact\b",
+    "recon": r"\b[Rr]econstructed\b",
+    "analogue": r"\bAnalogue\b",
     "utility": r"\bUtility\b",
-}  # fmt: skip
+}
 
 
 def test_the_page_is_what_the_registry_writes():
     text = PAGE.read_text()
     written = text.split(listing.INDEX_BEGIN)[1].split(listing.INDEX_END)[0].strip()
-    assert written == listing.markdown(), (
-        "run `python -m tokfuse algorithms --markdown docs/paper_index.md`"
-    )
+    assert written == listing.markdown(), "run `python -m tokfuse algorithms --markdown docs/paper_index.md`"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,9 +140,7 @@ def test_entries_name_a_file_a_source_and_their_reservations(name: str):
         assert re.search(WORDS[one.label], text), f"{name}: label {one.label}"
         inherited = algorithms.Standard.__dataclass_fields__ if one.kind == "policy" else ()
         missing = [
-            option
-            for option in one.options()
-            if option not in inherited and not re.search(rf"\b{option}\b", text)
+            option for option in one.options() if option not in inherited and not re.search(rf"\b{option}\b", text)
         ]
         assert not missing, f"{name}: undocumented {missing}"
 

@@ -38,8 +38,19 @@ def test_pairs_are_right_and_wrong_answers_to_one_digit():
 
 
 def test_the_command_writes_rows(tmp_path: Path, capsys):
-    arguments = ["--losses", "dpo", "bco_pair", "--steps", "2", "--answers", "300", "--pairs", "8",
-                 "--out", str(tmp_path)]  # fmt: skip
+    arguments = [
+        "--losses",
+        "dpo",
+        "bco_pair",
+        "--steps",
+        "2",
+        "--answers",
+        "300",
+        "--pairs",
+        "8",
+        "--out",
+        str(tmp_path),
+    ]
     assert example.main(arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["loss_name"] == "dpo"] == [0, 1, 2]

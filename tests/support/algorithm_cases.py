@@ -41,17 +41,25 @@ def rollout(seed: int = 0, binary: bool = True, **replaced: Any) -> Batch:
     fields = {
         "reward": correct.double() if binary else normal(1.0, 0.0, len(LENGTHS)),
         "cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-        "group_ids": torch.tensor(GROUPS), "correct": correct, "mask": mask, "old_logp": old,
-        "logp": old + normal(0.35), "ref_logp": old + normal(0.4),
-        "sampler_logp": old + normal(0.2), "second_logp": old + normal(0.1),
+        "group_ids": torch.tensor(GROUPS),
+        "correct": correct,
+        "mask": mask,
+        "old_logp": old,
+        "logp": old + normal(0.35),
+        "ref_logp": old + normal(0.4),
+        "sampler_logp": old + normal(0.2),
+        "second_logp": old + normal(0.1),
         "entropy": uniform(0.05, 4.0),
-        "sum_sq": p * p + (1 - p) ** 2 * uniform(0.1, 0.9), "value": normal(0.5, 0.3),
-        "median_value": normal(0.5, 0.3), "causal_weight": uniform(0.0, 2.0),
-        "greedy_reward": normal(0.5, 0.0, len(LENGTHS)), "window": uniform(0, 1) > 0.3,
+        "sum_sq": p * p + (1 - p) ** 2 * uniform(0.1, 0.9),
+        "value": normal(0.5, 0.3),
+        "median_value": normal(0.5, 0.3),
+        "causal_weight": uniform(0.0, 2.0),
+        "greedy_reward": normal(0.5, 0.0, len(LENGTHS)),
+        "window": uniform(0, 1) > 0.3,
         "finished": torch.tensor([i % 3 != 1 for i in range(len(LENGTHS))]),
         "turn": torch.tensor([i % 4 for i in range(len(LENGTHS))]),
         "demonstration": torch.tensor([i in (3, 6, 11) for i in range(len(LENGTHS))]),
-    }  # fmt: skip
+    }
     rounded = {k: v.float().double() if v.is_floating_point() else v for k, v in fields.items()}
     return Batch(**{**rounded, **replaced})
 
@@ -161,11 +169,16 @@ def gae(b: Batch, lam: float | list[float] = 1.0, gamma: float = 1.0) -> Tensor:
 Formula = Callable[[Batch, Tensor, Tensor], Tensor]  # of a batch, logp and entropy
 
 OPTIONS = {
-    "a2pr_nll": {"mu": 0.1}, "cip_entropy": {"entropy_coef": 0.01}, "dr_grpo": {"max_length": 8},
-    "d3s": {"rollouts": (2, 4), "tokens": (0.3, 0.6), "total_steps": 10}, "epo": {"max_turns": 4},
-    "mirror_descent": {"eta": 0.5}, "reinforce_pp": {"reward_kl": 0.01},
-    "r2vpo": {"delta": 0.1, "step_size": 1.0, "penalty": 0.04}, "tppo": {"gamma": 1.0, "lam": 0.95},
-}  # fmt: skip
+    "a2pr_nll": {"mu": 0.1},
+    "cip_entropy": {"entropy_coef": 0.01},
+    "dr_grpo": {"max_length": 8},
+    "d3s": {"rollouts": (2, 4), "tokens": (0.3, 0.6), "total_steps": 10},
+    "epo": {"max_turns": 4},
+    "mirror_descent": {"eta": 0.5},
+    "reinforce_pp": {"reward_kl": 0.01},
+    "r2vpo": {"delta": 0.1, "step_size": 1.0, "penalty": 0.04},
+    "tppo": {"gamma": 1.0, "lam": 0.95},
+}
 METHODS = [name for name in algorithms.list("policy") if name != "grpo_guard"]
 
 
@@ -188,20 +201,12 @@ def gradient_of(plan: Plan, logp: Tensor, entropy: Tensor | None = None) -> tupl
     return out.detach() + (0.0 if plan.constant is None else plan.constant), *grads
 
 
-def check(
-    backend: Backend,
-    algorithm: Algorithm,
-    formula: Formula,
-    batch: Batch,
-    state: State | None = None,
-) -> None:
+def check(backend: Backend, algorithm: Algorithm, formula: Formula, batch: Batch, state: State | None = None) -> None:
     """The plan's loss and gradients are those of formula(batch, logp, entropy)."""
     x = batch.logp.clone().requires_grad_()
     h = batch.entropy.clone().requires_grad_()
     expected = formula(batch, x, h)
-    grad_x, grad_h = torch.autograd.grad(
-        expected, [x, h], allow_unused=True, materialize_grads=True
-    )
+    grad_x, grad_h = torch.autograd.grad(expected, [x, h], allow_unused=True, materialize_grads=True)
     dtype = torch.float64 if backend.name == "reference" else torch.float32
     bound = 1e-12 if backend.name == "reference" else 3e-6
     here = cast(batch, dtype, backend.device)

@@ -23,13 +23,20 @@ CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_host"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (
-    "-std=c++17", "-fPIC", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-std=c++17",
+    "-fPIC",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
     "-Wno-maybe-uninitialized",
-    "-DTOKFUSE_CUDA_HOST", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
-)  # fmt: skip
+    "-DTOKFUSE_CUDA_HOST",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{ROOT / 'tests'}",
+)
 OPTIMIZED = ("-O2",)
-SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
-             "-fno-sanitize-recover=undefined")  # fmt: skip
+SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # Instrumented as for ThreadSanitizer, whose calls checker.cpp answers; never linked with it.
 CHECKED = ("-O1", "-fsanitize=thread", "-Wno-tsan")
 KINDS = {OPTIMIZED: "fast", SANITIZED: "sanitized", CHECKED: "checked"}

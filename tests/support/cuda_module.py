@@ -32,10 +32,7 @@ def build(jobs: int = 1) -> Path:
     bindings = [*sorted(BINDINGS.glob("bind_cuda*.cpp")), BINDINGS / "objective_params.cpp"]
     with ThreadPoolExecutor(jobs) as pool:
         objects = [
-            *pool.map(
-                lambda path: compiled(path, OPTIMIZED),
-                [*sorted(CUDA.glob("*.cu")), HOST / "machine.cpp"],
-            ),
+            *pool.map(lambda path: compiled(path, OPTIMIZED), [*sorted(CUDA.glob("*.cu")), HOST / "machine.cpp"]),
             *pool.map(_binding, [*bindings, HOST / "module.cpp"]),
         ]
     return _made("_cuda_host.so", [COMPILER, "-shared", *map(str, objects), "-o"])

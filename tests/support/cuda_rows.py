@@ -32,9 +32,16 @@ def token_stats_bwd(
     """The gradient, from what token_stats_fwd returned; `out` may be the logits."""
     grad = torch.full(logits.shape, float("nan"), dtype=logits.dtype) if out is None else out
     return cuda_rows.token_stats_bwd(
-        logits, target, stats[5], stats[6], stats[1], grad_logp, grad_entropy, grad,
+        logits,
+        target,
+        stats[5],
+        stats[6],
+        stats[1],
+        grad_logp,
+        grad_entropy,
+        grad,
         **{"mask": None, **PLAIN, **options},
-    )  # fmt: skip
+    )
 
 
 def policy_step(
@@ -58,7 +65,5 @@ def policy_step(
     names = (name for name in cuda_policy.TokenPointers._fields if name != "mask")
     pointers = cuda_policy.TokenPointers(mask=mask, **{name: inputs.get(name) for name in names})
     given = cuda_policy.CudaInputs(pointers, objective.record, scale, None)
-    cuda_policy.policy_step_rows(
-        logits, grad, index, target, given, stats, results, **{**PLAIN, **options}
-    )
+    cuda_policy.policy_step_rows(logits, grad, index, target, given, stats, results, **{**PLAIN, **options})
     return stats, results._asdict(), grad

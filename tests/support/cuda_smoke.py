@@ -31,18 +31,14 @@ def _steps(x: torch.Tensor, cu: torch.Tensor) -> None:
     batch = {"old_logp": x - 7, "advantage": x, "ref_logp": x - 7, "cu_seqlens": cu}
     for level in ("token", "sequence"):
         clip = PPOClip(low=0.2, high=0.2)
-        objective = Objective(
-            shape=clip, level=level, kl=KL(estimator="k3", coef=0.1), entropy_coef=0.01
-        )
+        objective = Objective(shape=clip, level=level, kl=KL(estimator="k3", coef=0.1), entropy_coef=0.01)
         tokfuse.policy_loss(x - 7, entropy=x.abs(), objective=objective, **batch)
         for vocab in (VOCAB, 1024):  # rows that are not aligned, and rows that are
             logits = torch.randn(TOKENS, vocab, device=DEVICE, requires_grad=True)
             tokfuse.policy_step(logits=logits, target=target, objective=objective, **batch)
         hidden = torch.randn(TOKENS, HIDDEN, device=DEVICE, requires_grad=True)
         weight = torch.randn(VOCAB, HIDDEN, device=DEVICE, requires_grad=True)
-        tokfuse.policy_step(
-            hidden=hidden, weight=weight, target=target, objective=objective, **batch
-        )
+        tokfuse.policy_step(hidden=hidden, weight=weight, target=target, objective=objective, **batch)
         tokfuse.linear_token_stats(hidden, weight, target).logp.sum().backward()
 
 

@@ -20,9 +20,7 @@ from tokfuse.algorithms import World
 HIDDEN, VOCAB, LENGTHS = 8, 30, (5, 3, 7, 1, 6, 2, 4, 4)
 MICRO = 4  # micro-batches of a step, over all ranks
 TOKEN = tokfuse.Objective(shape=tokfuse.PPOClip(), entropy_coef=0.02)
-SEQUENCE = tokfuse.Objective(
-    shape=tokfuse.PPOClip(), level="sequence", aggregation="seq_mean_token_mean"
-)
+SEQUENCE = tokfuse.Objective(shape=tokfuse.PPOClip(), level="sequence", aggregation="seq_mean_token_mean")
 
 
 class Model(torch.nn.Module):
@@ -49,8 +47,10 @@ def data() -> dict[str, torch.Tensor]:
         "x": torch.randn(tokens, HIDDEN, generator=gen),
         "target": torch.randint(VOCAB, (tokens,), generator=gen),
         "old_logp": torch.randn(tokens, generator=gen) * 0.2 - 3.4,
-        "advantage": torch.randn(tokens, generator=gen), "mask": mask, "cu_seqlens": cu,
-    }  # fmt: skip
+        "advantage": torch.randn(tokens, generator=gen),
+        "mask": mask,
+        "cu_seqlens": cu,
+    }
 
 
 def micro_batch(d: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
@@ -72,10 +72,15 @@ def loss_of(model: Any, d: dict[str, torch.Tensor], objective: Any, normalizer: 
     stats = model(d["x"], d["target"], d["mask"])
     entropy = stats.entropy if objective.entropy_coef else None
     return tokfuse.policy_loss(
-        stats.logp, old_logp=d["old_logp"], advantage=d["advantage"], objective=objective,
-        mask=d["mask"], entropy=entropy,
-        cu_seqlens=d["cu_seqlens"], normalizer=normalizer,
-    )  # fmt: skip
+        stats.logp,
+        old_logp=d["old_logp"],
+        advantage=d["advantage"],
+        objective=objective,
+        mask=d["mask"],
+        entropy=entropy,
+        cu_seqlens=d["cu_seqlens"],
+        normalizer=normalizer,
+    )
 
 
 def whole_gradients(objective: tokfuse.Objective) -> dict[str, torch.Tensor]:
@@ -170,10 +175,15 @@ def case_context_slices() -> None:
             entropy = part.gather(stats.entropy) if objective.entropy_coef else None
             # Every rank has the whole loss, and DDP averages gradients of its own tokens only.
             out = tokfuse.policy_loss(
-                logp, old_logp=d["old_logp"], advantage=d["advantage"], objective=objective,
-                mask=d["mask"], entropy=entropy,
-                cu_seqlens=d["cu_seqlens"], normalizer=count_of(objective, d) / ranks(),
-            )  # fmt: skip
+                logp,
+                old_logp=d["old_logp"],
+                advantage=d["advantage"],
+                objective=objective,
+                mask=d["mask"],
+                entropy=entropy,
+                cu_seqlens=d["cu_seqlens"],
+                normalizer=count_of(objective, d) / ranks(),
+            )
             out.loss.backward()
             same_gradients(model.module, objective, f"{cut.__name__} {objective.level}")
     refused(lambda: part.take(torch.zeros(3)), "the whole batch")
@@ -211,14 +221,16 @@ def fsdp_step(model: Model, weight_of: Any) -> None:
     normalizer = D.global_normalizer(counts, gradient_ranks=ranks())
     for d in mine:
         hidden = torch.tanh(model.trunk(d["x"]))
-        stats = tokfuse.linear_token_stats(
-            hidden, weight_of(model), d["target"], mask=d["mask"], memory_budget=1
-        )
+        stats = tokfuse.linear_token_stats(hidden, weight_of(model), d["target"], mask=d["mask"], memory_budget=1)
         out = tokfuse.policy_loss(
-            stats.logp, old_logp=d["old_logp"], advantage=d["advantage"], objective=TOKEN,
+            stats.logp,
+            old_logp=d["old_logp"],
+            advantage=d["advantage"],
+            objective=TOKEN,
             mask=d["mask"],
-            entropy=stats.entropy, normalizer=normalizer,
-        )  # fmt: skip
+            entropy=stats.entropy,
+            normalizer=normalizer,
+        )
         out.loss.backward()
 
 
@@ -279,10 +291,14 @@ def case_fsdp2_loss_inside_the_heads_forward() -> None:
     for d in mine:
         logp, entropy, *_ = head(torch.tanh(trunk(d["x"])), d["target"], d["mask"])
         tokfuse.policy_loss(
-            logp, old_logp=d["old_logp"], advantage=d["advantage"], objective=TOKEN,
-            mask=d["mask"], entropy=entropy,
+            logp,
+            old_logp=d["old_logp"],
+            advantage=d["advantage"],
+            objective=TOKEN,
+            mask=d["mask"],
+            entropy=entropy,
             normalizer=normalizer,
-        ).loss.backward()  # fmt: skip
+        ).loss.backward()
     want = whole_gradients(TOKEN)["lm_head.weight"]
     scale = float(want.abs().max())
     compare(head.weight.grad.full_tensor(), want, atol=3e-6 * scale, what="inside forward")
@@ -293,14 +309,9 @@ def case_dtensor_head_cut_over_the_vocabulary() -> None:
     tensor = min(2, ranks())
     mesh = init_device_mesh("cpu", (ranks() // tensor, tensor), mesh_dim_names=("data", "tensor"))
     full = Model()
-    weight = torch.nn.Parameter(
-        distribute_tensor(full.lm_head.weight.detach(), mesh, [Replicate(), Shard(0)])
-    )
+    weight = torch.nn.Parameter(distribute_tensor(full.lm_head.weight.detach(), mesh, [Replicate(), Shard(0)]))
     shard = D.vocab_shard(weight, "tensor")
-    assert (shard.start, shard.size) == (
-        15 * mesh.get_local_rank("tensor") * (tensor > 1),
-        shard.size,
-    )
+    assert (shard.start, shard.size) == (15 * mesh.get_local_rank("tensor") * (tensor > 1), shard.size)
     data_rank, parts = mesh.get_local_rank("data"), ranks() // tensor
     each = MICRO // parts
     mine = [micro_batch(data(), data_rank * each + i) for i in range(each)]
@@ -311,10 +322,16 @@ def case_dtensor_head_cut_over_the_vocabulary() -> None:
         local = D.head_weight(weight, gradients="mean", tensor_parallel="tensor")
         assert not hasattr(local, "placements") and local.shape[0] == shard.size
         step = D.policy_step(
-            hidden=hidden, weight=local, shard=shard, target=d["target"], mask=d["mask"],
-            old_logp=d["old_logp"], advantage=d["advantage"], objective=TOKEN,
+            hidden=hidden,
+            weight=local,
+            shard=shard,
+            target=d["target"],
+            mask=d["mask"],
+            old_logp=d["old_logp"],
+            advantage=d["advantage"],
+            objective=TOKEN,
             normalizer=normalizer,
-        )  # fmt: skip
+        )
         step.loss.backward()
     want = whole_gradients(TOKEN)["lm_head.weight"]
     scale = float(want.abs().max())
@@ -334,12 +351,26 @@ def case_dtensor_head_cut_over_the_vocabulary() -> None:
 
 # Decisions over all ranks; the reward's deviation over the batch; EPO looks for a late turn.
 METHODS = (
-    "bapo", "cip_entropy", "d3s", "dcpo_dist", "gpg", "high_entropy", "kl_cov", "ppo",
-    "reinforce_pp", "vapo", "pipo", "epo", "grpo", "opo",
-)  # fmt: skip
+    "bapo",
+    "cip_entropy",
+    "d3s",
+    "dcpo_dist",
+    "gpg",
+    "high_entropy",
+    "kl_cov",
+    "ppo",
+    "reinforce_pp",
+    "vapo",
+    "pipo",
+    "epo",
+    "grpo",
+    "opo",
+)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "d3s": {"batch_rollouts": 4}, "grpo": {"scale": "batch_std"}, "opo": {"scale": "batch_std"},
-}  # fmt: skip
+    "d3s": {"batch_rollouts": 4},
+    "grpo": {"scale": "batch_std"},
+    "opo": {"scale": "batch_std"},
+}
 
 
 def case_selections_and_advantages_are_global() -> None:

@@ -26,17 +26,21 @@ def main(arm: str, folder: Path, options: dict) -> None:
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
     trainer = tiny_grpo.trainer(
-        ARMS[arm], folder / f"{arm}-{rank}", ddp_backend="gloo", gradient_accumulation_steps=2,
-        max_steps=3, beta=0.04, num_iterations=2,
-        optim="sgd", learning_rate=0.3, max_grad_norm=0.0, **options,
-    )  # fmt: skip
+        ARMS[arm],
+        folder / f"{arm}-{rank}",
+        ddp_backend="gloo",
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        beta=0.04,
+        num_iterations=2,
+        optim="sgd",
+        learning_rate=0.3,
+        max_grad_norm=0.0,
+        **options,
+    )
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"]) > 1
     trainer.train()
-    logs = [
-        {name: row[name] for name in LOGGED if name in row}
-        for row in trainer.state.log_history
-        if "loss" in row
-    ]
+    logs = [{name: row[name] for name in LOGGED if name in row} for row in trainer.state.log_history if "loss" in row]
     sums = [float(p.detach().double().sum()) for p in trainer.model.parameters()]
     (folder / f"{arm}-{rank}.json").write_text(json.dumps({"logs": logs, "sums": sums}))
 

@@ -36,9 +36,7 @@ class Backend(NamedTuple):
         return _moved(value, self.device)
 
 
-def backends(
-    op: str, without: str = "", interpreted: bool = True, hosted: bool = True
-) -> list[Any]:
+def backends(op: str, without: str = "", interpreted: bool = True, hosted: bool = True) -> list[Any]:
     """pytest parameters from the capability records of `op`; a skip names what is missing.
 
     Those on a GPU carry the mark `gpu`, those of Triton's interpreter `interpreter`. Without

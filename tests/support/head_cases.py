@@ -39,9 +39,7 @@ class HeadTruth(NamedTuple):
     scales: dict[str, Tensor]
 
 
-def head_truth(
-    case: HeadCase, ga: Tensor, gh: Tensor, bias: bool = True, **options: Any
-) -> HeadTruth:
+def head_truth(case: HeadCase, ga: Tensor, gh: Tensor, bias: bool = True, **options: Any) -> HeadTruth:
     """Formulas of `token_stats` over hidden @ weight.T + bias, and the chain rule."""
     h, w = case.hidden.double(), case.weight.double()
     logits = h @ w.t() + (case.bias.double() if bias else 0.0)

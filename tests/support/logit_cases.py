@@ -45,14 +45,7 @@ def transformed(
     return z / divisor, slope / divisor
 
 
-def truth(
-    logits: Tensor,
-    target: Tensor,
-    ga: Tensor,
-    gh: Tensor,
-    mask: Tensor | None = None,
-    **options: Any,
-) -> Truth:
+def truth(logits: Tensor, target: Tensor, ga: Tensor, gh: Tensor, mask: Tensor | None = None, **options: Any) -> Truth:
     """Formulas of the docstring of `token_stats`, and d (ga logp + gh entropy) / d logits."""
     u, slope = transformed(logits, **options)
     keep = torch.ones(len(u), dtype=torch.bool) if mask is None else mask
@@ -83,10 +76,14 @@ def truth(
 
     none = torch.zeros_like(at)
     return Truth(
-        final(logp, at), final(entropy, none), final((high + total.log()).squeeze(1), at),
-        final((p * p).sum(1), none), final((u.gather(1, y) == high).double().squeeze(1), none),
-        grad, ((slope + slope_term) * term).amax(1, keepdim=True),
-    )  # fmt: skip
+        final(logp, at),
+        final(entropy, none),
+        final((high + total.log()).squeeze(1), at),
+        final((p * p).sum(1), none),
+        final((u.gather(1, y) == high).double().squeeze(1), none),
+        grad,
+        ((slope + slope_term) * term).amax(1, keepdim=True),
+    )
 
 
 @dataclass(frozen=True)
@@ -175,14 +172,23 @@ CASES = (
     Case("transposed", 5, 300, layout=lambda z: z.t().contiguous().t()),
     Case("every_second_column", 4, 2100, layout=lambda z: z.repeat_interleave(2, 1)[:, ::2]),
     Case("temperature", 5, 2100, options=lambda t, g: {"temperature": 0.7}),
-    Case("temperature_rows", 5, 2100,
-         options=lambda t, g: {"temperature": torch.rand(t, generator=g) + 0.5}),
+    Case("temperature_rows", 5, 2100, options=lambda t, g: {"temperature": torch.rand(t, generator=g) + 0.5}),
     Case("softcap", 5, 2100, _uniform(-90.0, 90.0), options=lambda t, g: {"softcap": 30.0}),
     Case("softcap_excluded", 5, 2100, _drop(0.4), options=lambda t, g: {"softcap": 3.0}),
     Case("logit_scale", 5, 2100, options=lambda t, g: {"logit_scale": 0.0625}),
     Case("mask", 7, 2100, options=lambda t, g: {"mask": _mask(t, g)}),
     Case("mask_all", 4, 50, options=lambda t, g: {"mask": torch.zeros(t, dtype=torch.bool)}),
-    Case("mask_some_excluded", 7, 2100, _drop(0.5), _padded_rows,
-         options=lambda t, g: {"mask": _mask(t, g), "softcap": 20.0, "logit_scale": 1.5,
-                               "temperature": torch.rand(t, generator=g) + 0.5}),
-)  # fmt: skip
+    Case(
+        "mask_some_excluded",
+        7,
+        2100,
+        _drop(0.5),
+        _padded_rows,
+        options=lambda t, g: {
+            "mask": _mask(t, g),
+            "softcap": 20.0,
+            "logit_scale": 1.5,
+            "temperature": torch.rand(t, generator=g) + 0.5,
+        },
+    ),
+)

@@ -56,9 +56,7 @@ def spoil(record: tuple[Any, ...], addresses: set[int], sizes: set[int]) -> Any:
 
     def change(indices: list[int]) -> st.SearchStrategy[Any]:
         return st.tuples(*(field(i) for i in indices)).map(
-            lambda values: tuple(
-                values[indices.index(i)] if i in indices else old for i, old in enumerate(record)
-            )
+            lambda values: tuple(values[indices.index(i)] if i in indices else old for i, old in enumerate(record))
         )
 
     places = st.lists(st.integers(0, len(record) - 1), max_size=3, unique=True)
@@ -98,10 +96,16 @@ def main() -> None:
     vector = [make(torch.rand(TOKENS)) for _ in range(7)]
     cu = make(torch.tensor([0, 2, 2, TOKENS]).int())
     inputs = PolicyInputs(
-        vector[0], vector[1], cu_seqlens=cu, token_weight=vector[2], signal=vector[3],
-        ref_logp=vector[4], kl_weight=vector[5], entropy_weight=vector[6],
+        vector[0],
+        vector[1],
+        cu_seqlens=cu,
+        token_weight=vector[2],
+        signal=vector[3],
+        ref_logp=vector[4],
+        kl_weight=vector[5],
+        entropy_weight=vector[6],
         mask=torch.ones(TOKENS, dtype=torch.bool),
-    )  # fmt: skip
+    )
     terms = losses.native_outputs(TOKENS)
     terms = tuple(make(x) for x in terms)
     objective = tokfuse.Objective(shape=tokfuse.NFT(), kl=tokfuse.KL(coef=0.1), entropy_coef=0.1)
@@ -139,8 +143,7 @@ def main() -> None:
     @given(bad_logits, nullable, st.sampled_from((VOCAB, VOCAB, 0, -1, VOCAB - 1)))
     def backward(record: Any, keep: list[bool], stride: int) -> None:
         p = some(keep)
-        attempt(lambda: module.token_stats_bwd(record, p[5], p[6], p[1], p[3], p[4],
-                                               grad.data_ptr(), stride))  # fmt: skip
+        attempt(lambda: module.token_stats_bwd(record, p[5], p[6], p[1], p[3], p[4], grad.data_ptr(), stride))
 
     @rules
     @given(bad_policy)
@@ -153,11 +156,7 @@ def main() -> None:
         first, second = (first, policy) if swap else (logits_record, second)
         # Rows may only be listed where the gradient overwrites the logits.
         kept = 0 if keep[0] else index.data_ptr()
-        attempt(
-            lambda: module.policy_step(
-                phases, first, second, *some(keep)[2:], grad.data_ptr(), VOCAB, kept
-            )
-        )
+        attempt(lambda: module.policy_step(phases, first, second, *some(keep)[2:], grad.data_ptr(), VOCAB, kept))
 
     @rules
     @given(st.lists(st.integers(-3, 9), min_size=4, max_size=4))

@@ -34,19 +34,27 @@ def statistic(rule, d, row, places):
             "max": lambda: max(d[i] for i in places),
         }[rule.over]()
         return math.exp(clamp(reduced))
-    per_row = {
-        "k1": lambda x: -x,
-        "k2": lambda x: 0.5 * x * x,
-        "k3": lambda x: math.exp(x) - 1 - x,
-    }[rule.statistic]
+    per_row = {"k1": lambda x: -x, "k2": lambda x: 0.5 * x * x, "k3": lambda x: math.exp(x) - 1 - x}[rule.statistic]
     values = [per_row(d[i]) for i in places]
     if rule.over == "token":
         return per_row(d[row])
     return {"sum": sum, "max": max, "mean": lambda v: sum(v) / len(v)}[rule.over](values)
 
 
-def expected(d, *, level="token", mode="ips", cu=None, mask=None, rules=(), normalize="none",
-             group_ids=None, advantage=None, near=1e-5, **numbers):  # fmt: skip
+def expected(
+    d,
+    *,
+    level="token",
+    mode="ips",
+    cu=None,
+    mask=None,
+    rules=(),
+    normalize="none",
+    group_ids=None,
+    advantage=None,
+    near=1e-5,
+    **numbers,
+):
     """(weight, ess, kept), or None when a statistic is within `near` of a bound."""
     d = [clamp(x) for x in d]
     cu = list(range(len(d) + 1)) if cu is None else cu

@@ -18,8 +18,30 @@ from tokfuse.runtime.policy.objective import Shape
 
 LENGTHS = (5, 0, 1, 9, 4, 3)  # the last sequence is masked whole
 # Log-ratios on both sides of every clip, far outside, beyond the clamp of 20, and exactly 0.
-LOG_RATIOS = (0.05, -0.05, 0.24, -0.3, 0.9, -1.4, 0.0, 1.2, -0.12, 25.0, -26.0, 0.15, 2.4, -0.6,
-              0.33, -0.21, 0.37, -2.2, 0.1, -0.01, 0.02, 0.5)  # fmt: skip
+LOG_RATIOS = (
+    0.05,
+    -0.05,
+    0.24,
+    -0.3,
+    0.9,
+    -1.4,
+    0.0,
+    1.2,
+    -0.12,
+    25.0,
+    -26.0,
+    0.15,
+    2.4,
+    -0.6,
+    0.33,
+    -0.21,
+    0.37,
+    -2.2,
+    0.1,
+    -0.01,
+    0.02,
+    0.5,
+)
 
 # Every shape, with parameters that no default hides.
 SHAPES: dict[str, Shape] = {
@@ -35,7 +57,7 @@ SHAPES: dict[str, Shape] = {
     "nft": tokfuse.NFT(negative_floor=0.01, positive_floor=0.9, rate_min=0.2, rate_max=0.8),
     "gmpo": tokfuse.LogClamp(bound=0.35),
     "gamma": tokfuse.Gamma(k_positive=1.5, lam_positive=2.0, k_negative=2.5, lam_negative=1.0),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +70,7 @@ class Batch:
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
         """(logp, the other arguments) in a dtype; masks and offsets as they are."""
         other = {
-            k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-            for k, v in self.inputs.items()
+            k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in self.inputs.items()
         }
         return self.logp.to(dtype), other
 
@@ -72,18 +93,23 @@ def batch(*names: str, per_sequence: bool = False) -> Batch:
     per_token = uniform(-2.0, 2.0)
     per_token[4] = 0.0
     vectors = {
-        "token_weight": uniform(0.2, 2.0), "signal": uniform(0.1, 0.9),
-        "ref_logp": (logp + uniform(-1.5, 1.5)).float().double(), "kl_weight": uniform(0.0, 1.0),
-        "entropy": uniform(0.1, 4.0), "entropy_weight": uniform(0.0, 1.0),
+        "token_weight": uniform(0.2, 2.0),
+        "signal": uniform(0.1, 0.9),
+        "ref_logp": (logp + uniform(-1.5, 1.5)).float().double(),
+        "kl_weight": uniform(0.0, 1.0),
+        "entropy": uniform(0.1, 4.0),
+        "entropy_weight": uniform(0.0, 1.0),
         "sampler_logp": (old + uniform(-0.5, 0.5)).float().double(),
-    }  # fmt: skip
+    }
     vectors["ref_logp"][3], vectors["ref_logp"][6] = logp[3] + 30.0, logp[6]
     cu = torch.zeros(seqs + 1, dtype=torch.int32)
     cu[1:] = lengths.cumsum(0)
     inputs = {
-        "old_logp": old, "cu_seqlens": cu, "mask": mask,
+        "old_logp": old,
+        "cu_seqlens": cu,
+        "mask": mask,
         "advantage": per_seq.repeat_interleave(lengths) if per_sequence else per_token,
-    }  # fmt: skip
+    }
     return Batch(logp, inputs | {name: vectors[name] for name in names})
 
 
@@ -128,14 +154,8 @@ def nft(l, l0, o, a, s, floor=1.0):  # noqa: E741
 # Every token-level method: (objective, formula of one token(l, l0, old, advantage, signal)).
 TOKEN_METHODS: dict[str, tuple[Objective, Callable[..., float]]] = {
     "ppo": (Objective(shape=tokfuse.PPOClip(low=0.2, high=0.28)), ppo),
-    "ppo_dual": (
-        Objective(shape=tokfuse.PPOClip(low=0.2, high=0.28, dual=3.0)),
-        lambda *x: ppo(*x, dual=3.0),
-    ),
-    "two_sided": (
-        Objective(shape=tokfuse.PPOClip(low=0.2, high=0.28, cap=2.0)),
-        lambda *x: ppo(*x, cap=2.0),
-    ),
+    "ppo_dual": (Objective(shape=tokfuse.PPOClip(low=0.2, high=0.28, dual=3.0)), lambda *x: ppo(*x, dual=3.0)),
+    "two_sided": (Objective(shape=tokfuse.PPOClip(low=0.2, high=0.28, cap=2.0)), lambda *x: ppo(*x, cap=2.0)),
     "bapo_bounds": (
         Objective(shape=tokfuse.PPOClip(low=None, high=None, ratio_min=0.6, ratio_max=3.0)),
         lambda *x: ppo(*x, low=0.6, high=3.0),
@@ -155,10 +175,7 @@ TOKEN_METHODS: dict[str, tuple[Objective, Callable[..., float]]] = {
         lambda l, l0, o, a, s: -ratio(l, o) * a + 0.04 * (ratio(l, o) - 1) ** 2,  # noqa: E741
     ),
     "nft": (Objective(shape=tokfuse.NFT()), nft),
-    "nft_low_floor": (
-        Objective(shape=tokfuse.NFT(negative_floor=1e-3)),
-        lambda *x: nft(*x, floor=1e-3),
-    ),
+    "nft_low_floor": (Objective(shape=tokfuse.NFT(negative_floor=1e-3)), lambda *x: nft(*x, floor=1e-3)),
     "gpg": (Objective(shape=tokfuse.LinearLogp()), lambda l, l0, o, a, s: -a * l),  # noqa: E741
     "surrogate": (
         Objective(shape=tokfuse.LinearRatio()),

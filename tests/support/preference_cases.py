@@ -80,37 +80,44 @@ B = 0.1
 # name -> (options, loss of one pair)
 PAIRWISE: dict[str, tuple[dict[str, Any], Any]] = {
     "dpo": ({}, lambda w, r: -logsig(B * delta(w, r))),
-    "conservative_dpo": ({"smoothing": 0.2}, lambda w, r: -0.8 * logsig(B * delta(w, r))
-                         - 0.2 * logsig(-B * delta(w, r))),
-    "robust_dpo": ({"smoothing": 0.2}, lambda w, r: (-0.8 * logsig(B * delta(w, r))
-                   + 0.2 * logsig(-B * delta(w, r))) / 0.6),
+    "conservative_dpo": (
+        {"smoothing": 0.2},
+        lambda w, r: -0.8 * logsig(B * delta(w, r)) - 0.2 * logsig(-B * delta(w, r)),
+    ),
+    "robust_dpo": (
+        {"smoothing": 0.2},
+        lambda w, r: (-0.8 * logsig(B * delta(w, r)) + 0.2 * logsig(-B * delta(w, r))) / 0.6,
+    ),
     "slic": ({"beta": 0.9}, lambda w, r: (1 - 0.9 * delta(w, r)).clamp(min=0)),
     "ipo": ({}, lambda w, r: (w.rho / w.n - r.rho / r.n - 1 / (2 * B)) ** 2),
     "ipo_sum": ({}, lambda w, r: (delta(w, r) - 1 / (2 * B)) ** 2),
     "dpo_norm": ({}, lambda w, r: -logsig(B * (w.rho / w.n - r.rho / r.n))),
-    "exo_pair": ({"smoothing": 0.05}, lambda w, r: sum(
-        q * (q.log() - math.log(p)) for q, p in ((sig(B * delta(w, r)), 0.95),
-                                                 (sig(-B * delta(w, r)), 0.05)))),
-    "discopop": ({}, lambda w, r: (1 - sig(delta(w, r))) * -logsig(0.05 * delta(w, r))
-                 + sig(delta(w, r)) * (-0.05 * delta(w, r)).exp()),
+    "exo_pair": (
+        {"smoothing": 0.05},
+        lambda w, r: sum(
+            q * (q.log() - math.log(p)) for q, p in ((sig(B * delta(w, r)), 0.95), (sig(-B * delta(w, r)), 0.05))
+        ),
+    ),
+    "discopop": (
+        {},
+        lambda w, r: (
+            (1 - sig(delta(w, r))) * -logsig(0.05 * delta(w, r)) + sig(delta(w, r)) * (-0.05 * delta(w, r)).exp()
+        ),
+    ),
     "f_dpo": ({}, lambda w, r: -logsig(B * (js(w.rho) - js(r.rho)))),
     "apo_zero": ({}, lambda w, r: 1 - sig(B * w.rho) + sig(B * r.rho)),
     "apo_down": ({}, lambda w, r: sig(B * w.rho) + 1 - sig(B * delta(w, r))),
-    "nca_pair": ({}, lambda w, r: -logsig(B * w.rho) - 0.5 * logsig(-B * w.rho)
-                 - 0.5 * logsig(-B * r.rho)),
+    "nca_pair": ({}, lambda w, r: -logsig(B * w.rho) - 0.5 * logsig(-B * w.rho) - 0.5 * logsig(-B * r.rho)),
     "sppo_hard": ({}, lambda w, r: (w.rho - 0.5 / B) ** 2 + (r.rho + 0.5 / B) ** 2),
     "bco_pair": ({"shift": "none"}, lambda w, r: -logsig(B * w.rho) - logsig(-B * r.rho)),
     "seppo": ({}, lambda w, r: -logsig(B * (w.rho - (1 if w.rho > 0 else -1) * r.rho))),
     "simpo": ({}, lambda w, r: -logsig(2 * (w.lp / w.n - r.lp / r.n) - 1)),
     "orpo": ({}, lambda w, r: -w.lp / w.n - 0.1 * logsig(odds(w.lp / w.n) - odds(r.lp / r.n))),
     "rpo": ({}, lambda w, r: -logsig(0.01 * delta(w, r)) - 0.005 * 0.01 * w.lp),
-    "rpo_mean": ({"nll": NLL(coef=0.005)},
-                 lambda w, r: -logsig(0.01 * delta(w, r)) - 0.005 * w.lp / w.n),
-}  # fmt: skip
+    "rpo_mean": ({"nll": NLL(coef=0.005)}, lambda w, r: -logsig(0.01 * delta(w, r)) - 0.005 * w.lp / w.n),
+}
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "aries": {"level_weight": (1.0, 0.5)}, "rpo_mean": {"nll": NLL(coef=0.005)},
-}  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {"aries": {"level_weight": (1.0, 0.5)}, "rpo_mean": {"nll": NLL(coef=0.005)}}
 # The names of kind "preference" that are losses of sequences.
 LOSSES = [
     name

@@ -31,16 +31,17 @@ def cases() -> dict[str, Callable[[], None]]:
 
 def run(world: int, folder: Path) -> dict[str, str]:
     """The outcome of every case with `world` ranks."""
-    environment = os.environ | {
-        "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TOKFUSE_BACKEND": "",
-    }  # fmt: skip
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TOKFUSE_BACKEND": ""}
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(world), str(folder)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     try:
         printed = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
@@ -63,9 +64,7 @@ def main(rank: int, world: int, folder: Path) -> None:
 
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
     outcome: dict[str, str] = {}
     for name, case in cases().items():
         torch.manual_seed(0)

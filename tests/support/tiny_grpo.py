@@ -35,17 +35,32 @@ def trainer(cls: type, output: Path, model: Any = None, **options: Any) -> Any:
 
     extra = options.pop("extra", {})
     defaults = {
-        "output_dir": str(output), "per_device_train_batch_size": 4, "num_generations": 4,
-        "max_completion_length": 6, "gradient_accumulation_steps": 2, "max_steps": 2,
-        "logging_steps": 1, "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "bf16": False,
-        "gradient_checkpointing": False, "disable_tqdm": True, "save_strategy": "no", "seed": 3,
-        "temperature": 0.9, "lr_scheduler_type": "constant",
-    }  # fmt: skip
+        "output_dir": str(output),
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 3,
+        "temperature": 0.9,
+        "lr_scheduler_type": "constant",
+    }
     return cls(
-        model=saved_model() if model is None else model, reward_funcs=reward,
-        args=GRPOConfig(**{**defaults, **options}), train_dataset=prompts(),
-        processing_class=tokenizer(), **extra,
-    )  # fmt: skip
+        model=saved_model() if model is None else model,
+        reward_funcs=reward,
+        args=GRPOConfig(**{**defaults, **options}),
+        train_dataset=prompts(),
+        processing_class=tokenizer(),
+        **extra,
+    )
 
 
 def load(tied: bool = True) -> Any:

@@ -12,7 +12,7 @@ from policy_cases import SHAPES, batch
 
 import tokfuse
 from tokfuse import distributed as D
-from tokfuse.runtime.distributed.counts import collectives
+from tokfuse.runtime.distributed import collectives
 
 TOKENS, VOCAB, HIDDEN = 12, 4500, 24
 STATS = ("logp", "entropy", "lse", "sum_sq", "top1")
@@ -59,20 +59,21 @@ def problem(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     z[5] = -torch.inf
     z[6, : VOCAB // 3] -= 120.0  # its part of the probability underflows float32
     target = torch.randint(VOCAB, (TOKENS,), generator=gen)
-    target[:9] = torch.tensor(
-        [VOCAB - 1, 5, VOCAB // 2, VOCAB - 3, 17, 1, 9, 10**9, VOCAB // 2 - 1]
-    )
+    target[:9] = torch.tensor([VOCAB - 1, 5, VOCAB // 2, VOCAB - 3, 17, 1, 9, 10**9, VOCAB // 2 - 1])
     target[10] = int(z[10].argmax())
     mask = torch.ones(TOKENS, dtype=torch.bool)
     mask[7] = False  # whose target is out of range
     z = z.to(dtype)
     z[7] = float("nan")
     return {
-        "logits": z, "target": target, "mask": mask,
+        "logits": z,
+        "target": target,
+        "mask": mask,
         "temperature": torch.rand(TOKENS, generator=gen) + 0.5,
-        "ga": torch.randn(TOKENS, generator=gen), "gh": torch.randn(TOKENS, generator=gen),
+        "ga": torch.randn(TOKENS, generator=gen),
+        "gh": torch.randn(TOKENS, generator=gen),
         "bias_logits": torch.randn(TOKENS, VOCAB, generator=gen).to(dtype),
-    }  # fmt: skip
+    }
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -96,13 +97,7 @@ def check_rows(dtype: torch.dtype, layout: str, name: str) -> None:
     what = f"{layout} {name} {dtype}"
     wide = 1e-9 if dtype == torch.float64 else FORWARD_ATOL
     for field in STATS:
-        compare(
-            getattr(stats, field),
-            getattr(want, field),
-            atol=wide,
-            rtol=wide,
-            what=f"{what} {field}",
-        )
+        compare(getattr(stats, field), getattr(want, field), atol=wide, rtol=wide, what=f"{what} {field}")
     same = torch.stack([x.double() for x in stats]).detach()
     first = same.clone()
     dist.broadcast(first, 0)
@@ -142,9 +137,12 @@ def head_problem(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         "hidden": torch.randn(TOKENS, HIDDEN, generator=gen).to(dtype),
         "weight": torch.randn(VOCAB, HIDDEN, generator=gen).to(dtype),
         "bias": torch.randn(VOCAB, generator=gen).to(dtype),
-        "target": target, "mask": p["mask"], "temperature": p["temperature"],
-        "ga": p["ga"], "gh": p["gh"],
-    }  # fmt: skip
+        "target": target,
+        "mask": p["mask"],
+        "temperature": p["temperature"],
+        "ga": p["ga"],
+        "gh": p["gh"],
+    }
 
 
 def leaves(p: dict[str, torch.Tensor], *names: str) -> list[torch.Tensor]:
@@ -155,18 +153,14 @@ def check_head(layout: str, sequence_parallel: bool, dtype: torch.dtype) -> None
     p = head_problem(dtype)
     options = {"mask": p["mask"], "temperature": p["temperature"], "softcap": 40.0}
     whole = leaves(p, "hidden", "weight", "bias")
-    want = tokfuse.linear_token_stats(
-        whole[0], whole[1], p["target"], bias=whole[2], memory_budget=1, **options
-    )
+    want = tokfuse.linear_token_stats(whole[0], whole[1], p["target"], bias=whole[2], memory_budget=1, **options)
     (want.logp @ p["ga"].to(want.logp) + want.entropy @ p["gh"].to(want.logp)).backward()
 
     shard, rows = shards()[layout]
     h = p["hidden"].chunk(ranks())[dist.get_rank()] if sequence_parallel else p["hidden"]
     h = h.clone().requires_grad_()
     w, b = (cut(p[name], shard, rows, 0).requires_grad_() for name in ("weight", "bias"))
-    got = D.linear_token_stats(
-        h, w, p["target"], shard=shard, bias=b, sequence_parallel=sequence_parallel, **options
-    )
+    got = D.linear_token_stats(h, w, p["target"], shard=shard, bias=b, sequence_parallel=sequence_parallel, **options)
     (got.logp @ p["ga"].to(got.logp) + got.entropy @ p["gh"].to(got.logp)).backward()
     what = f"{layout} sequence_parallel={sequence_parallel} {dtype}"
     atol = 1e-9 if dtype == torch.float64 else FORWARD_ATOL
@@ -214,16 +208,17 @@ def policy_problem() -> dict[str, Any]:
 OBJECTIVES = {
     "token": tokfuse.Objective(shape=SHAPES["ppo"], entropy_coef=0.01, kl=tokfuse.KL(coef=0.1)),
     "sequence": tokfuse.Objective(
-        shape=SHAPES["ppo"], level="sequence", aggregation="seq_mean_token_mean",
+        shape=SHAPES["ppo"],
+        level="sequence",
+        aggregation="seq_mean_token_mean",
         kl=tokfuse.KL(coef=0.05, estimator="k2"),
     ),
-}  # fmt: skip
+}
 
 
 def check_step(
-    objective: tokfuse.Objective, normalizer: Any, source: str, empty: bool = False,
-    sequence_parallel: bool = False,
-) -> None:  # fmt: skip
+    objective: tokfuse.Objective, normalizer: Any, source: str, empty: bool = False, sequence_parallel: bool = False
+) -> None:
     p = policy_problem()
     if empty:
         p["mask"] = torch.zeros_like(p["mask"])
@@ -242,21 +237,14 @@ def check_step(
         if sequence_parallel:
             mine[0] = hidden.chunk(ranks())[dist.get_rank()].clone().requires_grad_()
         want = tokfuse.policy_step(hidden=whole[0], weight=whole[1], **given)
-        got = D.policy_step(
-            shard=shard, hidden=mine[0], weight=mine[1], sequence_parallel=sequence_parallel,
-            **given,
-        )  # fmt: skip
+        got = D.policy_step(shard=shard, hidden=mine[0], weight=mine[1], sequence_parallel=sequence_parallel, **given)
         assert got.grad_logits is None and got.grad_hidden is not None
     what = f"{source} {objective.level} empty={empty}"
     for name in ("loss", "token_loss", "loss_sum", "count"):
-        compare(
-            getattr(got, name), getattr(want, name), atol=3e-5, rtol=3e-5, what=f"{what} {name}"
-        )
+        compare(getattr(got, name), getattr(want, name), atol=3e-5, rtol=3e-5, what=f"{what} {name}")
     compare(got.metrics.sums, want.metrics.sums, atol=1e-3, rtol=1e-4, what=f"{what} metrics")
     for field in STATS:
-        compare(
-            getattr(got.stats, field), getattr(want.stats, field), atol=FORWARD_ATOL, what=field
-        )
+        compare(getattr(got.stats, field), getattr(want.stats, field), atol=FORWARD_ATOL, what=field)
     (2 * want.loss).backward()
     (2 * got.loss).backward()
     grads = [x.grad for x in whole]
@@ -264,8 +252,7 @@ def check_step(
         grads[0] = grads[0].chunk(ranks())[dist.get_rank()]
     grads[-1] = grads[-1].narrow(int(source == "logits"), shard.start, shard.size)
     for x, grad in zip(mine, grads, strict=True):
-        own = x.grad if x.grad.shape == grad.shape else x.grad.narrow(
-            int(source == "logits"), 0, shard.size)  # fmt: skip
+        own = x.grad if x.grad.shape == grad.shape else x.grad.narrow(int(source == "logits"), 0, shard.size)
         scale = float(grad.abs().max()) if grad.numel() else 0.0
         compare(own, grad, atol=3e-5 * scale, what=f"{what} gradient")
 

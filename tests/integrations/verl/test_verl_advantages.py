@@ -26,26 +26,34 @@ def batch(seed=0, singles=True):
     old = -torch.rand(ROWS, LENGTH, generator=gen) * 2
     p = old.exp()
     return {
-        "token_level_rewards": rewards, "response_mask": mask,
-        "index": np.array(uids, dtype=object), "config": AlgoConfig(gamma=0.95),
+        "token_level_rewards": rewards,
+        "response_mask": mask,
+        "index": np.array(uids, dtype=object),
+        "config": AlgoConfig(gamma=0.95),
     }, {
         "values": torch.randn(ROWS, LENGTH, generator=gen),
-        "reward_baselines": torch.randn(ROWS, generator=gen), "old_log_probs": old,
+        "reward_baselines": torch.randn(ROWS, generator=gen),
+        "old_log_probs": old,
         "sum_pi_squared": p * p + (1 - p) ** 2 * torch.rand(ROWS, LENGTH, generator=gen),
-    }  # fmt: skip
+    }
 
 
 CASES = {
-    "grpo": (), "rloo": (), "opo": (), "gpg": (), "reinforce_plus_plus": (),
-    "reinforce_plus_plus_baseline": (), "grpo_passk": (), "remax": ("reward_baselines",),
+    "grpo": (),
+    "rloo": (),
+    "opo": (),
+    "gpg": (),
+    "reinforce_plus_plus": (),
+    "reinforce_plus_plus_baseline": (),
+    "grpo_passk": (),
+    "remax": ("reward_baselines",),
     "optimal_token_baseline": ("old_log_probs", "sum_pi_squared"),
-}  # fmt: skip
+}
 
 
 def both(name, given, **more):
     """(ours, verl's), each (advantages, returns)."""
-    fresh = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-             for _ in range(2)]  # fmt: skip
+    fresh = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()} for _ in range(2)]
     return (
         core_algos.get_adv_estimator_fn(f"tokfuse_{name}")(**fresh[0], **more),
         core_algos.get_adv_estimator_fn(name)(**fresh[1], **more),
@@ -94,14 +102,15 @@ def test_zero_tail_can_be_kept():
 
 def test_inputs_that_the_trainer_gives_to_its_own_names_only():
     given, extra = batch()
-    for name, word in (("gae", "values"), ("remax", "reward_baselines"),
-                       ("optimal_token_baseline", "old_log_probs")):  # fmt: skip
+    for name, word in (("gae", "values"), ("remax", "reward_baselines"), ("optimal_token_baseline", "old_log_probs")):
         with pytest.raises(ValueError, match=word):
             core_algos.get_adv_estimator_fn(f"tokfuse_{name}")(**given)
     with pytest.raises(ValueError, match="rollout_is_weights"):
         core_algos.get_adv_estimator_fn("tokfuse_optimal_token_baseline")(
-            **given, old_log_probs=extra["old_log_probs"], sum_pi_squared=extra["sum_pi_squared"],
+            **given,
+            old_log_probs=extra["old_log_probs"],
+            sum_pi_squared=extra["sum_pi_squared"],
             rollout_is_weights=torch.ones(ROWS, LENGTH),
-        )  # fmt: skip
+        )
     with pytest.raises(ValueError, match="at least 2"):
         core_algos.get_adv_estimator_fn("tokfuse_grpo_passk")(**given)

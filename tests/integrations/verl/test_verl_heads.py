@@ -64,10 +64,16 @@ def test_heads_agree_with_verls_own(head):
 
 def tiny_model():
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
 
 
 @pytest.mark.parametrize("forward", ["torch", "triton"])
@@ -94,12 +100,9 @@ def engine():
 
 
 def micro_batch(**flags):
-    ids = torch.nested.nested_tensor(
-        [torch.arange(4) + 3, torch.arange(6) + 9], layout=torch.jagged
-    )
+    ids = torch.nested.nested_tensor([torch.arange(4) + 3, torch.arange(6) + 9], layout=torch.jagged)
     positions = torch.nested.nested_tensor([torch.arange(4), torch.arange(6)], layout=torch.jagged)
-    tensors = {"input_ids": ids, "position_ids": positions,
-               "temperature": torch.tensor([0.5, 2.0])}  # fmt: skip
+    tensors = {"input_ids": ids, "position_ids": positions, "temperature": torch.tensor([0.5, 2.0])}
     return tu.get_tensordict(tensors, {"use_fused_kernels": True, **flags})
 
 
@@ -152,8 +155,12 @@ def test_sum_of_squares_of_padded_rows(installed):
 
 def test_install_is_idempotent_and_uninstall_restores_identity():
     method = transformer_impl.FSDPEngineWithLMHead
-    owners = ((heads, "FusedLinearForPPO"), (triton_head, "linear_cross_entropy"),
-              (method, "prepare_model_inputs"), (method, "prepare_model_outputs"))  # fmt: skip
+    owners = (
+        (heads, "FusedLinearForPPO"),
+        (triton_head, "linear_cross_entropy"),
+        (method, "prepare_model_inputs"),
+        (method, "prepare_model_outputs"),
+    )
     before = [vars(owner)[name] for owner, name in owners]
     verl_plugin.install()
     during = [vars(owner)[name] for owner, name in owners]
@@ -189,9 +196,8 @@ def run(code: str, **environment: str) -> str:
     import os
 
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", env=os.environ | environment, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", code], cwd="/", env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

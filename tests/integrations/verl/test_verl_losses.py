@@ -19,11 +19,22 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from tokfuse.integrations import verl_losses, verl_plugin
 
-MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
-         "seq-mean-token-mean")  # fmt: skip
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 GLOBAL = {"dp_size": 4, "batch_num_tokens": 91, "global_batch_size": 24, "loss_scale_factor": 50}
-LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean",
-          "dro", "cispo", "bypass_mode")  # fmt: skip
+LOSSES = (
+    "vanilla",
+    "dppo_tv",
+    "dppo_kl",
+    "gspo",
+    "sapo",
+    "gpg",
+    "clip_cov",
+    "kl_cov",
+    "geo_mean",
+    "dro",
+    "cispo",
+    "bypass_mode",
+)
 
 
 CORRECTION = {"loss_type": "ppo_clip", "rollout_is": None, "rollout_rs": None}
@@ -32,14 +43,23 @@ CORRECTION = {"loss_type": "ppo_clip", "rollout_is": None, "rollout_rs": None}
 def config(info=None, correction=None, **changed):
     """An actor's configuration whose options all matter for this small batch."""
     policy = PolicyLossConfig(
-        dro_beta=0.3, clip_cov_ratio=0.2, clip_cov_lb=0.05, kl_cov_ratio=0.2, ppo_kl_coef=0.7,
+        dro_beta=0.3,
+        clip_cov_ratio=0.2,
+        clip_cov_lb=0.05,
+        kl_cov_ratio=0.2,
+        ppo_kl_coef=0.7,
         rollout_correction={**CORRECTION, **(correction or {})},
-    )  # fmt: skip
+    )
     widths = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
     return ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_mini_batch_size=4, ppo_micro_batch_size_per_gpu=4,
-        policy_loss=policy, global_batch_info=dict(info or {}), **{**widths, **changed},
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_mini_batch_size=4,
+        ppo_micro_batch_size_per_gpu=4,
+        policy_loss=policy,
+        global_batch_info=dict(info or {}),
+        **{**widths, **changed},
+    )
 
 
 def batch(seed=0):
@@ -52,17 +72,15 @@ def batch(seed=0):
     advantages[:, 4], advantages[1, 1] = 0.0, -1.3
     mask = (torch.arange(9) < torch.tensor([[9], [7], [4], [9], [2], [5]])).long()
     mask[0, 3] = 0
-    return {"old_log_prob": old, "log_prob": logp.clamp(max=-1e-3), "advantages": advantages,
-            "response_mask": mask}  # fmt: skip
+    return {"old_log_prob": old, "log_prob": logp.clamp(max=-1e-3), "advantages": advantages, "response_mask": mask}
 
 
 def call(function, given, mode, settings, weights=None):
     logp = given["log_prob"].clone().requires_grad_()
     torch.manual_seed(7)  # clip_cov draws
     loss, metrics = function(
-        **{**given, "log_prob": logp}, loss_agg_mode=mode, config=copy.deepcopy(settings),
-        rollout_is_weights=weights,
-    )  # fmt: skip
+        **{**given, "log_prob": logp}, loss_agg_mode=mode, config=copy.deepcopy(settings), rollout_is_weights=weights
+    )
     loss.backward()
     return loss.detach(), logp.grad, metrics
 
@@ -93,9 +111,7 @@ def test_value_gradient_and_metrics(name, mode):
 
 def test_geo_mean_honours_the_global_batch():
     alone = call(core_algos.get_policy_loss_fn("tokfuse_geo_mean"), batch(), MODES[0], config())
-    ours = call(
-        core_algos.get_policy_loss_fn("tokfuse_geo_mean"), batch(), MODES[0], config(GLOBAL)
-    )
+    ours = call(core_algos.get_policy_loss_fn("tokfuse_geo_mean"), batch(), MODES[0], config(GLOBAL))
     compare(ours[0], alone[0] * 6 * 4 / 24, rtol=1e-6)
     compare(ours[1], alone[1] * 6 * 4 / 24, rtol=1e-6)
 
@@ -127,9 +143,7 @@ def test_options_of_the_actor_are_read(name):
 def test_no_valid_token_gives_a_differentiable_zero(name):
     given = batch()
     given["response_mask"] = torch.zeros_like(given["response_mask"])
-    loss, grad, _ = call(
-        core_algos.get_policy_loss_fn(f"tokfuse_{name}"), given, "token-mean", config(GLOBAL)
-    )
+    loss, grad, _ = call(core_algos.get_policy_loss_fn(f"tokfuse_{name}"), given, "token-mean", config(GLOBAL))
     assert float(loss) == 0.0 and not bool(grad.any())
 
 
@@ -153,9 +167,15 @@ def test_bapo_is_the_algorithm():
     given, method = batch(), tokfuse.algorithms.make("bapo")
     flat = {k: v.reshape(-1) for k, v in given.items()}
     cu = torch.arange(7, dtype=torch.int32) * 9
-    b = Batch(reward=torch.zeros(6), cu_seqlens=cu, old_logp=flat["old_log_prob"],
-              mask=flat["response_mask"] > 0, logp=flat["log_prob"],
-              advantage=flat["advantages"], advantage_level="token")  # fmt: skip
+    b = Batch(
+        reward=torch.zeros(6),
+        cu_seqlens=cu,
+        old_logp=flat["old_log_prob"],
+        mask=flat["response_mask"] > 0,
+        logp=flat["log_prob"],
+        advantage=flat["advantages"],
+        advantage_level="token",
+    )
     want = method.objective(b, method.initial_state()).loss(flat["log_prob"]).loss
     got, _, _ = call(core_algos.get_policy_loss_fn("tokfuse_bapo"), given, "token-mean", config())
     compare(got, want, rtol=1e-6)
