@@ -358,7 +358,7 @@ class _ShardStats(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats = merged.stats
-        ctx.save_for_backward(logits, target, merged.shift, merged.inv_sum, stats.entropy, *_tensors(o))
+        ctx.save_for_backward(logits, target, merged.shift, merged.inv_sum, merged.entropy, *_tensors(o))
         ctx.options, ctx.shard = _scalars(o), shard
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[2:])
@@ -384,7 +384,7 @@ class _ShardHead(torch.autograd.Function):
         merged = vocab_rows.head_forward(hidden, weight, bias, call)
         stats = merged.stats
         ctx.save_for_backward(
-            hidden, weight, bias, call.target, merged.shift, merged.inv_sum, stats.entropy, *_tensors(call.options)
+            hidden, weight, bias, call.target, merged.shift, merged.inv_sum, merged.entropy, *_tensors(call.options)
         )
         ctx.op, ctx.options, ctx.rest = call.op, _scalars(call.options), call[3:]
         ctx.set_materialize_grads(False)
@@ -414,7 +414,7 @@ def _step_from_logits(
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats, terms = merged.stats, terms_of(merged.stats)
         grad = vocab_rows.row_backward(
-            logits, target, o, shard, merged.shift, merged.inv_sum, stats.entropy, terms.d_logp, terms.d_entropy
+            logits, target, o, shard, merged.shift, merged.inv_sum, merged.entropy, terms.d_logp, terms.d_entropy
         )
     return terms, stats, grad
 
@@ -439,7 +439,7 @@ def _step_from_hidden(
             needs,
             merged.shift,
             merged.inv_sum,
-            stats.entropy,
+            merged.entropy,
             terms.d_logp,
             terms.d_entropy,
         )

@@ -64,13 +64,16 @@ def _exchange(
     backend: str,
     dtype: torch.dtype,
 ) -> Merged:
-    """The one all-gather, and the merge. `local`: outputs of the row kernel; None: no columns."""
+    """The one all-gather, and the merge. `local`: outputs of the row kernel; None: no columns.
+
+    The reference exchanges float64, so that its statistics are rounded once, to `dtype`.
+    """
     if local is None:
-        record = empty_record(target, dtype)
+        record = empty_record(target, torch.float64 if backend == "reference" else torch.float32)
     else:
         record = pack(local, shard.owns(target))
     records = collectives.all_gather(record, shard.group)
-    return merge(records, collectives.own_rank(shard.group), _unit(backend, o), o.mask)
+    return merge(records, collectives.own_rank(shard.group), _unit(backend, o), o.mask, dtype)
 
 
 def _column(target: torch.Tensor, shard: VocabShard, elsewhere: int) -> torch.Tensor:
@@ -101,7 +104,7 @@ def row_forward(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, sha
     if shard.size > 0:
         z = logits.detach()[:, : shard.size]
         local = run.forward(z, _column(target, shard, 0), **_row_options(o, shard))[:7]
-    dtype = stats_reference.accumulation_dtype(logits.dtype)
+    dtype = stats_reference.result_dtype(logits.dtype)
     return _exchange(local, target, o, shard, backend, dtype)
 
 
@@ -172,7 +175,7 @@ def head_forward(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     local = None
     if call.shard.size > 0:
         local = run.forward(_problem(hidden, weight, bias, call, 0))[:7]
-    dtype = stats_reference.accumulation_dtype(hidden.dtype)
+    dtype = stats_reference.result_dtype(hidden.dtype)
     return _exchange(local, call.target, call.options, call.shard, backend, dtype)
 
 

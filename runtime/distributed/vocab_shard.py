@@ -109,6 +109,8 @@ class Merged(NamedTuple):
     """(tokens,) the shard's own shift, in its kernel's unit."""
     inv_sum: torch.Tensor
     """(tokens,) factor that makes probabilities of the shard's exponentials."""
+    entropy: torch.Tensor
+    """(tokens,) entropy of the whole, in the records' dtype as the two above."""
 
 
 def pack(local: tuple[torch.Tensor, ...], owned: torch.Tensor) -> torch.Tensor:
@@ -137,7 +139,9 @@ def empty_record(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values[:, None].expand(RECORD, target.shape[0])
 
 
-def merge(records: torch.Tensor, rank: int, unit: float | torch.Tensor, mask: torch.Tensor | None) -> Merged:
+def merge(
+    records: torch.Tensor, rank: int, unit: float | torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
+) -> Merged:
     """Statistics of the whole from the records of all shards: (ranks, RECORD, tokens).
 
     In float64 and in rank order, so that every rank gets the same bits.
@@ -146,8 +150,8 @@ def merge(records: torch.Tensor, rank: int, unit: float | torch.Tensor, mask: to
         rank: the shard whose gradient factors are wanted.
         unit: nats per unit of shift, () or (tokens,).
         mask: (tokens,) bool; masked rows are 0.
+        dtype: of the statistics.
     """
-    dtype = records.dtype
     shift, signed, entropy, sum_sq, logp = records.double().unbind(1)
     inverse = signed.abs()
     absent = inverse == 0  # -inf all over, masked, or without columns; a poisoned shard is NaN
@@ -164,19 +168,22 @@ def merge(records: torch.Tensor, rank: int, unit: float | torch.Tensor, mask: to
     known = owned.any(0) | dead
     top1 = (signed.signbit() & (shift == highest) & (weight > 0)).any(0)
 
-    def final(x: torch.Tensor, dead_value: float) -> torch.Tensor:
+    def final(x: torch.Tensor, dead_value: float, dtype: torch.dtype = dtype) -> torch.Tensor:
         x = torch.where(dead, dead_value, x)
         return (x if mask is None else torch.where(mask, x, 0.0)).to(dtype)
 
+    whole_entropy = mixed.sum(0).clamp(min=0)
+
     stats = TokenStats(
         final(torch.where(known, own_logp.clamp(max=0), math.nan), -INF),
-        final(mixed.sum(0).clamp(min=0), 0.0),
+        final(whole_entropy, 0.0),
         final(highest * unit + total.log(), -INF),
         final((share * share * sum_sq).sum(0), 0.0),
         final(top1.double(), 0.0),
     )
     # A factor that underflows must not look like a row without a distribution: the shard may own
     # the target, whose own term does not vanish.
-    factor = (distance[rank].exp() / total).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    wide = records.dtype
+    factor = (distance[rank].exp() / total).to(wide).clamp(min=torch.finfo(wide).tiny)
     own_shift = torch.where(absent[rank], 0.0, shift[rank])
-    return Merged(stats, own_shift.to(dtype), torch.where(dead, 0.0, factor))
+    return Merged(stats, own_shift.to(wide), torch.where(dead, 0.0, factor), final(whole_entropy, 0.0, wide))

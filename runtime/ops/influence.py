@@ -28,7 +28,7 @@ from tokfuse.runtime.lm_head.head import HeadProblem
 from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
 from tokfuse.runtime.ops.token_stats import TokenStats
 from tokfuse.runtime.reference import influence as reference
-from tokfuse.runtime.reference.token_stats import accumulation_dtype
+from tokfuse.runtime.reference.token_stats import result_dtype
 
 OP = "influence"
 CHUNK = 4096  # tokens projected at a time; bounds the float32 copies of 16-bit inputs
@@ -199,7 +199,7 @@ def hidden_norms(grad_hidden: torch.Tensor) -> torch.Tensor:
     Source: definition.
     """
     checks.check_matrix("influence.hidden_norms", "grad_hidden", grad_hidden, "(tokens, hidden)")
-    dtype = accumulation_dtype(grad_hidden.dtype)
+    dtype = result_dtype(grad_hidden.dtype)
     norms: torch.Tensor = torch.linalg.vector_norm(grad_hidden.detach(), dim=1, dtype=dtype)
     return norms
 
@@ -297,7 +297,7 @@ def _cpu_sketch(
     max_seqlen: int | None,
 ) -> torch.Tensor:
     """One small GEMM per sequence: nothing is padded."""
-    dtype = accumulation_dtype(hidden.dtype)
+    dtype = result_dtype(hidden.dtype)
     left, right = grad_hidden, hidden
     if pair is not None:
         left, right = _project(left, pair[0].to(dtype)), _project(right, pair[1].to(dtype))
@@ -360,7 +360,7 @@ def request(op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torc
     checks.check_cu_seqlens(op, cu_seqlens, problem.tokens, problem.hidden.device)
     check_spec(op, spec.rank, spec.seed)
     bias = problem.bias is not None and problem.bias.requires_grad
-    dtype = accumulation_dtype(problem.hidden.dtype)
+    dtype = result_dtype(problem.hidden.dtype)
     norms = torch.zeros(problem.tokens, dtype=dtype, device=problem.hidden.device)
     return problem._replace(needs=(True, problem.weight.requires_grad, bias), row_norms=norms)
 

@@ -362,7 +362,7 @@ def _from_logits(
     capability = select(OP, logits.device.type, logits.dtype, options.features())
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
-            out = hidden_step.traced_reference(logits, target, options, inputs, objective, inverse)
+            out = hidden_step.traced_reference(logits, target, options, inputs, objective, inverse, logits.dtype)
             return _result(out, inputs, objective, inverse, sampler_logp, {})
         out = _custom_op(logits, target, options, inputs, objective, inverse)
         return _result(out[:8], inputs, objective, inverse, sampler_logp, {"logits": out[8]})
@@ -400,14 +400,13 @@ def _reference_run(
         target, *given = map(losses.usable_by_autograd, (target, *o))
         inputs = PolicyInputs(*map(losses.usable_by_autograd, inputs))
         options = LogitOptions(*given)._asdict()
-        stats = TokenStats(*reference.forward(z, target, op=OP, **options))
-        terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
+        stats = reference.exact(z, target, op=OP, **options)
+        terms = losses._reference_run(stats[0], stats[1], inputs, objective, inverse)
         (grad,) = torch.autograd.grad(terms.loss, z, allow_unused=True, materialize_grads=True)
     if in_place:
         logits.detach().copy_(grad)
         grad = logits.detach()
-    detached = TokenStats(*(x.detach() for x in stats))
-    return StepTerms(terms._replace(loss=terms.loss.detach()), detached, grad)
+    return StepTerms(*hidden_step.rounded_step(terms, stats, logits.dtype), grad)
 
 
 def _cpu_run(

@@ -1,6 +1,6 @@
 """policy_step from hidden states: the lm_head's GEMMs around the fused row kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ def apply(
         p, features = problem, problem.options.features()
         if select(OP, p.hidden.device.type, p.hidden.dtype, features).backend == "reference":
             logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
-            return traced_reference(logits, p.target, p.options, inputs, objective, inverse), {}
+            return traced_reference(logits, p.target, p.options, inputs, objective, inverse, p.hidden.dtype), {}
         return _custom_op(problem, inputs, objective, inverse)
     p, features = problem, problem.options.features()
     run = select(OP, p.hidden.device.type, p.hidden.dtype, features).run
@@ -78,11 +78,24 @@ def traced_reference(
     inputs: PolicyInputs,
     objective: Objective,
     inverse: float,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
     """(loss, token_loss, sums, *stats) for torch.compile, which then makes the backward."""
-    stats = TokenStats(*stats_reference.forward(logits, target, **o._asdict()))
-    terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
-    return terms.loss, terms.token_loss, terms.sums, *(x.detach() for x in stats)
+    exact = stats_reference.exact(logits, target, **o._asdict())
+    terms = losses._reference_run(exact[0], exact[1], inputs, objective, inverse)
+    (loss,) = stats_reference.rounded([terms.loss], dtype)
+    terms, stats = rounded_step(terms, exact, dtype)
+    return loss, terms.token_loss, terms.sums, *stats
+
+
+def rounded_step(
+    terms: PolicyTerms, stats: Iterable[torch.Tensor], dtype: torch.dtype
+) -> tuple[PolicyTerms, TokenStats]:
+    """What the reference composes in float64, detached, in the result dtype of inputs of `dtype`."""
+    *values, sums = terms
+    loss, token_loss, d_logp, d_entropy = stats_reference.rounded((x.detach() for x in values), dtype)
+    detached = stats_reference.rounded((x.detach() for x in stats), dtype)
+    return PolicyTerms(loss, token_loss, d_logp, d_entropy, sums), TokenStats(*detached)
 
 
 class _HiddenStep(torch.autograd.Function):
@@ -129,8 +142,7 @@ def policy_terms(out: tuple[torch.Tensor, ...]) -> PolicyTerms:
 def _reference_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
     needs = wanted(p)
     usable = losses.usable_by_autograd
-    autocast = torch.autocast(p.hidden.device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), autocast:
+    with torch.inference_mode(False), torch.enable_grad():
         leaves = [
             None if x is None else usable(x.detach()).requires_grad_(need)
             for x, need in zip((p.hidden, p.weight, p.bias), needs, strict=True)
@@ -141,8 +153,8 @@ def _reference_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, i
         assert hidden is not None and weight is not None
         logits = linear_reference.logits_of(hidden, weight, bias)
         options = linear._reference_options(p.options)
-        stats = TokenStats(*stats_reference.forward(logits, p.target, op="policy_step", **options))
-        terms = losses._reference_run(stats.logp, stats.entropy, inputs, objective, inverse)
+        stats = stats_reference.exact(logits, p.target, op="policy_step", **options)
+        terms = losses._reference_run(stats[0], stats[1], inputs, objective, inverse)
         asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
         if p.row_norms is not None:
             asked.append(logits)
@@ -150,8 +162,7 @@ def _reference_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, i
     grads = [next(found) if need else None for need in needs]
     if p.row_norms is not None:
         p.row_norms.copy_(torch.linalg.vector_norm(next(found), dim=1))
-    detached = TokenStats(*(x.detach() for x in stats))
-    return terms._replace(loss=terms.loss.detach()), detached, grads
+    return *rounded_step(terms, stats, p.hidden.dtype), grads
 
 
 def _cpu_run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:

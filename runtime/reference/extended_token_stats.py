@@ -21,17 +21,17 @@ def forward(
         if second_temperature is not None:
             second = reference.forward(logits.detach(), target, **{**options, "temperature": second_temperature})[0]
         if moments:
-            p2_logp, p2_logp2 = weighted_moments(logits.detach(), **options)
+            p2_logp, p2_logp2 = reference.rounded(weighted_moments(logits.detach(), **options), logits.dtype)
     return (*stats, second, p2_logp, p2_logp2)
 
 
 def weighted_moments(
     logits: torch.Tensor, *, mask: torch.Tensor | None = None, **transform: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum p^2 log p, sum p^2 log^2 p) of each row; 0 in masked rows and rows of only -inf."""
+    """(sum p^2 log p, sum p^2 log^2 p) in float64; 0 in masked rows and rows of only -inf."""
     u = reference.transformed_logits(logits, **transform)
     dead = (u == float("-inf")).all(-1)
-    logp_all = torch.log_softmax(torch.where(dead.unsqueeze(-1), 0.0, u), dim=-1)
+    logp_all, _ = reference.log_softmax(torch.where(dead.unsqueeze(-1), 0.0, u))
     q = (2 * logp_all).exp()
     logp_all = torch.where(logp_all == float("-inf"), 0.0, logp_all)
     keep = ~dead if mask is None else mask & ~dead

@@ -1,4 +1,4 @@
-"""Gradient norms and sketches by their definitions, in plain torch and any float dtype."""
+"""Gradient norms and sketches by their definitions, in plain torch and float64."""
 
 import torch
 
@@ -35,13 +35,13 @@ def sketch(
 
     Every sequence is padded with zeros to max_seqlen, so that one batched GEMM does them all.
     """
-    dtype = reference.accumulation_dtype(hidden.dtype)
-    pair = [grad_hidden.to(dtype), hidden.to(dtype)]
+    dtype = reference.result_dtype(hidden.dtype)
+    pair = [grad_hidden.double(), hidden.double()]
     if projections is not None:
-        pair = [x @ p.to(dtype).t() for x, p in zip(pair, projections, strict=True)]
+        pair = [x @ p.double().t() for x, p in zip(pair, projections, strict=True)]
     if hidden.shape[0] == 0:
         rank = pair[0].shape[1]
-        return pair[0].new_zeros(cu_seqlens.shape[0] - 1, rank, rank)
+        return torch.zeros(cu_seqlens.shape[0] - 1, rank, rank, dtype=dtype, device=hidden.device)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
     offsets = cu_seqlens.to(torch.int64)
@@ -49,4 +49,4 @@ def sketch(
     inside = (place < offsets[1:].unsqueeze(1)).unsqueeze(-1)
     place = place.clamp(max=hidden.shape[0] - 1)
     out, inner = (torch.where(inside, x[place], 0.0) for x in pair)
-    return out.transpose(1, 2) @ inner
+    return (out.transpose(1, 2) @ inner).to(dtype)

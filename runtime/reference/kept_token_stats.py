@@ -3,7 +3,7 @@
 import torch
 
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.reference.token_stats import check_values, transformed_logits
+from tokfuse.runtime.reference.token_stats import check_values, rounded, transformed_logits
 
 OP = "kept_token_stats"
 
@@ -35,10 +35,15 @@ def forward(
     zero = u.new_zeros(tokens)
     top = torch.full_like(zero, float("-inf")).scatter_reduce(0, rows, u.detach(), "amax")
     dead = top == float("-inf")  # nothing kept, or only -inf: no distribution
-    top = torch.where(dead, 0.0, top)
-    total = zero.index_add(0, rows, (u - top[rows]).exp())
-    log_total = torch.where(dead, 1.0, total).log()
-    logp_all = u - top[rows] - log_total[rows]
+    # As token_stats.log_softmax: the largest logit m leaves the sum and gets no gradient from it.
+    place = torch.arange(u.shape[0], device=u.device)
+    behind = torch.full_like(target, u.shape[0])
+    largest = behind.scatter_reduce(0, rows, torch.where(u == top[rows], place, u.shape[0]), "amin")
+    m = torch.where(dead, 0.0, torch.cat([u, u.new_zeros(1)])[largest])
+    alone = (place == largest[rows]) & top.isfinite()[rows]
+    x = torch.where(alone, 0.0, u - m[rows])
+    rest = zero.index_add(0, rows, torch.where(alone, 0.0, x.exp())).log1p()
+    logp_all = x - rest[rows]
     # 0 * -inf is NaN, forward and backward: an excluded logit gets log p = 0 before the product.
     finite = torch.where(logp_all == float("-inf"), 0.0, logp_all)
     entropy = -zero.index_add(0, rows, logp_all.exp() * finite)
@@ -51,7 +56,8 @@ def forward(
         return torch.where(keep, torch.where(dead, dead_value, x), 0.0)
 
     minus_inf = float("-inf")
-    return final(logp, minus_inf), final(entropy, 0.0), final(top + log_total, minus_inf).detach()
+    stats = final(logp, minus_inf), final(entropy, 0.0), final(m + rest, minus_inf).detach()
+    return rounded(stats, logits.dtype)
 
 
 def _row_of_each(ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

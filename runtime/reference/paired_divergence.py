@@ -2,7 +2,7 @@
 
 import torch
 
-from tokfuse.runtime.reference.token_stats import transformed_logits
+from tokfuse.runtime.reference.token_stats import log_softmax, result_dtype, transformed_logits
 
 EXCLUDED = -1e4  # log-prob of an excluded entry: exp gives exactly 0, and differences stay finite
 FAR = 80.0  # beyond, the smaller probability is 1e-35 of the larger one
@@ -40,11 +40,12 @@ def forward(
     flat = (zero | infinite).unsqueeze(-1)
     out = _divergence(_log_probs(torch.where(flat, 0.0, u_p)), _log_probs(torch.where(flat, 0.0, u_q)), kind, beta)
     out = out + (-out.detach()).clamp_min(0.0)  # rounding below 0; the gradient stays
-    return torch.where(infinite, float("inf"), torch.where(zero, 0.0, out))
+    out = torch.where(infinite, float("inf"), torch.where(zero, 0.0, out))
+    return out.to(result_dtype(logits_p.dtype))
 
 
 def _log_probs(u: torch.Tensor) -> torch.Tensor:
-    return torch.where(u == float("-inf"), EXCLUDED, torch.log_softmax(u, dim=-1))
+    return torch.where(u == float("-inf"), EXCLUDED, log_softmax(u)[0])
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Policy objectives in plain torch: the specification, differentiable in logp and entropy."""
+"""Policy objectives in plain torch and float64, differentiable in logp and entropy."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ import torch
 from tokfuse.runtime.policy import objective as spec
 from tokfuse.runtime.policy.metrics import SLOT, SLOTS
 from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.reference.token_stats import rounded
 
 
 class PolicyInputs(NamedTuple):
@@ -171,13 +172,15 @@ def forward(
     o: Objective,
     inv_normalizer: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, token_loss detached, metric sums); inv_normalizer < 0 means this batch's own count."""
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    x = logp.to(dtype)
+    """(loss, token_loss detached, metric sums); inv_normalizer < 0 means this batch's own count.
+
+    Rounded once to the result dtype of `logp`; the sums are float64.
+    """
+    x = logp.double()
     keep = torch.ones_like(x, dtype=torch.bool) if inputs.mask is None else inputs.mask
 
     def vector(v: torch.Tensor | None, masked: float) -> torch.Tensor | None:
-        return None if v is None else torch.where(keep, v.detach().to(dtype), masked)
+        return None if v is None else torch.where(keep, v.detach().double(), masked)
 
     def required(v: torch.Tensor | None) -> torch.Tensor:
         assert v is not None
@@ -202,26 +205,26 @@ def forward(
         kl = _kl_term(o, x, required(vector(inputs.ref_logp, 0.0)), raw)
         kl_weight = vector(inputs.kl_weight, 0.0)
         loss = loss + o.kl.coef * (kl if kl_weight is None else kl_weight * kl)
-    h = None if entropy is None else torch.where(keep, entropy.to(dtype), 0.0)
+    h = None if entropy is None else torch.where(keep, entropy.double(), 0.0)
     if o.entropy_coef != 0.0:
         h_weight = vector(inputs.entropy_weight, 0.0)
         bonus = required(h) if h_weight is None else h_weight * required(h)
         loss = loss - o.entropy_coef * bonus
 
-    agg = keep.to(dtype)
+    agg = keep.double()
     if o.aggregation == "seq_mean_token_mean":
         agg = agg / seg.counts.clamp(min=1)[seg.ids]
     count = (seg.counts > 0).sum() if o.counts_sequences else keep.sum()
     if isinstance(inv_normalizer, float) and inv_normalizer < 0:
-        # In the working dtype: one over an integer tensor is float32, 1e-9 off in a float64 loss.
-        inverse = 1.0 / count.clamp(min=1).to(dtype)
+        inverse = 1.0 / count.clamp(min=1).double()  # one over an integer tensor is float32
         scale: float | torch.Tensor = torch.where(count > 0, inverse, 0.0)
     else:
         scale = inv_normalizer
     token_loss = torch.where(keep, loss, 0.0) * agg * scale
     total = token_loss.sum()
     sums = _metric_sums(o, inputs, keep, seg, flags, raw, d, x, h, total)
-    return total, token_loss.detach(), sums
+    loss, token_loss = rounded((total, token_loss.detach()), logp.dtype)
+    return loss, token_loss, sums
 
 
 def _metric_sums(
@@ -238,7 +241,7 @@ def _metric_sums(
 ) -> torch.Tensor:
     sums = torch.zeros(len(SLOTS), dtype=torch.float64, device=keep.device)
     with torch.no_grad():
-        raw, ratio, weight = raw.double(), d.double().exp(), keep.double()
+        ratio, weight = d.exp(), keep.double()
 
         def put(name: str, value: torch.Tensor) -> None:
             sums[SLOT[name]] = value.detach().double()
@@ -253,7 +256,7 @@ def _metric_sums(
         put("kl_k1", -(weight * raw).sum())
         put("kl_k3", (weight * (torch.expm1(raw) - raw)).sum())
         if inputs.ref_logp is not None:
-            k = torch.where(keep, logp - inputs.ref_logp, 0.0).double()
+            k = torch.where(keep, logp - inputs.ref_logp, 0.0)
             put("ref_kl_k1", k.sum())
             put("ref_kl_k3", (torch.expm1(-k) + k).sum())
         put("ratio", (weight * ratio).sum())
@@ -261,5 +264,5 @@ def _metric_sums(
         put("ratio_min", torch.cat([torch.where(keep, ratio, inf), inf[None]]).min())
         put("ratio_max", torch.cat([torch.where(keep, ratio, -inf), -inf[None]]).max())
         if entropy is not None:
-            put("entropy", entropy.double().sum())
+            put("entropy", entropy.sum())
     return sums

@@ -1,13 +1,21 @@
-"""token_stats in plain torch: the specification, differentiable by autograd, in any float dtype."""
+"""token_stats in plain torch: the specification, differentiable by autograd, in float64."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from tokfuse.runtime.core.errors import refuse
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is computed and returned in float32."""
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounded(results: Iterable[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """float64 results in the result dtype of inputs of `dtype`."""
+    return tuple(x.to(result_dtype(dtype)) for x in results)
 
 
 def transformed_logits(
@@ -18,18 +26,34 @@ def transformed_logits(
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> torch.Tensor:
-    """(softcap(logit_scale z) - bias_scale b) / temperature, with -inf staying -inf."""
-    z = logits.to(accumulation_dtype(logits.dtype)) * logit_scale
+    """(softcap(logit_scale z) - bias_scale b) / temperature in float64, with -inf staying -inf."""
+    z = logits.double() * logit_scale
     excluded = z == float("-inf")
     if softcap is not None:
         capped = softcap * torch.tanh(torch.where(excluded, 0.0, z) / softcap)
         z = torch.where(excluded, float("-inf"), capped)
     if bias_logits is not None:
-        bias = bias_scale * bias_logits.detach().to(z.dtype)
+        bias = bias_scale * bias_logits.detach().double()
         z = torch.where(excluded, float("-inf"), z - torch.where(excluded, 0.0, bias))
     if isinstance(temperature, torch.Tensor):
-        temperature = temperature.to(z.dtype).unsqueeze(-1)
+        temperature = temperature.double().unsqueeze(-1)
     return z / temperature
+
+
+def log_softmax(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p, log-sum-exp) of each row, with the digits of a log p near 0 and of its gradient.
+
+    The largest logit m leaves the sum: log-sum-exp = m + log1p(sum over the others of e^(u - m)).
+    At p = 1 - 1e-12, log(sum of all) keeps four digits of log p, and autograd as few of 1 - p.
+    +inf or NaN makes its whole row NaN.
+    """
+    largest = u.detach().argmax(-1, keepdim=True)
+    m = u.gather(-1, largest)
+    # x is the constant 0 at m itself: u - m would give it a gradient of rounding noise.
+    alone = torch.zeros_like(u, dtype=torch.bool).scatter(-1, largest, m.isfinite())
+    x = torch.where(alone, 0.0, u - m)
+    rest = torch.where(alone, 0.0, x.exp()).sum(-1, keepdim=True).log1p()
+    return x - rest, (m + rest).squeeze(-1)
 
 
 def check_values(
@@ -67,7 +91,12 @@ def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: fl
     )
 
 
-def forward(
+def forward(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
+    """(logp, entropy, lse, sum_sq, top1) of `exact`, rounded once."""
+    return rounded(exact(logits, target, **options), logits.dtype)
+
+
+def exact(
     logits: torch.Tensor,
     target: torch.Tensor,
     *,
@@ -79,7 +108,7 @@ def forward(
     bias_scale: float = 1.0,
     op: str = "token_stats",
 ) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse, sum_sq, top1); see `tokfuse.token_stats`. `op` is named in errors."""
+    """The outputs in float64; see `tokfuse.token_stats`. `op` is named in errors."""
     tokens, vocab = logits.shape
     if not torch.compiler.is_compiling():
         check_values(op, target, vocab, mask, temperature)
@@ -94,8 +123,7 @@ def forward(
     y = torch.where(keep, target, 0).unsqueeze(-1)
     dead = (u == float("-inf")).all(-1)  # no distribution: treated as uniform, overwritten below
     u = torch.where(dead.unsqueeze(-1), 0.0, u)
-    lse = torch.logsumexp(u, dim=-1)
-    logp_all = torch.log_softmax(u, dim=-1)  # not u - lse, which loses digits at a large offset
+    logp_all, lse = log_softmax(u)
     p = logp_all.exp()
     u_y = u.gather(-1, y).squeeze(-1)
     logp = logp_all.gather(-1, y).squeeze(-1)

@@ -1,6 +1,7 @@
-"""Row statistics of one vocabulary shard, and their gradient, in plain torch and any float dtype.
+"""Row statistics of one vocabulary shard, and their gradient, in plain torch and float64.
 
-The seven outputs and the backward arguments are those of the row kernels; the shift is in nats.
+The seven outputs and the backward arguments are those of the row kernels; the shift is in nats. The
+outputs stay float64: the statistics are rounded once, when the shards are merged.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     """(logp, entropy, lse, sum_sq, top1, shift, inv_sum) of the shard's own softmax."""
     with torch.no_grad():
-        stats = token_stats.forward(
+        stats = token_stats.exact(
             logits,
             target,
             temperature=temperature,
@@ -65,8 +66,9 @@ def backward(
     p_j = e^(u_j - shift) inv_sum; du_j = grad_logp ([j = target] - p_j)
     - grad_entropy p_j (log p_j + entropy). A target outside [0, vocab) has no term of its own.
     """
+    shift, inv_sum, entropy = shift.double(), inv_sum.double(), entropy.double()
     zero = torch.zeros_like(entropy)
-    ga, gh = (zero if x is None else x.to(zero.dtype) for x in (grad_logp, grad_entropy))
+    ga, gh = (zero if x is None else x.double() for x in (grad_logp, grad_entropy))
     idle = ((ga == 0) & (gh == 0)) | (inv_sum == 0)
     if mask is not None:
         idle = idle | ~mask
@@ -74,12 +76,13 @@ def backward(
     ga, gh, shift, inv_sum, entropy = (x.unsqueeze(-1) for x in (ga, gh, shift, inv_sum, entropy))
     x = u - shift
     p = x.exp() * inv_sum
-    log_p = torch.where(p == 0, 0.0, x + inv_sum.log())
+    log_p = x + inv_sum.log()
     onehot = target.unsqueeze(-1) == torch.arange(logits.shape[1], device=logits.device)
-    du = ga * (onehot.to(p.dtype) - p) - gh * p * (log_p + entropy)
+    d_logp = torch.where(onehot, -torch.expm1(log_p), -p)  # not 1 - p, which rounds near p = 1
+    du = ga * d_logp - gh * p * (torch.where(p == 0, 0.0, log_p) + entropy)
     slope = torch.full_like(u, logit_scale)
     if softcap is not None:
-        slope = logit_scale * (1 - torch.tanh(logits.to(u.dtype) * logit_scale / softcap) ** 2)
+        slope = logit_scale * (1 - torch.tanh(logits.double() * logit_scale / softcap) ** 2)
     t = temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature
     grad = torch.where(idle.unsqueeze(-1), 0.0, du * slope / t).to(logits.dtype)
     return grad if out is None else out.copy_(grad)

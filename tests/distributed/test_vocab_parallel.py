@@ -43,17 +43,17 @@ def run(z, y, ga, gh, cuts, mask, options):
     records = []
     for s in shards:
         if s.size == 0:
-            records.append(vocab_shard.empty_record(y, dtype))
+            records.append(vocab_shard.empty_record(y, torch.float64 if backend == "reference" else dtype))
             continue
         local = kernels.forward(z[:, s.start : s.stop], vocab_rows._column(y, s, 0), **o._asdict())
         records.append(vocab_shard.pack(local[:7], s.owns(y)))
     records = torch.stack(records)
     parts = []
     for rank, s in enumerate(shards):
-        merged = vocab_shard.merge(records, rank, vocab_rows._unit(backend, o), mask)
+        merged = vocab_shard.merge(records, rank, vocab_rows._unit(backend, o), mask, dtype)
         parts.append(
             vocab_rows.row_backward(
-                z[:, s.start : s.stop].contiguous(), y, o, s, merged.shift, merged.inv_sum, merged.stats.entropy, ga, gh
+                z[:, s.start : s.stop].contiguous(), y, o, s, merged.shift, merged.inv_sum, merged.entropy, ga, gh
             )
         )
     return merged.stats, torch.cat(parts, 1)
