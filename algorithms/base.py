@@ -30,8 +30,9 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.stateful import State as State
 from tokfuse.algorithms.stateful import Stateful
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.ops.policy_loss import PolicyLoss, policy_loss
+from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.policy.objective import Objective, Quadratic
+from tokfuse.runtime.policy.results import PolicyLoss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.selection import at_least_quantile, covariance, top_mask
 from tokfuse.runtime.core.checks import check_choice, check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
+from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
+from tokfuse.runtime.policy.keep_rule import KeepRule
 from tokfuse.runtime.policy.objective import KL
 from tokfuse.runtime.reference.segments import groups_of
 

@@ -10,7 +10,7 @@ from typing import Any
 from tokfuse.algorithms.registry import Entry, add
 from tokfuse.algorithms.rules import ClipCov, Correction, DampRare, HighEntropy, KLCov, PositiveLikelihood
 from tokfuse.algorithms.standard import Overlong, Standard
-from tokfuse.runtime.ops.offpolicy_weights import KeepRule
+from tokfuse.runtime.policy.keep_rule import KeepRule
 from tokfuse.runtime.policy.objective import (
     KL,
     Gamma,

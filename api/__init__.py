@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "backend": "tokfuse.runtime.core.dispatch",
     "BackendUnavailable": "tokfuse.runtime.core.errors",
-    "ExtendedTokenStats": "tokfuse.runtime.ops.extended_token_stats",
+    "ExtendedTokenStats": "tokfuse.runtime.core.statistics",
     "gae": "tokfuse.runtime.ops.gae",
     "Gamma": "tokfuse.runtime.policy.objective",
     "group_advantage": "tokfuse.runtime.ops.group_advantage",
-    "KeepRule": "tokfuse.runtime.ops.offpolicy_weights",
+    "KeepRule": "tokfuse.runtime.policy.keep_rule",
     "kept_token_stats": "tokfuse.runtime.ops.kept_token_stats",
     "KeptTokenStats": "tokfuse.runtime.ops.kept_token_stats",
     "KL": "tokfuse.runtime.policy.objective",
@@ -36,8 +36,8 @@ _PUBLIC = {
     "policy_loss": "tokfuse.runtime.ops.policy_loss",
     "policy_step": "tokfuse.runtime.ops.policy_step",
     "policy_step_": "tokfuse.runtime.ops.policy_step",
-    "PolicyLoss": "tokfuse.runtime.ops.policy_loss",
-    "PolicyStep": "tokfuse.runtime.policy.step_result",
+    "PolicyLoss": "tokfuse.runtime.policy.results",
+    "PolicyStep": "tokfuse.runtime.policy.results",
     "PPOClip": "tokfuse.runtime.policy.objective",
     "Quadratic": "tokfuse.runtime.policy.objective",
     "release_workspace": "tokfuse.runtime.core.native",
@@ -47,7 +47,7 @@ _PUBLIC = {
     "StopGradClip": "tokfuse.runtime.policy.objective",
     "TargetRatio": "tokfuse.runtime.policy.objective",
     "token_stats": "tokfuse.runtime.ops.token_stats",
-    "TokenStats": "tokfuse.runtime.ops.token_stats",
+    "TokenStats": "tokfuse.runtime.core.statistics",
     "VTrace": "tokfuse.runtime.ops.vtrace",
     "vtrace": "tokfuse.runtime.ops.vtrace",
     "whiten": "tokfuse.runtime.ops.whiten",
@@ -63,29 +63,28 @@ if TYPE_CHECKING:
     from tokfuse.runtime.core.dispatch import backend as backend
     from tokfuse.runtime.core.errors import BackendUnavailable as BackendUnavailable
     from tokfuse.runtime.core.native import release_workspace as release_workspace
-    from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats as ExtendedTokenStats
+    from tokfuse.runtime.core.statistics import ExtendedTokenStats as ExtendedTokenStats
+    from tokfuse.runtime.core.statistics import TokenStats as TokenStats
     from tokfuse.runtime.ops.gae import gae as gae
     from tokfuse.runtime.ops.group_advantage import group_advantage as group_advantage
     from tokfuse.runtime.ops.kept_token_stats import KeptTokenStats as KeptTokenStats
     from tokfuse.runtime.ops.kept_token_stats import kept_token_stats as kept_token_stats
     from tokfuse.runtime.ops.linear_token_stats import linear_token_stats as linear_token_stats
-    from tokfuse.runtime.ops.offpolicy_weights import KeepRule as KeepRule
     from tokfuse.runtime.ops.offpolicy_weights import OffPolicyWeights as OffPolicyWeights
     from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights as offpolicy_weights
     from tokfuse.runtime.ops.ope import OPE as OPE
     from tokfuse.runtime.ops.ope import ope as ope
     from tokfuse.runtime.ops.paired_divergence import paired_divergence as paired_divergence
-    from tokfuse.runtime.ops.policy_loss import PolicyLoss as PolicyLoss
     from tokfuse.runtime.ops.policy_loss import policy_loss as policy_loss
     from tokfuse.runtime.ops.policy_step import policy_step as policy_step
     from tokfuse.runtime.ops.policy_step import policy_step_ as policy_step_
     from tokfuse.runtime.ops.segment_moments import SegmentMoments as SegmentMoments
     from tokfuse.runtime.ops.segment_moments import segment_moments as segment_moments
-    from tokfuse.runtime.ops.token_stats import TokenStats as TokenStats
     from tokfuse.runtime.ops.token_stats import token_stats as token_stats
     from tokfuse.runtime.ops.vtrace import VTrace as VTrace
     from tokfuse.runtime.ops.vtrace import vtrace as vtrace
     from tokfuse.runtime.ops.whiten import whiten as whiten
+    from tokfuse.runtime.policy.keep_rule import KeepRule as KeepRule
     from tokfuse.runtime.policy.metrics import Metrics as Metrics
     from tokfuse.runtime.policy.objective import KL as KL
     from tokfuse.runtime.policy.objective import NFT as NFT
@@ -99,7 +98,8 @@ if TYPE_CHECKING:
     from tokfuse.runtime.policy.objective import SigmoidGate as SigmoidGate
     from tokfuse.runtime.policy.objective import StopGradClip as StopGradClip
     from tokfuse.runtime.policy.objective import TargetRatio as TargetRatio
-    from tokfuse.runtime.policy.step_result import PolicyStep as PolicyStep
+    from tokfuse.runtime.policy.results import PolicyLoss as PolicyLoss
+    from tokfuse.runtime.policy.results import PolicyStep as PolicyStep
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,8 @@ not tokens that help. Influence proper is an inner product of gradients (`matrix
 """
 
 from tokfuse.algorithms.influence import adam_features, greedy_select, less_scores, matrix, ugda_select
-from tokfuse.runtime.ops.influence import Influence, InfluenceSpec, head_norms, hidden_norms, logit_norms, sketch
+from tokfuse.runtime.ops.influence import InfluenceSpec, head_norms, hidden_norms, logit_norms, sketch
+from tokfuse.runtime.policy.results import Influence
 
 __all__ = [
     "Influence",

@@ -20,10 +20,11 @@ from tokfuse.bench.measure import Outputs, Provider
 from tokfuse.bench.problem import Config, Factory, Problem, Unsupported, generator, on_device
 from tokfuse.runtime.ops.gae import gae
 from tokfuse.runtime.ops.group_advantage import group_advantage
-from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
+from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.segment_moments import segment_moments
 from tokfuse.runtime.ops.vtrace import vtrace
 from tokfuse.runtime.ops.whiten import whiten
+from tokfuse.runtime.policy.keep_rule import KeepRule
 
 OP = "advantage"
 SHAPES = ("4096x1024",)

@@ -27,8 +27,9 @@ from tokfuse.algorithms.curation.influential import GREATS, LESS, UGDA
 from tokfuse.algorithms.influence import adam_features, top_fraction
 from tokfuse.bench import machine, selection_report
 from tokfuse.bench.study_influence import Packed, Sample, sample_norms
-from tokfuse.runtime.ops.influence import Influence, projections
+from tokfuse.runtime.ops.influence import projections
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
+from tokfuse.runtime.policy.results import Influence
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 KINDS = ("useful", "irrelevant", "mislabelled")

@@ -22,11 +22,12 @@ import torch
 from tokfuse.integrations import trl_objective
 from tokfuse.integrations.padded import Padding
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
-from tokfuse.runtime.ops.policy_loss import PolicyLoss as PolicyLossResult
+from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
+from tokfuse.runtime.policy.keep_rule import KeepRule
 from tokfuse.runtime.policy.objective import KL, LinearLogp, Objective, PPOClip, SigmoidGate, StopGradClip
+from tokfuse.runtime.policy.results import PolicyLoss as PolicyLossResult
 
 OP = "integrations.call_shapes"
 Scalar = float | torch.Tensor

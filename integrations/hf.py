@@ -25,8 +25,9 @@ import torch
 
 from tokfuse.integrations.hosts import Host, Rebinding, where
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
-from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
+from tokfuse.runtime.ops.token_stats import token_stats
 
 HOST = Host("transformers", (5, 23), (5, 23))
 OP = "integrations.hf"

@@ -21,7 +21,7 @@ from tokfuse.integrations import trl_algorithm, trl_objective
 from tokfuse.integrations.padded import Padding
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
-from tokfuse.runtime.policy.step_result import PolicyStep
+from tokfuse.runtime.policy.results import PolicyStep
 
 FORWARD_KEYS = (
     "pixel_values",

@@ -15,9 +15,10 @@ import torch
 from tokfuse.algorithms import registry
 from tokfuse.algorithms.batch import Batch
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.ops.policy_loss import PolicyLoss, policy_loss
+from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.policy.metrics import Metrics
 from tokfuse.runtime.policy.objective import KL, LinearLogp, LinearRatio, Objective, PPOClip, SigmoidGate, StopGradClip
+from tokfuse.runtime.policy.results import PolicyLoss
 
 Loss = tuple[torch.Tensor, dict[str, Any]]
 UNBOUNDED = 1e30  # where verl does not clamp; a log-ratio is clamped at 80 at most

@@ -22,8 +22,8 @@ from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch, Side
 from tokfuse.algorithms.stateful import State, Stateful
 from tokfuse.runtime.core.checks import check_choice, check_number, may_read
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.lm_head.unit_step import Loss
-from tokfuse.runtime.ops.token_stats import TokenStats
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head.units import Loss
 
 if TYPE_CHECKING:
     from tokfuse.algorithms.preference.step import PreferenceStep

@@ -9,7 +9,7 @@ import torch
 from tokfuse.algorithms.batch import World
 from tokfuse.runtime.core.checks import BOOL, FLOATS, INTS, Rows, check_cu_seqlens, check_optional, may_read
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.lm_head.unit_step import Units
+from tokfuse.runtime.lm_head.units import Units
 from tokfuse.runtime.reference.segments import segment_sum, sequence_index
 
 OP = "PreferenceBatch"

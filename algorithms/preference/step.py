@@ -11,10 +11,11 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
-from tokfuse.runtime.lm_head import head as heads
-from tokfuse.runtime.lm_head.unit_step import unit_step
-from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
-from tokfuse.runtime.policy.step_result import Gradients
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head.problem import check_head
+from tokfuse.runtime.ops.token_stats import token_stats
+from tokfuse.runtime.ops.unit_step import unit_step
+from tokfuse.runtime.policy.results import Gradients
 
 OP = "preference_step"
 
@@ -146,7 +147,7 @@ def preference_step(
     else:
         assert hidden is not None
         _check_tokens(batch, hidden)
-        problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
+        problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
         value, stats, gradients, twice = unit_step(
             problem, layout.units, objective, own_budget=memory_budget is not None
         )

@@ -10,7 +10,7 @@
 
 namespace tokfuse {
 
-// Codes shared with runtime/ops/group_advantage.py (BASELINES, SCALES: same order).
+// Codes shared with runtime/core/codes.py (BASELINES, SCALES: same order).
 enum class Baseline : int32_t {
   kMean = 0,
   kLeaveOneOut,
@@ -104,7 +104,7 @@ struct MomentsArgs {
   int threads;                //
 };
 
-// Codes shared with runtime/ops/offpolicy_weights.py.
+// Codes shared with runtime/core/codes.py.
 enum class WeightLevel : int32_t { kToken = 0, kSequence, kGeometric, kExternal };
 enum class WeightMode : int32_t {
   kIps = 0,

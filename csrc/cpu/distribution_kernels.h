@@ -25,7 +25,7 @@ struct KeptOut {
 
 inline int64_t kept_seen_words(int64_t vocab) { return (vocab + 63) / 64; }
 
-// Codes shared with runtime/ops/paired_divergence.py.
+// Codes shared with runtime/core/codes.py.
 enum class Divergence : int32_t { kJsd = 0, kForwardKl = 1, kReverseKl = 2 };
 
 // Floats that the backward of a divergence keeps per row.

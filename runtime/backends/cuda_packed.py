@@ -4,19 +4,22 @@ One launch each. Ids are sorted by torch first, in memory of the caching allocat
 """
 
 import math
-from typing import Any
 
 import torch
 
 from tokfuse.runtime.backends.cuda_backend import launchers, place, sorted_ids
+from tokfuse.runtime.backends.device_sketch import device_sketch
+from tokfuse.runtime.backends.value_checks import with_segment_ids
+from tokfuse.runtime.core.codes import BASELINES, ESTIMATES, NORMALIZE, SCALES, WEIGHT_LEVELS, WEIGHT_MODES
 from tokfuse.runtime.core.native import pointer
+from tokfuse.runtime.policy.keep_rule import KeepRule
 
 
 def _doubles(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=torch.float64, device=like.device)
 
 
-def segment_moments(
+def launch_segment_moments(
     values: torch.Tensor,
     segment_ids: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
@@ -54,6 +57,9 @@ def segment_moments(
         num_segments,
     )
     return tuple(out)
+
+
+segment_moments = with_segment_ids(launch_segment_moments)
 
 
 def gae(
@@ -161,8 +167,8 @@ def ope(
     q_a: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(5, 2): estimate and standard error of ips, snips, dm, dr, sndr."""
-    values = _doubles(10, weight)
+    """(5, 2): estimate and standard error, in the order of `ESTIMATES`."""
+    values = _doubles(2 * len(ESTIMATES), weight)
     scratch = _doubles(10 * -(-reward.shape[0] // launchers().OPE_BLOCK), weight)
     launchers().ope(
         place(weight),
@@ -175,20 +181,22 @@ def ope(
         pointer(scratch),
         reward.shape[0],
     )
-    return values.view(5, 2).to(reward.dtype)
+    return values.view(len(ESTIMATES), 2).to(reward.dtype)
 
 
 def group_advantage(
     reward: torch.Tensor,
     group_ids: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    greedy: torch.Tensor | None,
-    codes: tuple[int, int],
-    ddof: int,
+    *,
+    baseline: str,
+    scale: str,
+    sample_std: bool,
     eps: float,
     singleton_reward: bool,
+    lengths: torch.Tensor | None,
+    greedy_reward: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(seqs,); codes are (baseline, scale)."""
+    """(seqs,)."""
     out = torch.empty_like(reward)
     ids, order = sorted_ids(group_ids)
     launchers().group_advantage(
@@ -197,11 +205,12 @@ def group_advantage(
         pointer(ids),
         pointer(order),
         pointer(lengths),
-        pointer(greedy),
+        pointer(greedy_reward),
         pointer(out),
         reward.shape[0],
-        *codes,
-        ddof,
+        BASELINES.index(baseline),
+        SCALES.index(scale),
+        int(sample_std),
         eps,
         singleton_reward,
     )
@@ -211,19 +220,25 @@ def group_advantage(
 def offpolicy_weights(
     logp: torch.Tensor | None,
     behavior: torch.Tensor,
+    *,
+    level: str,
+    mode: str,
+    low: float | None,
+    high: float | None,
+    lam: float | None,
+    power: float | None,
+    normalize: str,
+    rules: tuple[KeepRule, ...],
     cu_seqlens: torch.Tensor | None,
     mask: torch.Tensor | None,
     group_ids: torch.Tensor | None,
     advantage: torch.Tensor | None,
-    codes: tuple[int, int, int],
-    numbers: tuple[float, float, float],
-    rules: list[tuple[Any, ...]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight, ess, kept); codes are (level, mode, normalize), numbers (low, high, parameter)."""
+    """(weight, ess, kept)."""
     tokens = behavior.shape[0]
     seqs = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    level, mode, normalize = codes
-    spans = launchers().offpolicy_spans(tokens, seqs, cu_seqlens is not None, normalize)
+    normalize_code = NORMALIZE.index(normalize)
+    spans = launchers().offpolicy_spans(tokens, seqs, cu_seqlens is not None, normalize_code)
     weight, ess = torch.empty_like(behavior), behavior.new_empty(())
     kept = torch.empty(tokens, dtype=torch.bool, device=behavior.device)
     partial = _doubles(5 * spans, behavior)
@@ -243,16 +258,18 @@ def offpolicy_weights(
         pointer(partial),
         tokens,
         seqs,
-        level,
-        mode,
-        *numbers,
-        normalize,
-        rules,
+        WEIGHT_LEVELS.index(level),
+        WEIGHT_MODES.index(mode),
+        -math.inf if low is None else low,
+        math.inf if high is None else high,
+        lam or power or 0.0,
+        normalize_code,
+        [rule.record for rule in rules],
     )
     return weight, ess, kept
 
 
-def sketch(left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def launch_sketch(left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """(seqs, rank, rank): per sequence the sum over its tokens of left_t right_t^T.
 
     left, right: (tokens, rank) float32.
@@ -271,3 +288,6 @@ def sketch(left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Tensor) ->
         rank,
     )
     return out
+
+
+sketch = device_sketch(launch_sketch)

@@ -7,11 +7,13 @@ import torch
 from tokfuse.runtime.backends import cuda_rows, device_objective
 from tokfuse.runtime.backends.cuda_backend import launchers, place
 from tokfuse.runtime.backends.policy_record import policy_record
+from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, terms_of
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.native import DTYPE_CODE, pointer
+from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
+from tokfuse.runtime.policy.results import PolicyTerms
 
 
 class TokenPointers(NamedTuple):
@@ -199,8 +201,10 @@ def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs,
 
 def policy_loss(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token_loss, d_logp, d_entropy, metric sums) of any level, in one launch."""
+) -> PolicyTerms:
+    """Terms of an objective of any level, in one launch; a `LossRun`."""
+    if inputs.old_logp is None:
+        inputs = inputs._replace(old_logp=logp.detach())
     outputs = [torch.empty(logp.shape[0], dtype=torch.float32, device=logp.device) for _ in range(3)]
     sums = torch.empty(len(SLOTS), dtype=torch.float64, device=logp.device)
     record, alive = policy_record(logp, entropy, inputs, objective, inverse, [*outputs, sums])
@@ -208,4 +212,8 @@ def policy_loss(
     partial = sums.new_empty(launchers().policy_partials(tokens, seqs))
     launchers().policy_loss(place(logp), record, pointer(partial))
     del alive
-    return outputs[0], outputs[1], outputs[2], sums
+    return terms_of(sums, *outputs)
+
+
+STEP = DeviceStep(cuda_rows.TOKEN_STATS, policy_loss, policy_step)
+ROW_OBJECTIVE = RowObjective(encode, policy_step_rows, policy_metrics, results_like)

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.backends.cuda_backend import launchers, place
+from tokfuse.runtime.backends.value_checks import with_support, with_targets, with_temperature
+from tokfuse.runtime.core.codes import DIVERGENCES
+from tokfuse.runtime.core.dispatch import Kernels
 from tokfuse.runtime.core.native import DTYPE_CODE, float_vector, pointer
 
 
@@ -171,10 +174,6 @@ def kept_token_stats_bwd(
     return out
 
 
-# csrc/cuda/kernels.h, Divergence
-DIVERGENCE_CODE = {"jsd": 0, "kl_forward": 1, "kl_reverse": 2}
-
-
 def _divergence_record(
     logits_p: torch.Tensor,
     logits_q: torch.Tensor,
@@ -205,7 +204,7 @@ def _divergence_record(
         scalar,
         softcap or 0.0,
         logit_scale,
-        DIVERGENCE_CODE[kind],
+        DIVERGENCES.index(kind),
         beta,
     )
     return record, (p, q, mask, vector)
@@ -235,3 +234,8 @@ def paired_divergence_bwd(
     )
     del alive
     return out
+
+
+TOKEN_STATS = Kernels(with_targets(token_stats_fwd), token_stats_bwd)
+KEPT_TOKEN_STATS = Kernels(with_support(kept_token_stats_fwd), kept_token_stats_bwd)
+PAIRED_DIVERGENCE = Kernels(with_temperature(paired_divergence_fwd), paired_divergence_bwd)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.core import native
+from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
 # (cu_seqlens, mask, tokens, seq_mean, seq_advantage) -> counts (seqs,) int32, aggregation weights
 # (tokens,) or None, advantages (tokens,) or None

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.core.native import float_vector, pointer
+from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
 
 def policy_record(

@@ -11,11 +11,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_backend, triton_backend
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.errors import BackendUnavailable
 
@@ -24,6 +23,16 @@ ORDER = ("cuda", "triton", "cpu", "reference")
 FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 ALL_DTYPES = FLOAT_DTYPES | {torch.float64}
 ALL_DEVICES = frozenset({"*"})
+
+
+class Kernels(NamedTuple):
+    """The `run` of an op that has a backward of its own on each backend.
+
+    `backward` is None where autograd differentiates `forward`.
+    """
+
+    forward: Callable[..., tuple[torch.Tensor, ...]]
+    backward: Callable[..., torch.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Capability:
         dtypes: dtypes of the op's large input.
         features: names of the optional behaviours it honours ("softcap", "bias_logits", ...).
         unusable: returns None when usable on this machine, else one sentence with the reason.
+        built: whether what the implementation is made of is installed, usable here or not.
         only_forced: never chosen by itself, only by `backend(...)` or `TOKFUSE_BACKEND`.
     """
 
@@ -48,6 +58,7 @@ class Capability:
     dtypes: frozenset[torch.dtype]
     features: frozenset[str] = frozenset()
     unusable: Callable[[], str | None] = field(default=lambda: None)
+    built: Callable[[], bool] = field(default=lambda: True)
     only_forced: bool = False
 
     def refusal(self, device: str, dtype: torch.dtype, features: frozenset[str]) -> str | None:
@@ -77,51 +88,6 @@ def register(capability: Capability) -> None:
     rows = _REGISTRY.setdefault(capability.op, {})
     assert capability.backend in ORDER and capability.backend not in rows
     rows[capability.backend] = capability
-
-
-def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
-    """Declare the native CPU implementation of `op`."""
-    register(Capability(op, "cpu", run, frozenset({"cpu"}), dtypes, frozenset(features), native.why_unusable))
-
-
-def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
-    """Declare the Triton implementation of `op`: CUDA tensors, or CPU tensors when interpreted.
-
-    The interpreter is a test vehicle, thousands of times slower than any other backend: under
-    TRITON_INTERPRET=1 the row serves CPU tensors, and only where it is forced.
-    """
-    interpreted = triton_backend.interpreting()
-    devices = frozenset({"cpu" if interpreted else "cuda"})
-    register(
-        Capability(
-            op,
-            "triton",
-            run,
-            devices,
-            dtypes,
-            frozenset(features),
-            triton_backend.why_unusable,
-            only_forced=interpreted,
-        )
-    )
-
-
-def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
-    """Declare the CUDA implementation of `op`: CUDA tensors of a GPU of compute capability 8.0 on.
-
-    Where the kernels run on the CPU, for tests, the row serves CPU tensors, and only where it is
-    forced.
-    """
-    hosted = cuda_backend.hosted()
-    devices = frozenset({"cpu" if hosted else "cuda"})
-    register(
-        Capability(op, "cuda", run, devices, dtypes, frozenset(features), cuda_backend.why_unusable, only_forced=hosted)
-    )
-
-
-def register_reference(op: str, run: Any, *features: str) -> None:
-    """Declare the plain-torch implementation of `op`: any device, any float dtype."""
-    register(Capability(op, "reference", run, ALL_DEVICES, ALL_DTYPES, frozenset(features)))
 
 
 def forced_backend() -> str | None:
@@ -164,17 +130,6 @@ def select(op: str, device: str, dtype: torch.dtype, features: frozenset[str] = 
     if choice is None:
         choice = _CHOICES[key] = _choose(op, device, dtype, features, forced)
     return choice
-
-
-def eager_cpu() -> Any | None:
-    """The native module where a CPU call may be handed to it whole, checks and outputs included.
-
-    None under torch.compile, where another backend is forced, or without the module: the call then
-    takes the general path, as it does when the native function finds its arguments not plain.
-    """
-    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
-        return None
-    return native.eager()
 
 
 # torch.compile calls it while it traces and keeps the answer, as with assume_constant_result.
@@ -230,7 +185,7 @@ def table() -> list[dict[str, object]]:
                 {
                     "op": op,
                     "backend": name,
-                    "built": _built(name),
+                    "built": row.built(),
                     "usable": why is None,
                     "why": why or "",
                     "devices": sorted(row.devices),
@@ -239,12 +194,3 @@ def table() -> list[dict[str, object]]:
                 }
             )
     return rows
-
-
-def _built(backend: str) -> bool:
-    """Whether what a declared implementation is made of is there, usable here or not."""
-    if backend == "cpu":
-        return native.module() is not None
-    if backend == "cuda":
-        return cuda_backend.module() is not None
-    return backend != "triton" or triton_backend.installed()

@@ -31,6 +31,13 @@ def module() -> ModuleType | None:
     return _load()[0]
 
 
+def loaded() -> Any:
+    """`module()`, if a record of the registry says that it is there."""
+    found = module()
+    assert found is not None
+    return found
+
+
 def why_unusable() -> str | None:
     """None when the native module is loaded, else one sentence."""
     return _load()[1]

@@ -18,21 +18,21 @@ from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits, check_options
+from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.distributed import collectives, vocab_rows
 from tokfuse.runtime.distributed.vocab_rows import HeadCall
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
-from tokfuse.runtime.lm_head import head as heads
+from tokfuse.runtime.lm_head.problem import Step, check_head
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step as step_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
-from tokfuse.runtime.ops.policy_loss import PolicyTerms
-from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.policy import policy_checks
+from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.metrics import sampler_mismatch
+from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.policy_checks import Normalizer
-from tokfuse.runtime.policy.step_result import Gradients, PolicyStep
+from tokfuse.runtime.policy.results import Gradients, PolicyStep, PolicyTerms, step_result
 from tokfuse.runtime.reference import token_stats as stats_reference
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
 STATS, LINEAR, STEP = (f"distributed.{op}" for op in ("token_stats", "linear_token_stats", "policy_step"))
 F = TypeVar("F", bound=Callable[..., Any])
@@ -237,7 +237,7 @@ def policy_step(
         _check_head(call, hidden, weight, bias)
     tokens, device = target.shape[0], target.device
     policy_checks.check_inputs(STEP, inputs, objective, tokens, device, has_entropy=True)
-    inverse = policy_checks.inverse_normalizer(STEP, normalizer, objective)
+    inverse = inverse_normalizer(STEP, normalizer, objective)
     policy_checks.check_sampler(STEP, sampler_logp, tokens, device)
 
     def terms_of(stats: TokenStats) -> PolicyTerms:
@@ -245,18 +245,16 @@ def policy_step(
         terms: PolicyTerms = run(stats.logp, stats.entropy, inputs, objective, inverse)
         return terms._replace(loss=terms.loss.detach())
 
-    gradients: Gradients = {}
-    out: tuple[Any, ...]
     if logits is not None:
         terms, stats, grad = _step_from_logits(logits, target, options, shard, terms_of)
-        gradients["logits"] = grad
-        loss = step_op._attach(logits, terms.loss, gradients, in_place=False)
-        out = (loss, terms.token_loss, terms.sums, *stats)
+        gradients: Gradients = {"logits": grad}
+        terms = terms._replace(loss=step_op.attach(logits, terms.loss, gradients, in_place=False))
     else:
         assert hidden is not None and weight is not None
         h, w = hidden, weight
-        out = hidden_step.attach(h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of), gradients)
-    return step_op._result(out, inputs, objective, inverse, sampler_logp, gradients)
+        terms, stats, gradients = hidden_step.attach(h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of))
+    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
+    return step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -316,7 +314,7 @@ def _check_head(
         hidden = hidden.detach().new_empty(1, hidden.shape[1]).expand(call.target.shape[0], -1)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == 0:
         weight, bias = weight.new_empty(1, weight.shape[1]), None  # an empty shard
-    heads.check_head(op, hidden, weight, bias, call.target, call.options, call.memory_budget)
+    check_head(op, hidden, weight, bias, call.target, call.options, call.memory_budget)
     assert weight is not None
     if weight.shape[0] < shard.size:
         raise refuse(
@@ -425,7 +423,7 @@ def _step_from_hidden(
     bias: torch.Tensor | None,
     call: HeadCall,
     terms_of: Callable[[TokenStats], PolicyTerms],
-) -> hidden_step.Step:
+) -> Step:
     needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     with torch.no_grad():
         hidden = vocab_rows.gathered(hidden, call)

@@ -5,15 +5,13 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.core import native
-from tokfuse.runtime.core.dispatch import select
+from tokfuse.runtime.core.dispatch import Kernels, select
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.distributed.vocab_shard import Merged, VocabShard, empty_record, merge, pack
-from tokfuse.runtime.lm_head import head as heads
-from tokfuse.runtime.lm_head.head import HeadProblem
+from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, check_head
 from tokfuse.runtime.ops import linear_token_stats as linear_op
 from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.token_stats import Kernels
 from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference import vocab_parallel as reference
 
@@ -24,7 +22,7 @@ ELSEWHERE = -(2**31)
 LN_2 = 0.6931471805599453
 
 _REFERENCE_ROWS = Kernels(reference.forward, reference.backward)
-_REFERENCE_HEAD = Kernels(reference.head_forward, reference.head_backward)  # type: ignore[arg-type]
+_REFERENCE_HEAD = HeadKernels(reference.head_forward, reference.head_backward)
 
 
 class HeadCall(NamedTuple):
@@ -154,7 +152,7 @@ def gathered(hidden: torch.Tensor, call: HeadCall) -> torch.Tensor:
     return collectives.all_gather(hidden, call.shard.group).flatten(0, 1)
 
 
-def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> tuple[str, Kernels]:
+def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> tuple[str, HeadKernels]:
     capability = select(linear_op.OP, hidden.device.type, hidden.dtype, o.features())
     backend = capability.backend
     return backend, _REFERENCE_HEAD if backend == "reference" else capability.run
@@ -166,7 +164,7 @@ def _problem(
     size = call.shard.size
     own_bias = None if bias is None else bias.detach()[:size]
     target = _column(call.target, call.shard, elsewhere)
-    return heads.check_head(call.op, hidden, weight.detach()[:size], own_bias, target, call.options, call.memory_budget)
+    return check_head(call.op, hidden, weight.detach()[:size], own_bias, target, call.options, call.memory_budget)
 
 
 def head_forward(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall) -> Merged:
@@ -196,8 +194,7 @@ def head_backward(
     if call.shard.size > 0:
         p = _problem(hidden, weight, bias, call, ELSEWHERE)
         _, run = _head_kernels(hidden, call.options)
-        assert run.backward is not None
-        grads = run.backward(p, shift, inv_sum, entropy, grad_logp, grad_entropy, needs)  # type: ignore[assignment]
+        grads = run.backward(p, shift, inv_sum, entropy, grad_logp, grad_entropy, needs)
     grad_hidden = None
     if needs[0]:
         part = torch.zeros_like(hidden) if grads[0] is None else grads[0]

@@ -20,8 +20,8 @@ import torch
 
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.distributed import collectives
-from tokfuse.runtime.ops.token_stats import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

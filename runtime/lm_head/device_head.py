@@ -1,6 +1,6 @@
 """The lm_head in chunks on an accelerator: torch's GEMMs around row kernels, CUDA's or Triton's.
 
-As runtime/lm_head/head.py does on the CPU, logits exist some rows at a time: GEMM, row kernel,
+As runtime/lm_head/cpu_head.py does on the CPU, logits exist some rows at a time: GEMM, row kernel,
 gradient GEMMs. Logits are float32. Their gradient overwrites them for a float32 head; for a 16-bit
 head it is rounded once to the head's dtype, in another buffer, because tensor cores take no mixed
 operands; products accumulate in float32 and dW is a float32 sum over the chunks.
@@ -28,7 +28,7 @@ import torch
 
 from tokfuse.runtime.backends import triton_backend
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.lm_head.head import HeadProblem
+from tokfuse.runtime.lm_head.problem import HeadProblem
 
 _live_first = triton_backend.launcher("head_gradient", "live_first")
 _live_grad_hidden = triton_backend.launcher("head_gradient", "grad_hidden")

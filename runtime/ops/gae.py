@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import cuda_packed, triton_backend
-from tokfuse.runtime.core import native
+from tokfuse.runtime.backends import cpu_packed, cuda_packed, triton_packed
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import (
     BOOL,
     Rows,
@@ -17,7 +17,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import backend_of
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -120,40 +120,6 @@ def gae(
     return out
 
 
-def _cpu(
-    reward: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    gamma: float,
-    lam: float | torch.Tensor,
-    length_adaptive_alpha: float | None,
-    mask: torch.Tensor | None,
-    finished: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    module = native.module()
-    assert module is not None
-    advantage, returns = native.empty_like_rows(reward), native.empty_like_rows(reward)
-    per_seq = lam if isinstance(lam, torch.Tensor) else None
-    module.gae(
-        native.pointer(reward),
-        native.pointer(value),
-        native.pointer(cu_seqlens),
-        native.pointer(mask),
-        native.pointer(finished),
-        native.pointer(per_seq),
-        native.pointer(advantage),
-        native.pointer(returns),
-        reward.shape[0],
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        1.0 if isinstance(lam, torch.Tensor) else lam,
-        length_adaptive_alpha or 0.0,
-        torch.get_num_threads(),
-    )
-    return advantage, returns
-
-
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
     lam = options["lam"]
     per_seq = lam if isinstance(lam, torch.Tensor) else None
@@ -175,8 +141,8 @@ _FORM = GraphForm(
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.gae, _FORM),
-    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
-    "cpu": traceable(OP, "cpu", _cpu, _FORM),
+    "triton": traceable(OP, "triton", triton_packed.gae, _FORM),
+    "cpu": traceable(OP, "cpu", cpu_packed.gae, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

@@ -2,8 +2,8 @@
 
 import torch
 
-from tokfuse.runtime.backends import cuda_packed, triton_backend
-from tokfuse.runtime.core import native
+from tokfuse.runtime.backends import cpu_packed, cuda_packed, triton_packed
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import (
     FLOATS,
     INTS,
@@ -17,7 +17,8 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.codes import BASELINES, SCALES
+from tokfuse.runtime.core.dispatch import backend_of
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -37,8 +38,6 @@ KINDS = {
     "maxrl": ("mean", "mean"),
     "reinforce": ("none", "none"),
 }
-BASELINES = ("mean", "leave_one_out", "length_weighted", "median", "second_best", "greedy", "none")
-SCALES = ("none", "std", "batch_std", "mean")
 GROUPLESS = ("greedy", "none")
 DEFAULT_EPS = {"std": 1e-6, "batch_std": 1e-6, "mean": 1e-8, "none": 0.0}
 
@@ -187,56 +186,6 @@ def _check(
             check_vector(OP, name, value, rows, dtypes)
 
 
-def _cpu(
-    reward: torch.Tensor,
-    group_ids: torch.Tensor | None,
-    *,
-    baseline: str,
-    scale: str,
-    sample_std: bool,
-    eps: float,
-    singleton_reward: bool,
-    lengths: torch.Tensor | None,
-    greedy_reward: torch.Tensor | None,
-) -> torch.Tensor:
-    module = native.module()
-    assert module is not None
-    out = torch.empty_like(reward)
-    module.group_advantage(
-        native.pointer(reward),
-        native.pointer(group_ids),
-        native.pointer(lengths),
-        native.pointer(greedy_reward),
-        native.pointer(out),
-        reward.shape[0],
-        BASELINES.index(baseline),
-        SCALES.index(scale),
-        int(sample_std),
-        eps,
-        singleton_reward,
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def _cuda(
-    reward: torch.Tensor,
-    group_ids: torch.Tensor | None,
-    *,
-    baseline: str,
-    scale: str,
-    sample_std: bool,
-    eps: float,
-    singleton_reward: bool,
-    lengths: torch.Tensor | None,
-    greedy_reward: torch.Tensor | None,
-) -> torch.Tensor:
-    codes = (BASELINES.index(baseline), SCALES.index(scale))
-    return cuda_packed.group_advantage(
-        reward, group_ids, lengths, greedy_reward, codes, int(sample_std), eps, singleton_reward
-    )
-
-
 _FORM = GraphForm(
     "(Tensor reward, Tensor? group_ids, *, str baseline, str scale, bool sample_std, float eps,"
     " bool singleton_reward, Tensor? lengths, Tensor? greedy_reward) -> Tensor",
@@ -244,9 +193,9 @@ _FORM = GraphForm(
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": traceable(OP, "cuda", _cuda, _FORM),
-    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
-    "cpu": traceable(OP, "cpu", _cpu, _FORM),
+    "cuda": traceable(OP, "cuda", cuda_packed.group_advantage, _FORM),
+    "triton": traceable(OP, "triton", triton_packed.group_advantage, _FORM),
+    "cpu": traceable(OP, "cpu", cpu_packed.group_advantage, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

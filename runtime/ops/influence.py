@@ -5,33 +5,24 @@ inner product of gradients, and for that the sketches are made.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from tokfuse.runtime.backends import cuda_packed, triton_backend
+from tokfuse.runtime.backends import cpu_packed, cuda_packed, triton_packed
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import Rows, check_vector
-from tokfuse.runtime.core.dispatch import (
-    ALL_DTYPES,
-    FLOAT_DTYPES,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-    select,
-)
+from tokfuse.runtime.core.dispatch import ALL_DTYPES, FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.lm_head.head import HeadProblem
-from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
-from tokfuse.runtime.ops.token_stats import TokenStats
+from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
+from tokfuse.runtime.lm_head.problem import HeadProblem
+from tokfuse.runtime.policy.results import Gradients, Influence
 from tokfuse.runtime.reference import influence as reference
 from tokfuse.runtime.reference.token_stats import result_dtype
 
 OP = "influence"
-CHUNK = 4096  # tokens projected at a time; bounds the float32 copies of 16-bit inputs
 
 
 @dataclass(frozen=True)
@@ -46,25 +37,6 @@ class InfluenceSpec:
 
     rank: int | None = 64
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Influence:
-    """Norms and sketches of the gradient of one step's `loss`, its normaliser included; detached.
-
-    The coefficient of the objective is folded in: a masked token, one with zero advantage and one
-    whose clip is active have norm 0 and add nothing to their sequence's sketch. The three norms are
-    magnitudes only: noise and wrong labels have large ones.
-    """
-
-    token_norms: torch.Tensor
-    """(tokens,) float32, ||d loss / d logits_t||."""
-    head_norms: torch.Tensor
-    """(tokens,) float32, Frobenius norm of token t's term of d loss / d weight of the lm_head."""
-    hidden_norms: torch.Tensor
-    """(tokens,) float32, ||d loss / d hidden_t||."""
-    sketches: torch.Tensor
-    """(seqs, rank, rank) float32, see `tokfuse.influence.sketch`."""
 
 
 @ranged("influence.logit_norms.fwd")
@@ -289,56 +261,9 @@ def projections(rank: int, hidden_size: int, seed: int, device: torch.device) ->
     return out, inner
 
 
-def _cpu_sketch(
-    grad_hidden: torch.Tensor,
-    hidden: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    pair: tuple[torch.Tensor, torch.Tensor] | None,
-    max_seqlen: int | None,
-) -> torch.Tensor:
-    """One small GEMM per sequence: nothing is padded."""
-    dtype = result_dtype(hidden.dtype)
-    left, right = grad_hidden, hidden
-    if pair is not None:
-        left, right = _project(left, pair[0].to(dtype)), _project(right, pair[1].to(dtype))
-    rank = left.shape[1]
-    borders = cu_seqlens.tolist()
-    sketches = torch.empty(len(borders) - 1, rank, rank, dtype=dtype)
-    for s, (begin, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
-        out, inner = left[begin:end].to(dtype), right[begin:end].to(dtype)
-        torch.mm(out.t(), inner, out=sketches[s])
-    return sketches
-
-
-def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(x.shape[0], projection.shape[0], dtype=projection.dtype)
-    for start in range(0, x.shape[0], CHUNK):
-        rows = x[start : start + CHUNK].to(projection.dtype)
-        torch.mm(rows, projection.t(), out=out[start : start + CHUNK])
-    return out
-
-
-def _device_sketch(launch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The projections are GEMMs of torch; nothing waits for the length of a sequence."""
-
-    def run(
-        grad_hidden: torch.Tensor,
-        hidden: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        pair: tuple[torch.Tensor, torch.Tensor] | None,
-        max_seqlen: int | None,
-    ) -> torch.Tensor:
-        left, right = grad_hidden.float(), hidden.float()
-        if pair is not None:
-            left, right = left @ pair[0].t(), right @ pair[1].t()
-        return launch(left, right, cu_seqlens)
-
-    return run
-
-
-register_cpu(OP, _cpu_sketch, ALL_DTYPES)
-register_cuda(OP, _device_sketch(cuda_packed.sketch), FLOAT_DTYPES)
-register_triton(OP, _device_sketch(triton_backend.launcher(OP, "sketch")), FLOAT_DTYPES)
+register_cpu(OP, cpu_packed.sketch, ALL_DTYPES)
+register_cuda(OP, cuda_packed.sketch, FLOAT_DTYPES)
+register_triton(OP, triton_packed.sketch, FLOAT_DTYPES)
 register_reference(OP, reference.sketch)
 
 
@@ -365,9 +290,7 @@ def request(op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torc
     return problem._replace(needs=(True, problem.weight.requires_grad, bias), row_norms=norms)
 
 
-def collect(
-    spec: InfluenceSpec, problem: HeadProblem, gradients: dict[str, torch.Tensor | None], cu_seqlens: torch.Tensor
-) -> Influence:
+def collect(spec: InfluenceSpec, problem: HeadProblem, gradients: Gradients, cu_seqlens: torch.Tensor) -> Influence:
     """Norms and sketches from what the step holds; lets go of a grad_hidden nobody asked for."""
     grad_hidden, norms = gradients["hidden"], problem.row_norms
     assert grad_hidden is not None and norms is not None

@@ -1,29 +1,17 @@
 """kept_token_stats: log-prob and entropy over a recorded support, e.g. a sampler's top-p ids."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_rows
-from tokfuse.runtime.backends.triton_backend import launcher
-from tokfuse.runtime.core import native
+from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import INTS, Rows, check_vector, may_read
-from tokfuse.runtime.core.dispatch import (
-    FLOAT_DTYPES,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-    select,
-)
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.token_stats import Kernels
 from tokfuse.runtime.reference import kept_token_stats as reference
-from tokfuse.runtime.reference.token_stats import check_values
 
 OP = "kept_token_stats"
 
@@ -146,97 +134,9 @@ def _check_support(
     return kept_ids.to(torch.int64).contiguous(), kept_offsets.to(torch.int64).contiguous()
 
 
-# ------------------------------------------------------------------------------------ CPU backend
-
-
-def _refuse_row(
-    bad: int, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, o: LogitOptions
-) -> None:
-    """Raise the error for row `bad`; which value it is about was not recorded by the kernel."""
-    vocab = logits.shape[1]
-    only = torch.zeros(logits.shape[0], dtype=torch.bool)
-    only[bad] = True
-    check_values(OP, target, vocab, only, o.temperature)
-    row_ids = ids[int(offsets[bad]) : int(offsets[bad + 1])]
-    reference.check_ids(row_ids, torch.full_like(row_ids, bad), vocab, None)
-
-
-def _cpu_forward(
-    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
-) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse, shift, inv_sum)."""
-    o = LogitOptions(**options)
-    record, alive = stats_op.native_logits_record(logits, target, o)
-    out = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(5)]
-    module = native.module()
-    assert module is not None
-    bad = module.kept_token_stats_fwd(
-        record, ids.data_ptr(), offsets.data_ptr(), ids.shape[0], *[x.data_ptr() for x in out]
-    )
-    del alive
-    if bad >= 0:
-        _refuse_row(bad, logits, target, ids, offsets, o)
-    return tuple(out)
-
-
-def _cpu_backward(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    ids: torch.Tensor,
-    offsets: torch.Tensor,
-    shift: torch.Tensor,
-    inv_sum: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    **options: Any,
-) -> torch.Tensor:
-    record, alive = stats_op.native_logits_record(logits, target, LogitOptions(**options))
-    grad = native.empty_like_rows(logits)
-    ga = None if grad_logp is None else grad_logp.float().contiguous()
-    gh = None if grad_entropy is None else grad_entropy.float().contiguous()
-    module = native.module()
-    assert module is not None
-    module.kept_token_stats_bwd(
-        record,
-        ids.data_ptr(),
-        offsets.data_ptr(),
-        ids.shape[0],
-        shift.data_ptr(),
-        inv_sum.data_ptr(),
-        entropy.data_ptr(),
-        native.pointer(ga),
-        native.pointer(gh),
-        grad.data_ptr(),
-        grad.stride(0),
-    )
-    del alive
-    return grad
-
-
-# ----------------------------------------------------------------------- CUDA and Triton backends
-
-
-def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Any:
-    """`launch`, after a look at ids where values of the device may be read."""
-
-    def forward(
-        logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
-    ) -> tuple[torch.Tensor, ...]:
-        if may_read(ids):
-            reference.check(logits, target, ids, offsets, options["mask"], options["temperature"])
-        return launch(logits, target, ids, offsets, **options)
-
-    return forward
-
-
-CUDA = Kernels(_on_device(cuda_rows.kept_token_stats_fwd), cuda_rows.kept_token_stats_bwd)
-TRITON = Kernels(_on_device(launcher(OP, "kept_token_stats_fwd")), launcher(OP, "kept_token_stats_bwd"))
-
-
-register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
-register_cuda(OP, CUDA, FLOAT_DTYPES, "softcap")
-register_triton(OP, TRITON, FLOAT_DTYPES, "softcap")
+register_cpu(OP, cpu_rows.KEPT_TOKEN_STATS, FLOAT_DTYPES, "softcap")
+register_cuda(OP, cuda_rows.KEPT_TOKEN_STATS, FLOAT_DTYPES, "softcap")
+register_triton(OP, triton_rows.KEPT_TOKEN_STATS, FLOAT_DTYPES, "softcap")
 register_reference(OP, Kernels(reference.forward, None), "softcap")
 
 
@@ -254,9 +154,9 @@ class _KeptFunction(torch.autograd.Function):
         o: LogitOptions,
         run: Kernels,
     ) -> tuple[torch.Tensor, ...]:
-        logp, entropy, lse, shift, inv_sum = run.forward(logits, target, ids, offsets, **_arguments(o))
+        logp, entropy, lse, row_max, inv_sum = run.forward(logits, target, ids, offsets, **_arguments(o))
         vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-        ctx.save_for_backward(logits, target, ids, offsets, shift, inv_sum, entropy, vector, o.mask)
+        ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, entropy, vector, o.mask)
         scalar = o.temperature if vector is None else 1.0
         ctx.options, ctx.run = o._replace(mask=None, temperature=scalar), run
         ctx.set_materialize_grads(False)
@@ -313,7 +213,7 @@ def _kept_backward_op(
     target: torch.Tensor,
     ids: torch.Tensor,
     offsets: torch.Tensor,
-    shift: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
@@ -327,7 +227,7 @@ def _kept_backward_op(
     options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
     run = select(OP, logits.device.type, logits.dtype, LogitOptions(**options).features()).run
     return run.backward(  # type: ignore[no-any-return]
-        logits, target, ids, offsets, shift, inv_sum, entropy, grad_logp, grad_entropy, **options
+        logits, target, ids, offsets, row_max, inv_sum, entropy, grad_logp, grad_entropy, **options
     )
 
 
@@ -338,11 +238,11 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logits, target, ids, offsets, temperature, scalar, softcap, logit_scale, mask = inputs
-    _, entropy, lse, shift, inv_sum = output
-    ctx.save_for_backward(logits, target, ids, offsets, shift, inv_sum, entropy, temperature, mask)
+    _, entropy, lse, row_max, inv_sum = output
+    ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, entropy, temperature, mask)
     ctx.scalars = (scalar, softcap, logit_scale)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, shift, inv_sum)
+    ctx.mark_non_differentiable(lse, row_max, inv_sum)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:

@@ -1,31 +1,17 @@
 """linear_token_stats: token_stats of hidden @ weight.T, without a (tokens, vocab) tensor."""
 
-import functools
 from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import triton_backend
-from tokfuse.runtime.core import native
-from tokfuse.runtime.core.checks import may_read
-from tokfuse.runtime.core.dispatch import (
-    FLOAT_DTYPES,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-    select,
-)
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.lm_head import device_head
-from tokfuse.runtime.lm_head import head as heads
-from tokfuse.runtime.lm_head.device_head import DeviceHead
-from tokfuse.runtime.lm_head.head import Head, HeadGradients, HeadProblem, LogitsBuffer
-from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.ops.token_stats import Kernels, TokenStats
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head import cpu_runs, device_runs
+from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, check_head
 from tokfuse.runtime.reference import linear_token_stats as reference
-from tokfuse.runtime.reference import token_stats as stats_reference
 
 OP = "linear_token_stats"
 
@@ -82,10 +68,11 @@ def linear_token_stats(
     Source: chunked heads as TRL's and Liger's; same outputs as `token_stats`. Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
-    problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
     capability = select(OP, hidden.device.type, hidden.dtype, options.features())
     if capability.backend == "reference":
-        return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **_reference_options(options)))
+        arguments = {name: getattr(options, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
+        return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **arguments))
     if torch.compiler.is_compiling():
         return TokenStats(*_custom_op(problem)[:5])
     run = capability.run
@@ -95,194 +82,10 @@ def linear_token_stats(
     return TokenStats(*run.forward(problem)[:5])
 
 
-def _reference_options(o: LogitOptions) -> dict[str, Any]:
-    names = ("temperature", "softcap", "logit_scale", "mask")
-    return {name: getattr(o, name) for name in names}
-
-
-# ------------------------------------------------------------------------------------ CPU backend
-
-
-def row_index(p: HeadProblem) -> torch.Tensor:
-    """Token ids of the rows to compute, (rows,) int64."""
-    index = heads.needed_rows(p)
-    return torch.arange(p.tokens) if index is None else index
-
-
-def check_targets(op: str, p: HeadProblem) -> None:
-    """Value checks before the first GEMM."""
-    o = p.options
-    stats_reference.check_values(op, p.target, p.vocab, o.mask, o.temperature)
-
-
-def _cpu_forward(p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    check_targets(OP, p)
-    index = row_index(p)
-    make = torch.empty if index.shape[0] == p.tokens else torch.zeros
-    out = tuple(make(p.tokens, dtype=torch.float32) for _ in range(7))
-    if index.shape[0] == 0:
-        return out
-    module = native.module()
-    assert module is not None
-    rows = heads.workspace_rows(p, index.shape[0])
-    head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
-    for start in range(0, index.shape[0], rows):
-        chunk = index[start : start + rows]
-        head.logits(head.rows_of_hidden(chunk), buffer, 0)
-        record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
-        module.token_stats_fwd(record, *[x.data_ptr() for x in out], 0, 0, 0, 1.0)
-        del alive
-    return out
-
-
-def _cpu_backward(
-    p: HeadProblem,
-    shift: torch.Tensor,
-    inv_sum: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> list[torch.Tensor | None]:
-    """[grad_hidden, grad_weight, grad_bias]; rows without incoming gradient are not recomputed."""
-    ga = torch.zeros(p.tokens) if grad_logp is None else grad_logp.float().contiguous()
-    gh = None if grad_entropy is None else grad_entropy.float().contiguous()
-    active = ga != 0 if gh is None else (ga != 0) | (gh != 0)
-    if p.options.mask is not None:
-        active &= p.options.mask
-    index = active.nonzero().squeeze(1)
-    rows = heads.workspace_rows(p, max(1, index.shape[0]))
-    head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
-    gradients = HeadGradients(head, needs)
-    module = native.module()
-    assert module is not None
-    for start in range(0, index.shape[0], rows):
-        chunk = index[start : start + rows]
-        head.logits(head.rows_of_hidden(chunk), buffer, 0)
-        record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
-        module.token_stats_bwd(
-            record,
-            shift.data_ptr(),
-            inv_sum.data_ptr(),
-            entropy.data_ptr(),
-            ga.data_ptr(),
-            native.pointer(gh),
-            buffer.storage.data_ptr(),
-            p.vocab,
-        )
-        del alive
-        gradients.add(buffer, chunk)
-    return gradients.finish()
-
-
-# ----------------------------------------------------------------------- CUDA and Triton backends
-
-
-_launch_fused = triton_backend.launcher("linear_token_stats", "linear_token_stats")
-
-
-def _triton_forward(p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    """16-bit heads: logits never leave the registers. float32: chunks of torch's GEMM."""
-    if may_read(p.target):
-        check_targets(OP, p)
-    o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
-    if hidden.dtype == torch.float32:
-        return forward_in_chunks(p, stats_op.TRITON)
-    if hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
-    bias = None if p.bias is None else p.bias.detach().contiguous()
-    out: tuple[torch.Tensor, ...] = _launch_fused(
-        hidden,
-        weight,
-        bias,
-        p.target,
-        temperature=o.temperature,
-        softcap=o.softcap,
-        logit_scale=o.logit_scale,
-        mask=o.mask,
-    )
-    return out
-
-
-def rows_of_options(p: HeadProblem, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(target, options without mask) of some tokens, for the row kernels."""
-    o = p.options
-    t = o.temperature[index] if isinstance(o.temperature, torch.Tensor) else o.temperature
-    options = {"temperature": t, "softcap": o.softcap, "logit_scale": o.logit_scale, "mask": None}
-    return p.target[index], options
-
-
-def _cuda_forward(p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    if may_read(p.target):
-        check_targets(OP, p)
-    return forward_in_chunks(p, stats_op.CUDA)
-
-
-def forward_in_chunks(p: HeadProblem, kernels: Kernels) -> tuple[torch.Tensor, ...]:
-    """Chunks of torch's GEMM and the row kernel: 1 and 1 launches each."""
-    rows = device_head.classify(p, p.options.mask, None)
-    head = DeviceHead(p, (False, False, False), rows)
-    # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
-    out = [torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device) for _ in range(7)]
-    with torch.no_grad():
-        for index, h in head.chunks(0, rows.forward):
-            target, options = rows_of_options(p, index)
-            if rows.keep is not None:
-                options["mask"] = rows.keep[index]
-            stats = kernels.forward(head.logits(h), target, **options)
-            for kept, x in zip(out, stats, strict=True):
-                kept[index] = x
-    return tuple(out)
-
-
-def backward_in_chunks(
-    kernels: Kernels,
-    p: HeadProblem,
-    row_max: torch.Tensor,
-    inv_sum: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> list[torch.Tensor | None]:
-    """As on the CPU: rows without incoming gradient are not recomputed."""
-    assert kernels.backward is not None
-    ga = torch.zeros_like(entropy) if grad_logp is None else grad_logp.float()
-    gh = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy.float()
-    if p.options.mask is not None:
-        ga, gh = (torch.where(p.options.mask, x, 0.0) for x in (ga, gh))
-    rows = device_head.classify(p, (ga != 0) | (gh != 0), None)
-    head = DeviceHead(p, needs, rows)
-    with torch.no_grad():
-        for index, h in head.chunks(0, rows.gradient):
-            logits = head.logits(h)
-            target, options = rows_of_options(p, index)
-            dz = kernels.backward(
-                logits,
-                target,
-                row_max[index],
-                inv_sum[index],
-                entropy[index],
-                ga[index],
-                gh[index],
-                out=head.gradient_like(logits),
-                **options,
-            )
-            if p.compact_clipped and rows.keep is not None:  # else only live rows are here
-                head.add_live(index, h, dz, rows.keep[index])
-            else:
-                head.add(index, h, dz)
-    return head.finish()
-
-
-register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")  # type: ignore[arg-type]
-CUDA = Kernels(_cuda_forward, functools.partial(backward_in_chunks, stats_op.CUDA))  # type: ignore[arg-type]
-TRITON = Kernels(_triton_forward, functools.partial(backward_in_chunks, stats_op.TRITON))  # type: ignore[arg-type]
-register_cuda(OP, CUDA, FLOAT_DTYPES, "softcap")
-register_triton(OP, TRITON, FLOAT_DTYPES, "softcap")
-register_reference(OP, Kernels(reference.forward, None), "softcap")
+register_cpu(OP, cpu_runs.LINEAR, FLOAT_DTYPES, "softcap")
+register_cuda(OP, device_runs.CUDA_LINEAR, FLOAT_DTYPES, "softcap")
+register_triton(OP, device_runs.TRITON_LINEAR, FLOAT_DTYPES, "softcap")
+register_reference(OP, reference.forward, "softcap")
 
 
 # ------------------------------------------------------------------------------- autograd, compile
@@ -291,12 +94,17 @@ register_reference(OP, Kernels(reference.forward, None), "softcap")
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p: HeadProblem, run: Kernels
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        p: HeadProblem,
+        run: HeadKernels,
     ) -> tuple[torch.Tensor, ...]:
-        logp, entropy, lse, sum_sq, top1, shift, inv_sum = run.forward(p)
+        logp, entropy, lse, sum_sq, top1, row_max, inv_sum = run.forward(p)
         o = p.options
         vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-        ctx.save_for_backward(hidden, weight, bias, p.target, o.mask, vector, shift, inv_sum, entropy)
+        ctx.save_for_backward(hidden, weight, bias, p.target, o.mask, vector, row_max, inv_sum, entropy)
         scalar = o.temperature if vector is None else 1.0
         ctx.rest = (LogitOptions(scalar, o.softcap, o.logit_scale, None), p.memory_budget, run)
         ctx.set_materialize_grads(False)
@@ -358,7 +166,7 @@ def _linear_backward_op(
     softcap: float,
     logit_scale: float,
     memory_budget: int,
-    shift: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
@@ -372,7 +180,7 @@ def _linear_backward_op(
     )
     run = select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
     needs = (needs_hidden, needs_weight, needs_bias)
-    grads = run.backward(p, shift, inv_sum, entropy, grad_logp, grad_entropy, needs)
+    grads = run.backward(p, row_max, inv_sum, entropy, grad_logp, grad_entropy, needs)
     return [hidden.new_empty(0) if x is None else x for x in grads]
 
 
@@ -402,18 +210,18 @@ def head_problem(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, temperature, *ctx.scalars = inputs
-    _, entropy, lse, sum_sq, top1, shift, inv_sum = output
-    ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, shift, inv_sum, entropy)
+    _, entropy, lse, sum_sq, top1, row_max, inv_sum = output
+    ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, row_max, inv_sum, entropy)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, sum_sq, top1, shift, inv_sum)
+    ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
         return (None,) * 10
-    *inputs, shift, inv_sum, entropy = ctx.saved_tensors
+    *inputs, row_max, inv_sum, entropy = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:3])
-    out = _linear_backward_op(*inputs, *ctx.scalars, shift, inv_sum, entropy, grads[0], grads[1], *needs)
+    out = _linear_backward_op(*inputs, *ctx.scalars, row_max, inv_sum, entropy, grads[0], grads[1], *needs)
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
     return (*chosen,) + (None,) * 7
 

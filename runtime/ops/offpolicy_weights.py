@@ -1,13 +1,12 @@
 """`tokfuse.offpolicy_weights`: importance weights between two policies, and which rows to keep."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_packed, triton_backend
-from tokfuse.runtime.core import native
+from tokfuse.runtime.backends import cpu_packed, cuda_packed, triton_packed
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import (
     BOOL,
     INTS,
@@ -22,19 +21,15 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.codes import NORMALIZE, RULE_OVER, RULE_STATISTICS, WEIGHT_LEVELS, WEIGHT_MODES
+from tokfuse.runtime.core.dispatch import backend_of
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.policy.keep_rule import KeepRule, check_order
 from tokfuse.runtime.reference.offpolicy_weights import offpolicy_weights as reference
 
 OP = "offpolicy_weights"
-LEVELS = ("token", "sequence", "geometric", "external")
-# Codes shared with csrc/cpu/packed_kernels.h; "snips" is "ips" with normalisation.
-MODES = ("ips", "truncate", "mask", "switch", "shrink", "subgaussian", "tempered", "keep")
-NORMALIZE = ("none", "batch", "group")
-STATISTICS = ("ratio", "k1", "k2", "k3")
-OVER = ("token", "sum", "mean", "max")
 MAX_RULES = 8
 # What each mode reads beside the ratio; every other number must be left out.
 READS = {
@@ -45,37 +40,6 @@ READS = {
     "subgaussian": ("lam",),
     "tempered": ("power",),
 }
-
-
-@dataclass(frozen=True)
-class KeepRule:
-    """A test that a row must pass to be kept: low <= statistic <= high.
-
-    Args:
-        statistic: of the clamped log-ratio d = logp - behavior_logp: "ratio" exp(d), "k1" -d (the
-            sign of verl: bounds act on the inverse ratio), "k2" d^2 / 2, "k3" exp(d) - 1 - d.
-        over: "token" tests each row; "sum", "mean", "max" test that reduction over the row's
-            sequence and keep or drop it whole. The ratio of a sum or mean is exp(sum d), exp(mean
-            d).
-        low, high: bounds, at least one. None: no bound on that side.
-        negative_only: rows with advantage >= 0 pass whatever the statistic.
-    """
-
-    statistic: str
-    over: str = "token"
-    low: float | None = None
-    high: float | None = None
-    negative_only: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("KeepRule", "statistic", self.statistic, STATISTICS)
-        check_choice("KeepRule", "over", self.over, OVER)
-        if self.low is None and self.high is None:
-            raise refuse("KeepRule", "low or high", "given", None, "A rule without bounds is none.")
-        for name, bound in (("low", self.low), ("high", self.high)):
-            if bound is not None:
-                check_number("KeepRule", name, bound, -1e30, 1e30)
-        _check_order("KeepRule", self.low, self.high)
 
 
 class OffPolicyWeights(NamedTuple):
@@ -179,7 +143,7 @@ def offpolicy_weights(
         tempered: analogue of policy-guided diffusion's tilted target.
     """
     mode, normalize = _resolve(mode, normalize, group_ids)
-    check_choice(OP, "level", level, LEVELS)
+    check_choice(OP, "level", level, WEIGHT_LEVELS)
     _check_numbers(mode, low=low, high=high, lam=lam, power=power)
     target, behavior = _policies(logp, behavior_logp, propensity, level)
     num_rows, device = behavior.shape[0], behavior.device
@@ -211,7 +175,7 @@ def offpolicy_weights(
 
 def _resolve(mode: str, normalize: str | None, group_ids: object) -> tuple[str, str]:
     """Mode without the "snips" alias, and a definite normalisation."""
-    check_choice(OP, "mode", mode, (*MODES, "snips"))
+    check_choice(OP, "mode", mode, (*WEIGHT_MODES, "snips"))
     if normalize is not None:
         check_choice(OP, "normalize", normalize, NORMALIZE)
     if mode != "snips":
@@ -220,11 +184,6 @@ def _resolve(mode: str, normalize: str | None, group_ids: object) -> tuple[str, 
         want = "'batch' or 'group' with mode 'snips'"
         raise refuse(OP, "normalize", want, repr(normalize), "Without it, snips is 'ips'.")
     return "ips", normalize or ("batch" if group_ids is None else "group")
-
-
-def _check_order(op: str, low: float | None, high: float | None) -> None:
-    if low is not None and high is not None and low > high:
-        raise refuse(op, "low", f"<= high = {high:g}", low, "Swap them.")
 
 
 def _check_numbers(mode: str, **numbers: float | None) -> None:
@@ -239,7 +198,7 @@ def _check_numbers(mode: str, **numbers: float | None) -> None:
         if mode == "subgaussian":
             top = 1.0
         check_number(OP, name, value, 0.0, top, open_low=name != "low")
-    _check_order(OP, numbers["low"], numbers["high"])
+    check_order(OP, numbers["low"], numbers["high"])
 
 
 def _policies(
@@ -307,121 +266,12 @@ def _check_layout(
         check_vector(OP, "group_ids", group_ids, Rows(num_seqs, partner, device), INTS)
 
 
-def _cpu(
-    logp: torch.Tensor | None,
-    behavior: torch.Tensor,
-    *,
-    level: str,
-    mode: str,
-    low: float | None,
-    high: float | None,
-    lam: float | None,
-    power: float | None,
-    normalize: str,
-    rules: tuple[KeepRule, ...],
-    cu_seqlens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    group_ids: torch.Tensor | None,
-    advantage: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    module = native.module()
-    assert module is not None
-    weight = native.empty_like_rows(behavior)
-    kept = torch.empty(behavior.shape[0], dtype=torch.bool)
-    ess = module.offpolicy_weights(
-        native.pointer(logp),
-        native.pointer(behavior),
-        native.pointer(cu_seqlens),
-        native.pointer(mask),
-        native.pointer(group_ids),
-        native.pointer(advantage),
-        native.pointer(weight),
-        native.pointer(kept),
-        behavior.shape[0],
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        LEVELS.index(level),
-        MODES.index(mode),
-        -math.inf if low is None else low,
-        math.inf if high is None else high,
-        lam or power or 0.0,
-        NORMALIZE.index(normalize),
-        _rule_records(rules),
-        torch.get_num_threads(),
-    )
-    return weight, torch.tensor(ess, dtype=torch.float32), kept
-
-
-def _rule_records(rules: tuple[KeepRule, ...]) -> list[tuple[Any, ...]]:
-    """As the native module takes them."""
-    return [
-        (
-            STATISTICS.index(rule.statistic),
-            OVER.index(rule.over),
-            -math.inf if rule.low is None else rule.low,
-            math.inf if rule.high is None else rule.high,
-            rule.negative_only,
-        )
-        for rule in rules
-    ]
-
-
-def _cuda(
-    logp: torch.Tensor | None,
-    behavior: torch.Tensor,
-    *,
-    level: str,
-    mode: str,
-    low: float | None,
-    high: float | None,
-    lam: float | None,
-    power: float | None,
-    normalize: str,
-    rules: tuple[KeepRule, ...],
-    cu_seqlens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    group_ids: torch.Tensor | None,
-    advantage: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes = (LEVELS.index(level), MODES.index(mode), NORMALIZE.index(normalize))
-    bounds = (-math.inf if low is None else low, math.inf if high is None else high)
-    return cuda_packed.offpolicy_weights(
-        logp,
-        behavior,
-        cu_seqlens,
-        mask,
-        group_ids,
-        advantage,
-        codes,
-        (*bounds, lam or power or 0.0),
-        _rule_records(rules),
-    )
-
-
-_launch = triton_backend.launcher(OP, OP)
-
-
-def _triton(
-    logp: torch.Tensor | None,
-    behavior: torch.Tensor,
-    *,
-    lam: float | None,
-    power: float | None,
-    rules: tuple[KeepRule, ...],
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _launch(
-        behavior,
-        logp,
-        param=lam or power,
-        rules=tuple((r.statistic, r.over, r.low, r.high, r.negative_only) for r in rules),
-        **options,
-    )
-    return out
-
-
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
     rules = options["rules"]
-    codes = [(STATISTICS.index(r.statistic) * len(OVER) + OVER.index(r.over)) * 2 + r.negative_only for r in rules]
+    codes = [
+        (RULE_STATISTICS.index(r.statistic) * len(RULE_OVER) + RULE_OVER.index(r.over)) * 2 + r.negative_only
+        for r in rules
+    ]
     bounds = []
     for rule in rules:
         bounds.append(-math.inf if rule.low is None else rule.low)
@@ -432,9 +282,9 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
 def _rich(options: dict[str, Any]) -> dict[str, Any]:
     bounds, rules = options.pop("bounds"), []
     for i, code in enumerate(options["rules"]):
-        statistic, over = divmod(code // 2, len(OVER))
+        statistic, over = divmod(code // 2, len(RULE_OVER))
         low, high = (None if math.isinf(x) else x for x in bounds[2 * i : 2 * i + 2])
-        rules.append(KeepRule(STATISTICS[statistic], OVER[over], low, high, bool(code % 2)))
+        rules.append(KeepRule(RULE_STATISTICS[statistic], RULE_OVER[over], low, high, bool(code % 2)))
     return options | {"rules": tuple(rules)}
 
 
@@ -452,9 +302,9 @@ _FORM = GraphForm(
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": traceable(OP, "cuda", _cuda, _FORM),
-    "triton": traceable(OP, "triton", _triton, _FORM),
-    "cpu": traceable(OP, "cpu", _cpu, _FORM),
+    "cuda": traceable(OP, "cuda", cuda_packed.offpolicy_weights, _FORM),
+    "triton": traceable(OP, "triton", triton_packed.offpolicy_weights, _FORM),
+    "cpu": traceable(OP, "cpu", cpu_packed.offpolicy_weights, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

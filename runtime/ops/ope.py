@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_packed, triton_backend
-from tokfuse.runtime.core import native
+from tokfuse.runtime.backends import cpu_packed, cuda_packed, triton_packed
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import BOOL, Rows, Runs, check_optional, check_vector, plain, working_dtype
-from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.codes import ESTIMATES
+from tokfuse.runtime.core.dispatch import backend_of
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -93,38 +94,14 @@ def ope(
     return OPE(**fields)
 
 
-NAMES = ("ips", "snips", "dm", "dr", "sndr")
 Estimates = dict[str, tuple[torch.Tensor, torch.Tensor] | None]
 
 
 def _by_name(found: torch.Tensor, q_pi: torch.Tensor | None, q_a: torch.Tensor | None) -> Estimates:
-    """(5, 2) estimates and errors in the order of `NAMES`; None where a model is missing."""
+    """(5, 2) estimates and errors in the order of `ESTIMATES`; None where a model is missing."""
     given = {"dm": q_pi is not None, "dr": q_a is not None, "sndr": q_a is not None}
-    rows = zip(NAMES, found.unbind(0), strict=True)
+    rows = zip(ESTIMATES, found.unbind(0), strict=True)
     return {name: (row[0], row[1]) if given.get(name, True) else None for name, row in rows}
-
-
-def _cpu(
-    weight: torch.Tensor,
-    reward: torch.Tensor,
-    q_pi: torch.Tensor | None,
-    q_a: torch.Tensor | None,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    module = native.module()
-    assert module is not None
-    values = torch.empty(len(NAMES), 2, dtype=torch.float64)
-    module.ope(
-        native.pointer(weight),
-        native.pointer(reward),
-        native.pointer(q_pi),
-        native.pointer(q_a),
-        native.pointer(mask),
-        native.pointer(values),
-        reward.shape[0],
-        torch.get_num_threads(),
-    )
-    return values.to(reward.dtype)
 
 
 def _named(backend: str, kernel: Callable[..., torch.Tensor]) -> Callable[..., Estimates]:
@@ -145,13 +122,13 @@ def _named(backend: str, kernel: Callable[..., torch.Tensor]) -> Callable[..., E
 
 _FORM = GraphForm(
     "(Tensor weight, Tensor reward, Tensor? q_pi, Tensor? q_a, Tensor? mask) -> Tensor",
-    lambda weight, reward, *_: reward.new_empty(len(NAMES), 2),
+    lambda weight, reward, *_: reward.new_empty(len(ESTIMATES), 2),
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
     "cuda": _named("cuda", cuda_packed.ope),
-    "triton": _named("triton", triton_backend.launcher(OP, OP)),
-    "cpu": _named("cpu", _cpu),
+    "triton": _named("triton", triton_packed.ope),
+    "cpu": _named("cpu", cpu_packed.ope),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

@@ -5,27 +5,19 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import cuda_rows
-from tokfuse.runtime.backends.triton_backend import launcher
-from tokfuse.runtime.core import checks, native
-from tokfuse.runtime.core.checks import check_choice, may_read
-from tokfuse.runtime.core.dispatch import (
-    FLOAT_DTYPES,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-    select,
-)
+from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.backends.value_checks import check_temperature
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.checks import check_choice
+from tokfuse.runtime.core.codes import DIVERGENCES
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_options
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.ops.token_stats import Kernels
 from tokfuse.runtime.reference import paired_divergence as reference
 
 OP = "paired_divergence"
-KINDS = ("jsd", "kl_forward", "kl_reverse")  # codes 0, 1, 2 of csrc/cpu/distribution_kernels.h
-STATE = 6  # kDivergenceState
 
 
 @ranged("paired_divergence.fwd")
@@ -98,7 +90,7 @@ def paired_divergence(
     arguments = {**_arguments(options), "kind": kind, "beta": beta}
     if capability.backend == "reference":
         if isinstance(temperature, torch.Tensor) and not torch.compiler.is_compiling():
-            _check_temperature(temperature, mask)
+            check_temperature(OP, temperature, mask)
         return reference.forward(logits_p, logits_q, **arguments)
     if torch.compiler.is_compiling():
         return _custom_op(logits_p, logits_q, kind, beta, options)
@@ -137,7 +129,7 @@ def _check(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: floa
             "requires_grad=True",
             "Call logits_q.detach(), or swap the streams.",
         )
-    check_choice(OP, "kind", kind, KINDS)
+    check_choice(OP, "kind", kind, DIVERGENCES)
     if not 0.0 < checks.check_number(OP, "beta", beta, -math.inf) < 1.0:
         raise refuse(OP, "beta", "in (0, 1)", repr(beta), 'Its limits are kind="kl_forward" (0) and "kl_reverse" (1).')
     if kind != "jsd" and beta != 0.5:
@@ -145,122 +137,9 @@ def _check(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: floa
     check_options(OP, logits_p.shape[0], logits_p.device, o)
 
 
-def _check_temperature(temperature: torch.Tensor, mask: torch.Tensor | None) -> None:
-    bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
-    if bool(bad.any()):
-        _refuse_temperature(temperature, int(bad.to(torch.uint8).argmax()))
-
-
-def _refuse_temperature(temperature: torch.Tensor, row: int) -> None:
-    raise refuse(
-        OP,
-        "temperature",
-        "> 0 in every row where mask is True",
-        f"{float(temperature[row])} in row {row}",
-        "Mask the row.",
-    )
-
-
-# ------------------------------------------------------------------------------------ CPU backend
-
-
-def _record(
-    p: torch.Tensor, q: torch.Tensor, kind: str, beta: float, o: LogitOptions
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(record for tokfuse._native, tensors that must outlive the call)."""
-    p, q = (x if x.stride(1) == 1 else x.contiguous() for x in (p, q))
-    mask = None if o.mask is None else o.mask.contiguous()
-    scalar, vector = 1.0, None
-    if isinstance(o.temperature, torch.Tensor):
-        vector = o.temperature.float().contiguous()
-    else:
-        scalar = o.temperature
-    record = (
-        p.data_ptr(),
-        p.stride(0),
-        q.data_ptr(),
-        q.stride(0),
-        native.DTYPE_CODE[p.dtype],
-        p.shape[0],
-        p.shape[1],
-        native.pointer(mask),
-        native.pointer(vector),
-        scalar,
-        o.softcap or 0.0,
-        o.logit_scale,
-        KINDS.index(kind),
-        beta,
-        torch.get_num_threads(),
-    )
-    return record, (p, q, mask, vector)
-
-
-def _cpu_forward(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, beta: float, **options: Any
-) -> tuple[torch.Tensor, ...]:
-    """(divergence, state)."""
-    o = LogitOptions(**options)
-    record, alive = _record(logits_p, logits_q, kind, beta, o)
-    out = torch.empty(logits_p.shape[0], dtype=torch.float32)
-    state = torch.empty(logits_p.shape[0], STATE, dtype=torch.float32)
-    module = native.module()
-    assert module is not None
-    bad = module.paired_divergence_fwd(record, out.data_ptr(), state.data_ptr())
-    del alive
-    if bad >= 0:
-        assert isinstance(o.temperature, torch.Tensor)
-        _refuse_temperature(o.temperature, bad)
-    return out, state
-
-
-def _cpu_backward(
-    logits_p: torch.Tensor,
-    logits_q: torch.Tensor,
-    state: torch.Tensor,
-    grad: torch.Tensor,
-    *,
-    kind: str,
-    beta: float,
-    **options: Any,
-) -> torch.Tensor:
-    record, alive = _record(logits_p, logits_q, kind, beta, LogitOptions(**options))
-    out = native.empty_like_rows(logits_p)
-    given = grad.float().contiguous()
-    module = native.module()
-    assert module is not None
-    module.paired_divergence_bwd(record, state.data_ptr(), given.data_ptr(), out.data_ptr(), out.stride(0))
-    del alive
-    return out
-
-
-# ----------------------------------------------------------------------- CUDA and Triton backends
-
-
-def _check_readable(temperature: float | torch.Tensor, mask: torch.Tensor | None) -> None:
-    if isinstance(temperature, torch.Tensor) and may_read(temperature):
-        _check_temperature(temperature, mask)
-
-
-def _cuda_forward(logits_p: torch.Tensor, logits_q: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
-    _check_readable(options["temperature"], options["mask"])
-    return cuda_rows.paired_divergence_fwd(logits_p, logits_q, **options)
-
-
-def _triton_forward(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, *, beta: float, **options: Any
-) -> tuple[torch.Tensor, ...]:
-    _check_readable(options["temperature"], options["mask"])
-    bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)  # entropy of the weights
-    out: tuple[torch.Tensor, ...] = _launch_forward(logits_p, logits_q, beta=beta, jsd_bound=bound, **options)
-    return out
-
-
-_launch_forward = launcher(OP, "paired_divergence_fwd")
-
-
-register_cpu(OP, Kernels(_cpu_forward, _cpu_backward), FLOAT_DTYPES, "softcap")
-register_cuda(OP, Kernels(_cuda_forward, cuda_rows.paired_divergence_bwd), FLOAT_DTYPES, "softcap")
-register_triton(OP, Kernels(_triton_forward, launcher(OP, "paired_divergence_bwd")), FLOAT_DTYPES, "softcap")
+register_cpu(OP, cpu_rows.PAIRED_DIVERGENCE, FLOAT_DTYPES, "softcap")
+register_cuda(OP, cuda_rows.PAIRED_DIVERGENCE, FLOAT_DTYPES, "softcap")
+register_triton(OP, triton_rows.PAIRED_DIVERGENCE, FLOAT_DTYPES, "softcap")
 register_reference(OP, Kernels(reference.forward, None), "softcap")  # type: ignore[arg-type]
 
 
@@ -321,7 +200,7 @@ def _divergence_op(
 @_divergence_op.register_fake
 def _(logits_p: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = logits_p.shape[0]
-    state = logits_p.new_empty((tokens, STATE), dtype=torch.float32)
+    state = logits_p.new_empty((tokens, cpu_rows.DIVERGENCE_STATE), dtype=torch.float32)
     return logits_p.new_empty(tokens, dtype=torch.float32), state
 
 

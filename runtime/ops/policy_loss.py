@@ -1,55 +1,27 @@
 """policy_loss: a clipped-ratio objective, its gradient coefficients and metrics in one launch."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import cuda_policy, triton_backend, triton_objective
-from tokfuse.runtime.backends.policy_record import policy_record
-from tokfuse.runtime.core import native
-from tokfuse.runtime.core.dispatch import (
-    FLOAT_DTYPES,
+from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
+from tokfuse.runtime.backends.registration import (
     eager_cpu,
     register_cpu,
     register_cuda,
     register_reference,
     register_triton,
-    select,
 )
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.policy import policy_checks
-from tokfuse.runtime.policy.metrics import SLOT, SLOTS, Metrics
+from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.metrics import SLOTS, Metrics, sampler_mismatch
+from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.reference import policy_loss as reference
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
+from tokfuse.runtime.policy.results import ABSENT, PolicyLoss, PolicyTerms, loss_result
 
 OP = "policy_loss"
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """What `policy_loss` returns."""
-
-    loss: torch.Tensor
-    """() float32, loss_sum / normalizer; differentiable in logp and entropy."""
-    token_loss: torch.Tensor
-    """(tokens,) float32, the summands of `loss`; detached."""
-    loss_sum: torch.Tensor
-    """() float32, aggregated sum before the normaliser; detached."""
-    count: torch.Tensor
-    """() float64, this batch's own denominator: valid tokens, or sequences with a valid token."""
-    metrics: Metrics
-
-
-class PolicyTerms(NamedTuple):
-    """What a backend computes from one batch."""
-
-    loss: torch.Tensor
-    token_loss: torch.Tensor
-    d_logp: torch.Tensor
-    d_entropy: torch.Tensor
-    sums: torch.Tensor
 
 
 @ranged("policy_loss.fwd")
@@ -61,7 +33,7 @@ def policy_loss(
     objective: Objective,
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    normalizer: policy_checks.Normalizer = None,
+    normalizer: Normalizer = None,
     ref_logp: torch.Tensor | None = None,
     sampler_logp: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
@@ -145,24 +117,20 @@ def policy_loss(
     policy_checks.check_logp(OP, logp, entropy)
     policy_checks.check_inputs(OP, inputs, objective, logp.shape[0], logp.device, entropy is not None)
     policy_checks.check_sampler(OP, sampler_logp, logp.shape[0], logp.device)
-    inverse = policy_checks.inverse_normalizer(OP, normalizer, objective)
+    inverse = inverse_normalizer(OP, normalizer, objective)
     terms = _apply(logp, entropy, inputs, objective, inverse)
-    sampler_kl = policy_checks.sampler_mismatch(sampler_logp, inputs, logp)
-    return finish(terms, inputs, objective, inverse, entropy is not None, sampler_kl)
+    sampler_kl = sampler_mismatch(sampler_logp, inputs, logp)
+    return loss_result(terms, inputs, objective, inverse, entropy is not None, sampler_kl)
 
 
 def _eager(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    inputs: PolicyInputs,
-    objective: Objective,
-    normalizer: policy_checks.Normalizer,
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, normalizer: Normalizer
 ) -> PolicyLoss | None:
     """A plain call on the CPU, answered by one native function; None: take the general path."""
     native_module = eager_cpu()
     if native_module is None or not isinstance(objective, Objective):
         return None
-    inverse = policy_checks.inverse_normalizer(OP, normalizer, objective)
+    inverse = inverse_normalizer(OP, normalizer, objective)
     out = native_module.eager_policy_loss(
         logp, entropy, inputs, objective.record, objective.counts_sequences, inverse, torch.get_num_threads()
     )
@@ -181,153 +149,17 @@ def _apply(
 ) -> PolicyTerms:
     capability = select(OP, logp.device.type, logp.dtype)
     if capability.backend == "reference":
-        return _reference_run(logp, entropy, inputs, objective, inverse)
+        return reference_policy.policy_loss(logp, entropy, inputs, objective, inverse)
     if torch.compiler.is_compiling():
         return PolicyTerms(*_custom_op(logp, entropy, inputs, objective, inverse))
     terms: PolicyTerms = capability.run(logp, entropy, inputs, objective, inverse)
     return terms._replace(loss=_PolicyLossFunction.apply(logp, entropy, terms))
 
 
-def finish(
-    terms: PolicyTerms,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
-    has_entropy: bool,
-    sampler_kl: torch.Tensor | None,
-) -> PolicyLoss:
-    """Assemble the public result from a backend's terms."""
-    sums = terms.sums
-    count = sums[SLOT["seqs" if objective.counts_sequences else "tokens"]]
-    loss = terms.loss.detach()
-    loss_sum = loss * count.to(loss.dtype) if inverse < 0 else loss / inverse
-    absent = ABSENT[inputs.ref_logp is not None, has_entropy]
-    metrics = Metrics(sums, absent, sampler_kl)
-    return PolicyLoss(terms.loss, terms.token_loss, loss_sum, count, metrics)
-
-
-_REFERENCE_KL = frozenset({"ref_kl_k1", "ref_kl_k3"})
-# (has ref_logp, has entropy) -> metrics that such a batch does not have
-ABSENT = {
-    (True, True): frozenset[str](),
-    (True, False): frozenset({"entropy"}),
-    (False, True): _REFERENCE_KL,
-    (False, False): _REFERENCE_KL | {"entropy"},
-}
-
-
-# ---------------------------------------------------------------------------------------- backends
-
-
-def usable_by_autograd(x: Any) -> Any:
-    """A copy of a tensor made under torch.inference_mode, which autograd could not save."""
-    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
-
-
-def _reference_run(
-    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> PolicyTerms:
-    loss, token_loss, sums = reference.forward(logp, entropy, inputs, objective, inverse)
-    if torch.compiler.is_compiling():
-        zero = torch.zeros_like(token_loss)
-        return PolicyTerms(loss, token_loss, zero, zero, sums)
-    with torch.inference_mode(False), torch.enable_grad():
-        x = usable_by_autograd(logp.detach()).requires_grad_()
-        h = None if entropy is None else usable_by_autograd(entropy.detach()).requires_grad_()
-        given = PolicyInputs(*map(usable_by_autograd, inputs))
-        again, *_ = reference.forward(x, h, given, objective, inverse)
-        leaves = [x] if h is None else [x, h]
-        grads = torch.autograd.grad(again, leaves, allow_unused=True, materialize_grads=True)
-    d_entropy = grads[1] if h is not None else torch.zeros_like(grads[0])
-    rows = (grads[0] != 0) | (d_entropy != 0)
-    sums[SLOT["grad_rows"]] = rows.sum()
-    return PolicyTerms(loss, token_loss, grads[0], d_entropy, sums)
-
-
-def native_record(
-    logp: torch.Tensor | None,
-    entropy: torch.Tensor | None,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
-    out: tuple[torch.Tensor, ...],
-) -> tuple[tuple[Any, ...], list[torch.Tensor | None]]:
-    """(record for tokfuse._native, tensors that must outlive the call).
-
-    out = (token_loss, d_logp, d_entropy, sums, scratch), see `policy_record`.
-    """
-    *results, scratch = out
-    record, alive = policy_record(logp, entropy, inputs, objective, inverse, results)
-    return (*record, torch.get_num_threads(), scratch.data_ptr()), [*alive, scratch]
-
-
-def native_outputs(tokens: int) -> tuple[torch.Tensor, ...]:
-    """(token_loss, d_logp, d_entropy, sums, scratch) for `native_record`."""
-    vectors = [torch.empty(tokens, dtype=torch.float32) for _ in range(3)]
-    sums = torch.empty(len(SLOTS), dtype=torch.float64)
-    return (*vectors, sums, torch.empty(4 * tokens, dtype=torch.float32))
-
-
-def _cpu_run(
-    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> PolicyTerms:
-    out = native_outputs(logp.shape[0])
-    record, alive = native_record(logp, entropy, inputs, objective, inverse, out)
-    module = native.module()
-    assert module is not None
-    module.policy_loss(record)
-    del alive
-    token_loss, d_logp, d_entropy, sums, _ = out
-    loss = sums[SLOT["loss"]].to(torch.float32)
-    return PolicyTerms(loss, token_loss, d_logp, d_entropy, sums)
-
-
-def _cuda_run(
-    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> PolicyTerms:
-    if inputs.old_logp is None:
-        inputs = inputs._replace(old_logp=logp.detach())
-    out = cuda_policy.policy_loss(logp, entropy, inputs, objective, inverse)
-    token_loss, d_logp, d_entropy, sums = out
-    loss = sums[SLOT["loss"]].to(torch.float32)
-    return PolicyTerms(loss, token_loss, d_logp, d_entropy, sums)
-
-
-_launch_tokens = triton_backend.launcher("policy_loss", "policy_loss")
-_launch_sequences = triton_backend.launcher("policy_loss", "policy_loss_sequence")
-
-
-def _triton_run(
-    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
-) -> PolicyTerms:
-    if inputs.old_logp is None:
-        inputs = inputs._replace(old_logp=logp.detach())
-    given = triton_objective.encode(inputs, objective, inverse)
-    _, level, _, seq_mean, *_ = objective.record
-    x, h = native.float_vector(logp), native.float_vector(entropy)
-    if objective.level == "token":
-        out, sums = _launch_tokens(x, h, given.pointers, given.numbers, given.codes, given.scale, given.counts)
-    else:
-        assert inputs.cu_seqlens is not None
-        out, sums = _launch_sequences(
-            x,
-            h,
-            inputs.cu_seqlens.contiguous(),
-            given.pointers,
-            given.numbers,
-            (*given.codes, level),
-            given.scale,
-            seq_mean=bool(seq_mean),
-            seq_advantage=inputs.advantage_level == "sequence",
-        )
-    loss = sums[SLOT["loss"]].to(torch.float32)
-    return PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, sums)
-
-
-register_cpu(OP, _cpu_run, FLOAT_DTYPES)
-register_cuda(OP, _cuda_run, FLOAT_DTYPES)
-register_triton(OP, _triton_run, FLOAT_DTYPES)
-register_reference(OP, _reference_run)
+register_cpu(OP, cpu_policy.policy_loss, FLOAT_DTYPES)
+register_cuda(OP, cuda_policy.policy_loss, FLOAT_DTYPES)
+register_triton(OP, triton_policy.policy_loss, FLOAT_DTYPES)
+register_reference(OP, reference_policy.policy_loss)
 
 
 # -------------------------------------------------------------------------------- autograd, compile

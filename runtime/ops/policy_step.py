@@ -5,37 +5,32 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import cuda_policy, triton_objective
-from tokfuse.runtime.backends.device_step import DeviceStep, StepTerms, device_run
-from tokfuse.runtime.core import checks, native
-from tokfuse.runtime.core.dispatch import (
-    FLOAT_DTYPES,
+from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
+from tokfuse.runtime.backends.policy_runs import device_run
+from tokfuse.runtime.backends.registration import (
     eager_cpu,
     register_cpu,
     register_cuda,
     register_reference,
     register_triton,
-    select,
 )
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.lm_head import head as heads
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head import problem as heads
 from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
-from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.ops.influence import InfluenceSpec
-from tokfuse.runtime.ops.policy_loss import PolicyTerms
-from tokfuse.runtime.ops.policy_step_hidden import STEP_PHASES, policy_terms
-from tokfuse.runtime.ops.token_stats import TokenStats
-from tokfuse.runtime.policy import policy_checks
-from tokfuse.runtime.policy.metrics import SLOT, Metrics
+from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.metrics import SLOT, Metrics, sampler_mismatch
+from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.policy_checks import Normalizer
-from tokfuse.runtime.policy.step_result import Gradients, PolicyStep, hand_over
-from tokfuse.runtime.reference import token_stats as reference
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
+from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, hand_over, step_result
 
 OP = "policy_step"
 
@@ -174,8 +169,9 @@ def policy_step(
     inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp)
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
-    out, gradients = hidden_step.apply(problem, inputs, objective, inverse)
-    step = _result(out, inputs, objective, inverse, sampler_logp, gradients)
+    terms, stats, gradients = hidden_step.apply(problem, inputs, objective, inverse)
+    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
+    step = step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
@@ -268,7 +264,7 @@ def _check_policy(
 ) -> float:
     policy_checks.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
     policy_checks.check_sampler(op, sampler_logp, tokens, device)
-    return policy_checks.inverse_normalizer(op, normalizer, objective)
+    return inverse_normalizer(op, normalizer, objective)
 
 
 def _check_step(
@@ -284,21 +280,6 @@ def _check_step(
     check_logits(op, logits, target, options)
     tokens, device = logits.shape[0], logits.device
     return _check_policy(op, inputs, objective, tokens, device, normalizer, sampler_logp)
-
-
-def _result(
-    out: tuple[Any, ...],
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
-    sampler_logp: torch.Tensor | None,
-    gradients: dict[str, torch.Tensor | None],
-) -> PolicyStep:
-    loss, token_loss, sums, *stats = out
-    terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)
-    sampler_kl = policy_checks.sampler_mismatch(sampler_logp, inputs, stats[0])
-    base = losses.finish(terms, inputs, objective, inverse, True, sampler_kl)
-    return PolicyStep(loss, base.token_loss, base.loss_sum, base.count, base.metrics, TokenStats(*stats), gradients)
 
 
 # ------------------------------------------------------------------------------------- from logits
@@ -317,7 +298,7 @@ def _eager(
     native_module = eager_cpu()
     if native_module is None or not isinstance(objective, Objective):
         return None
-    inverse = policy_checks.inverse_normalizer(op, normalizer, objective)
+    inverse = inverse_normalizer(op, normalizer, objective)
     in_place = op == "policy_step_"
     out = native_module.eager_policy_step(
         logits,
@@ -334,14 +315,14 @@ def _eager(
         return None
     loss, loss_sum, count, token_loss, sums, *rest = out
     gradients: Gradients = {"logits": logits.detach() if in_place else rest[5]}
-    loss = _attach(logits, loss, gradients, in_place)
-    metrics = Metrics(sums, losses.ABSENT[inputs.ref_logp is not None, True])
+    loss = attach(logits, loss, gradients, in_place)
+    metrics = Metrics(sums, ABSENT[inputs.ref_logp is not None, True])
     stats = TokenStats(*rest[:5])
     return PolicyStep(loss, token_loss, loss_sum, count, metrics, stats, gradients)
 
 
-def _attach(logits: torch.Tensor, loss: torch.Tensor, gradients: Gradients, in_place: bool) -> torch.Tensor:
-    """`loss`, whose backward hands out the gradients that are there already."""
+def attach(logits: torch.Tensor, loss: torch.Tensor, gradients: Gradients, in_place: bool) -> torch.Tensor:
+    """Return `loss`, whose backward returns the gradients that are held already."""
     if torch.is_grad_enabled() and logits.requires_grad:
         loss = _LogitsStep.apply(logits, (loss,), gradients)
     if in_place:
@@ -360,17 +341,17 @@ def _from_logits(
     in_place: bool = False,
 ) -> PolicyStep:
     capability = select(OP, logits.device.type, logits.dtype, options.features())
-    if torch.compiler.is_compiling():
-        if capability.backend == "reference":
-            out = hidden_step.traced_reference(logits, target, options, inputs, objective, inverse, logits.dtype)
-            return _result(out, inputs, objective, inverse, sampler_logp, {})
-        out = _custom_op(logits, target, options, inputs, objective, inverse)
-        return _result(out[:8], inputs, objective, inverse, sampler_logp, {"logits": out[8]})
-    terms, stats, grad = capability.run(logits, target, options, inputs, objective, inverse, in_place)
-    gradients: Gradients = {"logits": grad}
-    loss = _attach(logits, terms.loss, gradients, in_place)
-    out = (loss, terms.token_loss, terms.sums, *stats)
-    return _result(out, inputs, objective, inverse, sampler_logp, gradients)
+    gradients: Gradients = {}
+    if not torch.compiler.is_compiling():
+        terms, stats, grad = capability.run(logits, target, options, inputs, objective, inverse, in_place)
+        gradients["logits"] = grad
+        terms = terms._replace(loss=attach(logits, terms.loss, gradients, in_place))
+    elif capability.backend == "reference":
+        terms, stats = reference_policy.traced_step(logits, target, options, inputs, objective, inverse, logits.dtype)
+    else:
+        terms, stats, gradients["logits"] = _custom_op(logits, target, options, inputs, objective, inverse)
+    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
+    return step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
 
 
 class _LogitsStep(torch.autograd.Function):
@@ -386,89 +367,10 @@ class _LogitsStep(torch.autograd.Function):
         return hand_over(ctx.gradients, grad_loss)["logits"], None, None
 
 
-def _reference_run(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    o: LogitOptions,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
-    in_place: bool,
-) -> StepTerms:
-    with torch.inference_mode(False), torch.enable_grad():
-        z = losses.usable_by_autograd(logits.detach()).requires_grad_()
-        target, *given = map(losses.usable_by_autograd, (target, *o))
-        inputs = PolicyInputs(*map(losses.usable_by_autograd, inputs))
-        options = LogitOptions(*given)._asdict()
-        stats = reference.exact(z, target, op=OP, **options)
-        terms = losses._reference_run(stats[0], stats[1], inputs, objective, inverse)
-        (grad,) = torch.autograd.grad(terms.loss, z, allow_unused=True, materialize_grads=True)
-    if in_place:
-        logits.detach().copy_(grad)
-        grad = logits.detach()
-    return StepTerms(*hidden_step.rounded_step(terms, stats, logits.dtype), grad)
-
-
-def _cpu_run(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    o: LogitOptions,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
-    in_place: bool,
-) -> StepTerms:
-    if objective.level != "token":
-        return _cpu_run_sequence(logits, target, o, inputs, objective, inverse, in_place)
-    tokens = logits.shape[0]
-    logits_record, alive = stats_op.native_logits_record(logits, target, o)
-    stats = [torch.empty(tokens, dtype=torch.float32) for _ in range(7)]
-    out = losses.native_outputs(tokens)
-    record, more = losses.native_record(stats[0], stats[1], inputs, objective, inverse, out)
-    grad = logits.detach() if in_place else native.empty_like_rows(logits)
-    module = native.module()
-    assert module is not None
-    bad = module.policy_step(
-        STEP_PHASES, logits_record, record, *[x.data_ptr() for x in stats[2:]], grad.data_ptr(), grad.stride(0), 0
-    )
-    del alive, more
-    if bad >= 0:
-        raise reference.bad_row(OP, bad, target, logits.shape[1], o.temperature)
-    return StepTerms(policy_terms(out), TokenStats(*stats[:5]), grad)
-
-
-def _cpu_run_sequence(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    o: LogitOptions,
-    inputs: PolicyInputs,
-    objective: Objective,
-    inverse: float,
-    in_place: bool,
-) -> StepTerms:
-    """A ratio of the whole sequence needs every logp of it before any gradient: three launches."""
-    *stats, shift, inv_sum = stats_op._cpu_forward(logits, target, op=OP, **o._asdict())
-    terms = losses._cpu_run(stats[0], stats[1], inputs, objective, inverse)
-    grad = stats_op._cpu_backward(
-        logits,
-        target,
-        shift,
-        inv_sum,
-        stats[1],
-        terms.d_logp,
-        terms.d_entropy,
-        out=logits.detach() if in_place else None,
-        **o._asdict(),
-    )
-    return StepTerms(terms, TokenStats(*stats), grad)
-
-
-CUDA = DeviceStep(stats_op.CUDA, losses._cuda_run, cuda_policy.policy_step)
-TRITON = DeviceStep(stats_op.TRITON, losses._triton_run, triton_objective.policy_step)
-register_cpu(OP, _cpu_run, FLOAT_DTYPES, "softcap")
-register_cuda(OP, device_run(CUDA), FLOAT_DTYPES, "softcap")
-register_triton(OP, device_run(TRITON), FLOAT_DTYPES, "softcap")
-register_reference(OP, _reference_run, "softcap")
+register_cpu(OP, cpu_policy.policy_step, FLOAT_DTYPES, "softcap")
+register_cuda(OP, device_run(cuda_policy.STEP), FLOAT_DTYPES, "softcap")
+register_triton(OP, device_run(triton_policy.STEP), FLOAT_DTYPES, "softcap")
+register_reference(OP, reference_policy.policy_step, "softcap")
 
 
 # ---------------------------------------------------------------------------------- torch.compile
@@ -550,7 +452,7 @@ _policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 def _custom_op(
     logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, i: PolicyInputs, objective: Objective, inverse: float
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:
     vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     out = _policy_step_op(
@@ -573,4 +475,5 @@ def _custom_op(
         losses.objective_key(objective),
         inverse,
     )
-    return tuple(out)
+    loss, token_loss, sums, *stats, grad = out
+    return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), grad

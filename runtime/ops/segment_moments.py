@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_packed, triton_backend
-from tokfuse.runtime.core import native
+from tokfuse.runtime.backends import cpu_packed, cuda_packed, triton_packed
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.backends.value_checks import check_segment_ids
 from tokfuse.runtime.core.checks import (
     BOOL,
     INTS,
@@ -19,7 +20,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import backend_of
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -105,19 +106,6 @@ def segment_moments(
     return SegmentMoments(*run(x, plain(segment_ids, torch.int64), plain(cu_seqlens), num_segments, plain(mask)))
 
 
-def _check_ids(ids: torch.Tensor, num_segments: int, mask: torch.Tensor | None) -> None:
-    outside = (ids < 0) | (ids >= num_segments)
-    if mask is not None:
-        outside = outside & mask
-    if bool(outside.any()):
-        _refuse_id(ids, int(outside.to(torch.uint8).argmax()), num_segments)
-
-
-def _refuse_id(ids: torch.Tensor, row: int, num_segments: int) -> None:
-    want = f"in [0, num_segments) = [0, {num_segments})"
-    raise refuse(OP, "segment_ids", want, f"{int(ids[row])} at row {row}", "Mask rows without one.")
-
-
 def _reference(
     values: torch.Tensor,
     segment_ids: torch.Tensor | None,
@@ -129,52 +117,8 @@ def _reference(
         assert cu_seqlens is not None
         segment_ids = sequence_index(cu_seqlens, values.shape[0])
     elif may_read(segment_ids):
-        _check_ids(segment_ids, num_segments, mask)
+        check_segment_ids(segment_ids, num_segments, mask)
     return reference(values, segment_ids, num_segments, mask=mask)
-
-
-def _cpu_forward(
-    values: torch.Tensor,
-    segment_ids: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    num_segments: int,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    module = native.module()
-    assert module is not None
-    count = torch.empty(num_segments, dtype=torch.int64)
-    total, square, low, high = (values.new_empty(num_segments) for _ in range(4))
-    bad = module.segment_moments(
-        native.pointer(values),
-        values.dtype == torch.float64,
-        native.pointer(segment_ids),
-        native.pointer(cu_seqlens),
-        native.pointer(mask),
-        native.pointer(count),
-        native.pointer(total),
-        native.pointer(square),
-        native.pointer(low),
-        native.pointer(high),
-        values.shape[0],
-        num_segments,
-        torch.get_num_threads(),
-    )
-    if bad >= 0:
-        assert segment_ids is not None
-        _refuse_id(segment_ids, bad, num_segments)
-    return count, total, square, low, high
-
-
-def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """`launch`, after a look at the ids where values of the device may be read."""
-
-    def run(values: torch.Tensor, segment_ids: torch.Tensor | None, *rest: Any) -> tuple[torch.Tensor, ...]:
-        if segment_ids is not None and may_read(segment_ids):
-            _, num_segments, mask = rest
-            _check_ids(segment_ids, num_segments, mask)
-        return launch(values, segment_ids, *rest)
-
-    return run
 
 
 class _Moments(torch.autograd.Function):
@@ -252,9 +196,9 @@ _FORM = GraphForm(
 )
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
-    "cuda": _differentiable("cuda", _on_device(cuda_packed.segment_moments)),
-    "triton": _differentiable("triton", _on_device(triton_backend.launcher(OP, OP))),
-    "cpu": _differentiable("cpu", _cpu_forward),
+    "cuda": _differentiable("cuda", cuda_packed.segment_moments),
+    "triton": _differentiable("triton", triton_packed.segment_moments),
+    "cpu": _differentiable("cpu", cpu_packed.segment_moments),
     "reference": _reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32, torch.float64}))

@@ -1,54 +1,51 @@
 """token_stats: everything a loss needs from one read of the logits."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+import functools
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from tokfuse.runtime.backends import cuda_rows
-from tokfuse.runtime.backends.triton_backend import launcher
-from tokfuse.runtime.core import native
-from tokfuse.runtime.core.checks import check_flag, may_read
-from tokfuse.runtime.core.dispatch import (
-    FLOAT_DTYPES,
+from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
+from tokfuse.runtime.backends.registration import (
     eager_cpu,
     register_cpu,
     register_cuda,
     register_reference,
     register_triton,
-    select,
 )
+from tokfuse.runtime.core.checks import check_flag, check_positive
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
+from tokfuse.runtime.reference import extended_token_stats as extended_reference
 from tokfuse.runtime.reference import token_stats as reference
 
-if TYPE_CHECKING:
-    from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
-
 OP = "token_stats"
+EXTENDED = "extended_token_stats"
+"""`token_stats` with second_temperature or moments, which has rows of its own in the table of backends."""
 
 
-class TokenStats(NamedTuple):
-    """Statistics of each row's distribution; every field is (tokens,) float32, 0 where masked."""
+class Extras(NamedTuple):
+    """Which optional outputs are asked for."""
 
-    logp: torch.Tensor
-    """log p of the target, nats. Differentiable."""
-    entropy: torch.Tensor
-    """-sum p log p, nats. Differentiable."""
-    lse: torch.Tensor
-    """log-sum-exp of the transformed logits, nats."""
-    sum_sq: torch.Tensor
-    """sum of p^2; 1 - 2 exp(logp) + sum_sq is the squared norm of d logp / d logits at T = 1."""
-    top1: torch.Tensor
-    """1.0 where the target attains the row's maximum (ties count), else 0.0."""
+    second_temperature: float | None
+    moments: bool
 
-
-class Kernels(NamedTuple):
-    """One backend; `backward` is None where autograd differentiates `forward`."""
-
-    forward: Callable[..., tuple[torch.Tensor, ...]]
-    backward: Callable[..., torch.Tensor] | None
+    def result(self, out: tuple[torch.Tensor, ...]) -> ExtendedTokenStats:
+        """The backend's eight outputs, with None for those that were not asked for."""
+        logp, entropy, lse, sum_sq, top1, second, p2_logp, p2_logp2 = out
+        return ExtendedTokenStats(
+            logp,
+            entropy,
+            lse,
+            sum_sq,
+            top1,
+            None if self.second_temperature is None else second,
+            p2_logp if self.moments else None,
+            p2_logp2 if self.moments else None,
+        )
 
 
 @overload
@@ -80,7 +77,7 @@ def token_stats(
     bias_scale: float = ...,
     second_temperature: float,
     moments: bool = ...,
-) -> "ExtendedTokenStats": ...
+) -> ExtendedTokenStats: ...
 
 
 @overload
@@ -96,7 +93,7 @@ def token_stats(
     bias_scale: float = ...,
     second_temperature: float | None = ...,
     moments: Literal[True],
-) -> "ExtendedTokenStats": ...
+) -> ExtendedTokenStats: ...
 
 
 @ranged("token_stats.fwd")
@@ -112,7 +109,7 @@ def token_stats(
     bias_scale: float = 1.0,
     second_temperature: float | None = None,
     moments: bool = False,
-) -> "TokenStats | ExtendedTokenStats":
+) -> TokenStats | ExtendedTokenStats:
     """Log-prob, entropy, log-sum-exp, sum of squared probabilities and top-1 hit in one read.
 
     p = softmax(u / temperature) with u = softcap * tanh(logit_scale * logits / softcap), or
@@ -170,21 +167,18 @@ def token_stats(
         raise refuse(OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "It would have no effect.")
     check_flag(OP, "moments", moments)
     if second_temperature is None and not moments:
-        stats = _eager(logits, target, options)
-        if stats is not None:
-            return stats
+        done = _eager(logits, target, options)
+        if done is not None:
+            return done
     check_logits(OP, logits, target, options)
     if second_temperature is not None or moments:
-        from tokfuse.runtime.ops import extended_token_stats as extended
-
-        extras = extended.Extras(second_temperature, moments)
-        return extended.extended_token_stats(logits, target, options, extras)
+        return _extended(logits, target, options, Extras(second_temperature, moments))
     capability = _capability(logits, options)
     if capability.backend == "reference":
         return TokenStats(*reference.forward(logits, target, **options._asdict()))
     if torch.compiler.is_compiling():
         return TokenStats(*_custom_op(logits, target, options)[:5])
-    run = capability.run
+    run: Kernels = capability.run
     if logits.requires_grad and torch.is_grad_enabled():
         return TokenStats(*_TokenStatsFunction.apply(logits, target, options, run))
     return TokenStats(*run.forward(logits, target, **options._asdict())[:5])
@@ -198,125 +192,42 @@ def _eager(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> Token
     tracked = getattr(logits, "requires_grad", False) and torch.is_grad_enabled()
     out = native_module.eager_token_stats(logits, target, o, torch.get_num_threads(), tracked)
     if out is not None and tracked:
-        out = _TokenStatsFunction.apply(logits, target, o, _CPU, out)
+        out = _TokenStatsFunction.apply(logits, target, o, cpu_rows.TOKEN_STATS, out)
     return None if out is None else TokenStats(*out)
+
+
+def _extended(logits: torch.Tensor, target: torch.Tensor, options: LogitOptions, extras: Extras) -> ExtendedTokenStats:
+    """`token_stats` with second_temperature or moments; logits and options are checked."""
+    if extras.second_temperature is not None:
+        check_positive(OP, "second_temperature", extras.second_temperature)
+    capability = select(EXTENDED, logits.device.type, logits.dtype, options.features())
+    arguments = {**options._asdict(), **extras._asdict()}
+    if capability.backend == "reference":
+        return extras.result(extended_reference.forward(logits, target, **arguments))
+    if torch.compiler.is_compiling():
+        out = _extended_custom_op(logits, target, options, extras)
+        return extras.result((*out[:5], *out[7:]))
+    run: Kernels = capability.run
+    if logits.requires_grad and torch.is_grad_enabled():
+        bound = run._replace(forward=functools.partial(run.forward, **extras._asdict()))
+        return extras.result(_TokenStatsFunction.apply(logits, target, options, bound))
+    out = run.forward(logits, target, **arguments)
+    return extras.result((*out[:5], *out[7:]))
 
 
 def _capability(logits: torch.Tensor, options: LogitOptions) -> Any:
     return select(OP, logits.device.type, logits.dtype, options.features())
 
 
-# ------------------------------------------------------------------------------------ CPU backend
-
-
-def native_logits_record(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(record for tokfuse._native, tensors that must outlive the call)."""
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    bias = o.bias_logits
-    if bias is not None and bias.stride(1) != 1:
-        bias = bias.contiguous()
-    target = target.contiguous()
-    mask = None if o.mask is None else o.mask.contiguous()
-    temperature: float | torch.Tensor = o.temperature
-    scalar, vector = 1.0, None
-    if isinstance(temperature, torch.Tensor):
-        vector = temperature.float().contiguous()
-    else:
-        scalar = temperature
-    record = (
-        logits.data_ptr(),
-        logits.stride(0),
-        native.DTYPE_CODE[logits.dtype],
-        logits.shape[0],
-        logits.shape[1],
-        target.data_ptr(),
-        native.pointer(mask),
-        native.pointer(vector),
-        scalar,
-        o.softcap or 0.0,
-        o.logit_scale,
-        native.pointer(bias),
-        0 if bias is None else bias.stride(0),
-        o.bias_scale,
-        torch.get_num_threads(),
-        0,
-        logits.shape[0],
-        0,
-        0,
-    )
-    return record, (logits, target, mask, vector, bias)
-
-
-def _cpu_forward(logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any) -> tuple[torch.Tensor, ...]:
-    o = LogitOptions(**options)
-    record, alive = native_logits_record(logits, target, o)
-    out = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(7)]
-    module = native.module()
-    assert module is not None
-    bad = module.token_stats_fwd(record, *[x.data_ptr() for x in out], 0, 0, 0, 1.0)
-    del alive
-    if bad >= 0:
-        raise reference.bad_row(op, bad, target, logits.shape[1], o.temperature)
-    return tuple(out)
-
-
-def _cpu_backward(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    shift: torch.Tensor,
-    inv_sum: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    out: torch.Tensor | None = None,
-    **options: Any,
-) -> torch.Tensor:
-    record, alive = native_logits_record(logits, target, LogitOptions(**options))
-    grad_logits = native.empty_like_rows(logits) if out is None else out
-    ga = None if grad_logp is None else grad_logp.float().contiguous()
-    gh = None if grad_entropy is None else grad_entropy.float().contiguous()
-    module = native.module()
-    assert module is not None
-    module.token_stats_bwd(
-        record,
-        shift.data_ptr(),
-        inv_sum.data_ptr(),
-        entropy.data_ptr(),
-        native.pointer(ga),
-        native.pointer(gh),
-        grad_logits.data_ptr(),
-        grad_logits.stride(0),
-    )
-    del alive
-    return grad_logits
-
-
-# ----------------------------------------------------------------------- CUDA and Triton backends
-
-
-def _on_device(launch: Callable[..., tuple[torch.Tensor, ...]]) -> Any:
-    """`launch`, after a look at targets where values of the device may be read."""
-
-    def forward(logits: torch.Tensor, target: torch.Tensor, op: str = OP, **options: Any) -> tuple[torch.Tensor, ...]:
-        if may_read(target):
-            mask, temperature = options["mask"], options["temperature"]
-            reference.check_values(op, target, logits.shape[1], mask, temperature)
-        return launch(logits, target, **options)
-
-    return forward
-
-
-CUDA = Kernels(_on_device(cuda_rows.token_stats_fwd), cuda_rows.token_stats_bwd)
-TRITON = Kernels(_on_device(launcher(OP, "token_stats_fwd")), launcher(OP, "token_stats_bwd"))
-
-_CPU = Kernels(_cpu_forward, _cpu_backward)
-register_cpu(OP, _CPU, FLOAT_DTYPES, "softcap", "bias_logits")
-register_cuda(OP, CUDA, FLOAT_DTYPES, "softcap", "bias_logits")
-register_triton(OP, TRITON, FLOAT_DTYPES, "softcap", "bias_logits")
+register_cpu(OP, cpu_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
+register_cuda(OP, cuda_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
+register_triton(OP, triton_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
 register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
+
+register_cpu(EXTENDED, cpu_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
+register_cuda(EXTENDED, cuda_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
+register_triton(EXTENDED, triton_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
+register_reference(EXTENDED, Kernels(extended_reference.forward, None), "softcap", "bias_logits")
 
 
 # --------------------------------------------------------------------------------- eager autograd
@@ -334,9 +245,9 @@ class _TokenStatsFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         if outputs is None:
             outputs = run.forward(logits, target, **o._asdict())
-        logp, entropy, lse, sum_sq, top1, shift, inv_sum, *extras = outputs
+        logp, entropy, lse, sum_sq, top1, row_max, inv_sum, *extras = outputs
         tensors = (o.temperature if isinstance(o.temperature, torch.Tensor) else None, o.mask, o.bias_logits)
-        ctx.save_for_backward(logits, target, shift, inv_sum, entropy, *tensors)
+        ctx.save_for_backward(logits, target, row_max, inv_sum, entropy, *tensors)
         ctx.options, ctx.run = o._replace(mask=None, bias_logits=None), run
         if tensors[0] is not None:
             ctx.options = ctx.options._replace(temperature=1.0)
@@ -398,7 +309,7 @@ def _(logits: torch.Tensor, target: torch.Tensor, *_: Any) -> tuple[torch.Tensor
 def _token_stats_backward_op(
     logits: torch.Tensor,
     target: torch.Tensor,
-    shift: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
@@ -413,7 +324,7 @@ def _token_stats_backward_op(
 ) -> torch.Tensor:
     options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
     run = _capability(logits, LogitOptions(**options)).run
-    grad = run.backward(logits, target, shift, inv_sum, entropy, grad_logp, grad_entropy, **options)
+    grad = run.backward(logits, target, row_max, inv_sum, entropy, grad_logp, grad_entropy, **options)
     return grad  # type: ignore[no-any-return]
 
 
@@ -424,22 +335,22 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logits, target, temperature, scalar, softcap, logit_scale, mask, bias, bias_scale = inputs
-    _, entropy, lse, sum_sq, top1, shift, inv_sum = output
-    ctx.save_for_backward(logits, target, shift, inv_sum, entropy, temperature, mask, bias)
+    _, entropy, lse, sum_sq, top1, row_max, inv_sum = output
+    ctx.save_for_backward(logits, target, row_max, inv_sum, entropy, temperature, mask, bias)
     ctx.scalars = (scalar, softcap, logit_scale, bias_scale)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, sum_sq, top1, shift, inv_sum)
+    ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    logits, target, shift, inv_sum, entropy, temperature, mask, bias = ctx.saved_tensors
+    logits, target, row_max, inv_sum, entropy, temperature, mask, bias = ctx.saved_tensors
     scalar, softcap, logit_scale, bias_scale = ctx.scalars
     if grads[0] is None and grads[1] is None:
         return (None,) * 9
     grad = _token_stats_backward_op(
         logits,
         target,
-        shift,
+        row_max,
         inv_sum,
         entropy,
         grads[0],
@@ -463,5 +374,58 @@ def _custom_op(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> t
     scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     out = _token_stats_op(
         logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask, o.bias_logits, o.bias_scale
+    )
+    return tuple(out)
+
+
+@torch.library.custom_op("tokfuse::extended_token_stats", mutates_args=())
+@ranged("token_stats.fwd")
+def _extended_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    temperature: torch.Tensor | None,
+    scalar_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    mask: torch.Tensor | None,
+    bias_logits: torch.Tensor | None,
+    bias_scale: float,
+    second_temperature: float | None,
+    moments: bool,
+) -> list[torch.Tensor]:
+    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    o = LogitOptions(**options)
+    run = select(EXTENDED, logits.device.type, logits.dtype, o.features()).run
+    out = run.forward(logits, target, second_temperature=second_temperature, moments=moments, **options)
+    return list(out)
+
+
+@_extended_op.register_fake
+def _(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+    second_temperature, moments = rest[-2:]
+    wanted = [True] * 7 + [second_temperature is not None, moments, moments]
+    tokens = logits.shape[0]
+    return [logits.new_empty(tokens if yes else 0, dtype=torch.float32) for yes in wanted]
+
+
+def _extended_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    _setup_context(ctx, inputs[:9], tuple(output[:7]))
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _extended_op_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    return (*_op_backward(ctx, *grads), None, None)
+
+
+_extended_op.register_autograd(_extended_op_backward, setup_context=_extended_setup_context)
+
+
+def _extended_custom_op(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, extras: Extras
+) -> tuple[torch.Tensor, ...]:
+    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
+    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
+    out = _extended_op(
+        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask, o.bias_logits, o.bias_scale, *extras
     )
     return tuple(out)

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_packed, triton_backend
-from tokfuse.runtime.core import native
+from tokfuse.runtime.backends import cpu_packed, cuda_packed, triton_packed
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import (
     BOOL,
     Rows,
@@ -17,7 +17,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import backend_of
 from tokfuse.runtime.core.graph_ops import GraphForm, like_rows, traceable
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference.vtrace import vtrace as reference
@@ -126,43 +126,6 @@ def vtrace(
     )
 
 
-def _cpu(
-    log_ratio: torch.Tensor,
-    reward: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    gamma: float,
-    lam: float,
-    rho_bar: float | None,
-    c_bar: float | None,
-    mask: torch.Tensor | None,
-    finished: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    module = native.module()
-    assert module is not None
-    target, advantage, rho = (native.empty_like_rows(reward) for _ in range(3))
-    module.vtrace(
-        native.pointer(log_ratio),
-        native.pointer(reward),
-        native.pointer(value),
-        native.pointer(cu_seqlens),
-        native.pointer(mask),
-        native.pointer(finished),
-        native.pointer(target),
-        native.pointer(advantage),
-        native.pointer(rho),
-        reward.shape[0],
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        lam,
-        float("inf") if rho_bar is None else rho_bar,
-        float("inf") if c_bar is None else c_bar,
-        torch.get_num_threads(),
-    )
-    return target, advantage, rho
-
-
 _FORM = GraphForm(
     "(Tensor log_ratio, Tensor reward, Tensor value, Tensor cu_seqlens, *, float gamma, float lam,"
     " float? rho_bar, float? c_bar, Tensor? mask, Tensor? finished) -> (Tensor, Tensor, Tensor)",
@@ -171,8 +134,8 @@ _FORM = GraphForm(
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.vtrace, _FORM),
-    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
-    "cpu": traceable(OP, "cpu", _cpu, _FORM),
+    "triton": traceable(OP, "triton", triton_packed.vtrace, _FORM),
+    "cpu": traceable(OP, "cpu", cpu_packed.vtrace, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

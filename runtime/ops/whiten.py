@@ -2,8 +2,8 @@
 
 import torch
 
-from tokfuse.runtime.backends import cuda_packed, triton_backend
-from tokfuse.runtime.core import native
+from tokfuse.runtime.backends import cpu_packed, cuda_packed, triton_packed
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import (
     BOOL,
     Rows,
@@ -15,7 +15,7 @@ from tokfuse.runtime.core.checks import (
     plain,
     working_dtype,
 )
-from tokfuse.runtime.core.dispatch import backend_of, register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import backend_of
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import GraphForm, traceable
 from tokfuse.runtime.core.ranges import ranged
@@ -99,32 +99,6 @@ def _statistic(name: str, value: torch.Tensor | float | None, device: torch.devi
     return torch.tensor(number, dtype=torch.float64, device=device)
 
 
-def _cpu(
-    x: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    shift_mean: bool,
-    eps: float,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-) -> torch.Tensor:
-    module = native.module()
-    assert module is not None
-    out = native.empty_like_rows(x)
-    module.whiten(
-        native.pointer(x),
-        native.pointer(mask),
-        native.pointer(mean),
-        native.pointer(var),
-        native.pointer(out),
-        x.shape[0],
-        shift_mean,
-        eps,
-        torch.get_num_threads(),
-    )
-    return out
-
-
 _FORM = GraphForm(
     "(Tensor x, *, Tensor? mask, bool shift_mean, float eps, Tensor? mean, Tensor? var) -> Tensor",
     lambda x, **_: torch.empty_like(x),
@@ -132,8 +106,8 @@ _FORM = GraphForm(
 # By name, because torch.compile can follow a module's table but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.whiten, _FORM),
-    "triton": traceable(OP, "triton", triton_backend.launcher(OP, OP), _FORM),
-    "cpu": traceable(OP, "cpu", _cpu, _FORM),
+    "triton": traceable(OP, "triton", triton_packed.whiten, _FORM),
+    "cpu": traceable(OP, "cpu", cpu_packed.whiten, _FORM),
     "reference": reference,
 }
 register_cuda(OP, _RUNS["cuda"], frozenset({torch.float32}))

@@ -225,7 +225,7 @@ def test_results_repeat_bitwise():
 def test_sketches_are_sums_of_outer_products(rank: int):
     generator = torch.Generator().manual_seed(3)
     left, right = torch.randn(2, 64, rank, generator=generator).unbind(0)
-    got = cuda_packed.sketch(left, right, CU)
+    got = cuda_packed.launch_sketch(left, right, CU)
     for s in range(len(CU) - 1):
         own = slice(int(CU[s]), int(CU[s + 1]))
         torch.testing.assert_close(got[s], left[own].T @ right[own], atol=1e-4, rtol=1e-5)

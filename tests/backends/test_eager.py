@@ -87,7 +87,7 @@ def flat(result: Any) -> list[torch.Tensor]:
         given = (result.loss, result.token_loss, result.loss_sum, result.count)
         rest = (result.metrics.sums, *result.stats, result.grad_logits)
         return [x for x in (*given, *rest) if x is not None]
-    if isinstance(result, losses.PolicyLoss):
+    if isinstance(result, tokfuse.PolicyLoss):
         given = (result.loss, result.token_loss, result.loss_sum, result.count)
         return [*given, result.metrics.sums]
     return list(result)
@@ -103,7 +103,7 @@ def both_ways(call: Call, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     for a, b in zip(flat(fast), flat(slow), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert torch.equal(a, b), (a, b)
-    if isinstance(fast, losses.PolicyLoss | tokfuse.PolicyStep):
+    if isinstance(fast, tokfuse.PolicyLoss | tokfuse.PolicyStep):
         assert fast.metrics.mean() == slow.metrics.mean()
 
 

@@ -17,17 +17,18 @@ pytestmark = pytest.mark.skipif(native.module() is None, reason="the native modu
 PRELUDE = """
 import torch, tokfuse
 from tokfuse.runtime.core import native
-from tokfuse.runtime.ops import policy_loss as losses, token_stats as stats
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
+from tokfuse.runtime.backends import cpu_policy, cpu_rows
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.policy.inputs import PolicyInputs
 M = native.module()
 z, y = torch.randn(4, 9), torch.tensor([0, 1, 2, 8])
-record, alive = stats.native_logits_record(z, y, stats.LogitOptions(1.0, None, 1.0, None))
+record, alive = cpu_rows.logits_record(z, y, LogitOptions(1.0, None, 1.0, None))
 out = [torch.empty(4) for _ in range(7)]
 P = [x.data_ptr() for x in out]
 cu = torch.tensor([0, 2, 4], dtype=torch.int32)
 inputs = PolicyInputs(torch.zeros(4), torch.ones(4), cu_seqlens=cu)
-terms = losses.native_outputs(4)
-policy, alive2 = losses.native_record(out[0], out[1], inputs, tokfuse.Objective(), 1.0, terms)
+terms = cpu_policy.native_outputs(4)
+policy, alive2 = cpu_policy.native_record(out[0], out[1], inputs, tokfuse.Objective(), 1.0, terms)
 
 def set_(record, i, value):
     return record[:i] + (value,) + record[i + 1:]

@@ -9,11 +9,12 @@ from tokfuse.runtime.core import dispatch
 from tokfuse.runtime.ops import offpolicy_weights as offpolicy
 from tokfuse.runtime.ops.gae import gae
 from tokfuse.runtime.ops.group_advantage import group_advantage
-from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
+from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.ope import ope
 from tokfuse.runtime.ops.segment_moments import segment_moments
 from tokfuse.runtime.ops.vtrace import vtrace
 from tokfuse.runtime.ops.whiten import whiten
+from tokfuse.runtime.policy.keep_rule import KeepRule
 
 GEN = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, generator=GEN), torch.randn(12, generator=GEN)

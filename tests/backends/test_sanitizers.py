@@ -21,11 +21,12 @@ pytestmark = pytest.mark.skipif(
 PRELUDE = """
 import torch
 from tokfuse.runtime.core import native
-from tokfuse.runtime.ops import token_stats as stats
+from tokfuse.runtime.backends import cpu_rows
+from tokfuse.runtime.core.logit_options import LogitOptions
 M = native.module()
 torch.set_num_threads(1)
 z, y = torch.randn(4, 9), torch.tensor([0, 1, 2, 8])
-record, alive = stats.native_logits_record(z, y, stats.LogitOptions(1.0, None, 1.0, None))
+record, alive = cpu_rows.logits_record(z, y, LogitOptions(1.0, None, 1.0, None))
 out = [torch.empty(4) for _ in range(7)]
 def call(logits=z, out=out, offset=0):
     M.token_stats_fwd((logits.data_ptr() + offset, *record[1:]), *(x.data_ptr() for x in out),

@@ -17,7 +17,7 @@ from harness import bits
 
 import tokfuse
 from tokfuse.inspection import kernel_table
-from tokfuse.runtime.backends import triton_backend
+from tokfuse.runtime.backends import registration, triton_backend
 from tokfuse.runtime.core import dispatch
 
 triton = pytest.importorskip("triton")
@@ -92,8 +92,9 @@ def test_cpu_tensors_never_take_the_interpreter_by_themselves():
     """And without it they cannot take triton at all."""
     code = """
 import torch, tokfuse
+from tokfuse.runtime.backends import registration
 from tokfuse.runtime.core import dispatch
-dispatch.register_triton("only", "run", dispatch.FLOAT_DTYPES, "softcap")
+registration.register_triton("only", "run", dispatch.FLOAT_DTYPES, "softcap")
 for name in (None, "triton"):
     try:
         with dispatch.backend(name) if name else torch.no_grad():
@@ -120,8 +121,8 @@ def test_cuda_tensors_take_triton_where_there_is_no_cuda_kernel(monkeypatch):
     monkeypatch.setitem(dispatch._REGISTRY, "only", {})
     monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
     monkeypatch.setattr(triton_backend, "why_unusable", lambda: None)
-    dispatch.register_triton("only", "run", dispatch.FLOAT_DTYPES)
-    dispatch.register_reference("only", "plain")
+    registration.register_triton("only", "run", dispatch.FLOAT_DTYPES)
+    registration.register_reference("only", "plain")
     none: frozenset[str] = frozenset()
     assert dispatch._choose("only", "cuda", torch.bfloat16, none, None).backend == "triton"
     assert dispatch._choose("only", "cuda", torch.float64, none, None).backend == "reference"

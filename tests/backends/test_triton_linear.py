@@ -16,8 +16,8 @@ from logit_cases import FORWARD_ATOL
 import tokfuse
 from tokfuse import KL, Objective, PPOClip, Quadratic
 from tokfuse.influence import InfluenceSpec
-from tokfuse.runtime.lm_head import device_head
-from tokfuse.runtime.ops import policy_step_hidden
+from tokfuse.runtime.lm_head import device_head, device_runs
+from tokfuse.runtime.lm_head.problem import HeadProblem
 
 launch = pytest.importorskip("tokfuse.triton_kernels.launch")
 for _kernel in ("head_gradient", "linear_token_stats", "policy_step", "token_stats"):
@@ -364,7 +364,7 @@ def test_head_gradient_over_live_rows(rows, live, size, vocab, dtype, backend, m
 def test_row_classes(backend):
     """Which rows enter which GEMM: the order of the classes, and what decides the first."""
     case = case_of(torch.float32)
-    problem = policy_step_hidden.HeadProblem(*(backend.put(x) for x in case), None, 1)
+    problem = HeadProblem(*(backend.put(x) for x in case), None, 1)
     needed = torch.tensor([1, 0, 1, 1, 1, 0, 1, 1, 1]).bool()
     gradient = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 1]).bool()
     rows = device_head.classify(problem, backend.put(needed), backend.put(gradient))
@@ -391,7 +391,7 @@ def test_what_may_carry_gradient(objective: Objective, given, expected):
     module = importlib.import_module("tokfuse.triton_kernels.objective")
     vectors = {name: torch.tensor(value) for name, value in given.items()}
     x = module.TokenPointers(*[None] * 9)._replace(advantage=torch.tensor([1.0, 0.0, -1.0]))
-    found = policy_step_hidden.may_carry_gradient(x._replace(**vectors), objective)
+    found = device_runs.may_carry_gradient(x._replace(**vectors), objective)
     assert (None if found is None else found.tolist()) == expected
 
 

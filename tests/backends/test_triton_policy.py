@@ -15,7 +15,7 @@ from policy_cases import SHAPES
 
 import tokfuse
 from tokfuse import KL, Objective, PPOClip
-from tokfuse.runtime.backends import device_step
+from tokfuse.runtime.backends import policy_runs
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import KL_ESTIMATORS, LEVELS
 
@@ -293,7 +293,7 @@ def test_a_bad_target(backend, small_tiles, monkeypatch):
     logits, keywords = logits_of(torch.float32)
     before = logits.clone()
     with monkeypatch.context() as unread:
-        unread.setattr(device_step, "may_read", lambda x: False)
+        unread.setattr(policy_runs, "may_read", lambda x: False)
         wrong = keywords | {"target": keywords["target"].clone()}
         wrong["target"][1] = VOCAB
         step = step_of(backend, logits, SPEC, **wrong)

@@ -12,8 +12,8 @@ from harness import bits, compare
 from logit_cases import CASES
 
 import tokfuse
-from tokfuse.runtime.ops import paired_divergence as paired_op
-from tokfuse.runtime.ops import token_stats as stats_op
+from tokfuse.runtime.backends import triton_rows
+from tokfuse.runtime.core.codes import DIVERGENCES
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -107,7 +107,7 @@ def on(device: str, arguments: dict) -> dict:
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("kind", paired_op.KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_divergences_on_a_device_are_those_of_the_reference(case, kind):
     p, _, options = case.make(torch.float32)
@@ -199,7 +199,7 @@ def test_bandwidth_is_that_of_a_copy(gradient, record_property):
     target = torch.randint(0, 128256, (4096,), device="cuda")
     other = torch.empty_like(logits)
 
-    run = stats_op.TRITON
+    run = triton_rows.TOKEN_STATS
     options = {**OPTIONS, "bias_logits": None, "bias_scale": 1.0}
     out = run.forward(logits, target, **options)
     one = torch.ones(4096, device="cuda")

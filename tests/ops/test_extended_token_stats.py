@@ -14,8 +14,8 @@ from harness import host_backends, thread_counts
 from hypothesis import strategies as st
 
 from tokfuse.runtime.core import dispatch, native
-from tokfuse.runtime.ops.extended_token_stats import ExtendedTokenStats
-from tokfuse.runtime.ops.token_stats import TokenStats, token_stats
+from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
+from tokfuse.runtime.ops.token_stats import token_stats
 
 INF = float("inf")
 

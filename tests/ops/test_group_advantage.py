@@ -14,7 +14,8 @@ import torch
 from harness import backends, on_its_device
 from hypothesis import strategies as st
 
-from tokfuse.runtime.ops.group_advantage import BASELINES, GROUPLESS, KINDS, SCALES, group_advantage
+from tokfuse.runtime.core.codes import BASELINES, SCALES
+from tokfuse.runtime.ops.group_advantage import GROUPLESS, KINDS, group_advantage
 
 group_advantage = on_its_device(group_advantage)
 TOLERANCE = {"rtol": 2e-7, "atol": 1e-12}

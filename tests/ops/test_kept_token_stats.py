@@ -320,10 +320,11 @@ def test_refusals(args, kwargs, message):
 def test_the_kernel_checks_what_it_indexes_by(backend):
     if backend != "cpu":
         pytest.skip("about the native module")
+    from tokfuse.runtime.backends.cpu_rows import logits_record
     from tokfuse.runtime.core import native
-    from tokfuse.runtime.ops.token_stats import LogitOptions, native_logits_record
+    from tokfuse.runtime.core.logit_options import LogitOptions
 
-    record, alive = native_logits_record(Z, Y, LogitOptions(1.0, None, 1.0, None))
+    record, alive = logits_record(Z, Y, LogitOptions(1.0, None, 1.0, None))
     out = [torch.zeros(2) for _ in range(5)]
     pointers = [x.data_ptr() for x in out]
     for offsets, kept in ((OFFSETS, 2), (OFFSETS + 1, 3), (torch.tensor([0, 4, 3]), 3)):

@@ -14,7 +14,8 @@ from harness import backends, on_its_device
 from hypothesis import strategies as st
 from offpolicy_cases import expected
 
-from tokfuse.runtime.ops.offpolicy_weights import KeepRule, offpolicy_weights
+from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
+from tokfuse.runtime.policy.keep_rule import KeepRule
 
 offpolicy_weights = on_its_device(offpolicy_weights)
 

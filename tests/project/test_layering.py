@@ -32,9 +32,13 @@ MAY_IMPORT = {
 # Kernel files that hold several ops, or parts of them: file stem -> ops it serves.
 SHARED_KERNELS = {"scan": {"gae", "vtrace"}}
 # Ops specified as the composition of simpler ones, whose references are theirs.
-COMPOSED = {"policy_step": {"token_stats", "policy_loss"}, "policy_step_hidden": {"linear_token_stats", "policy_loss"}}
+COMPOSED = {
+    "policy_step": {"token_stats", "policy_loss"},
+    "policy_step_hidden": {"linear_token_stats", "policy_loss"},
+    "unit_step": {"linear_token_stats"},
+}
 # Ops that have their own rows in the doctor's table and are called through another public name.
-CALLED_THROUGH = {"policy_step_hidden": "policy_step", "extended_token_stats": "token_stats"}
+CALLED_THROUGH = {"policy_step_hidden": "policy_step", "unit_step": "linear_token_stats"}
 
 
 class Import(NamedTuple):

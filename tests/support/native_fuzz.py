@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokfuse
+from tokfuse.runtime.backends import cpu_policy, cpu_rows
 from tokfuse.runtime.core import native
-from tokfuse.runtime.ops import policy_loss as losses
-from tokfuse.runtime.ops import token_stats as stats
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.policy.inputs import PolicyInputs
 
 TOKENS, VOCAB, PAD, CANARY = 6, 2055, 64, 1234.5
 REFUSED = (ValueError, TypeError, RuntimeError, OverflowError)
@@ -90,8 +90,8 @@ def main() -> None:
     out = [make(torch.zeros(TOKENS)) for _ in range(7)]
     grad = make(torch.zeros(TOKENS, VOCAB))
     index = make(torch.randperm(TOKENS))
-    options = stats.LogitOptions(make(torch.ones(TOKENS)), None, 1.0, None)
-    logits_record, alive = stats.native_logits_record(logits, target, options)
+    options = LogitOptions(make(torch.ones(TOKENS)), None, 1.0, None)
+    logits_record, alive = cpu_rows.logits_record(logits, target, options)
     logits_record = (*logits_record[:15], index.data_ptr(), *logits_record[16:])
     vector = [make(torch.rand(TOKENS)) for _ in range(7)]
     cu = make(torch.tensor([0, 2, 2, TOKENS]).int())
@@ -106,10 +106,10 @@ def main() -> None:
         entropy_weight=vector[6],
         mask=torch.ones(TOKENS, dtype=torch.bool),
     )
-    terms = losses.native_outputs(TOKENS)
+    terms = cpu_policy.native_outputs(TOKENS)
     terms = tuple(make(x) for x in terms)
     objective = tokfuse.Objective(shape=tokfuse.NFT(), kl=tokfuse.KL(coef=0.1), entropy_coef=0.1)
-    policy, more = losses.native_record(out[0], out[1], inputs, objective, 1.0, terms)
+    policy, more = cpu_policy.native_record(out[0], out[1], inputs, objective, 1.0, terms)
     pointers = [x.data_ptr() for x in out]
     bad_logits = spoil(logits_record, {0, 5, 6, 7, 11, 15}, {1, 3, 4, 16}).filter(threads_stay_few)
     bad_policy = spoil(policy, {3, 4, 5, 7, 8, *range(9, 15), *range(17, 21), 22}, {1, 2}).filter(

@@ -1,13 +1,16 @@
-"""The inputs of a policy objective as its Triton kernels take them."""
+"""The Triton kernels of policy objectives: over packed tokens, and fused with rows of logits."""
 
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from tokfuse.runtime.backends import device_objective, triton_backend
+from tokfuse.runtime.backends import device_objective, triton_backend, triton_rows
+from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, terms_of
+from tokfuse.runtime.core import native
 from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
+from tokfuse.runtime.policy.results import PolicyTerms
 
 _prepare = triton_backend.launcher("policy_loss", "prepare")
 
@@ -96,3 +99,38 @@ def policy_step(
         logit_scale=o.logit_scale,
     )
     return out
+
+
+_launch_tokens = triton_backend.launcher("policy_loss", "policy_loss")
+_launch_sequences = triton_backend.launcher("policy_loss", "policy_loss_sequence")
+
+
+def policy_loss(
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> PolicyTerms:
+    """Terms of an objective of any level; a `LossRun`."""
+    if inputs.old_logp is None:
+        inputs = inputs._replace(old_logp=logp.detach())
+    given = encode(inputs, objective, inverse)
+    _, level, _, seq_mean, *_ = objective.record
+    x, h = native.float_vector(logp), native.float_vector(entropy)
+    if objective.level == "token":
+        out, sums = _launch_tokens(x, h, given.pointers, given.numbers, given.codes, given.scale, given.counts)
+    else:
+        assert inputs.cu_seqlens is not None
+        out, sums = _launch_sequences(
+            x,
+            h,
+            inputs.cu_seqlens.contiguous(),
+            given.pointers,
+            given.numbers,
+            (*given.codes, level),
+            given.scale,
+            seq_mean=bool(seq_mean),
+            seq_advantage=inputs.advantage_level == "sequence",
+        )
+    return terms_of(sums, out.token_loss, out.d_logp, out.d_entropy)
+
+
+STEP = DeviceStep(triton_rows.TOKEN_STATS, policy_loss, policy_step)
+ROW_OBJECTIVE = RowObjective(encode, policy_step_rows, policy_metrics, results_like)

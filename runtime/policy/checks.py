@@ -1,13 +1,11 @@
-"""What policy_loss and policy_step refuse of their inputs, and how they read a normalizer."""
+"""The checks of the inputs of policy_loss and policy_step."""
 
 import torch
 
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
-
-Normalizer = float | int | str | torch.Tensor | None
 
 
 def check_logp(op: str, logp: torch.Tensor, entropy: torch.Tensor | None) -> None:
@@ -80,54 +78,8 @@ def _check_used(op: str, inputs: PolicyInputs, o: Objective, has_entropy: bool) 
         raise refuse(op, "signal", f"None with shape {shape}", "a tensor", "It would be ignored.")
 
 
-def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) -> float:
-    """1 / normalizer; 1.0 for None, -1.0 for "batch" (the batch's own count)."""
-    if normalizer is None:
-        return 1.0
-    if isinstance(normalizer, str):
-        if normalizer != "batch":
-            raise refuse(
-                op,
-                "normalizer",
-                "None, a number, a 0-dim tensor or 'batch'",
-                repr(normalizer),
-                "Pass the global count.",
-            )
-        if objective.aggregation == "token_sum":
-            raise refuse(
-                op,
-                "normalizer",
-                "a number with aggregation='token_sum'",
-                "'batch'",
-                "Dr.GRPO divides by sequences * max length; pass that.",
-            )
-        return -1.0
-    if isinstance(normalizer, torch.Tensor):
-        if normalizer.numel() != 1:
-            raise refuse(
-                op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}", "Pass the global count."
-            )
-        normalizer = float(normalizer)
-    return 1.0 / checks.check_number(op, "normalizer", normalizer, 0.0, open_low=True)
-
-
 def check_sampler(op: str, sampler_logp: torch.Tensor | None, tokens: int, device: torch.device) -> None:
     """Shape of the rollout engine's log-probabilities."""
     if sampler_logp is not None:
         rows = checks.Rows(tokens, "the tokens", device)
         checks.check_constant_vector(op, "sampler_logp", sampler_logp, rows)
-
-
-def sampler_mismatch(
-    sampler_logp: torch.Tensor | None, inputs: PolicyInputs, logp: torch.Tensor
-) -> torch.Tensor | None:
-    """Sum over valid tokens of the k3 estimate of KL(sampler || old policy).
-
-    logp: of the current policy, which is the old one where old_logp is None.
-    """
-    if sampler_logp is None:
-        return None
-    old = logp.detach() if inputs.old_logp is None else inputs.old_logp
-    d = (old.double() - sampler_logp.double()).clamp(-20, 20)
-    k3 = torch.expm1(d) - d
-    return (k3 if inputs.mask is None else torch.where(inputs.mask, k3, 0.0)).sum()

@@ -11,96 +11,15 @@ tiles already consumed.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from tokfuse.runtime.core import checks, native
-from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_options
-from tokfuse.runtime.ops import token_stats as stats_op
+from tokfuse.runtime.backends import cpu_rows
+from tokfuse.runtime.core import native
+from tokfuse.runtime.lm_head.problem import HeadProblem
 
-MIN_BUDGET = 64 << 20
-# An element of dW costs a chunk 8 bytes and 2 operations per row: below 950 rows the dW GEMM of an
-# H100 (800 TFLOP/s, 3.35 TB/s) waits for memory.
-GPU_ROWS = 1024
 TILE_BYTES = 2 << 20  # float32 copy of a bfloat16 / float16 weight tile; stays in the L2 or L3 cache
-
-
-class HeadProblem(NamedTuple):
-    """Checked arguments of an op that goes through the lm_head."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    target: torch.Tensor
-    options: LogitOptions
-    memory_budget: int
-    needs: tuple[bool, bool, bool] | None = None  # gradients asked for; None: by requires_grad
-    row_norms: torch.Tensor | None = None  # (tokens,), receives ||d loss / d logits_t||
-    compact_clipped: bool = False  # on a GPU: gradient GEMMs of ours, over the live rows alone
-
-    @property
-    def tokens(self) -> int:
-        """Number of packed tokens."""
-        return self.hidden.shape[0]
-
-    @property
-    def vocab(self) -> int:
-        """Vocabulary size."""
-        return self.weight.shape[0]
-
-
-def check_head(
-    op: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    options: LogitOptions,
-    memory_budget: int | None,
-) -> HeadProblem:
-    """Shapes, dtypes, devices; fills in the default budget."""
-    checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")
-    if weight is None:
-        raise refuse(op, "weight", "given with hidden=", "None", "Pass lm_head.weight.")
-    checks.check_matrix(op, "weight", weight, "(vocab, hidden)")
-    if weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
-        raise refuse(
-            op,
-            "weight",
-            f"of shape (vocab, hidden) with hidden = {hidden.shape[1]}",
-            f"shape {tuple(weight.shape)}",
-            "Pass lm_head.weight as it is.",
-        )
-    if weight.dtype != hidden.dtype:
-        raise refuse(op, "weight", f"{hidden.dtype} like hidden", str(weight.dtype), "Cast one of them.")
-    checks.check_device(op, "weight", weight, hidden.device)
-    if bias is not None:
-        checks.require_tensor(op, "bias", bias)
-        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
-            raise refuse(
-                op,
-                "bias",
-                f"({weight.shape[0]},) {weight.dtype} like weight",
-                f"{tuple(bias.shape)} {bias.dtype}",
-                "Pass lm_head.bias.",
-            )
-        checks.check_device(op, "bias", bias, hidden.device)
-    rows = checks.Rows(hidden.shape[0], "the rows of hidden", hidden.device)
-    checks.check_vector(op, "target", target, rows, checks.INT64)
-    check_options(op, hidden.shape[0], hidden.device, options)
-    if memory_budget is None:
-        # A sixth of the float32 weight gradient keeps dW traffic small against the GEMMs.
-        memory_budget = max(MIN_BUDGET, weight.numel() * 4 // 6)
-        if hidden.device.type != "cpu":
-            workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
-            memory_budget = max(memory_budget, min(workspace, 1 << 30))
-    elif not isinstance(memory_budget, int) or memory_budget < 1:
-        raise refuse(
-            op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget), "Omit it for the default."
-        )
-    return HeadProblem(hidden, weight, bias, target, options, memory_budget)
 
 
 def rows_in_budget(p: HeadProblem) -> int:
@@ -155,7 +74,7 @@ class LogitsBuffer:
         """
         first = self.storage[: self.rows * self.tile].view(self.rows, self.tile)[start:stop]
         options = p.options._replace(mask=None)
-        record, alive = stats_op.native_logits_record(first, p.target, options)
+        record, alive = cpu_rows.logits_record(first, p.target, options)
         tiled = self.tile < self.vocab
         layout = (self.tile, self.rows * self.tile) if tiled else (0, 0)
         shape = (stop - start, p.vocab)

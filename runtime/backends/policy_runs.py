@@ -1,0 +1,130 @@
+"""policy_step from logits on any backend: in one pass, or statistics first and then the gradient."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.core.checks import may_read
+from tokfuse.runtime.core.dispatch import Kernels
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.metrics import SLOT
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.results import PolicyTerms
+from tokfuse.runtime.reference import token_stats as reference
+
+LossRun = Callable[[torch.Tensor, torch.Tensor | None, PolicyInputs, Objective, float], PolicyTerms]
+"""(logp, entropy, inputs, objective, inverse normaliser) -> terms; the `run` of policy_loss."""
+
+
+class StepTerms(NamedTuple):
+    """What a backend computes from one batch of logits."""
+
+    terms: PolicyTerms
+    stats: TokenStats
+    grad_logits: torch.Tensor
+
+
+StepRun = Callable[[torch.Tensor, torch.Tensor, LogitOptions, PolicyInputs, Objective, float, bool], StepTerms]
+"""(logits, target, options, inputs, objective, inverse normaliser, in place) -> StepTerms."""
+
+
+class DeviceStep(NamedTuple):
+    """The differences between the two device backends."""
+
+    stats: Kernels
+    loss: LossRun
+    fused: Callable[..., tuple[Any, Any, torch.Tensor, torch.Tensor]]
+    """Arguments of a `StepRun` -> statistics, token results, metric sums, gradient; token level."""
+
+
+class RowObjective(NamedTuple):
+    """A token-level objective over chunks of rows, as the head's path calls it.
+
+    `inputs` below is the first function's result, `results` the last one's.
+    """
+
+    encode: Callable[[PolicyInputs, Objective, float], Any]
+    """(inputs, objective, inverse normaliser) -> inputs of the kernels; `.pointers` are per token."""
+    step_rows: Callable[..., None]
+    """(logits, gradient, index, target, inputs, statistics, results, **options): one chunk."""
+    metrics: Callable[[torch.Tensor, torch.Tensor, Any, Any], torch.Tensor]
+    """(logp, entropy, inputs, results) -> metric sums (metrics,) float64."""
+    results_like: Callable[[torch.Tensor], Any]
+    """(tokens,) vector -> results of zeros: token_loss, d_logp, d_entropy, ratio, flags."""
+
+
+def terms_of(
+    sums: torch.Tensor, token_loss: torch.Tensor, d_logp: torch.Tensor, d_entropy: torch.Tensor
+) -> PolicyTerms:
+    """The terms of a kernel that leaves the loss among its metric sums."""
+    return PolicyTerms(sums[SLOT["loss"]].to(torch.float32), token_loss, d_logp, d_entropy, sums)
+
+
+def statistics_first(
+    forward: Callable[[], tuple[torch.Tensor, ...]],
+    loss: Callable[[torch.Tensor, torch.Tensor], PolicyTerms],
+    backward: Callable[..., Any],
+) -> tuple[PolicyTerms, TokenStats, Any]:
+    """Statistics, objective, gradient: for an objective that needs all statistics before any gradient.
+
+    A ratio of the whole sequence needs every logp of it first; without old_logp the ratio needs this
+    pass's own.
+
+    Args:
+        forward: () -> the outputs of `token_stats` kernels.
+        loss: (logp, entropy) -> terms.
+        backward: (row_max, inv_sum, entropy, d_logp, d_entropy) -> gradients.
+    """
+    *stats, row_max, inv_sum = forward()
+    terms = loss(stats[0], stats[1])
+    gradients = backward(row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy)
+    return terms, TokenStats(*stats), gradients
+
+
+def step_in_two_passes(
+    kernels: Kernels,
+    loss: LossRun,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    in_place: bool,
+) -> StepTerms:
+    """policy_step of any level by the kernels of token_stats and policy_loss; a `StepRun`."""
+    assert kernels.backward is not None
+    backward, options, z = kernels.backward, o._asdict(), logits.detach()
+    terms, stats, grad = statistics_first(
+        lambda: kernels.forward(z, target, op="policy_step", **options),
+        lambda logp, entropy: loss(logp, entropy, inputs, objective, inverse),
+        lambda *given: backward(z, target, *given, out=z if in_place else None, **options),
+    )
+    return StepTerms(terms, stats, grad)
+
+
+def device_run(kernels: DeviceStep) -> StepRun:
+    """The `run` of policy_step on a device backend."""
+
+    def run(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        o: LogitOptions,
+        inputs: PolicyInputs,
+        objective: Objective,
+        inverse: float,
+        in_place: bool,
+    ) -> StepTerms:
+        if objective.level != "token" or inputs.old_logp is None:
+            return step_in_two_passes(
+                kernels.stats, kernels.loss, logits, target, o, inputs, objective, inverse, in_place
+            )
+        if may_read(target):
+            reference.check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
+        stats, out, sums, grad = kernels.fused(logits.detach(), target, o, inputs, objective, inverse, in_place)
+        return StepTerms(terms_of(sums, out.token_loss, out.d_logp, out.d_entropy), TokenStats(*stats), grad)
+
+    return run

@@ -1,0 +1,96 @@
+"""The policy ops on the reference: the specification, and its gradients by torch's autograd."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.backends.policy_runs import StepTerms
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.metrics import SLOT
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.results import PolicyTerms
+from tokfuse.runtime.reference import policy_loss as reference
+from tokfuse.runtime.reference import token_stats as stats_reference
+
+
+def usable_by_autograd(x: Any) -> Any:
+    """A copy of a tensor made under torch.inference_mode, which autograd could not save."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
+def policy_loss(
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> PolicyTerms:
+    """Terms of an objective of any level; the loss keeps its graph. A `LossRun`."""
+    loss, token_loss, sums = reference.forward(logp, entropy, inputs, objective, inverse)
+    if torch.compiler.is_compiling():
+        zero = torch.zeros_like(token_loss)
+        return PolicyTerms(loss, token_loss, zero, zero, sums)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = usable_by_autograd(logp.detach()).requires_grad_()
+        h = None if entropy is None else usable_by_autograd(entropy.detach()).requires_grad_()
+        given = PolicyInputs(*map(usable_by_autograd, inputs))
+        again, *_ = reference.forward(x, h, given, objective, inverse)
+        leaves = [x] if h is None else [x, h]
+        grads = torch.autograd.grad(again, leaves, allow_unused=True, materialize_grads=True)
+    d_entropy = grads[1] if h is not None else torch.zeros_like(grads[0])
+    rows = (grads[0] != 0) | (d_entropy != 0)
+    sums[SLOT["grad_rows"]] = rows.sum()
+    return PolicyTerms(loss, token_loss, grads[0], d_entropy, sums)
+
+
+def policy_step(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    in_place: bool,
+) -> StepTerms:
+    """policy_loss of token_stats; a `StepRun`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        z = usable_by_autograd(logits.detach()).requires_grad_()
+        target, *given = map(usable_by_autograd, (target, *o))
+        inputs = PolicyInputs(*map(usable_by_autograd, inputs))
+        options = LogitOptions(*given)._asdict()
+        stats = stats_reference.exact(z, target, op="policy_step", **options)
+        terms = policy_loss(stats[0], stats[1], inputs, objective, inverse)
+        (grad,) = torch.autograd.grad(terms.loss, z, allow_unused=True, materialize_grads=True)
+    if in_place:
+        logits.detach().copy_(grad)
+        grad = logits.detach()
+    return StepTerms(*rounded_step(terms, stats, logits.dtype), grad)
+
+
+def traced_step(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
+    dtype: torch.dtype,
+) -> tuple[PolicyTerms, TokenStats]:
+    """Terms and detached statistics for torch.compile, which then makes the backward.
+
+    dtype: of the inputs that the results are rounded for.
+    """
+    exact = stats_reference.exact(logits, target, **o._asdict())
+    terms = policy_loss(exact[0], exact[1], inputs, objective, inverse)
+    (loss,) = stats_reference.rounded([terms.loss], dtype)
+    terms, stats = rounded_step(terms, exact, dtype)
+    return terms._replace(loss=loss), stats
+
+
+def rounded_step(
+    terms: PolicyTerms, stats: Iterable[torch.Tensor], dtype: torch.dtype
+) -> tuple[PolicyTerms, TokenStats]:
+    """What the reference composes in float64, detached, in the result dtype of inputs of `dtype`."""
+    *values, sums = terms
+    loss, token_loss, d_logp, d_entropy = stats_reference.rounded((x.detach() for x in values), dtype)
+    detached = stats_reference.rounded((x.detach() for x in stats), dtype)
+    return PolicyTerms(loss, token_loss, d_logp, d_entropy, sums), TokenStats(*detached)

@@ -1,0 +1,41 @@
+"""The statistics of rows of logits, as `token_stats` and `linear_token_stats` return them."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each row's distribution; every field is (tokens,) float32, 0 where masked."""
+
+    logp: torch.Tensor
+    """log p of the target, nats. Differentiable."""
+    entropy: torch.Tensor
+    """-sum p log p, nats. Differentiable."""
+    lse: torch.Tensor
+    """log-sum-exp of the transformed logits, nats."""
+    sum_sq: torch.Tensor
+    """sum of p^2; 1 - 2 exp(logp) + sum_sq is the squared norm of d logp / d logits at T = 1."""
+    top1: torch.Tensor
+    """1.0 where the target attains the row's maximum (ties count), else 0.0."""
+
+
+class ExtendedTokenStats(NamedTuple):
+    """`TokenStats` and what `second_temperature` or `moments` adds; every field is (tokens,)."""
+
+    logp: torch.Tensor
+    """log p of the target, nats. Differentiable."""
+    entropy: torch.Tensor
+    """-sum p log p, nats. Differentiable."""
+    lse: torch.Tensor
+    """log-sum-exp of the transformed logits, nats."""
+    sum_sq: torch.Tensor
+    """sum of p^2."""
+    top1: torch.Tensor
+    """1.0 where the target attains the row's maximum, else 0.0."""
+    second_logp: torch.Tensor | None
+    """log p of the target at `second_temperature`; None where that was not given. Detached."""
+    sum_p2_logp: torch.Tensor | None
+    """sum of p^2 log p; None without `moments`. Detached."""
+    sum_p2_logp2: torch.Tensor | None
+    """sum of p^2 log^2 p; None without `moments`. Detached."""

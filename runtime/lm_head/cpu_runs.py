@@ -1,0 +1,245 @@
+"""The ops from hidden states on the CPU: torch's GEMMs around the native row kernels."""
+
+import functools
+
+import torch
+
+from tokfuse.runtime.backends import cpu_policy
+from tokfuse.runtime.backends.policy_runs import statistics_first
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head.cpu_head import (
+    GradientPool,
+    Head,
+    HeadGradients,
+    LogitsBuffer,
+    dw_buffer,
+    needed_rows,
+    rows_in_budget,
+    workspace_rows,
+)
+from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, Step, check_targets, wanted
+from tokfuse.runtime.lm_head.units import Loss, Units, UnitTerms, coefficients
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.objective import Objective
+
+# ------------------------------------------------------------------------------ linear_token_stats
+
+
+def _row_index(p: HeadProblem) -> torch.Tensor:
+    """Token ids of the rows to compute, (rows,) int64."""
+    index = needed_rows(p)
+    return torch.arange(p.tokens) if index is None else index
+
+
+def _stats_of_buffer(
+    buffer: LogitsBuffer, p: HeadProblem, chunk: torch.Tensor, out: list[torch.Tensor] | tuple[torch.Tensor, ...]
+) -> None:
+    """The statistics of the logits in the buffer, into rows `chunk` of the seven outputs."""
+    record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
+    native.loaded().token_stats_fwd(record, *[x.data_ptr() for x in out], 0, 0, 0, 1.0)
+    del alive
+
+
+def _gradient_over_buffer(
+    buffer: LogitsBuffer,
+    p: HeadProblem,
+    chunk: torch.Tensor,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+) -> None:
+    """The gradient of the logits in the buffer, which it overwrites; all vectors are (tokens,)."""
+    record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
+    native.loaded().token_stats_bwd(
+        record,
+        row_max.data_ptr(),
+        inv_sum.data_ptr(),
+        entropy.data_ptr(),
+        grad_logp.data_ptr(),
+        native.pointer(grad_entropy),
+        buffer.storage.data_ptr(),
+        p.vocab,
+    )
+    del alive
+
+
+def linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
+    """logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32, 0 where masked."""
+    check_targets("linear_token_stats", p)
+    index = _row_index(p)
+    make = torch.empty if index.shape[0] == p.tokens else torch.zeros
+    out = tuple(make(p.tokens, dtype=torch.float32) for _ in range(7))
+    if index.shape[0] == 0:
+        return out
+    rows = workspace_rows(p, index.shape[0])
+    head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
+    for chunk in index.split(rows):
+        head.logits(head.rows_of_hidden(chunk), buffer, 0)
+        _stats_of_buffer(buffer, p, chunk, out)
+    return out
+
+
+def linear_bwd(
+    p: HeadProblem,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> list[torch.Tensor | None]:
+    """[grad_hidden, grad_weight, grad_bias]; rows without incoming gradient are not recomputed."""
+    ga = torch.zeros(p.tokens) if grad_logp is None else grad_logp.float().contiguous()
+    gh = None if grad_entropy is None else grad_entropy.float().contiguous()
+    active = ga != 0 if gh is None else (ga != 0) | (gh != 0)
+    if p.options.mask is not None:
+        active &= p.options.mask
+    index = active.nonzero().squeeze(1)
+    rows = workspace_rows(p, max(1, index.shape[0]))
+    head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
+    gradients = HeadGradients(head, needs)
+    for start in range(0, index.shape[0], rows):
+        chunk = index[start : start + rows]
+        head.logits(head.rows_of_hidden(chunk), buffer, 0)
+        _gradient_over_buffer(buffer, p, chunk, row_max, inv_sum, entropy, ga, gh)
+        gradients.add(buffer, chunk)
+    return gradients.finish()
+
+
+# ------------------------------------------------------------------------------------- policy_step
+
+
+def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+    """Gradients in the forward if the level is "token", else statistics first."""
+    check_targets("policy_step", p)
+    with torch.no_grad():
+        if objective.level == "token":
+            return _token_step(p, inputs, objective, inverse)
+        return statistics_first(
+            lambda: linear_fwd(p),
+            lambda logp, entropy: cpu_policy.policy_loss(logp, entropy, inputs, objective, inverse),
+            functools.partial(linear_bwd, p, needs=wanted(p)),
+        )
+
+
+def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+    """Gradients in the forward: 2MHV for the logits, 4MHV for the rows that carry gradient."""
+    module = native.loaded()
+    index = _row_index(p)
+    stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
+    out = cpu_policy.native_outputs(p.tokens)
+    for x in out[:3]:
+        x.zero_()  # masked rows enter no chunk
+    record, alive = cpu_policy.native_record(stats[0], stats[1], inputs, objective, inverse, out)
+    pointers = [x.data_ptr() for x in stats[2:]]
+    head = Head(p)
+    gradients = HeadGradients(head, wanted(p))
+
+    def phase(which: int, buffer: LogitsBuffer, start: int, chunk: torch.Tensor, kept: int) -> int:
+        chunk_record, chunk_alive = buffer.record(p, start, start + chunk.shape[0], chunk)
+        code: int = module.policy_step(which, chunk_record, record, *pointers, chunk_record[0], chunk_record[1], kept)
+        del chunk_alive
+        assert code < 0  # targets were checked before the first GEMM
+        return -1 - code
+
+    def fill(pool: GradientPool, tokens: torch.Tensor) -> int:
+        """Take tokens into the pool until it is full, run its GEMMs; returns how many it took."""
+        done = 0
+        while done < tokens.shape[0] and pool.free() > 0:
+            chunk = tokens[done : done + pool.free()]
+            head.logits(head.rows_of_hidden(chunk), pool.buffer, pool.used)
+            kept = pool.tokens[pool.used :].data_ptr()
+            pool.used += phase(cpu_policy.ROWS, pool.buffer, pool.used, chunk, kept)
+            done += chunk.shape[0]
+        pool.flush()
+        return done
+
+    tiny = LogitsBuffer.workspace(1, p.vocab)
+    phase(cpu_policy.PREPARE, tiny, 0, index[:0], 0)
+    start, rows = 0, workspace_rows(p, max(1, index.shape[0]))
+    if gradients.weight is not None:
+        inside = dw_buffer(gradients.weight, index.shape[0], rows)
+        if inside is not None:
+            start = fill(GradientPool(inside, gradients), index)
+    if start < index.shape[0]:
+        rows = workspace_rows(p, index.shape[0] - start)
+        pool = GradientPool(LogitsBuffer.workspace(rows, p.vocab), gradients)
+        while start < index.shape[0]:
+            start += fill(pool, index[start:])
+    phase(cpu_policy.METRICS, tiny, 0, index[:0], 0)
+    del alive
+    return cpu_policy.native_terms(out), TokenStats(*stats[:5]), gradients.finish()
+
+
+# ------------------------------------------------------------------------------------------- units
+
+
+def unit_step(p: HeadProblem, units: Units, loss: Loss) -> UnitTerms:
+    """A loss over units; rows without gradient enter no gradient GEMM. A `UnitsRun`."""
+    check_targets("unit_step", p)
+    with torch.no_grad():
+        work = _UnitsWork(p, units)
+        total = torch.zeros((), dtype=torch.float64)
+        for first, last in units.groups(work.rows):
+            total += work.group(first, last, loss)
+        return UnitTerms(total, TokenStats(*work.stats[:5]), work.gradients.finish(), work.read_twice)
+
+
+class _UnitsWork:
+    """One call's buffers."""
+
+    def __init__(self, p: HeadProblem, units: Units) -> None:
+        self.problem, self.units = p, units
+        self.rows = max(1, min(rows_in_budget(p), units.order.shape[0]))
+        self.head = Head(p)
+        needs = wanted(p)
+        self.backward = any(needs)
+        self.gradients = HeadGradients(self.head, needs)
+        self.buffer = LogitsBuffer.workspace(self.rows, p.vocab)
+        self.stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
+        self.read_twice = 0
+
+    def logits(self, tokens: torch.Tensor) -> None:
+        self.head.logits(self.head.rows_of_hidden(tokens), self.buffer, 0)
+
+    def group(self, first: int, last: int, loss: Loss) -> torch.Tensor:
+        """Loss of units [first, last); their gradients are added to the sums."""
+        tokens = self.units.order[self.units.border[first] : self.units.border[last]]
+        fits = tokens.shape[0] <= self.rows
+        for chunk in tokens.split(self.rows):
+            self.logits(chunk)
+            _stats_of_buffer(self.buffer, self.problem, chunk, self.stats)
+        value, c = coefficients(self.stats, tokens, first, last, loss)
+        live = c[tokens] != 0  # NaN counts as live
+        if not self.backward or not bool(live.any()):
+            return value
+        if fits:
+            self._gradient(tokens, c)
+            self._compact(live)
+            self.gradients.add(self.buffer, tokens[live])
+            return value
+        for chunk in tokens[live].split(self.rows):
+            self.logits(chunk)
+            self._gradient(chunk, c)
+            self.gradients.add(self.buffer, chunk)
+            self.read_twice += chunk.shape[0]
+        return value
+
+    def _gradient(self, tokens: torch.Tensor, c: torch.Tensor) -> None:
+        _, entropy, _, _, _, row_max, inv_sum = self.stats
+        _gradient_over_buffer(self.buffer, self.problem, tokens, row_max, inv_sum, entropy, c, None)
+
+    def _compact(self, live: torch.Tensor) -> None:
+        """Rows without gradient leave the buffer: they need no gradient GEMM."""
+        if bool(live.all()):
+            return
+        rows = self.buffer.storage[: self.rows * self.problem.vocab].view(self.rows, -1)
+        for place, row in enumerate(live.nonzero().flatten().tolist()):
+            if place != row:
+                rows[place].copy_(rows[row])
+
+
+LINEAR = HeadKernels(linear_fwd, linear_bwd)

@@ -1,0 +1,260 @@
+"""The ops from hidden states on a device: torch's GEMMs around the row kernels of CUDA or Triton."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.backends import cuda_policy, cuda_rows, triton_backend, triton_policy, triton_rows
+from tokfuse.runtime.backends.policy_runs import LossRun, RowObjective, statistics_first, terms_of
+from tokfuse.runtime.core.checks import may_read
+from tokfuse.runtime.core.dispatch import Kernels
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head import device_head
+from tokfuse.runtime.lm_head.device_head import DeviceHead, RowClasses
+from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, Step, StepRun, check_targets, wanted
+from tokfuse.runtime.lm_head.units import Loss, Units, UnitTerms, coefficients
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.objective import Objective
+
+_linear_fused = triton_backend.launcher("linear_token_stats", "linear_token_stats")
+
+# ------------------------------------------------------------------------------ linear_token_stats
+
+
+def _rows_of_options(p: HeadProblem, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(target, options without mask) of some tokens, for the row kernels."""
+    o = p.options
+    t = o.temperature[index] if isinstance(o.temperature, torch.Tensor) else o.temperature
+    options = {"temperature": t, "softcap": o.softcap, "logit_scale": o.logit_scale, "mask": None}
+    return p.target[index], options
+
+
+def cuda_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
+    """logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32, 0 where masked."""
+    if may_read(p.target):
+        check_targets("linear_token_stats", p)
+    return _forward_in_chunks(p, cuda_rows.TOKEN_STATS)
+
+
+def triton_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
+    """16-bit heads: logits never leave the registers. float32: chunks of torch's GEMM."""
+    if may_read(p.target):
+        check_targets("linear_token_stats", p)
+    o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
+    if hidden.dtype == torch.float32:
+        return _forward_in_chunks(p, triton_rows.TOKEN_STATS)
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    bias = None if p.bias is None else p.bias.detach().contiguous()
+    out: tuple[torch.Tensor, ...] = _linear_fused(
+        hidden,
+        weight,
+        bias,
+        p.target,
+        temperature=o.temperature,
+        softcap=o.softcap,
+        logit_scale=o.logit_scale,
+        mask=o.mask,
+    )
+    return out
+
+
+def _forward_in_chunks(p: HeadProblem, kernels: Kernels) -> tuple[torch.Tensor, ...]:
+    """Chunks of torch's GEMM and the row kernel: 1 and 1 launches each."""
+    rows = device_head.classify(p, p.options.mask, None)
+    head = DeviceHead(p, (False, False, False), rows)
+    # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
+    out = [torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device) for _ in range(7)]
+    with torch.no_grad():
+        for index, h in head.chunks(0, rows.forward):
+            target, options = _rows_of_options(p, index)
+            if rows.keep is not None:
+                options["mask"] = rows.keep[index]
+            stats = kernels.forward(head.logits(h), target, **options)
+            for kept, x in zip(out, stats, strict=True):
+                kept[index] = x
+    return tuple(out)
+
+
+def _gradient_of_rows(
+    kernels: Kernels,
+    head: DeviceHead,
+    index: torch.Tensor,
+    logits: torch.Tensor,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor,
+    grad_entropy: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of a chunk's logits; the statistics are (tokens,)."""
+    assert kernels.backward is not None
+    target, options = _rows_of_options(head.problem, index)
+    vectors = (x[index] for x in (row_max, inv_sum, entropy, grad_logp, grad_entropy))
+    return kernels.backward(logits, target, *vectors, out=head.gradient_like(logits), **options)
+
+
+def _linear_bwd(
+    kernels: Kernels,
+    p: HeadProblem,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> list[torch.Tensor | None]:
+    """As on the CPU: rows without incoming gradient are not recomputed."""
+    ga = torch.zeros_like(entropy) if grad_logp is None else grad_logp.float()
+    gh = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy.float()
+    if p.options.mask is not None:
+        ga, gh = (torch.where(p.options.mask, x, 0.0) for x in (ga, gh))
+    rows = device_head.classify(p, (ga != 0) | (gh != 0), None)
+    head = DeviceHead(p, needs, rows)
+    with torch.no_grad():
+        for index, h in head.chunks(0, rows.gradient):
+            dz = _gradient_of_rows(kernels, head, index, head.logits(h), row_max, inv_sum, entropy, ga, gh)
+            if p.compact_clipped and rows.keep is not None:  # else only live rows are here
+                head.add_live(index, h, dz, rows.keep[index])
+            else:
+                head.add(index, h, dz)
+    return head.finish()
+
+
+# ------------------------------------------------------------------------------------- policy_step
+
+
+class StepKernels(NamedTuple):
+    """The differences between the two device backends."""
+
+    objective: RowObjective
+    loss: LossRun
+    linear: HeadKernels
+
+
+def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
+    """(tokens,) bool, False where a token-level coefficient is 0 whatever the logits; None: all.
+
+    A zero advantage is the common case, whole groups of it. What the clip will stop is not known.
+    `x` holds the per-token inputs of the objective.
+    """
+    if not objective.shape.zero_without_advantage:
+        return None
+    terms = [x.advantage != 0 if x.token_weight is None else (x.advantage != 0) & (x.token_weight != 0)]
+    for coef, weight in (
+        (0.0 if objective.kl is None else objective.kl.coef, x.kl_weight),
+        (objective.entropy_coef, x.entropy_weight),
+    ):
+        if coef != 0.0 and weight is None:
+            return None
+        if coef != 0.0:
+            terms.append(weight != 0)
+    return torch.stack(terms).any(0)
+
+
+def step_run(kernels: StepKernels) -> StepRun:
+    """The `run` of policy_step_hidden on a device backend."""
+
+    def run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+        if may_read(p.target):
+            check_targets("policy_step", p)
+        device_head.check_compact("policy_step", p)
+        with torch.no_grad():
+            if objective.level == "token" and inputs.old_logp is not None:
+                return _token_step(kernels.objective, p, inputs, objective, inverse)
+            return statistics_first(
+                lambda: kernels.linear.forward(p),
+                lambda logp, entropy: kernels.loss(logp, entropy, inputs, objective, inverse),
+                functools.partial(kernels.linear.backward, p, needs=wanted(p)),
+            )
+
+    return run
+
+
+def _token_step(
+    kernels: RowObjective, p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+) -> Step:
+    """Gradients in the forward: 2MHV, and 4MHV for the rows that may carry gradient."""
+    given = kernels.encode(inputs, objective, inverse)
+    x, o = given.pointers, p.options
+    needs = wanted(p)
+    gradient = may_carry_gradient(x, objective)
+    if not any(needs):
+        gradient = torch.zeros_like(p.target, dtype=torch.bool)
+    rows = device_head.classify(p, o.mask, gradient)
+    head = DeviceHead(p, needs, rows)
+    stats = TokenStats(*(torch.zeros_like(x.old_logp) for _ in range(5)))
+    out = kernels.results_like(x.old_logp)
+    for start, stop in ((0, rows.gradient), (rows.gradient, rows.forward)):
+        for index, h in head.chunks(start, stop):
+            logits = head.logits(h)
+            dz = head.gradient_like(logits)
+            kernels.step_rows(
+                logits,
+                dz,
+                index,
+                p.target,
+                given,
+                stats,
+                out,
+                temperature=o.temperature,
+                softcap=o.softcap,
+                logit_scale=o.logit_scale,
+            )
+            if start > 0:
+                continue
+            if p.compact_clipped:
+                live = (out.d_logp[index] != 0) | (out.d_entropy[index] != 0)
+                head.add_live(index, h, dz, live)
+            else:
+                head.add(index, h, dz)
+    sums = kernels.metrics(stats.logp, stats.entropy, given, out)
+    return terms_of(sums, out.token_loss, out.d_logp, out.d_entropy), stats, head.finish()
+
+
+# ------------------------------------------------------------------------------------------- units
+
+
+def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> UnitTerms:
+    """As on the CPU; rows without gradient enter as zeros, the host reads no coefficient."""
+    if may_read(p.target):
+        check_targets("unit_step", p)
+    needs, device, rows = wanted(p), p.hidden.device, units.order.shape[0]
+    with torch.no_grad():
+        head = DeviceHead(p, needs, RowClasses(units.order, rows, rows, None))
+        stats = [torch.zeros(p.tokens, dtype=torch.float32, device=device) for _ in range(7)]
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        read_twice = 0
+        for first, last in units.groups(head.rows_in_budget()):
+            start, stop = units.border[first], units.border[last]
+            logits = None
+            chunks = list(head.chunks(start, stop))
+            for index, h in chunks:
+                logits = head.logits(h)
+                target, options = _rows_of_options(p, index)
+                found = kernels.forward(logits, target, **options)
+                for whole, part in zip(stats, found, strict=True):
+                    whole[index] = part
+            value, c = coefficients(stats, units.order[start:stop], first, last, loss)
+            total += value
+            if not any(needs):
+                continue
+            _, entropy, _, _, _, row_max, inv_sum = stats
+            none = torch.zeros_like(entropy)
+            for index, h in chunks:
+                if logits is None or len(chunks) > 1:
+                    logits = head.logits(h)
+                    read_twice += index.shape[0]
+                head.add(index, h, _gradient_of_rows(kernels, head, index, logits, row_max, inv_sum, entropy, c, none))
+        return UnitTerms(total, TokenStats(*stats[:5]), head.finish(), read_twice)
+
+
+CUDA_LINEAR = HeadKernels(cuda_linear_fwd, functools.partial(_linear_bwd, cuda_rows.TOKEN_STATS))
+TRITON_LINEAR = HeadKernels(triton_linear_fwd, functools.partial(_linear_bwd, triton_rows.TOKEN_STATS))
+CUDA_STEP = StepKernels(cuda_policy.ROW_OBJECTIVE, cuda_policy.policy_loss, CUDA_LINEAR)
+CUDA_UNITS = functools.partial(_unit_step, cuda_rows.TOKEN_STATS)
+TRITON_UNITS = functools.partial(_unit_step, triton_rows.TOKEN_STATS)
+TRITON_STEP = StepKernels(triton_policy.ROW_OBJECTIVE, triton_policy.policy_loss, TRITON_LINEAR)

@@ -1,0 +1,128 @@
+"""The arguments of an op that starts from hidden states: what is checked, what is derived of them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions, check_options
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.results import PolicyTerms
+from tokfuse.runtime.reference import token_stats as stats_reference
+
+MIN_BUDGET = 64 << 20
+# An element of dW costs a chunk 8 bytes and 2 operations per row: below 950 rows the dW GEMM of an
+# H100 (800 TFLOP/s, 3.35 TB/s) waits for memory.
+GPU_ROWS = 1024
+NAMES = ("hidden", "weight", "bias")
+
+Step = tuple[PolicyTerms, TokenStats, list[torch.Tensor | None]]
+"""Terms, statistics, gradients in the order of `NAMES`."""
+
+
+class HeadProblem(NamedTuple):
+    """Checked arguments of an op that goes through the lm_head."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    options: LogitOptions
+    memory_budget: int
+    needs: tuple[bool, bool, bool] | None = None  # gradients asked for; None: by requires_grad
+    row_norms: torch.Tensor | None = None  # (tokens,), receives ||d loss / d logits_t||
+    compact_clipped: bool = False  # on a GPU: gradient GEMMs of ours, over the live rows alone
+
+    @property
+    def tokens(self) -> int:
+        """Number of packed tokens."""
+        return self.hidden.shape[0]
+
+    @property
+    def vocab(self) -> int:
+        """Vocabulary size."""
+        return self.weight.shape[0]
+
+
+def check_head(
+    op: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    options: LogitOptions,
+    memory_budget: int | None,
+) -> HeadProblem:
+    """Shapes, dtypes, devices; fills in the default budget."""
+    checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")
+    if weight is None:
+        raise refuse(op, "weight", "given with hidden=", "None", "Pass lm_head.weight.")
+    checks.check_matrix(op, "weight", weight, "(vocab, hidden)")
+    if weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
+        raise refuse(
+            op,
+            "weight",
+            f"of shape (vocab, hidden) with hidden = {hidden.shape[1]}",
+            f"shape {tuple(weight.shape)}",
+            "Pass lm_head.weight as it is.",
+        )
+    if weight.dtype != hidden.dtype:
+        raise refuse(op, "weight", f"{hidden.dtype} like hidden", str(weight.dtype), "Cast one of them.")
+    checks.check_device(op, "weight", weight, hidden.device)
+    if bias is not None:
+        checks.require_tensor(op, "bias", bias)
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            raise refuse(
+                op,
+                "bias",
+                f"({weight.shape[0]},) {weight.dtype} like weight",
+                f"{tuple(bias.shape)} {bias.dtype}",
+                "Pass lm_head.bias.",
+            )
+        checks.check_device(op, "bias", bias, hidden.device)
+    rows = checks.Rows(hidden.shape[0], "the rows of hidden", hidden.device)
+    checks.check_vector(op, "target", target, rows, checks.INT64)
+    check_options(op, hidden.shape[0], hidden.device, options)
+    if memory_budget is None:
+        # A sixth of the float32 weight gradient keeps dW traffic small against the GEMMs.
+        memory_budget = max(MIN_BUDGET, weight.numel() * 4 // 6)
+        if hidden.device.type != "cpu":
+            workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
+            memory_budget = max(memory_budget, min(workspace, 1 << 30))
+    elif not isinstance(memory_budget, int) or memory_budget < 1:
+        raise refuse(
+            op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget), "Omit it for the default."
+        )
+    return HeadProblem(hidden, weight, bias, target, options, memory_budget)
+
+
+def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
+    """Which of hidden, weight and bias ask for a gradient."""
+    if p.needs is not None:
+        return p.needs
+    bias = p.bias is not None and p.bias.requires_grad
+    return p.hidden.requires_grad, p.weight.requires_grad, bias
+
+
+def check_targets(op: str, p: HeadProblem) -> None:
+    """Value checks before the first GEMM."""
+    o = p.options
+    stats_reference.check_values(op, p.target, p.vocab, o.mask, o.temperature)
+
+
+class HeadKernels(NamedTuple):
+    """The `run` of linear_token_stats."""
+
+    forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]]
+    """problem -> the outputs of the token_stats kernels, (tokens,) each."""
+    backward: Callable[..., list[torch.Tensor | None]]
+    """(problem, row_max, inv_sum, entropy, grad_logp, grad_entropy, needs) -> gradients in the order
+    of `NAMES`."""
+
+
+StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]
+"""(problem, inputs, objective, inverse normaliser) -> Step; the `run` of policy_step_hidden."""

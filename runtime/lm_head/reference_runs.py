@@ -1,0 +1,37 @@
+"""policy_step from hidden states on the reference: all logits at once, gradients by torch's autograd."""
+
+import torch
+
+from tokfuse.runtime.backends.reference_policy import policy_loss, rounded_step, usable_by_autograd
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.lm_head.problem import HeadProblem, Step, wanted
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.reference import linear_token_stats as linear_reference
+from tokfuse.runtime.reference import token_stats as stats_reference
+
+
+def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+    """policy_loss of token_stats of the head's logits; a `StepRun`."""
+    needs = wanted(p)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [
+            None if x is None else usable_by_autograd(x.detach()).requires_grad_(need)
+            for x, need in zip((p.hidden, p.weight, p.bias), needs, strict=True)
+        ]
+        target = usable_by_autograd(p.target)
+        options = LogitOptions(*map(usable_by_autograd, p.options))
+        inputs = PolicyInputs(*map(usable_by_autograd, inputs))
+        hidden, weight, bias = leaves
+        assert hidden is not None and weight is not None
+        logits = linear_reference.logits_of(hidden, weight, bias)
+        stats = stats_reference.exact(logits, target, op="policy_step", **options._asdict())
+        terms = policy_loss(stats[0], stats[1], inputs, objective, inverse)
+        asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
+        if p.row_norms is not None:
+            asked.append(logits)
+        found = iter(torch.autograd.grad(terms.loss, asked, allow_unused=True, materialize_grads=True) if asked else ())
+    grads = [next(found) if need else None for need in needs]
+    if p.row_norms is not None:
+        p.row_norms.copy_(torch.linalg.vector_norm(next(found), dim=1))
+    return *rounded_step(terms, stats, p.hidden.dtype), grads

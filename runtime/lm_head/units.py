@@ -1,0 +1,80 @@
+"""Losses over whole units of tokens (a sequence, a pair, the batch), from hidden states.
+
+The coefficient of a token depends on all tokens of its unit, so the gradient cannot be formed row by
+row. Units are taken together, as many as the workspace holds: the logits of a chunk of whole units,
+their statistics, the loss of those units and its derivative by every logp, and the gradient over the
+logits that are still there. That is 2 T H V operations for the logits and 4 T H V for the gradients
+of rows whose coefficient is not zero. Only a unit larger than the workspace is read twice: statistics
+first, then the logits of its rows again, 2 T H V more.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head.problem import HeadProblem
+
+Loss = Callable[[TokenStats, torch.Tensor, int, int], torch.Tensor]
+"""(statistics, tokens, first unit, end unit) -> (): the sum of the losses of these units.
+
+`tokens` are those of the units, unit by unit, and the statistics are theirs, in this order. `logp`
+is differentiable.
+"""
+
+
+class Units(NamedTuple):
+    """Tokens sorted by unit."""
+
+    order: torch.Tensor
+    """(rows,) int64: the tokens that count, unit by unit."""
+    border: list[int]
+    """units + 1 places in `order`."""
+
+    def groups(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Consecutive units that fit into `rows` together; a larger one is alone."""
+        first, units = 0, len(self.border) - 1
+        while first < units:
+            last = first + 1
+            while last < units and self.border[last + 1] - self.border[first] <= rows:
+                last += 1
+            yield first, last
+            first = last
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest unit."""
+        pairs = zip(self.border, self.border[1:], strict=False)
+        return max((end - start for start, end in pairs), default=0)
+
+
+class UnitTerms(NamedTuple):
+    """What a backend computes from all units."""
+
+    loss: torch.Tensor
+    """() float64."""
+    stats: TokenStats
+    """(tokens,); 0 for tokens outside all units."""
+    gradients: list[torch.Tensor | None]
+    """In the order of `problem.NAMES`."""
+    read_twice: int
+    """Rows whose logits were computed a second time, because their unit exceeds the workspace."""
+
+
+UnitsRun = Callable[[HeadProblem, Units, Loss], UnitTerms]
+"""(problem, units, loss) -> UnitTerms; the `run` of unit_step."""
+
+
+def coefficients(
+    stats: list[torch.Tensor], tokens: torch.Tensor, first: int, last: int, loss: Loss
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss of the units, d loss / d logp of every token: (all tokens,), 0 outside the units)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        of_units = TokenStats(*(x[tokens] for x in stats[:5]))
+        logp = of_units.logp.requires_grad_()
+        value = loss(of_units, tokens, first, last)
+        (found,) = torch.autograd.grad(value, logp, allow_unused=True, materialize_grads=True)
+    coefficient = torch.zeros_like(stats[0])
+    coefficient[tokens] = found
+    return value.detach(), coefficient

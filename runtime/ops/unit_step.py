@@ -1,0 +1,104 @@
+"""unit_step: a loss over whole sequences, or pairs of them, and its gradient, from hidden states.
+
+What `preference_step` of the algorithms runs on; the passes are described in lm_head/units.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head import cpu_runs, device_runs
+from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem
+from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun
+from tokfuse.runtime.ops import linear_token_stats as linear
+from tokfuse.runtime.policy.results import Gradients, hand_over
+
+OP = "unit_step"
+# What the default budget grows to, so that the largest unit fits.
+LARGEST_DEFAULT = 1 << 30
+
+
+class UnitStep(NamedTuple):
+    """Result of `unit_step`."""
+
+    loss: torch.Tensor
+    """(), wired to autograd."""
+    stats: TokenStats
+    """(tokens,), detached; 0 for tokens outside all units."""
+    gradients: Gradients
+    read_twice: int
+    """Rows whose logits were computed a second time, because their unit exceeds the workspace."""
+
+
+def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> UnitStep:
+    """`loss` of all units and its gradients by hidden, weight and bias where they ask for one.
+
+    own_budget: the caller chose `p.memory_budget`; otherwise it grows to the largest unit, up to
+        1 GiB.
+    """
+    capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
+    if torch.compiler.is_compiling() or capability.backend == "reference":
+        return _composed(p, units, loss)
+    if not own_budget:
+        row = 6 * (p.vocab + 16) + 8 * p.hidden.shape[1] + 64
+        grown = min(units.largest * row, LARGEST_DEFAULT)
+        p = p._replace(memory_budget=max(p.memory_budget, grown))
+    if not torch.is_grad_enabled():
+        p = p._replace(needs=(False, False, False))
+    gradients: Gradients = {}
+    value, *rest = _UnitStep.apply(p.hidden, p.weight, p.bias, p, units, loss, capability.run, gradients)
+    return UnitStep(value, TokenStats(*rest[:5]), gradients, rest[5])
+
+
+def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
+    """`linear_token_stats` and autograd: what the chunked passes must equal."""
+    o = p.options
+    stats = linear.linear_token_stats(
+        p.hidden,
+        p.weight,
+        p.target,
+        bias=p.bias,
+        temperature=o.temperature,
+        softcap=o.softcap,
+        logit_scale=o.logit_scale,
+        mask=o.mask,
+        memory_budget=p.memory_budget,
+    )
+    of_units = TokenStats(*(x[units.order] for x in stats))
+    total = loss(of_units, units.order, 0, len(units.border) - 1).to(stats.logp.dtype)
+    return UnitStep(total, TokenStats(*(x.detach() for x in stats)), {}, 0)
+
+
+register_cpu(OP, cpu_runs.unit_step, FLOAT_DTYPES, "softcap")
+register_cuda(OP, device_runs.CUDA_UNITS, FLOAT_DTYPES, "softcap")
+register_triton(OP, device_runs.TRITON_UNITS, FLOAT_DTYPES, "softcap")
+register_reference(OP, _composed, "softcap")
+
+
+class _UnitStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        p: HeadProblem,
+        units: Units,
+        loss: Loss,
+        run: UnitsRun,
+        gradients: Gradients,
+    ) -> tuple[Any, ...]:
+        found = run(p, units, loss)
+        gradients.update(zip(NAMES, found.gradients, strict=True))
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(*found.stats)
+        return found.loss.to(found.stats.logp.dtype), *found.stats, found.read_twice
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        grads = hand_over(ctx.gradients, grad_loss, "preference_step")
+        return (*(grads[name] for name in NAMES),) + (None,) * 5

@@ -1,0 +1,23 @@
+"""The per-token inputs of an objective."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class PolicyInputs(NamedTuple):
+    """Per-token inputs of an objective, without gradient; None means the term is absent.
+
+    old_logp None: on policy, the old policy is the current one and every ratio is 1.
+    """
+
+    old_logp: torch.Tensor | None
+    advantage: torch.Tensor
+    advantage_level: str = "token"
+    mask: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    token_weight: torch.Tensor | None = None
+    signal: torch.Tensor | None = None
+    ref_logp: torch.Tensor | None = None
+    kl_weight: torch.Tensor | None = None
+    entropy_weight: torch.Tensor | None = None
