@@ -13,6 +13,7 @@ from tokfuse.algorithms.selection import informative
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.gae import gae
 from tokfuse.runtime.ops.group_advantage import KINDS, group_advantage
+from tokfuse.runtime.ops.influence import squared_gradient_norm
 from tokfuse.runtime.ops.whiten import whiten
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
@@ -150,7 +151,7 @@ def _optimal_token_baseline(batch: Batch, reward: torch.Tensor, options: Mapping
     to_go = _reward_to_go(batch, reward, options).value.double()
     assert batch.sum_sq is not None and batch.group_ids is not None
     sequence, valid, start = batch.sequence, batch.valid, batch.cu_seqlens[:-1].long()
-    step = 1 - 2 * batch.old_logp.double().exp() + batch.sum_sq.double()
+    step = squared_gradient_norm(batch.old_logp.double(), batch.sum_sq.double())
     total = torch.where(valid, step, 0.0).cumsum(0)
     before = torch.nn.functional.pad(total, (1, 0))[start]
     weight = torch.where(valid, total - before[sequence], 0.0)

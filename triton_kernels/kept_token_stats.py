@@ -6,8 +6,8 @@ backward writes the dense gradient, zeros by one memset and then the kept entrie
 per token at bf16. One launch forward, two backward.
 
 Legend: T tokens (packed), V vocabulary, K kept ids of all rows. An id outside [0, V) makes its row
-NaN, as a target outside does with logp; an id that stands twice in a row counts twice. Both are
-refused where values may be read. Offsets outside [0, K] are cut to it: nothing else is read.
+NaN, as a target outside does with logp; an id that stands twice in a row counts twice, the target once.
+Both are refused where values may be read. Offsets outside [0, K] are cut to it: nothing else is read.
 """
 
 import torch
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from tokfuse.triton_kernels import launch, rows
 from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
-from tokfuse.triton_kernels.tile import LN_2, NEG_INF, store
+from tokfuse.triton_kernels.tile import NEG_INF, store
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,7 +73,7 @@ def kept_token_stats_fwd_kernel(
     s = tl.zeros((LANES,), tl.float32)
     sd = tl.zeros((LANES,), tl.float32)
     ss = tl.zeros((LANES,), tl.float32)
-    u_y = tl.full((LANES,), NEG_INF, tl.float32)  # of the target, in the lane that meets it
+    u_y = tl.zeros((LANES,), tl.float32)  # of the target, in the lane that meets it
     found = tl.zeros((LANES,), tl.int32)
     for start in range(begin, end, TILE):
         inside = start + offs_k < end
@@ -81,27 +81,23 @@ def kept_token_stats_fwd_kernel(
         u, slope = _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP)
         hit = inside & (ids == y)
         found += tl.sum(tl.sum(hit.to(tl.int32), axis=2), axis=0)
-        u_y = tl.maximum(u_y, tl.max(tl.max(tl.where(hit, u, NEG_INF), axis=2), axis=0))
-        m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
+        u_y += rows.lane_sum(tl.where(hit, u, 0.0))
+        m, s, sd, ss, step, decay, d, e = rows.fold(tl.where(hit, NEG_INF, u), c, m, s, sd, ss)
 
-    row_m, row_s, row_sd, row_ss, step, decay = rows.merge(c, m, s, sd, ss)
-    empty = end <= begin
-    dead = row_s == 0.0
-    log_s = tl.log2(row_s) * LN_2
-    inv_sum = tl.where(dead, 0.0, 1.0 / row_s)
-    # + 0 * log S: a NaN of the row reaches a target outside the support, too.
-    logp = tl.where(tl.sum(found, axis=0) > 0, tl.max(u_y, axis=0) - row_m, NEG_INF) * nats - log_s
-    logp = tl.where((y >= 0) & (y < vocab_size), logp, float("nan"))
-    logp = tl.where(dead, NEG_INF, tl.where(row_s == row_s, logp, row_s))
+    m, s, sd, ss, step, decay = rows.merge(c, m, s, sd, ss)
+    times = tl.sum(found, axis=0)
+    row_u_y = tl.where(times > 0, tl.sum(u_y, axis=0) / tl.maximum(times, 1), NEG_INF)
+    m, rest, sd, ss, d_y, _, _ = rows.with_target(row_u_y, c, m, s, sd, ss)
     counts = row >= 0
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
-    zero = dead | empty
-    tl.store(logp_ptr + row, tl.where(counts, logp, 0.0))
-    tl.store(lse_ptr + row, tl.where(counts, tl.where(dead, NEG_INF, row_m * nats + log_s), 0.0))
-    tl.store(entropy_ptr + row, tl.where(zero, 0.0, log_s - row_sd * inv_sum * nats))
-    tl.store(m_ptr + row, tl.where(zero, 0.0, row_m))
-    tl.store(inv_sum_ptr + row, tl.where(zero, 0.0, inv_sum))
+    has_target = (y >= 0) & (y < vocab_size)
+    logp, entropy, lse, _, _, row_m, inv_sum = rows.finish(m, rest, sd, ss, d_y, has_target, counts, nats)
+    tl.store(logp_ptr + row, logp)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(lse_ptr + row, lse)
+    tl.store(m_ptr + row, row_m)
+    tl.store(inv_sum_ptr + row, inv_sum)
 
 
 @triton.jit
@@ -112,8 +108,9 @@ def kept_token_stats_bwd_kernel(
     offsets_ptr,  # (T + 1,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    m_ptr,  # (T,) float32, and so are the next two
+    m_ptr,  # (T,) float32, and so are the next three
     inv_sum_ptr,
+    logp_ptr,
     entropy_ptr,
     grad_logp_ptr,  # (T,) float32 or None
     grad_entropy_ptr,  # (T,) float32 or None
@@ -155,13 +152,14 @@ def kept_token_stats_bwd_kernel(
 
     c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP)
     m = tl.load(m_ptr + row)
-    a0, a1 = rows.gradient_constants(nats, inv_sum, tl.load(entropy_ptr + row), ga, gh)
+    logp, entropy = tl.load(logp_ptr + row), tl.load(entropy_ptr + row)
+    a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
     for start in range(begin, end, TILE):
         inside = start + offs_k < end
         ids = tl.load(ids_ptr + start + offs_k, mask=inside, other=0)
         u, slope = _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP)
-        grad = rows.gradient(u, slope, m, c, a0, a1)
-        grad += tl.where(ids == y, nats * ga, 0.0) * slope
+        at_target = rows.target_gradient(slope, nats, logp, entropy, ga, gh)
+        grad = tl.where(ids == y, at_target, rows.gradient(u, slope, m, c, a0, a1))
         store(grad_row_ptr + ids, grad, mask=inside & (ids >= 0) & (ids < vocab_size))
 
 
@@ -223,6 +221,7 @@ def kept_token_stats_bwd(
     offsets: torch.Tensor,
     m: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -248,6 +247,7 @@ def kept_token_stats_bwd(
             vector,
             m,
             inv_sum,
+            logp,
             entropy,
             rows.as_float(grad_logp),
             rows.as_float(grad_entropy),
@@ -286,4 +286,4 @@ def _(dtype: torch.dtype) -> None:
 @compile_case("kept_token_stats_bwd", dtypes=FLOAT_DTYPES, streams=0)
 def _(dtype: torch.dtype) -> None:
     row = meta(4096)
-    kept_token_stats_bwd(*_arguments(dtype), row, row, row, row, row, **OPTIONS)
+    kept_token_stats_bwd(*_arguments(dtype), row, row, row, row, row, row, **OPTIONS)

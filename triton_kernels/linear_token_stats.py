@@ -55,7 +55,7 @@ def linear_token_stats_kernel(
     target_ptr,  # (T,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    partial_ptr,  # (S, 5, T) float32: m, sum e, sum d e, sum e^2, the target's logit
+    partial_ptr,  # (S, 5, T) float32: m, sum e, sum d e, sum e^2 without the target, its logit
     stride_hidden_t,
     stride_weight_v,
     num_tokens,
@@ -105,8 +105,9 @@ def linear_token_stats_kernel(
             u += load(bias_ptr + offs_v, in_vocab, 0.0)[None, :]
         if HAS_SOFTCAP:
             u = rows.capped(u, softcap, logit_scale)
-        u_y += tl.sum(tl.where(offs_v[None, :] == y[:, None], u, 0.0), axis=1)
-        u = tl.where(in_vocab[None, :], u, NEG_INF)
+        is_target = offs_v[None, :] == y[:, None]
+        u_y += tl.sum(tl.where(is_target, u, 0.0), axis=1)
+        u = tl.where(in_vocab[None, :] & (is_target == 0), u, NEG_INF)
         new_m = tl.maximum(m, tl.max(u, axis=1))
         step = tl.maximum(m - new_m, rows.FARTHEST)
         decay = tl.exp2(step * c)
@@ -178,7 +179,8 @@ def linear_merge_kernel(
         part += 5 * num_tokens
     y = tl.load(target_ptr + offs_t, mask=keep, other=0)
     has_target = (y >= 0) & (y < vocab_size)
-    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(m, s, sd, ss, u_y, has_target, keep, nats)
+    m, rest, sd, ss, d_y, _, _ = rows.with_target(tl.where(has_target & keep, u_y, NEG_INF), c, m, s, sd, ss)
+    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(m, rest, sd, ss, d_y, has_target, keep, nats)
     tl.store(logp_ptr + offs_t, logp, mask=in_range)
     tl.store(entropy_ptr + offs_t, entropy, mask=in_range)
     tl.store(lse_ptr + offs_t, lse, mask=in_range)

@@ -24,44 +24,13 @@ import triton.language as tl
 
 from tokfuse.triton_kernels import launch, rows
 from tokfuse.triton_kernels.compile_cases import compile_case, meta
-from tokfuse.triton_kernels.tile import LN_2, maximum, store
+from tokfuse.triton_kernels.tile import LN_2, MIN_EXPONENT, expm1_2, log1p, maximum, store
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KINDS = {"jsd": 0, "kl_forward": 1, "kl_reverse": 2}
 JSD = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(2)
 STATE = tl.constexpr(6)
-# 2^-126 is the smallest normal float32, the exponent that a shifted integer can hold.
-MIN_EXPONENT = tl.constexpr(-126.0)
-
-
-@triton.jit
-def expm1_2(x):
-    """2^x - 1 for x in [-126, 0], relative error <= 4e-7: 2^x of an exponential cancels at 0."""
-    k = tl.floor(x + 0.5)
-    r = x - k
-    p = 1.326472731307149e-3 * r + 9.671512991189957e-3
-    p = ((p * r + 5.550733581185341e-2) * r + 0.24022242426872253) * r + 0.6931470036506653
-    scale = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return p * r * scale + (scale - 1.0)
-
-
-@triton.jit
-def log1p_negative(y):
-    """ln(1 + y) for y in (-1, 0], relative error <= 3e-7; the polynomial is that of Cephes' logf.
-
-    The hardware logarithm is exact to 2^-22 of 1 only, which is nothing for a result near 0.
-    """
-    bits = (1.0 + y).to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2)
-    k = bits >> 23
-    reduced = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    f = tl.where(k == 0, y, reduced)
-    q = f * f
-    p = 7.0376836292e-2 * f - 1.1514610310e-1
-    p = ((p * f + 1.1676998740e-1) * f - 1.2420140846e-1) * f + 1.4249322787e-1
-    p = ((p * f - 1.6668057665e-1) * f + 2.0000714765e-1) * f - 2.4999993993e-1
-    p = p * f + 3.3333331174e-1
-    return k.to(tl.float32) * LN_2 + (f - q * (0.5 - f * p))
 
 
 @triton.jit
@@ -82,7 +51,7 @@ def _element(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, beta, KIND: tl.constex
     q_minus_p = tl.where(p_is_big, gap, -gap)
     if KIND == JSD:
         b = tl.where(p_is_big, beta, 1.0 - beta)
-        of_big = -log1p_negative(b * m1)
+        of_big = -log1p(b * m1)
         of_small = of_big + away * LN_2
         d = tl.where(p_is_big, of_big, of_small)
         term = (1.0 - b) * big * of_big + b * small * of_small

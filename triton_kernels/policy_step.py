@@ -32,7 +32,7 @@ from tokfuse.triton_kernels.compile_cases import compile_case, meta
 from tokfuse.triton_kernels.objective import ObjectiveNumbers, TokenPointers, token_objective
 from tokfuse.triton_kernels.policy_loss import results_like, split_scale
 from tokfuse.triton_kernels.policy_metrics import TokenResults
-from tokfuse.triton_kernels.tile import store
+from tokfuse.triton_kernels.tile import NEG_INF, store
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -65,6 +65,7 @@ def _statistics(
     c,
     lead,
     total,
+    at_y,
     softcap,
     logit_scale,
     HAS_SOFTCAP: tl.constexpr,
@@ -72,7 +73,7 @@ def _statistics(
     LANES: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """(m, S, SD, S2) of the row that lies from lead to total."""
+    """(m, S, SD, S2) of the row that lies from lead to total, without the element at at_y."""
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
     m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
@@ -80,13 +81,14 @@ def _statistics(
     sd = tl.zeros((LANES,), tl.float32)
     ss = tl.zeros((LANES,), tl.float32)
     whole = total // TILE * TILE
-    first, last = rows.edges(lead, whole, total)
-    for edge in range(first, last):
-        at = edge * whole + offs_v
+    first, edges, last, of_target = rows.masked_tiles(at_y, lead, whole, total, TILE)
+    for i in range(first, last):
+        at = tl.where(i < edges, i * whole, of_target) + offs_v
         inside = (at >= lead) & (at < total)
         u, _ = rows.read(row_ptr, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_last")
-        m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
-    for start in range(tl.where(lead > 0, TILE, 0), whole, TILE):
+        m, s, sd, ss, _, _, _, _ = rows.fold(tl.where(at == at_y, NEG_INF, u), c, m, s, sd, ss)
+    for tile in range(tl.where(lead > 0, TILE, 0), whole - tl.where(of_target < whole, TILE, 0), TILE):
+        start = tile + tl.where(tile < of_target, 0, TILE)
         u, _ = rows.read_whole(row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_last")
         m, s, sd, ss, _, _, _, _ = rows.fold(u, c, m, s, sd, ss)
     m, s, sd, ss, _, _ = rows.merge(c, m, s, sd, ss)
@@ -138,12 +140,15 @@ def policy_step_kernel(
     grad_row_ptr = rows.row_start(grad_logits_ptr, row * stride_grad_r, lead, ITEMS, SAME_GRAD_LEAD)
     total = lead + vocab_size
 
+    y = tl.load(target_ptr + token)
+    has_target = (y >= 0) & (y < vocab_size)
     # A masked row has no elements: nothing of it is read.
     m, s, sd, ss = _statistics(
         row_ptr,
         c,
         tl.where(keep, lead, 0),
         tl.where(keep, total, 0),
+        rows.target_place(y, lead, vocab_size, keep),
         softcap,
         logit_scale,
         HAS_SOFTCAP,
@@ -151,10 +156,9 @@ def policy_step_kernel(
         LANES,
         ITEMS,
     )
-    y = tl.load(target_ptr + token)
-    has_target = (y >= 0) & (y < vocab_size)
     u_y, slope_y = rows.read(row_ptr, None, lead + y, has_target & keep, softcap, logit_scale, 0.0, HAS_SOFTCAP, "")
-    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(m, s, sd, ss, u_y, has_target, keep, nats)
+    m, rest, sd, ss, d_y, _, _ = rows.with_target(u_y, c, m, s, sd, ss)
+    logp, entropy, lse, sum_sq, top1, m, inv_sum = rows.finish(m, rest, sd, ss, d_y, has_target, keep, nats)
     tl.store(stats.logp + token, logp)
     tl.store(stats.entropy + token, entropy)
     tl.store(stats.lse + token, lse)
@@ -195,9 +199,9 @@ def policy_step_kernel(
                 row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
             )
             store(grad_row_ptr + start + offs_v, rows.gradient(u, slope, m, c, a0, a1), None, "evict_first")
-        # The target's own term by a store of its own: no element pays for a comparison.
+        # The target's gradient by a store of its own: no element pays for a comparison.
         tl.debug_barrier()
-        grad_y = slope_y * nats * ga + rows.gradient(u_y, slope_y, m, c, a0, a1)
+        grad_y = rows.target_gradient(slope_y, nats, logp, entropy, ga, gh)
         store(grad_row_ptr + lead + y, grad_y, has_target)
 
 

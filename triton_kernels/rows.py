@@ -12,8 +12,14 @@ The gradient of ga * logp + gh * entropy is, with log p = d / T - log S,
     dz = f'(z) / T ( ga [j = y] - p (ga + gh (log p + entropy)) )
        = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
 
-so two constants per row are all that an element needs. (m, 1 / S) are kept for it and not lse: lse
-near 100 has 4e-6 of float32 rounding, which would be the relative error of every p.
+so two constants per row are all that an element needs; the target itself has 1 - p = -expm1(logp).
+(m, 1 / S) are kept for it and not lse: lse near 100 has 4e-6 of float32 rounding, which would be the
+relative error of every p.
+
+Why the sums leave the target out: in float32, S = 1 + 1e-7 says nothing about the rest. Without the
+target they hold the rest to all its digits, and where the target is the maximum, as a confident one
+is, logp = -log(1 + rest): the gradient of a confident token is as exact as that of any other. Tiles
+that need no mask do without the one that the target lies in, so no element pays for it.
 
 Why lanes: reducing every tile to a scalar costs shuffles, barriers and selects, 33 instructions per
 element on sm_90. Here a thread keeps the statistics of the elements that it loads itself, in
@@ -32,7 +38,18 @@ import triton
 import triton.language as tl
 
 from tokfuse.triton_kernels.launch import LaunchConfig
-from tokfuse.triton_kernels.tile import LN_2, LOG2_E, NEG_INF, NO_HINT, load, maximum, reciprocal
+from tokfuse.triton_kernels.tile import (
+    LN_2,
+    LOG2_E,
+    MIN_EXPONENT,
+    NEG_INF,
+    NO_HINT,
+    expm1_2,
+    load,
+    log1p,
+    maximum,
+    reciprocal,
+)
 
 # Every running maximum starts here, the lowest float32: -inf would make (-inf) - (-inf).
 LOWEST_MAX = tl.constexpr(-3.4028234663852886e38)
@@ -112,6 +129,24 @@ def edges(lead, whole, total):
     first = tl.where(lead > 0, 0, 1)
     last = tl.where((whole < total) & ((whole > 0) | (lead == 0)), 2, 1)
     return first, last
+
+
+@triton.jit
+def target_place(y, lead, vocab_size, counts):
+    """Where the target lies, counted as the tiles are; -1 where there is none."""
+    return tl.where((y >= 0) & (y < vocab_size) & counts, lead + y, -1).to(tl.int32)
+
+
+@triton.jit
+def masked_tiles(at_y, lead, whole, total, TILE: tl.constexpr):
+    """(first, edges, last, target's tile) of a forward: range(first, last) of the tiles it masks.
+
+    They are those of `edges`, and where the target lies between these its tile as a last one. That
+    begins at `whole` where the target is in an edge, or nowhere.
+    """
+    first, end = edges(lead, whole, total)
+    between = (at_y >= tl.where(lead > 0, TILE, 0)) & (at_y < whole)
+    return first, end, end + between.to(tl.int32), tl.where(between, at_y // TILE * TILE, whole)
 
 
 @triton.jit
@@ -234,14 +269,36 @@ def merge(c, m, s, sd, ss):
 
 
 @triton.jit
-def finish(m, s, sd, ss, u_y, has_target, keep, nats):
-    """(logp, entropy, lse, sum_sq, top1, m, 1 / S) of merged rows; 0 where not keep."""
-    dead = s == 0.0  # only -inf: no distribution
+def with_target(u_y, c, m, s, sd, ss):
+    """(m, S - 1, SD, S2, d_y) of the row from those of all others; also (step, decay) of these.
+
+    S - 1 keeps the digits of the others where the target is the maximum. u_y is -inf where there is
+    no target; S - 1 is -1 where there is nothing at all.
+    """
+    row_m = tl.maximum(m, u_y)
+    step = tl.maximum(m - row_m, FARTHEST)
+    decay = tl.exp2(step * c)
+    d_y = u_y - row_m
+    d = maximum(d_y, FARTHEST)
+    e = tl.exp2(d * c)
+    row_sd = decay * (sd + step * s) + d * e
+    return row_m, decay * s + (e - 1.0), row_sd, decay * decay * ss + e * e, d_y, step, decay
+
+
+@triton.jit
+def log_sum(rest):
+    """log S of S - 1; NaN stays NaN."""
+    return tl.where(rest == rest, log1p(rest), rest)
+
+
+@triton.jit
+def finish(m, rest, sd, ss, d_y, has_target, keep, nats):
+    """(logp, entropy, lse, sum_sq, top1, m, 1 / S) of `with_target`; 0 where not keep."""
+    dead = rest == -1.0  # only -inf: no distribution
     zero = dead | (keep == 0)
-    log_s = tl.log2(s) * LN_2
-    inv_sum = tl.where(zero, 0.0, 1.0 / s)
-    d_y = tl.where(has_target, u_y - m, float("nan"))
-    logp = tl.where(dead & has_target, NEG_INF, d_y * nats - log_s)
+    log_s = log_sum(rest)
+    inv_sum = tl.where(zero, 0.0, 1.0 / (1.0 + rest))
+    logp = tl.where(dead & has_target, NEG_INF, tl.where(has_target, d_y * nats - log_s, float("nan")))
     lse = tl.where(dead, NEG_INF, m * nats + log_s)
     return (
         tl.where(keep, logp, 0.0),
@@ -264,9 +321,17 @@ def gradient_constants(nats, inv_sum, entropy, ga, gh):
 
 @triton.jit
 def gradient(u, slope, m, c, a0, a1):
-    """What every element of a row gets; the target's own term is not in it."""
+    """What every element of a row gets but the target."""
     d = maximum(u - m, FARTHEST)
     return tl.exp2(d * c) * (a0 + a1 * d) * slope
+
+
+@triton.jit
+def target_gradient(slope, nats, logp, entropy, ga, gh):
+    """What the target gets; `gradient` and nats * ga would cancel near p = 1."""
+    rest = -expm1_2(maximum(logp * LOG2_E, MIN_EXPONENT))  # 1 - p
+    log_term = tl.where(logp == NEG_INF, 0.0, (1.0 - rest) * (logp + entropy))
+    return slope * nats * (ga * rest - gh * log_term)
 
 
 # ------------------------------------------------------------------------------------- on the host

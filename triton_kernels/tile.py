@@ -15,6 +15,8 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1",
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
+# 2^-126 is the smallest normal float32, the exponent that a shifted integer can hold.
+MIN_EXPONENT = tl.constexpr(-126.0)
 # Triton 3.6 takes a plain string as an argument, but not as a default.
 NO_HINT = tl.constexpr("")
 
@@ -36,6 +38,35 @@ def reciprocal(x):
     else:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y
+
+
+@triton.jit
+def expm1_2(x):
+    """2^x - 1 for x in [-126, 0], relative error <= 4e-7: 2^x of an exponential cancels at 0."""
+    k = tl.floor(x + 0.5)
+    r = x - k
+    p = 1.326472731307149e-3 * r + 9.671512991189957e-3
+    p = ((p * r + 5.550733581185341e-2) * r + 0.24022242426872253) * r + 0.6931470036506653
+    scale = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return p * r * scale + (scale - 1.0)
+
+
+@triton.jit
+def log1p(y):
+    """ln(1 + y) for finite y > -1, relative error <= 3e-7; the polynomial is that of Cephes' logf.
+
+    The hardware logarithm is exact to 2^-22 of 1 only, which is nothing for a result near 0.
+    """
+    bits = (1.0 + y).to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2)
+    k = bits >> 23
+    reduced = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    f = tl.where(k == 0, y, reduced)
+    q = f * f
+    p = 7.0376836292e-2 * f - 1.1514610310e-1
+    p = ((p * f + 1.1676998740e-1) * f - 1.2420140846e-1) * f + 1.4249322787e-1
+    p = ((p * f - 1.6668057665e-1) * f + 2.0000714765e-1) * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    return k.to(tl.float32) * LN_2 + (f - q * (0.5 - f * p))
 
 
 @triton.jit

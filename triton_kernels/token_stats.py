@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tokfuse.triton_kernels import launch, rows
 from tokfuse.triton_kernels.compile_cases import compile_case, meta
-from tokfuse.triton_kernels.tile import LN_2, NEG_INF, store
+from tokfuse.triton_kernels.tile import NEG_INF, maximum, store
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -85,6 +85,7 @@ def token_stats_fwd_kernel(
         bias_row_ptr = rows.fixed_start(bias_ptr, row, stride_bias_t, ITEMS)
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
     m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
+    # Of all elements but the target.
     s = tl.zeros((LANES,), tl.float32)  # sum e
     sd = tl.zeros((LANES,), tl.float32)  # sum d e
     ss = tl.zeros((LANES,), tl.float32)  # sum e^2
@@ -92,49 +93,60 @@ def token_stats_fwd_kernel(
     ssd = tl.zeros((LANES,), tl.float32)  # sum d e^2
     ssdd = tl.zeros((LANES,), tl.float32)  # sum d^2 e^2
 
-    for start in range(0, whole, TILE):  # no mask in the hot loop
-        u, slope = rows.read_whole(row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
-        old_ss = ss
-        m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
-        s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
-    if whole < vocab:
-        at = whole + offs_v
-        u, slope = rows.read(row_ptr, bias_row_ptr, at, at < vocab, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
-        old_ss = ss
-        m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
-        s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
-
-    row_m, row_s, row_sd, row_ss, step, decay = rows.merge(c, m, s, sd, ss)
-    dead = row_s == 0.0  # only -inf: no distribution
     y = tl.load(target_ptr + row)
-    has_target = (y >= 0) & (y < vocab_size) & counts
+    at_y = rows.target_place(y, 0, vocab_size, counts)
+    _, _, _, of_target = rows.masked_tiles(at_y, 0, whole, vocab, TILE)
+    begin = 0
+    # Whole tiles without a mask up to that of the target, then up to a tail that is not the same.
+    for i in tl.static_range(2):
+        masked = whole if i else of_target
+        for start in range(begin, masked, TILE):
+            u, slope = rows.read_whole(
+                row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale, HAS_SOFTCAP
+            )
+            old_ss = ss
+            m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
+            s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
+        if (begin <= masked) & (masked < vocab):
+            at = masked + offs_v
+            u, slope = rows.read(row_ptr, bias_row_ptr, at, at < vocab, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
+            u = tl.where(at == at_y, NEG_INF, u)
+            old_ss = ss
+            m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
+            s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
+        begin = of_target + TILE
+
+    m, s, sd, row_ss, step, decay = rows.merge(c, m, s, sd, ss)
+    has_target = at_y >= 0
     u_y, slope_y = rows.read(row_ptr, bias_row_ptr, y, has_target, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
-    d_y = tl.where(has_target, u_y - row_m, float("nan"))
-    log_s = tl.log2(row_s) * LN_2
-    inv_sum = tl.where(dead, 0.0, 1.0 / row_s)
-    zero = dead | (counts == 0)
-    logp = tl.where(dead & has_target, NEG_INF, d_y * nats - log_s)
-    lse = tl.where(dead, NEG_INF, row_m * nats + log_s)
-    entropy = log_s - row_sd * inv_sum * nats
-    tl.store(logp_ptr + row, tl.where(counts, logp, 0.0))
-    tl.store(lse_ptr + row, tl.where(counts, lse, 0.0))
-    tl.store(entropy_ptr + row, tl.where(zero, 0.0, entropy))
-    tl.store(sum_sq_ptr + row, tl.where(zero, 0.0, row_ss * inv_sum * inv_sum))
-    tl.store(top1_ptr + row, tl.where((d_y >= 0.0) & (zero == 0), 1.0, 0.0))
-    tl.store(m_ptr + row, tl.where(zero, 0.0, row_m))
-    tl.store(inv_sum_ptr + row, tl.where(zero, 0.0, inv_sum))
+    m, rest, sd, all_ss, d_y, row_step, row_decay = rows.with_target(u_y, c, m, s, sd, row_ss)
+    logp, entropy, lse, sum_sq, top1, row_m, inv_sum = rows.finish(m, rest, sd, all_ss, d_y, has_target, counts, nats)
+    tl.store(logp_ptr + row, logp)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(lse_ptr + row, lse)
+    tl.store(sum_sq_ptr + row, sum_sq)
+    tl.store(top1_ptr + row, top1)
+    tl.store(m_ptr + row, row_m)
+    tl.store(inv_sum_ptr + row, inv_sum)
+    dead = rest == -1.0
+    d = maximum(d_y, rows.FARTHEST)
     if SECOND:
-        row_s2 = tl.sum(tl.exp2(step * c2) * s2, axis=0)
-        second = tl.where(dead & has_target, NEG_INF, d_y * nats2 - tl.log2(row_s2) * LN_2)
-        tl.store(second_logp_ptr + row, tl.where(counts, second, 0.0))
+        rest2 = tl.exp2(row_step * c2) * tl.sum(tl.exp2(step * c2) * s2, axis=0) + (tl.exp2(d * c2) - 1.0)
+        second = tl.where(has_target, d_y * nats2 - rows.log_sum(rest2), float("nan"))
+        tl.store(second_logp_ptr + row, tl.where(counts, tl.where(dead & has_target, NEG_INF, second), 0.0))
     if MOMENTS:
-        two = decay * decay
-        p_d = tl.sum(two * (ssd + step * ss), axis=0) * nats * inv_sum * inv_sum
-        p_dd = tl.sum(two * (ssdd + step * (2.0 * ssd + step * ss)), axis=0)
+        # Of the lanes to one maximum, and of the others to that of the row, as in _fold_extras.
+        two, row_two = decay * decay, row_decay * row_decay
+        row_ssd = tl.sum(two * (ssd + step * ss), axis=0)
+        row_ssdd = tl.sum(two * (ssdd + step * (2.0 * ssd + step * ss)), axis=0)
+        de = d * tl.exp2(d * c)
+        p_dd = row_two * (row_ssdd + row_step * (2.0 * row_ssd + row_step * row_ss)) + de * de
         p_dd = p_dd * (nats * inv_sum) * (nats * inv_sum)
-        p_p = row_ss * inv_sum * inv_sum
-        tl.store(p2_logp_ptr + row, tl.where(zero, 0.0, p_d - log_s * p_p))
-        p2_logp2 = p_dd - log_s * (2.0 * p_d - log_s * p_p)
+        p_d = (row_two * (row_ssd + row_step * row_ss) + de * tl.exp2(d * c)) * nats * inv_sum * inv_sum
+        log_s = rows.log_sum(rest)
+        zero = inv_sum == 0.0
+        tl.store(p2_logp_ptr + row, tl.where(zero, 0.0, p_d - log_s * sum_sq))
+        p2_logp2 = p_dd - log_s * (2.0 * p_d - log_s * sum_sq)
         tl.store(p2_logp2_ptr + row, tl.where(zero, 0.0, p2_logp2))
 
 
@@ -145,8 +157,9 @@ def token_stats_bwd_kernel(
     target_ptr,  # (T,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    m_ptr,  # (T,) float32, and so are the next two
+    m_ptr,  # (T,) float32, and so are the next three
     inv_sum_ptr,
+    logp_ptr,
     entropy_ptr,
     grad_logp_ptr,  # (T,) float32 or None
     grad_entropy_ptr,  # (T,) float32 or None
@@ -211,13 +224,15 @@ def token_stats_bwd_kernel(
         y = tl.load(target_ptr + row)
         known = ((y >= 0) & (y < vocab_size)) | (y == rows.ELSEWHERE)
         ga = tl.where((ga == 0.0) | known, ga, float("nan"))
-        a0, a1 = rows.gradient_constants(nats, inv_sum, tl.load(entropy_ptr + row), ga, gh)
-        # The target's own term is added by a store of its own, so that no element pays for a
-        # comparison. Its logit is read before the tiles are written: they may lie in one place.
+        entropy = tl.load(entropy_ptr + row)
+        a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
+        # The target's gradient has a store of its own, so that no element pays for a comparison. Its
+        # slope is read before the tiles are written: they may lie in one place.
         at_y = lead + y - part_start
         has_y = (at_y >= part_lead) & (at_y < size)
         u_y, slope_y = rows.read(row_ptr, bias_row_ptr, at_y, has_y, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
-        tl.debug_barrier()
+        if HAS_SOFTCAP:
+            tl.debug_barrier()
         for edge in range(first, last):
             at = edge * whole + offs_v
             inside = (at >= part_lead) & (at < size)
@@ -229,7 +244,7 @@ def token_stats_bwd_kernel(
             )
             store(grad_row_ptr + start + offs_v, rows.gradient(u, slope, m, c, a0, a1))
         tl.debug_barrier()
-        grad_y = slope_y * nats * ga + rows.gradient(u_y, slope_y, m, c, a0, a1)
+        grad_y = rows.target_gradient(slope_y, nats, tl.load(logp_ptr + row), entropy, ga, gh)
         store(grad_row_ptr + at_y, grad_y, mask=has_y)
 
 
@@ -299,6 +314,7 @@ def token_stats_bwd(
     target: torch.Tensor,
     m: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -331,6 +347,7 @@ def token_stats_bwd(
             vector,
             m,
             inv_sum,
+            logp,
             entropy,
             rows.as_float(grad_logp),
             rows.as_float(grad_entropy),
@@ -371,7 +388,7 @@ def _(dtype: torch.dtype) -> None:
 @compile_case("token_stats_bwd", dtypes=FLOAT_DTYPES, traffic=2)
 def _(dtype: torch.dtype) -> None:
     row = meta(4096)
-    token_stats_bwd(*_arguments(dtype), row, row, row, row, row, **PLAIN)
+    token_stats_bwd(*_arguments(dtype), row, row, row, row, row, row, **PLAIN)
 
 
 @compile_case("token_stats_fwd/options", dtypes=(torch.bfloat16,))
@@ -400,6 +417,7 @@ def _(dtype: torch.dtype) -> None:
         row,
         row,
         row,
+        row,
         temperature=row,
         softcap=30.0,
         logit_scale=1.0,
@@ -422,4 +440,4 @@ def _(dtype: torch.dtype) -> None:
 def _(dtype: torch.dtype) -> None:
     row = meta(4096)
     logits, target = meta(4096, 49155, dtype=dtype), meta(4096, dtype=torch.int64)
-    token_stats_bwd(logits, target, row, row, row, row, row, **PLAIN)
+    token_stats_bwd(logits, target, row, row, row, row, row, row, **PLAIN)

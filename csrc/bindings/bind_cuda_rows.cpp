@@ -58,18 +58,19 @@ void bind_token_stats_fwd(const py::tuple& place, const py::tuple& logits, const
       [&](cudaStream_t stream) { return token_stats_fwd(a, o, stream); });
 }
 
-// (row_max, inv_sum, entropy, grad_logp, grad_entropy, grad_logits, grad_stride, grad_dtype)
+// (row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, grad_logits, grad_stride, grad_dtype)
 TokenStatsGrad stats_grad(const py::tuple& t) {
-  require(t.size() == 8, "gradient record must have 8 fields");
+  require(t.size() == 9, "gradient record must have 9 fields");
   auto floats = [&](size_t i) { return as<float>(t[i].cast<Address>()); };
   return {floats(0),
           floats(1),
           floats(2),
           floats(3),
           floats(4),
-          as<void>(t[5].cast<Address>()),
-          t[6].cast<int64_t>(),
-          dtype_of(t[7].cast<int>())};
+          floats(5),
+          as<void>(t[6].cast<Address>()),
+          t[7].cast<int64_t>(),
+          dtype_of(t[8].cast<int>())};
 }
 
 void bind_token_stats_bwd(const py::tuple& place, const py::tuple& logits, const py::tuple& grad) {

@@ -50,16 +50,17 @@ int64_t kept_token_stats_fwd(const py::tuple& logits, Address ids, Address offse
 }
 
 void kept_token_stats_bwd(const py::tuple& logits, Address ids, Address offsets, int64_t kept,
-                          Address shift, Address inv_sum, Address entropy, Address grad_logp,
-                          Address grad_entropy, Address grad_logits, int64_t grad_stride) {
+                          Address shift, Address inv_sum, Address logp, Address entropy,
+                          Address grad_logp, Address grad_entropy, Address grad_logits,
+                          int64_t grad_stride) {
   KeptArgs a = kept_args(logits, ids, offsets, kept);
-  for (Address p : {shift, inv_sum, entropy, grad_logits}) {
+  for (Address p : {shift, inv_sum, logp, entropy, grad_logits}) {
     require_pointer(p, a.logits.tokens, "a backward argument");
   }
   require(grad_stride >= a.logits.vocab || a.logits.tokens <= 1, "grad_stride must be >= vocab");
-  const TokenStatsGrad grad = {as<float>(shift),     as<float>(inv_sum),      as<float>(entropy),
-                               as<float>(grad_logp), as<float>(grad_entropy), as<void>(grad_logits),
-                               grad_stride};
+  const TokenStatsGrad grad = {as<float>(shift),      as<float>(inv_sum),   as<float>(logp),
+                               as<float>(entropy),    as<float>(grad_logp), as<float>(grad_entropy),
+                               as<void>(grad_logits), grad_stride};
   py::gil_scoped_release release;
   require(bad_row(a) < 0, "a target, temperature or kept id is out of range");
   TOKFUSE_CALL(kept_token_stats_bwd, a, grad);

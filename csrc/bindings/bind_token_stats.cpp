@@ -72,18 +72,18 @@ int64_t token_stats_fwd(const py::tuple& logits, Address logp, Address entropy, 
 
 // The forward has checked the targets. One outside the columns here has no one-hot term: it lies in
 // another shard of the vocabulary.
-void token_stats_bwd(const py::tuple& logits, Address shift, Address inv_sum, Address entropy,
-                     Address grad_logp, Address grad_entropy, Address grad_logits,
+void token_stats_bwd(const py::tuple& logits, Address shift, Address inv_sum, Address logp,
+                     Address entropy, Address grad_logp, Address grad_entropy, Address grad_logits,
                      int64_t grad_stride) {
   const LogitsArgs a = logits_args(logits);
-  for (Address p : {shift, inv_sum, entropy, grad_logits}) {
+  for (Address p : {shift, inv_sum, logp, entropy, grad_logits}) {
     require_pointer(p, a.tokens, "a backward argument");
   }
   require(a.tile == 0, "the backward takes rows in one piece");
   require(grad_stride >= a.vocab || a.tokens <= 1, "grad_stride must be >= vocab");
-  const TokenStatsGrad grad = {as<float>(shift),     as<float>(inv_sum),      as<float>(entropy),
-                               as<float>(grad_logp), as<float>(grad_entropy), as<void>(grad_logits),
-                               grad_stride};
+  const TokenStatsGrad grad = {as<float>(shift),      as<float>(inv_sum),   as<float>(logp),
+                               as<float>(entropy),    as<float>(grad_logp), as<float>(grad_entropy),
+                               as<void>(grad_logits), grad_stride};
   py::gil_scoped_release release;
   TOKFUSE_CALL(token_stats_bwd, a, grad);
 }

@@ -72,11 +72,14 @@ void forward_row(const KeptArgs& a, const KeptOut& o, const Transform& f, int64_
   alignas(64) float buffer[kBlock];
   Accumulator<false> acc;
   acc.shift = 0.0f;
-  float target_u = 0;
+  float target_u = -kInf;
   for (int64_t begin = 0; begin < kept.count; begin += kBlock) {
     const int64_t left = kept.count - begin, n = left < kBlock ? left : kBlock;
     gather<T, kTransform>(row, f, kept.ids + begin, n, m, buffer);
-    if (at >= begin && at < begin + n) target_u = buffer[at - begin];
+    if (at >= begin && at < begin + n) {
+      target_u = buffer[at - begin];
+      buffer[at - begin] = -kInf;  // rows.h
+    }
     BlockSums sums;
     sum_block<false>(buffer, n, c, 0.0f, &sums);
     acc.add(sums);
@@ -125,7 +128,9 @@ void backward_row(const KeptArgs& a, const TokenStatsGrad& g, const Transform& f
     const int64_t left = kept.count - begin, n = left < kBlock ? left : kBlock;
     gather<T, kTransform>(row, f, kept.ids + begin, n, g.shift[t], buffer);
     gradient_block(buffer, n, c, 0.0f, a0, a1, buffer);
-    if (at >= begin && at < begin + n) buffer[at - begin] += scale * ga;
+    if (at >= begin && at < begin + n) {
+      buffer[at - begin] = target_gradient(scale, g.logp[t], g.entropy[t], ga, gh);
+    }
     for (int64_t k = 0; k < n; k++) {
       const int64_t j = kept.ids[begin + k];
       const float tanh_u = f.cap != 0.0f ? tanh_simd(load(row.z, j) * f.pre) : 0.0f;

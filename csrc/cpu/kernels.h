@@ -51,6 +51,7 @@ struct TokenStatsOut {
 struct TokenStatsGrad {
   const float* shift;         // (T)
   const float* inv_sum;       // (T)
+  const float* logp;          // (T)
   const float* entropy;       // (T)
   const float* grad_logp;     // (T) or null
   const float* grad_entropy;  // (T) or null

@@ -43,8 +43,9 @@ void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
       token_objective_at(obj, t, o.logp[t], o.entropy[t]);
       if (!fill_zeros && !has_gradient(obj, t)) continue;
       row_backward<T, kTransform>(row, f, c, a.logit_scale / temperature, stats.shift,
-                                  stats.inv_sum, o.entropy[t], obj.d_logp[t], obj.d_entropy[t],
-                                  grad + i * grad_stride, work == nullptr ? nullptr : &kept);
+                                  stats.inv_sum, o.logp[t], o.entropy[t], obj.d_logp[t],
+                                  obj.d_entropy[t], grad + i * grad_stride,
+                                  work == nullptr ? nullptr : &kept);
     }
     free(work);
   }

@@ -82,7 +82,15 @@ static inline Slopes rebased(const Slopes& s, float kept_shift) {
   return {s.c, s.shift, s.a0 * f, s.a1 * f};
 }
 
-// One block of a row; `out` may be `u`. The target's own term is added afterwards.
+// The target's entry for ga * logp + gh * entropy, before the slope of a softcap. Not what every
+// element gets plus scale * ga: near p = 1 they cancel.
+static inline float target_gradient(float scale, float logp, float entropy, float ga, float gh) {
+  const double lp = logp, p = ::exp(lp);
+  const double log_term = p == 0 ? 0.0 : p * (lp + entropy);
+  return static_cast<float>(scale * (-ga * ::expm1(lp) - gh * log_term));
+}
+
+// One block of a row; `out` may be `u`. The target's own entry is overwritten afterwards.
 static inline void gradient_of_block(const float* u, int64_t begin, int64_t n, const Slopes& s,
                                      const KeptExps* kept, float* out) {
   if (kept != nullptr && kept->shift[begin / kBlock] != kNotKept) {
@@ -132,8 +140,8 @@ TOKFUSE_BLOCK_LOOP static void store_block(const float* __restrict values, int64
 // block: in one loop of mixed widths g++ 12 is 25% slower.
 template <class T, bool kTransform>
 static inline void row_backward(const Row<T>& row, const Transform& f, float c, float scale,
-                                float shift, float inv_sum, float entropy, float ga, float gh,
-                                T* out, const KeptExps* kept = nullptr) {
+                                float shift, float inv_sum, float logp, float entropy, float ga,
+                                float gh, T* out, const KeptExps* kept = nullptr) {
   constexpr bool kDirect = !IsSame<T, Float16>::value && !kTransform;
   const int64_t vocab = row.vocab;
   auto width = [vocab](int64_t begin) { return vocab - begin < kBlock ? vocab - begin : kBlock; };
@@ -153,17 +161,14 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
   // A poisoned row is NaN throughout; with clean low bits, as gradient_pairs asks.
   if (s.a0 != s.a0 || s.a1 != s.a1) s.a0 = s.a1 = __builtin_nanf("");
   const int64_t y = row.target >= 0 && row.target < vocab ? row.target : -1;
+  const float at_target = y >= 0 ? target_gradient(scale, logp, entropy, ga, gh) : 0.0f;
   const bool far = is_far(shift);
   if constexpr (kDirect) {
     if (!far) {
-      const float u_y = y >= 0 ? load(row.block(y / kBlock * kBlock), y) : 0.0f;
       for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         gradient_of_block(row.block(begin) + begin, begin, width(begin), s, kept, out_block(begin));
       }
-      if (y >= 0) {  // rounded once
-        T* at = out_block(y / kBlock * kBlock) + (y - y / kBlock * kBlock);
-        store(at, 0, gradient_at(u_y, c, shift, s.a0, s.a1) + scale * ga);
-      }
+      if (y >= 0) store(out_block(y / kBlock * kBlock) + y % kBlock, 0, at_target);
       return;
     }
   }
@@ -175,7 +180,7 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
     if (far) subtract(du, n, row_max);
     const Slopes plain = {c, far ? 0.0f : shift, s.a0, s.a1};
     gradient_of_block(du, begin, n, plain, far ? nullptr : kept, du);
-    if (y >= begin && y < begin + n) du[y - begin] += scale * ga;
+    if (y >= begin && y < begin + n) du[y - begin] = at_target;
     if (kTransform && f.cap != 0.0f) scale_by_slope(row, f, begin, n, du);
     store_block(du, n, out_block(begin));
   }

@@ -6,10 +6,15 @@
 //     S = sum e,  SX = sum e x,  S2 = sum e^2,
 //     lse = ln2 (shift + log2 S),   logp = ln2 (u_y c - shift - log2 S),
 //     entropy = ln2 (log2 S - SX / S),   sum_sq = S2 / S^2.
+// The sums of a block are float32 and leave the target out; its term is added in float64. A float32
+// sum with a confident target in it, 1 + 1e-7, would say nothing about the rest, and so nothing
+// about logp = -log(1 + rest), which is near 0.
+//
 // The gradient of  ga * logp + gh * entropy  is
 //     du_j = 1/T ( ga ([j = y] - p_j) - gh p_j (log p_j + entropy) ),   p_j = e_j / S,
 // which per element is e_j (a0 + a1 x_j) with two per-row constants. It needs (shift, 1/S) and not
 // lse: lse near 100 has 4e-6 of float32 rounding, which would be the relative error of every p_j.
+// The target's own entry has 1 - p_y = -expm1(logp), which keeps its digits as p_y approaches 1.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -172,11 +177,28 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
   return block_max(buffer, n);
 }
 
+// Adds the element that the sums have left out; one that is excluded (-inf) adds nothing.
 template <bool kMoments>
-static inline RowStats finish(const Accumulator<kMoments>& acc, float c, float target_u,
-                              float row_max) {
+static inline void add_element(Accumulator<kMoments>& acc, double x) {
+  if (x == -__builtin_inf()) return;
+  const double e = ::exp2(x);
+  acc.s += e;
+  acc.sx += e * x;
+  acc.s2 += e * e;
+  if (kMoments) {
+    acc.s2x += e * e * x;
+    acc.s2xx += e * e * x * x;
+  }
+}
+
+// `acc` holds every element but the target, of which `target_u` is the logit (-inf: none).
+template <bool kMoments>
+static inline RowStats finish(Accumulator<kMoments> acc, float c, float target_u, float row_max) {
   RowStats out;
   out.sum_p2_logp = out.sum_p2_logp2 = 0;
+  const double target_x =
+      target_u == -kInf ? -__builtin_inf() : static_cast<double>(target_u) * c - acc.shift;
+  add_element(acc, target_x);
   if (acc.s == 0) {  // every logit is -inf: no distribution. Documented values, never NaN.
     out.logp = out.lse = -__builtin_inf();
     out.entropy = out.sum_sq = 0;
@@ -185,8 +207,7 @@ static inline RowStats finish(const Accumulator<kMoments>& acc, float c, float t
   }
   const double log2_s = ::log2(acc.s), mean_x = acc.sx / acc.s;
   out.lse = kLn2 * (acc.shift + log2_s);
-  out.logp = kLn2 * (static_cast<double>(target_u) * c - acc.shift - log2_s);
-  // Rounding of c * max can leave logp at +1e-6 where p = 1.
+  out.logp = kLn2 * (target_x - log2_s);
   if (out.logp > 0) out.logp = 0;
   out.entropy = kLn2 * (log2_s - mean_x);
   if (out.entropy < 0) out.entropy = 0;
@@ -230,6 +251,7 @@ TOKFUSE_BLOCK_LOOP static RowStats far_row_forward(const Row<T>& row, const Tran
     const int64_t n = row.vocab - begin < kBlock ? row.vocab - begin : kBlock;
     convert_block<T, kTransform>(row, f, begin, n, buffer);
     subtract(buffer, n, row_max);
+    if (row.target >= begin && row.target < begin + n) buffer[row.target - begin] = -kInf;
     BlockSums sums;
     sum_block<kMoments>(buffer, n, c, 0.0f, &sums);
     acc.add(sums);
@@ -263,9 +285,10 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
   constexpr bool kFusable = !kTransform && !kMoments;
   constexpr bool kPairs = IsSame<T, BFloat16>::value && kFusable;
   alignas(64) float buffer[2][kBlock];
+  alignas(64) T others[kBlock];  // the target's block without the target, where it is not staged
   Accumulator<kMoments> acc;
   Accumulator<false> acc2;
-  float row_max = -kInf, target_u = 0;
+  float row_max = -kInf, target_u = -kInf;
   const int64_t vocab = row.vocab;
   auto width = [vocab](int64_t begin) {
     const int64_t left = vocab - begin;
@@ -291,13 +314,27 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
   for (int64_t begin = 0; begin < vocab; begin += kBlock, slot ^= 1) {
     const int64_t n = width(begin), next = begin + kBlock;
     if (m > row_max || m != m) row_max = m;
-    if (row.target >= begin && row.target < begin + n) {
+    const bool has_target = row.target >= begin && row.target < begin + n;
+    if (has_target) {
       target_u = u != nullptr ? u[row.target - begin] : load(raw(begin), row.target - begin);
     }
     // float16 is fused with a whole next block only, because that is converted on the way.
     const bool ahead = next + kBlock <= vocab;
     const bool fused = kFusable && m > -kInf && (ahead || ((kPairs || kDirect) && n == kBlock));
     if (u == nullptr && (!fused || second != nullptr)) u = stage(begin, slot, &m);
+    const T* z = raw(begin);
+    if (has_target) {
+      if (kDirect || (kPairs && fused)) {
+        memcpy(static_cast<void*>(others), z, static_cast<size_t>(n) * sizeof(T));
+        store(others, row.target - begin, -kInf);
+        z = others;
+      }
+      if constexpr (kDirect) {
+        u = others;
+      } else if (u != nullptr) {
+        buffer[slot][row.target - begin] = -kInf;
+      }
+    }
     if (second != nullptr) add_block<false>(u, n, c2, m, acc2);
     float next_m = -kInf;
     const float* next_u = nullptr;
@@ -311,7 +348,7 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
         const T* beside = ahead ? raw(next) : raw(begin);
         const T* after = raw(next + kBlock);
         if constexpr (kPairs) {
-          sum_and_stage<kKeep>(raw(begin), c, acc.shift, beside, after, nullptr, e, &sums);
+          sum_and_stage<kKeep>(z, c, acc.shift, beside, after, nullptr, e, &sums);
         } else {
           sum_and_stage<kKeep>(u, c, acc.shift, beside, after, buffer[slot ^ 1], e, &sums);
         }

@@ -45,8 +45,9 @@ void backward(const LogitsArgs& a, const TokenStatsGrad& g) {
     const float gh = skip || g.grad_entropy == nullptr ? 0.0f : g.grad_entropy[t];
     const float temperature = temperature_of(a, t);
     row_backward<T, kTransform>(row_of<T>(a, i), f, base2_scale(a, temperature),
-                                a.logit_scale / temperature, g.shift[t], g.inv_sum[t], g.entropy[t],
-                                ga, gh, static_cast<T*>(g.grad_logits) + i * g.grad_stride);
+                                a.logit_scale / temperature, g.shift[t], g.inv_sum[t], g.logp[t],
+                                g.entropy[t], ga, gh,
+                                static_cast<T*>(g.grad_logits) + i * g.grad_stride);
   }
 }
 

@@ -13,11 +13,11 @@ constexpr int64_t kElsewhere = -(int64_t{1} << 31);
 // Constants of one row's gradient.
 struct Slopes {
   float c, m, a0, a1;
-  float at_target;  // what the target's logit gets besides
-  int target;       // its column; -1: none
+  float nats, logp, entropy, ga, gh;  // of the target's own entry
+  int target;                         // its column; -1: none
 };
 
-__device__ __forceinline__ Slopes slopes_of(const Scale& scale, float m, float inv_sum,
+__device__ __forceinline__ Slopes slopes_of(const Scale& scale, float m, float inv_sum, float logp,
                                             float entropy, float ga, float gh, int64_t y,
                                             int64_t vocab) {
   const bool has_target = y >= 0 && y < vocab;
@@ -27,7 +27,11 @@ __device__ __forceinline__ Slopes slopes_of(const Scale& scale, float m, float i
           m,
           -p_scale * (ga + gh * (entropy - log_s)),
           -p_scale * gh * scale.nats,
-          scale.nats * ga,
+          scale.nats,
+          logp,
+          entropy,
+          ga,
+          gh,
           has_target ? static_cast<int>(y) : -1};
 }
 
@@ -56,7 +60,7 @@ __device__ __forceinline__ Part part_of_row(const T* row, int64_t vocab, int par
 __device__ __forceinline__ bool writes_head() { return threadIdx.x == blockDim.x - 2; }
 __device__ __forceinline__ bool writes_last() { return threadIdx.x == blockDim.x - 1; }
 
-// What every element gets, in place of u; the target's own term is not in it. kShare: as in
+// What every element but the target gets, in place of u. kShare: as in
 // exp2_pair, for vectors that every row begins with; elsewhere a row's bits would depend on where
 // it lies.
 template <int kPairs, bool kTransform, int kShare>
@@ -76,6 +80,14 @@ __device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair
 __device__ __forceinline__ float gradient_at(const Slopes& s, float u) {
   const float d = max_nan(u - s.m, kFarthest);
   return exp2_fast(d * s.c) * fmaf(s.a1, d, s.a0);
+}
+
+// The target's entry, before its slope. Not that of any element plus nats * ga: near p = 1 they
+// cancel.
+__device__ __forceinline__ float target_gradient(const Slopes& s) {
+  const float rest = -expm1f(s.logp);  // 1 - p
+  const float log_term = s.logp == -inf_float() ? 0.0f : (1.0f - rest) * (s.logp + s.entropy);
+  return s.nats * (s.ga * rest - s.gh * log_term);
 }
 
 // Elements [0, count) of a vector.
@@ -177,12 +189,12 @@ __device__ __forceinline__ void write_zeros(G* grad, int vocab, const Part& part
   }
 }
 
-// The target's own term. The thread that writes the target's element reads its logit before that
-// and overwrites its gradient after, so that no element pays for a comparison and no thread waits.
+// The target's entry. The thread that writes the target's element overwrites it after, so that no
+// element pays for a comparison and no thread waits; it reads the slope before.
 template <class T, class G, bool kTransform>
 struct TargetTerm {
   bool mine;
-  Pair y;  // u and slope
+  float value;
 
   __device__ __forceinline__ TargetTerm(const Transform& f, const T* row, const T* bias, int vocab,
                                         const Part& part, const Slopes& s) {
@@ -195,12 +207,14 @@ struct TargetTerm {
     } else {
       mine = part.has_last && writes_last() && v == (vocab - part.head) / kItems<T>;
     }
-    y = mine ? element_of<T, kTransform>(f, row, bias, s.target) : Pair();
+    value = 0.0f;
+    if (!mine) return;
+    value = target_gradient(s);
+    if constexpr (kTransform) value *= element_of<T, kTransform>(f, row, bias, s.target).y;
   }
 
   __device__ __forceinline__ void write(G* grad, const Slopes& s) const {
-    if (!mine) return;
-    store_element(grad + s.target, (gradient_at(s, y.x) + s.at_target) * y.y);
+    if (mine) store_element(grad + s.target, value);
   }
 };
 

@@ -6,8 +6,8 @@
 // per token at bf16.
 //
 // Legend: T tokens, V vocabulary, K kept ids of all rows. An id outside [0, V) makes its row NaN,
-// as a target outside does with logp; an id that stands twice in a row counts twice. Offsets
-// outside [0, K] are cut to it: nothing else is read.
+// as a target outside does with logp; an id that stands twice in a row counts twice, the target
+// once. Offsets outside [0, K] are cut to it: nothing else is read.
 #pragma once
 
 #include "cuda/gradient.cuh"
@@ -56,19 +56,21 @@ __global__ void __launch_bounds__(kKeptThreads, 8)
     float u_y = -inf_float();  // of the target, in the thread that meets it
     for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) {
       const int64_t id = a.ids[i];
-      const Pair u = {kept_element<T, kTransform>(a.logits, f, row, id).x, -inf_float()};
-      if (id == y) u_y = fmaxf(u_y, u.x);
+      Pair u = {kept_element<T, kTransform>(a.logits, f, row, id).x, -inf_float()};
+      if (id == y) {
+        u_y = u.x;
+        u.x = -inf_float();
+      }
       fold<1>(lane, &u, u.x, scale.c, 0.0f);
     }
-    u_y = warp_max(u_y);
+    u_y = warp_max_nan(u_y);
     if (threadIdx.x % kWarp == 0) targets[turn][static_cast<int>(threadIdx.x) / kWarp] = u_y;
     const Record r = merge_block(lane, records[turn], scale.c, 0.0f);
     if (threadIdx.x > 0) continue;
-    for (int w = 1; w < kKeptThreads / kWarp; w++) u_y = fmaxf(u_y, targets[turn][w]);
-    // A target outside the support has u_y = -inf, and logp = -inf with it.
-    RowStats stats = finish(r, u_y, y >= 0 && y < a.logits.vocab, scale.nats);
-    if (r.s != r.s) stats.logp = r.s;  // a NaN of the row reaches such a target, too
-    if (r.s == 0.0f) stats.logp = stats.lse;
+    for (int w = 1; w < kKeptThreads / kWarp; w++) u_y = max_nan(u_y, targets[turn][w]);
+    // A target outside the support has u_y = -inf, and logp = -inf or the row's NaN with it.
+    const RowSums sums = with_target<false>(r, u_y, scale.c, 0.0f);
+    const RowStats stats = finish(sums, y >= 0 && y < a.logits.vocab, scale.nats);
     write_stats(out, t, counts(a.logits, t) ? stats : RowStats());
   }
 }
@@ -92,14 +94,14 @@ __global__ void __launch_bounds__(kKeptThreads, 8)
     if (!__syncthreads_or(met) && y >= 0 && y < a.logits.vocab) ga = 0.0f;
     const Scale scale = scale_at(a.logits, temperature_of(a.logits, t), kTransform);
     const Slopes s =
-        slopes_of(scale, g.row_max[t], inv_sum, g.entropy[t], ga, gh, y, a.logits.vocab);
+        slopes_of(scale, g.row_max[t], inv_sum, g.logp[t], g.entropy[t], ga, gh, y, a.logits.vocab);
     const T* row = static_cast<const T*>(a.logits.logits) + t * a.logits.stride;
     T* grad = static_cast<T*>(g.grad_logits) + t * g.grad_stride;
     for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) {
       const int64_t id = a.ids[i];
       if (id < 0 || id >= a.logits.vocab) continue;
       const Pair u = kept_element<T, kTransform>(a.logits, f, row, id);
-      const float at = gradient_at(s, u.x) + (id == y ? s.at_target : 0.0f);
+      const float at = id == y ? target_gradient(s) : gradient_at(s, u.x);
       store_element(grad + id, at * u.y);
     }
   }

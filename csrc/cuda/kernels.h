@@ -56,6 +56,7 @@ struct TokenStatsOut {
 struct TokenStatsGrad {
   const float* row_max;       // (T), as all vectors
   const float* inv_sum;       //
+  const float* logp;          //
   const float* entropy;       //
   const float* grad_logp;     // or null
   const float* grad_entropy;  // or null

@@ -43,7 +43,7 @@ __device__ __forceinline__ RowVerdict finish_row(const LogitsArgs& a, const Toke
                                                  bool writes) {
   const int64_t y = a.target[token];
   const bool has_target = y >= 0 && y < a.vocab;
-  const RowStats stats = finish(r, u_y, has_target, scale.nats);
+  const RowStats stats = finish(with_target<false>(r, u_y, scale.c, 0.0f), has_target, scale.nats);
   const TokenResult result = token_objective(o, token, stats.logp, stats.entropy);
   if (writes) {
     write_stats(out, token, stats);
@@ -52,7 +52,8 @@ __device__ __forceinline__ RowVerdict finish_row(const LogitsArgs& a, const Toke
   const float ga = result.d_logp, gh = result.d_entropy;
   RowVerdict verdict;
   verdict.nothing = (ga == 0.0f && gh == 0.0f) || stats.inv_sum == 0.0f;
-  verdict.slopes = slopes_of(scale, stats.m, stats.inv_sum, stats.entropy, ga, gh, y, a.vocab);
+  verdict.slopes =
+      slopes_of(scale, stats.m, stats.inv_sum, stats.logp, stats.entropy, ga, gh, y, a.vocab);
   return verdict;
 }
 
@@ -63,12 +64,12 @@ __device__ __forceinline__ void write_masked(const TokenStatsOut& out, const Tok
   write_result(o, token, TokenResult());
 }
 
-// The transformed logit of the target, or 0 without one.
+// The transformed logit of the target, or -inf without one.
 template <class T, bool kTransform>
 __device__ __forceinline__ float target_logit(const LogitsArgs& a, const Transform& f,
                                               const T* logits, int64_t token) {
   const int64_t y = a.target[token];
-  return y >= 0 && y < a.vocab ? element_of<T, kTransform>(f, logits, nullptr, y).x : 0.0f;
+  return y >= 0 && y < a.vocab ? element_of<T, kTransform>(f, logits, nullptr, y).x : -inf_float();
 }
 
 template <class T, class G, bool kTransform>
@@ -100,10 +101,10 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
     Lane<false> lane;
     if (aligned) {
       const GlobalRow<T, true> source = {logits, nullptr, vocab, stay};
-      fold_row<T, true, kTransform>(f, source, lane, scale.c, 0.0f);
+      fold_row<T, true, kTransform>(f, source, a.target[token], lane, scale.c, 0.0f);
     } else {
       const GlobalRow<T, false> source = {logits, nullptr, vocab, stay};
-      fold_row<T, false, kTransform>(f, source, lane, scale.c, 0.0f);
+      fold_row<T, false, kTransform>(f, source, a.target[token], lane, scale.c, 0.0f);
     }
     const Record r = merge_block(lane, records[turn], scale.c, 0.0f);
     turn ^= 1;
@@ -182,34 +183,48 @@ struct Fetcher {
 };
 
 // Folds the slice of the `use`-th fetched row as its tiles arrive, and what lies behind the whole
-// vectors where it is this block's.
+// vectors where it is this block's; the target `y` is left out.
 template <class T, bool kTransform>
 __device__ __forceinline__ void fold_slice(const Transform& f, const Fetcher<T>& rows, int use,
-                                           const GlobalRow<T, false>& row, bool has_last,
+                                           const GlobalRow<T, false>& row, bool has_last, int64_t y,
                                            Lane<false>& lane, float c) {
   constexpr int kTile = kTileOf<false>;
   const int stage = use % rows.layout.stages;
   const unsigned parity = static_cast<unsigned>(use / rows.layout.stages) & 1u;
   const SharedSlice<T> slice = {rows.buffer + static_cast<int64_t>(stage) * rows.layout.slice * 16};
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const TargetPlace target = target_place<T, kTile>(y, row.vocab, rows.first, rows.count);
   const Vec16 bias[kTile] = {};
   Vec16 z[kTile];
-  int begin = 0, tile = 0;
-  for (; begin + kTile * threads <= rows.count; begin += kTile * threads, tile++) {
-    mbarrier_wait(&rows.full[stage * kMaxTiles + tile], parity);
+  const auto load_tile = [&](int begin) {
+    mbarrier_wait(&rows.full[stage * kMaxTiles + begin / (kTile * threads)], parity);
 #pragma unroll
     for (int j = 0; j < kTile; j++) z[j] = slice.whole(begin + thread + j * threads);
+  };
+  int begin = 0;
+  for (; begin + kTile * threads <= rows.count; begin += kTile * threads) {
+    if (begin == target.tile) continue;
+    load_tile(begin);
+    fold_vectors<T, kTile, kTransform>(f, lane, z, bias, false, c, 0.0f);
+  }
+  if (target.tile >= 0 && target.tile + kTile * threads <= rows.count) {
+    load_tile(target.tile);
+    exclude<T, kTile>(target, target.tile + thread, z);
     fold_vectors<T, kTile, kTransform>(f, lane, z, bias, false, c, 0.0f);
   }
   if (begin < rows.count) {
-    mbarrier_wait(&rows.full[stage * kMaxTiles + tile], parity);
+    mbarrier_wait(&rows.full[stage * kMaxTiles + begin / (kTile * threads)], parity);
     for (int v = begin + thread; v < rows.count; v += threads) {
       z[0] = slice.whole(v);
+      exclude<T, 1>(target, v, z);
       fold_vectors<T, 1, kTransform>(f, lane, z, bias, false, c, 0.0f);
     }
   }
   if (has_last && thread == threads - 1) {
+    const int item = static_cast<int>(y - static_cast<int64_t>(row.vocab) / kItems<T> * kItems<T>);
     z[0] = row.last();
+    // Behind the whole vectors, as vector 0 of this thread.
+    exclude<T, 1>({0, item >= 0 && y < row.vocab ? 0 : kNowhere, item}, 0, z);
     fold_vectors<T, 1, kTransform>(f, lane, z, bias, false, c, 0.0f);
   }
 }
@@ -293,7 +308,7 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
     // Before any block of the cluster may write there.
     const float u_y = threadIdx.x == 0 ? target_logit<T, kTransform>(a, f, logits, token) : 0.0f;
     Lane<false> lane;
-    fold_slice<T, kTransform>(f, rows, use, source, part.has_last, lane, scale.c);
+    fold_slice<T, kTransform>(f, rows, use, source, part.has_last, a.target[token], lane, scale.c);
     Record r = merge_block(lane, records[use & 1], scale.c, 0.0f);
     r = merge_cluster(r, block_records[use & 1], scale.c);
     if (threadIdx.x == 0) verdict = finish_row(a, out, o, token, r, u_y, scale, rank == 0);

@@ -11,8 +11,14 @@
 //     dz = f'(z) / T ( ga [j = y] - p (ga + gh (log p + entropy)) )
 //        = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
 //
-// so two constants per row are all that an element needs. Why d = u - m and not fma(u, c, -c m):
-// the rounding of c m is an error of 2^(1e-7 m) in e. Sums of d e do not cancel as those of u e do.
+// so two constants per row are all that an element needs; the target itself has 1 - p =
+// -expm1(logp). Why d = u - m and not fma(u, c, -c m): the rounding of c m is an error of 2^(1e-7
+// m) in e. Sums of d e do not cancel as those of u e do.
+//
+// Why the sums leave the target out: in float32, S = 1 + 1e-7 says nothing about the rest. Without
+// the target they hold the rest to all its digits, and where the target is the maximum, as a
+// confident one is, logp = -log(1 + rest): the gradient of a confident token is as exact as that of
+// any other.
 //
 // A thread keeps the statistics of the elements that it loads itself (`Lane`), in vectors of 16
 // bytes: vector v of a row belongs to thread v % threads. Threads meet once per row, in an order
@@ -149,27 +155,74 @@ __device__ __forceinline__ void fold_vectors(const Transform& f, Lane<kExtras>& 
   fold<kCount * kPairs>(a, u, m, c, c2);
 }
 
-// All of a row in global memory that is this thread's.
+// Where the target lies. Its tile is folded apart, so that no element pays for a comparison.
+struct TargetPlace {
+  int tile;    // first vector of its tile, the same in all threads; kNowhere where there is none
+  int vector;  // its vector, in the thread that folds it; kNowhere in all others
+  int item;
+};
+constexpr int kNowhere = -(1 << 30);
+
+// Vectors are counted from `first` on: there are `count` of them, in tiles of kTile per thread.
+template <class T, int kTile>
+__device__ __forceinline__ TargetPlace target_place(int64_t y, int64_t vocab, int first,
+                                                    int count) {
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int v = static_cast<int>(y) / kItems<T> - first;
+  if (y < 0 || y >= vocab || v < 0 || v >= count) return {kNowhere, kNowhere, 0};
+  return {v / (kTile * threads) * (kTile * threads), v % threads == thread ? v : kNowhere,
+          static_cast<int>(y) % kItems<T>};
+}
+
+// -inf in place of the target where it lies among the vectors v, v + threads, ...
+template <class T, int kCount>
+__device__ __forceinline__ void exclude(const TargetPlace& target, int v, Vec16* z) {
+  constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  const int ahead = target.vector - v, threads = static_cast<int>(blockDim.x);
+  const uint32_t keep = kPerWord == 1 ? 0u : (target.item % 2 == 0 ? 0xffff0000u : 0xffffu);
+  const uint32_t none = minus_infinity(static_cast<const T*>(nullptr)) & ~keep;
+#pragma unroll
+  for (int j = 0; j < kCount; j++) {
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      const bool here = ahead == j * threads && w == target.item / kPerWord;
+      z[j].word[w] = here ? (z[j].word[w] & keep) | none : z[j].word[w];
+    }
+  }
+}
+
+// All of a row in global memory that is this thread's, but the target.
 template <class T, bool kAligned, bool kTransform, bool kExtras>
 __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, kAligned>& row,
-                                         Lane<kExtras>& a, float c, float c2) {
+                                         int64_t y, Lane<kExtras>& a, float c, float c2) {
   const int whole = row.vocab / kItems<T>, threads = static_cast<int>(blockDim.x);
   constexpr int kTile = kTileOf<kTransform>;
   const bool has_bias = kTransform && row.bias != nullptr;
-  int v = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), reach = (kTile - 1) * threads;
+  const TargetPlace target = target_place<T, kTile>(y, row.vocab, 0, whole + 1);
   Vec16 z[kTile], bias[kTile] = {};
-  for (; v + (kTile - 1) * threads < whole; v += kTile * threads) {
+  const auto load_tile = [&](int v) {
 #pragma unroll
     for (int j = 0; j < kTile; j++) z[j] = row.whole(v + j * threads);
-    if (has_bias) {
+    if (!has_bias) return;
 #pragma unroll
-      for (int j = 0; j < kTile; j++) bias[j] = row.whole_bias(v + j * threads);
-    }
+    for (int j = 0; j < kTile; j++) bias[j] = row.whole_bias(v + j * threads);
+  };
+  int v = thread;
+  for (; v + reach < whole; v += kTile * threads) {
+    if (v == target.tile + thread) continue;
+    load_tile(v);
+    fold_vectors<T, kTile, kTransform>(f, a, z, bias, has_bias, c, c2);
+  }
+  if (target.tile >= 0 && target.tile + thread + reach < whole) {
+    load_tile(target.tile + thread);
+    exclude<T, kTile>(target, target.tile + thread, z);
     fold_vectors<T, kTile, kTransform>(f, a, z, bias, has_bias, c, c2);
   }
   for (; v * kItems<T> < row.vocab; v += threads) {
     z[0] = v < whole ? row.whole(v) : row.last();
     if (has_bias) bias[0] = v < whole ? row.whole_bias(v) : row.last_bias();
+    exclude<T, 1>(target, v, z);
     fold_vectors<T, 1, kTransform>(f, a, z, bias, has_bias, c, c2);
   }
 }
@@ -199,6 +252,12 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+__device__ __forceinline__ float warp_max_nan(float x) {
+#pragma unroll
+  for (int bit = kWarp / 2; bit > 0; bit /= 2) x = max_nan(x, __shfl_xor_sync(kAllLanes, x, bit));
+  return x;
+}
+
 // Every lane adds the same numbers in the same order.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -206,13 +265,19 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+template <bool kExtras>
+__device__ __forceinline__ Lane<kExtras> lane_of(const Record& r) {
+  Lane<kExtras> a;
+  a.s.x = r.s, a.sd.x = r.sd, a.ss.x = r.ss;
+  a.s2.x = r.s2, a.ssd.x = r.ssd, a.ssdd.x = r.ssdd;
+  return a;
+}
+
 // The record of a warp's lanes, in each of them.
 template <bool kExtras>
 __device__ __forceinline__ Record merge_warp(const Record& mine, float c, float c2) {
   const float m = warp_max(mine.m);
-  Lane<kExtras> a;
-  a.s.x = mine.s, a.sd.x = mine.sd, a.ss.x = mine.ss;
-  a.s2.x = mine.s2, a.ssd.x = mine.ssd, a.ssdd.x = mine.ssdd;
+  Lane<kExtras> a = lane_of<kExtras>(mine);
   lower(a, mine.m - m, c, c2);
   Record out = {m, warp_sum(a.s.x), warp_sum(a.sd.x), warp_sum(a.ss.x), 0.0f, 0.0f, 0.0f};
   if (kExtras) {
@@ -251,16 +316,38 @@ struct RowStats {
   float logp, entropy, lse, sum_sq, top1, m, inv_sum;
 };
 
-// `u_y`: the target's logit, used where has_target.
-__device__ __forceinline__ RowStats finish(const Record& r, float u_y, bool has_target,
-                                           float nats) {
-  const bool dead = r.s == 0.0f;  // only -inf: no distribution
-  const float log_s = log2f(r.s) * kLn2, d_y = has_target ? u_y - r.m : nan_float();
-  if (dead) {
+// Statistics of a row, and S - 1 at its temperature and at the second one: they keep the digits of
+// the others where the target is the maximum, and are -1 where there is nothing at all.
+struct RowSums {
+  Record r;
+  float rest, rest2;
+  float d_y;  // u_y - m
+};
+
+// From the record of all others; `u_y` is -inf where there is no target.
+template <bool kExtras>
+__device__ __forceinline__ RowSums with_target(const Record& others, float u_y, float c, float c2) {
+  const float m = fmaxf(others.m, u_y), d_y = u_y - m, d = max_nan(d_y, kFarthest);
+  Lane<kExtras> a = lane_of<kExtras>(others);
+  lower(a, others.m - m, c, c2);
+  const float e = exp2_fast(d * c), e2 = kExtras ? exp2_fast(d * c2) : 0.0f, de = d * e;
+  RowSums out = {record_of(a), a.s.x + (e - 1.0f), a.s2.x + (e2 - 1.0f), d_y};
+  out.r.m = m;
+  out.r.sd += de;
+  out.r.ss += e * e;
+  out.r.ssd += de * e;
+  out.r.ssdd += de * de;
+  return out;
+}
+
+__device__ __forceinline__ RowStats finish(const RowSums& x, bool has_target, float nats) {
+  const Record& r = x.r;
+  if (x.rest == -1.0f) {  // only -inf: no distribution
     const float none = -inf_float();
     return {has_target ? none : nan_float(), 0.0f, none, 0.0f, 0.0f, 0.0f, 0.0f};
   }
-  const float inv_sum = 1.0f / r.s;
+  const float log_s = log1pf(x.rest), d_y = has_target ? x.d_y : nan_float();
+  const float inv_sum = 1.0f / (1.0f + x.rest);
   return {d_y * nats - log_s,
           log_s - r.sd * inv_sum * nats,
           r.m * nats + log_s,

@@ -18,20 +18,19 @@ namespace cuda {
 constexpr int kForwardThreads = 256;
 constexpr int kBackwardThreads = 256;
 
-// second_logp and the moments of p^2 from a record.
-__device__ __forceinline__ void write_extras(const TokenStatsOut& o, int64_t t, const Record& r,
-                                             const RowStats& x, float u_y, bool has_target,
-                                             float nats, float nats2) {
+// second_logp and the moments of p^2.
+__device__ __forceinline__ void write_extras(const TokenStatsOut& o, int64_t t, const RowSums& sums,
+                                             const RowStats& x, bool has_target, float nats,
+                                             float nats2) {
   const bool dead = x.inv_sum == 0.0f;
   if (o.second_logp != nullptr) {
-    const float d_y = has_target ? u_y - r.m : nan_float();
-    const float second = d_y * nats2 - log2f(r.s2) * kLn2;
-    o.second_logp[t] = dead ? x.logp : second;
+    const float d_y = has_target ? sums.d_y : nan_float();
+    o.second_logp[t] = dead ? x.logp : d_y * nats2 - log1pf(sums.rest2);
   }
   if (o.p2_logp == nullptr) return;
-  const float log_s = log2f(r.s) * kLn2, inv = x.inv_sum;
-  const float p_d = r.ssd * nats * inv * inv;
-  const float p_dd = r.ssdd * (nats * inv) * (nats * inv);
+  const float log_s = log1pf(sums.rest), inv = x.inv_sum;
+  const float p_d = sums.r.ssd * nats * inv * inv;
+  const float p_dd = sums.r.ssdd * (nats * inv) * (nats * inv);
   o.p2_logp[t] = dead ? 0.0f : p_d - log_s * x.sum_sq;
   o.p2_logp2[t] = dead ? 0.0f : p_dd - log_s * (2.0f * p_d - log_s * x.sum_sq);
 }
@@ -60,23 +59,24 @@ __global__ void __launch_bounds__(kForwardThreads, kTransform ? 2 : (kExtras ? 3
     const T* bias = static_cast<const T*>(a.bias_logits);
     if (bias != nullptr) bias += row * a.bias_stride;
     const int vocab = static_cast<int>(a.vocab);
+    const int64_t y = a.target[token];
     Lane<kExtras> lane;
     if (aligned) {
       const GlobalRow<T, true> whole = {logits, bias, vocab, policy};
-      fold_row<T, true, kTransform>(f, whole, lane, scale.c, second.c);
+      fold_row<T, true, kTransform>(f, whole, y, lane, scale.c, second.c);
     } else {
       const GlobalRow<T, false> whole = {logits, bias, vocab, policy};
-      fold_row<T, false, kTransform>(f, whole, lane, scale.c, second.c);
+      fold_row<T, false, kTransform>(f, whole, y, lane, scale.c, second.c);
     }
     const Record r = merge_block(lane, records[turn], scale.c, second.c);
     turn ^= 1;
     if (threadIdx.x > 0) continue;
-    const int64_t y = a.target[token];
     const bool has_target = y >= 0 && y < a.vocab;
-    const float u_y = has_target ? element_of<T, kTransform>(f, logits, bias, y).x : 0.0f;
-    const RowStats stats = finish(r, u_y, has_target, scale.nats);
+    const float u_y = has_target ? element_of<T, kTransform>(f, logits, bias, y).x : -inf_float();
+    const RowSums sums = with_target<kExtras>(r, u_y, scale.c, second.c);
+    const RowStats stats = finish(sums, has_target, scale.nats);
     write_stats(out, token, stats);
-    if (kExtras) write_extras(out, token, r, stats, u_y, has_target, scale.nats, second.nats);
+    if (kExtras) write_extras(out, token, sums, stats, has_target, scale.nats, second.nats);
   }
 }
 
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kTransform ? 3 : 4)
       continue;
     }
     const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
-    const Slopes s = slopes_of(scale, g.row_max[token], inv_sum, g.entropy[token], ga, gh,
-                               a.target[token], a.vocab);
+    const Slopes s = slopes_of(scale, g.row_max[token], inv_sum, g.logp[token], g.entropy[token],
+                               ga, gh, a.target[token], a.vocab);
     write_gradient<T, G, kTransform, kTransform ? 1 : 2>(f, logits, bias, static_cast<int>(a.vocab),
                                                          grad, part, s, together, policy);
   }

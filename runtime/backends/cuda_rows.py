@@ -93,6 +93,7 @@ def token_stats_bwd(
     target: torch.Tensor,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -110,6 +111,7 @@ def token_stats_bwd(
     grad = (
         row_max.data_ptr(),
         inv_sum.data_ptr(),
+        logp.data_ptr(),
         entropy.data_ptr(),
         pointer(ga),
         pointer(gh),
@@ -150,6 +152,7 @@ def kept_token_stats_bwd(
     offsets: torch.Tensor,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -162,6 +165,7 @@ def kept_token_stats_bwd(
     grad = (
         row_max.data_ptr(),
         inv_sum.data_ptr(),
+        logp.data_ptr(),
         entropy.data_ptr(),
         pointer(ga),
         pointer(gh),

@@ -76,11 +76,11 @@ def statistics_first(
     Args:
         forward: () -> the outputs of `token_stats` kernels.
         loss: (logp, entropy) -> terms.
-        backward: (row_max, inv_sum, entropy, d_logp, d_entropy) -> gradients.
+        backward: (row_max, inv_sum, logp, entropy, d_logp, d_entropy) -> gradients.
     """
     *stats, row_max, inv_sum = forward()
     terms = loss(stats[0], stats[1])
-    gradients = backward(row_max, inv_sum, stats[1], terms.d_logp, terms.d_entropy)
+    gradients = backward(row_max, inv_sum, *stats[:2], terms.d_logp, terms.d_entropy)
     return terms, TokenStats(*stats), gradients
 
 

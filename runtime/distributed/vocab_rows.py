@@ -113,6 +113,7 @@ def row_backward(
     shard: VocabShard,
     shift: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -132,6 +133,7 @@ def row_backward(
             _column(target, shard, ELSEWHERE),
             shift,
             inv_sum,
+            logp,
             entropy,
             grad_logp,
             grad_entropy,
@@ -185,6 +187,7 @@ def head_backward(
     needs: tuple[bool, bool, bool],
     shift: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -194,7 +197,7 @@ def head_backward(
     if call.shard.size > 0:
         p = _problem(hidden, weight, bias, call, ELSEWHERE)
         _, run = _head_kernels(hidden, call.options)
-        grads = run.backward(p, shift, inv_sum, entropy, grad_logp, grad_entropy, needs)
+        grads = run.backward(p, shift, inv_sum, logp, entropy, grad_logp, grad_entropy, needs)
     grad_hidden = None
     if needs[0]:
         part = torch.zeros_like(hidden) if grads[0] is None else grads[0]

@@ -47,6 +47,7 @@ def _gradient_over_buffer(
     chunk: torch.Tensor,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor,
     grad_entropy: torch.Tensor | None,
@@ -57,6 +58,7 @@ def _gradient_over_buffer(
         record,
         row_max.data_ptr(),
         inv_sum.data_ptr(),
+        logp.data_ptr(),
         entropy.data_ptr(),
         grad_logp.data_ptr(),
         native.pointer(grad_entropy),
@@ -86,6 +88,7 @@ def linear_bwd(
     p: HeadProblem,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -104,7 +107,7 @@ def linear_bwd(
     for start in range(0, index.shape[0], rows):
         chunk = index[start : start + rows]
         head.logits(head.rows_of_hidden(chunk), buffer, 0)
-        _gradient_over_buffer(buffer, p, chunk, row_max, inv_sum, entropy, ga, gh)
+        _gradient_over_buffer(buffer, p, chunk, row_max, inv_sum, logp, entropy, ga, gh)
         gradients.add(buffer, chunk)
     return gradients.finish()
 
@@ -229,8 +232,8 @@ class _UnitsWork:
         return value
 
     def _gradient(self, tokens: torch.Tensor, c: torch.Tensor) -> None:
-        _, entropy, _, _, _, row_max, inv_sum = self.stats
-        _gradient_over_buffer(self.buffer, self.problem, tokens, row_max, inv_sum, entropy, c, None)
+        logp, entropy, _, _, _, row_max, inv_sum = self.stats
+        _gradient_over_buffer(self.buffer, self.problem, tokens, row_max, inv_sum, logp, entropy, c, None)
 
     def _compact(self, live: torch.Tensor) -> None:
         """Rows without gradient leave the buffer: they need no gradient GEMM."""

@@ -86,6 +86,7 @@ def _gradient_of_rows(
     logits: torch.Tensor,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor,
     grad_entropy: torch.Tensor,
@@ -93,7 +94,7 @@ def _gradient_of_rows(
     """The gradient of a chunk's logits; the statistics are (tokens,)."""
     assert kernels.backward is not None
     target, options = _rows_of_options(head.problem, index)
-    vectors = (x[index] for x in (row_max, inv_sum, entropy, grad_logp, grad_entropy))
+    vectors = (x[index] for x in (row_max, inv_sum, logp, entropy, grad_logp, grad_entropy))
     return kernels.backward(logits, target, *vectors, out=head.gradient_like(logits), **options)
 
 
@@ -102,6 +103,7 @@ def _linear_bwd(
     p: HeadProblem,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -116,7 +118,7 @@ def _linear_bwd(
     head = DeviceHead(p, needs, rows)
     with torch.no_grad():
         for index, h in head.chunks(0, rows.gradient):
-            dz = _gradient_of_rows(kernels, head, index, head.logits(h), row_max, inv_sum, entropy, ga, gh)
+            dz = _gradient_of_rows(kernels, head, index, head.logits(h), row_max, inv_sum, logp, entropy, ga, gh)
             if p.compact_clipped and rows.keep is not None:  # else only live rows are here
                 head.add_live(index, h, dz, rows.keep[index])
             else:
@@ -242,13 +244,15 @@ def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> Un
             total += value
             if not any(needs):
                 continue
-            _, entropy, _, _, _, row_max, inv_sum = stats
+            logp, entropy, _, _, _, row_max, inv_sum = stats
             none = torch.zeros_like(entropy)
             for index, h in chunks:
                 if logits is None or len(chunks) > 1:
                     logits = head.logits(h)
                     read_twice += index.shape[0]
-                head.add(index, h, _gradient_of_rows(kernels, head, index, logits, row_max, inv_sum, entropy, c, none))
+                head.add(
+                    index, h, _gradient_of_rows(kernels, head, index, logits, row_max, inv_sum, logp, entropy, c, none)
+                )
         return UnitTerms(total, TokenStats(*stats[:5]), head.finish(), read_twice)
 
 

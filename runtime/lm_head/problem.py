@@ -120,7 +120,7 @@ class HeadKernels(NamedTuple):
     forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]]
     """problem -> the outputs of the token_stats kernels, (tokens,) each."""
     backward: Callable[..., list[torch.Tensor | None]]
-    """(problem, row_max, inv_sum, entropy, grad_logp, grad_entropy, needs) -> gradients in the order
+    """(problem, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs) -> gradients in order
     of `NAMES`."""
 
 

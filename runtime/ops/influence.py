@@ -39,6 +39,17 @@ class InfluenceSpec:
     seed: int = 0
 
 
+def squared_gradient_norm(logp: torch.Tensor, sum_sq: torch.Tensor) -> torch.Tensor:
+    """1 - 2 p + sum_sq, the squared norm of d logp / d logits at T = 1, without its cancellation.
+
+    It is (1 - p)^2 and the sum r of the squares of all other probabilities, of which sum_sq - p^2
+    keeps no digit near p = 1; 0 <= r <= (1 - p)^2 always holds.
+    """
+    rest = -torch.expm1(logp)
+    others = torch.minimum((sum_sq - logp.exp() ** 2).clamp_min(0.0), rest * rest)
+    return rest * rest + others
+
+
 @ranged("influence.logit_norms.fwd")
 def logit_norms(
     stats: TokenStats | ExtendedTokenStats,
@@ -99,13 +110,12 @@ def logit_norms(
         checks.check_positive(op, "temperature", temperature)
     c = coefficient.detach().double()
     logp, entropy, sum_sq = (x.detach().double() for x in (stats.logp, stats.entropy, stats.sum_sq))
-    p, rest = logp.exp(), -torch.expm1(logp)
-    others = torch.minimum((sum_sq - p * p).clamp_min(0.0), rest * rest)
-    square = c * c * (rest * rest + others)
+    square = c * c * squared_gradient_norm(logp, sum_sq)
     if entropy_coefficient is not None:
         check_vector(op, "entropy_coefficient", entropy_coefficient, rows)
         b = entropy_coefficient.detach().double()
         t1, t2 = _moments(op, stats)
+        p = logp.exp()
         at_target = torch.where(p == 0, 0.0, p * (logp + entropy))
         square = square + 2 * c * b * (t1 + entropy * sum_sq - at_target)
         square = square + b * b * (t2 + 2 * entropy * t1 + entropy * entropy * sum_sq)

@@ -67,7 +67,7 @@ def kept_token_stats(
 
     Gradients and memory: logits receive the gradient of logp and entropy, exactly 0 outside the
         support; lse is detached. Forward and backward gather the kept logits; the backward writes
-        a dense (tokens, vocab) gradient. Saved: logits, ids and three (tokens,) vectors.
+        a dense (tokens, vocab) gradient. Saved: logits, ids and four (tokens,) vectors.
 
     Examples:
         >>> kept, offsets = torch.tensor([0, 2, 1, 3]), torch.tensor([0, 2, 4])  # two ids per row
@@ -156,7 +156,7 @@ class _KeptFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         logp, entropy, lse, row_max, inv_sum = run.forward(logits, target, ids, offsets, **_arguments(o))
         vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-        ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, entropy, vector, o.mask)
+        ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, logp, entropy, vector, o.mask)
         scalar = o.temperature if vector is None else 1.0
         ctx.options, ctx.run = o._replace(mask=None, temperature=scalar), run
         ctx.set_materialize_grads(False)
@@ -215,6 +215,7 @@ def _kept_backward_op(
     offsets: torch.Tensor,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -227,7 +228,7 @@ def _kept_backward_op(
     options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
     run = select(OP, logits.device.type, logits.dtype, LogitOptions(**options).features()).run
     return run.backward(  # type: ignore[no-any-return]
-        logits, target, ids, offsets, row_max, inv_sum, entropy, grad_logp, grad_entropy, **options
+        logits, target, ids, offsets, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, **options
     )
 
 
@@ -238,8 +239,8 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logits, target, ids, offsets, temperature, scalar, softcap, logit_scale, mask = inputs
-    _, entropy, lse, row_max, inv_sum = output
-    ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, entropy, temperature, mask)
+    logp, entropy, lse, row_max, inv_sum = output
+    ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, logp, entropy, temperature, mask)
     ctx.scalars = (scalar, softcap, logit_scale)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, row_max, inv_sum)

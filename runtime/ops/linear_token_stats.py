@@ -49,7 +49,7 @@ def linear_token_stats(
         Repeatable bitwise; the GEMM library may round a row differently in another chunk size.
 
     Gradients and memory: hidden, weight and bias, each only where it requires grad. Saved: the
-        inputs and three (tokens,) vectors. The backward recomputes the logits of those rows whose
+        inputs and four (tokens,) vectors. The backward recomputes the logits of those rows whose
         incoming gradient is not zero, chunk by chunk, and writes their gradient over them. Peak
         extra memory: memory_budget, the gradients, and a float32 dW where weight is 16-bit. On a
         GPU a 16-bit head forms the statistics without a workspace, rounds the gradient of its
@@ -104,7 +104,7 @@ class _LinearFunction(torch.autograd.Function):
         logp, entropy, lse, sum_sq, top1, row_max, inv_sum = run.forward(p)
         o = p.options
         vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-        ctx.save_for_backward(hidden, weight, bias, p.target, o.mask, vector, row_max, inv_sum, entropy)
+        ctx.save_for_backward(hidden, weight, bias, p.target, o.mask, vector, row_max, inv_sum, logp, entropy)
         scalar = o.temperature if vector is None else 1.0
         ctx.rest = (LogitOptions(scalar, o.softcap, o.logit_scale, None), p.memory_budget, run)
         ctx.set_materialize_grads(False)
@@ -168,6 +168,7 @@ def _linear_backward_op(
     memory_budget: int,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -180,7 +181,7 @@ def _linear_backward_op(
     )
     run = select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
     needs = (needs_hidden, needs_weight, needs_bias)
-    grads = run.backward(p, row_max, inv_sum, entropy, grad_logp, grad_entropy, needs)
+    grads = run.backward(p, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs)
     return [hidden.new_empty(0) if x is None else x for x in grads]
 
 
@@ -210,8 +211,8 @@ def head_problem(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, temperature, *ctx.scalars = inputs
-    _, entropy, lse, sum_sq, top1, row_max, inv_sum = output
-    ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, row_max, inv_sum, entropy)
+    logp, entropy, lse, sum_sq, top1, row_max, inv_sum = output
+    ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, row_max, inv_sum, logp, entropy)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum)
 
@@ -219,9 +220,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
         return (None,) * 10
-    *inputs, row_max, inv_sum, entropy = ctx.saved_tensors
+    *inputs, row_max, inv_sum, logp, entropy = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:3])
-    out = _linear_backward_op(*inputs, *ctx.scalars, row_max, inv_sum, entropy, grads[0], grads[1], *needs)
+    out = _linear_backward_op(*inputs, *ctx.scalars, row_max, inv_sum, logp, entropy, grads[0], grads[1], *needs)
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
     return (*chosen,) + (None,) * 7
 

@@ -55,9 +55,9 @@ def test_a_target_out_of_range_poisons_its_row_where_values_are_not_read():
     assert out[0].isnan().tolist() == [False, True, True, False]
     assert all(x.isfinite().all() for x in out[1:])
     one = torch.ones(4)
-    grad = kernels.token_stats_bwd(logits, target, out[5], out[6], out[1], one, one, **OPTIONS)
+    grad = kernels.token_stats_bwd(logits, target, out[5], out[6], *out[:2], one, one, **OPTIONS)
     assert grad.isnan().all(1).tolist() == [False, True, True, False]
-    only_entropy = kernels.token_stats_bwd(logits, target, out[5], out[6], out[1], None, one, **OPTIONS)
+    only_entropy = kernels.token_stats_bwd(logits, target, out[5], out[6], *out[:2], None, one, **OPTIONS)
     assert only_entropy.isfinite().all()
 
 
@@ -72,7 +72,7 @@ def test_the_gradient_does_not_depend_on_the_parts_of_a_row(dtype, programs, mon
     logits = torch.randn(2, 5003, generator=torch.Generator().manual_seed(1)).to(dtype)
     target = torch.tensor([5002, 2050])
     out = kernels.token_stats_fwd(logits, target, **OPTIONS)
-    state = (out[5], out[6], out[1], torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.0]))
+    state = (out[5], out[6], *out[:2], torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.0]))
     whole = kernels.token_stats_bwd(logits, target, *state, **OPTIONS)
     monkeypatch.setattr(rows, "ENOUGH_PROGRAMS", programs)
     over = logits.clone()
@@ -207,7 +207,7 @@ def test_bandwidth_is_that_of_a_copy(gradient, record_property):
     def passes() -> object:
         if not gradient:
             return run.forward(logits, target, **options)
-        return run.backward(logits, target, out[5], out[6], out[1], one, one, other, **options)
+        return run.backward(logits, target, out[5], out[6], *out[:2], one, one, other, **options)
 
     copy = median_ms(lambda: other.copy_(logits))
     share = copy / median_ms(passes) * (1.0 if gradient else 0.5)

@@ -73,9 +73,10 @@ int token_stats(DType dtype, int64_t vocab, int64_t stride, bool options) {
   const int failed = report(name, dtype, vocab, error, hash);
   const float *ga = x.memory.uniform(kTokens, -1.0f, 1.0f),
               *gh = x.memory.uniform(kTokens, -1.0f, 1.0f);
-  error = token_stats_bwd(
-      x.args, {x.stats.row_max, x.stats.inv_sum, x.stats.entropy, ga, gh, x.grad, stride, dtype},
-      nullptr);
+  error = token_stats_bwd(x.args,
+                          {x.stats.row_max, x.stats.inv_sum, x.stats.logp, x.stats.entropy, ga, gh,
+                           x.grad, stride, dtype},
+                          nullptr);
   hash.rows(x.grad, dtype, kTokens, stride, vocab);
   return failed + report(name, dtype, vocab, error, hash);
 }
@@ -121,9 +122,10 @@ int kept(DType dtype, int64_t vocab) {
   cudaError_t error = kept_token_stats_fwd(args, x.stats, nullptr);
   const float* ones = x.memory.uniform(kTokens, 1.0f, 2.0f);
   if (error == cudaSuccess) {
-    error = kept_token_stats_bwd(
-        args, {x.stats.row_max, x.stats.inv_sum, x.stats.entropy, ones, ones, x.grad, vocab, dtype},
-        nullptr);
+    error = kept_token_stats_bwd(args,
+                                 {x.stats.row_max, x.stats.inv_sum, x.stats.logp, x.stats.entropy,
+                                  ones, ones, x.grad, vocab, dtype},
+                                 nullptr);
   }
   Hash hash;
   x.hash_stats(&hash);

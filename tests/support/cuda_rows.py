@@ -36,7 +36,7 @@ def token_stats_bwd(
         target,
         stats[5],
         stats[6],
-        stats[1],
+        *stats[:2],
         grad_logp,
         grad_entropy,
         grad,

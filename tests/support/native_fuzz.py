@@ -143,7 +143,7 @@ def main() -> None:
     @given(bad_logits, nullable, st.sampled_from((VOCAB, VOCAB, 0, -1, VOCAB - 1)))
     def backward(record: Any, keep: list[bool], stride: int) -> None:
         p = some(keep)
-        attempt(lambda: module.token_stats_bwd(record, p[5], p[6], p[1], p[3], p[4], grad.data_ptr(), stride))
+        attempt(lambda: module.token_stats_bwd(record, p[5], p[6], *p[:2], p[3], p[4], grad.data_ptr(), stride))
 
     @rules
     @given(bad_policy)
