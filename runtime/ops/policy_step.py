@@ -93,7 +93,7 @@ def policy_step(
         PolicyStep. Gradients of `loss` (normaliser included) for the inputs that require grad; from
         logits always.
 
-    Numerics: as `token_stats` (confident tokens, too) and `policy_loss`; grad_weight accumulated in float32. Fused
+    Numerics: as `token_stats` and `policy_loss`; grad_weight accumulated in float32. Fused
         token-level kernels equal the composition bitwise in loss and metrics. Rows with a zero
         final coefficient (masked, zero advantage, active clip) get an exactly zero gradient without
         arithmetic. Triton's fused kernel adds up a row in larger tiles than its `token_stats`:
