@@ -221,10 +221,9 @@ __device__ __forceinline__ void fold_slice(const Transform& f, const Fetcher<T>&
     }
   }
   if (has_last && thread == threads - 1) {
-    const int item = static_cast<int>(y - static_cast<int64_t>(row.vocab) / kItems<T> * kItems<T>);
+    const int64_t behind = row.vocab / kItems<T> * kItems<T>;
     z[0] = row.last();
-    // Behind the whole vectors, as vector 0 of this thread.
-    exclude<T, 1>({0, item >= 0 && y < row.vocab ? 0 : kNowhere, item}, 0, z);
+    if (y >= behind && y < row.vocab) exclude<T, 1>({0, 0, static_cast<int>(y - behind)}, 0, z);
     fold_vectors<T, 1, kTransform>(f, lane, z, bias, false, c, 0.0f);
   }
 }
