@@ -17,7 +17,8 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.policy.metrics import Metrics
-from tokfuse.runtime.policy.objective import KL, LinearLogp, LinearRatio, Objective, PPOClip, SigmoidGate, StopGradClip
+from tokfuse.runtime.policy.objective import KL, Objective
+from tokfuse.runtime.policy.shapes import LinearLogp, LinearRatio, PPOClip, SigmoidGate, StopGradClip
 from tokfuse.runtime.policy.results import PolicyLoss
 
 Loss = tuple[torch.Tensor, dict[str, Any]]

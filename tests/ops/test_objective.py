@@ -8,7 +8,8 @@ import pytest
 import tokfuse
 from tokfuse import KL, NFT, Gamma, LogClamp, Objective, PPOClip, Quadratic, SigmoidGate, StopGradClip, TargetRatio
 from tokfuse.runtime.policy import objective as spec
-from tokfuse.runtime.policy.objective import AGGREGATIONS, KL_ESTIMATORS, LEVELS, Shape
+from tokfuse.runtime.policy.objective import AGGREGATIONS, KL_ESTIMATORS, LEVELS
+from tokfuse.runtime.policy.shapes import Shape
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [
