@@ -182,6 +182,10 @@ VECTORS = {
 }
 
 
+def flat():
+    return torch.zeros(TOKENS, VOCAB)
+
+
 def step(**options):
     shape = options.pop("shape")
     return {**VECTORS, "objective": Objective(shape=shape), "normalizer": "batch", **options}
@@ -199,13 +203,15 @@ def hidden(**options):
 
 def split(**options):
     shard = distributed.VocabShard.even(VOCAB)
-    return distributed.policy_step(torch.zeros(TOKENS, VOCAB), shard=shard, **options).loss
+    return distributed.policy_step(logits=flat(), shard=shard, **options).loss
 
 
 PATHS = {
     "policy_loss": loss,
     "policy_loss compiled": lambda shape, **s: torch.compile(loss, backend="eager")(shape, **s),
-    "policy_step": lambda shape, **s: tokfuse.policy_step(torch.zeros(TOKENS, VOCAB), **step(shape=shape, **s)).loss,
+    "policy_step": lambda shape, **s: (
+        tokfuse.policy_step(logits=torch.zeros(TOKENS, VOCAB), **step(shape=shape, **s)).loss
+    ),
     "policy_step_": lambda shape, **s: tokfuse.policy_step_(torch.zeros(TOKENS, VOCAB), **step(shape=shape, **s)).loss,
     "policy_step(hidden)": lambda shape, **s: hidden(**step(shape=shape, **s)),
     "distributed.policy_step": lambda shape, **s: split(**step(shape=shape, **s)),
@@ -304,14 +310,14 @@ def test_it_works_in_every_op_and_with_every_other_axis():
         "cu_seqlens": torch.tensor([0, 3, TOKENS], dtype=torch.int32),
         "ref_logp": torch.full((TOKENS,), -1.1),
     }
-    step_of_logits = tokfuse.policy_step(logits, **options)
+    step_of_logits = tokfuse.policy_step(logits=logits, **options)
     stats = tokfuse.token_stats(logits, VECTORS["target"])
     other = {name: x for name, x in options.items() if name != "target"}
     losses = [
         step_of_logits.loss,
         tokfuse.policy_step(hidden=h, weight=w, **options).loss,
         tokfuse.policy_loss(stats.logp, entropy=stats.entropy, **other).loss,
-        torch.compile(lambda z: tokfuse.policy_step(z, **options).loss, backend="eager")(logits),
+        torch.compile(lambda z: tokfuse.policy_step(logits=z, **options).loss, backend="eager")(logits),
     ]
     for one in losses[1:]:
         torch.testing.assert_close(one, losses[0], rtol=1e-5, atol=1e-6)
