@@ -87,19 +87,19 @@ if TYPE_CHECKING:
     from tokfuse.runtime.policy.keep_rule import KeepRule as KeepRule
     from tokfuse.runtime.policy.metrics import Metrics as Metrics
     from tokfuse.runtime.policy.objective import KL as KL
+    from tokfuse.runtime.policy.objective import Objective as Objective
+    from tokfuse.runtime.policy.results import PolicyLoss as PolicyLoss
+    from tokfuse.runtime.policy.results import PolicyStep as PolicyStep
     from tokfuse.runtime.policy.shapes import NFT as NFT
     from tokfuse.runtime.policy.shapes import Gamma as Gamma
     from tokfuse.runtime.policy.shapes import LinearLogp as LinearLogp
     from tokfuse.runtime.policy.shapes import LinearRatio as LinearRatio
     from tokfuse.runtime.policy.shapes import LogClamp as LogClamp
-    from tokfuse.runtime.policy.objective import Objective as Objective
     from tokfuse.runtime.policy.shapes import PPOClip as PPOClip
     from tokfuse.runtime.policy.shapes import Quadratic as Quadratic
     from tokfuse.runtime.policy.shapes import SigmoidGate as SigmoidGate
     from tokfuse.runtime.policy.shapes import StopGradClip as StopGradClip
     from tokfuse.runtime.policy.shapes import TargetRatio as TargetRatio
-    from tokfuse.runtime.policy.results import PolicyLoss as PolicyLoss
-    from tokfuse.runtime.policy.results import PolicyStep as PolicyStep
 
 
 def __getattr__(name: str) -> Any:

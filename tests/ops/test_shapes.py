@@ -21,9 +21,9 @@ from tokfuse.runtime.core.errors import BackendUnavailable
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.lm_head.head import HeadProblem
 from tokfuse.runtime.policy import shapes
+from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.shapes import Shape, TermInputs
 from tokfuse.runtime.reference import policy_loss as reference
-from tokfuse.runtime.reference.policy_loss import PolicyInputs
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDING = [name for name, shape in SHAPES.items() if shape.needs_signal]
