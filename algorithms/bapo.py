@@ -11,7 +11,7 @@ from tokfuse.algorithms.rules import plan_mask, token_advantage
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_choice, check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.policy.objective import PPOClip
+from tokfuse.runtime.policy.shapes import PPOClip
 
 
 @register(

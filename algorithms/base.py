@@ -31,7 +31,7 @@ from tokfuse.algorithms.stateful import State as State
 from tokfuse.algorithms.stateful import Stateful
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.policy_loss import policy_loss
-from tokfuse.runtime.policy.objective import Objective, Quadratic
+from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyLoss
 
 
@@ -114,7 +114,7 @@ class Plan:
         """False where a sequence of advantage 0 has gradient 0: it may be left out of the forward
         pass, as long as the normaliser counts it."""
         o = self.objective
-        return o.kl is not None or o.entropy_coef != 0.0 or isinstance(o.shape, Quadratic)
+        return o.kl is not None or o.entropy_coef != 0.0 or not o.shape.zero_without_advantage
 
     def weigh(self, factor: torch.Tensor) -> "Plan":
         """The policy term of every token times `factor`, (tokens,)."""

@@ -10,7 +10,7 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_number
-from tokfuse.runtime.policy.objective import PPOClip, Shape
+from tokfuse.runtime.policy.shapes import PPOClip, Shape
 
 
 @register(

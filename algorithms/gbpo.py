@@ -11,7 +11,7 @@ from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.ops.group_advantage import group_advantage
-from tokfuse.runtime.policy.objective import Shape, TargetRatio
+from tokfuse.runtime.policy.shapes import Shape, TargetRatio
 
 SOURCE = "arXiv 2604.18578; github.com/bounded-ratio-rl/bounded_ratio_rl"
 

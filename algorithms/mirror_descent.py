@@ -10,7 +10,8 @@ from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import with_kl
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_number
-from tokfuse.runtime.policy.objective import KL, LinearRatio, Shape
+from tokfuse.runtime.policy.objective import KL
+from tokfuse.runtime.policy.shapes import LinearRatio, Shape
 
 
 @register(

@@ -11,8 +11,8 @@ from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.policy.objective import NFT as NFTShape
-from tokfuse.runtime.policy.objective import Shape
+from tokfuse.runtime.policy.shapes import NFT as NFTShape
+from tokfuse.runtime.policy.shapes import Shape
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 

@@ -10,7 +10,7 @@ from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_choice, check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.policy.objective import PPOClip
+from tokfuse.runtime.policy.shapes import PPOClip
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 

@@ -10,7 +10,8 @@ from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.policy.objective import Objective, Quadratic, Shape
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.shapes import Quadratic, Shape
 
 
 @register(

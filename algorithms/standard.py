@@ -18,7 +18,8 @@ from tokfuse.algorithms.rules import ClipCov, Correction, TokenRule
 from tokfuse.algorithms.selection import informative
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.policy.objective import KL, Objective, PPOClip, Shape
+from tokfuse.runtime.policy.objective import KL, Objective
+from tokfuse.runtime.policy.shapes import PPOClip, Shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,16 +11,8 @@ from tokfuse.algorithms.registry import Entry, add
 from tokfuse.algorithms.rules import ClipCov, Correction, DampRare, HighEntropy, KLCov, PositiveLikelihood
 from tokfuse.algorithms.standard import Overlong, Standard
 from tokfuse.runtime.policy.keep_rule import KeepRule
-from tokfuse.runtime.policy.objective import (
-    KL,
-    Gamma,
-    LinearLogp,
-    LinearRatio,
-    LogClamp,
-    PPOClip,
-    SigmoidGate,
-    StopGradClip,
-)
+from tokfuse.runtime.policy.objective import KL
+from tokfuse.runtime.policy.shapes import Gamma, LinearLogp, LinearRatio, LogClamp, PPOClip, SigmoidGate, StopGradClip
 
 FAMILY = "The standard family"
 SEQ_MEAN = "seq_mean_token_mean"

@@ -14,19 +14,19 @@ _PUBLIC = {
     "BackendUnavailable": "tokfuse.runtime.core.errors",
     "ExtendedTokenStats": "tokfuse.runtime.core.statistics",
     "gae": "tokfuse.runtime.ops.gae",
-    "Gamma": "tokfuse.runtime.policy.objective",
+    "Gamma": "tokfuse.runtime.policy.shapes",
     "group_advantage": "tokfuse.runtime.ops.group_advantage",
     "KeepRule": "tokfuse.runtime.policy.keep_rule",
     "kept_token_stats": "tokfuse.runtime.ops.kept_token_stats",
     "KeptTokenStats": "tokfuse.runtime.ops.kept_token_stats",
     "KL": "tokfuse.runtime.policy.objective",
     "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
-    "LinearLogp": "tokfuse.runtime.policy.objective",
-    "LinearRatio": "tokfuse.runtime.policy.objective",
+    "LinearLogp": "tokfuse.runtime.policy.shapes",
+    "LinearRatio": "tokfuse.runtime.policy.shapes",
     "load_tuned": "tokfuse.inspection.tune",
-    "LogClamp": "tokfuse.runtime.policy.objective",
+    "LogClamp": "tokfuse.runtime.policy.shapes",
     "Metrics": "tokfuse.runtime.policy.metrics",
-    "NFT": "tokfuse.runtime.policy.objective",
+    "NFT": "tokfuse.runtime.policy.shapes",
     "Objective": "tokfuse.runtime.policy.objective",
     "offpolicy_weights": "tokfuse.runtime.ops.offpolicy_weights",
     "OffPolicyWeights": "tokfuse.runtime.ops.offpolicy_weights",
@@ -38,14 +38,14 @@ _PUBLIC = {
     "policy_step_": "tokfuse.runtime.ops.policy_step",
     "PolicyLoss": "tokfuse.runtime.policy.results",
     "PolicyStep": "tokfuse.runtime.policy.results",
-    "PPOClip": "tokfuse.runtime.policy.objective",
-    "Quadratic": "tokfuse.runtime.policy.objective",
+    "PPOClip": "tokfuse.runtime.policy.shapes",
+    "Quadratic": "tokfuse.runtime.policy.shapes",
     "release_workspace": "tokfuse.runtime.core.native",
     "segment_moments": "tokfuse.runtime.ops.segment_moments",
     "SegmentMoments": "tokfuse.runtime.ops.segment_moments",
-    "SigmoidGate": "tokfuse.runtime.policy.objective",
-    "StopGradClip": "tokfuse.runtime.policy.objective",
-    "TargetRatio": "tokfuse.runtime.policy.objective",
+    "SigmoidGate": "tokfuse.runtime.policy.shapes",
+    "StopGradClip": "tokfuse.runtime.policy.shapes",
+    "TargetRatio": "tokfuse.runtime.policy.shapes",
     "token_stats": "tokfuse.runtime.ops.token_stats",
     "TokenStats": "tokfuse.runtime.core.statistics",
     "VTrace": "tokfuse.runtime.ops.vtrace",
@@ -87,19 +87,19 @@ if TYPE_CHECKING:
     from tokfuse.runtime.policy.keep_rule import KeepRule as KeepRule
     from tokfuse.runtime.policy.metrics import Metrics as Metrics
     from tokfuse.runtime.policy.objective import KL as KL
-    from tokfuse.runtime.policy.objective import NFT as NFT
-    from tokfuse.runtime.policy.objective import Gamma as Gamma
-    from tokfuse.runtime.policy.objective import LinearLogp as LinearLogp
-    from tokfuse.runtime.policy.objective import LinearRatio as LinearRatio
-    from tokfuse.runtime.policy.objective import LogClamp as LogClamp
     from tokfuse.runtime.policy.objective import Objective as Objective
-    from tokfuse.runtime.policy.objective import PPOClip as PPOClip
-    from tokfuse.runtime.policy.objective import Quadratic as Quadratic
-    from tokfuse.runtime.policy.objective import SigmoidGate as SigmoidGate
-    from tokfuse.runtime.policy.objective import StopGradClip as StopGradClip
-    from tokfuse.runtime.policy.objective import TargetRatio as TargetRatio
     from tokfuse.runtime.policy.results import PolicyLoss as PolicyLoss
     from tokfuse.runtime.policy.results import PolicyStep as PolicyStep
+    from tokfuse.runtime.policy.shapes import NFT as NFT
+    from tokfuse.runtime.policy.shapes import Gamma as Gamma
+    from tokfuse.runtime.policy.shapes import LinearLogp as LinearLogp
+    from tokfuse.runtime.policy.shapes import LinearRatio as LinearRatio
+    from tokfuse.runtime.policy.shapes import LogClamp as LogClamp
+    from tokfuse.runtime.policy.shapes import PPOClip as PPOClip
+    from tokfuse.runtime.policy.shapes import Quadratic as Quadratic
+    from tokfuse.runtime.policy.shapes import SigmoidGate as SigmoidGate
+    from tokfuse.runtime.policy.shapes import StopGradClip as StopGradClip
+    from tokfuse.runtime.policy.shapes import TargetRatio as TargetRatio
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,9 @@ from tokfuse.bench import machine
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.policy_step import policy_step
-from tokfuse.runtime.policy.objective import Objective, PPOClip
+from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Influence
+from tokfuse.runtime.policy.shapes import PPOClip
 
 FAMILIES = ("chain_sum", "spell_backward", "word_sorting", "caesar_cipher")
 SLICES = ("all", "lm_head", "last_block")

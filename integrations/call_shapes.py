@@ -26,8 +26,9 @@ from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
 from tokfuse.runtime.policy.keep_rule import KeepRule
-from tokfuse.runtime.policy.objective import KL, LinearLogp, Objective, PPOClip, SigmoidGate, StopGradClip
+from tokfuse.runtime.policy.objective import KL, Objective
 from tokfuse.runtime.policy.results import PolicyLoss as PolicyLossResult
+from tokfuse.runtime.policy.shapes import LinearLogp, PPOClip, SigmoidGate, StopGradClip
 
 OP = "integrations.call_shapes"
 Scalar = float | torch.Tensor

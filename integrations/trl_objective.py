@@ -15,7 +15,8 @@ import torch
 
 from tokfuse.integrations.padded import Padding
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.policy.objective import KL, Gamma, Objective, PPOClip, Shape, SigmoidGate, StopGradClip
+from tokfuse.runtime.policy.objective import KL, Objective
+from tokfuse.runtime.policy.shapes import Gamma, PPOClip, Shape, SigmoidGate, StopGradClip
 
 OP = "FusedGRPOTrainer"
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")

@@ -17,8 +17,9 @@ from tokfuse.algorithms.batch import Batch
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.policy.metrics import Metrics
-from tokfuse.runtime.policy.objective import KL, LinearLogp, LinearRatio, Objective, PPOClip, SigmoidGate, StopGradClip
+from tokfuse.runtime.policy.objective import KL, Objective
 from tokfuse.runtime.policy.results import PolicyLoss
+from tokfuse.runtime.policy.shapes import LinearLogp, LinearRatio, PPOClip, SigmoidGate, StopGradClip
 
 Loss = tuple[torch.Tensor, dict[str, Any]]
 UNBOUNDED = 1e30  # where verl does not clamp; a log-ratio is clamped at 80 at most

@@ -6,7 +6,7 @@
 
 Shape, KL estimator and the presence of an input are compile time (few values); every number is run
 time. All functions take scalars (one row per program) as well as blocks of tokens, in float32.
-Codes and parameter slots are shared with runtime/policy/objective.py; tests hold the copies equal.
+Codes and the names of the parameters come from runtime/policy/shapes.py, through shape_codes.py.
 Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp.
 """
 
@@ -15,25 +15,35 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-LINEAR_LOGP = tl.constexpr(0)
-LINEAR_RATIO = tl.constexpr(1)
-PPO_CLIP = tl.constexpr(2)
-STOP_GRAD_CLIP = tl.constexpr(3)
-SIGMOID_GATE = tl.constexpr(4)
-TARGET_RATIO = tl.constexpr(5)
-QUADRATIC = tl.constexpr(6)
-NFT = tl.constexpr(7)
-LOG_CLAMP = tl.constexpr(8)
-GAMMA = tl.constexpr(9)
-
-KL_NONE = tl.constexpr(0)
-KL_K1 = tl.constexpr(1)
-KL_K2 = tl.constexpr(2)
-KL_K3 = tl.constexpr(3)
-KL_RATIO_K3 = tl.constexpr(4)
-KL_K1_STRAIGHT = tl.constexpr(5)
-KL_K3_STRAIGHT = tl.constexpr(6)
-KL_ABS = tl.constexpr(7)
+from tokfuse.triton_kernels.shape_codes import (
+    GAMMA,
+    KL_ABS,
+    KL_K1,
+    KL_K1_STRAIGHT,
+    KL_K2,
+    KL_K3,
+    KL_K3_STRAIGHT,
+    KL_NONE,
+    KL_RATIO_K3,
+    LINEAR_LOGP,
+    LINEAR_RATIO,
+    LOG_CLAMP,
+    NEEDS_SIGNAL,
+    NFT,
+    PPO_CLIP,
+    QUADRATIC,
+    SIGMOID_GATE,
+    STOP_GRAD_CLIP,
+    TARGET_RATIO,
+    gamma_parameters,
+    log_clamp_parameters,
+    nft_parameters,
+    ppo_clip_parameters,
+    quadratic_parameters,
+    sigmoid_gate_parameters,
+    stop_grad_clip_parameters,
+    target_ratio_parameters,
+)
 
 # Where a bound applies: to each token's log-ratio, to the log-ratio at the objective's level, or to
 # both at once for token-level objectives.
@@ -47,7 +57,7 @@ CLIPPED_DUAL = tl.constexpr(4)  # A < 0 and r above the dual bound or the cap: n
 
 
 class ObjectiveNumbers(NamedTuple):
-    """The run-time half of an encoded objective. p0..p5 by shape, in objective.h's order."""
+    """The run-time half of an encoded objective. p0..p5: shape_codes.py reads them by name."""
 
     p0: Any
     p1: Any
@@ -59,6 +69,11 @@ class ObjectiveNumbers(NamedTuple):
     kl_clamp: Any  # bound on |k|; the gradient is zero outside
     entropy_coef: Any
     log_ratio_clamp: Any  # bound on |logp - old_logp|; the gradient is zero outside
+
+
+# What is cross-compiled: PPO's clip with all bounds and a KL term.
+CASE_CODES = (PPO_CLIP.value, KL_K3.value)
+CASE_NUMBERS = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0)
 
 
 class TokenPointers(NamedTuple):
@@ -73,6 +88,12 @@ class TokenPointers(NamedTuple):
     ref_logp: Any
     kl_weight: Any
     entropy_weight: Any
+
+
+def require_signal(x: TokenPointers, shape: int) -> None:
+    """Refuse to launch without the signal that the shape reads: the kernels would take 0 for it."""
+    if shape in NEEDS_SIGNAL and x.signal is None:
+        raise ValueError(f"triton_kernels: signal must be given for shape {NEEDS_SIGNAL[shape]}; got None.")
 
 
 @triton.jit
@@ -121,11 +142,12 @@ def bounded_log_ratio(log_ratio, a, o, SHAPE: tl.constexpr, STAGE: tl.constexpr)
     """
     low, high = -o.log_ratio_clamp, o.log_ratio_clamp
     if SHAPE == LOG_CLAMP and STAGE != LEVEL_STAGE:
-        bound = tl.minimum(o.p0, o.log_ratio_clamp)
+        bound = tl.minimum(log_clamp_parameters(o), o.log_ratio_clamp)
         high = tl.where(a >= 0.0, bound, o.log_ratio_clamp)
         low = tl.where(a <= 0.0, -bound, -o.log_ratio_clamp)
     if SHAPE == NFT and STAGE != TOKEN_STAGE:
-        high = tl.minimum(o.p2, o.log_ratio_clamp)
+        _, _, log_ratio_max, _, _ = nft_parameters(o)
+        high = tl.minimum(log_ratio_max, o.log_ratio_clamp)
     inside = tl.where((log_ratio < low) | (log_ratio > high), 0.0, 1.0)
     return clip(log_ratio, low, high), inside
 
@@ -137,25 +159,23 @@ def clip_flags(a, r, low, high):
 
 @triton.jit
 def ppo_clip_term(r, a, o):
-    """p = {ratio_min, ratio_max, dual or inf, cap or inf}."""
-    ceiling = tl.minimum(o.p2, o.p3)
-    flags = clip_flags(a, r, o.p0, o.p1)
+    ratio_min, ratio_max, dual, cap = ppo_clip_parameters(o)
+    ceiling = tl.minimum(dual, cap)
+    flags = clip_flags(a, r, ratio_min, ratio_max)
     flags = tl.where((flags == 0) & (a < 0.0) & (r > ceiling), CLIPPED_DUAL, flags)
-    value = tl.where(flags == CLIPPED_LOW, o.p0, tl.where(flags == CLIPPED_HIGH, o.p1, r))
+    value = tl.where(flags == CLIPPED_LOW, ratio_min, tl.where(flags == CLIPPED_HIGH, ratio_max, r))
     loss = -a * tl.where(flags == CLIPPED_DUAL, ceiling, value)
     return loss, tl.where(flags == 0, loss, 0.0), flags
 
 
 @triton.jit
 def nft_term(r, a, rate, o):
-    """p = {negative_floor, positive_floor, log_ratio_max, rate_min, rate_max}.
-
-    The logarithms' arguments are floored in value only: the gradient is kept.
-    """
-    above = tl.where(r > o.p1, r, o.p1)
-    q = clip(rate, o.p3, o.p4)
+    """The logarithms' arguments are floored in value only: the gradient is kept."""
+    negative_floor, positive_floor, _, rate_min, rate_max = nft_parameters(o)
+    above = tl.where(r > positive_floor, r, positive_floor)
+    q = clip(rate, rate_min, rate_max)
     rest = (1.0 - q * r) / (1.0 - q)
-    floored = tl.where(rest > o.p0, rest, o.p0)
+    floored = tl.where(rest > negative_floor, rest, negative_floor)
     loss = tl.where(a > 0.0, -a * tl.log(above), tl.where(a < 0.0, a * tl.log(floored), 0.0))
     up = -a * (r / above)
     down = -a * (q * r / (1.0 - q)) / floored
@@ -177,26 +197,30 @@ def policy_term(log_ratio, logp, a, signal, o, SHAPE: tl.constexpr):
         loss, d_log_ratio, flags = ppo_clip_term(r, a, o)
         return loss, d_log_ratio, zero, flags
     elif SHAPE == STOP_GRAD_CLIP:
-        d_logp = -clip(r, o.p0, o.p1) * a
-        return d_logp * logp, zero, d_logp, clip_flags(a, r, o.p0, o.p1)
+        ratio_min, ratio_max = stop_grad_clip_parameters(o)
+        d_logp = -clip(r, ratio_min, ratio_max) * a
+        return d_logp * logp, zero, d_logp, clip_flags(a, r, ratio_min, ratio_max)
     elif SHAPE == SIGMOID_GATE:
-        tau = tl.where(a > 0.0, o.p0, o.p1)
+        tau_positive, tau_negative = sigmoid_gate_parameters(o)
+        tau = tl.where(a > 0.0, tau_positive, tau_negative)
         s = sigmoid(tau * (r - 1.0))
         complement = sigmoid(-tau * (r - 1.0))  # 1 - s would cancel
         return -(4.0 / tau) * s * a, -4.0 * s * complement * r * a, zero, flags
     elif SHAPE == TARGET_RATIO:
-        gap = r - (1.0 - o.p0 + (o.p0 + o.p1) * sigmoid(signal))
+        low, high = target_ratio_parameters(o)
+        gap = r - (1.0 - low + (low + high) * sigmoid(signal))
         slope = tl.where(gap > 0.0, r, tl.where(gap < 0.0, -r, 0.0))
         return tl.abs(gap) * tl.abs(a), tl.abs(a) * slope, zero, flags
     elif SHAPE == QUADRATIC:
-        over = r - 1.0
-        return -a * r + o.p0 * over * over, -r * (a - 2.0 * o.p0 * over), zero, flags
+        penalty, over = quadratic_parameters(o), r - 1.0
+        return -a * r + penalty * over * over, -r * (a - 2.0 * penalty * over), zero, flags
     elif SHAPE == NFT:
         loss, d_log_ratio = nft_term(r, a, signal, o)
         return loss, d_log_ratio, zero, flags
     else:
         tl.static_assert(SHAPE == GAMMA)
-        k, lam = tl.where(a >= 0.0, o.p0, o.p2), tl.where(a >= 0.0, o.p1, o.p3)
+        k_positive, lam_positive, k_negative, lam_negative = gamma_parameters(o)
+        k, lam = tl.where(a >= 0.0, k_positive, k_negative), tl.where(a >= 0.0, lam_positive, lam_negative)
         d_logp = -tl.exp(lam + k * log_ratio - lam * r) * a
         return d_logp * logp, zero, d_logp, flags
 

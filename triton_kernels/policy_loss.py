@@ -24,20 +24,20 @@ from tokfuse.triton_kernels import launch, policy_metrics
 from tokfuse.triton_kernels.compile_cases import borders, compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig
 from tokfuse.triton_kernels.objective import (
+    CASE_CODES,
+    CASE_NUMBERS,
     LEVEL_STAGE,
     TOKEN_STAGE,
     ObjectiveNumbers,
     TokenPointers,
     bounded_log_ratio,
     load_or,
+    require_signal,
     token_objective,
     token_terms,
 )
 from tokfuse.triton_kernels.policy_metrics import SLOTS, TokenResults, metrics_block
-
-LEVEL_TOKEN = 0
-LEVEL_SEQUENCE_TOKEN = tl.constexpr(2)
-LEVEL_SEQUENCE_SUM = tl.constexpr(3)
+from tokfuse.triton_kernels.shape_codes import LEVEL_SEQUENCE, LEVEL_SEQUENCE_SUM, LEVEL_SEQUENCE_TOKEN
 
 launch.declare("policy_sequences", {80: LaunchConfig(block_t=512, num_warps=4)})
 
@@ -305,6 +305,7 @@ def policy_loss(
     Returns:
         token results (ratio and flags None), metric sums (SLOTS,) float64.
     """
+    require_signal(x, codes[0])
     num_tokens = logp.shape[0]
     config = launch.choose("policy_metrics", logp)  # its blocks: the sums are those of policy_step
     out = TokenResults(*(torch.empty_like(logp) for _ in range(3)), None, None)
@@ -344,6 +345,7 @@ def policy_loss_sequence(
     seq_advantage: bool,
 ) -> tuple[TokenResults, torch.Tensor]:
     """Launches a sequence-level objective; codes are (shape, KL estimator, level)."""
+    require_signal(x, codes[0])
     num_tokens, num_seqs = logp.shape[0], cu_seqlens.shape[0] - 1
     config = launch.choose("policy_sequences", logp)
     out = results_like(logp)
@@ -384,13 +386,10 @@ def _case_inputs(tokens: int) -> TokenPointers:
     return TokenPointers(v, v, meta(tokens, dtype=torch.bool), v, v, None, v, None, None)
 
 
-_CASE_NUMBERS = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0)
-
-
 @compile_case("policy_loss", dtypes=(torch.float32,), streams=7)
 def _(dtype: torch.dtype) -> None:
     x = _case_inputs(8192)
-    policy_loss(meta(8192), meta(8192), x, _CASE_NUMBERS, (2, 3), 1e-3, None)
+    policy_loss(meta(8192), meta(8192), x, CASE_NUMBERS, CASE_CODES, 1e-3, None)
 
 
 @compile_case("policy_loss/sequence", dtypes=(torch.float32,), streams=7)
@@ -398,5 +397,13 @@ def _(dtype: torch.dtype) -> None:
     x, cu = _case_inputs(8192), borders(512, 8192)
     prepare(cu, x.mask, 8192, seq_mean=True, seq_advantage=meta(512))
     policy_loss_sequence(
-        meta(8192), meta(8192), cu, x, _CASE_NUMBERS, (2, 3, 1), 1e-3, seq_mean=True, seq_advantage=False
+        meta(8192),
+        meta(8192),
+        cu,
+        x,
+        CASE_NUMBERS,
+        (*CASE_CODES, LEVEL_SEQUENCE.value),
+        1e-3,
+        seq_mean=True,
+        seq_advantage=False,
     )

@@ -29,7 +29,14 @@ import triton.language as tl
 
 from tokfuse.triton_kernels import launch, policy_metrics, rows
 from tokfuse.triton_kernels.compile_cases import compile_case, meta
-from tokfuse.triton_kernels.objective import ObjectiveNumbers, TokenPointers, token_objective
+from tokfuse.triton_kernels.objective import (
+    CASE_CODES,
+    CASE_NUMBERS,
+    ObjectiveNumbers,
+    TokenPointers,
+    require_signal,
+    token_objective,
+)
 from tokfuse.triton_kernels.policy_loss import results_like, split_scale
 from tokfuse.triton_kernels.policy_metrics import TokenResults
 from tokfuse.triton_kernels.tile import NEG_INF, store
@@ -231,6 +238,7 @@ def policy_step_rows(
         x, numbers, codes, scale: the objective, as `policy_loss` takes it.
         stats, out: written at the rows' tokens.
     """
+    require_signal(x, codes[0])
     num_rows, vocab = logits.shape
     if num_rows == 0:
         return
@@ -306,7 +314,6 @@ def policy_step(
 def _case(dtype: torch.dtype, softcap: float | None, grad_dtype: torch.dtype) -> None:
     v, index = meta(4096), meta(4096, dtype=torch.int64)
     x = TokenPointers(v, v, meta(4096, dtype=torch.bool), v, v, None, v, None, None)
-    numbers = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0)
     logits, grad = (meta(4096, 151936, dtype=d) for d in (dtype, grad_dtype))
     policy_step_rows(
         logits,
@@ -314,8 +321,8 @@ def _case(dtype: torch.dtype, softcap: float | None, grad_dtype: torch.dtype) ->
         index,
         index,
         x,
-        numbers,
-        (2, 3),
+        CASE_NUMBERS,
+        CASE_CODES,
         1e-3,
         RowStatistics(*[v] * 5),
         results_like(v),

@@ -113,7 +113,7 @@ void bind_policy_step(const py::tuple& place, const py::tuple& logits, const py:
   const TokenStatsOut stats = stats_out(out);
   const TokenObjective o = token_objective_args(objective);
   const DType dtype = dtype_of(grad_dtype);
-  require(o.params.kl == Kl::kNone || o.ref_logp != nullptr || a.rows == 0, "ref_logp is null");
+  check_token_inputs(o.params, o.signal, o.ref_logp, a.rows);
   run("policy_step", "policy_step_kernel", place_of(place), [&](cudaStream_t stream) {
     return policy_step(a, stats, o, as<void>(grad_logits), grad_stride, dtype, stream);
   });

@@ -98,8 +98,8 @@ LogitsArgs read_logits(PyObject* logits, PyObject* target, PyObject* options, in
 // or one that lacks, is refused by the general path.
 bool fits_objective(const ObjectiveArgs& o, bool has_entropy) {
   const ObjectiveParams& p = o.params;
-  const bool needs_signal = p.shape == Shape::kTargetRatio || p.shape == Shape::kNFT;
-  return (o.signal != nullptr) == needs_signal && (o.ref_logp != nullptr || p.kl == Kl::kNone) &&
+  return (o.signal != nullptr) == needs_signal(p.shape) &&
+         (o.ref_logp != nullptr || p.kl == Kl::kNone) &&
          (o.kl_weight == nullptr || p.kl != Kl::kNone) && (has_entropy || p.entropy_coef == 0.0f) &&
          (o.entropy_weight == nullptr || p.entropy_coef != 0.0f);
 }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/bind.h"
+#include "bindings/objective_params.h"
 #include "cpu/kernels.h"
 #if defined(TOKFUSE_WITH_CUDA)
 #include "bindings/bind_cuda.h"
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("active_isa", &tokfuse::isa_name, "Instruction-set level the kernels run at.");
   m.attr("cuda_version") = TOKFUSE_CUDA_VERSION;  // of nvcc; "" without CUDA kernels
   m.attr("cuda_archs") = TOKFUSE_CUDA_ARCHS;      // e.g. "80,90a,100a"
+  m.attr("shapes") = tokfuse::shape_table();
 #if defined(TOKFUSE_WITH_CUDA)
   pybind11::module_ cuda = m.def_submodule("cuda");
   tokfuse::bind_cuda(cuda);

@@ -17,16 +17,16 @@ ObjectiveParams objective_params(const py::tuple& t) {
   require(t.size() == 9, "objective record must have 9 fields");
   ObjectiveParams o;
   const int shape = t[0].cast<int>(), level = t[1].cast<int>(), kl = t[2].cast<int>();
-  require(shape >= 0 && shape <= static_cast<int>(Shape::kGamma), "unknown objective shape code");
-  require(level >= 0 && level <= static_cast<int>(Level::kSequenceSum), "unknown ratio level code");
-  require(kl >= 0 && kl <= static_cast<int>(Kl::kAbs), "unknown KL code");
+  require(shape >= 0 && shape < kShapeCount, "unknown objective shape code");
+  require(level >= 0 && level < kLevelCount, "unknown ratio level code");
+  require(kl >= 0 && kl < kKlCount, "unknown KL code");
   o.shape = static_cast<Shape>(shape);
   o.level = static_cast<Level>(level);
   o.kl = static_cast<Kl>(kl);
   o.seq_mean = t[3].cast<int>();
   const py::tuple p = t[4].cast<py::tuple>();
-  require(p.size() == 6, "objective parameters must be 6 numbers");
-  for (size_t i = 0; i < 6; i++) o.p[i] = p[i].cast<float>();
+  require(p.size() == kShapeSlots, "wrong number of objective parameters");
+  for (size_t i = 0; i < kShapeSlots; i++) o.p[i] = p[i].cast<float>();
   o.kl_coef = t[5].cast<float>();
   o.kl_clamp = t[6].cast<float>();
   o.entropy_coef = t[7].cast<float>();
@@ -69,7 +69,23 @@ void check_objective_inputs(const ObjectiveArgs& o) {
                           o.advantage_per_seq != 0 ||
                           (o.inv_normalizer < 0 && o.normalize_by_seqs != 0);
   require(!needs_seqs || o.cu_seqlens != nullptr || o.tokens == 0, "cu_seqlens is null");
-  require(o.params.kl == Kl::kNone || o.ref_logp != nullptr || o.tokens == 0, "ref_logp is null");
+  check_token_inputs(o.params, o.signal, o.ref_logp, o.tokens);
+}
+
+void check_token_inputs(const ObjectiveParams& o, const float* signal, const float* ref_logp,
+                        int64_t tokens) {
+  require(!needs_signal(o.shape) || signal != nullptr || tokens == 0, "signal is null");
+  require(o.kl == Kl::kNone || ref_logp != nullptr || tokens == 0, "ref_logp is null");
+}
+
+py::dict shape_table() {
+  py::dict table;
+#define TOKFUSE_ROW(name, code, signal, zero, parameters)                                          \
+  table[#name] = py::make_tuple(code, py::tuple(py::str(parameters).attr("split")()), signal != 0, \
+                                zero != 0);
+  TOKFUSE_EACH_SHAPE(TOKFUSE_ROW)
+#undef TOKFUSE_ROW
+  return table;
 }
 
 }  // namespace tokfuse

@@ -1,5 +1,5 @@
-// The records of an objective and of its inputs (runtime/policy/objective.py, runtime/backends/policy_record.py),
-// for CPU and CUDA kernels.
+// The records of an objective and of its inputs (runtime/policy/objective.py,
+// runtime/backends/policy_record.py), for CPU and CUDA kernels.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,7 +20,13 @@ ObjectiveParams objective_params(const pybind11::tuple& t);
 constexpr size_t kObjectiveFields = 21;
 ObjectiveArgs objective_args(const pybind11::tuple& t);
 
-// Sizes, and that the sequences and the reference are there where the objective needs them.
+// Sizes, and that the sequences, the signal and the reference are there where the objective needs
+// them.
 void check_objective_inputs(const ObjectiveArgs& o);
+void check_token_inputs(const ObjectiveParams& o, const float* signal, const float* ref_logp,
+                        int64_t tokens);
+
+// The table of shapes that this module was compiled with, as runtime/policy/shapes.py::table().
+pybind11::dict shape_table();
 
 }  // namespace tokfuse

@@ -4,53 +4,25 @@
 //   kl_term:     KL estimate of one token and its derivative in logp
 //
 // Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp. All derivatives are of the
-// un-aggregated token loss. Codes and parameter slots are shared with runtime/policy/objective.py.
+// un-aggregated token loss. Codes and the names of the parameters come from
+// runtime/policy/shapes.py, through common/shapes.h.
 #pragma once
 
 #include <math.h>
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define TOKFUSE_HD __host__ __device__ __forceinline__
-#else
-#define TOKFUSE_HD static inline
-#endif
+#include "common/host_device.h"
+#include "common/shapes.h"
 
 namespace tokfuse {
-
-enum class Shape : int32_t {
-  kLinearLogp = 0,    // -A logp
-  kLinearRatio = 1,   // -A r
-  kPPOClip = 2,       // max(-A min(r, cap), -A clip(r, min, max)), dual bound below
-  kStopGradClip = 3,  // -sg(clip(r, min, max)) A logp
-  kSigmoidGate = 4,   // -(4 / tau) sigmoid(tau (r - 1)) A
-  kTargetRatio = 5,   // |r - target| |A|
-  kQuadratic = 6,     // -A r + penalty (r - 1)^2
-  kNFT = 7,           // A > 0: -A log r; A < 0: -|A| log((1 - q r) / (1 - q))
-  kLogClamp = 8,      // -A exp(pessimistically clamped log-ratio)
-  kGamma = 9,         // -sg(e^l r^k e^(-l r)) A logp
-};
-
-enum class Level : int32_t { kToken = 0, kSequence = 1, kSequenceToken = 2, kSequenceSum = 3 };
-
-enum class Kl : int32_t {
-  kNone = 0,
-  kK1 = 1,
-  kK2 = 2,
-  kK3 = 3,
-  kRatioK3 = 4,     // r * k3: exact reverse-KL gradient with importance weighting
-  kK1Straight = 5,  // value of k1, gradient of k2
-  kK3Straight = 6,  // value of k3, gradient of k2
-  kAbs = 7,         // |k|
-};
 
 struct ObjectiveParams {
   Shape shape;
   Level level;
   Kl kl;
   int32_t seq_mean;       // 1: every token is weighted by 1 / (valid tokens of its sequence)
-  float p[6];             // parameters of the shape, see policy_term
+  float p[kShapeSlots];   // parameters of the shape, read by name: ppo_clip_parameters(p), ...
   float kl_coef;          // signed
   float kl_clamp;         // bound on |k|; the gradient is zero outside
   float entropy_coef;     //
@@ -92,17 +64,19 @@ TOKFUSE_HD float bounded_log_ratio(const ObjectiveParams& o, Stage stage, float 
                                    float advantage, float* inside) {
   float low = -o.log_ratio_clamp, high = o.log_ratio_clamp;
   if (o.shape == Shape::kLogClamp && (stage & kTokenStage)) {
-    if (advantage >= 0.0f && o.p[0] < high) high = o.p[0];
-    if (advantage <= 0.0f && -o.p[0] > low) low = -o.p[0];
+    const float bound = log_clamp_parameters(o.p).bound;
+    if (advantage >= 0.0f && bound < high) high = bound;
+    if (advantage <= 0.0f && -bound > low) low = -bound;
   } else if (o.shape == Shape::kNFT && (stage & kLevelStage)) {
-    if (o.p[2] < high) high = o.p[2];
+    const float most = nft_parameters(o.p).log_ratio_max;
+    if (most < high) high = most;
   }
   *inside = log_ratio < low || log_ratio > high ? 0.0f : 1.0f;
   return log_ratio < low ? low : (log_ratio > high ? high : log_ratio);
 }
 
-TOKFUSE_HD PolicyTerm ppo_clip_term(const float* p, float ratio, float a) {
-  const float low = p[0], high = p[1], dual = p[2], cap = p[3];
+TOKFUSE_HD PolicyTerm ppo_clip_term(const PPOClipParameters& p, float ratio, float a) {
+  const float low = p.ratio_min, high = p.ratio_max, dual = p.dual, cap = p.cap;
   PolicyTerm out = {0.0f, 0.0f, 0.0f, clip_flags(a, ratio, low, high)};
   if (out.flags == kClippedLow) {
     out.loss = -a * low;
@@ -118,27 +92,25 @@ TOKFUSE_HD PolicyTerm ppo_clip_term(const float* p, float ratio, float a) {
   return out;
 }
 
-TOKFUSE_HD PolicyTerm nft_term(const float* p, float ratio, float a, float success_rate) {
+TOKFUSE_HD PolicyTerm nft_term(const NFTParameters& p, float ratio, float a, float success_rate) {
   PolicyTerm out = {0.0f, 0.0f, 0.0f, 0};
   if (a > 0.0f) {
-    const float floored = ratio > p[1] ? ratio : p[1];
+    const float floored = ratio > p.positive_floor ? ratio : p.positive_floor;
     out.loss = -a * logf(floored);
     out.d_log_ratio = -a * (ratio / floored);
   } else if (a < 0.0f) {
-    const float q = success_rate < p[3] ? p[3] : (success_rate > p[4] ? p[4] : success_rate);
+    const float q = success_rate < p.rate_min
+                        ? p.rate_min
+                        : (success_rate > p.rate_max ? p.rate_max : success_rate);
     const float rest = (1.0f - q * ratio) / (1.0f - q);
-    const float floored = rest > p[0] ? rest : p[0];  // value clipped, gradient of `rest` kept
+    // The value is clipped, the gradient of `rest` kept.
+    const float floored = rest > p.negative_floor ? rest : p.negative_floor;
     out.loss = a * logf(floored);
     out.d_log_ratio = -a * (q * ratio / (1.0f - q)) / floored;
   }
   return out;
 }
 
-// Parameter slots p[] by shape:
-//   PPOClip {ratio_min, ratio_max, dual or inf, cap or inf}   StopGradClip {ratio_min, ratio_max}
-//   SigmoidGate {tau_positive, tau_negative}                   TargetRatio {low, high}
-//   Quadratic {penalty}       NFT {negative_floor, positive_floor, log_ratio_max, rate_min,
-//   rate_max} LogClamp {bound}          Gamma {k_positive, lam_positive, k_negative, lam_negative}
 // `signal` is TargetRatio's target signal or NFT's success rate.
 TOKFUSE_HD PolicyTerm policy_term(const ObjectiveParams& o, float log_ratio, float logp, float a,
                                   float signal) {
@@ -154,34 +126,41 @@ TOKFUSE_HD PolicyTerm policy_term(const ObjectiveParams& o, float log_ratio, flo
       out.loss = out.d_log_ratio = a == 0.0f ? 0.0f : -a * r;
       break;
     case Shape::kPPOClip:
-      return ppo_clip_term(o.p, r, a);
+      return ppo_clip_term(ppo_clip_parameters(o.p), r, a);
     case Shape::kStopGradClip: {
-      const float w = r < o.p[0] ? o.p[0] : (r > o.p[1] ? o.p[1] : r);
+      const StopGradClipParameters p = stop_grad_clip_parameters(o.p);
+      const float w = r < p.ratio_min ? p.ratio_min : (r > p.ratio_max ? p.ratio_max : r);
       out.d_logp = -w * a;
       out.loss = out.d_logp * logp;
-      out.flags = clip_flags(a, r, o.p[0], o.p[1]);
+      out.flags = clip_flags(a, r, p.ratio_min, p.ratio_max);
       break;
     }
     case Shape::kSigmoidGate: {
-      const float tau = a > 0.0f ? o.p[0] : o.p[1], x = tau * (r - 1.0f);
+      const SigmoidGateParameters p = sigmoid_gate_parameters(o.p);
+      const float tau = a > 0.0f ? p.tau_positive : p.tau_negative, x = tau * (r - 1.0f);
       out.loss = -(4.0f / tau) * sigmoid(x) * a;
       out.d_log_ratio = -4.0f * sigmoid(x) * sigmoid(-x) * r * a;  // 1 - s would cancel
       break;
     }
     case Shape::kTargetRatio: {
-      const float gap = r - (1.0f - o.p[0] + (o.p[0] + o.p[1]) * sigmoid(signal));
+      const TargetRatioParameters p = target_ratio_parameters(o.p);
+      const float gap = r - (1.0f - p.low + (p.low + p.high) * sigmoid(signal));
       out.loss = fabsf(gap) * fabsf(a);
       out.d_log_ratio = fabsf(a) * (gap > 0.0f ? r : (gap < 0.0f ? -r : 0.0f));
       break;
     }
-    case Shape::kQuadratic:
-      out.loss = -a * r + o.p[0] * (r - 1.0f) * (r - 1.0f);
-      out.d_log_ratio = -r * (a - 2.0f * o.p[0] * (r - 1.0f));
+    case Shape::kQuadratic: {
+      const float penalty = quadratic_parameters(o.p).penalty;
+      out.loss = -a * r + penalty * (r - 1.0f) * (r - 1.0f);
+      out.d_log_ratio = -r * (a - 2.0f * penalty * (r - 1.0f));
       break;
+    }
     case Shape::kNFT:
-      return nft_term(o.p, r, a, signal);
+      return nft_term(nft_parameters(o.p), r, a, signal);
     case Shape::kGamma: {
-      const float k = a >= 0.0f ? o.p[0] : o.p[2], lam = a >= 0.0f ? o.p[1] : o.p[3];
+      const GammaParameters p = gamma_parameters(o.p);
+      const float k = a >= 0.0f ? p.k_positive : p.k_negative;
+      const float lam = a >= 0.0f ? p.lam_positive : p.lam_negative;
       out.d_logp = -expf(lam + k * log_ratio - lam * r) * a;
       out.loss = out.d_logp * logp;
       break;

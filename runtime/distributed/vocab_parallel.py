@@ -241,7 +241,7 @@ def policy_step(
     policy_checks.check_sampler(STEP, sampler_logp, tokens, device)
 
     def terms_of(stats: TokenStats) -> PolicyTerms:
-        run = select(losses.OP, stats.logp.device.type, stats.logp.dtype).run
+        run = select(losses.OP, stats.logp.device.type, stats.logp.dtype, objective.features()).run
         terms: PolicyTerms = run(stats.logp, stats.entropy, inputs, objective, inverse)
         return terms._replace(loss=terms.loss.detach())
 

@@ -128,7 +128,7 @@ def _eager(
 ) -> PolicyLoss | None:
     """A plain call on the CPU, answered by one native function; None: take the general path."""
     native_module = eager_cpu()
-    if native_module is None or not isinstance(objective, Objective):
+    if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None
     inverse = inverse_normalizer(OP, normalizer, objective)
     out = native_module.eager_policy_loss(
@@ -147,7 +147,7 @@ def _eager(
 def _apply(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> PolicyTerms:
-    capability = select(OP, logp.device.type, logp.dtype)
+    capability = select(OP, logp.device.type, logp.dtype, objective.features())
     if capability.backend == "reference":
         return reference_policy.policy_loss(logp, entropy, inputs, objective, inverse)
     if torch.compiler.is_compiling():
@@ -214,8 +214,9 @@ def _policy_loss_op(
         kl_weight,
         entropy_weight,
     )
-    run = select(OP, logp.device.type, logp.dtype).run
-    terms = run(logp, entropy, inputs, _OBJECTIVES[objective_key], inverse)
+    objective = objective_of(objective_key)
+    run = select(OP, logp.device.type, logp.dtype, objective.features()).run
+    terms = run(logp, entropy, inputs, objective, inverse)
     return tuple(terms)
 
 

@@ -296,7 +296,7 @@ def _eager(
 ) -> PolicyStep | None:
     """A plain call on the CPU, answered by one native function; None: take the general path."""
     native_module = eager_cpu()
-    if native_module is None or not isinstance(objective, Objective):
+    if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None
     inverse = inverse_normalizer(op, normalizer, objective)
     in_place = op == "policy_step_"
@@ -340,7 +340,7 @@ def _from_logits(
     sampler_logp: torch.Tensor | None,
     in_place: bool = False,
 ) -> PolicyStep:
-    capability = select(OP, logits.device.type, logits.dtype, options.features())
+    capability = select(OP, logits.device.type, logits.dtype, objective.features(options.features()))
     gradients: Gradients = {}
     if not torch.compiler.is_compiling():
         terms, stats, grad = capability.run(logits, target, options, inputs, objective, inverse, in_place)
@@ -423,8 +423,8 @@ def _policy_step_op(
         kl_weight,
         entropy_weight,
     )
-    run = select(OP, logits.device.type, logits.dtype, options.features()).run
     objective = losses.objective_of(objective_key)
+    run = select(OP, logits.device.type, logits.dtype, objective.features(options.features())).run
     terms, stats, grad = run(logits, target, options, inputs, objective, inverse, False)
     return (terms.loss, terms.token_loss, terms.sums, *stats, grad)
 

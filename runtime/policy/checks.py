@@ -61,9 +61,8 @@ def check_inputs(
 
 
 def _check_used(op: str, inputs: PolicyInputs, o: Objective, has_entropy: bool) -> None:
-    shape = type(o.shape).__name__
+    o.shape.check_signal(op, inputs.signal is not None)
     needs = [
-        ("signal", o.shape.needs_signal, inputs.signal is not None, f"shape {shape}"),
         ("kl_weight", None, inputs.kl_weight is not None and o.kl is None, "kl=None"),
         ("ref_logp", o.kl is not None, inputs.ref_logp is not None, "a KL term"),
         ("entropy", o.entropy_coef != 0.0, has_entropy, "an entropy bonus"),
@@ -74,8 +73,6 @@ def _check_used(op: str, inputs: PolicyInputs, o: Objective, has_entropy: bool) 
             raise refuse(op, name, f"given for {what}", "None", "Pass one value per token.")
         if needed is None and given:
             raise refuse(op, name, f"None with {what}", "a tensor", "It would be ignored.")
-    if inputs.signal is not None and not o.shape.needs_signal:
-        raise refuse(op, "signal", f"None with shape {shape}", "a tensor", "It would be ignored.")
 
 
 def check_sampler(op: str, sampler_logp: torch.Tensor | None, tokens: int, device: torch.device) -> None:

@@ -1,13 +1,16 @@
-"""Policy objectives in plain torch and float64, differentiable in logp and entropy."""
+"""Policy objectives in plain torch and float64, differentiable in logp and entropy.
+
+The policy terms themselves are the formulas of the shapes, runtime/policy/shapes.py.
+"""
 
 from typing import NamedTuple
 
 import torch
 
-from tokfuse.runtime.policy import objective as spec
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOT, SLOTS
-from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.objective import AGGREGATIONS, Objective
+from tokfuse.runtime.policy.shapes import TermInputs, straight_through
 from tokfuse.runtime.reference.token_stats import rounded
 
 
@@ -40,97 +43,9 @@ def segments(inputs: PolicyInputs, keep: torch.Tensor) -> Segments:
     return Segments(ids, counts)
 
 
-def _clip(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return x.clamp(low, high)  # gradient 0 outside, 1 on the bounds
-
-
-def _straight_through(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    return gradient + (value - gradient).detach()
-
-
-def _where(condition: torch.Tensor, yes: float, no: float, like: torch.Tensor) -> torch.Tensor:
-    """One of two numbers per token, in the dtype of `like`: torch.where rounds them to float32."""
-    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
-
-
-def _bound_tokens(o: Objective, d: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    c = o.log_ratio_clamp
-    if isinstance(o.shape, spec.LogClamp):
-        e = min(o.shape.bound, c)
-        high, low = _where(a >= 0, e, c, d), _where(a <= 0, -e, -c, d)
-        return torch.minimum(torch.maximum(d, low), high)
-    return _clip(d, -c, c)
-
-
-def _bound_level(o: Objective, d: torch.Tensor) -> torch.Tensor:
-    c = o.log_ratio_clamp
-    if isinstance(o.shape, spec.NFT):
-        return _clip(d, -c, min(c, o.shape.log_ratio_max))
-    return _clip(d, -c, c)
-
-
-def _flags(a: torch.Tensor, r: torch.Tensor, low: float, high: float) -> dict[str, torch.Tensor]:
-    return {"clip_low": (a < 0) & (r < low), "clip_high": (a > 0) & (r > high)}
-
-
-def _policy_term(
-    o: Objective, d: torch.Tensor, logp: torch.Tensor, a: torch.Tensor, signal: torch.Tensor | None
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(loss of each token, clip flags); d is the bounded log-ratio at the objective's level."""
-    shape, r = o.shape, d.exp()
-    if isinstance(shape, spec.LinearLogp):
-        return -a * logp, {}
-    if isinstance(shape, spec.LinearRatio | spec.LogClamp):
-        return -a * r, {}
-    if isinstance(shape, spec.PPOClip):
-        return _ppo_clip(shape, r, a)
-    if isinstance(shape, spec.StopGradClip):
-        low, high = shape.bounds
-        return -_clip(r, low, high).detach() * a * logp, _flags(a, r, low, high)
-    if isinstance(shape, spec.SigmoidGate):
-        tau = _where(a > 0, shape.tau_positive, shape.tau_negative, r)
-        return -(4 / tau) * torch.sigmoid(tau * (r - 1)) * a, {}
-    if isinstance(shape, spec.TargetRatio):
-        assert signal is not None
-        target = 1 - shape.low + (shape.low + shape.high) * torch.sigmoid(signal)
-        return (r - target).abs() * a.abs(), {}
-    if isinstance(shape, spec.Quadratic):
-        return -a * r + shape.penalty * (r - 1) ** 2, {}
-    if isinstance(shape, spec.NFT):
-        assert signal is not None
-        return _nft(shape, r, a, signal), {}
-    assert isinstance(shape, spec.Gamma)
-    k = _where(a >= 0, shape.k_positive, shape.k_negative, r)
-    lam = _where(a >= 0, shape.lam_positive, shape.lam_negative, r)
-    return -(lam + k * d - lam * r).exp().detach() * a * logp, {}
-
-
-def _ppo_clip(shape: spec.PPOClip, r: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    low, high = shape.bounds
-    free = r if shape.cap is None else r.clamp(max=shape.cap)
-    clipped = _clip(r, low, high)
-    # The maximum of the two; equal (no clip) takes the first, whose gradient is -A r.
-    loss = torch.where(-a * free >= -a * clipped, -a * free, -a * clipped)
-    flags = _flags(a, r, low, high)
-    bound = min(shape.dual or spec.INF, shape.cap or spec.INF)
-    if shape.dual is not None:
-        loss = torch.where((a < 0) & (loss > -a * shape.dual), -a * shape.dual, loss)
-    flags["dual_clip"] = (a < 0) & (r > bound)
-    return loss, flags
-
-
-def _nft(shape: spec.NFT, r: torch.Tensor, a: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
-    q = rate.clamp(shape.rate_min, shape.rate_max)
-    rest = (1 - q * r) / (1 - q)
-    positive = _straight_through(r.clamp(min=shape.positive_floor), r)
-    negative = _straight_through(rest.clamp(min=shape.negative_floor), rest)
-    argument = torch.where(a > 0, positive, torch.where(a < 0, negative, 1.0))
-    return -a.abs() * argument.log()
-
-
 def _kl_term(o: Objective, logp: torch.Tensor, ref: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     assert o.kl is not None
-    k = _clip(logp - ref, -o.kl.clamp, o.kl.clamp)
+    k = (logp - ref).clamp(-o.kl.clamp, o.kl.clamp)
     k3 = torch.expm1(-k) + k
     match o.kl.estimator:
         case "k1":
@@ -140,11 +55,11 @@ def _kl_term(o: Objective, logp: torch.Tensor, ref: torch.Tensor, d: torch.Tenso
         case "k3":
             return k3
         case "ratio_k3":
-            return _clip(d, -o.log_ratio_clamp, o.log_ratio_clamp).exp() * k3
+            return d.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp() * k3
         case "k1_straight":
-            return _straight_through(k, 0.5 * k * k)
+            return straight_through(k, 0.5 * k * k)
         case "k3_straight":
-            return _straight_through(k3, 0.5 * k * k)
+            return straight_through(k3, 0.5 * k * k)
     return k.abs()
 
 
@@ -159,6 +74,7 @@ def forward(
 
     Rounded once to the result dtype of `logp`; the sums are float64.
     """
+    o.shape.check_signal("policy_loss", inputs.signal is not None)
     x = logp.double()
     keep = torch.ones_like(x, dtype=torch.bool) if inputs.mask is None else inputs.mask
 
@@ -175,13 +91,13 @@ def forward(
     x = torch.where(keep, x, 0.0)
     old = x.detach() if inputs.old_logp is None else required(vector(inputs.old_logp, 0.0))
     raw = x - old
-    d = _bound_tokens(o, raw, a)
+    d = o.shape.bound_tokens(raw, a, o.log_ratio_clamp)
     if o.level != "token":
         mean = seg.mean(torch.where(keep, d, 0.0), as_sum=o.level == "sequence_sum")
         d = mean if o.level != "sequence_token" else mean.detach() + (x - x.detach())
-    d = _bound_level(o, d)
+    d = o.shape.bound_level(d, o.log_ratio_clamp)
 
-    loss, flags = _policy_term(o, d, x, a, vector(inputs.signal, 0.0))
+    loss, flags = o.shape.term(TermInputs(d, d.exp(), x, a, vector(inputs.signal, 0.0)))
     weight = vector(inputs.token_weight, 0.0)
     loss = loss if weight is None else weight * loss
     if o.kl is not None:
@@ -195,7 +111,7 @@ def forward(
         loss = loss - o.entropy_coef * bonus
 
     agg = keep.double()
-    if o.aggregation == "seq_mean_token_mean":
+    if AGGREGATIONS[o.aggregation].divides_by_length:
         agg = agg / seg.counts.clamp(min=1)[seg.ids]
     count = (seg.counts > 0).sum() if o.counts_sequences else keep.sum()
     if isinstance(inv_normalizer, float) and inv_normalizer < 0:

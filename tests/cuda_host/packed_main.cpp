@@ -2,6 +2,7 @@
 // sanitizers, the checker and shuffled orders. Prints one line per launch: a hash of its outputs.
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 
 #include "cuda/packed_kernels.h"
 #include "program.h"
@@ -179,9 +180,8 @@ void objective(Batch& b, Level level) {
   o.params.level = level;
   o.params.kl = Kl::kK3;
   o.params.seq_mean = 1;
-  o.params.p[0] = 0.8f;
-  o.params.p[1] = 1.2f;
-  o.params.p[2] = o.params.p[3] = 1e9f;
+  const PPOClipParameters clip = {0.8f, 1.2f, 1e9f, 1e9f};
+  memcpy(o.params.p, &clip, sizeof clip);
   o.params.kl_coef = 0.1f;
   o.params.kl_clamp = o.params.log_ratio_clamp = 20.0f;
   o.params.entropy_coef = 0.01f;

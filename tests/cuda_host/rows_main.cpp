@@ -86,9 +86,8 @@ int policy(DType dtype, int64_t vocab, int64_t stride, bool in_place) {
   TokenObjective o = {};
   o.params.shape = Shape::kPPOClip;
   o.params.kl = Kl::kK3;
-  o.params.p[0] = 0.8f;
-  o.params.p[1] = 1.2f;
-  o.params.p[2] = o.params.p[3] = 100.0f;
+  const PPOClipParameters clip = {0.8f, 1.2f, 100.0f, 100.0f};
+  memcpy(o.params.p, &clip, sizeof clip);
   o.params.kl_coef = 0.1f;
   o.params.kl_clamp = o.params.log_ratio_clamp = 20.0f;
   o.params.entropy_coef = 0.01f;

@@ -15,7 +15,8 @@ from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
 from tokfuse.runtime.ops.token_stats import token_stats
-from tokfuse.runtime.policy.objective import KL, Objective, PPOClip
+from tokfuse.runtime.policy.objective import KL, Objective
+from tokfuse.runtime.policy.shapes import PPOClip
 from tokfuse.runtime.reference.influence import logit_gradients
 
 INF = float("inf")

@@ -3,38 +3,33 @@
 import dataclasses
 import re
 
+import policy_cases
 import pytest
 
 import tokfuse
 from tokfuse import KL, NFT, Gamma, LogClamp, Objective, PPOClip, Quadratic, SigmoidGate, StopGradClip, TargetRatio
 from tokfuse.runtime.policy import objective as spec
-from tokfuse.runtime.policy.objective import AGGREGATIONS, KL_ESTIMATORS, LEVELS, Shape
+from tokfuse.runtime.policy import shapes as table
+from tokfuse.runtime.policy.objective import AGGREGATIONS, KL_ESTIMATORS, LEVELS
+from tokfuse.runtime.policy.shapes import SHAPES, SLOTS, Shape
 
 INF, NAN = float("inf"), float("nan")
-SHAPES = [
-    tokfuse.LinearLogp,
-    tokfuse.LinearRatio,
-    PPOClip,
-    StopGradClip,
-    SigmoidGate,
-    TargetRatio,
-    Quadratic,
-    NFT,
-    LogClamp,
-    Gamma,
-]
+EXAMPLES = {type(shape): shape for shape in policy_cases.SHAPES.values()}
 
 
 def build(shape: type[Shape]) -> Shape:
-    return shape(penalty=0.5) if shape is Quadratic else shape()
+    return EXAMPLES[shape]
 
 
 # --------------------------------------------------------------------------------------- parameters
 
 
-def test_shape_codes_are_the_slots_of_the_kernels():
-    assert [shape.code for shape in SHAPES] == list(range(10))
-    assert [shape for shape in SHAPES if shape.needs_signal] == [TargetRatio, NFT]
+def test_codes_and_properties_of_the_shapes():
+    first = ["LinearLogp", "LinearRatio", "PPOClip", "StopGradClip", "SigmoidGate", "TargetRatio", "Quadratic"]
+    assert [shape.__name__ for shape in SHAPES][:10] == [*first, "NFT", "LogClamp", "Gamma"]
+    assert [shape.code for shape in SHAPES] == list(range(len(SHAPES)))
+    assert [shape for shape in SHAPES[:10] if shape.needs_signal] == [TargetRatio, NFT]
+    assert [shape for shape in SHAPES[:10] if not shape.zero_without_advantage] == [Quadratic]
 
 
 PARAMETERS = {
@@ -78,8 +73,8 @@ def test_encode_gives_every_option_its_own_code():
     estimators = {Objective(kl=KL(estimator=e, coef=1.0)).record[2] for e in KL_ESTIMATORS}
     assert levels == {0, 1, 2, 3} and estimators == set(range(1, 8))
     shapes = {Objective(shape=build(shape)).record[0] for shape in SHAPES}
-    assert shapes == set(range(10))
-    assert all(len(Objective(shape=build(s)).record[4]) == 6 for s in SHAPES)
+    assert shapes == set(range(len(SHAPES)))
+    assert all(len(Objective(shape=build(s)).record[4]) == SLOTS for s in SHAPES)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -106,7 +101,7 @@ def test_properties_say_what_a_call_needs():
 # ---------------------------------------------------------------------------------------- refusals
 
 REFUSED = [
-    (lambda: PPOClip(low=-0.1), "PPOClip: low must be >= 0; got -0.1."),
+    (lambda: PPOClip(low=-0.1), "PPOClip: low must be >= 0 and <= 1; got -0.1."),
     (lambda: PPOClip(low=1.5), "PPOClip: low must be >= 0 and <= 1; got 1.5."),
     (lambda: PPOClip(high=NAN), "PPOClip: high must be >= 0; got nan."),
     (lambda: PPOClip(high="0.2"), "PPOClip: high must be >= 0; got '0.2'."),
@@ -143,9 +138,9 @@ REFUSED = [
     (lambda: NFT(negative_floor=0.0), "NFT: negative_floor must be > 0; got 0.0."),
     (lambda: NFT(positive_floor=-1.0), "NFT: positive_floor must be >= 0; got -1.0."),
     (lambda: NFT(log_ratio_max=0), "NFT: log_ratio_max must be > 0; got 0."),
-    (lambda: NFT(rate_min=0.0), "NFT: rate_min must be > 0; got 0.0."),
+    (lambda: NFT(rate_min=0.0), "NFT: rate_min must be > 0 and < 1; got 0.0."),
     (lambda: NFT(rate_min=0.5, rate_max=0.4), "NFT: rate_max must be >= 0.5; got 0.4."),
-    (lambda: NFT(rate_max=1.0), "NFT: rate_max must be < 1; got 1.0."),
+    (lambda: NFT(rate_max=1.0), "NFT: rate_max must be > 0 and < 1; got 1.0."),
     (lambda: LogClamp(bound=0.0), "LogClamp: bound must be > 0; got 0.0."),
     (lambda: Gamma(k_positive=-1.0), "Gamma: k_positive must be >= 0; got -1.0."),
     (
@@ -199,4 +194,4 @@ def test_specs_are_frozen_hashable_values():
 def test_the_repr_names_the_objective_exactly(shape: type[Shape]):
     """The custom ops find the objective by its repr."""
     objective = Objective(shape=build(shape), kl=KL(estimator="k2", coef=1 / 3), entropy_coef=0.1)
-    assert eval(repr(objective), vars(spec)) == objective
+    assert eval(repr(objective), vars(table) | vars(spec)) == objective

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tokfuse
 from tokfuse import Objective
-from tokfuse.runtime.policy.objective import Shape
+from tokfuse.runtime.policy.shapes import Shape
 
 LENGTHS = (5, 0, 1, 9, 4, 3)  # the last sequence is masked whole
 # Log-ratios on both sides of every clip, far outside, beyond the clamp of 20, and exactly 0.

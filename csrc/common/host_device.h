@@ -1,0 +1,8 @@
+// How a function that the CPU and the CUDA kernels share is declared.
+#pragma once
+
+#if defined(__CUDACC__)
+#define TOKFUSE_HD __host__ __device__ __forceinline__
+#else
+#define TOKFUSE_HD static inline
+#endif

@@ -1,0 +1,98 @@
+"""docs/adding_a_shape.md, tried: its blocks go into a copy of the repository, whose tests then hold the new shape."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "adding_a_shape.md"
+FOLDERS = ("api", "algorithms", "csrc", "docs", "inspection", "integrations", "runtime", "tests", "tools")
+FOLDERS += ("bench", "triton_kernels")
+# First line of a block: the file, and the text of the line above which the others go.
+PLACE = re.compile(r"(?:#|//) (\S+), above `(.+)`\n")
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """(file, line, text) of every block that has a place."""
+    found = re.findall(r"^```\w+\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    places = [(PLACE.match(block), block) for block in found]
+    return [(*place.groups(), block[place.end() :]) for place, block in places if place]
+
+
+def insert(root: Path, file: str, line: str, text: str) -> None:
+    before = (root / file).read_text().splitlines(keepends=True)
+    at = [i for i, one in enumerate(before) if one.strip().startswith(line)]
+    assert len(at) == 1, f"{file} has {len(at)} lines that start with {line!r}"
+    (root / file).write_text("".join([*before[: at[0]], text, *before[at[0] :]]))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The repository with the shape of the page in it, without the native module."""
+    root = tmp_path_factory.mktemp("copy")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.png", "*.jsonl")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
+    for file in ("setup.py", "pyproject.toml", "README.md", "mkdocs.yml"):
+        shutil.copy(ROOT / file, root / file)
+    for file, line, text in blocks():
+        insert(root, file, line, text)
+    python(root, "tools/typing_tree.py", ".typing")
+    (root / ".typing" / "tokfuse" / "_native.py").write_text("raise ImportError('not built in the copy')\n")
+    assert "python tools/write_shapes.py\n" in PAGE.read_text()
+    python(root, "tools/write_shapes.py")
+    return root
+
+
+def python(root: Path, *arguments: str, **environment: str) -> str:
+    """Output of a Python process that imports tokfuse from the copy."""
+    env = {**os.environ, "PYTHONPATH": str(root / ".typing"), "OMP_NUM_THREADS": "1", **environment}
+    env.pop("TOKFUSE_CUDA_HOST", None)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+def test_the_page_has_at_most_six_steps():
+    assert 1 <= len(re.findall(r"^## \d", PAGE.read_text(), re.MULTILINE)) <= 6
+
+
+def test_the_tests_of_the_copy_hold_the_new_shape(copy: Path):
+    """Formula, flags, C++ and CUDA header, public name, documentation; the kernels of Triton interpreted."""
+    tests = ["tests/ops/test_shapes.py", "tests/project/test_layering.py", "tests/project/test_docstrings.py"]
+    tests.append("tests/backends/test_triton_policy.py")
+    chosen = "target_penalty or public or reference or files or TargetPenalty"
+    out = python(
+        copy,
+        "-c",
+        "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
+        "-q",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        "-k",
+        chosen,
+        *tests,
+        TRITON_INTERPRET="1",
+    )
+    for name in (
+        "test_the_header_has_the_formula[target_penalty]",
+        "test_token_objectives_with_every_estimator[target_penalty-triton]",
+        "test_zero_without_advantage_is_what_it_says[target_penalty-triton]",
+        "test_the_signal_changes_the_loss[target_penalty-triton]",
+        "test_a_call_without_the_signal_is_refused[target_penalty-policy_step]",
+        "test_no_kernel_runs_without_the_signal[target_penalty-policy_loss-triton]",
+        "test_every_public_name_is_in_the_reference",
+        "test_public_names_are_importable_and_documented[TargetPenalty]",
+        "test_public_names_are_known_to_type_checkers",
+    ):
+        assert re.search(rf"^PASSED \S*{re.escape(name)}", out, re.MULTILINE), f"{name} did not run\n{out[-3000:]}"
