@@ -1,0 +1,100 @@
+"""The table of calls (tests/support/op_calls.py) covers every op, public function, keyword and feature.
+
+So an op, an option or a backend's feature that is missing there fails here, before the tests that run
+over the table pass without it.
+"""
+
+import inspect
+import operator
+from collections import defaultdict
+
+import op_calls
+import pytest
+import torch
+from op_calls import ROWS, SMALL, Call, Problem, calls
+
+import tokfuse
+from tokfuse.inspection import doctor
+from tokfuse.runtime.core import dispatch
+
+doctor.import_ops()
+REGISTRY = [row for row in dispatch.table() if row["built"]]
+# Public functions by name; lower-case names of `tokfuse.runtime.ops` are functions, the others records.
+FUNCTIONS = {
+    name for name, module in tokfuse._PUBLIC.items() if name.islower() and module.startswith("tokfuse.runtime.ops.")
+} | {f"influence.{name}" for name in ("logit_norms", "head_norms", "hidden_norms", "sketch")}
+
+
+def given(function: str) -> dict[str, set[str]]:
+    """Keyword -> distinct values that the calls of a function pass, as text."""
+    values: dict[str, set[str]] = defaultdict(set)
+    for call in calls():
+        if call.row.function == function:
+            for name, value in call.arguments(Problem(SMALL)).items():
+                values[name].add("a tensor" if isinstance(value, torch.Tensor) else repr(value))
+    return values
+
+
+def test_every_op_of_the_registry_has_a_row():
+    assert {row.op for row in ROWS} == {row["op"] for row in REGISTRY}
+
+
+def test_every_public_function_has_a_row():
+    assert {row.function for row in ROWS} == FUNCTIONS
+
+
+@pytest.mark.parametrize("function", sorted(FUNCTIONS))
+def test_every_keyword_of_a_function_is_given(function: str):
+    signature = inspect.signature(operator.attrgetter(function)(tokfuse))
+    assert set(signature.parameters) == set(given(function))
+
+
+def test_names_are_unique():
+    names = [call.name for call in calls()]
+    assert len(set(names)) == len(names)
+    assert op_calls.named("policy_loss/sequence").row.function == "policy_loss"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: Call(row).name)
+def test_every_backend_takes_the_dtypes_of_a_row(row: op_calls.Row):
+    dtypes = {str(dtype).removeprefix("torch.") for dtype in row.dtypes}
+    for backend in (r for r in REGISTRY if r["op"] == row.op):
+        assert dtypes <= set(backend["dtypes"]), backend["backend"]
+
+
+def test_calls_reach_the_op_that_they_name_with_every_feature_that_a_backend_declares(monkeypatch):
+    asked: dict[str, set[str]] = defaultdict(set)
+    for call in calls():
+        choices: dict = {}
+        monkeypatch.setattr(dispatch, "_CHOICES", choices)
+        with tokfuse.backend("reference"):
+            call.run(Problem(SMALL))
+        ops = {op for op, *_ in choices}
+        assert (call.row.op in ops) == call.row.registered, call.name
+        for op, _, _, features, _ in choices:
+            asked[op] |= features
+    for row in REGISTRY:
+        assert set(row["features"]) <= asked[row["op"]], f"{row['op']} on {row['backend']}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: Call(row).name)
+def test_what_is_said_to_be_differentiable_gets_a_gradient(row: op_calls.Row):
+    for option in row.options:
+        call = Call(row, option)
+        arguments = call.arguments(Problem(SMALL))
+        wanted = {f"grad {name}" for name in call.differentiable(arguments)}
+        assert {name for name in call.apply(arguments) if name.startswith("grad ")} == wanted, call.name
+
+
+def test_values_do_not_depend_on_the_dtype():
+    call = op_calls.named("policy_step/everything")
+    first, second = (call.arguments(Problem(SMALL, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value.to(second[name].dtype), second[name]), name
+
+
+def test_a_result_is_named_by_its_public_fields():
+    step = op_calls.named("policy_step/everything").run(Problem(SMALL))
+    assert {"loss", "token_loss", "metrics.sums", "metrics.sampler_kl_k3", "stats.logp", "grad logits"} <= set(step)
+    assert not any(name.startswith("_") for name in step)

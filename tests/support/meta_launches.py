@@ -1,0 +1,47 @@
+"""Triton ops on tensors of the meta device: launches are written down and nothing is run."""
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+
+import tokfuse
+from tokfuse.runtime.backends import triton_backend
+from tokfuse.runtime.core import dispatch
+from tokfuse.runtime.lm_head import device_head
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Inside, the Triton backend serves tensors without values, as it does under capture."""
+    importlib.import_module("tokfuse.inspection.doctor").import_ops()
+    table = {}
+    for op, rows in dispatch._REGISTRY.items():
+        row = dataclasses.replace(rows["triton"], devices=frozenset({"meta"}), unusable=lambda: None, only_forced=False)
+        table[op] = rows | {"triton": row}
+    with (
+        mock.patch.object(dispatch, "_REGISTRY", table),
+        mock.patch.object(dispatch, "_CHOICES", {}),
+        mock.patch.object(device_head, "capturing", lambda x: True),
+        mock.patch.object(triton_backend, "why_unusable", lambda: None),
+        mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
+        tokfuse.backend("triton"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, Any]]]:
+    """[(kernel, grid)] of what is launched inside."""
+    found: list[tuple[str, Any]] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found.append((kernel.__name__, grid))
+
+    with on_meta(), mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
+        yield found

@@ -1,0 +1,723 @@
+"""One table of calls, for every test and tool that runs each op: add an op here, and they all run it.
+
+    for call in op_calls.calls():
+        problem = op_calls.Problem(op_calls.SMALL, device="cuda", dtype=torch.bfloat16)
+        result = call.run(problem)          # outputs and gradients by name
+
+A `Row` names an op of the registry, the public function that reaches it, arguments for that function
+and options. A `Call` is a row with one of its options. Values depend only on the sizes and on the
+argument's name, so they are equal on every device. This file imports only torch and the public names
+of tokfuse: `tools/fingerprint.py` also runs it against older checkouts.
+"""
+
+import operator
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+
+import tokfuse
+from tokfuse import KL, KeepRule, Objective, PPOClip
+from tokfuse.influence import InfluenceSpec
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the tensors of a problem are."""
+
+    tokens: int
+    vocab: int
+    hidden: int
+    sequences: int
+
+
+SMALL = Sizes(tokens=12, vocab=37, hidden=8, sequences=4)
+WIDE = Sizes(tokens=24, vocab=1003, hidden=16, sequences=5)  # rows that are not aligned
+ALIGNED = Sizes(tokens=24, vocab=1024, hidden=16, sequences=5)
+LONG = Sizes(tokens=3, vocab=40_003, hidden=8, sequences=2)  # several tiles per row
+ONE = Sizes(tokens=1, vocab=1, hidden=1, sequences=1)  # the Triton JIT makes a constant of 1
+LARGE = Sizes(tokens=70_000, vocab=151_936, hidden=64, sequences=35_000)  # for the meta device
+
+
+class Problem:
+    """Makes the arguments of a call.
+
+    Args:
+        sizes: of every tensor.
+        device: "meta" makes tensors without values.
+        dtype: of the large input. Other vectors are float32, or float64 where dtype is float64.
+    """
+
+    def __init__(self, sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.sizes, self.device, self.dtype = sizes, device, dtype
+        self.vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def _made(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return make(shape, generator=generator).to(self.device, dtype)
+
+    def normal(
+        self, name: str, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Normally distributed floats."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            return torch.randn(size, generator=generator) * scale + shift
+
+        return self._made(name, shape, dtype or self.vector_dtype, make)
+
+    def vector(
+        self, name: str, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """(tokens,) normally distributed floats."""
+        return self.normal(name, self.sizes.tokens, scale=scale, shift=shift, dtype=dtype)
+
+    def positive(self, name: str, count: int | None = None) -> torch.Tensor:
+        """(tokens,) floats in [0.5, 1.5)."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            return torch.rand(size, generator=generator) + 0.5
+
+        return self._made(name, (self.sizes.tokens if count is None else count,), self.vector_dtype, make)
+
+    def logits(self, name: str = "logits", scale: float = 3.0) -> torch.Tensor:
+        """(tokens, vocab)."""
+        return self.normal(name, self.sizes.tokens, self.sizes.vocab, scale=scale, dtype=self.dtype)
+
+    def hidden(self, name: str = "hidden") -> torch.Tensor:
+        """(tokens, hidden)."""
+        return self.normal(name, self.sizes.tokens, self.sizes.hidden, dtype=self.dtype)
+
+    def weight(self) -> torch.Tensor:
+        """(vocab, hidden)."""
+        return self.normal("weight", self.sizes.vocab, self.sizes.hidden, scale=0.7, dtype=self.dtype)
+
+    def integers(self, name: str, high: int, count: int | None = None) -> torch.Tensor:
+        """(tokens,) int64 in [0, high)."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            return torch.randint(high, size, generator=generator)
+
+        return self._made(name, (self.sizes.tokens if count is None else count,), torch.int64, make)
+
+    def target(self) -> torch.Tensor:
+        """(tokens,) int64, columns of the logits."""
+        return self.integers("target", self.sizes.vocab)
+
+    def budget(self, rows: int) -> int:
+        """A memory_budget for chunks of that many rows: float32 logits and two rows of hidden states."""
+        columns = -(-self.sizes.vocab // 16) * 16
+        return rows * (4 * columns + 8 * self.sizes.hidden + 64)
+
+    def mask(self) -> torch.Tensor:
+        """(tokens,) bool, five of six True."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            return torch.arange(size[0]) % 6 != 4
+
+        return self._made("mask", (self.sizes.tokens,), torch.bool, make)
+
+    def borders(self) -> torch.Tensor:
+        """(sequences + 1,) int32 cu_seqlens of unequal lengths; the second sequence is empty."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            borders = (torch.linspace(0, 1, size[0], dtype=torch.float64).square() * self.sizes.tokens).round()
+            if len(borders) > 3:
+                borders[2] = borders[1]
+            return borders
+
+        return self._made("borders", (self.sizes.sequences + 1,), torch.int32, make)
+
+    def groups(self) -> torch.Tensor:
+        """(sequences,) int64, the prompt of each sequence."""
+        return self.integers("groups", max(1, self.sizes.sequences // 2), self.sizes.sequences)
+
+    def advantage(self) -> torch.Tensor:
+        """(tokens,) floats, one in five exactly 0: rows without a gradient."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            values = torch.randn(size, generator=generator)
+            values[::5] = 0.0
+            return values
+
+        return self._made("advantage", (self.sizes.tokens,), self.vector_dtype, make)
+
+    def difficult_logits(self, name: str = "logits") -> torch.Tensor:
+        """Logits with masked columns, a dead row, a peak of 90, a NaN and an infinity, in this order of rows."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            z = torch.randn(size, generator=generator) * 3
+            infinity, rows = float("inf"), size[0]
+            z[0, ::3] = -infinity
+            z[1 % rows] = -infinity
+            z[2 % rows, size[1] // 2] = 90.0
+            z[3 % rows, -1] = float("nan")
+            z[4 % rows, 0] = infinity
+            return z
+
+        return self._made(f"difficult {name}", (self.sizes.tokens, self.sizes.vocab), self.dtype, make)
+
+
+def nothing(problem: Problem) -> Arguments:
+    """The arguments of the row alone."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A variation of a row's arguments.
+
+    Args:
+        arguments: replace or extend those of the row.
+        differentiable: instead of the row's; None: the same.
+        needs_triton: the backend cuda serves it only where Triton kernels run, too.
+    """
+
+    arguments: Callable[[Problem], Arguments] = nothing
+    differentiable: tuple[str, ...] | None = None
+    needs_triton: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One public function of one op.
+
+    Args:
+        op: name in the registry (`tokfuse.runtime.core.dispatch.table()`).
+        function: public function, below `tokfuse`; also the name of its profiler range.
+        family: "rows" reads logits, "head" hidden states and the lm_head, "packed" (tokens,) vectors.
+        arguments: keywords of the function.
+        differentiable: arguments that receive a gradient.
+        options: variations by name.
+        dtypes: of the large input, on every backend. The reference also takes float64.
+        in_place: an argument that the function overwrites; it takes no part in torch.compile.
+        registered: whether the function chooses a backend; False: plain torch on every device.
+    """
+
+    op: str
+    function: str
+    family: str
+    arguments: Callable[[Problem], Arguments]
+    differentiable: tuple[str, ...] = ()
+    options: dict[str, Option] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    in_place: str = ""
+    registered: bool = True
+
+
+@dataclass(frozen=True)
+class Call:
+    """A row with one of its options; `name` is unique."""
+
+    row: Row
+    option: str = ""
+
+    @property
+    def name(self) -> str:
+        """ "<op>:<function>/<option>", shorter where op and function are one word."""
+        row = self.row
+        name = row.op if row.op == row.function else f"{row.op}:{row.function}"
+        return f"{name}/{self.option}" if self.option else name
+
+    def arguments(self, problem: Problem) -> Arguments:
+        """Keywords of the function; those that receive a gradient are leaves that require one."""
+        given = self.row.arguments(problem) | self._option.arguments(problem)
+        for name in self.differentiable(given):
+            given[name].requires_grad_()
+        return given
+
+    def differentiable(self, given: Arguments) -> list[str]:
+        """Those of the given arguments that receive a gradient."""
+        wanted = self._option.differentiable
+        return [name for name in (self.row.differentiable if wanted is None else wanted) if given.get(name) is not None]
+
+    def function(self) -> Callable[..., Any]:
+        """The public function."""
+        function: Callable[..., Any] = operator.attrgetter(self.row.function)(tokfuse)
+        return function
+
+    def run(self, problem: Problem, grad_loss: float = 1.0) -> dict[str, torch.Tensor]:
+        """`apply` on the arguments of that problem."""
+        return self.apply(self.arguments(problem), grad_loss)
+
+    def apply(self, given: Arguments, grad_loss: float = 1.0) -> dict[str, torch.Tensor]:
+        """Forward and, where something is differentiable, backward: every output and gradient by name."""
+        out = self.function()(**given)
+        results = tensors(out)
+        if self.row.in_place:
+            results[f"{self.row.in_place} in place"] = given[self.row.in_place]
+        leaves = self.differentiable(given)
+        if leaves:
+            scalar(out, grad_loss).backward()
+            results |= {f"grad {name}": given[name].grad for name in leaves if given[name].grad is not None}
+        return {name: value.detach() for name, value in results.items()}
+
+    @property
+    def needs_triton(self) -> bool:
+        """Whether the backend cuda serves it only where Triton kernels run, too."""
+        return self._option.needs_triton
+
+    @property
+    def _option(self) -> Option:
+        return self.row.options[self.option] if self.option else Option()
+
+
+def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a result by its path of public fields."""
+    if isinstance(value, torch.Tensor):
+        return {name or "out": value}
+    if is_dataclass(value):
+        members = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
+    elif isinstance(value, tuple):
+        members = dict(zip(getattr(value, "_fields", map(str, range(len(value)))), value, strict=True))
+    else:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    for key, member in members.items():
+        found |= tensors(member, f"{name}.{key}" if name else key)
+    return found
+
+
+def scalar(out: Any, factor: float = 1.0) -> torch.Tensor:
+    """A sum of every differentiable output, each element with a weight of its own."""
+    terms = []
+    for value in tensors(out).values():
+        if value.requires_grad and value.dim() == 0:
+            terms.append(value if factor == 1.0 else value * factor)
+        elif value.requires_grad:
+            count = torch.arange(value.numel(), device=value.device, dtype=value.dtype).view(value.shape)
+            terms.append((torch.where(value.isfinite(), value, 0.0) * (torch.cos(count) * factor)).sum())
+    return terms[0] if len(terms) == 1 else torch.stack([t.double() for t in terms]).sum()
+
+
+# ----------------------------------------------------------------------------------------- options
+
+
+def _constant(**arguments: Any) -> Option:
+    return Option(lambda p: arguments)
+
+
+TEMPERATURES = {
+    "temperature": _constant(temperature=0.7),
+    "temperatures": Option(lambda p: {"temperature": p.positive("temperature")}),
+    "scale": _constant(logit_scale=0.5),
+    "softcap": _constant(softcap=20.0, temperature=1.3),
+}
+MASK = Option(lambda p: {"mask": p.mask()})
+LOGIT_OPTIONS = TEMPERATURES | {
+    "mask": MASK,
+    "difficult": Option(lambda p: {"logits": p.difficult_logits()}),
+    "all": Option(
+        lambda p: {"temperature": p.positive("temperature"), "softcap": 15.0, "logit_scale": 0.8, "mask": p.mask()}
+    ),
+}
+HEAD_OPTIONS = TEMPERATURES | {
+    "mask": MASK,
+    "bias": Option(lambda p: {"bias": p.normal("bias", p.sizes.vocab, dtype=p.dtype)}),
+    "frozen": Option(differentiable=("hidden",)),
+    "chunks": Option(lambda p: {"memory_budget": p.budget(max(1, p.sizes.tokens // 3))}),
+    "one_chunk": _constant(memory_budget=1 << 60),
+}
+
+
+def _policy(p: Problem) -> Arguments:
+    """The vectors of a policy loss: ratios on both sides of a clip, a mask, sequences."""
+    return {
+        "old_logp": p.vector("old_logp", 0.4, -3.6),
+        "advantage": p.advantage(),
+        "objective": Objective(shape=PPOClip(low=0.2, high=0.28)),
+        "mask": p.mask(),
+        "cu_seqlens": p.borders(),
+        "normalizer": "batch",
+    }
+
+
+def _objective(signal: bool = False, reference: bool = False, **axes: Any) -> Option:
+    """An objective of the given axes with the vectors that it needs."""
+
+    def arguments(p: Problem) -> Arguments:
+        given: Arguments = {"objective": Objective(**axes)}
+        if signal:
+            given["signal"] = p.positive("signal")
+        if reference:
+            given["ref_logp"] = p.vector("ref_logp", 0.5, -3.6)
+        return given
+
+    return Option(arguments)
+
+
+def _everything(p: Problem) -> Arguments:
+    return {
+        "objective": Objective(kl=KL(coef=0.1), entropy_coef=0.02),
+        "ref_logp": p.vector("ref_logp", 0.5, -3.6),
+        "sampler_logp": p.vector("sampler_logp", 0.5, -3.6),
+        "token_weight": p.positive("token_weight"),
+        "kl_weight": p.positive("kl_weight"),
+        "entropy_weight": p.positive("entropy_weight"),
+        "normalizer": 7.0,
+    }
+
+
+SHAPES = {
+    "linear_logp": _objective(shape=tokfuse.LinearLogp()),
+    "linear_ratio": _objective(shape=tokfuse.LinearRatio()),
+    "ppo_dual_cap": _objective(shape=PPOClip(low=0.1, high=0.3, dual=2.5, cap=2.0)),
+    "ppo_bounds": _objective(shape=PPOClip(low=None, high=None, ratio_min=0.5, ratio_max=1.5)),
+    "stop_grad_clip": _objective(shape=tokfuse.StopGradClip(low=0.4, ratio_min=None)),
+    "sigmoid_gate": _objective(shape=tokfuse.SigmoidGate(tau_positive=0.9)),
+    "target_ratio": _objective(shape=tokfuse.TargetRatio(low=0.3, high=0.2), signal=True),
+    "quadratic": _objective(shape=tokfuse.Quadratic(penalty=0.3)),
+    "nft": _objective(shape=tokfuse.NFT(negative_floor=0.01, positive_floor=0.9), signal=True),
+    "log_clamp": _objective(shape=tokfuse.LogClamp(bound=0.35), level="sequence"),
+    "gamma": _objective(shape=tokfuse.Gamma(k_positive=1.5), level="sequence_sum"),
+}
+ESTIMATORS = {
+    f"kl_{name}": _objective(kl=KL(estimator=name, coef=0.1), reference=True)
+    for name in ("k1", "k2", "k3", "ratio_k3", "k1_straight", "k3_straight", "abs")
+}
+POLICY_OPTIONS = {
+    "entropy": _objective(entropy_coef=0.02),
+    "everything": Option(_everything),
+    "on_policy": Option(lambda p: {"old_logp": None}),
+    "sequence": _objective(level="sequence", aggregation="seq_mean_token_mean"),
+    "sequence_token": _objective(level="sequence_token", entropy_coef=0.02),
+    "sequence_sum": _objective(level="sequence_sum", log_ratio_clamp=2.0),
+    "sequence_kl": _objective(level="sequence", kl=KL(coef=0.1), reference=True),
+    "seq_mean_token_sum": _objective(aggregation="seq_mean_token_sum"),
+    "advantage_of_sequences": Option(
+        lambda p: {"advantage": p.normal("rewards", p.sizes.sequences), "advantage_level": "sequence"}
+    ),
+    **SHAPES,
+    **ESTIMATORS,
+}
+IN_PLACE = ("entropy", "everything", "sequence", "advantage_of_sequences", "target_ratio", "quadratic")
+ENTROPY = ("entropy", "everything", "sequence_token")
+
+
+def _with_entropy(option: Option) -> Option:
+    return Option(lambda p: option.arguments(p) | {"entropy": p.positive("entropy")})
+
+
+RULES = (
+    KeepRule("k3", "mean", high=1.0),
+    KeepRule("ratio", "token", 0.5, 2.0, negative_only=True),
+    KeepRule("k1", "max", low=-0.5),
+)
+
+# ----------------------------------------------------------------------------------------- the table
+
+
+def _logits(p: Problem) -> Arguments:
+    return {"logits": p.logits(), "target": p.target()}
+
+
+def _step(p: Problem) -> Arguments:
+    return _logits(p) | _policy(p)
+
+
+def _head(p: Problem) -> Arguments:
+    return {"hidden": p.hidden(), "weight": p.weight(), "target": p.target()}
+
+
+def _kept(p: Problem) -> Arguments:
+    """Up to five ids per row, one row with none; every other target is among them."""
+    most = min(5, p.sizes.vocab)
+    if p.device == "meta":
+        ids, offsets = p.integers("kept", p.sizes.vocab, most * p.sizes.tokens), p.integers("", 1, p.sizes.tokens + 1)
+        return {"kept_ids": ids, "kept_offsets": offsets}
+    target = p.target().cpu()
+    count = (torch.arange(p.sizes.tokens) + most) % (most + 1)
+    start = torch.where(torch.arange(p.sizes.tokens) % 2 == 0, target, target + 1)
+    ids = torch.cat([(torch.arange(n) * 7 + s) % p.sizes.vocab for s, n in zip(start, count, strict=True)])
+    rows = torch.repeat_interleave(torch.arange(p.sizes.tokens), count)
+    unique = torch.unique(rows * p.sizes.vocab + ids)  # a small vocabulary repeats
+    offsets = torch.zeros(p.sizes.tokens + 1, dtype=torch.int64)
+    offsets[1:] = torch.bincount(unique // p.sizes.vocab, minlength=p.sizes.tokens).cumsum(0)
+    return {"kept_ids": (unique % p.sizes.vocab).to(p.device), "kept_offsets": offsets.to(p.device)}
+
+
+def _pair(p: Problem) -> Arguments:
+    return {"logits_p": p.logits("p"), "logits_q": p.logits("q")}
+
+
+def _x(p: Problem, name: str = "x") -> torch.Tensor:
+    return p.vector(name, dtype=p.dtype)
+
+
+def _reward(p: Problem, name: str = "reward") -> torch.Tensor:
+    """(tokens,), one per response: rewards of 0 and 1, so that groups of equal rewards occur."""
+    return p.integers(name, 2).to(p.dtype)
+
+
+def _prompt(p: Problem) -> torch.Tensor:
+    return p.integers("prompt", max(1, p.sizes.tokens // 3))
+
+
+def _finished(p: Problem) -> torch.Tensor:
+    return p.integers("finished", 2, p.sizes.sequences) > 0
+
+
+def _stats(p: Problem, **options: Any) -> Any:
+    return tokfuse.token_stats(**_logits(p), **options)
+
+
+STATS_OPTIONS = LOGIT_OPTIONS | {
+    "bias_logits": Option(lambda p: {"bias_logits": p.logits("bias_logits"), "bias_scale": 0.3})
+}
+
+PACKED = (torch.float32,)
+ROWS: tuple[Row, ...] = (
+    Row("token_stats", "token_stats", "rows", _logits, ("logits",), STATS_OPTIONS),
+    Row(
+        "extended_token_stats",
+        "token_stats",
+        "rows",
+        lambda p: _logits(p) | {"second_temperature": 0.5, "moments": True},
+        ("logits",),
+        STATS_OPTIONS | {"second": _constant(moments=False), "moments": Option(lambda p: {"second_temperature": None})},
+    ),
+    Row("kept_token_stats", "kept_token_stats", "rows", lambda p: _logits(p) | _kept(p), ("logits",), LOGIT_OPTIONS),
+    Row(
+        "paired_divergence",
+        "paired_divergence",
+        "rows",
+        _pair,
+        ("logits_p",),
+        LOGIT_OPTIONS
+        | {
+            "difficult": Option(lambda p: {"logits_p": p.difficult_logits("p"), "logits_q": p.difficult_logits("q")}),
+            "forward": _constant(kind="kl_forward"),
+            "reverse": _constant(kind="kl_reverse"),
+            "beta": _constant(beta=0.2),
+        },
+    ),
+    Row("linear_token_stats", "linear_token_stats", "head", _head, ("hidden", "weight", "bias"), HEAD_OPTIONS),
+    Row(
+        "policy_loss",
+        "policy_loss",
+        "packed",
+        lambda p: {"logp": p.vector("logp", 0.4, -3.6, dtype=p.dtype)} | _policy(p),
+        ("logp", "entropy"),
+        {name: _with_entropy(o) if name in ENTROPY else o for name, o in POLICY_OPTIONS.items()},
+    ),
+    Row("policy_step", "policy_step", "rows", _step, ("logits",), LOGIT_OPTIONS | POLICY_OPTIONS),
+    Row(
+        "policy_step",
+        "policy_step_",
+        "rows",
+        _step,
+        (),
+        LOGIT_OPTIONS | {name: POLICY_OPTIONS[name] for name in IN_PLACE},
+        in_place="logits",
+    ),
+    Row(
+        "policy_step_hidden",
+        "policy_step",
+        "head",
+        lambda p: _head(p) | _policy(p),
+        ("hidden", "weight", "bias"),
+        HEAD_OPTIONS
+        | POLICY_OPTIONS
+        | {
+            "compact": Option(lambda p: {"compact_clipped": True}, needs_triton=True),
+            "influence": _constant(influence=InfluenceSpec(rank=8)),
+        },
+    ),
+    Row(
+        "influence",
+        "influence.sketch",
+        "head",
+        lambda p: {
+            "grad_hidden": p.hidden("grad_hidden"),
+            "hidden": p.hidden(),
+            "cu_seqlens": p.borders(),
+            "rank": 8,
+            "max_seqlen": p.sizes.tokens,
+        },
+        options={"seed": _constant(seed=3), "no_projection": _constant(rank=None)},
+    ),
+    Row(
+        "influence",
+        "influence.head_norms",
+        "head",
+        lambda p: {"logit_norms": p.positive("norms"), "hidden": p.hidden()},
+        registered=False,
+    ),
+    Row("influence", "influence.hidden_norms", "head", lambda p: {"grad_hidden": p.hidden()}, registered=False),
+    Row(
+        "influence",
+        "influence.logit_norms",
+        "head",
+        lambda p: {"stats": _stats(p), "coefficient": p.advantage()},
+        options={
+            "scaled": Option(
+                lambda p: {
+                    "stats": _stats(p, temperature=0.7, logit_scale=0.5),
+                    "temperature": 0.7,
+                    "logit_scale": 0.5,
+                    "softcap": None,  # the only value it takes
+                }
+            ),
+            "entropy": Option(
+                lambda p: {"stats": _stats(p, moments=True), "entropy_coefficient": p.vector("entropy_coefficient")}
+            ),
+        },
+        registered=False,
+    ),
+    Row(
+        "gae",
+        "gae",
+        "packed",
+        lambda p: {"reward": _x(p), "value": _x(p, "value"), "cu_seqlens": p.borders(), "gamma": 0.99, "lam": 0.95},
+        options={
+            "mask": MASK,
+            "lam_of_sequences": Option(lambda p: {"lam": p.positive("lam", p.sizes.sequences) * 0.6}),
+            "finished": Option(lambda p: {"finished": _finished(p), "mask": p.mask()}),
+            "length_adaptive": _constant(lam=1.0, length_adaptive_alpha=0.05),
+        },
+        dtypes=PACKED,
+    ),
+    Row(
+        "vtrace",
+        "vtrace",
+        "packed",
+        lambda p: {
+            "log_ratio": _x(p, "log_ratio"),
+            "reward": _x(p),
+            "value": _x(p, "value"),
+            "cu_seqlens": p.borders(),
+            "gamma": 0.9,
+        },
+        options={
+            "mask": MASK,
+            "bounds": _constant(lam=0.9, rho_bar=2.0, c_bar=None),
+            "finished": Option(lambda p: {"finished": _finished(p)}),
+        },
+        dtypes=PACKED,
+    ),
+    Row(
+        "whiten",
+        "whiten",
+        "packed",
+        lambda p: {"x": _x(p)},
+        options={
+            "mask": MASK,
+            "no_shift": _constant(shift_mean=False, eps=1e-3),
+            "given": Option(lambda p: {"mean": p.vector("mean")[:1].sum(), "var": p.positive("var")[:1].sum()}),
+        },
+        dtypes=PACKED,
+    ),
+    Row(
+        "group_advantage",
+        "group_advantage",
+        "packed",
+        lambda p: {"reward": _reward(p), "group_ids": _prompt(p)},
+        options={
+            **{
+                kind: _constant(kind=kind)
+                for kind in ("dr_grpo", "rloo", "gbpo_target", "pass_at_k", "maxrl", "reinforce")
+            },
+            "opo": Option(lambda p: {"kind": "opo", "lengths": p.integers("lengths", 9) + 1}),
+            "remax": Option(
+                lambda p: {
+                    "kind": "remax",
+                    "greedy_reward": _reward(p, "greedy"),
+                    "group_ids": None,
+                    "scale": "batch_std",
+                }
+            ),
+            "batch": _constant(scale="batch_std", std="population"),
+            "baseline": _constant(baseline="leave_one_out", scale="mean"),
+            "singleton": _constant(singleton="zero", eps=1e-4),
+        },
+        dtypes=PACKED,
+    ),
+    Row(
+        "segment_moments",
+        "segment_moments",
+        "packed",
+        lambda p: {"values": _x(p), "segment_ids": p.integers("ids", 3), "num_segments": 3},
+        ("values",),
+        {
+            "mask": MASK,
+            "sequences": Option(lambda p: {"segment_ids": None, "num_segments": None, "cu_seqlens": p.borders()}),
+        },
+        dtypes=(torch.float32, torch.float64),
+    ),
+    Row(
+        "offpolicy_weights",
+        "offpolicy_weights",
+        "packed",
+        lambda p: {"logp": _x(p, "logp"), "behavior_logp": _x(p, "behavior")},
+        options={
+            "truncate": _constant(mode="truncate", high=2.0),
+            "mask_mode": _constant(mode="mask", low=0.5, high=2.0),
+            "switch": _constant(mode="switch", high=2.0),
+            "shrink": _constant(mode="shrink", lam=2.0),
+            "subgaussian": _constant(mode="subgaussian", lam=0.5),
+            "tempered": _constant(mode="tempered", power=0.5),
+            "mask": MASK,
+            "batch": _constant(normalize="batch"),
+            "sequence": Option(lambda p: {"level": "sequence", "cu_seqlens": p.borders()}),
+            "geometric": Option(lambda p: {"level": "geometric", "cu_seqlens": p.borders(), "mask": p.mask()}),
+            "snips": Option(lambda p: {"mode": "snips", "cu_seqlens": p.borders(), "group_ids": p.groups()}),
+            "external": Option(
+                lambda p: {
+                    "level": "external",
+                    "logp": None,
+                    "behavior_logp": None,
+                    "propensity": p.positive("propensity") / 2,
+                    "normalize": "group",
+                    "group_ids": _prompt(p),
+                }
+            ),
+            "rules": Option(
+                lambda p: {
+                    "mode": "keep",
+                    "rules": RULES,
+                    "cu_seqlens": p.borders(),
+                    "advantage": p.vector("advantage"),
+                    "normalize": "group",
+                    "group_ids": p.groups(),
+                }
+            ),
+        },
+        dtypes=PACKED,
+    ),
+    Row(
+        "ope",
+        "ope",
+        "packed",
+        lambda p: {"weight": p.positive("weight").to(p.dtype), "reward": _x(p)},
+        options={
+            "mask": MASK,
+            "doubly_robust": Option(lambda p: {"q_pi": p.vector("q_pi"), "q_a": p.vector("q_a"), "mask": p.mask()}),
+            "direct": Option(lambda p: {"q_pi": p.vector("q_pi")}),
+        },
+        dtypes=PACKED,
+    ),
+)
+
+
+def calls(*families: str, options: bool = True) -> Iterator[Call]:
+    """Every call of the rows of these families, or of all; without `options` one per row."""
+    for row in ROWS:
+        if not families or row.family in families:
+            yield Call(row)
+            if options:
+                yield from (Call(row, name) for name in row.options)
+
+
+def named(name: str) -> Call:
+    """The call of that name."""
+    (found,) = (call for call in calls() if call.name == name)
+    return found

@@ -1,0 +1,252 @@
+"""Bitwise comparison of two checkouts: one SHA-256 per output of a fixed set of calls.
+
+    cd OLD && .venv/bin/python NEW/tools/fingerprint.py --backend cpu -o old.json
+    cd NEW && .venv/bin/python tools/fingerprint.py --backend cpu -o new.json
+    python tools/fingerprint.py --compare old.json new.json
+
+The checkout is the current folder. The calls come from the table beside this script
+(tests/support/op_calls.py), which uses only public names, so one copy of both serves older checkouts.
+Every op runs with every option and dtype, forward alone and with its backward, in place, from hidden
+states, and over two ranks. No backend needs a GPU: `triton` runs in Triton's interpreter and `cuda` in
+the checkout's own build of the CUDA kernels for the CPU. Thread counts are fixed, because sums depend
+on them. Outputs are equal only on one machine with one version of torch.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+THREADS = {"reference": 2, "cpu": 2, "cuda": 1, "triton": 1}
+WORLD = 2
+Digests = dict[str, dict[str, str]]
+
+
+def prepare(backend: str) -> None:
+    """Set what must be set before torch and triton are imported."""
+    sys.path.insert(0, str(SUPPORT))
+    os.environ["OMP_NUM_THREADS"] = str(THREADS[backend])
+    os.environ.pop("TOKFUSE_BACKEND", None)
+    if backend == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"
+    if backend == "cuda" and "TOKFUSE_CUDA_HOST" not in os.environ:
+        built = subprocess.run(
+            [sys.executable, "tests/support/cuda_module.py"], capture_output=True, text=True, check=True
+        )
+        os.environ["TOKFUSE_CUDA_HOST"] = built.stdout.strip()
+
+    import torch
+
+    torch.set_num_threads(THREADS[backend])
+    if backend == "triton":
+        import fast_interpreter
+        import interpreted_scan
+
+        fast_interpreter.install()
+        interpreted_scan.install()
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy reports what a GPU does not
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of dtype, shape and bits of a tensor."""
+    import torch
+
+    value = value.detach().cpu().contiguous()
+    data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode() + data).hexdigest()
+
+
+def digests(run: Callable[[], dict[str, Any]]) -> dict[str, str]:
+    """The digest of every output; the type of the error where the call is refused."""
+    try:
+        return {name: digest(value) for name, value in run().items()}
+    except Exception as error:
+        return {"error": type(error).__name__}
+
+
+def plan(backend: str) -> Iterator[tuple[str, Any, Any]]:
+    """(label, call, problem) of everything that runs: an interpreted backend gets fewer sizes."""
+    import op_calls as table
+    import torch
+
+    sizes = {"small": table.SMALL, "wide": table.WIDE, "aligned": table.ALIGNED, "long": table.LONG}
+    for call in table.calls():
+        dtypes = call.row.dtypes
+        if backend == "reference" and torch.float64 not in dtypes:
+            dtypes = (*dtypes, torch.float64)
+        for number, dtype in enumerate(dtypes):
+            for label, size in sizes.items():
+                plain = not call.option
+                if backend == "triton" and (label == "aligned" or not (plain or (number == 0 and label == "small"))):
+                    continue
+                if backend == "cuda" and not (plain or label == "small" or (number == 0 and label == "wide")):
+                    continue
+                name = f"{call.name} {label} {str(dtype).removeprefix('torch.')}"
+                yield name, call, table.Problem(size, dtype=dtype)
+
+
+def single(backend: str) -> Digests:
+    """Every call in this process."""
+    import op_calls as table
+    import torch
+
+    def forward(call: Any, problem: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            return table.tensors(call.function()(**call.arguments(problem)))
+
+    found: Digests = {}
+    for name, call, problem in plan(backend):
+        found[name] = digests(lambda: call.run(problem))  # noqa: B023
+        if call.row.differentiable:
+            found[f"{name} forward"] = digests(lambda: forward(call, problem))  # noqa: B023
+            if not call.option:
+                found[f"{name} half"] = digests(lambda: call.run(problem, 0.5))  # noqa: B023
+        print(f"\r{len(found):5d} {name:80.80}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return found
+
+
+def one_rank(rank: int, folder: Path, backend: str) -> None:
+    """One rank of `distributed`: vocabulary shards of the ops that take them."""
+    import op_calls as table
+    import torch
+    import torch.distributed as dist
+
+    from tokfuse import distributed
+
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
+    sizes = table.SMALL
+    shard = distributed.VocabShard.even(sizes.vocab)
+    here = slice(shard.start, shard.start + shard.size)
+    found: Digests = {}
+    for name, function, cut in (
+        ("token_stats", distributed.token_stats, {"logits": 1, "bias_logits": 1}),
+        ("linear_token_stats", distributed.linear_token_stats, {"weight": 0, "bias": 0}),
+        ("policy_step_hidden:policy_step", distributed.policy_step, {"weight": 0, "bias": 0}),
+    ):
+        for option in ("", "all", "softcap", "bias", "mask", "everything", "sequence", "quadratic", "bias_logits"):
+            row = table.named(name).row
+            if option and option not in row.options:
+                continue
+            call = table.Call(row, option)
+
+            def run(call: Any = call, function: Any = function, cut: dict[str, int] = cut) -> dict[str, Any]:
+                given = call.arguments(table.Problem(sizes))
+                for key, axis in cut.items():
+                    if given.get(key) is not None:
+                        part = given[key].detach()[(slice(None),) * axis + (here,)].contiguous()
+                        given[key] = part.requires_grad_(key in call.row.differentiable)
+                out = function(**given, shard=shard)
+                results = table.tensors(out)
+                table.scalar(out).backward()
+                grads = {f"grad {k}": v.grad for k, v in given.items() if getattr(v, "grad", None) is not None}
+                return results | grads
+
+            found[f"rank {rank} of {WORLD}: {call.name}"] = digests(run)
+    metrics = distributed.merge_metrics(
+        table.named("policy_loss").function()(**table.named("policy_loss").arguments(table.Problem(sizes))).metrics
+    )
+    found[f"rank {rank} of {WORLD}: merge_metrics"] = digests(lambda: table.tensors(metrics))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def distributed_digests(backend: str) -> Digests:
+    """The calls over two ranks, each in a process of its own."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, __file__, "--backend", backend, "--rank-folder", text]
+        ranks = [subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(WORLD)]
+        codes = [rank.wait() for rank in ranks]
+        if any(codes):
+            raise SystemExit(f"fingerprint: the ranks ended with {codes}")
+        found: Digests = {}
+        for rank in range(WORLD):
+            found |= torch.load(folder / f"{rank}.pt")
+    return found
+
+
+def about(backend: str) -> dict[str, str]:
+    """What the digests belong to; not compared."""
+    import torch
+
+    import tokfuse
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+
+    return {
+        "backend": backend,
+        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "tokfuse": str(Path(tokfuse.__file__).parent),
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "threads": str(THREADS[backend]),
+    }
+
+
+def compare(first: Path, second: Path) -> int:
+    """Print every difference between two files; 0 when there is none."""
+    a, b = (json.loads(path.read_text()) for path in (first, second))
+    differences = 0
+    for call in [*a["calls"], *(c for c in b["calls"] if c not in a["calls"])]:
+        outputs = a["calls"].get(call, {}), b["calls"].get(call, {})
+        for name in [*outputs[0], *(n for n in outputs[1] if n not in outputs[0])]:
+            one, other = (side.get(name) for side in outputs)
+            if one != other:
+                differences += 1
+                kind = "differs" if one and other else f"is only in {first if one else second}"
+                print(f"{call}: {name} {kind}")
+    total = sum(map(len, a["calls"].values()))
+    print(f"{a['about']['commit']} and {b['about']['commit']}: {differences} of {total} outputs differ")
+    return int(differences > 0)
+
+
+def main() -> int:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=BACKENDS)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.compare:
+        return compare(*arguments.compare)
+    if arguments.backend is None or (arguments.output is None and arguments.rank is None):
+        parser.error("give --backend and -o FILE, or --compare A B")
+    prepare(arguments.backend)
+
+    import tokfuse
+
+    with tokfuse.backend(arguments.backend):
+        if arguments.rank is not None:
+            one_rank(arguments.rank, arguments.rank_folder, arguments.backend)
+            return 0
+        found = single(arguments.backend)
+        found |= distributed_digests(arguments.backend)
+    refused = sorted(name for name, outputs in found.items() if "error" in outputs)
+    arguments.output.write_text(json.dumps({"about": about(arguments.backend), "calls": found}, indent=1) + "\n")
+    print(f"{len(found)} calls, {sum(map(len, found.values()))} outputs, {len(refused)} calls refused")
+    for name in refused:
+        print(f"refused: {name}: {found[name]['error']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
