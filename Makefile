@@ -142,7 +142,7 @@ docs:
 
 bench:
 	@$(BOOTSTRAP) test bench
-	@$(BIN)/python -m tokfuse bench $(or $(ARGS),all --quick)
+	@$(BIN)/python -m tokfuse bench $(ARGS)
 
 # The rows of bench/results and what is made of them. ARGS="--quick --out build/trial" tries the
 # commands; a trial keeps the README as it is.
@@ -160,7 +160,7 @@ PEERS_LIST = bench/peers$(if $(filter verl,$(PEERS)),-verl).txt
 define PEERS_SETUP
 $(if $(filter peers verl,$(PEERS)),,$(error PEERS must be peers or verl; got $(PEERS)))true
 	@test -x $(PEERS_PYTHON) || $(PYTHON) -m venv .venv-$(PEERS)
-	@$(PYTHON) tools/no_cuda.py $(PEERS_PYTHON) -r $(PEERS_LIST)
+	@$(PYTHON) tools/torch_build.py $(PEERS_PYTHON) -r $(PEERS_LIST)
 	@$(PEERS_PYTHON) -m pip install --quiet -r $(PEERS_LIST)
 	@$(STRICT) $(PEERS_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 endef

@@ -1,7 +1,8 @@
 """`python -m tokfuse bench OP...`: rows for some ops or all, the table of errors, or the targets.
 
-OMP_WAIT_POLICY=passive python -m tokfuse bench policy_step token_stats --json rows.jsonl --md
+OMP_WAIT_POLICY=passive python -m tokfuse bench
 OMP_WAIT_POLICY=passive python -m tokfuse bench all --quick
+OMP_WAIT_POLICY=passive python -m tokfuse bench policy_step token_stats --json rows.jsonl --md
 python -m tokfuse bench gae
 python -m tokfuse bench growth --axes tokens,rows --md
 python -m tokfuse bench errors
@@ -51,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print(_listing())
         return 0
-    command, *files = options.names or [""]
-    if command == "":
-        parser.error("name an op; `--list` shows them")
+    if not options.names:
+        print("tokfuse bench: no op is named: `bench all --quick` runs; `--list` shows the ops", file=sys.stderr)
+        argv = ["all", "--quick", *argv]
+        options = parser.parse_args(argv)
+    command, *files = options.names
     if options.threads:
         torch.set_num_threads(options.threads)
     if command == "targets":

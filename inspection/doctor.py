@@ -39,7 +39,6 @@ ENVIRONMENT = {
     "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fall-back",
     "TOKFUSE_CMAKE_ARGS": "extra arguments for the CMake configure step",
     "MAX_JOBS": "parallel compile jobs of the native build",
-    "TOKFUSE_ALLOW_CUDA_WHEELS": "1 lets `make` install a CUDA build of torch without a GPU",
     "TOKFUSE_BENCH_FULL": "1 makes `pytest bench` take the published shapes",
 }
 

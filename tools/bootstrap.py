@@ -7,9 +7,8 @@ nothing and a changed file redoes its step only. Standard library only: it runs 
 installed.
 
 Environment:
-    VENV=PATH                     the virtual environment (default .venv)
-    TOKFUSE_STRICT_BUILD=1        a failed native build is an error
-    TOKFUSE_ALLOW_CUDA_WHEELS=1   see tools/no_cuda.py
+    VENV=PATH                the virtual environment (default .venv)
+    TOKFUSE_STRICT_BUILD=1   a failed native build is an error
 """
 
 import argparse
@@ -21,7 +20,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import no_cuda
+import torch_build
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -100,7 +99,8 @@ class Environment:
         self.python = folder / "bin" / "python"
 
     def create(self) -> None:
-        if self.python.exists():
+        # Without pip it is the rest of an attempt that failed: Debian's python3 without python3-venv.
+        if self.python.exists() and self.has("pip"):
             return
         say(f"creating {self.folder}")
         try:
@@ -144,8 +144,7 @@ def install_group(environment: Environment, group: str) -> None:
     if environment.is_fresh(group, digest):
         return
     constraint = ["--constraint", str(CONSTRAINTS)]
-    if not environment.has("torch"):
-        no_cuda.check(str(environment.python), [*constraint, *exact])
+    torch_build.prepare(str(environment.python), [*constraint, *exact])
     names = ", ".join(requirement.split("==")[0] for requirement in [*exact, *exact_alone])
     say(f"installing {group}: {names}")
     environment.pip(*constraint, *exact)

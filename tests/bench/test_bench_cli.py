@@ -77,6 +77,17 @@ def test_files_are_written_as_rows_come(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_an_op_the_quick_sweep_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert cli.main(["--rounds", "1", "--peers", "none", "--no-errors", "--json", str(path)]) == 0
+    assert "no op is named: `bench all --quick` runs" in capsys.readouterr().err
+    rows = [Row.from_json(line) for line in path.read_text().splitlines()]
+    assert {(row.op, row.shape) for row in rows} == {
+        (op, shape) for op, module in plan.CASES.items() for shape in module.QUICK_SHAPES
+    }
+    assert {row.command for row in rows} == {"python -m tokfuse bench all --quick --rounds 1 --peers none --no-errors"}
+
+
 def test_csv_has_ligers_columns_and_what_passed_only() -> None:
     speed, memory = liger_csv.lines(ROW)
     found = dict(zip(liger_csv.COLUMNS, speed, strict=True))

@@ -1,4 +1,4 @@
-"""The set-up scripts: pins are complete, nothing is done twice, no CUDA wheels without a GPU."""
+"""The set-up scripts: pins are complete, nothing is done twice, torch is the build that fits the machine."""
 
 import importlib
 import subprocess
@@ -22,7 +22,7 @@ def tools(monkeypatch: pytest.MonkeyPatch):
         return importlib.import_module(name)
 
     yield load
-    for name in ("bootstrap", "no_cuda", "typing_tree"):
+    for name in ("bootstrap", "torch_build", "typing_tree"):
         sys.modules.pop(name, None)
 
 
@@ -59,46 +59,121 @@ def test_an_unknown_group_is_refused(tools):
         tools("bootstrap").requirements("everything")
 
 
-def test_cuda_distributions_are_recognised(tools):
-    names = {
-        "nvidia-cublas": "13.0.2",
-        "cuda-bindings": "13.0",
-        "torch": "2.13.0+cu130",
-        "nvidia-ml-py": "13.615.71",
-        "numpy": "2.3.5",
-        "cudadecimal": "1.0",
-    }
-    report = {"install": [{"metadata": {"name": n, "version": v}} for n, v in names.items()]}
-    found = tools("no_cuda").cuda_distributions(report)
-    assert found == ["cuda-bindings==13.0", "nvidia-cublas==13.0.2", "torch==2.13.0+cu130"]
+# ------------------------------------------------------------------------- which build of torch
 
 
-@pytest.mark.parametrize("with_cuda", [False, True])
-def test_no_cuda_wheels_without_a_gpu(with_cuda, tools, tmp_path, monkeypatch):
-    """End to end with pip, on two made-up indexes: one serves a CPU build, one a CUDA build."""
-    no_cuda = tools("no_cuda")
-    monkeypatch.setattr(no_cuda, "machine_has_gpu", lambda: False)
-    monkeypatch.delenv("TOKFUSE_ALLOW_CUDA_WHEELS", raising=False)
-    wheel(tmp_path, "tokfuse-fake-torch", "2.13.0", *(["nvidia-fake-blas"] if with_cuda else []))
+def report(**packages: str) -> dict[str, object]:
+    """A report of `pip install --report`; an underscore in a name stands for a hyphen."""
+    return {"install": [{"metadata": {"name": n.replace("_", "-"), "version": v}} for n, v in packages.items()]}
+
+
+CPU, CUDA = report(torch="2.13.0+cpu"), report(torch="2.13.0", nvidia_cublas="13.0.2")
+WANTED = ["torch==2.13.0", "numpy==2.3.5"]
+LOCAL = ["torch==2.13.0+cpu"]
+TORCH_INDEX = ["--extra-index-url", "INDEX", *LOCAL]
+
+
+@pytest.mark.parametrize(
+    ("packages", "cuda"),
+    [
+        ({"torch": "2.13.0+cpu", "numpy": "2.3.5"}, False),
+        ({"torch": "2.13.0+cpu", "nvidia_fake_nccl": "2.0"}, False),  # of another package
+        ({"torch": "2.13.0+cu130"}, True),
+        ({"torch": "2.13.0", "nvidia_cublas": "13.0.2"}, True),
+        ({"torch": "2.13.0", "cuda_bindings": "13.0"}, True),
+        ({"torch": "2.13.0", "nvidia_ml_py": "13.615.71", "cudadecimal": "1.0"}, False),
+    ],
+)
+def test_a_build_of_torch_is_recognised(packages, cuda, tools):
+    assert tools("torch_build").build_of(report(**packages)) == ("2.13.0", cuda)
+
+
+def test_no_torch_no_build(tools):
+    torch_build = tools("torch_build")
+    assert torch_build.build_of(report(numpy="2.3.5")) is None
+    assert torch_build.build_of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "answers", "arguments", "remark"),
+    [
+        pytest.param(False, [CPU], [], "", id="the index gives a CPU build"),
+        pytest.param(False, [CUDA, CPU], LOCAL, "", id="the index has a CPU build beside the CUDA build"),
+        pytest.param(False, [CUDA, None, CPU], TORCH_INDEX, "", id="torch's index has the CPU build"),
+        pytest.param(False, [CUDA, None, None], [], "larger than needed", id="torch's index is unreachable"),
+        pytest.param(False, [CUDA, CUDA, CUDA], [], "larger than needed", id="CUDA builds everywhere"),
+        pytest.param(False, [None], [], "", id="pip finds nothing and says so itself"),
+        pytest.param(True, [CUDA], [], "", id="GPU, and the index gives a CUDA build"),
+        pytest.param(True, [CPU, CUDA], ["torch===2.13.0"], "", id="GPU, and the index has both"),
+        pytest.param(True, [CPU, None], [], "the GPU of this machine is not used", id="GPU, and CPU builds only"),
+    ],
+)
+def test_the_build_of_torch_that_is_installed(gpu, answers, arguments, remark, tools, monkeypatch):
+    asked = []
+
+    def resolve(question):
+        asked.append(list(question))
+        return answers[len(asked) - 1]
+
+    torch_build = tools("torch_build")
+    assert torch_build.CPU_INDEX.endswith("pytorch.org/whl/cpu")
+    monkeypatch.setattr(torch_build, "CPU_INDEX", "INDEX")
+    choice = torch_build.choose(gpu, WANTED, resolve)
+    assert choice.arguments == arguments
+    assert remark in choice.remark and bool(remark) == bool(choice.remark) and "\n" not in choice.remark
+    assert asked == [WANTED, *([["torch===2.13.0"]] if gpu else [LOCAL, TORCH_INDEX])][: len(answers)]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("has_cpu_build", [False, True])
+def test_pip_is_asked(gpu, has_cpu_build, tools, tmp_path, monkeypatch):
+    """With pip itself, over folders of made-up wheels: a CUDA build, and a CPU build where there is one."""
+    wheel(tmp_path, "torch", "2.13.0", "nvidia-fake-blas")
     wheel(tmp_path, "nvidia-fake-blas", "13.0")
-    arguments = ["--no-index", "--find-links", str(tmp_path), "tokfuse-fake-torch==2.13.0"]
-    if not with_cuda:
-        no_cuda.check(sys.executable, arguments)
-        return
-    with pytest.raises(SystemExit) as caught:
-        no_cuda.check(sys.executable, arguments)
-    message = str(caught.value.code)
-    assert "nvidia-fake-blas==13.0" in message and "PIP_INDEX_URL" in message
-    assert "\n" not in message
-    monkeypatch.setenv("TOKFUSE_ALLOW_CUDA_WHEELS", "1")
-    no_cuda.check(sys.executable, arguments)
+    if has_cpu_build:
+        wheel(tmp_path, "torch", "2.13.0+cpu")
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "IGNORE_INSTALLED": "1"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    torch_build = tools("torch_build")
+    wanted = ["torch==2.13.0"]
+    choice = torch_build.choose(gpu, wanted, torch_build.pip_resolver(sys.executable, wanted))
+    # With both in one index pip takes the CPU build, whose version is the higher one.
+    assert choice.arguments == (["torch===2.13.0"] if gpu and has_cpu_build else [])
+    assert bool(choice.remark) == (not gpu and not has_cpu_build)
 
 
-def test_a_machine_with_a_gpu_installs_what_pip_resolves(tools, monkeypatch):
-    no_cuda = tools("no_cuda")
-    monkeypatch.setattr(no_cuda, "machine_has_gpu", lambda: True)
-    monkeypatch.setattr(no_cuda, "resolve", lambda *_: pytest.fail("pip was asked"))
-    no_cuda.check(sys.executable, ["torch"])
+def test_an_installed_torch_is_kept(tools, monkeypatch):
+    torch_build = tools("torch_build")
+    monkeypatch.setattr(torch_build, "choose", lambda *_: pytest.fail("pip was asked"))
+    torch_build.prepare(sys.executable, WANTED)
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_the_choice_is_installed_and_a_failure_is_no_dead_end(works, tools, tmp_path, monkeypatch, capsys):
+    torch_build = tools("torch_build")
+    python = tmp_path / "python"
+    # An interpreter without torch, whose pip writes down what it is asked for.
+    script = f"""#!/bin/sh
+        [ "$1" = -c ] && exit 1
+        echo "$*" >> {tmp_path}/log
+        exit {int(not works)}"""
+    python.write_text(script)
+    python.chmod(0o755)
+    monkeypatch.setattr(torch_build, "choose", lambda *_: torch_build.Choice(LOCAL, "a remark."))
+    torch_build.prepare(str(python), WANTED)
+    assert (tmp_path / "log").read_text() == "-m pip install --quiet torch==2.13.0+cpu\n"
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "tokfuse: a remark." and len(out) == (1 if works else 2)
+
+
+def test_an_environment_without_pip_is_completed(tools, tmp_path):
+    """`python -m venv` without ensurepip fails and leaves a folder with an interpreter behind."""
+    bootstrap = tools("bootstrap")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    environment = bootstrap.Environment(tmp_path / "env")
+    assert not environment.has("pip")
+    environment.create()
+    assert environment.has("pip")
 
 
 def test_typing_tree_has_every_package(tools, tmp_path):
