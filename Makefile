@@ -27,7 +27,7 @@ INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
 	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
 
-.PHONY: help demo test test-slow test-triton test-cuda test-gpu bench-gpu test-packaging \
+.PHONY: help demo test test-slow test-triton test-cuda test-gpu bench-gpu first-gpu-run test-packaging \
 	test-sanitize test-verl lint format docs bench bench-release peers doctor clean
 
 help:
@@ -37,6 +37,8 @@ help:
 	@echo "make test-triton     the Triton kernels, interpreted and cross-compiled (in make test, too)"
 	@echo "make test-cuda       the CUDA kernels, run on the CPU and read from the native module"
 	@echo "make bench-gpu       the benchmarks on a GPU, once per backend"
+	@echo "make first-gpu-run   build, check and measure on a GPU in 8 minutes, without network"
+	@echo "                     (OFFLINE=1 makes test-gpu and bench-gpu install nothing, too)"
 	@echo "make test-packaging  every way to install, in clean environments"
 	@echo "make test-verl       the plug-in beside verl's own losses, in .venv-verl"
 	@echo "make test-sanitize   the native module under ASan and UBSan"
@@ -72,18 +74,34 @@ test-cuda:
 	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host" $(ARGS)
 
 # On a machine with a GPU: every kernel, CUDA and Triton, and then the CUDA ones under
-# compute-sanitizer where that is installed (SANITIZER= leaves it out).
+# compute-sanitizer where that is installed (SANITIZER= leaves it out). OFFLINE=1 installs nothing: it
+# builds with $(PYTHON) and runs steps of tools/first_gpu_run.sh, which are limited to 20 minutes.
 SANITIZER ?= $(shell command -v compute-sanitizer)
+OFFLINE ?=
+FIRST_GPU_RUN := PYTHON=$(PYTHON) tools/first_gpu_run.sh
+first-gpu-run:
+	@$(FIRST_GPU_RUN) $(ARGS)
+
+ifneq ($(OFFLINE),)
+test-gpu:
+	@$(FIRST_GPU_RUN) --only build,smoke,tests,memcheck,racecheck,synccheck,graph --minutes 20 $(ARGS)
+
+bench-gpu:
+	@$(FIRST_GPU_RUN) --only build,bench --minutes 20 $(ARGS)
+else
 test-gpu:
 	@TOKFUSE_CUDA=ON $(STRICT) $(BOOTSTRAP) test gpu
 	@$(PYTEST) -m "gpu" $(ARGS)
-	@$(foreach tool,$(if $(SANITIZER),memcheck racecheck synccheck),$(SANITIZER) --tool $(tool) \
-		--error-exitcode 1 $(BIN)/python tests/support/cuda_smoke.py &&) true
+	@$(BIN)/python tests/support/smoke.py --backend cuda
+	@$(BIN)/python tests/support/smoke.py --backend triton
+	@$(foreach tool,$(if $(SANITIZER),memcheck racecheck synccheck),PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		$(SANITIZER) --tool $(tool) --error-exitcode 1 $(BIN)/python tests/support/smoke.py --backend cuda &&) true
 
 bench-gpu:
 	@TOKFUSE_CUDA=ON $(STRICT) $(BOOTSTRAP) test bench gpu
 	@$(foreach backend,cuda triton,TOKFUSE_BACKEND=$(backend) $(BIN)/python -m tokfuse bench \
 		--device cuda $(or $(ARGS),all) &&) true
+endif
 
 test-packaging:
 	@$(STRICT) $(BOOTSTRAP) test
@@ -111,7 +129,7 @@ test-sanitize:
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(SANITIZE_DIR)/report \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$(SANITIZE_DIR)/report; \
-		$(BIN)/python -c 'import sys; from tokfuse.runtime import native; \
+		$(BIN)/python -c 'import sys; from tokfuse.runtime.core import native; \
 			sys.exit(native.module().sanitizers != "$(SANITIZERS)")' \
 		&& $(PYTEST) -q $(SPREAD) -m "not slow and not gpu and not packaging and not interpreter" \
 			$(SANITIZE_TESTS) $(ARGS) || { cat $(SANITIZE_DIR)/report* 2>/dev/null; exit 1; }

@@ -17,7 +17,7 @@ import torch
 
 from tokfuse.bench import ours, peers, probes
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import Config, Factory, Problem, Unsupported, generator, on_device
+from tokfuse.bench.problem import Config, Factory, Problem, Unsupported, on_device
 from tokfuse.runtime.ops.gae import gae
 from tokfuse.runtime.ops.group_advantage import group_advantage
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
@@ -45,7 +45,7 @@ class _Inputs:
     """Packed and time-major padded vectors of one batch."""
 
     def __init__(self, config: Config) -> None:
-        gen = generator(config)
+        gen = torch.Generator().manual_seed(config.seed)  # a few vectors: drawn on the CPU and moved
         longest = config.vocab
         shortest = max(1, longest // 64)
         self.seqs = config.tokens

@@ -29,6 +29,7 @@ from tokfuse.bench import (
     liger_csv,
     machine,
     numbers,
+    ours,
     peers,
     plot,
     predict,
@@ -37,6 +38,7 @@ from tokfuse.bench import (
     targets,
 )
 from tokfuse.bench.plan import ALONE, CASES, MODELS, VARIANT_OPS, Step, make_growth_plan, make_plan
+from tokfuse.bench.problem import Problem
 from tokfuse.bench.row import Row, check_one_machine
 from tokfuse.runtime.core import dispatch
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "predict":
         return _predict(options.json)
     machine.warn_about_waiting()
-    forced = dispatch.backend(options.backend) if options.backend else contextlib.nullcontext()
+    forced = dispatch.backend(options.backend[0]) if len(options.backend) == 1 else contextlib.nullcontext()
     if command == "errors":
         with forced:
             return errors.main(options)
@@ -101,6 +103,8 @@ def _check_options(
         parser.error(f"{command} stands alone; got {' '.join(files)} behind it")
     if options.axes is not None and command != "growth":
         parser.error("--axes is for growth")
+    if command == "errors" and len(options.backend) > 1:
+        parser.error(f"--backend of errors is one backend; got {','.join(options.backend)}")
     if command in ("errors", "predict"):
         for name in ("csv", "png"):
             if getattr(options, name) is not None:
@@ -222,10 +226,15 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
                     compare=not options.no_errors,
                     on_step=bar.set_postfix_str,
                 )
-                build = partial(step.module.build, step.config, step.peers)
-                runner.run_case(step.config, build, settings, emit)
+                runner.run_case(step.config, partial(_build, step, options.backend), settings, emit)
             bar.update()
     return rows
+
+
+def _build(step: Step, backends: Sequence[str]) -> Problem:
+    """The problem of a step; several backends are providers of the same rounds."""
+    problem: Problem = step.module.build(step.config, step.peers)
+    return ours.on_each_backend(problem, backends) if len(backends) > 1 else problem
 
 
 @contextlib.contextmanager
@@ -271,6 +280,14 @@ def _progress(total: int, quiet: bool) -> Iterator[Any]:
         yield bar
 
 
+def _backends(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in dispatch.ORDER:
+            raise argparse.ArgumentTypeError(f"must name some of {', '.join(dispatch.ORDER)}; got {name!r}")
+    return names
+
+
 def _listing() -> str:
     lines = ["ops:"]
     for op, module in CASES.items():
@@ -312,7 +329,13 @@ def _parser() -> argparse.ArgumentParser:
         + ", ".join(MODELS),
     )
     parser.add_argument("--dtype", help="float32,bfloat16,float16")
-    parser.add_argument("--backend", choices=dispatch.ORDER, help="force one backend of ours")
+    parser.add_argument(
+        "--backend",
+        type=_backends,
+        default=(),
+        metavar="NAMES",
+        help=f"force a backend of ours, or measure several side by side: some of {','.join(dispatch.ORDER)}",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--variant", help="only this variant of the op's cases")
     parser.add_argument("--axes", help=f"for growth, some of {','.join(growth.AXES)}")

@@ -24,8 +24,8 @@ class _Inputs:
         gen = generator(config)
         self.hidden, self.weight = make_head(config, gen)
         self.target = sample_target(self.hidden.float() @ self.weight.float().T, gen)
-        self.by_logp = torch.randn(config.tokens, generator=gen) / config.tokens
-        self.by_entropy = torch.randn(config.tokens, generator=gen) / config.tokens
+        self.by_logp = torch.randn(config.tokens, generator=gen, device=gen.device) / config.tokens
+        self.by_entropy = torch.randn(config.tokens, generator=gen, device=gen.device) / config.tokens
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:

@@ -1,18 +1,21 @@
 """The library's own ops as providers, with the backend that really served the call."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 import tokfuse
 from tokfuse.bench.measure import Outputs, Provider
-from tokfuse.bench.problem import CLIP, Batch, Unsupported
+from tokfuse.bench.problem import CLIP, Batch, Factory, Problem, Unsupported
 from tokfuse.runtime.backends import triton_backend
 from tokfuse.runtime.core import dispatch
 from tokfuse.runtime.core.errors import BackendUnavailable
 from tokfuse.runtime.core.native import release_workspace
 
+T = TypeVar("T")
 STATS = ("logp", "entropy", "lse", "sum_sq", "top1")
 
 
@@ -50,6 +53,31 @@ def provider(run: Callable[[], Outputs], before: Callable[[], None] | None = Non
             run, prepare, release_workspace, name, tokfuse.__version__, note[:300], calls=calls, fallback=fallback
         )
     raise Unsupported("; ".join(reasons)[:600])
+
+
+def on_each_backend(problem: Problem, backends: Sequence[str]) -> Problem:
+    """The problem with each provider of ours once per backend, as `<backend>:<provider>`."""
+    problem.ours = {
+        f"{backend}:{name}": partial(_forced, backend, factory)
+        for backend in backends
+        for name, factory in problem.ours.items()
+    }
+    return problem
+
+
+def _forced(backend: str, factory: Factory) -> Provider:
+    """The provider of `factory`, whose calls all run on one backend."""
+    with dispatch.backend(backend):
+        made = factory()
+    return dataclasses.replace(made, run=_inside(backend, made.run), before=_inside(backend, made.before))
+
+
+def _inside(backend: str, call: Callable[[], T]) -> Callable[[], T]:
+    def run() -> T:
+        with dispatch.backend(backend):
+            return call()
+
+    return run
 
 
 def stats_outputs(stats: Any) -> Outputs:

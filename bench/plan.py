@@ -10,6 +10,7 @@ from tokfuse.bench import (
     influence,
     linear_token_stats,
     overhead,
+    paired_divergence,
     peers,
     policy_step,
     policy_step_hidden,
@@ -19,7 +20,16 @@ from tokfuse.bench.problem import Config
 
 CASES: dict[str, ModuleType] = {
     module.OP: module
-    for module in (token_stats, policy_step, policy_step_hidden, linear_token_stats, influence, advantage, overhead)
+    for module in (
+        token_stats,
+        policy_step,
+        policy_step_hidden,
+        linear_token_stats,
+        paired_divergence,
+        influence,
+        advantage,
+        overhead,
+    )
 }
 # `bench gae` is `bench advantage --variant gae`: an op that is one variant of a case.
 VARIANT_OPS = {variant: advantage.OP for variant in advantage.VARIANTS}

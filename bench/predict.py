@@ -7,12 +7,13 @@ caches are left out, so a real run is slower. Rows have status "predicted", whic
 measured rows leaves out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from tokfuse.bench import machine
 from tokfuse.bench.plan import MODELS
 from tokfuse.bench.row import SCHEMA_VERSION, Row
-from tokfuse.inspection import kernel_table
+from tokfuse.inspection import cuda_table, kernel_table, roofline
 
 TOKENS = 8192
 DTYPES = ("float32", "bfloat16")
@@ -24,6 +25,103 @@ CASES = {
 }
 LANES = 32  # a warp instruction works on this many elements
 ISSUES = 4  # warp instructions per clock and SM
+
+
+class Kernels(NamedTuple):
+    """The kernels over a row of one benchmark case: names of either table, and streams of logits read and written."""
+
+    triton: tuple[str, ...]
+    cuda: tuple[str, ...]
+    streams: tuple[int, ...]
+
+
+# (op, mode) of the benchmark -> what runs; variants differ in the objective only.
+ROW_KERNELS = {
+    ("token_stats", "forward"): Kernels(("token_stats_fwd",), ("token_stats_fwd_kernel",), (1,)),
+    ("token_stats", "forward+backward"): Kernels(
+        ("token_stats_fwd", "token_stats_bwd"), ("token_stats_fwd_kernel", "token_stats_bwd_kernel"), (1, 2)
+    ),
+    ("policy_step", "step"): Kernels(("policy_step",), ("policy_step_kernel",), (2,)),
+    ("paired_divergence", "forward"): Kernels(("paired_divergence_fwd/jsd",), ("paired_divergence_fwd_kernel",), (2,)),
+    ("paired_divergence", "forward+backward"): Kernels(
+        ("paired_divergence_fwd/jsd", "paired_divergence_bwd/jsd"),
+        ("paired_divergence_fwd_kernel", "paired_divergence_bwd_kernel"),
+        (2, 3),
+    ),
+}
+# Tera-operations per second of the tensor cores in 16-bit formats, without sparsity, from data sheets.
+TENSOR_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
+
+
+def gpu_of(name: str) -> str | None:
+    """The GPU of the tables that a device is: "NVIDIA H100 80GB HBM3" -> "H100"; None if they lack it."""
+    return next((gpu for gpu in kernel_table.GPUS if gpu in name), None)
+
+
+def milliseconds(row: Row, gpu: str) -> float | None:
+    """Time that a measured case should take on a GPU of the tables; None where nothing is predicted.
+
+    Args:
+        row: names op, mode, variant, backend ("cuda" or "triton"), dtype and sizes.
+        gpu: one of `kernel_table.GPUS`.
+    """
+    if row.dtype not in DTYPES or row.backend not in ("cuda", "triton"):
+        return None
+    if (row.op, row.variant) == ("policy_step_hidden", "rows=1"):
+        return _head(row, gpu)
+    kernels = ROW_KERNELS.get((row.op, row.mode))
+    if kernels is None or (row.op == "paired_divergence" and row.variant != "jsd"):
+        return None
+    names = kernels.cuda if row.backend == "cuda" else kernels.triton
+    instructions = (_cuda if row.backend == "cuda" else _triton)(names, row.dtype, gpu)
+    elements, size = row.tokens * row.vocab, 4 if row.dtype == "float32" else 2
+    return sum(
+        _longer(elements, size * streams, count, gpu)[0]
+        for streams, count in zip(kernels.streams, instructions, strict=True)
+    )
+
+
+def _triton(names: Sequence[str], dtype: str, gpu: str) -> list[float]:
+    """Instructions per element of the hot loop of each kernel."""
+    wanted = (dtype, kernel_table.GPUS[gpu][0])
+    found = {k.case: k.per_element for k in kernel_table.committed() if (k.dtype, k.capability) == wanted}
+    return [found[name] for name in names]
+
+
+def _cuda(names: Sequence[str], dtype: str, gpu: str) -> list[float]:
+    """The same of the CUDA kernels; an exponential takes the place of eight instructions."""
+    weight = roofline.ISSUE / roofline.EXPS
+    found = {
+        k.base: max(k.per_element, weight * k.exp_per_element)
+        for k, name, _ in roofline.plain_rows(cuda_table.committed())
+        if name == gpu and k.dtype[0] == dtype and not {"1", "2"} & set(k.arguments)  # 0: the JSD
+    }
+    return [found[name] for name in names]
+
+
+def _longer(elements: int, element_bytes: float, instructions: float, gpu: str) -> tuple[float, float]:
+    """(milliseconds, milliseconds of the bytes alone): the longer of bytes and instructions."""
+    _, sms, ghz, tb_per_s = kernel_table.GPUS[gpu]
+    memory = elements * element_bytes / (tb_per_s * 1e9)
+    issue = elements * instructions / LANES / (sms * ISSUES * ghz * 1e6)
+    return max(memory, issue), memory
+
+
+def _head(row: Row, gpu: str) -> float | None:
+    """The launches of docs/cuda.md, "A chunk of the head", for a 16-bit head with all rows live."""
+    if row.dtype != "bfloat16":
+        return None
+    t, h, v = row.tokens, row.hidden, row.vocab
+    product = 2 * t * h * v / (TENSOR_TFLOPS[gpu] * 1e9)
+    logits, gradient, states, head = 4 * t * v, 2 * t * v, 2 * t * h, 2 * v * h  # bytes
+    moved = {
+        "logits": states + head + logits,
+        "grad_hidden": gradient + head + 2 * states,
+        "grad_weight": gradient + states + 2 * head,
+    }
+    bandwidth = kernel_table.GPUS[gpu][3] * 1e9
+    products = sum(max(product, size / bandwidth) for size in moved.values())
+    return products + (logits + gradient) / bandwidth
 
 
 def rows() -> Iterator[Row]:
@@ -41,9 +139,7 @@ def _row(kernel: kernel_table.Resources, gpu: str, vocab: int) -> Row:
     _, sms, ghz, tb_per_s = kernel_table.GPUS[gpu]
     op, mode, variant = CASES[kernel.case]
     elements = TOKENS * vocab
-    memory_ms = elements * kernel.traffic_bytes / (tb_per_s * 1e9)
-    issue_ms = elements * kernel.per_element / LANES / (sms * ISSUES * ghz * 1e6)
-    median = max(memory_ms, issue_ms)
+    median, memory_ms = _longer(elements, kernel.traffic_bytes, kernel.per_element, gpu)
     return Row(
         schema=SCHEMA_VERSION,
         op=op,

@@ -109,10 +109,7 @@ class Batch:
 
 
 def on_device(inputs: Any, device: str) -> None:
-    """Move every tensor that a record of inputs holds, nested records included.
-
-    Inputs are drawn on the CPU, so a seed means the same numbers on every device.
-    """
+    """Move every tensor that a record of inputs holds, nested records included."""
     if device == "cpu":
         return
     for name, value in vars(inputs).items():
@@ -124,20 +121,21 @@ def on_device(inputs: Any, device: str) -> None:
 
 
 def generator(config: Config) -> torch.Generator:
-    return torch.Generator().manual_seed(config.seed)
+    """Draws on the device of the case: at the shapes of a GPU, drawing on the CPU takes minutes."""
+    return torch.Generator(config.device).manual_seed(config.seed)
 
 
 def make_logits(config: Config, gen: torch.Generator) -> torch.Tensor:
     """Normal logits, (tokens, vocab) in the case's dtype."""
-    out = torch.empty(config.tokens, config.vocab)
+    out = torch.empty(config.tokens, config.vocab, device=gen.device)
     out.normal_(0.0, LOGIT_SCALE, generator=gen)
     return out.to(config.torch_dtype)
 
 
 def make_head(config: Config, gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states (tokens, hidden) and weight (vocab, hidden); logits as of `make_logits`."""
-    hidden = torch.randn(config.tokens, config.hidden, generator=gen)
-    weight = torch.empty(config.vocab, config.hidden)
+    hidden = torch.randn(config.tokens, config.hidden, generator=gen, device=gen.device)
+    weight = torch.empty(config.vocab, config.hidden, device=gen.device)
     weight.normal_(0.0, LOGIT_SCALE / config.hidden**0.5, generator=gen)
     return hidden.to(config.torch_dtype), weight.to(config.torch_dtype)
 
@@ -158,9 +156,9 @@ def make_batch(target: torch.Tensor, logp: torch.Tensor, gen: torch.Generator, g
     """
     num_tokens = target.numel()
     num_seqs = SEQUENCES if num_tokens % SEQUENCES == 0 else 1
-    noise = torch.randn(num_tokens, generator=gen) * OLD_LOGP_NOISE
-    advantage = torch.randn(num_seqs, generator=gen)
+    noise = torch.randn(num_tokens, generator=gen, device=gen.device) * OLD_LOGP_NOISE
+    advantage = torch.randn(num_seqs, generator=gen, device=gen.device)
     live = max(1, round(num_seqs * grad_rows))
-    advantage[torch.randperm(num_seqs, generator=gen)[live:]] = 0.0
+    advantage[torch.randperm(num_seqs, generator=gen, device=gen.device)[live:]] = 0.0
     per_token = advantage.repeat_interleave(num_tokens // num_seqs)
     return Batch(target, logp.float() + noise, per_token, num_seqs)

@@ -30,8 +30,8 @@ class _Inputs:
         gen = generator(config)
         self.logits = make_logits(config, gen)
         self.target = sample_target(self.logits, gen)
-        self.by_logp = torch.randn(config.tokens, generator=gen) / config.tokens
-        self.by_entropy = torch.randn(config.tokens, generator=gen) / config.tokens
+        self.by_logp = torch.randn(config.tokens, generator=gen, device=gen.device) / config.tokens
+        self.by_entropy = torch.randn(config.tokens, generator=gen, device=gen.device) / config.tokens
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
@@ -48,17 +48,15 @@ def build(config: Config, peer_names: list[str]) -> Problem:
             out["grad_logits"] = exact.grad_logits(data.logits, data.target, data.by_logp, data.by_entropy)
         return out
 
-    limits: dict[str, Factory] = {
-        "limit_read": lambda: probes.read_probe(data.logits),
-        "limit_exp": lambda: probes.exp_probe(size, config.device),
-    }
-    if backward:
-        limits["limit_copy"] = lambda: probes.copy_probe(data.logits)
     return Problem(
         config,
         ours={"tokfuse": lambda: _ours(config, data)},
         peers={name: _peer_factory(name, config, data) for name in peer_names},
-        limits=limits,
+        limits={
+            "limit_read": lambda: probes.read_probe(data.logits),
+            "limit_copy": lambda: probes.copy_probe(data.logits),
+            "limit_exp": lambda: probes.exp_probe(size, config.device),
+        },
         exact=answer,
         bounds=("read+copy", "exp+exp") if backward else ("read", "exp"),
         bytes_moved=passes * size * config.item_bytes,

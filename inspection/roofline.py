@@ -80,7 +80,7 @@ def as_markdown(kernels: Sequence[Kernel]) -> str:
 def _lines(kernels: Sequence[Kernel]) -> Iterator[str]:
     gpus = "; ".join(f"{name} {g.processors}, {g.gigahertz}, {g.terabytes}" for name, g in GPUS.items())
     yield HEAD.format(gpus=gpus)
-    for kernel, name, gpu in _rows(kernels):
+    for kernel, name, gpu in plain_rows(kernels):
         dtype, size = kernel.dtype
         yield (
             "| "
@@ -141,7 +141,7 @@ cost. Registers and occupancy on sm_90.
 | --- | --- | --- | --- | --- | --- |"""
 
 
-def _rows(kernels: Sequence[Kernel]) -> Iterator[tuple[Kernel, str, Gpu]]:
+def plain_rows(kernels: Sequence[Kernel]) -> Iterator[tuple[Kernel, str, Gpu]]:
     """Plain instances by kernel, dtype and GPU; gradients in the dtype of the logits."""
     for base in ROW_KERNELS:
         for dtype in ("bfloat16", "float32"):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokfuse.bench import cli, compare, liger_csv, machine, numbers, plan, plot, report
+from tokfuse.bench import cli, compare, liger_csv, machine, numbers, ours, plan, plot, report
+from tokfuse.bench.problem import Config, Problem
 from tokfuse.bench.row import SCHEMA_VERSION, Row, check_one_machine
+from tokfuse.runtime.core import dispatch
 
 ROW = Row(
     schema=SCHEMA_VERSION,
@@ -86,6 +88,36 @@ def test_without_an_op_the_quick_sweep_runs(tmp_path: Path, capsys: pytest.Captu
         (op, shape) for op, module in plan.CASES.items() for shape in module.QUICK_SHAPES
     }
     assert {row.command for row in rows} == {"python -m tokfuse bench all --quick --rounds 1 --peers none --no-errors"}
+
+
+def test_several_backends_share_the_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    line = [*TINY, "--backend", "cpu,reference", "--peers", "torch_eager", "--json", str(path)]
+    assert cli.main(line) == 0
+    rows = {row.provider: row for row in map(Row.from_json, path.read_text().splitlines())}
+    for provider in ("tokfuse", "tokfuse_"):
+        assert rows[f"cpu:{provider}"].backend == "cpu" and rows[f"cpu:{provider}"].status == "pass"
+        assert rows[f"reference:{provider}"].backend == "reference"
+        assert rows[f"reference:{provider}"].status == "fallback"
+    assert "tokfuse" not in rows and rows["torch_eager"].baseline == "cpu:tokfuse_"
+    assert rows["cpu:tokfuse_"].workspace_bytes is not None
+    assert "must name some of cuda, triton, cpu, reference; got 'gpu'" in refusal(
+        ["gae", "--backend", "cpu,gpu"], capsys
+    )
+    assert "one backend; got cpu,reference" in refusal(["errors", "--backend", "cpu,reference"], capsys)
+
+
+def test_every_call_runs_on_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr(ours, "public", lambda name: lambda *a, **k: served.append(dispatch.forced_backend()))
+    problem = Problem(Config("x", "y", "z", "float32", 1, 1), {}, {})
+    problem.ours = {"tokfuse": lambda: ours.provider(lambda: ours.public("op")() or {})}
+    for factory in ours.on_each_backend(problem, ("cpu", "reference")).ours.values():
+        provider = factory()
+        served.clear()
+        provider.before()
+        provider.run()
+        assert served == [provider.backend]
 
 
 def test_csv_has_ligers_columns_and_what_passed_only() -> None:

@@ -1,0 +1,69 @@
+"""tests/support/smoke.py: every op of the registry has a call, and a wrong result is noticed."""
+
+import json
+
+import op_calls
+import pytest
+import smoke
+import torch
+
+import tokfuse
+from tokfuse.runtime.backends import cuda_backend
+
+hosted = [pytest.mark.cuda_host, pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST")]
+
+
+def test_every_op_of_the_registry_has_a_call(monkeypatch: pytest.MonkeyPatch):
+    assert smoke.missing() == []
+    rows = [row for row in op_calls.ROWS if row.op != "kept_token_stats"]
+    monkeypatch.setattr(op_calls, "ROWS", rows)
+    assert smoke.missing() == ["kept_token_stats"]
+
+
+def test_distances():
+    infinity, nan = float("inf"), float("nan")
+    wanted = torch.tensor([4.0, infinity, nan, -2.0])
+    assert smoke.distance(wanted.bfloat16(), wanted) == 0.0
+    assert smoke.distance(torch.tensor([4.0, infinity, nan, -2.4]), wanted) == pytest.approx(0.1)
+    for wrong in ([4.0, -infinity, nan, -2.0], [4.0, infinity, 0.0, -2.0], [nan, infinity, nan, -2.0]):
+        assert smoke.distance(torch.tensor(wrong), wanted) == infinity
+    with pytest.raises(AssertionError, match="shape"):
+        smoke.distance(wanted[:3], wanted)
+
+
+class TestHosted:
+    """On the CUDA kernels that run on the CPU."""
+
+    pytestmark = hosted
+
+    @pytest.mark.parametrize("graph", [False, True])
+    def test_every_call_passes(self, graph: bool, tmp_path):
+        path = tmp_path / "lines.jsonl"
+        options = ["--graph"] if graph else []
+        assert smoke.main(["--backend", "cuda", "--json", str(path), *options]) == 0
+        lines = [json.loads(text) for text in path.read_text().splitlines()]
+        assert {line["status"] for line in lines} == {"pass"}
+        ops = {row.op for row in op_calls.ROWS if row.registered}
+        assert {line["op"] for line in lines} >= ops
+
+    def test_a_wrong_result_fails(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        right = tokfuse.whiten
+
+        def wrong(x: torch.Tensor) -> torch.Tensor:
+            return right(x) + (0.01 if tokfuse.runtime.core.dispatch.forced_backend() == "cuda" else 0.0)
+
+        monkeypatch.setattr(tokfuse, "whiten", wrong)
+        assert smoke.main(["--backend", "cuda"]) == 1
+        assert "smoke: whiten float32 x 1003: AssertionError: out: " in capsys.readouterr().out
+
+    def test_a_graph_that_does_not_read_its_inputs_again_fails(self, monkeypatch: pytest.MonkeyPatch):
+        def record(run):
+            return (lambda: None), run()
+
+        monkeypatch.setattr(smoke, "_record_nothing", record)
+        assert smoke.main(["--backend", "cuda", "--graph"]) == 1
+
+    def test_an_op_without_a_call_fails(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(smoke, "missing", lambda: ["new_op"])
+        monkeypatch.setattr(smoke, "run_all", lambda *_: 0)
+        assert smoke.main(["--backend", "cuda"]) == 1

@@ -1,0 +1,66 @@
+"""Predicted times of the benchmark's cases on GPUs: both backends, from the committed tables."""
+
+from dataclasses import replace
+
+import pytest
+
+from tokfuse.bench import predict
+from tokfuse.bench.row import SCHEMA_VERSION, Row
+from tokfuse.inspection import kernel_table
+
+STEP = Row(
+    schema=SCHEMA_VERSION,
+    op="policy_step",
+    mode="step",
+    variant="entropy=0.01",
+    shape="8192x151936",
+    tokens=8192,
+    hidden=0,
+    vocab=151936,
+    dtype="bfloat16",
+    device="cuda",
+    provider="tokfuse",
+    role="ours",
+    backend="cuda",
+    status="pass",
+)
+LOGITS = 8192 * 151936
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("gpu", kernel_table.GPUS)
+def test_no_case_is_faster_than_its_bytes(gpu: str, backend: str) -> None:
+    bandwidth = kernel_table.GPUS[gpu][3] * 1e9  # bytes per millisecond
+    streams = {("token_stats", "forward"): 1, ("token_stats", "forward+backward"): 3, ("policy_step", "step"): 2}
+    streams |= {("paired_divergence", "forward"): 2, ("paired_divergence", "forward+backward"): 5}
+    assert streams.keys() == predict.ROW_KERNELS.keys()
+    for (op, mode), count in streams.items():
+        row = replace(STEP, op=op, mode=mode, variant="jsd", backend=backend)
+        bytes_alone = count * 2 * LOGITS / bandwidth
+        assert bytes_alone * 0.999 <= predict.milliseconds(row, gpu) <= 8 * bytes_alone
+
+
+def test_a_step_on_hopper_takes_as_long_as_its_memory() -> None:
+    for backend in ("cuda", "triton"):
+        got = predict.milliseconds(replace(STEP, backend=backend), "H200")
+        assert got == pytest.approx(4 * LOGITS / 4.8e9, rel=1e-6)
+
+
+def test_a_head_takes_its_three_products_and_its_row_kernel() -> None:
+    row = replace(STEP, op="policy_step_hidden", variant="rows=1", hidden=4096)
+    product = 2 * 8192 * 4096 * 151936 / 989e9  # longer than the bytes of every product at this width
+    assert predict.milliseconds(row, "H100") == pytest.approx(3 * product + 6 * LOGITS / 3.35e9, rel=1e-6)
+    narrow = predict.milliseconds(replace(row, hidden=64), "H100")
+    assert narrow > 3 * product / 64 + 6 * LOGITS / 3.35e9  # here bytes bound the products
+
+
+def test_what_is_not_predicted() -> None:
+    for changed in (
+        {"backend": "cpu"},
+        {"dtype": "float16"},
+        {"op": "gae"},
+        {"op": "paired_divergence", "mode": "forward", "variant": "kl_forward"},
+        {"op": "policy_step_hidden", "variant": "rows=1", "dtype": "float32"},
+    ):
+        assert predict.milliseconds(replace(STEP, **changed), "H100") is None
+    assert predict.gpu_of("NVIDIA H100 80GB HBM3") == "H100" and predict.gpu_of("Quadro") is None

@@ -1,0 +1,228 @@
+"""tools/first_gpu_run.py: the plan for a GPU, time limits, what is recorded, and the summary."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tokfuse.bench.row import SCHEMA_VERSION, Row
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    yield importlib.import_module("first_gpu_run")
+    for name in ("first_gpu_run", "torch_build", "typing_tree"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def hopper(run):
+    return run.Machine("NVIDIA H200", "90a", cores=16, sanitizer=True, ncu=True)
+
+
+def step(run, name: str, *scripts: str, share: int = 1, **options: object):
+    return run.Step(name, options.pop("group", name), share, scripts, **options)
+
+
+def test_the_plan_of_a_gpu(run, hopper, tmp_path):
+    steps = {s.name: s for s in run.chosen(run.plan(hopper, tmp_path), None)}
+    benchmarks = [f"bench {op}" for op in ("token_stats", "policy_step", "policy_step_hidden", "paired_divergence")]
+    order = ["doctor", "smoke cuda", "smoke triton", "tests", "memcheck", "racecheck", *benchmarks, "graph", "ncu"]
+    assert list(steps) == order
+    assert sum(s.share for s in steps.values()) == 480  # seconds, which are the default 8 minutes
+    assert run.MINUTES[False] == 8
+    for tool in ("memcheck", "racecheck"):
+        (script,) = steps[tool].scripts
+        assert f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool {tool} --error-exitcode 1" in script
+        assert script.endswith("tests/support/smoke.py --backend cuda")
+    for name in benchmarks:
+        (script,) = steps[name].scripts
+        for words in ("--device cuda", "--backend cuda,triton", "--peers torch_compile", "--dtype bfloat16"):
+            assert words in script
+        assert "--shapes 8192xqwen2.5,4096xllama3" in script
+    (graph,) = steps["graph"].scripts
+    assert graph.count("--graph") == 2
+    assert steps["ncu"].scripts[0].count("ncu --import") == len(run.PROFILED) == 3
+    everything = " ".join(" ".join(s.scripts) for s in steps.values())
+    assert "TOKFUSE_CUDA_HOST" not in everything and "TRITON_INTERPRET" not in everything and "pip" not in everything
+
+
+def test_every_test_file_of_the_kernels_is_in_one_shard(run, hopper, tmp_path):
+    (tests,) = (s for s in run.plan(hopper, tmp_path) if s.name == "tests")
+    assert len(tests.scripts) == 8 and all("-m gpu" in script for script in tests.scripts)
+    named = [word for script in tests.scripts for word in script.split() if word.startswith("tests/")]
+    assert len(named) == len(set(named))
+    # integrations/ has a GPU test only where its hosts are installed.
+    wanted = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if ("from harness import" in file.read_text() or "mark.gpu" in file.read_text())
+        and not {"integrations", "project"} & set(file.parts)
+    }
+    assert len(wanted) > 20
+    assert wanted <= set(named), wanted - set(named)
+
+
+def test_a_dry_run_has_the_same_steps_on_the_cpu(run, hopper, tmp_path):
+    dry = run.plan(run.Machine("", "90a", cores=2, sanitizer=False, ncu=False), tmp_path)
+    assert [s.name for s in dry] == [s.name for s in run.plan(hopper, tmp_path)]
+    assert not any(s.needs for s in dry)
+    scripts = " ".join(script for s in dry for script in s.scripts)
+    assert "compute-sanitizer" not in scripts and "--device cuda --shapes 1024" in scripts and "--print" in scripts
+
+
+def test_what_is_not_installed_is_recorded(run, hopper, tmp_path):
+    bare = hopper._replace(sanitizer=False, ncu=False)
+    steps = {s.name: s for s in run.plan(bare, tmp_path)}
+    sanitizer, ncu = (run.run_step(steps[name], 5, tmp_path, {}) for name in ("memcheck", "ncu"))
+    assert sanitizer["status"] == "missing" and "compute-sanitizer is not on the path" in sanitizer["detail"]
+    assert ncu["status"] == "unavailable"
+    assert "missing" not in run.OK and "unavailable" in run.OK
+
+
+def test_groups(run, hopper, tmp_path):
+    steps = run.plan(hopper, tmp_path)
+    assert [s.name for s in run.chosen(steps, "build,synccheck,ncu")] == ["synccheck", "ncu"]
+    assert len(run.chosen(steps, "bench")) == 4
+    with pytest.raises(ValueError, match="--only must name some of build, doctor, .*; got 'benches'"):
+        run.chosen(steps, "bench,benches")
+
+
+def test_the_build_is_for_this_interpreter_and_this_gpu(run, hopper, tmp_path):
+    script = run.build_script(hopper, tmp_path / "tree")
+    assert f"-DPython_EXECUTABLE={sys.executable}" in script and "-DTOKFUSE_CUDA_ARCHITECTURES=90a" in script
+    assert f"-DTOKFUSE_OUTPUT_DIR={tmp_path}/tree/tokfuse" in script and "-DTOKFUSE_CUDA=ON" in script
+    assert [run.arch_of(c) for c in ("8.0", "8.9", "9.0", "10.0", "12.0")] == ["80", "80", "90a", "100a", "80"]
+
+
+def test_a_failing_step_does_not_stop_the_others(run, tmp_path):
+    steps = [
+        step(run, "one", "echo said; exit 0"),
+        step(run, "two", "exit 0", "echo bad; exit 3"),
+        step(run, "three", "exit 1", optional=True),
+        step(run, "four", "echo $MARK"),
+    ]
+    lines = run.run_all(steps, 60, tmp_path, {**os.environ, "MARK": "from the environment"})
+    assert [line["status"] for line in lines] == ["pass", "fail", "unavailable", "pass"]
+    assert lines[0]["detail"] == "said" and lines[3]["detail"] == "from the environment"
+    written = [json.loads(text) for text in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert written == lines
+    assert "bad" in (tmp_path / "two-1.log").read_text()
+
+
+def test_a_step_ends_at_its_limit_with_its_children(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "GRACE_S", 1)
+    # bash ignores the interrupt while it waits for a child that does, and so both are killed.
+    stubborn = f"trap '' INT; {sys.executable} -c 'import time; time.sleep(60)' & echo $! > {tmp_path}/pid; wait"
+    start = time.monotonic()
+    line = run.run_step(step(run, "slow", stubborn), 1.0, tmp_path, dict(os.environ))
+    assert line["status"] == "timeout" and time.monotonic() - start < 10
+    child = int((tmp_path / "pid").read_text())
+    assert _ends(child, within_s=10)
+
+
+def _ends(pid: int, within_s: float) -> bool:
+    """Whether a process is gone or a zombie before long; a signal takes effect when it is scheduled."""
+    state = Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if state.read_text().split()[2] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_an_interrupted_pytest_still_reports(run, tmp_path):
+    test = tmp_path / "test_slow.py"
+    test.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+    script = f"{sys.executable} -P -m pytest -q -p no:cacheprovider --rootdir {tmp_path} -c /dev/null {test}"
+    line = run.run_step(step(run, "x", script, group="tests"), 4.0, tmp_path, dict(os.environ))
+    assert line["status"] == "timeout" and line["detail"] == "1 passed, 0 failed"
+
+
+def test_time_that_is_not_used_goes_to_the_later_steps(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "GRACE_S", 0)
+    lines = run.run_all([step(run, "a", "true", share=3), step(run, "b", "true", share=1)], 40, tmp_path, {})
+    assert lines[0]["limit_s"] == 30 and lines[1]["limit_s"] >= 39
+
+
+def test_the_totals_of_pytest_are_summed(run, tmp_path):
+    texts = ["F\n2 failed, 10 passed, 3 skipped in 4.21s\n", "1 passed in 0.3s\n", "killed\n"]
+    logs = [tmp_path / f"{i}.log" for i in range(3)]
+    for log, text in zip(logs, texts, strict=True):
+        log.write_text(text)
+    assert run.totals(logs) == "11 passed, 2 failed, 3 skipped"
+    assert run.totals(logs[2:]) == "0 passed, 0 failed"
+
+
+ROW = Row(
+    schema=SCHEMA_VERSION,
+    op="policy_step",
+    mode="step",
+    variant="entropy=0.01",
+    shape="8192x151936",
+    tokens=8192,
+    hidden=0,
+    vocab=151936,
+    dtype="bfloat16",
+    device="cuda",
+    provider="cuda:tokfuse_",
+    role="ours",
+    backend="cuda",
+    status="pass",
+    median_ms=1.3,
+    copy_ms=1.17,
+    bytes_moved=2 * 2 * 8192 * 151936,
+)
+
+
+def test_the_summary_says_predicted_measured_and_share(run, tmp_path):
+    head = {"op": "policy_step_hidden", "variant": "rows=1", "hidden": 896, "copy_ms": None, "backend": "triton"}
+    rows = [
+        ROW,
+        dataclasses.replace(ROW, provider="torch_compile", role="peer", backend="torch", median_ms=5.2),
+        dataclasses.replace(ROW, provider="limit_copy", role="limit", backend="torch", median_ms=1.17),
+        dataclasses.replace(ROW, **head, limit="gemm", limit_share=0.75),
+        dataclasses.replace(ROW, provider="triton:tokfuse", backend="triton", status="oom", median_ms=None, note="big"),
+    ]
+    (tmp_path / "bench.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+    (tmp_path / "ncu-policy_step-cuda.csv").write_text(NCU)
+    lines = [{"step": "doctor", "status": "pass", "seconds": 1.0, "detail": "a | b"}]
+    text = run.summary(lines, tmp_path, "NVIDIA H200")
+    assert "| doctor | pass | 1.0 | a / b |" in text and "predicted, H200" in text
+    ours, head, failed = (line for line in text.splitlines() if line.startswith("| policy_step"))
+    # 2 T V of two bytes at 4.8 TB/s; 1.17 ms of a copy that moves as much.
+    assert "| 1.037 ms | 1.300 ms | 90% | 4.00x ours | pass |" in ours
+    assert "| 75% of gemm |" in head
+    assert "| 1.037 ms | - | - | - | oom big |" in failed
+    assert text.endswith("ncu-policy_step-cuda: Duration 1.2 ms, DRAM Throughput 88.1 %\n")
+
+
+def test_metrics_that_are_not_there(run):
+    assert run.ncu_metrics("==ERROR== not permitted") == "no metrics"
+
+
+NCU = """==PROF== Connected
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","policy_step_cluster_kernel","Duration","ms","1.2"
+"0","policy_step_cluster_kernel","DRAM Throughput","%","88.1"
+"""
+
+
+def test_make_uses_the_same_path_without_network():
+    for target, groups in (("test-gpu", "smoke,tests,memcheck,racecheck,synccheck,graph"), ("bench-gpu", "bench")):
+        command = ["make", "-n", target, "OFFLINE=1"]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        assert f"tools/first_gpu_run.sh --only build,{groups}" in done.stdout and "bootstrap" not in done.stdout
