@@ -224,6 +224,7 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
                     {**facts, "threads": threads, "sweep": step.sweep},
                     options.budget,
                     compare=not options.no_errors,
+                    energy=not options.no_energy,
                     on_step=bar.set_postfix_str,
                 )
                 runner.run_case(step.config, partial(_build, step, options.backend), settings, emit)
@@ -347,6 +348,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"seconds of rounds per case; at least 3 rounds are made (default {BUDGET_S:g})",
     )
     parser.add_argument("--no-errors", action="store_true", help="skip float64, which is slow at large shapes")
+    parser.add_argument("--no-energy", action="store_true", help="on a GPU, skip the second per provider that reads it")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append rows as JSON lines, as they come")

@@ -47,13 +47,15 @@ class Entry:
 @dataclass(frozen=True)
 class Settings:
     """How to measure: rounds per provider and the seconds they may take, whether to compare with
-    float64 and to read peak memory, who reads the GPU, and the facts that go into every row."""
+    float64, to read peak memory and to repeat each provider for its energy, who reads the GPU, and
+    the facts that go into every row."""
 
     rounds: int
     facts: dict[str, Any]
     budget_s: float = float("inf")
     compare: bool = True
     peak: bool = True
+    energy: bool = True
     on_step: Callable[[str], None] = lambda text: None
     sampler: Callable[[], Sampler] = Sampler
 
@@ -107,7 +109,7 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
             entry.status, entry.note = classify(failed[entry.name])
             entry.times = []
     for entry in live:
-        if entry.times and problem.config.device != "cpu":
+        if entry.times and settings.energy and problem.config.device != "cpu":
             entry.telemetry = _telemetry(entry, settings)
         emit(row_of(problem, entry, live, settings, load))
 

@@ -104,24 +104,26 @@ def plan(machine: Machine, out: Path) -> list[Step]:
     both = hosted + interpreted if dry else ""
     smoke = {b: f"{python} tests/support/smoke.py --backend {b}" for b in BACKENDS}
     lines = f"--json {shlex.quote(str(out / 'smoke.jsonl'))}"
-    steps = [Step("doctor", "doctor", 20, (f"{both}{python} -m tokfuse doctor",))]
-    for backend, share in (("cuda", 30), ("triton", 50)):
+    steps = [Step("doctor", "doctor", 15, (f"{both}{python} -m tokfuse doctor",))]
+    for backend, share in (("cuda", 20), ("triton", 45)):
         steps.append(Step(f"smoke {backend}", "smoke", share, (f"{before[backend]}{smoke[backend]} {lines}",)))
-    steps.append(Step("tests", "tests", 110, tuple(_test_scripts(machine, python, both))))
+    steps.append(Step("tests", "tests", 100, tuple(_test_scripts(machine, python, both))))
     for tool in ("memcheck", "racecheck", "synccheck"):
         # The caching allocator hides what is read or written beside a tensor.
         prefix = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool {tool} --error-exitcode 1 "
         script = before["cuda"] + ("" if dry else prefix) + smoke["cuda"]
         needs = "" if dry or machine.sanitizer else "compute-sanitizer"
-        steps.append(Step(tool, tool, 45, (script,), needs, by_default=tool != "synccheck"))
+        steps.append(Step(tool, tool, 35, (script,), needs, by_default=tool != "synccheck"))
     for op in BENCHMARKS:
-        steps.append(Step(f"bench {op}", "bench", 30, (both + _bench(op, python, dry, out),)))
+        # Two modes, or one.
+        share = 55 if op in ("token_stats", "paired_divergence") else 35
+        steps.append(Step(f"bench {op}", "bench", share, (both + _bench(op, python, dry, out),)))
     graph = [f"{{ {before[b]}{smoke[b]} --graph {lines}; }}" for b in BACKENDS]
     # Both run; the step fails if either does.
-    steps.append(Step("graph", "graph", 25, (f"{graph[0]}; first=$?; ({graph[1]}) && exit $first",)))
+    steps.append(Step("graph", "graph", 20, (f"{graph[0]}; first=$?; ({graph[1]}) && exit $first",)))
     needs = "" if dry or machine.ncu else "ncu"
     ncu = " && ".join(_profile(op, backend, python, dry, out) for op, backend in PROFILED)
-    steps.append(Step("ncu", "ncu", 35, (both + ncu,), needs, optional=True))
+    steps.append(Step("ncu", "ncu", 30, (both + ncu,), needs, optional=True))
     return steps
 
 
@@ -139,10 +141,10 @@ def _test_scripts(machine: Machine, python: str, both: str) -> Iterator[str]:
 
 def _bench(op: str, python: str, dry: bool, out: Path) -> str:
     variant, shapes, tiny = BENCHMARKS[op]
-    place = f"--device cpu --shapes {tiny} --rounds 2" if dry else f"--device cuda --shapes {shapes} --budget 3"
+    place = f"--device cpu --shapes {tiny} --rounds 2" if dry else f"--device cuda --shapes {shapes} --budget 2"
     return (
         f"{python} -m tokfuse bench {op} --variant {variant} --dtype bfloat16 --backend {','.join(BACKENDS)} "
-        f"--peers torch_compile {place} --quiet --json {shlex.quote(str(out / 'bench.jsonl'))}"
+        f"--peers torch_compile {place} --no-energy --quiet --json {shlex.quote(str(out / 'bench.jsonl'))}"
     )
 
 

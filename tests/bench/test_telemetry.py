@@ -10,6 +10,7 @@ import pytest
 from tokfuse.bench import runner, telemetry
 from tokfuse.bench.measure import Provider
 from tokfuse.bench.problem import Config, Problem
+from tokfuse.bench.row import Row
 from tokfuse.bench.telemetry import Sampler
 
 
@@ -194,3 +195,15 @@ def test_energy_is_of_one_call_and_of_the_gpu_only(monkeypatch: pytest.MonkeyPat
     assert readings["throttle"] == "power cap" and readings["sm_clock_mhz"] == 1755
     problem.config = replace(problem.config, device="cpu")
     assert runner._readings(problem, entry) == {"telemetry": "unavailable: the tensors are on the CPU"}
+
+
+@pytest.mark.parametrize("energy", [False, True])
+def test_energy_is_read_unless_it_is_not_wanted(energy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(runner, "_telemetry", lambda entry, settings: asked.append(entry.name))
+    monkeypatch.setattr(runner, "interleave", lambda *_: ({"tokfuse": [1.0]}, {}))
+    config = Config("token_stats", "forward", "all", "float32", 4, 16, device="cuda")
+    problem = Problem(config, {"tokfuse": lambda: Provider(lambda: {})}, {}, cold=False)
+    rows: list[Row] = []
+    runner.run_problem(problem, runner.Settings(1, {}, compare=False, peak=False, energy=energy), rows.append)
+    assert asked == (["tokfuse"] if energy else []) and rows[0].median_ms == 1.0

@@ -121,35 +121,43 @@ def test_a_failing_step_does_not_stop_the_others(run, tmp_path):
 
 def test_a_step_ends_at_its_limit_with_its_children(run, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "GRACE_S", 1)
-    # bash ignores the interrupt while it waits for a child that does, and so both are killed.
+    # Shell and child ignore the interrupt, so both are killed.
     stubborn = f"trap '' INT; {sys.executable} -c 'import time; time.sleep(60)' & echo $! > {tmp_path}/pid; wait"
     start = time.monotonic()
-    line = run.run_step(step(run, "slow", stubborn), 1.0, tmp_path, dict(os.environ))
-    assert line["status"] == "timeout" and time.monotonic() - start < 10
+    line = run.run_step(step(run, "slow", stubborn), 3.0, tmp_path, dict(os.environ))
+    assert line["status"] == "timeout" and time.monotonic() - start < 30
     child = int((tmp_path / "pid").read_text())
-    assert _ends(child, within_s=10)
+    assert _holds(lambda: _ended(child), within_s=10)  # a signal takes effect when it is scheduled
 
 
-def _ends(pid: int, within_s: float) -> bool:
-    """Whether a process is gone or a zombie before long; a signal takes effect when it is scheduled."""
-    state = Path(f"/proc/{pid}/stat")
+def _holds(condition, within_s: float) -> bool:
     deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        try:
-            if state.read_text().split()[2] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-    return False
+    return condition()
 
 
-def test_an_interrupted_pytest_still_reports(run, tmp_path):
-    test = tmp_path / "test_slow.py"
-    test.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+def _ended(pid: int) -> bool:
+    """Whether a process is gone, or a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_an_interrupted_pytest_still_reports(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "GRACE_S", 120)
+    test, log, started = (tmp_path / name for name in ("test_slow.py", "log", "started"))
+    slow = f"open({str(started)!r}, 'w').close(); time.sleep(300)"
+    test.write_text(f"import time\ndef test_a(): pass\ndef test_b(): {slow}\n")
     script = f"{sys.executable} -P -m pytest -q -p no:cacheprovider --rootdir {tmp_path} -c /dev/null {test}"
-    line = run.run_step(step(run, "x", script, group="tests"), 4.0, tmp_path, dict(os.environ))
-    assert line["status"] == "timeout" and line["detail"] == "1 passed, 0 failed"
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            ["bash", "-c", script], stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    assert _holds(started.exists, within_s=120)
+    assert not run._wait(process, time.monotonic())
+    assert run.totals([log]) == "1 passed, 0 failed"
 
 
 def test_time_that_is_not_used_goes_to_the_later_steps(run, tmp_path, monkeypatch):
