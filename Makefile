@@ -92,10 +92,10 @@ else
 test-gpu:
 	@TOKFUSE_CUDA=ON $(STRICT) $(BOOTSTRAP) test gpu
 	@$(PYTEST) -m "gpu" $(ARGS)
-	@$(BIN)/python tests/support/smoke.py --backend cuda
-	@$(BIN)/python tests/support/smoke.py --backend triton
+	@$(foreach backend,cuda triton,$(BIN)/python tests/support/smoke.py --backend $(backend) --options &&) true
 	@$(foreach tool,$(if $(SANITIZER),memcheck racecheck synccheck),PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-		$(SANITIZER) --tool $(tool) --error-exitcode 1 $(BIN)/python tests/support/smoke.py --backend cuda &&) true
+		$(SANITIZER) --tool $(tool) --error-exitcode 1 $(BIN)/python tests/support/smoke.py --backend cuda \
+		--options &&) true
 
 bench-gpu:
 	@TOKFUSE_CUDA=ON $(STRICT) $(BOOTSTRAP) test bench gpu

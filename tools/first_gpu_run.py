@@ -105,8 +105,9 @@ def plan(machine: Machine, out: Path) -> list[Step]:
     smoke = {b: f"{python} tests/support/smoke.py --backend {b}" for b in BACKENDS}
     lines = f"--json {shlex.quote(str(out / 'smoke.jsonl'))}"
     steps = [Step("doctor", "doctor", 15, (f"{both}{python} -m tokfuse doctor",))]
-    for backend, share in (("cuda", 20), ("triton", 45)):
-        steps.append(Step(f"smoke {backend}", "smoke", share, (f"{before[backend]}{smoke[backend]} {lines}",)))
+    # Every option on the kernels that are compiled already; Triton compiles them one by one.
+    for backend, share, options in (("cuda", 20, "--options "), ("triton", 45, "")):
+        steps.append(Step(f"smoke {backend}", "smoke", share, (f"{before[backend]}{smoke[backend]} {options}{lines}",)))
     steps.append(Step("tests", "tests", 100, tuple(_test_scripts(machine, python, both))))
     for tool in ("memcheck", "racecheck", "synccheck"):
         # The caching allocator hides what is read or written beside a tensor.
@@ -170,7 +171,8 @@ def build_script(machine: Machine, tree: Path) -> str:
         "TOKFUSE_CUDA_ARCHITECTURES": machine.arch,
     }
     configure = " ".join(f"-D{name}={value}" for name, value in settings.items())
-    return f"cmake -S . -B {folder} {configure} && cmake --build {folder} -j {machine.cores}"
+    script = f"cmake -S . -B {folder} {configure} && cmake --build {folder} -j {machine.cores}"
+    return script if machine.gpu else f"{script} && {python} tests/support/cuda_module.py"
 
 
 # ------------------------------------------------------------------------------------------ running

@@ -101,6 +101,9 @@ def test_the_build_is_for_this_interpreter_and_this_gpu(run, hopper, tmp_path):
     script = run.build_script(hopper, tmp_path / "tree")
     assert f"-DPython_EXECUTABLE={sys.executable}" in script and "-DTOKFUSE_CUDA_ARCHITECTURES=90a" in script
     assert f"-DTOKFUSE_OUTPUT_DIR={tmp_path}/tree/tokfuse" in script and "-DTOKFUSE_CUDA=ON" in script
+    dry = run.build_script(hopper._replace(gpu=""), tmp_path / "tree")
+    assert "-DTOKFUSE_CUDA=AUTO" in dry and dry.endswith("tests/support/cuda_module.py")
+    assert "cuda_module" not in script
     assert [run.arch_of(c) for c in ("8.0", "8.9", "9.0", "10.0", "12.0")] == ["80", "80", "90a", "100a", "80"]
 
 

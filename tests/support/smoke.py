@@ -1,14 +1,17 @@
 """Calls every op of the registry once per dtype on one backend, and compares with the reference.
 
     python tests/support/smoke.py --backend cuda
+    python tests/support/smoke.py --backend cuda --options
     python tests/support/smoke.py --backend triton --graph --json smoke.jsonl
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/support/smoke.py --backend cuda
 
 Needs a GPU, TOKFUSE_CUDA_HOST (backend cuda) or TRITON_INTERPRET=1 (backend triton). It exits with 1
 if a result differs from the reference, if a call fails, or if an op of the registry has no call in
-`op_calls.py`. `--graph` records each call in a CUDA graph instead, changes its inputs, replays it and
-wants the bits of a direct call (with an lm_head: its values, because chunks are chosen differently
-while recording). It needs no pytest, so that it starts fast under a tool.
+`op_calls.py`. It needs no pytest, so that it starts fast under a tool.
+
+`--options` adds every option of every call. `--graph` records each call in a CUDA graph instead,
+changes its inputs, replays it and wants the bits of a direct call (with an lm_head: its values, because
+chunks are chosen differently while recording).
 """
 
 import argparse
@@ -38,11 +41,13 @@ CLUSTERS = tuple(Sizes(tokens=12, vocab=v, hidden=8, sequences=4) for v in (32_0
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def cases() -> Iterator[tuple[Call, Sizes, torch.dtype]]:
-    """Every call of an op at both sizes and in each dtype; the step from logits at long rows, too."""
-    for call in op_calls.calls(options=False):
-        for sizes in SIZES:
-            for dtype in call.row.dtypes:
+def cases(options: bool) -> Iterator[tuple[Call, Sizes, torch.dtype]]:
+    """Every call of an op at both sizes and in each dtype, options in the first one; the step at long rows, too."""
+    for call in op_calls.calls(options=options):
+        if call.needs_triton and cuda_backend.hosted():
+            continue
+        for sizes in SIZES if call.row.family == "rows" else SIZES[:1]:
+            for dtype in call.row.dtypes[:1] if call.option else call.row.dtypes:
                 yield call, sizes, dtype
     for sizes in CLUSTERS:
         yield op_calls.named("policy_step"), sizes, torch.bfloat16
@@ -153,10 +158,10 @@ def _record_nothing(run: Callable[[], Results]) -> tuple[Callable[[], None], Res
     return replay, out
 
 
-def run_all(backend: str, graph: bool, sink: TextIO | None) -> int:
+def run_all(backend: str, graph: bool, options: bool, sink: TextIO | None) -> int:
     """Run every case; returns how many failed."""
     failed, count, start = 0, 0, time.perf_counter()
-    for call, sizes, dtype in graph_cases() if graph else cases():
+    for call, sizes, dtype in graph_cases() if graph else cases(options):
         line: dict[str, Any] = {"call": call.name, "op": call.row.op, "backend": backend}
         line |= {"dtype": str(dtype).removeprefix("torch."), "vocab": sizes.vocab, "graph": graph, "status": "pass"}
         try:
@@ -183,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the smoke of the command line; returns 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", choices=("cuda", "triton"), required=True)
+    parser.add_argument("--options", action="store_true", help="with every option of every call")
     parser.add_argument("--graph", action="store_true", help="replay CUDA graphs instead")
     parser.add_argument("--json", metavar="FILE", help="append a JSON line per call")
     options = parser.parse_args(argv)
@@ -190,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if absent:
         print(f"smoke: op_calls.py has no call of {', '.join(absent)}")
     sink = open(options.json, "a", encoding="utf-8") if options.json else None  # noqa: SIM115
-    failed = run_all(options.backend, options.graph, sink)
+    failed = run_all(options.backend, options.graph, options.options, sink)
     if device_of(options.backend) == "cuda":
         torch.cuda.synchronize()
     return int(bool(failed or absent))
