@@ -19,6 +19,7 @@ for the host, Triton's interpreter. Its times say nothing.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -214,41 +215,42 @@ def run_step(step: Step, limit_s: float, out: Path, environment: dict[str, str])
     start = time.monotonic()
     name = step.name.replace(" ", "-")
     logs = [out / (f"{name}.log" if len(step.scripts) == 1 else f"{name}-{i}.log") for i in range(len(step.scripts))]
-    running = []
-    for script, log in zip(step.scripts, logs, strict=True):
-        with log.open("w") as sink:
-            print(f"$ {script}", file=sink, flush=True)
-            process = subprocess.Popen(
-                ["bash", "-c", script],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        running.append(process)
-    in_time = [_wait(process, start + limit_s) for process in running]
-    status = "timeout" if not all(in_time) else "pass" if not any(p.returncode for p in running) else "fail"
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for script, log in zip(step.scripts, logs, strict=True):
+            with log.open("w") as sink:
+                print(f"$ {script}", file=sink, flush=True)
+                command = ["bash", "-c", script]
+                streams = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": subprocess.STDOUT}
+                running.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams))
+        in_time = all([_ended(process, start + limit_s) for process in running])
+    finally:  # also when this program is interrupted
+        _stop([process for process in running if process.poll() is None])
+    status = "timeout" if not in_time else "fail" if any(process.returncode for process in running) else "pass"
     if step.optional and status != "pass":
         status = "unavailable"
     detail = totals(logs) if step.group == "tests" else last_line(logs[0])
     return line | {"status": status, "seconds": round(time.monotonic() - start, 1), "detail": detail}
 
 
-def _wait(process: "subprocess.Popen[Any]", deadline: float) -> bool:
-    """Whether the process ended in time; else its whole group is interrupted, and then killed."""
+def _ended(process: "subprocess.Popen[bytes]", deadline: float) -> bool:
+    """Whether a process ends before the deadline."""
     try:
-        process.wait(max(0.1, deadline - time.monotonic()))
-        return True
+        process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        for number, patience in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(patience)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
         return False
+    return True
+
+
+def _stop(running: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Interrupt the process groups, and kill those that do not end."""
+    for number, patience in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, 60)):
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        deadline = time.monotonic() + patience
+        for process in running:
+            _ended(process, deadline)
 
 
 def last_line(log: Path) -> str:
@@ -392,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="for the steps after the build (default 8; 40 in a dry run)")
     parser.add_argument("--out", type=Path, default=WORK / "results", help="folder of results, emptied first")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the running step, too
     machine = detect(options.dry_run)
     out = options.out.absolute()
     try:

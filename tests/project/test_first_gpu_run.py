@@ -133,6 +133,17 @@ def test_a_step_ends_at_its_limit_with_its_children(run, tmp_path, monkeypatch):
     assert _holds(lambda: _ended(child), within_s=10)  # a signal takes effect when it is scheduled
 
 
+def test_who_stops_the_run_stops_its_step(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_ended", lambda process, deadline: (_ for _ in ()).throw(KeyboardInterrupt))
+    stopped = []
+    monkeypatch.setattr(run, "_stop", stopped.extend)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_step(step(run, "slow", "sleep 60"), 30, tmp_path, dict(os.environ))
+    (process,) = stopped
+    process.kill()
+    process.wait()
+
+
 def _holds(condition, within_s: float) -> bool:
     deadline = time.monotonic() + within_s
     while not condition() and time.monotonic() < deadline:
@@ -159,7 +170,7 @@ def test_an_interrupted_pytest_still_reports(run, tmp_path, monkeypatch):
             ["bash", "-c", script], stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
     assert _holds(started.exists, within_s=120)
-    assert not run._wait(process, time.monotonic())
+    run._stop([process])
     assert run.totals([log]) == "1 passed, 0 failed"
 
 
