@@ -19,6 +19,8 @@ MIN_BUDGET = 64 << 20
 # H100 (800 TFLOP/s, 3.35 TB/s) waits for memory.
 GPU_ROWS = 1024
 NAMES = ("hidden", "weight", "bias")
+HEAD_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+"""The tensors of a head problem in the schema of a custom op."""
 
 Step = tuple[PolicyTerms, TokenStats, list[torch.Tensor | None]]
 """Terms, statistics, gradients in the order of `NAMES`."""

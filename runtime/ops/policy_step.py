@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
-from tokfuse.runtime.backends.policy_runs import device_run
+from tokfuse.runtime.backends.policy_runs import StepRun, device_run
 from tokfuse.runtime.backends.registration import (
     eager_cpu,
     register_cpu,
@@ -17,17 +17,17 @@ from tokfuse.runtime.backends.registration import (
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import problem as heads
 from tokfuse.runtime.ops import influence as influence_op
-from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import SLOT, Metrics, sampler_mismatch
+from tokfuse.runtime.policy.metrics import SLOTS, Metrics, sampler_mismatch
 from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, hand_over, step_result
@@ -376,55 +376,19 @@ register_reference(OP, reference_policy.policy_step, "softcap")
 # ---------------------------------------------------------------------------------- torch.compile
 
 
-@torch.library.custom_op("tokfuse::policy_step", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::policy_step",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor target, {FLAT_SCHEMA_WITHOUT_MASK}, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA})"
+    f" -> ({', '.join(['Tensor'] * 9)})",
+)
 @ranged("policy_step.fwd")
-def _policy_step_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    old_logp: torch.Tensor | None,
-    advantage: torch.Tensor,
-    advantage_level: str,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    token_weight: torch.Tensor | None,
-    signal: torch.Tensor | None,
-    ref_logp: torch.Tensor | None,
-    kl_weight: torch.Tensor | None,
-    entropy_weight: torch.Tensor | None,
-    objective_key: str,
-    inverse: float,
-) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
-    options = LogitOptions(
-        scalar_temperature if temperature is None else temperature, softcap or None, logit_scale, mask
-    )
-    inputs = PolicyInputs(
-        old_logp,
-        advantage,
-        advantage_level,
-        mask,
-        cu_seqlens,
-        token_weight,
-        signal,
-        ref_logp,
-        kl_weight,
-        entropy_weight,
-    )
-    objective = losses.objective_of(objective_key)
-    run = select(OP, logits.device.type, logits.dtype, objective.features(options.features())).run
+def _policy_step_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    flat, fields, (key, inverse) = rest[:4], rest[4:-2], rest[-2:]
+    inputs = PolicyInputs(*fields)
+    options = LogitOptions.from_flat(*flat, mask=inputs.mask)
+    objective = objective_of(key)
+    run: StepRun = select(OP, logits.device.type, logits.dtype, objective.features(options.features())).run
     terms, stats, grad = run(logits, target, options, inputs, objective, inverse, False)
     return (terms.loss, terms.token_loss, terms.sums, *stats, grad)
 
@@ -432,7 +396,7 @@ def _policy_step_op(
 @_policy_step_op.register_fake
 def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     vectors = [logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(6)]
-    sums = logits.new_empty(len(SLOT), dtype=torch.float64)
+    sums = logits.new_empty(len(SLOTS), dtype=torch.float64)
     loss = logits.new_empty((), dtype=torch.float32)
     return (loss, vectors[0], sums, *vectors[1:], logits.new_empty(logits.shape))
 
@@ -451,29 +415,13 @@ _policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _custom_op(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, i: PolicyInputs, objective: Objective, inverse: float
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
 ) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _policy_step_op(
-        logits,
-        target,
-        vector,
-        scalar,
-        o.softcap or 0.0,
-        o.logit_scale,
-        i.old_logp,
-        i.advantage,
-        i.advantage_level,
-        i.mask,
-        i.cu_seqlens,
-        i.token_weight,
-        i.signal,
-        i.ref_logp,
-        i.kl_weight,
-        i.entropy_weight,
-        losses.objective_key(objective),
-        inverse,
-    )
+    out = _policy_step_op(logits, target, *o.flat()[:4], *inputs, objective_key(objective), inverse)
     loss, token_loss, sums, *stats, grad = out
     return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), grad
