@@ -30,6 +30,12 @@ class LogitOptions(NamedTuple):
         """The options as keywords of an op that takes no bias."""
         return {name: getattr(self, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
 
+    def per_temperature(self, scale: float) -> float | torch.Tensor:
+        """scale / temperature; (tokens,) float64 for a temperature per row."""
+        if isinstance(self.temperature, torch.Tensor):
+            return scale / self.temperature.double()
+        return scale / self.temperature
+
     def split(self) -> tuple["LogitOptions", "Tensors"]:
         """(the options without their tensors, these), to save both for a backward."""
         vector = self.temperature if isinstance(self.temperature, torch.Tensor) else None

@@ -77,7 +77,7 @@ def token_stats(
 
     Gradients and communication: one all-gather of 20 bytes per token and rank (40 for float64).
         logits receive the gradient of logp and entropy without a collective: it is right where
-        every rank computes the same loss of the outputs. Saved: the logits and four (tokens,)
+        every rank computes the same loss of the outputs. Saved: the logits and three (tokens,)
         vectors. Padding columns receive 0.
 
     Raises:
@@ -241,7 +241,7 @@ def policy_step(
     policy_checks.check_sampler(STEP, sampler_logp, tokens, device)
 
     def terms_of(stats: TokenStats) -> PolicyTerms:
-        run = select(losses.OP, stats.logp.device.type, stats.logp.dtype, objective.features()).run
+        run = select(losses.OP, stats.logp.device.type, stats.logp.dtype).run
         terms: PolicyTerms = run(stats.logp, stats.entropy, inputs, objective, inverse)
         return terms._replace(loss=terms.loss.detach())
 
@@ -330,25 +330,6 @@ def _check_head(
 # ---------------------------------------------------------------------------------------- autograd
 
 
-def _tensors(o: LogitOptions) -> tuple[torch.Tensor | None, ...]:
-    """The tensors among the options, for save_for_backward."""
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    return vector, o.mask, o.bias_logits
-
-
-def _scalars(o: LogitOptions) -> LogitOptions:
-    """The options without their tensors."""
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    return o._replace(temperature=scalar, mask=None, bias_logits=None)
-
-
-def _with(o: LogitOptions, *tensors: torch.Tensor | None) -> LogitOptions:
-    """The options with their tensors again."""
-    vector, mask, bias_logits = tensors
-    o = o._replace(mask=mask, bias_logits=bias_logits)
-    return o if vector is None else o._replace(temperature=vector)
-
-
 class _ShardStats(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -356,8 +337,9 @@ class _ShardStats(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats = merged.stats
-        ctx.save_for_backward(logits, target, merged.shift, merged.inv_sum, merged.logp, merged.entropy, *_tensors(o))
-        ctx.options, ctx.shard = _scalars(o), shard
+        ctx.options, tensors = o.split()
+        ctx.save_for_backward(logits, target, merged.row_max, merged.inv_sum, merged.entropy, *tensors)
+        ctx.shard = shard
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[2:])
         return tuple(stats)
@@ -368,8 +350,8 @@ class _ShardStats(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
         logits, target, *merged = ctx.saved_tensors
-        o = _with(ctx.options, *merged[4:])
-        grad = vocab_rows.row_backward(logits, target, o, ctx.shard, *merged[:4], *grads[:2])
+        o = ctx.options.joined(*merged[3:])
+        grad = vocab_rows.row_backward(logits, target, o, ctx.shard, *merged[:3], *grads[:2])
         return grad, None, None, None
 
 
@@ -381,18 +363,11 @@ class _ShardHead(torch.autograd.Function):
         hidden = vocab_rows.gathered(hidden, call)
         merged = vocab_rows.head_forward(hidden, weight, bias, call)
         stats = merged.stats
+        ctx.options, tensors = call.options.split()
         ctx.save_for_backward(
-            hidden,
-            weight,
-            bias,
-            call.target,
-            merged.shift,
-            merged.inv_sum,
-            merged.logp,
-            merged.entropy,
-            *_tensors(call.options),
+            hidden, weight, bias, call.target, merged.row_max, merged.inv_sum, merged.entropy, *tensors
         )
-        ctx.op, ctx.options, ctx.rest = call.op, _scalars(call.options), call[3:]
+        ctx.op, ctx.rest = call.op, call[3:]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[2:])
         return tuple(stats)
@@ -403,9 +378,9 @@ class _ShardHead(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
         hidden, weight, bias, target, *merged = ctx.saved_tensors
-        call = HeadCall(ctx.op, _with(ctx.options, *merged[4:]), target, *ctx.rest)
+        call = HeadCall(ctx.op, ctx.options.joined(*merged[3:]), target, *ctx.rest)
         needs = tuple(ctx.needs_input_grad[:3])
-        given = (*merged[:4], *grads[:2])
+        given = (*merged[:3], *grads[:2])
         return *vocab_rows.head_backward(hidden, weight, bias, call, needs, *given), None
 
 
@@ -420,16 +395,7 @@ def _step_from_logits(
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats, terms = merged.stats, terms_of(merged.stats)
         grad = vocab_rows.row_backward(
-            logits,
-            target,
-            o,
-            shard,
-            merged.shift,
-            merged.inv_sum,
-            merged.logp,
-            merged.entropy,
-            terms.d_logp,
-            terms.d_entropy,
+            logits, target, o, shard, merged.row_max, merged.inv_sum, merged.entropy, terms.d_logp, terms.d_entropy
         )
     return terms, stats, grad
 
@@ -452,9 +418,8 @@ def _step_from_hidden(
             bias,
             call,
             needs,
-            merged.shift,
+            merged.row_max,
             merged.inv_sum,
-            merged.logp,
             merged.entropy,
             terms.d_logp,
             terms.d_entropy,

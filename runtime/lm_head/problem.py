@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.dispatch import RowState
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_options
 from tokfuse.runtime.core.statistics import TokenStats
@@ -124,6 +125,8 @@ class HeadKernels(NamedTuple):
     backward: Callable[..., list[torch.Tensor | None]]
     """(problem, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs) -> gradients in order
     of `NAMES`."""
+    state: RowState
+    """As of `Kernels`."""
 
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]

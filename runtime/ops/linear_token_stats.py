@@ -12,6 +12,7 @@ from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadKernels, HeadProblem, check_head
 from tokfuse.runtime.reference import linear_token_stats as reference
+from tokfuse.runtime.reference import vocab_parallel as rows
 
 OP = "linear_token_stats"
 
@@ -84,7 +85,7 @@ def linear_token_stats(
 register_cpu(OP, cpu_runs.LINEAR, FLOAT_DTYPES, "softcap")
 register_cuda(OP, device_runs.CUDA_LINEAR, FLOAT_DTYPES, "softcap")
 register_triton(OP, device_runs.TRITON_LINEAR, FLOAT_DTYPES, "softcap")
-register_reference(OP, reference.forward, "softcap")
+register_reference(OP, HeadKernels(rows.head_forward, rows.head_backward, rows.STATE), "softcap")
 
 
 # ------------------------------------------------------------------------------- autograd, compile

@@ -27,7 +27,7 @@ def apply(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Terms, statistics and gradients of the step; the loss is wired to autograd."""
-    capability = select(OP, p.hidden.device.type, p.hidden.dtype, objective.features(p.options.features()))
+    capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
     if not torch.compiler.is_compiling():
         return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inverse))
     if capability.backend == "reference":
@@ -88,13 +88,15 @@ register_reference(OP, reference_runs.policy_step, "softcap")
 def _hidden_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, *rest: Any
 ) -> list[torch.Tensor]:
-    flat, budget, fields, (key, inverse, compact_clipped), needs = rest[:4], rest[4], rest[5:-6], rest[-6:-3], rest[-3:]
+    vector, scalar, softcap, logit_scale, budget, *fields = rest[:-6]
+    key, inverse, compact_clipped, *needs = rest[-6:]
     inputs = PolicyInputs(*fields)
-    options = LogitOptions.from_flat(*flat, mask=inputs.mask)
-    p = HeadProblem(hidden, weight, bias, target, options, budget, needs, compact_clipped=compact_clipped)
-    objective = objective_of(key)
-    run: StepRun = select(OP, hidden.device.type, hidden.dtype, objective.features(options.features())).run
-    terms, stats, grads = run(p, inputs, objective, inverse)
+    options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
+    p = HeadProblem(
+        hidden, weight, bias, target, options, budget, (needs[0], needs[1], needs[2]), None, compact_clipped
+    )
+    run: StepRun = select(OP, hidden.device.type, hidden.dtype, options.features()).run
+    terms, stats, grads = run(p, inputs, objective_of(key), inverse)
     held = [hidden.new_empty(0) if x is None else x for x in grads]
     return [terms.loss, terms.token_loss, terms.sums, *stats, *held]
 

@@ -21,6 +21,7 @@ from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
 from tokfuse.runtime.reference import extended_token_stats as extended_reference
 from tokfuse.runtime.reference import token_stats as reference
+from tokfuse.runtime.reference import vocab_parallel as rows
 
 OP = "token_stats"
 EXTENDED = "extended_token_stats"
@@ -225,7 +226,7 @@ def _capability(logits: torch.Tensor, options: LogitOptions) -> Any:
 register_cpu(OP, cpu_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
 register_cuda(OP, cuda_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
 register_triton(OP, triton_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
-register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
+register_reference(OP, Kernels(rows.forward, rows.backward, rows.STATE), "softcap", "bias_logits")
 
 register_cpu(EXTENDED, cpu_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
 register_cuda(EXTENDED, cuda_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
