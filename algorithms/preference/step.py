@@ -51,7 +51,9 @@ def preference_step(
         state: of `loss`, for BCO. None: its first.
         normalizer: a number, "batch" for the pairs (unpaired: sequences) of this batch, or None for
             the sum. Over micro-batches and ranks pass the global number of pairs.
-        temperature, softcap, logit_scale: as in `tokfuse.token_stats`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
         memory_budget: from hidden only: bytes of workspace. None: that of `linear_token_stats`,
             grown to the largest pair, at most 1 GiB.
 

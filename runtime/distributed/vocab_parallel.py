@@ -63,9 +63,15 @@ def token_stats(
             those beyond are padding.
         target: (tokens,) int64, in [0, shard.vocab_size) where mask is True; the same on all ranks.
         shard: this rank's part of the vocabulary.
-        bias_logits: (tokens, columns), the same columns of the bias model.
-        temperature, softcap, logit_scale, mask, bias_scale: as in `token_stats`, equal on all
-            ranks.
+        bias_logits: (tokens, columns), the same columns of a bias model, to subtract. None:
+            nothing is subtracted.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        mask: (tokens,) bool; False rows are not read and return 0. None: all rows count.
+        bias_scale: multiplies bias_logits.
+
+    temperature, softcap, logit_scale, mask and bias_scale are equal on all ranks.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1) of the whole vocabulary, each (tokens,), the
@@ -119,7 +125,12 @@ def linear_token_stats(
         target: (tokens,) int64 of all tokens, the same on all ranks.
         shard: this rank's part of the vocabulary.
         bias: (rows,) or None, this rank's part of the bias.
-        temperature, softcap, logit_scale, mask, memory_budget: as in `linear_token_stats`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
+        memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
+            this rank's float32 weight if that is more; on a GPU 1024 rows, up to 1 GiB.
         sequence_parallel: gather the hidden states of the ranks first, and split their gradient.
         reduce_hidden: False leaves the gradient of hidden this shard's part, without a collective,
             for hosts that add the parts up themselves (Megatron-LM's copy_to and gather_from
@@ -194,9 +205,39 @@ def policy_step(
 
     Args:
         shard: this rank's part of the vocabulary.
-        logits: (tokens, columns) of this rank, or None and
-        hidden, weight, bias, sequence_parallel, memory_budget: as in `linear_token_stats` here.
-        others: as in `tokfuse.policy_step`, equal on all ranks of the group.
+        logits: (tokens, columns) of this rank; or leave it None and pass
+        hidden: (tokens, hidden), the same on all ranks; with sequence_parallel (tokens / ranks,
+            hidden), this rank's equal slice in rank order, and
+        weight: (rows, hidden), this rank's rows of the lm_head, with
+        bias: (rows,) or None, this rank's part of the bias.
+        target: (tokens,) int64, in [0, shard.vocab_size) where mask is True.
+        old_logp: (tokens,), nats, at the start of the update.
+        advantage: (tokens,), or (seqs,) with advantage_level="sequence".
+        advantage_level: "token" or "sequence"; never guessed from the shape.
+        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective or
+            advantage_level looks at sequences.
+        objective: an `Objective`.
+        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
+            divides (global token or sequence count). "batch": this batch's own count.
+        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
+        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
+            metric.
+        kl_weight: (tokens,) multiplies the KL term.
+        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
+        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+            sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        memory_budget: from hidden only: bytes of workspace for logits in chunks of rows. None: 64
+            MiB, or a sixth of this rank's float32 weight if that is more; on a GPU 1024 rows, up to
+            1 GiB.
+        sequence_parallel: gather the hidden states of the ranks first, and split their gradient.
+
+    All but shard, logits, weight and bias (with sequence_parallel also hidden) are equal on all
+    ranks of the group.
 
     Returns:
         PolicyStep: loss, metrics and statistics of the whole vocabulary, the same bits on every

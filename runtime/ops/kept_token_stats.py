@@ -53,7 +53,9 @@ def kept_token_stats(
         kept_ids: (kept,) int32 or int64: the supports of all rows one after the other, each in any
             order without repetition.
         kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the support sizes.
-        temperature, softcap, logit_scale: as in `token_stats`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
         mask: (tokens,) bool; False rows are not read, nor their ids, and return 0. None: all count.
 
     Returns:

@@ -37,7 +37,10 @@ def linear_token_stats(
         weight: (vocab, hidden), same dtype and device: the lm_head.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         bias: (vocab,), same dtype. None: no bias.
-        temperature, softcap, logit_scale, mask: as in `token_stats`. Masked rows enter no GEMM.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
         memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
             the weight's float32 size where that is more; on a GPU 1024 rows, up to 1 GiB. At least
             one row is always computed.

@@ -51,7 +51,9 @@ def paired_divergence(
         logits_q: same shape, dtype and device; must not require grad.
         kind: "jsd", "kl_forward" or "kl_reverse".
         beta: weight of Q in the mixture, in (0, 1); for "jsd" only.
-        temperature, softcap, logit_scale: as in `token_stats`, applied to both streams.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits of both streams.
+        softcap: cap of the tanh soft-cap (Gemma) of both streams, > 0. None: no cap.
+        logit_scale: multiplies the logits of both streams before the cap (Cohere); > 0.
         mask: (tokens,) bool; False rows are not read and return 0. None: all rows count.
 
     Returns:

@@ -69,25 +69,47 @@ def policy_step(
     `linear_token_stats`; but the gradient is formed while the logits are at hand. `loss` is wired
     to autograd: `step.loss.backward()`.
 
+    The arguments come in four groups: the input (logits, or hidden and the head), the batch
+    (`target` to `cu_seqlens`), the objective with its optional inputs (`objective` to
+    `sampler_logp`), and how logits become a distribution (`temperature` to `logit_scale`).
+
     Args:
-        logits: (tokens, vocab); or leave it None and pass
+        logits: (tokens, vocab) float32, bfloat16, float16 or float64; or leave it None and pass
         hidden: (tokens, hidden) and
         weight: (vocab, hidden), the lm_head, with
         bias: (vocab,) or None. Same dtype and device.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
-            log-probabilities; every ratio is 1. Triton then needs the statistics first, as for
+            log-probabilities; every ratio is 1. A GPU then needs the statistics first, as for
             sequence-level ratios.
-        token_weight: (tokens,) multiplies the policy term.
-        temperature, softcap, logit_scale: as in `token_stats`.
-        memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
+        advantage: (tokens,), or (seqs,) with advantage_level="sequence".
+        advantage_level: "token" or "sequence"; never guessed from the shape.
+        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective,
+            advantage_level or influence looks at sequences.
+        objective: an `Objective`.
+        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
+            divides (global token or sequence count). "batch": this batch's own count.
+        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
+        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
+            metric.
+        kl_weight: (tokens,) multiplies the KL term.
+        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
+        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+            sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        memory_budget: from hidden only: bytes of workspace for logits in chunks of rows. None: 64
+            MiB, or a sixth of the weight's float32 size if that is more; on a GPU 1024 rows, up to
+            1 GiB. At least one row is always computed.
         compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU,
-            by Triton kernels that find the rows in device memory: nothing waits. For batches of
-            which a large part is clipped; cuBLAS is the faster one per row. On the CPU such rows
-            never enter them.
+            by Triton kernels that find the rows in device memory, without a synchronisation. For
+            batches of which a large part is clipped; cuBLAS is faster per row. On the CPU such
+            rows never enter them.
         influence: from hidden only, with cu_seqlens: also return gradient norms and sketches of the
             loss in `step.influence`; computes grad_hidden even where hidden needs none.
-        others: as in `policy_loss`; the entropy of an entropy bonus is the policy's own.
 
     Returns:
         PolicyStep. Gradients of `loss` (normaliser included) for the inputs that require grad; from
@@ -104,10 +126,10 @@ def policy_step(
         objectives, one more read for sequence-level ones. From hidden, the workspace
         `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
         GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
-        stops enters with zeros unless `compact_clipped`; the host waits once, for the number of
-        rows of each kind (not under CUDA-graph capture: then every row enters every GEMM, but
-        for what `compact_clipped` keeps out). The gradients are held until `loss.backward()` hands
-        them over.
+        stops enters with zeros unless `compact_clipped`. The host synchronises once, to read the
+        number of rows of each kind (not under CUDA-graph capture: then every row enters every
+        GEMM, except those that `compact_clipped` keeps out). The gradients are held until
+        `loss.backward()` returns them.
 
     Examples:
         >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
@@ -207,7 +229,29 @@ def policy_step_(
     Args:
         logits: (tokens, vocab), contiguous vocabulary, not overlapping rows; destroyed. A leaf that
             requires grad is refused, as torch refuses in-place operations on it.
-        others: as in `policy_step` and `policy_loss`.
+        target: (tokens,) int64, in [0, vocab) where mask is True.
+        old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
+            log-probabilities; every ratio is 1. A GPU then needs the statistics first, as for
+            sequence-level ratios.
+        advantage: (tokens,), or (seqs,) with advantage_level="sequence".
+        advantage_level: "token" or "sequence"; never guessed from the shape.
+        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective or
+            advantage_level looks at sequences.
+        objective: an `Objective`.
+        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
+            divides (global token or sequence count). "batch": this batch's own count.
+        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
+        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
+            metric.
+        kl_weight: (tokens,) multiplies the KL term.
+        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
+        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+            sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
 
     Raises:
         ValueError: as `policy_step`; logits that cannot be written in place.
