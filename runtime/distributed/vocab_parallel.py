@@ -27,9 +27,8 @@ from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step as step_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import sampler_mismatch
-from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Gradients, PolicyStep, PolicyTerms, step_result
 from tokfuse.runtime.reference import token_stats as stats_reference
@@ -294,8 +293,7 @@ def policy_step(
         assert hidden is not None and weight is not None
         h, w = hidden, weight
         terms, stats, gradients = hidden_step.attach(h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of))
-    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
-    return step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
+    return step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
 
 
 # ------------------------------------------------------------------------------------------ checks

@@ -16,12 +16,12 @@ from tokfuse.runtime.backends.registration import (
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import SLOTS, Metrics, sampler_mismatch
-from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
+from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import ABSENT, PolicyLoss, PolicyTerms, loss_result
+from tokfuse.runtime.policy.results import ABSENT, PolicyLoss, PolicyTerms, loss_result, sampler_mismatch
 
 OP = "policy_loss"
 

@@ -25,10 +25,10 @@ from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import SLOTS, Metrics, sampler_mismatch
-from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
+from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, hand_over, step_result
 
@@ -192,8 +192,7 @@ def policy_step(
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
     terms, stats, gradients = hidden_step.apply(problem, inputs, objective, inverse)
-    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
-    step = step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
+    step = step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
@@ -394,8 +393,7 @@ def _from_logits(
         terms, stats = reference_policy.traced_step(logits, target, options, inputs, objective, inverse, logits.dtype)
     else:
         terms, stats, gradients["logits"] = _custom_op(logits, target, options, inputs, objective, inverse)
-    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
-    return step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
+    return step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
 
 
 class _LogitsStep(torch.autograd.Function):
