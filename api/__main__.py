@@ -8,7 +8,7 @@ from collections.abc import Sequence
 # command -> (module with `main(argv) -> int`, loaded only when asked for; one line of help)
 COMMANDS = {
     "doctor": ("tokfuse.inspection.doctor", "versions, devices, and what each op can run on here"),
-    "kernels": ("tokfuse.inspection.kernel_table", "what the Triton kernels compile to, without a GPU"),
+    "kernels": ("tokfuse.inspection.kernels", "what the Triton kernels compile to, without a GPU"),
     "tune": ("tokfuse.inspection.tune", "measure launch records of the Triton kernels on this GPU"),
     "algorithms": ("tokfuse.algorithms.listing", "the methods by name, with labels and options"),
     "bench": ("tokfuse.bench.cli", "time the ops beside their peers"),

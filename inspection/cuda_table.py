@@ -1,4 +1,4 @@
-"""`python -m tokfuse kernels --cuda`: what nvcc made of the CUDA kernels, and a committed table.
+"""The resources of the CUDA kernels that nvcc built, compared with a committed table.
 
 Read from the native module itself with the tools that Triton bundles (cuobjdump, nvdisasm): what is
 counted is what is shipped, and nothing is compiled. Per kernel and architecture: registers, spills,
@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -260,22 +259,3 @@ def differences(now: Sequence[Kernel], before: Sequence[Kernel]) -> list[str]:
             if getattr(b, name) > limit
         ]
     return found
-
-
-def main(check: bool, write: bool) -> int:
-    kernels = read_module()
-    if write:
-        from tokfuse.inspection import roofline
-
-        TABLE.write_text(as_json(kernels))
-        roofline.PAGE.write_text(roofline.as_markdown(kernels))
-        print(f"wrote {TABLE} and {roofline.PAGE}")
-        return 0
-    for k in kernels:
-        print(
-            f"{k.key}: {k.registers} registers, {k.stack_bytes} B stack, {k.shared_bytes} B "
-            f"shared, {k.threads} threads, {k.per_element:.1f} instructions per element"
-        )
-    found = differences(kernels, committed()) if check else []
-    print("\n".join(found), file=sys.stderr)
-    return 1 if found else 0

@@ -1,4 +1,4 @@
-"""`python -m tokfuse kernels`: what the Triton kernels compile to, held against a committed table.
+"""The resources that the Triton kernels compile to, compared with a committed table.
 
 Every compile case (`tokfuse.triton_kernels.compile_cases`) is cross-compiled for each architecture
 and disassembled with the tools that Triton bundles; no GPU is needed. Per kernel, dtype and
@@ -11,7 +11,6 @@ device function that it reaches, arguments, options, this analysis and the versi
 whose source stands in the committed table need no second compilation (`known`).
 """
 
-import argparse
 import concurrent.futures
 import functools
 import hashlib
@@ -21,7 +20,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -386,39 +384,3 @@ def differences(now: Sequence[Resources], before: Sequence[Resources]) -> list[s
         if b.load_bytes < a.load_bytes:
             found.append(f"{key}: loads of {b.load_bytes} bytes, the table has {a.load_bytes}")
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokfuse kernels",
-        description="Registers, spills and instructions per element of the kernels, no GPU.",
-    )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--check", action="store_true", help="compile, compare with the table")
-    form.add_argument("--write", action="store_true", help="compile what changed, write the table")
-    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels of the native module")
-    parser.add_argument("cases", nargs="*", help="only cases whose name starts like one of these")
-    options = parser.parse_args(argv)
-    if options.cuda:
-        from tokfuse.inspection import cuda_table
-
-        if options.cases:
-            parser.error("--cuda reads the whole module; it takes no cases")
-        return cuda_table.main(options.check, options.write)
-    rows = compile_all(options.cases, known=committed() if options.write else ())
-    if options.write:
-        if options.cases:
-            kept = [r for r in committed() if not r.case.startswith(tuple(options.cases))]
-            rows = [*kept, *rows]
-        TABLE.write_text(as_json(rows))
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(as_markdown(rows))
-        print(f"wrote {TABLE} and {PAGE}")
-        return 0
-    print(as_markdown(rows), end="")
-    if not options.check:
-        return 0
-    before = [r for r in committed() if not options.cases or r.case.startswith(tuple(options.cases))]
-    found = differences(rows, before)
-    print("\n".join(found) or "as in the table", file=sys.stderr)
-    return 1 if found else 0

@@ -62,7 +62,8 @@ class ModelHead:
     Args:
         weight: (vocab, hidden); with an adapter, its sum with the adapter's product, and gradient.
         bias: (vocab,) or None.
-        softcap, logit_scale: as in `tokfuse.token_stats`.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
     """
 
     weight: torch.Tensor

@@ -16,8 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from tokfuse.algorithms import Algorithm
-from tokfuse.integrations import trl as host
 from tokfuse.integrations import trl_algorithm, trl_objective
+from tokfuse.integrations import trl_seams as host
 from tokfuse.integrations.padded import Padding
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step

@@ -11,8 +11,8 @@ from tokfuse.algorithms.preference.did import did_token_entropy as did_token_ent
 from tokfuse.algorithms.preference.leaf import LeaF as LeaF
 from tokfuse.algorithms.preference.pointwise import kto_kl as kto_kl
 from tokfuse.algorithms.preference.pointwise import mismatched as mismatched
+from tokfuse.algorithms.preference.result import PreferenceStep as PreferenceStep
 from tokfuse.algorithms.preference.schedules import TRDPO as TRDPO
 from tokfuse.algorithms.preference.schedules import CheckpointRing as CheckpointRing
 from tokfuse.algorithms.preference.schedules import MetaTuner as MetaTuner
-from tokfuse.algorithms.preference.step import PreferenceStep as PreferenceStep
 from tokfuse.algorithms.preference.step import preference_step as preference_step

@@ -14,19 +14,17 @@ gradient is one number per sequence (times a token weight in LD-DPO).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch, Side
+from tokfuse.algorithms.preference.result import PreferenceStep
 from tokfuse.algorithms.stateful import State, Stateful
 from tokfuse.runtime.core.checks import check_choice, check_number, may_read
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.units import Loss
-
-if TYPE_CHECKING:
-    from tokfuse.algorithms.preference.step import PreferenceStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,7 @@ class PreferenceLoss(Stateful, ABC):
         """The implicit reward beta (logp - ref) that margins and accuracies are reported of."""
         return self.beta * side.log_ratio
 
-    def update(self, state: State, step: "PreferenceStep") -> State:
+    def update(self, state: State, step: PreferenceStep) -> State:
         """The state after an optimizer step."""
         return state
 

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 from tokfuse.algorithms.batch import World
 from tokfuse.algorithms.preference.base import PairLoss, PreferenceLoss
 from tokfuse.algorithms.preference.batch import PreferenceBatch, Side
-from tokfuse.algorithms.preference.step import PreferenceStep
+from tokfuse.algorithms.preference.result import PreferenceStep
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State
 from tokfuse.runtime.core.checks import check_choice, check_number

@@ -7,11 +7,12 @@ import torch
 from tokfuse.runtime.backends.value_checks import refuse_temperature
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.codes import DIVERGENCES
-from tokfuse.runtime.core.dispatch import Kernels
+from tokfuse.runtime.core.dispatch import Kernels, RowState
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
 from tokfuse.runtime.reference.token_stats import bad_row, check_values
 
+LN_2 = 0.6931471805599453
 DIVERGENCE_STATE = 6  # kDivergenceState of csrc/cpu/distribution_kernels.h
 
 
@@ -262,6 +263,12 @@ def paired_divergence_bwd(
     return out
 
 
-TOKEN_STATS = Kernels(token_stats_fwd, token_stats_bwd)
+def row_max_nats(o: LogitOptions) -> float:
+    """The exponents are in base 2, every option applied."""
+    return LN_2
+
+
+STATE = RowState(row_max_nats)
+TOKEN_STATS = Kernels(token_stats_fwd, token_stats_bwd, STATE)
 KEPT_TOKEN_STATS = Kernels(kept_token_stats_fwd, kept_token_stats_bwd)
 PAIRED_DIVERGENCE = Kernels(paired_divergence_fwd, paired_divergence_bwd)

@@ -8,7 +8,8 @@ import torch
 from tokfuse.runtime.backends.cuda_backend import launchers, place
 from tokfuse.runtime.backends.value_checks import with_support, with_targets, with_temperature
 from tokfuse.runtime.core.codes import DIVERGENCES
-from tokfuse.runtime.core.dispatch import Kernels
+from tokfuse.runtime.core.dispatch import Kernels, RowState
+from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.native import DTYPE_CODE, float_vector, pointer
 
 
@@ -240,6 +241,13 @@ def paired_divergence_bwd(
     return out
 
 
-TOKEN_STATS = Kernels(with_targets(token_stats_fwd), token_stats_bwd)
+def row_max_nats(o: LogitOptions) -> float | torch.Tensor:
+    """The maximum is that of the logits; softcap and bias apply to scaled logits."""
+    scale = 1.0 if o.softcap is not None or o.bias_logits is not None else o.logit_scale
+    return o.per_temperature(scale)
+
+
+STATE = RowState(row_max_nats)
+TOKEN_STATS = Kernels(with_targets(token_stats_fwd), token_stats_bwd, STATE)
 KEPT_TOKEN_STATS = Kernels(with_support(kept_token_stats_fwd), kept_token_stats_bwd)
 PAIRED_DIVERGENCE = Kernels(with_temperature(paired_divergence_fwd), paired_divergence_bwd)

@@ -7,7 +7,8 @@ import torch
 
 from tokfuse.runtime.backends.triton_backend import launcher
 from tokfuse.runtime.backends.value_checks import with_support, with_targets, with_temperature
-from tokfuse.runtime.core.dispatch import Kernels
+from tokfuse.runtime.core.dispatch import Kernels, RowState
+from tokfuse.runtime.core.logit_options import LogitOptions
 
 _divergence_fwd = launcher("paired_divergence", "paired_divergence_fwd")
 
@@ -21,8 +22,16 @@ def paired_divergence_fwd(
     return out
 
 
+def row_max_nats(o: LogitOptions) -> float | torch.Tensor:
+    """As for CUDA, but the maximum under a softcap is that of the tangents: the cap is in the exponent."""
+    if o.softcap is not None:
+        return o.per_temperature(o.softcap)
+    return o.per_temperature(1.0 if o.bias_logits is not None else o.logit_scale)
+
+
+STATE = RowState(row_max_nats)
 TOKEN_STATS = Kernels(
-    with_targets(launcher("token_stats", "token_stats_fwd")), launcher("token_stats", "token_stats_bwd")
+    with_targets(launcher("token_stats", "token_stats_fwd")), launcher("token_stats", "token_stats_bwd"), STATE
 )
 KEPT_TOKEN_STATS = Kernels(
     with_support(launcher("kept_token_stats", "kept_token_stats_fwd")),

@@ -17,6 +17,7 @@ import torch
 
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.errors import BackendUnavailable
+from tokfuse.runtime.core.logit_options import LogitOptions
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 
@@ -25,14 +26,27 @@ ALL_DTYPES = FLOAT_DTYPES | {torch.float64}
 ALL_DEVICES = frozenset({"*"})
 
 
-class Kernels(NamedTuple):
-    """The `run` of an op that has a backward of its own on each backend.
+class RowState(NamedTuple):
+    """How to read `row_max` and `inv_sum`, the sixth and seventh output of token_stats kernels.
 
-    `backward` is None where autograd differentiates `forward`.
+    `row_max` is the largest exponent of a row, in the unit that the backward of the same kernels
+    takes: converted to nats and back, it would lose bits. Only another rank needs it in nats.
     """
+
+    nats: Callable[[LogitOptions], float | torch.Tensor]
+    """options -> nats per unit of `row_max`, () or (tokens,)."""
+    dtype: torch.dtype = torch.float32
+    """Of all outputs of the kernels."""
+
+
+class Kernels(NamedTuple):
+    """The `run` of an op over rows of logits that has a backward of its own on each backend."""
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
     backward: Callable[..., torch.Tensor] | None
+    """None if autograd differentiates `forward`."""
+    state: RowState | None = None
+    """Of token_stats."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How logits become a distribution, and what can be refused of them without reading a value."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,8 +26,61 @@ class LogitOptions(NamedTuple):
         names = {"softcap"} if self.softcap is not None else set()
         return frozenset(names | ({"bias_logits"} if self.bias_logits is not None else set()))
 
+    def without_bias(self) -> dict[str, Any]:
+        """The options as keywords of an op that takes no bias."""
+        return {name: getattr(self, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
+
+    def per_temperature(self, scale: float) -> float | torch.Tensor:
+        """scale / temperature; (tokens,) float64 for a temperature per row."""
+        if isinstance(self.temperature, torch.Tensor):
+            return scale / self.temperature.double()
+        return scale / self.temperature
+
+    def split(self) -> tuple["LogitOptions", "Tensors"]:
+        """(the options without their tensors, these), to save both for a backward."""
+        vector = self.temperature if isinstance(self.temperature, torch.Tensor) else None
+        scalar = self.temperature if vector is None else 1.0
+        return self._replace(temperature=scalar, mask=None, bias_logits=None), (vector, self.mask, self.bias_logits)
+
+    def joined(
+        self, vector: torch.Tensor | None, mask: torch.Tensor | None, bias_logits: torch.Tensor | None
+    ) -> "LogitOptions":
+        """What `split` separated."""
+        temperature = self.temperature if vector is None else vector
+        return self._replace(temperature=temperature, mask=mask, bias_logits=bias_logits)
+
+    def flat(self) -> tuple[Any, ...]:
+        """The values of `FLAT_SCHEMA`."""
+        scalars, (vector, mask, bias_logits) = self.split()
+        softcap = scalars.softcap or 0.0
+        return vector, scalars.temperature, softcap, scalars.logit_scale, mask, bias_logits, scalars.bias_scale
+
+    @classmethod
+    def from_flat(
+        cls,
+        vector: torch.Tensor | None,
+        scalar: float,
+        softcap: float,
+        logit_scale: float,
+        mask: torch.Tensor | None,
+        bias_logits: torch.Tensor | None = None,
+        bias_scale: float = 1.0,
+    ) -> "LogitOptions":
+        """What `flat` made flat; without a bias, its first five values."""
+        temperature = scalar if vector is None else vector
+        return cls(temperature, softcap or None, logit_scale, mask, bias_logits, bias_scale)
+
 
 _NO_FEATURES: frozenset[str] = frozenset()
+
+Tensors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+FLAT_SCHEMA = (
+    "Tensor? temperature, float scalar_temperature, float softcap, float logit_scale, Tensor? mask"
+    ", Tensor? bias_logits, float bias_scale"
+)
+"""The options in the schema of a custom op, which knows no union; see `LogitOptions.flat`."""
+FLAT_SCHEMA_WITHOUT_MASK = FLAT_SCHEMA.partition(", Tensor? mask")[0]
+FLAT_SCHEMA_WITHOUT_BIAS = FLAT_SCHEMA.partition(", Tensor? bias_logits")[0]
 
 
 def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> None:

@@ -132,7 +132,8 @@ def vocab_shard(weight: torch.Tensor, tensor_parallel: str, *, vocab_size: int |
     """The shard that `head_weight(weight, ..., tensor_parallel=...)` returns.
 
     Args:
-        weight: a DTensor whose rows are cut over the mesh dimension `tensor_parallel`.
+        weight: a DTensor, the lm_head.
+        tensor_parallel: name of the mesh dimension over which the rows of weight are cut.
         vocab_size: without padding rows. None: all rows.
     """
     kept = _mesh_dimension("vocab_shard", weight, tensor_parallel)

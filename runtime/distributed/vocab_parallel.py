@@ -27,9 +27,8 @@ from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step as step_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import sampler_mismatch
-from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Gradients, PolicyStep, PolicyTerms, step_result
 from tokfuse.runtime.reference import token_stats as stats_reference
@@ -63,9 +62,15 @@ def token_stats(
             those beyond are padding.
         target: (tokens,) int64, in [0, shard.vocab_size) where mask is True; the same on all ranks.
         shard: this rank's part of the vocabulary.
-        bias_logits: (tokens, columns), the same columns of the bias model.
-        temperature, softcap, logit_scale, mask, bias_scale: as in `token_stats`, equal on all
-            ranks.
+        bias_logits: (tokens, columns), the same columns of a bias model, to subtract. None:
+            nothing is subtracted.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        mask: (tokens,) bool; False rows are not read and return 0. None: all rows count.
+        bias_scale: multiplies bias_logits.
+
+    temperature, softcap, logit_scale, mask and bias_scale are equal on all ranks.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1) of the whole vocabulary, each (tokens,), the
@@ -77,7 +82,7 @@ def token_stats(
 
     Gradients and communication: one all-gather of 20 bytes per token and rank (40 for float64).
         logits receive the gradient of logp and entropy without a collective: it is right where
-        every rank computes the same loss of the outputs. Saved: the logits and four (tokens,)
+        every rank computes the same loss of the outputs. Saved: the logits and three (tokens,)
         vectors. Padding columns receive 0.
 
     Raises:
@@ -119,7 +124,12 @@ def linear_token_stats(
         target: (tokens,) int64 of all tokens, the same on all ranks.
         shard: this rank's part of the vocabulary.
         bias: (rows,) or None, this rank's part of the bias.
-        temperature, softcap, logit_scale, mask, memory_budget: as in `linear_token_stats`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
+        memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
+            this rank's float32 weight if that is more; on a GPU 1024 rows, up to 1 GiB.
         sequence_parallel: gather the hidden states of the ranks first, and split their gradient.
         reduce_hidden: False leaves the gradient of hidden this shard's part, without a collective,
             for hosts that add the parts up themselves (Megatron-LM's copy_to and gather_from
@@ -194,9 +204,39 @@ def policy_step(
 
     Args:
         shard: this rank's part of the vocabulary.
-        logits: (tokens, columns) of this rank, or None and
-        hidden, weight, bias, sequence_parallel, memory_budget: as in `linear_token_stats` here.
-        others: as in `tokfuse.policy_step`, equal on all ranks of the group.
+        logits: (tokens, columns) of this rank; or leave it None and pass
+        hidden: (tokens, hidden), the same on all ranks; with sequence_parallel (tokens / ranks,
+            hidden), this rank's equal slice in rank order, and
+        weight: (rows, hidden), this rank's rows of the lm_head, with
+        bias: (rows,) or None, this rank's part of the bias.
+        target: (tokens,) int64, in [0, shard.vocab_size) where mask is True.
+        old_logp: (tokens,), nats, at the start of the update.
+        advantage: (tokens,), or (seqs,) with advantage_level="sequence".
+        advantage_level: "token" or "sequence"; never guessed from the shape.
+        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective or
+            advantage_level looks at sequences.
+        objective: an `Objective`.
+        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
+            divides (global token or sequence count). "batch": this batch's own count.
+        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
+        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
+            metric.
+        kl_weight: (tokens,) multiplies the KL term.
+        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
+        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+            sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        memory_budget: from hidden only: bytes of workspace for logits in chunks of rows. None: 64
+            MiB, or a sixth of this rank's float32 weight if that is more; on a GPU 1024 rows, up to
+            1 GiB.
+        sequence_parallel: gather the hidden states of the ranks first, and split their gradient.
+
+    All but shard, logits, weight and bias (with sequence_parallel also hidden) are equal on all
+    ranks of the group.
 
     Returns:
         PolicyStep: loss, metrics and statistics of the whole vocabulary, the same bits on every
@@ -241,7 +281,7 @@ def policy_step(
     policy_checks.check_sampler(STEP, sampler_logp, tokens, device)
 
     def terms_of(stats: TokenStats) -> PolicyTerms:
-        run = select(losses.OP, stats.logp.device.type, stats.logp.dtype, objective.features()).run
+        run = select(losses.OP, stats.logp.device.type, stats.logp.dtype).run
         terms: PolicyTerms = run(stats.logp, stats.entropy, inputs, objective, inverse)
         return terms._replace(loss=terms.loss.detach())
 
@@ -253,8 +293,7 @@ def policy_step(
         assert hidden is not None and weight is not None
         h, w = hidden, weight
         terms, stats, gradients = hidden_step.attach(h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of))
-    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
-    return step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
+    return step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -330,25 +369,6 @@ def _check_head(
 # ---------------------------------------------------------------------------------------- autograd
 
 
-def _tensors(o: LogitOptions) -> tuple[torch.Tensor | None, ...]:
-    """The tensors among the options, for save_for_backward."""
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    return vector, o.mask, o.bias_logits
-
-
-def _scalars(o: LogitOptions) -> LogitOptions:
-    """The options without their tensors."""
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    return o._replace(temperature=scalar, mask=None, bias_logits=None)
-
-
-def _with(o: LogitOptions, *tensors: torch.Tensor | None) -> LogitOptions:
-    """The options with their tensors again."""
-    vector, mask, bias_logits = tensors
-    o = o._replace(mask=mask, bias_logits=bias_logits)
-    return o if vector is None else o._replace(temperature=vector)
-
-
 class _ShardStats(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -356,8 +376,9 @@ class _ShardStats(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats = merged.stats
-        ctx.save_for_backward(logits, target, merged.shift, merged.inv_sum, merged.logp, merged.entropy, *_tensors(o))
-        ctx.options, ctx.shard = _scalars(o), shard
+        ctx.options, tensors = o.split()
+        ctx.save_for_backward(logits, target, merged.row_max, merged.inv_sum, merged.entropy, *tensors)
+        ctx.shard = shard
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[2:])
         return tuple(stats)
@@ -368,8 +389,8 @@ class _ShardStats(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
         logits, target, *merged = ctx.saved_tensors
-        o = _with(ctx.options, *merged[4:])
-        grad = vocab_rows.row_backward(logits, target, o, ctx.shard, *merged[:4], *grads[:2])
+        o = ctx.options.joined(*merged[3:])
+        grad = vocab_rows.row_backward(logits, target, o, ctx.shard, *merged[:3], *grads[:2])
         return grad, None, None, None
 
 
@@ -381,18 +402,11 @@ class _ShardHead(torch.autograd.Function):
         hidden = vocab_rows.gathered(hidden, call)
         merged = vocab_rows.head_forward(hidden, weight, bias, call)
         stats = merged.stats
+        ctx.options, tensors = call.options.split()
         ctx.save_for_backward(
-            hidden,
-            weight,
-            bias,
-            call.target,
-            merged.shift,
-            merged.inv_sum,
-            merged.logp,
-            merged.entropy,
-            *_tensors(call.options),
+            hidden, weight, bias, call.target, merged.row_max, merged.inv_sum, merged.entropy, *tensors
         )
-        ctx.op, ctx.options, ctx.rest = call.op, _scalars(call.options), call[3:]
+        ctx.op, ctx.rest = call.op, call[3:]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[2:])
         return tuple(stats)
@@ -403,9 +417,9 @@ class _ShardHead(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
         hidden, weight, bias, target, *merged = ctx.saved_tensors
-        call = HeadCall(ctx.op, _with(ctx.options, *merged[4:]), target, *ctx.rest)
+        call = HeadCall(ctx.op, ctx.options.joined(*merged[3:]), target, *ctx.rest)
         needs = tuple(ctx.needs_input_grad[:3])
-        given = (*merged[:4], *grads[:2])
+        given = (*merged[:3], *grads[:2])
         return *vocab_rows.head_backward(hidden, weight, bias, call, needs, *given), None
 
 
@@ -420,16 +434,7 @@ def _step_from_logits(
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats, terms = merged.stats, terms_of(merged.stats)
         grad = vocab_rows.row_backward(
-            logits,
-            target,
-            o,
-            shard,
-            merged.shift,
-            merged.inv_sum,
-            merged.logp,
-            merged.entropy,
-            terms.d_logp,
-            terms.d_entropy,
+            logits, target, o, shard, merged.row_max, merged.inv_sum, merged.entropy, terms.d_logp, terms.d_entropy
         )
     return terms, stats, grad
 
@@ -452,9 +457,8 @@ def _step_from_hidden(
             bias,
             call,
             needs,
-            merged.shift,
+            merged.row_max,
             merged.inv_sum,
-            merged.logp,
             merged.entropy,
             terms.d_logp,
             terms.d_entropy,

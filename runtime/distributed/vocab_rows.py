@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.core import native
-from tokfuse.runtime.core.dispatch import Kernels, select
+from tokfuse.runtime.core.dispatch import Kernels, RowState, select
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.distributed.vocab_shard import Merged, VocabShard, empty_record, merge, pack
@@ -13,16 +13,11 @@ from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, check_head
 from tokfuse.runtime.ops import linear_token_stats as linear_op
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.reference import token_stats as stats_reference
-from tokfuse.runtime.reference import vocab_parallel as reference
 
 # What the row kernels' backward takes for "another shard owns the target": ELSEWHERE of
 # triton_kernels/rows.py, kElsewhere of csrc/cuda/gradient.cuh; the CPU's takes any id outside the
 # columns.
 ELSEWHERE = -(2**31)
-LN_2 = 0.6931471805599453
-
-_REFERENCE_ROWS = Kernels(reference.forward, reference.backward)
-_REFERENCE_HEAD = HeadKernels(reference.head_forward, reference.head_backward)
 
 
 class HeadCall(NamedTuple):
@@ -37,44 +32,24 @@ class HeadCall(NamedTuple):
     reduce_hidden: bool = True
 
 
-def _unit(backend: str, o: LogitOptions) -> float | torch.Tensor:
-    """Nats per unit of the shift that the row kernels of a backend return."""
-    if backend == "reference":
-        return 1.0
-    if backend == "cpu":
-        return LN_2
-    assert backend in ("cuda", "triton"), backend
-    # Softcap and bias apply to scaled logits; without them the scale is part of the exponent's. The
-    # Triton kernels have the cap in the exponent as well, and the shift is a tangent.
-    scale = 1.0 if o.softcap is not None or o.bias_logits is not None else o.logit_scale
-    if backend == "triton" and o.softcap is not None:
-        scale = o.softcap
-    if isinstance(o.temperature, torch.Tensor):
-        return scale / o.temperature.double()
-    return scale / o.temperature
-
-
 def _exchange(
     local: tuple[torch.Tensor, ...] | None,
     target: torch.Tensor,
     o: LogitOptions,
     shard: VocabShard,
-    backend: str,
+    state: RowState,
     dtype: torch.dtype,
 ) -> Merged:
     """The one all-gather, and the merge. `local`: outputs of the row kernel; None: no columns.
 
     The reference exchanges float64, so that its statistics are rounded once, to `dtype`.
     """
-    if local is None:
-        record = empty_record(target, torch.float64 if backend == "reference" else torch.float32)
-    else:
-        record = pack(local, shard.owns(target))
+    record = empty_record(target, state.dtype) if local is None else pack(local, shard.owns(target))
     records = collectives.all_gather(record, shard.group)
-    return merge(records, collectives.own_rank(shard.group), _unit(backend, o), o.mask, dtype)
+    return merge(records, collectives.own_rank(shard.group), state.nats(o), o.mask, dtype)
 
 
-def _column(target: torch.Tensor, shard: VocabShard, elsewhere: int) -> torch.Tensor:
+def column_of(target: torch.Tensor, shard: VocabShard, elsewhere: int) -> torch.Tensor:
     """Column of the target in this shard; `elsewhere` where another one owns it."""
     return torch.where(shard.owns(target), target - shard.start, elsewhere)
 
@@ -82,10 +57,10 @@ def _column(target: torch.Tensor, shard: VocabShard, elsewhere: int) -> torch.Te
 # ------------------------------------------------------------------------------------- from logits
 
 
-def _row_kernels(logits: torch.Tensor, o: LogitOptions) -> tuple[str, Kernels]:
-    capability = select(stats_op.OP, logits.device.type, logits.dtype, o.features())
-    backend = capability.backend
-    return backend, _REFERENCE_ROWS if backend == "reference" else capability.run
+def row_kernels(logits: torch.Tensor, o: LogitOptions) -> Kernels:
+    """The kernels of token_stats for a shard of these logits."""
+    run: Kernels = select(stats_op.OP, logits.device.type, logits.dtype, o.features()).run
+    return run
 
 
 def _row_options(o: LogitOptions, shard: VocabShard) -> dict[str, Any]:
@@ -97,13 +72,14 @@ def _row_options(o: LogitOptions, shard: VocabShard) -> dict[str, Any]:
 
 def row_forward(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> Merged:
     """Statistics of the whole vocabulary; logits (tokens, columns) with padding columns."""
-    backend, run = _row_kernels(logits, o)
+    run = row_kernels(logits, o)
+    assert run.state is not None
     local = None
     if shard.size > 0:
         z = logits.detach()[:, : shard.size]
-        local = run.forward(z, _column(target, shard, 0), **_row_options(o, shard))[:7]
+        local = run.forward(z, column_of(target, shard, 0), **_row_options(o, shard))[:7]
     dtype = stats_reference.result_dtype(logits.dtype)
-    return _exchange(local, target, o, shard, backend, dtype)
+    return _exchange(local, target, o, shard, run.state, dtype)
 
 
 def row_backward(
@@ -111,9 +87,8 @@ def row_backward(
     target: torch.Tensor,
     o: LogitOptions,
     shard: VocabShard,
-    shift: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
-    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -126,14 +101,13 @@ def row_backward(
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     out[:, shard.size :] = 0.0
     if shard.size > 0:
-        _, run = _row_kernels(logits, o)
-        assert run.backward is not None
-        run.backward(
+        backward = row_kernels(logits, o).backward
+        assert backward is not None
+        backward(
             logits[:, : shard.size],
-            _column(target, shard, ELSEWHERE),
-            shift,
+            column_of(target, shard, ELSEWHERE),
+            row_max,
             inv_sum,
-            logp,
             entropy,
             grad_logp,
             grad_entropy,
@@ -154,10 +128,9 @@ def gathered(hidden: torch.Tensor, call: HeadCall) -> torch.Tensor:
     return collectives.all_gather(hidden, call.shard.group).flatten(0, 1)
 
 
-def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> tuple[str, HeadKernels]:
-    capability = select(linear_op.OP, hidden.device.type, hidden.dtype, o.features())
-    backend = capability.backend
-    return backend, _REFERENCE_HEAD if backend == "reference" else capability.run
+def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> HeadKernels:
+    run: HeadKernels = select(linear_op.OP, hidden.device.type, hidden.dtype, o.features()).run
+    return run
 
 
 def _problem(
@@ -165,18 +138,18 @@ def _problem(
 ) -> HeadProblem:
     size = call.shard.size
     own_bias = None if bias is None else bias.detach()[:size]
-    target = _column(call.target, call.shard, elsewhere)
+    target = column_of(call.target, call.shard, elsewhere)
     return check_head(call.op, hidden, weight.detach()[:size], own_bias, target, call.options, call.memory_budget)
 
 
 def head_forward(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall) -> Merged:
     """Statistics of the whole vocabulary; weight (rows, hidden) with padding rows."""
-    backend, run = _head_kernels(hidden, call.options)
+    run = _head_kernels(hidden, call.options)
     local = None
     if call.shard.size > 0:
         local = run.forward(_problem(hidden, weight, bias, call, 0))[:7]
     dtype = stats_reference.result_dtype(hidden.dtype)
-    return _exchange(local, call.target, call.options, call.shard, backend, dtype)
+    return _exchange(local, call.target, call.options, call.shard, run.state, dtype)
 
 
 def head_backward(
@@ -185,9 +158,8 @@ def head_backward(
     bias: torch.Tensor | None,
     call: HeadCall,
     needs: tuple[bool, bool, bool],
-    shift: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
-    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -196,8 +168,9 @@ def head_backward(
     grads: list[torch.Tensor | None] = [None, None, None]
     if call.shard.size > 0:
         p = _problem(hidden, weight, bias, call, ELSEWHERE)
-        _, run = _head_kernels(hidden, call.options)
-        grads = run.backward(p, shift, inv_sum, logp, entropy, grad_logp, grad_entropy, needs)
+        grads = _head_kernels(hidden, call.options).backward(
+            p, row_max, inv_sum, entropy, grad_logp, grad_entropy, needs
+        )
     grad_hidden = None
     if needs[0]:
         part = torch.zeros_like(hidden) if grads[0] is None else grads[0]

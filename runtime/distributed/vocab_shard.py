@@ -1,15 +1,15 @@
 """Which part of the vocabulary a rank holds, and how the statistics of the parts become those of
 the whole.
 
-A shard with logits z_j, j in its part, has the softmax of its own logits: shift m, S = sum e^(z-m),
+A shard with logits z_j, j in its part, has the softmax of its own logits: row maximum m, S = sum e^(z-m),
 its own entropy, sum of p^2 and, where it owns the target, log-probability. With q_r the probability
 that the whole softmax gives to shard r,
 
     lse = log sum_r S_r e^(m_r),   q_r = S_r e^(m_r - lse),   logp = logp_r + log q_r (r owns it),
     entropy = sum_r q_r (entropy_r - log q_r),   sum_sq = sum_r q_r^2 sum_sq_r.
 
-So five numbers per token and rank, exchanged once, are all. A shard's gradient needs its own shift
-and (e^(m_r - m) / S) of the whole: p_j = e^(z_j - m_r) e^(m_r) / sum_r S_r e^(m_r).
+So five numbers per token and rank, exchanged once, are all. A shard's gradient needs its own row
+maximum and (e^(m_r - m) / S) of the whole: p_j = e^(z_j - m_r) e^(m_r) / sum_r S_r e^(m_r).
 """
 
 import math
@@ -105,28 +105,26 @@ class Merged(NamedTuple):
     """Statistics of the whole vocabulary, and what the gradient of this shard needs."""
 
     stats: TokenStats
-    shift: torch.Tensor
-    """(tokens,) the shard's own shift, in its kernel's unit."""
+    row_max: torch.Tensor
+    """(tokens,) the shard's own row maximum, in its kernel's unit."""
     inv_sum: torch.Tensor
     """(tokens,) factor that makes probabilities of the shard's exponentials."""
-    logp: torch.Tensor
-    """(tokens,) logp of the whole, in the records' dtype as the two above."""
     entropy: torch.Tensor
-    """(tokens,) entropy of the whole, likewise."""
+    """(tokens,) entropy of the whole, in the records' dtype as the two above."""
 
 
 def pack(local: tuple[torch.Tensor, ...], owned: torch.Tensor) -> torch.Tensor:
     """(RECORD, tokens) from the seven outputs of a row kernel over the shard.
 
-    shift, 1 / S, entropy, sum_sq, logp. logp is +inf where another shard owns the target; 1 / S is
-    negative where the target attains the shard's maximum; a shard that is -inf all over has shift
+    row_max, 1 / S, entropy, sum_sq, logp. logp is +inf where another shard owns the target; 1 / S is
+    negative where the target attains the shard's maximum; a shard that is -inf all over has row_max
     -inf and 1 / S = 0.
     """
-    logp, entropy, _, sum_sq, top1, shift, inv_sum = local
+    logp, entropy, _, sum_sq, top1, row_max, inv_sum = local
     hit = owned & (top1 > 0)
     return torch.stack(
         [
-            torch.where(inv_sum == 0, -INF, shift),
+            torch.where(inv_sum == 0, -INF, row_max),
             torch.where(hit, -inv_sum, inv_sum),
             entropy,
             sum_sq,
@@ -150,16 +148,16 @@ def merge(
 
     Args:
         rank: the shard whose gradient factors are wanted.
-        unit: nats per unit of shift, () or (tokens,).
+        unit: nats per unit of row_max, () or (tokens,).
         mask: (tokens,) bool; masked rows are 0.
         dtype: of the statistics.
     """
-    shift, signed, entropy, sum_sq, logp = records.double().unbind(1)
+    row_max, signed, entropy, sum_sq, logp = records.double().unbind(1)
     inverse = signed.abs()
     absent = inverse == 0  # -inf all over, masked, or without columns; a poisoned shard is NaN
     dead = absent.all(0)
-    highest = shift.amax(0)
-    distance = torch.where(absent, -INF, (shift - highest) * unit)
+    highest = row_max.amax(0)
+    distance = torch.where(absent, -INF, (row_max - highest) * unit)
     weight = torch.where(absent, 0.0, distance.exp() / inverse)
     total = torch.where(dead, 1.0, weight.sum(0))
     share = weight / total
@@ -168,17 +166,16 @@ def merge(
     owned = logp != INF
     own_logp = torch.where(owned, logp + log_share, 0.0).sum(0)
     known = owned.any(0) | dead
-    top1 = (signed.signbit() & (shift == highest) & (weight > 0)).any(0)
+    top1 = (signed.signbit() & (row_max == highest) & (weight > 0)).any(0)
 
     def final(x: torch.Tensor, dead_value: float, dtype: torch.dtype = dtype) -> torch.Tensor:
         x = torch.where(dead, dead_value, x)
         return (x if mask is None else torch.where(mask, x, 0.0)).to(dtype)
 
     whole_entropy = mixed.sum(0).clamp(min=0)
-    whole_logp = torch.where(known, own_logp.clamp(max=0), math.nan)
 
     stats = TokenStats(
-        final(whole_logp, -INF),
+        final(torch.where(known, own_logp.clamp(max=0), math.nan), -INF),
         final(whole_entropy, 0.0),
         final(highest * unit + total.log(), -INF),
         final((share * share * sum_sq).sum(0), 0.0),
@@ -188,6 +185,5 @@ def merge(
     # the target, whose own term does not vanish.
     wide = records.dtype
     factor = (distance[rank].exp() / total).to(wide).clamp(min=torch.finfo(wide).tiny)
-    own_shift = torch.where(absent[rank], 0.0, shift[rank])
-    exact = (final(whole_logp, -INF, wide), final(whole_entropy, 0.0, wide))
-    return Merged(stats, own_shift.to(wide), torch.where(dead, 0.0, factor), *exact)
+    own_max = torch.where(absent[rank], 0.0, row_max[rank])
+    return Merged(stats, own_max.to(wide), torch.where(dead, 0.0, factor), final(whole_entropy, 0.0, wide))

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from tokfuse.runtime.backends import cpu_policy
+from tokfuse.runtime.backends import cpu_policy, cpu_rows
 from tokfuse.runtime.backends.policy_runs import statistics_first
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.statistics import TokenStats
@@ -245,4 +245,4 @@ class _UnitsWork:
                 rows[place].copy_(rows[row])
 
 
-LINEAR = HeadKernels(linear_fwd, linear_bwd)
+LINEAR = HeadKernels(linear_fwd, linear_bwd, cpu_rows.STATE)

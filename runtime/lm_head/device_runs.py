@@ -1,6 +1,7 @@
 """The ops from hidden states on a device: torch's GEMMs around the row kernels of CUDA or Triton."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -256,9 +257,14 @@ def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> Un
         return UnitTerms(total, TokenStats(*stats[:5]), head.finish(), read_twice)
 
 
-CUDA_LINEAR = HeadKernels(cuda_linear_fwd, functools.partial(_linear_bwd, cuda_rows.TOKEN_STATS))
-TRITON_LINEAR = HeadKernels(triton_linear_fwd, functools.partial(_linear_bwd, triton_rows.TOKEN_STATS))
+def _linear(forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]], rows: Kernels) -> HeadKernels:
+    assert rows.state is not None
+    return HeadKernels(forward, functools.partial(_linear_bwd, rows), rows.state)
+
+
+CUDA_LINEAR = _linear(cuda_linear_fwd, cuda_rows.TOKEN_STATS)
 CUDA_STEP = StepKernels(cuda_policy.ROW_OBJECTIVE, cuda_policy.policy_loss, CUDA_LINEAR)
 CUDA_UNITS = functools.partial(_unit_step, cuda_rows.TOKEN_STATS)
-TRITON_UNITS = functools.partial(_unit_step, triton_rows.TOKEN_STATS)
+TRITON_LINEAR = _linear(triton_linear_fwd, triton_rows.TOKEN_STATS)
 TRITON_STEP = StepKernels(triton_policy.ROW_OBJECTIVE, triton_policy.policy_loss, TRITON_LINEAR)
+TRITON_UNITS = functools.partial(_unit_step, triton_rows.TOKEN_STATS)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.dispatch import RowState
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_options
 from tokfuse.runtime.core.statistics import TokenStats
@@ -19,6 +20,8 @@ MIN_BUDGET = 64 << 20
 # H100 (800 TFLOP/s, 3.35 TB/s) waits for memory.
 GPU_ROWS = 1024
 NAMES = ("hidden", "weight", "bias")
+HEAD_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+"""The tensors of a head problem in the schema of a custom op."""
 
 Step = tuple[PolicyTerms, TokenStats, list[torch.Tensor | None]]
 """Terms, statistics, gradients in the order of `NAMES`."""
@@ -122,6 +125,8 @@ class HeadKernels(NamedTuple):
     backward: Callable[..., list[torch.Tensor | None]]
     """(problem, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs) -> gradients in order
     of `NAMES`."""
+    state: RowState
+    """As of `Kernels`."""
 
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]

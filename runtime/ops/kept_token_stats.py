@@ -9,7 +9,7 @@ from tokfuse.runtime.backends.registration import register_cpu, register_cuda, r
 from tokfuse.runtime.core.checks import INTS, Rows, check_vector, may_read
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference import kept_token_stats as reference
 
@@ -53,7 +53,9 @@ def kept_token_stats(
         kept_ids: (kept,) int32 or int64: the supports of all rows one after the other, each in any
             order without repetition.
         kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the support sizes.
-        temperature, softcap, logit_scale: as in `token_stats`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
         mask: (tokens,) bool; False rows are not read, nor their ids, and return 0. None: all count.
 
     Returns:
@@ -86,19 +88,15 @@ def kept_token_stats(
     check_logits(OP, logits, target, options)
     ids, offsets = _check_support(logits, kept_ids, kept_offsets)
     capability = select(OP, logits.device.type, logits.dtype, options.features())
-    arguments = _arguments(options)
+    arguments = options.without_bias()
     if capability.backend == "reference":
         return KeptTokenStats(*reference.forward(logits, target, ids, offsets, **arguments))
     if torch.compiler.is_compiling():
-        return KeptTokenStats(*_custom_op(logits, target, ids, offsets, options)[:3])
+        return KeptTokenStats(*_kept_op(logits, target, ids, offsets, *options.flat()[:5])[:3])
     run = capability.run
     if logits.requires_grad and torch.is_grad_enabled():
         return KeptTokenStats(*_KeptFunction.apply(logits, target, ids, offsets, options, run))
     return KeptTokenStats(*run.forward(logits, target, ids, offsets, **arguments)[:3])
-
-
-def _arguments(o: LogitOptions) -> dict[str, Any]:
-    return {name: getattr(o, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
 
 
 def _check_support(
@@ -154,11 +152,10 @@ class _KeptFunction(torch.autograd.Function):
         o: LogitOptions,
         run: Kernels,
     ) -> tuple[torch.Tensor, ...]:
-        logp, entropy, lse, row_max, inv_sum = run.forward(logits, target, ids, offsets, **_arguments(o))
-        vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-        ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, logp, entropy, vector, o.mask)
-        scalar = o.temperature if vector is None else 1.0
-        ctx.options, ctx.run = o._replace(mask=None, temperature=scalar), run
+        logp, entropy, lse, row_max, inv_sum = run.forward(logits, target, ids, offsets, **o.without_bias())
+        ctx.options, tensors = o.split()
+        ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, logp, entropy, *tensors)
+        ctx.run = run
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse)
         return logp, entropy, lse
@@ -169,36 +166,26 @@ class _KeptFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return (None,) * 6
-        *saved, vector, mask = ctx.saved_tensors
-        o = ctx.options._replace(mask=mask)
-        if vector is not None:
-            o = o._replace(temperature=vector)
-        return (ctx.run.backward(*saved, grads[0], grads[1], **_arguments(o)),) + (None,) * 5
+        *saved, vector, mask, bias_logits = ctx.saved_tensors
+        o = ctx.options.joined(vector, mask, bias_logits)
+        return (ctx.run.backward(*saved, grads[0], grads[1], **o.without_bias()),) + (None,) * 5
 
 
-def _unpack(
-    temperature: torch.Tensor | None, scalar: float, softcap: float, logit_scale: float, mask: torch.Tensor | None
-) -> dict[str, Any]:
-    chosen = scalar if temperature is None else temperature
-    return _arguments(LogitOptions(chosen, softcap or None, logit_scale, mask))
+SUPPORT_SCHEMA = "Tensor logits, Tensor target, Tensor ids, Tensor offsets"
 
 
-@torch.library.custom_op("tokfuse::kept_token_stats", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::kept_token_stats",
+    mutates_args=(),
+    schema=f"({SUPPORT_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 @ranged("kept_token_stats.fwd")
 def _kept_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    ids: torch.Tensor,
-    offsets: torch.Tensor,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
-    run = select(OP, logits.device.type, logits.dtype, LogitOptions(**options).features()).run
-    return run.forward(logits, target, ids, offsets, **options)  # type: ignore[no-any-return]
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, *flat: Any
+) -> tuple[torch.Tensor, ...]:
+    o = LogitOptions.from_flat(*flat)
+    run: Kernels = select(OP, logits.device.type, logits.dtype, o.features()).run
+    return run.forward(logits, target, ids, offsets, **o.without_bias())
 
 
 @_kept_op.register_fake
@@ -206,30 +193,20 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(5))
 
 
-@torch.library.custom_op("tokfuse::kept_token_stats_backward", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::kept_token_stats_backward",
+    mutates_args=(),
+    schema=f"({SUPPORT_SCHEMA}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp,"
+    f" Tensor? grad_entropy, {FLAT_SCHEMA_WITHOUT_BIAS}) -> Tensor",
+)
 @ranged("kept_token_stats.bwd")
-def _kept_backward_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    ids: torch.Tensor,
-    offsets: torch.Tensor,
-    row_max: torch.Tensor,
-    inv_sum: torch.Tensor,
-    logp: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
-    run = select(OP, logits.device.type, logits.dtype, LogitOptions(**options).features()).run
-    return run.backward(  # type: ignore[no-any-return]
-        logits, target, ids, offsets, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, **options
+def _kept_backward_op(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+    given, flat = rest[:-5], rest[-5:]
+    o = LogitOptions.from_flat(*flat)
+    grad: torch.Tensor = select(OP, logits.device.type, logits.dtype, o.features()).run.backward(
+        logits, *given, **o.without_bias()
     )
+    return grad
 
 
 @_kept_backward_op.register_fake
@@ -238,10 +215,10 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, target, ids, offsets, temperature, scalar, softcap, logit_scale, mask = inputs
+    logits, target, ids, offsets, *flat = inputs
     logp, entropy, lse, row_max, inv_sum = output
-    ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, logp, entropy, temperature, mask)
-    ctx.scalars = (scalar, softcap, logit_scale)
+    ctx.options, tensors = LogitOptions.from_flat(*flat).split()
+    ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, logp, entropy, *tensors)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, row_max, inv_sum)
 
@@ -249,18 +226,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
         return (None,) * 9
-    *saved, temperature, mask = ctx.saved_tensors
-    grad = _kept_backward_op(*saved, grads[0], grads[1], temperature, *ctx.scalars, mask)
-    return (grad,) + (None,) * 8
+    *saved, vector, mask, bias_logits = ctx.saved_tensors
+    o = ctx.options.joined(vector, mask, bias_logits)
+    return (_kept_backward_op(*saved, grads[0], grads[1], *o.flat()[:5]),) + (None,) * 8
 
 
 _kept_op.register_autograd(_op_backward, setup_context=_setup_context)
-
-
-def _custom_op(
-    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, o: LogitOptions
-) -> tuple[torch.Tensor, ...]:
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _kept_op(logits, target, ids, offsets, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask)
-    return tuple(out)

@@ -6,12 +6,13 @@ import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
-from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
-from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, check_head
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadKernels, HeadProblem, check_head
 from tokfuse.runtime.reference import linear_token_stats as reference
+from tokfuse.runtime.reference import vocab_parallel as rows
 
 OP = "linear_token_stats"
 
@@ -36,7 +37,10 @@ def linear_token_stats(
         weight: (vocab, hidden), same dtype and device: the lm_head.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         bias: (vocab,), same dtype. None: no bias.
-        temperature, softcap, logit_scale, mask: as in `token_stats`. Masked rows enter no GEMM.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
         memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
             the weight's float32 size where that is more; on a GPU 1024 rows, up to 1 GiB. At least
             one row is always computed.
@@ -71,10 +75,9 @@ def linear_token_stats(
     problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
     capability = select(OP, hidden.device.type, hidden.dtype, options.features())
     if capability.backend == "reference":
-        arguments = {name: getattr(options, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
-        return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **arguments))
+        return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **options.without_bias()))
     if torch.compiler.is_compiling():
-        return TokenStats(*_custom_op(problem)[:5])
+        return TokenStats(*_linear_op(hidden, weight, bias, target, *options.flat()[:5], problem.memory_budget)[:5])
     run = capability.run
     wants = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if wants and torch.is_grad_enabled():
@@ -85,7 +88,7 @@ def linear_token_stats(
 register_cpu(OP, cpu_runs.LINEAR, FLOAT_DTYPES, "softcap")
 register_cuda(OP, device_runs.CUDA_LINEAR, FLOAT_DTYPES, "softcap")
 register_triton(OP, device_runs.TRITON_LINEAR, FLOAT_DTYPES, "softcap")
-register_reference(OP, reference.forward, "softcap")
+register_reference(OP, HeadKernels(rows.head_forward, rows.head_backward, rows.STATE), "softcap")
 
 
 # ------------------------------------------------------------------------------- autograd, compile
@@ -102,11 +105,9 @@ class _LinearFunction(torch.autograd.Function):
         run: HeadKernels,
     ) -> tuple[torch.Tensor, ...]:
         logp, entropy, lse, sum_sq, top1, row_max, inv_sum = run.forward(p)
-        o = p.options
-        vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-        ctx.save_for_backward(hidden, weight, bias, p.target, o.mask, vector, row_max, inv_sum, logp, entropy)
-        scalar = o.temperature if vector is None else 1.0
-        ctx.rest = (LogitOptions(scalar, o.softcap, o.logit_scale, None), p.memory_budget, run)
+        scalars, tensors = p.options.split()
+        ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, row_max, inv_sum, logp, entropy)
+        ctx.rest = scalars, p.memory_budget, run
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, sum_sq, top1)
         return logp, entropy, lse, sum_sq, top1
@@ -117,35 +118,31 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None, None
-        hidden, weight, bias, target, mask, vector, *stats = ctx.saved_tensors
-        options, budget, run = ctx.rest
-        options = options._replace(mask=mask)
-        if vector is not None:
-            options = options._replace(temperature=vector)
-        p = HeadProblem(hidden, weight, bias, target, options, budget)
+        hidden, weight, bias, target, vector, mask, bias_logits, *stats = ctx.saved_tensors
+        scalars, budget, run = ctx.rest
+        p = HeadProblem(hidden, weight, bias, target, scalars.joined(vector, mask, bias_logits), budget)
         needs = tuple(ctx.needs_input_grad[:3])
         return (*run.backward(p, *stats, grads[0], grads[1], needs), None, None)
 
 
-@torch.library.custom_op("tokfuse::linear_token_stats", mutates_args=())
+def _problem(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, *rest: Any
+) -> tuple[HeadProblem, HeadKernels]:
+    *flat, budget = rest
+    p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
+    return p, select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
+
+
+ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
+
+
+@torch.library.custom_op(
+    "tokfuse::linear_token_stats", mutates_args=(), schema=f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 7)})"
+)
 @ranged("linear_token_stats.fwd")
-def _linear_op(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    memory_budget: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    p = head_problem(
-        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale, memory_budget
-    )
-    run = select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
-    return run.forward(p)  # type: ignore[no-any-return]
+def _linear_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    p, run = _problem(*arguments)
+    return run.forward(p)
 
 
 @_linear_op.register_fake
@@ -153,36 +150,17 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(7))
 
 
-@torch.library.custom_op("tokfuse::linear_token_stats_backward", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::linear_token_stats_backward",
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp"
+    ", Tensor? grad_entropy, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+)
 @ranged("linear_token_stats.bwd")
-def _linear_backward_op(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    memory_budget: int,
-    row_max: torch.Tensor,
-    inv_sum: torch.Tensor,
-    logp: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> list[torch.Tensor]:
-    p = head_problem(
-        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale, memory_budget
-    )
-    run = select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
-    needs = (needs_hidden, needs_weight, needs_bias)
-    grads = run.backward(p, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs)
-    return [hidden.new_empty(0) if x is None else x for x in grads]
+def _linear_backward_op(*arguments: Any) -> list[torch.Tensor]:
+    p, run = _problem(*arguments[:10])
+    given, needs = arguments[10:-3], arguments[-3:]
+    return [p.hidden.new_empty(0) if x is None else x for x in run.backward(p, *given, needs)]
 
 
 @_linear_backward_op.register_fake
@@ -192,27 +170,12 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *re
     return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, needs, strict=True)]
 
 
-def head_problem(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    scalar: float,
-    softcap: float,
-    logit_scale: float,
-    memory_budget: int,
-) -> HeadProblem:
-    chosen = scalar if temperature is None else temperature
-    options = LogitOptions(chosen, softcap or None, logit_scale, mask)
-    return HeadProblem(hidden, weight, bias, target, options, memory_budget)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, bias, target, mask, temperature, *ctx.scalars = inputs
+    *head, ctx.budget = inputs
+    tensors, flat = head[:4], head[4:]
     logp, entropy, lse, sum_sq, top1, row_max, inv_sum = output
-    ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, row_max, inv_sum, logp, entropy)
+    ctx.options, more = LogitOptions.from_flat(*flat).split()
+    ctx.save_for_backward(*tensors, *more, row_max, inv_sum, logp, entropy)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum)
 
@@ -220,21 +183,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
         return (None,) * 10
-    *inputs, row_max, inv_sum, logp, entropy = ctx.saved_tensors
+    *tensors, vector, mask, bias_logits, *stats = ctx.saved_tensors
+    o = ctx.options.joined(vector, mask, bias_logits)
     needs = tuple(ctx.needs_input_grad[:3])
-    out = _linear_backward_op(*inputs, *ctx.scalars, row_max, inv_sum, logp, entropy, grads[0], grads[1], *needs)
+    arguments = (*tensors, *o.flat()[:5], ctx.budget)
+    out = _linear_backward_op(*arguments, *stats, grads[0], grads[1], *needs)
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
     return (*chosen,) + (None,) * 7
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_setup_context)
-
-
-def _custom_op(p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    o = p.options
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _linear_op(
-        p.hidden, p.weight, p.bias, p.target, o.mask, vector, scalar, o.softcap or 0.0, o.logit_scale, p.memory_budget
-    )
-    return tuple(out)

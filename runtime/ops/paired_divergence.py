@@ -13,7 +13,7 @@ from tokfuse.runtime.core.checks import check_choice
 from tokfuse.runtime.core.codes import DIVERGENCES
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_options
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference import paired_divergence as reference
 
@@ -51,7 +51,9 @@ def paired_divergence(
         logits_q: same shape, dtype and device; must not require grad.
         kind: "jsd", "kl_forward" or "kl_reverse".
         beta: weight of Q in the mixture, in (0, 1); for "jsd" only.
-        temperature, softcap, logit_scale: as in `token_stats`, applied to both streams.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits of both streams.
+        softcap: cap of the tanh soft-cap (Gemma) of both streams, > 0. None: no cap.
+        logit_scale: multiplies the logits of both streams before the cap (Cohere); > 0.
         mask: (tokens,) bool; False rows are not read and return 0. None: all rows count.
 
     Returns:
@@ -87,22 +89,19 @@ def paired_divergence(
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     _check(logits_p, logits_q, kind, beta, options)
     capability = select(OP, logits_p.device.type, logits_p.dtype, options.features())
-    arguments = {**_arguments(options), "kind": kind, "beta": beta}
+    arguments = {**options.without_bias(), "kind": kind, "beta": beta}
     if capability.backend == "reference":
         if isinstance(temperature, torch.Tensor) and not torch.compiler.is_compiling():
             check_temperature(OP, temperature, mask)
         return reference.forward(logits_p, logits_q, **arguments)
     if torch.compiler.is_compiling():
-        return _custom_op(logits_p, logits_q, kind, beta, options)
+        out: torch.Tensor = _divergence_op(logits_p, logits_q, kind, beta, *options.flat()[:5])[0]
+        return out
     run = capability.run
     if logits_p.requires_grad and torch.is_grad_enabled():
-        out: torch.Tensor = _DivergenceFunction.apply(logits_p, logits_q, kind, beta, options, run)
+        out = _DivergenceFunction.apply(logits_p, logits_q, kind, beta, options, run)
         return out
     return run.forward(logits_p, logits_q, **arguments)[0]  # type: ignore[no-any-return]
-
-
-def _arguments(o: LogitOptions) -> dict[str, Any]:
-    return {name: getattr(o, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
 
 
 def _check(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions) -> None:
@@ -151,50 +150,38 @@ class _DivergenceFunction(torch.autograd.Function):
     def forward(
         ctx: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions, run: Kernels
     ) -> torch.Tensor:
-        out, state = run.forward(logits_p, logits_q, kind=kind, beta=beta, **_arguments(o))
-        vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-        ctx.save_for_backward(logits_p, logits_q, state, vector, o.mask)
-        scalar = o.temperature if vector is None else 1.0
-        ctx.rest = kind, beta, o._replace(mask=None, temperature=scalar), run
+        out, state = run.forward(logits_p, logits_q, kind=kind, beta=beta, **o.without_bias())
+        scalars, tensors = o.split()
+        ctx.save_for_backward(logits_p, logits_q, state, *tensors)
+        ctx.rest = kind, beta, scalars, run
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @ranged("paired_divergence.bwd")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        p, q, state, vector, mask = ctx.saved_tensors
-        kind, beta, o, run = ctx.rest
-        o = o._replace(mask=mask)
-        if vector is not None:
-            o = o._replace(temperature=vector)
-        grad_p = run.backward(p, q, state, grad, kind=kind, beta=beta, **_arguments(o))
+        p, q, state, *tensors = ctx.saved_tensors
+        kind, beta, scalars, run = ctx.rest
+        o = scalars.joined(*tensors)
+        grad_p = run.backward(p, q, state, grad, kind=kind, beta=beta, **o.without_bias())
         return (grad_p,) + (None,) * 5
 
 
-def _unpack(
-    temperature: torch.Tensor | None, scalar: float, softcap: float, logit_scale: float, mask: torch.Tensor | None
-) -> LogitOptions:
-    chosen = scalar if temperature is None else temperature
-    return LogitOptions(chosen, softcap or None, logit_scale, mask)
+PAIR_SCHEMA = "Tensor logits_p, Tensor logits_q"
 
 
-@torch.library.custom_op("tokfuse::paired_divergence", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::paired_divergence",
+    mutates_args=(),
+    schema=f"({PAIR_SCHEMA}, str kind, float beta, {FLAT_SCHEMA_WITHOUT_BIAS}) -> (Tensor, Tensor)",
+)
 @ranged("paired_divergence.fwd")
 def _divergence_op(
-    logits_p: torch.Tensor,
-    logits_q: torch.Tensor,
-    kind: str,
-    beta: float,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    o = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
-    run = select(OP, logits_p.device.type, logits_p.dtype, o.features()).run
-    out = run.forward(logits_p, logits_q, kind=kind, beta=beta, **_arguments(o))
-    return out  # type: ignore[no-any-return]
+    logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, *flat: Any
+) -> tuple[torch.Tensor, ...]:
+    o = LogitOptions.from_flat(*flat)
+    run: Kernels = select(OP, logits_p.device.type, logits_p.dtype, o.features()).run
+    return run.forward(logits_p, logits_q, kind=kind, beta=beta, **o.without_bias())
 
 
 @_divergence_op.register_fake
@@ -204,7 +191,11 @@ def _(logits_p: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return logits_p.new_empty(tokens, dtype=torch.float32), state
 
 
-@torch.library.custom_op("tokfuse::paired_divergence_backward", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::paired_divergence_backward",
+    mutates_args=(),
+    schema=f"({PAIR_SCHEMA}, Tensor state, Tensor grad, str kind, float beta, {FLAT_SCHEMA_WITHOUT_BIAS}) -> Tensor",
+)
 @ranged("paired_divergence.bwd")
 def _divergence_backward_op(
     logits_p: torch.Tensor,
@@ -213,16 +204,12 @@ def _divergence_backward_op(
     grad: torch.Tensor,
     kind: str,
     beta: float,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    mask: torch.Tensor | None,
+    *flat: Any,
 ) -> torch.Tensor:
-    o = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask)
+    o = LogitOptions.from_flat(*flat)
     run = select(OP, logits_p.device.type, logits_p.dtype, o.features()).run
-    out = run.backward(logits_p, logits_q, state, grad, kind=kind, beta=beta, **_arguments(o))
-    return out  # type: ignore[no-any-return]
+    out: torch.Tensor = run.backward(logits_p, logits_q, state, grad, kind=kind, beta=beta, **o.without_bias())
+    return out
 
 
 @_divergence_backward_op.register_fake
@@ -231,25 +218,18 @@ def _(logits_p: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    p, q, kind, beta, temperature, scalar, softcap, logit_scale, mask = inputs
-    ctx.save_for_backward(p, q, output[1], temperature, mask)
-    ctx.scalars = (kind, beta, scalar, softcap, logit_scale)
+    p, q, kind, beta, *flat = inputs
+    scalars, tensors = LogitOptions.from_flat(*flat).split()
+    ctx.save_for_backward(p, q, output[1], *tensors)
+    ctx.rest = kind, beta, scalars
     ctx.mark_non_differentiable(output[1])
 
 
 def _op_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    p, q, state, temperature, mask = ctx.saved_tensors
-    kind, beta, *rest = ctx.scalars
-    grad_p = _divergence_backward_op(p, q, state, grad, kind, beta, temperature, *rest, mask)
-    return (grad_p,) + (None,) * 8
+    p, q, state, *tensors = ctx.saved_tensors
+    kind, beta, scalars = ctx.rest
+    o = scalars.joined(*tensors)
+    return (_divergence_backward_op(p, q, state, grad, kind, beta, *o.flat()[:5]),) + (None,) * 8
 
 
 _divergence_op.register_autograd(_op_backward, setup_context=_setup_context)
-
-
-def _custom_op(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, o: LogitOptions) -> torch.Tensor:
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _divergence_op(logits_p, logits_q, kind, beta, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask)
-    first: torch.Tensor = out[0]
-    return first

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
+from tokfuse.runtime.backends.policy_runs import LossRun
 from tokfuse.runtime.backends.registration import (
     eager_cpu,
     register_cpu,
@@ -15,11 +16,12 @@ from tokfuse.runtime.backends.registration import (
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
+from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import SLOTS, Metrics, sampler_mismatch
-from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
+from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import ABSENT, PolicyLoss, PolicyTerms, loss_result
+from tokfuse.runtime.policy.results import ABSENT, PolicyLoss, PolicyTerms, loss_result, sampler_mismatch
 
 OP = "policy_loss"
 
@@ -151,7 +153,7 @@ def _apply(
     if capability.backend == "reference":
         return reference_policy.policy_loss(logp, entropy, inputs, objective, inverse)
     if torch.compiler.is_compiling():
-        return PolicyTerms(*_custom_op(logp, entropy, inputs, objective, inverse))
+        return PolicyTerms(*_policy_loss_op(logp, entropy, *inputs, objective_key(objective), inverse))
     terms: PolicyTerms = capability.run(logp, entropy, inputs, objective, inverse)
     return terms._replace(loss=_PolicyLossFunction.apply(logp, entropy, terms))
 
@@ -184,40 +186,18 @@ class _PolicyLossFunction(torch.autograd.Function):
         return (d_logp * grad_loss).to(logp_dtype), grad_entropy, None
 
 
-@torch.library.custom_op("tokfuse::policy_loss", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::policy_loss",
+    mutates_args=(),
+    schema=f"(Tensor logp, Tensor? entropy, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 @ranged("policy_loss.fwd")
-def _policy_loss_op(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    old_logp: torch.Tensor | None,
-    advantage: torch.Tensor,
-    advantage_level: str,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    token_weight: torch.Tensor | None,
-    signal: torch.Tensor | None,
-    ref_logp: torch.Tensor | None,
-    kl_weight: torch.Tensor | None,
-    entropy_weight: torch.Tensor | None,
-    objective_key: str,
-    inverse: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = PolicyInputs(
-        old_logp,
-        advantage,
-        advantage_level,
-        mask,
-        cu_seqlens,
-        token_weight,
-        signal,
-        ref_logp,
-        kl_weight,
-        entropy_weight,
-    )
-    objective = objective_of(objective_key)
-    run = select(OP, logp.device.type, logp.dtype, objective.features()).run
-    terms = run(logp, entropy, inputs, objective, inverse)
-    return tuple(terms)
+def _policy_loss_op(logp: torch.Tensor, entropy: torch.Tensor | None, *rest: Any) -> tuple[torch.Tensor, ...]:
+    *inputs, key, inverse = rest
+    objective = objective_of(key)
+    run: LossRun = select(OP, logp.device.type, logp.dtype, objective.features()).run
+    return tuple(run(logp, entropy, PolicyInputs(*inputs), objective, inverse))
 
 
 @_policy_loss_op.register_fake
@@ -242,43 +222,3 @@ def _op_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 _policy_loss_op.register_autograd(_op_backward, setup_context=_setup_context)
-
-# A custom op takes no dataclass; the spec's repr names it exactly.
-_OBJECTIVES: dict[str, Objective] = {}
-
-
-def objective_key(objective: Objective) -> str:
-    """A string that stands for the objective in a custom op's schema."""
-    key = repr(objective)
-    _OBJECTIVES.setdefault(key, objective)
-    return key
-
-
-objective_key._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as dispatch.select
-
-
-def objective_of(key: str) -> Objective:
-    """The objective behind `objective_key`."""
-    return _OBJECTIVES[key]
-
-
-def _custom_op(
-    logp: torch.Tensor, entropy: torch.Tensor | None, i: PolicyInputs, objective: Objective, inverse: float
-) -> tuple[torch.Tensor, ...]:
-    out = _policy_loss_op(
-        logp,
-        entropy,
-        i.old_logp,
-        i.advantage,
-        i.advantage_level,
-        i.mask,
-        i.cu_seqlens,
-        i.token_weight,
-        i.signal,
-        i.ref_logp,
-        i.kl_weight,
-        i.entropy_weight,
-        objective_key(objective),
-        inverse,
-    )
-    return tuple(out)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
-from tokfuse.runtime.backends.policy_runs import device_run
+from tokfuse.runtime.backends.policy_runs import StepRun, device_run
 from tokfuse.runtime.backends.registration import (
     eager_cpu,
     register_cpu,
@@ -17,18 +17,18 @@ from tokfuse.runtime.backends.registration import (
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import problem as heads
 from tokfuse.runtime.ops import influence as influence_op
-from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.policy import checks as policy_checks
+from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
+from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import SLOT, Metrics, sampler_mismatch
-from tokfuse.runtime.policy.normalizer import Normalizer, inverse_normalizer
+from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, hand_over, step_result
 
@@ -69,25 +69,47 @@ def policy_step(
     `linear_token_stats`; but the gradient is formed while the logits are at hand. `loss` is wired
     to autograd: `step.loss.backward()`.
 
+    The arguments come in four groups: the input (logits, or hidden and the head), the batch
+    (`target` to `cu_seqlens`), the objective with its optional inputs (`objective` to
+    `sampler_logp`), and how logits become a distribution (`temperature` to `logit_scale`).
+
     Args:
-        logits: (tokens, vocab); or leave it None and pass
+        logits: (tokens, vocab) float32, bfloat16, float16 or float64; or leave it None and pass
         hidden: (tokens, hidden) and
         weight: (vocab, hidden), the lm_head, with
         bias: (vocab,) or None. Same dtype and device.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
-            log-probabilities; every ratio is 1. Triton then needs the statistics first, as for
+            log-probabilities; every ratio is 1. A GPU then needs the statistics first, as for
             sequence-level ratios.
-        token_weight: (tokens,) multiplies the policy term.
-        temperature, softcap, logit_scale: as in `token_stats`.
-        memory_budget: bytes of workspace for the head path, as in `linear_token_stats`.
+        advantage: (tokens,), or (seqs,) with advantage_level="sequence".
+        advantage_level: "token" or "sequence"; never guessed from the shape.
+        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective,
+            advantage_level or influence looks at sequences.
+        objective: an `Objective`.
+        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
+            divides (global token or sequence count). "batch": this batch's own count.
+        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
+        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
+            metric.
+        kl_weight: (tokens,) multiplies the KL term.
+        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
+        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+            sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        memory_budget: from hidden only: bytes of workspace for logits in chunks of rows. None: 64
+            MiB, or a sixth of the weight's float32 size if that is more; on a GPU 1024 rows, up to
+            1 GiB. At least one row is always computed.
         compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU,
-            by Triton kernels that find the rows in device memory: nothing waits. For batches of
-            which a large part is clipped; cuBLAS is the faster one per row. On the CPU such rows
-            never enter them.
+            by Triton kernels that find the rows in device memory, without a synchronisation. For
+            batches of which a large part is clipped; cuBLAS is faster per row. On the CPU such
+            rows never enter them.
         influence: from hidden only, with cu_seqlens: also return gradient norms and sketches of the
             loss in `step.influence`; computes grad_hidden even where hidden needs none.
-        others: as in `policy_loss`; the entropy of an entropy bonus is the policy's own.
 
     Returns:
         PolicyStep. Gradients of `loss` (normaliser included) for the inputs that require grad; from
@@ -104,10 +126,10 @@ def policy_step(
         objectives, one more read for sequence-level ones. From hidden, the workspace
         `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
         GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
-        stops enters with zeros unless `compact_clipped`; the host waits once, for the number of
-        rows of each kind (not under CUDA-graph capture: then every row enters every GEMM, but
-        for what `compact_clipped` keeps out). The gradients are held until `loss.backward()` hands
-        them over.
+        stops enters with zeros unless `compact_clipped`. The host synchronises once, to read the
+        number of rows of each kind (not under CUDA-graph capture: then every row enters every
+        GEMM, except those that `compact_clipped` keeps out). The gradients are held until
+        `loss.backward()` returns them.
 
     Examples:
         >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
@@ -170,8 +192,7 @@ def policy_step(
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
     terms, stats, gradients = hidden_step.apply(problem, inputs, objective, inverse)
-    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
-    step = step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
+    step = step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
@@ -207,7 +228,29 @@ def policy_step_(
     Args:
         logits: (tokens, vocab), contiguous vocabulary, not overlapping rows; destroyed. A leaf that
             requires grad is refused, as torch refuses in-place operations on it.
-        others: as in `policy_step` and `policy_loss`.
+        target: (tokens,) int64, in [0, vocab) where mask is True.
+        old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
+            log-probabilities; every ratio is 1. A GPU then needs the statistics first, as for
+            sequence-level ratios.
+        advantage: (tokens,), or (seqs,) with advantage_level="sequence".
+        advantage_level: "token" or "sequence"; never guessed from the shape.
+        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective or
+            advantage_level looks at sequences.
+        objective: an `Objective`.
+        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
+            divides (global token or sequence count). "batch": this batch's own count.
+        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
+        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
+            metric.
+        kl_weight: (tokens,) multiplies the KL term.
+        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
+        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+            sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
 
     Raises:
         ValueError: as `policy_step`; logits that cannot be written in place.
@@ -296,7 +339,7 @@ def _eager(
 ) -> PolicyStep | None:
     """A plain call on the CPU, answered by one native function; None: take the general path."""
     native_module = eager_cpu()
-    if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
+    if native_module is None or not isinstance(objective, Objective):
         return None
     inverse = inverse_normalizer(op, normalizer, objective)
     in_place = op == "policy_step_"
@@ -340,7 +383,7 @@ def _from_logits(
     sampler_logp: torch.Tensor | None,
     in_place: bool = False,
 ) -> PolicyStep:
-    capability = select(OP, logits.device.type, logits.dtype, objective.features(options.features()))
+    capability = select(OP, logits.device.type, logits.dtype, options.features())
     gradients: Gradients = {}
     if not torch.compiler.is_compiling():
         terms, stats, grad = capability.run(logits, target, options, inputs, objective, inverse, in_place)
@@ -350,8 +393,7 @@ def _from_logits(
         terms, stats = reference_policy.traced_step(logits, target, options, inputs, objective, inverse, logits.dtype)
     else:
         terms, stats, gradients["logits"] = _custom_op(logits, target, options, inputs, objective, inverse)
-    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
-    return step_result(terms, stats, inputs, objective, inverse, sampler_kl, gradients)
+    return step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
 
 
 class _LogitsStep(torch.autograd.Function):
@@ -376,63 +418,26 @@ register_reference(OP, reference_policy.policy_step, "softcap")
 # ---------------------------------------------------------------------------------- torch.compile
 
 
-@torch.library.custom_op("tokfuse::policy_step", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::policy_step",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor target, {FLAT_SCHEMA_WITHOUT_MASK}, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA})"
+    f" -> ({', '.join(['Tensor'] * 9)})",
+)
 @ranged("policy_step.fwd")
-def _policy_step_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    old_logp: torch.Tensor | None,
-    advantage: torch.Tensor,
-    advantage_level: str,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    token_weight: torch.Tensor | None,
-    signal: torch.Tensor | None,
-    ref_logp: torch.Tensor | None,
-    kl_weight: torch.Tensor | None,
-    entropy_weight: torch.Tensor | None,
-    objective_key: str,
-    inverse: float,
-) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
-    options = LogitOptions(
-        scalar_temperature if temperature is None else temperature, softcap or None, logit_scale, mask
-    )
-    inputs = PolicyInputs(
-        old_logp,
-        advantage,
-        advantage_level,
-        mask,
-        cu_seqlens,
-        token_weight,
-        signal,
-        ref_logp,
-        kl_weight,
-        entropy_weight,
-    )
-    objective = losses.objective_of(objective_key)
-    run = select(OP, logits.device.type, logits.dtype, objective.features(options.features())).run
-    terms, stats, grad = run(logits, target, options, inputs, objective, inverse, False)
+def _policy_step_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    vector, scalar, softcap, logit_scale, *fields, key, inverse = rest
+    inputs = PolicyInputs(*fields)
+    options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
+    run: StepRun = select(OP, logits.device.type, logits.dtype, options.features()).run
+    terms, stats, grad = run(logits, target, options, inputs, objective_of(key), inverse, False)
     return (terms.loss, terms.token_loss, terms.sums, *stats, grad)
 
 
 @_policy_step_op.register_fake
 def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     vectors = [logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(6)]
-    sums = logits.new_empty(len(SLOT), dtype=torch.float64)
+    sums = logits.new_empty(len(SLOTS), dtype=torch.float64)
     loss = logits.new_empty((), dtype=torch.float32)
     return (loss, vectors[0], sums, *vectors[1:], logits.new_empty(logits.shape))
 
@@ -451,29 +456,13 @@ _policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _custom_op(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, i: PolicyInputs, objective: Objective, inverse: float
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inverse: float,
 ) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _policy_step_op(
-        logits,
-        target,
-        vector,
-        scalar,
-        o.softcap or 0.0,
-        o.logit_scale,
-        i.old_logp,
-        i.advantage,
-        i.advantage_level,
-        i.mask,
-        i.cu_seqlens,
-        i.token_weight,
-        i.signal,
-        i.ref_logp,
-        i.kl_weight,
-        i.entropy_weight,
-        losses.objective_key(objective),
-        inverse,
-    )
+    out = _policy_step_op(logits, target, *o.flat()[:4], *inputs, objective_key(objective), inverse)
     loss, token_loss, sums, *stats, grad = out
     return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), grad

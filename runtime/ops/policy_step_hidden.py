@@ -8,14 +8,14 @@ import torch
 from tokfuse.runtime.backends.reference_policy import traced_step
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import cpu_runs, device_runs, reference_runs
-from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem, Step, wanted
-from tokfuse.runtime.ops import linear_token_stats as linear
-from tokfuse.runtime.ops import policy_loss as losses
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, Step, StepRun, wanted
+from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import SLOT
+from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Gradients, PolicyTerms, hand_over
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
@@ -27,7 +27,7 @@ def apply(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Terms, statistics and gradients of the step; the loss is wired to autograd."""
-    capability = select(OP, p.hidden.device.type, p.hidden.dtype, objective.features(p.options.features()))
+    capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
     if not torch.compiler.is_compiling():
         return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inverse))
     if capability.backend == "reference":
@@ -78,55 +78,25 @@ register_reference(OP, reference_runs.policy_step, "softcap")
 # -------------------------------------------------------------------------------- torch.compile
 
 
-@torch.library.custom_op("tokfuse::policy_step_hidden", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::policy_step_hidden",
+    mutates_args=(),
+    schema=f"({HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_MASK}, int memory_budget, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA}"
+    ", bool compact_clipped, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+)
 @ranged("policy_step.fwd")
 def _hidden_op(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    memory_budget: int,
-    old_logp: torch.Tensor | None,
-    advantage: torch.Tensor,
-    advantage_level: str,
-    cu_seqlens: torch.Tensor | None,
-    token_weight: torch.Tensor | None,
-    signal: torch.Tensor | None,
-    ref_logp: torch.Tensor | None,
-    kl_weight: torch.Tensor | None,
-    entropy_weight: torch.Tensor | None,
-    objective_key: str,
-    inverse: float,
-    compact_clipped: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, *rest: Any
 ) -> list[torch.Tensor]:
-    p = linear.head_problem(
-        hidden, weight, bias, target, mask, temperature, scalar_temperature, softcap, logit_scale, memory_budget
+    vector, scalar, softcap, logit_scale, budget, *fields = rest[:-6]
+    key, inverse, compact_clipped, *needs = rest[-6:]
+    inputs = PolicyInputs(*fields)
+    options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
+    p = HeadProblem(
+        hidden, weight, bias, target, options, budget, (needs[0], needs[1], needs[2]), None, compact_clipped
     )
-    needs = (needs_hidden, needs_weight, needs_bias)
-    p = p._replace(needs=needs, compact_clipped=compact_clipped)
-    inputs = PolicyInputs(
-        old_logp,
-        advantage,
-        advantage_level,
-        mask,
-        cu_seqlens,
-        token_weight,
-        signal,
-        ref_logp,
-        kl_weight,
-        entropy_weight,
-    )
-    objective = losses.objective_of(objective_key)
-    run = select(OP, hidden.device.type, hidden.dtype, objective.features(p.options.features())).run
-    terms, stats, grads = run(p, inputs, objective, inverse)
+    run: StepRun = select(OP, hidden.device.type, hidden.dtype, options.features()).run
+    terms, stats, grads = run(p, inputs, objective_of(key), inverse)
     held = [hidden.new_empty(0) if x is None else x for x in grads]
     return [terms.loss, terms.token_loss, terms.sums, *stats, *held]
 
@@ -134,7 +104,7 @@ def _hidden_op(
 @_hidden_op.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
     vectors = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(6)]
-    sums = hidden.new_empty(len(SLOT), dtype=torch.float64)
+    sums = hidden.new_empty(len(SLOTS), dtype=torch.float64)
     grads = [
         x.new_empty(x.shape) if x is not None and need else hidden.new_empty(0)
         for x, need in zip((hidden, weight, bias), rest[-3:], strict=True)
@@ -159,37 +129,12 @@ _hidden_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _custom_op(
-    p: HeadProblem, i: PolicyInputs, objective: Objective, inverse: float
+    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
-    o = p.options
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
     needs = wanted(p)
-    out = _hidden_op(
-        p.hidden,
-        p.weight,
-        p.bias,
-        p.target,
-        o.mask,
-        vector,
-        scalar,
-        o.softcap or 0.0,
-        o.logit_scale,
-        p.memory_budget,
-        i.old_logp,
-        i.advantage,
-        i.advantage_level,
-        i.cu_seqlens,
-        i.token_weight,
-        i.signal,
-        i.ref_logp,
-        i.kl_weight,
-        i.entropy_weight,
-        losses.objective_key(objective),
-        inverse,
-        p.compact_clipped,
-        *needs,
-    )
+    tensors = (p.hidden, p.weight, p.bias, p.target)
+    rest = (objective_key(objective), inverse, p.compact_clipped, *needs)
+    out = _hidden_op(*tensors, *p.options.flat()[:4], p.memory_budget, *inputs, *rest)
     loss, token_loss, sums = out[:3]
     terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)
     grads = [x if need else None for x, need in zip(out[8:], needs, strict=True)]

@@ -16,11 +16,12 @@ from tokfuse.runtime.backends.registration import (
 from tokfuse.runtime.core.checks import check_flag, check_positive
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
 from tokfuse.runtime.reference import extended_token_stats as extended_reference
 from tokfuse.runtime.reference import token_stats as reference
+from tokfuse.runtime.reference import vocab_parallel as rows
 
 OP = "token_stats"
 EXTENDED = "extended_token_stats"
@@ -180,7 +181,7 @@ def token_stats(
     if capability.backend == "reference":
         return TokenStats(*reference.forward(logits, target, **options._asdict()))
     if torch.compiler.is_compiling():
-        return TokenStats(*_custom_op(logits, target, options)[:5])
+        return TokenStats(*_token_stats_op(logits, target, *options.flat())[:5])
     run: Kernels = capability.run
     if logits.requires_grad and torch.is_grad_enabled():
         return TokenStats(*_TokenStatsFunction.apply(logits, target, options, run))
@@ -208,7 +209,7 @@ def _extended(logits: torch.Tensor, target: torch.Tensor, options: LogitOptions,
     if capability.backend == "reference":
         return extras.result(extended_reference.forward(logits, target, **arguments))
     if torch.compiler.is_compiling():
-        out = _extended_custom_op(logits, target, options, extras)
+        out = _extended_op(logits, target, *options.flat(), *extras)
         return extras.result((*out[:5], *out[7:]))
     run: Kernels = capability.run
     if logits.requires_grad and torch.is_grad_enabled():
@@ -225,7 +226,7 @@ def _capability(logits: torch.Tensor, options: LogitOptions) -> Any:
 register_cpu(OP, cpu_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
 register_cuda(OP, cuda_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
 register_triton(OP, triton_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
-register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
+register_reference(OP, Kernels(rows.forward, rows.backward, rows.STATE), "softcap", "bias_logits")
 
 register_cpu(EXTENDED, cpu_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
 register_cuda(EXTENDED, cuda_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bias_logits")
@@ -233,7 +234,7 @@ register_triton(EXTENDED, triton_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap", "bia
 register_reference(EXTENDED, Kernels(extended_reference.forward, None), "softcap", "bias_logits")
 
 
-# --------------------------------------------------------------------------------- eager autograd
+# ------------------------------------------------------------------------------- autograd, compile
 
 
 class _TokenStatsFunction(torch.autograd.Function):
@@ -249,11 +250,9 @@ class _TokenStatsFunction(torch.autograd.Function):
         if outputs is None:
             outputs = run.forward(logits, target, **o._asdict())
         logp, entropy, lse, sum_sq, top1, row_max, inv_sum, *extras = outputs
-        tensors = (o.temperature if isinstance(o.temperature, torch.Tensor) else None, o.mask, o.bias_logits)
+        ctx.options, tensors = o.split()
         ctx.save_for_backward(logits, target, row_max, inv_sum, logp, entropy, *tensors)
-        ctx.options, ctx.run = o._replace(mask=None, bias_logits=None), run
-        if tensors[0] is not None:
-            ctx.options = ctx.options._replace(temperature=1.0)
+        ctx.run = run
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, sum_sq, top1, *extras)
         return logp, entropy, lse, sum_sq, top1, *extras
@@ -265,71 +264,42 @@ class _TokenStatsFunction(torch.autograd.Function):
         grad_logp, grad_entropy = grads[0], grads[1]
         if grad_logp is None and grad_entropy is None:
             return (None,) * 5
-        *saved, temperature, mask, bias = ctx.saved_tensors
-        o = ctx.options._replace(mask=mask, bias_logits=bias)
-        if temperature is not None:
-            o = o._replace(temperature=temperature)
+        *saved, vector, mask, bias_logits = ctx.saved_tensors
+        o = ctx.options.joined(vector, mask, bias_logits)
         grad = ctx.run.backward(*saved, grad_logp, grad_entropy, **o._asdict())
         return grad, None, None, None, None
 
 
-# ---------------------------------------------------------------------------------- torch.compile
+SEVEN = ", ".join(["Tensor"] * 7)
 
 
-def _unpack(temperature: torch.Tensor | None, scalar: float, softcap: float, *rest: Any) -> dict[str, Any]:
-    logit_scale, mask, bias_logits, bias_scale = rest
-    return LogitOptions(
-        scalar if temperature is None else temperature, softcap or None, logit_scale, mask, bias_logits, bias_scale
-    )._asdict()
-
-
-@torch.library.custom_op("tokfuse::token_stats", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::token_stats", mutates_args=(), schema=f"(Tensor logits, Tensor target, {FLAT_SCHEMA}) -> ({SEVEN})"
+)
 @ranged("token_stats.fwd")
-def _token_stats_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    mask: torch.Tensor | None,
-    bias_logits: torch.Tensor | None,
-    bias_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
-    run = _capability(logits, LogitOptions(**options)).run
-    out = run.forward(logits, target, **options)
-    return out  # type: ignore[no-any-return]
+def _token_stats_op(logits: torch.Tensor, target: torch.Tensor, *flat: Any) -> tuple[torch.Tensor, ...]:
+    o = LogitOptions.from_flat(*flat)
+    out: tuple[torch.Tensor, ...] = _capability(logits, o).run.forward(logits, target, **o._asdict())
+    return out
 
 
 @_token_stats_op.register_fake
-def _(logits: torch.Tensor, target: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(7))
 
 
-@torch.library.custom_op("tokfuse::token_stats_backward", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::token_stats_backward",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor target, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp,"
+    f" Tensor? grad_entropy, {FLAT_SCHEMA}) -> Tensor",
+)
 @ranged("token_stats.bwd")
-def _token_stats_backward_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    row_max: torch.Tensor,
-    inv_sum: torch.Tensor,
-    logp: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_logp: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    mask: torch.Tensor | None,
-    bias_logits: torch.Tensor | None,
-    bias_scale: float,
-) -> torch.Tensor:
-    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
-    run = _capability(logits, LogitOptions(**options)).run
-    grad = run.backward(logits, target, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, **options)
-    return grad  # type: ignore[no-any-return]
+def _token_stats_backward_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> torch.Tensor:
+    given, flat = rest[:6], rest[6:]
+    o = LogitOptions.from_flat(*flat)
+    grad: torch.Tensor = _capability(logits, o).run.backward(logits, target, *given, **o._asdict())
+    return grad
 
 
 @_token_stats_backward_op.register_fake
@@ -338,75 +308,41 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, target, temperature, scalar, softcap, logit_scale, mask, bias, bias_scale = inputs
+    logits, target, *flat = inputs
     logp, entropy, lse, sum_sq, top1, row_max, inv_sum = output
-    ctx.save_for_backward(logits, target, row_max, inv_sum, logp, entropy, temperature, mask, bias)
-    ctx.scalars = (scalar, softcap, logit_scale, bias_scale)
+    ctx.options, tensors = LogitOptions.from_flat(*flat).split()
+    ctx.save_for_backward(logits, target, row_max, inv_sum, logp, entropy, *tensors)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    logits, target, row_max, inv_sum, logp, entropy, temperature, mask, bias = ctx.saved_tensors
-    scalar, softcap, logit_scale, bias_scale = ctx.scalars
     if grads[0] is None and grads[1] is None:
         return (None,) * 9
-    grad = _token_stats_backward_op(
-        logits,
-        target,
-        row_max,
-        inv_sum,
-        logp,
-        entropy,
-        grads[0],
-        grads[1],
-        temperature,
-        scalar,
-        softcap,
-        logit_scale,
-        mask,
-        bias,
-        bias_scale,
-    )
+    *saved, vector, mask, bias_logits = ctx.saved_tensors
+    o = ctx.options.joined(vector, mask, bias_logits)
+    grad = _token_stats_backward_op(*saved, grads[0], grads[1], *o.flat())
     return (grad,) + (None,) * 8
 
 
 _token_stats_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _custom_op(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> tuple[torch.Tensor, ...]:
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _token_stats_op(
-        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask, o.bias_logits, o.bias_scale
-    )
-    return tuple(out)
-
-
-@torch.library.custom_op("tokfuse::extended_token_stats", mutates_args=())
+@torch.library.custom_op(
+    "tokfuse::extended_token_stats",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor target, {FLAT_SCHEMA}, float? second_temperature, bool moments) -> Tensor[]",
+)
 @ranged("token_stats.fwd")
-def _extended_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    temperature: torch.Tensor | None,
-    scalar_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    mask: torch.Tensor | None,
-    bias_logits: torch.Tensor | None,
-    bias_scale: float,
-    second_temperature: float | None,
-    moments: bool,
-) -> list[torch.Tensor]:
-    options = _unpack(temperature, scalar_temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
-    o = LogitOptions(**options)
+def _extended_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+    *flat, second_temperature, moments = rest
+    o = LogitOptions.from_flat(*flat)
     run = select(EXTENDED, logits.device.type, logits.dtype, o.features()).run
-    out = run.forward(logits, target, second_temperature=second_temperature, moments=moments, **options)
-    return list(out)
+    return list(run.forward(logits, target, second_temperature=second_temperature, moments=moments, **o._asdict()))
 
 
 @_extended_op.register_fake
-def _(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+def _(logits: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
     second_temperature, moments = rest[-2:]
     wanted = [True] * 7 + [second_temperature is not None, moments, moments]
     tokens = logits.shape[0]
@@ -423,14 +359,3 @@ def _extended_op_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[A
 
 
 _extended_op.register_autograd(_extended_op_backward, setup_context=_extended_setup_context)
-
-
-def _extended_custom_op(
-    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, extras: Extras
-) -> tuple[torch.Tensor, ...]:
-    vector = o.temperature if isinstance(o.temperature, torch.Tensor) else None
-    scalar = 1.0 if isinstance(o.temperature, torch.Tensor) else o.temperature
-    out = _extended_op(
-        logits, target, vector, scalar, o.softcap or 0.0, o.logit_scale, o.mask, o.bias_logits, o.bias_scale, *extras
-    )
-    return tuple(out)

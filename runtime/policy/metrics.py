@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tokfuse.runtime.policy.inputs import PolicyInputs
-
 # Slots of the metric vector, shared with csrc/common/objective.h::Metric.
 SLOTS = (
     "tokens",
@@ -79,18 +77,3 @@ class Metrics:
         out["ratio_min"], out["ratio_max"] = sums["ratio_min"], sums["ratio_max"]
         out["masked"] = sums["masked"] / max(sums["all_tokens"], 1.0)
         return out | {name: sums[name] for name in ("loss", "tokens", "seqs")}
-
-
-def sampler_mismatch(
-    sampler_logp: torch.Tensor | None, inputs: PolicyInputs, logp: torch.Tensor
-) -> torch.Tensor | None:
-    """Sum over valid tokens of the k3 estimate of KL(sampler || old policy).
-
-    logp: of the current policy, which is the old one where old_logp is None.
-    """
-    if sampler_logp is None:
-        return None
-    old = logp.detach() if inputs.old_logp is None else inputs.old_logp
-    d = (old.double() - sampler_logp.double()).clamp(-20, 20)
-    k3 = torch.expm1(d) - d
-    return (k3 if inputs.mask is None else torch.where(inputs.mask, k3, 0.0)).sum()

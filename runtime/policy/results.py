@@ -143,6 +143,21 @@ ABSENT = {
 }
 
 
+def sampler_mismatch(
+    sampler_logp: torch.Tensor | None, inputs: PolicyInputs, logp: torch.Tensor
+) -> torch.Tensor | None:
+    """Sum over valid tokens of the k3 estimate of KL(sampler || old policy).
+
+    logp: of the current policy, which is the old one where old_logp is None.
+    """
+    if sampler_logp is None:
+        return None
+    old = logp.detach() if inputs.old_logp is None else inputs.old_logp
+    d = (old.double() - sampler_logp.double()).clamp(-20, 20)
+    k3 = torch.expm1(d) - d
+    return (k3 if inputs.mask is None else torch.where(inputs.mask, k3, 0.0)).sum()
+
+
 def loss_result(
     terms: PolicyTerms,
     inputs: PolicyInputs,
@@ -170,9 +185,10 @@ def step_result(
     inputs: PolicyInputs,
     objective: Objective,
     inverse: float,
-    sampler_kl: torch.Tensor | None,
+    sampler_logp: torch.Tensor | None,
     gradients: Gradients,
 ) -> PolicyStep:
     """Assemble the result of policy_step from a backend's terms and statistics."""
+    sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
     base = loss_result(terms, inputs, objective, inverse, True, sampler_kl)
     return PolicyStep(base.loss, base.token_loss, base.loss_sum, base.count, base.metrics, stats, gradients)

@@ -1,6 +1,6 @@
 """Row statistics of one vocabulary shard, and their gradient, in plain torch and float64.
 
-The seven outputs and the backward arguments are those of the row kernels; the shift is in nats. The
+The seven outputs and the backward arguments are those of the row kernels; the row maximum is in nats. The
 outputs stay float64: the statistics are rounded once, when the shards are merged.
 """
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from tokfuse.runtime.core.dispatch import RowState
 from tokfuse.runtime.reference import token_stats
 from tokfuse.runtime.reference.linear_token_stats import logits_of
 from tokfuse.runtime.reference.token_stats import transformed_logits
+
+STATE = RowState(lambda options: 1.0, torch.float64)  # nats, whatever the options
 
 
 def forward(
@@ -24,7 +27,7 @@ def forward(
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse, sum_sq, top1, shift, inv_sum) of the shard's own softmax."""
+    """(logp, entropy, lse, sum_sq, top1, row_max, inv_sum) of the shard's own softmax."""
     with torch.no_grad():
         stats = token_stats.exact(
             logits,
@@ -37,19 +40,18 @@ def forward(
             bias_scale=bias_scale,
         )
         u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
-        shift = u.amax(-1)
-        dead = shift == float("-inf") if mask is None else ~mask | (shift == float("-inf"))
-        shift = torch.where(dead, 0.0, shift)
-        total = (u - shift.unsqueeze(-1)).exp().sum(-1)
-        return *stats, shift, torch.where(dead, 0.0, 1.0 / total)
+        row_max = u.amax(-1)
+        dead = row_max == float("-inf") if mask is None else ~mask | (row_max == float("-inf"))
+        row_max = torch.where(dead, 0.0, row_max)
+        total = (u - row_max.unsqueeze(-1)).exp().sum(-1)
+        return *stats, row_max, torch.where(dead, 0.0, 1.0 / total)
 
 
 def backward(
     logits: torch.Tensor,
     target: torch.Tensor,
-    shift: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
-    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -64,22 +66,22 @@ def backward(
 ) -> torch.Tensor:
     """grad_logp d logp + grad_entropy d entropy, over the shard's logits.
 
-    p_j = e^(u_j - shift) inv_sum; du_j = grad_logp ([j = target] - p_j)
+    p_j = e^(u_j - row_max) inv_sum; du_j = grad_logp ([j = target] - p_j)
     - grad_entropy p_j (log p_j + entropy). A target outside [0, vocab) has no term of its own.
     """
-    shift, inv_sum, logp, entropy = (x.double() for x in (shift, inv_sum, logp, entropy))
+    row_max, inv_sum, entropy = row_max.double(), inv_sum.double(), entropy.double()
     zero = torch.zeros_like(entropy)
     ga, gh = (zero if x is None else x.double() for x in (grad_logp, grad_entropy))
     idle = ((ga == 0) & (gh == 0)) | (inv_sum == 0)
     if mask is not None:
         idle = idle | ~mask
     u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
-    ga, gh, shift, inv_sum, logp, entropy = (x.unsqueeze(-1) for x in (ga, gh, shift, inv_sum, logp, entropy))
-    x = u - shift
+    ga, gh, row_max, inv_sum, entropy = (x.unsqueeze(-1) for x in (ga, gh, row_max, inv_sum, entropy))
+    x = u - row_max
     p = x.exp() * inv_sum
+    log_p = x + inv_sum.log()
     onehot = target.unsqueeze(-1) == torch.arange(logits.shape[1], device=logits.device)
-    log_p = torch.where(onehot, logp, x + inv_sum.log())
-    d_logp = torch.where(onehot, -torch.expm1(logp), -p)  # not 1 - p, which rounds near p = 1
+    d_logp = torch.where(onehot, -torch.expm1(log_p), -p)  # not 1 - p, which rounds near p = 1
     du = ga * d_logp - gh * p * (torch.where(p == 0, 0.0, log_p) + entropy)
     slope = torch.full_like(u, logit_scale)
     if softcap is not None:
@@ -96,9 +98,8 @@ def head_forward(p: Any) -> tuple[torch.Tensor, ...]:
 
 def head_backward(
     p: Any,
-    shift: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
-    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -106,7 +107,7 @@ def head_backward(
 ) -> list[torch.Tensor | None]:
     """[grad_hidden, grad_weight, grad_bias] of the logits' gradient."""
     logits = logits_of(p.hidden, p.weight, p.bias)
-    dz = backward(logits, p.target, shift, inv_sum, logp, entropy, grad_logp, grad_entropy, **p.options._asdict())
+    dz = backward(logits, p.target, row_max, inv_sum, entropy, grad_logp, grad_entropy, **p.options._asdict())
     return [
         (dz @ p.weight.to(dz.dtype)).to(p.hidden.dtype) if needs[0] else None,
         (dz.t() @ p.hidden.to(dz.dtype)).to(p.weight.dtype) if needs[1] else None,

@@ -10,7 +10,7 @@ from harness import host_backends
 import tokfuse
 from tokfuse.runtime.core import native
 from tokfuse.runtime.ops import linear_token_stats, policy_step, token_stats  # noqa: F401
-from tokfuse.runtime.ops.policy_loss import objective_key
+from tokfuse.runtime.policy.graph_form import objective_key
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason="the native module is not built: cpu backend missing")
 
@@ -173,7 +173,7 @@ def op_arguments():
     shift = torch.zeros(TOKENS)
     policy = (old, advantage, "token", mask, None, None, None, old + 0.1, None, None)
     key = objective_key(OBJECTIVE)
-    head = (mask, None, 1.0, 0.0, 1.0, 1 << 20)
+    head = (None, 1.0, 0.0, 1.0, mask, 1 << 20)
     return {
         "token_stats": (ops.token_stats, (grad, target, *stats)),
         "token_stats_backward": (
@@ -206,7 +206,7 @@ def op_arguments():
         "policy_loss": (ops.policy_loss, (old.clone().requires_grad_(), (-old).requires_grad_(), *policy, key, 0.5)),
         "policy_step_hidden": (
             ops.policy_step_hidden,
-            (hidden, weight, None, target, *head, *policy[:3], *policy[4:], key, 0.5, False, True, True, False),
+            (hidden, weight, None, target, None, 1.0, 0.0, 1.0, 1 << 20, *policy, key, 0.5, False, True, True, False),
         ),
         "policy_step": (ops.policy_step, (grad, target, None, 1.3, 0.0, 1.0, *policy, key, 0.5)),
     }

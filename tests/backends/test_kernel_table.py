@@ -169,8 +169,7 @@ def test_the_interpreter_is_refused():
             sys.executable,
             "-P",
             "-c",
-            "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
-            "from tokfuse.inspection import kernel_table; kernel_table.main([])",
+            "import os; os.environ['TRITON_INTERPRET'] = '1'\nfrom tokfuse.inspection import kernels; kernels.main([])",
         ],
         capture_output=True,
         text=True,

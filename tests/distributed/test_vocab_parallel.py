@@ -6,16 +6,16 @@ stacked. Bounds are those of token_stats itself. Over processes: test_distribute
 
 import pytest
 import torch
-from confident_cases import COEFFICIENTS, check, check_statistics, problem
-from confident_cases import truth as confident_truth
 from harness import backends, compare, half_ulp
 from logit_cases import FORWARD_ATOL, GRADIENT_RTOL, truth
 
 import tokfuse
-from tokfuse.runtime.core.dispatch import select
+from tokfuse.inspection import doctor
+from tokfuse.runtime.backends import cuda_rows, triton_rows
+from tokfuse.runtime.core import dispatch
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.distributed import vocab_rows, vocab_shard
-from tokfuse.runtime.ops import token_stats as stats_op
+from tokfuse.runtime.reference import vocab_parallel as reference
 
 INF = float("inf")
 CUTS = {"two": (0, 700, 1001), "uneven": (0, 1, 1, 640, 1000, 1001)}
@@ -39,32 +39,23 @@ class Shard:
 def run(z, y, ga, gh, cuts, mask, options):
     """(statistics, gradient) put together from shards."""
     o = LogitOptions(options.get("temperature", 1.0), options.get("softcap"), options.get("logit_scale", 1.0), mask)
-    backend, kernels = vocab_rows._row_kernels(z, o)
+    kernels = vocab_rows.row_kernels(z, o)
     shards = [Shard(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     records = []
     for s in shards:
         if s.size == 0:
-            records.append(vocab_shard.empty_record(y, torch.float64 if backend == "reference" else dtype))
+            records.append(vocab_shard.empty_record(y, kernels.state.dtype))
             continue
-        local = kernels.forward(z[:, s.start : s.stop], vocab_rows._column(y, s, 0), **o._asdict())
+        local = kernels.forward(z[:, s.start : s.stop], vocab_rows.column_of(y, s, 0), **o._asdict())
         records.append(vocab_shard.pack(local[:7], s.owns(y)))
     records = torch.stack(records)
     parts = []
     for rank, s in enumerate(shards):
-        merged = vocab_shard.merge(records, rank, vocab_rows._unit(backend, o), mask, dtype)
+        merged = vocab_shard.merge(records, rank, kernels.state.nats(o), mask, dtype)
         parts.append(
             vocab_rows.row_backward(
-                z[:, s.start : s.stop].contiguous(),
-                y,
-                o,
-                s,
-                merged.shift,
-                merged.inv_sum,
-                merged.logp,
-                merged.entropy,
-                ga,
-                gh,
+                z[:, s.start : s.stop].contiguous(), y, o, s, merged.row_max, merged.inv_sum, merged.entropy, ga, gh
             )
         )
     return merged.stats, torch.cat(parts, 1)
@@ -115,20 +106,6 @@ def test_shards_merge_to_the_whole(backend, dtype, name, cuts):
 
 
 @pytest.mark.parametrize("backend", backends("token_stats"))
-@pytest.mark.parametrize("cuts", [(0, 1, 150, 300), (0, 299, 300)], ids=["three", "last alone"])
-def test_a_confident_token_keeps_its_digits(backend, cuts):
-    """Its own shard holds the target alone, or with a part of the rest."""
-    z, y = problem(300, torch.float32)
-    for ga, gh in COEFFICIENTS.values():
-        grads = (backend.put(torch.full((len(z),), x)) for x in (ga, gh))
-        with backend.forced():
-            stats, grad = run(backend.put(z), backend.put(y), *grads, cuts, None, {})
-        want = confident_truth(z, y, ga, gh)
-        check_statistics(stats.logp, stats.entropy, want)
-        check(grad, want, torch.float32)
-
-
-@pytest.mark.parametrize("backend", backends("token_stats"))
 @pytest.mark.parametrize("poison", [float("nan"), INF])
 def test_a_poisoned_shard_poisons_its_row_in_every_shard(backend, poison):
     z, y, ga, gh, mask = rows(torch.float32, backend.device)
@@ -163,13 +140,32 @@ def test_a_target_that_no_shard_owns_is_nan_where_values_are_not_read():
     assert bool(stats.logp[8].isnan()) and not bool(stats.entropy.isnan().any())
 
 
-def test_backends_declare_the_unit_of_their_shift():
-    """A new backend of token_stats must say what its shift means, or no shard can be merged."""
+def test_backends_declare_the_unit_of_their_row_maximum():
+    """Without it no shard of a backend can be merged with another rank's."""
     options = LogitOptions(torch.tensor([0.5, 2.0]), None, 3.0, None)
-    assert vocab_rows._unit("triton", options).tolist() == [6.0, 1.5]
-    assert vocab_rows._unit("triton", options._replace(softcap=9.0)).tolist() == [18.0, 4.5]
-    assert vocab_rows._unit("cuda", options._replace(softcap=9.0)).tolist() == [2.0, 0.5]
-    assert vocab_rows._unit("reference", options) == 1.0
-    with pytest.raises(AssertionError):
-        vocab_rows._unit("metal", options)
-    assert select(stats_op.OP, "cpu", torch.float32).backend in ("cpu", "reference")
+    capped = options._replace(softcap=9.0)
+    assert triton_rows.STATE.nats(options).tolist() == [6.0, 1.5]
+    assert triton_rows.STATE.nats(capped).tolist() == [18.0, 4.5]
+    assert cuda_rows.STATE.nats(options).tolist() == [6.0, 1.5]
+    assert cuda_rows.STATE.nats(capped).tolist() == [2.0, 0.5]
+    assert reference.STATE.nats(options) == 1.0
+    doctor.import_ops()
+    for op in ("token_stats", "linear_token_stats"):
+        for backend in dispatch.ORDER:
+            assert dispatch._REGISTRY[op][backend].run.state is not None, (op, backend)
+
+
+@pytest.mark.parametrize("backend", backends("token_stats"))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_row_maximum_is_in_the_declared_unit(backend, name):
+    """lse = row_max - log inv_sum, in nats."""
+    z, y, _, _, mask = rows(torch.float32, backend.device)
+    y = y.clamp(min=0)
+    o = LogitOptions(1.0, None, 1.0, mask)._replace(**OPTIONS[name])
+    with backend.forced():
+        kernels = vocab_rows.row_kernels(z, o)
+        _, _, lse, _, _, row_max, inv_sum = kernels.forward(z, y, **o._asdict())[:7]
+    finite = lse.isfinite() & mask
+    again = row_max.double() * kernels.state.nats(o) - inv_sum.double().log()
+    assert int(finite.sum()) == 10
+    torch.testing.assert_close(again[finite], lse.double()[finite], rtol=0, atol=2e-5)

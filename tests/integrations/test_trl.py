@@ -14,8 +14,8 @@ from trl import DPOConfig, DPOTrainer, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.kernels import ChunkedLogProbFunction
 
 import tokfuse
-from tokfuse.integrations import hosts
-from tokfuse.integrations import trl as host
+from tokfuse.integrations import hosts, trl
+from tokfuse.integrations import trl_seams as host
 from tokfuse.integrations.trl_trainer import PolicyHead
 
 SEAMS = ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy", "_supports_trl_loss_kernel")
@@ -63,7 +63,7 @@ def test_an_untested_version_is_refused(version, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=rf"trl must be 1\.16\.\* .* got {version}"):
         host.install()
     with pytest.raises(ValueError, match="FusedGRPOTrainer: trl must be"):
-        tiny_grpo.trainer(host.FusedGRPOTrainer, tmp_path)
+        tiny_grpo.trainer(trl.FusedGRPOTrainer, tmp_path)
 
 
 def test_a_missing_host_is_named(monkeypatch):

@@ -6,6 +6,7 @@ source text where possible, so that a module that cannot be imported here is che
 """
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -87,6 +88,118 @@ def layer_of(module: str) -> str | None:
 
 def all_imports() -> list[tuple[str, Import]]:
     return [(layer, one) for layer in MAY_IMPORT for file in sources(layer) for one in imports(file)]
+
+
+# Rooms of runtime/, each importing only those to its left.
+ROOMS = ("core", "policy", "reference", "backends", "lm_head", "ops", "distributed")
+
+
+def modules() -> dict[str, Path]:
+    """Import name -> file of every module of the package."""
+    found = {}
+    for layer in MAY_IMPORT:
+        for file in sources(layer):
+            parts = file.relative_to(ROOT / layer).with_suffix("").parts
+            name = ".".join(("tokfuse", *(() if layer == "api" else (layer,)), *parts))
+            found[name.removesuffix(".__init__")] = file
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports anywhere, under TYPE_CHECKING too."""
+    files = modules()
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        edges = graph[name] = set()
+        for node in ast.walk(ast.parse(file.read_text(), str(file))):
+            if isinstance(node, ast.Import):
+                edges |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                edges |= {x if x in files else node.module for x in whole}
+        edges.intersection_update(files)
+        edges.discard(name)
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other: what is left once nothing more can be taken off an end."""
+    left = {name: set(edges) for name, edges in graph.items()}
+    while ends := [name for name, edges in left.items() if not edges & left.keys()]:
+        for name in ends:
+            del left[name]
+    # What only leads to a circle is no part of one.
+    while starts := [name for name in left if not any(name in edges for edges in left.values())]:
+        for name in starts:
+            del left[name]
+    return [[name, *sorted(edges & left.keys())] for name, edges in sorted(left.items())]
+
+
+def test_no_circle_of_imports():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"], ["c", "b"]]
+    found = circles(import_graph())
+    assert not found, "\n".join(f"{name} imports {', '.join(others)}" for name, *others in found)
+
+
+def test_rooms_of_the_runtime_are_in_order():
+    rooms = {f"tokfuse.runtime.{room}": place for place, room in enumerate(ROOMS)}
+
+    def place(module: str) -> int | None:
+        return rooms.get(".".join(module.split(".")[:3]))
+
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in import_graph().items()
+        for other in sorted(others)
+        if (own := place(name)) is not None and (there := place(other)) is not None and there > own
+    ]
+    assert not wrong, "\n".join(wrong)
+    folders = {f.name for f in (ROOT / "runtime").iterdir() if f.is_dir() and f.name != "__pycache__"}
+    assert folders == set(ROOMS) and [f.name for f in (ROOT / "runtime").glob("*.py")] == ["__init__.py"]
+
+
+def test_the_runtime_holds_nothing_but_what_a_call_runs_through():
+    """Every module of a room is reached from a public name, through imports alone."""
+    graph = import_graph()
+    reached: set[str] = set()
+    front = ["tokfuse.distributed", "tokfuse.influence", "tokfuse.algorithms", *set(tokfuse._PUBLIC.values())]
+    while front:
+        name = front.pop()
+        if name not in reached:
+            reached.add(name)
+            front += graph[name]
+    packages = {f"tokfuse.runtime.{room}" for room in ROOMS} | {"tokfuse.runtime"}
+    rooms = {name for name in graph if name.startswith("tokfuse.runtime.")}
+    assert not rooms - reached - packages
+
+
+def test_no_private_name_crosses_a_module():
+    """Neither imported nor reached through an imported module; tests may."""
+    wrong = []
+    files = modules()
+    for name, file in files.items():
+        tree = ast.parse(file.read_text(), str(file))
+        bound = {}  # local name of an imported module of the package
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tokfuse":
+                for alias in node.names:
+                    if f"{node.module}.{alias.name}" in files:
+                        bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                    if alias.name.startswith("_") and alias.name != "_native":
+                        wrong.append(f"{name}:{node.lineno} imports {node.module}.{alias.name}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+                if node.attr.startswith("_") and not node.attr.startswith("__"):
+                    wrong.append(f"{name}:{node.lineno} reads {bound[node.value.id]}.{node.attr}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_listed_packages():
+    """Every folder with Python code is mapped by setup.py, and only those."""
+    listed = ast.literal_eval(re.search(r"PACKAGE_DIR = (\{.*?\n\})", (ROOT / "setup.py").read_text(), re.S)[1])
+    folders = {file.parent.relative_to(ROOT).as_posix() for layer in MAY_IMPORT for file in sources(layer)}
+    assert folders == set(listed.values())
+    assert all(f"tokfuse.{folder.replace('/', '.')}" == name for name, folder in listed.items() if folder != "api")
 
 
 def test_imports_go_one_way():
@@ -174,17 +287,25 @@ print(sorted({set(MAY_IMPORT)!r} & set(sys.modules)))
     assert not set(MAY_IMPORT) & set(sys.modules), "a test imported a folder by its folder name"
 
 
-@pytest.mark.parametrize("name", sorted(tokfuse._PUBLIC))
-def test_public_names_are_importable_and_documented(name: str):
-    value = getattr(tokfuse, name)
+def public() -> dict[str, object]:
+    """Every public name of the package, of its public modules and of the preference losses."""
+    found = {name: getattr(tokfuse, name) for name in tokfuse._PUBLIC}
+    for module in ("distributed", "influence"):
+        of_module = importlib.import_module(f"tokfuse.{module}")
+        found |= {f"{module}.{name}": getattr(of_module, name) for name in of_module.__all__}
+    return found | {"algorithms.preference_step": tokfuse.algorithms.preference_step}
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_public_names_are_documented(name: str):
+    """Every argument in the docstring of the function that takes it."""
+    value = public()[name]
     text = inspect.getdoc(value)
     assert text, f"{name} has no docstring"
     assert not text.startswith(f"{name}("), f"the docstring of {name} was made by a decorator"
     if inspect.isfunction(value):
-        # "keywords as in policy_loss" is documentation too, where policy_loss documents them.
-        others = [other for other in tokfuse._PUBLIC if re.search(rf"\b{other}\b", text)]
-        text += "".join(inspect.getdoc(getattr(tokfuse, other)) or "" for other in others)
-        missing = [p for p in inspect.signature(value).parameters if not re.search(rf"\b{p}\b", text)]
+        arguments = inspect.signature(value).parameters
+        missing = [p for p in arguments if not re.search(rf"^ +[\w, ]*\b{p}\b[\w, ]*:", text, re.MULTILINE)]
         assert not missing, f"{name}: undocumented {missing}"
 
 

@@ -1,0 +1,62 @@
+"""`python -m tokfuse kernels [--cuda]`: print, check or write the tables of compiled kernels."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tokfuse.inspection import cuda_table, kernel_table, roofline
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokfuse kernels",
+        description="Registers, spills and instructions per element of the kernels, no GPU.",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--check", action="store_true", help="compile, compare with the table")
+    form.add_argument("--write", action="store_true", help="compile what changed, write the table")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels of the native module")
+    parser.add_argument("cases", nargs="*", help="only cases whose name starts like one of these")
+    options = parser.parse_args(argv)
+    if options.cuda:
+        if options.cases:
+            parser.error("--cuda reads the whole module; it takes no cases")
+        return _cuda(options.check, options.write)
+    return _triton(options.cases, options.check, options.write)
+
+
+def _triton(cases: Sequence[str], check: bool, write: bool) -> int:
+    rows = kernel_table.compile_all(cases, known=kernel_table.committed() if write else ())
+    if write:
+        if cases:
+            kept = [r for r in kernel_table.committed() if not r.case.startswith(tuple(cases))]
+            rows = [*kept, *rows]
+        kernel_table.TABLE.write_text(kernel_table.as_json(rows))
+        kernel_table.PAGE.parent.mkdir(exist_ok=True)
+        kernel_table.PAGE.write_text(kernel_table.as_markdown(rows))
+        print(f"wrote {kernel_table.TABLE} and {kernel_table.PAGE}")
+        return 0
+    print(kernel_table.as_markdown(rows), end="")
+    if not check:
+        return 0
+    before = [r for r in kernel_table.committed() if not cases or r.case.startswith(tuple(cases))]
+    found = kernel_table.differences(rows, before)
+    print("\n".join(found) or "as in the table", file=sys.stderr)
+    return 1 if found else 0
+
+
+def _cuda(check: bool, write: bool) -> int:
+    rows = cuda_table.read_module()
+    if write:
+        cuda_table.TABLE.write_text(cuda_table.as_json(rows))
+        roofline.PAGE.write_text(roofline.as_markdown(rows))
+        print(f"wrote {cuda_table.TABLE} and {roofline.PAGE}")
+        return 0
+    for k in rows:
+        print(
+            f"{k.key}: {k.registers} registers, {k.stack_bytes} B stack, {k.shared_bytes} B "
+            f"shared, {k.threads} threads, {k.per_element:.1f} instructions per element"
+        )
+    found = cuda_table.differences(rows, cuda_table.committed()) if check else []
+    print("\n".join(found), file=sys.stderr)
+    return 1 if found else 0

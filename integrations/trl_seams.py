@@ -1,0 +1,236 @@
+"""The places of TRL's utilities that tokfuse replaces: the per-token head and the logits op.
+
+`tokfuse.integrations.trl` says which attributes these are, and how the numbers compare.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tokfuse.integrations.hosts import Host, Rebinding, where
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.ops import policy_step  # noqa: F401  (registers the backends that `describe` names)
+from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
+from tokfuse.runtime.ops.token_stats import token_stats
+
+HOST = Host("trl", (1, 16), (1, 16))
+OP = "integrations.trl"
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+MEAN_ROWS = 256  # rows of logits at a time for the mean under a softcap
+
+_INSTALLED = Rebinding(f"{OP}.uninstall")
+
+PerToken = tuple[torch.Tensor | None, ...]
+
+
+def install() -> None:
+    """Put tokfuse's ops under every TRL trainer of this process; a second call changes nothing.
+
+    Raises:
+        ValueError: TRL is missing, or of a version that was not tested.
+    """
+    HOST.require(f"{OP}.install")
+    if not _INSTALLED.active:
+        _bind(_INSTALLED, Head(token_head))
+
+
+def uninstall() -> None:
+    """Every attribute of TRL is again the object that it was; without `install`, nothing.
+
+    Raises:
+        ValueError: somebody patched the same attributes since; nothing is put back then.
+    """
+    _INSTALLED.restore()
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """`install` on entry, `uninstall` on exit; inside an installed process, nothing."""
+    if _INSTALLED.active:
+        yield
+        return
+    install()
+    try:
+        yield
+    finally:
+        uninstall()
+
+
+def describe() -> str:
+    """What is replaced here, and the backend that each op takes for bfloat16."""
+    version = HOST.installed or "not installed"
+    state = "installed" if _INSTALLED.active else "not active"
+    lines = [f"trl {version} (tested: {HOST.tested}), tokfuse {state}"]
+    lines.append(f"  per-token head, all trainers: {where('linear_token_stats')}")
+    lines.append(f"  logits op, all trainers: {_describe_logits_op()}")
+    lines.append(f"  FusedGRPOTrainer: {where('policy_step_hidden')}")
+    return "\n".join(lines)
+
+
+def _describe_logits_op() -> str:
+    if HOST.installed is None:
+        return "TRL is not installed"
+    if not hasattr(_utils(), "_fused_logprob_entropy"):
+        return "TRL's own torch code (it has no seam without triton)"
+    return where("token_stats")
+
+
+def _utils() -> ModuleType:
+    import trl.trainer.utils
+
+    module: ModuleType = trl.trainer.utils
+    return module
+
+
+class Head:
+    """Takes the place of TRL's autograd function: only `apply` is used of it."""
+
+    def __init__(self, apply: Callable[..., PerToken]) -> None:
+        self.apply = apply
+
+
+def _bind(into: Rebinding, head: Head) -> None:
+    utils = _utils()
+    into.set(utils, "_ChunkedLogProbFunction", head)
+    into.set(utils, "_use_triton", _labelled_rows_only)
+    if hasattr(utils, "_fused_logprob_entropy"):
+        into.set(utils, "_fused_logprob_entropy", logits_op)
+        into.set(utils, "_supports_trl_loss_kernel", supports_logits)
+
+
+@contextlib.contextmanager
+def rebound(head: Head) -> Iterator[None]:
+    """TRL's seams on tokfuse for one call, with this head; then as they were before."""
+    binding = Rebinding(OP)
+    try:
+        _bind(binding, head)
+        yield
+    finally:
+        binding.restore()
+
+
+# ------------------------------------------------------------------------------------------- head
+
+
+def _labelled_rows_only(device: torch.device) -> bool:
+    """TRL's question whether to score only rows with a label; else it scores every position."""
+    return device.type in ("cpu", "cuda", "xpu")
+
+
+def token_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    chunk_size: int,
+    final_logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = OUTPUTS,
+) -> PerToken:
+    """What TRL's `ChunkedLogProbFunction.apply` returns: one (N,) tensor for each of `OUTPUTS`.
+
+    Args:
+        hidden, weight, bias: (N, H), (V, H), (V,); under autocast taken in its dtype.
+        targets: (N,), int64.
+        chunk_size: TRL's width of a vocabulary tile; not used, `linear_token_stats` has a budget.
+        final_logit_softcapping, logit_scale, temperature: as `softcap`, ... of `token_stats`.
+        outputs: the names wanted; None stands for the others. log_probs always come.
+
+    Gradients: log_probs and entropy, as TRL's.
+    """
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name), "This TRL asks for something newer.")
+    hidden, weight, bias = operands(hidden, weight, bias)
+    options: dict[str, Any] = {"temperature": temperature, "softcap": final_logit_softcapping}
+    stats = linear_token_stats(hidden, weight, targets, bias=bias, logit_scale=logit_scale, **options)
+    found: dict[str, Callable[[], torch.Tensor]] = {
+        "log_probs": lambda: stats.logp,
+        "entropy": lambda: stats.entropy,
+        "log_sum_sq_probs": lambda: stats.sum_sq.log(),
+        "mean_logits": lambda: _mean_logits(hidden, weight, bias, logit_scale, **options),
+        "is_top1": lambda: stats.top1.bool(),
+    }
+    wanted = ("log_probs", *outputs)
+    return tuple(make() if name in wanted else None for name, make in found.items())
+
+
+def operands(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The three in the dtype that TRL computes in; without gradient where none is recorded."""
+    if hasattr(weight, "ds_id"):
+        raise refuse(
+            OP,
+            "lm_head.weight",
+            "a whole parameter",
+            "a DeepSpeed ZeRO-3 partition",
+            "Use FSDP2, ZeRO-2, or uninstall tokfuse.",
+        )
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    tensors = [x if x is None else x.to(dtype) for x in (hidden, weight, bias)]
+    if not torch.is_grad_enabled():
+        tensors = [x if x is None else x.detach() for x in tensors]
+    assert tensors[0] is not None and tensors[1] is not None
+    return tensors[0], tensors[1], tensors[2]
+
+
+@torch.no_grad()
+def _mean_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    temperature: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """(N,) mean over the vocabulary; without a softcap linear, so it needs no logits."""
+    h, scale = hidden.float(), logit_scale / temperature
+    if softcap is None:
+        mean = h @ weight.mean(0, dtype=torch.float32)
+        return (mean if bias is None else mean + bias.float().mean()) * scale
+    out = h.new_empty(h.shape[0])
+    w, b = weight.float(), None if bias is None else bias.float()
+    for start in range(0, h.shape[0], MEAN_ROWS):
+        z = torch.nn.functional.linear(h[start : start + MEAN_ROWS], w, b) * (logit_scale / softcap)
+        out[start : start + MEAN_ROWS] = z.tanh_().mean(1) * (softcap / temperature)
+    return out
+
+
+# -------------------------------------------------------------------------------------- logits op
+
+
+def supports_logits(
+    logits: torch.Tensor, index: torch.Tensor | None = None, row_mask: torch.Tensor | None = None
+) -> bool:
+    """TRL's question whether its fused op takes these; what it does not, TRL's torch code does."""
+    if logits.device.type not in ("cpu", "cuda") or logits.shape[-1] == 0:
+        return False
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    if index is not None and (index.shape != logits.shape[:-1] or index.is_floating_point()):
+        return False  # TRL also gathers several tokens per position
+    return row_mask is None or (index is not None and row_mask.shape == index.shape)
+
+
+def logits_op(
+    logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0, row_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities, entropies), float32, of the shape of `index`; 0 where row_mask is 0.
+
+    Args:
+        logits: (..., V). index: (...), integer. row_mask: (...), 0 skips the row.
+    """
+    stats = token_stats(
+        logits.reshape(-1, logits.shape[-1]),
+        index.reshape(-1).long(),
+        temperature=temperature,
+        mask=None if row_mask is None else row_mask.reshape(-1) != 0,
+    )
+    return stats.logp.view(index.shape), stats.entropy.view(index.shape)
