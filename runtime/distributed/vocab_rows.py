@@ -9,7 +9,8 @@ from tokfuse.runtime.core.dispatch import Kernels, RowState, select
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.distributed.vocab_shard import Merged, VocabShard, empty_record, merge, pack
-from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, check_head
+from tokfuse.runtime.lm_head.problem import HeadProblem, check_head
+from tokfuse.runtime.lm_head.units import HeadKernels
 from tokfuse.runtime.ops import linear_token_stats as linear_op
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.reference import token_stats as stats_reference
@@ -89,6 +90,7 @@ def row_backward(
     shard: VocabShard,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -108,6 +110,7 @@ def row_backward(
             column_of(target, shard, ELSEWHERE),
             row_max,
             inv_sum,
+            logp,
             entropy,
             grad_logp,
             grad_entropy,
@@ -160,6 +163,7 @@ def head_backward(
     needs: tuple[bool, bool, bool],
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -169,7 +173,7 @@ def head_backward(
     if call.shard.size > 0:
         p = _problem(hidden, weight, bias, call, ELSEWHERE)
         grads = _head_kernels(hidden, call.options).backward(
-            p, row_max, inv_sum, entropy, grad_logp, grad_entropy, needs
+            p, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs
         )
     grad_hidden = None
     if needs[0]:

@@ -1,8 +1,8 @@
 """Which part of the vocabulary a rank holds, and how the statistics of the parts become those of
 the whole.
 
-A shard with logits z_j, j in its part, has the softmax of its own logits: row maximum m, S = sum e^(z-m),
-its own entropy, sum of p^2 and, where it owns the target, log-probability. With q_r the probability
+A shard with logits z_j, j in its part, has the softmax of its own logits: row maximum m,
+S = sum e^(z-m), its own entropy, sum of p^2 and, where it owns the target, log-probability. With q_r the probability
 that the whole softmax gives to shard r,
 
     lse = log sum_r S_r e^(m_r),   q_r = S_r e^(m_r - lse),   logp = logp_r + log q_r (r owns it),
@@ -109,16 +109,18 @@ class Merged(NamedTuple):
     """(tokens,) the shard's own row maximum, in its kernel's unit."""
     inv_sum: torch.Tensor
     """(tokens,) factor that makes probabilities of the shard's exponentials."""
+    logp: torch.Tensor
+    """(tokens,) logp of the whole, in the records' dtype as the two above."""
     entropy: torch.Tensor
-    """(tokens,) entropy of the whole, in the records' dtype as the two above."""
+    """(tokens,) entropy of the whole, likewise."""
 
 
 def pack(local: tuple[torch.Tensor, ...], owned: torch.Tensor) -> torch.Tensor:
     """(RECORD, tokens) from the seven outputs of a row kernel over the shard.
 
     row_max, 1 / S, entropy, sum_sq, logp. logp is +inf where another shard owns the target; 1 / S is
-    negative where the target attains the shard's maximum; a shard that is -inf all over has row_max
-    -inf and 1 / S = 0.
+    negative where the target attains the shard's maximum; a shard that is -inf all over has
+    row_max -inf and 1 / S = 0.
     """
     logp, entropy, _, sum_sq, top1, row_max, inv_sum = local
     hit = owned & (top1 > 0)
@@ -173,9 +175,10 @@ def merge(
         return (x if mask is None else torch.where(mask, x, 0.0)).to(dtype)
 
     whole_entropy = mixed.sum(0).clamp(min=0)
+    whole_logp = torch.where(known, own_logp.clamp(max=0), math.nan)
 
     stats = TokenStats(
-        final(torch.where(known, own_logp.clamp(max=0), math.nan), -INF),
+        final(whole_logp, -INF),
         final(whole_entropy, 0.0),
         final(highest * unit + total.log(), -INF),
         final((share * share * sum_sq).sum(0), 0.0),
@@ -186,4 +189,5 @@ def merge(
     wide = records.dtype
     factor = (distance[rank].exp() / total).to(wide).clamp(min=torch.finfo(wide).tiny)
     own_max = torch.where(absent[rank], 0.0, row_max[rank])
-    return Merged(stats, own_max.to(wide), torch.where(dead, 0.0, factor), final(whole_entropy, 0.0, wide))
+    exact = (final(whole_logp, -INF, wide), final(whole_entropy, 0.0, wide))
+    return Merged(stats, own_max.to(wide), torch.where(dead, 0.0, factor), *exact)

@@ -18,8 +18,8 @@ from tokfuse.runtime.lm_head.cpu_head import (
     rows_in_budget,
     workspace_rows,
 )
-from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, Step, check_targets, wanted
-from tokfuse.runtime.lm_head.units import Loss, Units, UnitTerms, coefficients
+from tokfuse.runtime.lm_head.problem import HeadProblem, Step, check_targets, wanted
+from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, coefficients
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 
@@ -245,4 +245,4 @@ class _UnitsWork:
                 rows[place].copy_(rows[row])
 
 
-LINEAR = HeadKernels(linear_fwd, linear_bwd, cpu_rows.STATE)
+LINEAR = HeadKernels(linear_fwd, linear_bwd, cpu_rows.STATE, unit_step)

@@ -13,8 +13,8 @@ from tokfuse.runtime.core.dispatch import Kernels
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import device_head
 from tokfuse.runtime.lm_head.device_head import DeviceHead, RowClasses
-from tokfuse.runtime.lm_head.problem import HeadKernels, HeadProblem, Step, StepRun, check_targets, wanted
-from tokfuse.runtime.lm_head.units import Loss, Units, UnitTerms, coefficients
+from tokfuse.runtime.lm_head.problem import HeadProblem, Step, StepRun, check_targets, wanted
+from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, coefficients
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 
@@ -259,12 +259,11 @@ def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> Un
 
 def _linear(forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]], rows: Kernels) -> HeadKernels:
     assert rows.state is not None
-    return HeadKernels(forward, functools.partial(_linear_bwd, rows), rows.state)
+    backward, units = functools.partial(_linear_bwd, rows), functools.partial(_unit_step, rows)
+    return HeadKernels(forward, backward, rows.state, units)
 
 
 CUDA_LINEAR = _linear(cuda_linear_fwd, cuda_rows.TOKEN_STATS)
 CUDA_STEP = StepKernels(cuda_policy.ROW_OBJECTIVE, cuda_policy.policy_loss, CUDA_LINEAR)
-CUDA_UNITS = functools.partial(_unit_step, cuda_rows.TOKEN_STATS)
 TRITON_LINEAR = _linear(triton_linear_fwd, triton_rows.TOKEN_STATS)
 TRITON_STEP = StepKernels(triton_policy.ROW_OBJECTIVE, triton_policy.policy_loss, TRITON_LINEAR)
-TRITON_UNITS = functools.partial(_unit_step, triton_rows.TOKEN_STATS)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime.core import checks
-from tokfuse.runtime.core.dispatch import RowState
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_options
 from tokfuse.runtime.core.statistics import TokenStats
@@ -115,18 +114,6 @@ def check_targets(op: str, p: HeadProblem) -> None:
     """Value checks before the first GEMM."""
     o = p.options
     stats_reference.check_values(op, p.target, p.vocab, o.mask, o.temperature)
-
-
-class HeadKernels(NamedTuple):
-    """The `run` of linear_token_stats."""
-
-    forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]]
-    """problem -> the outputs of the token_stats kernels, (tokens,) each."""
-    backward: Callable[..., list[torch.Tensor | None]]
-    """(problem, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs) -> gradients in order
-    of `NAMES`."""
-    state: RowState
-    """As of `Kernels`."""
 
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from tokfuse.runtime.core.dispatch import RowState
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.problem import HeadProblem
 
@@ -63,7 +64,21 @@ class UnitTerms(NamedTuple):
 
 
 UnitsRun = Callable[[HeadProblem, Units, Loss], UnitTerms]
-"""(problem, units, loss) -> UnitTerms; the `run` of unit_step."""
+"""(problem, units, loss) -> UnitTerms."""
+
+
+class HeadKernels(NamedTuple):
+    """The `run` of linear_token_stats."""
+
+    forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]]
+    """problem -> the outputs of the token_stats kernels, (tokens,) each."""
+    backward: Callable[..., list[torch.Tensor | None]]
+    """(problem, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs) -> gradients in order
+    of `problem.NAMES`."""
+    state: RowState
+    """As of `Kernels`."""
+    units: UnitsRun | None = None
+    """unit_step; None: composed of linear_token_stats and autograd."""
 
 
 def coefficients(

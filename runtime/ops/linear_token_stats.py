@@ -10,7 +10,8 @@ from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOp
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
-from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadKernels, HeadProblem, check_head
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head
+from tokfuse.runtime.lm_head.units import HeadKernels
 from tokfuse.runtime.reference import linear_token_stats as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
 
@@ -183,8 +184,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
         return (None,) * 10
-    *tensors, vector, mask, bias_logits, *stats = ctx.saved_tensors
-    o = ctx.options.joined(vector, mask, bias_logits)
+    saved = ctx.saved_tensors
+    tensors, stats, o = saved[:4], saved[7:], ctx.options.joined(*saved[4:7])
     needs = tuple(ctx.needs_input_grad[:3])
     arguments = (*tensors, *o.flat()[:5], ctx.budget)
     out = _linear_backward_op(*arguments, *stats, grads[0], grads[1], *needs)

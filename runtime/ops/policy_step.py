@@ -339,7 +339,7 @@ def _eager(
 ) -> PolicyStep | None:
     """A plain call on the CPU, answered by one native function; None: take the general path."""
     native_module = eager_cpu()
-    if native_module is None or not isinstance(objective, Objective):
+    if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None
     inverse = inverse_normalizer(op, normalizer, objective)
     in_place = op == "policy_step_"
@@ -383,7 +383,7 @@ def _from_logits(
     sampler_logp: torch.Tensor | None,
     in_place: bool = False,
 ) -> PolicyStep:
-    capability = select(OP, logits.device.type, logits.dtype, options.features())
+    capability = select(OP, logits.device.type, logits.dtype, objective.features(options.features()))
     gradients: Gradients = {}
     if not torch.compiler.is_compiling():
         terms, stats, grad = capability.run(logits, target, options, inputs, objective, inverse, in_place)
@@ -429,8 +429,9 @@ def _policy_step_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> t
     vector, scalar, softcap, logit_scale, *fields, key, inverse = rest
     inputs = PolicyInputs(*fields)
     options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
-    run: StepRun = select(OP, logits.device.type, logits.dtype, options.features()).run
-    terms, stats, grad = run(logits, target, options, inputs, objective_of(key), inverse, False)
+    objective = objective_of(key)
+    run: StepRun = select(OP, logits.device.type, logits.dtype, objective.features(options.features())).run
+    terms, stats, grad = run(logits, target, options, inputs, objective, inverse, False)
     return (terms.loss, terms.token_loss, terms.sums, *stats, grad)
 
 

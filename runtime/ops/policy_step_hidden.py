@@ -27,7 +27,7 @@ def apply(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Terms, statistics and gradients of the step; the loss is wired to autograd."""
-    capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
+    capability = select(OP, p.hidden.device.type, p.hidden.dtype, objective.features(p.options.features()))
     if not torch.compiler.is_compiling():
         return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inverse))
     if capability.backend == "reference":
@@ -95,8 +95,9 @@ def _hidden_op(
     p = HeadProblem(
         hidden, weight, bias, target, options, budget, (needs[0], needs[1], needs[2]), None, compact_clipped
     )
-    run: StepRun = select(OP, hidden.device.type, hidden.dtype, options.features()).run
-    terms, stats, grads = run(p, inputs, objective_of(key), inverse)
+    objective = objective_of(key)
+    run: StepRun = select(OP, hidden.device.type, hidden.dtype, objective.features(options.features())).run
+    terms, stats, grads = run(p, inputs, objective, inverse)
     held = [hidden.new_empty(0) if x is None else x for x in grads]
     return [terms.loss, terms.token_loss, terms.sums, *stats, *held]
 

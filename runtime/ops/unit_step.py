@@ -1,22 +1,20 @@
 """unit_step: a loss over whole sequences, or pairs of them, and its gradient, from hidden states.
 
-What `preference_step` of the algorithms runs on; the passes are described in lm_head/units.py.
+`tokfuse.algorithms.preference_step` calls it. It has no rows of its own in the table of backends:
+each backend's linear_token_stats carries its run. lm_head/units.py describes the passes.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.statistics import TokenStats
-from tokfuse.runtime.lm_head import cpu_runs, device_runs
 from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem
 from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.policy.results import Gradients, hand_over
 
-OP = "unit_step"
 # What the default budget grows to, so that the largest unit fits.
 LARGEST_DEFAULT = 1 << 30
 
@@ -39,8 +37,8 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
     own_budget: the caller chose `p.memory_budget`; otherwise it grows to the largest unit, up to
         1 GiB.
     """
-    capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
-    if torch.compiler.is_compiling() or capability.backend == "reference":
+    capability = select(linear.OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
+    if torch.compiler.is_compiling() or capability.run.units is None:
         return _composed(p, units, loss)
     if not own_budget:
         row = 6 * (p.vocab + 16) + 8 * p.hidden.shape[1] + 64
@@ -49,7 +47,7 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
     if not torch.is_grad_enabled():
         p = p._replace(needs=(False, False, False))
     gradients: Gradients = {}
-    value, *rest = _UnitStep.apply(p.hidden, p.weight, p.bias, p, units, loss, capability.run, gradients)
+    value, *rest = _UnitStep.apply(p.hidden, p.weight, p.bias, p, units, loss, capability.run.units, gradients)
     return UnitStep(value, TokenStats(*rest[:5]), gradients, rest[5])
 
 
@@ -70,12 +68,6 @@ def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
     of_units = TokenStats(*(x[units.order] for x in stats))
     total = loss(of_units, units.order, 0, len(units.border) - 1).to(stats.logp.dtype)
     return UnitStep(total, TokenStats(*(x.detach() for x in stats)), {}, 0)
-
-
-register_cpu(OP, cpu_runs.unit_step, FLOAT_DTYPES, "softcap")
-register_cuda(OP, device_runs.CUDA_UNITS, FLOAT_DTYPES, "softcap")
-register_triton(OP, device_runs.TRITON_UNITS, FLOAT_DTYPES, "softcap")
-register_reference(OP, _composed, "softcap")
 
 
 class _UnitStep(torch.autograd.Function):
