@@ -82,7 +82,7 @@ def token_stats(
 
     Gradients and communication: one all-gather of 20 bytes per token and rank (40 for float64).
         logits receive the gradient of logp and entropy without a collective: it is right where
-        every rank computes the same loss of the outputs. Saved: the logits and three (tokens,)
+        every rank computes the same loss of the outputs. Saved: the logits and four (tokens,)
         vectors. Padding columns receive 0.
 
     Raises:
@@ -377,7 +377,7 @@ class _ShardStats(torch.autograd.Function):
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats = merged.stats
         ctx.options, tensors = o.split()
-        ctx.save_for_backward(logits, target, merged.row_max, merged.inv_sum, merged.entropy, *tensors)
+        ctx.save_for_backward(logits, target, merged.row_max, merged.inv_sum, merged.logp, merged.entropy, *tensors)
         ctx.shard = shard
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[2:])
@@ -389,8 +389,8 @@ class _ShardStats(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
         logits, target, *merged = ctx.saved_tensors
-        o = ctx.options.joined(*merged[3:])
-        grad = vocab_rows.row_backward(logits, target, o, ctx.shard, *merged[:3], *grads[:2])
+        o = ctx.options.joined(*merged[4:])
+        grad = vocab_rows.row_backward(logits, target, o, ctx.shard, *merged[:4], *grads[:2])
         return grad, None, None, None
 
 
@@ -404,7 +404,7 @@ class _ShardHead(torch.autograd.Function):
         stats = merged.stats
         ctx.options, tensors = call.options.split()
         ctx.save_for_backward(
-            hidden, weight, bias, call.target, merged.row_max, merged.inv_sum, merged.entropy, *tensors
+            hidden, weight, bias, call.target, merged.row_max, merged.inv_sum, merged.logp, merged.entropy, *tensors
         )
         ctx.op, ctx.rest = call.op, call[3:]
         ctx.set_materialize_grads(False)
@@ -417,9 +417,9 @@ class _ShardHead(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
         hidden, weight, bias, target, *merged = ctx.saved_tensors
-        call = HeadCall(ctx.op, ctx.options.joined(*merged[3:]), target, *ctx.rest)
+        call = HeadCall(ctx.op, ctx.options.joined(*merged[4:]), target, *ctx.rest)
         needs = tuple(ctx.needs_input_grad[:3])
-        given = (*merged[:3], *grads[:2])
+        given = (*merged[:4], *grads[:2])
         return *vocab_rows.head_backward(hidden, weight, bias, call, needs, *given), None
 
 
@@ -434,7 +434,16 @@ def _step_from_logits(
         merged = vocab_rows.row_forward(logits, target, o, shard)
         stats, terms = merged.stats, terms_of(merged.stats)
         grad = vocab_rows.row_backward(
-            logits, target, o, shard, merged.row_max, merged.inv_sum, merged.entropy, terms.d_logp, terms.d_entropy
+            logits,
+            target,
+            o,
+            shard,
+            merged.row_max,
+            merged.inv_sum,
+            merged.logp,
+            merged.entropy,
+            terms.d_logp,
+            terms.d_entropy,
         )
     return terms, stats, grad
 
@@ -459,6 +468,7 @@ def _step_from_hidden(
             needs,
             merged.row_max,
             merged.inv_sum,
+            merged.logp,
             merged.entropy,
             terms.d_logp,
             terms.d_entropy,

@@ -89,6 +89,7 @@ def row_backward(
     shard: VocabShard,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -108,6 +109,7 @@ def row_backward(
             column_of(target, shard, ELSEWHERE),
             row_max,
             inv_sum,
+            logp,
             entropy,
             grad_logp,
             grad_entropy,
@@ -160,6 +162,7 @@ def head_backward(
     needs: tuple[bool, bool, bool],
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -169,7 +172,7 @@ def head_backward(
     if call.shard.size > 0:
         p = _problem(hidden, weight, bias, call, ELSEWHERE)
         grads = _head_kernels(hidden, call.options).backward(
-            p, row_max, inv_sum, entropy, grad_logp, grad_entropy, needs
+            p, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs
         )
     grad_hidden = None
     if needs[0]:

@@ -109,8 +109,10 @@ class Merged(NamedTuple):
     """(tokens,) the shard's own row maximum, in its kernel's unit."""
     inv_sum: torch.Tensor
     """(tokens,) factor that makes probabilities of the shard's exponentials."""
+    logp: torch.Tensor
+    """(tokens,) logp of the whole, in the records' dtype as the two above."""
     entropy: torch.Tensor
-    """(tokens,) entropy of the whole, in the records' dtype as the two above."""
+    """(tokens,) entropy of the whole, likewise."""
 
 
 def pack(local: tuple[torch.Tensor, ...], owned: torch.Tensor) -> torch.Tensor:
@@ -173,9 +175,10 @@ def merge(
         return (x if mask is None else torch.where(mask, x, 0.0)).to(dtype)
 
     whole_entropy = mixed.sum(0).clamp(min=0)
+    whole_logp = torch.where(known, own_logp.clamp(max=0), math.nan)
 
     stats = TokenStats(
-        final(torch.where(known, own_logp.clamp(max=0), math.nan), -INF),
+        final(whole_logp, -INF),
         final(whole_entropy, 0.0),
         final(highest * unit + total.log(), -INF),
         final((share * share * sum_sq).sum(0), 0.0),
@@ -186,4 +189,5 @@ def merge(
     wide = records.dtype
     factor = (distance[rank].exp() / total).to(wide).clamp(min=torch.finfo(wide).tiny)
     own_max = torch.where(absent[rank], 0.0, row_max[rank])
-    return Merged(stats, own_max.to(wide), torch.where(dead, 0.0, factor), final(whole_entropy, 0.0, wide))
+    exact = (final(whole_logp, -INF, wide), final(whole_entropy, 0.0, wide))
+    return Merged(stats, own_max.to(wide), torch.where(dead, 0.0, factor), *exact)

@@ -52,6 +52,7 @@ def backward(
     target: torch.Tensor,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -69,19 +70,19 @@ def backward(
     p_j = e^(u_j - row_max) inv_sum; du_j = grad_logp ([j = target] - p_j)
     - grad_entropy p_j (log p_j + entropy). A target outside [0, vocab) has no term of its own.
     """
-    row_max, inv_sum, entropy = row_max.double(), inv_sum.double(), entropy.double()
+    row_max, inv_sum, logp, entropy = (x.double() for x in (row_max, inv_sum, logp, entropy))
     zero = torch.zeros_like(entropy)
     ga, gh = (zero if x is None else x.double() for x in (grad_logp, grad_entropy))
     idle = ((ga == 0) & (gh == 0)) | (inv_sum == 0)
     if mask is not None:
         idle = idle | ~mask
     u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
-    ga, gh, row_max, inv_sum, entropy = (x.unsqueeze(-1) for x in (ga, gh, row_max, inv_sum, entropy))
+    ga, gh, row_max, inv_sum, logp, entropy = (x.unsqueeze(-1) for x in (ga, gh, row_max, inv_sum, logp, entropy))
     x = u - row_max
     p = x.exp() * inv_sum
-    log_p = x + inv_sum.log()
     onehot = target.unsqueeze(-1) == torch.arange(logits.shape[1], device=logits.device)
-    d_logp = torch.where(onehot, -torch.expm1(log_p), -p)  # not 1 - p, which rounds near p = 1
+    log_p = torch.where(onehot, logp, x + inv_sum.log())
+    d_logp = torch.where(onehot, -torch.expm1(logp), -p)  # not 1 - p, which rounds near p = 1
     du = ga * d_logp - gh * p * (torch.where(p == 0, 0.0, log_p) + entropy)
     slope = torch.full_like(u, logit_scale)
     if softcap is not None:
@@ -100,6 +101,7 @@ def head_backward(
     p: Any,
     row_max: torch.Tensor,
     inv_sum: torch.Tensor,
+    logp: torch.Tensor,
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -107,7 +109,7 @@ def head_backward(
 ) -> list[torch.Tensor | None]:
     """[grad_hidden, grad_weight, grad_bias] of the logits' gradient."""
     logits = logits_of(p.hidden, p.weight, p.bias)
-    dz = backward(logits, p.target, row_max, inv_sum, entropy, grad_logp, grad_entropy, **p.options._asdict())
+    dz = backward(logits, p.target, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, **p.options._asdict())
     return [
         (dz @ p.weight.to(dz.dtype)).to(p.hidden.dtype) if needs[0] else None,
         (dz.t() @ p.hidden.to(dz.dtype)).to(p.weight.dtype) if needs[1] else None,

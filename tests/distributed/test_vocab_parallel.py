@@ -6,6 +6,8 @@ stacked. Bounds are those of token_stats itself. Over processes: test_distribute
 
 import pytest
 import torch
+from confident_cases import COEFFICIENTS, check, check_statistics, problem
+from confident_cases import truth as confident_truth
 from harness import backends, compare, half_ulp
 from logit_cases import FORWARD_ATOL, GRADIENT_RTOL, truth
 
@@ -55,7 +57,16 @@ def run(z, y, ga, gh, cuts, mask, options):
         merged = vocab_shard.merge(records, rank, kernels.state.nats(o), mask, dtype)
         parts.append(
             vocab_rows.row_backward(
-                z[:, s.start : s.stop].contiguous(), y, o, s, merged.row_max, merged.inv_sum, merged.entropy, ga, gh
+                z[:, s.start : s.stop].contiguous(),
+                y,
+                o,
+                s,
+                merged.row_max,
+                merged.inv_sum,
+                merged.logp,
+                merged.entropy,
+                ga,
+                gh,
             )
         )
     return merged.stats, torch.cat(parts, 1)
@@ -103,6 +114,20 @@ def test_shards_merge_to_the_whole(backend, dtype, name, cuts):
     if dtype == torch.bfloat16:  # the interpreter truncates where hardware rounds
         bound = bound + half_ulp(want.grad, dtype) * (2 if backend.name == "triton" else 1)
     compare(grad, want.grad, atol=bound, what="gradient")
+
+
+@pytest.mark.parametrize("backend", backends("token_stats"))
+@pytest.mark.parametrize("cuts", [(0, 1, 150, 300), (0, 299, 300)], ids=["three", "last alone"])
+def test_a_confident_token_keeps_its_digits(backend, cuts):
+    """Its own shard holds the target alone, or with a part of the rest."""
+    z, y = problem(300, torch.float32)
+    for ga, gh in COEFFICIENTS.values():
+        grads = (backend.put(torch.full((len(z),), x)) for x in (ga, gh))
+        with backend.forced():
+            stats, grad = run(backend.put(z), backend.put(y), *grads, cuts, None, {})
+        want = confident_truth(z, y, ga, gh)
+        check_statistics(stats.logp, stats.entropy, want)
+        check(grad, want, torch.float32)
 
 
 @pytest.mark.parametrize("backend", backends("token_stats"))
