@@ -329,8 +329,9 @@ def gradient(u, slope, m, c, a0, a1):
 @triton.jit
 def target_gradient(slope, nats, logp, entropy, ga, gh):
     """What the target gets; `gradient` and nats * ga would cancel near p = 1."""
-    rest = -expm1_2(maximum(logp * LOG2_E, MIN_EXPONENT))  # 1 - p
-    log_term = tl.where(logp == NEG_INF, 0.0, (1.0 - rest) * (logp + entropy))
+    log2_p = maximum(logp * LOG2_E, MIN_EXPONENT)
+    rest = -expm1_2(log2_p)  # 1 - p
+    log_term = tl.where(logp == NEG_INF, 0.0, tl.exp2(log2_p) * (logp + entropy))
     return slope * nats * (ga * rest - gh * log_term)
 
 

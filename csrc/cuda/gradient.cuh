@@ -86,7 +86,8 @@ __device__ __forceinline__ float gradient_at(const Slopes& s, float u) {
 // cancel.
 __device__ __forceinline__ float target_gradient(const Slopes& s) {
   const float rest = -expm1f(s.logp);  // 1 - p
-  const float log_term = s.logp == -inf_float() ? 0.0f : (1.0f - rest) * (s.logp + s.entropy);
+  const float p = exp2_fast(s.logp * kLog2E);
+  const float log_term = s.logp == -inf_float() ? 0.0f : p * (s.logp + s.entropy);
   return s.nats * (s.ga * rest - s.gh * log_term);
 }
 

@@ -12,6 +12,8 @@ from harness import FLOAT_DTYPES, backends, compare
 from torch import Tensor
 
 import tokfuse
+import tokfuse.runtime.ops.kept_token_stats
+import tokfuse.runtime.ops.token_stats  # noqa: F401  (imports register the implementations)
 
 # Two logits; one tile of every backend; the target's tile, others before and after it, and a tail.
 VOCABS = (2, 300, 6157)
@@ -32,6 +34,19 @@ def test_token_stats(backend, vocab, dtype, option):
         want = truth(z, target, ga, gh, **options)
         check_statistics(stats.logp, stats.entropy, want, rtol_of(options))
         check(leaf.grad, want, dtype, rtol=rtol_of(options))
+
+
+@pytest.mark.parametrize("backend", backends("token_stats"))
+def test_an_unlikely_target(backend):
+    """With p = 10^-k it is p that keeps its digits, in the entry for the entropy."""
+    z, target = problem(300, torch.float32, unlikely=True)
+    leaf = backend.put(z).clone().requires_grad_()
+    with backend.forced():
+        tokfuse.token_stats(leaf, backend.put(target)).entropy.sum().backward()
+    want = truth(z, target, 0.0, 1.0)
+    of_target = (target[:, None] == torch.arange(300)).nonzero(as_tuple=True)
+    compare(leaf.grad.cpu()[of_target], want.grad[of_target], rtol=4e-6, what="target")
+    check(leaf.grad, want, torch.float32)
 
 
 @pytest.mark.parametrize("backend", backends("token_stats"))

@@ -30,8 +30,13 @@ class Truth(NamedTuple):
     term: Tensor
 
 
-def problem(vocab: int, dtype: torch.dtype, shift: float = 0.0, **options: Any) -> tuple[Tensor, Tensor]:
-    """(logits, target): row k - 1 has p = 1 - 10^-k, but for the rounding of its logits to `dtype`."""
+def problem(
+    vocab: int, dtype: torch.dtype, shift: float = 0.0, unlikely: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(logits, target): row k - 1 has p = 1 - 10^-k, but for the rounding of its logits to `dtype`.
+
+    unlikely: p = 10^-k.
+    """
     gen = torch.Generator().manual_seed(vocab)
     z = torch.randn(len(STEPS), vocab, generator=gen, dtype=torch.float64) * 2 - 3
     target = torch.randint(0, vocab, (len(STEPS),), generator=gen)
@@ -39,6 +44,7 @@ def problem(vocab: int, dtype: torch.dtype, shift: float = 0.0, **options: Any) 
     temperature, cap = options.get("temperature", 1.0), options.get("softcap")
     u = transformed(z, **options)[0].scatter(1, target[:, None], -math.inf)
     odds = torch.tensor([10.0**k - 1 for k in STEPS], dtype=torch.float64)
+    odds = 1 / odds if unlikely else odds
     u_y = (torch.logsumexp(u, 1) + odds.log()) * temperature
     z_y = (u_y if cap is None else cap * torch.atanh(u_y / cap)) / options.get("logit_scale", 1.0)
     return (z.scatter(1, target[:, None], z_y[:, None]) + shift).to(dtype), target

@@ -45,8 +45,10 @@ def backends(op: str, without: str = "", interpreted: bool = True, hosted: bool 
     without `hosted`.
     """
     out = []
-    for row in dispatch.table():
-        if row["op"] != op or not row["built"] or row["backend"] == without:
+    known = [row for row in dispatch.table() if row["op"] == op]
+    assert known, f"no implementation of {op} is registered: import its module first"
+    for row in known:
+        if not row["built"] or row["backend"] == without:
             continue
         if row["backend"] == "triton" and triton_backend.interpreting() and not interpreted:
             continue
