@@ -95,7 +95,7 @@ def float64_head(model):
         for layer in model.lm_head.modules():
             if isinstance(layer, torch.nn.Linear):
                 stack.enter_context(mock.patch.object(layer, "forward", functools.partial(float64_linear, layer)))
-        stack.enter_context(mock.patch.object(model, "loss_function", float64_loss))
+        stack.enter_context(mock.patch.object(type(model), "loss_function", staticmethod(float64_loss)))
         yield
 
 
