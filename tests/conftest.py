@@ -3,7 +3,6 @@
 import importlib
 import os
 import sys
-from pathlib import Path
 
 # Idle OpenMP threads sleep instead of spinning: with several processes on few cores, spinning
 # threads cost more than the work.
@@ -12,45 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "support"))
 
 import hypothesis
-import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-
-# The tests that carry bounds of what a CPU computes: `make test-cpus` repeats them at older levels.
-# Every op, the methods that are sums of their own, and each host beside its float64 self.
-NUMERIC = (
-    "ops",
-    "algorithms/test_algorithms.py",
-    "algorithms/test_preference_losses.py",
-    "algorithms/test_preference_step.py",
-    "distributed/test_vocab_parallel.py",
-    "integrations/test_call_shapes.py",
-    "integrations/test_hf.py",
-    "integrations/test_trl.py",
-    "integrations/test_trl_losses.py",
-)
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of NUMERIC."""
-    folder = Path(__file__).parent
-    chosen = [folder / name for name in NUMERIC]
-    for item in items:
-        if any(item.path == path or path in item.path.parents for path in chosen):
-            item.add_marker("numeric")
-
-
-def pytest_report_header() -> str:
-    """The levels at which torch and the native kernels run."""
-    from tokfuse.runtime.core import native
-
-    module = native.module()
-    kernels = "not built" if module is None else module.active_isa()
-    level = torch.backends.cpu.get_cpu_capability()
-    return f"cpu: torch {level}, native kernels {kernels}, {torch.get_num_threads()} threads"
-
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -63,3 +26,13 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     # An example costs 0.2 s in the interpreter.
     hypothesis.settings.register_profile("interpreter", hypothesis.settings.default, max_examples=20)
     hypothesis.settings.load_profile("interpreter")
+
+
+def pytest_report_header() -> str:
+    """The levels at which torch and the native kernels run."""
+    from tokfuse.runtime.core import native
+
+    module = native.module()
+    kernels = "not built" if module is None else module.active_isa()
+    level = torch.backends.cpu.get_cpu_capability()
+    return f"cpu: torch {level}, native kernels {kernels}, {torch.get_num_threads()} threads"
