@@ -66,7 +66,7 @@ test: lint
 
 test-cpus:
 	@$(STRICT) $(BOOTSTRAP) $(TEST_GROUPS)
-	@$(BIN)/python tools/test_cpus.py $(SPREAD) $(ARGS)
+	@$(BIN)/python tools/older_cpus.py $(SPREAD) $(ARGS)
 
 test-slow:
 	@$(STRICT) $(BOOTSTRAP) test demo hosts

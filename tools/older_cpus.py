@@ -1,4 +1,4 @@
-"""Runs the tests that carry numeric bounds as other CPUs would: `tools/test_cpus.py [PYTEST ARGUMENTS]`.
+"""Runs the tests that carry numeric bounds as other CPUs would: `tools/older_cpus.py [PYTEST ARGUMENTS]`.
 
 A bound that holds on one CPU may fail on an older one, where torch, MKL, oneDNN and our kernels add
 up in another order. Each setting restricts all four, and the number of threads; together with
