@@ -183,11 +183,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
         return (None,) * 10
-    *tensors, vector, mask, bias_logits, *stats = ctx.saved_tensors
-    o = ctx.options.joined(vector, mask, bias_logits)
+    saved = ctx.saved_tensors  # four inputs, the tensors of the options, the statistics
+    o = ctx.options.joined(*saved[4:7])
     needs = tuple(ctx.needs_input_grad[:3])
-    arguments = (*tensors, *o.flat()[:5], ctx.budget)
-    out = _linear_backward_op(*arguments, *stats, grads[0], grads[1], *needs)
+    arguments = (*saved[:4], *o.flat()[:5], ctx.budget)
+    out = _linear_backward_op(*arguments, *saved[7:], grads[0], grads[1], *needs)
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
     return (*chosen,) + (None,) * 7
 
