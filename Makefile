@@ -27,12 +27,17 @@ INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
 	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
 
+<<<<<<< HEAD
 .PHONY: help demo test test-slow test-triton test-cuda test-gpu bench-gpu first-gpu-run test-packaging \
+=======
+.PHONY: help demo test test-cpus test-slow test-triton test-cuda test-gpu bench-gpu test-packaging \
+>>>>>>> 6dab294 (make test-cpus: the tests with numeric bounds at the levels of older CPUs)
 	test-sanitize test-verl lint format docs bench bench-release peers doctor clean
 
 help:
 	@echo "make demo            train a small model with a fused policy loss (installs what it needs)"
 	@echo "make test            lint, then the tests"
+	@echo "make test-cpus       the tests with numeric bounds, at the levels of older CPUs"
 	@echo "make test-slow       long studies        make test-gpu        tests that need an NVIDIA GPU"
 	@echo "make test-triton     the Triton kernels, interpreted and cross-compiled (in make test, too)"
 	@echo "make test-cuda       the CUDA kernels, run on the CPU and read from the native module"
@@ -58,6 +63,10 @@ test: lint
 	@$(PYTEST) $(SPREAD) -m "not slow and not gpu and not interpreter and not cuda_host" $(ARGS)
 	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter and not slow" $(ARGS)
 	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host and not slow" $(ARGS)
+
+test-cpus:
+	@$(STRICT) $(BOOTSTRAP) $(TEST_GROUPS)
+	@$(BIN)/python tools/older_cpus.py $(SPREAD) $(ARGS)
 
 test-slow:
 	@$(STRICT) $(BOOTSTRAP) test demo hosts

@@ -26,3 +26,13 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     # An example costs 0.2 s in the interpreter.
     hypothesis.settings.register_profile("interpreter", hypothesis.settings.default, max_examples=20)
     hypothesis.settings.load_profile("interpreter")
+
+
+def pytest_report_header() -> str:
+    """The levels at which torch and the native kernels run."""
+    from tokfuse.runtime.core import native
+
+    module = native.module()
+    kernels = "not built" if module is None else module.active_isa()
+    level = torch.backends.cpu.get_cpu_capability()
+    return f"cpu: torch {level}, native kernels {kernels}, {torch.get_num_threads()} threads"

@@ -80,9 +80,7 @@ void forward_row(const KeptArgs& a, const KeptOut& o, const Transform& f, int64_
       target_u = buffer[at - begin];
       buffer[at - begin] = -kInf;  // rows.h
     }
-    BlockSums sums;
-    sum_block<false>(buffer, n, c, 0.0f, &sums);
-    acc.add(sums);
+    sum_block<false>(buffer, n, c, 0.0f, acc);
   }
   const RowStats r = finish<false>(acc, c, target_u, 0.0f);
   o.logp[t] = at < 0 ? -kInf : static_cast<float>(r.logp);

@@ -112,8 +112,11 @@ struct Accumulator {
   }
 };
 
+// Columns that are added up in float32: at four lanes 64 additions of half an ulp, 4e-6 at most.
+constexpr int64_t kPiece = 256;
+
 template <bool kMoments>
-TOKFUSE_BLOCK_LOOP static void sum_block(const float* __restrict u, int64_t n, float c, float shift,
+TOKFUSE_BLOCK_LOOP static void sum_piece(const float* __restrict u, int64_t n, float c, float shift,
                                          BlockSums* out) {
   const float floor = opaque(kExponentFloor);
   float s = 0, sx = 0, s2 = 0, s2x = 0, s2xx = 0;
@@ -130,6 +133,17 @@ TOKFUSE_BLOCK_LOOP static void sum_block(const float* __restrict u, int64_t n, f
     }
   }
   *out = {s, sx, s2, s2x, s2xx, 0.0f};
+}
+
+template <bool kMoments>
+static inline void sum_block(const float* u, int64_t n, float c, float shift,
+                             Accumulator<kMoments>& acc) {
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    BlockSums sums;
+    const int64_t left = n - begin;
+    sum_piece<kMoments>(u + begin, left < kPiece ? left : kPiece, c, shift, &sums);
+    acc.add(sums);
+  }
 }
 
 TOKFUSE_BLOCK_LOOP static float block_max(const float* u, int64_t n) {
@@ -154,9 +168,7 @@ static inline void add_block(const float* u, int64_t n, float c, float block_max
     return;
   }
   acc.raise_shift(block_max * c);
-  BlockSums sums;
-  sum_block<kMoments>(u, n, c, acc.shift, &sums);
-  acc.add(sums);
+  sum_block<kMoments>(u, n, c, acc.shift, acc);
 }
 
 // Converts one block to float32 in `buffer` and returns its maximum. Two loops: fused, g++ 12 turns
@@ -252,9 +264,7 @@ TOKFUSE_BLOCK_LOOP static RowStats far_row_forward(const Row<T>& row, const Tran
     convert_block<T, kTransform>(row, f, begin, n, buffer);
     subtract(buffer, n, row_max);
     if (row.target >= begin && row.target < begin + n) buffer[row.target - begin] = -kInf;
-    BlockSums sums;
-    sum_block<kMoments>(buffer, n, c, 0.0f, &sums);
-    acc.add(sums);
+    sum_block<kMoments>(buffer, n, c, 0.0f, acc);
   }
   RowStats out = finish<kMoments>(acc, c, target_u - row_max, 0.0f);
   out.lse += kLn2 * static_cast<double>(row_max) * c;

@@ -1,4 +1,7 @@
-"""Losses under other trainers' signatures, each against the trainer's formula written in torch."""
+"""Losses under other trainers' signatures, each against the trainer's formula in float64.
+
+Bounds: 2e-6 of the value or of 1, and gradients within 4e-6 of the largest entry.
+"""
 
 import importlib
 import sys
@@ -7,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import compare
 
 from tokfuse.integrations import call_shapes as shapes
 
@@ -31,15 +35,23 @@ def batch(seed=0):
     )
 
 
+def wide(b):
+    """The same batch in float64, for the formula."""
+    out = SimpleNamespace(**{k: v.detach().double() for k, v in vars(b).items()})
+    out.logp.requires_grad_()
+    return out
+
+
 def ppo(ratio, a, low, high, dual=None):
     loss = torch.maximum(-ratio * a, -ratio.clamp(1 - low, 1 + high) * a)
     return loss if dual is None else torch.where(a < 0, torch.minimum(loss, -dual * a), loss)
 
 
-def assert_same(ours, theirs, leaf):
-    assert ours.item() == pytest.approx(theirs.item(), rel=2e-6, abs=1e-6)
-    mine, want = (torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in (ours, theirs))
-    torch.testing.assert_close(mine, want, rtol=2e-5, atol=1e-6)
+def assert_same(ours, leaf, formula, wide_leaf):
+    assert formula.dtype == torch.float64
+    compare(ours, formula, rtol=2e-6, atol=1e-6, what="loss")
+    mine, want = (torch.autograd.grad(*x, retain_graph=True)[0] for x in ((ours, leaf), (formula, wide_leaf)))
+    compare(mine, want, atol=4e-6 * float(want.abs().max()), what="gradient")
 
 
 def mean_of(x, mask):
@@ -89,7 +101,8 @@ def test_liger(kind):
     ours, metrics = shapes.triton_grpo_loss(
         logits, b.old, b.rollout, ids, a, b.mask, loss_type=kind, reduce=True, **LIGER[kind]
     )
-    assert_same(ours, liger_reference(logits, b, ids, a, kind, **LIGER[kind]), logits)
+    exact = logits.detach().double().requires_grad_()
+    assert_same(ours, logits, liger_reference(exact, wide(b), ids, a.double(), kind, **LIGER[kind]), exact)
     assert torch.equal(logits.detach(), before)  # inplace=True is a permission
     assert len(metrics) == (1 if LIGER[kind].get("beta") == 0.0 else 2)
 
@@ -140,7 +153,8 @@ def test_liger_refuses(more):
 )
 @pytest.mark.parametrize("counts", [{}, {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 7}])
 def test_openrlhf(options, counts):
-    b, m = batch(), batch().mask
+    f, b = batch(), wide(batch())
+    m = b.mask
     low, high = (0.7, 1.4)
     correct = options.get("enable_vllm_is_correction") or "vllm_is_correction_type" in options
     if correct:
@@ -166,8 +180,8 @@ def test_openrlhf(options, counts):
     else:
         want = (loss * m).sum() / counts.get("batch_num_tokens", m.sum())
     module = shapes.PolicyLoss(**options)
-    ours, clip, kl, vllm_kl = module(b.logp, b.old, b.advantage, m, b.rollout, **counts)
-    assert_same(ours, want * counts.get("dp_size", 1), b.logp)
+    ours, clip, kl, vllm_kl = module(f.logp, f.old, f.advantage, f.mask, f.rollout, **counts)
+    assert_same(ours, f.logp, want * counts.get("dp_size", 1), b.logp)
     clipped = ((log_ratio.exp() > 1.2) & (b.advantage > 0)) | ((log_ratio.exp() < 0.8) & (b.advantage < 0))
     assert clip.item() == pytest.approx(mean_of(clipped, m), abs=1e-6)
     assert kl.item() == pytest.approx(mean_of(b.old - b.logp.detach(), m), abs=1e-5)
@@ -207,7 +221,8 @@ def skyrl_config(kind, **more):
 
 @pytest.mark.parametrize("kind", ["regular", "dual_clip", "gspo", "cispo", "sapo"])
 def test_skyrl(kind):
-    b, m = batch(), batch().mask
+    f, b = batch(), wide(batch())
+    m = b.mask
     log_ratio = b.logp - b.old
     ratio, a = log_ratio.exp(), b.advantage
     clipped = ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0))
@@ -222,8 +237,8 @@ def test_skyrl(kind):
     if kind == "sapo":
         tau = torch.where(a > 0, 1.5, 0.5)
         loss, clipped = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a, torch.zeros_like(m)
-    ours, metrics = shapes.skyrl_policy_loss(b.logp, b.old, a, skyrl_config(kind), m)
-    assert_same(ours, (loss * m).sum(), b.logp)
+    ours, metrics = shapes.skyrl_policy_loss(f.logp, f.old, f.advantage, skyrl_config(kind), f.mask)
+    assert_same(ours, f.logp, (loss * m).sum(), b.logp)
     assert metrics["clip_ratio"] == pytest.approx(mean_of(clipped, m), abs=1e-6)
 
 
@@ -286,7 +301,7 @@ def nemo(b, **cfg):
     ],
 )
 def test_nemo(cfg):
-    b = batch()
+    f, b = batch(), wide(batch())
     m = b.mask * torch.tensor([1.0, 1.0, 0.0]).unsqueeze(1)
     if "truncated_importance_sampling_type" in cfg:
         cfg = {**cfg, "use_importance_sampling_correction": True}
@@ -307,8 +322,8 @@ def test_nemo(cfg):
     want = (loss * m).sum() / 19
     if not cfg.get("token_level_loss", True):
         want = ((loss * m).sum(1) / m.sum(1).clamp(min=1)).sum() / 5
-    ours, metrics = nemo(b, **cfg)
-    assert_same(ours, want, b.logp)
+    ours, metrics = nemo(f, **cfg)
+    assert_same(ours, f.logp, want, b.logp)
     assert metrics["num_valid_samples"] == 2
     assert metrics["probs_ratio_min"] <= 1.0 + 1e-6
 
@@ -349,13 +364,14 @@ def test_nemo_enums_come_from_the_host(monkeypatch):
 @pytest.mark.parametrize("dual", [None, 1.4])
 def test_slime(dual):
     b = batch()
-    kl, a = (b.old - b.logp)[b.mask.bool()], b.advantage[b.mask.bool()]
+    kl, a = (b.old - b.logp)[b.mask.bool()].detach().requires_grad_(), b.advantage[b.mask.bool()]
+    exact = kl.detach().double().requires_grad_()
     weight = torch.linspace(0.5, 2, len(kl))  # slime's reducer weighs samples
     ours, clipped = shapes.slime_policy_loss(kl, a, 0.2, 0.3, dual)
-    want = ppo((-kl).exp(), a, 0.2, 0.3, dual)
-    torch.testing.assert_close(ours, want, rtol=2e-6, atol=1e-6)
-    assert_same((ours * weight).sum(), (want * weight).sum(), b.logp)
-    ratio = (-kl).exp()
+    ratio = (-exact).exp()
+    want = ppo(ratio, a.double(), 0.2, 0.3, dual)
+    compare(ours, want, rtol=2e-6, atol=1e-6)
+    assert_same((ours * weight).sum(), kl, (want * weight).sum(), exact)
     assert torch.equal(clipped.bool(), ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0)))
 
 
@@ -376,10 +392,11 @@ def test_prime_rl(monkeypatch):
         loss_weights=w,
     )
     out = shapes.prime_rl_loss(inputs, clip_high=0.4, dual=1.3, kl_coef=0.1)
-    gap = b.rollout[0] - b.logp[0]
-    token = ppo((b.logp[0] - b.old[0]).exp(), b.advantage[0], 0.2, 0.4, 1.3)
+    x = wide(b)
+    gap = x.rollout[0] - x.logp[0]
+    token = ppo((x.logp[0] - x.old[0]).exp(), x.advantage[0], 0.2, 0.4, 1.3)
     token = token + 0.1 * (gap.exp() - gap - 1)
-    assert_same(out.loss, (token * w)[m].sum(), b.logp)
+    assert_same(out.loss, b.logp, (token * w)[m].sum(), x.logp)
     assert set(out.metrics) == {"clip_low", "clip_high", "kl_k1", "ratio", "ref_kl_k3"}
 
 

@@ -1,9 +1,14 @@
 """tokfuse.integrations.hf beside transformers: loss, gradients, statistics, packed forward."""
 
+import contextlib
 import copy
+import functools
+from unittest import mock
 
 import pytest
 import torch
+from harness import compare
+from host_parity import assert_no_farther
 
 import tokfuse
 from tokfuse.integrations import hf, hosts
@@ -67,11 +72,45 @@ def run(model, **more):
     return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(mine, theirs):
-    torch.testing.assert_close(mine[0].loss, theirs[0].loss, rtol=1e-6, atol=1e-6)
-    assert mine[1].keys() == theirs[1].keys()
+def float64_linear(layer, x):
+    bias = None if layer.bias is None else layer.bias.double()
+    return torch.nn.functional.linear(x.double(), layer.weight.double(), bias)
+
+
+def float64_loss(logits, labels, *_, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **__):
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    rows = shift_labels.flatten()
+    total = torch.nn.functional.cross_entropy(
+        logits.double().flatten(0, -2), rows, ignore_index=ignore_index, reduction="sum"
+    )
+    return total / ((rows != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@contextlib.contextmanager
+def float64_head(model):
+    """The model's own head and loss, in float64."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with contextlib.ExitStack() as stack:
+        for layer in model.lm_head.modules():
+            if isinstance(layer, torch.nn.Linear):
+                stack.enter_context(mock.patch.object(layer, "forward", functools.partial(float64_linear, layer)))
+        stack.enter_context(mock.patch.object(type(model), "loss_function", staticmethod(float64_loss)))
+        yield
+
+
+def run_exactly(model, **more):
+    with float64_head(model):
+        return run(model, **more)
+
+
+def assert_same(mine, theirs, exact):
+    """Loss and gradients are no farther from the model in float64 than its own are."""
+    assert exact[0].loss.dtype == torch.float64
+    assert_no_farther(*(x[0].loss for x in (mine, theirs, exact)), what="loss")
+    assert mine[1].keys() == theirs[1].keys() == exact[1].keys()
     for name, grad in theirs[1].items():
-        torch.testing.assert_close(mine[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert_no_farther(mine[1][name], grad, exact[1][name], what=name)
 
 
 # ---------------------------------------------------------------------------------- patched forward
@@ -80,37 +119,38 @@ def assert_same(mine, theirs):
 @pytest.mark.parametrize("kind", hf.SUPPORTED)
 def test_every_supported_head(kind):
     model = make(kind)
-    theirs = run(model)
+    theirs, exact = run(model), run_exactly(model)
     with hf.installed(model):
         mine = run(model)
     assert mine[0].logits is None
-    assert_same(mine, theirs)
+    assert_same(mine, theirs, exact)
 
 
 def test_bias_normalizer_and_shifted_labels():
     model = make()
     model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, V))
     more = {"num_items_in_batch": torch.tensor(37)}
-    theirs = run(model, **more)
+    theirs, exact = run(model, **more), run_exactly(model, **more)
     with hf.installed(model):
-        assert_same(run(model, **more), theirs)
+        assert_same(run(model, **more), theirs, exact)
         given = batch()
         shifted = torch.nn.functional.pad(given.pop("labels"), (0, 1), value=-100)[:, 1:]
         out = model(**given, shift_labels=shifted, **more)
-    torch.testing.assert_close(out.loss, theirs[0].loss, rtol=1e-6, atol=1e-6)
+    assert_no_farther(out.loss, theirs[0].loss, exact[0].loss)
 
 
 def test_statistics_beside_the_loss():
     model = make()
     labels = batch()["labels"][:, 1:]
-    logp = (model(**batch()).logits[:, :-1] / 0.7).log_softmax(-1)
+    with float64_head(model):
+        logp = (model(**batch()).logits[:, :-1] / 0.7).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     with hf.installed(model, temperature=0.7):
         out = model(**batch(), token_stats=True)
     rows = labels != -100
     chosen = logp.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(out["logp"], chosen.masked_fill(~rows, 0), rtol=0, atol=2e-6)
-    torch.testing.assert_close(out["entropy"], entropy.masked_fill(~rows, 0), rtol=0, atol=2e-6)
+    compare(out["logp"], chosen.masked_fill(~rows, 0), atol=2e-6)
+    compare(out["entropy"], entropy.masked_fill(~rows, 0), atol=2e-6)
     out["entropy"].sum().backward()
     assert model.lm_head.weight.grad.any()
 
@@ -193,9 +233,9 @@ def lora(**options):
 )
 def test_adapters_of_the_head_are_computed(options):
     model = lora(**options).eval()  # no dropout
-    theirs = run(model)
+    theirs, exact = run(model), run_exactly(model)
     with hf.installed(model):
-        assert_same(run(model), theirs)
+        assert_same(run(model), theirs, exact)
         with model.disable_adapter():
             off = model(**batch()).loss
         model.merge_adapter()
@@ -232,9 +272,9 @@ def test_other_adapters_and_heads_are_refused():
 
 def test_loss_function_of_a_model():
     model = make("gemma2")
-    theirs = run(model)
+    theirs, exact = run(model), run_exactly(model)
     model.loss_function = hf.causal_lm_loss
-    assert_same(run(model), theirs)
+    assert_same(run(model), theirs, exact)
 
 
 def test_compute_loss_func_of_the_trainer(tmp_path):
@@ -257,22 +297,21 @@ def test_compute_loss_func_of_the_trainer(tmp_path):
         trainer.train()
         return [row["loss"] for row in trainer.state.log_history[:-1]]
 
-    stock = train()
-    assert train(compute_loss_func=hf.compute_loss_func) == pytest.approx(stock, rel=2e-6)
+    def exact_loss(outputs, labels, num_items_in_batch=None):
+        return float64_loss(outputs.logits, labels, num_items_in_batch=num_items_in_batch)
+
+    ours = train(compute_loss_func=hf.compute_loss_func)
+    assert_no_farther(ours, train(), train(compute_loss_func=exact_loss), what="losses")
 
 
 def test_causal_lm_loss_normalizer_ignore_index_and_shift():
     logits = torch.randn(2, 5, V)
     labels = torch.randint(V, (2, 5))
     labels[0, 3] = 7
-    want = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=7, reduction="sum"
-    )
     got = hf.causal_lm_loss(logits, labels, V, num_items_in_batch=11, ignore_index=7)
-    torch.testing.assert_close(got, want / 11)
+    compare(got, float64_loss(logits, labels, num_items_in_batch=11, ignore_index=7), rtol=1e-6)
     shifted = hf.causal_lm_loss(logits, None, V, shift_labels=labels)
-    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(shifted, want)
+    compare(shifted, float64_loss(logits, None, shift_labels=labels), rtol=1e-6)
     with pytest.raises(ValueError, match="labels must be given without shift_labels"):
         hf.causal_lm_loss(logits, None, V)
 
@@ -294,9 +333,10 @@ def test_packed_sequences_see_themselves_only():
     for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         if end > start:
             one = ids[start:end]
-            logp = (model(one[None]).logits[0, :-1] / 0.8).log_softmax(-1)
+            with float64_head(model):
+                logp = (model(one[None]).logits[0, :-1] / 0.8).log_softmax(-1)
             alone.append(logp.gather(-1, one[1:, None]).squeeze(-1))
-    torch.testing.assert_close(stats.logp, torch.cat(alone), rtol=0, atol=3e-6)
+    compare(stats.logp, torch.cat(alone), atol=3e-6)
     assert borders.tolist() == [0, 4, 4, 12, 12, 18]
     assert hf.packed_route(model) == "padded"
 
@@ -336,9 +376,9 @@ def test_a_policy_step_on_a_model():
         advantage=torch.linspace(-1, 1, len(ids) - 1),
         objective=tokfuse.Objective(),
     )
-    logits = torch.cat([model(x[None]).logits[0] for x in (ids[:6], ids[6:])])[:-1]
-    want = tokfuse.token_stats(logits, ids[1:]).logp
-    torch.testing.assert_close(step.stats.logp, want, rtol=0, atol=3e-6)
+    with float64_head(model):
+        logits = torch.cat([model(x[None]).logits[0] for x in (ids[:6], ids[6:])])[:-1]
+    compare(step.stats.logp, logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0], atol=3e-6)
     step.loss.backward()
     assert model.get_input_embeddings().weight.grad.any()
 

@@ -10,6 +10,7 @@ pytest.importorskip("trl", reason="needs the group `hosts`")
 
 import tiny_grpo
 import trl.trainer.utils as utils
+from host_parity import Float64Head, assert_no_farther, trl_in_float64
 from trl import DPOConfig, DPOTrainer, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.kernels import ChunkedLogProbFunction
 
@@ -102,15 +103,16 @@ def head_inputs(dtype=torch.float32, bias=True):
 @pytest.mark.parametrize("bias", [False, True])
 def test_head_equals_trls(bias, softcap):
     results = []
-    for apply in (ChunkedLogProbFunction.apply, host.token_head):
+    for apply in (host.token_head, ChunkedLogProbFunction.apply, Float64Head.apply):
         leaves, target = head_inputs(bias=bias)
+        if apply is Float64Head.apply:
+            leaves = [None if x is None else x.detach().double().requires_grad_() for x in leaves]
         out = apply(*leaves, target, 0.7, 32, softcap, 1.3, host.OUTPUTS)
         (out[0] * torch.linspace(-1, 1, N) + 0.3 * out[1]).sum().backward()
-        results.append((out, [x.grad for x in leaves if x is not None]))
-    (theirs, grads), (ours, our_grads) = results
-    assert [x.dtype for x in ours] == [x.dtype for x in theirs]
-    for mine, stock in zip([*ours, *our_grads], [*theirs, *grads], strict=True):
-        torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-5)
+        results.append([*out, *(x.grad for x in leaves if x is not None)])
+    assert [x.dtype for x in results[0]] == [x.dtype for x in results[1]]
+    for mine, stock, exact in zip(*results, strict=True):
+        assert_no_farther(mine, stock, exact)
 
 
 def test_head_gives_what_is_asked_for():
@@ -166,8 +168,10 @@ def test_only_labelled_rows_reach_the_head():
     with host.rebound(counting):
         out = model(input_ids=ids, labels=labels, fused_lm_head=True)
     stock = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    with trl_in_float64():
+        exact = model(input_ids=ids, labels=labels, fused_lm_head=True)
     assert seen == [3]
-    torch.testing.assert_close(out.log_probs, stock.log_probs, rtol=0, atol=2e-6)
+    assert_no_farther(out.log_probs, stock.log_probs, exact.log_probs)
     with host.installed():
         nothing = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
     nothing.loss.backward()
@@ -184,18 +188,18 @@ def test_logits_op_equals_trls(masked):
     index = torch.randint(V, (3, 5), generator=gen)
     row_mask = (torch.rand(3, 5, generator=gen) > 0.3) if masked else None
 
-    def run():
+    def run(base=base):
         logits = base.clone().requires_grad_()
         logp, entropy = utils.selective_log_softmax_and_entropy(logits, index, temperature=0.8, row_mask=row_mask)
         alone = utils.selective_log_softmax(logits, index, row_mask=row_mask)
         ((logp + 0.5 * entropy + alone) * torch.arange(15.0).view(3, 5)).sum().backward()
         return logp, entropy, alone, utils.entropy_from_logits(logits), logits.grad
 
-    stock = run()
     with host.installed():
         ours = run()
-    for mine, theirs in zip(ours, stock, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    for mine, theirs, exact in zip(ours, run(), run(base.double()), strict=True):
+        assert exact.dtype == torch.float64
+        assert_no_farther(mine, theirs, exact)
 
 
 def test_what_the_logits_op_does_not_take_stays_trls():
@@ -265,12 +269,16 @@ TRAINERS = {
 @pytest.mark.parametrize("name", TRAINERS)
 def test_every_trainer_follows(name, tmp_path, monkeypatch):
     stock = losses(TRAINERS[name](tmp_path))
+    with trl_in_float64():
+        exact = losses(TRAINERS[name](tmp_path))
     calls = []
     head = host.token_head
     monkeypatch.setattr(host, "token_head", lambda *a: calls.append(1) or head(*a))
     with host.installed():
         ours = losses(TRAINERS[name](tmp_path))
     assert calls, "the head was not used"
-    assert len(ours) == len(stock) == 2
-    for mine, theirs in zip(ours, stock, strict=True):
-        assert mine == pytest.approx(theirs, rel=2e-6, abs=1e-6)
+    assert len(ours) == len(stock) == len(exact) == 2
+    assert "loss" in exact[0] and [row.keys() for row in ours] == [row.keys() for row in exact]
+    for key in exact[0]:
+        figures = ([row[key] for row in run] for run in (ours, stock, exact))
+        assert_no_farther(*figures, what=key)

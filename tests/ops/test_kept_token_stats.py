@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from harness import host_backends, thread_counts
+from harness import ROUNDED_ONCE, compare, half_ulp, host_backends, thread_counts
 from hypothesis import strategies as st
 
 from tokfuse.runtime.core import dispatch
@@ -69,17 +69,19 @@ def check(logits, target, ids, offsets, rtol=2e-6, atol=1e-9, **options):
     z = logits.clone().requires_grad_()
     out = kept_token_stats(z, target, ids, offsets, **options)
     wanted, grads, term = truth(logits, target, ids, offsets, **options)
+    exact = dispatch.forced_backend() == "reference"
     for name in out._fields:
-        got, want = getattr(out, name).detach().double(), getattr(wanted, name).detach()
-        torch.testing.assert_close(got, want, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        bound = ROUNDED_ONCE if exact else {"atol": 2e-5}
+        compare(getattr(out, name), getattr(wanted, name), **bound, what=name)
     weights = torch.linspace(-1, 2, len(target)), torch.linspace(1, -1, len(target))
     logp = torch.where(out.logp > -INF, out.logp, 0.0)
     (logp * weights[0] + out.entropy * weights[1]).sum().backward()
     want = sum(g * w.double().unsqueeze(1) for g, w in zip(grads, weights, strict=True))
     of_logp, of_entropy = (w.abs().unsqueeze(1) for w in weights)
     # Where p is near 1, log p + H is a difference of float32 numbers near 0, each rounded at 6e-8.
-    rtol *= 2 if dispatch.forced_backend() == "reference" else 1  # torch rounds log p as well
     bound = atol + scale * (rtol * of_logp + of_entropy * (rtol * term + 3e-7))
+    if exact:
+        bound = half_ulp(want, logits.dtype) + half_ulp(want, torch.float32) + 1e-14
     worst = ((z.grad.double() - want).abs() / bound).nan_to_num(INF).amax(1)
     assert (worst <= 1).all(), worst
     outside = restricted(torch.zeros_like(logits), ids, offsets) == -INF

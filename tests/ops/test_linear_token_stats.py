@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from harness import FLOAT_DTYPES, Backend, assert_untouched, backends, bits, compare, half_ulp
+from harness import FLOAT_DTYPES, ROUNDED_ONCE, Backend, assert_untouched, backends, bits, compare, half_ulp
 from head_cases import SIZES, HeadCase, head_case, head_truth
 from logit_cases import FORWARD_ATOL, INF
 
@@ -47,9 +47,11 @@ def check(backend: Backend, case: HeadCase, *, bias=True, needs="hwb", memory_bu
     ga, gh = coefficients(len(case.target))
     expected = head_truth(case, ga, gh, bias, **options)
     stats, grads = evaluate(backend, case, ga, gh, bias=bias, needs=needs, memory_budget=memory_budget, **options)
+    exact = backend.name == "reference"
     for name in ("logp", "entropy", "lse"):
-        compare(getattr(stats, name), getattr(expected.stats, name), atol=FORWARD_ATOL, what=name)
-    compare(stats.sum_sq, expected.stats.sum_sq, rtol=2e-5, what="sum_sq")
+        bound = ROUNDED_ONCE if exact else {"atol": FORWARD_ATOL}
+        compare(getattr(stats, name), getattr(expected.stats, name), **bound, what=name)
+    compare(stats.sum_sq, expected.stats.sum_sq, **(ROUNDED_ONCE if exact else {"rtol": 2e-5}), what="sum_sq")
     compare(stats.top1, expected.stats.top1, what="top1")
     for name, grad in grads.items():
         if name[0] not in needs or (name == "bias" and not bias):
@@ -57,6 +59,8 @@ def check(backend: Backend, case: HeadCase, *, bias=True, needs="hwb", memory_bu
             continue
         assert grad is not None and grad.dtype == case.hidden.dtype
         atol = 1e-5 * expected.scales[name]
+        if exact:
+            atol = 1e-13 * expected.scales[name] + half_ulp(expected.grads[name], torch.float32)
         if grad.dtype != torch.float32:
             atol = atol + half_ulp(expected.grads[name], grad.dtype)
         compare(grad, expected.grads[name], atol=atol, what=f"grad_{name}")

@@ -54,8 +54,11 @@ def leaves(backend: Backend, case, needs: str):
 
 
 def composed(backend: Backend, case, objective: Objective, needs: str, **keywords):
-    """policy_loss over linear_token_stats with autograd."""
-    tensors, inputs = leaves(backend, case, needs), dict(keywords)
+    """policy_loss over linear_token_stats with autograd, in float64."""
+    tensors = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in leaves(backend, case, needs).items()}
+    inputs = {
+        k: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for k, x in keywords.items()
+    }
     options = {k: inputs.pop(k) for k in ("temperature", "softcap", "logit_scale") if k in inputs}
     inputs.pop("memory_budget", None)
     stats = tokfuse.linear_token_stats(target=inputs.pop("target"), mask=inputs.get("mask"), **tensors, **options)
@@ -73,7 +76,8 @@ def check(backend: Backend, case, objective: Objective, *, needs: str = "hwb", *
     held = {name: None if x is None else x.clone() for name, x in held.items()}
     if needs:
         step.loss.backward()
-    want, stats, grads = composed(backend, case, objective, needs, **keywords)
+    with tokfuse.backend("reference"):
+        want, stats, grads = composed(backend, case, objective, needs, **keywords)
     scale = max(1.0, float(want.token_loss.abs().max()))
     compare(step.token_loss, want.token_loss, atol=1e-5 * scale)
     compare(step.loss, want.loss, atol=1e-5 * scale * len(case.target) ** 0.5)

@@ -2,22 +2,25 @@
 
     ddp_grpo.py ARM FOLDER OPTIONS
 
-ARM is "stock" or "fused", OPTIONS a JSON object of GRPOConfig. Every rank writes what it logged and
-the sum of each of its parameters to FOLDER/ARM-RANK.json.
+ARM is "stock", "exact" (the stock trainer in float64) or "fused", OPTIONS a JSON object of
+GRPOConfig. Every rank writes what it logged and the sum of each of its parameters to
+FOLDER/ARM-RANK.json.
 """
 
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import tiny_grpo
 import torch
+from host_parity import trl_in_float64
 from trl import GRPOTrainer
 
 from tokfuse.integrations.trl import FusedGRPOTrainer
 
-ARMS = {"stock": GRPOTrainer, "fused": FusedGRPOTrainer}
+ARMS = {"stock": GRPOTrainer, "exact": GRPOTrainer, "fused": FusedGRPOTrainer}
 LOGGED = ("loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "reward")
 
 
@@ -39,7 +42,8 @@ def main(arm: str, folder: Path, options: dict) -> None:
         **options,
     )
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"]) > 1
-    trainer.train()
+    with trl_in_float64() if arm == "exact" else nullcontext():
+        trainer.train()
     logs = [{name: row[name] for name in LOGGED if name in row} for row in trainer.state.log_history if "loss" in row]
     sums = [float(p.detach().double().sum()) for p in trainer.model.parameters()]
     (folder / f"{arm}-{rank}.json").write_text(json.dumps({"logs": logs, "sums": sums}))

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from harness import compare
+from host_parity import assert_no_farther
 
 # The imports below find verl only in its environment.
 pytest.importorskip("verl")
@@ -85,15 +86,23 @@ def call(function, given, mode, settings, weights=None):
     return loss.detach(), logp.grad, metrics
 
 
+def doubled(given):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()}
+
+
 def same(name, given, mode, settings, weights=None, metrics_too=True):
-    theirs = call(core_algos.get_policy_loss_fn(name), given, mode, settings, weights)
+    """No farther from verl's own function in float64 than that function is in float32."""
+    function = core_algos.get_policy_loss_fn(name)
+    theirs = call(function, given, mode, settings, weights)
+    exact = call(function, doubled(given), mode, settings, None if weights is None else weights.double())
     ours = call(core_algos.get_policy_loss_fn(f"tokfuse_{name}"), given, mode, settings, weights)
-    scale = float(theirs[1].abs().max())
-    compare(ours[0], theirs[0], rtol=2e-6, atol=2e-7, what=f"{name} {mode} loss")
-    compare(ours[1], theirs[1], atol=2e-6 * scale, what=f"{name} {mode} gradient")
-    assert set(ours[2]) == set(theirs[2])
-    for key, value in theirs[2].items():
-        assert ours[2][key] == pytest.approx(float(value), abs=2e-6, rel=2e-6), f"{name} {key}"
+    assert exact[0].dtype == exact[1].dtype == torch.float64
+    for mine, stock, truth, what in zip(ours, theirs, exact, ("loss", "gradient"), strict=False):
+        assert_no_farther(mine, stock, truth, what=f"{name} {mode} {what}")
+    assert set(ours[2]) == set(theirs[2]) == set(exact[2])
+    for key, value in exact[2].items():
+        size = max(1.0, abs(float(value)))
+        assert_no_farther(float(ours[2][key]), float(theirs[2][key]), float(value), size=size, what=f"{name} {key}")
 
 
 def test_every_loss_of_verl_is_covered():

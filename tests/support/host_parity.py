@@ -1,0 +1,74 @@
+"""How tests compare with a host: ours and the host's own float32 run with the host in float64.
+
+The host's float32 result is no measure: it rounds in an order that depends on the CPU. Ours must
+not be farther from float64 than the host is; FLOOR is for a host that was lucky.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+FLOOR = 2.0**-20  # eight roundings to float32, of the largest value
+SANE = 1e-5  # a host farther from float64 took another decision, e.g. drew another token
+
+
+def assert_no_farther(
+    ours: Any, host: Any, exact: Any, *, floor: float = FLOOR, size: float | None = None, what: str = "value"
+) -> None:
+    """The largest |ours - exact| is at most the largest |host - exact| and `floor` of the size.
+
+    size: of the figures; None: the largest |exact|.
+    """
+    mine, theirs, truth = (torch.as_tensor(x).detach().double() for x in (ours, host, exact))
+    assert mine.shape == theirs.shape == truth.shape, what
+    if truth.numel() == 0:
+        return
+    size = float(truth.abs().max()) if size is None else size
+    error, own = (float((x - truth).abs().max()) for x in (mine, theirs))
+    assert own <= SANE * size, f"{what}: the host itself is {own:.3g} from float64: no measure"
+    assert error <= own + floor * size, f"{what}: {error:.3g} from float64, the host {own:.3g}, size {size:.3g}"
+
+
+class Float64Head:
+    """TRL's `ChunkedLogProbFunction` in float64: log-probabilities that TRL's loss goes on with.
+
+    The entropy is rounded once: TRL compares it with a quantile of itself in float32.
+    """
+
+    @staticmethod
+    def apply(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[torch.Tensor | None, ...]:
+        z = hidden.double() @ weight.double().t()
+        z = (z if bias is None else z + bias.double()) * logit_scale
+        z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+        log_p = z.log_softmax(-1)
+        p = log_p.exp()
+        every = {
+            "entropy": -(p * log_p).sum(-1).float(),
+            "log_sum_sq_probs": (p * p).sum(-1).log(),
+            "mean_logits": z.mean(-1),
+            "is_top1": z.argmax(-1) == targets,
+        }
+        logp = log_p.gather(1, targets[:, None]).squeeze(1)
+        return logp, *(x if name in outputs else None for name, x in every.items())
+
+
+@contextmanager
+def trl_in_float64() -> Iterator[None]:
+    """TRL's own trainers, with their head and all of their loss behind it in float64."""
+    import trl.trainer.utils
+
+    with mock.patch.object(trl.trainer.utils, "_ChunkedLogProbFunction", Float64Head):
+        yield

@@ -1,0 +1,167 @@
+"""Runs the tests that carry numeric bounds as other CPUs would: `tools/older_cpus.py [PYTEST ARGUMENTS]`.
+
+A bound that holds on one CPU may fail on an older one, where torch, MKL, oneDNN and our kernels add
+up in another order. Each setting restricts all four, and the number of threads; together with
+`make test`, which takes what the machine has, they cover every level. A line says at which level
+each library runs, and a restriction that did not act is an error.
+"""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = "not slow and not gpu and not interpreter and not cuda_host"
+# Every op, the methods that are formulas of their own, the merge of vocabulary shards, and each
+# host beside its float64 self. The rest compares structure, text, or bits on one machine.
+TESTS = (
+    "ops",
+    "algorithms/test_algorithms.py",
+    "algorithms/test_preference_losses.py",
+    "algorithms/test_preference_step.py",
+    "distributed/test_vocab_parallel.py",
+    "integrations/test_call_shapes.py",
+    "integrations/test_hf.py",
+    "integrations/test_trl.py",
+    "integrations/test_trl_losses.py",
+)
+
+
+class Setting(NamedTuple):
+    """Variables of a process, and what the libraries must then say of themselves."""
+
+    environment: dict[str, str]
+    torch: str
+    kernels: str
+    onednn: str
+
+
+# MKL_CBWR acts on processors of every vendor; MKL_ENABLE_INSTRUCTIONS on Intel's alone, and
+# MKL_DEBUG_CPU_TYPE on none any more.
+SETTINGS = {
+    "SSE4, 1 thread": Setting(
+        {
+            "ATEN_CPU_CAPABILITY": "default",
+            "TOKFUSE_ISA": "v2",
+            "ONEDNN_MAX_CPU_ISA": "SSE41",
+            "MKL_CBWR": "COMPATIBLE",
+            "OMP_NUM_THREADS": "1",
+        },
+        "DEFAULT",
+        "x86-64-v2",
+        "Intel SSE4.1",
+    ),
+    "AVX2, 2 threads": Setting(
+        {
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "TOKFUSE_ISA": "v3",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "MKL_CBWR": "AVX2",
+            "OMP_NUM_THREADS": "2",
+        },
+        "AVX2",
+        "x86-64-v3",
+        "Intel AVX2",
+    ),
+}
+
+PROBE = """
+import torch
+from tokfuse.runtime.core import native
+x = torch.ones(64, 64)
+x @ x
+torch.nn.functional.gelu(x)
+module = native.module()
+kernels = "none" if module is None else module.active_isa()
+print(f"LEVELS {torch.backends.cpu.get_cpu_capability()},{kernels},{torch.get_num_threads()}")
+"""
+
+
+def levels(environment: dict[str, str]) -> dict[str, str]:
+    """What torch, our kernels, oneDNN and MKL say of themselves; "" where one says nothing."""
+    verbose = {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd="/", env=os.environ | environment | verbose, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+
+    def found(pattern: str) -> str:
+        match = re.search(pattern, done.stdout)
+        return match.group(1).strip() if match else ""
+
+    torch, kernels, threads = found(r"LEVELS (.*)").split(",")
+    return {
+        "torch": torch,
+        "kernels": kernels,
+        "oneDNN": found(r"info,cpu,isa:(.*)"),
+        "MKL": found(r"MKL_VERBOSE .* for Intel\(R\) 64 architecture (.*?), Lnx"),
+        "MKL_CBWR": found(r"CNR:(\S+)"),
+        "threads": threads,
+    }
+
+
+def check(name: str, setting: Setting, seen: dict[str, str]) -> None:
+    """Stop where a restriction did not act; a torch without oneDNN or MKL has nothing to restrict."""
+    want = {
+        "torch": setting.torch,
+        "kernels": setting.kernels,
+        "oneDNN": setting.onednn,
+        "MKL_CBWR": setting.environment["MKL_CBWR"],
+        "threads": setting.environment["OMP_NUM_THREADS"],
+    }
+    for library, level in want.items():
+        if seen[library] != level and not (seen[library] == "" and library in ("oneDNN", "MKL_CBWR")):
+            sys.exit(f"{name}: {library} must run at {level}; got {seen[library] or 'nothing'}")
+
+
+def run(name: str, setting: Setting, arguments: list[str]) -> tuple[bool, str]:
+    """(passed, one line of counts and seconds)."""
+    began, counts = time.monotonic(), "no summary"
+    command = [
+        str(Path(sys.executable).with_name("pytest")),
+        "-q",
+        "-m",
+        MARKS,
+        *arguments,
+        *(f"tests/{x}" for x in TESTS),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | setting.environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        match = re.search(r"\d+ (passed|failed|error).* in [\d.]+s", line)
+        counts = match.group(0) if match else counts
+    passed = process.wait() == 0
+    return passed, f"{name}: {counts.partition(' in ')[0]}; {time.monotonic() - began:.0f} s"
+
+
+def main(arguments: list[str]) -> int:
+    """Every setting that this CPU can take."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        print("test-cpus: the levels are those of x86-64; nothing to do here")
+        return 0
+    here = levels({})
+    print("this CPU:", ", ".join(f"{k} {v}" for k, v in here.items() if v))
+    results = []
+    for name, setting in SETTINGS.items():
+        if here["kernels"] < setting.kernels:
+            print(f"{name}: skipped, this CPU has {here['kernels']}")
+            continue
+        seen = levels(setting.environment)
+        print(f"{name}:", ", ".join(f"{k} {v}" for k, v in seen.items() if v), flush=True)
+        check(name, setting, seen)
+        results.append(run(name, setting, arguments))
+    print(*(line for _, line in results), sep="\n")
+    return 0 if all(passed for passed, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
