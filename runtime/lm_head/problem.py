@@ -130,4 +130,4 @@ class HeadKernels(NamedTuple):
 
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]
-"""(problem, inputs, objective, inverse normaliser) -> Step; the `run` of policy_step_hidden."""
+"""(problem, inputs, objective, inv_normalizer normaliser) -> Step; the `run` of policy_step_hidden."""
