@@ -1,13 +1,15 @@
-// Shared by the binding files: argument checks, and one bind_<op> per file.
+// Shared by the bindings of the CPU kernels: argument checks, and one bind_<op> per file.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
 #include "bindings/objective_params.h"
+#include "bindings/records.h"
 #include "cpu/kernels.h"
 
 namespace tokfuse {
@@ -19,37 +21,32 @@ void bind_distribution(pybind11::module_& m);
 void bind_tensors(pybind11::module_& m);
 void bind_eager(pybind11::module_& m);
 
-using Address = uintptr_t;
-
-template <class T>
-T* as(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 inline void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(std::string("tokfuse._native: ") + what);
 }
+
+// `fault` is what is wrong, or null.
+inline void require_none(const char* fault) { require(fault == nullptr, fault); }
 
 inline void require_threads(int threads) {
   require(threads >= 1 && threads <= 4096, "threads must be in [1, 4096]");
 }
 
 // A non-null pointer, unless there is nothing to point at.
-inline void require_pointer(Address address, int64_t count, const char* what) {
-  if (count > 0 && address == 0)
+inline void require_pointer(const void* pointer, int64_t count, const char* what) {
+  if (count > 0 && pointer == nullptr)
     throw std::invalid_argument(std::string("tokfuse._native: ") + what + " is null");
 }
 
-inline DType dtype_of(int code) {
-  require(code >= 0 && code <= 2, "dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-  return static_cast<DType>(code);
+inline void require_pointers(std::initializer_list<const void*> pointers, int64_t count,
+                             const char* what) {
+  for (const void* pointer : pointers) require_pointer(pointer, count, what);
 }
 
-// (logits, stride, dtype, tokens, vocab, target, mask, temperatures, temperature, softcap,
-// logit_scale, bias_logits, bias_stride, bias_scale, threads, index, total, tile, tile_stride)
-LogitsArgs logits_args(const pybind11::tuple& t);
+// Sizes, options, tiles, the values of the index; not those of the target.
+void check_logits(const LogitsArgs& a);
 
-// Sizes, null pointers and offsets of a record that is complete but for logp and entropy.
+// Sizes, null pointers and offsets of everything but logp and entropy.
 void check_objective(const ObjectiveArgs& o);
 
 }  // namespace tokfuse

@@ -1,7 +1,8 @@
-// Shared by the bindings of CUDA kernels: where a launch goes, and what becomes of its error.
+// Shared by the bindings of the CUDA kernels: the place of a launch, and the exception that its
+// error becomes.
 //
-// Pointers are the device's, so their values cannot be looked at here: the callers in
-// runtime/ check sizes, dtypes and devices, and give 0 for an absent tensor.
+// Pointers are the device's, so what they point at cannot be read here: the callers in runtime/
+// check sizes, dtypes, devices and values.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,6 +11,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/objective_params.h"
+#include "bindings/records.h"
 #if defined(TOKFUSE_CUDA_HOST)
 #include "cuda_host/cuda_host.h"
 #else
@@ -19,33 +22,18 @@
 namespace tokfuse {
 namespace cuda {
 
-using Address = uintptr_t;
-
-template <class T>
-T* as(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 inline void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(std::string("tokfuse._native.cuda: ") + what);
 }
 
-template <class E>
-E code_of(int code, E last, const char* what) {
-  require(code >= 0 && code <= static_cast<int>(last), what);
-  return static_cast<E>(code);
-}
+// `fault` is what is wrong, or null.
+inline void require_none(const char* fault) { require(fault == nullptr, fault); }
 
-// (device index, stream handle)
+// Where a kernel is launched.
 struct Place {
   int device;
   cudaStream_t stream;
 };
-
-inline Place place_of(const pybind11::tuple& t) {
-  require(t.size() == 2, "a place is (device, stream)");
-  return {t[0].cast<int>(), as<CUstream_st>(t[1].cast<Address>())};
-}
 
 // Makes `device` current, and after the launch the one that was.
 class DeviceGuard {
@@ -94,7 +82,8 @@ void bind_rows(pybind11::module_& m);
 
 }  // namespace cuda
 
-// Adds every CUDA launcher to `m`.
+// Adds every CUDA launcher to `m`; the argument structs (bind_records) are another module's or
+// there already.
 void bind_cuda(pybind11::module_& m);
 
 }  // namespace tokfuse

@@ -59,43 +59,55 @@ std::optional<DType> logits_dtype(DlType type) {
 
 bool positive(float x) { return x > 0.0f && x < __builtin_inff(); }
 
-// `options` is runtime.ops.token_stats.LogitOptions, a tuple: temperature, softcap, logit_scale,
-// mask, bias_logits, bias_scale. The gradient of the logits is the caller's business.
+enum Option : size_t {
+  kTemperature,
+  kSoftcap,
+  kLogitScale,
+  kOptionMask,
+  kBiasLogits,
+  kBiasScale,
+  kOptions
+};
+
+// `options` is runtime.core.logit_options.LogitOptions. The gradient of the logits is the caller's
+// business.
 LogitsArgs read_logits(PyObject* logits, PyObject* target, PyObject* options, int threads) {
-  plain(PyTuple_Check(options) && PyTuple_GET_SIZE(options) == 6);
-  PyObject* const* o = &PyTuple_GET_ITEM(options, 0);
+  static TupleFields<kOptions> fields("LogitOptions", {"temperature", "softcap", "logit_scale",
+                                                       "mask", "bias_logits", "bias_scale"});
+  const auto given = fields.of(options);
+  PyObject *temperature = given[kTemperature], *softcap = given[kSoftcap];
   DlTensor z;
   plain(read_tensor(logits, &z) && z.ndim == 2 && z.shape[1] >= 1 && z.shape[1] <= INT32_MAX);
   plain(z.shape[1] == 1 || z.strides[1] == 1);
   const std::optional<DType> dtype = logits_dtype(z.type);
-  plain(dtype.has_value() && o[4] == Py_None);  // bias_logits: the general path
+  plain(dtype.has_value() && given[kBiasLogits] == Py_None);  // a bias: the general path
   LogitsArgs a = {};
   a.logits = z.data;
   a.stride = z.strides[0];
   a.dtype = *dtype;
-  a.tokens = a.total = z.shape[0];
+  a.rows = a.tokens = z.shape[0];
   a.vocab = z.shape[1];
   a.target = vector<int64_t>(target, a.tokens, kDlInt64);
-  a.mask = vector<uint8_t>(o[3], a.tokens, kDlBool);
+  a.mask = vector<uint8_t>(given[kOptionMask], a.tokens, kDlBool);
   a.temperature = 1.0f;
-  if (PyFloat_Check(o[0]) || PyLong_Check(o[0])) {
-    a.temperature = static_cast<float>(number(o[0]));
+  if (PyFloat_Check(temperature) || PyLong_Check(temperature)) {
+    a.temperature = static_cast<float>(number(temperature));
     plain(positive(a.temperature));
   } else {
-    a.temperatures = floats(o[0], a.tokens);
+    a.temperatures = floats(temperature, a.tokens);
     plain(a.temperatures != nullptr);
   }
-  a.softcap = o[1] == Py_None ? 0.0f : static_cast<float>(number(o[1]));
-  a.logit_scale = static_cast<float>(number(o[2]));
-  plain((o[1] == Py_None || positive(a.softcap)) && positive(a.logit_scale));
+  a.softcap = softcap == Py_None ? 0.0f : static_cast<float>(number(softcap));
+  a.logit_scale = static_cast<float>(number(given[kLogitScale]));
+  plain((softcap == Py_None || positive(a.softcap)) && positive(a.logit_scale));
   a.bias_scale = 1.0f;
   a.threads = threads;
   plain(a.stride >= 0 && a.target != nullptr);
   return a;
 }
 
-// Presence of the optional inputs against what the objective uses: an input that would be ignored,
-// or one that lacks, is refused by the general path.
+// Whether the optional inputs are those that the objective uses. The general path raises the error
+// for one that is missing or would be ignored.
 bool fits_objective(const ObjectiveArgs& o, bool has_entropy) {
   const ObjectiveParams& p = o.params;
   return (o.signal != nullptr) == needs_signal(p.shape) &&
@@ -104,31 +116,48 @@ bool fits_objective(const ObjectiveArgs& o, bool has_entropy) {
          (o.entropy_weight == nullptr || p.entropy_coef != 0.0f);
 }
 
-// `inputs` is runtime.reference.policy_loss.PolicyInputs, a tuple; `record` is Objective.encode().
+enum Input : size_t {
+  kOldLogp,
+  kAdvantage,
+  kAdvantageLevel,
+  kInputMask,
+  kCuSeqlens,
+  kTokenWeight,
+  kSignal,
+  kRefLogp,
+  kKlWeight,
+  kEntropyWeight,
+  kInputs
+};
+
+// `inputs` is runtime.policy.inputs.PolicyInputs; `record` is Objective.record.
 ObjectiveArgs read_objective(PyObject* inputs, PyObject* record, PyObject* by_seqs,
                              PyObject* inverse, int64_t tokens, int threads, bool has_entropy) {
-  plain(PyTuple_Check(inputs) && PyTuple_GET_SIZE(inputs) == 10 && PyTuple_Check(record));
-  PyObject* const* i = &PyTuple_GET_ITEM(inputs, 0);
+  static TupleFields<kInputs> fields(
+      "PolicyInputs", {"old_logp", "advantage", "advantage_level", "mask", "cu_seqlens",
+                       "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight"});
+  const auto given = fields.of(inputs);
+  PyObject *level = given[kAdvantageLevel], *borders = given[kCuSeqlens];
   ObjectiveArgs o = {};
-  o.params = objective_params(py::reinterpret_borrow<py::tuple>(record));
+  o.params = objective_params(record);
   o.tokens = tokens;
-  plain(PyUnicode_Check(i[2]));
-  o.advantage_per_seq = PyUnicode_CompareWithASCIIString(i[2], "sequence") == 0;
-  plain(o.advantage_per_seq || PyUnicode_CompareWithASCIIString(i[2], "token") == 0);
-  if (i[4] != Py_None) {
+  plain(PyUnicode_Check(level));
+  o.advantage_per_seq = PyUnicode_CompareWithASCIIString(level, "sequence") == 0;
+  plain(o.advantage_per_seq || PyUnicode_CompareWithASCIIString(level, "token") == 0);
+  if (borders != Py_None) {
     DlTensor cu;
-    plain(read_tensor(i[4], &cu) && cu.ndim == 1 && cu.shape[0] >= 1);
+    plain(read_tensor(borders, &cu) && cu.ndim == 1 && cu.shape[0] >= 1);
     o.seqs = cu.shape[0] - 1;
-    o.cu_seqlens = vector<int32_t>(i[4], o.seqs + 1, kDlInt32);
+    o.cu_seqlens = vector<int32_t>(borders, o.seqs + 1, kDlInt32);
   }
-  o.old_logp = floats(i[0], tokens);
-  o.advantage = floats(i[1], o.advantage_per_seq ? o.seqs : tokens);
-  o.mask = vector<uint8_t>(i[3], tokens, kDlBool);
-  o.weight = floats(i[5], tokens);
-  o.signal = floats(i[6], tokens);
-  o.ref_logp = floats(i[7], tokens);
-  o.kl_weight = floats(i[8], tokens);
-  o.entropy_weight = floats(i[9], tokens);
+  o.old_logp = floats(given[kOldLogp], tokens);
+  o.advantage = floats(given[kAdvantage], o.advantage_per_seq ? o.seqs : tokens);
+  o.mask = vector<uint8_t>(given[kInputMask], tokens, kDlBool);
+  o.token_weight = floats(given[kTokenWeight], tokens);
+  o.signal = floats(given[kSignal], tokens);
+  o.ref_logp = floats(given[kRefLogp], tokens);
+  o.kl_weight = floats(given[kKlWeight], tokens);
+  o.entropy_weight = floats(given[kEntropyWeight], tokens);
   o.inv_normalizer = number(inverse);
   o.normalize_by_seqs = by_seqs == Py_True;
   o.threads = threads;
@@ -181,8 +210,8 @@ struct LossCells {
 };
 
 void write_loss(const ObjectiveArgs& o, const LossCells& cells) {
-  const float loss = static_cast<float>(o.metrics[kLoss]);
-  const double count = o.metrics[o.normalize_by_seqs ? kSeqs : kTokens];
+  const float loss = static_cast<float>(o.sums[kLoss]);
+  const double count = o.sums[o.normalize_by_seqs ? kSeqs : kTokens];
   *cells.loss = loss;
   *cells.loss_sum = o.inv_normalizer < 0 ? loss * static_cast<float>(count)
                                          : loss / static_cast<float>(o.inv_normalizer);
@@ -197,12 +226,16 @@ LossCells loss_cells(Results& results) {
   return cells;
 }
 
-// Runs `call` and turns "not plain" and every error into None: the general path explains.
+// Runs `call` and turns "not plain" and every error into None: the general path explains. Only a
+// NamedTuple without the fields that are read here is an error: it would be slow for ever.
 template <class Call>
 PyObject* answer(Call call) {
   try {
     return call();
   } catch (const NotPlain&) {
+  } catch (const WrongFields& wrong) {
+    PyErr_SetString(PyExc_TypeError, wrong.what());
+    return nullptr;
   } catch (const py::error_already_set&) {  // has taken the Python error with it
   } catch (const std::exception&) {
   }
@@ -210,7 +243,7 @@ PyObject* answer(Call call) {
 }
 
 // (logits, target, options, threads, for_gradient) -> the five statistics, with for_gradient also
-// shift and inv_sum.
+// row_max and inv_sum.
 PyObject* eager_token_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return answer([&]() -> PyObject* {
     plain(count == 5);
@@ -220,11 +253,11 @@ PyObject* eager_token_stats(PyObject*, PyObject* const* args, Py_ssize_t count) 
     TokenStatsOut out = stats_outputs(results, a.tokens);
     std::unique_ptr<float[]> unseen;
     if (args[4] == Py_True) {
-      out.shift = results.floats(a.tokens);
+      out.row_max = results.floats(a.tokens);
       out.inv_sum = results.floats(a.tokens);
     } else {
       unseen = scratch(2 * a.tokens);
-      out.shift = unseen.get();
+      out.row_max = unseen.get();
       out.inv_sum = unseen.get() + a.tokens;
     }
     {
@@ -257,7 +290,7 @@ PyObject* eager_policy_loss(PyObject*, PyObject* const* args, Py_ssize_t count) 
     Results results;
     const LossCells cells = loss_cells(results);
     o.token_loss = results.floats(n);
-    o.metrics = static_cast<double*>(results.add({kMetricCount}, kDlFloat64));
+    o.sums = static_cast<double*>(results.add({kMetricCount}, kDlFloat64));
     o.d_logp = results.floats(n);
     o.d_entropy = results.floats(n);
     const std::unique_ptr<float[]> work = scratch(4 * n);
@@ -285,14 +318,14 @@ PyObject* eager_policy_step(PyObject*, PyObject* const* args, Py_ssize_t count) 
     Results results;
     const LossCells cells = loss_cells(results);
     o.token_loss = results.floats(n);
-    o.metrics = static_cast<double*>(results.add({kMetricCount}, kDlFloat64));
+    o.sums = static_cast<double*>(results.add({kMetricCount}, kDlFloat64));
     TokenStatsOut out = stats_outputs(results, n);
     o.logp = out.logp;
     o.entropy = out.entropy;
     const std::unique_ptr<float[]> work = scratch(8 * n);
     o.d_logp = work.get() + 4 * n;
     o.d_entropy = work.get() + 5 * n;
-    out.shift = work.get() + 6 * n;
+    out.row_max = work.get() + 6 * n;
     out.inv_sum = work.get() + 7 * n;
     o.scratch = work.get();
     check_objective(o);
@@ -300,16 +333,15 @@ PyObject* eager_policy_step(PyObject*, PyObject* const* args, Py_ssize_t count) 
       py::gil_scoped_release release;
       if (TOKFUSE_CALL(first_bad_row, a) >= 0) throw NotPlain();
     }
-    void* grad = const_cast<void*>(a.logits);
-    int64_t grad_stride = a.stride;
+    GradRows grad = {const_cast<void*>(a.logits), a.stride, a.dtype, nullptr};
     if (args[8] != Py_True) {
-      grad = results.add({n, a.vocab}, dl_type(a.dtype));
-      grad_stride = a.vocab;
+      grad.grad_logits = results.add({n, a.vocab}, dl_type(a.dtype));
+      grad.grad_stride = a.vocab;
     }
     {
       py::gil_scoped_release release;
       TOKFUSE_CALL(policy_prepare, o);
-      TOKFUSE_CALL(policy_rows, a, out, o, grad, grad_stride, true);
+      TOKFUSE_CALL(policy_rows, a, out, o, grad);
       TOKFUSE_CALL(policy_metrics, o);
     }
     write_loss(o, cells);

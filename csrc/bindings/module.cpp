@@ -1,10 +1,11 @@
-// tokfuse._native: the kernels over raw pointers. Tensors arrive as addresses and sizes, or as
-// DLPack views (bindings/eager.cpp), so the module has no tie to a torch version. Sizes, strides
-// and codes are checked here; addresses cannot be.
+// tokfuse._native: the kernels over raw pointers. Tensors arrive as addresses and sizes in named
+// structs (bindings/records.h), or as DLPack views (bindings/eager.cpp), so the module does not
+// depend on a torch version. Sizes, strides and codes are checked here; addresses cannot be.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bind.h"
 #include "bindings/objective_params.h"
+#include "bindings/records.h"
 #include "cpu/kernels.h"
 #if defined(TOKFUSE_WITH_CUDA)
 #include "bindings/bind_cuda.h"
@@ -37,9 +38,11 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_version") = TOKFUSE_CUDA_VERSION;  // of nvcc; "" without CUDA kernels
   m.attr("cuda_archs") = TOKFUSE_CUDA_ARCHS;      // e.g. "80,90a,100a"
   m.attr("shapes") = tokfuse::shape_table();
+  tokfuse::bind_records(m);
 #if defined(TOKFUSE_WITH_CUDA)
   pybind11::module_ cuda = m.def_submodule("cuda");
   tokfuse::bind_cuda(cuda);
+  for (const char* name : tokfuse::record_names()) cuda.attr(name) = m.attr(name);
 #endif
   tokfuse::active_isa();  // an impossible TOKFUSE_ISA fails here, at import, not at the first call
   tokfuse::bind_token_stats(m);

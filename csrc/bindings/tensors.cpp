@@ -94,8 +94,10 @@ int64_t byte_count(const int64_t* shape, int32_t ndim, DlType type) {
 }
 
 // An unwritten tensor for Python; `code` is a DType.
-py::object empty(const py::tuple& shape, int code) {
-  const DlType type = dl_type(dtype_of(code));
+py::object empty(const py::tuple& shape, const py::int_& code) {
+  DType dtype;
+  if (!read_value(code.ptr(), &dtype)) throw py::error_already_set();
+  const DlType type = dl_type(dtype);
   int64_t sizes[kMaxDims];
   require(g_exchange != nullptr, "the tensors of this torch cannot be made here");
   require(shape.size() <= kMaxDims, "a tensor has 0 to 4 dimensions");

@@ -1,9 +1,10 @@
-// Argument records of the kernels over packed vectors: advantages, scans, moments and off-policy
-// weights, for CPU and CUDA. "or null" marks optional pointers. The binding layer has checked sizes
-// and codes; kernels trust them.
+// Argument structs of the kernels over packed vectors: advantages, scans, moments and off-policy
+// weights, for CPU and CUDA. "or null" marks optional pointers. docs/names.md defines every field.
+// A field marked "CPU" or "CUDA" is read there only. The bindings have checked sizes and codes;
+// the kernels trust them.
 //
-// Shapes in comments: T tokens, S sequences, N rows, K segments. `threads` and scratch memory are
-// the CPU's.
+// Shapes in comments: T tokens, S sequences, N rows, K segments. On CUDA ids are sorted, and
+// `order` holds the row of each.
 #pragma once
 
 #include <cstdint>
@@ -24,21 +25,23 @@ enum class Scale : int32_t { kNone = 0, kStd, kBatchStd, kMean };
 
 struct GroupAdvantageArgs {
   int64_t seqs;
-  const float* reward;     // (S)
-  const int64_t* ids;      // (S), null for kGreedy and kNone
-  const int64_t* lengths;  // (S), only for kLengthWeighted
-  const float* greedy;     // (S), only for kGreedy
-  float* advantage;        // (S)
-  Baseline baseline;       //
-  Scale scale;             //
-  int ddof;                //
-  double eps;              //
+  const float* reward;         // (S)
+  const int64_t* group_ids;    // (S), null for kGreedy and kNone
+  const int64_t* order;        // CUDA. (S) with group_ids
+  const int64_t* lengths;      // (S), only for kLengthWeighted
+  const float* greedy_reward;  // (S), only for kGreedy
+  float* advantage;            // (S)
+  Baseline baseline;
+  Scale scale;
+  int ddof;
+  double eps;
   int singleton_reward;    // a group of one: 1 keeps its reward, 0 gives 0
-  int64_t* scratch_int;    // grouping_scratch(S), only with ids
-  double* scratch_double;  // (S), only with ids
-  int threads;             //
+  int64_t* scratch_int;    // CPU, set by the binding. grouping_scratch(S), with group_ids
+  double* scratch_double;  // CPU, set by the binding. (S), with group_ids
+  int threads;             // CPU
 };
 
+// Shared by the two scans.
 struct ScanArgs {
   int64_t tokens, seqs;
   const float* reward;        // (T)
@@ -46,17 +49,21 @@ struct ScanArgs {
   const int32_t* cu_seqlens;  // (S + 1)
   const uint8_t* mask;        // (T) or null
   const uint8_t* finished;    // (S) or null: all finished
-  double gamma, lam;          //
-  int threads;                //
-  // gae only
-  const float* lam_per_seq;  // (S) or null
-  double alpha;              // 0, or lam = 1 - 1 / max(alpha n, 1)
-  float* advantage;          // (T)
-  float* returns;            // (T)
-  // vtrace only, beside advantage
+  double gamma, lam;
+  float* advantage;  // (T)
+  int threads;       // CPU
+};
+
+struct GaeArgs : ScanArgs {
+  const float* lam_per_seq;      // (S) or null
+  double length_adaptive_alpha;  // 0, or lam = 1 - 1 / max(length_adaptive_alpha n, 1)
+  float* returns;                // (T)
+};
+
+struct VtraceArgs : ScanArgs {
   const float* log_ratio;  // (T)
   float rho_bar, c_bar;    // +inf: no bound
-  float* target;           // (T)
+  float* value_target;     // (T)
   float* rho;              // (T)
 };
 
@@ -65,12 +72,12 @@ struct WhitenArgs {
   const float* x;       // (T)
   const uint8_t* mask;  // (T) or null
   const double* mean;   // 0-dim, or null: own statistics
-  const double* var;    //
-  float* out;           // (T)
-  int shift_mean;       //
-  double eps;           //
-  double* scratch;      // 3 per block of kWhitenBlock
-  int threads;          //
+  const double* var;
+  float* out;  // (T)
+  int shift_mean;
+  double eps;
+  double* scratch;  // 3 per block of kWhitenBlock; given on CUDA only
+  int threads;      // CPU
 };
 constexpr int64_t kWhitenBlock = 4096;
 
@@ -82,26 +89,30 @@ struct OpeArgs {
   const float* q_a;     // (N) or null: dr and sndr mean nothing
   const uint8_t* mask;  // (N) or null
   double* out;          // (5, 2) ips, snips, dm, dr, sndr: estimate, standard error
-  double* scratch;      // 5 per block of kOpeBlock
-  int threads;          //
+  double* scratch;      // per block of kOpeBlock 5 on the CPU, 10 on CUDA; given on CUDA only
+  int threads;          // CPU
 };
 constexpr int64_t kOpeBlock = 4096;
 
 struct MomentsArgs {
   int64_t rows, segments;
-  const void* values;         // (N) float, or double with `is_double`
-  int is_double;              //
-  const int64_t* ids;         // (N), or null with cu_seqlens
-  const int32_t* cu_seqlens;  // (K + 1)
-  const uint8_t* mask;        // (N) or null
-  int64_t* count;             // (K)
-  void* sum;                  // (K), type of values; the same for the next three
-  void* sum_sq;               //
-  void* min;                  //
-  void* max;                  //
-  double* scratch;            // chunks * K * 5, only with ids
-  int64_t chunks;             // fixed by the sizes alone
-  int threads;                //
+  const void* values;  // (N) float, or double with `is_double`
+  int is_double;
+  const int64_t* segment_ids;  // (N), or null with cu_seqlens
+  const int64_t* order;        // CUDA. (N) with segment_ids
+  const int32_t* cu_seqlens;   // (K + 1)
+  const uint8_t* mask;         // (N) or null
+  int64_t* count;              // (K)
+  void* sum;                   // (K), type of values; the same for the next three
+  void* sum_sq;
+  void* min;
+  void* max;
+  double* scratch;    // CPU, set by the binding. chunks * K * 5, with segment_ids
+  int64_t chunks;     // CPU, set by the binding. Fixed by the sizes alone
+  int threads;        // CPU
+  int parts;          // CUDA. moments_parts(N, K)
+  double* table;      // CUDA. (K, parts, 5) with more than one part
+  unsigned* tickets;  // CUDA. (K) with more than one part
 };
 
 // Codes shared with runtime/core/codes.py.
@@ -130,25 +141,36 @@ constexpr int kMaxRules = 8;
 
 struct OffPolicyArgs {
   int64_t tokens, seqs;
-  const float* logp;          // (T) or null: 0
-  const float* behavior;      // (T)
-  const int32_t* cu_seqlens;  // (S + 1), or null: S blocks of block_tokens
-  int64_t block_tokens;       // 1 makes every row its own sequence
-  const uint8_t* mask;        // (T) or null
-  const int64_t* group_ids;   // (S), only for kGroup
-  const float* advantage;     // (T), only when a rule is negative_only
-  WeightLevel level;          //
-  WeightMode mode;            //
-  double low, high;           // -inf, +inf: no bound
-  double param;               // lam or power of the mode
-  Normalize normalize;        //
-  KeepRule rules[kMaxRules];  //
-  int num_rules;              //
-  float* weight;              // (T)
-  uint8_t* kept;              // (T)
-  double* partial;            // (3 S) units, sum and sum of squares of their weights
-  int64_t* scratch_int;       // grouping_scratch(S), only for kGroup
-  int threads;                //
+  const float* logp;           // (T) or null: 0
+  const float* behavior_logp;  // (T), or the logarithm of a propensity
+  const int32_t* cu_seqlens;   // (S + 1), or null: S blocks of block_tokens
+  int64_t block_tokens;        // set by the binding; 1 makes every row its own sequence
+  const uint8_t* mask;         // (T) or null
+  const int64_t* group_ids;    // (S), only for kGroup
+  const int64_t* order;        // CUDA. (S) with group_ids
+  const float* advantage;      // (T), only if a rule is negative_only
+  WeightLevel level;
+  WeightMode mode;
+  double low, high;  // -inf, +inf: no bound
+  double param;      // lam or power of the mode
+  Normalize normalize;
+  KeepRule rules[kMaxRules];
+  int num_rules;
+  float* weight;         // (T)
+  uint8_t* kept;         // (T)
+  float* ess;            // CUDA. () effective sample size
+  double* partial;       // (3 S) units, sum and sum of squares of their weights; CUDA: (5 S)
+  int64_t* scratch_int;  // CPU, set by the binding. grouping_scratch(S), for kGroup
+  int threads;           // CPU
+};
+
+// CUDA. out[s] = sum over the tokens t of sequence s of left_t right_t^T.
+struct SketchArgs {
+  int64_t tokens, seqs, rank;
+  const float* left;          // (T, rank)
+  const float* right;         // (T, rank)
+  const int32_t* cu_seqlens;  // (S + 1)
+  float* out;                 // (S, rank, rank)
 };
 
 }  // namespace tokfuse

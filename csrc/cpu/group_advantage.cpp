@@ -123,15 +123,15 @@ double std_of_batch(const GroupAdvantageArgs& a) {
 void group_advantage(const GroupAdvantageArgs& a) {
   if (a.seqs == 0) return;
   const double batch_std = a.scale == Scale::kBatchStd ? std_of_batch(a) : 0;
-  if (a.ids == nullptr) {
+  if (a.group_ids == nullptr) {
     const double scale = a.scale == Scale::kBatchStd ? 1 / (batch_std + a.eps) : 1;
     for (int64_t i = 0; i < a.seqs; i++) {
-      const double base = a.greedy == nullptr ? 0.0 : a.greedy[i];
+      const double base = a.greedy_reward == nullptr ? 0.0 : a.greedy_reward[i];
       a.advantage[i] = static_cast<float>((a.reward[i] - base) * scale);
     }
     return;
   }
-  const Grouping g = group_rows(a.ids, a.seqs, a.scratch_int);
+  const Grouping g = group_rows(a.group_ids, a.seqs, a.scratch_int);
   const int threads = a.seqs < kSerialRows ? 1 : a.threads;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t k = 0; k < g.groups; k++) {

@@ -22,7 +22,7 @@ KeptRow kept_of(const KeptArgs& a, int64_t t) {
 }
 
 int threads_for_kept(const KeptArgs& a) {
-  const int64_t kept = a.logits.tokens > 0 ? a.offsets[a.logits.tokens] : 0;
+  const int64_t kept = a.logits.rows > 0 ? a.offsets[a.logits.rows] : 0;
   return kept < kSerialElements / 4 ? 1 : a.logits.threads;
 }
 
@@ -61,7 +61,7 @@ int64_t find_target(const KeptRow& kept, int64_t target) {
 }
 
 template <class T, bool kTransform>
-void forward_row(const KeptArgs& a, const KeptOut& o, const Transform& f, int64_t t) {
+void forward_row(const KeptArgs& a, const TokenStatsOut& o, const Transform& f, int64_t t) {
   const Row<T> row = row_of<T>(a.logits, t);
   const KeptRow kept = kept_of(a, t);
   const float c = base2_scale(a.logits, temperature_of(a.logits, t));
@@ -86,17 +86,17 @@ void forward_row(const KeptArgs& a, const KeptOut& o, const Transform& f, int64_
   o.logp[t] = at < 0 ? -kInf : static_cast<float>(r.logp);
   o.entropy[t] = static_cast<float>(r.entropy);
   o.lse[t] = static_cast<float>(r.lse + kLn2 * static_cast<double>(m) * c);
-  o.shift[t] = m;
+  o.row_max[t] = m;
   o.inv_sum[t] = r.inv_sum;
 }
 
 template <class T, bool kTransform>
-void forward(const KeptArgs& a, const KeptOut& o) {
+void forward(const KeptArgs& a, const TokenStatsOut& o) {
   const Transform f = transform_of(a.logits);
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for_kept(a))
-  for (int64_t t = 0; t < a.logits.tokens; t++) {
+  for (int64_t t = 0; t < a.logits.rows; t++) {
     if (masked(a.logits, t)) {
-      o.logp[t] = o.entropy[t] = o.lse[t] = o.shift[t] = o.inv_sum[t] = 0.0f;
+      o.logp[t] = o.entropy[t] = o.lse[t] = o.row_max[t] = o.inv_sum[t] = 0.0f;
     } else {
       forward_row<T, kTransform>(a, o, f, t);
     }
@@ -124,7 +124,7 @@ void backward_row(const KeptArgs& a, const TokenStatsGrad& g, const Transform& f
   alignas(64) float buffer[kBlock];
   for (int64_t begin = 0; begin < kept.count; begin += kBlock) {
     const int64_t left = kept.count - begin, n = left < kBlock ? left : kBlock;
-    gather<T, kTransform>(row, f, kept.ids + begin, n, g.shift[t], buffer);
+    gather<T, kTransform>(row, f, kept.ids + begin, n, g.row_max[t], buffer);
     gradient_block(buffer, n, c, 0.0f, a0, a1, buffer);
     if (at >= begin && at < begin + n) {
       buffer[at - begin] = target_gradient(scale, g.logp[t], g.entropy[t], ga, gh);
@@ -141,7 +141,7 @@ template <class T, bool kTransform>
 void backward(const KeptArgs& a, const TokenStatsGrad& g) {
   const Transform f = transform_of(a.logits);
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(a.logits))
-  for (int64_t t = 0; t < a.logits.tokens; t++) backward_row<T, kTransform>(a, g, f, t);
+  for (int64_t t = 0; t < a.logits.rows; t++) backward_row<T, kTransform>(a, g, f, t);
 }
 
 // True where row t may be computed. Leaves the bits of `seen` at zero.
@@ -164,17 +164,17 @@ bool row_is_good(const KeptArgs& a, int64_t t, uint64_t* seen) {
 }  // namespace
 
 int64_t kept_bad_row(const KeptArgs& a) {
-  int64_t bad = a.logits.tokens;
+  int64_t bad = a.logits.rows;
   const int64_t words = kept_seen_words(a.logits.vocab);
 #pragma omp parallel for schedule(static) reduction(min : bad) num_threads(threads_for_kept(a))
-  for (int64_t t = 0; t < a.logits.tokens; t++) {
+  for (int64_t t = 0; t < a.logits.rows; t++) {
     if (masked(a.logits, t) || row_is_good(a, t, a.seen + omp_get_thread_num() * words)) continue;
     bad = t < bad ? t : bad;
   }
-  return bad == a.logits.tokens ? -1 : bad;
+  return bad == a.logits.rows ? -1 : bad;
 }
 
-void kept_token_stats_fwd(const KeptArgs& a, const KeptOut& o) {
+void kept_token_stats_fwd(const KeptArgs& a, const TokenStatsOut& o) {
   by_dtype(a.logits, [&](auto* tag) {
     using T = typename RemovePointer<decltype(tag)>::type;
     has_transform(a.logits) ? forward<T, true>(a, o) : forward<T, false>(a, o);

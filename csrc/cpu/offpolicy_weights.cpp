@@ -19,7 +19,7 @@ int threads_for(const OffPolicyArgs& a) { return a.tokens < kSerialTokens ? 1 : 
 
 // Clamped log-ratios of n <= kStage rows; 0 on masked rows.
 void stage(const OffPolicyArgs& a, int64_t begin, int64_t n, float* __restrict d) {
-  const float* b = a.behavior + begin;
+  const float* b = a.behavior_logp + begin;
   if (a.logp != nullptr) {
     const float* p = a.logp + begin;
 #pragma omp simd

@@ -18,8 +18,8 @@ inline int64_t grouping_scratch(int64_t rows) {
 #define TOKFUSE_DECLARE_PACKED_KERNELS(isa)               \
   namespace isa {                                         \
   void group_advantage(const GroupAdvantageArgs& args);   \
-  void gae(const ScanArgs& args);                         \
-  void vtrace(const ScanArgs& args);                      \
+  void gae(const GaeArgs& args);                          \
+  void vtrace(const VtraceArgs& args);                    \
   void whiten(const WhitenArgs& args);                    \
   void ope(const OpeArgs& args);                          \
   /* first valid row whose id is outside [0, K), or -1 */ \

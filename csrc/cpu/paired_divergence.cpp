@@ -142,7 +142,7 @@ LogitsArgs rows_of(const DivergenceArgs& a, const void* logits, int64_t stride) 
   r.logits = logits;
   r.stride = stride;
   r.dtype = a.dtype;
-  r.tokens = r.total = a.tokens;
+  r.rows = r.tokens = a.tokens;
   r.vocab = a.vocab;
   r.mask = a.mask;
   r.temperatures = a.temperatures;
@@ -224,8 +224,8 @@ void forward_row(const DivergenceArgs& a, const LogitsArgs& rows, const Transfor
   memset(static_cast<void*>(state), 0, kDivergenceState * sizeof(float));
   *divergence = 0.0f;
   if (masked(rows, t)) return;
-  const Row<T> p = pair_row<T>(a.p, a.p_stride, a.vocab, t);
-  const Row<T> q = pair_row<T>(a.q, a.q_stride, a.vocab, t);
+  const Row<T> p = pair_row<T>(a.logits_p, a.stride_p, a.vocab, t);
+  const Row<T> q = pair_row<T>(a.logits_q, a.stride_q, a.vocab, t);
   const float c = base2_scale(rows, temperature_of(rows, t));
   const LogSum sp = log_sum<T, kTransform>(p, f, c), sq = log_sum<T, kTransform>(q, f, c);
   if (sp.max == -kInf || sq.max == -kInf) return;  // a row of only -inf: no distribution
@@ -248,33 +248,33 @@ void forward_row(const DivergenceArgs& a, const LogitsArgs& rows, const Transfor
 }
 
 template <class T, bool kTransform, Divergence kKind>
-void forward(const DivergenceArgs& a, float* divergence, float* state) {
-  const LogitsArgs rows = rows_of(a, a.p, a.p_stride);
+void forward(const DivergenceArgs& a, const DivergenceOut& out) {
+  const LogitsArgs rows = rows_of(a, a.logits_p, a.stride_p);
   const Transform f = transform_of(rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(rows))
   for (int64_t t = 0; t < a.tokens; t++) {
-    forward_row<T, kTransform, kKind>(a, rows, f, t, divergence + t, state + t * kDivergenceState);
+    forward_row<T, kTransform, kKind>(a, rows, f, t, out.divergence + t,
+                                      out.state + t * kDivergenceState);
   }
 }
 
 template <class T, bool kTransform, Divergence kKind>
-void backward(const DivergenceArgs& a, const float* state, const float* grad, T* out,
-              int64_t stride) {
-  const LogitsArgs rows = rows_of(a, a.p, a.p_stride);
+void backward(const DivergenceArgs& a, const DivergenceGrad& g) {
+  const LogitsArgs rows = rows_of(a, a.logits_p, a.stride_p);
   const Transform f = transform_of(rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(rows))
   for (int64_t t = 0; t < a.tokens; t++) {
-    const float* s = state + t * kDivergenceState;
-    T* row_out = out + t * stride;
-    if (s[0] == 0.0f || grad[t] == 0.0f) {
+    const float* s = g.state + t * kDivergenceState;
+    T* row_out = static_cast<T*>(g.grad_logits) + t * g.grad_stride;
+    if (s[0] == 0.0f || g.grad_divergence[t] == 0.0f) {
       memset(static_cast<void*>(row_out), 0, static_cast<size_t>(a.vocab) * sizeof(T));
       continue;
     }
     const float temperature = temperature_of(rows, t);
     const Pair w = {base2_scale(rows, temperature), s[1], s[2], s[3], s[4], a.beta, s[5]};
-    const float scale = grad[t] * a.logit_scale / temperature;
-    const Row<T> p = pair_row<T>(a.p, a.p_stride, a.vocab, t);
-    const Row<T> q = pair_row<T>(a.q, a.q_stride, a.vocab, t);
+    const float scale = g.grad_divergence[t] * a.logit_scale / temperature;
+    const Row<T> p = pair_row<T>(a.logits_p, a.stride_p, a.vocab, t);
+    const Row<T> q = pair_row<T>(a.logits_q, a.stride_q, a.vocab, t);
     alignas(64) float du[kBlock];
     for_blocks<T, kTransform>(
         p, q, f, [&](int64_t begin, int64_t n, const float* up, const float* uq) {
@@ -302,7 +302,7 @@ struct Kind {
 // Calls run(null pointer of the element type, Flag of a softcap, Kind).
 template <class F>
 void dispatch(const DivergenceArgs& a, const F& run) {
-  by_dtype(rows_of(a, a.p, a.p_stride), [&](auto* type) {
+  by_dtype(rows_of(a, a.logits_p, a.stride_p), [&](auto* type) {
     auto by_kind = [&](auto transform) {
       switch (a.kind) {
         case Divergence::kJsd:
@@ -319,19 +319,17 @@ void dispatch(const DivergenceArgs& a, const F& run) {
 
 }  // namespace
 
-void paired_divergence_fwd(const DivergenceArgs& a, float* divergence, float* state) {
+void paired_divergence_fwd(const DivergenceArgs& a, const DivergenceOut& out) {
   dispatch(a, [&](auto* type, auto transform, auto kind) {
     using T = typename RemovePointer<decltype(type)>::type;
-    forward<T, decltype(transform)::value, decltype(kind)::value>(a, divergence, state);
+    forward<T, decltype(transform)::value, decltype(kind)::value>(a, out);
   });
 }
 
-void paired_divergence_bwd(const DivergenceArgs& a, const float* state,
-                           const float* grad_divergence, void* grad_p, int64_t grad_stride) {
+void paired_divergence_bwd(const DivergenceArgs& a, const DivergenceGrad& g) {
   dispatch(a, [&](auto* type, auto transform, auto kind) {
     using T = typename RemovePointer<decltype(type)>::type;
-    backward<T, decltype(transform)::value, decltype(kind)::value>(
-        a, state, grad_divergence, static_cast<T*>(grad_p), grad_stride);
+    backward<T, decltype(transform)::value, decltype(kind)::value>(a, g);
   });
 }
 

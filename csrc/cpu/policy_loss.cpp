@@ -73,13 +73,13 @@ void objective_prepare(const ObjectiveArgs& o) {
     s.agg_weight[t] = valid_token(o, t) ? (o.seqs > 0 ? s.agg_weight[t] : 1.0f) * scale : 0.0f;
     if (!o.advantage_per_seq) s.advantage[t] = o.advantage[t];
   }
-  o.metrics[kSeqs] = static_cast<double>(seqs);
+  o.sums[kSeqs] = static_cast<double>(seqs);
 }
 
 void objective_metrics(const ObjectiveArgs& o) {
   const int64_t blocks = (o.tokens + kMetricBlock - 1) / kMetricBlock;
-  const double seqs = o.metrics[kSeqs];
-  double* total = o.metrics;
+  const double seqs = o.sums[kSeqs];
+  double* total = o.sums;
   block_metrics(o, 0, 0, total);
   // Groups of up to 64 blocks in parallel, added in block order.
   constexpr int64_t kGroup = 64;

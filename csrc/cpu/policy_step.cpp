@@ -18,8 +18,8 @@ bool has_gradient(const ObjectiveArgs& obj, int64_t t) {
 }
 
 template <class T, bool kTransform>
-void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj, T* grad,
-          int64_t grad_stride, bool fill_zeros) {
+void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
+          const GradRows& grad) {
   const Transform f = transform_of(a);
   const int64_t blocks = (a.vocab + kBlock - 1) / kBlock;
 #pragma omp parallel num_threads(threads_for(a))
@@ -29,7 +29,7 @@ void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
         aligned_alloc(64, static_cast<size_t>(blocks * kBlock + (blocks + 15) / 16 * 16) * 4));
     const KeptExps kept = {work, work + blocks * kBlock};
 #pragma omp for schedule(guided, 2)
-    for (int64_t i = 0; i < a.tokens; i++) {
+    for (int64_t i = 0; i < a.rows; i++) {
       const int64_t t = token_of(a, i);
       const Row<T> row = row_of<T>(a, i);
       const float temperature = temperature_of(a, t), c = base2_scale(a, temperature);
@@ -41,10 +41,12 @@ void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
       }
       write_row(o, t, stats);
       token_objective_at(obj, t, o.logp[t], o.entropy[t]);
-      if (!fill_zeros && !has_gradient(obj, t)) continue;
+      // A row that keep_gradient_rows drops needs no zeros.
+      if (grad.grad_tokens != nullptr && !has_gradient(obj, t)) continue;
       row_backward<T, kTransform>(row, f, c, a.logit_scale / temperature, stats.shift,
                                   stats.inv_sum, o.logp[t], o.entropy[t], obj.d_logp[t],
-                                  obj.d_entropy[t], grad + i * grad_stride,
+                                  obj.d_entropy[t],
+                                  static_cast<T*>(grad.grad_logits) + i * grad.grad_stride,
                                   work == nullptr ? nullptr : &kept);
     }
     free(work);
@@ -57,31 +59,29 @@ void policy_prepare(const ObjectiveArgs& obj) { objective_prepare(obj); }
 
 void policy_metrics(const ObjectiveArgs& obj) { objective_metrics(obj); }
 
-void policy_rows(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj, void* grad,
-                 int64_t grad_stride, bool fill_zeros) {
+void policy_rows(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
+                 const GradRows& grad) {
   by_dtype(a, [&](auto* tag) {
     using T = typename RemovePointer<decltype(tag)>::type;
-    T* out = static_cast<T*>(grad);
-    has_transform(a) ? step<T, true>(a, o, obj, out, grad_stride, fill_zeros)
-                     : step<T, false>(a, o, obj, out, grad_stride, fill_zeros);
+    has_transform(a) ? step<T, true>(a, o, obj, grad) : step<T, false>(a, o, obj, grad);
   });
 }
 
 // Moves the float32 rows whose final coefficient is not zero to the front of the buffer and lists
-// their tokens in kept; returns their number n, or -1 without memory. Rows already in the first n
-// stay, later ones fill the holes: at most min(n, rows - n) row copies.
-int64_t keep_gradient_rows(const LogitsArgs& a, const ObjectiveArgs& obj, int64_t* kept) {
+// their tokens in grad_tokens; returns their number n, or -1 without memory. Rows already in the
+// first n stay, later ones fill the holes: at most min(n, rows - n) row copies.
+int64_t keep_gradient_rows(const LogitsArgs& a, const ObjectiveArgs& obj, int64_t* grad_tokens) {
   int64_t n = 0;
-  for (int64_t i = 0; i < a.tokens; i++) n += has_gradient(obj, token_of(a, i));
+  for (int64_t i = 0; i < a.rows; i++) n += has_gradient(obj, token_of(a, i));
   // Pairs of a row and the hole that it fills.
   int64_t from = n, holes = 0;
   int64_t* moved = static_cast<int64_t*>(malloc(static_cast<size_t>(n) * 2 * sizeof(int64_t)));
   if (n > 0 && moved == nullptr) return -1;
   for (int64_t i = 0; i < n; i++) {
-    kept[i] = token_of(a, i);
-    if (has_gradient(obj, kept[i])) continue;
+    grad_tokens[i] = token_of(a, i);
+    if (has_gradient(obj, grad_tokens[i])) continue;
     while (!has_gradient(obj, token_of(a, from))) from++;
-    kept[i] = token_of(a, from);
+    grad_tokens[i] = token_of(a, from);
     moved[2 * holes] = from++;
     moved[2 * holes++ + 1] = i;
   }

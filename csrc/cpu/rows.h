@@ -393,7 +393,7 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
 constexpr int64_t kSerialElements = 16384;
 
 static inline int threads_for(const LogitsArgs& a) {
-  return a.tokens * a.vocab < kSerialElements ? 1 : a.threads;
+  return a.rows * a.vocab < kSerialElements ? 1 : a.threads;
 }
 
 static inline bool masked(const LogitsArgs& a, int64_t t) {
@@ -441,11 +441,11 @@ static inline void write_row(const TokenStatsOut& o, int64_t t, const RowStats& 
   o.lse[t] = static_cast<float>(r.lse);
   o.sum_sq[t] = static_cast<float>(r.sum_sq);
   o.top1[t] = r.top1;
-  o.shift[t] = r.shift;
+  o.row_max[t] = r.shift;
   o.inv_sum[t] = r.inv_sum;
-  if (o.p2_logp != nullptr) {
-    o.p2_logp[t] = static_cast<float>(r.sum_p2_logp);
-    o.p2_logp2[t] = static_cast<float>(r.sum_p2_logp2);
+  if (o.sum_p2_logp != nullptr) {
+    o.sum_p2_logp[t] = static_cast<float>(r.sum_p2_logp);
+    o.sum_p2_logp2[t] = static_cast<float>(r.sum_p2_logp2);
   }
 }
 

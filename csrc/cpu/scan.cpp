@@ -16,12 +16,12 @@ int threads_for(const ScanArgs& a) { return a.tokens < kSerialTokens ? 1 : a.thr
 
 bool valid(const ScanArgs& a, int64_t t) { return a.mask == nullptr || a.mask[t] != 0; }
 
-double lambda_of(const ScanArgs& a, int64_t seq) {
+double lambda_of(const GaeArgs& a, int64_t seq) {
   if (a.lam_per_seq != nullptr) return a.lam_per_seq[seq];
-  if (a.alpha == 0) return a.lam;
+  if (a.length_adaptive_alpha == 0) return a.lam;
   int64_t n = 0;
   for (int64_t t = a.cu_seqlens[seq]; t < a.cu_seqlens[seq + 1]; t++) n += valid(a, t);
-  const double span = a.alpha * static_cast<double>(n);
+  const double span = a.length_adaptive_alpha * static_cast<double>(n);
   return 1 - 1 / (span > 1 ? span : 1);
 }
 
@@ -47,7 +47,7 @@ double recursion(const double* inject, Decay decay, int64_t n, double carried,
   return carried;
 }
 
-void gae_masked(const ScanArgs& a, int64_t seq) {
+void gae_masked(const GaeArgs& a, int64_t seq) {
   const double gamma = a.gamma, decay = a.gamma * lambda_of(a, seq);
   const bool ends = a.finished == nullptr || a.finished[seq] != 0;
   bool last = true;
@@ -68,7 +68,7 @@ void gae_masked(const ScanArgs& a, int64_t seq) {
   }
 }
 
-void gae_dense(const ScanArgs& a, int64_t seq) {
+void gae_dense(const GaeArgs& a, int64_t seq) {
   alignas(64) double delta[kBlock], scan[kBlock];
   const double gamma = a.gamma, decay = a.gamma * lambda_of(a, seq);
   const int64_t first = a.cu_seqlens[seq], stop = a.cu_seqlens[seq + 1];
@@ -94,7 +94,7 @@ void gae_dense(const ScanArgs& a, int64_t seq) {
 }
 
 // ratio[i] = exp(clamp(log_ratio)); the ratio of a masked token is not used.
-void ratios(const ScanArgs& a, int64_t begin, int64_t n, float* __restrict ratio) {
+void ratios(const VtraceArgs& a, int64_t begin, int64_t n, float* __restrict ratio) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     float d = a.log_ratio[begin + i];
@@ -111,12 +111,12 @@ struct VtraceState {
 
 // One block with a mask: the next valid token is found on the way. Everything the loop reads is a
 // local, because stores through float* would otherwise force reloads.
-VtraceState masked_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
+VtraceState masked_block(const VtraceArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
   float ratio[kBlock];
   ratios(a, begin, n, ratio);
   const float *reward = a.reward + begin, *value = a.value + begin;
   const uint8_t* mask = a.mask + begin;
-  float* __restrict target = a.target + begin;
+  float* __restrict target = a.value_target + begin;
   float* __restrict advantage = a.advantage + begin;
   float* __restrict rho_out = a.rho + begin;
   const double gamma = a.gamma, decay = a.gamma * a.lam;
@@ -142,12 +142,12 @@ VtraceState masked_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n,
 
 // One block without a mask: only the recursion itself is a serial loop, of one multiply-add a
 // token.
-VtraceState dense_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
+VtraceState dense_block(const VtraceArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
   alignas(64) float ratio[kBlock];
   alignas(64) double ahead[kBlock], inject[kBlock], decay[kBlock], trace[kBlock + 1];
   ratios(a, begin, n, ratio);
   const float *reward = a.reward + begin, *value = a.value + begin;
-  float* __restrict target = a.target + begin;
+  float* __restrict target = a.value_target + begin;
   float* __restrict advantage = a.advantage + begin;
   float* __restrict rho = a.rho + begin;
   const double gamma = a.gamma, factor = a.gamma * a.lam;
@@ -173,7 +173,7 @@ VtraceState dense_block(const ScanArgs& a, bool ends, int64_t begin, int64_t n, 
   return {false, value[0], trace[0]};
 }
 
-void vtrace_sequence(const ScanArgs& a, int64_t seq) {
+void vtrace_sequence(const VtraceArgs& a, int64_t seq) {
   const bool ends = a.finished == nullptr || a.finished[seq] != 0;
   VtraceState state = {true, 0, 0};
   const int64_t first = a.cu_seqlens[seq];
@@ -186,7 +186,7 @@ void vtrace_sequence(const ScanArgs& a, int64_t seq) {
 
 }  // namespace
 
-void gae(const ScanArgs& a) {
+void gae(const GaeArgs& a) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads_for(a))
   for (int64_t seq = 0; seq < a.seqs; seq++) {
     if (a.mask != nullptr) {
@@ -197,7 +197,7 @@ void gae(const ScanArgs& a) {
   }
 }
 
-void vtrace(const ScanArgs& a) {
+void vtrace(const VtraceArgs& a) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads_for(a))
   for (int64_t seq = 0; seq < a.seqs; seq++) vtrace_sequence(a, seq);
 }

@@ -72,10 +72,11 @@ int64_t fill_chunk(const MomentsArgs& a, int64_t begin, int64_t end, Cell* table
       i++;
       continue;
     }
-    const int64_t id = a.ids[i];
+    const int64_t id = a.segment_ids[i];
     if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(a.segments)) return i;
     int64_t stop = i + 1;
-    while (stop < end && a.ids[stop] == id && (a.mask == nullptr || a.mask[stop] != 0)) stop++;
+    while (stop < end && a.segment_ids[stop] == id && (a.mask == nullptr || a.mask[stop] != 0))
+      stop++;
     if (stop - i >= kLongRun) {
       merge(table[id], dense_segment(values + i, stop - i));
       i = stop;

@@ -18,7 +18,7 @@ void forward(const LogitsArgs& a, const TokenStatsOut& o) {
   const Transform f = transform_of(a);
   const RowStats zero = {};
 #pragma omp parallel for schedule(guided, 2) num_threads(threads_for(a))
-  for (int64_t i = 0; i < a.tokens; i++) {
+  for (int64_t i = 0; i < a.rows; i++) {
     const int64_t t = token_of(a, i);
     if (masked(a, t)) {
       write_row(o, t, zero);
@@ -38,14 +38,14 @@ template <class T, bool kTransform>
 void backward(const LogitsArgs& a, const TokenStatsGrad& g) {
   const Transform f = transform_of(a);
 #pragma omp parallel for schedule(guided, 2) num_threads(threads_for(a))
-  for (int64_t i = 0; i < a.tokens; i++) {
+  for (int64_t i = 0; i < a.rows; i++) {
     const int64_t t = token_of(a, i);
     const bool skip = masked(a, t);
     const float ga = skip || g.grad_logp == nullptr ? 0.0f : g.grad_logp[t];
     const float gh = skip || g.grad_entropy == nullptr ? 0.0f : g.grad_entropy[t];
     const float temperature = temperature_of(a, t);
     row_backward<T, kTransform>(row_of<T>(a, i), f, base2_scale(a, temperature),
-                                a.logit_scale / temperature, g.shift[t], g.inv_sum[t], g.logp[t],
+                                a.logit_scale / temperature, g.row_max[t], g.inv_sum[t], g.logp[t],
                                 g.entropy[t], ga, gh,
                                 static_cast<T*>(g.grad_logits) + i * g.grad_stride);
   }
@@ -54,7 +54,7 @@ void backward(const LogitsArgs& a, const TokenStatsGrad& g) {
 }  // namespace
 
 int64_t first_bad_row(const LogitsArgs& a) {
-  for (int64_t i = 0; i < a.tokens; i++) {
+  for (int64_t i = 0; i < a.rows; i++) {
     const int64_t t = token_of(a, i);
     if (masked(a, t)) continue;
     const bool target_ok = a.target[t] >= 0 && a.target[t] < a.vocab;
@@ -66,7 +66,7 @@ int64_t first_bad_row(const LogitsArgs& a) {
 void token_stats_fwd(const LogitsArgs& a, const TokenStatsOut& o) {
   by_dtype(a, [&](auto* tag) {
     using T = typename RemovePointer<decltype(tag)>::type;
-    const bool moments = o.p2_logp != nullptr;
+    const bool moments = o.sum_p2_logp != nullptr;
     if (has_transform(a)) {
       moments ? forward<T, true, true>(a, o) : forward<T, true, false>(a, o);
     } else {

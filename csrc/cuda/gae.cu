@@ -3,7 +3,7 @@
 namespace tokfuse {
 namespace cuda {
 
-cudaError_t gae(const ScanArgs& a, cudaStream_t stream) {
+cudaError_t gae(const GaeArgs& a, cudaStream_t stream) {
   if (a.tokens == 0 || a.seqs == 0) return cudaSuccess;
   return launch(&gae_kernel, LaunchShape{static_cast<unsigned>(a.seqs), kScanBlock}, stream, a);
 }

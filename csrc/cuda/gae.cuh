@@ -9,9 +9,9 @@
 namespace tokfuse {
 namespace cuda {
 
-__device__ inline double lambda_of(const ScanArgs& a, int64_t seq, int64_t begin, int64_t end) {
+__device__ inline double lambda_of(const GaeArgs& a, int64_t seq, int64_t begin, int64_t end) {
   if (a.lam_per_seq != nullptr) return a.lam_per_seq[seq];
-  if (a.alpha == 0) return a.lam;
+  if (a.length_adaptive_alpha == 0) return a.lam;
   int64_t n = end - begin;
   if (a.mask != nullptr) {
     n = 0;
@@ -20,11 +20,11 @@ __device__ inline double lambda_of(const ScanArgs& a, int64_t seq, int64_t begin
       n += __syncthreads_count(t < end && a.mask[t] != 0);
     }
   }
-  const double span = a.alpha * static_cast<double>(n);
+  const double span = a.length_adaptive_alpha * static_cast<double>(n);
   return 1 - 1 / (span > 1 ? span : 1);
 }
 
-__global__ void __launch_bounds__(kScanBlock, 6) gae_kernel(const ScanArgs a) {
+__global__ void __launch_bounds__(kScanBlock, 6) gae_kernel(const GaeArgs a) {
   const int64_t seq = blockIdx.x, begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
   const double gamma = a.gamma, decay = gamma * lambda_of(a, seq, begin, end);
   const bool ends = a.finished == nullptr || a.finished[seq] != 0;

@@ -8,12 +8,12 @@ constexpr int64_t kMaxBlocks = 1024;
 
 }  // namespace
 
-cudaError_t group_advantage(const GroupAdvantageArgs& a, const SortedIds& groups,
-                            cudaStream_t stream) {
+cudaError_t group_advantage(const GroupAdvantageArgs& a, cudaStream_t stream) {
   if (a.seqs == 0) return cudaSuccess;
   const int64_t wanted = (a.seqs + kBlock - 1) / kBlock;
   const unsigned blocks = static_cast<unsigned>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
-  return launch(&group_advantage_kernel, LaunchShape{blocks, kBlock}, stream, a, groups);
+  return launch(&group_advantage_kernel, LaunchShape{blocks, kBlock}, stream, a,
+                SortedIds{a.group_ids, a.order});
 }
 
 }  // namespace cuda

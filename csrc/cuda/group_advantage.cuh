@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kBlock, 2)
     const double scale = a.scale == Scale::kBatchStd ? 1 / (batch_std + a.eps) : 1;
     const int64_t threads = static_cast<int64_t>(gridDim.x) * kBlock;
     for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < a.seqs; i += threads) {
-      const double base = a.greedy == nullptr ? 0.0 : a.greedy[i];
+      const double base = a.greedy_reward == nullptr ? 0.0 : a.greedy_reward[i];
       a.advantage[i] = static_cast<float>((a.reward[i] - base) * scale);
     }
     return;

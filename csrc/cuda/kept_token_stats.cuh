@@ -26,7 +26,7 @@ struct Support {
 __device__ __forceinline__ Support support_of(const KeptArgs& a, int64_t token) {
   if (!counts(a.logits, token)) return {0, 0};
   const int64_t begin = a.offsets[token], end = a.offsets[token + 1];
-  return {begin > 0 ? begin : 0, end < a.kept ? end : a.kept};
+  return {begin > 0 ? begin : 0, end < a.num_ids ? end : a.num_ids};
 }
 
 // (u, slope) of a kept id; NaN for one that is no column.

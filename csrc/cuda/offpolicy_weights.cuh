@@ -49,7 +49,7 @@ struct Verdict {
 
 __device__ inline float log_ratio_at(const OffPolicyArgs& a, int64_t t) {
   constexpr float kLimit = static_cast<float>(kClamp);
-  float d = (a.logp != nullptr ? a.logp[t] : 0.0f) - a.behavior[t];
+  float d = (a.logp != nullptr ? a.logp[t] : 0.0f) - a.behavior_logp[t];
   d = d < -kLimit ? -kLimit : d;
   return d > kLimit ? kLimit : d;
 }

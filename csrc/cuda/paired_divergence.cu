@@ -31,12 +31,12 @@ cudaError_t dispatch(const DivergenceArgs& a, const F& run) {
 
 template <class T>
 bool streams_aligned(const DivergenceArgs& a) {
-  return rows_aligned<T>(a.p, a.p_stride) && rows_aligned<T>(a.q, a.q_stride);
+  return rows_aligned<T>(a.logits_p, a.stride_p) && rows_aligned<T>(a.logits_q, a.stride_q);
 }
 
 }  // namespace
 
-cudaError_t paired_divergence_fwd(const DivergenceArgs& a, float* divergence, float* state,
+cudaError_t paired_divergence_fwd(const DivergenceArgs& a, const DivergenceOut& out,
                                   cudaStream_t stream) {
   if (a.tokens == 0) return cudaSuccess;
   // Largest value of the JSD: the entropy of the mixture's weights.
@@ -46,23 +46,23 @@ cudaError_t paired_divergence_fwd(const DivergenceArgs& a, float* divergence, fl
     using T = Pointee<decltype(type)>;
     return launch_resident(
         paired_divergence_fwd_kernel<T, decltype(transformed)::value, decltype(kind)::value>,
-        a.tokens, kDivergenceThreads, stream, a, bound, divergence, state, streams_aligned<T>(a));
+        a.tokens, kDivergenceThreads, stream, a, bound, out.divergence, out.state,
+        streams_aligned<T>(a));
   });
 }
 
-cudaError_t paired_divergence_bwd(const DivergenceArgs& a, const float* state,
-                                  const float* grad_divergence, void* grad_p, int64_t grad_stride,
+cudaError_t paired_divergence_bwd(const DivergenceArgs& a, const DivergenceGrad& g,
                                   cudaStream_t stream) {
   if (a.tokens == 0) return cudaSuccess;
   const int parts = parts_of_rows(a.tokens, a.vocab);
   return dispatch(a, [&](auto* type, auto transformed, auto kind) {
     using T = Pointee<decltype(type)>;
-    const bool together = rows_together<T, T>(a.p, a.p_stride, a.q, a.q_stride) &&
-                          rows_together<T, T>(a.p, a.p_stride, grad_p, grad_stride);
+    const bool together = rows_together<T, T>(a.logits_p, a.stride_p, a.logits_q, a.stride_q) &&
+                          rows_together<T, T>(a.logits_p, a.stride_p, g.grad_logits, g.grad_stride);
     return launch_resident(
         paired_divergence_bwd_kernel<T, decltype(transformed)::value, decltype(kind)::value>,
-        a.tokens * parts, kDivergenceThreads, stream, a, state, grad_divergence,
-        static_cast<T*>(grad_p), grad_stride, parts, together);
+        a.tokens * parts, kDivergenceThreads, stream, a, g.state, g.grad_divergence,
+        static_cast<T*>(g.grad_logits), g.grad_stride, parts, together);
   });
 }
 

@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(kDivergenceThreads, 2)
   const int vocab = static_cast<int>(a.vocab);
   for (int64_t t = blockIdx.x; t < a.tokens; t += gridDim.x) {
     const bool keep = counts(options, t);
-    const T* p = static_cast<const T*>(a.p) + t * a.p_stride;
-    const T* q = static_cast<const T*>(a.q) + t * a.q_stride;
+    const T* p = static_cast<const T*>(a.logits_p) + t * a.stride_p;
+    const T* q = static_cast<const T*>(a.logits_q) + t * a.stride_q;
     const Part all = part_of_row(p, a.vocab, 0, 1, false);
     const float c = keep ? scale_at(options, temperature_of(options, t), kTransform).c : 1.0f;
     MaxSum sum_p = {kLowestMax, 0.0f}, sum_q = sum_p;
@@ -271,8 +271,8 @@ __global__ void __launch_bounds__(kDivergenceThreads, 2)
   const int vocab = static_cast<int>(a.vocab);
   for (int64_t item = blockIdx.x; item < a.tokens * parts; item += gridDim.x) {
     const int64_t t = item / parts;
-    const T* p = static_cast<const T*>(a.p) + t * a.p_stride;
-    const T* q = static_cast<const T*>(a.q) + t * a.q_stride;
+    const T* p = static_cast<const T*>(a.logits_p) + t * a.stride_p;
+    const T* q = static_cast<const T*>(a.logits_q) + t * a.stride_q;
     const Part part = part_of_row(p, a.vocab, static_cast<int>(item % parts), parts, together);
     const float* s = state + t * kDivergenceState;
     T* out = grad_p + t * grad_stride;

@@ -7,9 +7,9 @@ int64_t policy_partials(int64_t tokens, int64_t seqs) {
   return policy_segments(tokens, seqs) * (1 + kMetricCount);
 }
 
-cudaError_t policy_loss(const ObjectiveArgs& o, double* partial, cudaStream_t stream) {
+cudaError_t policy_loss(const ObjectiveArgs& o, cudaStream_t stream) {
   return launch_grid(&policy_loss_kernel, policy_segments(o.tokens, o.seqs), kBlock, stream, o,
-                     partial);
+                     o.partial);
 }
 
 cudaError_t policy_prepare(const PrepareArgs& a, cudaStream_t stream) {
@@ -18,10 +18,9 @@ cudaError_t policy_prepare(const PrepareArgs& a, cudaStream_t stream) {
                 a);
 }
 
-cudaError_t policy_metrics(const TokenResults& r, double* partial, double* metrics,
-                           cudaStream_t stream) {
-  return launch_grid(&policy_metrics_kernel, policy_segments(r.tokens, 0), kBlock, stream, r,
-                     partial, metrics);
+cudaError_t policy_metrics(const MetricsArgs& a, cudaStream_t stream) {
+  return launch_grid(&policy_metrics_kernel, policy_segments(a.tokens, 0), kBlock, stream, a,
+                     a.partial, a.sums);
 }
 
 }  // namespace cuda

@@ -163,13 +163,13 @@ __global__ void __launch_bounds__(kBlock)
   if (blockIdx.x != 0) return;
   const double seqs = o.seqs > 0 ? batch_counts(valid, segments).at[1] : 0;
   const PolicyMetrics all = block_sum_of(metrics, segments, no_metrics());
-  if (threadIdx.x == 0) store_metrics(all, o.tokens, seqs, o.metrics);
+  if (threadIdx.x == 0) store_metrics(all, o.tokens, seqs, o.sums);
 }
 
 // The metrics of a step whose token terms a row kernel wrote; `partial` has one record per segment
 // of kSegmentTokens.
 __global__ void __launch_bounds__(kBlock)
-    policy_metrics_kernel(const TokenResults r, double* const partial, double* const out) {
+    policy_metrics_kernel(const MetricsArgs r, double* const partial, double* const out) {
   const int64_t segments = policy_segments(r.tokens, 0);
   PolicyMetrics* metrics = reinterpret_cast<PolicyMetrics*>(partial);
   for (int64_t i = blockIdx.x; i < segments; i += gridDim.x) {

@@ -35,9 +35,9 @@ ClusterChoice choose_cluster(int64_t vectors) {
 
 // As many rows at once as three quarters of L2 hold.
 template <class T, class G, bool kTransform>
-cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out, const TokenObjective& o,
-                            const GradientRows& grads, bool aligned, bool together,
-                            cudaStream_t stream) {
+cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out,
+                            const TokenObjectiveArgs& o, const GradRows& grads, bool aligned,
+                            bool together, cudaStream_t stream) {
   int64_t cache = 0;
   const cudaError_t error = l2_bytes(&cache);
   if (error != cudaSuccess) return error;
@@ -51,8 +51,8 @@ cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out, const
 // `launched` is false where the device cannot hold such a cluster, as a part of a GPU may.
 template <class T, class G, bool kTransform>
 cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
-                           const TokenStatsOut& out, const TokenObjective& o,
-                           const GradientRows& grads, cudaStream_t stream, bool* launched) {
+                           const TokenStatsOut& out, const TokenObjectiveArgs& o,
+                           const GradRows& grads, cudaStream_t stream, bool* launched) {
   const auto kernel = policy_step_cluster_kernel<T, G, kTransform>;
   LaunchShape shape = {1, kPolicyThreads, 0, choice.cluster};
   shape.shared = static_cast<size_t>(choice.layout.slice) * 16 * choice.layout.stages;
@@ -66,19 +66,18 @@ cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
 
 }  // namespace
 
-cudaError_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const TokenObjective& o,
-                        void* grad_logits, int64_t grad_stride, DType grad_dtype,
-                        cudaStream_t stream) {
+cudaError_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const TokenObjectiveArgs& o,
+                        const GradRows& grads, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
   int arch = 0;
   const cudaError_t error = device_arch(&arch);
   if (error != cudaSuccess) return error;
-  const GradientRows grads = {grad_logits, grad_stride};
-  return by_dtypes(a.dtype, grad_dtype, [&](auto* type, auto* grad_type) {
+  return by_dtypes(a.dtype, grads.grad_dtype, [&](auto* type, auto* grad_type) {
     using T = Pointee<decltype(type)>;
     using G = Pointee<decltype(grad_type)>;
     const bool aligned = rows_aligned<T>(a.logits, a.stride);
-    const bool together = rows_together<T, G>(a.logits, a.stride, grad_logits, grad_stride);
+    const bool together =
+        rows_together<T, G>(a.logits, a.stride, grads.grad_logits, grads.grad_stride);
     const ClusterChoice choice = choose_cluster(a.vocab / kItems<T>);
     return by_flag(a.softcap != 0.0f, [&](auto transformed) {
       constexpr bool kTransform = decltype(transformed)::value;

@@ -25,11 +25,6 @@ namespace cuda {
 
 constexpr int kPolicyThreads = 512;
 
-struct GradientRows {
-  void* base;  // (R, V); may be the logits themselves
-  int64_t stride;
-};
-
 // What the thread that finishes a row tells the others.
 struct RowVerdict {
   Slopes slopes;
@@ -38,7 +33,7 @@ struct RowVerdict {
 
 // Statistics and objective of a row from its record; writes both. By one thread.
 __device__ __forceinline__ RowVerdict finish_row(const LogitsArgs& a, const TokenStatsOut& out,
-                                                 const TokenObjective& o, int64_t token,
+                                                 const TokenObjectiveArgs& o, int64_t token,
                                                  const Record& r, float u_y, const Scale& scale,
                                                  bool writes) {
   const int64_t y = a.target[token];
@@ -53,12 +48,12 @@ __device__ __forceinline__ RowVerdict finish_row(const LogitsArgs& a, const Toke
   RowVerdict verdict;
   verdict.nothing = (ga == 0.0f && gh == 0.0f) || stats.inv_sum == 0.0f;
   verdict.slopes =
-      slopes_of(scale, stats.m, stats.inv_sum, stats.logp, stats.entropy, ga, gh, y, a.vocab);
+      slopes_of(scale, stats.row_max, stats.inv_sum, stats.logp, stats.entropy, ga, gh, y, a.vocab);
   return verdict;
 }
 
 // The outputs of a masked row. By one thread.
-__device__ __forceinline__ void write_masked(const TokenStatsOut& out, const TokenObjective& o,
+__device__ __forceinline__ void write_masked(const TokenStatsOut& out, const TokenObjectiveArgs& o,
                                              int64_t token) {
   write_stats(out, token, RowStats());
   write_result(o, token, TokenResult());
@@ -76,7 +71,7 @@ template <class T, class G, bool kTransform>
 __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
     policy_step_kernel(const __grid_constant__ LogitsArgs a,
                        const __grid_constant__ TokenStatsOut out,
-                       const __grid_constant__ TokenObjective o, GradientRows grads, bool aligned,
+                       const __grid_constant__ TokenObjectiveArgs o, GradRows grads, bool aligned,
                        bool together) {
   using Records = Array<Record, kMaxWarps>;
   TOKFUSE_SHARED(records, Array<Records, 2>);
@@ -88,7 +83,7 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const int64_t token = token_of(a, row);
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
-    G* grad = static_cast<G*>(grads.base) + row * grads.stride;
+    G* grad = static_cast<G*>(grads.grad_logits) + row * grads.grad_stride;
     const Part all = part_of_row(logits, a.vocab, 0, 1, together);
     if (!counts(a, token)) {
       if (threadIdx.x == 0) write_masked(out, o, token);
@@ -266,7 +261,7 @@ template <class T, class G, bool kTransform>
 __global__ void __launch_bounds__(kPolicyThreads, 1)
     policy_step_cluster_kernel(const __grid_constant__ LogitsArgs a,
                                const __grid_constant__ TokenStatsOut out,
-                               const __grid_constant__ TokenObjective o, GradientRows grads,
+                               const __grid_constant__ TokenObjectiveArgs o, GradRows grads,
                                ClusterLayout layout) {
 #if TOKFUSE_ARCH >= 90
   using Records = Array<Record, kMaxWarps>;
@@ -296,7 +291,7 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
   for (int64_t row = begin; row < a.rows; row += step) {
     const int64_t token = token_of(a, row);
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
-    G* grad = static_cast<G*>(grads.base) + row * grads.stride;
+    G* grad = static_cast<G*>(grads.grad_logits) + row * grads.grad_stride;
     if (!counts(a, token)) {
       if (threadIdx.x == 0 && rank == 0) write_masked(out, o, token);
       write_zeros<T>(grad, vocab, part, true, leave);

@@ -227,8 +227,7 @@ __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, 
   }
 }
 
-// ------------------------------------------------------------------------------------------
-// merging
+// ----------------------------------------------------------------------------------------- merging
 
 // Statistics of many lanes.
 struct Record {
@@ -309,11 +308,10 @@ __device__ __forceinline__ Record merge_block(const Lane<kExtras>& lane,
   return merge_warp<kExtras>(at < warps ? shared[at] : no_record(), c, c2);
 }
 
-// ------------------------------------------------------------------------------------ of a whole
-// row
+// ---------------------------------------------------------------------------------- of a whole row
 
 struct RowStats {
-  float logp, entropy, lse, sum_sq, top1, m, inv_sum;
+  float logp, entropy, lse, sum_sq, top1, row_max, inv_sum;
 };
 
 // Statistics of a row, and S - 1 at its temperature and at the second one: they keep the digits of
@@ -363,7 +361,7 @@ __device__ __forceinline__ void write_stats(const TokenStatsOut& o, int64_t t, c
   o.lse[t] = r.lse;
   if (o.sum_sq != nullptr) o.sum_sq[t] = r.sum_sq;
   if (o.top1 != nullptr) o.top1[t] = r.top1;
-  if (o.row_max != nullptr) o.row_max[t] = r.m;
+  if (o.row_max != nullptr) o.row_max[t] = r.row_max;
   if (o.inv_sum != nullptr) o.inv_sum[t] = r.inv_sum;
 }
 

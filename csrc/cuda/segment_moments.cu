@@ -18,9 +18,9 @@ int moments_parts(int64_t rows, int64_t segments) {
   return parts;
 }
 
-cudaError_t segment_moments(const MomentsArgs& a, const MomentsScratch& scratch,
-                            cudaStream_t stream) {
+cudaError_t segment_moments(const MomentsArgs& a, cudaStream_t stream) {
   if (a.segments == 0) return cudaSuccess;
+  const MomentsScratch scratch = {a.order, a.parts, a.table, a.tickets};
   if (scratch.parts > 1) {
     const cudaError_t error = cudaMemsetAsync(
         scratch.tickets, 0, static_cast<size_t>(a.segments) * sizeof(unsigned), stream);

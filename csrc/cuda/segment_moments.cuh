@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kBlock, 2)
   const int64_t k = blockIdx.x / parts, part = blockIdx.x % parts;
   const T* values = static_cast<const T*>(a.values);
   const bool by_id = a.cu_seqlens == nullptr;
-  const int64_t begin = by_id ? lower_bound(a.ids, a.rows, k) : a.cu_seqlens[k];
-  const int64_t end = by_id ? lower_bound(a.ids, a.rows, k + 1) : a.cu_seqlens[k + 1];
+  const int64_t begin = by_id ? lower_bound(a.segment_ids, a.rows, k) : a.cu_seqlens[k];
+  const int64_t end = by_id ? lower_bound(a.segment_ids, a.rows, k + 1) : a.cu_seqlens[k + 1];
   Cell cell = empty_cell();
   for (int64_t i = begin + part * kBlock + threadIdx.x; i < end; i += parts * kBlock) {
     const int64_t row = by_id ? scratch.order[i] : i;

@@ -12,9 +12,10 @@ struct TokenResult {
   uint32_t flags;
 };
 
-__device__ __forceinline__ TokenResult token_objective(const TokenObjective& o, int64_t t,
+__device__ __forceinline__ TokenResult token_objective(const TokenObjectiveArgs& o, int64_t t,
                                                        float logp, float entropy) {
-  const float scale = o.scale != nullptr ? *o.scale : o.scale_value;
+  const float scale =
+      o.batch_inv_normalizer != nullptr ? *o.batch_inv_normalizer : o.inv_normalizer;
   const TokenInputs in = {logp,
                           entropy,
                           o.old_logp[t],
@@ -22,7 +23,7 @@ __device__ __forceinline__ TokenResult token_objective(const TokenObjective& o, 
                           o.advantage[t],
                           optional(o.signal, t, 0.0f),
                           scale * optional(o.agg_weight, t, 1.0f),
-                          optional(o.weight, t, 1.0f),
+                          optional(o.token_weight, t, 1.0f),
                           optional(o.kl_weight, t, 1.0f),
                           optional(o.entropy_weight, t, 1.0f)};
   float inside;
@@ -32,7 +33,7 @@ __device__ __forceinline__ TokenResult token_objective(const TokenObjective& o, 
   return {x.loss, x.d_logp + inside * x.chain, x.d_entropy, x.ratio, x.flags};
 }
 
-__device__ __forceinline__ void write_result(const TokenObjective& o, int64_t t,
+__device__ __forceinline__ void write_result(const TokenObjectiveArgs& o, int64_t t,
                                              const TokenResult& r) {
   o.token_loss[t] = r.token_loss;
   o.d_logp[t] = r.d_logp;

@@ -7,7 +7,7 @@ namespace cuda {
 
 cudaError_t token_stats_fwd(const LogitsArgs& a, const TokenStatsOut& out, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
-  const bool extras = out.second_logp != nullptr || out.p2_logp != nullptr;
+  const bool extras = out.second_logp != nullptr || out.sum_p2_logp != nullptr;
   return by_dtype(a.dtype, [&](auto* type) {
     using T = Pointee<decltype(type)>;
     const bool aligned =

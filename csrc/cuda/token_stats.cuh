@@ -27,12 +27,12 @@ __device__ __forceinline__ void write_extras(const TokenStatsOut& o, int64_t t, 
     const float d_y = has_target ? sums.d_y : nan_float();
     o.second_logp[t] = dead ? x.logp : d_y * nats2 - log1pf(sums.rest2);
   }
-  if (o.p2_logp == nullptr) return;
+  if (o.sum_p2_logp == nullptr) return;
   const float log_s = log1pf(sums.rest), inv = x.inv_sum;
   const float p_d = sums.r.ssd * nats * inv * inv;
   const float p_dd = sums.r.ssdd * (nats * inv) * (nats * inv);
-  o.p2_logp[t] = dead ? 0.0f : p_d - log_s * x.sum_sq;
-  o.p2_logp2[t] = dead ? 0.0f : p_dd - log_s * (2.0f * p_d - log_s * x.sum_sq);
+  o.sum_p2_logp[t] = dead ? 0.0f : p_d - log_s * x.sum_sq;
+  o.sum_p2_logp2[t] = dead ? 0.0f : p_dd - log_s * (2.0f * p_d - log_s * x.sum_sq);
 }
 
 template <class T, bool kTransform, bool kExtras>
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kForwardThreads, kTransform ? 2 : (kExtras ? 3
       if (threadIdx.x > 0) continue;
       write_stats(out, token, RowStats());
       if (out.second_logp != nullptr) out.second_logp[token] = 0.0f;
-      if (out.p2_logp != nullptr) out.p2_logp[token] = out.p2_logp2[token] = 0.0f;
+      if (out.sum_p2_logp != nullptr) out.sum_p2_logp[token] = out.sum_p2_logp2[token] = 0.0f;
       continue;
     }
     const Scale scale = scale_at(a, temperature_of(a, token), kTransform);

@@ -3,7 +3,7 @@
 namespace tokfuse {
 namespace cuda {
 
-cudaError_t vtrace(const ScanArgs& a, cudaStream_t stream) {
+cudaError_t vtrace(const VtraceArgs& a, cudaStream_t stream) {
   if (a.tokens == 0 || a.seqs == 0) return cudaSuccess;
   return launch(&vtrace_kernel, LaunchShape{static_cast<unsigned>(a.seqs), kScanBlock}, stream, a);
 }

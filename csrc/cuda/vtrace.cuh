@@ -13,7 +13,7 @@ namespace cuda {
 
 constexpr float kLogRatioClamp = 20.0f;
 
-__global__ void __launch_bounds__(kScanBlock, 6) vtrace_kernel(const ScanArgs a) {
+__global__ void __launch_bounds__(kScanBlock, 6) vtrace_kernel(const VtraceArgs a) {
   const int64_t seq = blockIdx.x, begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
   const double gamma = a.gamma, decay = gamma * a.lam;
   const bool ends = a.finished == nullptr || a.finished[seq] != 0;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kScanBlock, 6) vtrace_kernel(const ScanArgs a)
     const Link link = {decay * c, rho * ahead};
     const double y = y_behind(valid ? link : Link{1, 0}, &carry);
     if (t < begin) continue;
-    a.target[t] = valid ? static_cast<float>(v + link.of(y)) : 0.0f;
+    a.value_target[t] = valid ? static_cast<float>(v + link.of(y)) : 0.0f;
     a.advantage[t] = valid ? static_cast<float>(ahead + gamma * y) : 0.0f;
     a.rho[t] = valid ? rho : 0.0f;
   }

@@ -1,12 +1,11 @@
 """The CPU kernels over packed vectors; the same functions as those of CUDA and Triton."""
 
-import math
-
 import torch
 
+from tokfuse.runtime.backends import packed_args
 from tokfuse.runtime.backends.value_checks import refuse_segment_id
 from tokfuse.runtime.core import native
-from tokfuse.runtime.core.codes import BASELINES, ESTIMATES, NORMALIZE, SCALES, WEIGHT_LEVELS, WEIGHT_MODES
+from tokfuse.runtime.core.codes import ESTIMATES
 from tokfuse.runtime.policy.keep_rule import KeepRule
 from tokfuse.runtime.reference.token_stats import result_dtype
 
@@ -21,27 +20,24 @@ def segment_moments(
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """(count, sum, sum_sq, min, max), each (segments,)."""
+    module = native.loaded()
     count = torch.empty(num_segments, dtype=torch.int64)
-    total, square, low, high = (values.new_empty(num_segments) for _ in range(4))
-    bad = native.loaded().segment_moments(
-        native.pointer(values),
-        values.dtype == torch.float64,
-        native.pointer(segment_ids),
-        native.pointer(cu_seqlens),
-        native.pointer(mask),
-        native.pointer(count),
-        native.pointer(total),
-        native.pointer(square),
-        native.pointer(low),
-        native.pointer(high),
-        values.shape[0],
-        num_segments,
-        torch.get_num_threads(),
+    out = (count, *(values.new_empty(num_segments) for _ in range(4)))
+    bad = module.segment_moments(
+        packed_args.moments_args(
+            module,
+            values=values,
+            segment_ids=segment_ids,
+            cu_seqlens=cu_seqlens,
+            num_segments=num_segments,
+            mask=mask,
+            out=out,
+        )
     )
     if bad >= 0:
         assert segment_ids is not None
         refuse_segment_id(segment_ids, bad, num_segments)
-    return count, total, square, low, high
+    return out
 
 
 def gae(
@@ -56,23 +52,22 @@ def gae(
     finished: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantage, returns), each (tokens,)."""
+    module = native.loaded()
     advantage, returns = native.empty_like_rows(reward), native.empty_like_rows(reward)
-    per_seq = lam if isinstance(lam, torch.Tensor) else None
-    native.loaded().gae(
-        native.pointer(reward),
-        native.pointer(value),
-        native.pointer(cu_seqlens),
-        native.pointer(mask),
-        native.pointer(finished),
-        native.pointer(per_seq),
-        native.pointer(advantage),
-        native.pointer(returns),
-        reward.shape[0],
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        1.0 if isinstance(lam, torch.Tensor) else lam,
-        length_adaptive_alpha or 0.0,
-        torch.get_num_threads(),
+    module.gae(
+        packed_args.gae_args(
+            module,
+            reward=reward,
+            value=value,
+            cu_seqlens=cu_seqlens,
+            gamma=gamma,
+            lam=lam,
+            length_adaptive_alpha=length_adaptive_alpha,
+            mask=mask,
+            finished=finished,
+            advantage=advantage,
+            returns=returns,
+        )
     )
     return advantage, returns
 
@@ -91,24 +86,25 @@ def vtrace(
     finished: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(target, advantage, rho), each (tokens,)."""
+    module = native.loaded()
     target, advantage, rho = (native.empty_like_rows(reward) for _ in range(3))
-    native.loaded().vtrace(
-        native.pointer(log_ratio),
-        native.pointer(reward),
-        native.pointer(value),
-        native.pointer(cu_seqlens),
-        native.pointer(mask),
-        native.pointer(finished),
-        native.pointer(target),
-        native.pointer(advantage),
-        native.pointer(rho),
-        reward.shape[0],
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        lam,
-        math.inf if rho_bar is None else rho_bar,
-        math.inf if c_bar is None else c_bar,
-        torch.get_num_threads(),
+    module.vtrace(
+        packed_args.vtrace_args(
+            module,
+            log_ratio=log_ratio,
+            reward=reward,
+            value=value,
+            cu_seqlens=cu_seqlens,
+            gamma=gamma,
+            lam=lam,
+            rho_bar=rho_bar,
+            c_bar=c_bar,
+            mask=mask,
+            finished=finished,
+            value_target=target,
+            advantage=advantage,
+            rho=rho,
+        )
     )
     return target, advantage, rho
 
@@ -123,17 +119,9 @@ def whiten(
     var: torch.Tensor | None,
 ) -> torch.Tensor:
     """(tokens,), 0 where masked."""
-    out = native.empty_like_rows(x)
-    native.loaded().whiten(
-        native.pointer(x),
-        native.pointer(mask),
-        native.pointer(mean),
-        native.pointer(var),
-        native.pointer(out),
-        x.shape[0],
-        shift_mean,
-        eps,
-        torch.get_num_threads(),
+    module, out = native.loaded(), native.empty_like_rows(x)
+    module.whiten(
+        packed_args.whiten_args(module, x=x, mask=mask, shift_mean=shift_mean, eps=eps, mean=mean, var=var, out=out)
     )
     return out
 
@@ -146,17 +134,8 @@ def ope(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """(5, 2): estimate and standard error, in the order of `ESTIMATES`."""
-    values = torch.empty(len(ESTIMATES), 2, dtype=torch.float64)
-    native.loaded().ope(
-        native.pointer(weight),
-        native.pointer(reward),
-        native.pointer(q_pi),
-        native.pointer(q_a),
-        native.pointer(mask),
-        native.pointer(values),
-        reward.shape[0],
-        torch.get_num_threads(),
-    )
+    module, values = native.loaded(), torch.empty(len(ESTIMATES), 2, dtype=torch.float64)
+    module.ope(packed_args.ope_args(module, weight=weight, reward=reward, q_pi=q_pi, q_a=q_a, mask=mask, out=values))
     return values.to(reward.dtype)
 
 
@@ -173,20 +152,21 @@ def group_advantage(
     greedy_reward: torch.Tensor | None,
 ) -> torch.Tensor:
     """(seqs,)."""
-    out = torch.empty_like(reward)
-    native.loaded().group_advantage(
-        native.pointer(reward),
-        native.pointer(group_ids),
-        native.pointer(lengths),
-        native.pointer(greedy_reward),
-        native.pointer(out),
-        reward.shape[0],
-        BASELINES.index(baseline),
-        SCALES.index(scale),
-        int(sample_std),
-        eps,
-        singleton_reward,
-        torch.get_num_threads(),
+    module, out = native.loaded(), torch.empty_like(reward)
+    module.group_advantage(
+        packed_args.group_advantage_args(
+            module,
+            reward=reward,
+            group_ids=group_ids,
+            baseline=baseline,
+            scale=scale,
+            sample_std=sample_std,
+            eps=eps,
+            singleton_reward=singleton_reward,
+            lengths=lengths,
+            greedy_reward=greedy_reward,
+            advantage=out,
+        )
     )
     return out
 
@@ -209,27 +189,28 @@ def offpolicy_weights(
     advantage: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, ess, kept)."""
-    weight = native.empty_like_rows(behavior)
+    module, weight = native.loaded(), native.empty_like_rows(behavior)
     kept = torch.empty(behavior.shape[0], dtype=torch.bool)
-    ess = native.loaded().offpolicy_weights(
-        native.pointer(logp),
-        native.pointer(behavior),
-        native.pointer(cu_seqlens),
-        native.pointer(mask),
-        native.pointer(group_ids),
-        native.pointer(advantage),
-        native.pointer(weight),
-        native.pointer(kept),
-        behavior.shape[0],
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        WEIGHT_LEVELS.index(level),
-        WEIGHT_MODES.index(mode),
-        -math.inf if low is None else low,
-        math.inf if high is None else high,
-        lam or power or 0.0,
-        NORMALIZE.index(normalize),
-        [rule.record for rule in rules],
-        torch.get_num_threads(),
+    ess = module.offpolicy_weights(
+        packed_args.offpolicy_args(
+            module,
+            logp=logp,
+            behavior_logp=behavior,
+            level=level,
+            mode=mode,
+            low=low,
+            high=high,
+            lam=lam,
+            power=power,
+            normalize=normalize,
+            rules=rules,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+            group_ids=group_ids,
+            advantage=advantage,
+            weight=weight,
+            kept=kept,
+        )
     )
     return weight, torch.tensor(ess, dtype=torch.float32), kept
 

@@ -64,12 +64,12 @@ def why_unusable() -> str | None:
     return None
 
 
-def place(x: torch.Tensor) -> tuple[int, int]:
-    """(device index, stream handle) that work on `x` is launched on: torch's current stream."""
+def place(x: torch.Tensor) -> Any:
+    """Place that work on `x` is launched on: its device and torch's current stream."""
     if x.device.type != "cuda":
-        return 0, 0
+        return launchers().Place(device=0, stream=0)
     stream = torch.cuda.current_stream(x.device)
-    return stream.device_index, stream.cuda_stream
+    return launchers().Place(device=stream.device_index, stream=stream.cuda_stream)
 
 
 def sorted_ids(ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:

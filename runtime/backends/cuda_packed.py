@@ -3,15 +3,13 @@
 One launch each. Ids are sorted by torch first, in memory of the caching allocator.
 """
 
-import math
-
 import torch
 
+from tokfuse.runtime.backends import packed_args
 from tokfuse.runtime.backends.cuda_backend import launchers, place, sorted_ids
 from tokfuse.runtime.backends.device_sketch import device_sketch
 from tokfuse.runtime.backends.value_checks import with_segment_ids
-from tokfuse.runtime.core.codes import BASELINES, ESTIMATES, NORMALIZE, SCALES, WEIGHT_LEVELS, WEIGHT_MODES
-from tokfuse.runtime.core.native import pointer
+from tokfuse.runtime.core.codes import ESTIMATES, NORMALIZE
 from tokfuse.runtime.policy.keep_rule import KeepRule
 
 
@@ -34,29 +32,31 @@ def launch_segment_moments(
         # The id of a masked row is not read: it goes behind the last segment.
         segment_ids, mask = torch.where(mask, segment_ids, num_segments), None
     ids, order = sorted_ids(segment_ids)
+    native = launchers()
     count = torch.empty(num_segments, dtype=torch.int64, device=values.device)
-    out = [count, *(values.new_empty(num_segments) for _ in range(4))]
-    rows = values.shape[0]
-    parts = launchers().moments_parts(rows, num_segments)
+    out = (count, *(values.new_empty(num_segments) for _ in range(4)))
+    parts = native.moments_parts(rows=values.shape[0], segments=num_segments)
     table = tickets = None
     if parts > 1:
         table = _doubles(5 * parts * num_segments, values)
         tickets = torch.empty(num_segments, dtype=torch.int32, device=values.device)
-    launchers().segment_moments(
+    native.segment_moments(
         place(values),
-        pointer(values),
-        values.dtype == torch.float64,
-        pointer(ids),
-        pointer(order),
-        pointer(cu_seqlens),
-        pointer(mask),
-        *map(pointer, out),
-        pointer(table),
-        pointer(tickets),
-        rows,
-        num_segments,
+        packed_args.moments_args(
+            native,
+            values=values,
+            segment_ids=ids,
+            cu_seqlens=cu_seqlens,
+            num_segments=num_segments,
+            mask=mask,
+            out=out,
+            order=order,
+            parts=parts,
+            table=table,
+            tickets=tickets,
+        ),
     )
-    return tuple(out)
+    return out
 
 
 segment_moments = with_segment_ids(launch_segment_moments)
@@ -74,23 +74,23 @@ def gae(
     finished: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantage, returns), each (tokens,)."""
+    native = launchers()
     advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
-    per_seq = lam if isinstance(lam, torch.Tensor) else None
-    launchers().gae(
+    native.gae(
         place(reward),
-        pointer(reward),
-        pointer(value),
-        pointer(cu_seqlens),
-        pointer(mask),
-        pointer(finished),
-        pointer(per_seq),
-        pointer(advantage),
-        pointer(returns),
-        reward.shape[0],
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        1.0 if isinstance(lam, torch.Tensor) else lam,
-        length_adaptive_alpha or 0.0,
+        packed_args.gae_args(
+            native,
+            reward=reward,
+            value=value,
+            cu_seqlens=cu_seqlens,
+            gamma=gamma,
+            lam=lam,
+            length_adaptive_alpha=length_adaptive_alpha,
+            mask=mask,
+            finished=finished,
+            advantage=advantage,
+            returns=returns,
+        ),
     )
     return advantage, returns
 
@@ -109,24 +109,26 @@ def vtrace(
     finished: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(target, advantage, rho), each (tokens,)."""
+    native = launchers()
     target, advantage, rho = (torch.empty_like(reward) for _ in range(3))
-    launchers().vtrace(
+    native.vtrace(
         place(reward),
-        pointer(log_ratio),
-        pointer(reward),
-        pointer(value),
-        pointer(cu_seqlens),
-        pointer(mask),
-        pointer(finished),
-        pointer(target),
-        pointer(advantage),
-        pointer(rho),
-        reward.shape[0],
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        lam,
-        math.inf if rho_bar is None else rho_bar,
-        math.inf if c_bar is None else c_bar,
+        packed_args.vtrace_args(
+            native,
+            log_ratio=log_ratio,
+            reward=reward,
+            value=value,
+            cu_seqlens=cu_seqlens,
+            gamma=gamma,
+            lam=lam,
+            rho_bar=rho_bar,
+            c_bar=c_bar,
+            mask=mask,
+            finished=finished,
+            value_target=target,
+            advantage=advantage,
+            rho=rho,
+        ),
     )
     return target, advantage, rho
 
@@ -141,21 +143,15 @@ def whiten(
     var: torch.Tensor | None,
 ) -> torch.Tensor:
     """(tokens,), 0 where masked."""
-    out = torch.empty_like(x)
+    native, out = launchers(), torch.empty_like(x)
     scratch = None
     if mean is None:
-        scratch = _doubles(3 * -(-x.shape[0] // launchers().WHITEN_BLOCK), x)
-    launchers().whiten(
+        scratch = _doubles(3 * -(-x.shape[0] // native.WHITEN_BLOCK), x)
+    native.whiten(
         place(x),
-        pointer(x),
-        pointer(mask),
-        pointer(mean),
-        pointer(var),
-        pointer(out),
-        pointer(scratch),
-        x.shape[0],
-        shift_mean,
-        eps,
+        packed_args.whiten_args(
+            native, x=x, mask=mask, shift_mean=shift_mean, eps=eps, mean=mean, var=var, out=out, scratch=scratch
+        ),
     )
     return out
 
@@ -168,18 +164,13 @@ def ope(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """(5, 2): estimate and standard error, in the order of `ESTIMATES`."""
-    values = _doubles(2 * len(ESTIMATES), weight)
-    scratch = _doubles(10 * -(-reward.shape[0] // launchers().OPE_BLOCK), weight)
-    launchers().ope(
+    native, values = launchers(), _doubles(2 * len(ESTIMATES), weight)
+    scratch = _doubles(10 * -(-reward.shape[0] // native.OPE_BLOCK), weight)
+    native.ope(
         place(weight),
-        pointer(weight),
-        pointer(reward),
-        pointer(q_pi),
-        pointer(q_a),
-        pointer(mask),
-        pointer(values),
-        pointer(scratch),
-        reward.shape[0],
+        packed_args.ope_args(
+            native, weight=weight, reward=reward, q_pi=q_pi, q_a=q_a, mask=mask, out=values, scratch=scratch
+        ),
     )
     return values.view(len(ESTIMATES), 2).to(reward.dtype)
 
@@ -197,22 +188,24 @@ def group_advantage(
     greedy_reward: torch.Tensor | None,
 ) -> torch.Tensor:
     """(seqs,)."""
-    out = torch.empty_like(reward)
+    native, out = launchers(), torch.empty_like(reward)
     ids, order = sorted_ids(group_ids)
-    launchers().group_advantage(
+    native.group_advantage(
         place(reward),
-        pointer(reward),
-        pointer(ids),
-        pointer(order),
-        pointer(lengths),
-        pointer(greedy_reward),
-        pointer(out),
-        reward.shape[0],
-        BASELINES.index(baseline),
-        SCALES.index(scale),
-        int(sample_std),
-        eps,
-        singleton_reward,
+        packed_args.group_advantage_args(
+            native,
+            reward=reward,
+            group_ids=ids,
+            baseline=baseline,
+            scale=scale,
+            sample_std=sample_std,
+            eps=eps,
+            singleton_reward=singleton_reward,
+            lengths=lengths,
+            greedy_reward=greedy_reward,
+            advantage=out,
+            order=order,
+        ),
     )
     return out
 
@@ -235,36 +228,40 @@ def offpolicy_weights(
     advantage: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, ess, kept)."""
-    tokens = behavior.shape[0]
-    seqs = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    normalize_code = NORMALIZE.index(normalize)
-    spans = launchers().offpolicy_spans(tokens, seqs, cu_seqlens is not None, normalize_code)
+    native, tokens = launchers(), behavior.shape[0]
+    spans = native.offpolicy_spans(
+        tokens=tokens,
+        seqs=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        borders=cu_seqlens is not None,
+        normalize=NORMALIZE.index(normalize),
+    )
     weight, ess = torch.empty_like(behavior), behavior.new_empty(())
     kept = torch.empty(tokens, dtype=torch.bool, device=behavior.device)
-    partial = _doubles(5 * spans, behavior)
     ids, order = sorted_ids(group_ids)
-    launchers().offpolicy_weights(
+    native.offpolicy_weights(
         place(behavior),
-        pointer(logp),
-        pointer(behavior),
-        pointer(cu_seqlens),
-        pointer(mask),
-        pointer(ids),
-        pointer(order),
-        pointer(advantage),
-        pointer(weight),
-        pointer(kept),
-        pointer(ess),
-        pointer(partial),
-        tokens,
-        seqs,
-        WEIGHT_LEVELS.index(level),
-        WEIGHT_MODES.index(mode),
-        -math.inf if low is None else low,
-        math.inf if high is None else high,
-        lam or power or 0.0,
-        normalize_code,
-        [rule.record for rule in rules],
+        packed_args.offpolicy_args(
+            native,
+            logp=logp,
+            behavior_logp=behavior,
+            level=level,
+            mode=mode,
+            low=low,
+            high=high,
+            lam=lam,
+            power=power,
+            normalize=normalize,
+            rules=rules,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+            group_ids=ids,
+            advantage=advantage,
+            weight=weight,
+            kept=kept,
+            order=order,
+            ess=ess,
+            partial=_doubles(5 * spans, behavior),
+        ),
     )
     return weight, ess, kept
 
@@ -277,16 +274,9 @@ def launch_sketch(left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Ten
     seqs, rank = cu_seqlens.shape[0] - 1, left.shape[1]
     out = left.new_empty(seqs, rank, rank)
     left, right = left.contiguous(), right.contiguous()
-    launchers().sketch(
-        place(left),
-        pointer(left),
-        pointer(right),
-        pointer(cu_seqlens.contiguous()),
-        pointer(out),
-        left.shape[0],
-        seqs,
-        rank,
-    )
+    native = launchers()
+    args = packed_args.sketch_args(native, left=left, right=right, cu_seqlens=cu_seqlens.contiguous(), out=out)
+    native.sketch(place(left), args)
     return out
 
 

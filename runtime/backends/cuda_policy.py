@@ -4,50 +4,33 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_rows, device_objective
+from tokfuse.runtime.backends import cuda_rows, device_objective, row_args
 from tokfuse.runtime.backends.cuda_backend import launchers, place
-from tokfuse.runtime.backends.policy_record import policy_record
+from tokfuse.runtime.backends.objective_args import (
+    ObjectiveOut,
+    TokenPointers,
+    TokenResults,
+    metrics_args,
+    objective_args,
+    prepare_args,
+    token_objective_args,
+)
 from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, terms_of
+from tokfuse.runtime.backends.row_args import RowStats
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.core.native import DTYPE_CODE, pointer
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS
-from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.objective import Objective, ObjectiveRecord
 from tokfuse.runtime.policy.results import PolicyTerms
-
-
-class TokenPointers(NamedTuple):
-    """Per-token inputs, each (tokens,) and None where the objective has no such term."""
-
-    old_logp: Any
-    advantage: Any
-    mask: Any
-    agg_weight: Any
-    token_weight: Any
-    signal: Any
-    ref_logp: Any
-    kl_weight: Any
-    entropy_weight: Any
 
 
 class CudaInputs(NamedTuple):
     """Arguments of the launchers of policy_step."""
 
     pointers: TokenPointers
-    record: tuple[Any, ...]
-    """`Objective.record`."""
-    scale: float | torch.Tensor
+    record: ObjectiveRecord
+    inv_normalizer: float | torch.Tensor
     counts: torch.Tensor | None
-
-
-class TokenResults(NamedTuple):
-    """What an objective writes for each token, (tokens,) each."""
-
-    token_loss: torch.Tensor
-    d_logp: torch.Tensor
-    d_entropy: torch.Tensor
-    ratio: torch.Tensor
-    flags: torch.Tensor
 
 
 def results_like(vector: torch.Tensor) -> TokenResults:
@@ -69,24 +52,27 @@ def _prepare(
     counts = cu_seqlens.new_empty(seqs)
     weights = cu_seqlens.new_empty(tokens, dtype=torch.float32) if seq_mean else None
     advantage = None if seq_advantage is None else seq_advantage.new_empty(tokens)
-    launchers().policy_prepare(
+    native = launchers()
+    native.policy_prepare(
         place(cu_seqlens),
-        pointer(cu_seqlens),
-        pointer(mask),
-        pointer(seq_advantage),
-        pointer(counts),
-        pointer(weights),
-        pointer(advantage),
-        seqs,
+        prepare_args(
+            native,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+            seq_advantage=seq_advantage,
+            counts=counts,
+            agg_weight=weights,
+            advantage=advantage,
+        ),
     )
     return counts, weights, advantage
 
 
-def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> CudaInputs:
+def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> CudaInputs:
     """As `device_objective.per_token`."""
-    given = device_objective.per_token(inputs, objective, inverse, _prepare)
+    given = device_objective.per_token(inputs, objective, inv_normalizer, _prepare)
     pointers = TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
-    return CudaInputs(pointers, objective.record, given.scale, given.counts)
+    return CudaInputs(pointers, objective.record, given.inv_normalizer, given.counts)
 
 
 def policy_step_rows(
@@ -112,35 +98,15 @@ def policy_step_rows(
         given: the objective.
         stats, out: written at the rows' tokens.
     """
-    x = given.pointers
-    record, alive = cuda_rows.logits_record(
-        logits, target, index=index, temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=x.mask
+    native, x = launchers(), given.pointers
+    o = LogitOptions(temperature, softcap, logit_scale, x.mask)
+    native.policy_step(
+        place=place(logits),
+        logits=row_args.logits_args(native, logits, target, o, index=index),
+        stats=row_args.token_stats_out(native, RowStats(*stats)),
+        objective=token_objective_args(native, given.record, x, given.inv_normalizer, out),
+        grad=row_args.grad_rows(native, grad),
     )
-    on_device = isinstance(given.scale, torch.Tensor)
-    objective = (
-        given.record,
-        *(
-            pointer(v)
-            for v in (
-                x.old_logp,
-                x.advantage,
-                x.agg_weight,
-                x.token_weight,
-                x.signal,
-                x.ref_logp,
-                x.kl_weight,
-                x.entropy_weight,
-            )
-        ),
-        pointer(given.scale) if isinstance(given.scale, torch.Tensor) else 0,
-        1.0 if on_device else given.scale,
-        *map(pointer, out),
-    )
-    statistics = cuda_rows.stats_record(list(stats), None)
-    launchers().policy_step(
-        place(logits), record, statistics, objective, grad.data_ptr(), grad.stride(0), DTYPE_CODE[grad.dtype]
-    )
-    del alive
 
 
 def policy_step(
@@ -149,15 +115,16 @@ def policy_step(
     o: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
     in_place: bool,
 ) -> tuple[tuple[torch.Tensor, ...], TokenResults, torch.Tensor, torch.Tensor]:
     """Statistics, token results, metric sums (SLOTS,) float64 and the gradient of the logits.
 
     A token-level objective: one launch over the logits, one over what it left of each token.
     """
-    given = encode(inputs, objective, inverse)
+    given = encode(inputs, objective, inv_normalizer)
     vector = given.pointers.old_logp
+    assert vector is not None
     stats = tuple(torch.empty_like(vector) for _ in range(5))
     loss, d_logp, d_entropy, ratio = (torch.empty_like(vector) for _ in range(4))
     flags = torch.empty_like(vector, dtype=torch.int32)
@@ -180,39 +147,43 @@ def policy_step(
 
 def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs, out: TokenResults) -> torch.Tensor:
     """Metric sums (SLOTS,) float64 of what the row kernel left."""
-    x, tokens = given.pointers, logp.shape[0]
+    native = launchers()
     sums = torch.empty(len(SLOTS), dtype=torch.float64, device=logp.device)
-    partial = sums.new_empty(launchers().policy_partials(tokens, 0))
-    counts = given.counts
-    results = (
-        tokens,
-        pointer(logp),
-        pointer(entropy),
-        pointer(x.old_logp),
-        pointer(x.ref_logp),
-        pointer(x.mask),
-        *map(pointer, out),
-        pointer(counts),
-        0 if counts is None else counts.shape[0],
+    args = metrics_args(
+        native,
+        logp=logp,
+        entropy=entropy,
+        x=given.pointers,
+        results=out,
+        counts=given.counts,
+        partial=sums.new_empty(native.policy_partials(tokens=logp.shape[0], seqs=0)),
+        sums=sums,
     )
-    launchers().policy_metrics(place(logp), results, pointer(partial), pointer(sums))
+    native.policy_metrics(place(logp), args)
     return sums
 
 
 def policy_loss(
-    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
     """Terms of an objective of any level, in one launch; a `LossRun`."""
     if inputs.old_logp is None:
         inputs = inputs._replace(old_logp=logp.detach())
-    outputs = [torch.empty(logp.shape[0], dtype=torch.float32, device=logp.device) for _ in range(3)]
-    sums = torch.empty(len(SLOTS), dtype=torch.float64, device=logp.device)
-    record, alive = policy_record(logp, entropy, inputs, objective, inverse, [*outputs, sums])
-    _, tokens, seqs, *_ = record
-    partial = sums.new_empty(launchers().policy_partials(tokens, seqs))
-    launchers().policy_loss(place(logp), record, pointer(partial))
-    del alive
-    return terms_of(sums, *outputs)
+    native, cu = launchers(), inputs.cu_seqlens
+    out = ObjectiveOut.empty(logp.shape[0], logp.device)
+    seqs = 0 if cu is None else cu.shape[0] - 1
+    args = objective_args(
+        native,
+        logp=logp,
+        entropy=entropy,
+        inputs=inputs,
+        objective=objective,
+        inv_normalizer=inv_normalizer,
+        out=out,
+        partial=out.sums.new_empty(native.policy_partials(tokens=logp.shape[0], seqs=seqs)),
+    )
+    native.policy_loss(place(logp), args)
+    return terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
 
 
 STEP = DeviceStep(cuda_rows.TOKEN_STATS, policy_loss, policy_step)

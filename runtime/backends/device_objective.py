@@ -5,7 +5,7 @@ to it as a vector, prepared here without asking the device for a value.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -27,13 +27,13 @@ class DeviceInputs(NamedTuple):
     mask: torch.Tensor | None
     agg_weight: torch.Tensor | None
     """(tokens,) aggregation weight before the normaliser; None: 1."""
-    scale: float | torch.Tensor
+    inv_normalizer: float | torch.Tensor
     """1 / normaliser; a () float32 tensor where it is this batch's own count."""
     counts: torch.Tensor | None
     """(seqs,) int32, valid tokens of each sequence."""
 
 
-def per_token(i: PolicyInputs, objective: Objective, inverse: float, prepare: Prepare) -> DeviceInputs:
+def per_token(i: PolicyInputs, objective: Objective, inv_normalizer: float, prepare: Prepare) -> DeviceInputs:
     """Vectors in float32; with cu_seqlens, what sequences mean for their tokens. No host sync."""
     old_logp = i.old_logp
     assert old_logp is not None  # the callers put the current one in its place
@@ -41,28 +41,24 @@ def per_token(i: PolicyInputs, objective: Objective, inverse: float, prepare: Pr
     mask = None if i.mask is None else i.mask.contiguous()
     counts, agg_weight = None, None
     at_tokens = objective.level == "token"
-    if i.cu_seqlens is not None and (at_tokens or inverse < 0):
+    if i.cu_seqlens is not None and (at_tokens or inv_normalizer < 0):
         hand_out = at_tokens and i.advantage_level == "sequence"
         counts, agg_weight, advantage = prepare(
             i.cu_seqlens.contiguous(),
             mask,
             old_logp.shape[0],
-            seq_mean=at_tokens and bool(_seq_mean(objective)),
+            seq_mean=at_tokens and bool(objective.record.seq_mean),
             seq_advantage=vectors["advantage"] if hand_out else None,
         )
         if hand_out:
             vectors["advantage"] = advantage
-    scale: float | torch.Tensor = inverse
-    if inverse < 0:
-        scale = _batch_scale(i.mask, old_logp, counts if objective.counts_sequences else None)
-    return DeviceInputs(vectors, mask, agg_weight, scale, counts)
+    given: float | torch.Tensor = inv_normalizer
+    if inv_normalizer < 0:
+        given = _batch_inv_normalizer(i.mask, old_logp, counts if objective.counts_sequences else None)
+    return DeviceInputs(vectors, mask, agg_weight, given, counts)
 
 
-def _seq_mean(objective: Objective) -> Any:
-    return objective.record[3]
-
-
-def _batch_scale(mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+def _batch_inv_normalizer(mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
     """1 / count of this batch, 0 where nothing counts, without asking the device."""
     if counts is not None:
         count = (counts > 0).sum()

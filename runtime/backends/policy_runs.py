@@ -16,7 +16,7 @@ from tokfuse.runtime.policy.results import PolicyTerms
 from tokfuse.runtime.reference import token_stats as reference
 
 LossRun = Callable[[torch.Tensor, torch.Tensor | None, PolicyInputs, Objective, float], PolicyTerms]
-"""(logp, entropy, inputs, objective, inverse normaliser) -> terms; the `run` of policy_loss."""
+"""(logp, entropy, inputs, objective, inv_normalizer normaliser) -> terms; the `run` of policy_loss."""
 
 
 class StepTerms(NamedTuple):
@@ -28,7 +28,7 @@ class StepTerms(NamedTuple):
 
 
 StepRun = Callable[[torch.Tensor, torch.Tensor, LogitOptions, PolicyInputs, Objective, float, bool], StepTerms]
-"""(logits, target, options, inputs, objective, inverse normaliser, in place) -> StepTerms."""
+"""(logits, target, options, inputs, objective, inv_normalizer normaliser, in place) -> StepTerms."""
 
 
 class DeviceStep(NamedTuple):
@@ -47,7 +47,7 @@ class RowObjective(NamedTuple):
     """
 
     encode: Callable[[PolicyInputs, Objective, float], Any]
-    """(inputs, objective, inverse normaliser) -> inputs of the kernels; `.pointers` are per token."""
+    """(inputs, objective, inv_normalizer normaliser) -> inputs of the kernels; `.pointers` are per token."""
     step_rows: Callable[..., None]
     """(logits, gradient, index, target, inputs, statistics, results, **options): one chunk."""
     metrics: Callable[[torch.Tensor, torch.Tensor, Any, Any], torch.Tensor]
@@ -92,7 +92,7 @@ def step_in_two_passes(
     o: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
     in_place: bool,
 ) -> StepTerms:
     """policy_step of any level by the kernels of token_stats and policy_loss; a `StepRun`."""
@@ -100,7 +100,7 @@ def step_in_two_passes(
     backward, options, z = kernels.backward, o._asdict(), logits.detach()
     terms, stats, grad = statistics_first(
         lambda: kernels.forward(z, target, op="policy_step", **options),
-        lambda logp, entropy: loss(logp, entropy, inputs, objective, inverse),
+        lambda logp, entropy: loss(logp, entropy, inputs, objective, inv_normalizer),
         lambda *given: backward(z, target, *given, out=z if in_place else None, **options),
     )
     return StepTerms(terms, stats, grad)
@@ -115,16 +115,16 @@ def device_run(kernels: DeviceStep) -> StepRun:
         o: LogitOptions,
         inputs: PolicyInputs,
         objective: Objective,
-        inverse: float,
+        inv_normalizer: float,
         in_place: bool,
     ) -> StepTerms:
         if objective.level != "token" or inputs.old_logp is None:
             return step_in_two_passes(
-                kernels.stats, kernels.loss, logits, target, o, inputs, objective, inverse, in_place
+                kernels.stats, kernels.loss, logits, target, o, inputs, objective, inv_normalizer, in_place
             )
         if may_read(target):
             reference.check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
-        stats, out, sums, grad = kernels.fused(logits.detach(), target, o, inputs, objective, inverse, in_place)
+        stats, out, sums, grad = kernels.fused(logits.detach(), target, o, inputs, objective, inv_normalizer, in_place)
         return StepTerms(terms_of(sums, out.token_loss, out.d_logp, out.d_entropy), TokenStats(*stats), grad)
 
     return run

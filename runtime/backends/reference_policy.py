@@ -22,10 +22,10 @@ def usable_by_autograd(x: Any) -> Any:
 
 
 def policy_loss(
-    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
     """Terms of an objective of any level; the loss keeps its graph. A `LossRun`."""
-    loss, token_loss, sums = reference.forward(logp, entropy, inputs, objective, inverse)
+    loss, token_loss, sums = reference.forward(logp, entropy, inputs, objective, inv_normalizer)
     if torch.compiler.is_compiling():
         zero = torch.zeros_like(token_loss)
         return PolicyTerms(loss, token_loss, zero, zero, sums)
@@ -33,7 +33,7 @@ def policy_loss(
         x = usable_by_autograd(logp.detach()).requires_grad_()
         h = None if entropy is None else usable_by_autograd(entropy.detach()).requires_grad_()
         given = PolicyInputs(*map(usable_by_autograd, inputs))
-        again, *_ = reference.forward(x, h, given, objective, inverse)
+        again, *_ = reference.forward(x, h, given, objective, inv_normalizer)
         leaves = [x] if h is None else [x, h]
         grads = torch.autograd.grad(again, leaves, allow_unused=True, materialize_grads=True)
     d_entropy = grads[1] if h is not None else torch.zeros_like(grads[0])
@@ -48,7 +48,7 @@ def policy_step(
     o: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
     in_place: bool,
 ) -> StepTerms:
     """policy_loss of token_stats; a `StepRun`."""
@@ -58,7 +58,7 @@ def policy_step(
         inputs = PolicyInputs(*map(usable_by_autograd, inputs))
         options = LogitOptions(*given)._asdict()
         stats = stats_reference.exact(z, target, op="policy_step", **options)
-        terms = policy_loss(stats[0], stats[1], inputs, objective, inverse)
+        terms = policy_loss(stats[0], stats[1], inputs, objective, inv_normalizer)
         (grad,) = torch.autograd.grad(terms.loss, z, allow_unused=True, materialize_grads=True)
     if in_place:
         logits.detach().copy_(grad)
@@ -72,7 +72,7 @@ def traced_step(
     o: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
     dtype: torch.dtype,
 ) -> tuple[PolicyTerms, TokenStats]:
     """Terms and detached statistics for torch.compile, which then makes the backward.
@@ -80,7 +80,7 @@ def traced_step(
     dtype: of the inputs that the results are rounded for.
     """
     exact = stats_reference.exact(logits, target, **o._asdict())
-    terms = policy_loss(exact[0], exact[1], inputs, objective, inverse)
+    terms = policy_loss(exact[0], exact[1], inputs, objective, inv_normalizer)
     (loss,) = stats_reference.rounded([terms.loss], dtype)
     terms, stats = rounded_step(terms, exact, dtype)
     return terms._replace(loss=loss), stats

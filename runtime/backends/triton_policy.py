@@ -1,6 +1,6 @@
 """The Triton kernels of policy objectives: over packed tokens, and fused with rows of logits."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,19 +24,22 @@ class TritonInputs(NamedTuple):
     """triton_kernels.objective.ObjectiveNumbers."""
     codes: tuple[int, int]
     """Shape and KL estimator: compile time."""
-    scale: float | torch.Tensor
+    inv_normalizer: float | torch.Tensor
     """1 / normaliser; a () float32 tensor where it is this batch's own count."""
     counts: torch.Tensor | None
     """(seqs,) int32, valid tokens of each sequence."""
 
 
-def encode(inputs: PolicyInputs, objective: Objective, inverse: float) -> TritonInputs:
+def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> TritonInputs:
     """As `device_objective.per_token`, with the numbers that are compile time apart."""
     kernels = triton_backend.kernels("objective")
-    shape, _, kl, _, p, *numbers = cast(tuple[Any, ...], objective.record)
-    given = device_objective.per_token(inputs, objective, inverse, _prepare)
+    r = objective.record
+    numbers = kernels.ObjectiveNumbers(
+        *r.p, kl_coef=r.kl_coef, kl_clamp=r.kl_clamp, entropy_coef=r.entropy_coef, log_ratio_clamp=r.log_ratio_clamp
+    )
+    given = device_objective.per_token(inputs, objective, inv_normalizer, _prepare)
     pointers = kernels.TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
-    return TritonInputs(pointers, kernels.ObjectiveNumbers(*p, *numbers), (shape, kl), given.scale, given.counts)
+    return TritonInputs(pointers, numbers, (r.shape, r.kl), given.inv_normalizer, given.counts)
 
 
 _launch_step = triton_backend.launcher("policy_step", "policy_step")
@@ -63,7 +66,17 @@ def policy_step_rows(
 ) -> None:
     """The launcher of that name, for the inputs of `encode`."""
     _launch_rows(
-        logits, grad, index, target, given.pointers, given.numbers, given.codes, given.scale, stats, out, **options
+        logits,
+        grad,
+        index,
+        target,
+        given.pointers,
+        given.numbers,
+        given.codes,
+        given.inv_normalizer,
+        stats,
+        out,
+        **options,
     )
 
 
@@ -80,18 +93,18 @@ def policy_step(
     o: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
     in_place: bool,
 ) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """Statistics, token results, metric sums and the gradient of the logits; token-level."""
-    given = encode(inputs, objective, inverse)
+    given = encode(inputs, objective, inv_normalizer)
     out: tuple[Any, Any, torch.Tensor, torch.Tensor] = _launch_step(
         logits,
         target,
         given.pointers,
         given.numbers,
         given.codes,
-        given.scale,
+        given.inv_normalizer,
         given.counts,
         in_place=in_place,
         temperature=o.temperature,
@@ -106,16 +119,15 @@ _launch_sequences = triton_backend.launcher("policy_loss", "policy_loss_sequence
 
 
 def policy_loss(
-    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
     """Terms of an objective of any level; a `LossRun`."""
     if inputs.old_logp is None:
         inputs = inputs._replace(old_logp=logp.detach())
-    given = encode(inputs, objective, inverse)
-    _, level, _, seq_mean, *_ = objective.record
+    given = encode(inputs, objective, inv_normalizer)
     x, h = native.float_vector(logp), native.float_vector(entropy)
     if objective.level == "token":
-        out, sums = _launch_tokens(x, h, given.pointers, given.numbers, given.codes, given.scale, given.counts)
+        out, sums = _launch_tokens(x, h, given.pointers, given.numbers, given.codes, given.inv_normalizer, given.counts)
     else:
         assert inputs.cu_seqlens is not None
         out, sums = _launch_sequences(
@@ -124,9 +136,9 @@ def policy_loss(
             inputs.cu_seqlens.contiguous(),
             given.pointers,
             given.numbers,
-            (*given.codes, level),
-            given.scale,
-            seq_mean=bool(seq_mean),
+            (*given.codes, objective.record.level),
+            given.inv_normalizer,
+            seq_mean=bool(objective.record.seq_mean),
             seq_advantage=inputs.advantage_level == "sequence",
         )
     return terms_of(sums, out.token_loss, out.d_logp, out.d_entropy)

@@ -160,7 +160,7 @@ def _borders_ok(cu_seqlens: torch.Tensor, num_seqs: int, num_tokens: int) -> boo
     module = native.module()
     if module is None or cu_seqlens.device.type != "cpu" or not cu_seqlens.is_contiguous():
         return False
-    return bool(module.cu_seqlens_ok(cu_seqlens.data_ptr(), num_seqs, num_tokens))
+    return bool(module.cu_seqlens_ok(cu_seqlens=cu_seqlens, seqs=num_seqs, tokens=num_tokens))
 
 
 # ----------------------------------------------------------------------------------------- options

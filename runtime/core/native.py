@@ -1,4 +1,4 @@
-"""Loads `tokfuse._native` once, and turns tensors into the raw arguments it takes."""
+"""Loads `tokfuse._native` once, and brings tensors into the form its kernels take."""
 
 import functools
 import importlib
@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, overload
 
 import torch  # before _native: both then share torch's OpenMP runtime
 
@@ -59,9 +59,16 @@ def environment_sets(name: str) -> bool:
     return name in os.environ if native is None else bool(native.environment_sets(name))
 
 
-def pointer(tensor: torch.Tensor | None) -> int:
-    """Address of the first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+@overload
+def float_vector(x: torch.Tensor) -> torch.Tensor: ...
+
+
+@overload
+def float_vector(x: None) -> None: ...
+
+
+@overload
+def float_vector(x: torch.Tensor | None) -> torch.Tensor | None: ...
 
 
 def float_vector(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -69,6 +76,11 @@ def float_vector(x: torch.Tensor | None) -> torch.Tensor | None:
     if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
         return x
     return x.detach().float().contiguous()
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x without strides."""
+    return None if x is None else x.contiguous()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:

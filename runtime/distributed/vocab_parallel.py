@@ -277,12 +277,12 @@ def policy_step(
         _check_head(call, hidden, weight, bias)
     tokens, device = target.shape[0], target.device
     policy_checks.check_inputs(STEP, inputs, objective, tokens, device, has_entropy=True)
-    inverse = inverse_normalizer(STEP, normalizer, objective)
+    inv_normalizer = inverse_normalizer(STEP, normalizer, objective)
     policy_checks.check_sampler(STEP, sampler_logp, tokens, device)
 
     def terms_of(stats: TokenStats) -> PolicyTerms:
         run = select(losses.OP, stats.logp.device.type, stats.logp.dtype, objective.features()).run
-        terms: PolicyTerms = run(stats.logp, stats.entropy, inputs, objective, inverse)
+        terms: PolicyTerms = run(stats.logp, stats.entropy, inputs, objective, inv_normalizer)
         return terms._replace(loss=terms.loss.detach())
 
     if logits is not None:
@@ -293,7 +293,7 @@ def policy_step(
         assert hidden is not None and weight is not None
         h, w = hidden, weight
         terms, stats, gradients = hidden_step.attach(h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of))
-    return step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
+    return step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
 
 
 # ------------------------------------------------------------------------------------------ checks

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import cpu_rows
+from tokfuse.runtime.backends import row_args
 from tokfuse.runtime.core import native
 from tokfuse.runtime.lm_head.problem import HeadProblem
 
@@ -65,21 +65,30 @@ class LogitsBuffer:
             whole = self.storage[k * self.rows * self.tile :][: self.rows * self.tile]
             yield begin, end, whole.view(self.rows, self.tile)[start:stop, : end - begin]
 
-    def record(
-        self, p: HeadProblem, start: int, stop: int, index: torch.Tensor
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """(record for tokfuse._native of rows [start, stop), tensors that must outlive the call).
+    def logits_args(self, p: HeadProblem, start: int, stop: int, index: torch.Tensor) -> Any:
+        """LogitsArgs of rows [start, stop); row start + i belongs to token index[i].
 
-        Row start + i belongs to token index[i]. Masked tokens never enter a buffer.
+        Masked tokens never enter a buffer.
         """
-        first = self.storage[: self.rows * self.tile].view(self.rows, self.tile)[start:stop]
-        options = p.options._replace(mask=None)
-        record, alive = cpu_rows.logits_record(first, p.target, options)
         tiled = self.tile < self.vocab
-        layout = (self.tile, self.rows * self.tile) if tiled else (0, 0)
-        shape = (stop - start, p.vocab)
-        record = (*record[:3], *shape, *record[5:15], index.data_ptr(), p.tokens, *layout)
-        return record, (*alive, index)
+        return row_args.logits_args(
+            native.loaded(),
+            self.first_tile(start, stop),
+            p.target,
+            p.options._replace(mask=None),
+            index=index,
+            vocab=p.vocab,
+            tile=self.tile if tiled else 0,
+            tile_stride=self.rows * self.tile if tiled else 0,
+        )
+
+    def grad_rows(self, start: int, stop: int, grad_tokens: torch.Tensor | None = None) -> Any:
+        """GradRows that overwrite the logits of rows [start, stop)."""
+        return row_args.grad_rows(native.loaded(), self.first_tile(start, stop), grad_tokens)
+
+    def first_tile(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the first tile; of everything if it is the only one."""
+        return self.storage[: self.rows * self.tile].view(self.rows, self.tile)[start:stop]
 
 
 # Columns of a tile in dw_buffer: whole row-kernel blocks, and wide enough for the GEMM (at 2048 the

@@ -4,8 +4,10 @@ import functools
 
 import torch
 
-from tokfuse.runtime.backends import cpu_policy, cpu_rows
-from tokfuse.runtime.backends.policy_runs import statistics_first
+from tokfuse.runtime.backends import cpu_policy, cpu_rows, row_args
+from tokfuse.runtime.backends.objective_args import ObjectiveOut
+from tokfuse.runtime.backends.policy_runs import statistics_first, terms_of
+from tokfuse.runtime.backends.row_args import RowStats
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.cpu_head import (
@@ -36,9 +38,10 @@ def _stats_of_buffer(
     buffer: LogitsBuffer, p: HeadProblem, chunk: torch.Tensor, out: list[torch.Tensor] | tuple[torch.Tensor, ...]
 ) -> None:
     """The statistics of the logits in the buffer, into rows `chunk` of the seven outputs."""
-    record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
-    native.loaded().token_stats_fwd(record, *[x.data_ptr() for x in out], 0, 0, 0, 1.0)
-    del alive
+    module = native.loaded()
+    module.token_stats_fwd(
+        buffer.logits_args(p, 0, chunk.shape[0], chunk), row_args.token_stats_out(module, RowStats.of(out))
+    )
 
 
 def _gradient_over_buffer(
@@ -53,19 +56,20 @@ def _gradient_over_buffer(
     grad_entropy: torch.Tensor | None,
 ) -> None:
     """The gradient of the logits in the buffer, which it overwrites; all vectors are (tokens,)."""
-    record, alive = buffer.record(p, 0, chunk.shape[0], chunk)
-    native.loaded().token_stats_bwd(
-        record,
-        row_max.data_ptr(),
-        inv_sum.data_ptr(),
-        logp.data_ptr(),
-        entropy.data_ptr(),
-        grad_logp.data_ptr(),
-        native.pointer(grad_entropy),
-        buffer.storage.data_ptr(),
-        p.vocab,
+    module, rows = native.loaded(), chunk.shape[0]
+    module.token_stats_bwd(
+        buffer.logits_args(p, 0, rows, chunk),
+        row_args.token_stats_grad(
+            module,
+            row_max=row_max,
+            inv_sum=inv_sum,
+            logp=logp,
+            entropy=entropy,
+            grad_logp=grad_logp,
+            grad_entropy=grad_entropy,
+            grad_logits=buffer.first_tile(0, rows),
+        ),
     )
-    del alive
 
 
 def linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
@@ -115,36 +119,43 @@ def linear_bwd(
 # ------------------------------------------------------------------------------------- policy_step
 
 
-def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
     """Gradients in the forward if the level is "token", else statistics first."""
     check_targets("policy_step", p)
     with torch.no_grad():
         if objective.level == "token":
-            return _token_step(p, inputs, objective, inverse)
+            return _token_step(p, inputs, objective, inv_normalizer)
         return statistics_first(
             lambda: linear_fwd(p),
-            lambda logp, entropy: cpu_policy.policy_loss(logp, entropy, inputs, objective, inverse),
+            lambda logp, entropy: cpu_policy.policy_loss(logp, entropy, inputs, objective, inv_normalizer),
             functools.partial(linear_bwd, p, needs=wanted(p)),
         )
 
 
-def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
     """Gradients in the forward: 2MHV for the logits, 4MHV for the rows that carry gradient."""
     module = native.loaded()
     index = _row_index(p)
     stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
-    out = cpu_policy.native_outputs(p.tokens)
-    for x in out[:3]:
+    out = ObjectiveOut.empty(p.tokens)
+    for x in (out.token_loss, out.d_logp, out.d_entropy):
         x.zero_()  # masked rows enter no chunk
-    record, alive = cpu_policy.native_record(stats[0], stats[1], inputs, objective, inverse, out)
-    pointers = [x.data_ptr() for x in stats[2:]]
+    objective_args = cpu_policy.objective_args(stats[0], stats[1], inputs, objective, inv_normalizer, out)
+    stats_out = row_args.token_stats_out(module, RowStats.of(stats))
     head = Head(p)
     gradients = HeadGradients(head, wanted(p))
 
-    def phase(which: int, buffer: LogitsBuffer, start: int, chunk: torch.Tensor, kept: int) -> int:
-        chunk_record, chunk_alive = buffer.record(p, start, start + chunk.shape[0], chunk)
-        code: int = module.policy_step(which, chunk_record, record, *pointers, chunk_record[0], chunk_record[1], kept)
-        del chunk_alive
+    def phase(
+        which: int, buffer: LogitsBuffer, start: int, chunk: torch.Tensor, grad_tokens: torch.Tensor | None = None
+    ) -> int:
+        stop = start + chunk.shape[0]
+        code: int = module.policy_step(
+            logits=buffer.logits_args(p, start, stop, chunk),
+            stats=stats_out,
+            objective=objective_args,
+            grad=buffer.grad_rows(start, stop, grad_tokens),
+            phases=which,
+        )
         assert code < 0  # targets were checked before the first GEMM
         return -1 - code
 
@@ -154,14 +165,13 @@ def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inve
         while done < tokens.shape[0] and pool.free() > 0:
             chunk = tokens[done : done + pool.free()]
             head.logits(head.rows_of_hidden(chunk), pool.buffer, pool.used)
-            kept = pool.tokens[pool.used :].data_ptr()
-            pool.used += phase(cpu_policy.ROWS, pool.buffer, pool.used, chunk, kept)
+            pool.used += phase(module.ROWS, pool.buffer, pool.used, chunk, pool.tokens[pool.used :])
             done += chunk.shape[0]
         pool.flush()
         return done
 
     tiny = LogitsBuffer.workspace(1, p.vocab)
-    phase(cpu_policy.PREPARE, tiny, 0, index[:0], 0)
+    phase(module.PREPARE, tiny, 0, index[:0])
     start, rows = 0, workspace_rows(p, max(1, index.shape[0]))
     if gradients.weight is not None:
         inside = dw_buffer(gradients.weight, index.shape[0], rows)
@@ -172,9 +182,9 @@ def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inve
         pool = GradientPool(LogitsBuffer.workspace(rows, p.vocab), gradients)
         while start < index.shape[0]:
             start += fill(pool, index[start:])
-    phase(cpu_policy.METRICS, tiny, 0, index[:0], 0)
-    del alive
-    return cpu_policy.native_terms(out), TokenStats(*stats[:5]), gradients.finish()
+    phase(module.METRICS, tiny, 0, index[:0])
+    terms = terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
+    return terms, TokenStats(*stats[:5]), gradients.finish()
 
 
 # ------------------------------------------------------------------------------------------- units

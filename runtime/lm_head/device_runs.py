@@ -161,16 +161,16 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
 def step_run(kernels: StepKernels) -> StepRun:
     """The `run` of policy_step_hidden on a device backend."""
 
-    def run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+    def run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
         if may_read(p.target):
             check_targets("policy_step", p)
         device_head.check_compact("policy_step", p)
         with torch.no_grad():
             if objective.level == "token" and inputs.old_logp is not None:
-                return _token_step(kernels.objective, p, inputs, objective, inverse)
+                return _token_step(kernels.objective, p, inputs, objective, inv_normalizer)
             return statistics_first(
                 lambda: kernels.linear.forward(p),
-                lambda logp, entropy: kernels.loss(logp, entropy, inputs, objective, inverse),
+                lambda logp, entropy: kernels.loss(logp, entropy, inputs, objective, inv_normalizer),
                 functools.partial(kernels.linear.backward, p, needs=wanted(p)),
             )
 
@@ -178,10 +178,10 @@ def step_run(kernels: StepKernels) -> StepRun:
 
 
 def _token_step(
-    kernels: RowObjective, p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+    kernels: RowObjective, p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> Step:
     """Gradients in the forward: 2MHV, and 4MHV for the rows that may carry gradient."""
-    given = kernels.encode(inputs, objective, inverse)
+    given = kernels.encode(inputs, objective, inv_normalizer)
     x, o = given.pointers, p.options
     needs = wanted(p)
     gradient = may_carry_gradient(x, objective)

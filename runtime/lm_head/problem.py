@@ -117,4 +117,4 @@ def check_targets(op: str, p: HeadProblem) -> None:
 
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]
-"""(problem, inputs, objective, inverse normaliser) -> Step; the `run` of policy_step_hidden."""
+"""(problem, inputs, objective, inv_normalizer normaliser) -> Step; the `run` of policy_step_hidden."""

@@ -11,7 +11,7 @@ from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 
-def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float) -> Step:
+def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
     """policy_loss of token_stats of the head's logits; a `StepRun`."""
     needs = wanted(p)
     with torch.inference_mode(False), torch.enable_grad():
@@ -26,7 +26,7 @@ def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inve
         assert hidden is not None and weight is not None
         logits = linear_reference.logits_of(hidden, weight, bias)
         stats = stats_reference.exact(logits, target, op="policy_step", **options._asdict())
-        terms = policy_loss(stats[0], stats[1], inputs, objective, inverse)
+        terms = policy_loss(stats[0], stats[1], inputs, objective, inv_normalizer)
         asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
         if p.row_norms is not None:
             asked.append(logits)

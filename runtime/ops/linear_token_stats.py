@@ -184,8 +184,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
         return (None,) * 10
-    saved = ctx.saved_tensors
-    tensors, stats, o = saved[:4], saved[7:], ctx.options.joined(*saved[4:7])
+    *tensors, vector, mask, bias_logits, row_max, inv_sum, logp, entropy = ctx.saved_tensors
+    stats = (row_max, inv_sum, logp, entropy)
+    o = ctx.options.joined(vector, mask, bias_logits)
     needs = tuple(ctx.needs_input_grad[:3])
     arguments = (*tensors, *o.flat()[:5], ctx.budget)
     out = _linear_backward_op(*arguments, *stats, grads[0], grads[1], *needs)

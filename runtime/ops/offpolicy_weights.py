@@ -91,7 +91,7 @@ def offpolicy_weights(
 
     Args:
         logp: (tokens,), float, nats. Log-probability under the policy being trained (or its
-            start-of-update copy). None with level "external": numerator 1, inverse propensity.
+            start-of-update copy). None with level "external": numerator 1, inv_normalizer propensity.
         behavior_logp: (tokens,), float, nats. Under the policy that produced the data.
         propensity: (tokens,), float in (0, 1]. Its probability instead of its logarithm. Exactly
             one of the two.

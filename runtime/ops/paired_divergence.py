@@ -7,6 +7,7 @@ import torch
 
 from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.backends.row_args import DIVERGENCE_STATE
 from tokfuse.runtime.backends.value_checks import check_temperature
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import check_choice
@@ -187,7 +188,7 @@ def _divergence_op(
 @_divergence_op.register_fake
 def _(logits_p: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = logits_p.shape[0]
-    state = logits_p.new_empty((tokens, cpu_rows.DIVERGENCE_STATE), dtype=torch.float32)
+    state = logits_p.new_empty((tokens, DIVERGENCE_STATE), dtype=torch.float32)
     return logits_p.new_empty(tokens, dtype=torch.float32), state
 
 

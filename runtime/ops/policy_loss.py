@@ -119,10 +119,10 @@ def policy_loss(
     policy_checks.check_logp(OP, logp, entropy)
     policy_checks.check_inputs(OP, inputs, objective, logp.shape[0], logp.device, entropy is not None)
     policy_checks.check_sampler(OP, sampler_logp, logp.shape[0], logp.device)
-    inverse = inverse_normalizer(OP, normalizer, objective)
-    terms = _apply(logp, entropy, inputs, objective, inverse)
+    inv_normalizer = inverse_normalizer(OP, normalizer, objective)
+    terms = _apply(logp, entropy, inputs, objective, inv_normalizer)
     sampler_kl = sampler_mismatch(sampler_logp, inputs, logp)
-    return loss_result(terms, inputs, objective, inverse, entropy is not None, sampler_kl)
+    return loss_result(terms, inputs, objective, inv_normalizer, entropy is not None, sampler_kl)
 
 
 def _eager(
@@ -132,9 +132,9 @@ def _eager(
     native_module = eager_cpu()
     if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None
-    inverse = inverse_normalizer(OP, normalizer, objective)
+    inv_normalizer = inverse_normalizer(OP, normalizer, objective)
     out = native_module.eager_policy_loss(
-        logp, entropy, inputs, objective.record, objective.counts_sequences, inverse, torch.get_num_threads()
+        logp, entropy, inputs, objective.record, objective.counts_sequences, inv_normalizer, torch.get_num_threads()
     )
     if out is None:
         return None
@@ -147,14 +147,14 @@ def _eager(
 
 
 def _apply(
-    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inverse: float
+    logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
     capability = select(OP, logp.device.type, logp.dtype, objective.features())
     if capability.backend == "reference":
-        return reference_policy.policy_loss(logp, entropy, inputs, objective, inverse)
+        return reference_policy.policy_loss(logp, entropy, inputs, objective, inv_normalizer)
     if torch.compiler.is_compiling():
-        return PolicyTerms(*_policy_loss_op(logp, entropy, *inputs, objective_key(objective), inverse))
-    terms: PolicyTerms = capability.run(logp, entropy, inputs, objective, inverse)
+        return PolicyTerms(*_policy_loss_op(logp, entropy, *inputs, objective_key(objective), inv_normalizer))
+    terms: PolicyTerms = capability.run(logp, entropy, inputs, objective, inv_normalizer)
     return terms._replace(loss=_PolicyLossFunction.apply(logp, entropy, terms))
 
 
@@ -194,10 +194,10 @@ class _PolicyLossFunction(torch.autograd.Function):
 )
 @ranged("policy_loss.fwd")
 def _policy_loss_op(logp: torch.Tensor, entropy: torch.Tensor | None, *rest: Any) -> tuple[torch.Tensor, ...]:
-    *inputs, key, inverse = rest
+    *inputs, key, inv_normalizer = rest
     objective = objective_of(key)
     run: LossRun = select(OP, logp.device.type, logp.dtype, objective.features()).run
-    return tuple(run(logp, entropy, PolicyInputs(*inputs), objective, inverse))
+    return tuple(run(logp, entropy, PolicyInputs(*inputs), objective, inv_normalizer))
 
 
 @_policy_loss_op.register_fake

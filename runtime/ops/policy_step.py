@@ -183,16 +183,16 @@ def policy_step(
             done = _eager(OP, logits, target, options, inputs, objective, normalizer)
             if done is not None:
                 return done
-        inverse = _check_step(OP, logits, target, options, inputs, objective, normalizer, sampler_logp)
-        return _from_logits(logits, target, options, inputs, objective, inverse, sampler_logp)
+        inv_normalizer = _check_step(OP, logits, target, options, inputs, objective, normalizer, sampler_logp)
+        return _from_logits(logits, target, options, inputs, objective, inv_normalizer, sampler_logp)
     assert hidden is not None
     problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
     problem = problem._replace(compact_clipped=compact_clipped)
-    inverse = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp)
+    inv_normalizer = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp)
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
-    terms, stats, gradients = hidden_step.apply(problem, inputs, objective, inverse)
-    step = step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
+    terms, stats, gradients = hidden_step.apply(problem, inputs, objective, inv_normalizer)
+    step = step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
@@ -274,9 +274,9 @@ def policy_step_(
         done = _eager(op, logits, target, options, inputs, objective, normalizer)
         if done is not None:
             return done
-    inverse = _check_step(op, logits, target, options, inputs, objective, normalizer, sampler_logp)
+    inv_normalizer = _check_step(op, logits, target, options, inputs, objective, normalizer, sampler_logp)
     _check_writable(op, logits)
-    return _from_logits(logits, target, options, inputs, objective, inverse, sampler_logp, True)
+    return _from_logits(logits, target, options, inputs, objective, inv_normalizer, sampler_logp, True)
 
 
 def _check_writable(op: str, logits: torch.Tensor) -> None:
@@ -341,7 +341,7 @@ def _eager(
     native_module = eager_cpu()
     if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None
-    inverse = inverse_normalizer(op, normalizer, objective)
+    inv_normalizer = inverse_normalizer(op, normalizer, objective)
     in_place = op == "policy_step_"
     out = native_module.eager_policy_step(
         logits,
@@ -350,7 +350,7 @@ def _eager(
         inputs,
         objective.record,
         objective.counts_sequences,
-        inverse,
+        inv_normalizer,
         torch.get_num_threads(),
         in_place,
     )
@@ -379,21 +379,23 @@ def _from_logits(
     options: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
     sampler_logp: torch.Tensor | None,
     in_place: bool = False,
 ) -> PolicyStep:
     capability = select(OP, logits.device.type, logits.dtype, objective.features(options.features()))
     gradients: Gradients = {}
     if not torch.compiler.is_compiling():
-        terms, stats, grad = capability.run(logits, target, options, inputs, objective, inverse, in_place)
+        terms, stats, grad = capability.run(logits, target, options, inputs, objective, inv_normalizer, in_place)
         gradients["logits"] = grad
         terms = terms._replace(loss=attach(logits, terms.loss, gradients, in_place))
     elif capability.backend == "reference":
-        terms, stats = reference_policy.traced_step(logits, target, options, inputs, objective, inverse, logits.dtype)
+        terms, stats = reference_policy.traced_step(
+            logits, target, options, inputs, objective, inv_normalizer, logits.dtype
+        )
     else:
-        terms, stats, gradients["logits"] = _custom_op(logits, target, options, inputs, objective, inverse)
-    return step_result(terms, stats, inputs, objective, inverse, sampler_logp, gradients)
+        terms, stats, gradients["logits"] = _custom_op(logits, target, options, inputs, objective, inv_normalizer)
+    return step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
 
 
 class _LogitsStep(torch.autograd.Function):
@@ -426,12 +428,12 @@ register_reference(OP, reference_policy.policy_step, "softcap")
 )
 @ranged("policy_step.fwd")
 def _policy_step_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    vector, scalar, softcap, logit_scale, *fields, key, inverse = rest
+    vector, scalar, softcap, logit_scale, *fields, key, inv_normalizer = rest
     inputs = PolicyInputs(*fields)
     options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
     objective = objective_of(key)
     run: StepRun = select(OP, logits.device.type, logits.dtype, objective.features(options.features())).run
-    terms, stats, grad = run(logits, target, options, inputs, objective, inverse, False)
+    terms, stats, grad = run(logits, target, options, inputs, objective, inv_normalizer, False)
     return (terms.loss, terms.token_loss, terms.sums, *stats, grad)
 
 
@@ -462,8 +464,8 @@ def _custom_op(
     o: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
 ) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:
-    out = _policy_step_op(logits, target, *o.flat()[:4], *inputs, objective_key(objective), inverse)
+    out = _policy_step_op(logits, target, *o.flat()[:4], *inputs, objective_key(objective), inv_normalizer)
     loss, token_loss, sums, *stats, grad = out
     return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), grad

@@ -24,16 +24,16 @@ OP = "policy_step_hidden"
 
 
 def apply(
-    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Terms, statistics and gradients of the step; the loss is wired to autograd."""
     capability = select(OP, p.hidden.device.type, p.hidden.dtype, objective.features(p.options.features()))
     if not torch.compiler.is_compiling():
-        return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inverse))
+        return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inv_normalizer))
     if capability.backend == "reference":
         logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
-        return *traced_step(logits, p.target, p.options, inputs, objective, inverse, p.hidden.dtype), {}
-    return _custom_op(p, inputs, objective, inverse)
+        return *traced_step(logits, p.target, p.options, inputs, objective, inv_normalizer, p.hidden.dtype), {}
+    return _custom_op(p, inputs, objective, inv_normalizer)
 
 
 def attach(
@@ -89,7 +89,7 @@ def _hidden_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, *rest: Any
 ) -> list[torch.Tensor]:
     vector, scalar, softcap, logit_scale, budget, *fields = rest[:-6]
-    key, inverse, compact_clipped, *needs = rest[-6:]
+    key, inv_normalizer, compact_clipped, *needs = rest[-6:]
     inputs = PolicyInputs(*fields)
     options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
     p = HeadProblem(
@@ -97,7 +97,7 @@ def _hidden_op(
     )
     objective = objective_of(key)
     run: StepRun = select(OP, hidden.device.type, hidden.dtype, objective.features(options.features())).run
-    terms, stats, grads = run(p, inputs, objective, inverse)
+    terms, stats, grads = run(p, inputs, objective, inv_normalizer)
     held = [hidden.new_empty(0) if x is None else x for x in grads]
     return [terms.loss, terms.token_loss, terms.sums, *stats, *held]
 
@@ -130,11 +130,11 @@ _hidden_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _custom_op(
-    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inverse: float
+    p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     needs = wanted(p)
     tensors = (p.hidden, p.weight, p.bias, p.target)
-    rest = (objective_key(objective), inverse, p.compact_clipped, *needs)
+    rest = (objective_key(objective), inv_normalizer, p.compact_clipped, *needs)
     out = _hidden_op(*tensors, *p.options.flat()[:4], p.memory_budget, *inputs, *rest)
     loss, token_loss, sums = out[:3]
     terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)

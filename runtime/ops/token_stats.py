@@ -291,8 +291,8 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 @torch.library.custom_op(
     "tokfuse::token_stats_backward",
     mutates_args=(),
-    schema="(Tensor logits, Tensor target, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy"
-    f", Tensor? grad_logp, Tensor? grad_entropy, {FLAT_SCHEMA}) -> Tensor",
+    schema="(Tensor logits, Tensor target, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy,"
+    f" Tensor? grad_logp, Tensor? grad_entropy, {FLAT_SCHEMA}) -> Tensor",
 )
 @ranged("token_stats.bwd")
 def _token_stats_backward_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ INPUTS_SCHEMA = (
     ", Tensor? signal, Tensor? ref_logp, Tensor? kl_weight, Tensor? entropy_weight"
 )
 """The fields of `PolicyInputs`, in order."""
-OBJECTIVE_SCHEMA = "str objective_key, float inverse"
+OBJECTIVE_SCHEMA = "str objective_key, float inv_normalizer"
 
 # The repr of an objective names it exactly.
 _OBJECTIVES: dict[str, Objective] = {}

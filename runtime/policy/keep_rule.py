@@ -1,6 +1,5 @@
 """The tests that decide which rows `offpolicy_weights` keeps."""
 
-import math
 from dataclasses import dataclass
 
 from tokfuse.runtime.core.checks import check_choice, check_number
@@ -37,17 +36,6 @@ class KeepRule:
             if bound is not None:
                 check_number("KeepRule", name, bound, -1e30, 1e30)
         check_order("KeepRule", self.low, self.high)
-
-    @property
-    def record(self) -> tuple[int, int, float, float, bool]:
-        """The rule as the native modules take it: codes of csrc/common/packed_args.h, and bounds."""
-        return (
-            RULE_STATISTICS.index(self.statistic),
-            RULE_OVER.index(self.over),
-            -math.inf if self.low is None else self.low,
-            math.inf if self.high is None else self.high,
-            self.negative_only,
-        )
 
 
 def check_order(op: str, low: float | None, high: float | None) -> None:

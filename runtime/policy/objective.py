@@ -59,6 +59,23 @@ class KL:
         require_within(self, "clamp", Bound(0.0, open_low=True))
 
 
+class ObjectiveRecord(NamedTuple):
+    """An objective as numbers: ObjectiveParams of csrc/common/objective.h, field by field."""
+
+    shape: int
+    level: int
+    kl: int
+    """Codes; kl is 0 without a KL term."""
+    seq_mean: int
+    """1: every token is weighted by 1 / (valid tokens of its sequence)."""
+    p: tuple[float, ...]
+    """The six parameters of the shape."""
+    kl_coef: float
+    kl_clamp: float
+    entropy_coef: float
+    log_ratio_clamp: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """A policy objective, for `policy_loss` and `policy_step`.
@@ -114,20 +131,20 @@ class Objective:
         return others | {f"shape {type(self.shape).__name__}"}
 
     @functools.cached_property
-    def record(self) -> tuple[int | float | tuple[float, ...], ...]:
-        """The record of csrc/common/objective.h::ObjectiveParams."""
+    def record(self) -> ObjectiveRecord:
+        """The numbers that the kernels take."""
         assert self.shape.code is not None, "no kernel has the shape: see features"
         require_compiled_table()
         p = self.shape.parameters()
         kl = self.kl
-        return (
-            self.shape.code,
-            LEVELS[self.level],
-            0 if kl is None else KL_ESTIMATORS[kl.estimator],
-            int(AGGREGATIONS[self.aggregation].divides_by_length),
-            p + (0.0,) * (SLOTS - len(p)),
-            0.0 if kl is None else kl.coef,
-            20.0 if kl is None else kl.clamp,
-            self.entropy_coef,
-            self.log_ratio_clamp,
+        return ObjectiveRecord(
+            shape=self.shape.code,
+            level=LEVELS[self.level],
+            kl=0 if kl is None else KL_ESTIMATORS[kl.estimator],
+            seq_mean=int(AGGREGATIONS[self.aggregation].divides_by_length),
+            p=p + (0.0,) * (SLOTS - len(p)),
+            kl_coef=0.0 if kl is None else kl.coef,
+            kl_clamp=20.0 if kl is None else kl.clamp,
+            entropy_coef=self.entropy_coef,
+            log_ratio_clamp=self.log_ratio_clamp,
         )

@@ -162,18 +162,18 @@ def loss_result(
     terms: PolicyTerms,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
     has_entropy: bool,
     sampler_kl: torch.Tensor | None,
 ) -> PolicyLoss:
     """Assemble the result of policy_loss from a backend's terms.
 
-    inverse: 1 / normaliser; negative if the batch's own count is the normaliser.
+    inv_normalizer: 1 / normaliser; negative if the batch's own count is the normaliser.
     """
     sums = terms.sums
     count = sums[SLOT["seqs" if objective.counts_sequences else "tokens"]]
     loss = terms.loss.detach()
-    loss_sum = loss * count.to(loss.dtype) if inverse < 0 else loss / inverse
+    loss_sum = loss * count.to(loss.dtype) if inv_normalizer < 0 else loss / inv_normalizer
     absent = ABSENT[inputs.ref_logp is not None, has_entropy]
     metrics = Metrics(sums, absent, sampler_kl)
     return PolicyLoss(terms.loss, terms.token_loss, loss_sum, count, metrics)
@@ -184,11 +184,11 @@ def step_result(
     stats: TokenStats,
     inputs: PolicyInputs,
     objective: Objective,
-    inverse: float,
+    inv_normalizer: float,
     sampler_logp: torch.Tensor | None,
     gradients: Gradients,
 ) -> PolicyStep:
     """Assemble the result of policy_step from a backend's terms and statistics."""
     sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
-    base = loss_result(terms, inputs, objective, inverse, True, sampler_kl)
+    base = loss_result(terms, inputs, objective, inv_normalizer, True, sampler_kl)
     return PolicyStep(base.loss, base.token_loss, base.loss_sum, base.count, base.metrics, stats, gradients)

@@ -12,7 +12,7 @@ from harness import bits
 
 import tokfuse
 from tokfuse import BackendUnavailable, Objective, PPOClip
-from tokfuse.runtime.backends import cuda_backend, cuda_packed, cuda_policy, cuda_rows
+from tokfuse.runtime.backends import cuda_backend, cuda_packed, cuda_policy, cuda_rows, packed_args
 from tokfuse.runtime.core import native
 
 built = pytest.mark.skipif(getattr(native.module(), "cuda", None) is None, reason="built without CUDA kernels")
@@ -26,24 +26,22 @@ hosted = pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUD
 @built
 @no_gpu
 def test_a_launch_without_a_driver_names_op_and_launch():
-    x = torch.zeros(4)
+    module, x = native.module().cuda, torch.zeros(4)
+    args = packed_args.gae_args(
+        module,
+        reward=x,
+        value=x,
+        cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+        gamma=0.9,
+        lam=0.9,
+        length_adaptive_alpha=None,
+        mask=None,
+        finished=None,
+        advantage=x,
+        returns=x,
+    )
     with pytest.raises(RuntimeError) as caught:
-        native.module().cuda.gae(
-            (0, 0),
-            x.data_ptr(),
-            x.data_ptr(),
-            torch.tensor([0, 4], dtype=torch.int32).data_ptr(),
-            0,
-            0,
-            0,
-            x.data_ptr(),
-            x.data_ptr(),
-            4,
-            1,
-            0.9,
-            0.9,
-            0.0,
-        )
+        module.gae(module.Place(device=0, stream=0), args)
     assert str(caught.value).startswith("gae: launching gae_kernel on CUDA device 0 failed: ")
     assert "doctor" in str(caught.value)
 
@@ -63,21 +61,36 @@ def test_the_module_says_what_it_was_built_for():
     assert module.cuda_archs.split(",")[0] == "80"
 
 
+X = torch.zeros(4)
+WHITEN = {"tokens": 4, "mask": None, "shift_mean": False, "eps": 0.0}
+OPE = {"rows": 4, "mask": None, "q_pi": None}
+SKETCH = {"tokens": 0, "seqs": -1, "rank": 0, "cu_seqlens": None}
+
+
 @built
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("name", "record", "fields", "message"),
     [
-        ("token_stats_fwd", ((), ()), "logits record must have 15 fields"),
-        ("policy_loss", ((), 0), "policy record must have 21 fields"),
-        ("whiten", (0, 0, 8, 0, 0, 0, 4, False, 0.0), "mean and var come together"),
-        ("whiten", (0, 0, 0, 0, 0, 0, 4, False, 0.0), "scratch memory is missing"),
-        ("ope", (0, 0, 0, 8, 0, 0, 0, 4), "q_a needs q_pi"),
-        ("sketch", (0, 0, 0, 0, -1, 0, 0), "a size must be >= 0"),
+        ("whiten", "WhitenArgs", {**WHITEN, "x": X, "out": X, "mean": X, "var": None}, "mean and var come together"),
+        ("whiten", "WhitenArgs", {**WHITEN, "x": X, "out": X, "mean": None, "var": None}, "scratch memory is missing"),
+        ("ope", "OpeArgs", {**OPE, "weight": X, "reward": X, "q_a": X, "out": X}, "q_a needs q_pi"),
+        ("sketch", "SketchArgs", {**SKETCH, "left": X, "right": X, "out": X}, "a size must be >= 0"),
     ],
 )
-def test_the_binding_refuses(name: str, arguments: tuple, message: str):
+def test_the_binding_refuses(name: str, record: str, fields: dict, message: str):
+    module = native.module().cuda
+    args = getattr(module, record)(**fields)
     with pytest.raises(ValueError, match=message):
-        getattr(native.module().cuda, name)((0, 0), *arguments)
+        getattr(module, name)(module.Place(device=0, stream=0), args)
+
+
+@built
+def test_a_launch_takes_a_place_and_the_structs_of_its_kernel():
+    module = native.module().cuda
+    args = module.OpeArgs(**OPE, weight=X, reward=X, q_a=None, out=X)
+    for wrong in ((args,), ((0, 0), args), (module.Place(device=0, stream=0), ())):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            module.ope(*wrong)
 
 
 # --------------------------------------------------------------------------- launches, on the CPU
@@ -91,12 +104,13 @@ class Counted:
 
     def __getattr__(self, name: str):
         found = getattr(cuda_backend.launchers(), name)
-        if not callable(found) or name in ("moments_parts", "offpolicy_spans", "policy_partials"):
+        asks = name in ("moments_parts", "offpolicy_spans", "policy_partials")
+        if not callable(found) or isinstance(found, type) or asks:
             return found
 
-        def call(*arguments):
+        def call(*arguments, **named):
             self.calls[name] += 1
-            return found(*arguments)
+            return found(*arguments, **named)
 
         return call
 
@@ -185,10 +199,10 @@ def test_packed_ops_take_one_launch(counted: Counted):
 def test_a_launch_goes_to_the_device_of_its_tensors():
     """There is one device here; another one is asked for, and refused by name."""
     x = torch.ones(8)
+    module = cuda_backend.launchers()
+    args = module.WhitenArgs(**{**WHITEN, "tokens": 8}, x=x, out=x, mean=None, var=None, scratch=x.new_empty(6))
     with pytest.raises(RuntimeError, match="whiten: launching whiten_kernel on CUDA device 1"):
-        cuda_backend.launchers().whiten(
-            (1, 0), x.data_ptr(), 0, 0, 0, x.data_ptr(), x.new_empty(6).data_ptr(), 8, False, 0.0
-        )
+        module.whiten(module.Place(device=1, stream=0), args)
 
 
 # ---------------------------------------------------------------------- what the layouts promise
@@ -198,7 +212,7 @@ def test_a_launch_goes_to_the_device_of_its_tensors():
 @pytest.mark.cuda_host
 def test_a_long_segment_is_shared_by_blocks():
     rows = 1 << 15
-    assert cuda_backend.launchers().moments_parts(rows, 2) > 1
+    assert cuda_backend.launchers().moments_parts(rows=rows, segments=2) > 1
     x = torch.randn(rows, generator=torch.Generator().manual_seed(1))
     cu = torch.tensor([0, 20000, rows], dtype=torch.int32)
     with tokfuse.backend("cuda"):

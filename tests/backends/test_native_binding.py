@@ -12,26 +12,45 @@ import pytest
 
 from tokfuse.runtime.core import native
 
+STRUCTS = (
+    "LogitsArgs TokenStatsOut TokenStatsGrad GradRows KeptArgs DivergenceArgs DivergenceOut DivergenceGrad "
+    "ObjectiveArgs TokenObjectiveArgs PrepareArgs MetricsArgs GroupAdvantageArgs GaeArgs VtraceArgs WhitenArgs "
+    "OpeArgs MomentsArgs KeepRule OffPolicyArgs SketchArgs"
+).split()
+
 pytestmark = pytest.mark.skipif(native.module() is None, reason="the native module is not built")
 
 PRELUDE = """
 import torch, tokfuse
 from tokfuse.runtime.core import native
-from tokfuse.runtime.backends import cpu_policy, cpu_rows
+from tokfuse.runtime.backends import objective_args, row_args
+from tokfuse.runtime.backends.objective_args import ObjectiveOut
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.policy.inputs import PolicyInputs
 M = native.module()
+
+class Fields:  # the builders then return the fields of a struct as a dict
+    def __getattr__(self, name):
+        return dict
+
+fields = Fields()
 z, y = torch.randn(4, 9), torch.tensor([0, 1, 2, 8])
-record, alive = cpu_rows.logits_record(z, y, LogitOptions(1.0, None, 1.0, None))
+logits = row_args.logits_args(fields, z, y, LogitOptions(1.0, None, 1.0, None))
 out = [torch.empty(4) for _ in range(7)]
-P = [x.data_ptr() for x in out]
+stats = row_args.token_stats_out(fields, row_args.RowStats(*out))
 cu = torch.tensor([0, 2, 4], dtype=torch.int32)
 inputs = PolicyInputs(torch.zeros(4), torch.ones(4), cu_seqlens=cu)
-terms = cpu_policy.native_outputs(4)
-policy, alive2 = cpu_policy.native_record(out[0], out[1], inputs, tokfuse.Objective(), 1.0, terms)
+policy = objective_args.objective_args(fields, logp=out[0], entropy=out[1], inputs=inputs,
+    objective=tokfuse.Objective(), inv_normalizer=1.0, out=ObjectiveOut.empty(4), scratch=torch.empty(16))
 
-def set_(record, i, value):
-    return record[:i] + (value,) + record[i + 1:]
+def forward(logits=logits, stats=stats):
+    return M.token_stats_fwd(M.LogitsArgs(**logits), M.TokenStatsOut(**stats))
+
+def loss(policy=policy):
+    M.policy_loss(M.ObjectiveArgs(**policy))
+
+def without(fields, name):
+    return {k: v for k, v in fields.items() if k != name}
 
 def refused(call):
     try:
@@ -53,29 +72,71 @@ def run(body: str, **environment: str) -> str:
     return out.stdout
 
 
-def test_broken_logits_records_are_refused():
+def test_broken_logits_are_refused():
     text = run(
         """
-        bad = {0: [0], 1: [-1], 2: [-1, 3, 99], 3: [-1], 4: [0, -5], 5: [0], 8: [0.0, -1.0],
-               9: [-1.0], 10: [0.0, -2.0], 12: [-3], 14: [0, -1, 10**6], 16: [3, -1],
-               17: [-2048, 100], 18: [0]}
-        for i, values in bad.items():
+        bad = {"logits": [None], "stride": [-1], "dtype": [-1, 3, 99], "rows": [-1], "vocab": [0, -5],
+               "target": [None], "temperature": [0.0, -1.0], "softcap": [-1.0], "logit_scale": [0.0, -2.0],
+               "bias_stride": [-3], "threads": [0, -1, 10**6], "tokens": [3, -1], "tile": [-2048, 100],
+               "tile_stride": [1]}
+        for name, values in bad.items():
             for value in values:
-                r = set_(record, i, value)
-                if i == 18:
-                    r = set_(r, 17, 2048)
-                print(i, refused(lambda: M.token_stats_fwd(r, *P, 0, 0, 0, 1.0)))
-        for r in (record[:-1], record + (0,), (), ("x",) * len(record), None):
-            refused(lambda: M.token_stats_fwd(r, *P, 0, 0, 0, 1.0))
-        for i in range(7):
-            refused(lambda: M.token_stats_fwd(record, *P[:i], 0, *P[i + 1:], 0, 0, 0, 1.0))
+                print(name, refused(lambda: forward({**logits, name: value})))
+        print(refused(lambda: forward({**logits, "tile": 2048, "tile_stride": 0})))
+        for name in ("logp", "entropy", "lse", "sum_sq", "top1", "row_max", "inv_sum"):
+            refused(lambda: forward(stats={**stats, name: None}))
         index = torch.tensor([0, 1, 2, 4])
-        r = set_(record, 15, index.data_ptr())
-        print(refused(lambda: M.token_stats_fwd(r, *P, 0, 0, 0, 1.0)))
+        print(refused(lambda: forward({**logits, "index": index})))
         """
     )
-    assert "dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)" in text
+    assert "LogitsArgs.dtype: dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)" in text
     assert "index out of range" in text
+
+
+def test_every_struct_names_a_missing_and_a_superfluous_field():
+    text = run(
+        """
+        for name in STRUCTS:
+            kind = getattr(M, name)
+            required = [f for f in kind.FIELDS if f not in kind.OPTIONAL]
+            print(refused(lambda: kind(**dict.fromkeys(required[1:]))), "|", required[0])
+            print(refused(lambda: kind(1)))
+        print(refused(lambda: M.LogitsArgs(**without(logits, "stride"))))
+        print(refused(lambda: M.LogitsArgs(**without(logits, "stride"), strides=9)))
+        print(refused(lambda: M.LogitsArgs(**logits, strides=9)))
+        print(refused(lambda: M.LogitsArgs(**{**logits, "logits": z.data_ptr()})))
+        print(refused(lambda: M.LogitsArgs(**{**logits, "stride": 1.5})))
+        print(refused(lambda: M.KeptArgs(logits=stats, ids=y, offsets=y, num_ids=4)))
+        print(refused(lambda: M.token_stats_fwd(M.TokenStatsOut(**stats), M.LogitsArgs(**logits))))
+        """.replace("STRUCTS", repr(STRUCTS))
+    )
+    for line in text.splitlines()[: 2 * len(STRUCTS) : 2]:
+        message, _, field = line.partition(" | ")
+        assert message.endswith(f"lacks the field {field}")
+    assert text.count("incompatible constructor arguments") == len(STRUCTS)
+    assert text.count("LogitsArgs lacks the field stride") == 2
+    assert "LogitsArgs has no field strides" in text
+    assert "LogitsArgs.logits: neither a tensor nor None but a int" in text
+    assert "LogitsArgs.stride: 'float' object cannot be interpreted as an integer" in text
+    assert "KeptArgs.logits: of type dict" in text
+    assert "incompatible function arguments" in text
+
+
+def test_a_struct_keeps_its_tensors():
+    run(
+        """
+        import gc, weakref
+        x = torch.randn(4, 9)
+        args, alive = M.LogitsArgs(**{**logits, "logits": x}), weakref.ref(x)
+        kept = M.KeptArgs(logits=args, ids=y, offsets=y, num_ids=4)
+        del x, args
+        gc.collect()
+        assert alive() is not None
+        del kept
+        gc.collect()
+        assert alive() is None
+        """
+    )
 
 
 def test_bad_targets_are_reported_before_anything_is_written():
@@ -84,59 +145,120 @@ def test_bad_targets_are_reported_before_anything_is_written():
         for x in out:
             x.fill_(7)
         y[2] = 9
-        assert M.token_stats_fwd(record, *P, 0, 0, 0, 1.0) == 2
+        assert forward() == 2
         y[2] = -1
         before = z.clone()
-        code = M.policy_step(7, record, policy, *P[2:], z.data_ptr(), z.stride(0), 0)
+        code = M.policy_step(
+            logits=M.LogitsArgs(**logits), stats=M.TokenStatsOut(**stats),
+            objective=M.ObjectiveArgs(**policy), grad=row_args.grad_rows(M, z), phases=7)
         assert code == 2 and torch.equal(z, before)
         assert all(bool((x == 7).all()) for x in out)
         """
     )
 
 
-def test_broken_policy_records_are_refused():
+def test_a_fused_step_takes_the_same_statistics_twice():
+    """The objective reads logp and entropy where the statistics are written."""
     run(
         """
-        bad = {1: [-1], 2: [-1], 4: [0], 5: [0], 17: [0], 18: [0], 19: [0], 20: [0], 21: [0, -4],
-               22: [0]}
-        for i, values in bad.items():
-            for value in values:
-                refused(lambda: M.policy_loss(set_(policy, i, value)))
-        for spec in ((99,) + policy[0][1:], policy[0][:-1], (0, 9) + policy[0][2:],
-                     policy[0][:2] + (77,) + policy[0][3:],
-                     policy[0][:4] + ((1.0,),) + policy[0][5:]):
-            refused(lambda: M.policy_loss(set_(policy, 0, spec)))
-        for offsets in ([1, 2, 4], [0, 3, 2], [0, 2, 5], [0, -1, 4]):
-            cu.copy_(torch.tensor(offsets, dtype=torch.int32))
-            refused(lambda: M.policy_loss(policy))
-        cu.copy_(torch.tensor([0, 2, 4], dtype=torch.int32))
-        M.policy_loss(policy)
-        refused(lambda: M.policy_loss(policy[:-1]))
-        needs_ref = set_(policy, 0, policy[0][:2] + (3,) + policy[0][3:])
-        refused(lambda: M.policy_loss(needs_ref))
+        other = M.TokenStatsOut(**{**stats, "logp": torch.empty(4)})
+        assert "those that the statistics are written to" in refused(lambda: M.policy_step(
+            logits=M.LogitsArgs(**logits), stats=other, objective=M.ObjectiveArgs(**policy),
+            grad=row_args.grad_rows(M, z), phases=7))
         """
     )
 
 
-def test_random_records_never_crash():
+def test_broken_objectives_are_refused():
+    run(
+        """
+        bad = {"tokens": [-1], "seqs": [-1], "old_logp": [None], "advantage": [None],
+               "token_loss": [None], "d_logp": [None], "d_entropy": [None], "sums": [None],
+               "threads": [0, -4], "scratch": [None]}
+        for name, values in bad.items():
+            for value in values:
+                refused(lambda: loss({**policy, name: value}))
+        params = policy["params"]
+        for spec in (tuple(params), tuple(params)[:-1], params._replace(shape=99),
+                     params._replace(level=9), params._replace(kl=77), params._replace(p=(1.0,)),
+                     params._replace(kl_coef="a"), None):
+            refused(lambda: loss({**policy, "params": spec}))
+        for offsets in ([1, 2, 4], [0, 3, 2], [0, 2, 5], [0, -1, 4]):
+            cu.copy_(torch.tensor(offsets, dtype=torch.int32))
+            refused(loss)
+        cu.copy_(torch.tensor([0, 2, 4], dtype=torch.int32))
+        loss()
+        refused(lambda: loss({**policy, "params": params._replace(kl=3)}))
+        """
+    )
+
+
+def test_a_named_tuple_is_read_by_name():
+    """Another order of the fields is right; another name is an error that says which."""
+    run(
+        """
+        from collections import namedtuple
+        params = policy["params"]
+        names = list(params._fields)
+        turned = namedtuple("Turned", names[::-1])(**params._asdict())
+        results = []
+        for spec in (params, turned):
+            loss({**policy, "params": spec})
+            results.append(policy["token_loss"].clone())
+        assert torch.equal(*results)
+        short = namedtuple("Short", names[1:])(*params[1:])
+        assert "ObjectiveRecord lacks the field shape" in refused(lambda: loss({**policy, "params": short}))
+        odd = namedtuple("Odd", ["form", *names[1:]])(*params)
+        assert "C++ lacks: form" in refused(lambda: loss({**policy, "params": odd}))
+        long = namedtuple("Long", [*names, "more"])(*params, 1)
+        assert "C++ lacks: more" in refused(lambda: loss({**policy, "params": long}))
+        """
+    )
+
+
+def test_the_eager_path_reads_its_tuples_by_name():
+    """A field it does not know is an error, not the slow path: nobody would notice that."""
+    run(
+        """
+        from collections import namedtuple
+        module = native.eager()
+        if module is not None:
+            o = LogitOptions(1.0, None, 1.0, None)
+            turned = namedtuple("Turned", o._fields[::-1])(**o._asdict())
+            found = [module.eager_token_stats(z, y, options, 1, False) for options in (o, turned)]
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            odd = namedtuple("Odd", [*o._fields[:-1], "bias_factor"])(*o)
+            assert "C++ lacks: bias_factor" in refused(lambda: module.eager_token_stats(z, y, odd, 1, False))
+            record = tokfuse.Objective().record
+            odd = namedtuple("Odd", ["before", *inputs._fields[1:]])(*inputs)
+            assert "C++ lacks: before" in refused(
+                lambda: module.eager_policy_loss(out[0], out[1], odd, record, False, 1.0, 1))
+        """
+    )
+
+
+def test_random_fields_never_crash():
     run(
         """
         import random
         rng = random.Random(0)
         numbers = [0, 1, -1, 2, 3, 4, 5, 9, 2048, 4096, -2**63, 2**31, 0.0, 1.5, -1.5,
                    float("nan"), float("inf"), None, "a", (), 10**30]
-        fields = [i for i in range(len(record)) if i not in (0, 5, 6, 7, 11, 15)]  # not addresses
-        sizes = (1, 3, 4, 12)  # larger sizes than the tensors have are the caller's promise
+        pointers = ("logits", "index", "target", "mask", "temperatures", "bias_logits")
+        names = [name for name in logits if name not in pointers]
+        sizes = ("stride", "rows", "vocab", "bias_stride")  # a larger one than its tensor has is the caller's promise
         done = 0
         for _ in range(3000):
-            r = record
-            for i in rng.sample(fields, rng.randint(1, 3)):
+            given = dict(logits)
+            for name in rng.sample(names, rng.randint(1, 3)):
                 value = rng.choice(numbers)
-                if i in sizes and isinstance(value, (int, float)) and value > record[i]:
+                if name in sizes and isinstance(value, (int, float)) and value > logits[name]:
                     continue
-                r = set_(r, i, value)
+                given[name] = value
+            if given["index"] is None and given["rows"] != given["tokens"]:
+                given["tokens"] = given["rows"]
             try:
-                M.token_stats_fwd(r, *P, 0, 0, 0, 1.0)
+                forward(given)
                 done += 1
             except (ValueError, TypeError, RuntimeError, OverflowError):
                 pass

@@ -21,16 +21,27 @@ pytestmark = pytest.mark.skipif(
 PRELUDE = """
 import torch
 from tokfuse.runtime.core import native
-from tokfuse.runtime.backends import cpu_rows
+from tokfuse.runtime.backends import row_args
 from tokfuse.runtime.core.logit_options import LogitOptions
 M = native.module()
 torch.set_num_threads(1)
 z, y = torch.randn(4, 9), torch.tensor([0, 1, 2, 8])
-record, alive = cpu_rows.logits_record(z, y, LogitOptions(1.0, None, 1.0, None))
+
+class Fields:  # the builders then return the fields of a struct as a dict
+    LogitsArgs = TokenStatsOut = dict
+
+class At:
+    def __init__(self, address):
+        self.address = address
+    def data_ptr(self):
+        return self.address
+
+record = row_args.logits_args(Fields, z, y, LogitOptions(1.0, None, 1.0, None))
 out = [torch.empty(4) for _ in range(7)]
 def call(logits=z, out=out, offset=0):
-    M.token_stats_fwd((logits.data_ptr() + offset, *record[1:]), *(x.data_ptr() for x in out),
-                      0, 0, 0, 1.0)
+    fields = {**record, "logits": At(logits.data_ptr() + offset)}
+    stats = row_args.token_stats_out(M, row_args.RowStats(*out))
+    M.token_stats_fwd(M.LogitsArgs(**fields), stats)
 """
 
 

@@ -1,5 +1,5 @@
-// Seeded bugs, each a kernel: tests/backends/test_cuda_host.py requires that each is found, and that the
-// kernels named ok_ are not.
+// Seeded bugs, each a kernel: tests/backends/test_cuda_host.py requires that each is found, and
+// that the kernels named ok_ are not.
 #include <cstdio>
 
 #include "cuda/device.cuh"

@@ -69,7 +69,7 @@ struct Batch {
 };
 
 void scans(Batch& b) {
-  ScanArgs a = {};
+  GaeArgs a = {};
   a.tokens = kTokens;
   a.seqs = kSeqs;
   a.reward = b.x;
@@ -79,15 +79,17 @@ void scans(Batch& b) {
   a.finished = b.finished;
   a.gamma = 0.9;
   a.lam = 0.8;
-  a.alpha = 0.1;
+  a.length_adaptive_alpha = 0.1;
   a.advantage = b.out();
   a.returns = b.out();
   report("gae", gae(a, nullptr), {a.advantage, a.returns}, kTokens);
-  a.log_ratio = b.x;
-  a.rho_bar = a.c_bar = 1.0f;
-  a.target = b.out();
-  a.rho = b.out();
-  report("vtrace", vtrace(a, nullptr), {a.advantage, a.target, a.rho}, kTokens);
+  VtraceArgs v = {};
+  static_cast<ScanArgs&>(v) = a;
+  v.log_ratio = b.x;
+  v.rho_bar = v.c_bar = 1.0f;
+  v.value_target = b.out();
+  v.rho = b.out();
+  report("vtrace", vtrace(v, nullptr), {v.advantage, v.value_target, v.rho}, kTokens);
 }
 
 void sums(Batch& b) {
@@ -114,7 +116,7 @@ void segments(Batch& b, bool by_id) {
   m.rows = kTokens;
   m.segments = by_id ? 7 : kSeqs;
   m.values = b.x;
-  m.ids = by_id ? b.segments.ids : nullptr;
+  m.segment_ids = by_id ? b.segments.ids : nullptr;
   m.cu_seqlens = by_id ? nullptr : b.borders;
   m.mask = b.mask;
   m.count = b.memory.of<int64_t>(m.segments);
@@ -125,9 +127,11 @@ void segments(Batch& b, bool by_id) {
   m.min = out[2];
   m.max = out[3];
   // Shared by two blocks, which for so few rows it would not be.
-  const MomentsScratch scratch = {by_id ? b.segments.order : nullptr, by_id ? 2 : 1, b.scratch,
-                                  b.tickets};
-  report("segment_moments", segment_moments(m, scratch, nullptr), {out[0], out[1], out[2], out[3]},
+  m.order = by_id ? b.segments.order : nullptr;
+  m.parts = by_id ? 2 : 1;
+  m.table = b.scratch;
+  m.tickets = b.tickets;
+  report("segment_moments", segment_moments(m, nullptr), {out[0], out[1], out[2], out[3]},
          m.segments);
 }
 
@@ -138,20 +142,22 @@ void groups(Batch& b, Baseline baseline, Scale scale) {
   int64_t* lengths = b.memory.of<int64_t>(kSeqs);
   for (int64_t i = 0; i < kSeqs; i++) lengths[i] = i + 1;
   g.lengths = lengths;
-  g.greedy = baseline == Baseline::kGreedy ? b.y : nullptr;
+  g.greedy_reward = baseline == Baseline::kGreedy ? b.y : nullptr;
   g.advantage = b.out(kSeqs);
   g.baseline = baseline;
   g.scale = scale;
-  const bool grouped = baseline != Baseline::kGreedy;
-  report("group_advantage", group_advantage(g, grouped ? b.groups : SortedIds{}, nullptr),
-         {g.advantage}, kSeqs);
+  if (baseline != Baseline::kGreedy) {
+    g.group_ids = b.groups.ids;
+    g.order = b.groups.order;
+  }
+  report("group_advantage", group_advantage(g, nullptr), {g.advantage}, kSeqs);
 }
 
 void weights(Batch& b, WeightLevel level, Normalize normalize) {
   OffPolicyArgs a = {};
   a.tokens = kTokens;
   a.logp = b.x;
-  a.behavior = b.y;
+  a.behavior_logp = b.y;
   a.mask = b.mask;
   a.advantage = b.x;
   a.level = level;
@@ -168,10 +174,12 @@ void weights(Batch& b, WeightLevel level, Normalize normalize) {
   a.weight = b.out();
   a.kept = b.memory.of<uint8_t>(kTokens);
   a.partial = b.scratch;
-  float* ess = b.out(1);
+  a.ess = b.out(1);
   const SortedIds ids = external ? b.segments : b.groups;
-  report("offpolicy_weights", offpolicy_weights(a, ids, ess, nullptr), {a.weight}, kTokens);
-  report("ess", cudaSuccess, {ess}, 1);
+  a.group_ids = ids.ids;
+  a.order = ids.order;
+  report("offpolicy_weights", offpolicy_weights(a, nullptr), {a.weight}, kTokens);
+  report("ess", cudaSuccess, {a.ess}, 1);
 }
 
 void objective(Batch& b, Level level) {
@@ -199,19 +207,31 @@ void objective(Batch& b, Level level) {
   o.token_loss = b.out();
   o.d_logp = b.out();
   o.d_entropy = b.out();
-  o.metrics = b.memory.of<double>(kMetricCount);
-  report("policy_loss", policy_loss(o, b.scratch, nullptr), {o.token_loss, o.d_logp, o.d_entropy},
-         kTokens);
-  report("metrics", cudaSuccess, {reinterpret_cast<const float*>(o.metrics)}, 2 * kMetricCount);
+  o.sums = b.memory.of<double>(kMetricCount);
+  o.partial = b.scratch;
+  report("policy_loss", policy_loss(o, nullptr), {o.token_loss, o.d_logp, o.d_entropy}, kTokens);
+  report("metrics", cudaSuccess, {reinterpret_cast<const float*>(o.sums)}, 2 * kMetricCount);
   const PrepareArgs p = {kSeqs,   b.borders, b.mask, b.x, b.memory.of<int32_t>(kSeqs),
                          b.out(), b.out()};
   report("policy_prepare", policy_prepare(p, nullptr), {p.agg_weight, p.advantage}, kTokens);
   int32_t* flags = b.memory.of<int32_t>(kTokens);
   std::fill(flags, flags + kTokens, 0);
-  const TokenResults r = {kTokens,  b.x,         b.z, b.y,   b.y,      b.mask, o.token_loss,
-                          o.d_logp, o.d_entropy, b.z, flags, p.counts, kSeqs};
-  report("policy_metrics", policy_metrics(r, b.scratch, o.metrics, nullptr),
-         {reinterpret_cast<const float*>(o.metrics)}, 2 * kMetricCount);
+  MetricsArgs m = {};
+  m.tokens = kTokens;
+  m.seqs = kSeqs;
+  m.logp = b.x;
+  m.entropy = m.ratio = b.z;
+  m.old_logp = m.ref_logp = b.y;
+  m.mask = b.mask;
+  m.token_loss = o.token_loss;
+  m.d_logp = o.d_logp;
+  m.d_entropy = o.d_entropy;
+  m.flags = flags;
+  m.counts = p.counts;
+  m.partial = b.scratch;
+  m.sums = o.sums;
+  report("policy_metrics", policy_metrics(m, nullptr), {reinterpret_cast<const float*>(o.sums)},
+         2 * kMetricCount);
 }
 
 void outer_products(Batch& b, int64_t rank) {

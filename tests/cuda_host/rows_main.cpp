@@ -30,7 +30,7 @@ struct Problem {
     args.logits = memory.logits(dtype, kTokens, stride, vocab);
     args.stride = stride;
     args.dtype = dtype;
-    args.rows = kTokens;
+    args.rows = args.tokens = kTokens;
     args.vocab = vocab;
     int64_t* target = memory.of<int64_t>(kTokens);
     uint8_t* mask = memory.of<uint8_t>(kTokens);
@@ -47,9 +47,9 @@ struct Problem {
       args.bias_logits = memory.logits(dtype, kTokens, stride, vocab);
       args.bias_stride = stride;
     }
-    float** outputs[] = {&stats.logp,    &stats.entropy, &stats.lse,     &stats.sum_sq,
-                         &stats.top1,    &stats.row_max, &stats.inv_sum, &stats.second_logp,
-                         &stats.p2_logp, &stats.p2_logp2};
+    float** outputs[] = {&stats.logp,        &stats.entropy,     &stats.lse,     &stats.sum_sq,
+                         &stats.top1,        &stats.row_max,     &stats.inv_sum, &stats.second_logp,
+                         &stats.sum_p2_logp, &stats.sum_p2_logp2};
     for (size_t i = 0; i < (options ? 10u : 7u); i++) *outputs[i] = memory.of<float>(kTokens);
     stats.second_temperature = 0.7f;
     grad = memory.logits(dtype, kTokens, stride, vocab);
@@ -58,7 +58,7 @@ struct Problem {
   void hash_stats(Hash* hash) const {
     for (const float* p :
          {stats.logp, stats.entropy, stats.lse, stats.sum_sq, stats.top1, stats.row_max,
-          stats.inv_sum, stats.second_logp, stats.p2_logp, stats.p2_logp2}) {
+          stats.inv_sum, stats.second_logp, stats.sum_p2_logp, stats.sum_p2_logp2}) {
       if (p != nullptr) hash->add(p, kTokens * 4);
     }
   }
@@ -83,7 +83,7 @@ int token_stats(DType dtype, int64_t vocab, int64_t stride, bool options) {
 
 int policy(DType dtype, int64_t vocab, int64_t stride, bool in_place) {
   Problem x(dtype, vocab, stride, false);
-  TokenObjective o = {};
+  TokenObjectiveArgs o = {};
   o.params.shape = Shape::kPPOClip;
   o.params.kl = Kl::kK3;
   const PPOClipParameters clip = {0.8f, 1.2f, 100.0f, 100.0f};
@@ -96,12 +96,13 @@ int policy(DType dtype, int64_t vocab, int64_t stride, bool in_place) {
   o.old_logp = old_logp;
   o.advantage = advantage;
   o.ref_logp = x.memory.uniform(kTokens, -9.0f, -6.0f);
-  o.scale_value = 0.5f;
+  o.inv_normalizer = 0.5f;
   float** results[] = {&o.token_loss, &o.d_logp, &o.d_entropy, &o.ratio};
   for (float** p : results) *p = x.memory.of<float>(kTokens);
   o.flags = x.memory.of<int32_t>(kTokens);
   void* grad = in_place ? const_cast<void*>(x.args.logits) : x.grad;
-  const cudaError_t error = policy_step(x.args, x.stats, o, grad, stride, dtype, nullptr);
+  const cudaError_t error =
+      policy_step(x.args, x.stats, o, {grad, stride, dtype, nullptr}, nullptr);
   Hash hash;
   x.hash_stats(&hash);
   for (float** p : results) hash.add(*p, kTokens * 4);
@@ -117,7 +118,7 @@ int kept(DType dtype, int64_t vocab) {
   for (int64_t i = 0; i < kIds; i++) ids[i] = i * 7 % vocab;
   int64_t* offsets = x.memory.of<int64_t>(kTokens + 1);
   for (int64_t t = 0; t <= kTokens; t++) offsets[t] = t < 3 ? t : kIds;
-  const KeptArgs args = {x.args, ids, offsets, kIds};
+  const KeptArgs args = {x.args, ids, offsets, kIds, nullptr};
   cudaError_t error = kept_token_stats_fwd(args, x.stats, nullptr);
   const float* ones = x.memory.uniform(kTokens, 1.0f, 2.0f);
   if (error == cudaSuccess) {
@@ -135,14 +136,22 @@ int kept(DType dtype, int64_t vocab) {
 int divergence(DType dtype, int64_t vocab, Divergence kind) {
   Problem x(dtype, vocab, vocab, false);
   const void* q = x.memory.logits(dtype, kTokens, vocab, vocab);
-  const DivergenceArgs args = {x.args.logits, q,       vocab, vocab, dtype, kTokens, vocab,
-                               x.args.mask,   nullptr, 1.0f,  0.0f,  1.0f,  0.5f,    kind};
+  DivergenceArgs args = {};
+  args.logits_p = x.args.logits;
+  args.logits_q = q;
+  args.stride_p = args.stride_q = args.vocab = vocab;
+  args.dtype = dtype;
+  args.tokens = kTokens;
+  args.mask = x.args.mask;
+  args.temperature = args.logit_scale = 1.0f;
+  args.beta = 0.5f;
+  args.kind = kind;
   float* out = x.memory.of<float>(kTokens);
   float* state = x.memory.of<float>(kTokens * kDivergenceState);
   const float* ones = x.memory.uniform(kTokens, 1.0f, 2.0f);
-  cudaError_t error = paired_divergence_fwd(args, out, state, nullptr);
+  cudaError_t error = paired_divergence_fwd(args, {out, state}, nullptr);
   if (error == cudaSuccess) {
-    error = paired_divergence_bwd(args, state, ones, x.grad, vocab, nullptr);
+    error = paired_divergence_bwd(args, {state, ones, x.grad, vocab}, nullptr);
   }
   Hash hash;
   hash.add(out, kTokens * 4);

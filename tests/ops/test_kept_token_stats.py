@@ -322,14 +322,14 @@ def test_refusals(args, kwargs, message):
 def test_the_kernel_checks_what_it_indexes_by(backend):
     if backend != "cpu":
         pytest.skip("about the native module")
-    from tokfuse.runtime.backends.cpu_rows import logits_record
+    from tokfuse.runtime.backends import row_args
     from tokfuse.runtime.core import native
     from tokfuse.runtime.core.logit_options import LogitOptions
 
-    record, alive = logits_record(Z, Y, LogitOptions(1.0, None, 1.0, None))
-    out = [torch.zeros(2) for _ in range(5)]
-    pointers = [x.data_ptr() for x in out]
-    for offsets, kept in ((OFFSETS, 2), (OFFSETS + 1, 3), (torch.tensor([0, 4, 3]), 3)):
+    module = native.loaded()
+    logits = row_args.logits_args(module, Z, Y, LogitOptions(1.0, None, 1.0, None))
+    logp, entropy, lse, row_max, inv_sum = (torch.zeros(2) for _ in range(5))
+    out = row_args.token_stats_out(module, row_args.RowStats(logp, entropy, lse, row_max=row_max, inv_sum=inv_sum))
+    for offsets, num_ids in ((OFFSETS, 2), (OFFSETS + 1, 3), (torch.tensor([0, 4, 3]), 3)):
         with pytest.raises(ValueError, match="offsets must"):
-            native.module().kept_token_stats_fwd(record, IDS.data_ptr(), offsets.data_ptr(), kept, *pointers)
-    del alive
+            module.kept_token_stats_fwd(row_args.kept_args(module, logits, IDS[:num_ids], offsets), out)

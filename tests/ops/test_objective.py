@@ -63,18 +63,28 @@ def test_encode_is_the_record_of_the_kernels():
         entropy_coef=0.25,
         log_ratio_clamp=7.0,
     )
-    expected = (2, 2, 2, 1, (0.8, 1.2, 3.0, INF, 0.0, 0.0), -0.5, 9.0, 0.25, 7.0)
-    assert objective.record == expected
+    expected = {
+        "shape": 2,
+        "level": 2,
+        "kl": 2,
+        "seq_mean": 1,
+        "p": (0.8, 1.2, 3.0, INF, 0.0, 0.0),
+        "kl_coef": -0.5,
+        "kl_clamp": 9.0,
+        "entropy_coef": 0.25,
+        "log_ratio_clamp": 7.0,
+    }
+    assert objective.record._asdict() == expected
     assert Objective().record == (2, 0, 0, 0, (0.8, 1.2, INF, INF, 0.0, 0.0), 0.0, 20.0, 0.0, 20.0)
 
 
 def test_encode_gives_every_option_its_own_code():
-    levels = {Objective(level=level).record[1] for level in LEVELS}
-    estimators = {Objective(kl=KL(estimator=e, coef=1.0)).record[2] for e in KL_ESTIMATORS}
+    levels = {Objective(level=level).record.level for level in LEVELS}
+    estimators = {Objective(kl=KL(estimator=e, coef=1.0)).record.kl for e in KL_ESTIMATORS}
     assert levels == {0, 1, 2, 3} and estimators == set(range(1, 8))
-    shapes = {Objective(shape=build(shape)).record[0] for shape in SHAPES}
+    shapes = {Objective(shape=build(shape)).record.shape for shape in SHAPES}
     assert shapes == set(range(len(SHAPES)))
-    assert all(len(Objective(shape=build(s)).record[4]) == SLOTS for s in SHAPES)
+    assert all(len(Objective(shape=build(s)).record.p) == SLOTS for s in SHAPES)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

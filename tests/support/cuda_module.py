@@ -29,7 +29,8 @@ def _binding(source: Path) -> Path:
 @functools.cache
 def build(jobs: int = 1) -> Path:
     """The module's file; made again when a source changed."""
-    bindings = [*sorted(BINDINGS.glob("bind_cuda*.cpp")), BINDINGS / "objective_params.cpp"]
+    shared = (BINDINGS / "objective_params.cpp", BINDINGS / "records.cpp")
+    bindings = [*sorted(BINDINGS.glob("bind_cuda*.cpp")), *shared]
     with ThreadPoolExecutor(jobs) as pool:
         objects = [
             *pool.map(lambda path: compiled(path, OPTIMIZED), [*sorted(CUDA.glob("*.cu")), HOST / "machine.cpp"]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokfuse.runtime.backends import cuda_policy, cuda_rows
+from tokfuse.runtime.backends.objective_args import TokenPointers, TokenResults
 from tokfuse.runtime.policy.objective import Objective
 
 PLAIN: dict[str, Any] = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
@@ -60,10 +61,10 @@ def policy_step(
     nan = torch.full((len(target),), float("nan"))
     stats = [nan.clone() for _ in range(5)]
     flags = torch.full((len(target),), -1, dtype=torch.int32)
-    results = cuda_policy.TokenResults(*(nan.clone() for _ in range(4)), flags)
+    results = TokenResults(*(nan.clone() for _ in range(4)), flags)
     grad = torch.full(logits.shape, float("nan"), dtype=logits.dtype) if out is None else out
-    names = (name for name in cuda_policy.TokenPointers._fields if name != "mask")
-    pointers = cuda_policy.TokenPointers(mask=mask, **{name: inputs.get(name) for name in names})
+    names = (name for name in TokenPointers._fields if name != "mask")
+    pointers = TokenPointers(mask=mask, **{name: inputs.get(name) for name in names})
     given = cuda_policy.CudaInputs(pointers, objective.record, scale, None)
     cuda_policy.policy_step_rows(logits, grad, index, target, given, stats, results, **{**PLAIN, **options})
     return stats, results._asdict(), grad

@@ -1,7 +1,7 @@
-"""Calls tokfuse._native with records that hypothesis has spoilt; run in a process of its own.
+"""Calls tokfuse._native with structs whose fields hypothesis has spoilt; run in a process of its own.
 
-Sizes never exceed what the buffers hold and addresses are either right or null, since neither can
-be checked. Every buffer lies between canaries. A call must return or raise, and may write its own
+Sizes never exceed what the buffers hold and tensors are either right or None, since neither can be
+checked. Every buffer lies between canaries. A call must return or raise, and may write its own
 buffers only.
 """
 
@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokfuse
-from tokfuse.runtime.backends import cpu_policy, cpu_rows
+from tokfuse.runtime.backends import objective_args, row_args
+from tokfuse.runtime.backends.objective_args import ObjectiveOut
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.objective import ObjectiveRecord
 
 TOKENS, VOCAB, PAD, CANARY = 6, 2055, 64, 1234.5
 REFUSED = (ValueError, TypeError, RuntimeError, OverflowError)
@@ -42,42 +44,50 @@ class Buffers:
             assert torch.equal(whole[:PAD], edge) and torch.equal(whole[-PAD:], edge)
 
 
-def spoil(record: tuple[Any, ...], addresses: set[int], sizes: set[int]) -> Any:
-    """Records with up to three fields changed, or of another length."""
+class Fields:
+    """In place of the native module: the builders then return the fields of a struct as a dict."""
 
-    def field(i: int) -> st.SearchStrategy[Any]:
-        if i in addresses:
-            return st.sampled_from((0, 0, 0, 0, None, "a", -1))
-        if i in sizes:
-            return st.integers(0, record[i]) | st.sampled_from(JUNK[:7])
-        if isinstance(record[i], tuple):
-            return objectives(record[i])
+    def __getattr__(self, name: str) -> Any:
+        return dict
+
+
+def spoil(fields: dict[str, Any], sizes: set[str]) -> Any:
+    """The fields of a struct with up to three changed, one missing or one too many."""
+
+    def value(name: str) -> st.SearchStrategy[Any]:
+        if isinstance(fields[name], torch.Tensor) or fields[name] is None:
+            return st.sampled_from((None, None, None, None, 0, "a", -1))
+        if name in sizes:
+            return st.integers(0, fields[name]) | st.sampled_from(JUNK[:7])
+        if isinstance(fields[name], ObjectiveRecord):
+            return objectives(fields[name])
         return st.integers(0, 9) | st.floats(-2, 100) | st.sampled_from(JUNK)
 
-    def change(indices: list[int]) -> st.SearchStrategy[Any]:
-        return st.tuples(*(field(i) for i in indices)).map(
-            lambda values: tuple(values[indices.index(i)] if i in indices else old for i, old in enumerate(record))
-        )
+    def change(names: list[str]) -> st.SearchStrategy[Any]:
+        return st.fixed_dictionaries({name: value(name) for name in names}).map(lambda new: {**fields, **new})
 
-    places = st.lists(st.integers(0, len(record) - 1), max_size=3, unique=True)
-    lengths = st.integers(0, len(record) + 1).map(lambda n: (record + (0,))[:n])
-    return st.integers(0, 9).flatmap(lambda k: lengths if k == 9 else places.flatmap(change))
+    known = st.sampled_from(sorted(fields))
+    missing = known.map(lambda gone: {name: x for name, x in fields.items() if name != gone})
+    others = st.one_of(missing, known.map(lambda name: {**fields, name + "s": fields[name]}))
+    places = st.lists(known, max_size=3, unique=True)
+    return st.integers(0, 9).flatmap(lambda k: others if k == 9 else places.flatmap(change))
 
 
-def objectives(record: tuple[Any, ...]) -> st.SearchStrategy[Any]:
+def objectives(record: ObjectiveRecord) -> st.SearchStrategy[Any]:
     """Objective records: other codes and numbers, or something else altogether."""
     codes = (st.integers(-1, 10), st.integers(-1, 4), st.integers(-1, 8), st.integers(0, 1))
     numbers = st.lists(st.floats(-5, 5), min_size=6, max_size=6).map(tuple)
     tail = st.tuples(*[st.floats(allow_nan=True, width=32)] * 4)
     return (
-        st.tuples(*codes, numbers, tail).map(lambda t: (*t[:5], *t[5]))
+        st.tuples(*codes, numbers, tail).map(lambda t: ObjectiveRecord(*t[:5], *t[5]))
         | st.lists(st.integers(-2, 9) | st.sampled_from(JUNK), max_size=10).map(tuple)
-        | st.just((*record[:4], record[4][:5], *record[5:]))
+        | st.just(record._replace(p=record.p[:5]))
     )
 
 
-def threads_stay_few(record: Any) -> bool:
-    return all(not (isinstance(x, int | float) and 8 < x < 5000) for x in record[14:15])
+def threads_stay_few(fields: dict[str, Any]) -> bool:
+    threads = fields.get("threads")
+    return not (isinstance(threads, int | float) and 8 < threads < 5000)
 
 
 def main() -> None:
@@ -91,8 +101,7 @@ def main() -> None:
     grad = make(torch.zeros(TOKENS, VOCAB))
     index = make(torch.randperm(TOKENS))
     options = LogitOptions(make(torch.ones(TOKENS)), None, 1.0, None)
-    logits_record, alive = cpu_rows.logits_record(logits, target, options)
-    logits_record = (*logits_record[:15], index.data_ptr(), *logits_record[16:])
+    rows = row_args.logits_args(Fields(), logits, target, options, index=index)
     vector = [make(torch.rand(TOKENS)) for _ in range(7)]
     cu = make(torch.tensor([0, 2, 2, TOKENS]).int())
     inputs = PolicyInputs(
@@ -106,15 +115,20 @@ def main() -> None:
         entropy_weight=vector[6],
         mask=torch.ones(TOKENS, dtype=torch.bool),
     )
-    terms = cpu_policy.native_outputs(TOKENS)
-    terms = tuple(make(x) for x in terms)
+    terms = ObjectiveOut(*(make(x) for x in ObjectiveOut.empty(TOKENS)))
     objective = tokfuse.Objective(shape=tokfuse.NFT(), kl=tokfuse.KL(coef=0.1), entropy_coef=0.1)
-    policy, more = cpu_policy.native_record(out[0], out[1], inputs, objective, 1.0, terms)
-    pointers = [x.data_ptr() for x in out]
-    bad_logits = spoil(logits_record, {0, 5, 6, 7, 11, 15}, {1, 3, 4, 16}).filter(threads_stay_few)
-    bad_policy = spoil(policy, {3, 4, 5, 7, 8, *range(9, 15), *range(17, 21), 22}, {1, 2}).filter(
-        lambda r: all(not (isinstance(x, int | float) and 8 < x < 5000) for x in r[21:22])
+    policy = objective_args.objective_args(
+        Fields(),
+        logp=out[0],
+        entropy=out[1],
+        inputs=inputs,
+        objective=objective,
+        inv_normalizer=1.0,
+        out=terms,
+        scratch=make(torch.zeros(4 * TOKENS)),
     )
+    bad_rows = spoil(rows, {"stride", "rows", "vocab", "tokens"}).filter(threads_stay_few)
+    bad_policy = spoil(policy, {"tokens", "seqs"}).filter(threads_stay_few)
     nullable = st.integers(-20, 6).map(lambda null: [i != null for i in range(7)])
     outcomes = {"ran": 0, "refused": 0}
 
@@ -129,41 +143,64 @@ def main() -> None:
             outcomes["refused"] += 1
         buffers.check()
 
-    def some(keep: list[bool]) -> list[int]:
-        return [p if k else 0 for p, k in zip(pointers, keep, strict=True)]
+    def stats(keep: list[bool]) -> Any:
+        given = (x if k else None for x, k in zip(out, keep, strict=True))
+        return row_args.token_stats_out(module, row_args.RowStats(*given))
 
     rules = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
     @rules
-    @given(bad_logits, nullable)
-    def forward(record: Any, keep: list[bool]) -> None:
-        attempt(lambda: module.token_stats_fwd(record, *some(keep), 0, 0, 0, 1.0))
+    @given(bad_rows, nullable)
+    def forward(fields: dict[str, Any], keep: list[bool]) -> None:
+        attempt(lambda: module.token_stats_fwd(module.LogitsArgs(**fields), stats(keep)))
 
     @rules
-    @given(bad_logits, nullable, st.sampled_from((VOCAB, VOCAB, 0, -1, VOCAB - 1)))
-    def backward(record: Any, keep: list[bool], stride: int) -> None:
-        p = some(keep)
-        attempt(lambda: module.token_stats_bwd(record, p[5], p[6], *p[:2], p[3], p[4], grad.data_ptr(), stride))
+    @given(bad_rows, nullable, st.sampled_from((VOCAB, VOCAB, 0, -1, VOCAB - 1)))
+    def backward(fields: dict[str, Any], keep: list[bool], stride: int) -> None:
+        def run() -> None:
+            logp, entropy, _, ga, gh, row_max, inv_sum = (x if k else None for x, k in zip(out, keep, strict=True))
+            gradient = module.TokenStatsGrad(
+                row_max=row_max,
+                inv_sum=inv_sum,
+                logp=logp,
+                entropy=entropy,
+                grad_logp=ga,
+                grad_entropy=gh,
+                grad_logits=grad,
+                grad_stride=stride,
+                grad_dtype=0,
+            )
+            module.token_stats_bwd(module.LogitsArgs(**fields), gradient)
+
+        attempt(run)
 
     @rules
     @given(bad_policy)
-    def loss(record: Any) -> None:
-        attempt(lambda: module.policy_loss(record))
+    def loss(fields: dict[str, Any]) -> None:
+        attempt(lambda: module.policy_loss(module.ObjectiveArgs(**fields)))
 
     @rules
-    @given(bad_logits, bad_policy, st.booleans(), st.integers(-1, 9), nullable)
-    def step(first: Any, second: Any, swap: bool, phases: int, keep: list[bool]) -> None:
-        first, second = (first, policy) if swap else (logits_record, second)
+    @given(bad_rows, bad_policy, st.booleans(), st.integers(-1, 9), nullable)
+    def step(first: dict[str, Any], second: dict[str, Any], swap: bool, phases: int, keep: list[bool]) -> None:
+        first, second = (first, policy) if swap else (rows, second)
         # Rows may only be listed where the gradient overwrites the logits.
-        kept = 0 if keep[0] else index.data_ptr()
-        attempt(lambda: module.policy_step(phases, first, second, *some(keep)[2:], grad.data_ptr(), VOCAB, kept))
+        listed = None if keep[0] else index
+        attempt(
+            lambda: module.policy_step(
+                logits=module.LogitsArgs(**first),
+                stats=stats([True, True, *keep[2:]]),
+                objective=module.ObjectiveArgs(**second),
+                grad=row_args.grad_rows(module, grad, listed),
+                phases=phases,
+            )
+        )
 
     @rules
     @given(st.lists(st.integers(-3, 9), min_size=4, max_size=4))
     def offsets(values: list[int]) -> None:
         def run() -> None:
             cu.copy_(torch.tensor(values))
-            module.policy_loss(policy)
+            module.policy_loss(module.ObjectiveArgs(**policy))
             assert values[0] == 0 and values[-1] == TOKENS and sorted(values) == values
 
         attempt(run)
@@ -173,14 +210,13 @@ def main() -> None:
     def indices(values: list[int]) -> None:
         def run() -> None:
             index.copy_(torch.tensor(values))
-            module.token_stats_fwd(logits_record, *pointers, 0, 0, 0, 1.0)
+            module.token_stats_fwd(module.LogitsArgs(**rows), stats([True] * 7))
             assert all(0 <= v < TOKENS for v in values)
 
         attempt(run)
 
     for check in (forward, backward, loss, step, offsets, indices):
         check()
-    del alive, more
     assert outcomes["ran"] > 40 and outcomes["refused"] > 100, outcomes
 
 

@@ -1,0 +1,174 @@
+"""The argument structs of objectives (csrc/common/objective_args.h), each built here and nowhere else.
+
+`native` is the module whose kernel takes the struct: `core.native.loaded()` or
+`cuda_backend.launchers()`. A struct keeps its tensors alive.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.core.native import contiguous, float_vector
+from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.metrics import SLOTS
+from tokfuse.runtime.policy.objective import Objective, ObjectiveRecord
+
+
+class ObjectiveOut(NamedTuple):
+    """What policy_loss writes; docs/names.md defines it."""
+
+    token_loss: torch.Tensor
+    d_logp: torch.Tensor
+    d_entropy: torch.Tensor
+    """(tokens,) float32 each."""
+    sums: torch.Tensor
+    """(metrics,) float64, in the order of `metrics.SLOTS`."""
+
+    @staticmethod
+    def empty(tokens: int, device: torch.device | None = None) -> "ObjectiveOut":
+        """Unwritten outputs."""
+        loss, d_logp, d_entropy = (torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(3))
+        return ObjectiveOut(loss, d_logp, d_entropy, torch.empty(len(SLOTS), dtype=torch.float64, device=device))
+
+
+class TokenResults(NamedTuple):
+    """What an objective writes for each token in the kernel that computes the statistics."""
+
+    token_loss: torch.Tensor
+    d_logp: torch.Tensor
+    d_entropy: torch.Tensor
+    ratio: torch.Tensor
+    """(tokens,) float32 each."""
+    flags: torch.Tensor
+    """(tokens,) int32."""
+
+
+class TokenPointers(NamedTuple):
+    """Per-token inputs, (tokens,) each; None: the objective has no such term. The first two are given."""
+
+    old_logp: torch.Tensor | None
+    advantage: torch.Tensor | None
+    mask: torch.Tensor | None
+    agg_weight: torch.Tensor | None
+    token_weight: torch.Tensor | None
+    signal: torch.Tensor | None
+    ref_logp: torch.Tensor | None
+    kl_weight: torch.Tensor | None
+    entropy_weight: torch.Tensor | None
+
+
+def objective_args(
+    native: Any,
+    *,
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    inputs: PolicyInputs,
+    objective: Objective,
+    inv_normalizer: float,
+    out: ObjectiveOut,
+    **scratch: torch.Tensor,
+) -> Any:
+    """ObjectiveArgs.
+
+    On policy the old log-probabilities are logp's own memory, which the fused kernel of the CPU
+    writes before it reads a token's objective.
+
+    Args:
+        inv_normalizer: 1 / normaliser; negative: 1 / this batch's own count.
+        scratch: `scratch` on the CPU, `partial` on CUDA.
+    """
+    i = inputs
+    logp = float_vector(logp)
+    cu_seqlens = contiguous(i.cu_seqlens)
+    return native.ObjectiveArgs(
+        params=objective.record,
+        tokens=logp.shape[0],
+        seqs=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        logp=logp,
+        old_logp=logp if i.old_logp is None else float_vector(i.old_logp),
+        advantage=float_vector(i.advantage),
+        advantage_per_seq=i.advantage_level == "sequence",
+        mask=contiguous(i.mask),
+        cu_seqlens=cu_seqlens,
+        token_weight=float_vector(i.token_weight),
+        signal=float_vector(i.signal),
+        ref_logp=float_vector(i.ref_logp),
+        kl_weight=float_vector(i.kl_weight),
+        entropy=float_vector(entropy),
+        entropy_weight=float_vector(i.entropy_weight),
+        inv_normalizer=inv_normalizer,
+        normalize_by_seqs=objective.counts_sequences,
+        **out._asdict(),
+        threads=torch.get_num_threads(),
+        **scratch,
+    )
+
+
+def token_objective_args(
+    native: Any, params: ObjectiveRecord, x: TokenPointers, inv_normalizer: float | torch.Tensor, out: TokenResults
+) -> Any:
+    """TokenObjectiveArgs. inv_normalizer: 1 / normaliser; a () float32 tensor: of this batch's own count."""
+    of_batch = isinstance(inv_normalizer, torch.Tensor)
+    return native.TokenObjectiveArgs(
+        params=params,
+        old_logp=x.old_logp,
+        advantage=x.advantage,
+        agg_weight=x.agg_weight,
+        token_weight=x.token_weight,
+        signal=x.signal,
+        ref_logp=x.ref_logp,
+        kl_weight=x.kl_weight,
+        entropy_weight=x.entropy_weight,
+        batch_inv_normalizer=inv_normalizer if of_batch else None,
+        inv_normalizer=1.0 if of_batch else inv_normalizer,
+        **out._asdict(),
+    )
+
+
+def prepare_args(
+    native: Any,
+    *,
+    cu_seqlens: torch.Tensor,
+    mask: torch.Tensor | None,
+    seq_advantage: torch.Tensor | None,
+    counts: torch.Tensor,
+    agg_weight: torch.Tensor | None,
+    advantage: torch.Tensor | None,
+) -> Any:
+    """PrepareArgs, written to `counts`, `agg_weight` and `advantage`."""
+    return native.PrepareArgs(
+        seqs=cu_seqlens.shape[0] - 1,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        seq_advantage=seq_advantage,
+        counts=counts,
+        agg_weight=agg_weight,
+        advantage=advantage,
+    )
+
+
+def metrics_args(
+    native: Any,
+    *,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    x: TokenPointers,
+    results: TokenResults,
+    counts: torch.Tensor | None,
+    partial: torch.Tensor,
+    sums: torch.Tensor,
+) -> Any:
+    """MetricsArgs, written to `sums`. counts: (seqs,) int32 valid tokens, or None."""
+    return native.MetricsArgs(
+        tokens=logp.shape[0],
+        seqs=0 if counts is None else counts.shape[0],
+        logp=logp,
+        entropy=entropy,
+        old_logp=x.old_logp,
+        ref_logp=x.ref_logp,
+        mask=x.mask,
+        **results._asdict(),
+        counts=counts,
+        partial=partial,
+        sums=sums,
+    )

@@ -1,0 +1,193 @@
+"""The argument structs of the row kernels (csrc/common/row_args.h), each built here and nowhere else.
+
+`native` is the module whose kernel takes the struct: `core.native.loaded()` or
+`cuda_backend.launchers()`. A struct keeps its tensors alive.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.core.codes import DIVERGENCES
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.native import DTYPE_CODE, contiguous, float_vector
+
+DIVERGENCE_STATE = 6  # kDivergenceState of csrc/common/row_args.h
+
+
+class RowStats(NamedTuple):
+    """What a forward writes for each token, (tokens,) float32 each; docs/names.md defines them."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    lse: torch.Tensor
+    sum_sq: torch.Tensor | None = None
+    top1: torch.Tensor | None = None
+    row_max: torch.Tensor | None = None
+    inv_sum: torch.Tensor | None = None
+    second_logp: torch.Tensor | None = None
+    sum_p2_logp: torch.Tensor | None = None
+    sum_p2_logp2: torch.Tensor | None = None
+
+    @staticmethod
+    def of(outputs: Sequence[torch.Tensor]) -> "RowStats":
+        """The outputs of `token_stats` in their order; an empty one was not asked for."""
+        return RowStats(*(x if x.numel() > 0 else None for x in outputs))  # type: ignore[arg-type]
+
+
+def empty_outputs(logits: torch.Tensor, second: bool = False, moments: bool = False) -> tuple[torch.Tensor, ...]:
+    """The outputs of `token_stats` in the order of `RowStats`, unwritten: seven.
+
+    With `second` (a second temperature) or `moments` ten, empty if not asked for.
+    """
+    tokens = logits.shape[0]
+    sizes = [tokens] * 7
+    if second or moments:
+        sizes += [tokens if second else 0, tokens if moments else 0, tokens if moments else 0]
+    return tuple(torch.empty(size, dtype=torch.float32, device=logits.device) for size in sizes)
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if its vocabulary is not contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _per_token(temperature: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """(temperatures, temperature): the first is None for a number."""
+    if isinstance(temperature, torch.Tensor):
+        return float_vector(temperature), 1.0
+    return None, temperature
+
+
+def logits_args(
+    native: Any,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    o: LogitOptions,
+    *,
+    index: torch.Tensor | None = None,
+    vocab: int | None = None,
+    tile: int = 0,
+    tile_stride: int = 0,
+) -> Any:
+    """LogitsArgs.
+
+    Args:
+        logits: (rows, vocab); with tiles the first one, (rows, tile).
+        target: (tokens,) int64, as the mask and the temperatures of `o`.
+        index: (rows,) int64 token of each row; None: row i is token i.
+        vocab: None: the columns of `logits`.
+        tile, tile_stride: columns of a tile and elements between tiles; CPU only.
+    """
+    logits = unit_stride(logits)
+    bias = None if o.bias_logits is None else unit_stride(o.bias_logits)
+    temperatures, temperature = _per_token(o.temperature)
+    return native.LogitsArgs(
+        logits=logits,
+        stride=logits.stride(0),
+        tile=tile,
+        tile_stride=tile_stride,
+        dtype=DTYPE_CODE[logits.dtype],
+        rows=logits.shape[0],
+        vocab=logits.shape[1] if vocab is None else vocab,
+        index=index,
+        tokens=target.shape[0],
+        target=target.contiguous(),
+        mask=contiguous(o.mask),
+        temperatures=temperatures,
+        temperature=temperature,
+        softcap=o.softcap or 0.0,
+        logit_scale=o.logit_scale,
+        bias_logits=bias,
+        bias_stride=0 if bias is None else bias.stride(0),
+        bias_scale=o.bias_scale,
+        threads=torch.get_num_threads(),
+    )
+
+
+def token_stats_out(native: Any, stats: RowStats, second_temperature: float | None = None) -> Any:
+    """TokenStatsOut, written to the tensors of `stats`."""
+    return native.TokenStatsOut(
+        **stats._asdict(), second_temperature=1.0 if second_temperature is None else second_temperature
+    )
+
+
+def token_stats_grad(
+    native: Any,
+    *,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_logits: torch.Tensor,
+) -> Any:
+    """TokenStatsGrad. row_max, inv_sum, logp and entropy: as the forward wrote them, (tokens,)."""
+    return native.TokenStatsGrad(
+        row_max=row_max,
+        inv_sum=inv_sum,
+        logp=logp,
+        entropy=entropy,
+        grad_logp=float_vector(grad_logp),
+        grad_entropy=float_vector(grad_entropy),
+        grad_logits=grad_logits,
+        grad_stride=grad_logits.stride(0),
+        grad_dtype=DTYPE_CODE[grad_logits.dtype],
+    )
+
+
+def grad_rows(native: Any, grad_logits: torch.Tensor, grad_tokens: torch.Tensor | None = None) -> Any:
+    """GradRows. grad_tokens: (rows,) int64, receives the tokens of rows with a gradient; CPU only."""
+    return native.GradRows(
+        grad_logits=grad_logits,
+        grad_stride=grad_logits.stride(0),
+        grad_dtype=DTYPE_CODE[grad_logits.dtype],
+        grad_tokens=grad_tokens,
+    )
+
+
+def kept_args(native: Any, logits: Any, ids: torch.Tensor, offsets: torch.Tensor) -> Any:
+    """KeptArgs. logits: LogitsArgs; ids: (kept,) int64; offsets: (tokens + 1,) int64."""
+    return native.KeptArgs(logits=logits, ids=ids, offsets=offsets, num_ids=ids.shape[0])
+
+
+def divergence_args(
+    native: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, o: LogitOptions, *, kind: str, beta: float
+) -> Any:
+    """DivergenceArgs. kind: one of `DIVERGENCES`."""
+    logits_p, logits_q = unit_stride(logits_p), unit_stride(logits_q)
+    temperatures, temperature = _per_token(o.temperature)
+    return native.DivergenceArgs(
+        logits_p=logits_p,
+        logits_q=logits_q,
+        stride_p=logits_p.stride(0),
+        stride_q=logits_q.stride(0),
+        dtype=DTYPE_CODE[logits_p.dtype],
+        tokens=logits_p.shape[0],
+        vocab=logits_p.shape[1],
+        mask=contiguous(o.mask),
+        temperatures=temperatures,
+        temperature=temperature,
+        softcap=o.softcap or 0.0,
+        logit_scale=o.logit_scale,
+        kind=DIVERGENCES.index(kind),
+        beta=beta,
+        threads=torch.get_num_threads(),
+    )
+
+
+def divergence_out(native: Any, divergence: torch.Tensor, state: torch.Tensor) -> Any:
+    """DivergenceOut."""
+    return native.DivergenceOut(divergence=divergence, state=state)
+
+
+def divergence_grad(native: Any, state: torch.Tensor, grad_divergence: torch.Tensor, grad_logits: torch.Tensor) -> Any:
+    """DivergenceGrad. grad_logits: (tokens, vocab), of logits_p."""
+    return native.DivergenceGrad(
+        state=state,
+        grad_divergence=float_vector(grad_divergence),
+        grad_logits=grad_logits,
+        grad_stride=grad_logits.stride(0),
+    )
