@@ -49,7 +49,7 @@ def machine_has_gpu() -> bool:
 
 
 def build_of(report: Report | None) -> Build | None:
-    """The torch that a report of `pip install --report` would install, or None.
+    """The torch that a report of `pip install --report` would install; None if it keeps what is installed.
 
     The local version names the build (2.13.0+cpu, 2.13.0+cu130). Without one, a CUDA build is known
     by the CUDA packages that it requires.
@@ -109,10 +109,7 @@ def pip_resolver(python: str, requirements: Sequence[str]) -> Resolver:
 
 
 def prepare(python: str, requirements: Sequence[str]) -> None:
-    """Install the right build of torch, unless the environment has one or pip picks it anyway."""
-    installed = [python, "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"]
-    if subprocess.run(installed, cwd=Path(python).parent).returncode == 0:
-        return
+    """Install the right build of torch, unless pip keeps the installed one or picks the right one anyway."""
     choice = choose(machine_has_gpu(), requirements, pip_resolver(python, requirements))
     if choice.remark:
         print(f"tokfuse: {choice.remark}", flush=True)
