@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import tokfuse
-from tokfuse import KL, KeepRule, Objective, PPOClip
+from tokfuse import KL, KeepRule, Objective, PPOClip, algorithms
 from tokfuse.influence import InfluenceSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,8 +199,10 @@ class Row:
         differentiable: arguments that receive a gradient.
         options: variations by name.
         dtypes: of the large input, on every backend. The reference also takes float64.
-        in_place: an argument that the function overwrites; it takes no part in torch.compile.
+        in_place: an argument that the function overwrites.
         registered: whether the function chooses a backend; False: plain torch on every device.
+        reads_host: the host reads values of a tensor, so that a CUDA graph cannot capture the call.
+        ranged: whether the function has a range in profiles.
     """
 
     op: str
@@ -212,6 +214,13 @@ class Row:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     in_place: str = ""
     registered: bool = True
+    reads_host: bool = False
+    ranged: bool = True
+
+    @property
+    def traceable(self) -> bool:
+        """Whether torch.compile(fullgraph=True) takes it."""
+        return not (self.in_place or self.reads_host)
 
 
 @dataclass(frozen=True)
@@ -271,12 +280,15 @@ class Call:
         return self.row.options[self.option] if self.option else Option()
 
 
+INPUTS = ("batch",)  # fields of a result that hold what the caller gave
+
+
 def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     """Every tensor of a result by its path of public fields."""
     if isinstance(value, torch.Tensor):
         return {name or "out": value}
     if is_dataclass(value):
-        members = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
+        members = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in INPUTS and f.name[0] != "_"}
     elif isinstance(value, tuple):
         members = dict(zip(getattr(value, "_fields", map(str, range(len(value)))), value, strict=True))
     else:
@@ -428,6 +440,23 @@ def _head(p: Problem) -> Arguments:
     return {"hidden": p.hidden(), "weight": p.weight(), "target": p.target()}
 
 
+def _preference(p: Problem, name: str, pairs: bool = True) -> Arguments:
+    """A preference loss over pairs that are apart in the batch, or over single responses."""
+    seqs = p.sizes.sequences
+    half = torch.arange(seqs // 2, device=p.device)
+    given: Arguments = {"pairs": torch.stack([half + seqs // 2, half], 1)}
+    if not pairs:
+        given = {"desirable": p.groups() > 0, "kl": p.vector("kl").abs().mean()}
+    batch = algorithms.PreferenceBatch(
+        num_tokens=p.sizes.tokens,
+        cu_seqlens=p.borders(),
+        mask=p.mask(),
+        ref_logp=p.vector("ref_logp", 0.5, -3.6),
+        **given,
+    )
+    return {"loss": algorithms.make(name), "batch": batch}
+
+
 def _kept(p: Problem) -> Arguments:
     """Up to five ids per row, one row with none; every other target is among them."""
     most = min(5, p.sizes.vocab)
@@ -531,6 +560,34 @@ ROWS: tuple[Row, ...] = (
             "compact": Option(lambda p: {"compact_clipped": True}, needs_triton=True),
             "influence": _constant(influence=InfluenceSpec(rank=8)),
         },
+    ),
+    Row(
+        "unit_step",
+        "algorithms.preference_step",
+        "head",
+        lambda p: _head(p) | _preference(p, "dpo") | {"normalizer": "batch"},
+        ("hidden", "weight", "bias"),
+        {name: option for name, option in HEAD_OPTIONS.items() if name != "mask"}
+        | {
+            "ipo": Option(lambda p: _preference(p, "ipo")),
+            "apo": Option(lambda p: _preference(p, "apo_zero")),
+            "kto": Option(lambda p: _preference(p, "kto", pairs=False)),
+            "bco": Option(
+                lambda p: _preference(p, "bco_pair") | {"state": algorithms.make("bco_pair").initial_state()}
+            ),
+        },
+        reads_host=True,
+        ranged=False,
+    ),
+    Row(
+        "token_stats",
+        "algorithms.preference_step",
+        "rows",
+        lambda p: _logits(p) | _preference(p, "dpo"),
+        ("logits",),
+        {name: option for name, option in LOGIT_OPTIONS.items() if name not in ("mask", "all", "difficult")},
+        reads_host=True,
+        ranged=False,
     ),
     Row(
         "influence",
