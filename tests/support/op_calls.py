@@ -203,6 +203,9 @@ class Row:
         registered: whether the function chooses a backend; False: plain torch on every device.
         reads_host: the host reads values of a tensor, so that a CUDA graph cannot capture the call.
         ranged: whether the function has a range in profiles.
+        traceable: whether torch.compile(fullgraph=True) takes it.
+        rich: options that between them take every branch of the op's interface: for tests of which
+            one call costs a second.
     """
 
     op: str
@@ -216,11 +219,8 @@ class Row:
     registered: bool = True
     reads_host: bool = False
     ranged: bool = True
-
-    @property
-    def traceable(self) -> bool:
-        """Whether torch.compile(fullgraph=True) takes it."""
-        return not (self.in_place or self.reads_host)
+    traceable: bool = True
+    rich: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -338,6 +338,16 @@ HEAD_OPTIONS = TEMPERATURES | {
     "frozen": Option(differentiable=("hidden",)),
     "chunks": Option(lambda p: {"memory_budget": p.budget(max(1, p.sizes.tokens // 3))}),
     "one_chunk": _constant(memory_budget=1 << 60),
+    "all": Option(
+        lambda p: {
+            "bias": p.normal("bias", p.sizes.vocab, dtype=p.dtype),
+            "temperature": p.positive("temperature"),
+            "softcap": 15.0,
+            "logit_scale": 0.8,
+            "mask": p.mask(),
+            "memory_budget": p.budget(max(1, p.sizes.tokens // 3)),
+        }
+    ),
 }
 
 
@@ -505,7 +515,7 @@ STATS_OPTIONS = LOGIT_OPTIONS | {
 
 PACKED = (torch.float32,)
 ROWS: tuple[Row, ...] = (
-    Row("token_stats", "token_stats", "rows", _logits, ("logits",), STATS_OPTIONS),
+    Row("token_stats", "token_stats", "rows", _logits, ("logits",), STATS_OPTIONS, rich=("all", "bias_logits")),
     Row(
         "extended_token_stats",
         "token_stats",
@@ -513,8 +523,17 @@ ROWS: tuple[Row, ...] = (
         lambda p: _logits(p) | {"second_temperature": 0.5, "moments": True},
         ("logits",),
         STATS_OPTIONS | {"second": _constant(moments=False), "moments": Option(lambda p: {"second_temperature": None})},
+        rich=("all",),
     ),
-    Row("kept_token_stats", "kept_token_stats", "rows", lambda p: _logits(p) | _kept(p), ("logits",), LOGIT_OPTIONS),
+    Row(
+        "kept_token_stats",
+        "kept_token_stats",
+        "rows",
+        lambda p: _logits(p) | _kept(p),
+        ("logits",),
+        LOGIT_OPTIONS,
+        rich=("all",),
+    ),
     Row(
         "paired_divergence",
         "paired_divergence",
@@ -528,8 +547,17 @@ ROWS: tuple[Row, ...] = (
             "reverse": _constant(kind="kl_reverse"),
             "beta": _constant(beta=0.2),
         },
+        rich=("all", "forward"),
     ),
-    Row("linear_token_stats", "linear_token_stats", "head", _head, ("hidden", "weight", "bias"), HEAD_OPTIONS),
+    Row(
+        "linear_token_stats",
+        "linear_token_stats",
+        "head",
+        _head,
+        ("hidden", "weight", "bias"),
+        HEAD_OPTIONS,
+        rich=("all",),
+    ),
     Row(
         "policy_loss",
         "policy_loss",
@@ -537,8 +565,17 @@ ROWS: tuple[Row, ...] = (
         lambda p: {"logp": p.vector("logp", 0.4, -3.6, dtype=p.dtype)} | _policy(p),
         ("logp", "entropy"),
         {name: _with_entropy(o) if name in ENTROPY else o for name, o in POLICY_OPTIONS.items()},
+        rich=("everything", "sequence"),
     ),
-    Row("policy_step", "policy_step", "rows", _step, ("logits",), LOGIT_OPTIONS | POLICY_OPTIONS),
+    Row(
+        "policy_step",
+        "policy_step",
+        "rows",
+        _step,
+        ("logits",),
+        LOGIT_OPTIONS | POLICY_OPTIONS,
+        rich=("everything", "sequence"),
+    ),
     Row(
         "policy_step",
         "policy_step_",
@@ -547,6 +584,8 @@ ROWS: tuple[Row, ...] = (
         (),
         LOGIT_OPTIONS | {name: POLICY_OPTIONS[name] for name in IN_PLACE},
         in_place="logits",
+        traceable=False,
+        rich=("everything",),
     ),
     Row(
         "policy_step_hidden",
@@ -560,6 +599,7 @@ ROWS: tuple[Row, ...] = (
             "compact": Option(lambda p: {"compact_clipped": True}, needs_triton=True),
             "influence": _constant(influence=InfluenceSpec(rank=8)),
         },
+        rich=("all", "sequence"),
     ),
     Row(
         "unit_step",
@@ -567,7 +607,7 @@ ROWS: tuple[Row, ...] = (
         "head",
         lambda p: _head(p) | _preference(p, "dpo") | {"normalizer": "batch"},
         ("hidden", "weight", "bias"),
-        {name: option for name, option in HEAD_OPTIONS.items() if name != "mask"}
+        {name: option for name, option in HEAD_OPTIONS.items() if name not in ("mask", "all")}
         | {
             "ipo": Option(lambda p: _preference(p, "ipo")),
             "apo": Option(lambda p: _preference(p, "apo_zero")),
@@ -578,6 +618,7 @@ ROWS: tuple[Row, ...] = (
         },
         reads_host=True,
         ranged=False,
+        traceable=False,
     ),
     Row(
         "token_stats",
@@ -588,6 +629,7 @@ ROWS: tuple[Row, ...] = (
         {name: option for name, option in LOGIT_OPTIONS.items() if name not in ("mask", "all", "difficult")},
         reads_host=True,
         ranged=False,
+        traceable=False,
     ),
     Row(
         "influence",
@@ -601,6 +643,7 @@ ROWS: tuple[Row, ...] = (
             "max_seqlen": p.sizes.tokens,
         },
         options={"seed": _constant(seed=3), "no_projection": _constant(rank=None)},
+        traceable=False,  # draws its projections
     ),
     Row(
         "influence",
@@ -642,6 +685,7 @@ ROWS: tuple[Row, ...] = (
             "length_adaptive": _constant(lam=1.0, length_adaptive_alpha=0.05),
         },
         dtypes=PACKED,
+        rich=("finished",),
     ),
     Row(
         "vtrace",
@@ -660,6 +704,7 @@ ROWS: tuple[Row, ...] = (
             "finished": Option(lambda p: {"finished": _finished(p)}),
         },
         dtypes=PACKED,
+        rich=("finished",),
     ),
     Row(
         "whiten",
@@ -672,6 +717,7 @@ ROWS: tuple[Row, ...] = (
             "given": Option(lambda p: {"mean": p.vector("mean")[:1].sum(), "var": p.positive("var")[:1].sum()}),
         },
         dtypes=PACKED,
+        rich=("mask",),
     ),
     Row(
         "group_advantage",
@@ -697,6 +743,7 @@ ROWS: tuple[Row, ...] = (
             "singleton": _constant(singleton="zero", eps=1e-4),
         },
         dtypes=PACKED,
+        rich=("remax", "gbpo_target"),
     ),
     Row(
         "segment_moments",
@@ -709,6 +756,7 @@ ROWS: tuple[Row, ...] = (
             "sequences": Option(lambda p: {"segment_ids": None, "num_segments": None, "cu_seqlens": p.borders()}),
         },
         dtypes=(torch.float32, torch.float64),
+        rich=("mask", "sequences"),
     ),
     Row(
         "offpolicy_weights",
@@ -749,6 +797,7 @@ ROWS: tuple[Row, ...] = (
             ),
         },
         dtypes=PACKED,
+        rich=("rules", "external"),
     ),
     Row(
         "ope",
@@ -761,17 +810,21 @@ ROWS: tuple[Row, ...] = (
             "direct": Option(lambda p: {"q_pi": p.vector("q_pi")}),
         },
         dtypes=PACKED,
+        rich=("doubly_robust",),
     ),
 )
 
 
-def calls(*families: str, options: bool = True) -> Iterator[Call]:
-    """Every call of the rows of these families, or of all; without `options` one per row."""
+def calls(*families: str, options: str = "every") -> Iterator[Call]:
+    """The calls of the rows of these families, or of all rows.
+
+    options: "every"; "rich", the row's own choice of them; "none", one call per row.
+    """
     for row in ROWS:
         if not families or row.family in families:
             yield Call(row)
-            if options:
-                yield from (Call(row, name) for name in row.options)
+            names = {"every": tuple(row.options), "rich": row.rich, "none": ()}[options]
+            yield from (Call(row, name) for name in names)
 
 
 def named(name: str) -> Call:
