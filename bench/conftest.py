@@ -1,4 +1,4 @@
-"""Makes `pytest bench` collect `bench_<op>.py`; `pytest tests` never comes here."""
+"""Makes `pytest bench` collect bench_ops.py; `pytest tests` never comes here."""
 
 import os
 from pathlib import Path

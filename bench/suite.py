@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -25,21 +26,25 @@ from tokfuse.runtime.core.errors import BackendUnavailable
 PEERS = ("torch_eager", "cross_entropy")
 
 
-def parameters(module: ModuleType) -> list[Any]:
-    """One pytest parameter per case, dtype and provider of an op."""
+def parameters(modules: Iterable[ModuleType]) -> list[Any]:
+    """One pytest parameter per op, case, dtype, shape and provider."""
     full = os.environ.get("TOKFUSE_BENCH_FULL", "0") not in ("", "0")
-    out = []
-    for shape in module.SHAPES if full else module.QUICK_SHAPES:
-        sizes = [int(part) for part in shape.split("x")]
+    return [
+        pytest.param(module, config, name, id=f"{label}-{name}")
+        for module in modules
+        for label, config in _configs(module, module.SHAPES if full else module.QUICK_SHAPES)
+        for name in (*getattr(module, "OURS", ("tokfuse",)), *PEERS)
+    ]
+
+
+def _configs(module: ModuleType, shapes: tuple[str, ...]) -> Iterator[tuple[str, Config]]:
+    """(label, configuration) of every case of an op in these shapes."""
+    for shape in shapes:
+        tokens, *hidden, vocab = (int(part) for part in shape.split("x"))
         for dtype in module.DTYPES:
             for mode, variant in module.CASES:
-                config = Config(
-                    module.OP, mode, variant, dtype, sizes[0], sizes[-1], sizes[1] if len(sizes) == 3 else 0
-                )
-                for name in (*getattr(module, "OURS", ("tokfuse",)), *PEERS):
-                    label = f"{mode}-{variant}-{dtype}-{shape}-{name}"
-                    out.append(pytest.param(config, name, id=label))
-    return out
+                config = Config(module.OP, mode, variant, dtype, tokens, vocab, hidden[0] if hidden else 0)
+                yield f"{module.OP}-{mode}-{variant}-{dtype}-{shape}", config
 
 
 def run(benchmark: Any, module: ModuleType, config: Config, name: str) -> None:

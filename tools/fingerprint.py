@@ -23,6 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,13 @@ def plan(backend: str) -> Iterator[tuple[str, Any, Any]]:
         if backend == "reference" and torch.float64 not in dtypes:
             dtypes = (*dtypes, torch.float64)
         for number, dtype in enumerate(dtypes):
-            for label, size in sizes.items():
-                plain = not call.option
-                if backend == "triton" and (label == "aligned" or not (plain or (number == 0 and label == "small"))):
-                    continue
-                if backend == "cuda" and not (plain or label == "small" or (number == 0 and label == "wide")):
-                    continue
+            # The first dtype has every option in every size, the others only every option.
+            labels = list(sizes) if number == 0 or not call.option else ["small"]
+            if backend == "triton":  # interpreted: seconds a call
+                labels = ["small", "wide"] if not call.option else labels[:1] if number == 0 else []
+            for label in labels:
                 name = f"{call.name} {label} {str(dtype).removeprefix('torch.')}"
-                yield name, call, table.Problem(size, dtype=dtype)
+                yield name, call, table.Problem(sizes[label], dtype=dtype)
 
 
 def single(backend: str) -> Digests:
@@ -107,11 +107,11 @@ def single(backend: str) -> Digests:
 
     found: Digests = {}
     for name, call, problem in plan(backend):
-        found[name] = digests(lambda: call.run(problem))  # noqa: B023
+        found[name] = digests(partial(call.run, problem))
         if call.row.differentiable:
-            found[f"{name} forward"] = digests(lambda: forward(call, problem))  # noqa: B023
+            found[f"{name} forward"] = digests(partial(forward, call, problem))
             if not call.option:
-                found[f"{name} half"] = digests(lambda: call.run(problem, 0.5))  # noqa: B023
+                found[f"{name} half"] = digests(partial(call.run, problem, 0.5))
         print(f"\r{len(found):5d} {name:80.80}", end="", file=sys.stderr)
     print(file=sys.stderr)
     return found

@@ -27,8 +27,10 @@ def policy_loss(
     """Terms of an objective of any level; the loss keeps its graph. A `LossRun`."""
     loss, token_loss, sums = reference.forward(logp, entropy, inputs, objective, inv_normalizer)
     if torch.compiler.is_compiling():
-        zero = torch.zeros_like(token_loss)
-        return PolicyTerms(loss, token_loss, zero, zero, sums)
+        # torch.compile makes the backward, so the coefficients are unknown here.
+        sums[SLOT["grad_rows"]] = float("nan")
+        unknown = torch.full_like(token_loss, float("nan"))
+        return PolicyTerms(loss, token_loss, unknown, unknown, sums)
     with torch.inference_mode(False), torch.enable_grad():
         x = usable_by_autograd(logp.detach()).requires_grad_()
         h = None if entropy is None else usable_by_autograd(entropy.detach()).requires_grad_()

@@ -42,8 +42,8 @@ class Metrics:
     `mean()` gives: clip_low, clip_high, dual_clip (fractions of valid tokens whose gradient the
     clip removed, by side), kl_k1, kl_k3 (old against current policy), ref_kl_k1, ref_kl_k3 (current
     against reference), sampler_kl_k3, ratio, ratio_min, ratio_max, entropy, masked (fraction of all
-    tokens), grad_rows (fraction of valid tokens whose final coefficient is not zero), loss, tokens,
-    seqs.
+    tokens), grad_rows (fraction of valid tokens whose final coefficient is not zero; NaN on the
+    reference inside torch.compile, which makes the backward later), loss, tokens, seqs.
     """
 
     sums: torch.Tensor

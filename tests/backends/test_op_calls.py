@@ -23,6 +23,8 @@ REGISTRY = [row for row in dispatch.table() if row["built"]]
 FUNCTIONS = {
     name for name, module in tokfuse._PUBLIC.items() if name.islower() and module.startswith("tokfuse.runtime.ops.")
 } | {f"influence.{name}" for name in ("logit_norms", "head_norms", "hidden_norms", "sketch")}
+# Functions of a higher layer that an op of the registry is reached through.
+FUNCTIONS |= {"algorithms.preference_step"}
 
 
 def given(function: str) -> dict[str, set[str]]:

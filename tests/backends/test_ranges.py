@@ -10,45 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from op_calls import SMALL, Problem, calls
 from torch.profiler import ProfilerActivity, profile
 
 import tokfuse
 from tokfuse.runtime.core import dispatch, ranges
 
-TOKENS, VOCAB, HIDDEN = 6, 16, 8
-LOGITS, HEAD = torch.randn(TOKENS, VOCAB), torch.randn(VOCAB, HIDDEN)
-STATES, TARGET = torch.randn(TOKENS, HIDDEN), torch.arange(TOKENS)
-CU = torch.tensor([0, 2, TOKENS], dtype=torch.int32)
-POLICY = {
-    "old_logp": torch.zeros(TOKENS),
-    "advantage": torch.ones(TOKENS),
-    "objective": tokfuse.Objective(),
-    "normalizer": 6.0,
-}
-
-
-def leaf(x: torch.Tensor) -> torch.Tensor:
-    return x.clone().requires_grad_()
-
-
-CALLS: dict[str, Callable[[], Any]] = {
-    "token_stats": lambda: tokfuse.token_stats(leaf(LOGITS), TARGET).logp.sum(),
-    "linear_token_stats": lambda: tokfuse.linear_token_stats(leaf(STATES), leaf(HEAD), TARGET).logp.sum(),
-    "kept_token_stats": lambda: tokfuse.kept_token_stats(
-        leaf(LOGITS), TARGET, TARGET, torch.arange(TOKENS + 1)
-    ).logp.sum(),
-    "paired_divergence": lambda: tokfuse.paired_divergence(leaf(LOGITS), LOGITS).sum(),
-    "policy_loss": lambda: tokfuse.policy_loss(leaf(torch.zeros(TOKENS)), **POLICY).loss,
-    "policy_step": lambda: tokfuse.policy_step(logits=leaf(LOGITS), target=TARGET, **POLICY).loss,
-    "segment_moments": lambda: tokfuse.segment_moments(leaf(torch.ones(TOKENS)), cu_seqlens=CU).sum.sum(),
-}
-WITHOUT_BACKWARD: dict[str, Callable[[], Any]] = {
-    "policy_step_": lambda: tokfuse.policy_step_(LOGITS.clone(), target=TARGET, **POLICY),
-    "gae": lambda: tokfuse.gae(torch.ones(TOKENS), torch.ones(TOKENS), cu_seqlens=CU),
-    "whiten": lambda: tokfuse.whiten(torch.randn(TOKENS)),
-    "group_advantage": lambda: tokfuse.group_advantage(torch.ones(4), torch.tensor([0, 0, 1, 1]), kind="grpo"),
-    "influence.head_norms": lambda: tokfuse.influence.head_norms(torch.ones(TOKENS), STATES),
-}
+LOGITS, TARGET = torch.randn(6, 16), torch.arange(6)
+CALLS = {call.name: call for call in calls(options="none") if call.row.ranged}
 
 
 def names_of(call: Callable[[], Any]) -> list[str]:
@@ -59,29 +28,18 @@ def names_of(call: Callable[[], Any]) -> list[str]:
     return [e.name for e in sorted(events, key=lambda e: e.time_range.start)]
 
 
-@pytest.mark.parametrize("op", CALLS)
-def test_forward_and_backward_are_named(op: str) -> None:
-    names = names_of(lambda: CALLS[op]().backward())
-    assert [n for n in names if n.endswith((".fwd", ".bwd"))] == [f"tokfuse::{op}.fwd", f"tokfuse::{op}.bwd"]
-
-
-@pytest.mark.parametrize("op", WITHOUT_BACKWARD)
-def test_forward_is_named(op: str) -> None:
-    assert f"tokfuse::{op}.fwd" in names_of(WITHOUT_BACKWARD[op])
-
-
-def test_step_from_hidden_states_is_named() -> None:
-    def step() -> None:
-        arguments = {"hidden": leaf(STATES), "weight": leaf(HEAD), "target": TARGET}
-        tokfuse.policy_step(**arguments, **POLICY).loss.backward()
-
-    assert names_of(step)[0] == "tokfuse::policy_step.fwd"
-    assert names_of(step)[-1] == "tokfuse::policy_step.bwd"
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_and_backward_are_named(name: str) -> None:
+    call = CALLS[name]
+    given = call.arguments(Problem(SMALL))
+    outer = f"tokfuse::{call.row.function}"
+    names = [n for n in names_of(lambda: call.apply(given)) if n.startswith(outer)]
+    assert names == ([f"{outer}.fwd", f"{outer}.bwd"] if call.row.differentiable else [f"{outer}.fwd"])
 
 
 def test_every_backend_is_named() -> None:
     with dispatch.backend("reference"):
-        assert "tokfuse::token_stats.fwd" in names_of(CALLS["token_stats"])
+        assert "tokfuse::token_stats.fwd" in names_of(lambda: CALLS["token_stats"].run(Problem(SMALL)))
 
 
 def test_compiled_code_has_the_ranges_of_its_custom_ops() -> None:
@@ -89,20 +47,14 @@ def test_compiled_code_has_the_ranges_of_its_custom_ops() -> None:
         return tokfuse.token_stats(logits, TARGET).logp.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    compiled(leaf(LOGITS)).backward()
-    names = names_of(lambda: compiled(leaf(LOGITS)).backward())
+    compiled(LOGITS.clone().requires_grad_()).backward()
+    names = names_of(lambda: compiled(LOGITS.clone().requires_grad_()).backward())
     assert {"tokfuse::token_stats.fwd", "tokfuse::token_stats.bwd"} <= set(names)
 
 
 def test_every_public_op_is_ranged() -> None:
     """An op without the decorator would be missing from every profile."""
-    ops = [
-        name for name, module in tokfuse._PUBLIC.items() if name.islower() and module.startswith("tokfuse.runtime.ops.")
-    ]
-    functions = {name: getattr(tokfuse, name) for name in ops}
-    functions |= {
-        f"influence.{n}": getattr(tokfuse.influence, n) for n in ("logit_norms", "head_norms", "hidden_norms", "sketch")
-    }
+    functions = {call.row.function: call.function() for call in CALLS.values()}
     assert len(functions) > 15
     for name, function in functions.items():
         while isinstance(function, type(names_of)) and hasattr(function, "__wrapped__"):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import tokfuse
-from tokfuse import KL, KeepRule, Objective, PPOClip
+from tokfuse import KL, KeepRule, Objective, PPOClip, algorithms
 from tokfuse.influence import InfluenceSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,8 +199,13 @@ class Row:
         differentiable: arguments that receive a gradient.
         options: variations by name.
         dtypes: of the large input, on every backend. The reference also takes float64.
-        in_place: an argument that the function overwrites; it takes no part in torch.compile.
+        in_place: an argument that the function overwrites.
         registered: whether the function chooses a backend; False: plain torch on every device.
+        reads_host: the host reads values of a tensor, so that a CUDA graph cannot capture the call.
+        ranged: whether the function has a range in profiles.
+        traceable: whether torch.compile(fullgraph=True) takes it.
+        rich: options that between them take every branch of the op's interface: for tests of which
+            one call costs a second.
     """
 
     op: str
@@ -212,6 +217,10 @@ class Row:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     in_place: str = ""
     registered: bool = True
+    reads_host: bool = False
+    ranged: bool = True
+    traceable: bool = True
+    rich: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,12 +280,15 @@ class Call:
         return self.row.options[self.option] if self.option else Option()
 
 
+INPUTS = ("batch",)  # fields of a result that hold what the caller gave
+
+
 def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     """Every tensor of a result by its path of public fields."""
     if isinstance(value, torch.Tensor):
         return {name or "out": value}
     if is_dataclass(value):
-        members = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
+        members = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in INPUTS and f.name[0] != "_"}
     elif isinstance(value, tuple):
         members = dict(zip(getattr(value, "_fields", map(str, range(len(value)))), value, strict=True))
     else:
@@ -326,6 +338,16 @@ HEAD_OPTIONS = TEMPERATURES | {
     "frozen": Option(differentiable=("hidden",)),
     "chunks": Option(lambda p: {"memory_budget": p.budget(max(1, p.sizes.tokens // 3))}),
     "one_chunk": _constant(memory_budget=1 << 60),
+    "all": Option(
+        lambda p: {
+            "bias": p.normal("bias", p.sizes.vocab, dtype=p.dtype),
+            "temperature": p.positive("temperature"),
+            "softcap": 15.0,
+            "logit_scale": 0.8,
+            "mask": p.mask(),
+            "memory_budget": p.budget(max(1, p.sizes.tokens // 3)),
+        }
+    ),
 }
 
 
@@ -428,6 +450,23 @@ def _head(p: Problem) -> Arguments:
     return {"hidden": p.hidden(), "weight": p.weight(), "target": p.target()}
 
 
+def _preference(p: Problem, name: str, pairs: bool = True) -> Arguments:
+    """A preference loss over pairs that are apart in the batch, or over single responses."""
+    seqs = p.sizes.sequences
+    half = torch.arange(seqs // 2, device=p.device)
+    given: Arguments = {"pairs": torch.stack([half + seqs // 2, half], 1)}
+    if not pairs:
+        given = {"desirable": p.groups() > 0, "kl": p.vector("kl").abs().mean()}
+    batch = algorithms.PreferenceBatch(
+        num_tokens=p.sizes.tokens,
+        cu_seqlens=p.borders(),
+        mask=p.mask(),
+        ref_logp=p.vector("ref_logp", 0.5, -3.6),
+        **given,
+    )
+    return {"loss": algorithms.make(name), "batch": batch}
+
+
 def _kept(p: Problem) -> Arguments:
     """Up to five ids per row, one row with none; every other target is among them."""
     most = min(5, p.sizes.vocab)
@@ -476,7 +515,7 @@ STATS_OPTIONS = LOGIT_OPTIONS | {
 
 PACKED = (torch.float32,)
 ROWS: tuple[Row, ...] = (
-    Row("token_stats", "token_stats", "rows", _logits, ("logits",), STATS_OPTIONS),
+    Row("token_stats", "token_stats", "rows", _logits, ("logits",), STATS_OPTIONS, rich=("all", "bias_logits")),
     Row(
         "extended_token_stats",
         "token_stats",
@@ -484,8 +523,17 @@ ROWS: tuple[Row, ...] = (
         lambda p: _logits(p) | {"second_temperature": 0.5, "moments": True},
         ("logits",),
         STATS_OPTIONS | {"second": _constant(moments=False), "moments": Option(lambda p: {"second_temperature": None})},
+        rich=("all",),
     ),
-    Row("kept_token_stats", "kept_token_stats", "rows", lambda p: _logits(p) | _kept(p), ("logits",), LOGIT_OPTIONS),
+    Row(
+        "kept_token_stats",
+        "kept_token_stats",
+        "rows",
+        lambda p: _logits(p) | _kept(p),
+        ("logits",),
+        LOGIT_OPTIONS,
+        rich=("all",),
+    ),
     Row(
         "paired_divergence",
         "paired_divergence",
@@ -499,8 +547,17 @@ ROWS: tuple[Row, ...] = (
             "reverse": _constant(kind="kl_reverse"),
             "beta": _constant(beta=0.2),
         },
+        rich=("all", "forward"),
     ),
-    Row("linear_token_stats", "linear_token_stats", "head", _head, ("hidden", "weight", "bias"), HEAD_OPTIONS),
+    Row(
+        "linear_token_stats",
+        "linear_token_stats",
+        "head",
+        _head,
+        ("hidden", "weight", "bias"),
+        HEAD_OPTIONS,
+        rich=("all",),
+    ),
     Row(
         "policy_loss",
         "policy_loss",
@@ -508,8 +565,17 @@ ROWS: tuple[Row, ...] = (
         lambda p: {"logp": p.vector("logp", 0.4, -3.6, dtype=p.dtype)} | _policy(p),
         ("logp", "entropy"),
         {name: _with_entropy(o) if name in ENTROPY else o for name, o in POLICY_OPTIONS.items()},
+        rich=("everything", "sequence"),
     ),
-    Row("policy_step", "policy_step", "rows", _step, ("logits",), LOGIT_OPTIONS | POLICY_OPTIONS),
+    Row(
+        "policy_step",
+        "policy_step",
+        "rows",
+        _step,
+        ("logits",),
+        LOGIT_OPTIONS | POLICY_OPTIONS,
+        rich=("everything", "sequence"),
+    ),
     Row(
         "policy_step",
         "policy_step_",
@@ -518,6 +584,8 @@ ROWS: tuple[Row, ...] = (
         (),
         LOGIT_OPTIONS | {name: POLICY_OPTIONS[name] for name in IN_PLACE},
         in_place="logits",
+        traceable=False,
+        rich=("everything",),
     ),
     Row(
         "policy_step_hidden",
@@ -531,6 +599,37 @@ ROWS: tuple[Row, ...] = (
             "compact": Option(lambda p: {"compact_clipped": True}, needs_triton=True),
             "influence": _constant(influence=InfluenceSpec(rank=8)),
         },
+        rich=("all", "sequence"),
+    ),
+    Row(
+        "unit_step",
+        "algorithms.preference_step",
+        "head",
+        lambda p: _head(p) | _preference(p, "dpo") | {"normalizer": "batch"},
+        ("hidden", "weight", "bias"),
+        {name: option for name, option in HEAD_OPTIONS.items() if name not in ("mask", "all")}
+        | {
+            "ipo": Option(lambda p: _preference(p, "ipo")),
+            "apo": Option(lambda p: _preference(p, "apo_zero")),
+            "kto": Option(lambda p: _preference(p, "kto", pairs=False)),
+            "bco": Option(
+                lambda p: _preference(p, "bco_pair") | {"state": algorithms.make("bco_pair").initial_state()}
+            ),
+        },
+        reads_host=True,
+        ranged=False,
+        traceable=False,
+    ),
+    Row(
+        "token_stats",
+        "algorithms.preference_step",
+        "rows",
+        lambda p: _logits(p) | _preference(p, "dpo"),
+        ("logits",),
+        {name: option for name, option in LOGIT_OPTIONS.items() if name not in ("mask", "all", "difficult")},
+        reads_host=True,
+        ranged=False,
+        traceable=False,
     ),
     Row(
         "influence",
@@ -544,6 +643,7 @@ ROWS: tuple[Row, ...] = (
             "max_seqlen": p.sizes.tokens,
         },
         options={"seed": _constant(seed=3), "no_projection": _constant(rank=None)},
+        traceable=False,  # draws its projections
     ),
     Row(
         "influence",
@@ -585,6 +685,7 @@ ROWS: tuple[Row, ...] = (
             "length_adaptive": _constant(lam=1.0, length_adaptive_alpha=0.05),
         },
         dtypes=PACKED,
+        rich=("finished",),
     ),
     Row(
         "vtrace",
@@ -603,6 +704,7 @@ ROWS: tuple[Row, ...] = (
             "finished": Option(lambda p: {"finished": _finished(p)}),
         },
         dtypes=PACKED,
+        rich=("finished",),
     ),
     Row(
         "whiten",
@@ -615,6 +717,7 @@ ROWS: tuple[Row, ...] = (
             "given": Option(lambda p: {"mean": p.vector("mean")[:1].sum(), "var": p.positive("var")[:1].sum()}),
         },
         dtypes=PACKED,
+        rich=("mask",),
     ),
     Row(
         "group_advantage",
@@ -640,6 +743,7 @@ ROWS: tuple[Row, ...] = (
             "singleton": _constant(singleton="zero", eps=1e-4),
         },
         dtypes=PACKED,
+        rich=("remax", "gbpo_target"),
     ),
     Row(
         "segment_moments",
@@ -652,6 +756,7 @@ ROWS: tuple[Row, ...] = (
             "sequences": Option(lambda p: {"segment_ids": None, "num_segments": None, "cu_seqlens": p.borders()}),
         },
         dtypes=(torch.float32, torch.float64),
+        rich=("mask", "sequences"),
     ),
     Row(
         "offpolicy_weights",
@@ -692,6 +797,7 @@ ROWS: tuple[Row, ...] = (
             ),
         },
         dtypes=PACKED,
+        rich=("rules", "external"),
     ),
     Row(
         "ope",
@@ -704,17 +810,21 @@ ROWS: tuple[Row, ...] = (
             "direct": Option(lambda p: {"q_pi": p.vector("q_pi")}),
         },
         dtypes=PACKED,
+        rich=("doubly_robust",),
     ),
 )
 
 
-def calls(*families: str, options: bool = True) -> Iterator[Call]:
-    """Every call of the rows of these families, or of all; without `options` one per row."""
+def calls(*families: str, options: str = "every") -> Iterator[Call]:
+    """The calls of the rows of these families, or of all rows.
+
+    options: "every"; "rich", the row's own choice of them; "none", one call per row.
+    """
     for row in ROWS:
         if not families or row.family in families:
             yield Call(row)
-            if options:
-                yield from (Call(row, name) for name in row.options)
+            names = {"every": tuple(row.options), "rich": row.rich, "none": ()}[options]
+            yield from (Call(row, name) for name in names)
 
 
 def named(name: str) -> Call:
