@@ -204,9 +204,10 @@ __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, 
   const auto load_tile = [&](int v) {
 #pragma unroll
     for (int j = 0; j < kTile; j++) z[j] = row.whole(v + j * threads);
-    if (!has_bias) return;
+    if (has_bias) {
 #pragma unroll
-    for (int j = 0; j < kTile; j++) bias[j] = row.whole_bias(v + j * threads);
+      for (int j = 0; j < kTile; j++) bias[j] = row.whole_bias(v + j * threads);
+    }
   };
   int v = thread;
   for (; v + reach < whole; v += kTile * threads) {
