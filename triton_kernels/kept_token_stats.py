@@ -50,7 +50,7 @@ def kept_token_stats_fwd_kernel(
     logp_ptr,  # (T,) float32, and so are all that follow
     entropy_ptr,
     lse_ptr,
-    m_ptr,
+    row_max_ptr,
     inv_sum_ptr,
     stride_logits_t,
     num_kept,
@@ -96,7 +96,7 @@ def kept_token_stats_fwd_kernel(
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     tl.store(lse_ptr + row, lse)
-    tl.store(m_ptr + row, row_m)
+    tl.store(row_max_ptr + row, row_m)
     tl.store(inv_sum_ptr + row, inv_sum)
 
 
@@ -108,7 +108,7 @@ def kept_token_stats_bwd_kernel(
     offsets_ptr,  # (T + 1,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    m_ptr,  # (T,) float32, and so are the next three
+    row_max_ptr,  # (T,) float32, and so are the next three
     inv_sum_ptr,
     logp_ptr,
     entropy_ptr,
@@ -151,7 +151,7 @@ def kept_token_stats_bwd_kernel(
     ga = tl.where(tl.sum(found, axis=0) > 0, ga, tl.where(in_row | (ga == 0.0), 0.0, float("nan")))
 
     c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP)
-    m = tl.load(m_ptr + row)
+    m = tl.load(row_max_ptr + row)
     logp, entropy = tl.load(logp_ptr + row), tl.load(entropy_ptr + row)
     a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
     for start in range(begin, end, TILE):
@@ -219,7 +219,7 @@ def kept_token_stats_bwd(
     target: torch.Tensor,
     ids: torch.Tensor,
     offsets: torch.Tensor,
-    m: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
     logp: torch.Tensor,
     entropy: torch.Tensor,
@@ -245,7 +245,7 @@ def kept_token_stats_bwd(
             offsets,
             rows.contiguous(mask),
             vector,
-            m,
+            row_max,
             inv_sum,
             logp,
             entropy,

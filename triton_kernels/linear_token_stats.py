@@ -138,7 +138,7 @@ def linear_merge_kernel(
     lse_ptr,
     sum_sq_ptr,
     top1_ptr,
-    m_ptr,
+    row_max_ptr,
     inv_sum_ptr,
     num_tokens,
     vocab_size,
@@ -186,7 +186,7 @@ def linear_merge_kernel(
     tl.store(lse_ptr + offs_t, lse, mask=in_range)
     tl.store(sum_sq_ptr + offs_t, sum_sq, mask=in_range)
     tl.store(top1_ptr + offs_t, top1, mask=in_range)
-    tl.store(m_ptr + offs_t, m, mask=in_range)
+    tl.store(row_max_ptr + offs_t, m, mask=in_range)
     tl.store(inv_sum_ptr + offs_t, inv_sum, mask=in_range)
 
 

@@ -47,11 +47,11 @@ def token_stats_fwd_kernel(
     lse_ptr,
     sum_sq_ptr,
     top1_ptr,
-    m_ptr,
+    row_max_ptr,
     inv_sum_ptr,
     second_logp_ptr,  # or None
-    p2_logp_ptr,  # or None
-    p2_logp2_ptr,  # or None
+    sum_p2_logp_ptr,  # or None
+    sum_p2_logp2_ptr,  # or None
     stride_logits_t,
     stride_bias_t,
     vocab_size,
@@ -69,7 +69,7 @@ def token_stats_fwd_kernel(
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     row = tl.program_id(0).to(tl.int64)  # int64 before it meets a stride: T * V passes 2^31
     SECOND: tl.constexpr = second_logp_ptr is not None
-    MOMENTS: tl.constexpr = p2_logp_ptr is not None
+    MOMENTS: tl.constexpr = sum_p2_logp_ptr is not None
     counts = row >= 0  # every row
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
@@ -126,7 +126,7 @@ def token_stats_fwd_kernel(
     tl.store(lse_ptr + row, lse)
     tl.store(sum_sq_ptr + row, sum_sq)
     tl.store(top1_ptr + row, top1)
-    tl.store(m_ptr + row, row_m)
+    tl.store(row_max_ptr + row, row_m)
     tl.store(inv_sum_ptr + row, inv_sum)
     dead = rest == -1.0
     d = maximum(d_y, rows.FARTHEST)
@@ -145,9 +145,9 @@ def token_stats_fwd_kernel(
         p_d = (row_two * (row_ssd + row_step * row_ss) + de * tl.exp2(d * c)) * nats * inv_sum * inv_sum
         log_s = rows.log_sum(rest)
         zero = inv_sum == 0.0
-        tl.store(p2_logp_ptr + row, tl.where(zero, 0.0, p_d - log_s * sum_sq))
+        tl.store(sum_p2_logp_ptr + row, tl.where(zero, 0.0, p_d - log_s * sum_sq))
         p2_logp2 = p_dd - log_s * (2.0 * p_d - log_s * sum_sq)
-        tl.store(p2_logp2_ptr + row, tl.where(zero, 0.0, p2_logp2))
+        tl.store(sum_p2_logp2_ptr + row, tl.where(zero, 0.0, p2_logp2))
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def token_stats_bwd_kernel(
     target_ptr,  # (T,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    m_ptr,  # (T,) float32, and so are the next three
+    row_max_ptr,  # (T,) float32, and so are the next three
     inv_sum_ptr,
     logp_ptr,
     entropy_ptr,
@@ -220,7 +220,7 @@ def token_stats_bwd_kernel(
             store(grad_row_ptr + start + offs_v, none)
     else:
         c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS)
-        m = tl.load(m_ptr + row)
+        m = tl.load(row_max_ptr + row)
         y = tl.load(target_ptr + row)
         known = ((y >= 0) & (y < vocab_size)) | (y == rows.ELSEWHERE)
         ga = tl.where((ga == 0.0) | known, ga, float("nan"))
@@ -280,7 +280,7 @@ def token_stats_fwd(
     if extended:
         sizes += [0 if second_temperature is None else tokens] + [tokens if moments else 0] * 2
     out = [torch.empty(n, dtype=torch.float32, device=logits.device) for n in sizes]
-    second, p2_logp, p2_logp2 = out[7:] or [None] * 3
+    second_logp, sum_p2_logp, sum_p2_logp2 = out[7:] or [None] * 3
     vector, scalar = rows.per_row(temperature)
     if tokens:
         config = launch.choose("token_stats_fwd", logits)
@@ -291,9 +291,9 @@ def token_stats_fwd(
             rows.contiguous(mask),
             vector,
             *out[:7],
-            None if second_temperature is None else second,
-            p2_logp if moments else None,
-            p2_logp2 if moments else None,
+            None if second_temperature is None else second_logp,
+            sum_p2_logp if moments else None,
+            sum_p2_logp2 if moments else None,
             logits.stride(0),
             0 if bias_logits is None else bias_logits.stride(0),
             vocab,
@@ -312,7 +312,7 @@ def token_stats_fwd(
 def token_stats_bwd(
     logits: torch.Tensor,
     target: torch.Tensor,
-    m: torch.Tensor,
+    row_max: torch.Tensor,
     inv_sum: torch.Tensor,
     logp: torch.Tensor,
     entropy: torch.Tensor,
@@ -329,7 +329,7 @@ def token_stats_bwd(
 ) -> torch.Tensor:
     """The gradient of the logits, into `out` if given; `out` may be `logits` itself.
 
-    `m` and `inv_sum` are the sixth and seventh output of `token_stats_fwd`.
+    `row_max` and `inv_sum` are the sixth and seventh output of `token_stats_fwd`.
     """
     tokens, vocab = logits.shape
     if out is None:
@@ -345,7 +345,7 @@ def token_stats_bwd(
             target.contiguous(),
             rows.contiguous(mask),
             vector,
-            m,
+            row_max,
             inv_sum,
             logp,
             entropy,
