@@ -22,6 +22,7 @@ from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import ABSENT, PolicyLoss, PolicyTerms, loss_result, sampler_mismatch
+from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 
 OP = "policy_loss"
 
@@ -161,7 +162,7 @@ def _apply(
 register_cpu(OP, cpu_policy.policy_loss, FLOAT_DTYPES)
 register_cuda(OP, cuda_policy.policy_loss, FLOAT_DTYPES)
 register_triton(OP, triton_policy.policy_loss, FLOAT_DTYPES)
-register_reference(OP, reference_policy.policy_loss)
+register_reference(OP, reference_policy.policy_loss, WITHOUT_KERNELS)
 
 
 # -------------------------------------------------------------------------------- autograd, compile

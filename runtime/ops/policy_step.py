@@ -31,6 +31,7 @@ from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, hand_over, step_result
+from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 
 OP = "policy_step"
 
@@ -414,7 +415,7 @@ class _LogitsStep(torch.autograd.Function):
 register_cpu(OP, cpu_policy.policy_step, FLOAT_DTYPES, "softcap")
 register_cuda(OP, device_run(cuda_policy.STEP), FLOAT_DTYPES, "softcap")
 register_triton(OP, device_run(triton_policy.STEP), FLOAT_DTYPES, "softcap")
-register_reference(OP, reference_policy.policy_step, "softcap")
+register_reference(OP, reference_policy.policy_step, "softcap", WITHOUT_KERNELS)
 
 
 # ---------------------------------------------------------------------------------- torch.compile

@@ -18,6 +18,7 @@ from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Gradients, PolicyTerms, hand_over
+from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 
 OP = "policy_step_hidden"
@@ -72,7 +73,7 @@ class _HiddenStep(torch.autograd.Function):
 register_cpu(OP, cpu_runs.policy_step, FLOAT_DTYPES, "softcap")
 register_cuda(OP, device_runs.step_run(device_runs.CUDA_STEP), FLOAT_DTYPES, "softcap")
 register_triton(OP, device_runs.step_run(device_runs.TRITON_STEP), FLOAT_DTYPES, "softcap")
-register_reference(OP, reference_runs.policy_step, "softcap")
+register_reference(OP, reference_runs.policy_step, "softcap", WITHOUT_KERNELS)
 
 
 # -------------------------------------------------------------------------------- torch.compile

@@ -12,7 +12,15 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tokfuse.runtime.policy.shapes import SLOTS, Bound, PPOClip, Shape, require_compiled_table, require_within
+from tokfuse.runtime.policy.shapes import (
+    SLOTS,
+    WITHOUT_KERNELS,
+    Bound,
+    PPOClip,
+    Shape,
+    require_compiled_table,
+    require_within,
+)
 
 LEVELS = {"token": 0, "sequence": 1, "sequence_token": 2, "sequence_sum": 3}
 KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3, "ratio_k3": 4, "k1_straight": 5, "k3_straight": 6, "abs": 7}
@@ -125,10 +133,8 @@ class Objective:
         return AGGREGATIONS[self.aggregation].counts_sequences
 
     def features(self, others: frozenset[str] = frozenset()) -> frozenset[str]:
-        """Names of the optional behaviours that a backend needs: `others`, and a shape without kernels."""
-        if self.shape.code is not None:
-            return others
-        return others | {f"shape {type(self.shape).__name__}"}
+        """Names of the optional behaviours that a backend needs: `others`, and for a shape without kernels its own."""
+        return others if self.shape.code is not None else others | {WITHOUT_KERNELS}
 
     @functools.cached_property
     def record(self) -> ObjectiveRecord:

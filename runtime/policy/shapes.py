@@ -23,6 +23,7 @@ from tokfuse.runtime.core import native
 from tokfuse.runtime.core.errors import refuse
 
 INF = float("inf")
+WITHOUT_KERNELS = "shapes without kernels"  # what the reference backend declares: any subclass of Shape
 SLOTS = 6  # numbers that a kernel takes for the parameters of a shape
 
 
