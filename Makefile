@@ -27,11 +27,7 @@ INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
 	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
 
-<<<<<<< HEAD
-.PHONY: help demo test test-slow test-triton test-cuda test-gpu bench-gpu first-gpu-run test-packaging \
-=======
-.PHONY: help demo test test-cpus test-slow test-triton test-cuda test-gpu bench-gpu test-packaging \
->>>>>>> 6dab294 (make test-cpus: the tests with numeric bounds at the levels of older CPUs)
+.PHONY: help demo test test-cpus test-slow test-triton test-cuda test-gpu bench-gpu first-gpu-run test-packaging \
 	test-sanitize test-verl lint format docs bench bench-release peers doctor clean
 
 help:
