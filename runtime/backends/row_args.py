@@ -32,8 +32,8 @@ class RowStats(NamedTuple):
 
     @staticmethod
     def of(outputs: Sequence[torch.Tensor]) -> "RowStats":
-        """The outputs of `token_stats` in their order; an empty one was not asked for."""
-        return RowStats(*(x if x.numel() > 0 else None for x in outputs))  # type: ignore[arg-type]
+        """The outputs of `token_stats` in their order; an empty one of the last three was not asked for."""
+        return RowStats(*outputs[:7], *(x if x.numel() > 0 else None for x in outputs[7:]))
 
 
 def empty_outputs(logits: torch.Tensor, second: bool = False, moments: bool = False) -> tuple[torch.Tensor, ...]:

@@ -89,7 +89,6 @@ OLD = {
     "p2_logp": "sum_p2_logp",
     "p2_logp2": "sum_p2_logp2",
     "scale_value": "inv_normalizer",
-    "total": "tokens",
     "p_stride": "stride_p",
     "q_stride": "stride_q",
 }
