@@ -602,7 +602,7 @@ ROWS: tuple[Row, ...] = (
         rich=("all", "sequence"),
     ),
     Row(
-        "unit_step",
+        "linear_token_stats",
         "algorithms.preference_step",
         "head",
         lambda p: _head(p) | _preference(p, "dpo") | {"normalizer": "batch"},
