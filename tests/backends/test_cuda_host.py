@@ -8,7 +8,7 @@ same bits in whatever order threads run.
 import re
 
 import pytest
-from cuda_host import CHECKED, CUDA, HOST, OPTIMIZED, ROW_KERNELS, SANITIZED, Run, needs_host, program, run
+from cuda_host import CHECKED, HOST, OPTIMIZED, ROW_KERNELS, SANITIZED, Run, needs_host, program, run
 
 pytestmark = needs_host
 
