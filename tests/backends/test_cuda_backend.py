@@ -9,6 +9,7 @@ import collections
 import pytest
 import torch
 from harness import bits
+from op_calls import WIDE, Call, Problem, calls
 
 import tokfuse
 from tokfuse import BackendUnavailable, Objective, PPOClip
@@ -178,20 +179,11 @@ def test_a_step_from_hidden_states_takes_one_row_launch_per_chunk(counted: Count
 
 @hosted
 @pytest.mark.cuda_host
-def test_packed_ops_take_one_launch(counted: Counted):
-    x, ids = torch.randn(64), torch.randint(0, 3, (64,))
-    clip = Objective(shape=PPOClip(low=0.2, high=0.2), level="sequence")
+@pytest.mark.parametrize("call", calls("packed"), ids=lambda call: call.name)
+def test_packed_ops_take_one_launch(call: Call, counted: Counted):
     with tokfuse.backend("cuda"):
-        tokfuse.policy_loss(x, old_logp=x, advantage=x, objective=clip, cu_seqlens=CU, normalizer="batch")
-        tokfuse.gae(x, x, CU, gamma=0.9, lam=0.9)
-        tokfuse.whiten(x)
-        tokfuse.segment_moments(x, ids, num_segments=3)
-        tokfuse.offpolicy_weights(x, x.flip(0), normalize="batch")
-        tokfuse.group_advantage(x, ids)
-        tokfuse.ope(x.abs(), x)
-    assert counted.calls == dict.fromkeys(
-        ("policy_loss", "gae", "whiten", "segment_moments", "offpolicy_weights", "group_advantage", "ope"), 1
-    )
+        call.run(Problem(WIDE))
+    assert counted.calls == {call.row.op: 1}
 
 
 @hosted

@@ -8,12 +8,11 @@ same bits in whatever order threads run.
 import re
 
 import pytest
-from cuda_host import CHECKED, CUDA, HOST, OPTIMIZED, SANITIZED, Run, needs_host, program, run
+from cuda_host import CHECKED, HOST, OPTIMIZED, ROW_KERNELS, SANITIZED, Run, needs_host, program, run
 
 pytestmark = needs_host
 
 CHECKER_STATUS = 67
-ROW_KERNELS = [CUDA / f"{op}.cu" for op in ("token_stats", "policy_step", "kept_token_stats", "paired_divergence")]
 
 
 def bugs(flags, *arguments: str, **variables: str) -> Run:

@@ -4,26 +4,37 @@ No race, no access outside of an array, no undefined behaviour, and the same bit
 of threads and the number of blocks. Their values are tested by the tests of each op (`cuda_host`).
 """
 
+import re
+from pathlib import Path
+
 import pytest
-from cuda_host import CHECKED, CUDA, HOST, OPTIMIZED, SANITIZED, Run, needs_host, program, run
+from cuda_host import (
+    CHECKED,
+    CUDA,
+    HOST,
+    OPTIMIZED,
+    PACKED_KERNELS,
+    ROW_KERNELS,
+    SANITIZED,
+    Run,
+    needs_host,
+    program,
+    run,
+)
 
 pytestmark = needs_host
-OPS = (
-    "gae",
-    "vtrace",
-    "whiten",
-    "ope",
-    "segment_moments",
-    "group_advantage",
-    "offpolicy_weights",
-    "policy_loss",
-    "influence",
-)
 
 
 def packed(flags: tuple[str, ...], **variables: str) -> Run:
-    kernels = [CUDA / f"{op}.cu" for op in OPS]
-    return run(program("packed", [*kernels, HOST / "packed_main.cpp"], flags), **variables)
+    return run(program("packed", [*PACKED_KERNELS, HOST / "packed_main.cpp"], flags), **variables)
+
+
+@pytest.mark.parametrize("file", sorted(CUDA.glob("*.cu")), ids=lambda file: file.stem)
+def test_every_kernel_file_is_run_by_one_of_the_two_programs(file: Path):
+    launchers = re.findall(r"^cudaError_t (\w+)\(", file.read_text(), re.M)
+    main = "rows_main.cpp" if file in ROW_KERNELS else "packed_main.cpp"
+    called = set(re.findall(r"\b(\w+)\(", (HOST / main).read_text()))
+    assert called & set(launchers), f"{main} calls none of {', '.join(launchers)}"
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
+from bench_rows import our_row
 
 from tokfuse.bench import cli, errors, exact, machine, measure, peers, plan, probes, report, runner, targets
 from tokfuse.bench.measure import ColdCache, Provider, interleave, percentile
@@ -17,22 +18,7 @@ from tokfuse.bench.problem import Config, Problem, Unsupported, make_batch
 from tokfuse.bench.row import SCHEMA_VERSION, STATUSES, Row
 
 CONFIG = Config("token_stats", "forward", "all", "float32", 4, 16)
-ROW = Row(
-    schema=SCHEMA_VERSION,
-    op="token_stats",
-    mode="forward",
-    variant="all",
-    shape="4x16",
-    tokens=4,
-    hidden=0,
-    vocab=16,
-    dtype="float32",
-    device="cpu",
-    provider="tokfuse",
-    role="ours",
-    backend="cpu",
-    status="pass",
-)
+ROW = our_row("token_stats", "forward", "all", "4x16")
 SHAPES = {
     "token_stats": "4x33",
     "policy_step": "4x33",

@@ -7,27 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_rows import our_row
 
 from tokfuse.bench import cli, compare, liger_csv, machine, numbers, ours, plan, plot, report
 from tokfuse.bench.problem import Config, Problem
-from tokfuse.bench.row import SCHEMA_VERSION, Row, check_one_machine
+from tokfuse.bench.row import Row, check_one_machine
 from tokfuse.runtime.core import dispatch
 
-ROW = Row(
-    schema=SCHEMA_VERSION,
-    op="policy_step",
-    mode="step",
-    variant="entropy=0",
-    shape="4x16",
-    tokens=4,
-    hidden=0,
-    vocab=16,
-    dtype="float32",
-    device="cpu",
-    provider="tokfuse",
-    role="ours",
-    backend="cpu",
-    status="pass",
+ROW = our_row(
+    "policy_step",
+    "step",
+    "entropy=0",
+    "4x16",
     median_ms=2.0,
     p20_ms=1.5,
     p80_ms=3.0,

@@ -6,26 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench_rows import our_row
 
 from tokfuse.bench import cli, growth, measure
 from tokfuse.bench import plan as planning
-from tokfuse.bench.row import SCHEMA_VERSION, Row
+from tokfuse.bench.row import Row
 
-ROW = Row(
-    schema=SCHEMA_VERSION,
-    op="policy_step_hidden",
-    mode="step",
-    variant="rows=1",
-    shape="8x4x16",
-    tokens=8,
-    hidden=4,
-    vocab=16,
-    dtype="float32",
-    device="cpu",
-    provider="tokfuse",
-    role="ours",
-    backend="cpu",
-    status="pass",
+ROW = our_row(
+    "policy_step_hidden",
+    "step",
+    "rows=1",
+    "8x4x16",
     sweep="tokens",
     threads=2,
     median_ms=2.0,

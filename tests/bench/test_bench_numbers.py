@@ -5,27 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_rows import our_row
 
 from tokfuse.bench import cli, numbers, targets
-from tokfuse.bench.row import SCHEMA_VERSION, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
-ROW = Row(
-    schema=SCHEMA_VERSION,
-    op="policy_step_hidden",
-    mode="step",
-    variant="rows=1",
-    shape="8x4x16",
-    tokens=8,
-    hidden=4,
-    vocab=16,
-    dtype="float32",
-    device="cpu",
-    provider="tokfuse",
-    role="ours",
-    backend="cpu",
-    status="pass",
+ROW = our_row(
+    "policy_step_hidden",
+    "step",
+    "rows=1",
+    "8x4x16",
     threads=2,
     median_ms=2.0,
     cpu_ms=4.0,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+from tiny_llama import tiny_llama  # noqa: E402
 
 from tokfuse.bench import study_influence as study  # noqa: E402
 
@@ -12,17 +13,7 @@ FACTS = {"cpu_model": "a processor", "threads": 2, "torch": "2", "commit": "abc"
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")

@@ -3,27 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from bench_rows import our_row
 
 from tokfuse.bench import predict
-from tokfuse.bench.row import SCHEMA_VERSION, Row
 from tokfuse.inspection import kernel_table
 
-STEP = Row(
-    schema=SCHEMA_VERSION,
-    op="policy_step",
-    mode="step",
-    variant="entropy=0.01",
-    shape="8192x151936",
-    tokens=8192,
-    hidden=0,
-    vocab=151936,
-    dtype="bfloat16",
-    device="cuda",
-    provider="tokfuse",
-    role="ours",
-    backend="cuda",
-    status="pass",
-)
+STEP = our_row("policy_step", "step", "entropy=0.01", "8192x151936", dtype="bfloat16", device="cuda", backend="cuda")
 LOGITS = 8192 * 151936
 
 

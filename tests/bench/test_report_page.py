@@ -8,27 +8,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from bench_rows import our_row
 
 from tokfuse import __main__ as entry
 from tokfuse.bench import numbers, page, predict, svg
-from tokfuse.bench.row import SCHEMA_VERSION, Row
 from tokfuse.inspection import kernel_table
 
-ROW = Row(
-    schema=SCHEMA_VERSION,
-    op="policy_step",
-    mode="step",
-    variant="entropy=0.01",
-    shape="4x49152",
-    tokens=4,
-    hidden=0,
-    vocab=49152,
-    dtype="float32",
-    device="cpu",
-    provider="tokfuse",
-    role="ours",
-    backend="cpu",
-    status="pass",
+ROW = our_row(
+    "policy_step",
+    "step",
+    "entropy=0.01",
+    "4x49152",
     median_ms=2.0,
     p20_ms=1.5,
     p80_ms=3.0,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+from tiny_llama import tiny_llama  # noqa: E402
 
 from tokfuse.bench import selection_report, study_selection  # noqa: E402
 from tokfuse.bench.study_influence import Sample  # noqa: E402
@@ -31,17 +32,7 @@ S = Settings(
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")

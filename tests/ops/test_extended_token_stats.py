@@ -191,34 +191,6 @@ def test_zero_tokens():
     assert [x.shape for x in out] == [(0,)] * 8
 
 
-def test_compiles_in_one_graph():
-    logits, target = batch()
-
-    def loss(z):
-        out = token_stats(z, target, second_temperature=2.0, moments=True)
-        return (out.logp + 0.1 * out.entropy).sum(), out.second_logp, out.sum_p2_logp2
-
-    z, w = (logits.clone().requires_grad_() for _ in range(2))
-    eager = loss(z)
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(w)
-    for a, b in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(a, b)
-    eager[0].backward()
-    compiled[0].backward()
-    torch.testing.assert_close(z.grad, w.grad)
-
-
-def test_registration_is_sound(backend):
-    if backend == "reference":
-        pytest.skip("the reference needs no custom op")
-    logits, target = batch(3, 11)
-    arguments = (logits.requires_grad_(), target, None, 1.0, 0.0, 1.0, None, None, 1.0)
-    op = torch.ops.tokfuse.extended_token_stats.default
-    for extras in ((2.0, True), (None, True), (0.5, False)):
-        torch.library.opcheck(op, (*arguments, *extras))
-
-
 def test_a_row_does_not_depend_on_batch_or_threads():
     logits, target = batch(64, 1500)
     before, results = torch.get_num_threads(), []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import FLOAT_DTYPES, ROUNDED_ONCE, Backend, assert_untouched, backends, bits, compare, half_ulp
 from hypothesis import strategies as st
-from logit_cases import CASES, FORWARD_ATOL, GRADIENT_RTOL, INF, Case, truth
+from logit_cases import CASES, FORWARD_ATOL, GRADIENT_RTOL, INF, Case, coefficients, truth
 
 import tokfuse
 from tokfuse.runtime.reference import token_stats as reference
@@ -20,13 +20,6 @@ from tokfuse.runtime.reference import token_stats as reference
 def backend(request):
     with request.param.forced():
         yield request.param
-
-
-def coefficients(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Incoming gradients of logp and entropy: both signs, and rows with none."""
-    i = torch.arange(tokens)
-    ga, gh = torch.cos(1.7 * i + 0.3), torch.sin(2.3 * i + 0.2)
-    return torch.where(i % 5 == 3, 0.0, ga), torch.where(i % 3 == 2, 0.0, gh)
 
 
 def evaluate(backend: Backend, logits, target, ga, gh, **options):

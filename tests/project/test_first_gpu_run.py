@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from tokfuse.bench.row import SCHEMA_VERSION, Row
+from bench_rows import our_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -189,21 +188,15 @@ def test_the_totals_of_pytest_are_summed(run, tmp_path):
     assert run.totals(logs[2:]) == "0 passed, 0 failed"
 
 
-ROW = Row(
-    schema=SCHEMA_VERSION,
-    op="policy_step",
-    mode="step",
-    variant="entropy=0.01",
-    shape="8192x151936",
-    tokens=8192,
-    hidden=0,
-    vocab=151936,
+ROW = our_row(
+    "policy_step",
+    "step",
+    "entropy=0.01",
+    "8192x151936",
     dtype="bfloat16",
     device="cuda",
     provider="cuda:tokfuse_",
-    role="ours",
     backend="cuda",
-    status="pass",
     median_ms=1.3,
     copy_ms=1.17,
     bytes_moved=2 * 2 * 8192 * 151936,

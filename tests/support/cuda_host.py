@@ -41,6 +41,10 @@ SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "
 CHECKED = ("-O1", "-fsanitize=thread", "-Wno-tsan")
 KINDS = {OPTIMIZED: "fast", SANITIZED: "sanitized", CHECKED: "checked"}
 
+# Kernels over logits are run by rows_main.cpp, those over vectors by packed_main.cpp.
+ROW_KERNELS = [CUDA / f"{op}.cu" for op in ("token_stats", "policy_step", "kept_token_stats", "paired_divergence")]
+PACKED_KERNELS = sorted(set(CUDA.glob("*.cu")) - set(ROW_KERNELS))
+
 needs_host = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which(COMPILER) is None,
     reason=f"kernels run on the CPU of an x86-64 with {COMPILER}",

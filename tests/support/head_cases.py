@@ -1,5 +1,8 @@
 """Hidden states and lm_heads for the ops that go through the head, and their float64 gradients."""
 
+import os
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -48,3 +51,24 @@ def head_truth(case: HeadCase, ga: Tensor, gh: Tensor, bias: bool = True, **opti
     grads = {"hidden": dz @ w, "weight": dz.t() @ h, "bias": dz.sum(0)}
     scales = {"hidden": size @ w.abs(), "weight": size.t() @ h.abs(), "bias": size.sum(0)}
     return HeadTruth(stats, grads, scales)
+
+
+PEAK = """
+import resource, sys, torch, tokfuse
+torch.set_num_threads(1)
+def peak(tokens, vocab=30_000, hidden=32):
+    h = torch.randn(tokens, hidden, requires_grad=True)
+    w = torch.randn(vocab, hidden, requires_grad=True)
+    exec(sys.argv[1], globals() | locals())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print(peak(64), peak(1024))
+"""
+
+
+def peak_growth(code: str) -> int:
+    """MiB that 1024 tokens need beyond 64, in a process that runs `code` on `h`, `w` and `tokens` (vocab 30000)."""
+    environment = {**os.environ, "TOKFUSE_BACKEND": "cpu"}
+    command = [sys.executable, "-P", "-c", PEAK, code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    few, many = map(int, done.stdout.split())
+    return many - few

@@ -192,3 +192,10 @@ CASES = (
         },
     ),
 )
+
+
+def coefficients(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Incoming gradients of logp and entropy: both signs, and rows with none."""
+    i = torch.arange(tokens)
+    ga, gh = torch.cos(1.7 * i + 0.3), torch.sin(2.3 * i + 0.2)
+    return torch.where(i % 5 == 3, 0.0, ga), torch.where(i % 3 == 2, 0.0, gh)

@@ -523,7 +523,7 @@ ROWS: tuple[Row, ...] = (
         lambda p: _logits(p) | {"second_temperature": 0.5, "moments": True},
         ("logits",),
         STATS_OPTIONS | {"second": _constant(moments=False), "moments": Option(lambda p: {"second_temperature": None})},
-        rich=("all",),
+        rich=("all", "second", "moments"),
     ),
     Row(
         "kept_token_stats",
@@ -547,7 +547,7 @@ ROWS: tuple[Row, ...] = (
             "reverse": _constant(kind="kl_reverse"),
             "beta": _constant(beta=0.2),
         },
-        rich=("all", "forward"),
+        rich=("all", "forward", "reverse"),
     ),
     Row(
         "linear_token_stats",
@@ -602,7 +602,7 @@ ROWS: tuple[Row, ...] = (
         rich=("all", "sequence"),
     ),
     Row(
-        "unit_step",
+        "linear_token_stats",
         "algorithms.preference_step",
         "head",
         lambda p: _head(p) | _preference(p, "dpo") | {"normalizer": "batch"},

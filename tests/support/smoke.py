@@ -43,7 +43,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torc
 
 def cases(options: bool) -> Iterator[tuple[Call, Sizes, torch.dtype]]:
     """Every call of an op at both sizes and in each dtype, options in the first one; the step at long rows, too."""
-    for call in op_calls.calls(options=options):
+    for call in op_calls.calls(options="every" if options else "none"):
         if call.needs_triton and cuda_backend.hosted():
             continue
         for sizes in SIZES if call.row.family == "rows" else SIZES[:1]:
@@ -178,9 +178,9 @@ def run_all(backend: str, graph: bool, options: bool, sink: TextIO | None) -> in
 
 
 def graph_cases() -> Iterator[tuple[Call, Sizes, torch.dtype]]:
-    """One call per op; those that overwrite an input or take no backend have nothing to replay."""
-    for call in op_calls.calls(options=False):
-        if call.row.registered and not call.row.in_place:
+    """One call per op; without those that overwrite an input, take no backend, or read values on the host."""
+    for call in op_calls.calls(options="none"):
+        if call.row.registered and not call.row.in_place and not call.row.reads_host:
             yield call, op_calls.WIDE, call.row.dtypes[0]
 
 
