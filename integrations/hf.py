@@ -117,7 +117,7 @@ def install(model: Any, *, temperature: float = 1.0) -> None:
         temperature: divides the logits.
 
     Raises:
-        ValueError: an untested transformers, or what `head_of` refuses.
+        ValueError: transformers is older than 5.0, or what `head_of` refuses.
     """
     HOST.require(f"{OP}.install")
     model = _base(model)

@@ -30,7 +30,7 @@ def install() -> None:
     """Put tokfuse's ops under every TRL trainer of this process; a second call changes nothing.
 
     Raises:
-        ValueError: TRL is missing, or of a version that was not tested.
+        ValueError: TRL is missing, or older than the tested versions.
     """
     HOST.require(f"{OP}.install")
     if not _INSTALLED.active:

@@ -269,7 +269,7 @@ def test_registration_is_sound(backend):
     if backend == "reference":
         pytest.skip("the reference needs no custom op")
     logits, target, ids, offsets = batch(sizes=(2, 5, 1), vocab=7)
-    arguments = (logits.requires_grad_(), target, ids, offsets, None, 0.7, 0.0, 1.0, None)
+    arguments = (logits.requires_grad_(), target, ids, offsets, None, 0.7, None, 1.0, None, None)
     torch.library.opcheck(torch.ops.tokfuse.kept_token_stats.default, arguments)
 
 
