@@ -16,8 +16,8 @@ from tokfuse.runtime.backends.registration import (
 from tokfuse.runtime.core.checks import check_flag, check_positive
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_logits
 from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
 from tokfuse.runtime.reference import extended_token_stats as extended_reference
