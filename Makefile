@@ -28,7 +28,7 @@ CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
 	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
 
 .PHONY: help demo test test-cpus test-slow test-triton test-cuda test-gpu bench-gpu first-gpu-run test-packaging \
-	test-sanitize test-verl lint format docs bench bench-release peers doctor clean
+	test-sanitize test-verl test-versions lint format docs bench bench-release peers doctor clean
 
 help:
 	@echo "make demo            train a small model with a fused policy loss (installs what it needs)"
@@ -41,6 +41,7 @@ help:
 	@echo "make first-gpu-run   build, check and measure on a GPU in 8 minutes, without network"
 	@echo "                     (OFFLINE=1 makes test-gpu and bench-gpu install nothing, too)"
 	@echo "make test-packaging  every way to install, in clean environments"
+	@echo "make test-versions   the tests with the oldest and the newest versions (VERSIONS=oldest: one)"
 	@echo "make test-verl       the plug-in beside verl's own losses, in .venv-verl"
 	@echo "make test-sanitize   the native module under ASan and UBSan"
 	@echo "make lint | format   ruff, clang-format, mypy"
@@ -175,6 +176,23 @@ bench-release:
 	@$(MAKE) --no-print-directory peers PEERS=verl ARGS=--list >/dev/null
 	@$(BIN)/python tools/bench_release.py $(ARGS)
 	@$(if $(ARGS),,$(BIN)/python -m tokfuse report bench/results/*.jsonl -o build/report.html --readme README.md)
+
+# The tests with other versions than those of constraints.txt: the lower bounds of pyproject.toml, and
+# what the package index has today. Each set has an environment of its own.
+VERSIONS ?= oldest newest
+VERSION_TESTS ?= tests/ops tests/backends tests/algorithms tests/integrations
+# The first of these interpreters that starts; without one, $(PYTHON).
+first_python = $(or $(firstword $(foreach p,$(1),$(shell $(p) -c 'print("$(p)")' 2>/dev/null))),$(PYTHON))
+PYTHON_oldest ?= $(call first_python,python3.11)
+PYTHON_newest ?= $(call first_python,python3.13 python3.12)
+test-versions: $(addprefix test-versions-,$(VERSIONS))
+
+test-versions-%:
+	@VENV=.venv-$* $(STRICT) $(PYTHON_$*) tools/bootstrap.py --versions $* test
+	@.venv-$*/bin/pytest -p no:cacheprovider $(SPREAD) \
+		-m "not slow and not gpu and not interpreter and not cuda_host and not packaging" $(VERSION_TESTS) $(ARGS)
+	@$(INTERPRETER) .venv-$*/bin/pytest -p no:cacheprovider $(SPREAD) -m "interpreter and not slow" \
+		$(VERSION_TESTS) $(ARGS)
 
 # Other libraries bring stacks of their own, so each list has an environment of its own.
 PEERS ?= peers

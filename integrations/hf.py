@@ -18,7 +18,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.token_stats import token_stats
 
-HOST = Host("transformers", (5, 23), (5, 23))
+HOST = Host("transformers", (5, 0), (5, 24))
 OP = "integrations.hf"
 IGNORE = -100
 
@@ -117,7 +117,7 @@ def install(model: Any, *, temperature: float = 1.0) -> None:
         temperature: divides the logits.
 
     Raises:
-        ValueError: an untested transformers, or what `head_of` refuses.
+        ValueError: transformers is older than 5.0, or what `head_of` refuses.
     """
     HOST.require(f"{OP}.install")
     model = _base(model)
@@ -165,7 +165,10 @@ def describe(model: Any) -> str:
 
 
 def _forward_of(model: Any, original: Callable[..., Any], temperature: float) -> Callable[..., Any]:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+    # By the names of this version: `past_key_values` is `cache` from 5.24 on.
+    passed_on = {f.name for f in fields(CausalLMOutputWithPast)} & {f.name for f in fields(BaseModelOutputWithPast)}
 
     @functools.wraps(original)
     def forward(
@@ -188,10 +191,7 @@ def _forward_of(model: Any, original: Callable[..., Any], temperature: float) ->
         stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), temperature)
         count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         output = CausalLMOutputWithPast(
-            loss=-stats.logp.sum() / count,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=-stats.logp.sum() / count, **{name: getattr(outputs, name) for name in passed_on}
         )
         if token_stats:
             output["logp"], output["entropy"] = (

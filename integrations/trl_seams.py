@@ -16,7 +16,7 @@ from tokfuse.runtime.ops import policy_step  # noqa: F401  (registers the backen
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.token_stats import token_stats
 
-HOST = Host("trl", (1, 16), (1, 16))
+HOST = Host("trl", (1, 16), (1, 16))  # the head of 1.15 has other outputs
 OP = "integrations.trl"
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 MEAN_ROWS = 256  # rows of logits at a time for the mean under a softcap
@@ -30,7 +30,7 @@ def install() -> None:
     """Put tokfuse's ops under every TRL trainer of this process; a second call changes nothing.
 
     Raises:
-        ValueError: TRL is missing, or of a version that was not tested.
+        ValueError: TRL is missing, or older than the tested versions.
     """
     HOST.require(f"{OP}.install")
     if not _INSTALLED.active:

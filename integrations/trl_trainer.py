@@ -105,7 +105,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         others: as in `trl.GRPOTrainer`.
 
     Raises:
-        ValueError: an untested TRL, an option that would not be honoured, a method that needs what
+        ValueError: a TRL older than the tested versions, an option that would not be honoured, a method that needs what
             TRL does not have.
     """
 

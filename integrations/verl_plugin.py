@@ -76,7 +76,7 @@ def install() -> None:
     """Put tokfuse in the place of verl's fused heads in this process; a second call does nothing.
 
     Raises:
-        ValueError: a version of verl that was not tested.
+        ValueError: verl is older than the tested versions.
     """
     HOST.require(OP)
     if _REBINDING.active:

@@ -6,6 +6,9 @@ an editable install. Each step leaves a stamp with a hash of what it read, so a 
 nothing and a changed file redoes its step only. Standard library only: it runs before anything is
 installed.
 
+`--versions oldest` installs the lower bounds of pyproject.toml instead, `--versions newest` what the
+package index has today (and upgrades to that when run again).
+
 Environment:
     VENV=PATH                the virtual environment (default .venv)
     TOKFUSE_STRICT_BUILD=1   a failed native build is an error
@@ -78,6 +81,18 @@ def pinned(wanted: Iterable[str]) -> list[str]:
     return [table[name] for name in names]
 
 
+def oldest(wanted: Iterable[str]) -> list[str]:
+    """The requirements at their lower bounds: `torch>=2.11` becomes `torch==2.11.*`."""
+    return [re.sub(r"^([A-Za-z0-9._-]+)>=([0-9.]+)$", r"\1==\2.*", requirement) for requirement in wanted]
+
+
+def arguments_of(wanted: Iterable[str], versions: str) -> list[str]:
+    """What pip is given for requirements, at their pinned, oldest or newest versions."""
+    if versions == "pinned":
+        return ["--constraint", str(CONSTRAINTS), *pinned(wanted)]
+    return oldest(wanted) if versions == "oldest" else ["--upgrade", *wanted]
+
+
 def digest_of_files(inputs: Iterable[str], extra: str = "") -> str:
     """A hash of files and folders, by relative name and content."""
     total = hashlib.sha256(extra.encode())
@@ -136,20 +151,19 @@ class Environment:
             raise SystemExit(f"tokfuse: `pip install {' '.join(arguments)}` failed.") from error
 
 
-def install_group(environment: Environment, group: str) -> None:
-    """Install one group at its pinned versions, unless its stamp says that this was done."""
+def install_group(environment: Environment, group: str, versions: str) -> None:
+    """Install one group, unless its stamp says that these versions are installed."""
     wanted, without_dependencies = requirements(group)
-    exact, exact_alone = pinned(wanted), pinned(without_dependencies)
-    digest = hashlib.sha256("\n".join([*exact, "--no-deps", *exact_alone]).encode()).hexdigest()
-    if environment.is_fresh(group, digest):
+    arguments, alone = arguments_of(wanted, versions), arguments_of(without_dependencies, versions)
+    digest = hashlib.sha256("\n".join([*arguments, "--no-deps", *alone]).encode()).hexdigest()
+    if versions != "newest" and environment.is_fresh(group, digest):
         return
-    constraint = ["--constraint", str(CONSTRAINTS)]
-    torch_build.prepare(str(environment.python), [*constraint, *exact])
-    names = ", ".join(requirement.split("==")[0] for requirement in [*exact, *exact_alone])
-    say(f"installing {group}: {names}")
-    environment.pip(*constraint, *exact)
-    if exact_alone:
-        environment.pip("--no-deps", *exact_alone)
+    torch_build.prepare(str(environment.python), arguments)
+    names = ", ".join(re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in [*wanted, *without_dependencies])
+    say(f"installing {group}{'' if versions == 'pinned' else f' ({versions} versions)'}: {names}")
+    environment.pip(*arguments)
+    if without_dependencies:
+        environment.pip("--no-deps", *alone)
     environment.mark(group, digest)
 
 
@@ -175,12 +189,13 @@ def build_native(environment: Environment) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tools/bootstrap.py", description=__doc__.split("\n")[0])
     parser.add_argument("--no-native", action="store_true", help="install packages only")
+    parser.add_argument("--versions", choices=("pinned", "oldest", "newest"), default="pinned")
     parser.add_argument("groups", nargs="*", metavar="GROUP")
     options = parser.parse_args(argv)
     environment = Environment((ROOT / os.environ.get("VENV", ".venv")).absolute())
     environment.create()
     for group in ["core", *options.groups]:
-        install_group(environment, group)
+        install_group(environment, group, options.versions)
     if not options.no_native:
         build_native(environment)
     return 0

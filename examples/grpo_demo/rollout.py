@@ -104,11 +104,10 @@ def sample(model: Any, prompt: Tensor, mask: Tensor, group_size: int, new: int) 
     prefix = model.model(
         prompt[:, :-1], attention_mask=mask[:, :-1], position_ids=positions(mask)[:, :-1], use_cache=True
     )
-    prefix.past_key_values.batch_repeat_interleave(group_size)
     tokens = model.generate(
         prompt.repeat_interleave(group_size, 0),
         attention_mask=mask.repeat_interleave(group_size, 0),
-        past_key_values=prefix.past_key_values,
+        **repeated_cache(prefix, group_size),
         do_sample=True,
         temperature=1.0,
         top_k=0,
@@ -127,7 +126,6 @@ def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
     group_size = rollout.group_size
     mask = rollout.prompt_mask
     prompt = model.model(rollout.prompt, attention_mask=mask, position_ids=positions(mask), use_cache=True)
-    prompt.past_key_values.batch_repeat_interleave(group_size)
     first = prompt.last_hidden_state[:, -1:].repeat_interleave(group_size, 0)
 
     inputs = rollout.completion[:, :-1]
@@ -136,9 +134,16 @@ def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
         inputs,
         attention_mask=mask,
         position_ids=positions(mask)[:, -inputs.shape[1] :],
-        past_key_values=prompt.past_key_values,
+        **repeated_cache(prompt, group_size),
     )
     return torch.cat([first, rest.last_hidden_state], 1)[rollout.kept]
+
+
+def repeated_cache(outputs: Any, times: int) -> dict[str, Any]:
+    """The keys and values of a forward, each row `times` times, as an argument of the next forward."""
+    name = "cache" if "cache" in outputs else "past_key_values"  # transformers 5.24 renamed it
+    outputs[name].batch_repeat_interleave(times)
+    return {name: outputs[name]}
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ class LogitOptions(NamedTuple):
 
     def split(self) -> tuple["LogitOptions", "Tensors"]:
         """(the options without their tensors, these), to save both for a backward."""
-        vector = self.temperature if isinstance(self.temperature, torch.Tensor) else None
-        scalar = self.temperature if vector is None else 1.0
+        vector, scalar = None, self.temperature
+        if isinstance(scalar, torch.Tensor) and scalar.dim() > 0:  # else a graph_ops.Number
+            vector, scalar = scalar, 1.0
         return self._replace(temperature=scalar, mask=None, bias_logits=None), (vector, self.mask, self.bias_logits)
 
     def joined(
@@ -52,15 +53,14 @@ class LogitOptions(NamedTuple):
     def flat(self) -> tuple[Any, ...]:
         """The values of `FLAT_SCHEMA`."""
         scalars, (vector, mask, bias_logits) = self.split()
-        softcap = scalars.softcap or 0.0
-        return vector, scalars.temperature, softcap, scalars.logit_scale, mask, bias_logits, scalars.bias_scale
+        return vector, *scalars[:3], mask, bias_logits, scalars.bias_scale
 
     @classmethod
     def from_flat(
         cls,
         vector: torch.Tensor | None,
         scalar: float,
-        softcap: float,
+        softcap: float | None,
         logit_scale: float,
         mask: torch.Tensor | None,
         bias_logits: torch.Tensor | None = None,
@@ -68,14 +68,14 @@ class LogitOptions(NamedTuple):
     ) -> "LogitOptions":
         """What `flat` made flat; without a bias, its first five values."""
         temperature = scalar if vector is None else vector
-        return cls(temperature, softcap or None, logit_scale, mask, bias_logits, bias_scale)
+        return cls(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
 
 
 _NO_FEATURES: frozenset[str] = frozenset()
 
 Tensors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 FLAT_SCHEMA = (
-    "Tensor? temperature, float scalar_temperature, float softcap, float logit_scale, Tensor? mask"
+    "Tensor? temperature, float scalar_temperature, float? softcap, float logit_scale, Tensor? mask"
     ", Tensor? bias_logits, float bias_scale"
 )
 """The options in the schema of a custom op, which knows no union; see `LogitOptions.flat`."""

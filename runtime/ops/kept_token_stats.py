@@ -9,6 +9,7 @@ from tokfuse.runtime.backends.registration import register_cpu, register_cuda, r
 from tokfuse.runtime.core.checks import INTS, Rows, check_vector, may_read
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference import kept_token_stats as reference
@@ -174,10 +175,9 @@ class _KeptFunction(torch.autograd.Function):
 SUPPORT_SCHEMA = "Tensor logits, Tensor target, Tensor ids, Tensor offsets"
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::kept_token_stats",
-    mutates_args=(),
-    schema=f"({SUPPORT_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({SUPPORT_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @ranged("kept_token_stats.fwd")
 def _kept_op(
@@ -193,10 +193,9 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(5))
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::kept_token_stats_backward",
-    mutates_args=(),
-    schema=f"({SUPPORT_SCHEMA}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp,"
+    f"({SUPPORT_SCHEMA}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp,"
     f" Tensor? grad_entropy, {FLAT_SCHEMA_WITHOUT_BIAS}) -> Tensor",
 )
 @ranged("kept_token_stats.bwd")

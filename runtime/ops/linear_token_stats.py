@@ -6,6 +6,7 @@ import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
@@ -137,9 +138,7 @@ def _problem(
 ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
 
 
-@torch.library.custom_op(
-    "tokfuse::linear_token_stats", mutates_args=(), schema=f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 7)})"
-)
+@graph_op("tokfuse::linear_token_stats", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 7)})")
 @ranged("linear_token_stats.fwd")
 def _linear_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     p, run = _problem(*arguments)
@@ -151,10 +150,9 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(7))
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::linear_token_stats_backward",
-    mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp"
+    f"({ARGUMENTS}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp"
     ", Tensor? grad_entropy, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
 )
 @ranged("linear_token_stats.bwd")

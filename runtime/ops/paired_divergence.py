@@ -14,6 +14,7 @@ from tokfuse.runtime.core.checks import check_choice
 from tokfuse.runtime.core.codes import DIVERGENCES
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference import paired_divergence as reference
@@ -171,10 +172,9 @@ class _DivergenceFunction(torch.autograd.Function):
 PAIR_SCHEMA = "Tensor logits_p, Tensor logits_q"
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::paired_divergence",
-    mutates_args=(),
-    schema=f"({PAIR_SCHEMA}, str kind, float beta, {FLAT_SCHEMA_WITHOUT_BIAS}) -> (Tensor, Tensor)",
+    f"({PAIR_SCHEMA}, str kind, float beta, {FLAT_SCHEMA_WITHOUT_BIAS}) -> (Tensor, Tensor)",
 )
 @ranged("paired_divergence.fwd")
 def _divergence_op(
@@ -192,10 +192,9 @@ def _(logits_p: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return logits_p.new_empty(tokens, dtype=torch.float32), state
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::paired_divergence_backward",
-    mutates_args=(),
-    schema=f"({PAIR_SCHEMA}, Tensor state, Tensor grad, str kind, float beta, {FLAT_SCHEMA_WITHOUT_BIAS}) -> Tensor",
+    f"({PAIR_SCHEMA}, Tensor state, Tensor grad, str kind, float beta, {FLAT_SCHEMA_WITHOUT_BIAS}) -> Tensor",
 )
 @ranged("paired_divergence.bwd")
 def _divergence_backward_op(

@@ -14,10 +14,17 @@ from tokfuse.runtime.backends.registration import (
     register_triton,
 )
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.policy import checks as policy_checks
 from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
-from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
+from tokfuse.runtime.policy.graph_form import (
+    INPUTS_SCHEMA,
+    OBJECTIVE_SCHEMA,
+    checked_inverse,
+    flat_objective,
+    objective_of,
+)
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
@@ -154,7 +161,7 @@ def _apply(
     if capability.backend == "reference":
         return reference_policy.policy_loss(logp, entropy, inputs, objective, inv_normalizer)
     if torch.compiler.is_compiling():
-        return PolicyTerms(*_policy_loss_op(logp, entropy, *inputs, objective_key(objective), inv_normalizer))
+        return PolicyTerms(*_policy_loss_op(logp, entropy, *inputs, *flat_objective(objective), inv_normalizer))
     terms: PolicyTerms = capability.run(logp, entropy, inputs, objective, inv_normalizer)
     return terms._replace(loss=_PolicyLossFunction.apply(logp, entropy, terms))
 
@@ -187,18 +194,16 @@ class _PolicyLossFunction(torch.autograd.Function):
         return (d_logp * grad_loss).to(logp_dtype), grad_entropy, None
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::policy_loss",
-    mutates_args=(),
-    schema=f"(Tensor logp, Tensor? entropy, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor logp, Tensor? entropy, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @ranged("policy_loss.fwd")
 def _policy_loss_op(logp: torch.Tensor, entropy: torch.Tensor | None, *rest: Any) -> tuple[torch.Tensor, ...]:
-    *inputs, key, inv_normalizer = rest
-    objective = objective_of(key)
+    *inputs, form, coefficients, inv_normalizer = rest
+    objective = objective_of(form, coefficients)
     run: LossRun = select(OP, logp.device.type, logp.dtype, objective.features()).run
-    return tuple(run(logp, entropy, PolicyInputs(*inputs), objective, inv_normalizer))
+    return tuple(run(logp, entropy, PolicyInputs(*inputs), objective, checked_inverse(OP, inv_normalizer)))
 
 
 @_policy_loss_op.register_fake
@@ -219,7 +224,7 @@ def _op_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     d_logp, d_entropy = ctx.saved_tensors
     logp_dtype, entropy_dtype = ctx.dtypes
     grad_entropy = None if entropy_dtype is None else (d_entropy * grad_loss).to(entropy_dtype)
-    return ((d_logp * grad_loss).to(logp_dtype), grad_entropy) + (None,) * 12
+    return ((d_logp * grad_loss).to(logp_dtype), grad_entropy) + (None,) * 13
 
 
 _policy_loss_op.register_autograd(_op_backward, setup_context=_setup_context)

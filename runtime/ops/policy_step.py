@@ -17,6 +17,7 @@ from tokfuse.runtime.backends.registration import (
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
@@ -26,7 +27,13 @@ from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.policy import checks as policy_checks
 from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
-from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
+from tokfuse.runtime.policy.graph_form import (
+    INPUTS_SCHEMA,
+    OBJECTIVE_SCHEMA,
+    checked_inverse,
+    flat_objective,
+    objective_of,
+)
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
@@ -421,20 +428,19 @@ register_reference(OP, reference_policy.policy_step, "softcap", WITHOUT_KERNELS)
 # ---------------------------------------------------------------------------------- torch.compile
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::policy_step",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, {FLAT_SCHEMA_WITHOUT_MASK}, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA})"
+    f"(Tensor logits, Tensor target, {FLAT_SCHEMA_WITHOUT_MASK}, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA})"
     f" -> ({', '.join(['Tensor'] * 9)})",
 )
 @ranged("policy_step.fwd")
 def _policy_step_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    vector, scalar, softcap, logit_scale, *fields, key, inv_normalizer = rest
+    vector, scalar, softcap, logit_scale, *fields, form, coefficients, inv_normalizer = rest
     inputs = PolicyInputs(*fields)
     options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
-    objective = objective_of(key)
+    objective = objective_of(form, coefficients)
     run: StepRun = select(OP, logits.device.type, logits.dtype, objective.features(options.features())).run
-    terms, stats, grad = run(logits, target, options, inputs, objective, inv_normalizer, False)
+    terms, stats, grad = run(logits, target, options, inputs, objective, checked_inverse(OP, inv_normalizer), False)
     return (terms.loss, terms.token_loss, terms.sums, *stats, grad)
 
 
@@ -453,7 +459,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _op_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     (grad,) = ctx.saved_tensors
-    return (grad * grad_loss.to(grad.dtype),) + (None,) * 17
+    return (grad * grad_loss.to(grad.dtype),) + (None,) * 18
 
 
 _policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)
@@ -467,6 +473,6 @@ def _custom_op(
     objective: Objective,
     inv_normalizer: float,
 ) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:
-    out = _policy_step_op(logits, target, *o.flat()[:4], *inputs, objective_key(objective), inv_normalizer)
+    out = _policy_step_op(logits, target, *o.flat()[:4], *inputs, *flat_objective(objective), inv_normalizer)
     loss, token_loss, sums, *stats, grad = out
     return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), grad

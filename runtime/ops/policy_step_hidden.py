@@ -8,12 +8,19 @@ import torch
 from tokfuse.runtime.backends.reference_policy import traced_step
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import cpu_runs, device_runs, reference_runs
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, Step, StepRun, wanted
-from tokfuse.runtime.policy.graph_form import INPUTS_SCHEMA, OBJECTIVE_SCHEMA, objective_key, objective_of
+from tokfuse.runtime.policy.graph_form import (
+    INPUTS_SCHEMA,
+    OBJECTIVE_SCHEMA,
+    checked_inverse,
+    flat_objective,
+    objective_of,
+)
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective
@@ -79,26 +86,25 @@ register_reference(OP, reference_runs.policy_step, "softcap", WITHOUT_KERNELS)
 # -------------------------------------------------------------------------------- torch.compile
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::policy_step_hidden",
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_MASK}, int memory_budget, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA}"
+    f"({HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_MASK}, int memory_budget, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA}"
     ", bool compact_clipped, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
 )
 @ranged("policy_step.fwd")
 def _hidden_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, *rest: Any
 ) -> list[torch.Tensor]:
-    vector, scalar, softcap, logit_scale, budget, *fields = rest[:-6]
-    key, inv_normalizer, compact_clipped, *needs = rest[-6:]
+    vector, scalar, softcap, logit_scale, budget, *fields = rest[:-7]
+    form, coefficients, inv_normalizer, compact_clipped, *needs = rest[-7:]
     inputs = PolicyInputs(*fields)
     options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
     p = HeadProblem(
         hidden, weight, bias, target, options, budget, (needs[0], needs[1], needs[2]), None, compact_clipped
     )
-    objective = objective_of(key)
+    objective = objective_of(form, coefficients)
     run: StepRun = select(OP, hidden.device.type, hidden.dtype, objective.features(options.features())).run
-    terms, stats, grads = run(p, inputs, objective, inv_normalizer)
+    terms, stats, grads = run(p, inputs, objective, checked_inverse("policy_step", inv_normalizer))
     held = [hidden.new_empty(0) if x is None else x for x in grads]
     return [terms.loss, terms.token_loss, terms.sums, *stats, *held]
 
@@ -124,7 +130,7 @@ def _op_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
         g * grads[0].to(g.dtype) if need else None
         for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    return (*scaled,) + (None,) * 22
+    return (*scaled,) + (None,) * 23
 
 
 _hidden_op.register_autograd(_op_backward, setup_context=_setup_context)
@@ -135,7 +141,7 @@ def _custom_op(
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     needs = wanted(p)
     tensors = (p.hidden, p.weight, p.bias, p.target)
-    rest = (objective_key(objective), inv_normalizer, p.compact_clipped, *needs)
+    rest = (*flat_objective(objective), inv_normalizer, p.compact_clipped, *needs)
     out = _hidden_op(*tensors, *p.options.flat()[:4], p.memory_budget, *inputs, *rest)
     loss, token_loss, sums = out[:3]
     terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)

@@ -16,6 +16,7 @@ from tokfuse.runtime.backends.registration import (
 from tokfuse.runtime.core.checks import check_flag, check_positive
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
@@ -273,9 +274,7 @@ class _TokenStatsFunction(torch.autograd.Function):
 SEVEN = ", ".join(["Tensor"] * 7)
 
 
-@torch.library.custom_op(
-    "tokfuse::token_stats", mutates_args=(), schema=f"(Tensor logits, Tensor target, {FLAT_SCHEMA}) -> ({SEVEN})"
-)
+@graph_op("tokfuse::token_stats", f"(Tensor logits, Tensor target, {FLAT_SCHEMA}) -> ({SEVEN})")
 @ranged("token_stats.fwd")
 def _token_stats_op(logits: torch.Tensor, target: torch.Tensor, *flat: Any) -> tuple[torch.Tensor, ...]:
     o = LogitOptions.from_flat(*flat)
@@ -288,10 +287,9 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(7))
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::token_stats_backward",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor target, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy,"
+    "(Tensor logits, Tensor target, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy,"
     f" Tensor? grad_logp, Tensor? grad_entropy, {FLAT_SCHEMA}) -> Tensor",
 )
 @ranged("token_stats.bwd")
@@ -328,10 +326,9 @@ def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
 _token_stats_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op(
+@graph_op(
     "tokfuse::extended_token_stats",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, {FLAT_SCHEMA}, float? second_temperature, bool moments) -> Tensor[]",
+    f"(Tensor logits, Tensor target, {FLAT_SCHEMA}, float? second_temperature, bool moments) -> Tensor[]",
 )
 @ranged("token_stats.fwd")
 def _extended_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ import torch
 
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.graph_ops import graph_number
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 
@@ -85,7 +86,11 @@ def check_sampler(op: str, sampler_logp: torch.Tensor | None, tokens: int, devic
 
 
 def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) -> float:
-    """1 / normalizer; 1.0 for None, -1.0 for "batch" (the batch's own count)."""
+    """1 / normalizer; 1.0 for None, -1.0 for "batch" (the batch's own count).
+
+    Inside torch.compile a normalizer that is a tensor, or a number that changes between calls, gives a
+    `graph_ops.Number`; NaN for a tensor whose value is not positive and finite.
+    """
     if normalizer is None:
         return 1.0
     if isinstance(normalizer, str):
@@ -111,5 +116,11 @@ def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) ->
             raise refuse(
                 op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}", "Pass the global count."
             )
+        if torch.compiler.is_compiling():
+            count = normalizer.detach().reshape(()).double().cpu()
+            return torch.where((count > 0) & count.isfinite(), 1.0 / count, torch.nan)  # type: ignore[return-value]
         normalizer = float(normalizer)
-    return 1.0 / checks.check_number(op, "normalizer", normalizer, 0.0, open_low=True)
+    number = checks.check_number(op, "normalizer", normalizer, 0.0, open_low=True)
+    if torch.compiler.is_compiling():
+        return 1.0 / graph_number(normalizer)  # type: ignore[return-value]
+    return 1.0 / number

@@ -1,28 +1,60 @@
 """Objectives and their inputs in the schema of a custom op, which knows no dataclass and no record."""
 
-from tokfuse.runtime.policy.objective import Objective
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.objective import KL, Objective
+from tokfuse.runtime.policy.shapes import SHAPES
 
 INPUTS_SCHEMA = (
     "Tensor? old_logp, Tensor advantage, str advantage_level, Tensor? mask, Tensor? cu_seqlens, Tensor? token_weight"
     ", Tensor? signal, Tensor? ref_logp, Tensor? kl_weight, Tensor? entropy_weight"
 )
 """The fields of `PolicyInputs`, in order."""
-OBJECTIVE_SCHEMA = "str objective_key, float inv_normalizer"
+OBJECTIVE_SCHEMA = "str objective, float[] coefficients, float inv_normalizer"
+"""The two values of `flat_objective`, and 1 / normalizer."""
 
-# The repr of an objective names it exactly.
-_OBJECTIVES: dict[str, Objective] = {}
-
-
-def objective_key(objective: Objective) -> str:
-    """Return a string that stands for the objective in a custom op's schema."""
-    key = repr(objective)
-    _OBJECTIVES.setdefault(key, objective)
-    return key
+_FIELDS = {shape: tuple(f.name for f in fields(shape)) for shape in SHAPES}  # type: ignore[arg-type]
 
 
-objective_key._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as dispatch.select
+def flat_objective(objective: Objective) -> tuple[str, list[float]]:
+    """Return (what does not change between calls, the numbers) of an objective. Traced by torch.compile."""
+    shape, kl = objective.shape, objective.kl
+    assert shape.code is not None, "no kernel has the shape: see Objective.features"
+    given = [name for name in _FIELDS[SHAPES[shape.code]] if getattr(shape, name) is not None]
+    estimator = "" if kl is None else kl.estimator
+    form = f"{shape.code}|{','.join(given)}|{objective.level}|{estimator}|{objective.aggregation}"
+    numbers = [getattr(shape, name) for name in given] + [objective.entropy_coef, objective.log_ratio_clamp]
+    return form, numbers if kl is None else [*numbers, kl.coef, kl.clamp]
 
 
-def objective_of(key: str) -> Objective:
-    """Return the objective of an `objective_key`."""
-    return _OBJECTIVES[key]
+def objective_of(form: str, numbers: Sequence[float]) -> Objective:
+    """Return the objective of a `flat_objective`."""
+    return _objective(form, tuple(numbers))
+
+
+@functools.lru_cache(maxsize=128)
+def _objective(form: str, numbers: tuple[float, ...]) -> Objective:
+    code, given, level, estimator, aggregation = form.split("|")
+    shape = SHAPES[int(code)]
+    names = given.split(",") if given else []
+    fields_of_shape = dict.fromkeys(_FIELDS[shape]) | dict(zip(names, numbers, strict=False))
+    entropy_coef, log_ratio_clamp, *kl = numbers[len(names) :]
+    return Objective(
+        shape=shape(**fields_of_shape),
+        level=level,
+        kl=KL(estimator=estimator, coef=kl[0], clamp=kl[1]) if kl else None,
+        entropy_coef=entropy_coef,
+        aggregation=aggregation,
+        log_ratio_clamp=log_ratio_clamp,
+    )
+
+
+def checked_inverse(op: str, inv_normalizer: float) -> float:
+    """Return `inv_normalizer`; raise for a normalizer in a tensor whose value is not positive and finite."""
+    if math.isnan(inv_normalizer):
+        raise refuse(op, "normalizer", "a finite number in (0, inf)", "another value in a tensor", "Check the count.")
+    return inv_normalizer

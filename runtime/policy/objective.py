@@ -9,7 +9,7 @@ shapes are in shapes.py; tools/write_shapes.py hands the codes of both modules t
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tokfuse.runtime.policy.shapes import (
@@ -103,7 +103,8 @@ class Objective:
         log_ratio_clamp: bound on |logp - old_logp|; outside, the gradient of the ratio is 0.
     """
 
-    shape: Shape = PPOClip()
+    # A function, because torch.compile cannot construct the class that it finds as a default.
+    shape: Shape = field(default_factory=lambda: PPOClip())
     level: str = "token"
     kl: KL | None = None
     entropy_coef: float = 0.0

@@ -173,7 +173,10 @@ def loss_result(
     sums = terms.sums
     count = sums[SLOT["seqs" if objective.counts_sequences else "tokens"]]
     loss = terms.loss.detach()
-    loss_sum = loss * count.to(loss.dtype) if inv_normalizer < 0 else loss / inv_normalizer
+    if isinstance(inv_normalizer, torch.Tensor):  # see inverse_normalizer
+        loss_sum = loss / inv_normalizer.to(loss.dtype)
+    else:
+        loss_sum = loss * count.to(loss.dtype) if inv_normalizer < 0 else loss / inv_normalizer
     absent = ABSENT[inputs.ref_logp is not None, has_entropy]
     metrics = Metrics(sums, absent, sampler_kl)
     return PolicyLoss(terms.loss, terms.token_loss, loss_sum, count, metrics)

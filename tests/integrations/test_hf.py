@@ -206,14 +206,37 @@ def test_labels_of_another_length_are_refused():
         model(**given)
 
 
-def test_untested_versions_and_other_models_are_refused(monkeypatch):
+def test_older_versions_and_other_models_are_refused(monkeypatch):
     model = make()
     model.config.model_type = "mamba"
     with pytest.raises(ValueError, match=r"the model type must be one of llama, .*; got 'mamba'"):
         hf.install(model)
     monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: "4.57.1")
-    with pytest.raises(ValueError, match=r"transformers must be 5\.23\.\* .* got 4\.57\.1"):
+    with pytest.raises(ValueError, match=r"transformers must be 5\.\d+ to 5\.24 .* got 4\.57\.1"):
         hf.install(make())
+
+
+def test_a_newer_version_warns(monkeypatch):
+    monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: "5.99.0")
+    hosts._warn_untested.cache_clear()
+    model = make()
+    with pytest.warns(UserWarning, match=r"tested with transformers 5\.\d+ to 5\.24 and runs here with 5\.99\.0"):
+        hf.install(model)
+    assert_same(run(model), run(make()))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_the_keys_and_values_are_passed_on(use_cache):
+    """Under the name of this version: `past_key_values`, from 5.24 on `cache`."""
+    model = make().eval()
+    theirs = model(**batch(), use_cache=use_cache, output_hidden_states=True)
+    with hf.installed(model):
+        mine = model(**batch(), use_cache=use_cache, output_hidden_states=True)
+    assert set(theirs) - set(mine) == {"logits"} and set(mine) <= set(theirs)
+    (name,) = {"cache", "past_key_values"} & set(mine) or {"hidden_states"}
+    assert (name == "hidden_states") == (not use_cache)
+    if use_cache:
+        assert mine[name].get_seq_length() == theirs[name].get_seq_length() == L
 
 
 # ---------------------------------------------------------------------------------------- adapters

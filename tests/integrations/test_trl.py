@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -58,13 +59,48 @@ def test_uninstall_refuses_to_undo_a_later_patch(monkeypatch):
     host.uninstall()
 
 
-@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])
-def test_an_untested_version_is_refused(version, monkeypatch, tmp_path):
+@pytest.mark.parametrize("version", ["0.24.0", "1.15.2"])
+def test_a_version_that_breaks_is_refused(version, monkeypatch, tmp_path):
     monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: version)
     with pytest.raises(ValueError, match=rf"trl must be 1\.16\.\* .* got {version}"):
         host.install()
     with pytest.raises(ValueError, match="FusedGRPOTrainer: trl must be"):
         tiny_grpo.trainer(trl.FusedGRPOTrainer, tmp_path)
+
+
+@pytest.mark.parametrize("version", ["1.17.0", "2.0.0rc1"])
+def test_a_newer_version_is_installed_with_one_warning(version, monkeypatch):
+    monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: version)
+    hosts._warn_untested.cache_clear()
+    stock = seams()
+    sentence = rf"^tokfuse was tested with trl 1\.16\.\* and runs here with {version}\.$"
+    with pytest.warns(UserWarning, match=sentence):
+        host.install()
+    assert seams()[0] is not stock[0]
+    host.uninstall()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        host.install()
+    host.uninstall()
+
+
+@pytest.mark.parametrize(
+    ("version", "outcome"),
+    [("1.9.7", "refused"), ("1.10.0", "silent"), ("1.11", "silent"), ("1.12.0.dev0", "silent"), ("1.13.1", "warns")]
+    + [("0.99", "refused"), ("2.0", "warns"), ("from a branch", "refused")],
+)
+def test_a_range_of_versions(version, outcome, monkeypatch):
+    monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: version)
+    hosts._warn_untested.cache_clear()
+    trainer = hosts.Host("trainer", (1, 10), (1, 12))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if outcome == "refused":
+            with pytest.raises(ValueError, match=r"here: trainer must be 1\.10 to 1\.12 .*"):
+                trainer.require("here")
+        else:
+            assert trainer.require("here") == version == trainer.require("here")
+    assert len(caught) == (outcome == "warns")
 
 
 def test_a_missing_host_is_named(monkeypatch):

@@ -54,6 +54,39 @@ def test_a_package_without_a_pin_is_refused(tools):
         tools("bootstrap").pinned(["torch>=2.11", "leftpad"])
 
 
+def test_the_oldest_versions_are_the_lower_bounds(tools):
+    bootstrap = tools("bootstrap")
+    assert bootstrap.oldest(["torch>=2.11", "numpy>=1.26", "pytest"]) == ["torch==2.11.*", "numpy==1.26.*", "pytest"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for group in ("core", *project["optional-dependencies"]):
+        bounded = [x for x in bootstrap.requirements(group)[0] if x.partition(">=")[0] != "setuptools" and ">=" in x]
+        assert all(x.endswith(".*") and x.count(".") >= 2 for x in bootstrap.oldest(bounded)), group
+
+
+def test_versions_decide_what_pip_is_given(tools):
+    bootstrap = tools("bootstrap")
+    wanted = ["torch>=2.11", "pytest"]
+    pins = bootstrap.pins()
+    constraint = ["--constraint", str(bootstrap.CONSTRAINTS)]
+    assert bootstrap.arguments_of(wanted, "pinned") == [*constraint, pins["torch"], pins["pytest"]]
+    assert bootstrap.arguments_of(wanted, "oldest") == ["torch==2.11.*", "pytest"]
+    assert bootstrap.arguments_of(wanted, "newest") == ["--upgrade", *wanted]
+
+
+def test_only_the_newest_versions_are_looked_up_again(tools, tmp_path, monkeypatch):
+    bootstrap = tools("bootstrap")
+    monkeypatch.setattr(bootstrap.torch_build, "prepare", lambda python, arguments: None)
+    runs: list[tuple[str, ...]] = []
+    monkeypatch.setattr(bootstrap.Environment, "pip", lambda self, *arguments: runs.append(arguments))
+    for versions, count in (("pinned", 1), ("oldest", 1), ("newest", 2)):
+        environment = bootstrap.Environment(tmp_path / versions)
+        environment.folder.mkdir()
+        runs.clear()
+        for _ in range(2):
+            bootstrap.install_group(environment, "selection", versions)
+        assert len(runs) == count
+
+
 def test_an_unknown_group_is_refused(tools):
     with pytest.raises(SystemExit, match="GROUP must be one of bench, demo"):
         tools("bootstrap").requirements("everything")

@@ -17,7 +17,7 @@ from verl.utils.experimental import torch_functional as heads
 from verl.utils.kernel import linear_cross_entropy as triton_head
 from verl.workers.engine.fsdp import transformer_impl
 
-from tokfuse.integrations import verl_heads, verl_plugin
+from tokfuse.integrations import hosts, verl_heads, verl_plugin
 
 VOCAB = 64
 
@@ -191,12 +191,15 @@ def test_refusals(installed):
         heads.FusedLinearForPPO(impl_backend="triton")
 
 
-def test_an_untested_version_is_refused(monkeypatch):
+def test_an_older_version_is_refused_and_a_newer_one_warns(monkeypatch):
+    monkeypatch.setattr(type(verl_plugin.HOST), "installed", property(lambda self: "0.1"))
+    for use in (verl_plugin.install, verl_plugin.register):
+        with pytest.raises(ValueError, match=r"verl must be .* got 0\.1"):
+            use()
     monkeypatch.setattr(type(verl_plugin.HOST), "installed", property(lambda self: "0.10.2"))
-    with pytest.raises(ValueError, match="tested|0.9"):
-        verl_plugin.install()
-    with pytest.raises(ValueError, match=r"0\.10\.2"):
-        verl_plugin.register()
+    hosts._warn_untested.cache_clear()
+    with pytest.warns(UserWarning, match=r"^tokfuse was tested with verl .* and runs here with 0\.10\.2\.$"):
+        assert verl_plugin.register()
 
 
 def run(code: str, **environment: str) -> str:
