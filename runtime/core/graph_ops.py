@@ -53,7 +53,8 @@ class GraphOp:
 
     def __call__(self, *args: Any) -> Any:
         """Call the op; a number may be a () tensor. Traced by torch.compile."""
-        given, changing = list(args), []
+        given = list(args)
+        changing: list[torch.Tensor] = []
         for place in self._places:
             value = args[place]
             if isinstance(value, list | tuple):
