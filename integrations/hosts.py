@@ -1,7 +1,9 @@
 """What every adapter shares: the tested versions of a host, and attributes that can be put back."""
 
+import functools
 import importlib.metadata
 import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,8 @@ class Host:
 
     Args:
         name: its distribution.
-        low, high: tested range of (major, minor), both included.
+        low: first (major, minor) that works; an older one is known to break and raises an error.
+        high: last (major, minor) that was tested; a newer one works with a warning.
     """
 
     name: str
@@ -40,15 +43,22 @@ class Host:
         return f"{low}.*" if low == high else f"{low} to {high}"
 
     def require(self, op: str) -> str:
-        """The installed version; refuses one that was not tested."""
+        """The installed version. Raises if it is known to break; warns once if it was not tested."""
         version = self.installed
         next_step = f"Install {self.name} {self.tested}."
         if version is None:
             raise refuse(op, self.name, "installed", "nothing", next_step)
         found = re.match(r"(\d+)\.(\d+)", version)
-        if found is None or not self.low <= (int(found[1]), int(found[2])) <= self.high:
-            raise refuse(op, self.name, f"{self.tested} (its internals change between versions)", version, next_step)
+        if found is None or (int(found[1]), int(found[2])) < self.low:
+            raise refuse(op, self.name, f"{self.tested} (the adapter needs internals of it)", version, next_step)
+        if (int(found[1]), int(found[2])) > self.high:
+            _warn_untested(f"tokfuse was tested with {self.name} {self.tested} and runs here with {version}.")
         return version
+
+
+@functools.cache
+def _warn_untested(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 class Rebinding:

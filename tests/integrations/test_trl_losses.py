@@ -129,8 +129,9 @@ OPTIONS = {
         "entropy_coef": 0.1,
         "max_steps": 4,
     },
-    "high-entropy tokens": {"top_entropy_quantile": 0.4},
-    "high-entropy tokens, bonus, kl": kl(top_entropy_quantile=0.4, entropy_coef=0.1, loss_type="grpo"),
+    # 0.57 (tokens - 1) is no integer: a quantile that is one token's entropy lets its rounding decide.
+    "high-entropy tokens": {"top_entropy_quantile": 0.43},
+    "high-entropy tokens, bonus, kl": kl(top_entropy_quantile=0.43, entropy_coef=0.1, loss_type="grpo"),
     "off-policy mask": {"off_policy_mask_threshold": 1e-4},
     "truncated completions": {"mask_truncated_completions": True, "loss_type": "grpo"},
     "rewards over the batch": {"scale_rewards": "batch"},

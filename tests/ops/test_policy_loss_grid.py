@@ -40,14 +40,14 @@ def evaluate(put, objective: Objective, dtype: torch.dtype, inputs):
 def test_kernels_equal_the_reference(shape: str, level: str, backend: Backend):
     names = ["token_weight", "ref_logp", "kl_weight", "entropy", "entropy_weight"]
     data = batch(*names, *(["signal"] if SHAPES[shape].needs_signal else []))
-    turn = list(LEVELS).index(level)
+    turn, aggregations = list(LEVELS).index(level), list(AGGREGATIONS)
     for i, estimator in enumerate((None, *KL_ESTIMATORS)):
         kl = None if estimator is None else KL(estimator=estimator, coef=0.07, clamp=12.0)
         given = data
         if kl is None:
             rest = {k: v for k, v in data.inputs.items() if k != "kl_weight"}
             given = type(data)(data.logp, rest)
-        for aggregation in (AGGREGATIONS[(i + turn) % 4], AGGREGATIONS[(i + turn + 1) % 4]):
+        for aggregation in (aggregations[(i + turn) % 4], aggregations[(i + turn + 1) % 4]):
             objective = Objective(
                 shape=SHAPES[shape],
                 level=level,

@@ -10,11 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-import tokfuse.runtime.ops.linear_token_stats
-import tokfuse.runtime.ops.policy_loss
-import tokfuse.runtime.ops.policy_step  # noqa: F401  (imports register the implementations)
+from tokfuse.inspection import doctor
 from tokfuse.runtime.backends import cuda_backend, triton_backend
 from tokfuse.runtime.core import dispatch, native
+
+doctor.import_ops()  # which registers their implementations
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The reference computes in float64: its error is one rounding to float32, and nothing else.
