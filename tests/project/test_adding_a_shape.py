@@ -86,7 +86,7 @@ def test_the_tests_of_the_copy_hold_the_new_shape(copy: Path):
     )
     for name in (
         "test_the_header_has_the_formula[target_penalty]",
-        "test_token_objectives_with_every_estimator[target_penalty-triton]",
+        "test_token_objectives_with_every_estimator[triton-target_penalty]",
         "test_zero_without_advantage_is_what_it_says[target_penalty-triton]",
         "test_the_signal_changes_the_loss[target_penalty-triton]",
         "test_a_call_without_the_signal_is_refused[target_penalty-policy_step]",
