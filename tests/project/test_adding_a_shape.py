@@ -84,15 +84,22 @@ def test_the_tests_of_the_copy_hold_the_new_shape(copy: Path):
         *tests,
         TRITON_INTERPRET="1",
     )
+    passed = {key(line.split("::", 1)[1]) for line in out.splitlines() if line.startswith("PASSED")}
     for name in (
         "test_the_header_has_the_formula[target_penalty]",
-        "test_token_objectives_with_every_estimator[triton-target_penalty]",
+        "test_token_objectives_with_every_estimator[target_penalty-triton]",
         "test_zero_without_advantage_is_what_it_says[target_penalty-triton]",
         "test_the_signal_changes_the_loss[target_penalty-triton]",
         "test_a_call_without_the_signal_is_refused[target_penalty-policy_step]",
         "test_no_kernel_runs_without_the_signal[target_penalty-policy_loss-triton]",
         "test_every_public_name_is_in_the_reference",
-        "test_public_names_are_importable_and_documented[TargetPenalty]",
+        "test_public_names_are_documented[TargetPenalty]",
         "test_public_names_are_known_to_type_checkers",
     ):
-        assert re.search(rf"^PASSED \S*{re.escape(name)}", out, re.MULTILINE), f"{name} did not run\n{out[-3000:]}"
+        assert key(name) in passed, f"{name} did not run\n{out[-3000:]}"
+
+
+def key(case: str) -> tuple[str, frozenset[str]]:
+    """A test and the parts of its case, which pytest orders by the scope of their fixtures."""
+    name, _, parts = case.partition("[")
+    return name, frozenset(parts.rstrip("]").split("-"))
