@@ -131,6 +131,7 @@ CUDA_HEADER = """// toy_op: @MARK@: formula, and what is read and written per ro
 
 #include <cmath>
 
+#include "cuda/grid.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/packed_kernels.h"
 
