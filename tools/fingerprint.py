@@ -234,14 +234,17 @@ def main() -> int:
 
     import tokfuse
 
+    facts = about(arguments.backend)
     with tokfuse.backend(arguments.backend):
         if arguments.rank is not None:
             one_rank(arguments.rank, arguments.rank_folder, arguments.backend)
             return 0
         found = single(arguments.backend)
         found |= distributed_digests(arguments.backend)
+    if about(arguments.backend) != facts:
+        raise SystemExit("fingerprint: the checkout changed while it ran; nothing is written")
     refused = sorted(name for name, outputs in found.items() if "error" in outputs)
-    arguments.output.write_text(json.dumps({"about": about(arguments.backend), "calls": found}, indent=1) + "\n")
+    arguments.output.write_text(json.dumps({"about": facts, "calls": found}, indent=1) + "\n")
     print(f"{len(found)} calls, {sum(map(len, found.values()))} outputs, {len(refused)} calls refused")
     for name in refused:
         print(f"refused: {name}: {found[name]['error']}")

@@ -1,18 +1,13 @@
 """docs/adding_a_shape.md, tried: its blocks go into a copy of the repository, whose tests then hold the new shape."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import repo_copy
+from repo_copy import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "adding_a_shape.md"
-FOLDERS = ("api", "algorithms", "csrc", "docs", "inspection", "integrations", "runtime", "tests", "tools")
-FOLDERS += ("bench", "triton_kernels")
 # First line of a block: the file, and the text of the line above which the others go.
 PLACE = re.compile(r"(?:#|//) (\S+), above `(.+)`\n")
 
@@ -35,29 +30,13 @@ def insert(root: Path, file: str, line: str, text: str) -> None:
 def copy(tmp_path_factory) -> Path:
     """The repository with the shape of the page in it, without the native module."""
     root = tmp_path_factory.mktemp("copy")
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.png", "*.jsonl")
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
-    for file in ("setup.py", "pyproject.toml", "README.md", "mkdocs.yml"):
-        shutil.copy(ROOT / file, root / file)
+    repo_copy.copied(root)
     for file, line, text in blocks():
         insert(root, file, line, text)
-    python(root, "tools/typing_tree.py", ".typing")
-    (root / ".typing" / "tokfuse" / "_native.py").write_text("raise ImportError('not built in the copy')\n")
+    repo_copy.linked(root)
     assert "python tools/write_shapes.py\n" in PAGE.read_text()
     python(root, "tools/write_shapes.py")
     return root
-
-
-def python(root: Path, *arguments: str, **environment: str) -> str:
-    """Output of a Python process that imports tokfuse from the copy."""
-    env = {**os.environ, "PYTHONPATH": str(root / ".typing"), "OMP_NUM_THREADS": "1", **environment}
-    env.pop("TOKFUSE_CUDA_HOST", None)
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout
 
 
 def test_the_page_has_at_most_six_steps():
@@ -69,21 +48,7 @@ def test_the_tests_of_the_copy_hold_the_new_shape(copy: Path):
     tests = ["tests/ops/test_shapes.py", "tests/project/test_layering.py", "tests/project/test_docstrings.py"]
     tests.append("tests/backends/test_triton_policy.py")
     chosen = "target_penalty or public or reference or files or TargetPenalty"
-    out = python(
-        copy,
-        "-c",
-        "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
-        "-q",
-        "-rA",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:randomly",
-        "-k",
-        chosen,
-        *tests,
-        TRITON_INTERPRET="1",
-    )
+    out = repo_copy.tests(copy, "-k", chosen, *tests, TRITON_INTERPRET="1")
     passed = {key(line.split("::", 1)[1]) for line in out.splitlines() if line.startswith("PASSED")}
     for name in (
         "test_the_header_has_the_formula[target_penalty]",

@@ -812,6 +812,7 @@ ROWS: tuple[Row, ...] = (
         dtypes=PACKED,
         rich=("doubly_robust",),
     ),
+    # The next row goes here.
 )
 
 
