@@ -57,6 +57,7 @@ NCU_METRICS = ("Duration", "DRAM Throughput", "Registers Per Thread", "Achieved 
 BUILD_MINUTES = {False: 4.0, True: 30.0}  # by dry run
 MINUTES = {False: 8.0, True: 40.0}
 GRACE_S = 5  # between the interrupt, on which pytest prints its results, and the end
+LEAST_S = 1  # a step with less is not started
 SHOWN_GPU = "H200"  # whose predictions a dry run prints
 OK = ("pass", "unavailable")
 
@@ -275,7 +276,11 @@ def run_all(steps: Sequence[Step], seconds: float, out: Path, environment: dict[
     for step in steps:
         used += step.share
         limit = start + seconds * used / total - time.monotonic() - GRACE_S
-        lines.append(record(run_step(step, max(1.0, limit), out, environment), out))
+        if limit < LEAST_S:  # an earlier step could not be stopped in time
+            line = {"step": step.name, "limit_s": 0, "seconds": 0.0, "detail": "", "status": "no time"}
+        else:
+            line = run_step(step, limit, out, environment)
+        lines.append(record(line, out))
     return lines
 
 

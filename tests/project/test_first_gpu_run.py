@@ -179,6 +179,13 @@ def test_time_that_is_not_used_goes_to_the_later_steps(run, tmp_path, monkeypatc
     assert lines[0]["limit_s"] == 30 and lines[1]["limit_s"] >= 39
 
 
+def test_without_time_a_step_is_recorded_and_not_started(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "GRACE_S", 0)
+    (line,) = run.run_all([step(run, "a", f"touch {tmp_path}/started")], 0.5, tmp_path, {})
+    assert line["status"] == "no time" and not (tmp_path / "started").exists()
+    assert "no time" not in run.OK
+
+
 def test_the_totals_of_pytest_are_summed(run, tmp_path):
     texts = ["F\n2 failed, 10 passed, 3 skipped in 4.21s\n", "1 passed in 0.3s\n", "killed\n"]
     logs = [tmp_path / f"{i}.log" for i in range(3)]
