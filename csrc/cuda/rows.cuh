@@ -201,30 +201,28 @@ __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, 
   const int thread = static_cast<int>(threadIdx.x), reach = (kTile - 1) * threads;
   const TargetPlace target = target_place<T, kTile>(y, row.vocab, 0, whole + 1);
   Vec16 z[kTile], bias[kTile] = {};
-  const auto load_tile = [&](int v) {
+  int v = thread;
+  for (; v + reach < whole; v += kTile * threads) {
+    if (v == target.tile + thread) continue;
 #pragma unroll
     for (int j = 0; j < kTile; j++) z[j] = row.whole(v + j * threads);
     if (has_bias) {
 #pragma unroll
       for (int j = 0; j < kTile; j++) bias[j] = row.whole_bias(v + j * threads);
     }
-  };
-  int v = thread;
-  for (; v + reach < whole; v += kTile * threads) {
-    if (v == target.tile + thread) continue;
-    load_tile(v);
     fold_vectors<T, kTile, kTransform>(f, a, z, bias, has_bias, c, c2);
   }
-  if (target.tile >= 0 && target.tile + thread + reach < whole) {
-    load_tile(target.tile + thread);
-    exclude<T, kTile>(target, target.tile + thread, z);
-    fold_vectors<T, kTile, kTransform>(f, a, z, bias, has_bias, c, c2);
-  }
-  for (; v * kItems<T> < row.vocab; v += threads) {
-    z[0] = v < whole ? row.whole(v) : row.last();
-    if (has_bias) bias[0] = v < whole ? row.whole_bias(v) : row.last_bias();
-    exclude<T, 1>(target, v, z);
-    fold_vectors<T, 1, kTransform>(f, a, z, bias, has_bias, c, c2);
+  // The tile of the target, then what lies behind the last whole tile: one copy of the code,
+  // because a second one costs registers that the loop above needs (120 bytes of stack were seen).
+  int left = target.tile >= 0 && target.tile + thread + reach < whole ? kTile : 0;
+  int w = left > 0 ? target.tile + thread : v;
+#pragma unroll 1
+  while (w * kItems<T> < row.vocab) {
+    Vec16 one[1] = {w < whole ? row.whole(w) : row.last()}, bias_of_one[1] = {};
+    if (has_bias) bias_of_one[0] = w < whole ? row.whole_bias(w) : row.last_bias();
+    exclude<T, 1>(target, w, one);
+    fold_vectors<T, 1, kTransform>(f, a, one, bias_of_one, has_bias, c, c2);
+    w = --left == 0 ? v : w + threads;
   }
 }
 

@@ -24,8 +24,17 @@ def test_every_kernel_was_compiled_for_every_architecture():
     assert bases >= set(cuda_table.ROW_KERNELS) | set(roofline.PACKED)
 
 
-def test_nothing_spills():
-    assert [k.key for k in TABLE if k.stack_bytes] == []
+# Folding the target's tile apart costs these kernels of 16-bit logits a frame, in bytes: the forward
+# spills a few registers outside its loop, the cluster kernel keeps a tile (no spills).
+FRAMES = {
+    ("token_stats_fwd_kernel", "80"): 16,
+    ("token_stats_fwd_kernel", "100a"): 24,
+    ("policy_step_cluster_kernel", "100a"): 64,
+}
+
+
+def test_no_kernel_has_a_stack_but_the_known_small_frames():
+    assert [k.key for k in TABLE if k.stack_bytes > FRAMES.get((k.name.split("<")[0], k.arch), 0)] == []
 
 
 def test_registers_and_shared_memory_are_within_the_launch_bounds():
