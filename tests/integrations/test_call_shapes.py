@@ -114,9 +114,10 @@ def test_liger_window_and_sampler_ratio():
     args = (logits, b.old, None, ids, a, b.mask)
     one, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True, num_items_in_batch=40)
     plain, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True)
-    assert one.item() == pytest.approx(plain.item() * b.mask.sum().item() / 40, rel=1e-5)
+    # Summands near 1 cancel to 2e-4: their rounding decides, not the loss's own size.
+    assert one.item() == pytest.approx(plain.item() * b.mask.sum().item() / 40, rel=1e-5, abs=1e-7)
     twice, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True, vllm_is_ratio=torch.full((B,), 2.0))
-    assert twice.item() == pytest.approx(2 * plain.item(), rel=1e-5)
+    assert twice.item() == pytest.approx(2 * plain.item(), rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize(
