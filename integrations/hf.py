@@ -34,7 +34,7 @@ OP = "integrations.hf"
 IGNORE = -100
 
 # config.model_type -> the attribute of its text config that scales the logits, "" for none, and
-# "1/" before one that divides them. Read in transformers 5.23; others transform logits in ways of
+# "1/" before one that divides them. Read in transformers 5.24; others transform logits in ways of
 # their own and are refused.
 SUPPORTED = {
     "llama": "",
