@@ -60,11 +60,8 @@ class Products(TorchDispatchMode):
         self.moved: list[tuple[tuple[int, ...], int, int]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, kwargs = function.overloadpacket.__name__.rstrip("_"), kwargs or {}
-        if function is torch.ops.aten.addmm.dtype_out:
-            out = kwargs["out"]  # torch 2.11 runs it on CUDA, and raises on tensors without values
-        else:
-            out = function(*args, **kwargs)
+        name = function.overloadpacket.__name__.rstrip("_")
+        out = function(*args, **(kwargs or {}))
         if name in ("mm", "addmm"):
             read = {id(x): x.numel() * x.itemsize for x in args if isinstance(x, torch.Tensor)}
             self.moved.append((tuple(out.shape), sum(read.values()), out.numel() * out.itemsize))

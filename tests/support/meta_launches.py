@@ -15,6 +15,11 @@ from tokfuse.runtime.backends import triton_backend
 from tokfuse.runtime.core import dispatch
 from tokfuse.runtime.lm_head import device_head
 
+if torch.__version__.startswith("2.11."):
+    # There the product with out_dtype runs on CUDA, and raises on tensors without values.
+    _LIBRARY = torch.library.Library("aten", "IMPL", "Meta")
+    _LIBRARY.impl("addmm.dtype_out", lambda *_, out, **__: out, allow_override=True)
+
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:

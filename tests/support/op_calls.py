@@ -13,7 +13,7 @@ of tokfuse: `tools/fingerprint.py` also runs it against older checkouts.
 import operator
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -287,10 +287,10 @@ def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     """Every tensor of a result by its path of public fields."""
     if isinstance(value, torch.Tensor):
         return {name or "out": value}
-    if is_dataclass(value):
-        members = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in INPUTS and f.name[0] != "_"}
-    elif isinstance(value, tuple):
+    if isinstance(value, tuple):
         members = dict(zip(getattr(value, "_fields", map(str, range(len(value)))), value, strict=True))
+    elif hasattr(value, "__dataclass_fields__"):  # torch.compile of torch 2.11 traces no is_dataclass
+        members = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in INPUTS and f.name[0] != "_"}
     else:
         return {}
     found: dict[str, torch.Tensor] = {}
