@@ -181,6 +181,7 @@ bench-release:
 # what the package index has today. Each set has an environment of its own.
 VERSIONS ?= oldest newest
 VERSION_TESTS ?= tests/ops tests/backends tests/algorithms tests/integrations
+VERSION_TESTS_INTERPRETED ?= $(VERSION_TESTS)
 # The first of these interpreters that starts; without one, $(PYTHON).
 first_python = $(or $(firstword $(foreach p,$(1),$(shell $(p) -c 'print("$(p)")' 2>/dev/null))),$(PYTHON))
 PYTHON_oldest ?= $(call first_python,python3.11)
@@ -192,7 +193,7 @@ test-versions-%:
 	@.venv-$*/bin/pytest -p no:cacheprovider $(SPREAD) \
 		-m "not slow and not gpu and not interpreter and not cuda_host and not packaging" $(VERSION_TESTS) $(ARGS)
 	@$(INTERPRETER) .venv-$*/bin/pytest -p no:cacheprovider $(SPREAD) -m "interpreter and not slow" \
-		$(VERSION_TESTS) $(ARGS)
+		$(VERSION_TESTS_INTERPRETED) $(ARGS)
 
 # Other libraries bring stacks of their own, so each list has an environment of its own.
 PEERS ?= peers
