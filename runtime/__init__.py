@@ -1,1 +1,1 @@
-"""The only way from an algorithm to a kernel: registry, dispatch, autograd, checks, reference."""
+"""The runtime: op registry, dispatch, autograd, checks and reference. Algorithms reach kernels only through it."""

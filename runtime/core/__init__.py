@@ -1,1 +1,1 @@
-"""Dispatch, capability records, checks, errors, ranges: what every other room builds on."""
+"""The base of the runtime: dispatch, capability records, checks, errors and profiler ranges."""

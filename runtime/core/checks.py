@@ -1,7 +1,8 @@
-"""Argument checks shared by the ops. Each refuses with one sentence, the actual value, a next step.
+"""Argument checks shared by the ops.
 
-Checks that need the values of a tensor run for CPU tensors, where they cost no synchronisation; for
-other devices only when `TOKFUSE_CHECK=1` is set.
+Each error message has one sentence, the actual value and a next step. Checks that read the values of a
+tensor always run for CPU tensors, because they need no synchronisation there. For other devices they run
+only with `TOKFUSE_CHECK=1`.
 """
 
 import math
@@ -26,9 +27,10 @@ Runs = dict[str, Callable[..., Any]]  # backend -> implementation of one op
 
 
 def may_read(tensor: torch.Tensor) -> bool:
-    """True when the values of `tensor` may be read on the host here.
+    """Return True if the values of `tensor` may be read on the host here.
 
-    Not inside a compiled graph, which reading would cut; the native kernels check again.
+    Inside torch.compile the answer is False, because a read would break the graph. The native kernels
+    repeat the check when they run.
     """
     if torch.compiler.is_compiling():
         return False
@@ -39,14 +41,14 @@ def may_read(tensor: torch.Tensor) -> bool:
 
 
 def require_tensor(op: str, name: str, value: object) -> torch.Tensor:
-    """`value` as a tensor, or a TypeError that names it."""
+    """Return `value`. Raise TypeError if it is not a tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}. Convert it first.")
     return value
 
 
 def check_dtype(op: str, name: str, value: torch.Tensor, dtypes: frozenset[torch.dtype]) -> None:
-    """One of `dtypes`."""
+    """Raise ValueError unless the dtype of `value` is one of `dtypes`."""
     if value.dtype not in dtypes:
         raise refuse(
             op,
@@ -58,32 +60,26 @@ def check_dtype(op: str, name: str, value: torch.Tensor, dtypes: frozenset[torch
 
 
 def names_of(dtypes: Iterable[torch.dtype]) -> str:
-    """Dtype names in one string."""
+    """Return the names of `dtypes` in one string."""
     return " or ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
 
 
 def check_device(op: str, name: str, x: torch.Tensor, device: torch.device) -> None:
-    """Same device as the op's main input."""
+    """Raise ValueError unless `x` is on `device`, the device of the op's main input."""
     if x.device != device:
-        raise refuse(
-            op, name, f"on {device}, where the main input is", str(x.device), f"Call {name}.to({str(device)!r})."
-        )
+        raise refuse(op, name, f"on {device}, like the main input", str(x.device), f"Call {name}.to({str(device)!r}).")
 
 
 def check_constant(op: str, name: str, x: torch.Tensor) -> None:
-    """No gradient is asked for what the op does not differentiate."""
+    """Raise ValueError if `x` requires a gradient: the op does not differentiate it."""
     if x.requires_grad and torch.is_grad_enabled():
         raise refuse(
-            op,
-            name,
-            "free of gradient (the op does not differentiate it)",
-            "requires_grad=True",
-            f"Call {name}.detach().",
+            op, name, "detached (the op does not differentiate it)", "requires_grad=True", f"Call {name}.detach()."
         )
 
 
 def check_matrix(op: str, name: str, x: torch.Tensor, axes: str) -> None:
-    """A two-dimensional floating tensor of a supported dtype."""
+    """Raise an error unless `x` is a two-dimensional floating-point tensor of a supported dtype."""
     require_tensor(op, name, x)
     if x.dim() != 2:
         raise refuse(
@@ -98,7 +94,13 @@ def check_matrix(op: str, name: str, x: torch.Tensor, axes: str) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a vector has to match: the size, whose size it is, and the device."""
+    """The size and the device that a vector must have.
+
+    Args:
+        size: number of elements.
+        partner: the input that has this size, named in error messages.
+        device: device of the op's main input.
+    """
 
     size: int
     partner: str
@@ -108,7 +110,7 @@ class Rows:
 def check_vector(
     op: str, name: str, value: object, rows: Rows | None = None, dtypes: frozenset[torch.dtype] = FLOATS
 ) -> torch.Tensor:
-    """A 1-D tensor of one of `dtypes` that matches `rows`."""
+    """Return `value`. Raise an error unless it is a 1-D tensor of one of `dtypes` that matches `rows`."""
     x = require_tensor(op, name, value)
     if x.dim() != 1 or (rows is not None and x.shape[0] != rows.size):
         want = "a 1-D tensor"
@@ -124,30 +126,33 @@ def check_vector(
 def check_optional(
     op: str, name: str, value: object, rows: Rows | None = None, dtypes: frozenset[torch.dtype] = FLOATS
 ) -> None:
-    """`check_vector` unless the value is None."""
+    """Call `check_vector` unless the value is None."""
     if value is not None:
         check_vector(op, name, value, rows, dtypes)
 
 
 def check_constant_vector(op: str, name: str, value: object, rows: Rows) -> None:
-    """A floating vector that matches `rows` and carries no gradient."""
+    """Raise an error unless `value` is a floating-point vector that matches `rows` and requires no gradient."""
     check_constant(op, name, check_vector(op, name, value, rows))
 
 
 def check_cu_seqlens(op: str, value: object, num_tokens: int, device: torch.device, name: str = "cu_seqlens") -> int:
-    """(seqs + 1,) int32, starts at 0, never decreases, ends at the token count. Returns seqs."""
+    """Return the number of sequences. Raise an error unless `value` is a valid `cu_seqlens`.
+
+    It must be (seqs + 1,) int32, start at 0, never decrease, and end at `num_tokens`.
+    """
     cu_seqlens = check_vector(op, name, value, dtypes=INT32)
     check_device(op, name, cu_seqlens, device)
     num_seqs = cu_seqlens.shape[0] - 1
     if num_seqs < 0:
-        raise refuse(op, name, "of shape (num_seqs + 1,)", "shape (0,)", "No sequence: pass [0].")
+        raise refuse(op, name, "of shape (num_seqs + 1,)", "shape (0,)", "Pass [0] for zero sequences.")
     if not may_read(cu_seqlens) or _borders_ok(cu_seqlens, num_seqs, num_tokens):
         return num_seqs
     if int(cu_seqlens[0]) != 0:
         raise refuse(op, name, "a prefix sum that starts at 0", int(cu_seqlens[0]), "Prepend 0.")
     if int(cu_seqlens[-1]) != num_tokens:
         want = f"a prefix sum that ends at num_tokens = {num_tokens}"
-        raise refuse(op, name, want, int(cu_seqlens[-1]), "Pack exactly the tokens it counts.")
+        raise refuse(op, name, want, int(cu_seqlens[-1]), "Pass the offsets of exactly these tokens.")
     if num_seqs > 0 and bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         place = int((cu_seqlens[1:] < cu_seqlens[:-1]).to(torch.uint8).argmax())
         actual = f"{int(cu_seqlens[place])} then {int(cu_seqlens[place + 1])} at {place}"
@@ -156,7 +161,7 @@ def check_cu_seqlens(op: str, value: object, num_tokens: int, device: torch.devi
 
 
 def _borders_ok(cu_seqlens: torch.Tensor, num_seqs: int, num_tokens: int) -> bool:
-    """The same test in one native call: five torch ops cost more than a scan over a small batch."""
+    """Run the same test in one native call. For a small batch the five torch ops cost more than the scan."""
     module = native.module()
     if module is None or cu_seqlens.device.type != "cpu" or not cu_seqlens.is_contiguous():
         return False
@@ -167,14 +172,14 @@ def _borders_ok(cu_seqlens: torch.Tensor, num_seqs: int, num_tokens: int) -> boo
 
 
 def check_choice(op: str, name: str, value: object, known: Iterable[str]) -> None:
-    """One of the known names; the message lists them."""
+    """Raise ValueError unless `value` is one of the known names. The message lists them."""
     known = tuple(known)
     if value not in known:
         raise refuse(op, name, f"one of {', '.join(known)}", repr(value), "Choose a listed name.")
 
 
 def check_flag(op: str, name: str, value: object) -> None:
-    """A bool, and not what merely counts as one: "no" would be True."""
+    """Raise TypeError unless `value` is a bool. Other objects have a truth value too: "no" is true."""
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False; got {value!r}. Pass a bool.")
 
@@ -182,13 +187,16 @@ def check_flag(op: str, name: str, value: object) -> None:
 def check_number(
     op: str, name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> float:
-    """A finite number in [low, high], or (low, high] with `open_low`."""
-    # The abstract class, for numpy's numbers, last: torch.compile does not trace into it.
+    """Return `value` as a float. Raise an error unless it is finite and in [low, high].
+
+    With `open_low` the range is (low, high].
+    """
+    # numbers.Real admits numpy's numbers. It is tested last because torch.compile does not trace into it.
     real = isinstance(value, int | float) or isinstance(value, numbers.Real)
     if isinstance(value, bool) or not real:
         raise TypeError(f"{op}: {name} must be a number; got {value!r}. Pass an int or a float.")
     number = float(value)  # type: ignore[arg-type]
-    # No math.isfinite: torch.compile traces comparisons of a symbolic number, and not that.
+    # Not math.isfinite: torch.compile can trace a comparison of a symbolic number, but not that function.
     finite = -math.inf < number < math.inf
     inside = number > low if open_low else number >= low
     if not (finite and inside and number <= high):
@@ -200,29 +208,32 @@ def check_number(
 
 
 def check_positive(op: str, name: str, value: object) -> None:
-    """A finite number above zero."""
+    """Raise an error unless `value` is a finite number above zero."""
     check_number(op, name, value, 0.0, open_low=True)
 
 
 def check_unused(op: str, used_by: str, **options: object) -> None:
-    """Every option given here would be ignored, so it must be None."""
+    """Raise ValueError if one of these options is not None: `used_by` would ignore it."""
     for name, value in options.items():
         if value is not None:
             actual = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
-            raise refuse(op, name, f"left out with {used_by}", actual, "It would have no effect.")
+            raise refuse(op, name, f"left out with {used_by}", actual, "Remove it: it would have no effect.")
 
 
 # ------------------------------------------------------------------------------------- conversions
 
 
 def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 when any of the inputs is float64, else float32."""
+    """Return float64 if one of the inputs is float64, else float32."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
 
 
 def plain(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-    """Detached, contiguous, optionally converted; the tensor itself when it is so already."""
+    """Return the tensor detached, contiguous and, if `dtype` is given, converted.
+
+    A tensor that already has these properties is returned as is.
+    """
     if tensor is None:
         return None
     if tensor.requires_grad:

@@ -1,6 +1,6 @@
-"""Names of options whose index is the code that the kernels take. Their order is that of csrc.
+"""Names of the options that kernels take as integer codes. The code is the index of the name.
 
-Objectives have their own codes, in runtime/policy/objective.py.
+The order must match csrc. The codes of objectives are in runtime/policy/objective.py.
 """
 
 # csrc/common/packed_args.h
@@ -16,4 +16,4 @@ RULE_OVER = ("token", "sum", "mean", "max")
 DIVERGENCES = ("jsd", "kl_forward", "kl_reverse")
 
 ESTIMATES = ("ips", "snips", "dm", "dr", "sndr")
-"""The rows of the results of `ope`."""
+"""Names of the results of `ope`, in the order of the rows that the kernels return."""

@@ -1,9 +1,9 @@
-"""Capability records and the one place where a backend is chosen.
+"""Capability records and the selection of a backend.
 
-Every implementation of an op is declared by a `Capability`: where it runs, which dtypes and which
-features it honours. `select` walks `ORDER` and returns the first implementation whose record covers
-the call. A forced backend (`with backend("cpu"):` or `TOKFUSE_BACKEND=cpu`) is never replaced by
-another: if it cannot serve the call, `BackendUnavailable` lists every backend with its reason.
+A `Capability` declares one implementation of an op: its devices, dtypes and supported features. `select`
+tries the backends in the order of `ORDER` and returns the first implementation whose record covers the
+call. A forced backend (`with backend("cpu"):` or `TOKFUSE_BACKEND=cpu`) is never replaced by another. If
+it cannot serve the call, `BackendUnavailable` lists every backend with its reason.
 """
 
 import contextlib
@@ -27,42 +27,42 @@ ALL_DEVICES = frozenset({"*"})
 
 
 class RowState(NamedTuple):
-    """How to read `row_max` and `inv_sum`, the sixth and seventh output of token_stats kernels.
+    """The unit and the dtype of `row_max` and `inv_sum`, the sixth and seventh output of token_stats kernels.
 
-    `row_max` is the largest exponent of a row, in the unit that the backward of the same kernels
-    takes: converted to nats and back, it would lose bits. Only another rank needs it in nats.
+    `row_max` is the largest exponent of a row, in the unit that the backward of the same kernels takes. A
+    conversion to nats and back would lose bits. Only another rank needs the value in nats.
     """
 
     nats: Callable[[LogitOptions], float | torch.Tensor]
     """options -> nats per unit of `row_max`, () or (tokens,)."""
     dtype: torch.dtype = torch.float32
-    """Of all outputs of the kernels."""
+    """Dtype of all outputs of the kernels."""
 
 
 class Kernels(NamedTuple):
-    """The `run` of an op over rows of logits that has a backward of its own on each backend."""
+    """The `run` of an op over rows of logits whose backends bring their own backward."""
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
     backward: Callable[..., torch.Tensor] | None
     """None if autograd differentiates `forward`."""
     state: RowState | None = None
-    """Of token_stats."""
+    """Set for token_stats only."""
 
 
 @dataclass(frozen=True)
 class Capability:
-    """What one implementation of one op declares.
+    """The declaration of one implementation of one op.
 
     Args:
         op: public op name, e.g. "token_stats".
         backend: one of `ORDER`.
-        run: the callable, or record of callables; the same form for every backend of an op.
-        devices: device types it accepts; {"*"} means any.
-        dtypes: dtypes of the op's large input.
-        features: names of the optional behaviours it honours ("softcap", "bias_logits", ...).
-        unusable: returns None when usable on this machine, else one sentence with the reason.
-        built: whether what the implementation is made of is installed, usable here or not.
-        only_forced: never chosen by itself, only by `backend(...)` or `TOKFUSE_BACKEND`.
+        run: the callable, or a record of callables. All backends of an op have the same form.
+        devices: supported device types; {"*"} means any.
+        dtypes: supported dtypes of the op's large input.
+        features: names of the supported optional behaviours ("softcap", "bias_logits", ...).
+        unusable: function that returns None if this machine can run it, else one sentence with the reason.
+        built: function that tells whether the implementation is installed, even if this machine cannot run it.
+        only_forced: True if only `backend(...)` or `TOKFUSE_BACKEND` selects it.
     """
 
     op: str
@@ -76,8 +76,8 @@ class Capability:
     only_forced: bool = False
 
     def refusal(self, device: str, dtype: torch.dtype, features: frozenset[str]) -> str | None:
-        """None when this record covers the call, else the reason in a few words."""
-        # Before `unusable`, which may ask a driver: tensors on the CPU never do.
+        """Return None if this record covers the call, else the reason in a few words."""
+        # Tested before `unusable`, which may query a driver: a call with CPU tensors must not.
         if "*" not in self.devices and device not in self.devices:
             return f"runs on {'/'.join(sorted(self.devices))}, the tensors are on {device}"
         reason = self.unusable()
@@ -88,7 +88,7 @@ class Capability:
             return f"takes {names}, the input is {str(dtype).removeprefix('torch.')}"
         missing = features - self.features
         if missing:
-            return f"does not honour {', '.join(sorted(missing))}"
+            return f"does not support {', '.join(sorted(missing))}"
         return None
 
 
@@ -98,20 +98,21 @@ _FORCED: ContextVar[str | None] = ContextVar("tokfuse_backend", default=None)
 
 
 def register(capability: Capability) -> None:
-    """Add one record; an op has at most one implementation per backend."""
+    """Add one record. An op has at most one implementation per backend."""
     rows = _REGISTRY.setdefault(capability.op, {})
     assert capability.backend in ORDER and capability.backend not in rows
     rows[capability.backend] = capability
 
 
 def forced_backend() -> str | None:
-    """The innermost `backend(...)` context, else `TOKFUSE_BACKEND`, else None."""
+    """Return the backend of the innermost `backend(...)` context, else of `TOKFUSE_BACKEND`, else None."""
     forced = _FORCED.get()
     if forced is None and native.environment_sets("TOKFUSE_BACKEND"):
         forced = os.environ.get("TOKFUSE_BACKEND") or None
         if forced is not None and forced not in ORDER:
             raise ValueError(
-                f"TOKFUSE_BACKEND must be one of {', '.join(ORDER)}; got {forced!r}. Unset it to let every op choose."
+                f"TOKFUSE_BACKEND must be one of {', '.join(ORDER)}; got {forced!r}. "
+                "Unset it to select a backend automatically."
             )
     return forced
 
@@ -124,11 +125,11 @@ def backend(name: str) -> Iterator[None]:
         name: one of "cuda", "triton", "cpu", "reference".
 
     Raises:
-        ValueError: unknown name. A known backend that cannot serve a call raises
-            `BackendUnavailable` at that call, with the reason of every backend.
+        ValueError: unknown name. If a known backend cannot serve a call, that call raises
+            `BackendUnavailable` with the reason of every backend.
     """
     if name not in ORDER:
-        raise ValueError(f"backend: name must be one of {', '.join(ORDER)}; got {name!r}.")
+        raise ValueError(f"backend: name must be one of {', '.join(ORDER)}; got {name!r}. Choose a listed name.")
     token = _FORCED.set(name)
     try:
         yield
@@ -137,7 +138,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def select(op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()) -> Capability:
-    """The implementation that serves this call; cached: a repeated call costs one lookup."""
+    """Return the implementation that serves this call. The result is cached: a repeated call costs one lookup."""
     forced = forced_backend()
     key = (op, device, dtype, features, forced)
     choice = _CHOICES.get(key)
@@ -146,13 +147,13 @@ def select(op: str, device: str, dtype: torch.dtype, features: frozenset[str] = 
     return choice
 
 
-# torch.compile calls it while it traces and keeps the answer, as with assume_constant_result.
+# torch.compile calls `select` while it traces and stores the result as a constant, as with assume_constant_result.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_of(op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()) -> str:
-    """Name of the backend that `select` chooses; inside torch.compile a plain constant."""
+    """Return the name of the backend that `select` chooses. Inside torch.compile it is a constant."""
     name: str = select(op, device, dtype, features).backend
     return name
 
@@ -166,7 +167,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, features: frozenset[str], 
         if reason is None and row is not None:
             if forced == name or (forced is None and not row.only_forced):
                 return row
-            reason = f"usable, but {'another backend' if forced else 'only where it'} is forced"
+            reason = f"usable, but {'another backend is forced' if forced else 'selected only if it is forced'}"
         reasons[name] = reason or ""
     listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     wanted = "no backend" if forced is None else f"the forced backend {forced!r}"
@@ -175,7 +176,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, features: frozenset[str], 
 
 
 def table() -> list[dict[str, object]]:
-    """One row per op and backend: built, usable here, why not, devices, dtypes, features."""
+    """Return one row per op and backend: built, usable here, why not, devices, dtypes, features."""
     rows: list[dict[str, object]] = []
     for op in sorted(_REGISTRY):
         for name in ORDER:

@@ -1,4 +1,4 @@
-"""Custom ops: what torch.compile calls instead of tracing a kernel, so that it does not break the graph.
+"""Custom ops. torch.compile calls them instead of tracing a kernel, so the graph does not break.
 
 torch.compile keeps a Python float as a constant of the graph. If the value changes between calls, it
 compiles once more, with a symbol. A custom op accepts no symbol: torch.compile would put the value
@@ -17,7 +17,7 @@ Number = float | torch.Tensor
 
 
 def graph_number(value: float) -> Number:
-    """`value`, or a tensor if torch.compile holds a symbol for it. Traced by torch.compile."""
+    """Return `value`, or a tensor if torch.compile holds a symbol for it. Traced by torch.compile."""
     # Imported here because it imports sympy: 0.3 s that only torch.compile needs.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -30,12 +30,12 @@ class GraphOp:
     """A custom op whose arguments of type float may change between calls.
 
     The op `name` has one more argument, `changing`: a tensor with the values of the numbers that
-    change, in order. NaN takes their places among the other arguments; no option is NaN.
+    change, in order. NaN marks their places among the other arguments. No option is NaN otherwise.
 
     Args:
         name: "tokfuse::<op>".
         schema: arguments and results in the schema language of torch.
-        run: the op, from the arguments of the schema.
+        run: function that computes the op from the arguments of the schema.
     """
 
     def __init__(self, name: str, schema: str, run: Callable[..., Any]) -> None:
@@ -64,16 +64,19 @@ class GraphOp:
                 given[place] = _number(value, changing)
         if not changing:
             return self._op(*given, None)
-        # One number: a view. Inductor would compile a CPU kernel for a copy.
+        # A single number is passed as a view: for a copy, Inductor would compile a CPU kernel.
         return self._op(*given, changing[0].reshape(1) if len(changing) == 1 else torch.stack(changing))
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """Define the results without their values, from the arguments of the schema."""
+        """Register `fake`: it returns results of the right shape without values, from the arguments of the schema."""
         self._op.register_fake(lambda *args: fake(*args[:-1]))
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """As `CustomOpDef.register_autograd`. In the inputs, a number that changes is a () tensor."""
+        """Register the backward like `CustomOpDef.register_autograd`.
+
+        In the inputs of `setup_context`, a number that changes is a () tensor.
+        """
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             *given, changing = inputs
@@ -82,7 +85,7 @@ class GraphOp:
         self._op.register_autograd(lambda ctx, *grads: (*backward(ctx, *grads), None), setup_context=setup)
 
     def _replace(self, args: Sequence[Any], values: Sequence[Number]) -> list[Any]:
-        """`args` with the values in the places of NaN."""
+        """Return `args` with each NaN replaced by the next value."""
         out, left = list(args), iter(values)
         for place in self._places:
             value = args[place]
@@ -94,7 +97,7 @@ class GraphOp:
 
 
 def _number(value: Number, changing: list[torch.Tensor]) -> float:
-    """A constant; for a number that changes, NaN, and its tensor is appended to `changing`."""
+    """Return a constant as a float. For a number that changes, append its tensor to `changing` and return NaN."""
     number = value if isinstance(value, torch.Tensor) else graph_number(value)
     if isinstance(number, torch.Tensor):
         changing.append(number)
@@ -103,26 +106,26 @@ def _number(value: Number, changing: list[torch.Tensor]) -> float:
 
 
 def graph_op(name: str, schema: str) -> Callable[[Callable[..., Any]], GraphOp]:
-    """Make a function the `GraphOp` of that name and schema."""
+    """Return a decorator that makes a function the `GraphOp` of that name and schema."""
     return lambda run: GraphOp(name, schema, run)
 
 
 # ---------------------------------------------------------------- the ops over packed vectors
 #
-# Outside of a graph the kernel is called as it is: a custom op costs 10 us a call, as much as the
-# kernel of a small batch. Inside it torch.compile calls `tokfuse::<op>_<backend>`.
+# Eager code calls the kernel directly: a custom op costs 10 us per call, as much as the kernel of a
+# small batch. Only inside a graph torch.compile calls the custom op `tokfuse::<op>_<backend>`.
 
 
 class GraphForm(NamedTuple):
-    """How an op looks inside a graph; the same for every backend.
+    """The form of an op inside a graph, shared by all backends.
 
     Args:
-        schema: arguments and results in the schema language of torch; those after the star are
+        schema: arguments and results in the schema language of torch. Arguments after the star are
             keywords of the kernel.
-        fake: the results without their values, from the arguments of the schema.
-        flat: keywords of the kernel -> keywords of the schema, which knows no union and no record.
-            Traced by torch.compile. None: they are the same.
-        rich: the way back.
+        fake: function that returns results without values, from the arguments of the schema.
+        flat: function from the keywords of the kernel to the keywords of the schema. The schema
+            supports neither unions nor records. Traced by torch.compile. None: they are the same.
+        rich: the inverse of `flat`.
         differentiate: (setup_context, backward) of `register_autograd`, or None.
     """
 
@@ -137,8 +140,8 @@ STAR = " *,"
 
 
 def traceable(op: str, backend: str, run: Callable[..., Any], form: GraphForm) -> Callable[..., Any]:
-    """`run`, and inside torch.compile a custom op around it."""
-    # A custom op takes no tensor as a keyword alone, so there the star is gone.
+    """Return a function that calls `run`, or, inside torch.compile, a custom op around `run`."""
+    # A custom op accepts no keyword-only tensor, so its schema has no star.
     positional, _, rest = form.schema.partition(STAR)
     keywords = [part.split()[-1] for part in rest.partition(")")[0].split(",") if part]
     first = positional.count(",") + (not rest)
@@ -166,7 +169,7 @@ def traceable(op: str, backend: str, run: Callable[..., Any], form: GraphForm) -
 
 
 def like_rows(count: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A fake of `count` results that each look like the first argument."""
+    """Return a fake with `count` results that have the shape and dtype of the first argument."""
 
     def fake(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
         return tuple(torch.empty_like(x) for _ in range(count))

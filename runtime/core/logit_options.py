@@ -1,4 +1,4 @@
-"""How logits become a distribution, and what can be refused of them without reading a value."""
+"""The options that turn logits into a distribution, and the checks that do not read values."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from tokfuse.runtime.core.errors import refuse
 
 
 class LogitOptions(NamedTuple):
-    """How logits become a distribution: softmax((softcap(logit_scale z) - bias_scale b) / T)."""
+    """Options of the distribution softmax((softcap(logit_scale z) - bias_scale b) / T) of logits z."""
 
     temperature: float | torch.Tensor
     softcap: float | None
@@ -20,24 +20,24 @@ class LogitOptions(NamedTuple):
     bias_scale: float = 1.0
 
     def features(self) -> frozenset[str]:
-        """Names of the optional behaviours this call uses."""
+        """Return the names of the optional behaviours that this call uses."""
         if self.bias_logits is None and self.softcap is None:
             return _NO_FEATURES
         names = {"softcap"} if self.softcap is not None else set()
         return frozenset(names | ({"bias_logits"} if self.bias_logits is not None else set()))
 
     def without_bias(self) -> dict[str, Any]:
-        """The options as keywords of an op that takes no bias."""
+        """Return the options as keywords of an op without bias logits."""
         return {name: getattr(self, name) for name in ("temperature", "softcap", "logit_scale", "mask")}
 
     def per_temperature(self, scale: float) -> float | torch.Tensor:
-        """scale / temperature; (tokens,) float64 for a temperature per row."""
+        """Return scale / temperature, for a temperature per row as a (tokens,) float64 tensor."""
         if isinstance(self.temperature, torch.Tensor):
             return scale / self.temperature.double()
         return scale / self.temperature
 
     def split(self) -> tuple["LogitOptions", "Tensors"]:
-        """(the options without their tensors, these), to save both for a backward."""
+        """Return (the options without their tensors, the tensors), to save both for a backward."""
         vector, scalar = None, self.temperature
         if isinstance(scalar, torch.Tensor) and scalar.dim() > 0:  # else a graph_ops.Number
             vector, scalar = scalar, 1.0
@@ -46,12 +46,12 @@ class LogitOptions(NamedTuple):
     def joined(
         self, vector: torch.Tensor | None, mask: torch.Tensor | None, bias_logits: torch.Tensor | None
     ) -> "LogitOptions":
-        """What `split` separated."""
+        """Return the options with the tensors that `split` separated. The inverse of `split`."""
         temperature = self.temperature if vector is None else vector
         return self._replace(temperature=temperature, mask=mask, bias_logits=bias_logits)
 
     def flat(self) -> tuple[Any, ...]:
-        """The values of `FLAT_SCHEMA`."""
+        """Return the values of `FLAT_SCHEMA`."""
         scalars, (vector, mask, bias_logits) = self.split()
         return vector, *scalars[:3], mask, bias_logits, scalars.bias_scale
 
@@ -66,7 +66,7 @@ class LogitOptions(NamedTuple):
         bias_logits: torch.Tensor | None = None,
         bias_scale: float = 1.0,
     ) -> "LogitOptions":
-        """What `flat` made flat; without a bias, its first five values."""
+        """Return the options from the values of `flat`. Without a bias, the first five are enough."""
         temperature = scalar if vector is None else vector
         return cls(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
 
@@ -78,18 +78,18 @@ FLAT_SCHEMA = (
     "Tensor? temperature, float scalar_temperature, float? softcap, float logit_scale, Tensor? mask"
     ", Tensor? bias_logits, float bias_scale"
 )
-"""The options in the schema of a custom op, which knows no union; see `LogitOptions.flat`."""
+"""The options in the schema of a custom op, which supports no unions; see `LogitOptions.flat`."""
 FLAT_SCHEMA_WITHOUT_MASK = FLAT_SCHEMA.partition(", Tensor? mask")[0]
 FLAT_SCHEMA_WITHOUT_BIAS = FLAT_SCHEMA.partition(", Tensor? bias_logits")[0]
 
 
 def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> None:
-    """Everything about the logits that can be refused without reading values."""
+    """Raise an error if logits, target or options are invalid. Reads no values."""
     checks.check_matrix(op, "logits", logits, "(tokens, vocab)")
     tokens, vocab = logits.shape
     if vocab < 1:
         raise refuse(
-            op, "logits", "at least one column wide", f"shape {tuple(logits.shape)}", "Pass the whole vocabulary."
+            op, "logits", "at least one column wide", f"shape {tuple(logits.shape)}", "Pass the full vocabulary."
         )
     rows = checks.Rows(tokens, "the rows of logits", logits.device)
     checks.check_vector(op, "target", target, rows, checks.INT64)
@@ -110,7 +110,7 @@ def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOp
 
 
 def check_options(op: str, tokens: int, device: torch.device, o: LogitOptions) -> None:
-    """Temperature, softcap, scale and mask."""
+    """Raise an error if temperature, softcap, logit_scale or mask is invalid."""
     rows = checks.Rows(tokens, "the tokens", device)
     if isinstance(o.temperature, torch.Tensor):
         checks.check_constant_vector(op, "temperature", o.temperature, rows)

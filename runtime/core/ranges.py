@@ -1,14 +1,13 @@
-"""Ranges in profiles: `tokfuse::<op>.fwd` and `tokfuse::<op>.bwd` around every op.
+"""Profiler ranges: `tokfuse::<op>.fwd` and `tokfuse::<op>.bwd` around every op.
 
-Under torch.profiler a range is a `record_function`. NVTX ranges, which Nsight Systems and Nsight
-Compute show, are pushed where `TOKFUSE_NVTX=1`, or where nsys started the process (it sets
-`NVTX_INJECTION64_PATH`); child processes inherit both, so ranges appear in trainer workers that
-never saw our command line. Otherwise an op pays one test of two flags. Names are stable: scripts
-and ncu filters may rely on them.
+Under torch.profiler a range is a `record_function`. Nsight Systems and Nsight Compute show NVTX ranges.
+These are pushed if `TOKFUSE_NVTX=1`, or if nsys started the process (nsys sets `NVTX_INJECTION64_PATH`).
+Child processes inherit both variables, so ranges also appear in the workers of a trainer. In all other
+cases an op only tests two flags. The names are stable: scripts and ncu filters may rely on them.
 
-Inside a graph of torch.compile the range is around the custom op, which runs outside the traced
-code; the scans and moments, which break the graph, have none there. The backward of the `reference`
-backend is torch's own autograd and has no range of ours.
+Inside a graph of torch.compile the range encloses the custom op, which runs outside the traced code. There
+the ops over packed vectors (`gae`, `whiten`, ...) have no range. The backward of the `reference` backend is
+torch's autograd and has no tokfuse range.
 """
 
 import functools
@@ -30,13 +29,13 @@ _profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
 
 
 def nvtx_wanted() -> bool:
-    """Whether the environment asks for NVTX ranges: `TOKFUSE_NVTX`, else a process under nsys."""
+    """Return True if the environment requests NVTX ranges: by `TOKFUSE_NVTX`, else by running under nsys."""
     asked = os.environ.get("TOKFUSE_NVTX", "")
     return asked != "0" if asked else "NVTX_INJECTION64_PATH" in os.environ
 
 
 def _load_nvtx() -> Any | None:
-    """torch's NVTX in a CUDA build, else the `nvtx` package; None (with a warning) without both."""
+    """Return torch's NVTX in a CUDA build, else the `nvtx` package. Warn and return None if there is neither."""
     if not nvtx_wanted():
         return None
     if torch.version.cuda is not None:
@@ -45,8 +44,8 @@ def _load_nvtx() -> Any | None:
         package = importlib.import_module("nvtx")
     except ImportError:
         warnings.warn(
-            "tokfuse: NVTX ranges are asked for, but torch is a CPU build and the package nvtx is "
-            "not installed: there are none. Install nvtx, or unset TOKFUSE_NVTX.",
+            "tokfuse: NVTX ranges are requested but disabled: torch is a CPU build and the package nvtx is "
+            "not installed. Install nvtx, or unset TOKFUSE_NVTX.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -58,13 +57,13 @@ _nvtx = _load_nvtx()
 
 
 def ranged(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: calls of the function are the range `tokfuse::<name>` of whoever profiles."""
+    """Return a decorator that encloses each call of a function in the profiler range `tokfuse::<name>`."""
     label = PREFIX + name
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            # First, so that torch.compile never traces the flags.
+            # is_compiling comes first, so that torch.compile never traces the flags.
             if torch.compiler.is_compiling() or (_nvtx is None and not _profiling()):
                 return function(*args, **kwargs)
             return _in_range(label, function, *args, **kwargs)

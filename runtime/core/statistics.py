@@ -1,4 +1,4 @@
-"""The statistics of rows of logits, as `token_stats` and `linear_token_stats` return them."""
+"""The result types of `token_stats` and `linear_token_stats`."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each row's distribution; every field is (tokens,) float32, 0 where masked."""
+    """Statistics of each row's distribution. Every field is (tokens,) float32, 0 in masked rows."""
 
     logp: torch.Tensor
     """log p of the target, nats. Differentiable."""
@@ -21,7 +21,7 @@ class TokenStats(NamedTuple):
 
 
 class ExtendedTokenStats(NamedTuple):
-    """`TokenStats` and what `second_temperature` or `moments` adds; every field is (tokens,)."""
+    """`TokenStats` plus the results of `second_temperature` and `moments`. Every field is (tokens,)."""
 
     logp: torch.Tensor
     """log p of the target, nats. Differentiable."""
@@ -34,7 +34,7 @@ class ExtendedTokenStats(NamedTuple):
     top1: torch.Tensor
     """1.0 where the target attains the row's maximum, else 0.0."""
     second_logp: torch.Tensor | None
-    """log p of the target at `second_temperature`; None where that was not given. Detached."""
+    """log p of the target at `second_temperature`; None if that was not given. Detached."""
     sum_p2_logp: torch.Tensor | None
     """sum of p^2 log p; None without `moments`. Detached."""
     sum_p2_logp2: torch.Tensor | None

@@ -104,7 +104,7 @@ def gae(
         check_number(OP, "length_adaptive_alpha", length_adaptive_alpha, 0.0, open_low=True)
         if isinstance(lam, torch.Tensor) or lam != 1.0:
             want = "left out with length_adaptive_alpha"
-            raise refuse(OP, "lam", want, "a tensor or number", "It would have no effect.")
+            raise refuse(OP, "lam", want, "a tensor or number", "Remove it: it would have no effect.")
     dtype = working_dtype(reward, value)
     run = _RUNS[backend_of(OP, device.type, dtype)]
     out: tuple[torch.Tensor, torch.Tensor] = run(

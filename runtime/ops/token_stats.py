@@ -169,7 +169,9 @@ def token_stats(
     options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
     one = isinstance(bias_scale, int | float) and bias_scale == 1.0
     if bias_logits is None and not one:
-        raise refuse(OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "It would have no effect.")
+        raise refuse(
+            OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "Remove it: it would have no effect."
+        )
     check_flag(OP, "moments", moments)
     if second_temperature is None and not moments:
         done = _eager(logits, target, options)

@@ -1,1 +1,1 @@
-"""The policy objective: its shapes, metrics, normalisers, checks and results."""
+"""Policy objectives: shapes, metrics, normalisers, checks and results."""

@@ -1,4 +1,4 @@
-"""The checks of the inputs of policy_loss and policy_step, and how they read a normalizer."""
+"""Input checks of policy_loss and policy_step, and conversion of their normalizer."""
 
 import torch
 
@@ -12,13 +12,13 @@ Normalizer = float | int | str | torch.Tensor | None
 
 
 def check_logp(op: str, logp: torch.Tensor, entropy: torch.Tensor | None) -> None:
-    """The two differentiable vectors."""
+    """Raise an error unless `logp` and `entropy`, the two differentiable inputs, are valid vectors."""
     checks.require_tensor(op, "logp", logp)
     if logp.dim() != 1 or not logp.dtype.is_floating_point:
         raise refuse(
             op,
             "logp",
-            "a floating vector of shape (tokens,)",
+            "a floating-point vector of shape (tokens,)",
             f"{tuple(logp.shape)} {logp.dtype}",
             "Pack padded batches first.",
         )
@@ -29,11 +29,11 @@ def check_logp(op: str, logp: torch.Tensor, entropy: torch.Tensor | None) -> Non
 def check_inputs(
     op: str, inputs: PolicyInputs, objective: Objective, tokens: int, device: torch.device, has_entropy: bool
 ) -> None:
-    """Shapes of every input, and that the objective has what it needs and nothing it ignores."""
+    """Raise an error if an input has a wrong shape, is missing, or would be ignored by the objective."""
     if not isinstance(objective, Objective):
         raise TypeError(
             f"{op}: objective must be a tokfuse.Objective; got {type(objective).__name__}. "
-            "Build one, for example Objective(shape=PPOClip(low=0.2, high=0.28))."
+            "Pass, for example, Objective(shape=PPOClip(low=0.2, high=0.28))."
         )
     if inputs.advantage_level not in ("token", "sequence"):
         raise refuse(
@@ -75,21 +75,21 @@ def _check_used(op: str, inputs: PolicyInputs, o: Objective, has_entropy: bool) 
         if needed and not given:
             raise refuse(op, name, f"given for {what}", "None", "Pass one value per token.")
         if needed is None and given:
-            raise refuse(op, name, f"None with {what}", "a tensor", "It would be ignored.")
+            raise refuse(op, name, f"None with {what}", "a tensor", "Remove it: it would have no effect.")
 
 
 def check_sampler(op: str, sampler_logp: torch.Tensor | None, tokens: int, device: torch.device) -> None:
-    """Shape of the rollout engine's log-probabilities."""
+    """Raise an error unless `sampler_logp`, the rollout engine's log-probabilities, is None or (tokens,)."""
     if sampler_logp is not None:
         rows = checks.Rows(tokens, "the tokens", device)
         checks.check_constant_vector(op, "sampler_logp", sampler_logp, rows)
 
 
 def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) -> float:
-    """1 / normalizer; 1.0 for None, -1.0 for "batch" (the batch's own count).
+    """Return 1 / normalizer. The result is 1.0 for None, and -1.0 for "batch" (the count of this batch).
 
-    Inside torch.compile a normalizer that is a tensor, or a number that changes between calls, gives a
-    `graph_ops.Number`; NaN for a tensor whose value is not positive and finite.
+    Inside torch.compile the result is a `graph_ops.Number` if the normalizer is a tensor, or a number that
+    changes between calls. A tensor whose value is not positive and finite gives NaN.
     """
     if normalizer is None:
         return 1.0
@@ -100,7 +100,7 @@ def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) ->
                 "normalizer",
                 "None, a number, a 0-dim tensor or 'batch'",
                 repr(normalizer),
-                "Pass the global count.",
+                "Pass the global token or sequence count.",
             )
         if objective.aggregation == "token_sum":
             raise refuse(
@@ -108,13 +108,13 @@ def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) ->
                 "normalizer",
                 "a number with aggregation='token_sum'",
                 "'batch'",
-                "Dr.GRPO divides by sequences * max length; pass that.",
+                "Pass sequences * max length, as Dr.GRPO does.",
             )
         return -1.0
     if isinstance(normalizer, torch.Tensor):
         if normalizer.numel() != 1:
             raise refuse(
-                op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}", "Pass the global count."
+                op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}", "Pass one global count."
             )
         if torch.compiler.is_compiling():
             count = normalizer.detach().reshape(()).double().cpu()

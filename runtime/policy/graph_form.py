@@ -1,4 +1,7 @@
-"""Objectives and their inputs in the schema of a custom op, which knows no dataclass and no record."""
+"""Conversion of objectives and their inputs to the schema of a custom op.
+
+A schema supports neither dataclasses nor records.
+"""
 
 import functools
 import math
@@ -21,9 +24,12 @@ _FIELDS = {shape: tuple(f.name for f in fields(shape)) for shape in SHAPES}  # t
 
 
 def flat_objective(objective: Objective) -> tuple[str, list[float]]:
-    """Return (what does not change between calls, the numbers) of an objective. Traced by torch.compile."""
+    """Return (the constants as a string, the numbers) of an objective. Traced by torch.compile.
+
+    The numbers may change between calls without a new compilation.
+    """
     shape, kl = objective.shape, objective.kl
-    assert shape.code is not None, "no kernel has the shape: see Objective.features"
+    assert shape.code is not None, "no kernel implements the shape: see Objective.features"
     given = [name for name in _FIELDS[SHAPES[shape.code]] if getattr(shape, name) is not None]
     estimator = "" if kl is None else kl.estimator
     form = f"{shape.code}|{','.join(given)}|{objective.level}|{estimator}|{objective.aggregation}"
@@ -32,7 +38,7 @@ def flat_objective(objective: Objective) -> tuple[str, list[float]]:
 
 
 def objective_of(form: str, numbers: Sequence[float]) -> Objective:
-    """Return the objective of a `flat_objective`."""
+    """Return the objective from the values of `flat_objective`."""
     return _objective(form, tuple(numbers))
 
 
@@ -54,7 +60,9 @@ def _objective(form: str, numbers: tuple[float, ...]) -> Objective:
 
 
 def checked_inverse(op: str, inv_normalizer: float) -> float:
-    """Return `inv_normalizer`; raise for a normalizer in a tensor whose value is not positive and finite."""
+    """Return `inv_normalizer`. Raise ValueError if it is NaN, the mark of an invalid normalizer tensor."""
     if math.isnan(inv_normalizer):
-        raise refuse(op, "normalizer", "a finite number in (0, inf)", "another value in a tensor", "Check the count.")
+        raise refuse(
+            op, "normalizer", "a finite number in (0, inf)", "a tensor with another value", "Check the token count."
+        )
     return inv_normalizer

@@ -1,4 +1,4 @@
-"""The per-token inputs of an objective."""
+"""Record of the per-token inputs of an objective."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ import torch
 
 
 class PolicyInputs(NamedTuple):
-    """Per-token inputs of an objective, without gradient; None means the term is absent.
+    """Per-token inputs of an objective. They carry no gradient. None means that the term is absent.
 
-    old_logp None: on policy, the old policy is the current one and every ratio is 1.
+    If old_logp is None, the update is on policy: the old policy is the current one, and every ratio is 1.
     """
 
     old_logp: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""The tests that decide which rows `offpolicy_weights` keeps."""
+"""Rules that decide which rows `offpolicy_weights` keeps."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,14 @@ class KeepRule:
     """A test that a row must pass to be kept: low <= statistic <= high.
 
     Args:
-        statistic: of the clamped log-ratio d = logp - behavior_logp: "ratio" exp(d), "k1" -d (the
-            sign of verl: bounds act on the inverse ratio), "k2" d^2 / 2, "k3" exp(d) - 1 - d.
-        over: "token" tests each row; "sum", "mean", "max" test that reduction over the row's
-            sequence and keep or drop it whole. The ratio of a sum or mean is exp(sum d), exp(mean
-            d).
-        low, high: bounds, at least one. None: no bound on that side.
-        negative_only: rows with advantage >= 0 pass whatever the statistic.
+        statistic: function of the clamped log-ratio d = logp - behavior_logp. "ratio" is exp(d), "k1"
+            is -d, "k2" is d^2 / 2, "k3" is exp(d) - 1 - d. "k1" has the sign of verl, so its bounds
+            act on the inverse ratio.
+        over: "token" tests each row. "sum", "mean" and "max" test that reduction over the sequence of
+            the row, and keep or drop the whole sequence. With statistic "ratio" the reduction is taken
+            of d: exp(sum d), exp(mean d), exp(max d).
+        low, high: bounds; give at least one. None: no bound on that side.
+        negative_only: True applies the test only to rows with advantage < 0; all others pass.
     """
 
     statistic: str
@@ -31,7 +32,7 @@ class KeepRule:
         check_choice("KeepRule", "statistic", self.statistic, RULE_STATISTICS)
         check_choice("KeepRule", "over", self.over, RULE_OVER)
         if self.low is None and self.high is None:
-            raise refuse("KeepRule", "low or high", "given", None, "A rule without bounds is none.")
+            raise refuse("KeepRule", "low or high", "given", None, "Pass at least one bound.")
         for name, bound in (("low", self.low), ("high", self.high)):
             if bound is not None:
                 check_number("KeepRule", name, bound, -1e30, 1e30)
@@ -39,6 +40,6 @@ class KeepRule:
 
 
 def check_order(op: str, low: float | None, high: float | None) -> None:
-    """low <= high, where both are given."""
+    """Raise ValueError unless low <= high, if both are given."""
     if low is not None and high is not None and low > high:
         raise refuse(op, "low", f"<= high = {high:g}", low, "Swap them.")

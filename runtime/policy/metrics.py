@@ -1,10 +1,10 @@
-"""Metric sums of a policy loss: numerators and denominators, mergeable across batches and ranks."""
+"""Metric sums of a policy loss: numerators and denominators that can be merged across batches and ranks."""
 
 from dataclasses import dataclass
 
 import torch
 
-# Slots of the metric vector, shared with csrc/common/objective.h::Metric.
+# Slots of the metric vector. The order must match csrc/common/objective.h::Metric.
 SLOTS = (
     "tokens",
     "all_tokens",
@@ -30,20 +30,27 @@ _PER_TOKEN = ("clip_low", "clip_high", "dual_clip", "kl_k1", "kl_k3", "ratio", "
 
 @dataclass(frozen=True)
 class Metrics:
-    """Sums over the valid tokens of one or more batches; nothing here has a gradient.
+    """Metric sums over the valid tokens of one or more batches, without gradient.
 
     Attributes:
-        sums: (17,) float64, in the order of `SLOTS`: numerators of every metric, the counts that
-            divide them, and the extremes of the ratio. Add two `Metrics` to merge them; across
-            ranks all-reduce `sums` (SUM, with MIN / MAX for ratio_min / ratio_max).
+        sums: (17,) float64, in the order of `SLOTS`: the numerator of every metric, the counts that
+            divide them, and the extremes of the ratio. Add two `Metrics` to merge them. Across ranks,
+            all-reduce `sums` with SUM, but ratio_min with MIN and ratio_max with MAX.
         absent: metrics whose input was not given (no entropy, no ref_logp).
         sampler_kl_k3: sum over valid tokens of the k3 estimate of KL(sampler || old), or None.
 
-    `mean()` gives: clip_low, clip_high, dual_clip (fractions of valid tokens whose gradient the
-    clip removed, by side), kl_k1, kl_k3 (old against current policy), ref_kl_k1, ref_kl_k3 (current
-    against reference), sampler_kl_k3, ratio, ratio_min, ratio_max, entropy, masked (fraction of all
-    tokens), grad_rows (fraction of valid tokens whose final coefficient is not zero; NaN on the
-    reference inside torch.compile, which makes the backward later), loss, tokens, seqs.
+    `mean()` returns these metrics, as means over valid tokens unless stated otherwise:
+
+    * clip_low, clip_high, dual_clip: fraction of tokens whose gradient the clip removed, by side.
+    * kl_k1, kl_k3: k1 and k3 estimate of KL(old || current).
+    * ref_kl_k1, ref_kl_k3: k1 and k3 estimate of KL(current || reference).
+    * sampler_kl_k3: k3 estimate of KL(sampler || old).
+    * ratio, ratio_min, ratio_max: mean and extremes of the ratio.
+    * entropy: mean entropy, nats.
+    * masked: fraction of all tokens that the mask excludes.
+    * grad_rows: fraction of tokens whose final coefficient is not zero. It is NaN on the reference
+      backend inside torch.compile, because the backward runs later there.
+    * loss, tokens, seqs: sums, not means.
     """
 
     sums: torch.Tensor
@@ -63,11 +70,11 @@ class Metrics:
     def __getitem__(self, name: str) -> float:
         values = self.mean()
         if name not in values:
-            raise KeyError(f"Metrics: no metric {name!r}; this batch has {', '.join(values)}.")
+            raise KeyError(f"Metrics: name must be one of {', '.join(values)}; got {name!r}.")
         return values[name]
 
     def mean(self) -> dict[str, float]:
-        """Every metric as a number; reads the device once. No valid token: fractions are 0."""
+        """Return every metric as a number. Reads the device once. Without a valid token the fractions are 0."""
         sums = dict(zip(SLOTS, self.sums.tolist(), strict=True))
         tokens = max(sums["tokens"], 1.0)
         names = [*_PER_TOKEN, "ref_kl_k1", "ref_kl_k3", "entropy"]

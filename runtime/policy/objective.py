@@ -1,11 +1,12 @@
-"""The frozen description of a policy objective, along orthogonal axes.
+"""The frozen specification of a policy objective.
 
     loss_t = weight_t * shape(log_ratio_t, advantage_t) + kl.coef * KL_t - entropy_coef * entropy_t
 
-Axes: the *level* of the ratio (token, sequence), the *shape* phi of the policy term, the KL term,
-the entropy bonus and the *aggregation* over tokens. Every published clipped-ratio objective is one
-point on these axes. `Objective.record` turns a spec into the numbers that the kernels take. The
-shapes are in shapes.py; tools/write_shapes.py hands the codes of both modules to the kernels.
+An objective has five independent parts: the *level* of the ratio (token or sequence), the *shape* phi of
+the policy term, the KL term, the entropy bonus, and the *aggregation* over tokens. Every published
+clipped-ratio objective is one choice of these parts. `Objective.record` converts a specification to the
+numbers that the kernels take. The shapes are in shapes.py. tools/write_shapes.py writes the codes of both
+modules for the kernels.
 """
 
 import functools
@@ -27,12 +28,12 @@ KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3, "ratio_k3": 4, "k1_straight": 5, "k3
 
 
 class Aggregation(NamedTuple):
-    """How token losses become one number."""
+    """The reduction of token losses to one number."""
 
     divides_by_length: bool
-    """Whether the tokens of a sequence are averaged."""
+    """True if the tokens of a sequence are averaged."""
     counts_sequences: bool
-    """Whether normalizer="batch" divides by sequences, not by tokens."""
+    """True if normalizer="batch" divides by the number of sequences, not of tokens."""
 
 
 AGGREGATIONS = {
@@ -45,14 +46,14 @@ AGGREGATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class KL:
-    """coef * KL estimate against `ref_logp`, with k = logp - ref_logp.
+    """The KL term of an objective: coef * KL estimate against `ref_logp`, with k = logp - ref_logp.
 
     Args:
-        estimator: "k1" k; "k2" k^2/2; "k3" e^-k - 1 + k; "ratio_k3" r * k3 (its gradient is the
-            exact reverse KL's under importance weighting); "k1_straight", "k3_straight" value of k1
-            / k3 with k2's gradient; "abs" |k|.
-        coef: signed; a negative coefficient repels from the reference (CDPO).
-        clamp: bound on |k|; outside, the value is the bound's and the gradient 0.
+        estimator: "k1" is k, "k2" is k^2 / 2, "k3" is e^-k - 1 + k, "abs" is |k|. "ratio_k3" is r * k3; its
+            gradient is the exact gradient of the reverse KL under importance weighting. "k1_straight" and
+            "k3_straight" have the value of k1 and k3, but the gradient of k2.
+        coef: coefficient of either sign. A negative coefficient repels from the reference (CDPO).
+        clamp: bound on |k|, in nats. Outside, k is clamped and its gradient is 0.
     """
 
     estimator: str = "k3"
@@ -68,14 +69,14 @@ class KL:
 
 
 class ObjectiveRecord(NamedTuple):
-    """An objective as numbers: ObjectiveParams of csrc/common/objective.h, field by field."""
+    """An objective as numbers. The fields match ObjectiveParams of csrc/common/objective.h."""
 
     shape: int
     level: int
     kl: int
-    """Codes; kl is 0 without a KL term."""
+    """Code of the KL estimator; 0 without a KL term."""
     seq_mean: int
-    """1: every token is weighted by 1 / (valid tokens of its sequence)."""
+    """1 if every token is weighted by 1 / (valid tokens of its sequence), else 0."""
     p: tuple[float, ...]
     """The six parameters of the shape."""
     kl_coef: float
@@ -90,20 +91,21 @@ class Objective:
 
     Args:
         shape: the policy term, e.g. `PPOClip(low=0.2, high=0.28)`.
-        level: "token"; "sequence": exp of the mean log-ratio, with its true gradient (GSPO, GMPO);
-            "sequence_token": the same value, the gradient through the token's own ratio
-            (GSPO-token); "sequence_sum": exp of the summed log-ratio (VESPO, sequence-level NFT).
+        level: unit of the ratio. "token": ratio of each token. "sequence": exp of the mean log-ratio of
+            the sequence, with its true gradient (GSPO, GMPO). "sequence_token": the same value, but
+            each token gets the gradient of its own ratio (GSPO-token). "sequence_sum": exp of the summed
+            log-ratio (VESPO, sequence-level NFT).
         kl: KL term, or None.
-        entropy_coef: coefficient of the entropy bonus; positive raises entropy.
-        aggregation: "token_mean" sum over tokens / tokens (DAPO); "seq_mean_token_mean" mean over
-            sequences of token means (GRPO, GSPO); "seq_mean_token_sum" mean over sequences of token
-            sums (LUSPO with a sequence ratio); "token_sum" sum over tokens, divided by an explicit
-            normalizer (Dr.GRPO: sequences * max length). The denominator is `normalizer`'s
-            business.
-        log_ratio_clamp: bound on |logp - old_logp|; outside, the gradient of the ratio is 0.
+        entropy_coef: coefficient of the entropy bonus. A positive coefficient raises entropy.
+        aggregation: reduction over tokens. "token_mean": sum over tokens / tokens (DAPO).
+            "seq_mean_token_mean": mean over sequences of token means (GRPO, GSPO).
+            "seq_mean_token_sum": mean over sequences of token sums (LUSPO with a sequence ratio).
+            "token_sum": sum over tokens, divided by an explicit normalizer (Dr.GRPO: sequences * max
+            length). The `normalizer` argument of the op sets the denominator.
+        log_ratio_clamp: bound on |logp - old_logp|, in nats. Outside, the gradient of the ratio is 0.
     """
 
-    # A function, because torch.compile cannot construct the class that it finds as a default.
+    # A lambda, because torch.compile cannot construct a class that is itself the default factory.
     shape: Shape = field(default_factory=lambda: PPOClip())
     level: str = "token"
     kl: KL | None = None
@@ -113,34 +115,34 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, Shape):
-            raise TypeError(f"Objective: shape must be a Shape such as PPOClip(); got {self.shape!r}.")
+            raise TypeError(f"Objective: shape must be a Shape; got {self.shape!r}. Pass, for example, PPOClip().")
         if self.kl is not None and not isinstance(self.kl, KL):
-            raise TypeError(f"Objective: kl must be a KL or None; got {self.kl!r}.")
+            raise TypeError(f"Objective: kl must be a KL or None; got {self.kl!r}. Pass, for example, KL(coef=0.01).")
         for name, known in (("level", LEVELS), ("aggregation", AGGREGATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"Objective: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
         require_within(self, "entropy_coef", Bound())
-        # exp(80) is finite in float32
+        # At most 80, because exp(80) is finite in float32.
         require_within(self, "log_ratio_clamp", Bound(0.0, 80.0, open_low=True))
 
     @property
     def needs_sequences(self) -> bool:
-        """True when the loss depends on sequence borders, beyond its normaliser."""
+        """True if the loss depends on sequence borders, apart from its normaliser."""
         return self.level != "token" or AGGREGATIONS[self.aggregation].divides_by_length
 
     @property
     def counts_sequences(self) -> bool:
-        """True when normalizer="batch" divides by sequences, not by tokens."""
+        """True if normalizer="batch" divides by the number of sequences, not of tokens."""
         return AGGREGATIONS[self.aggregation].counts_sequences
 
     def features(self, others: frozenset[str] = frozenset()) -> frozenset[str]:
-        """Names of the optional behaviours that a backend needs: `others`, and for a shape without kernels its own."""
+        """Return the features that a backend must support: `others`, plus one if the shape has no kernel."""
         return others if self.shape.code is not None else others | {WITHOUT_KERNELS}
 
     @functools.cached_property
     def record(self) -> ObjectiveRecord:
         """The numbers that the kernels take."""
-        assert self.shape.code is not None, "no kernel has the shape: see features"
+        assert self.shape.code is not None, "no kernel implements the shape: see features"
         require_compiled_table()
         p = self.shape.parameters()
         kl = self.kl

@@ -1,4 +1,4 @@
-"""The results of policy_loss and policy_step, and the backward that returns held gradients."""
+"""Result types of policy_loss and policy_step, and the backward that returns gradients of the forward."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +14,7 @@ Gradients = dict[str, torch.Tensor | None]
 
 
 class PolicyTerms(NamedTuple):
-    """What a backend computes from one batch."""
+    """The values that a backend computes from one batch."""
 
     loss: torch.Tensor
     """() float32."""
@@ -30,32 +30,33 @@ class PolicyTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What `policy_loss` returns."""
+    """Result of `policy_loss`."""
 
     loss: torch.Tensor
-    """() float32, loss_sum / normalizer; differentiable in logp and entropy."""
+    """() float32, loss_sum / normalizer. Differentiable in logp and entropy."""
     token_loss: torch.Tensor
-    """(tokens,) float32, the summands of `loss`; detached."""
+    """(tokens,) float32, the summands of `loss`. Detached."""
     loss_sum: torch.Tensor
-    """() float32, aggregated sum before the normaliser; detached."""
+    """() float32, aggregated sum before division by the normaliser. Detached."""
     count: torch.Tensor
-    """() float64, this batch's own denominator: valid tokens, or sequences with a valid token."""
+    """() float64, the count of this batch: valid tokens, or sequences with a valid token."""
     metrics: Metrics
+    """Metric sums of this batch."""
 
 
 @dataclass(frozen=True)
 class Influence:
-    """Norms and sketches of the gradient of one step's `loss`, its normaliser included; detached.
+    """Norms and sketches of the gradient of one step's `loss`, its normaliser included. Detached.
 
-    The coefficient of the objective is folded in: a masked token, one with zero advantage and one
-    whose clip is active have norm 0 and add nothing to their sequence's sketch. The three norms are
-    magnitudes only: noise and wrong labels have large ones.
+    They contain the objective's coefficient. A token that is masked, has zero advantage or is stopped by
+    the clip has norm 0 and adds nothing to the sketch of its sequence. The three norms are magnitudes
+    only: noise and wrong labels have large norms too.
     """
 
     token_norms: torch.Tensor
     """(tokens,) float32, ||d loss / d logits_t||."""
     head_norms: torch.Tensor
-    """(tokens,) float32, Frobenius norm of token t's term of d loss / d weight of the lm_head."""
+    """(tokens,) float32, Frobenius norm of the token's term in d loss / d weight of the lm_head."""
     hidden_norms: torch.Tensor
     """(tokens,) float32, ||d loss / d hidden_t||."""
     sketches: torch.Tensor
@@ -64,69 +65,73 @@ class Influence:
 
 @dataclass(frozen=True)
 class PolicyStep:
-    """What `policy_step` and `policy_step_` return."""
+    """Result of `policy_step` and `policy_step_`."""
 
     loss: torch.Tensor
-    """() float32, loss_sum / normalizer; `loss.backward()` hands out the gradients below."""
+    """() float32, loss_sum / normalizer. `loss.backward()` returns the gradients below."""
     token_loss: torch.Tensor
-    """(tokens,) float32, the summands of `loss`; detached."""
+    """(tokens,) float32, the summands of `loss`. Detached."""
     loss_sum: torch.Tensor
-    """() float32, aggregated sum before the normaliser; detached."""
+    """() float32, aggregated sum before division by the normaliser. Detached."""
     count: torch.Tensor
-    """() float64, this batch's own denominator: valid tokens, or sequences with a valid token."""
+    """() float64, the count of this batch: valid tokens, or sequences with a valid token."""
     metrics: Metrics
+    """Metric sums of this batch."""
     stats: TokenStats
-    """Statistics of the current policy; detached."""
+    """Statistics of the current policy. Detached."""
     _gradients: Gradients
     influence: Influence | None = None
-    """Gradient norms and sketches, where `influence=InfluenceSpec(...)` asked for them."""
+    """Gradient norms and sketches, if `influence=InfluenceSpec(...)` was passed, else None."""
 
-    # The last `loss.backward()` gives the gradients away: held here too, autograd would have to
-    # copy a (vocab, hidden) tensor into `weight.grad`. Read them before, or instead.
+    # The last `loss.backward()` moves the gradients out of this object. If this object kept them,
+    # autograd would have to copy a (vocab, hidden) tensor into `weight.grad`.
 
     @property
     def grad_logits(self) -> torch.Tensor | None:
-        """(tokens, vocab), d loss / d logits; None from hidden, after the last backward, and on
-        the reference inside torch.compile, which makes the backward itself."""
+        """d loss / d logits, (tokens, vocab).
+
+        None for a step from hidden states, after the last backward, and on the reference backend inside
+        torch.compile, where autograd computes the gradient in the backward.
+        """
         return self._gradients.get("logits")
 
     @property
     def grad_hidden(self) -> torch.Tensor | None:
-        """(tokens, hidden); None where hidden needs no gradient, or after the last backward."""
+        """d loss / d hidden, (tokens, hidden). None if hidden requires no gradient, or after the last backward."""
         return self._gradients.get("hidden")
 
     @property
     def grad_weight(self) -> torch.Tensor | None:
-        """(vocab, hidden); None where weight needs no gradient, or after the last backward."""
+        """d loss / d weight, (vocab, hidden). None if weight requires no gradient, or after the last backward."""
         return self._gradients.get("weight")
 
     @property
     def grad_bias(self) -> torch.Tensor | None:
-        """(vocab,); None where bias needs no gradient, or after the last backward."""
+        """d loss / d bias, (vocab,). None if bias requires no gradient, or after the last backward."""
         return self._gradients.get("bias")
 
 
 def _keeps_graph() -> bool:
-    """True inside a backward that may run again (retain_graph=True)."""
+    """Return True inside a backward that may run again (retain_graph=True)."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def hand_over(gradients: Gradients, grad_loss: torch.Tensor, op: str = "policy_step") -> Gradients:
-    """The held gradients times grad_loss. In the last backward they are given away, not copied."""
+    """Return the stored gradients times grad_loss. The last backward moves them instead of copying them."""
     if not any(x is not None for x in gradients.values()):
         raise RuntimeError(
-            f"{op}: backward ran twice, and the first one handed the gradients over. "
+            f"{op}: backward ran twice, but the first backward has already returned the stored gradients. "
             "Pass retain_graph=True to the first backward."
         )
     last = not _keeps_graph()
-    # Reading the scalar costs no synchronisation on a CPU, and saves a pass over every gradient.
+    # On a CPU, reading the scalar needs no synchronisation and can save a pass over every gradient.
     is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
     out: Gradients = {}
     for name, grad in gradients.items():
         if grad is not None and not is_one:
             grad = grad.mul_(grad_loss) if last else grad * grad_loss.to(grad.dtype)
         elif grad is not None and not last:
-            grad = grad.clone()  # autograd may hand it to an optimizer that writes into it
+            grad = grad.clone()  # its receiver may write into it, e.g. an accumulation into .grad
         out[name] = grad
     if last:
         gradients.update(dict.fromkeys(gradients))
@@ -134,7 +139,7 @@ def hand_over(gradients: Gradients, grad_loss: torch.Tensor, op: str = "policy_s
 
 
 _REFERENCE_KL = frozenset({"ref_kl_k1", "ref_kl_k3"})
-# (has ref_logp, has entropy) -> metrics that such a batch does not have
+# (has ref_logp, has entropy) -> metrics that are absent
 ABSENT = {
     (True, True): frozenset[str](),
     (True, False): frozenset({"entropy"}),
@@ -146,9 +151,12 @@ ABSENT = {
 def sampler_mismatch(
     sampler_logp: torch.Tensor | None, inputs: PolicyInputs, logp: torch.Tensor
 ) -> torch.Tensor | None:
-    """Sum over valid tokens of the k3 estimate of KL(sampler || old policy).
+    """Return the sum over valid tokens of the k3 estimate of KL(sampler || old policy).
 
-    logp: of the current policy, which is the old one where old_logp is None.
+    Args:
+        sampler_logp: (tokens,), nats, from the rollout engine. None: return None.
+        inputs: inputs of the objective; its old_logp is the old policy.
+        logp: (tokens,), nats, of the current policy. It is the old policy if old_logp is None.
     """
     if sampler_logp is None:
         return None
@@ -166,9 +174,9 @@ def loss_result(
     has_entropy: bool,
     sampler_kl: torch.Tensor | None,
 ) -> PolicyLoss:
-    """Assemble the result of policy_loss from a backend's terms.
+    """Assemble the result of policy_loss from the terms of a backend.
 
-    inv_normalizer: 1 / normaliser; negative if the batch's own count is the normaliser.
+    `inv_normalizer` is 1 / normaliser. It is negative if the count of this batch is the normaliser.
     """
     sums = terms.sums
     count = sums[SLOT["seqs" if objective.counts_sequences else "tokens"]]
@@ -191,7 +199,7 @@ def step_result(
     sampler_logp: torch.Tensor | None,
     gradients: Gradients,
 ) -> PolicyStep:
-    """Assemble the result of policy_step from a backend's terms and statistics."""
+    """Assemble the result of policy_step from the terms and statistics of a backend."""
     sampler_kl = sampler_mismatch(sampler_logp, inputs, stats.logp)
     base = loss_result(terms, inputs, objective, inv_normalizer, True, sampler_kl)
     return PolicyStep(base.loss, base.token_loss, base.loss_sum, base.count, base.metrics, stats, gradients)

@@ -1,15 +1,15 @@
-"""The table of shapes: the policy term of an objective, one class each.
+"""The table of shapes. A shape is the policy term of an objective; each shape is one class.
 
-A class holds all that the rest of the library knows of a shape: its parameters with their bounds
-and their slots in the kernels, whether it reads `signal`, whether it is 0 without an advantage, and
-its formula, differentiable and exact in float64. `SHAPES` lists the classes by their code.
+The class defines everything that the library needs to know about its shape: the parameters with their
+bounds and kernel slots, whether it reads `signal`, whether it is 0 without an advantage, and its formula.
+The formula is differentiable and exact in float64. `SHAPES` lists the classes by their code.
 
-This module is the source because only Python has all of it, and because the library must run
-without its native module. `python tools/write_shapes.py` writes the other two copies:
-csrc/common/shapes.h for C++ and CUDA, triton_kernels/shape_codes.py for Triton. Tests compare both,
-and the table that the native module was compiled with, to this one.
+This table is the single source, because the library must also run without its native module.
+`python tools/write_shapes.py` writes two copies: csrc/common/shapes.h for C++ and CUDA, and
+triton_kernels/shape_codes.py for Triton. Tests compare both copies, and the table compiled into the native
+module, with this one.
 
-Notation: A advantage, r = exp(log_ratio), sg a stopped gradient.
+Notation: A is the advantage, r = exp(log_ratio), sg(x) is x with a stopped gradient.
 """
 
 import functools
@@ -23,12 +23,12 @@ from tokfuse.runtime.core import native
 from tokfuse.runtime.core.errors import refuse
 
 INF = float("inf")
-WITHOUT_KERNELS = "shapes without kernels"  # what the reference backend declares: any subclass of Shape
-SLOTS = 6  # numbers that a kernel takes for the parameters of a shape
+WITHOUT_KERNELS = "shapes without kernels"  # feature of the reference backend: it runs any subclass of Shape
+SLOTS = 6  # the number of parameters that a kernel takes for a shape
 
 
 class Bound(NamedTuple):
-    """The values that a number may take."""
+    """The range of values that a number may take."""
 
     low: float = -INF
     high: float = INF
@@ -36,7 +36,7 @@ class Bound(NamedTuple):
     open_high: bool = False
 
     def admits(self, value: float) -> bool:
-        """Whether the value lies between the bounds; False for NaN."""
+        """Return True if the value is between the bounds. NaN gives False."""
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
 
@@ -46,7 +46,7 @@ class Bound(NamedTuple):
 
 
 def require_within(spec: object, name: str, bound: Bound) -> None:
-    """Raise ValueError unless the field of that name is a number within the bound."""
+    """Raise ValueError unless the field `name` is a number within the bound."""
     value = getattr(spec, name)
     if not isinstance(value, int | float) or not bound.admits(value):
         raise ValueError(f"{type(spec).__name__}: {name} must be {bound}; got {value!r}.")
@@ -59,42 +59,44 @@ Share = Annotated[float, Bound(0.0, 1.0, open_low=True, open_high=True)]
 
 
 class TermInputs(NamedTuple):
-    """What the policy term of a token depends on, (tokens,) each."""
+    """Inputs of the policy term of every token, (tokens,) each."""
 
     log_ratio: torch.Tensor
-    """At the objective's level, between its bounds."""
+    """Log-ratio at the level of the objective, clamped to its bounds."""
     ratio: torch.Tensor
     """exp(log_ratio)."""
     logp: torch.Tensor
+    """Log-probability under the current policy, nats."""
     advantage: torch.Tensor
+    """Advantage of each token."""
     signal: Any
-    """None unless the shape `needs_signal`."""
+    """Additional input of a shape that `needs_signal`, else None."""
 
 
 Flags = dict[str, torch.Tensor]
-"""Metric ("clip_low", "clip_high", "dual_clip") -> (tokens,) bool, the tokens that it counts."""
+"""Metric ("clip_low", "clip_high", "dual_clip") -> (tokens,) bool, True for the tokens that it counts."""
 
 
 class Shape:
-    """Base of the shapes.
+    """Base class of the shapes.
 
-    A shape is a frozen dataclass: its fields are its parameters, their bounds are in the
-    annotations. Without a `code` no kernel has it, and it runs on the reference backend only.
+    A shape is a frozen dataclass. Its fields are the parameters of the shape, and the annotations give
+    their bounds. A shape without a `code` has no kernel and runs on the reference backend only.
     """
 
     code: ClassVar[int | None] = None
-    """The shape in the kernels: its place in `SHAPES`."""
+    """Code of the shape in the kernels: its index in `SHAPES`."""
     needs_signal: ClassVar[bool] = False
-    """Whether the term reads `signal`; a call without one is then refused."""
+    """True if the term reads `signal`. A call without `signal` then raises an error."""
     zero_without_advantage: ClassVar[bool] = True
-    """Whether the term has no gradient where the advantage is 0."""
+    """True if the term has no gradient for tokens with advantage 0."""
     bounded: ClassVar[dict[str, tuple[Bound, bool]]] = {}
-    """Parameter -> its bound, and whether it may be None."""
+    """Parameter -> (its bound, True if it may be None)."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "code" not in vars(cls) and {"term", "bound_tokens", "bound_level"} & set(vars(cls)):
-            cls.code = None  # another formula than that of the kernels
+            cls.code = None  # the subclass changes the formula, so the kernels do not apply
         cls.bounded = dict(cls.bounded)
         for name, hint in inspect.get_annotations(cls).items():
             options = (hint, *get_args(hint))
@@ -109,66 +111,69 @@ class Shape:
 
     @classmethod
     def slots(cls) -> tuple[str, ...]:
-        """Names of the parameters that the kernels take, in the order of their slots."""
+        """Return the names of the parameters that the kernels take, in the order of their slots."""
         return tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
 
     def parameters(self) -> tuple[float, ...]:
-        """Their values."""
+        """Return the values of the parameters that `slots` names."""
         return tuple(float(getattr(self, name)) for name in self.slots())
 
     def check_signal(self, op: str, given: bool) -> None:
-        """Refuse a call without the signal that the term reads, or with one that it ignores."""
+        """Raise ValueError if the signal is needed but missing, or given but unused."""
         name = f"shape {type(self).__name__}"
         if self.needs_signal and not given:
             raise refuse(op, "signal", f"given for {name}", "None", "Pass one value per token.")
         if given and not self.needs_signal:
-            raise refuse(op, "signal", f"None with {name}", "a tensor", "It would be ignored.")
+            raise refuse(op, "signal", f"None with {name}", "a tensor", "Remove it: it would have no effect.")
 
-    # The formula: the specification that the kernels are tested against.
+    # The formula. The kernels are tested against it.
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """The loss of each token, and which tokens a bound stops."""
+        """Return (the loss of each token, the tokens that each bound stops)."""
         raise NotImplementedError(f"{type(self).__name__} must define term(x), the loss of each token.")
 
     def bound_tokens(self, log_ratio: torch.Tensor, advantage: torch.Tensor, clamp: float) -> torch.Tensor:
-        """The log-ratio of each token, bounded before the objective's level; gradient 0 outside."""
+        """Return the clamped log-ratio of each token, before the reduction to the objective's level.
+
+        Outside the bounds the gradient is 0.
+        """
         return log_ratio.clamp(-clamp, clamp)
 
     def bound_level(self, log_ratio: torch.Tensor, clamp: float) -> torch.Tensor:
-        """The log-ratio at the objective's level, bounded; gradient 0 outside."""
+        """Return the clamped log-ratio at the objective's level. Outside the bounds the gradient is 0."""
         return log_ratio.clamp(-clamp, clamp)
 
 
 def either(condition: torch.Tensor, yes: float, no: float, like: torch.Tensor) -> torch.Tensor:
-    """One of two numbers per token, in the dtype of `like`: torch.where rounds them to float32."""
+    """Return one of two numbers per token, in the dtype of `like`. torch.where alone would round to float32."""
     return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
 
 
 def straight_through(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """`value`, with the gradient of the other."""
+    """Return a tensor with the value of `value` and the gradient of `gradient`."""
     return gradient + (value - gradient).detach()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLogp(Shape):
-    """-A * logp: REINFORCE, GPG (arXiv 2504.02546), exact. No ratio, no clip."""
+    """-A * logp, without ratio or clip: REINFORCE, GPG (arXiv 2504.02546). Exact."""
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """-A logp."""
+        """Return -A logp."""
         return -x.advantage * x.logp, {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRatio(Shape):
-    """-A * r: the unclipped surrogate, exact."""
+    """-A * r: the surrogate without a clip. Exact."""
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """-A r."""
+        """Return -A r."""
         return -x.advantage * x.ratio, {}
 
 
 class _Bounded(Shape):
-    """Lower and upper ratio bounds, given as widths around 1 or as absolute bounds."""
+    """Base class of shapes with a lower and an upper ratio bound, given as a width around 1 or as a ratio."""
 
     low: float | None
     high: float | None
@@ -185,11 +190,15 @@ class _Bounded(Shape):
                     f"{bound} (a bound on the ratio itself); got {given or 'neither'}."
                 )
         if not self.bounds[0] <= self.bounds[1]:
-            raise ValueError(f"{type(self).__name__}: bounds must be ordered; got {self.bounds}.")
+            low, high = self.bounds
+            raise ValueError(
+                f"{type(self).__name__}: the lower ratio bound must be <= the upper one, {high:g}; got {low:g}. "
+                "Check the bounds."
+            )
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """(ratio_min, ratio_max)."""
+        """The absolute bounds (ratio_min, ratio_max)."""
         low = self.ratio_min if self.low is None else 1.0 - self.low
         high = self.ratio_max if self.high is None else 1.0 + self.high
         assert low is not None and high is not None
@@ -197,11 +206,11 @@ class _Bounded(Shape):
 
     @classmethod
     def slots(cls) -> tuple[str, ...]:
-        """The bounds on the ratio, however they were given."""
+        """Return the names of the absolute bounds. The kernels take these, also for bounds given as widths."""
         return "ratio_min", "ratio_max"
 
     def parameters(self) -> tuple[float, ...]:
-        """(ratio_min, ratio_max)."""
+        """Return (ratio_min, ratio_max)."""
         return self.bounds
 
     def _flags(self, x: TermInputs) -> Flags:
@@ -211,17 +220,18 @@ class _Bounded(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOClip(_Bounded):
-    """max(-A min(r, cap), -A clip(r, ratio_min, ratio_max)); `dual`: at most -A dual for A < 0.
+    """max(-A min(r, cap), -A clip(r, ratio_min, ratio_max)); with `dual` at most -A dual for A < 0.
 
     PPO (arXiv 1707.06347), DAPO's asymmetric widths (2503.14476), BAPO's explicit bounds
     (2510.18927), dual clip (1912.09729), the two-sided clip of INTELLECT-2 and TRL `delta` (`cap`).
     All exact.
 
     Args:
-        low, high: widths: the ratio is clipped to [1 - low, 1 + high].
-        ratio_min, ratio_max: absolute bounds instead of a width; set that width to None.
-        dual: bound c > 1 on the loss of negative advantages; None: off.
-        cap: two-sided bound on the ratio of the unclipped branch, above ratio_max; None: off.
+        low, high: widths of the clip. The ratio is clipped to [1 - low, 1 + high].
+        ratio_min, ratio_max: absolute bounds, each instead of a width; set that width to None.
+        dual: factor > 1 and > ratio_min that bounds the loss of negative advantages by -A dual. None: no
+            bound.
+        cap: upper bound > ratio_max on the ratio of the unclipped branch. None: no bound.
     """
 
     low: Width | None = 0.2
@@ -240,16 +250,16 @@ class PPOClip(_Bounded):
 
     @classmethod
     def slots(cls) -> tuple[str, ...]:
-        """The bounds on the ratio; dual and cap are infinite where they are off."""
+        """Return the names of the kernel parameters. dual and cap are infinite if they are None."""
         return "ratio_min", "ratio_max", "dual", "cap"
 
     def parameters(self) -> tuple[float, ...]:
-        """(ratio_min, ratio_max, dual, cap)."""
+        """Return (ratio_min, ratio_max, dual, cap)."""
         dual = INF if self.dual is None else self.dual
         return (*self.bounds, dual, INF if self.cap is None else self.cap)
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """The maximum of the two branches; equal (no clip) takes the first, whose gradient is -A r."""
+        """Return the maximum of the two branches. If they are equal, the unclipped branch gives the gradient, -A r."""
         a, r, (low, high) = x.advantage, x.ratio, self.bounds
         free = r if self.cap is None else r.clamp(max=self.cap)
         clipped = r.clamp(low, high)
@@ -264,10 +274,10 @@ class PPOClip(_Bounded):
 
 @dataclass(frozen=True, kw_only=True)
 class StopGradClip(_Bounded):
-    """-sg(clip(r, ratio_min, ratio_max)) * A * logp: CISPO (arXiv 2506.13585), exact.
+    """-sg(clip(r, ratio_min, ratio_max)) * A * logp: CISPO (arXiv 2506.13585). Exact.
 
-    The paper bounds from above only: `ratio_min=0`. TRL's `epsilon_high` is `ratio_max` here (a
-    bound), verl's `clip_ratio_high` is `high` (a width).
+    The paper has no lower bound, so the default is `ratio_min=0`. TRL's `epsilon_high` is an absolute
+    bound, here `ratio_max`. verl's `clip_ratio_high` is a width, here `high`.
     """
 
     low: Width | None = None
@@ -276,34 +286,34 @@ class StopGradClip(_Bounded):
     ratio_max: NonNegative | None = 5.0
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """-sg(clip(r)) A logp."""
+        """Return -sg(clip(r)) A logp."""
         low, high = self.bounds
         return -x.ratio.clamp(low, high).detach() * x.advantage * x.logp, self._flags(x)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SigmoidGate(Shape):
-    """-(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A: SAPO (arXiv 2511.20347), exact.
+    """-(4 / tau) sigmoid(tau (r - 1)) A: SAPO (arXiv 2511.20347). Exact.
 
-    The value at r = 1 is -2 A / tau, the gradient there is -A.
+    The sign of A selects tau_positive or tau_negative. At r = 1 the value is -2 A / tau and the gradient -A.
     """
 
     tau_positive: Positive = 1.0
     tau_negative: Positive = 1.05
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """-(4 / tau) sigmoid(tau (r - 1)) A."""
+        """Return -(4 / tau) sigmoid(tau (r - 1)) A."""
         tau = either(x.advantage > 0, self.tau_positive, self.tau_negative, x.ratio)
         return -(4 / tau) * torch.sigmoid(tau * (x.ratio - 1)) * x.advantage, {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRatio(Shape):
-    """|r - target| |A|, target = 1 - low + (low + high) sigmoid(signal).
+    """|r - target| |A| with target = 1 - low + (low + high) sigmoid(signal).
 
-    BPO, GBPO (arXiv 2604.18578), exact.
+    BPO, GBPO (arXiv 2604.18578). Exact.
 
-    `signal` is a per-token input of `policy_loss` (GBPO: (R - median) / std / tau).
+    `signal` is a per-token input of `policy_loss`. For GBPO it is (R - median) / std / tau.
     """
 
     needs_signal: ClassVar[bool] = True
@@ -311,29 +321,29 @@ class TargetRatio(Shape):
     high: NonNegative = 0.2
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """|r - target| |A|."""
+        """Return |r - target| |A|."""
         target = 1 - self.low + (self.low + self.high) * torch.sigmoid(x.signal)
         return (x.ratio - target).abs() * x.advantage.abs(), {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quadratic(Shape):
-    """-A r + penalty (r - 1)^2: R2VPO (arXiv 2601.03320), reconstructed."""
+    """-A r + penalty (r - 1)^2: R2VPO (arXiv 2601.03320). Reconstructed."""
 
     zero_without_advantage: ClassVar[bool] = False
     penalty: NonNegative
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """-A r + penalty (r - 1)^2."""
+        """Return -A r + penalty (r - 1)^2."""
         return -x.advantage * x.ratio + self.penalty * (x.ratio - 1) ** 2, {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NFT(Shape):
-    """A > 0: -A log r; A < 0: -|A| log((1 - q r) / (1 - q)): NFT (arXiv 2505.18116), exact.
+    """-A log r for A > 0, -|A| log((1 - q r) / (1 - q)) for A < 0: NFT (arXiv 2505.18116). Exact.
 
-    `signal` is the group's success rate q, clamped to [rate_min, rate_max]. The logarithms'
-    arguments are floored straight-through: the value is clipped, the gradient kept.
+    `signal` is the success rate q of the group, clamped to [rate_min, rate_max]. The arguments of the
+    logarithms have a straight-through lower bound: it clamps the value but keeps the gradient.
     """
 
     needs_signal: ClassVar[bool] = True
@@ -348,11 +358,11 @@ class NFT(Shape):
         require_within(self, "rate_max", Bound(self.rate_min))
 
     def bound_level(self, log_ratio: torch.Tensor, clamp: float) -> torch.Tensor:
-        """At most log_ratio_max."""
+        """Return the log-ratio, clamped to at most log_ratio_max."""
         return log_ratio.clamp(-clamp, min(clamp, self.log_ratio_max))
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """-A log r, or -|A| log((1 - q r) / (1 - q))."""
+        """Return -A log r, or -|A| log((1 - q r) / (1 - q))."""
         a, r = x.advantage, x.ratio
         q = x.signal.clamp(self.rate_min, self.rate_max)
         rest = (1 - q * r) / (1 - q)
@@ -364,30 +374,30 @@ class NFT(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class LogClamp(Shape):
-    """-A exp(d), d the log-ratio clamped pessimistically by the sign of A to +-bound.
+    """-A exp(d) with a pessimistically clamped log-ratio d: d <= bound for A > 0, d >= -bound for A < 0.
 
-    With level="sequence" this is GMPO (arXiv 2507.20673), exact.
+    With level="sequence" this is GMPO (arXiv 2507.20673). Exact.
     """
 
     bound: Positive = 0.4
 
     def bound_tokens(self, log_ratio: torch.Tensor, advantage: torch.Tensor, clamp: float) -> torch.Tensor:
-        """Narrowed to the bound on the side that would improve the objective."""
+        """Return the log-ratio, clamped to the bound on the side that would improve the objective."""
         e = min(self.bound, clamp)
         high = either(advantage >= 0, e, clamp, log_ratio)
         low = either(advantage <= 0, -e, -clamp, log_ratio)
         return torch.minimum(torch.maximum(log_ratio, low), high)
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """-A r of the bounded ratio."""
+        """Return -A r, with the ratio r of the clamped log-ratio."""
         return -x.advantage * x.ratio, {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gamma(Shape):
-    """-sg(e^l r^k e^(-l r)) A logp, k and l by the sign of A.
+    """-sg(e^l r^k e^(-l r)) A logp. The sign of A selects k and l (k_positive, lam_positive, ...).
 
-    With level="sequence_sum" this is VESPO, exact.
+    With level="sequence_sum" this is VESPO. Exact.
     """
 
     k_positive: NonNegative = 2.0
@@ -396,7 +406,7 @@ class Gamma(Shape):
     lam_negative: NonNegative = 2.0
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
-        """-sg(e^(l + k log r - l r)) A logp."""
+        """Return -sg(e^(l + k log r - l r)) A logp."""
         k = either(x.advantage >= 0, self.k_positive, self.k_negative, x.ratio)
         lam = either(x.advantage >= 0, self.lam_positive, self.lam_negative, x.ratio)
         return -(lam + k * x.log_ratio - lam * x.ratio).exp().detach() * x.advantage * x.logp, {}
@@ -413,28 +423,28 @@ SHAPES: tuple[type[Shape], ...] = (
     NFT,
     LogClamp,
     Gamma,
-    # The next one goes here.
+    # Append new shapes here.
 )
-"""The shapes that the kernels have; the place of one is its code."""
+"""The shapes that the kernels implement. The index of a shape is its code."""
 
 for _code, _shape in enumerate(SHAPES):
     _shape.code = _code
 
 
 def table() -> dict[str, tuple[int | None, tuple[str, ...], bool, bool]]:
-    """`SHAPES` as plain values: name -> (code, parameters, needs_signal, zero_without_advantage)."""
+    """Return `SHAPES` as plain values: name -> (code, parameters, needs_signal, zero_without_advantage)."""
     return {s.__name__: (s.code, s.slots(), s.needs_signal, s.zero_without_advantage) for s in SHAPES}
 
 
 @functools.cache
 def require_compiled_table() -> None:
-    """Raise RuntimeError where the native module was compiled with another table than this one."""
+    """Raise RuntimeError if the native module was compiled with another table of shapes."""
     module = native.module()
     compiled = table() if module is None else getattr(module, "shapes", {})
     if compiled != table():
         names = sorted(name for name, row in table().items() if compiled.get(name) != row)
         raise RuntimeError(
-            "tokfuse._native was compiled with another table of shapes "
-            f"(different here: {', '.join(names) or 'none, it has more'}). Run python tools/write_shapes.py and "
-            "reinstall tokfuse."
+            "tokfuse._native was compiled with a different table of shapes "
+            f"(differing shapes: {', '.join(names) or 'none, but it has additional ones'}). "
+            "Run python tools/write_shapes.py and reinstall tokfuse."
         )

@@ -72,7 +72,7 @@ def test_refusals_name_device_dtype_and_features():
     assert row.refusal("cpu", torch.float32, none) is None
     assert row.refusal("cuda", torch.float32, none) == "runs on cpu, the tensors are on cuda"
     assert row.refusal("cpu", torch.bfloat16, none) == "takes float32, the input is bfloat16"
-    assert row.refusal("cpu", torch.float32, frozenset({"a", "b"})) == "does not honour b"
+    assert row.refusal("cpu", torch.float32, frozenset({"a", "b"})) == "does not support b"
     broken = dispatch.Capability("op", "cpu", None, row.devices, row.dtypes, none, lambda: "no compiler")
     assert broken.refusal("cpu", torch.float32, none) == "no compiler"
 

@@ -113,7 +113,7 @@ for name in (None, "triton"):
         assert done.returncode == 0, done.stderr
         lines[interpret] = done.stdout.splitlines()
     assert [("runs on cuda, the tensors are on cpu" in line) for line in lines["0"]] == [True] * 2
-    assert "triton: usable, but only where it is forced" in lines["1"][0]
+    assert "triton: usable, but selected only if it is forced" in lines["1"][0]
     assert lines["1"][1] == "triton"
 
 

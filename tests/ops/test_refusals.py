@@ -62,7 +62,7 @@ LOGITS = [
     ),
     (
         lambda: logits_call(logits=torch.zeros(T, 0)),
-        "token_stats: logits must be at least one column wide; got shape (3, 0). Pass the whole vocabulary.",
+        "token_stats: logits must be at least one column wide; got shape (3, 0). Pass the full vocabulary.",
     ),
     (
         lambda: logits_call(target=torch.tensor([0, 3])),
@@ -84,7 +84,7 @@ LOGITS = [
     ),
     (
         lambda: logits_call(target=torch.zeros(3, device="meta", dtype=torch.int64)),
-        "token_stats: target must be on cpu, where the main input is; got meta. Call target.to('cpu').",
+        "token_stats: target must be on cpu, like the main input; got meta. Call target.to('cpu').",
     ),
     (
         lambda: logits_call(mask=torch.ones(4, dtype=torch.bool)),
@@ -112,14 +112,14 @@ LOGITS = [
     ),
     (
         lambda: logits_call(temperature=torch.ones(3, requires_grad=True)),
-        "token_stats: temperature must be free of gradient (the op does not differentiate it); got "
+        "token_stats: temperature must be detached (the op does not differentiate it); got "
         "requires_grad=True. Call temperature.detach().",
     ),
     (lambda: logits_call(softcap=float("inf")), f"token_stats: softcap must be {POSITIVE}; got inf. {CHECK}"),
     (lambda: logits_call(logit_scale=-1.0), f"token_stats: logit_scale must be {POSITIVE}; got -1.0. {CHECK}"),
     (
         lambda: logits_call(bias_scale=0.5),
-        "token_stats: bias_scale must be left out without bias_logits; got 0.5. It would have no effect.",
+        "token_stats: bias_scale must be left out without bias_logits; got 0.5. Remove it: it would have no effect.",
     ),
     (
         lambda: logits_call(bias_logits=torch.zeros(T, V), bias_scale=NAN),
@@ -137,7 +137,7 @@ LOGITS = [
     ),
     (
         lambda: logits_call(bias_logits=torch.zeros(T, V, requires_grad=True)),
-        "token_stats: bias_logits must be free of gradient (the op does not differentiate it); "
+        "token_stats: bias_logits must be detached (the op does not differentiate it); "
         "got requires_grad=True. Call bias_logits.detach().",
     ),
 ]
@@ -180,17 +180,17 @@ HEAD = [
         "linear_token_stats: memory_budget must be a whole number of bytes >= 1; got 0. Omit it for the default.",
     ),
 ]
-IGNORED = "It would be ignored."
+IGNORED = "Remove it: it would have no effect."
 ONE_VALUE = "Pass one value per token."
 LOSS = [
     (
         lambda: loss_call(logp=torch.zeros(2, 11)),
-        "policy_loss: logp must be a floating vector of shape (tokens,); got (2, 11) torch.float32. "
+        "policy_loss: logp must be a floating-point vector of shape (tokens,); got (2, 11) torch.float32. "
         "Pack padded batches first.",
     ),
     (
         lambda: loss_call(logp=torch.zeros(22).long()),
-        "policy_loss: logp must be a floating vector of shape (tokens,); got (22,) torch.int64. Pack "
+        "policy_loss: logp must be a floating-point vector of shape (tokens,); got (22,) torch.int64. Pack "
         "padded batches first.",
     ),
     (
@@ -199,7 +199,7 @@ LOSS = [
     ),
     (
         lambda: loss_call(old_logp=torch.zeros(22, requires_grad=True)),
-        "policy_loss: old_logp must be free of gradient (the op does not differentiate it); got "
+        "policy_loss: old_logp must be detached (the op does not differentiate it); got "
         "requires_grad=True. Call old_logp.detach().",
     ),
     (
@@ -225,7 +225,7 @@ LOSS = [
     ),
     (
         lambda: loss_call(cu_seqlens=torch.zeros(0).int()),
-        "policy_loss: cu_seqlens must be of shape (num_seqs + 1,); got shape (0,). No sequence: pass [0].",
+        "policy_loss: cu_seqlens must be of shape (num_seqs + 1,); got shape (0,). Pass [0] for zero sequences.",
     ),
     (
         lambda: loss_call(cu_seqlens=torch.tensor([1, 22]).int()),
@@ -233,13 +233,13 @@ LOSS = [
     ),
     (
         lambda: loss_call(cu_seqlens=torch.tensor([0, 21]).int()),
-        "policy_loss: cu_seqlens must be a prefix sum that ends at num_tokens = 22; got 21. Pack "
-        "exactly the tokens it counts.",
+        "policy_loss: cu_seqlens must be a prefix sum that ends at num_tokens = 22; got 21. Pass "
+        "the offsets of exactly these tokens.",
     ),
     (
         lambda: loss_call(cu_seqlens=torch.tensor([0]).int()),
-        "policy_loss: cu_seqlens must be a prefix sum that ends at num_tokens = 22; got 0. Pack "
-        "exactly the tokens it counts.",
+        "policy_loss: cu_seqlens must be a prefix sum that ends at num_tokens = 22; got 0. Pass "
+        "the offsets of exactly these tokens.",
     ),
     (
         lambda: loss_call(cu_seqlens=torch.tensor([0, 9, 8, 22]).int()),
@@ -271,16 +271,16 @@ LOSS = [
     (
         lambda: loss_call(normalizer="tokens"),
         "policy_loss: normalizer must be None, a number, a 0-dim tensor or 'batch'; got 'tokens'. "
-        "Pass the global count.",
+        "Pass the global token or sequence count.",
     ),
     (
         lambda: loss_call(normalizer=torch.ones(2)),
-        "policy_loss: normalizer must be a 0-dim tensor; got shape (2,). Pass the global count.",
+        "policy_loss: normalizer must be a 0-dim tensor; got shape (2,). Pass one global count.",
     ),
     (
         lambda: loss_call(normalizer="batch", objective=Objective(aggregation="token_sum")),
-        "policy_loss: normalizer must be a number with aggregation='token_sum'; got 'batch'. Dr.GRPO "
-        "divides by sequences * max length; pass that.",
+        "policy_loss: normalizer must be a number with aggregation='token_sum'; got 'batch'. "
+        "Pass sequences * max length, as Dr.GRPO does.",
     ),
     (
         lambda: loss_call(objective=Objective(kl=KL(coef=0.1))),
@@ -312,7 +312,7 @@ LOSS = [
     ),
     (
         lambda: loss_call(token_weight=torch.zeros(22, device="meta")),
-        "policy_loss: token_weight must be on cpu, where the main input is; got meta. Call token_weight.to('cpu').",
+        "policy_loss: token_weight must be on cpu, like the main input; got meta. Call token_weight.to('cpu').",
     ),
 ]
 STEP = [
@@ -326,11 +326,11 @@ STEP = [
     ),
     (
         lambda: step_call(bias=torch.zeros(V)),
-        "policy_step: bias must be left out with logits=; got a tensor. It would have no effect.",
+        "policy_step: bias must be left out with logits=; got a tensor. Remove it: it would have no effect.",
     ),
     (
         lambda: step_call(memory_budget=1 << 20),
-        "policy_step: memory_budget must be left out with logits=; got 1048576. It would have no effect.",
+        "policy_step: memory_budget must be left out with logits=; got 1048576. Remove it: it would have no effect.",
     ),
     (
         lambda: step_call(logits=None, hidden=torch.zeros(T, H)),
@@ -407,11 +407,11 @@ TYPES = [
     ),
     (
         lambda: loss_call(objective=PPOClip()),
-        "policy_loss: objective must be a tokfuse.Objective; got PPOClip. Build one, for example",
+        "policy_loss: objective must be a tokfuse.Objective; got PPOClip. Pass, for example,",
     ),
     (
         lambda: step_call(objective="grpo"),
-        "policy_step: objective must be a tokfuse.Objective; got str. Build one, for example",
+        "policy_step: objective must be a tokfuse.Objective; got str. Pass, for example,",
     ),
 ]
 

@@ -60,7 +60,7 @@ def test_another_table_in_the_native_module_is_an_error(monkeypatch):
     monkeypatch.setattr(native, "module", lambda: SimpleNamespace(shapes=old))
     shapes.require_compiled_table.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match=r"another table of shapes \(different here: NFT\)"):
+        with pytest.raises(RuntimeError, match=r"different table of shapes \(differing shapes: NFT\)"):
             _ = Objective().record
     finally:
         shapes.require_compiled_table.cache_clear()
@@ -336,7 +336,7 @@ def test_it_works_in_every_op_and_with_every_other_axis():
 def test_a_backend_without_its_kernel_says_so(path: str, backend: Backend):
     with (
         backend.forced(),
-        pytest.raises(BackendUnavailable, match=rf"{backend.name}: does not honour shapes without kernels"),
+        pytest.raises(BackendUnavailable, match=rf"{backend.name}: does not support shapes without kernels"),
     ):
         PATHS[path](Softened())
 
