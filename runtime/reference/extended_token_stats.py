@@ -1,4 +1,4 @@
-"""The optional outputs of token_stats in plain torch: second temperature, weighted moments."""
+"""Reference of the optional outputs of token_stats: second temperature and weighted moments."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from tokfuse.runtime.reference import token_stats as reference
 def forward(
     logits: torch.Tensor, target: torch.Tensor, *, second_temperature: float | None, moments: bool, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """The five outputs of token_stats, then second_logp, sum_p2_logp and sum_p2_logp2.
+    """Return the five outputs of token_stats, then second_logp, sum_p2_logp and sum_p2_logp2.
 
-    The last three are detached; one that was not asked for has shape (0,).
+    The last three are detached. An output that was not requested has shape (0,).
     """
     stats = reference.forward(logits, target, **options)
     with torch.no_grad():
@@ -28,7 +28,7 @@ def forward(
 def weighted_moments(
     logits: torch.Tensor, *, mask: torch.Tensor | None = None, **transform: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum p^2 log p, sum p^2 log^2 p) in float64; 0 in masked rows and rows of only -inf."""
+    """Return (sum p^2 log p, sum p^2 log^2 p) in float64. Masked rows and rows of only -inf give 0."""
     u = reference.transformed_logits(logits, **transform)
     dead = (u == float("-inf")).all(-1)
     logp_all, _ = reference.log_softmax(torch.where(dead.unsqueeze(-1), 0.0, u))

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation in plain torch: the specification of `tokfuse.gae`."""
+"""Reference of `tokfuse.gae`: generalised advantage estimation in plain torch."""
 
 import torch
 
@@ -16,7 +16,7 @@ def gae(
     mask: torch.Tensor | None,
     finished: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantage, returns) in the dtype of `reward`; the scan runs in float64."""
+    """Return (advantage, returns) in the dtype of `reward`. The scan runs in float64."""
     num_tokens, dtype = reward.shape[0], reward.dtype
     if num_tokens == 0:
         return torch.zeros_like(reward), torch.zeros_like(reward)
@@ -35,7 +35,7 @@ def gae(
 def token_layout(
     cu_seqlens: torch.Tensor, mask: torch.Tensor | None, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(mask, sequence of each token, one past the end of that sequence)."""
+    """Return (mask, sequence of each token, offset one past the end of that sequence)."""
     if mask is None:
         mask = torch.ones(num_tokens, dtype=torch.bool, device=cu_seqlens.device)
     seq = sequence_index(cu_seqlens, num_tokens)
@@ -45,9 +45,10 @@ def token_layout(
 def bootstrap(
     v: torch.Tensor, mask: torch.Tensor, seq: torch.Tensor, end: torch.Tensor, finished: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value of the next valid state of each token, and its place (`tokens` when behind the end).
+    """Return the value of the next valid state of each token, and the position of that state.
 
-    Behind the last valid token the value is 0, or that token's own value when unfinished (EGAE).
+    A last valid token has no next state. Its position is `tokens`, and its next value is 0 if the sequence
+    is finished, else its own value (EGAE).
     """
     num_tokens = v.shape[0]
     later = next_valid(mask)

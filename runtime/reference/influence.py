@@ -1,4 +1,4 @@
-"""Gradient norms and sketches by their definitions, in plain torch and float64."""
+"""Reference of the influence ops: gradients and sketches by their definitions, in plain torch and float64."""
 
 import torch
 
@@ -13,7 +13,7 @@ def logit_gradients(
     temperature: float | torch.Tensor = 1.0,
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
-    """(tokens, vocab): d (coefficient * logp + entropy_coefficient * entropy) / d logits."""
+    """Return d sum(coefficient * logp + entropy_coefficient * entropy) / d logits, (tokens, vocab)."""
     with torch.enable_grad():
         z = logits.detach().requires_grad_()
         stats = reference.forward(z, target, temperature=temperature, logit_scale=logit_scale)
@@ -31,9 +31,9 @@ def sketch(
     projections: tuple[torch.Tensor, torch.Tensor] | None,
     max_seqlen: int | None,
 ) -> torch.Tensor:
-    """(seqs, rank, rank): sum over the tokens of each sequence of (P_out dX_t)(P_in h_t)^T.
+    """Return, per sequence, the sum over its tokens of (P_out dX_t)(P_in h_t)^T: (seqs, rank, rank).
 
-    Every sequence is padded with zeros to max_seqlen, so that one batched GEMM does them all.
+    Every sequence is padded with zeros to max_seqlen, so that one batched GEMM computes all of them.
     """
     dtype = reference.result_dtype(hidden.dtype)
     pair = [grad_hidden.double(), hidden.double()]

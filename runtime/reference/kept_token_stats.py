@@ -1,4 +1,4 @@
-"""kept_token_stats in plain torch: softmax over the kept ids of each row, differentiable."""
+"""Reference of `tokfuse.kept_token_stats`: softmax over the kept ids of each row, differentiable."""
 
 import torch
 
@@ -19,7 +19,7 @@ def forward(
     logit_scale: float = 1.0,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse); see `tokfuse.kept_token_stats` for the contract."""
+    """Return (logp, entropy, lse); see `tokfuse.kept_token_stats` for the contract."""
     tokens, vocab = logits.shape
     if not torch.compiler.is_compiling():
         check(logits, target, kept_ids, kept_offsets, mask, temperature)
@@ -34,8 +34,8 @@ def forward(
 
     zero = u.new_zeros(tokens)
     top = torch.full_like(zero, float("-inf")).scatter_reduce(0, rows, u.detach(), "amax")
-    dead = top == float("-inf")  # nothing kept, or only -inf: no distribution
-    # As token_stats.log_softmax: the largest logit m leaves the sum and gets no gradient from it.
+    dead = top == float("-inf")  # no kept id, or only -inf: the row has no distribution
+    # Like token_stats.log_softmax: the sum leaves out the largest logit m, so it gets no gradient from the sum.
     place = torch.arange(u.shape[0], device=u.device)
     behind = torch.full_like(target, u.shape[0])
     largest = behind.scatter_reduce(0, rows, torch.where(u == top[rows], place, u.shape[0]), "amin")
@@ -44,7 +44,7 @@ def forward(
     x = torch.where(alone, 0.0, u - m[rows])
     rest = zero.index_add(0, rows, torch.where(alone, 0.0, x.exp())).log1p()
     logp_all = x - rest[rows]
-    # 0 * -inf is NaN, forward and backward: an excluded logit gets log p = 0 before the product.
+    # 0 * -inf is NaN in forward and backward, so an excluded logit gets log p = 0 before the product.
     finite = torch.where(logp_all == float("-inf"), 0.0, logp_all)
     entropy = -zero.index_add(0, rows, logp_all.exp() * finite)
     hit = counts & (kept_ids == target[rows])
@@ -61,7 +61,7 @@ def forward(
 
 
 def _row_of_each(ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(kept,) the row that each kept id belongs to."""
+    """Return the row of each kept id, (kept,)."""
     rows = torch.arange(offsets.shape[0] - 1, device=ids.device)
     return torch.repeat_interleave(rows, offsets.diff(), output_size=ids.shape[0])
 
@@ -74,14 +74,14 @@ def check(
     mask: torch.Tensor | None,
     temperature: float | torch.Tensor,
 ) -> None:
-    """Refuse values out of range; reads them."""
+    """Raise ValueError for target, temperature or kept ids out of range. Reads the values."""
     vocab = logits.shape[1]
     check_values(OP, target, vocab, mask, temperature)
     check_ids(kept_ids, _row_of_each(kept_ids, kept_offsets), vocab, mask)
 
 
 def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Tensor | None) -> None:
-    """Range of the kept ids, and none twice in a row, where the mask is true."""
+    """Raise ValueError if, in a row where mask is True, a kept id is out of range or occurs twice."""
     if mask is not None:
         ids, rows = ids[mask[rows]], rows[mask[rows]]
     bad = (ids < 0) | (ids >= vocab)
@@ -103,5 +103,5 @@ def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Ten
             "kept_ids",
             "different from each other within a row",
             f"{at % vocab} twice in row {at // vocab}",
-            "Remove the repetition.",
+            "Remove the duplicate.",
         )

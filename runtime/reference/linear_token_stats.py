@@ -1,4 +1,4 @@
-"""linear_token_stats in plain torch: the logits in full, then token_stats."""
+"""Reference of `tokfuse.linear_token_stats`: all logits at once, then token_stats."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tokfuse.runtime.reference import token_stats
 
 
 def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(tokens, vocab) logits in float64, which autocast leaves alone."""
+    """Return the logits hidden @ weight.T + bias, (tokens, vocab), in float64. Autocast does not affect float64."""
     logits = hidden.double() @ weight.double().t()
     return logits if bias is None else logits + bias.double()
 
@@ -21,7 +21,7 @@ def forward(
     bias: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse, sum_sq, top1) of the rows of hidden @ weight.T + bias, rounded once."""
+    """Return (logp, entropy, lse, sum_sq, top1) of the rows of hidden @ weight.T + bias, rounded once."""
     logits = logits_of(hidden, weight, bias)
     stats = token_stats.exact(logits, target, op="linear_token_stats", **options)
     return token_stats.rounded(stats, hidden.dtype)

@@ -1,4 +1,4 @@
-"""Off-policy weights in plain torch: the specification of `tokfuse.offpolicy_weights`."""
+"""Reference of `tokfuse.offpolicy_weights`: off-policy weights in plain torch."""
 
 from typing import NamedTuple, Protocol
 
@@ -43,7 +43,7 @@ def offpolicy_weights(
     group_ids: torch.Tensor | None,
     advantage: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight, ess, kept_mask), computed in float64; floats in the dtype of `behavior`."""
+    """Return (weight, ess, kept_mask), computed in float64. weight and ess have the dtype of `behavior`."""
     layout = _layout(behavior, cu_seqlens, mask)
     d = -behavior.double() if logp is None else logp.double() - behavior.double()
     d = _clamped(d)
@@ -57,11 +57,11 @@ def offpolicy_weights(
         kept = kept & _rule_keeps(d, layout, rule, advantage)
     weight = transform(ratio, mode, low, high, lam, power)
     weight = torch.where(kept, weight, torch.zeros_like(weight))
-    # One unit per row, or one per sequence that keeps a row.
+    # A unit is a kept row, or, at the sequence levels, a sequence with a kept row.
     unit = kept if over == "token" else _first_kept(kept, layout)
     if normalize != "none":
         mean = _unit_mean(weight, unit, layout, group_ids, normalize)
-        # A mean of 0 has only zero weights behind it, and a rejected row stays 0 beside a NaN.
+        # If the mean is 0, all weights are 0 and stay 0. A rejected row also stays 0 if the mean is NaN.
         weight = torch.where(kept & (mean != 0), weight / mean, torch.zeros_like(weight))
     units = torch.where(unit, weight, torch.zeros_like(weight))
     total, square = units.sum(), (units**2).sum()
@@ -72,7 +72,7 @@ def offpolicy_weights(
 def transform(
     w: torch.Tensor, mode: str, low: float | None, high: float | None, lam: float | None, power: float | None
 ) -> torch.Tensor:
-    """The weight of a kept row, from its ratio w."""
+    """Return the weight of a kept row from its ratio w."""
     if mode == "truncate":
         return w.clamp(min=low, max=high)
     if mode == "switch":
@@ -106,7 +106,7 @@ def _clamped(x: torch.Tensor) -> torch.Tensor:
 
 
 def _reduced(x: torch.Tensor, layout: _Layout, over: str) -> torch.Tensor:
-    """x per row, or its masked sum / mean / maximum over the row's sequence, broadcast to rows."""
+    """Return x per row, or its masked sum, mean or maximum over the row's sequence, broadcast to rows."""
     if over == "token":
         return x
     if over == "max":
@@ -118,7 +118,7 @@ def _reduced(x: torch.Tensor, layout: _Layout, over: str) -> torch.Tensor:
 
 
 def _inside(x: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
-    """low <= x <= high; a NaN stays inside, so that it shows up instead of vanishing."""
+    """Return low <= x <= high. NaN counts as inside, so that it stays visible in the result."""
     outside = torch.zeros_like(x, dtype=torch.bool)
     if low is not None:
         outside = outside | (x < low)
@@ -141,7 +141,7 @@ def _rule_keeps(d: torch.Tensor, layout: _Layout, rule: Rule, advantage: torch.T
 
 
 def _first_kept(kept: torch.Tensor, layout: _Layout) -> torch.Tensor:
-    """True on the first kept row of every sequence: one unit per sequence."""
+    """Return True for the first kept row of every sequence, so that each sequence is one unit."""
     num_rows = kept.shape[0]
     place = torch.arange(num_rows, device=kept.device)
     first = torch.full((layout.num_seqs,), num_rows, device=kept.device, dtype=torch.int64)
@@ -152,7 +152,7 @@ def _first_kept(kept: torch.Tensor, layout: _Layout) -> torch.Tensor:
 def _unit_mean(
     weight: torch.Tensor, unit: torch.Tensor, layout: _Layout, group_ids: torch.Tensor | None, normalize: str
 ) -> torch.Tensor:
-    """Mean weight over the units of the batch, or of the row's group."""
+    """Return the mean weight over the units of the batch, or of the group of each row."""
     units = torch.where(unit, weight, torch.zeros_like(weight))
     if normalize == "batch":
         return units.sum() / unit.sum()

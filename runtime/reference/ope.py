@@ -1,4 +1,4 @@
-"""Off-policy value estimators in plain torch: the specification of `tokfuse.ope`."""
+"""Reference of `tokfuse.ope`: off-policy value estimators in plain torch."""
 
 import torch
 
@@ -13,7 +13,7 @@ def ope(
     *,
     mask: torch.Tensor | None,
 ) -> dict[str, Estimate | None]:
-    """name -> (estimate, standard error), computed in float64, in the dtype of `reward`."""
+    """Return name -> (estimate, standard error), computed in float64, in the dtype of `reward`."""
     dtype = reward.dtype
     keep = torch.ones_like(reward, dtype=torch.bool) if mask is None else mask
     count = keep.sum().double()
@@ -25,7 +25,7 @@ def ope(
         return x.sum() / count
 
     def estimate(value: torch.Tensor, influence: torch.Tensor) -> Estimate:
-        # `influence` holds each row's first-order contribution; its mean is subtracted here.
+        # `influence` is the first-order contribution of each row. Its mean is subtracted here.
         centred = valid(influence - mean(valid(influence)))
         error = (centred.square().sum() / (count - 1) / count).sqrt()
         return value.to(dtype), error.to(dtype)

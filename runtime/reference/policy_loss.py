@@ -1,6 +1,6 @@
-"""Policy objectives in plain torch and float64, differentiable in logp and entropy.
+"""Reference of `tokfuse.policy_loss`: objectives in plain torch and float64, differentiable in logp and entropy.
 
-The policy terms themselves are the formulas of the shapes, runtime/policy/shapes.py.
+The formulas of the policy terms are defined in runtime/policy/shapes.py.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,15 @@ from tokfuse.runtime.reference.token_stats import rounded
 
 
 class Segments(NamedTuple):
-    """Sequence id of every token and valid tokens of every sequence."""
+    """The assignment of tokens to sequences."""
 
     ids: torch.Tensor
+    """(tokens,) int64, sequence of each token."""
     counts: torch.Tensor
+    """(seqs,) int64, number of valid tokens of each sequence."""
 
     def mean(self, x: torch.Tensor, *, as_sum: bool = False) -> torch.Tensor:
-        """Per-sequence mean (or sum) of x, handed back to every token."""
+        """Return the mean (or sum) of x per sequence, broadcast to tokens."""
         total = torch.zeros_like(self.counts, dtype=x.dtype).index_add(0, self.ids, x)
         if not as_sum:
             total = total / self.counts.clamp(min=1)
@@ -29,7 +31,7 @@ class Segments(NamedTuple):
 
 
 def segments(inputs: PolicyInputs, keep: torch.Tensor) -> Segments:
-    """Tokens to sequences, by cu_seqlens; one sequence without it."""
+    """Return the assignment of tokens to sequences by cu_seqlens. Without it all tokens are one sequence."""
     tokens = keep.shape[0]
     if inputs.cu_seqlens is None:
         ids = torch.zeros(tokens, dtype=torch.int64, device=keep.device)
@@ -70,9 +72,9 @@ def forward(
     o: Objective,
     inv_normalizer: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, token_loss detached, metric sums); inv_normalizer < 0 means this batch's own count.
+    """Return (loss, detached token_loss, metric sums). inv_normalizer < 0 selects the count of this batch.
 
-    Rounded once to the result dtype of `logp`; the sums are float64.
+    loss and token_loss are rounded once to the result dtype of `logp`. The sums are float64.
     """
     o.shape.check_signal("policy_loss", inputs.signal is not None)
     x = logp.double()
@@ -115,7 +117,7 @@ def forward(
         agg = agg / seg.counts.clamp(min=1)[seg.ids]
     count = (seg.counts > 0).sum() if o.counts_sequences else keep.sum()
     if isinstance(inv_normalizer, float) and inv_normalizer < 0:
-        inverse = 1.0 / count.clamp(min=1).double()  # one over an integer tensor is float32
+        inverse = 1.0 / count.clamp(min=1).double()  # without double(), 1 / integer tensor is float32
         scale: float | torch.Tensor = torch.where(count > 0, inverse, 0.0)
     else:
         scale = inv_normalizer

@@ -1,4 +1,4 @@
-"""Segment moments in plain torch: the specification of `tokfuse.segment_moments`."""
+"""Reference of `tokfuse.segment_moments`: moments of segments in plain torch."""
 
 import torch
 
@@ -8,7 +8,7 @@ from tokfuse.runtime.reference.segments import segment_sum
 def segment_moments(
     values: torch.Tensor, segment_ids: torch.Tensor, num_segments: int, *, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(count, sum, sum_sq, min, max), each (num_segments,); sums run in float64."""
+    """Return (count, sum, sum_sq, min, max), each (num_segments,). Sums accumulate in float64."""
     ids = segment_ids.to(torch.int64)
     keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     ids = torch.where(keep, ids, 0)  # the id of a masked row is not read

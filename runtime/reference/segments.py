@@ -1,7 +1,7 @@
-"""Packed sequences and groups in plain torch: index maps and the segmented reverse scan.
+"""Helpers for packed sequences and groups in plain torch: index maps and the segmented reverse scan.
 
-Nothing here reads a value on the host, so the references that use it run on any device without a
-synchronisation. Sums go through `index_add`, which keeps a NaN inside its own segment.
+No function reads a value on the host, so they run on any device without a synchronisation. Sums use
+`index_add`, which keeps a NaN inside its own segment.
 """
 
 from typing import NamedTuple
@@ -10,13 +10,13 @@ import torch
 
 
 def sequence_index(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """(tokens,) int64: the sequence of every token; empty sequences are skipped."""
+    """Return the sequence of every token, (tokens,) int64. Empty sequences get no token."""
     position = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].to(torch.int64), position, right=True)
 
 
 class Groups(NamedTuple):
-    """Rows sorted by group id; groups are numbered 0.. in that order."""
+    """Rows sorted by group id. Groups are numbered from 0 in that order."""
 
     order: torch.Tensor  # (rows,) row at each sorted place
     member: torch.Tensor  # (rows,) group number of each row
@@ -25,7 +25,7 @@ class Groups(NamedTuple):
 
 
 def groups_of(group_ids: torch.Tensor, key: torch.Tensor | None = None) -> Groups:
-    """Sort rows by group, inside a group by `key` (by row number when None)."""
+    """Sort rows by group, and inside a group by `key` (None: by row number)."""
     num_rows = group_ids.shape[0]
     if key is None:
         order = torch.argsort(group_ids, stable=True)
@@ -43,13 +43,13 @@ def groups_of(group_ids: torch.Tensor, key: torch.Tensor | None = None) -> Group
 
 
 def segment_sum(x: torch.Tensor, index: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """(num_segments,) sums of `x` by `index`."""
+    """Return the sum of `x` over the rows of each index, (num_segments,)."""
     zero = torch.zeros(num_segments, dtype=x.dtype, device=x.device)
     return zero.index_add(0, index, x)
 
 
 def next_valid(mask: torch.Tensor) -> torch.Tensor:
-    """(tokens,) int64: the nearest later place with mask true, or `tokens` when there is none."""
+    """Return the next later position where mask is True, (tokens,) int64. Without one it is `tokens`."""
     num_tokens = mask.shape[0]
     place = torch.arange(num_tokens, device=mask.device)
     here = torch.where(mask, place, num_tokens)
@@ -58,14 +58,15 @@ def next_valid(mask: torch.Tensor) -> torch.Tensor:
 
 
 def reverse_scan(coef: torch.Tensor, inject: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-    """y[t] = inject[t] + coef[t] * y[t + 1] inside each sequence, y = 0 behind its end.
+    """Return y[t] = inject[t] + coef[t] * y[t + 1] inside each sequence, with y = 0 after its end.
 
-    Doubling: after k rounds b[t] holds the recursion over 2^k places and a[t] the product of its
-    coefficients, so log2(tokens) rounds of elementwise work replace the token loop.
+    The algorithm is doubling. After k rounds, b[t] is the recursion over 2^k positions and a[t] is the
+    product of their coefficients. So log2(tokens) elementwise rounds replace the loop over tokens.
 
     Args:
-        coef, inject: (tokens,).
-        end: (tokens,) int64. One past the last place of the token's sequence.
+        coef: (tokens,), coefficient of the next value.
+        inject: (tokens,), summand of each token.
+        end: (tokens,) int64. Offset one past the last token of the token's sequence.
     """
     num_tokens = inject.shape[0]
     place = torch.arange(num_tokens, device=inject.device)

@@ -1,4 +1,4 @@
-"""token_stats in plain torch: the specification, differentiable by autograd, in float64."""
+"""Reference of `tokfuse.token_stats` in float64, differentiable by autograd."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,12 +9,12 @@ from tokfuse.runtime.core.errors import refuse
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of results: float64 for float64 inputs, float32 for all others."""
+    """Return the dtype of results: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rounded(results: Iterable[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """float64 results in the result dtype of inputs of `dtype`."""
+    """Return float64 results, rounded to the result dtype of inputs of `dtype`."""
     return tuple(x.to(result_dtype(dtype)) for x in results)
 
 
@@ -26,7 +26,7 @@ def transformed_logits(
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> torch.Tensor:
-    """(softcap(logit_scale z) - bias_scale b) / temperature in float64, with -inf staying -inf."""
+    """Return (softcap(logit_scale z) - bias_scale b) / temperature in float64. -inf stays -inf."""
     z = logits.double() * logit_scale
     excluded = z == float("-inf")
     if softcap is not None:
@@ -41,15 +41,15 @@ def transformed_logits(
 
 
 def log_softmax(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log p, log-sum-exp) of each row, with the digits of a log p near 0 and of its gradient.
+    """Return (log p, log-sum-exp) of each row. A log p near 0 and its gradient keep their digits.
 
-    The largest logit m leaves the sum: log-sum-exp = m + log1p(sum over the others of e^(u - m)).
-    At p = 1 - 1e-12, log(sum of all) keeps four digits of log p, and autograd as few of 1 - p.
-    +inf or NaN makes its whole row NaN.
+    The sum leaves out the largest logit m: log-sum-exp = m + log1p(sum over the others of e^(u - m)).
+    With log(sum over all) instead, a log p at p = 1 - 1e-12 keeps only four digits, and so does its
+    gradient, 1 - p. +inf or NaN makes its whole row NaN.
     """
     largest = u.detach().argmax(-1, keepdim=True)
     m = u.gather(-1, largest)
-    # x is the constant 0 at m itself: u - m would give it a gradient of rounding noise.
+    # At m itself x is the constant 0: u - m would give it a gradient of rounding noise.
     alone = torch.zeros_like(u, dtype=torch.bool).scatter(-1, largest, m.isfinite())
     x = torch.where(alone, 0.0, u - m)
     rest = torch.where(alone, 0.0, x.exp()).sum(-1, keepdim=True).log1p()
@@ -59,7 +59,7 @@ def log_softmax(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def check_values(
     op: str, target: torch.Tensor, vocab: int, mask: torch.Tensor | None, temperature: float | torch.Tensor
 ) -> None:
-    """Range of targets and temperatures where the mask is true."""
+    """Raise ValueError if a target or temperature is out of range in a row where mask is True."""
     bad = (target < 0) | (target >= vocab)
     if isinstance(temperature, torch.Tensor):
         bad = bad | ~(temperature > 0)
@@ -71,7 +71,7 @@ def check_values(
 
 
 def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: float | torch.Tensor) -> ValueError:
-    """The error for the first row whose target or temperature is out of range."""
+    """Return the error for the first row whose target or temperature is out of range."""
     y = int(target[row])
     if 0 <= y < vocab:
         assert isinstance(temperature, torch.Tensor)
@@ -92,7 +92,7 @@ def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: fl
 
 
 def forward(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse, sum_sq, top1) of `exact`, rounded once."""
+    """Return (logp, entropy, lse, sum_sq, top1) of `exact`, rounded once."""
     return rounded(exact(logits, target, **options), logits.dtype)
 
 
@@ -108,7 +108,7 @@ def exact(
     bias_scale: float = 1.0,
     op: str = "token_stats",
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs in float64; see `tokfuse.token_stats`. `op` is named in errors."""
+    """Return the outputs in float64; see `tokfuse.token_stats`. Errors name `op`."""
     tokens, vocab = logits.shape
     if not torch.compiler.is_compiling():
         check_values(op, target, vocab, mask, temperature)
@@ -121,13 +121,13 @@ def exact(
             temperature = torch.where(keep, temperature, 1.0)
     u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
     y = torch.where(keep, target, 0).unsqueeze(-1)
-    dead = (u == float("-inf")).all(-1)  # no distribution: treated as uniform, overwritten below
+    dead = (u == float("-inf")).all(-1)  # no distribution: computed as uniform, overwritten below
     u = torch.where(dead.unsqueeze(-1), 0.0, u)
     logp_all, lse = log_softmax(u)
     p = logp_all.exp()
     u_y = u.gather(-1, y).squeeze(-1)
     logp = logp_all.gather(-1, y).squeeze(-1)
-    # 0 * -inf is NaN, forward and backward: an excluded logit gets log p = 0 before the product.
+    # 0 * -inf is NaN in forward and backward, so an excluded logit gets log p = 0 before the product.
     finite = torch.where(logp_all == float("-inf"), 0.0, logp_all)
     entropy = -(p * finite).sum(-1)
     sum_sq = (p * p).sum(-1)

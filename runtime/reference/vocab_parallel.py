@@ -1,7 +1,7 @@
-"""Row statistics of one vocabulary shard, and their gradient, in plain torch and float64.
+"""Reference of the row statistics of one vocabulary shard, and of their gradient, in plain torch and float64.
 
-The seven outputs and the backward arguments are those of the row kernels; the row maximum is in
-nats. The outputs stay float64: the statistics are rounded once, when the shards are merged.
+The seven outputs and the arguments of the backward match the row kernels. The row maximum is in nats. The
+outputs stay float64, because the statistics are rounded once, when the shards are merged.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from tokfuse.runtime.reference import token_stats
 from tokfuse.runtime.reference.linear_token_stats import logits_of
 from tokfuse.runtime.reference.token_stats import transformed_logits
 
-STATE = RowState(lambda options: 1.0, torch.float64)  # nats, whatever the options
+STATE = RowState(lambda options: 1.0, torch.float64)  # row_max is in nats for all options
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse, sum_sq, top1, row_max, inv_sum) of the shard's own softmax."""
+    """Return (logp, entropy, lse, sum_sq, top1, row_max, inv_sum) of the softmax over this shard only."""
     with torch.no_grad():
         stats = token_stats.exact(
             logits,
@@ -65,10 +65,11 @@ def backward(
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> torch.Tensor:
-    """grad_logp d logp + grad_entropy d entropy, over the shard's logits.
+    """Return the gradient grad_logp d logp + grad_entropy d entropy with respect to the logits of the shard.
 
-    p_j = e^(u_j - row_max) inv_sum; du_j = grad_logp ([j = target] - p_j)
-    - grad_entropy p_j (log p_j + entropy). A target outside [0, vocab) has no term of its own.
+    p_j = e^(u_j - row_max) inv_sum,
+    du_j = grad_logp ([j = target] - p_j) - grad_entropy p_j (log p_j + entropy).
+    A target outside [0, vocab) is on another shard, so [j = target] is 0 for every j.
     """
     row_max, inv_sum, logp, entropy = (x.double() for x in (row_max, inv_sum, logp, entropy))
     zero = torch.zeros_like(entropy)
@@ -82,7 +83,7 @@ def backward(
     p = x.exp() * inv_sum
     onehot = target.unsqueeze(-1) == torch.arange(logits.shape[1], device=logits.device)
     log_p = torch.where(onehot, logp, x + inv_sum.log())
-    d_logp = torch.where(onehot, -torch.expm1(logp), -p)  # not 1 - p, which rounds near p = 1
+    d_logp = torch.where(onehot, -torch.expm1(logp), -p)  # 1 - p would lose digits near p = 1
     du = ga * d_logp - gh * p * (torch.where(p == 0, 0.0, log_p) + entropy)
     slope = torch.full_like(u, logit_scale)
     if softcap is not None:
@@ -93,7 +94,7 @@ def backward(
 
 
 def head_forward(p: Any) -> tuple[torch.Tensor, ...]:
-    """`forward` of the logits of a head problem."""
+    """Return `forward` of the logits of a head problem."""
     return forward(logits_of(p.hidden, p.weight, p.bias), p.target, **p.options._asdict())
 
 
@@ -107,7 +108,7 @@ def head_backward(
     grad_entropy: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> list[torch.Tensor | None]:
-    """[grad_hidden, grad_weight, grad_bias] of the logits' gradient."""
+    """Return [grad_hidden, grad_weight, grad_bias]; None for inputs that need no gradient."""
     logits = logits_of(p.hidden, p.weight, p.bias)
     dz = backward(logits, p.target, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, **p.options._asdict())
     return [

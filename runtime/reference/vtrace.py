@@ -1,4 +1,4 @@
-"""V-trace and the sequential doubly robust scan in plain torch: the spec of `tokfuse.vtrace`."""
+"""Reference of `tokfuse.vtrace`: V-trace and the sequential doubly robust scan in plain torch."""
 
 import torch
 
@@ -21,7 +21,7 @@ def vtrace(
     mask: torch.Tensor | None,
     finished: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(target, advantage, rho) in the dtype of `reward`; the scan runs in float64."""
+    """Return (target, advantage, rho) in the dtype of `reward`. The scan runs in float64."""
     num_tokens, dtype = reward.shape[0], reward.dtype
     if num_tokens == 0:
         empty = torch.zeros_like(reward)

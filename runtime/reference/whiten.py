@@ -1,4 +1,4 @@
-"""Masked whitening in plain torch: the specification of `tokfuse.whiten`."""
+"""Reference of `tokfuse.whiten`: masked whitening in plain torch."""
 
 import torch
 
@@ -12,7 +12,7 @@ def whiten(
     mean: torch.Tensor | None,
     var: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(x - mean) / sqrt(var + eps) on the masked rows, 0 elsewhere; statistics in float64."""
+    """Return (x - mean) / sqrt(var + eps) where mask is True, else 0. The statistics are float64."""
     keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     zero = torch.zeros((), dtype=torch.float64, device=x.device)
     y = torch.where(keep, x.double(), zero)
@@ -29,7 +29,7 @@ def whiten(
 
 
 def _moments(y: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Masked mean, centred values and unbiased variance; equal values give exactly 0 for both."""
+    """Return the masked mean, centred values and unbiased variance. Equal values give exactly 0 for the last two."""
     zero = torch.zeros((), dtype=y.dtype, device=y.device)
     count = keep.sum()
     if y.shape[0] == 0:
