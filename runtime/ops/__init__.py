@@ -1,1 +1,1 @@
-"""One file per op: checks, dispatch, autograd, torch.compile registration."""
+"""The public ops, one file each: docstring, checks, dispatch, autograd and torch.compile registration."""

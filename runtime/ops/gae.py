@@ -38,39 +38,39 @@ def gae(
     finished: torch.Tensor | None = None,
     length_adaptive_alpha: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation per packed sequence, and the critic's regression target.
+    """Return the generalised advantages of packed sequences and the regression target of the critic.
 
         delta_t = r_t + gamma V_t+1 - V_t,  A_t = delta_t + gamma lam A_t+1,  returns_t = A_t + V_t
 
-    where t+1 is the next token with mask true. A decoupled critic (VAPO: lam 1 for the value, less
-    for the policy) is two calls: take `advantage` from one and `returns` from the other, because
-    `returns` follows the lam of its own call.
+    where t+1 is the next token with mask True. A decoupled critic (VAPO) uses lam = 1 for the value and a
+    smaller lam for the policy. It needs two calls, because `returns` depends on the lam of its call: take
+    `advantage` from one call and `returns` from the other.
 
     Args:
-        reward: (tokens,), float. Reward of each token (an outcome reward sits on the last one).
-        value: (tokens,), float. Critic's value of the state in which the token was chosen.
-        cu_seqlens: (seqs + 1,), int32. Borders of the packed sequences; empty ones are allowed.
+        reward: (tokens,), float. Reward of each token. An outcome reward is on the last token.
+        value: (tokens,), float. Value, by the critic, of the state in which the token was chosen.
+        cu_seqlens: (seqs + 1,), int32. Offsets of the packed sequences. Empty sequences are allowed.
         gamma: discount in [0, 1].
-        lam: decay in [0, 1], or (seqs,) float with one per sequence.
+        lam: decay in [0, 1]; a number, or (seqs,) float with one value per sequence.
         mask: (tokens,), bool. False tokens (tool output, padding) are skipped: the scan carries A
-            and V across them, their own reward and value are not read, and their outputs are 0.
-            None: all count.
-        finished: (seqs,), bool. False marks a response cut off by its window, whose value behind
-            the last token s_l is unknown: it is set to V(s_l-1), the extended GAE of T-PPO. True:
-            0. None: all finished.
-        length_adaptive_alpha: VAPO's lam_i = 1 - 1 / max(alpha n_i, 1), n_i = tokens of sequence i
-            with mask true. Takes the place of `lam`. None: use `lam`.
+            and V across them, their reward and value are not read, and their outputs are 0.
+            None: all tokens count.
+        finished: (seqs,), bool. False marks a response that was cut off by its window, so the value
+            after its last token is unknown. It is then set to the value at the last token, as in the
+            extended GAE of T-PPO. For True it is 0. None: all sequences are finished.
+        length_adaptive_alpha: alpha of VAPO's lam_i = 1 - 1 / max(alpha n_i, 1), which replaces `lam`.
+            n_i is the number of tokens of sequence i with mask True. None: use `lam`.
 
     Returns:
         advantage: (tokens,), float32 (float64 if an input is float64). Detached, not whitened.
-        returns: (tokens,), same. A + V.
+        returns: (tokens,), same dtype. A + V. Detached.
 
     Numerics:
-        The scan runs in float64 and is rounded once. NaN stays inside its sequence. Bitwise
-        repeatable, whatever the number of threads. No tokens give empty outputs.
+        The scan runs in float64 and is rounded once. NaN stays inside its sequence. Results are bitwise
+        repeatable for any number of threads. Zero tokens give empty outputs.
 
     Gradients and memory:
-        No gradients. Two (tokens,) outputs; inputs of other dtypes are converted first.
+        No gradients. Two (tokens,) outputs. Inputs of another dtype are converted first.
 
     Examples:
         >>> reward, value = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.5])
@@ -79,13 +79,14 @@ def gae(
         (tensor([0.5000, 0.5000, 0.5000]), tensor([1., 1., 1.]))
 
     Raises:
-        ValueError: shapes, dtypes, ranges, a `cu_seqlens` that is not a prefix sum of the tokens
-            (read on CPU; on other devices only with TOKFUSE_CHECK=1).
+        ValueError: wrong shape, dtype or range; a `cu_seqlens` that is not a prefix sum of the tokens
+            (checked on the CPU, and on other devices only with TOKFUSE_CHECK=1).
 
     Source:
-        GAE 1506.02438; skipping of masked tokens: verl `core_algos.py` (which also drops their
-        rewards): exact. Extended GAE: T-PPO 2506.15050, reconstructed from two agreeing sources.
-        Length-adaptive lam: VAPO 2504.05118, formula in NeMo-RL `advantage_estimator.py`: exact.
+        GAE: arXiv 1506.02438. Skipping of masked tokens: verl `core_algos.py`, which also drops their
+        rewards. Both exact. Extended GAE: T-PPO, arXiv 2506.15050, reconstructed from two agreeing
+        sources. Length-adaptive lam: VAPO, arXiv 2504.05118, formula in NeMo-RL
+        `advantage_estimator.py`, exact.
     """
     num_tokens = check_vector(OP, "reward", reward).shape[0]
     device = reward.device
@@ -138,7 +139,7 @@ _FORM = GraphForm(
     _flat,
     _rich,
 )
-# By name, because torch.compile can follow a module's table but not a record of the registry.
+# A dict by name, because torch.compile can trace a lookup in a module's dict, but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.gae, _FORM),
     "triton": traceable(OP, "triton", triton_packed.gae, _FORM),

@@ -56,9 +56,9 @@ def group_advantage(
     lengths: torch.Tensor | None = None,
     greedy_reward: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Advantage of every response in its prompt group: (reward - baseline) / scale.
+    """Return the advantage of every response in its prompt group: (reward - baseline) / scale.
 
-    `kind` names a preset of `baseline` and `scale`; either may be set on its own.
+    `kind` is a preset of `baseline` and `scale`. Both can also be set separately.
 
         kind          baseline          scale   advantage of response i, group of size G
         grpo          mean              std     (R_i - mean) / (std + eps)
@@ -66,7 +66,7 @@ def group_advantage(
         rloo          leave_one_out     none    R_i - mean of the others = (R_i - mean) G / (G - 1)
         opo           length_weighted   none    R_i - sum_j n_j R_j / sum_j n_j
         remax         greedy            none    R_i - reward of the greedy response
-        gbpo_target   median            std     (R_i - median) / (std + eps); divide by tau yourself
+        gbpo_target   median            std     (R_i - median) / (std + eps), not divided by tau
         pass_at_k     second_best       std     best: (R_max - R_2nd) / (std + eps); others 0
         maxrl         mean              mean    (R_i - mean) / (mean + eps); for rewards >= 0
         reinforce     none              none    R_i
@@ -74,37 +74,40 @@ def group_advantage(
     Args:
         reward: (seqs,), float. One reward per response.
         group_ids: (seqs,), int32 or int64. Prompt of each response: any integers, in any order.
-            May be None when baseline is "greedy" or "none", which do not look at groups.
+            None is allowed for the baselines "greedy" and "none", which do not use groups.
         kind: preset, one of the table.
-        baseline: None for the preset's, or "mean", "leave_one_out", "length_weighted", "median"
-            (0.5 quantile: an even group averages its two middle rewards), "second_best", "greedy",
-            "none".
-        scale: None for the preset's, or "none", "std" (of the group), "batch_std" (of all rewards
-            of this call; TRL `scale_rewards="batch"`), "mean" (of the group). A baseline without
-            groups takes "none" or "batch_std".
-        std: "sample" (divisor G - 1; the default, as in verl and TRL) or "population" (divisor G).
-        eps: added to the divisor. None: 1e-6 for a standard deviation (verl; TRL uses 1e-4), 1e-8
+        baseline: "mean", "leave_one_out", "length_weighted", "median", "second_best", "greedy" or
+            "none". The median of an even group is the mean of its two middle rewards. None: use the
+            baseline of the preset.
+        scale: "none", "std" (standard deviation of the group), "batch_std" (standard deviation of all
+            rewards of this call; TRL `scale_rewards="batch"`) or "mean" (mean of the group). The
+            baselines "greedy" and "none" support only "none" and "batch_std". None: use the scale of
+            the preset.
+        std: "sample" (divisor G - 1, as in verl and TRL) or "population" (divisor G). None: "sample".
+        eps: added to the scale. None: 1e-6 for a standard deviation (verl; TRL uses 1e-4), 1e-8
             for a mean.
-        singleton: what a group of one gets. "reward" (default): baseline 0 and group scale 1, so
-            A = R / (1 + eps), or R unscaled: REINFORCE without a baseline, the convention of verl
-            for every one of these estimators. "zero": A = 0, the response does not train.
-        lengths: (seqs,), int. Response lengths n_j in tokens, only for "length_weighted". A group
-            of total length 0 uses its plain mean.
-        greedy_reward: (seqs,), float. Reward of the greedy response to the same prompt, only for
-            "greedy".
+        singleton: advantage of a group of one. "reward": baseline 0 and group scale 1, so
+            A = R / (1 + eps), or R without a scale. This is REINFORCE without a baseline, the
+            convention of verl for all these estimators. "zero": A = 0, so the response does not train.
+            None: "reward".
+        lengths: (seqs,), int. Response lengths n_j in tokens, for "length_weighted" only. A group
+            of total length 0 uses its unweighted mean.
+        greedy_reward: (seqs,), float. Reward of the greedy response to the same prompt, for "greedy"
+            only.
 
     Returns:
         advantage: (seqs,), float32 (float64 for float64 rewards). Detached.
 
     Numerics:
-        Statistics accumulate in float64, two passes for a deviation; the result is rounded once.
-        A group of two or more equal rewards gets exactly 0 (found by comparison, because a rounded
-        mean over eps can leave 0.1). A NaN poisons its own group only; with "batch_std" every
-        group. Bitwise repeatable, whatever the number of threads. No rewards give no advantages.
+        Statistics accumulate in float64, a deviation in two passes. The result is rounded once.
+        A group of two or more equal rewards gets exactly 0. Equality is found by comparison, because
+        the rounding error of a mean, divided by eps, can be 0.1. A NaN makes its own group NaN, and with
+        "batch_std" every group. Results are bitwise repeatable for any number of threads. Zero rewards
+        give an empty result.
 
     Gradients and memory:
-        None: advantages are constants of the loss. O(seqs) extra memory, O(seqs) time (median and
-        second_best sort inside a group).
+        No gradients: advantages are constants of the loss. O(seqs) extra memory and O(seqs) time
+        ("median" and "second_best" also sort each group).
 
     Examples:
         >>> reward, prompt = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
@@ -112,11 +115,11 @@ def group_advantage(
         tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
 
     Raises:
-        ValueError: shapes, dtypes, unknown names, or an option that the choice would ignore.
+        ValueError: wrong shape or dtype, an unknown name, an option that would be ignored.
 
     Source:
         verl `core_algos.py` (grpo, dr_grpo, rloo, opo, remax, pass@k) and TRL `grpo_trainer.py`
-        (batch scale): exact. GBPO target: bounded_ratio_rl `core_algos.py`: exact. maxrl:
+        (batch scale), exact. GBPO target: bounded_ratio_rl `core_algos.py`, exact. maxrl:
         reconstructed from third-party code, for binary rewards.
     """
     check_choice(OP, "kind", kind, KINDS)
@@ -162,7 +165,7 @@ def _check(
     if baseline in GROUPLESS:
         if scale not in ("none", "batch_std"):
             want = f"'none' or 'batch_std' with baseline {baseline!r} (it has no groups)"
-            raise refuse(OP, "scale", want, repr(scale), "Choose a group baseline.")
+            raise refuse(OP, "scale", want, repr(scale), "Choose a baseline that uses groups.")
         check_unused(OP, f"baseline {baseline!r}", singleton=singleton)
     if scale not in ("std", "batch_std"):
         check_unused(OP, f"scale {scale!r}", std=std)
@@ -181,7 +184,7 @@ def _check(
         if baseline != owner:
             check_unused(OP, f"baseline {baseline!r}", **{name: value})
         elif value is None:
-            raise refuse(OP, name, f"given with baseline {owner!r}", None, "Pass one per response.")
+            raise refuse(OP, name, f"given with baseline {owner!r}", None, "Pass one value per response.")
         else:
             check_vector(OP, name, value, rows, dtypes)
 
@@ -191,7 +194,7 @@ _FORM = GraphForm(
     " bool singleton_reward, Tensor? lengths, Tensor? greedy_reward) -> Tensor",
     lambda reward, *_, **__: torch.empty_like(reward),
 )
-# By name, because torch.compile can follow a module's table but not a record of the registry.
+# A dict by name, because torch.compile can trace a lookup in a module's dict, but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.group_advantage, _FORM),
     "triton": traceable(OP, "triton", triton_packed.group_advantage, _FORM),

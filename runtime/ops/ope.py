@@ -19,7 +19,7 @@ OP = "ope"
 
 
 class OPE(NamedTuple):
-    """Result of `ope`: 0-dim estimates, and their standard errors under the same name + `_se`."""
+    """Result of `ope`: 0-dim estimates. The standard error of each has the same name with the suffix `_se`."""
 
     ips: torch.Tensor
     snips: torch.Tensor
@@ -42,39 +42,41 @@ def ope(
     *,
     mask: torch.Tensor | None = None,
 ) -> OPE:
-    """Off-policy estimates of the target policy's mean reward.
+    """Return off-policy estimates of the mean reward of the target policy, with standard errors.
 
         ips   mean(w r)                  snips  sum(w r) / sum(w)
         dm    mean(q_pi)                 dr     mean(q_pi + w (r - q_a))
         sndr  mean(q_pi) + sum(w (r - q_a)) / sum(w)
 
-    A switched, shrunk or clipped weight (`offpolicy_weights`) gives the estimator of that name:
-    Switch-DR is `dr` with mode "switch" weights.
+    Weights of another mode of `offpolicy_weights` give the estimator of that name. For example, Switch-DR
+    is `dr` with weights of mode "switch".
 
     Args:
-        weight: (rows,), float. pi(a|x) / b(a|x) of the logged action, or a function of it.
+        weight: (rows,), float. pi(a|x) / b(a|x) of the logged action, or a function of it. pi is the
+            target policy, b the policy that logged the data.
         reward: (rows,), float. Logged reward.
-        q_pi: (rows,), float. Model's expected reward under the target policy. None: no dm.
-        q_a: (rows,), float. Model's reward for the logged action. None: no dr, no sndr.
-        mask: (rows,), bool. True = counts, in the sums and in the denominators. None: all count.
+        q_pi: (rows,), float. Expected reward under the target policy, by a reward model. None: no dm.
+        q_a: (rows,), float. Reward of the logged action, by the reward model. None: no dr, no sndr.
+        mask: (rows,), bool. True = counts, in the sums and in the denominators. None: all rows count.
 
     Returns:
-        OPE of 0-dim tensors, float32 (float64 if an input is float64), detached; None where a model
-        is missing. Standard errors are sample deviations of each row's influence over sqrt(n); for
-        the self-normalised ones by the delta method.
+        OPE of 0-dim tensors, float32 (float64 if an input is float64). Detached. An estimate whose
+        q_pi or q_a is missing is None. A standard error is the sample deviation of the influence of each
+        row, divided by sqrt(n). The self-normalised estimators (snips, sndr) use the delta method.
 
     Numerics:
-        Computed in float64. No valid row gives NaN estimates, one valid row NaN errors.
+        Computed in float64. Without a valid row the estimates are NaN. With one valid row the standard
+        errors are NaN.
 
     Examples:
         >>> tokfuse.ope(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])).ips
         tensor(1.)
 
     Raises:
-        ValueError: shapes, dtypes, q_a without q_pi.
+        ValueError: wrong shape or dtype, q_a without q_pi.
 
     Source:
-        zr-obp `obp/ope/estimators.py` (IPS, SNIPS, DM, DR, SNDR): exact.
+        zr-obp `obp/ope/estimators.py` (IPS, SNIPS, DM, DR, SNDR). Exact.
     """
     num_rows = check_vector(OP, "reward", reward).shape[0]
     rows = Rows(num_rows, "reward", reward.device)
@@ -83,7 +85,7 @@ def ope(
     check_optional(OP, "q_a", q_a, rows)
     check_optional(OP, "mask", mask, rows, BOOL)
     if q_a is not None and q_pi is None:
-        raise refuse(OP, "q_pi", "given with q_a", None, "The correction needs its direct part.")
+        raise refuse(OP, "q_pi", "given with q_a", None, "Pass the expected reward, because q_a only corrects it.")
     dtype = working_dtype(weight, reward, q_pi, q_a)
     run = _RUNS[backend_of(OP, reward.device.type, dtype)]
     vectors = (plain(x, dtype) for x in (weight, reward, q_pi, q_a))
@@ -98,7 +100,10 @@ Estimates = dict[str, tuple[torch.Tensor, torch.Tensor] | None]
 
 
 def _by_name(found: torch.Tensor, q_pi: torch.Tensor | None, q_a: torch.Tensor | None) -> Estimates:
-    """(5, 2) estimates and errors in the order of `ESTIMATES`; None where a model is missing."""
+    """Return name -> (estimate, error) from (5, 2) values in the order of `ESTIMATES`.
+
+    An estimate whose q_pi or q_a is missing is None.
+    """
     given = {"dm": q_pi is not None, "dr": q_a is not None, "sndr": q_a is not None}
     rows = zip(ESTIMATES, found.unbind(0), strict=True)
     return {name: (row[0], row[1]) if given.get(name, True) else None for name, row in rows}
@@ -124,7 +129,7 @@ _FORM = GraphForm(
     "(Tensor weight, Tensor reward, Tensor? q_pi, Tensor? q_a, Tensor? mask) -> Tensor",
     lambda weight, reward, *_: reward.new_empty(len(ESTIMATES), 2),
 )
-# By name, because torch.compile can follow a module's table but not a record of the registry.
+# A dict by name, because torch.compile can trace a lookup in a module's dict, but not a record of the registry.
 _RUNS: Runs = {
     "cuda": _named("cuda", cuda_packed.ope),
     "triton": _named("triton", triton_packed.ope),

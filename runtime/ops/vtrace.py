@@ -26,11 +26,14 @@ OP = "vtrace"
 
 
 class VTrace(NamedTuple):
-    """Result of `vtrace`; every field (tokens,), detached, 0 on masked tokens."""
+    """Result of `vtrace`. Every field is (tokens,), detached, 0 at masked tokens."""
 
     target: torch.Tensor
+    """Off-policy value target of the critic."""
     advantage: torch.Tensor
+    """r_t + gamma target_t+1 - V_t, without the factor rho."""
     rho: torch.Tensor
+    """Ratio of the two policies, bounded by rho_bar."""
 
 
 @ranged("vtrace.fwd")
@@ -47,40 +50,44 @@ def vtrace(
     mask: torch.Tensor | None = None,
     finished: torch.Tensor | None = None,
 ) -> VTrace:
-    """Off-policy value targets per packed sequence: V-trace, or doubly robust without clips.
+    """Return off-policy value targets of packed sequences: V-trace, or doubly robust without bounds.
 
         rho_t = min(rho_bar, w_t),   c_t = lam min(c_bar, w_t),   w_t = exp(log_ratio_t)
         target_t    = V_t + rho_t (r_t + gamma V_t+1 - V_t) + gamma c_t (target_t+1 - V_t+1)
         advantage_t = r_t + gamma target_t+1 - V_t
 
-    With `rho_bar=None, c_bar=None` (and lam 1) the target is the sequential doubly robust estimate
-    V_t + w_t (r_t + gamma target_t+1 - V_t), unbiased for any V when the ratios are right. With
-    log_ratio 0 it is the discounted Monte-Carlo return whatever V is.
+    where t+1 is the next token with mask True. With `rho_bar=None, c_bar=None` and lam = 1 the target is
+    the sequential doubly robust estimate V_t + w_t (r_t + gamma target_t+1 - V_t). It is unbiased for any V
+    if the ratios are correct. With log_ratio = 0 it is the discounted Monte-Carlo return for any V.
 
     Args:
-        log_ratio: (tokens,), float, nats. Target minus behaviour log-probability of each token;
-            clamped to +-20.
+        log_ratio: (tokens,), float, nats. Log-probability of each token under the target policy minus
+            that under the behaviour policy. Clamped to +-20.
         reward: (tokens,), float. Reward of each token.
-        value: (tokens,), float. Critic's value of the state in which the token was chosen.
-        cu_seqlens: (seqs + 1,), int32. Borders of the packed sequences; empty ones are allowed.
+        value: (tokens,), float. Value, by the critic, of the state in which the token was chosen.
+        cu_seqlens: (seqs + 1,), int32. Offsets of the packed sequences. Empty sequences are allowed.
         gamma: discount in [0, 1].
-        lam: factor in [0, 1] on the trace c.
-        rho_bar, c_bar: absolute upper bounds > 0 on the ratio. None: no bound.
-        mask: (tokens,), bool. False tokens are skipped as in `gae`. None: all count.
-        finished: (seqs,), bool. False: the value behind the last token is that token's own value;
-            True: 0. None: all finished.
+        lam: factor in [0, 1] of the trace c.
+        rho_bar: absolute upper bound > 0 on the ratio in rho. None: no bound.
+        c_bar: absolute upper bound > 0 on the ratio in c. None: no bound.
+        mask: (tokens,), bool. False tokens (tool output, padding) are skipped: the scan carries its
+            values across them, their inputs are not read, and their outputs are 0. None: all tokens
+            count.
+        finished: (seqs,), bool. False marks a response that was cut off by its window: the value after
+            its last token is set to the value at the last token. For True it is 0. None: all sequences
+            are finished.
 
     Returns:
         VTrace(target, advantage, rho), each (tokens,) float32 (float64 if an input is float64).
-        `advantage` does not carry rho: an objective with a ratio brings its own; for IMPALA's
-        policy gradient multiply the two.
+        `advantage` does not contain rho, because objectives with a ratio apply their own ratio. For
+        the policy gradient of IMPALA, multiply the two.
 
     Numerics:
-        The scan runs in float64 and is rounded once; the native exp has relative error <= 1e-6. NaN
-        stays inside its sequence. Bitwise repeatable, whatever the number of threads.
+        The scan runs in float64 and is rounded once. The native exp has a relative error <= 1e-6. NaN
+        stays inside its sequence. Results are bitwise repeatable for any number of threads.
 
     Gradients and memory:
-        No gradients. Three (tokens,) outputs; inputs of other dtypes are converted first.
+        No gradients. Three (tokens,) outputs. Inputs of another dtype are converted first.
 
     Examples:
         >>> cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
@@ -89,10 +96,12 @@ def vtrace(
         tensor([1., 1.])
 
     Raises:
-        ValueError: shapes, dtypes, ranges, a `cu_seqlens` that is not a prefix sum of the tokens.
+        ValueError: wrong shape, dtype or range; a `cu_seqlens` that is not a prefix sum of the tokens
+            (checked on the CPU, and on other devices only with TOKFUSE_CHECK=1).
 
     Source:
-        V-trace: IMPALA 1802.01561, section 4. Doubly robust recursion: 1511.03722, equation 10.
+        V-trace: IMPALA, arXiv 1802.01561, section 4. Doubly robust recursion: arXiv 1511.03722,
+        equation 10.
     """
     num_tokens = check_vector(OP, "reward", reward).shape[0]
     device = reward.device
@@ -131,7 +140,7 @@ _FORM = GraphForm(
     " float? rho_bar, float? c_bar, Tensor? mask, Tensor? finished) -> (Tensor, Tensor, Tensor)",
     like_rows(3),
 )
-# By name, because torch.compile can follow a module's table but not a record of the registry.
+# A dict by name, because torch.compile can trace a lookup in a module's dict, but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.vtrace, _FORM),
     "triton": traceable(OP, "triton", triton_packed.vtrace, _FORM),

@@ -34,37 +34,37 @@ def whiten(
     mean: torch.Tensor | float | None = None,
     var: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
-    """Masked whitening: (x - mean) / sqrt(var + eps), var unbiased.
+    """Return whitened values (x - mean) / sqrt(var + eps), with the unbiased variance over the mask.
 
     Args:
         x: (tokens,), float. Usually advantages.
-        mask: (tokens,), bool. True = counts. None: all count.
-        shift_mean: False adds the mean back, so that only the spread changes.
+        mask: (tokens,), bool. True = counts. None: all tokens count.
+        shift_mean: False adds the mean back after the division, so that only the spread changes.
         eps: added to the variance, >= 0.
-        mean, var: statistics to use instead of this call's own, both or none: numbers or 0-dim
-            tensors. For batches split over devices, all-reduce the moments and pass them here.
+        mean, var: statistics to use instead of those of this call; numbers or 0-dim tensors. Pass both
+            or neither. For a batch that is split over devices, all-reduce the moments and pass them here.
 
     Returns:
-        (tokens,), float32 (float64 for float64 input), detached; 0 where mask is false.
+        (tokens,), float32 (float64 for float64 input). Detached; 0 where mask is False.
 
     Numerics:
-        Statistics in float64 over fixed blocks, merged in order: bitwise repeatable, whatever the
-        number of threads. Equal values have variance exactly 0 and whiten to exactly 0 (to the mean
-        without the shift), as does a single one, whose unbiased variance does not exist. NaN under
-        a false mask is not read; under a true one it poisons the call.
+        Statistics accumulate in float64 over fixed blocks that are merged in order, so results are
+        bitwise repeatable for any number of threads. Equal values have variance exactly 0 and give
+        exactly 0 (the mean with shift_mean=False). So does a single value, which has no unbiased
+        variance. NaN is not read where mask is False. Where mask is True, it makes all outputs NaN.
 
     Gradients and memory:
-        No gradients. One (tokens,) output; two reads and one write.
+        No gradients. One (tokens,) output. Two reads and one write.
 
     Examples:
         >>> tokfuse.whiten(torch.tensor([1.0, 2.0, 3.0]))
         tensor([-1.,  0.,  1.])
 
     Raises:
-        ValueError: shapes, dtypes, eps, one of mean and var without the other.
+        ValueError: wrong shape or dtype, a negative eps, mean without var or var without mean.
 
     Source:
-        verl `torch_functional.masked_whiten` (eps 1e-8, unbiased variance): exact, except that
+        verl `torch_functional.masked_whiten` (eps 1e-8, unbiased variance). Exact, except that
         masked outputs are 0 here.
     """
     num_tokens = check_vector(OP, "x", x).shape[0]
@@ -72,7 +72,7 @@ def whiten(
     check_number(OP, "eps", eps, 0.0)
     check_flag(OP, "shift_mean", shift_mean)
     if (mean is None) != (var is None):
-        raise refuse(OP, "mean and var", "given together", "one of them", "Pass both or none.")
+        raise refuse(OP, "mean and var", "given together", "only one of them", "Pass both or neither.")
     dtype = working_dtype(x)
     run = _RUNS[backend_of(OP, x.device.type, dtype)]
     out: torch.Tensor = run(
@@ -92,7 +92,7 @@ def _statistic(name: str, value: torch.Tensor | float | None, device: torch.devi
     if isinstance(value, torch.Tensor):
         if value.dim() != 0 or value.device != device:
             actual = f"shape {tuple(value.shape)} on {value.device}"
-            raise refuse(OP, name, f"a number or a 0-dim tensor on {device}", actual, "Reduce it.")
+            raise refuse(OP, name, f"a number or a 0-dim tensor on {device}", actual, "Pass one value on that device.")
         return value.detach().double()
     low = 0.0 if name == "var" else -torch.finfo(torch.float64).max
     number = check_number(OP, name, value, low)
@@ -103,7 +103,7 @@ _FORM = GraphForm(
     "(Tensor x, *, Tensor? mask, bool shift_mean, float eps, Tensor? mean, Tensor? var) -> Tensor",
     lambda x, **_: torch.empty_like(x),
 )
-# By name, because torch.compile can follow a module's table but not a record of the registry.
+# A dict by name, because torch.compile can trace a lookup in a module's dict, but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.whiten, _FORM),
     "triton": traceable(OP, "triton", triton_packed.whiten, _FORM),
