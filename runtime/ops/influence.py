@@ -1,7 +1,7 @@
-"""Per-token gradient norms and per-sequence gradient sketches: by-products of the loss's pass.
+"""Gradient norms per token and gradient sketches per sequence, computed along with the loss.
 
-A norm says how hard a token pulls (magnitude), not where to. What is called influence here is an
-inner product of gradients, and for that the sketches are made.
+A norm is the magnitude of a token's gradient; it has no direction. Influence is an inner product of
+gradients. The sketches estimate these inner products.
 """
 
 import functools
@@ -27,12 +27,13 @@ OP = "influence"
 
 @dataclass(frozen=True)
 class InfluenceSpec:
-    """What `policy_step(hidden=..., influence=InfluenceSpec())` computes besides the loss.
+    """Options of the sketches that `policy_step(hidden=..., influence=InfluenceSpec())` computes.
 
     Args:
-        rank: size of the sketches, (rank, rank) per sequence. None: no projection, then
+        rank: size of the sketches, (rank, rank) per sequence. None: no projection, so the size is
             (hidden, hidden).
-        seed: of the two random projections. Sketches compare only under one rank and seed.
+        seed: seed of the two random projections. Only sketches with the same rank and seed are
+            comparable.
     """
 
     rank: int | None = 64
@@ -40,10 +41,10 @@ class InfluenceSpec:
 
 
 def squared_gradient_norm(logp: torch.Tensor, sum_sq: torch.Tensor) -> torch.Tensor:
-    """1 - 2 p + sum_sq, the squared norm of d logp / d logits at T = 1, without its cancellation.
+    """Return 1 - 2 p + sum_sq, the squared norm of d logp / d logits at T = 1, without cancellation.
 
-    It is (1 - p)^2 and the sum r of the squares of all other probabilities, of which sum_sq - p^2
-    keeps no digit near p = 1; 0 <= r <= (1 - p)^2 always holds.
+    It equals (1 - p)^2 + r, where r is the sum of the squares of all other probabilities. Near p = 1,
+    r = sum_sq - p^2 loses all digits, so it is clamped to its exact bounds 0 <= r <= (1 - p)^2.
     """
     rest = -torch.expm1(logp)
     others = torch.minimum((sum_sq - logp.exp() ** 2).clamp_min(0.0), rest * rest)
@@ -60,35 +61,35 @@ def logit_norms(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """||d loss / d logits_t|| of every token, from its statistics alone.
+    """Return the gradient norm ||d loss / d logits_t|| of every token, from its statistics only.
 
     With c = d loss / d logp, b = d loss / d entropy, s = logit_scale / temperature, p = exp(logp):
     norm^2 = s^2 ( c^2 (1 - 2 p + sum_sq) + 2 c b (T1 + H sum_sq - p (logp + H))
                    + b^2 (T2 + 2 H T1 + H^2 sum_sq) ),
     T1 = sum p^2 log p, T2 = sum p^2 log^2 p, H = entropy. With c = 1 and b = 0 this is EL2N, the
-    norm of softmax minus one-hot. Magnitude only: it does not say whether a token helps.
+    norm of softmax minus one-hot. The norm is a magnitude only: it does not tell whether a token helps.
 
     Args:
-        stats: of `token_stats` or `linear_token_stats`; with `moments=True` where
-            entropy_coefficient is given.
-        coefficient: (tokens,), d loss / d logp, e.g. `logp.grad` after `policy_loss(...)` and its
-            backward. A clipped token has coefficient 0 and so norm 0.
+        stats: result of `token_stats` or `linear_token_stats`. With entropy_coefficient it must come
+            from `token_stats(..., moments=True)`.
+        coefficient: (tokens,), d loss / d logp, e.g. `logp.grad` after the backward of
+            `policy_loss(...)`. A clipped token has coefficient 0 and therefore norm 0.
         entropy_coefficient: (tokens,), d loss / d entropy. None: no entropy bonus.
-        temperature, logit_scale: as they were given to `token_stats`.
-        softcap: must be None. A soft-capped logit has the slope 1 - tanh^2, which differs from
-            entry to entry: no identity in p holds. `policy_step(hidden=..., influence=...)`
-            measures the norm of the gradient itself and takes a softcap.
+        temperature: the temperature that `token_stats` got; a number, or (tokens,) one per row; > 0.
+        logit_scale: the logit_scale that `token_stats` got; > 0.
+        softcap: must be None. The slope of a soft-capped logit, 1 - tanh^2, differs from entry to
+            entry, so the formula does not apply. `policy_step(hidden=..., influence=...)` measures the
+            norm of the gradient itself and supports a softcap.
 
     Returns:
-        (tokens,) float32 (float64 for float64 stats); 0 in masked rows.
+        (tokens,) float32 (float64 for float64 stats); 0 in masked rows. Detached.
 
-    Numerics: 1 - 2 p + sum_sq is formed as (1 - p)^2 + r with 0 <= r <= (1 - p)^2, so that a
-        confident token keeps its norm within a factor sqrt 2, and |error| <= 1e-7 / (1 - p)
-        elsewhere (relative to c s). The entropy terms cancel near p = 1 with an error of 4e-4 b s.
-        Detached.
+    Numerics: 1 - 2 p + sum_sq is computed as (1 - p)^2 + r with 0 <= r <= (1 - p)^2. So the norm of a
+        confident token is correct within a factor sqrt(2). For other tokens |error| <= 1e-7 / (1 - p),
+        relative to c s. The entropy terms cancel near p = 1, with an error of 4e-4 b s.
 
     Raises:
-        ValueError: shapes, a softcap, an entropy coefficient without moments.
+        ValueError: wrong shape, a softcap, an entropy coefficient without moments.
 
     Source: softmax calculus, checked numerically; EL2N (Paul et al., arXiv 2107.07075).
     """
@@ -99,7 +100,7 @@ def logit_norms(
         raise refuse(
             op,
             "softcap",
-            "None (the identity needs logits that are linear in p's)",
+            "None (the formula does not hold for soft-capped logits)",
             repr(softcap),
             "Use policy_step(hidden=..., influence=...).",
         )
@@ -128,8 +129,8 @@ def _moments(op: str, stats: TokenStats | ExtendedTokenStats) -> tuple[torch.Ten
         raise refuse(
             op,
             "stats",
-            "with moments where entropy_coefficient is given",
-            "none",
+            "computed with moments if entropy_coefficient is given",
+            "statistics without moments",
             "Call token_stats(..., moments=True).",
         )
     return stats.sum_p2_logp.double(), stats.sum_p2_logp2.double()
@@ -137,23 +138,23 @@ def _moments(op: str, stats: TokenStats | ExtendedTokenStats) -> tuple[torch.Ten
 
 @ranged("influence.head_norms.fwd")
 def head_norms(logit_norms: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Norm of each token's term of the lm_head's weight gradient: logit_norms_t * ||h_t||.
+    """Return the norm of each token's term in the weight gradient of the lm_head: logit_norms_t * ||h_t||.
 
     The term is an outer product, so its Frobenius norm is the product of the two norms. The norms
-    of a sequence's tokens do not add up to the norm of its gradient: the terms point in different
-    directions. Magnitude only.
+    of the tokens of a sequence do not add up to the norm of its gradient, because the terms have
+    different directions. The norm is a magnitude only.
 
     Args:
-        logit_norms: (tokens,), from `logit_norms`, or `policy_step(...).influence.token_norms`.
-        hidden: (tokens, hidden), what the lm_head multiplies.
+        logit_norms: (tokens,), from `logit_norms` or `policy_step(...).influence.token_norms`.
+        hidden: (tokens, hidden), the hidden states that are the input of the lm_head.
 
     Returns:
-        (tokens,) float32 (float64 for float64 hidden).
+        (tokens,) float32 (float64 for float64 hidden). Detached.
 
     Raises:
-        ValueError: shapes.
+        ValueError: wrong shape.
 
-    Source: ||u v^T||_F = ||u|| ||v||, as the ghost norm of one token. Exact.
+    Source: ||u v^T||_F = ||u|| ||v||, the ghost norm of one token. Exact.
     """
     op = "influence.head_norms"
     checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")
@@ -164,19 +165,19 @@ def head_norms(logit_norms: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 
 @ranged("influence.hidden_norms.fwd")
 def hidden_norms(grad_hidden: torch.Tensor) -> torch.Tensor:
-    """Row norms ||d loss / d hidden_t|| of the gradient that the backward of the lm_head writes.
+    """Return the norm ||d loss / d hidden_t|| of every token.
 
-    What the token sends into the rest of the model. Magnitude only.
+    This is the magnitude of the gradient that the token sends into the rest of the model.
 
     Args:
-        grad_hidden: (tokens, hidden), e.g. `policy_step(...).grad_hidden`. Under a vocabulary split
-            over ranks, after its all-reduce.
+        grad_hidden: (tokens, hidden), e.g. `policy_step(...).grad_hidden`. If the vocabulary is split
+            over ranks, pass the gradient after its all-reduce.
 
     Returns:
-        (tokens,) float32 (float64 for float64 input).
+        (tokens,) float32 (float64 for float64 input). Detached.
 
     Raises:
-        ValueError: shape or dtype.
+        ValueError: wrong shape or dtype.
 
     Source: definition.
     """
@@ -199,35 +200,37 @@ def sketch(
     seed: int = 0,
     max_seqlen: int | None = None,
 ) -> torch.Tensor:
-    """A small matrix per sequence whose inner products estimate those of the sequences' gradients.
+    """Return a small matrix per sequence. Inner products of these matrices estimate inner products of gradients.
 
-    F_s = sum over t in s of (P_out dX_t) (P_in h_t)^T, dX_t = d loss / d hidden_t. Insert an
-    adapter h -> h + M h with M = 0 before the lm_head: sum dX_t h_t^T is exactly the gradient of M,
-    and F_s its two-sided random projection (LoGra on that adapter). E <F_s, F_u> = <G_s, G_u>, with
-    a relative spread of about 1 / sqrt(rank). What lies below the last hidden state is not seen: a
-    ranking by sketches is one of the last layer's gradients.
+    F_s = sum over t in s of (P_out dX_t) (P_in h_t)^T, with dX_t = d loss / d hidden_t. Consider an
+    adapter h -> h + M h with M = 0 before the lm_head. The gradient of M is exactly
+    G_s = sum dX_t h_t^T, and F_s is its two-sided random projection (LoGra on that adapter).
+    E <F_s, F_u> = <G_s, G_u>, with a relative spread of about 1 / sqrt(rank). The sketches contain only
+    the last hidden state: a ranking by sketches ranks gradients of the last layer.
 
     Args:
-        grad_hidden: (tokens, hidden), e.g. `policy_step(...).grad_hidden`. What it was scaled by
-            (normaliser, gradient accumulation) scales the sketches; masked rows must be 0.
-        hidden: (tokens, hidden), the hidden states that it is the gradient of.
+        grad_hidden: (tokens, hidden), e.g. `policy_step(...).grad_hidden`. Its scale (normaliser,
+            gradient accumulation) also scales the sketches. Masked rows must be 0.
+        hidden: (tokens, hidden), the hidden states to which grad_hidden belongs.
         cu_seqlens: (seqs + 1,) int32 packing offsets.
-        rank: r of the (r, hidden) projections, entries +-1 / sqrt(r). None: no projection, F_s is
-            the adapter's whole (hidden, hidden) gradient.
-        seed: of the projections, equal on every machine. Compare sketches of one rank and seed.
-        max_seqlen: longest sequence, which only the reference pads to. None: from cu_seqlens.
+        rank: r of the (r, hidden) projections, which have entries +-1 / sqrt(r). None: no projection;
+            F_s is the full (hidden, hidden) gradient of the adapter.
+        seed: seed of the projections. The same seed gives the same projections on every machine. Only
+            sketches with the same rank and seed are comparable.
+        max_seqlen: length of the longest sequence. Only the reference uses it, for padding. None:
+            computed from cu_seqlens.
 
     Returns:
         (seqs, rank, rank) float32 (float64 for float64 hidden); 0 for an empty sequence. Detached.
 
-    Numerics: float32 products whatever the input dtype; grad_hidden of a 16-bit head was rounded
-        once to 16 bits. Repeatable bitwise on one machine.
+    Numerics: float32 products for every input dtype. grad_hidden of a 16-bit head has been rounded
+        once to 16 bits. Bitwise repeatable on one machine.
 
-    Gradients and memory: none is differentiated. Extra memory 8 * tokens * rank bytes; in
-        the reference as much again per padded token.
+    Gradients and memory: no gradients. Extra memory: 8 * tokens * rank bytes. The reference needs the
+        same amount again per padded token.
 
     Raises:
-        ValueError: shapes, dtypes, devices, cu_seqlens, rank, max_seqlen.
+        ValueError: wrong shape, dtype or device; invalid cu_seqlens, rank, seed or max_seqlen.
 
     Source: LoGra (arXiv 2405.13954) on the final-hidden adapter; the identity is exact.
     """
@@ -246,7 +249,7 @@ def sketch(
     checks.check_cu_seqlens(op, cu_seqlens, hidden.shape[0], hidden.device)
     check_spec(op, rank, seed)
     if max_seqlen is not None and max_seqlen < 0:
-        raise refuse(op, "max_seqlen", ">= 0", max_seqlen, "Omit it to have it computed.")
+        raise refuse(op, "max_seqlen", ">= 0", max_seqlen, "Omit it to compute it from cu_seqlens.")
     pair = None if rank is None else projections(rank, hidden.shape[1], seed, hidden.device)
     run = select(OP, hidden.device.type, hidden.dtype).run
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -255,16 +258,16 @@ def sketch(
 
 
 def check_spec(op: str, rank: int | None, seed: int) -> None:
-    """Rank and seed of a sketch."""
+    """Raise ValueError unless rank and seed of a sketch are valid."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise refuse(op, "rank", "an int >= 1, or None for no projection", repr(rank), "Try 64.")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise refuse(op, "seed", "an int", repr(seed), "Any fixed one does.")
+        raise refuse(op, "seed", "an int", repr(seed), "Pass any fixed int, for example 0.")
 
 
 @functools.lru_cache(maxsize=8)
 def projections(rank: int, hidden_size: int, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P_out, P_in), each (rank, hidden_size) float32 with entries +-1 / sqrt(rank)."""
+    """Return (P_out, P_in), each (rank, hidden_size) float32 with entries +-1 / sqrt(rank)."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (2, rank, hidden_size), generator=generator, dtype=torch.float32)
     out, inner = ((2 * signs - 1) * rank**-0.5).to(device)
@@ -277,20 +280,20 @@ register_triton(OP, triton_packed.sketch, FLOAT_DTYPES)
 register_reference(OP, reference.sketch)
 
 
-# ---------------------------------------------------------------------- by-product of policy_step
+# ----------------------------------------------------------------------- influence of policy_step
 
 
 def request(op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torch.Tensor | None) -> HeadProblem:
-    """The problem, asking for the gradient of the hidden states and the norms of the logits'."""
+    """Return the problem with two more requests: the gradient of hidden, and the norms of the logits' gradient."""
     if not isinstance(spec, InfluenceSpec):
-        raise TypeError(f"{op}: influence must be an InfluenceSpec; got {spec!r}. Build one.")
+        raise TypeError(f"{op}: influence must be an InfluenceSpec; got {spec!r}. Pass InfluenceSpec().")
     if cu_seqlens is None:
         raise refuse(
             op, "cu_seqlens", "given with influence= (one sketch per sequence)", "None", "Pass the packing offsets."
         )
     if torch.compiler.is_compiling():
         raise refuse(
-            op, "influence", "None inside torch.compile", "a spec", "Call policy_step outside of the compiled function."
+            op, "influence", "None inside torch.compile", "a spec", "Call policy_step outside the compiled function."
         )
     checks.check_cu_seqlens(op, cu_seqlens, problem.tokens, problem.hidden.device)
     check_spec(op, spec.rank, spec.seed)
@@ -301,7 +304,7 @@ def request(op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torc
 
 
 def collect(spec: InfluenceSpec, problem: HeadProblem, gradients: Gradients, cu_seqlens: torch.Tensor) -> Influence:
-    """Norms and sketches from what the step holds; lets go of a grad_hidden nobody asked for."""
+    """Return norms and sketches from the gradients of a step. Drop grad_hidden if hidden requires no gradient."""
     grad_hidden, norms = gradients["hidden"], problem.row_norms
     assert grad_hidden is not None and norms is not None
     if not problem.hidden.requires_grad:

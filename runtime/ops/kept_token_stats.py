@@ -1,4 +1,4 @@
-"""kept_token_stats: log-prob and entropy over a recorded support, e.g. a sampler's top-p ids."""
+"""`tokfuse.kept_token_stats`: log-prob and entropy over a recorded support, e.g. the top-p ids of a sampler."""
 
 from typing import Any, NamedTuple
 
@@ -18,14 +18,14 @@ OP = "kept_token_stats"
 
 
 class KeptTokenStats(NamedTuple):
-    """Statistics of each row's distribution over its kept ids; (tokens,), 0 where masked."""
+    """Statistics of each row's distribution over its kept ids. Every field is (tokens,), 0 in masked rows."""
 
     logp: torch.Tensor
-    """log p of the target among the kept ids, nats; -inf outside them. Differentiable."""
+    """log p of the target, nats; -inf if the target is not a kept id. Differentiable."""
     entropy: torch.Tensor
     """-sum p log p over the kept ids, nats. Differentiable."""
     lse: torch.Tensor
-    """log-sum-exp of the kept transformed logits, nats. Full lse - this = -log of the kept mass."""
+    """log-sum-exp of the kept transformed logits, nats. The lse of all logits minus this is -log of the kept mass."""
 
 
 @ranged("kept_token_stats.fwd")
@@ -40,36 +40,37 @@ def kept_token_stats(
     logit_scale: float = 1.0,
     mask: torch.Tensor | None = None,
 ) -> KeptTokenStats:
-    """Log-prob, entropy and log-sum-exp over the kept ids of each row; reads only those logits.
+    """Return log-prob, entropy and log-sum-exp over the kept ids of each row. Only those logits are read.
 
-    p = softmax over j in K_t of u_tj / temperature, with u as in `token_stats` and K_t the ids
-    kept_ids[kept_offsets[t] : kept_offsets[t + 1]]. A rollout that samples with top-k or top-p
-    draws from this distribution and not from the full softmax: with its supports recorded, ratios
-    and entropies are those of the policy that acted. Same as `token_stats` on logits that are -inf
+    p = softmax over j in K_t of u_tj / temperature, where K_t are the ids
+    kept_ids[kept_offsets[t] : kept_offsets[t + 1]], and u = softcap * tanh(logit_scale * logits / softcap),
+    or u = logit_scale * logits without a softcap. A rollout with top-k or top-p samples from this
+    distribution, not from the full softmax. If the rollout records the kept ids, ratios and entropies
+    describe the policy that sampled the tokens. The result equals `token_stats` on logits that are -inf
     outside K_t.
 
     Args:
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. Any row stride.
         target: (tokens,) int64, in [0, vocab) where mask is True.
-        kept_ids: (kept,) int32 or int64: the supports of all rows one after the other, each in any
-            order without repetition.
-        kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the support sizes.
+        kept_ids: (kept,) int32 or int64. The kept ids of all rows, concatenated. The ids of a row may
+            have any order, but must not repeat.
+        kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of kept ids.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
-        mask: (tokens,) bool; False rows are not read, nor their ids, and return 0. None: all count.
+        mask: (tokens,) bool. False rows and their ids are not read, and return 0. None: all rows count.
 
     Returns:
         KeptTokenStats(logp, entropy, lse), each (tokens,) float32 (float64 for float64 logits),
         nats.
 
-    Numerics: as `token_stats`. A target outside its support has logp = -inf and sends no gradient;
-        its entropy does. A row that keeps nothing, or only -inf, gives logp = lse = -inf,
-        entropy = 0 and a zero gradient. Bitwise repeatable; a row does not depend on its batch or
-        on the thread count. The order of the ids only rounds.
+    Numerics: same bounds as `token_stats`. If the target is not a kept id, logp is -inf and has no
+        gradient, but the entropy has one. A row without kept ids, or with only -inf, gives
+        logp = lse = -inf, entropy = 0 and a zero gradient. Bitwise repeatable. A row does not depend
+        on its batch or on the number of threads. The order of the ids affects only the rounding.
 
-    Gradients and memory: logits receive the gradient of logp and entropy, exactly 0 outside the
-        support; lse is detached. Forward and backward gather the kept logits; the backward writes
+    Gradients and memory: logits receive the gradient of logp and entropy, which is exactly 0 outside
+        the kept ids. lse is detached. Forward and backward gather the kept logits. The backward writes
         a dense (tokens, vocab) gradient. Saved: logits, ids and four (tokens,) vectors.
 
     Examples:
@@ -78,9 +79,9 @@ def kept_token_stats(
         tensor([-0.6931, -0.6931])
 
     Raises:
-        ValueError: wrong shape, dtype, device or range; an id twice in a row. Values are read on
-            the CPU only, or with TOKFUSE_CHECK=1: elsewhere a target or an id out of range makes
-            its row NaN.
+        ValueError: wrong shape, dtype, device or range; an id twice in a row. Values are checked on
+            the CPU, and on other devices only with TOKFUSE_CHECK=1. Without the check, a target or an
+            id out of range makes its row NaN.
         BackendUnavailable: the forced backend cannot run this call.
 
     Source: truncated sampling, Holtzman et al. 2020 (top-p); exact softmax calculus.
@@ -103,16 +104,16 @@ def kept_token_stats(
 def _check_support(
     logits: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as contiguous int64."""
+    """Return kept_ids and kept_offsets as contiguous int64. Raise an error if they are invalid."""
     tokens = logits.shape[0]
     check_vector(OP, "kept_ids", kept_ids, None, INTS)
     if kept_ids.device != logits.device:
         raise refuse(
             OP,
             "kept_ids",
-            f"on {logits.device}, where the logits are",
+            f"on {logits.device}, like the logits",
             str(kept_ids.device),
-            "Move it with .to(device).",
+            f"Call kept_ids.to({str(logits.device)!r}).",
         )
     rows = Rows(tokens + 1, "tokens + 1", logits.device)
     check_vector(OP, "kept_offsets", kept_offsets, rows, INTS)
@@ -124,11 +125,11 @@ def _check_support(
                 "kept_offsets",
                 f"a prefix sum from 0 to kept = {kept_ids.shape[0]}",
                 f"{first} to {last}",
-                "Pass exactly the ids it counts.",
+                "Pass the offsets of exactly these ids.",
             )
         if bool((kept_offsets[1:] < kept_offsets[:-1]).any()):
             raise refuse(
-                OP, "kept_offsets", "non-decreasing", "a decreasing pair", "Use the running sum of the support sizes."
+                OP, "kept_offsets", "non-decreasing", "a decreasing pair", "Pass the prefix sum of the ids per row."
             )
     return kept_ids.to(torch.int64).contiguous(), kept_offsets.to(torch.int64).contiguous()
 

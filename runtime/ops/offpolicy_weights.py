@@ -31,7 +31,7 @@ from tokfuse.runtime.reference.offpolicy_weights import offpolicy_weights as ref
 
 OP = "offpolicy_weights"
 MAX_RULES = 8
-# What each mode reads beside the ratio; every other number must be left out.
+# The numbers that each mode reads in addition to the ratio. Every other number must be None.
 READS = {
     "truncate": ("low", "high"),
     "mask": ("low", "high"),
@@ -43,11 +43,14 @@ READS = {
 
 
 class OffPolicyWeights(NamedTuple):
-    """Result of `offpolicy_weights`, detached."""
+    """Result of `offpolicy_weights`. Detached."""
 
     weight: torch.Tensor
+    """(tokens,), importance weight of each row; 0 for rows that are not kept."""
     ess: torch.Tensor
+    """(), effective sample size."""
     kept_mask: torch.Tensor
+    """(tokens,) bool, True for kept rows."""
 
 
 @ranged("offpolicy_weights.fwd")
@@ -69,64 +72,70 @@ def offpolicy_weights(
     group_ids: torch.Tensor | None = None,
     advantage: torch.Tensor | None = None,
 ) -> OffPolicyWeights:
-    """Importance weights f(w) of logged rows, their effective sample size, and which rows to keep.
+    """Return importance weights f(w) of logged rows, their effective sample size, and the mask of kept rows.
 
-    With d = clamp(logp - behavior_logp, +-20), n the valid tokens of a sequence:
+    With d = clamp(logp - behavior_logp, +-20) and n valid tokens in a sequence:
 
         level       w                            mode          f(w)
         token       exp(d)                       ips           w
         sequence    exp(clamp(sum d, +-20))      snips         w / mean(w)
         geometric   exp(sum d / n)               truncate      min(max(w, low), high)
-        external    exp(d), one row a sample     mask          w, kept if low <= w <= high
+        external    exp(d), one row per sample   mask          w, kept if low <= w <= high
                                                  switch        w if w <= high else 0
                                                  shrink        lam w / (w^2 + lam), <= sqrt(lam) / 2
                                                  subgaussian   w / (1 - lam + lam w), <= 1 / lam
                                                  tempered      w^power
-                                                 keep          1: only the rules act
+                                                 keep          1; only the rules apply
 
-    Names in use elsewhere: TIS is "truncate" (token or sequence), token MIS / IcePop is "mask" at
-    level token, sequence MIS is "mask" at level sequence with high=3, Geo-RS is "keep" with
-    `KeepRule("ratio", "mean", 0.999, 1.001)`, OPSM is "keep" with `KeepRule("k1", "mean",
-    high=delta, negative_only=True)` and the advantages.
+    Names in other libraries: TIS is "truncate" (level "token" or "sequence"). Token MIS and IcePop are
+    "mask" at level "token". Sequence MIS is "mask" at level "sequence" with high=3. Geo-RS is "keep" with
+    `KeepRule("ratio", "mean", 0.999, 1.001)`. OPSM is "keep" with `KeepRule("k1", "mean", high=delta,
+    negative_only=True)` and the advantages.
 
     Args:
-        logp: (tokens,), float, nats. Log-probability under the policy being trained (or its
-            start-of-update copy). None with level "external": numerator 1, inv_normalizer propensity.
-        behavior_logp: (tokens,), float, nats. Under the policy that produced the data.
-        propensity: (tokens,), float in (0, 1]. Its probability instead of its logarithm. Exactly
-            one of the two.
-        level: unit of the weight, see the table; sequence weights are broadcast to their tokens.
-        mode: see the table.
-        low, high: absolute bounds on the ratio. "truncate" and "mask" need at least one, "switch"
-            needs high.
-        lam: shrinkage, > 0 for "shrink" (large: no shrinkage), in (0, 1] for "subgaussian".
-        power: exponent of "tempered", in (0, 4]. Biased; below 1 it flattens the weights.
-        normalize: divide by the mean weight over the units of this call ("batch") or of the prompt
-            group ("group", needs group_ids); "none". A unit is a kept row, or for the sequence
-            levels a sequence with a kept row. None: "none"; for "snips" "group" where group_ids are
-            given, else "batch". Batches split over devices: leave "none", all-reduce, divide.
-        rules: up to 8 `KeepRule`; a row must pass all. "sum", "mean", "max" need cu_seqlens.
-        cu_seqlens: (seqs + 1,), int32. Needed by the sequence levels, sequence rules, and by groups
-            (except level "external").
-        mask: (tokens,), bool. True = counts. None: all count.
-        group_ids: (seqs,), int. Prompt of each sequence (of each row for "external").
-        advantage: (tokens,), float. Only for rules with negative_only.
+        logp: (tokens,), float, nats. Log-probability under the trained policy, or under its copy at the
+            start of the update. None, allowed with level "external" only: the weight is 1 / propensity.
+        behavior_logp: (tokens,), float, nats. Log-probability under the policy that produced the data.
+        propensity: (tokens,), float in (0, 1]. Probability under the policy that produced the data. Pass
+            either behavior_logp or propensity.
+        level: unit of the weight: "token", "sequence", "geometric" or "external", see the table. Weights
+            of a sequence are broadcast to its tokens.
+        mode: function f of the weight: "ips", "snips", "truncate", "mask", "switch", "shrink",
+            "subgaussian", "tempered" or "keep", see the table.
+        low, high: absolute bounds on the ratio. "truncate" and "mask" need at least one of them,
+            "switch" needs high.
+        lam: shrinkage, > 0 for "shrink" (a large value means no shrinkage), in (0, 1] for "subgaussian".
+        power: exponent of "tempered", in (0, 4]. The estimate is biased. A power below 1 makes the
+            weights more equal.
+        normalize: divisor of the weights: "none"; "batch", the mean weight over the units of this call;
+            or "group", the mean over the units of the prompt group (needs group_ids). A unit is a kept
+            row, or, at the levels "sequence" and "geometric", a sequence with a kept row. None: "none",
+            but for "snips" "group" if group_ids is given, else "batch". For a batch that is split over
+            devices, use "none", all-reduce the mean and divide by it.
+        rules: up to 8 `KeepRule`. A kept row passes all of them. Rules over "sum", "mean" or "max" need
+            cu_seqlens.
+        cu_seqlens: (seqs + 1,), int32 packing offsets. Needed by the levels "sequence" and "geometric",
+            by rules over sequences, and by normalize="group" (except at level "external").
+        mask: (tokens,), bool. True = counts. None: all rows count.
+        group_ids: (seqs,), int. Prompt of each sequence (of each row at level "external").
+        advantage: (tokens,), float. Used only by rules with negative_only.
 
     Returns:
-        weight: (tokens,), float32 (float64 if an input is float64); 0 where not kept. Detached.
-        ess: 0-dim. (sum w)^2 / sum w^2 over the units; 0 when there is none.
-        kept_mask: (tokens,), bool. mask, minus rows that "mask" or a rule dropped. The denominator
-            of the loss counts these rows: a dropped one that still counts biases the mean.
-            Rows that "switch" sets to 0 stay kept: there the direct model covers them.
+        weight: (tokens,), float32 (float64 if an input is float64); 0 for rows that are not kept.
+            Detached.
+        ess: 0-dim. (sum w)^2 / sum w^2 over the units; 0 without a unit.
+        kept_mask: (tokens,), bool. The mask without the rows that mode "mask" or a rule dropped. Count
+            only these rows in the denominator of the loss: counting a dropped row biases the mean.
+            Rows that "switch" sets to 0 stay kept, because there the direct model covers them.
 
     Numerics:
-        Sequence sums in float64, the native exp within 1e-6 relative; rows exactly at a bound may
-        fall on either side of the float64 reference. A NaN row is kept, so that it shows, and
-        poisons its sequence at sequence levels, the batch or group when normalised. Bitwise
-        repeatable, whatever the number of threads. No rows: ess 0.
+        Sums over sequences are float64. The native exp has a relative error <= 1e-6, so a row exactly at
+        a bound can be kept or dropped unlike in the float64 reference. A NaN row is kept, so that it
+        stays visible. It makes its sequence NaN at the sequence levels, and the batch or group NaN with
+        normalize. Results are bitwise repeatable for any number of threads. Zero rows give ess 0.
 
     Gradients and memory:
-        No gradients. Two (tokens,) outputs; one pass, plus one when normalised.
+        No gradients. Two (tokens,) outputs. One pass, and a second one with normalize.
 
     Examples:
         >>> logp, logged = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -3.0])
@@ -134,13 +143,13 @@ def offpolicy_weights(
         tensor([1., 2.])
 
     Raises:
-        ValueError: shapes, dtypes, unknown names, missing bounds, an option that would be ignored.
+        ValueError: wrong shape or dtype, an unknown name, a missing bound, an option that would be ignored.
 
     Source:
         TIS, MIS, geometric filter, k1/k2/k3 rejection, batch normalisation: verl rollout
-        correction; TRL and OpenRLHF defaults differ only in bounds: exact. OPSM: DeepSeek-V3.2 as
-        in TRL: exact. SNIPS, switch, shrinkage, sub-Gaussian: zr-obp `estimators.py`: exact.
-        tempered: analogue of policy-guided diffusion's tilted target.
+        correction, exact; the defaults of TRL and OpenRLHF differ only in bounds. OPSM: DeepSeek-V3.2 as
+        in TRL, exact. SNIPS, switch, shrinkage, sub-Gaussian: zr-obp `estimators.py`, exact.
+        tempered: analogue of the tilted target of policy-guided diffusion.
     """
     mode, normalize = _resolve(mode, normalize, group_ids)
     check_choice(OP, "level", level, WEIGHT_LEVELS)
@@ -174,7 +183,7 @@ def offpolicy_weights(
 
 
 def _resolve(mode: str, normalize: str | None, group_ids: object) -> tuple[str, str]:
-    """Mode without the "snips" alias, and a definite normalisation."""
+    """Return (mode, normalize), with the alias "snips" and the default of normalize replaced."""
     check_choice(OP, "mode", mode, (*WEIGHT_MODES, "snips"))
     if normalize is not None:
         check_choice(OP, "normalize", normalize, NORMALIZE)
@@ -182,7 +191,7 @@ def _resolve(mode: str, normalize: str | None, group_ids: object) -> tuple[str, 
         return mode, normalize or "none"
     if normalize == "none":
         want = "'batch' or 'group' with mode 'snips'"
-        raise refuse(OP, "normalize", want, repr(normalize), "Without it, snips is 'ips'.")
+        raise refuse(OP, "normalize", want, repr(normalize), "Use mode 'ips' for weights without normalisation.")
     return "ips", normalize or ("batch" if group_ids is None else "group")
 
 
@@ -192,7 +201,7 @@ def _check_numbers(mode: str, **numbers: float | None) -> None:
     check_unused(OP, f"mode {mode!r}", **unused)
     given = {name: value for name, value in numbers.items() if value is not None}
     if reads and not given:
-        raise refuse(OP, " or ".join(reads), f"given with mode {mode!r}", None, "See the table.")
+        raise refuse(OP, " or ".join(reads), f"given with mode {mode!r}", None, "Pass a number.")
     for name, value in given.items():
         top = {"power": 4.0}.get(name, math.inf)
         if mode == "subgaussian":
@@ -207,13 +216,13 @@ def _policies(
     if (behavior_logp is None) == (propensity is None):
         actual = "none" if propensity is None else "both"
         want = "given, exactly one of them"
-        raise refuse(OP, "behavior_logp or propensity", want, actual, "Pass one.")
+        raise refuse(OP, "behavior_logp or propensity", want, actual, "Pass one of the two.")
     name = "behavior_logp" if propensity is None else "propensity"
     behavior = check_vector(OP, name, behavior_logp if propensity is None else propensity)
     if logp is None:
         if level != "external":
             want = f"given with level {level!r}"
-            raise refuse(OP, "logp", want, None, "Only level 'external' weighs by 1 / propensity.")
+            raise refuse(OP, "logp", want, None, "Pass it, or use level 'external' for weights 1 / propensity.")
     else:
         check_vector(OP, "logp", logp, Rows(behavior.shape[0], name, behavior.device))
     if propensity is not None:
@@ -223,15 +232,15 @@ def _policies(
 
 def _check_rules(mode: str, rules: tuple[KeepRule, ...], advantage: torch.Tensor | None, rows: Rows) -> None:
     if not (isinstance(rules, tuple | list) and all(isinstance(rule, KeepRule) for rule in rules)):
-        raise TypeError(f"{OP}: rules must be a tuple of KeepRule; got {rules!r}. Leave it out for none.")
+        raise TypeError(f"{OP}: rules must be a tuple of KeepRule; got {rules!r}. Pass () for no rules.")
     if len(rules) > MAX_RULES:
-        raise refuse(OP, "rules", f"at most {MAX_RULES}", len(rules), "Intersect the masks.")
+        raise refuse(OP, "rules", f"at most {MAX_RULES}", len(rules), "Call twice and combine the masks with &.")
     if mode == "keep" and not rules:
-        raise refuse(OP, "rules", "given with mode 'keep'", "none", "Every weight would be 1.")
+        raise refuse(OP, "rules", "given with mode 'keep'", "none", "Pass a rule, or every weight would be 1.")
     if any(rule.negative_only for rule in rules):
         if advantage is None:
             want = "given with a negative_only rule"
-            raise refuse(OP, "advantage", want, None, "Pass one per token.")
+            raise refuse(OP, "advantage", want, None, "Pass one value per token.")
         check_vector(OP, "advantage", advantage, rows)
     else:
         check_unused(OP, "rules without negative_only", advantage=advantage)
@@ -256,11 +265,11 @@ def _check_layout(
         if whole or (normalize == "group" and level != "external"):
             user = f"level {level!r}" if not whole or not rules else "a sequence level or rule"
             want = f"given with {user}"
-            raise refuse(OP, "cu_seqlens", want, None, "Pass the borders of the sequences.")
+            raise refuse(OP, "cu_seqlens", want, None, "Pass the packing offsets (seqs + 1,) int32.")
     if normalize != "group":
         check_unused(OP, f"normalize {normalize!r}", group_ids=group_ids)
     elif group_ids is None:
-        raise refuse(OP, "group_ids", "given with normalize 'group'", None, "Pass prompt indices.")
+        raise refuse(OP, "group_ids", "given with normalize 'group'", None, "Pass the prompt index of every sequence.")
     else:
         partner = "the rows" if level == "external" else "cu_seqlens"
         check_vector(OP, "group_ids", group_ids, Rows(num_seqs, partner, device), INTS)
@@ -300,7 +309,7 @@ _FORM = GraphForm(
     _flat,
     _rich,
 )
-# By name, because torch.compile can follow a module's table but not a record of the registry.
+# A dict by name, because torch.compile can trace a lookup in a module's dict, but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.offpolicy_weights, _FORM),
     "triton": traceable(OP, "triton", triton_packed.offpolicy_weights, _FORM),

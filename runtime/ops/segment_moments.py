@@ -31,9 +31,9 @@ OP = "segment_moments"
 
 
 class SegmentMoments(NamedTuple):
-    """Result of `segment_moments`; every field (segments,)."""
+    """Result of `segment_moments`. Every field is (segments,)."""
 
-    count: torch.Tensor  # type: ignore[assignment]  # tuple.count is not missed here
+    count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     sum: torch.Tensor
     sum_sq: torch.Tensor
     min: torch.Tensor
@@ -49,29 +49,29 @@ def segment_moments(
     num_segments: int | None = None,
     mask: torch.Tensor | None = None,
 ) -> SegmentMoments:
-    """Count, sum, sum of squares, minimum and maximum of each segment, in one read of the values.
+    """Return count, sum, sum of squares, minimum and maximum of each segment, in one read of the values.
 
     Args:
-        values: (rows,), float.
-        segment_ids: (rows,), int32 or int64. Segment of each row, in [0, num_segments), unsorted.
+        values: (rows,), float. The values to reduce.
+        segment_ids: (rows,), int32 or int64. Segment of each row, in [0, num_segments), in any order.
             The id of a masked row is not read.
-        cu_seqlens: (segments + 1,), int32. Borders of contiguous segments, instead of segment_ids.
-        num_segments: required with segment_ids: the shape of the result may not depend on the
-            values of a tensor.
-        mask: (rows,), bool. True = counts. None: all count.
+        cu_seqlens: (segments + 1,), int32. Offsets of contiguous segments, instead of segment_ids.
+        num_segments: number of segments. Required with segment_ids, because the shape of the result
+            must not depend on the values of a tensor.
+        mask: (rows,), bool. True = counts. None: all rows count.
 
     Returns:
         SegmentMoments(count int64, sum, sum_sq, min, max), each (segments,), float32 (float64 for
         float64 values). An empty segment has count 0, sums 0, min +inf, max -inf.
 
     Numerics:
-        Sums accumulate in float64 and are rounded once; bitwise repeatable, whatever the number of
-        threads. A NaN poisons its own segment. The variance sum_sq / n - mean^2 loses the digits of
-        (mean / deviation)^2: centre the values first, or pass float64, when the mean is large.
+        Sums accumulate in float64 and are rounded once. Results are bitwise repeatable for any number of
+        threads. A NaN affects only its own segment. The variance sum_sq / n - mean^2 loses as many digits
+        as (mean / deviation)^2 has. If the mean is large, subtract it first, or pass float64.
 
     Gradients and memory:
-        Differentiable in `sum` and `sum_sq`; count, min and max are not. Saves the values. With ids
-        and at least 64 rows per segment, 8 tables of 40 bytes per segment.
+        `sum` and `sum_sq` are differentiable; count, min and max are not. Saved: the values. With
+        segment_ids and at least 64 rows per segment, the workspace is 8 tables of 40 bytes per segment.
 
     Examples:
         >>> cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
@@ -79,21 +79,21 @@ def segment_moments(
         tensor([3., 5.])
 
     Raises:
-        ValueError: shapes, dtypes, both or none of segment_ids and cu_seqlens, num_segments missing
-            or given with cu_seqlens, an id outside [0, num_segments) (read on CPU; on
-            other devices only with TOKFUSE_CHECK=1, else its row counts nowhere on `cuda` and
-            `triton`).
+        ValueError: wrong shape or dtype; both or neither of segment_ids and cu_seqlens; num_segments
+            missing with segment_ids or given with cu_seqlens; an id outside [0, num_segments). Ids are
+            checked on the CPU, and on other devices only with TOKFUSE_CHECK=1. Without the check, `cuda`
+            and `triton` ignore the row.
     """
     num_rows = check_vector(OP, "values", values).shape[0]
     rows = Rows(num_rows, "values", values.device)
     if (segment_ids is None) == (cu_seqlens is None):
         actual = "none" if segment_ids is None else "both"
-        raise refuse(OP, "segment_ids or cu_seqlens", "given, one of them", actual, "Pass one.")
+        raise refuse(OP, "segment_ids or cu_seqlens", "given, exactly one of them", actual, "Pass one of the two.")
     check_optional(OP, "mask", mask, rows, BOOL)
     if cu_seqlens is not None:
         if num_segments is not None:
             want = "left out with cu_seqlens"
-            raise refuse(OP, "num_segments", want, num_segments, "The borders say it.")
+            raise refuse(OP, "num_segments", want, num_segments, "Remove it: cu_seqlens defines it.")
         num_segments = check_cu_seqlens(OP, cu_seqlens, num_rows, values.device)
     else:
         check_vector(OP, "segment_ids", segment_ids, rows, INTS)
@@ -122,7 +122,7 @@ def _reference(
 
 
 class _Moments(torch.autograd.Function):
-    """Forward of a kernel; the gradient of the two sums is a gather."""
+    """The forward of a kernel with a backward for the two sums: a gather."""
 
     @staticmethod
     def forward(
@@ -194,7 +194,7 @@ _FORM = GraphForm(
     _fake,
     differentiate=(_setup_context, _op_backward),
 )
-# By name, because torch.compile can follow a module's table but not a record of the registry.
+# A dict by name, because torch.compile can trace a lookup in a module's dict, but not a record of the registry.
 _RUNS: Runs = {
     "cuda": _differentiable("cuda", cuda_packed.segment_moments),
     "triton": _differentiable("triton", triton_packed.segment_moments),

@@ -1,7 +1,7 @@
-"""unit_step: a loss over whole sequences, or pairs of them, and its gradient, from hidden states.
+"""unit_step: a loss over whole sequences or pairs of sequences, and its gradient, from hidden states.
 
-`tokfuse.algorithms.preference_step` calls it. It has no rows of its own in the table of backends:
-each backend's linear_token_stats carries its run. lm_head/units.py describes the passes.
+`tokfuse.algorithms.preference_step` calls it. It has no rows in the table of backends: the
+linear_token_stats record of each backend contains its run. lm_head/units.py describes the passes.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.policy.results import Gradients, hand_over
 
-# What the default budget grows to, so that the largest unit fits.
+# Limit in bytes up to which the default memory budget grows to fit the largest unit.
 LARGEST_DEFAULT = 1 << 30
 
 
@@ -23,19 +23,24 @@ class UnitStep(NamedTuple):
     """Result of `unit_step`."""
 
     loss: torch.Tensor
-    """(), wired to autograd."""
+    """(), differentiable."""
     stats: TokenStats
     """(tokens,), detached; 0 for tokens outside all units."""
     gradients: Gradients
+    """Gradients of the loss for hidden, weight and bias."""
     read_twice: int
-    """Rows whose logits were computed a second time, because their unit exceeds the workspace."""
+    """Number of rows whose logits were computed twice, because their unit exceeds the workspace."""
 
 
 def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> UnitStep:
-    """`loss` of all units and its gradients by hidden, weight and bias where they ask for one.
+    """Return the loss of all units and its gradients for those of hidden, weight and bias that require grad.
 
-    own_budget: the caller chose `p.memory_budget`; otherwise it grows to the largest unit, up to
-        1 GiB.
+    Args:
+        p: the head and its inputs.
+        units: the units, which are sequences or pairs of sequences.
+        loss: function that computes the loss of units from their statistics.
+        own_budget: True if the caller chose `p.memory_budget`. Otherwise the budget grows to fit the
+            largest unit, up to 1 GiB.
     """
     capability = select(linear.OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
     if torch.compiler.is_compiling() or capability.run.units is None:
@@ -52,7 +57,7 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
 
 
 def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
-    """`linear_token_stats` and autograd: what the chunked passes must equal."""
+    """Return the same result by `linear_token_stats` and autograd. The chunked passes must equal it."""
     o = p.options
     stats = linear.linear_token_stats(
         p.hidden,

@@ -381,7 +381,7 @@ REFUSALS = [
     (lambda: influence.logit_norms(STATS, ONES, softcap=30.0), "softcap must be None .*got 30.0"),
     (
         lambda: influence.logit_norms(STATS, ONES, entropy_coefficient=ONES),
-        "stats must be with moments where entropy_coefficient is given",
+        "stats must be computed with moments if entropy_coefficient is given",
     ),
     (lambda: influence.logit_norms(STATS, ONES, temperature=0.0), "temperature must be a finite"),
     (lambda: influence.logit_norms(STATS, ONES, temperature=torch.ones(2)), r"temperature must be of shape \(3,\)"),

@@ -403,7 +403,7 @@ TYPES = [
     ),
     (
         lambda: step_call(logits=None, hidden=torch.zeros(T, H), weight=torch.zeros(V, H), influence="norms"),
-        "policy_step: influence must be an InfluenceSpec; got 'norms'. Build one.",
+        "policy_step: influence must be an InfluenceSpec; got 'norms'. Pass InfluenceSpec().",
     ),
     (
         lambda: loss_call(objective=PPOClip()),

@@ -211,7 +211,7 @@ def test_order_of_rows_only_rounds():
 
 X, IDS, CU = torch.ones(3), torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]).int()
 REFUSALS = [
-    ((X,), {}, "segment_ids or cu_seqlens must be given, one of them; got none"),
+    ((X,), {}, "segment_ids or cu_seqlens must be given, exactly one of them; got none"),
     ((X, IDS), {"cu_seqlens": CU}, "segment_ids or cu_seqlens must be given, .*; got both"),
     ((X, IDS), {}, "num_segments must be an int >= 0, given with segment_ids; got None"),
     ((X, IDS), {"num_segments": -1}, "num_segments must be an int >= 0"),
