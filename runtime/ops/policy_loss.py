@@ -1,4 +1,4 @@
-"""policy_loss: a clipped-ratio objective, its gradient coefficients and metrics in one launch."""
+"""`tokfuse.policy_loss`: a clipped-ratio objective, its gradient coefficients and its metrics in one launch."""
 
 from typing import Any
 
@@ -53,43 +53,46 @@ def policy_loss(
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
 ) -> PolicyLoss:
-    """Loss, gradient coefficients and metrics of a policy objective over packed tokens.
+    """Return the loss, gradient coefficients and metrics of a policy objective over packed tokens.
 
     loss = 1 / normalizer * sum_t agg_t [ weight_t phi(log_ratio_t, advantage_t)
            + kl.coef kl_weight_t KL_t - entropy_coef entropy_weight_t entropy_t ],
-    log_ratio = logp - old_logp (its mean or sum over the sequence for sequence levels), agg_t = 1,
-    or 1 / (valid tokens of the sequence) for "seq_mean_token_mean".
+    where log_ratio = logp - old_logp, or its mean or sum over the sequence for sequence levels, and
+    agg_t = 1, or 1 / (valid tokens of the sequence) for "seq_mean_token_mean".
 
     Args:
-        logp: (tokens,) floating, nats, of the current policy; receives a gradient.
-        old_logp: (tokens,), nats, at the start of the update. None: on policy, logp itself without
-            its gradient; every ratio is 1.
+        logp: (tokens,) float, nats. Log-probability under the current policy. Receives a gradient.
+        old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
+            policy, so logp without its gradient is used and every ratio is 1.
         advantage: (tokens,), or (seqs,) with advantage_level="sequence".
         objective: an `Objective`.
-        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
-        cu_seqlens: (seqs + 1,) int32 packing offsets; needed where the objective or
-            advantage_level looks at sequences.
-        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
-            divides (global token or sequence count). "batch": this batch's own count.
-        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
-            metric.
-        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+        mask: (tokens,) bool. True = counts. None: all tokens count. Values at masked tokens are never
+            used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets. Needed if the objective or advantage_level uses
+            sequences.
+        normalizer: divisor of the loss. A number or 0-dim tensor, usually the global token or sequence
+            count; or "batch", the count of this batch. None: no division, `loss` is the aggregated sum.
+        ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
+            Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
+        sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
-        entropy: (tokens,), nats, of the current policy; receives a gradient with an entropy bonus.
-        advantage_level: "token" or "sequence"; never guessed from the shape.
-        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
-        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
-        kl_weight, entropy_weight: (tokens,) multiply the KL and the entropy term.
+        entropy: (tokens,), nats, of the current policy. Receives a gradient if the objective has an
+            entropy bonus.
+        advantage_level: "token" or "sequence". It is never guessed from the shape.
+        token_weight: (tokens,). Multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,). Target signal (TargetRatio) or success rate (NFT). Only for those shapes.
+        kl_weight: (tokens,). Multiplies the KL term.
+        entropy_weight: (tokens,). Multiplies the entropy term.
 
     Returns:
         PolicyLoss(loss, token_loss, loss_sum, count, metrics).
 
-    Numerics: per-token math in float32, sums in float64 in a fixed order: bitwise repeatable
-        whatever the thread count. float64 logp uses the float64 reference. No valid token: loss 0
-        with zero gradients.
+    Numerics: per-token math in float32, sums in float64 in a fixed order, so results are bitwise
+        repeatable for any number of threads. float64 logp uses the float64 reference. Without a valid
+        token the loss is 0 with zero gradients.
 
-    Gradients and memory: logp and entropy only; every other input that requires grad is refused.
-        Saved: two (tokens,) vectors.
+    Gradients and memory: logp and entropy receive gradients. Every other input that requires grad
+        raises an error. Saved: two (tokens,) vectors.
 
     Examples:
         >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
@@ -102,11 +105,11 @@ def policy_loss(
         tensor([-0.5000,  0.5000])
 
     Raises:
-        ValueError: shapes, dtypes, devices, cu_seqlens, unknown options, an input that the
-            objective needs and lacks, or is given and does not use.
+        ValueError: wrong shape, dtype or device; invalid cu_seqlens; an unknown option; an input that
+            the objective needs but does not get, or gets but does not use.
 
-    Source: see the shapes in `tokfuse.Objective`; aggregations as DAPO (arXiv 2503.14476), GRPO
-        (2402.03300), Dr.GRPO (2503.20783). Exact.
+    Source: the shapes of `tokfuse.Objective` name theirs. Aggregations: DAPO (arXiv 2503.14476), GRPO
+        (arXiv 2402.03300), Dr.GRPO (arXiv 2503.20783). Exact.
     """
     inputs = PolicyInputs(
         old_logp,
@@ -136,7 +139,7 @@ def policy_loss(
 def _eager(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, normalizer: Normalizer
 ) -> PolicyLoss | None:
-    """A plain call on the CPU, answered by one native function; None: take the general path."""
+    """Compute a plain CPU call by one native function. Return None if the call needs the general path."""
     native_module = eager_cpu()
     if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None

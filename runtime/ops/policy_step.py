@@ -1,4 +1,4 @@
-"""policy_step: loss and gradient of a policy objective, from logits or from hidden states."""
+"""`tokfuse.policy_step`: loss and gradient of a policy objective, from logits or from hidden states."""
 
 from dataclasses import replace
 from typing import Any
@@ -71,73 +71,75 @@ def policy_step(
     compact_clipped: bool = False,
     influence: InfluenceSpec | None = None,
 ) -> PolicyStep:
-    """Policy loss, gradients, statistics and metrics; equal to composing the simple ops.
+    """Return loss, gradients, statistics and metrics of a policy objective in one step.
 
-    Same as `policy_loss(token_stats(logits, target).logp, ...)` with its autograd, or the same over
-    `linear_token_stats`; but the gradient is formed while the logits are at hand. `loss` is wired
-    to autograd: `step.loss.backward()`.
+    The result equals `policy_loss(token_stats(logits, target).logp, ...)` with its autograd, or the same
+    with `linear_token_stats`. But the gradient is computed in the forward, in the same pass over the
+    logits. `loss` is differentiable: call `step.loss.backward()`.
 
-    The arguments come in four groups: the input (logits, or hidden and the head), the batch
+    The arguments are in four groups: the input (logits, or hidden and the head), the batch
     (`target` to `cu_seqlens`), the objective with its optional inputs (`objective` to
-    `sampler_logp`), and how logits become a distribution (`temperature` to `logit_scale`).
+    `sampler_logp`), and the options of the distribution (`temperature` to `logit_scale`).
 
     Args:
-        logits: (tokens, vocab) float32, bfloat16, float16 or float64; or leave it None and pass
-        hidden: (tokens, hidden) and
-        weight: (vocab, hidden), the lm_head, with
-        bias: (vocab,) or None. Same dtype and device.
+        logits: (tokens, vocab) float32, bfloat16, float16 or float64. None: pass hidden and weight.
+        hidden: (tokens, hidden), the hidden states, instead of logits.
+        weight: (vocab, hidden), the weight of the lm_head. Same dtype and device as hidden.
+        bias: (vocab,), the bias of the lm_head. Same dtype and device as hidden. None: no bias.
         target: (tokens,) int64, in [0, vocab) where mask is True.
-        old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
-            log-probabilities; every ratio is 1. A GPU then needs the statistics first, as for
-            sequence-level ratios.
+        old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
+            policy, so the log-probabilities of this step are used and every ratio is 1. A GPU then
+            needs a pass for the statistics first, like for sequence-level ratios.
         advantage: (tokens,), or (seqs,) with advantage_level="sequence".
-        advantage_level: "token" or "sequence"; never guessed from the shape.
-        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
-        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective,
-            advantage_level or influence looks at sequences.
+        advantage_level: "token" or "sequence". It is never guessed from the shape.
+        mask: (tokens,) bool. True = counts. None: all tokens count. Values at masked tokens are never
+            used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets. Needed if the objective, advantage_level or
+            influence uses sequences.
         objective: an `Objective`.
-        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
-            divides (global token or sequence count). "batch": this batch's own count.
-        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
-        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
-        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
-            metric.
-        kl_weight: (tokens,) multiplies the KL term.
-        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
-        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+        normalizer: divisor of the loss. A number or 0-dim tensor, usually the global token or sequence
+            count; or "batch", the count of this batch. None: no division, `loss` is the aggregated sum.
+        token_weight: (tokens,). Multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,). Target signal (TargetRatio) or success rate (NFT). Only for those shapes.
+        ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
+            Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
+        kl_weight: (tokens,). Multiplies the KL term.
+        entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
+        sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
-        memory_budget: from hidden only: bytes of workspace for logits in chunks of rows. None: 64
-            MiB, or a sixth of the weight's float32 size if that is more; on a GPU 1024 rows, up to
-            1 GiB. At least one row is always computed.
-        compact_clipped: True keeps rows that the clip stopped out of the gradient GEMMs of a GPU,
-            by Triton kernels that find the rows in device memory, without a synchronisation. For
-            batches of which a large part is clipped; cuBLAS is faster per row. On the CPU such
-            rows never enter them.
-        influence: from hidden only, with cu_seqlens: also return gradient norms and sketches of the
-            loss in `step.influence`; computes grad_hidden even where hidden needs none.
+        memory_budget: workspace in bytes for the logits, which are computed in chunks of rows. Only
+            with hidden. None: 64 MiB, or a sixth of the weight's float32 size if that is more; on a GPU
+            at least the workspace of 1024 rows, up to 1 GiB. A chunk has at least one row.
+        compact_clipped: True excludes rows that the clip stopped from the gradient GEMMs on a GPU.
+            Triton kernels then find the rows in device memory, without a synchronisation. Use it if a
+            large part of the batch is clipped: per row, cuBLAS is faster. On the CPU the GEMMs always
+            exclude such rows.
+        influence: also return gradient norms and sketches of the loss in `step.influence`. Only with
+            hidden and cu_seqlens. It computes grad_hidden even if hidden requires no gradient.
 
     Returns:
-        PolicyStep. Gradients of `loss` (normaliser included) for the inputs that require grad; from
-        logits always.
+        PolicyStep, with the gradients of `loss` (normaliser included) for the inputs that require grad.
+        The gradient of logits is always computed.
 
-    Numerics: as `token_stats` and `policy_loss`; grad_weight accumulated in float32. Fused
-        token-level kernels equal the composition bitwise in loss and metrics. Rows with a zero
-        final coefficient (masked, zero advantage, active clip) get an exactly zero gradient without
-        arithmetic. Triton's fused kernel adds up a row in larger tiles than its `token_stats`:
-        equal to the bounds above, not bitwise. On a GPU a bad target or temperature is not
-        refused: its row is NaN.
+    Numerics: same bounds as `token_stats` and `policy_loss`. grad_weight accumulates in float32. The
+        fused token-level kernels give bitwise the same loss and metrics as the composition. The fused
+        Triton kernel is an exception: it sums a row in larger tiles than its `token_stats`, so it is
+        equal within the bounds, but not bitwise. Rows with a zero final coefficient (masked, zero
+        advantage, active clip) get an exactly zero gradient without arithmetic. On a GPU, values are
+        checked only with TOKFUSE_CHECK=1; without the check, a target or temperature out of range makes
+        its row NaN.
 
-    Gradients and memory: from logits, one read and one write of (tokens, vocab) for token-level
-        objectives, one more read for sequence-level ones. From hidden, the workspace
-        `memory_budget` and the gradients; rows whose final coefficient is zero enter no gradient
-        GEMM. On a GPU, from hidden: rows without advantage, KL and bonus enter none, what the clip
-        stops enters with zeros unless `compact_clipped`. The host synchronises once, to read the
-        number of rows of each kind (not under CUDA-graph capture: then every row enters every
-        GEMM, except those that `compact_clipped` keeps out). The gradients are held until
-        `loss.backward()` returns them.
+    Gradients and memory: with logits, token-level objectives need one read and one write of
+        (tokens, vocab), sequence-level ones one more read. With hidden, the extra memory is the
+        workspace `memory_budget` and the gradients. On the CPU, rows with a zero final coefficient do
+        not enter the gradient GEMMs. On a GPU, rows without advantage, KL and entropy bonus do not enter
+        them; rows that the clip stopped enter with zeros, unless `compact_clipped` is True. The host
+        synchronises once, to read the number of rows of each kind. Under CUDA-graph capture it does not
+        synchronise, and every row enters every GEMM, except rows that `compact_clipped` excludes. The
+        gradients are stored until `loss.backward()` returns them.
 
     Examples:
         >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
@@ -151,10 +153,12 @@ def policy_step(
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
 
     Raises:
-        ValueError: as `token_stats` and `policy_loss`; neither or both of logits and hidden.
+        ValueError: wrong shape, dtype, device or range; invalid cu_seqlens; an unknown option; an input
+            that the objective needs but does not get, or gets but does not use; both or neither of
+            logits and hidden.
 
-    Source: the fused gradient is softmax calculus, dz = c (onehot - p) / T - c_H p (log p + H) / T;
-        gradients in the forward as Fast-LLM's and Liger's heads. Exact.
+    Source: the fused gradient is softmax calculus, dz = c (onehot - p) / T - c_H p (log p + H) / T.
+        Gradients in the forward: the heads of Fast-LLM and Liger. Exact.
     """
     inputs = PolicyInputs(
         old_logp,
@@ -172,7 +176,7 @@ def policy_step(
     checks.check_flag(OP, "compact_clipped", compact_clipped)
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
-        raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
+        raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one of the two.")
     if logits is not None:
         checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget)
         if compact_clipped:
@@ -228,40 +232,44 @@ def policy_step_(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> PolicyStep:
-    """`policy_step` from logits, with the gradient written over the caller's logits.
+    """Compute `policy_step` from logits in place: the gradient overwrites the logits.
 
-    No second (tokens, vocab) buffer exists. `step.grad_logits` is the storage of `logits`;
-    `step.loss.backward()` passes it on. All checks run before anything is overwritten.
+    There is no second (tokens, vocab) buffer. `step.grad_logits` shares its storage with `logits`, and
+    `step.loss.backward()` returns it. All checks run before the logits are overwritten.
 
     Args:
-        logits: (tokens, vocab), contiguous vocabulary, not overlapping rows; destroyed. A leaf that
-            requires grad is refused, as torch refuses in-place operations on it.
+        logits: (tokens, vocab) with a contiguous vocabulary and rows that do not overlap. Overwritten. A
+            leaf that requires grad raises an error, because torch does not support in-place operations on it.
         target: (tokens,) int64, in [0, vocab) where mask is True.
-        old_logp: (tokens,), nats, at the start of the update. None: on policy, this pass's own
-            log-probabilities; every ratio is 1. A GPU then needs the statistics first, as for
-            sequence-level ratios.
+        old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
+            policy, so the log-probabilities of this step are used and every ratio is 1. A GPU then
+            needs a pass for the statistics first, like for sequence-level ratios.
         advantage: (tokens,), or (seqs,) with advantage_level="sequence".
-        advantage_level: "token" or "sequence"; never guessed from the shape.
-        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
-        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective or
-            advantage_level looks at sequences.
+        advantage_level: "token" or "sequence". It is never guessed from the shape.
+        mask: (tokens,) bool. True = counts. None: all tokens count. Values at masked tokens are never
+            used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets. Needed if the objective or advantage_level uses
+            sequences.
         objective: an `Objective`.
-        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
-            divides (global token or sequence count). "batch": this batch's own count.
-        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
-        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
-        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
-            metric.
-        kl_weight: (tokens,) multiplies the KL term.
-        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
-        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+        normalizer: divisor of the loss. A number or 0-dim tensor, usually the global token or sequence
+            count; or "batch", the count of this batch. None: no division, `loss` is the aggregated sum.
+        token_weight: (tokens,). Multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,). Target signal (TargetRatio) or success rate (NFT). Only for those shapes.
+        ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
+            Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
+        kl_weight: (tokens,). Multiplies the KL term.
+        entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
+        sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
 
+    Returns:
+        PolicyStep, the same as `policy_step` from logits.
+
     Raises:
-        ValueError: as `policy_step`; logits that cannot be written in place.
+        ValueError: the errors of `policy_step`; logits that cannot be overwritten.
     """
     inputs = PolicyInputs(
         old_logp,
@@ -292,13 +300,13 @@ def _check_writable(op: str, logits: torch.Tensor) -> None:
         raise refuse(
             op,
             "logits",
-            "writable in place (contiguous vocabulary, rows apart)",
+            "writable in place (contiguous vocabulary, rows that do not overlap)",
             f"strides {logits.stride()}",
             "Call policy_step instead.",
         )
     if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise refuse(
-            op, "logits", "no leaf that requires grad", "one", "Call policy_step instead, or detach the logits."
+            op, "logits", "no leaf that requires grad", "a leaf", "Call policy_step instead, or detach the logits."
         )
     if torch.compiler.is_compiling():
         raise refuse(op, "logits", "outside torch.compile", "a traced tensor", "Call policy_step inside compiled code.")
@@ -345,7 +353,7 @@ def _eager(
     objective: Objective,
     normalizer: Normalizer,
 ) -> PolicyStep | None:
-    """A plain call on the CPU, answered by one native function; None: take the general path."""
+    """Compute a plain CPU call by one native function. Return None if the call needs the general path."""
     native_module = eager_cpu()
     if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None
@@ -373,7 +381,7 @@ def _eager(
 
 
 def attach(logits: torch.Tensor, loss: torch.Tensor, gradients: Gradients, in_place: bool) -> torch.Tensor:
-    """Return `loss`, whose backward returns the gradients that are held already."""
+    """Return `loss` with a backward that returns the gradients that the forward computed."""
     if torch.is_grad_enabled() and logits.requires_grad:
         loss = _LogitsStep.apply(logits, (loss,), gradients)
     if in_place:

@@ -1,4 +1,4 @@
-"""policy_step from hidden states: the lm_head's GEMMs around the fused row kernels."""
+"""policy_step from hidden states: the GEMMs of the lm_head around the fused row kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ OP = "policy_step_hidden"
 def apply(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
-    """Terms, statistics and gradients of the step; the loss is wired to autograd."""
+    """Return terms, statistics and gradients of the step. The loss is differentiable."""
     capability = select(OP, p.hidden.device.type, p.hidden.dtype, objective.features(p.options.features()))
     if not torch.compiler.is_compiling():
         return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inv_normalizer))
@@ -47,7 +47,7 @@ def apply(
 def attach(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, compute: Callable[[], Step]
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
-    """Terms, statistics and gradients of `compute()`; the backward of the loss returns the gradients."""
+    """Return terms, statistics and gradients of `compute()`. The backward of the loss returns the gradients."""
     gradients: Gradients = {}
     loss, token_loss, sums, *stats = _HiddenStep.apply(hidden, weight, bias, compute, gradients)
     return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), gradients

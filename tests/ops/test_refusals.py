@@ -318,11 +318,11 @@ LOSS = [
 STEP = [
     (
         lambda: step_call(logits=None),
-        "policy_step: input must be either logits= or hidden= with weight=; got neither. Pass one.",
+        "policy_step: input must be either logits= or hidden= with weight=; got neither. Pass one of the two.",
     ),
     (
         lambda: step_call(hidden=torch.zeros(T, H)),
-        "policy_step: input must be either logits= or hidden= with weight=; got both. Pass one.",
+        "policy_step: input must be either logits= or hidden= with weight=; got both. Pass one of the two.",
     ),
     (
         lambda: step_call(bias=torch.zeros(V)),
