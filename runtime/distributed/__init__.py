@@ -1,1 +1,1 @@
-"""Vocabulary shards, sequence slices and global counts over many ranks."""
+"""Multi-rank support: vocabulary shards, sequence slices and global counts."""

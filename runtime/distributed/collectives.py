@@ -1,6 +1,6 @@
-"""The collectives that the project uses, over torch.distributed; every call is one collective.
+"""Wrappers of the torch.distributed collectives. Every call of a collective function is one collective.
 
-A group of None is the default group. With one rank nothing is sent.
+The group None is the default group. With one rank there is no communication.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# torch 2.13 renamed both and warns of the old names.
+# torch 2.13 renamed both functions, and warns if the old names are used.
 GATHER, SCATTER = (
     new if hasattr(dist, new) else old
     for new, old in (
@@ -22,7 +22,7 @@ GATHER, SCATTER = (
 
 
 def require_group(op: str, group: "ProcessGroup | None") -> None:
-    """Refuse a group that this process cannot speak to."""
+    """Raise an error unless torch.distributed is initialised and `group` contains this process."""
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             f"{op}: torch.distributed must be initialised; got no process group. "
@@ -36,37 +36,37 @@ def require_group(op: str, group: "ProcessGroup | None") -> None:
 
 
 def num_ranks(group: "ProcessGroup | None") -> int:
-    """Ranks in the group."""
+    """Return the number of ranks in the group."""
     return dist.get_world_size(group)
 
 
 def own_rank(group: "ProcessGroup | None") -> int:
-    """Place of this process in the group."""
+    """Return the rank of this process in the group."""
     return dist.get_rank(group)
 
 
 def all_gather(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor:
-    """(ranks, ...): `x` of every rank, in rank order; the same shape and dtype on all."""
+    """Return `x` of every rank in rank order, (ranks, ...). All ranks must pass the same shape and dtype."""
     ranks, x = num_ranks(group), x.contiguous()
     if ranks == 1:
         return x.unsqueeze(0)
     out = torch.empty((ranks, *x.shape), dtype=x.dtype, device=x.device)
-    if x.numel() == 0:  # on every rank, as the shapes are the same
+    if x.numel() == 0:  # true on every rank, because the shapes are equal
         return out
-    # As a vector, because gloo and NCCL agree on the meaning of flat buffers only.
+    # Flat buffers, because gloo and NCCL interpret buffers of other shapes differently.
     getattr(dist, GATHER)(out.view(-1), x.view(-1), group=group)
     return out
 
 
 def sum_(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor:
-    """`x`, overwritten by its sum over the ranks."""
+    """Overwrite `x` with its sum over the ranks, and return it."""
     if num_ranks(group) > 1 and x.numel() > 0:
         dist.all_reduce(x, group=group)
     return x
 
 
 def sum_and_split(x: torch.Tensor, group: "ProcessGroup | None") -> torch.Tensor:
-    """This rank's equal part, along the first axis, of the sum over the ranks."""
+    """Return this rank's equal part, along the first axis, of the sum of `x` over the ranks."""
     ranks = num_ranks(group)
     if ranks == 1:
         return x

@@ -1,4 +1,4 @@
-"""Counts, metrics and head weights across ranks: the collectives that a caller asks for by name."""
+"""Counts, metrics and head weights across ranks. A caller invokes these collectives explicitly."""
 
 from typing import TYPE_CHECKING
 
@@ -21,26 +21,27 @@ def global_normalizer(
     group: "ProcessGroup | None" = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """What to pass as `normalizer=`, so that the loss does not depend on how the batch is split.
+    """Return the value for `normalizer=` that makes the loss independent of how the batch is split.
 
-    normalizer = (sum of count over ranks) / gradient_ranks. With it, the gradient that the trainer
-    makes is that of sum over all tokens / sum of all counts, whatever the number of ranks and of
-    micro-batches: DDP and FSDP average over W ranks what each has divided by N / W.
+    normalizer = (sum of count over ranks) / gradient_ranks. The trainer's gradient is then the gradient
+    of (sum over all tokens) / (sum of all counts), for any number of ranks and micro-batches. The reason:
+    each of W ranks divides by N / W, and DDP and FSDP average the gradients over the W ranks.
 
     Args:
-        count: this rank's count over all its micro-batches of the optimizer step: valid tokens, or
-            sequences with a valid token for objectives that average over sequences
-            (`Plan.count()`, or `mask.sum()`).
-        gradient_ranks: ranks over which the trainer averages gradients: the size of the DDP or
-            FSDP group. 1 where it sums them.
-        group: the ranks that share the batch. Ranks that hold the same tokens (tensor parallelism)
-            must not be in it together. None: the default group.
-        device: where the collective runs; None: the device of count (a number: the CPU).
+        count: this rank's count over all its micro-batches of the optimizer step. It is the number of
+            valid tokens, or, for objectives that average over sequences, of sequences with a valid
+            token (`Plan.count()`, or `mask.sum()`).
+        gradient_ranks: number of ranks over which the trainer averages gradients: the size of the DDP
+            or FSDP group. 1 if the trainer sums gradients.
+        group: the ranks that share the batch. It must not contain two ranks with the same tokens
+            (tensor parallelism). None: the default group.
+        device: device of the collective. None: the device of count, or the CPU if count is a number.
 
     Returns:
-        () float64, on every rank the same. 1 where nothing counts: the loss is then 0 anyway.
+        () float64, equal on every rank. It is 1 if no token counts; the loss is 0 in that case.
 
-    Communication: one all-gather of 8 bytes. In rank order, so that ranks agree to the bit.
+    Communication: one all-gather of 8 bytes. The sum is in rank order, so that it is bitwise equal on
+        all ranks.
     """
     check_number("global_normalizer", "gradient_ranks", gradient_ranks, 1)
     collectives.require_group("global_normalizer", group)
@@ -51,21 +52,24 @@ def global_normalizer(
             "count",
             "one number, summed over micro-batches",
             f"shape {tuple(own.shape)}",
-            "Add the counts first.",
+            "Sum the counts first.",
         )
     total = collectives.all_gather(own, group).sum()
     return torch.where(total > 0, total / gradient_ranks, 1.0)
 
 
 def merge_metrics(metrics: Metrics, group: "ProcessGroup | None" = None) -> Metrics:
-    """The metrics of all ranks: sums added, extremes of the ratio kept. One all-gather.
+    """Return the metrics of all ranks merged: sums are added, extremes of the ratio are kept.
 
-    The means of the result are those of the whole batch, which a mean of the ranks' means is not
-    where ranks hold different numbers of tokens.
+    The means of the result are the means of the whole batch. A mean of the means of the ranks would be
+    wrong if the ranks have different numbers of tokens.
 
     Args:
-        metrics: of this rank; add those of its micro-batches first.
-        group: the ranks that share the batch, as in `global_normalizer`.
+        metrics: metrics of this rank. Add the metrics of its micro-batches first.
+        group: the ranks that share the batch. It must not contain two ranks with the same tokens
+            (tensor parallelism). None: the default group.
+
+    Communication: one all-gather.
     """
     collectives.require_group("merge_metrics", group)
     sums = [metrics.sums.double()]
@@ -84,26 +88,26 @@ def merge_metrics(metrics: Metrics, group: "ProcessGroup | None" = None) -> Metr
 
 
 def head_weight(weight: torch.Tensor, *, gradients: str, tensor_parallel: str | None = None) -> torch.Tensor:
-    """A plain tensor of an lm_head weight that may be a DTensor, with the right gradient.
+    """Return an lm_head weight that may be a DTensor as a plain tensor, with the correct gradient.
 
-    FSDP2 keeps parameters as DTensors. `weight.full_tensor()`, called outside the module's forward,
-    gives a gradient that was not averaged over the ranks, because the hooks that average belong to
-    that forward. Here the placement of the gradient is stated, so the backward averages it.
+    FSDP2 keeps parameters as DTensors. `weight.full_tensor()`, called outside the forward of the module,
+    gives a gradient that is not averaged over the ranks, because the averaging hooks belong to that
+    forward. This function sets the placement of the gradient, so the backward averages it.
 
     Args:
-        weight: lm_head.weight (or its bias): a plain tensor, which comes back as it is (inside a
-            forward FSDP has already gathered it and will average its gradient), or a DTensor.
-        gradients: "mean" where the loss is one that data-parallel ranks average (FSDP, DDP), "sum"
-            where they add up.
-        tensor_parallel: name of the mesh dimension over which the vocabulary stays cut; the result
-            is this rank's shard (`vocab_shard` describes it). None: the whole weight.
+        weight: lm_head.weight (or its bias), a plain tensor or a DTensor. A plain tensor is returned
+            as is: inside a forward, FSDP has already gathered it and will average its gradient.
+        gradients: "mean" if the data-parallel ranks average their gradients (FSDP, DDP), "sum" if they
+            sum them.
+        tensor_parallel: name of the mesh dimension over which the vocabulary stays sharded. The result
+            is then this rank's shard (`vocab_shard` describes it). None: return the whole weight.
 
-    Communication: for a DTensor one all-gather forward and one reduce-scatter backward over the
-        data-parallel dimensions. Call it once per step, not per chunk.
+    Communication: for a DTensor, one all-gather in the forward and one reduce-scatter in the backward,
+        over the data-parallel dimensions. Call it once per step, not once per chunk.
 
     Raises:
-        ValueError: unknown `gradients`, a mesh without the dimension, a weight that is cut in
-            another way than by rows.
+        ValueError: unknown `gradients`, a mesh without the dimension, a weight that is not sharded by
+            rows.
     """
     check_choice("head_weight", "gradients", gradients, ("mean", "sum"))
     if not hasattr(weight, "placements"):
@@ -117,7 +121,7 @@ def head_weight(weight: torch.Tensor, *, gradients: str, tensor_parallel: str | 
     for dimension, placement in enumerate(weight.placements):
         if not (placement.is_replicate() or placement.is_shard(0)):
             raise refuse(
-                "head_weight", "weight", "cut by rows or replicated", str(weight.placements), "Shard the vocabulary."
+                "head_weight", "weight", "sharded by rows or replicated", str(weight.placements), "Use Shard(0)."
             )
         if dimension == kept:
             outcome.append(Shard(0))
@@ -129,12 +133,12 @@ def head_weight(weight: torch.Tensor, *, gradients: str, tensor_parallel: str | 
 
 
 def vocab_shard(weight: torch.Tensor, tensor_parallel: str, *, vocab_size: int | None = None) -> VocabShard:
-    """The shard that `head_weight(weight, ..., tensor_parallel=...)` returns.
+    """Return the shard that `head_weight(weight, ..., tensor_parallel=...)` returns.
 
     Args:
-        weight: a DTensor, the lm_head.
-        tensor_parallel: name of the mesh dimension over which the rows of weight are cut.
-        vocab_size: without padding rows. None: all rows.
+        weight: the weight of the lm_head, a DTensor.
+        tensor_parallel: name of the mesh dimension over which the rows of weight are sharded.
+        vocab_size: number of rows without padding. None: all rows.
     """
     kept = _mesh_dimension("vocab_shard", weight, tensor_parallel)
     assert kept is not None

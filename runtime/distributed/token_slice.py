@@ -1,4 +1,4 @@
-"""Which tokens of a packed batch a rank of a context- or sequence-parallel group holds."""
+"""Assignment of the tokens of a packed batch to the ranks of a context- or sequence-parallel group."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenSlice:
-    """The part of a packed batch that this rank holds; equal numbers of tokens on every rank.
+    """The part of a packed batch that this rank holds. Every rank holds the same number of tokens.
 
-    Make the global tensors first, shifted targets included (`shifted_targets`), then cut them: a
-    rank cannot shift across its own border.
+    Create the global tensors first, including shifted targets (`shifted_targets`), and slice them
+    afterwards. A rank cannot shift across its own border.
 
         part = TokenSlice.contiguous(num_tokens, group)
         stats = tokfuse.token_stats(logits_of(part.take(input_ids)), part.take(target),
@@ -26,9 +26,9 @@ class TokenSlice:
         logp = part.gather(stats.logp)      # all tokens, on every rank; differentiable
 
     Args:
-        num_tokens: of the whole batch.
-        order: (ranks * local,) int64, the token at every place of every rank; -1 for padding.
-        group: process group; None: the default group.
+        num_tokens: number of tokens of the whole batch.
+        order: (ranks * local,) int64, the token at every position of every rank; -1 for padding.
+        group: process group. None: the default group.
     """
 
     num_tokens: int
@@ -37,12 +37,15 @@ class TokenSlice:
 
     @classmethod
     def contiguous(cls, num_tokens: int, group: "ProcessGroup | None" = None) -> "TokenSlice":
-        """Rank r holds the r-th of equal pieces (Ulysses, Megatron's sequence parallelism)."""
+        """Return the slice of equal contiguous pieces: rank r holds piece r (Ulysses, sequence parallelism)."""
         return cls._of_pieces(num_tokens, group, 1)
 
     @classmethod
     def zigzag(cls, num_tokens: int, group: "ProcessGroup | None" = None) -> "TokenSlice":
-        """Of 2 x ranks pieces rank r holds r and 2 ranks - 1 - r, which balances a causal ring."""
+        """Return the slice of 2 * ranks pieces: rank r holds pieces r and 2 * ranks - 1 - r.
+
+        This balances the work of causal ring attention.
+        """
         return cls._of_pieces(num_tokens, group, 2)
 
     @classmethod
@@ -59,7 +62,7 @@ class TokenSlice:
 
     @property
     def index(self) -> torch.Tensor:
-        """(local,) int64: the tokens of this rank, -1 for padding."""
+        """The tokens of this rank, (local,) int64; -1 for padding."""
         return (
             self.order.chunk(collectives.num_ranks(self.group))[collectives.own_rank(self.group)]
             if self.order.numel()
@@ -67,14 +70,14 @@ class TokenSlice:
         )
 
     def take(self, x: torch.Tensor, fill: Any = 0) -> torch.Tensor:
-        """(local, ...): this rank's part of a global tensor; padding is `fill` in x's dtype."""
+        """Return this rank's part of a global tensor, (local, ...). Padding is `fill` in the dtype of x."""
         if x.shape[:1] != (self.num_tokens,):
             raise refuse(
                 "TokenSlice.take",
                 "x",
                 f"({self.num_tokens}, ...) long, the whole batch",
                 f"shape {tuple(x.shape)}",
-                "Cut global tensors only.",
+                "Pass a global tensor.",
             )
         index = self.index.to(x.device)
         if self.num_tokens == 0:
@@ -84,11 +87,11 @@ class TokenSlice:
         return torch.where(inside, out, torch.as_tensor(fill, dtype=x.dtype, device=x.device))
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(num_tokens, ...): the parts of all ranks in global order, on every rank.
+        """Return the parts of all ranks in global order, (num_tokens, ...), on every rank.
 
-        One all-gather. The gradient of a rank's part is cut out of the whole one without a
-        collective: it is right where every rank computes the same loss of the gathered tensor, as
-        a ratio or a mean over sequences that cross ranks needs.
+        The forward is one all-gather. The backward has no collective: it slices this rank's part from the
+        gradient of the whole tensor. So every rank must compute the same loss from the gathered tensor.
+        Ratios or means over sequences that cross ranks need this.
         """
         local = self.index.shape[0]
         if x.shape[:1] != (local,):
@@ -97,7 +100,7 @@ class TokenSlice:
                 "x",
                 f"({local}, ...) long, this rank's part",
                 f"shape {tuple(x.shape)}",
-                "Gather what take cut.",
+                "Pass a tensor of the tokens that take returned.",
             )
         out: torch.Tensor = _Gather.apply(x, self)
         return out
@@ -121,15 +124,14 @@ class _Gather(torch.autograd.Function):
 def shifted_targets(
     tokens: torch.Tensor, cu_seqlens: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(target, mask) of next-token prediction over a packed batch, to be cut afterwards.
+    """Return (target, mask) of next-token prediction over a packed batch. Slice them afterwards.
 
-    target_t = tokens_{t+1}; the last token of a sequence predicts nothing. Row t counts where the
-    token that it predicts does.
+    target_t = tokens_{t+1}. The last token of a sequence has no target. Row t counts if its target counts.
 
     Args:
         tokens: (tokens,) int64, the input ids of the whole batch.
-        cu_seqlens: (seqs + 1,) int32.
-        mask: (tokens,) bool, True at tokens to be learned (completions). None: all.
+        cu_seqlens: (seqs + 1,) int32 packing offsets.
+        mask: (tokens,) bool, True at tokens to learn (completions). None: all tokens.
 
     Returns:
         target (tokens,) int64, 0 where the mask is False; mask (tokens,) bool.

@@ -1,11 +1,11 @@
-"""token_stats, linear_token_stats and policy_step over a vocabulary that is cut over ranks.
+"""token_stats, linear_token_stats and policy_step over a vocabulary that is sharded over ranks.
 
-Each rank runs the row kernels on its columns, one all-gather exchanges five numbers per token and
-rank (vocab_shard.py), and every rank merges them to the same bits. The backward of a shard needs no
-other shard: logits exchange nothing, hidden states add up their gradients once.
+Each rank runs the row kernels on its columns. One all-gather exchanges five numbers per token and rank
+(vocab_shard.py), and every rank merges them to bitwise equal results. The backward of a shard needs no
+other shard: gradients of logits need no communication, and gradients of hidden states are summed once.
 
-Every rank of the group makes the same calls with the same target, mask, temperature and loss, as
-the ranks of tensor parallelism do; what is refused is refused on all of them alike.
+Every rank of the group must make the same calls with the same target, mask, temperature and loss, as in
+tensor parallelism. An invalid call raises the same error on all ranks.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _outside_compile(function: F) -> F:
-    """One clean graph break under torch.compile: process groups cannot be traced."""
+    """Exclude a function from torch.compile by one graph break: process groups cannot be traced."""
     return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
@@ -55,38 +55,39 @@ def token_stats(
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> TokenStats:
-    """`tokfuse.token_stats` of logits whose columns are cut over the ranks of `shard.group`.
+    """Compute `tokfuse.token_stats` of logits whose columns are sharded over the ranks of `shard.group`.
+
+    temperature, softcap, logit_scale, mask and bias_scale must be equal on all ranks.
 
     Args:
-        logits: (tokens, columns), this rank's columns of the vocabulary, columns >= shard.size;
-            those beyond are padding.
-        target: (tokens,) int64, in [0, shard.vocab_size) where mask is True; the same on all ranks.
+        logits: (tokens, columns), this rank's columns of the vocabulary. Columns beyond shard.size are
+            padding.
+        target: (tokens,) int64, in [0, shard.vocab_size) where mask is True. Equal on all ranks.
         shard: this rank's part of the vocabulary.
-        bias_logits: (tokens, columns), the same columns of a bias model, to subtract. None:
-            nothing is subtracted.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
-        mask: (tokens,) bool; False rows are not read and return 0. None: all rows count.
+        mask: (tokens,) bool. False rows are not read and return 0. None: all rows count.
+        bias_logits: (tokens, columns), the same columns of a bias model; they are subtracted. None:
+            nothing is subtracted.
         bias_scale: multiplies bias_logits.
 
-    temperature, softcap, logit_scale, mask and bias_scale are equal on all ranks.
-
     Returns:
-        TokenStats(logp, entropy, lse, sum_sq, top1) of the whole vocabulary, each (tokens,), the
-        same bits on every rank.
+        TokenStats(logp, entropy, lse, sum_sq, top1) of the whole vocabulary, each (tokens,), bitwise
+        equal on all ranks.
 
-    Numerics: as `token_stats`, for rows whose largest |logit| / temperature is below 2^22; records
-        are exchanged in float32 (float64 for float64 logits) and merged in float64, in rank order.
-        Where the maxima of two shards differ by less than a rounding, top1 counts both.
+    Numerics: same bounds as `tokfuse.token_stats`, for rows whose largest |logit| / temperature is
+        below 2^22. Records are exchanged in float32 (float64 for float64 logits) and merged in float64,
+        in rank order. If the maxima of two shards differ by less than a rounding error, top1 counts
+        both.
 
     Gradients and communication: one all-gather of 20 bytes per token and rank (40 for float64).
-        logits receive the gradient of logp and entropy without a collective: it is right where
-        every rank computes the same loss of the outputs. Saved: the logits and four (tokens,)
-        vectors. Padding columns receive 0.
+        logits receive the gradient of logp and entropy without a collective, so every rank must
+        compute the same loss from the outputs. Padding columns receive 0. Saved: the logits and four
+        (tokens,) vectors.
 
     Raises:
-        ValueError: as `token_stats`; fewer columns than the shard has.
+        ValueError: the errors of `tokfuse.token_stats`; fewer columns than shard.size.
         BackendUnavailable: the forced backend cannot run this call.
 
     Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053) in one exchange
@@ -114,43 +115,44 @@ def linear_token_stats(
     sequence_parallel: bool = False,
     reduce_hidden: bool = True,
 ) -> TokenStats:
-    """`tokfuse.linear_token_stats` with an lm_head whose rows are cut over ranks.
+    """Compute `tokfuse.linear_token_stats` with an lm_head whose rows are sharded over ranks.
 
     Args:
-        hidden: (tokens, hidden), the same on all ranks; with sequence_parallel (tokens / ranks,
-            hidden), this rank's equal slice in rank order.
-        weight: (rows, hidden), this rank's rows of the lm_head, rows >= shard.size; those beyond
-            are padding.
-        target: (tokens,) int64 of all tokens, the same on all ranks.
+        hidden: (tokens, hidden), equal on all ranks. With sequence_parallel (tokens / ranks, hidden),
+            this rank's equal slice in rank order.
+        weight: (rows, hidden), this rank's rows of the lm_head. Rows beyond shard.size are padding.
+        target: (tokens,) int64 of all tokens, equal on all ranks.
         shard: this rank's part of the vocabulary.
-        bias: (rows,) or None, this rank's part of the bias.
+        bias: (rows,), this rank's part of the bias. None: no bias.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
-        mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
-        memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
-            this rank's float32 weight if that is more; on a GPU 1024 rows, up to 1 GiB.
-        sequence_parallel: gather the hidden states of the ranks first, and split their gradient.
-        reduce_hidden: False leaves the gradient of hidden this shard's part, without a collective,
-            for hosts that add the parts up themselves (Megatron-LM's copy_to and gather_from
-            regions). Not with sequence_parallel.
+        mask: (tokens,) bool. False rows do not enter the GEMMs and return 0. None: all rows count.
+        memory_budget: workspace in bytes for the logits, which are computed in chunks of rows. None: 64
+            MiB, or a sixth of the float32 size of this rank's weight if that is more; on a GPU at least
+            the workspace of 1024 rows, up to 1 GiB.
+        sequence_parallel: True gathers the hidden states of the ranks first, and splits their gradient.
+        reduce_hidden: False returns only this shard's part of the gradient of hidden, without a
+            collective. Use it if the host framework sums the parts (copy_to and gather_from regions
+            of Megatron-LM). Not supported with sequence_parallel.
 
     Returns:
-        TokenStats of the whole vocabulary for all tokens, the same bits on every rank.
+        TokenStats of the whole vocabulary for all tokens, bitwise equal on all ranks.
 
-    Numerics: as `linear_token_stats`. The ranks' parts of the gradient of hidden are added in the
-        dtype of hidden.
+    Numerics: same bounds as `tokfuse.linear_token_stats`. The parts of the gradient of hidden are
+        summed over the ranks in the dtype of hidden.
 
-    Gradients and communication: forward one all-gather of 20 bytes per token and rank; backward one
-        all-reduce of the gradient of hidden, (tokens, hidden), where it is wanted. With
-        sequence_parallel one more all-gather of the hidden states forward, and a reduce-scatter in
-        place of the all-reduce. weight and bias exchange nothing.
+    Gradients and communication: the forward is one all-gather of 20 bytes per token and rank. The
+        backward is one all-reduce of the gradient of hidden, (tokens, hidden), if hidden requires
+        grad. With sequence_parallel the forward also all-gathers the hidden states, and the backward
+        is a reduce-scatter. weight and bias need no communication.
 
     Raises:
-        ValueError: as `linear_token_stats`; fewer rows than the shard has; with sequence_parallel a
-            target that is not ranks times as long as hidden.
+        ValueError: the errors of `tokfuse.linear_token_stats`; fewer rows than shard.size; with
+            sequence_parallel a target that is not ranks times as long as hidden.
 
-    Source: as `token_stats` of this module; sequence parallelism of arXiv 2205.05198. Exact.
+    Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053); sequence parallelism of
+        arXiv 2205.05198. Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     if sequence_parallel and not reduce_hidden:
@@ -159,7 +161,7 @@ def linear_token_stats(
             "reduce_hidden",
             "True with sequence_parallel",
             False,
-            "A slice of hidden needs the sum over the shards.",
+            "Pass reduce_hidden=True, because the gradient of a slice is a sum over the shards.",
         )
     call = HeadCall(LINEAR, options, target, memory_budget, shard, sequence_parallel, reduce_hidden)
     _check_head(call, hidden, weight, bias)
@@ -195,60 +197,63 @@ def policy_step(
     memory_budget: int | None = None,
     sequence_parallel: bool = False,
 ) -> PolicyStep:
-    """`tokfuse.policy_step` over a vocabulary that is cut over ranks.
+    """Compute `tokfuse.policy_step` over a vocabulary that is sharded over ranks.
 
-    Same as `tokfuse.policy_loss` of this module's `token_stats` (or `linear_token_stats`) with its
-    autograd. The gradient of a token needs every shard first, so statistics and gradient are two
-    passes over the logits; from hidden, (2 + 4f) M H V operations with a share f of rows that carry
-    gradient.
+    The result equals `tokfuse.policy_loss` of `token_stats` (or `linear_token_stats`) of this module, with
+    its autograd. The gradient of a token depends on every shard. So statistics and gradient are two passes
+    over the logits. From hidden, the step needs (2 + 4f) M H V operations, where f is the share of rows
+    with a gradient.
+
+    All arguments except shard, logits, weight and bias must be equal on all ranks of the group. With
+    sequence_parallel, hidden also differs.
 
     Args:
         shard: this rank's part of the vocabulary.
-        logits: (tokens, columns) of this rank; or leave it None and pass
-        hidden: (tokens, hidden), the same on all ranks; with sequence_parallel (tokens / ranks,
-            hidden), this rank's equal slice in rank order, and
-        weight: (rows, hidden), this rank's rows of the lm_head, with
-        bias: (rows,) or None, this rank's part of the bias.
+        logits: (tokens, columns), this rank's columns of the vocabulary. None: pass hidden and weight.
+        hidden: (tokens, hidden), equal on all ranks, instead of logits. With sequence_parallel (tokens /
+            ranks, hidden), this rank's equal slice in rank order.
+        weight: (rows, hidden), this rank's rows of the lm_head. Rows beyond shard.size are padding.
+        bias: (rows,), this rank's part of the bias. None: no bias.
         target: (tokens,) int64, in [0, shard.vocab_size) where mask is True.
-        old_logp: (tokens,), nats, at the start of the update.
+        old_logp: (tokens,), nats. Log-probability at the start of the update.
         advantage: (tokens,), or (seqs,) with advantage_level="sequence".
-        advantage_level: "token" or "sequence"; never guessed from the shape.
-        mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
-        cu_seqlens: (seqs + 1,) int32 packing offsets; needed if the objective or
-            advantage_level looks at sequences.
+        advantage_level: "token" or "sequence". It is never guessed from the shape.
+        mask: (tokens,) bool. True = counts. None: all tokens count. Values at masked tokens are never
+            used.
+        cu_seqlens: (seqs + 1,) int32 packing offsets. Needed if the objective or advantage_level uses
+            sequences.
         objective: an `Objective`.
-        normalizer: None: no division, `loss` is the aggregated sum. A number or 0-dim tensor:
-            divides (global token or sequence count). "batch": this batch's own count.
-        token_weight: (tokens,) multiplies the policy term (importance weights, selection masks).
-        signal: (tokens,) target signal (TargetRatio) or success rate (NFT); only for those shapes.
-        ref_logp: (tokens,), nats, reference policy; needed by, and only by, a KL term or its
-            metric.
-        kl_weight: (tokens,) multiplies the KL term.
-        entropy_weight: (tokens,) multiplies the entropy term; the entropy is the policy's own.
-        sampler_logp: (tokens,), nats, from the rollout engine: adds the mismatch metric
+        normalizer: divisor of the loss. A number or 0-dim tensor, usually the global token or sequence
+            count; or "batch", the count of this batch. None: no division, `loss` is the aggregated sum.
+        token_weight: (tokens,). Multiplies the policy term (importance weights, selection masks).
+        signal: (tokens,). Target signal (TargetRatio) or success rate (NFT). Only for those shapes.
+        ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
+            Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
+        kl_weight: (tokens,). Multiplies the KL term.
+        entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
+        sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
-        memory_budget: from hidden only: bytes of workspace for logits in chunks of rows. None: 64
-            MiB, or a sixth of this rank's float32 weight if that is more; on a GPU 1024 rows, up to
-            1 GiB.
-        sequence_parallel: gather the hidden states of the ranks first, and split their gradient.
-
-    All but shard, logits, weight and bias (with sequence_parallel also hidden) are equal on all
-    ranks of the group.
+        memory_budget: workspace in bytes for the logits, which are computed in chunks of rows. Only
+            with hidden. None: 64 MiB, or a sixth of the float32 size of this rank's weight if that is
+            more; on a GPU at least the workspace of 1024 rows, up to 1 GiB.
+        sequence_parallel: True gathers the hidden states of the ranks first, and splits their gradient.
 
     Returns:
-        PolicyStep: loss, metrics and statistics of the whole vocabulary, the same bits on every
-        rank; gradients of this rank's logits, or of weight, bias and hidden (all-reduced).
+        PolicyStep. Loss, metrics and statistics belong to the whole vocabulary and are bitwise equal on
+        all ranks. The gradients are those of this rank's logits, or of its weight and bias and of hidden
+        (all-reduced).
 
-    Numerics, gradients, communication: as `token_stats` and `linear_token_stats` here, all of it
-        inside this call; `loss.backward()` exchanges nothing.
+    Numerics, gradients, communication: same as `token_stats` and `linear_token_stats` of this module. All
+        communication is inside this call; `loss.backward()` needs none.
 
     Raises:
-        ValueError: as `tokfuse.policy_step` and the functions here.
+        ValueError: the errors of `tokfuse.policy_step` and of the functions of this module.
 
-    Source: as those. Exact.
+    Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053) and `tokfuse.policy_step`.
+        Exact.
     """
     inputs = PolicyInputs(
         old_logp,
@@ -265,12 +270,16 @@ def policy_step(
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
-        raise refuse(STEP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
+        raise refuse(STEP, "input", "either logits= or hidden= with weight=", given, "Pass one of the two.")
     call = HeadCall(STEP, options, target, memory_budget, shard, sequence_parallel)
     if logits is not None:
         if weight is not None or bias is not None or sequence_parallel:
             raise refuse(
-                STEP, "weight, bias and sequence_parallel", "left out with logits=", "given", "They belong to hidden=."
+                STEP,
+                "weight, bias and sequence_parallel",
+                "left out with logits=",
+                "given",
+                "Remove them, or pass hidden=.",
             )
         _check_logits(STEP, logits, target, options, shard)
     else:
@@ -300,7 +309,7 @@ def policy_step(
 
 
 def _check_target(op: str, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> None:
-    # Before the exchange and of replicated tensors only: every rank refuses, or none does.
+    # Checked before the exchange, and only on replicated tensors, so that either all ranks raise or none.
     if may_read(target):
         stats_reference.check_values(op, target, shard.vocab_size, o.mask, o.temperature)
 
@@ -309,7 +318,7 @@ def _check_shard(op: str, shard: object) -> None:
     if not isinstance(shard, VocabShard):
         raise TypeError(
             f"{op}: shard must be a VocabShard; got {type(shard).__name__}. "
-            "Make one with VocabShard.even(vocab_size, group)."
+            "Pass, for example, VocabShard.even(vocab_size, group)."
         )
 
 
@@ -348,7 +357,7 @@ def _check_head(
                 "target",
                 f"{ranks} x {hidden.shape[0]} long with sequence_parallel",
                 f"shape {tuple(call.target.shape)}",
-                "Pass the targets of all ranks' tokens.",
+                "Pass the targets of the tokens of all ranks.",
             )
         hidden = hidden.detach().new_empty(1, hidden.shape[1]).expand(call.target.shape[0], -1)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == 0:

@@ -1,4 +1,4 @@
-"""The row kernels over one vocabulary shard: local statistics, the exchange, local gradients."""
+"""Row kernels on one vocabulary shard: local statistics, exchange of the records, local gradients."""
 
 from typing import Any, NamedTuple
 
@@ -15,14 +15,14 @@ from tokfuse.runtime.ops import linear_token_stats as linear_op
 from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.reference import token_stats as stats_reference
 
-# What the row kernels' backward takes for "another shard owns the target": ELSEWHERE of
-# triton_kernels/rows.py, kElsewhere of csrc/cuda/gradient.cuh; the CPU's takes any id outside the
-# columns.
+# Target id that means "another shard owns the target" in the backward of the row kernels. It must match
+# ELSEWHERE in triton_kernels/rows.py and kElsewhere in csrc/cuda/gradient.cuh. The CPU kernels accept any id
+# outside the columns.
 ELSEWHERE = -(2**31)
 
 
 class HeadCall(NamedTuple):
-    """Arguments of a call from hidden states that are no differentiable tensors."""
+    """The arguments of a call from hidden states that are not differentiable tensors."""
 
     op: str
     options: LogitOptions
@@ -41,9 +41,10 @@ def _exchange(
     state: RowState,
     dtype: torch.dtype,
 ) -> Merged:
-    """The one all-gather, and the merge. `local`: outputs of the row kernel; None: no columns.
+    """Gather the records of all ranks in one all-gather, and return them merged.
 
-    The reference exchanges float64, so that its statistics are rounded once, to `dtype`.
+    `local` are the outputs of the row kernel, or None for a shard without columns. The reference
+    exchanges float64, so that its statistics are rounded only once, to `dtype`.
     """
     record = empty_record(target, state.dtype) if local is None else pack(local, shard.owns(target))
     records = collectives.all_gather(record, shard.group)
@@ -51,7 +52,7 @@ def _exchange(
 
 
 def column_of(target: torch.Tensor, shard: VocabShard, elsewhere: int) -> torch.Tensor:
-    """Column of the target in this shard; `elsewhere` where another one owns it."""
+    """Return the column of the target in this shard, or `elsewhere` if another shard owns it."""
     return torch.where(shard.owns(target), target - shard.start, elsewhere)
 
 
@@ -59,20 +60,20 @@ def column_of(target: torch.Tensor, shard: VocabShard, elsewhere: int) -> torch.
 
 
 def row_kernels(logits: torch.Tensor, o: LogitOptions) -> Kernels:
-    """The kernels of token_stats for a shard of these logits."""
+    """Return the token_stats kernels for a shard of these logits."""
     run: Kernels = select(stats_op.OP, logits.device.type, logits.dtype, o.features()).run
     return run
 
 
 def _row_options(o: LogitOptions, shard: VocabShard) -> dict[str, Any]:
-    """The options for the columns of the shard, without those of its padding."""
+    """Return the options for the columns of the shard, without its padding columns."""
     if o.bias_logits is not None:
         o = o._replace(bias_logits=o.bias_logits[:, : shard.size])
     return o._asdict()
 
 
 def row_forward(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> Merged:
-    """Statistics of the whole vocabulary; logits (tokens, columns) with padding columns."""
+    """Return the statistics of the whole vocabulary. logits is (tokens, columns) with padding columns."""
     run = row_kernels(logits, o)
     assert run.state is not None
     local = None
@@ -95,7 +96,7 @@ def row_backward(
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The gradient of this shard's logits; 0 in the padding."""
+    """Return the gradient of the logits of this shard; 0 in the padding columns."""
     logits = logits.detach()
     if logits.device.type == "cpu":
         out = native.empty_like_rows(logits)
@@ -124,7 +125,7 @@ def row_backward(
 
 
 def gathered(hidden: torch.Tensor, call: HeadCall) -> torch.Tensor:
-    """The hidden states of all tokens; a collective with sequence parallelism only."""
+    """Return the hidden states of all tokens. With sequence parallelism this is one all-gather."""
     hidden = hidden.detach()
     if not call.sequence_parallel:
         return hidden
@@ -146,7 +147,7 @@ def _problem(
 
 
 def head_forward(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall) -> Merged:
-    """Statistics of the whole vocabulary; weight (rows, hidden) with padding rows."""
+    """Return the statistics of the whole vocabulary. weight is (rows, hidden) with padding rows."""
     run = _head_kernels(hidden, call.options)
     local = None
     if call.shard.size > 0:
@@ -168,7 +169,7 @@ def head_backward(
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
 ) -> list[torch.Tensor | None]:
-    """[grad_hidden of all shards, grad_weight, grad_bias of this one]; 0 in the padding."""
+    """Return [grad_hidden summed over the shards, grad_weight and grad_bias of this shard]; 0 in the padding."""
     grads: list[torch.Tensor | None] = [None, None, None]
     if call.shard.size > 0:
         p = _problem(hidden, weight, bias, call, ELSEWHERE)
@@ -190,7 +191,7 @@ def head_backward(
 
 
 def _padded(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """The gradient with zeros for the padding rows; only a rank that has some copies."""
+    """Return the gradient with zeros for the padding rows. Without padding rows there is no copy."""
     if grad is not None and grad.shape == like.shape:
         return grad
     out = torch.zeros_like(like)

@@ -1,15 +1,14 @@
-"""Which part of the vocabulary a rank holds, and how the statistics of the parts become those of
-the whole.
+"""Vocabulary shards, and the merge of their statistics.
 
-A shard with logits z_j, j in its part, has the softmax of its own logits: row maximum m,
-S = sum e^(z-m), its own entropy, sum of p^2 and, where it owns the target, log-probability. With q_r the probability
-that the whole softmax gives to shard r,
+Shard r computes the softmax of its own logits z_j: the row maximum m_r, S_r = sum e^(z_j - m_r), the entropy,
+the sum of p^2, and, if it owns the target, the log-probability. Let q_r be the probability of shard r in the
+softmax over the whole vocabulary. Then
 
-    lse = log sum_r S_r e^(m_r),   q_r = S_r e^(m_r - lse),   logp = logp_r + log q_r (r owns it),
+    lse = log sum_r S_r e^(m_r),   q_r = S_r e^(m_r - lse),   logp = logp_r + log q_r (r owns the target),
     entropy = sum_r q_r (entropy_r - log q_r),   sum_sq = sum_r q_r^2 sum_sq_r.
 
-So five numbers per token and rank, exchanged once, are all. A shard's gradient needs its own row
-maximum and (e^(m_r - m) / S) of the whole: p_j = e^(z_j - m_r) e^(m_r) / sum_r S_r e^(m_r).
+So one exchange of five numbers per token and rank is sufficient. The gradient of a shard needs its own row
+maximum and one factor per row: p_j = e^(z_j - m_r) * factor, factor = e^(m_r) / sum_r S_r e^(m_r).
 """
 
 import math
@@ -26,26 +25,26 @@ from tokfuse.runtime.distributed import collectives
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-RECORD = 5  # numbers per token and rank in the one all-gather
+RECORD = 5  # numbers per token and rank in the all-gather
 INF = float("inf")
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The columns [start, stop) of the vocabulary, held by this rank of a tensor-parallel group.
+    """The columns [start, stop) of the vocabulary that this rank of a tensor-parallel group holds.
 
-    The shards of a group tile [0, vocab_size) in rank order. They may be of any size, also empty. A
-    tensor may be wider than its shard: columns (rows of the lm_head) beyond stop - start are
-    padding, they take no part and their gradient is 0.
+    The shards of a group cover [0, vocab_size) in rank order. A shard may have any size, also 0. A tensor
+    may be wider than its shard. Its columns (or rows of the lm_head) beyond stop - start are padding: they
+    are ignored, and their gradient is 0.
 
     Args:
-        vocab_size: of the whole vocabulary, without padding.
-        start, stop: this rank's part.
-        group: process group; None: the default group.
+        vocab_size: size of the whole vocabulary, without padding.
+        start, stop: first column of this rank, and one past its last column.
+        group: process group. None: the default group.
 
     Raises:
-        ValueError: borders that are not 0 <= start <= stop <= vocab_size; a group without this
-            process. RuntimeError: torch.distributed is not initialised.
+        ValueError: not 0 <= start <= stop <= vocab_size; a group without this process.
+        RuntimeError: torch.distributed is not initialised.
     """
 
     vocab_size: int
@@ -60,16 +59,18 @@ class VocabShard:
                 "start and stop",
                 f"0 <= start <= stop <= {self.vocab_size}",
                 (self.start, self.stop),
-                "Pass the borders of this rank's part.",
+                "Pass the first column of this rank, and one past its last column.",
             )
         collectives.require_group("VocabShard", self.group)
 
     @classmethod
     def even(cls, vocab_size: int, group: "ProcessGroup | None" = None, *, multiple: int = 1) -> "VocabShard":
-        """Equal parts of ceil(vocab_size / ranks), as DTensor's Shard(0) and torch.chunk cut.
+        """Return this rank's shard of equal parts of ceil(vocab_size / ranks), like DTensor's Shard(0).
 
         Args:
-            multiple: round the parts up to a multiple of it, as Megatron-LM does (128).
+            vocab_size: size of the whole vocabulary.
+            group: process group. None: the default group.
+            multiple: the size of the parts is rounded up to a multiple of this (Megatron-LM: 128).
         """
         check_number("VocabShard.even", "vocab_size", vocab_size, 1)
         check_number("VocabShard.even", "multiple", multiple, 1)
@@ -81,7 +82,12 @@ class VocabShard:
 
     @classmethod
     def of_sizes(cls, size: int, group: "ProcessGroup | None" = None) -> "VocabShard":
-        """Parts of any sizes, `size` on this rank; one small all-gather, for set-up."""
+        """Return this rank's shard of parts of any sizes. It needs one small all-gather; call it at set-up.
+
+        Args:
+            size: number of columns of this rank.
+            group: process group. None: the default group.
+        """
         check_number("VocabShard.of_sizes", "size", size, 0)
         collectives.require_group("VocabShard.of_sizes", group)
         backend = torch.distributed.get_backend(group)
@@ -93,34 +99,38 @@ class VocabShard:
 
     @property
     def size(self) -> int:
-        """Columns of this rank."""
+        """The number of columns of this rank."""
         return self.stop - self.start
 
     def owns(self, target: torch.Tensor) -> torch.Tensor:
-        """(tokens,) bool: the target lies in this part."""
+        """Return True for targets in this shard, (tokens,) bool."""
         return (target >= self.start) & (target < self.stop)
 
 
 class Merged(NamedTuple):
-    """Statistics of the whole vocabulary, and what the gradient of this shard needs."""
+    """Statistics of the whole vocabulary, and the inputs that the gradient of this shard needs.
+
+    Every field is (tokens,). The last four fields have the dtype of the records.
+    """
 
     stats: TokenStats
+    """Statistics of the whole vocabulary."""
     row_max: torch.Tensor
-    """(tokens,) the shard's own row maximum, in its kernel's unit."""
+    """Row maximum of this shard, in the unit of its kernel."""
     inv_sum: torch.Tensor
-    """(tokens,) factor that makes probabilities of the shard's exponentials."""
+    """Factor that converts the exponentials of this shard to probabilities."""
     logp: torch.Tensor
-    """(tokens,) logp of the whole, in the records' dtype as the two above."""
+    """logp over the whole vocabulary."""
     entropy: torch.Tensor
-    """(tokens,) entropy of the whole, likewise."""
+    """Entropy over the whole vocabulary."""
 
 
 def pack(local: tuple[torch.Tensor, ...], owned: torch.Tensor) -> torch.Tensor:
-    """(RECORD, tokens) from the seven outputs of a row kernel over the shard.
+    """Return the record of a shard, (RECORD, tokens), from the seven outputs of its row kernel.
 
-    row_max, 1 / S, entropy, sum_sq, logp. logp is +inf where another shard owns the target; 1 / S is
-    negative where the target attains the shard's maximum; a shard that is -inf all over has
-    row_max -inf and 1 / S = 0.
+    A record contains row_max, 1 / S, entropy, sum_sq, logp. Three marks are encoded in it: logp is +inf if
+    another shard owns the target; 1 / S is negative if the target attains the maximum of the shard; a shard
+    with only -inf has row_max = -inf and 1 / S = 0.
     """
     logp, entropy, _, sum_sq, top1, row_max, inv_sum = local
     hit = owned & (top1 > 0)
@@ -136,7 +146,7 @@ def pack(local: tuple[torch.Tensor, ...], owned: torch.Tensor) -> torch.Tensor:
 
 
 def empty_record(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The record of a shard without columns."""
+    """Return the record of a shard without columns."""
     values = torch.tensor([-INF, 0.0, 0.0, 0.0, INF], dtype=dtype, device=target.device)
     return values[:, None].expand(RECORD, target.shape[0])
 
@@ -144,19 +154,20 @@ def empty_record(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def merge(
     records: torch.Tensor, rank: int, unit: float | torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
 ) -> Merged:
-    """Statistics of the whole from the records of all shards: (ranks, RECORD, tokens).
+    """Merge the records of all shards. Return the statistics of the whole vocabulary and gradient inputs.
 
-    In float64 and in rank order, so that every rank gets the same bits.
+    The merge is in float64 and in rank order, so that the results are bitwise equal on all ranks.
 
     Args:
-        rank: the shard whose gradient factors are wanted.
-        unit: nats per unit of row_max, () or (tokens,).
-        mask: (tokens,) bool; masked rows are 0.
-        dtype: of the statistics.
+        records: (ranks, RECORD, tokens), the records of all shards.
+        rank: the shard for which the gradient inputs are returned.
+        unit: nats per unit of row_max, a number or (tokens,).
+        mask: (tokens,) bool. Masked rows are 0. None: all rows count.
+        dtype: dtype of the statistics.
     """
     row_max, signed, entropy, sum_sq, logp = records.double().unbind(1)
     inverse = signed.abs()
-    absent = inverse == 0  # -inf all over, masked, or without columns; a poisoned shard is NaN
+    absent = inverse == 0  # only -inf, masked, or without columns; a shard with +inf or NaN has NaN here
     dead = absent.all(0)
     highest = row_max.amax(0)
     distance = torch.where(absent, -INF, (row_max - highest) * unit)
@@ -184,8 +195,8 @@ def merge(
         final((share * share * sum_sq).sum(0), 0.0),
         final(top1.double(), 0.0),
     )
-    # A factor that underflows must not look like a row without a distribution: the shard may own
-    # the target, whose own term does not vanish.
+    # The factor is clamped above 0, because 0 marks a row without a distribution. If the factor underflows,
+    # the shard may still own the target, and the gradient term of the target is not 0.
     wide = records.dtype
     factor = (distance[rank].exp() / total).to(wide).clamp(min=torch.finfo(wide).tiny)
     own_max = torch.where(absent[rank], 0.0, row_max[rank])
