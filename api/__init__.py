@@ -1,6 +1,6 @@
 """tokfuse: one-pass kernels for the loss side of LLM reinforcement learning.
 
-Public names load on first use, so `import tokfuse` touches no device, no driver and no kernel.
+Public names are imported on first use. So `import tokfuse` uses no device, no driver and no kernel.
 """
 
 import importlib

@@ -1,23 +1,24 @@
-"""`python -m tokfuse COMMAND`: hands the rest of the line to the module that owns COMMAND."""
+"""`python -m tokfuse COMMAND`: run the module of COMMAND with the remaining arguments."""
 
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
-# command -> (module with `main(argv) -> int`, loaded only when asked for; one line of help)
+# command -> (module with `main(argv) -> int`, imported only for its command; help text)
 COMMANDS = {
-    "doctor": ("tokfuse.inspection.doctor", "versions, devices, and what each op can run on here"),
-    "kernels": ("tokfuse.inspection.kernels", "what the Triton kernels compile to, without a GPU"),
+    "doctor": ("tokfuse.inspection.doctor", "show versions, devices, and the backends that each op can use"),
+    "kernels": ("tokfuse.inspection.kernels", "show the resources of the compiled kernels; needs no GPU"),
     "tune": ("tokfuse.inspection.tune", "measure launch records of the Triton kernels on this GPU"),
-    "algorithms": ("tokfuse.algorithms.listing", "the methods by name, with labels and options"),
-    "bench": ("tokfuse.bench.cli", "time the ops beside their peers"),
-    "profile": ("tokfuse.bench.profile", "where the time of one benchmark case goes"),
-    "report": ("tokfuse.bench.page", "one page of tables and plots from saved rows"),
+    "algorithms": ("tokfuse.algorithms.listing", "list the methods with their labels and options"),
+    "bench": ("tokfuse.bench.cli", "benchmark the ops against other libraries"),
+    "profile": ("tokfuse.bench.profile", "profile one benchmark case"),
+    "report": ("tokfuse.bench.page", "write one page of tables and plots from stored benchmark rows"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command of `argv` and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tokfuse")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():

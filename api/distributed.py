@@ -1,13 +1,16 @@
-"""The loss over many ranks, on torch.distributed: nothing else in tokfuse communicates.
+"""Losses over many ranks with torch.distributed. No other part of tokfuse communicates.
 
     shard = tokfuse.distributed.VocabShard.even(151_936, tensor_parallel_group)
     step = tokfuse.distributed.policy_step(hidden=h, weight=w_of_this_rank, shard=shard, ...)
 
-`token_stats`, `linear_token_stats` and `policy_step` here are those of `tokfuse` for an lm_head
-whose rows are cut over ranks. `global_normalizer` and `merge_metrics` make losses and metrics
-independent of the split over data-parallel ranks, `TokenSlice` and `shifted_targets` serve context
-parallelism, `head_weight` and `vocab_shard` FSDP2 and DTensor heads. Every docstring says what it
-sends; `docs/distributed.md` says how they go together.
+* `token_stats`, `linear_token_stats` and `policy_step` are the ops of `tokfuse` for an lm_head whose rows are
+  sharded over ranks.
+* `global_normalizer` and `merge_metrics` make losses and metrics independent of the split over data-parallel
+  ranks.
+* `TokenSlice` and `shifted_targets` support context parallelism.
+* `head_weight` and `vocab_shard` support FSDP2 and DTensor heads.
+
+Every docstring states the communication of its function. `docs/distributed.md` shows how to combine them.
 """
 
 from tokfuse.runtime.distributed.counts import global_normalizer, head_weight, merge_metrics, vocab_shard

@@ -1,1 +1,1 @@
-"""Reports about the installed library: doctor, kernel tables, roofline, launch tuning."""
+"""Tools that inspect the installed library: doctor, kernel tables, roofline, launch tuning."""

@@ -1,8 +1,8 @@
-"""The resources of the CUDA kernels that nvcc built, compared with a committed table.
+"""Resource table of the compiled CUDA kernels, and its comparison with a committed table.
 
-Read from the native module itself with the tools that Triton bundles (cuobjdump, nvdisasm): what is
-counted is what is shipped, and nothing is compiled. Per kernel and architecture: registers, spills,
-static shared memory, threads, and of the hot loops the instructions per element.
+The tools that Triton bundles (cuobjdump, nvdisasm) read the native module itself, so the table describes
+the shipped code, and nothing is compiled. Per kernel and architecture it contains registers, spills, static
+shared memory, threads, and the instructions per element of the hot loops.
 """
 
 import functools
@@ -20,22 +20,22 @@ from tokfuse.inspection.kernel_table import INSTRUCTIONS_SLACK, REGISTERS_SLACK
 from tokfuse.runtime.backends import cuda_backend
 from tokfuse.runtime.core import native
 
-# Not among the sources of the module: writing it must not make the module out of date.
+# Not stored in csrc/, because writing a source file would make the module out of date.
 TABLE = Path(__file__).resolve().parent / "cuda_resources.json"
-# By the argument of a template; sizes in bytes.
+# Template argument -> (dtype, size in bytes).
 DTYPES = {"float": ("float32", 4), "BFloat16": ("bfloat16", 2), "Float16": ("float16", 2), "double": ("float64", 8)}
 
 
 @dataclass(frozen=True)
 class Loops:
-    """Which loops of a kernel are hot: those that go over a row by vectors of 16 bytes.
+    """Description of the hot loops of a kernel: the loops over a row in vectors of 16 bytes.
 
     Args:
-        reads: loops that only read the row.
-        writes: loops that read it and write another one.
-        source: where they load it from: "LDG" memory, "LDS" shared memory.
+        reads: number of loops that only read the row.
+        writes: number of loops that read the row and write another one.
+        source: load instruction: "LDG" for global memory, "LDS" for shared memory.
         traffic: elements moved between memory and the chip per element of a row.
-        streams: rows that a loop reads side by side.
+        streams: number of rows that a loop reads at the same time.
     """
 
     reads: int
@@ -50,7 +50,7 @@ ROW_KERNELS = {
     "token_stats_bwd_kernel": Loops(0, 1, traffic=2),
     "policy_step_kernel": Loops(1, 1, traffic=2),
     "policy_step_cluster_kernel": Loops(1, 1, "LDS", traffic=2),
-    # Rows on and between vectors share a loop: an upper bound.
+    # Aligned and unaligned rows use the same loop, so the count is an upper bound.
     "paired_divergence_fwd_kernel": Loops(2, 0, traffic=2, streams=2),
     "paired_divergence_bwd_kernel": Loops(0, 1, traffic=3, streams=2),
 }
@@ -61,32 +61,40 @@ class Kernel:
     """One compiled kernel on one architecture."""
 
     name: str
-    """With its template arguments, e.g. token_stats_fwd_kernel<BFloat16, false, false>."""
+    """Name with template arguments, e.g. token_stats_fwd_kernel<BFloat16, false, false>."""
     arch: str
+    """Architecture without the prefix sm_, e.g. "90a"."""
     registers: int
+    """Registers per thread."""
     stack_bytes: int
-    """Spilled registers, and arrays that are indexed by a variable."""
+    """Bytes of stack per thread: spilled registers, and arrays that are indexed by a variable."""
     shared_bytes: int
+    """Static shared memory per block."""
     threads: int
+    """Threads per block, the launch bound; 0 without one."""
     per_element: float
-    """Instructions per element of the hot loops, of one thread; 0 where rows are not read."""
+    """Instructions of one thread per element of the hot loops; 0 if the kernel does not read rows of logits."""
     exp_per_element: float
+    """Exponentials of one thread per element of the hot loops."""
 
     @property
     def key(self) -> str:
+        """Name of the row in the table."""
         return f"{self.name}:sm_{self.arch}"
 
     @property
     def base(self) -> str:
+        """Name without template arguments."""
         return self.name.partition("<")[0]
 
     @property
     def arguments(self) -> list[str]:
+        """Template arguments."""
         return [a for a in self.name.partition("<")[2].rstrip(">").split(", ") if a]
 
     @property
     def dtype(self) -> tuple[str, int]:
-        """(name, bytes) of its elements; float32 where it is no template of them."""
+        """(name, bytes) of its elements; float32 if the dtype is not a template argument."""
         return DTYPES.get((self.arguments or ["float"])[0], DTYPES["float"])
 
 
@@ -94,7 +102,7 @@ class Kernel:
 
 
 def tools() -> Path | None:
-    """The folder of cuobjdump and nvdisasm, or None."""
+    """Return the folder of cuobjdump and nvdisasm, or None if triton does not have them."""
     try:
         import triton
     except ImportError:
@@ -104,16 +112,16 @@ def tools() -> Path | None:
 
 
 def nvcc_version() -> str:
-    """Of the compiler that made the module's kernels; "" where there are none."""
+    """Return the version of the compiler of the native module's CUDA kernels, or "" if it has none."""
     return str(getattr(native.module(), "cuda_version", ""))
 
 
 def why_not() -> str | None:
-    """None where the table can be made here, else one sentence."""
+    """Return None if the table can be made on this machine, else one sentence with the reason."""
     if not nvcc_version():
         return cuda_backend.why_unusable() or "the CUDA kernels run on the CPU here"
     if tools() is None or shutil.which("c++filt") is None:
-        return "needs triton, whose wheel holds cuobjdump and nvdisasm, and c++filt"
+        return "needs triton, whose wheel contains cuobjdump and nvdisasm, and c++filt"
     return None
 
 
@@ -122,7 +130,7 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 def read_module(arch: str = "") -> list[Kernel]:
-    """Every kernel of the native module, on one architecture, or on all it was built for."""
+    """Return every kernel of the native module, for one architecture, or for all that it was built for."""
     reason, module, folder = why_not(), native.module(), tools()
     if reason is not None:
         raise SystemExit(f"kernels: {reason}.")
@@ -150,7 +158,7 @@ def _read_cubin(folder: Path, file: Path) -> Iterator[Kernel]:
 
 
 def _threads(elf: str) -> dict[str, int]:
-    """Launch bounds by function."""
+    """Return the launch bound of each function."""
     found = {}
     for part in elf.split(".nv.info.")[1:]:
         bound = re.search(r"EIATTR_MAX_THREADS.*?Value:\s*0x([0-9a-f]+) ", part, re.DOTALL)
@@ -160,14 +168,14 @@ def _threads(elf: str) -> dict[str, int]:
 
 
 def _functions(sass: str) -> dict[str, str]:
-    """The listing of each function."""
+    """Return the SASS listing of each function."""
     parts = re.split(r"^//-+ \.text\.(\S+) -+$", sass, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @functools.lru_cache(maxsize=4096)
 def readable(mangled: str) -> str:
-    """Kernel and template arguments, without namespaces and parameters."""
+    """Return the name of a kernel with template arguments, without namespaces and parameters."""
     text = _run("c++filt", mangled).strip()
     text = re.sub(r"\b(tokfuse|cuda)::", "", text.removeprefix("void "))
     depth = 0
@@ -183,7 +191,7 @@ def readable(mangled: str) -> str:
 
 
 def _loops(listing: str) -> list[list[str]]:
-    """Innermost loops: the instructions between a label and a branch back to it."""
+    """Return the innermost loops: the instructions between a label and a branch back to it."""
     labels: dict[str, int] = {}
     body: list[str] = []
     spans: list[tuple[int, int]] = []
@@ -200,12 +208,12 @@ def _loops(listing: str) -> list[list[str]]:
 
 
 def _vectors(loop: Sequence[str], instruction: str) -> int:
-    """16-byte accesses of that kind in one pass."""
+    """Return the number of 16-byte accesses by `instruction` in one pass through the loop."""
     return sum(bool(re.search(rf"\b{instruction}\.[\w.]*\b128\b", text)) for text in loop)
 
 
 def _per_element(name: str, listing: str) -> tuple[float, float]:
-    """(instructions, exps) per element of the hot loops: the longest of their kind."""
+    """Return (instructions, exps) per element of the hot loops, which are the longest of their kind."""
     base, _, rest = name.partition("<")
     hot = ROW_KERNELS.get(base)
     if hot is None:
@@ -229,18 +237,18 @@ def _per_element(name: str, listing: str) -> tuple[float, float]:
 
 
 def as_json(kernels: Sequence[Kernel]) -> str:
-    """The committed form: one line per kernel, so that a difference reads as one."""
+    """Return the committed form: one line per kernel, so that a diff is easy to read."""
     lines = [json.dumps(asdict(kernel)) for kernel in sorted(kernels, key=lambda k: k.key)]
     return f'{{"nvcc": "{nvcc_version()}", "kernels": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
 
 
 def committed() -> list[Kernel]:
-    """The rows of the committed table."""
+    """Return the rows of the committed table."""
     return [Kernel(**row) for row in json.loads(TABLE.read_text())["kernels"]]
 
 
 def differences(now: Sequence[Kernel], before: Sequence[Kernel]) -> list[str]:
-    """One sentence for each kernel that is worse than the table, missing from it, or gone."""
+    """Return one sentence for each kernel that is worse than in the table, not in the table, or removed."""
     old, new = {k.key: k for k in before}, {k.key: k for k in now}
     found = [f"{key}: is not in the table" for key in sorted(new.keys() - old.keys())]
     found += [f"{key}: is in the table, not in the module" for key in sorted(old.keys() - new)]

@@ -1,8 +1,8 @@
-"""`python -m tokfuse doctor`: what is installed, what is here, and what each op can run on.
+"""`python -m tokfuse doctor`: installed versions, devices, and the backends that each op can use.
 
-`report()` gathers plain data (JSON-ready), `render()` lays it out for people, and `markdown()`
-gives the support table of the README, which depends on the declared capabilities only and not on
-the machine. A GPU driver is asked only when a report is asked for.
+`report()` returns plain data that can be written as JSON. `render()` formats it as text. `markdown()`
+returns the support table of the README, which depends only on the declared capabilities, not on the
+machine. Only a report queries a GPU driver.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from tokfuse.runtime.core import dispatch, native
 
 PACKAGES = ("tokfuse", "torch", "triton", "transformers", "numpy", "nvidia-ml-py")
 
-# Every environment variable that the project reads or that changes how it runs.
+# Every environment variable that the project reads, or that changes its behaviour.
 ENVIRONMENT = {
     "TOKFUSE_BACKEND": "force one backend for every op: cuda, triton, cpu or reference",
     "TOKFUSE_CUDA_HOST": "a build of the CUDA kernels that runs on the CPU, for tests",
-    "TOKFUSE_ISA": "run the CPU kernels at v2, v3 or v4 of x86-64 instead of the best one",
-    "TOKFUSE_KEEP_MIB": "MiB of freed CPU results kept for the next call; 0 keeps none",
-    "TOKFUSE_CHECK": "1 checks values that live on a GPU too (it waits for the device)",
-    "TOKFUSE_NVTX": "1 pushes NVTX ranges around every op, 0 never; unset: where nsys started it",
+    "TOKFUSE_ISA": "x86-64 level of the CPU kernels: v2, v3 or v4; default: the best that the CPU supports",
+    "TOKFUSE_KEEP_MIB": "MiB of freed CPU memory cached for later calls; 0 disables the cache",
+    "TOKFUSE_CHECK": "1 also checks values on a GPU, which synchronises the device",
+    "TOKFUSE_NVTX": "1 pushes NVTX ranges around every op, 0 disables them; default: only under nsys",
     "OMP_NUM_THREADS": "CPU threads, shared with torch (torch.set_num_threads overrides it)",
     "OMP_WAIT_POLICY": "`passive` lets idle CPU threads sleep; set it on a shared machine",
-    "TOKFUSE_VERL_HEADS": "1 puts tokfuse in the place of verl's fused heads when verl is loaded",
+    "TOKFUSE_VERL_HEADS": "1 replaces verl's fused heads with tokfuse when verl is imported",
     "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, for tests; set it before the import",
-    "TOKFUSE_CUDA": "AUTO builds the CUDA kernels where nvcc is found, ON insists, OFF does not",
-    "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fall-back",
+    "TOKFUSE_CUDA": "AUTO builds the CUDA kernels if nvcc is found, ON requires them, OFF disables them",
+    "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fallback",
     "TOKFUSE_CMAKE_ARGS": "extra arguments for the CMake configure step",
     "MAX_JOBS": "parallel compile jobs of the native build",
-    "TOKFUSE_BENCH_FULL": "1 makes `pytest bench` take the published shapes",
+    "TOKFUSE_BENCH_FULL": "1 makes `pytest bench` use the published shapes",
 }
 
 SHORT_DTYPE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
@@ -48,7 +48,7 @@ SUPPORT_END = "<!-- /support -->"
 
 
 def import_ops() -> dict[str, str]:
-    """Import every module of `tokfuse.runtime.ops`, which registers the ops; failures by name."""
+    """Import every module of `tokfuse.runtime.ops`, which registers the ops. Return the errors by module name."""
     package = importlib.import_module("tokfuse.runtime.ops")
     failures = {}
     for module in pkgutil.iter_modules(package.__path__):
@@ -67,7 +67,7 @@ def _versions() -> dict[str, str | None]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    versions["torch"] = torch.__version__  # names the build, which the metadata of some builds does not
+    versions["torch"] = torch.__version__  # contains the build tag, which the metadata of some builds omits
     return versions
 
 
@@ -82,7 +82,7 @@ def _native() -> dict[str, Any]:
 
 
 def _openmp_runtimes() -> list[str]:
-    """Files of the OpenMP runtimes in this process; more than one means two thread pools."""
+    """Return the files of the OpenMP runtimes in this process. More than one means two thread pools."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -123,12 +123,12 @@ def _cuda() -> dict[str, Any]:
 
 
 def report() -> dict[str, Any]:
-    """Everything the doctor knows, as plain data.
+    """Return the full report as plain data.
 
     Returns:
-        Keys `versions`, `native`, `devices`, `threads`, `environment`, `failures` (modules of ops
-        that do not import) and `ops`; `ops` has one row per op and backend: op, backend, built,
-        usable, why, devices, dtypes, features.
+        A dict with the keys `versions`, `native`, `devices`, `threads`, `environment`, `failures`
+        (op modules that cannot be imported) and `ops`. `ops` has one row per op and backend: op,
+        backend, built, usable, why, devices, dtypes, features.
     """
     failures = import_ops()
     return {
@@ -143,7 +143,7 @@ def report() -> dict[str, Any]:
 
 
 def _aligned(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Left-aligned columns, two blanks apart; the last column is free."""
+    """Return rows with left-aligned columns, separated by two blanks."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
@@ -152,7 +152,7 @@ def _aligned(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
 
 
 def _default_backend(rows: Sequence[dict[str, Any]], device: str) -> str:
-    """The first usable backend, in dispatch order, that takes tensors of `device`."""
+    """Return the first usable backend, in dispatch order, that supports tensors on `device`."""
     for row in rows:
         if row["usable"] and ("*" in row["devices"] or device in row["devices"]):
             return str(row["backend"])
@@ -160,7 +160,7 @@ def _default_backend(rows: Sequence[dict[str, Any]], device: str) -> str:
 
 
 def _ops_section(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
-    """One line per op, one column per backend; the reasons are numbered below the table."""
+    """Return one line per op with one column per backend. Numbered reasons follow the table."""
     reasons: list[str] = []
     table = [["op", *dispatch.ORDER, f"{device} tensors run on"]]
     for op in sorted({row["op"] for row in rows}):
@@ -169,7 +169,7 @@ def _ops_section(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
         for row in of_op:
             if row["usable"]:
                 cells.append("yes")
-            elif not row["devices"]:  # no record at all
+            elif not row["devices"]:  # no capability record
                 cells.append("-")
             else:
                 if row["why"] not in reasons:
@@ -192,7 +192,7 @@ def _native_lines(info: dict[str, Any]) -> list[str]:
 
 
 def render(data: dict[str, Any]) -> str:
-    """The report as text for people."""
+    """Return the report as text."""
     present = [f"{name} {version}" for name, version in data["versions"].items() if version]
     absent = [name for name, version in data["versions"].items() if not version]
     lines = ["versions       " + ", ".join(present)]
@@ -212,12 +212,12 @@ def render(data: dict[str, Any]) -> str:
     ]
     lines += [*_aligned(settings), ""]
     lines += _ops_section(data["ops"], "cuda" if cuda["devices"] else "cpu")
-    lines += [f"  {name} does not import: {why}" for name, why in data["failures"].items()]
+    lines += [f"  {name} cannot be imported: {why}" for name, why in data["failures"].items()]
     return "\n".join(lines)
 
 
 def markdown() -> str:
-    """The support table of the README: per op and backend, the declared dtypes and options."""
+    """Return the support table of the README: the declared dtypes and options per op and backend."""
     import_ops()
     rows = dispatch.table()
     lines = ["| op | " + " | ".join(dispatch.ORDER) + " |", "| --- |" + " --- |" * len(dispatch.ORDER)]
@@ -236,27 +236,32 @@ def _markdown_cell(row: dict[str, Any]) -> str:
 
 
 def write_markdown(path: Path) -> None:
-    """Replace what stands between the two support marks of a file by `markdown()`."""
+    """Replace the text between the two support marks of a file by `markdown()`."""
     text = path.read_text()
     if text.count(SUPPORT_BEGIN) != 1 or text.count(SUPPORT_END) != 1:
-        raise ValueError(f"doctor: {path} must hold {SUPPORT_BEGIN!r} and {SUPPORT_END!r} once each.")
+        counts = f"{text.count(SUPPORT_BEGIN)} and {text.count(SUPPORT_END)}"
+        raise ValueError(
+            f"doctor: {path} must contain {SUPPORT_BEGIN!r} and {SUPPORT_END!r} once each; got {counts}. Add the marks."
+        )
     head, rest = text.split(SUPPORT_BEGIN)
     tail = rest.split(SUPPORT_END)[1]
     path.write_text(f"{head}{SUPPORT_BEGIN}\n{markdown()}\n{SUPPORT_END}{tail}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tokfuse doctor", description="What is installed, what is here, and what each op can run on."
+        prog="python -m tokfuse doctor",
+        description="Show installed versions, devices, and the backends that each op can use.",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="the whole report as JSON")
+    form.add_argument("--json", action="store_true", help="print the full report as JSON")
     form.add_argument(
         "--markdown",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="the support table; with FILE, written between its marks there",
+        help="print the support table, or write it between its marks in FILE",
     )
     options = parser.parse_args(argv)
     if options.markdown == "-":

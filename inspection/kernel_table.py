@@ -1,14 +1,14 @@
-"""The resources that the Triton kernels compile to, compared with a committed table.
+"""Resource table of the compiled Triton kernels, and its comparison with a committed table.
 
-Every compile case (`tokfuse.triton_kernels.compile_cases`) is cross-compiled for each architecture
-and disassembled with the tools that Triton bundles; no GPU is needed. Per kernel, dtype and
-architecture the table holds registers, spilled bytes, shared memory, and of the hot loop the widest
-load and the instructions per element: those of one pass through it, over the bytes that it loads
-divided by the bytes of an element.
+Every compile case (`tokfuse.triton_kernels.compile_cases`) is cross-compiled for each architecture and
+disassembled with the tools that Triton bundles. No GPU is needed. Per kernel, dtype and architecture the
+table contains registers, spilled bytes, shared memory, and the widest load and the instructions per element
+of the hot loop. Instructions per element are the instructions of one pass through the loop, divided by the
+number of elements that the pass loads.
 
-A row also names its source: a digest of all that decides it, the code of the kernel and of every
-device function that it reaches, arguments, options, this analysis and the version of Triton. Rows
-whose source stands in the committed table need no second compilation (`known`).
+A row also contains its source: a digest of everything that determines the row. These are the code of the
+kernel and of every device function that it calls, arguments, options, the analysis in this module and the
+version of Triton. Rows whose source is in the committed table need no new compilation (`known`).
 """
 
 import concurrent.futures
@@ -31,14 +31,14 @@ import torch
 
 from tokfuse.runtime.backends import triton_backend
 
-# Beside the kernels, so that an installed package can be checked too.
+# Stored in the folder of the kernels, so that an installed package can be checked too.
 TABLE = Path(__file__).resolve().parent.parent / "triton_kernels" / "resources.json"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
-# Other versions of the compiler allot a few registers and instructions more or less.
+# Tolerances of the comparison: other compiler versions use a few registers and instructions more or less.
 REGISTERS_SLACK = 8
 INSTRUCTIONS_SLACK = 0.02
-# Threads whose instruction an SM issues per clock, and those that its special-function units serve
-# (exponentials, reciprocals, logarithms): they bound what a kernel makes of the memory's bandwidth.
+# Thread instructions that an SM issues per clock, and those that its special-function units execute
+# (exponentials, reciprocals, logarithms). They limit the memory bandwidth that a kernel can use.
 ISSUED = 128
 SPECIAL = 16
 # (capability, SMs, GHz, TB/s); sustained clocks under load are lower than these boost clocks.
@@ -63,18 +63,19 @@ class Resources:
     shared_bytes: int
     threads: int
     load_bytes: int
-    """Width of the widest global load of the hot loop."""
+    """Width in bytes of the widest global load of the hot loop."""
     per_element: float
-    """Instructions per element of the hot loop, of one thread."""
+    """Instructions of one thread per element of the hot loop."""
     special_per_element: float
-    """Of these, those of the special-function units."""
+    """The part of these instructions that the special-function units execute."""
     traffic_bytes: int
-    """Bytes per element between memory and the chip; 0 where bandwidth is not predicted."""
+    """Bytes per element between memory and the chip; 0 if no bandwidth is predicted."""
     source: str
-    """Digest of what was compiled, by which compiler, and how it was read."""
+    """Digest of the compiled code, the compiler and the analysis."""
 
     @property
     def key(self) -> str:
+        """Name of the row in the table."""
         return row_key(self.case, self.kernel, self.dtype, self.capability)
 
 
@@ -83,10 +84,12 @@ def compile_all(
     wanted: Callable[[torch.dtype, int], bool] = lambda dtype, capability: True,
     known: Sequence[Resources] = (),
 ) -> list[Resources]:
-    """The resources of every case, or of those whose name starts with one of `names`.
+    """Return the resources of every case, or of the cases whose name starts with one of `names`.
 
-    `wanted` tells which dtypes are compiled for which architecture. Rows of `known` are taken over
-    where their source is what would be compiled now.
+    Args:
+        names: prefixes of case names. Empty: all cases.
+        wanted: function that tells whether a dtype is compiled for an architecture.
+        known: rows to reuse if their source is unchanged.
     """
     require_compiler()
     from tokfuse.triton_kernels import compile_cases
@@ -99,9 +102,9 @@ def compile_all(
         for capability in compile_cases.CAPABILITIES
         if wanted(dtype, capability)
     ]
-    # Recorded one after the other: recording replaces Triton's launch for the whole process.
+    # Recorded sequentially, because recording replaces Triton's launch function for the whole process.
     work = [(*job, launch) for job in jobs for launch in compile_cases.record(*job)]
-    # So are the kernels parsed (see _PARSING); the digests below find them parsed.
+    # Kernels are also parsed sequentially (see _PARSING). The digests below reuse the parsed code.
     for *_, launch in work:
         compile_cases.code_of(launch.kernel)
     old = {(row.key, row.source): row for row in known}
@@ -116,25 +119,25 @@ def compile_all(
 
 
 def require_compiler(command: str = "kernels") -> None:
-    """Leaves with one sentence where nothing can be compiled."""
+    """Exit with an error message if Triton cannot compile here."""
     if not triton_backend.installed():
         raise SystemExit(f"{command}: triton is not installed; pip install 'tokfuse[gpu]'.")
     if triton_backend.interpreting():
-        raise SystemExit(f"{command}: TRITON_INTERPRET is set, which leaves no compiler. Unset it.")
+        raise SystemExit(f"{command}: TRITON_INTERPRET is set, which disables the compiler. Unset it.")
 
 
 def row_key(case: str, kernel: str, dtype: str, capability: int) -> str:
-    """What a row of the table is found by."""
+    """Return the name of a row in the table."""
     return f"{case}:{kernel}:{dtype}:sm_{capability}"
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype without `torch.`."""
+    """Return the name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
 def source_of(case: Any, dtype: torch.dtype, capability: int, launch: Any) -> str:
-    """Digest of everything that decides a row."""
+    """Return the digest of everything that determines a row."""
     from tokfuse.triton_kernels import compile_cases
 
     facts = (
@@ -156,9 +159,8 @@ def _analysis() -> str:
     return "".join(inspect.getsource(function) for function in read)
 
 
-# CPython 3.11 counts the depth of ast.parse in one place for all threads (gh-106905): two that
-# parse at once fail with "AST constructor recursion depth mismatch". Triton parses in these two
-# methods.
+# CPython 3.11 counts the recursion depth of ast.parse globally for all threads (gh-106905). Two concurrent
+# calls fail with "AST constructor recursion depth mismatch". Triton parses in the two methods of Source.
 _PARSING = threading.RLock()
 
 
@@ -299,19 +301,19 @@ what they compile to; `tokfuse.load_tuned()` uses what was stored.
 
 
 def as_json(rows: Sequence[Resources]) -> str:
-    """The committed form: one line per row, so that a difference reads as one."""
+    """Return the committed form: one line per row, so that a diff is easy to read."""
     lines = [json.dumps(asdict(row)) for row in sorted(rows, key=lambda row: row.key)]
     version = json.dumps(importlib.metadata.version("triton"))
     return f'{{"triton": {version}, "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
 
 
 def committed() -> list[Resources]:
-    """The rows of the committed table."""
+    """Return the rows of the committed table."""
     return [Resources(**row) for row in json.loads(TABLE.read_text())["rows"]]
 
 
 def as_markdown(rows: Sequence[Resources]) -> str:
-    """The table for people: one line per kernel and dtype, a column per architecture."""
+    """Return the page: a table with one line per kernel and dtype, and one column per architecture."""
     capabilities = sorted({row.capability for row in rows})
     table: dict[tuple[str, str, str], dict[int, Resources]] = {}
     for row in rows:
@@ -326,7 +328,7 @@ def as_markdown(rows: Sequence[Resources]) -> str:
 
 
 def bandwidth_share(row: Resources, gpu: str) -> tuple[float, str]:
-    """(share, limit): the part of the memory's bandwidth that the hot loop can use, and why.
+    """Return (share, limit): the predicted share of the memory bandwidth that the hot loop can use, and its limit.
 
     The limit is "memory", "issue" (instruction slots) or "special" (special-function units).
     """
@@ -344,10 +346,10 @@ def _share(row: Resources, gpu: str) -> str:
 
 
 def _shares(table: dict[tuple[str, str, str], dict[int, Resources]]) -> Iterator[str]:
-    yield "Predicted share of the memory's bandwidth, from the instructions of the hot loop: an"
-    yield "upper bound, which ignores latency and clocks below boost. What limits it is issue"
-    yield "slots, or the special-function units (s), which take eight slots for an exponential or a"
-    yield "reciprocal."
+    yield "The table shows the predicted share of the memory bandwidth, from the instructions of the hot"
+    yield "loop. It is an upper bound, because it ignores latency and clocks below boost. The limit is the"
+    yield "number of issue slots, or the special-function units (s), which need eight slots for an"
+    yield "exponential or a reciprocal."
     yield ""
     yield "| case | dtype | " + " | ".join(GPUS) + " |"
     yield "| --- | --- |" + " --- |" * len(GPUS)
@@ -364,10 +366,10 @@ def _cell(row: Resources) -> str:
 
 
 def differences(now: Sequence[Resources], before: Sequence[Resources]) -> list[str]:
-    """One sentence for each kernel that is worse than the table, missing from it, or gone."""
+    """Return one sentence for each kernel that is worse than in the table, not in the table, or removed."""
     old, new = {row.key: row for row in before}, {row.key: row for row in now}
     found = [f"{key}: is not in the table" for key in sorted(new.keys() - old.keys())]
-    found += [f"{key}: is in the table and not compiled any more" for key in sorted(old.keys() - new.keys())]
+    found += [f"{key}: is in the table, but is no longer compiled" for key in sorted(old.keys() - new.keys())]
     for key in sorted(old.keys() & new.keys()):
         a, b = old[key], new[key]
         limits = {

@@ -1,4 +1,4 @@
-"""`python -m tokfuse kernels [--cuda]`: print, check or write the tables of compiled kernels."""
+"""`python -m tokfuse kernels [--cuda]`: print, check or write the resource tables of the compiled kernels."""
 
 import argparse
 import sys
@@ -8,19 +8,20 @@ from tokfuse.inspection import cuda_table, kernel_table, roofline
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tokfuse kernels",
-        description="Registers, spills and instructions per element of the kernels, no GPU.",
+        description="Show registers, spills and instructions per element of the kernels. No GPU is needed.",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--check", action="store_true", help="compile, compare with the table")
-    form.add_argument("--write", action="store_true", help="compile what changed, write the table")
-    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels of the native module")
-    parser.add_argument("cases", nargs="*", help="only cases whose name starts like one of these")
+    form.add_argument("--check", action="store_true", help="compile the kernels and compare them with the table")
+    form.add_argument("--write", action="store_true", help="compile the changed kernels and write the table")
+    parser.add_argument("--cuda", action="store_true", help="inspect the CUDA kernels of the native module")
+    parser.add_argument("cases", nargs="*", help="only cases whose name starts with one of these")
     options = parser.parse_args(argv)
     if options.cuda:
         if options.cases:
-            parser.error("--cuda reads the whole module; it takes no cases")
+            parser.error("--cuda reads the whole module and takes no cases; remove the cases")
         return _cuda(options.check, options.write)
     return _triton(options.cases, options.check, options.write)
 
@@ -41,7 +42,7 @@ def _triton(cases: Sequence[str], check: bool, write: bool) -> int:
         return 0
     before = [r for r in kernel_table.committed() if not cases or r.case.startswith(tuple(cases))]
     found = kernel_table.differences(rows, before)
-    print("\n".join(found) or "as in the table", file=sys.stderr)
+    print("\n".join(found) or "no difference from the table", file=sys.stderr)
     return 1 if found else 0
 
 

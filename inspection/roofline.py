@@ -1,10 +1,10 @@
-"""`docs/roofline.md`: what the CUDA kernels ask of a GPU, from the committed table. All predicted.
+"""`docs/roofline.md`: the predicted limits of the CUDA kernels on several GPUs, from the committed table.
 
     time per element = max(bytes / bandwidth, instructions / issue rate, exps / exp rate)
     predicted share of the bandwidth = (bytes / bandwidth) / time per element
 
-Per SM and clock: 4 warp instructions, that is 128 of a thread, and 16 exps. Clocks are boost
-clocks; latency is not in the formula: occupancy stands beside it.
+Per clock, an SM issues 4 warp instructions, that is 128 thread instructions, and computes 16 exps. Clocks
+are boost clocks. The formula ignores latency; the page lists the occupancy separately.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,24 @@ from tokfuse.inspection.cuda_table import ROW_KERNELS, Kernel
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
 
-ISSUE, EXPS = 128, 16  # of threads, per SM and clock
-REGISTERS, WARPS, SHARED = 65536, 64, 227 * 1024  # of an SM; A100: 163 KiB shared
-# A block of policy_step at 151,936 bfloat16 logits: slices of two rows in a cluster of four.
+ISSUE, EXPS = 128, 16  # thread instructions and exps per SM and clock
+REGISTERS, WARPS, SHARED = 65536, 64, 227 * 1024  # per SM; an A100 has only 163 KiB of shared memory
+# Dynamic shared memory of a policy_step block at 151,936 bfloat16 logits, in bytes. A cluster of four blocks
+# holds two rows.
 CLUSTER_SHARED = 152064
 
 
 class Gpu(NamedTuple):
-    """Boost clock and nominal bandwidth."""
+    """Data of one GPU."""
 
     arch: str
+    """Architecture without the prefix sm_."""
     processors: int
+    """Number of SMs."""
     gigahertz: float
+    """Boost clock, GHz."""
     terabytes: float
+    """Nominal memory bandwidth, TB/s."""
 
 
 GPUS = {
@@ -38,7 +43,7 @@ GPUS = {
 }
 
 DIVERGENCES = ("JSD", "forward KL", "reverse KL")
-# Kernels over packed vectors: bytes per token (or row) between memory and the chip, float32.
+# Kernels over packed float32 vectors -> (bytes between memory and the chip, their unit and a note).
 PACKED = {
     "policy_loss_kernel": (48, "token; 36 read, 12 written"),
     "policy_metrics_kernel": (36, "token"),
@@ -54,8 +59,8 @@ PACKED = {
 
 
 def share(kernel: Kernel, gpu: Gpu) -> float:
-    """The predicted share of the bandwidth."""
-    rate = gpu.processors * gpu.gigahertz / 1000  # tera clocks of all SMs
+    """Return the predicted share of the bandwidth."""
+    rate = gpu.processors * gpu.gigahertz / 1000  # clocks of all SMs, in 10^12 per second
     size = kernel.dtype[1]
     memory = ROW_KERNELS[kernel.base].traffic * size / gpu.terabytes
     issue = kernel.per_element / (ISSUE * rate)
@@ -64,7 +69,7 @@ def share(kernel: Kernel, gpu: Gpu) -> float:
 
 
 def occupancy(kernel: Kernel) -> float:
-    """Resident warps over the most there can be."""
+    """Return the occupancy: resident warps divided by the maximum number of warps."""
     warps = kernel.threads // 32
     registers = -(-kernel.registers // 8) * 8 * 32
     dynamic = CLUSTER_SHARED if kernel.base == "policy_step_cluster_kernel" else 0
@@ -73,7 +78,7 @@ def occupancy(kernel: Kernel) -> float:
 
 
 def as_markdown(kernels: Sequence[Kernel]) -> str:
-    """The page."""
+    """Return the page."""
     return "\n".join(_lines(kernels)) + "\n"
 
 
@@ -142,7 +147,7 @@ cost. Registers and occupancy on sm_90.
 
 
 def plain_rows(kernels: Sequence[Kernel]) -> Iterator[tuple[Kernel, str, Gpu]]:
-    """Plain instances by kernel, dtype and GPU; gradients in the dtype of the logits."""
+    """Return the kernels without options, by kernel, dtype and GPU. Gradients have the dtype of the logits."""
     for base in ROW_KERNELS:
         for dtype in ("bfloat16", "float32"):
             for name, gpu in GPUS.items():

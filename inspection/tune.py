@@ -1,10 +1,10 @@
-"""`python -m tokfuse tune`: launch records measured on a device, for those who ask for them.
+"""`python -m tokfuse tune`: offline tuning of the launch records of the Triton kernels on a device.
 
-Off by default and offline: no call of an op measures anything. For every kernel the candidates are
-the shipped record and the valid ones near it (`launch.candidates`; validity is that of every
-record, and what spills or does not fit is left out). They are timed on the kernel's compile case,
-the call whose compilation the committed table describes. The fastest is kept if it beats the
-shipped one by `MARGIN`. `load_tuned` reads the table that is written; nothing else does.
+A launch record contains the block sizes, warps and stages of a kernel. Tuning is off by default: no call of
+an op measures anything. For every kernel the candidates are the shipped record and the valid records near it
+(`launch.candidates`). Candidates that spill or exceed the shared memory are excluded. Each candidate is timed
+on the compile case of the kernel, which is also the case of the committed resource table. The fastest
+candidate is kept if it is faster than the shipped record by `MARGIN`. Only `load_tuned` reads the stored table.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from tokfuse.runtime.core.errors import refuse
 
 OP = "load_tuned"
 FORMAT = 1
-# A record that is not measurably faster is noise; the shipped one is known to be tested.
+# A smaller speedup may be noise, and the shipped record is the tested one.
 MARGIN = 0.02
 REPEATS = 20
-# More than the L2 cache of any device: written between two timed calls.
+# Larger than the L2 cache of any device. This buffer is written between two timed calls to flush the cache.
 FLUSH_BYTES = 256 << 20
-# Shared memory that one program may have, by capability; ptxas does not check it, a launch does.
+# Maximum shared memory of one program in bytes, by capability. ptxas does not check it, but a launch does.
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 Timer = Callable[[Callable[[], object]], float]
@@ -40,12 +40,12 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A launch record that could be used for a kernel.
+    """A launch record that can be tried for a kernel.
 
     Args:
         config: the LaunchConfig.
-        resources: of the kernels that it is compiled to.
-        refused: why it is not timed; "" where it is.
+        resources: resources of the kernels that are compiled with it.
+        refused: reason why it is not timed, or "" if it is timed.
     """
 
     config: Any
@@ -55,7 +55,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured for one kernel: seconds of each candidate, the shipped record first."""
+    """The measurement of one kernel: seconds of each candidate, the shipped record first."""
 
     kernel: str
     configs: tuple[Any, ...]
@@ -63,7 +63,7 @@ class Choice:
 
     @property
     def best(self) -> Any:
-        """The fastest, or the shipped record where no other is faster by `MARGIN`."""
+        """The fastest record, or the shipped record if no other is faster by `MARGIN`."""
         fastest = min(range(len(self.seconds)), key=self.seconds.__getitem__)
         worth_it = self.seconds[fastest] < self.seconds[0] * (1.0 - MARGIN)
         return self.configs[fastest if worth_it else 0]
@@ -71,9 +71,10 @@ class Choice:
 
 @functools.cache
 def problems() -> dict[str, tuple[Any, torch.dtype]]:
-    """kernel -> (compile case, dtype) that its records are timed on: the first that uses it.
+    """Return kernel -> (compile case, dtype) on which its records are timed.
 
-    A case named like the kernel comes before others; bfloat16 before other dtypes.
+    It is the first case that launches the kernel, but a case with the name of the kernel has priority. The
+    dtype is bfloat16 if the case supports it.
     """
     from tokfuse.triton_kernels import compile_cases, launch
 
@@ -90,9 +91,9 @@ def problems() -> dict[str, tuple[Any, torch.dtype]]:
 
 
 def admitted(kernel: str, capability: int) -> Iterator[Candidate]:
-    """The candidates of one kernel, compiled; the record in use first.
+    """Yield the compiled candidates of one kernel, the record in use first.
 
-    A record under which the launches of the case stay the same is not a candidate.
+    A record that does not change the launches of the case is not a candidate.
     """
     from tokfuse.triton_kernels import compile_cases, launch
 
@@ -119,12 +120,12 @@ def _refusal(rows: Sequence[kernel_table.Resources], capability: int) -> str:
         if row.spill_bytes:
             return f"{row.kernel} spills {row.spill_bytes} bytes"
         if row.shared_bytes > limit:
-            return f"{row.kernel} needs {row.shared_bytes} bytes of shared memory of {limit}"
+            return f"{row.kernel} needs {row.shared_bytes} bytes of shared memory, the limit is {limit}"
     return ""
 
 
 def measure(kernel: str, capability: int, timer: Timer, device: str = "cuda") -> Choice:
-    """Times the admitted candidates of one kernel with `timer`, on tensors of one shape."""
+    """Return the times of the admitted candidates of one kernel, measured with `timer` on tensors of one shape."""
     from tokfuse.triton_kernels import compile_cases, launch
 
     case, dtype = problems()[kernel]
@@ -140,15 +141,15 @@ def measure(kernel: str, capability: int, timer: Timer, device: str = "cuda") ->
 
 
 def cuda_timer(call: Callable[[], object]) -> float:
-    """Seconds of the kernels of one call, median of `REPEATS`, each launched with a cold L2 cache.
+    """Return the seconds of the kernels of one call: the median of `REPEATS` runs with a cold L2 cache.
 
-    A case makes its tensors anew, so events stand around its launches and not around the call.
+    A case creates its tensors in the call, so the CUDA events enclose the launches, not the call.
     """
     from tokfuse.triton_kernels import compile_cases
 
     scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     times: list[float] = []
-    for _ in range(REPEATS + 3):  # the first ones compile and warm up
+    for _ in range(REPEATS + 3):  # the first three runs compile and warm up
         with compile_cases.timed_launches(scratch.zero_) as events:
             call()
         torch.cuda.synchronize()
@@ -160,14 +161,14 @@ def cuda_timer(call: Callable[[], object]) -> float:
 
 
 def default_path(device: str) -> Path:
-    """Where the table of a device is kept: the user's cache, one file per device name."""
+    """Return the path of the table of a device: one file per device name in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return Path(cache) / "tokfuse" / "tuned" / f"{name}.json"
 
 
 def as_json(device: str, capability: int, choices: Sequence[Choice]) -> str:
-    """The table: the best record of each kernel, and the seconds that speak for it."""
+    """Return the table: the best record of each kernel, its seconds and those of the shipped record."""
     records = {
         choice.kernel: {
             **asdict(choice.best),
@@ -182,22 +183,21 @@ def as_json(device: str, capability: int, choices: Sequence[Choice]) -> str:
 
 
 def load_tuned(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Launch this device's Triton kernels with the records that `python -m tokfuse tune` stored.
+    """Use the launch records that `python -m tokfuse tune` stored for the Triton kernels of this device.
 
-    For this process, from the next launch on. Every record passes the check that shipped ones pass.
-    Which thread adds which elements follows from a record, so the last bits of results may change
-    once, here; they stay independent of the batch and the same in every run.
+    The records apply to this process, from the next launch on. Every record passes the same check as a
+    shipped one. A record determines which thread adds which elements. So this call may change the last bits
+    of results once. Results stay independent of the batch and equal in every run.
 
     Args:
-        path: a table. None: that of the current CUDA device in the user's cache.
+        path: a stored table. None: the table of the current CUDA device in the user's cache.
 
     Returns:
-        kernel -> its LaunchConfig.
+        A dict kernel -> LaunchConfig.
 
     Raises:
-        ValueError: no such table, one of another format or of another compute capability than the
-            current device, a kernel that does not exist, a record that no kernel can be compiled
-            with. Nothing is changed then.
+        ValueError: no table; a table of another format, or for another compute capability than the
+            current device; an unknown kernel; an invalid record. No record is changed in these cases.
     """
     from tokfuse.triton_kernels import compile_cases, launch
 
@@ -208,7 +208,7 @@ def load_tuned(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     except OSError:
         raise refuse(OP, "path", "a readable table", str(where), hint) from None
     except ValueError:
-        raise refuse(OP, "path", "a table in JSON", str(where), hint) from None
+        raise refuse(OP, "path", "a table in JSON format", str(where), hint) from None
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         found = table.get("format") if isinstance(table, dict) else table
         raise refuse(OP, "path", f"a table of format {FORMAT}", repr(found), hint)
@@ -221,7 +221,7 @@ def load_tuned(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
             f"{capability} ({table['device']})",
             hint,
         )
-    compile_cases.cases()  # imports every kernel file, which declares its records
+    compile_cases.cases()  # imports every kernel file, so that it declares its records
     records = {}
     for kernel, fields in table["records"].items():
         if kernel not in launch.DEFAULTS:
@@ -234,9 +234,9 @@ def load_tuned(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
 
 
 def _device() -> tuple[str, int]:
-    """(name, capability) of the current CUDA device."""
+    """Return (name, capability) of the current CUDA device."""
     if not torch.cuda.is_available():
-        raise refuse(OP, "path", "given where there is no CUDA device", None, "Name a table.")
+        raise refuse(OP, "path", "given if there is no CUDA device", None, "Pass the path of a table.")
     major, minor = torch.cuda.get_device_capability()
     return torch.cuda.get_device_name(), 10 * major + minor
 
@@ -264,14 +264,15 @@ def _dry_run(kernels: Sequence[str], capability: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tokfuse tune",
         description="Measure launch records of the Triton kernels on this device and store the"
-        " fastest; tokfuse.load_tuned() uses them.",
+        " fastest. tokfuse.load_tuned() uses them.",
     )
-    parser.add_argument("kernels", nargs="*", help="names of launch records; all where left out")
-    parser.add_argument("--output", type=Path, help="the table; default: in the user's cache")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be timed; no GPU")
+    parser.add_argument("kernels", nargs="*", help="names of launch records; default: all")
+    parser.add_argument("--output", type=Path, help="path of the table; default: in the user's cache")
+    parser.add_argument("--dry-run", action="store_true", help="list the candidates without timing; needs no GPU")
     parser.add_argument("--capability", type=int, help="architecture of a dry run; default: 90")
     options = parser.parse_args(argv)
     kernel_table.require_compiler("tune")
@@ -285,14 +286,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dry_run(kernels, options.capability or 90)
         return 0
     if options.capability is not None:
-        parser.error("--capability must be left out without --dry-run: it is the device's")
+        parser.error("--capability must be left out without --dry-run, which uses that of the device")
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --dry-run lists what would be timed on one")
+        parser.error("there is no CUDA device; use --dry-run to list the candidates")
     return tune(kernels, *_device(), options.output, cuda_timer)
 
 
 def tune(kernels: Sequence[str], device: str, capability: int, output: Path | None, timer: Timer) -> int:
-    """Measures, reports and stores; 0."""
+    """Measure the kernels, print the times, store the table, and return the exit status 0."""
     choices = []
     for kernel in kernels:
         choice = measure(kernel, capability, timer)

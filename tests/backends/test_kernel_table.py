@@ -196,4 +196,4 @@ def test_the_interpreter_is_refused():
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.strip() == ("kernels: TRITON_INTERPRET is set, which leaves no compiler. Unset it.")
+    assert done.stderr.strip() == ("kernels: TRITON_INTERPRET is set, which disables the compiler. Unset it.")

@@ -148,7 +148,7 @@ def test_a_table_that_is_missing_or_of_another_device_is_refused(monkeypatch, tm
     path = tmp_path / "table.json"
     path.write_text(json.dumps(GOOD | {"records": {}}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="path must be given where there is no CUDA device"):
+    with pytest.raises(ValueError, match="path must be given if there is no CUDA device"):
         tokfuse.load_tuned()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "_device", lambda: ("NVIDIA A100", 80))
@@ -187,7 +187,7 @@ def test_what_spills_or_does_not_fit_is_not_tried():
         (["no_such"], "kernels must be among .*got no_such"),
         (["--dry-run", "--output", "x"], "--output must be left out with --dry-run"),
         (["--capability", "90"], "--capability must be left out without --dry-run"),
-        (["whiten"], "there is no CUDA device; --dry-run lists"),
+        (["whiten"], "there is no CUDA device; use --dry-run to list"),
     ],
 )
 def test_the_command_refuses(arguments, message, monkeypatch, capsys):
