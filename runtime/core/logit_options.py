@@ -110,7 +110,7 @@ def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOp
 
 
 def check_options(op: str, tokens: int, device: torch.device, o: LogitOptions) -> None:
-    """Raise an error if temperature, softcap, logit_scale or mask is invalid."""
+    """Temperature, softcap, scale and mask."""
     rows = checks.Rows(tokens, "the tokens", device)
     if isinstance(o.temperature, torch.Tensor):
         checks.check_constant_vector(op, "temperature", o.temperature, rows)

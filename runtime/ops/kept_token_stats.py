@@ -104,16 +104,16 @@ def kept_token_stats(
 def _check_support(
     logits: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return kept_ids and kept_offsets as contiguous int64. Raise an error if they are invalid."""
+    """Both as contiguous int64."""
     tokens = logits.shape[0]
     check_vector(OP, "kept_ids", kept_ids, None, INTS)
     if kept_ids.device != logits.device:
         raise refuse(
             OP,
             "kept_ids",
-            f"on {logits.device}, like the logits",
+            f"on {logits.device}, where the logits are",
             str(kept_ids.device),
-            f"Call kept_ids.to({str(logits.device)!r}).",
+            "Move it with .to(device).",
         )
     rows = Rows(tokens + 1, "tokens + 1", logits.device)
     check_vector(OP, "kept_offsets", kept_offsets, rows, INTS)
@@ -125,11 +125,11 @@ def _check_support(
                 "kept_offsets",
                 f"a prefix sum from 0 to kept = {kept_ids.shape[0]}",
                 f"{first} to {last}",
-                "Pass the offsets of exactly these ids.",
+                "Pass exactly the ids it counts.",
             )
         if bool((kept_offsets[1:] < kept_offsets[:-1]).any()):
             raise refuse(
-                OP, "kept_offsets", "non-decreasing", "a decreasing pair", "Pass the prefix sum of the ids per row."
+                OP, "kept_offsets", "non-decreasing", "a decreasing pair", "Use the running sum of the support sizes."
             )
     return kept_ids.to(torch.int64).contiguous(), kept_offsets.to(torch.int64).contiguous()
 

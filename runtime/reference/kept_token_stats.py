@@ -61,7 +61,7 @@ def forward(
 
 
 def _row_of_each(ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Return the row of each kept id, (kept,)."""
+    """(kept,) the row that each kept id belongs to."""
     rows = torch.arange(offsets.shape[0] - 1, device=ids.device)
     return torch.repeat_interleave(rows, offsets.diff(), output_size=ids.shape[0])
 

@@ -19,7 +19,7 @@ def forward(
     logit_scale: float = 1.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the divergence, (tokens,); see `tokfuse.paired_divergence` for the contract."""
+    """(tokens,) divergence; see `tokfuse.paired_divergence` for the contract."""
     keep = torch.ones(logits_p.shape[0], dtype=torch.bool, device=logits_p.device)
     if mask is not None:  # before any arithmetic: 0 * NaN in a masked row would reach the gradient
         keep = mask
@@ -39,7 +39,7 @@ def forward(
     # Rows with result 0 or inf are replaced before the arithmetic: their gradient would be 0 * inf.
     flat = (zero | infinite).unsqueeze(-1)
     out = _divergence(_log_probs(torch.where(flat, 0.0, u_p)), _log_probs(torch.where(flat, 0.0, u_q)), kind, beta)
-    out = out + (-out.detach()).clamp_min(0.0)  # raises a value rounded below 0 to 0; keeps the gradient
+    out = out + (-out.detach()).clamp_min(0.0)  # rounding below 0; the gradient stays
     out = torch.where(infinite, float("inf"), torch.where(zero, 0.0, out))
     return out.to(result_dtype(logits_p.dtype))
 
@@ -54,7 +54,7 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float
         terms = q * (log_q - log_p)
     elif kind == "kl_reverse":
         terms = p * (log_p - log_q)
-    else:  # log(p / mix) = -log(1 - beta + beta q / p), exactly 0 if p = q
+    else:  # log(p / mix) = -log(1 - beta + beta q / p), exactly 0 where p = q
         ratio = (log_q - log_p).clamp(-FAR, FAR)
         p_over_mix = -torch.log1p(beta * torch.expm1(ratio))
         q_over_mix = -torch.log1p((1 - beta) * torch.expm1(-ratio))

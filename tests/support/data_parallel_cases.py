@@ -341,7 +341,7 @@ def case_dtensor_head_cut_over_the_vocabulary() -> None:
     call = {"gradients": "mean", "tensor_parallel": "pipe"}
     refused(lambda: D.head_weight(weight, **call), "a mesh dimension", "data, tensor")
     odd = distribute_tensor(full.lm_head.weight.detach(), mesh, [Replicate(), Shard(1)])
-    refused(lambda: D.head_weight(odd, gradients="mean"), "cut by rows")
+    refused(lambda: D.head_weight(odd, gradients="mean"), "sharded by rows")
     padded = D.vocab_shard(weight, "tensor", vocab_size=29)
     assert padded.vocab_size == 29 and padded.stop == min(shard.stop, 29)
 

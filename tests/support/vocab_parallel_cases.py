@@ -356,7 +356,7 @@ def case_refusals_are_the_same_on_every_rank() -> None:
     step = {"old_logp": torch.zeros(TOKENS), "advantage": torch.ones(TOKENS), "shard": shard}
     step |= {"objective": tokfuse.Objective(), "target": y}
     refused(lambda: D.policy_step(**step), "either logits= or hidden=")
-    refused(lambda: D.policy_step(logits=z, weight=w, **step), "belong to hidden=")
+    refused(lambda: D.policy_step(logits=z, weight=w, **step), "or pass hidden=")
     bad = step | {"old_logp": torch.zeros(3)}
     refused(lambda: D.policy_step(logits=z, **bad), "old_logp")
     if ranks() > 1:
