@@ -1,1 +1,1 @@
-"""Ops that start from hidden states: the lm_head in chunks of rows."""
+"""Ops that start from hidden states: the lm_head, computed in chunks of rows."""

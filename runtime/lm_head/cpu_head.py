@@ -1,13 +1,13 @@
-"""The lm_head in chunks: logits exist some rows at a time, in a buffer that is reused.
+"""The lm_head on the CPU, in chunks of rows. The logits of a chunk are in a buffer that is reused.
 
-Rows of one chunk go through the head's GEMM, a row kernel turns them into statistics or gradients
-in place, and gradient rows collect at the front of the buffer until it is full. Then the gradient
-GEMMs consume them. So dW (vocab x hidden) is read and written once per full buffer and not once per
-chunk, and rows without gradient enter no gradient GEMM.
+The GEMM of the head computes the logits of a chunk. A row kernel replaces them by statistics or gradients, in
+place. Gradient rows are collected at the front of the buffer until it is full; then the gradient GEMMs consume
+them. So dW (vocab x hidden) is read and written once per full buffer, not once per chunk, and rows without
+gradient do not enter a gradient GEMM.
 
-The first buffer costs no memory: it lies where dW will be (`dw_buffer`). Logits lie there in tiles
-of columns, and dW is written tile by tile from the last to the first, so that it overwrites only
-tiles already consumed.
+The first buffer needs no extra memory: it uses the memory of dW (`dw_buffer`). There the logits are stored in
+tiles of columns. dW is written tile by tile from the last to the first, so that it overwrites only tiles that
+have been consumed.
 """
 
 from collections.abc import Iterator
@@ -19,20 +19,20 @@ from tokfuse.runtime.backends import row_args
 from tokfuse.runtime.core import native
 from tokfuse.runtime.lm_head.problem import HeadProblem
 
-TILE_BYTES = 2 << 20  # float32 copy of a bfloat16 / float16 weight tile; stays in the L2 or L3 cache
+TILE_BYTES = 2 << 20  # size of the float32 copy of a 16-bit weight tile; it fits into the L2 or L3 cache
 
 
 def rows_in_budget(p: HeadProblem) -> int:
-    """Rows of logits, with their hidden states, that the budget holds."""
+    """Return the number of rows of logits, with their hidden states, that fit into the budget."""
     return max(1, p.memory_budget // (4 * (p.vocab + 2 * p.hidden.shape[1] + 16)))
 
 
 def workspace_rows(p: HeadProblem, rows: int) -> int:
-    """Rows of the workspace: what the budget holds, or equal parts where little would be left over.
+    """Return the number of rows of the workspace: the rows that fit, or equal parts if few rows would be left.
 
-    A product of many rows is faster per row, and one of a few still reads the whole weight: 512
-    rows at a budget of 341 took 4% longer as 256 + 256 than as 341 + 171 (best of 11 on a busy
-    machine). An eighth is left for what products and row kernels need besides (4 MiB there).
+    A GEMM of many rows is faster per row, and a GEMM of few rows still reads the whole weight. 512 rows with a
+    budget of 341 took 4% longer as 256 + 256 than as 341 + 171 (best of 11 on a busy machine). An eighth of
+    the budget is left for the other memory of GEMMs and row kernels (4 MiB there).
     """
     limit = rows_in_budget(p)
     parts = max(1, -(-rows // limit))
@@ -42,33 +42,33 @@ def workspace_rows(p: HeadProblem, rows: int) -> int:
 
 
 def needed_rows(p: HeadProblem) -> torch.Tensor | None:
-    """Token ids that need a forward, or None for all of them."""
+    """Return the indices of the tokens that need a forward, or None for all tokens."""
     mask = p.options.mask
     return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
 
 
 class LogitsBuffer:
-    """float32 logits (rows, vocab) in tiles of `tile` columns; one tile is the ordinary layout."""
+    """float32 logits (rows, vocab) in tiles of `tile` columns. A single tile is the row-major layout."""
 
     def __init__(self, storage: torch.Tensor, rows: int, vocab: int, tile: int) -> None:
         self.storage, self.rows, self.vocab, self.tile = storage, rows, vocab, tile
 
     @staticmethod
     def workspace(rows: int, vocab: int) -> "LogitsBuffer":
-        """A buffer of its own."""
+        """Return a buffer with its own memory, in one tile."""
         return LogitsBuffer(native.empty((rows * vocab,)), rows, vocab, vocab)
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(first column, end column, logits of rows [start, stop)) of every tile."""
+        """Yield (first column, end column, logits of rows [start, stop)) of every tile."""
         for k, begin in enumerate(range(0, self.vocab, self.tile)):
             end = min(begin + self.tile, self.vocab)
             whole = self.storage[k * self.rows * self.tile :][: self.rows * self.tile]
             yield begin, end, whole.view(self.rows, self.tile)[start:stop, : end - begin]
 
     def logits_args(self, p: HeadProblem, start: int, stop: int, index: torch.Tensor) -> Any:
-        """LogitsArgs of rows [start, stop); row start + i belongs to token index[i].
+        """Return the LogitsArgs of rows [start, stop). Row start + i belongs to token index[i].
 
-        Masked tokens never enter a buffer.
+        The mask is omitted, because masked tokens never enter a buffer.
         """
         tiled = self.tile < self.vocab
         return row_args.logits_args(
@@ -83,26 +83,26 @@ class LogitsBuffer:
         )
 
     def grad_rows(self, start: int, stop: int, grad_tokens: torch.Tensor | None = None) -> Any:
-        """GradRows that overwrite the logits of rows [start, stop)."""
+        """Return GradRows that overwrite the logits of rows [start, stop)."""
         return row_args.grad_rows(native.loaded(), self.first_tile(start, stop), grad_tokens)
 
     def first_tile(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the first tile; of everything if it is the only one."""
+        """Return rows [start, stop) of the first tile. A single tile contains all columns."""
         return self.storage[: self.rows * self.tile].view(self.rows, self.tile)[start:stop]
 
 
-# Columns of a tile in dw_buffer: whole row-kernel blocks, and wide enough for the GEMM (at 2048 the
-# products of 128 rows take 5% longer). Of R rows only the first R / (hidden - R) tiles reach into
-# dW's own tile and are copied before it is written.
+# Columns of a tile in dw_buffer: a multiple of the row kernels' blocks, and wide enough for the GEMM (with 2048
+# columns the GEMMs of 128 rows take 5% longer). With R rows, only the first R / (hidden - R) tiles overlap the
+# tile of dW that is written from them. These are copied first.
 DW_TILE = 4096
 
 
 def dw_buffer(weight_gradient: torch.Tensor, rows: int, at_least: int) -> LogitsBuffer | None:
-    """A buffer for up to `rows` logits in the memory of an unwritten float32 dW (vocab, hidden).
+    """Return a buffer for up to `rows` rows of logits in the memory of an uninitialised float32 dW (vocab, hidden).
 
-    At most `hidden` rows: then tile k starts before dW's own tile k ends and after tile k - 1 of
-    the logits, so writing dW from the last tile down spares every tile not yet consumed. None where
-    fewer than `at_least` rows fit.
+    It has at most `hidden` rows. Then tile k of the logits starts before tile k of dW ends, and after tile
+    k - 1 of the logits. So writing dW from the last tile to the first overwrites no tile that is still needed.
+    Return None if fewer than `at_least` rows fit.
     """
     vocab, hidden = weight_gradient.shape
     tiles = -(-vocab // DW_TILE)
@@ -113,7 +113,7 @@ def dw_buffer(weight_gradient: torch.Tensor, rows: int, at_least: int) -> Logits
 
 
 class Head:
-    """GEMMs of the lm_head in float32, whatever the dtype of its tensors."""
+    """The GEMMs of the lm_head, in float32 for every dtype of its tensors."""
 
     def __init__(self, p: HeadProblem) -> None:
         self.problem = p
@@ -125,15 +125,15 @@ class Head:
             self.tile = torch.empty(tile, self.weight.shape[1])
 
     def rows_of_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the tokens, in float32."""
+        """Return the hidden states of the tokens, in float32."""
         if tokens.shape[0] == self.problem.tokens and self.hidden.dtype == torch.float32:
             first, last = int(tokens[0]), int(tokens[-1])
             if first == 0 and last == tokens.shape[0] - 1 and bool((tokens.diff() == 1).all()):
-                return self.hidden  # every token in order: nothing to gather
+                return self.hidden  # all tokens in order need no gather
         return self.hidden[tokens].float()
 
     def _weight_tiles(self, begin: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """float32 weight rows [begin, end), in cache-sized copies for 16-bit heads."""
+        """Yield the weight rows [begin, end) in float32. For 16-bit heads they are cache-sized copies."""
         if self.weight.dtype == torch.float32:
             yield begin, end, self.weight[begin:end]
             return
@@ -144,7 +144,7 @@ class Head:
             yield first, last, tile
 
     def logits(self, hidden: torch.Tensor, buffer: LogitsBuffer, start: int) -> None:
-        """Rows from `start` of the buffer = hidden @ weight.T + bias."""
+        """Write hidden @ weight.T + bias to the buffer, from row `start` on."""
         for begin, end, out in buffer.tiles(start, start + hidden.shape[0]):
             for first, last, weight in self._weight_tiles(begin, end):
                 torch.mm(hidden, weight.t(), out=out[:, first - begin : last - begin])
@@ -152,7 +152,7 @@ class Head:
                 out += self.bias[begin:end]
 
     def grad_hidden(self, buffer: LogitsBuffer, rows: int) -> torch.Tensor:
-        """(rows, hidden) = gradient rows @ weight; out= keeps autocast from rounding it."""
+        """Return gradient rows @ weight, (rows, hidden)."""
         out = torch.empty(rows, self.weight.shape[1])
         written = False
         for begin, end, dz in buffer.tiles(0, rows):
@@ -161,13 +161,13 @@ class Head:
                 if written:
                     out.addmm_(part, weight)
                 else:
-                    torch.mm(part, weight, out=out)
+                    torch.mm(part, weight, out=out)  # with out=, autocast does not round the operands
                 written = True
         return out
 
 
 class HeadGradients:
-    """Gradients of hidden, weight and bias where asked for; dW accumulated in float32."""
+    """The requested gradients of hidden, weight and bias. dW accumulates in float32."""
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
         p = head.problem
@@ -180,7 +180,7 @@ class HeadGradients:
         self._weight_written = False
 
     def add(self, buffer: LogitsBuffer, tokens: torch.Tensor) -> None:
-        """Consume the first len(tokens) gradient rows of the buffer."""
+        """Add the first len(tokens) gradient rows of the buffer to the gradients."""
         rows = tokens.shape[0]
         if rows == 0:
             return
@@ -210,7 +210,7 @@ class HeadGradients:
         self._weight_written = True
 
     def finish(self) -> list[torch.Tensor | None]:
-        """[grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
+        """Return [grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
         if self.weight is not None and not self._weight_written:
             self.weight.zero_()
         dtype = self.head.problem.weight.dtype
@@ -220,7 +220,7 @@ class HeadGradients:
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True when the memory that two tensors span has a byte in common."""
+    """Return True if the memory ranges of two tensors overlap."""
     spans = []
     for x in (a, b):
         last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -229,7 +229,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class GradientPool:
-    """A buffer whose front collects gradient rows; the next chunk's logits follow them."""
+    """A buffer that collects gradient rows at its front. The logits of the next chunk follow them."""
 
     def __init__(self, buffer: LogitsBuffer, gradients: HeadGradients) -> None:
         self.buffer, self.gradients = buffer, gradients
@@ -237,11 +237,11 @@ class GradientPool:
         self.used = 0
 
     def free(self) -> int:
-        """Rows free for the next chunk; 0 when too few are left to be worth a GEMM."""
+        """Return the number of free rows for the next chunk, or 0 if they are too few for an efficient GEMM."""
         free = self.buffer.rows - self.used
         return free if free >= max(1, self.buffer.rows // 4) else 0
 
     def flush(self) -> None:
-        """Run the gradient GEMMs on what has collected."""
+        """Run the gradient GEMMs on the collected rows, and empty the pool."""
         self.gradients.add(self.buffer, self.tokens[: self.used])
         self.used = 0

@@ -1,4 +1,4 @@
-"""The ops from hidden states on the CPU: torch's GEMMs around the native row kernels."""
+"""The ops from hidden states on the CPU: GEMMs of torch around the native row kernels."""
 
 import functools
 
@@ -29,7 +29,7 @@ from tokfuse.runtime.policy.objective import Objective
 
 
 def _row_index(p: HeadProblem) -> torch.Tensor:
-    """Token ids of the rows to compute, (rows,) int64."""
+    """Return the indices of the tokens to compute, (rows,) int64."""
     index = needed_rows(p)
     return torch.arange(p.tokens) if index is None else index
 
@@ -37,7 +37,7 @@ def _row_index(p: HeadProblem) -> torch.Tensor:
 def _stats_of_buffer(
     buffer: LogitsBuffer, p: HeadProblem, chunk: torch.Tensor, out: list[torch.Tensor] | tuple[torch.Tensor, ...]
 ) -> None:
-    """The statistics of the logits in the buffer, into rows `chunk` of the seven outputs."""
+    """Write the statistics of the logits in the buffer to rows `chunk` of the seven outputs."""
     module = native.loaded()
     module.token_stats_fwd(
         buffer.logits_args(p, 0, chunk.shape[0], chunk), row_args.token_stats_out(module, RowStats.of(out))
@@ -55,7 +55,7 @@ def _gradient_over_buffer(
     grad_logp: torch.Tensor,
     grad_entropy: torch.Tensor | None,
 ) -> None:
-    """The gradient of the logits in the buffer, which it overwrites; all vectors are (tokens,)."""
+    """Overwrite the logits in the buffer with their gradient. All vectors are (tokens,)."""
     module, rows = native.loaded(), chunk.shape[0]
     module.token_stats_bwd(
         buffer.logits_args(p, 0, rows, chunk),
@@ -73,7 +73,7 @@ def _gradient_over_buffer(
 
 
 def linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32, 0 where masked."""
+    """Return (logp, entropy, lse, sum_sq, top1, row_max, inv_sum), (tokens,) float32 each, 0 in masked rows."""
     check_targets("linear_token_stats", p)
     index = _row_index(p)
     make = torch.empty if index.shape[0] == p.tokens else torch.zeros
@@ -98,7 +98,7 @@ def linear_bwd(
     grad_entropy: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> list[torch.Tensor | None]:
-    """[grad_hidden, grad_weight, grad_bias]; rows without incoming gradient are not recomputed."""
+    """Return [grad_hidden, grad_weight, grad_bias]. Rows without incoming gradient are not recomputed."""
     ga = torch.zeros(p.tokens) if grad_logp is None else grad_logp.float().contiguous()
     gh = None if grad_entropy is None else grad_entropy.float().contiguous()
     active = ga != 0 if gh is None else (ga != 0) | (gh != 0)
@@ -120,7 +120,7 @@ def linear_bwd(
 
 
 def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
-    """Gradients in the forward if the level is "token", else statistics first."""
+    """Run the step on the CPU. Level "token" computes gradients in one pass, other levels need statistics first."""
     check_targets("policy_step", p)
     with torch.no_grad():
         if objective.level == "token":
@@ -133,13 +133,13 @@ def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
 
 
 def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
-    """Gradients in the forward: 2MHV for the logits, 4MHV for the rows that carry gradient."""
+    """Compute gradients in one pass: 2MHV FLOPs for the logits, 4MHV for the rows with a gradient."""
     module = native.loaded()
     index = _row_index(p)
     stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
     out = ObjectiveOut.empty(p.tokens)
     for x in (out.token_loss, out.d_logp, out.d_entropy):
-        x.zero_()  # masked rows enter no chunk
+        x.zero_()  # no chunk contains masked rows
     objective_args = cpu_policy.objective_args(stats[0], stats[1], inputs, objective, inv_normalizer, out)
     stats_out = row_args.token_stats_out(module, RowStats.of(stats))
     head = Head(p)
@@ -156,11 +156,11 @@ def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
             grad=buffer.grad_rows(start, stop, grad_tokens),
             phases=which,
         )
-        assert code < 0  # targets were checked before the first GEMM
+        assert code < 0  # >= 0 is a bad row; targets were checked before the first GEMM
         return -1 - code
 
     def fill(pool: GradientPool, tokens: torch.Tensor) -> int:
-        """Take tokens into the pool until it is full, run its GEMMs; returns how many it took."""
+        """Add tokens to the pool until it is full, run its GEMMs, and return the number of added tokens."""
         done = 0
         while done < tokens.shape[0] and pool.free() > 0:
             chunk = tokens[done : done + pool.free()]
@@ -191,7 +191,7 @@ def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
 
 
 def unit_step(p: HeadProblem, units: Units, loss: Loss) -> UnitTerms:
-    """A loss over units; rows without gradient enter no gradient GEMM. A `UnitsRun`."""
+    """Compute a loss over units (a `UnitsRun`). Rows without gradient do not enter the gradient GEMMs."""
     check_targets("unit_step", p)
     with torch.no_grad():
         work = _UnitsWork(p, units)
@@ -202,7 +202,7 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss) -> UnitTerms:
 
 
 class _UnitsWork:
-    """One call's buffers."""
+    """The buffers of one call of `unit_step`."""
 
     def __init__(self, p: HeadProblem, units: Units) -> None:
         self.problem, self.units = p, units
@@ -216,10 +216,11 @@ class _UnitsWork:
         self.read_twice = 0
 
     def logits(self, tokens: torch.Tensor) -> None:
+        """Write the logits of the tokens to the buffer."""
         self.head.logits(self.head.rows_of_hidden(tokens), self.buffer, 0)
 
     def group(self, first: int, last: int, loss: Loss) -> torch.Tensor:
-        """Loss of units [first, last); their gradients are added to the sums."""
+        """Return the loss of units [first, last), and add their gradients to `gradients`."""
         tokens = self.units.order[self.units.border[first] : self.units.border[last]]
         fits = tokens.shape[0] <= self.rows
         for chunk in tokens.split(self.rows):
@@ -246,7 +247,7 @@ class _UnitsWork:
         _gradient_over_buffer(self.buffer, self.problem, tokens, row_max, inv_sum, logp, entropy, c, None)
 
     def _compact(self, live: torch.Tensor) -> None:
-        """Rows without gradient leave the buffer: they need no gradient GEMM."""
+        """Remove rows without gradient from the buffer, because they need no gradient GEMM."""
         if bool(live.all()):
             return
         rows = self.buffer.storage[: self.rows * self.problem.vocab].view(self.rows, -1)

@@ -1,24 +1,23 @@
-"""The lm_head in chunks on an accelerator: torch's GEMMs around row kernels, CUDA's or Triton's.
+"""The lm_head on a GPU, in chunks of rows: GEMMs of torch around the row kernels of CUDA or Triton.
 
-As runtime/lm_head/cpu_head.py does on the CPU, logits exist some rows at a time: GEMM, row kernel,
-gradient GEMMs. Logits are float32. Their gradient overwrites them for a float32 head; for a 16-bit
-head it is rounded once to the head's dtype, in another buffer, because tensor cores take no mixed
-operands; products accumulate in float32 and dW is a float32 sum over the chunks.
+The logits of a chunk are in a buffer that is reused, as in runtime/lm_head/cpu_head.py. Logits are float32. For
+a float32 head the gradient overwrites them. For a 16-bit head the gradient is rounded once to the dtype of the
+head and stored in another buffer, because tensor cores do not support mixed operands. GEMMs accumulate in
+float32, and dW is a float32 sum over the chunks.
 
-A chunk is one GEMM and one row kernel for statistics, and one GEMM more for each of grad_hidden and
-grad_weight; its workspace is 4 bytes per logit, 6 for a 16-bit head.
+A chunk needs one GEMM and one row kernel for statistics, and one GEMM each for grad_hidden and grad_weight. Its
+workspace is 4 bytes per logit, 6 for a 16-bit head.
 
-Row classes. On the CPU the rows that turn out to carry gradient are collected as they appear; here
-that would make the host wait for every chunk. So rows are sorted by class on the device, before the
-first GEMM, and the host reads the sizes of the classes, 16 bytes: the one synchronisation of a
-call. Under CUDA-graph capture nothing can be read: all rows are computed, and those of the lower
-classes contribute exact zeros.
+Row classes. The CPU collects rows with a gradient as it finds them. On a GPU this would synchronise the host
+once per chunk. Instead, rows are sorted by class on the device before the first GEMM. The host then reads the
+sizes of the classes, 16 bytes. This is the only synchronisation of a call. Under CUDA-graph capture the host
+cannot read anything: all rows are computed, and rows of the lower classes contribute exact zeros.
 
-What the clip stops is known only after a chunk's row kernel, and the size of a GEMM of torch's is
-an argument of its launch. By default such rows enter with exact zeros. With `compact_clipped` the
-two gradient GEMMs of the first class are kernels of ours (triton_kernels/head_gradient.py) that
-find the live rows, and how many they are, in device memory: no wait, and a CUDA graph holds them.
-They are no faster than cuBLAS per row, so it is the caller's to say that many rows are clipped.
+Clipped rows. Only the row kernel of a chunk finds which rows the clip stops, but the size of a torch GEMM is an
+argument of its launch. By default such rows enter with exact zeros. With `compact_clipped` the two gradient
+GEMMs of the first class are Triton kernels (triton_kernels/head_gradient.py). They read the live rows and their
+number from device memory, so they need no synchronisation and can be captured in a CUDA graph. Per row they are
+not faster than cuBLAS. Therefore the caller decides whether enough rows are clipped.
 """
 
 from collections.abc import Iterator
@@ -36,37 +35,44 @@ _live_grad_weight = triton_backend.launcher("head_gradient", "grad_weight")
 
 
 def check_compact(op: str, p: HeadProblem) -> None:
-    """Refuse `compact_clipped` where its kernels cannot run."""
+    """Raise ValueError if `compact_clipped` is True and its Triton kernels cannot run."""
     reason = triton_backend.why_unusable() if p.compact_clipped else None
     if reason is not None:
         raise refuse(
             op,
             "compact_clipped",
-            "False where Triton kernels cannot run",
+            "False if Triton kernels cannot run",
             reason,
-            "Leave it out: clipped rows enter with zeros.",
+            "Omit it: clipped rows then enter the GEMMs as zeros.",
         )
 
 
 class RowClasses(NamedTuple):
-    """Tokens in the order of their class, each class in token order."""
+    """Tokens sorted by class, in token order inside a class."""
 
     order: torch.Tensor
-    """(tokens,) int64: those with gradient, then those with statistics only, then the rest."""
+    """(tokens,) int64: tokens with a gradient, then tokens with statistics only, then the rest."""
     gradient: int
+    """Number of tokens in the first class."""
     forward: int
-    """Tokens of the first class, and of the first two."""
+    """Number of tokens in the first two classes."""
     keep: torch.Tensor | None
-    """(tokens,) bool where rows outside the two classes are computed too (capture), else None."""
+    """(tokens,) bool, True for the first two classes, if all rows are computed (graph capture). Else None."""
 
 
 def capturing(x: torch.Tensor) -> bool:
-    """True while a CUDA graph is recorded: no value can reach the host."""
+    """Return True during the capture of a CUDA graph, when the host cannot read values."""
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def classify(p: HeadProblem, needed: torch.Tensor | None, gradient: torch.Tensor | None) -> RowClasses:
-    """Rows by class; None: every row, and every needed row. Reads two numbers from the device."""
+    """Return the row classes. Reads two numbers from the device.
+
+    Args:
+        p: the head and its inputs.
+        needed: (tokens,) bool, rows that need statistics. None: every row.
+        gradient: (tokens,) bool, rows that may have a gradient. None: every needed row.
+    """
     tokens, device = p.tokens, p.hidden.device
     if needed is None and gradient is None:
         return RowClasses(torch.arange(tokens, device=device), tokens, tokens, None)
@@ -82,8 +88,8 @@ def classify(p: HeadProblem, needed: torch.Tensor | None, gradient: torch.Tensor
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
-    """out (float32) = or += a @ b. With out= autocast does not round the operands."""
-    if a.dtype == out.dtype or out.device.type == "cpu":  # the CPU has no mixed product
+    """Compute out = a @ b or out += a @ b in float32. With out=, autocast does not round the operands."""
+    if a.dtype == out.dtype or out.device.type == "cpu":  # the CPU has no GEMM of mixed dtypes
         a, b = a.to(out.dtype), b.to(out.dtype)
         if accumulate:
             out.addmm_(a, b)
@@ -96,31 +102,31 @@ def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: boo
 
 
 class DeviceHead:
-    """Chunks of logits, and the gradients that are made of theirs."""
+    """The chunks of logits of a head, and the sums of their gradients."""
 
     def __init__(self, p: HeadProblem, needs: tuple[bool, bool, bool], rows: RowClasses) -> None:
         self.problem, self.rows = p, rows
         self.hidden, self.weight = p.hidden.detach(), p.weight.detach()
         self.bias = None if p.bias is None else p.bias.detach().float()
         device = p.hidden.device
-        # On the CPU, where the interpreter runs, a 16-bit GEMM is a hundred times slower.
+        # On the CPU, where the Triton interpreter runs, a 16-bit GEMM is 100 times slower than a float32 one.
         self.mixed = p.hidden.dtype != torch.float32 and device.type != "cpu"
         self.grad_hidden: torch.Tensor | None = None
-        if needs[0]:  # rows of unit stride, whatever the strides of hidden
+        if needs[0]:  # new_zeros gives rows of unit stride for all strides of hidden
             self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
         self.grad_weight: torch.Tensor | None = None
         if needs[1]:
             self.grad_weight = torch.empty(p.weight.shape, dtype=torch.float32, device=device)
         self.grad_bias = torch.zeros(p.vocab, device=device) if needs[2] else None
         self._weight_written = False
-        # Rows begin on whole vectors, so that a row's sums do not depend on its place.
+        # Rows start at multiples of a vector, so that the sums of a row do not depend on its position.
         self._stride = -(-p.vocab // 16) * 16
         self._logits: torch.Tensor | None = None
         self._dz: torch.Tensor | None = None
-        self._live_weight: torch.Tensor | None = None  # of dz's dtype (the CPU's is float32)
+        self._live_weight: torch.Tensor | None = None  # in the dtype of dz, which is float32 on the CPU
 
     def rows_in_budget(self) -> int:
-        """Rows of logits, their gradient and hidden states that the workspace holds."""
+        """Return the number of rows of logits, gradients and hidden states that fit into the workspace."""
         p = self.problem
         wide, narrow = 4, 2 if self.mixed else 4
         buffers = wide + (narrow if self.mixed else 0)
@@ -128,13 +134,13 @@ class DeviceHead:
         return max(1, p.memory_budget // per_row)
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(tokens, hidden states) of rows [start, stop) of the order, what the budget holds."""
+        """Yield (tokens, hidden states) of rows [start, stop) of the order, in chunks that fit into the budget."""
         parts = max(1, -(-(stop - start) // self.rows_in_budget()))
         size = max(1, -(-(stop - start) // parts))
         for begin in range(start, stop, size):
             index = self.rows.order[begin : min(begin + size, stop)]
             h = self.hidden[index]
-            if self.rows.keep is not None:  # a masked row may hold NaN, and 0 * NaN is one
+            if self.rows.keep is not None:  # a masked row may contain NaN, and 0 * NaN is NaN
                 h = torch.where(self.rows.keep[index, None], h, 0.0)
             yield index, h
 
@@ -144,7 +150,7 @@ class DeviceHead:
         return kept
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
-        """(rows, vocab) float32 logits of hidden states, in a buffer that the next call reuses."""
+        """Return the float32 logits (rows, vocab) of hidden states, in a buffer that the next call reuses."""
         self._logits = self._buffer(self._logits, h.shape[0], torch.float32)
         out = self._logits[: h.shape[0], : self.problem.vocab]
         _matmul(h, self.weight.t(), out)
@@ -153,14 +159,14 @@ class DeviceHead:
         return out
 
     def gradient_like(self, logits: torch.Tensor) -> torch.Tensor:
-        """Where a row kernel writes the gradient of `logits`: over them, or in 16 bits beside."""
+        """Return the tensor for the gradient of `logits`: `logits` itself, or a 16-bit buffer for a 16-bit head."""
         if not self.mixed:
             return logits
         self._dz = self._buffer(self._dz, logits.shape[0], self.hidden.dtype)
         return self._dz[: logits.shape[0], : self.problem.vocab]
 
     def add(self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor) -> None:
-        """Consume the gradient rows of tokens `index`."""
+        """Add the gradient rows of tokens `index` to the gradients."""
         self._add_small(index, dz)
         if self.grad_hidden is not None:
             out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
@@ -178,7 +184,7 @@ class DeviceHead:
             norms[index] = torch.linalg.vector_norm(dz, dim=1, dtype=torch.float32)
 
     def add_live(self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, live: torch.Tensor) -> None:
-        """`add` whose GEMMs skip the rows that are not `live`, which hold zeros; never waits."""
+        """Do the same as `add`, but skip rows that are not `live`, which are zeros. Needs no synchronisation."""
         self._add_small(index, dz)
         rows, count = _live_first(live)
         if self.grad_hidden is not None:
@@ -191,7 +197,7 @@ class DeviceHead:
             self._weight_written = True
 
     def finish(self) -> list[torch.Tensor | None]:
-        """[grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
+        """Return [grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
         if self.grad_weight is not None and not self._weight_written:
             self.grad_weight.zero_()
         dtype = self.problem.weight.dtype

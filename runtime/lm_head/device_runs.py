@@ -1,4 +1,4 @@
-"""The ops from hidden states on a device: torch's GEMMs around the row kernels of CUDA or Triton."""
+"""The ops from hidden states on a GPU: GEMMs of torch around the row kernels of CUDA or Triton."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _linear_fused = triton_backend.launcher("linear_token_stats", "linear_token_stat
 
 
 def _rows_of_options(p: HeadProblem, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(target, options without mask) of some tokens, for the row kernels."""
+    """Return (target, options without mask) of the tokens `index`, for the row kernels."""
     o = p.options
     t = o.temperature[index] if isinstance(o.temperature, torch.Tensor) else o.temperature
     options = {"temperature": t, "softcap": o.softcap, "logit_scale": o.logit_scale, "mask": None}
@@ -32,14 +32,18 @@ def _rows_of_options(p: HeadProblem, index: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def cuda_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32, 0 where masked."""
+    """Return (logp, entropy, lse, sum_sq, top1, row_max, inv_sum), (tokens,) float32 each, 0 in masked rows."""
     if may_read(p.target):
         check_targets("linear_token_stats", p)
     return _forward_in_chunks(p, cuda_rows.TOKEN_STATS)
 
 
 def triton_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    """16-bit heads: logits never leave the registers. float32: chunks of torch's GEMM."""
+    """Return the same as `cuda_linear_fwd`.
+
+    For a 16-bit head one kernel computes logits and statistics, so logits never leave the registers. A
+    float32 head uses torch GEMMs in chunks.
+    """
     if may_read(p.target):
         check_targets("linear_token_stats", p)
     o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
@@ -64,10 +68,10 @@ def triton_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
 
 
 def _forward_in_chunks(p: HeadProblem, kernels: Kernels) -> tuple[torch.Tensor, ...]:
-    """Chunks of torch's GEMM and the row kernel: 1 and 1 launches each."""
+    """Compute the statistics in chunks. Each chunk is one torch GEMM and one launch of the row kernel."""
     rows = device_head.classify(p, p.options.mask, None)
     head = DeviceHead(p, (False, False, False), rows)
-    # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
+    # Seven tensors, not rows of one tensor: results of an op in a compiled graph must not share storage.
     out = [torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device) for _ in range(7)]
     with torch.no_grad():
         for index, h in head.chunks(0, rows.forward):
@@ -92,7 +96,7 @@ def _gradient_of_rows(
     grad_logp: torch.Tensor,
     grad_entropy: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of a chunk's logits; the statistics are (tokens,)."""
+    """Return the gradient of the logits of a chunk. The statistics are (tokens,)."""
     assert kernels.backward is not None
     target, options = _rows_of_options(head.problem, index)
     vectors = (x[index] for x in (row_max, inv_sum, logp, entropy, grad_logp, grad_entropy))
@@ -110,7 +114,7 @@ def _linear_bwd(
     grad_entropy: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> list[torch.Tensor | None]:
-    """As on the CPU: rows without incoming gradient are not recomputed."""
+    """Return [grad_hidden, grad_weight, grad_bias]. Rows without incoming gradient are not recomputed."""
     ga = torch.zeros_like(entropy) if grad_logp is None else grad_logp.float()
     gh = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy.float()
     if p.options.mask is not None:
@@ -120,7 +124,7 @@ def _linear_bwd(
     with torch.no_grad():
         for index, h in head.chunks(0, rows.gradient):
             dz = _gradient_of_rows(kernels, head, index, head.logits(h), row_max, inv_sum, logp, entropy, ga, gh)
-            if p.compact_clipped and rows.keep is not None:  # else only live rows are here
+            if p.compact_clipped and rows.keep is not None:  # without `keep`, chunks contain only live rows
                 head.add_live(index, h, dz, rows.keep[index])
             else:
                 head.add(index, h, dz)
@@ -131,7 +135,7 @@ def _linear_bwd(
 
 
 class StepKernels(NamedTuple):
-    """The differences between the two device backends."""
+    """The parts of a step that differ between the CUDA and the Triton backend."""
 
     objective: RowObjective
     loss: LossRun
@@ -139,10 +143,10 @@ class StepKernels(NamedTuple):
 
 
 def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
-    """(tokens,) bool, False where a token-level coefficient is 0 whatever the logits; None: all.
+    """Return False for tokens whose coefficient is 0 for all logits, (tokens,) bool. None means all True.
 
-    A zero advantage is the common case, whole groups of it. What the clip will stop is not known.
-    `x` holds the per-token inputs of the objective.
+    The common case is an advantage of zero, often for whole groups. Rows that the clip will stop are not
+    known yet, so they are True. `x` contains the per-token inputs of the objective.
     """
     if not objective.shape.zero_without_advantage:
         return None
@@ -159,7 +163,7 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
 
 
 def step_run(kernels: StepKernels) -> StepRun:
-    """The `run` of policy_step_hidden on a device backend."""
+    """Return the `run` of policy_step_hidden on a GPU backend."""
 
     def run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
         if may_read(p.target):
@@ -180,7 +184,7 @@ def step_run(kernels: StepKernels) -> StepRun:
 def _token_step(
     kernels: RowObjective, p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> Step:
-    """Gradients in the forward: 2MHV, and 4MHV for the rows that may carry gradient."""
+    """Compute gradients in one pass: 2MHV FLOPs for the logits, 4MHV for the rows that may have a gradient."""
     given = kernels.encode(inputs, objective, inv_normalizer)
     x, o = given.pointers, p.options
     needs = wanted(p)
@@ -222,7 +226,10 @@ def _token_step(
 
 
 def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> UnitTerms:
-    """As on the CPU; rows without gradient enter as zeros, the host reads no coefficient."""
+    """Compute a loss over units (a `UnitsRun`). The host reads no coefficients.
+
+    Unlike on the CPU, rows without gradient enter the GEMMs as zeros.
+    """
     if may_read(p.target):
         check_targets("unit_step", p)
     needs, device, rows = wanted(p), p.hidden.device, units.order.shape[0]

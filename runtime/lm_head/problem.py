@@ -1,4 +1,4 @@
-"""The arguments of an op that starts from hidden states: what is checked, what is derived of them."""
+"""The arguments of ops that start from hidden states: checks and derived values."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,19 +15,19 @@ from tokfuse.runtime.policy.results import PolicyTerms
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 MIN_BUDGET = 64 << 20
-# An element of dW costs a chunk 8 bytes and 2 operations per row: below 950 rows the dW GEMM of an
-# H100 (800 TFLOP/s, 3.35 TB/s) waits for memory.
+# Per element of dW, a chunk moves 8 bytes and computes 2 FLOPs per row. Below 950 rows, memory bandwidth limits
+# the dW GEMM on an H100 (800 TFLOP/s, 3.35 TB/s).
 GPU_ROWS = 1024
 NAMES = ("hidden", "weight", "bias")
 HEAD_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 """The tensors of a head problem in the schema of a custom op."""
 
 Step = tuple[PolicyTerms, TokenStats, list[torch.Tensor | None]]
-"""Terms, statistics, gradients in the order of `NAMES`."""
+"""(terms, statistics, gradients in the order of `NAMES`)."""
 
 
 class HeadProblem(NamedTuple):
-    """Checked arguments of an op that goes through the lm_head."""
+    """The checked arguments of an op that computes logits with the lm_head."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -35,9 +35,9 @@ class HeadProblem(NamedTuple):
     target: torch.Tensor
     options: LogitOptions
     memory_budget: int
-    needs: tuple[bool, bool, bool] | None = None  # gradients asked for; None: by requires_grad
-    row_norms: torch.Tensor | None = None  # (tokens,), receives ||d loss / d logits_t||
-    compact_clipped: bool = False  # on a GPU: gradient GEMMs of ours, over the live rows alone
+    needs: tuple[bool, bool, bool] | None = None  # requested gradients; None: according to requires_grad
+    row_norms: torch.Tensor | None = None  # (tokens,), output for ||d loss / d logits_t||
+    compact_clipped: bool = False  # on a GPU: gradient GEMMs by Triton kernels, over the live rows only
 
     @property
     def tokens(self) -> int:
@@ -59,7 +59,7 @@ def check_head(
     options: LogitOptions,
     memory_budget: int | None,
 ) -> HeadProblem:
-    """Shapes, dtypes, devices; fills in the default budget."""
+    """Check shapes, dtypes and devices, and return the problem with the default budget filled in."""
     checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")
     if weight is None:
         raise refuse(op, "weight", "given with hidden=", "None", "Pass lm_head.weight.")
@@ -70,7 +70,7 @@ def check_head(
             "weight",
             f"of shape (vocab, hidden) with hidden = {hidden.shape[1]}",
             f"shape {tuple(weight.shape)}",
-            "Pass lm_head.weight as it is.",
+            "Pass lm_head.weight unchanged.",
         )
     if weight.dtype != hidden.dtype:
         raise refuse(op, "weight", f"{hidden.dtype} like hidden", str(weight.dtype), "Cast one of them.")
@@ -90,7 +90,7 @@ def check_head(
     checks.check_vector(op, "target", target, rows, checks.INT64)
     check_options(op, hidden.shape[0], hidden.device, options)
     if memory_budget is None:
-        # A sixth of the float32 weight gradient keeps dW traffic small against the GEMMs.
+        # With a sixth of the float32 weight gradient, the memory traffic of dW is small compared with the GEMMs.
         memory_budget = max(MIN_BUDGET, weight.numel() * 4 // 6)
         if hidden.device.type != "cpu":
             workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
@@ -103,7 +103,7 @@ def check_head(
 
 
 def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
-    """Which of hidden, weight and bias ask for a gradient."""
+    """Return which of hidden, weight and bias need a gradient."""
     if p.needs is not None:
         return p.needs
     bias = p.bias is not None and p.bias.requires_grad
@@ -111,10 +111,10 @@ def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
 
 
 def check_targets(op: str, p: HeadProblem) -> None:
-    """Value checks before the first GEMM."""
+    """Raise ValueError if a target or temperature is out of range. Called before the first GEMM."""
     o = p.options
     stats_reference.check_values(op, p.target, p.vocab, o.mask, o.temperature)
 
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]
-"""(problem, inputs, objective, inv_normalizer normaliser) -> Step; the `run` of policy_step_hidden."""
+"""(problem, inputs, objective, inv_normalizer) -> Step; the `run` of policy_step_hidden."""

@@ -1,4 +1,4 @@
-"""policy_step from hidden states on the reference: all logits at once, gradients by torch's autograd."""
+"""policy_step from hidden states on the reference: all logits at once, gradients by autograd."""
 
 import torch
 
@@ -12,7 +12,7 @@ from tokfuse.runtime.reference import token_stats as stats_reference
 
 
 def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
-    """policy_loss of token_stats of the head's logits; a `StepRun`."""
+    """Compute policy_loss of token_stats of the logits of the head (a `StepRun`)."""
     needs = wanted(p)
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [

@@ -304,7 +304,7 @@ def test_compact_clipped_is_refused_where_it_cannot_be_honoured(backend, small_t
             logits=backend.put(torch.zeros(TOKENS, VOCAB)), objective=SPEC, compact_clipped=True, **keywords
         )
     monkeypatch.setattr(device_head.triton_backend, "why_unusable", lambda: "no CUDA device")
-    want = "compact_clipped must be False where Triton kernels cannot run; got no CUDA device"
+    want = "compact_clipped must be False if Triton kernels cannot run; got no CUDA device"
     with pytest.raises(ValueError, match=want):
         tokfuse.policy_step(**leaves(backend, case), objective=SPEC, compact_clipped=True, **keywords)
 

@@ -150,12 +150,12 @@ HEAD = [
     (
         lambda: head_call(weight=torch.zeros(V, H + 1)),
         "linear_token_stats: weight must be of shape (vocab, hidden) with hidden = 4; got shape "
-        "(7, 5). Pass lm_head.weight as it is.",
+        "(7, 5). Pass lm_head.weight unchanged.",
     ),
     (
         lambda: head_call(weight=torch.zeros(0, H)),
         "linear_token_stats: weight must be of shape (vocab, hidden) with hidden = 4; got shape "
-        "(0, 4). Pass lm_head.weight as it is.",
+        "(0, 4). Pass lm_head.weight unchanged.",
     ),
     (
         lambda: head_call(weight=torch.zeros(V, H).bfloat16()),
