@@ -1,4 +1,4 @@
-"""linear_token_stats: token_stats of hidden @ weight.T, without a (tokens, vocab) tensor."""
+"""`tokfuse.linear_token_stats`: token_stats of hidden @ weight.T, without a (tokens, vocab) tensor."""
 
 from typing import Any
 
@@ -35,14 +35,14 @@ def linear_token_stats(
     """`token_stats(hidden @ weight.T + bias, target, ...)` without ever holding those logits.
 
     Args:
-        hidden: (tokens, hidden) float32, bfloat16, float16 or float64: final hidden states.
-        weight: (vocab, hidden), same dtype and device: the lm_head.
+        hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states.
+        weight: (vocab, hidden), same dtype and device. Weight of the lm_head.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         bias: (vocab,), same dtype. None: no bias.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
-        mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
+        mask: (tokens,) bool. False rows do not enter the GEMMs and return 0. None: all rows count.
         memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
             the weight's float32 size where that is more; on a GPU 1024 rows, up to 1 GiB. At least
             one row is always computed.
@@ -50,12 +50,12 @@ def linear_token_stats(
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64).
 
-    Numerics: as `token_stats` over float32 logits; bfloat16 and float16 inputs are converted
-        exactly, products accumulate in float32. dW is accumulated in float32 and rounded once.
-        Repeatable bitwise; the GEMM library may round a row differently in another chunk size.
+    Numerics: same bounds as `token_stats` with float32 logits. bfloat16 and float16 inputs are converted
+        exactly, and GEMMs accumulate in float32. dW accumulates in float32 and is rounded once. Bitwise
+        repeatable. The GEMM library may round a row differently with another chunk size.
 
-    Gradients and memory: hidden, weight and bias, each only where it requires grad. Saved: the
-        inputs and four (tokens,) vectors. The backward recomputes the logits of those rows whose
+    Gradients and memory: hidden, weight and bias receive a gradient if they require grad. Saved: the
+        inputs and four (tokens,) vectors. The backward recomputes the logits of the rows whose
         incoming gradient is not zero, chunk by chunk, and writes their gradient over them. Peak
         extra memory: memory_budget, the gradients, and a float32 dW where weight is 16-bit. On a
         GPU a 16-bit head forms the statistics without a workspace, rounds the gradient of its
@@ -71,7 +71,7 @@ def linear_token_stats(
         ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
         BackendUnavailable: the forced backend cannot run this call.
 
-    Source: chunked heads as TRL's and Liger's; same outputs as `token_stats`. Exact.
+    Source: the chunked heads of TRL and Liger; same outputs as `token_stats`. Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)

@@ -1,4 +1,4 @@
-"""token_stats: everything a loss needs from one read of the logits."""
+"""`tokfuse.token_stats`: the statistics of every row of logits that a loss needs, from one read."""
 
 import functools
 from typing import Any, Literal, NamedTuple, overload
@@ -26,17 +26,17 @@ from tokfuse.runtime.reference import vocab_parallel as rows
 
 OP = "token_stats"
 EXTENDED = "extended_token_stats"
-"""`token_stats` with second_temperature or moments, which has rows of its own in the table of backends."""
+"""Name of `token_stats` with second_temperature or moments in the table of backends, where it has its own rows."""
 
 
 class Extras(NamedTuple):
-    """Which optional outputs are asked for."""
+    """The requested optional outputs."""
 
     second_temperature: float | None
     moments: bool
 
     def result(self, out: tuple[torch.Tensor, ...]) -> ExtendedTokenStats:
-        """The backend's eight outputs, with None for those that were not asked for."""
+        """Return the eight outputs of a backend, with None for outputs that were not requested."""
         logp, entropy, lse, sum_sq, top1, second, p2_logp, p2_logp2 = out
         return ExtendedTokenStats(
             logp,
@@ -115,22 +115,24 @@ def token_stats(
     """Log-prob, entropy, log-sum-exp, sum of squared probabilities and top-1 hit in one read.
 
     p = softmax(u / temperature) with u = softcap * tanh(logit_scale * logits / softcap), or
-    u = logit_scale * logits without a softcap; `bias_scale * bias_logits` is subtracted from u.
+    u = logit_scale * logits without a softcap. If bias_logits is given, `bias_scale * bias_logits` is
+    subtracted from u.
 
     Args:
-        logits: (tokens, vocab) float32, bfloat16, float16 or float64. Any row stride; a vocabulary
+        logits: (tokens, vocab) float32, bfloat16, float16 or float64. Any row stride. A vocabulary
             that is not contiguous is copied first.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap. An excluded logit (-inf) stays
             excluded.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
-        mask: (tokens,) bool; False rows are not read and return 0. None: all rows count.
-        bias_logits: (tokens, vocab), same dtype and device as logits, not differentiated: logits of
-            a bias model to subtract. None: nothing is subtracted.
+        mask: (tokens,) bool. False rows are not read and return 0. None: all rows count.
+        bias_logits: (tokens, vocab), same dtype and device as logits. Logits of a bias model, which are
+            subtracted and not differentiated. None: nothing is subtracted.
         bias_scale: multiplies bias_logits.
-        second_temperature: > 0. Adds logp at this temperature in place of `temperature`, e.g. for a
-            sampler that reports log-probs at 1 and draws at 0.7. One more exp per element.
+        second_temperature: > 0. Also returns logp at this temperature instead of `temperature`, e.g.
+            for a sampler that reports log-probs at 1 but samples at 0.7. It costs one more exp per
+            element.
         moments: adds sum p^2 log p and sum p^2 log^2 p, which the gradient norm of a loss with an
             entropy bonus needs (`tokfuse.influence.logit_norms`).
 
@@ -139,12 +141,12 @@ def token_stats(
         logits), nats. With second_temperature or moments: ExtendedTokenStats, the same five and
         second_logp, sum_p2_logp, sum_p2_logp2, where those that were not asked for are None.
 
-    Numerics: float32 statistics whatever the input dtype; against float64, |error| <= 2e-5 in logp,
-        entropy and lse for |logit| <= 100, gradients within 2e-6 of the row's largest term. A
-        confident target keeps its digits: logp and 1 - p are within 2e-6 of themselves, and the
-        entropy too where the target is the likeliest token, at least up to p = 1 - 1e-7 (with a
-        softcap 2e-6 + 1e-7 softcap).
-        Bitwise repeatable; a row does not depend on its batch or on the thread count. -inf logits
+    Numerics: float32 statistics for every input dtype. Against float64, |error| <= 2e-5 in logp,
+        entropy and lse for |logit| <= 100; gradients are within 2e-6 of the largest term of the row.
+        A confident target keeps its digits: logp and 1 - p have a relative error <= 2e-6, and so has
+        the entropy if the target is the most likely token, at least up to p = 1 - 1e-7. With a softcap
+        this bound is 2e-6 + 1e-7 softcap.
+        Bitwise repeatable. A row does not depend on its batch or on the number of threads. -inf logits
         contribute exactly 0. A row of only -inf gives logp = lse = -inf, entropy = sum_sq = 0 and a
         zero gradient. +inf or NaN poisons its own row only. Zero tokens give empty outputs.
 
@@ -192,7 +194,7 @@ def token_stats(
 
 
 def _eager(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> TokenStats | None:
-    """A plain call on the CPU, answered by one native function; None: take the general path."""
+    """Compute a plain CPU call by one native function. Return None if the call needs the general path."""
     native_module = eager_cpu()
     if native_module is None:
         return None
@@ -204,7 +206,7 @@ def _eager(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> Token
 
 
 def _extended(logits: torch.Tensor, target: torch.Tensor, options: LogitOptions, extras: Extras) -> ExtendedTokenStats:
-    """`token_stats` with second_temperature or moments; logits and options are checked."""
+    """Compute `token_stats` with second_temperature or moments. Logits and options have been checked."""
     if extras.second_temperature is not None:
         check_positive(OP, "second_temperature", extras.second_temperature)
     capability = select(EXTENDED, logits.device.type, logits.dtype, options.features())
