@@ -108,7 +108,7 @@ def exact(
     bias_scale: float = 1.0,
     op: str = "token_stats",
 ) -> tuple[torch.Tensor, ...]:
-    """Return the outputs in float64; see `tokfuse.token_stats`. Errors name `op`."""
+    """The outputs in float64; see `tokfuse.token_stats`. `op` is named in errors."""
     tokens, vocab = logits.shape
     if not torch.compiler.is_compiling():
         check_values(op, target, vocab, mask, temperature)
@@ -121,13 +121,13 @@ def exact(
             temperature = torch.where(keep, temperature, 1.0)
     u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
     y = torch.where(keep, target, 0).unsqueeze(-1)
-    dead = (u == float("-inf")).all(-1)  # no distribution: computed as uniform, overwritten below
+    dead = (u == float("-inf")).all(-1)  # no distribution: treated as uniform, overwritten below
     u = torch.where(dead.unsqueeze(-1), 0.0, u)
     logp_all, lse = log_softmax(u)
     p = logp_all.exp()
     u_y = u.gather(-1, y).squeeze(-1)
     logp = logp_all.gather(-1, y).squeeze(-1)
-    # 0 * -inf is NaN in forward and backward, so an excluded logit gets log p = 0 before the product.
+    # 0 * -inf is NaN, forward and backward: an excluded logit gets log p = 0 before the product.
     finite = torch.where(logp_all == float("-inf"), 0.0, logp_all)
     entropy = -(p * finite).sum(-1)
     sum_sq = (p * p).sum(-1)
