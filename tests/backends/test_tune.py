@@ -173,7 +173,7 @@ def test_what_spills_or_does_not_fit_is_not_tried():
     row = kernel_table.committed()[0]
     for capability, fields, reason in (
         (90, {"spill_bytes": 8}, "spills 8 bytes"),
-        (80, {"shared_bytes": 200 << 10}, "needs 204800 bytes of shared memory of 166912"),
+        (80, {"shared_bytes": 200 << 10}, "needs 204800 bytes of shared memory, the limit is 166912"),
         (90, {"shared_bytes": 200 << 10, "spill_bytes": 0}, ""),
     ):
         found = tune._refusal([dataclasses.replace(row, **fields)], capability)
