@@ -226,7 +226,7 @@ def test_the_summary_says_predicted_measured_and_share(run, tmp_path):
     assert "| doctor | pass | 1.0 | a / b |" in text and "predicted, H200" in text
     ours, head, failed = (line for line in text.splitlines() if line.startswith("| policy_step"))
     # 2 T V of two bytes at 4.8 TB/s; 1.17 ms of a copy that moves as much.
-    assert "| 1.037 ms | 1.300 ms | 90% | 4.00x ours | pass |" in ours
+    assert "| 1.037 ms | 1.300 ms | 90% | 4.00x tokfuse | pass |" in ours
     assert "| 75% of gemm |" in head
     assert "| 1.037 ms | - | - | - | oom big |" in failed
     assert text.endswith("ncu-policy_step-cuda: Duration 1.2 ms, DRAM Throughput 88.1 %\n")
