@@ -167,7 +167,7 @@ def test_visible_devices_are_mapped(
 
 
 @pytest.mark.parametrize(
-    ("visible", "text"), [("0", "hides device 1"), ("", "hides device 1"), ("0,GPU-cc", "names GPU-cc, which is not a GPU")]
+    ("visible", "text"), [("0", "hides device 1"), ("", "hides device 1"), ("0,GPU-cc", "names GPU-cc, which is not")]
 )
 def test_a_hidden_device_is_unavailable(visible: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
