@@ -152,7 +152,10 @@ class Problem:
         return self._made("advantage", (self.sizes.tokens,), self.vector_dtype, make)
 
     def difficult_logits(self, name: str = "logits") -> torch.Tensor:
-        """Return logits with masked columns, a fully masked row, a peak of 90, a NaN and an infinity, in this order of rows."""
+        """Return logits with difficult rows.
+
+        In order: masked columns, a fully masked row, a peak of 90, a NaN and an infinity.
+        """
 
         def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
             z = torch.randn(size, generator=generator) * 3
@@ -232,7 +235,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """"<op>:<function>/<option>"; shorter if op and function have the same name."""
+        """ "<op>:<function>/<option>"; shorter if op and function have the same name."""
         row = self.row
         name = row.op if row.op == row.function else f"{row.op}:{row.function}"
         return f"{name}/{self.option}" if self.option else name

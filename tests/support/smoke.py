@@ -44,7 +44,10 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torc
 
 
 def cases(options: bool) -> Iterator[tuple[Call, Sizes, torch.dtype]]:
-    """Return every call of an op at both sizes and in each dtype. The first dtype has all options. The step also has long rows."""
+    """Return every call of an op at both sizes and in each dtype.
+
+    The first dtype has all options. The step also has long rows.
+    """
     for call in op_calls.calls(options="every" if options else "none"):
         if call.needs_triton and cuda_backend.hosted():
             continue
