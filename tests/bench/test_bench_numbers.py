@@ -1,4 +1,4 @@
-"""`bench numbers` and `bench targets`: what is said about the rows is in the rows."""
+"""Test `bench numbers` and `bench targets`: every statement about the rows is in the rows."""
 
 import json
 from dataclasses import replace
@@ -76,7 +76,7 @@ def test_a_busy_machine_is_said_under_its_table() -> None:
 def test_targets_pass_over_the_study(tmp_path, capsys) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(STUDY) + "\n" + ROW.to_json() + "\n")
-    assert cli.main(["targets", str(path)]) == 0  # the workspace of 2 MiB is judged
+    assert cli.main(["targets", str(path)]) == 0  # checks the workspace of 2 MiB
     assert "beyond its results" in capsys.readouterr().out
 
 

@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def release() -> Any:
-    """tools/bench_release.py, which is a script and no module of the package."""
+    """Return tools/bench_release.py, which is a script and not a module of the package."""
     spec = importlib.util.spec_from_file_location("bench_release", ROOT / "tools/bench_release.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_release"] = module  # dataclasses look their module up
+    sys.modules["bench_release"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 

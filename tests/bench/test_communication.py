@@ -1,4 +1,4 @@
-"""The counted bytes of vocabulary parallelism, and the arithmetic of the plan."""
+"""Test the counted bytes of vocabulary parallelism, and the arithmetic of the plan."""
 
 import pytest
 

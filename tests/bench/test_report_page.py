@@ -1,4 +1,4 @@
-"""The report page: what is in it, what it refuses, and that it works in a real browser."""
+"""Test the report page: its content, its errors, and that it works in a real browser."""
 
 import re
 import shutil
@@ -59,7 +59,7 @@ ROWS = [
 
 
 class Outline(HTMLParser):
-    """Tags that are open, table cells by table, and whatever would be loaded from elsewhere."""
+    """Collects open tags, table cells by table, and everything that the page would load from other servers."""
 
     VOID = {"meta", "input"}
 
@@ -213,7 +213,7 @@ FLAGS = [
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on the path")
 def test_it_works_in_a_browser(text: str, tmp_path: Path) -> None:
-    """Scripts run, a click sorts (the last of numbers that are absent), and a word filters."""
+    """Scripts run, a click sorts (missing numbers last), and a word filters."""
     probe = """<script>
       const heads = [...document.querySelectorAll("#rows th")];
       heads.find((h) => h.dataset.name === "median").querySelector("button").click();

@@ -1,4 +1,4 @@
-"""Telemetry against a driver that answers from a record, and on a machine without one."""
+"""Test telemetry with a driver that replays recorded answers, and on a machine without a driver."""
 
 import time
 from dataclasses import replace
@@ -19,7 +19,7 @@ class NVMLError(Exception):
 
 
 class RecordedDriver:
-    """pynvml with the answers of one driver; every call of a series takes the next value."""
+    """pynvml with the answers of one driver. Every call of a series returns the next value."""
 
     NVMLError = NVMLError
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
