@@ -73,7 +73,7 @@ def run(z, y, ga, gh, cuts, mask, options):
 
 
 def rows(dtype, device):
-    """Return peaks and targets on both sides of the cuts, excluded columns, a fully masked logits row and a masked token."""
+    """Return difficult rows: peaks and targets on both sides of the cuts, excluded columns, masked rows."""
     gen = torch.Generator().manual_seed(4)
     z = torch.randn(12, 1001, generator=gen) * 3
     z[0, [0, 699, 700, 1000]] = 20.0
