@@ -68,7 +68,7 @@ def make_plan(options: argparse.Namespace) -> list[Step]:
             raise ValueError(f"bench: OP must be one of {known}; got {name!r}.")
         if name in VARIANT_OPS:
             if variant not in (None, name):
-                raise ValueError(f"bench: {name} is itself a variant, so --variant must not be given; got {variant}.")
+                raise ValueError(f"bench: {name} is a variant itself; got --variant {variant}. Remove --variant.")
             variant = name
         module = CASES[op]
         quick = module.QUICK_SHAPES if options.quick else module.SHAPES
