@@ -1,11 +1,12 @@
-# `make demo` and `make test` are all that a fresh clone needs (Python 3.11+, g++, cmake).
-# Both create .venv, install the versions of constraints.txt, build the native module, and do
-# nothing twice. Settings: PYTHON (makes the environment), VENV (where it lives), ARGS (passed on).
+# In a fresh clone, run `make demo` or `make test` (needs Python 3.11+, g++ and cmake). Both create
+# .venv, install the versions of constraints.txt and build the native module; both are idempotent.
+# Settings: PYTHON (interpreter that creates the environment), VENV (its folder), ARGS (arguments
+# that are passed to the command of the target).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# What `make test` installs; tests of what is missing are skipped.
+# Package groups that `make test` installs. Tests that need a missing package are skipped.
 TEST_GROUPS ?= test
 BIN := $(abspath $(VENV))/bin
 
@@ -13,17 +14,18 @@ export VENV
 export OMP_WAIT_POLICY ?= passive
 
 BOOTSTRAP := $(PYTHON) tools/bootstrap.py
-# A broken compiler must not pass the tests on the fall-back.
+# Without this, the tests would pass on the fallback if the native build fails.
 STRICT := TOKFUSE_STRICT_BUILD=1
 PYTEST := $(BIN)/pytest
-# Test files over two processes: the Python around a test is serial.
+# Distribute the test files over two processes, because the Python code around the kernels is serial.
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile
-# Triton's interpreter and its compiler cannot share a process; one thread, because each tensor
-# operation of the interpreter is a small numpy call.
+# Triton's interpreter and its compiler cannot run in the same process. The interpreter uses one
+# thread, because each of its tensor operations is a small numpy call.
 INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 
-# The CUDA kernels on the CPU: the file that the variable names is built first, by $(CXX) alone.
+# Run the CUDA kernels on the CPU. tests/support/cuda_module.py first builds the module with $(CXX) and
+# prints its path.
 CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
 	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
 
@@ -31,25 +33,27 @@ CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
 	test-sanitize test-verl test-versions lint format docs bench bench-release peers doctor clean
 
 help:
-	@echo "make demo            train a small model with a fused policy loss (installs what it needs)"
+	@echo "make demo            train a small model with a fused policy loss (installs the packages it needs)"
 	@echo "make test            lint, then the tests"
-	@echo "make test-cpus       the tests with numeric bounds, at the levels of older CPUs"
-	@echo "make test-slow       long studies        make test-gpu        tests that need an NVIDIA GPU"
-	@echo "make test-triton     the Triton kernels, interpreted and cross-compiled (in make test, too)"
-	@echo "make test-cuda       the CUDA kernels, run on the CPU and read from the native module"
-	@echo "make bench-gpu       the benchmarks on a GPU, once per backend"
-	@echo "make first-gpu-run   build, check and measure on a GPU in 8 minutes, without network"
-	@echo "                     (OFFLINE=1 makes test-gpu and bench-gpu install nothing, too)"
+	@echo "make test-cpus       the tests that have numeric bounds, restricted to older CPU instruction sets"
+	@echo "make test-slow       long studies"
+	@echo "make test-triton     the Triton kernels, interpreted and cross-compiled (make test includes this)"
+	@echo "make test-cuda       the CUDA kernels on the CPU, and the resources of the compiled kernels"
+	@echo "make test-gpu        the tests that need an NVIDIA GPU (OFFLINE=1: install nothing)"
+	@echo "make bench-gpu       the benchmarks on a GPU, once per backend (OFFLINE=1: install nothing)"
+	@echo "make first-gpu-run   build, test and benchmark on a GPU in 8 minutes, without network"
 	@echo "make test-packaging  every way to install, in clean environments"
-	@echo "make test-versions   the tests with the oldest and the newest versions (VERSIONS=oldest: one)"
-	@echo "make test-verl       the plug-in beside verl's own losses, in .venv-verl"
-	@echo "make test-sanitize   the native module under ASan and UBSan"
-	@echo "make lint | format   ruff, clang-format, mypy"
-	@echo "make docs            the documentation site, strictly, into build/site"
-	@echo "make bench           the benchmark suite  make doctor         what is built and usable here"
-	@echo "make bench-release   the committed rows and the README's numbers, on a quiet machine"
-	@echo "make peers           other libraries beside ours (PEERS=verl: those that need verl's packages)"
-	@echo "make clean           remove what was built (keeps $(VENV))"
+	@echo "make test-versions   the tests with the oldest and the newest packages (VERSIONS=oldest: only these)"
+	@echo "make test-verl       compare the verl plug-in with verl's losses, in .venv-verl"
+	@echo "make test-sanitize   the native module with AddressSanitizer and UBSan"
+	@echo "make lint            check with ruff, clang-format and mypy"
+	@echo "make format          fix the formatting"
+	@echo "make docs            build the documentation into build/site; a warning is an error"
+	@echo "make bench           the benchmark suite"
+	@echo "make bench-release   measure bench/results again and rewrite the README's numbers"
+	@echo "make peers           compare with other libraries (PEERS=verl: those that need verl's packages)"
+	@echo "make doctor          print what is built and usable on this machine"
+	@echo "make clean           remove build results (keeps $(VENV))"
 
 demo:
 	@$(BOOTSTRAP) demo
@@ -79,9 +83,9 @@ test-cuda:
 	@$(PYTEST) $(SPREAD) tests/backends/test_cuda_*.py $(ARGS)
 	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host" $(ARGS)
 
-# On a machine with a GPU: every kernel, CUDA and Triton, and then the CUDA ones under
-# compute-sanitizer where that is installed (SANITIZER= leaves it out). OFFLINE=1 installs nothing: it
-# builds with $(PYTHON) and runs steps of tools/first_gpu_run.sh, which are limited to 20 minutes.
+# Needs a GPU. Tests every CUDA and Triton kernel. Then runs the CUDA kernels under compute-sanitizer if
+# it is installed (SANITIZER= skips this). OFFLINE=1 installs nothing: it builds with $(PYTHON) and runs
+# steps of tools/first_gpu_run.sh, with a limit of 20 minutes.
 SANITIZER ?= $(shell command -v compute-sanitizer)
 OFFLINE ?=
 FIRST_GPU_RUN := PYTHON=$(PYTHON) tools/first_gpu_run.sh
@@ -113,11 +117,11 @@ test-packaging:
 	@$(STRICT) $(BOOTSTRAP) test
 	@$(PYTEST) -m "packaging" $(ARGS)
 
-# A second build of the module, with sanitizers, in a tree of links to the sources that comes first
-# on the path: child processes of the tests load it too. One instruction-set level, and the tests
-# that give kernels and bindings sizes of every kind, so that it stays within three minutes. Python
-# does not free everything at exit, so leak detection is off. Reports go to files, because pytest
-# holds the error stream.
+# Build the module a second time, with sanitizers, into a tree of links to the sources. PYTHONPATH puts
+# this tree first, so child processes of the tests load it too. To stay within three minutes, this
+# builds one instruction-set level and runs only the tests that pass all kinds of sizes to kernels and
+# bindings. Leak detection is off, because Python does not free everything at exit. Reports go to
+# files, because pytest captures the error stream.
 SANITIZERS := address,undefined
 SANITIZE_DIR := $(abspath build/sanitize)
 SANITIZE_TESTS ?= $(addprefix tests/backends/test_,sanitizers.py native_binding.py native_fuzz.py eager.py) \
@@ -156,8 +160,8 @@ format:
 	@find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs --no-run-if-empty $(BIN)/clang-format -i
 
-# A broken link, reference or docstring section is an error. The generator reads the sources through
-# the links of tools/typing_tree.py.
+# A broken link, reference or docstring section is an error. mkdocs reads the sources through the
+# links that tools/typing_tree.py creates.
 docs:
 	@$(BOOTSTRAP) --no-native docs
 	@$(BIN)/python tools/typing_tree.py
@@ -168,8 +172,8 @@ bench:
 	@$(BOOTSTRAP) test bench
 	@$(BIN)/python -m tokfuse bench $(ARGS)
 
-# The rows of bench/results and what is made of them. ARGS="--quick --out build/trial" tries the
-# commands; a trial keeps the README as it is.
+# Measure the rows of bench/results and rewrite the README's numbers. Run it on an idle machine.
+# ARGS="--quick --out build/trial" only tries the commands; with ARGS the README is not changed.
 bench-release:
 	@$(BOOTSTRAP) test bench
 	@$(MAKE) --no-print-directory peers ARGS=--list >/dev/null
@@ -177,12 +181,12 @@ bench-release:
 	@$(BIN)/python tools/bench_release.py $(ARGS)
 	@$(if $(ARGS),,$(BIN)/python -m tokfuse report bench/results/*.jsonl -o build/report.html --readme README.md)
 
-# The tests with other versions than those of constraints.txt: the lower bounds of pyproject.toml, and
-# what the package index has today. Each set has an environment of its own.
+# Run the tests with versions other than those of constraints.txt: the lower bounds of pyproject.toml,
+# and the newest versions of the package index. Each set has a separate environment.
 VERSIONS ?= oldest newest
 VERSION_TESTS ?= tests/ops tests/backends tests/algorithms tests/integrations
 VERSION_TESTS_INTERPRETED ?= $(VERSION_TESTS)
-# The first of these interpreters that starts; without one, $(PYTHON).
+# The first of these interpreters that starts. If none starts, $(PYTHON).
 first_python = $(or $(firstword $(foreach p,$(1),$(shell $(p) -c 'print("$(p)")' 2>/dev/null))),$(PYTHON))
 PYTHON_oldest ?= $(call first_python,python3.11)
 PYTHON_newest ?= $(call first_python,python3.13 python3.12)
@@ -195,7 +199,7 @@ test-versions-%:
 	@$(INTERPRETER) .venv-$*/bin/pytest -p no:cacheprovider $(SPREAD) -m "interpreter and not slow" \
 		$(VERSION_TESTS_INTERPRETED) $(ARGS)
 
-# Other libraries bring stacks of their own, so each list has an environment of its own.
+# Other libraries need their own package versions, so each list has a separate environment.
 PEERS ?= peers
 PEERS_PYTHON = $(abspath .venv-$(PEERS))/bin/python
 PEERS_LIST = bench/peers$(if $(filter verl,$(PEERS)),-verl).txt

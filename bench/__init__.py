@@ -1,1 +1,1 @@
-"""Benchmarks: cases, peers, rows."""
+"""Benchmarks: cases, peers and result rows."""

@@ -1,13 +1,13 @@
-"""Case `advantage`: the ops between rewards and the loss, on packed sequences of mixed length.
+"""Case `advantage`: the ops between rewards and the loss, on packed sequences of different lengths.
 
-A shape is "sequences x longest": lengths are uniform in [longest / 64, longest], in groups of 16.
+A shape is "sequences x longest". Lengths are uniform in [longest / 64, longest], in groups of 16.
 Variants: `gae`, `vtrace`, `group_advantage`, `whiten`, `offpolicy_weights` (token-level truncation
 and a geometric filter), `segment_moments` (by sequence).
 
-`torch_eager` is the vectorised torch form of the same result. For the two scans that is the loop
-over time steps on padded rows that trainers use, here on time-major padded inputs made beforehand,
-so that each step is contiguous. Its results are compared with float64 once, outside the timing:
-they are padded, and packing them would count against it.
+`torch_eager` computes the same result in vectorised torch. For the two scans this is the loop over time
+steps on padded rows that trainers use. Its inputs are padded, time-major and created before the timing,
+so each step is contiguous. Its results are compared with float64 once, outside the timing. They are
+padded, and the time to pack them would be unfair to the peer.
 """
 
 from collections.abc import Callable
@@ -36,16 +36,16 @@ CASES = tuple(("forward", variant) for variant in VARIANTS)
 GAMMA, LAM = 0.99, 0.95
 GROUP = 16
 CAP, GEO_LOW, GEO_HIGH = 2.0, 0.99, 1.01
-# Bytes per token that must be read and written.
+# Least bytes per token, read and written.
 BYTES = {"gae": 16, "vtrace": 24, "group_advantage": 0, "whiten": 8, "offpolicy_weights": 13, "segment_moments": 4}
 GROUP_BYTES = 16  # reward, id and advantage of one sequence
 
 
 class _Inputs:
-    """Packed and time-major padded vectors of one batch."""
+    """Packed vectors of one batch, and their time-major padded form."""
 
     def __init__(self, config: Config) -> None:
-        gen = torch.Generator().manual_seed(config.seed)  # a few vectors: drawn on the CPU and moved
+        gen = torch.Generator().manual_seed(config.seed)  # a few vectors, so they are drawn on the CPU and moved
         longest = config.vocab
         shortest = max(1, longest // 64)
         self.seqs = config.tokens
@@ -62,7 +62,7 @@ class _Inputs:
         self.present = torch.arange(longest)[:, None] < self.lengths  # (time, seqs)
 
     def padded(self, packed: torch.Tensor) -> torch.Tensor:
-        """(time, seqs), zeros behind the end."""
+        """Return a packed vector as (time, seqs), with zeros after the end of a sequence."""
         by_seq = packed.new_zeros(self.present.T.shape)
         by_seq[self.present.T] = packed
         return by_seq.T.contiguous()
@@ -72,7 +72,7 @@ class _Inputs:
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     data = _Inputs(config)
     on_device(data, config.device)
     case = _CASES[config.variant]
@@ -96,7 +96,14 @@ def build(config: Config, peer_names: list[str]) -> Problem:
 
 @dataclass(frozen=True)
 class _Case:
-    """Our call, the float64 answer, and the torch form with what turns its output into ours."""
+    """One variant.
+
+    Args:
+        ours: the tokfuse call.
+        exact: returns the float64 answer.
+        torch_form: prepares the torch call.
+        is_padded: True if the outputs of the torch call are padded.
+    """
 
     ours: Callable[[_Inputs], Outputs]
     exact: Callable[[_Inputs], Outputs]
@@ -107,7 +114,7 @@ class _Case:
 def _peer_factory(name: str, data: _Inputs, case: _Case) -> Factory:
     def factory() -> Provider:
         if name != "torch_eager":
-            raise Unsupported("only torch_eager is compared here")
+            raise Unsupported("this case has only the peer torch_eager")
         run = case.torch_form(data)
         found, wanted = run(), case.exact(data)
         for key, value in found.items():
@@ -121,7 +128,7 @@ def _peer_factory(name: str, data: _Inputs, case: _Case) -> Factory:
 
 
 def _dropped(outputs: Outputs) -> Outputs:
-    """No output to compare: it is padded, and was compared when the provider was made."""
+    """Discard the outputs. They are padded, and they were compared when the provider was created."""
     del outputs
     return {}
 

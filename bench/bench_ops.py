@@ -1,4 +1,4 @@
-"""`pytest bench`: every case of every op, through pytest-benchmark; see suite.py."""
+"""Run every case of every op through pytest-benchmark: `pytest bench`. suite.py contains the code."""
 
 from types import ModuleType
 from typing import Any

@@ -1,4 +1,4 @@
-"""`python -m tokfuse bench OP...`: rows for some ops or all, the table of errors, or the targets.
+"""Run benchmarks from the command line: `python -m tokfuse bench OP...`.
 
 OMP_WAIT_POLICY=passive python -m tokfuse bench
 OMP_WAIT_POLICY=passive python -m tokfuse bench all --quick
@@ -47,7 +47,7 @@ BUDGET_S = 120.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark of the command line; returns 1 when a row of ours is an error."""
+    """Run the benchmark of the command line. Return 1 if a row of tokfuse is an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     options = parser.parse_args(argv)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_listing())
         return 0
     if not options.names:
-        print("tokfuse bench: no op is named: `bench all --quick` runs; `--list` shows the ops", file=sys.stderr)
+        print("tokfuse bench: no op is named, so `bench all --quick` runs. `--list` lists the ops.", file=sys.stderr)
         argv = ["all", "--quick", *argv]
         options = parser.parse_args(argv)
     command, *files = options.names
@@ -96,36 +96,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_options(
     parser: argparse.ArgumentParser, options: argparse.Namespace, command: str, files: list[str]
 ) -> None:
-    """Refuse what a command would not honour, before anything is measured."""
+    """Raise an error for options that the command does not support, before anything is measured."""
     if options.write is not None:
-        parser.error("--write is for numbers")
+        parser.error("--write is an option of numbers only")
     if command in ALONE and files:
-        parser.error(f"{command} stands alone; got {' '.join(files)} behind it")
+        parser.error(f"{command} takes no further names; got {' '.join(files)}")
     if options.axes is not None and command != "growth":
-        parser.error("--axes is for growth")
+        parser.error("--axes is an option of growth only")
     if command == "errors" and len(options.backend) > 1:
-        parser.error(f"--backend of errors is one backend; got {','.join(options.backend)}")
+        parser.error(f"--backend must name one backend for errors; got {','.join(options.backend)}")
     if command in ("errors", "predict"):
         for name in ("csv", "png"):
             if getattr(options, name) is not None:
-                parser.error(f"--{name} is for measured rows; {command} has none")
+                parser.error(f"--{name} writes measured rows; {command} measures none")
     if options.png:
         plot.check_available(parser.error)
     if options.device == "cpu":
         if torch.cuda.is_available():
-            hint = "tokfuse bench: measuring the CPU; --device cuda measures the GPU"
+            hint = "tokfuse bench: measuring the CPU. Pass --device cuda to measure the GPU."
             print(hint, file=sys.stderr)
     elif command in ("errors", "predict"):
-        parser.error(f"--device is for measured rows; {command} has none")
+        parser.error(f"--device selects the device of measured rows; {command} measures none")
     elif not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device and a CUDA build of torch; there is none")
+        parser.error("--device cuda needs a CUDA device and a CUDA build of torch; torch finds no CUDA device")
 
 
 FILE_OPTIONS = ("--json", "--csv", "--png")
 
 
 def recorded_command(argv: Sequence[str]) -> str:
-    """The command line as rows keep it: without where the rows go, which is nobody's business."""
+    """Return the command line as rows store it: without the options that name output files."""
     kept, skip = [], False
     for word in argv:
         if not skip and word.partition("=")[0] not in FILE_OPTIONS:
@@ -135,12 +135,12 @@ def recorded_command(argv: Sequence[str]) -> str:
 
 
 def _judge(parser: argparse.ArgumentParser, files: list[str]) -> int:
-    """Print the verdicts over rows read from files; 1 when one is missed or there is none."""
+    """Print the verdicts for the rows of some files. Return 1 if a target is missed or no row has a target."""
     if not files:
-        parser.error("targets: name the files that --json wrote")
+        parser.error("targets: pass the files that --json wrote")
     rows = _read_rows(parser, files)[0]
     verdicts = targets.judge(rows)
-    print("\n".join(line for line, _ in verdicts) or "no row speaks about a target")
+    print("\n".join(line for line, _ in verdicts) or "no row belongs to a target")
     return int(not verdicts or not all(met for _, met in verdicts))
 
 
@@ -152,9 +152,9 @@ def _read_rows(parser: argparse.ArgumentParser, files: list[str]) -> tuple[list[
 
 
 def _print_numbers(parser: argparse.ArgumentParser, files: list[str], page: str | None) -> int:
-    """Print the README's tables, or put them into `page`."""
+    """Print the README's tables, or write them into `page`."""
     if not files:
-        parser.error("numbers: name the files that --json wrote")
+        parser.error("numbers: pass the files that --json wrote")
     text = numbers.section(*_read_rows(parser, files))
     if page is None:
         print(text)
@@ -167,9 +167,9 @@ def _print_numbers(parser: argparse.ArgumentParser, files: list[str], page: str 
 
 
 def _compare(parser: argparse.ArgumentParser, files: list[str], tolerance: float) -> int:
-    """Print how shares of the limit changed from one file to another; 1 when one fell too far."""
+    """Print how the shares of the limit changed between two files. Return 1 if a share decreased too much."""
     if len(files) != 2:
-        parser.error("compare: name two files, the earlier first")
+        parser.error("compare: pass two files, the older file first")
     try:
         verdicts = compare.compare(*(compare.read(Path(file)) for file in files), tolerance)
     except ValueError as error:
@@ -179,7 +179,7 @@ def _compare(parser: argparse.ArgumentParser, files: list[str], tolerance: float
 
 
 def _predict(path: str | None) -> int:
-    """Print the predicted rows, and write them where `--json` says, in place of what is there."""
+    """Print the predicted rows. With `--json`, also overwrite that file with them."""
     rows = list(predict.rows())
     print("\n".join([report.HEADER, *map(report.line, rows)]))
     if path is not None:
@@ -188,10 +188,10 @@ def _predict(path: str | None) -> int:
 
 
 def _check_file(path: str | None, facts: dict[str, Any]) -> None:
-    """Refuse to append rows of this machine to those of another.
+    """Check that rows of this machine are not appended to rows of another machine.
 
     Raises:
-        ValueError: the file holds rows of another machine.
+        ValueError: the file contains rows of another machine.
     """
     if path is None or not Path(path).exists():
         return
@@ -233,14 +233,14 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
 
 
 def _build(step: Step, backends: Sequence[str]) -> Problem:
-    """The problem of a step; several backends are providers of the same rounds."""
+    """Return the problem of a step. If there are several backends, they are providers of the same rounds."""
     problem: Problem = step.module.build(step.config, step.peers)
     return ours.on_each_backend(problem, backends) if len(backends) > 1 else problem
 
 
 @contextlib.contextmanager
 def _threads(wanted: int | None) -> Iterator[int]:
-    """Torch's threads, and with them ours, for one case."""
+    """Set torch's number of threads, which tokfuse uses too, for one case."""
     before = torch.get_num_threads()
     torch.set_num_threads(wanted or before)
     try:
@@ -259,7 +259,7 @@ def _open(path: str | None) -> Iterator[TextIO | None]:
 
 
 class _NoBar:
-    """Stands in for tqdm when it is not installed."""
+    """Replacement for the tqdm bar if tqdm is not installed."""
 
     def update(self) -> None: ...
 
@@ -270,7 +270,7 @@ class _NoBar:
 
 @contextlib.contextmanager
 def _progress(total: int, quiet: bool) -> Iterator[Any]:
-    """A bar on stderr; silent when asked to be, or when stderr is not a terminal."""
+    """Yield a progress bar on stderr. It is silent with `quiet`, or if stderr is not a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -295,12 +295,12 @@ def _listing() -> str:
         summary = (module.__doc__ or "").splitlines()[0]
         lines.append(f"  {op:<20}{summary}")
         lines.append(f"  {'':<20}shapes {', '.join(module.SHAPES)}; {', '.join(module.DTYPES)}")
-    lines += ["  growth              tables over tokens, vocabulary, hidden, threads, gradient rows"]
-    lines += ["  errors              every output and gradient against float64"]
-    lines += ["  targets             judge the rows of --json files against the targets"]
+    lines += ["  growth              time over tokens, vocabulary, hidden size, threads, rows with gradient"]
+    lines += ["  errors              errors of every output and gradient relative to float64"]
+    lines += ["  targets             compare the rows of --json files with the performance targets"]
     lines += ["  numbers             the README's tables from the rows of --json files"]
-    lines += ["  compare             shares of the limit in two files, the earlier first"]
-    lines += ["  predict             what the Triton kernels should take on GPUs; nothing runs"]
+    lines += ["  compare             shares of the limit in two files, the older file first"]
+    lines += ["  predict             predicted times of the Triton kernels on GPUs; nothing runs"]
     lines += ["models (--shapes 256xNAME):"]
     lines += [f"  {name:<20}hidden {h}, vocabulary {v}" for name, (h, v) in MODELS.items()]
     lines += ["peers:"]
@@ -310,19 +310,19 @@ def _listing() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tokfuse bench", description="Time the ops beside their peers and the limits of this machine."
+        prog="python -m tokfuse bench", description="Time the ops, other libraries and the limits of this machine."
     )
     parser.add_argument(
         "names",
         nargs="*",
         metavar="OP",
         help=f"some of {', '.join([*CASES, *VARIANT_OPS])}; or one of {', '.join(ALONE)}; "
-        "behind targets, numbers and compare, files that --json wrote",
+        "after targets, numbers and compare: files that --json wrote",
     )
-    parser.add_argument("--list", action="store_true", help="describe ops and peers, and stop")
-    parser.add_argument("--peers", help="names joined by commas, all, or none")
+    parser.add_argument("--list", action="store_true", help="list ops, models and peers, then exit")
+    parser.add_argument("--peers", help="peers to measure: names joined by commas, all, or none")
     parser.add_argument(
-        "--quick", action="store_true", help="small shapes, first variant, 3 rounds: shows that it works"
+        "--quick", action="store_true", help="small shapes, first variant, 3 rounds: only checks that it works"
     )
     parser.add_argument(
         "--shapes",
@@ -335,32 +335,32 @@ def _parser() -> argparse.ArgumentParser:
         type=_backends,
         default=(),
         metavar="NAMES",
-        help=f"force a backend of ours, or measure several side by side: some of {','.join(dispatch.ORDER)}",
+        help=f"force a tokfuse backend, or measure several in the same rounds: {','.join(dispatch.ORDER)}",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--variant", help="only this variant of the op's cases")
-    parser.add_argument("--axes", help=f"for growth, some of {','.join(growth.AXES)}")
+    parser.add_argument("--axes", help=f"axes of growth: some of {','.join(growth.AXES)}")
     parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default {ROUNDS})")
     parser.add_argument(
         "--budget",
         type=float,
         default=BUDGET_S,
-        help=f"seconds of rounds per case; at least 3 rounds are made (default {BUDGET_S:g})",
+        help=f"seconds of rounds per case; at least 3 rounds run (default {BUDGET_S:g})",
     )
-    parser.add_argument("--no-errors", action="store_true", help="skip float64, which is slow at large shapes")
-    parser.add_argument("--no-energy", action="store_true", help="on a GPU, skip the second per provider that reads it")
+    parser.add_argument("--no-errors", action="store_true", help="skip the slow comparison with float64")
+    parser.add_argument("--no-energy", action="store_true", help="on a GPU, skip the energy reading (1 s per provider)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="append rows as JSON lines, as they come")
+    parser.add_argument("--json", metavar="FILE", help="append each row as a JSON line when it is measured")
     parser.add_argument("--csv", metavar="FILE", help="append rows as CSV in Liger's columns")
-    parser.add_argument("--png", metavar="FILE", help="draw the rows at the end")
+    parser.add_argument("--png", metavar="FILE", help="write a plot of the rows at the end")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
         "--tolerance",
         type=float,
         default=compare.TOLERANCE,
-        help=f"for compare, how far a share of the limit may fall (default {compare.TOLERANCE:g})",
+        help=f"largest decrease of a share of the limit for compare (default {compare.TOLERANCE:g})",
     )
-    parser.add_argument("--write", metavar="FILE", help="for numbers, put them into this file")
+    parser.add_argument("--write", metavar="FILE", help="write the tables of numbers into this file")
     parser.add_argument("--md", action="store_true", help="print Markdown tables at the end")
     return parser

@@ -1,15 +1,15 @@
-"""Bytes that vocabulary parallelism sends, counted, and a paper plan for many GPUs.
+"""Count the bytes that vocabulary parallelism sends, and predict the communication on many GPUs.
 
     python -m tokfuse.bench.communication [--ranks 4] [--tokens 512]     measured over gloo
     python -m tokfuse.bench.communication --plan                         predicted, see `plan`
-    torchrun --nproc-per-node 8 -m tokfuse.bench.communication           over NCCL, a GPU a rank
+    torchrun --nproc-per-node 8 -m tokfuse.bench.communication           over NCCL, one GPU per rank
 
-Measured: the collectives of each form and the bytes each rank puts in, on the same shards, with
-equal results. From them the bytes on the wire of the usual ring algorithms, per rank and token:
-(P - 1) n for an all-gather of n bytes, 2 (P - 1) / P n for an all-reduce.
+Measured: the collectives of each form and the bytes that each rank puts in, on the same shards and with
+equal results. The bytes that a ring algorithm sends per rank and token follow from them: (P - 1) n for an
+all-gather of n bytes, 2 (P - 1) / P n for an all-reduce.
 
     one all-gather      tokfuse.distributed.token_stats: logp, entropy, lse, sum_sq, top1
-    three reductions    the log-prob alone: maximum, target logit, sum of exps, one after the other
+    three reductions    log-prob only: maximum, target logit and sum of exps, one after the other
     six reductions      log-prob and entropy by two such ops
     two reductions      maximum, then all sums stacked: the fewest bytes for the same five results
 """
@@ -55,7 +55,7 @@ class Row:
 
 
 def _sums(z: torch.Tensor, y: torch.Tensor, shard: VocabShard, high: torch.Tensor) -> torch.Tensor:
-    """(4, tokens): sum e, sum (z - m) e, sum e^2, target's z - m."""
+    """Return (4, tokens): sum e, sum (z - m) e, sum e^2, and z - m of the target."""
     d = z - high[:, None]
     e = d.exp()
     column = torch.where(shard.owns(y), y - shard.start, 0)
@@ -102,7 +102,7 @@ FORMS: dict[str, Form] = {
 
 
 def _count(run: Callable[[], torch.Tensor]) -> tuple[list[tuple[str, int]], torch.Tensor]:
-    """The collectives of a call, with the bytes this rank puts into each."""
+    """Return the collectives of a call, with the bytes that this rank puts into each."""
     seen: list[tuple[str, int]] = []
     kept = {name: getattr(dist, name) for name in (GATHER, "all_reduce")}
 
@@ -135,7 +135,7 @@ def _rank(rank: int, ranks: int, tokens: int, folder: str) -> None:
 
 
 def _every_form(tokens: int, device: str) -> list[Row]:
-    """The forms over the default group, checked against float64."""
+    """Return the forms over the default group, checked against float64."""
     ranks = dist.get_world_size()
     gen = torch.Generator().manual_seed(0)
     z = (torch.randn(tokens, VOCAB, generator=gen) * 3).to(device)
@@ -159,55 +159,55 @@ def _every_form(tokens: int, device: str) -> list[Row]:
 
 
 def measure(ranks: int, tokens: int) -> list[Row]:
-    """Every form over `ranks` processes of this machine."""
+    """Return every form over `ranks` processes of this machine."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, args=(ranks, tokens, folder), nprocs=ranks)  # type: ignore[no-untyped-call]
         return [Row(**row) for row in torch.load(f"{folder}/rows.pt")]
 
 
-# ------------------------------------------------------------------------------- the plan, on paper
+# ------------------------------------------------------------------------------- the predicted plan
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Assumptions of the plan: 8 GPUs a node, H100-like. Rates are what large calls reach."""
+    """Assumptions of the plan: nodes of 8 GPUs, similar to H100. The rates are those of large calls."""
 
     gpus: int
     tensor: int = 8
     vocab: int = 151_936
     hidden: int = 8192
-    tokens: int = 8192  # of a micro-batch
+    tokens: int = 8192  # per micro-batch
     micro_batches: int = 4
-    share: float = 0.5  # of rows that carry gradient
+    share: float = 0.5  # share of rows with gradient
     flops: float = 500e12
     link: float = 350e9  # bytes / s inside a node
-    network: float = 40e9  # bytes / s and GPU between nodes
-    latency: float = 12e-6  # of a collective inside a node
+    network: float = 40e9  # bytes / s per GPU between nodes
+    latency: float = 12e-6  # per collective inside a node
 
 
 def plan(c: Cluster) -> dict[str, float]:
-    """Predicted milliseconds and bytes per GPU, nothing measured."""
+    """Return the predicted milliseconds and bytes per GPU. Nothing is measured."""
     p, data = c.tensor, c.gpus // c.tensor
     head = c.vocab * c.hidden / p
     gemm = (2 + 4 * c.share) * c.tokens * head / c.flops
     record = 20 * (p - 1) * c.tokens
     gradient = 2 * (p - 1) / p * 2 * c.tokens * c.hidden
-    shards = 2 * 2 * head * (data - 1) / data  # bf16: gather the weight, scatter its gradient
+    shards = 2 * 2 * head * (data - 1) / data  # bf16: all-gather of the weight, reduce-scatter of its gradient
     return {
         "data-parallel ranks": data,
-        "tokens a step": data * c.micro_batches * c.tokens,
-        "head GEMMs, ms a micro-batch": gemm * 1e3,
+        "tokens per step": data * c.micro_batches * c.tokens,
+        "head GEMMs, ms per micro-batch": gemm * 1e3,
         "records, MB": record / 1e6,
         "records, ms": (c.latency + record / c.link) * 1e3,
         "grad_hidden, MB": gradient / 1e6,
         "grad_hidden, ms": (c.latency + gradient / c.link) * 1e3,
-        "head weight over data ranks, MB a step": shards / 1e6,
-        "head weight, ms a step, unless hidden": shards / c.network * 1e3,
-        "exchange of the loss side, % of its step": 100
+        "head weight over data ranks, MB per step": shards / 1e6,
+        "head weight, ms per step without overlap": shards / c.network * 1e3,
+        "communication of the loss side, % of its step": 100
         * (c.micro_batches * (record + gradient) / c.link + 2 * c.micro_batches * c.latency)
         / (c.micro_batches * gemm),
-        "normaliser, bytes a step": 8 * (data - 1),
+        "normaliser, bytes per step": 8 * (data - 1),
     }
 
 

@@ -1,8 +1,8 @@
-"""`python -m tokfuse bench compare OLD NEW`: what became slower, measured against the limit.
+"""Compare two benchmark files by the share of the limit: `python -m tokfuse bench compare OLD NEW`.
 
-Seconds of two runs differ by the neighbours of a shared machine; the share of a limit that was
-timed in the same rounds differs much less. A case fails when its share fell by more than the
-tolerance. OLD and NEW are files of `bench --json` or of `pytest bench --benchmark-json`.
+Other load on a shared machine changes the seconds of a run. The share of a limit that was timed in the
+same rounds changes much less. A case fails if its share decreased by more than the tolerance. OLD and
+NEW are files of `bench --json` or of `pytest bench --benchmark-json`.
 """
 
 import json
@@ -16,10 +16,10 @@ Case = tuple[str, ...]
 
 
 def read(file: Path) -> dict[Case, Row]:
-    """Rows of ours by case; a later row of a case replaces an earlier one.
+    """Return the tokfuse rows of a file by case. A later row of a case replaces an earlier one.
 
     Raises:
-        ValueError: the file has neither form.
+        ValueError: the file has neither format.
     """
     text = file.read_text(encoding="utf-8")
     try:
@@ -44,10 +44,10 @@ def read(file: Path) -> dict[Case, Row]:
 
 
 def compare(old: Mapping[Case, Row], new: Mapping[Case, Row], tolerance: float = TOLERANCE) -> list[tuple[str, bool]]:
-    """(one line, kept) per case of both.
+    """Return (one line, kept) for each case that is in both files.
 
     Raises:
-        ValueError: the rows are of different machines.
+        ValueError: the rows come from different machines.
     """
     check_one_machine([*old.values(), *new.values()], "both files")
     verdicts = []

@@ -1,4 +1,4 @@
-"""Makes `pytest bench` collect bench_ops.py; `pytest tests` never comes here."""
+"""Let `pytest bench` collect bench_ops.py. `pytest tests` does not use this file."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     return None
 
 
-@pytest.hookimpl(optionalhook=True)  # a hook of pytest-benchmark, which may be absent
+@pytest.hookimpl(optionalhook=True)  # a hook of pytest-benchmark, which may not be installed
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    from tokfuse.bench import machine  # late: OMP_WAIT_POLICY counts before torch is imported
+    from tokfuse.bench import machine  # not at the top: OMP_WAIT_POLICY must be set before torch is imported
 
     machine_info["tokfuse"] = machine.facts("pytest bench --benchmark-only")

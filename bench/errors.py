@@ -1,8 +1,8 @@
-"""`python -m tokfuse bench errors`: every output and gradient against float64.
+"""Print the errors of every output and gradient relative to float64: `python -m tokfuse bench errors`.
 
-Inputs are ordinary and hostile. One line per op, provider, dtype and input family: outputs show the
-largest absolute error, gradients the largest absolute error over the largest exact absolute value.
-`--json` appends one `ErrorRow` per output, with both numbers.
+Inputs are ordinary and extreme. The table has one line per op, provider, dtype and input family. Outputs
+show the largest absolute error. Gradients show the largest absolute error / the largest exact absolute
+value. `--json` appends one `ErrorRow` per output, with both numbers.
 """
 
 import argparse
@@ -50,17 +50,17 @@ class ErrorRow:
     commit: str
 
     def to_json(self) -> str:
-        """The row as one JSON line."""
+        """Return the row as one JSON line."""
         return json.dumps({k: plain(v) for k, v in asdict(self).items()}, allow_nan=False)
 
 
 @dataclass
 class Inputs:
-    """One family of inputs, with random incoming gradients and a batch near the exact logp.
+    """One family of inputs, with random incoming gradients and a batch with old_logp close to the exact logp.
 
     Args:
-        leaves: (logits,), or (hidden, weight) for the ops that hold the lm_head.
-        scaling: keywords of the op: temperature, softcap, logit_scale.
+        leaves: (logits,), or (hidden, weight) for the ops that include the lm_head.
+        scaling: keyword arguments of the op: temperature, softcap, logit_scale.
     """
 
     family: str
@@ -82,7 +82,7 @@ class Inputs:
         return "x".join(map(str, sizes))
 
     def _scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled logits in float64, and their derivative by the logits."""
+        """Return the scaled logits in float64, and their derivative with respect to the logits."""
         scale, softcap = self.scaling.get("logit_scale", 1.0), self.scaling.get("softcap")
         raw = exact.head_logits(*self.leaves) if len(self.leaves) == 2 else self.leaves[0].double()
         z, slope = raw * scale, torch.full_like(raw, scale)
@@ -93,12 +93,12 @@ class Inputs:
         return z / temperature, slope / temperature
 
     def exact_stats(self) -> Outputs:
-        """Statistics and gradients of sum(by_logp * logp + by_entropy * entropy)."""
+        """Return the statistics, and the gradients of sum(by_logp * logp + by_entropy * entropy)."""
         grad = exact.grad_logits(self.z, self.target, self.by_logp, self.by_entropy)
         return self.stats | self._named(grad * self.slope)
 
     def exact_step(self) -> Outputs:
-        """Statistics, loss and gradients of the policy step."""
+        """Return the statistics, the loss and the gradients of the policy step."""
         out = exact.policy_step(self.z, self.batch, ENTROPY_COEF)
         return out | self._named(out.pop("grad_logits") * self.slope)
 
@@ -109,7 +109,7 @@ class Inputs:
 
 
 def families(dtype: torch.dtype) -> Iterator[Inputs]:
-    """Logits by regime; |logit| <= 100 except for "offset", which adds 1e4 to every logit."""
+    """Yield logits of each regime, with |logit| <= 100, except for "offset", which adds 1e4 to every logit."""
     gen = torch.Generator().manual_seed(0)
 
     def make(family: str, logits: torch.Tensor, **scaling: float) -> Inputs:
@@ -122,11 +122,11 @@ def families(dtype: torch.dtype) -> Iterator[Inputs]:
     rows = torch.arange(TOKENS)
     peaked = normal.clone()
     peaked[rows, rows * 11] = 60.0
-    # half the targets are the peak
+    # half of the targets are the peak
     target = torch.where(rows % 2 == 0, rows * 11, rows + 1)
     yield Inputs("peaked", (peaked.to(dtype),), target)
     yield make("uniform", torch.full((TOKENS, VOCAB), -7.5))
-    # half the vocabulary is -inf, never the target; in row 0 only the target is left
+    # half of the vocabulary is -inf, never the target; in row 0 everything but the target
     hidden = torch.rand(TOKENS, VOCAB, generator=gen) < 0.5
     hidden[0] = True
     hidden.scatter_(-1, target[:, None], False)
@@ -139,7 +139,7 @@ def families(dtype: torch.dtype) -> Iterator[Inputs]:
 
 
 def head_families(dtype: torch.dtype) -> Iterator[Inputs]:
-    """Hidden states and weights whose logits are ordinary, peaked, or a single one."""
+    """Yield hidden states and weights whose logits are ordinary, peaked, or a single one."""
     for family, scale, vocab in (("ordinary", 3, 1027), ("peaked", 20, 1027), ("tail_1", 3, 1)):
         gen = torch.Generator().manual_seed(2)
         hidden = torch.randn(TOKENS, HIDDEN, generator=gen)
@@ -150,7 +150,7 @@ def head_families(dtype: torch.dtype) -> Iterator[Inputs]:
 
 @dataclass(frozen=True)
 class Case:
-    """One op of one provider on one family: `run` gives the backend and the outputs."""
+    """One op of one provider with one family. `run` returns the backend and the outputs."""
 
     op: str
     provider: str
@@ -160,7 +160,7 @@ class Case:
 
 
 def cases(dtype: torch.dtype, peer_names: list[str]) -> Iterator[Case]:
-    """Every case of one dtype."""
+    """Yield every case of one dtype."""
     for data in families(dtype):
         stats_run = partial(_run_stats, "token_stats", data)
         yield Case("token_stats", "tokfuse", data, stats_run, data.exact_stats)
@@ -217,12 +217,12 @@ def _run_peer(name: str, data: Inputs) -> tuple[str, Outputs]:
     leaf = data.leaves[0].clone().requires_grad_()
     stats = function(leaf, data.target)
     if "entropy" not in stats:
-        raise Unsupported("computes logp only")
+        raise Unsupported("computes only logp")
     return peers.KNOWN[name].module, stats | _grads(data, stats, (leaf,))
 
 
 def measure_errors(dtypes: list[str], peer_names: list[str], facts: dict[str, Any]) -> Iterator[ErrorRow]:
-    """One row per op, provider, dtype, family and output."""
+    """Yield one row per op, provider, dtype, family and output."""
     kept: dict[str, Any] = {key: str(facts[key]) for key in ("cpu_model", "isa", "torch", "commit")}
     for dtype in dtypes:
         for case in cases(getattr(torch, dtype), peer_names):
@@ -259,7 +259,7 @@ def measure_errors(dtypes: list[str], peer_names: list[str], facts: dict[str, An
 
 
 def table(rows: list[ErrorRow], markdown: bool = False) -> str:
-    """One line per op, provider, dtype and family, the vocabulary tails merged into their worst."""
+    """Return one line per op, provider, dtype and family. Vocabulary tails are merged into their largest error."""
     lines: dict[tuple[str, ...], dict[str, float]] = {}
     notes: dict[tuple[str, ...], str] = {}
     for row in rows:
@@ -283,7 +283,7 @@ def table(rows: list[ErrorRow], markdown: bool = False) -> str:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the table, append rows to `--json`; 1 when an op of ours failed."""
+    """Print the table and append rows to `--json`. Return 1 if a tokfuse op failed."""
     dtypes = options.dtype.split(",") if options.dtype else list(DTYPES)
     names = [n for n in peers.choose(options.peers or "none", "") if "compile" not in n]
     rows = []

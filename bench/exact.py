@@ -1,11 +1,11 @@
-"""The float64 answers in closed form, and the distance of what a provider returned from them.
+"""The float64 answers in closed form, and the errors of a provider's outputs relative to them.
 
-Independent of the library and of autograd: with p = softmax(z), H the entropy and (a, b) the
-derivatives of the loss by logp and entropy,
+This module uses neither tokfuse nor autograd. With p = softmax(z), entropy H, and (a, b) the derivatives
+of the loss with respect to logp and entropy,
 
     d loss / d z = a (onehot - p) - b p (log p + H)
 
-taken over blocks of rows, so that float64 temporaries stay small.
+It is computed over blocks of rows to keep the float64 temporaries small.
 """
 
 import torch
@@ -20,12 +20,12 @@ FORWARD = ("logp", "entropy", "lse", "sum_sq", "top1")
 
 
 def _block(logits: torch.Tensor, target: torch.Tensor) -> tuple[Outputs, torch.Tensor]:
-    """Statistics of some rows of float64 logits, and their log-probabilities."""
+    """Return the statistics of some rows of float64 logits, and their log-probabilities."""
     top = logits.max(-1, keepdim=True).values
     lse = top + (logits - top).exp().sum(-1, keepdim=True).log()
     log_p = logits - lse
     p = log_p.exp()
-    # a masked logit (-inf) has weight exactly 0, not 0 * inf
+    # a masked logit (-inf) contributes exactly 0, not 0 * inf
     p_log_p = torch.where(p > 0, p * log_p, torch.zeros_like(p))
     picked = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     stats = {
@@ -39,7 +39,7 @@ def _block(logits: torch.Tensor, target: torch.Tensor) -> tuple[Outputs, torch.T
 
 
 def token_stats(logits: torch.Tensor, target: torch.Tensor) -> Outputs:
-    """All five statistics, each (tokens,) float64."""
+    """Return all five statistics, each (tokens,) float64."""
     parts = [_block(z.double(), y)[0] for z, y in zip(logits.split(BLOCK_ROWS), target.split(BLOCK_ROWS), strict=True)]
     return {name: torch.cat([part[name] for part in parts]) for name in FORWARD}
 
@@ -47,7 +47,7 @@ def token_stats(logits: torch.Tensor, target: torch.Tensor) -> Outputs:
 def grad_logits(
     logits: torch.Tensor, target: torch.Tensor, by_logp: torch.Tensor, by_entropy: torch.Tensor
 ) -> torch.Tensor:
-    """d loss / d logits, (tokens, vocab) float64, from the derivatives by logp and entropy."""
+    """Return d loss / d logits, (tokens, vocab) float64, from the derivatives with respect to logp and entropy."""
     out = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
     for first in range(0, logits.shape[0], BLOCK_ROWS):
         rows = slice(first, first + BLOCK_ROWS)
@@ -62,7 +62,7 @@ def grad_logits(
 
 
 def policy_terms(stats: Outputs, batch: Batch, entropy_coef: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """PPO-clip with token mean: the loss, and its derivatives by logp and by entropy."""
+    """Return the loss of PPO-clip with token mean, and its derivatives with respect to logp and entropy."""
     advantage = batch.advantage.double()
     ratio = (stats["logp"] - batch.old_logp.double()).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
@@ -75,7 +75,7 @@ def policy_terms(stats: Outputs, batch: Batch, entropy_coef: float) -> tuple[tor
 
 
 def policy_step(logits: torch.Tensor, batch: Batch, entropy_coef: float) -> Outputs:
-    """Loss, statistics and the gradient by the logits."""
+    """Return the loss, the statistics and the gradient with respect to the logits."""
     stats = token_stats(logits, batch.target)
     loss, by_logp, by_entropy = policy_terms(stats, batch, entropy_coef)
     grad = grad_logits(logits, batch.target, by_logp, by_entropy)
@@ -83,12 +83,12 @@ def policy_step(logits: torch.Tensor, batch: Batch, entropy_coef: float) -> Outp
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(tokens, vocab) float64."""
+    """Return the logits, (tokens, vocab) float64."""
     return hidden.double() @ weight.double().T
 
 
 def through_head(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, with_weight: bool = True) -> Outputs:
-    """Gradients by hidden states and weight, from the gradient by the logits."""
+    """Return the gradients of hidden states and weight, from the gradient of the logits."""
     out = {"grad_hidden": grad @ weight.double()}
     if with_weight:
         out["grad_weight"] = grad.T @ hidden.double()
@@ -96,15 +96,15 @@ def through_head(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
 
 
 def largest(exact: torch.Tensor) -> float:
-    """Largest finite absolute value; 0 for none."""
+    """Return the largest finite absolute value; 0 if there is none."""
     finite = exact[exact.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def distance(name: str, value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest absolute error; for gradients, divided by the largest exact absolute value.
+    """Return the largest absolute error; for gradients, divided by the largest exact absolute value.
 
-    Equal infinities are no error; a NaN, or an infinity on one side only, is an infinite one.
+    Equal infinities are no error. A NaN, or an infinity on one side only, is an infinite error.
     """
     if value.shape != exact.shape:
         return float("inf")
@@ -121,5 +121,5 @@ def distance(name: str, value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def distances(outputs: Outputs, exact: Outputs) -> dict[str, float]:
-    """`distance` of every output that has an exact value."""
+    """Return the `distance` of every output that has an exact value."""
     return {name: distance(name, value, exact[name]) for name, value in outputs.items() if name in exact}

@@ -1,9 +1,9 @@
-"""`python -m tokfuse bench growth`: how time and memory grow along one axis at a time.
+"""Measure how time and memory grow along one axis at a time: `python -m tokfuse bench growth`.
 
-A sweep varies tokens, vocabulary, hidden size, threads, or the share of rows that carry gradient,
-and keeps the rest at a base shape. Each point is an ordinary case, so its rows are ordinary rows
-with the axis in `sweep`. The tables show what must stay flat: CPU time per unit of work, and
-workspace, the peak memory of one call beyond what it returns.
+A sweep varies tokens, vocabulary, hidden size, threads, or the share of rows with gradient, and keeps the
+rest of a base shape. Each point is an ordinary case, so its rows are ordinary rows with the axis in
+`sweep`. The tables show the quantities that must stay constant: CPU time per unit of work, and workspace
+(the peak memory of one call minus the memory that it returns).
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,20 +19,23 @@ PEERS = "torch_eager"
 
 @dataclass(frozen=True)
 class Sweep:
-    """`base` with `axis` set to each of `values`; rows are shares of rows with gradient."""
+    """The case `base` with `axis` set to each of `values`.
+
+    On the axis "rows" the values are shares of rows with gradient.
+    """
 
     axis: str
     values: tuple[float, ...]
     base: Config
 
     def points(self) -> Iterator[tuple[Config, int | None]]:
-        """(case, threads) per value; None leaves the threads as they are."""
+        """Return (case, threads) per value. None keeps the number of threads."""
         for value in self.values:
             yield at(self.base, self.axis, value), int(value) if self.axis == "threads" else None
 
 
 def at(base: Config, axis: str, value: float) -> Config:
-    """The base case with one axis set."""
+    """Return the base case with one axis set."""
     sizes = {"tokens": base.tokens, "vocab": base.vocab, "hidden": base.hidden}
     if axis in sizes:
         sizes[axis] = int(value)
@@ -41,7 +44,7 @@ def at(base: Config, axis: str, value: float) -> Config:
 
 
 def sweeps(seed: int = 0, quick: bool = False, device: str = "cpu") -> list[Sweep]:
-    """Every sweep; `quick` takes small shapes, which show that it works and nothing else."""
+    """Return every sweep. `quick` uses small shapes, which only check that it works."""
     tokens, hidden, vocab = (32, 32, 4096) if quick else (512, 576, 49152)
     common = {"seed": seed, "device": device}
     head = Config("policy_step_hidden", "step", "rows=1", "float32", tokens, vocab, hidden, **common)
@@ -59,10 +62,10 @@ def sweeps(seed: int = 0, quick: bool = False, device: str = "cpu") -> list[Swee
 
 
 def choose(axes: str | None) -> tuple[str, ...]:
-    """The axes of `--axes`, all when it is None.
+    """Return the axes of `--axes`; all axes if it is None.
 
     Raises:
-        ValueError: an axis that is not known.
+        ValueError: unknown axis.
     """
     if axes is None:
         return AXES
@@ -74,14 +77,14 @@ def choose(axes: str | None) -> tuple[str, ...]:
 
 
 def value_of(row: Row) -> float:
-    """Where a row lies on its axis."""
+    """Return the position of a row on its axis."""
     if row.sweep == "rows":
         return float(row.variant.removeprefix("rows=").partition(",")[0])
     return float(getattr(row, row.sweep))
 
 
 def unit_of(row: Row) -> tuple[float, str]:
-    """The work that CPU time should be in proportion to, and the name of the quotient."""
+    """Return the work that CPU time should be proportional to, and the name of the quotient."""
     logits = row.tokens * row.vocab
     if row.hidden:
         return row.flops * 1e-9, "CPU ms / GFLOP"
@@ -89,7 +92,7 @@ def unit_of(row: Row) -> tuple[float, str]:
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """One Markdown table per op and axis."""
+    """Return one Markdown table per op and axis."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.sweep and row.role != "limit" and row.status == "pass":
@@ -118,7 +121,7 @@ def _table(op: str, axis: str, group: list[Row]) -> str:
             cells += [ratio, mebibytes(row.workspace_bytes if row else None)]
         lines.append(cells)
     body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"### {op}: {axis}\n\n{_fixed(axis, group)}\n\n{body}"
+    return f"#### {op}: {axis}\n\n{_fixed(axis, group)}\n\n{body}"
 
 
 def _names(group: list[Row], role: str) -> list[str]:
@@ -134,7 +137,7 @@ def _ours_cells(row: Row | None) -> list[str]:
 
 
 def _fixed(axis: str, group: list[Row]) -> str:
-    """What does not vary, as one line."""
+    """Return the constant properties as one line."""
     first = group[0]
     parts = {"tokens": first.tokens, "hidden": first.hidden, "vocab": first.vocab, "threads": first.threads}
     kept = [f"{name} {value}" for name, value in parts.items() if name != axis and value]

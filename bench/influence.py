@@ -1,9 +1,9 @@
-"""Case `influence`: what gradient norms and sketches add to `policy_step` from hidden states.
+"""Case `influence`: the overhead of gradient norms and sketches in `policy_step` from hidden states.
 
-`tokfuse` is the step alone. `tokfuse_norms` adds the three norms of each token, from the step's own
-statistics and gradient of the hidden states. `tokfuse_sketches` is the same step with
-`influence=InfluenceSpec(rank)`: norms and one (rank, rank) sketch per sequence. The ratio column is
-the price; no peer has the op.
+`tokfuse` is the step without influence. `tokfuse_norms` adds the three norms of each token, computed from
+the step's statistics and its gradient of the hidden states. `tokfuse_sketches` is the step with
+`influence=InfluenceSpec(rank)`: norms, and one (rank, rank) sketch per sequence. The ratio column is the
+overhead. No peer has this op.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ OURS = ("tokfuse", "tokfuse_norms", "tokfuse_sketches")
 
 
 class _Inputs:
-    """Hidden states, weight and batch; every row carries gradient."""
+    """Hidden states, weight and batch. Every row has a gradient."""
 
     def __init__(self, config: Config) -> None:
         gen = generator(config)
@@ -51,7 +51,7 @@ class _Inputs:
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     data = _Inputs(config)
     on_device(data, config.device)
     product = 2 * config.tokens * config.hidden * config.vocab
@@ -86,7 +86,7 @@ def _no_peer(name: str) -> Factory:
 
 
 def _answer(data: _Inputs) -> Outputs:
-    """Norms and sketches from the float64 gradients, by their definitions."""
+    """Return norms and sketches, computed by definition from the float64 gradients."""
     hidden = data.hidden.detach().double()
     out = exact.policy_step(exact.head_logits(hidden, data.weight.detach()), data.batch, 0.0)
     grad_logits = out.pop("grad_logits")

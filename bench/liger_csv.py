@@ -1,8 +1,8 @@
-"""Rows in the CSV columns of Liger-Kernel's benchmarks, so that its plotter reads ours.
+"""Write rows in the CSV columns of Liger-Kernel's benchmarks, so that Liger's plotter can read them.
 
-A row becomes two lines: speed in ms with its 20th and 80th percentile, and memory in MB. Only what
-passed is written: the format has no column for a status. What the columns cannot hold (shape,
-dtype, variant, backend, share of the limit) is JSON in `extra_benchmark_config_str`.
+A row becomes two lines: speed in ms with its 20th and 80th percentile, and memory in MB. Only rows with
+status "pass" are written, because the format has no column for a status. Values without a column (shape,
+dtype, variant, backend, share of the limit) are stored as JSON in `extra_benchmark_config_str`.
 """
 
 import csv
@@ -28,7 +28,7 @@ COLUMNS = (
     "timestamp",
     "liger_version",
 )
-# Their names of what is timed.
+# Liger's names of the modes.
 MODES = {"forward+backward": "full", "step": "full", "call": "forward"}
 # sweep -> (x_name, x_label)
 AXES = {
@@ -41,7 +41,7 @@ AXES = {
 
 
 def append(row: Row, sink: TextIO) -> None:
-    """Write the lines of one row, after the header when the file is empty."""
+    """Write the lines of one row, and the header if the file is empty."""
     writer = csv.writer(sink, lineterminator="\n")
     if sink.tell() == 0:
         writer.writerow(COLUMNS)
@@ -51,7 +51,7 @@ def append(row: Row, sink: TextIO) -> None:
 
 
 def lines(row: Row) -> list[list[object]]:
-    """Speed and memory of a row that passed; nothing for others."""
+    """Return the lines for speed and memory of a row with status "pass"; nothing for other rows."""
     if row.status != "pass" or row.median_ms is None:
         return []
     axis = row.sweep or "vocab"

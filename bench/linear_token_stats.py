@@ -1,7 +1,7 @@
 """Case `linear_token_stats`: the same statistics from hidden states and the lm_head weight.
 
-forward: without gradients. forward+backward: gradients of a weighted sum of logp and entropy by the
-hidden states and the weight.
+forward: without gradients. forward+backward: gradients of a weighted sum of logp and entropy with
+respect to the hidden states and the weight.
 """
 
 import torch
@@ -18,7 +18,7 @@ CASES = (("forward", "all"), ("forward+backward", "logp,entropy"))
 
 
 class _Inputs:
-    """Hidden states, weight, target, and the incoming gradients of logp and entropy."""
+    """Hidden states, weight, targets, and the incoming gradients of logp and entropy."""
 
     def __init__(self, config: Config) -> None:
         gen = generator(config)
@@ -29,7 +29,7 @@ class _Inputs:
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     data = _Inputs(config)
     on_device(data, config.device)
     backward = config.mode == "forward+backward"
@@ -101,7 +101,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
             grads = torch.autograd.grad(
                 [stats[n] for n in names], (hidden, weight), [incoming[n].to(stats[n].dtype) for n in names]
             )
-            # without the entropy the gradient is of another function: nothing to compare with
+            # without the entropy this is the gradient of another function and cannot be compared
             if "entropy" in stats:
                 stats = {**stats, "grad_hidden": grads[0], "grad_weight": grads[1]}
             return stats

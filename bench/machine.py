@@ -1,4 +1,4 @@
-"""Facts that make a timing readable later: machine, versions, commit, threads."""
+"""Facts that identify a measurement: machine, versions, commit, threads."""
 
 import contextlib
 import datetime
@@ -22,7 +22,7 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def facts(command: str, device: str = "cpu") -> dict[str, Any]:
-    """The row fields that are the same for a whole run."""
+    """Return the row fields that are the same for a whole run."""
     gpu = telemetry.describe() if device == "cuda" else telemetry.Telemetry("")
     return {
         "threads": torch.get_num_threads(),
@@ -42,17 +42,17 @@ def facts(command: str, device: str = "cpu") -> dict[str, Any]:
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """Return the UTC time with a resolution of one second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def load_average() -> float:
-    """Runnable processes over the last minute."""
+    """Return the load average of the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
 def version_of(distribution: str) -> str:
-    """Installed version of a distribution, or "" when it is not installed."""
+    """Return the installed version of a distribution, or "" if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -60,16 +60,16 @@ def version_of(distribution: str) -> str:
 
 
 def available_bytes() -> int:
-    """Memory that a process can still get without swapping; 0 when the system does not say."""
+    """Return the memory that a process can still allocate without swapping; 0 if the system does not report it."""
     return _kilobytes(MEMINFO, "MemAvailable")
 
 
 @contextlib.contextmanager
 def memory_guard() -> Iterator[None]:
-    """Make an allocation beyond the free memory fail, instead of having the process killed.
+    """Let an allocation beyond the free memory fail, so that the system does not kill the process.
 
-    Lowers the soft limit on private writable memory to what is used now plus what is free; does
-    nothing where the system does not tell both.
+    Lowers the soft limit of private writable memory to the used plus the free memory. Does nothing if the
+    system does not report both.
     """
     used, free = status_bytes("VmData"), available_bytes()
     if not used or not free:
@@ -87,12 +87,12 @@ def memory_guard() -> Iterator[None]:
 
 
 def status_bytes(key: str) -> int:
-    """A size of this process (VmHWM, VmData, ...); 0 when the system does not say."""
+    """Return a size of this process (VmHWM, VmData, ...); 0 if the system does not report it."""
     return _kilobytes(Path("/proc/self/status"), key)
 
 
 def last_level_cache_bytes() -> int:
-    """Largest cache of core 0, or 32 MiB when the system does not say."""
+    """Return the largest cache of core 0, or 32 MiB if the system does not report it."""
     sizes = [32 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -104,11 +104,11 @@ def last_level_cache_bytes() -> int:
 
 
 def warn_about_waiting() -> None:
-    """Say so when idle OpenMP threads will spin: with a busy neighbour that costs milliseconds."""
+    """Warn if idle OpenMP threads will spin. With other load on the machine, spinning costs milliseconds."""
     if os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
         print(
-            "tokfuse bench: OMP_WAIT_POLICY is not 'passive': idle threads spin and take the core "
-            "from each other, which inflates small ops. Run `OMP_WAIT_POLICY=passive python -m "
+            "tokfuse bench: OMP_WAIT_POLICY is not 'passive', so idle threads spin and take CPU time "
+            "from other threads. This increases the time of small ops. Run `OMP_WAIT_POLICY=passive python -m "
             "tokfuse bench ...`.",
             file=sys.stderr,
         )
@@ -140,7 +140,7 @@ def _cpu_model() -> str:
 
 
 def _isa() -> str:
-    """The instruction-set level that the native module picked, or why there is none."""
+    """Return the instruction-set level of the native module, or why there is none."""
     module = native.module()
     if module is None:
         return "no native module"
@@ -149,7 +149,7 @@ def _isa() -> str:
 
 
 def _commit() -> str:
-    """Commit of the sources when they are a git checkout, with "-dirty" for local changes."""
+    """Return the commit of the sources if they are a git checkout, with "-dirty" for local changes."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""

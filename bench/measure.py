@@ -19,7 +19,7 @@ MIN_ROUNDS = 3
 CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
 
 
-GPU_CACHE_BYTES = 128 << 20  # more than the second-level cache of any GPU so far
+GPU_CACHE_BYTES = 128 << 20  # larger than the L2 cache of every current GPU
 
 
 @functools.cache
@@ -34,16 +34,16 @@ def _nothing() -> None:
 
 @dataclass
 class Provider:
-    """One way to do the work.
+    """One implementation of the work.
 
     Args:
-        run: the timed call; returns its outputs by name (names of `row.ERROR_NAMES`).
-        before: untimed work before each call, e.g. restoring what an in-place op overwrote.
-        release: frees what the library keeps between calls, so that a peak counts it.
+        run: the timed call. It returns its outputs by name (names of `row.ERROR_NAMES`).
+        before: untimed work before each call, for example restoring the input of an in-place op.
+        release: frees the memory that the library keeps between calls, so that the peak includes it.
         backend, version, note: see `row.Row`.
-        calls: how many calls `run` makes; the time is divided by it.
-        fallback: True when this is ours but on the pure-torch reference.
-        device: "cpu", or "cuda": timed by events of the current stream.
+        calls: number of calls that `run` makes; the time is divided by it.
+        fallback: True if this is tokfuse on the pure-torch reference.
+        device: "cpu" or "cuda". On "cuda", events of the current stream measure the time.
     """
 
     run: Callable[[], Outputs]
@@ -58,7 +58,7 @@ class Provider:
 
 
 class ColdCache:
-    """Evicts the caches by writing twice the last-level cache; the same for every provider."""
+    """Evicts the caches before a call. It writes twice the last-level cache, for every provider alike."""
 
     def __init__(self, enabled: bool = True, device: str = "cpu") -> None:
         self._buffer = _eviction_buffer(device) if enabled else None
@@ -69,10 +69,10 @@ class ColdCache:
 
 
 def time_once(provider: Provider, cache: ColdCache) -> tuple[float, float]:
-    """Milliseconds of one call, and of its threads' CPU time.
+    """Return the milliseconds of one call, and the milliseconds of CPU time of its threads.
 
-    Freeing the results is outside the timed region for everyone. On a GPU the events stand behind
-    the cache's eviction in the stream, so the launch of the work is hidden by it where it is short.
+    The results are freed outside the timed region. On a GPU the start event follows the cache eviction in
+    the stream. The eviction therefore hides the launch overhead of short work.
     """
     provider.before()
     cache.flush()
@@ -104,11 +104,11 @@ def interleave(
     budget_s: float = float("inf"),
     cpu_times: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Time every provider once per round, round after round, so that noise hits all alike.
+    """Time every provider once per round, so that noise affects all providers equally.
 
-    The order rotates from round to round. A provider that raises leaves the rounds; its exception
-    is returned. After `MIN_ROUNDS`, no round begins once `budget_s` seconds are spent. `cpu_times`
-    is filled with the milliseconds of CPU time, which a busy neighbour inflates least.
+    The order rotates from round to round. A provider that raises an exception is not run again, and its
+    exception is returned. After `MIN_ROUNDS` rounds, no round starts if `budget_s` seconds are used.
+    `cpu_times` receives the milliseconds of CPU time, which other load on the machine affects least.
 
     Returns:
         milliseconds per provider and round, and the exceptions by provider.
@@ -128,7 +128,7 @@ def interleave(
                     continue
                 try:
                     wall, cpu = time_once(providers[name], cache)
-                except Exception as error:  # a peer may raise anything; it becomes a row
+                except Exception as error:  # a peer may raise any exception; it becomes a row
                     failed[name] = error
                     continue
                 times[name].append(wall)
@@ -138,7 +138,7 @@ def interleave(
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Linear interpolation between the closest ranks."""
+    """Return a percentile by linear interpolation between the closest ranks."""
     ordered = sorted(values)
     position = share * (len(ordered) - 1)
     low = int(position)
@@ -147,13 +147,13 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def peak_extra_bytes(provider: Provider) -> tuple[int | None, str]:
-    """Peak resident memory of one call above what was resident before it, and how it was read.
+    """Return the peak resident memory of one call minus the resident memory before it, and how it was read.
 
-    The kernel's high-water mark (VmHWM) is reset to the present size just before the call. Freed
-    heap and what `release` frees are given back first, so they cannot hide an allocation; the
-    packing buffers that a GEMM library keeps between calls are resident already and do not count.
-    Exact to about 1 MiB: the kernel batches its page counters per thread. After an allocation that
-    failed, malloc may serve from an arena that it cannot trim, and the peak comes out too small.
+    The kernel's high-water mark (VmHWM) is reset to the current size just before the call. Free heap memory
+    and the memory that `release` frees are returned to the system first, so that they cannot hide an
+    allocation. Packing buffers that a GEMM library keeps between calls are already resident and do not
+    count. The result is exact to about 1 MiB, because the kernel batches its page counters per thread.
+    After a failed allocation, malloc may use an arena that it cannot trim, and the peak is too small.
     """
     provider.before()
     provider.release()
@@ -186,14 +186,14 @@ def _peak_on_device(provider: Provider) -> tuple[int, str]:
 
 
 def tensor_bytes(outputs: Outputs) -> int:
-    """Bytes of the storages behind some tensors, each counted once."""
+    """Return the bytes of the storages of some tensors. Each storage is counted once."""
     storages = (value.untyped_storage() for value in outputs.values())
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep Python's collector, which may free someone's memory, out of the measured region."""
+    """Disable Python's garbage collector in the measured region, because it could free memory there."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,9 +1,9 @@
-"""`python -m tokfuse bench numbers FILES`: the tables of the README, from recorded rows.
+"""Write the tables of the README from recorded rows: `python -m tokfuse bench numbers FILES`.
 
     python -m tokfuse bench numbers bench/results/*.jsonl --write README.md
 
-With `--write` the text between the markers of that file is replaced; a test holds the README equal
-to the rows in `bench/results`. A later row of the same case and provider replaces an earlier one.
+`--write` replaces the text between the markers of that file. A test compares the README with the rows in
+`bench/results`. A later row of the same case and provider replaces an earlier row.
 """
 
 import json
@@ -17,17 +17,17 @@ from tokfuse.bench.report import mebibytes
 from tokfuse.bench.row import Row, check_one_machine
 
 BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
-# Scores of study_influence.py that the text under its table compares.
+# Scores of study_influence.py that the text below its table compares.
 SKETCH, HEAD = "sketch, rank 64", "control: true gradient of lm_head"
 NO_GRADIENT = "control: mean hidden state, no gradient"
 Case = tuple[str, ...]
 
 
 def read(files: Sequence[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows of the benchmarks, and those of the influence study, which have no provider.
+    """Return the rows of the benchmarks, and the rows of the influence study, which have no provider.
 
     Raises:
-        ValueError: the rows are of different machines.
+        ValueError: the rows come from different machines.
     """
     rows, study = [], []
     for file in files:
@@ -44,7 +44,7 @@ def read(files: Sequence[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
 
 
 def section(rows: Sequence[Row], study: Sequence[dict[str, Any]] = ()) -> str:
-    """Everything between the markers."""
+    """Return the text between the markers."""
     timed = [row for row in rows if not row.sweep]
     swept = [row for row in rows if row.sweep]
     parts = [
@@ -61,30 +61,30 @@ def section(rows: Sequence[Row], study: Sequence[dict[str, Any]] = ()) -> str:
 
 
 def _load(rows: Sequence[Row], *ops: str) -> str:
-    """How busy the machine was: a load above the number of cores stretches every time."""
+    """Return a sentence with the load average. A load above the number of cores increases every time."""
     loads = [row.load_average for row in rows if row.op in ops and row.load_average is not None]
     if not loads:
         return ""
     is_busy = max(loads) > 2 * max(row.threads for row in rows)
-    busy = "; other work stretched these times" if is_busy else ""
+    busy = "; other work increased these times" if is_busy else ""
     return f"\n\nLoad average while measuring: {min(loads):.1f} to {max(loads):.1f}{busy}."
 
 
 def write(file: Path, text: str) -> None:
-    """Replace what stands between the markers of a file.
+    """Replace the text between the markers of a file.
 
     Raises:
-        ValueError: the markers are not there.
+        ValueError: a marker is missing.
     """
     page = file.read_text(encoding="utf-8")
     if BEGIN not in page or END not in page:
-        raise ValueError(f"bench: --write needs a file with {BEGIN} and {END}; {file} has not both.")
+        raise ValueError(f"bench: the file of --write must contain {BEGIN} and {END}; {file} does not contain both.")
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     file.write_text(pattern.sub(lambda _: f"{BEGIN}\n{text}\n{END}", page), encoding="utf-8")
 
 
 def _cases(rows: Sequence[Row], op: str, variant: str | None = None) -> dict[Case, dict[str, Row]]:
-    """Rows of an op by case and provider, in the order in which they came."""
+    """Return the rows of an op by case and provider, in their order in the files."""
     out: dict[Case, dict[str, Row]] = {}
     for row in rows:
         if row.op == op and row.status == "pass" and row.median_ms and variant in (None, row.variant):
@@ -136,19 +136,20 @@ def _from_logits(rows: Sequence[Row]) -> str:
     if not lines:
         return ""
     return (
-        "Loss side from logits: statistics, clipped objective with an entropy bonus, gradient.\n"
-        "Milliseconds, median of interleaved rounds with cold caches; in brackets multiples of\n"
-        "ours over the logits. The torch columns are the faster of the input's dtype and float32.\n"
-        "`limit` is a plain copy of the same bytes in the same run.\n\n"
+        "### Loss from logits\n\n"
+        "The work is: statistics, clipped objective with an entropy bonus, gradient. Times are milliseconds,\n"
+        "the median of interleaved rounds with cold caches. The number in brackets is the time relative to\n"
+        "tokfuse in place. The torch columns show the faster of the input's dtype and float32. `limit` is a\n"
+        "copy of the same bytes in the same run.\n\n"
     ) + _grid(
         [
             "tokens x vocab",
             "dtype",
-            "over the logits",
-            "out of place",
+            "tokfuse, in place",
+            "tokfuse, out of place",
             "torch.compile",
             "torch eager",
-            "cross_entropy alone",
+            "F.cross_entropy only",
             "limit",
         ],
         lines,
@@ -162,7 +163,7 @@ def _from_hidden(rows: Sequence[Row]) -> str:
         for name, row in sorted(found.items(), key=lambda item: item[1].median_ms or 0.0):
             if row.role == "limit" and name != "limit_gemm":
                 continue
-            label = "bare matrix products" if name == "limit_gemm" else name
+            label = "matrix products only" if name == "limit_gemm" else name
             lines.append(
                 [
                     _spaced(shape),
@@ -178,12 +179,13 @@ def _from_hidden(rows: Sequence[Row]) -> str:
     if not lines:
         return ""
     return (
-        "From hidden states and the lm_head, with both gradients (`frozen`: not the weight's).\n"
-        "`rows` is the share of rows with gradient, workspace the peak memory of a call beyond\n"
-        "what it returns. CPU is the CPU time of all threads as a multiple of ours, which other\n"
-        "work on the machine disturbs less than the time.\n\n"
+        "### Loss from hidden states and the lm_head\n\n"
+        "The work includes the gradients of the hidden states and of the weight (`frozen`: only of the hidden\n"
+        "states). `rows` is the share of rows with gradient. The number in brackets is the time relative to\n"
+        "tokfuse. CPU is the CPU time of all threads relative to tokfuse; other load on the machine affects it\n"
+        "less than the time. Workspace is the peak memory of a call without the tensors that it returns.\n\n"
     ) + _grid(
-        ["tokens x hidden x vocab", "dtype", "variant", "provider", "ms (of ours)", "CPU", "workspace", "note"], lines
+        ["tokens x hidden x vocab", "dtype", "variant", "provider", "ms (relative)", "CPU", "workspace", "note"], lines
     )
 
 
@@ -192,7 +194,7 @@ def _price(rows: Sequence[Row]) -> str:
     for (shape, dtype, variant), found in _cases(rows, "influence").items():
         base = found.get("tokfuse")
         for name, label in (
-            ("tokfuse", "step alone"),
+            ("tokfuse", "step only"),
             ("tokfuse_norms", "with norms"),
             ("tokfuse_sketches", "with norms and sketches"),
         ):
@@ -214,7 +216,8 @@ def _price(rows: Sequence[Row]) -> str:
     if not lines:
         return ""
     heads = ["tokens x hidden x vocab", "dtype", "sketch", "step", "ms", "time", "CPU"]
-    return f"What influence adds to a step from hidden states:\n\n{_grid(heads, lines)}"
+    text = "The table compares a step from hidden states with and without gradient norms and sketches."
+    return f"### Overhead of gradient influence\n\n{text}\n\n{_grid(heads, lines)}"
 
 
 def _advantages(rows: Sequence[Row]) -> str:
@@ -225,9 +228,8 @@ def _advantages(rows: Sequence[Row]) -> str:
             lines.append([f"`{variant}`", _spaced(shape), _times(ours, None), _times(peer, ours)])
     if not lines:
         return ""
-    return "Between rewards and the loss, beside the vectorised torch form, milliseconds:\n\n" + _grid(
-        ["op", "sequences x longest", "ours", "torch"], lines
-    )
+    text = "Times are milliseconds, compared with vectorised torch code that computes the same result."
+    return f"### Advantages and weights\n\n{text}\n\n" + _grid(["op", "sequences x longest", "tokfuse", "torch"], lines)
 
 
 def _study(study: Sequence[dict[str, Any]]) -> str:
@@ -245,22 +247,22 @@ def _study(study: Sequence[dict[str, Any]]) -> str:
     lines = [[*key, *(found.get(name, "-") for name in slices)] for key, found in cells.items()]
     first = study[0]
     readings = [
-        f"- {name}: a sketch of rank 64 agrees with the gradients of all layers at "
-        f"{cells[name, SKETCH]['all']}, the lm_head's own true gradient at "
-        f"{cells[name, HEAD]['all']}, the mean hidden state without any gradient at "
-        f"{cells[name, NO_GRADIENT]['all']}."
+        f"- {name}: correlation with the gradients of all layers. Sketch of rank 64: {cells[name, SKETCH]['all']}; "
+        f"true gradient of the lm_head: {cells[name, HEAD]['all']}; "
+        f"mean hidden state (no gradient): {cells[name, NO_GRADIENT]['all']}."
         for name in dict.fromkeys(name for name, _ in cells)
         if {(name, SKETCH), (name, HEAD), (name, NO_GRADIENT)} <= set(cells)
     ]
     return (
-        f"Do sketches rank samples as their true gradients do? {first['model']}, per-sample\n"
-        "gradients of all layers, of the lm_head and of the last block; Spearman correlation of\n"
-        "each sample's cosine with a validation mean, and its range over projection seeds:\n\n"
+        "### Agreement of sketches with true gradients\n\n"
+        "Each sample is scored by the cosine with a validation mean. The table shows the Spearman correlation\n"
+        "between this score and the score of the true per-sample gradients: of all layers, of the lm_head and\n"
+        f"of the last block. Model: {first['model']}. The range in brackets is over projection seeds.\n\n"
     ) + "\n\n".join([_grid(["data (samples)", "score", *slices], lines), "\n".join(readings)]).strip()
 
 
 def _predicted(rows: Sequence[Row]) -> str:
-    """GPU times that nobody measured, in a table that says so in its head."""
+    """Return the table of predicted GPU times. Its column heads say that they are predicted."""
     times: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         if row.status == "predicted" and row.dtype == "bfloat16" and row.median_ms:
@@ -272,15 +274,17 @@ def _predicted(rows: Sequence[Row]) -> str:
     gpus = list(dict.fromkeys(gpu for found in times.values() for gpu in found))
     lines = [[*case, *(found.get(gpu, "-") for gpu in gpus)] for case, found in times.items()]
     return (
-        "**Predicted, nothing ran**: milliseconds of the Triton kernels in bfloat16, the longer\n"
-        "of the bytes over the bandwidth and (`issue`) the instructions over what the SMs issue,\n"
-        "from data sheets (`python -m tokfuse bench predict`). Real runs are slower.\n\n"
+        "### Predicted GPU times\n\n"
+        "**Predicted, nothing ran**: milliseconds of the Triton kernels in bfloat16, computed from data sheets\n"
+        "(`python -m tokfuse bench predict`). The time is the longer of bytes / bandwidth and (marked `issue`)\n"
+        "instructions / issue rate of the SMs. Real runs are slower.\n\n"
     ) + _grid(["kernel", "tokens x vocab", *(f"{gpu}, predicted" for gpu in gpus)], lines)
 
 
 def _growth(rows: Sequence[Row]) -> str:
     text = growth.tables(rows)
-    return f"How it grows, one axis at a time:\n\n{text}" if text else ""
+    about = "Each table varies one axis and keeps the rest constant."
+    return f"### Scaling\n\n{about}\n\n{text}" if text else ""
 
 
 def _machine(rows: Sequence[Row]) -> str:
@@ -292,9 +296,10 @@ def _machine(rows: Sequence[Row]) -> str:
 
     commands = dict.fromkeys(re.sub(r" --(json|md)( \S+\.jsonl)?", "", r.command) for r in rows)
     return (
+        "### Machine and commands\n\n"
         f"Machine: {all_of(lambda r: r.cpu_model)} ({all_of(lambda r: r.machine)}), threads "
         f"{all_of(lambda r: r.threads)}, kernels at {all_of(lambda r: r.isa)}, torch "
         f"{all_of(lambda r: r.torch)}, commits {all_of(lambda r: r.commit)}.\n"
-        "A shared virtual machine: ratios come from interleaved rounds and carry the noise "
-        "of its neighbours. Commands:\n\n" + "\n".join(f"- `{command}`" for command in commands)
+        "The machine is a shared virtual machine. Ratios come from interleaved rounds, but other virtual machines "
+        "add noise. Commands:\n\n" + "\n".join(f"- `{command}`" for command in commands)
     )

@@ -1,4 +1,4 @@
-"""The library's own ops as providers, with the backend that really served the call."""
+"""The ops of tokfuse as providers, with the backend that ran the call."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ STATS = ("logp", "entropy", "lse", "sum_sq", "top1")
 
 
 def public(name: str) -> Any:
-    """A public name of the library, or `Unsupported` when this version does not have it."""
+    """Return a public name of tokfuse, or raise `Unsupported` if this version does not have it."""
     try:
         return getattr(tokfuse, name)
     except (AttributeError, ModuleNotFoundError) as error:
@@ -28,11 +28,11 @@ def public(name: str) -> Any:
 
 
 def provider(run: Callable[[], Outputs], before: Callable[[], None] | None = None, calls: int = 1) -> Provider:
-    """Wrap a call and find its backend by forcing each in turn, fastest first.
+    """Wrap a call, and find its backend by forcing each backend in turn, fastest first.
 
-    A forced backend serves the call or raises, so the first that serves is the one that dispatch
-    takes by itself; the timed calls are not forced. The pure-torch reference is marked as a
-    fallback, with the reasons of the others as the note, and so is Triton's interpreter.
+    A forced backend runs the call or raises an error, so the first backend that runs is the one that
+    dispatch would choose. The timed calls are not forced. The pure-torch reference and Triton's interpreter
+    are marked as a fallback. The note of a reference call contains the reason of the last faster backend.
     """
     prepare = before or (lambda: None)
     forced = dispatch.forced_backend()
@@ -48,7 +48,7 @@ def provider(run: Callable[[], Outputs], before: Callable[[], None] | None = Non
         interpreted = name == "triton" and triton_backend.interpreting()
         fallback = interpreted or name == "reference"
         note = f"ran on the pure-torch reference; {reasons[-1]}" if fallback and reasons else ""
-        note = "ran in Triton's interpreter: says nothing about speed" if interpreted else note
+        note = "ran in Triton's interpreter, so its time is not meaningful" if interpreted else note
         return Provider(
             run, prepare, release_workspace, name, tokfuse.__version__, note[:300], calls=calls, fallback=fallback
         )
@@ -56,7 +56,7 @@ def provider(run: Callable[[], Outputs], before: Callable[[], None] | None = Non
 
 
 def on_each_backend(problem: Problem, backends: Sequence[str]) -> Problem:
-    """The problem with each provider of ours once per backend, as `<backend>:<provider>`."""
+    """Replace each tokfuse provider by one provider per backend, named `<backend>:<provider>`."""
     problem.ours = {
         f"{backend}:{name}": partial(_forced, backend, factory)
         for backend in backends
@@ -66,7 +66,7 @@ def on_each_backend(problem: Problem, backends: Sequence[str]) -> Problem:
 
 
 def _forced(backend: str, factory: Factory) -> Provider:
-    """The provider of `factory`, whose calls all run on one backend."""
+    """Return the provider of `factory` with all its calls forced to one backend."""
     with dispatch.backend(backend):
         made = factory()
     return dataclasses.replace(made, run=_inside(backend, made.run), before=_inside(backend, made.before))
@@ -81,12 +81,12 @@ def _inside(backend: str, call: Callable[[], T]) -> Callable[[], T]:
 
 
 def stats_outputs(stats: Any) -> Outputs:
-    """The named statistics of a `TokenStats`."""
+    """Return the statistics of a `TokenStats` by name."""
     return {name: getattr(stats, name) for name in STATS}
 
 
 def step_outputs(step: Any) -> Outputs:
-    """Loss, statistics and gradients of a `PolicyStep`."""
+    """Return the loss, statistics and gradients of a `PolicyStep` by name."""
     out = {"loss": step.loss, **stats_outputs(step.stats)}
     for name in ("grad_logits", "grad_hidden", "grad_weight"):
         value = getattr(step, name, None)
@@ -96,14 +96,14 @@ def step_outputs(step: Any) -> Outputs:
 
 
 def objective(entropy_coef: float) -> Any:
-    """PPO-clip, token level, token mean; with an entropy bonus when the coefficient is not 0."""
+    """Return PPO-clip at token level with token mean, and an entropy bonus if the coefficient is not 0."""
     return public("Objective")(
         shape=public("PPOClip")(low=CLIP, high=CLIP), entropy_coef=entropy_coef, aggregation="token_mean"
     )
 
 
 def policy_arguments(batch: Batch, entropy_coef: float) -> dict[str, Any]:
-    """The keywords that every policy op shares."""
+    """Return the keyword arguments that every policy op shares."""
     return {
         "old_logp": batch.old_logp,
         "advantage": batch.advantage,

@@ -1,9 +1,9 @@
-"""Case `overhead`: one call at one token and a vocabulary of 8: only the wrapping is timed.
+"""Case `overhead`: one call with one token and a vocabulary of 8, so that only the call overhead is timed.
 
-Variants: `token_stats` without and with gradient bookkeeping, `policy_loss`, and `range`, what a
-range of runtime/core/ranges.py costs while nobody profiles. `limit_native` is
-the bare native call with the same arguments, repeated inside one public call; `torch_eager` is the
-cheapest torch op on the same logits, one log_softmax. Caches are warm; times are per call.
+Variants: `token_stats` without and with gradient, `policy_loss`, and `range`, the cost of a range of
+runtime/core/ranges.py without a profiler. `limit_native` is the native call with the same arguments,
+repeated inside one public call. `torch_eager` is the cheapest torch op on the same logits, one
+log_softmax. Caches are warm. Times are per call.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ VARIANTS = ("token_stats", "token_stats,grad", "policy_loss", "range")
 CASES = tuple(("call", variant) for variant in VARIANTS)
 
 CALLS = 300
-NATIVE_CALLS = 5000  # the one public call around them adds less than a percent
+NATIVE_CALLS = 5000  # the public call around them adds less than one percent
 NATIVE_NAME = {"token_stats": "token_stats_fwd", "policy_loss": "policy_loss"}
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     if config.device != "cpu":
-        raise Unsupported("calls on the CPU are measured: take --device cpu")
+        raise Unsupported("this case measures calls on the CPU only: pass --device cpu")
     if config.variant == "range":
         return _range(config, peer_names)
     call = _call(config)
@@ -50,7 +50,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
 
 
 def _range(config: Config, peer_names: list[str]) -> Problem:
-    """An empty function in a range while nobody profiles; `limit_native` is it alone."""
+    """Return the provider of an empty function in a range without a profiler. `limit_native` is the function only."""
 
     def nothing() -> None:
         return None
@@ -68,7 +68,7 @@ def _range(config: Config, peer_names: list[str]) -> Problem:
 
 
 def _call(config: Config) -> Callable[[], Callable[[], Any]]:
-    """Returns a maker, so that a missing op is found when the provider is made."""
+    """Return a factory of the call, so that a missing op is detected when the provider is created."""
     gen = generator(config)
     logits = make_logits(config, gen)
     target = torch.zeros(config.tokens, dtype=torch.int64)
@@ -97,7 +97,7 @@ def _repeat(call: Callable[[], Any]) -> Callable[[], Outputs]:
 
 
 def _native_provider(name: str, call: Callable[[], Any]) -> Provider:
-    """Repeat the native function inside one public call, where its arguments are alive."""
+    """Repeat the native function inside one public call, while its arguments are alive."""
     module: Any = native.module()
     bare = getattr(module, name, None)
     if bare is None:
@@ -112,7 +112,7 @@ def _native_provider(name: str, call: Callable[[], Any]) -> Provider:
         return result
 
     def run() -> Outputs:
-        # The general path calls the bare kernel; the whole-call functions would hide it.
+        # Use the general path, which calls the kernel directly. The whole-call functions would hide it.
         kept = {op: op.eager_cpu for op in (token_stats, policy_loss)}
         setattr(module, name, many)
         try:
@@ -134,7 +134,7 @@ def _native_provider(name: str, call: Callable[[], Any]) -> Provider:
 def _peer_factory(name: str, config: Config) -> Factory:
     def factory() -> Provider:
         if name != "torch_eager":
-            raise Unsupported("only torch_eager is compared at one token")
+            raise Unsupported("this case has only the peer torch_eager")
         logits = make_logits(config, generator(config))
 
         def run() -> Outputs:
@@ -142,7 +142,7 @@ def _peer_factory(name: str, config: Config) -> Factory:
                 torch.log_softmax(logits, -1)
             return {}
 
-        note = "one log_softmax alone"
+        note = "one log_softmax only"
         return peers.provider(name, run, calls=CALLS, note=note)
 
     return factory

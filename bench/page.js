@@ -1,6 +1,7 @@
 "use strict";
-// Sorting by a click on a head, and filtering by words. `#sort=COLUMN` or `#sort=-COLUMN` in the
-// address sorts at the start, so that a view can be linked to. Without a script the page is whole.
+// Sorts by a click on a column head, and filters by words. `#sort=COLUMN` or `#sort=-COLUMN` in the
+// address sorts when the page loads, so that a link can contain the order. Without scripts the page
+// shows all rows.
 function valueOf(row, index) {
   const cell = row.cells[index];
   if (!("v" in cell.dataset)) return cell.textContent;
@@ -13,7 +14,7 @@ function sortBy(table, index, descending) {
   rows.sort((a, b) => {
     const x = valueOf(a, index), y = valueOf(b, index);
     if (typeof x === "string") return sign * x.localeCompare(y);
-    if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);  // last
+    if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);  // NaN last
     return sign * (x - y);
   });
   table.tBodies[0].append(...rows);

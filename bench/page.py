@@ -1,11 +1,11 @@
-"""`python -m tokfuse report ROWS... -o report.html`: one page that a user decides on.
+"""Write one HTML page of tables and plots: `python -m tokfuse report ROWS... -o report.html`.
 
     python -m tokfuse report bench/results/*.jsonl -o report.html --readme README.md
 
-The page is one file: tables that sort and filter, plots as inline SVG, nothing loaded from outside.
-Rows are those of `bench --json`; rows of different machines are refused. Predicted GPU rows stand
-in a table and a plot of their own, marked as such. With `--readme` the tables between the marks of
-that file are written too.
+The page is one file with sortable and filterable tables and inline SVG plots. It loads nothing from other
+servers. The rows come from `bench --json`; rows of different machines raise an error. Predicted GPU rows
+are in a separate table and plot, which are marked as predicted. `--readme` also writes the tables between
+the markers of that file.
 """
 
 import argparse
@@ -28,16 +28,16 @@ MODEL_OF = {vocab: name for name, (_, vocab) in MODELS.items()}
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tokfuse report", description="One page of tables and plots from saved rows."
+        prog="python -m tokfuse report", description="Write one page of tables and plots from saved rows."
     )
     parser.add_argument("rows", nargs="+", metavar="ROWS", help="files that `bench --json` wrote")
     parser.add_argument("-o", "--out", default="report.html", metavar="FILE", help="the page")
-    parser.add_argument("--readme", metavar="FILE", help="write the Markdown tables into this file")
+    parser.add_argument("--readme", metavar="FILE", help="also write the Markdown tables into this file")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         rows, study = numbers.read(options.rows)
         if not rows:
-            raise ValueError(f"report: ROWS must hold rows of `bench --json`; got {options.rows}.")
+            raise ValueError(f"report: ROWS must contain rows of `bench --json`; got {options.rows}.")
         if options.readme:
             numbers.write(Path(options.readme), numbers.section(rows, study))
     except (OSError, ValueError) as error:
@@ -48,36 +48,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     measured = latest(row for row in rows if row.status != "predicted")
     predicted = latest(row for row in rows if row.status == "predicted")
     plain = [row for row in measured if not row.sweep]
     sections = [
         (
-            "What to expect",
-            "Ours beside the fastest other that was measured in the same rounds.",
+            "Summary",
+            "tokfuse compared with the fastest other library in the same rounds.",
             _table("summary", _SUMMARY, _best(plain)),
         ),
         (
             "Plots",
-            "Points have tooltips. A plot needs rows of the sweep that it shows.",
+            "Points have tooltips. A plot appears only if there are rows of its sweep.",
             f'<div class="plots">{"".join(plots(measured))}</div>',
         ),
         (
-            "Every measured row",
-            "Click a head to sort. Times are medians of interleaved rounds with "
-            "cold caches; the limit was timed in the same rounds.",
+            "All measured rows",
+            "Click a column head to sort. Times are medians of interleaved rounds with "
+            "cold caches. The limit was timed in the same rounds.",
             _filter("rows") + _table("rows", _COLUMNS, plain),
         ),
         (
-            "Growth, one axis at a time",
+            "Scaling along one axis",
             "Rows of the sweeps.",
             _table("growth", [("axis", lambda r: (r.sweep, None)), *_COLUMNS], [row for row in measured if row.sweep]),
         ),
         (
             "Predicted for GPUs: nothing ran",
-            "Computed from the bytes of the contract, the instructions of the compiled kernels and "
-            "data sheets. Launches, tails and caches are left out, so real runs are slower.",
+            "Computed from the least bytes of the work, the instructions of the compiled kernels and "
+            "data sheets. Launches, tails and caches are ignored, so real runs are slower.",
             _table("predicted", _PREDICTED, predicted) + "".join(_predicted_plot(predicted)),
         ),
     ]
@@ -96,7 +96,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """A later row of the same case and provider replaces an earlier one."""
+    """Return the rows without duplicates. A later row of the same case and provider replaces an earlier one."""
     kept = {
         (r.op, r.mode, r.variant, r.shape, r.dtype, r.device, r.gpu, r.sweep, r.threads, r.provider): r for r in rows
     }
@@ -144,7 +144,7 @@ _COLUMNS: list[tuple[str, Cell]] = [
     ("median", lambda r: (milliseconds(r.median_ms), r.median_ms)),
     ("p20 ms", lambda r: _number(r.p20_ms)),
     ("p80 ms", lambda r: _number(r.p80_ms)),
-    ("x ours", lambda r: _number(r.ratio, ".2f")),
+    ("ratio", lambda r: _number(r.ratio, ".2f")),
     ("of limit", lambda r: _number(r.limit_share, ".0%")),
     ("limit", _text("limit")),
     ("tokens/s", lambda r: _number(r.tokens_per_s, ",.0f")),
@@ -161,7 +161,7 @@ _PREDICTED: list[tuple[str, Cell]] = [
     *_CASE,
     ("status", _status),
     ("predicted ms", lambda r: _number(r.median_ms)),
-    ("memory alone ms", lambda r: _number(r.limit_ms)),
+    ("memory only ms", lambda r: _number(r.limit_ms)),
     ("tokens/s", lambda r: _number(r.tokens_per_s, ",.0f")),
     ("note", _text("note")),
 ]
@@ -180,20 +180,20 @@ def _gain(pair: Best) -> tuple[str, float | None]:
 _SUMMARY: list[tuple[str, Any]] = [
     ("op", lambda pair: (f"{pair[0].op} ({pair[0].mode})", None)),
     *((name, lambda pair, cell=cell: cell(pair[0])) for name, cell in _CASE[2:]),
-    ("ours", lambda pair: (f"{pair[0].provider} ({pair[0].backend})", None)),
+    ("tokfuse", lambda pair: (f"{pair[0].provider} ({pair[0].backend})", None)),
     ("median", lambda pair: (milliseconds(pair[0].median_ms), pair[0].median_ms)),
     ("of limit", lambda pair: _number(pair[0].limit_share, ".0%")),
     ("fastest other", _peer_cell(lambda r: (r.provider, None))),
     ("its median", _peer_cell(lambda r: (milliseconds(r.median_ms), r.median_ms))),
-    ("times ours", _gain),
+    ("speedup", _gain),
     ("workspace", lambda pair: _workspace(pair[0])),
     ("its workspace", _peer_cell(_workspace)),
-    ("it leaves out", _peer_cell(lambda r: (escape(r.note) or "-", None))),
+    ("not computed by it", _peer_cell(lambda r: (escape(r.note) or "-", None))),
 ]
 
 
 def _best(rows: Sequence[Row]) -> list[Best]:
-    """Ours that passed (never a fallback), with the fastest peer that passed in the same case."""
+    """Return the tokfuse rows that passed (never a fallback), with the fastest peer that passed in the same case."""
     cases: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.status == "pass" and row.median_ms:
@@ -208,7 +208,7 @@ def _best(rows: Sequence[Row]) -> list[Best]:
 
 
 def _table(name: str, columns: Sequence[tuple[str, Any]], rows: Sequence[Any]) -> str:
-    """A sortable table; cells that are numbers carry their value."""
+    """Return a sortable table. Cells with numbers contain their value."""
     if not rows:
         return ""
     heads = "".join(
@@ -219,9 +219,9 @@ def _table(name: str, columns: Sequence[tuple[str, Any]], rows: Sequence[Any]) -
         cells = []
         for head, of in columns:
             text, value = of(row)
-            if head not in ("status", "max error", "it leaves out"):  # these escape themselves
+            if head not in ("status", "max error", "not computed by it"):  # these columns escape their text themselves
                 text = escape(text)
-            kind = ' class="note"' if head in ("note", "it leaves out") else ""
+            kind = ' class="note"' if head in ("note", "not computed by it") else ""
             if value is not None or text == "-":
                 kind = f' class="n" data-v="{"" if value is None else value}"'
             cells.append(f"<td{kind}>{text}</td>")
@@ -242,7 +242,7 @@ def _filter(table: str) -> str:
 
 
 def _facts(rows: Sequence[Row]) -> str:
-    """Machine, versions, commits and commands, each named once."""
+    """Return machine, versions, commits and commands, each listed once."""
 
     def all_of(name: str) -> str:
         found = dict.fromkeys(str(getattr(row, name)) for row in rows if getattr(row, name))
@@ -273,7 +273,7 @@ def _asset(name: str) -> str:
 
 
 def plots(rows: Sequence[Row]) -> list[str]:
-    """Speed against each axis of growth, memory, and one roofline per dtype."""
+    """Return plots of speed and memory against each axis, and one roofline per dtype."""
     passed = [row for row in rows if row.status == "pass" and row.median_ms]
     out = []
     labels = {
@@ -312,10 +312,9 @@ def _by_provider(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Ro
 
 
 def _roofline(rows: Sequence[Row], dtype: str) -> str:
-    """GFLOP/s against FLOPs per byte, under the bandwidth and the matrix products of this machine.
+    """Plot GFLOP/s against FLOPs per byte, with the bandwidth and the matrix products of this machine as limits.
 
-    A point's work is the least that its case needs, so a provider that moves or computes more lies
-    lower.
+    The work of a point is the least work of its case, so a provider that moves or computes more is lower.
     """
     usable = [r for r in rows if r.flops and r.bytes_moved and r.role != "limit"]
     points = [r for r in usable if r.op in ("policy_step", "policy_step_hidden", "token_stats")]
@@ -353,7 +352,7 @@ def _roofline(rows: Sequence[Row], dtype: str) -> str:
 
 
 def _predicted_plot(rows: Sequence[Row]) -> list[str]:
-    """One plot per kernel: predicted time against vocabulary, a line per GPU."""
+    """Return one plot per kernel: predicted time against vocabulary, one line per GPU."""
     out = []
     chosen = [r for r in rows if r.dtype == "bfloat16" and r.median_ms]
     for op, mode in dict.fromkeys((r.op, r.mode) for r in chosen):

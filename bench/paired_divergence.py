@@ -1,8 +1,8 @@
-"""Case `paired_divergence`: the divergence of two streams of logits, forward and forward+backward.
+"""Case `paired_divergence`: the divergence of two tensors of logits, forward and forward+backward.
 
-Variants: the Jensen-Shannon divergence ("jsd") and KL(Q || P) ("kl_forward"). Peers compute the same
-by log_softmax and, for the JSD, the log of the mixture, as TRL's GKD trainer does. The gradient is of
-a weighted sum over the tokens, by the logits of P.
+Variants: the Jensen-Shannon divergence ("jsd") and KL(Q || P) ("kl_forward"). Peers compute the same with
+log_softmax and, for the JSD, the log of the mixture, like TRL's GKD trainer. The gradient is the gradient
+of a weighted sum over the tokens, with respect to the logits of P.
 """
 
 import math
@@ -20,15 +20,15 @@ DTYPES = ("float32", "bfloat16")
 CASES = (("forward", "jsd"), ("forward+backward", "jsd"), ("forward", "kl_forward"), ("forward+backward", "kl_forward"))
 BETA = 0.5
 
-# Per stream and logit: max, subtract, exp (12), sum. Per pair: two logarithms (12 each), 8 more.
+# FLOPs per input and logit: max, subtract, exp (12), sum. Per pair: two logarithms (12 each), 8 more.
 FORWARD_FLOPS = 2 * 15 + 32
-# Per pair: two exps and a logarithm (12 each), 8 more.
+# FLOPs per pair: two exps and a logarithm (12 each), 8 more.
 BACKWARD_FLOPS = 44
 PLAIN = ("torch_eager", "torch_eager_f32", "torch_compile", "torch_compile_f32")
 
 
 class _Inputs:
-    """The two streams, and the incoming gradient of each token."""
+    """The logits of P and Q, and the incoming gradient of each token."""
 
     def __init__(self, config: Config) -> None:
         gen = generator(config)
@@ -37,7 +37,7 @@ class _Inputs:
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     data = _Inputs(config)
     size = config.tokens * config.vocab
     backward = config.mode == "forward+backward"
@@ -61,7 +61,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
 
 
 def _answer(config: Config, data: _Inputs) -> Outputs:
-    """In closed form and float64, over blocks of rows."""
+    """Return the float64 answer in closed form, computed over blocks of rows."""
     out = {"divergence": torch.empty(config.tokens, dtype=torch.float64, device=data.p.device)}
     if config.mode == "forward+backward":
         out["grad_logits"] = torch.empty(data.p.shape, dtype=torch.float64, device=data.p.device)
@@ -83,7 +83,7 @@ def _answer(config: Config, data: _Inputs) -> Outputs:
 
 
 def _with_gradient(config: Config, data: _Inputs, divergence: peers.StatsFn, leaf: torch.Tensor) -> Outputs:
-    """What one call of the case returns, by the name of its output."""
+    """Return the outputs of one call of the case by name."""
     if config.mode == "forward":
         with torch.no_grad():
             return divergence(leaf, data.q)
@@ -106,7 +106,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
     def factory() -> Provider:
         peers.check_dtype(name, config.dtype)
         if name not in PLAIN:
-            raise Unsupported("has no divergence of two streams of logits")
+            raise Unsupported("has no divergence of two tensors of logits")
         leaf = data.p.detach().requires_grad_()
 
         def divergence(p: torch.Tensor, q: torch.Tensor) -> Outputs:
@@ -121,7 +121,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
 
 
 def _plain(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str) -> torch.Tensor:
-    """The usual torch code."""
+    """Compute the divergence as in common torch code."""
     log_p, log_q = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
     if kind == "kl_forward":
         return (log_q.exp() * (log_q - log_p)).sum(-1)

@@ -1,15 +1,15 @@
-"""What others do for the same work: plain torch, torch.compile, and optional libraries.
+"""Peers that do the same work: plain torch, torch.compile, and optional libraries.
 
-No library here is a dependency: each is looked for when asked for, and reported as unsupported when
-it is not installed. `make peers` gives them an environment of their own from `peers.txt` and runs
-the step from hidden states beside them; verl's requirements do not fit beside TRL's, so it has
-another:
+None of the libraries is a dependency. Each one is imported only if it is chosen, and it is reported as
+unsupported if it is not installed. `make peers` installs them from `peers.txt` into a separate
+environment and measures the step from hidden states. verl's requirements conflict with TRL's, so verl
+has another environment:
 
     make peers
     make peers PEERS=verl
 
-A peer that computes less than ours has what is missing in the note of its row; what it does compute
-is compared with float64 like ours.
+If a peer computes fewer outputs than tokfuse, the note of its row lists the missing outputs. Its other
+outputs are compared with float64, as for tokfuse.
 """
 
 import importlib
@@ -34,7 +34,7 @@ LinearStatsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
 class Peer:
     """A name for `--peers`, the distribution and module that it needs, and a line of help.
 
-    `needs_cuda`: its kernels run on a GPU only.
+    `needs_cuda`: its kernels run only on a GPU.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Peer:
 KNOWN = {
     peer.name: peer
     for peer in (
-        Peer("torch_eager", "torch", "torch", "log_softmax, gather, entropy in the input's dtype"),
-        Peer("torch_compile", "torch", "torch", "torch.compile of the same function"),
-        Peer("torch_eager_f32", "torch", "torch", "the same after logits.float()"),
-        Peer("torch_compile_f32", "torch", "torch", "torch.compile of that"),
-        Peer("cross_entropy", "torch", "torch", "F.cross_entropy alone"),
+        Peer("torch_eager", "torch", "torch", "log_softmax, gather and entropy in the input's dtype"),
+        Peer("torch_compile", "torch", "torch", "torch.compile of torch_eager"),
+        Peer("torch_eager_f32", "torch", "torch", "torch_eager after logits.float()"),
+        Peer("torch_compile_f32", "torch", "torch", "torch.compile of torch_eager_f32"),
+        Peer("cross_entropy", "torch", "torch", "F.cross_entropy: log-prob only"),
         Peer("trl", "trl", "trl", "ChunkedLogProbFunction (hidden), selective_log_softmax_and_entropy (logits)"),
         Peer("liger", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=False)"),
         Peer("liger_compile", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=True)"),
@@ -91,13 +91,13 @@ DEFAULT = ("torch_eager", "torch_compile", "torch_eager_f32", "torch_compile_f32
 
 
 def choose(text: str | None, dtype: str) -> list[str]:
-    """The peers of a `--peers` argument, in the order of `KNOWN`.
+    """Return the peers of a `--peers` argument, in the order of `KNOWN`.
 
-    None is the default set (the `_f32` ones only where the dtype makes a difference), "all" is
-    everything, "none" is nothing.
+    None means the default peers (the `_f32` peers only if the dtype is not float32), "all" means all peers,
+    and "none" means no peers.
 
     Raises:
-        ValueError: a name that is not known; the message lists the known ones.
+        ValueError: unknown name; the message lists the known names.
     """
     if text is None:
         return [n for n in DEFAULT if dtype != "float32" or not n.endswith("_f32")]
@@ -114,7 +114,7 @@ def choose(text: str | None, dtype: str) -> list[str]:
 
 
 def provider(name: str, run: Callable[[], Outputs], note: str = "", calls: int = 1) -> Provider:
-    """A peer's call, with the backend and version columns of its row."""
+    """Return a peer's call, with the backend and version for its row."""
     peer = KNOWN[name]
     version = version_of(peer.distribution)
     return Provider(run, backend=peer.module, version=version, note=note, calls=calls)
@@ -124,36 +124,36 @@ def load(name: str, module: str) -> ModuleType:
     """Import a peer's module, or raise `Unsupported` with the reason."""
     peer = KNOWN[name]
     if importlib.util.find_spec(peer.module) is None:
-        raise Unsupported("not installed: `make peers` installs it beside the benchmarks")
+        raise Unsupported("not installed: `make peers` installs it in a separate environment")
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a library may fail on import in any way
+    except Exception as error:  # the import of a library may raise any exception
         raise Unsupported(f"does not import: {type(error).__name__}: {error}") from error
 
 
 def check_dtype(name: str, dtype: str) -> None:
-    """Refuse a float32 repeat of what the plain peer already measures."""
+    """Raise `Unsupported` for a `_f32` peer with float32 inputs, because the plain peer measures the same."""
     if name.endswith("_f32") and dtype == "float32":
-        raise Unsupported("the input is float32 already: the same as without _f32")
+        raise Unsupported("the input is already float32: the same as without _f32")
 
 
 def check_device(name: str, device: str) -> None:
-    """Refuse a CUDA kernel on CPU tensors, after saying so where it is not even installed."""
+    """Raise `Unsupported` for a CUDA kernel with CPU tensors. A missing installation is reported first."""
     peer = KNOWN[name]
     if peer.needs_cuda and device != "cuda":
         load(name, peer.module)
-        raise Unsupported("a kernel for CUDA tensors; these are on the CPU")
+        raise Unsupported("needs CUDA tensors; the tensors are on the CPU")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for one static shape; a graph break or a silent fallback is an error."""
+    """Apply torch.compile for one static shape. A graph break or a silent fallback raises an error."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def eager_stats(
     logits: torch.Tensor, target: torch.Tensor, everything: bool = True, upcast: bool = False, entropy_grad: bool = True
 ) -> Outputs:
-    """The usual torch code: one log_softmax and what follows from it."""
+    """Compute the statistics as in common torch code: one log_softmax and the values that follow from it."""
     if upcast:
         logits = logits.float()
     log_p = torch.log_softmax(logits, -1)
@@ -170,7 +170,7 @@ def eager_stats(
 
 
 def clip_loss(stats: Outputs, batch: Batch, entropy_coef: float) -> torch.Tensor:
-    """PPO-clip with token mean, and an entropy bonus when its coefficient is not 0."""
+    """Compute PPO-clip with token mean, and an entropy bonus if its coefficient is not 0."""
     ratio = torch.exp(stats["logp"].float() - batch.old_logp)
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
     gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
@@ -180,7 +180,7 @@ def clip_loss(stats: Outputs, batch: Batch, entropy_coef: float) -> torch.Tensor
 
 
 def token_stats_fn(name: str, num_seqs: int, everything: bool, entropy_grad: bool = True) -> StatsFn:
-    """Per-token statistics from logits (tokens, vocab), by the named peer."""
+    """Return the peer's function for per-token statistics from logits (tokens, vocab)."""
     if name in ("torch_eager", "torch_eager_f32", "torch_compile", "torch_compile_f32"):
         upcast = name.endswith("_f32")
 
@@ -194,7 +194,7 @@ def token_stats_fn(name: str, num_seqs: int, everything: bool, entropy_grad: boo
         utils = load(name, "trl.trainer.utils")
 
         def trl(logits: torch.Tensor, target: torch.Tensor) -> Outputs:
-            # (seqs, length, vocab) is the layout it loops over
+            # the peer loops over sequences, in the layout (seqs, length, vocab)
             logp, entropy = utils.selective_log_softmax_and_entropy(
                 logits.view(num_seqs, -1, logits.shape[-1]),
                 target.view(num_seqs, -1),
@@ -221,12 +221,12 @@ def token_stats_fn(name: str, num_seqs: int, everything: bool, entropy_grad: boo
         quack = load(name, "quack.cross_entropy").cross_entropy
         return lambda z, y: {"logp": -quack(z, y, reduction="none")}
     if name == "liger_grpo":
-        raise Unsupported("gives a loss, not per-token statistics: see policy_step")
-    raise Unsupported("has no op from logits")
+        raise Unsupported("returns a loss, not per-token statistics: see policy_step")
+    raise Unsupported("has no op that starts from logits")
 
 
 def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> LinearStatsFn:
-    """Per-token statistics from hidden states (tokens, hidden) and weight, by the named peer."""
+    """Return the peer's function for per-token statistics from hidden states (tokens, hidden) and weight."""
     if name == "trl":
         function = load(name, "trl.kernels").ChunkedLogProbFunction
         chunk = load(name, "trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
@@ -275,9 +275,9 @@ def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> L
 
         return scaled
     if name in ("liger_grpo", "flash_attn", "quack"):
-        raise Unsupported("works on logits: see policy_step and token_stats")
+        raise Unsupported("starts from logits: see policy_step and token_stats")
     if name in LIGER:
-        raise Unsupported("gives a loss, not per-token statistics: see policy_step_hidden")
+        raise Unsupported("returns a loss, not per-token statistics: see policy_step_hidden")
     inner = token_stats_fn(name, 1, everything, entropy_grad)
     if name.endswith("_f32"):
         return lambda h, w, y: inner(h.float() @ w.float().T, y)
@@ -285,8 +285,11 @@ def linear_stats_fn(name: str, everything: bool, entropy_grad: bool = True) -> L
 
 
 def liger_grpo(logits: torch.Tensor, batch: Batch) -> Callable[[], torch.Tensor]:
-    """Liger's Triton GRPO loss with token mean; wants one more position than tokens, as a model
-    gives. Not in place: the logits of a benchmark are used again."""
+    """Return a call of Liger's Triton GRPO loss with token mean.
+
+    It needs one more position than tokens, as a model returns. It does not run in place, because the
+    benchmark uses the logits again.
+    """
     loss_fn = load("liger_grpo", "liger_kernel.transformers.grpo_loss").triton_grpo_loss
     target, old_logp = batch.padded(batch.target), batch.padded(batch.old_logp)
     mask, advantage = torch.ones_like(target), batch.padded(batch.advantage)[:, 0]
@@ -316,9 +319,9 @@ def liger_grpo(logits: torch.Tensor, batch: Batch) -> Callable[[], torch.Tensor]
 
 
 def liger_loss(name: str, hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> Callable[[], torch.Tensor]:
-    """Liger's chunked GRPO loss with token mean, on (seqs, length, hidden), ready to be called.
+    """Return a call of Liger's chunked GRPO loss with token mean, on (seqs, length, hidden).
 
-    Its chunk is one sequence, its default. `name` says whether it compiles the loss of a chunk.
+    It uses Liger's default chunk, one sequence. `name` decides whether the loss of a chunk is compiled.
     """
     loss_fn = load(name, "liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss(
         beta=0.0,

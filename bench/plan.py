@@ -1,4 +1,4 @@
-"""What a command line of the benchmark asks for: cases with shapes, peers and threads, in order."""
+"""The cases of a benchmark command line: shapes, peers and threads, in order."""
 
 import argparse
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ CASES: dict[str, ModuleType] = {
         overhead,
     )
 }
-# `bench gae` is `bench advantage --variant gae`: an op that is one variant of a case.
+# Ops that are a variant of a case: `bench gae` is `bench advantage --variant gae`.
 VARIANT_OPS = {variant: advantage.OP for variant in advantage.VARIANTS}
 ALONE = ("all", "growth", "errors", "targets", "numbers", "compare", "predict")
-# `--shapes 256xllama3`: hidden size and vocabulary of a family's published configuration.
+# Names for `--shapes 256xllama3`: hidden size and vocabulary of published model configurations.
 MODELS = {
     "smollm2": (576, 49152),  # SmolLM2-135M
     "qwen2.5": (896, 151936),  # Qwen2.5-0.5B
@@ -45,7 +45,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One case of a run: its module, its configuration, its peers, and where it is in a sweep."""
+    """One case of a run: its module, configuration and peers, and its position in a sweep."""
 
     module: ModuleType
     config: Config
@@ -55,10 +55,10 @@ class Step:
 
 
 def make_plan(options: argparse.Namespace) -> list[Step]:
-    """Every case with its peers, in the order they will run.
+    """Return every case with its peers, in the order of execution.
 
     Raises:
-        ValueError: an op, variant, shape or peer that is not known.
+        ValueError: unknown op, variant, shape or peer.
     """
     plan = []
     for name in CASES if options.names == ["all"] else options.names:
@@ -68,7 +68,7 @@ def make_plan(options: argparse.Namespace) -> list[Step]:
             raise ValueError(f"bench: OP must be one of {known}; got {name!r}.")
         if name in VARIANT_OPS:
             if variant not in (None, name):
-                raise ValueError(f"bench: {name} is a variant itself; got --variant {variant}.")
+                raise ValueError(f"bench: {name} is a variant itself; got --variant {variant}. Remove --variant.")
             variant = name
         module = CASES[op]
         quick = module.QUICK_SHAPES if options.quick else module.SHAPES
@@ -85,14 +85,14 @@ def make_plan(options: argparse.Namespace) -> list[Step]:
 
 
 def make_growth_plan(options: argparse.Namespace) -> list[Step]:
-    """Every point of the wanted sweeps.
+    """Return every point of the chosen sweeps.
 
     Raises:
-        ValueError: an axis or peer that is not known, or an option that a sweep sets itself.
+        ValueError: unknown axis or peer, or an option that the sweep sets itself.
     """
     for name in ("shapes", "dtype", "variant"):
         if getattr(options, name) is not None:
-            raise ValueError(f"bench: growth sets the shapes itself; --{name} cannot be honoured.")
+            raise ValueError(f"bench: growth chooses its own cases, so --{name} must not be given.")
     axes = growth.choose(options.axes)
     names = peers.choose(options.peers or growth.PEERS, "float32")
     return [
@@ -104,7 +104,7 @@ def make_growth_plan(options: argparse.Namespace) -> list[Step]:
 
 
 def choose_cases(module: ModuleType, variant: str | None, quick: bool) -> list[tuple[str, str]]:
-    """(mode, variant) of the cases of an op to run; `quick` is the first one of those asked for.
+    """Return (mode, variant) of the cases of an op; with `quick` only the first one.
 
     Raises:
         ValueError: no case of the op has this variant.
@@ -117,10 +117,10 @@ def choose_cases(module: ModuleType, variant: str | None, quick: bool) -> list[t
 
 
 def parse_shape(op: str, text: str, count: int) -> dict[str, int]:
-    """ "512x49152", "512x576x49152" or "512xsmollm2" (a name of `MODELS`) as sizes by name.
+    """Return the sizes by name of "512x49152", "512x576x49152" or "512xsmollm2" (a name of `MODELS`).
 
     Raises:
-        ValueError: not `count` positive integers joined by "x", nor tokens and a model.
+        ValueError: the text is neither `count` positive integers joined by "x", nor tokens and a model.
     """
     names = ("tokens", "vocab") if count == 2 else ("tokens", "hidden", "vocab")
     parts = text.strip().split("x", 1)
@@ -132,6 +132,6 @@ def parse_shape(op: str, text: str, count: int) -> dict[str, int]:
     if len(parts) != count or not all(p.isdigit() and int(p) > 0 for p in parts):
         raise ValueError(
             f"bench: --shapes of {op} must be {'x'.join(names)}; got {text!r}. "
-            f"A model stands for its sizes: 256x{{{', '.join(MODELS)}}}."
+            f"A model name means its sizes: 256x{{{', '.join(MODELS)}}}."
         )
     return dict(zip(names, map(int, parts), strict=True))

@@ -1,4 +1,4 @@
-"""`bench --png FILE`: bars of the median with its 20th and 80th percentile, one panel per case."""
+"""Plot bars of the median with its 20th and 80th percentile, one panel per case: `bench --png FILE`."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +11,7 @@ COLUMNS = 2
 
 
 def check_available(refuse: Callable[[str], Any]) -> None:
-    """Say before anything is measured that the plot cannot be drawn."""
+    """Report a missing matplotlib before anything is measured."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -19,7 +19,7 @@ def check_available(refuse: Callable[[str], Any]) -> None:
 
 
 def draw(rows: Iterable[Row], path: Path) -> None:
-    """Write the plot; rows that were not timed are left out, and a fallback is hatched."""
+    """Write the plot. Rows without timing are left out, and a fallback is hatched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
 """Case `policy_step`: the loss side of one update from given logits.
 
-Statistics, PPO-clip objective with token mean, and the gradient by the logits. Variants: the
-entropy bonus takes part in the gradient ("entropy=0.01"), or the entropy is a metric only
-("entropy=0"). `tokfuse_` writes the gradient over the logits; they are restored outside the timed
-region.
+It computes the statistics, the PPO-clip objective with token mean, and the gradient with respect to the
+logits. Variants: the gradient includes the entropy bonus ("entropy=0.01"), or the entropy is only a
+metric ("entropy=0"). `tokfuse_` writes the gradient into the logits in place. The logits are restored
+outside the timed region.
 """
 
 import torch
@@ -30,12 +30,12 @@ DTYPES = ("float32", "bfloat16")
 CASES = (("step", "entropy=0.01"), ("step", "entropy=0"))
 OURS = ("tokfuse_", "tokfuse")
 
-# statistics 19 and gradient 16 per logit, see token_stats; the objective is per token
+# FLOPs per logit: statistics 19, gradient 16, see token_stats. The objective needs only FLOPs per token.
 FLOPS = 35
 
 
 class _Inputs:
-    """Logits, and the batch whose old log-probabilities are near the exact ones."""
+    """Logits, and a batch whose old log-probabilities are close to the exact ones."""
 
     def __init__(self, config: Config) -> None:
         gen = generator(config)
@@ -47,7 +47,7 @@ class _Inputs:
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     data = _Inputs(config)
     on_device(data, config.device)
     size = config.tokens * config.vocab
@@ -118,7 +118,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
                 (grad,) = torch.autograd.grad(loss, leaf)
                 return {"loss": loss, "grad_logits": grad}
 
-            return peers.provider(name, grpo, note="the copy to one more position is timed too")
+            return peers.provider(name, grpo, note="the time includes the copy to one more position")
         stats_fn = peers.token_stats_fn(name, batch.num_seqs, everything=False, entropy_grad=data.entropy_coef != 0)
 
         def step(logits: torch.Tensor) -> tuple[torch.Tensor, Outputs]:

@@ -1,11 +1,11 @@
 """Case `policy_step_hidden`: the loss side of one update from hidden states and the lm_head weight.
 
-PPO-clip with token mean; gradients by the hidden states and the weight. Variants: the share of rows
-whose advantage is not zero ("rows=1", "rows=0.25"), and a frozen weight ("rows=1,frozen"). Peers
-get the same inputs; whether they use the zero rows is up to them.
+It computes PPO-clip with token mean, and the gradients with respect to the hidden states and the weight.
+Variants: the share of rows with a non-zero advantage ("rows=1", "rows=0.25"), and a frozen weight
+("rows=1,frozen"). Peers get the same inputs and may skip the zero rows.
 
-The limit is the bare matrix products that the variant needs: logits for all rows, then dh and (when
-not frozen) dW for the rows with gradient. `limit_gemm3` is always the three full products.
+The limit is the matrix products that the variant needs: logits for all rows, then dh and (unless frozen)
+dW for the rows with gradient. `limit_gemm3` is always the three full products.
 """
 
 import torch
@@ -22,7 +22,7 @@ CASES = (("step", "rows=1"), ("step", "rows=0.25"), ("step", "rows=1,frozen"))
 
 
 class _Inputs:
-    """Hidden states, weight, and the batch with the wanted share of gradient rows."""
+    """Hidden states, weight, and a batch with the chosen share of rows with gradient."""
 
     def __init__(self, config: Config) -> None:
         gen = generator(config)
@@ -37,7 +37,7 @@ class _Inputs:
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     data = _Inputs(config)
     on_device(data, config.device)
     backward_products = 1 if data.frozen else 2

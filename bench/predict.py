@@ -1,10 +1,9 @@
-"""`python -m tokfuse bench predict`: what the compiled Triton kernels should take on GPUs.
+"""Predict the time of the compiled kernels on GPUs: `python -m tokfuse bench predict`.
 
-Nothing runs. Per kernel of the committed table (`python -m tokfuse kernels`) and GPU the time is
-the longer of two: the bytes of the contract over the memory's bandwidth, and the instructions of
-the hot loop over what the SMs issue (4 warp instructions per clock and SM). Launches, tails and
-caches are left out, so a real run is slower. Rows have status "predicted", which every table of
-measured rows leaves out.
+Nothing runs. The prediction uses the committed table (`python -m tokfuse kernels`). The time of a kernel
+on a GPU is the longer of two times: the bytes of the contract / memory bandwidth, and the instructions of
+the hot loop / issue rate (4 warp instructions per clock and SM). Launches, tails and caches are ignored,
+so a real run is slower. The rows have status "predicted", and tables of measured rows exclude them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,19 +22,19 @@ CASES = {
     "token_stats_fwd": ("token_stats", "forward", "all"),
     "token_stats_bwd": ("token_stats", "backward", "logp,entropy"),
 }
-LANES = 32  # a warp instruction works on this many elements
+LANES = 32  # elements per warp instruction
 ISSUES = 4  # warp instructions per clock and SM
 
 
 class Kernels(NamedTuple):
-    """The kernels over a row of one benchmark case: names of either table, and streams of logits read and written."""
+    """The kernels of one benchmark case: their names in both tables, and how many logit tensors they read and write."""
 
     triton: tuple[str, ...]
     cuda: tuple[str, ...]
     streams: tuple[int, ...]
 
 
-# (op, mode) of the benchmark -> what runs; variants differ in the objective only.
+# (op, mode) of the benchmark -> its kernels. Variants differ only in the objective.
 ROW_KERNELS = {
     ("token_stats", "forward"): Kernels(("token_stats_fwd",), ("token_stats_fwd_kernel",), (1,)),
     ("token_stats", "forward+backward"): Kernels(
@@ -54,15 +53,15 @@ TENSOR_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 def gpu_of(name: str) -> str | None:
-    """The GPU of the tables that a device is: "NVIDIA H100 80GB HBM3" -> "H100"; None if they lack it."""
+    """Return the GPU of the tables for a device name: "NVIDIA H100 80GB HBM3" -> "H100"; None if it is not listed."""
     return next((gpu for gpu in kernel_table.GPUS if gpu in name), None)
 
 
 def milliseconds(row: Row, gpu: str) -> float | None:
-    """Time that a measured case should take on a GPU of the tables; None where nothing is predicted.
+    """Return the predicted time of a measured case on a GPU of the tables; None without a prediction.
 
     Args:
-        row: names op, mode, variant, backend ("cuda" or "triton"), dtype and sizes.
+        row: its op, mode, variant, backend ("cuda" or "triton"), dtype and sizes are used.
         gpu: one of `kernel_table.GPUS`.
     """
     if row.dtype not in DTYPES or row.backend not in ("cuda", "triton"):
@@ -82,14 +81,14 @@ def milliseconds(row: Row, gpu: str) -> float | None:
 
 
 def _triton(names: Sequence[str], dtype: str, gpu: str) -> list[float]:
-    """Instructions per element of the hot loop of each kernel."""
+    """Return the instructions per element of the hot loop of each Triton kernel."""
     wanted = (dtype, kernel_table.GPUS[gpu][0])
     found = {k.case: k.per_element for k in kernel_table.committed() if (k.dtype, k.capability) == wanted}
     return [found[name] for name in names]
 
 
 def _cuda(names: Sequence[str], dtype: str, gpu: str) -> list[float]:
-    """The same of the CUDA kernels; an exponential takes the place of eight instructions."""
+    """Return the instructions per element of each CUDA kernel. One exponential costs as much as eight instructions."""
     weight = roofline.ISSUE / roofline.EXPS
     found = {
         k.base: max(k.per_element, weight * k.exp_per_element)
@@ -100,7 +99,7 @@ def _cuda(names: Sequence[str], dtype: str, gpu: str) -> list[float]:
 
 
 def _longer(elements: int, element_bytes: float, instructions: float, gpu: str) -> tuple[float, float]:
-    """(milliseconds, milliseconds of the bytes alone): the longer of bytes and instructions."""
+    """Return (milliseconds, milliseconds of the bytes alone). The first is the longer of bytes and instructions."""
     _, sms, ghz, tb_per_s = kernel_table.GPUS[gpu]
     memory = elements * element_bytes / (tb_per_s * 1e9)
     issue = elements * instructions / LANES / (sms * ISSUES * ghz * 1e6)
@@ -108,7 +107,7 @@ def _longer(elements: int, element_bytes: float, instructions: float, gpu: str) 
 
 
 def _head(row: Row, gpu: str) -> float | None:
-    """The launches of docs/cuda.md, "A chunk of the head", for a 16-bit head with all rows live."""
+    """Return the time of the launches in docs/cuda.md, "A chunk of the head", for a 16-bit head with all rows live."""
     if row.dtype != "bfloat16":
         return None
     t, h, v = row.tokens, row.hidden, row.vocab
@@ -125,7 +124,7 @@ def _head(row: Row, gpu: str) -> float | None:
 
 
 def rows() -> Iterator[Row]:
-    """One row per kernel, dtype, GPU and vocabulary of a known model."""
+    """Yield one row per kernel, dtype, GPU and vocabulary of a known model."""
     for kernel in kernel_table.committed():
         if kernel.case not in CASES or kernel.dtype not in DTYPES:
             continue

@@ -1,7 +1,6 @@
-// What the machine can do at best: a plain read, a plain copy, and a bare exp sweep over data in
-// L1.
+// Probes of the machine's limits: a read, a copy, and an exp sweep over data in L1.
 //
-// Compiled at first use by bench/probes.py with -march=native; plain C functions, no torch.
+// bench/probes.py compiles this file at first use with -march=native. Plain C functions, no torch.
 #include <omp.h>
 
 #include <cstdint>
@@ -9,10 +8,10 @@
 
 namespace {
 
-constexpr int64_t kBlockBytes = int64_t{1} << 20;  // one unit of work of a thread
-constexpr int kL1Floats = 2048;                    // 8 KiB per thread: stays in L1
+constexpr int64_t kBlockBytes = int64_t{1} << 20;  // unit of work of one thread
+constexpr int kL1Floats = 2048;                    // 8 KiB per thread, fits into L1
 
-// 2^x for x <= 0 as an inlined exp does it: 11 vector instructions, relative error 2e-7.
+// 2^x for x <= 0, as in an inlined exp: 11 vector instructions, relative error 2e-7.
 inline float exp2_bare(float x) {
   constexpr float kMagic = 12582912.0f + 127.0f;
   x = x < -127.0f ? -127.0f : x;
@@ -36,7 +35,7 @@ inline float exp2_bare(float x) {
 
 extern "C" {
 
-// Reads `bytes` (a multiple of 8) once and returns a checksum, so that no read can be dropped.
+// Reads `bytes` (a multiple of 8) once and returns a checksum, so that the compiler cannot remove a read.
 uint64_t tokfuse_probe_read(const uint64_t* data, int64_t bytes, int threads) {
   const int64_t words = bytes / 8;
   const int64_t block = kBlockBytes / 8;
@@ -52,7 +51,7 @@ uint64_t tokfuse_probe_read(const uint64_t* data, int64_t bytes, int threads) {
   return sum;
 }
 
-// Copies `bytes` once; memcpy uses non-temporal stores for blocks that do not fit the cache.
+// Copies `bytes` once. memcpy uses non-temporal stores for blocks that do not fit the cache.
 void tokfuse_probe_copy(char* to, const char* from, int64_t bytes, int threads) {
   const int64_t share = (bytes + threads - 1) / threads;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
@@ -63,7 +62,7 @@ void tokfuse_probe_copy(char* to, const char* from, int64_t bytes, int threads) 
   }
 }
 
-// `elements` exponentials of values that stay in L1, summed: arithmetic alone.
+// Sums `elements` exponentials of values in L1. This measures the arithmetic only.
 float tokfuse_probe_exp(int64_t elements, int threads) {
   float sum = 0.0f;
 #pragma omp parallel num_threads(threads) reduction(+ : sum)
@@ -72,7 +71,7 @@ float tokfuse_probe_exp(int64_t elements, int threads) {
     for (int i = 0; i < kL1Floats; ++i) x[i] = -0.01f * static_cast<float>(i);
     const int64_t mine = elements / threads;
     for (int64_t done = 0; done < mine; done += kL1Floats) {
-      asm volatile("" : : "r"(x) : "memory");  // the compiler must not reuse the last sweep
+      asm volatile("" : : "r"(x) : "memory");  // the compiler must not reuse the result of the last sweep
       float part = 0.0f;
       const int count = mine - done < kL1Floats ? static_cast<int>(mine - done) : kL1Floats;
 #pragma omp simd reduction(+ : part)

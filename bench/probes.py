@@ -1,10 +1,10 @@
-"""The limits of this machine, timed in the same rounds as the ops they bound.
+"""Probes: the limits of this machine, timed in the same rounds as the ops that they bound.
 
-read: every byte of the input once. copy: the same bytes to memory already touched. exp: as many
-exponentials as there are logits, over data in L1. gemm: the bare matrix products of torch.
-On a GPU these are torch's: a sum over the bytes as int32, a copy, the products; exp has no probe.
-`probes.cpp` is compiled at first use (g++, cached by content in the user's cache folder); without a
-compiler the probes are reported as unsupported and no share of a limit is given.
+read: read every byte of the input once. copy: copy the same bytes to memory that was touched before.
+exp: compute as many exponentials as there are logits, over data in L1. gemm: torch's matrix products
+without any other work. On a GPU the probes are torch calls: a sum over the bytes as int32, a copy, the
+products; there is no exp probe. `probes.cpp` is compiled at first use (g++, cached by content in the
+user's cache folder). Without a compiler the probes are unsupported, and rows have no share of a limit.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ FLAGS = (
 
 
 def read_probe(data: torch.Tensor) -> Provider:
-    """Read `data` once."""
+    """Return a probe that reads `data` once."""
     if data.device.type != "cpu":
         words = data.reshape(-1).view(torch.int32)
         return Provider(lambda: _nothing(words.sum()))
@@ -52,7 +52,7 @@ def read_probe(data: torch.Tensor) -> Provider:
 
 
 def copy_probe(data: torch.Tensor) -> Provider:
-    """Copy `data` to memory that was touched before."""
+    """Return a probe that copies `data` to memory that was touched before."""
     target = torch.empty_like(data)
     target.copy_(data)
     if data.device.type != "cpu":
@@ -69,9 +69,9 @@ def copy_probe(data: torch.Tensor) -> Provider:
 
 
 def exp_probe(elements: int, device: str = "cpu") -> Provider:
-    """`elements` exponentials over data in L1."""
+    """Return a probe that computes `elements` exponentials over data in L1."""
     if device != "cpu":
-        raise Unsupported("the bare exp sweep is a probe of the CPU")
+        raise Unsupported("the exp probe exists only for the CPU")
     library = _library()
     threads = torch.get_num_threads()
 
@@ -85,9 +85,9 @@ def exp_probe(elements: int, device: str = "cpu") -> Provider:
 def gemm_probe(
     hidden: torch.Tensor, weight: torch.Tensor, grad_rows: int, with_weight: bool, backward: bool
 ) -> Provider:
-    """The bare products: logits = h W^T; dh = dz W and dW = dz^T h over `grad_rows` rows.
+    """Return a probe of the products: logits = h W^T; dh = dz W and dW = dz^T h over `grad_rows` rows.
 
-    Outputs are allocated and touched beforehand; float32 or the dtype of the inputs.
+    Outputs are allocated and touched before the timing. Their dtype is float32 or the dtype of the inputs.
     """
     logits = hidden @ weight.T
     grad_logits = logits[:grad_rows]
@@ -107,7 +107,7 @@ def gemm_probe(
 
 
 def _nothing(result: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A probe's result is no output."""
+    """Discard the result of a probe, which is not an output of the case."""
     del result
     return {}
 
@@ -116,7 +116,7 @@ def _nothing(result: torch.Tensor) -> dict[str, torch.Tensor]:
 def _library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
-        raise Unsupported("no g++ to compile the probes with")
+        raise Unsupported("no g++ was found to compile the probes")
     if not SOURCE.exists():
         raise Unsupported(f"{SOURCE.name} is not installed")
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS)).encode()).hexdigest()[:16]
@@ -144,4 +144,4 @@ def _compile(compiler: str, built: Path) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", "") or str(error)
         raise Unsupported(f"the probes did not compile: {detail.strip()[:200]}") from error
-    partial.replace(built)  # atomic: two runs may build at the same time
+    partial.replace(built)  # atomic, because two runs may build at the same time

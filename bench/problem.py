@@ -1,4 +1,4 @@
-"""What a case is: a configuration, its inputs, the providers that can do it, the exact answer."""
+"""The parts of a case: configuration, inputs, the providers that can run it, and the exact answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,18 +9,18 @@ import torch
 from tokfuse.bench.measure import Outputs, Provider
 
 CLIP = 0.2  # ratio in [1 - CLIP, 1 + CLIP]
-LOGIT_SCALE = 3.0  # standard deviation of the made-up logits
-OLD_LOGP_NOISE = 0.02  # ratios stay within 10 of these of 1, so no row is clipped
+LOGIT_SCALE = 3.0  # standard deviation of the random logits
+OLD_LOGP_NOISE = 0.02  # ratios stay within 10 standard deviations of 1, so no row is clipped
 SEQUENCES = 16
 
 
 class Unsupported(Exception):
-    """This provider cannot do this case here; the text becomes the row's note."""
+    """The provider does not support this case here. The text becomes the note of the row."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One case: `hidden` is 0 for ops that start from logits."""
+    """One case. `hidden` is 0 for ops that start from logits."""
 
     op: str
     mode: str
@@ -53,16 +53,16 @@ Factory = Callable[[], Provider]
 
 @dataclass
 class Problem:
-    """A case with its inputs made.
+    """A case with its inputs.
 
     Args:
-        config: what it is.
-        ours, peers, limits: provider name -> factory; a factory may raise `Unsupported`.
-        exact: float64 outputs by name.
-        bounds: names in `limits` that bound the work; the slowest of them is the row's limit.
-        bytes_moved, bytes_formula, flops, flops_formula: the least this work must move and compute.
+        config: the configuration.
+        ours, peers, limits: provider name -> factory. A factory may raise `Unsupported`.
+        exact: returns the float64 outputs by name.
+        bounds: names in `limits` that bound the work. The slowest of them is the limit of the row.
+        bytes_moved, bytes_formula, flops, flops_formula: the least bytes and operations of this work.
         cold: evict the caches before each call.
-        bounds_peers: False where `bounds` says nothing about the peers' own way.
+        bounds_peers: False if `bounds` does not apply to the algorithm of the peers.
     """
 
     config: Config
@@ -80,7 +80,7 @@ class Problem:
     _answer: Outputs | None = None
 
     def answer(self) -> Outputs:
-        """The float64 outputs, computed once."""
+        """Return the float64 outputs. They are computed once."""
         if self._answer is None:
             self._answer = self.exact()
         return self._answer
@@ -92,7 +92,7 @@ class Problem:
 
 @dataclass
 class Batch:
-    """Per-token inputs of a policy update; sequences lie one after another, all of one length."""
+    """Inputs per token of a policy update. The sequences are concatenated and have the same length."""
 
     target: torch.Tensor
     old_logp: torch.Tensor
@@ -109,7 +109,7 @@ class Batch:
 
 
 def on_device(inputs: Any, device: str) -> None:
-    """Move every tensor that a record of inputs holds, nested records included."""
+    """Move every tensor of a record of inputs to the device, including nested records."""
     if device == "cpu":
         return
     for name, value in vars(inputs).items():
@@ -121,19 +121,22 @@ def on_device(inputs: Any, device: str) -> None:
 
 
 def generator(config: Config) -> torch.Generator:
-    """Draws on the device of the case: at the shapes of a GPU, drawing on the CPU takes minutes."""
+    """Return a generator on the device of the case. At GPU shapes, drawing on the CPU takes minutes."""
     return torch.Generator(config.device).manual_seed(config.seed)
 
 
 def make_logits(config: Config, gen: torch.Generator) -> torch.Tensor:
-    """Normal logits, (tokens, vocab) in the case's dtype."""
+    """Draw normal logits of shape (tokens, vocab) in the dtype of the case."""
     out = torch.empty(config.tokens, config.vocab, device=gen.device)
     out.normal_(0.0, LOGIT_SCALE, generator=gen)
     return out.to(config.torch_dtype)
 
 
 def make_head(config: Config, gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (tokens, hidden) and weight (vocab, hidden); logits as of `make_logits`."""
+    """Draw hidden states (tokens, hidden) and a weight (vocab, hidden).
+
+    Their logits are distributed as the logits of `make_logits`.
+    """
     hidden = torch.randn(config.tokens, config.hidden, generator=gen, device=gen.device)
     weight = torch.empty(config.vocab, config.hidden, device=gen.device)
     weight.normal_(0.0, LOGIT_SCALE / config.hidden**0.5, generator=gen)
@@ -141,7 +144,7 @@ def make_head(config: Config, gen: torch.Generator) -> tuple[torch.Tensor, torch
 
 
 def sample_target(logits: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
-    """Tokens drawn from the policy itself, as a rollout would."""
+    """Sample tokens from the policy, as in a rollout."""
     rows = [
         torch.multinomial(torch.softmax(part.float(), -1), 1, generator=gen).squeeze(-1) for part in logits.split(64)
     ]
@@ -149,10 +152,10 @@ def sample_target(logits: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
 
 
 def make_batch(target: torch.Tensor, logp: torch.Tensor, gen: torch.Generator, grad_rows: float = 1.0) -> Batch:
-    """Old log-probabilities near `logp`, and one advantage per sequence.
+    """Draw old log-probabilities close to `logp`, and one advantage per sequence.
 
-    `grad_rows`: share of the sequences with a non-zero advantage; the others are those of groups in
-    which every answer got the same reward, and their rows carry no gradient.
+    `grad_rows` is the share of the sequences with a non-zero advantage. The other sequences represent groups
+    in which every answer got the same reward. Their rows have no gradient.
     """
     num_tokens = target.numel()
     num_seqs = SEQUENCES if num_tokens % SEQUENCES == 0 else 1

@@ -1,14 +1,14 @@
-"""`python -m tokfuse profile CASE`: where the time of one benchmark case goes.
+"""Profile one benchmark case: `python -m tokfuse profile CASE`.
 
     python -m tokfuse profile policy_step --tool torch
     python -m tokfuse profile policy_step --tool nsys --device cuda --shapes 4096x151936
     python -m tokfuse profile policy_step --tool ncu --device cuda --kernel 'policy_step.*'
 
-`torch` records with torch.profiler, on a CPU too, prints where the time went and writes a trace for
-chrome://tracing or Perfetto. `nsys` and `ncu` print the exact command and run it where the tool is
-installed. Their measured region is this same command with `--tool none`: warm-up calls, then the
-calls between cudaProfilerStart and cudaProfilerStop, with the caches evicted before each. Ranges in
-the timeline: `tokfuse::profile`, and in it `tokfuse::<op>.fwd` and `.bwd`.
+`torch` records with torch.profiler, also on a CPU. It prints where the time goes and writes a trace for
+chrome://tracing or Perfetto. `nsys` and `ncu` print the exact command, and run it if the tool is
+installed. They measure this same command with `--tool none`: warm-up calls, then the calls between
+cudaProfilerStart and cudaProfilerStop, with the caches evicted before each call. Ranges in the timeline:
+`tokfuse::profile`, and inside it `tokfuse::<op>.fwd` and `.bwd`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ INSTALL = {
     "and comes with the CUDA toolkit",
     "ncu": "Nsight Compute comes with the CUDA toolkit (package nsight-compute)",
 }
-# What to type next, to read a report without its window.
+# Commands that print a report without a GUI.
 READ = {
     "nsys": "nsys stats --report cuda_gpu_kern_sum,nvtx_sum {out}.nsys-rep",
     "ncu": "ncu --import {out}.ncu-rep --page details",
@@ -45,12 +45,12 @@ READ = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Profile the case of the command line; returns 1 when the tool or the provider is missing."""
+    """Profile the case of the command line. Return 1 if the tool or the provider is missing."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available() and options.tool not in READ:
-        parser.error("--device cuda needs a CUDA device and a CUDA build of torch; there is none")
+        parser.error("--device cuda needs a CUDA device and a CUDA build of torch; torch finds no CUDA device")
     try:
         config, names = _case(options)
     except ValueError as error:
@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(options: argparse.Namespace, argv: Sequence[str]) -> list[str]:
-    """The command line of nsys or ncu around `--tool none`, environment first.
+    """Return the command line of nsys or ncu around `--tool none`, with the environment first.
 
-    Without a CUDA device nsys records the whole process and its NVTX ranges: there is no CUDA
-    profiler whose start it could wait for.
+    Without a CUDA device, nsys records the whole process and its NVTX ranges, because no CUDA profiler could
+    start the capture.
     """
     kept = [word for word in _without(argv, "--tool", "-o", "--out") if word != "--print"]
     inner = [*kept, "--tool", "none"]
@@ -108,16 +108,16 @@ def command(options: argparse.Namespace, argv: Sequence[str]) -> list[str]:
 
 
 def _run_tool(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Print the command, and run it where the tool is; else say how to get it."""
+    """Print the command. Run it if the tool is installed, otherwise print how to install the tool."""
     line = command(options, argv)
     print(shlex.join(line))
-    print(f"# afterwards: {READ[options.tool].format(out=options.out)}")
+    print(f"# then: {READ[options.tool].format(out=options.out)}")
     if options.print:
         return 0
     if shutil.which(options.tool) is None:
         print(
             f"profile: {options.tool} is not on the path. {INSTALL[options.tool]}. "
-            "The command above is what runs then; `--tool torch` works without it.",
+            "Then run the command above. `--tool torch` works without it.",
             file=sys.stderr,
         )
         return 1
@@ -125,7 +125,7 @@ def _run_tool(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _trace(work: Callable[[], None], options: argparse.Namespace, config: Config) -> int:
-    """Record with torch.profiler, print the sums, write the trace."""
+    """Record with torch.profiler, print the sums and write the trace."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]
@@ -144,7 +144,7 @@ def _trace(work: Callable[[], None], options: argparse.Namespace, config: Config
 
 
 def _region(work: Callable[[], None], config: Config) -> None:
-    """The calls between start and stop of the CUDA profiler, where there is CUDA."""
+    """Mark the calls between start and stop of the CUDA profiler, if there is CUDA."""
     if config.device != "cuda":
         work()
         return
@@ -158,7 +158,7 @@ def _region(work: Callable[[], None], config: Config) -> None:
 
 
 def _work(provider: Provider, config: Config, calls: int) -> Callable[[], None]:
-    """`calls` calls with cold caches in one range, after the untimed first ones."""
+    """Make `calls` calls with cold caches in one range, after untimed warm-up calls."""
     cache = ColdCache(True, config.device)
     for _ in range(WARMUP_CALLS):
         provider.before()
@@ -185,10 +185,10 @@ def _provider(config: Config, peer_names: list[str], name: str) -> Provider:
 
 
 def _case(options: argparse.Namespace) -> tuple[Config, list[str]]:
-    """The first case that the options leave, and the peer that is wanted instead of ours.
+    """Return the first case that matches the options, and the peer if one is chosen instead of tokfuse.
 
     Raises:
-        ValueError: no such case.
+        ValueError: no case matches.
     """
     names = [options.provider] if options.provider in peers.KNOWN else []
     options.names, options.peers = [options.case], ",".join(names) or "none"
@@ -201,7 +201,7 @@ def _case(options: argparse.Namespace) -> tuple[Config, list[str]]:
 
 
 def _without(argv: Sequence[str], *options: str) -> list[str]:
-    """The arguments without some options and their values."""
+    """Return the arguments without some options and their values."""
     kept, skip = [], False
     for word in argv:
         if skip:
@@ -214,25 +214,23 @@ def _without(argv: Sequence[str], *options: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokfuse profile", description="Where the time of one benchmark case goes."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tokfuse profile", description="Profile one benchmark case.")
     parser.add_argument("case", metavar="CASE", help="an op of `python -m tokfuse bench --list`")
     parser.add_argument("--tool", choices=TOOLS, default="torch")
-    parser.add_argument("--provider", default="tokfuse", help="tokfuse, tokfuse_, or a peer")
-    parser.add_argument("--shapes", help="as in bench; the first one is profiled")
+    parser.add_argument("--provider", default="tokfuse", help="provider: tokfuse, tokfuse_, or a peer")
+    parser.add_argument("--shapes", help="shapes, in the format of bench; only the first one is profiled")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
-    parser.add_argument("--mode", help="a mode of the op's cases, e.g. forward+backward")
+    parser.add_argument("--mode", help="a mode of the op's cases, for example forward+backward")
     parser.add_argument("--variant", help="a variant of the op's cases")
-    parser.add_argument("--quick", action="store_true", help="a small shape")
-    parser.add_argument("--backend", choices=dispatch.ORDER, help="force one backend of ours")
+    parser.add_argument("--quick", action="store_true", help="use a small shape")
+    parser.add_argument("--backend", choices=dispatch.ORDER, help="force one tokfuse backend")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--calls", type=int, default=5, help="calls in the measured region")
-    parser.add_argument("--kernel", help="for ncu, a regular expression of kernel names")
-    parser.add_argument("--kernels", type=int, default=3, help="for ncu, how many launches")
-    parser.add_argument("--range", help="for ncu, another range than that of the op: OP.fwd")
-    parser.add_argument("--rows", type=int, default=15, help="for torch, lines of the table")
-    parser.add_argument("--print", action="store_true", help="print the command, run nothing")
+    parser.add_argument("--calls", type=int, default=5, help="number of calls in the measured region")
+    parser.add_argument("--kernel", help="ncu: regular expression for kernel names")
+    parser.add_argument("--kernels", type=int, default=3, help="ncu: number of launches")
+    parser.add_argument("--range", help="ncu: another range instead of the op's OP.fwd")
+    parser.add_argument("--rows", type=int, default=15, help="torch: number of lines of the table")
+    parser.add_argument("--print", action="store_true", help="only print the command")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--out", default="tokfuse-profile", help="report without its ending")
+    parser.add_argument("-o", "--out", default="tokfuse-profile", help="name of the report without extension")
     return parser

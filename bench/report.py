@@ -1,4 +1,4 @@
-"""Rows as text: one line as each comes, and a Markdown table per case at the end."""
+"""Print rows as text: one line per row during the run, and one Markdown table per case at the end."""
 
 from collections.abc import Iterable
 
@@ -6,13 +6,13 @@ from tokfuse.bench.row import ERROR_NAMES, Row
 
 HEADER = (
     f"{'op':<19}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<18}{'provider':<25}"
-    f"{'backend':<18}{'status':<12}{'median':>10}{'p20 - p80':>17}{'x ours':>8}{'limit':>7}"
+    f"{'backend':<18}{'status':<12}{'median':>10}{'p20 - p80':>17}{'ratio':>8}{'limit':>7}"
     f"{'tokens/s':>10}{'GB/s':>8}{'GFLOP/s':>9}{'energy':>10}{'peak':>10}  max error"
 )
 
 
 def milliseconds(value: float | None) -> str:
-    """Milliseconds, or microseconds below a tenth of one."""
+    """Format a time in milliseconds, or in microseconds below 0.1 ms."""
     if value is None:
         return "-"
     return f"{value * 1e3:.2f} us" if value < 0.1 else f"{value:.2f} ms"
@@ -23,7 +23,7 @@ def mebibytes(value: int | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, in thousands or millions where that is shorter."""
+    """Format a number with three significant digits, in thousands or millions if that is shorter."""
     if value is None:
         return "-"
     for low, scale, unit in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
@@ -33,7 +33,7 @@ def number(value: float | None) -> str:
 
 
 def spread(row: Row) -> str:
-    """20th and 80th percentile, in the unit of the median."""
+    """Format the 20th and 80th percentile, in the unit of the median."""
     if row.p20_ms is None or row.p80_ms is None or row.median_ms is None:
         return "-"
     scale = 1e3 if row.median_ms < 0.1 else 1.0
@@ -41,12 +41,12 @@ def spread(row: Row) -> str:
 
 
 def energy(row: Row) -> str:
-    """Energy of one call, "-" where no driver told it."""
+    """Format the energy of one call; "-" if no driver reported it."""
     return "-" if row.energy_mj is None else f"{row.energy_mj:.3g} mJ"
 
 
 def worst_errors(row: Row) -> str:
-    """The worst output (absolute) and the worst gradient (relative), with their names."""
+    """Return the largest error of an output (absolute) and of a gradient (relative), with their names."""
     values = {n: getattr(row, f"error_{n}") for n in (*ERROR_NAMES, "output")}
     texts = []
     for is_grad, sign in ((False, ""), (True, "rel ")):
@@ -58,7 +58,7 @@ def worst_errors(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """One row on one line, under `HEADER`."""
+    """Format one row as one line, with the columns of `HEADER`."""
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
     share = "-" if row.limit_share is None else f"{row.limit_share:.0%}"
     text = (
@@ -72,7 +72,7 @@ def line(row: Row) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """One table per case; a ratio column per variant of ours, so that each can be judged."""
+    """Return one table per case, with one ratio column per tokfuse provider."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         key = (row.op, row.shape, row.dtype, row.mode, row.variant)
@@ -95,7 +95,7 @@ def _table(key: tuple[str, ...], group: list[Row]) -> str:
     heads = ["provider", "status", "median", "p20 - p80", *(f"/ {r.provider}" for r in ours)]
     heads += ["of limit", "tokens/s", "GB/s", "GFLOP/s", "energy", "peak extra", "max error", "note"]
     rows = [heads, ["---"] * len(heads)]
-    for row in sorted(group, key=lambda row: row.median_ms is None):  # what was timed comes first
+    for row in sorted(group, key=lambda row: row.median_ms is None):  # timed rows come first
         name = row.provider if row.role == "limit" else f"{row.provider} ({row.backend or '-'})"
         ratios = [f"{row.median_ms / base.median_ms:.2f}" if row.median_ms and base.median_ms else "-" for base in ours]
         share = f"{row.limit_share:.0%} of {row.limit}" if row.limit_share is not None else "-"

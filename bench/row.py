@@ -1,7 +1,7 @@
 """The result row: one flat, JSON-able record per op, shape, dtype, mode, variant and provider.
 
-The field names and meanings are a contract. Adding a field keeps `SCHEMA_VERSION`; renaming one,
-removing one or changing its meaning raises it.
+The field names and their meanings are a contract. Adding a field keeps `SCHEMA_VERSION`. Renaming or
+removing a field, or changing its meaning, increases it.
 """
 
 import json
@@ -11,18 +11,17 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 
-# pass         ran, and what it returned is finite and near the float64 values
-# oom          needs more memory than there is
-# unsupported  this provider cannot run here, or not this shape, dtype or variant; `note` says why
-# fallback     ours ran, but on the pure-torch reference or in Triton's interpreter: never to be
-#              read as a fused kernel
-# error        ran and failed, or returned wrong numbers; `note` has the message
-# predicted    nothing ran: computed from bytes, instructions and a GPU's data sheet
+# pass         ran, and its results are finite and close to the float64 values
+# oom          needs more memory than the machine has
+# unsupported  the provider does not support this machine, shape, dtype or variant; `note` has the reason
+# fallback     tokfuse ran on the pure-torch reference or in Triton's interpreter, not in a fused kernel
+# error        ran and failed, or returned wrong results; `note` has the message
+# predicted    nothing ran: the time is computed from bytes, instructions and the data sheet of a GPU
 STATUSES = ("pass", "oom", "unsupported", "fallback", "error", "predicted")
 
 ROLES = ("ours", "peer", "limit")
 
-# every output and gradient that can be compared with float64; `error_<name>` in the row
+# Outputs and gradients that are compared with float64; the row stores them as `error_<name>`.
 ERROR_NAMES = ("logp", "entropy", "lse", "sum_sq", "top1", "loss", "grad_logits", "grad_hidden", "grad_weight")
 
 
@@ -32,33 +31,34 @@ class Row:
 
     Args:
         schema: `SCHEMA_VERSION` of the writer.
-        op, mode, variant: what was run; `variant` names what varies beside shape and dtype.
-        shape: "tokens x vocab", or "tokens x hidden x vocab" for ops that hold the lm_head; for
-            `advantage`, which sees no vocabulary, "sequences x longest" in the same columns.
-        provider, role, backend: who ran it; `role` is one of `ROLES`; `backend` is the dispatched
-            one for ours ("cpu", "reference", ...), else the library that did the work.
+        op, mode, variant: the measured case. `variant` names what varies besides shape and dtype.
+        shape: "tokens x vocab", or "tokens x hidden x vocab" for ops that include the lm_head. The op
+            `advantage` has no vocabulary; its columns contain "sequences x longest".
+        provider, role, backend: the implementation that ran. `role` is one of `ROLES`. `backend` is the
+            dispatched backend for tokfuse ("cpu", "reference", ...), otherwise the library that did the work.
         status, note: one of `STATUSES`, and the reason or a remark.
-        median_ms, p20_ms, p80_ms, best_ms, rounds: over `rounds` interleaved rounds.
-        cpu_ms: median CPU time of a call, all threads; a busy neighbour inflates it least.
-        baseline, ratio: median of this provider / median of `baseline` (ours) in the same rounds;
-            above 1 means slower than ours. ratio_p20, ratio_p80: spread of the per-round ratio.
-        limit, limit_ms, limit_share: the slowest probe that bounds this work, its median in the
-            same rounds, and limit_ms / median_ms (1 = at the limit).
-        read_ms, copy_ms, exp_ms, gemm_ms: medians of the probes that were run.
-        bytes_moved, flops: the least this work must move and compute, with the formula as text.
-        peak_extra_bytes: peak resident memory of one call above what was resident before it, its
-            results included (`peak_method` says how it was read).
-        result_bytes: of the tensors that one call returned; for an op that writes over its input,
-            that input.
-        error_*: against float64 on the same inputs; largest absolute error for outputs, largest
-            absolute error over largest absolute value for gradients. error_output: the worst of
-            what has no column of its own, e.g. advantages.
-        load_average: of the machine when the rounds began: a busy neighbour is visible.
-        energy_mj, power_w, sm_clock_mhz, throttle: of the GPU while this provider alone was
-            repeated: millijoules per call, mean watts, lowest clock, and why clocks were lowered;
+        median_ms, p20_ms, p80_ms, best_ms, rounds: statistics over `rounds` interleaved rounds.
+        cpu_ms: median CPU time of a call over all threads. Other load on the machine affects it less than
+            the wall time.
+        baseline, ratio: median of this provider / median of `baseline` (tokfuse) in the same rounds; above
+            1 means slower than tokfuse. ratio_p20, ratio_p80: spread of the ratio per round.
+        limit, limit_ms, limit_share: the slowest probe that bounds this work, its median in the same
+            rounds, and limit_ms / median_ms (1 = as fast as the limit).
+        read_ms, copy_ms, exp_ms, gemm_ms: medians of the probes that ran.
+        bytes_moved, flops: the least bytes and operations of this work, with the formula as text.
+        peak_extra_bytes: peak resident memory of one call minus the resident memory before it. It includes
+            the results. `peak_method` states how it was read.
+        result_bytes: bytes of the tensors that one call returned. For an in-place op these are the bytes
+            of its input.
+        error_*: error relative to float64 on the same inputs. Outputs: largest absolute error. Gradients:
+            largest absolute error / largest absolute value. error_output: the largest error of the
+            outputs without their own column, for example advantages.
+        load_average: load average of the machine at the start of the rounds. It shows other load.
+        energy_mj, power_w, sm_clock_mhz, throttle: GPU readings while only this provider was repeated:
+            millijoules per call, mean watts, lowest clock, and the reasons for lowered clocks.
             `telemetry` is "nvml", or "unavailable: " and the reason.
-        gpu, driver: name of the GPU and version of its driver where `device` is "cuda".
-        sweep: the axis that varies in a table of growth, see growth.py.
+        gpu, driver: name of the GPU and version of its driver if `device` is "cuda".
+        sweep: the axis that varies in a growth table, see growth.py.
     """
 
     schema: int
@@ -140,13 +140,13 @@ class Row:
             raise ValueError(f"Row: role must be one of {', '.join(ROLES)}; got {self.role!r}.")
 
     def to_json(self) -> str:
-        """The row as one JSON line; an infinite or NaN error becomes a string, so it stays JSON."""
+        """Return the row as one JSON line. An infinite or NaN error becomes a string, so that the JSON is valid."""
         values = {key: plain(value) for key, value in asdict(self).items()}
         return json.dumps(values, allow_nan=False)
 
     @property
     def workspace_bytes(self) -> int | None:
-        """Peak memory beyond what the call returned; an op in place returned what was there."""
+        """Peak memory without the returned tensors. An in-place op returns tensors that existed before."""
         if self.peak_extra_bytes is None or self.result_bytes is None:
             return None
         returned = 0 if self.provider.endswith("_") else self.result_bytes
@@ -154,18 +154,23 @@ class Row:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens per second at the median; None for ops that see no vocabulary."""
+        """Tokens per second at the median; None for ops without a vocabulary."""
         return None if self.op == "advantage" else self._rate(self.tokens, 1.0)
 
     @property
     def gb_per_s(self) -> float | None:
-        """`bytes_moved` over the median, 1e9 bytes per second: of the least traffic, not of what
-        this provider really moved."""
+        """`bytes_moved` / median, in 1e9 bytes per second.
+
+        It counts the least traffic of the work, not the real traffic of this provider.
+        """
         return self._rate(self.bytes_moved, 1e9) if self.bytes_moved else None
 
     @property
     def gflop_per_s(self) -> float | None:
-        """`flops` over the median, 1e9 per second: of the least work, as `gb_per_s`."""
+        """`flops` / median, in 1e9 operations per second.
+
+        It counts the least work, not the real work of this provider.
+        """
         return self._rate(self.flops, 1e9) if self.flops else None
 
     def _rate(self, amount: float, unit: float) -> float | None:
@@ -173,12 +178,12 @@ class Row:
 
     @property
     def machine_key(self) -> tuple[str, ...]:
-        """What must agree before two rows may be compared: system, processor, kernels' level."""
+        """The facts that must be equal before two rows may be compared: system, processor, level of the kernels."""
         return (self.machine, self.cpu_model, self.isa)
 
     @classmethod
     def from_json(cls, line: str) -> "Row":
-        """Read `to_json` back; fields of a newer writer that are unknown here are dropped."""
+        """Read a row that `to_json` wrote. Unknown fields of a newer writer are dropped."""
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in json.loads(line).items() if k in known}
         for key, value in values.items():
@@ -188,27 +193,27 @@ class Row:
 
 
 def plain(value: Any) -> Any:
-    """The value, or its name where JSON has none (inf, nan)."""
-    """The value, or its name where JSON has none (inf, nan)."""
+    """Return the value, or its name as a string if JSON cannot represent it (inf, nan)."""
+
     finite = not isinstance(value, float) or abs(value) < float("inf")
     return value if finite else str(value)
 
 
 def check_one_machine(rows: Iterable[Row], where: str) -> None:
-    """Refuse rows of different machines: times of two machines in one table compare nothing.
+    """Raise an error if the rows come from different machines, because their times cannot be compared.
 
-    Predicted rows belong to no machine and are let through.
+    Predicted rows belong to no machine and are always accepted.
 
     Raises:
-        ValueError: two machines; the message names them.
+        ValueError: rows of two machines; the message names them.
     """
     measured = [row for row in rows if row.status != "predicted" and row.machine]
     keys = list(dict.fromkeys(row.machine_key for row in measured))
-    if len(keys) < 2:  # rows of the CPU and of one GPU of the same machine may stand together
+    if len(keys) < 2:  # CPU rows and rows of one GPU of the same machine may be mixed
         keys = list(dict.fromkeys((row.gpu,) for row in measured if row.gpu))
     if len(keys) > 1:
         names = "; ".join(" / ".join(key) for key in keys)
         raise ValueError(
             f"bench: {where} must be rows of one machine; got {len(keys)}: {names}. "
-            "Keep a file per machine, or measure again on one."
+            "Keep one file per machine, or measure all rows again on one machine."
         )

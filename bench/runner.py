@@ -1,4 +1,4 @@
-"""Runs one problem: makes the providers, checks them against float64, times them, writes rows."""
+"""Run one problem: create the providers, check them against float64, time them and emit rows."""
 
 import sys
 import time
@@ -15,10 +15,10 @@ from tokfuse.bench.row import ERROR_NAMES, SCHEMA_VERSION, Row
 from tokfuse.bench.telemetry import Sampler, Telemetry
 from tokfuse.runtime.core.errors import BackendUnavailable
 
-# Far beyond any rounding, bfloat16 included: a provider past these computed something else.
-# Log-probabilities of bfloat16 arithmetic are off by up to 0.1 at |logp| of 30.
+# Much larger than any rounding error, including bfloat16: a provider with a larger error computes something
+# else. Log-probabilities in bfloat16 arithmetic are off by up to 0.1 at |logp| of 30.
 GROSS_ERROR = 1.0
-TELEMETRY_S = 1.0  # NVML renews its power reading ten times a second at best
+TELEMETRY_S = 1.0  # NVML updates its power reading at most ten times per second
 NO_TELEMETRY = Telemetry("unavailable: the tensors are on the CPU")
 COMPARED_WORK = tuple(name for name in ERROR_NAMES if not name.startswith("grad_"))
 PROBE_NAMES = ("read", "copy", "exp", "gemm", "native")
@@ -28,7 +28,7 @@ Emit = Callable[[Row], None]
 
 @dataclass
 class Entry:
-    """A provider on its way to a row."""
+    """The state of a provider before its row is written."""
 
     name: str
     role: str
@@ -46,9 +46,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: rounds per provider and the seconds they may take, whether to compare with
-    float64, to read peak memory and to repeat each provider for its energy, who reads the GPU, and
-    the facts that go into every row."""
+    """Settings of a measurement.
+
+    Args:
+        rounds: number of rounds per provider.
+        facts: values that every row contains.
+        budget_s: seconds that the rounds may take.
+        compare: compare the results with float64.
+        peak: measure the peak memory.
+        energy: on a GPU, repeat each provider to read its energy.
+        on_step: called with a description of each step.
+        sampler: creates the object that reads the GPU.
+    """
 
     rounds: int
     facts: dict[str, Any]
@@ -61,11 +70,11 @@ class Settings:
 
 
 def run_case(config: Config, build: Callable[[], Problem], settings: Settings, emit: Emit) -> None:
-    """Make the inputs of one case and measure it; inputs that do not fit give a row."""
+    """Create the inputs of one case and measure it. If the inputs do not fit into memory, emit a row that says so."""
     with machine.memory_guard():
         try:
             problem = build()
-        except Exception as error:  # most likely out of memory; the next case may still fit
+        except Exception as error:  # usually out of memory; the next case may still fit
             status, note = classify(error)
             entry = Entry("tokfuse", "ours", status=status, note=f"making the inputs: {note}")
             nothing = Problem(config, {}, {})
@@ -77,11 +86,11 @@ def run_case(config: Config, build: Callable[[], Problem], settings: Settings, e
 def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
     """Measure one problem and emit one row per provider.
 
-    Rows that need no timing (unsupported, out of memory, failed) are emitted at once, the others
+    Rows without timing (unsupported, out of memory, failed) are emitted at once. The other rows are emitted
     after the interleaved rounds.
     """
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # a shape compiled before must not count as a recompilation
+        torch.compiler.reset()  # a previously compiled shape must not cause a recompilation
     entries = [Entry(name, role) for role, name, _ in _factories(problem)]
     for entry, (_, _, factory) in zip(entries, _factories(problem), strict=True):
         settings.on_step(f"{problem.config.shape} {entry.name}: first call")
@@ -91,7 +100,7 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
     for entry in entries:
         if entry.role == "peer" and entry.provider is not None and not entry.note:
             entry.note = missing_outputs(entry.outputs, entries[0].outputs)
-    problem.forget()  # the float64 answer may be gigabytes
+    problem.forget()  # the float64 answer may need gigabytes
     live = [entry for entry in entries if entry.provider is not None]
     load = machine.load_average()
     settings.on_step(f"{problem.config.shape}: {settings.rounds} rounds of {len(live)}")
@@ -115,8 +124,10 @@ def run_problem(problem: Problem, settings: Settings, emit: Emit) -> None:
 
 
 def _telemetry(entry: Entry, settings: Settings) -> Telemetry:
-    """Readings while one provider alone is repeated; rounds interleave and could not tell whose
-    energy it was."""
+    """Return GPU readings while only one provider is repeated.
+
+    Readings during the interleaved rounds could not be assigned to a provider.
+    """
     assert entry.provider is not None
     settings.on_step(f"{entry.name}: energy")
     calls, start = 0, time.perf_counter()
@@ -132,13 +143,13 @@ def _telemetry(entry: Entry, settings: Settings) -> Telemetry:
 
 
 def missing_outputs(theirs: frozenset[str], ours: frozenset[str]) -> str:
-    """What a peer does not compute beside its gradients, as a note; "" when it computes all."""
+    """Return a note that lists the outputs that a peer does not compute; "" if it computes all."""
     names = [name for name in COMPARED_WORK if name in ours - theirs]
     return f"computes no {', '.join(names)}" if names else ""
 
 
 def classify(error: BaseException) -> tuple[str, str]:
-    """Status and note for an exception of a provider."""
+    """Return status and note for an exception of a provider."""
     text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
     if isinstance(error, Unsupported):
         return "unsupported", str(error)
@@ -158,7 +169,7 @@ def _factories(problem: Problem) -> Iterator[tuple[str, str, Factory]]:
 
 
 def _prepare(entry: Entry, factory: Factory, problem: Problem, settings: Settings) -> None:
-    """Make the provider, run it once (compiling what it compiles), compare it, take its peak."""
+    """Create the provider, run it once (this includes its compilation), compare it and measure its peak memory."""
     try:
         provider = factory()
         provider.device = problem.config.device
@@ -178,7 +189,7 @@ def _prepare(entry: Entry, factory: Factory, problem: Problem, settings: Setting
         if settings.peak:
             entry.peak = peak_extra_bytes(provider)
         entry.provider = provider
-    except Exception as error:  # a peer may raise anything; it becomes a row
+    except Exception as error:  # a peer may raise any exception; it becomes a row
         entry.status, entry.note = classify(error)
 
 
@@ -230,7 +241,7 @@ def row_of(problem: Problem, entry: Entry, live: list[Entry], settings: Settings
 
 
 def _readings(problem: Problem, entry: Entry) -> dict[str, Any]:
-    """The telemetry columns."""
+    """Return the telemetry columns."""
     if problem.config.device == "cpu":
         return {"telemetry": NO_TELEMETRY.status}
     if entry.telemetry is None:
@@ -257,7 +268,7 @@ def _timing(entry: Entry) -> dict[str, Any]:
 
 
 def _against_ours(entry: Entry, live: list[Entry]) -> dict[str, Any]:
-    """Ratio against the first of ours, unless that one is a fallback: that would flatter nobody."""
+    """Return the ratio to the first tokfuse provider, or nothing if that provider is a fallback."""
     base = next((e for e in live if e.role == "ours" and e.times), None)
     if base is None or base.status != "pass":
         return {}
@@ -272,7 +283,7 @@ def _against_ours(entry: Entry, live: list[Entry]) -> dict[str, Any]:
 
 
 def _against_limit(problem: Problem, entry: Entry, probes: dict[str, Entry]) -> dict[str, Any]:
-    """The slowest bound; "read+copy" is one bound made of two probes, one after the other."""
+    """Return the slowest bound. "read+copy" is one bound that consists of two probes, one after the other."""
     bounds = {}
     for bound in problem.bounds:
         parts = bound.split("+")
@@ -286,5 +297,5 @@ def _against_limit(problem: Problem, entry: Entry, probes: dict[str, Entry]) -> 
 
 
 def _round(value: float) -> float:
-    """Six significant digits: more is noise, and rows stay readable."""
+    """Return six significant digits. More digits are noise and make rows hard to read."""
     return float(f"{value:.6g}")

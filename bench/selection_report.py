@@ -1,4 +1,4 @@
-"""The selection study's rows as a table, a sentence per score and a plot."""
+"""The table and the plot of the selection study, made from its rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 BEGIN = "<!-- selection: written by `python -m tokfuse.bench.study_selection` -->"
 END = "<!-- /selection -->"
-RANKINGS = 10  # what the study trains on, per seed
+RANKINGS = 10  # number of training sets per seed
 KINDS = ("useful", "irrelevant", "mislabelled")
 
 
 def by_ranking(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each ranking, best mean gain over its seeds first."""
+    """Return the rows of each ranking, sorted by the mean gain over the seeds, best first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["ranking"], []).append(row)
@@ -23,7 +23,7 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per ranking: what it chose, its mean over the seeds that ran, and each seed."""
+    """Return one line per ranking: its choice, its mean over the seeds that ran, and each seed."""
     seeds = sorted({row["seed"] for row in rows})
     lines = [
         "| trained on | samples | "
@@ -50,7 +50,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def facts(rows: Sequence[dict[str, Any]]) -> str:
-    """Machine and settings."""
+    """Return the machine and the settings as text."""
     last = rows[-1]
     seconds = sum(row["seconds"] for row in rows)
     settings = ", ".join(f"{key} {value:g}" for key, value in last["settings"].items())
@@ -62,17 +62,17 @@ def facts(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace what stands between the two marks of the page."""
+    """Replace the text between the two marks of the page."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"study_selection: {path} must hold {BEGIN!r} and {END!r} once each.")
+        raise ValueError(f"study_selection: {path} must hold {BEGIN!r} and {END!r} once each. Add the missing mark.")
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
     path.write_text(f"{head}{BEGIN}\n{table(rows)}\n\n{facts(rows)}\n{END}{tail}")
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A bar per ranking with a point per seed, above the shares of what it chose."""
+    """Plot one bar per ranking with one point per seed, and below it the shares of its choice."""
     import matplotlib
 
     matplotlib.use("Agg")

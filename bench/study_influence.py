@@ -1,14 +1,15 @@
-"""How far sketches of the last hidden state rank samples as their true gradients do.
+"""Study: how well do sketches of the last hidden state rank samples like their true gradients?
 
     OMP_WAIT_POLICY=passive python -m tokfuse.bench.study_influence --json rows.jsonl
 
-SmolLM2-135M-Instruct; per-sample gradients of all its parameters by one backward each, against the
-sketches, norms and the exact adapter gradient that one `policy_step` gives for all samples at once.
-Two data sets: answers of four task families (every sample pulls the answer up), and rollouts of one
-task with group advantages (some pull up, some down). A sample's score is the cosine between its
-gradient and the mean gradient of a validation group; rows hold Spearman rank correlations with the
-scores of the true gradients: of all layers, of the lm_head, of the last block. Sketches are drawn
-with several seeds, and the rows keep the spread. Needs the demo's packages; six CPU minutes.
+Model: SmolLM2-135M-Instruct. The true gradients are per-sample gradients of all parameters, from one
+backward per sample. They are compared with the sketches, the norms and the exact adapter gradient that one
+`policy_step` computes for all samples. There are two data sets: answers of four task families (every sample
+increases the probability of its answer), and rollouts of one task with group advantages (some samples
+increase it, others decrease it). The score of a sample is the cosine between its gradient and the mean
+gradient of a validation group. Rows contain Spearman rank correlations with the scores of the true
+gradients: of all layers, of the lm_head, of the last block. Sketches are drawn with several seeds, and the
+rows contain the spread. The study needs the demo's packages and six CPU minutes.
 """
 
 import argparse
@@ -38,7 +39,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 class Sample(NamedTuple):
-    """One sequence: the loss is -advantage * mean log-prob of the tokens after the prompt."""
+    """One sequence. Its loss is -advantage * mean log-prob of the tokens after the prompt."""
 
     ids: torch.Tensor
     prompt: int
@@ -63,7 +64,7 @@ class DataSet(NamedTuple):
 
 
 def answers(tokenizer: Any, train: int, validation: int) -> DataSet:
-    """Questions of four families with their right answers; a family is a validation group."""
+    """Return questions of four families with their correct answers. Each family is a validation group."""
     import reasoning_gym
 
     parts: tuple[list[Sample], list[Sample]] = ([], [])
@@ -80,7 +81,7 @@ def answers(tokenizer: Any, train: int, validation: int) -> DataSet:
 
 
 def rollouts(model: Any, tokenizer: Any, train: int, validation: int) -> DataSet:
-    """Sampled completions of sums, advantage reward - group mean; silent groups are left out."""
+    """Return sampled completions of sums with advantage reward - group mean. Groups without advantage are left out."""
     from grpo_demo.task import ChainSum, kept_length
 
     task, samples, start = ChainSum(seed=1), [], 0
@@ -111,11 +112,11 @@ def rollouts(model: Any, tokenizer: Any, train: int, validation: int) -> DataSet
 
 
 class TrueGradients:
-    """Per-sample gradients by one backward each, kept as products with the validation means."""
+    """Per-sample gradients from one backward each, stored as products with the validation means."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # The tied head as a leaf of its own, so that its share of the gradient is seen apart.
+        # Make the tied head a separate leaf, so that its part of the gradient is separate.
         self.head = model.lm_head.weight.detach().clone().requires_grad_()
         self.names = [name for name, _ in model.named_parameters()] + ["lm_head"]
         last = len(model.model.layers) - 1
@@ -123,12 +124,12 @@ class TrueGradients:
         self.embedding = self.names.index("model.embed_tokens.weight")
 
     def hidden(self, sample: Sample) -> torch.Tensor:
-        """(response tokens, hidden): what the head multiplies to predict them."""
+        """Return (response tokens, hidden): the hidden states from which the head predicts these tokens."""
         states = self.model.model(sample.ids.unsqueeze(0)).last_hidden_state[0]
         return states[sample.prompt - 1 : -1]
 
     def gradient(self, sample: Sample) -> list[torch.Tensor]:
-        """d loss / d every parameter; the embedding holds the sum of its two uses."""
+        """Return d loss / d parameter for every parameter. The embedding's gradient is the sum over its two uses."""
         logp = torch.log_softmax(self.hidden(sample) @ self.head.t(), dim=-1)
         chosen = logp.gather(1, sample.ids[sample.prompt :].unsqueeze(1))
         leaves = [*self.model.parameters(), self.head]
@@ -137,13 +138,13 @@ class TrueGradients:
         return grads
 
     def products(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
-        """(slices,) inner products, in the order of SLICES."""
+        """Return (slices,) inner products, in the order of SLICES."""
         each = torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)])
         block = torch.tensor(self.in_last_block)
         return torch.stack([each[:-1].sum(), each[-1], each[block].sum()]).double()
 
     def scores(self, data: DataSet) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slices, samples, groups) cosines with the groups' means, (slices, samples) norms."""
+        """Return (slices, samples, groups) cosines with the means of the groups, and (slices, samples) norms."""
         means: list[list[torch.Tensor]] = []
         for group in range(data.groups):
             members = [s for s in data.validation if s.group == group]
@@ -165,14 +166,14 @@ class TrueGradients:
 
 
 class Packed(NamedTuple):
-    """The final hidden states of all samples, response tokens only, one after the other."""
+    """The final hidden states of all samples, response tokens only, concatenated."""
 
     hidden: torch.Tensor
     cu_seqlens: torch.Tensor
     samples: list[Sample]
 
     def by_products(self, weight: torch.Tensor, rank: int | None, seed: int) -> Influence:
-        """What one policy_step over all samples gives besides the loss."""
+        """Return the influence outputs of one policy_step over all samples."""
         target = torch.cat([s.ids[s.prompt :] for s in self.samples])
         step = policy_step(
             hidden=self.hidden,
@@ -189,12 +190,12 @@ class Packed(NamedTuple):
         return step.influence
 
     def means(self) -> torch.Tensor:
-        """(samples, hidden) mean hidden state of each sample."""
+        """Return (samples, hidden), the mean hidden state of each sample."""
         return torch.stack([h.mean(0) for h in self.hidden.split(self.cu_seqlens.diff().tolist())])
 
 
 def pack(true: TrueGradients, samples: list[Sample]) -> Packed:
-    """One forward pass of the model per sample."""
+    """Run one forward pass of the model per sample."""
     with torch.no_grad():
         hidden = [true.hidden(s) for s in samples]
     cu_seqlens = torch.tensor([0, *(h.shape[0] for h in hidden)]).cumsum(0).int()
@@ -202,33 +203,33 @@ def pack(true: TrueGradients, samples: list[Sample]) -> Packed:
 
 
 def group_means(features: torch.Tensor, samples: Sequence[Sample], groups: int) -> torch.Tensor:
-    """(groups, ...) sums of the features of each group's samples."""
+    """Return (groups, ...), the sums of the features of each group's samples."""
     ids = torch.tensor([s.group for s in samples])
     return torch.stack([features[ids == group].sum(0) for group in range(groups)])
 
 
 class Sketches:
-    """Sketches of one data set; the forward passes are made once."""
+    """Sketches of one data set. The forward passes run once."""
 
     def __init__(self, true: TrueGradients, data: DataSet) -> None:
         self.data, self.weight = data, true.head.detach()
         self.train, self.validation = (pack(true, part) for part in (data.train, data.validation))
 
     def scores(self, rank: int | None, seed: int) -> torch.Tensor:
-        """(samples, groups) cosines of sketches."""
+        """Return (samples, groups) cosines of sketches."""
         train, validation = (
             part.by_products(self.weight, rank, seed).sketches for part in (self.train, self.validation)
         )
         return self.against_groups(train, validation)
 
     def against_groups(self, train: torch.Tensor, validation: torch.Tensor) -> torch.Tensor:
-        """(samples, groups) cosines of features with the groups' means."""
+        """Return (samples, groups) cosines of features with the means of the groups."""
         means = group_means(validation, self.data.validation, self.data.groups)
         return selection.matrix(train, means)
 
 
 def sample_norms(norms: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
-    """Root of the sum of squares over each sequence's tokens."""
+    """Return the root of the sum of squares over the tokens of each sequence."""
     parts = norms.double().square().split(cu.diff().tolist())
     return torch.stack([p.sum().sqrt() for p in parts])
 
@@ -237,13 +238,13 @@ def sample_norms(norms: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Rank correlation; continuous scores have no ties worth averaging."""
+    """Return the rank correlation. Ties are not averaged, because continuous scores have almost none."""
     ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def alike(data: DataSet, group: int) -> list[torch.Tensor]:
-    """Sets of samples that are hard to tell apart: the group's own family, or one sign."""
+    """Return sets of samples that are hard to distinguish: the group's own family, or samples with one sign."""
     if data.groups > 1:
         return [torch.tensor([s.group == group for s in data.train])]
     up = torch.tensor([s.advantage > 0 for s in data.train])
@@ -251,7 +252,7 @@ def alike(data: DataSet, group: int) -> list[torch.Tensor]:
 
 
 def agreement(scores: torch.Tensor, truth: torch.Tensor, data: DataSet) -> tuple[float, float]:
-    """Mean over groups of Spearman over all samples, and over those that are alike."""
+    """Return the mean Spearman correlation over groups, for all samples and for the samples of `alike`."""
     over_all, within = [], []
     for group in range(data.groups):
         x, y = scores[:, group], truth[:, group]
@@ -265,13 +266,13 @@ class StudyRow:
     """Agreement of one score with one slice of the true gradients.
 
     Args:
-        data, samples, groups: the data set, its ranked samples, its validation groups.
-        kind: "direction" compares cosines with a group's mean, "magnitude" compares norms.
-        score, slice: what ranked the samples, and the true gradients that it is held against.
+        data, samples, groups: the data set, the number of ranked samples and of validation groups.
+        kind: "direction" compares cosines with the mean of a group, "magnitude" compares norms.
+        score, slice: the score that ranks the samples, and the true gradients that it is compared with.
         spearman: rank correlation over all samples, mean over groups and seeds.
-        spearman_alike: the same among samples of one family, or one sign of the advantage.
-        spearman_low, spearman_high: of `spearman`, over the seeds of the projections.
-        seeds: how many; 1 where nothing is drawn.
+        spearman_alike: the same among samples of one family, or with one sign of the advantage.
+        spearman_low, spearman_high: range of `spearman` over the seeds of the projections.
+        seeds: number of seeds; 1 if nothing is drawn.
     """
 
     data: str
@@ -293,7 +294,7 @@ class StudyRow:
 
 
 def rows(true: TrueGradients, data: DataSet, facts: dict[str, Any]) -> Iterator[StudyRow]:
-    """Every score against every slice of the true gradients."""
+    """Return a row for every score and every slice of the true gradients."""
     cosines, norms = true.scores(data)
     sketches = Sketches(true, data)
     kept = {key: facts[key] for key in ("cpu_model", "threads", "torch", "commit")}
@@ -330,7 +331,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def directions(sketches: Sketches, cosines: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-    """(samples, groups) scores by name, one tensor per seed; controls use no sketch."""
+    """Return (samples, groups) scores by name, one tensor per seed. Controls use no sketch."""
     mean_hidden = sketches.against_groups(sketches.train.means(), sketches.validation.means())
     return {
         "adapter gradient, no projection": [sketches.scores(None, 0)],
@@ -341,7 +342,7 @@ def directions(sketches: Sketches, cosines: torch.Tensor) -> dict[str, list[torc
 
 
 def magnitudes(sketches: Sketches) -> dict[str, torch.Tensor]:
-    """(samples,) norms by name: they say how hard a sample pulls, not where to."""
+    """Return (samples,) norms by name. They measure the size of a sample's gradient, not its direction."""
     out, cu = sketches.train.by_products(sketches.weight, 64, 0), sketches.train.cu_seqlens
     return {
         "token_norms": sample_norms(out.token_norms, cu),
@@ -352,7 +353,7 @@ def magnitudes(sketches: Sketches) -> dict[str, torch.Tensor]:
 
 
 def table(found: Sequence[StudyRow], kind: str) -> str:
-    """One Markdown table; in brackets the spread over seeds, or the samples that are alike."""
+    """Return one Markdown table. The values in brackets are the range over seeds, or the correlation of `alike`."""
     cells: dict[tuple[str, str], list[str]] = {}
     for row in found:
         if row.kind == kind:
@@ -368,13 +369,13 @@ def table(found: Sequence[StudyRow], kind: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the study, append its rows to --json, print the tables."""
+    """Run the study, append its rows to --json and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--train", type=int, default=12, help="answers to rank, per family")
     parser.add_argument("--validation", type=int, default=4, help="validation answers, per family")
     parser.add_argument("--rollouts", type=int, default=40, help="rollouts to rank")
-    parser.add_argument("--cache", type=Path, default=None, help="where the converted model lies")
-    parser.add_argument("--json", type=Path, help="append rows as JSON lines, as they come")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of the converted model")
+    parser.add_argument("--json", type=Path, help="append each row as a JSON line when it is ready")
     args = parser.parse_args(argv)
     sys.path.insert(0, str(EXAMPLES))
     from grpo_demo.model import default_cache, load_model

@@ -1,14 +1,14 @@
-"""Which score picks the samples worth training on: a mixed pool, the top third, held-out accuracy.
+"""Study: which score selects useful training samples from a mixed pool, measured by held-out accuracy?
 
     OMP_WAIT_POLICY=passive python -m tokfuse.bench.study_selection --json rows.jsonl --budget 200
-    ... again until it says "complete", then with --write docs/selection_study.md --plot FILE.png
+    ... repeat until it prints "complete", then with --write docs/selection_study.md --plot FILE.png
 
-SmolLM2-135M-Instruct on one-digit sums with one solved example. The pool holds equally many useful
-samples (sums with right answers), irrelevant ones (other tasks, right answers) and mislabelled ones
-(sums with wrong answers). Every score ranks the pool, the upper half of the model's blocks is
-trained on the top third, and greedy accuracy is read on held-out sums. Same steps and batch size
-for all. Rows come as they are done, and a second run goes on where the first stopped. Needs the
-demo's packages; about a quarter of an hour of one core.
+SmolLM2-135M-Instruct on one-digit sums with one solved example. The pool contains equal numbers of useful
+samples (sums with correct answers), irrelevant samples (other tasks, correct answers) and mislabelled
+samples (sums with wrong answers). Every score ranks the pool. The upper half of the model's blocks is
+trained on the top third, and greedy accuracy is measured on held-out sums. All trainings have the same
+number of steps and batch size. Each row is written when it is done, and a second run continues after it.
+The study needs the demo's packages and about 15 minutes of one core.
 """
 
 import argparse
@@ -42,12 +42,12 @@ class Settings:
     """Sizes of the study.
 
     Args:
-        per_kind: samples of each kind in the pool. validation, held_out: right-answered sums.
-        blocks: blocks trained, from the top, with the final norm; the lm_head is frozen.
-        steps, batch, lr: AdamW, weight decay 0, mean over samples of mean token NLL.
+        per_kind: samples of each kind in the pool. validation, held_out: number of sums with correct answers.
+        blocks: number of trained blocks, from the top, with the final norm; the lm_head is frozen.
+        steps, batch, lr: AdamW with weight decay 0; loss: mean over samples of the mean token NLL.
         warm_steps: steps on `warm_samples` random samples, before LESS's second checkpoint.
-        members: ensemble for UGDA, each a warm-up on other samples.
-        rank: of the sketches.
+        members: ensemble size of UGDA; each member is a warm-up on other samples.
+        rank: rank of the sketches.
     """
 
     per_kind: int = 80
@@ -75,7 +75,7 @@ class Pool(NamedTuple):
 
 
 def sums(count: int, seed: int, taken: set[str]) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) of sums with one solved example; no question of `taken`, which grows not."""
+    """Return (prompt, answer) of sums with one solved example. No question is in `taken`, which stays unchanged."""
     import reasoning_gym
 
     entries = reasoning_gym.create_dataset(
@@ -93,7 +93,7 @@ def sums(count: int, seed: int, taken: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def build_pool(tokenizer: Any, s: Settings, seed: int) -> Pool:
-    """The pool, a validation set, and held-out sums whose questions are asked in neither."""
+    """Return the pool, a validation set, and held-out sums whose questions occur in neither of them."""
     import reasoning_gym
 
     def sample(prompt: str, answer: str, kind: int) -> Sample:
@@ -105,7 +105,7 @@ def build_pool(tokenizer: Any, s: Settings, seed: int) -> Pool:
     base = seed * 10**7
     held_out = list(sums(s.held_out, base + 1, set()))
     taken = {prompt.split("\n")[1].removesuffix(" =") for prompt, _ in held_out}
-    # One-digit sums are few: half of all questions may be held out, none of them is trained on.
+    # There are few one-digit sums. Up to half of all questions are held out, and none of these is trained on.
     right = list(sums(s.per_kind + s.validation, base + 2_000_001, taken))
     wrong = list(sums(s.per_kind, base + 4_000_001, taken))
     generator = torch.Generator().manual_seed(seed)
@@ -122,14 +122,16 @@ def build_pool(tokenizer: Any, s: Settings, seed: int) -> Pool:
 
 
 def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(rows, longest, ...), each row's last element repeated: causal attention never looks back
-    from it."""
+    """Return (rows, longest, ...). The last element of each row is repeated.
+
+    The padding has no effect, because causal attention only reads earlier positions.
+    """
     longest = max(row.shape[0] for row in rows)
     return torch.stack([torch.cat([row, row[-1:].expand(longest - len(row), *row.shape[1:])]) for row in rows])
 
 
 class Encoded(NamedTuple):
-    """Samples, and what the frozen lower blocks make of them."""
+    """Samples and their hidden states after the frozen lower blocks."""
 
     samples: list[Sample]
     states: list[torch.Tensor]
@@ -139,13 +141,13 @@ class Encoded(NamedTuple):
 
 
 def packed(rows: list[torch.Tensor], samples: list[Sample]) -> Packed:
-    """Rows of each sample, one after the other."""
+    """Return the rows of all samples, concatenated."""
     cu_seqlens = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).int()
     return Packed(torch.cat(rows), cu_seqlens, samples)
 
 
 class Split:
-    """A causal language model cut into frozen lower blocks and trainable upper ones."""
+    """A causal language model, split into frozen lower blocks and trainable upper blocks."""
 
     def __init__(self, model: Any, blocks: int) -> None:
         self.model, self.blocks = model, blocks
@@ -153,7 +155,7 @@ class Split:
 
     @torch.no_grad()
     def encode(self, samples: list[Sample]) -> Encoded:
-        """Hidden states in front of the upper blocks, 32 samples at a time."""
+        """Return the input of the upper blocks, computed for 32 samples at a time."""
         states: list[torch.Tensor] = []
         for start in range(0, len(samples), 32):
             part = samples[start : start + 32]
@@ -164,25 +166,25 @@ class Split:
         return Encoded(samples, states)
 
     def upper(self) -> Any:
-        """A copy of the upper blocks and the final norm, as a model over `inputs_embeds`."""
+        """Return a copy of the upper blocks and the final norm, as a model over `inputs_embeds`."""
         config = copy.deepcopy(self.model.config)
         config.num_hidden_layers, config.vocab_size, config.pad_token_id = self.blocks, 1, None
         part = type(self.model.model)(config)
         source = self.model.model
         part.layers.load_state_dict(source.layers[-self.blocks :].state_dict())
         part.norm.load_state_dict(source.norm.state_dict())
-        part.embed_tokens = torch.nn.Identity()  # it starts from hidden states, not from tokens
+        part.embed_tokens = torch.nn.Identity()  # the copy starts from hidden states, not from tokens
         return part
 
     def hidden(self, upper: Any, data: Encoded) -> Packed:
-        """What the lm_head multiplies to predict the tokens behind each prompt."""
+        """Return the hidden states from which the lm_head predicts the tokens after each prompt."""
         out = upper(inputs_embeds=pad(data.states), use_cache=False).last_hidden_state
         rows = [h[x.prompt - 1 : len(x.ids) - 1] for h, x in zip(out, data.samples, strict=True)]
         return packed(rows, data.samples)
 
     @torch.no_grad()
     def read(self, upper: Any, data: Encoded) -> Packed:
-        """`hidden` of any number of samples, 64 at a time."""
+        """Return `hidden` of any number of samples, computed for 64 at a time."""
         parts = [
             self.hidden(upper, data.take(range(i, min(i + 64, len(data.samples)))))
             for i in range(0, len(data.samples), 64)
@@ -191,8 +193,10 @@ class Split:
         return packed(rows, data.samples)
 
     def outcome(self, answers: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-        """(samples,) mean log-prob of the answer, differentiable, and whether greedy decoding gives
-        it: by induction it does where every token of it is the arg-max behind the ones before."""
+        """Return (samples,) mean log-prob of the answer, differentiable, and whether greedy decoding gives the answer.
+
+        Greedy decoding gives the answer if every token of it is the arg-max after the tokens before it.
+        """
         target = torch.cat([x.ids[x.prompt :] for x in answers.samples])
         stats = linear_token_stats(answers.hidden, self.head, target)
         sizes = answers.cu_seqlens.diff().tolist()
@@ -200,11 +204,11 @@ class Split:
         return logp, torch.stack([part.bool().all() for part in stats.top1.split(sizes)])
 
     def influence(self, answers: Packed, rank: int | None) -> Influence:
-        """Norms and sketches, each sample's of its own mean token NLL: the loss is their sum."""
+        """Return norms and sketches of each sample for its mean token NLL. The loss is the sum over the samples."""
         return answers.by_products(self.head, rank, 0)
 
     def train(self, upper: Any, data: Encoded, s: Settings, steps: int, seed: int) -> Any:
-        """`upper` after AdamW steps over shuffled epochs of the data."""
+        """Return `upper` after AdamW steps over shuffled epochs of the data."""
         optimiser = torch.optim.AdamW(upper.parameters(), lr=s.lr, weight_decay=0.0)
         generator, queue = torch.Generator().manual_seed(seed), []
         for _ in range(steps):
@@ -222,7 +226,7 @@ class Split:
 
 
 def rankings(split: Split, pool: Encoded, validation: Encoded, s: Settings, seed: int) -> dict[str, list[int]]:
-    """Every score's choice of a third of the pool, best first."""
+    """Return the third of the pool that each score selects, best first."""
     n, base = len(pool.samples), split.upper().eval()
     generator = torch.Generator().manual_seed(1000 + seed)
     order = torch.randperm(n, generator=generator)
@@ -254,8 +258,11 @@ def rankings(split: Split, pool: Encoded, validation: Encoded, s: Settings, seed
 
 
 def adam(split: Split, answers: Packed, warm: list[int], s: Settings) -> torch.Tensor:
-    """(samples, rank, rank) Adam updates of the adapter's gradient, preconditioned first and
-    projected then, as LESS does; moments over the warm-up samples' batches."""
+    """Return (samples, rank, rank), Adam updates of the adapter's gradient.
+
+    The gradient is first preconditioned and then projected, as in LESS. The moments are taken over the batches
+    of the warm-up samples.
+    """
     gradient = split.influence(answers, None).sketches
     first, second = torch.zeros(2, *gradient.shape[1:])
     for start in range(0, len(warm), s.batch):
@@ -273,11 +280,11 @@ class SelectionRow:
     """One training run.
 
     Args:
-        ranking, seed: what chose the samples; of the pool and the order of training.
-        samples: how many were chosen. useful, irrelevant, mislabelled: their shares.
+        ranking, seed: the score that selected the samples; the seed of the pool and of the training order.
+        samples: number of selected samples. useful, irrelevant, mislabelled: their shares.
         before, after: greedy accuracy on the held-out sums.
-        logp: mean log-prob of a held-out answer's token after training, nats.
-        seconds: of the training.
+        logp: mean log-prob of a token of the held-out answers after training, nats.
+        seconds: time of the training.
     """
 
     ranking: str
@@ -300,9 +307,9 @@ class SelectionRow:
 def run_seed(
     split: Split, pool: Pool, s: Settings, seed: int, done: set[str], choices: Path, deadline: float
 ) -> Iterator[SelectionRow]:
-    """The rows of one seed that are not done, until the deadline (`time.monotonic`).
+    """Yield the missing rows of one seed, until the deadline (`time.monotonic`).
 
-    choices: JSON file that keeps what the scores chose, so that a later run need not score again.
+    choices: JSON file that stores the selections of the scores, so that a later run need not compute them.
     """
     facts = machine.facts("study_selection")
     kept = {key: facts[key] for key in ("cpu_model", "threads", "torch", "commit")}
@@ -337,12 +344,12 @@ def run_seed(
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Rows so far; none where there is no file."""
+    """Return the existing rows; none if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run_missing(path: Path, seeds: Sequence[int], budget: float, cache: Path | None) -> None:
-    """Append the rows that `path` lacks, for about `budget` seconds."""
+    """Append the rows that `path` does not contain, for about `budget` seconds."""
     deadline, s = time.monotonic() + budget, Settings()
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {seed: {r["ranking"] for r in rows_of(path) if r["seed"] == seed} for seed in seeds}
@@ -366,20 +373,24 @@ def run_missing(path: Path, seeds: Sequence[int], budget: float, cache: Path | N
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, append rows to --json, write the report."""
+    """Run the missing trainings, append rows to --json and write the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="rows, appended as they come")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file of the rows; each row is appended when it is ready"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; 0: no run")
-    parser.add_argument("--cache", type=Path, default=None, help="where the converted model lies")
-    parser.add_argument("--write", type=Path, help="page whose marked part the tables replace")
-    parser.add_argument("--plot", type=Path, help="PNG of the accuracies")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds of this run; 0: only write the report"
+    )
+    parser.add_argument("--cache", type=Path, default=None, help="folder of the converted model")
+    parser.add_argument("--write", type=Path, help="page; the tables replace the text between its marks")
+    parser.add_argument("--plot", type=Path, help="file of the plot (PNG)")
     args = parser.parse_args(argv)
     if args.budget > 0:
         run_missing(args.json, args.seeds, args.budget, args.cache)
     rows = rows_of(args.json)
     complete = len(rows) == selection_report.RANKINGS * len(args.seeds)
-    print("complete" if complete else f"{len(rows)} rows so far: run it again")
+    print("complete" if complete else f"{len(rows)} rows so far: run the command again")
     if args.write:
         selection_report.write(args.write, rows)
     if args.plot:

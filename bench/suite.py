@@ -1,11 +1,11 @@
-"""Lets `pytest bench --benchmark-only` run the same cases through pytest-benchmark.
+"""Run the same cases through pytest-benchmark: `pytest bench --benchmark-only`.
 
     OMP_WAIT_POLICY=passive pytest bench --benchmark-only --benchmark-json=new.json
     python -m tokfuse bench compare old.json new.json
 
-Small shapes by default; `TOKFUSE_BENCH_FULL=1` takes the published ones. pytest-benchmark runs one
-provider after the other, so its ratios carry the machine's drift; `python -m tokfuse bench`
-interleaves them.
+The shapes are small by default; `TOKFUSE_BENCH_FULL=1` uses the published shapes. pytest-benchmark runs one
+provider after the other, so a drift of the machine changes its ratios. `python -m tokfuse bench`
+interleaves the providers.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PEERS = ("torch_eager", "cross_entropy")
 
 
 def parameters(modules: Iterable[ModuleType]) -> list[Any]:
-    """One pytest parameter per op, case, dtype, shape and provider."""
+    """Return one pytest parameter per op, case, dtype, shape and provider."""
     full = os.environ.get("TOKFUSE_BENCH_FULL", "0") not in ("", "0")
     return [
         pytest.param(module, config, name, id=f"{label}-{name}")
@@ -38,7 +38,7 @@ def parameters(modules: Iterable[ModuleType]) -> list[Any]:
 
 
 def _configs(module: ModuleType, shapes: tuple[str, ...]) -> Iterator[tuple[str, Config]]:
-    """(label, configuration) of every case of an op in these shapes."""
+    """Yield (label, configuration) of every case of an op with these shapes."""
     for shape in shapes:
         tokens, *hidden, vocab = (int(part) for part in shape.split("x"))
         for dtype in module.DTYPES:
@@ -48,10 +48,10 @@ def _configs(module: ModuleType, shapes: tuple[str, ...]) -> Iterator[tuple[str,
 
 
 def run(benchmark: Any, module: ModuleType, config: Config, name: str) -> None:
-    """Time one provider of one case with pytest-benchmark, restoring inputs before each round.
+    """Time one provider of one case with pytest-benchmark, and restore the inputs before each round.
 
-    Before each round the limits are timed once, so that the share of the limit in `extra_info` is
-    of the same seconds; `extra_info` is a whole `row.Row`, which `bench compare` reads.
+    The limits are timed once before each round, so that the share of the limit comes from the same seconds.
+    `extra_info` is a whole `row.Row`, which `bench compare` reads.
     """
     problem = module.build(config, [name] if name in peers.KNOWN else [])
     factory = {**problem.ours, **problem.peers}[name]
@@ -79,7 +79,7 @@ def run(benchmark: Any, module: ModuleType, config: Config, name: str) -> None:
 
     benchmark.group = f"{config.op} {config.mode} {config.variant} {config.dtype} {config.shape}"
     benchmark.pedantic(provider.run, setup=setup, rounds=5, iterations=1, warmup_rounds=1)
-    if benchmark.stats is not None:  # None under --benchmark-disable
+    if benchmark.stats is not None:  # None with --benchmark-disable
         entry.times = [s * 1e3 / provider.calls for s in benchmark.stats.stats.data]
     row = runner.row_of(problem, entry, [entry, *limits], runner.Settings(5, _facts()))
     benchmark.extra_info.update(
@@ -88,7 +88,7 @@ def run(benchmark: Any, module: ModuleType, config: Config, name: str) -> None:
 
 
 def _limits(problem: Problem) -> dict[str, Provider]:
-    """The limits that can be timed here."""
+    """Return the limits that can be timed on this machine."""
     out = {}
     for name, factory in problem.limits.items():
         with contextlib.suppress(Unsupported):

@@ -1,7 +1,7 @@
-"""Plots as inline SVG: lines and points on linear or logarithmic axes, with a legend and tooltips.
+"""Draw plots as inline SVG: lines and points on linear or logarithmic axes, with a legend and tooltips.
 
-Drawn in Python, so that the report is one file which needs no script to be read. Colours are CSS
-classes of page.css: `s0`, `s1`, ... in the order of the series.
+The plots are drawn in Python, so the report is one file and works without scripts. Colours are CSS classes
+of page.css: `s0`, `s1`, ... in the order of the series.
 """
 
 import math
@@ -25,8 +25,11 @@ class Point:
 
 @dataclass
 class Series:
-    """Points of one name; `style` is "line", "dot", "cross" or "roof" (a line without marks), and
-    `colour` the number of a class, else the place among the series."""
+    """Points with one name.
+
+    `style` is "line", "dot", "cross" or "roof" (a line without marks). `colour` is the number of a class; None
+    uses the position among the series.
+    """
 
     name: str
     points: list[Point] = field(default_factory=list)
@@ -38,7 +41,7 @@ class Series:
 
 
 def number(value: float) -> str:
-    """A tick label: 0.5, 12, 3k, 49k, 1.5M."""
+    """Format a tick label: 0.5, 12, 3k, 49k, 1.5M."""
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale:
             return f"{value / scale:.3g}{unit}"
@@ -77,7 +80,7 @@ class _Axis:
 def plot(
     title: str, series: Sequence[Series], x_label: str, y_label: str, log_x: bool = True, log_y: bool = True
 ) -> str:
-    """A figure element; "" when there is nothing to draw."""
+    """Return a figure element; "" if there is nothing to draw."""
     drawn = [s for s in series if s.points]
     if not drawn:
         return ""

@@ -1,13 +1,12 @@
-"""What the ops must reach beside their peers, judged from rows of one machine.
+"""Performance targets of the ops, checked with rows of one machine.
 
     python -m tokfuse bench policy_step --json rows.jsonl
     python -m tokfuse bench targets rows.jsonl
 
-A `Target` says how much longer a peer must take than we do, a `Ceiling` how much longer than a
-base we may take, a `Floor` what share of the machine's limit we must reach, a `Budget` how much
-memory we may use beyond the results. Each is judged for every shape and dtype in the rows, and a
-`Target` against the faster of a peer's forms (in the input's dtype, or after .float()). Only rows
-with status "pass" count.
+A `Target` is the smallest speedup over a peer. A `Ceiling` is the largest time relative to a base. A
+`Floor` is the smallest share of the machine's limit. A `Budget` is the largest memory beyond the results.
+Each is checked for every shape and dtype in the rows. A `Target` uses the faster variant of a peer (in the
+input's dtype, or after .float()). Only rows with status "pass" are used.
 """
 
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """`ours` may take at most `times` as long as the first of `base` that was measured."""
+    """`ours` may take at most `times` as long as the first provider of `base` that was measured."""
 
     op: str
     mode: str
@@ -53,7 +52,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Budget:
-    """`ours` may use so many bytes beyond what it returns."""
+    """`ours` may use at most this many bytes in addition to its results."""
 
     op: str
     mode: str
@@ -68,7 +67,7 @@ BOTH = "entropy=0.01"
 
 HIDDEN = ("policy_step_hidden", "step")
 HIDDEN_PEERS = (EAGER, COMPILED, "trl", "liger", "liger_compile", "verl", "cut_cross_entropy")
-GEMMS = ("limit_gemm3", "limit_gemm")  # the three full products, where a variant needs fewer
+GEMMS = ("limit_gemm3", "limit_gemm")  # the three full products, for variants that need fewer
 
 TARGETS: tuple[Goal, ...] = (
     Target("policy_step", "step", BOTH, "tokfuse_", COMPILED, 6.0),
@@ -93,7 +92,7 @@ TARGETS: tuple[Goal, ...] = (
 
 
 def judge(rows: Iterable[Row], targets: Iterable[Goal] = TARGETS) -> list[tuple[str, bool]]:
-    """(one line, met) per target and case; a target that no row speaks about gives none."""
+    """Return (one line, met) per target and case. A target without rows gives no line."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if row.status == "pass" and row.median_ms and not row.sweep:
@@ -112,7 +111,7 @@ def judge(rows: Iterable[Row], targets: Iterable[Goal] = TARGETS) -> list[tuple[
 
 
 def _verdict(target: Goal, found: dict[str, Row]) -> tuple[str, bool] | None:
-    """What was reached and what is asked, as text, and whether it is; None without rows."""
+    """Return the reached and the required value as text, and whether the target is met; None without rows."""
     ours = found[target.ours]
     if isinstance(target, Floor):
         if ours.limit_share is None:

@@ -1,9 +1,9 @@
-"""Readings of the NVIDIA driver during some work: power, energy, clocks, throttling, memory.
+"""Read power, energy, clocks, throttling and memory from the NVIDIA driver during some work.
 
-A thread samples through nvidia-ml-py (module pynvml). Energy is the difference of the driver's own
-counter where the GPU has one, not integrated power. Without a driver, a package or a reading the
-answer is None and a sentence that says why: never zero. A thread of the process asks, so the
-readings are of the whole GPU, other processes included.
+A thread samples through nvidia-ml-py (module pynvml). Energy is the difference of the driver's energy
+counter if the GPU has one; power is not integrated. Without a driver, package or reading, the result is
+None with a status that states the reason, never zero. The readings are for the whole GPU, including
+other processes.
 """
 
 import importlib
@@ -16,33 +16,33 @@ from typing import Any
 
 INTERVAL_S = 0.02
 
-# NVML's names of the reasons why clocks are below what was asked for; idle is no reason.
+# NVML's names of the reasons for lowered clocks. Idle is not a reason.
 THROTTLE_REASONS = {
     "power cap": "nvmlClocksThrottleReasonSwPowerCap",
     "hardware slowdown": "nvmlClocksThrottleReasonHwSlowdown",
     "thermal (software)": "nvmlClocksThrottleReasonSwThermalSlowdown",
     "thermal (hardware)": "nvmlClocksThrottleReasonHwThermalSlowdown",
     "power brake": "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
-    "clocks set by the application": "nvmlClocksThrottleReasonApplicationsClocksSetting",
+    "clocks set by an application": "nvmlClocksThrottleReasonApplicationsClocksSetting",
 }
 
 
 @dataclass
 class Telemetry:
-    """Readings of one period; None is "not read".
+    """Readings of one period; None means "not read".
 
     Args:
         status: "nvml", or "unavailable: " and the reason.
-        calls: of the work, filled in by who made them.
-        samples: how many times the thread asked.
+        calls: number of calls of the work; the caller fills it in.
+        samples: number of samples.
         seconds: length of the period.
         energy_mj: millijoules that the GPU used, from its energy counter.
         power_w: mean of the sampled power draw, watts; power_limit_w: the enforced limit.
         sm_clock_mhz, memory_clock_mhz: lowest sampled clocks.
         temperature_c: highest sampled temperature.
-        memory_used_bytes: most memory in use on the GPU, other processes included.
-        throttle: every reason seen, in the words of `THROTTLE_REASONS`.
-        name, uuid, driver: of the GPU and its driver.
+        memory_used_bytes: largest sampled memory use of the GPU, including other processes.
+        throttle: all reasons that were seen, as in `THROTTLE_REASONS`.
+        name, uuid, driver: the GPU and its driver.
     """
 
     status: str
@@ -63,13 +63,13 @@ class Telemetry:
 
     @property
     def energy_per_call_mj(self) -> float | None:
-        """Millijoules of one call; None where the energy is not known."""
+        """Millijoules per call; None if the energy is not known."""
         return None if self.energy_mj is None or self.calls < 1 else self.energy_mj / self.calls
 
 
 @dataclass
 class _Seen:
-    """What the thread gathers."""
+    """The values that the thread collects."""
 
     power_w: list[float] = field(default_factory=list)
     sm_clock_mhz: list[int] = field(default_factory=list)
@@ -81,10 +81,10 @@ class _Seen:
 
 
 class Sampler:
-    """`with Sampler(0) as sampler: work()`, then `sampler.result`.
+    """Sampler of the GPU: `with Sampler(0) as sampler: work()`, then `sampler.result`.
 
     Args:
-        device: index of a CUDA device as torch counts them; `CUDA_VISIBLE_DEVICES` is mapped.
+        device: index of a CUDA device in torch's numbering; `CUDA_VISIBLE_DEVICES` is applied.
         interval_s: seconds between two samples.
         nvml: the module to ask; None imports pynvml.
     """
@@ -101,17 +101,17 @@ class Sampler:
 
     @property
     def is_reading(self) -> bool:
-        """True between entry and exit where the driver answers."""
+        """True inside the `with` block if the driver answers."""
         return self._thread is not None and not self._stop.is_set()
 
     def __enter__(self) -> "Sampler":
         try:
             self._open()
-        except Exception as error:  # no package, no driver, no such device
+        except Exception as error:  # the package, the driver or the device is missing
             self.result = Telemetry(f"unavailable: {type(error).__name__}: {error}"[:200])
             return self
         self._start_s, self._start_mj = time.perf_counter(), self._energy()
-        self._sample()  # a call shorter than the interval has one reading all the same
+        self._sample()  # so that a period shorter than the interval has one reading
         self._thread = threading.Thread(target=self._loop, name="tokfuse-telemetry", daemon=True)
         self._thread.start()
         return self
@@ -138,7 +138,7 @@ class Sampler:
             self._sample()
 
     def _read(self, name: str, *args: Any) -> Any | None:
-        """One reading; None where this GPU or driver does not have it."""
+        """Return one reading; None if this GPU or driver does not have it."""
         try:
             return getattr(self._nvml, name)(self._handle, *args)
         except (self._nvml.NVMLError, AttributeError):
@@ -188,18 +188,18 @@ class Sampler:
 
 
 def describe(device: int = 0, nvml: Any | None = None) -> Telemetry:
-    """One reading of an idle GPU: its name, driver, limits and clocks."""
+    """Return one reading of an idle GPU: its name, driver, limits and clocks."""
     with Sampler(device, nvml=nvml) as sampler:
         pass
     return sampler.result
 
 
 def handle_of(nvml: Any, device: int) -> Any:
-    """NVML's handle of the CUDA device `device`, which NVML counts without CUDA_VISIBLE_DEVICES.
+    """Return NVML's handle of the CUDA device `device`. NVML's numbering ignores CUDA_VISIBLE_DEVICES.
 
-    An entry of `CUDA_VISIBLE_DEVICES` is a UUID (or a prefix of one, or a MIG UUID), which NVML
-    takes as it is, or an index in PCI order, as with `CUDA_DEVICE_ORDER=PCI_BUS_ID`. CUDA's own
-    default order, fastest first, can differ from it where the GPUs of one machine differ.
+    An entry of `CUDA_VISIBLE_DEVICES` is a UUID (or a prefix of one, or a MIG UUID), which NVML accepts, or an
+    index in PCI order, as with `CUDA_DEVICE_ORDER=PCI_BUS_ID`. CUDA's default order is fastest first. It can
+    differ from PCI order if a machine has different GPUs.
 
     Raises:
         ValueError: the variable hides this device.
@@ -215,11 +215,11 @@ def handle_of(nvml: Any, device: int) -> Any:
         return nvml.nvmlDeviceGetHandleByIndex(int(entry))
     if entry.startswith("MIG-"):
         return nvml.nvmlDeviceGetHandleByUUID(entry)
-    for index in range(nvml.nvmlDeviceGetCount()):  # NVML takes whole UUIDs, CUDA their beginnings
+    for index in range(nvml.nvmlDeviceGetCount()):  # NVML needs whole UUIDs; CUDA accepts a prefix
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(entry):
             return handle
-    raise ValueError(f"CUDA_VISIBLE_DEVICES names {entry}, which no GPU of this machine has")
+    raise ValueError(f"CUDA_VISIBLE_DEVICES names {entry}, which is not a GPU of this machine")
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
@@ -227,5 +227,5 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 
 def _text(value: Any) -> str:
-    """Older bindings return bytes."""
+    """Decode a text, because older bindings return bytes."""
     return value.decode() if isinstance(value, bytes) else str(value or "")

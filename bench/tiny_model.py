@@ -1,4 +1,4 @@
-"""A tiny saved language model with a word-level tokenizer, for runs that need a whole trainer."""
+"""A tiny saved language model with a word-level tokenizer, for runs that need a complete trainer."""
 
 import functools
 import tempfile
@@ -12,7 +12,7 @@ SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 @functools.cache
 def saved_model(tied: bool = True) -> str:
-    """The folder of a two-layer Qwen2 with random weights; made once a process."""
+    """Return the folder of a two-layer Qwen2 with random weights. It is created once per process."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def saved_model(tied: bool = True) -> str:
 
 
 def tokenizer() -> Any:
-    """Words w0, w1, ... and three special tokens."""
+    """Return a tokenizer with the words w0, w1, ... and three special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -47,5 +47,5 @@ def tokenizer() -> Any:
 
 
 def prompts(count: int = 8) -> list[str]:
-    """Prompts of different lengths."""
+    """Return prompts of different lengths."""
     return [" ".join(f"w{(7 * i + j) % WORDS}" for j in range(2 + i % 3)) for i in range(count)]

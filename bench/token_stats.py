@@ -1,7 +1,7 @@
 """Case `token_stats`: per-token statistics of given logits, forward and forward+backward.
 
-forward: all five statistics without gradients. variant "all": peers compute the same five; variant
-"logp,entropy": peers compute these two only (ours has no cheaper form).
+forward: all five statistics without gradients. With variant "all" the peers compute the same five. With
+variant "logp,entropy" the peers compute only these two; tokfuse has no cheaper form for two.
 forward+backward: gradient of a weighted sum of logp and entropy.
 """
 
@@ -24,7 +24,7 @@ BACKWARD_FLOPS = 16
 
 
 class _Inputs:
-    """Logits, target, and the incoming gradients of logp and entropy."""
+    """Logits, targets, and the incoming gradients of logp and entropy."""
 
     def __init__(self, config: Config) -> None:
         gen = generator(config)
@@ -35,7 +35,7 @@ class _Inputs:
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     data = _Inputs(config)
     on_device(data, config.device)
     size = config.tokens * config.vocab
@@ -107,7 +107,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
             (grad,) = torch.autograd.grad(
                 [stats[n] for n in names], leaf, [incoming[n].to(stats[n].dtype) for n in names]
             )
-            # without the entropy the gradient is of another function: nothing to compare with
+            # without the entropy this is the gradient of another function and cannot be compared
             return {**stats, "grad_logits": grad} if "entropy" in stats else stats
 
         return peers.provider(name, both)

@@ -1,16 +1,16 @@
-"""Step time and peak memory of TRL's GRPO, stock against tokfuse: the same model, seeds and steps.
+"""Measure step time and peak memory of TRL's GRPO with and without tokfuse: same model, seeds and steps.
 
     python -m tokfuse.bench.trl_step --model FOLDER --rounds 3 --md
     python -m tokfuse.bench.trl_step --quick
 
-Arms: TRL's GRPOTrainer; the same under `tokfuse.integrations.trl.install`; FusedGRPOTrainer. Each
-run is a process of its own, the arms take turns, and every figure is the median over all optimizer
-steps but the first of each run. The loss side is everything but the transformer: in the forward
-from its hidden states to the loss, metrics included, in the backward from the loss to the gradient
-of the hidden states. Peak memory is what the process holds above what it held before training.
+Arms: TRL's GRPOTrainer; the same trainer after `tokfuse.integrations.trl.install`; FusedGRPOTrainer. Each
+run is a separate process, and the arms alternate. Every figure is the median over all optimizer steps,
+without the first step of each run. The loss side is everything except the transformer: in the forward from
+its hidden states to the loss, including metrics; in the backward from the loss to the gradient of the
+hidden states. Peak memory is the peak of the process minus its memory before training.
 
---model is a folder that `from_pretrained` takes (a run of `make demo` leaves SmolLM2-135M in
-~/.cache/tokfuse); without it, or with --quick, a tiny model with random weights.
+--model is a folder for `from_pretrained` (`make demo` stores SmolLM2-135M in ~/.cache/tokfuse). Without it,
+or with --quick, the benchmark uses a tiny model with random weights.
 """
 
 import argparse
@@ -34,17 +34,17 @@ FIGURES = ("step_s", "generation_s", "loss_side_s", "peak_mib")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the arms; 1 where their losses differ."""
+    """Run the arms. Return 1 if their losses differ."""
     parser = argparse.ArgumentParser(prog="python -m tokfuse.bench.trl_step")
-    parser.add_argument("--model", help="folder of the model; default: a tiny one")
+    parser.add_argument("--model", help="folder of the model; default: a tiny model")
     parser.add_argument("--quick", action="store_true", help="tiny model, one round of two steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--prompts", type=int, default=2, help="prompts of a micro-batch")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts per micro-batch")
     parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--length", type=int, default=64, help="new tokens of a completion")
+    parser.add_argument("--length", type=int, default=64, help="new tokens per completion")
     parser.add_argument("--json", type=Path, help="append one row per run")
-    parser.add_argument("--md", action="store_true", help="a Markdown table at the end")
+    parser.add_argument("--md", action="store_true", help="print a Markdown table at the end")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.quick:
@@ -92,7 +92,7 @@ def _now(device: torch.device) -> float:
 
 
 class Clock:
-    """Seconds of one optimizer step, by part; taken from outside the trainer's code."""
+    """Seconds of one optimizer step by part, measured from outside the trainer's code."""
 
     def __init__(self, trainer: Any) -> None:
         self.steps: list[dict[str, float]] = []
@@ -119,7 +119,7 @@ class Clock:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             if name == "_compute_loss":
-                self.backbone_s = 0.0  # generation ran the transformer, too
+                self.backbone_s = 0.0  # generation ran the transformer too
             start = _now(self.device)
             out = inner(*args, **kwargs)
             after(_now(self.device) - start)
@@ -211,7 +211,7 @@ def _run_arm(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _start_of_peak() -> int:
-    """Forget the peak so far; the bytes in use now."""
+    """Reset the peak memory. Return the bytes in use now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -225,7 +225,7 @@ def _peak() -> int:
 
 
 def _reward(completions: list[str], **_: Any) -> list[float]:
-    """Any reward that differs between samples: the step's cost does not depend on its meaning."""
+    """Return a reward that differs between samples. The cost of the step does not depend on its meaning."""
     return [len(set(text)) / max(1, len(text)) for text in completions]
 
 
@@ -241,17 +241,17 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per arm, medians over its runs; multiples of stock in brackets."""
+    """Return one line per arm: medians over its runs, and the values relative to stock in brackets."""
     found = {
         arm: {name: statistics.median(r[name] for r in rows if r["arm"] == arm) for name in FIGURES} for arm in ARMS
     }
     first, stock = rows[0], found["stock"]
     lines = [
         f"TRL {first['trl']}, {first['model']}, {first['sequences']} sequences of "
-        f"{first['length']} tokens a step, {first['cpu_model']}, {first['threads']} threads, "
+        f"{first['length']} tokens per step, {first['cpu_model']}, {first['threads']} threads, "
         f"torch {first['torch']}, load average {max(r['load_average'] for r in rows)}",
         "",
-        "| arm | step | of it generation | loss side | share of the step | peak memory |",
+        "| arm | step | generation | loss side | loss side, share of the step | peak memory |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for arm, f in found.items():
@@ -263,13 +263,13 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _compare(rows: Sequence[dict[str, Any]]) -> int:
-    """0 where every arm learned the same numbers as the first run of TRL."""
+    """Return 0 if every arm has the same losses and metrics as the first stock run, otherwise 1."""
     stock = rows[0]
     for row in rows[1:]:
         for name in ("losses", "grad_norms"):
             for mine, theirs in zip(row[name], stock[name], strict=True):
                 if abs(mine - theirs) > 1e-4 * max(1.0, abs(theirs)):
-                    print(f"trl_step: {name} of {row['arm']} differ: {row[name]}, {stock[name]}")
+                    print(f"trl_step: {name} of {row['arm']} differ from stock: {row[name]}, {stock[name]}")
                     return 1
     return 0
 

@@ -271,32 +271,43 @@ def _load_widths(instructions: Sequence[str]) -> Iterator[int]:
 
 # ------------------------------------------------------------------------------------- the table
 
-ABOUT = """Written by `python -m tokfuse kernels --write`; `--check` compiles again and compares.
-No GPU is needed. Each cell: instructions per element of the hot loop (of one thread),
-registers, shared memory and widest load in bytes; spills are named where there are any.
+ABOUT = """`python -m tokfuse kernels --write` generates this page. `--check` compiles the kernels again and
+compares. No GPU is needed. Each cell contains the instructions per element of the hot loop (for one
+thread), registers, shared memory and the widest load in bytes. Spills are listed if there are any.
 
-The hot path is what reads (tokens, vocab), 300 KB a token: `token_stats`, `policy_step`,
-`paired_divergence` and `linear_token_stats` load 16 bytes at a time, but for a forward over
-rows at odd addresses (`odd_vocabulary`), whose sums must not depend on where a row lies. The
-kernels over per-token vectors move 8 to 44 bytes a token, a ten-thousandth of that. They work
-in float64 on pieces that end where a sequence or a group does, at any address, so their loads
-are as wide as one element or, where a piece begins on whole vectors, as 16 bytes.
+## Memory access
 
-`head_gradient` are the two gradient products of `policy_step(compact_clipped=True)`, over the
-live rows that they find in device memory. cuBLAS needs the number of rows on the host, so by
-default clipped rows enter its products with zeros. Ours pay where many rows are clipped: at a
-rate of f times that of cuBLAS they are faster below a live share of f, and f is not known before
-both have run on the device at hand; so the choice is the caller's and not automatic.
+The hot kernels read (tokens, vocab), about 300 KB per token: `token_stats`, `policy_step`,
+`paired_divergence` and `linear_token_stats`. They load 16 bytes at a time. The exception is a
+forward over rows at odd addresses (`odd_vocabulary`), because its sums must not depend on the
+address of a row. The kernels over per-token vectors move 8 to 44 bytes per token, about 1/10,000 of
+that. They work in float64 on pieces that end at the end of a sequence or group, at any address.
+Their loads are therefore one element wide, or 16 bytes wide if a piece starts on whole vectors.
 
-The table is that of Triton 3.7.1. With 3.6.0 and 3.9.0 every case compiles, too (every dtype
-for sm_90, bfloat16 for sm_80 and sm_100). Instructions per element in bfloat16, sm_90 / sm_100:
+## Gradient GEMMs over live rows
 
-* 3.6.0: `token_stats_fwd` 12.1 / 9.1, `token_stats_bwd` 9.5 / 9.4, `policy_step` 22.4 / 19.1,
-  under a softcap 47.5 / 39.6; `policy_step` in float32 and `policy_metrics` spill 8 bytes.
-* 3.9.0: 11.1 / 10.5, 10.8 / 9.1, 24.3 / 23.1 and 46.8 / 40.1; no spills.
+`head_gradient` contains the two gradient GEMMs of `policy_step(compact_clipped=True)`. They read
+the list of live rows from device memory. cuBLAS needs the number of rows on the host, so by default
+clipped rows enter its GEMMs as zeros. The Triton GEMMs are faster if many rows are clipped: at f
+times the throughput of cuBLAS, they are faster if the share of live rows is below f. You must
+measure f on your device, so the option is not automatic.
 
-`python -m tokfuse tune` measures other launch records on a GPU, `--dry-run` lists them with
-what they compile to; `tokfuse.load_tuned()` uses what was stored.
+## Triton versions
+
+The table shows Triton 3.7.1. Every case also compiles with 3.6.0 and 3.9.0 (every dtype for sm_90,
+bfloat16 for sm_80 and sm_100). Instructions per element in bfloat16, sm_90 / sm_100:
+
+| Triton | `token_stats_fwd` | `token_stats_bwd` | `policy_step` | `policy_step` with softcap | spills |
+| --- | --- | --- | --- | --- | --- |
+| 3.6.0 | 12.1 / 9.1 | 9.5 / 9.4 | 22.4 / 19.1 | 47.5 / 39.6 | 8 bytes in `policy_step` (float32) and `policy_metrics` |
+| 3.9.0 | 11.1 / 10.5 | 10.8 / 9.1 | 24.3 / 23.1 | 46.8 / 40.1 | none |
+
+## Tuning on your GPU
+
+`python -m tokfuse tune` measures other launch configurations on a GPU. `--dry-run` lists them with
+their compiled resources. `tokfuse.load_tuned()` uses the stored results.
+
+## Compiled resources
 """.splitlines()
 
 
@@ -319,7 +330,7 @@ def as_markdown(rows: Sequence[Resources]) -> str:
     for row in rows:
         table.setdefault((row.case, row.kernel, row.dtype), {})[row.capability] = row
     head = ["case", "kernel", "dtype", *(f"sm_{c}" for c in capabilities)]
-    lines = ["# Triton kernels, compiled", "", *ABOUT, "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines = ["# Compiled Triton kernels", "", *ABOUT, "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for key, cells in sorted(table.items()):
         shown = [_cell(cells[c]) if c in cells else "-" for c in capabilities]
         lines.append("| " + " | ".join([*key, *shown]) + " |")

@@ -50,9 +50,9 @@ PACKED = {
     "gae_kernel": (16, "token; 17 with a mask"),
     "vtrace_kernel": (24, "token; 25 with a mask"),
     "whiten_kernel": (8, "token; a second read of 4 from L2"),
-    "segment_moments_kernel": (4, "row by borders; 20 by ids, after torch's sort"),
+    "segment_moments_kernel": (4, "row with `cu_seqlens`; 20 with ids, after torch's sort"),
     "group_advantage_kernel": (28, "sequence, after torch's sort of the ids"),
-    "offpolicy_weights_kernel": (13, "token; 9 more in L2 where normalised"),
+    "offpolicy_weights_kernel": (13, "token; 9 more in L2 if normalised"),
     "ope_kernel": (17, "row; a second read from L2"),
     "sketch_kernel": (512, "token at rank 64; 4 KFLOP, float32"),
 }
@@ -114,33 +114,35 @@ def _lines(kernels: Sequence[Kernel]) -> Iterator[str]:
 HEAD = """\
 # Roofline of the CUDA kernels (predicted)
 
-Written by `python -m tokfuse kernels --cuda --write` from `inspection/cuda_resources.json`:
-registers and instructions are read from the compiled module, the rest is arithmetic. No GPU was
-used.
+`python -m tokfuse kernels --cuda --write` generates this page from `inspection/cuda_resources.json`.
+Registers and instruction counts come from the compiled module. All other figures are computed from
+them and from data sheets. Nothing was measured on a GPU.
 
     time per element = max(bytes / bandwidth, instructions / issue rate, exps / exp rate)
     predicted share  = (bytes / bandwidth) / time per element
 
-Issue rate: 128 instructions of a thread per SM and clock; exp rate: 16. SMs, boost GHz, TB/s:
-{gpus}.
-100% means that the memory is the limit on paper: latency, clocks below boost and what a streaming
-kernel really gets of the nominal bandwidth (about 90% on Hopper) are not in it.
+Issue rate: 128 thread instructions per SM and clock. Exp rate: 16 per SM and clock.
+SMs, boost GHz, TB/s: {gpus}.
 
-## Rows of logits
+The share is the predicted fraction of the nominal memory bandwidth. At 100% the memory is the
+bottleneck. The model ignores latency, clocks below boost, and the achievable bandwidth of a
+streaming kernel (about 90% of nominal on Hopper). Real kernels are therefore slower.
 
-Without softcap, bias and extra statistics. Bytes per token are the bytes per element times the
-vocabulary. The cluster kernel holds its row in the shared memory of a cluster (occupancy at 151,936
-bfloat16 logits) and serves sm_90 and sm_100; the other one reads the row twice, the second time
-from L2, which is not counted.
+## Kernels over rows of logits
+
+These figures are for calls without softcap, bias and extra statistics. Bytes per token are the
+bytes per element times the vocabulary. `policy_step_cluster_kernel` holds its row in the shared
+memory of a cluster and runs on sm_90 and sm_100; its occupancy is given for 151,936 bfloat16 logits.
+`policy_step_kernel` reads the row twice. The second read comes from L2 and is not counted.
 
 | kernel | dtype | GPU | bytes per element | instructions | exps | registers | occupancy | share |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 PACKED_HEAD = """
-## Packed vectors
+## Kernels over packed vectors
 
-One launch each; float64 sums in a fixed order. At a few thousand tokens the launch itself is the
-cost. Registers and occupancy on sm_90.
+Each op is one launch, with float64 sums in a fixed order. With a few thousand tokens, the launch
+overhead dominates. Registers and occupancy are given for sm_90.
 
 | kernel | bytes | per | threads | registers | occupancy |
 | --- | --- | --- | --- | --- | --- |"""

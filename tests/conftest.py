@@ -1,13 +1,13 @@
-"""Settings of the whole test run; set before torch is imported."""
+"""Settings of the whole test run. They are set before torch is imported."""
 
 import importlib
 import os
 import sys
 
-# Idle OpenMP threads sleep instead of spinning: with several processes on few cores, spinning
-# threads cost more than the work.
+# Idle OpenMP threads sleep instead of spinning. With several processes on few cores, spinning costs more than
+# the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Modules that test files share; importlib mode puts no test folder on the path.
+# Modules that several test files import. importlib mode adds no test folder to the path.
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "support"))
 
 import hypothesis
@@ -23,13 +23,13 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     importlib.import_module("fast_interpreter").install()
     importlib.import_module("interpreted_scan").install()
-    # An example costs 0.2 s in the interpreter.
+    # One example takes 0.2 s in the interpreter.
     hypothesis.settings.register_profile("interpreter", hypothesis.settings.default, max_examples=20)
     hypothesis.settings.load_profile("interpreter")
 
 
 def pytest_report_header() -> str:
-    """The levels at which torch and the native kernels run."""
+    """Report the instruction-set levels of torch and of the native kernels."""
     from tokfuse.runtime.core import native
 
     module = native.module()

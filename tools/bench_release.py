@@ -1,12 +1,12 @@
-"""Measures the committed rows anew: `make bench-release`, on a machine that does nothing else.
+"""Measure the committed benchmark rows again: `make bench-release`, on an idle machine.
 
     python tools/bench_release.py [--minutes 20] [--quick] [--out bench/results]
 
-Each step is one command line of the benchmark in one of three environments: ours, and those of
-`make peers` and `make peers PEERS=verl`. Steps come in the order of their worth; one that cannot
-begin within the minutes is named at the end, and the exit status says so. New rows replace the file
-of their kind only when all of its steps ran, so that an interrupted run leaves what was there.
-`--quick` runs every step at small sizes, to see that the commands work.
+Each step is one benchmark command in one of three environments: .venv, and those of `make peers` and
+`make peers PEERS=verl`. The most important steps run first. A step that cannot start in time is listed
+at the end, and the exit status is 1. New rows replace the file of their kind only if all of its steps
+ran, so an interrupted run keeps the old file. `--quick` runs every step at small sizes to check that
+the commands work.
 """
 
 import argparse
@@ -27,14 +27,20 @@ EVERY = "torch_eager,torch_compile,cross_entropy,trl,liger,liger_flsce,cut_cross
 
 @dataclass(frozen=True)
 class Step:
-    """One run: the file its rows go to, the environment, and the arguments of the benchmark."""
+    """One benchmark command.
+
+    Args:
+        kind: stem of the file that receives the rows.
+        venv: the environment, a key of `VENVS`.
+        arguments: of `python -m tokfuse bench`.
+    """
 
     kind: str
     venv: str
     arguments: str
 
 
-# Tokens are few where vocabulary x hidden is large: a step of every peer takes seconds there.
+# Large vocabulary x hidden sizes use few tokens, because a step of every peer takes seconds there.
 STEPS = (
     Step(
         "logits",
@@ -84,12 +90,12 @@ STEPS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps; 1 when one failed or was left out."""
+    """Run the steps. Return 1 if one failed or was skipped, otherwise 0."""
     parser = argparse.ArgumentParser(prog="tools/bench_release.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--minutes", type=float, default=20.0, help="no step begins after them")
-    parser.add_argument("--quick", action="store_true", help="small sizes, for a trial")
-    parser.add_argument("--out", default="bench/results", help="folder of the rows")
+    parser.add_argument("--minutes", type=float, default=20.0, help="no step starts after this time")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that the commands work")
+    parser.add_argument("--out", default="bench/results", help="folder for the rows")
     options = parser.parse_args(argv)
     out = (ROOT / options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -108,13 +114,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def attempt(step: Step, fresh: Path, quick: bool, deadline: float) -> str:
-    """Run one step unless the time is over; "" when it came to its end, else what happened. A peer
-    that failed is a row and no failure."""
+    """Run one step if there is time left. Return "" if it completed, otherwise the reason.
+
+    A peer that fails gives a row with status `error`; the step still completes.
+    """
     line = command(step, fresh, quick)
     if time.monotonic() > deadline:
-        return f"left out, the time was over: {step.arguments}"
+        return f"skipped, no time left: {step.arguments}"
     if not Path(line[0]).exists():
-        return f"{VENVS[step.venv]} is missing, `make bench-release` makes it: {step.arguments}"
+        return f"{VENVS[step.venv]} is missing, `make bench-release` creates it: {step.arguments}"
     print(f"release: bench {step.arguments}", flush=True)
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     code = subprocess.run(line, env=environment, cwd=ROOT).returncode
@@ -122,7 +130,7 @@ def attempt(step: Step, fresh: Path, quick: bool, deadline: float) -> str:
 
 
 def command(step: Step, fresh: Path, quick: bool) -> list[str]:
-    """The command line of a step."""
+    """Return the command line of a step."""
     python = ROOT / VENVS[step.venv] / "bin" / "python"
     words = shlex.split(step.arguments)
     if quick and "--shapes" in words:

@@ -1,13 +1,13 @@
-"""Brings the virtual environment up to date: `python3 tools/bootstrap.py [--no-native] GROUP...`.
+"""Bring the virtual environment up to date: `python3 tools/bootstrap.py [--no-native] GROUP...`.
 
-A GROUP is an optional-dependency table of pyproject.toml (`test`, `lint`, `demo`, ...). Creates the
-environment, installs the group at the versions of constraints.txt, and builds the native module by
-an editable install. Each step leaves a stamp with a hash of what it read, so a second run does
-nothing and a changed file redoes its step only. Standard library only: it runs before anything is
-installed.
+A GROUP is an optional-dependency table of pyproject.toml (`test`, `lint`, `demo`, ...). The script
+creates the environment, installs the groups at the versions of constraints.txt, and builds the native
+module by an editable install. Each step stores a hash of its inputs, so a second run repeats only the
+steps whose inputs changed. The script uses only the standard library, because it runs before any
+package is installed.
 
-`--versions oldest` installs the lower bounds of pyproject.toml instead, `--versions newest` what the
-package index has today (and upgrades to that when run again).
+`--versions oldest` installs the lower bounds of pyproject.toml instead. `--versions newest` installs
+the newest versions of the package index, and upgrades to them in every run.
 
 Environment:
     VENV=PATH                the virtual environment (default .venv)
@@ -27,9 +27,9 @@ import torch_build
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-# What the native module is made of: a change here rebuilds it.
+# Inputs of the native module. A change of one of them rebuilds it.
 NATIVE_INPUTS = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc")
-# Settings that change what the compiler is given.
+# Environment variables that change the build.
 NATIVE_ENVIRONMENT = (
     "CC",
     "CXX",
@@ -51,8 +51,8 @@ def say(message: str) -> None:
 
 
 def requirements(group: str) -> tuple[list[str], list[str]]:
-    """The requirements of a group, and those of them that are installed without dependencies."""
-    import tomllib  # here, so that an older Python reaches the message in __main__
+    """Return the requirements of a group, and the requirements to install without dependencies."""
+    import tomllib  # not at the top, so that an older Python reaches the message in __main__
 
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = table["project"]
@@ -66,35 +66,35 @@ def requirements(group: str) -> tuple[list[str], list[str]]:
 
 
 def pins() -> dict[str, str]:
-    """Package name -> its line in constraints.txt."""
+    """Return the line of constraints.txt for each package name."""
     lines = (line.split("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines())
     return {line.split("==")[0]: line for line in lines if line}
 
 
 def pinned(wanted: Iterable[str]) -> list[str]:
-    """The exact requirement of each package; one that constraints.txt does not name is an error."""
+    """Return the exact requirement of each package; a package without a pin raises an error."""
     table = pins()
     names = [re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in wanted]
     missing = [name for name in names if name not in table]
     if missing:
-        raise SystemExit(f"bootstrap: constraints.txt must pin {', '.join(missing)}.")
+        raise SystemExit(f"bootstrap: constraints.txt must pin {', '.join(missing)}. Add an exact version.")
     return [table[name] for name in names]
 
 
 def oldest(wanted: Iterable[str]) -> list[str]:
-    """The requirements at their lower bounds: `torch>=2.11` becomes `torch==2.11.*`."""
+    """Return the requirements at their lower bounds: `torch>=2.11` becomes `torch==2.11.*`."""
     return [re.sub(r"^([A-Za-z0-9._-]+)>=([0-9.]+)$", r"\1==\2.*", requirement) for requirement in wanted]
 
 
 def arguments_of(wanted: Iterable[str], versions: str) -> list[str]:
-    """What pip is given for requirements, at their pinned, oldest or newest versions."""
+    """Return the arguments of `pip install` for requirements at pinned, oldest or newest versions."""
     if versions == "pinned":
         return ["--constraint", str(CONSTRAINTS), *pinned(wanted)]
     return oldest(wanted) if versions == "oldest" else ["--upgrade", *wanted]
 
 
 def digest_of_files(inputs: Iterable[str], extra: str = "") -> str:
-    """A hash of files and folders, by relative name and content."""
+    """Return a hash of the relative names and the contents of files and folders."""
     total = hashlib.sha256(extra.encode())
     for name in inputs:
         path = ROOT / name
@@ -114,7 +114,7 @@ class Environment:
         self.python = folder / "bin" / "python"
 
     def create(self) -> None:
-        # Without pip it is the rest of an attempt that failed: Debian's python3 without python3-venv.
+        # An environment without pip is left over from a failed attempt: Debian's python3 without python3-venv.
         if self.python.exists() and self.has("pip"):
             return
         say(f"creating {self.folder}")
@@ -122,7 +122,7 @@ class Environment:
             subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                "tokfuse: `python3 -m venv` failed; install your system's package for it "
+                "tokfuse: `python3 -m venv` failed. Install the venv package of your system "
                 "(Debian and Ubuntu: python3-venv) and run the command again."
             ) from error
 
@@ -168,7 +168,7 @@ def install_group(environment: Environment, group: str, versions: str) -> None:
 
 
 def build_native(environment: Environment) -> None:
-    """Editable install of the project, when something that the native module is made of changed."""
+    """Build the native module by an editable install, if one of its inputs changed."""
     settings = "\n".join(f"{name}={os.environ.get(name, '')}" for name in NATIVE_ENVIRONMENT)
     digest = digest_of_files(NATIVE_INPUTS, extra=settings)
     if environment.is_fresh("native", digest) and environment.has("tokfuse._native"):
@@ -178,11 +178,11 @@ def build_native(environment: Environment) -> None:
     environment.pip("--no-build-isolation", "--no-deps", "--editable", ".")
     if not environment.has("tokfuse._native"):
         say(
-            "the native module was not built: every op runs on the pure-torch reference. "
-            "Install g++ and cmake and run the command again; "
+            "the native module was not built, so every op runs on the pure-torch reference. "
+            "Install g++ and cmake and run the command again. "
             "TOKFUSE_STRICT_BUILD=1 shows the compiler's error."
         )
-        return  # no stamp: the next run tries again
+        return  # write no stamp, so that the next run tries again
     environment.mark("native", digest)
 
 
@@ -202,6 +202,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 11):  # noqa: UP036  an older Python gets as far as this line
-        raise SystemExit(f"tokfuse: Python 3.11 or newer is needed; this is {sys.version.split()[0]}.")
+    if sys.version_info < (3, 11):  # noqa: UP036  an older Python can run the script up to this line
+        raise SystemExit(f"tokfuse: Python must be 3.11 or newer; got {sys.version.split()[0]}.")
     sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,15 @@
-"""Bitwise comparison of two checkouts: one SHA-256 per output of a fixed set of calls.
+"""Compare two checkouts bitwise, by one SHA-256 per output of a fixed set of calls.
 
     cd OLD && .venv/bin/python NEW/tools/fingerprint.py --backend cpu -o old.json
     cd NEW && .venv/bin/python tools/fingerprint.py --backend cpu -o new.json
     python tools/fingerprint.py --compare old.json new.json
 
-The checkout is the current folder. The calls come from the table beside this script
-(tests/support/op_calls.py), which uses only public names, so one copy of both serves older checkouts.
-Every op runs with every option and dtype, forward alone and with its backward, in place, from hidden
-states, and over two ranks. No backend needs a GPU: `triton` runs in Triton's interpreter and `cuda` in
-the checkout's own build of the CUDA kernels for the CPU. Thread counts are fixed, because sums depend
-on them. Outputs are equal only on one machine with one version of torch.
+The checkout is the current folder. The calls come from tests/support/op_calls.py of the checkout that
+contains this script. The table uses only public names, so one copy works for older checkouts too.
+Every op runs with every option and dtype, in the forward only and with its backward, in place, from
+hidden states, and over two ranks. No backend needs a GPU: `triton` runs in Triton's interpreter, and
+`cuda` uses the checkout's build of the CUDA kernels for the CPU. Thread counts are fixed, because sums
+depend on them. Outputs can be equal only on the same machine with the same version of torch.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Digests = dict[str, dict[str, str]]
 
 
 def prepare(backend: str) -> None:
-    """Set what must be set before torch and triton are imported."""
+    """Set the environment of the backend. Call this before torch and triton are imported."""
     sys.path.insert(0, str(SUPPORT))
     os.environ["OMP_NUM_THREADS"] = str(THREADS[backend])
     os.environ.pop("TOKFUSE_BACKEND", None)
@@ -56,11 +56,11 @@ def prepare(backend: str) -> None:
 
         fast_interpreter.install()
         interpreted_scan.install()
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy reports what a GPU does not
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy warns about overflow, a GPU does not
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of dtype, shape and bits of a tensor."""
+    """Return the SHA-256 of the dtype, shape and bits of a tensor."""
     import torch
 
     value = value.detach().cpu().contiguous()
@@ -69,7 +69,7 @@ def digest(value: Any) -> str:
 
 
 def digests(run: Callable[[], dict[str, Any]]) -> dict[str, str]:
-    """The digest of every output; the type of the error where the call is refused."""
+    """Return the digest of every output, or the type of the error that the call raises."""
     try:
         return {name: digest(value) for name, value in run().items()}
     except Exception as error:
@@ -77,7 +77,7 @@ def digests(run: Callable[[], dict[str, Any]]) -> dict[str, str]:
 
 
 def plan(backend: str) -> Iterator[tuple[str, Any, Any]]:
-    """(label, call, problem) of everything that runs: an interpreted backend gets fewer sizes."""
+    """Yield (label, call, problem) of every call to run. An interpreted backend gets fewer sizes."""
     import op_calls as table
     import torch
 
@@ -87,9 +87,9 @@ def plan(backend: str) -> Iterator[tuple[str, Any, Any]]:
         if backend == "reference" and torch.float64 not in dtypes:
             dtypes = (*dtypes, torch.float64)
         for number, dtype in enumerate(dtypes):
-            # The first dtype has every option in every size, the others only every option.
+            # The first dtype runs every option in every size. The other dtypes run the options in one size.
             labels = list(sizes) if number == 0 or not call.option else ["small"]
-            if backend == "triton":  # interpreted: seconds a call
+            if backend == "triton":  # the interpreter needs seconds per call
                 labels = ["small", "wide"] if not call.option else labels[:1] if number == 0 else []
             for label in labels:
                 name = f"{call.name} {label} {str(dtype).removeprefix('torch.')}"
@@ -97,7 +97,7 @@ def plan(backend: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def single(backend: str) -> Digests:
-    """Every call in this process."""
+    """Return the digests of every call in this process."""
     import op_calls as table
     import torch
 
@@ -118,7 +118,7 @@ def single(backend: str) -> Digests:
 
 
 def one_rank(rank: int, folder: Path, backend: str) -> None:
-    """One rank of `distributed`: vocabulary shards of the ops that take them."""
+    """Run one rank of the distributed calls: the ops that accept vocabulary shards."""
     import op_calls as table
     import torch
     import torch.distributed as dist
@@ -164,7 +164,7 @@ def one_rank(rank: int, folder: Path, backend: str) -> None:
 
 
 def distributed_digests(backend: str) -> Digests:
-    """The calls over two ranks, each in a process of its own."""
+    """Return the digests of the distributed calls. Each of the two ranks is a separate process."""
     import torch
 
     with tempfile.TemporaryDirectory() as text:
@@ -174,7 +174,7 @@ def distributed_digests(backend: str) -> Digests:
         ranks = [subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(WORLD)]
         codes = [rank.wait() for rank in ranks]
         if any(codes):
-            raise SystemExit(f"fingerprint: the ranks ended with {codes}")
+            raise SystemExit(f"fingerprint: every rank must end with exit status 0; got {codes}.")
         found: Digests = {}
         for rank in range(WORLD):
             found |= torch.load(folder / f"{rank}.pt")
@@ -182,7 +182,7 @@ def distributed_digests(backend: str) -> Digests:
 
 
 def about(backend: str) -> dict[str, str]:
-    """What the digests belong to; not compared."""
+    """Return the facts about the run that are stored with the digests. They are not compared."""
     import torch
 
     import tokfuse
@@ -201,7 +201,7 @@ def about(backend: str) -> dict[str, str]:
 
 
 def compare(first: Path, second: Path) -> int:
-    """Print every difference between two files; 0 when there is none."""
+    """Print every difference between two files. Return 0 if there is none, otherwise 1."""
     a, b = (json.loads(path.read_text()) for path in (first, second))
     differences = 0
     for call in [*a["calls"], *(c for c in b["calls"] if c not in a["calls"])]:
@@ -242,12 +242,12 @@ def main() -> int:
         found = single(arguments.backend)
         found |= distributed_digests(arguments.backend)
     if about(arguments.backend) != facts:
-        raise SystemExit("fingerprint: the checkout changed while it ran; nothing is written")
+        raise SystemExit("fingerprint: the checkout changed during the run, so no file is written. Run again.")
     refused = sorted(name for name, outputs in found.items() if "error" in outputs)
     arguments.output.write_text(json.dumps({"about": facts, "calls": found}, indent=1) + "\n")
-    print(f"{len(found)} calls, {sum(map(len, found.values()))} outputs, {len(refused)} calls refused")
+    print(f"{len(found)} calls, {sum(map(len, found.values()))} outputs, {len(refused)} calls raised an error")
     for name in refused:
-        print(f"refused: {name}: {found[name]['error']}")
+        print(f"error: {name}: {found[name]['error']}")
     return 0
 
 

@@ -1,21 +1,21 @@
-"""The first run on a machine with a GPU and without network: build, check and measure in 8 minutes.
+"""Build, test and benchmark on a machine with a GPU and without network, in 8 minutes.
 
     tools/first_gpu_run.sh
     tools/first_gpu_run.sh --only build,bench --minutes 5 --out "$OUT"
     tools/first_gpu_run.sh --dry-run
 
-Builds the native module with the interpreter that runs it, beside a tree of links to the sources
-(`typing_tree.py`); nothing is installed. Then each step runs as a process with a time limit, in this
-order: doctor, smoke of every op on both backends, the `gpu` tests, compute-sanitizer, benchmarks,
-CUDA graphs, Nsight Compute. A step that fails or takes too long is recorded, and the next one runs.
-The time that a step does not use goes to the later ones.
+The script builds the native module with the interpreter that runs it, into a tree of links to the
+sources (`typing_tree.py`). It installs nothing. Then it runs each step as a process with a time limit,
+in this order: doctor, smoke test of every op on both backends, the tests marked `gpu`,
+compute-sanitizer, benchmarks, CUDA graphs, Nsight Compute. A step that fails or exceeds its limit is
+recorded, and the next step runs. Time that a step does not use is added to the later steps.
 
-In the folder of results: `steps.jsonl` (a line per step), `smoke.jsonl` (per call), `bench.jsonl` (per
-measurement), a log per process, and `summary.md`. The exit status is 0 if every step passed; Nsight
-Compute may be absent or not permitted.
+The results folder contains `steps.jsonl` (one line per step), `smoke.jsonl` (one per call),
+`bench.jsonl` (one per measurement), one log per process, and `summary.md`. The exit status is 0 if
+every step passed. Nsight Compute is optional: it may be missing or not permitted.
 
-`--dry-run`, also without a GPU, runs the same steps on the CPU at tiny sizes: CUDA kernels compiled
-for the host, Triton's interpreter. Its times say nothing.
+`--dry-run` runs the same steps on the CPU at tiny sizes, with CUDA kernels compiled for the CPU and
+Triton's interpreter. It needs no GPU, and its times are not meaningful.
 """
 
 import argparse
@@ -39,11 +39,11 @@ import typing_tree
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "first_gpu_run"
 BACKENDS = ("cuda", "triton")
-# Folders of the tests marked `gpu`, those of the kernels first: a run that is cut short has them.
+# Folders of the tests marked `gpu`. The tests of the kernels come first, in case the run is interrupted.
 TESTS = ("backends", "ops", "distributed", "algorithms")
-# Without a GPU two files stand for all of them.
+# A dry run uses only these two files.
 FEW_TESTS = ("tests/ops/test_whiten.py", "tests/ops/test_ope.py")
-# op -> (variant, shapes on a GPU, shape of a dry run); a model's name stands for its sizes.
+# op -> (variant, shapes on a GPU, shape of a dry run). A model name means the sizes of that model.
 SHAPES = "8192xqwen2.5,4096xllama3"  # 8192 x 151936 and 4096 x 128256
 BENCHMARKS = {
     "token_stats": ("logp,entropy", SHAPES, "4x40"),
@@ -51,19 +51,19 @@ BENCHMARKS = {
     "policy_step_hidden": ("rows=1", SHAPES, "16x8x40"),
     "paired_divergence": ("jsd", SHAPES, "4x40"),
 }
-# (op, backend): the kernels that Nsight Compute looks at.
+# (op, backend) of the kernels that Nsight Compute profiles.
 PROFILED = (("policy_step", "cuda"), ("policy_step", "triton"), ("token_stats", "cuda"))
 NCU_METRICS = ("Duration", "DRAM Throughput", "Registers Per Thread", "Achieved Occupancy")
 BUILD_MINUTES = {False: 4.0, True: 30.0}  # by dry run
 MINUTES = {False: 8.0, True: 40.0}
-GRACE_S = 5  # between the interrupt, on which pytest prints its results, and the end
-LEAST_S = 1  # a step with less is not started
-SHOWN_GPU = "H200"  # whose predictions a dry run prints
+GRACE_S = 5  # seconds from the interrupt (pytest then prints its results) to the kill
+LEAST_S = 1  # a step with less time left is not started
+SHOWN_GPU = "H200"  # a dry run prints the predictions for this GPU
 OK = ("pass", "unavailable")
 
 
 class Machine(NamedTuple):
-    """What the plan depends on; `gpu` is "" in a dry run."""
+    """The properties of the machine that the plan depends on; `gpu` is "" in a dry run."""
 
     gpu: str
     arch: str
@@ -76,13 +76,13 @@ class Step(NamedTuple):
     """One step of the plan.
 
     Args:
-        name: unique.
-        group: what `--only` names.
-        share: of the time, relative to the other steps.
-        scripts: bash, run at the same time.
-        needs: a tool that is missing here, or "".
-        optional: a failure is "unavailable".
-        by_default: False: runs only if `--only` names it.
+        name: unique name.
+        group: name for `--only`.
+        share: share of the time, relative to the other steps.
+        scripts: bash scripts that run at the same time.
+        needs: a required tool that is missing here, or "".
+        optional: record a failure as "unavailable".
+        by_default: False: the step runs only if `--only` names it.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Step(NamedTuple):
 
 
 def plan(machine: Machine, out: Path) -> list[Step]:
-    """Every step after the build, in order. The shares are seconds of the default 8 minutes."""
+    """Return every step after the build, in order. The shares are seconds of the default 8 minutes."""
     python, dry = shlex.quote(sys.executable), not machine.gpu
     hosted = f'export TOKFUSE_CUDA_HOST="$({python} tests/support/cuda_module.py)" OMP_NUM_THREADS=1 && '
     interpreted = "export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 && "
@@ -107,22 +107,22 @@ def plan(machine: Machine, out: Path) -> list[Step]:
     smoke = {b: f"{python} tests/support/smoke.py --backend {b}" for b in BACKENDS}
     lines = f"--json {shlex.quote(str(out / 'smoke.jsonl'))}"
     steps = [Step("doctor", "doctor", 15, (f"{both}{python} -m tokfuse doctor",))]
-    # Every option on the kernels that are compiled already; Triton compiles them one by one.
+    # Only the CUDA kernels run every option: they are compiled already, while Triton compiles each one now.
     for backend, share, options in (("cuda", 20, "--options "), ("triton", 45, "")):
         steps.append(Step(f"smoke {backend}", "smoke", share, (f"{before[backend]}{smoke[backend]} {options}{lines}",)))
     steps.append(Step("tests", "tests", 100, tuple(_test_scripts(machine, python, hosted if dry else ""))))
     for tool in ("memcheck", "racecheck", "synccheck"):
-        # The caching allocator hides what is read or written beside a tensor.
+        # The caching allocator would hide out-of-bounds accesses.
         prefix = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool {tool} --error-exitcode 1 "
         script = before["cuda"] + ("" if dry else prefix) + smoke["cuda"]
         needs = "" if dry or machine.sanitizer else "compute-sanitizer"
         steps.append(Step(tool, tool, 35, (script,), needs, by_default=tool != "synccheck"))
     for op in BENCHMARKS:
-        # Two modes, or one.
+        # These two ops are measured in two modes (forward and backward), the others in one.
         share = 55 if op in ("token_stats", "paired_divergence") else 35
         steps.append(Step(f"bench {op}", "bench", share, (both + _bench(op, python, dry, out),)))
     graph = [f"{{ {before[b]}{smoke[b]} --graph {lines}; }}" for b in BACKENDS]
-    # Both run; the step fails if either does.
+    # Run both. The step fails if either fails.
     steps.append(Step("graph", "graph", 20, (f"{graph[0]}; first=$?; ({graph[1]}) && exit $first",)))
     needs = "" if dry or machine.ncu else "ncu"
     ncu = " && ".join(_profile(op, backend, python, dry, out) for op, backend in PROFILED)
@@ -131,7 +131,10 @@ def plan(machine: Machine, out: Path) -> list[Step]:
 
 
 def _test_scripts(machine: Machine, python: str, hosted: str) -> Iterator[str]:
-    """pytest over some files each; 5 is its status if no test is marked. -P: the root is not on the path."""
+    """Yield scripts that each run pytest on some of the files.
+
+    pytest's exit status 5 means that no test has the mark. -P keeps the repository off the path.
+    """
     files = [str(f.relative_to(ROOT)) for name in TESTS for f in sorted((ROOT / "tests" / name).glob("test_*.py"))]
     mark, count = "gpu", max(1, min(8, machine.cores // 2))
     if not machine.gpu:
@@ -161,7 +164,7 @@ def _profile(op: str, backend: str, python: str, dry: bool, out: Path) -> str:
 
 
 def build_script(machine: Machine, tree: Path) -> str:
-    """CMake, for this interpreter and the architecture of this GPU, into the tree."""
+    """Return the script that builds for this interpreter and the architecture of this GPU, into the tree."""
     python = shlex.quote(sys.executable)
     folder = shlex.quote(str(WORK / f"native-{sys.implementation.cache_tag}"))
     settings = {
@@ -181,10 +184,10 @@ def build_script(machine: Machine, tree: Path) -> str:
 
 
 def detect(dry_run: bool) -> Machine:
-    """This machine.
+    """Return the properties of this machine.
 
     Raises:
-        SystemExit: there is a GPU, and torch cannot use it.
+        SystemExit: the machine has a GPU, but torch cannot use it.
     """
     gpu, arch = "", "90a"
     if not dry_run:
@@ -195,20 +198,23 @@ def detect(dry_run: bool) -> Machine:
             arch = arch_of(capability)
         elif torch_build.machine_has_gpu():
             reason = done.stderr.strip().splitlines()[-1:]
-            raise SystemExit(f"first_gpu_run: torch of {sys.executable} cannot use the GPU: {' '.join(reason)}")
+            raise SystemExit(
+                f"first_gpu_run: the torch of {sys.executable} must be able to use the GPU; got {' '.join(reason)!r}. "
+                "Set PYTHON to an interpreter whose torch can."
+            )
     cores = os.cpu_count() or 1
     sanitizer, ncu = (shutil.which(name) is not None for name in ("compute-sanitizer", "ncu"))
     return Machine(gpu, arch, cores, sanitizer, ncu)
 
 
 def arch_of(capability: str) -> str:
-    """The architecture to compile for: "9.0" -> "90a", whose code uses what only this GPU has."""
+    """Return the architecture to compile for. "9.0" gives "90a", which allows instructions of this GPU only."""
     number = capability.replace(".", "")
     return f"{number}a" if number in ("90", "100") else "80"
 
 
 def run_step(step: Step, limit_s: float, out: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Run the scripts of a step at the same time; what happened, as a line of steps.jsonl."""
+    """Run the scripts of a step at the same time. Return the line for steps.jsonl."""
     line: dict[str, Any] = {"step": step.name, "limit_s": round(limit_s), "seconds": 0.0, "detail": ""}
     if step.needs:
         status = "unavailable" if step.optional else "missing"
@@ -225,7 +231,7 @@ def run_step(step: Step, limit_s: float, out: Path, environment: dict[str, str])
                 streams = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": subprocess.STDOUT}
                 running.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams))
         in_time = all([_ended(process, start + limit_s) for process in running])
-    finally:  # also when this program is interrupted
+    finally:  # also if this program is interrupted
         _stop([process for process in running if process.poll() is None])
     status = "timeout" if not in_time else "fail" if any(process.returncode for process in running) else "pass"
     if step.optional and status != "pass":
@@ -235,7 +241,7 @@ def run_step(step: Step, limit_s: float, out: Path, environment: dict[str, str])
 
 
 def _ended(process: "subprocess.Popen[bytes]", deadline: float) -> bool:
-    """Whether a process ends before the deadline."""
+    """Wait for a process. Return whether it ended before the deadline."""
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -244,7 +250,7 @@ def _ended(process: "subprocess.Popen[bytes]", deadline: float) -> bool:
 
 
 def _stop(running: "Sequence[subprocess.Popen[bytes]]") -> None:
-    """Interrupt the process groups, and kill those that do not end."""
+    """Interrupt the process groups, then kill those that do not end."""
     for number, patience in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, 60)):
         for process in running:
             with contextlib.suppress(ProcessLookupError):
@@ -255,13 +261,13 @@ def _stop(running: "Sequence[subprocess.Popen[bytes]]") -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """Return the last non-empty line of a log after its first line, which is the command."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[1:] if line.strip()]
     return lines[-1][:160] if lines else ""
 
 
 def totals(logs: Iterable[Path]) -> str:
-    """The sums of pytest's last lines: "12 passed, 1 failed"."""
+    """Return the sums of the counts in pytest's last lines: "12 passed, 1 failed"."""
     counts = {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
     for log in logs:
         ends = [x for x in log.read_text(errors="replace").splitlines() if re.search(r" in [\d.]+s", x)]
@@ -271,7 +277,7 @@ def totals(logs: Iterable[Path]) -> str:
 
 
 def run_all(steps: Sequence[Step], seconds: float, out: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """Run the steps; each must end when the shares up to it are used up."""
+    """Run the steps. Each step must end when the time for the shares up to it is used."""
     start, total, used, lines = time.monotonic(), sum(step.share for step in steps), 0, []
     for step in steps:
         used += step.share
@@ -285,7 +291,7 @@ def run_all(steps: Sequence[Step], seconds: float, out: Path, environment: dict[
 
 
 def record(line: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write and print a line."""
+    """Append a line to steps.jsonl, print it and return it."""
     with (out / "steps.jsonl").open("a") as sink:
         print(json.dumps(line), file=sink)
     print(f"{line['step']:<26}{line['status']:<12}{line['seconds']:>7.1f} s  {line['detail']}", flush=True)
@@ -296,8 +302,8 @@ def record(line: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def summary(lines: Sequence[dict[str, Any]], out: Path, gpu: str) -> str:
-    """Markdown: a table of steps, a table of measurements, what Nsight Compute read."""
-    text = [f"# First GPU run: {gpu or 'dry run on the CPU, times say nothing'}", ""]
+    """Return Markdown: a table of steps, a table of measurements, and the metrics of Nsight Compute."""
+    text = [f"# First GPU run: {gpu or 'dry run on the CPU, times are not meaningful'}", ""]
     text += ["| step | status | seconds | detail |", "| --- | --- | --- | --- |"]
     text += [f"| {x['step']} | {x['status']} | {x['seconds']} | {x['detail'].replace('|', '/')} |" for x in lines]
     if (out / "bench.jsonl").exists():
@@ -308,7 +314,7 @@ def summary(lines: Sequence[dict[str, Any]], out: Path, gpu: str) -> str:
 
 
 def measurements(path: Path, gpu: str) -> list[str]:
-    """One line per measurement of ours: predicted, measured, and what it is of a copy and a peer."""
+    """Return a table of tokfuse's measurements: predicted, measured, share of a copy, and torch.compile."""
     from tokfuse.bench import predict
     from tokfuse.bench.row import Row
 
@@ -329,7 +335,7 @@ def measurements(path: Path, gpu: str) -> list[str]:
             _ms(predicted),
             _ms(row.median_ms),
             _share(row),
-            f"{peer / row.median_ms:.2f}x ours" if peer and row.median_ms else "-",
+            f"{peer / row.median_ms:.2f}x tokfuse" if peer and row.median_ms else "-",
             f"{row.status} {row.note}".strip().replace("|", "/")[:80],
         ]
         table.append("| " + " | ".join(cells) + " |")
@@ -345,7 +351,7 @@ def _ms(value: float | None) -> str:
 
 
 def _share(row: Any) -> str:
-    """Bytes per second over those of the device's copy; for a head, the share of the bare products."""
+    """Return the bandwidth as a share of a copy's bandwidth; for a head, the share of the bare GEMMs."""
     if row.median_ms is None:
         return "-"
     if row.copy_ms is None:
@@ -356,7 +362,7 @@ def _share(row: Any) -> str:
 
 
 def ncu_metrics(text: str) -> str:
-    """The wanted metrics of `ncu --page details --csv`."""
+    """Return the metrics of `NCU_METRICS` from the output of `ncu --page details --csv`."""
     import csv
 
     start = text.find('"ID"')
@@ -370,10 +376,10 @@ def ncu_metrics(text: str) -> str:
 
 
 def chosen(steps: Sequence[Step], only: str | None) -> list[Step]:
-    """The steps of some groups, or those that run by default.
+    """Return the steps of the groups in `only`, or the default steps if it is None.
 
     Raises:
-        ValueError: an unknown group.
+        ValueError: unknown group.
     """
     if only is None:
         return [step for step in steps if step.by_default]
@@ -386,20 +392,20 @@ def chosen(steps: Sequence[Step], only: str | None) -> list[Step]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build, run the steps, print the summary; 0 if all passed."""
+    """Build, run the steps and print the summary. Return 0 if all steps passed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="first_gpu_run.sh [OPTION...]"
     )
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny sizes; also where there is no GPU")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU at tiny sizes; needs no GPU")
     parser.add_argument(
         "--only",
         metavar="GROUPS",
-        help="some of build, doctor, smoke, tests, memcheck, racecheck, synccheck, bench, graph, ncu",
+        help="comma-separated: build, doctor, smoke, tests, memcheck, racecheck, synccheck, bench, graph, ncu",
     )
-    parser.add_argument("--minutes", type=float, help="for the steps after the build (default 8; 40 in a dry run)")
-    parser.add_argument("--out", type=Path, default=WORK / "results", help="folder of results, emptied first")
+    parser.add_argument("--minutes", type=float, help="time for the steps after the build (default 8; dry run 40)")
+    parser.add_argument("--out", type=Path, default=WORK / "results", help="results folder; it is emptied first")
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the running step, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # also ends the running step
     machine = detect(options.dry_run)
     out = options.out.absolute()
     try:
@@ -428,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_environment(tree: Path) -> dict[str, str]:
-    """The variables of every step: the tree is imported, caches stay in the build folder."""
+    """Return the environment of every step. The tree is on PYTHONPATH, and caches are in the build folder."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TOKFUSE_", "TRITON_INTERPRET"))}
     caches = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "xdg"}
     defaults = {"OMP_WAIT_POLICY": "passive"} | {k: str(WORK / "cache" / v) for k, v in caches.items()}

@@ -3,9 +3,9 @@
     python tools/new_op.py NAME [--root FOLDER]
 
 The op maps a vector to a vector: NAME(x, mask=None, *, scale=1.0), all of shape (tokens,). Change the
-signature in the stubs as you fill them. Kernels write NaN, the reference raises, and every place to
-fill is marked; `tests/project/test_new_op.py` fails as long as a mark is left. docs/adding_an_op.md
-lists the files and says how to fill them.
+signature when you fill in the stubs. Kernels write NaN and the reference raises an error. A mark shows
+every place to fill in; `tests/project/test_new_op.py` fails until no mark is left. docs/adding_an_op.md
+lists the files and describes their contents.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# Templates are written for an op `toy_op`; they and the test of marks are the only places of these words.
+# The templates use the op name `toy_op`. Only the templates and their test contain the words of MARK.
 NAME, CAMEL = "toy_op", "ToyOp"
 MARK = " ".join(("stub", "of", "a", "new", "op"))
 MARKED = "@MARK@"
@@ -25,7 +25,7 @@ import torch
 
 
 def toy_op(x: torch.Tensor, *, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """@MARK@: the formula, computed in float64 and rounded once; 0 where mask is false."""
+    """@MARK@: the formula, computed in float64 and rounded once; 0 for rows with mask False."""
     raise NotImplementedError("toy_op: the reference is not written")
 '''
 
@@ -59,11 +59,11 @@ def toy_op(x: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float = 
 
     Args:
         x: (tokens,), float.
-        mask: (tokens,), bool. True = counts. None: all count.
+        mask: (tokens,), bool. True for the rows that count. None: all rows count.
         scale: @MARK@, >= 0.
 
     Returns:
-        (tokens,), float32 (float64 for float64 input), detached; 0 where mask is false.
+        (tokens,), float32 (float64 for float64 input), detached; 0 for rows with mask False.
 
     Numerics:
         @MARK@: accumulation, order, special values.
@@ -76,10 +76,10 @@ def toy_op(x: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float = 
         tensor([])
 
     Raises:
-        ValueError: shapes, dtypes, scale.
+        ValueError: an argument has a wrong shape or dtype, or scale is negative.
 
     Source:
-        @MARK@: paper and equation, and whether it is exact.
+        @MARK@: paper and equation, and whether the op follows them exactly.
     """
     num_tokens = check_vector(OP, "x", x).shape[0]
     check_optional(OP, "mask", mask, Rows(num_tokens, "x", x.device), BOOL)
@@ -91,7 +91,7 @@ def toy_op(x: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float = 
 
 
 _FORM = GraphForm("(Tensor x, *, Tensor? mask, float scale) -> Tensor", lambda x, **_: torch.empty_like(x))
-# By name, because torch.compile can follow a module's table but not a record of the registry.
+# A table by name, because torch.compile can trace a module's table, but not a record of the registry.
 _RUNS: Runs = {
     "cuda": traceable(OP, "cuda", cuda_packed.toy_op, _FORM),
     "triton": traceable(OP, "triton", triton_packed.toy_op, _FORM),
@@ -104,7 +104,7 @@ register_cpu(OP, _RUNS["cpu"], frozenset({torch.float32}))
 register_reference(OP, _RUNS["reference"])
 '''
 
-CPU = """// toy_op: @MARK@: formula, and what is read and written per row.
+CPU = """// toy_op: @MARK@: formula, and the bytes read and written per row.
 #include <cmath>
 
 #include "cpu/packed_kernels.h"
@@ -126,7 +126,7 @@ void toy_op(const ToyOpArgs& a) {
 }  // namespace tokfuse
 """
 
-CUDA_HEADER = """// toy_op: @MARK@: formula, and what is read and written per row.
+CUDA_HEADER = """// toy_op: @MARK@: formula, and the bytes read and written per row.
 #pragma once
 
 #include <cmath>
@@ -195,7 +195,7 @@ declare("toy_op", {80: LaunchConfig(block_t=1024, num_warps=4)})
 
 
 def toy_op(x: torch.Tensor, *, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """(tokens,) in the dtype of `x`; the caller has checked."""
+    """Return (tokens,) in the dtype of `x`. The caller has checked the arguments."""
     out = torch.empty_like(x)
     if x.shape[0]:
         config = choose("toy_op", x)
@@ -209,7 +209,7 @@ def _(dtype: torch.dtype) -> None:
     toy_op(meta(1 << 20, dtype=dtype), mask=meta(1 << 20, dtype=torch.bool), scale=0.5)
 '''
 
-TEST = '''"""toy_op over every backend: the paper's formula, the float64 reference, repeatability. @MARK@"""
+TEST = '''"""Test toy_op on every backend: the paper's formula, the float64 reference, repeatability. @MARK@"""
 
 import op_calls
 import pytest
@@ -219,7 +219,7 @@ from harness import Backend, backends, bits, compare, thread_counts
 import tokfuse
 
 X = (0.5, -1.25, 3.0, 0.0)
-EXPECTED: tuple[float, ...] | None = None  # @MARK@: of X, by Python arithmetic on the paper's formula
+EXPECTED: tuple[float, ...] | None = None  # @MARK@: result for X, by Python arithmetic on the paper's formula
 CALLS = [call for call in op_calls.calls() if call.row.op == "toy_op"]
 
 
@@ -230,7 +230,7 @@ def backend(request):
 
 
 def test_formula(backend: Backend):
-    assert EXPECTED is not None, "write down what the formula gives for X"
+    assert EXPECTED is not None, "set EXPECTED to the result of the formula for X"
     got = tokfuse.toy_op(backend.put(torch.tensor(X)))
     compare(got, torch.tensor(EXPECTED, dtype=torch.float64), atol=2e-6, rtol=2e-6)
 
@@ -291,14 +291,14 @@ BYTES = 8  # per row: 4 read, 4 written; @MARK@
 
 
 def build(config: Config, peer_names: list[str]) -> Problem:
-    """The problem of one configuration."""
+    """Return the problem of one configuration."""
     x = torch.randn(config.tokens, generator=generator(config), device=config.device)
     op = ours.public(OP)
 
     def peer(name: str) -> Factory:
         def factory() -> Provider:
             if name != "torch_eager":
-                raise Unsupported("only torch_eager is compared here")
+                raise Unsupported("toy_op has only the peer torch_eager")
             return peers.provider(name, lambda: _torch_form(x))
 
         return factory
@@ -333,7 +333,7 @@ FILES = {
 
 
 class Entry(NamedTuple):
-    """Text that goes above the one line of a file that starts with `line`, indentation included."""
+    """Text to insert above the only line of a file that starts with `line` (including its indentation)."""
 
     file: str
     line: str
@@ -406,7 +406,7 @@ ENTRIES = (
         '''def toy_op_args(
     native: Any, *, x: torch.Tensor, mask: torch.Tensor | None, scale: float, out: torch.Tensor
 ) -> Any:
-    """ToyOpArgs, written to `out`."""
+    """Return the arguments of the kernels, which write to `out`."""
     return native.ToyOpArgs(
         tokens=x.shape[0], x=x, mask=mask, out=out, scale=scale, threads=torch.get_num_threads()
     )
@@ -418,7 +418,7 @@ ENTRIES = (
         "runtime/backends/cpu_packed.py",
         "def ope(",
         '''def toy_op(x: torch.Tensor, *, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """(tokens,), 0 where masked."""
+    """Return (tokens,); 0 for masked rows."""
     module, out = native.loaded(), native.empty_like_rows(x)
     module.toy_op(packed_args.toy_op_args(module, x=x, mask=mask, scale=scale, out=out))
     return out
@@ -430,7 +430,7 @@ ENTRIES = (
         "runtime/backends/cuda_packed.py",
         "def ope(",
         '''def toy_op(x: torch.Tensor, *, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """(tokens,), 0 where masked."""
+    """Return (tokens,); 0 for masked rows."""
     native, out = launchers(), torch.empty_like(x)
     native.toy_op(place(x), packed_args.toy_op_args(native, x=x, mask=mask, scale=scale, out=out))
     return out
@@ -484,32 +484,33 @@ ENTRIES = (
 
 
 def named(text: str, name: str) -> str:
-    """A template for the op `name`."""
+    """Return a template with the name of the op `name`."""
     camel = "".join(word.capitalize() for word in name.split("_"))
     return text.replace(MARKED, MARK).replace(NAME, name).replace(CAMEL, camel)
 
 
 def inserted(before: str, entry: Entry) -> str:
-    """The file with the entry above its line: the only such line, or in the changelog the first.
+    """Return the text of a file with the entry inserted above its line; in the changelog, above the first such line.
 
     Raises:
-        ValueError: the file has no such line, or several.
+        ValueError: the file has no such line, or more than one.
     """
     lines = before.splitlines(keepends=True)
     at = [i for i, line in enumerate(lines) if line.startswith(entry.line)]
     if not at or (len(at) > 1 and entry.file != "CHANGELOG.md"):
-        raise ValueError(f"{entry.file} has {len(at)} lines that start with {entry.line!r}; one is needed.")
+        raise ValueError(f"{entry.file} has {len(at)} lines that start with {entry.line!r}; it must have one.")
     return "".join([*lines[: at[0]], entry.text, *lines[at[0] :]])
 
 
 def scaffold(name: str, root: Path) -> list[str]:
-    """Write the stubs; returns the files, new ones first.
+    """Write the stubs. Return the files, new files first.
 
     Raises:
-        ValueError: the name is no stem of a module, is taken, or a file has lost the line that an entry goes above.
+        ValueError: the name is not a valid module name, the name is taken, or a file does not contain the line of an
+            entry.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
-        raise ValueError(f"NAME must be lower case words joined by _, as in token_stats; got {name!r}.")
+        raise ValueError(f"NAME must be lower case words joined by _, for example token_stats; got {name!r}.")
     new = {named(file, name): named(text, name) for file, text in FILES.items()}
     taken = [file for file in new if (root / file).exists()]
     if taken:
@@ -524,7 +525,7 @@ def scaffold(name: str, root: Path) -> list[str]:
 
 
 def marks(root: Path, files: list[str]) -> list[str]:
-    """`file:line` of every place that is still to be filled."""
+    """Return `file:line` of every remaining mark."""
     return [
         f"{file}:{number}"
         for file in files
@@ -536,15 +537,19 @@ def marks(root: Path, files: list[str]) -> list[str]:
 def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", metavar="NAME", help="stem of the op in every layer, as in token_stats")
-    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
+    parser.add_argument("name", metavar="NAME", help="name of the op in every layer, for example token_stats")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="checkout to write to (default: the one of this script)"
+    )
     options = parser.parse_args()
     try:
         files = scaffold(options.name, options.root)
     except ValueError as error:
         parser.error(str(error))
     print("\n".join(files))
-    print(f"\n{len(marks(options.root, files))} places to fill are marked {MARK!r}. Then: make format, and")
+    print(
+        f"\nFill in the {len(marks(options.root, files))} places that are marked {MARK!r}. Then run `make format` and"
+    )
     print("the commands at the end of docs/adding_an_op.md.")
 
 

@@ -1,9 +1,9 @@
-"""Runs the tests that carry numeric bounds as other CPUs would: `tools/older_cpus.py [PYTEST ARGUMENTS]`.
+"""Run the tests that have numeric bounds as on older CPUs: `tools/older_cpus.py [PYTEST ARGUMENTS]`.
 
-A bound that holds on one CPU may fail on an older one, where torch, MKL, oneDNN and our kernels add
-up in another order. Each setting restricts all four, and the number of threads; together with
-`make test`, which takes what the machine has, they cover every level. A line says at which level
-each library runs, and a restriction that did not act is an error.
+A bound that holds on one CPU may fail on an older CPU, because torch, MKL, oneDNN and the kernels of
+tokfuse then sum in another order. Each setting restricts all four libraries and the number of threads.
+`make test` uses the instruction sets of the machine, so together they cover every level. The script
+prints the level of each library. A restriction without effect is an error.
 """
 
 import os
@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "not slow and not gpu and not interpreter and not cuda_host"
-# Every op, the methods that are formulas of their own, the merge of vocabulary shards, and each
-# host beside its float64 self. The rest compares structure, text, or bits on one machine.
+# Every op, the methods with their own formulas, the merge of vocabulary shards, and each trainer compared
+# with its float64 result. All other tests compare structure, text, or bits on one machine.
 TESTS = (
     "ops",
     "algorithms/test_algorithms.py",
@@ -33,7 +33,7 @@ TESTS = (
 
 
 class Setting(NamedTuple):
-    """Variables of a process, and what the libraries must then say of themselves."""
+    """Environment variables of a process, and the levels that the libraries must then report."""
 
     environment: dict[str, str]
     torch: str
@@ -41,8 +41,8 @@ class Setting(NamedTuple):
     onednn: str
 
 
-# MKL_CBWR acts on processors of every vendor; MKL_ENABLE_INSTRUCTIONS on Intel's alone, and
-# MKL_DEBUG_CPU_TYPE on none any more.
+# MKL_CBWR works on processors of every vendor. MKL_ENABLE_INSTRUCTIONS works only on Intel processors.
+# MKL_DEBUG_CPU_TYPE no longer has an effect.
 SETTINGS = {
     "SSE4, 1 thread": Setting(
         {
@@ -83,7 +83,7 @@ print(f"LEVELS {torch.backends.cpu.get_cpu_capability()},{kernels},{torch.get_nu
 
 
 def levels(environment: dict[str, str]) -> dict[str, str]:
-    """What torch, our kernels, oneDNN and MKL say of themselves; "" where one says nothing."""
+    """Return the levels that torch, tokfuse's kernels, oneDNN and MKL report; "" if one reports nothing."""
     verbose = {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROBE], cwd="/", env=os.environ | environment | verbose, capture_output=True, text=True
@@ -107,7 +107,7 @@ def levels(environment: dict[str, str]) -> dict[str, str]:
 
 
 def check(name: str, setting: Setting, seen: dict[str, str]) -> None:
-    """Stop where a restriction did not act; a torch without oneDNN or MKL has nothing to restrict."""
+    """Exit with an error if a restriction has no effect. A torch build may lack oneDNN or MKL."""
     want = {
         "torch": setting.torch,
         "kernels": setting.kernels,
@@ -117,11 +117,11 @@ def check(name: str, setting: Setting, seen: dict[str, str]) -> None:
     }
     for library, level in want.items():
         if seen[library] != level and not (seen[library] == "" and library in ("oneDNN", "MKL_CBWR")):
-            sys.exit(f"{name}: {library} must run at {level}; got {seen[library] or 'nothing'}")
+            sys.exit(f"{name}: {library} must run at {level}; got {seen[library] or 'no report'}")
 
 
 def run(name: str, setting: Setting, arguments: list[str]) -> tuple[bool, str]:
-    """(passed, one line of counts and seconds)."""
+    """Run the tests with one setting. Return (passed, one line with counts and seconds)."""
     began, counts = time.monotonic(), "no summary"
     command = [
         str(Path(sys.executable).with_name("pytest")),
@@ -144,9 +144,9 @@ def run(name: str, setting: Setting, arguments: list[str]) -> tuple[bool, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Every setting that this CPU can take."""
+    """Run every setting that this CPU supports."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        print("test-cpus: the levels are those of x86-64; nothing to do here")
+        print("test-cpus: skipped, because the settings are levels of x86-64")
         return 0
     here = levels({})
     print("this CPU:", ", ".join(f"{k} {v}" for k, v in here.items() if v))

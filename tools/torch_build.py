@@ -1,11 +1,11 @@
-"""Installs the build of torch that fits the machine: a CPU build without an NVIDIA GPU, else a CUDA build.
+"""Install the build of torch that fits the machine: a CUDA build with an NVIDIA GPU, otherwise a CPU build.
 
     python tools/torch_build.py PYTHON REQUIREMENT...
 
-Runs before `pip install REQUIREMENT...`, for the environment of PYTHON. It asks pip what that command
-would install (`pip install --dry-run --report`). If that is another build of torch than the machine
-needs, it looks for the right one and installs it first, so that pip keeps it. If no index offers the
-right one, it says so in one line and leaves the choice to pip: either build runs the tests.
+Run this before `pip install REQUIREMENT...` in the environment of PYTHON. The script asks pip what
+that command would install (`pip install --dry-run --report`). If pip would choose the wrong build of
+torch, the script looks for the right build and installs it first, so that pip keeps it. If no index
+offers the right build, the script prints one line and lets pip choose. Both builds run the tests.
 """
 
 import json
@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# PyTorch's own index of CPU builds; asked only if the index that pip is configured for has none.
+# PyTorch's index of CPU builds. It is asked only if pip's configured index has no CPU build.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# An index that does not answer must not hold up the installation.
+# An index that does not answer must not delay the installation.
 IMPATIENT = ["--retries", "1", "--timeout", "15"]
-# Pure-Python bindings of a few kilobytes; they find a driver or say that there is none.
+# Pure-Python bindings of a few kilobytes. A CPU build of torch may require them.
 HARMLESS = frozenset({"nvidia-ml-py"})
 CUDA_NAME = re.compile(r"^(nvidia|cuda)([-_.]|$)")
 
@@ -30,29 +30,29 @@ Resolver = Callable[[Sequence[str]], Report | None]
 
 
 class Build(NamedTuple):
-    """The torch of a report: its version without the local part, and whether it is a CUDA build."""
+    """The torch version of a pip report without its local part, and whether it is a CUDA build."""
 
     version: str
     cuda: bool
 
 
 class Choice(NamedTuple):
-    """Arguments of the `pip install` to run first (empty: none), and a sentence for the user, or ""."""
+    """Arguments of the `pip install` to run first (empty: do not run one), and a message or ""."""
 
     arguments: list[str]
     remark: str
 
 
 def machine_has_gpu() -> bool:
-    """Whether an NVIDIA driver is present; asks the file system only."""
+    """Return whether an NVIDIA driver is present. Only the file system is checked."""
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 
 def build_of(report: Report | None) -> Build | None:
-    """The torch that a report of `pip install --report` would install; None if it keeps what is installed.
+    """Return the torch that a report of `pip install --report` would install; None if torch stays as installed.
 
-    The local version names the build (2.13.0+cpu, 2.13.0+cu130). Without one, a CUDA build is known
-    by the CUDA packages that it requires.
+    The local version names the build (2.13.0+cpu, 2.13.0+cu130). Without a local version, a CUDA build
+    is recognised by the CUDA packages that it requires.
     """
     items = [item["metadata"] for item in (report or {}).get("install", ())]
     found = {str(item["name"]).lower(): str(item["version"]) for item in items}
@@ -70,7 +70,7 @@ def choose(has_gpu: bool, requirements: Sequence[str], resolve: Resolver) -> Cho
     Args:
         has_gpu: whether the machine has an NVIDIA GPU.
         requirements: arguments of the `pip install` that follows.
-        resolve: answers what pip would install for some arguments; None if it finds nothing.
+        resolve: returns pip's report for some arguments; None if pip finds nothing.
     """
     plain = build_of(resolve(requirements))
     if plain is None or plain.cuda == has_gpu:
@@ -82,26 +82,26 @@ def choose(has_gpu: bool, requirements: Sequence[str], resolve: Resolver) -> Cho
         return Choice([], f"pip finds only a CPU build of torch {plain.version}; the GPU of this machine is not used.")
     return Choice(
         [],
-        f"no CPU build of torch {plain.version} was found; installing the CUDA build, "
-        "which runs without a GPU too and is larger than needed (several GB).",
+        f"no CPU build of torch {plain.version} was found; installing the CUDA build. "
+        "It also runs without a GPU, but needs several GB more.",
     )
 
 
 def _alternatives(version: str, has_gpu: bool) -> list[list[str]]:
-    """What to ask pip for instead, best first."""
+    """Return the arguments to ask pip for instead, best first."""
     if has_gpu:
-        # An index with both builds: pip takes 2.13.0+cpu before 2.13.0, and === excludes it.
+        # If an index has both builds, pip prefers 2.13.0+cpu to 2.13.0. `===` excludes 2.13.0+cpu.
         return [[f"torch==={version}"]]
     return [[f"torch=={version}+cpu"], ["--extra-index-url", CPU_INDEX, f"torch=={version}+cpu"]]
 
 
 def pip_resolver(python: str, requirements: Sequence[str]) -> Resolver:
-    """A resolver that asks the pip of `python`."""
+    """Return a resolver that runs the pip of `python`."""
 
     def resolve(arguments: Sequence[str]) -> Report | None:
         patience = [] if arguments == requirements else IMPATIENT
         command = [python, "-m", "pip", "install", "--dry-run", "--quiet", *patience, "--report", "-", *arguments]
-        # Errors are not shown: where they matter, the `pip install` that follows shows them.
+        # Errors are hidden here. If an error matters, the `pip install` that follows shows it.
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         return json.loads(done.stdout) if done.returncode == 0 else None
 
@@ -109,7 +109,7 @@ def pip_resolver(python: str, requirements: Sequence[str]) -> Resolver:
 
 
 def prepare(python: str, requirements: Sequence[str]) -> None:
-    """Install the right build of torch, unless pip keeps the installed one or picks the right one anyway."""
+    """Install the right build of torch, unless pip keeps the installed one or already chooses the right one."""
     choice = choose(machine_has_gpu(), requirements, pip_resolver(python, requirements))
     if choice.remark:
         print(f"tokfuse: {choice.remark}", flush=True)
@@ -117,7 +117,7 @@ def prepare(python: str, requirements: Sequence[str]) -> None:
         done = subprocess.run([python, "-m", "pip", "install", "--quiet", *choice.arguments])
         if done.returncode != 0:
             failed = f"`pip install {' '.join(choice.arguments)}` failed"
-            print(f"tokfuse: {failed}; installing the build that pip prefers.", flush=True)
+            print(f"tokfuse: {failed}; pip will choose the build of torch.", flush=True)
 
 
 if __name__ == "__main__":

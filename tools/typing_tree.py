@@ -1,11 +1,11 @@
-"""Writes `.typing/tokfuse`, a tree of symbolic links that type checkers can read.
+"""Write `.typing/tokfuse`, a tree of symbolic links that type checkers can read.
 
     python tools/typing_tree.py [FOLDER]
 
-The editable install finds packages by an import hook, which mypy and pyright do not follow. The
-tree has the folders under their import names; pyproject.toml and editors point at `.typing`. On
-PYTHONPATH a tree comes before the install, so another build of the native module, put into it, is
-the one that is imported (`make test-sanitize`).
+The editable install finds packages by an import hook, which mypy and pyright do not follow. The tree
+contains the folders under their import names. pyproject.toml and editors point to `.typing`. If a tree
+is on PYTHONPATH, Python imports it before the installed package. `make test-sanitize` uses this to
+import another build of the native module.
 """
 
 import ast
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def package_dirs() -> dict[str, str]:
-    """The literal `PACKAGE_DIR` of setup.py, read without running it."""
+    """Return the literal `PACKAGE_DIR` of setup.py without running setup.py."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PACKAGE_DIR":
             table: dict[str, str] = ast.literal_eval(node.value)
@@ -26,7 +26,7 @@ def package_dirs() -> dict[str, str]:
 
 
 def wanted_links() -> dict[str, Path]:
-    """Relative place in the tree -> the file or folder it stands for."""
+    """Return the target file or folder of each relative path in the tree."""
     links = {}
     for package, folder in package_dirs().items():
         source = ROOT / folder
@@ -34,13 +34,13 @@ def wanted_links() -> dict[str, Path]:
             for file in source.iterdir():
                 if file.suffix in (".py", ".pyi", ".typed"):
                     links[f"{package}/{file.name}"] = file
-        elif package.count(".") == 1:  # a deeper package lies inside the folder of its parent
+        elif package.count(".") == 1:  # the link of the parent folder contains the deeper packages
             links[package.replace(".", "/")] = source
     return links
 
 
 def write_tree(tree: Path) -> None:
-    """Make `tree` hold exactly the wanted links; leaves a tree that is right untouched."""
+    """Make `tree` contain exactly the wanted links. A correct tree is not rewritten."""
     wanted = wanted_links()
     present = {str(path.relative_to(tree)): path.readlink() for path in tree.glob("*/*") if path.is_symlink()}
     if present == wanted:

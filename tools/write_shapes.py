@@ -1,10 +1,10 @@
-"""Write the copies of the table of shapes, runtime/policy/shapes.py, that the kernels compile.
+"""Write the table of shapes (runtime/policy/shapes.py) for the kernels.
 
     python tools/write_shapes.py [--check]
 
-csrc/common/shapes.h is read by C++ and CUDA, triton_kernels/shape_codes.py by Triton: codes of the
-shapes, levels and KL estimators, the names of the parameter slots, and which shapes need a signal.
-With --check nothing is written; the exit status is 1 where a file is out of date.
+C++ and CUDA read csrc/common/shapes.h, and Triton reads triton_kernels/shape_codes.py. Both contain the
+codes of the shapes, levels and KL estimators, the names of the parameter slots, and the shapes that need
+a signal. With --check the script writes nothing and returns exit status 1 if a file is out of date.
 """
 
 import re
@@ -20,17 +20,17 @@ NOTE = "Written by tools/write_shapes.py from runtime/policy/shapes.py and objec
 
 
 def snake(name: str) -> str:
-    """PPOClip -> ppo_clip."""
+    """Convert PPOClip to ppo_clip."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def camel(name: str) -> str:
-    """sequence_token -> SequenceToken."""
+    """Convert sequence_token to SequenceToken."""
     return "".join(word[0].upper() + word[1:] for word in name.split("_"))
 
 
 def enum(name: str, codes: Mapping[str, int | None]) -> Iterator[str]:
-    """A C++ enumeration, and the number of its values, which are 0, 1, ..."""
+    """Yield the lines of a C++ enumeration with values 0, 1, ... and of the number of its values."""
     if list(codes.values()) != list(range(len(codes))):
         raise SystemExit(f"write_shapes: codes of {name} must be 0, 1, 2, ... in order; got {dict(codes)}.")
     yield f"enum class {name} : int32_t {{"
@@ -41,18 +41,19 @@ def enum(name: str, codes: Mapping[str, int | None]) -> Iterator[str]:
 
 
 def codes() -> dict[str, int | None]:
-    """Shape -> its code."""
+    """Return the code of each shape."""
     return {shape.__name__: shape.code for shape in SHAPES}
 
 
 def check(shape: type[Shape]) -> None:
-    """Refuse a shape that the kernels cannot take."""
+    """Raise an error if a shape has more parameters than the kernels support."""
     if len(shape.slots()) > SLOTS:
-        raise SystemExit(f"write_shapes: {shape.__name__} has {len(shape.slots())} parameters, kernels take {SLOTS}.")
+        got = len(shape.slots())
+        raise SystemExit(f"write_shapes: {shape.__name__} must have at most {SLOTS} parameters; got {got}.")
 
 
 def header() -> str:
-    """The text of csrc/common/shapes.h."""
+    """Return the text of csrc/common/shapes.h."""
     lines = [f"// {NOTE}", "#pragma once", "", "#include <cstdint>", "", '#include "common/host_device.h"', ""]
     lines += ["// clang-format off", "namespace tokfuse {", ""]
     lines += [*enum("Shape", codes()), *enum("Level", LEVELS), *enum("Kl", {"none": 0, **KL_ESTIMATORS})]
@@ -79,7 +80,7 @@ def header() -> str:
 
 
 def triton_module() -> str:
-    """The text of triton_kernels/shape_codes.py."""
+    """Return the text of triton_kernels/shape_codes.py."""
     lines = ['"""Codes of shapes, KL estimators and levels, and the parameters of the shapes by name.', ""]
     lines += [NOTE, '"""', "", "import triton", "import triton.language as tl", ""]
     lines += [f"{snake(name).upper()} = tl.constexpr({code})" for name, code in codes().items()]
@@ -99,7 +100,7 @@ FILES = {"csrc/common/shapes.h": header, "triton_kernels/shape_codes.py": triton
 
 
 def main(arguments: list[str]) -> int:
-    """Write the files, or with --check say which are out of date."""
+    """Write the files. With --check, print the files that are out of date."""
     status = 0
     for name, text in FILES.items():
         path, wanted = ROOT / name, text()

@@ -1,4 +1,4 @@
-"""What holds for every algorithm: fused runs, minibatches, edges, names, states, controllers."""
+"""Test properties of every algorithm: fused runs, minibatches, edge cases, names, states, controllers."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ def backend(request):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_plans_run_fused(name: str, backend: Backend):
-    """policy_step from logits, with a plan's inputs, equals plan.loss of the statistics."""
+    """policy_step from logits with a plan's inputs equals plan.loss of the statistics."""
     dtype = torch.float64 if backend.name == "reference" else torch.float32
     batch, method = cast(rollout(2), dtype, backend.device), example(name)
     gen = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ def test_plans_run_fused(name: str, backend: Backend):
 
 
 def test_a_users_own_objective_takes_the_fused_backward(backend: Backend):
-    """Autograd on (tokens,) vectors, then one fused pass over the vocabulary, or over a head."""
+    """Autograd on (tokens,) vectors, then one fused backward over the vocabulary, or through a head."""
     dtype = torch.float64 if backend.name == "reference" else torch.float32
     bound = 1e-12 if backend.name == "reference" else 2e-6
     gen = torch.Generator().manual_seed(1)
@@ -80,7 +80,7 @@ def test_a_users_own_objective_takes_the_fused_backward(backend: Backend):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_degenerate_groups(name: str):
-    """All right, all wrong, one response, no response: finite losses and gradients."""
+    """All correct, all wrong, one response, no response: losses and gradients are finite."""
     full = rollout(0)
     for reward, take in ((1.0, range(12)), (0.0, range(12)), (1.0, [2]), (0.0, [])):
         batch = full.take(torch.tensor(list(take), dtype=torch.int64))
@@ -97,7 +97,7 @@ def test_degenerate_groups(name: str):
 
 
 def test_groups_without_spread_have_no_gradient():
-    """Group estimators give exactly 0 for equal rewards, of which 0.1 and 1.1 leave rounding."""
+    """Group estimators give exactly 0 for equal rewards; 0.1 and 1.1 would leave a rounding error."""
     for name in ("grpo", "dr_grpo", "rloo", "opo", "gpg", "gbpo", "d3s", "adora", "gspo", "dapo"):
         for value in (0.1, 1.1):
             b = rollout(0)
@@ -110,14 +110,13 @@ def test_groups_without_spread_have_no_gradient():
 # ---------------------------------------------------------------------------- minibatches and ranks
 
 
-# What these minimise is itself decided over all tokens of an optimizer step, or counts in its own
-# unit.
+# The loss of these methods depends on all tokens of an optimizer step, or is normalised by its own count.
 WHOLE = ("bapo", "cip_entropy", "clip_cov", "dr_grpo", "dypo", "high_entropy", "kl_cov", "nft", "vapo")
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in WHOLE])
 def test_minibatches_add_up(name: str):
-    """Parts with the whole batch's count give the whole batch's loss, where nothing is global."""
+    """Parts with the count of the whole batch give the loss of the whole batch, unless a method is global."""
     method, batch = example(name), rollout(3)
     state = method.initial_state()
     prepared = method.prepare(batch, state)
@@ -229,7 +228,7 @@ def test_no_tensor_of_the_user_is_written():
 
 
 def test_kl_controller():
-    """coef *= 1 + clip(KL / target - 1, +-0.2) n / horizon; the plan takes the new coefficient."""
+    """coef *= 1 + clip(KL / target - 1, +-0.2) n / horizon; the plan uses the new coefficient."""
     control = algorithms.KLControl(target=0.1, horizon=120)
     method = algorithms.make("grpo", kl=KL(coef=0.04), kl_control=control)
     b, state = rollout(0), method.initial_state()
@@ -241,7 +240,7 @@ def test_kl_controller():
 
 
 def test_entropy_controller():
-    """+-0.005 towards the target, used only while the entropy is not above it."""
+    """+-0.005 towards the target; used only while the entropy is not above the target."""
     method = algorithms.make("dapo", entropy_control=algorithms.EntropyControl(target=1.0))
     b, state = rollout(0), method.initial_state()
     for entropy, coef, used in ((0.5, 0.005, True), (0.9, 0.01, True), (1.5, 0.005, False)):
@@ -263,7 +262,7 @@ def test_a_config_is_frozen_and_compares_by_value():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_runs_are_exact(name: str, tmp_path):
-    """Five batches at once, or three, a checkpoint on disk, two more: equal plans and states."""
+    """Five batches in one run, or three, a checkpoint on disk and two more: equal plans and states."""
 
     def run(state, seeds, method):
         out = []

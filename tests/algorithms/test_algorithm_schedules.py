@@ -1,6 +1,6 @@
-"""Named systems that change advantages, selection or schedules, against their papers' formulas.
+"""Test methods that change advantages, selection or schedules against the formulas of their papers.
 
-D3S is compared to brute force, ADORA to a reading of its rules, the states to their recursions.
+D3S is compared with brute force, ADORA with a Python version of its rules, the states with their recursions.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def d3s(**options):
 
 
 def test_d3s_against_brute_force(backend: Backend):
-    """Stage 1: best pair of every group; stage 2: best four of their union; then the top tokens."""
+    """Stage 1: best pair of every group. Stage 2: best four of their union. Then the top tokens."""
     for seed in range(4):
         b = rollout(seed, binary=False)
         a = b.sequence_mean(grpo_a(b))
@@ -77,7 +77,7 @@ def test_d3s_schedule_and_everything_kept_is_the_base():
 
 @pytest.mark.parametrize("rule", ["llm", "vlm", "paper_amplify", "paper_attenuate"])
 def test_adora_weights(rule: str):
-    """A Python reading of the released rules, over all 2^4 outcomes of a group."""
+    """The released rules in Python, for all 2^4 outcomes of a group."""
     for outcome in itertools.product((True, False), repeat=4):
         b = rollout(1).take(torch.arange(4))
         b = dataclasses.replace(b, correct=torch.tensor(outcome))
@@ -130,7 +130,7 @@ def test_tppo_critic_sees_finished_sequences_only():
     keep, target = method.critic_mask(b), critic.returns(b)
     expected = b.valid & b.spread(b.finished)
     assert torch.equal(keep, expected) and 0 < int(keep.sum()) < int(b.valid.sum())
-    for i, span in enumerate(spans(b)):  # lam 1: the Monte-Carlo return
+    for i, span in enumerate(spans(b)):  # with lam 1 it is the Monte-Carlo return
         if b.finished[i] and span:
             compare(target[span], b.reward[i].expand(len(span)), atol=1e-12)
     value = (b.value + 0.4).requires_grad_()
@@ -142,7 +142,7 @@ def test_tppo_critic_sees_finished_sequences_only():
 
 
 def test_the_last_delta_of_an_unfinished_response_is_its_reward():
-    """gamma = 1 and no reward: V(s_l) = V(s_l-1) leaves delta = 0, a finished one leaves -V."""
+    """gamma = 1 without reward: V(s_l) = V(s_l-1) gives delta 0 for an unfinished response, -V for a finished one."""
     one = {"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32), "old_logp": torch.zeros(3)}
     value = torch.tensor([0.1, 0.4, 0.7])
     for finished, last in ((False, 0.0), (True, -0.7)):
@@ -194,7 +194,7 @@ HISTORY = {"step": 20, "sum": [3.0, 2.0, 1.0, 0.0], "batches": [2, 2, 1, 0]}
 
 
 def epo_penalty(b: Batch, h: Tensor, mode: str, over: str) -> Tensor:
-    """(tokens,) P with alpha 0.05 and the band [0.5, 1.5] of each turn's mean."""
+    """Return (tokens,) P with alpha 0.05 and the band [0.5, 1.5] around the mean of each turn."""
     out = torch.zeros_like(h)
     for i, span in enumerate(spans(b)):
         turn = int(b.turn[i])
@@ -226,7 +226,7 @@ def test_epo(mode: str, over: str, backend: Backend):
 
 
 def test_epo_band_has_no_gradient_as_published():
-    """The paper's penalty moves the reported loss alone; the hinge moves the entropy's weights."""
+    """The paper's penalty changes only the reported loss. The hinge changes the weights of the entropy."""
     b, results = rollout(1), {}
     for mode in ("paper", "hinge", "off"):
         options = {"mode": "paper", "alpha": 0.0} if mode == "off" else {"mode": mode}
@@ -237,7 +237,7 @@ def test_epo_band_has_no_gradient_as_published():
 
 
 def test_epo_history_and_schedule():
-    """Mean over past batches of each turn's mean entropy; beta 1 -> 0.827, 0.8 -> 0.04."""
+    """Mean over past batches of the mean entropy of each turn; beta 1 -> 0.827, 0.8 -> 0.04."""
     method = algorithms.make("epo", max_turns=5, total_steps=100)
     state, first, second = method.initial_state(), rollout(0), rollout(1)
     second = dataclasses.replace(second, turn=torch.zeros(12, dtype=torch.int64))

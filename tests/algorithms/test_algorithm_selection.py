@@ -1,4 +1,4 @@
-"""Global selections against sorting and brute force, with ties, on ranks as on one batch."""
+"""Test global selections against sorting and brute force, with ties, on several ranks and on one batch."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from tokfuse.algorithms import World, selection
 
 
 def spread_over(ranks: int, work) -> list:
-    """work(world) on `ranks` threads that exchange tensors; the results in rank order."""
+    """Run work(world) on `ranks` threads that exchange tensors. Return the results in rank order."""
     barrier, slots, results = threading.Barrier(ranks), [None] * ranks, [None] * ranks
 
     def run(rank: int) -> None:
@@ -48,7 +48,7 @@ def top_by_sorting(score: torch.Tensor, k: int, mask: torch.Tensor) -> torch.Ten
 
 @pytest.mark.parametrize("k", range(-1, 14))
 def test_top_mask_is_a_stable_sort(k: int):
-    """Zeros of either sign tie, a denormal does not; the first of equals are taken."""
+    """Zeros of both signs tie; a denormal does not. The first of equal values is taken."""
     expected = top_by_sorting(SCORES, max(k, 0), MASK)
     assert torch.equal(selection.top_mask(SCORES, k, MASK), expected)
     parts = spread_over(
@@ -112,7 +112,7 @@ def test_max_variance_subset_is_the_best_of_all_subsets():
 
 
 def test_max_variance_ties_take_the_smallest_i():
-    """Equal values: no largest, the first k rows, which count as smallest."""
+    """With equal values none counts as largest: the first k rows are taken as the smallest."""
     assert selection.max_variance_subset(torch.ones(5), 2).tolist() == [1, 1, 0, 0, 0]
     assert selection.max_variance_subset(torch.tensor([1.0, 0.0, 0.0, 1.0]), 3).tolist() == [True, True, True, False]
 
@@ -123,7 +123,7 @@ def test_informative_groups():
     assert selection.informative(reward, group).tolist() == [0, 1, 0, 1, 0, 0]
 
 
-# Advantages of a group do not depend on other ranks; these methods decide over all of them.
+# Advantages of a group do not depend on other ranks. These methods select over all ranks.
 GLOBAL = (
     "bapo",
     "cip_entropy",
@@ -144,9 +144,9 @@ assert set(GLOBAL) <= set(METHODS)
 
 @pytest.mark.parametrize("name", GLOBAL)
 def test_ranks_decide_as_one(name: str):
-    """Two ranks with one and two prompts: the plans of both together are those of the whole batch.
+    """Two ranks with one and two prompts: their plans together equal the plan of the whole batch.
 
-    Clip-Cov's draw depends on the rank; it must drop as many tokens, of the same candidates.
+    Clip-Cov's random draw depends on the rank. It must drop the same number of tokens from the same candidates.
     """
     b = rollout(6)
     ids = (torch.arange(0, 4), torch.arange(4, 12))

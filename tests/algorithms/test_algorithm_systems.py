@@ -1,7 +1,7 @@
-"""Named systems that change the loss, against their papers' formulas.
+"""Test methods that change the loss against the formulas of their papers.
 
-Every formula is a dozen lines of float64 over the sequences of a random batch, differentiated by
-autograd; BAPO's search is compared to the loops of the paper and of the code.
+Every formula is a dozen lines of float64 over the sequences of a random batch, differentiated by autograd.
+BAPO's search is compared with the loops of the paper and of the released code.
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ def test_gbpo_and_bpo(backend: Backend):
 
 
 def test_gbpo_holds_a_majority_at_the_median():
-    """Three wrong, one right: the wrong ones' target is ratio 1, not 1 - low; even G averages."""
+    """Three wrong, one correct: the target of the wrong ones is ratio 1, not 1 - low. An even G averages."""
     reward = torch.tensor([0, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 0]).double()
     b = rollout(0, reward=reward)
     signal = b.sequence_mean(algorithms.make("gbpo").prepare(b, {}).signal)
     assert signal[:3].tolist() == [0, 0, 0] and signal[3] > 1e3
-    assert signal[4] < -1e3 and signal[5] > 1e3  # two and two: the median is 0.5
+    assert signal[4] < -1e3 and signal[5] > 1e3  # two correct, two wrong: the median is 0.5
 
 
 def test_median_loss_is_minimal_at_a_smoothed_median():
@@ -103,14 +103,14 @@ def test_r2vpo_dual_step_sums_over_micro_batches():
     on_policy = method.measure(plan, b.old_logp)
     assert method.update(state, on_policy)["penalty"] == pytest.approx(0.2)
     assert method.update({"penalty": 0.01}, on_policy)["penalty"] == 0.0
-    assert state == {"penalty": 0.3}  # update is pure
+    assert state == {"penalty": 0.3}  # update does not change its input
 
 
 # -------------------------------------------------------------------------------------------- BAPO
 
 
 def bapo_loop(method, ratio, advantage) -> tuple[float, float]:
-    """The search as it stands in the paper (Alg. 1) or in the code (low first, P / N)."""
+    """Return the search of the paper (Alg. 1), or of the code (low first, P / N)."""
 
     def statistic(low: float, high: float) -> float:
         p = sum(min(r, high) * a for r, a in zip(ratio, advantage, strict=True) if a > 0)
@@ -134,7 +134,7 @@ def bapo_loop(method, ratio, advantage) -> tuple[float, float]:
 
 @pytest.mark.parametrize("form", ["paper", "code"])
 def test_bapo_one_pass_is_the_loop(form: str):
-    """On 2000 random batches; the three outcomes all occur."""
+    """On 2000 random batches; all three outcomes occur."""
     method = algorithms.make("bapo", form=form, target=0.4 if form == "paper" else 1.0)
     gen = torch.Generator().manual_seed(5)
     seen = set()
@@ -163,7 +163,7 @@ def test_bapo_trains_with_the_bounds_it_found(backend: Backend):
 
 
 def test_bapo_share_and_ratio_are_different_targets():
-    """P / (P + N) >= 0.4 is P / N >= 2/3; the code's P / N >= 0.4 asks for less."""
+    """P / (P + N) >= 0.4 means P / N >= 2/3; the code's P / N >= 0.4 is weaker."""
     ratio, advantage = torch.tensor([1.0, 1.0]), torch.tensor([0.5, -1.0])
     mask = torch.ones(2, dtype=torch.bool)
     assert algorithms.make("bapo").search(ratio, advantage, mask) == pytest.approx((0.9, 3.0))
@@ -203,7 +203,7 @@ def test_nft(normalize: int, backend: Backend):
 
 @pytest.mark.parametrize(("normalize", "scale"), [(2, True), (1, False)])
 def test_nft_on_policy_is_grpo_or_dr_grpo(normalize: int, scale: bool):
-    """GRPO with the population deviation and no eps; Dr.GRPO; both with NFT's denominator."""
+    """GRPO with the population deviation and without eps; Dr.GRPO; both with NFT's denominator."""
     b = rollout(1)
     b = dataclasses.replace(b, logp=b.old_logp)
     _, grad = gradient_of(planned(algorithms.make("nft", normalize=normalize), b), b.logp)
@@ -241,7 +241,7 @@ def pipo_formula(shape: str, phi: float):
 @pytest.mark.parametrize("form", ["paper", "code"])
 @pytest.mark.parametrize("better", [True, False])
 def test_pipo(form: str, better: bool):
-    """Eight batches of history, then a better or a worse one."""
+    """Eight batches of history, then a better or a worse batch."""
     method = algorithms.make("pipo", form=form)
     state = method.initial_state()
     means = []
@@ -335,7 +335,7 @@ def dypo_formula(alpha: float, beta: float, sft: float, mean: str):
 
 @pytest.mark.parametrize("mean", ["token", "trace"])
 def test_dypo(mean: str, backend: Backend):
-    """One hard prompt with a teacher trace, one mixed, one easy; three branches in one pass."""
+    """One hard prompt with a teacher trace, one mixed, one easy: three branches in one pass."""
     correct = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
     b = rollout(3, correct=correct, reward=correct.double())
     method = algorithms.make("dypo", alpha=0.3, beta=0.7, sft_coef=0.5, sft_mean=mean)
@@ -358,7 +358,7 @@ def test_mirror_descent(backend: Backend):
 def test_a2pr_gate(backend: Backend):
     def formula(b, x, h):
         best = [i for i in range(12) if b.reward[i] == b.reward[mates(b, i)].max()]
-        good = [t for i in best for t in spans(b)[i]]  # ten responses differ: the best has A > 0
+        good = [t for i in best for t in spans(b)[i]]  # the ten responses differ, so the best has A > 0
         return token_mean(b, ppo(x, b.old_logp, grpo_a(b))) - 0.2 * x[good].sum() / b.valid.sum()
 
     check(backend, algorithms.make("a2pr_nll", mu=0.2), formula, rollout(0, binary=False))

@@ -1,4 +1,4 @@
-"""Equivalences between the algorithms, and the traps in which implementations differ."""
+"""Test equivalences between algorithms, and details in which implementations differ."""
 
 import dataclasses
 
@@ -85,7 +85,7 @@ def test_kl_cov_is_a_no_op_on_the_first_update():
 
 
 def test_rejected_tokens_leave_or_stay_in_the_denominator():
-    """verl shrinks the mask, TRL multiplies the loss: the losses differ by the share kept."""
+    """verl shrinks the mask, TRL multiplies the loss: the losses differ by the share of kept tokens."""
     b = rollout(0)
     rule = (tokfuse.KeepRule("ratio", "token", 0.9, 1.1),)
     plans = [
@@ -111,7 +111,7 @@ def test_whitening_is_over_tokens_and_group_scores_over_sequences():
 
 
 def test_clamped_kl_matches_its_reference_options():
-    """A KL term may be set on any method, with any estimator."""
+    """Any method can have a KL term with any estimator."""
     b = rollout(0, binary=False)
     for estimator in ("k1", "k2", "k3", "ratio_k3", "k1_straight", "k3_straight"):
         method = algorithms.make("dapo", overlong=None, kl=KL(estimator=estimator, coef=0.1))

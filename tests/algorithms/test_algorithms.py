@@ -1,8 +1,8 @@
-"""The standard family against formulas in float64: losses and gradients, on every backend.
+"""Test the standard family against float64 formulas: losses and gradients, on every backend.
 
-Each case is a formula of a dozen lines over the sequences of a random batch (pieces in
-support/algorithm_cases.py). The reference runs in float64 and must agree to rounding; kernels run
-in float32, where the bound is that of `policy_loss`.
+Each case is a formula of a dozen lines over the sequences of a random batch (helpers are in
+support/algorithm_cases.py). The reference runs in float64 and must agree up to rounding. Kernels run in
+float32, with the bound of `policy_loss`.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ def token_ppo(advantage, aggregate=token_mean, **clip):
 def f_dapo(b, x, h):
     reward = b.reward + torch.tensor([max(-1.0, min(0.0, (3 - n) / 2)) for n in map(len, spans(b))])
     a = per_group(dataclasses.replace(b, reward=reward), z_score)
-    return token_mean(b, ppo(x, b.old_logp, a, 0.2, 0.28))  # no group is all right or all wrong
+    return token_mean(b, ppo(x, b.old_logp, a, 0.2, 0.28))  # no group is all correct or all wrong
 
 
 def f_grpo(b, x, h):
@@ -84,7 +84,7 @@ def f_opo(b, x, h):
 
 
 def f_gpg(b, x, h):
-    """The third prompt of this batch has equal rewards: 12 responses, 8 in live groups."""
+    """The third prompt of this batch has equal rewards: 12 responses, 8 in groups with a gradient."""
     return token_mean(b, -per_group(b, centred) * 12 / 8 * x)
 
 
@@ -99,7 +99,7 @@ def pass_at_k(r, group, place):
 
 
 def otb(b: Batch) -> Tensor:
-    """Positions count from the start of the response; a masked token has no weight."""
+    """Positions count from the start of the response. A masked token has no weight."""
     w, g = torch.zeros_like(b.old_logp), reward_to_go(b, outcome(b))
     cu = b.cu_seqlens.tolist()
     for span in spans(b):
@@ -195,7 +195,7 @@ def f_vapo(b, x, h):
 
 
 def mismatch(rule):
-    """token_mean of w ppo, w = rule(w of the tokens of one sequence)."""
+    """Return token_mean of w * ppo, with w = rule(w of the tokens of one sequence)."""
 
     def formula(b, x, h):
         w, d = torch.zeros_like(x), b.old_logp - b.sampler_logp
@@ -232,7 +232,7 @@ def f_cdpo(b, x, h):
 
 
 def f_tis_current(b, x, h):
-    """bypass: the engine's log-probability in the ratio."""
+    """Bypass: the ratio uses the log-probability of the engine."""
     return token_mean(b, ppo(x, b.sampler_logp, grpo_a(b)))
 
 

@@ -1,4 +1,4 @@
-"""Influence matrix, LESS scores, GREATS greedy choice and UGDA: against their definitions."""
+"""Test the influence matrix, LESS scores, GREATS greedy choice and UGDA against their definitions."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def test_a_step_on_a_sample_lowers_its_neighbour_s_loss_by_the_inner_product():
 
 
 def test_adam_features_are_adam_s_own_update():
-    """One step of torch.optim.Adam from the same state, its bias correction undone."""
+    """One step of torch.optim.Adam from the same state, with its bias correction removed."""
     parameter = torch.nn.Parameter(torch.zeros(7, dtype=torch.float64))
     optimiser = torch.optim.Adam([parameter], lr=1.0, eps=1e-30)
     for seed in range(3):
@@ -117,7 +117,7 @@ def test_less_scores_defaults_are_one_subtask_and_equal_weights():
 
 
 def brute_force(score, interaction, k):
-    """At every step the sample with the largest gain, each gain summed anew over the chosen."""
+    """At every step choose the sample with the largest gain. Each gain is summed again over the chosen samples."""
     chosen = []
     for _ in range(k):
         gains = {
@@ -132,7 +132,7 @@ def brute_force(score, interaction, k):
 @hypothesis.given(st.data())
 def test_greedy_select_equals_brute_force(data):
     n = data.draw(st.integers(1, 6))
-    # Quarters add up exactly in float32, so that the two orders of summation agree bit by bit.
+    # Sums of quarters are exact in float32, so both orders of summation agree bitwise.
     quarter = st.integers(-20, 20).map(lambda x: x / 4)
     rows = st.lists(quarter, min_size=n, max_size=n)
     score = torch.tensor(data.draw(rows))
@@ -144,12 +144,12 @@ def test_greedy_select_equals_brute_force(data):
 
 
 def test_greedy_select_finds_the_best_pair_that_top_k_misses():
-    """Two copies of the best sample: the second adds nothing. The best set of all is found."""
+    """Two copies of the best sample: the second adds nothing. Greedy selection finds the best set."""
     g = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.9]])
     target, lr = torch.tensor([1.0, 1.0]), 0.5
     score, interaction = lr * g @ target, lr * lr * influence.matrix(g, cosine=False)
 
-    def loss_after(ids):  # quadratic loss with the identity as Hessian, minimum at `target`
+    def loss_after(ids):  # quadratic loss with identity Hessian and its minimum at `target`
         step = lr * g[list(ids)].sum(0)
         return float((target - step).square().sum() / 2)
 

@@ -1,7 +1,7 @@
-"""The preference losses against the papers' formulas in float64: values and gradients.
+"""Test the preference losses against the papers' formulas in float64: values and gradients.
 
-Everything is a function of per-sequence sums, checked here on the reference in float64 through
-logits whose log-probabilities are chosen; backends are in test_preference_step.py.
+Every loss is a function of per-sequence sums. These tests use the reference in float64, with logits that
+have chosen log-probabilities. test_preference_step.py tests the backends.
 """
 
 import math
@@ -32,12 +32,12 @@ from tokfuse.algorithms.preference.pointwise import log_odds
 
 
 def two_way(logp: torch.Tensor) -> torch.Tensor:
-    """(tokens, 2) logits whose first entry has these log-probabilities, differentiable."""
+    """Return (tokens, 2) logits whose first entry has these log-probabilities, differentiable."""
     return torch.stack([logp, torch.log(-torch.expm1(logp))], 1)
 
 
 def run(loss: PreferenceLoss, batch: PreferenceBatch, logp: torch.Tensor, **given):
-    """(step, d loss / d logp) on the reference, in float64, for chosen log-probabilities."""
+    """Return (step, d loss / d logp) of the reference in float64, for chosen log-probabilities."""
     leaf = logp.clone().requires_grad_()
     target = torch.zeros(logp.shape[0], dtype=torch.int64)
     with tokfuse.backend("reference"):
@@ -47,7 +47,7 @@ def run(loss: PreferenceLoss, batch: PreferenceBatch, logp: torch.Tensor, **give
 
 
 def expected(formula, batch: PreferenceBatch, logp: torch.Tensor, ref: torch.Tensor):
-    """(losses, gradient of their sum) of a formula over pairs."""
+    """Return (losses, gradient of their sum) of a formula over pairs."""
     leaf = logp.clone().requires_grad_()
     out = [formula(*(of_sequence(batch, leaf, ref, i) for i in pair)) for pair in PAIRS]
     (grad,) = torch.autograd.grad(sum(out), leaf)
@@ -80,7 +80,7 @@ def test_every_pairwise_row_has_a_formula_or_a_test_of_its_own():
 
 
 def table(w: S, r: S, b: float):
-    """(c_chosen, c_rejected) of some rows in closed form."""
+    """Return (c_chosen, c_rejected) of some rows in closed form."""
     u = b * (w.rho - r.rho)
     s_w, s_l, s = sig(b * w.rho), sig(b * r.rho), sig(u)
     m = w.rho / w.n - r.rho / r.n - 1 / (2 * b)
@@ -155,7 +155,7 @@ def test_kto():
 
 
 def test_kto_kl_is_detached_clamped_and_global():
-    """Trap 14: detached, at least 0, over all ranks; a batch of one has no mismatched pair."""
+    """Trap 14: detached, at least 0, over all ranks. A batch of one has no mismatched pair."""
     lp = torch.tensor([-3.0, -5.0], requires_grad=True)
     ref = torch.tensor([-4.0, -4.5])
     kl = algorithms.kto_kl(lp, ref)
@@ -229,7 +229,7 @@ def test_wpo_weights_come_from_sum_sq_and_carry_no_gradient():
 
 
 def test_levels_are_means_of_their_own():
-    """HPL: cloning plus three DPO losses; ARIES: direct plus c times refinement."""
+    """HPL: cloning plus three DPO losses. ARIES: direct plus c times refinement."""
     _, _, logp, ref = sequences()
     level = torch.tensor([0, 1, 0, 2])
     dpo, _ = expected(lambda w, r: -logsig(0.3 * (w.rho - r.rho)), pair_batch(), logp, ref)
@@ -286,7 +286,7 @@ def test_f_divergences(divergence, alpha, f):
 # ------------------------------------------------------------------------------ finite differences
 
 
-# Of wpo the weights are detached: their gradient is held at 0 above.
+# wpo detaches its weights; the test above checks that their gradient is 0.
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "wpo"])
 def test_finite_differences(name: str):
     loss = example(name)
@@ -343,7 +343,7 @@ def test_trap_3_ipo_of_sums_grows_with_the_length_and_ipo_of_means_does_not():
 
 
 def test_trap_4_odds_near_certainty():
-    """Mean log-probabilities; 1 - exp(a) keeps its digits as a approaches 0."""
+    """Mean log-probabilities; 1 - exp(a) keeps its relative accuracy as a approaches 0."""
     for a in (-1e-12, -1e-3, -0.6931, -0.6932, -5.0, -800.0):
         x = torch.tensor(a, dtype=torch.float64, requires_grad=True)
         y = log_odds(x)
@@ -354,7 +354,7 @@ def test_trap_4_odds_near_certainty():
 
 
 def test_likelihood_ratios_far_out_stay_finite():
-    """discopop's exp(-u) overflows where its gate is 0; sums of thousands of tokens."""
+    """discopop's exp(-u) overflows where its gate is 0; sums over thousands of tokens."""
     cu = torch.tensor([0, 1000, 2000], dtype=torch.int32)
     for sign in (1, -1):
         ref = torch.full((2000,), -1.0, dtype=torch.float64)

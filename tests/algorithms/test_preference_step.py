@@ -1,6 +1,6 @@
-"""preference_step on every backend: equal to the composition of the simple ops, in one pass.
+"""Test preference_step on every backend: it equals the composition of the simple ops, in one pass.
 
-Bounds: those of linear_token_stats; the coefficients are functions of sums of log-probabilities, so
+The bounds are those of linear_token_stats. The coefficients are functions of sums of log-probabilities, so
 their errors enter the gradients relative to beta.
 """
 
@@ -25,7 +25,7 @@ def backend(request):
         yield request.param
 
 
-# On Triton's interpreter as well.
+# Runs on Triton's interpreter too.
 everywhere = pytest.mark.parametrize("backend", backends("linear_token_stats"), indirect=True)
 
 
@@ -46,7 +46,7 @@ def put(backend: Backend, batch: PreferenceBatch) -> PreferenceBatch:
 
 
 def evaluate(backend: Backend, name: str, needs: str = "hwb", dtype=torch.float32, **given):
-    """(step, gradients) from hidden states."""
+    """Return (step, gradients) from hidden states."""
     tensors = {k: backend.put(v) for k, v in head(dtype).items()}
     for key in ("hidden", "weight", "bias"):
         tensors[key] = tensors[key].detach().requires_grad_(key[0] in needs)
@@ -59,7 +59,7 @@ def evaluate(backend: Backend, name: str, needs: str = "hwb", dtype=torch.float3
 
 
 def composed(backend: Backend, name: str, dtype=torch.float32, **given):
-    """The same through linear_token_stats of the reference, in float64."""
+    """Return the same through linear_token_stats of the reference, in float64."""
     loss = example(name, **given.pop("options", {}))
     batch = given.pop("batch", None) or example_batch(loss)
     wide = {k: v.double() if v.is_floating_point() else v for k, v in head(dtype).items()}
@@ -135,7 +135,7 @@ def test_logit_options_are_honoured(option: dict, backend: Backend):
 @pytest.mark.parametrize("name", ["dpo", "kto", "aot"])
 @everywhere
 def test_from_logits(name: str, backend: Backend):
-    """The logits of the head give what the head gives, and their own gradient."""
+    """The logits of the head give the same results as the head, and their own gradient."""
     given = {k: backend.put(v) for k, v in head().items()}
     loss = example(name)
     batch = put(backend, example_batch(loss))
@@ -171,7 +171,7 @@ class Products(TorchDispatchMode):
 
 
 def count(backend: Backend, name: str, **given) -> float:
-    """Operations of matrix products over tokens of pairs, hidden and vocabulary."""
+    """Return the operations of matrix products over tokens of pairs, hidden and vocabulary."""
     with Products() as products:
         step, _ = evaluate(backend, name, **given)
     rows = int(step.stats.lse.ne(0).sum())
@@ -180,7 +180,7 @@ def count(backend: Backend, name: str, **given) -> float:
 
 @pytest.mark.parametrize("backend", backends("linear_token_stats", without="reference"), indirect=True)
 def test_matrix_products_are_counted(backend: Backend):
-    """6 T H V with both gradients, 4 with a frozen lm_head, 8 only for pairs beyond the budget."""
+    """6 T H V with both gradients, 4 with a frozen lm_head, 8 only for pairs larger than the budget."""
     assert count(backend, "dpo") == 6.0
     assert count(backend, "orpo") == 6.0 and count(backend, "kto") == 6.0
     assert count(backend, "aot") == 6.0  # one unit, and it fits
@@ -324,7 +324,7 @@ class TestEdges:
 
 
 def test_traced_by_torch_compile():
-    """A graph break for the borders, then the composition: the same numbers."""
+    """A graph break for the borders, then the composition: the results are equal."""
     given, batch, loss = head(), pair_batch(), example("dpo")
 
     def run(hidden: torch.Tensor) -> torch.Tensor:

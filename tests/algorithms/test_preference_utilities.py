@@ -1,4 +1,4 @@
-"""LeaF's distillation, the DID diagnostic, schedules of the reference, refusals of the losses."""
+"""Test LeaF's distillation, the DID diagnostic, schedules of the reference, and errors of the losses."""
 
 import dataclasses
 import itertools
@@ -62,7 +62,7 @@ def test_leaf_refusals():
 
 @pytest.mark.parametrize("sampled_from", ["reference", "policy"])
 def test_did_entropy_estimates_the_entropy_of_the_ratio(sampled_from: str):
-    """Against enumeration of 40 responses, from 100 000 samples; its ESS is that of the weights."""
+    """Compared with enumeration of 40 responses, from 100 000 samples. Its ESS is the ESS of the weights."""
     policy = (1.2 * normal(40, seed=3)).log_softmax(0)
     ref = (0.8 * normal(40, seed=4)).log_softmax(0)
     q = (policy - ref).softmax(0)
@@ -93,7 +93,7 @@ def test_did_token_entropy():
 
 
 def test_the_ideal_rejected_sampler_makes_the_log_ratio_the_reward():
-    """pi_l ~ ref (ref / pi*)^beta and y_w ~ ref: then P(y_w > y_l) is DPO's at the optimum."""
+    """pi_l ~ ref (ref / pi*)^beta and y_w ~ ref: then P(y_w > y_l) is DPO's probability at the optimum."""
     beta, ref = 0.5, normal(6, seed=1).log_softmax(0)
     best = normal(6, seed=2).log_softmax(0)
     rejected = (ref + beta * (ref - best)).log_softmax(0)
@@ -297,7 +297,7 @@ def test_bco_takes_the_mean_over_all_ranks():
 
 
 def test_metrics_add_up_over_parts():
-    """Sums over two halves of the pairs are those of the whole; a margin above 0 counts."""
+    """Sums over two halves of the pairs equal those of the whole. A margin above 0 counts."""
     gen = torch.Generator().manual_seed(0)
     z, target = torch.randn(TOKENS, 4, generator=gen), torch.randint(4, (TOKENS,), generator=gen)
     with tokfuse.backend("reference"):

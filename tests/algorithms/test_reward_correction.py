@@ -1,6 +1,6 @@
-"""Rewards from wrong labels and partial feedback, and effects: unbiased where it is claimed.
+"""Test rewards from wrong labels and partial feedback, and effects: unbiased as documented.
 
-Monte Carlo means are held to five standard errors of themselves, with fixed seeds.
+Monte Carlo means must be within five standard errors of the expected value, with fixed seeds.
 """
 
 import math
@@ -24,7 +24,7 @@ def squared(prediction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_noise_correction_is_the_clean_loss_on_average():
-    """E over label noise, in closed form and by simulation; single values may be negative."""
+    """Mean over label noise, in closed form and by simulation. Single values may be negative."""
     fix = algorithms.make("causalrm_noise", rho01=0.3, rho10=0.2)
     one, zero = squared(normal(50))
     positive = fix.loss(one, zero, torch.ones(50, dtype=torch.bool))
@@ -54,7 +54,7 @@ def test_noise_correction_gradient_and_refusals():
 
 
 class World1:
-    """Samples observed with a probability that depends on their loss."""
+    """Samples that are observed with a probability that depends on their loss."""
 
     def __init__(self, samples: int = 400_000, seed: int = 0) -> None:
         x = normal(samples, seed=seed)
@@ -66,7 +66,7 @@ class World1:
         self.wrong_p, self.wrong_e = torch.full_like(x, 0.5), torch.full_like(x, 2.0)
 
     def terms(self, form: str, propensity: Tensor, imputed: Tensor | None = None) -> Tensor:
-        """Each sample's contribution, through the public loss: linear in its terms."""
+        """Return each sample's contribution through the public loss, which is linear in its terms."""
         make = algorithms.make("causalrm", form=form)
         leaf = self.loss.clone().requires_grad_()
         extra = None if imputed is None else imputed.clone().requires_grad_()
@@ -84,7 +84,7 @@ def test_inverse_propensities_are_unbiased_and_dr_is_with_either_model_wrong():
     check_mean(w.terms("ips", w.propensity), w.truth)
     check_mean(w.terms("dr", w.propensity, w.imputed), w.truth)
     check_mean(w.terms("dr", w.propensity, w.wrong_e), w.truth)
-    check_mean(w.terms("dr", w.wrong_p, w.loss), w.truth)  # the right imputation, wrong propensity
+    check_mean(w.terms("dr", w.wrong_p, w.loss), w.truth)  # correct imputation, wrong propensity
     assert differs(w.terms("ips", w.wrong_p), w.truth)
     assert differs(w.terms("dr", w.wrong_p, w.wrong_e), w.truth)
     assert w.terms("dr", w.propensity, w.imputed).std() < w.terms("ips", w.propensity).std()
@@ -109,7 +109,7 @@ def test_propensity_forms():
     dr.loss(leaf, seen, prop, imputed=e).backward()
     assert prop.grad is None and leaf.grad[2] == 0
     compare(imputation_loss(unseen, e, seen, p), torch.tensor([0.5, 4.0, 0.0]), rtol=1e-12)
-    # Kernel balancing: mean over all of e plus mean over the observed of w (l - e).
+    # Kernel balancing: mean over all of e, plus mean over the observed of w (l - e).
     w = torch.tensor([1.5, 0.5, 1.0]).double()
     balanced = dr.loss(unseen, seen, (2 / 3) / w, imputed=e)
     assert float(balanced) == pytest.approx(5.5 / 3 + (1.5 * (1 - 1.5) + 0.5 * (2 - 1)) / 2)
@@ -121,7 +121,7 @@ def test_propensity_forms():
 
 
 def test_balance_hinges_are_per_anchor():
-    """Trap: gaps of opposite sign must not cancel; the released sum before the hinge lets them."""
+    """Trap: gaps of opposite sign must not cancel. The released code sums before the hinge, so they cancel there."""
     phi, target = (torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), torch.tensor([0.9, 0.1], dtype=torch.float64))
     penalty = algorithms.make("kernel_balancing", gamma=2.0, slack=0.1)
     even = torch.ones(2, dtype=torch.float64)
@@ -181,7 +181,7 @@ def test_lcc_inverts_a_shrinkage_and_is_nothing_under_z_scores():
 
 
 def test_tweedie_recovers_the_spread_of_a_calibrated_predictor():
-    """Truth = prediction + noise: predictions are shrunk; slope 1 of corrected on truth."""
+    """Truth = prediction + noise, so predictions have too little variance. The slope of corrected on truth is 1."""
     predicted = 0.8 * normal(3000)
     truth = predicted + 0.6 * normal(3000, seed=1)
     model = algorithms.make("reward_calibrator")
@@ -192,7 +192,7 @@ def test_tweedie_recovers_the_spread_of_a_calibrated_predictor():
     )
     assert before == pytest.approx(0.64, abs=0.05) and after == pytest.approx(1.0, abs=0.1)
     assert float(((out - y) ** 2).mean()) > float(((predicted[2000:] - y) ** 2).mean())
-    # The slope of log p against finite differences of the density itself.
+    # Compare the slope of log p with finite differences of the density.
     h, points = state["bandwidth"], state["points"]
     at = torch.tensor([-1.0, 0.3])
 
@@ -208,7 +208,7 @@ def test_tweedie_recovers_the_spread_of_a_calibrated_predictor():
 
 
 def test_group_effects():
-    """Against numpy-like loops; AIPW is unbiased with either model wrong."""
+    """Compared with plain loops. AIPW is unbiased if one of the two models is wrong."""
     r, ids = normal(12), torch.tensor([0] * 6 + [2] * 5 + [1])
     t = torch.tensor([1, 0, 1, 0, 1, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
     out = group_effect(r, t, ids, 3)
@@ -239,7 +239,7 @@ def test_group_effects():
 
 
 def test_uplift_ranking_shares_ties():
-    """Ideal 1, reversed -1; equal predictions 0 whatever the order of the samples."""
+    """Ideal 1, reversed -1. Equal predictions give 0 for every order of the samples."""
     t = torch.tensor([1, 1, 0, 0, 1, 0], dtype=torch.bool)
     y = torch.tensor([1, 1, 0, 1, 0, 1], dtype=torch.bool)
     agree = (t == y).double()
@@ -256,7 +256,7 @@ def test_uplift_ranking_shares_ties():
 
 
 def test_uplift_ranking_gives_the_published_values():
-    """The notebook of the authors' repository; its ties are broken as its sort does, last first."""
+    """The notebook of the authors' repository. Ties are broken as by its sort, last first."""
     t = torch.tensor([1, 0, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
     y = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1], dtype=torch.bool)
     place = 1e-3 * torch.arange(8)

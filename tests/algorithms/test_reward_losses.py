@@ -1,4 +1,4 @@
-"""The losses of reward models: formulas in float64, finite differences, global statistics."""
+"""Test the losses of reward models: formulas in float64, finite differences, global statistics."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ def test_pearson():
     value = pearson(flat, y[:5].float())
     value.backward()
     assert value.item() == 0.0 and not flat.grad.any()
-    # The mean of many equal numbers is off by rounding, which is no spread.
+    # The mean of many equal numbers has a rounding error. It must not count as spread.
     many = normal(3000)
     assert pearson(torch.full((3000,), 0.1, dtype=torch.float64), many).item() == 0.0
     assert pearson(1e-6 * many, many).item() == pytest.approx(1.0)
@@ -46,10 +46,10 @@ def test_pearson():
 
 
 def ranks(parts: list[list[Tensor]], call) -> list[Tensor]:
-    """`call(world, *tensors)` on every rank; each rank's gather is answered from a dry run."""
+    """Run `call(world, *tensors)` on every rank. Each gather is answered with the results of a dry run."""
     logs: list[list[Tensor]] = [[] for _ in parts]
     out = []
-    for _ in range(4):  # as many rounds as there are dependent gathers
+    for _ in range(4):  # one round per dependent gather
         out = []
         for rank, tensors in enumerate(parts):
             taken: list[Tensor] = []
@@ -67,7 +67,7 @@ def ranks(parts: list[list[Tensor]], call) -> list[Tensor]:
 
 
 def test_trap_15_statistics_are_global():
-    """Two ranks: every rank's loss is that of the whole batch, and so is each one's gradient."""
+    """Two ranks: every rank's loss and gradient equal those of the whole batch."""
     fimi = algorithms.make("fimi_rm", warmup=0, mse_weight=0.5)
     r, p = normal(10).requires_grad_(), normal(10, seed=3).requires_grad_()
     values = ranks([[r[:4], p[:4]], [r[4:], p[4:]]], pearson_call)
@@ -99,7 +99,7 @@ def test_fimi_losses_and_phases():
     v1 = algorithms.make("fimi_rm", warmup=3, mse_weight=1.0)
     compare(v1.probe_loss(w, pw) - fimi.probe_loss(w, pw), ((w - pw) ** 2).mean(), rtol=1e-10)
     assert torch.autograd.grad(v1.probe_loss(w, pw), w, allow_unused=True)[0] is None
-    # One sample: no correlation, and its own squared error.
+    # One sample: no correlation, and the squared error of that sample.
     compare(v1.probe_loss(w[:1], pw[:1]), (w[0] - pw[0]) ** 2, rtol=1e-12)
     state, seen = fimi.initial_state(), []
     for _ in range(9):
@@ -109,7 +109,7 @@ def test_fimi_losses_and_phases():
 
 
 def test_a_probe_takes_the_length_out_of_a_reward():
-    """A reward of quality + length: after alternating phases it is less like its length."""
+    """A reward of quality + length depends less on the length after alternating phases."""
     torch.manual_seed(0)
     length = torch.randint(5, 200, (256,))
     quality = torch.randn(256)
@@ -169,7 +169,7 @@ def test_ugda_refinement():
 
 @pytest.mark.parametrize("baseline", ["mean", "none"])
 def test_parl_gradient_is_that_of_the_upper_objective(baseline: str):
-    """All pairs of four responses, weighted by pi*: the gradient of G(nu) through pi*_nu itself."""
+    """All pairs of four responses, weighted by pi*: the gradient of G(nu) through pi*_nu."""
     beta, ref, label = 0.7, normal(4, seed=5).log_softmax(0), uniform(4, 4, seed=6)
     nu = normal(4, seed=7).requires_grad_()
     policy = (ref + nu / beta).log_softmax(0)
@@ -189,7 +189,7 @@ def test_parl_gradient_is_that_of_the_upper_objective(baseline: str):
             total = total + s * parl.loss(nu[i, None], nu[j, None], label[i, j, None], expected[:1])
         compare(-torch.autograd.grad(total, nu)[0], want, atol=1e-12)
         return
-    # With the leave-one-out baseline: two pairs drawn independently, all combinations.
+    # With the leave-one-out baseline: two independent pairs, all combinations.
     total = torch.zeros((), dtype=torch.float64)
     for a, b in itertools.product(range(len(pairs)), repeat=2):
         two = torch.tensor([a, b])

@@ -1,4 +1,4 @@
-"""LeaF, Thought Branches, Shapley, effects, PNS bounds: definitions, planted cases, refusals."""
+"""Test LeaF, Thought Branches, Shapley, effects and PNS bounds: definitions, constructed cases, errors."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ def test_confounders_are_what_only_the_student_looks_at_and_never_whitespace():
     keep = torch.tensor([False, False, False, True, False])
     assert not method.confounders(student, teacher, keep).any()
     assert not method.confounders(t(), t()).any()
-    # Scaling one model's gradients changes nothing: each is mapped to [0, 1] by itself.
+    # Scaling the gradients of one model changes nothing, because each model is mapped to [0, 1] separately.
     assert torch.equal(method.confounders(100 * student, teacher), method.confounders(student, teacher))
 
 
@@ -127,7 +127,7 @@ def test_transplant_curve_and_the_binary_difference():
 
 
 def game(members):
-    """Not additive: a pair that works together, a player that spoils, one that does nothing."""
+    """A non-additive game: two players that work together, one that does harm, one without effect."""
     worth = 1.0 * (0 in members) + 3.0 * ({1, 2} <= members) - 2.0 * ({0, 3} <= members)
     return worth + 0.5 * len(members & {0, 1, 2}) ** 2
 
@@ -174,7 +174,7 @@ def test_each_set_is_evaluated_once():
 
 
 def test_trap_edges_run_from_cause_to_effect():
-    """A fed B bad data: B depends on A, and the blame runs from A to B."""
+    """A gave B bad data: B depends on A, so the edge goes from the cause A to the effect B."""
     assert shapley.performance_graph([("B", "A")]) == [("A", "B")]
 
 
@@ -205,7 +205,7 @@ def test_ablation_errors_are_those_of_repeated_experiments():
 
 
 def test_pns_bounds_hold_the_truth_of_every_coupling():
-    """For every joint law of the two outcomes on a grid, PNS lies inside, and both ends occur."""
+    """For every joint distribution of the two outcomes on a grid, PNS is inside the bounds, and both bounds occur."""
     low, high = {}, {}
     steps = range(11)
     for both, only1, only0 in itertools.product(steps, repeat=3):

@@ -1,4 +1,4 @@
-"""Bandits, environment weights, IRMv1, tempered weights and answer metrics: formulas and traps."""
+"""Test bandits, environment weights, IRMv1, tempered weights and answer metrics: formulas and traps."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ def test_squarecb_learns_and_its_log_values_another_policy():
     state, log = play(method, means, 1500)
     assert state["step"] == 1500 == sum(state["pulls"])
     assert max(range(3), key=lambda i: state["pulls"][i]) == 2
-    # The logged propensities are the chances the arm was drawn with.
+    # The logged propensities are the probabilities with which the arm was drawn.
     assert all(c.propensity == c.probabilities[c.arm] for c, _ in log)
     target = [0.5, 0.5, 0.0]
     weight = torch.tensor([target[c.arm] / c.propensity for c, _ in log], dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_ofs_takes_the_best_arm_that_keeps_the_constraint():
     method = make("ofs", arms=3, width=0.5)
     state, log = play(method, [0.9, 0.6, 0.3], 800, residuals=[0.4, -0.2, -0.5])
     assert max(range(3), key=lambda i: state["pulls"][i]) == 1
-    assert [c.arm for c, _ in log[:3]] == [0, 1, 2]  # unseen arms first, in order
+    assert [c.arm for c, _ in log[:3]] == [0, 1, 2]  # arms without data first, in order
     free, _ = play(method, [0.9, 0.6, 0.3], 800)
     assert max(range(3), key=lambda i: free["pulls"][i]) == 0
     nothing, _ = play(method, [0.9, 0.6, 0.3], 800, residuals=[0.9, 0.5, 0.7])
@@ -137,7 +137,7 @@ def test_group_dro_moves_weight_to_the_worst_environment():
     gone = method.observe(state, t(0.0, 4000.0, 0.0))
     assert float(method.weights(gone)[0]) == 0.0
     back = method.observe(gone, t(4000.0, 0.0, 4000.0))
-    assert method.weights(back).tolist() == pytest.approx([1 / 3] * 3)  # nothing is lost for good
+    assert method.weights(back).tolist() == pytest.approx([1 / 3] * 3)  # no environment keeps weight 0 forever
 
 
 def test_irm_penalty_is_autograds_gradient_in_a_dummy_scale():
@@ -173,7 +173,7 @@ def test_trap_irm_sees_nothing_on_tokens_that_the_model_sampled():
 
 
 def test_trap_a_clipped_surrogate_is_no_risk():
-    """On policy its value is about 0 whatever the reward, so no environment stands out."""
+    """On policy its value is about 0 for every reward, so it does not distinguish environments."""
     logp = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reward = t(1, 0, 1, 1, 0, 0, 0, 1)
     cu = torch.arange(9, dtype=torch.int32)
@@ -234,13 +234,13 @@ def test_pass_rate_is_the_chance_of_a_right_one_among_k():
 def test_majority_and_best_of_n():
     answers = ["4", "5", "5", None, None, None]
     assert answer_metrics.majority_at_k(answers) == "5"
-    assert answer_metrics.majority_at_k(["b", "a", "a", "b"]) == "b"  # the first seen of equals
+    assert answer_metrics.majority_at_k(["b", "a", "a", "b"]) == "b"  # the first of equal counts
     assert make("majority_at_k", weight=[3.0, 1.0, 1.0, 0, 0, 0])(answers) == "4"
     assert answer_metrics.majority_at_k([None]) is None and answer_metrics.majority_at_k([]) is None
     assert answer_metrics.best_of_n([0.1, 0.9, 0.9]) == 1
     weighted = make("best_of_n", weighted=True)
     assert weighted([0.6, 0.3, 0.4], ["a", "b", "b"]) == 2
-    assert weighted([0.6, 0.4, 0.4], ["a", "b", "b"]) == 1  # the first of equals
+    assert weighted([0.6, 0.4, 0.4], ["a", "b", "b"]) == 1  # the first of equal values
 
 
 # ---------------------------------------------------------------------------------- what is refused

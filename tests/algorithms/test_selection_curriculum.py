@@ -1,4 +1,4 @@
-"""CurES, SEELE, HPL, Cog-Rethinker and ISLA: formulas, planted parameters, states, refusals."""
+"""Test CurES, SEELE, HPL, Cog-Rethinker and ISLA: formulas, known parameters, states, errors."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def test_largest_remainder_ties_go_to_the_first_rows():
 
 
 def rollouts(seed=0, prompts=3, n=40):
-    """Gradients of right and wrong rollouts; the success rates are the empirical ones."""
+    """Return gradients of correct and wrong rollouts. The success rates are the empirical ones."""
     gen = torch.Generator().manual_seed(seed)
     ids = torch.arange(prompts).repeat_interleave(n)
     right = torch.rand(prompts * n, generator=gen) < 0.4
@@ -199,7 +199,7 @@ def test_trap_rounds_all_right_or_all_wrong_still_give_a_rate(rounds):
     fit = seele.fit_3pl(*zip(*rounds, strict=True))
     rate = seele.invert_3pl(fit, 0.5)
     assert 0.0 <= rate <= 1.0 and all(map(math.isfinite, fit))
-    # The search goes the right way: up after a failure, down after a success.
+    # The search goes in the correct direction: up after a failure, down after a success.
     wrong = [r for r, a in rounds if a == 0.0 and r > 0.0]
     right = [r for r, a in rounds if a == 1.0 and r < 1.0]
     assert all(rate >= r - 1e-6 for r in wrong if r < 1.0)
@@ -215,7 +215,7 @@ def test_without_scipy_the_fit_says_what_to_install(monkeypatch):
 def test_trap_no_rate_reaches_an_accuracy_below_the_guessing_floor():
     curve = seele.ThreePL(8.0, -0.4, 0.6)
     assert seele.invert_3pl(curve, 0.5) == 0.0 and seele.invert_3pl(curve, 0.6) == 0.0
-    assert seele.invert_3pl(seele.ThreePL(8.0, -1.4, 0.0), 0.5) == 1.0  # beyond the solution
+    assert seele.invert_3pl(seele.ThreePL(8.0, -1.4, 0.0), 0.5) == 1.0  # longer than the solution
 
 
 def test_seele_rounds_settle_at_the_target_and_the_state_resumes():
@@ -237,7 +237,7 @@ def test_seele_rounds_settle_at_the_target_and_the_state_resumes():
         assert method.hint(loaded, "q", units) == method.hint(state, "q", units)
     assert abs(seen_accuracy[-1] - 0.5) < 0.1 < abs(seen_accuracy[0] - 0.5)
     assert state["memory"] == {} and state["last"]["q"] == hint.rate
-    assert method.hint(state, "q", units) == hint  # the next epoch starts here
+    assert method.hint(state, "q", units) == hint  # the next epoch starts at this batch
     higher = make("seele", target=0.8)
     mid = {"memory": {"q": [[0.5, 0.4]]}, "last": {}}
     assert higher.hint(mid, "q", units).rate > method.hint(mid, "q", units).rate
@@ -283,7 +283,7 @@ def test_hpl_segmentations():
     assert hpl.segment_fixed_size(0).tolist() == [0] == hpl.segment_fixed_count(0).tolist()
     entropy = t(0.1, 1.5, 0.2, 0.3, 2.0)
     assert hpl.segment_uncertain(entropy, quantile=None, threshold=1.2).tolist() == [0, 2, 5]
-    assert hpl.segment_uncertain(entropy).tolist() == [0, 5]  # the cut behind the last action
+    assert hpl.segment_uncertain(entropy).tolist() == [0, 5]  # the cut after the last action
     assert hpl.segment_uncertain(entropy, quantile=0.5).tolist() == [0, 2, 5]
     assert hpl.segment_uncertain(t()).tolist() == [0]
 

@@ -1,4 +1,4 @@
-"""LESS, GREATS and UGDA as configured methods, on features and on the sketches of a step."""
+"""Test LESS, GREATS and UGDA as configured methods, on features and on the sketches of a step."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def test_less_keeps_the_top_fraction_of_its_scores():
 
 
 def test_trap_adams_update_is_of_the_training_side_only():
-    """eps inside the root, no bias correction, validation features plain (released code)."""
+    """eps is inside the root, no bias correction, validation features are plain gradients (released code)."""
     train, valid = features(6), features(4, seed=1)
     (m, v), (b1, b2), eps = MOMENTS, (0.8, 0.9), 0.3
     method = make("less", betas=(b1, b2), eps=eps)
@@ -53,7 +53,7 @@ def test_trap_adams_update_is_of_the_training_side_only():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_greats_equals_brute_force(seed):
-    """Each pick minimises the quadratic model of the validation loss, given the picks before."""
+    """Each pick minimises the quadratic model of the validation loss, given the earlier picks."""
     g, valid, lr, k = features(7, (5,), seed), features(3, (5,), 50 + seed), 0.1, 4
     target = valid.mean(0)
 
@@ -69,7 +69,7 @@ def test_greats_equals_brute_force(seed):
 
 
 def test_greats_finds_the_best_set_where_overlaps_are_small():
-    """Over all subsets of a small set, not only greedily."""
+    """Compared with all subsets of a small set, not only with greedy choices."""
     g, valid, lr = features(6, (40,)), features(2, (40,), 3), 0.01
     target = valid.mean(0)
 
@@ -82,14 +82,14 @@ def test_greats_finds_the_best_set_where_overlaps_are_small():
 
 
 def test_trap_gradients_of_a_batch_mean_are_scaled_back():
-    """Overlap is quadratic in the features and the gain is not mean-free: a divisor matters."""
+    """The overlap is quadratic in the features and the gain is linear, so the divisor matters."""
     g = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.9]])
     valid, n = torch.tensor([[1.0, 1.0]]), 100
     method = make("greats", k=2, lr=0.5)
     own = method.select(g, valid).tolist()
     assert method.select(g / n, valid / n, divisor=n).tolist() == own == [0, 2]
     lone = make("greats", k=2, lr=0.05).select(g, valid).tolist()
-    assert lone == [0, 1]  # a small step: overlap costs little
+    assert lone == [0, 1]  # with a small step the overlap costs little
 
 
 # -------------------------------------------------------------------------------------------- UGDA
@@ -111,7 +111,7 @@ def test_ugda_is_uncertainty_then_influence():
 
 
 def test_trap_a_choice_per_rank_is_not_the_choice_over_all_ranks():
-    """Variances are per sample, but shares are of what is given: gather first."""
+    """Variances are per sample, but shares refer to the given samples: gather first."""
     rewards = torch.tensor([[0.0] * 8, [9.0, 8, 7, 6, 1, 2, 3, 4]])
     train, valid = features(8), features(2, seed=1)
     method = make("ugda", influential=1.0)
@@ -144,7 +144,7 @@ def step_sketches(hidden, weight, target, cu_seqlens, advantage, old_shift=0.0):
 
 
 def test_methods_run_on_the_sketches_of_a_step():
-    """The sample with the validation sample's own tokens comes first, in every method."""
+    """The sample with the tokens of the validation sample is first, for every method."""
     gen = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(12, 8, generator=gen), torch.randn(30, 8, generator=gen)
     target = torch.randint(30, (12,), generator=gen)
@@ -163,7 +163,7 @@ def test_trap_a_clipped_sample_has_no_influence():
     hidden, weight = torch.randn(4, 8, generator=gen), torch.randn(30, 8, generator=gen)
     target = torch.randint(30, (4,), generator=gen)
     cu = torch.tensor([0, 2, 4], dtype=torch.int32)
-    # Ratio e^1 with a positive advantage is beyond the clip in the second sample.
+    # In the second sample, a ratio of e^1 with a positive advantage is beyond the clip.
     shift = torch.tensor([0.0, 0.0, -1.0, -1.0])
     sketches = step_sketches(hidden, weight, target, cu, torch.ones(2), shift)
     assert sketches[0].abs().sum() > 0 and not sketches[1].any()

@@ -1,4 +1,4 @@
-"""Dispatch: which backend serves a call, how one is forced, and what is said when none can."""
+"""Test dispatch: which backend runs a call, how to force one, and the message if none can run it."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def run_with_environment(backend: str) -> subprocess.CompletedProcess:
         "from tokfuse.runtime.core import dispatch\n"
         "print(dispatch.select('token_stats', 'cpu', torch.float32).backend)"
     )
-    # An import of the package must find the name too, so the variable is set from outside.
+    # The import of the package must find the name too, so the variable is set from outside.
     return subprocess.run(
         [sys.executable, "-P", "-c", f"import tokfuse.runtime.ops.token_stats\n{code}"],
         env={"PATH": "", "TOKFUSE_BACKEND": backend},

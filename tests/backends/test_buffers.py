@@ -1,4 +1,4 @@
-"""Memory of large CPU results that is kept when they are freed (csrc/bindings/buffers.h)."""
+"""Test the memory of large CPU results, which is kept when they are freed (csrc/bindings/buffers.h)."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def nothing_kept():
 
 
 def gradient(seed: int = 0, rows: int = ROWS) -> torch.Tensor:
-    """grad_logits of a step, which is a large result."""
+    """Return grad_logits of a step, which is a large result."""
     gen = torch.Generator().manual_seed(seed)
     step = tokfuse.policy_step(
         logits=torch.randn(rows, VOCAB, generator=gen),
@@ -54,7 +54,7 @@ def test_the_memory_of_a_freed_result_serves_the_next():
 def test_a_live_result_is_never_handed_out_again():
     first = gradient(0)
     kept = first.clone()
-    view = first[7]  # a view holds the memory as well
+    view = first[7]  # a view keeps the memory too
     del first
     second = gradient(1)
     assert torch.equal(view, kept[7])

@@ -1,6 +1,6 @@
-"""torch.compile and the custom ops: fullgraph traces of every op, opcheck, equality with eager.
+"""Test torch.compile and the custom ops: fullgraph traces of every op, opcheck, equality with eager.
 
-Bound: a compiled call runs the same kernels, so values are equal, not close.
+A compiled call runs the same kernels, so values are bitwise equal.
 """
 
 import pytest
@@ -24,7 +24,7 @@ TRACEABLE = [
 
 
 class CustomOps:
-    """A backend of torch.compile that runs the graph as it is and keeps the calls of our custom ops."""
+    """A backend of torch.compile that runs the graph unchanged and records the calls of tokfuse's custom ops."""
 
     def __init__(self) -> None:
         self.calls = []
@@ -43,7 +43,7 @@ class CustomOps:
 
 
 def traced(call: Call, given: dict):
-    """(outputs and gradients, the custom ops) of the call inside torch.compile."""
+    """Return (outputs and gradients, the custom ops) of the call inside torch.compile."""
     function, ops = call.function(), CustomOps()
     torch.compiler.reset()
     compiled = torch.compile(lambda **given: tensors(function(**given)), fullgraph=True, backend=ops.backend)
@@ -55,7 +55,7 @@ def traced(call: Call, given: dict):
 
 
 def with_gradients(args, given: dict):
-    """The arguments of a custom op; those that are leaves of the call require a gradient again."""
+    """Return the arguments of a custom op. Those that are leaves of the call require a gradient again."""
     leaves = {x.data_ptr() for x in given.values() if isinstance(x, torch.Tensor) and x.requires_grad}
     return tuple(
         x.detach().requires_grad_(x.data_ptr() in leaves and x.is_floating_point())
@@ -67,7 +67,7 @@ def with_gradients(args, given: dict):
 
 @pytest.mark.parametrize(("call", "backend"), TRACEABLE)
 def test_compiled_equals_eager_and_its_custom_ops_pass_opcheck(call: Call, backend: Backend):
-    """The reference is compiled from its formulas, so it is close and not equal."""
+    """The reference is compiled from its formulas, so it is close but not bitwise equal."""
     reference = backend.name == "reference"
     problem = Problem(SMALL, backend.device, torch.float64 if reference else torch.float32)
     with backend.forced():
@@ -88,7 +88,7 @@ def test_compiled_equals_eager_and_its_custom_ops_pass_opcheck(call: Call, backe
             if op.name().endswith("_backward"):
                 args = with_gradients(args, {})  # not differentiable
             if any(not x.is_floating_point() for x in tensors(op(*args, **kwargs)).values()):
-                args = with_gradients(args, {})  # opcheck adds outputs up, and cannot add integers
+                args = with_gradients(args, {})  # opcheck sums outputs, and cannot sum integers
             torch.library.opcheck(op, args, kwargs)
 
 
@@ -128,7 +128,7 @@ def test_inductor_runs_the_ops_too():
         return tokfuse.token_stats(z * 2, target).logp.sum()
 
     z = logits.clone().requires_grad_()
-    with fresh_inductor_cache():  # code of another version of the ops' schemas does not run
+    with fresh_inductor_cache():  # code for another version of the ops' schemas does not run
         loss(z).backward()
     eager = logits.clone().requires_grad_()
     tokfuse.token_stats(eager * 2, target).logp.sum().backward()

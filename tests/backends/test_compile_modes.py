@@ -1,4 +1,4 @@
-"""torch.compile beyond one trace: dynamic shapes, the reference, dtypes, errors at run time."""
+"""Test torch.compile with dynamic shapes, the reference, dtypes, and errors at run time."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def compiled(function, **options):
 
 
 def both(eager, traced, z, other):
-    """[(value, gradient)] of the eager and the compiled function."""
+    """Return [(value, gradient)] of the eager and the compiled function."""
     out = []
     for run in (eager, traced):
         x = z.clone().requires_grad_()
@@ -95,7 +95,7 @@ def both(eager, traced, z, other):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_dynamic_shapes_trace_once_or_twice(name: str):
-    """One graph, and at most one more for sizes that must be told from another size."""
+    """One graph, and at most one more for sizes that need another graph."""
     if not any(p.values[0].name == "cpu" and not p.marks for p in backends("policy_step")):
         pytest.skip("cpu: the native module is not built")
     function = FUNCTIONS[name]
@@ -122,7 +122,7 @@ def test_dynamic_shapes_trace_once_or_twice(name: str):
     ("name", "dtype"), [("stats", torch.float32), ("step", torch.float64), ("head", torch.float64)]
 )
 def test_the_reference_compiles_too(name: str, dtype: torch.dtype):
-    """Its backward is then made by torch.compile from the forward."""
+    """torch.compile then derives its backward from the forward."""
     z, other = batch(6, dtype)
     with tokfuse.backend("reference"):
         (value, grad), (again, traced) = both(FUNCTIONS[name], compiled(FUNCTIONS[name]), z, other)
@@ -193,7 +193,7 @@ def test_values_are_checked_when_the_graph_runs():
 
 
 def test_a_forced_backend_is_part_of_the_trace():
-    """A graph traced for one backend does not serve a call that forces another."""
+    """A graph traced for one backend is not used for a call that forces another."""
     z, other = batch(6)
     traced = compiled(stats)
     first = traced(z, **other)

@@ -1,7 +1,7 @@
-"""Numbers inside torch.compile: a value that changes does not compile a graph of its own.
+"""Test numbers inside torch.compile: a value that changes does not compile a new graph.
 
-torch.compile turns a number that has changed once into a symbol; plain torch then compiles twice, for
-however many values. So does every op, for every number that users change between steps.
+torch.compile turns a number that changed once into a symbol. Plain torch then compiles twice for any number
+of values. Every op must do the same, for every number that users change between steps.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Z = torch.randn(TOKENS, VOCAB, generator=GEN)
 OTHER = torch.randn(TOKENS, VOCAB, generator=GEN)
 HEAD = torch.randn(VOCAB, HIDDEN, generator=GEN)
 TARGET = torch.randint(0, VOCAB, (TOKENS,), generator=GEN)
-KEPT = torch.arange(12) % VOCAB  # two ids for each row
+KEPT = torch.arange(12) % VOCAB  # two ids per row
 OLD = -torch.rand(TOKENS, generator=GEN) * 3
 ADVANTAGE = torch.randn(TOKENS, generator=GEN)
 CU = torch.tensor([0, 2, TOKENS], dtype=torch.int32)
@@ -57,11 +57,11 @@ def policy_step_hidden(z: torch.Tensor, x: Any, temperature: float = 1.0) -> tor
 
 
 def coefficients(x: float) -> tokfuse.Objective:
-    """An objective of which three numbers change, made outside of the graph as trainers make it."""
+    """Return an objective with three changing numbers, created outside of the graph like in trainers."""
     return tokfuse.Objective(shape=tokfuse.PPOClip(low=x), kl=tokfuse.KL(coef=0.1 * x), entropy_coef=0.02 * x)
 
 
-# Values start away from 0 and 1, which torch.compile always keeps as constants.
+# The first values are not 0 or 1, because torch.compile always keeps these as constants.
 VALUES = [0.3 + k / 16 for k in range(4)]
 CALLS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "token_stats/temperature": token_stats,
@@ -94,7 +94,7 @@ CALLS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 
 
 def graphs_of(call: Callable[..., torch.Tensor], arguments: list[tuple[Any, ...]]) -> int:
-    """The number of graphs that the calls compile; values and gradients equal those of eager calls."""
+    """Return the number of graphs that the calls compile. Values and gradients must equal those of eager calls."""
     graphs = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -202,7 +202,7 @@ def numbers(x: torch.Tensor, a: float, b: float | None, c: list[float], n: int) 
 
 
 def test_every_number_comes_through_a_custom_op() -> None:
-    """Constants, tensors, and both in one list; outside of torch.compile as inside."""
+    """Constants, tensors, and both in one list, outside and inside of torch.compile."""
     x = torch.zeros(1, dtype=torch.float64)
     held = [torch.tensor(v, dtype=torch.float64) for v in (0.1, 0.2, 0.3)]
     assert numbers(x, 0.5, None, [], 7).tolist()[::2] == [0.5, 7]

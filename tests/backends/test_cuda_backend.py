@@ -1,7 +1,7 @@
-"""The cuda backend without a GPU: what it refuses, and its launches counted on the CPU.
+"""Test the cuda backend without a GPU: its errors, and its launches counted on the CPU.
 
-Parity of its kernels is tested by the tests of each op, in a process with TOKFUSE_CUDA_HOST (marker
-cuda_host); here is what only this backend has.
+The tests of each op compare the values of its kernels, in a process with TOKFUSE_CUDA_HOST (marker
+cuda_host). This file tests the parts that only this backend has.
 """
 
 import collections
@@ -98,7 +98,7 @@ def test_a_launch_takes_a_place_and_the_structs_of_its_kernel():
 
 
 class Counted:
-    """The launchers, counting what is launched."""
+    """The launchers, with a count of the launches."""
 
     def __init__(self) -> None:
         self.calls: collections.Counter[str] = collections.Counter()
@@ -135,7 +135,7 @@ def head(rows: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def budget_of(rows: int) -> int:
-    """memory_budget for chunks of that many rows: float32 logits, two rows of hidden states."""
+    """Return a memory_budget for chunks of that many rows: float32 logits, two rows of hidden states."""
     return rows * (4 * 208 + 8 * 8 + 64)
 
 
@@ -189,7 +189,7 @@ def test_packed_ops_take_one_launch(call: Call, counted: Counted):
 @hosted
 @pytest.mark.cuda_host
 def test_a_launch_goes_to_the_device_of_its_tensors():
-    """There is one device here; another one is asked for, and refused by name."""
+    """There is one device here. A request for another device raises an error that names it."""
     x = torch.ones(8)
     module = cuda_backend.launchers()
     args = module.WhitenArgs(**{**WHITEN, "tokens": 8}, x=x, out=x, mean=None, var=None, scratch=x.new_empty(6))

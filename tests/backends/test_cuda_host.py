@@ -1,8 +1,8 @@
-"""The machine that runs CUDA kernels on the CPU (tests/cuda_host), and the kernels in it.
+"""Test the machine that runs CUDA kernels on the CPU (tests/cuda_host), and the kernels on it.
 
-First every checker must bite: each seeded bug of bugs.cu is found, its correct kernels pass. Then
-the shipped kernels: no race, no access outside of an array, no undefined behaviour, and the
-same bits in whatever order threads run.
+First the checkers: each seeded bug of bugs.cu must be found, and its correct kernels must pass. Then the
+shipped kernels: no race, no access outside of an array, no undefined behaviour, and bitwise the same results
+for every order of threads.
 """
 
 import re
@@ -118,7 +118,7 @@ def test_a_sum_in_the_order_of_threads_changes_with_the_order():
 
 
 def traffic(report: str) -> dict[str, float]:
-    """ "device load 16 bytes rows.cuh:12" -> how many times the fewest sectors or wavefronts."""
+    """Return "device load 16 bytes rows.cuh:12" -> the ratio to the smallest number of sectors or wavefronts."""
     lines = re.findall(r"^  (\w+ \w+ +\d+ bytes \S+) +\d+ requests, ([\d.]+) of", report, re.M)
     return {re.sub(" +", " ", place): float(times) for place, times in lines}
 
@@ -150,7 +150,7 @@ def rows(flags, *arguments: str, **variables: str) -> Run:
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_row_kernels_have_no_race_and_stay_inside_their_arrays(arch: str):
-    # One processor: its block takes all rows, so that buffers are used again.
+    # One processor: its block processes all rows, so that buffers are used again.
     done = rows(CHECKED, TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_SEED="11", TOKFUSE_HOST_PROCESSORS="1")
     assert done.status == 0, done.err
     report = traffic(done.err)
@@ -162,7 +162,7 @@ def test_row_kernels_have_no_race_and_stay_inside_their_arrays(arch: str):
 
 
 def moved(op: str, size: int, vocab: int, arch: str, kernel: str) -> tuple[float, float]:
-    """Bytes read and written per row that is not masked (4) and per row (5), over `vocab`."""
+    """Return bytes read and written per unmasked row (4 of them) and per row (5), divided by `vocab`."""
     done = rows(CHECKED, op, str(size), str(vocab), TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_PROCESSORS="1")
     assert done.status == 0, done.err
     found = re.findall(rf"Arguments = {{[^}}]*{kernel}.*: (\d+) bytes read, (\d+)", done.err)
@@ -170,16 +170,16 @@ def moved(op: str, size: int, vocab: int, arch: str, kernel: str) -> tuple[float
     return int(read) / (4 * vocab), int(written) / (5 * vocab)
 
 
-# What a row costs beside its logits, in bytes per element at these sizes: targets, the inputs of
-# the objective, results. The backward's come from every block of a row, and so from a cache; logp,
-# which the target's entry needs, is the fourth of its vectors.
+# Bytes per element, at these sizes, that a row needs in addition to its logits: targets, the inputs of the
+# objective, results. In the backward every block of a row reads them, so they come from a cache. logp, which
+# the target's entry needs, is the fourth of these vectors.
 BESIDE, BESIDE_IN_BACKWARD = 0.09, 0.53
 
 
 @pytest.mark.parametrize(("size", "vocab"), [(2, 32_768), (4, 32_768), (2, 131_072), (2, 151_936), (2, 262_144)])
 @pytest.mark.parametrize(("arch", "visits"), [("80", 2), ("90", 1), ("100", 1)])
 def test_policy_step_reads_a_row_once_and_writes_it_once(arch, visits, size, vocab):
-    """In a cluster; the portable kernel's second visit is meant for L2."""
+    """In a cluster. The portable kernel reads the row a second time, from L2."""
     op = "policy_step_" if size == 4 else "policy_step"
     read, written = moved(op, size, vocab, arch, "TokenObjective")
     assert visits * size <= read < visits * size + BESIDE
@@ -207,5 +207,5 @@ def test_row_kernels_give_the_same_bits_in_every_order_of_threads(arch: str):
     assert plain.status == 0 and plain.out.count("cudaSuccess") > 20
     for seed in ("1", "2"):
         assert rows(OPTIMIZED, TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_SEED=seed).out == plain.out
-    # Nor does the number of processors, which is how many blocks share the rows.
+    # The number of processors must not matter either. It is the number of blocks that share the rows.
     assert rows(OPTIMIZED, TOKFUSE_HOST_ARCH=arch, TOKFUSE_HOST_PROCESSORS="5").out == plain.out

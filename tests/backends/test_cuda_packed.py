@@ -1,7 +1,7 @@
-"""The CUDA kernels over packed vectors under the checkers of tests/cuda_host.
+"""Test the CUDA kernels over packed vectors with the checkers of tests/cuda_host.
 
-No race, no access outside of an array, no undefined behaviour, and the same bits whatever the order
-of threads and the number of blocks. Their values are tested by the tests of each op (`cuda_host`).
+No race, no access outside of an array, no undefined behaviour, and bitwise the same results for every order of
+threads and number of blocks. The tests of each op compare their values (`cuda_host`).
 """
 
 import re

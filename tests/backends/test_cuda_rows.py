@@ -1,7 +1,7 @@
-"""policy_step of the CUDA backend by both ways, rows in a cluster and the second visit through L2.
+"""Test policy_step of the CUDA backend with both kernels: rows in a cluster, and the second read from L2.
 
-The kernels run on the CPU. Statistics and gradients against float64 with the bounds of token_stats,
-objectives against policy_loss in float64. What ops call by default is in the tests of the ops.
+The kernels run on the CPU. Statistics and gradients are compared with float64 within the bounds of token_stats,
+objectives with policy_loss in float64. The tests of the ops cover the default calls.
 """
 
 import cuda_rows
@@ -35,7 +35,7 @@ def check_gradient(grad, expected) -> None:
 
 
 def policy_problem(tokens: int, vocab: int, dtype: torch.dtype, **names: bool):
-    """(logits, target, inputs): ratios on both sides of the clip, rows without advantage."""
+    """Return (logits, target, inputs): ratios on both sides of the clip, rows without advantage."""
     gen = torch.Generator().manual_seed(vocab)
 
     def uniform(low: float, high: float) -> torch.Tensor:
@@ -68,7 +68,7 @@ OBJECTIVES = {
 
 
 def check_policy(logits, target, inputs, objective, mask=None, scale=0.25, out=None, **options):
-    """Statistics and gradient against float64, results against policy_loss in float64."""
+    """Compare statistics and gradient with float64, and results with policy_loss in float64."""
     before = logits.clone()
     stats, results, grad = cuda_rows.policy_step(logits, target, objective, inputs, scale, out, mask=mask, **options)
     if out is not logits:
@@ -142,7 +142,7 @@ def test_policy_step_rows(vocab: int, options, dtype: torch.dtype, arch: int):
     ids=["2_blocks", "4_blocks_and_a_tail", "8_blocks"],
 )
 def test_policy_step_over_the_blocks_of_a_cluster(dtype: torch.dtype, vocab: int):
-    """Rows at multiples of 16 bytes whatever the vocabulary; masked ones between the others."""
+    """Rows at multiples of 16 bytes for every vocabulary, with masked rows between them."""
     wide, target, inputs = policy_problem(7, -(-vocab // 8) * 8, dtype)
     target = target.clamp(max=vocab - 1)
     target[0], target[3] = vocab - 1, 0
@@ -165,13 +165,13 @@ def test_policy_step_scale_and_aggregation_weight(arch: int):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_rows_give_16_bit_gradients_at_their_tokens(dtype: torch.dtype, arch: int):
-    """The linear path: chunks of float32 logits, row i of token index[i], gradients for a GEMM."""
+    """The lm_head path: chunks of float32 logits, row i of token index[i], gradients for a GEMM."""
     logits, target, inputs = policy_problem(6, 520, torch.float32)
     inputs = {n: inputs[n] for n in ("old_logp", "advantage")}
     index = torch.tensor([4, 1, 5])
     out = torch.full((3, 520), float("nan"), dtype=dtype)
     stats, results, grad = cuda_rows.policy_step(logits[index], target, Objective(), inputs, 1.0, out, index=index)
-    assert stats[0][[0, 2, 3]].isnan().all()  # other tokens are left alone
+    assert stats[0][[0, 2, 3]].isnan().all()  # other tokens are not changed
     expected = truth(logits[index], target[index], results["d_logp"][index], torch.zeros(3))
     check_stats([x[index] for x in stats], expected)
     check_gradient(grad, expected)

@@ -1,4 +1,4 @@
-"""What the CUDA row kernels promise beyond values: bits, poison, far rows, big offsets, extras."""
+"""Test guarantees of the CUDA row kernels: repeatability, poison, distant rows, large offsets, extras."""
 
 import cuda_rows as k
 import pytest
@@ -24,7 +24,7 @@ def problem(tokens: int, vocab: int, dtype: torch.dtype = torch.bfloat16):
 
 
 def everything(logits: torch.Tensor, target, inputs) -> list[list[int]]:
-    """Bits of each row's statistics and gradients, by both ways to a gradient."""
+    """Return the bits of each row's statistics and gradients, from both ways to a gradient."""
     stats = k.token_stats_fwd(logits, target)
     ones = torch.ones(len(target))
     grad = k.token_stats_bwd(logits, target, stats, ones, -ones)
@@ -52,7 +52,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, arch: int):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [1, 3, 4, 7])
 def test_a_row_does_not_depend_on_where_it_lies(offset: int, dtype: torch.dtype, monkeypatch):
-    """Between multiples of 16 bytes; rows in a cluster add up in another order, so not there."""
+    """Also between multiples of 16 bytes. Rows in a cluster use another order of summation, so they are excluded."""
     monkeypatch.setenv("TOKFUSE_HOST_ARCH", "80")
     logits, target, inputs = problem(4, 5008, dtype)
     moved = torch.full((4, 5008 + 13), NAN, dtype=dtype)[:, offset : offset + 5008]
@@ -63,7 +63,7 @@ def test_a_row_does_not_depend_on_where_it_lies(offset: int, dtype: torch.dtype,
 @pytest.mark.parametrize("vocab", [1, 5, 8, 9, 15, 17, 33])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_narrow_rows_that_begin_anywhere(vocab: int, dtype: torch.dtype):
-    """The gradient over the logits, in aligned vectors, is that beside them, element by element."""
+    """The in-place gradient, in aligned vectors, equals the out-of-place gradient, element by element."""
     logits, target, _ = problem(9, vocab, dtype)
     stats = k.token_stats_fwd(logits, target)
     ones = torch.ones(9)
@@ -105,7 +105,7 @@ def test_a_target_or_temperature_out_of_range_poisons_its_row(arch: int):
 
 
 def test_magnitudes_that_only_a_fill_value_has(arch: int):
-    """1e30 of all logits: d = u - m is exact, where u c - m c would not be."""
+    """1e30 in all logits: d = u - m is exact, but u c - m c would not be."""
     logits, target, inputs = problem(3, 2100, torch.float32)
     far = torch.tensor([[1e30], [-1e30], [3e38]]).expand(3, 2100).clone()
     far[:, 7] *= 1 - 1e-6
@@ -146,10 +146,10 @@ def test_second_temperature_and_moments(softcap: float | None, dtype: torch.dtyp
 
 
 def test_rows_beyond_two_gigabytes(arch: int):
-    """Offsets are 64-bit: the second row lies 2^31 elements behind the first."""
+    """Offsets are 64-bit: the second row starts 2^31 elements after the first."""
     stride, vocab = (1 << 31) + 64, 1003
     logits, target, inputs = problem(2, vocab)
-    # Pages that nobody touches take no memory.
+    # Pages that are never touched use no memory.
     places = [torch.empty(stride + vocab, dtype=torch.bfloat16) for _ in range(2)]
     far, grad = (x.as_strided((2, vocab), (stride, 1)) for x in places)
     far.copy_(logits)

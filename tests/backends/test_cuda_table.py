@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc compiled them: complete, within budget, and the table is true."""
+"""Test the CUDA kernels that nvcc compiled: complete, within their budget, and equal to the committed table."""
 
 import json
 
@@ -12,7 +12,7 @@ needs_module = pytest.mark.skipif(cuda_table.why_not() is not None, reason=str(c
 
 
 def plain(base: str, arch: str, dtype: str = "bfloat16") -> cuda_table.Kernel:
-    """The instance without options."""
+    """Return the instance without options."""
     (kernel,) = [k for k in TABLE if k.base == base and k.arch == arch and k.dtype[0] == dtype and roofline._plain(k)]
     return kernel
 
@@ -24,8 +24,8 @@ def test_every_kernel_was_compiled_for_every_architecture():
     assert bases >= set(cuda_table.ROW_KERNELS) | set(roofline.PACKED)
 
 
-# Folding the target's tile apart costs these kernels of 16-bit logits a frame, in bytes: the forward
-# spills a few registers outside its loop, the cluster kernel keeps a tile (no spills).
+# Processing the target's tile separately costs these kernels of 16-bit logits a stack frame, in bytes. The
+# forward spills a few registers outside its loop. The cluster kernel keeps a tile there (no spills).
 FRAMES = {
     ("token_stats_fwd_kernel", "80"): 16,
     ("token_stats_fwd_kernel", "100a"): 24,
@@ -91,7 +91,7 @@ def test_a_worse_kernel_is_reported():
 
 
 def listing(*loops: tuple[int, int]) -> str:
-    """Loops inside an outer one: 16-byte loads and stores of each, four exps, a branch back."""
+    """Return loops inside an outer loop: 16-byte loads and stores of each, four exps, a branch back."""
     lines = [".L_x_0:"]
     for number, (loads, stores) in enumerate(loops, 1):
         body = ["LDG.E.128.CONSTANT R4, desc[UR4][R2.64]"] * loads + ["MUFU.EX2 R8, R4"] * 4
@@ -102,7 +102,7 @@ def listing(*loops: tuple[int, int]) -> str:
 
 
 def test_instructions_are_counted_in_the_innermost_loops():
-    """The longest loop that reads, and the longest that writes too; others read no vectors."""
+    """The longest loop that reads, and the longest that also writes. Other loops read no vectors."""
     text = listing((1, 0), (2, 0), (0, 0), (1, 1))
     assert [len(loop) for loop in cuda_table._loops(text)] == [6, 7, 5, 7]
     forward = "token_stats_fwd_kernel<float, false, false>"
@@ -128,6 +128,6 @@ def test_names_are_those_of_the_source():
 def test_the_table_is_what_the_module_holds():
     if json.loads(cuda_table.TABLE.read_text())["nvcc"] != cuda_table.nvcc_version():
         pytest.skip("another nvcc built the module")
-    # One architecture: disassembling takes 8 s each; `kernels --cuda --check` does all.
+    # One architecture, because disassembling takes 8 s each. `kernels --cuda --check` checks all.
     now = cuda_table.read_module("90a")
     assert cuda_table.differences(now, [k for k in TABLE if k.arch == "90a"]) == []

@@ -1,4 +1,4 @@
-"""The native whole-call path of the eager mode: same results as the general path, same refusals."""
+"""Test the native whole-call path of the eager mode: same results and same errors as the general path."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +25,7 @@ Call = Callable[[], Any]
 
 
 class Spy:
-    """Stands for the native module and notes which whole-call functions answered."""
+    """Replacement of the native module that records which whole-call functions ran."""
 
     def __init__(self) -> None:
         self.answered: list[str] = []
@@ -95,7 +95,7 @@ def flat(result: Any) -> list[torch.Tensor]:
 
 
 def both_ways(call: Call, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`call` on the eager path, then on the general one: bitwise the same."""
+    """Run `call` on the eager path, then on the general path: the results are bitwise equal."""
     fast = call()
     assert len(spy.answered) == 1, "the native function did not answer a plain call"
     for op in (stats, losses, steps):
@@ -253,7 +253,7 @@ def test_a_forced_backend_is_not_bypassed(monkeypatch: pytest.MonkeyPatch) -> No
         assert registration.eager_cpu() is not None
     with tokfuse.backend("reference"):
         assert registration.eager_cpu() is None
-    monkeypatch.setenv("TOKFUSE_BACKEND", "reference")  # after import: read at every call
+    monkeypatch.setenv("TOKFUSE_BACKEND", "reference")  # after the import, because it is read at every call
     assert registration.eager_cpu() is None
     monkeypatch.setenv("TOKFUSE_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="TOKFUSE_BACKEND must be one of"):

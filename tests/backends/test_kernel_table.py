@@ -1,4 +1,4 @@
-"""The committed table of compiled Triton kernels: complete, within budget, and still true."""
+"""Test the committed table of compiled Triton kernels: complete, within budget, and up to date."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ WRITTEN_BY = json.loads(kernel_table.TABLE.read_text())["triton"]
 needs_its_triton = pytest.mark.skipif(
     triton.__version__ != WRITTEN_BY, reason=f"the table was written by Triton {WRITTEN_BY}"
 )
-# Compiled in every run of the tests: the passes over (tokens, vocab) that most of the time goes to.
+# Every test run compiles these: the passes over (tokens, vocab), which take most of the time.
 HOT = ("token_stats_fwd/multiple", "token_stats_bwd/odd", "policy_step/softcap")
 # (kernel, capability) -> instructions per element of the hot loop, bfloat16. A bandwidth-bound
 # forward has 17.7 issue slots per element on an H100, 12.4 on an H200 and 8.8 on a B200; a pass
@@ -91,7 +91,7 @@ def test_json_survives():
 
 @functools.cache
 def hot_rows() -> list[kernel_table.Resources]:
-    """The hot kernels as this compiler compiles them."""
+    """Return the rows of the hot kernels with the installed compiler."""
     rows = kernel_table.compile_all(HOT, wanted=lambda dtype, capability: dtype == torch.bfloat16)
     assert len(rows) >= 3 * len(HOT)
     return rows
@@ -101,10 +101,10 @@ def hot_rows() -> list[kernel_table.Resources]:
 @needs_its_triton
 @pytest.mark.compiler
 def test_the_table_is_what_the_compiler_says():
-    """Rows whose source changed since the table was written, and the hot kernels in any case.
+    """Compiles the rows whose source changed since the table was written, and always the hot kernels.
 
-    A row names the digest of all that decides it, so one with the digest of today's source would
-    be compiled to itself; `make test-slow` compiles every row all the same.
+    A row contains a digest of everything that determines it, so a row with an unchanged source would compile to
+    the same result. `make test-slow` compiles every row.
     """
     now = kernel_table.compile_all(known=TABLE)
     assert kernel_table.differences(now, TABLE) == []
@@ -114,7 +114,7 @@ def test_the_table_is_what_the_compiler_says():
 @needs_compiler
 @pytest.mark.compiler
 def test_the_hot_kernels_are_as_good_with_every_triton():
-    """Bound: 1.4 times the instructions of the table; 3.9 has 10.6 for 7.9 in one of them."""
+    """Bound: 1.4 times the instructions of the table; 3.9 has 10.6 instead of 7.9 in one of them."""
     rows = {row.key: row for row in TABLE}
     for now in hot_rows():
         row = rows[now.key]

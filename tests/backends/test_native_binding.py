@@ -1,6 +1,6 @@
-"""The binding layer: wrong sizes, strides, codes and records end in an exception, never in a crash.
+"""Test the binding layer: wrong sizes, strides, codes and records raise an exception and never crash.
 
-Every case runs in a subprocess, so that a crash is a failed test and not the end of the run.
+Every case runs in a subprocess, so that a crash fails only its test.
 """
 
 import os
@@ -158,7 +158,7 @@ def test_bad_targets_are_reported_before_anything_is_written():
 
 
 def test_a_fused_step_takes_the_same_statistics_twice():
-    """The objective reads logp and entropy where the statistics are written."""
+    """The objective reads logp and entropy from where the statistics are written."""
     run(
         """
         other = M.TokenStatsOut(**{**stats, "logp": torch.empty(4)})
@@ -194,7 +194,7 @@ def test_broken_objectives_are_refused():
 
 
 def test_a_named_tuple_is_read_by_name():
-    """Another order of the fields is right; another name is an error that says which."""
+    """Another order of the fields works. Another name raises an error that names it."""
     run(
         """
         from collections import namedtuple
@@ -217,7 +217,7 @@ def test_a_named_tuple_is_read_by_name():
 
 
 def test_the_eager_path_reads_its_tuples_by_name():
-    """A field it does not know is an error, not the slow path: nobody would notice that."""
+    """An unknown field raises an error. A silent switch to the slow path would not be noticed."""
     run(
         """
         from collections import namedtuple
@@ -272,7 +272,7 @@ LEVELS = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"}
 
 @pytest.mark.parametrize("level", list(LEVELS))
 def test_every_instruction_set_level_is_right(level):
-    """All three objects are in the module; a level the processor lacks is refused at import."""
+    """The module contains all three levels. A level that the processor does not support raises an error at import."""
     module = native.module()
     assert module is not None
     if LEVELS[level] > module.active_isa():

@@ -1,4 +1,4 @@
-"""The binding layer under hypothesis: spoilt records raise, accepted ones stay in their buffers."""
+"""Test the binding layer with hypothesis: invalid records raise an error, accepted records stay in their buffers."""
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
-"""The table of calls (tests/support/op_calls.py) covers every op, public function, keyword and feature.
+"""Test that the table of calls (tests/support/op_calls.py) covers every op, public function, keyword and feature.
 
-So an op, an option or a backend's feature that is missing there fails here, before the tests that run
-over the table pass without it.
+If an op, an option or a feature is missing in the table, the tests that iterate over the table would pass
+without it. This file fails instead.
 """
 
 import inspect
@@ -20,16 +20,16 @@ from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 
 doctor.import_ops()
 REGISTRY = [row for row in dispatch.table() if row["built"]]
-# Public functions by name; lower-case names of `tokfuse.runtime.ops` are functions, the others records.
+# Public functions by name: lower-case names of `tokfuse.runtime.ops` are functions, the others are records.
 FUNCTIONS = {
     name for name, module in tokfuse._PUBLIC.items() if name.islower() and module.startswith("tokfuse.runtime.ops.")
 } | {f"influence.{name}" for name in ("logit_norms", "head_norms", "hidden_norms", "sketch")}
-# Functions of a higher layer that an op of the registry is reached through.
+# Functions of a higher layer through which an op of the registry is called.
 FUNCTIONS |= {"algorithms.preference_step"}
 
 
 def given(function: str) -> dict[str, set[str]]:
-    """Keyword -> distinct values that the calls of a function pass, as text."""
+    """Return keyword -> distinct values that the calls of a function pass, as text."""
     values: dict[str, set[str]] = defaultdict(set)
     for call in calls():
         if call.row.function == function:
@@ -77,7 +77,7 @@ def test_calls_reach_the_op_that_they_name_with_every_feature_that_a_backend_dec
         for op, _, _, features, _ in choices:
             asked[op] |= features
     for row in REGISTRY:
-        declared = set(row["features"]) - {WITHOUT_KERNELS}  # a user's shape: tests/project/test_adding_a_shape.py
+        declared = set(row["features"]) - {WITHOUT_KERNELS}  # a shape of the user: tests/project/test_adding_a_shape.py
         assert declared <= asked[row["op"]], f"{row['op']} on {row['backend']}"
 
 

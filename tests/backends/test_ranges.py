@@ -1,4 +1,4 @@
-"""Ranges of the ops in profiles: stable names, both directions, eager and compiled, workers."""
+"""Test the profiler ranges of the ops: stable names, forward and backward, eager and compiled, worker processes."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ CALLS = {call.name: call for call in calls(options="none") if call.row.ranged}
 
 
 def names_of(call: Callable[[], Any]) -> list[str]:
-    """Names of our ranges while `call` runs, in the order of their starts."""
+    """Return the names of tokfuse's ranges while `call` runs, in the order of their starts."""
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
         call()
     events = [e for e in recorded.events() if e.name.startswith(ranges.PREFIX)]
@@ -53,7 +53,7 @@ def test_compiled_code_has_the_ranges_of_its_custom_ops() -> None:
 
 
 def test_every_public_op_is_ranged() -> None:
-    """An op without the decorator would be missing from every profile."""
+    """An op without the decorator would be missing in every profile."""
     functions = {call.row.function: call.function() for call in CALLS.values()}
     assert len(functions) > 15
     for name, function in functions.items():
@@ -112,7 +112,7 @@ if __name__ == "__main__":
 
 
 def test_a_worker_inherits_the_ranges(tmp_path: Path) -> None:
-    """A trainer's worker: a fresh process that imports by name and knows the environment only."""
+    """A trainer's worker is a new process that imports by name and gets only the environment."""
     if torch.version.cuda is not None:
         pytest.skip("a CUDA build of torch brings its own NVTX")
     (tmp_path / "nvtx.py").write_text(

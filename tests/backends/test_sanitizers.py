@@ -1,4 +1,4 @@
-"""The build of `make test-sanitize` bites: kernels that are lied to end with a report.
+"""Test that the build of `make test-sanitize` detects errors: kernels with wrong buffer sizes end with a report.
 
 Every call here is undefined behaviour in an ordinary build, where these tests are skipped.
 """
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not getattr(MODULE, "sanitizers", ""), reason="the native module is built without sanitizers"
 )
 
-# (4, 9) float32 logits, and what the binding layer cannot see: the size behind an address.
+# (4, 9) float32 logits. The binding layer cannot check the size of the memory at an address.
 PRELUDE = """
 import torch
 from tokfuse.runtime.core import native
@@ -46,7 +46,7 @@ def call(logits=z, out=out, offset=0):
 
 
 def report(body: str) -> tuple[int, str]:
-    """Exit status and error output of a child, with the reports in it instead of in files."""
+    """Return exit status and error output of a child process. The reports go to the error output, not to files."""
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", PRELUDE + textwrap.dedent(body)],

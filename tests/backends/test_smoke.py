@@ -1,4 +1,4 @@
-"""tests/support/smoke.py: every op of the registry has a call, and a wrong result is noticed."""
+"""Test tests/support/smoke.py: every op of the registry has a call, and a wrong result is detected."""
 
 import json
 

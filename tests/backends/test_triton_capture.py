@@ -1,10 +1,10 @@
-"""What CUDA-graph capture asks of the Triton ops, shown without a GPU.
+"""Test without a GPU that the Triton ops meet the requirements of CUDA graph capture.
 
-Every op runs forward and backward on tensors of the meta device, which have shapes and no values.
-So an operation that would wait for the device raises here (`.item()`, `.tolist()`, `nonzero`, a
-boolean index), and what is allocated and launched cannot depend on values: it is the same at every
-replay. Launches are recorded and not run. That a graph replays to the same bits is shown by the
-tests marked `gpu` in test_triton_gpu.py, test_triton_rows.py and test_triton_packed.py.
+Every op runs forward and backward on tensors of the meta device, which have shapes but no values. An operation
+that would synchronise with the device raises an error here (`.item()`, `.tolist()`, `nonzero`, a boolean
+index). Allocations and launches cannot depend on values, so they are the same in every replay. Launches are
+recorded but do not run. Tests marked `gpu` in test_triton_gpu.py, test_triton_rows.py and
+test_triton_packed.py check that the replay of a graph gives bitwise the same results.
 """
 
 import pytest
@@ -27,7 +27,7 @@ CALLS = {call.name: call for call in calls() if call.row.registered and not call
 
 @pytest.fixture
 def launches():
-    """[(kernel, grid)] of what is launched while the backend serves tensors without values."""
+    """Return [(kernel, grid)] of the launches while the backend accepts tensors without values."""
     with recorded() as found:
         yield found
 
@@ -40,20 +40,20 @@ def test_no_value_reaches_the_host_and_no_grid_meets_a_limit(name, launches):
         call.run(Problem(LARGE, "meta", dtype))
     assert launches
     for kernel, grid in launches:
-        # Only the first axis of a grid holds more than 65,535 programs.
+        # Only the first axis of a grid may have more than 65,535 programs.
         assert len(grid) == 1 and 0 < grid[0] < 2**31, (kernel, grid)
 
 
 @pytest.mark.skipif(triton_backend.interpreting(), reason="the interpreter reads what it launches")
 def test_reading_a_value_would_be_seen(launches, monkeypatch):
-    """The one read of a step from hidden states, that of the row classes, raises here."""
+    """The only read of a step from hidden states, the row classes, raises an error here."""
     monkeypatch.setattr(device_head, "capturing", lambda x: False)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         CALLS["policy_step_hidden:policy_step"].run(Problem(LARGE, "meta", torch.float32))
 
 
 class Products(TorchDispatchMode):
-    """Bytes that matrix products read and write, by the shape of their result."""
+    """Counts the bytes that matrix products read and write, by the shape of their result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_chunk_of_the_head_moves_what_the_docs_say(dtype, frozen, launches):
-    """docs/cuda.md, "A chunk of the head"; backend cuda has the same products (device_head)."""
+    """docs/cuda.md, "A chunk of the head". The backend cuda has the same products (device_head)."""
     rows, vocab, hidden, e = TOKENS // 4, VOCAB, HIDDEN, dtype.itemsize
     d = 4 if e == 4 else 2
     per_row = (4 + (0 if e == 4 else d)) * vocab + 8 * hidden + 64
@@ -97,7 +97,7 @@ def test_a_chunk_of_the_head_moves_what_the_docs_say(dtype, frozen, launches):
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_rows_that_lie_beyond_2_to_the_31_elements():
-    """Of a buffer of 4 GB, of which only the rows' own pages are ever touched."""
+    """Rows of a 4 GB buffer; only the pages of the rows are touched."""
     if not triton_backend.interpreting():
         pytest.skip("needs the interpreter")
     stride, vocab = 2**30 + 64, 300

@@ -1,7 +1,7 @@
-"""What every Triton kernel stands on: launch records, the device helpers, dispatch, and recording.
+"""Test the basis of every Triton kernel: launch records, device helpers, dispatch, and recording.
 
-Tests marked `interpreter` run kernels of this file with TRITON_INTERPRET=1; those marked `compiler`
-need a process without it.
+Tests marked `interpreter` run kernels of this file with TRITON_INTERPRET=1. Tests marked `compiler` need a
+process without it.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ def test_a_device_takes_the_newest_record_that_is_not_above_it(monkeypatch):
 
 
 def test_no_default_that_triton_3_6_refuses():
-    """A plain string as the default of a device function fails there: a constexpr does not."""
+    """A plain string as a default of a device function fails with Triton 3.6; a constexpr works."""
     folder = Path(compile_cases.__file__).parent
     wrong = [
         f"{file.name}: {line.strip()}"
@@ -89,7 +89,7 @@ def test_no_default_that_triton_3_6_refuses():
 
 
 def test_cpu_tensors_never_take_the_interpreter_by_themselves():
-    """And without it they cannot take triton at all."""
+    """Without the interpreter they cannot run on triton."""
     code = """
 import torch, tokfuse
 from tokfuse.runtime.backends import registration
@@ -144,7 +144,7 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch):
 
 
 @pytest.mark.interpreter
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # numpy, of float16
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # a numpy warning about float16
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_store_rounds_to_nearest_even_bit_for_bit(dtype):
     words = torch.randint(-(2**31), 2**31, (4096,), generator=torch.Generator().manual_seed(0))
@@ -192,7 +192,7 @@ def test_recording_specialises_as_the_jit_does():
 @pytest.mark.compiler
 @pytest.mark.parametrize("capability", compile_cases.CAPABILITIES)
 def test_resources_of_a_copy(capability):
-    """A kernel that is known by heart: 16-byte loads, no shared memory, nothing spilled."""
+    """A kernel with known resources: 16-byte loads, no shared memory, no spills."""
 
     def call(dtype: torch.dtype) -> None:
         x = compile_cases.meta(1 << 20, dtype=dtype)
@@ -262,7 +262,7 @@ def test_differences_are_named():
 
 
 def test_bandwidth_is_predicted_from_issue_slots_and_special_functions():
-    """17.7 slots per element of 2 bytes on an H100, 12.35 on an H200; an eighth of special ones."""
+    """17.7 slots per 2-byte element on an H100, 12.35 on an H200; special functions have an eighth of these."""
     row = dataclasses.replace(ROW, per_element=13.0)
     assert kernel_table.bandwidth_share(row, "H100") == (1.0, "memory")
     share, limit = kernel_table.bandwidth_share(row, "H200")

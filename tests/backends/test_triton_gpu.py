@@ -1,8 +1,8 @@
-"""What only a GPU can show of the Triton policy ops: no synchronisation, capture in a CUDA graph.
+"""Test the Triton policy ops on a GPU: no synchronisation, and capture in a CUDA graph.
 
-Values, options and edges are tested on the GPU by the files of the ops, which run every backend.
-Without a GPU, capture rests on what these ops do: launches and torch allocations, no read by the
-host but the one of `device_head.classify`, which test_triton_linear runs as if under capture.
+The files of the ops run every backend, so they test values, options and edge cases on the GPU. Capture without
+a GPU relies on these ops using only launches and torch allocations. The only host read is in
+`device_head.classify`, which test_triton_linear runs as under capture.
 """
 
 import functools
@@ -29,7 +29,7 @@ def _triton():
 
 
 def problem(dtype: torch.dtype = torch.bfloat16):
-    """(hidden, weight, keywords) on the GPU: masked tokens, zero advantages."""
+    """Return (hidden, weight, keywords) on the GPU: masked tokens, zero advantages."""
     gen = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=gen).to(dtype)
     weight = torch.randn(VOCAB, HIDDEN, generator=gen).mul(0.1).to(dtype)
@@ -47,7 +47,7 @@ def problem(dtype: torch.dtype = torch.bfloat16):
 
 
 def synchronisations(call) -> int:
-    """How often the host waited for the device; compiles first."""
+    """Return how often the host synchronised with the device. The call is compiled first."""
     call()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
@@ -91,7 +91,7 @@ def test_the_host_waits_only_for_the_row_classes():
 
 
 def captured(call):
-    """(graph, what `call` returned inside): warmed up on a side stream, as torch asks."""
+    """Return (graph, result of `call` inside), after a warm-up on a side stream as torch requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -125,7 +125,7 @@ def test_a_step_from_logits_replays(level: str):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_step_from_hidden_replays(dtype: torch.dtype, level: str, compact: bool):
-    """Every row is computed under capture, in other chunks: equal to the rounding of the GEMMs."""
+    """Under capture every row is computed, in other chunks: equal up to the rounding of the GEMMs."""
     hidden, weight, keywords = problem(dtype)
 
     def step():
@@ -147,7 +147,7 @@ def test_a_step_from_hidden_replays(dtype: torch.dtype, level: str, compact: boo
 
 
 def test_offsets_beyond_two_to_the_31():
-    """Rows that lie 2^31 elements into a buffer."""
+    """Rows that start 2^31 elements into a buffer."""
     rows, vocab = 4, 2**30 + 64
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")[:, :VOCAB]
     logits.copy_(torch.randn(rows, VOCAB))
@@ -164,8 +164,9 @@ def test_offsets_beyond_two_to_the_31():
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_a_step_over_the_logits_takes_the_time_of_a_copy(softcap, record_property):
-    """One read and one write: the second visit of a row is served by L2. A softcap's arithmetic
-    takes longer than the memory, 72% of the bandwidth of an H100 by the table of compiled kernels.
+    """One read and one write; L2 serves the second read of a row.
+
+    With a softcap the arithmetic takes longer than the memory: 72% of an H100's bandwidth by the kernel table.
     """
     rows, vocab = 4096, 128_256
     logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
@@ -184,7 +185,7 @@ def test_a_step_over_the_logits_takes_the_time_of_a_copy(softcap, record_propert
 
 @pytest.mark.parametrize("kind", ["kl_forward", "jsd"])
 def test_a_divergence_takes_the_time_of_its_reads(kind, record_property):
-    """Two streams read from memory once and from L2 again: as long as a copy of one, or twice."""
+    """Two tensors are read from memory once and again from L2: as long as one or two copies."""
     p, q = (torch.randn(4096, 128_256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(p)
     share = median_ms(lambda: out.copy_(p)) / median_ms(lambda: tokfuse.paired_divergence(p, q, kind=kind))

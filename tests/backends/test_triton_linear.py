@@ -1,8 +1,8 @@
-"""The Triton head in the interpreter: statistics without logits in memory, chunks, row classes.
+"""Test the Triton head in the interpreter: statistics without logits in memory, chunks, row classes.
 
-Bounds are those of test_linear_token_stats and test_policy_step_hidden. The interpreter runs on the
-CPU, where the chunks' GEMMs are float32 also for a 16-bit head; the path of a GPU, with the
-gradient of the logits rounded to 16 bits, is tested at the kernel, and whole in tests marked `gpu`.
+Bounds are those of test_linear_token_stats and test_policy_step_hidden. The interpreter runs on the CPU, where
+the chunks' GEMMs are float32 also for a 16-bit head. On a GPU the gradient of the logits is rounded to 16 bits.
+This is tested for the kernel here, and for the whole op in tests marked `gpu`.
 """
 
 import importlib
@@ -36,7 +36,7 @@ def backend(request):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Three splits of 128 columns, two tiles each, two steps along hidden, two blocks of tokens."""
+    """Three splits of 128 columns with two tiles each, two steps along hidden, two blocks of tokens."""
     module = importlib.import_module("tokfuse.triton_kernels.linear_token_stats")
     tile = launch.LaunchConfig(block_t=8, block_v=64, block_h=16, num_warps=1)
     monkeypatch.setattr(module, "SPLIT", 128)
@@ -65,7 +65,7 @@ def coefficients() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check(backend, case: HeadCase, bias: bool = True, **options):
-    """Statistics and gradients of linear_token_stats against float64 formulas."""
+    """Compare statistics and gradients of linear_token_stats with float64 formulas."""
     ga, gh = coefficients()
     tensors = {n: backend.put(getattr(case, n)).requires_grad_() for n in ("hidden", "weight")}
     if bias:
@@ -80,7 +80,7 @@ def check(backend, case: HeadCase, bias: bool = True, **options):
     compare(stats.sum_sq, want.stats.sum_sq, rtol=2e-5, what="sum_sq")
     compare(stats.top1, want.stats.top1, what="top1")
     for name, tensor in tensors.items():
-        # The second part where log p + entropy cancels: its rounding is that of its terms.
+        # The second part is for entries where log p + entropy cancels: its error is the rounding of its terms.
         atol = 1e-5 * want.scales[name] + 1e-6 * want.grads[name].abs().max()
         if tensor.dtype != torch.float32:
             atol = atol + half_ulp(want.grads[name], tensor.dtype)
@@ -116,7 +116,7 @@ def test_options(dtype: torch.dtype, option, backend, small_tiles):
 
 
 def test_a_token_does_not_depend_on_its_batch(backend, small_tiles):
-    """Splits are fixed pieces of the vocabulary; the place in a block of tokens changes nothing."""
+    """Splits are fixed parts of the vocabulary. The position in a block of tokens has no effect."""
     case = case_of(torch.bfloat16)
     hidden, weight, target = (backend.put(x) for x in (*case[:2], case.target))
     whole = tokfuse.linear_token_stats(hidden, weight, target)
@@ -159,12 +159,12 @@ def keywords_of(case: HeadCase):
 
 
 def leaves(backend, case: HeadCase, needs: str = "hwb") -> dict[str, torch.Tensor]:
-    """hidden, weight and bias on the device, requiring grad where `needs` has their letter."""
+    """Return hidden, weight and bias on the device. They require grad if `needs` contains their letter."""
     return {n: backend.put(getattr(case, n)).clone().requires_grad_(n[0] in needs) for n in NAMES}
 
 
 def step_check(backend, case: HeadCase, objective: Objective, needs="hwb", **keywords):
-    """Loss, metrics and gradients of a step against the float64 reference."""
+    """Compare loss, metrics and gradients of a step with the float64 reference."""
     exact = {n: getattr(case, n).double().requires_grad_() for n in NAMES}
     inputs = {
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in keywords.items()
@@ -216,7 +216,7 @@ def test_step_of_a_sequence_level_objective(level: str, backend, small_tiles):
 
 
 def test_step_under_capture_computes_every_row(backend, small_tiles, monkeypatch):
-    """Nothing may be read then: masked rows, NaN here, must contribute exact zeros."""
+    """No value may be read then. Masked rows, NaN here, must contribute exact zeros."""
     case = case_of(torch.float32)
     keywords = keywords_of(case)
     want = step_check(backend, case, SPEC, **keywords)
@@ -236,7 +236,7 @@ def test_step_under_capture_computes_every_row(backend, small_tiles, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("needs", ["hwb", "h", "w"])
 def test_clipped_rows_enter_no_gradient_gemm_where_asked(dtype, needs, backend, small_tiles, monkeypatch):
-    """Half of 24 tokens carry gradient; chunks of 8 find them without a value on the host."""
+    """Half of 24 tokens have a gradient. Chunks of 8 find them without a value on the host."""
     gen = torch.Generator().manual_seed(6)
     hidden = torch.randn(24, HIDDEN, generator=gen).to(dtype)
     case = case_of(dtype)._replace(hidden=hidden, target=torch.arange(24) * 12)
@@ -269,7 +269,7 @@ def test_clipped_rows_enter_no_gradient_gemm_where_asked(dtype, needs, backend, 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_compact_clipped_under_capture(level: str, backend, small_tiles, monkeypatch):
-    """Masked rows, NaN here, are computed and enter neither gradient GEMM; nothing is read."""
+    """Masked rows, NaN here, are computed but enter neither gradient GEMM. No value is read."""
     case = case_of(torch.bfloat16)
     keywords = keywords_of(case)
     spec = Objective(level=level, entropy_coef=0.02)
@@ -325,7 +325,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("rows", "live", "size", "vocab"), SHAPES)
 def test_head_gradient_over_live_rows(rows, live, size, vocab, dtype, backend, monkeypatch):
-    """Against float64 of the live rows; the others hold NaN, which must not be read."""
+    """Compared with float64 over the live rows. The other rows contain NaN and must not be read."""
     kernels = importlib.import_module("tokfuse.triton_kernels.head_gradient")
     tile = launch.LaunchConfig(block_t=16, block_v=64, block_h=16, num_warps=1)
     for name in ("head_grad_hidden", "head_grad_weight"):
@@ -362,7 +362,7 @@ def test_head_gradient_over_live_rows(rows, live, size, vocab, dtype, backend, m
 
 
 def test_row_classes(backend):
-    """Which rows enter which GEMM: the order of the classes, and what decides the first."""
+    """Which rows enter which GEMM: the order of the classes, and the rule for the first one."""
     case = case_of(torch.float32)
     problem = HeadProblem(*(backend.put(x) for x in case), None, 1)
     needed = torch.tensor([1, 0, 1, 1, 1, 0, 1, 1, 1]).bool()
@@ -396,7 +396,7 @@ def test_what_may_carry_gradient(objective: Objective, given, expected):
 
 
 def test_gradient_of_float32_logits_in_16_bits(backend, small_tiles):
-    """What a GPU does for a 16-bit head: the row kernel rounds the gradient once."""
+    """As on a GPU with a 16-bit head: the row kernel rounds the gradient once."""
     module = importlib.import_module("tokfuse.triton_kernels.token_stats")
     gen = torch.Generator().manual_seed(1)
     buffer = torch.randn(3, 304, generator=gen)

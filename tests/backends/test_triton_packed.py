@@ -1,8 +1,8 @@
-"""What only the Triton kernels over packed vectors can get wrong.
+"""Test errors that only the Triton kernels over packed vectors can have.
 
-Their values are tested with the other backends (test_gae.py and so on); here: the doubling scan
-that stands in for the interpreter's, sizes that the compiler takes for constants, numbers that
-float32 arguments would round, and on a GPU capture, repeatability and offsets.
+Their values are tested with the other backends (test_gae.py and so on). This file tests the doubling scan that
+replaces the interpreter's scan, sizes that the compiler treats as constants, numbers that float32 arguments
+would round, and on a GPU capture, repeatability and offsets.
 """
 
 import pytest
@@ -74,7 +74,7 @@ def test_parts_follow_from_the_sizes_alone():
 
 
 PACKED = {call.name: call for call in calls("packed")}
-# A segment so long that several programs share it.
+# A segment that several programs share.
 LONG_SEGMENT = Sizes(tokens=1 << 20, vocab=1, hidden=1, sequences=1)
 ROWS_OF_ONE = [(call, ONE) for call in calls("packed", options="rich")]
 ROWS_OF_ONE += [(PACKED["segment_moments/sequences"], LONG_SEGMENT)]
@@ -84,7 +84,7 @@ ROWS_OF_ONE += [(PACKED["segment_moments/sequences"], LONG_SEGMENT)]
 @pytest.mark.compiler
 @pytest.mark.parametrize(("call", "sizes"), ROWS_OF_ONE, ids=lambda x: getattr(x, "name", ""))
 def test_one_row_compiles(call, sizes):
-    """The JIT makes a constant of an argument that equals 1, and a constant has no dtype."""
+    """The JIT turns an argument that equals 1 into a constant, which has no dtype."""
     case = compile_cases.CompileCase(call.name, lambda _: call.run(Problem(sizes, "meta")), (torch.float32,))
     with on_meta():
         launches = compile_cases.record(case, torch.float32, 90)
@@ -95,7 +95,7 @@ def test_one_row_compiles(call, sizes):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PACKED)
 def test_captured_in_a_graph_and_the_same_bits_in_every_run(name):
-    """No synchronisation and no read on the host: capture refuses both."""
+    """No synchronisation and no read on the host, because both fail under capture."""
     call = PACKED[name]
     given = call.arguments(Problem(Sizes(tokens=5000, vocab=1, hidden=1, sequences=60), "cuda"))
     with tokfuse.backend("triton"), torch.no_grad():

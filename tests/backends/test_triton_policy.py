@@ -1,8 +1,8 @@
-"""The Triton objective, policy_loss and policy_step kernels in the interpreter, against float64.
+"""Test the Triton objective, policy_loss and policy_step kernels in the interpreter against float64.
 
-Every shape meets every KL estimator at token level, every shape every sequence level; the bounds
-are those of test_policy_loss_grid. The fused step runs with tiles of one warp, so that a short row
-has edges and several whole tiles: its statistics and gradient keep the bounds of token_stats.
+Every shape runs with every KL estimator at token level, and with every sequence level. The bounds are those of
+test_policy_loss_grid. The fused step uses tiles of one warp, so that a short row has edges and several whole
+tiles. Its statistics and gradient have the bounds of token_stats.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import KL_ESTIMATORS, LEVELS
 
 launch = pytest.importorskip("tokfuse.triton_kernels.launch")
-for _kernel in ("policy_step", "token_stats"):  # declare their records, which tests replace
+for _kernel in ("policy_step", "token_stats"):  # the imports declare launch records, which tests replace
     importlib.import_module(f"tokfuse.triton_kernels.{_kernel}")
 
 
@@ -36,7 +36,7 @@ LENGTHS = (40, 0, 1, 59)
 
 
 def tokens_of(signal: bool):
-    """100 tokens with log-ratios around every clip, beyond the clamps and 0; every input given."""
+    """Return 100 tokens with log-ratios near every clip, beyond the clamps and 0; every input is given."""
     tokens = sum(LENGTHS)
     gen = torch.Generator().manual_seed(5)
 
@@ -123,7 +123,7 @@ def test_the_batch_as_its_own_normalizer(level: str, aggregation: str, backend):
 
 
 def test_advantage_per_sequence(backend):
-    """Bitwise that of the same advantages handed to the tokens."""
+    """Bitwise equal to the same advantages passed per token."""
     logp, entropy, inputs = tokens_of(False)
     per_seq = torch.tensor([1.5, 9.0, -0.75, -1.25])
     del inputs["kl_weight"], inputs["entropy_weight"]
@@ -137,7 +137,7 @@ def test_advantage_per_sequence(backend):
 
 
 def test_partial_sums_of_many_blocks_are_those_of_one(backend, monkeypatch):
-    """Sums are added in block order: every slot, and the loss bit for bit when run again."""
+    """Sums are added in block order: every slot is equal, and the loss is bitwise repeatable."""
     objective = Objective(shape=PPOClip(dual=3.0), kl=KL(coef=0.07), entropy_coef=0.013)
     data = tokens_of(False)
     one = evaluate(backend, objective, torch.float32, *data)[0]
@@ -155,14 +155,14 @@ TOKENS, VOCAB = 7, 1101
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 256 16-bit elements: a row of 1101 has four whole ones, and edges."""
+    """Tiles of 256 16-bit elements: a row of 1101 has four whole tiles, and edges."""
     one_warp = launch.LaunchConfig(block_v=256, num_warps=1)
     for kernel in ("policy_step", "policy_step_softcap", "token_stats_fwd", "token_stats_bwd"):
         monkeypatch.setitem(launch.DEFAULTS, kernel, {80: one_warp})
 
 
 def logits_of(dtype: torch.dtype, vocab: int = VOCAB):
-    """(logits, keywords): clipped, zero-advantage and masked rows, an excluded vocabulary."""
+    """Return (logits, keywords): clipped, zero-advantage and masked rows, an excluded vocabulary."""
     gen = torch.Generator().manual_seed(2)
     logits = (torch.randn(TOKENS, vocab, generator=gen) * 3).to(dtype)
     target = torch.randint(0, vocab, (TOKENS,), generator=gen)
@@ -172,7 +172,7 @@ def logits_of(dtype: torch.dtype, vocab: int = VOCAB):
     keywords = {
         "target": target,
         "old_logp": logp - torch.tensor([0.1, -0.05, 0.5, 0.0, 0.02, -0.02, 0.03]),
-        "advantage": torch.tensor([1.0, -1.5, 2.0, 1.0, 0.0, -0.5, 0.7]),  # 2 is clipped
+        "advantage": torch.tensor([1.0, -1.5, 2.0, 1.0, 0.0, -0.5, 0.7]),  # row 2 is clipped
         "mask": torch.tensor([1, 1, 1, 0, 1, 1, 1]).bool(),
         "normalizer": 3.0,
     }
@@ -180,13 +180,13 @@ def logits_of(dtype: torch.dtype, vocab: int = VOCAB):
 
 
 def step_of(backend, logits, objective, **keywords):
-    """policy_step on the device of the backend."""
+    """Run policy_step on the device of the backend."""
     given = {k: backend.put(v) for k, v in keywords.items()}
     return tokfuse.policy_step(logits=backend.put(logits), objective=objective, **given)
 
 
 def step_check(backend, logits, objective, **keywords):
-    """Loss, statistics and gradient against the float64 reference."""
+    """Compare loss, statistics and gradient with the float64 reference."""
     exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in keywords.items()}
     with tokfuse.backend("reference"):
         want = tokfuse.policy_step(logits=logits.double(), objective=objective, **exact)
@@ -197,7 +197,7 @@ def step_check(backend, logits, objective, **keywords):
     compare(got.token_loss, want.token_loss, atol=1e-5)
     compare(got.metrics.sums, want.metrics.sums, atol=1e-4, what="metric sums")
     assert want.grad_logits is not None and got.grad_logits is not None
-    # The ratio carries the float32 rounding of its log-prob: 1e-6 beside the 2e-6 of token_stats.
+    # The ratio has the float32 rounding of its log-prob: 1e-6 in addition to the 2e-6 of token_stats.
     atol = 4e-6 * want.grad_logits.abs().amax(1, keepdim=True)
     if logits.dtype != torch.float32:
         atol = atol + half_ulp(want.grad_logits, logits.dtype)
@@ -260,7 +260,7 @@ def test_step_of_a_sequence_level_objective(backend, small_tiles):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_step_over_the_logits(level: str, backend, small_tiles):
-    """In place, in rows of a wider tensor; the masked row holds NaN and is not read."""
+    """In place, in rows of a wider tensor. The masked row contains NaN and is not read."""
     logits, keywords = logits_of(torch.bfloat16, 1104)
     keywords["cu_seqlens"] = torch.tensor([0, 4, 7]).int()
     keywords = {k: backend.put(v) for k, v in keywords.items()}
@@ -289,7 +289,7 @@ def test_rows_without_a_distribution_and_poisoned_rows(backend, small_tiles):
 
 
 def test_a_bad_target(backend, small_tiles, monkeypatch):
-    """Refused where values may be read, before anything is written; else its row is NaN."""
+    """Raises an error before anything is written if values may be read; otherwise its row is NaN."""
     logits, keywords = logits_of(torch.float32)
     before = logits.clone()
     with monkeypatch.context() as unread:
@@ -324,7 +324,7 @@ def test_no_tokens(backend):
 
 
 def test_compiled_whole_it_is_the_eager_step(backend, small_tiles):
-    """One graph, no break; the custom op runs the same kernels."""
+    """One graph without a break. The custom op runs the same kernels."""
     logits, keywords = logits_of(torch.float32)
     keywords = {k: backend.put(v) for k, v in keywords.items()}
 

@@ -1,8 +1,7 @@
-"""What only the Triton row kernels have: poison instead of a refusal, parts of rows, alignment.
+"""Test properties that only the Triton row kernels have: poison instead of an error, parts of rows, alignment.
 
-The first half runs in the interpreter; the second, marked `gpu`, repeats the cases of the other
-test files on a device and adds what the interpreter cannot show: CUDA graphs, offsets beyond 2^31
-and bandwidth.
+The first half runs in the interpreter. The second half, marked `gpu`, repeats the cases of the other test files
+on a device and adds CUDA graphs, offsets beyond 2^31 and bandwidth.
 """
 
 import pytest
@@ -32,7 +31,7 @@ def capped_kernel(z_ptr, out_ptr, softcap, logit_scale, N: tl.constexpr):
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_tangent_of_a_softcap():
-    """Times a cap of 30 its error is that of d: 2e-6 where most logits lie, 3.3e-6 anywhere."""
+    """With a cap of 30 the error of cap * tanh is an error of d: 2e-6 for most logits, 3.3e-6 for all."""
     z = torch.linspace(-100.0, 100.0, 1 << 14)
     out = torch.empty_like(z)
     capped_kernel[(1,)](z, out, 30.0, 0.75, N=1 << 14)
@@ -66,7 +65,7 @@ def test_a_target_out_of_range_poisons_its_row_where_values_are_not_read():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("programs", [1, 8])
 def test_the_gradient_does_not_depend_on_the_parts_of_a_row(dtype, programs, monkeypatch):
-    """Nor on whether it is written over the logits; the row begins inside 16 bytes."""
+    """Nor on whether it is in place. The row does not start at a multiple of 16 bytes."""
     from tokfuse.triton_kernels import token_stats as kernels
 
     logits = torch.randn(2, 5003, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -90,7 +89,7 @@ def test_an_id_out_of_range_poisons_its_row_where_values_are_not_read():
     out = kernels.kept_token_stats_fwd(logits, target, ids, offsets, **OPTIONS)
     assert out[0].isnan().tolist() == [False, True, True]
     assert out[1].isnan().tolist() == [False, True, False]
-    # Offsets that point behind the ids read nothing there.
+    # Offsets beyond the end of the ids read nothing there.
     out = kernels.kept_token_stats_fwd(logits, target, ids, torch.tensor([0, 2, 4, 1 << 40]), **OPTIONS)
     assert out[1][2].isfinite()
 
@@ -190,10 +189,10 @@ def test_rows_beyond_2_to_the_31_elements():
 @needs_cuda
 @pytest.mark.parametrize("gradient", [False, True])
 def test_bandwidth_is_that_of_a_copy(gradient, record_property):
-    """The hot loops are within the issue budget, so a pass takes what its bytes take, or 1.6x.
+    """The hot loops fit the issue rate, so a pass takes the time of its bytes, or 1.6x of it.
 
-    A ratio of two medians of one process, and far from it: a loop that spills or loads 2 bytes at a
-    time is slower by 3 and more.
+    The test compares two medians of one process, with a wide margin: a loop that spills or loads 2 bytes at a time
+    is slower by 3x or more.
     """
     logits = torch.randn(4096, 128256, device="cuda", dtype=torch.bfloat16)
     target = torch.randint(0, 128256, (4096,), device="cuda")

@@ -1,6 +1,6 @@
-"""tune: which launch records are tried, which one is chosen, and the table that is stored.
+"""Test tune: the candidates, the choice, and the stored table.
 
-Times are recorded ones, so that a choice is checked and not a clock. What compiles candidates is
+Times are recorded values, so the test checks the choice and not a clock. Tests that compile candidates are
 marked `compiler`; the whole command on a device is marked `gpu`.
 """
 
@@ -24,7 +24,7 @@ RECORD = launch.LaunchConfig(block_v=4096, num_warps=8)
 
 @pytest.fixture(autouse=True)
 def _untuned(monkeypatch):
-    """Every kernel file declares its records; nothing that a test loads stays."""
+    """Every kernel file declares its records. Records that a test loads are removed again."""
     compile_cases.cases()
     monkeypatch.setattr(launch, "TUNED", {})
 
@@ -39,7 +39,7 @@ def test_candidates_are_valid_and_near_the_record_in_use(monkeypatch):
     assert {c.num_warps for c in plain} == {2, 4, 8, 16, 32}
     assert {(c.block_t, c.block_h, c.num_stages) for c in plain} == {(1, 1, 1)}
     assert all(launch.invalid(c) is None for c in plain)
-    # 1024 elements for 32 warps of 32 threads are enough; half of that would not be.
+    # 1024 elements are enough for 32 warps of 32 threads. Half of that would not be.
     assert launch.LaunchConfig(block_v=1024, num_warps=32) in plain
     assert {c.num_stages for c in launch.candidates("piped_fwd", 90)} == {2, 3, 4, 5}
     with launch.trial("plain_fwd", 90, plain[1]):
@@ -68,7 +68,7 @@ def test_a_case_with_real_tensors_has_valid_ids_and_borders():
 
 
 def recorded(monkeypatch, seconds):
-    """A timer that knows the time of each record, and candidates that need no compiler."""
+    """Return a timer that knows the time of each record, and candidates that need no compiler."""
     records = [dataclasses.replace(RECORD, block_v=RECORD.block_v << i) for i in range(3)]
 
     def admitted(kernel, capability):
@@ -90,7 +90,7 @@ def recorded(monkeypatch, seconds):
 def test_the_fastest_wins_if_it_is_faster_than_noise(seconds, best, monkeypatch):
     records, timed, timer = recorded(monkeypatch, [*seconds, 0.1])
     choice = tune.measure("token_stats_fwd", 90, timer, device="cpu")
-    assert timed == records[:2]  # each under its own record; what spills is not timed
+    assert timed == records[:2]  # each with its own record; candidates with spills are not timed
     assert choice.best == records[best]
     assert launch.TUNED == {}
 
@@ -103,7 +103,7 @@ def test_what_is_stored_is_what_is_loaded(monkeypatch, tmp_path, capsys):
     table = json.loads(path.read_text())
     assert (table["device"], table["capability"]) == ("NVIDIA H100", 90)
     assert table["records"]["token_stats_fwd"]["shipped_seconds"] == 1.0
-    assert launch.default("token_stats_fwd", 90) == RECORD  # only when asked
+    assert launch.default("token_stats_fwd", 90) == RECORD  # only on request
     assert tokfuse.load_tuned(path) == {"token_stats_fwd": records[1]}
     assert launch.default("token_stats_fwd", 90) == records[1]
     assert launch.default("token_stats_fwd", 80) == RECORD
@@ -160,7 +160,7 @@ def test_a_table_that_is_missing_or_of_another_device_is_refused(monkeypatch, tm
 @pytest.mark.compiler
 def test_a_dry_run_lists_candidates_with_their_resources(monkeypatch, capsys):
     two = [launch.default("whiten", 90), launch.LaunchConfig(block_t=2048, num_warps=4)]
-    same = dataclasses.replace(two[1], block_v=2)  # an axis that the kernel does not have
+    same = dataclasses.replace(two[1], block_v=2)  # the kernel has no such axis
     monkeypatch.setattr(launch, "candidates", lambda kernel, capability: [*two, same])
     assert tune.main(["whiten", "--dry-run"]) == 0
     head, first, second = capsys.readouterr().out.splitlines()
@@ -200,7 +200,7 @@ def test_the_command_refuses(arguments, message, monkeypatch, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tuning_on_a_device(tmp_path):
-    """Every case runs on real tensors, and results under tuned records are those before."""
+    """Every case runs on real tensors. Results with tuned records equal the results before."""
     x = torch.randn(5000, device="cuda")
     with tokfuse.backend("triton"):
         before = tokfuse.whiten(x)

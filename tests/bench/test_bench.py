@@ -1,6 +1,6 @@
-"""The benchmark harness: rows, statuses, interleaving, peers, and each case at tiny sizes.
+"""Test the benchmark harness: rows, statuses, interleaving, peers, and each case at tiny sizes.
 
-No test asserts a time. Memory is asserted with wide margins, errors with the bounds of the ops.
+No test checks a time. Memory is checked with wide margins, errors with the bounds of the ops.
 """
 
 import json
@@ -32,14 +32,14 @@ SHAPES = {
 
 
 def run_rows(problem: Problem, rounds: int = 2, **settings: object) -> dict[str, Row]:
-    """Rows of one problem by provider."""
+    """Return the rows of one problem by provider."""
     rows: list[Row] = []
     runner.run_problem(problem, runner.Settings(rounds, {}, **settings), rows.append)
     return {row.provider: row for row in rows}
 
 
 def quiet(outputs: dict[str, torch.Tensor] | None = None, **fields_: object):
-    """A factory of a provider that does nothing but return `outputs`."""
+    """Return a factory of a provider that only returns `outputs`."""
     return lambda: Provider(lambda: dict(outputs or {}), **fields_)
 
 
@@ -152,7 +152,7 @@ def test_peak_counts_results_and_temporaries_but_not_inputs() -> None:
 
 
 def test_memory_guard_turns_too_large_into_an_exception_and_leaves(monkeypatch) -> None:
-    # A fixed figure: what is really available changes while other processes end.
+    # A fixed figure, because the available memory changes when other processes end.
     monkeypatch.setattr(machine, "available_bytes", lambda: 2 << 30)
     too_large = 3 << 30
     with machine.memory_guard(), pytest.raises(RuntimeError) as caught:
@@ -191,11 +191,11 @@ def test_every_status_becomes_a_row() -> None:
         "large": "oom",
         "missing": "unsupported",
     }
-    assert set(status.values()) == set(STATUSES) - {"predicted"}  # nothing runs for that one
+    assert set(status.values()) == set(STATUSES) - {"predicted"}  # nothing runs for that provider
     assert rows["missing"].note == "not installed" and rows["missing"].median_ms is None
     assert rows["good"].error_logp == pytest.approx(1e-3)
     assert rows["wrong"].note == "wrong logp" and rows["nan"].error_logp == math.inf
-    # a fallback is no baseline: nothing is said to be slower or faster than it
+    # a fallback is not a baseline, so no row is compared with it
     assert rows["tokfuse"].backend == "reference"
     assert rows["good"].ratio is None and rows["good"].baseline == ""
 
@@ -290,7 +290,7 @@ def test_peer_that_does_not_import_is_unsupported(monkeypatch: pytest.MonkeyPatc
 
 
 def bench(op: str, tmp_path, *extra: str) -> list[Row]:
-    """Rows of `python -m tokfuse bench OP` at a tiny size, read back from its JSON file."""
+    """Return the rows of `python -m tokfuse bench OP` at a tiny size, read from its JSON file."""
     path = tmp_path / "rows.jsonl"
     code = cli.main([op, "--rounds", "2", "--shapes", SHAPES[op], "--json", str(path), *extra])
     rows = [Row.from_json(line) for line in path.read_text().splitlines()]
@@ -402,7 +402,7 @@ def test_targets_are_judged_against_the_faster_form(tmp_path, capsys) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(row.to_json() for row in rows))
     assert cli.main(["targets", str(path)]) == 0
-    slow = replace(rows[0], median_ms=4.0)  # a later row of the same case replaces the earlier
+    slow = replace(rows[0], median_ms=4.0)  # a later row of the same case replaces the earlier one
     path.write_text("\n".join(row.to_json() for row in [*rows, slow]))
     assert cli.main(["targets", str(path)]) == 1 and "MISS" in capsys.readouterr().out
     assert targets.judge([replace(rows[0], status="fallback"), *rows[2:]]) == []
@@ -476,7 +476,7 @@ def test_error_table_within_the_bounds(tmp_path, capsys: pytest.CaptureFixture[s
             continue
         bound = 2e-6 if row["output"].startswith("grad_") else 2e-5
         if row["op"].startswith("policy_step"):
-            bound = 2.2e-5  # the ratio exp(logp - old_logp) carries the error of a float32 logp
+            bound = 2.2e-5  # the ratio exp(logp - old_logp) has the error of a float32 logp
         value = row["max_rel"] if row["output"].startswith("grad_") else row["max_abs"]
         assert float(value) <= bound, row
 

@@ -1,4 +1,4 @@
-"""The command line of the benchmark: what each option does, what it writes, what it refuses."""
+"""Test the command line of the benchmark: each option, the written files, the errors."""
 
 import csv
 import json
@@ -179,7 +179,7 @@ def test_rows_of_two_machines_do_not_mix(tmp_path: Path, capsys) -> None:
     other = replace(ROW, cpu_model="another")
     with pytest.raises(ValueError, match="one machine; got 2: Linux, 2 cores / a processor / v3;"):
         check_one_machine([ROW, other], "x")
-    check_one_machine([ROW, replace(other, status="predicted")], "x")  # belongs to none
+    check_one_machine([ROW, replace(other, status="predicted")], "x")  # belongs to no machine
     gpu = replace(ROW, device="cuda", gpu="H100")
     check_one_machine([ROW, gpu], "x")
     with pytest.raises(ValueError, match="one machine; got 2: H100; B200"):
@@ -198,7 +198,7 @@ def test_rows_of_two_machines_do_not_mix(tmp_path: Path, capsys) -> None:
 def test_compare_goes_by_share_of_the_limit(tmp_path: Path, capsys) -> None:
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     old.write_text(ROW.to_json() + "\n")
-    # four times the seconds under a limit that is four times slower: a busy machine, no regression
+    # four times the seconds with a limit that is four times slower: a busy machine, not a regression
     new.write_text(replace(ROW, median_ms=8.0, limit_share=0.49).to_json() + "\n")
     assert cli.main(["compare", str(old), str(new)]) == 0
     assert "0.500 -> 0.490 of copy (-2.0%)" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`bench growth` and the case `influence`: plans, tables, and memory that counts what is kept."""
+"""Test `bench growth` and the case `influence`: plans, tables, and memory that includes the kept workspace."""
 
 import subprocess
 import sys
@@ -113,9 +113,9 @@ def test_results_count_a_shared_storage_once() -> None:
 
 
 def test_peak_counts_the_kept_workspace_and_is_flat_in_tokens(tmp_path) -> None:
-    """4096 rows of logits would be 128 MiB; the workspace holds 64 MiB of them by contract.
+    """4096 rows of logits would be 128 MiB; the workspace holds at most 64 MiB of them.
 
-    In a process of its own: what other tests left in malloc's arenas could serve the workspace.
+    Runs in a separate process, because memory that other tests left in malloc's arenas could serve the workspace.
     """
     path = tmp_path / "rows.jsonl"
     command = "policy_step_hidden --shapes 512x16x8192,4096x16x8192 --variant rows=1 --rounds 1"

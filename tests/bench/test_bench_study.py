@@ -1,4 +1,4 @@
-"""The influence study on a random model of a few thousand weights: its gradients and its rows."""
+"""Test the influence study on a random model of a few thousand weights: its gradients and its rows."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def data() -> study.DataSet:
     samples = [
         study.Sample(torch.randint(61, (6 + i % 3,), generator=gen), 3, 1.0 - i % 4, i % 2)
         for i in range(16)
-        if i % 4 != 1  # an advantage of zero has no gradient to rank
+        if i % 4 != 1  # with an advantage of zero there is no gradient to rank
     ]
     return study.DataSet("random", samples[:8], samples[8:])
 
@@ -38,7 +38,7 @@ def test_true_gradient_is_autograd_of_the_tied_model(model, data) -> None:
 
 
 def test_adapter_feature_is_the_gradient_of_an_adapter(model, data) -> None:
-    """h -> h + M h with M = 0: what the unprojected sketch claims to be."""
+    """h -> h + M h with M = 0, the definition of the sketch without projection."""
     true = study.TrueGradients(model)
     packed = study.pack(true, data.train)
     features = packed.by_products(true.head.detach(), None, 0).sketches

@@ -1,4 +1,4 @@
-"""`pytest bench --benchmark-only`: the same cases and rows, and what `compare` makes of them."""
+"""Test `pytest bench --benchmark-only`: the same cases and rows, and that `compare` reads them."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-k",
         "forward-all-float32 and (tokfuse or eager) and not linear",
     ]
-    # In a worker of xdist the child would take itself for one, and turn benchmarks off.
+    # In a worker of xdist, the child process would act as a worker and disable benchmarks.
     outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [PYTEST, *line],
@@ -58,6 +58,6 @@ def test_groups_and_extra_info_are_rows(saved: Path) -> None:
 
 
 def test_compare_reads_what_the_suite_saved(saved: Path, capsys) -> None:
-    assert len(compare.read(saved)) == 1  # ours
+    assert len(compare.read(saved)) == 1  # tokfuse
     assert cli.main(["compare", str(saved), str(saved)]) == 0
     assert "kept token_stats forward all 64x8192" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""bench/trl_step.py: what it measures in a run, and that it notices arms that learn differently."""
+"""Test bench/trl_step.py: its measurements, and that it detects arms with different losses."""
 
 import argparse
 
@@ -30,7 +30,7 @@ def row(arm="stock", **more):
 
 
 def test_an_arm_measures_its_steps():
-    # A process of its own: one that earlier tests have filled may train without growing at all.
+    # Runs in a separate process. A process that earlier tests have filled may train without more memory.
     found = trl_step._child("fused", OPTIONS)
     assert 0.0 < found["loss_side_s"] < found["step_s"]
     assert 0.0 < found["generation_s"] < found["step_s"]

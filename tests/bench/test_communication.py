@@ -1,4 +1,4 @@
-"""The counted bytes of vocabulary parallelism, and the arithmetic of the plan."""
+"""Test the counted bytes of vocabulary parallelism, and the arithmetic of the plan."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_counted_bytes_follow_the_formulas():
 
 def test_the_loss_side_of_the_plan_does_not_grow():
     small, large = (communication.plan(communication.Cluster(n)) for n in (64, 1024))
-    for name in ("records, ms", "grad_hidden, ms", "exchange of the loss side, % of its step"):
+    for name in ("records, ms", "grad_hidden, ms", "communication of the loss side, % of its step"):
         assert small[name] == large[name]
     assert large["records, MB"] == pytest.approx(20 * 7 * 8192 / 1e6)
-    assert large["tokens a step"] == 128 * 4 * 8192
+    assert large["tokens per step"] == 128 * 4 * 8192

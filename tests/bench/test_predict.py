@@ -1,4 +1,4 @@
-"""Predicted times of the benchmark's cases on GPUs: both backends, from the committed tables."""
+"""Test the predicted times of the benchmark's cases on GPUs: both backends, from the committed tables."""
 
 from dataclasses import replace
 
@@ -33,10 +33,10 @@ def test_a_step_on_hopper_takes_as_long_as_its_memory() -> None:
 
 def test_a_head_takes_its_three_products_and_its_row_kernel() -> None:
     row = replace(STEP, op="policy_step_hidden", variant="rows=1", hidden=4096)
-    product = 2 * 8192 * 4096 * 151936 / 989e9  # longer than the bytes of every product at this width
+    product = 2 * 8192 * 4096 * 151936 / 989e9  # longer than the time of the bytes of every product at this width
     assert predict.milliseconds(row, "H100") == pytest.approx(3 * product + 6 * LOGITS / 3.35e9, rel=1e-6)
     narrow = predict.milliseconds(replace(row, hidden=64), "H100")
-    assert narrow > 3 * product / 64 + 6 * LOGITS / 3.35e9  # here bytes bound the products
+    assert narrow > 3 * product / 64 + 6 * LOGITS / 3.35e9  # here the bytes limit the products
 
 
 def test_what_is_not_predicted() -> None:

@@ -1,4 +1,4 @@
-"""`python -m tokfuse profile`: exact commands, the measured region, and a trace on the CPU."""
+"""Test `python -m tokfuse profile`: exact commands, the measured region, and a trace on the CPU."""
 
 import json
 import os

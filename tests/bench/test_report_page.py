@@ -1,4 +1,4 @@
-"""The report page: what is in it, what it refuses, and that it works in a real browser."""
+"""Test the report page: its content, its errors, and that it works in a real browser."""
 
 import re
 import shutil
@@ -59,7 +59,7 @@ ROWS = [
 
 
 class Outline(HTMLParser):
-    """Tags that are open, table cells by table, and whatever would be loaded from elsewhere."""
+    """Collects open tags, table cells by table, and everything that the page would load from other servers."""
 
     VOID = {"meta", "input"}
 
@@ -111,9 +111,9 @@ def test_the_summary_compares_with_the_fastest_other_and_no_fallback(text: str) 
     head, *lines = Outline(text).tables["summary"]
     assert len(lines) == 1
     found = dict(zip(head, lines[0], strict=True))
-    assert found["ours"] == "tokfuse (cpu)" and found["fastest other"] == "trl"
-    assert found["times ours"] == "4.50" and found["of limit"] == "50%"
-    assert found["shape"] == "4 x 49152 (smollm2)" and found["it leaves out"] == "computes no <lse>"
+    assert found["tokfuse"] == "tokfuse (cpu)" and found["fastest other"] == "trl"
+    assert found["speedup"] == "4.50" and found["of limit"] == "50%"
+    assert found["shape"] == "4 x 49152 (smollm2)" and found["not computed by it"] == "computes no <lse>"
 
 
 def test_every_measured_row_is_there_with_its_status(text: str) -> None:
@@ -213,7 +213,7 @@ FLAGS = [
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on the path")
 def test_it_works_in_a_browser(text: str, tmp_path: Path) -> None:
-    """Scripts run, a click sorts (the last of numbers that are absent), and a word filters."""
+    """Scripts run, a click sorts (missing numbers last), and a word filters."""
     probe = """<script>
       const heads = [...document.querySelectorAll("#rows th")];
       heads.find((h) => h.dataset.name === "median").querySelector("button").click();

@@ -1,4 +1,4 @@
-"""The selection study on a random model of a few thousand weights: its parts, rows and report."""
+"""Test the selection study on a random model of a few thousand weights: its parts, rows and report."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def pool() -> Pool:
 
 
 def test_the_cut_model_is_the_model(model, split, pool) -> None:
-    """Padding, the cut and the packing change no answer: log-probs and greedy hits."""
+    """Padding, the split and the packing change no result: log-probs and greedy answers."""
     answers = split.read(split.upper(), split.encode(pool.held_out))
     logp, hit = split.outcome(answers)
     for i, sample in enumerate(pool.held_out):
@@ -65,7 +65,7 @@ def test_the_cut_model_is_the_model(model, split, pool) -> None:
 
 
 def test_greedy_accuracy_is_that_of_generation(model, split) -> None:
-    """Half of the samples hold the model's own greedy answers."""
+    """Half of the samples contain the model's own greedy answers."""
     gen = torch.Generator().manual_seed(2)
     samples = []
     for i in range(6):
@@ -86,7 +86,7 @@ def test_greedy_accuracy_is_that_of_generation(model, split) -> None:
 
 
 def test_features_are_of_single_samples(split, pool) -> None:
-    """The mean over the batch is undone: a sample's sketch does not depend on the others."""
+    """The mean over the batch is removed, so a sample's sketch does not depend on the other samples."""
     data = split.encode(pool.train[:4])
     together = split.influence(split.read(split.upper(), data), 4)
     alone = split.influence(split.read(split.upper(), data.take([2])), 4)
@@ -150,7 +150,7 @@ def test_the_plot_is_written(tmp_path) -> None:
 
 
 def test_the_pool_of_sums() -> None:
-    """Right and wrong answers, other tasks, and no held-out question among what is trained on."""
+    """Correct and wrong answers, other tasks, and no held-out question among the training samples."""
     pytest.importorskip("reasoning_gym")
 
     class Letters:
@@ -177,5 +177,5 @@ def test_the_page_is_what_the_rows_say() -> None:
     assert written.strip() == f"{selection_report.table(found)}\n\n{selection_report.facts(found)}"
     runs = [(row["seed"], row["ranking"]) for row in found]
     assert len(runs) == len(set(runs)) and {seed for seed, _ in runs} == {1, 2, 3, 4, 5}
-    assert len(runs) == 5 * selection_report.RANKINGS  # complete, and of one state of the code
+    assert len(runs) == 5 * selection_report.RANKINGS  # complete, and from one version of the code
     assert len({row["commit"] for row in found}) == 1

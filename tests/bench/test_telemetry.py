@@ -1,4 +1,4 @@
-"""Telemetry against a driver that answers from a record, and on a machine without one."""
+"""Test telemetry with a driver that replays recorded answers, and on a machine without a driver."""
 
 import time
 from dataclasses import replace
@@ -19,7 +19,7 @@ class NVMLError(Exception):
 
 
 class RecordedDriver:
-    """pynvml with the answers of one driver; every call of a series takes the next value."""
+    """pynvml with the answers of one driver. Every call of a series returns the next value."""
 
     NVMLError = NVMLError
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
@@ -167,7 +167,7 @@ def test_visible_devices_are_mapped(
 
 
 @pytest.mark.parametrize(
-    ("visible", "text"), [("0", "hides device 1"), ("", "hides device 1"), ("0,GPU-cc", "names GPU-cc, which no GPU")]
+    ("visible", "text"), [("0", "hides device 1"), ("", "hides device 1"), ("0,GPU-cc", "names GPU-cc, which is not")]
 )
 def test_a_hidden_device_is_unavailable(visible: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

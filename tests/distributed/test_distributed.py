@@ -1,7 +1,7 @@
-"""tokfuse.distributed over gloo in 1, 2 and 4 processes: against float64 and one process.
+"""Test tokfuse.distributed over gloo in 1, 2 and 4 processes, against float64 and one process.
 
-The cases are in support/*_parallel_cases.py; support/ranks.py starts the ranks of a world size once
-for all of them. `test_vocab_parallel.py` checks the merge on every backend without processes.
+The cases are in support/*_parallel_cases.py. support/ranks.py starts the ranks of a world size once for all
+cases. `test_vocab_parallel.py` checks the merge on every backend without processes.
 """
 
 import functools

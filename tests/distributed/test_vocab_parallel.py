@@ -1,7 +1,7 @@
-"""Merging vocabulary shards, on every backend and without processes.
+"""Test the merge of vocabulary shards, on every backend and without processes.
 
-Every shard runs its row kernels here, one after the other; what the all-gather would carry is
-stacked. Bounds are those of token_stats itself. Over processes: test_distributed.py.
+The shards run their row kernels one after the other, and the contents of the all-gather are stacked. Bounds are
+those of token_stats. test_distributed.py uses several processes.
 """
 
 import pytest
@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 class Shard:
-    """What a VocabShard says of its columns, without a group."""
+    """The columns of a VocabShard, without a group."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.start, self.stop, self.size = start, stop, stop - start
@@ -39,7 +39,7 @@ class Shard:
 
 
 def run(z, y, ga, gh, cuts, mask, options):
-    """(statistics, gradient) put together from shards."""
+    """Return (statistics, gradient), merged from shards."""
     o = LogitOptions(options.get("temperature", 1.0), options.get("softcap"), options.get("logit_scale", 1.0), mask)
     kernels = vocab_rows.row_kernels(z, o)
     shards = [Shard(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
@@ -73,7 +73,7 @@ def run(z, y, ga, gh, cuts, mask, options):
 
 
 def rows(dtype, device):
-    """Peaks and targets on both sides of the cuts, excluded columns, a dead and a masked row."""
+    """Return difficult rows: peaks and targets on both sides of the cuts, excluded columns, masked rows."""
     gen = torch.Generator().manual_seed(4)
     z = torch.randn(12, 1001, generator=gen) * 3
     z[0, [0, 699, 700, 1000]] = 20.0
@@ -81,7 +81,7 @@ def rows(dtype, device):
     z[2, :700] = -INF
     z[3, 640:] = -INF
     z[4] = -INF
-    z[5, :690] -= 300.0  # the part of a shard underflows, and the target lies in it
+    z[5, :690] -= 300.0  # the shard's part underflows and contains the target
     z[6, 300] = 80.0
     y = torch.tensor([700, 5, 800, 3, 9, 2, 300, -5, 0, 1000, 639, 640])
     mask = torch.ones(12, dtype=torch.bool)
@@ -113,7 +113,7 @@ def test_shards_merge_to_the_whole(backend, dtype, name, cuts):
     bound = bound.expand(want.grad.shape) + 1e-30
     if exact:
         bound = bound + half_ulp(want.grad, torch.float32)
-    if dtype == torch.bfloat16:  # the interpreter truncates where hardware rounds
+    if dtype == torch.bfloat16:  # the interpreter truncates; hardware rounds
         bound = bound + half_ulp(want.grad, dtype) * (2 if backend.name == "triton" else 1)
     compare(grad, want.grad, atol=bound, what="gradient")
 
@@ -121,7 +121,7 @@ def test_shards_merge_to_the_whole(backend, dtype, name, cuts):
 @pytest.mark.parametrize("backend", backends("token_stats"))
 @pytest.mark.parametrize("cuts", [(0, 1, 150, 300), (0, 299, 300)], ids=["three", "last alone"])
 def test_a_confident_token_keeps_its_digits(backend, cuts):
-    """Its own shard holds the target alone, or with a part of the rest."""
+    """Its shard contains only the target, or also a part of the other tokens."""
     z, y = problem(300, torch.float32)
     for ga, gh in COEFFICIENTS.values():
         grads = (backend.put(torch.full((len(z),), x)) for x in (ga, gh))
@@ -168,7 +168,7 @@ def test_a_target_that_no_shard_owns_is_nan_where_values_are_not_read():
 
 
 def test_backends_declare_the_unit_of_their_row_maximum():
-    """Without it no shard of a backend can be merged with another rank's."""
+    """Without the unit, no shard of a backend can be merged with another rank's shard."""
     options = LogitOptions(torch.tensor([0.5, 2.0]), None, 3.0, None)
     capped = options._replace(softcap=9.0)
     assert triton_rows.STATE.nats(options).tolist() == [6.0, 1.5]

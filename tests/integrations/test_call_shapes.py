@@ -1,6 +1,6 @@
-"""Losses under other trainers' signatures, each against the trainer's formula in float64.
+"""Test losses with other trainers' signatures, each against the trainer's formula in float64.
 
-Bounds: 2e-6 of the value or of 1, and gradients within 4e-6 of the largest entry.
+Bounds: 2e-6 of the value or of 1; gradients within 4e-6 of the largest entry.
 """
 
 import importlib
@@ -36,7 +36,7 @@ def batch(seed=0):
 
 
 def wide(b):
-    """The same batch in float64, for the formula."""
+    """Return the same batch in float64, for the formula."""
     out = SimpleNamespace(**{k: v.detach().double() for k, v in vars(b).items()})
     out.logp.requires_grad_()
     return out
@@ -103,7 +103,7 @@ def test_liger(kind):
     )
     exact = logits.detach().double().requires_grad_()
     assert_same(ours, logits, liger_reference(exact, wide(b), ids, a.double(), kind, **LIGER[kind]), exact)
-    assert torch.equal(logits.detach(), before)  # inplace=True is a permission
+    assert torch.equal(logits.detach(), before)  # inplace=True permits the op to overwrite its input
     assert len(metrics) == (1 if LIGER[kind].get("beta") == 0.0 else 2)
 
 
@@ -114,7 +114,7 @@ def test_liger_window_and_sampler_ratio():
     args = (logits, b.old, None, ids, a, b.mask)
     one, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True, num_items_in_batch=40)
     plain, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True)
-    # Summands near 1 cancel to 2e-4: their rounding decides, not the loss's own size.
+    # Summands near 1 cancel to 2e-4, so the bound is their rounding and not relative to the loss.
     assert one.item() == pytest.approx(plain.item() * b.mask.sum().item() / 40, rel=1e-5, abs=1e-7)
     twice, _ = shapes.triton_grpo_loss(*args, beta=0.0, reduce=True, vllm_is_ratio=torch.full((B,), 2.0))
     assert twice.item() == pytest.approx(2 * plain.item(), rel=1e-5, abs=1e-7)
@@ -261,7 +261,7 @@ def test_skyrl_refuses():
 
 
 def nemo(b, **cfg):
-    """(loss, metrics) of our object; one more position in front, as NeMo-RL's data has it."""
+    """Return (loss, metrics) of tokfuse's object. The data has one more position at the start, as in NeMo-RL."""
 
     def data(x):
         return torch.nn.functional.pad(x, (1, 0))
@@ -367,7 +367,7 @@ def test_slime(dual):
     b = batch()
     kl, a = (b.old - b.logp)[b.mask.bool()].detach().requires_grad_(), b.advantage[b.mask.bool()]
     exact = kl.detach().double().requires_grad_()
-    weight = torch.linspace(0.5, 2, len(kl))  # slime's reducer weighs samples
+    weight = torch.linspace(0.5, 2, len(kl))  # slime's reducer gives weights to samples
     ours, clipped = shapes.slime_policy_loss(kl, a, 0.2, 0.3, dual)
     ratio = (-exact).exp()
     want = ppo(ratio, a.double(), 0.2, 0.3, dual)
@@ -421,4 +421,4 @@ def test_everything_survives_cloudpickle(thing):
     again = importlib.import_module("pickle").loads(cloudpickle.dumps(thing))
     assert type(again) is type(thing)
     if callable(getattr(thing, "__name__", None)) or isinstance(thing, types.FunctionType):
-        assert again is thing  # by name: nothing of the extension in the message
+        assert again is thing  # the error names the argument and does not mention the extension

@@ -1,4 +1,4 @@
-"""tokfuse.integrations.hf beside transformers: loss, gradients, statistics, packed forward."""
+"""Test tokfuse.integrations.hf against transformers: loss, gradients, statistics, packed forward."""
 
 import contextlib
 import copy
@@ -31,7 +31,7 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.3,
 }
-# Options that would be easy to lose.
+# Options that an adapter could easily ignore.
 MODELS = {
     "llama": {"tie_word_embeddings": False},
     "mistral": {},
@@ -89,7 +89,7 @@ def float64_loss(logits, labels, *_, num_items_in_batch=None, ignore_index=-100,
 
 @contextlib.contextmanager
 def float64_head(model):
-    """The model's own head and loss, in float64."""
+    """Return the loss of the model's own head, in float64."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     with contextlib.ExitStack() as stack:
         for layer in model.lm_head.modules():
@@ -105,7 +105,7 @@ def run_exactly(model, **more):
 
 
 def assert_same(mine, theirs, exact):
-    """Loss and gradients are no farther from the model in float64 than its own are."""
+    """Check that loss and gradients are no farther from the float64 model than the model's own float32 results."""
     assert exact[0].loss.dtype == torch.float64
     assert_no_farther(*(x[0].loss for x in (mine, theirs, exact)), what="loss")
     assert mine[1].keys() == theirs[1].keys() == exact[1].keys()
@@ -187,7 +187,7 @@ def test_install_is_idempotent_and_uninstall_restores():
     assert "as it is" in hf.describe(model)
     hf.install(model)
     model.forward = model.forward.__wrapped__
-    for _ in range(2):  # and it stays so
+    for _ in range(2):  # and it stays unchanged
         with pytest.raises(ValueError, match=r"forward must be still the one that was installed"):
             hf.uninstall(model)
 
@@ -227,7 +227,7 @@ def test_a_newer_version_warns(monkeypatch):
 
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_the_keys_and_values_are_passed_on(use_cache):
-    """Under the name of this version: `past_key_values`, from 5.24 on `cache`."""
+    """With the name in the installed version: `past_key_values`, from 5.24 on `cache`."""
     model = make().eval()
     theirs = model(**batch(), use_cache=use_cache, output_hidden_states=True)
     with hf.installed(model):
@@ -365,7 +365,7 @@ def test_packed_sequences_see_themselves_only():
 
 
 def test_packed_with_flash_attention_passes_the_borders(monkeypatch):
-    """What transformers' flash_attention_2 reads instead of a mask."""
+    """transformers' flash_attention_2 reads the borders instead of a mask."""
     model = make()
     monkeypatch.setattr(hf, "packed_route", lambda model: "flash_attention_2, no padding")
     seen = {}
@@ -387,7 +387,7 @@ def test_packed_with_flash_attention_passes_the_borders(monkeypatch):
 
 
 def test_a_policy_step_on_a_model():
-    """head_of and packed_hidden are what policy_step needs; equal to the model's own logits."""
+    """head_of and packed_hidden give the inputs of policy_step. The result equals that of the model's own logits."""
     model = make("gemma2")
     ids, cu = packed([6, 8])
     hidden = hf.packed_hidden(model, ids, cu)

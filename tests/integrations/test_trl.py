@@ -1,4 +1,4 @@
-"""tokfuse.integrations.trl: installing, restoring, the head and the logits op beside TRL's own."""
+"""Test tokfuse.integrations.trl: install, uninstall, and the head and the logits op compared with TRL's."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def seams():
 
 def test_install_is_idempotent_and_uninstall_restores_identity():
     stock = seams()
-    host.uninstall()  # nothing was installed: nothing happens
+    host.uninstall()  # nothing was installed, so nothing happens
     host.install()
     ours = seams()
     assert all(a is not b for a, b in zip(stock, ours, strict=True))
@@ -166,7 +166,7 @@ def test_head_under_autocast_takes_its_dtype():
         ours = host.token_head(*leaves, target, 1.0, 128)
     exact = host.token_head(*leaves, target, 1.0, 128)
     assert (ours[0] - exact[0]).abs().max() > 1e-4  # bfloat16 inputs
-    assert (ours[0] - stock[0]).abs().max() < 0.1  # whose logits are rounded to bfloat16
+    assert (ours[0] - stock[0]).abs().max() < 0.1  # their logits are rounded to bfloat16
     ours[0].sum().backward()
     assert leaves[1].grad.dtype == torch.float32
 
@@ -185,14 +185,14 @@ def test_policy_head_is_connected_to_its_loss():
         {"old_logp": None, "advantage": torch.ones(N), "objective": tokfuse.Objective(), "normalizer": "batch"}
     )
     logp, *_ = head.apply(*leaves, target, 1.0, 128, None, 1.0, ("log_probs", "entropy"))
-    logp.sum().backward(retain_graph=True)  # no gradient of its own
+    logp.sum().backward(retain_graph=True)  # has no separate gradient
     assert not leaves[1].grad.any()
     head.step.loss.backward()
     assert leaves[1].grad.any()
 
 
 def test_only_labelled_rows_reach_the_head():
-    """TRL scores every position on a CPU; under tokfuse the prompt's rows do not exist."""
+    """TRL scores every position on a CPU. With tokfuse the prompt's rows are not computed."""
     model = tiny_grpo.load()
     utils.add_fused_lm_head(model)
     ids = torch.randint(3, 40, (2, 9))
@@ -240,7 +240,7 @@ def test_logits_op_equals_trls(masked):
 
 def test_what_the_logits_op_does_not_take_stays_trls():
     logits = torch.randn(2, 3, V)
-    several = torch.randint(V, (2, 3, 4))  # several tokens a position
+    several = torch.randint(V, (2, 3, 4))  # several tokens per position
     stock = utils.selective_log_softmax(logits, several)
     with host.installed():
         assert torch.equal(utils.selective_log_softmax(logits, several), stock)

@@ -1,7 +1,7 @@
-"""Methods of tokfuse.algorithms inside TRL's GRPO loop, on the tiny model.
+"""Test methods of tokfuse.algorithms inside TRL's GRPO loop, on the tiny model.
 
-Where TRL has the same method, both trainers must agree; the others must train, and their loss must
-be the one that the method itself states for the rollout.
+If TRL has the same method, both trainers must agree. The other methods must train, and their loss must equal the
+loss that the method defines for the rollout.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from tokfuse import algorithms
 from tokfuse.integrations.trl import FusedGRPOTrainer
 
 SGD = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "num_iterations": 2, "max_steps": 3}
-# Not the clip ratios: a reward at its group's mean has advantage 0 in TRL and 3e-8 in ours.
+# Without the clip ratios: a reward at its group's mean has advantage 0 in TRL and 3e-8 in tokfuse.
 SAME = ("loss", "grad_norm", "entropy", "kl")
 
 
@@ -34,7 +34,7 @@ def fused(tmp_path, algorithm, **options):
     )
 
 
-# TRL's way of writing the method, and ours with TRL's constants.
+# The method in TRL's options, and the tokfuse method with TRL's constants.
 TWINS = {
     "grpo over tokens": ({}, method("grpo", kl=None, aggregation="token_mean", eps=1e-4)),
     "dr_grpo": (
@@ -53,7 +53,7 @@ TWINS = {
 def test_equals_trl_where_trl_has_the_method(name, tmp_path):
     options, algorithm = TWINS[name]
     stock = tiny_grpo.trainer(GRPOTrainer, tmp_path, **{**SGD, **options})
-    stock.train()  # before the next is made: that seeds the sampler again
+    stock.train()  # before the next one is created, which seeds the sampler again
     exact = tiny_grpo.trainer(GRPOTrainer, tmp_path, **{**SGD, **options})
     with trl_in_float64():
         exact.train()
@@ -66,8 +66,8 @@ def test_equals_trl_where_trl_has_the_method(name, tmp_path):
             assert_no_farther(*figures, size=max(1.0, *map(abs, figures[2])), what=key)
 
 
-# One of every kind: state, selection, signals, token weights, token advantages, rules that look at
-# the policy, a bias model.
+# One method of every kind: state, selection, signals, token weights, token advantages, dependence on the policy,
+# a bias model.
 NAMES = {
     "rloo": {},
     "opo": {},
@@ -104,7 +104,7 @@ def test_a_method_trains(name, tmp_path):
 
 
 def test_the_loss_is_the_one_that_the_method_states(tmp_path):
-    """One micro-batch of a rollout, stated by the method alone from TRL's padded tensors."""
+    """One micro-batch of a rollout. The method alone computes the loss from TRL's padded tensors."""
     algorithm = method("gbpo")
     trainer = fused(tmp_path, algorithm, gradient_accumulation_steps=1)
     seen = []

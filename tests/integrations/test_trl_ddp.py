@@ -1,4 +1,4 @@
-"""TRL's GRPO on two ranks under DDP: FusedGRPOTrainer beside the stock trainer, same seeds."""
+"""Test TRL's GRPO on two ranks with DDP: FusedGRPOTrainer against the stock trainer with the same seeds."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).parents[1] / "support" / "ddp_grpo.py"
 
 
 def run(arm: str, folder: Path, options: dict) -> list[dict]:
-    """What each of two ranks wrote."""
+    """Return the results of each of two ranks."""
     environment = os.environ | {
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
@@ -46,7 +46,7 @@ def run(arm: str, folder: Path, options: dict) -> list[dict]:
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_two_ranks_train_as_stock(loss_type: str, tmp_path: Path):
-    """dapo divides by the tokens of all ranks, grpo by each rank's sequences."""
+    """dapo divides by the tokens of all ranks, grpo by the sequences of each rank."""
     options = {"loss_type": loss_type}
     runs = fused, stock, exact = [run(arm, tmp_path, options) for arm in ("fused", "stock", "exact")]
     for ranks in runs:

@@ -1,9 +1,9 @@
-"""FusedGRPOTrainer against TRL's GRPOTrainer: real training steps, every loss type and option.
+"""Test FusedGRPOTrainer against TRL's GRPOTrainer: real training steps, every loss type and option.
 
-All train the same tiny model from the same seed with plain SGD (Adam would blow up rounding where
-a gradient is nearly 0). The measure is the stock trainer with its head and its loss in float64:
-over the steps, no loss, gradient norm, entropy, KL or other metric of TRL, and none of the weights
-after the last step, may be farther from it than the stock trainer in float32 is (`host_parity`).
+All trainers train the same tiny model from the same seed with plain SGD, because Adam amplifies rounding if a
+gradient is nearly 0. The reference is the stock trainer with its head and its loss in float64. Over the steps,
+no loss, gradient norm, entropy, KL or other metric of TRL may be farther from it than the stock float32
+trainer, and no weight after the last step (`host_parity`).
 """
 
 import math
@@ -23,12 +23,12 @@ from tokfuse.integrations.trl import FusedGRPOTrainer
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 CLOCKS = ("time", "per_second", "runtime")
 SGD = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}
-# Two passes over each rollout, micro-batches of different lengths: ratios move, clips bite.
+# Two passes over each rollout and micro-batches of different lengths: ratios move, and some tokens are clipped.
 REUSED = {**SGD, "num_iterations": 2, "max_steps": 3, "epsilon": 0.02}
 
 
 class Sampled:
-    """TRL's trainer as if vLLM had sampled: log-probabilities a little off, one of them unknown."""
+    """TRL's trainer with simulated vLLM sampling: log-probabilities differ a little, and one is unknown."""
 
     def _generate(self, prompts):
         self.use_vllm = False
@@ -40,7 +40,7 @@ class Sampled:
 
 
 class Tools:
-    """Completions in which every third token came from a tool: seen by the model, not trained."""
+    """Completions in which a tool wrote every third token: the model sees them, but does not train on them."""
 
     def _generate(self, prompts):
         out = list(super()._generate(prompts))
@@ -58,7 +58,7 @@ def train(cls, tmp_path, mixin=None, exact=False, **options):
 
 
 def history(trainer):
-    """Every number that was logged, without the clocks."""
+    """Return every logged number, without times."""
     return [
         {name: x for name, x in row.items() if not any(clock in name for clock in CLOCKS)}
         for row in trainer.state.log_history
@@ -129,7 +129,7 @@ OPTIONS = {
         "entropy_coef": 0.1,
         "max_steps": 4,
     },
-    # 0.57 (tokens - 1) is no integer: a quantile that is one token's entropy lets its rounding decide.
+    # 0.57 (tokens - 1) is not an integer. At an integer the quantile is one token's entropy, and rounding decides.
     "high-entropy tokens": {"top_entropy_quantile": 0.43},
     "high-entropy tokens, bonus, kl": kl(top_entropy_quantile=0.43, entropy_coef=0.1, loss_type="grpo"),
     "off-policy mask": {"off_policy_mask_threshold": 1e-4},
@@ -143,7 +143,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option(option, tmp_path, plain_history):
     _, stock = both(tmp_path, **{**REUSED, **OPTIONS[option]})
-    assert history(stock) != plain_history  # else an ignored option would pass
+    assert history(stock) != plain_history  # otherwise an ignored option would pass
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_lora_and_a_frozen_head(tmp_path):
 
 
 def test_an_untied_head_with_bias_and_softcap(tmp_path):
-    """What TRL reads from the model reaches the kernel."""
+    """The kernel receives the values that TRL reads from the model."""
 
     def run(cls, exact=False):
         model = tiny_grpo.load(tied=False)

@@ -1,7 +1,7 @@
-"""TRL's default GRPO on SmolLM2-135M: stock, under install(), and FusedGRPOTrainer agree.
+"""Test TRL's default GRPO on SmolLM2-135M: stock, with install(), and FusedGRPOTrainer agree.
 
-The measure is the stock trainer with its head and loss in float64: loss, gradient norm, entropy, KL
-and metrics are no farther from it than those of the stock trainer, whose head rounds to float32.
+The reference is the stock trainer with its head and loss in float64. Loss, gradient norm, entropy, KL and metrics
+must be no farther from it than those of the stock trainer, whose head rounds to float32.
 """
 
 import sys
@@ -64,8 +64,7 @@ def history(cls, tmp_path, options):
 
 
 def moved(first, second):
-    """The largest relative difference of each figure over the steps; of figures below 1, the
-    absolute one."""
+    """Return the largest relative difference of each figure over the steps; the absolute one for figures below 1."""
     worst = {}
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()

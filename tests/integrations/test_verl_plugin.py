@@ -1,4 +1,4 @@
-"""The parts of the verl plug-in that need no verl; beside verl itself: `make test-verl`."""
+"""Test the parts of the verl plug-in that do not need verl. `make test-verl` compares with verl."""
 
 import logging
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ needs_no_verl = pytest.mark.skipif(not WITHOUT_VERL, reason="verl is installed h
 
 
 class Config(SimpleNamespace):
-    """An actor's configuration: attributes, and `get` as verl's."""
+    """An actor's configuration: attributes, and `get` as in verl."""
 
     def get(self, name, default=None):
         return getattr(self, name, default)
@@ -29,7 +29,7 @@ def call(info=None, mode="token-mean", **changed):
         clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=0.28, clip_ratio_c=3.0, global_batch_info=info or {}
     )
     difference, advantages = (torch.randn(3, 4, generator=gen) for _ in range(2))
-    difference[0, 0], advantages[0, 0] = 5.0, -1.0  # a ratio of 4.5: the dual clip
+    difference[0, 0], advantages[0, 0] = 5.0, -1.0  # a ratio of 4.5 reaches the dual clip
     fields = {
         "old_log_prob": old,
         "log_prob": old + difference * 0.3,

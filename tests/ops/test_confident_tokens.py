@@ -1,6 +1,6 @@
-"""A token with p = 1 - 10^-k keeps the digits of 1 - p, on every backend and in every op.
+"""Test that a token with p = 1 - 10^-k keeps the digits of 1 - p, on every backend and in every op.
 
-Over vocabulary shards: tests/distributed/test_vocab_parallel.py.
+Vocabulary shards are tested in tests/distributed/test_vocab_parallel.py.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import tokfuse
 import tokfuse.runtime.ops.kept_token_stats
 import tokfuse.runtime.ops.token_stats  # noqa: F401  (imports register the implementations)
 
-# Two logits; one tile of every backend; the target's tile, others before and after it, and a tail.
+# Two logits; one tile of every backend; the target's tile with tiles before and after it; and a tail.
 VOCABS = (2, 300, 6157)
 
 
@@ -38,7 +38,7 @@ def test_token_stats(backend, vocab, dtype, option):
 
 @pytest.mark.parametrize("backend", backends("token_stats"))
 def test_an_unlikely_target(backend):
-    """With p = 10^-k it is p that keeps its digits, in the entry for the entropy."""
+    """With p = 10^-k, p keeps its digits in the gradient entry of the entropy."""
     z, target = problem(300, torch.float32, unlikely=True)
     leaf = backend.put(z).clone().requires_grad_()
     with backend.forced():
@@ -51,7 +51,7 @@ def test_an_unlikely_target(backend):
 
 @pytest.mark.parametrize("backend", backends("token_stats"))
 def test_logits_far_from_zero(backend):
-    """Differences of float32 logits near 5e6 are multiples of a half; p is what they say."""
+    """Float32 logits near 5e6 are multiples of 0.5. p follows from these rounded logits."""
     z, target = problem(300, torch.float32, shift=5e6)
     leaf = backend.put(z).clone().requires_grad_()
     with backend.forced():
@@ -77,7 +77,7 @@ def test_extended_statistics(backend):
 @pytest.mark.parametrize("vocab", (2, 300))
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_linear_token_stats(backend, vocab, dtype):
-    """Hidden states are unit vectors: the logits are the weight, and its gradient is theirs."""
+    """Hidden states are unit vectors, so the logits are the weight and have its gradient."""
     z, target = problem(vocab, dtype)
     for ga, gh in COEFFICIENTS.values():
         hidden = backend.put(torch.eye(len(z)).to(dtype))
@@ -91,7 +91,7 @@ def test_linear_token_stats(backend, vocab, dtype):
 
 
 def step_inputs(backend, want: Truth, target: Tensor, entropy_coef: float) -> dict[str, Any]:
-    """A policy step whose loss is -logp - entropy_coef * entropy to first order."""
+    """Return a policy step whose loss is -logp - entropy_coef * entropy to first order."""
     return {
         "target": backend.put(target),
         "old_logp": backend.put(want.logp.float()),
@@ -126,7 +126,7 @@ def test_policy_step(backend, vocab, dtype, entropy_coef):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("level", ("token", "sequence"))
 def test_policy_step_from_hidden(backend, vocab, dtype, level):
-    """A ratio of one-token sequences is that of the token, and takes the path of three launches."""
+    """The ratio of a one-token sequence is the token's ratio, but the call uses three launches."""
     z, target = problem(vocab, dtype)
     want = truth(z, target, -1.0, 0.0)
     given = step_inputs(backend, want, target, 0.0)
@@ -145,7 +145,7 @@ def test_policy_step_from_hidden(backend, vocab, dtype, level):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_kept_token_stats(backend, dtype, option):
-    """Ids that were not kept are likelier than the target, and take no part."""
+    """Ids that are not kept are more likely than the target, and have no effect."""
     options = OPTIONS[option]
     z, target = problem(300, dtype, **options)
     wide = torch.full((len(z), 400), 40.0).to(dtype)

@@ -1,7 +1,7 @@
-"""token_stats with second_temperature and moments: against float64 sums, on every backend.
+"""Test token_stats with second_temperature and moments against float64 sums, on every backend.
 
-Bounds: those of token_stats for logp (2e-5 at |logit| <= 100); the weighted moments relative to
-their own size, since all their summands have one sign.
+Bounds: those of token_stats for logp (2e-5 at |logit| <= 100). The weighted moments have a relative bound,
+because all their summands have the same sign.
 """
 
 import math
@@ -35,7 +35,7 @@ def batch(tokens=9, vocab=5003, scale=3.0, seed=0, dtype=torch.float32):
 def expected(
     logits, target, second, *, temperature=1.0, softcap=None, logit_scale=1.0, bias_logits=None, bias_scale=1.0
 ):
-    """(second_logp, sum p^2 log p, sum p^2 log^2 p) by the definition, in float64."""
+    """Return (second_logp, sum p^2 log p, sum p^2 log^2 p) by definition, in float64."""
     u = logits.double() * logit_scale
     if softcap is not None:
         u = torch.where(u == -INF, -INF, softcap * torch.tanh(u / softcap))
@@ -51,8 +51,8 @@ def expected(
 
 
 def check(out, wanted):
-    # p^2 errs by twice the 2e-6 of p, and sums of up to 64 summands a lane by 4e-6; a GPU's
-    # exponential errs by 2 ulp.
+    # The error of p^2 is twice the 2e-6 of p. Sums of up to 64 summands per lane have an error of 4e-6, and a
+    # GPU's exponential has an error of 2 ulp.
     exact = dispatch.forced_backend() == "reference"
     bound = ROUNDED_ONCE if exact else {"rtol": 1e-5 if dispatch.forced_backend() == "cuda" else 8e-6, "atol": 1e-9}
     compare(out.second_logp, wanted[0], **(ROUNDED_ONCE if exact else {"atol": 2e-5}))
@@ -90,7 +90,7 @@ def test_narrow_inputs_are_read_exactly(dtype):
 def test_widths_and_sizes_of_logits(vocab, scale):
     logits, target = batch(4, vocab, scale)
     out = token_stats(logits, target, second_temperature=2.0, moments=True)
-    # Near p = 1 log p itself is a rounding error of 1e-6 at |logit| = 100.
+    # Near p = 1, log p itself is a rounding error of 1e-6 at |logit| = 100.
     wanted = expected(logits, target, 2.0)
     if dispatch.forced_backend() == "reference":
         check(out, wanted)
@@ -202,7 +202,7 @@ def test_a_row_does_not_depend_on_batch_or_threads():
         torch.set_num_threads(before)
     part = token_stats(logits[5:7], target[5:7], second_temperature=2.0, moments=True)
     if dispatch.forced_backend() == "reference":
-        return  # torch's own reductions promise nothing here
+        return  # torch's reductions do not guarantee this
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
     assert all(torch.equal(a[5:7], b) for a, b in zip(results[0], part, strict=True))

@@ -1,6 +1,6 @@
-"""gae: against a token loop in Python floats, on every backend.
+"""Test gae against a token loop in Python floats, on every backend.
 
-The scan is float64 on both backends and rounded once: 2e-7 relative to the largest advantage.
+The scan is float64 on every backend and rounded once: 2e-7 relative to the largest advantage.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def expected(reward, value, cu, gamma=1.0, lam=1.0, mask=None, finished=None, alpha=None):
-    """The recursion, one token at a time."""
+    """Compute the recursion one token at a time."""
     reward, value = reward.double().tolist(), value.double().tolist()
     advantage, returns = [0.0] * len(reward), [0.0] * len(reward)
     for s in range(len(cu) - 1):
@@ -140,7 +140,7 @@ def test_masked_tokens_are_skipped_as_if_they_were_not_there():
 
 
 def test_unfinished_sequences_bootstrap_their_last_value():
-    """Extended GAE: with gamma 1 the last unfinished delta is the last reward alone."""
+    """Extended GAE: with gamma 1 the last delta of an unfinished sequence is the last reward."""
     reward, value, cu, mask, _ = batch((4, 3))
     finished = torch.tensor([True, False])
     advantage, returns = gae(reward, value, cu, finished=finished)
@@ -149,7 +149,7 @@ def test_unfinished_sequences_bootstrap_their_last_value():
     everything = gae(reward, value, cu)[0]
     assert torch.equal(advantage[:4], everything[:4])
     assert not torch.isclose(advantage[4:], everything[4:]).any()
-    # The last valid token bootstraps, not the last token.
+    # The value of the last valid token is used, not the value of the last token.
     mask = torch.tensor([True] * 6 + [False])
     masked = gae(reward, value, cu, finished=finished, mask=mask)[0]
     assert masked[5].item() == pytest.approx(reward[5].item(), rel=1e-6)

@@ -1,7 +1,7 @@
-"""group_advantage: against per-group formulas in Python floats, on every backend.
+"""Test group_advantage against per-group formulas in Python floats, on every backend.
 
-Both backends accumulate in float64 and round once, so the bound is one float32 rounding with room
-for the last bit of a float64 sum: 2e-7 relative.
+Every backend accumulates in float64 and rounds once. The bound is one float32 rounding plus the last bit of
+a float64 sum: 2e-7 relative.
 """
 
 import math
@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def centre_of(i, members, x, baseline, lengths):
-    """Baseline of member i of a group of two or more."""
+    """Return the baseline of member i in a group of two or more."""
     values = [x[j] for j in members]
     if baseline == "mean":
         return math.fsum(values) / len(values)
@@ -130,7 +130,7 @@ def test_against_formulas_on_any_groups(data):
     )
     ddof = 1 if std == "sample" else 0
     want = expected(x, ids, baseline, scale, ddof=ddof, lengths=lengths)
-    # Rewards that agree to many digits lose them in the difference: bound by the input rounding.
+    # Differences of nearly equal rewards lose digits, so the bound is the rounding of the input.
     slack = 1e-12 * max((abs(v) for v in x), default=0.0) / (1e-6 if scale != "none" else 1.0)
     torch.testing.assert_close(out.double(), want, rtol=3e-7, atol=1e-9 + slack)
 
@@ -212,7 +212,7 @@ def test_singleton_keeps_its_reward_or_gives_zero():
 def test_one_reward_in_all():
     one, ids = torch.tensor([2.0]), torch.tensor([4])
     assert group_advantage(one, ids).item() == pytest.approx(2.0, rel=1e-5)
-    # A batch of one has deviation 1 by convention.
+    # A batch of one has deviation 1 by definition.
     assert group_advantage(one, ids, scale="batch_std").item() == pytest.approx(2.0, rel=1e-5)
 
 
@@ -259,7 +259,7 @@ def test_options_are_honoured():
 
 
 def test_population_deviation_of_a_binary_group():
-    """The form that NFT reduces to on-policy: sqrt(p (1 - p)) without eps."""
+    """The form of NFT on policy: sqrt(p (1 - p)) without eps."""
     reward, ids = torch.tensor([1.0, 0, 0, 0]), torch.zeros(4, dtype=torch.int64)
     out = group_advantage(reward, ids, std="population", eps=0.0)
     torch.testing.assert_close(out[0].item(), 0.75 / math.sqrt(0.25 * 0.75), rtol=1e-6, atol=0)

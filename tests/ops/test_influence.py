@@ -1,4 +1,4 @@
-"""Gradient norms and sketches: against float64 autograd, alone and as part of policy_step."""
+"""Test gradient norms and sketches against float64 autograd, as separate ops and as part of policy_step."""
 
 import math
 
@@ -78,7 +78,7 @@ def test_with_a_coefficient_of_one_it_is_el2n(backend):
 
 @pytest.mark.parametrize("lead", [2.0, 6.0, 12.0, 16.0, 25.0, 200.0])
 def test_confident_tokens_keep_the_size_of_their_norm(lead, backend):
-    """1 - 2 p + sum_sq in float32 is 0 or negative from a lead of 17 nats on."""
+    """If the target leads by 17 nats or more, 1 - 2 p + sum_sq in float32 is 0 or negative."""
     logits, target, _, _ = batch(vocab=50, scale=0.5)
     logits[torch.arange(12), target] += lead
     norms = influence.logit_norms(token_stats(logits, target), torch.ones(12)).double()
@@ -268,7 +268,7 @@ def step_inputs(dtype=torch.float32, vocab=301, size=16, seed=0):
 
 
 def gradients_in_float64(given, objective, **options):
-    """d loss / d logits and d loss / d hidden of the same loss, by autograd over all logits."""
+    """Return d loss / d logits and d loss / d hidden of the same loss, by autograd over all logits."""
     hidden = given["hidden"].double().requires_grad_()
     bias = options.pop("bias", None)
     logits = hidden @ given["weight"].double().t()
@@ -316,7 +316,7 @@ def test_influence_of_a_step(objective, options, needs, backend):
     silent = ~given["mask"]
     if not objective.entropy_coef and objective.level == "token" and objective.kl is None:
         silent = silent | (given["advantage"] == 0)
-        assert (out.token_norms > 0).sum() < (~silent).sum()  # the clip is active somewhere
+        assert (out.token_norms > 0).sum() < (~silent).sum()  # some token is clipped
     for norms in (out.token_norms, out.head_norms, out.hidden_norms):
         assert (norms[silent] == 0).all() and not norms.requires_grad
 
@@ -348,7 +348,7 @@ def test_narrow_heads(dtype, backend):
 
 
 def test_small_workspaces_and_tiles_give_the_same_norms():
-    """A vocabulary of several tiles, consumed inside dW's memory and a few rows at a time."""
+    """A vocabulary of several tiles, processed inside dW's memory and a few rows at a time."""
     if (
         dispatch.table()
         and next(r for r in dispatch.table() if r["op"] == "policy_step_hidden" and r["backend"] == "cpu")["why"]

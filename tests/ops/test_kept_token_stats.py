@@ -1,7 +1,7 @@
-"""kept_token_stats: equal to token_stats of logits that are -inf outside the support.
+"""Test kept_token_stats: it equals token_stats of logits that are -inf outside the support.
 
-Bounds: those of token_stats against float64 (logp, entropy, lse 2e-5 at |logit| <= 100; gradients
-2e-6 of the row's largest term), on every backend.
+Bounds: those of token_stats against float64 (logp, entropy, lse 2e-5 at |logit| <= 100; gradients 2e-6 of
+the row's largest term), on every backend.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def support(sizes, vocab, gen):
-    """(kept_ids, kept_offsets) with that many random ids in each row, unsorted."""
+    """Return (kept_ids, kept_offsets) with that many random ids in each row, unsorted."""
     ids = [torch.randperm(vocab, generator=gen)[:size] for size in sizes]
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64), offsets
@@ -41,7 +41,7 @@ def batch(sizes=(1, 7, 50, 2047, 2048, 2049, 4500, 3), vocab=5003, seed=0, dtype
 
 
 def restricted(logits, ids, offsets):
-    """The same logits, -inf outside the support."""
+    """Return the same logits, with -inf outside the support."""
     rows = torch.repeat_interleave(torch.arange(logits.shape[0]), offsets.diff())
     out = torch.full_like(logits, -INF)
     out[rows, ids] = logits[rows, ids]
@@ -49,8 +49,10 @@ def restricted(logits, ids, offsets):
 
 
 def truth(logits, target, ids, offsets, **options):
-    """token_stats of the restricted logits in float64, its gradients of logp and of entropy, and
-    the size of the largest term of the latter before p (log p + H) cancels."""
+    """Return float64 token_stats of the restricted logits and the gradients of logp and of entropy.
+
+    The last result is the size of the entropy gradient's largest term, before p (log p + H) cancels.
+    """
     z = restricted(logits.detach().double(), ids, offsets).requires_grad_()
     with dispatch.backend("reference"):
         out = token_stats(z, target, **options)
@@ -78,7 +80,7 @@ def check(logits, target, ids, offsets, rtol=2e-6, atol=1e-9, **options):
     (logp * weights[0] + out.entropy * weights[1]).sum().backward()
     want = sum(g * w.double().unsqueeze(1) for g, w in zip(grads, weights, strict=True))
     of_logp, of_entropy = (w.abs().unsqueeze(1) for w in weights)
-    # Where p is near 1, log p + H is a difference of float32 numbers near 0, each rounded at 6e-8.
+    # If p is near 1, log p + H is a difference of float32 numbers near 0, each rounded at 6e-8.
     bound = atol + scale * (rtol * of_logp + of_entropy * (rtol * term + 3e-7))
     if exact:
         bound = half_ulp(want, logits.dtype) + half_ulp(want, torch.float32) + 1e-14

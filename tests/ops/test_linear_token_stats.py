@@ -1,7 +1,7 @@
-"""linear_token_stats on every backend against float64 formulas over the full logits.
+"""Test linear_token_stats on every backend against float64 formulas over the full logits.
 
-Bounds: those of token_stats for logits of a few nats, and float32 GEMM rounding: 1e-5 of the sum of
-absolute terms for a gradient. 16-bit gradients are rounded once: half an ulp more.
+Bounds: those of token_stats for logits of a few nats, and float32 GEMM rounding: 1e-5 of the sum of absolute
+terms for a gradient. 16-bit gradients are rounded once, which adds half an ulp.
 """
 
 import pytest
@@ -20,7 +20,7 @@ def backend(request):
 
 
 def evaluate(backend: Backend, case: HeadCase, ga, gh, *, bias=True, needs="hwb", **options):
-    """(statistics, {name: gradient}) of one call; `needs` names what requires grad."""
+    """Return (statistics, {name: gradient}) of one call; `needs` names the inputs that require grad."""
     tensors = {n: backend.put(getattr(case, n)).detach() for n in ("hidden", "weight", "bias")}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name[0] in needs and (bias or name != "bias"))

@@ -1,4 +1,4 @@
-"""Objective, its shapes and KL: defaults, parameters, what is refused, what the kernels receive."""
+"""Test Objective, its shapes and KL: defaults, parameters, errors, and the values that the kernels receive."""
 
 import dataclasses
 import re

@@ -1,7 +1,7 @@
-"""offpolicy_weights: against a row loop in Python floats, on every backend, and its identities.
+"""Test offpolicy_weights against a row loop in Python floats, on every backend, and its identities.
 
-Sequence sums are float64; d = logp - behavior_logp is rounded to float32 by the native kernel, and
-its exp is within 1e-6: 4e-6 relative. Bounds in the tests are not hit to within that.
+Sequence sums are float64. The native kernel rounds d = logp - behavior_logp to float32, and its exp has an
+error of 1e-6: 4e-6 relative. No test value is that close to a bound.
 """
 
 import math
@@ -191,7 +191,7 @@ def test_published_variants():
     assert seq_mis.weight[3:].tolist() == pytest.approx([math.exp(0.04)] * 3, rel=1e-6)
     geo = run(mode="keep", rules=(KeepRule("ratio", "mean", 0.98, 1.02),))
     assert geo.weight.tolist() == [0.0] * 3 + [1.0] * 3
-    # OPSM: mean(behavior - logp) is -0.267 and -0.013; only negative advantages are at risk.
+    # OPSM: mean(behavior - logp) is -0.267 and -0.013. Only sequences with a negative advantage can be dropped.
     opsm = (KeepRule("k1", "mean", high=-0.1, negative_only=True),)
     advantage = torch.tensor([-1.0, 1.0, -1.0, -1.0, 0.0, 1.0])
     out = run(mode="keep", rules=opsm, advantage=advantage)

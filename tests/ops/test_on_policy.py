@@ -1,7 +1,7 @@
-"""old_logp=None: the old policy is the current one, in the same pass.
+"""Test old_logp=None: the old policy is the current policy, in the same pass.
 
-The contract: the same bits as with the pass's own log-probabilities given back to it, for every
-level, backend and source, and the float64 reference's gradients.
+Results are bitwise equal to those with the pass's own log-probabilities as old_logp, for every level,
+backend and source. Gradients equal those of the float64 reference.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def batch():
             "target": target,
             "advantage": torch.randn(N, generator=gen),
             "mask": torch.rand(N, generator=gen) > 0.2,
-            # Near the policy: the gradient of ratio * k3 is k, as a difference of terms like exp(-k).
+            # Near the policy, the gradient of ratio * k3 is k, computed as a difference of terms like exp(-k).
             "ref_logp": logp + 0.3 * torch.randn(N, generator=gen),
             "cu_seqlens": torch.tensor([0, 5, 5, 16, N], dtype=torch.int32),
         },
@@ -55,12 +55,12 @@ def run(source, level, old, backend, dtype=torch.float32):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("backend", backends("policy_step"))
 def test_the_same_bits_as_with_its_own_logp(backend, level, source):
-    # The reference carries float64 from the logits to the loss; its float32 logp is a rounded one.
+    # The reference keeps float64 from the logits to the loss. Its float32 logp is rounded.
     dtype = torch.float64 if backend.name == "reference" else torch.float32
     with backend.forced():
         step, grads = run(source, level, None, backend, dtype)
         again, same = run(source, level, step.stats.logp, backend, dtype)
-    # Another kernel: equal to the op's bounds.
+    # These are different kernels, so they are equal within the bounds of the op.
     if backend.name in ("cuda", "triton") and level == "token":
         torch.testing.assert_close(step.loss, again.loss, rtol=2e-6, atol=2e-6)
         for mine, theirs in zip(grads, same, strict=True):

@@ -1,4 +1,4 @@
-"""ope: the estimators' formulas, their identities, and their standard errors against resampling."""
+"""Test ope: the estimators' formulas, their identities, and their standard errors by resampling."""
 
 import itertools
 import math
@@ -56,12 +56,12 @@ def test_formulas(masked):
 
 
 def test_dr_is_unbiased_when_either_the_weight_or_the_model_is_right():
-    """Exact expectation over two actions: behaviour, target and reward are known."""
+    """Exact expectation over two actions with known behaviour policy, target policy and reward."""
     b, pi, r = [0.2, 0.8], [0.7, 0.3], [3.0, -1.0]
     true = sum(p * x for p, x in zip(pi, r, strict=True))
     for weights, model in itertools.product(([3.5, 0.375], [1.0, 2.0]), (r, [0.0, 5.0])):
         q_pi = sum(p * x for p, x in zip(pi, model, strict=True))
-        # One logged row per action, drawn with its behaviour probability.
+        # One logged row per action, with the probability of the behaviour policy.
         value = sum(
             b[a]
             * ope(
@@ -132,7 +132,7 @@ def test_masked_nan_is_not_read():
 @pytest.mark.parametrize("masked", [False, True])
 def test_many_rows_and_any_number_of_threads(masked):
     *tensors, mask = batch(40_000)
-    tensors[1] += 100.0  # the deviations are small beside the rewards
+    tensors[1] += 100.0  # the deviations are small relative to the rewards
     mask = mask if masked else None
     before, results = torch.get_num_threads(), []
     try:

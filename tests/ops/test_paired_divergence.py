@@ -1,7 +1,7 @@
-"""paired_divergence: against float64 definitions and closed-form gradients, on every backend.
+"""Test paired_divergence against float64 definitions and closed-form gradients, on every backend.
 
-Bounds: values 2e-6 absolute and relative; gradients 4e-6 of the row's largest term
-p (1 + |log(p / q)|), what remains of float32 after the sum over a row cancels.
+Bounds: values 2e-6 absolute and relative. Gradients 4e-6 of the row's largest term p (1 + |log(p / q)|),
+because the sum over a row cancels.
 """
 
 import math
@@ -43,7 +43,7 @@ def log_probs(z, temperature=1.0, softcap=None, logit_scale=1.0):
 
 
 def truth(p, q, kind="jsd", beta=0.5, **options):
-    """(divergence, its gradient, size of the gradient's largest term), in float64."""
+    """Return (divergence, its gradient, size of the gradient's largest term), in float64."""
     (log_p, slope), (log_q, _) = log_probs(p, **options), log_probs(q, **options)
     p, q = log_p.exp(), log_q.exp()
     mix = beta * q + (1 - beta) * p
@@ -123,7 +123,7 @@ def test_widths_and_distances(kind, vocab, apart):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_close_rows_keep_relative_precision(kind, backend):
-    """1e-4 apart the divergence is 1e-9, far below the rounding of the log-probs themselves."""
+    """At a distance of 1e-4 the divergence is 1e-9, far below the rounding of the log-probs."""
     p, q = batch(vocab=2000, apart=1e-4)
     out = paired_divergence(p, q, kind=kind)
     assert (out > 0).all()
@@ -192,7 +192,7 @@ def test_entries_excluded_in_both_streams_count_for_nothing(kind):
 
 def test_an_entry_excluded_by_one_stream_only():
     p = torch.tensor([[0.0, 1.0, -INF], [0.0, 1.0, 2.0]], requires_grad=True)
-    # Not p's logits where both count: KL(P || Q) of a restriction has no gradient.
+    # Excluded: p's logits where both are kept. KL(P || Q) of a restriction has no gradient there.
     q = torch.tensor([[0.0, 1.5, 2.0], [0.0, 1.5, -INF]])
     forward = paired_divergence(p, q, kind="kl_forward")
     reverse = paired_divergence(p, q, kind="kl_reverse")
@@ -226,7 +226,7 @@ def test_logits_of_any_magnitude(kind):
     p, q = batch(vocab=300)
     out = paired_divergence(p + 3e4, q - 3e4, kind=kind)
     torch.testing.assert_close(out, paired_divergence(p, q, kind=kind), rtol=0.02, atol=1e-3)
-    p[0, :100], q[0, :100] = -3e38, -3e38  # a mask written as the lowest number
+    p[0, :100], q[0, :100] = -3e38, -3e38  # a mask that uses the lowest finite number
     assert paired_divergence(p, q, kind=kind).isfinite().all()
 
 

@@ -1,7 +1,7 @@
-"""policy_loss on every backend: each published method against its formula and finite differences.
+"""Test policy_loss on every backend: each published method against its formula and finite differences.
 
-float32: 2e-6 of the largest value of the batch (exp amplifies a float32 log-ratio of 20 by 1e-6);
-float64 on the reference: 1e-8, the error of the finite differences.
+Bounds: float32 2e-6 of the largest value of the batch (exp amplifies a float32 log-ratio of 20 by 1e-6);
+float64 on the reference 1e-8, the error of the finite differences.
 """
 
 import math
@@ -18,7 +18,7 @@ from tokfuse.runtime.policy.objective import KL_ESTIMATORS
 
 @pytest.fixture(params=[*backends("policy_loss"), pytest.param(None, id="reference-float64")])
 def run(request):
-    """policy_loss with gradients on one backend: (result, d loss / d logp, d loss / d entropy)."""
+    """Return (result, d loss / d logp, d loss / d entropy) of policy_loss on one backend."""
     backend = request.param
 
     def call(data: Batch, objective: Objective, **options):
@@ -42,7 +42,7 @@ def run(request):
 
 
 def check(run, data: Batch, objective: Objective, direct: Direct, agg=None, **options):
-    """Losses, their sum and the gradient of one call against the formula."""
+    """Compare losses, their sum and the gradient of one call with the formula."""
     values, slopes = direct.evaluate(agg)
     out, grad, _ = run(data, objective, **options)
     scale = max(1.0, max(map(abs, values)))
@@ -77,7 +77,7 @@ def test_sequence_methods(name: str, run):
         cu = data.inputs["cu_seqlens"]
         rates = data.inputs["signal"][cu[:-1].clamp(max=sum(LENGTHS) - 1).long()]
         data.inputs["signal"] = rates.repeat_interleave(torch.tensor(LENGTHS))
-    if name == "vespo":  # e^-lam w falls to 0 in float32: stay where the factor is of order one
+    if name == "vespo":  # e^-lam w underflows in float32, so the factor stays near 1
         data.inputs["old_logp"] = data.logp - 0.02 * (data.logp - data.inputs["old_logp"])
     check(run, data, objective, Direct(formula, data))
 
@@ -103,7 +103,7 @@ def test_advantage_per_sequence_equals_the_same_advantage_per_token(run):
 
 
 def kl_formula(name: str, k: float, k0: float, r: float, bound: float = 20.0) -> float:
-    """Value of an estimator; the straight-through ones keep k0's value and k's gradient of k2."""
+    """Return the value of an estimator. Straight-through estimators have k0's value and the gradient of k2."""
     k, k0 = clip(k, -bound, bound), clip(k0, -bound, bound)
     k3 = math.expm1(-k) + k
     values = {"k1": k, "k2": 0.5 * k * k, "k3": k3, "ratio_k3": r * k3, "abs": abs(k)}
@@ -117,7 +117,7 @@ def kl_formula(name: str, k: float, k0: float, r: float, bound: float = 20.0) ->
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_kl_estimators(estimator: str, coef: float, run):
     data = batch("ref_logp")
-    if "k3" in estimator:  # e^20 would drown everything else of the batch
+    if "k3" in estimator:  # e^20 would hide all other values of the batch
         data.inputs["ref_logp"][3] = data.logp[3] + 25.0 * 0.1
     old, ref = data.inputs["old_logp"].tolist(), data.inputs["ref_logp"].tolist()
     objective = Objective(shape=LinearRatio(), kl=KL(estimator=estimator, coef=coef))

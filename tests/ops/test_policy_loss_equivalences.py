@@ -1,4 +1,4 @@
-"""policy_loss: what the methods have in common, and the traps in which implementations differ."""
+"""Test policy_loss: equivalences between methods, and details in which implementations differ."""
 
 import math
 
@@ -31,7 +31,7 @@ def backend(request):
 
 
 def evaluate(backend: Backend, objective: Objective, logp, **inputs):
-    """(result, d loss / d logp on the CPU)."""
+    """Return (result, d loss / d logp on the CPU)."""
     x = backend.put(logp).detach().clone().requires_grad_()
     out = tokfuse.policy_loss(x, objective=objective, **{k: backend.put(v) for k, v in inputs.items()})
     out.loss.backward()
@@ -44,7 +44,7 @@ def off_policy(*names: str, per_sequence: bool = True):
 
 
 def same(backend: Backend, left: Objective, right: Objective, *names: str) -> None:
-    """Bitwise equal losses and gradients on an off-policy batch."""
+    """Check that losses and gradients are bitwise equal on an off-policy batch."""
     logp, inputs = off_policy(*names)
     a, grad_a = evaluate(backend, left, logp, **inputs)
     b, grad_b = evaluate(backend, right, logp, **inputs)
@@ -72,7 +72,7 @@ ON_POLICY = {
 def test_on_policy_gradients_are_minus_the_advantage(name: str, backend: Backend):
     logp, inputs = off_policy()
     inputs["old_logp"] = logp.clone()
-    if name == "gbpo":  # a saturated target on the side of the advantage
+    if name == "gbpo":  # a saturated target in the direction of the advantage
         inputs["signal"] = 1e4 * inputs["advantage"]
     expected = torch.where(inputs["mask"], -inputs["advantage"], 0.0)
     shape = ON_POLICY[name]
@@ -89,7 +89,7 @@ def test_on_policy_gradients_are_minus_the_advantage(name: str, backend: Backend
 
 @pytest.mark.parametrize(("normalize", "centre_only"), [(2, False), (1, True)])
 def test_nft_on_policy_is_grpo_or_dr_grpo(normalize: int, centre_only: bool, backend: Backend):
-    """Weight sqrt((1 - q) / q): GRPO with the population deviation; weight 1 - q: Dr.GRPO."""
+    """Weight sqrt((1 - q) / q): GRPO with the population deviation. Weight 1 - q: Dr.GRPO."""
     correct = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     q = correct.mean()
     grpo = correct - q
@@ -168,7 +168,7 @@ def test_one_token_sequences_make_all_levels_equal(backend: Backend):
 
 
 def test_gbpo_pulls_a_ratio_outside_the_bounds_back(backend: Backend):
-    """Inside the saturated bounds the PPO gradient, on the target 0, outside the sign turns."""
+    """Inside the saturated bounds: the PPO gradient. On the target: 0. Outside: the opposite sign."""
     d = torch.tensor([0.1, math.log(1.2), 0.5, -0.1, -0.5])
     advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0])
     inputs = {"old_logp": torch.zeros(5), "advantage": advantage, "signal": 1e4 * advantage}
@@ -207,7 +207,7 @@ def test_widths_and_absolute_bounds_are_different_numbers(backend: Backend):
 
 
 def expected_gradient(estimator: str, behaviour: torch.Tensor | None = None):
-    """(E[d estimate], grad KL(pi || ref), grad KL(ref || pi)) in the logits of a categorical."""
+    """Return (E[d estimate], grad KL(pi || ref), grad KL(ref || pi)) in the logits of a categorical."""
     gen = torch.Generator().manual_seed(7)
     theta = torch.randn(6, dtype=torch.float64, generator=gen).requires_grad_()
     ref = torch.randn(6, dtype=torch.float64, generator=gen).log_softmax(0)
@@ -229,7 +229,7 @@ def expected_gradient(estimator: str, behaviour: torch.Tensor | None = None):
 
 
 def test_expected_gradients_of_the_estimators():
-    """On policy: k1 trains nothing, k2 the reverse KL, k3 the forward KL."""
+    """On policy, k1 trains nothing, k2 trains the reverse KL, and k3 the forward KL."""
     for estimator in ("k2", "k1_straight", "k3_straight", "ratio_k3"):
         grad, reverse, forward = expected_gradient(estimator)
         compare(grad, reverse, atol=1e-12, what=estimator)
@@ -244,7 +244,7 @@ def test_expected_gradients_of_the_estimators():
 
 
 def test_negative_kl_coefficient_repels_up_to_the_clamp(backend: Backend):
-    """k3 with coefficient -0.01 reaches 0.01 e^11 at the clamp of 11 and 0 beyond (CDPO)."""
+    """k3 with coefficient -0.01 reaches 0.01 e^11 at the clamp of 11, and 0 beyond it (CDPO)."""
     k = torch.tensor([-10.999, -11.5, 0.5])
     objective = Objective(shape=LinearRatio(), kl=KL(coef=-0.01, clamp=11.0))
     _, grad = evaluate(backend, objective, k, old_logp=k, advantage=torch.zeros(3), ref_logp=torch.zeros(3))

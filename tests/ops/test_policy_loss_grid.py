@@ -1,10 +1,10 @@
-"""policy_loss: shapes x levels x KL x aggregations, kernels against the float64 reference.
+"""Test policy_loss on a grid of shapes x levels x KL x aggregations: kernels against the float64 reference.
 
-Every shape meets every level with every KL estimator, each of those with two of the aggregations,
-which change places from level to level.
+Every shape is combined with every level and every KL estimator. Each combination runs with two of the
+aggregations, which change from level to level.
 
-The kernels compute in float32 from the same numbers: 1e-5 relative (a log-ratio near 20 carries
-1e-6 into r and twice that into r^2), and 1e-6 of the batch's largest value where terms cancel.
+The kernels compute in float32 from the same numbers: 1e-5 relative (a log-ratio near 20 adds 1e-6 to r and
+twice that to r^2), and 1e-6 of the batch's largest value if terms cancel.
 """
 
 import math
@@ -136,7 +136,7 @@ def test_grad_rows_counts_what_will_cost_arithmetic(any_backend: Backend):
     got, data, _ = metrics_of(any_backend, Objective(shape=tokfuse.PPOClip(low=0.2, high=0.28, dual=3.0)))
     clipped = got["clip_low"] + got["clip_high"] + got["dual_clip"]
     outside = [t for t, d in enumerate(LOG_RATIOS) if abs(d) > 20 and data.inputs["mask"][t]]
-    assert outside == [10] and data.inputs["advantage"][10] < 0  # r = e^-20: clipped low anyway
+    assert outside == [10] and data.inputs["advantage"][10] < 0  # r = e^-20 is clipped low in any case
     assert got["grad_rows"] == pytest.approx(1 - clipped, abs=1e-12)
     zero = Objective(shape=tokfuse.LinearRatio(), log_ratio_clamp=0.5)
     got, data, _ = metrics_of(any_backend, zero)

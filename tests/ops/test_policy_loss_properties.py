@@ -1,4 +1,4 @@
-"""policy_loss: invariances, masking, its place in autograd, and that no option is ignored."""
+"""Test policy_loss: invariances, masking, autograd, and that no option is ignored."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def backend(request):
 
 
 def evaluate(backend: Backend, objective: Objective, logp, entropy=None, **inputs):
-    """(loss, token_loss, metric sums, d logp, d entropy) of one call, on the CPU."""
+    """Return (loss, token_loss, metric sums, d logp, d entropy) of one call, on the CPU."""
     x = backend.put(logp).detach().clone().requires_grad_()
     h = None if entropy is None else backend.put(entropy).detach().clone().requires_grad_()
     inputs = {k: backend.put(v) for k, v in inputs.items()}
@@ -55,7 +55,7 @@ def long_batch(tokens: int):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("tokens", [1, 1023, 1024, 1025, 4095, 4096, 4097, 70_001])
 def test_the_thread_count_changes_no_bit(tokens: int, level: str):
-    """Around the sizes at which metric blocks, threads and groups of blocks begin."""
+    """At the sizes where metric blocks, threads and groups of blocks begin."""
     logp, inputs = long_batch(tokens)
     objective = Objective(level=level, entropy_coef=0.01, aggregation="seq_mean_token_mean")
     threads = torch.get_num_threads()
@@ -258,7 +258,7 @@ def test_reference_passes_gradcheck(level: str):
 
 
 def test_sequence_token_keeps_its_gradient_at_the_clamp(backend: Backend):
-    """The clamped mean is a constant: each token's own factor exp(l - sg(l)) is at its inside."""
+    """The clamped mean is a constant. Each token's factor exp(l - sg(l)) keeps its gradient."""
     logp = torch.tensor([-0.3, -1.7, -0.21])
     inputs = {
         "old_logp": logp - torch.tensor([2.5, 2.0, 1.9]),

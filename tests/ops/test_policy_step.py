@@ -1,8 +1,8 @@
-"""policy_step and policy_step_: the fused step equals the composition of the simple ops.
+"""Test policy_step and policy_step_: the fused step equals the composition of the simple ops.
 
-Contract: loss and metrics of the cpu backend are bitwise those of policy_loss(token_stats(...));
-its gradients agree with a float64 composition to 4e-6 of the largest entry (2e-6 of the statistics,
-and the float32 log-prob of the ratio), and a row without a coefficient has a zero gradient.
+On the cpu backend, loss and metrics are bitwise those of policy_loss(token_stats(...)). Gradients agree with
+a float64 composition within 4e-6 of the largest entry (2e-6 of the statistics, and the float32 log-prob in
+the ratio). A row without a coefficient has a zero gradient.
 """
 
 import pytest
@@ -54,7 +54,7 @@ def doubled(keywords):
 
 
 def exact(tensors, keywords):
-    """Loss and gradients of the float64 reference, by autograd through the full logits."""
+    """Return loss and gradients of the float64 reference, by autograd through the full logits."""
     leaves = [x.double().requires_grad_() for x in tensors]
     with tokfuse.backend("reference"):
         step = tokfuse.policy_step(hidden=leaves[0], weight=leaves[1], bias=leaves[2], **doubled(keywords))
@@ -98,7 +98,7 @@ def test_from_hidden_against_float64(name, budget):
 
 
 def test_wide_hidden_takes_the_buffer_inside_dw():
-    """hidden > tokens: the logits of all rows lie where dW will be, in two tiles."""
+    """hidden > tokens: the logits of all rows fit into the memory of dW, in two tiles."""
     g = torch.Generator().manual_seed(5)
     tensors = [
         torch.randn(20, 64, generator=g),
@@ -130,7 +130,7 @@ def test_from_logits_out_of_place_and_over_the_logits(name):
     written = step.grad_logits.clone()
     step.loss.backward()
     assert torch.equal(leaf.grad, written)
-    # The logits themselves were rounded to float32 here.
+    # The logits were rounded to float32 here.
     close(leaf.grad.double() @ tensors[1].double(), expected[0], 6e-6)
 
     over = logits.clone()
@@ -178,7 +178,7 @@ def test_rows_without_coefficient_have_exactly_no_gradient():
     dead = ~keywords["mask"] | (keywords["advantage"] == 0)
     assert bool((~rows[dead]).all())
     assert int(rows.sum()) == int(step.metrics.sums[-1]) < int(keywords["mask"].sum())
-    logits[dead] = float("nan")  # a masked row is not even read
+    logits[dead] = float("nan")  # a masked row is not read
     logits[keywords["mask"] & dead] = 0.0
     again = tokfuse.policy_step(logits=logits, **keywords)
     assert torch.equal(again.grad_logits, step.grad_logits)
@@ -203,7 +203,7 @@ def test_backward_twice():
     step.loss.backward(retain_graph=True)
     first = [x.grad.clone() for x in leaves]
     for x in leaves:
-        x.grad.zero_()  # must not reach the gradients that the graph still holds
+        x.grad.zero_()  # must not change the gradients that the graph still stores
     (3 * step.loss).backward()
     for x, once in zip(leaves, first, strict=True):
         torch.testing.assert_close(x.grad, 3 * once, rtol=1e-6, atol=0)

@@ -1,7 +1,7 @@
-"""policy_step from hidden states against policy_loss over linear_token_stats, on every backend.
+"""Test policy_step from hidden states against policy_loss over linear_token_stats, on every backend.
 
-Loss, metrics and statistics agree to the rounding of a GEMM that is cut differently; gradients to
-1e-5 of the largest entry, 16-bit ones to one ulp more (both sides round once).
+Loss, metrics and statistics agree up to the rounding of GEMMs with other splits. Gradients agree within 1e-5
+of the largest entry; 16-bit gradients within one ulp more, because both sides round once.
 """
 
 import pytest
@@ -24,7 +24,7 @@ def backend(request):
 
 
 def keywords_of(size: str, case, dtype: torch.dtype, signal: bool = False, temperature=1.0):
-    """Log-ratios on both sides of the clips, zero advantages, masked tokens, an empty sequence."""
+    """Return log-ratios on both sides of the clips, zero advantages, masked tokens, an empty sequence."""
     tokens = SIZES[size][0]
     gen = torch.Generator().manual_seed(23)
     logits = case.hidden.float() @ case.weight.float().t() + case.bias.float()
@@ -50,7 +50,7 @@ def leaves(backend: Backend, case, needs: str):
 
 
 def composed(backend: Backend, case, objective: Objective, needs: str, **keywords):
-    """policy_loss over linear_token_stats with autograd, in float64."""
+    """Return policy_loss over linear_token_stats with autograd, in float64."""
     tensors = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in leaves(backend, case, needs).items()}
     inputs = {
         k: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for k, x in keywords.items()
@@ -161,7 +161,7 @@ def test_every_option_is_honoured(name: str, backend: Backend):
 @pytest.mark.parametrize("kept", [0, 1, 18, 37])
 @pytest.mark.parametrize("budget", [None, 1, 400_000])
 def test_rows_without_coefficient_enter_no_gemm(budget, kept: int, backend: Backend):
-    """Kept rows in random places; the masked ones hold infinities that any product would spread."""
+    """Kept rows are at random positions. Masked rows contain infinities that any product would spread."""
     case = head_case("tiles")
     keywords = keywords_of("tiles", case, torch.float32)
     order = torch.randperm(37, generator=torch.Generator().manual_seed(kept))
@@ -226,7 +226,7 @@ def test_two_runs_are_bitwise_equal_and_no_argument_is_written(backend: Backend)
 
 
 def test_steps_after_one_another_do_not_share_memory(backend: Backend):
-    """The workspace is kept between calls: no result may point into it."""
+    """The workspace is kept between calls, so no result may point into it."""
     case = head_case("tiles")
     keywords = keywords_of("tiles", case, torch.float32)
     objective = Objective(kl=KL(coef=0.05))
@@ -253,7 +253,7 @@ def test_inference_mode(backend: Backend):
 
 
 def test_tied_weight_collects_both_gradients(backend: Backend):
-    """hidden made from the same weight, as with tied embeddings."""
+    """hidden is computed from the same weight, as with tied embeddings."""
     case = head_case("one_tile")
     keywords = {k: backend.put(v) for k, v in keywords_of("one_tile", case, torch.float32).items()}
     weight = backend.put(case.weight).detach().clone().requires_grad_()

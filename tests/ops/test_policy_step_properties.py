@@ -1,7 +1,7 @@
-"""policy_step and policy_step_: every objective and option against the composition of simple ops.
+"""Test policy_step and policy_step_: every objective and option against the composition of simple ops.
 
-On a kernel the loss, the metrics and the statistics are bitwise those of the composition; gradients
-agree to 2e-6 of the row's largest entry, 16-bit ones to half an ulp more.
+On a kernel, loss, metrics and statistics are bitwise those of the composition. Gradients agree within 2e-6
+of the row's largest entry; 16-bit gradients within half an ulp more.
 """
 
 import pytest
@@ -23,7 +23,7 @@ def backend(request):
 
 
 def problem(dtype: torch.dtype = torch.float32, kl: bool = False, signal: bool = False):
-    """(logits, keywords): log-ratios on both sides of the clips, zero advantages, masked tokens."""
+    """Return (logits, keywords): log-ratios on both sides of the clips, zero advantages, masked tokens."""
     gen = torch.Generator().manual_seed(17)
 
     def rand(*size: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ STATS = ("temperature", "softcap", "logit_scale", "mask")
 
 
 def composed(logits, objective, **keywords):
-    """policy_loss over token_stats with autograd: (loss record, statistics, d loss / d logits)."""
+    """Return (loss record, statistics, d loss / d logits) of policy_loss over token_stats with autograd."""
     z = logits.detach().clone().requires_grad_()
     inputs = dict(keywords)
     options = {k: inputs.pop(k) for k in STATS if k in inputs and k != "mask"}
@@ -64,8 +64,10 @@ def composed(logits, objective, **keywords):
 
 
 def same(backend: Backend, fused, simple, what: str):
-    """Bitwise, but on a device, where the fused kernel adds a row up in larger tiles, and by the
-    reference, which rounds the composition in float64 once."""
+    """Check bitwise equality, with two exceptions.
+
+    On a device the fused kernel sums a row in larger tiles. The reference rounds the float64 composition once.
+    """
     if backend.name == "reference":
         compare(fused, simple, **ROUNDED_ONCE, what=what)
     elif backend.name in ("cuda", "triton"):
@@ -89,7 +91,7 @@ def check(backend: Backend, logits, objective, **keywords):
     loss, stats, grad = composed(given[0], objective, **given[1])
     same(backend, step.loss, loss.loss, "loss")
     same(backend, step.token_loss, loss.token_loss, "token_loss")
-    if backend.name == "reference":  # formed of the rounded loss
+    if backend.name == "reference":  # computed from the rounded loss
         compare(step.loss_sum, loss.loss_sum, rtol=4 * ROUNDED_ONCE["rtol"])
     else:
         same(backend, step.loss_sum, loss.loss_sum, "loss_sum")
@@ -261,7 +263,7 @@ def test_in_place_writes_the_gradient_and_nothing_else(dtype, level: str, backen
     base = torch.full((TOKENS, 3, VOCAB + 7), 9.0, dtype=dtype, device=backend.device)
     view = base[:, 1, 4:-3]
     view.copy_(logits)
-    view[~keywords["mask"]] = float("nan")  # masked rows are not read, and become 0
+    view[~keywords["mask"]] = float("nan")  # masked rows are not read and become 0
     version = base._version
     step = tokfuse.policy_step_(view, objective=objective, **keywords)
     assert bits(view) == bits(want.grad_logits) == bits(step.grad_logits)
@@ -312,7 +314,7 @@ def test_nothing_is_written_when_a_check_fails(name: str, backend: Backend):
 
 
 def test_rows_beyond_two_to_the_31_elements():
-    """Two rows 2^31 bfloat16 apart; untouched pages of the buffer cost nothing."""
+    """Two rows that are 2^31 bfloat16 apart. Untouched pages of the buffer use no memory."""
     logits, keywords = problem(torch.bfloat16)
     short = {k: v[:2] for k, v in keywords.items() if k not in ("cu_seqlens", "normalizer")}
     with tokfuse.backend("cpu"):

@@ -1,7 +1,6 @@
-"""The reference is the specification: computed in float64 whatever the dtype, rounded once.
+"""Test the reference: it is the specification, computed in float64 for every dtype and rounded once.
 
-Its error must not depend on the CPU, and it must stay usable under autograd, torch.compile,
-autocast and inference mode.
+Its error must not depend on the CPU. It must work under autograd, torch.compile, autocast and inference mode.
 """
 
 import math
@@ -36,7 +35,7 @@ def doubled(x):
 
 @pytest.mark.parametrize("vocab", [151_937, 49_155])
 def test_entropy_of_a_wide_row_is_rounded_once(vocab):
-    """Summed in float32 it was 9.5e-5 off on a CPU without vectors."""
+    """A float32 sum had an error of 9.5e-5 on a CPU without vectors."""
     logits, target = drawn(2, vocab, scale=4.0), torch.tensor([3, vocab - 1])
     for dtype in FLOAT_DTYPES:
         z = logits.to(dtype)
@@ -49,7 +48,7 @@ def test_entropy_of_a_wide_row_is_rounded_once(vocab):
 
 
 def test_a_step_rounds_loss_and_statistics_once():
-    """float64 is carried from the logits to the loss: not even the log-probs are rounded between."""
+    """float64 is kept from the logits to the loss. The log-probs between them are not rounded."""
     objective = tokfuse.Objective(kl=tokfuse.KL(coef=0.1), entropy_coef=0.02)
     keywords = {
         "target": torch.arange(TOKENS) * 7,
@@ -86,7 +85,7 @@ def test_a_head_rounds_its_gradients_once(dtype):
         (stats.logp.sum() + stats.entropy.sum()).backward()
     for mine, exact in zip(leaves, wide, strict=True):
         assert mine.grad.dtype == dtype
-        # torch rounds float64 to 16 bits by way of float32.
+        # torch rounds float64 to 16 bits through float32.
         bound = half_ulp(exact.grad, dtype) + half_ulp(exact.grad, torch.float32) + 1e-13
         compare(mine.grad, exact.grad, atol=bound)
 
@@ -97,7 +96,7 @@ def test_a_head_rounds_its_gradients_once(dtype):
 @pytest.mark.parametrize("k", range(1, 15))
 @pytest.mark.parametrize("op", ["token_stats", "kept_token_stats", "linear_token_stats"])
 def test_a_confident_token_keeps_its_gradient(op, k):
-    """p = 1 - 10^-k: the target's own entry, 1 - p, and log p to float64's digits, not to 1e-16 of 1."""
+    """p = 1 - 10^-k: the target's entry, 1 - p, and log p have float64's relative accuracy, not 1e-16 absolute."""
     gap = math.log(10.0**k - 1)  # p = 1 / (1 + e^-gap)
     rest = 1 / (1 + math.exp(gap))
     logits = torch.tensor([[1.0, 1.0 - gap]], dtype=torch.float64)
@@ -114,7 +113,7 @@ def test_a_confident_token_keeps_its_gradient(op, k):
             stats = tokfuse.kept_token_stats(leaf, target, torch.tensor([1, 0]), torch.tensor([0, 2]))
     (of_logp,) = torch.autograd.grad(stats.logp.sum(), leaf, retain_graph=True)
     (of_entropy,) = torch.autograd.grad(stats.entropy.sum(), leaf)
-    # 1 - gap rounds at 1e-15, which is the relative error of 1 - p.
+    # 1 - gap has a rounding error of 1e-15, which is the relative error of 1 - p.
     bound = {"rtol": 1e-13}
     want = torch.tensor([[rest, -rest]], dtype=torch.float64)
     compare(of_logp.reshape(1, 2), want, **bound, what="d logp")
@@ -122,7 +121,7 @@ def test_a_confident_token_keeps_its_gradient(op, k):
     p, log_p, log_q = 1 - rest, math.log1p(-rest), math.log(rest)
     entropy = -(p * log_p + rest * log_q)
     compare(stats.entropy, torch.tensor([entropy], dtype=torch.float64), **bound, what="entropy")
-    # dH = -p (log p + H) for the target, and the other entry is its negative.
+    # dH = -p (log p + H) for the target. The other entry is its negative.
     slope = -p * rest * (log_p - log_q)
     compare(of_entropy.reshape(1, 2), torch.tensor([[slope, -slope]], dtype=torch.float64), rtol=1e-12, what="d H")
 
@@ -171,7 +170,7 @@ def test_compiled_in_one_graph_it_rounds_the_same():
 
 
 def test_a_second_derivative_of_float32_logits():
-    """Through the float64 inside: the Hessian of logp, p p^T - diag(p), rounded once."""
+    """Through the float64 computation: the Hessian of logp, p p^T - diag(p), rounded once."""
     z = drawn(1, 7).requires_grad_()
     (first,) = torch.autograd.grad(tokfuse.token_stats(z, torch.tensor([2])).logp.sum(), z, create_graph=True)
     rows = [torch.autograd.grad(first[0, j], z, retain_graph=True)[0][0] for j in range(7)]

@@ -1,4 +1,4 @@
-"""Every refusal of the core ops: its type, its whole text, and that it came before any write."""
+"""Test every error of the core ops: its type, its whole text, and that nothing was written before it."""
 
 import re
 
@@ -424,7 +424,7 @@ def test_type_errors(build, text: str):
 
 
 def test_masked_rows_may_hold_anything():
-    """The same values that are refused at a valid row."""
+    """The same values raise an error in a valid row."""
     mask = torch.tensor([True, False, True])
     call, arguments = logits_call(
         target=torch.tensor([0, -100, 6]), mask=mask, temperature=torch.tensor([1.0, 0.0, 2.0])

@@ -1,4 +1,4 @@
-"""segment_moments: against fsum per segment, on every backend; float64 sums, one rounding."""
+"""Test segment_moments against fsum per segment, on every backend: float64 sums, one rounding."""
 
 import math
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def batch(num_rows=3000, num_segments=7, seed=0):
 
 @pytest.mark.parametrize("num_segments", [7, 2900])
 def test_many_rows_per_segment_and_few(num_segments, backend):
-    if backend in ("cuda", "triton"):  # a block per segment, 3 ms each on the CPU
+    if backend in ("cuda", "triton"):  # one block per segment, 3 ms per block on the CPU
         num_segments = min(num_segments, 50)
     values, ids, mask = batch(num_segments=num_segments)
     for m in (None, mask):

@@ -1,4 +1,4 @@
-"""The table of shapes: its copies are current, what it says is true, and nothing runs without its signal."""
+"""Test the table of shapes: its copies are current, its flags are correct, and no shape runs without its signal."""
 
 import ctypes
 import dataclasses
@@ -76,7 +76,7 @@ def test_parameters_fill_the_slots_in_order(name: str):
     shape = SHAPES[name]
     assert len(shape.parameters()) == len(shape.slots()) <= shapes.SLOTS
     for slot, value in zip(shape.slots(), shape.parameters(), strict=True):
-        if (own := getattr(shape, slot, None)) is not None:  # a bound may be given as a width
+        if (own := getattr(shape, slot, None)) is not None:  # a bound may be passed as a width
             assert value == own
 
 
@@ -106,7 +106,7 @@ extern "C" int term(int shape, const float* p, float log_ratio, float logp, floa
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory):
-    """policy_term of csrc/common/objective.h, compiled alone."""
+    """Return policy_term of csrc/common/objective.h, compiled separately."""
     folder = tmp_path_factory.mktemp("header")
     source, library = folder / "term.cpp", folder / "term.so"
     source.write_text(HOST_PROGRAM)
@@ -184,7 +184,7 @@ VECTORS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    """A process group of this process alone, for the path over vocabulary shards."""
+    """A process group of this process only, for the path over vocabulary shards."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -342,7 +342,7 @@ def test_a_backend_without_its_kernel_says_so(path: str, backend: Backend):
 
 
 def test_another_formula_is_another_shape():
-    """A subclass with a formula of its own must not run the kernels of its base."""
+    """A subclass with another formula must not run the kernels of its base class."""
 
     class Defaults(PPOClip):
         pass

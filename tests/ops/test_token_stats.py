@@ -1,8 +1,8 @@
-"""token_stats on every backend: values and gradients of difficult rows against float64 formulas.
+"""Test token_stats on every backend: values and gradients of difficult rows against float64 formulas.
 
-Bounds: 2e-5 nats in logp, entropy and lse at |logit| <= 100; gradients within 2e-6 of the row's
-largest term (p and the target's 1 before they cancel); 16-bit gradients half an ulp more. `sum_sq`
-is a sum of squares of float32 probabilities: 1e-5 relative. The reference: one rounding.
+Bounds: 2e-5 nats in logp, entropy and lse at |logit| <= 100. Gradients within 2e-6 of the row's largest term
+(p and the target's 1 before they cancel); 16-bit gradients half an ulp more. `sum_sq` is a sum of squares
+of float32 probabilities: 1e-5 relative. The reference: one rounding.
 """
 
 import hypothesis
@@ -23,7 +23,7 @@ def backend(request):
 
 
 def evaluate(backend: Backend, logits, target, ga, gh, **options):
-    """(statistics, gradient of the logits) of one call."""
+    """Return (statistics, gradient of the logits) of one call."""
     z = backend.put(logits).detach().requires_grad_()
     options = {name: backend.put(value) for name, value in options.items()}
     stats = tokfuse.token_stats(z, backend.put(target), **options)
@@ -32,7 +32,7 @@ def evaluate(backend: Backend, logits, target, ga, gh, **options):
 
 
 def check(backend: Backend, logits, target, **options) -> None:
-    """One call against the float64 formulas."""
+    """Compare one call with the float64 formulas."""
     ga, gh = coefficients(len(logits))
     expected = truth(logits, target, ga, gh, **options)
     stats, grad = evaluate(backend, logits, target, ga, gh, **options)
@@ -47,7 +47,7 @@ def check(backend: Backend, logits, target, **options) -> None:
     atol = (1e-14 if exact else GRADIENT_RTOL) * expected.term
     if exact or logits.dtype != torch.float32:
         atol = atol + half_ulp(expected.grad, logits.dtype)
-    if exact and logits.dtype != torch.float32:  # torch rounds float64 to 16 bits by way of float32
+    if exact and logits.dtype != torch.float32:  # torch rounds float64 to 16 bits through float32
         atol = atol + half_ulp(expected.grad, torch.float32)
     compare(grad, expected.grad, atol=atol, what="gradient")
 
@@ -64,7 +64,7 @@ def test_bias_logits_are_subtracted(dtype: torch.dtype, backend: Backend):
     gen = torch.Generator().manual_seed(2)
     logits, bias = torch.randn(2, 5, 2100, generator=gen).mul(3).to(dtype)
     logits[1, 7:400] = -INF
-    bias[1, 7:90] = -INF  # excluded in both: stays excluded
+    bias[1, 7:90] = -INF  # excluded in both, so it stays excluded
     target = torch.tensor([3, 5, 2099, 0, 77])
     check(backend, logits, target, bias_logits=bias, bias_scale=0.5)
     check(backend, logits, target, bias_logits=bias[:, :], bias_scale=-1.0, temperature=1.3)
@@ -172,7 +172,7 @@ def test_nan_in_a_block_of_excluded_logits_is_not_lost(backend: Backend):
 
 @pytest.mark.parametrize("offset", [-1000.0, 1000.0, 20000.0])
 def test_a_huge_constant_offset_changes_nothing_but_lse(offset: float, backend: Backend):
-    """Logits on a grid that the offset leaves exact: rounding of z + offset plays no part."""
+    """The logits are on a grid where the offset is exact, so z + offset is not rounded."""
     gen = torch.Generator().manual_seed(4)
     logits = torch.randint(-2000, 2000, (5, 2300), generator=gen) / 256.0
     target = torch.randint(0, 2300, (5,), generator=gen)
@@ -191,7 +191,7 @@ LOWEST = torch.finfo(torch.float32).min
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_logits_of_any_finite_magnitude(biased: bool, dtype: torch.dtype, backend: Backend):
-    """Fill values and more: nothing overflows, and ties at the maximum share the probability."""
+    """Fill values and larger ones: nothing overflows, and ties at the maximum share the probability."""
     logits = torch.zeros(9, 2300)
     for row, value in enumerate((LOWEST, -1e9, -1e30, 3e9, 1e30, -LOWEST)):
         logits[row] = value
@@ -222,7 +222,7 @@ def test_float16_subnormals_and_largest_values(backend: Backend):
 
 
 def test_16_bit_gradients_are_rounded_once(backend: Backend):
-    """bf16 and f16 logits that are equal numbers: the float32 gradient, rounded, bit for bit."""
+    """bf16 and f16 logits with equal values: bitwise the rounded float32 gradient."""
     logits = (torch.arange(600).reshape(3, 200) % 37 - 18) / 4.0
     target = torch.tensor([0, 20, 199])
     _, exact = evaluate(backend, logits, target, torch.ones(3), torch.ones(3))

@@ -1,4 +1,4 @@
-"""token_stats: invariances that hold bitwise, autograd behaviour, rows beyond 2^31 elements."""
+"""Test token_stats: bitwise invariances, autograd behaviour, rows beyond 2^31 elements."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ def backend(request):
 
 @pytest.fixture(params=backends("token_stats", without="reference"))
 def kernel(request):
-    """The backends that promise bits; torch's reductions depend on batch, threads and strides."""
+    """The backends with bitwise guarantees. Torch's reductions depend on batch, threads and strides."""
     with request.param.forced():
         yield request.param
 
 
 def run(backend: Backend, logits, target, **options):
-    """[statistics..., gradient of sum(cos logp + sin entropy)] on the CPU."""
+    """Return [statistics..., gradient of sum(cos logp + sin entropy)] on the CPU."""
     z = backend.put(logits).detach().requires_grad_()
     options = {name: backend.put(value) for name, value in options.items()}
     stats = tokfuse.token_stats(z, backend.put(target), **options)
@@ -35,8 +35,11 @@ def same(left, right) -> bool:
 
 
 def agree(backend: Backend, left, right) -> None:
-    """Bitwise, except where reductions see the memory layout: in torch, and in Triton, where rows
-    that begin on 16 bytes are read in vectors and others by single elements."""
+    """Check bitwise equality, except if a reduction depends on the memory layout.
+
+    This is the case in torch, and in Triton, which reads rows that start at multiples of 16 bytes in vectors and
+    other rows by single elements.
+    """
     if backend.name not in ("reference", "triton"):
         assert same(left, right)
     for a, b in zip(left, right, strict=True):
@@ -244,7 +247,7 @@ def test_no_tokens_give_empty_outputs_that_touch_the_logits(backend: Backend):
 
 
 def test_rows_beyond_two_to_the_31_elements(kernel: Backend):
-    """A buffer of 2^31 + 4096 bfloat16 of which two pages are touched; rows half of it apart."""
+    """Rows in a buffer of 2^31 + 4096 bfloat16, half of it apart. Only two pages are touched."""
     far = 1 << 31
     buffer = torch.empty(far + 4096, dtype=torch.bfloat16, device=kernel.device)
     near, _, _ = Case("far", 2, 2056).make(torch.bfloat16)
@@ -256,7 +259,7 @@ def test_rows_beyond_two_to_the_31_elements(kernel: Backend):
 
 
 def test_more_than_two_to_the_31_elements_in_a_batch(kernel: Backend):
-    """2^31 + elements as one row of 2^16 + 8 columns shown 2^15 times."""
+    """More than 2^31 elements: one row of 2^16 + 8 columns, viewed 2^15 times."""
     if kernel.name in ("cuda", "triton") and kernel.device == "cpu":
         pytest.skip("32768 rows take minutes in the interpreter and in the execution on the CPU")
     tokens, vocab = 1 << 15, (1 << 16) + 8

@@ -1,7 +1,7 @@
-"""vtrace: against a token loop in Python floats, and unbiasedness of the doubly robust scan.
+"""Test vtrace against a token loop in Python floats, and that the doubly robust scan is unbiased.
 
-The scan is float64; the native exp is within 1e-6 relative, and the scan multiplies errors of the
-ratios into sums, so values are compared to 3e-6 of the sum of absolute terms.
+The scan is float64. The native exp has a relative error of 1e-6, and the scan multiplies errors of the
+ratios into sums, so the bound is 3e-6 of the sum of absolute terms.
 """
 
 import itertools

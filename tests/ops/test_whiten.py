@@ -1,4 +1,4 @@
-"""whiten: against fsum formulas in Python floats, on every backend; one float32 rounding."""
+"""Test whiten against fsum formulas in Python floats, on every backend: one float32 rounding."""
 
 import math
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def test_against_formulas(data):
         None if mask is None else torch.tensor(mask, dtype=torch.bool),
         shift_mean=shift,
     )
-    # (x - mean) * 1e4 when the variance is far below eps
+    # (x - mean) * 1e4 if the variance is far below eps.
     close(out, expected(x, mask, shift), slack=1e-8 * max((abs(v) for v in x), default=0.0))
 
 

@@ -1,6 +1,6 @@
-"""A copy of the project, and clean virtual environments that borrow this one's packages.
+"""A copy of the project, and clean virtual environments that borrow the packages of this environment.
 
-Nothing is downloaded: an environment gets a symbolic link to every installed package but `tokfuse`.
+Nothing is downloaded: an environment gets a symbolic link to every installed package except `tokfuse`.
 """
 
 import os
@@ -15,12 +15,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_BUILD = f"-DCMAKE_CXX_COMPILER_LAUNCHER={ROOT / 'tests/packaging/compile_quickly.sh'}"
-# Set by whoever runs the tests, and not meant for the builds under test.
+# Variables of the test run. The builds under test must not see them.
 NOT_INHERITED = ("TOKFUSE_", "PYTHONPATH", "CXX", "LD_PRELOAD", "VENV", "MAKE")
 
 
 def project_files() -> list[str]:
-    """The files of a fresh clone plus new ones that git does not ignore."""
+    """Return the files of a fresh clone, and new files that git does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
@@ -29,7 +29,7 @@ def project_files() -> list[str]:
 
 
 class CleanEnvironment:
-    """A virtual environment with this one's packages, without `tokfuse`."""
+    """A virtual environment with the packages of this environment, without `tokfuse`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class CleanEnvironment:
     def run(
         self, *arguments: str, cwd: Path | None = None, check: bool = True, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run this environment's python; `env` is added to a cleaned environment."""
+        """Run the python of this environment. `env` is added to a cleaned environment."""
         base = {k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)}
         done = subprocess.run(
             [str(self.python), *arguments],
@@ -58,7 +58,7 @@ class CleanEnvironment:
         return done
 
     def pip(self, command: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """`pip install` or `pip wheel` of the project, with nothing fetched."""
+        """Run `pip install` or `pip wheel` of the project without downloads."""
         offline = ["--no-build-isolation", "--no-deps", "--no-index", "--verbose"]
         env = {"TOKFUSE_CMAKE_ARGS": QUICK_BUILD, "TOKFUSE_CUDA": "OFF", **env}
         return self.run("-m", "pip", command, *offline, *arguments, check=check, **env)
@@ -66,7 +66,7 @@ class CleanEnvironment:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project whose build folder is shared, so the native code is compiled once."""
+    """A copy of the project with a shared build folder, so that the native code is compiled once."""
     return _copy(tmp_path_factory.mktemp("source"))
 
 
@@ -85,7 +85,7 @@ def _copy(folder: Path) -> Path:
 
 @pytest.fixture
 def new_environment(tmp_path: Path) -> Iterator[Callable[[], CleanEnvironment]]:
-    """Makes clean environments; they are removed after the test."""
+    """Creates clean environments, which are removed after the test."""
     made: list[CleanEnvironment] = []
 
     def make() -> CleanEnvironment:

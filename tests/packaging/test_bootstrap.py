@@ -1,4 +1,4 @@
-"""The set-up scripts: pins are complete, nothing is done twice, torch is the build that fits the machine."""
+"""Test the installation scripts: pins are complete, a second run does nothing, torch's build fits the machine."""
 
 import importlib
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of `tools/` the way a script there sees it."""
+    """Import a module of `tools/` as a script in that folder does."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
 
     def load(name: str) -> ModuleType:
@@ -27,7 +27,7 @@ def tools(monkeypatch: pytest.MonkeyPatch):
 
 
 def wheel(folder: Path, name: str, version: str, *requires: str) -> None:
-    """A wheel with nothing in it but its metadata."""
+    """Create a wheel that contains only its metadata."""
     info = f"{name.replace('-', '_')}-{version}.dist-info"
     metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"]
     metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
@@ -96,7 +96,7 @@ def test_an_unknown_group_is_refused(tools):
 
 
 def report(**packages: str) -> dict[str, object]:
-    """A report of `pip install --report`; an underscore in a name stands for a hyphen."""
+    """Return a report of `pip install --report`. An underscore in a name means a hyphen."""
     return {"install": [{"metadata": {"name": n.replace("_", "-"), "version": v}} for n, v in packages.items()]}
 
 
@@ -110,7 +110,7 @@ TORCH_INDEX = ["--extra-index-url", "INDEX", *LOCAL]
     ("packages", "cuda"),
     [
         ({"torch": "2.13.0+cpu", "numpy": "2.3.5"}, False),
-        ({"torch": "2.13.0+cpu", "nvidia_fake_nccl": "2.0"}, False),  # of another package
+        ({"torch": "2.13.0+cpu", "nvidia_fake_nccl": "2.0"}, False),  # CUDA requirement of another package
         ({"torch": "2.13.0+cu130"}, True),
         ({"torch": "2.13.0", "nvidia_cublas": "13.0.2"}, True),
         ({"torch": "2.13.0", "cuda_bindings": "13.0"}, True),
@@ -133,8 +133,8 @@ def test_no_torch_no_build(tools):
         pytest.param(False, [CPU], [], "", id="the index gives a CPU build"),
         pytest.param(False, [CUDA, CPU], LOCAL, "", id="the index has a CPU build beside the CUDA build"),
         pytest.param(False, [CUDA, None, CPU], TORCH_INDEX, "", id="torch's index has the CPU build"),
-        pytest.param(False, [CUDA, None, None], [], "larger than needed", id="torch's index is unreachable"),
-        pytest.param(False, [CUDA, CUDA, CUDA], [], "larger than needed", id="CUDA builds everywhere"),
+        pytest.param(False, [CUDA, None, None], [], "needs several GB more", id="torch's index is unreachable"),
+        pytest.param(False, [CUDA, CUDA, CUDA], [], "needs several GB more", id="CUDA builds everywhere"),
         pytest.param(False, [report(numpy="2.3.5")], [], "", id="the installed torch is kept"),
         pytest.param(False, [None], [], "", id="pip finds nothing and says so itself"),
         pytest.param(True, [CUDA], [], "", id="GPU, and the index gives a CUDA build"),
@@ -161,7 +161,7 @@ def test_the_build_of_torch_that_is_installed(gpu, answers, arguments, remark, t
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("has_cpu_build", [False, True])
 def test_pip_is_asked(gpu, has_cpu_build, tools, tmp_path, monkeypatch):
-    """With pip itself, over folders of made-up wheels: a CUDA build, and a CPU build where there is one."""
+    """With real pip on folders of generated wheels: a CUDA build, and optionally a CPU build."""
     wheel(tmp_path, "torch", "2.13.0", "nvidia-fake-blas")
     wheel(tmp_path, "nvidia-fake-blas", "13.0")
     if has_cpu_build:
@@ -171,7 +171,7 @@ def test_pip_is_asked(gpu, has_cpu_build, tools, tmp_path, monkeypatch):
     torch_build = tools("torch_build")
     wanted = ["torch==2.13.0"]
     choice = torch_build.choose(gpu, wanted, torch_build.pip_resolver(sys.executable, wanted))
-    # With both in one index pip takes the CPU build, whose version is the higher one.
+    # With both in one index pip takes the CPU build, because its version is higher.
     assert choice.arguments == (["torch===2.13.0"] if gpu and has_cpu_build else [])
     assert bool(choice.remark) == (not gpu and not has_cpu_build)
 
@@ -180,7 +180,7 @@ def test_pip_is_asked(gpu, has_cpu_build, tools, tmp_path, monkeypatch):
 def test_the_choice_is_installed_and_a_failure_is_no_dead_end(works, tools, tmp_path, monkeypatch, capsys):
     torch_build = tools("torch_build")
     python = tmp_path / "python"
-    # An interpreter whose pip writes down what it is asked for.
+    # An interpreter whose pip records its arguments.
     script = f"""#!/bin/sh
         echo "$*" >> {tmp_path}/log
         exit {int(not works)}"""
@@ -194,7 +194,7 @@ def test_the_choice_is_installed_and_a_failure_is_no_dead_end(works, tools, tmp_
 
 
 def test_an_environment_without_pip_is_completed(tools, tmp_path):
-    """`python -m venv` without ensurepip fails and leaves a folder with an interpreter behind."""
+    """`python -m venv` without ensurepip fails and leaves a folder with an interpreter."""
     bootstrap = tools("bootstrap")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     environment = bootstrap.Environment(tmp_path / "env")
@@ -236,7 +236,7 @@ def test_second_run_does_nothing_and_a_changed_source_rebuilds(own_source, envir
 
 
 def test_makefile_names_only_targets_that_exist():
-    """`make -n` of each documented target: the recipe can be written out."""
+    """`make -n` of each documented target: its recipe can be printed."""
     makefile = (ROOT / "Makefile").read_text()
     targets = [
         line.split(":")[0]

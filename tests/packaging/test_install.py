@@ -1,7 +1,7 @@
-"""Every way to install, each in a clean environment.
+"""Test every way to install, each in a clean environment.
 
-The contract: whatever the way, `import tokfuse` works, the doctor tells the truth about the native
-module, and no folder of the repository becomes a top-level name.
+In every case `import tokfuse` must work, the doctor must report the native module correctly, and no folder of the
+repository may become a top-level name.
 """
 
 import json
@@ -23,7 +23,7 @@ QUICK_BUILD = f"-DCMAKE_CXX_COMPILER_LAUNCHER={Path(__file__).resolve().parent /
 FOLDERS = ("api", "runtime", "inspection", "algorithms", "integrations", "triton_kernels", "bench", "tests")
 FALLBACK = "every op runs on the pure-torch reference"
 
-# Runs in the environment under test, from a folder that is not the repository.
+# Runs in the environment under test, in a folder outside the repository.
 PROBE = f"""
 import importlib.util, json
 import tokfuse
@@ -43,7 +43,7 @@ assert torch.allclose(stats.entropy, torch.full((3,), 8.0).log())
 
 
 def check_installed(environment, *, native: bool) -> dict[str, Any]:
-    """Import everything in the environment; the doctor's report, checked."""
+    """Import everything in the environment. Check the doctor's report and return it."""
     report = json.loads(environment.run("-c", PROBE).stdout.splitlines()[-1])
     assert report["taken"] == [], "folders became top-level names"
     assert report["versions"]["tokfuse"]
@@ -63,7 +63,7 @@ def check_installed(environment, *, native: bool) -> dict[str, Any]:
 
 
 def path_without(tool: str, folder: Path) -> str:
-    """A PATH with every program of this one but `tool`."""
+    """Return a PATH with every program of this one except `tool`."""
     folder.mkdir()
     for directory in os.environ["PATH"].split(os.pathsep):
         for program in Path(directory).iterdir() if Path(directory).is_dir() else ():
@@ -91,7 +91,7 @@ def test_sdist_holds_everything_a_build_reads(sdist: Path, source: Path):
 
 
 def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Path):
-    """From the archive alone, with no CUDA compiler on PATH, nor where CMake looks besides."""
+    """From the archive only, without a CUDA compiler on PATH or in CMake's other search paths."""
     path = path_without("nvcc", tmp_path / "bin")
     arguments = f"{QUICK_BUILD} -DCMAKE_CUDA_COMPILER=NOTFOUND"
     output = environment.pip("install", str(sdist), PATH=path, TOKFUSE_CUDA="AUTO", TOKFUSE_CMAKE_ARGS=arguments).stdout
@@ -101,7 +101,7 @@ def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Pat
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_install_with_nvcc(sdist: Path, environment):
-    """CUDA kernels, where there is no GPU: one architecture, because three take minutes."""
+    """Builds the CUDA kernels without a GPU, for one architecture, because three take minutes."""
     arguments = f"{QUICK_BUILD} -DTOKFUSE_CUDA_ARCHITECTURES=80"
     environment.pip("install", str(sdist), TOKFUSE_CUDA="ON", TOKFUSE_CMAKE_ARGS=arguments)
     report = check_installed(environment, native=True)
@@ -172,7 +172,7 @@ def test_strict_build_is_fatal(source: Path, environment):
 
 
 def test_failed_editable_build_removes_the_old_module(own_source: Path, environment):
-    """Calls with raw pointers must never reach a module built from other sources."""
+    """Calls with raw pointers must never reach a module that was built from other sources."""
     name = subprocess.run(
         [sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],
         capture_output=True,

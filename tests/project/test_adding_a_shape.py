@@ -1,4 +1,4 @@
-"""docs/adding_a_shape.md, tried: its blocks go into a copy of the repository, whose tests then hold the new shape."""
+"""Test docs/adding_a_shape.md: insert its blocks into a copy of the repository and run the tests of the new shape."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ import repo_copy
 from repo_copy import ROOT, python
 
 PAGE = ROOT / "docs" / "adding_a_shape.md"
-# First line of a block: the file, and the text of the line above which the others go.
+# First line of a block: the file, and the line above which the rest of the block is inserted.
 PLACE = re.compile(r"(?:#|//) (\S+), above `(.+)`\n")
 
 
 def blocks() -> list[tuple[str, str, str]]:
-    """(file, line, text) of every block that has a place."""
+    """Return (file, line, text) of every block that names a place."""
     found = re.findall(r"^```\w+\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     places = [(PLACE.match(block), block) for block in found]
     return [(*place.groups(), block[place.end() :]) for place, block in places if place]
@@ -28,7 +28,7 @@ def insert(root: Path, file: str, line: str, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """The repository with the shape of the page in it, without the native module."""
+    """Return a copy of the repository with the shape of the page, without the native module."""
     root = tmp_path_factory.mktemp("copy")
     repo_copy.copied(root)
     for file, line, text in blocks():
@@ -44,7 +44,7 @@ def test_the_page_has_at_most_six_steps():
 
 
 def test_the_tests_of_the_copy_hold_the_new_shape(copy: Path):
-    """Formula, flags, C++ and CUDA header, public name, documentation; the kernels of Triton interpreted."""
+    """Formula, flags, C++ and CUDA header, public name, documentation; the Triton kernels in the interpreter."""
     tests = ["tests/ops/test_shapes.py", "tests/project/test_layering.py", "tests/project/test_docstrings.py"]
     tests.append("tests/backends/test_triton_policy.py")
     chosen = "target_penalty or public or reference or files or TargetPenalty"
@@ -65,6 +65,6 @@ def test_the_tests_of_the_copy_hold_the_new_shape(copy: Path):
 
 
 def key(case: str) -> tuple[str, frozenset[str]]:
-    """A test and the parts of its case, which pytest orders by the scope of their fixtures."""
+    """Return a test and the parts of its case, which pytest orders by the scope of their fixtures."""
     name, _, parts = case.partition("[")
     return name, frozenset(parts.rstrip("]").split("-"))

@@ -1,4 +1,4 @@
-"""`examples/compare_algorithms.py`: its task, its bookkeeping, a short run of every method."""
+"""Test `examples/compare_algorithms.py`: its task, its bookkeeping, a short run of every method."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ SHORT = compare.Settings(steps=10, prompts=4, group_size=4, epochs=2)
 
 
 def answers(*rows: tuple[int, ...]) -> compare.Rollout:
-    """Rollouts that ask for 7; short rows are padded with digits behind their end."""
+    """Return rollouts that ask for 7. Short rows are padded with digits after their end."""
     tokens = torch.tensor([(*row, *[3] * (compare.LENGTH - len(row))) for row in rows])
     return compare.Rollout(torch.full((len(rows),), 7), tokens, torch.tensor(list(map(len, rows))))
 
@@ -31,7 +31,7 @@ def test_the_score():
 
 
 def test_packed_logits_are_those_that_were_sampled():
-    """Teacher forcing sees the states of sampling: the greedy continuation is the same."""
+    """Teacher forcing sees the same states as sampling, so the greedy continuation is the same."""
     torch.manual_seed(0)
     policy = compare.Policy()
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def test_every_method_runs(label: str):
 
 
 def test_grpo_learns_the_task():
-    """From one answer in forty to most of them, on each of two seeds."""
+    """From one correct answer in forty to most of them, with each of two seeds."""
     for seed in range(2):
         rows = list(compare.train("grpo", seed, compare.Settings()))
         assert rows[0]["reward"] < 0.2 < 0.8 < rows[-1]["reward"]

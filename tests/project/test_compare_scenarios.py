@@ -1,4 +1,4 @@
-"""`examples/compare_scenarios.py`: what makes each scenario what it is, and a short run of each."""
+"""Test `examples/compare_scenarios.py`: the properties of each scenario, and a short run of each."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def test_a_hint_is_right_nine_times_in_ten_and_the_pair_decides():
     trainer = scenarios.HintedTrainer(make("cdpo"), 0, compare.Settings(prompts=4000), bias)
     prompt = trainer.prompts()
     agrees = (scenarios.asked(prompt) == prompt % 10).float().mean()
-    # A wrong draw is right by chance once in ten.
+    # A random wrong hint is correct by chance one time in ten.
     assert abs(float(agrees) - 0.91) < 0.02
     assert scenarios.asked(torch.tensor([370, 993, 1004])).tolist() == [0, 8, 4]
 

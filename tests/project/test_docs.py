@@ -1,6 +1,6 @@
-"""What the documentation states holds: examples run, names and defaults exist, tables are current.
+"""Test the documentation: examples run, names and defaults exist, tables are current.
 
-A fenced `python` block of a page is a program that must run as it stands. Inline code of the form
+A fenced `python` block of a page is a program that must run unchanged. Inline code of the form
 `tokfuse.name(argument=value)` states defaults.
 """
 
@@ -50,7 +50,7 @@ def test_the_first_example_is_short():
 
 
 def quoted_calls() -> list[tuple[str, str]]:
-    """(page, code) of every inline `tokfuse.` expression."""
+    """Return (page, code) of every inline `tokfuse.` expression."""
     return [
         (name, code)
         for name, page in zip(IDS, PAGES, strict=True)
@@ -68,7 +68,7 @@ def test_quoted_names_and_defaults_exist(page: str, code: str):
         pytest.skip("the native module is built without CUDA")
     value: object = tokfuse
     for position, part in enumerate(path):
-        if not hasattr(value, part):  # a sub-package that nothing has imported yet
+        if not hasattr(value, part):  # a sub-package that is not imported yet
             __import__(".".join(["tokfuse", *path[: position + 1]]))
         value = getattr(value, part)
     for keyword in call.keywords if call else ():

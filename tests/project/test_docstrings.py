@@ -1,6 +1,6 @@
-"""Docstrings of the public names: every example runs as written, and every op has one.
+"""Test the docstrings of the public names: every example runs as written, and every op has one.
 
-The API reference of the documentation is made from these docstrings.
+The API reference of the documentation is generated from these docstrings.
 """
 
 import doctest
@@ -22,7 +22,7 @@ OPS = "tokfuse.runtime.ops."
 
 
 def public() -> dict[str, object]:
-    """Every public name, those of `tokfuse.influence` included."""
+    """Return every public name, including those of `tokfuse.influence`."""
     names = {n: getattr(tokfuse, n) for n in tokfuse._PUBLIC}
     return names | {f"influence.{n}": getattr(tokfuse.influence, n) for n in tokfuse.influence.__all__}
 
@@ -53,7 +53,7 @@ PARSERS = {"bench": bench.cli._parser, "profile": bench.profile._parser}
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command line) of everything that the pages say to type."""
+    """Return (page, command line) of every command on the pages."""
     out = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for line in re.findall(r"python -m tokfuse (\w+[^\n`]*)", page.read_text()):
@@ -75,7 +75,7 @@ def test_documented_command_lines_are_valid(page: str, line: str) -> None:
 def test_every_op_has_an_example() -> None:
     ops = {n for n, module in tokfuse._PUBLIC.items() if n.islower() and module.startswith(OPS)}
     with_example = {example.name for example in examples()}
-    assert ops - {"policy_step_"} <= with_example  # policy_step_ is policy_step over the logits
+    assert ops - {"policy_step_"} <= with_example  # policy_step_ is policy_step in place
 
 
 def test_every_public_name_is_in_the_reference() -> None:

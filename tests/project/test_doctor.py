@@ -1,4 +1,4 @@
-"""`python -m tokfuse doctor`: the report is complete, and true where the machine can tell."""
+"""Test `python -m tokfuse doctor`: the report is complete, and correct as far as this machine can check."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_native_module(data):
 
 
 def test_one_openmp_runtime(data):
-    """The native module shares torch's thread pool instead of bringing a second one."""
+    """The native module uses torch's thread pool and loads no second one."""
     if native.module() is None or not data["threads"]["openmp_runtimes"]:
         pytest.skip("no native module, or no OpenMP runtime to look at")
     assert len(data["threads"]["openmp_runtimes"]) == 1
@@ -81,7 +81,7 @@ def test_text_has_one_line_per_op(data):
 
 
 def test_text_numbers_the_reasons():
-    """A backend that is declared and cannot run is marked, and its reason stands below."""
+    """A declared backend that cannot run is marked, and its reason is listed below."""
     common = {"op": "halve", "dtypes": ["float32"], "features": []}
     rows = [
         {**common, "backend": "cuda", "built": False, "usable": False, "devices": ["cuda"], "why": "no nvcc"},

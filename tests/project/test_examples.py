@@ -1,8 +1,8 @@
-"""`examples/train_grpo.py` on a random model of a few thousand parameters.
+"""Test `examples/train_grpo.py` on a random model of a few thousand parameters.
 
-What must hold: prompts are shared within a group without changing a hidden state or a gradient,
-leaving out groups without advantage changes no parameter, and a run that was stopped and resumed
-writes the rows of one that was not. Bounds are float32 rounding of the same sums in another order.
+Sharing the prompt within a group must change no hidden state or gradient. Leaving out groups without advantage
+must change no parameter. A run that was stopped and resumed must write the same rows as an uninterrupted run.
+Bounds are float32 rounding of the same sums in another order.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class CharTokenizer:
 
 
 class DigitTask:
-    """The right answer starts with a digit; `on_question` sees each position asked for."""
+    """The correct answer starts with a digit. `on_question` receives each requested position."""
 
     def __init__(self, on_question=lambda start: None) -> None:
         self.on_question = on_question
@@ -55,7 +55,7 @@ class DigitTask:
 
 
 def tiny_model() -> torch.nn.Module:
-    """A random Llama with tied head, the same at every call."""
+    """Return a random Llama with tied head, with the same weights in each call."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(ALPHABET),
@@ -81,13 +81,13 @@ def new_folder(path: Path) -> run_folder.RunFolder:
 
 
 def figures(folder: run_folder.RunFolder) -> list[tuple[float, ...]]:
-    """What must be equal between two runs: everything but times and memory."""
+    """Return the figures that must be equal between two runs: everything except times and memory."""
     keys = ("step", "reward", "entropy", "loss", "kl", "clip_fraction", "grad_rows", "tokens")
     return [tuple(row[key] for key in keys) for row in folder.rows()]
 
 
 def example_rollout(group_size: int = 2) -> rollout.Rollout:
-    """Two prompts of different length, completions of length 1 to 3."""
+    """Return two prompts of different length with completions of length 1 to 3."""
     prompt, mask = rollout.encode(CharTokenizer(), ["1+2=", "10-2="])
     completion = torch.arange(2 * group_size * 3).view(-1, 3) % len(ALPHABET)
     length = torch.arange(2 * group_size) % 3 + 1
@@ -96,7 +96,7 @@ def example_rollout(group_size: int = 2) -> rollout.Rollout:
 
 
 def plain_hidden(net: torch.nn.Module, batch: rollout.Rollout) -> torch.Tensor:
-    """`completion_hidden` by one forward over every whole sequence."""
+    """Return `completion_hidden`, computed by one forward over every whole sequence."""
     tokens = torch.cat([batch.prompt.repeat_interleave(batch.group_size, 0), batch.completion], 1)
     mask = torch.cat([batch.prompt_mask.repeat_interleave(batch.group_size, 0), torch.ones_like(batch.completion)], 1)
     states = net.model(tokens, attention_mask=mask, position_ids=rollout.positions(mask))
@@ -145,7 +145,7 @@ def test_sharing_the_prompt_changes_neither_states_nor_gradients():
 def test_samples_follow_the_model():
     """With a nearly deterministic head every sample is the greedy continuation."""
     net = tiny_model()
-    net.lm_head.weight.data *= 100  # tied: the embedding is scaled as well, consistently
+    net.lm_head.weight.data *= 100  # the head is tied, so this also scales the embedding
     prompt, mask = rollout.encode(CharTokenizer(), ["1+2=", "10-2="])
     sampled = rollout.sample(net, prompt, mask, 2, 3)
     tokens, full = prompt.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
@@ -233,7 +233,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
     parts = new_folder(tmp_path / "parts")
     half = dataclasses.replace(SETTINGS, steps=2, save_every=2)
     assert train_grpo.train(new_training(half), parts)
-    parts.append({"step": 2, "reward": 9.0})  # written after the checkpoint by a run that died
+    parts.append({"step": 2, "reward": 9.0})  # written after the checkpoint by an interrupted run
 
     torch.manual_seed(99)
     options = train_grpo.parse(["--resume", str(parts.path), "--steps", "4"])

@@ -1,4 +1,4 @@
-"""tools/fingerprint.py: a digest sees every bit, and a comparison names every difference."""
+"""Test tools/fingerprint.py: a digest depends on every bit, and a comparison names every difference."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""tools/first_gpu_run.py: the plan for a GPU, time limits, what is recorded, and the summary."""
+"""Test tools/first_gpu_run.py: the plan for a GPU, time limits, the recorded lines, and the summary."""
 
 import dataclasses
 import importlib
@@ -37,7 +37,7 @@ def test_the_plan_of_a_gpu(run, hopper, tmp_path):
     benchmarks = [f"bench {op}" for op in ("token_stats", "policy_step", "policy_step_hidden", "paired_divergence")]
     order = ["doctor", "smoke cuda", "smoke triton", "tests", "memcheck", "racecheck", *benchmarks, "graph", "ncu"]
     assert list(steps) == order
-    assert sum(s.share for s in steps.values()) == 480  # seconds, which are the default 8 minutes
+    assert sum(s.share for s in steps.values()) == 480  # seconds: the default 8 minutes
     assert run.MINUTES[False] == 8
     for tool in ("memcheck", "racecheck"):
         (script,) = steps[tool].scripts
@@ -60,7 +60,7 @@ def test_every_test_file_of_the_kernels_is_in_one_shard(run, hopper, tmp_path):
     assert len(tests.scripts) == 8 and all("-m gpu" in script for script in tests.scripts)
     named = [word for script in tests.scripts for word in script.split() if word.startswith("tests/")]
     assert len(named) == len(set(named))
-    # integrations/ has a GPU test only where its hosts are installed.
+    # integrations/ has a GPU test only if its trainers are installed.
     wanted = {
         str(file.relative_to(ROOT))
         for file in (ROOT / "tests").rglob("test_*.py")
@@ -129,7 +129,7 @@ def test_a_step_ends_at_its_limit_with_its_children(run, tmp_path, monkeypatch):
     line = run.run_step(step(run, "slow", stubborn), 3.0, tmp_path, dict(os.environ))
     assert line["status"] == "timeout" and time.monotonic() - start < 30
     child = int((tmp_path / "pid").read_text())
-    assert _holds(lambda: _ended(child), within_s=10)  # a signal takes effect when it is scheduled
+    assert _holds(lambda: _ended(child), within_s=10)  # a process handles a signal only when it is scheduled
 
 
 def test_who_stops_the_run_stops_its_step(run, tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def _holds(condition, within_s: float) -> bool:
 
 
 def _ended(pid: int) -> bool:
-    """Whether a process is gone, or a zombie."""
+    """Return whether a process has ended or is a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
     except FileNotFoundError:
@@ -226,7 +226,7 @@ def test_the_summary_says_predicted_measured_and_share(run, tmp_path):
     assert "| doctor | pass | 1.0 | a / b |" in text and "predicted, H200" in text
     ours, head, failed = (line for line in text.splitlines() if line.startswith("| policy_step"))
     # 2 T V of two bytes at 4.8 TB/s; 1.17 ms of a copy that moves as much.
-    assert "| 1.037 ms | 1.300 ms | 90% | 4.00x ours | pass |" in ours
+    assert "| 1.037 ms | 1.300 ms | 90% | 4.00x tokfuse | pass |" in ours
     assert "| 75% of gemm |" in head
     assert "| 1.037 ms | - | - | - | oom big |" in failed
     assert text.endswith("ncu-policy_step-cuda: Duration 1.2 ms, DRAM Throughput 88.1 %\n")

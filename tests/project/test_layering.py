@@ -1,8 +1,8 @@
-"""The rules that hold the folders together.
+"""Test the rules of the folder structure.
 
-Imports go one way: api -> integrations -> algorithms -> runtime -> triton_kernels | csrc; bench may
-import anything. No torch header in csrc. A folder is known by one import name only. Read from the
-source text where possible, so that a module that cannot be imported here is checked as well.
+Imports go one way: api -> integrations -> algorithms -> runtime -> triton_kernels | csrc; bench may import
+anything. csrc includes no torch header. Each folder has only one import name. The rules are checked on the source
+text if possible, so that modules which cannot be imported here are checked too.
 """
 
 import ast
@@ -20,7 +20,7 @@ import pytest
 import tokfuse
 
 ROOT = Path(__file__).resolve().parents[2]
-# layer -> the layers that it may import besides itself
+# layer -> the other layers that it may import
 MAY_IMPORT = {
     "api": {"integrations", "algorithms", "runtime", "triton_kernels", "native", "inspection"},
     "integrations": {"algorithms", "runtime", "triton_kernels", "native"},
@@ -30,13 +30,13 @@ MAY_IMPORT = {
     "inspection": {"runtime", "triton_kernels", "native"},
     "bench": {"api", "integrations", "algorithms", "runtime", "triton_kernels", "native", "inspection"},
 }
-# Kernel files that hold several ops, or parts of them: file stem -> ops it serves.
+# Kernel files with several ops, or with parts of ops: file stem -> its ops.
 SHARED_KERNELS = {"scan": {"gae", "vtrace"}}
-# Ops specified as the composition of simpler ones, whose references are theirs.
+# Ops that are specified as the composition of simpler ops, whose references they use.
 COMPOSED = {"policy_step": {"token_stats", "policy_loss"}, "policy_step_hidden": {"linear_token_stats", "policy_loss"}}
-# Ops that have their own rows in the doctor's table and are called through another public name.
+# Ops with their own rows in the doctor's table that are called through another public name.
 CALLED_THROUGH = {"policy_step_hidden": "policy_step"}
-# Modules of ops/ that run on the rows of another op.
+# Modules of ops/ that use the capability records of another op.
 WITHOUT_ROWS = {"unit_step"}
 
 
@@ -57,7 +57,7 @@ def sources(layer: str) -> list[Path]:
 
 
 def imports(file: Path) -> Iterator[Import]:
-    """Every import of a file; `from tokfuse import name` counts as `tokfuse.name`."""
+    """Return every import of a file; `from tokfuse import name` counts as `tokfuse.name`."""
     for node in ast.walk(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -75,7 +75,7 @@ def imports(file: Path) -> Iterator[Import]:
 
 
 def layer_of(module: str) -> str | None:
-    """The layer of an imported module, None for a module of someone else."""
+    """Return the layer of an imported module; None for a module of another package."""
     parts = module.split(".")
     if parts[0] != "tokfuse":
         return None
@@ -88,12 +88,12 @@ def all_imports() -> list[tuple[str, Import]]:
     return [(layer, one) for layer in MAY_IMPORT for file in sources(layer) for one in imports(file)]
 
 
-# Rooms of runtime/, each importing only those to its left.
+# Folders of runtime/. Each one imports only those to its left.
 ROOMS = ("core", "policy", "reference", "backends", "lm_head", "ops", "distributed")
 
 
 def modules() -> dict[str, Path]:
-    """Import name -> file of every module of the package."""
+    """Return import name -> file of every module of the package."""
     found = {}
     for layer in MAY_IMPORT:
         for file in sources(layer):
@@ -104,7 +104,7 @@ def modules() -> dict[str, Path]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports anywhere, under TYPE_CHECKING too."""
+    """Return module -> the modules of the package that it imports anywhere, also under TYPE_CHECKING."""
     files = modules()
     graph: dict[str, set[str]] = {}
     for name, file in files.items():
@@ -121,12 +121,12 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other: what is left once nothing more can be taken off an end."""
+    """Return modules that import each other: the modules that remain after repeatedly removing ends."""
     left = {name: set(edges) for name, edges in graph.items()}
     while ends := [name for name, edges in left.items() if not edges & left.keys()]:
         for name in ends:
             del left[name]
-    # What only leads to a circle is no part of one.
+    # A module that only leads to a circle is not a part of it.
     while starts := [name for name in left if not any(name in edges for edges in left.values())]:
         for name in starts:
             del left[name]
@@ -157,7 +157,7 @@ def test_rooms_of_the_runtime_are_in_order():
 
 
 def test_the_runtime_holds_nothing_but_what_a_call_runs_through():
-    """Every module of a room is reached from a public name, through imports alone."""
+    """Every module of a folder of runtime/ is reachable from a public name through imports."""
     graph = import_graph()
     reached: set[str] = set()
     front = ["tokfuse.distributed", "tokfuse.influence", "tokfuse.algorithms", *set(tokfuse._PUBLIC.values())]
@@ -172,7 +172,7 @@ def test_the_runtime_holds_nothing_but_what_a_call_runs_through():
 
 
 def test_no_private_name_crosses_a_module():
-    """Neither imported nor reached through an imported module; tests may."""
+    """Neither imported nor accessed through an imported module. Tests may do this."""
     wrong = []
     files = modules()
     for name, file in files.items():
@@ -193,7 +193,7 @@ def test_no_private_name_crosses_a_module():
 
 
 def test_only_listed_packages():
-    """Every folder with Python code is mapped by setup.py, and only those."""
+    """setup.py maps every folder with Python code, and no other folder."""
     listed = ast.literal_eval(re.search(r"PACKAGE_DIR = (\{.*?\n\})", (ROOT / "setup.py").read_text(), re.S)[1])
     folders = {file.parent.relative_to(ROOT).as_posix() for layer in MAY_IMPORT for file in sources(layer)}
     assert folders == set(listed.values())
@@ -240,7 +240,7 @@ def test_native_code_includes_no_torch_header():
 
 
 def run_python(code: str) -> str:
-    """Output of a fresh interpreter, away from the repository."""
+    """Return the output of a new interpreter, outside the repository."""
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.strip()
@@ -286,7 +286,7 @@ print(sorted({set(MAY_IMPORT)!r} & set(sys.modules)))
 
 
 def public() -> dict[str, object]:
-    """Every public name of the package, of its public modules and of the preference losses."""
+    """Return every public name of the package, of its public modules and of the preference losses."""
     found = {name: getattr(tokfuse, name) for name in tokfuse._PUBLIC}
     for module in ("distributed", "influence"):
         of_module = importlib.import_module(f"tokfuse.{module}")
@@ -296,7 +296,7 @@ def public() -> dict[str, object]:
 
 @pytest.mark.parametrize("name", sorted(public()))
 def test_public_names_are_documented(name: str):
-    """Every argument in the docstring of the function that takes it."""
+    """The docstring of a function documents each of its arguments."""
     value = public()[name]
     text = inspect.getdoc(value)
     assert text, f"{name} has no docstring"
@@ -308,7 +308,7 @@ def test_public_names_are_documented(name: str):
 
 
 def test_public_names_are_known_to_type_checkers():
-    """The lazy table and the imports under TYPE_CHECKING name the same things."""
+    """The lazy table and the imports under TYPE_CHECKING contain the same names."""
     typed = {}
     for node in ast.walk(ast.parse((ROOT / "api" / "__init__.py").read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tokfuse."):
@@ -379,7 +379,7 @@ def test_files_name_no_place_of_one_machine():
 
 
 def test_links_lead_to_sources_only():
-    """Papers and code; no address of one machine, and one index of packages: PyTorch's own, in one file."""
+    """Papers and code; no address of a machine, and one package index: PyTorch's, in one file."""
     hosts = {
         "arxiv.org",
         "doi.org",

@@ -1,4 +1,4 @@
-"""One name for one quantity: the tables of docs/names.md against what C++, Python and Triton call them."""
+"""Test that a quantity has one name: the tables of docs/names.md against C++, Python and Triton."""
 
 import ast
 import re
@@ -17,13 +17,13 @@ has_native = pytest.mark.skipif(native.module() is None, reason="the native modu
 
 
 def table() -> list[str]:
-    """The names of the tables, in order."""
+    """Return the names of the tables, in order."""
     rows = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "docs" / "names.md").read_text(), re.MULTILINE)
     return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
 
 
 def structs() -> dict[str, dict[str, str]]:
-    """Comment of every field of every struct of the headers, by struct and field; bases included."""
+    """Return the comment of every field of every struct of the headers, by struct and field, with base structs."""
     found: dict[str, dict[str, str]] = {}
     for header in HEADERS:
         for name, base, body in re.findall(
@@ -39,7 +39,7 @@ def structs() -> dict[str, dict[str, str]]:
 
 
 def records() -> dict[str, type]:
-    """The structs that Python fills."""
+    """Return the structs that Python fills."""
     return {name: kind for name, kind in vars(native.module()).items() if hasattr(kind, "FIELDS")}
 
 
@@ -59,7 +59,7 @@ def test_a_field_of_a_struct_has_the_name_of_its_quantity():
 
 @has_native
 def test_python_gives_every_field_that_c_plus_plus_has():
-    """Except what the header says that the binding sets."""
+    """Except the fields that the binding sets, according to the header."""
     declared = structs()
     assert set(records()) <= set(declared)
     for name, kind in records().items():
@@ -83,7 +83,7 @@ def test_an_objective_has_the_fields_of_its_struct():
     assert fields == list(ObjectiveRecord._fields)
 
 
-# What these quantities were called before they had one name.
+# Earlier names of these quantities.
 OLD = {
     "shift": "row_max",
     "p2_logp": "sum_p2_logp",

@@ -1,4 +1,4 @@
-"""tools/new_op.py, tried in a copy of the repository: its stubs are in their places and fail until filled."""
+"""Test tools/new_op.py in a copy of the repository: its stubs are in place and fail until they are filled in."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".md"}
 
 
 def sources(root: Path) -> list[str]:
-    """Every file of the project that a stub can be in."""
+    """Return every file of the project that can contain a stub."""
     found = [file for folder in FOLDERS for file in (root / folder).rglob("*") if file.suffix in SOURCES]
     return [str(file.relative_to(root)) for file in found] + [file for file in FILES if (root / file).exists()]
 
@@ -31,7 +31,7 @@ def test_no_stub_is_left():
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """The repository with an op of which nothing is filled."""
+    """Return a copy of the repository with an op whose stubs are not filled in."""
     root = tmp_path_factory.mktemp("copy")
     repo_copy.copied(root)
     printed = repo_copy.python(root, "tools/new_op.py", OP).splitlines()
@@ -41,7 +41,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 def files() -> dict[str, None]:
-    """What the scaffold writes, in order: new files, then those it adds to."""
+    """Return the files that the scaffold writes, in order: new files, then changed files."""
     new = [new_op.named(file, OP) for file in new_op.FILES]
     return dict.fromkeys([*new, *(entry.file for entry in new_op.ENTRIES)])
 
@@ -93,7 +93,7 @@ def test_the_stubs_are_where_the_layers_want_them(copy: Path):
 
 @needs_host
 def test_the_stubs_compile(copy: Path):
-    """The kernels and the program that checks the CUDA ones; the syntax of the bindings is that of their neighbours."""
+    """The kernels and the program for the CUDA checkers. The bindings have the same syntax as those of other ops."""
     flags = [flag for flag in FLAGS if not flag.startswith("-I")] + ["-Icsrc", "-Itests", "-fsyntax-only"]
     for file in (f"csrc/cuda/{OP}.cu", "tests/cuda_host/packed_main.cpp", f"csrc/cpu/{OP}.cpp"):
         kind = ["-DTOKFUSE_ISA=isa_base", "-fopenmp"] if "cpu/" in file else ["-x", "c++"]
@@ -102,7 +102,7 @@ def test_the_stubs_compile(copy: Path):
 
 
 def test_tests_fail_until_the_stubs_are_filled(copy: Path):
-    """First nothing is filled, then formula and expected values, then the Triton kernel and what is left."""
+    """First no stub is filled in, then formula and expected values, then the Triton kernel and the rest."""
     op_test, example = f"tests/ops/test_{OP}.py", f"{OP} and examples_run_as_written"
     every = (op_test, "tests/project/test_new_op.py::test_no_stub_is_left")
     out = repo_copy.tests(copy, *every, fails=True, TRITON_INTERPRET="1")

@@ -1,4 +1,4 @@
-"""tools/older_cpus.py: the restrictions act, and one that does not is an error."""
+"""Test tools/older_cpus.py: the restrictions have an effect, and one without effect is an error."""
 
 import importlib
 import platform
@@ -29,7 +29,7 @@ def test_a_restriction_that_did_not_act_is_an_error():
     for library in ("torch", "kernels", "oneDNN", "MKL_CBWR", "threads"):
         with pytest.raises(SystemExit, match=f"{library} must run at"):
             older_cpus.check(name, setting, {**seen, library: "another"})
-    older_cpus.check(name, setting, {**seen, "oneDNN": "", "MKL_CBWR": ""})  # a torch without them
+    older_cpus.check(name, setting, {**seen, "oneDNN": "", "MKL_CBWR": ""})  # a torch build without these libraries
 
 
 def test_the_tests_exist():

@@ -1,4 +1,4 @@
-"""The paper index, the registry, the docstrings and the command say the same things."""
+"""Test that the paper index, the registry, the docstrings and the command agree."""
 
 import dataclasses
 import inspect
@@ -14,7 +14,7 @@ from tokfuse.algorithms.registry import ENTRIES, KINDS, LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "paper_index.md"
-# Every system of the reading list that has code of a kind, and the strongest claim it may make.
+# Every system that has code of a kind, and the strongest claim that it may make.
 POLICY = {
     "D3S": "recon",
     "ADORA": "exact",
@@ -59,7 +59,7 @@ CAUSAL = {
     "Policy-guided diffusion": "analogue",
     "Test-time scaling survey": "utility",
 }
-# Read for this project and without code here: each has its reason in the page.
+# Systems without code here. The page states the reason for each.
 OUT = {
     "UMLC",
     "MPVA",
@@ -96,7 +96,7 @@ REWARD = {
     "The standard family": "exact",
 }
 SYSTEMS = {"policy": POLICY, "preference": PREFERENCE, "reward": REWARD, "selection": SELECTION, "causal": CAUSAL}
-# How a docstring says what the label says.
+# The word for each label in a docstring.
 WORDS = {
     "exact": r"\b[Ee]xact\b",
     "recon": r"\b[Rr]econstructed\b",

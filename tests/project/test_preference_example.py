@@ -1,4 +1,4 @@
-"""`examples/train_preference.py`: loss and reward margin move on held-out pairs."""
+"""Test `examples/train_preference.py`: loss and reward margin improve on held-out pairs."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def test_losses_learn_from_pairs(name: str):
     assert last["loss"] < 0.85 * first["loss"]
     assert last["margin"] > first["margin"] + 0.5 and last["accuracy"] > 0.7
     assert last["right"] > 2 * first["right"], "answers that it never saw sampled"
-    if name != "simpo":  # the policy starts as the reference
+    if name != "simpo":  # the policy starts equal to the reference
         assert abs(first["margin"]) < 1e-5
 
 

@@ -1,6 +1,6 @@
-"""A random rollout batch for the algorithms, pieces of the papers' formulas, and the comparison.
+"""A random rollout batch for the algorithms, parts of the papers' formulas, and the comparison.
 
-Everything here is float64 and loops over sequences: the formulas are to be read beside the paper.
+Everything is float64 with loops over sequences, so that you can compare the formulas with the paper.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ CORRECT = (1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 1, 0)
 
 
 def rollout(seed: int = 0, binary: bool = True, **replaced: Any) -> Batch:
-    """Three prompts with four answers each; a few masked tokens; every optional field is there.
+    """Return three prompts with four answers each, a few masked tokens, and every optional field.
 
-    Values are exact in float32, so that backends of either width see the same numbers.
+    Values are exact in float32, so backends with float32 and float64 see the same numbers.
     """
     gen = torch.Generator().manual_seed(seed)
     tokens, lengths = sum(LENGTHS), torch.tensor(LENGTHS)
@@ -65,7 +65,7 @@ def rollout(seed: int = 0, binary: bool = True, **replaced: Any) -> Batch:
 
 
 def cast(batch: Batch, dtype: torch.dtype, device: str = "cpu") -> Batch:
-    """The batch on a device, its floating fields in a dtype."""
+    """Move the batch to a device, with its float fields in a dtype."""
     changed = {
         f.name: value.to(device, dtype if value.is_floating_point() else value.dtype)
         for f in dataclasses.fields(batch)
@@ -78,18 +78,18 @@ def cast(batch: Batch, dtype: torch.dtype, device: str = "cpu") -> Batch:
 
 
 def spans(b: Batch) -> list[list[int]]:
-    """Valid tokens of every sequence."""
+    """Return the valid tokens of every sequence."""
     keep, cu = b.valid.tolist(), b.cu_seqlens.tolist()
     return [[t for t in range(i, j) if keep[t]] for i, j in zip(cu, cu[1:], strict=False)]
 
 
 def mates(b: Batch, i: int) -> list[int]:
-    """Sequences of i's group, itself included."""
+    """Return the sequences of i's group, including i."""
     return [j for j, g in enumerate(b.group_ids.tolist()) if g == b.group_ids[i]]
 
 
 def per_group(b: Batch, rule: Callable[[float, Tensor, int], float]) -> Tensor:
-    """(tokens,): rule(own reward, rewards of the group, place in it) of each token's sequence."""
+    """Return (tokens,): rule(own reward, rewards of the group, position in it) of each token's sequence."""
     out = torch.zeros_like(b.old_logp)
     cu = b.cu_seqlens.tolist()
     for i in range(b.num_seqs):
@@ -142,7 +142,7 @@ def reward_to_go(b: Batch, r: Tensor) -> Tensor:
 
 
 def outcome(b: Batch) -> Tensor:
-    """The reward on the last valid token."""
+    """Return the reward, placed on the last valid token."""
     r = torch.zeros_like(b.old_logp)
     for i, span in enumerate(spans(b)):
         if span:
@@ -151,7 +151,7 @@ def outcome(b: Batch) -> Tensor:
 
 
 def gae(b: Batch, lam: float | list[float] = 1.0, gamma: float = 1.0) -> Tensor:
-    """Behind an unfinished response the value of its last token, behind a finished one 0."""
+    """Compute GAE. After an unfinished response it uses the value of its last token, after a finished one 0."""
     r, out = outcome(b), torch.zeros_like(b.old_logp)
     for i, span in enumerate(spans(b)):
         decay = lam[i] if isinstance(lam, list) else lam
@@ -192,7 +192,7 @@ def planned(algorithm: Algorithm, batch: Batch, state: State | None = None) -> P
 
 
 def gradient_of(plan: Plan, logp: Tensor, entropy: Tensor | None = None) -> tuple[Tensor, ...]:
-    """(loss with the plan's constant, d loss / d logp, d loss / d entropy)."""
+    """Return (loss with the plan's constant, d loss / d logp, d loss / d entropy)."""
     x = logp.detach().clone().requires_grad_()
     h = None if entropy is None else entropy.detach().clone().requires_grad_()
     out = plan.loss(x, h).loss
@@ -202,7 +202,7 @@ def gradient_of(plan: Plan, logp: Tensor, entropy: Tensor | None = None) -> tupl
 
 
 def check(backend: Backend, algorithm: Algorithm, formula: Formula, batch: Batch, state: State | None = None) -> None:
-    """The plan's loss and gradients are those of formula(batch, logp, entropy)."""
+    """Check the plan's loss and gradients against formula(batch, logp, entropy)."""
     x = batch.logp.clone().requires_grad_()
     h = batch.entropy.clone().requires_grad_()
     expected = formula(batch, x, h)
@@ -222,7 +222,7 @@ def check(backend: Backend, algorithm: Algorithm, formula: Formula, batch: Batch
 
 
 def same_gradient(left: Algorithm, right: Algorithm, batch: Batch, rtol: float = 1e-12) -> None:
-    """Two methods have equal gradients on a batch."""
+    """Check that two methods have equal gradients on a batch."""
     _, a, *_ = gradient_of(planned(left, batch), batch.logp)
     _, b, *_ = gradient_of(planned(right, batch), batch.logp)
     compare(a, b, atol=rtol * float(b.abs().max()) + 1e-15)

@@ -1,10 +1,10 @@
-"""Rows of the benchmark for the tests that read them."""
+"""Benchmark rows for tests."""
 
 from tokfuse.bench.row import SCHEMA_VERSION, Row
 
 
 def our_row(op: str, mode: str, variant: str, shape: str, **fields: object) -> Row:
-    """A row of ours that passed on the CPU in float32; `fields` replace or add.
+    """Return a tokfuse row that passed on the CPU in float32; `fields` replace or add fields.
 
     shape: "tokens x vocab" or "tokens x hidden x vocab", without spaces.
     """

@@ -1,7 +1,7 @@
-"""Rows whose target has p = 1 - 10^-k, and what float64 says about them.
+"""Rows whose target has p = 1 - 10^-k, with their float64 values.
 
-A row's largest gradient entry is then the target's own, 1 - p, which a difference of float32 numbers
-knows to 6e-8 only: at k = 4 that is 6e-4 of it, at k = 7 most of it.
+The largest gradient entry of such a row is the target's entry, 1 - p. A difference of float32 numbers has an
+absolute error of 6e-8. At k = 4 this is a relative error of 6e-4, and at k = 7 most digits are wrong.
 """
 
 import math
@@ -22,7 +22,7 @@ COEFFICIENTS = {"logp": (1.0, 0.0), "entropy": (0.0, 1.0), "both": (-2.0, 0.1)}
 
 
 class Truth(NamedTuple):
-    """float64 values whose 1 - p is a sum over the others; `term` is each row's largest term."""
+    """float64 values, with 1 - p as a sum over the other tokens. `term` is the largest term of each row."""
 
     logp: Tensor
     entropy: Tensor
@@ -33,7 +33,7 @@ class Truth(NamedTuple):
 def problem(
     vocab: int, dtype: torch.dtype, shift: float = 0.0, unlikely: bool = False, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(logits, target): row k - 1 has p = 1 - 10^-k, but for the rounding of its logits to `dtype`.
+    """Return (logits, target). Row k - 1 has p = 1 - 10^-k, up to the rounding of its logits to `dtype`.
 
     unlikely: p = 10^-k.
     """
@@ -65,17 +65,17 @@ def truth(z: Tensor, target: Tensor, ga: float, gh: float, **options: Any) -> Tr
 
 def check(grad: Tensor, want: Truth, dtype: torch.dtype, what: str = "gradient", rtol: float = GRADIENT_RTOL) -> None:
     bound = rtol * want.term.expand(want.grad.shape)
-    if dtype != torch.float32:  # the interpreter truncates in a matrix product where hardware rounds
+    if dtype != torch.float32:  # the interpreter truncates in a matrix product; hardware rounds
         bound = bound + 2 * half_ulp(want.grad, dtype)
     compare(grad, want.grad, atol=bound, what=what)
 
 
 def check_statistics(logp: Tensor, entropy: Tensor, want: Truth, rtol: float = GRADIENT_RTOL) -> None:
-    """Near 0, where a bound in nats says nothing."""
+    """Check relative errors. Near 0 an absolute bound in nats would accept any value."""
     compare(logp, want.logp, rtol=rtol, what="logp")
     compare(entropy, want.entropy, rtol=rtol, what="entropy")
 
 
 def rtol_of(options: dict[str, Any]) -> float:
-    """A softcap's tangent has an error of its own: 1e-7 of the cap, in nats."""
+    """Return the relative bound. The tanh of a softcap has an additional error: 1e-7 of the cap, in nats."""
     return GRADIENT_RTOL + 1e-7 * options.get("softcap", 0.0)

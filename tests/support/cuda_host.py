@@ -1,7 +1,7 @@
-"""Builds CUDA kernels for the CPU: csrc/cuda against tests/cuda_host, by g++ and nothing else.
+"""Build the CUDA kernels for the CPU: csrc/cuda with tests/cuda_host, using only g++.
 
-Objects lie in build/cuda_host, one per source and set of flags, and are made again when a file of
-csrc or tests/cuda_host changes.
+Objects are stored in build/cuda_host, one per source and set of flags. They are rebuilt if a file of csrc
+or tests/cuda_host changes.
 """
 
 import functools
@@ -37,11 +37,12 @@ FLAGS = (
 )
 OPTIMIZED = ("-O2",)
 SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-# Instrumented as for ThreadSanitizer, whose calls checker.cpp answers; never linked with it.
+# Compile with ThreadSanitizer's instrumentation. checker.cpp implements its functions, so its library is
+# not linked.
 CHECKED = ("-O1", "-fsanitize=thread", "-Wno-tsan")
 KINDS = {OPTIMIZED: "fast", SANITIZED: "sanitized", CHECKED: "checked"}
 
-# Kernels over logits are run by rows_main.cpp, those over vectors by packed_main.cpp.
+# rows_main.cpp runs the kernels over logits, packed_main.cpp the kernels over vectors.
 ROW_KERNELS = [CUDA / f"{op}.cu" for op in ("token_stats", "policy_step", "kept_token_stats", "paired_divergence")]
 PACKED_KERNELS = sorted(set(CUDA.glob("*.cu")) - set(ROW_KERNELS))
 
@@ -66,13 +67,13 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _made(name: str, command: Sequence[str]) -> Path:
-    """What `command` writes to its last argument, unless it is there already."""
+    """Return the file that `command` writes to its last argument. The command runs only if the file is missing."""
     key = hashlib.sha256(_sources() + "\0".join(command).encode()).hexdigest()[:16]
     target = BUILD / f"{name}-{key}"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         for old in BUILD.glob(f"{name}-*"):
-            if _days_old(old) > 1:  # another run of the tests may use what is younger
+            if _days_old(old) > 1:  # another test run may use newer files
                 old.unlink(missing_ok=True)
         part = target.with_suffix(f".{os.getpid()}")
         _run([*command, str(part)])
@@ -85,7 +86,7 @@ def _days_old(path: Path) -> float:
 
 
 def compiled(source: Path, flags: tuple[str, ...]) -> Path:
-    """The object of one source."""
+    """Return the object of one source."""
     kind = KINDS[flags]
     language = ["-x", "c++"] if source.suffix == ".cu" else []
     command = [COMPILER, *FLAGS, *flags, *language, "-c", str(source), "-o"]
@@ -93,7 +94,7 @@ def compiled(source: Path, flags: tuple[str, ...]) -> Path:
 
 
 def program(name: str, sources: Sequence[Path], flags: tuple[str, ...]) -> Path:
-    """An executable of kernels and a main, with the machine; with the checker for CHECKED."""
+    """Return an executable of kernels, a main and the simulated machine; with the checker for CHECKED."""
     objects = [compiled(source, flags) for source in sources]
     objects += [compiled(HOST / "machine.cpp", OPTIMIZED if flags is CHECKED else flags)]
     link = [] if flags is CHECKED else [f for f in flags if f.startswith("-fsanitize")]
@@ -104,7 +105,7 @@ def program(name: str, sources: Sequence[Path], flags: tuple[str, ...]) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """What a program said."""
+    """The output of a program."""
 
     status: int
     out: str
@@ -112,7 +113,7 @@ class Run:
 
 
 def run(path: Path, *arguments: str, **variables: str) -> Run:
-    """Run a program of `program`."""
+    """Run an executable of `program`."""
     env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **variables}
     done = subprocess.run([path, *arguments], capture_output=True, text=True, env=env)
     return Run(done.returncode, done.stdout, done.stderr)

@@ -1,9 +1,8 @@
-"""Builds `_cuda_host`: the launchers and bindings of the CUDA backend, on the CPU.
+"""Build `_cuda_host`: the launchers and bindings of the CUDA backend, on the CPU.
 
-    python tests/support/cuda_module.py     builds it and prints the file
+    python tests/support/cuda_module.py     build it and print the file
 
-A process with TOKFUSE_CUDA_HOST set to that file runs the backend "cuda" on CPU tensors, where it
-is forced.
+If TOKFUSE_CUDA_HOST is set to that file, a process can force the backend "cuda" on CPU tensors.
 """
 
 import functools
@@ -19,7 +18,7 @@ BINDINGS = ROOT / "csrc" / "bindings"
 
 
 def _binding(source: Path) -> Path:
-    """The object of a file that includes pybind11, whose headers take no -Wextra -Werror."""
+    """Return the object of a file that includes pybind11, whose headers do not compile with -Wextra -Werror."""
     flags = [f for f in FLAGS if f not in ("-Werror", "-Wextra")]
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     command = [COMPILER, *flags, "-O1", "-fvisibility=hidden", *includes, "-c", str(source), "-o"]
@@ -28,7 +27,7 @@ def _binding(source: Path) -> Path:
 
 @functools.cache
 def build(jobs: int = 1) -> Path:
-    """The module's file; made again when a source changed."""
+    """Return the module's file. It is rebuilt if a source changed."""
     shared = (BINDINGS / "objective_params.cpp", BINDINGS / "records.cpp")
     bindings = [*sorted(BINDINGS.glob("bind_cuda*.cpp")), *shared]
     with ThreadPoolExecutor(jobs) as pool:

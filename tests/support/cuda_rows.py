@@ -1,7 +1,7 @@
-"""The launchers of the CUDA row kernels, with the defaults of the ops; outputs begin as NaN.
+"""The launchers of the CUDA row kernels, with the defaults of the ops. Outputs start as NaN.
 
-For tests of what the ops do not ask for: arrays in odd places, rows of some tokens, 16-bit
-gradients of float32 rows. Only in a process with TOKFUSE_CUDA_HOST.
+For tests of cases that the ops do not request: arrays at unusual addresses, rows of some tokens, 16-bit
+gradients of float32 rows. Use it only in a process with TOKFUSE_CUDA_HOST.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ PLAIN: dict[str, Any] = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0
 
 
 def token_stats_fwd(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """logp, entropy, lse, sum_sq, top1, row_max, inv_sum and the extras that were asked for."""
+    """Return logp, entropy, lse, sum_sq, top1, row_max, inv_sum and the requested extras."""
     return cuda_rows.token_stats_fwd(logits, target, **{"mask": None, **PLAIN, **options})
 
 
@@ -30,7 +30,7 @@ def token_stats_bwd(
     out: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The gradient, from what token_stats_fwd returned; `out` may be the logits."""
+    """Return the gradient, computed from the results of token_stats_fwd; `out` may be the logits."""
     grad = torch.full(logits.shape, float("nan"), dtype=logits.dtype) if out is None else out
     return cuda_rows.token_stats_bwd(
         logits,
@@ -57,7 +57,7 @@ def policy_step(
     index: Tensor | None = None,
     **options: Any,
 ) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
-    """(statistics, results by name, gradient)."""
+    """Return (statistics, results by name, gradient)."""
     nan = torch.full((len(target),), float("nan"))
     stats = [nan.clone() for _ in range(5)]
     flags = torch.full((len(target),), -1, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Cases of data, context and FSDP parallelism for ranks.py: splits that must not show."""
+"""Cases of data, context and FSDP parallelism for ranks.py. A split must not change the result."""
 
 import dataclasses
 from typing import Any
@@ -18,13 +18,13 @@ from tokfuse import distributed as D
 from tokfuse.algorithms import World
 
 HIDDEN, VOCAB, LENGTHS = 8, 30, (5, 3, 7, 1, 6, 2, 4, 4)
-MICRO = 4  # micro-batches of a step, over all ranks
+MICRO = 4  # micro-batches per step, over all ranks
 TOKEN = tokfuse.Objective(shape=tokfuse.PPOClip(), entropy_coef=0.02)
 SEQUENCE = tokfuse.Objective(shape=tokfuse.PPOClip(), level="sequence", aggregation="seq_mean_token_mean")
 
 
 class Model(torch.nn.Module):
-    """A trunk and a head; forward gives the statistics of a packed batch."""
+    """A transformer body and a head. The forward returns the statistics of a packed batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def data() -> dict[str, torch.Tensor]:
     tokens = sum(LENGTHS)
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     mask = torch.rand(tokens, generator=gen) < 0.8
-    mask[int(cu[6]) :] = False  # the last two sequences, a whole micro-batch, count for nothing
+    mask[int(cu[6]) :] = False  # the last two sequences, a whole micro-batch, are masked
     return {
         "x": torch.randn(tokens, HIDDEN, generator=gen),
         "target": torch.randint(VOCAB, (tokens,), generator=gen),
@@ -54,7 +54,7 @@ def data() -> dict[str, torch.Tensor]:
 
 
 def micro_batch(d: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
-    """Two of the eight sequences."""
+    """Return two of the eight sequences."""
     borders = d["cu_seqlens"][2 * number : 2 * number + 3]
     begin, end = int(borders[0]), int(borders[-1])
     cut = {name: x[begin:end] for name, x in d.items() if name != "cu_seqlens"}
@@ -84,7 +84,7 @@ def loss_of(model: Any, d: dict[str, torch.Tensor], objective: Any, normalizer: 
 
 
 def whole_gradients(objective: tokfuse.Objective) -> dict[str, torch.Tensor]:
-    """One process, one batch."""
+    """Return the gradients of one process with the whole batch."""
     model, d = Model(), data()
     loss_of(model, d, objective, count_of(objective, d)).loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -99,7 +99,10 @@ def same_gradients(model: torch.nn.Module, objective: tokfuse.Objective, what: s
 
 
 def own_micro_batches() -> list[dict[str, torch.Tensor]]:
-    """1 rank has four, 2 ranks two each, 4 ranks one each; rank 3 has no valid token then."""
+    """Return this rank's micro-batches: 1 rank has four, 2 ranks two each, 4 ranks one each.
+
+    With 4 ranks, rank 3 has no valid token.
+    """
     each = MICRO // ranks()
     return [micro_batch(data(), dist.get_rank() * each + i) for i in range(each)]
 
@@ -120,16 +123,16 @@ def case_normalizers_are_invariant_over_ranks_and_micro_batches() -> None:
             total += out.loss.detach()
             metrics = out.metrics if metrics is None else metrics + out.metrics
         same_gradients(model.module, objective, f"{ranks()} ranks {objective.level}")
-        # The mean over ranks of their losses is the loss of the whole batch.
+        # The mean of the losses over ranks is the loss of the whole batch.
         dist.all_reduce(total)
         single = loss_of(Model(), data(), objective, whole)
         compare(total / ranks(), single.loss, atol=1e-6, what="loss")
         merged = D.merge_metrics(metrics)
         single_mean, mean = single.metrics.mean(), merged.mean()
         for name in single_mean:
-            if name != "loss":  # a sum of parts that were divided by N / ranks
+            if name != "loss":  # a sum of parts that are divided by N / ranks
                 assert abs(mean[name] - single_mean[name]) < 1e-6, name
-        # What a trainer gets wrong: a mean of means weighs ranks alike, not tokens.
+        # A common mistake of trainers: a mean of means gives ranks the same weight, not tokens.
         if ranks() == 4:
             own = loss_of(Model(), mine[0], objective, "batch").loss.detach()
             dist.all_reduce(own)
@@ -173,7 +176,7 @@ def case_context_slices() -> None:
             stats = model(**local)
             logp = part.gather(stats.logp)
             entropy = part.gather(stats.entropy) if objective.entropy_coef else None
-            # Every rank has the whole loss, and DDP averages gradients of its own tokens only.
+            # Every rank has the whole loss, and DDP averages the gradients of each rank's own tokens.
             out = tokfuse.policy_loss(
                 logp,
                 old_logp=d["old_logp"],
@@ -215,7 +218,7 @@ def sharded(module: Any) -> Any:
 
 
 def fsdp_step(model: Model, weight_of: Any) -> None:
-    """A data-parallel step whose loss reads the head's weight as `weight_of(model)` says."""
+    """Run a data-parallel step. The loss reads the head's weight through `weight_of(model)`."""
     mine = own_micro_batches()
     counts = float(sum(count_of(TOKEN, d) for d in mine))
     normalizer = D.global_normalizer(counts, gradient_ranks=ranks())
@@ -245,7 +248,7 @@ def case_fsdp2_head_in_the_root_unit() -> None:
 
 
 class TrunkUnit(torch.nn.Module):
-    """A head of its own unit, whose weight is read from outside: the trap of FSDP2."""
+    """A head in a separate FSDP unit whose weight is read from outside. FSDP2 then does not average its gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,12 +271,12 @@ def case_fsdp2_head_weight_read_from_outside() -> None:
     compare(summed, want * ranks(), atol=3e-6 * scale * ranks(), what="gradients='sum'")
     trap = head_gradient(lambda m: m.lm_head.weight.full_tensor())
     wrong = float((trap - want).abs().max()) / scale
-    # The day full_tensor() averages, the docstring of head_weight is to be changed.
+    # If full_tensor() starts to average, change the docstring of head_weight.
     assert (wrong < 1e-5) == (ranks() == 1), f"full_tensor() is off by {wrong}"
 
 
 class HeadForward(torch.nn.Linear):
-    """The loss inside the head's own forward: FSDP gathers and averages as for any module."""
+    """The loss inside the forward of the head. FSDP gathers and averages as for any module."""
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> Any:
         return tuple(tokfuse.linear_token_stats(hidden, self.weight, target, mask=mask))
@@ -305,7 +308,7 @@ def case_fsdp2_loss_inside_the_heads_forward() -> None:
 
 
 def case_dtensor_head_cut_over_the_vocabulary() -> None:
-    """(data, tensor) mesh: 1 x 1, 1 x 2, 2 x 2; the tensor-parallel ranks share the tokens."""
+    """(data, tensor) mesh: 1 x 1, 1 x 2, 2 x 2. The tensor-parallel ranks have the same tokens."""
     tensor = min(2, ranks())
     mesh = init_device_mesh("cpu", (ranks() // tensor, tensor), mesh_dim_names=("data", "tensor"))
     full = Model()
@@ -349,7 +352,7 @@ def case_dtensor_head_cut_over_the_vocabulary() -> None:
 # ------------------------------------------------------------------ global selections of algorithms
 
 
-# Decisions over all ranks; the reward's deviation over the batch; EPO looks for a late turn.
+# Selections over all ranks; the standard deviation of the reward over the batch; EPO needs a late turn.
 METHODS = (
     "bapo",
     "cip_entropy",
@@ -374,7 +377,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def case_selections_and_advantages_are_global() -> None:
-    """Every rank decides as one process with the whole batch; of four ranks one has no prompt."""
+    """Every rank selects like one process with the whole batch. One of four ranks has no prompt."""
     for binary in (True, False):
         whole = rollout(6, binary=binary)
         assert whole.group_ids is not None

@@ -1,10 +1,9 @@
-"""One rank of a GRPO run under DistributedDataParallel on the CPU.
+"""One rank of a GRPO run with DistributedDataParallel on the CPU.
 
     ddp_grpo.py ARM FOLDER OPTIONS
 
-ARM is "stock", "exact" (the stock trainer in float64) or "fused", OPTIONS a JSON object of
-GRPOConfig. Every rank writes what it logged and the sum of each of its parameters to
-FOLDER/ARM-RANK.json.
+ARM is "stock", "exact" (the stock trainer in float64) or "fused". OPTIONS is a JSON object of GRPOConfig.
+Every rank writes its log and the sum of each of its parameters to FOLDER/ARM-RANK.json.
 """
 
 import json
@@ -25,7 +24,7 @@ LOGGED = ("loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "rewar
 
 
 def main(arm: str, folder: Path, options: dict) -> None:
-    """Train and write."""
+    """Train and write the results."""
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
     trainer = tiny_grpo.trainer(

@@ -1,8 +1,8 @@
-"""Makes Triton's interpreter three times faster, for tests.
+"""Make Triton's interpreter three times faster for tests.
 
-At every call of a device function, tl.max and tl.sum among them, the interpreter puts its own
-versions of some 500 functions in the place of `triton.language`: 10 ms, 70% of the time of a row
-kernel. They are in place from the launch on, so once in a launch is enough.
+At every call of a device function, including tl.max and tl.sum, the interpreter replaces about 500
+functions of `triton.language` by its own. This takes 10 ms, 70% of the time of a row kernel. The
+replacements are already active from the launch on, so one replacement per launch is enough.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from triton.runtime import interpreter
 
 
 def install() -> None:
-    """Replace the interpreter's hook; every launch still begins with the whole of it."""
+    """Replace the interpreter's hook. Every launch still starts with the complete replacement."""
     replace = interpreter._patch_lang
     tl = interpreter.tl
     replaced: set[int] = set()
@@ -21,7 +21,7 @@ def install() -> None:
         if seen <= replaced:
             return interpreter._LangPatchScope()
         scope = replace(function)
-        if not replaced:  # this is the launch, whose scope is restored at its end
+        if not replaced:  # this call is the launch, which restores the functions at its end
             restore = scope.restore
 
             def restore_all() -> None:

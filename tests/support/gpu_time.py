@@ -1,4 +1,4 @@
-"""How long the device works on a call, for tests that compare two calls of one process."""
+"""Measure the device time of a call, for tests that compare two calls of one process."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 
 
 def median_ms(run: Callable[[], object]) -> float:
-    """Milliseconds between events around `run`, the median of 10 after 5 that warm up."""
+    """Return the milliseconds between CUDA events around `run`: the median of 10 runs after 5 warm-up runs."""
     times = []
     for _ in range(15):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

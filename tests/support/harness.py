@@ -1,4 +1,4 @@
-"""Shared by the tests of every op: the backends to run on, and how two tensors are compared."""
+"""Helpers for the tests of every op: the backends to test, and the comparison of two tensors."""
 
 import functools
 import os
@@ -14,37 +14,36 @@ from tokfuse.inspection import doctor
 from tokfuse.runtime.backends import cuda_backend, triton_backend
 from tokfuse.runtime.core import dispatch, native
 
-doctor.import_ops()  # which registers their implementations
+doctor.import_ops()  # the import registers the implementations
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The reference computes in float64: its error is one rounding to float32, and nothing else.
+# The reference computes in float64, so its only error is one rounding to float32.
 ROUNDED_ONCE = {"rtol": 2.0**-24, "atol": 1e-12}
 
 
 class Backend(NamedTuple):
-    """One implementation of an op, and the device that its tensors live on."""
+    """One implementation of an op, and the device of its tensors."""
 
     name: str
     device: str
 
     @contextmanager
     def forced(self) -> Iterator[None]:
-        """Every op inside runs on this backend or raises."""
+        """Run every op inside on this backend, or raise an error."""
         with dispatch.backend(self.name):
             yield
 
     def put(self, value: Any) -> Any:
-        """A tensor moved to the device of the backend; anything else as it is."""
+        """Move a tensor to the device of the backend. Other values are returned unchanged."""
         return _moved(value, self.device)
 
 
 def backends(op: str, without: str = "", interpreted: bool = True, hosted: bool = True) -> list[Any]:
-    """pytest parameters from the capability records of `op`; a skip names what is missing.
+    """Return pytest parameters from the capability records of `op`. A skip names the missing part.
 
-    Those on a GPU carry the mark `gpu`, those of Triton's interpreter `interpreter`. Without
-    `interpreted` they are left out: an operation takes it 0.2 ms, and small cases are in
-    test_triton_*. CUDA kernels that run on the CPU carry the mark `cuda_host`, and are left out
-    without `hosted`.
+    Parameters on a GPU have the mark `gpu`, and parameters of Triton's interpreter have `interpreter`. Without
+    `interpreted` the interpreter is left out: it needs 0.2 ms per operation, and test_triton_* contains small
+    cases. CUDA kernels on the CPU have the mark `cuda_host`, and are left out without `hosted`.
     """
     out = []
     known = [row for row in dispatch.table() if row["op"] == op]
@@ -68,7 +67,7 @@ def backends(op: str, without: str = "", interpreted: bool = True, hosted: bool 
             marks.append(pytest.mark.cuda_host)
         elif row["backend"] == "triton":
             marks.append(pytest.mark.interpreter)
-            # numpy says so where a GPU is silent: log2(0), 1 / 0.
+            # numpy warns about log2(0) and 1 / 0; a GPU does not.
             marks.append(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
         backend = Backend(row["backend"], device)
         out.append(pytest.param(backend, id=row["backend"], marks=marks))
@@ -76,7 +75,7 @@ def backends(op: str, without: str = "", interpreted: bool = True, hosted: bool 
 
 
 def host_backends(op: str, without: str = "") -> list[Any]:
-    """`backends` by name, for tests that keep their tensors on the CPU."""
+    """Return `backends` by name, for tests that keep their tensors on the CPU."""
     return [
         pytest.param(parameter.values[0].name, id=parameter.id, marks=parameter.marks)
         for parameter in backends(op, without)
@@ -85,15 +84,15 @@ def host_backends(op: str, without: str = "") -> list[Any]:
 
 
 def thread_counts() -> tuple[int, ...]:
-    """Threads of the host to run a call with; interpreted kernels use one, so they run twice."""
+    """Return the CPU thread counts for a call. Interpreted kernels use one thread, so they run twice."""
     interpreted = dispatch.forced_backend() == "triton" and triton_backend.interpreting()
     return (1, 2) if interpreted else (1, 2, 3)
 
 
 def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` for tests that build tensors on the CPU: they move to where the forced backend runs.
+    """Wrap `op` for tests that create tensors on the CPU: arguments move to the device of the forced backend.
 
-    Results come back to the CPU; both moves are differentiable, and nothing moves but for a GPU.
+    Results are moved back to the CPU. Both moves are differentiable. Without a GPU nothing moves.
     """
 
     @functools.wraps(op)
@@ -104,7 +103,7 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
         )
         device = "cuda" if cuda else "cpu"
         args = tuple(_moved(x, device) for x in args)
-        # On a GPU the values of ids and borders are only looked at when asked for.
+        # On a GPU, values of ids and borders are checked only on request.
         with mock.patch.dict(os.environ, {"TOKFUSE_CHECK": "1"} if cuda else {}):
             out = op(*args, **{name: _moved(x, device) for name, x in kwargs.items()})
         if not isinstance(out, tuple):
@@ -127,9 +126,9 @@ def compare(
     rtol: float = 0.0,
     what: str = "value",
 ) -> None:
-    """The same NaN and infinity sets, and |actual - expected| <= atol + rtol |expected| elsewhere.
+    """Check that NaN and infinity sets are equal, and |actual - expected| <= atol + rtol |expected| elsewhere.
 
-    atol may be a tensor that broadcasts against expected, e.g. one bound per row.
+    atol may be a tensor that broadcasts with expected, for example one bound per row.
     """
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}"
@@ -152,26 +151,26 @@ def compare(
 
 @functools.cache
 def unvectorised_slack() -> float:
-    """4 on a sanitized build: it sums in one lane where the shipped ones sum in 4 to 16."""
+    """Return 4 for a sanitized build, which sums in one lane; other builds sum in 4 to 16 lanes."""
     module = native.module()
     return 4.0 if module is not None and module.sanitizers else 1.0
 
 
 def half_ulp(expected: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Largest error of rounding `expected` once to `dtype`."""
+    """Return the largest error of one rounding of `expected` to `dtype`."""
     info = torch.finfo(dtype)
     magnitude = expected.double().abs()
     return torch.maximum(magnitude * info.eps / 2, torch.tensor(info.tiny * info.eps / 2))
 
 
 def bits(x: torch.Tensor) -> list[int]:
-    """The bit patterns of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
+    """Return the bit patterns of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
     view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.detach().cpu().contiguous().view(view).flatten().tolist()
 
 
 def assert_untouched(call: Callable[[], Any], tensors: dict[str, Any]) -> Any:
-    """Run `call`, then require that no argument changed a bit; returns what it returned."""
+    """Run `call` and check that it changed no bit of its arguments. Return its result."""
     given = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
     before = {k: (bits(v), v._version) for k, v in given.items()}
     out = call()

@@ -1,4 +1,4 @@
-"""Hidden states and lm_heads for the ops that go through the head, and their float64 gradients."""
+"""Hidden states and lm_heads for the ops that include the head, and their float64 gradients."""
 
 import os
 import subprocess
@@ -9,7 +9,8 @@ import torch
 from logit_cases import Truth, truth
 from torch import Tensor
 
-# A 4096-column tile of the logits that are laid out inside dW, and more; fewer rows than that fit.
+# Vocabularies of one 4096-column tile, and of several. The logits are stored inside dW, and at every size
+# fewer rows fit there than there are tokens.
 SIZES = {"one_tile": (37, 24, 700), "tiles": (37, 24, 9001), "more_tokens": (70, 16, 4100)}
 
 
@@ -23,7 +24,7 @@ class HeadCase(NamedTuple):
 
 
 def head_case(size: str = "tiles", dtype: torch.dtype = torch.float32) -> HeadCase:
-    """Logits of a few nats; the same values at each call."""
+    """Return logits of a few nats, the same values in each call."""
     tokens, hidden, vocab = SIZES[size]
     gen = torch.Generator().manual_seed(vocab)
     return HeadCase(
@@ -35,7 +36,7 @@ def head_case(size: str = "tiles", dtype: torch.dtype = torch.float32) -> HeadCa
 
 
 class HeadTruth(NamedTuple):
-    """float64 statistics, gradients, and the size of the terms that each gradient sums."""
+    """float64 statistics and gradients, and the size of the terms in the sum of each gradient."""
 
     stats: Truth
     grads: dict[str, Tensor]
@@ -43,7 +44,7 @@ class HeadTruth(NamedTuple):
 
 
 def head_truth(case: HeadCase, ga: Tensor, gh: Tensor, bias: bool = True, **options: Any) -> HeadTruth:
-    """Formulas of `token_stats` over hidden @ weight.T + bias, and the chain rule."""
+    """Compute the formulas of `token_stats` on hidden @ weight.T + bias, and the chain rule."""
     h, w = case.hidden.double(), case.weight.double()
     logits = h @ w.t() + (case.bias.double() if bias else 0.0)
     stats = truth(logits, case.target, ga, gh, **options)
@@ -66,7 +67,10 @@ print(peak(64), peak(1024))
 
 
 def peak_growth(code: str) -> int:
-    """MiB that 1024 tokens need beyond 64, in a process that runs `code` on `h`, `w` and `tokens` (vocab 30000)."""
+    """Return the MiB that 1024 tokens need more than 64, in a process that runs `code` (vocab 30000).
+
+    `code` may use `h`, `w` and `tokens`.
+    """
     environment = {**os.environ, "TOKFUSE_BACKEND": "cpu"}
     command = [sys.executable, "-P", "-c", PEAK, code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
-"""How tests compare with a host: ours and the host's own float32 run with the host in float64.
+"""Compare an integration with its trainer: tokfuse and the trainer's float32 run, both with the trainer in float64.
 
-The host's float32 result is no measure: it rounds in an order that depends on the CPU. Ours must
-not be farther from float64 than the host is; FLOOR is for a host that was lucky.
+The trainer's float32 result is not a reference, because it rounds in an order that depends on the CPU. tokfuse must
+not be farther from float64 than the trainer. FLOOR is the bound for a trainer run with accidentally small errors.
 """
 
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from unittest import mock
 
 import torch
 
-FLOOR = 2.0**-20  # eight roundings to float32, of the largest value
-SANE = 1e-5  # a host farther from float64 took another decision, e.g. drew another token
+FLOOR = 2.0**-20  # eight float32 roundings of the largest value
+SANE = 1e-5  # with a larger error the trainer took another branch, e.g. sampled another token
 
 
 def assert_no_farther(
     ours: Any, host: Any, exact: Any, *, floor: float = FLOOR, size: float | None = None, what: str = "value"
 ) -> None:
-    """The largest |ours - exact| is at most the largest |host - exact| and `floor` of the size.
+    """Check that the largest |ours - exact| is at most the larger of the largest |host - exact| and `floor` * size.
 
-    size: of the figures; None: the largest |exact|.
+    size: size of the figures; None: the largest |exact|.
     """
     mine, theirs, truth = (torch.as_tensor(x).detach().double() for x in (ours, host, exact))
     assert mine.shape == theirs.shape == truth.shape, what
@@ -33,9 +33,9 @@ def assert_no_farther(
 
 
 class Float64Head:
-    """TRL's `ChunkedLogProbFunction` in float64: log-probabilities that TRL's loss goes on with.
+    """TRL's `ChunkedLogProbFunction` in float64. TRL's loss continues with its log-probabilities.
 
-    The entropy is rounded once: TRL compares it with a quantile of itself in float32.
+    The entropy is rounded once, because TRL compares it with one of its quantiles in float32.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ class Float64Head:
 
 @contextmanager
 def trl_in_float64() -> Iterator[None]:
-    """TRL's own trainers, with their head and all of their loss behind it in float64."""
+    """Run TRL's trainers with their head and all of the loss after it in float64."""
     import trl.trainer.utils
 
     with mock.patch.object(trl.trainer.utils, "_ChunkedLogProbFunction", Float64Head):

@@ -1,8 +1,8 @@
-"""`tl.associative_scan` of the Triton interpreter, in log2(n) combines over whole arrays.
+"""Run `tl.associative_scan` of the Triton interpreter in log2(n) combines over whole arrays.
 
-The interpreter calls the combine function once per lane with scalars: 2 ms a lane, 1 s for a block
-of 512. Doubling calls it with arrays, and like a GPU it joins partial results in a tree, so a
-combine function that is not associative gives wrong values here, where lane by lane it would not.
+The interpreter calls the combine function once per lane with scalars: 2 ms per lane, 1 s for a block of
+512. Doubling calls it with arrays. Like a GPU, it combines partial results in a tree, so a combine function
+that is not associative gives wrong values. The lane-by-lane scan would not show this error.
 """
 
 import numpy as np
@@ -10,13 +10,13 @@ from triton.runtime import interpreter
 
 
 def _doubling(self, inputs):
-    """Inclusive scan of 1-D tensors: after k rounds a lane has folded the 2^k lanes before it."""
+    """Inclusive scan of 1-D tensors. After k rounds a lane contains the 2^k lanes that end with it."""
     assert self.axis == 0 and inputs[0].handle.data.ndim == 1
     types = [x.dtype for x in inputs]
     data = [x.handle.data for x in inputs]
     step = 1
     while step < data[0].shape[0]:
-        # Shapes must stay powers of two, so the first lanes fold a neighbour that is put back.
+        # Shapes must remain powers of two, so the first lanes also combine with a neighbour and are then restored.
         early = [self.to_tensor(np.roll(d, step), t) for d, t in zip(data, types, strict=True)]
         late = [self.to_tensor(d, t) for d, t in zip(data, types, strict=True)]
         folded = self.combine_fn.fn(*early, *late)

@@ -1,4 +1,4 @@
-"""Rows of logits that go wrong easily, and float64 formulas of what an op must say about them."""
+"""Difficult rows of logits, and float64 formulas for the expected results of an op."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 INF = float("inf")
-FORWARD_ATOL = 2e-5  # nats, |logit| <= 100; a relative 2e-5 beyond
-GRADIENT_RTOL = 2e-6  # of a row's largest term, before the target's term and p cancel
+FORWARD_ATOL = 2e-5  # nats for |logit| <= 100; relative above
+GRADIENT_RTOL = 2e-6  # relative to a row's largest term, before the target's term and p cancel
 
 
 class Truth(NamedTuple):
-    """float64 statistics and gradient; `term` is each row's largest gradient term."""
+    """float64 statistics and gradient. `term` is the largest gradient term of each row."""
 
     logp: Tensor
     entropy: Tensor
@@ -32,7 +32,7 @@ def transformed(
     bias_logits: Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(u / T, d u / d logits / T) in float64; an excluded logit stays -inf."""
+    """Return (u / T, d u / d logits / T) in float64. An excluded logit stays -inf."""
     z = logits.double() * logit_scale
     excluded, slope = z == -INF, torch.full_like(z, logit_scale)
     if softcap is not None:
@@ -46,7 +46,7 @@ def transformed(
 
 
 def truth(logits: Tensor, target: Tensor, ga: Tensor, gh: Tensor, mask: Tensor | None = None, **options: Any) -> Truth:
-    """Formulas of the docstring of `token_stats`, and d (ga logp + gh entropy) / d logits."""
+    """Compute the formulas in the docstring of `token_stats`, and d (ga logp + gh entropy) / d logits."""
     u, slope = transformed(logits, **options)
     keep = torch.ones(len(u), dtype=torch.bool) if mask is None else mask
     dead = (u == -INF).all(1)
@@ -64,10 +64,10 @@ def truth(logits: Tensor, target: Tensor, ga: Tensor, gh: Tensor, mask: Tensor |
     ga, gh = ga.double().unsqueeze(1), gh.double().unsqueeze(1)
     slope = torch.where(usable, slope, 0.0)
     grad = slope * (ga * (onehot - p) - gh * p * (log_p + entropy.unsqueeze(1)))
-    # log p + H is a difference of float32 numbers near 1: 0.1 stands for their rounding.
+    # log p + H is a difference of float32 numbers near 1. The 0.1 covers their rounding.
     log_term = log_p.abs() + entropy.unsqueeze(1) + 0.1
     term = ga.abs() * (onehot + p) + gh.abs() * p * log_term
-    # 1 - tanh^2 is one, too.
+    # 1 - tanh^2 is such a difference too.
     slope_term = 0.0 if options.get("softcap") is None else 0.1 * options.get("logit_scale", 1.0)
     at = torch.where(dead, -INF, 0.0)
 
@@ -88,7 +88,7 @@ def truth(logits: Tensor, target: Tensor, ga: Tensor, gh: Tensor, mask: Tensor |
 
 @dataclass(frozen=True)
 class Case:
-    """A named batch. `fill` writes the values (float32), `layout` re-strides them."""
+    """A named batch. `fill` writes the values (float32), `layout` changes the strides."""
 
     name: str
     tokens: int
@@ -100,7 +100,7 @@ class Case:
     scale: float = 4.0
 
     def make(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """(logits, target, options) on the CPU; the same values at each call."""
+        """Return (logits, target, options) on the CPU, the same values in each call."""
         gen = torch.Generator().manual_seed(len(self.name) + 31 * self.vocab)
         logits = torch.randn(self.tokens, self.vocab, generator=gen) * self.scale
         if self.fill is not None:
@@ -136,7 +136,7 @@ def _uniform(low: float, high: float) -> Callable[..., Tensor]:
 
 
 def _padded_rows(z: Tensor) -> Tensor:
-    """Rows 13 elements apart from each other, NaN between them."""
+    """Return rows that are 13 elements apart, with NaN between them."""
     wide = torch.full((z.shape[0], z.shape[1] + 13), float("nan"), dtype=z.dtype)
     wide[:, 3:-10] = z
     return wide[:, 3:-10]
@@ -195,7 +195,7 @@ CASES = (
 
 
 def coefficients(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Incoming gradients of logp and entropy: both signs, and rows with none."""
+    """Return incoming gradients of logp and entropy: both signs, and rows with zeros."""
     i = torch.arange(tokens)
     ga, gh = torch.cos(1.7 * i + 0.3), torch.sin(2.3 * i + 0.2)
     return torch.where(i % 5 == 3, 0.0, ga), torch.where(i % 3 == 2, 0.0, gh)

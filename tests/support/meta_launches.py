@@ -1,4 +1,4 @@
-"""Triton ops on tensors of the meta device: launches are written down and nothing is run."""
+"""Run Triton ops on tensors of the meta device: launches are recorded, and nothing runs."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ if torch.__version__.startswith("2.11."):
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Inside, the Triton backend serves tensors without values, as it does under capture."""
+    """Inside, the Triton backend accepts tensors without values, as under graph capture."""
     importlib.import_module("tokfuse.inspection.doctor").import_ops()
     table = {}
     for op, rows in dispatch._REGISTRY.items():
@@ -42,7 +42,7 @@ def on_meta() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[str, Any]]]:
-    """[(kernel, grid)] of what is launched inside."""
+    """Return [(kernel, grid)] of the launches inside."""
     found: list[tuple[str, Any]] = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -1,8 +1,7 @@
-"""Calls tokfuse._native with structs whose fields hypothesis has spoilt; run in a process of its own.
+"""Call tokfuse._native with structs that hypothesis modifies. Run it in a separate process.
 
-Sizes never exceed what the buffers hold and tensors are either right or None, since neither can be
-checked. Every buffer lies between canaries. A call must return or raise, and may write its own
-buffers only.
+Sizes never exceed the buffers, and tensors are correct or None, because the module can check neither. Every
+buffer is between canaries. A call must return or raise an error, and may write only to its buffers.
 """
 
 from collections.abc import Callable
@@ -45,14 +44,14 @@ class Buffers:
 
 
 class Fields:
-    """In place of the native module: the builders then return the fields of a struct as a dict."""
+    """Replacement of the native module: the builders then return the fields of a struct as a dict."""
 
     def __getattr__(self, name: str) -> Any:
         return dict
 
 
 def spoil(fields: dict[str, Any], sizes: set[str]) -> Any:
-    """The fields of a struct with up to three changed, one missing or one too many."""
+    """Return the fields of a struct with up to three changed, one missing or one added."""
 
     def value(name: str) -> st.SearchStrategy[Any]:
         if isinstance(fields[name], torch.Tensor) or fields[name] is None:
@@ -74,7 +73,7 @@ def spoil(fields: dict[str, Any], sizes: set[str]) -> Any:
 
 
 def objectives(record: ObjectiveRecord) -> st.SearchStrategy[Any]:
-    """Objective records: other codes and numbers, or something else altogether."""
+    """Return objective records with other codes and numbers, or other objects."""
     codes = (st.integers(-1, 10), st.integers(-1, 4), st.integers(-1, 8), st.integers(0, 1))
     numbers = st.lists(st.floats(-5, 5), min_size=6, max_size=6).map(tuple)
     tail = st.tuples(*[st.floats(allow_nan=True, width=32)] * 4)
@@ -183,7 +182,7 @@ def main() -> None:
     @given(bad_rows, bad_policy, st.booleans(), st.integers(-1, 9), nullable)
     def step(first: dict[str, Any], second: dict[str, Any], swap: bool, phases: int, keep: list[bool]) -> None:
         first, second = (first, policy) if swap else (rows, second)
-        # Rows may only be listed where the gradient overwrites the logits.
+        # Rows may be listed only if the gradient overwrites the logits.
         listed = None if keep[0] else index
         attempt(
             lambda: module.policy_step(

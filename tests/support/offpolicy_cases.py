@@ -1,4 +1,4 @@
-"""offpolicy_weights row by row in Python floats: what the tests compare with."""
+"""Compute offpolicy_weights row by row in Python floats, as the expected values of the tests."""
 
 import math
 
@@ -25,7 +25,7 @@ def transformed(w, mode, low=None, high=None, lam=None, power=None):
 
 
 def statistic(rule, d, row, places):
-    """Value that the rule tests for one row; `places` are the valid rows of its sequence."""
+    """Return the value that the rule tests for one row; `places` are the valid rows of its sequence."""
     if rule.statistic == "ratio":
         reduced = {
             "token": lambda: d[row],
@@ -55,7 +55,7 @@ def expected(
     near=1e-5,
     **numbers,
 ):
-    """(weight, ess, kept), or None when a statistic is within `near` of a bound."""
+    """Return (weight, ess, kept), or None if a statistic is within `near` of a bound."""
     d = [clamp(x) for x in d]
     cu = list(range(len(d) + 1)) if cu is None else cu
     mask = [True] * len(d) if mask is None else mask

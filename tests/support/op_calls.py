@@ -1,13 +1,13 @@
-"""One table of calls, for every test and tool that runs each op: add an op here, and they all run it.
+"""One table of calls for every test and tool that runs each op. A new op needs only a row here.
 
     for call in op_calls.calls():
         problem = op_calls.Problem(op_calls.SMALL, device="cuda", dtype=torch.bfloat16)
         result = call.run(problem)          # outputs and gradients by name
 
-A `Row` names an op of the registry, the public function that reaches it, arguments for that function
-and options. A `Call` is a row with one of its options. Values depend only on the sizes and on the
-argument's name, so they are equal on every device. This file imports only torch and the public names
-of tokfuse: `tools/fingerprint.py` also runs it against older checkouts.
+A `Row` names an op of the registry, its public function, arguments for that function and options. A `Call`
+is a row with one of its options. Values depend only on the sizes and on the argument's name, so they are
+equal on every device. This file imports only torch and the public names of tokfuse, because
+`tools/fingerprint.py` also runs it with older checkouts.
 """
 
 import operator
@@ -28,7 +28,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the tensors of a problem are."""
+    """The sizes of the tensors of a problem."""
 
     tokens: int
     vocab: int
@@ -45,12 +45,12 @@ LARGE = Sizes(tokens=70_000, vocab=151_936, hidden=64, sequences=35_000)  # for 
 
 
 class Problem:
-    """Makes the arguments of a call.
+    """Creates the arguments of a call.
 
     Args:
-        sizes: of every tensor.
-        device: "meta" makes tensors without values.
-        dtype: of the large input. Other vectors are float32, or float64 where dtype is float64.
+        sizes: sizes of every tensor.
+        device: "meta" creates tensors without values.
+        dtype: dtype of the large input. Other vectors are float32, or float64 if dtype is float64.
     """
 
     def __init__(self, sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -68,7 +68,7 @@ class Problem:
     def normal(
         self, name: str, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """Normally distributed floats."""
+        """Return normally distributed floats."""
 
         def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
             return torch.randn(size, generator=generator) * scale + shift
@@ -78,11 +78,11 @@ class Problem:
     def vector(
         self, name: str, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """(tokens,) normally distributed floats."""
+        """Return (tokens,) normally distributed floats."""
         return self.normal(name, self.sizes.tokens, scale=scale, shift=shift, dtype=dtype)
 
     def positive(self, name: str, count: int | None = None) -> torch.Tensor:
-        """(tokens,) floats in [0.5, 1.5)."""
+        """Return (tokens,) floats in [0.5, 1.5)."""
 
         def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
             return torch.rand(size, generator=generator) + 0.5
@@ -90,19 +90,19 @@ class Problem:
         return self._made(name, (self.sizes.tokens if count is None else count,), self.vector_dtype, make)
 
     def logits(self, name: str = "logits", scale: float = 3.0) -> torch.Tensor:
-        """(tokens, vocab)."""
+        """Return (tokens, vocab) logits."""
         return self.normal(name, self.sizes.tokens, self.sizes.vocab, scale=scale, dtype=self.dtype)
 
     def hidden(self, name: str = "hidden") -> torch.Tensor:
-        """(tokens, hidden)."""
+        """Return (tokens, hidden) states."""
         return self.normal(name, self.sizes.tokens, self.sizes.hidden, dtype=self.dtype)
 
     def weight(self) -> torch.Tensor:
-        """(vocab, hidden)."""
+        """Return a (vocab, hidden) weight."""
         return self.normal("weight", self.sizes.vocab, self.sizes.hidden, scale=0.7, dtype=self.dtype)
 
     def integers(self, name: str, high: int, count: int | None = None) -> torch.Tensor:
-        """(tokens,) int64 in [0, high)."""
+        """Return (tokens,) int64 in [0, high)."""
 
         def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
             return torch.randint(high, size, generator=generator)
@@ -110,16 +110,16 @@ class Problem:
         return self._made(name, (self.sizes.tokens if count is None else count,), torch.int64, make)
 
     def target(self) -> torch.Tensor:
-        """(tokens,) int64, columns of the logits."""
+        """Return (tokens,) int64, columns of the logits."""
         return self.integers("target", self.sizes.vocab)
 
     def budget(self, rows: int) -> int:
-        """A memory_budget for chunks of that many rows: float32 logits and two rows of hidden states."""
+        """Return a memory_budget for chunks of that many rows: float32 logits and two rows of hidden states."""
         columns = -(-self.sizes.vocab // 16) * 16
         return rows * (4 * columns + 8 * self.sizes.hidden + 64)
 
     def mask(self) -> torch.Tensor:
-        """(tokens,) bool, five of six True."""
+        """Return (tokens,) bool; five of six are True."""
 
         def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
             return torch.arange(size[0]) % 6 != 4
@@ -127,7 +127,7 @@ class Problem:
         return self._made("mask", (self.sizes.tokens,), torch.bool, make)
 
     def borders(self) -> torch.Tensor:
-        """(sequences + 1,) int32 cu_seqlens of unequal lengths; the second sequence is empty."""
+        """Return (sequences + 1,) int32 cu_seqlens of different lengths; the second sequence is empty."""
 
         def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
             borders = (torch.linspace(0, 1, size[0], dtype=torch.float64).square() * self.sizes.tokens).round()
@@ -138,11 +138,11 @@ class Problem:
         return self._made("borders", (self.sizes.sequences + 1,), torch.int32, make)
 
     def groups(self) -> torch.Tensor:
-        """(sequences,) int64, the prompt of each sequence."""
+        """Return (sequences,) int64, the prompt of each sequence."""
         return self.integers("groups", max(1, self.sizes.sequences // 2), self.sizes.sequences)
 
     def advantage(self) -> torch.Tensor:
-        """(tokens,) floats, one in five exactly 0: rows without a gradient."""
+        """Return (tokens,) floats. One in five is exactly 0: a row without gradient."""
 
         def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
             values = torch.randn(size, generator=generator)
@@ -152,7 +152,10 @@ class Problem:
         return self._made("advantage", (self.sizes.tokens,), self.vector_dtype, make)
 
     def difficult_logits(self, name: str = "logits") -> torch.Tensor:
-        """Logits with masked columns, a dead row, a peak of 90, a NaN and an infinity, in this order of rows."""
+        """Return logits with difficult rows.
+
+        In order: masked columns, a fully masked row, a peak of 90, a NaN and an infinity.
+        """
 
         def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
             z = torch.randn(size, generator=generator) * 3
@@ -168,7 +171,7 @@ class Problem:
 
 
 def nothing(problem: Problem) -> Arguments:
-    """The arguments of the row alone."""
+    """Return no further arguments."""
     return {}
 
 
@@ -177,9 +180,9 @@ class Option:
     """A variation of a row's arguments.
 
     Args:
-        arguments: replace or extend those of the row.
-        differentiable: instead of the row's; None: the same.
-        needs_triton: the backend cuda serves it only where Triton kernels run, too.
+        arguments: arguments that replace or extend those of the row.
+        differentiable: replaces that of the row; None keeps it.
+        needs_triton: the backend cuda supports it only if Triton kernels can run too.
     """
 
     arguments: Callable[[Problem], Arguments] = nothing
@@ -193,19 +196,19 @@ class Row:
 
     Args:
         op: name in the registry (`tokfuse.runtime.core.dispatch.table()`).
-        function: public function, below `tokfuse`; also the name of its profiler range.
-        family: "rows" reads logits, "head" hidden states and the lm_head, "packed" (tokens,) vectors.
-        arguments: keywords of the function.
+        function: public function in `tokfuse`; also the name of its profiler range.
+        family: "rows" reads logits, "head" reads hidden states and the lm_head, "packed" reads (tokens,) vectors.
+        arguments: keyword arguments of the function.
         differentiable: arguments that receive a gradient.
         options: variations by name.
-        dtypes: of the large input, on every backend. The reference also takes float64.
+        dtypes: dtypes of the large input, on every backend. The reference also accepts float64.
         in_place: an argument that the function overwrites.
-        registered: whether the function chooses a backend; False: plain torch on every device.
+        registered: True if the function chooses a backend. False: plain torch on every device.
         reads_host: the host reads values of a tensor, so that a CUDA graph cannot capture the call.
-        ranged: whether the function has a range in profiles.
-        traceable: whether torch.compile(fullgraph=True) takes it.
-        rich: options that between them take every branch of the op's interface: for tests of which
-            one call costs a second.
+        ranged: True if the function has a range in profiles.
+        traceable: True if torch.compile(fullgraph=True) accepts it.
+        rich: options that together cover every branch of the op's interface. For tests that need a second
+            per call.
     """
 
     op: str
@@ -232,34 +235,34 @@ class Call:
 
     @property
     def name(self) -> str:
-        """ "<op>:<function>/<option>", shorter where op and function are one word."""
+        """ "<op>:<function>/<option>"; shorter if op and function have the same name."""
         row = self.row
         name = row.op if row.op == row.function else f"{row.op}:{row.function}"
         return f"{name}/{self.option}" if self.option else name
 
     def arguments(self, problem: Problem) -> Arguments:
-        """Keywords of the function; those that receive a gradient are leaves that require one."""
+        """Return keyword arguments of the function. Those that receive a gradient are leaves that require one."""
         given = self.row.arguments(problem) | self._option.arguments(problem)
         for name in self.differentiable(given):
             given[name].requires_grad_()
         return given
 
     def differentiable(self, given: Arguments) -> list[str]:
-        """Those of the given arguments that receive a gradient."""
+        """The given arguments that receive a gradient."""
         wanted = self._option.differentiable
         return [name for name in (self.row.differentiable if wanted is None else wanted) if given.get(name) is not None]
 
     def function(self) -> Callable[..., Any]:
-        """The public function."""
+        """Return the public function."""
         function: Callable[..., Any] = operator.attrgetter(self.row.function)(tokfuse)
         return function
 
     def run(self, problem: Problem, grad_loss: float = 1.0) -> dict[str, torch.Tensor]:
-        """`apply` on the arguments of that problem."""
+        """Run `apply` on the arguments of that problem."""
         return self.apply(self.arguments(problem), grad_loss)
 
     def apply(self, given: Arguments, grad_loss: float = 1.0) -> dict[str, torch.Tensor]:
-        """Forward and, where something is differentiable, backward: every output and gradient by name."""
+        """Run the forward and, if something is differentiable, the backward. Return outputs and gradients by name."""
         out = self.function()(**given)
         results = tensors(out)
         if self.row.in_place:
@@ -272,7 +275,7 @@ class Call:
 
     @property
     def needs_triton(self) -> bool:
-        """Whether the backend cuda serves it only where Triton kernels run, too."""
+        """True if the backend cuda supports it only if Triton kernels can run too."""
         return self._option.needs_triton
 
     @property
@@ -280,11 +283,11 @@ class Call:
         return self.row.options[self.option] if self.option else Option()
 
 
-INPUTS = ("batch",)  # fields of a result that hold what the caller gave
+INPUTS = ("batch",)  # fields of a result that contain the caller's inputs
 
 
 def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a result by its path of public fields."""
+    """Return every tensor of a result by its path of public fields."""
     if isinstance(value, torch.Tensor):
         return {name or "out": value}
     if isinstance(value, tuple):
@@ -300,7 +303,7 @@ def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def scalar(out: Any, factor: float = 1.0) -> torch.Tensor:
-    """A sum of every differentiable output, each element with a weight of its own."""
+    """Return a weighted sum of every differentiable output, with a different weight for each element."""
     terms = []
     for value in tensors(out).values():
         if value.requires_grad and value.dim() == 0:
@@ -352,7 +355,7 @@ HEAD_OPTIONS = TEMPERATURES | {
 
 
 def _policy(p: Problem) -> Arguments:
-    """The vectors of a policy loss: ratios on both sides of a clip, a mask, sequences."""
+    """Return the vectors of a policy loss: ratios on both sides of a clip, a mask, sequences."""
     return {
         "old_logp": p.vector("old_logp", 0.4, -3.6),
         "advantage": p.advantage(),
@@ -364,7 +367,7 @@ def _policy(p: Problem) -> Arguments:
 
 
 def _objective(signal: bool = False, reference: bool = False, **axes: Any) -> Option:
-    """An objective of the given axes with the vectors that it needs."""
+    """Return an objective with the given axes, and the vectors that it needs."""
 
     def arguments(p: Problem) -> Arguments:
         given: Arguments = {"objective": Objective(**axes)}
@@ -451,7 +454,7 @@ def _head(p: Problem) -> Arguments:
 
 
 def _preference(p: Problem, name: str, pairs: bool = True) -> Arguments:
-    """A preference loss over pairs that are apart in the batch, or over single responses."""
+    """Return a preference loss over pairs that are not adjacent in the batch, or over single responses."""
     seqs = p.sizes.sequences
     half = torch.arange(seqs // 2, device=p.device)
     given: Arguments = {"pairs": torch.stack([half + seqs // 2, half], 1)}
@@ -468,7 +471,7 @@ def _preference(p: Problem, name: str, pairs: bool = True) -> Arguments:
 
 
 def _kept(p: Problem) -> Arguments:
-    """Up to five ids per row, one row with none; every other target is among them."""
+    """Return up to five ids per row and none for one row. Every other target is among them."""
     most = min(5, p.sizes.vocab)
     if p.device == "meta":
         ids, offsets = p.integers("kept", p.sizes.vocab, most * p.sizes.tokens), p.integers("", 1, p.sizes.tokens + 1)
@@ -478,7 +481,7 @@ def _kept(p: Problem) -> Arguments:
     start = torch.where(torch.arange(p.sizes.tokens) % 2 == 0, target, target + 1)
     ids = torch.cat([(torch.arange(n) * 7 + s) % p.sizes.vocab for s, n in zip(start, count, strict=True)])
     rows = torch.repeat_interleave(torch.arange(p.sizes.tokens), count)
-    unique = torch.unique(rows * p.sizes.vocab + ids)  # a small vocabulary repeats
+    unique = torch.unique(rows * p.sizes.vocab + ids)  # in a small vocabulary ids repeat
     offsets = torch.zeros(p.sizes.tokens + 1, dtype=torch.int64)
     offsets[1:] = torch.bincount(unique // p.sizes.vocab, minlength=p.sizes.tokens).cumsum(0)
     return {"kept_ids": (unique % p.sizes.vocab).to(p.device), "kept_offsets": offsets.to(p.device)}
@@ -493,7 +496,7 @@ def _x(p: Problem, name: str = "x") -> torch.Tensor:
 
 
 def _reward(p: Problem, name: str = "reward") -> torch.Tensor:
-    """(tokens,), one per response: rewards of 0 and 1, so that groups of equal rewards occur."""
+    """Return (tokens,) rewards of 0 and 1, one per response, so that groups with equal rewards occur."""
     return p.integers(name, 2).to(p.dtype)
 
 
@@ -643,7 +646,7 @@ ROWS: tuple[Row, ...] = (
             "max_seqlen": p.sizes.tokens,
         },
         options={"seed": _constant(seed=3), "no_projection": _constant(rank=None)},
-        traceable=False,  # draws its projections
+        traceable=False,  # the op draws its projections
     ),
     Row(
         "influence",
@@ -664,7 +667,7 @@ ROWS: tuple[Row, ...] = (
                     "stats": _stats(p, temperature=0.7, logit_scale=0.5),
                     "temperature": 0.7,
                     "logit_scale": 0.5,
-                    "softcap": None,  # the only value it takes
+                    "softcap": None,  # the only supported value
                 }
             ),
             "entropy": Option(
@@ -817,9 +820,9 @@ ROWS: tuple[Row, ...] = (
 
 
 def calls(*families: str, options: str = "every") -> Iterator[Call]:
-    """The calls of the rows of these families, or of all rows.
+    """Return the calls of the rows of these families, or of all rows.
 
-    options: "every"; "rich", the row's own choice of them; "none", one call per row.
+    options: "every" for all options; "rich" for the row's `rich` options; "none" for one call per row.
     """
     for row in ROWS:
         if not families or row.family in families:
@@ -829,6 +832,6 @@ def calls(*families: str, options: str = "every") -> Iterator[Call]:
 
 
 def named(name: str) -> Call:
-    """The call of that name."""
+    """Return the call with that name."""
     (found,) = (call for call in calls() if call.name == name)
     return found

@@ -1,7 +1,7 @@
-"""A small packed batch for the policy objectives, and every method as the papers write it.
+"""A small packed batch for the policy objectives, and every method with the formula of its paper.
 
-The formulas are Python arithmetic in float64, one token at a time. `l` is the live log-probability,
-`l0` the same number under a stop-gradient; derivatives come from finite differences in `l`.
+The formulas are Python arithmetic in float64, one token at a time. `l` is the current log-probability, and
+`l0` is the same number with a stop-gradient. Derivatives are finite differences in `l`.
 """
 
 import math
@@ -16,7 +16,7 @@ import tokfuse
 from tokfuse import Objective
 from tokfuse.runtime.policy.shapes import Shape
 
-LENGTHS = (5, 0, 1, 9, 4, 3)  # the last sequence is masked whole
+LENGTHS = (5, 0, 1, 9, 4, 3)  # the last sequence is fully masked
 # Log-ratios on both sides of every clip, far outside, beyond the clamp of 20, and exactly 0.
 LOG_RATIOS = (
     0.05,
@@ -43,7 +43,7 @@ LOG_RATIOS = (
     0.5,
 )
 
-# Every shape, with parameters that no default hides.
+# Every shape, with parameters that differ from the defaults.
 SHAPES: dict[str, Shape] = {
     "linear_logp": tokfuse.LinearLogp(),
     "linear_ratio": tokfuse.LinearRatio(),
@@ -68,7 +68,7 @@ class Batch:
     inputs: dict[str, Any]
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
-        """(logp, the other arguments) in a dtype; masks and offsets as they are."""
+        """Return (logp, the other arguments) in a dtype. Masks and offsets stay unchanged."""
         other = {
             k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in self.inputs.items()
         }
@@ -76,7 +76,7 @@ class Batch:
 
 
 def batch(*names: str, per_sequence: bool = False) -> Batch:
-    """old_logp, advantage, mask, cu_seqlens and the named inputs. Values are exact in float32."""
+    """Return old_logp, advantage, mask, cu_seqlens and the named inputs. Values are exact in float32."""
     tokens, seqs = sum(LENGTHS), len(LENGTHS)
     gen = torch.Generator().manual_seed(11)
 
@@ -148,7 +148,7 @@ def nft(l, l0, o, a, s, floor=1.0):  # noqa: E741
     if a > 0:
         return -a * math.log(nft_ratio(l, o))
     rest, rest0 = ((1 - q * nft_ratio(x, o)) / (1 - q) for x in (l, l0))
-    return a * math.log(rest + (max(rest0, floor) - rest0))  # the value clipped, the gradient kept
+    return a * math.log(rest + (max(rest0, floor) - rest0))  # clips the value and keeps the gradient
 
 
 # Every token-level method: (objective, formula of one token(l, l0, old, advantage, signal)).
@@ -185,20 +185,20 @@ TOKEN_METHODS: dict[str, tuple[Objective, Callable[..., float]]] = {
 
 
 def gspo(l, l0, o, a, s):  # noqa: E741
-    """max(-A s, -A clip(s)) of the geometric mean ratio, for every token of the sequence."""
+    """Return max(-A s, -A clip(s)) of the geometric mean ratio, for every token of the sequence."""
     mean = math.exp(sum(clip(x - y, -20, 20) for x, y in zip(l, o, strict=True)) / len(l))
     return [max(-x * mean, -x * clip(mean, 0.8, 1.2)) for x in a]
 
 
 def gspo_token(l, l0, o, a, s):  # noqa: E741
-    """The same value; the gradient flows through each token's own ratio."""
+    """Return the same value. The gradient goes through each token's own ratio."""
     mean = math.exp(sum(clip(x - y, -20, 20) for x, y in zip(l0, o, strict=True)) / len(l))
     own = [mean * math.exp(x - x0) for x, x0 in zip(l, l0, strict=True)]
     return [max(-x * r, -x * clip(r, 0.8, 1.2)) for x, r in zip(a, own, strict=True)]
 
 
 def gmpo(l, l0, o, a, s):  # noqa: E741
-    """-A exp(mean of sgn min(sgn d, sgn clip(d, -e, e))), e = 0.4."""
+    """Return -A exp(mean of sgn min(sgn d, sgn clip(d, -e, e))), e = 0.4."""
     total = 0.0
     for x, y, advantage in zip(l, o, a, strict=True):
         d, sign = clip(x - y, -20, 20), math.copysign(1.0, advantage)
@@ -207,7 +207,7 @@ def gmpo(l, l0, o, a, s):  # noqa: E741
 
 
 def vespo(l, l0, o, a, s):  # noqa: E741
-    """-sg(e^lam w^k e^(-lam w)) A logp with w = exp(sum of log-ratios)."""
+    """Return -sg(e^lam w^k e^(-lam w)) A logp with w = exp(sum of log-ratios)."""
     log_w = clip(sum(clip(x - y, -20, 20) for x, y in zip(l0, o, strict=True)), -20, 20)
     out = []
     for x, advantage in zip(l, a, strict=True):
@@ -217,7 +217,7 @@ def vespo(l, l0, o, a, s):  # noqa: E741
 
 
 def nft_sequence(l, l0, o, a, s):  # noqa: E741
-    """NFT with exp(min(sum of log-ratios, 10)) as every token's ratio; A and q per sequence."""
+    """Return NFT with exp(min(sum of log-ratios, 10)) as every token's ratio; A and q are per sequence."""
     total, total0 = (sum(clip(x - y, -20, 20) for x, y in zip(v, o, strict=True)) for v in (l, l0))
     return [nft(total, total0, 0.0, x, q) for x, q in zip(a, s, strict=True)]
 
@@ -233,7 +233,7 @@ SEQUENCE_METHODS: dict[str, tuple[Objective, Callable[..., list[float]]]] = {
 
 
 def by_sequence(method: Callable[..., float] | None, sequence: Any = None) -> Callable[..., Any]:
-    """A sequence formula from a token formula."""
+    """Return a sequence formula that applies a token formula to each token."""
     if method is None:
         return sequence
     return lambda *lists: [method(*values) for values in zip(*lists, strict=True)]
@@ -241,9 +241,9 @@ def by_sequence(method: Callable[..., float] | None, sequence: Any = None) -> Ca
 
 @dataclass
 class Direct:
-    """Token losses (unweighted by aggregation) and their total's derivative, in Python floats."""
+    """Token losses (without aggregation weights) and the derivative of their total, in Python floats."""
 
-    formula: Callable[..., list[float]]  # of one sequence
+    formula: Callable[..., list[float]]  # formula of one sequence
     batch: Batch
     term: Callable[[int, float, float], float] = field(default=lambda t, l, l0: 0.0)  # noqa: E741
 
@@ -257,7 +257,7 @@ class Direct:
         self.weight = i["token_weight"].tolist() if "token_weight" in i else [1.0] * len(self.old)
 
     def losses(self, live: list[float], frozen: list[float]) -> list[float]:
-        """Loss of every token; 0 where masked."""
+        """Return the loss of every token; 0 for masked tokens."""
         out = [0.0] * len(live)
         for group in self.groups:
             if not group:
@@ -268,7 +268,7 @@ class Direct:
         return out
 
     def evaluate(self, agg: list[float] | None = None) -> tuple[list[float], list[float]]:
-        """(token losses times agg, derivative of their sum in every logp)."""
+        """Return (token losses times agg, derivative of their sum with respect to every logp)."""
         frozen = self.batch.logp.tolist()
         agg = agg or [1.0] * len(frozen)
 
@@ -277,7 +277,7 @@ class Direct:
             up, down = list(frozen), list(frozen)
             up[t], down[t] = at + 1e-6, at - 1e-6
             pairs = zip(agg, self.losses(up, frozen), self.losses(down, frozen), strict=True)
-            # Token by token: one loss of e^20 would drown the differences of all others.
+            # Differentiate each token separately: one loss of e^20 would hide the differences of all others.
             change = math.fsum(w * (high - low) for w, high, low in pairs)
             slopes.append(change / (up[t] - down[t]))
         values = [w * x for w, x in zip(agg, self.losses(frozen, frozen), strict=True)]

@@ -1,6 +1,6 @@
-"""A batch of preference pairs, its per-sequence sums, and the formulas of the papers over them.
+"""A batch of preference pairs, its per-sequence sums, and the formulas of the papers.
 
-Formulas are float64, one pair at a time, to be read beside the paper: chosen w, rejected r.
+The formulas are float64, one pair at a time, so that you can compare them with the paper: chosen w, rejected r.
 """
 
 import math
@@ -14,13 +14,13 @@ from tokfuse.algorithms import NLL, PreferenceBatch
 from tokfuse.algorithms.registry import ENTRIES
 
 LENGTHS = (3, 5, 0, 2, 4, 1, 6, 3, 2, 4)
-# Pairs in any order; sequences 2 (empty) and 9 are in none.
+# Pairs in any order. Sequences 2 (empty) and 9 are in no pair.
 PAIRS = ((4, 1), (0, 7), (8, 6), (3, 5))
 TOKENS = sum(LENGTHS)
 
 
 def sequences(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(cu_seqlens, mask, logp, ref_logp); values exact in float32."""
+    """Return (cu_seqlens, mask, logp, ref_logp); values are exact in float32."""
     gen = torch.Generator().manual_seed(seed)
     cu = torch.nn.functional.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).to(torch.int32)
     mask = torch.ones(TOKENS, dtype=torch.bool)
@@ -39,7 +39,7 @@ def pair_batch(seed: int = 0, reference: bool = True, **given: Any) -> Preferenc
 
 
 class S(NamedTuple):
-    """One response: sums over the tokens that count, and how many they are."""
+    """One response: sums over its valid tokens, and their number."""
 
     lp: Tensor
     ref: float
@@ -118,7 +118,7 @@ PAIRWISE: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {"aries": {"level_weight": (1.0, 0.5)}, "rpo_mean": {"nll": NLL(coef=0.005)}}
-# The names of kind "preference" that are losses of sequences.
+# The methods of kind "preference" that are losses of sequences.
 LOSSES = [
     name
     for name in algorithms.list("preference")
@@ -131,7 +131,7 @@ def example(name: str, **options: Any) -> Any:
 
 
 def example_batch(loss: Any, **given: Any) -> PreferenceBatch:
-    """A batch with what the loss reads."""
+    """Return a batch with the inputs that the loss reads."""
     if loss.name == "kto":
         good = torch.tensor([i % 3 != 1 for i in range(len(LENGTHS))])
         given = {"pairs": None, "desirable": good, "kl": torch.tensor(0.3), **given}

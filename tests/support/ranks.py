@@ -1,8 +1,8 @@
-"""Runs every distributed case in `world` processes over gloo, started once for all of them.
+"""Run every distributed case in `world` processes over gloo, started once for all cases.
 
-Starting a rank costs seconds, a case milliseconds. `run(world)` returns the outcome of each case:
-"" where it held on every rank, else the first rank's traceback. As a program it is one rank:
-`python ranks.py RANK WORLD FOLDER`.
+Starting a rank takes seconds, and a case takes milliseconds. `run(world)` returns the outcome of each case:
+"" if it passed on every rank, otherwise the traceback of the first rank that failed. As a program it is one
+rank: `python ranks.py RANK WORLD FOLDER`.
 """
 
 import importlib
@@ -16,11 +16,11 @@ from datetime import timedelta
 from pathlib import Path
 
 CASE_MODULES = ("vocab_parallel_cases", "data_parallel_cases")
-TIMEOUT = 60  # seconds: of a collective whose other ranks have failed
+TIMEOUT = 60  # seconds: timeout of a collective after other ranks failed
 
 
 def cases() -> dict[str, Callable[[], None]]:
-    """name -> function without arguments, run by every rank; those that begin with `case_`."""
+    """Return the functions whose name starts with `case_`, by name. Every rank runs them without arguments."""
     found = {}
     for module in map(importlib.import_module, CASE_MODULES):
         for name, function in vars(module).items():
@@ -30,7 +30,7 @@ def cases() -> dict[str, Callable[[], None]]:
 
 
 def run(world: int, folder: Path) -> dict[str, str]:
-    """The outcome of every case with `world` ranks."""
+    """Return the outcome of every case with `world` ranks."""
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TOKFUSE_BACKEND": ""}
     ranks = [
         subprocess.Popen(
@@ -73,7 +73,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             outcome[name] = ""
         except Exception:
             outcome[name] = traceback.format_exc()
-        # A rank that failed inside a collective would misalign all that follow.
+        # After a failure inside a collective, all later collectives would be misaligned.
         failed = torch.tensor([bool(outcome[name])], dtype=torch.int32)
         try:
             dist.all_reduce(failed)

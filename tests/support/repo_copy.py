@@ -13,7 +13,7 @@ FILES = ("setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "mkdocs.yml"
 
 
 def copied(root: Path) -> None:
-    """The sources of the repository, without the native module."""
+    """Copy the sources of the repository, without the native module."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.png", "*.jsonl")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
@@ -22,13 +22,13 @@ def copied(root: Path) -> None:
 
 
 def linked(root: Path) -> None:
-    """Make the sources of the copy importable as `tokfuse`; again after a file was added."""
+    """Make the sources of the copy importable as `tokfuse`. Call it again after a file was added."""
     python(root, "tools/typing_tree.py", ".typing")
     (root / ".typing" / "tokfuse" / "_native.py").write_text("raise ImportError('not built in the copy')\n")
 
 
 def python(root: Path, *arguments: str, fails: bool = False, **environment: str) -> str:
-    """What a Python process prints that imports tokfuse from the copy; `fails` for one that must exit with 1."""
+    """Return the output of a Python process that imports tokfuse from the copy. `fails` expects exit status 1."""
     env = {**os.environ, "PYTHONPATH": str(root / ".typing"), "OMP_NUM_THREADS": "1", **environment}
     env.pop("TOKFUSE_CUDA_HOST", None)
     done = subprocess.run(
@@ -39,7 +39,7 @@ def python(root: Path, *arguments: str, fails: bool = False, **environment: str)
 
 
 def tests(root: Path, *arguments: str, fails: bool = False, **environment: str) -> str:
-    """The report of pytest in the copy, one line per test."""
+    """Return the report of pytest in the copy, one line per test."""
     run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     options = ("-q", "-rA", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider", "-p", "no:randomly")
     return python(root, "-c", run, *options, *arguments, fails=fails, **environment)

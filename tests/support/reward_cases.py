@@ -1,4 +1,4 @@
-"""Random numbers of the reward tests, and how a Monte Carlo mean is held to its value."""
+"""Random numbers for the reward tests, and the check of a Monte Carlo mean."""
 
 import math
 
@@ -15,7 +15,7 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 
 
 def check_mean(samples: Tensor, expected: float) -> None:
-    """The mean of independent samples is `expected`, within five standard errors."""
+    """Check that the mean of independent samples is within five standard errors of `expected`."""
     error = float(samples.std()) / math.sqrt(samples.shape[0])
     assert abs(float(samples.mean()) - expected) < 5 * error + 1e-12, (samples.mean(), expected)
 

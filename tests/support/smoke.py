@@ -1,17 +1,17 @@
-"""Calls every op of the registry once per dtype on one backend, and compares with the reference.
+"""Call every op of the registry once per dtype on one backend, and compare with the reference.
 
     python tests/support/smoke.py --backend cuda
     python tests/support/smoke.py --backend cuda --options
     python tests/support/smoke.py --backend triton --graph --json smoke.jsonl
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/support/smoke.py --backend cuda
 
-Needs a GPU, TOKFUSE_CUDA_HOST (backend cuda) or TRITON_INTERPRET=1 (backend triton). It exits with 1
+Needs a GPU, TOKFUSE_CUDA_HOST (backend cuda) or TRITON_INTERPRET=1 (backend triton). The exit status is 1
 if a result differs from the reference, if a call fails, or if an op of the registry has no call in
-`op_calls.py`. It needs no pytest, so that it starts fast under a tool.
+`op_calls.py`. The script does not use pytest, so that it starts fast under a tool.
 
-`--options` adds every option of every call. `--graph` records each call in a CUDA graph instead,
-changes its inputs, replays it and wants the bits of a direct call (with an lm_head: its values, because
-chunks are chosen differently while recording).
+`--options` adds every option of every call. `--graph` instead records each call in a CUDA graph, changes its
+inputs, replays it and requires bitwise the result of a direct call. With an lm_head it compares values,
+because the chunks differ during capture.
 """
 
 import argparse
@@ -33,18 +33,21 @@ from tokfuse.runtime.core import dispatch
 
 Results = dict[str, torch.Tensor]
 
-# Rows that are not aligned, and rows that are.
+# Rows that are not aligned, and aligned rows.
 SIZES = (op_calls.WIDE, op_calls.ALIGNED)
-# With sm_90, policy_step holds a 16-bit row of these in the shared memory of 1, 2, 4 and 8 blocks.
+# On sm_90, policy_step holds these 16-bit rows in the shared memory of 1, 2, 4 and 8 blocks.
 CLUSTERS = tuple(Sizes(tokens=12, vocab=v, hidden=8, sequences=4) for v in (32_000, 65_536, 151_936, 262_144))
-# Rows of NaN and infinities: the smoke runs them, and the tests of each op say what holds there.
+# Rows with NaN and infinities: the smoke test only runs them. The tests of each op check their results.
 NOT_COMPARED = ("difficult",)
-# Of the largest expected value: far above the contract of every op, far below a wrong result.
+# Relative to the largest expected value: far above the bounds of every op, far below a wrong result.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def cases(options: bool) -> Iterator[tuple[Call, Sizes, torch.dtype]]:
-    """Every call of an op at both sizes and in each dtype, options in the first one; the step at long rows, too."""
+    """Return every call of an op at both sizes and in each dtype.
+
+    The first dtype has all options. The step also has long rows.
+    """
     for call in op_calls.calls(options="every" if options else "none"):
         if call.needs_triton and cuda_backend.hosted():
             continue
@@ -56,22 +59,22 @@ def cases(options: bool) -> Iterator[tuple[Call, Sizes, torch.dtype]]:
 
 
 def missing() -> list[str]:
-    """Ops of the registry without a call in the table."""
+    """Return the ops of the registry without a call in the table."""
     import_ops()
     return sorted({str(row["op"]) for row in dispatch.table()} - {call.row.op for call in op_calls.calls()})
 
 
 def device_of(backend: str) -> str:
-    """Where tensors must live: on the CPU if the kernels are hosted or interpreted."""
+    """Return the device for tensors: the CPU if the kernels run on the CPU or in the interpreter."""
     on_cpu = cuda_backend.hosted() if backend == "cuda" else triton_backend.interpreting()
     return "cpu" if on_cpu else "cuda"
 
 
 def compared(call: Call, sizes: Sizes, dtype: torch.dtype, backend: str) -> float:
-    """The worst distance from the reference, over the largest value of each output.
+    """Return the largest error relative to the reference, divided by the largest value of each output.
 
     Raises:
-        AssertionError: an output is missing, has another shape, or is too far away.
+        AssertionError: an output is missing, has another shape, or differs too much.
     """
     with dispatch.backend("reference"):
         wanted = call.run(Problem(sizes, dtype=dtype))
@@ -89,7 +92,7 @@ def compared(call: Call, sizes: Sizes, dtype: torch.dtype, backend: str) -> floa
 
 
 def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest absolute difference over the largest finite value; equal infinities and NaN are equal."""
+    """Return the largest absolute difference / the largest finite value. Equal infinities and NaN are equal."""
     assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, the reference {tuple(wanted.shape)}"
     got, wanted = got.detach().cpu().double(), wanted.detach().cpu().double()
     finite = wanted.isfinite()
@@ -102,10 +105,10 @@ def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def replayed(call: Call, sizes: Sizes, dtype: torch.dtype, backend: str) -> float:
-    """Record the call in a CUDA graph, change its float inputs, replay it, compare with a direct call.
+    """Record the call in a CUDA graph, change its float inputs, replay it, and compare with a direct call.
 
     Raises:
-        AssertionError: a replay differs from a direct call on the same inputs.
+        AssertionError: a replay differs from a direct call with the same inputs.
     """
     device = device_of(backend)
     given = call.arguments(Problem(sizes, device, dtype))
@@ -135,14 +138,14 @@ def replayed(call: Call, sizes: Sizes, dtype: torch.dtype, backend: str) -> floa
 
 
 def recorder(device: str) -> Callable[[Callable[[], Results]], tuple[Callable[[], None], Results]]:
-    """A function that records a call: (replay, the tensors that a replay writes)."""
+    """Return a function that records a call and returns (replay, the tensors that a replay writes)."""
     return _record_graph if device == "cuda" else _record_nothing
 
 
 def _record_graph(run: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are compiled and workspaces made outside of the graph
+    with torch.cuda.stream(stream):  # compile kernels and create workspaces outside of the graph
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -152,7 +155,7 @@ def _record_graph(run: Callable[[], Results]) -> tuple[Callable[[], None], Resul
 
 
 def _record_nothing(run: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
-    """The CPU has no graphs: a replay is another call."""
+    """The CPU has no graphs, so a replay is another call."""
     out = run()
 
     def replay() -> None:
@@ -163,7 +166,7 @@ def _record_nothing(run: Callable[[], Results]) -> tuple[Callable[[], None], Res
 
 
 def run_all(backend: str, graph: bool, options: bool, sink: TextIO | None) -> int:
-    """Run every case; returns how many failed."""
+    """Run every case. Return the number of failures."""
     failed, count, start = 0, 0, time.perf_counter()
     for call, sizes, dtype in graph_cases() if graph else cases(options):
         line: dict[str, Any] = {"call": call.name, "op": call.row.op, "backend": backend}
@@ -182,14 +185,14 @@ def run_all(backend: str, graph: bool, options: bool, sink: TextIO | None) -> in
 
 
 def graph_cases() -> Iterator[tuple[Call, Sizes, torch.dtype]]:
-    """One call per op; without those that overwrite an input, take no backend, or read values on the host."""
+    """Return one call per op. Excluded: ops that overwrite an input, have no backend, or read values on the host."""
     for call in op_calls.calls(options="none"):
         if call.row.registered and not call.row.in_place and not call.row.reads_host:
             yield call, op_calls.WIDE, call.row.dtypes[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the smoke of the command line; returns 1 if anything failed."""
+    """Run the smoke test of the command line. Return 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", choices=("cuda", "triton"), required=True)
     parser.add_argument("--options", action="store_true", help="with every option of every call")

@@ -1,10 +1,10 @@
-"""GRPO runs on a tiny saved model, for the tests of hosts."""
+"""GRPO runs on a tiny saved model, for the tests of trainers."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it at import
 
 import torch
 
@@ -13,24 +13,24 @@ from tokfuse.bench.tiny_model import saved_model, tokenizer
 
 
 def prompts(count: int = 8) -> Any:
-    """A data set of prompts of different lengths."""
+    """Return a data set of prompts of different lengths."""
     from datasets import Dataset
 
     return Dataset.from_dict({"prompt": tiny_model.prompts(count)})
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
-    """The share of even words: differs between the samples of a prompt."""
+    """Return the share of even words, which differs between the samples of a prompt."""
     return [sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit()) / 6 for c in completions]
 
 
 def letters(completions: list[str], **_: Any) -> list[float]:
-    """The share of different letters: some reward for any model's text."""
+    """Return the share of different letters, which is a non-zero reward for the text of any model."""
     return [len(set(text)) / max(1, len(text)) for text in completions]
 
 
 def trainer(cls: type, output: Path, model: Any = None, **options: Any) -> Any:
-    """A trainer on the tiny model; keyword arguments of the config, `extra` of the class."""
+    """Return a trainer on the tiny model. Keyword arguments go to the config, `extra` goes to the class."""
     from trl import GRPOConfig
 
     extra = options.pop("extra", {})
@@ -64,7 +64,7 @@ def trainer(cls: type, output: Path, model: Any = None, **options: Any) -> Any:
 
 
 def load(tied: bool = True) -> Any:
-    """The saved model, in float32."""
+    """Return the saved model in float32."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(saved_model(tied), dtype=torch.float32)

@@ -1,11 +1,11 @@
-"""A language model of two layers that a test can train and differentiate in milliseconds."""
+"""A language model with two layers that a test can train and differentiate in milliseconds."""
 
 import torch
 import transformers
 
 
 def tiny_llama(vocab: int = 61) -> transformers.LlamaForCausalLM:
-    """The same weights at each call."""
+    """Return a model with the same weights in each call."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocab,

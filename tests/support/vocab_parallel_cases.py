@@ -1,4 +1,4 @@
-"""Cases of vocabulary parallelism for ranks.py: every rank has the whole problem and its shard."""
+"""Cases of vocabulary parallelism for ranks.py. Every rank has the whole problem and its shard."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ def ranks() -> int:
 
 
 def shards() -> dict[str, tuple[D.VocabShard, int]]:
-    """name -> (shard of this rank, columns of its tensors, padding included)."""
+    """Return name -> (shard of this rank, columns of its tensors including padding)."""
     rank, last = dist.get_rank(), dist.get_rank() == ranks() - 1
     even = D.VocabShard.even(VOCAB)
     megatron = D.VocabShard.even(VOCAB, multiple=1024)
-    # The first rank has nothing, the last what is left: ceil(V / ranks) can end so, too.
+    # The first rank has no columns, the last one the rest. A split by ceil(V / ranks) can also end like this.
     size = 0 if rank == 0 and not last else VOCAB - 7 * (ranks() - 2) if last else 7
     uneven = D.VocabShard.of_sizes(VOCAB if ranks() == 1 else size)
     return {
@@ -38,7 +38,7 @@ def shards() -> dict[str, tuple[D.VocabShard, int]]:
 
 
 def cut(x: torch.Tensor, shard: D.VocabShard, columns: int, axis: int = 1) -> torch.Tensor:
-    """This rank's part of a global tensor; the padding is poison that must never count."""
+    """Return this rank's part of a global tensor. Padding contains values that would make a result wrong."""
     part = x.narrow(axis, shard.start, shard.size)
     shape = list(part.shape)
     shape[axis] = columns
@@ -48,7 +48,7 @@ def cut(x: torch.Tensor, shard: D.VocabShard, columns: int, axis: int = 1) -> to
 
 
 def problem(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Rows that go wrong easily: peaks at shard borders, excluded columns, whole dead rows."""
+    """Return difficult rows: peaks at shard borders, excluded columns, fully masked rows."""
     gen = torch.Generator().manual_seed(3)
     z = torch.randn(TOKENS, VOCAB, generator=gen) * 4
     z[0, [0, VOCAB // 2, VOCAB - 1]] = 30.0
@@ -57,12 +57,12 @@ def problem(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     z[3, : VOCAB // 2] = -torch.inf
     z[4, VOCAB // 4 :] = -torch.inf
     z[5] = -torch.inf
-    z[6, : VOCAB // 3] -= 120.0  # its part of the probability underflows float32
+    z[6, : VOCAB // 3] -= 120.0  # the shard's part of the probability underflows float32
     target = torch.randint(VOCAB, (TOKENS,), generator=gen)
     target[:9] = torch.tensor([VOCAB - 1, 5, VOCAB // 2, VOCAB - 3, 17, 1, 9, 10**9, VOCAB // 2 - 1])
     target[10] = int(z[10].argmax())
     mask = torch.ones(TOKENS, dtype=torch.bool)
-    mask[7] = False  # whose target is out of range
+    mask[7] = False  # rows whose target is out of range
     z = z.to(dtype)
     z[7] = float("nan")
     return {
@@ -187,8 +187,10 @@ def case_head() -> None:
 
 
 def policy_problem() -> dict[str, Any]:
-    """The batch of the policy cases over logits that give its log-probs, roughly, and two masked
-    tokens more, so that four ranks can cut it."""
+    """Return the batch of the policy cases, with logits that give about its log-probs.
+
+    Two masked tokens are added, so that four ranks can split it.
+    """
     _, inputs = batch("ref_logp", "sampler_logp").cast(torch.float32)
     gen = torch.Generator().manual_seed(8)
     tokens = inputs["old_logp"].shape[0] + 2
@@ -274,7 +276,7 @@ def case_policy_step_without_a_valid_token() -> None:
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[tuple[str, int]]]:
-    """(collective, bytes of its input) of every collective inside."""
+    """Record (collective, bytes of its input) of every collective inside."""
     seen: list[tuple[str, int]] = []
     names = (collectives.GATHER, "all_reduce", collectives.SCATTER, "broadcast")
     kept = {name: getattr(dist, name) for name in names}

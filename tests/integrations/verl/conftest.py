@@ -1,4 +1,4 @@
-"""Tests against verl itself, in its own environment: `make test-verl`."""
+"""Settings for the tests against verl, in a separate environment: `make test-verl`."""
 
 import importlib
 import os
@@ -15,5 +15,5 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 @pytest.fixture(scope="session", autouse=True)
 def _verl():
-    """verl, which loads the plug-in by its entry point; never imported by name here."""
+    """Import verl, which loads the plug-in through its entry point. The tests do not import the plug-in by name."""
     return pytest.importorskip("verl") and importlib.import_module("verl.trainer.ppo.core_algos")

@@ -1,4 +1,4 @@
-"""Every advantage estimator that has a counterpart in verl, on the same batch."""
+"""Test every advantage estimator that has a counterpart in verl, on the same batch."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def doubled(given):
 
 
 def three(name, given, **more):
-    """(ours, verl's, verl's in float64), each (advantages, returns)."""
+    """Return (tokfuse's, verl's, verl's in float64), each (advantages, returns)."""
     fresh = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()} for _ in range(3)]
     theirs = core_algos.get_adv_estimator_fn(name)
     return (
@@ -67,7 +67,7 @@ def three(name, given, **more):
 
 
 def same(runs, mask):
-    """No farther from verl in float64 than verl is in float32, where tokens count."""
+    """Check that tokfuse is no farther from verl in float64 than verl in float32, for valid tokens."""
     for what, *figures in zip(("advantages", "returns"), *runs, strict=True):
         assert_no_farther(*(x * mask for x in figures), what=what)
 
@@ -81,7 +81,7 @@ def test_advantages_are_those_of_verl(name, seed):
 
 def test_gae_is_that_of_verl_where_tokens_count():
     given, extra = batch()
-    given["response_mask"][0, 2] = 1  # verl carries values over observations in its own way
+    given["response_mask"][0, 2] = 1  # verl propagates values over observations differently
     call = {k: given[k] for k in ("token_level_rewards", "response_mask")}
     call |= {"values": extra["values"], "gamma": 0.95, "lam": 0.9}
     same(three("gae", call), given["response_mask"])

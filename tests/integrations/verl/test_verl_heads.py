@@ -1,4 +1,4 @@
-"""The rebinding of verl's fused heads: parity, what verl refuses, and the way back."""
+"""Test the replacement of verl's fused heads: equal results, options that verl does not support, and uninstall."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def stock(h, w, ids, temperature):
 
 
 def exact(h, w, ids, temperature):
-    """(logp, entropy, gradients of `stock`) in float64: verl's head computes in float32."""
+    """Return (logp, entropy, gradients of `stock`) in float64; verl's head computes in float32."""
     h, w = (x.detach().double().requires_grad_() for x in (h, w))
     log_p = (h @ w.t() / temperature).log_softmax(-1)
     logp, entropy = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
@@ -100,7 +100,7 @@ def test_the_patched_forward_of_a_model_uses_it(installed, forward):
 
 
 def engine():
-    """An FSDP engine without a model: what its two methods read."""
+    """Return an FSDP engine without a model, with the attributes that its two methods read."""
     out = object.__new__(transformer_impl.FSDPEngineWithLMHead)
     out.pad_to_length, out.use_ulysses_sp, out.ulysses_sequence_parallel_size = False, False, 1
     return out
@@ -149,7 +149,7 @@ def test_sum_of_squares_with_fused_kernels(installed):
 
 
 def test_sum_of_squares_of_padded_rows(installed):
-    """Without remove_padding the head sees (batch, length) and the padding is cut out."""
+    """Without remove_padding the head receives (batch, length), and the padding is removed."""
     method = transformer_impl.FSDPEngineWithLMHead
     mb = micro_batch(calculate_sum_pi_squared=True, use_remove_padding=False)
     mb["temperature"] = torch.ones(2)
@@ -213,7 +213,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_loading_in_a_fresh_process():
-    """What a Ray worker does: `import verl` alone; the variable installs the heads there."""
+    """As in a Ray worker: only `import verl`. The variable installs the heads there."""
     code = (
         "import verl\n"
         "from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as r\n"

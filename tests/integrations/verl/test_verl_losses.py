@@ -1,7 +1,7 @@
-"""Every loss of verl beside ours: value, gradient and metrics, for every aggregation.
+"""Test every loss of verl against tokfuse: value, gradient and metrics, for every aggregation.
 
-The plug-in is loaded by `import verl` through its entry point, as for a user. Surrogates such as
-CISPO's have values that mean little, so gradients are compared as well.
+`import verl` loads the plug-in through its entry point, as for a user. The values of surrogates such as CISPO's
+have little meaning, so gradients are compared too.
 """
 
 import copy
@@ -42,7 +42,7 @@ CORRECTION = {"loss_type": "ppo_clip", "rollout_is": None, "rollout_rs": None}
 
 
 def config(info=None, correction=None, **changed):
-    """An actor's configuration whose options all matter for this small batch."""
+    """Return an actor's configuration in which every option affects this small batch."""
     policy = PolicyLossConfig(
         dro_beta=0.3,
         clip_cov_ratio=0.2,
@@ -64,7 +64,7 @@ def config(info=None, correction=None, **changed):
 
 
 def batch(seed=0):
-    """Six responses of up to nine tokens with holes; log-ratios on both sides of every clip."""
+    """Return six responses of up to nine tokens with gaps; log-ratios on both sides of every clip."""
     gen = torch.Generator().manual_seed(seed)
     old = -torch.rand(6, 9, generator=gen) * 3 - 0.05
     logp = old + torch.randn(6, 9, generator=gen) * 0.4
@@ -78,7 +78,7 @@ def batch(seed=0):
 
 def call(function, given, mode, settings, weights=None):
     logp = given["log_prob"].clone().requires_grad_()
-    torch.manual_seed(7)  # clip_cov draws
+    torch.manual_seed(7)  # clip_cov draws random numbers
     loss, metrics = function(
         **{**given, "log_prob": logp}, loss_agg_mode=mode, config=copy.deepcopy(settings), rollout_is_weights=weights
     )
@@ -91,7 +91,7 @@ def doubled(given):
 
 
 def same(name, given, mode, settings, weights=None, metrics_too=True):
-    """No farther from verl's own function in float64 than that function is in float32."""
+    """Check that tokfuse is no farther from verl's function in float64 than that function in float32."""
     function = core_algos.get_policy_loss_fn(name)
     theirs = call(function, given, mode, settings, weights)
     exact = call(function, doubled(given), mode, settings, None if weights is None else weights.double())
@@ -114,7 +114,7 @@ def test_every_loss_of_verl_is_covered():
 @pytest.mark.parametrize("mode", MODES)
 def test_value_gradient_and_metrics(name, mode):
     same(name, batch(), mode, config())
-    if name != "geo_mean":  # verl's overlooks the global counts; see the next test
+    if name != "geo_mean":  # verl's loss ignores the global counts; see the next test
         same(name, batch(1), mode, config(GLOBAL))
 
 
@@ -139,7 +139,7 @@ def test_bypass_with_reinforce_and_rejection():
 
 @pytest.mark.parametrize("name", ["vanilla", "gspo", "sapo", "cispo"])
 def test_options_of_the_actor_are_read(name):
-    """Other clip widths, dual clip and temperatures change the loss, as verl's."""
+    """Other clip widths, dual clip and temperatures change the loss, as in verl."""
     changed = {"clip_ratio_c": 1.5, "tau_pos": 2.0, "tau_neg": 3.0}
     settings = config(clip_ratio_low=0.05, clip_ratio_high=0.6, **changed)
     same(name, batch(5), "token-mean", settings)
@@ -161,7 +161,7 @@ def test_methods_of_tokfuse_are_losses_of_verl(name):
     function = core_algos.get_policy_loss_fn(f"tokfuse_{name}")
     loss, grad, metrics = call(function, batch(), "token-mean", config())
     assert loss.isfinite() and bool(grad.isfinite().all()) and bool(grad.any())
-    # The global counts scale it as verl's aggregation does.
+    # The global counts scale it like verl's aggregation.
     scaled, scaled_grad, _ = call(function, batch(), "token-mean", config(GLOBAL))
     tokens = int(batch()["response_mask"].sum())
     compare(scaled, loss * tokens * 4 / 91, rtol=2e-6, what="loss")
