@@ -149,7 +149,7 @@ def make(name: str, **options: Any) -> Any:
         raise refuse(
             f"algorithms.{name}",
             ", ".join(missing),
-            "given, because no default was published",
+            "given (no default was published)",
             "nothing",
             "Choose values for your run.",
         )
