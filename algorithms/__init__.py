@@ -1,17 +1,18 @@
-"""Losses, advantages, selection and schedules as the papers state them; no device code.
+"""Losses, advantages, selection and schedules of published methods. Pure functions; no device code.
 
     algorithm = tokfuse.algorithms.make("dapo", overlong=None)
     batch = algorithm.prepare(tokfuse.algorithms.Batch(...), algorithm.initial_state())
     step = tokfuse.policy_step(logits=z, target=t, **algorithm.objective(batch, state).inputs())
 
-`python -m tokfuse algorithms` lists the methods, `docs/paper_index.md` what each claims.
+`python -m tokfuse algorithms` lists the methods. `docs/paper_index.md` states which claim each method makes
+about its paper.
 """
 
 from tokfuse.algorithms import causal as causal
 from tokfuse.algorithms import critic as critic
 from tokfuse.algorithms import curation as curation
 from tokfuse.algorithms import reward as reward
-from tokfuse.algorithms import table as _table  # noqa: F401  (fills the registry, as the next do)
+from tokfuse.algorithms import table as _table  # noqa: F401  (the import fills the registry)
 from tokfuse.algorithms.a2pr import A2PR as A2PR
 from tokfuse.algorithms.adora import ADORA as ADORA
 from tokfuse.algorithms.bapo import BAPO as BAPO

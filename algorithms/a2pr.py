@@ -1,4 +1,4 @@
-"""Likelihood of group-best responses behind an advantage gate, our counterpart of A2PR."""
+"""Likelihood term on the best responses of each group, gated by the advantage: the analogue of A2PR."""
 
 from dataclasses import dataclass
 
@@ -15,21 +15,25 @@ from tokfuse.runtime.core.checks import check_number
     system="A2PR",
     label="analogue",
     source="inspired by arXiv 2405.19909; github.com/ltlhuuu/A2PR",
-    summary="+ mu (-logp) on the best response of a group where its advantage is positive",
+    summary="+ mu (-logp) on the best response of a group if its advantage is positive",
     required=("mu",),
     differs=(
-        "A2PR clones the better of the data set's and a VAE's action in continuous control. Of "
-        "that only the gate is here; mu has no published value and is required."
+        "A2PR clones the better of the data set's action and a VAE's action, in continuous control. "
+        "Only the gate is implemented here. mu has no published value and must be given."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class A2PR(Standard):
-    """loss_t = base + mu 1[response is the group's best and A > 0] (-logp), mean over all tokens.
+    """loss_t = base + mu 1[response is the group's best and A > 0] (-logp), averaged over all tokens.
+
+    `base` is the loss of `Standard` with the same options.
 
     Args:
-        mu: weight of the likelihood.
+        mu: weight of the likelihood term, >= 0.
 
-    Inputs: group_ids. State: none. Analogue: not the paper's algorithm.
+    Inputs: group_ids.
+    State: none.
+    Analogue: this is not the paper's algorithm.
     """
 
     mu: float = 0.0
@@ -39,6 +43,6 @@ class A2PR(Standard):
         check_number(self._op, "mu", self.mu, 0.0)
 
     def objective(self, batch: Batch, state: State) -> Plan:
-        """The base's plan with the likelihood term."""
+        """Return the base plan with the likelihood term."""
         rule = PositiveLikelihood(coef=self.mu, of="group_best", over="all")
         return rule.apply(super().objective(batch, state), state)

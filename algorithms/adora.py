@@ -1,4 +1,4 @@
-"""ADORA: the advantages of a prompt's group times a weight from success and length."""
+"""ADORA: multiplies the advantages of a group by a weight that depends on success and length."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from tokfuse.runtime.core.checks import check_choice, check_number
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
-# rule -> (weight, longest failure that counts)
+# rule -> (weight, failures of at least this length are ignored)
 RULES: dict[str, tuple[float, int | None]] = {
     "llm": (0.1, 4054),
     "vlm": (0.1, 4094),
@@ -26,34 +26,35 @@ RULES: dict[str, tuple[float, int | None]] = {
     system="ADORA",
     label="exact",
     source="github.com/ShadeCloak/ADORA; the paper's rule from its reviews",
-    summary="group weight from the longest success against the mean failure",
+    summary="group weight from the longest success compared with the mean failure",
     differs=(
-        "rule='llm' and 'vlm' are the two released codes, which disagree on groups without a "
-        "success (weight 0.1 and 1; with GRPO both have advantage 0). The paper's rules are recon."
+        "rule='llm' and 'vlm' are the two released codes. They disagree on groups without a success "
+        "(weight 0.1 and 1); with GRPO, such groups have advantage 0. The paper's rules are recon."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class ADORA(Standard):
-    """A <- w_g A over any objective of `Standard`.
+    """A <- w_g A, for any objective of `Standard`.
 
-    With P the correct responses of the group, F the wrong ones shorter than `length_limit`, and
-    longer = max length in P > mean length in F:
+    P are the correct responses of the group, F the wrong responses shorter than `length_limit`.
+    longer = (max length in P) > (mean length in F).
 
-        llm              w = 1 if longer else weight; no P: weight; P without F: 1
-        vlm              w = 1 if longer or no P else weight; P without F: weight
-        paper_amplify    w = weight where `condition` holds, else 1 (the LLM recipe)
-        paper_attenuate  w = 1 where `condition` holds, else weight (the VLM recipe)
+        llm              w = 1 if longer else weight; without P: weight; with P but without F: 1
+        vlm              w = 1 if longer or without P, else weight; with P but without F: weight
+        paper_amplify    w = weight if `condition` holds, else 1 (the LLM recipe)
+        paper_attenuate  w = 1 if `condition` holds, else weight (the VLM recipe)
 
     Args:
-        rule: one of the four.
-        weight: None: 0.1, for paper_amplify 2.0.
-        length_limit: None: 4054 (llm), 4094 (vlm), none for the paper's rules.
+        rule: "llm", "vlm", "paper_amplify" or "paper_attenuate".
+        weight: the weight above. None: 2.0 for paper_amplify, else 0.1.
+        length_limit: None: 4054 for llm, 4094 for vlm, no limit for the paper's rules.
         condition: for the paper's rules: "length" (longer), "difficulty" (success rate <= tau) or
             "either". None: "length".
-        tau: for "difficulty" and "either"; None: 0.5.
+        tau: for "difficulty" and "either". None: 0.5.
 
-    Inputs: group_ids, correct. State: none. Source: released code exact; the paper's rules from
-    its reviews, reconstructed.
+    Inputs: group_ids, correct.
+    State: none.
+    Source: released code, exact; the paper's rules are reconstructed from its reviews.
     """
 
     rule: str = "llm"
@@ -85,7 +86,7 @@ class ADORA(Standard):
                 )
 
     def group_weight(self, batch: Batch) -> torch.Tensor:
-        """(seqs,) float64: w of each response's group."""
+        """Return w of each response's group, (seqs,) float64."""
         batch.require(self._op, "group_ids", "correct")
         assert batch.group_ids is not None and batch.correct is not None
         weight, limit = RULES[self.rule]
@@ -118,7 +119,7 @@ class ADORA(Standard):
         return torch.where(holds == (self.rule == "paper_amplify"), weight * one, one)
 
     def advantages(self, batch: Batch) -> Advantage:
-        """The base's, times the weight of the group."""
+        """Return the base advantages multiplied by the weight of the group."""
         value, level = super().advantages(batch)
         weight = self.group_weight(batch).to(value.dtype)
         return Advantage(value * (weight if level == "sequence" else batch.spread(weight)), level)

@@ -1,6 +1,6 @@
-"""Advantage estimators of the standard family, by name; none has a gradient.
+"""Advantage estimators of the standard family, by name. None has a gradient.
 
-Group estimators give one number per response, the others one per token.
+Group estimators return one number per response, the others one per token.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
 
 class Advantage(NamedTuple):
-    """(tokens,) for level "token", (seqs,) for level "sequence"."""
+    """Advantages: (tokens,) with level "token", (seqs,) with level "sequence"."""
 
     value: torch.Tensor
     level: str
 
 
-# estimator -> (inputs of the Batch beyond rewards, options it reads)
+# estimator -> (required fields of the Batch, besides the rewards; options that it reads)
 _SCALED = ("eps", "std", "scale", "singleton")
 ESTIMATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **{kind: (("group_ids",), _SCALED) for kind in KINDS},
@@ -42,21 +42,23 @@ WHITENED = frozenset({"gae", "reinforce_pp", "reinforce_pp_baseline"})
 
 
 def estimate(name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str, Any], whitened: bool) -> Advantage:
-    """The advantage of a batch. `reward` replaces batch.reward (a length penalty added to it).
+    """Return the advantages of a batch.
 
         grpo ... reinforce     the presets of `tokfuse.group_advantage`
-        gpg                    (R - mean) / F, F = responses in groups with spread / responses
-        gpg_verl               (R - mean) B / #(R != 0)
+        gpg                    (R - mean) / F, F = responses in groups with unequal rewards / responses
+        gpg_verl               (R - mean) B / #(R != 0), B = responses
         reinforce_pp_baseline  R - mean, on every token, whitened over tokens
-        reinforce_pp           reward to go of token rewards - reward_kl k1, whitened
+        reinforce_pp           reward to go of (token rewards - reward_kl k1), whitened
         gae                    `tokfuse.gae` of the same token rewards, whitened
-        otb                    G_t - sum_j G_jt W_jt / sum_j W_jt over the group at position t,
-                               W_t = running sum of 1 - 2 p + sum of p^2
+        otb                    G_t - sum_j G_jt W_jt / sum_j W_jt over the group at position t, with
+                               G = reward to go, W_t = running sum of 1 - 2 p + sum of p^2
 
     Args:
         name: an estimator of the table.
-        options: those of `ESTIMATORS[name]` that are set.
-        whitened: divide by the standard deviation over all tokens of all ranks.
+        batch: the rollout batch.
+        reward: (seqs,). Replaces batch.reward, for example with a length penalty added.
+        options: values of the options in `ESTIMATORS[name]` that are set.
+        whitened: subtract the mean and divide by the standard deviation over all tokens of all ranks.
     """
     value = _TOKEN[name](batch, reward, options) if name in _TOKEN else _per_group(name, batch, reward, options)
     if not whitened:
@@ -88,7 +90,7 @@ def _per_group(name: str, batch: Batch, reward: torch.Tensor, options: Mapping[s
 def _over_ranks(
     name: str, batch: Batch, reward: torch.Tensor, kind: Mapping[str, torch.Tensor], options: Mapping[str, Any]
 ) -> torch.Tensor:
-    """A deviation of the whole batch needs the rewards of all ranks; groups stay the ranks' own."""
+    """Return advantages scaled by the deviation of all ranks' rewards. Baselines stay local to each group."""
     grouped = name not in ("remax", "reinforce")
     ids = torch.zeros_like(reward, dtype=torch.int64)
     if grouped and batch.group_ids is not None:
@@ -102,8 +104,11 @@ def _over_ranks(
 
 
 def token_rewards(batch: Batch, reward: torch.Tensor, reward_kl: float | None) -> torch.Tensor:
-    """(tokens,) rewards: batch.token_reward, or `reward` on the last token that counts; minus
-    reward_kl (old_logp - ref_logp) on every token."""
+    """Return the token rewards, (tokens,).
+
+    They are batch.token_reward, or `reward` on the last counting token. On every token,
+    reward_kl (old_logp - ref_logp) is subtracted.
+    """
     if batch.token_reward is not None:
         rewards = batch.token_reward
     else:
@@ -116,7 +121,7 @@ def token_rewards(batch: Batch, reward: torch.Tensor, reward_kl: float | None) -
 
 
 def last_token(batch: Batch) -> torch.Tensor:
-    """(tokens,) bool: the last token of each sequence that counts."""
+    """Return True at the last counting token of each sequence, (tokens,) bool."""
     sequence, valid = batch.sequence, batch.valid
     place = torch.where(valid, torch.arange(batch.num_tokens, device=valid.device), -1)
     last = torch.full((batch.num_seqs,), -1, device=valid.device)
@@ -140,7 +145,7 @@ def _gae(batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]) -> Adva
 def gae_and_returns(
     batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tokfuse.gae` on the token rewards of a batch."""
+    """Return `tokfuse.gae` of the token rewards of a batch: (advantages, returns)."""
     assert batch.value is not None
     given = {k: v for k, v in options.items() if k != "reward_kl"}
     rewards = token_rewards(batch, reward, options.get("reward_kl"))
@@ -155,7 +160,7 @@ def _optimal_token_baseline(batch: Batch, reward: torch.Tensor, options: Mapping
     total = torch.where(valid, step, 0.0).cumsum(0)
     before = torch.nn.functional.pad(total, (1, 0))[start]
     weight = torch.where(valid, total - before[sequence], 0.0)
-    # One cell for every position of every group.
+    # One cell per position of every group.
     position = torch.arange(batch.num_tokens, device=valid.device) - start[sequence]
     group = groups_of(batch.group_ids).member[sequence]
     cell = (group * max(batch.num_tokens, 1) + position).unique(return_inverse=True)[1]
@@ -168,7 +173,7 @@ _TOKEN = {"reinforce_pp": _reward_to_go, "gae": _gae, "otb": _optimal_token_base
 
 
 def _whiten(batch: Batch, x: torch.Tensor) -> torch.Tensor:
-    """`tokfuse.whiten` with the moments of all ranks."""
+    """Return `tokfuse.whiten` with the moments of all ranks."""
     if batch.world.gather is None:
         return whiten(x, batch.mask)
     valid, wide = batch.valid, x.double()
@@ -179,7 +184,7 @@ def _whiten(batch: Batch, x: torch.Tensor) -> torch.Tensor:
 
 
 def check_options(op: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are set; refuses those that the estimator does not read."""
+    """Return the options that are set. Raise an error if the estimator does not read one of them."""
     if name not in ESTIMATORS:
         known = ", ".join(ESTIMATORS)
         raise refuse(op, "advantage", f"one of {known}", repr(name), "Choose a listed name.")
@@ -192,6 +197,6 @@ def check_options(op: str, name: str, given: Mapping[str, Any]) -> dict[str, Any
                 option,
                 f"left out with advantage {name!r}",
                 repr(used[option]),
-                f"It belongs to {', '.join(readers)}.",
+                f"Only {', '.join(readers)} use it.",
             )
     return used

@@ -1,4 +1,4 @@
-"""BAPO: clip bounds searched until positive tokens supply a target share of the loss."""
+"""BAPO: searches clip bounds such that positive tokens supply a target share of the loss."""
 
 from dataclasses import dataclass, replace
 
@@ -19,31 +19,35 @@ from tokfuse.runtime.policy.shapes import PPOClip
     system="BAPO",
     label="exact",
     source="arXiv 2510.18927 Eq. 8, Alg. 1; github.com/WooooDyy/BAPO",
-    summary="PPO clip whose bounds are searched, in one histogram pass, to a positive share",
+    summary="PPO clip; one histogram pass finds the bounds that give a target share of positive loss",
     differs=(
         "form='paper' (default): share P / (P + N) >= 0.4, upper bound first. form='code': P / N, "
-        "lower bound first, dual clip 3. Eq. 8's factor pi_rollout is an expectation over tokens, "
-        "which sampled tokens already are: not applied twice. A larger lower bound never helps the "
-        "share, so the loop has three outcomes, and one pass finds the loop's."
+        "lower bound first, dual clip 3. Eq. 8's factor pi_rollout is an expectation over tokens; "
+        "sampled tokens already have it, so it is not applied again. A larger lower bound never raises "
+        "the share, so the loop has only three outcomes, and one pass finds the same one."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class BAPO(Standard):
-    """PPO with ratio bounds [c_low, c_high] chosen per batch, over any estimator of `Standard`.
+    """PPO whose ratio bounds [c_low, c_high] are chosen for each batch, for any estimator of `Standard`.
 
-    e_t = min(r, c_high) A for A > 0, max(r, c_low) A for A < 0; P the sum of positive e, N of
-    negative |e|. From (low[0], high[0]) the bounds go up in steps while the statistic is below
-    `target`; the search restarts with every loss.
+    e_t = min(r, c_high) A for A > 0, and max(r, c_low) A for A < 0. P is the sum of positive e, N the sum of
+    negative |e|. The search starts at (low[0], high[0]) and raises the bounds in steps while the statistic is below
+    `target`. It starts again for every loss.
 
     Args:
-        target: of P / (P + N) (paper), of P / N (code).
-        low: (first, last) of c_low; high: of c_high.
-        step_low, step_high: grid of the search; the last value is reached exactly on it.
+        target: bound on P / (P + N) with form "paper", on P / N with form "code".
+        low: (first, last) value of c_low.
+        high: (first, last) value of c_high.
+        step_low: step of c_low.
+        step_high: step of c_high.
         form: "paper" or "code".
 
-    Inputs: logp of the current policy. State: none. Costs one gather of 2 (grid + 2) numbers, and
-    one wait for the device, because bounds are numbers of the objective. Source: paper and released
-    code, each exact in its form.
+    Inputs: logp of the current policy.
+    State: none.
+    Cost: one gather of 2 (grid + 2) numbers, and one synchronisation with the device, because the bounds are numbers
+    in the objective.
+    Source: paper and released code, each exact in its form.
     """
 
     target: float = 0.4
@@ -67,11 +71,11 @@ class BAPO(Standard):
 
     @property
     def needs_policy(self) -> bool:
-        """The search reads the current ratios."""
+        """Always True: the search reads the current ratios."""
         return True
 
     def objective(self, batch: Batch, state: State) -> Plan:
-        """The plan with this batch's bounds."""
+        """Return the plan with the bounds of this batch."""
         batch.require(self._op, "logp")
         plan = super().objective(batch, state)
         assert plan.batch.logp is not None
@@ -85,10 +89,13 @@ class BAPO(Standard):
     def search(
         self, ratio: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor, world: World | None = None
     ) -> tuple[float, float]:
-        """(c_low, c_high). Integer steps: a sum of 0.02 drifts past the last bound.
+        """Return (c_low, c_high). Steps are integers, because adding up 0.02 drifts past the last bound.
 
         Args:
-            ratio, advantage: (tokens,); mask: (tokens,), bool.
+            ratio: (tokens,).
+            advantage: (tokens,).
+            mask: (tokens,), bool.
+            world: the ranks. None: this process alone.
         """
         steps_low = round((self.low[1] - self.low[0]) / self.step_low)
         steps_high = round((self.high[1] - self.high[0]) / self.step_high)
@@ -96,7 +103,7 @@ class BAPO(Standard):
         grid = [self.high[0] + k * self.step_high for k in range(steps_high + 1)]
         r, a = ratio.double(), torch.where(mask, advantage.double(), 0.0)
         r = torch.where(mask, r, 1.0)
-        # Bin of a positive token: the first candidate that its ratio does not exceed.
+        # Bin of a positive token: the first candidate bound that is at least its ratio.
         edges = torch.tensor(grid, dtype=torch.float64, device=r.device)
         place = torch.searchsorted(edges, r)
         up = a.clamp(min=0)
@@ -112,7 +119,7 @@ class BAPO(Standard):
     def _choose(
         self, positive: list[float], negative: list[float], grid: list[float], last_low: float
     ) -> tuple[float, float]:
-        """positive: P at every candidate; negative: N at the first and at the last c_low."""
+        """Return the bounds, from P at every candidate c_high (`positive`) and N at both c_low (`negative`)."""
 
         def reached(p: float, n: float) -> bool:
             whole = p + n if self.form == "paper" else n

@@ -1,21 +1,22 @@
-"""The protocol of all methods: a frozen config with pure functions, and a state that is plain data.
+"""The interface of all methods: a frozen configuration with pure functions, and a state of plain data.
 
     algorithm = tokfuse.algorithms.make("gbpo", tau=1e-4)
     state = algorithm.initial_state()
     for every rollout:
         batch = algorithm.prepare(batch, state)                    # advantages and selection
-        algorithm.before(batch, state)                             # PIPO: a plan to do first
+        algorithm.before(batch, state)                             # plans to run first (only PIPO has any)
         for every minibatch of sequences:
-            for plan in algorithm.plans(batch.take(part), state):  # LOPTI: two; all others: one
+            for plan in algorithm.plans(batch.take(part), state):  # one plan; LOPTI has two
                 step = tokfuse.policy_step(logits=..., target=..., **plan.inputs())
                 step.loss.backward(); optimizer.step()
                 metrics = algorithm.measure(plan, step.stats.logp, step.stats.entropy)
                 state = algorithm.update(state, metrics)
-        state = algorithm.advance(state, batch)                    # once a rollout
+        state = algorithm.advance(state, batch)                    # once per rollout
 
-Methods that look at the current policy before they can state their loss (`needs_policy`) take
-`batch.with_policy(stats.logp, stats.entropy)` with `stats = tokfuse.token_stats(logits, target)`
-and `plan.loss(stats.logp, stats.entropy)`: the same two passes over the logits, in two calls.
+If `needs_policy` is True, the method reads statistics of the current policy before it computes its loss. Call
+`stats = tokfuse.token_stats(logits, target)`, pass `batch.with_policy(stats.logp, stats.entropy)` to `plans`, and
+compute the loss with `plan.loss(stats.logp, stats.entropy)`. The logits are still read in two passes, as in
+`policy_step`, but in two calls.
 """
 
 from abc import ABC, abstractmethod
@@ -40,14 +41,21 @@ class Plan:
     """One optimizer step: an objective and its inputs.
 
     Args:
-        batch: the tokens it is about.
-        objective: what `policy_step` gets.
-        advantage, advantage_level, mask, token_weight, signal, ref_logp, kl_weight,
-            entropy_weight: as in `tokfuse.policy_step`.
-        normalizer: "batch" for this batch's own count, or a number.
-        constant: () value of terms that have no gradient, left out of the fused loss: add it to a
+        batch: the batch that the step trains on.
+        objective: the `Objective` for `policy_step`.
+        advantage: (tokens,), or (seqs,) with advantage_level "sequence".
+        advantage_level: "token" or "sequence".
+        mask: (tokens,), bool. True where a token counts. None: all tokens count.
+        token_weight: (tokens,). Multiplies the policy term. None: 1.
+        signal: (tokens,). Target signal of the shape `TargetRatio`, or success rate of the shape `NFT`.
+        ref_logp: (tokens,), nats. Log-probabilities that the KL term compares the policy with.
+        kl_weight: (tokens,). Multiplies the KL term. None: 1.
+        entropy_weight: (tokens,). Multiplies the entropy term. None: 1.
+        normalizer: "batch" divides by the count of this batch; a number divides by that number.
+        constant: (). Value of terms without a gradient. The fused loss leaves them out; add them to a
             reported loss. None: 0.
-        source: "current", or "previous" for the rollout that `advance` saw last (PIPO).
+        source: "current" for the batch passed to `plans`; "previous" for the last rollout batch passed to
+            `advance` (PIPO).
     """
 
     batch: Batch
@@ -65,10 +73,11 @@ class Plan:
     source: str = "current"
 
     def inputs(self, normalizer: float | torch.Tensor | None = None) -> dict[str, Any]:
-        """Keyword arguments for `policy_step`, all but the logits and the target.
+        """Return the keyword arguments of `policy_step`, except the logits and the target.
 
-        normalizer: the sum of `count()` over micro-batches and ranks; where nothing counts, 0, any
-            divisor gives the loss 0. None: this plan's own.
+        Args:
+            normalizer: sum of `count()` over micro-batches and ranks. If it is 0, no token counts and the
+                loss is 0 with any divisor. None: the normalizer of this plan.
         """
         if normalizer is not None:
             normalizer = float(normalizer) or 1.0
@@ -94,13 +103,16 @@ class Plan:
     def loss(
         self, logp: torch.Tensor, entropy: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None
     ) -> PolicyLoss:
-        """`tokfuse.policy_loss` of differentiable statistics; the same numbers as `policy_step`."""
+        """Return `tokfuse.policy_loss` of differentiable statistics, with the same numbers as `policy_step`."""
         inputs = self.inputs(normalizer)
         return policy_loss(logp, entropy=entropy, **inputs)
 
     def count(self) -> torch.Tensor:
-        """() float64: what "batch" divides by. Summed over micro-batches and ranks it is the global
-        normaliser; a constant normaliser is counted in the same way."""
+        """Return the divisor of the loss, () float64.
+
+        Sum it over micro-batches and ranks to get the global normalizer. This also holds if the normalizer is
+        a constant.
+        """
         device = self.batch.old_logp.device
         if self.normalizer != "batch":
             return torch.tensor(self.normalizer, dtype=torch.float64, device=device)
@@ -111,71 +123,74 @@ class Plan:
 
     @property
     def needs_every_row(self) -> bool:
-        """False where a sequence of advantage 0 has gradient 0: it may be left out of the forward
-        pass, as long as the normaliser counts it."""
+        """Whether the forward pass must read sequences with advantage 0.
+
+        If False, such a sequence has gradient 0. It may be left out of the forward pass, but the normalizer
+        must count it.
+        """
         o = self.objective
         return o.kl is not None or o.entropy_coef != 0.0 or not o.shape.zero_without_advantage
 
     def weigh(self, factor: torch.Tensor) -> "Plan":
-        """The policy term of every token times `factor`, (tokens,)."""
+        """Return the plan with the policy term of every token multiplied by `factor`, (tokens,)."""
         weight = factor if self.token_weight is None else self.token_weight * factor
         return replace(self, token_weight=weight.to(self.batch.old_logp.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(Stateful, ABC):
-    """A method that trains a policy: its fields are its configuration, its methods are pure."""
+    """A method that trains a policy. Its fields are its configuration; its methods are pure functions."""
 
     @property
     def needs_policy(self) -> bool:
-        """True where `objective` reads batch.logp or batch.entropy of the current policy."""
+        """Whether `objective` reads `batch.logp` or `batch.entropy` of the current policy."""
         return False
 
     @abstractmethod
     def advantages(self, batch: Batch) -> Advantage:
-        """Of the whole rollout batch, before it is cut into minibatches."""
+        """Return the advantages of the whole rollout batch, before it is split into minibatches."""
 
     def select(self, batch: Batch, advantage: Advantage, state: State) -> torch.Tensor | None:
-        """(tokens,) bool: the tokens that take part at all, loss and denominator; None: all.
+        """Return the tokens that take part in the loss and in its denominator, (tokens,) bool. None: all.
 
-        A sequence without one need not be read by the model: `kept_sequences`.
+        The model does not need to read a sequence without such a token; see `kept_sequences`.
         """
         return None
 
     @abstractmethod
     def objective(self, batch: Batch, state: State) -> Plan:
-        """The loss of a prepared batch, or of a minibatch of it."""
+        """Return the loss of a prepared batch, or of a minibatch of it."""
 
     def prepare(self, batch: Batch, state: State) -> Batch:
-        """The batch with its advantages, and its mask narrowed by `select`."""
+        """Return the batch with its advantages, and with its mask reduced by `select`."""
         advantage = self.advantages(batch)
         keep = self.select(batch, advantage, state)
         mask = batch.mask if keep is None else batch.valid & keep
         return replace(batch, advantage=advantage.value, advantage_level=advantage.level, mask=mask)
 
     def before(self, batch: Batch, state: State) -> tuple[Plan, ...]:
-        """Optimizer steps to take before those of a rollout batch, prepared and whole."""
+        """Return the optimizer steps to take before the steps of a prepared, whole rollout batch."""
         return ()
 
     def plans(self, batch: Batch, state: State) -> tuple[Plan, ...]:
-        """One optimizer step each, in this order, for a minibatch."""
+        """Return the optimizer steps of a minibatch, in order."""
         return (self.objective(batch, state),)
 
     def measure(self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """0-dim sums that `update` needs; add them over micro-batches and ranks."""
+        """Return the 0-dim sums that `update` needs. Add them over micro-batches and ranks."""
         return {}
 
     def update(self, state: State, metrics: Mapping[str, torch.Tensor]) -> State:
-        """The state after an optimizer step."""
+        """Return the state after an optimizer step."""
         return state
 
     def advance(self, state: State, batch: Batch) -> State:
-        """The state after a rollout batch, prepared, has been used up."""
+        """Return the state after all steps of a prepared rollout batch."""
         return state
 
 
 def require_metrics(op: str, metrics: Mapping[str, torch.Tensor], *names: str) -> None:
-    """Refuse metrics that `measure` did not make."""
+    """Raise an error if a metric from `measure` is missing."""
     for name in names:
         if name not in metrics:
             raise refuse(
@@ -184,5 +199,5 @@ def require_metrics(op: str, metrics: Mapping[str, torch.Tensor], *names: str) -
 
 
 def kept_sequences(batch: Batch) -> torch.Tensor:
-    """(count,) int64: the sequences with a token that counts; the others need no forward pass."""
+    """Return the sequences that have a counting token, (count,) int64. The others need no forward pass."""
     return (batch.lengths > 0).nonzero().flatten()

@@ -1,6 +1,6 @@
-"""What an algorithm reads: one packed rollout batch, and the ranks that share it.
+"""Input of the algorithms: one packed rollout batch, and the ranks that share it.
 
-T tokens, S sequences; sequence i owns tokens cu_seqlens[i] : cu_seqlens[i + 1].
+Shapes: T tokens, S sequences. Sequence i has the tokens cu_seqlens[i] : cu_seqlens[i + 1].
 """
 
 from collections.abc import Callable, Mapping
@@ -22,18 +22,17 @@ OP = "Batch"
 
 @dataclass(frozen=True)
 class World:
-    """The ranks that hold the parts of one batch; without arguments, this process alone.
+    """The ranks that hold the parts of one batch. Without arguments: this process alone.
 
-    Every global decision of an algorithm (a top-K, a quantile, a histogram, a mean) goes through
-    `gather`, with tensors whose size does not depend on the number of tokens.
+    Every global decision of an algorithm (top-K, quantile, histogram, mean) uses `gather`. The size of the
+    gathered tensors does not depend on the number of tokens.
+
+    All responses to one prompt must be on one rank. Group statistics are local; batch statistics are global.
 
     Args:
-        gather: takes a tensor of the same shape on every rank, returns (ranks, ...), in rank order.
-            With torch.distributed: `World.of_group()`. None: one rank.
-        rank: place of this process in that order.
-
-    The responses to one prompt lie on one rank: statistics of groups are local, those of the batch
-    are not.
+        gather: function that takes a tensor of the same shape on every rank and returns (ranks, ...) in rank
+            order. `World.of_group()` makes one from torch.distributed. None: one rank.
+        rank: index of this process in that order.
     """
 
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -41,29 +40,30 @@ class World:
 
     @classmethod
     def of_group(cls, group: "ProcessGroup | None" = None) -> "World":
-        """The ranks of a process group that hold different parts of the batch; None: the default
-        group."""
+        """Return the ranks of a process group, each with a different part of the batch. None: the default group."""
         collectives.require_group("World.of_group", group)
         return cls(lambda x: collectives.all_gather(x, group), collectives.own_rank(group))
 
     def all(self, x: torch.Tensor) -> torch.Tensor:
-        """(ranks, ...): `x` of every rank."""
+        """Return `x` of every rank, (ranks, ...)."""
         return x.unsqueeze(0) if self.gather is None else self.gather(x.contiguous())
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in rank order: the same bits on every rank."""
+        """Return the sum over ranks. It is added in rank order, so every rank has the same bits."""
         return self.all(x).sum(0)
 
     def vectors(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The vectors of all ranks, which may differ in length: padded to the longest one."""
+        """Return the vectors of all ranks. Their lengths may differ; they are padded to the longest to be sent."""
         sizes = self.all(torch.tensor([x.shape[0]], device=x.device)).flatten().tolist()
         padded = x.new_zeros(max(sizes))
         padded[: x.shape[0]] = x
         return [row[:size] for row, size in zip(self.all(padded), sizes, strict=True)]
 
     def together(self, run: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> torch.Tensor:
-        """This rank's part of run(vectors of all ranks, joined in rank order): every rank solves
-        the same small problem."""
+        """Return this rank's part of run(vectors of all ranks, joined in rank order).
+
+        Every rank solves the same small problem.
+        """
         parts = [self.vectors(x) for x in vectors]
         whole = run(*(torch.cat(part) for part in parts))
         mine: torch.Tensor = whole.split([len(x) for x in parts[0]])[self.rank]
@@ -72,37 +72,43 @@ class World:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Responses of one rollout, packed, and what has been measured of them. Nothing has a gradient.
+    """Packed responses of one rollout and their measured statistics. No field has a gradient.
 
     Args:
-        reward: (seqs,), float. One per response.
-        cu_seqlens: (seqs + 1,), int32. Borders of the responses.
-        old_logp: (tokens,), float, nats. Under the policy at the start of the update, or, for
-            replayed data, under the policy that produced the token.
+        reward: (seqs,), float. One reward per response.
+        cu_seqlens: (seqs + 1,), int32. Offsets of the responses.
+        old_logp: (tokens,), float, nats. Log-probability under the policy at the start of the update. For
+            replayed data: under the policy that generated the token.
         group_ids: (seqs,), int. Prompt of each response.
-        mask: (tokens,), bool. True where a token counts. None: all.
-        correct: (seqs,), bool. Verified right. None: methods that need it take reward > 0 where
-            their docstring says so, and refuse otherwise.
-        finished: (seqs,), bool. False: cut off by the generation window. None: all finished.
+        mask: (tokens,), bool. True where a token counts. None: all tokens count.
+        correct: (seqs,), bool. Whether the response was verified as correct. None: some methods use
+            reward > 0 (their docstring says so); all others raise an error.
+        finished: (seqs,), bool. False if the generation window cut the response off. None: all finished.
         greedy_reward: (seqs,), float. Reward of the greedy response to the same prompt (ReMax).
-        turn: (seqs,), int. Turn of the agent that the response belongs to (EPO).
-        demonstration: (seqs,), bool. A teacher's trace, not a sample of the policy (DYPO).
-        token_reward, value, median_value: (tokens,), float. Rewards per token; the critic's value
-            of the state before the token; the learned conditional median (BPO).
-        ref_logp: (tokens,), float, nats. Under the reference policy (CDPO: the bias model).
-        sampler_logp: (tokens,), float, nats. As the rollout engine reported it.
-        second_logp: (tokens,), float, nats. Old policy at another temperature (DCPO); `token_stats`
-            gives it with `second_temperature`.
-        logp: (tokens,), float, nats. Current policy. On the first update this is old_logp.
-        entropy: (tokens,), float, nats. Of the current policy.
-        sum_sq: (tokens,), float. Sum of squared probabilities, of the old policy (OTB).
-        window: (tokens,), bool. Tokens generated in this step (T-PPO). None: all.
-        causal_weight: (tokens,), float. Weights of the entropy (CIP).
-        advantage, advantage_level, signal, token_weight: what `Algorithm.prepare` fills in.
+        turn: (seqs,), int. Agent turn that the response belongs to (EPO).
+        demonstration: (seqs,), bool. True for a teacher's trace, False for a sample of the policy (DYPO).
+        token_reward: (tokens,), float. Reward per token. None: `reward` on the last counting token.
+        value: (tokens,), float. The critic's value of the state before the token.
+        median_value: (tokens,), float. Learned conditional median of the return (BPO).
+        ref_logp: (tokens,), float, nats. Log-probability under the reference policy (CDPO: the bias model).
+        sampler_logp: (tokens,), float, nats. Log-probability that the rollout engine reported.
+        second_logp: (tokens,), float, nats. Log-probability under the old policy at another temperature
+            (DCPO). `token_stats` returns it with `second_temperature`.
+        logp: (tokens,), float, nats. Log-probability under the current policy. On the first update it equals
+            old_logp.
+        entropy: (tokens,), float, nats. Entropy of the current policy.
+        sum_sq: (tokens,), float. Sum of squared probabilities of the old policy (OTB).
+        window: (tokens,), bool. True for tokens generated in this step (T-PPO). None: all.
+        causal_weight: (tokens,), float. Weight of each token's entropy (CIP).
+        advantage: (tokens,) or (seqs,), float. Set by `Algorithm.prepare`.
+        advantage_level: "token" or "sequence", the unit of `advantage`. Set by `Algorithm.prepare`.
+        signal: (tokens,), float. Target signal or success rate, for shapes that need one. Set by
+            `Algorithm.prepare`.
+        token_weight: (tokens,), float. Multiplies the policy term. None: 1.
         world: the ranks that share the batch.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, borders that are no prefix sum.
+        ValueError: a wrong shape, dtype or device, or cu_seqlens that are no prefix sum.
     """
 
     reward: torch.Tensor
@@ -157,50 +163,50 @@ class Batch:
 
     @property
     def valid(self) -> torch.Tensor:
-        """(tokens,) bool: the mask, or all."""
+        """The mask, or all True without one; (tokens,) bool."""
         return torch.ones_like(self.old_logp, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
     def sequence(self) -> torch.Tensor:
-        """(tokens,) int64: the sequence of every token."""
+        """Index of every token's sequence, (tokens,) int64."""
         return sequence_index(self.cu_seqlens, self.num_tokens)
 
     @property
     def lengths(self) -> torch.Tensor:
-        """(seqs,) int64: tokens of each sequence that count."""
+        """Number of counting tokens of each sequence, (seqs,) int64."""
         return segment_sum(self.valid.long(), self.sequence, self.num_seqs)
 
     def spread(self, per_sequence: torch.Tensor) -> torch.Tensor:
-        """(tokens,): the value of each token's sequence."""
+        """Return the value of each token's sequence, (tokens,)."""
         return per_sequence[self.sequence]
 
     def sequence_mean(self, per_token: torch.Tensor) -> torch.Tensor:
-        """(seqs,) float64: mean over the tokens that count; 0 for a sequence without one."""
+        """Return the mean over the counting tokens of each sequence, (seqs,) float64. A sequence without one: 0."""
         x = torch.where(self.valid, per_token.double(), 0.0)
         total: torch.Tensor = segment_sum(x, self.sequence, self.num_seqs)
         return total / self.lengths.clamp(min=1)
 
     def global_mean(self, per_token: torch.Tensor) -> torch.Tensor:
-        """() float64: mean over the tokens of all ranks that count; 0 without one."""
+        """Return the mean over the counting tokens of all ranks, () float64. Without one: 0."""
         x = torch.where(self.valid, per_token.double(), 0.0)
         sums = self.world.sum(torch.stack([x.sum(), self.valid.sum().double()]))
         return sums[0] / sums[1].clamp(min=1)
 
     def require(self, op: str, *names: str) -> None:
-        """Refuse a batch that lacks one of these fields."""
+        """Raise an error if the batch lacks one of these fields."""
         for name in names:
             if getattr(self, name) is None:
                 raise refuse(op, f"batch.{name}", "given", None, _HOW_TO_GET.get(name, _PASS_IT))
 
     def with_policy(self, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> "Batch":
-        """The same batch with detached statistics of the current policy."""
+        """Return the same batch with detached statistics of the current policy."""
         entropy = self.entropy if entropy is None else entropy.detach()
         return replace(self, logp=logp.detach(), entropy=entropy)
 
     def take(self, seqs: torch.Tensor) -> "Batch":
-        """The batch of these sequences only, (count,) int64, in this order: a minibatch.
+        """Return a minibatch: only the sequences `seqs`, (count,) int64, in this order.
 
-        Prepared fields come along, so advantages keep the statistics of the whole batch.
+        Prepared fields are copied, so advantages keep the statistics of the whole batch.
         """
         length = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()[seqs]
         border = torch.nn.functional.pad(length.cumsum(0), (1, 0))
@@ -217,13 +223,13 @@ class Batch:
         return replace(self, **cut)
 
     def to_state(self) -> dict[str, Any]:
-        """Tensors and strings only, for a checkpoint; without `world`."""
+        """Return the fields, tensors and strings only, for a checkpoint; without `world`."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "world"}
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], world: World) -> "Batch":
-        """The inverse of `to_state`."""
+        """Return the batch of a `to_state` checkpoint."""
         return cls(**state, world=world)
 
 
@@ -256,7 +262,7 @@ PER_TOKEN = dict.fromkeys(
     FLOATS,
 ) | {"mask": BOOL, "window": BOOL}
 
-_PASS_IT = "Build the Batch with it."
+_PASS_IT = "Pass it when you create the Batch."
 _HOW_TO_GET = {
     "logp": "Pass batch.with_policy(token_stats(...).logp), or old_logp on the first update.",
     "entropy": "Pass token_stats(...).entropy.",

@@ -1,4 +1,4 @@
-"""Entropy bonus weighted per token, our counterpart of CIP's causally weighted entropy."""
+"""Entropy bonus with a weight per token: the analogue of CIP's causally weighted entropy."""
 
 from dataclasses import dataclass, replace
 
@@ -17,22 +17,25 @@ from tokfuse.runtime.core.checks import check_choice, check_number
     system="CIP",
     label="analogue",
     source="inspired by arXiv 2502.10097; github.com/HYeCao/CIP",
-    summary="- lambda sum u H / sum u, u a causal weight of each token",
+    summary="- lambda sum u H / sum u, with a causal weight u of each token",
     required=("entropy_coef",),
     differs=(
-        "CIP is soft actor-critic with weights from DirectLiNGAM on states and actions. Here the "
-        "weights are an input and only the weighted entropy is taken over."
+        "CIP is a soft actor-critic whose weights come from DirectLiNGAM on states and actions. Only "
+        "the weighted entropy is implemented here; the weights are an input."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class CIP(Standard):
-    """loss = base - entropy_coef sum_t u_t H_t / sum_t u_t, sums over the tokens of all ranks.
+    """loss = base - entropy_coef sum_t u_t H_t / sum_t u_t, with sums over the tokens of all ranks.
+
+    `base` is the loss of `Standard` with the same options.
 
     Args:
         entropy_coef: lambda > 0.
 
-    Inputs: causal_weight (u >= 0). u = 1 everywhere is the plain bonus. State: none. Analogue: not
-    the paper's algorithm.
+    Inputs: causal_weight (u >= 0); u = 1 everywhere gives the plain entropy bonus.
+    State: none.
+    Analogue: this is not the paper's algorithm.
     """
 
     def __post_init__(self) -> None:
@@ -41,7 +44,7 @@ class CIP(Standard):
         check_choice(self._op, "aggregation", self.aggregation, ("token_mean",))
 
     def objective(self, batch: Batch, state: State) -> Plan:
-        """The base's plan, with weights whose mean is 1."""
+        """Return the base plan, with entropy weights whose mean is 1."""
         batch.require(self._op, "causal_weight")
         plan = super().objective(batch, state)
         assert batch.causal_weight is not None

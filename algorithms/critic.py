@@ -1,4 +1,4 @@
-"""What a trainer with a critic needs beside the policy loss: returns and the clipped value loss."""
+"""Functions for a trainer with a critic, in addition to the policy loss: returns and the clipped value loss."""
 
 import torch
 
@@ -8,10 +8,15 @@ from tokfuse.runtime.core.errors import refuse
 
 
 def returns(batch: Batch, *, gamma: float = 1.0, lam: float = 1.0, reward_kl: float = 0.0) -> torch.Tensor:
-    """(tokens,) regression target of the critic: GAE + value. lam 1: the Monte-Carlo return.
+    """Return the regression target of the critic, (tokens,): GAE + value. With lam 1: the Monte-Carlo return.
 
-    A decoupled critic (VAPO) has lam 1 whatever the policy's; the policy's own is the default of
-    the method. Inputs: value, (token_)reward, ref_logp with reward_kl.
+    A decoupled critic (VAPO) uses lam 1, whatever lam the policy uses.
+
+    Args:
+        batch: needs `value`, and `reward` or `token_reward`; with reward_kl also `ref_logp`.
+        gamma: discount in [0, 1].
+        lam: lambda in [0, 1].
+        reward_kl: coefficient of the k1 KL that is subtracted from the token rewards.
     """
     batch.require("critic.returns", "value")
     options = {"gamma": gamma, "lam": lam, "reward_kl": reward_kl}
@@ -27,20 +32,20 @@ def value_loss(
     mask: torch.Tensor | None = None,
     normalizer: float | torch.Tensor,
 ) -> torch.Tensor:
-    """0.5 sum max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / normalizer over the masked tokens.
+    """Return 0.5 sum max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / normalizer over the masked tokens, ().
 
     Args:
-        value: (tokens,), float, of the current critic; receives the gradient.
-        old_value: (tokens,), float, at the start of the update.
-        target: (tokens,), float, e.g. `returns`.
-        clip: None: the plain squared error.
-        mask: (tokens,), bool. T-PPO: `TPPO.critic_mask`. None: all.
-        normalizer: the global number of tokens.
+        value: (tokens,), float. Value of the current critic; receives the gradient.
+        old_value: (tokens,), float. Value at the start of the update.
+        target: (tokens,), float. Regression target R, e.g. from `returns`.
+        clip: width of the clip. None: the plain squared error.
+        mask: (tokens,), bool. True where a token counts; for T-PPO `TPPO.critic_mask`. None: all tokens count.
+        normalizer: number of tokens over all micro-batches and ranks.
 
     Source: PPO (arXiv 1707.06347) as in verl. Exact.
     """
     if clip is not None and not clip >= 0.0:
-        raise refuse("critic.value_loss", "clip", ">= 0 or None", clip, "0.2 is PPO's.")
+        raise refuse("critic.value_loss", "clip", ">= 0 or None", clip, "PPO uses 0.2.")
     target, old = target.detach(), old_value.detach()
     square = (value - target) ** 2
     if clip is not None:

@@ -1,4 +1,4 @@
-"""D3S: train on the rollouts of largest advantage variance and their tokens of largest |A| H."""
+"""D3S: trains on the rollouts with the largest advantage variance, and there on the tokens with the largest |A| H."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,36 +20,37 @@ from tokfuse.runtime.core.errors import refuse
     system="D3S",
     label="recon",
     source="arXiv 2509.22115; abstract, reviews and two agreeing notes",
-    summary="max-variance rollouts, then the top |A| entropy tokens, both budgets growing",
+    summary="rollouts with the most advantage variance, then tokens with the top |A| entropy; both budgets grow",
     required=("rollouts", "tokens", "total_steps"),
     differs=(
-        "Budgets are required: the paper's values were not found. Assumed: top-K over the pooled "
-        "kept tokens, the denominator counts kept tokens, entropy of the policy at the start of "
-        "the update, counts rounded down and at least 1."
+        "Budgets are required, because the paper's values were not found. Assumed: top-K over the kept "
+        "tokens of all rollouts together; the denominator counts kept tokens; the entropy is of the "
+        "policy at the start of the update; counts are rounded down and at least 1."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class D3S(Standard):
-    """Dynamic dual-level down-sampling over any objective of `Standard`.
+    """Dynamic down-sampling of rollouts and tokens, for any objective of `Standard`.
 
-    Advantages are those of all rollouts and stay so. Kept are
+    Advantages are computed over all rollouts and do not change. The selection has three steps:
 
-        S_q = argmax over subsets of size n of Var(A) inside each prompt q,
-        S   = argmax over subsets of size `batch_rollouts` of Var(A) of their union,
-        T   = the K tokens of S with the largest |A| H, K = floor(fraction * tokens of S),
+        S_q = argmax over subsets of size n of Var(A), inside each prompt q
+        S   = argmax over subsets of size `batch_rollouts` of Var(A), of the union of all S_q
+        T   = the K tokens of S with the largest |A| H, K = floor(fraction * tokens of S)
 
-    loss = base loss * 1[t in T], normalised by the tokens of T. n and the fraction go linearly from
-    their first to their last value over `total_steps`. Both subsets are exact: always some i
-    largest and the rest smallest.
+    loss = base loss * 1[t in T], normalised by the tokens of T. n and the fraction change linearly from their first
+    to their last value over `total_steps`. Both subsets are exact: the best one always consists of some number of
+    the largest and the rest from the smallest.
 
     Args:
-        rollouts: (first, last) n kept per prompt.
-        tokens: (first, last) fraction in (0, 1] of tokens kept, e.g. (0.05, 0.2).
-        total_steps: rollout batches in the run.
-        batch_rollouts: size of S over all ranks. None: stage 1 alone ("D3S-I").
+        rollouts: (first, last) n, rollouts kept per prompt.
+        tokens: (first, last) fraction of tokens kept, in (0, 1], e.g. (0.05, 0.2).
+        total_steps: number of rollout batches in the run.
+        batch_rollouts: size of S over all ranks. None: the second step is skipped ("D3S-I").
 
-    Inputs: group_ids, entropy (old policy). State: the step. Source: arXiv 2509.22115,
-    reconstructed.
+    Inputs: group_ids, entropy (of the old policy).
+    State: the step.
+    Source: arXiv 2509.22115, reconstructed.
     """
 
     rollouts: tuple[int, int] = (0, 0)
@@ -62,7 +63,7 @@ class D3S(Standard):
         for name, low, high in (("rollouts", 1, 2**31), ("tokens", 0.0, 1.0)):
             pair = getattr(self, name)
             if not isinstance(pair, tuple) or len(pair) != 2:
-                raise refuse(self._op, name, "a pair (first, last)", pair, "Pass both ends.")
+                raise refuse(self._op, name, "a pair (first, last)", pair, "Pass both values.")
             for value in pair:
                 check_number(self._op, name, value, low, high, open_low=name == "tokens")
         check_number(self._op, "total_steps", self.total_steps, 1)
@@ -70,18 +71,18 @@ class D3S(Standard):
             check_number(self._op, "batch_rollouts", self.batch_rollouts, 1)
 
     def initial_state(self) -> State:
-        """The base's, and the step."""
+        """Return the base state, and the step."""
         return super().initial_state() | {"step": 0}
 
     def budgets(self, state: Mapping[str, int]) -> tuple[int, float]:
-        """(rollouts per prompt, fraction of tokens) at this step."""
+        """Return (rollouts per prompt, fraction of tokens) at this step."""
         p = min(state["step"] / self.total_steps, 1.0)
         (n0, n1), (k0, k1) = self.rollouts, self.tokens
-        # 1e-9: (1 - p) 4 + p 8 may fall a rounding below the integer that it is.
+        # 1e-9, because rounding may put (1 - p) n0 + p n1 just below the integer that it should be.
         return max(1, int((1 - p) * n0 + p * n1 + 1e-9)), (1 - p) * k0 + p * k1
 
     def select(self, batch: Batch, advantage: Advantage, state: State) -> torch.Tensor | None:
-        """The tokens of T."""
+        """Return the tokens of T."""
         batch.require(self._op, "group_ids", "entropy")
         assert batch.group_ids is not None and batch.entropy is not None
         n, fraction = self.budgets(state)
@@ -100,7 +101,7 @@ class D3S(Standard):
         return top_mask(size * batch.entropy, count, pool, batch.world)
 
     def _across_groups(self, batch: Batch, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Stage 2 over the kept rollouts of all ranks; every rank solves the same small problem."""
+        """Return the rollouts of S. Every rank solves the same small problem over all ranks' kept rollouts."""
         assert self.batch_rollouts is not None
         size = self.batch_rollouts
         out = rows.clone()
@@ -108,5 +109,5 @@ class D3S(Standard):
         return out
 
     def advance(self, state: State, batch: Batch) -> State:
-        """One step further in the schedule."""
+        """Return the state at the next step of the schedule."""
         return super().advance(state, batch) | {"step": state["step"] + 1}

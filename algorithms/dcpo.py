@@ -1,4 +1,4 @@
-"""DCPO (distribution-centric): positives reweighted towards a temperature-shifted policy."""
+"""DCPO (distribution-centric): reweights positive responses towards a policy at another temperature."""
 
 from dataclasses import dataclass, replace
 
@@ -18,27 +18,34 @@ from tokfuse.runtime.policy.shapes import PPOClip, Shape
     system="DCPO (distribution-centric)",
     label="exact",
     source="arXiv 2601.12730; github.com/597358816/DCPO",
-    summary="a REINFORCE term on positives aimed at a hotter or cooler copy of the policy",
+    summary="a REINFORCE term on positive responses, aimed at a hotter or cooler copy of the policy",
     differs=(
-        "Named dcpo_dist: another DCPO clips by token priors. Without a positive the code divides "
-        "by 0; here alpha is 0. 'Entropy' is the code's sample estimate -mean(old_logp)."
+        "The name is dcpo_dist, because another DCPO clips by token priors. Without a positive response "
+        "the code divides by 0; here alpha is 0. 'Entropy' is the code's sample estimate -mean(old_logp)."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class DCPO(Standard):
     """A_t <- (1 - alpha) A_t + alpha b kappa_t, then PPO with dual clip.
 
-    kappa_t = exp(old logp at T - old logp at 1), b = 1[R > threshold],
-    alpha_1 = min(|H0 - H|, alpha_max) / mean(b), alpha = alpha_1 / (1 + alpha_1),
-    T = `hot` if H <= H0 else `cold`; H the previous batch's -mean(old_logp), 0 before the first.
+        kappa_t = exp(old logp at temperature T - old logp at temperature 1)
+        b = 1[R > threshold]
+        alpha_1 = min(|H0 - H|, alpha_max) / mean(b),   alpha = alpha_1 / (1 + alpha_1)
+        T = `hot` if H <= H0 else `cold`
+
+    H is -mean(old_logp) of the previous batch, and 0 before the first batch.
 
     Args:
-        target_entropy: H0; 0.25 is the paper's best, 0.5 its script's.
-        alpha_max: 0.1. hot, cold: 1.2 and 0.8. threshold: 0.05.
+        target_entropy: H0. The paper's best value is 0.25; its script uses 0.5.
+        alpha_max: bound on |H0 - H| in alpha_1.
+        hot: temperature used while the entropy is at or below the target.
+        cold: temperature used while it is above.
+        threshold: a response is positive if its reward is above this value.
 
-    Inputs: group_ids, second_logp = old policy at `temperature(state)`, from the same read:
-    `token_stats(..., second_temperature=algorithm.temperature(state))`. State: H. Source: released
-    code, exact.
+    Inputs: group_ids, and second_logp, the old policy at `temperature(state)`. The same read of the logits returns
+    it: `token_stats(..., second_temperature=algorithm.temperature(state))`.
+    State: H.
+    Source: released code, exact.
     """
 
     shape: Shape = PPOClip(dual=3.0)
@@ -56,15 +63,15 @@ class DCPO(Standard):
             check_number(self._op, name, getattr(self, name), 0.0, open_low=True)
 
     def initial_state(self) -> State:
-        """The base's, and H."""
+        """Return the base state, and H."""
         return super().initial_state() | {"entropy": 0.0}
 
     def temperature(self, state: State) -> float:
-        """T, at which the next batch's second_logp is to be taken."""
+        """Return T, the temperature for the next batch's second_logp."""
         return self.hot if state["entropy"] <= self.target_entropy else self.cold
 
     def prepare(self, batch: Batch, state: State) -> Batch:
-        """With the mixed advantages on every token."""
+        """Return the batch with mixed advantages on every token."""
         batch.require(self._op, "second_logp")
         assert batch.second_logp is not None
         base = super().prepare(batch, state)
@@ -85,6 +92,6 @@ class DCPO(Standard):
         return replace(base, advantage=mixed.value, advantage_level=mixed.level)
 
     def advance(self, state: State, batch: Batch) -> State:
-        """H of the batch."""
+        """Return the state with H of this batch."""
         entropy = -float(batch.global_mean(batch.old_logp))
         return super().advance(state, batch) | {"entropy": entropy}

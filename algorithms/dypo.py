@@ -1,4 +1,4 @@
-"""DYPO: per prompt imitation, policy gradient with contrast, or nothing, by the outcome."""
+"""DYPO: each prompt gets imitation, a policy gradient with contrast, or nothing, depending on its outcome."""
 
 from dataclasses import dataclass, replace
 
@@ -20,10 +20,10 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
     system="DYPO",
     label="exact",
     source="arXiv 2604.08926 Eqs. 4, 14-16, 20-24 (no released code)",
-    summary="all wrong: imitate a teacher; all right: nothing; mixed: GRPO and pairwise alignment",
+    summary="all wrong: imitate a teacher; all correct: nothing; mixed: GRPO and pairwise alignment",
     differs=(
-        "Not stated in the paper, chosen here: gamma 1; the teacher's likelihood per token "
-        "(sft_mean='token') or per trace; ratio against old_logp; no further KL; the mean over "
+        "Not stated in the paper and chosen here: gamma 1; the teacher's likelihood per token "
+        "(sft_mean='token') or per trace; the ratio is against old_logp; no further KL; the mean over "
         "prompts counts all of them."
     ),
 )
@@ -32,22 +32,24 @@ class DYPO(Standard):
     """mean over prompts of hard sft_coef L_SFT + mixed [alpha L_GRPO + (1 - alpha) L_GAL].
 
         L_SFT  = -log pi(teacher trace)
-        L_GRPO = the base's clipped loss, mean over the group's responses of token means
-        L_GAL  = mean over pairs (s, f), R_s > R_f, of -log sigmoid(beta Delta),
-                 Delta = [sum logp - ref_logp of s] - [the same of f]
+        L_GRPO = clipped loss of the base, mean over the group's responses of token means
+        L_GAL  = mean over pairs (s, f) with R_s > R_f of -log sigmoid(beta Delta),
+                 Delta = [sum of logp - ref_logp of s] - [the same of f]
 
-    Hard: no response correct; easy: all; mixed: the rest. GAL's gradient is one number per
-    sequence, found from sums of the current logp, so all three are one fused pass. Its value is in
-    `Plan.constant`.
+    A prompt is hard if no response is correct, easy if all are, and mixed otherwise. The gradient of GAL is one
+    number per sequence, computed from sums of the current logp, so the three losses are one fused pass. The value of
+    GAL is added to `Plan.constant`.
 
     Args:
-        alpha: 0.5. beta: 1 (the paper's best). sft_coef: gamma, weight of imitation.
-        sft_mean: "token" (mean over the trace) or "trace" (sum).
+        alpha: weight of GRPO against GAL, in [0, 1].
+        beta: scale of GAL; 1 is the paper's best value.
+        sft_coef: gamma, weight of the imitation.
+        sft_mean: "token" (mean over the trace) or "trace" (sum over the trace).
 
-    Inputs: group_ids, correct, demonstration (True on teacher traces, at least one for every hard
-    prompt that is to be imitated; several share the weight), ref_logp, logp. State: none.
-
-    Source: paper, exact but for the gaps that the paper index names.
+    Inputs: group_ids, correct, ref_logp, logp, and demonstration, which is True on teacher traces. A hard prompt
+    without a trace is not imitated; several traces of a prompt share the weight.
+    State: none.
+    Source: paper, exact, apart from the gaps that the paper index names.
     """
 
     aggregation: str = "seq_mean_token_mean"
@@ -66,11 +68,11 @@ class DYPO(Standard):
 
     @property
     def needs_policy(self) -> bool:
-        """GAL compares sums of the current log-probabilities."""
+        """Always True: GAL compares sums of the current log-probabilities."""
         return True
 
     def advantages(self, batch: Batch) -> Advantage:
-        """The base's over the policy's own responses; 0 on teacher traces."""
+        """Return the base advantages of the policy's own responses, and 0 on teacher traces."""
         batch.require(self._op, "group_ids", "demonstration")
         assert batch.demonstration is not None
         own = (~batch.demonstration).nonzero().flatten()
@@ -81,7 +83,7 @@ class DYPO(Standard):
         return Advantage(value.new_zeros(batch.num_tokens).index_put((rows,), value), level)
 
     def objective(self, batch: Batch, state: State) -> Plan:
-        """One plan for the three branches."""
+        """Return one plan for the three branches."""
         batch.require(self._op, "group_ids", "correct", "demonstration", "ref_logp", "logp")
         assert batch.group_ids is not None and batch.correct is not None
         assert batch.demonstration is not None
@@ -97,14 +99,14 @@ class DYPO(Standard):
         mixed = (right > 0) & (right < size)
         hard = (right == 0) & (size > 0)
         grpo = torch.where(mixed & own, self.alpha / size.clamp(min=1), 0.0)
-        # The aggregation divides each sequence by its length; what is a sum is multiplied by it.
+        # The aggregation divides each sequence by its length. Multiply by the length to get a sum instead.
         unit = length if self.sft_mean == "trace" else torch.ones_like(length)
         sft = torch.where(hard & teacher, self.sft_coef * unit / traces.clamp(min=1), 0.0)
         slope, value = self.alignment(batch, group, own & mixed, plan_mask(plan))
         likelihood = (1 - self.alpha) * slope * length - sft
         weight = batch.spread(grpo).to(batch.old_logp.dtype)
         prompts = max(1, int(group.max()) + 1) if batch.num_seqs else 1
-        # Value of the linear stand-in of GAL, which the fused loss reports instead of GAL's.
+        # The fused loss reports a linear function with the gradient of GAL. The constant corrects its value.
         x = torch.where(plan_mask(plan), _required(batch.logp).double(), 0.0)
         linear = (slope * segment_sum(x, batch.sequence, batch.num_seqs)).sum()
         constant = (1 - self.alpha) * (value - linear) / prompts
@@ -116,7 +118,10 @@ class DYPO(Standard):
     def alignment(
         self, batch: Batch, group: torch.Tensor, own: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """((seqs,) d/d sum logp, () value) of the sum over groups of L_GAL; O(seqs^2) numbers."""
+        """Return (derivatives (seqs,), value ()) of the sum over groups of L_GAL.
+
+        The derivatives are with respect to the sum of logp of each sequence. Memory: O(seqs^2) numbers.
+        """
         gap = _required(batch.logp).double() - _required(batch.ref_logp).double()
         score = segment_sum(torch.where(mask, gap, 0.0), batch.sequence, batch.num_seqs)
         reward = batch.reward.double()

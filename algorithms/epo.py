@@ -1,4 +1,4 @@
-"""EPO: entropy bonus for agents, with a band around each turn's own history of entropy."""
+"""EPO: entropy bonus for agents, with a band around the entropy history of each turn."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,36 +21,39 @@ from tokfuse.runtime.reference.segments import segment_sum
     system="EPO",
     label="exact",
     source="arXiv 2509.22576; github.com/WujiangXu/EPO",
-    summary="entropy bonus, penalty outside a band around the turn's history, phase schedule",
+    summary="entropy bonus, penalty outside a band around the turn's history, schedule in phases",
     required=("max_turns",),
     differs=(
         "mode='paper': the band penalty is piecewise constant, so it has no gradient and only "
-        "moves the reported loss (`Plan.constant`). mode='hinge' is our extension, with one. A "
-        "turn without history is not penalised; sequence means skip padding, which the code "
-        "averages in."
+        "changes the reported loss (`Plan.constant`). mode='hinge' is an extension with a gradient. A "
+        "turn without history is not penalised. Sequence means skip padding, which the code includes "
+        "in its average."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class EPO(Standard):
-    """L = L_base - coef (mean H - beta_k mean P) over any objective of `Standard`.
+    """L = L_base - coef (mean H - beta_k mean P), for any objective of `Standard`.
 
-    With h the mean entropy of the token's turn over all past batches (each batch weighs the same):
+    h is the mean entropy of the token's turn over all past batches, each with the same weight.
 
         paper   P = 0 if kappa_low h < H < kappa_high h else alpha; no gradient
         hinge   P = alpha (relu(kappa_low h - H) + relu(H - kappa_high h))
 
-    beta_k: p = 2 k / K in the first half: 1 - 0.2 (1 - e^-2p); p = (k - K/2) / (K/2) in the second:
-    0.8 e^-3p. P counts only in batches with a turn >= max_turns / 2.
+    beta_k is 1 - 0.2 (1 - e^-2p) with p = 2 k / K in the first half, and 0.8 e^-3p with p = (k - K/2) / (K/2) in the
+    second half. P counts only in batches that contain a turn >= max_turns / 2.
 
     Args:
         entropy_coef: coef.
-        kappa_low, kappa_high: the band; alpha: the penalty (0.05 ScienceWorld, 0.1 ALFWorld).
-        total_steps: K. max_turns: turns of an episode.
-        over: "token" compares H of each token, "sequence" the mean of the response.
+        kappa_low, kappa_high: bounds of the band, relative to h.
+        alpha: the penalty; 0.05 for ScienceWorld, 0.1 for ALFWorld.
+        total_steps: K.
+        max_turns: maximum number of turns of an episode.
+        over: "token" compares H of each token with the band, "sequence" the mean of the response.
         mode: "paper" or "hinge".
 
-    Inputs: turn, entropy of the current policy, ref_logp. State: the step, and per turn the sum of
-    batch means and their number. Source: released code, exact; hinge is ours.
+    Inputs: turn, entropy of the current policy, ref_logp.
+    State: the step, and for each turn the sum of its batch means and their number.
+    Source: released code, exact; hinge is an extension.
     """
 
     entropy_coef: float = 1e-3
@@ -77,16 +80,16 @@ class EPO(Standard):
 
     @property
     def needs_policy(self) -> bool:
-        """The band reads the current entropies."""
+        """Always True: the band is compared with the current entropies."""
         return True
 
     def initial_state(self) -> State:
-        """The base's, the step and an empty history."""
+        """Return the base state, the step and an empty history."""
         history = {"sum": [0.0] * self.max_turns, "batches": [0] * self.max_turns}
         return super().initial_state() | {"step": 0} | history
 
     def beta(self, step: int) -> float:
-        """The schedule; it jumps from 0.827 to 0.8 in the middle and ends at 0.04."""
+        """Return beta_k of the schedule. It jumps from 0.827 to 0.8 in the middle and ends at 0.04."""
         half = self.total_steps / 2
         p = min(step, self.total_steps) / half
         if p <= 1.0:
@@ -94,11 +97,11 @@ class EPO(Standard):
         return 0.8 * math.exp(-3.0 * (p - 1.0))
 
     def objective(self, batch: Batch, state: State) -> Plan:
-        """The base's plan, with the penalty as a weight of the entropy or as a constant."""
+        """Return the base plan with the penalty, as a weight of the entropy or as a constant."""
         batch.require(self._op, "turn", "entropy")
         assert batch.turn is not None and batch.entropy is not None
         plan = super().objective(batch, state)
-        # Of all ranks: they must agree on what the loss is.
+        # Over all ranks, because they must use the same loss.
         late = bool(batch.world.sum((batch.turn >= self.max_turns / 2).any().long()))
         if not late or plan.objective.entropy_coef == 0.0:
             return plan
@@ -119,16 +122,16 @@ class EPO(Standard):
         else:
             over, under = entropy - high, low - entropy
             penalty = self.alpha * torch.where(known, over.clamp(min=0) + under.clamp(min=0), 0.0)
-            # d penalty / d entropy enters as a change of the bonus's weight.
+            # d penalty / d entropy changes the weight of the entropy bonus.
             slope = self.alpha * known.double() * ((over > 0).double() - (under > 0).double())
             weight = (1.0 - beta * slope).to(batch.old_logp.dtype)
-            # The weight carries slope * entropy of the penalty's value; the rest is constant.
+            # The weight carries the part slope * entropy of the penalty's value; the rest is constant.
             penalty = penalty - slope * batch.entropy.double()
         constant = plan.objective.entropy_coef * beta * (penalty * keep).sum() / count
         return replace(plan, entropy_weight=weight, constant=constant)
 
     def prepare(self, batch: Batch, state: State) -> Batch:
-        """The base's; turns must lie inside the history."""
+        """Return the prepared batch of the base. Raise an error if a turn is outside [0, max_turns)."""
         batch.require(self._op, "turn")
         assert batch.turn is not None
         if may_read(batch.turn) and batch.num_seqs > 0:
@@ -144,7 +147,7 @@ class EPO(Standard):
         return super().prepare(batch, state)
 
     def advance(self, state: State, batch: Batch) -> State:
-        """Adds the batch's mean entropy of every turn to the history."""
+        """Return the state with the batch's mean entropy of every turn added to the history."""
         batch.require(self._op, "turn", "entropy")
         assert batch.turn is not None and batch.entropy is not None
         turn = batch.spread(batch.turn.long())

@@ -1,4 +1,4 @@
-"""BPO and GBPO: the ratio is regressed onto an analytic bounded target, weighted by |A|."""
+"""BPO and GBPO: regress the ratio onto an analytic bounded target, weighted by |A|."""
 
 from dataclasses import dataclass, replace
 
@@ -21,26 +21,29 @@ SOURCE = "arXiv 2604.18578; github.com/bounded-ratio-rl/bounded_ratio_rl"
     system="BRRL / BPO / GBPO",
     label="exact",
     source=SOURCE,
-    summary="L1 regression of the ratio onto 1 -+ eps by the sign of reward minus median",
+    summary="L1 regression of the ratio onto 1 -+ eps, by the sign of reward minus median",
     differs=(
-        "tau is the released script's 1e-4 (its config says 1.0). A group whose rewards are all "
-        "equal has advantage exactly 0 here; the code leaves rounding."
+        "tau is 1e-4 as in the released script (its config says 1.0). If all rewards of a group are "
+        "equal, the advantage is exactly 0 here; in the code it is a rounding error."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class GBPO(Standard):
     """loss_t = |r - r*| |A|, r* = 1 - low + (low + high) sigmoid(signal).
 
-    A = (R - mean_g) / (std_g + eps), signal = (R - median_g) / (std_g + eps) / tau. Outside the
-    bounds the gradient pulls back instead of vanishing. The sign of A (against the mean) and of the
-    target (against the median) may differ: a majority at the median is held near ratio 1 while the
-    minority is pushed.
+    A = (R - mean_g) / (std_g + eps), signal = (R - median_g) / (std_g + eps) / tau.
+
+    Outside the bounds the gradient pulls the ratio back instead of vanishing. A compares with the mean and the
+    target with the median, so their signs may differ: a majority at the median is held near ratio 1, while the
+    minority is moved.
 
     Args:
-        low, high: widths of the target, in `shape`.
-        tau: temperature of the sigmoid; small: saturated.
+        shape: a `TargetRatio` with the widths low and high of the target.
+        tau: temperature of the sigmoid. A small value saturates it.
 
-    Inputs: group_ids. State: none. Source: released code, exact.
+    Inputs: group_ids.
+    State: none.
+    Source: released code, exact.
     """
 
     shape: Shape = TargetRatio(low=0.2, high=0.2)
@@ -51,7 +54,7 @@ class GBPO(Standard):
         check_number(self._op, "tau", self.tau, 0.0, open_low=True)
 
     def prepare(self, batch: Batch, state: State) -> Batch:
-        """With the target signal on every token."""
+        """Return the batch with the target signal on every token."""
         batch.require(self._op, "group_ids")
         signal = group_advantage(
             self.rewards(batch), batch.group_ids, "gbpo_target", eps=self.eps, std=self.std, singleton=self.singleton
@@ -64,21 +67,23 @@ class GBPO(Standard):
     system="BRRL / BPO / GBPO",
     label="exact",
     source=SOURCE,
-    summary="the same with a critic: target (Q - median) / lam, weight |Q - V|",
-    differs="The paper's settings are for control; Q is the return of `tokfuse.gae`.",
+    summary="GBPO with a critic: target (Q - median) / lam_target, weight |Q - V|",
+    differs="The paper's settings are for control tasks. Q is the return of `tokfuse.gae`.",
 )
 @dataclass(frozen=True, kw_only=True)
 class BPO(Standard):
     """loss_t = |r - r*| |Q - V|, r* = 1 - low + (low + high) sigmoid((Q - u) / lam_target).
 
-    Q = GAE + V, u the learned conditional median (`median_loss`).
+    Q = GAE + V. u is the learned conditional median (`median_loss`).
 
     Args:
-        shape: widths 0.3 (MuJoCo, Atari) or 0.2 (IsaacLab).
+        shape: a `TargetRatio`; its widths are 0.3 for MuJoCo and Atari, 0.2 for IsaacLab.
         lam_target: temperature of the sigmoid.
-        signal_bound: |signal| is clamped to it (IsaacLab: 10). None: not.
+        signal_bound: |signal| is clamped to this value (IsaacLab: 10). None: no clamp.
 
-    Inputs: value, median_value, (token_)reward. State: none. Source: released code, exact.
+    Inputs: value, median_value, reward or token_reward.
+    State: none.
+    Source: released code, exact.
     """
 
     advantage: str = "gae"
@@ -94,7 +99,7 @@ class BPO(Standard):
             check_number(self._op, "signal_bound", self.signal_bound, 0.0, open_low=True)
 
     def prepare(self, batch: Batch, state: State) -> Batch:
-        """With the target signal on every token."""
+        """Return the batch with the target signal on every token."""
         batch.require(self._op, "value", "median_value")
         assert batch.median_value is not None
         options = {k: v for k, v in self._given().items() if v is not None}
@@ -106,9 +111,13 @@ class BPO(Standard):
 
 
 def median_loss(q: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """softplus(q - u) - (q - u) / 2 per token: its minimum over u is a smoothed median of q.
+    """Return softplus(q - u) - (q - u) / 2 per token. Its minimum over u is a smoothed median of q.
 
-    q is detached. BPO adds it with coefficient 0.5.
+    Args:
+        q: (tokens,), returns; detached.
+        u: (tokens,), the predicted median; receives the gradient.
+
+    BPO adds this loss with coefficient 0.5.
     """
     gap = q.detach() - u
     return torch.nn.functional.softplus(gap) - 0.5 * gap

@@ -1,4 +1,4 @@
-"""GRPO-Guard: the normalised ratio of flow-matching policies: Gaussian latents, not tokens."""
+"""GRPO-Guard: the normalised ratio of flow-matching policies, for Gaussian latents instead of tokens."""
 
 from dataclasses import dataclass
 
@@ -17,26 +17,28 @@ OP = "algorithms.grpo_guard"
     label="exact",
     required=("advantage_max",),
     source="arXiv 2510.22319; copy of the official code in zhmtike/flow_grpo",
-    summary="log-ratio without its mean and step-dependent variance, gradients over 1 / dt",
+    summary="log-ratio without its mean and its step-dependent variance, gradients divided by dt",
     differs=(
-        "The released code averages the ratio's bias over the whole batch by an empty dim tuple; "
-        "here, as the paper means it, per sample. Plain torch: there is no vocabulary to fuse over."
+        "The released code averages the ratio's bias over the whole batch, because its dim tuple is "
+        "empty. Here it is averaged per sample, as in the paper. Plain torch: there are no logits to fuse."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class GRPOGuard:
     """loss = mean over samples of max(-A r, -A clip(r, 1 +- clip)) / dt.
 
-    log r = mean_d(z_d Delta_d) with z = (x - mu_old) / s, Delta = mu - mu_old, s = sigma sqrt(dt);
-    d log r / d mu_d = z_d / D. Equal to s (logp - old_logp + mean Delta^2 / (2 s^2)) with logp the
-    mean Gaussian log-density.
+    log r = mean_d(z_d Delta_d), with z = (x - mu_old) / s, Delta = mu - mu_old and s = sigma sqrt(dt), so
+    d log r / d mu_d = z_d / D. It equals s (logp - old_logp + mean Delta^2 / (2 s^2)), where logp is the mean
+    Gaussian log-density.
 
     Args:
-        clip: width; 2e-6 (OCR) or 4e-6 (PickScore) in the paper.
-        advantage_max: advantages are clamped to +-advantage_max; the paper gives no value.
-        beta: coefficient of mean (mu - mu_ref)^2 / (2 sigma^2).
+        clip: width of the clip; the paper uses 2e-6 (OCR) and 4e-6 (PickScore).
+        advantage_max: advantages are clamped to +-advantage_max. The paper gives no value.
+        beta: coefficient of the KL term, mean (mu - mu_ref)^2 / (2 sigma^2).
 
-    Inputs: latents and means of one denoising step. State: none. Source: released code, exact.
+    Inputs: latents and means of one denoising step.
+    State: none.
+    Source: released code, exact.
     """
 
     clip: float = 2e-6
@@ -51,10 +53,12 @@ class GRPOGuard:
     def log_ratio(
         self, latent: torch.Tensor, mean: torch.Tensor, old_mean: torch.Tensor, std: torch.Tensor
     ) -> torch.Tensor:
-        """(samples,) log r; differentiable in mean.
+        """Return log r, (samples,); differentiable in mean.
 
         Args:
-            latent: (samples, ...), the sampled x. mean, old_mean: the same shape.
+            latent: (samples, ...), the sampled x.
+            mean: like latent, mu of the current policy.
+            old_mean: like latent, mu of the policy that sampled x.
             std: (samples,) or 0-dim, s = sigma sqrt(dt).
         """
         for name, x in (("mean", mean), ("old_mean", old_mean)):
@@ -80,17 +84,21 @@ class GRPOGuard:
         advantage: torch.Tensor,
         ref_mean: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """() loss of one denoising step.
+        """Return the loss of one denoising step, ().
 
         Args:
-            latent, mean, old_mean, ref_mean: (samples, ...).
-            sigma, dt: (samples,) or 0-dim, > 0; of the step.
-            advantage: (samples,), per image.
+            latent: (samples, ...), the sampled x.
+            mean: like latent, mu of the current policy; receives the gradient.
+            old_mean: like latent, mu of the policy that sampled x.
+            sigma: (samples,) or 0-dim, > 0, noise scale of the step.
+            dt: (samples,) or 0-dim, > 0, size of the step.
+            advantage: (samples,), one per image.
+            ref_mean: like latent, mu of the reference policy. Needed if beta > 0, and only then.
         """
         if (ref_mean is None) != (self.beta == 0.0):
             want = "None with beta = 0" if self.beta == 0.0 else f"given with beta = {self.beta}"
             given = "None" if ref_mean is None else "a tensor"
-            raise refuse(OP, "ref_mean", want, given, "It belongs to the KL term.")
+            raise refuse(OP, "ref_mean", want, given, "Only the KL term uses it.")
         ratio = self.log_ratio(latent, mean, old_mean, sigma * dt.sqrt()).exp()
         a = advantage.detach().clamp(-self.advantage_max, self.advantage_max)
         clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)

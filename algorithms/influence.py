@@ -1,8 +1,8 @@
 """Selection by gradient inner products: influence matrix, LESS scores, GREATS greedy choice, UGDA.
 
-Features are per-sample gradients or sketches of them (`tokfuse.influence.sketch`), any shape behind
-the first axis. Sketches of the last hidden state rank by the last layer's gradients only; features
-of more layers plug into the same functions.
+A feature is a per-sample gradient or a sketch of it (`tokfuse.influence.sketch`). It may have any shape after the
+sample axis. Sketches of the last hidden state rank samples by the gradients of the last layer only. Features of more
+layers work with the same functions.
 """
 
 import math
@@ -14,24 +14,24 @@ from tokfuse.runtime.core.errors import refuse
 
 
 def matrix(features: torch.Tensor, others: torch.Tensor | None = None, *, cosine: bool = True) -> torch.Tensor:
-    """Inner products of all pairs of features: how a step on one sample helps another.
+    """Return the inner products of all pairs of features: how much a step on one sample helps another.
 
-    A small gradient step on sample i changes the loss of sample j by -lr <g_i, g_j> to first order
-    (TracIn). With `cosine` both are divided by their norms.
+    To first order, a small gradient step on sample i changes the loss of sample j by -lr <g_i, g_j> (TracIn). With
+    `cosine`, each feature is first divided by its norm.
 
     Args:
         features: (samples, ...), e.g. sketches (seqs, rank, rank).
         others: (samples', ...) with the same trailing shape, e.g. a validation set. None: features.
-        cosine: divide by the norms. Losses that are means over a sequence give short sequences
-            larger gradients, which the cosine takes out; a feature of zeros has cosine 0.
+        cosine: divide by the norms. If the loss is a mean over a sequence, short sequences have larger
+            gradients; the cosine removes this effect. A feature of zeros has cosine 0.
 
     Returns:
         (samples, samples') float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes.
+        ValueError: wrong shapes.
 
-    Source: TracIn (arXiv 2002.08484); cosine as LESS (arXiv 2402.04333). Exact for its features.
+    Source: TracIn (arXiv 2002.08484); cosine as in LESS (arXiv 2402.04333). Exact for the given features.
     """
     left = _flat("influence.matrix", "features", features)
     right = left if others is None else _flat("influence.matrix", "others", others)
@@ -39,9 +39,9 @@ def matrix(features: torch.Tensor, others: torch.Tensor | None = None, *, cosine
         raise refuse(
             "influence.matrix",
             "others",
-            f"features of {left.shape[1]} numbers each",
+            f"of {left.shape[1]} numbers per feature, like features",
             f"{right.shape[1]}",
-            "Use one rank and seed for both.",
+            "Use the same rank and seed for both.",
         )
     if cosine:
         left, right = _unit(left), _unit(right)
@@ -56,27 +56,27 @@ def adam_features(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.Tensor:
-    """The update that Adam would make from each sample alone: m_new / sqrt(v_new + eps).
+    """Return the update that Adam would make for each sample alone: m_new / sqrt(v_new + eps).
 
-    m_new = b1 m + (1 - b1) g, v_new = b2 v + (1 - b2) g^2: eps inside the root, no bias correction.
+    m_new = b1 m + (1 - b1) g, v_new = b2 v + (1 - b2) g^2. eps is inside the root; there is no bias correction.
+
+    The optimizer state must belong to the same parameters as `gradient`. Adam scales each coordinate separately, and a
+    random projection mixes coordinates. Apply this function first, then project. Applying it to sketches, with
+    moments of sketches, is an approximation that LESS does not make.
 
     Args:
-        gradient: (samples, ...), per-sample gradients of the optimiser's parameters.
-        exp_avg: (...), m of the optimiser's state.
-        exp_avg_sq: (...), v of the optimiser's state.
-        betas: (b1, b2).
+        gradient: (samples, ...), per-sample gradients of the optimizer's parameters.
+        exp_avg: (...), m of the optimizer state.
+        exp_avg_sq: (...), v of the optimizer state.
+        betas: (b1, b2), each in [0, 1).
         eps: > 0.
 
     Returns:
-        Shape and dtype of `gradient`. LESS takes them for training samples only; validation
+        Features with the shape and dtype of `gradient`. LESS uses them for training samples only; its validation
         features are plain gradients.
 
-    The state must be that of what `gradient` is the gradient of. Adam scales coordinates one by
-    one, which a random projection mixes: precondition first, project then. On sketches, with
-    moments kept of sketches, this is an approximation that LESS does not make.
-
     Raises:
-        ValueError: shapes, betas, eps.
+        ValueError: wrong shapes, betas or eps.
 
     Source: LESS (arXiv 2402.04333), its released collect_grad_reps. Exact.
     """
@@ -88,12 +88,12 @@ def adam_features(
                 name,
                 f"of shape {tuple(gradient.shape[1:])}, one sample's gradient",
                 f"shape {tuple(state.shape)}",
-                "Pass the optimiser's state.",
+                "Pass the optimizer's state of the same parameters.",
             )
     if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise refuse(op, "betas", "two numbers in [0, 1)", betas, "Pass the optimiser's own.")
+        raise refuse(op, "betas", "two numbers in [0, 1)", betas, "Pass the betas of the optimizer.")
     if not 0.0 < eps < math.inf:
-        raise refuse(op, "eps", "a finite number > 0", eps, "Pass the optimiser's own.")
+        raise refuse(op, "eps", "a finite number > 0", eps, "Pass the eps of the optimizer.")
     first = betas[0] * exp_avg + (1 - betas[0]) * gradient
     second = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient * gradient
     return first / (second + eps).sqrt()
@@ -107,24 +107,24 @@ def less_scores(
     subtask: torch.Tensor | None = None,
     average: str = "cosine",
 ) -> torch.Tensor:
-    """Score of every training sample: cosine with the validation gradients, best subtask.
+    """Return the LESS score of every training sample: its cosine with the gradients of the best validation subtask.
 
     score_i = max over subtasks k of mean over j in k of sum_c weight_c cos(train_c,i, valid_c,j).
 
     Args:
-        train: one (samples, ...) tensor per checkpoint, e.g. `adam_features`; the same samples.
+        train: one (samples, ...) tensor per checkpoint, e.g. `adam_features`, with the same samples in each.
         validation: one (samples', ...) tensor per checkpoint, plain gradients.
-        weight: one number per checkpoint, its mean learning rate; normalised to sum 1. None: equal.
-        subtask: (samples',) int64, ids in [0, subtasks) of the validation samples. None: all one.
-        average: "cosine" averages the cosines of a subtask (LESS); "gradient" takes the cosine with
-            the subtask's mean gradient (UGDA).
+        weight: one number per checkpoint, its mean learning rate. Normalized to sum 1. None: equal weights.
+        subtask: (samples',) int64, the subtask of each validation sample, in [0, subtasks). None: one subtask.
+        average: "cosine" averages the cosines of a subtask (LESS). "gradient" takes the cosine with the
+            subtask's mean gradient (UGDA).
 
     Returns:
-        (samples,) float32 (float64 for float64 features). Higher: a step on it lowers the
+        (samples,) float32 (float64 for float64 features). A step on a sample with a higher score lowers the
         validation loss of its best subtask more.
 
     Raises:
-        ValueError: numbers of checkpoints, shapes, weights, average.
+        ValueError: wrong numbers of checkpoints, shapes, weights or `average`.
 
     Source: LESS (arXiv 2402.04333), released code; UGDA (OpenReview iamWnRpMuQ), reconstructed.
     """
@@ -135,10 +135,10 @@ def less_scores(
             "train and validation",
             "one tensor per checkpoint each",
             f"{len(train)} and {len(validation)}",
-            "Pair the checkpoints.",
+            "Pass both for the same checkpoints.",
         )
     if average not in ("cosine", "gradient"):
-        raise refuse(op, "average", '"cosine" or "gradient"', repr(average), "Choose one.")
+        raise refuse(op, "average", '"cosine" or "gradient"', repr(average), "Choose one of the two.")
     shares = [1.0 / len(train)] * len(train)
     if weight is not None:
         if len(weight) != len(train) or not sum(weight) > 0 or min(weight) < 0:
@@ -155,7 +155,7 @@ def less_scores(
             "subtask",
             f"of shape ({count},) like the validation samples",
             f"shape {tuple(subtask.shape)}",
-            "Pass one id per sample.",
+            "Pass one subtask id per sample.",
         )
     members = torch.nn.functional.one_hot(subtask).t()  # (subtasks, samples')
     total: torch.Tensor | None = None
@@ -170,23 +170,23 @@ def less_scores(
 
 
 def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> torch.Tensor:
-    """Pick the best sample, subtract its row of interactions from all scores, repeat k times.
+    """Return k samples: repeatedly pick the best one and subtract its row of interactions from all scores.
 
-    Samples that say the same shadow each other: the gain of i given the chosen C is
+    Redundant samples lower each other's gain. Given the chosen set C, the gain of sample i is
     score_i - sum over j in C of interaction_ij.
 
     Args:
         score: (samples,), e.g. lr * <g_i, mean validation gradient>.
-        interaction: (samples, samples), e.g. lr^2 <g_i, g_j> = lr^2 `matrix(g, cosine=False)` (the
-            Hessian taken as the identity).
-        k: number to pick, in [0, samples].
+        interaction: (samples, samples), e.g. lr^2 <g_i, g_j> = lr^2 `matrix(g, cosine=False)`, which
+            approximates the Hessian by the identity.
+        k: number of samples to pick, in [0, samples].
 
     Returns:
-        (k,) int64, in the order of picking; the first of equal gains. Later gains may be negative:
-        they are picked all the same.
+        (k,) int64, in the order of picking. Of equal gains the first sample is picked. A sample is picked even
+        if its gain is negative.
 
     Raises:
-        ValueError: shapes, k.
+        ValueError: wrong shapes or k.
 
     Source: GREATS (Wang et al., NeurIPS 2024), released code. Exact.
     """
@@ -201,7 +201,7 @@ def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> tor
             "Pass one row per sample.",
         )
     if not 0 <= k <= samples:
-        raise refuse(op, "k", f"in [0, {samples}]", k, "There are no more samples.")
+        raise refuse(op, "k", f"in [0, {samples}]", k, "Pass at most the number of samples.")
     gain = score.detach().clone()
     chosen = torch.empty(k, dtype=torch.int64, device=score.device)
     for i in range(k):
@@ -215,21 +215,22 @@ def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> tor
 def ugda_select(
     rewards: torch.Tensor, score: torch.Tensor, *, uncertain: float = 0.5, influential: float = 0.5
 ) -> torch.Tensor:
-    """Samples to relabel: the most uncertain ones, and of these the most influential ones.
+    """Return the samples to relabel: the most influential ones among the most uncertain ones.
 
-    Uncertainty is the variance of the reward over the members of an ensemble.
+    The uncertainty is the variance of the reward over the members of an ensemble.
 
     Args:
         rewards: (members, samples), each ensemble member's reward; at least two members.
         score: (samples,), influence, e.g. `less_scores(..., average="gradient")`.
-        uncertain: fraction kept by variance, in (0, 1].
-        influential: fraction of these kept by score, in (0, 1].
+        uncertain: fraction of samples kept by variance, in (0, 1].
+        influential: fraction of those kept by score, in (0, 1].
 
     Returns:
-        (kept,) int64 ids, most influential first; fractions round to the nearest count, at least 1.
+        (kept,) int64 sample indices, most influential first. Each fraction is rounded to the nearest count, at
+        least 1.
 
     Raises:
-        ValueError: shapes, fractions.
+        ValueError: wrong shapes or fractions.
 
     Source: UGDA (OpenReview iamWnRpMuQ), reconstructed from its abstract and reviews.
     """
@@ -244,35 +245,35 @@ def ugda_select(
         )
     for name, fraction in (("uncertain", uncertain), ("influential", influential)):
         if not 0.0 < fraction <= 1.0:
-            raise refuse(op, name, "in (0, 1]", fraction, "It is a share of the samples.")
+            raise refuse(op, name, "in (0, 1]", fraction, "Pass a fraction of the samples.")
     kept = top_fraction(rewards.var(0, unbiased=False), uncertain)
     return kept[top_fraction(score[kept], influential)]
 
 
 def top_fraction(value: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Ids of the largest `fraction` of values, largest first, the first of equals.
+    """Return the indices of the largest `fraction` of values, largest first. Of equal values the first wins.
 
-    The count rounds to the nearest, and is at least 1 where there is a value.
+    The count is rounded to the nearest integer, and is at least 1 if there is a value.
     """
     count = min(value.shape[0], max(1, round(fraction * value.shape[0])))
     return value.sort(descending=True, stable=True).indices[:count]
 
 
 def _flat(op: str, name: str, features: torch.Tensor) -> torch.Tensor:
-    """(samples, numbers) in float32 or float64."""
+    """Return the features as (samples, numbers), float32 or float64."""
     if features.dim() < 2:
         raise refuse(
             op,
             name,
-            "(samples, ...) with one feature per sample",
+            "of shape (samples, ...) with one feature per sample",
             f"shape {tuple(features.shape)}",
-            "Add the sample axis.",
+            "Add a sample axis.",
         )
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     return features.detach().flatten(1).to(wide)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their norms; a row of zeros stays one."""
+    """Return the rows divided by their norms. A row of zeros stays zero."""
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norm == 0, 1.0, norm)

@@ -1,4 +1,4 @@
-"""`python -m tokfuse algorithms`: the methods, their options, and the paper index."""
+"""`python -m tokfuse algorithms`: list the methods and their options, and write the paper index."""
 
 import argparse
 import dataclasses
@@ -13,23 +13,23 @@ from tokfuse.algorithms.registry import ENTRIES, KINDS, Entry, entry, names
 INDEX_BEGIN = "<!-- index: written by `python -m tokfuse algorithms --markdown docs/paper_index.md` -->"
 INDEX_END = "<!-- /index -->"
 
-# Systems of the project's reading list that have no code here: why.
+# Systems of the project's reading list that have no code here, with the reason.
 OUT = {
-    "UMLC (arXiv 2502.15697)": "An uplift architecture; its loss is ordinary response regression.",
-    "MPVA (2505.01652)": "A graph VAE for fair node classification: it needs a graph encoder.",
-    "TCS (2506.02084)": "A time-series simulator and its model selection: no loss on tensors.",
+    "UMLC (arXiv 2502.15697)": "An uplift network architecture. Its loss is ordinary regression on the response.",
+    "MPVA (2505.01652)": "A graph VAE for fair node classification. It needs a graph encoder.",
+    "TCS (2506.02084)": "A time-series simulator and its model selection. It has no loss on tensors.",
     "AGEC causal bandits (2408.11240)": "Needs a causal graph and interventions on it.",
-    "HDPO (2306.11246)": "Differentiates through a known simulator; sampling tokens is none.",
+    "HDPO (2306.11246)": "Differentiates through a known simulator. Token sampling is not such a simulator.",
     "Domain counterfactuals / ILD (2306.11281)": "Invertible latent models of images.",
     "CausalDiffAE (2404.17735)": "A diffusion autoencoder of images.",
-    "Steering the Herd (2504.02648)": "Analysis of sequential social learning; nothing to train.",
-    "Invalid-IV ATE (1907.11882)": "An econometric estimator with four or more nuisance fits.",
-    "S-CNFG (2511.06934)": "An equilibrium definition without an estimator, and a negative result.",
+    "Steering the Herd (2504.02648)": "An analysis of sequential social learning. There is nothing to train.",
+    "Invalid-IV ATE (1907.11882)": "An econometric estimator with four or more nuisance models to fit.",
+    "S-CNFG (2511.06934)": "Defines an equilibrium without an estimator, and reports a negative result.",
 }
 
 
 def table(kind: str | None = None) -> str:
-    """Name, label and summary of every method, aligned, under a heading for each kind."""
+    """Return the name, label and summary of every method, aligned, with a heading for each kind."""
     width, parts = max(map(len, ENTRIES)), []
     for each, title in KINDS.items():
         rows = [f"  {name:<{width}}  {ENTRIES[name].label:<8}  {ENTRIES[name].summary}" for name in names(each)]
@@ -39,7 +39,7 @@ def table(kind: str | None = None) -> str:
 
 
 def describe(name: str) -> str:
-    """All that is known of one method."""
+    """Return the full description of one method."""
     one = entry(name)
     lines = [f"{one.name} ({one.kind}, {one.label}): {one.summary}", f"source: {one.source}", f"file: {one.file}"]
     if one.differs:
@@ -52,7 +52,7 @@ def describe(name: str) -> str:
 
 
 def markdown() -> str:
-    """The tables of docs/paper_index.md, one for each kind of method."""
+    """Return the tables of docs/paper_index.md, one for each kind of method."""
     lines: list[str] = []
     for kind, title in KINDS.items():
         systems: dict[str, list[Entry]] = {}
@@ -79,10 +79,10 @@ def _rows(systems: dict[str, list[Entry]]) -> list[str]:
 
 
 def write_markdown(path: Path) -> None:
-    """Replace what stands between the two index marks of a file by `markdown()`."""
+    """Replace the text between the two index marks of a file with `markdown()`."""
     text = path.read_text()
     if text.count(INDEX_BEGIN) != 1 or text.count(INDEX_END) != 1:
-        raise ValueError(f"algorithms: {path} must hold {INDEX_BEGIN!r} and {INDEX_END!r} once each.")
+        raise ValueError(f"algorithms: {path} must contain {INDEX_BEGIN!r} and {INDEX_END!r} once each.")
     head, rest = text.split(INDEX_BEGIN)
     tail = rest.split(INDEX_END)[1]
     path.write_text(f"{head}{INDEX_BEGIN}\n{markdown()}\n{INDEX_END}{tail}")
@@ -91,11 +91,11 @@ def write_markdown(path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tokfuse algorithms",
-        description="The methods of tokfuse.algorithms, or one of them with its options.",
+        description="List the methods of tokfuse.algorithms, or describe one of them with its options.",
     )
-    parser.add_argument("name", nargs="?", help="a method; without one, the table of all")
+    parser.add_argument("name", nargs="?", help="a method; without it, the table of all methods is printed")
     parser.add_argument("--kind", choices=KINDS, help="only the methods of this kind")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the paper index between its marks")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the paper index between the marks of FILE")
     options = parser.parse_args(argv)
     if options.markdown is not None:
         write_markdown(options.markdown)

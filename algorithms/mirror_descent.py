@@ -1,4 +1,4 @@
-"""The mirror-descent actor step, our counterpart of an ingredient of optimistic actor-critics."""
+"""The mirror-descent actor step: the analogue of one part of optimistic actor-critics."""
 
 from dataclasses import dataclass
 
@@ -19,25 +19,27 @@ from tokfuse.runtime.policy.shapes import LinearRatio, Shape
     system="Actor-critics, optimal sample efficiency",
     label="analogue",
     source="inspired by arXiv 2505.03710",
-    summary="-A r + KL(pi || pi_k) / eta: the multiplicative-weights step, on tokens",
+    summary="-A r + KL(pi || pi_k) / eta: the multiplicative-weights step on tokens",
     required=("eta",),
     differs=(
-        "The paper is theory and defines no LLM loss: its optimism over a confidence set cannot be "
-        "computed at this scale and is not here."
+        "The paper is theory and defines no LLM loss. Its optimism over a confidence set cannot be "
+        "computed at this scale and is left out."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class MirrorDescent(Standard):
-    """loss_t = -A r + (1 / eta) k2(logp, logp of pi_k), pi_k the policy at the start of the update.
+    """loss_t = -A r + (1 / eta) k2(logp, logp of pi_k), where pi_k is the policy at the start of the update.
 
-    The exact step is pi_k+1 ~ pi_k exp(eta A). k2's gradient is that of KL(pi || pi_k). "Rare
-    switching" is `batch.ref_logp`: where it is given, it is pi_k instead of old_logp, kept by the
-    trainer until it decides to switch.
+    The exact step is pi_k+1 ~ pi_k exp(eta A). The gradient of k2 is the gradient of KL(pi || pi_k).
+
+    For "rare switching", set `batch.ref_logp`. It is then pi_k, in place of old_logp, and the trainer decides when
+    to switch it.
 
     Args:
         eta: step size > 0.
 
-    State: none. Analogue: not the paper's algorithm.
+    State: none.
+    Analogue: this is not the paper's algorithm.
     """
 
     shape: Shape = LinearRatio()
@@ -48,7 +50,7 @@ class MirrorDescent(Standard):
         check_number(self._op, "eta", self.eta, 0.0, open_low=True)
 
     def objective(self, batch: Batch, state: State) -> Plan:
-        """The base's plan with the proximal term."""
+        """Return the base plan with the proximal term."""
         plan = super().objective(batch, state)
         anchor = plan.batch.old_logp if batch.ref_logp is None else batch.ref_logp
         kl = KL(estimator="k2", coef=1.0 / self.eta)

@@ -1,4 +1,4 @@
-"""NFT: maximum likelihood in which wrong answers train an implicit negative policy."""
+"""NFT: maximum likelihood, where wrong answers train an implicit negative policy."""
 
 from dataclasses import dataclass, replace
 
@@ -23,26 +23,28 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
     source="arXiv 2505.18116; github.com/NVlabs/NFT",
     summary="-log r on right answers, -log of the implicit negative policy on wrong ones",
     differs=(
-        "A negative neg_weight, which in the code switches to DAPO's loss, is refused: make "
-        "'dapo'. Per token the code divides the micro-batch's sum by 1000: `constant`."
+        "The code switches to DAPO's loss if neg_weight is negative; here that is an error, use 'dapo'. "
+        "At token level the code divides the sum of the micro-batch by 1000: see `constant`."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class NFT(Standard):
-    """w_g [ c (-log r) + (1 - c) neg_weight (-log((1 - q r) / (1 - q))) ], floors straight-through.
+    """w_g [ c (-log r) + (1 - c) neg_weight (-log((1 - q r) / (1 - q))) ], with straight-through floors.
 
-    q is the group's success rate, clamped to the shape's [0.02, 0.98]; groups with q 0 or 1 are
-    left out. w_g: 1, 1 - q, sqrt((1 - q) / q) for normalize 0, 1, 2. On policy normalize=2 is GRPO
-    (population deviation), 1 is Dr.GRPO.
+    c is 1 for a correct response, else 0. q is the group's success rate, clamped to the shape's [0.02, 0.98]. Groups
+    in which all or no responses are correct are left out. w_g is 1, 1 - q or sqrt((1 - q) / q) for normalize 0, 1
+    or 2. On policy, normalize=2 equals GRPO (population deviation) and normalize=1 equals Dr.GRPO.
 
     Args:
-        shape: floors and clamps, `tokfuse.NFT`.
-        normalize: 0, 1 or 2.
-        neg_weight: of wrong answers; 0 is rejection fine-tuning.
-        constant: the sum over tokens is divided by it (level "token"); a level "sequence_sum" loss
-            is summed over sequences.
+        shape: floors and clamps, a `tokfuse.NFT`.
+        normalize: 0, 1 or 2, see above.
+        neg_weight: weight of wrong answers; 0 is rejection fine-tuning.
+        constant: divisor of the sum over tokens, with level "token". With level "sequence_sum", the loss is
+            the plain sum over sequences.
 
-    Inputs: group_ids, correct. State: none. Source: released code, exact.
+    Inputs: group_ids, correct.
+    State: none.
+    Source: released code, exact.
     """
 
     shape: Shape = NFTShape()
@@ -54,15 +56,15 @@ class NFT(Standard):
 
     def __post_init__(self) -> None:
         if self.level not in ("token", "sequence_sum"):
-            raise refuse(self._op, "level", "'token' or 'sequence_sum'", repr(self.level), "These are the paper's two.")
-        if self.aggregation == "":  # each level has its own; Objective checks a given one
+            raise refuse(self._op, "level", "'token' or 'sequence_sum'", repr(self.level), "The paper has these two.")
+        if self.aggregation == "":  # the default depends on the level; Objective checks a given value
             name = "token_sum" if self.level == "token" else "seq_mean_token_mean"
             object.__setattr__(self, "aggregation", name)
         super().__post_init__()
         if not isinstance(self.shape, NFTShape):
-            raise refuse(self._op, "shape", "a tokfuse.NFT", self.shape, "Set its floors there.")
+            raise refuse(self._op, "shape", "a tokfuse.NFT", self.shape, "Set the floors on the NFT shape.")
         if self.normalize not in (0, 1, 2):
-            raise refuse(self._op, "normalize", "0, 1 or 2", self.normalize, "2 is the paper's.")
+            raise refuse(self._op, "normalize", "0, 1 or 2", self.normalize, "The paper uses 2.")
         check_number(self._op, "neg_weight", self.neg_weight, 0.0)
         check_number(self._op, "constant", self.constant, 0.0, open_low=True)
 
@@ -73,11 +75,11 @@ class NFT(Standard):
     def _normalizer(self, batch: Batch) -> float | str:
         if self.aggregation == "token_sum":
             return self.constant
-        # The mean over a sequence of its one loss is that loss; divided by 1 they are summed.
+        # Each sequence has one loss, so its mean is that loss. Divided by 1, they are summed.
         return 1.0 if self.level == "sequence_sum" else "batch"
 
     def rate(self, batch: Batch) -> torch.Tensor:
-        """(seqs,) float64: q, clamped."""
+        """Return q, the clamped success rate of each response's group, (seqs,) float64."""
         batch.require(self._op, "group_ids", "correct")
         assert batch.group_ids is not None and batch.correct is not None
         assert isinstance(self.shape, NFTShape)
@@ -87,7 +89,7 @@ class NFT(Standard):
         return (total / size).clamp(self.shape.rate_min, self.shape.rate_max)
 
     def advantages(self, batch: Batch) -> Advantage:
-        """+-w_g: the sign picks the branch, the size is its weight."""
+        """Return w_g for correct responses and -neg_weight w_g for wrong ones: the sign selects the branch."""
         q = self.rate(batch)
         assert batch.correct is not None
         weight = (torch.ones_like(q), 1 - q, ((1 - q) / q).sqrt())[self.normalize]
@@ -95,6 +97,6 @@ class NFT(Standard):
         return Advantage(signed.to(batch.old_logp.dtype), "sequence")
 
     def prepare(self, batch: Batch, state: State) -> Batch:
-        """With q on every token."""
+        """Return the batch with q on every token."""
         signal = batch.spread(self.rate(batch)).to(batch.old_logp.dtype)
         return replace(super().prepare(batch, state), signal=signal)

@@ -1,4 +1,4 @@
-"""PIPO: the previous update is applied again, or undone, by the improvement that it brought."""
+"""PIPO: repeats or reverses the previous update, depending on the improvement that it caused."""
 
 from dataclasses import dataclass, replace
 
@@ -19,30 +19,35 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
     system="PIPO",
     label="exact",
     source="arXiv 2604.00860; github.com/JacckMa/pipo_verl",
-    summary="a second pass over the cached batch, scaled by the measured improvement",
+    summary="a second step on the previous batch, scaled by the measured improvement",
     differs=(
-        "form='paper' (default): PPO's minimum over products, sample deviation. form='code': "
-        "minimum over ratios (the optimistic side for C < 0), population deviation, improvement "
-        "clipped to +-5 and C to +-10. worsening=0 skips the pass after a worse batch, as in the "
-        "code."
+        "form='paper' (default): PPO's minimum of products, sample deviation. form='code': minimum of "
+        "ratios (the optimistic side for C < 0), population deviation, improvement clipped to +-5 and "
+        "C to +-10. worsening=0 skips the step if the batch became worse, as in the code."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class PIPO(Standard):
-    """Any clipped method of `Standard`, and `before` it a pass over the previous batch:
+    """Any clipped method of `Standard`, with one more step on the previous batch, which `before` returns.
 
-        xi = (mean R - mean of the last K batch means) / their deviation (1 if below 1e-8)
+        xi = (mean R - mean of the last K batch means) / their deviation (1 if it is below 1e-8)
         phi = xi if xi >= 0 else worsening xi
         a_i = G Abar_i / (sum over the group of |Abar| + 1e-6),   C_i = a_i phi
         loss = PPO clip of exp(logp - old_logp of the previous batch) with advantage C
 
+    G is the group size and Abar_i the mean advantage of response i.
+
     Args:
-        history: K. min_steps: batches before the first pass. worsening: the paper's lambda.
+        history: K, number of batch means to compare with.
+        min_steps: number of batches before the first such step.
+        worsening: factor if xi < 0, the paper's lambda.
         form: "paper" or "code".
 
-    A plan with source "previous" is about the batch that `advance` saw last: keep its tokens.
-    Inputs: group_ids. State: the previous batch, the last K means, the number of batches. Source:
-    released code and paper, exact.
+    A plan with source "previous" trains on the last batch that `advance` saw, so the trainer must keep its tokens.
+
+    Inputs: group_ids.
+    State: the previous batch, the last K means, the number of batches.
+    Source: released code and paper, exact.
     """
 
     history: int = 8
@@ -57,14 +62,14 @@ class PIPO(Standard):
         check_number(self._op, "min_steps", self.min_steps, 2)
         check_number(self._op, "worsening", self.worsening, 0.0)
         if not isinstance(self.shape, PPOClip):
-            raise refuse(self._op, "shape", "a PPOClip (the second pass clips with it)", self.shape, "Set its widths.")
+            raise refuse(self._op, "shape", "a PPOClip (the second step clips with it)", self.shape, "Set its widths.")
 
     def initial_state(self) -> State:
-        """The base's, no previous batch, no means."""
+        """Return the base state, no previous batch and no means."""
         return super().initial_state() | {"means": [], "batches": 0, "previous": None}
 
     def improvement(self, batch: Batch, state: State) -> float:
-        """phi(xi) of the new batch; 0 while there is too little history."""
+        """Return phi(xi) of the new batch. While there is too little history: 0."""
         if state["batches"] < self.min_steps:
             return 0.0
         means = torch.tensor(state["means"], dtype=torch.float64)
@@ -76,7 +81,7 @@ class PIPO(Standard):
         return xi if xi >= 0 else self.worsening * xi
 
     def before(self, batch: Batch, state: State) -> tuple[Plan, ...]:
-        """The pass over the previous batch; none when it would do nothing."""
+        """Return the step on the previous batch. Return nothing if it would have no effect."""
         phi = self.improvement(batch, state)
         if phi == 0.0 or state["previous"] is None:
             return ()
@@ -87,8 +92,8 @@ class PIPO(Standard):
             coefficient = coefficient.clamp(-10.0, 10.0)
             assert isinstance(shape, PPOClip)
             high = shape.bounds[1]
-            # min(r, clip(r)) C = min(r, high) C for either sign: no lower bound, and the dual clip
-            # of negative coefficients at the same place.
+            # min(r, clip(r)) C = min(r, high) C for both signs of C: there is no lower bound, and for negative C
+            # the dual clip is at the same place.
             shape = PPOClip(low=1.0, high=None, ratio_max=high, dual=high)
         coefficient = coefficient.to(previous.old_logp.dtype)
         previous = replace(previous, advantage=coefficient, advantage_level="sequence")
@@ -97,7 +102,7 @@ class PIPO(Standard):
         return (replace(plan, objective=spec, source="previous"),)
 
     def advance(self, state: State, batch: Batch) -> State:
-        """Caches the batch and its mean reward."""
+        """Return the state with this batch and its mean reward."""
         means = [*state["means"], _mean_reward(batch)][-self.history :]
         return super().advance(state, batch) | {
             "means": means,
@@ -114,7 +119,7 @@ def _mean_reward(batch: Batch) -> float:
 
 
 def _share(op: str, batch: Batch) -> torch.Tensor:
-    """(seqs,) float64: a_i."""
+    """Return a_i, (seqs,) float64."""
     batch.require(op, "group_ids", "advantage")
     assert batch.group_ids is not None and batch.advantage is not None
     mean = batch.advantage.double()

@@ -1,4 +1,4 @@
-"""R2VPO: no clip; a Lagrange multiplier bounds the variance of the ratio."""
+"""R2VPO: instead of a clip, a Lagrange multiplier bounds the variance of the ratio."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,28 +19,29 @@ from tokfuse.runtime.policy.shapes import Quadratic, Shape
     system="R2VPO",
     label="recon",
     source="arXiv 2601.03320, v2 2605.26784; abstracts and third-party code",
-    summary="-A r + lam (r - 1)^2, lam by dual ascent on mean (r - 1)^2 <= delta",
+    summary="-A r + lam (r - 1)^2, with lam by dual ascent on mean (r - 1)^2 <= delta",
     required=("delta", "step_size", "penalty"),
     differs=(
-        "Assumed: no factor 1/2, token ratios. delta, step_size and the first penalty are "
-        "required: the paper's values were not found (third-party code fixes the penalty at 0.04)."
+        "Assumed: no factor 1/2, token ratios. delta, step_size and the first penalty are required, "
+        "because the paper's values were not found (third-party code fixes the penalty at 0.04)."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class R2VPO(Standard):
     """loss_t = -A r + lam (r - 1)^2.
 
-    After each update lam <- max(0, lam + step_size (mean (r - 1)^2 - delta)).
-    E[r] = 1 under the behaviour policy, so (r - 1)^2 is the variance's sample: it is not centred.
-    The advantage shrinks linearly in r - 1 and turns at r = 1 + A / (2 lam).
+    After each update: lam <- max(0, lam + step_size (mean (r - 1)^2 - delta)).
+    Under the behaviour policy E[r] = 1, so (r - 1)^2 is a sample of the variance and is not centred.
+    The gradient weight falls linearly in r - 1 and changes sign at r = 1 + A / (2 lam).
 
     Args:
         delta: bound on the mean of (r - 1)^2.
-        step_size: of the dual step; 0 keeps lam fixed.
+        step_size: step size of the dual ascent; 0 keeps lam fixed.
         penalty: lam at the start.
 
-    Replayed data: `old_logp` holds their own behaviour log-probabilities. State: lam. Source:
-    reconstructed.
+    Inputs: for replayed data, `old_logp` holds the log-probabilities under the policy that generated it.
+    State: lam.
+    Source: reconstructed.
     """
 
     delta: float = 0.0
@@ -54,26 +55,26 @@ class R2VPO(Standard):
             check_number(self._op, name, getattr(self, name), 0.0)
         if self.shape != Quadratic(penalty=0.0):
             raise refuse(
-                self._op, "shape", "left out (it is Quadratic, with the state's penalty)", self.shape, "Set penalty."
+                self._op, "shape", "left out (it is Quadratic, with lam from the state)", self.shape, "Set penalty."
             )
 
     def initial_state(self) -> State:
-        """The base's, and lam."""
+        """Return the base state, and lam."""
         return super().initial_state() | {"penalty": self.penalty}
 
     def spec(self, state: State) -> Objective:
-        """With the penalty of the state."""
+        """Return the base objective with lam of the state."""
         return replace(super().spec(state), shape=Quadratic(penalty=state["penalty"]))
 
     def measure(self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Sum of (r - 1)^2 over the tokens that count."""
+        """Return the sum of (r - 1)^2 over the counting tokens, and their number."""
         keep = plan.batch.valid if plan.mask is None else plan.mask
         ratio = (logp.detach().double() - plan.batch.old_logp.double()).clamp(-20, 20).exp()
         square = torch.where(keep, (ratio - 1) ** 2, 0.0).sum()
         return super().measure(plan, logp, entropy) | {"square": square, "tokens": keep.sum().double()}
 
     def update(self, state: State, metrics: Mapping[str, torch.Tensor]) -> State:
-        """The dual step; an update without tokens leaves lam alone."""
+        """Return the state after one dual step. An update without tokens does not change lam."""
         require_metrics(self._op, metrics, "square", "tokens")
         state = super().update(state, metrics)
         tokens = float(metrics["tokens"])

@@ -1,9 +1,11 @@
-"""The names of all methods, what may be claimed of each, and how one is made.
+"""Registry of all methods: names, the claim each makes about its paper, and the function that makes one.
 
-`label` is the strength of the claim: "exact" (formula verified in the paper or its authors' code),
-"recon" (reconstructed from agreeing sources, assumptions named), "analogue" (our token-level
-counterpart of a method from another domain), "utility" (a small function that serves the paper's
-idea; it does not implement the paper).
+`label` is the strength of the claim:
+
+* "exact": the formula was verified in the paper or in its authors' code.
+* "recon": reconstructed from sources that agree; the assumptions are named.
+* "analogue": a token-level counterpart of a method from another domain.
+* "utility": a small function that serves the paper's idea but does not implement the paper.
 """
 
 import dataclasses
@@ -33,19 +35,18 @@ class Entry:
     """One method.
 
     Args:
-        name: what `make` takes.
-        cls: its class, a frozen dataclass whose fields are the options; or a function, whose
-            keyword arguments are.
+        name: name that `make` takes.
+        cls: class of the method, a frozen dataclass whose fields are the options; or a function whose
+            keyword arguments are the options.
         kind: one of `KINDS`.
-        table: module that holds the row, where that is not the one of `cls`.
-        preset: values of fields that make the method out of the class.
-        required: options without a published default: they must be given.
-        system: its row in the paper index.
+        table: module that contains the registration, if it differs from the module of `cls`.
+        preset: field values that turn the class into this method.
+        required: options that must be given, because no default was published.
+        system: row in the paper index.
         label: one of `LABELS`.
-        source: paper, and the code it was read in.
+        source: the paper, and the code that the formula was read from.
         summary: one line.
-        differs: where this is not the paper's or the released code's own way, and why; "" if
-            nowhere.
+        differs: how and why the method differs from the paper or the released code; "" if it does not.
     """
 
     name: str
@@ -62,19 +63,19 @@ class Entry:
 
     @property
     def file(self) -> str:
-        """The file in the repository that holds it."""
+        """The file in the repository that defines the method."""
         module = self.table or self.cls.__module__
         return module.removeprefix("tokfuse.").replace(".", "/") + ".py"
 
     def options(self) -> dict[str, Any]:
-        """Option -> default; MISSING for one that must be given."""
+        """Return option -> default. The value is MISSING for an option that must be given."""
         out = _defaults(self.cls) | self.preset | dict.fromkeys(self.required, MISSING)
         out.pop("name", None)
         return out
 
 
 def _defaults(made: Callable[..., Any]) -> dict[str, Any]:
-    """Option -> default of a frozen dataclass, or of a function's keyword-only arguments."""
+    """Return option -> default of a frozen dataclass, or of a function's keyword-only arguments."""
     if inspect.isfunction(made):
         return {
             name: MISSING if p.default is p.empty else p.default
@@ -91,14 +92,14 @@ ENTRIES: dict[str, Entry] = {}
 
 
 def add(entry: Entry) -> None:
-    """Put a method into the registry."""
+    """Add a method to the registry."""
     assert entry.label in LABELS and entry.kind in KINDS, entry.name
     assert entry.name not in ENTRIES and entry.preset.keys() <= _defaults(entry.cls).keys()
     ENTRIES[entry.name] = entry
 
 
 def register(name: str, **facts: Any) -> Callable[[T], T]:
-    """Decorator: the class or function under `name`, with the facts of `Entry`."""
+    """Register the decorated class or function under `name`, with the fields of `Entry`."""
 
     def put(cls: T) -> T:
         assert callable(cls)
@@ -109,7 +110,7 @@ def register(name: str, **facts: Any) -> Callable[[T], T]:
 
 
 def entry(name: str) -> Entry:
-    """The entry of that name; an unknown name lists the known."""
+    """Return the entry with that name. For an unknown name, the error lists the known ones."""
     if name not in ENTRIES:
         near = difflib.get_close_matches(str(name), ENTRIES, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Choose a listed name."
@@ -119,20 +120,22 @@ def entry(name: str) -> Entry:
 
 
 def make(name: str, **options: Any) -> Any:
-    """The method of that name, configured: a frozen object without state.
+    """Return the method with that name, configured: a frozen object without state.
 
     Args:
         name: one of `tokfuse.algorithms.list()`.
-        options: its fields, see `python -m tokfuse algorithms NAME`. Defaults are the paper's.
+        options: fields of the method; `python -m tokfuse algorithms NAME` lists them. The defaults are the
+            paper's.
 
     Returns:
-        By kind of the method: "policy" an `Algorithm` (for "grpo_guard" a `GRPOGuard`, which works
-        on latents, not on tokens), "preference" a `PreferenceLoss`, otherwise a frozen object with
-        the methods its docstring names, or the function itself with the options filled in.
+        The type depends on the kind of the method. "policy": an `Algorithm`, or for "grpo_guard" a
+        `GRPOGuard`, which works on latents and not on tokens. "preference": a `PreferenceLoss`. All other
+        kinds: a frozen object with the methods that its docstring names, or the function itself with the
+        options filled in.
 
     Raises:
-        ValueError: an unknown name or option (the known are listed), an option without a published
-            default that was left out, a value out of range.
+        ValueError: an unknown name or option (the message lists the known ones), a missing option that has
+            no published default, or a value out of range.
     """
     one = entry(name)
     known = one.options()
@@ -146,7 +149,7 @@ def make(name: str, **options: Any) -> Any:
         raise refuse(
             f"algorithms.{name}",
             ", ".join(missing),
-            "given (no published default)",
+            "given (no default was published)",
             "nothing",
             "Choose values for your run.",
         )
@@ -158,7 +161,7 @@ def make(name: str, **options: Any) -> Any:
 
 
 def names(kind: str | None = None) -> list[str]:
-    """All names that `make` takes, sorted; those of one kind, a key of `registry.KINDS`."""
+    """Return all names that `make` takes, sorted. With `kind`, a key of `registry.KINDS`: only that kind."""
     if kind is not None:
         check_choice("algorithms.list", "kind", kind, KINDS)
     return sorted(name for name, one in ENTRIES.items() if kind in (None, one.kind))

@@ -1,7 +1,7 @@
-"""What may be laid over an objective: corrections of the rollout mismatch and token rules.
+"""Modifications of an objective: corrections of the rollout mismatch, and token rules.
 
-Each is a frozen record; `Standard.correction` takes one of the first, `Standard.rules` any of the
-others, applied in order.
+Each one is a frozen dataclass. `Standard.correction` takes one `Correction`. `Standard.rules` takes any number of
+token rules and applies them in order.
 """
 
 from abc import ABC, abstractmethod
@@ -20,25 +20,31 @@ from tokfuse.runtime.policy.keep_rule import KeepRule
 from tokfuse.runtime.policy.objective import KL
 from tokfuse.runtime.reference.segments import groups_of
 
-UNBOUNDED = 1e6  # a clamp that no log-probability reaches
+UNBOUNDED = 1e6  # no log-probability reaches this clamp
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """Detached weights for the difference between rollout engine and trainer: TIS, MIS, IcePop, ...
+    """Detached weights that correct the mismatch between rollout engine and trainer: TIS, MIS, IcePop, ...
 
-    weight = f(exp(policy - sampler_logp)) multiplies the policy term; `tokfuse.offpolicy_weights`
-    documents level, mode, low, high and the keep rules.
+    The policy term is multiplied by f(w), with the ratio w = exp(logp of `policy` - sampler_logp).
+    `tokfuse.offpolicy_weights` defines f and the ratio at each level.
 
     Args:
-        level, mode, low, high, keep_rules, normalize: as in `tokfuse.offpolicy_weights`.
-        policy: "old" (the trainer's copy at the start of the update: three policies) or "current"
-            (OPSM).
-        dropped: what a dropped token does to the denominator of the loss. "leave": it no longer
-            counts (verl multiplies the mask); "count": it counts with loss 0 (TRL).
+        level: unit of the ratio. "token"; "sequence": exp of the summed log-ratio; "geometric": exp of the mean
+            log-ratio.
+        mode: f. "truncate": min(max(w, low), high). "mask": w inside [low, high], else 0 and dropped. "ips": w.
+            "keep": 1, so that only keep_rules act. The others are listed in `tokfuse.offpolicy_weights`.
+        low, high: absolute bounds on the ratio. "truncate" and "mask" need at least one, "switch" needs high.
+        keep_rules: `KeepRule`s. A token that fails one of them is dropped.
+        normalize: "none"; "batch" or "group": divide by the mean weight of the batch or of the prompt group.
+        policy: numerator of the ratio. "old": the trainer's policy at the start of the update, which makes
+            three policies. "current": the current policy (OPSM).
+        dropped: effect of a dropped token on the denominator of the loss. "leave": the token no longer counts
+            (verl multiplies the mask). "count": it counts with loss 0 (TRL).
 
     Raises:
-        ValueError: unknown names here; the numbers are checked where they are used.
+        ValueError: an unknown `policy` or `dropped`. `tokfuse.offpolicy_weights` checks the other fields.
     """
 
     level: str = "token"
@@ -55,7 +61,7 @@ class Correction:
         check_choice("Correction", "dropped", self.dropped, ("leave", "count"))
 
     def apply(self, plan: Plan, op: str) -> Plan:
-        """The plan with its policy term weighted."""
+        """Return the plan with a weighted policy term."""
         batch, current = plan.batch, self.policy == "current"
         batch.require(op, "sampler_logp", *(("logp",) if current else ()))
         negative_only = any(rule.negative_only for rule in self.keep_rules)
@@ -78,27 +84,32 @@ class Correction:
 
 
 def token_advantage(plan: Plan) -> torch.Tensor:
-    """(tokens,): the plan's advantage on every token."""
+    """Return the plan's advantage of every token, (tokens,)."""
     if plan.advantage_level == "token":
         return plan.advantage
     return plan.batch.spread(plan.advantage)
 
 
 class TokenRule(ABC):
-    """A change of the plan that looks at single tokens."""
+    """A modification of the plan that depends on single tokens."""
 
     needs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def apply(self, plan: Plan, state: State) -> Plan:
-        """The changed plan."""
+        """Return the modified plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HighEntropy(TokenRule):
-    """Only tokens with entropy >= the (1 - fraction) quantile of all ranks' tokens learn.
+    """Trains only on tokens with entropy >= the (1 - fraction) quantile over the tokens of all ranks.
 
-    The denominator keeps all tokens. 80/20 (arXiv 2506.01939), as in TRL: exact.
+    The denominator still counts all tokens.
+
+    Args:
+        fraction: share of tokens that train.
+
+    Source: 80/20 (arXiv 2506.01939), as in TRL: exact.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("entropy",)
@@ -116,9 +127,12 @@ class HighEntropy(TokenRule):
 
 @dataclass(frozen=True, kw_only=True)
 class DampRare(TokenRule):
-    """A times (alpha pi_old + 1 - alpha): rare tokens, whose gradients are large, count less.
+    """Multiplies A by (alpha pi_old + 1 - alpha): rare tokens, which have large gradients, count less.
 
-    AR of arXiv 2505.12929: exact.
+    Args:
+        alpha: strength in [0, 1]; 0 has no effect.
+
+    Source: AR (arXiv 2505.12929): exact.
     """
 
     alpha: float = 0.2
@@ -133,12 +147,18 @@ class DampRare(TokenRule):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipCov(TokenRule):
-    """No loss for a few random tokens of high covariance between advantage and log-probability.
+    """Sets the loss of a few random tokens with high covariance of advantage and log-probability to 0.
 
-    Candidates: unclipped, low < cov < high. max(1, fraction N) of them, drawn without replacement,
-    get weight 0; the denominator stays. N and the means are over all ranks (verl: micro-batch).
-    The draw comes from a generator seeded with (seed, update, rank). Clip-Cov (arXiv 2505.22617):
-    exact up to the generator.
+    Candidates are unclipped tokens with low < cov < high. max(1, fraction N) of them are drawn without
+    replacement and get weight 0. The denominator does not change. N and the means are taken over all ranks
+    (verl: over the micro-batch). The generator is seeded with (seed, update, rank).
+
+    Args:
+        fraction: share of the N counting tokens that is drawn.
+        low, high: bounds on the covariance of a candidate.
+        seed: seed of the draw.
+
+    Source: Clip-Cov (arXiv 2505.22617): exact, apart from the random generator.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("logp",)
@@ -169,7 +189,7 @@ class ClipCov(TokenRule):
         cov = covariance(replace(batch, mask=mask), advantage, batch.logp)
         candidate = mask & ~clipped & (cov > self.low) & (cov < self.high)
         count = max(1, int(self.fraction * int(batch.world.sum(mask.sum()))))
-        # Without the rank, every rank would draw the same numbers for its rows.
+        # Without the rank in the seed, every rank would draw the same numbers for its rows.
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + int(state.get("updates", 0))) * 65_537 + batch.world.rank
         )
@@ -179,10 +199,16 @@ class ClipCov(TokenRule):
 
 @dataclass(frozen=True, kw_only=True)
 class KLCov(TokenRule):
-    """+ coef |logp - old_logp| on the max(1, fraction N) tokens of highest covariance.
+    """Adds coef |logp - old_logp| on the max(1, fraction N) tokens with the highest covariance.
 
-    N is over all ranks. The gradient is 0 where the policies agree: on the first update of a batch
-    it has no effect. KL-Cov (arXiv 2505.22617): exact; the paper's 7B runs take fraction=2e-3.
+    N is the number of counting tokens of all ranks. If the two policies agree, the gradient is 0, so the rule has no
+    effect on the first update of a batch.
+
+    Args:
+        fraction: share of tokens; the paper's 7B runs use 2e-3.
+        coef: coefficient of the penalty.
+
+    Source: KL-Cov (arXiv 2505.22617): exact.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("logp",)
@@ -204,19 +230,19 @@ class KLCov(TokenRule):
 
 @dataclass(frozen=True, kw_only=True)
 class PositiveLikelihood(TokenRule):
-    """+ coef times the negative log-likelihood of good responses.
+    """Adds coef times the negative log-likelihood of good responses.
 
-    "chosen" counts the tokens of the plan over all ranks: accumulate micro-batches with over="all".
+    over="chosen" counts the chosen tokens of this plan over all ranks. To accumulate micro-batches, use
+    over="all". The term replaces a KL term: it is implemented as a "k1" KL against log-probability 0, which has
+    the value and gradient of the likelihood. The metrics ref_kl_* then describe this term, not a KL.
 
     Args:
-        coef: weight.
-        of: "correct" (batch.correct; VAPO) or "group_best" (the highest reward of a group with
-            spread, advantage above 0; our counterpart of A2PR's gate).
-        over: what the term is averaged over: the "chosen" tokens, or "all" tokens.
+        coef: weight of the term.
+        of: good responses. "correct": `batch.correct` (VAPO). "group_best": the highest reward of a group with
+            unequal rewards, if its advantage is above 0 (the analogue of A2PR's gate).
+        over: tokens that the term is averaged over: the "chosen" tokens, or "all" tokens.
 
-    VAPO (arXiv 2504.05118), formula in NeMo-RL: exact. The term is a "k1" KL against
-    log-probability 0, whose value and gradient are those of the likelihood; the metrics ref_kl_*
-    describe that and mean nothing else. It takes the place of a KL term.
+    Source: VAPO (arXiv 2504.05118), formula in NeMo-RL: exact.
     """
 
     coef: float = 0.1
@@ -232,7 +258,7 @@ class PositiveLikelihood(TokenRule):
         batch, op = plan.batch, "PositiveLikelihood"
         if plan.objective.aggregation != "token_mean":
             raise refuse(
-                op, "aggregation", "'token_mean'", repr(plan.objective.aggregation), "The term is a mean over tokens."
+                op, "aggregation", "'token_mean'", repr(plan.objective.aggregation), "This term is a mean over tokens."
             )
         if self.of == "correct":
             batch.require(op, "correct")
@@ -258,19 +284,19 @@ def _group_best(batch: Batch) -> torch.Tensor:
 
 
 def with_kl(plan: Plan, kl: KL, ref_logp: torch.Tensor, weight: torch.Tensor, op: str) -> Plan:
-    """The plan with a KL term in the objective's one slot for it."""
+    """Return the plan with this KL term. An objective has room for one."""
     if plan.objective.kl is not None:
         raise refuse(
             op,
             "kl",
             "None (the objective has one KL term, and this rule uses it)",
             plan.objective.kl,
-            "Drop one of the two.",
+            "Remove one of the two.",
         )
     weight = weight.to(plan.batch.old_logp.dtype)
     return replace(plan, objective=replace(plan.objective, kl=kl), ref_logp=ref_logp, kl_weight=weight)
 
 
 def plan_mask(plan: Plan) -> torch.Tensor:
-    """(tokens,) bool: the tokens that count in the plan."""
+    """Return the tokens that count in the plan, (tokens,) bool."""
     return plan.batch.valid if plan.mask is None else plan.mask

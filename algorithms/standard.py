@@ -1,7 +1,7 @@
-"""The standard family: one class whose fields are the axes, and every published method a point.
+"""The standard family: one class whose fields are independent options. A method is a choice of values.
 
-loss = Objective(shape, level, aggregation, kl, entropy_coef) of the estimator's advantages, times
-the correction's weights, changed by the token rules. `algorithms/table.py` names the points.
+The loss is an Objective(shape, level, aggregation, kl, entropy_coef) of the estimator's advantages, multiplied by the
+correction's weights and modified by the token rules. `algorithms/table.py` lists the methods.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,13 @@ from tokfuse.runtime.policy.shapes import PPOClip, Shape
 
 @dataclass(frozen=True, kw_only=True)
 class Overlong:
-    """DAPO's soft punishment, added to the reward of a response of n tokens that count.
+    """DAPO's soft length penalty, added to the reward of a response with n counting tokens.
 
-    0 up to max_length - cache, then linear down to -1 at max_length, -1 beyond.
+    It is 0 up to n = max_length - cache, then falls linearly to -1 at max_length, and stays -1 beyond.
+
+    Args:
+        max_length: number of tokens at which the penalty reaches -1.
+        cache: number of tokens over which the penalty falls from 0 to -1.
     """
 
     max_length: int = 20480
@@ -36,16 +40,21 @@ class Overlong:
         check_number("Overlong", "cache", self.cache, 1, self.max_length)
 
     def penalty(self, lengths: torch.Tensor) -> torch.Tensor:
-        """(seqs,) in [-1, 0]."""
+        """Return the penalty, (seqs,) in [-1, 0]."""
         free = self.max_length - self.cache
         return ((free - lengths.double()) / self.cache).clamp(-1.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KLControl:
-    """Ziegler's controller: coef *= 1 + clip(KL / target - 1, +-0.2) seqs / horizon, per update.
+    """Ziegler's controller of the KL coefficient.
 
-    KL is the mean of logp - ref_logp (k1) over the tokens of the update; seqs its responses.
+    After each update: coef *= 1 + clip(KL / target - 1, +-0.2) seqs / horizon. KL is the mean of logp - ref_logp
+    (k1) over the tokens of the update, and seqs the number of its responses.
+
+    Args:
+        target: desired KL, nats.
+        horizon: number of responses over which the controller acts.
     """
 
     target: float
@@ -58,9 +67,15 @@ class KLControl:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyControl:
-    """The bonus follows a target entropy: coef +- step per update, used only while H <= target.
+    """Controller of the entropy coefficient, as in Skywork-OR1 and TRL.
 
-    Skywork-OR1 and TRL. The coefficient starts at the algorithm's entropy_coef and stays >= 0.
+    After each update the coefficient rises by `step` if the entropy H is below the target, and falls by `step`
+    otherwise. The bonus is active only while H <= target. The coefficient starts at the algorithm's entropy_coef
+    and never falls below 0.
+
+    Args:
+        target: desired entropy, nats.
+        step: change of the coefficient per update.
     """
 
     target: float = 0.2
@@ -73,25 +88,42 @@ class EntropyControl:
 
 @dataclass(frozen=True, kw_only=True)
 class Standard(Algorithm):
-    """A policy-gradient method along orthogonal axes; every option may be set on every method.
+    """A policy-gradient method with independent options. Every option can be set for every method.
 
     Args:
         advantage: estimator, see `tokfuse.algorithms.advantages.estimate`.
-        eps, std, scale, singleton: as in `tokfuse.group_advantage`; gamma, lam,
-            length_adaptive_alpha as in `tokfuse.gae`; reward_kl: coefficient of k1 inside the
-            token rewards. None: the estimator's own; one it does not read is refused.
-        whiten: divide advantages by their deviation over all tokens. None: the estimator's habit
-            (gae, reinforce_pp and reinforce_pp_baseline do).
+        eps: number added to the divisor of the advantage. None: 1e-6 for a deviation, 1e-8 for a mean.
+        std: "sample" (divisor G - 1) or "population" (divisor G) standard deviation. None: "sample".
+        scale: divisor of the advantage: "none", "std" (of the group), "batch_std" (of all rewards), "mean" (of
+            the group). None: the estimator's own.
+        singleton: advantage of a group with one response. "reward": the baseline is 0. "zero": the advantage is
+            0. None: "reward".
+        gamma: discount of `tokfuse.gae`. None: 1.
+        lam: lambda of `tokfuse.gae`. None: 1.
+        length_adaptive_alpha: alpha of VAPO's length-adaptive lambda, 1 - 1 / max(alpha * length, 1), which
+            replaces lam. None: off.
+        reward_kl: coefficient of the k1 KL that is subtracted from the token rewards. None: 0.
+        whiten: divide advantages by their deviation over all tokens. None: True for gae, reinforce_pp and
+            reinforce_pp_baseline, False for the others.
         overlong: length penalty added to the reward, or None.
-        skip_uniform: groups whose rewards are all equal leave the batch, denominator included
-            (DAPO's dynamic sampling; refilling the batch is the data loader's part).
-        shape, level, aggregation, kl, entropy_coef: as in `tokfuse.Objective`.
-        max_length: with aggregation "token_sum": the loss is divided by sequences * max_length.
+        skip_uniform: remove groups whose rewards are all equal, also from the denominator (DAPO's dynamic
+            sampling). The data loader must refill the batch.
+        shape: policy term, e.g. `PPOClip(low=0.2, high=0.28)`.
+        level: level of the ratio: "token", "sequence", "sequence_token" or "sequence_sum", see
+            `tokfuse.Objective`.
+        aggregation: "token_mean", "seq_mean_token_mean", "seq_mean_token_sum" or "token_sum", see
+            `tokfuse.Objective`.
+        kl: KL term, or None.
+        entropy_coef: coefficient of the entropy bonus; a positive value raises the entropy.
+        max_length: needed by aggregation "token_sum", and only there. The loss is divided by
+            sequences * max_length.
         correction: weights for the mismatch between rollout engine and trainer, or None.
-        bypass: the rollout engine's sampler_logp takes the place of old_logp in the ratio.
+        bypass: use the rollout engine's sampler_logp as old_logp in the ratio.
         rules: token rules, applied in order.
-        kl_control, entropy_control: controllers of the two coefficients, or None.
+        kl_control: controller of the KL coefficient, or None.
+        entropy_control: controller of entropy_coef, or None.
 
+    An option that the estimator does not read must be None.
     State: the number of updates, and the controlled coefficients.
     """
 
@@ -129,13 +161,13 @@ class Standard(Algorithm):
                 "max_length",
                 f"{want} with aggregation {self.aggregation!r}",
                 self.max_length,
-                "It divides a token_sum.",
+                "Only a token_sum is divided by it.",
             )
         if self.max_length is not None:
             check_number(self._op, "max_length", self.max_length, 1)
         if self.kl_control is not None and self.kl is None:
             raise refuse(
-                self._op, "kl_control", "None without a KL term", self.kl_control, "Set kl=KL(coef=...) as its start."
+                self._op, "kl_control", "None without a KL term", self.kl_control, "Set kl=KL(coef=...) to start from."
             )
         if self.bypass and self.correction is not None:
             raise refuse(
@@ -162,7 +194,7 @@ class Standard(Algorithm):
     # ------------------------------------------------------------------------------ before the loss
 
     def initial_state(self) -> State:
-        """Updates so far, and the coefficients that a controller moves."""
+        """Return the number of updates, and the coefficients that a controller changes."""
         state: State = {}
         if any(isinstance(rule, ClipCov) for rule in self.rules):
             state["updates"] = 0
@@ -173,7 +205,7 @@ class Standard(Algorithm):
         return state
 
     def rewards(self, batch: Batch) -> torch.Tensor:
-        """(seqs,): the reward that the estimator sees."""
+        """Return the reward that the estimator uses, (seqs,)."""
         if self.overlong is None:
             return batch.reward
         if batch.token_reward is not None:
@@ -182,12 +214,12 @@ class Standard(Algorithm):
                 "batch.token_reward",
                 "None with overlong",
                 "a tensor",
-                "Put the length penalty into the token rewards.",
+                "Add the length penalty to the token rewards.",
             )
         return batch.reward + self.overlong.penalty(batch.lengths).to(batch.reward.dtype)
 
     def advantages(self, batch: Batch) -> Advantage:
-        """Of the named estimator."""
+        """Return the advantages of the chosen estimator."""
         needs, _ = estimators.ESTIMATORS[self.advantage]
         batch.require(self._op, *needs)
         whiten = self.advantage in estimators.WHITENED if self.whiten is None else self.whiten
@@ -195,18 +227,18 @@ class Standard(Algorithm):
         return estimators.estimate(self.advantage, batch, self.rewards(batch), options, whiten)
 
     def select(self, batch: Batch, advantage: Advantage, state: State) -> torch.Tensor | None:
-        """The groups with spread, where the method skips the others."""
+        """Return the tokens of groups with unequal rewards if skip_uniform is set, else None."""
         if not self.skip_uniform:
             return None
         batch.require(self._op, "group_ids")
-        # Correctness where it is known: a length penalty spreads the rewards of solved groups.
+        # Use correctness if it is known: a length penalty makes the rewards of solved groups unequal.
         score = batch.reward if batch.correct is None else batch.correct.float()
         return batch.spread(informative(score, cast(torch.Tensor, batch.group_ids)))
 
     # ------------------------------------------------------------------------------------- the loss
 
     def objective(self, batch: Batch, state: State) -> Plan:
-        """The plan of a prepared batch."""
+        """Return the plan of a prepared batch."""
         if batch.advantage is None:
             raise refuse(
                 self._op, "batch", "prepared", "one without advantages", "Call algorithm.prepare(batch, state) first."
@@ -227,7 +259,7 @@ class Standard(Algorithm):
         return plan
 
     def spec(self, state: State) -> Objective:
-        """The objective at this state, before rules change it."""
+        """Return the objective at this state, before the rules modify it."""
         kl = self.kl
         if kl is not None and self.kl_control is not None:
             kl = replace(kl, coef=state["kl_coef"])
@@ -257,14 +289,14 @@ class Standard(Algorithm):
 
     @property
     def needs_policy(self) -> bool:
-        """True with a rule or a correction that looks at the current policy."""
+        """Whether a rule or the correction reads the current policy."""
         rules = any({"logp", "entropy"} & set(rule.needs) for rule in self.rules)
         return rules or (self.correction is not None and self.correction.policy == "current")
 
     # ------------------------------------------------------------------------------------ the state
 
     def measure(self, plan: Plan, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Sums over the plan's tokens for the controllers."""
+        """Return the sums over the plan's tokens that the controllers need."""
         keep = plan.batch.valid if plan.mask is None else plan.mask
 
         def total(x: torch.Tensor) -> torch.Tensor:
@@ -282,7 +314,7 @@ class Standard(Algorithm):
         return out | {"tokens": keep.sum().double()} if out else {}
 
     def update(self, state: State, metrics: Mapping[str, torch.Tensor]) -> State:
-        """One step of every controller."""
+        """Return the state after one step of every controller."""
         controlled = {"kl": self.kl_control, "entropy": self.entropy_control}
         require_metrics(self._op, metrics, *(k for k, v in controlled.items() if v is not None))
         state = dict(state)

@@ -1,8 +1,8 @@
-"""The standard family as points on the axes of `Standard`: one row a method.
+"""The standard family: one row per method, with its values of the options of `Standard`.
 
-A row names what it changes from `Standard()` (GRPO advantages, PPO clip 0.2, token mean, no KL).
-Sources: the paper, and the code the formula was read in: verl `core_algos.py`, TRL
-`grpo_trainer.py`, OpenRLHF `loss.py`, NeMo-RL, or the authors' repository.
+A row lists only what differs from `Standard()`: GRPO advantages, PPO clip 0.2, token mean, no KL. `source` names the
+paper and the code that the formula was read from: verl `core_algos.py`, TRL `grpo_trainer.py`, OpenRLHF `loss.py`,
+NeMo-RL, or the authors' repository.
 """
 
 from typing import Any
@@ -52,24 +52,24 @@ def _row(
 _row(
     "ppo",
     "arXiv 1707.06347; verl",
-    "clipped ratio on whitened GAE",
+    "clipped ratio with whitened GAE advantages",
     advantage="gae",
-    differs="gamma and lam are 1 (verl's defaults); the value loss is `critic.value_loss`.",
+    differs="gamma and lam default to 1, as in verl. The value loss is `critic.value_loss`.",
 )
 _row(
     "ppo_dual",
     "arXiv 1912.09729; verl",
-    "PPO, the loss of negative advantages bounded by 3 |A|",
+    "PPO with a second clip: the loss of negative advantages is at most 3 |A|",
     advantage="gae",
     shape=PPOClip(dual=3.0),
 )
 _row(
     "grpo",
     "arXiv 2402.03300; verl, TRL",
-    "group z-scores, sequence means, k3 against a reference",
+    "group z-scores, sequence means, k3 KL to a reference policy",
     aggregation=SEQ_MEAN,
     kl=KL(coef=0.04),
-    differs="eps of the deviation is verl's 1e-6 (TRL 1e-4); frameworks now set kl=None.",
+    differs="eps, added to the deviation, is 1e-6 as in verl (TRL: 1e-4). Frameworks now set kl=None.",
 )
 _row(
     "dr_grpo",
@@ -78,38 +78,38 @@ _row(
     advantage="dr_grpo",
     aggregation="token_sum",
     required=("max_length",),
-    differs="verl's norm lacks the division by sequences.",
+    differs="verl's version does not divide by the number of sequences.",
 )
 _row(
     "dapo",
     "arXiv 2503.14476; verl",
-    "clip 0.2 / 0.28, token mean, length penalty, no dead groups",
+    "clip 0.2 / 0.28, token mean, length penalty, groups with equal rewards removed",
     shape=DAPO_CLIP,
     overlong=Overlong(),
     skip_uniform=True,
-    differs="Dead groups are masked out; refilling the batch is the data loader's part.",
+    differs="Groups with equal rewards are masked out. The data loader must refill the batch.",
 )
 _row(
     "rloo",
     "arXiv 2402.14740; verl",
     "leave-one-out baseline, clipped ratio",
     advantage="rloo",
-    differs="The paper's REINFORCE loss is shape=LinearLogp(); equal gradients on policy.",
+    differs="The paper's REINFORCE loss is shape=LinearLogp(). On policy, both have the same gradient.",
 )
 _row(
     "remax",
     "arXiv 2310.10505; verl",
     "the greedy response's reward as baseline",
     advantage="remax",
-    differs="Clipped ratio as in verl; the paper's is shape=LinearLogp().",
+    differs="The ratio is clipped as in verl. The paper's loss is shape=LinearLogp().",
 )
 _row(
-    "opo", "arXiv 2505.23585; verl", "length-weighted baseline, exactly on policy", advantage="opo", shape=LinearLogp()
+    "opo", "arXiv 2505.23585; verl", "length-weighted baseline, strictly on policy", advantage="opo", shape=LinearLogp()
 )
 _row(
     "reinforce_pp",
     "arXiv 2501.03262; verl",
-    "reward to go with k1 inside, whitened over tokens",
+    "reward to go with a k1 KL penalty inside, whitened over tokens",
     advantage="reinforce_pp",
     required=("reward_kl",),
 )
@@ -122,10 +122,10 @@ _row(
 _row(
     "gpg",
     "arXiv 2504.02546; official trainer",
-    "-A logp, scaled by the share of live groups",
+    "-A logp, divided by the share of responses in groups with unequal rewards",
     advantage="gpg",
     shape=LinearLogp(),
-    differs="verl counts rewards that are not 0 instead: advantage='gpg_verl'.",
+    differs="verl counts nonzero rewards instead: use advantage='gpg_verl'.",
 )
 _row("pass_at_k", "verl", "only the best of a group: (max - second) / deviation", advantage="pass_at_k")
 _row(
@@ -141,7 +141,7 @@ _row(
     "verl",
     "per-position baseline weighted by the squared score",
     advantage="otb",
-    differs="Under importance weights verl multiplies by w^2; here the batch is on policy. "
+    differs="With importance weights, verl multiplies by w^2; this version assumes an on-policy batch. "
     "A masked token has no weight and no reward.",
 )
 
@@ -158,18 +158,18 @@ _row(
 _row(
     "gspo_token",
     "arXiv 2507.18071; verl",
-    "GSPO's value, gradients through each token's ratio",
+    "the value of GSPO, with gradients through each token's own ratio",
     level="sequence_token",
     shape=GSPO_CLIP,
     aggregation=SEQ_MEAN,
-    differs="verl bounds the log-ratio by 10 above; here it is +-20.",
+    differs="verl bounds the log-ratio by 10 from above; here the bounds are +-20.",
 )
 _row(
     "cispo",
     "arXiv 2506.13585; TRL",
     "stop-gradient clipped ratio times A logp",
     shape=StopGradClip(),
-    differs="ratio_max=5 is an absolute bound (TRL, ScaleRL); verl's clip_ratio_high is a width.",
+    differs="ratio_max=5 is an absolute bound, as in TRL and ScaleRL. verl's clip_ratio_high is a width.",
 )
 _row(
     "gmpo",
@@ -185,7 +185,7 @@ _row(
     "sigmoid gate instead of a clip",
     shape=SigmoidGate(),
     aggregation=SEQ_MEAN,
-    differs="The value at ratio 1 is -2 A / tau; compare gradients, not losses.",
+    differs="The loss at ratio 1 is -2 A / tau. Compare its gradients with other methods, not its loss.",
 )
 _row("vespo", "TRL", "stop-gradient gamma gate of the sequence ratio", level="sequence_sum", shape=Gamma())
 
@@ -194,17 +194,17 @@ _row("vespo", "TRL", "stop-gradient gamma gate of the sequence ratio", level="se
 _row(
     "high_entropy",
     "arXiv 2506.01939; TRL",
-    "DAPO on the 20% of tokens with most entropy",
+    "DAPO on the 20% of tokens with the highest entropy",
     shape=DAPO_CLIP,
     rules=(HighEntropy(),),
-    differs="The threshold is over all ranks; the denominator counts all tokens, as in TRL.",
+    differs="The threshold is computed over all ranks. The denominator counts all tokens, as in TRL.",
 )
 _row(
     "clip_cov",
     "arXiv 2505.22617; official code",
     "no gradient for a few high-covariance tokens",
     rules=(ClipCov(),),
-    differs="Means and counts over all ranks (verl: micro-batch).",
+    differs="Means and counts are computed over all ranks (verl: over the micro-batch).",
 )
 _row(
     "kl_cov",
@@ -212,24 +212,24 @@ _row(
     "|logp - old_logp| on the high-covariance tokens",
     shape=LinearRatio(),
     rules=(KLCov(),),
-    differs="Count over all ranks; the 7B script's 'k_percent 0.2' is fraction=2e-3.",
+    differs="The count is over all ranks. 'k_percent 0.2' in the 7B script is fraction=2e-3.",
 )
 _row(
     "ar",
     "arXiv 2505.12929; official code",
-    "advantages of rare tokens damped",
+    "reduced advantages of rare tokens",
     rules=(DampRare(alpha=0.2),),
-    differs="alpha 0.3 together with `lopti`.",
+    differs="Use alpha=0.3 together with `lopti`.",
 )
 _row(
     "vapo",
     "arXiv 2504.05118; NeMo-RL",
-    "length-adaptive GAE, clip 0.2 / 0.28, NLL of the correct",
+    "length-adaptive GAE, clip 0.2 / 0.28, NLL of the correct responses",
     advantage="gae",
     length_adaptive_alpha=0.05,
     shape=DAPO_CLIP,
     rules=(PositiveLikelihood(),),
-    differs="The critic's returns (lam 1) are `critic.returns`; value pre-training is a trainer's.",
+    differs="The critic's returns (lam 1) are `critic.returns`. The trainer must pre-train the value model.",
 )
 
 # ------------------------------------------------------------------- rollout engine against trainer
@@ -239,7 +239,7 @@ _row(
     "verl, TRL, OpenRLHF",
     "token weights min(w, 2)",
     correction=Correction(high=2.0),
-    differs="verl's bound; OpenRLHF clamps to [0.5, 5].",
+    differs="The bound is verl's. OpenRLHF clamps to [0.5, 5].",
 )
 _row("seq_tis", "verl", "sequence weights min(w, 2)", correction=Correction(level="sequence", high=2.0))
 _row("mis", "TRL", "sequence weights, dropped above 3", correction=Correction(level="sequence", mode="mask", high=3.0))
@@ -248,7 +248,7 @@ _row(
     "TRL, verl",
     "token weights, dropped outside [0.5, 5]",
     correction=Correction(mode="mask", low=0.5, high=5.0),
-    differs="The bounds are OpenRLHF's; the frameworks publish no common ones.",
+    differs="The bounds are OpenRLHF's. The frameworks publish no common values.",
 )
 _row(
     "geo_rs",
@@ -261,7 +261,7 @@ _row(
     "OpenRLHF",
     "token weights, sequences kept by their geometric mean in [0.5, 5]",
     correction=Correction(mode="ips", keep_rules=(KeepRule("ratio", "mean", 0.5, 5.0),)),
-    differs="The weight is not truncated, as in the code (its comment says it is).",
+    differs="The weight is not truncated, as in OpenRLHF's code (whose comment says that it is).",
 )
 _row(
     "opsm",
@@ -270,7 +270,7 @@ _row(
     correction=Correction(
         mode="keep", policy="current", keep_rules=(KeepRule("k1", "mean", high=0.5, negative_only=True),)
     ),
-    differs="delta 0.5 is TRL's suggestion; the report names none.",
+    differs="delta 0.5 is TRL's suggestion. The report gives no value.",
 )
 
 # ---------------------------------------------------------------------------------------- repulsion
@@ -278,11 +278,11 @@ _row(
 _row(
     "cdpo",
     "arXiv 2605.01324; VideoThinker trainer",
-    "k3 with coefficient -0.01: repelled by a frozen bias model",
+    "k3 with coefficient -0.01: moves the policy away from a frozen bias model",
     system="CDPO (VideoThinker)",
     aggregation=SEQ_MEAN,
     eps=1e-4,
     kl=KL(coef=-0.01, clamp=11.0),
-    differs="ref_logp is the bias model's. The gradient reaches 0.01 e^11: the authors clip the "
-    "gradient norm at 20, which is part of the method and the trainer's to do.",
+    differs="ref_logp comes from the bias model. The gradient reaches 0.01 e^11. The authors clip the "
+    "gradient norm at 20: this is part of the method, and the trainer must do it.",
 )

@@ -1,4 +1,4 @@
-"""Causal and off-policy estimators, environment weights, and metrics of answers in groups."""
+"""Causal and off-policy estimators, weights of environments, and metrics of grouped answers."""
 
 from tokfuse.algorithms.causal.answer_metrics import best_of_n as best_of_n
 from tokfuse.algorithms.causal.answer_metrics import majority_at_k as majority_at_k

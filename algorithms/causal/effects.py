@@ -1,4 +1,4 @@
-"""Effects of leaving something out, and bounds on what was necessary and sufficient."""
+"""Effects of removing a factor, and bounds on the probability that it was necessary and sufficient."""
 
 import math
 from typing import NamedTuple
@@ -23,32 +23,33 @@ class Effect(NamedTuple):
     system="CMB",
     label="utility",
     source="difference in means; inspired by CMB (arXiv 2505.21165)",
-    summary="how much a segment is worth: rewards with it minus rewards without, with errors",
+    summary="value of a segment: rewards with it minus rewards without it, with standard errors",
     differs=(
-        "CMB's own formula was not found. Black-box influence by forward passes, where the reward "
-        "has no gradient; arms are `ofs`."
+        "CMB's own formula was not found. This is black-box influence by forward passes, for rewards "
+        "without a gradient; `ofs` chooses the arms."
     ),
 )
 def ablation_effect(full: torch.Tensor, without: torch.Tensor, *, paired: bool = False) -> Effect:
-    """mean(full) - mean(without), and its standard error. Utility.
+    """Return mean(full) - mean(without), and its standard error. Utility.
+
+    Both need at least two runs. Variances are sample variances.
 
     Args:
-        full: (runs,), rewards with the factor. without: (runs',), rewards with it removed.
-        paired: run i of both shares prompt and random numbers: the error is that of the
-            differences. Otherwise sqrt(var / n + var' / n').
-
-    At least two runs each. Sample variances.
+        full: (runs,), rewards with the factor.
+        without: (runs',), rewards with the factor removed.
+        paired: True if run i of both has the same prompt and random numbers: the error is then that of the
+            differences. False: sqrt(var / n + var' / n').
     """
     op = "effects.ablation_effect"
     for name, x in (("full", full), ("without", without)):
         if check_vector(op, name, x).shape[0] < 2:
-            raise refuse(op, name, "of at least two runs", x.shape[0], "An error needs two.")
+            raise refuse(op, name, "of at least two runs", x.shape[0], "A standard error needs two.")
     a, b = full.double(), without.double()
     if not paired:
         return Effect(float(a.mean() - b.mean()), math.sqrt(float(a.var() / a.shape[0] + b.var() / b.shape[0])))
     if a.shape != b.shape:
         raise refuse(
-            op, "without", f"of shape {tuple(a.shape)} with paired=True", f"shape {tuple(b.shape)}", "Pair the runs."
+            op, "without", f"of shape {tuple(a.shape)} with paired=True", f"shape {tuple(b.shape)}", "Pair them."
         )
     return Effect(float((a - b).mean()), math.sqrt(float((a - b).var()) / a.shape[0]))
 
@@ -67,17 +68,18 @@ class Bounds(NamedTuple):
     label="utility",
     source="Tian and Pearl's bounds; used by IDUM (ICML 2025)",
     summary="bounds of the probability that a step was necessary and sufficient",
-    differs="The standard bounds. IDUM's risk on top of them was not found.",
+    differs="The standard bounds only. IDUM's risk, which uses them, was not found.",
 )
 def pns_bounds(with_step: torch.Tensor, without_step: torch.Tensor, *, monotone: bool = False) -> Bounds:
-    """max(0, p1 - p0) <= P(Y1 = 1, Y0 = 0) <= min(p1, 1 - p0). Utility.
+    """Return max(0, p1 - p0) <= P(Y1 = 1, Y0 = 0) <= min(p1, 1 - p0). Utility.
+
+    p1 and p0 are rates under intervention: rollouts from the same prefixes with and without the step.
 
     Args:
-        with_step: p1, success rates with the step or hint; without_step: p0. Same shape, in [0, 1].
-        monotone: the step never turns a success into a failure: then PNS = p1 - p0, which must
-            not be negative.
-
-    p1 and p0 are rates under intervention: rollouts from the same prefixes with and without.
+        with_step: p1, success rates with the step or hint, in [0, 1].
+        without_step: p0, success rates without it, same shape.
+        monotone: assume that the step never turns a success into a failure. Then PNS = p1 - p0, which must not
+            be negative.
     """
     op = "effects.pns_bounds"
     if with_step.shape != without_step.shape:
@@ -86,7 +88,7 @@ def pns_bounds(with_step: torch.Tensor, without_step: torch.Tensor, *, monotone:
             "without_step",
             f"of shape {tuple(with_step.shape)}",
             f"shape {tuple(without_step.shape)}",
-            "Pair the rates.",
+            "Pass one rate per rate of with_step.",
         )
     p1, p0 = with_step.double(), without_step.double()
     for name, p in (("with_step", p1), ("without_step", p0)):
@@ -99,7 +101,7 @@ def pns_bounds(with_step: torch.Tensor, without_step: torch.Tensor, *, monotone:
                 "with_step",
                 ">= without_step with monotone=True",
                 "a smaller rate",
-                "The data contradict monotonicity: drop it.",
+                "The data contradict monotonicity: set monotone=False.",
             )
         return Bounds(p1 - p0, p1 - p0)
     return Bounds((p1 - p0).clamp_min(0.0), torch.minimum(p1, 1 - p0))

@@ -1,8 +1,8 @@
 """Weights of environments from their risks, and invariance penalties from statistics of the loss.
 
-An environment is a source, a template, a difficulty: anything over which the risk should not vary.
-Feed a true risk (negative log-likelihood, pairwise loss, minus the mean reward). The value of a
-clipped policy surrogate is none: it is about 0 on policy, whatever the policy does.
+An environment is a source, a template or a difficulty: anything over which the risk should not vary. Pass a true risk
+(negative log-likelihood, pairwise loss, minus the mean reward). The value of a clipped policy surrogate is not a
+risk: on policy it is about 0, whatever the policy does.
 """
 
 import math
@@ -22,22 +22,23 @@ from tokfuse.runtime.ops.segment_moments import segment_moments
     kind="causal",
     system="IDUM",
     label="utility",
-    source="V-REx (arXiv 2003.00688); IDUM (ICML 2025) uses environment weights of a kind",
+    source="V-REx (arXiv 2003.00688); IDUM (ICML 2025) uses similar environment weights",
     summary="weights 1 + 2 lambda (L_e - mean L): the gradient of mean + lambda variance of risks",
-    differs="Not IDUM: its network, mask and balance terms are not here, and its weights unknown.",
+    differs="Not IDUM: its network, mask and balance terms are missing, and its weights are unknown.",
 )
 def vrex_weights(risk: torch.Tensor, *, penalty: float = 1.0) -> torch.Tensor:
-    """d (mean_e L_e + lambda Var_e L) / d L_e, times the number of environments. Utility.
+    """Return d (mean_e L_e + lambda Var_e L) / d L_e, times the number of environments. Utility.
 
-    w_e = 1 + 2 lambda (L_e - mean L), Var the population variance. A weight may be negative: an
-    environment far below the mean is pushed up.
+    w_e = 1 + 2 lambda (L_e - mean L), where Var is the population variance. A weight may be negative: the risk of an
+    environment far below the mean is raised.
 
     Args:
-        risk: (environments,), float. penalty: lambda >= 0.
+        risk: (environments,), float.
+        penalty: lambda >= 0.
 
     Returns:
-        (environments,) in the dtype of risk, mean 1, detached. Multiply each environment's mean
-        loss by it and average.
+        (environments,) in the dtype of risk, mean 1, detached. Multiply each environment's mean loss by its
+        weight, and average.
     """
     op = "environments.vrex_weights"
     check_vector(op, "risk", risk)
@@ -52,7 +53,7 @@ def vrex_weights(risk: torch.Tensor, *, penalty: float = 1.0) -> torch.Tensor:
     system="Causal minimax invariance",
     label="analogue",
     source="GroupDRO (arXiv 1911.08731), in the spirit of arXiv 2107.01876",
-    summary="q_e grows by exp(eta L_e): the worst environment comes to weigh most",
+    summary="q_e grows by exp(eta L_e): the environment with the largest risk gets the most weight",
     required=("environments",),
     differs=(
         "Another method: the paper searches subsets of stable features on a causal graph. GroupDRO "
@@ -61,12 +62,13 @@ def vrex_weights(risk: torch.Tensor, *, penalty: float = 1.0) -> torch.Tensor:
 )
 @dataclass(frozen=True, kw_only=True)
 class GroupDRO(Stateful):
-    """q_e <- q_e exp(step_size L_e), normalised; the loss is sum_e q_e L_e. Analogue.
+    """q_e <- q_e exp(step_size L_e), normalised. The loss is sum_e q_e L_e. Analogue.
 
     Args:
-        environments: their number. step_size: eta >= 0.
+        environments: number of environments.
+        step_size: eta >= 0.
 
-    State: log q, uniform at first; logarithms, so that no weight underflows to 0 for good.
+    State: log q, initially uniform. Logarithms, so that no weight underflows to 0 for ever.
     """
 
     environments: int = 0
@@ -77,12 +79,14 @@ class GroupDRO(Stateful):
         check_number(self._op, "step_size", self.step_size, 0.0)
 
     def initial_state(self) -> State:
-        """Uniform."""
+        """Return uniform weights."""
         return {"log_weight": [-math.log(self.environments)] * self.environments}
 
     def observe(self, state: State, risk: torch.Tensor) -> State:
-        """The state after the risks of a step, (environments,); NaN where one was not seen, which
-        counts as 0 growth."""
+        """Return the state after the risks of a step, (environments,).
+
+        NaN marks an environment that was not seen: its weight does not grow.
+        """
         check_vector(self._op, "risk", risk)
         if risk.shape[0] != self.environments:
             raise refuse(
@@ -90,7 +94,7 @@ class GroupDRO(Stateful):
                 "risk",
                 f"of shape ({self.environments},)",
                 f"shape {tuple(risk.shape)}",
-                "Pass NaN for an unseen one.",
+                "Pass NaN for an environment that was not seen.",
             )
         growth = self.step_size * risk.detach().double().cpu()
         growth = torch.where(growth.isnan(), 0.0, growth)
@@ -98,7 +102,7 @@ class GroupDRO(Stateful):
         return {"log_weight": torch.log_softmax(log, 0).tolist()}
 
     def weights(self, state: State) -> torch.Tensor:
-        """(environments,) float64, sum 1."""
+        """Return the weights, (environments,) float64, sum 1."""
         return torch.tensor(state["log_weight"], dtype=torch.float64).exp()
 
 
@@ -109,7 +113,7 @@ class GroupDRO(Stateful):
     label="utility",
     source="IRMv1 (arXiv 1907.02893) by an identity of the softmax",
     summary="sum over environments of (mean (NLL - entropy))^2, from two outputs of token_stats",
-    differs="Not IDUM's penalty, whose form was not found: the standard one of invariant learning.",
+    differs="Not IDUM's penalty, whose form was not found, but the standard one of invariant learning.",
 )
 def irm_penalty(
     logp: torch.Tensor,
@@ -119,20 +123,21 @@ def irm_penalty(
     environments: int,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """sum_e (mean over tokens of e of (-logp - entropy))^2, differentiable. Utility.
+    """Return sum_e (mean over tokens of e of (-logp - entropy))^2, differentiable. Utility.
 
-    IRMv1 squares the gradient of each environment's cross-entropy in a dummy factor of the logits:
-    at 1 it is sum_v p_v z_v - z_y = NLL - entropy per token, exactly.
+    IRMv1 squares the gradient of each environment's cross-entropy with respect to a dummy factor of the logits. At
+    factor 1 this gradient is exactly sum_v p_v z_v - z_y = NLL - entropy per token.
 
     Args:
-        logp, entropy: (tokens,), of `token_stats`.
+        logp: (tokens,), from `token_stats`.
+        entropy: (tokens,), from `token_stats`.
         environment: (tokens,), int, in [0, environments).
-        environments: their number. One without tokens adds 0.
-        mask: (tokens,), bool. None: all tokens.
+        environments: number of environments. One without tokens adds 0.
+        mask: (tokens,), bool. None: all tokens count.
 
     Returns:
-        () in the dtype of logp. For data that the model did not sample itself: on its own samples
-        the mean of NLL - entropy is 0 in expectation, and the penalty is noise.
+        () in the dtype of logp. Use it for data that the model did not sample itself. On its own samples the mean
+        of NLL - entropy is 0 in expectation, so the penalty is noise.
     """
     gap = -logp - entropy
     moments = segment_moments(gap, environment, num_segments=environments, mask=mask)

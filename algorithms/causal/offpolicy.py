@@ -1,4 +1,4 @@
-"""Tempered group weights, and the rows of methods that an op of the runtime serves as it is."""
+"""Tempered group weights, and the registry entries of methods that an op of the runtime implements directly."""
 
 import torch
 
@@ -21,21 +21,21 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
     summary="softmax of power * sequence log-prob inside each group of samples",
     differs=(
         "The discrete counterpart of the tilted target p_off(tau) prod pi(a|s)^lambda, which is "
-        "itself reconstructed. Biased, sharpens, and favours short answers: nothing uses it unless "
-        "asked."
+        "itself reconstructed. It is biased, sharpens, and favours short answers. Nothing uses it by "
+        "default."
     ),
 )
 def tempered_group_weights(seq_logp: torch.Tensor, group_ids: torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
-    """w_i = exp(power l_i) / sum over the group of exp(power l_j), detached. Analogue.
+    """Return w_i = exp(power l_i) / sum over the group of exp(power l_j), detached. Analogue.
 
     Args:
-        seq_logp: (seqs,), float, nats, summed over each response.
+        seq_logp: (seqs,), float, nats, l: log-probabilities summed over each response.
         group_ids: (seqs,), int, any numbers.
-        power: lambda in [0, 4]; 0 is uniform in the group.
+        power: lambda in [0, 4]; 0 gives uniform weights in the group.
 
     Returns:
-        (seqs,) in the dtype of seq_logp, sum 1 in every group; computed in float64. A group that
-        is all -inf gets equal weights.
+        (seqs,) in the dtype of seq_logp, sum 1 in every group, computed in float64. A group with only -inf gets
+        equal weights.
     """
     op = "tempered_group_weights"
     check_vector(op, "seq_logp", seq_logp)
@@ -50,15 +50,15 @@ def tempered_group_weights(seq_logp: torch.Tensor, group_ids: torch.Tensor, *, p
     return (e / total[member]).to(seq_logp.dtype)
 
 
-# name, op, system, source, summary, what differs
+# name, op, system, source, summary, difference from the paper
 _SERVED = (
     (
         "offpolicy_weights",
         offpolicy_weights,
         "Ad-load balancing",
         "arXiv 2309.11518; estimators as in st-tech/zr-obp",
-        "importance weights: IPS, truncated, switched, shrunk, sub-Gaussian; ESS and what was kept",
-        "The paper's reward mix was not found; weights and estimators are the standard ones.",
+        "importance weights: IPS, truncated, switched, shrunk, sub-Gaussian; with ESS and kept rows",
+        "The paper's reward mix was not found. Weights and estimators are the standard ones.",
     ),
     (
         "ope",
@@ -66,7 +66,7 @@ _SERVED = (
         "Ad-load balancing",
         "arXiv 2309.11518; st-tech/zr-obp",
         "value of a policy from logged data: IPS, SNIPS, DM, DR, SNDR, with errors",
-        "As for `offpolicy_weights`.",
+        "See `offpolicy_weights`.",
     ),
     (
         "vtrace",
@@ -74,24 +74,24 @@ _SERVED = (
         "Ad-load balancing",
         "arXiv 2309.11518; IMPALA (arXiv 1802.01561)",
         "sequential doubly robust returns: one reverse scan over the responses",
-        "Over sequences the paper's q(x, pi) is intractable; the scan with a critic replaces it.",
+        "For sequences, the paper's q(x, pi) is intractable. The scan with a critic replaces it.",
     ),
     (
         "paired_divergence",
         paired_divergence,
         "CDAS",
         "arXiv 2602.05234; github.com/colored-dye/concept_das",
-        "per-token JSD or KL of two streams of logits, gradient to one of them",
-        "The divergence only; activation hooks belong to the model. Statistics in float32: the "
-        "released loss takes the dtype of the logits and may give NaN.",
+        "per-token JSD or KL of two logits tensors, with a gradient for one of them",
+        "Only the divergence; activation hooks belong to the model. Statistics are float32. The "
+        "released loss uses the dtype of the logits and may return NaN.",
     ),
     (
         "debiased_token_stats",
         token_stats,
         "CausalInfoMin",
         "arXiv 2311.16941; github.com/Vaidehi99/CausalInfoMin (TE-D)",
-        "`bias_logits` subtracts a frozen bias model's logits inside the pass",
-        "TE-D only: the rate term and the dictionary of ATE-D are not here. Old and new policy of a "
+        "`bias_logits` subtracts the logits of a frozen bias model inside the pass",
+        "Only TE-D; the rate term and the dictionary of ATE-D are missing. The old and the new policy of a "
         "ratio must use the same bias.",
     ),
 )

@@ -1,4 +1,4 @@
-"""Which data to train on: influence, curricula, attribution, and arms with logged propensities."""
+"""Selection of training data: influence, curricula, attribution, and bandit arms with logged propensities."""
 
 from tokfuse.algorithms.curation import hpl as hpl
 from tokfuse.algorithms.curation import leaf as leaf

@@ -1,10 +1,10 @@
-"""Choosing among a few arms (prompts, hints, clip ranges) and logging with what probability.
+"""Choice among a few arms (prompts, hints, clip ranges), with logged probabilities of the choices.
 
     method = tokfuse.algorithms.make("squarecb", arms=3)
     choice = method.choose(state)
     state = method.observe(state, choice, reward)
 
-A log of choices holds propensities, so `tokfuse.ope` can value another policy from it.
+The log of choices contains propensities, so `tokfuse.ope` can estimate the value of another policy from it.
 """
 
 import math
@@ -21,7 +21,7 @@ from tokfuse.runtime.core.errors import refuse
 
 
 class Choice(NamedTuple):
-    """One decision, as a log keeps it."""
+    """One decision, as it is logged: the arm, its probability, and the probabilities of all arms."""
 
     arm: int
     propensity: float
@@ -29,13 +29,14 @@ class Choice(NamedTuple):
 
 
 def squarecb_probabilities(cost: torch.Tensor, gamma: float) -> torch.Tensor:
-    """p(a) = 1 / (K + gamma (cost_a - cost_min)) for all but the cheapest arm, which has the rest.
+    """Return p(a) = 1 / (K + gamma (cost_a - cost_min)) for all arms but the cheapest, which gets the rest.
 
-    So 1 / p(a) <= K + gamma * gap: importance weights are bounded. Of equal cheapest arms the first
-    has the rest.
+    Therefore 1 / p(a) <= K + gamma * gap, and importance weights are bounded. Of equal cheapest arms the first gets the
+    rest.
 
     Args:
-        cost: (arms,), predicted cost; lower is better. gamma: >= 0; 0 is uniform.
+        cost: (arms,), predicted cost; lower is better.
+        gamma: >= 0; 0 is uniform.
 
     Returns:
         (arms,) float64, sum 1.
@@ -45,7 +46,7 @@ def squarecb_probabilities(cost: torch.Tensor, gamma: float) -> torch.Tensor:
     check_vector("squarecb_probabilities", "cost", cost)
     check_number("squarecb_probabilities", "gamma", gamma, 0.0)
     if cost.numel() == 0:
-        raise refuse("squarecb_probabilities", "cost", "of at least one arm", "none", "Add one.")
+        raise refuse("squarecb_probabilities", "cost", "of at least one arm", "none", "Pass the cost of every arm.")
     gap = cost.double() - cost.double().min()
     p = 1.0 / (cost.shape[0] + gamma * gap)
     best = int(cost.argmin())
@@ -56,7 +57,7 @@ def squarecb_probabilities(cost: torch.Tensor, gamma: float) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Arms(Stateful):
-    """Means of what each arm has given, and the number of decisions so far."""
+    """Base class: the mean outcome of each arm, and the number of decisions so far."""
 
     arms: int = 0
 
@@ -64,12 +65,19 @@ class Arms(Stateful):
         check_number(self._op, "arms", self.arms, 1)
 
     def initial_state(self) -> State:
-        """No decision yet."""
+        """Return the state before the first decision."""
         zero = [0.0] * self.arms
         return {"pulls": [0] * self.arms, "reward": zero, "residual": zero, "step": 0}
 
     def observe(self, state: State, choice: Choice, reward: float, residual: float | None = None) -> State:
-        """The state with the outcome of a choice added. residual: constraint violation, > 0 bad."""
+        """Return the state with the outcome of a choice added.
+
+        Args:
+            state: the state before.
+            choice: what `choose` returned.
+            reward: outcome of the choice.
+            residual: violation of a constraint; > 0 violates it. None: 0.
+        """
         if not 0 <= choice.arm < self.arms:
             raise refuse(self._op, "choice.arm", f"in [0, {self.arms})", choice.arm, "Pass what choose returned.")
         added = {"pulls": 1, "reward": float(reward), "residual": float(residual or 0.0)}
@@ -79,7 +87,7 @@ class Arms(Stateful):
         return out
 
     def means(self, state: State, key: str = "reward") -> torch.Tensor:
-        """(arms,) float64; 0 for an arm that was never taken."""
+        """Return the mean outcome of each arm, (arms,) float64. An arm that was never chosen: 0."""
         total = torch.tensor(state[key], dtype=torch.float64)
         return total / torch.tensor(state["pulls"]).clamp_min(1)
 
@@ -90,22 +98,25 @@ class Arms(Stateful):
     system="Adyen bandits",
     label="utility",
     source="arXiv 2412.00569; Vowpal Wabbit's rule",
-    summary="explores by inverse gap of predicted costs, with logged propensities",
+    summary="explores by the inverse gap of predicted costs, with logged propensities",
     required=("arms",),
     differs=(
-        "The rule is Vowpal Wabbit's; that Adyen uses it comes from an aggregator. The predicted "
-        "cost is minus the arm's mean, or the caller's regression. Their warning stands: watch "
-        "`generation_report` from generation to generation."
+        "The rule is Vowpal Wabbit's. That Adyen uses it comes from an aggregator. The predicted cost "
+        "is minus the arm's mean, or the caller's regression. The paper warns of degrading "
+        "generations: check `generation_report` for every generation."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class SquareCB(Arms):
-    """p(a) = 1 / (K + gamma gap_a), the rest on the best arm; gamma = scale n^power. Utility.
+    """p(a) = 1 / (K + gamma gap_a), and the best arm gets the rest; gamma = scale n^power. Utility.
 
     Args:
-        arms: K. scale: g0 >= 0. power: >= 0 (0.5 in VW). seed: of the draws.
+        arms: K, number of arms.
+        scale: g0 >= 0.
+        power: exponent of the number of decisions n, >= 0 (0.5 in Vowpal Wabbit).
+        seed: seed of the draws.
 
-    State: pulls, sums of reward and residual, decisions.
+    State: number of pulls, sum of rewards and of residuals of each arm, and the number of decisions.
     """
 
     scale: float = 10.0
@@ -118,7 +129,12 @@ class SquareCB(Arms):
         check_number(self._op, "power", self.power, 0.0)
 
     def choose(self, state: State, cost: torch.Tensor | None = None) -> Choice:
-        """The arm of decision state["step"]. cost: (arms,), predicted for this context."""
+        """Return the arm of the next decision.
+
+        Args:
+            state: the current state.
+            cost: (arms,), predicted cost in this context. None: minus the mean reward of each arm.
+        """
         if cost is None:
             cost = -self.means(state)
         elif cost.shape != (self.arms,):
@@ -127,7 +143,7 @@ class SquareCB(Arms):
                 "cost",
                 f"of shape ({self.arms},), one per arm",
                 f"shape {tuple(cost.shape)}",
-                "Predict every arm.",
+                "Predict the cost of every arm.",
             )
         p = squarecb_probabilities(cost, self.scale * max(1, state["step"]) ** self.power)
         place = draws(self.seed, state["step"]).random()
@@ -141,23 +157,27 @@ class SquareCB(Arms):
     system="OFS",
     label="utility",
     source="arXiv 2512.22313, from its abstract",
-    summary="best optimistic reward among arms that may satisfy a constraint",
+    summary="the best optimistic reward among arms that may satisfy a constraint",
     required=("arms",),
     differs=(
         "Reconstructed from the abstract; the constant of the confidence width is unknown. Without "
-        "the constraint it is UCB. Deterministic: propensities are 0 and 1, which no importance "
-        "weight can correct."
+        "the constraint it is UCB. It is deterministic: propensities are 0 and 1, which importance "
+        "weights cannot correct."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class OFS(Arms):
-    """beta = width sqrt(log t / n). Of the arms with mean residual - beta <= 0 take the largest
-    mean reward + beta; without one, the smallest mean residual - beta. Unseen arms first. Utility.
+    """Optimistic choice under a constraint, with the confidence width beta = width sqrt(log t / n). Utility.
+
+    Of the arms with mean residual - beta <= 0, the one with the largest mean reward + beta is chosen; if there
+    is none, the one with the smallest mean residual - beta. Arms that were never chosen come first.
+    Of equal arms the first wins.
 
     Args:
-        arms: number of arms. width: c >= 0.
+        arms: number of arms.
+        width: factor c of the confidence width, >= 0.
 
-    State: pulls, sums of reward and residual, decisions. The first of equal arms is taken.
+    State: number of pulls, sum of rewards and of residuals of each arm, and the number of decisions.
     """
 
     width: float = 1.0
@@ -167,7 +187,7 @@ class OFS(Arms):
         check_number(self._op, "width", self.width, 0.0)
 
     def choose(self, state: State) -> Choice:
-        """The arm of the next decision."""
+        """Return the arm of the next decision."""
         pulls = torch.tensor(state["pulls"], dtype=torch.float64)
         if bool((pulls == 0).any()):
             arm = int((pulls == 0).int().argmax())
@@ -183,21 +203,22 @@ class OFS(Arms):
 
 
 class GenerationReport(NamedTuple):
-    """Of the log of one generation of a policy."""
+    """Summary of the log of one generation of a policy."""
 
     effective_sample_size: float
     shares: list[float]
 
 
 def generation_report(log: Sequence[Choice], target: Sequence[Sequence[float]]) -> GenerationReport:
-    """Is the log of one policy fit to learn or evaluate the next one from?
+    """Return whether the log of one policy is suited to train or evaluate the next one.
 
     Args:
-        log: choices. target: per choice, the probabilities of the policy to be evaluated.
+        log: the choices.
+        target: for each choice, the probabilities of the policy to evaluate.
 
     Returns:
-        Effective sample size (sum w)^2 / sum w^2 of w = target / propensity, and the share of each
-        arm. Shares that lose an arm, or a size far below len(log), warn of degrading generations.
+        The effective sample size (sum w)^2 / sum w^2 of w = target / propensity, and the share of each arm. If
+        an arm's share falls to 0, or the size is far below len(log), the generations degrade.
     """
     if len(log) != len(target) or not log:
         raise refuse(

@@ -1,4 +1,4 @@
-"""Cog-Rethinker: prompts that nothing solves are decomposed, then reflected on; BM25 buffers."""
+"""Cog-Rethinker: decomposes, then reflects on, prompts that no rollout solves; BM25 retrieval of solved cases."""
 
 import collections
 import math
@@ -17,11 +17,17 @@ STAGES = ("direct", "decompose", "reflect")
 
 
 def bm25(query: str, documents: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> torch.Tensor:
-    """Okapi BM25 of a query against each document; words are runs of letters and digits.
+    """Return the Okapi BM25 score of a query for each document. Words are runs of letters and digits.
 
-    sum over the query's words w of log(1 + (n - n_w + 0.5) / (n_w + 0.5)) f (k1 + 1) /
-    (f + k1 (1 - b + b length / mean length)), f the count of w in the document, n_w the number of
-    documents with w.
+    score = sum over the query's words w of log(1 + (n - n_w + 0.5) / (n_w + 0.5)) f (k1 + 1) /
+    (f + k1 (1 - b + b length / mean length)), where f is the count of w in the document, n the number of documents and
+    n_w the number of documents with w.
+
+    Args:
+        query: text of the query.
+        documents: texts of the documents.
+        k1: saturation of the count.
+        b: strength of the length normalisation, in [0, 1].
 
     Returns:
         (documents,) float64, >= 0.
@@ -49,26 +55,28 @@ def _words(text: str) -> list[str]:
     system="Cog-Rethinker",
     label="recon",
     source="arXiv 2510.15979; abstract and four reviews",
-    summary="direct, then decompose, then reflect where every rollout fails; buffers; DAPO + SFT",
+    summary="direct, then decompose, then reflect if every rollout fails; buffers; DAPO + SFT",
     required=("sft_weight",),
     differs=(
-        "Assumed: SFT per response, divided by its length, under the direct template; BM25 with "
-        "its usual constants; the oldest demonstration leaves a full buffer. lambda has no "
-        "published value and is required."
+        "Assumed: SFT per response, divided by its length, with the direct template; BM25 with its "
+        "usual constants; a full buffer drops its oldest demonstration. lambda has no published "
+        "value and must be given."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class CogRethinker(Stateful):
-    """L = L_DAPO + lambda L_SFT, L_SFT = -mean over correct stage-2/3 responses of (1/|o|) sum
-    log pi(o_t | direct prompt, o_<t). A stage follows only where no rollout was right.
+    """L = L_DAPO + lambda L_SFT. Reconstructed.
+
+    L_SFT = -mean over correct responses of stages 2 and 3 of (1/|o|) sum log pi(o_t | direct prompt, o_<t). The next
+    stage is used only if no rollout was correct. L_DAPO is `make("dapo")`, which masks groups whose responses are all
+    correct or all wrong.
 
     Args:
         sft_weight: lambda.
-        demonstrations: how many a retrieval returns.
-        capacity: of each buffer.
+        demonstrations: number of cases that a retrieval returns.
+        capacity: size of each buffer.
 
-    State: the buffers, (question, solution) pairs of "decompose" and "reflect". The DAPO part is
-    `make("dapo")`, which masks groups that are all right or all wrong. Reconstructed.
+    State: the buffers "decompose" and "reflect" of (question, solution) pairs.
     """
 
     sft_weight: float = 0.0
@@ -81,13 +89,13 @@ class CogRethinker(Stateful):
         check_number(self._op, "capacity", self.capacity, 1)
 
     def initial_state(self) -> State:
-        """Empty buffers."""
+        """Return empty buffers."""
         return {"decompose": [], "reflect": []}
 
     def route(self, accuracies: Sequence[float]) -> str | None:
-        """The next stage of a prompt, from the accuracies of the stages that it has been through.
+        """Return the next stage of a prompt, from the accuracies of its previous stages.
 
-        "direct" for a new prompt; None where some rollout was right, and after the last stage.
+        "direct" for a new prompt. None if a rollout was correct, or after the last stage.
         """
         if len(accuracies) > len(STAGES):
             raise refuse(
@@ -95,7 +103,7 @@ class CogRethinker(Stateful):
                 "accuracies",
                 f"of at most {len(STAGES)} stages",
                 len(accuracies),
-                "Start over for a new rollout.",
+                "Start with an empty list for a new rollout.",
             )
         for accuracy in accuracies:
             check_number(self._op, "accuracies", float(accuracy), 0.0, 1.0)
@@ -104,23 +112,23 @@ class CogRethinker(Stateful):
         return STAGES[len(accuracies)]
 
     def push(self, state: State, stage: str, question: str, solution: str) -> State:
-        """The state with a solved case in the buffer of its stage."""
+        """Return the state with a solved case added to the buffer of its stage."""
         check_choice(self._op, "stage", stage, STAGES[1:])
         return state | {stage: [*state[stage], [question, solution]][-self.capacity :]}
 
     def retrieve(self, state: State, stage: str, question: str) -> list[tuple[str, str]]:
-        """The nearest cases of a stage by BM25, nearest first; of equal ones the oldest."""
+        """Return the most similar cases of a stage by BM25, best first. Of equal ones, the oldest is first."""
         check_choice(self._op, "stage", stage, STAGES[1:])
         cases = state[stage]
         order = bm25(question, [case[0] for case in cases]).sort(descending=True, stable=True)
         return [(cases[i][0], cases[i][1]) for i in order.indices[: self.demonstrations].tolist()]
 
     def sft_weights(self, cu_seqlens: torch.Tensor, solved: torch.Tensor) -> torch.Tensor:
-        """(tokens,) float32: w with L_SFT lambda = -sum w logp.
+        """Return token weights w with lambda L_SFT = -sum w logp, (tokens,) float32.
 
         Args:
-            cu_seqlens: (seqs + 1,), int32, responses re-prompted with the direct template.
-            solved: (seqs,), bool: correct, and of stage 2 or 3. Without one all weights are 0.
+            cu_seqlens: (seqs + 1,), int32, responses after the direct template.
+            solved: (seqs,), bool, True for correct responses of stage 2 or 3. If there is none, all weights are 0.
         """
         lengths = cu_seqlens.diff().long()
         each = self.sft_weight * solved.double() / (lengths.clamp_min(1) * solved.sum().clamp_min(1))

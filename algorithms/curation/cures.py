@@ -1,13 +1,13 @@
-"""CurES: which prompts to draw, and how many rollouts each gets, by what gradients still move.
+"""CurES: chooses prompts and their number of rollouts by how large their gradients still are.
 
     method = tokfuse.algorithms.make("cures", prompts=5000, tau=0.1)
     prompts, state = method.sample(state, 128)               # by exp(sqrt(p (1 - p)) / tau)
     p = method.success(state)[prompts]
-    sigma = rollout_sigma(sketches, correct, place, 128, p)  # from a few rollouts of each
+    sigma = rollout_sigma(sketches, correct, place, 128, p)  # from a few rollouts of each prompt
     quota = method.quota(sigma, 1024)                        # sums to 1024 exactly
     state = method.observe(state, prompts[place], correct)   # every training rollout counts
 
-`place` is the place in `prompts` of each rollout's prompt.
+`place` is the index in `prompts` of each rollout's prompt.
 """
 
 from collections.abc import Sequence
@@ -26,34 +26,34 @@ CODE_TEMPERATURE = 100.0  # the released sampler divides by 100 (accepted + 1)
 
 
 def largest_remainder(share: torch.Tensor, total: int) -> torch.Tensor:
-    """Whole numbers in proportion to `share` that add up to `total` exactly.
+    """Return integers in proportion to `share` that add up to `total` exactly.
 
-    The floors of total * share / sum first, then one more to the largest remainders; of equal
-    remainders the first rows win. Shares that are all 0 count as equal.
+    Each row gets the floor of total * share / sum. The rows with the largest remainders get one more; of equal
+    remainders the first rows win. If all shares are 0, they count as equal.
 
     Args:
         share: (rows,), float >= 0.
-        total: >= 0; 0 where there are no rows.
+        total: >= 0, and 0 if there are no rows.
 
     Returns:
-        (rows,) int64; |count - total * share / sum| < 1 in every row.
+        (rows,) int64, with |count - total * share / sum| < 1 in every row.
 
     Raises:
-        ValueError: a negative or non-finite share, a total that nobody can take.
+        ValueError: a negative or non-finite share, or a total > 0 without rows.
     """
     op = "largest_remainder"
     check_vector(op, "share", share)
     if not bool((share >= 0).all() and share.isfinite().all()):
-        raise refuse(op, "share", "finite numbers >= 0", "others", "Check the statistics.")
+        raise refuse(op, "share", "finite numbers >= 0", "others", "Check the statistics that it was computed from.")
     if total < 0 or (total > 0 and share.shape[0] == 0):
         raise refuse(
-            op, "total", f">= 0 for {share.shape[0]} rows, and 0 without rows", total, "Pass what is to be shared out."
+            op, "total", f">= 0 for {share.shape[0]} rows, and 0 without rows", total, "Pass the number to distribute."
         )
     if share.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=share.device)
     x = share.double()
     x = x if bool((x > 0).any()) else torch.ones_like(x)
-    # Scaled by the largest first, so that the sum of huge shares stays finite.
+    # Divide by the largest first, so that the sum of huge shares stays finite.
     exact = x / x.max()
     exact = exact * (total / exact.sum())
     count = exact.floor().long()
@@ -66,18 +66,19 @@ def largest_remainder(share: torch.Tensor, total: int) -> torch.Tensor:
 def gradient_sigma(
     p: torch.Tensor, square_right: torch.Tensor, square_wrong: torch.Tensor, apart: torch.Tensor
 ) -> torch.Tensor:
-    """Standard deviation of the policy gradient of one rollout, sqrt(Tr Var((r - p) grad log pi)).
+    """Return the standard deviation of the policy gradient of one rollout, sqrt(Tr Var((r - p) grad log pi)).
 
-    sigma^2 = p (1-p)^2 E||g+||^2 + p^2 (1-p) E||g-||^2 - p^2 (1-p)^2 ||E g+ - E g-||^2, g+ and g-
-    the gradients of log pi of right and wrong rollouts.
+    sigma^2 = p (1-p)^2 E||g+||^2 + p^2 (1-p) E||g-||^2 - p^2 (1-p)^2 ||E g+ - E g-||^2, where g+ and g- are the
+    gradients of log pi of correct and wrong rollouts.
 
     Args:
         p: (prompts,), success rate in [0, 1].
-        square_right, square_wrong: (prompts,), E||g+||^2 and E||g-||^2; 0 for an unseen side.
-        apart: (prompts,), ||E g+ - E g-||^2, or its stand-in by norms, see `rollout_sigma`.
+        square_right: (prompts,), E||g+||^2. 0 without correct rollouts.
+        square_wrong: (prompts,), E||g-||^2. 0 without wrong rollouts.
+        apart: (prompts,), ||E g+ - E g-||^2, or its substitute from norms, see `rollout_sigma`.
 
     Returns:
-        (prompts,) float64, >= 0; 0 at p = 0 and p = 1.
+        (prompts,) float64, >= 0. It is 0 at p = 0 and p = 1.
 
     Source: CurES (arXiv 2510.01037) and its released code. Exact.
     """
@@ -95,33 +96,34 @@ def gradient_sigma(
     source="arXiv 2510.01037; github.com/ZexuSun/CurES",
     summary="deviation of a prompt's policy gradient, from its rollouts' gradients or their norms",
     differs=(
-        "Gradients come from the kernels' by-products, not from the embeddings. Norms alone give "
-        "the released code's form, which overestimates."
+        "Gradients are by-products of the kernels, not gradients of the embeddings. Norms alone give "
+        "the form of the released code, which overestimates."
     ),
 )
 def rollout_sigma(
     gradient: torch.Tensor, correct: torch.Tensor, prompt_ids: torch.Tensor, num_prompts: int, p: torch.Tensor
 ) -> torch.Tensor:
-    """`gradient_sigma` of every prompt from its rollouts' gradients, or from their norms. Exact.
+    """Return `gradient_sigma` of every prompt, from its rollouts' gradients or from their norms. Exact.
+
+    The norm of a sequence is the norm of its summed gradient (for example, of its sketch). Norms of tokens do not add
+    up to it. The authors use gradients of the input embeddings, with one backward per rollout.
 
     Args:
         gradient: (rollouts, ...), a feature of grad log pi of each rollout, e.g. the sketches of
-            `policy_step(influence=...)` with advantage 1: ||E g+ - E g-||^2 as in the paper. Or
-            (rollouts,), norms: (mean ||g+|| - mean ||g-||)^2 instead, as in the released code; that
-            is smaller, so sigma comes out larger.
+            `policy_step(influence=...)` with advantage 1. This uses ||E g+ - E g-||^2 as in the paper. Or
+            (rollouts,), norms: this uses (mean ||g+|| - mean ||g-||)^2 as in the released code, which is smaller,
+            so sigma is larger.
         correct: (rollouts,), bool.
         prompt_ids: (rollouts,), int, in [0, num_prompts).
-        p: (num_prompts,), success rates, e.g. `CurES.success`.
+        num_prompts: number of prompts.
+        p: (num_prompts,), success rates, e.g. from `CurES.success`.
 
     Returns:
-        (num_prompts,) float64. A prompt without rollouts has sigma 0. A side that was not seen
-        enters as 0 (our choice: the paper's expectation is undefined there).
-
-    A sequence's norm is that of its summed gradient (of its sketch, say): norms of tokens do not
-    add up to it. The authors take gradients of the input embeddings, one backward per rollout.
+        (num_prompts,) float64. A prompt without rollouts has sigma 0. If all its rollouts are correct, or all are
+        wrong, the other side counts as 0 (our choice: the paper's expectation is undefined there).
 
     Raises:
-        ValueError: shapes and dtypes.
+        ValueError: wrong shapes or dtypes.
     """
     op = "rollout_sigma"
     rows = Rows(gradient.shape[0], "gradient", gradient.device)
@@ -147,12 +149,12 @@ def rollout_sigma(
     system="CurES",
     label="recon",
     source="arXiv 2510.01037; github.com/ZexuSun/CurES (quota, posterior); sampler from a note",
-    summary="prompts drawn by exp(sqrt(p (1 - p)) / tau), rollouts by the gradients' deviation",
+    summary="prompts drawn by exp(sqrt(p (1 - p)) / tau), rollouts in proportion to the gradients' deviation",
     required=("prompts", "tau"),
     differs=(
-        "sampler='paper' (default) is reconstructed; quota and posterior are exact. sampler='code' "
-        "is the released one: its temperature 100 (accepted + 1) makes it uniform to 0.3%. "
-        "rounding='exact' (default) sums to the budget; 'code' rounds, then fills to a multiple. "
+        "sampler='paper' (default) is reconstructed; quota and posterior are exact. sampler='code' is the "
+        "released one: its temperature 100 (accepted + 1) makes it uniform to within 0.3%. "
+        "rounding='exact' (default) adds up to the budget; 'code' rounds, then fills to a multiple. "
         "Gradient norms come from the kernels, not from the embeddings."
     ),
 )
@@ -160,22 +162,24 @@ def rollout_sigma(
 class CurES(Stateful):
     """w_i = exp(sqrt(p_i (1 - p_i)) / tau), rho = w / sum w; n_i = N sigma_i / sum sigma.
 
-    p_i = (prior[0] + successes) / (prior[0] + prior[1] + trials), the mean of a Beta posterior.
+    p_i = (prior[0] + successes) / (prior[0] + prior[1] + trials), the mean of a Beta posterior. rho are the
+    probabilities of the prompts, n_i their numbers of rollouts.
 
     Args:
         prompts: number of prompts of the subset.
         tau: temperature, > 0; useful between 0.05 and 0.2. The paper's value was not found.
         prior: (a, b) of the Beta prior.
         sampler: "paper", or "code" (temperature 100 (accepted + 1), which ignores tau).
-        rounding: "exact" (largest remainders) or "code": rounded, then one more to the largest
-            until the total divides by `multiple`.
-        multiple: of rounding="code", the number of GPUs.
-        minimum: rollouts that every prompt keeps. The paper's 0 starves a prompt whose sigma is
-            small: it is not seen again in the subset.
-        seed: of the draws.
+        rounding: "exact" (largest remainders), or "code": round, then add one to the largest until the total is
+            divisible by `multiple`.
+        multiple: number of GPUs, for rounding="code".
+        minimum: number of rollouts that every prompt gets. With the paper's 0, a prompt with a small sigma gets none
+            and is not seen again in the subset.
+        seed: seed of the draws.
 
-    State: successes and trials of each prompt (`initial_state` resets them, as the paper does for
-    every subset), and the number of draws. Quota and posterior exact, sampler reconstructed.
+    State: successes and trials of each prompt, and the number of draws. The paper resets them for every subset, as
+    `initial_state` does.
+    Source: quota and posterior exact, sampler reconstructed.
     """
 
     prompts: int = 0
@@ -198,15 +202,15 @@ class CurES(Stateful):
         check_number(self._op, "minimum", self.minimum, 0)
         if self.rounding == "exact" and self.multiple != 1:
             raise refuse(
-                self._op, "multiple", "left out with rounding 'exact'", self.multiple, "Pass a total that divides."
+                self._op, "multiple", "left out with rounding 'exact'", self.multiple, "Choose a divisible total."
             )
 
     def initial_state(self) -> State:
-        """Nothing tried."""
+        """Return the state before the first rollout."""
         return {"successes": [0] * self.prompts, "trials": [0] * self.prompts, "draws": 0}
 
     def observe(self, state: State, prompt_ids: Sequence[int] | torch.Tensor, correct: torch.Tensor) -> State:
-        """The state with these rollouts counted; (rollouts,) ids and bool."""
+        """Return the state with these rollouts counted; ids and bool, (rollouts,) each."""
         ids = torch.as_tensor(prompt_ids).long().cpu()
         right = (
             check_vector(self._op, "correct", correct, Rows(ids.shape[0], "prompt_ids", correct.device), BOOL)
@@ -229,13 +233,13 @@ class CurES(Stateful):
         }
 
     def success(self, state: State) -> torch.Tensor:
-        """(prompts,) float64: the posterior means."""
+        """Return the posterior mean of each prompt's success rate, (prompts,) float64."""
         wins, tries = (torch.tensor(state[k], dtype=torch.float64) for k in ("successes", "trials"))
         a, b = self.prior
         return (wins + a) / (tries + a + b)
 
     def probabilities(self, state: State) -> torch.Tensor:
-        """(prompts,) float64, sum 1: the chance of each prompt in a draw of one."""
+        """Return the probability of each prompt in a draw of one, (prompts,) float64, sum 1."""
         return torch.softmax(self._scores(state), 0)
 
     def _scores(self, state: State) -> torch.Tensor:
@@ -247,23 +251,23 @@ class CurES(Stateful):
         return (p * (1 - p)).sqrt() / temperature
 
     def sample(self, state: State, count: int) -> tuple[torch.Tensor, State]:
-        """((count,) int64 different prompts, sorted, and the state after the draw)."""
+        """Return ((count,) int64 different prompts, sorted; the state after the draw)."""
         check_number(self._op, "count", count, 0, self.prompts)
-        # Exponential races: the `count` first arrivals are a draw without replacement. Logarithms,
-        # because a small tau lets chances underflow.
+        # Exponential races: the first `count` arrivals are a draw without replacement. Logarithms, because with a
+        # small tau the probabilities underflow.
         race = np.log(draws(self.seed, state["draws"]).exponential(size=self.prompts))
         arrival = race - self._scores(state).numpy()
         chosen = np.sort(np.argsort(arrival, kind="stable")[:count])
         return torch.from_numpy(chosen), state | {"draws": state["draws"] + 1}
 
     def quota(self, sigma: torch.Tensor, total: int) -> torch.Tensor:
-        """(prompts drawn,) int64: rollouts of each, in proportion to sigma.
+        """Return the number of rollouts of each drawn prompt in proportion to sigma, (prompts drawn,) int64.
 
-        They add up to `total` with rounding "exact". A prompt with 0 is left out of the step.
+        With rounding "exact" they add up to `total`. A prompt with 0 rollouts is left out of the step.
         """
         rest = total - self.minimum * sigma.shape[0]
         if rest < 0:
-            raise refuse(self._op, "total", f">= minimum * prompts = {total - rest}", total, "Raise it.")
+            raise refuse(self._op, "total", f">= minimum * prompts = {total - rest}", total, "Raise total.")
         if self.rounding == "exact":
             return largest_remainder(sigma, rest) + self.minimum
         x = sigma.double()

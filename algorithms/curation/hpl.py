@@ -1,4 +1,4 @@
-"""HPL's data side: cutting trajectories into action groups, and the two-axis curriculum."""
+"""HPL's data preparation: splitting trajectories into action groups, and the curriculum over two axes."""
 
 import math
 from dataclasses import dataclass
@@ -16,21 +16,23 @@ from tokfuse.runtime.core.errors import refuse
     system="HPL",
     label="exact",
     source="arXiv 2510.03253; a public copy of the code (SandRiverDDL/HPL, pipeline/group)",
-    summary="group pairs by length and reward gap, three phases from short and easy to all",
-    differs="The code that was read carries the authors' README but is not in their account.",
+    summary="group pairs by length and reward gap; three phases from short and easy to all",
+    differs="The code that was read has the authors' README but is not in their GitHub account.",
 )
 @dataclass(frozen=True, kw_only=True)
 class HPLCurriculum:
-    """Lengths L1 <= 3 < L2 <= 6 < L3; gaps D1 >= 0.7 > D2 >= 0.4 > D3, easy to hard. Phase 1: L1
-    D1; phase 2: also L1 D2 and L2 D1; phase 3: all. Only the group pairs are scheduled.
+    """A curriculum over lengths L1 <= 3 < L2 <= 6 < L3 and gaps D1 >= 0.7 > D2 >= 0.4 > D3, from easy to hard.
+
+    Phase 1: L1 D1. Phase 2: also L1 D2 and L2 D1. Phase 3: all. Only the group pairs follow the schedule.
 
     Args:
         lengths: largest length of L1 and of L2.
         gaps: smallest gap of D1 and of D2.
-        min_gap: a pair needs an estimated return above the agent's by more than this,
-        min_return: and the expert's estimated return at least this.
+        min_gap: the expert's estimated return must exceed the agent's by more than this.
+        min_return: the expert's estimated return must be at least this.
 
-    State: none, the phase is the trainer's. Source: released code, exact.
+    State: none; the trainer keeps the phase.
+    Source: released code, exact.
     """
 
     lengths: tuple[int, int] = (3, 6)
@@ -48,22 +50,22 @@ class HPLCurriculum:
         check_number(op, "min_return", self.min_return, -math.inf)
 
     def buckets(self, length: torch.Tensor, gap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(L, D) of every pair, (pairs,) int64 in {1, 2, 3}: 1 is short, and easy.
+        """Return (L, D) of every pair, (pairs,) int64 in {1, 2, 3} each. L = 1 is short and D = 1 is easy.
 
         Args:
-            length: (pairs,), int, actions of the group. gap: (pairs,), return of the chosen group
-                minus that of the rejected one.
+            length: (pairs,), int, number of actions of the group.
+            gap: (pairs,), return of the chosen group minus the return of the rejected one.
         """
         long = torch.stack([length > border for border in self.lengths]).sum(0)
         hard = torch.stack([gap < border for border in self.gaps]).sum(0)
         return 1 + long, 1 + hard
 
     def in_phase(self, phase: int, length: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
-        """(pairs,) bool: the pairs of phase 1, 2 or 3."""
+        """Return the pairs of phase 1, 2 or 3, (pairs,) bool."""
         if phase not in (1, 2, 3):
-            raise refuse("algorithms.hpl_curriculum", "phase", "1, 2 or 3", phase, "Count from 1.")
+            raise refuse("algorithms.hpl_curriculum", "phase", "1, 2 or 3", phase, "Phases start at 1.")
         long, hard = self.buckets(length, gap)
-        # L + D is 2 for L1 D1, 3 for L1 D2 and L2 D1.
+        # L + D is 2 for L1 D1, and 3 for L1 D2 and L2 D1.
         return torch.ones_like(long, dtype=torch.bool) if phase == 3 else long + hard <= phase + 1
 
     def keep(
@@ -73,26 +75,29 @@ class HPLCurriculum:
         expert_return: torch.Tensor,
         agent_return: torch.Tensor,
     ) -> torch.Tensor:
-        """(pairs,) bool: expert reward >= agent reward, and estimated returns min_gap apart, and
-        the expert's at least min_return. Pairs that the agent wins are not used."""
+        """Return the pairs to use, (pairs,) bool. Pairs that the agent wins are not used.
+
+        The expert's reward must be at least the agent's. The expert's estimated return must be at least min_return and
+        exceed the agent's by more than min_gap.
+        """
         apart = expert_return > agent_return + self.min_gap
         return (expert_reward >= agent_reward) & apart & (expert_return >= self.min_return)
 
 
 def group_return(final_reward: torch.Tensor) -> torch.Tensor:
-    """Mean over the last axis: M final rewards of rollouts continued after each group (M = 5)."""
+    """Return the mean over the last axis: M final rewards of rollouts that continue each group (M = 5)."""
     return final_reward.double().mean(-1)
 
 
 def segment_fixed_size(actions: int, size: int = 3) -> torch.Tensor:
-    """Borders of groups of `size` actions, (groups + 1,) int32; the last group may be shorter."""
+    """Return the offsets of groups of `size` actions, (groups + 1,) int32. The last group may be shorter."""
     check_number("segment_fixed_size", "actions", actions, 0)
     check_number("segment_fixed_size", "size", size, 1)
     return torch.tensor([*range(0, actions, size), actions], dtype=torch.int32)
 
 
 def segment_fixed_count(actions: int, count: int = 3) -> torch.Tensor:
-    """Borders of at most `count` groups of ceil(actions / count) actions, (groups + 1,) int32."""
+    """Return the offsets of at most `count` groups of ceil(actions / count) actions, (groups + 1,) int32."""
     check_number("segment_fixed_count", "count", count, 1)
     return segment_fixed_size(actions, max(1, -(-actions // count)))
 
@@ -100,12 +105,14 @@ def segment_fixed_count(actions: int, count: int = 3) -> torch.Tensor:
 def segment_uncertain(
     entropy: torch.Tensor, *, quantile: float | None = 0.8, threshold: float | None = None
 ) -> torch.Tensor:
-    """Borders of groups that end after each action of high policy entropy, (groups + 1,) int32.
+    """Return the offsets of groups that end after each action with high policy entropy, (groups + 1,) int32.
+
+    Pass either quantile or threshold; the other must be None.
 
     Args:
-        entropy: (actions,), nats, mean of each action's tokens.
-        quantile: cut where the entropy exceeds this quantile of the trajectory (paper). threshold:
-            where it exceeds a constant (released code, 1.2 or 0.1). One of them is None.
+        entropy: (actions,), nats, mean over each action's tokens.
+        quantile: split after actions whose entropy exceeds this quantile of the trajectory (paper).
+        threshold: split after actions whose entropy exceeds this constant (released code: 1.2 or 0.1).
     """
     op = "segment_uncertain"
     check_vector(op, "entropy", entropy)

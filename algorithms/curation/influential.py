@@ -1,10 +1,10 @@
-"""Selection by influence as the papers run it: LESS, GREATS, UGDA, over per-sample features.
+"""Selection by influence with the settings of the papers: LESS, GREATS, UGDA, from per-sample features.
 
     step = tokfuse.policy_step(hidden=..., weight=..., influence=InfluenceSpec())
     ids = tokfuse.algorithms.make("greats", k=16, lr=1e-3).select(step.influence.sketches, anchors)
 
-Features are gradients per sample or sketches of them. With sketches of the last hidden state a
-ranking is one of the last layer's gradients only; features of more layers plug into the same calls.
+A feature is a per-sample gradient or a sketch of it. Sketches of the last hidden state rank samples by the gradients of
+the last layer only. Features of more layers work with the same calls.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,26 @@ Moments = tuple[torch.Tensor, torch.Tensor]
     system="LESS",
     label="exact",
     source="arXiv 2402.04333; github.com/princeton-nlp/LESS",
-    summary="cosine of Adam's update from a sample with validation gradients, over checkpoints",
+    summary="cosine of a sample's Adam update with validation gradients, over checkpoints",
     differs=(
-        "Scores are exact for the features given: LESS's are LoRA gradients of all layers, "
-        "projected to 8192 numbers; sketches see the last hidden state only."
+        "Scores are exact for the given features. The paper's features are LoRA gradients of all "
+        "layers, projected to 8192 numbers; sketches see only the last hidden state."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class LESS:
-    """score_i = max over subtasks of mean over their samples j of sum_c w_c cos(Gamma_c,i, g_c,j);
-    Gamma = m_new / sqrt(v_new + eps), w_c the checkpoint's mean learning rate. The top fraction.
+    """Select the fraction of the training samples with the highest LESS scores.
+
+    score_i = max over subtasks of mean over their samples j of sum_c w_c cos(Gamma_c,i, g_c,j), where
+    Gamma = m_new / sqrt(v_new + eps) and w_c is the mean learning rate of checkpoint c.
 
     Args:
-        fraction: share that is kept, in (0, 1].
-        betas, eps: of the optimiser, see `tokfuse.influence.adam_features`.
+        fraction: share of the samples that is kept, in (0, 1].
+        betas: betas of the Adam optimizer, see `tokfuse.influence.adam_features`.
+        eps: eps of the Adam optimizer.
 
-    State: none; the checkpoints' moments are the optimiser's. Source: released code, exact.
+    State: none; the moments of the checkpoints belong to the optimizer.
+    Source: released code, exact.
     """
 
     fraction: float = 0.05
@@ -60,10 +64,15 @@ class LESS:
         weight: Sequence[float] | None = None,
         subtask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(samples,); see `tokfuse.influence.less_scores`.
+        """Return the score of every training sample, (samples,).
 
-        moments: (exp_avg, exp_avg_sq) per checkpoint, for the training features; validation
-            features stay plain gradients. None: plain gradients on both sides (the SGD form).
+        Args:
+            train: one (samples, ...) tensor per checkpoint, gradients of the training samples.
+            validation: one (samples', ...) tensor per checkpoint, plain gradients.
+            moments: (exp_avg, exp_avg_sq) per checkpoint, applied to the training features only. None: plain
+                gradients on both sides (the SGD form).
+            weight: one number per checkpoint, its mean learning rate. None: equal weights.
+            subtask: (samples',) int64, subtask of each validation sample. None: one subtask.
         """
         return less_scores(_updates(self, train, moments), validation, weight=weight, subtask=subtask)
 
@@ -76,7 +85,16 @@ class LESS:
         weight: Sequence[float] | None = None,
         subtask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(kept,) int64 ids, best first; the arguments of `scores`."""
+        """Return the indices of the selected samples, (kept,) int64, best first.
+
+        Args:
+            train: one (samples, ...) tensor per checkpoint, gradients of the training samples.
+            validation: one (samples', ...) tensor per checkpoint, plain gradients.
+            moments: (exp_avg, exp_avg_sq) per checkpoint, applied to the training features only. None: plain
+                gradients on both sides (the SGD form).
+            weight: one number per checkpoint, its mean learning rate. None: equal weights.
+            subtask: (samples',) int64, subtask of each validation sample. None: one subtask.
+        """
         score = self.scores(train, validation, moments=moments, weight=weight, subtask=subtask)
         return top_fraction(score, self.fraction)
 
@@ -87,20 +105,22 @@ class LESS:
     system="GREATS",
     label="exact",
     source="Wang et al., NeurIPS 2024; github.com/Jiachen-T-Wang/GREATS",
-    summary="greedy choice of a batch: gain on validation minus overlap with what is chosen",
+    summary="greedy choice of a batch: gain on validation minus overlap with the chosen samples",
     required=("k", "lr"),
-    differs="Exact for the features given, which in the paper are LoRA gradients of all layers.",
+    differs="Exact for the given features. The paper's features are LoRA gradients of all layers.",
 )
 @dataclass(frozen=True, kw_only=True)
 class GREATS:
-    """score_i = lr <g_i, mean validation gradient>, K_ij = lr^2 <g_i, g_j> (the Hessian as the
-    identity); k times: take the best, subtract its row of K from all scores.
+    """Greedy selection: k times, take the sample with the best score and subtract its row of K from all scores.
+
+    score_i = lr <g_i, mean validation gradient>. K_ij = lr^2 <g_i, g_j> approximates the Hessian by the identity.
 
     Args:
-        k: number of samples to keep of the candidates. lr: learning rate of the step, > 0: it sets
-            how much overlap costs.
+        k: number of candidates to keep.
+        lr: learning rate of the step, > 0. It sets the cost of overlap.
 
-    State: none. Source: released code, exact.
+    State: none.
+    Source: released code, exact.
     """
 
     k: int = 0
@@ -111,13 +131,14 @@ class GREATS:
         check_number("algorithms.greats", "lr", self.lr, 0.0, open_low=True)
 
     def select(self, features: torch.Tensor, validation: torch.Tensor, *, divisor: float = 1.0) -> torch.Tensor:
-        """(k,) int64 ids in the order of picking.
+        """Return the indices of the selected candidates in the order of picking, (k,) int64.
 
         Args:
-            features: (candidates, ...), plain gradients. validation: (samples, ...).
-            divisor: what the loss behind both was divided by (the batch size, for a batch mean):
-                features are multiplied by it, so that each is one sample's own gradient. The two
-                terms scale differently, so a wrong one changes the choice.
+            features: (candidates, ...), plain gradients.
+            validation: (samples, ...), plain gradients.
+            divisor: divisor of the loss behind both features (for a batch mean, the batch size). The features are
+                multiplied by it to become gradients of single samples. The two terms scale differently, so a wrong
+                divisor changes the choice.
         """
         check_number("algorithms.greats", "divisor", divisor, 0.0, open_low=True)
         own = features.detach() * divisor
@@ -132,22 +153,26 @@ class GREATS:
     system="UGDA",
     label="recon",
     source="OpenReview iamWnRpMuQ; abstract, four reviews, LESS's code",
-    summary="relabel what a reward ensemble disagrees on and what then moves the validation loss",
+    summary="relabels samples on which a reward ensemble disagrees and that change the validation loss most",
     differs=(
-        "Reconstructed. Not settled by any source: whose checkpoints give the gradients (an "
-        "argument here). Selection only; relabelling and refinement are the reward model's."
+        "Reconstructed. No source says which checkpoints give the gradients, so they are an argument. "
+        "Only the selection; relabelling and refinement belong to the reward model."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class UGDA:
-    """Keep the `uncertain` share with the largest variance of rewards over the ensemble, of these
-    the `influential` share by max over subtasks of the cosine with the subtask's mean gradient.
+    """Select samples to relabel: first by the variance of the reward over the ensemble, then by influence.
+
+    The `uncertain` share with the largest variance is kept, and of it the `influential` share with the largest
+    max over subtasks of the cosine with the subtask's mean gradient. Reconstructed.
 
     Args:
-        uncertain: gamma, in (0, 1]. influential: eta, in (0, 1]. Together: a quarter.
-        betas, eps: of the optimiser, for the Adam features.
+        uncertain: gamma, in (0, 1].
+        influential: eta, in (0, 1]. The defaults together keep a quarter.
+        betas: betas of the Adam optimizer, for the Adam features.
+        eps: eps of the Adam optimizer.
 
-    State: none. Reconstructed.
+    State: none.
     """
 
     uncertain: float = 0.5
@@ -169,12 +194,16 @@ class UGDA:
         weight: Sequence[float] | None = None,
         subtask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(kept,) int64 ids, most influential first.
+        """Return the indices of the selected samples, (kept,) int64, most influential first.
 
         Args:
-            rewards: (members, samples), of all ranks: the shares are of the samples given here, so
-                a choice per rank would depend on how they are spread.
-            The others as for `LESS.scores`, one entry per checkpoint.
+            rewards: (members, samples), over the samples of all ranks. Shares are of the samples given here, so a
+                selection per rank would depend on how the samples are distributed.
+            train: one (samples, ...) tensor per checkpoint, gradients of the training samples.
+            validation: one (samples', ...) tensor per checkpoint, plain gradients.
+            moments: (exp_avg, exp_avg_sq) per checkpoint. None: plain gradients on both sides.
+            weight: one number per checkpoint, its mean learning rate. None: equal weights.
+            subtask: (samples',) int64, subtask of each validation sample. None: one subtask.
         """
         updates = _updates(self, train, moments)
         score = less_scores(updates, validation, weight=weight, subtask=subtask, average="gradient")
@@ -184,7 +213,7 @@ class UGDA:
 def _updates(
     method: LESS | UGDA, train: Sequence[torch.Tensor], moments: Sequence[Moments] | None
 ) -> Sequence[torch.Tensor]:
-    """Adam's updates of the training features, or the features themselves without moments."""
+    """Return Adam's updates of the training features. Without moments: the features."""
     if moments is None:
         return train
     if len(moments) != len(train):
@@ -193,7 +222,7 @@ def _updates(
             "moments",
             f"one pair per checkpoint, {len(train)}",
             len(moments),
-            "Pass the optimiser's state of each.",
+            "Pass the optimizer's state of each checkpoint.",
         )
     return [
         adam_features(g, m, v, betas=method.betas, eps=method.eps) for g, (m, v) in zip(train, moments, strict=True)

@@ -1,10 +1,10 @@
-"""LeaF: tokens of a prompt that mislead the student but not the teacher, and prompts without them.
+"""LeaF: finds prompt tokens that mislead the student but not the teacher, and makes prompts without them.
 
     student, teacher = (embedding_sensitivity(g) for g in gradients_of_the_embeddings)
     mask = tokfuse.algorithms.make("leaf").confounders(student, teacher, keep=is_whitespace)
     prompts = [ids, *prune(ids, mask)]
 
-The distillation on whole and pruned prompts is `make("leaf_kl")`.
+`make("leaf_kl")` is the distillation on original and pruned prompts.
 """
 
 import math
@@ -18,16 +18,16 @@ from tokfuse.runtime.ops.influence import hidden_norms
 
 
 def embedding_sensitivity(grad_embedding: torch.Tensor) -> torch.Tensor:
-    """||d L / d e_i|| of every token: (tokens, hidden) -> (tokens,) float32.
+    """Return ||d L / d e_i|| of every token: (tokens, hidden) -> (tokens,) float32.
 
-    L is the mean cross-entropy of the response's labels, e_i the input embedding of token i: an
-    ordinary backward to the embeddings, whose rows this op takes the norm of.
+    L is the mean cross-entropy of the response's labels and e_i the input embedding of token i. First run an ordinary
+    backward to the embeddings. This function returns the norm of each row of their gradient.
     """
     return hidden_norms(grad_embedding)
 
 
 def _unit_range(x: torch.Tensor) -> torch.Tensor:
-    """Min-max to [0, 1]; 0 where all are equal."""
+    """Scale linearly to [0, 1] by minimum and maximum. 0 if all values are equal."""
     if x.numel() == 0:
         return x
     width = x.max() - x.min()
@@ -40,23 +40,26 @@ def _unit_range(x: torch.Tensor) -> torch.Tensor:
     system="LeaF",
     label="exact",
     source="arXiv 2506.07851; github.com/RUCBM/LeaF",
-    summary="tokens to which the student is sensitive and the teacher is not, cut out by spans",
+    summary="tokens to which the student is sensitive and the teacher is not, removed span by span",
     differs=(
-        "The masks are the released code's. `worth_keeping` is the paper's condition, which the "
+        "The masks are those of the released code. `worth_keeping` is the paper's condition, which the "
         "released scripts leave out. The distillation loss on pruned prompts is `leaf_kl`."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class LeaFMasks:
-    """d = minmax(minmax(g_teacher) - minmax(g_student)); token i is a confounder where
-    d_i <= min(sorted(d)[floor(q n)], cap), unless `keep` is true there.
+    """d = minmax(minmax(g_teacher) - minmax(g_student)). Confounders have d_i <= min(sorted(d)[floor(q n)], cap).
+
+    Tokens in `keep` are never confounders.
 
     Args:
-        q: fraction, in [0, 1); 0.05 for mathematics, 0.1 for code in the released scripts.
-        cap: no token with d above it is one, in [0, 1].
+        q: fraction of the tokens, in [0, 1). The released scripts use 0.05 for mathematics and 0.1 for code.
+        cap: a token with d above this value is never a confounder, in [0, 1].
 
-    Inputs: embedding-gradient norms of both models over the analysed span (instruction, or
-    instruction and earlier response), one tokenizer. State: none. Source: released code, exact.
+    Inputs: norms of the embedding gradients of both models over the analysed span (instruction, or instruction and
+    earlier response), with the same tokenizer.
+    State: none.
+    Source: released code, exact.
     """
 
     q: float = 0.05
@@ -69,11 +72,12 @@ class LeaFMasks:
     def confounders(
         self, student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(tokens,) bool, true on confounders.
+        """Return True for confounders, (tokens,) bool.
 
         Args:
-            student, teacher: (tokens,), sensitivities of the two models to the same tokens.
-            keep: (tokens,), bool, never masked: whitespace and line breaks. None: none of them.
+            student: (tokens,), sensitivities of the student.
+            teacher: (tokens,), sensitivities of the teacher to the same tokens.
+            keep: (tokens,), bool, tokens that are never masked: whitespace and line breaks. None: no such tokens.
         """
         op = "algorithms.leaf"
         n = check_vector(op, "student", student).shape[0]
@@ -88,9 +92,9 @@ class LeaFMasks:
 
 
 def spans(mask: torch.Tensor) -> list[tuple[int, int]]:
-    """(begin, end) of every maximal run of true, in order; (tokens,) bool.
+    """Return (begin, end) of every maximal run of True in a (tokens,) bool mask, in order.
 
-    Each run makes one pruned prompt, without that run only: removing all at once was worse.
+    Each run gives one pruned prompt, without that run only: removing all runs at once was worse.
     """
     edge = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
     begin, end = ((edge == sign).nonzero().flatten().tolist() for sign in (1, -1))
@@ -98,16 +102,20 @@ def spans(mask: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def prune(ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """One copy of (tokens,) `ids` per span of `mask`, without that span."""
+    """Return one copy of `ids`, (tokens,), per span of `mask`, without that span."""
     return [torch.cat([ids[:begin], ids[end:]]) for begin, end in spans(mask)]
 
 
 def worth_keeping(
     student_before: torch.Tensor, student_after: torch.Tensor, teacher_after: torch.Tensor
 ) -> torch.Tensor:
-    """(samples,) bool: the student was wrong, and without the span both models are right.
+    """Return True if the student was wrong, and both models are correct without the span, (samples,) bool.
 
-    Inputs: (samples,) bool, right or wrong on the whole and on the pruned prompt. Source: LeaF's
-    paper, from a note; not in its released scripts. Reconstructed.
+    Args:
+        student_before: (samples,), bool, whether the student is correct on the original prompt.
+        student_after: (samples,), bool, whether the student is correct on the pruned prompt.
+        teacher_after: (samples,), bool, whether the teacher is correct on the pruned prompt.
+
+    Source: LeaF's paper, from a note; not in its released scripts. Reconstructed.
     """
     return ~student_before & student_after & teacher_after

@@ -1,11 +1,11 @@
-"""SEELE: how much of a reference solution to show, so that half of the rollouts succeed.
+"""SEELE: chooses how much of a reference solution to show, such that half of the rollouts succeed.
 
     method = tokfuse.algorithms.make("seele")
     for _ in range(method.rounds):
-        hint = method.hint(state, prompt, units)  # hint.length of the solution's units
+        hint = method.hint(state, prompt, units)  # show hint.length units of the solution
         state = method.observe(state, prompt, units, hint, mean_reward_of_its_rollouts)
 
-The rollouts of a hint continue it; `masks` keeps its tokens out of the policy loss.
+The rollouts continue the hint. `masks` excludes the hint's tokens from the policy loss.
 """
 
 import math
@@ -33,46 +33,47 @@ class ThreePL(NamedTuple):
     b: float
 
     def accuracy(self, rate: float) -> float:
-        """Expected accuracy at a hint rate."""
+        """Return the expected accuracy at a hint rate."""
         return self.b + (1 - self.b) / (1 + math.exp(min(700.0, -self.k * (rate + self.mu))))
 
 
 class Hint(NamedTuple):
-    """How much of the solution to show."""
+    """How much of the solution to show: the share, and the number of units."""
 
     rate: float
     length: int
 
 
 def fit_3pl(rates: Sequence[float], accuracies: Sequence[float], *, bounds: Bounds = BOUNDS) -> ThreePL:
-    """Least squares of the three-parameter logistic over the distinct rates.
+    """Return the least-squares fit of the three-parameter logistic over the distinct rates.
 
-    min over (k, mu, b) of sum_j (f(p_j) - mean accuracy of the rounds at p_j)^2, with the points
-    (0, 0) and (1, 1) added where that rate has not been tried: they keep rounds that are all right
-    or all wrong from leaving the fit undetermined.
+    min over (k, mu, b) of sum_j (f(p_j) - mean accuracy of the rounds at p_j)^2. The points (0, 0) and (1, 1) are added
+    if these rates have not been tried. Without them, rounds that are all correct or all wrong leave the fit
+    undetermined.
 
     Args:
-        rates: hint rates in [0, 1], one per round; repeated rates are averaged.
+        rates: hint rates in [0, 1], one per round. Repeated rates are averaged.
         accuracies: in [0, 1], one per round.
-        bounds: (low, high) of k, mu and b. The paper states none; a fit it plots ends at k = 50.
+        bounds: (low, high) of k, mu and b. The paper states none; one of its plotted fits ends at k = 50.
 
     Returns:
-        The best of three fits from fixed starts (the first of equals): deterministic.
+        The best of three fits from fixed starting points (of equal ones the first), so it is deterministic.
 
     Raises:
-        ValueError: lengths, values outside [0, 1], bounds. ImportError: scipy is missing.
+        ValueError: wrong lengths, values outside [0, 1], wrong bounds.
+        ImportError: scipy is missing.
 
     Source: SEELE (arXiv 2509.06923), its model, pseudo-points and trust-region solver. Exact.
     """
     op = "fit_3pl"
     if len(rates) != len(accuracies):
-        raise refuse(op, "accuracies", f"one per rate, {len(rates)}", len(accuracies), "Pair them.")
+        raise refuse(op, "accuracies", f"one per rate, {len(rates)}", len(accuracies), "Pass one accuracy per rate.")
     for name, values in (("rates", rates), ("accuracies", accuracies)):
         for value in values:
             check_number(op, name, float(value), 0.0, 1.0)
     for name, (low, high) in zip(("k", "mu", "b"), bounds, strict=True):
         if not low < high:
-            raise refuse(op, f"bounds of {name}", "low < high", (low, high), "Widen them.")
+            raise refuse(op, f"bounds of {name}", "low < high", (low, high), "Pass a wider interval.")
     solve = _least_squares()
     points: dict[float, list[float]] = {}
     for rate, accuracy in zip(rates, accuracies, strict=True):
@@ -105,23 +106,23 @@ def _least_squares():  # type: ignore[no-untyped-def]
     try:
         from scipy.optimize import least_squares
     except ImportError as error:
-        raise ImportError("algorithms.seele: the fit needs scipy. Install tokfuse[selection], or scipy.") from error
+        raise ImportError("algorithms.seele: the fit needs scipy. Install tokfuse[selection] or scipy.") from error
     return least_squares
 
 
 def invert_3pl(curve: ThreePL, target: float) -> float:
-    """The rate in [0, 1] at which `curve` reaches `target`.
+    """Return the rate in [0, 1] at which `curve` reaches `target`.
 
-    p = -mu - ln((1 - b) / (target - b) - 1) / k, clamped. With b >= target no rate gives so little:
-    0, no hint at all.
+    p = -mu - ln((1 - b) / (target - b) - 1) / k, clamped. If b >= target, every rate gives more than the target; the
+    result is 0, no hint.
 
     Raises:
         ValueError: target outside (0, 1).
 
-    Source: SEELE (arXiv 2509.06923); the clamp and the case b >= target are ours.
+    Source: SEELE (arXiv 2509.06923); the clamp and the case b >= target are additions.
     """
     if not 0.0 < target < 1.0:
-        raise refuse("invert_3pl", "target", "in (0, 1)", target, "The paper aims at 0.5.")
+        raise refuse("invert_3pl", "target", "in (0, 1)", target, "The paper uses 0.5.")
     k, mu, b = curve
     if b >= target:
         return 0.0
@@ -134,26 +135,28 @@ def invert_3pl(curve: ThreePL, target: float) -> float:
     system="SEELE",
     label="exact",
     source="arXiv 2509.06923 Eqs. 1-13, Algorithm 1, Table 2 (code not retrievable)",
-    summary="hint length by a three-parameter logistic fitted online: half of the rollouts pass",
+    summary="hint length from a three-parameter logistic fitted online, such that half of the rollouts pass",
     differs=(
-        "Not in the paper: the parameters' bounds, the clamp to [0, 1], no hint where b >= target. "
-        "The recorded rate is that of the whole number of units shown. The imitation term on hint "
+        "Not in the paper: the bounds of the parameters, the clamp to [0, 1], and no hint if b >= target. "
+        "The recorded rate belongs to the whole number of units shown. The imitation term on hint "
         "tokens is a log-likelihood (the paper writes a probability)."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class SEELE(Stateful):
-    """Rounds of rollouts per prompt: fit accuracy over hint rate, show what makes it `target`.
+    """Rounds of rollouts per prompt: fit accuracy over hint rate, then show the hint that should give `target`.
 
     Args:
-        target: accuracy aimed at, in (0, 1).
-        rounds: m, per prompt and step; rollouts: n of each round. The advantage is over all m n
-            rollouts, r - mean: `make("dr_grpo")` with one group id per prompt.
-        imitation: gamma, weight of the hint tokens' log-likelihood.
-        bounds: of k, mu and b, see `fit_3pl`.
+        target: desired accuracy, in (0, 1).
+        rounds: m, number of rounds per prompt and step.
+        rollouts: n, number of rollouts of each round. The advantage is r - mean over all m n rollouts:
+            `make("dr_grpo")` with one group id per prompt.
+        imitation: gamma, weight of the log-likelihood of the hint tokens.
+        bounds: bounds of k, mu and b, see `fit_3pl`.
 
-    State: of every prompt (rate, accuracy) of the rounds of this step, and the last rate, at which
-    the next epoch starts; a new prompt starts at (units - 1) / units. Source: paper, exact.
+    State: for every prompt, (rate, accuracy) of the rounds of this step, and the last rate, with which the next epoch
+    starts. A new prompt starts at (units - 1) / units.
+    Source: paper, exact.
     """
 
     target: float = 0.5
@@ -164,17 +167,17 @@ class SEELE(Stateful):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.target < 1.0:
-            raise refuse(self._op, "target", "in (0, 1)", self.target, "The paper aims at 0.5.")
+            raise refuse(self._op, "target", "in (0, 1)", self.target, "The paper uses 0.5.")
         check_number(self._op, "rounds", self.rounds, 1)
         check_number(self._op, "rollouts", self.rollouts, 1)
         check_number(self._op, "imitation", self.imitation, 0.0)
 
     def initial_state(self) -> State:
-        """No prompt seen."""
+        """Return the state before the first prompt."""
         return {"memory": {}, "last": {}}
 
     def hint(self, state: State, prompt: str, units: int) -> Hint:
-        """What to show in the next round of a prompt whose solution has `units` >= 1 parts."""
+        """Return the hint for the next round of a prompt whose solution has `units` >= 1 parts."""
         check_number(self._op, "units", units, 1)
         rounds = state["memory"].get(prompt, [])
         if rounds:
@@ -184,9 +187,9 @@ class SEELE(Stateful):
         return Hint(rate, min(units, math.floor(rate * units + 0.5)))
 
     def observe(self, state: State, prompt: str, units: int, hint: Hint, accuracy: float) -> State:
-        """The state after a round: mean reward of its rollouts, in [0, 1].
+        """Return the state after a round whose rollouts have the mean reward `accuracy`, in [0, 1].
 
-        After `rounds` rounds the memory of the prompt is emptied: the step is over.
+        After `rounds` rounds the step is over, and the rounds of the prompt are deleted.
         """
         check_number(self._op, "accuracy", accuracy, 0.0, 1.0)
         rounds = [*state["memory"].get(prompt, []), [hint.length / units, float(accuracy)]]
@@ -196,21 +199,23 @@ class SEELE(Stateful):
         return {"memory": memory, "last": {**state["last"], prompt: hint.rate}}
 
     def masks(self, cu_seqlens: torch.Tensor, hint_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(policy mask, imitation mask), (tokens,) bool: the first hint_tokens of each sequence
-        are the hint, which the policy did not sample and must not be credited for.
+        """Return (policy mask, imitation mask), (tokens,) bool each.
+
+        The first hint_tokens of each sequence are the hint. The policy did not sample them, so it must not be rewarded
+        for them.
 
         Args:
-            cu_seqlens: (seqs + 1,), int32, borders of hint + generated tokens.
-            hint_tokens: (seqs,), int.
+            cu_seqlens: (seqs + 1,), int32, offsets of hint + generated tokens.
+            hint_tokens: (seqs,), int, number of hint tokens of each sequence.
         """
         lengths = cu_seqlens.diff().long()
         if hint_tokens.shape != lengths.shape or bool((hint_tokens > lengths).any()):
             raise refuse(
                 self._op,
                 "hint_tokens",
-                f"({lengths.shape[0]},), within each sequence",
+                f"({lengths.shape[0]},), at most the length of each sequence",
                 hint_tokens.tolist(),
-                "Count hint tokens of every sequence.",
+                "Pass the number of hint tokens of every sequence.",
             )
         start = cu_seqlens[:-1].long().repeat_interleave(lengths)
         place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - start

@@ -1,4 +1,4 @@
-"""Shapley values of a set function, exact and by permutations; the graph CDC-MAS blames along."""
+"""Shapley values of a set function, exact and by sampled permutations; and the blame graph of CDC-MAS."""
 
 import itertools
 import math
@@ -16,21 +16,21 @@ MOST_PLAYERS = 16  # 65,536 calls of the value function
 
 
 class Estimate(NamedTuple):
-    """Monte-Carlo values and their standard errors, (players,) float64 each."""
+    """Monte-Carlo estimates and their standard errors, (players,) float64 each."""
 
     value: torch.Tensor
     standard_error: torch.Tensor
 
 
 def shapley_exact(value: Value, players: int) -> torch.Tensor:
-    """phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S)).
+    """Return phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S)).
 
     Args:
-        value: v, of a frozenset of players 0 .. n - 1; called once for each of the 2^n sets.
+        value: v, a function of a frozenset of players 0 .. n - 1. It is called once for each of the 2^n sets.
         players: n, in [0, 16].
 
     Returns:
-        (players,) float64; they add up to v(all) - v(none).
+        (players,) float64. The values add up to v(all) - v(none).
 
     Source: Shapley; the attribution of CDC-MAS (arXiv 2509.08682). Utility.
     """
@@ -45,11 +45,13 @@ def shapley_exact(value: Value, players: int) -> torch.Tensor:
 
 
 def shapley_monte_carlo(value: Value, players: int, *, permutations: int = 200, seed: int = 0) -> Estimate:
-    """Mean marginal contribution along random orders: unbiased, and sums to v(all) - v(none).
+    """Return the mean marginal contribution over random orders. Unbiased; the values add up to v(all) - v(none).
 
     Args:
-        value: v, of a frozenset of players; values of sets seen before are remembered.
-        players: n >= 0. permutations: >= 2, n calls each at most. seed: of the orders.
+        value: v, a function of a frozenset of players. Values of repeated sets are cached.
+        players: n >= 0.
+        permutations: number of random orders, >= 2, with at most n calls each.
+        seed: seed of the orders.
 
     Source: permutation sampling of the Shapley value; CDC-MAS (arXiv 2509.08682). Utility.
     """
@@ -79,26 +81,29 @@ def shapley_monte_carlo(value: Value, players: int, *, permutations: int = 200, 
     system="CDC-MAS",
     label="utility",
     source="Shapley values; arXiv 2509.08682 from two notes",
-    summary="blame of agents: mean marginal repair along random orders, with standard errors",
+    summary="blame of agents: mean marginal repair over random orders, with standard errors",
     differs=(
-        "Only the Shapley part. v(S), the outcome with the agents of S repaired, is an assumption "
-        "and the caller's to evaluate; the step discovery was not found. Edges: "
-        "`shapley.performance_graph`."
+        "Only the Shapley part. v(S), the outcome with the agents of S repaired, is an assumption, and "
+        "the caller must evaluate it. The step discovery was not found. "
+        "`shapley.performance_graph` gives the edges."
     ),
 )
 def agent_blame(repaired: Value, agents: int, *, permutations: int = 200, seed: int = 0) -> Estimate:
-    """`shapley_monte_carlo` with v(S) = outcome when the agents in S are repaired. Utility.
+    """Return `shapley_monte_carlo` of v(S) = outcome if the agents in S are repaired. Utility.
 
     Args:
-        repaired: v. agents: n. permutations, seed: as there.
+        repaired: v, a function of a frozenset of agents.
+        agents: n >= 0.
+        permutations: number of random orders, >= 2.
+        seed: seed of the orders.
     """
     return shapley_monte_carlo(repaired, agents, permutations=permutations, seed=seed)
 
 
 def performance_graph(dependencies: Iterable[tuple[Hashable, Hashable]]) -> list[tuple[Hashable, Hashable]]:
-    """Edges (cause, effect) of bad performance: every dependency (consumer, provider) reversed.
+    """Return the edges (cause, effect) of bad performance: every dependency (consumer, provider) reversed.
 
-    If A fed B bad data then B depends on A, and the result holds (A, B). Sources state the
-    direction inconsistently; this is what must hold in the result.
+    If A passed bad data to B, then B depends on A, and the result contains (A, B). The sources state the direction
+    inconsistently; this is the direction of the result.
     """
     return [(provider, consumer) for consumer, provider in dependencies]

@@ -1,7 +1,7 @@
-"""Thought Branches: how much one sentence of a chain of thought matters, by resampling from it.
+"""Thought Branches: measures how much a sentence of a chain of thought matters, by resampling from it.
 
-"Importance" is a change of the outcome's distribution and "resilience" the number of times that a
-content must be removed until it stays away. Neither is a gradient influence.
+"Importance" is a change of the outcome's distribution. "Resilience" is the number of times that a content must be
+removed until it does not come back. Neither is a gradient influence.
 """
 
 import math
@@ -17,14 +17,15 @@ from tokfuse.runtime.core.errors import refuse
 
 
 def kl_binary(successes_p: float, trials_p: int, successes_q: float, trials_q: int, *, alpha: float = 1e-9) -> float:
-    """KL(Bernoulli p || Bernoulli q) in nats from counts, each smoothed by alpha; at least 0.
+    """Return KL(Bernoulli p || Bernoulli q) in nats from counts, each smoothed by alpha; at least 0.
 
     p = (successes + alpha) / (trials + 2 alpha); p ln(p / q) + (1 - p) ln((1 - p) / (1 - q)).
 
     Args:
-        successes_p, trials_p, successes_q, trials_q: counts, trials >= 1.
-        alpha: > 0; 1e-9 as released, 1 for Laplace. The small one makes an event that q never saw
-            cost about ln(1 / alpha).
+        successes_p, trials_p: counts of p, trials >= 1.
+        successes_q, trials_q: counts of q, trials >= 1.
+        alpha: > 0. 1e-9 as in the released code, 1 for Laplace. With 1e-9, an event that q never had costs about
+            ln(1 / alpha).
 
     Source: released analyze_rollouts.py. Exact.
     """
@@ -34,14 +35,14 @@ def kl_binary(successes_p: float, trials_p: int, successes_q: float, trials_q: i
     check_number("kl_binary", "alpha", alpha, 0.0, open_low=True)
     p = (successes_p + alpha) / (trials_p + 2 * alpha)
     q = (successes_q + alpha) / (trials_q + 2 * alpha)
-    # log(1 - p) from the failures, since 1 - p cancels for small alpha.
+    # log(1 - p) from the failures, because 1 - p cancels for small alpha.
     fail_p = (trials_p - successes_p + alpha) / (trials_p + 2 * alpha)
     fail_q = (trials_q - successes_q + alpha) / (trials_q + 2 * alpha)
     return max(0.0, p * math.log(p / q) + fail_p * math.log(fail_p / fail_q))
 
 
 class Resilience(NamedTuple):
-    """Of one sentence of one chain."""
+    """Resilience of one sentence of one chain: removals, whether its content stayed away, the last chain."""
 
     interventions: int
     abandoned: bool
@@ -56,21 +57,22 @@ class Resilience(NamedTuple):
     source="arXiv 2510.27484; github.com/interp-reasoning/thought-branches",
     summary="counterfactual importance and resilience of a sentence, from resampled chains",
     differs=(
-        "Estimator, loop and constants are the released code's; the KL definitions come from a "
-        "note that agrees. Sampler and embedder are the caller's."
+        "Estimator, loop and constants are those of the released code. The KL definitions come from a "
+        "note that agrees. The caller passes the sampler and the embedder."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
 class ThoughtBranches:
-    """importance(S_i) = KL(outcome | resampled sentence i is dissimilar || outcome | S_i kept).
+    """importance(S_i) = KL(outcome | resampled sentence i is dissimilar || outcome | S_i kept), for binary outcomes.
 
     Args:
-        similar: cosine from which a sentence counts as the same content.
-        min_dissimilar: with a dissimilar share of rollouts at most this, all of them are used.
-        max_interventions: cap of the resilience loop.
+        similar: a sentence with at least this cosine has the same content.
+        min_dissimilar: if the share of dissimilar rollouts is at most this, all rollouts are used.
+        max_interventions: maximum number of removals of the resilience loop.
         alpha: smoothing of `kl_binary`.
 
-    Outcomes are binary. State: none. Source: released code, exact.
+    State: none.
+    Source: released code, exact.
     """
 
     similar: float = 0.6
@@ -86,13 +88,13 @@ class ThoughtBranches:
         check_number(op, "alpha", self.alpha, 0.0, open_low=True)
 
     def importance(self, similarity: torch.Tensor, outcome: torch.Tensor, kept_outcome: torch.Tensor) -> float:
-        """Counterfactual importance, nats.
+        """Return the counterfactual importance, nats.
 
         Args:
-            similarity: (rollouts,), cosine of each rollout's sentence i with S_i. For the condition
-                of Counterfactual++, "for all j >= i", its maximum over the sentences j >= i.
-            outcome: (rollouts,), bool, of rollouts resampled at i.
-            kept_outcome: (rollouts',), bool, of rollouts that keep S_i (resampled at i + 1).
+            similarity: (rollouts,), cosine of each rollout's sentence i with S_i. For the condition of
+                Counterfactual++, "for all j >= i": the maximum over the sentences j >= i.
+            outcome: (rollouts,), bool, outcomes of rollouts resampled at i.
+            kept_outcome: (rollouts',), bool, outcomes of rollouts that keep S_i (resampled at i + 1).
         """
         op = "algorithms.thought_branches"
         check_vector(op, "similarity", similarity)
@@ -105,7 +107,7 @@ class ThoughtBranches:
                 "outcome and kept_outcome",
                 "of at least one rollout each",
                 f"{outcome.numel()} and {kept_outcome.numel()}",
-                "Resample.",
+                "Resample more rollouts.",
             )
         differs = similarity < self.similar
         if float(differs.double().mean()) <= self.min_dissimilar:
@@ -122,15 +124,19 @@ class ThoughtBranches:
         resample: Callable[[list[str]], Sequence[str]],
         similarity: Callable[[str, Sequence[str]], Sequence[float]],
     ) -> Resilience:
-        """Remove sentence i, and again wherever its content comes back, until it stays away.
+        """Remove sentence i, and remove its content again each time it comes back, until it stays away.
 
-        Resample at i; of the new sentences at or behind i take the most similar one (the first of
-        equals); if it is similar, cut there and repeat.
+        Each removal resamples the chain from that sentence on. Of the new sentences, the most similar one (of equal
+        ones the first) is the next to remove, if it is similar enough.
 
         Args:
-            chain: sentences. i: which one.
-            resample: prefix -> the sentences that a new chain continues it with.
-            similarity: (sentence, candidates) -> cosine with each.
+            chain: the sentences.
+            i: index of the sentence.
+            resample: function of a prefix that returns the sentences with which a new chain continues it.
+            similarity: function (sentence, candidates) that returns the cosine with each candidate.
+
+        Returns:
+            Resilience(interventions, abandoned, chain).
         """
         op = "algorithms.thought_branches"
         check_number(op, "i", i, 0, len(chain) - 1)
@@ -146,9 +152,13 @@ class ThoughtBranches:
 
 
 def counterfactual_plus_plus(kept_rate: float, abandoned_rate: float) -> float:
-    """Outcome rate of rollouts that keep S_i, minus that of chains that the resilience loop ended.
+    """Return the outcome rate of rollouts that keep S_i minus that of chains from which the loop removed it.
 
-    The released code's form for a binary outcome, base(i + 1) - final(i), in [-1, 1].
+    This is the released code's form for a binary outcome, base(i + 1) - final(i), in [-1, 1].
+
+    Args:
+        kept_rate: outcome rate of rollouts that keep S_i.
+        abandoned_rate: outcome rate of chains that ended the resilience loop.
     """
     check_number("counterfactual_plus_plus", "kept_rate", kept_rate, 0.0, 1.0)
     check_number("counterfactual_plus_plus", "abandoned_rate", abandoned_rate, 0.0, 1.0)
@@ -156,11 +166,11 @@ def counterfactual_plus_plus(kept_rate: float, abandoned_rate: float) -> float:
 
 
 def transplant_curve(outcomes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Change of the outcome rate with the length of a transplanted prefix, (prefixes,) float64.
+    """Return the change of the outcome rate with the length of a transplanted prefix, (prefixes,) float64.
 
     Args:
-        outcomes: per prefix length 0, 1, ... of a chain made with a hint, (rollouts,) bool outcomes
-            of resampling behind it under the prompt without the hint (100 in the paper).
+        outcomes: for each prefix length 0, 1, ... of a chain generated with a hint, (rollouts,) bool. The outcomes
+            are of continuations of the prefix, resampled with the prompt without the hint (100 in the paper).
     """
     if not outcomes or any(o.numel() == 0 for o in outcomes):
         raise refuse(

@@ -1,6 +1,6 @@
-"""Preference losses: the DPO family and its relatives, all through one fused backward."""
+"""Preference losses: the DPO family and related methods, all with one fused backward."""
 
-from tokfuse.algorithms.preference import table as _table  # noqa: F401  (fills the registry)
+from tokfuse.algorithms.preference import table as _table  # noqa: F401  (the import fills the registry)
 from tokfuse.algorithms.preference.base import PairLoss as PairLoss
 from tokfuse.algorithms.preference.base import PreferenceLoss as PreferenceLoss
 from tokfuse.algorithms.preference.batch import PreferenceBatch as PreferenceBatch

@@ -1,4 +1,4 @@
-"""The protocol of the preference losses: one loss per pair or response, from per-sequence sums.
+"""The interface of the preference losses: one loss per pair or response, from sums over each sequence.
 
     loss = tokfuse.algorithms.make("dpo", beta=0.1)
     state = loss.initial_state()
@@ -6,10 +6,10 @@
         step = tokfuse.algorithms.preference_step(
             loss=loss, batch=batch, hidden=..., weight=..., target=..., normalizer="batch")
         step.loss.backward(); optimizer.step()
-        state = loss.update(state, step)                       # BCO; all others have no state
+        state = loss.update(state, step)                       # BCO; the other losses have no state
 
-A loss reads the policy through the sums of log-probabilities of its sequences only, so that its
-gradient is one number per sequence (times a token weight in LD-DPO).
+A loss depends on the policy only through the sum of log-probabilities of each sequence. Its gradient is therefore one
+number per sequence (multiplied by a token weight in LD-DPO).
 """
 
 from abc import ABC, abstractmethod
@@ -29,44 +29,50 @@ from tokfuse.runtime.lm_head.units import Loss
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceLoss(Stateful, ABC):
-    """A loss of preferences: its fields are its configuration, its methods are pure."""
+    """A preference loss. Its fields are its configuration; its methods are pure functions.
+
+    Args:
+        beta: scale of the implicit reward, > 0.
+    """
 
     beta: float = 0.1
     whole: ClassVar[bool] = False
-    """True where the loss of a pair depends on the other pairs of the batch."""
+    """Whether the loss of a pair depends on the other pairs of the batch."""
 
     def __post_init__(self) -> None:
         check_number(self._op, "beta", self.beta, 0.0, open_low=True)
 
     @property
     def needs_reference(self) -> bool:
-        """False for the losses without a reference policy."""
+        """Whether the loss compares with a reference policy."""
         return True
 
     @property
     def token_tail_weight(self) -> float | None:
-        """Weight of tokens beyond the shorter side of their pair; None: all 1."""
+        """Weight of the tokens beyond the length of the shorter response of their pair. None: 1."""
         return None
 
     @abstractmethod
     def check(self, batch: PreferenceBatch) -> None:
-        """Refuse a batch that lacks what the loss reads."""
+        """Raise an error if the batch lacks an input of the loss, or has one that would be ignored."""
 
     @abstractmethod
     def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State, units: slice) -> torch.Tensor:
-        """(units,) float64: the loss of each pair or sequence, weights included; differentiable in
-        the sums of log-probabilities. `units` are the pairs or sequences that `sides` holds."""
+        """Return the loss of each pair or sequence, weights included, (units,) float64.
+
+        It is differentiable in the sums of log-probabilities. `units` are the pairs or sequences in `sides`.
+        """
 
     def reward(self, side: Side) -> torch.Tensor:
-        """The implicit reward beta (logp - ref) that margins and accuracies are reported of."""
+        """Return the implicit reward beta (logp - ref), from which margins and accuracies are computed."""
         return self.beta * side.log_ratio
 
     def update(self, state: State, step: PreferenceStep) -> State:
-        """The state after an optimizer step."""
+        """Return the state after an optimizer step."""
         return state
 
     def objective(self, batch: PreferenceBatch, layout: Layout, state: State, scale: float) -> Loss:
-        """The function of statistics that `unit_step` differentiates: scale * sum of the losses."""
+        """Return the function of statistics that `unit_step` differentiates: scale * sum of the losses."""
 
         def of_units(stats: TokenStats, tokens: torch.Tensor, first: int, last: int) -> torch.Tensor:
             start, stop = layout.range(first, last)
@@ -76,7 +82,7 @@ class PreferenceLoss(Stateful, ABC):
         return of_units
 
     def check_reference(self, batch: PreferenceBatch) -> None:
-        """Refuse a missing reference, one that would be ignored, and sums where tokens count."""
+        """Raise an error if the reference is missing or unused, or if only its sums are given but tokens are needed."""
         given = batch.ref_logp is not None or batch.ref_sum is not None
         if self.needs_reference and not given:
             raise refuse(
@@ -100,7 +106,7 @@ class PreferenceLoss(Stateful, ABC):
                 "batch.ref_sum",
                 "left out with tail_weight",
                 "a tensor",
-                "Pass ref_logp: its tail is weighted, too.",
+                "Pass ref_logp, because its tail is weighted too.",
             )
 
 
@@ -109,16 +115,16 @@ WEIGHTINGS = ("none", "wpo")
 
 @dataclass(frozen=True, kw_only=True)
 class PairLoss(PreferenceLoss):
-    """A loss of (chosen, rejected) pairs, with what any of them may be combined with.
+    """A loss of (chosen, rejected) pairs, with options that all such losses share.
 
     Args:
-        beta: scale of the implicit reward.
-        weighting: "wpo" multiplies the loss of a pair by exp(a_chosen + a_rejected), detached, a =
-            mean over tokens of logp_t - log sum_v p_v^2: on-policy pairs count more (WPO). "none".
-        tail_weight: in [0, 1]: log-probabilities of tokens beyond the shorter response of the pair
-            are multiplied by it, policy and reference (LD-DPO). None: 1.
-        level_weight: one weight per level of `batch.level`; the loss is then the sum over levels of
-            weight times the mean over the level's pairs. None: the mean over all pairs.
+        beta: scale of the implicit reward, > 0.
+        weighting: "none"; "wpo" multiplies the loss of a pair by exp(a_chosen + a_rejected), detached, where a
+            is the mean over tokens of logp_t - log sum_v p_v^2. On-policy pairs then count more (WPO).
+        tail_weight: weight in [0, 1] of the log-probabilities of tokens beyond the length of the shorter
+            response of the pair, for policy and reference (LD-DPO). None: 1.
+        level_weight: one weight per level of `batch.level`. The loss is then the sum over levels of the weight
+            times the mean over the pairs of the level. None: the mean over all pairs.
     """
 
     weighting: str = "none"
@@ -139,21 +145,21 @@ class PairLoss(PreferenceLoss):
 
     @abstractmethod
     def pair_losses(self, chosen: Side, rejected: Side, state: State) -> torch.Tensor:
-        """(pairs,) the loss before any weight."""
+        """Return the loss of each pair before any weight, (pairs,)."""
 
     def check(self, batch: PreferenceBatch) -> None:
         self.check_reference(batch)
         if batch.pairs is None:
             raise refuse(self._op, "batch.pairs", "given", None, "Pass chosen and rejected.")
         if batch.kl is not None:
-            raise refuse(self._op, "batch.kl", "left out", "a tensor", "Only KTO reads it.")
+            raise refuse(self._op, "batch.kl", "left out", "a tensor", "Only KTO uses it.")
         if (batch.level is None) != (self.level_weight is None):
             raise refuse(
                 self._op,
                 "batch.level",
                 "given with level_weight, and only then",
                 "one of them",
-                "Name the level of each pair.",
+                "Pass both or none of them.",
             )
         if self.level_weight is None or batch.level is None or not may_read(batch.level):
             return
@@ -163,7 +169,7 @@ class PairLoss(PreferenceLoss):
                 "batch.level",
                 f"in [0, {len(self.level_weight)}), the levels of level_weight",
                 batch.level.tolist(),
-                "Count from 0.",
+                "Levels start at 0.",
             )
 
     def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State, units: slice) -> torch.Tensor:
@@ -178,11 +184,11 @@ class PairLoss(PreferenceLoss):
         return loss
 
     def extra(self, chosen: Side, batch: PreferenceBatch, units: slice) -> torch.Tensor:
-        """(pairs,) a term of the chosen response beside the loss of the pair."""
+        """Return a term of the chosen response that is added to the loss of the pair, (pairs,)."""
         return torch.zeros_like(chosen.length)
 
     def level_scale(self, batch: PreferenceBatch) -> torch.Tensor:
-        """(pairs,) weight of the level times pairs / pairs of the level."""
+        """Return the weight of the level times (number of pairs / pairs of the level), (pairs,)."""
         assert batch.level is not None and self.level_weight is not None
         level = batch.level.long()
         known = torch.tensor(self.level_weight, dtype=torch.float64, device=level.device)

@@ -1,4 +1,4 @@
-"""What a preference loss reads: packed responses, and which of them belong together."""
+"""Input of a preference loss: packed responses, and the pairs that they form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,29 +17,28 @@ OP = "PreferenceBatch"
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceBatch:
-    """Packed responses and their preferences. Nothing here has a gradient.
+    """Packed responses and their preferences. No field has a gradient.
 
     Args:
-        num_tokens: rows of the logits or hidden states.
-        cu_seqlens: (seqs + 1,), int32. Borders of the responses.
-        pairs: (pairs, 2), int64. Sequence of the chosen and of the rejected response of each pair;
-            a sequence is in one pair at most, and in any place. None: unpaired, with `desirable`.
+        num_tokens: number of rows of the logits or hidden states.
+        cu_seqlens: (seqs + 1,), int32. Offsets of the responses.
+        pairs: (pairs, 2), int64. Sequence indices of the chosen and the rejected response of each pair. A
+            sequence is in at most one pair, in any order. None: unpaired, with `desirable`.
         desirable: (seqs,), bool. Label of every response (KTO). None: paired.
-        mask: (tokens,), bool. True where a token counts: no prompt, no padding, and of an agent's
-            trajectory its own tokens only. None: all.
-        ref_logp: (tokens,), float, nats. Under the frozen reference.
-        ref_sum: (seqs,), float, nats. Or its sums over the tokens that count, kept from an earlier
-            pass.
-        pair_weight: (pairs,), float. Multiplies the loss of a pair; the count stays. None: 1.
-        level: (pairs,), int. 0, 1, ...: HPL's trajectory, step and group; ARIES' direct and
-            refinement context. None: all 0.
-        kl: (), float, nats. KTO's batch estimate, see `kto_kl`.
+        mask: (tokens,), bool. True where a token counts: no prompt and no padding, and in an agent's trajectory
+            only the agent's own tokens. None: all tokens count.
+        ref_logp: (tokens,), float, nats. Log-probability under the frozen reference policy.
+        ref_sum: (seqs,), float, nats. Alternative to ref_logp: its sums over the counting tokens, kept from an
+            earlier pass.
+        pair_weight: (pairs,), float. Multiplies the loss of a pair; the count of pairs does not change. None: 1.
+        level: (pairs,), int. 0, 1, ...; HPL: trajectory, step and group; ARIES: direct and refinement context.
+            None: all 0.
+        kl: (), float, nats. KTO's estimate for the batch, see `kto_kl`.
         world: the ranks that share the batch.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit; both or none of pairs and desirable;
-            both of ref_logp and ref_sum; a sequence in two pairs (read on a CPU, else with
-            TOKFUSE_CHECK=1).
+        ValueError: a wrong shape, dtype or device; both or none of pairs and desirable; both of ref_logp and
+            ref_sum; a sequence in two pairs (checked on a CPU, otherwise with TOKFUSE_CHECK=1).
     """
 
     num_tokens: int
@@ -59,9 +58,9 @@ class PreferenceBatch:
         seqs = check_cu_seqlens(OP, self.cu_seqlens, self.num_tokens, device)
         if (self.pairs is None) == (self.desirable is None):
             given = "both" if self.pairs is not None else "neither"
-            raise refuse(OP, "pairs or desirable", "given, one of them", given, "Pass one.")
+            raise refuse(OP, "pairs or desirable", "given, one of them", given, "Pass exactly one.")
         if self.ref_logp is not None and self.ref_sum is not None:
-            raise refuse(OP, "ref_sum", "left out with ref_logp", "both", "The sums follow.")
+            raise refuse(OP, "ref_sum", "left out with ref_logp", "both", "It is computed from ref_logp.")
         tokens, per_seq = Rows(self.num_tokens, "num_tokens", device), Rows(seqs, "cu_seqlens", device)
         check_optional(OP, "mask", self.mask, tokens, BOOL)
         check_optional(OP, "ref_logp", self.ref_logp, tokens, FLOATS)
@@ -76,7 +75,7 @@ class PreferenceBatch:
         if pairs is None:
             for name in ("pair_weight", "level"):
                 if getattr(self, name) is not None:
-                    raise refuse(OP, name, "left out without pairs", "a tensor", "It has no unit.")
+                    raise refuse(OP, name, "left out without pairs", "a tensor", "It has one entry per pair.")
             return
         if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
             raise refuse(
@@ -96,7 +95,7 @@ class PreferenceBatch:
                 OP, "pairs", f"sequences in [0, {seqs})", f"{int(pairs.min())} to {int(pairs.max())}", "Count from 0."
             )
         if pairs.unique().numel() != pairs.numel():
-            raise refuse(OP, "pairs", "each sequence once", "one in two pairs", "Pack the response twice.")
+            raise refuse(OP, "pairs", "each sequence once", "one in two pairs", "Pack that response twice.")
 
     @property
     def num_seqs(self) -> int:
@@ -104,31 +103,31 @@ class PreferenceBatch:
 
     @property
     def num_units(self) -> int:
-        """Pairs, or sequences of an unpaired batch: what "batch" divides a loss by."""
+        """Number of pairs, or of sequences if unpaired: the divisor of a loss with normalizer "batch"."""
         return self.num_seqs if self.pairs is None else self.pairs.shape[0]
 
     def to_state(self) -> dict[str, Any]:
-        """Tensors and numbers only, for a checkpoint; without `world`."""
+        """Return the fields, tensors and numbers only, for a checkpoint; without `world`."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "world"}
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], world: World) -> "PreferenceBatch":
-        """The inverse of `to_state`."""
+        """Return the batch of a `to_state` checkpoint."""
         return cls(**state, world=world)
 
 
 class Side(NamedTuple):
-    """One side of some pairs, or some unpaired sequences; float64 vectors, one entry each."""
+    """One side of some pairs, or some unpaired sequences: float64 vectors with one entry per pair or sequence."""
 
     logp: torch.Tensor
-    """Sum of the log-probabilities of the tokens that count; differentiable."""
+    """Sum of the log-probabilities of the counting tokens; differentiable."""
     ref: torch.Tensor
-    """The same under the reference; 0 where the loss needs none."""
+    """The same sum under the reference; 0 if the loss needs none."""
     length: torch.Tensor
-    """Tokens that count, at least 1."""
+    """Number of counting tokens, at least 1."""
     alignment: torch.Tensor
-    """mean_t(logp_t - log sum_sq_t), detached: WPO."""
+    """mean_t(logp_t - log sum_sq_t), detached; used by WPO."""
 
     @property
     def log_ratio(self) -> torch.Tensor:
@@ -142,12 +141,12 @@ class Side(NamedTuple):
 
 
 class Layout:
-    """A batch sorted into units; slots are 2 i and 2 i + 1 of pair i, or the sequences.
+    """A batch sorted into units. Pair i has the slots 2 i and 2 i + 1; without pairs, each sequence is a slot.
 
     Args:
         batch: the batch.
-        whole: all units depend on each other: one unit.
-        tail_weight: LD-DPO: weight of tokens beyond the shorter side of their pair.
+        whole: all pairs depend on each other, so the batch is one unit.
+        tail_weight: weight of the tokens beyond the length of the shorter response of their pair (LD-DPO).
     """
 
     def __init__(self, batch: PreferenceBatch, whole: bool, tail_weight: float | None) -> None:
@@ -162,7 +161,7 @@ class Layout:
         self.slot = seq_slot[sequence]
         counted = self.slot >= 0 if batch.mask is None else (self.slot >= 0) & batch.mask
         self.counted = counted
-        place = torch.where(counted, self.slot, slots)  # behind all others: no unit's
+        place = torch.where(counted, self.slot, slots)  # the others are sorted last and belong to no unit
         order = place.argsort(stable=True)
         self.length = segment_sum(counted.double(), place, slots + 1)[:slots]
         unit_rows = self.length.view(-1, self.per_unit).sum(1)
@@ -177,7 +176,7 @@ class Layout:
         self.ref = self._reference(batch, flat)
 
     def _tails(self, tail_weight: float) -> torch.Tensor:
-        """(tokens,) float64: 1, and `tail_weight` from the length of the shorter side on."""
+        """Return token weights, (tokens,) float64: `tail_weight` beyond the shorter response's length, else 1."""
         shorter = self.length.view(-1, 2).amin(1).repeat_interleave(2)
         rows = self.units.order
         place = torch.arange(rows.shape[0], device=rows.device)
@@ -204,7 +203,7 @@ class Layout:
     def sides(
         self, logp: torch.Tensor, sum_sq: torch.Tensor, tokens: torch.Tensor, first: int, last: int
     ) -> tuple[Side, ...]:
-        """(chosen, rejected) or (all,) of units [first, last), from the statistics of `tokens`."""
+        """Return (chosen, rejected) or (all,) of units [first, last), from the statistics of `tokens`."""
         start, stop = self.per_unit * first, self.per_unit * last
         total = self._sums(logp.double(), tokens, start, stop - start)
         length = self.length[start:stop].clamp(min=1)
@@ -216,9 +215,9 @@ class Layout:
 
     @property
     def last(self) -> int:
-        """Number of units as `unit_step` counts them."""
+        """Number of units, as `unit_step` counts them."""
         return len(self.units.border) - 1
 
     def range(self, first: int, last: int) -> tuple[int, int]:
-        """Pairs or sequences of units [first, last)."""
+        """Return the range of pairs or sequences of units [first, last)."""
         return (0, self.num_units) if self.whole else (first, last)

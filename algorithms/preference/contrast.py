@@ -1,4 +1,4 @@
-"""Losses of the difference of two implicit rewards, on orthogonal axes: the DPO family."""
+"""Losses of the difference of two implicit rewards, with independent options: the DPO family."""
 
 import math
 from dataclasses import dataclass
@@ -23,12 +23,11 @@ class NLL:
     """A likelihood term of the chosen response: coef * (-logp), reduced.
 
     Args:
-        coef: >= 0.
-        reduction: "sum" over the tokens of the response (RPO's main text), "mean" over them, or
-            "batch_mean": all chosen tokens of the batch count alike, as a cross-entropy over the
-            packed batch does.
-        times_beta: multiply by the loss's beta too (RPO: eta beta).
-        level: only pairs of this level. None: all.
+        coef: weight, >= 0.
+        reduction: "sum" or "mean" over the tokens of the response ("sum" is RPO's main text). "batch_mean": mean
+            over all chosen tokens of the batch, as a cross-entropy over the packed batch.
+        times_beta: also multiply by the loss's beta (RPO: eta beta).
+        level: apply the term only to pairs of this level. None: to all pairs.
     """
 
     coef: float
@@ -45,24 +44,26 @@ class NLL:
 class Contrast(PairLoss):
     """loss = link(u) + likelihood term, u = beta (s_chosen - s_rejected) - margin.
 
-    s = f(logp - ref), or logp without a reference, as a sum over tokens or their mean.
+    s is f(logp - ref), or logp without a reference, summed over the tokens of a response or averaged.
 
     Args:
-        beta: scale of the implicit reward.
-        link: "logistic" -(1-e) log sig(u) - e log sig(-u) with e = smoothing (cDPO); "robust"
+        beta: scale of the implicit reward, > 0.
+        link: with e = smoothing. "logistic" -(1-e) log sig(u) - e log sig(-u), which is cDPO for e > 0; "robust"
             [-(1-e) log sig(u) + e log sig(-u)] / (1-2e); "hinge" max(0, 1-u); "square"
             ((u - 1/2) / beta)^2 = (s_w - s_l - 1/(2 beta))^2 (IPO); "exo" KL of (sig(u), sig(-u))
             from (1-e, e); "discopop" (1-m) (-log sig(u)) + m exp(-u), m = sig(u / tau).
-        smoothing: e, in [0, 0.5); for "logistic", "robust" and "exo" only.
-        tau: for "discopop" only.
+        smoothing: e, in [0, 0.5), only for "logistic", "robust" and "exo".
+        tau: temperature of m, only for "discopop".
         margin: subtracted from u (SimPO's gamma).
-        length: "sum", or "mean" over the tokens that count.
-        reference: False: logp alone; no reference is read, and given one it is refused.
+        length: "sum" or "mean" over the counting tokens.
+        reference: False uses logp alone; passing a reference is then an error.
         divergence: f of the log-ratio x: "reverse_kl" x, "forward_kl" -exp(-x), "js" log sig(x),
             "alpha" exp((alpha-1) x) / (alpha-1).
-        alpha: for "alpha" only; not 1.
-        nll: likelihood term of the chosen response. None: none.
-        weighting, tail_weight, level_weight: as in `PairLoss`.
+        alpha: parameter of the divergence "alpha", and only for it; not 1.
+        nll: likelihood term of the chosen response, or None.
+        weighting: "none", or "wpo": weight by how likely the policy is to generate the pair, see `PairLoss`.
+        tail_weight: weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO). None: 1.
+        level_weight: one weight per level of `batch.level`, see `PairLoss`. None: the mean over all pairs.
     """
 
     link: str = "logistic"
@@ -88,17 +89,17 @@ class Contrast(PairLoss):
             check_number(self._op, "tau", self.tau, 0.0, open_low=True)
         if self.alpha is not None and not abs(self.alpha - 1.0) > 1e-6:
             raise refuse(
-                self._op, "alpha", "not 1 (the limit is divergence 'reverse_kl')", self.alpha, "Choose another."
+                self._op, "alpha", "not 1 (the limit is divergence 'reverse_kl')", self.alpha, "Use that divergence."
             )
         if self.nll is not None and self.nll.level is not None and self.level_weight is None:
-            raise refuse(self._op, "nll.level", "left out without level_weight", self.nll.level, "Weight the levels.")
+            raise refuse(self._op, "nll.level", "left out without level_weight", self.nll.level, "Set level_weight.")
         if self.nll is not None and self.nll.reduction == "batch_mean" and self.level_weight:
             raise refuse(
                 self._op,
                 "nll.reduction",
                 "'sum' or 'mean' with level_weight",
                 "'batch_mean'",
-                "A level has a mean of its own.",
+                "Each level has its own mean.",
             )
         if not self.reference and self.divergence != "reverse_kl":
             raise refuse(
@@ -106,7 +107,7 @@ class Contrast(PairLoss):
                 "divergence",
                 "'reverse_kl' without a reference",
                 repr(self.divergence),
-                "It maps the ratio to the reference.",
+                "Only a ratio to the reference has a divergence.",
             )
 
     def _check_smoothing(self) -> None:
@@ -117,22 +118,22 @@ class Contrast(PairLoss):
             )
         if self.link == "robust" and self.smoothing == 0.5:
             raise refuse(
-                self._op, "smoothing", "below 0.5 with link 'robust'", 0.5, "Half the labels wrong say nothing."
+                self._op, "smoothing", "below 0.5 with link 'robust'", 0.5, "At 0.5 the labels carry no information."
             )
         if self.link == "exo" and self.smoothing == 0.0:
-            raise refuse(self._op, "smoothing", "above 0 with link 'exo' (log 0)", 0.0, "The paper's code takes 1e-3.")
+            raise refuse(self._op, "smoothing", "above 0 with link 'exo' (log 0)", 0.0, "The paper's code uses 1e-3.")
 
     def _check_used(self, name: str, value: object, used: bool, by: str) -> None:
         if used != (value is not None):
             want = f"given with {by}, and only then"
-            raise refuse(self._op, name, want, value, "Check both options.")
+            raise refuse(self._op, name, want, value, "Set both options or none.")
 
     @property
     def needs_reference(self) -> bool:
         return self.reference
 
     def score(self, side: Side) -> torch.Tensor:
-        """s of one side: the implicit reward over beta."""
+        """Return s of one side: the implicit reward divided by beta."""
         x = side.log_ratio
         if self.divergence == "forward_kl":
             x = -torch.exp(-x)
@@ -144,7 +145,7 @@ class Contrast(PairLoss):
         return x / side.length if self.length == "mean" else x
 
     def reward(self, side: Side) -> torch.Tensor:
-        """beta s: what the link compares."""
+        """Return beta s, the value that the link compares."""
         return self.beta * self.score(side)
 
     def pair_losses(self, chosen: Side, rejected: Side, state: State) -> torch.Tensor:
@@ -163,7 +164,7 @@ class Contrast(PairLoss):
             return up + torch.sigmoid(-u) * (logsigmoid(-u) - math.log(e))
         assert self.tau is not None
         gate = u / self.tau
-        # exp(-u) alone overflows where the gate is 0.
+        # exp(-u) overflows where the gate is 0, so multiply in log space.
         return torch.sigmoid(-gate) * -logsigmoid(u) + torch.exp(logsigmoid(gate) - u)
 
     def extra(self, chosen: Side, batch: PreferenceBatch, units: slice) -> torch.Tensor:
@@ -181,7 +182,7 @@ class Contrast(PairLoss):
         return nll
 
     def chosen_tokens(self, batch: PreferenceBatch) -> torch.Tensor:
-        """() float64: tokens of the batch's chosen responses that count."""
+        """Return the number of counting tokens of the batch's chosen responses, () float64."""
         assert batch.pairs is not None
         keep = batch.mask
         if keep is None:

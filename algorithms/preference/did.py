@@ -1,4 +1,4 @@
-"""Differential information: how spread out the change from a reference to a policy is."""
+"""Differential information: how widely a policy differs from its reference."""
 
 from typing import NamedTuple
 
@@ -17,9 +17,9 @@ class DIDEntropy(NamedTuple):
     """Result of `did_entropy`; 0-dim float64."""
 
     entropy: torch.Tensor
-    """Nats; an estimate, biased for few samples."""
+    """Nats. An estimate, biased if there are few samples."""
     ess: torch.Tensor
-    """Effective number of samples behind it; near 1 it says nothing."""
+    """Effective number of samples. Near 1, the estimate is meaningless."""
 
 
 @register(
@@ -28,26 +28,27 @@ class DIDEntropy(NamedTuple):
     system=SYSTEM,
     label="utility",
     source=SOURCE,
-    summary="entropy of pi / ref over responses, by self-normalised sampling, with its ESS",
-    differs="The paper's estimator was not found (it takes 32 samples): self-normalised importance "
-    "sampling is ours. Its weights are heavy-tailed at sequence level: a plot, never a loss.",
+    summary="entropy of pi / ref over responses, by self-normalised sampling, with its effective sample size",
+    differs="The paper's estimator was not found (it takes 32 samples); self-normalised importance "
+    "sampling is our choice. Its weights are heavy-tailed at sequence level: plot it, do not train on it.",
 )
 def did_entropy(logp_sum: torch.Tensor, ref_sum: torch.Tensor, *, sampled_from: str = "reference") -> DIDEntropy:
-    """Entropy of q(y) = (pi(y) / ref(y)) / Z over the responses y of one prompt. Utility.
+    """Return the entropy of q(y) = (pi(y) / ref(y)) / Z over the responses y of one prompt. Utility.
 
-    H(q) = log Z - E_q[log(pi / ref)]; with y_k drawn from b, v_k = pi / (ref b) at y_k:
-    Z = mean v, E_q[f] = sum v f / sum v. High: mass is moved everywhere (smoothing, open-ended
-    tasks); low: a few responses are reinforced (factual tasks).
+    H(q) = log Z - E_q[log(pi / ref)]. With y_k drawn from b and v_k = pi / (ref b) at y_k:
+    Z = mean v, E_q[f] = sum v f / sum v. A high entropy means that probability mass moved everywhere (smoothing,
+    open-ended tasks); a low one that a few responses were reinforced (factual tasks).
 
     Args:
-        logp_sum, ref_sum: (samples,), nats, of whole responses to one prompt.
-        sampled_from: "reference" (v = pi / ref^2) or "policy" (v = 1 / ref).
+        logp_sum: (samples,), nats. Log-probability of whole responses to one prompt under the policy.
+        ref_sum: (samples,), nats. The same under the reference.
+        sampled_from: b. "reference" (v = pi / ref^2) or "policy" (v = 1 / ref).
 
     Returns:
-        DIDEntropy(entropy, ess), detached. In log space: no weight overflows.
+        DIDEntropy(entropy, ess), detached. Computed in log space, so no weight overflows.
 
     Raises:
-        ValueError: shapes, sampled_from.
+        ValueError: wrong shapes or sampled_from.
     """
     check_choice(OP, "sampled_from", sampled_from, ("reference", "policy"))
     samples = check_vector(OP, "logp_sum", logp_sum).shape[0]
@@ -68,19 +69,20 @@ def did_entropy(logp_sum: torch.Tensor, ref_sum: torch.Tensor, *, sampled_from: 
     label="utility",
     source=SOURCE,
     summary="entropy over the vocabulary of softmax(policy logits - reference logits), per token",
-    differs="A token-level stand-in of ours, exact for what it is; the paper is about responses.",
+    differs="A token-level substitute, exact as defined. The paper is about whole responses.",
 )
 def did_token_entropy(
     logits: torch.Tensor, ref_logits: torch.Tensor, *, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Entropy of q_t = softmax(log pi_t - log ref_t) = softmax(logits - ref_logits). Utility.
+    """Return the entropy of q_t = softmax(log pi_t - log ref_t) = softmax(logits - ref_logits). Utility.
 
     Args:
-        logits: (tokens, vocab). ref_logits: same shape and dtype.
-        mask: (tokens,), bool. None: all count.
+        logits: (tokens, vocab).
+        ref_logits: like logits, same dtype.
+        mask: (tokens,), bool. None: all tokens count.
 
     Returns:
-        (tokens,), nats, detached; one pass over both streams (`token_stats` with bias_logits).
+        (tokens,), nats, detached. One pass over both tensors (`token_stats` with bias_logits).
     """
     target = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
     stats = token_stats(logits.detach(), target, bias_logits=ref_logits.detach(), mask=mask)

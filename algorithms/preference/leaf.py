@@ -1,4 +1,4 @@
-"""LeaF: distillation on instructions as they are and with a confounding span removed."""
+"""LeaF: distillation on the original instruction and on the instruction without a confounding span."""
 
 from dataclasses import dataclass
 
@@ -20,23 +20,25 @@ OP = "algorithms.leaf_kl"
     required=("lam",),
     source="arXiv 2506.07851; github.com/RUCBM/LeaF (the KL: code; lam: a note on the paper)",
     summary="forward KL to the teacher in two contexts: original and pruned instruction",
-    differs="lam is required: no value was found, and the released code has none (form='code': "
-    "both contexts in one mean). The code takes the KL at label positions of unshifted "
+    differs="lam must be given: no value was found, and the released code has none (form='code': "
+    "one mean over both contexts). The code computes the KL at label positions of unshifted "
     "logits, one position late; pass the rows that predict the response tokens.",
 )
 @dataclass(frozen=True, kw_only=True)
 class LeaF:
     """T^2 [lam KL(teacher || student | X) + (1 - lam) KL(teacher || student | X minus A)].
 
-    Each KL is the mean over the response tokens of its context; a context without rows adds 0.
+    X is the instruction and A its confounding span. Each KL is the mean over the response tokens of its context. A
+    context without rows adds 0.
 
     Args:
-        lam: in [0, 1]; for form "paper" only, None for "code".
-        temperature: T, > 0, of both models.
+        lam: weight of the original context in [0, 1], for form "paper". None for form "code".
+        temperature: T > 0 of both models.
         form: "paper", or "code": T^2 times the mean over the rows of both contexts.
 
-    Inputs: logits of both models on the same rows. State: none. Source: reconstructed (lam); the
-    divergence is exact.
+    Inputs: logits of both models on the same rows.
+    State: none.
+    Source: reconstructed (lam); the divergence is exact.
     """
 
     lam: float | None
@@ -47,9 +49,7 @@ class LeaF:
         check_choice(OP, "form", self.form, ("paper", "code"))
         check_number(OP, "temperature", self.temperature, 0.0, open_low=True)
         if (self.lam is None) != (self.form == "code"):
-            raise refuse(
-                OP, "lam", "given with form 'paper', and only then", self.lam, "The released code mixes both contexts."
-            )
+            raise refuse(OP, "lam", "given with form 'paper', and only then", self.lam, "The released code has no lam.")
         if self.lam is not None:
             check_number(OP, "lam", self.lam, 0.0, 1.0)
 
@@ -62,15 +62,15 @@ class LeaF:
         mask: torch.Tensor | None = None,
         counts: tuple[float, float] | None = None,
     ) -> torch.Tensor:
-        """() the loss, differentiable in the student's logits.
+        """Return the loss, (), differentiable in the student's logits.
 
         Args:
-            student, teacher: (tokens, vocab) logits of packed rows of both contexts; row t of the
-                two predicts the same token in the same context.
+            student: (tokens, vocab), logits of the packed rows of both contexts.
+            teacher: like student. Row t of both predicts the same token in the same context.
             pruned: (tokens,) bool, True for rows of a pruned instruction.
-            mask: (tokens,) bool. None: all count.
-            counts: rows of (original, pruned) context over all micro-batches and ranks. None: this
-                call's.
+            mask: (tokens,) bool. None: all rows count.
+            counts: number of rows of the (original, pruned) context over all micro-batches and ranks. None: of
+                this call.
         """
         check_vector(OP, "pruned", pruned, Rows(student.shape[0], "student", student.device), BOOL)
         kl = paired_divergence(student, teacher, kind="kl_forward", temperature=self.temperature, mask=mask)

@@ -1,4 +1,4 @@
-"""Preference losses that are no function of a reward difference alone."""
+"""Preference losses that depend on more than the difference of two rewards."""
 
 from dataclasses import dataclass
 
@@ -20,14 +20,16 @@ FORMS = ("apo_zero", "apo_down", "nca", "sppo_hard")
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(PairLoss):
-    """Links on the rewards of the two sides, r = beta (logp - ref).
+    """Losses of the rewards of both sides, r = beta (logp - ref).
 
     Args:
-        beta: scale of the implicit reward.
+        beta: scale of the implicit reward, > 0.
         form: "apo_zero" 1 - sig(r_w) + sig(r_l); "apo_down" sig(r_w) + 1 - sig(r_w - r_l); "nca"
             -log sig(r_w) - (log sig(-r_w) + log sig(-r_l)) / 2; "sppo_hard" ((r_w - 1/2)^2 +
             (r_l + 1/2)^2) / beta^2.
-        weighting, tail_weight, level_weight: as in `PairLoss`.
+        weighting: "none", or "wpo": weight by how likely the policy is to generate the pair, see `PairLoss`.
+        tail_weight: weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO). None: 1.
+        level_weight: one weight per level of `batch.level`, see `PairLoss`. None: the mean over all pairs.
     """
 
     form: str = "apo_zero"
@@ -53,22 +55,25 @@ class Pointwise(PairLoss):
     system=FAMILY,
     label="exact",
     source="arXiv 2404.04656; TRL",
-    summary="a binary classifier of each side, rewards shifted by their running mean",
-    differs="The shift is the mean over the batches before this one. TRL's earlier versions take "
-    "this batch into it first, which would need every logp before any gradient; its present one "
-    "has no shift: shift='none'.",
+    summary="a binary classifier of each side; rewards are shifted by their running mean",
+    differs="The shift is the mean over the previous batches. Earlier versions of TRL first add the "
+    "current batch, which would need every logp before any gradient. The current version "
+    "has no shift: use shift='none'.",
 )
 @dataclass(frozen=True, kw_only=True)
 class BCO(PairLoss):
     """loss = -log sig(r_w - d) - log sig(-(r_l - d)), r = beta (logp - ref).
 
     Args:
-        beta: scale of the implicit reward.
-        shift: "running": d is the mean over earlier batches of the mean reward of both sides, 0 at
-            first; "none": d = 0.
-        weighting, tail_weight, level_weight: as in `PairLoss`.
+        beta: scale of the implicit reward, > 0.
+        shift: "running": d is the mean over the previous batches of the mean reward of both sides, and 0 for the
+            first batch. "none": d = 0.
+        weighting: "none", or "wpo": weight by how likely the policy is to generate the pair, see `PairLoss`.
+        tail_weight: weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO). None: 1.
+        level_weight: one weight per level of `batch.level`, see `PairLoss`. None: the mean over all pairs.
 
-    State: the running mean and the number of batches. Source: paper and TRL, exact.
+    State: the running mean and the number of batches.
+    Source: paper and TRL, exact.
     """
 
     shift: str = "running"
@@ -85,7 +90,7 @@ class BCO(PairLoss):
         return -logsigmoid(self.reward(chosen) - d) - logsigmoid(d - self.reward(rejected))
 
     def update(self, state: State, step: PreferenceStep) -> State:
-        """The mean over one batch more; the mean reward over all ranks."""
+        """Return the running mean with this batch added: its mean reward over all ranks."""
         if self.shift == "none":
             return state
         rewards = torch.cat(step.rewards)
@@ -104,22 +109,25 @@ class BCO(PairLoss):
     system=FAMILY,
     label="exact",
     source="arXiv 2403.07691; TRL experimental/orpo",
-    summary="likelihood of the chosen response and the log odds ratio, no reference",
-    differs="TRL's likelihood term covers the prompt, too; here it covers the tokens that count.",
+    summary="likelihood of the chosen response plus the log odds ratio, no reference",
+    differs="TRL's likelihood term also includes the prompt. Here it includes only the tokens that count.",
 )
 @dataclass(frozen=True, kw_only=True)
 class ORPO(PairLoss):
     """loss = -a_w - lam log sig(o_w - o_l), a = logp / length, o = a - log(1 - exp(a)).
 
-    The odds are those of the *mean* log-probability, and log(1 - exp(a)) keeps its digits as a
-    approaches 0.
+    The odds use the *mean* log-probability. log(1 - exp(a)) keeps its precision as a approaches 0.
 
     Args:
         lam: weight of the odds ratio (TRL calls it beta).
-        beta: unused by the loss; scale of the reported rewards. Left at 1.
-        weighting, tail_weight, level_weight: as in `PairLoss`.
+        beta: scale of the reported rewards, which must stay 1. The loss does not use it.
+        weighting: "none", or "wpo": weight by how likely the policy is to generate the pair, see `PairLoss`.
+        tail_weight: weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO). None: 1.
+        level_weight: one weight per level of `batch.level`, see `PairLoss`. None: the mean over all pairs.
 
-    Inputs: no reference. State: none. Source: paper and TRL, exact.
+    Inputs: no reference.
+    State: none.
+    Source: paper and TRL, exact.
     """
 
     beta: float = 1.0
@@ -129,7 +137,7 @@ class ORPO(PairLoss):
         super().__post_init__()
         check_number(self._op, "lam", self.lam, 0.0)
         if self.beta != 1.0:
-            raise refuse(self._op, "beta", "left out", self.beta, "ORPO's weight is lam.")
+            raise refuse(self._op, "beta", "left out", self.beta, "Set lam, the weight of the odds ratio.")
 
     @property
     def needs_reference(self) -> bool:
@@ -141,7 +149,7 @@ class ORPO(PairLoss):
 
 
 def log_odds(a: torch.Tensor) -> torch.Tensor:
-    """a - log(1 - exp(a)) for a < 0, without cancellation at either end."""
+    """Return a - log(1 - exp(a)) for a < 0, without cancellation at either end."""
     near = a > -0.6931471805599453
     log1mexp = torch.where(
         near, torch.log(-torch.expm1(torch.where(near, a, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, a)))
@@ -155,20 +163,22 @@ def log_odds(a: torch.Tensor) -> torch.Tensor:
     system=FAMILY,
     label="exact",
     source="arXiv 2402.01306; TRL kto_trainer",
-    summary="unpaired: each response against the batch's divergence from the reference",
+    summary="unpaired: each response is compared with the batch's divergence from the reference",
 )
 @dataclass(frozen=True, kw_only=True)
 class KTO(PreferenceLoss):
     """lam_D (1 - sig(beta (rho - kl))) if desirable, lam_U (1 - sig(beta (kl - rho))) if not.
 
-    rho = logp - ref. kl, `batch.kl`, is detached and at least 0: `kto_kl` of mismatched pairs.
+    rho = logp - ref. kl is `batch.kl`, detached and at least 0: the result of `kto_kl` on mismatched pairs.
 
     Args:
-        beta: scale of the implicit reward.
-        desirable_weight, undesirable_weight: lam_D, lam_U; the authors keep lam_D n_D / (lam_U n_U)
-            in [1, 4/3].
+        beta: scale of the implicit reward, > 0.
+        desirable_weight: lam_D. The authors keep lam_D n_D / (lam_U n_U) in [1, 4/3].
+        undesirable_weight: lam_U.
 
-    Inputs: desirable, kl. State: none. Source: paper and TRL, exact.
+    Inputs: desirable, kl.
+    State: none.
+    Source: paper and TRL, exact.
     """
 
     desirable_weight: float = 1.0
@@ -182,9 +192,9 @@ class KTO(PreferenceLoss):
     def check(self, batch: PreferenceBatch) -> None:
         self.check_reference(batch)
         if batch.desirable is None:
-            raise refuse(self._op, "batch.desirable", "given", None, "Label every response.")
+            raise refuse(self._op, "batch.desirable", "given", None, "Pass a label for every response.")
         if batch.kl is None:
-            raise refuse(self._op, "batch.kl", "given", None, "Pass kto_kl of mismatched pairs; 0 leaves it out.")
+            raise refuse(self._op, "batch.kl", "given", None, "Pass kto_kl of mismatched pairs, or 0 to leave it out.")
 
     def losses(self, sides: tuple[Side, ...], batch: PreferenceBatch, state: State, units: slice) -> torch.Tensor:
         assert batch.desirable is not None and batch.kl is not None
@@ -196,10 +206,10 @@ class KTO(PreferenceLoss):
 
 
 def mismatched(num_seqs: int) -> torch.Tensor:
-    """(num_seqs,) int64: the response to put behind each prompt for `kto_kl`: the next one's.
+    """Return for each prompt the response to append for `kto_kl`: the next prompt's. (num_seqs,) int64.
 
     Raises:
-        ValueError: fewer than two responses: there is no other one.
+        ValueError: fewer than two responses, so there is no other one.
     """
     if num_seqs < 2:
         raise refuse(
@@ -213,12 +223,13 @@ def mismatched(num_seqs: int) -> torch.Tensor:
 
 
 def kto_kl(logp_sum: torch.Tensor, ref_sum: torch.Tensor, world: World | None = None) -> torch.Tensor:
-    """() float64: max(0, mean over all ranks of logp - ref) of mismatched pairs, detached.
+    """Return max(0, mean over all ranks of logp - ref) of mismatched pairs, () float64, detached.
 
     Args:
-        logp_sum, ref_sum: (seqs,), nats: sums over the response tokens of y_(i+1) under prompt i
-            (`mismatched`), by policy and reference, without gradient.
-        world: the ranks that share the batch.
+        logp_sum: (seqs,), nats. Sum over the response tokens of y_(i+1) under prompt i (see `mismatched`) by the
+            policy, computed without gradient.
+        ref_sum: (seqs,), nats. The same by the reference.
+        world: the ranks that share the batch. None: this process alone.
     """
     ratio = (logp_sum - ref_sum).detach().double()
     total = torch.stack([ratio.sum(), torch.full_like(ratio.sum(), ratio.shape[0])])
@@ -228,15 +239,15 @@ def kto_kl(logp_sum: torch.Tensor, ref_sum: torch.Tensor, world: World | None = 
 
 @dataclass(frozen=True, kw_only=True)
 class AOT(PairLoss):
-    """-(1-e) log sig(beta d) - e log sig(-beta d), d a difference of sorted vectors of the batch.
+    """-(1-e) log sig(beta d) - e log sig(-beta d), where d is a difference of sorted vectors of the batch.
 
     Args:
-        beta: scale of the implicit reward.
-        paired: True: d = sort(logp_w - logp_l) - sort(ref_w - ref_l): the margins dominate the
-            reference's. False: d = sort(rho_w) - sort(rho_l): chosen log-ratios dominate rejected.
+        beta: scale of the implicit reward, > 0.
+        paired: True: d = sort(logp_w - logp_l) - sort(ref_w - ref_l), so margins exceed the reference's.
+            False: d = sort(rho_w) - sort(rho_l), so chosen log-ratios exceed rejected ones.
         smoothing: e, in [0, 0.5).
-        weighting, level_weight: must be left out: a rank belongs to no pair.
-        tail_weight: as in `PairLoss`.
+        weighting, level_weight: must be left out, because a rank of the sorted vectors belongs to no pair.
+        tail_weight: weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO). None: 1.
     """
 
     whole = True
@@ -271,22 +282,24 @@ class AOT(PairLoss):
     system="SePPO",
     label="analogue",
     source="inspired by arXiv 2410.05255 Eqs. 7-8, 13-14 (as quoted in reviews)",
-    summary="own earlier sample as the loser, pushed down or pulled up by an anchor test",
-    differs="SePPO is for diffusion: squared denoising errors over timesteps. Here log-ratios of "
-    "tokens. Assumed: at rho_w = 0 the sign is -1. No published beta for tokens.",
+    summary="an earlier sample of the policy as the loser, pushed down or pulled up by an anchor test",
+    differs="SePPO is for diffusion and uses squared denoising errors over timesteps. Here they are "
+    "log-ratios of tokens. Assumed: at rho_w = 0 the sign is -1. There is no published beta for tokens.",
 )
 @dataclass(frozen=True, kw_only=True)
 class SePPO(PairLoss):
-    """loss = -log sig(beta (rho_w - s rho_l)), s = +1 where rho_w > 0, else -1. Analogue.
+    """loss = -log sig(beta (rho_w - s rho_l)), s = +1 if rho_w > 0, else -1. Analogue.
 
-    The rejected side is a sample of an earlier checkpoint, which is also the reference: drawn by
-    `CheckpointRing`. Where the policy has not become better on the winner, both are pulled up.
+    The rejected side is a sample of an earlier checkpoint, which `CheckpointRing` draws; it is also the reference.
+    If the policy has not become better on the winner, both sides are pulled up.
 
     Args:
-        beta: scale of the implicit reward.
-        weighting, tail_weight, level_weight: as in `PairLoss`.
+        beta: scale of the implicit reward, > 0.
+        weighting: "none", or "wpo": weight by how likely the policy is to generate the pair, see `PairLoss`.
+        tail_weight: weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO). None: 1.
+        level_weight: one weight per level of `batch.level`, see `PairLoss`. None: the mean over all pairs.
 
-    State: none; the ring has its own.
+    State: none; the ring has its own state.
     """
 
     def pair_losses(self, chosen: Side, rejected: Side, state: State) -> torch.Tensor:

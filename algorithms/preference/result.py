@@ -1,4 +1,4 @@
-"""What `preference_step` returns."""
+"""The result of `preference_step`."""
 
 from dataclasses import dataclass
 
@@ -11,29 +11,28 @@ from tokfuse.runtime.policy.results import Gradients
 
 @dataclass(frozen=True)
 class PreferenceStep:
-    """What `preference_step` returns; all but `loss` is detached."""
+    """Result of `preference_step`. All fields except `loss` are detached."""
 
     loss: torch.Tensor
-    """(), sum of `losses` / normalizer; `loss.backward()` hands out the gradients."""
+    """(), sum of `losses` / normalizer. `loss.backward()` returns the gradients computed in the forward pass."""
     losses: torch.Tensor
-    """(pairs,) or (seqs,) float64, weights included; of AOT by rank, not by pair."""
+    """(pairs,) or (seqs,) float64, weights included. AOT: one loss per rank of the sorted batch, not per pair."""
     rewards: tuple[torch.Tensor, ...]
-    """Implicit rewards, float64: (chosen (pairs,), rejected (pairs,)), or of an unpaired batch
-    (all (seqs,),)."""
+    """Implicit rewards, float64: (chosen (pairs,), rejected (pairs,)). For an unpaired batch: (all (seqs,),)."""
     stats: TokenStats
     """(tokens,) statistics of the policy; 0 for tokens that do not count."""
     batch: PreferenceBatch
     read_twice: int
-    """Rows whose logits were computed a second time: those of pairs larger than the workspace."""
+    """Number of rows whose logits were computed twice, because their pair is larger than the workspace."""
     gradients: Gradients
-    """From hidden, before `loss.backward()`: "hidden", "weight", "bias", None where not asked."""
+    """Gradients before `loss.backward()`, only from hidden: "hidden", "weight", "bias". None if not required."""
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:
-        """0-dim float64 sums over pairs, and their "count": add them over micro-batches and ranks.
+        """0-dim float64 sums over pairs, and their "count". Add them over micro-batches and ranks.
 
-        "margin": chosen minus rejected reward; "accuracy": pairs with a positive margin. Unpaired:
-        "desirable" and "undesirable" rewards and "desirable_count" instead.
+        "margin" is the chosen minus the rejected reward; "accuracy" counts pairs with a positive margin. An unpaired
+        batch has the rewards "desirable" and "undesirable", and "desirable_count", instead.
         """
         count = torch.tensor(self.losses.shape[0], dtype=torch.float64, device=self.losses.device)
         out = {"count": count, "loss": self.losses.sum()}

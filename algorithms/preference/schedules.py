@@ -1,4 +1,4 @@
-"""When a copy of the policy is taken, and what becomes of the reference."""
+"""Schedules for copies of the policy and for the reference policy."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tokfuse.runtime.core.errors import refuse
 
 
 def check_period(op: str, name: str, value: object) -> None:
-    """A number of steps, at least 1."""
+    """Raise an error unless `value` is a number of steps, an int >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise refuse(op, name, "an int >= 1 (steps)", value, "Count optimizer steps.")
 
@@ -23,17 +23,18 @@ def check_period(op: str, name: str, value: object) -> None:
     system="The DPO family",
     label="exact",
     source="arXiv 2404.09656; TRL sync_ref_model",
-    summary="the reference follows the policy: mixed in every so many steps",
+    summary="the reference follows the policy: the policy is mixed in after a fixed number of steps",
 )
 @dataclass(frozen=True, kw_only=True)
 class TRDPO(Stateful):
-    """ref <- mix policy + (1 - mix) ref every `every` steps; mix 1 replaces it.
+    """ref <- mix policy + (1 - mix) ref, every `every` steps.
 
     Args:
-        mix: in (0, 1].
-        every: steps between two updates.
+        mix: weight of the policy in (0, 1]; 1 replaces the reference.
+        every: number of steps between two updates.
 
-    State: none; it counts the caller's steps. Source: TRL's defaults, exact.
+    State: none; the caller counts the steps.
+    Source: TRL's defaults, exact.
     """
 
     mix: float = 0.6
@@ -44,12 +45,12 @@ class TRDPO(Stateful):
         check_period(self._op, "every", self.every)
 
     def due(self, step: int) -> bool:
-        """True after optimizer step `step` = every, 2 every, ..."""
+        """Return True after optimizer step `step` = every, 2 every, ..."""
         return step > 0 and step % self.every == 0
 
     @torch.no_grad()
     def update_(self, reference: Iterable[torch.Tensor], policy: Iterable[torch.Tensor]) -> None:
-        """Overwrite the reference's parameters, in the order of the policy's."""
+        """Overwrite the reference's parameters, given in the same order as the policy's."""
         for ref, new in zip(reference, policy, strict=True):
             ref.lerp_(new.to(ref.dtype), self.mix)
 
@@ -60,21 +61,20 @@ class TRDPO(Stateful):
     system="SePPO",
     label="recon",
     source="arXiv 2410.05255 (as quoted in reviews)",
-    summary="which of the saved checkpoints is reference and sampler: uniform over all",
-    differs="The draw is seeded by the step; a full ring drops its oldest checkpoint (assumed: the "
-    "paper's run ends with 7).",
+    summary="draws the saved checkpoint that is reference and sampler, uniformly over all",
+    differs="The draw is seeded by the step. A full ring drops its oldest checkpoint (assumed, because "
+    "the paper's run ends with 7).",
 )
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRing(Stateful):
-    """SePPO's reference: uniform over the checkpoints saved so far, step 0 among them.
-    Reconstructed.
+    """SePPO's reference: drawn uniformly from the checkpoints saved so far, including step 0. Reconstructed.
 
     Args:
-        size: checkpoints kept.
-        every: steps between two checkpoints.
-        seed: of the draws.
+        size: number of checkpoints kept.
+        every: number of steps between two checkpoints.
+        seed: seed of the draws.
 
-    State: {"saved": [steps]}: plain data. Saving and loading the files is the caller's.
+    State: {"saved": [steps]}, plain data. The caller saves and loads the files.
     """
 
     size: int = 7
@@ -89,14 +89,16 @@ class CheckpointRing(Stateful):
         return {"saved": [0]}
 
     def save(self, state: State, step: int) -> State:
-        """The state after optimizer step `step`; where `step` is in it now, save that checkpoint;
-        what left it may be deleted."""
+        """Return the state after optimizer step `step`.
+
+        If the new state contains `step`, save that checkpoint. A checkpoint that is no longer in it may be deleted.
+        """
         if step % self.every or step in state["saved"]:
             return state
         return {"saved": [*state["saved"], step][-self.size :]}
 
     def draw(self, state: State, step: int) -> int:
-        """The step whose checkpoint is the reference of step `step`; the same at every call."""
+        """Return the step whose checkpoint is the reference at `step`. Every call returns the same."""
         saved: list[int] = state["saved"]
         return saved[int(draws(self.seed, step).integers(len(saved)))]
 
@@ -108,22 +110,22 @@ class CheckpointRing(Stateful):
     label="utility",
     required=("alpha", "every"),
     source="arXiv 2509.24245 (two agreeing notes)",
-    summary="two cross-entropies, summed or in turn, and a frozen copy of the prompt decoder",
-    differs="Only the loss and its schedule: prompt and LoRA generators are models. alpha and the "
-    "period of the copy were not found and are required.",
+    summary="two cross-entropies, summed or alternating, and a frozen copy of the prompt decoder",
+    differs="Only the loss and its schedule; the prompt and LoRA generators are models. alpha and the "
+    "period of the copy were not found, so they must be given.",
 )
 @dataclass(frozen=True, kw_only=True)
 class MetaTuner(Stateful):
-    """loss = CE of the actor on D1 + alpha CE of the prompt on D2, or the two in turn. Utility.
+    """loss = CE of the actor on D1 + alpha CE of the prompt on D2, or the two alternating. Utility.
 
-    The actor's term samples its prompt from a frozen copy of the prompt decoder, renewed every
+    The actor's term samples its prompt from a frozen copy of the prompt decoder. The copy is renewed every
     `every` steps.
 
     Args:
         alpha: weight of the prompt's term.
-        every: steps between two copies.
-        form: "joint" (MetaTuner-J): the sum; "alternating" (MetaTuner-I): actor's term in even
-            steps, alpha times the prompt's in odd ones.
+        every: number of steps between two copies.
+        form: "joint" (MetaTuner-J): the sum. "alternating" (MetaTuner-I): the actor's term in even steps, alpha
+            times the prompt's term in odd steps.
 
     State: none.
     """
@@ -138,12 +140,14 @@ class MetaTuner(Stateful):
         check_choice(self._op, "form", self.form, ("joint", "alternating"))
 
     def weights(self, step: int) -> tuple[float, float]:
-        """(weight of the actor's cross-entropy, weight of the prompt's) in step 0, 1, ...; a term
-        of weight 0 need not be computed."""
+        """Return (weight of the actor's cross-entropy, weight of the prompt's) of step 0, 1, ...
+
+        A term with weight 0 does not need to be computed.
+        """
         if self.form == "joint":
             return 1.0, self.alpha
         return (1.0, 0.0) if step % 2 == 0 else (0.0, self.alpha)
 
     def copy_due(self, step: int) -> bool:
-        """True before step 0, every, 2 every, ...: copy the prompt decoder."""
+        """Return True before step 0, every, 2 every, ..., when the prompt decoder must be copied."""
         return step % self.every == 0

@@ -35,49 +35,54 @@ def preference_step(
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
 ) -> PreferenceStep:
-    """Loss and gradients of a preference loss, from logits or from hidden states and the lm_head.
+    """Return the loss and gradients of a preference loss, from logits or from hidden states and the lm_head.
 
-    loss = sum over pairs of loss_i(sums of logp of both responses) / normalizer. The derivative by
-    a logp is one number per sequence, known once both sides have been read.
+    loss = sum over pairs of loss_i(sums of logp of both responses) / normalizer. The derivative with respect to a logp
+    is one number per sequence. It is known as soon as both responses have been read.
 
     Args:
-        loss: what `tokfuse.algorithms.make` gives for a name of kind "preference".
+        loss: a `PreferenceLoss`; `tokfuse.algorithms.make` returns one for a name of kind "preference".
         batch: the pairs, the mask and the reference.
         target: (tokens,) int64, in [0, vocab) where a token counts.
-        logits: (tokens, vocab); or leave it None and pass
-        hidden: (tokens, hidden) and
-        weight: (vocab, hidden), the lm_head, with
-        bias: (vocab,) or None. Same dtype and device.
-        state: of `loss`, for BCO. None: its first.
-        normalizer: a number, "batch" for the pairs (unpaired: sequences) of this batch, or None for
-            the sum. Over micro-batches and ranks pass the global number of pairs.
-        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        logits: (tokens, vocab). None: use hidden and weight.
+        hidden: (tokens, hidden), the last hidden states. None: use logits.
+        weight: (vocab, hidden), the lm_head, with the dtype and device of hidden.
+        bias: (vocab,), with the dtype and device of hidden, or None.
+        state: state of `loss` (BCO). None: its initial state.
+        normalizer: a number; "batch" for the number of pairs (unpaired: sequences) of this batch; None for the
+            sum. With micro-batches or ranks, pass the global number of pairs.
+        temperature: divisor of the logits, > 0: a number, or (tokens,) with one per row.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
-        logit_scale: multiplies the logits before the cap (Cohere); > 0.
-        memory_budget: from hidden only: bytes of workspace. None: that of `linear_token_stats`,
-            grown to the largest pair, at most 1 GiB.
+        logit_scale: factor of the logits before the cap (Cohere), > 0.
+        memory_budget: from hidden only: bytes of workspace. None: the default of `linear_token_stats`, enlarged
+            to fit the largest pair, at most 1 GiB.
 
     Returns:
         PreferenceStep.
 
-    Numerics: log-probabilities as `token_stats`; sums of them and everything after in float64.
-        Against the composition of `linear_token_stats` and autograd: float32 rounding. A token of a
-        pair without gradient (hinge beyond its margin) has exactly zero gradient.
+    Numerics:
+        Log-probabilities as in `token_stats`; their sums and all later values in float64. The difference to
+        `linear_token_stats` with autograd is float32 rounding. If a pair has no gradient (hinge beyond its margin),
+        the gradient of its tokens is exactly zero.
 
-    Gradients and memory: logits, or hidden, weight and bias where they ask. From hidden no (tokens,
-        vocab) tensor: both sides of a pair are in one chunk, whose logits become their gradient in
-        place: 6 T H V operations, (2 + 4 f) T H V with a fraction f of rows with gradient. Pairs
-        larger than memory_budget, and batches of losses that couple all pairs (AOT) that are, cost
-        2 T H V more (`read_twice`). The gradients are held until `loss.backward()`. From logits:
-        one read, then one read and one write. The host reads the borders of the pairs once.
-        The `reference` backend takes `linear_token_stats` and autograd, and so does a call that
-        torch.compile traces (with a graph break for the borders).
+    Gradients and memory:
+        Gradients of logits, or of hidden, weight and bias if they require one. They are held until
+        `loss.backward()`.
+
+        From hidden, no (tokens, vocab) tensor exists. Both sides of a pair are in one chunk, whose logits are
+        overwritten by their gradient: 6 T H V operations, or (2 + 4 f) T H V if a fraction f of the rows has a
+        gradient. Pairs larger than memory_budget cost 2 T H V more (`read_twice`); so do batches larger than it if
+        the loss couples all pairs (AOT). From logits: one read, then one read and one write.
+
+        The call synchronises once to read the offsets of the pairs. The `reference` backend uses
+        `linear_token_stats` with autograd, and so does a call inside torch.compile (with a graph break to read the
+        offsets).
 
     Raises:
-        ValueError: shapes, dtypes, devices; neither or both of logits and hidden; a batch that
-            lacks what the loss reads, or has what it would ignore.
+        ValueError: wrong shapes, dtypes or devices; neither or both of logits and hidden; a batch that lacks an input
+            of the loss, or has one that it would ignore.
 
-    Source: both sides of a pair in one chunk as in Liger-Kernel's chunked_loss. Exact.
+    Source: both sides of a pair in one chunk, as in Liger-Kernel's chunked_loss. Exact.
     """
     if not isinstance(loss, PreferenceLoss):
         raise TypeError(
@@ -135,7 +140,7 @@ def _check_input(
 ) -> None:
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
-        raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
+        raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass exactly one of the two.")
     if logits is not None:
         checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget)
 

@@ -1,4 +1,4 @@
-"""Reward models: losses that undo noise, selection, length and augmentation, and calibration."""
+"""Reward models: losses that correct noise, selection, length and augmentation, and calibration."""
 
 from tokfuse.algorithms.reward.balance import BalancePenalty as BalancePenalty
 from tokfuse.algorithms.reward.calibrate import RewardCalibrator as RewardCalibrator

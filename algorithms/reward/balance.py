@@ -1,4 +1,4 @@
-"""Kernel causal balancing: weights of observed samples that match the population's features."""
+"""Kernel causal balancing: weights of observed samples that match the features of the population."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ OP = "algorithms.kernel_balancing"
     label="exact",
     required=("gamma", "slack"),
     source="arXiv 2404.19596; github.com/haoxuanli-pku/ICLR24-Kernel-Balancing",
-    summary="entropy of the weights plus a hinge for each feature out of balance",
-    differs="One hinge per anchor: the released code sums the gaps before the hinge, so that "
-    "opposite ones cancel. Features (kernel values at anchors) are the caller's; the weighted and "
+    summary="entropy of the weights plus a hinge for each unbalanced feature",
+    differs="One hinge per anchor. The released code sums the gaps before the hinge, so gaps of opposite "
+    "sign cancel. The caller passes the features (kernel values at anchors). The weighted and "
     "doubly robust losses are `causalrm` with propensity (observed / all) / w.",
 )
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class BalancePenalty:
     """penalty(w) = mean(w log w) + gamma sum_j max(0, |m_j - mean_i w_i phi_ij| - slack). Exact.
 
     Args:
-        gamma: > 0, weight of the balance; the published runs tune it.
-        slack: >= 0, gap that is not penalised.
+        gamma: weight of the balance, > 0. The published runs tune it.
+        slack: gap that is not penalised, >= 0.
     """
 
     gamma: float
@@ -40,13 +40,13 @@ class BalancePenalty:
         check_number(OP, "slack", self.slack, 0.0)
 
     def gaps(self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor) -> torch.Tensor:
-        """(anchors,) m_j - mean_i w_i phi_ij."""
+        """Return m_j - mean_i w_i phi_ij, (anchors,)."""
         samples = check_vector(OP, "weight", weight).shape[0]
         if features.dim() != 2 or features.shape[0] != samples:
             raise refuse(
                 OP,
                 "features",
-                f"({samples}, anchors) like weight",
+                f"of shape ({samples}, anchors) to match weight",
                 tuple(features.shape),
                 "Pass one row per observed sample.",
             )
@@ -54,17 +54,17 @@ class BalancePenalty:
             raise refuse(
                 OP,
                 "target_mean",
-                f"{tuple(features.shape[1:])} like features",
+                f"of shape {tuple(features.shape[1:])} to match features",
                 tuple(target_mean.shape),
                 "Average over all samples.",
             )
         return target_mean - (weight @ features) / max(1, samples)
 
     def loss(self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor) -> torch.Tensor:
-        """() the penalty, differentiable in the weights.
+        """Return the penalty, (), differentiable in the weights.
 
         Args:
-            weight: (samples,) > 0, of the observed samples; 1 on average.
+            weight: (samples,) > 0, weights of the observed samples, 1 on average.
             features: (samples, anchors), phi of the observed samples, e.g. k(x_i, x_j).
             target_mean: (anchors,), mean of phi over all samples, observed or not.
         """

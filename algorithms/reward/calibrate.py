@@ -1,4 +1,4 @@
-"""Predicted rewards without the shrinkage of regression, for differences of group means."""
+"""Calibration of predicted rewards: removes the shrinkage of regression from differences of group means."""
 
 from dataclasses import dataclass
 
@@ -16,21 +16,21 @@ from tokfuse.runtime.core.errors import refuse
     system="One Map, Many Trials",
     label="utility",
     source="arXiv 2508.01341; github.com/AIandGlobalDevelopmentLab/unshrink",
-    summary="de-shrinks predicted rewards: linear calibration (LCC) or Tweedie's correction",
-    differs="The density's slope is analytic where the code takes a central difference. LCC is a "
-    "no-op under z-scores per group. Both raise the error of single samples: for means only.",
+    summary="removes shrinkage of predicted rewards: linear calibration (LCC) or Tweedie's correction",
+    differs="The slope of the density is analytic; the code uses a central difference. LCC has no "
+    "effect under z-scores per group. Both raise the error of single samples: use them for means only.",
 )
 @dataclass(frozen=True, kw_only=True)
 class RewardCalibrator(Stateful):
-    """LCC: (yhat - a) / b, of prediction = a + b truth. Tweedie: yhat - s^2 d/dyhat log p(yhat).
+    """LCC: (yhat - a) / b, with prediction = a + b truth. Tweedie: yhat - s^2 d/dyhat log p(yhat). Utility.
 
-    Utility. p is a Gaussian kernel density of the calibration predictions (Scott's bandwidth), s
-    the deviation of prediction minus truth. Fit on samples that the reward model has not seen.
+    p is a Gaussian kernel density of the calibration predictions (Scott's bandwidth), and s the deviation of
+    prediction minus truth. Fit on samples that the reward model was not trained on.
 
     Args:
         method: "lcc" or "tweedie".
 
-    State: what `fit` returns; plain data.
+    State: the result of `fit`, plain data.
     """
 
     method: str = "tweedie"
@@ -39,12 +39,12 @@ class RewardCalibrator(Stateful):
         check_choice(self._op, "method", self.method, ("lcc", "tweedie"))
 
     def initial_state(self) -> State:
-        """Not fitted: `transform` refuses it."""
+        """Return the state before `fit`. `transform` raises an error for it."""
         keys = ("intercept", "slope") if self.method == "lcc" else ("points", "bandwidth", "noise")
         return dict.fromkeys(keys)
 
     def fit(self, predicted: torch.Tensor, truth: torch.Tensor) -> State:
-        """Calibrate on (samples,) predictions and true rewards; at least 3, not all equal."""
+        """Return the calibration, from (samples,) predictions and true rewards: at least 3, not all equal."""
         samples = check_vector(self._op, "predicted", predicted).shape[0]
         rows = Rows(samples, "predicted", predicted.device)
         check_vector(self._op, "truth", truth, rows)
@@ -53,25 +53,23 @@ class RewardCalibrator(Stateful):
             raise refuse(
                 self._op,
                 "predicted and truth",
-                "3 samples at least, not all equal",
+                "of at least 3 samples that are not all equal",
                 f"{samples} samples",
-                "Hold out more samples.",
+                "Pass more samples.",
             )
         if self.method == "lcc":
             slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((y - y.mean()) ** 2).sum())
             if slope == 0.0:
-                raise refuse(
-                    self._op, "predicted", "correlated with the truth", "slope 0", "This reward model says nothing."
-                )
+                raise refuse(self._op, "predicted", "correlated with the truth", "slope 0", "Use another reward model.")
             return {"intercept": float(x.mean()) - slope * float(y.mean()), "slope": slope}
         bandwidth = float(x.std()) * samples**-0.2
         return {"points": x, "bandwidth": bandwidth, "noise": float((x - y).std(unbiased=False))}
 
     def transform(self, predicted: torch.Tensor, state: State) -> torch.Tensor:
-        """(samples,) calibrated rewards, detached, in the dtype of `predicted`."""
+        """Return the calibrated rewards, (samples,), detached, with the dtype of `predicted`."""
         check_vector(self._op, "predicted", predicted)
         if state.keys() != self.initial_state().keys() or None in [*map(_given, state.values())]:
-            raise refuse(self._op, "state", "what fit returned", sorted(state), "Fit it first.")
+            raise refuse(self._op, "state", "what fit returned", sorted(state), "Call fit first.")
         x = predicted.detach().double()
         if self.method == "lcc":
             out: torch.Tensor = (x - state["intercept"]) / state["slope"]

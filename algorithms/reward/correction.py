@@ -1,4 +1,4 @@
-"""Losses on feedback with wrong labels and on feedback that only some samples have."""
+"""Losses for wrong labels, and for feedback that only some of the samples have."""
 
 from dataclasses import dataclass
 
@@ -20,19 +20,19 @@ SOURCE = "arXiv 2603.18736 (a long summary with every formula)"
     required=("rho01", "rho10"),
     source=SOURCE,
     summary="loss whose mean over label noise is the loss on clean labels",
-    differs="The base loss is the caller's (the source: squared error). Read in a summary of the "
-    "paper; the identity is the standard one and is tested.",
+    differs="The caller passes the base loss (the source uses squared error). Taken from a summary of the "
+    "paper. The identity is a standard one, and a test checks it.",
 )
 @dataclass(frozen=True, kw_only=True)
 class NoiseCorrection:
-    """l~(1) = [(1 - rho10) l(1) - rho01 l(0)] / (1 - rho01 - rho10), and l~(0) alike.
+    """l~(1) = [(1 - rho10) l(1) - rho01 l(0)] / (1 - rho01 - rho10); l~(0) with both indices swapped.
 
-    Reconstructed. E over the noise of l~(noisy label) = l(clean label). A single l~ may be
-    negative; the gradient is unbiased all the same, so it is not clamped.
+    Reconstructed. The mean of l~(noisy label) over the noise is l(clean label). A single l~ may be negative. It is
+    not clamped, because the gradient is unbiased.
 
     Args:
-        rho01: P(label 0 | truth 1), rate of false negatives, in [0, 1).
-        rho10: P(label 1 | truth 0), rate of false positives; the two add up to less than 1.
+        rho01: P(label 0 | truth 1), the rate of false negatives, in [0, 1).
+        rho10: P(label 1 | truth 0), the rate of false positives. rho01 + rho10 < 1.
     """
 
     rho01: float
@@ -46,17 +46,18 @@ class NoiseCorrection:
             raise refuse(
                 op,
                 "rho01 + rho10",
-                "less than 1 (labels that tell something)",
+                "less than 1 (otherwise labels carry no information)",
                 self.rho01 + self.rho10,
-                "Estimate them again.",
+                "Estimate the rates again.",
             )
 
     def loss(self, loss_one: torch.Tensor, loss_zero: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """(samples,) corrected losses.
+        """Return the corrected losses, (samples,).
 
         Args:
-            loss_one, loss_zero: (samples,), the base loss of the prediction with label 1 and 0.
-            label: (samples,) bool, as observed.
+            loss_one: (samples,), base loss of the prediction with label 1.
+            loss_zero: (samples,), base loss of the prediction with label 0.
+            label: (samples,) bool, the observed labels.
         """
         op = "algorithms.causalrm_noise"
         rows = Rows(check_vector(op, "loss_one", loss_one).shape[0], "loss_one", loss_one.device)
@@ -69,19 +70,19 @@ class NoiseCorrection:
 
 
 def anchor_noise_rates(probability: torch.Tensor) -> tuple[float, float]:
-    """(rho01, rho10) = (1 - max P(label 1), min P(label 1)) over samples.
+    """Return (rho01, rho10) = (1 - max P(label 1), min P(label 1)) over samples. Reads values from the device.
 
-    The surest samples are anchors: of truth 1 and of truth 0 for certain. Reads values.
+    The most certain samples are the anchors: their truth is assumed to be 1 and 0.
 
     Args:
-        probability: (samples,), of a proxy that was trained on the noisy labels.
+        probability: (samples,), P(label 1) of a proxy model trained on the noisy labels.
 
     Source: CausalRM, reconstructed; the anchor-point estimate of Liu and Tao (2016).
     """
     check_vector("algorithms.causalrm_noise", "probability", probability)
     if probability.shape[0] == 0:
         raise refuse(
-            "algorithms.causalrm_noise", "probability", "of one sample at least", "none", "Score the proxy on the data."
+            "algorithms.causalrm_noise", "probability", "of at least one sample", "none", "Score the data with it."
         )
     return 1.0 - float(probability.max()), float(probability.min())
 
@@ -95,19 +96,19 @@ FORMS = ("ips", "snips", "dr")
     system=SYSTEM,
     label="recon",
     source=SOURCE,
-    summary="losses of the observed samples over their propensity, or doubly robust",
-    differs="Clipping of the propensities is ours, off by default.",
+    summary="losses of the observed samples divided by their propensity, or doubly robust",
+    differs="Clipping of the propensities is an addition, off by default.",
 )
 @dataclass(frozen=True, kw_only=True)
 class PropensityLoss:
-    """Mean loss over all samples from the observed ones. Reconstructed, of standard estimators.
+    """Mean loss over all samples, estimated from the observed ones. Reconstructed from standard estimators.
 
-    ips: mean(o l / p); snips: sum(o l / p) / sum(o / p); dr: mean(e + o (l - e) / p), unbiased if
-    either p or e is right.
+    ips: mean(o l / p); snips: sum(o l / p) / sum(o / p); dr: mean(e + o (l - e) / p), unbiased if p or e is right.
+    o is 1 for an observed sample, l its loss, p its propensity, e its imputed loss.
 
     Args:
         form: "ips", "snips" or "dr".
-        clip: lower bound of p, in (0, 1); biases the estimate. None: none.
+        clip: lower bound of p, in (0, 1); biases the estimate. None: no bound.
     """
 
     form: str = "ips"
@@ -127,17 +128,17 @@ class PropensityLoss:
         imputed: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """() the estimate, differentiable in `loss` and `imputed`, not in the propensity.
+        """Return the estimate, (), differentiable in `loss` and `imputed` but not in the propensity.
 
         Args:
-            loss: (samples,), of each sample's prediction (with noisy labels: corrected); where
-                observed is False it is not read and may be NaN.
+            loss: (samples,), loss of each sample (with noisy labels: the corrected loss). Values where observed is
+                False are not read and may be NaN.
             observed: (samples,), bool.
-            propensity: (samples,), P(observed), > 0. For weights w that are 1 on average over the
-                observed (kernel balancing): share of observed samples / w.
-            imputed: (samples,), for "dr", and only there: the expected loss of each sample.
-            normalizer: number of samples over all micro-batches and ranks, for "ips" and "dr".
-                None: this call's.
+            propensity: (samples,), P(observed), > 0. For weights w with mean 1 over the observed samples (kernel
+                balancing), pass (share of observed samples) / w.
+            imputed: (samples,), the expected loss of each sample; for "dr", and only there.
+            normalizer: number of samples over all micro-batches and ranks, for "ips" and "dr". None: of this
+                call.
         """
         op = "algorithms.causalrm"
         samples = check_vector(op, "loss", loss).shape[0]
@@ -151,7 +152,7 @@ class PropensityLoss:
                 "imputed",
                 "given with form 'dr', and only then",
                 None if imputed is None else "a tensor",
-                "Choose the form.",
+                "Set the form that you need.",
             )
         p = propensity.detach()
         if self.clip is not None:
@@ -172,7 +173,13 @@ class PropensityLoss:
 def imputation_loss(
     loss: torch.Tensor, imputed: torch.Tensor, observed: torch.Tensor, propensity: torch.Tensor
 ) -> torch.Tensor:
-    """(samples,) o (l - e)^2 / p: what the imputation head of "dr" minimises; l is detached.
+    """Return o (l - e)^2 / p, (samples,): the loss of the imputation head of "dr". l is detached.
+
+    Args:
+        loss: (samples,), l.
+        imputed: (samples,), e; receives the gradient.
+        observed: (samples,), bool, o.
+        propensity: (samples,), p.
 
     Source: kernel balancing's released code (w (e - e_hat)^2), exact.
     """

@@ -1,4 +1,4 @@
-"""What a treatment (a hint, a prompt, a rewrite) does to the reward, per group, and its ranking."""
+"""The effect of a treatment (a hint, a prompt, a rewrite) on the reward, per group, and its ranking."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ SOURCE = "github.com/euzmin/PUC (utils.py, models/PTONet.py)"
 
 
 class GroupEffect(NamedTuple):
-    """Result of `group_effect`; (groups,) float64, detached."""
+    """Result of `group_effect`. (groups,) float64, detached."""
 
     effect: torch.Tensor
-    """NaN where a group lacks what the estimator needs."""
+    """NaN if a group lacks samples that the estimator needs."""
     error: torch.Tensor
-    """Standard error; NaN with fewer than two samples (of each arm, for the difference)."""
+    """Standard error. NaN with fewer than two samples (in each arm, for the difference of means)."""
 
 
 @register(
@@ -28,9 +28,9 @@ class GroupEffect(NamedTuple):
     kind="reward",
     system=SYSTEM,
     label="utility",
-    source="standard estimators; as PTONet's targets: " + SOURCE,
-    summary="treatment effect per group with its error: difference of means, IPW or AIPW",
-    differs="No uplift network; the estimators that its rankings are judged by.",
+    source="standard estimators, as used for PTONet's targets: " + SOURCE,
+    summary="treatment effect per group with its standard error: difference of means, IPW or AIPW",
+    differs="No uplift network, only the estimators that judge its rankings.",
 )
 def group_effect(
     reward: torch.Tensor,
@@ -42,19 +42,20 @@ def group_effect(
     mu1: torch.Tensor | None = None,
     mu0: torch.Tensor | None = None,
 ) -> GroupEffect:
-    """Mean reward with the treatment minus without, in every group. Utility.
+    """Return the mean reward with the treatment minus without it, for every group. Utility.
 
-    Without propensity: difference of means, Welch's error. With it: IPW, mean of t r / e -
-    (1-t) r / (1-e). With mu1 and mu0 too: AIPW, mean of mu1 - mu0 + t (r - mu1) / e -
-    (1-t) (r - mu0) / (1-e), right if e or the mu are.
+    Without propensity: difference of means with Welch's error. With propensity: IPW, the mean of t r / e -
+    (1-t) r / (1-e). With mu1 and mu0 too: AIPW, the mean of mu1 - mu0 + t (r - mu1) / e -
+    (1-t) (r - mu0) / (1-e), which is right if either e or mu is.
 
     Args:
-        reward: (samples,), float.
-        treated: (samples,), bool.
+        reward: (samples,), float, r.
+        treated: (samples,), bool, t.
         group_ids: (samples,), int, in [0, num_groups), e.g. the prompt.
-        num_groups: groups.
-        propensity: (samples,), P(treated), in (0, 1).
-        mu1, mu0: (samples,), expected reward with and without treatment; both or none.
+        num_groups: number of groups.
+        propensity: (samples,), e = P(treated), in (0, 1).
+        mu1: (samples,), expected reward with the treatment. Both mu or none.
+        mu0: (samples,), expected reward without it.
 
     Returns:
         GroupEffect(effect, error).
@@ -84,7 +85,7 @@ def group_effect(
 def _mean_and_error(
     x: torch.Tensor, ids: torch.Tensor, groups: int, keep: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, standard error) per group; NaN where there is none."""
+    """Return (mean, standard error) per group. NaN where it is undefined."""
     n = segment_moments(x, ids, num_segments=groups, mask=keep)
     mean = n.sum / n.count
     centred = x - mean.nan_to_num(0.0)[ids.long()]
@@ -99,26 +100,27 @@ def _mean_and_error(
     system=SYSTEM,
     label="utility",
     source=SOURCE,
-    summary="how well predicted uplifts rank samples: treated-good and untreated-bad count alike",
-    differs="Samples of equal uplift share their mean credit: the released code takes them as they "
-    "lie, which moves its own example from 0.48 to 1.00. area='zero' (default) starts the curve at "
-    "the origin, as the chord; area='code' at its first rank, as the code does.",
+    summary="quality of predicted uplifts: treated-good and untreated-bad count the same",
+    differs="Samples with equal uplift share their mean credit. The released code takes them in input "
+    "order, which moves its own example from 0.48 to 1.00. area='zero' (default) starts the curve at "
+    "the origin, like the chord; area='code' starts at its first rank, as the code does.",
 )
 def principled_uplift_auc(
     uplift: torch.Tensor, treated: torch.Tensor, outcome: torch.Tensor, *, area: str = "zero"
 ) -> torch.Tensor:
-    """() area between curve and chord over that of the ideal order; 1 ideal, 0 random, -1 reversed.
+    """Return the area between curve and chord divided by the same area of the ideal order, (). Utility.
 
-    Utility. The curve at rank k, in order of falling uplift, is the sum over i <= k of +1 where
-    treated and outcome agree, else -1.
+    1 is ideal, 0 random, -1 reversed. The curve at rank k, by falling uplift, is the sum over i <= k of +1 if treated
+    and outcome agree, else -1.
 
     Args:
         uplift: (samples,), predicted effect.
-        treated, outcome: (samples,), bool.
-        area: "zero": trapezoids from rank 0; "code": from rank 1, under a chord of one rank less.
+        treated: (samples,), bool.
+        outcome: (samples,), bool.
+        area: "zero": trapezoids from rank 0. "code": from rank 1, under a chord that is one rank shorter.
 
     Returns:
-        float64; NaN where all samples agree, or none: every order is ideal.
+        float64. NaN if all samples agree or none does, because every order is then ideal.
     """
     op = "algorithms.principled_uplift_auc"
     rows = Rows(check_vector(op, "uplift", uplift).shape[0], "uplift", uplift.device)
@@ -126,7 +128,7 @@ def principled_uplift_auc(
     check_vector(op, "outcome", outcome, rows, BOOL)
     check_choice(op, "area", area, ("zero", "code"))
     credit = torch.where(treated == outcome, 1.0, -1.0).double()
-    # Equal uplifts: the mean credit of all of them, which is the mean over all their orders.
+    # Equal uplifts get their mean credit, which is the mean over all orders of them.
     _, tie = uplift.detach().unique(return_inverse=True)
     count = torch.zeros(int(tie.max()) + 1 if tie.numel() else 0, dtype=torch.float64)
     count = count.to(credit.device)
@@ -137,7 +139,7 @@ def principled_uplift_auc(
 
 
 def _above_chord(step: torch.Tensor, area: str) -> torch.Tensor:
-    """Trapezoids under the curve less the triangle under its chord."""
+    """Return the trapezoids under the curve minus the triangle under its chord."""
     curve = step.cumsum(0)
     if area == "zero":
         return curve.sum() - (curve[-1:].sum() * (curve.shape[0] + 1)) / 2
@@ -150,19 +152,20 @@ def _above_chord(step: torch.Tensor, area: str) -> torch.Tensor:
     system=SYSTEM,
     label="utility",
     source=SOURCE,
-    summary="PUL: cross-entropy of sig(uplift) against the agreement of treatment and outcome",
-    differs="Weighted by 0.5 / P(own treatment): unweighted, its label is centred on the effect at "
-    "propensity 1/2 only. A ranking loss: uplifts in (-1, 1) are not calibrated by it.",
+    summary="PUL: cross-entropy of sig(uplift) with the agreement of treatment and outcome",
+    differs="Weighted by 0.5 / P(own treatment). Without the weight, its label is centred on the effect "
+    "only at propensity 1/2. It is a ranking loss and does not calibrate uplifts in (-1, 1).",
 )
 def uplift_loss(
     uplift: torch.Tensor, treated: torch.Tensor, outcome: torch.Tensor, *, propensity: float | torch.Tensor = 0.5
 ) -> torch.Tensor:
-    """(samples,) w BCE(sig(uplift), t y + (1-t)(1-y)), w = 0.5 / e or 0.5 / (1-e). Utility.
+    """Return w BCE(sig(uplift), t y + (1-t)(1-y)), (samples,), with w = 0.5 / e or 0.5 / (1-e). Utility.
 
     Args:
         uplift: (samples,), predicted effect; receives the gradient.
-        treated, outcome: (samples,), bool.
-        propensity: P(treated), e, a number or (samples,).
+        treated: (samples,), bool, t.
+        outcome: (samples,), bool, y.
+        propensity: e = P(treated), a number or (samples,).
     """
     op = "algorithms.uplift_loss"
     rows = Rows(check_vector(op, "uplift", uplift).shape[0], "uplift", uplift.device)

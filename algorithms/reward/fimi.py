@@ -1,4 +1,4 @@
-"""FiMi-RM: a probe that predicts the reward from the length, and a reward unlike the probe."""
+"""FiMi-RM: a probe predicts the reward from the length, and the reward learns to differ from the probe."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ OP = "algorithms.fimi_rm"
 
 
 def length_encoding(length: torch.Tensor, dim: int) -> torch.Tensor:
-    """(samples, dim): sin and cos of length / 10000^(2 j / dim), j = 0 .. dim / 2 - 1."""
+    """Return sin and cos of length / 10000^(2 j / dim), j = 0 .. dim / 2 - 1, (samples, dim)."""
     check_vector(OP, "length", length, None, FLOATS | INTS)
     rate = torch.arange(0, dim, 2, device=length.device, dtype=torch.float64) / dim
     angle = length.double().unsqueeze(1) / 10000.0**rate
@@ -23,7 +23,7 @@ def length_encoding(length: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class LengthProbe(torch.nn.Module):
-    """reward ~ w'x + b, x = e + W2 relu(W1 e), e the length encoding; 6441 parameters at dim 56.
+    """reward ~ w'x + b, x = e + W2 relu(W1 e), where e is the length encoding. 6441 parameters at dim 56.
 
     Args:
         dim: size of the encoding, even.
@@ -32,13 +32,13 @@ class LengthProbe(torch.nn.Module):
     def __init__(self, dim: int = 56) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
-            raise refuse(OP, "dim", "even, >= 2", dim, "Sine and cosine come in pairs.")
+            raise refuse(OP, "dim", "even, >= 2", dim, "It counts sines and cosines, which come in pairs.")
         self.dim = dim
         self.first, self.second = torch.nn.Linear(dim, dim), torch.nn.Linear(dim, dim)
         self.out = torch.nn.Linear(dim, 1)
 
     def forward(self, length: torch.Tensor) -> torch.Tensor:
-        """(samples,) predicted rewards of (samples,) lengths."""
+        """Return the predicted rewards of lengths, both (samples,)."""
         x = length_encoding(length, self.dim).to(self.out.weight.dtype)
         x = x + self.second(torch.relu(self.first(x)))
         out: torch.Tensor = self.out(x).squeeze(1)
@@ -46,33 +46,33 @@ class LengthProbe(torch.nn.Module):
 
 
 def pearson(x: torch.Tensor, y: torch.Tensor, world: World | None = None) -> torch.Tensor:
-    """() float64 correlation over all ranks, differentiable in this rank's values.
+    """Return the Pearson correlation over all ranks, () float64, differentiable in this rank's values.
 
-    0 where x or y is constant, with gradient 0. Every rank returns the same value; its gradient is
-    that of the global value by its own entries, so ranks *sum* their gradients of it.
+    It is 0 with gradient 0 if x or y is constant. Every rank returns the same value. The gradient is that of the global
+    value with respect to the rank's own entries, so *sum* the gradients of the ranks.
 
     Args:
         x, y: (samples,), float.
-        world: the ranks that share the batch.
+        world: the ranks that share the batch. None: this process alone.
     """
     check_vector(OP, "x", x)
     check_vector(OP, "y", y, Rows(x.shape[0], "x", x.device))
     x, y = x.double(), y.double()
     first = torch.stack([torch.full_like(x.sum(), x.shape[0]), x.sum(), y.sum()]).detach()
     first = first if world is None else world.sum(first)
-    # The sums over all ranks do not change with the means; a rank's own part of them would.
+    # The means need no gradient: the derivative of the global sums with respect to them is 0.
     mean = first[1:] / first[0].clamp(min=1)
     a, b = x - mean[0], y - mean[1]
     moments = _global(torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]), world)
     spread = moments[1] * moments[2]
-    # Rounding leaves a spread of about eps^2 where all are equal.
+    # If all values are equal, rounding leaves a spread of about eps^2.
     floor = 1e-24 * first[0] ** 2 * (1 + mean**2).prod()
     flat = spread.detach() <= floor
     return torch.where(flat, 0.0, moments[0]) / torch.where(flat, 1.0, spread).sqrt()
 
 
 def _global(local: torch.Tensor, world: World | None) -> torch.Tensor:
-    """Sums over ranks, differentiable in the local part."""
+    """Return the sums over ranks, differentiable in the local part."""
     if world is None:
         return local
     return local + (world.sum(local.detach()) - local.detach())
@@ -85,21 +85,21 @@ def _global(local: torch.Tensor, world: World | None) -> torch.Tensor:
     label="recon",
     required=("warmup",),
     source="arXiv 2505.12843 v1, v2 (three agreeing notes)",
-    summary="Bradley-Terry and |Pearson| with a probe of the length, trained in turn",
-    differs="mse_weight=1 is v1, 0 (default) v2. Width of the probe chosen for the stated 6.4 K "
-    "parameters; the length of the warm-up was not found and is required.",
+    summary="Bradley-Terry plus |Pearson| with a length probe, trained alternately",
+    differs="mse_weight=1 is v1, 0 (default) is v2. The width of the probe gives the stated 6.4 K "
+    "parameters. The length of the warm-up was not found and must be given.",
 )
 @dataclass(frozen=True, kw_only=True)
 class FiMi(Stateful):
-    """Probe: -|Pearson(sg r, p)| + mse_weight MSE. Reward: Bradley-Terry + |Pearson(r, sg p)|.
+    """Probe: -|Pearson(sg r, p)| + mse_weight MSE. Reward: Bradley-Terry + |Pearson(r, sg p)|. Reconstructed.
 
-    Reconstructed; p is the probe's prediction. The two are trained in turn, after a warm-up of
+    p is the probe's prediction and sg stops the gradient. The two are trained alternately, after a warm-up with
     Bradley-Terry alone.
 
     Args:
-        warmup: steps of Bradley-Terry alone.
-        period: steps between two swaps; the probe comes first.
-        mse_weight: of mean squared error in the probe's loss.
+        warmup: number of steps with Bradley-Terry alone.
+        period: number of steps between two swaps; the probe is first.
+        mse_weight: weight of the mean squared error in the probe's loss.
 
     State: {"step": int}.
     """
@@ -117,22 +117,23 @@ class FiMi(Stateful):
         return {"step": 0}
 
     def phase(self, state: State) -> str:
-        """What the next step trains: "warmup" (the reward, without penalty), "probe", "reward"."""
+        """Return what the next step trains: "warmup" (the reward, without penalty), "probe" or "reward"."""
         step = state["step"] - self.warmup
         if step < 0:
             return "warmup"
         return "probe" if step // self.period % 2 == 0 else "reward"
 
     def advance(self, state: State) -> State:
-        """The state after an optimizer step."""
+        """Return the state after an optimizer step."""
         return {"step": state["step"] + 1}
 
     def probe_loss(self, reward: torch.Tensor, predicted: torch.Tensor, world: World | None = None) -> torch.Tensor:
-        """() the probe's loss, differentiable in `predicted`; both sides of all pairs.
+        """Return the probe's loss, (), differentiable in `predicted`. Pass both sides of all pairs.
 
         Args:
-            reward, predicted: (samples,), of the model (detached here) and of the probe.
-            world: the ranks; the squared error is this rank's share of the global mean.
+            reward: (samples,), rewards of the model; detached.
+            predicted: (samples,), predictions of the probe.
+            world: the ranks. The squared error is this rank's share of the global mean. None: this process alone.
         """
         target = reward.detach().double()
         loss = -pearson(predicted, target, world).abs()
@@ -149,12 +150,12 @@ class FiMi(Stateful):
         predicted_rejected: torch.Tensor,
         world: World | None = None,
     ) -> torch.Tensor:
-        """() mean Bradley-Terry + |Pearson| over both sides, differentiable in the rewards.
+        """Return mean Bradley-Terry + |Pearson| over both sides, (), differentiable in the rewards.
 
         Args:
             chosen, rejected: (pairs,), rewards.
-            predicted_chosen, predicted_rejected: (pairs,), the probe's, detached here.
-            world: the ranks; Bradley-Terry is this rank's share of the global mean.
+            predicted_chosen, predicted_rejected: (pairs,), predictions of the probe; detached.
+            world: the ranks. Bradley-Terry is this rank's share of the global mean. None: this process alone.
         """
         pairs = bradley_terry(chosen, rejected).double()
         count = _global(torch.full_like(pairs.sum().detach(), pairs.shape[0]), world).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Likelihood with weights from elsewhere, and DWBC's weights from a discriminator."""
+"""Likelihood with external weights, and DWBC's weights from a discriminator."""
 
 from dataclasses import dataclass
 
@@ -14,21 +14,21 @@ OP = "algorithms.dwbc"
 def weighted_nll(
     logp: torch.Tensor, weight: torch.Tensor, *, mask: torch.Tensor | None = None, normalizer: float | torch.Tensor
 ) -> torch.Tensor:
-    """() -sum over tokens of weight logp / normalizer; the weight is detached.
+    """Return -sum over tokens of weight logp / normalizer, (); the weight is detached.
 
     Args:
-        logp: (tokens,), differentiable, e.g. `tokfuse.linear_token_stats(...).logp`, whose backward
-            does not compute rows of weight 0.
+        logp: (tokens,), differentiable, e.g. `tokfuse.linear_token_stats(...).logp`, whose backward skips rows of
+            weight 0.
         weight: (tokens,), any sign.
-        mask: (tokens,), bool. None: all count.
-        normalizer: e.g. the number of tokens that count, over micro-batches and ranks.
+        mask: (tokens,), bool. None: all tokens count.
+        normalizer: e.g. the number of counting tokens over micro-batches and ranks.
     """
     op = "algorithms.weighted_nll"
     rows = Rows(check_vector(op, "logp", logp).shape[0], "logp", logp.device)
     check_vector(op, "weight", weight, rows)
     check_optional(op, "mask", mask, rows, BOOL)
     w = weight.detach().to(logp.dtype)
-    # Before the product: a masked or unweighted token may have logp -inf.
+    # Mask before the product, because a masked or unweighted token may have logp -inf.
     keep = w != 0 if mask is None else mask & (w != 0)
     return -(w * torch.where(keep, logp, 0.0) * keep).sum() / normalizer
 
@@ -41,20 +41,20 @@ def weighted_nll(
     required=("eta",),
     source="github.com/ZexuSun/OILCA-NeurIPS23 (the policy loss, which is DWBC's)",
     summary="weights of expert and other samples from a discriminator, for `weighted_nll`",
-    differs="OILCA's own contribution, counterfactual expert data from a VAE, is not here. An "
-    "expert sample can get a negative weight (7.5 - 8.9 - 1 with eta 0.8): `negative` counts them.",
+    differs="Without OILCA's own contribution, counterfactual expert data from a VAE. An expert sample "
+    "can get a negative weight (7.5 - 8.9 - 1 with eta 0.8); `negative` returns their share.",
 )
 @dataclass(frozen=True, kw_only=True)
 class DWBC:
     """Weights w of w (-log pi): expert alpha - (eta / (d (1-d)) + 1), other 1 / (1-d) - 1. Utility.
 
-    d is the discriminator's probability of expert, clipped; other samples with d < cut get 0.
+    d is the discriminator's probability that a sample is an expert's, clipped. Other samples with d < cut get 0.
 
     Args:
         eta: class prior of the discriminator's positive-unlabelled loss, in (0, 1).
         alpha: weight of the expert's likelihood.
         clip: d is kept in [clip, 1 - clip].
-        cut: in [0, 1].
+        cut: threshold on d of other samples, in [0, 1].
     """
 
     eta: float
@@ -68,13 +68,14 @@ class DWBC:
         check_number(OP, "clip", self.clip, 0.0, 0.5, open_low=True)
         check_number(OP, "cut", self.cut, 0.0, 1.0)
         if self.clip == 0.5:
-            raise refuse(OP, "clip", "below 0.5", 0.5, "Every sample would count alike.")
+            raise refuse(OP, "clip", "below 0.5", 0.5, "At 0.5 all samples would have the same d.")
 
     def weights(self, probability: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-        """(samples,) detached weights.
+        """Return the weights, (samples,), detached.
 
         Args:
-            probability: (samples,), d. expert: (samples,), bool.
+            probability: (samples,), d before clipping.
+            expert: (samples,), bool.
         """
         check_vector(OP, "probability", probability)
         rows = Rows(probability.shape[0], "probability", probability.device)
@@ -84,5 +85,5 @@ class DWBC:
         return torch.where(expert, self.alpha - (self.eta / (d * (1 - d)) + 1), other)
 
     def negative(self, weight: torch.Tensor) -> torch.Tensor:
-        """() share of negative weights: log it, a likelihood is being pushed down."""
+        """Return the share of negative weights, (). Log it: these samples become less likely."""
         return (weight < 0).double().mean()

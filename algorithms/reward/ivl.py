@@ -1,4 +1,4 @@
-"""IVL: augmentations that cannot change the outcome as instruments against hidden confounding."""
+"""IVL: uses augmentations that cannot change the outcome as instruments against hidden confounding."""
 
 from dataclasses import dataclass
 
@@ -21,18 +21,18 @@ OP = "algorithms.ivl"
     source="arXiv 2510.25128; github.com/uzairakbar/causal-data-augmentation (ivl.py)",
     summary="squared group means of the residuals plus alpha times squared residuals",
     differs="The quadratic form r'Pr. The released nonlinear code averages P + alpha I over "
-    "*squared* residuals, which with one-hot groups is plain squared error times 1 + alpha: no "
-    "instrument is left. Defined for squared loss only.",
+    "*squared* residuals. With one-hot groups this is plain squared error times 1 + alpha, so no "
+    "instrument is left. Only squared loss is defined.",
 )
 @dataclass(frozen=True, kw_only=True)
 class IVL:
-    """loss = [sum_g n_g mean_g(r)^2 + alpha sum r^2] / normalizer = r'(P + alpha I) r, exact.
+    """loss = [sum_g n_g mean_g(r)^2 + alpha sum r^2] / normalizer = r'(P + alpha I) r / normalizer, exact.
 
-    P replaces a residual by the mean of its group, and groups are *augmentations* (paraphrase,
-    format, padding), not prompts.
+    P replaces a residual by the mean of its group. A group is an *augmentation* (paraphrase, format, padding), not a
+    prompt.
 
     Args:
-        alpha: >= 0, weight of the ordinary risk.
+        alpha: weight of the ordinary risk, >= 0.
     """
 
     alpha: float
@@ -48,19 +48,19 @@ class IVL:
         *,
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """() the loss, differentiable in the residuals.
+        """Return the loss, (), differentiable in the residuals.
 
         Args:
             residual: (samples,), outcome minus prediction on the augmented input.
             group_ids: (samples,), int, the augmentation of each sample, in [0, num_groups).
             num_groups: number of augmentations.
-            normalizer: e.g. the number of samples of all micro-batches; the group means are this
-                call's. None: this call's samples.
+            normalizer: e.g. the number of samples of all micro-batches; group means are over this call. None: the
+                number of samples of this call.
         """
         samples = check_vector(OP, "residual", residual).shape[0]
         check_vector(OP, "group_ids", group_ids, Rows(samples, "residual", residual.device), INTS)
         if normalizer is not None and not float(normalizer) > 0.0:
-            raise refuse(OP, "normalizer", "> 0", float(normalizer), "Count the samples.")
+            raise refuse(OP, "normalizer", "> 0", float(normalizer), "Pass the number of samples.")
         moments = segment_moments(residual, group_ids, num_segments=num_groups)
         projected = (moments.sum**2 / moments.count.clamp(min=1)).sum()
         total = projected + self.alpha * (residual * residual).sum()

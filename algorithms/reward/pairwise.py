@@ -1,4 +1,4 @@
-"""Losses of reward models over pairs of responses or of prompts."""
+"""Losses of reward models on pairs of responses or of prompts."""
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -16,11 +16,12 @@ from tokfuse.runtime.core.checks import Rows, check_vector
     summary="-log sig(r_chosen - r_rejected - margin)",
 )
 def bradley_terry(chosen: torch.Tensor, rejected: torch.Tensor, *, margin: float = 0.0) -> torch.Tensor:
-    """(pairs,) -log sig(r_w - r_l - margin). Exact.
+    """Return -log sig(r_w - r_l - margin), (pairs,). Exact.
 
     Args:
-        chosen, rejected: (pairs,), rewards; both receive gradients.
-        margin: least difference asked for (Llama 2).
+        chosen: (pairs,), rewards r_w; receive gradients.
+        rejected: (pairs,), rewards r_l; receive gradients.
+        margin: required difference of the rewards (Llama 2).
     """
     rows = Rows(check_vector("algorithms.bradley_terry", "chosen", chosen).shape[0], "chosen", chosen.device)
     check_vector("algorithms.bradley_terry", "rejected", rejected, rows)
@@ -33,19 +34,19 @@ def bradley_terry(chosen: torch.Tensor, rejected: torch.Tensor, *, margin: float
     system="CDSAE",
     label="utility",
     source="arXiv 2309.13005 (a summary; the exact term is unknown)",
-    summary="squared gap of the scores of a prompt and of its counterfactual",
-    differs="CDSAE is a sequential VAE; only its counterfactual-pair term has a counterpart here. "
-    "For distributions over tokens take `paired_divergence`.",
+    summary="squared difference between the scores of a prompt and of its counterfactual",
+    differs="CDSAE is a sequential VAE; only its counterfactual-pair term applies here. "
+    "For distributions over tokens, use `paired_divergence`.",
 )
 def pair_consistency(
     score: torch.Tensor, counterfactual: torch.Tensor, *, detach_counterfactual: bool = False
 ) -> torch.Tensor:
-    """(pairs,) (score - score of the counterfactual)^2. Utility.
+    """Return (score - score of the counterfactual)^2, (pairs,). Utility.
 
     Args:
-        score, counterfactual: (pairs,), of prompts that differ in a name, a group or a hint that
-            should not matter.
-        detach_counterfactual: True: only `score` learns.
+        score: (pairs,), scores of prompts.
+        counterfactual: (pairs,), scores of the same prompts with another name, group or hint that should not matter.
+        detach_counterfactual: True: only `score` receives a gradient.
     """
     op = "algorithms.pair_consistency"
     rows = Rows(check_vector(op, "score", score).shape[0], "score", score.device)

@@ -1,4 +1,4 @@
-"""PARL: the preference loss of a reward, seen through the policy that the reward will train."""
+"""PARL: the preference loss of a reward, including its effect on the policy that it will train."""
 
 from dataclasses import dataclass
 
@@ -17,22 +17,21 @@ OP = "algorithms.parl"
     system="PARL",
     label="analogue",
     source="inspired by arXiv 2308.02585",
-    summary="Bradley-Terry, and how the reward moves the pairs that it will be judged on",
-    differs="PARL differentiates through the lower level with the policy's Hessian. Here the lower "
-    "level is KL-regularised, pi* = ref exp(r / beta) / Z, which needs none; the baseline is ours.",
+    summary="Bradley-Terry, plus the effect of the reward on the pairs that it is judged on",
+    differs="PARL differentiates through the lower level with the policy's Hessian. Here the lower level "
+    "is KL-regularised, pi* = ref exp(r / beta) / Z, and needs no Hessian. The baseline is an addition.",
 )
 @dataclass(frozen=True, kw_only=True)
 class PARL:
     """Loss whose gradient is -d/dnu E_{pairs ~ pi*_nu}[U_nu]. Analogue.
 
-    U = y log sig(r_0 - r_1) + (1 - y) log sig(r_1 - r_0); with pi* = ref exp(r_nu / beta) / Z,
-    d log pi*(y) / d nu = (d r(y) - E_{pi*} d r) / beta. So
+    U = y log sig(r_0 - r_1) + (1 - y) log sig(r_1 - r_0). With pi* = ref exp(r_nu / beta) / Z,
+    d log pi*(y) / d nu = (d r(y) - E_{pi*} d r) / beta. Therefore
     loss = -mean[U + stopgrad(U - b) (r_0 + r_1 - 2 E r) / beta].
 
     Args:
-        beta: > 0, temperature of the regularised policy.
-        baseline: b: "mean" of U over the other pairs of the batch (leave-one-out: unbiased), or
-            "none".
+        beta: temperature of the regularised policy, > 0.
+        baseline: b. "mean": the mean of U over the other pairs of the batch (leave-one-out, unbiased). "none": 0.
     """
 
     beta: float = 0.1
@@ -43,7 +42,7 @@ class PARL:
         check_choice(OP, "baseline", self.baseline, ("mean", "none"))
 
     def coefficient(self, utility: torch.Tensor) -> torch.Tensor:
-        """(pairs,) (U - b) / beta, detached: the REINFORCE coefficient of the reward gradient."""
+        """Return (U - b) / beta, (pairs,), detached: the REINFORCE coefficient of the reward gradient."""
         u, pairs = utility.detach(), utility.shape[0]
         if self.baseline == "mean" and pairs > 1:
             u = u - (u.sum() - u) / (pairs - 1)
@@ -58,14 +57,14 @@ class PARL:
         *,
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """() the loss, differentiable in all rewards.
+        """Return the loss, (), differentiable in all rewards.
 
         Args:
             first, second: (pairs,), rewards of two responses sampled from the current policy.
             label: (pairs,), probability in [0, 1] that the first is preferred.
-            expected: (pairs,), mean reward of further samples of the same prompt (independent of
-                the pair, or the estimate is biased).
-            normalizer: number of pairs over micro-batches and ranks. None: this call's.
+            expected: (pairs,), mean reward of further samples of the same prompt. They must be independent of the
+                pair, otherwise the estimate is biased.
+            normalizer: number of pairs over micro-batches and ranks. None: of this call.
         """
         pairs = check_vector(OP, "first", first).shape[0]
         rows = Rows(pairs, "first", first.device)

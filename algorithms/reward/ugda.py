@@ -1,4 +1,4 @@
-"""UGDA's refinement: what the selected samples, scored by an expert, teach the reward ensemble."""
+"""UGDA's refinement: trains the reward ensemble on expert scores of the selected samples."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ OP = "algorithms.ugda_refine"
     label="recon",
     source="OpenReview iamWnRpMuQ (abstract, reviews with the constants)",
     summary="expert scores become quantiles of each member's own rewards, then squared error",
-    differs="Assumed: the quantiles are those of a member's rewards over the logged samples, at "
-    "(j - 1/2) / 5; 0.01 is the variance of the noise. Whose samples: `influence.ugda_select`.",
+    differs="Assumed: the quantiles are of a member's rewards over the logged samples, at "
+    "(j - 1/2) / 5; 0.01 is the variance of the noise. `influence.ugda_select` selects the samples.",
 )
 @dataclass(frozen=True, kw_only=True)
 class UGDARefinement:
@@ -29,9 +29,9 @@ class UGDARefinement:
     loss = sum over members k of mean over samples i of (R_ki - target_ki)^2.
 
     Args:
-        levels: expert scores run from 1 to it.
+        levels: expert scores are 1 .. levels.
         noise_std: standard deviation of the noise on the targets.
-        seed: of the noise.
+        seed: seed of the noise.
     """
 
     levels: int = 5
@@ -41,21 +41,21 @@ class UGDARefinement:
     def __post_init__(self) -> None:
         check_number(OP, "noise_std", self.noise_std, 0.0)
         if self.levels < 2:
-            raise refuse(OP, "levels", "an int >= 2", self.levels, "The paper's experts give 1-5.")
+            raise refuse(OP, "levels", "an int >= 2", self.levels, "The paper's experts use 5 levels.")
 
     def targets(self, logged: torch.Tensor, score: torch.Tensor, step: int = 0) -> torch.Tensor:
-        """(members, samples) regression targets, detached; the same for the same seed and step.
+        """Return regression targets, (members, samples), detached. The same seed and step give the same targets.
 
         Args:
             logged: (members, logged samples), each member's rewards during the policy's training.
-            score: (samples,), int in [1, levels], of the selected samples.
-            step: round of refinement; a new one draws new noise.
+            score: (samples,), int in [1, levels], expert scores of the selected samples.
+            step: round of refinement. Each round draws new noise.
         """
         if logged.dim() != 2 or logged.shape[1] == 0:
             raise refuse(OP, "logged", "(members, samples >= 1)", tuple(logged.shape), "Pass one row per member.")
         check_vector(OP, "score", score, None, INTS)
         if may_read(score) and bool(((score < 1) | (score > self.levels)).any()):
-            raise refuse(OP, "score", f"in [1, {self.levels}]", score.tolist(), "Count from 1.")
+            raise refuse(OP, "score", f"in [1, {self.levels}]", score.tolist(), "Scores start at 1.")
         level = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
         table = torch.quantile(logged.detach().double(), level.to(logged.device), dim=1)
         noise = draws(self.seed, step).normal(0, self.noise_std, (logged.shape[0], score.shape[0]))
@@ -65,15 +65,16 @@ class UGDARefinement:
     def loss(
         self, reward: torch.Tensor, target: torch.Tensor, *, normalizer: float | torch.Tensor | None = None
     ) -> torch.Tensor:
-        """() sum over members of the mean squared error, differentiable in `reward`.
+        """Return the sum over members of the mean squared error, (), differentiable in `reward`.
 
         Args:
-            reward, target: (members, samples).
-            normalizer: samples over micro-batches and ranks. None: this call's.
+            reward: (members, samples), predicted rewards.
+            target: (members, samples), from `targets`.
+            normalizer: number of samples over micro-batches and ranks. None: of this call.
         """
         if reward.shape != target.shape:
             raise refuse(
-                OP, "target", f"{tuple(reward.shape)} like reward", tuple(target.shape), "Take it from `targets`."
+                OP, "target", f"of shape {tuple(reward.shape)} to match reward", tuple(target.shape), "Use `targets`."
             )
         count = max(1, reward.shape[1]) if normalizer is None else normalizer
         return ((reward - target.detach()) ** 2).sum() / count

@@ -150,7 +150,7 @@ def test_unknown_names_and_options_list_the_known():
         algorithms.make("gbop")
     with pytest.raises(ValueError, match=r"algorithms.gbpo: options must be among advantage,.*tau"):
         algorithms.make("gbpo", tua=1.0)
-    with pytest.raises(ValueError, match=r"dr_grpo: max_length must be given \(no published"):
+    with pytest.raises(ValueError, match=r"dr_grpo: max_length must be given \(no default was published"):
         algorithms.make("dr_grpo")
 
 
@@ -307,5 +307,5 @@ def test_another_methods_checkpoint_is_refused():
         algorithms.make("gbpo").load_state_dict(saved)
     with pytest.raises(ValueError, match="the config of the checkpoint must be"):
         example("r2vpo", delta=0.2).load_state_dict(saved)
-    with pytest.raises(ValueError, match="the saved state must be of"):
+    with pytest.raises(ValueError, match="the saved state must be one with the keys"):
         r2vpo.load_state_dict({**saved, "state": {}})

@@ -180,8 +180,8 @@ def test_ugda_takes_the_uncertain_ones_first_and_of_these_the_influential_ones()
 
 F, Q = torch.ones(3, 2), torch.ones(3)
 REFUSALS = [
-    (lambda: influence.matrix(Q), r"matrix: features must be \(samples, ...\)"),
-    (lambda: influence.matrix(F, F[:, :1]), "matrix: others must be features of 2 numbers each"),
+    (lambda: influence.matrix(Q), r"matrix: features must be of shape \(samples, ...\)"),
+    (lambda: influence.matrix(F, F[:, :1]), "matrix: others must be of 2 numbers per feature"),
     (lambda: influence.adam_features(F, Q, Q), r"adam_features: exp_avg must be of shape \(2,\)"),
     (lambda: influence.adam_features(F, F[0], F[0], betas=(1.0, 0.9)), "adam_features: betas must"),
     (lambda: influence.adam_features(F, F[0], F[0], eps=0.0), "adam_features: eps must be"),

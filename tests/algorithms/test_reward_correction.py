@@ -134,7 +134,7 @@ def test_balance_hinges_are_per_anchor():
     assert gradcheck(lambda x: penalty.loss(x, phi, target), w)
     wide = algorithms.make("kernel_balancing", gamma=2.0, slack=0.5)
     assert float(wide.loss(even, phi, target)) == 0.0
-    with pytest.raises(ValueError, match=r"features must be \(2, anchors\)"):
+    with pytest.raises(ValueError, match=r"features must be of shape \(2, anchors\)"):
         penalty.loss(even, phi[:1], target)
 
 
@@ -203,7 +203,7 @@ def test_tweedie_recovers_the_spread_of_a_calibrated_predictor():
     compare(model.transform(at.double(), state), at.double() - state["noise"] ** 2 * slope, atol=1e-8)
     with pytest.raises(ValueError, match="state must be what fit returned"):
         model.transform(at, model.initial_state())
-    with pytest.raises(ValueError, match="3 samples at least, not all equal"):
+    with pytest.raises(ValueError, match="of at least 3 samples that are not all equal"):
         model.fit(torch.ones(5), torch.ones(5))
 
 

@@ -208,7 +208,7 @@ def test_trap_rounds_all_right_or_all_wrong_still_give_a_rate(rounds):
 
 def test_without_scipy_the_fit_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match=r"Install tokfuse\[selection\], or scipy"):
+    with pytest.raises(ImportError, match=r"Install tokfuse\[selection\] or scipy"):
         seele.fit_3pl([0.5], [0.5])
 
 
