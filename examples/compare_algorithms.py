@@ -1,14 +1,14 @@
-"""Train one small policy with many algorithms and compare reward, entropy, and tokens trained on.
+"""Train one small policy with many algorithms and compare reward, entropy, and the number of trained tokens.
 
-The policy is a two-layer network, trained from scratch in seconds on a verifiable task: asked for a
-digit, it writes digits whose sum ends in it and then stops. One answer in forty is right at first;
-there are hundreds of right answers, so that keeping to explore pays.
+The policy is a two-layer network, trained from scratch in seconds on a verifiable task: the prompt is a digit, and the
+policy must write digits whose sum ends in it, and then stop. At first, one answer in forty is correct. There are
+hundreds of correct answers, so exploration pays off.
 
     python examples/compare_algorithms.py                          # one update per rollout
-    python examples/compare_algorithms.py --epochs 8 --out runs/stale     # eight: stale data
+    python examples/compare_algorithms.py --epochs 8 --out runs/stale     # eight updates: stale data
 
-The run folder gets `rows.jsonl` (a row per method, seed and step, written as it comes),
-`summary.md` and `curves.png`.
+The run folder contains `rows.jsonl` (one row per method, seed and step, written immediately), `summary.md` and
+`curves.png`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tokfuse.algorithms import Algorithm, Batch, Plan, State
 
 DIGITS, STOP, VOCAB, LENGTH = 10, 10, 12, 5
 
-# label -> (name, options); what the published options need on this task
+# label -> (name, options that this task needs in addition to the published ones)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("grpo", {"kl": None}),
     "dapo": ("dapo", {"overlong": None}),
@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One comparison."""
+    """Settings of one comparison."""
 
     steps: int = 80
     prompts: int = 16
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Padded answers. `prompt` and `length`: (seqs,); `tokens`: (seqs, LENGTH)."""
+    """Padded answers. `prompt` and `length` are (seqs,); `tokens` is (seqs, LENGTH)."""
 
     prompt: Tensor
     tokens: Tensor
@@ -73,7 +73,7 @@ class Rollout:
 
     @property
     def kept(self) -> Tensor:
-        """(seqs, LENGTH) bool; indexing with it packs."""
+        """(seqs, LENGTH) bool, True on the tokens of an answer; indexing with it packs."""
         return torch.arange(LENGTH) < self.length[:, None]
 
     @property
@@ -82,12 +82,12 @@ class Rollout:
         return self.tokens[self.kept]
 
     def take(self, seqs: Tensor) -> "Rollout":
-        """The same for these sequences."""
+        """Return only these sequences."""
         return Rollout(self.prompt[seqs], self.tokens[seqs], self.length[seqs])
 
 
 class Policy(torch.nn.Module):
-    """Logits of the next token from the asked digit, the sum so far, and the position."""
+    """Logits of the next token, from the digit in the prompt, the sum so far, and the position."""
 
     inputs = 2 * DIGITS + LENGTH
 
@@ -101,18 +101,18 @@ class Policy(torch.nn.Module):
         return logits
 
     def hidden(self, prompt: Tensor, total: Tensor, position: Tensor) -> Tensor:
-        """What the head gets."""
+        """Return the input of the head."""
         one_hot = torch.nn.functional.one_hot
         parts = (one_hot(prompt, DIGITS), one_hot(total, DIGITS), one_hot(position, LENGTH))
         return torch.tanh(self.body(torch.cat(parts, -1).float()))
 
     def packed_logits(self, rollout: Rollout) -> Tensor:
-        """(tokens, VOCAB): row t predicts rollout.target[t]."""
+        """Return logits, (tokens, VOCAB). Row t predicts rollout.target[t]."""
         logits: Tensor = self.head(self.packed_hidden(rollout))
         return logits
 
     def packed_hidden(self, rollout: Rollout) -> Tensor:
-        """(tokens, 64): the states behind `packed_logits`."""
+        """Return the hidden states of `packed_logits`, (tokens, 64)."""
         digit = torch.where(rollout.tokens < DIGITS, rollout.tokens, 0)
         total = (digit.cumsum(1) - digit) % DIGITS
         position = torch.arange(LENGTH).expand_as(total)
@@ -123,7 +123,7 @@ class Policy(torch.nn.Module):
 
 @torch.no_grad()
 def sample(policy: Policy, prompt: Tensor, generator: torch.Generator) -> Rollout:
-    """One answer per prompt; an answer ends with its first STOP, or at LENGTH."""
+    """Return one answer per prompt. An answer ends with its first STOP, or at LENGTH."""
     total, tokens = torch.zeros_like(prompt), []
     for position in range(LENGTH):
         logits = policy(prompt, total, torch.full_like(prompt, position))
@@ -137,7 +137,7 @@ def sample(policy: Policy, prompt: Tensor, generator: torch.Generator) -> Rollou
 
 
 def score(rollout: Rollout) -> Tensor:
-    """(seqs,) 1.0 for digits, one or more, whose sum ends in the asked digit, then STOP."""
+    """Return 1.0 for one or more digits whose sum ends in the digit of the prompt, then STOP; (seqs,)."""
     kept = rollout.kept
     ends = rollout.tokens.gather(1, (rollout.length - 1)[:, None]).flatten() == STOP
     digit = kept & (rollout.tokens < DIGITS)
@@ -147,7 +147,7 @@ def score(rollout: Rollout) -> Tensor:
 
 
 class Trainer:
-    """A policy, an algorithm and its state; compare_scenarios.py changes what is asked and how."""
+    """A policy, an algorithm and its state. compare_scenarios.py overrides the prompts and the scoring."""
 
     make_policy: type[Policy] = Policy
     max_gradient: float | None = None
@@ -163,7 +163,7 @@ class Trainer:
         self.loss_s, self.backward_tokens = 0.0, 0.0
 
     def step(self) -> dict[str, float]:
-        """Sample, score, update."""
+        """Sample, score and update. Return the values of a result row."""
         s = self.settings
         self.loss_s = self.backward_tokens = 0.0
         rollout, batch = self.collect()
@@ -185,28 +185,28 @@ class Trainer:
         }
 
     def prompts(self) -> Tensor:
-        """What is asked in this step."""
+        """Return the prompts of this step."""
         return torch.randint(DIGITS, (self.settings.prompts,), generator=self.generator)
 
     def score(self, rollout: Rollout) -> Tensor:
-        """The reward of every answer."""
+        """Return the reward of every answer."""
         return score(rollout)
 
     def collect(self) -> tuple[Rollout, Batch]:
-        """Answers to train on, and their statistics."""
+        """Return answers to train on, and their statistics."""
         prompt = self.prompts().repeat_interleave(self.settings.group_size)
         rollout = sample(self.policy, prompt, self.generator)
         return rollout, self.measured(rollout)
 
     def prepared(self, batch: Batch) -> Batch:
-        """The batch with its advantages."""
+        """Return the batch with its advantages."""
         start = time.perf_counter()
         batch = self.algorithm.prepare(batch, self.state)
         self.loss_s += time.perf_counter() - start
         return batch
 
     def measured(self, rollout: Rollout) -> Batch:
-        """The rollout and its statistics under the policy that sampled it."""
+        """Return the rollout as a batch, with its statistics under the policy that sampled it."""
         with torch.no_grad():
             logits = self.policy.packed_logits(rollout)
         temperature = getattr(self.algorithm, "temperature", lambda state: 1.0)(self.state)
@@ -243,7 +243,7 @@ class Trainer:
             self.apply(plan, rollout)
 
     def apply(self, plan: Plan, rollout: Rollout) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         logits = self.policy.packed_logits(rollout)
         start = time.perf_counter()
         step = tokfuse.policy_step(logits=logits, target=rollout.target, **plan.inputs())
@@ -260,7 +260,7 @@ class Trainer:
 
 
 def train(label: str, seed: int, settings: Settings) -> Iterator[dict[str, Any]]:
-    """The rows of one run."""
+    """Yield the rows of one run."""
     name, options = METHODS[label]
     if name in ("d3s", "epo"):
         options = {**options, "total_steps": settings.steps}
@@ -270,7 +270,7 @@ def train(label: str, seed: int, settings: Settings) -> Iterator[dict[str, Any]]
 
 
 def summary(rows: list[dict[str, Any]], settings: Settings) -> str:
-    """A Markdown table: means over seeds, with the spread of the final reward between them."""
+    """Return a Markdown table: means over seeds, and the lowest final reward of a seed."""
     last = max(1, settings.steps // 6)
     lines = [
         "| method | reward, mean of run | reward, last sixth | lowest seed | entropy, last sixth | "
@@ -295,7 +295,7 @@ def summary(rows: list[dict[str, Any]], settings: Settings) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Reward and entropy over steps, mean over seeds."""
+    """Plot reward and entropy over steps, averaged over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

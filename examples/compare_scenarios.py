@@ -1,22 +1,21 @@
-"""Three situations that methods of the literature were made for, on the small policy of
-compare_algorithms.py.
+"""Three scenarios for which published methods were designed, on the small policy of compare_algorithms.py.
 
     python examples/compare_scenarios.py                         # all; minutes on one core
     python examples/compare_scenarios.py shortcut --seeds 5 --out runs/shortcut
 
-shortcut  The answer is the last digit of a + b; a hint names it, rightly in nine of ten prompts.
-          First a bias model learns from the hint alone; then a policy is trained by GRPO, and by
-          CDPO, which is repelled by that frozen model. Measured: answers to prompts whose hint is
-          wrong, and how many of them follow the hint.
-replay    GRPO trains until three answers in ten are right. From there every step uses answers
-          that the policy of eight steps (16 updates) ago sampled, the first of them nine times, and
-          the advantage is 1 or -1, so that most of the weight is negative at first. BAPO against a
-          PPO clip and against its own starting bounds: reward, entropy, positive share of the loss.
-harm      Every fifth batch rewards what is wrong: advantage -1 for a right answer, 1 for a wrong
-          one. PIPO, which measures what an update brought and takes back what did harm, against
-          GRPO: the reward right after the bad updates and two steps later, less that before them.
+shortcut  The answer is the last digit of a + b. A hint in the prompt gives it, correctly in nine of ten prompts. First
+          a bias model learns from the hint alone. Then a policy is trained with GRPO, and with CDPO, which moves away
+          from that frozen model. Measured on prompts with a wrong hint: the accuracy, and the share of answers that
+          follow the hint.
+replay    GRPO trains until three answers in ten are correct. From then on, every step uses answers that the policy
+          sampled eight steps (16 updates) ago, and the first batch is used nine times. The advantage is 1 or -1, so at
+          first most of the weight is negative. BAPO is compared with a PPO clip and with its own starting bounds by
+          reward, entropy, and the positive share of the loss.
+harm      Every fifth batch rewards wrong answers: advantage -1 for a correct answer, 1 for a wrong one. PIPO measures
+          the effect of an update and reverses harmful ones. It is compared with GRPO by the change of the reward
+          right after the harmful updates, and two steps later.
 
-The run folder gets `rows.jsonl`, `summary.md` and `curves.png`.
+The run folder contains `rows.jsonl`, `summary.md` and `curves.png`.
 """
 
 import argparse
@@ -46,8 +45,8 @@ one_hot = torch.nn.functional.one_hot
 # ---------------------------------------------------------------------------------------- shortcut
 
 HINT_RIGHT = 0.9
-UNKNOWN = 100  # the pair of a prompt that shows its hint only
-MAX_GRADIENT = 20.0  # of CDPO's trainer; part of the method, see docs/paper_index.md
+UNKNOWN = 100  # the pair of a prompt that contains only a hint
+MAX_GRADIENT = 20.0  # gradient clip of CDPO's trainer; part of the method, see docs/paper_index.md
 
 
 class HintedPolicy(Policy):
@@ -59,26 +58,26 @@ class HintedPolicy(Policy):
     inputs = UNKNOWN + 1 + 2 * DIGITS + LENGTH
 
     def hidden(self, prompt: Tensor, total: Tensor, position: Tensor) -> Tensor:
-        """What the head gets."""
+        """Return the input of the head."""
         pair, hint = prompt // DIGITS, prompt % DIGITS
         parts = (one_hot(pair, UNKNOWN + 1), one_hot(hint, DIGITS), one_hot(total, DIGITS), one_hot(position, LENGTH))
         return torch.tanh(self.body(torch.cat(parts, -1).float()))
 
 
 def asked(prompt: Tensor) -> Tensor:
-    """The right digit: that of the pair, or of the hint where no pair is shown."""
+    """Return the correct digit: the one of the pair, or of the hint if there is no pair."""
     pair = prompt // DIGITS
     return torch.where(pair == UNKNOWN, prompt % DIGITS, (pair // 10 + pair % 10) % DIGITS)
 
 
 def answers_with(rollout: Rollout, digit: Tensor) -> Tensor:
-    """(seqs,) 1.0 where the answer is this one digit and STOP."""
+    """Return 1.0 where the answer is exactly this digit and STOP, (seqs,)."""
     first, second = rollout.tokens[:, 0], rollout.tokens[:, 1]
     return ((first == digit) & (second == STOP)).float()
 
 
 class HintedTrainer(Trainer):
-    """Trains on hinted prompts; `bias` is the frozen model that CDPO keeps away from."""
+    """Trains on prompts with hints. `bias` is the frozen model that CDPO moves away from."""
 
     make_policy = HintedPolicy
     max_gradient = MAX_GRADIENT
@@ -88,7 +87,7 @@ class HintedTrainer(Trainer):
         self.bias = bias
 
     def prompts(self) -> Tensor:
-        """Pairs with hints; hints alone while the bias model itself is trained."""
+        """Return pairs with hints. To train the bias model itself: hints alone."""
         count = self.settings.prompts
         hint = torch.randint(DIGITS, (count,), generator=self.generator)
         if self.bias is None:
@@ -98,11 +97,11 @@ class HintedTrainer(Trainer):
         return pair * DIGITS + torch.where(right, asked(pair * DIGITS), hint)
 
     def score(self, rollout: Rollout) -> Tensor:
-        """1.0 for the right digit."""
+        """Return 1.0 for the correct digit."""
         return answers_with(rollout, asked(rollout.prompt))
 
     def measured(self, rollout: Rollout) -> Batch:
-        """With the bias model's log-probabilities as the reference."""
+        """Return the batch, with the bias model's log-probabilities as the reference."""
         batch = super().measured(rollout)
         if self.bias is None:
             return batch
@@ -113,7 +112,7 @@ class HintedTrainer(Trainer):
 
     @torch.no_grad()
     def examine(self) -> Row:
-        """Accuracy where the hint is wrong, and the share of answers that follow it there."""
+        """Return the accuracy on prompts with a wrong hint, and the share of answers that follow it."""
         pair = torch.arange(UNKNOWN).repeat_interleave(DIGITS)
         hint = torch.arange(DIGITS).repeat(UNKNOWN)
         prompt = pair * DIGITS + hint
@@ -134,7 +133,7 @@ SHORTCUT = {
 
 
 def shortcut(seed: int, steps: int) -> Iterator[Row]:
-    """The bias model's training, then every method from the same start."""
+    """Train the bias model, then every method from the same start. Yield the rows of the methods."""
     settings = Settings(steps=steps)
     stage_1 = HintedTrainer(make("cdpo", kl=None), seed + 100, settings, None)
     for _ in range(100):
@@ -152,7 +151,7 @@ LAG, WARM_REWARD = 8, 0.3
 
 
 class ReplayTrainer(Trainer):
-    """Trains on what an earlier policy sampled; rewards are 1 and -1, and no baseline is taken."""
+    """Trains on samples of an earlier policy. Rewards are 1 and -1, without a baseline."""
 
     def __init__(self, algorithm: Algorithm, seed: int, settings: Settings, start: dict[str, Tensor]) -> None:
         super().__init__(algorithm, seed, settings)
@@ -162,7 +161,7 @@ class ReplayTrainer(Trainer):
         self.fresh: dict[str, float] = {}
 
     def collect(self) -> tuple[Rollout, Batch]:
-        """The oldest batch that waits; as many wait as the policy is ahead of it."""
+        """Return the oldest waiting batch. The queue is as long as the lag between the policies."""
         rollout, batch = super().collect()
         self.fresh = {
             "reward": float((batch.reward > 0).float().mean()),
@@ -172,23 +171,23 @@ class ReplayTrainer(Trainer):
         return self.waiting.popleft() if len(self.waiting) > LAG else self.waiting[0]
 
     def score(self, rollout: Rollout) -> Tensor:
-        """1 or -1."""
+        """Return 1 or -1."""
         return 2 * super().score(rollout) - 1
 
     def apply(self, plan: Plan, rollout: Rollout) -> None:
-        """Notes what share of the loss's weight pulls up."""
+        """Record the positive share of the loss, then take the step."""
         self.shares.append(positive_share(plan))
         super().apply(plan, rollout)
 
     def step(self) -> Row:
-        """Reward and entropy are those of the present policy."""
+        """Return a row with reward and entropy of the current policy."""
         self.shares.clear()
         row = super().step()
         return row | self.fresh | {"positive_share": statistics.fmean(self.shares)}
 
 
 def positive_share(plan: Plan) -> float:
-    """P / (P + N) of the clipped ratio times the advantage, as BAPO counts it."""
+    """Return P / (P + N) of the clipped ratio times the advantage, as BAPO defines it."""
     batch = plan.batch
     if batch.logp is None:
         return float("nan")
@@ -209,7 +208,7 @@ REPLAY: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def replay(seed: int, steps: int) -> Iterator[Row]:
-    """Every method, from where GRPO got to."""
+    """Train every method from the policy that GRPO has reached. Yield the rows."""
     settings = Settings(steps=steps)
     warm = Trainer(make("grpo", kl=None), seed, settings)
     while warm.step()["reward"] < WARM_REWARD:
@@ -228,14 +227,14 @@ FIRST_HARM, HARM_EVERY = 10, 5
 
 
 class HarmedTrainer(Trainer):
-    """Some batches reward what is wrong, groups without spread included."""
+    """Rewards wrong answers in some batches, also in groups with equal rewards."""
 
     def __init__(self, algorithm: Algorithm, seed: int, settings: Settings) -> None:
         super().__init__(algorithm, seed, settings)
         self.count = 0
 
     def prepared(self, batch: Batch) -> Batch:
-        """The prepared batch, every fifth time with the wrong advantages."""
+        """Return the prepared batch, every fifth time with wrong advantages."""
         batch = super().prepared(batch)
         harmful = is_harmful(self.count)
         self.count += 1
@@ -245,7 +244,7 @@ class HarmedTrainer(Trainer):
 
 
 def is_harmful(step: int) -> bool:
-    """Whether the updates of this step do harm."""
+    """Return whether the updates of this step are harmful."""
     return step >= FIRST_HARM and step % HARM_EVERY == 0
 
 
@@ -258,7 +257,7 @@ HARM: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def harm(seed: int, steps: int) -> Iterator[Row]:
-    """Every method, from the same start."""
+    """Train every method from the same start. Yield the rows."""
     settings = Settings(steps=steps, epochs=4)
     for label, (name, options) in HARM.items():
         trainer = HarmedTrainer(make(name, **options), seed, settings)
@@ -267,9 +266,9 @@ def harm(seed: int, steps: int) -> Iterator[Row]:
 
 
 def after_harm(rows: list[Row], later: int) -> float:
-    """Mean reward `later` steps after a harmful one, less that of the step itself.
+    """Return the mean reward `later` steps after a harmful step, minus the reward of that step.
 
-    The reward of a step is measured before its updates, so that of the next one shows them.
+    The reward of a step is measured before its updates, so the next step's reward shows their effect.
     """
     reward = {(row["method"], row["seed"], row["step"]): row["reward"] for row in rows}
     found = [
@@ -284,7 +283,7 @@ def after_harm(rows: list[Row], later: int) -> float:
 
 
 def tail(name: str) -> Callable[[list[Row]], float]:
-    """The mean of a figure over the last sixth of the run."""
+    """Return the function that averages a column over the last sixth of the run."""
 
     def mean(rows: list[Row]) -> float:
         steps = max(row["step"] for row in rows) + 1
@@ -295,12 +294,14 @@ def tail(name: str) -> Callable[[list[Row]], float]:
 
 
 def whole(name: str) -> Callable[[list[Row]], float]:
-    """The mean of a figure over the run."""
+    """Return the function that averages a column over the run."""
     return lambda rows: statistics.fmean(row[name] for row in rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
+    """A scenario: function that yields the rows of a seed, number of steps, columns of its table, curves."""
+
     """Rows of one seed, how long it runs, and the figures of its table."""
 
     run: Callable[[int, int], Iterator[Row]]
@@ -349,7 +350,7 @@ SCENARIOS = {
 
 
 def summary(rows: list[Row], scenario: Scenario) -> str:
-    """A Markdown table: mean over seeds, with the least and the greatest."""
+    """Return a Markdown table: the mean over seeds, with the lowest and the highest seed."""
     lines = ["| method | " + " | ".join(scenario.figures) + " |", "| --- |" + " --- |" * len(scenario.figures)]
     for label in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == label]
@@ -365,7 +366,7 @@ def summary(rows: list[Row], scenario: Scenario) -> str:
 
 
 def plot(rows: dict[str, list[Row]], path: Path) -> None:
-    """Two curves of every scenario, mean over seeds."""
+    """Plot two curves per scenario, averaged over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -388,11 +389,11 @@ def plot(rows: dict[str, list[Row]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the scenarios and write their folder."""
+    """Run the scenarios and write the run folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scenarios", nargs="*", help=f"some of {', '.join(SCENARIOS)}")
+    parser.add_argument("scenarios", nargs="*", help=f"any of {', '.join(SCENARIOS)}")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="default: each scenario's own")
+    parser.add_argument("--steps", type=int, help="number of steps (default: depends on the scenario)")
     parser.add_argument("--out", type=Path, default=Path("runs/scenarios"))
     options = parser.parse_args(argv)
     names = options.scenarios or list(SCENARIOS)

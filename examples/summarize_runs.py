@@ -1,11 +1,11 @@
-"""Did the runs learn? Mean reward of the first three steps and of the last fifth, one line per run.
+"""Show whether runs have learned: mean reward of the first three steps and of the last fifth, one line per run.
 
     python examples/summarize_runs.py runs/long-1 runs/long-2 runs/long-3 --plot curves.png
     python examples/summarize_runs.py runs/grpo-1 runs/grpo-2 runs/nft-1 runs/nft-2 --compare
 
-Reads `metrics.jsonl` of each run folder that `examples/train_grpo.py` wrote. `--compare` takes what
-stands before the last "-" of a folder's name for the method and what follows for the seed, and
-prints a Markdown table of the methods; the plot then has a curve per method, mean over seeds.
+Reads `metrics.jsonl` of each run folder that `examples/train_grpo.py` wrote. `--compare` splits the name of a folder at
+its last "-" into method and seed, and prints a Markdown table of the methods. The plot then has one curve per method,
+the mean over its seeds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 def by_method(rows: Runs) -> dict[str, list[list[dict[str, Any]]]]:
-    """The runs of each method."""
+    """Return the runs of each method."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
     for run, own in rows.items():
         found.setdefault(Path(run).name.rpartition("-")[0], []).append(own)
@@ -31,7 +31,7 @@ def by_method(rows: Runs) -> dict[str, list[list[dict[str, Any]]]]:
 
 
 def comparison(rows: Runs) -> str:
-    """Means over seeds, with the lowest and the highest seed where they matter."""
+    """Return a Markdown table of the methods: means over seeds; for rewards also the lowest and highest seed."""
     lines = [
         "| method | seeds | reward, mean of run | reward, last fifth | entropy, last fifth "
         "| tokens in the backward | loss side ms/step |",
@@ -58,7 +58,7 @@ def comparison(rows: Runs) -> str:
 
 
 def means(rows: Runs) -> Runs:
-    """A row per method and step: reward and entropy over its seeds."""
+    """Return one row per method and step, with reward and entropy averaged over its seeds."""
     return {
         method: [
             {"step": step, **{key: statistics.fmean(own[step][key] for own in runs) for key in ("reward", "entropy")}}
@@ -71,14 +71,14 @@ def means(rows: Runs) -> Runs:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Summarize runs of examples/train_grpo.py.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--compare", action="store_true", help="a table of methods, not of runs")
+    parser.add_argument("--compare", action="store_true", help="print a table of methods instead of runs")
     parser.add_argument("--plot", type=Path, help="write the curves of all runs to this PNG")
     options = parser.parse_args(argv)
 
     rows = {str(run): RunFolder(run).rows() for run in options.runs}
     empty = [run for run, found in rows.items() if not found]
     if empty:
-        raise SystemExit(f"summarize_runs: no rows in {', '.join(empty)}. Name run folders.")
+        raise SystemExit(f"summarize_runs: no rows in {', '.join(empty)}. Pass folders of runs.")
     if options.compare:
         print(comparison(rows))
         if options.plot:

@@ -1,14 +1,13 @@
-"""Train a small language model with GRPO and a fused policy loss, on a CPU, with no download.
+"""Train a small language model with GRPO and a fused policy loss, on a CPU, without downloading a model.
 
-SmolLM2-135M learns one-digit sums: each prompt shows two solved sums and asks for a third, the
-model samples several answers, and those that are right get a higher advantage than those that are
-wrong. Everything after the model's hidden states is `tokfuse`:
+SmolLM2-135M learns one-digit sums. Each prompt shows two solved sums and asks for a third. The model samples several
+answers; correct ones get a higher advantage than wrong ones. Everything after the model's hidden states is `tokfuse`:
 
     linear_token_stats   log-probability and entropy of the sampled tokens, without a logits tensor
-    algorithms           advantages, selection and objective of the method by name, and its state
-    policy_step          clipped loss, its metrics and its gradients, wired into autograd
+    algorithms           advantages, selection, objective and state of the chosen method
+    policy_step          clipped loss, its metrics and its gradients, connected to autograd
 
-A demonstration (a few minutes on two cores) and a longer run that clearly learns:
+A demonstration (a few minutes on two cores), and a longer run that clearly learns:
 
     make demo
     for seed in 1 2 3; do
@@ -16,12 +15,12 @@ A demonstration (a few minutes on two cores) and a longer run that clearly learn
     done
     python examples/summarize_runs.py runs/long-1 runs/long-2 runs/long-3
 
-Over these seeds the mean reward rose from 0.35, 0.37 and 0.47 in the first three steps to 0.85,
-0.86 and 0.84 in the last fifth; docs/learning.md has the curves.
+With these seeds the mean reward rose from 0.35, 0.37 and 0.47 in the first three steps to 0.85, 0.86 and 0.84 in the
+last fifth. docs/learning.md shows the curves.
 
-The run folder gets `metrics.jsonl` (a row per step, written as it comes), `backends.jsonl` (the
-`cpu` backend against the pure-torch `reference` on the run's own batches) and `curves.png`. Ctrl-C
-finishes the running step, saves, and says how to go on. A resumed run equals an uninterrupted one.
+The run folder contains `metrics.jsonl` (one row per step, written immediately), `backends.jsonl` (the `cpu` backend
+compared with the pure-torch `reference` on batches of the run) and `curves.png`. Ctrl-C finishes the current step,
+saves, and prints how to resume. A resumed run equals an uninterrupted one.
 """
 
 import argparse
@@ -34,13 +33,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Idle OpenMP threads that spin take the core from the thread that works; read when torch loads.
+# Spinning idle OpenMP threads slow down the working thread. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# No progress bars in log files, those of transformers included; read when tqdm loads.
+# No progress bars in log files, including those of transformers. tqdm reads this when it is imported.
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
-# The helper modules are found even where `python -P` or an import leaves this folder out.
+# Make the helper modules importable also with `python -P`, or if this script is imported.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 try:
@@ -50,8 +49,8 @@ try:
     from tokfuse.runtime.core import dispatch
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f"train_grpo: {missing.name} is not installed here. Run `make demo` from the repository's "
-        "root: it makes an environment with all that is needed and starts this script in it."
+        f"train_grpo: {missing.name} is not installed. Run `make demo` from the repository's root: it "
+        "creates an environment with everything that is needed and starts this script in it."
     ) from missing
 
 from grpo_demo.algorithms import OPTIONS, make_algorithm
@@ -62,12 +61,12 @@ from grpo_demo.rollout import Rollout, collect
 from grpo_demo.run_folder import RunFolder, StopRequest, merge_settings
 from grpo_demo.task import ChainSum
 
-SAVED_BATCHES = 3  # the largest batches of the run, kept for the backend table
+SAVED_BATCHES = 3  # the largest batches of the run, saved for the backend table
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run is; saved in its checkpoint. `resume` may change the fields in `FREE`."""
+    """Settings of a run, saved in its checkpoint. `--resume` may change the fields in `FREE`."""
 
     steps: int = 30
     prompts: int = 8
@@ -84,7 +83,7 @@ class Settings:
 FREE = {"steps", "backend", "save_every"}
 
 HELP = {
-    "steps": "training steps in all",
+    "steps": "total number of training steps",
     "prompts": "prompts per step",
     "group_size": "sampled answers per prompt",
     "max_new_tokens": "tokens per answer",
@@ -93,12 +92,12 @@ HELP = {
     "lr": "learning rate of AdamW",
     "seed": "seed of the questions and of the sampling",
     "backend": "auto, or a backend that every tokfuse call must use: cpu, reference, ...",
-    "save_every": "steps between checkpoints of 1.6 GB, one more at the end; 0: only on Ctrl-C",
+    "save_every": "steps between checkpoints of 1.6 GB, plus one at the end; 0: only on Ctrl-C",
 }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options; those that were not given are absent, so that --resume can tell."""
+    """Return the given options. Options that were not given are absent, so that --resume can distinguish them."""
     parser = argparse.ArgumentParser(
         description="Train SmolLM2-135M with GRPO and tokfuse.", argument_default=argparse.SUPPRESS
     )
@@ -109,19 +108,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
             help=f"{HELP[option.name]} (default {option.default})",
         )
     parser.add_argument("--out", type=Path, help="run folder (default runs/grpo-<time>)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a saved run")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="resume a saved run")
     cache = default_cache()
-    parser.add_argument("--cache", type=Path, default=cache, help=f"folder of converted weights (default {cache})")
+    parser.add_argument("--cache", type=Path, default=cache, help=f"folder for converted weights (default {cache})")
     return parser.parse_args(argv)
 
 
 def open_run(options: argparse.Namespace) -> tuple[Settings, RunFolder, dict[str, Any] | None]:
-    """Settings, folder and checkpoint (None for a new run) from the command line."""
+    """Return settings, folder and checkpoint (None for a new run) for the command line."""
     given = {n: v for n, v in vars(options).items() if n not in ("out", "resume", "cache")}
     checkpoint = None
     if "resume" in options:
         if "out" in options:
-            raise SystemExit("train_grpo: --resume goes on in the same folder; leave out --out.")
+            raise SystemExit("train_grpo: --resume continues in the same folder. Leave out --out.")
         folder = RunFolder(options.resume)
         checkpoint = folder.load()
         settings = merge_settings(Settings(**checkpoint["settings"]), given, FREE)
@@ -136,7 +135,7 @@ def open_run(options: argparse.Namespace) -> tuple[Settings, RunFolder, dict[str
 
 
 def check(settings: Settings) -> None:
-    """Refuse settings that cannot work, before the model is loaded."""
+    """Exit if the settings cannot work, before the model is loaded."""
     least = {
         "steps": 1,
         "prompts": 1,
@@ -158,12 +157,12 @@ def check(settings: Settings) -> None:
 
 
 def chosen_backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """`tokfuse.backend(name)`; for "auto" a context that leaves the choice to every op."""
+    """Return `tokfuse.backend(name)`. For "auto": a context in which every op chooses its backend."""
     return contextlib.nullcontext() if name == "auto" else tokfuse.backend(name)
 
 
 class Training:
-    """A model in training, and everything that a checkpoint must hold to go on exactly."""
+    """A model in training, and everything that a checkpoint needs to resume exactly."""
 
     def __init__(self, settings: Settings, model: Any, tokenizer: Any, task: Any) -> None:
         self.settings = settings
@@ -173,7 +172,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
         self.algorithm = make_algorithm(settings.algorithm, settings.max_new_tokens)
         self.learner = Learner(model, self.optimizer, self.algorithm, settings.minibatches)
-        self.done = 0  # finished steps; also the position in the stream of questions
+        self.done = 0  # number of finished steps; also the position in the stream of questions
         self.batches: list[dict[str, Any]] = []
         torch.manual_seed(settings.seed)
 
@@ -197,7 +196,7 @@ class Training:
         torch.set_rng_state(state["random"])
 
     def step(self) -> dict[str, Any]:
-        """Sample, score, learn; the result row of this step."""
+        """Sample, score and learn. Return the result row of this step."""
         s, start = self.settings, time.perf_counter()
         questions = self.task.questions(self.done * s.prompts, s.prompts)
         rollout = collect(self.model, self.tokenizer, self.task, questions, s.group_size, s.max_new_tokens)
@@ -210,12 +209,12 @@ class Training:
 
 
 def largest(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The batches with the most tokens, at most `SAVED_BATCHES`."""
+    """Return the batches with the most tokens, at most `SAVED_BATCHES`."""
     return sorted(batches, key=lambda batch: -len(batch["target"]))[:SAVED_BATCHES]
 
 
 def make_row(step: int, rollout: Rollout, result: StepResult, sample_s: float, step_s: float) -> dict[str, Any]:
-    """One row of metrics.jsonl."""
+    """Return one row of metrics.jsonl."""
     return {
         "step": step,
         "reward": rollout.reward.mean().item(),
@@ -230,13 +229,13 @@ def make_row(step: int, rollout: Rollout, result: StepResult, sample_s: float, s
 
 
 def resume(training: Training, folder: RunFolder, checkpoint: dict[str, Any]) -> None:
-    """Put a new `Training` where the checkpoint was taken."""
+    """Restore the checkpoint into a new `Training`, and delete the rows of later steps."""
     training.restore(checkpoint)
     folder.keep_rows_before(training.done)
 
 
 def train(training: Training, folder: RunFolder) -> bool:
-    """Run the steps that are left; False when the user stopped before the last."""
+    """Run the remaining steps. Return False if the user stopped before the last one."""
     from tqdm import tqdm
 
     s = training.settings
@@ -256,7 +255,7 @@ def train(training: Training, folder: RunFolder) -> bool:
 
 
 def finish(training: Training, folder: RunFolder) -> None:
-    """Write and print what the rows so far say: backend table, curves, summary."""
+    """Write and print the results of all rows so far: backend table, curves, summary."""
     rows = folder.rows()
     if training.batches:
         weight = training.model.lm_head.weight
@@ -284,7 +283,7 @@ def main(argv: list[str]) -> int:
     finish(training, folder)
     if not complete:
         print(
-            f"Stopped after {training.done} of {settings.steps} steps. Go on with "
+            f"Stopped after {training.done} of {settings.steps} steps. Resume with "
             f"`{sys.executable} {sys.argv[0]} --resume {folder.path}`."
         )
     return 0

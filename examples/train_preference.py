@@ -1,9 +1,9 @@
-"""Train a small policy from preference pairs with several losses; a run takes seconds.
+"""Train a small policy from preference pairs with several losses. A run takes seconds.
 
-The task is that of `compare_algorithms.py`: asked for a digit, write digits whose sum ends in it,
-then stop. An untrained policy answers; a right answer is chosen over a wrong one to the same digit.
-From those pairs alone each loss trains a copy of that policy. Held-out pairs show the loss and the
-margin of the implicit reward, sampling shows how many answers are right.
+The task is the one of `compare_algorithms.py`: the prompt is a digit, and the policy must write digits whose sum ends
+in it, then stop. An untrained policy generates the answers. Each pair has a correct and a wrong answer to the same
+digit; the correct one is chosen. Each loss trains a copy of that policy on these pairs alone. The loss and the margin
+of the implicit reward are measured on held-out pairs, and the share of correct answers by sampling.
 
     python examples/train_preference.py
     python examples/train_preference.py --losses dpo ipo orpo --steps 200 --out runs/preference
@@ -29,13 +29,13 @@ import tokfuse
 from tokfuse import algorithms
 from tokfuse.algorithms import PreferenceBatch, PreferenceLoss, PreferenceStep
 
-# loss -> options; the published beta of RPO is for answers of hundreds of tokens
+# loss -> options. The published beta of RPO is for answers with hundreds of tokens.
 LOSSES: dict[str, dict[str, Any]] = {"dpo": {}, "simpo": {}, "kto": {}, "rpo": {"beta": 0.1}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One run."""
+    """Settings of one run."""
 
     steps: int = 100
     pairs: int = 64
@@ -46,21 +46,21 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Answers in one rollout: those of `chosen` and `rejected`, (pairs,), belong together."""
+    """Answers in one rollout. The answers `chosen` and `rejected`, (pairs,) each, form the pairs."""
 
     rollout: Rollout
     chosen: Tensor
     rejected: Tensor
 
     def take(self, ids: Tensor) -> "Pairs":
-        """Some pairs, chosen answers first."""
+        """Return the pairs `ids`, with the chosen answers first."""
         seqs, count = torch.cat([self.chosen[ids], self.rejected[ids]]), len(ids)
         place = torch.arange(count)
         return Pairs(self.rollout.take(seqs), place, count + place)
 
 
 def make_pairs(policy: Policy, settings: Settings, generator: torch.Generator) -> Pairs:
-    """Every right answer of the policy with a wrong one to the same digit."""
+    """Pair every correct answer of the policy with a wrong one to the same digit."""
     prompt = torch.arange(DIGITS).repeat_interleave(settings.answers)
     rollout = sample(policy, prompt, generator)
     right = score(rollout) > 0
@@ -75,7 +75,7 @@ def make_pairs(policy: Policy, settings: Settings, generator: torch.Generator) -
 
 
 def sums(policy: Policy, rollout: Rollout) -> Tensor:
-    """(seqs,) log-probability of each answer, without gradient."""
+    """Return the log-probability of each answer, (seqs,), without gradient."""
     with torch.no_grad():
         hidden, head = policy.packed_hidden(rollout), policy.head
         logp = tokfuse.linear_token_stats(hidden, head.weight, rollout.target, bias=head.bias).logp
@@ -83,12 +83,12 @@ def sums(policy: Policy, rollout: Rollout) -> Tensor:
 
 
 def borders(rollout: Rollout) -> Tensor:
-    """(seqs + 1,) int32."""
+    """Return the offsets of the answers, (seqs + 1,) int32."""
     return torch.nn.functional.pad(rollout.length.cumsum(0), (1, 0)).to(torch.int32)
 
 
 class Trainer:
-    """A policy that starts as its frozen reference, and a loss."""
+    """A loss, and a policy that starts as a copy of its frozen reference."""
 
     def __init__(self, loss: PreferenceLoss, reference: Policy, settings: Settings) -> None:
         self.loss, self.reference = loss, reference
@@ -97,7 +97,7 @@ class Trainer:
         self.state = loss.initial_state()
 
     def batch(self, pairs: Pairs) -> PreferenceBatch:
-        """What the loss reads: pairs, or (KTO) labelled answers and the batch's divergence."""
+        """Return the input of the loss: pairs, or for KTO labelled answers and the divergence of the batch."""
         rollout = pairs.rollout
         given: dict[str, Any] = {}
         if self.loss.needs_reference:
@@ -111,13 +111,13 @@ class Trainer:
         return PreferenceBatch(num_tokens=int(cu_seqlens[-1]), cu_seqlens=cu_seqlens, **given)
 
     def divergence(self, rollout: Rollout) -> Tensor:
-        """KTO's estimate from every answer under the next one's prompt."""
+        """Return KTO's estimate, from every answer combined with the next prompt."""
         other = algorithms.mismatched(len(rollout.prompt))
         shifted = dataclasses.replace(rollout.take(other), prompt=rollout.prompt)
         return algorithms.kto_kl(sums(self.policy, shifted), sums(self.reference, shifted))
 
     def evaluate(self, pairs: Pairs) -> PreferenceStep:
-        """Loss and rewards of some pairs; the whole gradient if autograd is on."""
+        """Return loss and rewards of some pairs. If autograd is on, also the gradient."""
         head = self.policy.head
         return algorithms.preference_step(
             loss=self.loss,
@@ -131,7 +131,7 @@ class Trainer:
         )
 
     def train(self, pairs: Pairs) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         step = self.evaluate(pairs)
         self.optimizer.zero_grad(set_to_none=True)
         step.loss.backward()
@@ -141,7 +141,7 @@ class Trainer:
 
 @torch.no_grad()
 def measure(trainer: Trainer, held_out: Pairs, settings: Settings) -> dict[str, float]:
-    """Loss, margin and accuracy on held-out pairs, and the share of right samples."""
+    """Return loss, margin and accuracy on held-out pairs, and the share of correct samples."""
     step = trainer.evaluate(held_out)
     chosen, rejected = (
         step.rewards
@@ -159,7 +159,7 @@ def measure(trainer: Trainer, held_out: Pairs, settings: Settings) -> dict[str, 
 
 
 def train(name: str, options: dict[str, Any], settings: Settings) -> Iterator[dict[str, Any]]:
-    """The rows of one run: before it, and after every tenth of its steps."""
+    """Yield the rows of one run: one before it, and one after every tenth of its steps."""
     torch.manual_seed(settings.seed)
     reference = Policy()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for field in dataclasses.fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(field.default), default=field.default)
-    parser.add_argument("--out", type=Path, help="folder for rows.jsonl; without it none is kept")
+    parser.add_argument("--out", type=Path, help="folder for rows.jsonl; without it, no file is written")
     options = vars(parser.parse_args(argv))
     out, losses = options.pop("out"), options.pop("losses")
     settings = Settings(**options)

@@ -1,10 +1,10 @@
-"""Losses under the call signatures of other trainers, over `policy_step` and `policy_loss`.
+"""Losses with the call signatures of other trainers, on `policy_step` and `policy_loss`.
 
-Drop one in where the trainer takes a function or a module; nothing here is installed or patched.
-Each honours what its docstring names and refuses the rest. All are plain module-level objects, so
-that cloudpickle sends them by name to Ray actors.
+Pass one where the trainer accepts a function or a module; nothing is installed or patched. The docstring of each names
+the supported options. All other options raise an error. All functions and classes are module-level, so cloudpickle
+sends them by name to Ray actors.
 
-| here | takes the place of |
+| here | replaces |
 | --- | --- |
 | `triton_grpo_loss` | Liger-Kernel 0.8.5 `liger_kernel.transformers.grpo_loss.triton_grpo_loss` |
 | `PolicyLoss` | OpenRLHF 0.11 `openrlhf.models.PolicyLoss` (`actor.actor_loss_fn`) |
@@ -56,7 +56,7 @@ def _padded_loss(
     normalizer: Scalar | str | None,
     weight: torch.Tensor | None = None,
 ) -> PolicyLossResult:
-    """`policy_loss` of the tokens that count in padded (batch, length) tensors."""
+    """Return `policy_loss` of the counting tokens in padded (batch, length) tensors."""
     padding = Padding(mask)
     return policy_loss(
         padding.pack(log_probs),
@@ -99,19 +99,15 @@ def triton_grpo_loss(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(loss, [mean KL if beta, clip fraction]) in one pass over logits (batch, length + 1, vocab).
+    """Return (loss, [mean KL if beta, clip fraction]) in one pass over logits (batch, length + 1, vocab).
 
-    Arguments and defaults of Liger-Kernel 0.8.5; the last position is dropped, as there. `inplace`
-    is a permission that is not needed: logits are never written. Refused: reduce=False (per-token
-    losses), loss_type "luspo" (Liger divides it by padded positions, unlike TRL), and a
-    bias-corrected KL under a sequence's ratio.
+    Arguments and defaults are those of Liger-Kernel 0.8.5. The last position is dropped, as in Liger. `inplace` has no
+    effect, because logits are never overwritten. Not supported: reduce=False (per-token losses), loss_type "luspo"
+    (unlike TRL, Liger divides it by padded positions), and a bias-corrected KL with a sequence ratio.
     """
     if not reduce:
         raise _refused(
-            "reduce",
-            "True (the loss is formed in one pass, whole)",
-            False,
-            "Pass reduce=True, or use tokfuse.policy_loss.",
+            "reduce", "True (only the whole loss is computed)", False, "Pass reduce=True, or use tokfuse.policy_loss."
         )
     if loss_type == "luspo" or loss_type not in trl_objective.AGGREGATIONS:
         known = ", ".join(sorted(set(trl_objective.AGGREGATIONS) - {"luspo"}))
@@ -128,7 +124,7 @@ def triton_grpo_loss(
         vespo_k_neg=vespo_k_neg,
         vespo_lambda_neg=vespo_lambda_neg,
     )
-    options = SimpleNamespace(  # Liger's formulas are TRL's
+    options = SimpleNamespace(  # Liger's formulas equal TRL's
         args=args,
         loss_type=loss_type,
         importance_sampling_level=importance_sampling_level,
@@ -178,11 +174,11 @@ def triton_grpo_loss(
 
 
 class PolicyLoss(torch.nn.Module):
-    """(loss, clip fraction, policy KL, vLLM KL or None): arguments of OpenRLHF 0.11's PolicyLoss.
+    """(loss, clip fraction, policy KL, vLLM KL or None), with the arguments of OpenRLHF 0.11's PolicyLoss.
 
-    policy_loss_type "ppo" with dual clip and the corrections tis, icepop and seq-mask-tis; "gspo".
-    Refused: "gspo" with enable_vllm_is_correction, whose ratio is against the rollout engine: pass
-    its log-probabilities as old_log_probs.
+    Supported: policy_loss_type "ppo" with dual clip and the corrections tis, icepop and seq-mask-tis; and "gspo". Not
+    supported: "gspo" with enable_vllm_is_correction, whose ratio is against the rollout engine. Pass the engine's
+    log-probabilities as old_log_probs instead.
     """
 
     def __init__(
@@ -233,7 +229,7 @@ class PolicyLoss(torch.nn.Module):
         batch_num_tokens: Scalar | None = None,
         global_batch_size: Scalar | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Padded (batch, length) tensors; the global counts divide, times dp_size."""
+        """Return the loss of padded (batch, length) tensors, divided by the global count and multiplied by dp_size."""
         mask = _mask(action_mask, log_probs)
         by_token = self.objective.aggregation == "token_mean"
         count = batch_num_tokens if by_token else global_batch_size
@@ -244,7 +240,7 @@ class PolicyLoss(torch.nn.Module):
                     "rollout_log_probs",
                     "given with enable_vllm_is_correction",
                     None,
-                    "Keep the rollout engine's log-probabilities.",
+                    "Pass the log-probabilities of the rollout engine.",
                 )
             weight = self._weight(old_log_probs, rollout_log_probs, mask)
             vllm_kl = (rollout_log_probs - old_log_probs)[mask].mean()
@@ -278,10 +274,10 @@ def skyrl_policy_loss(
     loss_mask: torch.Tensor | None = None,
     rollout_logprobs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """(masked sum of the token losses, {"clip_ratio"}): SkyRL scales advantages beforehand.
+    """Return (masked sum of the token losses, {"clip_ratio"}). SkyRL scales the advantages before the call.
 
-    config.policy_loss_type: regular, dual_clip, gspo, cispo (anchored on the old policy), sapo;
-    with SkyRL's own option names. Refused: other types, and any config.off_policy_correction.
+    Supported values of config.policy_loss_type: regular, dual_clip, gspo, cispo (anchored on the old policy) and sapo,
+    with SkyRL's option names. Not supported: other types, and any config.off_policy_correction.
     """
     kind = str(getattr(config.policy_loss_type, "value", config.policy_loss_type))
     correction = vars(getattr(config, "off_policy_correction", None) or SimpleNamespace())
@@ -316,7 +312,7 @@ def skyrl_policy_loss(
     objective = Objective(shape=shape, level="sequence_token" if kind == "gspo" else "token", aggregation="token_sum")
     mask = _mask(loss_mask, log_probs)
     out = _padded_loss(log_probs, old_log_probs, advantages, mask, objective, None)
-    if kind == "cispo":  # SkyRL counts both bounds, whatever the advantage
+    if kind == "cispo":  # SkyRL counts both bounds, for either sign of the advantage
         ratio, (low, high) = (log_probs - old_log_probs).detach().exp()[mask], shape.bounds
         return out.loss, {"clip_ratio": float(((ratio < low) | (ratio > high)).float().mean())}
     mean = out.metrics.mean()
@@ -329,13 +325,12 @@ def skyrl_policy_loss(
 class NemoPolicyLoss:
     """NeMo-RL's loss protocol: (next_token_logprobs, data, global_valid_seqs, global_valid_toks).
 
-    cfg: the fields of ClippedPGLossConfig. Honoured: ratio_clip_min, ratio_clip_max, ratio_clip_c,
-    token_level_loss, sequence_level_importance_ratios, disable_ppo_ratio, force_on_policy_ratio,
-    use_cispo, use_importance_sampling_correction with tis or icepop at token level. Refused: the KL
-    penalty (its output clamp has no counterpart; put it into the reward), seq-mask-tis, sequence
-    level correction, and the NLL term.
+    `cfg` has the fields of ClippedPGLossConfig. Supported: ratio_clip_min, ratio_clip_max, ratio_clip_c,
+    token_level_loss, sequence_level_importance_ratios, disable_ppo_ratio, force_on_policy_ratio, use_cispo, and
+    use_importance_sampling_correction with tis or icepop at token level. Not supported: the KL penalty (its output
+    clamp has no equivalent; add it to the reward), seq-mask-tis, sequence-level correction, and the NLL term.
 
-    Returns (loss, metrics); the loss is a sum over the given global counts.
+    A call returns (loss, metrics). The loss is a sum divided by the given global count.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -380,7 +375,7 @@ class NemoPolicyLoss:
 
     @property
     def loss_type(self) -> Any:
-        """NeMo-RL's enum, imported where it is asked for."""
+        """NeMo-RL's enum, imported on first use."""
         from nemo_rl.algorithms.loss.interfaces import LossType
 
         by_token = self.objective.aggregation == "token_mean"
@@ -388,7 +383,7 @@ class NemoPolicyLoss:
 
     @property
     def input_type(self) -> Any:
-        """Log-probabilities of the next tokens."""
+        """NeMo-RL's enum for log-probabilities of the next tokens."""
         from nemo_rl.algorithms.loss.interfaces import LossInputType
 
         return LossInputType.LOGPROB
@@ -441,10 +436,10 @@ def slime_policy_loss(
     eps_clip_high: float,
     eps_clip_c: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token losses, 1.0 where clipped), each (tokens,), of ppo_kl = old_logp - logp.
+    """Return (token losses, 1.0 where clipped), (tokens,) each, from ppo_kl = old_logp - logp.
 
-    Differentiable in ppo_kl; slime reduces them. Token ratios only: those of compute_gspo_kl are
-    not a token's own.
+    The losses are differentiable in ppo_kl, and slime reduces them. Only token ratios are supported: with
+    compute_gspo_kl, the value of a token depends on the other tokens.
     """
     shape = PPOClip(low=eps_clip, high=eps_clip_high, dual=eps_clip_c)
     objective = Objective(shape=shape, aggregation="token_sum")
@@ -469,11 +464,16 @@ def prime_rl_loss(
     level: str = "token",
     kl_coef: float = 0.0,
 ) -> Any:
-    """prime-rl's LossOutputs of one sequence: the *sum* of its token losses, and metrics.
+    """Return prime-rl's LossOutputs of one sequence: the *sum* of its token losses, and metrics.
 
-    `inputs` is its LossInputs; the old policy is inference_logprobs. kl_coef adds k3 against
-    ref_logprobs; loss_weights multiply every token's loss. The keyword arguments come from
-    `[trainer.loss.kwargs]`.
+    `[trainer.loss.kwargs]` sets the keyword arguments.
+
+    Args:
+        inputs: prime-rl's LossInputs. The old policy is inference_logprobs; loss_weights multiply every token's loss.
+        clip_low, clip_high: widths of the clip: the ratio is kept in [1 - clip_low, 1 + clip_high].
+        dual: bound of the dual clip. None: no dual clip.
+        level: level of the ratio, see `tokfuse.Objective`.
+        kl_coef: coefficient of a k3 KL to ref_logprobs. 0: none.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 

@@ -1,17 +1,17 @@
-"""transformers: the loss side of a causal language model on tokfuse's kernels, without logits.
+"""transformers: the loss of a causal language model on tokfuse's kernels, without logits.
 
     from tokfuse.integrations import hf
-    hf.install(model)                       # model(..., labels=labels) forms no logits any more
-    hf.uninstall(model)                     # the model's own forward again
-    Trainer(..., compute_loss_func=hf.compute_loss_func)    # from logits, no float32 copy of them
+    hf.install(model)                       # model(..., labels=labels) computes no logits any more
+    hf.uninstall(model)                     # restores the model's own forward
+    Trainer(..., compute_loss_func=hf.compute_loss_func)    # from logits, without a float32 copy of them
     model.loss_function = hf.causal_lm_loss                 # the same, inside the model
 
-`head_of(model)` gives what `tokfuse.policy_step(hidden=...)` needs of a model; `packed_hidden` runs
-packed sequences without padding where flash-attention is there.
+`head_of(model)` returns the arguments of `tokfuse.policy_step(hidden=...)` that belong to the model. `packed_hidden`
+runs packed sequences, without padding if flash-attention is installed.
 
-Model types: those of `SUPPORTED`, whose logits are softcap(scale * (W h + b)). Tied weights, bias,
-soft cap and scale are honoured. LoRA on the lm_head is computed; with dropout, DoRA or another
-adapter it is refused, because reading `lm_head.weight` alone would drop it.
+The supported model types are those in `SUPPORTED`, whose logits are softcap(scale * (W h + b)). Tied weights, bias,
+soft cap and scale are supported. LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters raise
+an error, because reading `lm_head.weight` alone would ignore them.
 """
 
 import contextlib
@@ -33,9 +33,8 @@ HOST = Host("transformers", (5, 0), (5, 24))
 OP = "integrations.hf"
 IGNORE = -100
 
-# config.model_type -> the attribute of its text config that scales the logits, "" for none, and
-# "1/" before one that divides them. Read in transformers 5.24; others transform logits in ways of
-# their own and are refused.
+# config.model_type -> attribute of its text config that multiplies the logits; "1/" marks an attribute that divides
+# them, and "" means none. Checked in transformers 5.23. Other models transform logits in other ways and raise an error.
 SUPPORTED = {
     "llama": "",
     "mistral": "",
@@ -57,13 +56,13 @@ _PATCHES: "weakref.WeakKeyDictionary[torch.nn.Module, Rebinding]" = weakref.Weak
 
 @dataclass(frozen=True)
 class ModelHead:
-    """What turns final hidden states into logits: softcap(logit_scale * (weight h + bias)).
+    """The map from final hidden states to logits: softcap(logit_scale * (weight h + bias)).
 
     Args:
-        weight: (vocab, hidden); with an adapter, its sum with the adapter's product, and gradient.
+        weight: (vocab, hidden). With an adapter: the sum with the adapter's product, with gradient.
         bias: (vocab,) or None.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
-        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        logit_scale: factor of the logits before the cap (Cohere), > 0.
     """
 
     weight: torch.Tensor
@@ -72,15 +71,15 @@ class ModelHead:
     logit_scale: float
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `tokfuse.policy_step` and `tokfuse.linear_token_stats`."""
+        """Return the keyword arguments of `tokfuse.policy_step` and `tokfuse.linear_token_stats`."""
         return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
 def head_of(model: Any) -> ModelHead:
-    """The head of a causal language model, as it is now: call it again after every update.
+    """Return the current head of a causal language model. Call it again after every update.
 
     Raises:
-        ValueError: a model type, head or adapter whose logits would not be those of the model.
+        ValueError: a model type, head or adapter for which the logits would differ from the model's.
     """
     model = _base(model)
     config = model.config.get_text_config()
@@ -105,19 +104,19 @@ def head_of(model: Any) -> ModelHead:
 
 
 def install(model: Any, *, temperature: float = 1.0) -> None:
-    """`model(..., labels=labels)` computes its loss from hidden states; again: nothing.
+    """Make `model(..., labels=labels)` compute its loss from hidden states. Calling it again has no effect.
 
-    loss = -sum log p(label) / num_items_in_batch (without it: the mean over labels that are not
-    -100), the model's own; `logits` of the output is None. `shift_labels` are scored in place,
-    `token_stats=True` adds (batch, length) `logp` and `entropy` with gradient. Without labels the
-    forward is the model's own, so generation is.
+    loss = -sum log p(label) / num_items_in_batch, as the model's own; without num_items_in_batch, the mean over labels
+    that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift.
+    `token_stats=True` adds `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own
+    forward runs, so generation is unchanged.
 
     Args:
-        model: a model of `SUPPORTED`; wrap it in DDP, FSDP or PEFT before or after.
-        temperature: divides the logits.
+        model: a model of a supported type; wrap it in DDP, FSDP or PEFT before or after this call.
+        temperature: divisor of the logits.
 
     Raises:
-        ValueError: transformers is older than 5.0, or what `head_of` refuses.
+        ValueError: transformers is older than 5.0, or `head_of` does not support the model.
     """
     HOST.require(f"{OP}.install")
     model = _base(model)
@@ -130,7 +129,7 @@ def install(model: Any, *, temperature: float = 1.0) -> None:
 
 
 def uninstall(model: Any) -> None:
-    """The model's own forward; without `install`, nothing."""
+    """Restore the model's own forward. Without `install`, this has no effect."""
     model = _base(model)
     if model in _PATCHES:
         _PATCHES[model].restore()
@@ -139,7 +138,7 @@ def uninstall(model: Any) -> None:
 
 @contextlib.contextmanager
 def installed(model: Any, *, temperature: float = 1.0) -> Iterator[None]:
-    """`install` on entry, `uninstall` on exit."""
+    """Context manager: `install` on entry, `uninstall` on exit."""
     install(model, temperature=temperature)
     try:
         yield
@@ -148,7 +147,7 @@ def installed(model: Any, *, temperature: float = 1.0) -> Iterator[None]:
 
 
 def describe(model: Any) -> str:
-    """What of this model runs where."""
+    """Return which parts of this model run on which backend."""
     model = _base(model)
     active = model in _PATCHES and _PATCHES[model].active
     head = head_of(model)
@@ -156,7 +155,7 @@ def describe(model: Any) -> str:
     return "\n".join(
         [
             f"transformers {HOST.installed} (tested: {HOST.tested}), {type(model).__name__} "
-            f"{'with tokfuse' if active else 'as it is'}",
+            f"{'with tokfuse' if active else 'without tokfuse'}",
             f"  head {shape}, bias {head.bias is not None}, softcap {head.softcap}, "
             f"scale {head.logit_scale:g}: {where('linear_token_stats')}",
             f"  packed sequences: {packed_route(model)}",
@@ -167,7 +166,7 @@ def describe(model: Any) -> str:
 def _forward_of(model: Any, original: Callable[..., Any], temperature: float) -> Callable[..., Any]:
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-    # By the names of this version: `past_key_values` is `cache` from 5.24 on.
+    # Take the names from the installed version: `past_key_values` is called `cache` from 5.24 on.
     passed_on = {f.name for f in fields(CausalLMOutputWithPast)} & {f.name for f in fields(BaseModelOutputWithPast)}
 
     @functools.wraps(original)
@@ -205,12 +204,12 @@ def _forward_of(model: Any, original: Callable[..., Any], temperature: float) ->
 def _labelled_stats(
     model: Any, hidden: torch.Tensor, target: torch.Tensor, temperature: float
 ) -> tuple[TokenStats, torch.Tensor]:
-    """Statistics of the rows with a label, and (batch, length) bool: which those are."""
+    """Return the statistics of the rows with a label, and a mask of those rows, (batch, length) bool."""
     if hidden.shape[:2] != target.shape:
         raise refuse(
             OP,
             "labels",
-            f"of shape (batch, length) = {tuple(hidden.shape[:2])} like the hidden states",
+            f"of shape (batch, length) = {tuple(hidden.shape[:2])} to match the hidden states",
             tuple(target.shape),
             "Pad labels of soft prompts with -100.",
         )
@@ -256,10 +255,10 @@ def _check_forward(model: Any, kwargs: dict[str, Any]) -> None:
 def compute_loss_func(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """`Trainer(compute_loss_func=...)`: next-token cross-entropy of `outputs.logits`.
+    """Return the next-token cross-entropy of `outputs.logits`, for `Trainer(compute_loss_func=...)`.
 
-    Equal to the model's own loss; the logits are read once, in their dtype, and their gradient is
-    the only other tensor of their size.
+    It equals the model's own loss. The logits are read once, in their dtype; their gradient is the only other tensor
+    of their size.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     return causal_lm_loss(logits, labels, logits.shape[-1], num_items_in_batch)
@@ -274,14 +273,19 @@ def causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`model.loss_function = ...`: the arguments of transformers' ForCausalLMLoss.
+    """Return the loss, with the arguments of transformers' ForCausalLMLoss, for `model.loss_function = ...`.
 
-    loss = -sum log p(label) / num_items_in_batch, without it the mean; a batch without a label
-    gives 0 with zero gradient (transformers: NaN). kwargs: what the model was called with.
+    loss = -sum log p(label) / num_items_in_batch; without num_items_in_batch, the mean. A batch without a label gives 0
+    with zero gradient (transformers: NaN).
 
     Args:
-        logits: (batch, length, vocab). labels: (batch, length), shifted here; or
-        shift_labels: (batch, length), scored in place. ignore_index marks rows to leave out.
+        logits: (batch, length, vocab).
+        labels: (batch, length), shifted by this function. Or pass shift_labels.
+        vocab_size: size of the vocabulary.
+        num_items_in_batch: number of labels over all micro-batches and ranks. None: of this batch.
+        ignore_index: label of rows to leave out.
+        shift_labels: (batch, length), already shifted.
+        kwargs: other arguments of the model call; ignored.
     """
     if shift_labels is None:
         if labels is None:
@@ -300,13 +304,13 @@ def causal_lm_loss(
 
 
 def _base(model: Any) -> Any:
-    """The transformers model under PEFT's wrapper."""
+    """Return the transformers model inside PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of a plain linear layer, or of one under PEFT, with what the adapters add."""
-    if hasattr(head, "modules_to_save"):  # a trained copy of the whole layer
+    """Return weight and bias of a linear layer. With PEFT, the weight includes the adapters."""
+    if hasattr(head, "modules_to_save"):  # PEFT trains a copy of the whole layer
         active = head.active_adapters
         if head.disable_adapters or not active:
             return _weight_and_bias(head.original_module)
@@ -326,7 +330,7 @@ def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise refuse(
             f"{OP}.head_of",
             "lm_head.weight",
-            "a plain tensor inside the forward (a gathered shard would get gradients that are not averaged over ranks)",
+            "a plain tensor inside the forward (the gradient of a gathered shard would not be averaged over ranks)",
             "a DTensor",
             "Shard the lm_head with the root unit of FSDP2.",
         )
@@ -334,7 +338,7 @@ def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """weight + the scaled products of the active adapters, differentiable in them."""
+    """Return weight + the scaled products of the active adapters, differentiable in the adapters."""
     if layer.disable_adapters or layer.merged:
         return weight
     for name in layer.active_adapters:
@@ -352,14 +356,14 @@ def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_adapter(want: str, actual: str) -> ValueError:
-    return refuse(f"{OP}.head_of", "the adapter of lm_head", want, actual, "Take lm_head out of target_modules.")
+    return refuse(f"{OP}.head_of", "the adapter of lm_head", want, actual, "Remove lm_head from target_modules.")
 
 
 # ------------------------------------------------------------------------------------------ packed
 
 
 def packed_route(model: Any) -> str:
-    """How `packed_hidden` runs: "flash_attention_2, no padding" or "padded"."""
+    """Return how `packed_hidden` runs: "flash_attention_2, no padding" or "padded"."""
     from transformers.utils import is_flash_attn_2_available
 
     wanted = _base(model).config.get_text_config()._attn_implementation
@@ -368,14 +372,16 @@ def packed_route(model: Any) -> str:
 
 
 def packed_hidden(model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """(tokens, hidden): final hidden states of packed sequences, each of which sees itself only.
+    """Return the final hidden states of packed sequences, (tokens, hidden). A sequence attends only to itself.
 
-    With attn_implementation="flash_attention_2" and flash-attn there, one row of all tokens with
-    their borders; otherwise the sequences are padded to the longest for the forward, and packed
-    again: same numbers, batch * longest rows in the transformer.
+    With attn_implementation="flash_attention_2" and flash-attn installed, the forward gets one row with all tokens and
+    their offsets. Otherwise the sequences are padded to the longest for the forward, and packed again: the numbers are
+    the same, but the transformer computes batch * longest rows.
 
     Args:
-        input_ids: (tokens,), int64. cu_seqlens: (seqs + 1,), int32.
+        model: a causal language model.
+        input_ids: (tokens,), int64.
+        cu_seqlens: (seqs + 1,), int32, offsets of the sequences.
     """
     base = _base(model).base_model
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
@@ -389,7 +395,7 @@ def packed_hidden(model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor)
         packed: torch.Tensor = out.last_hidden_state[0]
         return packed
     rows = torch.arange(longest, device=input_ids.device) < lengths.unsqueeze(1)
-    rows = rows[lengths > 0]  # an all-masked row has no attention
+    rows = rows[lengths > 0]  # attention over a fully masked row is undefined
     ids = input_ids.new_zeros(rows.shape).masked_scatter(rows, input_ids)
     out = base(input_ids=ids, attention_mask=rows.long(), use_cache=False)
     padded: torch.Tensor = out.last_hidden_state[rows]
@@ -399,11 +405,17 @@ def packed_hidden(model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor)
 def packed_token_stats(
     model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float = 1.0
 ) -> tuple[TokenStats, torch.Tensor]:
-    """Statistics of every next token of packed sequences, without padding and without logits.
+    """Return the statistics of every next token of packed sequences, without padding and without logits.
+
+    Args:
+        model: a causal language model of a supported type.
+        input_ids: (tokens,), int64.
+        cu_seqlens: (seqs + 1,), int32, offsets of the sequences.
+        temperature: divisor of the logits.
 
     Returns:
-        TokenStats over (tokens - sequences that are not empty) rows, and their (seqs + 1,) int32
-        borders: a sequence of n tokens gives n - 1 rows, the predictions of its tokens 1 to n - 1.
+        TokenStats with (tokens - number of non-empty sequences) rows, and their offsets, (seqs + 1,) int32. A sequence
+        of n tokens gives n - 1 rows, the predictions of its tokens 1 to n - 1.
     """
     hidden = packed_hidden(model, input_ids, cu_seqlens)
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]

@@ -1,4 +1,4 @@
-"""What every adapter shares: the tested versions of a host, and attributes that can be put back."""
+"""Shared by all adapters: the tested versions of a host, and attributes that can be replaced and restored."""
 
 import functools
 import importlib.metadata
@@ -19,9 +19,9 @@ class Host:
     """A library that an adapter plugs into.
 
     Args:
-        name: its distribution.
-        low: first (major, minor) that works; an older one is known to break and raises an error.
-        high: last (major, minor) that was tested; a newer one works with a warning.
+        name: name of its distribution.
+        low: first (major, minor) version that works. An older one is known to break and raises an error.
+        high: last (major, minor) version that was tested. A newer one works with a warning.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Host:
 
     @property
     def installed(self) -> str | None:
-        """Its version here, or None."""
+        """The version that is installed, or None."""
         try:
             return importlib.metadata.version(self.name)
         except importlib.metadata.PackageNotFoundError:
@@ -38,21 +38,21 @@ class Host:
 
     @property
     def tested(self) -> str:
-        """The tested range, for messages."""
+        """The range of tested versions, for messages."""
         low, high = (".".join(map(str, v)) for v in (self.low, self.high))
         return f"{low}.*" if low == high else f"{low} to {high}"
 
     def require(self, op: str) -> str:
-        """The installed version. Raises if it is known to break; warns once if it was not tested."""
+        """Return the installed version. Raise an error if it is too old; warn once if it was not tested."""
         version = self.installed
         next_step = f"Install {self.name} {self.tested}."
         if version is None:
             raise refuse(op, self.name, "installed", "nothing", next_step)
         found = re.match(r"(\d+)\.(\d+)", version)
         if found is None or (int(found[1]), int(found[2])) < self.low:
-            raise refuse(op, self.name, f"{self.tested} (the adapter needs internals of it)", version, next_step)
+            raise refuse(op, self.name, f"{self.tested} (the adapter uses its internals)", version, next_step)
         if (int(found[1]), int(found[2])) > self.high:
-            _warn_untested(f"tokfuse was tested with {self.name} {self.tested} and runs here with {version}.")
+            _warn_untested(f"tokfuse was tested with {self.name} {self.tested}; version {version} is installed.")
         return version
 
 
@@ -62,7 +62,7 @@ def _warn_untested(message: str) -> None:
 
 
 class Rebinding:
-    """Attributes of a host replaced together, and put back together."""
+    """Attributes of a host that are replaced together and restored together."""
 
     def __init__(self, op: str) -> None:
         self._op = op
@@ -70,23 +70,23 @@ class Rebinding:
 
     @property
     def active(self) -> bool:
-        """True between the first `set` and `restore`."""
+        """Whether attributes are replaced, between the first `set` and `restore`."""
         return bool(self._saved)
 
     def set(self, owner: object, name: str, value: object) -> None:
-        """owner.name = value, remembered; an attribute that is not there is refused."""
+        """Set owner.name = value and remember the old value. Raise an error if there is no such attribute."""
         before, inherited = getattr(owner, name), name not in vars(owner)
         setattr(owner, name, value)
         self._saved.append((owner, name, before, value, inherited))
 
     def restore(self) -> None:
-        """Every attribute is the object that it was; refused, whole, where somebody came after."""
+        """Restore every attribute. Raise an error, and restore none, if another patch replaced one later."""
         for owner, name, _, ours, _ in self._saved:
             if getattr(owner, name) is not ours:
                 raise refuse(
                     self._op,
                     f"{_label(owner)}.{name}",
-                    "still the one that was installed",
+                    "the one that tokfuse installed",
                     repr(getattr(owner, name)),
                     "Undo the later patch first.",
                 )
@@ -103,7 +103,7 @@ def _label(owner: object) -> str:
 
 
 def runs_on(op: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that `op` would take for such a tensor, or why there is none."""
+    """Return the backend that `op` uses for a tensor on this device, or why there is none."""
     try:
         return select(op, device, dtype, frozenset()).backend
     except BackendUnavailable as error:
@@ -111,7 +111,7 @@ def runs_on(op: str, device: str, dtype: torch.dtype) -> str:
 
 
 def where(op: str) -> str:
-    """`op (cpu: cpu, cuda: triton)`: the backend for bfloat16 on each device of this machine."""
+    """Return `op (cpu: cpu, cuda: triton)`: the backend for bfloat16 on each device of this machine."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = [f"{device}: {runs_on(op, device, torch.bfloat16)}" for device in devices]
     return f"{op} ({', '.join(rows)})"

@@ -1,22 +1,21 @@
-"""TRL 1.16: its per-token head and its logits op on tokfuse's kernels, for all of its trainers.
+"""TRL 1.16: runs its per-token head and its logits op on tokfuse's kernels, for all of its trainers.
 
     from tokfuse.integrations import trl
     trl.install()                # GRPO, RLOO, DPO, KTO, SFT, ...: same options, numbers, metrics
-    trl.uninstall()              # every attribute is again the object that it was
+    trl.uninstall()              # restores every attribute
     with trl.installed(): ...    # the same, scoped
 
-`trl.FusedGRPOTrainer` goes further: the whole policy loss is one `tokfuse.policy_step`.
+`trl.FusedGRPOTrainer` goes further: it computes the whole policy loss in one `tokfuse.policy_step`.
 
-What is replaced, in `trl.trainer.utils`, where every trainer finds it:
-* `_ChunkedLogProbFunction`, the head: `tokfuse.linear_token_stats`.
-* `_use_triton`, by which TRL decides to score labelled rows alone: also on a CPU.
-* `_fused_logprob_entropy` and `_supports_trl_loss_kernel`, the logits op: `tokfuse.token_stats`,
-  also on a CPU. Without triton TRL has no such seam, and its own torch code stays.
+These attributes of `trl.trainer.utils`, where every trainer looks them up, are replaced:
+* `_ChunkedLogProbFunction`, the head: by `tokfuse.linear_token_stats`.
+* `_use_triton`, which decides whether TRL scores only labelled rows: it now does so on a CPU too.
+* `_fused_logprob_entropy` and `_supports_trl_loss_kernel`, the logits op: by `tokfuse.token_stats`, on a CPU too.
+  Without triton, TRL does not have these two attributes and keeps its own torch code.
 
-Numerics: float32 statistics, equal to TRL's to rounding. Two definitions differ: `is_top1` counts a
-tie with another token (TRL: only with a later one), and under autocast the gradient of a float32
-head is rounded once to the autocast dtype, as in torch's own linear layer. Labels' rows whose
-incoming gradient is zero are not computed again in the backward.
+Numerics: float32 statistics, equal to TRL's up to rounding. Two definitions differ. `is_top1` is also true for a tie
+with an earlier token (TRL: only with a later one). Under autocast, the gradient of a float32 head is rounded once to
+the autocast dtype, as in torch's linear layer. The backward skips labelled rows whose incoming gradient is zero.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ __all__ = ["FusedGRPOTrainer", "describe", "install", "installed", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "FusedGRPOTrainer":  # a subclass of TRL's: made when it is asked for
+    if name == "FusedGRPOTrainer":  # a subclass of TRL's trainer, imported on first use
         from tokfuse.integrations.trl_trainer import FusedGRPOTrainer
 
         return FusedGRPOTrainer

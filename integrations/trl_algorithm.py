@@ -1,8 +1,8 @@
 """A method of `tokfuse.algorithms` inside TRL's GRPO loop.
 
-TRL samples, scores and buffers; the method gives advantages, selection and loss. What `prepare`
-finds for the whole rollout travels through TRL's shuffle and its split into micro-batches as padded
-tensors under names of our own.
+TRL samples, scores and buffers. The method computes advantages, selection and loss. TRL shuffles a rollout and splits
+it into micro-batches; the results of `prepare` for the whole rollout go through this as padded tensors whose names
+start with `PREFIX`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PREFIX = "tokfuse/"
 COUNT = PREFIX + "count"
 STATE_FILE = "tokfuse_algorithm.pt"
 
-# Options of GRPOConfig that the method takes the place of: left at their defaults, or refused.
+# Options of GRPOConfig that the method replaces. A value that is not the default raises an error.
 REPLACED = (
     "loss_type",
     "importance_sampling_level",
@@ -56,15 +56,15 @@ LossAndScores = tuple[torch.Tensor, Any]
 
 
 class Method:
-    """One method, its state, and its place in a trainer.
+    """A method and its state inside a trainer.
 
-    The loss is divided by the count of the accumulation window: the method's own denominator over
-    the rollout of all ranks, times accumulation steps per rollout step, as TRL's dapo does.
+    The loss is divided by the count of the accumulation window: the method's own denominator over the rollout of all
+    ranks, times (accumulation steps / steps per rollout), as in TRL's dapo.
 
     Args:
         algorithm: name or instance.
         trainer: a `FusedGRPOTrainer`, after TRL's own initialisation.
-        solved_above: a response with more reward than this is a right one, for methods that ask.
+        solved_above: a response is correct if its reward is above this value, for methods that need `correct`.
     """
 
     def __init__(self, algorithm: str | Algorithm, trainer: Any, solved_above: float) -> None:
@@ -73,12 +73,12 @@ class Method:
         self.state: State = self.algorithm.initial_state()
         self._solved = solved_above
         self._level = "sequence"
-        self._rollout: Batch | None = None  # the one in use, for `advance`
+        self._rollout: Batch | None = None  # the rollout in use, for `advance`
         self._measured: dict[str, torch.Tensor] = {}
         self._rewards: torch.Tensor | None = None
 
     def describe(self) -> str:
-        """The method, and how many calls its loss takes."""
+        """Return the name of the method, and how many calls its loss takes."""
         calls = "statistics, then policy_loss" if self.algorithm.needs_policy else "one policy_step"
         return f"algorithm {self.algorithm.name or type(self.algorithm).__name__}: {calls}"
 
@@ -86,7 +86,7 @@ class Method:
 
     @contextlib.contextmanager
     def watching_rewards(self, trainer: Any) -> Iterator[None]:
-        """Keeps what TRL's reward functions give; TRL returns advantages only."""
+        """Context manager: keep the results of TRL's reward functions, because TRL returns advantages only."""
         score = trainer._calculate_rewards
 
         def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Method:
             yield
 
     def prepare(self, trainer: Any, out: dict[str, Any]) -> dict[str, Any]:
-        """TRL's rollout with the method's advantages and selection beside it."""
+        """Return TRL's rollout with the method's advantages and selection added."""
         training = trainer.model.training
         size = trainer.args.per_device_train_batch_size if training else (trainer.args.per_device_eval_batch_size)
         with torch.no_grad():
@@ -133,7 +133,7 @@ class Method:
             raise refuse(
                 OP,
                 "the sequences of a rank",
-                f"whole groups of {group} (the method's baseline is a group's)",
+                f"whole groups of {group} (the method computes a baseline per group)",
                 seqs,
                 "Change per_device_train_batch_size or steps_per_generation.",
             )
@@ -145,7 +145,7 @@ class Method:
         sampler = out.get("sampling_per_token_logps")
         if sampler is not None:
             packed = padding.pack(sampler)
-            sampler = torch.where(packed.isnan(), old, packed)  # unknown to vLLM: no correction
+            sampler = torch.where(packed.isnan(), old, packed)  # NaN: unknown to vLLM, so no correction
         ref = out.get("ref_per_token_logps")
         reward = rewards[first : first + seqs].float()
         return Batch(
@@ -168,7 +168,7 @@ class Method:
     # --------------------------------------------------------------------------------------- loss
 
     def loss(self, trainer: Any, model: Any, inputs: dict[str, Any], padding: Padding) -> LossAndScores:
-        """The loss of a micro-batch, and TRL's padded scores; metrics and state on the way."""
+        """Return the loss of a micro-batch, and TRL's padded scores. Metrics and state are updated."""
         values = {
             name.removeprefix(PREFIX): value
             for name, value in inputs.items()
@@ -217,17 +217,17 @@ class Method:
     # --------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: str) -> None:
-        """The state beside TRL's checkpoint."""
+        """Save the state in the folder of TRL's checkpoint."""
         torch.save(self.algorithm.state_dict(self.state), f"{folder}/{STATE_FILE}")
 
     def load(self, folder: str) -> None:
-        """The state of a checkpoint of the same method."""
+        """Load the state from a checkpoint of the same method."""
         saved = torch.load(f"{folder}/{STATE_FILE}", weights_only=True)
         self.state = self.algorithm.load_state_dict(saved)
 
 
 def padding_of(inputs: dict[str, Any]) -> tuple[Padding, torch.Tensor]:
-    """The completion tokens of TRL's batch, and (batch, length) bool: those that count."""
+    """Return the completion tokens of TRL's batch, and the counting ones, (batch, length) bool."""
     padding = Padding(inputs["completion_mask"].bool())
     if inputs.get("tool_mask") is None:
         return padding, padding.rows
@@ -239,7 +239,7 @@ def _check(algorithm: Algorithm, trainer: Any) -> None:
         raise refuse(
             OP,
             "algorithm",
-            "a method on tokens",
+            "a method that works on tokens",
             type(algorithm).__name__,
             "`python -m tokfuse algorithms` lists the methods.",
         )
@@ -249,32 +249,32 @@ def _check(algorithm: Algorithm, trainer: Any) -> None:
             raise refuse(
                 OP,
                 "algorithm",
-                "one loss per optimizer step, as TRL takes them",
-                f"{name}, which takes more",
-                "Run it as in examples/.",
+                "a method with one loss per optimizer step, which is all that TRL supports",
+                f"{name}, which has several",
+                "Write the loop yourself, as examples/train_grpo.py does.",
             )
     args = trainer.args
     defaults = {f.name: f.default for f in dataclasses.fields(args)}
     for option in REPLACED:
         given, default = getattr(args, option), defaults[option]
         if given != default:
-            want = f"its default {default!r} with algorithm={name!r}, which takes its place"
-            raise refuse(OP, option, want, repr(given), "Set it on the method.")
+            want = f"its default {default!r} with algorithm={name!r}, which replaces this option"
+            raise refuse(OP, option, want, repr(given), "Set the option of the method instead.")
     kl = getattr(algorithm, "kl", None)
     coef = 0.0 if kl is None else kl.coef
     if trainer.beta != coef:
-        want = f"{coef:g}, the coefficient of algorithm={name!r} (TRL loads the reference by it)"
-        raise refuse(OP, "beta", want, trainer.beta, "Set both to the same.")
+        want = f"{coef:g}, the KL coefficient of algorithm={name!r} (TRL loads the reference model if it is not 0)"
+        raise refuse(OP, "beta", want, trainer.beta, "Set both to the same value.")
 
 
 def _fields(batch: Batch) -> list[str]:
-    """The tensors of a prepared batch that a micro-batch needs."""
+    """Return the names of the tensors of a prepared batch that a micro-batch needs."""
     names = [*PER_SEQUENCE, *PER_TOKEN]
     return [name for name in names if getattr(batch, name) is not None and name != "logp"]
 
 
 def _finished(trainer: Any, out: dict[str, Any]) -> torch.Tensor:
-    """(batch,) bool: completions that end with an end-of-sequence token."""
+    """Return whether each completion ends with an end-of-sequence token, (batch,) bool."""
     ids, rows = out["completion_ids"], out["completion_mask"].bool()
     ends = torch.tensor([*trainer.eos_token_ids, trainer._tokenizer.pad_token_id], device=ids.device)
     last = (rows.sum(1) - 1).clamp(min=0)
@@ -288,7 +288,7 @@ def _world(accelerator: Any) -> World:
 
 
 def _log(trainer: Any, metrics: Metrics) -> None:
-    """TRL's names where the quantity is TRL's, over all ranks."""
+    """Log the metrics over all ranks, under TRL's names if TRL has the same quantity."""
     accelerator = trainer.accelerator
     sums = accelerator.reduce(metrics.sums, reduction="sum")
     low, high = SLOT["ratio_min"], SLOT["ratio_max"]

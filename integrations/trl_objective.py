@@ -1,10 +1,10 @@
-"""TRL's GRPO options as a `tokfuse.Objective` and its inputs, for TRL 1.16.
+"""Translates TRL's GRPO options to a `tokfuse.Objective` and its inputs, for TRL 1.16.
 
 loss = 1 / normalizer * sum over tokens of aggregation(
            weight * policy term + beta * KL - entropy_coef * entropy_weight * entropy)
 
-policy term: `loss_type` and `importance_sampling_level`; weight: the product of vLLM's importance
-ratio, the off-policy mask and the top-entropy mask, whichever are on.
+`loss_type` and `importance_sampling_level` select the policy term. The weight is the product of vLLM's importance
+ratio, the off-policy mask and the top-entropy mask, as far as they are enabled.
 """
 
 import math
@@ -20,7 +20,7 @@ from tokfuse.runtime.policy.shapes import Gamma, PPOClip, Shape, SigmoidGate, St
 
 OP = "FusedGRPOTrainer"
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-# loss_type -> aggregation; whatever the type, the denominator is `normalizer`'s business
+# loss_type -> aggregation; `normalizer` returns the denominator of each type
 AGGREGATIONS = {
     "grpo": "seq_mean_token_mean",
     "sapo": "seq_mean_token_mean",
@@ -31,9 +31,9 @@ AGGREGATIONS = {
     "dapo": "token_mean",
     "vespo": "token_mean",
 }
-WINDOW_MEAN = ("cispo", "dapo", "vespo")  # divided by the tokens of the accumulation window
+WINDOW_MEAN = ("cispo", "dapo", "vespo")  # these divide by the tokens of the accumulation window
 LEVELS = ("token", "sequence")
-# VESPO bounds the log of the sequence ratio from below by log(1e-8), its smallest weight.
+# VESPO's smallest weight is 1e-8, so it bounds the log of the sequence ratio from below by log(1e-8).
 VESPO_LOG_CLAMP = -math.log(1e-8)
 VESPO_LAMBDA_MIN = 1e-4
 
@@ -41,7 +41,7 @@ Inputs = Mapping[str, Any]
 
 
 def check(trainer: Any) -> None:
-    """Refuse what would not be honoured; builds the objective once, which checks its numbers."""
+    """Raise an error for options that are not supported. Building the objective checks the numbers."""
     if trainer.loss_type not in AGGREGATIONS:
         raise refuse(
             OP,
@@ -62,14 +62,15 @@ def check(trainer: Any) -> None:
 
 
 def corrects_sampler(trainer: Any) -> bool:
-    """True where the batch comes with vLLM's importance ratio."""
+    """Return whether the batch contains vLLM's importance ratio."""
     return bool(trainer.use_vllm and trainer.vllm_importance_sampling_correction)
 
 
 def adds_kl(trainer: Any) -> bool:
-    """True where the KL term is multiplied by another ratio than the policy term's token ratio.
+    """Return whether the KL term must be computed by `ratio_times_kl`, outside the objective.
 
-    That of the whole sequence, or of VESPO's that holds the sampler's: `ratio_times_kl` adds it.
+    This is the case if the KL term is multiplied by another ratio than the token ratio of the policy term: by the
+    sequence ratio, or by VESPO's ratio that includes the sampler's.
     """
     if trainer.beta == 0.0 or not trainer.args.use_bias_correction_kl:
         return False
@@ -78,7 +79,7 @@ def adds_kl(trainer: Any) -> bool:
 
 
 def objective(trainer: Any, entropy_coef: float) -> Objective:
-    """The objective of the trainer's options."""
+    """Return the objective for the trainer's options."""
     kl = None
     if trainer.beta != 0.0 and not adds_kl(trainer):
         estimator = "ratio_k3" if trainer.args.use_bias_correction_kl else "k3"
@@ -112,7 +113,7 @@ def _shape(trainer: Any) -> Shape:
 
 
 def entropy_coef(trainer: Any) -> float:
-    """The bonus in force: TRL switches the adaptive one off above its target."""
+    """Return the current entropy coefficient. TRL disables an adaptive bonus above its target."""
     if not trainer._entropy_bonus_enabled:
         return 0.0
     if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
@@ -121,13 +122,13 @@ def entropy_coef(trainer: Any) -> float:
 
 
 def accumulation(trainer: Any) -> float:
-    """What TRL divides a micro-batch's mean by."""
+    """Return the number of micro-batches by which TRL divides the mean of each."""
     training = trainer.model.training
     return float(trainer.current_gradient_accumulation_steps) if training else 1.0
 
 
 def normalizer(trainer: Any, inputs: Inputs, mask: torch.Tensor) -> float | torch.Tensor:
-    """TRL's denominator. Sequences without a token count, as in TRL. mask: (batch, length)."""
+    """Return TRL's denominator. It includes sequences without a token, as in TRL. mask: (batch, length)."""
     steps, batch = accumulation(trainer), mask.shape[0]
     if trainer.loss_type in WINDOW_MEAN:
         items: torch.Tensor = inputs["num_items_in_batch"].clamp(min=1.0)
@@ -150,13 +151,15 @@ def policy_inputs(
     weights: tuple[torch.Tensor, ...] = (),
     entropy_mask: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of `policy_step`, all but the model's.
+    """Return the keyword arguments of `policy_step`, except those of the model.
 
     Args:
-        inputs: TRL's micro-batch. padding: its completion tokens.
+        trainer: the trainer, for its options.
+        inputs: TRL's micro-batch.
+        padding: the completion tokens of the micro-batch.
         mask: (batch, length) bool, the tokens that count.
         weights: factors of the policy term, (batch, length) or (batch, 1).
-        entropy_mask: (batch, length) bool, the tokens that the bonus acts on. None: those of mask.
+        entropy_mask: (batch, length) bool, the tokens that the entropy bonus applies to. None: `mask`.
     """
     advantage = inputs["advantages"]
     old_logp, ref_logp = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
@@ -167,9 +170,9 @@ def policy_inputs(
                 raise refuse(
                     OP,
                     "old_per_token_logps",
-                    "given where the sampler is corrected for",
+                    "given if vLLM's importance ratio is used",
                     "None",
-                    "TRL computes them with vLLM; keep them.",
+                    "TRL computes them together with vLLM; do not remove them.",
                 )
             old_logp = _with_sampler(old_logp, ratio, mask)
         else:
@@ -197,9 +200,9 @@ def policy_inputs(
 
 
 def _with_sampler(old: torch.Tensor, ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Old log-probabilities whose sequence ratio is TRL's: log(current / old) + log(old / sampler).
+    """Return old log-probabilities whose sequence ratio is TRL's: log(current / old) + log(old / sampler).
 
-    TRL adds the sum of the second over the whole row, so each token that counts takes a share.
+    TRL adds the sum of the second term over the whole row, so each counting token gets an equal share of it.
     """
     total = ratio.log().clamp(-VESPO_LOG_CLAMP, 20.0).sum(-1, keepdim=True)
     return old - total / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -208,7 +211,7 @@ def _with_sampler(old: torch.Tensor, ratio: torch.Tensor, mask: torch.Tensor) ->
 def _entropy_weight(
     trainer: Any, mask: torch.Tensor, acts_on: torch.Tensor, divisor: float | torch.Tensor
 ) -> torch.Tensor:
-    """TRL's bonus is a mean over its own tokens, whatever the policy term is divided by."""
+    """Return the weight that makes the bonus a mean over its own tokens, as in TRL, for any denominator."""
     weight = acts_on.float() * (divisor / (acts_on.sum().clamp(min=1) * accumulation(trainer)))
     if AGGREGATIONS[trainer.loss_type] == "seq_mean_token_mean":
         weight = weight * mask.sum(-1, keepdim=True)
@@ -216,9 +219,9 @@ def _entropy_weight(
 
 
 def ratio_times_kl(trainer: Any, inputs: Inputs, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """beta * ratio * k3, aggregated and divided as the policy term; () with gradient.
+    """Return beta * ratio * k3, aggregated and divided like the policy term, (), with gradient.
 
-    logps: (batch, length), with gradient. The ratio has its gradient, too (DeepSeek-V3.2).
+    logps: (batch, length), with gradient. The ratio has a gradient too (DeepSeek-V3.2).
     """
     old, ref = inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"]
     log_ratio = torch.where(mask, logps - (logps.detach() if old is None else old), 0.0)

@@ -1,6 +1,6 @@
-"""The places of TRL's utilities that tokfuse replaces: the per-token head and the logits op.
+"""The attributes of TRL's utilities that tokfuse replaces: the per-token head and the logits op.
 
-`tokfuse.integrations.trl` says which attributes these are, and how the numbers compare.
+The docstring of `tokfuse.integrations.trl` lists them and compares the numbers.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from tokfuse.runtime.ops import policy_step  # noqa: F401  (registers the backen
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.token_stats import token_stats
 
-HOST = Host("trl", (1, 16), (1, 16))  # the head of 1.15 has other outputs
+HOST = Host("trl", (1, 16), (1, 16))  # the head of 1.15 has different outputs
 OP = "integrations.trl"
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-MEAN_ROWS = 256  # rows of logits at a time for the mean under a softcap
+MEAN_ROWS = 256  # rows of logits computed at a time for the mean with a softcap
 
 _INSTALLED = Rebinding(f"{OP}.uninstall")
 
@@ -27,7 +27,7 @@ PerToken = tuple[torch.Tensor | None, ...]
 
 
 def install() -> None:
-    """Put tokfuse's ops under every TRL trainer of this process; a second call changes nothing.
+    """Replace the ops of every TRL trainer of this process with tokfuse's. Calling it again has no effect.
 
     Raises:
         ValueError: TRL is missing, or older than the tested versions.
@@ -38,17 +38,17 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Every attribute of TRL is again the object that it was; without `install`, nothing.
+    """Restore every attribute of TRL. Without `install`, this has no effect.
 
     Raises:
-        ValueError: somebody patched the same attributes since; nothing is put back then.
+        ValueError: other code has patched the same attributes since; nothing is restored then.
     """
     _INSTALLED.restore()
 
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """`install` on entry, `uninstall` on exit; inside an installed process, nothing."""
+    """Context manager: `install` on entry, `uninstall` on exit. If already installed, it has no effect."""
     if _INSTALLED.active:
         yield
         return
@@ -60,7 +60,7 @@ def installed() -> Iterator[None]:
 
 
 def describe() -> str:
-    """What is replaced here, and the backend that each op takes for bfloat16."""
+    """Return what is replaced, and the backend that each op uses for bfloat16."""
     version = HOST.installed or "not installed"
     state = "installed" if _INSTALLED.active else "not active"
     lines = [f"trl {version} (tested: {HOST.tested}), tokfuse {state}"]
@@ -74,7 +74,7 @@ def _describe_logits_op() -> str:
     if HOST.installed is None:
         return "TRL is not installed"
     if not hasattr(_utils(), "_fused_logprob_entropy"):
-        return "TRL's own torch code (it has no seam without triton)"
+        return "TRL's own torch code (without triton, TRL has no attribute to replace)"
     return where("token_stats")
 
 
@@ -86,7 +86,7 @@ def _utils() -> ModuleType:
 
 
 class Head:
-    """Takes the place of TRL's autograd function: only `apply` is used of it."""
+    """Replacement of TRL's autograd function, of which TRL uses only `apply`."""
 
     def __init__(self, apply: Callable[..., PerToken]) -> None:
         self.apply = apply
@@ -103,7 +103,7 @@ def _bind(into: Rebinding, head: Head) -> None:
 
 @contextlib.contextmanager
 def rebound(head: Head) -> Iterator[None]:
-    """TRL's seams on tokfuse for one call, with this head; then as they were before."""
+    """Context manager: TRL's attributes on tokfuse with this head; restored on exit."""
     binding = Rebinding(OP)
     try:
         _bind(binding, head)
@@ -116,7 +116,7 @@ def rebound(head: Head) -> Iterator[None]:
 
 
 def _labelled_rows_only(device: torch.device) -> bool:
-    """TRL's question whether to score only rows with a label; else it scores every position."""
+    """Answer TRL's question whether to score only rows with a label, instead of every position."""
     return device.type in ("cpu", "cuda", "xpu")
 
 
@@ -131,20 +131,24 @@ def token_head(
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = OUTPUTS,
 ) -> PerToken:
-    """What TRL's `ChunkedLogProbFunction.apply` returns: one (N,) tensor for each of `OUTPUTS`.
+    """Return what TRL's `ChunkedLogProbFunction.apply` returns: one (N,) tensor for each name in `OUTPUTS`.
 
     Args:
-        hidden, weight, bias: (N, H), (V, H), (V,); under autocast taken in its dtype.
+        hidden: (N, H), converted to the autocast dtype under autocast, like weight and bias.
+        weight: (V, H).
+        bias: (V,) or None.
         targets: (N,), int64.
-        chunk_size: TRL's width of a vocabulary tile; not used, `linear_token_stats` has a budget.
-        final_logit_softcapping, logit_scale, temperature: as `softcap`, ... of `token_stats`.
-        outputs: the names wanted; None stands for the others. log_probs always come.
+        temperature: divisor of the logits.
+        chunk_size: TRL's width of a vocabulary tile. Ignored, because `linear_token_stats` has a memory budget.
+        final_logit_softcapping: cap of the tanh soft-cap, or None.
+        logit_scale: factor of the logits before the cap.
+        outputs: names of the required outputs; the others are None. log_probs are always returned.
 
-    Gradients: log_probs and entropy, as TRL's.
+    Gradients: log_probs and entropy, as in TRL.
     """
     for name in outputs:
         if name not in OUTPUTS:
-            raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name), "This TRL asks for something newer.")
+            raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name), "This TRL is not supported yet.")
     hidden, weight, bias = operands(hidden, weight, bias)
     options: dict[str, Any] = {"temperature": temperature, "softcap": final_logit_softcapping}
     stats = linear_token_stats(hidden, weight, targets, bias=bias, logit_scale=logit_scale, **options)
@@ -162,12 +166,12 @@ def token_head(
 def operands(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The three in the dtype that TRL computes in; without gradient where none is recorded."""
+    """Return the tensors in TRL's compute dtype; detached if gradients are disabled."""
     if hasattr(weight, "ds_id"):
         raise refuse(
             OP,
             "lm_head.weight",
-            "a whole parameter",
+            "a full parameter",
             "a DeepSpeed ZeRO-3 partition",
             "Use FSDP2, ZeRO-2, or uninstall tokfuse.",
         )
@@ -190,7 +194,7 @@ def _mean_logits(
     temperature: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """(N,) mean over the vocabulary; without a softcap linear, so it needs no logits."""
+    """Return the mean over the vocabulary, (N,). Without a softcap it is linear and needs no logits."""
     h, scale = hidden.float(), logit_scale / temperature
     if softcap is None:
         mean = h @ weight.mean(0, dtype=torch.float32)
@@ -209,23 +213,26 @@ def _mean_logits(
 def supports_logits(
     logits: torch.Tensor, index: torch.Tensor | None = None, row_mask: torch.Tensor | None = None
 ) -> bool:
-    """TRL's question whether its fused op takes these; what it does not, TRL's torch code does."""
+    """Answer TRL's question whether its fused op supports these tensors. If not, TRL uses its torch code."""
     if logits.device.type not in ("cpu", "cuda") or logits.shape[-1] == 0:
         return False
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
     if index is not None and (index.shape != logits.shape[:-1] or index.is_floating_point()):
-        return False  # TRL also gathers several tokens per position
+        return False  # TRL can also gather several tokens per position
     return row_mask is None or (index is not None and row_mask.shape == index.shape)
 
 
 def logits_op(
     logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0, row_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probabilities, entropies), float32, of the shape of `index`; 0 where row_mask is 0.
+    """Return (log-probabilities, entropies), float32, with the shape of `index`; 0 where row_mask is 0.
 
     Args:
-        logits: (..., V). index: (...), integer. row_mask: (...), 0 skips the row.
+        logits: (..., V).
+        index: (...), integer, the token of each row.
+        temperature: divisor of the logits.
+        row_mask: (...), 0 skips the row. None: no row is skipped.
     """
     stats = token_stats(
         logits.reshape(-1, logits.shape[-1]),

@@ -1,10 +1,11 @@
 """TRL's GRPOTrainer with its policy loss in one pass over the lm_head.
 
-TRL runs the model with a fused head that returns per-token log-probabilities, then forms the loss
-from them in torch, then goes through the head again in the backward. Here the head itself is
-`tokfuse.policy_step`: TRL's forward calls it with the hidden states and the weight, inside whatever
-DDP, FSDP or PEFT wrap around the model, and the gradients are formed there. TRL's own code, fed the
-log-probabilities without gradient, then computes TRL's own metrics.
+TRL runs the model with a fused head that returns per-token log-probabilities. It computes the loss from them in torch,
+and uses the head a second time in the backward.
+
+Here the head is `tokfuse.policy_step`. TRL's forward calls it with the hidden states and the weight, inside DDP, FSDP
+or PEFT wrappers of the model, and it computes the gradients in the forward. TRL's own code then gets the
+log-probabilities without gradient and computes TRL's metrics.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class PolicyHead(host.Head):
-    """TRL's head as one policy step; `step` is what it gave."""
+    """TRL's head as one policy step. `step` is its result."""
 
     def __init__(self, inputs: dict[str, Any]) -> None:
         super().__init__(self._run)
@@ -75,8 +76,10 @@ class PolicyHead(host.Head):
 
 
 class _Carry(torch.autograd.Function):
-    """`logp` unchanged, but connected to `loss`: DDP looks for unused parameters in a forward's
-    outputs, and the loss is not one of them."""
+    """Return `logp` unchanged, but connected to `loss`.
+
+    DDP searches the outputs of a forward for unused parameters, and the loss is not one of these outputs.
+    """
 
     @staticmethod
     def forward(ctx: Any, logp: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -88,25 +91,25 @@ class _Carry(torch.autograd.Function):
 
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer, its policy loss through `tokfuse.policy_step`; options, metrics are TRL's.
+    """TRL's GRPOTrainer with its policy loss in `tokfuse.policy_step`. Options and metrics are TRL's.
 
-    Every `loss_type`, importance sampling level and correction of TRL 1.16, equal to TRL's loss and
-    gradients to float32 rounding. `top_entropy_quantile`, `off_policy_mask_threshold`, a
-    bias-corrected KL under a sequence's ratio, and float16 scaling take two calls (statistics, then
-    `policy_loss`): they look at the policy before the loss, add a term that the objective does not
-    have, or scale gradients that must not be formed unscaled.
+    It supports every `loss_type`, importance sampling level and correction of TRL 1.16. Loss and gradients equal TRL's
+    up to float32 rounding.
+
+    Some options take two calls, statistics and then `policy_loss`: `top_entropy_quantile`,
+    `off_policy_mask_threshold`, a bias-corrected KL with a sequence ratio, and float16 scaling. They read the policy
+    before the loss, add a term that the objective does not have, or scale the loss before any gradient is computed.
 
     Args:
-        algorithm: a method of `tokfuse.algorithms`, its name or an instance. It takes the place of
-            TRL's advantages, loss_type and their options; rewards, generation, the reference model
-            (set beta to the method's KL coefficient) and the optimizer stay TRL's. None: TRL's own
-            loss.
-        solved_above: with an algorithm: a response whose reward is above this counts as right.
-        others: as in `trl.GRPOTrainer`.
+        algorithm: a method of `tokfuse.algorithms`, as a name or an instance. It replaces TRL's advantages,
+            loss_type and their options. Rewards, generation, the optimizer and the reference model remain TRL's (set
+            beta to the method's KL coefficient). None: TRL's own loss.
+        solved_above: with an algorithm: a response is correct if its reward is above this value.
+        args, kwargs: all other arguments of `trl.GRPOTrainer`.
 
     Raises:
-        ValueError: a TRL older than the tested versions, an option that would not be honoured, a method that needs what
-            TRL does not have.
+        ValueError: a TRL older than the tested versions, an unsupported option, or a method whose inputs TRL does not
+            have.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             self._method = trl_algorithm.Method(algorithm, self, solved_above)
 
     def describe(self) -> str:
-        """How this trainer's loss runs, and on which backends."""
+        """Return how this trainer computes its loss, and on which backends."""
         if self._method is not None:
             route = self._method.describe()
         else:
@@ -133,14 +136,14 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     @property
     def _looks_first(self) -> bool:
-        """True where the loss needs the policy's statistics before it can be stated."""
+        """Whether the loss needs statistics of the policy before it can be computed."""
         masks = self.top_entropy_quantile < 1.0 or self.off_policy_mask_threshold is not None
         return bool(masks or trl_objective.adds_kl(self) or self.args.fp16)
 
     # -------------------------------------------------------------------------- TRL's entry points
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Scores:
-        """TRL's, with its head on tokfuse; inside `_replayed`, the scores that there are."""
+        """Run TRL's method with its head on tokfuse. Inside `_replayed`, return the existing scores."""
         if self._scores is not None:
             return self._scores
         with host.rebound(self._head or host.Head(host.token_head)):
@@ -148,7 +151,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return scores
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's rollout; a method of tokfuse adds its advantages, in TRL's padded layout."""
+        """Run TRL's rollout. With a method of tokfuse, add its advantages in TRL's padded layout."""
         if self._method is None:
             out: dict[str, Any] = super()._generate_and_score_completions(inputs)
             return out
@@ -157,7 +160,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return self._method.prepare(self, out)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """The loss of a micro-batch, its gradient formed already; TRL's metrics on the way."""
+        """Return the loss of a micro-batch, with its gradient already computed. TRL's metrics are updated."""
         padding, mask = trl_algorithm.padding_of(inputs)
         if self._method is not None:
             loss, scores = self._method.loss(self, model, inputs, padding)
@@ -179,7 +182,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     # ----------------------------------------------------------------------------------- the loss
 
     def step(self, model: Any, inputs: dict[str, Any], given: dict[str, Any]) -> tuple[PolicyStep, Scores]:
-        """One policy step inside the model's forward, and TRL's padded scores."""
+        """Run one policy step inside the model's forward. Return it, and TRL's padded scores."""
         head = PolicyHead(given)
         scores = self.scores(model, inputs, head)
         assert head.step is not None
@@ -188,7 +191,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     def scores(
         self, model: Any, inputs: dict[str, Any], head: host.Head | None = None, batch_size: int | None = None
     ) -> Scores:
-        """TRL's padded log-probabilities and entropies of the completions, through this head."""
+        """Return TRL's padded log-probabilities and entropies of the completions, computed by this head."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         self._head = head
@@ -209,7 +212,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     def _loss_after_statistics(
         self, model: Any, inputs: dict[str, Any], padding: Padding, mask: torch.Tensor
     ) -> tuple[torch.Tensor, Scores]:
-        """Statistics with gradient, TRL's masks from them, then the loss on packed vectors."""
+        """Compute statistics with gradient, TRL's masks from them, then the loss on packed vectors."""
         scores = self.scores(model, inputs)
         logps, entropies, _ = scores
         assert entropies is not None
@@ -241,7 +244,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     @contextlib.contextmanager
     def _replayed(self, scores: Scores) -> Iterator[None]:
-        """TRL's loss on scores that are there already, without gradient: for its metrics."""
+        """Context manager: TRL's loss reuses these scores, without gradient, to compute its metrics."""
         logps, entropies, aux_loss = (None if x is None else x.detach() for x in scores)
         assert logps is not None
         self._scores = (logps, entropies, aux_loss)

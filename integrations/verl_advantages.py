@@ -1,7 +1,7 @@
-"""verl's advantage estimators on tokfuse's one-pass operations: the same numbers, no Python loop.
+"""verl's advantage estimators on tokfuse's one-pass operations: the same numbers without a Python loop.
 
-Signatures are those that verl's trainer calls: padded (batch, length) tensors, groups by the array
-of prompt uids. Plain module-level functions, for Ray.
+The signatures are those that verl's trainer calls: padded (batch, length) tensors, and groups given by the array of
+prompt uids. All functions are module-level, so Ray can send them by name.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def _borders(x: torch.Tensor) -> torch.Tensor:
 
 
 def _groups(index: Any, device: torch.device) -> torch.Tensor:
-    """(batch,) int64 from verl's uids: strings or numbers in a numpy array, or a tensor."""
+    """Return group ids, (batch,) int64, from verl's uids: strings or numbers in a numpy array, or a tensor."""
     values = index.detach().cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index)
     return torch.from_numpy(np.unique(values, return_inverse=True)[1].reshape(-1)).to(device)
 
@@ -35,9 +35,9 @@ def _needs(name: str, argument: str, value: Any) -> Any:
         raise refuse(
             f"tokfuse_{name}",
             argument,
-            f"given (verl's trainer gives it to its own {name!r} only)",
+            f"given (verl's trainer passes it only to its own {name!r})",
             None,
-            "Use that estimator's own name there.",
+            "Use verl's own estimator of that name.",
         )
     return value
 
@@ -58,7 +58,7 @@ def group(
     config: Any = None,
     **_: Any,
 ) -> Pair:
-    """Estimators that compare the responses to one prompt; `kind` of `tokfuse.group_advantage`."""
+    """Return advantages that compare the responses to one prompt; `kind` is that of `tokfuse.group_advantage`."""
     scores = token_level_rewards.sum(-1)
     ids = _groups(index, scores.device)
     options: dict[str, Any] = {}
@@ -71,7 +71,7 @@ def group(
         options["lengths"] = response_mask.sum(-1).long()
     if kind == "pass_at_k" and bool((ids.bincount() < 2).any()):
         raise refuse(
-            "tokfuse_grpo_passk", "index", "groups of at least 2 responses", "a single one", "Sample more per prompt."
+            "tokfuse_grpo_passk", "index", "groups of at least 2 responses", "a group of 1", "Sample more per prompt."
         )
     out = group_advantage(scores, ids, kind, **options).unsqueeze(-1) * response_mask
     return out, out
@@ -80,7 +80,7 @@ def group(
 def gpg(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any, f_norm: float = 1.0, **_: Any
 ) -> Pair:
-    """(R - mean) batch / #(R != 0) / f_norm."""
+    """Return (R - mean) batch / #(R != 0) / f_norm."""
     scores = token_level_rewards.sum(-1)
     gain = group_advantage(scores, _groups(index, scores.device), "dr_grpo")
     some = torch.count_nonzero(scores).clamp(min=1)
@@ -95,7 +95,7 @@ def _whitened(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def reinforce_plus_plus_baseline(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any, **_: Any
 ) -> Pair:
-    """R - mean of the group on every token, whitened over the batch."""
+    """Return R - mean of the group on every token, whitened over the batch."""
     scores = token_level_rewards.sum(-1)
     gain = group_advantage(scores, _groups(index, scores.device), "dr_grpo")
     out = _whitened(gain.unsqueeze(-1).expand_as(token_level_rewards), response_mask)
@@ -105,12 +105,12 @@ def reinforce_plus_plus_baseline(
 def reinforce_plus_plus(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **_: Any
 ) -> Pair:
-    """Discounted reward to go, whitened over the batch."""
+    """Return the discounted reward to go, whitened over the batch."""
     gamma = _needs("reinforce_plus_plus", "config", config).gamma
     mask = response_mask.reshape(-1) > 0
     flat = token_level_rewards.reshape(-1)
     borders = _borders(token_level_rewards)
-    # Without a value function the advantage is the reward to go; masked tokens are passed over.
+    # Without a value function the advantage is the reward to go. Masked tokens are skipped.
     returns = gae_op(flat, torch.zeros_like(flat), borders, gamma=gamma, mask=mask)[0]
     returns = returns.view_as(token_level_rewards)
     return _whitened(returns, response_mask), returns
@@ -124,7 +124,7 @@ def gae(
     lam: float = 1.0,
     **_: Any,
 ) -> Pair:
-    """Generalised advantages, whitened, and returns; tokens outside the mask are skipped and 0."""
+    """Return generalised advantages, whitened, and returns. Tokens outside the mask are skipped and get 0."""
     v = _needs("gae", "values", values)
     mask = response_mask.reshape(-1) > 0
     advantage, returns = gae_op(
@@ -139,7 +139,7 @@ def remax(
     reward_baselines: torch.Tensor | None = None,
     **_: Any,
 ) -> Pair:
-    """Reward to go minus the reward of the greedy response."""
+    """Return the reward to go minus the reward of the greedy response."""
     greedy = _needs("remax", "reward_baselines", reward_baselines)
     returns = (token_level_rewards * response_mask).flip(-1).cumsum(-1).flip(-1)
     return returns - greedy.unsqueeze(-1) * response_mask, returns
@@ -155,7 +155,7 @@ def optimal_token_baseline(
     handle_zero_tail: bool = True,
     **_: Any,
 ) -> Pair:
-    """A baseline per position, weighted by the running sum of 1 - 2 p + sum of p^2."""
+    """Return the returns minus a baseline per position, weighted by the running sum of 1 - 2 p + sum of p^2."""
     name = "optimal_token_baseline"
     old, square = (_needs(name, "old_log_probs", old_log_probs), _needs(name, "sum_pi_squared", sum_pi_squared))
     if rollout_is_weights is not None:
@@ -179,14 +179,14 @@ def optimal_token_baseline(
     returns = rewards.flip(-1).cumsum(-1).flip(-1)
     gain = estimators.estimate("otb", batch, batch.reward, {}, False).value.view_as(rewards)
     counts = torch.bincount(batch.group_ids)[batch.group_ids]  # type: ignore[arg-type]
-    alone = (counts == 1).unsqueeze(-1)  # a single response keeps its return
+    alone = (counts == 1).unsqueeze(-1)  # a single response has no baseline
     if handle_zero_tail:
         alone = alone | _beyond_the_second(response_mask, batch.group_ids)  # type: ignore[arg-type]
     return torch.where(alone, returns, gain) * response_mask, returns
 
 
 def _beyond_the_second(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(batch, length) bool: positions that only the longest response of a group reaches."""
+    """Return the positions that only the longest response of a group reaches, (batch, length) bool."""
     tokens = mask.sum(-1).long()
     longest = torch.zeros(int(ids.max()) + 1, dtype=torch.int64, device=mask.device)
     longest.scatter_reduce_(0, ids, tokens, "amax")
@@ -197,7 +197,7 @@ def _beyond_the_second(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return (is_longest & single[ids]).unsqueeze(-1) & (position >= second[ids].unsqueeze(-1))
 
 
-# name after the prefix -> (function, its first argument if it serves several)
+# name without prefix -> (function, its first argument if it implements several estimators)
 ESTIMATORS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "grpo": (group, ("grpo",)),
     "dr_grpo": (group, ("dr_grpo",)),

@@ -1,9 +1,9 @@
-"""verl's fused heads on `tokfuse.linear_token_stats`, and what its fused path refuses.
+"""verl's fused heads on `tokfuse.linear_token_stats`, including features that verl's own fused path rejects.
 
-`FusedLinearForPPO` and `linear_cross_entropy` are looked up by verl at every forward, so replacing
-the two names is enough for its dense and vision models. Two refusals of the FSDP engine fall with
-them: a temperature per sample, and the sum of squared probabilities (`calculate_sum_pi_squared`,
-for the optimal token baseline), which the fused head has anyway.
+verl looks up `FusedLinearForPPO` and `linear_cross_entropy` at every forward. Replacing the two names is therefore
+enough for its dense and vision models. Two options that verl's FSDP engine rejects with fused heads then work: a
+temperature per sample, and the sum of squared probabilities (`calculate_sum_pi_squared`, for the optimal token
+baseline), which the fused head computes anyway.
 """
 
 import functools
@@ -18,10 +18,10 @@ from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 
 OP = "verl_plugin"
-SUM_SQ = "_tokfuse_sum_sq"  # on the log_probs that a fused forward returns
+SUM_SQ = "_tokfuse_sum_sq"  # attribute of the log_probs that a fused forward returns
 TORCH_HEAD = "verl.utils.experimental.torch_functional"
 TRITON_HEAD = "verl.utils.kernel.linear_cross_entropy"
-# Modules that took the name when they were loaded.
+# Modules that imported the name when they were loaded.
 MEGATRON = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 
@@ -40,7 +40,7 @@ def _plain(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _temperature(value: Any, tokens: int) -> float | torch.Tensor:
-    """A number, or (tokens,) from any shape of one value per token."""
+    """Return a number, or (tokens,) from any shape with one value per token."""
     if not isinstance(value, torch.Tensor):
         return float(value)
     flat = value.reshape(-1).float()
@@ -52,7 +52,7 @@ def _temperature(value: Any, tokens: int) -> float | torch.Tensor:
             "temperature",
             f"a number or one per token ({tokens})",
             f"shape {tuple(value.shape)}",
-            "Spread it over the tokens.",
+            "Expand it to one value per token.",
         )
     return flat
 
@@ -60,7 +60,7 @@ def _temperature(value: Any, tokens: int) -> float | torch.Tensor:
 def fused_head(
     hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log_probs, entropy) in the shape of input_ids, float32, differentiable."""
+    """Return (log_probs, entropy), float32, with the shape of input_ids; differentiable."""
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     target = input_ids.reshape(-1).to(torch.int64)
     stats = linear_token_stats(
@@ -72,17 +72,17 @@ def fused_head(
 
 
 class FusedLinearForPPO(torch.nn.Module):
-    """verl's head of that name; `chunk_size` is the library's own choice (a memory budget)."""
+    """verl's head of the same name. `chunk_size` is ignored: tokfuse chooses it from a memory budget."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
         if impl_backend not in ("torch", "liger"):
-            raise refuse(OP, "impl_backend", "'torch' or 'liger'", repr(impl_backend), "Both run on tokfuse here.")
+            raise refuse(OP, "impl_backend", "'torch' or 'liger'", repr(impl_backend), "Both use tokfuse.")
 
     def forward(
         self, hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log_probs, entropy) in the shape of input_ids."""
+        """Return (log_probs, entropy) with the shape of input_ids."""
         return fused_head(hidden_states, vocab_weights, input_ids, temperature)
 
 
@@ -94,13 +94,13 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """verl's Triton head: (log_probs, entropy), each (tokens,).
+    """Return (log_probs, entropy), (tokens,) each, in place of verl's Triton head.
 
-    With a tensor-parallel group of more than one rank `weight` is this rank's equal part of the
-    vocabulary, and the gradient of hidden stays this rank's part: Megatron's regions add it up.
+    With a tensor-parallel group of more than one rank, `weight` is this rank's equal part of the vocabulary. The
+    gradient of hidden is then this rank's part only; Megatron adds the parts.
     """
     if reduction != "none":
-        raise refuse(OP, "reduction", "'none' (verl uses no other)", repr(reduction), "Reduce it.")
+        raise refuse(OP, "reduction", "'none' (verl uses no other)", repr(reduction), "Reduce the result yourself.")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     group = dist_process_group
     if group is None or torch.distributed.get_world_size(group) == 1:
@@ -121,11 +121,11 @@ def linear_cross_entropy(
     return stats.logp, stats.entropy
 
 
-# ------------------------------------------------------------- what the FSDP engine refuses of them
+# ------------------------------------------------------- options that the FSDP engine rejects with fused heads
 
 
 def prepare_model_inputs(original: Any) -> Any:
-    """The engine's method, taking a temperature per sample with fused kernels."""
+    """Wrap the engine's method, so that it accepts a temperature per sample with fused kernels."""
 
     @functools.wraps(original)
     def call(self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ def prepare_model_inputs(original: Any) -> Any:
                 False,
                 "Set model.use_remove_padding=True.",
             )
-        # As for the logits path: it spreads the temperature over the packed, sliced tokens.
+        # Prepare as for the logits path, which spreads the temperature over the packed, sliced tokens.
         plain = micro_batch.copy()
         tu.assign_non_tensor(plain, use_fused_kernels=False)
         inputs, arguments = original(self, plain, *args, **kwargs)
@@ -155,7 +155,7 @@ def prepare_model_inputs(original: Any) -> Any:
 
 
 def prepare_model_outputs(original: Any) -> Any:
-    """The engine's method, giving sum_pi_squared with fused kernels."""
+    """Wrap the engine's method, so that it returns sum_pi_squared with fused kernels."""
 
     @functools.wraps(original)
     def call(self: Any, output: Any, output_args: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +169,7 @@ def prepare_model_outputs(original: Any) -> Any:
                 OP,
                 "output.log_probs",
                 "what the installed fused head returned",
-                "a tensor of something else",
+                "a different tensor",
                 "Use a model whose forward verl patches, without casting its outputs.",
             )
         without = micro_batch.copy()
@@ -189,7 +189,7 @@ def prepare_model_outputs(original: Any) -> Any:
 
 
 def targets() -> list[tuple[Any, str, Any]]:
-    """(owner, attribute, replacement) of everything that is there in this process."""
+    """Return (owner, attribute, replacement) of every attribute that exists in this process."""
     out: list[tuple[Any, str, Any]] = [
         (importlib.import_module(TORCH_HEAD), "FusedLinearForPPO", FusedLinearForPPO),
         (importlib.import_module(TRITON_HEAD), "linear_cross_entropy", linear_cross_entropy),

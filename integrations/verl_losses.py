@@ -1,9 +1,9 @@
 """verl's policy losses on `tokfuse.policy_loss`: the same numbers from one fused pass.
 
-Every function has the signature of verl's registry and is a plain module-level one, so that it
-travels to Ray workers by name. verl's padded (batch, length) tensors are a packed batch already:
-`length` tokens per response, with a mask. Values, gradients, metrics and aggregation are verl
-0.9's, `config.global_batch_info` included; each difference is named where it is.
+Every function has the signature of verl's registry. All are module-level, so Ray workers get them by name. verl's
+padded (batch, length) tensors are already a packed batch: `length` tokens per response, with a mask. Values, gradients,
+metrics and aggregation equal those of verl 0.9, including `config.global_batch_info`. The docstrings name every
+difference.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from tokfuse.runtime.policy.results import PolicyLoss
 from tokfuse.runtime.policy.shapes import LinearLogp, LinearRatio, PPOClip, SigmoidGate, StopGradClip
 
 Loss = tuple[torch.Tensor, dict[str, Any]]
-UNBOUNDED = 1e30  # where verl does not clamp; a log-ratio is clamped at 80 at most
+UNBOUNDED = 1e30  # for terms that verl does not clamp; a log-ratio is always clamped at 80
 FREE = 80.0
 BATCH_INFO = ("dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor")
 AGGREGATIONS = {
@@ -35,7 +35,7 @@ AGGREGATIONS = {
 
 
 class Call(NamedTuple):
-    """One call of a loss, as verl makes it; tensors are (batch, length)."""
+    """The arguments of one call of a loss by verl; tensors are (batch, length)."""
 
     old_log_prob: torch.Tensor
     log_prob: torch.Tensor
@@ -47,33 +47,33 @@ class Call(NamedTuple):
 
     @property
     def mask(self) -> torch.Tensor:
-        """(tokens,) bool."""
+        """The tokens that count, (tokens,) bool."""
         return self.response_mask.reshape(-1) > 0
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
-        """(batch + 1,) int32: every response has `length` tokens, padding included."""
+        """Offsets of the responses, (batch + 1,) int32: each has `length` tokens, including padding."""
         rows, length = self.log_prob.shape
         return torch.arange(rows + 1, dtype=torch.int32, device=self.log_prob.device) * length
 
     @property
     def widths(self) -> tuple[float, float]:
-        """clip_ratio_low and clip_ratio_high, or clip_ratio."""
+        """(clip_ratio_low, clip_ratio_high), each replaced by clip_ratio if it is None."""
         low, high = self.config.clip_ratio_low, self.config.clip_ratio_high
         both = self.config.clip_ratio
         return both if low is None else low, both if high is None else high
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean over the tokens that count, as verl's masked_mean; 0 without one."""
+        """Return the mean over the counting tokens, as verl's masked_mean; 0 without one."""
         mask = self.response_mask > 0
         return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def normalizer(call: Call, mode: str) -> tuple[float | str, float]:
-    """(normalizer of policy_loss, divisor of the loss) that make verl's `agg_loss`.
+    """Return (normalizer of policy_loss, divisor of the loss) that reproduce verl's `agg_loss`.
 
-    With dp_size D verl multiplies by D what it divides by a global count. Where a count is not
-    given it is this batch's own; no valid token gives 0 (verl: NaN).
+    With D = dp_size, verl multiplies by D what it divides by a global count. If a count is not given, the count of this
+    batch is used. Without a valid token the loss is 0 (verl: NaN).
     """
     info = dict(call.config.global_batch_info)
     unknown = set(info) - set(BATCH_INFO)
@@ -101,7 +101,7 @@ def normalizer(call: Call, mode: str) -> tuple[float | str, float]:
                 f"global_batch_info[{key!r}]",
                 f"given with dp_size={ranks}",
                 None,
-                "The trainer sets it.",
+                "verl's trainer sets it.",
             )
         return "batch", divisor
     return (float(count) or 1.0) / ranks, divisor
@@ -117,7 +117,7 @@ def run(
     advantage: torch.Tensor | None = None,
     **given: Any,
 ) -> PolicyLoss:
-    """`tokfuse.policy_loss` of the call; `weight` (batch, length) comes beside verl's own."""
+    """Return `tokfuse.policy_loss` of the call. `weight` (batch, length) multiplies verl's own weights."""
     mode = call.loss_agg_mode if mode is None else mode
     count, divisor = given.pop("count", None) or normalizer(call, mode)
     objective = replace(objective, aggregation=AGGREGATIONS[mode])
@@ -140,7 +140,7 @@ def run(
 
 
 def report(call: Call, metrics: Metrics | None, **tensors: torch.Tensor) -> dict[str, float]:
-    """verl's actor/ metrics, read from the device in one go."""
+    """Return verl's actor/ metrics, read from the device at once."""
     names = list(tensors)
     values = [tensors[name].detach().double() for name in names]
     fused: dict[str, float] = {}
@@ -159,7 +159,7 @@ def report(call: Call, metrics: Metrics | None, **tensors: torch.Tensor) -> dict
 
 
 def vanilla(call: Call) -> Loss:
-    """PPO with clip and dual clip."""
+    """PPO with a clip and a dual clip."""
     low, high = call.widths
     shape = PPOClip(low=low, high=high, dual=call.config.get("clip_ratio_c", 3.0))
     out = run(call, Objective(shape=shape))
@@ -167,7 +167,7 @@ def vanilla(call: Call) -> Loss:
 
 
 def gspo(call: Call) -> Loss:
-    """Ratio of the sequence, gradient through the token. verl stops it above a ratio of e^10."""
+    """GSPO: sequence ratio, with the gradient through each token. verl sets the gradient to 0 above a ratio of e^10."""
     low, high = call.widths
     objective = Objective(shape=PPOClip(low=low, high=high), level="sequence_token", log_ratio_clamp=FREE)
     out = run(call, objective)
@@ -175,19 +175,19 @@ def gspo(call: Call) -> Loss:
 
 
 def sapo(call: Call) -> Loss:
-    """Sigmoid gates; always averaged by sequence, as verl does."""
+    """SAPO: sigmoid gates, always averaged by sequence, as in verl."""
     shape = SigmoidGate(tau_positive=call.config.tau_pos, tau_negative=call.config.tau_neg)
     out = run(call, Objective(shape=shape), mode="seq-mean-token-mean")
     return out.loss, report(call, out.metrics)
 
 
 def gpg(call: Call) -> Loss:
-    """-A logp."""
+    """GPG: -A logp."""
     return run(call, Objective(shape=LinearLogp())).loss, {}
 
 
 def cispo(call: Call) -> Loss:
-    """-sg(clip(r)) A logp with widths on both sides."""
+    """CISPO: -sg(clip(r)) A logp, with a width on both sides."""
     low, high = call.widths
     shape = StopGradClip(low=low, high=high, ratio_min=None, ratio_max=None)
     out = run(call, Objective(shape=shape))
@@ -197,17 +197,17 @@ def cispo(call: Call) -> Loss:
 
 
 def dro(call: Call) -> Loss:
-    """-A logp + beta / 2 (logp - old)^2."""
+    """DRO: -A logp + beta / 2 (logp - old)^2."""
     beta = call.config.policy_loss.dro_beta
     if beta is None or beta <= 0:
-        raise refuse("verl_plugin", "policy_loss.dro_beta", "> 0 with loss dro", beta, "Set it.")
+        raise refuse("verl_plugin", "policy_loss.dro_beta", "> 0 with loss dro", beta, "Set policy_loss.dro_beta.")
     kl = KL(estimator="k2", coef=beta, clamp=UNBOUNDED)
     out = run(call, Objective(shape=LinearLogp(), kl=kl), **_against_old(call))
     return out.loss, report(call, None, ppo_kl=call.mean(call.old_log_prob - call.log_prob))
 
 
 def _against_old(call: Call, chosen: torch.Tensor | None = None) -> dict[str, Any]:
-    """The old policy as reference; verl's importance weights multiply that term, too."""
+    """Return arguments that make the old policy the reference. verl's importance weights also multiply that term."""
     factors = [x.float() for x in (chosen, call.rollout_is_weights) if x is not None]
     out: dict[str, Any] = {"ref_logp": call.old_log_prob.detach().reshape(-1)}
     if factors:
@@ -216,7 +216,7 @@ def _against_old(call: Call, chosen: torch.Tensor | None = None) -> dict[str, An
 
 
 def _dppo(call: Call, keep: torch.Tensor) -> Loss:
-    """-A sg(min(r, cap)) logp on kept tokens."""
+    """Return -A sg(min(r, cap)) logp on the kept tokens."""
     cap = call.config.get("clip_ratio_c", 20.0)
     shape = StopGradClip(ratio_min=0.0, ratio_max=cap)
     out = run(call, Objective(shape=shape), weight=keep.to(call.log_prob.dtype))
@@ -230,14 +230,14 @@ def _dppo(call: Call, keep: torch.Tensor) -> Loss:
 
 
 def dppo_tv(call: Call) -> Loss:
-    """Divergence mask on the change of the token's probability."""
+    """DPPO-TV: masks tokens by the change of their probability."""
     low, high = call.widths
     change = call.log_prob.detach().exp() - call.old_log_prob.exp()
     return _dppo(call, torch.where(call.advantages > 0, change <= high, change >= -low))
 
 
 def dppo_kl(call: Call) -> Loss:
-    """Divergence mask on the binary KL of the token."""
+    """DPPO-KL: masks tokens by their binary KL."""
     low, high = call.widths
     p, old = call.log_prob.detach().exp(), call.old_log_prob.exp()
     kl = old * (call.old_log_prob - call.log_prob.detach()) + (1 - old) * torch.log((1 - old + 1e-8) / (1 - p + 1e-8))
@@ -251,7 +251,7 @@ def _covariance(call: Call) -> torch.Tensor:
 
 
 def clip_cov(call: Call) -> Loss:
-    """A random few of the tokens of large covariance learn nothing; draws as verl draws."""
+    """Clip-Cov: a few random tokens with high covariance get no gradient. The draws equal verl's."""
     low, high = call.widths
     options = call.config.policy_loss
     ratio_of_tokens = _or(options.clip_cov_ratio, 0.0002)
@@ -274,7 +274,7 @@ def clip_cov(call: Call) -> Loss:
 
 
 def kl_cov(call: Call) -> Loss:
-    """-A r, with |log r| added on the tokens of largest covariance."""
+    """KL-Cov: -A r, plus |log r| on the tokens with the highest covariance."""
     options = call.config.policy_loss
     fraction, coef = _or(options.kl_cov_ratio, 0.0002), _or(options.ppo_kl_coef, 1.0)
     mask = call.response_mask > 0
@@ -291,10 +291,10 @@ def kl_cov(call: Call) -> Loss:
 
 
 def geo_mean(call: Call) -> Loss:
-    """GMPO: exp of the sequence's mean clamped log-ratio times its mean advantage.
+    """GMPO: exp of the sequence's mean clamped log-ratio, times its mean advantage.
 
-    verl averages over all rows and overlooks global_batch_info; here global_batch_size and dp_size
-    are honoured where they are given.
+    verl averages over all rows and ignores global_batch_info. Here global_batch_size and dp_size are used if they are
+    given.
     """
     low, high = call.widths
     mask = call.response_mask > 0
@@ -332,7 +332,7 @@ def geo_mean(call: Call) -> Loss:
 
 
 def bypass_mode(call: Call) -> Loss:
-    """verl's own importance weights and rejection mask, then REINFORCE or PPO from here."""
+    """Apply verl's own importance weights and rejection mask, then tokfuse's REINFORCE or PPO loss."""
     from verl.trainer.ppo import rollout_corr_helper as helper
 
     policy = getattr(call.config, "policy_loss", None)
@@ -347,7 +347,7 @@ def bypass_mode(call: Call) -> Loss:
         )
     names = ("rollout_is", "rollout_rs", "rollout_rs_threshold")
     weights, mask, metrics = None, call.response_mask, {}
-    if bool(mask.any()):  # verl's helper refuses a micro-batch without a valid token
+    if bool(mask.any()):  # verl's helper raises an error for a micro-batch without a valid token
         with torch.no_grad():
             weights, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
                 old_log_prob=call.log_prob,
@@ -381,7 +381,7 @@ OF_VERL: dict[str, Callable[[Call], Loss]] = {
     for f in (vanilla, dppo_tv, dppo_kl, gspo, sapo, gpg, clip_cov, kl_cov, geo_mean, dro, cispo, bypass_mode)
 }
 
-# Methods whose loss needs no more than log-probs and advantages, and no option without default.
+# Methods whose loss needs only log-probs and advantages, and whose options all have defaults.
 OF_ALGORITHMS = ("bapo", "gmpo", "gspo_token", "vespo")
 
 
@@ -395,7 +395,7 @@ def verl_loss(
     config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
 ) -> Loss:
-    """The loss `name` of verl, computed here; registered as `tokfuse_<name>`."""
+    """Return verl's loss `name`, computed by tokfuse. Registered as `tokfuse_<name>`."""
     return OF_VERL[name](
         Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
     )
@@ -412,11 +412,10 @@ def algorithm_loss(
     config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
 ) -> Loss:
-    """The loss of `tokfuse.algorithms.make(name, **options)` on verl's advantages.
+    """Return the loss of `tokfuse.algorithms.make(name, **options)` with verl's advantages.
 
-    Its clip bounds are the method's own options, not actor.clip_ratio; loss_agg_mode and
-    global_batch_info are verl's. What the method takes from the batch it takes from this
-    micro-batch.
+    Clip bounds are the method's own options, not actor.clip_ratio. loss_agg_mode and global_batch_info are verl's. If
+    the method computes statistics of the batch, it computes them from this micro-batch.
     """
     call = Call(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
     method = registry.make(name, **options)
@@ -425,9 +424,9 @@ def algorithm_loss(
         raise refuse(
             "verl_plugin",
             "algorithm",
-            "one without state",
+            "a method without state",
             repr(name),
-            "verl's losses are functions; use tokfuse.algorithms.",
+            "verl's losses are functions without state; call tokfuse.algorithms in your own trainer.",
         )
     detached = log_prob.detach().reshape(-1)
     batch = Batch(

@@ -1,16 +1,16 @@
-"""verl 0.9: losses and advantages by name, and on request its fused heads.
+"""verl 0.9: tokfuse's losses and advantages by name, and optionally its fused heads.
 
-verl imports this module by itself, in the driver and in every Ray worker (entry point group
-`verl.plugins`), and finds new names; nothing of verl is changed:
+verl imports this module automatically, in the driver and in every Ray worker (entry point group `verl.plugins`). The
+module registers new names and changes nothing in verl:
 
     actor_rollout_ref.actor.policy_loss.loss_mode=tokfuse_vanilla       # every loss of verl, fused
     actor_rollout_ref.actor.policy_loss.loss_mode=tokfuse_bapo          # methods of tokfuse
     algorithm.adv_estimator=tokfuse_grpo
 
-`install()`, or TOKFUSE_VERL_HEADS=1 in the environment of the job for all processes, also puts
-`tokfuse.linear_token_stats` in the place of verl's fused heads (`model.use_fused_kernels=True`).
-`uninstall()` restores them, `describe()` says what runs where. A failure while verl loads this
-module is logged as a WARNING: verl itself would say nothing.
+`install()` also replaces verl's fused heads (`model.use_fused_kernels=True`) with `tokfuse.linear_token_stats`. To do
+so in all processes, set TOKFUSE_VERL_HEADS=1 in the environment of the job. `uninstall()` restores them, and
+`describe()` reports what runs where. If an error occurs while verl loads this module, it is logged as a WARNING,
+because verl would hide it.
 """
 
 import functools
@@ -30,15 +30,16 @@ _REBINDING = Rebinding(OP)
 
 
 def register_algorithm(name: str, register_as: str | None = None, **options: Any) -> str:
-    """Make `tokfuse.algorithms.make(name, **options)` a policy loss of verl; returns its name.
+    """Register `tokfuse.algorithms.make(name, **options)` as a policy loss of verl, and return its name there.
 
-    The function that is registered goes to Ray workers by name, so call this in a module that
-    every worker imports (`VERL_USE_EXTERNAL_MODULES`). Methods that keep state between batches or
-    read more than log-probabilities and advantages are refused when they are called.
+    Ray workers get the registered function by name. Therefore call this in a module that every worker imports
+    (`VERL_USE_EXTERNAL_MODULES`). A method raises an error when it is called if it keeps state between batches or needs
+    more than log-probabilities and advantages.
 
     Args:
-        name: one of `tokfuse.algorithms.list()`; options: its options.
-        register_as: name in verl; None: "tokfuse_<name>".
+        name: one of `tokfuse.algorithms.list()`.
+        register_as: name in verl. None: "tokfuse_<name>".
+        options: options of the method.
     """
     HOST.require(OP)
     from verl.trainer.ppo.core_algos import register_policy_loss
@@ -46,14 +47,14 @@ def register_algorithm(name: str, register_as: str | None = None, **options: Any
     from tokfuse.algorithms import registry
     from tokfuse.integrations import verl_losses
 
-    registry.make(name, **options)  # refuses unknown names and options now
+    registry.make(name, **options)  # raises an error now for unknown names and options
     chosen = PREFIX + name if register_as is None else register_as
     register_policy_loss(chosen)(functools.partial(verl_losses.algorithm_loss, name, options))
     return chosen
 
 
 def register() -> list[str]:
-    """Register every loss and advantage estimator under its prefixed name; done once."""
+    """Register every loss and advantage estimator under its prefixed name, and return the names. Idempotent."""
     HOST.require(OP)
     from verl.trainer.ppo import core_algos
 
@@ -73,10 +74,10 @@ def register() -> list[str]:
 
 
 def install() -> None:
-    """Put tokfuse in the place of verl's fused heads in this process; a second call does nothing.
+    """Replace verl's fused heads with tokfuse's in this process. Calling it again has no effect.
 
     Raises:
-        ValueError: verl is older than the tested versions.
+        ValueError: verl is missing, or older than the tested versions.
     """
     HOST.require(OP)
     if _REBINDING.active:
@@ -88,12 +89,12 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Restore every attribute that `install` replaced; refused where another patch came later."""
+    """Restore every attribute that `install` replaced. Raise an error if another patch replaced one later."""
     _REBINDING.restore()
 
 
 def describe() -> dict[str, Any]:
-    """Version of the host, registered names, and the backend of each op on each device."""
+    """Return the version of the host, the registered names, and the backend of each op on each device."""
     from tokfuse.integrations import verl_advantages, verl_losses
 
     losses = [*verl_losses.OF_VERL, *verl_losses.OF_ALGORITHMS]
@@ -106,17 +107,17 @@ def describe() -> dict[str, Any]:
 
 
 def _load() -> None:
-    """What `import verl` runs. An exception would vanish in verl's debug log."""
+    """Register the names; runs on `import verl`. An exception would only appear in verl's debug log."""
     try:
         register()
         setting = os.environ.get(VARIABLE, "0")
         if setting not in ("", "0", "1"):
-            raise refuse(OP, VARIABLE, "0 or 1", repr(setting), "1 installs the fused heads.")
+            raise refuse(OP, VARIABLE, "0 or 1", repr(setting), "Set 1 to install the fused heads.")
         if setting == "1":
             install()
     except Exception as error:
         logging.getLogger(__name__).warning(
-            "tokfuse's plug-in for verl did not load, its names are not registered: %s", error
+            "tokfuse's plug-in for verl failed to load, so its names are not registered: %s", error
         )
 
 

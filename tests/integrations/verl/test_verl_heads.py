@@ -198,7 +198,7 @@ def test_an_older_version_is_refused_and_a_newer_one_warns(monkeypatch):
             use()
     monkeypatch.setattr(type(verl_plugin.HOST), "installed", property(lambda self: "0.10.2"))
     hosts._warn_untested.cache_clear()
-    with pytest.warns(UserWarning, match=r"^tokfuse was tested with verl .* and runs here with 0\.10\.2\.$"):
+    with pytest.warns(UserWarning, match=r"^tokfuse was tested with verl .*; version 0\.10\.2 is installed\.$"):
         assert verl_plugin.register()
 
 
