@@ -81,8 +81,8 @@ class Batch:
             replayed data: under the policy that generated the token.
         group_ids: (seqs,), int. Prompt of each response.
         mask: (tokens,), bool. True where a token counts. None: all tokens count.
-        correct: (seqs,), bool. Whether the response was verified as correct. None: some methods use
-            reward > 0 (their docstring says so); all others raise an error.
+        correct: (seqs,), bool. Whether the response was verified as correct. None: methods that need it raise an
+            error, and `skip_uniform` compares the rewards instead.
         finished: (seqs,), bool. False if the generation window cut the response off. None: all finished.
         greedy_reward: (seqs,), float. Reward of the greedy response to the same prompt (ReMax).
         turn: (seqs,), int. Agent turn that the response belongs to (EPO).

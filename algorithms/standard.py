@@ -103,8 +103,8 @@ class Standard(Algorithm):
         length_adaptive_alpha: alpha of VAPO's length-adaptive lambda, 1 - 1 / max(alpha * length, 1), which
             replaces lam. None: off.
         reward_kl: coefficient of the k1 KL that is subtracted from the token rewards. None: 0.
-        whiten: divide advantages by their deviation over all tokens. None: True for gae, reinforce_pp and
-            reinforce_pp_baseline, False for the others.
+        whiten: subtract the mean of the advantages over all tokens, and divide by their deviation.
+            None: True for gae, reinforce_pp and reinforce_pp_baseline, False for the others.
         overlong: length penalty added to the reward, or None.
         skip_uniform: remove groups whose rewards are all equal, also from the denominator (DAPO's dynamic
             sampling). The data loader must refill the batch.

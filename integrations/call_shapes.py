@@ -101,7 +101,7 @@ def triton_grpo_loss(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return (loss, [mean KL if beta, clip fraction]) in one pass over logits (batch, length + 1, vocab).
 
-    Arguments and defaults are those of Liger-Kernel 0.8.5. The last position is dropped, as in Liger. `inplace` has no
+    Arguments and defaults match Liger-Kernel 0.8.5. The last position is dropped, as in Liger. `inplace` has no
     effect, because logits are never overwritten. Not supported: reduce=False (per-token losses), loss_type "luspo"
     (unlike TRL, Liger divides it by padded positions), and a bias-corrected KL with a sequence ratio.
     """

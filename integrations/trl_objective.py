@@ -151,7 +151,7 @@ def policy_inputs(
     weights: tuple[torch.Tensor, ...] = (),
     entropy_mask: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """Return the keyword arguments of `policy_step`, except those of the model.
+    """Return the keyword arguments of `policy_step`, except the model's.
 
     Args:
         trainer: the trainer, for its options.

@@ -58,7 +58,7 @@ def group(
     config: Any = None,
     **_: Any,
 ) -> Pair:
-    """Return advantages that compare the responses to one prompt; `kind` is that of `tokfuse.group_advantage`."""
+    """Return advantages that compare the responses to one prompt; `kind` is a preset of `tokfuse.group_advantage`."""
     scores = token_level_rewards.sum(-1)
     ids = _groups(index, scores.device)
     options: dict[str, Any] = {}

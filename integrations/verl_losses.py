@@ -2,7 +2,7 @@
 
 Every function has the signature of verl's registry. All are module-level, so Ray workers get them by name. verl's
 padded (batch, length) tensors are already a packed batch: `length` tokens per response, with a mask. Values, gradients,
-metrics and aggregation equal those of verl 0.9, including `config.global_batch_info`. The docstrings name every
+metrics and aggregation equal verl 0.9's, including `config.global_batch_info`. The docstrings name every
 difference.
 """
 

@@ -19,7 +19,7 @@ FACTS = {
 @register(
     "pass_rate_at_k",
     summary="1 - C(n - c, k) / C(n, k): unbiased probability that one of k answers is correct",
-    differs="A metric; the survey has no method of its own. The estimator is that of openai/human-eval.",
+    differs="A metric; the survey proposes no method. The estimator is openai/human-eval's.",
     **FACTS,
 )
 def pass_rate_at_k(samples: torch.Tensor, correct: torch.Tensor, *, k: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ def pass_rate_at_k(samples: torch.Tensor, correct: torch.Tensor, *, k: int) -> t
 @register(
     "majority_at_k",
     summary="the most frequent of k answers, optionally weighted; of equal ones the first",
-    differs="A metric; the survey has no method of its own. Of equal answers, the first wins.",
+    differs="A metric; the survey proposes no method. Of equal answers, the first wins.",
     **FACTS,
 )
 def majority_at_k(answers: Sequence[Hashable], *, weight: Sequence[float] | None = None) -> Hashable:
@@ -83,7 +83,7 @@ def majority_at_k(answers: Sequence[Hashable], *, weight: Sequence[float] | None
 @register(
     "best_of_n",
     summary="index of the answer with the best score; weighted: of the answer with the largest sum of scores",
-    differs="A metric; the survey has no method of its own. Of equal answers, the first wins.",
+    differs="A metric; the survey proposes no method. Of equal answers, the first wins.",
     **FACTS,
 )
 def best_of_n(score: Sequence[float], answers: Sequence[Hashable] | None = None, *, weighted: bool = False) -> int:

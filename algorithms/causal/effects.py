@@ -37,8 +37,8 @@ def ablation_effect(full: torch.Tensor, without: torch.Tensor, *, paired: bool =
     Args:
         full: (runs,), rewards with the factor.
         without: (runs',), rewards with the factor removed.
-        paired: True if run i of both has the same prompt and random numbers: the error is then that of the
-            differences. False: sqrt(var / n + var' / n').
+        paired: True if run i of both has the same prompt and random numbers: the error is then the
+            standard error of the differences. False: sqrt(var / n + var' / n').
     """
     op = "effects.ablation_effect"
     for name, x in (("full", full), ("without", without)):

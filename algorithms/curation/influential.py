@@ -136,9 +136,9 @@ class GREATS:
         Args:
             features: (candidates, ...), plain gradients.
             validation: (samples, ...), plain gradients.
-            divisor: divisor of the loss behind both features (for a batch mean, the batch size). The features are
-                multiplied by it to become gradients of single samples. The two terms scale differently, so a wrong
-                divisor changes the choice.
+            divisor: divisor of the loss whose gradients the features are (for a batch mean, the batch size).
+                The features are multiplied by it to become gradients of single samples. The two terms scale
+                differently, so a wrong divisor changes the choice.
         """
         check_number("algorithms.greats", "divisor", divisor, 0.0, open_low=True)
         own = features.detach() * divisor

@@ -79,7 +79,7 @@ class ISLA:
     def pair(self, chosen_accuracy: float, sampled: torch.Tensor) -> int | None:
         """Return the index of the rejected step: the one with the lowest of the (samples,) accuracies `sampled`.
 
-        Of equal ones, the first. None if no accuracy is below that of the chosen step.
+        Of equal ones, the first. None if no accuracy is below the chosen step's.
         """
         check_vector("algorithms.isla", "sampled", sampled)
         if sampled.numel() == 0 or float(sampled.min()) >= chosen_accuracy:

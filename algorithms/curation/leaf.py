@@ -42,7 +42,7 @@ def _unit_range(x: torch.Tensor) -> torch.Tensor:
     source="arXiv 2506.07851; github.com/RUCBM/LeaF",
     summary="tokens to which the student is sensitive and the teacher is not, removed span by span",
     differs=(
-        "The masks are those of the released code. `worth_keeping` is the paper's condition, which the "
+        "The masks match the released code. `worth_keeping` is the paper's condition, which the "
         "released scripts leave out. The distillation loss on pruned prompts is `leaf_kl`."
     ),
 )

@@ -38,7 +38,7 @@ class ThreePL(NamedTuple):
 
 
 class Hint(NamedTuple):
-    """How much of the solution to show: the share, and the number of units."""
+    """The part of the solution to show: its share, and its number of units."""
 
     rate: float
     length: int

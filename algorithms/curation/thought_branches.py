@@ -57,7 +57,7 @@ class Resilience(NamedTuple):
     source="arXiv 2510.27484; github.com/interp-reasoning/thought-branches",
     summary="counterfactual importance and resilience of a sentence, from resampled chains",
     differs=(
-        "Estimator, loop and constants are those of the released code. The KL definitions come from a "
+        "Estimator, loop and constants match the released code. The KL definitions come from a "
         "note that agrees. The caller passes the sampler and the embedder."
     ),
 )
@@ -152,7 +152,7 @@ class ThoughtBranches:
 
 
 def counterfactual_plus_plus(kept_rate: float, abandoned_rate: float) -> float:
-    """Return the outcome rate of rollouts that keep S_i minus that of chains from which the loop removed it.
+    """Return the outcome rate of rollouts that keep S_i minus the outcome rate of chains without it.
 
     This is the released code's form for a binary outcome, base(i + 1) - final(i), in [-1, 1].
 

@@ -48,8 +48,8 @@ class LengthProbe(torch.nn.Module):
 def pearson(x: torch.Tensor, y: torch.Tensor, world: World | None = None) -> torch.Tensor:
     """Return the Pearson correlation over all ranks, () float64, differentiable in this rank's values.
 
-    It is 0 with gradient 0 if x or y is constant. Every rank returns the same value. The gradient is that of the global
-    value with respect to the rank's own entries, so *sum* the gradients of the ranks.
+    It is 0 with gradient 0 if x or y is constant. Every rank returns the same value. Its gradient is with
+    respect to the rank's own entries, so *sum* the gradients of the ranks.
 
     Args:
         x, y: (samples,), float.
