@@ -117,7 +117,7 @@ def _load() -> None:
             install()
     except Exception as error:
         logging.getLogger(__name__).warning(
-            "tokfuse's plug-in for verl failed to load, so its names are not registered: %s", error
+            "tokfuse's plug-in for verl did not load, so its names are not registered: %s", error
         )
 
 
