@@ -95,7 +95,9 @@ def test_several_backends_share_the_rounds(tmp_path: Path, capsys: pytest.Captur
     assert "must name some of cuda, triton, cpu, reference; got 'gpu'" in refusal(
         ["gae", "--backend", "cpu,gpu"], capsys
     )
-    assert "must name one backend for errors; got cpu,reference" in refusal(["errors", "--backend", "cpu,reference"], capsys)
+    assert "must name one backend for errors; got cpu,reference" in refusal(
+        ["errors", "--backend", "cpu,reference"], capsys
+    )
 
 
 def test_every_call_runs_on_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
