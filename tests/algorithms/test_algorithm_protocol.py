@@ -20,7 +20,7 @@ def backend(request):
         yield request.param
 
 
-# --------------------------------------------------------------------- the same through policy_step
+# ------------------------------------------------------------------------------ through policy_step
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -142,7 +142,7 @@ def test_take_keeps_order_and_fields():
     assert torch.equal(part.reward, b.reward[ids])
 
 
-# ---------------------------------------------------------------------------------- names, refusals
+# ------------------------------------------------------------------------------------ names, errors
 
 
 def test_unknown_names_and_options_list_the_known():

@@ -176,7 +176,7 @@ def test_ugda_takes_the_uncertain_ones_first_and_of_these_the_influential_ones()
     assert influence.ugda_select(rewards, score, uncertain=1.0).tolist() == [1, 2]
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------ errors
 
 F, Q = torch.ones(3, 2), torch.ones(3)
 REFUSALS = [

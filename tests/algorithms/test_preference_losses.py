@@ -76,7 +76,7 @@ def test_every_pairwise_row_has_a_formula_or_a_test_of_its_own():
     assert set(LOSSES) == set(PAIRWISE) | own
 
 
-# ---------------------------------------------------------------- coefficients as they are printed
+# -------------------------------------------------------------------------- published coefficients
 
 
 def table(w: S, r: S, b: float):
@@ -115,7 +115,7 @@ def test_coefficients_are_one_number_per_sequence():
         compare(grad, torch.where(mask, want, 0.0), atol=1e-11, what=name)
 
 
-# ------------------------------------------------------------------------------- rows of their own
+# ---------------------------------------------------------------------- losses with their own rows
 
 
 def test_simpo_and_cpo_read_no_reference():

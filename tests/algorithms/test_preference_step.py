@@ -151,7 +151,7 @@ def test_from_logits(name: str, backend: Backend):
         assert not logits.grad[outside].any()
 
 
-# ------------------------------------------------------------------------- what it does not repeat
+# -------------------------------------------------------------------------- work that is done once
 
 
 class Products(TorchDispatchMode):
@@ -216,7 +216,7 @@ def test_pairs_without_gradient_enter_no_gradient_product(backend: Backend):
     check(backend, "slic", batch=batch, options={"beta": 0.3})
 
 
-# -------------------------------------------------------------------------------------------- edges
+# --------------------------------------------------------------------------------------- edge cases
 
 
 class TestEdges:

@@ -199,7 +199,7 @@ def test_parl_gradient_is_that_of_the_upper_objective(baseline: str):
     compare(value, -utility.mean(), rtol=1e-12, what="the reported value is the loss itself")
 
 
-# ------------------------------------------------------------------------------------------- others
+# ------------------------------------------------------------------------------------- other losses
 
 
 def test_dwbc_weights_and_weighted_likelihood():

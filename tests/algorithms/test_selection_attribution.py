@@ -219,7 +219,7 @@ def test_pns_bounds_hold_the_truth_of_every_coupling():
     assert effects.pns_bounds(t(0.7), t(0.2), monotone=True).high.tolist() == pytest.approx([0.5])
 
 
-# ---------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------- errors
 
 B, NO = torch.tensor([True]), torch.zeros(0, dtype=torch.bool)
 REFUSED = [

@@ -243,7 +243,7 @@ def test_majority_and_best_of_n():
     assert weighted([0.6, 0.4, 0.4], ["a", "b", "b"]) == 1  # the first of equal values
 
 
-# ---------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------- errors
 
 A, ONE = make("squarecb", arms=2), torch.tensor([1])
 REFUSED = [

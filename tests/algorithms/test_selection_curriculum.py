@@ -349,7 +349,7 @@ def test_isla_stand_in():
     assert isla.binary_entropy(t(0, 1)).tolist() == [0.0, 0.0]
 
 
-# ---------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------- errors
 
 C = make("cures", prompts=2, tau=0.1)
 S, R = make("seele"), make("cog_rethinker", sft_weight=0.0)

@@ -197,7 +197,7 @@ def test_a_launch_goes_to_the_device_of_its_tensors():
         module.whiten(module.Place(device=1, stream=0), args)
 
 
-# ---------------------------------------------------------------------- what the layouts promise
+# --------------------------------------------------------------------- guarantees of the layouts
 
 
 @hosted

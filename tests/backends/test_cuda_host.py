@@ -19,7 +19,7 @@ def bugs(flags, *arguments: str, **variables: str) -> Run:
     return run(program("bugs", [HOST / "bugs.cu"], flags), *arguments, **variables)
 
 
-# ------------------------------------------------------------------------- do the checkers bite?
+# ----------------------------------------------------------------- the checkers find seeded bugs
 
 BY_CHECKER = {
     "bad_missing_syncthreads": "race in shared memory",

@@ -73,7 +73,7 @@ def test_files_are_written_as_rows_come(tmp_path: Path) -> None:
 def test_without_an_op_the_quick_sweep_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     assert cli.main(["--rounds", "1", "--peers", "none", "--no-errors", "--json", str(path)]) == 0
-    assert "no op is named: `bench all --quick` runs" in capsys.readouterr().err
+    assert "no op is named, so `bench all --quick` runs" in capsys.readouterr().err
     rows = [Row.from_json(line) for line in path.read_text().splitlines()]
     assert {(row.op, row.shape) for row in rows} == {
         (op, shape) for op, module in plan.CASES.items() for shape in module.QUICK_SHAPES
@@ -95,7 +95,9 @@ def test_several_backends_share_the_rounds(tmp_path: Path, capsys: pytest.Captur
     assert "must name some of cuda, triton, cpu, reference; got 'gpu'" in refusal(
         ["gae", "--backend", "cpu,gpu"], capsys
     )
-    assert "one backend; got cpu,reference" in refusal(["errors", "--backend", "cpu,reference"], capsys)
+    assert "must name one backend for errors; got cpu,reference" in refusal(
+        ["errors", "--backend", "cpu,reference"], capsys
+    )
 
 
 def test_every_call_runs_on_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,11 +166,11 @@ def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["errors", "--csv", "x"], "--csv is for measured rows; errors has none"),
-        (["predict", "--png", "x"], "--png is for measured rows; predict has none"),
-        (["errors", "--device", "cuda"], "--device is for measured rows; errors has none"),
-        (["predict", "--write", "x"], "--write is for numbers"),
-        (["predict", "gae"], "predict stands alone; got gae behind it"),
+        (["errors", "--csv", "x"], "--csv writes measured rows; errors measures none"),
+        (["predict", "--png", "x"], "--png writes measured rows; predict measures none"),
+        (["errors", "--device", "cuda"], "--device selects the device of measured rows; errors measures none"),
+        (["predict", "--write", "x"], "--write is an option of numbers only"),
+        (["predict", "gae"], "predict takes no further names; got gae"),
     ],
 )
 def test_what_would_be_ignored_is_refused(line: list[str], said: str, capsys) -> None:
@@ -215,7 +217,7 @@ def test_compare_refuses(tmp_path: Path, capsys) -> None:
     old.write_text(ROW.to_json() + "\n")
     new.write_text("nonsense")
     assert "must be JSON lines of `bench --json`" in refusal(["compare", str(old), str(new)], capsys)
-    assert "name two files" in refusal(["compare", str(old)], capsys)
+    assert "pass two files" in refusal(["compare", str(old)], capsys)
     new.write_text(replace(ROW, cpu_model="another").to_json())
     assert "one machine" in refusal(["compare", str(old), str(new)], capsys)
 

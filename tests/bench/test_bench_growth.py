@@ -53,9 +53,9 @@ def test_every_axis_has_a_sweep_and_axes_choose() -> None:
     ("arguments", "text"),
     [
         (["--axes", "tokens,time"], "tokens, vocab, hidden, threads, rows; got 'time'"),
-        (["--shapes", "4x4"], "growth sets the shapes itself; --shapes cannot be honoured"),
-        (["--variant", "rows=1"], "--variant cannot be honoured"),
-        (["policy_step"], "growth stands alone; got policy_step behind it"),
+        (["--shapes", "4x4"], "growth chooses its own cases, so --shapes must not be given"),
+        (["--variant", "rows=1"], "--variant must not be given"),
+        (["policy_step"], "growth takes no further names; got policy_step"),
     ],
 )
 def test_growth_refuses(arguments: list[str], text: str, capsys) -> None:
@@ -67,7 +67,7 @@ def test_growth_refuses(arguments: list[str], text: str, capsys) -> None:
 def test_axes_belong_to_growth(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["policy_step", "--axes", "tokens"])
-    assert "--axes is for growth" in capsys.readouterr().err
+    assert "--axes is an option of growth only" in capsys.readouterr().err
 
 
 def test_several_ops_in_one_run() -> None:

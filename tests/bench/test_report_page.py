@@ -173,7 +173,7 @@ def test_command_writes_the_page_and_the_readme(tmp_path: Path, capsys) -> None:
 def test_command_refuses(tmp_path: Path, capsys) -> None:
     rows = tmp_path / "r.jsonl"
     for content, said in (
-        ("", "must hold rows"),
+        ("", "must contain rows"),
         (ROW.to_json() + "\n" + replace(ROW, cpu_model="another").to_json(), "of one machine"),
     ):
         rows.write_text(content)

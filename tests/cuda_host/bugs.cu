@@ -1,5 +1,5 @@
-// Seeded bugs, each a kernel: tests/backends/test_cuda_host.py requires that each is found, and
-// that the kernels named ok_ are not.
+// Kernels with seeded bugs. tests/backends/test_cuda_host.py requires that each bug is found, and
+// that the kernels named ok_ are not reported.
 #include <cstdio>
 
 #include "cuda/device.cuh"
@@ -15,7 +15,7 @@ struct Data {
   const float* x;    // (1024), 0, 1, 2 ...
   float* y;          // (1024)
   unsigned* ticket;  // 0
-  float* scratch;    // (kThreads) right behind which nothing is allocated
+  float* scratch;    // (kThreads), followed by memory that is not allocated
 };
 
 __device__ int me() { return static_cast<int>(threadIdx.x); }
@@ -55,7 +55,7 @@ __global__ void bad_syncwarp_across_warps(Data d) {
   d.y[me()] = s[me() ^ 32];
 }
 
-// A shuffle passes values, not what was written to memory before it.
+// A shuffle passes values. It does not make earlier writes to memory visible.
 __global__ void bad_shuffle_as_barrier(Data d) {
   TOKFUSE_SHARED(s, Floats);
   s[me()] = d.x[me()];
@@ -63,7 +63,7 @@ __global__ void bad_shuffle_as_barrier(Data d) {
   d.y[me()] = s[me() ^ 1] + other;
 }
 
-// The buffer is written for the next round while others still read this one.
+// The buffer is written for the next round while other threads still read it.
 __global__ void bad_write_over_a_read(Data d) {
   TOKFUSE_SHARED(s, Floats);
   for (int round = 0; round < 2; round++) {
@@ -80,7 +80,7 @@ __global__ void ok_atomic_add(Data d) {
   atomicAdd(d.ticket, 1u);
 }
 
-// The last block to come adds up what the others left; the fence makes it visible.
+// The last block sums the results of the others. The fence makes them visible.
 __global__ void ok_last_block(Data d) {
   if (me() > 0) return;
   d.y[1 + blockIdx.x] = d.x[blockIdx.x];
@@ -120,7 +120,7 @@ __global__ void bad_cluster_without_sync(Data d) {
   cluster_sync();
 }
 
-// A block ends, and its shared memory with it, before the other one has read it.
+// A block ends before the other block has read its shared memory.
 __global__ void bad_cluster_block_leaves(Data d) {
   TOKFUSE_SHARED(s, Floats);
   s[me()] = d.x[blockIdx.x * kThreads + threadIdx.x];
@@ -252,7 +252,7 @@ __global__ void bad_absent_lane(Data d) {
 
 // --------------------------------------------------------------------------- results, performance
 
-// The sum of floats depends on who comes first.
+// The sum of floats depends on the order of the threads.
 __global__ void bad_order_of_threads(Data d) {
   if (me() == 0) d.y[0] = 0.0f;
   __syncthreads();

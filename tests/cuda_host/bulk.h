@@ -1,5 +1,5 @@
-// Bulk copies that were started and have not landed, and the phases of the mbarriers that count
-// them. Part of machine.cpp.
+// Bulk copies that have started but not completed, and the phases of the mbarriers that count them.
+// Part of machine.cpp.
 #pragma once
 
 #include <cstring>
@@ -13,7 +13,7 @@ namespace {
 
 bool phase_over(const Thread& t) { return (t.barrier->phase & 1) != t.parity; }
 
-// Ends the phase when nothing is awaited any more.
+// Ends the phase if no arrival and no byte is pending.
 void advance(Mbarrier* barrier) {
   if (barrier->pending > 0 || barrier->bytes != 0) return;
   barrier->phase++;

@@ -1,16 +1,17 @@
-// Races, reads and writes outside of arrays, coalescing and bank conflicts of kernels run by
-// machine.cpp.
+// Checks kernels that machine.cpp runs for races, out-of-bounds accesses, coalescing and bank
+// conflicts.
 //
-// Kernels are compiled with -fsanitize=thread and linked without its library: the calls that the
-// compiler puts at every load and store land here. A cell per byte remembers who wrote and who
-// has read since. Whether an earlier access is over is decided exactly, by vector clocks: every
-// thread has one, and meetings of threads (barriers, __syncwarp, clusters) and mbarriers pass them
-// on; shuffles and votes do not order memory. A bulk copy is a thread of its own that knows what
-// its starter knew. Between clusters only an atomic after a fence orders.
+// Kernels are compiled with -fsanitize=thread but linked without its library. This file implements
+// the calls that the compiler inserts at every load and store. A cell per byte stores the last
+// writer and the readers since then. Vector clocks decide exactly whether an earlier access happens
+// before a later one. Every thread has a clock. Barriers, __syncwarp, cluster synchronisation and
+// mbarriers pass clocks on. Shuffles and votes do not order memory. A bulk copy is treated as a
+// separate thread that starts with the clock of the thread that issued it. Between clusters only an
+// atomic after a fence orders accesses.
 //
-// At the end it prints problems, the bytes of device memory that each kernel reads and writes,
-// in sectors of 32, and, per source line, sectors per request of global accesses and wavefronts of
-// shared ones; the exit status is 67 if there was a problem.
+// At the end it prints the problems, the bytes of device memory that each kernel reads and writes
+// (in sectors of 32), and per source line the sectors per request of global accesses and the
+// wavefronts of shared accesses. The exit status is 67 if there was a problem.
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -29,13 +30,13 @@ namespace tokfuse {
 namespace host {
 namespace {
 
-constexpr uintptr_t kCell = 1;        // bytes; neighbours of a byte array are different places
-constexpr int kProblems = 20;         // reported at most
-constexpr size_t kManyReads = 16384;  // of one place, before those of the same threads are dropped
+constexpr uintptr_t kCell = 1;        // bytes; adjacent bytes have separate cells
+constexpr int kProblems = 20;         // largest number of reported problems
+constexpr size_t kManyReads = 16384;  // reads per cell before older ones are removed
 constexpr int kExitStatus = 67;
-constexpr unsigned kProxies = 64;  // bulk copies that are told apart, per cluster
+constexpr unsigned kProxies = 64;  // bulk copies with separate clocks, per cluster
 
-// Clocks of all threads of the cluster, and of its bulk copies behind them.
+// Clocks of all threads of the cluster, followed by those of its bulk copies.
 using Clock = std::vector<uint32_t>;
 using Knowledge = std::shared_ptr<const Clock>;
 
@@ -199,7 +200,7 @@ class Checker : public Observer {
     return before.thread == now.thread || before.clock <= (*knows_[now.thread])[before.thread];
   }
 
-  // Checks and remembers one access; where it was.
+  // Checks and records one access. Returns the kind of its memory.
   Place touch(uintptr_t at, unsigned bytes, bool write, const Access& now) {
     Place place = Place::kElsewhere;
     if (Region* region = region_of(at)) {
@@ -212,7 +213,8 @@ class Checker : public Observer {
         check(&region->cells[cell], write, now, at, "device memory");
       }
     } else if (const Block* block = shared_of(at, bytes, write, now)) {
-      // What lies in another block's shared memory comes over the cluster's network, not by banks.
+      // Accesses to another block's shared memory use the cluster's network and have no bank
+      // conflicts.
       const bool mine = current != nullptr && block == current->block;
       place = mine ? Place::kShared : Place::kElsewhere;
       for (uintptr_t cell = at / kCell; cell <= (at + bytes - 1) / kCell; cell++) {
@@ -273,8 +275,8 @@ class Checker : public Observer {
     cell->written = true;
   }
 
-  // The last read of each thread is enough. Threads read one place by turns: looking for this one's
-  // every time would take longer than to drop the older ones now and then.
+  // Only the last read of each thread matters. Removing older reads occasionally is faster than
+  // searching for the thread's previous read every time.
   static void remember_read(std::vector<Access>* reads, const Access& now) {
     if (!reads->empty() && reads->back().is_of(now)) reads->pop_back();
     reads->push_back(now);
@@ -317,7 +319,7 @@ class Checker : public Observer {
              static_cast<int>(getpid()), static_cast<unsigned long>(pc - 1 - base));
     std::string found;
     if (FILE* pipe = popen(command, "r")) {
-      // The innermost place of the inlined ones that is not this machinery's.
+      // The innermost inlined position outside of these two headers.
       while (fgets(line, sizeof(line), pipe) != nullptr) {
         const bool ours =
             strstr(line, "device_host.h") == nullptr && strstr(line, "cuda_host.h") == nullptr;
@@ -328,7 +330,7 @@ class Checker : public Observer {
     return found;
   }
 
-  // "file.cuh:12" of a line of addr2line.
+  // Returns "file.cuh:12" from a line of addr2line.
   static std::string place_in(const std::string& line) {
     const size_t end = line.find_first_of(" \n", line.rfind('/'));
     const size_t begin = line.rfind('/', end);
@@ -368,7 +370,7 @@ Checker checker;
 }  // namespace host
 }  // namespace tokfuse
 
-// ------------------------------------------------------------------------- what the compiler calls
+// ---------------------------------------------------------------- functions the compiler calls
 
 using tokfuse::host::checker;
 

@@ -1,11 +1,11 @@
-// CUDA's own vocabulary for a C++ compiler: keywords, built-in variables, barriers, shuffles,
-// votes, atomics, asynchronous copies and a small runtime, so that kernels run on the CPU.
+// The CUDA language for a C++ compiler: keywords, built-in variables, barriers, shuffles, votes,
+// atomics, asynchronous copies and a small runtime, so that kernels run on the CPU.
 //
-// A thread is a fiber, all threads of a cluster are alive together, clusters run one after the
-// other (machine.cpp). Only names that kernels or launchers use are here; nothing of NVIDIA's is
-// needed. Interleavings between two meetings of threads are not explored: the checker (checker.cpp)
-// and shuffled orders (TOKFUSE_HOST_SEED) stand for that. A kernel that waits for another cluster
-// hangs.
+// Each thread is a fiber. All threads of a cluster are alive together, and clusters run one after
+// the other (machine.cpp). This file defines only the names that kernels or launchers use, and
+// needs no NVIDIA file. Interleavings between two synchronisation points are not explored; the
+// checker (checker.cpp) and shuffled orders (TOKFUSE_HOST_SEED) replace this. A kernel that waits
+// for another cluster hangs.
 #pragma once
 
 #include <math.h>
@@ -32,10 +32,10 @@
 #define __restrict__ __restrict
 #define __align__(n) alignas(n)
 
-// What the sanitizer's instrumentation, which tells the checker of every access, leaves alone.
+// Functions without the sanitizer's instrumentation, which reports every access to the checker.
 #define TOKFUSE_HOST_RAW __attribute__((no_sanitize("thread"))) inline
 
-// One object per block, wherever the declaration stands; blocks of a cluster are alive together.
+// One object per block for each declaration. The blocks of a cluster are alive together.
 #define TOKFUSE_SHARED(name, ...)                 \
   static char name##_tag;                         \
   __VA_ARGS__& name = *static_cast<__VA_ARGS__*>( \
@@ -76,7 +76,7 @@ void* shared_object(const void* tag, size_t bytes, size_t alignment, const char*
 void* dynamic_shared();
 int block_meet(Vote vote, int predicate);
 void warp_meet(unsigned mask);
-// Value of another lane, and the ballot of those that take part.
+// The value of another lane, and the ballot of the participating lanes.
 uint64_t warp_read(unsigned mask, uint64_t value, int lane, const char* name);
 unsigned warp_ballot(unsigned mask, bool predicate);
 void fence();
@@ -189,7 +189,8 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 
-// Atomics: fibers of one thread need no real ones. A float sum arrives in the order of the threads.
+// Atomics. All fibers run in one OS thread, so plain operations are atomic. A float sum adds its
+// terms in the order of the threads.
 #define TOKFUSE_HOST_ATOMIC(name, next)                     \
   template <class T>                                        \
   TOKFUSE_HOST_RAW T name(T* at, std::common_type_t<T> v) { \
@@ -214,8 +215,8 @@ TOKFUSE_HOST_RAW T atomicCAS(T* at, T expected, T value) {
   return old;
 }
 
-// cp.async: a copy lands at the wait, the latest moment that the hardware may choose, so that a
-// missing wait shows.
+// cp.async: a copy completes at the wait, the latest time that the hardware allows, so that a
+// missing wait gives wrong results.
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
   tokfuse::host::copy_async(to, from, bytes, zeros);
 }
@@ -233,7 +234,7 @@ enum cudaError_t {
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 
-// Memory filled with NaN, between guards that the checker watches.
+// Returns memory that is filled with NaN, between guards that the checker watches.
 cudaError_t cudaMalloc(void** at, size_t bytes);
 cudaError_t cudaFree(void* at);
 
@@ -251,7 +252,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return "unknown";
 }
 inline const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
-// What the last launch that failed left; reading it clears it.
+// The error of the last failed launch. Reading it clears it.
 cudaError_t cudaGetLastError();
 
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,

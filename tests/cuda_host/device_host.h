@@ -1,4 +1,4 @@
-// The twins of csrc/cuda/device.cuh: what its inline assembly does, in C++.
+// C++ versions of the functions in csrc/cuda/device.cuh that use inline assembly.
 #pragma once
 
 #include <math.h>
@@ -7,8 +7,8 @@ namespace tokfuse {
 namespace cuda {
 
 struct Mbarrier {
-  int32_t arrivals, pending;  // per phase, left of this phase
-  int64_t bytes;              // awaited of bulk copies, this phase
+  int32_t arrivals, pending;  // arrivals per phase, and those missing in this phase
+  int64_t bytes;              // pending bytes of bulk copies in this phase
   uint32_t phase;
 };
 
@@ -26,7 +26,7 @@ void mbarrier_init(Mbarrier* barrier, unsigned arrivals);
 void mbarrier_expect(Mbarrier* barrier, unsigned bytes);
 void mbarrier_wait(Mbarrier* barrier, unsigned parity);
 void bulk_load(void* to, const void* from, unsigned bytes, Mbarrier* barrier);
-// Of TOKFUSE_HOST_ARCH and TOKFUSE_HOST_PROCESSORS; 90 and 2 without.
+// Values of TOKFUSE_HOST_ARCH (default 90) and TOKFUSE_HOST_PROCESSORS (default 2).
 int arch();
 unsigned processors();
 void check_aligned(const void* at, size_t bytes);
@@ -40,7 +40,7 @@ uint64_t l2_policy() {
   return 0;
 }
 
-// One access of 16 bytes, as the checker counts them.
+// One access of 16 bytes for the checker's count.
 typedef uint32_t Word4 __attribute__((vector_size(16), may_alias));
 
 inline Vec16 load16(const void* from) {
@@ -78,8 +78,8 @@ TOKFUSE_HOST_RAW uint32_t bits_of(float value) {
   return bits;
 }
 
-// As wrong as the hardware may be: a relative 2^-22.5, of a sign that goes with the argument. Whole
-// numbers are exact there, too.
+// Has the largest error that the hardware may have: a relative 2^-22.5, with a sign that depends on
+// the argument. Integers are exact, as in hardware.
 inline float exp2_fast(float x) {
   constexpr float kError = 1.6858e-7f;
   const float y = exp2f(x);
@@ -108,7 +108,7 @@ TOKFUSE_HOST_RAW uint32_t float_to_half(float value) {
 }
 
 inline uint32_t float_to_bfloat(float value) {
-  if (value != value) return 0x7fffu;  // what cvt.rn.bf16x2 gives
+  if (value != value) return 0x7fffu;  // the result of cvt.rn.bf16x2
   const uint32_t bits = bits_of(value);
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
@@ -126,7 +126,7 @@ inline uint32_t pack(BFloat16, Pair v) { return float_to_bfloat(v.x) | float_to_
 
 inline uint32_t pack(Float16, Pair v) { return float_to_half(v.x) | float_to_half(v.y) << 16; }
 
-// fmaxf of exact values of the type is one of them.
+// fmaxf of two values of the type returns one of them, so the result is exact.
 template <class T>
 uint32_t max2(T type, uint32_t a, uint32_t b) {
   const Pair x = unpack(type, a), y = unpack(type, b);

@@ -1,4 +1,4 @@
-// Fibers of one OS thread: a context switch of a dozen instructions, and stacks with a trap below.
+// Fibers of one OS thread: a context switch of a dozen instructions, and stacks with a guard page.
 // Part of machine.cpp.
 #pragma once
 
@@ -73,21 +73,21 @@ void resume(Thread& t) {
   current = nullptr;
 }
 
-// Empty without TOKFUSE_HOST_SEED; seeded anew by every launch, so that each is reproducible alone.
+// Empty without TOKFUSE_HOST_SEED. Every launch resets the seed, so that each one is reproducible.
 struct Shuffle {
   const char* seed = getenv("TOKFUSE_HOST_SEED");
   std::mt19937 random;
 };
 Shuffle shuffle_order;
 
-// First thing that a fiber does.
+// The first function that a fiber runs.
 void fiber_begins() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.bottom, &scheduler.size);
 #endif
 }
 
-// Stacks live as long as the process; the page below each is a trap.
+// Stacks exist until the process ends. The page below each stack is a guard page.
 unsigned char* stack_of(size_t index) {
   static std::vector<unsigned char*> stacks;
   while (stacks.size() <= index) {
@@ -100,10 +100,10 @@ unsigned char* stack_of(size_t index) {
   return stacks[index];
 }
 
-// The stack pointer of a fiber that will begin with `main`.
+// Returns the stack pointer of a new fiber that starts in `main`.
 void* fiber_of(unsigned char* stack, void (*main)()) {
   void** top = reinterpret_cast<void**>(stack + kStack - 64);
-  *--top = nullptr;  // where main would return to; it does not
+  *--top = nullptr;  // return address of main, which does not return
   *--top = reinterpret_cast<void*>(main);
   for (int saved = 0; saved < 6; saved++) *--top = nullptr;
   return top;

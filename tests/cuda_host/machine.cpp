@@ -1,10 +1,10 @@
-// Runs kernels on the CPU: fibers, meetings of threads, shared memory, asynchronous copies.
+// Runs kernels on the CPU: fibers, synchronisation of threads, shared memory, asynchronous copies.
 //
-// One fiber per thread. A scheduler resumes ready fibers in turn (in an order that
-// TOKFUSE_HOST_SEED shuffles, reproducibly) until each has ended or waits. Bulk copies land when
-// nobody can go on, the latest moment there is; with a seed also at once, the earliest. Shared and
-// device memory begin as NaN. What CUDA leaves undefined stops the program here, with kernel, block
-// and thread.
+// Each thread is a fiber. A scheduler resumes ready fibers in turn until each has ended or waits.
+// TOKFUSE_HOST_SEED shuffles the order reproducibly. Bulk copies complete when no thread can
+// continue, the latest possible time. With a seed they may also complete at once, the earliest
+// possible time. Shared and device memory start as NaN. Behaviour that CUDA leaves undefined stops
+// the program with the kernel, block and thread.
 #include "machine.h"
 
 #include <algorithm>
@@ -36,8 +36,7 @@ void wait_as(State state, const char* at) {
   to_scheduler();
 }
 
-// ------------------------------------------------------------------------------ meetings of
-// threads
+// -------------------------------------------------------------------- synchronisation of threads
 
 void release_block(Block& block) {
   if (block.alive < block.threads.size()) {
@@ -58,7 +57,7 @@ void release_block(Block& block) {
   if (observer != nullptr) observer->met(met);
 }
 
-// Every lane that the mask names is there: each gets all values. Ended lanes take no part.
+// If every lane of the mask has arrived, each lane gets all values. Ended lanes are ignored.
 bool try_meet(Thread& first) {
   Block& block = *first.block;
   const unsigned base = first.in_block - first.lane;
@@ -79,7 +78,7 @@ bool try_meet(Thread& first) {
     t->state = State::kReady;
     for (const Thread* other : met) t->received[other->lane] = other->given;
   }
-  // A shuffle or a vote orders no memory.
+  // A shuffle or a vote does not order memory.
   static const std::string kSync = "__syncwarp";
   if (observer != nullptr && kSync == met.front()->meeting) observer->met(met);
   return true;
@@ -95,8 +94,7 @@ void meet_warp(unsigned mask, const char* name, uint64_t value) {
   if (!try_meet(t)) wait_as(State::kAtWarp, name);
 }
 
-// -------------------------------------------------------------------------------- running a
-// cluster
+// ------------------------------------------------------------------------------ running a cluster
 
 void end_thread() {
   Thread& t = *current;
@@ -153,7 +151,7 @@ void make_block(Block& block, unsigned rank, uint3 index) {
   ASAN_POISON_MEMORY_REGION(block.statics, kStaticShared);
 #endif
   if (shape.shared > 0) {
-    // What lies behind is the checker's, or AddressSanitizer's.
+    // The checker or AddressSanitizer guards the memory after the end.
     const size_t bytes = shape.shared + (observer != nullptr ? kGuard : 0);
     void* at = nullptr;
     if (posix_memalign(&at, 1024, bytes) != 0) fail("no memory for shared memory");
@@ -346,8 +344,7 @@ void check_aligned(const void* at, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(at) % bytes != 0) fail("a misaligned vector access");
 }
 
-// -----------------------------------------------------------------------------------------
-// cp.async
+// ---------------------------------------------------------------------------------------- cp.async
 
 void copy_async(void* to, const void* from, size_t bytes, size_t zeros) {
   if (bytes != 4 && bytes != 8 && bytes != 16) fail("cp.async copies 4, 8 or 16 bytes");
@@ -402,7 +399,7 @@ const void* cluster_address(const void* mine, unsigned rank) {
   if (to.alive == 0) fail("shared memory of a block that has ended");
   if (at >= from.statics && at < from.statics + kStaticShared) {
 #if defined(__SANITIZE_ADDRESS__)
-    // The owner may not have come to the declaration yet.
+    // The owner may not have reached the declaration yet.
     for (const SharedObject& o : machine.objects) {
       ASAN_UNPOISON_MEMORY_REGION(to.statics + o.offset, o.bytes);
     }
@@ -452,7 +449,7 @@ using tokfuse::host::kGuard;
 using tokfuse::host::observer;
 
 cudaError_t cudaMalloc(void** at, size_t bytes) {
-  // With the checker, guards of our own; without, the heap's, which AddressSanitizer knows.
+  // The checker needs guards around the memory. AddressSanitizer has guards of the heap.
   const size_t guard = observer != nullptr ? kGuard : 0;
   void* block = nullptr;
   if (posix_memalign(&block, 256, bytes + 2 * guard) != 0) return cudaErrorMemoryAllocation;

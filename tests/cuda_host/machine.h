@@ -1,4 +1,4 @@
-// What machine.cpp and checker.cpp share: the threads that are alive, and what happens to them.
+// Declarations shared by machine.cpp and checker.cpp: the live threads and their events.
 #pragma once
 
 #include <cstdint>
@@ -31,15 +31,15 @@ struct Thread {
   void* stack_pointer = nullptr;
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
-  // a meeting of a warp
+  // state of a warp-level synchronisation
   unsigned mask = 0;
   const char* meeting = nullptr;
   uint64_t given = 0, received[32];
   unsigned present = 0;
-  // an mbarrier
+  // state of a wait at an mbarrier
   Mbarrier* barrier = nullptr;
   unsigned parity = 0;
-  // cp.async: copies not yet waited for, and how many of them each committed group ends at
+  // cp.async: copies without a wait so far, and the index at which each committed group ends
   std::vector<Copy> copies;
   std::vector<size_t> groups;
 };
@@ -51,15 +51,15 @@ struct SharedObject {
 };
 
 constexpr size_t kStaticShared = 48 * 1024;
-// A block has at most 227 KiB of both kinds.
+// A block has at most 227 KiB of static and dynamic shared memory.
 constexpr size_t kShared = 227 * 1024;
 
 struct Block {
   unsigned rank = 0;
   std::vector<Thread> threads;
   unsigned alive = 0, waiting = 0;
-  int all = 1, any = 0, count = 0;                 // of the vote under way
-  int last_all = 1, last_any = 0, last_count = 0;  // of the last one
+  int all = 1, any = 0, count = 0;                 // of the current vote
+  int last_all = 1, last_any = 0, last_count = 0;  // of the last vote
   unsigned char* statics = nullptr;
   unsigned char* dynamic = nullptr;
 };
@@ -67,7 +67,7 @@ struct Block {
 struct BulkCopy {
   Copy copy;
   Mbarrier* barrier;
-  unsigned proxy;  // the checker's name for who writes
+  unsigned proxy;  // the checker's number for the writer
 };
 
 // The clusters of one launch run in one Machine, one after the other.
@@ -75,7 +75,7 @@ struct Machine {
   Shape shape;
   std::string kernel;
   uint64_t launch = 0;
-  unsigned cluster = 0;  // index of the running one
+  unsigned cluster = 0;  // index of the running cluster
   std::vector<Block> blocks;
   std::vector<SharedObject> objects;
   size_t static_bytes = 0;
@@ -87,17 +87,17 @@ extern Machine machine;
 // The running thread; null outside of kernels.
 extern Thread* current;
 
-// Told of everything that orders or touches memory; null in a build without the checker.
+// Receives every event that orders or accesses memory; null in a build without the checker.
 class Observer {
  public:
   virtual ~Observer() = default;
   virtual void cluster_begins() = 0;
   virtual void cluster_ends() = 0;
-  // These threads have met: what each did before is known to all.
+  // These threads have synchronised: earlier accesses of each are visible to all.
   virtual void met(const std::vector<Thread*>& threads) = 0;
   virtual void arrived(const Mbarrier* barrier) = 0;
   virtual void waited(Thread* thread, const Mbarrier* barrier) = 0;
-  // A bulk copy was started; the result is its `proxy`.
+  // A bulk copy has started; returns its `proxy`.
   virtual unsigned bulk_started(const Copy& copy) = 0;
   virtual void bulk_landed(const BulkCopy& copy) = 0;
   virtual void copied(const Copy& copy) = 0;
@@ -108,14 +108,14 @@ class Observer {
 };
 extern Observer* observer;
 
-// Of the stack of a thread: what lies above is other memory.
+// Stack size of a thread.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStack = 256 * 1024;
 #else
 constexpr size_t kStack = 64 * 1024;
 #endif
 
-// Guard bytes on both sides of what cudaMalloc gives.
+// Guard bytes on both sides of the memory that cudaMalloc returns.
 constexpr size_t kGuard = 256;
 
 }  // namespace host

@@ -1,5 +1,5 @@
-// The bindings of the CUDA kernels over the execution on the CPU: tokfuse._native.cuda in a module
-// of its own, which the runtime loads where TOKFUSE_CUDA_HOST names it.
+// The bindings of the CUDA kernels that run on the CPU: tokfuse._native.cuda as a separate module.
+// The runtime loads the file that TOKFUSE_CUDA_HOST names.
 #include "bindings/bind_cuda.h"
 
 PYBIND11_MODULE(_cuda_host, m) {

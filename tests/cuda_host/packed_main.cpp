@@ -1,5 +1,5 @@
-// Runs every kernel over packed vectors on small problems whose arrays end where they end, for the
-// sanitizers, the checker and shuffled orders. Prints one line per launch: a hash of its outputs.
+// Runs every kernel over packed vectors on small problems, for the sanitizers, the checker and
+// shuffled orders. The arrays are not padded. Prints one line per launch: a hash of its outputs.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -30,9 +30,9 @@ struct Batch {
   int32_t* borders;
   uint8_t* mask;
   uint8_t* finished;
-  SortedIds groups;    // of the sequences
-  SortedIds segments;  // of the tokens, 0 to 6
-  double* scratch;     // enough for any of them
+  SortedIds groups;    // ids of the sequences
+  SortedIds segments;  // ids of the tokens, 0 to 6
+  double* scratch;     // large enough for every kernel
   unsigned* tickets;
 
   Batch() {
@@ -53,7 +53,7 @@ struct Batch {
 
   float* out(size_t count = kTokens) { return memory.of<float>(count); }
 
-  // Ids i % n of `rows` rows, sorted.
+  // Returns the sorted ids i % n of `rows` rows.
   SortedIds sorted(int64_t rows, int64_t n) {
     int64_t* ids = memory.of<int64_t>(rows);
     int64_t* order = memory.of<int64_t>(rows);
@@ -126,7 +126,7 @@ void segments(Batch& b, bool by_id) {
   m.sum_sq = out[1];
   m.min = out[2];
   m.max = out[3];
-  // Shared by two blocks, which for so few rows it would not be.
+  // Force two blocks. So few rows would use one block.
   m.order = by_id ? b.segments.order : nullptr;
   m.parts = by_id ? 2 : 1;
   m.table = b.scratch;

@@ -1,4 +1,4 @@
-// What the programs that run shipped kernels share: device memory, and a hash of what was written.
+// Helpers of the programs that run shipped kernels: device memory, and a hash of the outputs.
 #pragma once
 
 #include <random>
@@ -9,7 +9,7 @@
 namespace tokfuse {
 namespace cuda {
 
-// Device memory that is freed at the end.
+// Device memory that is freed by the destructor.
 class Memory {
  public:
   ~Memory() {
@@ -31,7 +31,7 @@ class Memory {
     return p;
   }
 
-  // (rows, stride), the last row without what lies behind `vocab`.
+  // Returns (rows, stride) logits. The memory ends after column `vocab` of the last row.
   void* logits(DType dtype, int64_t rows, int64_t stride, int64_t vocab) {
     const size_t count = static_cast<size_t>((rows - 1) * stride + vocab);
     std::normal_distribution<float> draw(0.0f, 3.0f);

@@ -1,6 +1,6 @@
-// Runs every row kernel on small problems whose arrays end where they end, for the sanitizers, the
-// checker and shuffled orders. Prints one line per launch: a hash of all that it wrote.
-// `rows OP BYTES VOCAB` runs one op alone, on logits of that many bytes each.
+// Runs every row kernel on small problems, for the sanitizers, the checker and shuffled orders. The
+// arrays are not padded. Prints one line per launch: a hash of its outputs. `rows OP BYTES VOCAB`
+// runs only one op, on logits of that many bytes each.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -163,7 +163,7 @@ int everything() {
   int failed = 0;
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     failed += token_stats(dtype, 4099, 4104, false);  // aligned rows with a tail
-    failed += token_stats(dtype, 1001, 1001, false);  // rows that begin anywhere
+    failed += token_stats(dtype, 1001, 1001, false);  // rows that start at any address
     failed += token_stats(dtype, 1032, 1032, true);
     failed += policy(dtype, 4099, 4104, false);
     failed += policy(dtype, 1001, 1001, true);

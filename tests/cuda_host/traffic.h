@@ -1,5 +1,5 @@
-// What the memory accesses of kernels cost: bytes of device memory per kernel, and per source line
-// sectors per request of global accesses and wavefronts of shared ones.
+// Cost of the memory accesses of kernels: bytes of device memory per kernel, and per source line
+// the sectors per request of global accesses and the wavefronts of shared accesses.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@ namespace host {
 
 class Traffic {
  public:
-  // One lane's part of a load or store; lanes of a warp that execute the same one, for the same
-  // number of times, are a request.
+  // Records one lane's part of a load or store. The lanes of a warp that execute the same
+  // instruction for the same number of times form one request.
   void access(bool shared, bool write, unsigned bytes, uintptr_t at, uintptr_t pc,
               unsigned thread) {
     const unsigned lane = thread % 32;
@@ -30,7 +30,7 @@ class Traffic {
     request.at[lane] = at;
   }
 
-  // Bytes that went over the bus of device memory, or would without caches.
+  // Bytes that go over the bus of device memory if there are no caches.
   void moved(const std::string& kernel, bool write, uint64_t bytes) {
     moved_[kernel][write ? 1 : 0] += bytes;
   }
@@ -96,7 +96,7 @@ class Traffic {
 
   struct Key {
     uintptr_t pc;
-    unsigned unit, time;  // a warp, or a thread
+    unsigned unit, time;  // index of a warp, or of a thread
     bool operator==(const Key& o) const { return pc == o.pc && unit == o.unit && time == o.time; }
   };
   struct HashKey {
@@ -105,7 +105,7 @@ class Traffic {
     }
   };
 
-  // Sectors of 32 bytes.
+  // Counts sectors of 32 bytes.
   static uint64_t count_sectors(Line* line, const Request& r) {
     std::set<uintptr_t> sectors, places;
     for (unsigned lane = 0; lane < 32; lane++) {
@@ -120,7 +120,7 @@ class Traffic {
     return sectors.size();
   }
 
-  // Wavefronts of 32 banks: lanes go in groups whose words fill the banks once.
+  // Counts wavefronts of 32 banks. Lanes are served in groups whose words fill all banks once.
   static void count_wavefronts(Line* line, const Request& r) {
     const unsigned words = std::max(1u, r.bytes / 4), group = 32 / words;
     for (unsigned first = 0; first < 32; first += group) {

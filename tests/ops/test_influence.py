@@ -372,7 +372,7 @@ def test_the_normaliser_is_included(backend):
     torch.testing.assert_close(one.sketches, 2 * two.sketches)
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------ errors
 
 STATS = token_stats(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))
 ONES, H, CU = torch.ones(3), torch.ones(3, 2), torch.tensor([0, 3], dtype=torch.int32)

@@ -108,7 +108,7 @@ def test_properties_say_what_a_call_needs():
     assert counts == ["seq_mean_token_mean", "seq_mean_token_sum"]
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------ errors
 
 REFUSED = [
     (lambda: PPOClip(low=-0.1), "PPOClip: low must be >= 0 and <= 1; got -0.1."),

@@ -110,7 +110,7 @@ def test_nft_on_policy_is_grpo_or_dr_grpo(normalize: int, centre_only: bool, bac
     compare(nft, expected, rtol=1e-6)
 
 
-# ---------------------------------------------------------------------------------- limits, special
+# ---------------------------------------------------------------------------- limits, special cases
 
 
 def test_limits_are_bitwise_the_simpler_objective(backend: Backend):

@@ -203,7 +203,7 @@ def test_no_tokens_and_nothing_valid(backend: Backend):
                 assert tensor.grad.shape == tensor.shape and not tensor.grad.any()
 
 
-# ----------------------------------------------------------------------------------------- the rest
+# --------------------------------------------------------------------------------- other properties
 
 
 def test_two_runs_are_bitwise_equal_and_no_argument_is_written(backend: Backend):

@@ -138,7 +138,7 @@ def test_ties_at_the_largest_logit_share_the_gradient(at):
     compare(grad, onehot - p, atol=1e-15)
 
 
-# ------------------------------------------------------------------------------------- where it runs
+# -------------------------------------------------------------------------------- modes of execution
 
 
 def test_autocast_and_inference_mode_change_nothing():

@@ -172,7 +172,7 @@ def test_a_plan_may_leave_rows_out_where_the_table_says_so(name: str):
     assert plan.needs_every_row != SHAPES[name].zero_without_advantage
 
 
-# ------------------------------------------------------------------- no path runs without a signal
+# ------------------------------------------------------------------ every path requires the signal
 
 TOKENS, VOCAB, WIDTH = 4, 7, 3
 VECTORS = {
@@ -281,7 +281,7 @@ def test_the_reference_refuses_too():
         reference.forward(torch.zeros(TOKENS), None, inputs, Objective(shape=NFT()), 1.0)
 
 
-# ---------------------------------------------------------------------------- a shape of one's own
+# ----------------------------------------------------------------------------- user-defined shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

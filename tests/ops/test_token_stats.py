@@ -100,7 +100,7 @@ def test_any_small_batch(data: st.DataObject):
                 check(backend, logits, torch.tensor(target, dtype=torch.int64), **options)
 
 
-# ----------------------------------------------------------------------------- the reference itself
+# ------------------------------------------------------------------------------------ the reference
 
 
 def test_reference_in_float64_is_the_formula():

@@ -1,3 +1,3 @@
 #!/bin/sh
-# A compiler launcher for CMake: no optimisation. Installing is under test, not speed.
+# A compiler launcher for CMake without optimisation. The tests check the installation, not the speed.
 exec "$@" -O0

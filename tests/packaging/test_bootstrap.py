@@ -92,7 +92,7 @@ def test_an_unknown_group_is_refused(tools):
         tools("bootstrap").requirements("everything")
 
 
-# ------------------------------------------------------------------------- which build of torch
+# -------------------------------------------------------------------- choice of the torch build
 
 
 def report(**packages: str) -> dict[str, object]:

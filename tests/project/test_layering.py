@@ -322,7 +322,7 @@ def test_version_is_stated_once_and_for_all():
     assert f'version = "{tokfuse.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
-# ------------------------------------------------------------------------------- one stem, one op
+# --------------------------------------------------------------------------- one file name per op
 
 
 def stems(folder: str, pattern: str) -> set[str]:
@@ -354,7 +354,7 @@ def test_kernel_files_are_named_after_their_op(folder: str, pattern: str):
             assert SHARED_KERNELS.get(file.stem, {file.stem}) <= ops, file
 
 
-# --------------------------------------------------------------------------- the text of the files
+# ------------------------------------------------------------------------ source text of the files
 
 
 def project_files() -> list[Path]:

@@ -74,7 +74,7 @@ def cast(batch: Batch, dtype: torch.dtype, device: str = "cpu") -> Batch:
     return dataclasses.replace(batch, **changed)
 
 
-# ------------------------------------------------------------------------------ pieces of formulas
+# ------------------------------------------------------------------------------- parts of formulas
 
 
 def spans(b: Batch) -> list[list[int]]:
