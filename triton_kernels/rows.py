@@ -111,7 +111,7 @@ def capped(z, softcap, logit_scale):
 
 @triton.jit
 def row_start(pointer, begin, lead, ITEMS: tl.constexpr, SAME_LEAD: tl.constexpr):
-    """Return the begin of a row's tiles, `lead` elements before the row.
+    """Return the start of a row's tiles, `lead` elements before the row.
 
     It is a multiple of 16 bytes; with SAME_LEAD the compiler knows it.
     """
@@ -123,7 +123,7 @@ def row_start(pointer, begin, lead, ITEMS: tl.constexpr, SAME_LEAD: tl.constexpr
 
 @triton.jit
 def fixed_start(pointer, row, stride, ITEMS: tl.constexpr):
-    """Return the begin of a row. `stride` and the result are multiples of ITEMS for the compiler."""
+    """Return the start of a row. `stride` and the result are multiples of ITEMS for the compiler."""
     return pointer + row * (stride // ITEMS) * ITEMS
 
 
@@ -147,10 +147,10 @@ def target_place(y, lead, vocab_size, counts):
 
 @triton.jit
 def masked_tiles(at_y, lead, whole, total, TILE: tl.constexpr):
-    """Return (first, edges, last, begin of the target's tile) for a forward.
+    """Return (first, edges, last, start of the target's tile) for a forward.
 
     range(first, last) are the tiles with a mask: those of `edges`, then the target's tile if it is
-    not one of them. The begin is `whole` if the target is in an edge, or if there is no target.
+    not one of them. The start is `whole` if the target is in an edge, or if there is no target.
     """
     first, end = edges(lead, whole, total)
     between = (at_y >= tl.where(lead > 0, TILE, 0)) & (at_y < whole)
