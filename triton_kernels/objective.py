@@ -206,7 +206,7 @@ def policy_term(log_ratio, logp, a, signal, o, SHAPE: tl.constexpr):
         tau_positive, tau_negative = sigmoid_gate_parameters(o)
         tau = tl.where(a > 0.0, tau_positive, tau_negative)
         s = sigmoid(tau * (r - 1.0))
-        complement = sigmoid(-tau * (r - 1.0))  # 1 - s would cancel
+        complement = sigmoid(-tau * (r - 1.0))  # 1 - s would lose digits
         return -(4.0 / tau) * s * a, -4.0 * s * complement * r * a, zero, flags
     elif SHAPE == TARGET_RATIO:
         low, high = target_ratio_parameters(o)

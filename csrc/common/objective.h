@@ -141,7 +141,7 @@ TOKFUSE_HD PolicyTerm policy_term(const ObjectiveParams& o, float log_ratio, flo
       const SigmoidGateParameters p = sigmoid_gate_parameters(o.p);
       const float tau = a > 0.0f ? p.tau_positive : p.tau_negative, x = tau * (r - 1.0f);
       out.loss = -(4.0f / tau) * sigmoid(x) * a;
-      out.d_log_ratio = -4.0f * sigmoid(x) * sigmoid(-x) * r * a;  // 1 - s would cancel
+      out.d_log_ratio = -4.0f * sigmoid(x) * sigmoid(-x) * r * a;  // 1 - sigmoid(x) would cancel
       break;
     }
     case Shape::kTargetRatio: {

@@ -77,7 +77,7 @@ struct WhitenArgs {
   float* out;  // (T)
   int shift_mean;
   double eps;
-  double* scratch;  // 3 per block of kWhitenBlock rows; on the CPU the binding sets it
+  double* scratch;  // 3 per block of kWhitenBlock rows; Python passes it on CUDA only
   int threads;      // CPU
 };
 constexpr int64_t kWhitenBlock = 4096;
@@ -90,8 +90,8 @@ struct OpeArgs {
   const float* q_a;     // (N); null: dr and sndr are undefined
   const uint8_t* mask;  // (N) or null
   double* out;          // (5, 2) estimate and standard error of ips, snips, dm, dr, sndr
-  double* scratch;      // per block of kOpeBlock rows: 5 (CPU, set by the binding) or 10 (CUDA)
-  int threads;          // CPU
+  double* scratch;  // 5 (CPU) or 10 (CUDA) per block of kOpeBlock; Python passes it on CUDA only
+  int threads;      // CPU
 };
 constexpr int64_t kOpeBlock = 4096;
 

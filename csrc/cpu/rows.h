@@ -83,7 +83,7 @@ constexpr float kNotKept = kInf;
 // Running sums of one softmax over the blocks of a row.
 template <bool kMoments>
 struct Accumulator {
-  float shift = -kInf;  // base-2 maximum so far
+  float shift = -kInf;  // running maximum of u c
   double s = 0, sx = 0, s2 = 0, s2x = 0, s2xx = 0;
 
   void raise_shift(float block_max2) {

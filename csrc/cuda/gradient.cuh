@@ -14,7 +14,7 @@ constexpr int64_t kElsewhere = -(int64_t{1} << 31);
 // Constants of one row's gradient.
 struct Slopes {
   float c, m, a0, a1;
-  float nats, logp, entropy, ga, gh;  // of the target's own entry
+  float nats, logp, entropy, ga, gh;  // for the target's entry
   int target;                         // its column; -1: none
 };
 

@@ -1,3 +1,4 @@
+// Launcher of the kernel in segment_moments.cuh.
 #include "cuda/segment_moments.cuh"
 
 namespace tokfuse {
