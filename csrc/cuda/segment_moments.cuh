@@ -1,5 +1,5 @@
 // segment_moments: count, sum, sum of squares, minimum and maximum per segment, in one read of the
-// values. Bytes per row: 4 or 8 for the value; with ids also 8 for its place in the sorted order.
+// values. Bytes per row: 4 or 8 for the value; with ids also 8 for the row number.
 //
 // A segment is a range of rows between two borders, or a range of equal ids in the sorted ids,
 // found by binary search. `parts` blocks share a segment; part p reads strips p, p + parts, ... of
