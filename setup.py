@@ -1,10 +1,10 @@
-"""Maps the repository's folders to the `tokfuse` packages and drives CMake for `tokfuse._native`.
+"""Map the repository's folders to the `tokfuse` packages and build `tokfuse._native` with CMake.
 
-Environment:
-    TOKFUSE_STRICT_BUILD=1   a failed native build is an error (default: go on without it)
-    TOKFUSE_CUDA=AUTO|ON|OFF CUDA kernels where nvcc is found (default), always, or never
-    TOKFUSE_CMAKE_ARGS="..." extra arguments for the CMake configure step
-    MAX_JOBS=N               parallel compile jobs
+Environment variables:
+    TOKFUSE_STRICT_BUILD=1    stop if the native build fails (default: install without it)
+    TOKFUSE_CUDA=AUTO|ON|OFF  build CUDA kernels if nvcc is found (default), always, or never
+    TOKFUSE_CMAKE_ARGS="..."  extra arguments for the CMake configure step
+    MAX_JOBS=N                number of parallel compile jobs
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
-# Every package by hand: automatic discovery would publish `runtime`, `bench`, ... as top-level
-# names.
+# Packages are listed by hand: automatic discovery would install `runtime`, `bench`, ... as
+# top-level packages.
 PACKAGE_DIR = {
     "tokfuse": "api",
     "tokfuse.runtime": "runtime",
@@ -45,7 +45,7 @@ PACKAGE_DIR = {
     "tokfuse.bench": "bench",
 }
 
-# CMake caches what these select, so each combination gets a build folder of its own.
+# CMake caches the effect of these variables, so each combination of values has its own build folder.
 BUILD_SETTINGS = (
     "CC",
     "CXX",
@@ -61,7 +61,7 @@ BUILD_SETTINGS = (
 
 
 def native_build_dir(cuda: str) -> Path:
-    """A folder that outlives the build, so that an unchanged source file is compiled once."""
+    """Return the build folder. It is kept between builds, so an unchanged file is not recompiled."""
     tools = [shutil.which(name) for name in ("c++", "nvcc", "cmake")]
     settings = [sys.base_prefix, cuda, *map(str, tools), *(os.environ.get(name, "") for name in BUILD_SETTINGS)]
     key = hashlib.sha256("\0".join(settings).encode()).hexdigest()[:8]
@@ -73,13 +73,13 @@ def _strict() -> bool:
 
 
 def _compiles_cuda(cuda: str) -> bool:
-    """Whether the build configured with this setting got as far as choosing to compile CUDA."""
+    """Return True if CMake enabled CUDA when it configured the build with this setting."""
     cache = native_build_dir(cuda) / "CMakeCache.txt"
     return cache.is_file() and "CMAKE_CUDA_COMPILER:" in cache.read_text()
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds `CMakeLists.txt`, and puts the module where setuptools expects it."""
+    """Builds `CMakeLists.txt` and places the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
         cuda = os.environ.get("TOKFUSE_CUDA") or "AUTO"
@@ -89,24 +89,24 @@ class CMakeBuild(build_ext):
             except subprocess.CalledProcessError as error:
                 if cuda != "AUTO" or _strict() or not _compiles_cuda(cuda):
                     raise
-                print(f"tokfuse: the build with CUDA kernels failed ({error}); again without.", file=sys.stderr)
+                print(f"tokfuse: building the CUDA kernels failed ({error}); retrying without them.", file=sys.stderr)
                 self._run_cmake(ext, "OFF")
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             self._remove_stale(ext)
             reason = f"tokfuse: the native module was not built ({error})."
             insists = "TOKFUSE_STRICT_BUILD" if _strict() else "TOKFUSE_CUDA"
             if _strict() or cuda == "ON":
-                raise SystemExit(f"{reason} {insists} is set, so it stops here.") from error
+                raise SystemExit(f"{reason} {insists} is set, so the installation stops.") from error
             print(
-                f"{reason} Installing without it: every op runs on the pure-torch reference. "
-                "`python -m tokfuse doctor` reports this; install g++ and cmake and reinstall.",
+                f"{reason} Installing without it: on the CPU every op runs on the pure-torch reference. "
+                "To build it, install g++ and cmake and reinstall; `python -m tokfuse doctor` shows the state.",
                 file=sys.stderr,
             )
-            # `optional=True` swallows CompileError only.
+            # With `optional=True` setuptools ignores CompileError only.
             raise CompileError(reason) from error
 
     def _remove_stale(self, ext: Extension) -> None:
-        """A module built from other sources must not stay in the tree, nor reach the wheel."""
+        """Remove a module that an earlier build left in the tree, so that it is not installed."""
         name = ext.name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
         (ROOT / PACKAGE_DIR["tokfuse"] / name).unlink(missing_ok=True)
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)

@@ -57,11 +57,11 @@ def header() -> str:
     lines = [f"// {NOTE}", "#pragma once", "", "#include <cstdint>", "", '#include "common/host_device.h"', ""]
     lines += ["// clang-format off", "namespace tokfuse {", ""]
     lines += [*enum("Shape", codes()), *enum("Level", LEVELS), *enum("Kl", {"none": 0, **KL_ESTIMATORS})]
-    lines += [f"constexpr int kShapeSlots = {SLOTS};  // numbers for the parameters of a shape", ""]
-    lines += ["// Shapes whose term reads `signal`.", "TOKFUSE_HD bool needs_signal(Shape shape) {"]
+    lines += [f"constexpr int kShapeSlots = {SLOTS};  // slots for the parameters of a shape", ""]
+    lines += ["// True for a shape whose term reads `signal`.", "TOKFUSE_HD bool needs_signal(Shape shape) {"]
     needing = [f"shape == Shape::k{shape.__name__}" for shape in SHAPES if shape.needs_signal]
     lines += [f"  return {' || '.join(needing) or 'false'};", "}", ""]
-    lines += ["// The parameters of a shape by name, from the slots of ObjectiveParams."]
+    lines += ["// The parameters of each shape by name. `p` is ObjectiveParams::p."]
     for shape in SHAPES:
         check(shape)
         if names := shape.slots():
@@ -81,18 +81,18 @@ def header() -> str:
 
 def triton_module() -> str:
     """Return the text of triton_kernels/shape_codes.py."""
-    lines = ['"""Codes of shapes, KL estimators and levels, and the parameters of the shapes by name.', ""]
+    lines = ['"""Codes of shapes, KL estimators and levels, and the parameters of each shape by name.', ""]
     lines += [NOTE, '"""', "", "import triton", "import triton.language as tl", ""]
     lines += [f"{snake(name).upper()} = tl.constexpr({code})" for name, code in codes().items()]
     for prefix, values in (("KL", {"none": 0, **KL_ESTIMATORS}), ("LEVEL", LEVELS)):
         lines += ["", *(f"{prefix}_{name.upper()} = tl.constexpr({code})" for name, code in values.items())]
     needing = ", ".join(f'{s.code}: "{s.__name__}"' for s in SHAPES if s.needs_signal)
-    lines += ["", "# Shapes whose term reads `signal`, by code.", f"NEEDS_SIGNAL = {{{needing}}}", ""]
+    lines += ["", "# Code -> name of each shape whose term reads `signal`.", f"NEEDS_SIGNAL = {{{needing}}}", ""]
     for shape in SHAPES:
         if names := shape.slots():
             slots = ", ".join(f"o.p{i}" for i in range(len(names)))
             lines += ["", "@triton.jit", f"def {snake(shape.__name__)}_parameters(o):"]
-            lines += [f'    """{", ".join(names)}."""', f"    return {slots}", ""]
+            lines += [f'    """Return {", ".join(names)}."""', f"    return {slots}", ""]
     return "\n".join(lines)
 
 

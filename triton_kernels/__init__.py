@@ -1,1 +1,1 @@
-"""Triton device code and launchers; imports torch, triton and this folder only."""
+"""Triton kernels and their launchers. Modules here import torch, triton and this package only."""

@@ -1,18 +1,20 @@
-"""What is compiled ahead of time for each architecture: the registry of compile cases.
+"""Compile cases: the kernels that are compiled ahead of time for each architecture.
 
-A kernel file declares its cases after its launchers. A case is a call of the launcher, on tensors
-of the meta device and of realistic size:
+A kernel file declares its cases after its launchers. A case is a call of a launcher, with tensors
+of realistic size on the meta device:
 
     @compile_case("token_stats_fwd", dtypes=(torch.bfloat16, torch.float32))
     def _(dtype: torch.dtype) -> None:
         token_stats_fwd(meta(4096, 151936, dtype=dtype), meta(4096, dtype=torch.int64))
 
-`record` runs the call with Triton's launch replaced by one that writes down kernel, signature,
-compile-time values, alignment and options, as the JIT would specialise them. So what is compiled is
-what is launched, and a launcher that changes cannot leave its case behind. A launcher that starts
-two kernels gives two rows. `python -m tokfuse kernels` compiles every case and holds registers,
-spills, load widths and instructions per element against the committed table; it does not work in a
-process with TRITON_INTERPRET set, where there is no compiler.
+`record` runs the call with Triton's launch function replaced. The replacement records the kernel,
+its signature, compile-time values, alignment and options, as the JIT would specialise them. So the
+compiled kernels are always those that the launcher launches. A launcher of two kernels gives two
+rows.
+
+`python -m tokfuse kernels` compiles every case and compares registers, spills, load widths and
+instructions per element with the committed table. It needs a process without TRITON_INTERPRET,
+because the interpreter has no compiler.
 """
 
 import ast
@@ -52,17 +54,15 @@ class CompileCase:
     """A named launch.
 
     Args:
-        name: unique; "<launcher>" or "<launcher>/<options>".
-        call: launches with its big tensors in the given dtype.
-        dtypes: those that are shipped.
-        streams: how many tensors of the big dtype the hot loop reads, element by element: divides
-            the bytes that it loads when instructions per element are counted. 0: a gather, whose
+        name: unique name, "<launcher>" or "<launcher>/<options>".
+        call: function that launches with its large tensors in the given dtype.
+        dtypes: dtypes to compile.
+        streams: number of large tensors that the hot loop reads per element. The bytes that the
+            loop loads are divided by it to count instructions per element. 0: a gather, whose
             instructions are not counted.
-        visits: hot loops that each visit every element, one after the other; their instructions
-            add up.
-        traffic: how many such tensors one pass moves between memory and the chip, read or written,
-            where that is all its work: predicts the share of the memory's bandwidth. 0: no such
-            prediction.
+        visits: number of hot loops that each process every element. Their instructions add up.
+        traffic: number of large tensors that the kernel reads from or writes to memory. It predicts
+            the share of the memory bandwidth. 0: no prediction, because the kernel does other work.
     """
 
     name: str
@@ -73,13 +73,13 @@ class CompileCase:
     traffic: int = 0
 
 
-# An argument by its name; a member of a tuple argument by positions.
+# An argument by its name, or a member of a tuple argument by its positions.
 Key = str | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch as the compiler needs it."""
+    """Everything that the compiler needs for one kernel launch."""
 
     kernel: Any
     signature: dict[str, Any]
@@ -105,10 +105,10 @@ def compile_case(
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor without memory, for the arguments of a case; a real one inside `on_device`.
+    """Return a tensor on the meta device for the arguments of a case.
 
-    Then integers are ids or columns below 1024, flags true but for every eighth, and floats of a
-    normal distribution.
+    Inside `on_device` it is a real tensor: integers are below 1024 (ids or columns), every eighth
+    flag is false, and floats have a normal distribution.
     """
     device = _DEVICES[-1]
     if device == "meta":
@@ -120,7 +120,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def borders(pieces: int, total: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """(pieces + 1,) cu_seqlens, or offsets, of pieces of equal length; like `meta`."""
+    """Return (pieces + 1,) cu_seqlens or offsets of pieces of equal length, on the device of `meta`."""
     device = _DEVICES[-1]
     if device == "meta":
         return torch.empty(pieces + 1, dtype=dtype, device="meta")
@@ -132,7 +132,7 @@ _DEVICES = ["meta"]
 
 @contextlib.contextmanager
 def on_device(device: str) -> Iterator[None]:
-    """Inside, cases have real tensors and can be run: what tuning times."""
+    """Give cases real tensors inside the context, so that tuning can run and time them."""
     _DEVICES.append(device)
     try:
         yield
@@ -141,7 +141,7 @@ def on_device(device: str) -> Iterator[None]:
 
 
 def cases() -> list[CompileCase]:
-    """Every case of every kernel file, by name."""
+    """Return the cases of all kernel files, sorted by name."""
     package = importlib.import_module("tokfuse.triton_kernels")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -150,7 +150,7 @@ def cases() -> list[CompileCase]:
 
 @contextlib.contextmanager
 def timed_launches(before: Callable[[], object]) -> Iterator[list[tuple[Any, Any]]]:
-    """Inside, `before` runs ahead of every launch, and the launch lies between two CUDA events."""
+    """Record two CUDA events around every launch inside the context; call `before` first."""
     events: list[tuple[Any, Any]] = []
     launched = triton.runtime.jit.JITFunction.run
 
@@ -168,7 +168,7 @@ def timed_launches(before: Callable[[], object]) -> Iterator[list[tuple[Any, Any
 
 
 def record(case: CompileCase, dtype: torch.dtype, capability: int) -> list[Launch]:
-    """The launches of a case on one architecture, in order; nothing is run."""
+    """Return the launches of a case on one architecture, in order. Nothing is run."""
     launches: list[Launch] = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -182,7 +182,7 @@ def record(case: CompileCase, dtype: torch.dtype, capability: int) -> list[Launc
 
 
 def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """The rules of the JIT: None and 1 become constants, multiples of 16 are known as such."""
+    """Apply the rules of the JIT: None and 1 become constants, multiples of 16 are marked."""
     names = set(kernel.arg_names)
     options = {name: value for name, value in kwargs.items() if name not in names}
     given = {name: value for name, value in kwargs.items() if name in names}
@@ -200,7 +200,7 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
             constexprs[key] = value
             return "constexpr"
         if isinstance(value, torch.Tensor):
-            aligned.append(key)  # of torch's allocations; a view may differ
+            aligned.append(key)  # true for torch's allocations, not for every view
             return POINTER[value.dtype]
         if isinstance(value, bool):
             return "i1"
@@ -220,9 +220,9 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
 
 @functools.cache
 def code_of(kernel: Any) -> str:
-    """The code of a kernel, then of every device function and constant of ours that it reaches.
+    """Return the code of a kernel and of all tokfuse functions and constants that it uses.
 
-    Without comments, docstrings and places in their files: what is left decides what is compiled.
+    Comments, docstrings and line numbers are removed. The rest determines the compiled kernel.
     """
     found: dict[str, str] = {}
     _collect(kernel, found)
@@ -247,7 +247,7 @@ def _collect(kernel: Any, found: dict[str, str]) -> None:
 
 
 def _value_of(node: ast.AST, names: dict[str, Any]) -> Any:
-    """What a name, or an attribute of one of our modules, stands for; None for anything else."""
+    """Return the value of a name or of an attribute of a tokfuse module; None for anything else."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

@@ -1,14 +1,15 @@
-"""gae: generalised advantage estimation over packed sequences, one launch.
+"""gae: generalised advantage estimation over packed sequences, in one launch.
 
     delta_t = r_t + gamma V_next - V_t,   A_t = delta_t + gamma lam A_next,   returns_t = A_t + V_t
 
-One program per sequence walks from its end in steps of BLOCK tokens: an associative scan inside the
-step, the first lane's A carried to the next. Masked tokens are the identity of the scan; the value
-behind them is found by a second scan, over the places of valid tokens. Steps are anchored to the
-end of the sequence, so the bits of a sequence do not depend on what it is packed with.
+One program per sequence goes from its end to its start in steps of BLOCK tokens. A step is one
+associative scan; A of its first token is passed to the next step. A masked token is the identity of
+the scan. A second scan, over the positions of valid tokens, finds V of the next valid token. Steps
+are counted from the end of the sequence. So the result of a sequence does not depend, bit for bit,
+on the sequences that it is packed with.
 
-Bytes per token at float32: 8 read (1 more with a mask, and the second visit of V from L1), 8
-written. Legend: T tokens, S sequences.
+Bytes per token at float32: 8 read (1 more with a mask; V is read a second time from L1), 8 written.
+Legend: T tokens, S sequences.
 """
 
 import torch
@@ -22,7 +23,7 @@ from tokfuse.triton_kernels.packed import first_lane, is_valid, joined, pair, re
 
 @triton.jit
 def _valid_tokens(mask_ptr, first, stop, BLOCK: tl.constexpr):
-    """Tokens of the sequence with mask true, int64."""
+    """Return the number of tokens of the sequence with mask true, int64."""
     count = stop - first
     if mask_ptr is not None:
         kept = tl.zeros((BLOCK,), tl.int64)
@@ -38,14 +39,14 @@ def gae_kernel(
     reward_ptr,  # (T,) float
     value_ptr,  # (T,) float
     cu_seqlens_ptr,  # (S + 1,) int32
-    mask_ptr,  # (T,) bool, or None: all count
-    finished_ptr,  # (S,) bool, or None: all finished
-    lam_ptr,  # (S,) float, or None: one lam for all
+    mask_ptr,  # (T,) bool; None: all tokens count
+    finished_ptr,  # (S,) bool; None: all sequences are finished
+    lam_ptr,  # (S,) float, lam_per_seq; None: one lam for all
     advantage_ptr,  # (T,) float
     returns_ptr,  # (T,) float
-    gamma,  # a pair, and so are the next two
+    gamma,  # split by `pair`; the same for the next two
     lam,
-    alpha,
+    alpha,  # length_adaptive_alpha
     ADAPTIVE: tl.constexpr,  # lam = 1 - 1 / max(alpha n, 1)
     BLOCK: tl.constexpr,
 ):
@@ -65,7 +66,7 @@ def gae_kernel(
         ends = tl.load(finished_ptr + seq) != 0
 
     lanes = tl.arange(0, BLOCK)
-    nearest = stop  # place of the next valid token; `stop` when there is none
+    nearest = stop  # position of the next valid token; `stop` if there is none
     carried = tl.zeros((), tl.float64)  # its advantage
     for step in range(0, tl.cdiv(stop - first, BLOCK)):
         offs = stop - (step + 1) * BLOCK + lanes
@@ -82,7 +83,7 @@ def gae_kernel(
         v_next = tl.load(value_ptr + following, mask=valid & has_next, other=0.0).to(tl.float64)
         if finished_ptr is not None:
             v_next = tl.where(has_next | ends, v_next, v)
-        delta = r + gamma * v_next - v  # 0 where not valid
+        delta = r + gamma * v_next - v  # 0 if not valid
         scan = reverse_recurrence(tl.where(valid, decay, 1.0), delta, carried)
         carried = first_lane(scan, lanes)
         inside = offs >= first
@@ -105,7 +106,10 @@ def gae(
     mask: torch.Tensor | None,
     finished: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantage, returns), each (tokens,) in the dtype of `reward`; the caller has checked."""
+    """Return (advantage, returns), each (tokens,) in the dtype of `reward`.
+
+    The caller has checked all arguments.
+    """
     advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
     num_seqs = cu_seqlens.shape[0] - 1
     config = choose("gae", reward)
@@ -130,7 +134,7 @@ def gae(
     return advantage, returns
 
 
-@compile_case("gae", dtypes=(torch.float32,), streams=3)  # reward, value and the value behind
+@compile_case("gae", dtypes=(torch.float32,), streams=3)  # reward, value and next value
 def _(dtype: torch.dtype) -> None:
     tokens = meta(1 << 20, dtype=dtype)
     options = {"lam": 0.95, "length_adaptive_alpha": None, "mask": None, "finished": None}

@@ -1,14 +1,14 @@
 """group_advantage: (reward - baseline) / scale per group of rows with the same id.
 
-Ids are any integers in any order, so rows are first sorted by id on the device (torch.sort, stable;
-for median and second_best by reward before that, so a group's ranks are places). Then one launch
-with a program per row: the program of a group's first row does the whole group, whatever its size,
-the others stop at their first load. `batch_std` adds the launch of partial_moments. The number of
-groups is never known to the host, so nothing synchronises. Baselines without groups: one launch,
-no sort.
+Ids may be any integers in any order. So rows are first sorted by id on the device (torch.sort,
+stable). For median and second_best they are sorted by reward before that, so the position of a row
+in its group is its rank. Then one kernel is launched with one program per row: the program of the
+first row of a group computes the whole group, and the others return after their first loads.
+`batch_std` adds the launch of partial_moments. The host never reads the number of groups, so
+nothing synchronises. Baselines without groups need one launch and no sort.
 
-Bytes per row at float32: 4 read by each of up to three visits of a group (from L1 after the first),
-24 of ids and order, 4 written. Legend: S rows.
+Bytes per row at float32: 4 read in each of up to three passes over a group (from L1 after the
+first), 24 for ids and order, 4 written. Legend: S rows.
 """
 
 import torch
@@ -22,7 +22,7 @@ from tokfuse.triton_kernels.packed import as_int64, joined, merged_moments, pair
 
 @triton.jit
 def _batch_std(partial_ptr, num_partials, num_rows, DDOF: tl.constexpr):
-    """Standard deviation of all rewards; 1 for a single one."""
+    """Return the standard deviation of all rewards of the batch; 1 for a single one."""
     _, _, square = merged_moments(partial_ptr, num_partials)
     n = as_int64(num_rows).to(tl.float64)
     return tl.where(num_rows == 1, 1.0, tl.sqrt(square / tl.maximum(n - DDOF, 1.0)))
@@ -30,7 +30,7 @@ def _batch_std(partial_ptr, num_partials, num_rows, DDOF: tl.constexpr):
 
 @triton.jit
 def group_size(ids_ptr, start, num_rows, BLOCK: tl.constexpr):
-    """How many sorted ids from `start` on are equal."""
+    """Return the number of equal ids from `start` on in the sorted ids."""
     id = tl.load(ids_ptr + start)
     size = tl.zeros((), tl.int64)
     found = tl.full((), BLOCK, tl.int64)
@@ -81,7 +81,8 @@ def _one_group(
             length = tl.load(lengths_ptr + row, mask=inside, other=0).to(tl.float64)
             weight += length
             weighted += length * x
-    # A rounded mean over eps = 1e-6 can be 0.1, so equal rewards are found by comparison.
+    # Equal rewards are detected by comparison, because the rounding error of the mean divided by
+    # eps = 1e-6 can reach 0.1.
     equal = tl.max(different, axis=0) == 0
     group_sum = tl.sum(total, axis=0)
     mean = group_sum / n
@@ -118,7 +119,7 @@ def _one_group(
         centre = low + 0.5 * (high - low)
         if BASELINE == "second_best":
             centre = _ranked(reward_ptr, order_ptr, start + tl.maximum(size - 2, 0))
-        # Sorted rewards end with the NaN, if there is one; it poisons its group.
+        # A NaN is last in the sorted rewards. Then all advantages of the group are NaN.
         factor = tl.where(best == best, factor, best)
     beaten = tl.where(best == best, 0.0, best)
 
@@ -146,13 +147,13 @@ def _one_group(
 def group_advantage_kernel(
     reward_ptr,  # (S,) float
     ids_ptr,  # (S,) int64, ascending
-    order_ptr,  # (S,) int64: the row of each of them
+    order_ptr,  # (S,) int64, row of each sorted id
     lengths_ptr,  # (S,) int64, or None
     partial_ptr,  # (3, programs) float64 of partial_moments, or None
     advantage_ptr,  # (S,) float
     num_rows,
     num_partials,
-    eps,  # a pair
+    eps,  # split by `pair`
     BASELINE: tl.constexpr,
     SCALE: tl.constexpr,
     DDOF: tl.constexpr,
@@ -186,12 +187,12 @@ def group_advantage_kernel(
 @triton.jit
 def groupless_advantage_kernel(
     reward_ptr,  # (S,) float
-    greedy_ptr,  # (S,) float, or None: baseline 0
-    partial_ptr,  # (3, programs) float64 of partial_moments, or None: scale 1
+    greedy_ptr,  # (S,) float; None: the baseline is 0
+    partial_ptr,  # (3, programs) float64 of partial_moments; None: the scale is 1
     advantage_ptr,  # (S,) float
     num_rows,
     num_partials,
-    eps,  # a pair
+    eps,  # split by `pair`
     DDOF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -221,7 +222,7 @@ def group_advantage(
     lengths: torch.Tensor | None,
     greedy_reward: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(seqs,) advantages in the dtype of `reward`; the caller has checked."""
+    """Return (seqs,) advantages in the dtype of `reward`. The caller has checked all arguments."""
     advantage = torch.empty_like(reward)
     num_rows = reward.shape[0]
     if num_rows == 0:
@@ -269,7 +270,7 @@ RANKED = ("median", "second_best")
 
 
 def sorted_groups(group_ids: torch.Tensor, key: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending ids and the row of each; rows of one id by `key`, or in their own order."""
+    """Return ascending ids and the row of each. Rows of one id are sorted by `key`, if given."""
     if key is None:
         ids, order = torch.sort(group_ids, stable=True)
         return ids, order

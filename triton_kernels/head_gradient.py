@@ -1,16 +1,18 @@
-"""Gradients of the head from the gradient of logits, over the rows that carry any.
+"""Gradients of the LM head from the gradient dz of the logits, over the live rows.
+
+A row is live if its gradient may be nonzero. Other rows are skipped.
 
     head_grad_hidden_kernel  grad_hidden[token of i] = dz[i] @ W        for the live rows i
     head_grad_weight_kernel  grad_weight (+)= sum over live rows i of  dz[i]^T hidden[i]
 
-How many rows are live, and which, stands in device memory: a program whose rows lie behind the
-count returns at once, and the sum over rows ends there. So nothing waits, and a CUDA graph holds
-both; torch's GEMMs take their size from the host. 2 N H V operations each for N live rows. They
-cannot be told from cuBLAS by their numbers: products in float32 (16-bit operands are exact there),
-sums in float32 in the order of rows and of columns, one program per tile, no atomics.
+The list of live rows and their number N are in device memory. A program whose rows are not live
+returns at once, and the sum over rows ends at N. So no synchronisation is needed, and both kernels
+can be captured in a CUDA graph; torch's GEMMs read their size on the host. Each kernel takes 2 N H
+V operations. Its accuracy is that of cuBLAS: products in float32 (exact for 16-bit operands) and
+float32 sums in the order of columns or rows, with one program per tile and no atomics.
 
-A few live rows leave most of a GPU idle in the first kernel: its programs are live tiles times
-hidden / BLOCK_H, and each walks over the whole vocabulary.
+With few live rows the first kernel leaves most of a GPU idle: it has (live tiles) * H / BLOCK_H
+programs, and each of them loops over the whole vocabulary.
 
 Legend: R rows of dz, N live ones, T tokens, V vocabulary, H hidden.
 """
@@ -39,7 +41,7 @@ launch.declare(
         90: launch.LaunchConfig(block_t=64, block_v=128, block_h=128, num_warps=8, num_stages=4),
     },
 )
-# float32 has no tensor cores at full precision: smaller tiles, or the sums do not fit registers.
+# Tensor cores have no full float32 precision. Without them, smaller tiles keep the sums in registers.
 launch.declare(
     "head_grad_hidden_f32", {80: launch.LaunchConfig(block_t=64, block_v=16, block_h=64, num_warps=8, num_stages=3)}
 )
@@ -50,11 +52,11 @@ launch.declare(
 
 @triton.jit
 def head_grad_hidden_kernel(
-    dz_ptr,  # (R, V)
+    dz_ptr,  # (R, V), grad_logits
     weight_ptr,  # (V, H)
     rows_ptr,  # (R,) int32, the live rows first
     count_ptr,  # () int32, N
-    token_ptr,  # (R,) int64, token of a row
+    token_ptr,  # (R,) int64, token of each row
     grad_ptr,  # (T, H)
     stride_dz_r,
     stride_weight_v,
@@ -96,8 +98,8 @@ def head_grad_hidden_kernel(
 
 @triton.jit
 def head_grad_weight_kernel(
-    dz_ptr,  # (R, V)
-    hidden_ptr,  # (R, H), of the rows of dz
+    dz_ptr,  # (R, V), grad_logits
+    hidden_ptr,  # (R, H), hidden state of each row of dz
     rows_ptr,  # (R,) int32, the live rows first
     count_ptr,  # () int32, N
     grad_ptr,  # (V, H) float32
@@ -140,42 +142,46 @@ def head_grad_weight_kernel(
 
 
 def live_first(live: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, count): the live rows in their order and then the others, (R,) int32; () int32.
+    """Return the row numbers with the live rows first, (R,) int32, and the live count, () int32.
 
     Args:
-        live: (R,) bool.
+        live: (R,) bool, true for a live row.
     """
     order = torch.argsort(torch.logical_not(live).to(torch.int8), stable=True)
     return order.to(torch.int32), live.sum(dtype=torch.int32)
 
 
 def grad_hidden(
-    dz: torch.Tensor,
+    grad_logits: torch.Tensor,
     weight: torch.Tensor,
     rows: torch.Tensor,
     count: torch.Tensor,
     token: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Writes out[token[i]] = dz[i] @ weight for the first `count` rows i of `rows`; no other row.
+    """Write out[token[i]] = grad_logits[i] @ weight for the live rows i; other rows are not written.
 
     Args:
-        dz: (R, V), unit stride along V; weight: (V, H), contiguous, same dtype.
-        rows, count: of `live_first`. token: (R,) int64. out: (T, H), contiguous.
+        grad_logits: (R, V), unit stride along V.
+        weight: (V, H), contiguous, same dtype.
+        rows: (R,) int32, row numbers with the live rows first.
+        count: () int32, number of live rows.
+        token: (R,) int64, token of each row.
+        out: (T, H), contiguous.
     """
-    config = launch.choose(_named("head_grad_hidden", dz), dz)
-    row_blocks = triton.cdiv(dz.shape[0], config.block_t)
+    config = launch.choose(_named("head_grad_hidden", grad_logits), grad_logits)
+    row_blocks = triton.cdiv(grad_logits.shape[0], config.block_t)
     head_grad_hidden_kernel[(row_blocks * triton.cdiv(weight.shape[1], config.block_h),)](
-        dz,
+        grad_logits,
         weight,
         rows,
         count,
         token,
         out,
-        dz.stride(0),
+        grad_logits.stride(0),
         weight.stride(0),
         out.stride(0),
-        dz.shape[1],
+        grad_logits.shape[1],
         weight.shape[1],
         row_blocks,
         BLOCK_T=config.block_t,
@@ -186,26 +192,34 @@ def grad_hidden(
 
 
 def grad_weight(
-    dz: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, out: torch.Tensor, accumulate: bool
+    grad_logits: torch.Tensor,
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    count: torch.Tensor,
+    out: torch.Tensor,
+    accumulate: bool,
 ) -> None:
-    """out = or += the sum of dz[i]^T hidden[i] over the first `count` rows i of `rows`.
+    """Write to `out`, or with `accumulate` add, the sum of grad_logits[i]^T hidden[i] over live rows i.
 
     Args:
-        dz: (R, V), unit stride along V; hidden: (R, H), contiguous, same dtype.
-        rows, count: of `live_first`. out: (V, H) float32, contiguous; read with `accumulate` only.
+        grad_logits: (R, V), unit stride along V.
+        hidden: (R, H), contiguous, same dtype.
+        rows: (R,) int32, row numbers with the live rows first.
+        count: () int32, number of live rows.
+        out: (V, H) float32, contiguous; read only with `accumulate`.
     """
-    config = launch.choose(_named("head_grad_weight", dz), dz)
-    vocab_blocks = triton.cdiv(dz.shape[1], config.block_v)
+    config = launch.choose(_named("head_grad_weight", grad_logits), grad_logits)
+    vocab_blocks = triton.cdiv(grad_logits.shape[1], config.block_v)
     head_grad_weight_kernel[(vocab_blocks * triton.cdiv(hidden.shape[1], config.block_h),)](
-        dz,
+        grad_logits,
         hidden,
         rows,
         count,
         out,
-        dz.stride(0),
+        grad_logits.stride(0),
         hidden.stride(0),
         out.stride(0),
-        dz.shape[1],
+        grad_logits.shape[1],
         hidden.shape[1],
         vocab_blocks,
         ACCUMULATE=accumulate,
@@ -216,27 +230,27 @@ def grad_weight(
     )
 
 
-def _named(kernel: str, dz: torch.Tensor) -> str:
-    return f"{kernel}_f32" if dz.dtype == torch.float32 else kernel
+def _named(kernel: str, grad_logits: torch.Tensor) -> str:
+    return f"{kernel}_f32" if grad_logits.dtype == torch.float32 else kernel
 
 
 def _case(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    rows, count = meta(4096, dtype=torch.int32), borders(1, 4096)[1:]  # all of them live
+    rows, count = meta(4096, dtype=torch.int32), borders(1, 4096)[1:]  # all rows are live
     return meta(4096, 151936, dtype=dtype), meta(4096, 4096, dtype=dtype), rows, count
 
 
 def _hidden_case(dtype: torch.dtype) -> None:
-    dz, hidden, rows, count = _case(dtype)
+    grad_logits, hidden, rows, count = _case(dtype)
     weight = meta(151936, 4096, dtype=dtype)
-    grad_hidden(dz, weight, rows, count, meta(4096, dtype=torch.int64), hidden)
+    grad_hidden(grad_logits, weight, rows, count, meta(4096, dtype=torch.int64), hidden)
 
 
 def _weight_case(dtype: torch.dtype) -> None:
-    dz, hidden, rows, count = _case(dtype)
-    grad_weight(dz, hidden, rows, count, meta(151936, 4096), True)
+    grad_logits, hidden, rows, count = _case(dtype)
+    grad_weight(grad_logits, hidden, rows, count, meta(151936, 4096), True)
 
 
-# Records of their own, so cases of their own.
+# float32 has its own launch configurations, so it has its own cases.
 compile_case("head_gradient/hidden", dtypes=HALF)(_hidden_case)
 compile_case("head_gradient/hidden_float32", dtypes=(torch.float32,))(_hidden_case)
 compile_case("head_gradient/weight", dtypes=HALF)(_weight_case)

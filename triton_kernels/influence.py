@@ -1,10 +1,11 @@
-"""influence: one sketch per sequence, F_s = sum over its tokens of left_t right_t^T.
+"""Influence sketches: one per sequence, F_s = sum of left_t right_t^T over its tokens.
 
-One program per sequence and tile of F_s; a program walks over the tokens of its sequence alone, so
-nothing is padded, the longest sequence need not be known, and sums have one order. 2 T R^2
-operations, in float32 without tensor cores: with R = 64 they are a hundredth of the projections.
+There is one program per sequence and tile of F_s. A program loops over the tokens of its sequence
+only. So nothing is padded, the length of the longest sequence is not needed, and the order of a sum
+is fixed. 2 T R^2 operations in float32 without tensor cores: with R = 64 about 1% of the operations
+of the projections.
 
-Legend: T tokens, S sequences, R rank (the hidden size where nothing is projected).
+Legend: T tokens, S sequences, R rank (the hidden size without a projection).
 """
 
 import torch
@@ -17,12 +18,12 @@ from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
 
 @triton.jit
 def sketch_kernel(
-    left_ptr,  # (T, R) float32, contiguous, as right
+    left_ptr,  # (T, R) float32, contiguous; the same for right
     right_ptr,
     cu_seqlens_ptr,  # (S + 1,) int32
     out_ptr,  # (S, R, R) float32
     rank,
-    tiles,  # along each side of F_s
+    tiles,  # number of tiles along each side of F_s
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -47,7 +48,7 @@ declare("influence", {80: LaunchConfig(block_t=32, block_h=64, num_warps=4)})
 
 
 def sketch(left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """(seqs, rank, rank) float32 from two (tokens, rank) float32 tensors."""
+    """Return the sketches, (seqs, rank, rank) float32. `left` and `right` are (tokens, rank) float32."""
     num_seqs, rank = cu_seqlens.shape[0] - 1, left.shape[1]
     out = torch.empty(num_seqs, rank, rank, dtype=torch.float32, device=left.device)
     config = choose("influence", left)

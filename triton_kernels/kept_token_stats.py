@@ -1,13 +1,14 @@
-"""kept_token_stats: log-prob, entropy and log-sum-exp over the recorded support of each row.
+"""kept_token_stats: log-probability, entropy and log-sum-exp over the kept ids of each row.
 
-The statistics are those of rows.py over u_j, j in K_t = kept_ids[offsets[t] : offsets[t + 1]]. Both
-passes gather the kept logits only (K of them, 8 bytes of id and one 32-byte sector each); the
-backward writes the dense gradient, zeros by one memset and then the kept entries: 2V + 40K bytes
-per token at bf16. One launch forward, two backward.
+The formulas are those of rows.py, with sums over j in ids[offsets[t] : offsets[t + 1]] (the support
+of token t). Both passes gather the kept logits only: 8 bytes of id and one 32-byte sector each. The
+backward writes the dense gradient: one launch sets it to zero, one writes the kept entries. With k
+kept ids it moves 2V + 40k bytes per token at bf16.
 
-Legend: T tokens (packed), V vocabulary, K kept ids of all rows. An id outside [0, V) makes its row
-NaN, as a target outside does with logp; an id that stands twice in a row counts twice, the target once.
-Both are refused where values may be read. Offsets outside [0, K] are cut to it: nothing else is read.
+Legend: T tokens (packed), V vocabulary, K kept ids of all rows. The launchers do not check values.
+An id outside [0, V) gives NaN in its row; a target outside [0, V) gives NaN in logp. An id that
+occurs twice in a row counts twice, but the target counts once. Offsets are clamped to [0, K], so no
+other memory is read.
 """
 
 import torch
@@ -23,7 +24,7 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @triton.jit
 def _support(offsets_ptr, row, num_kept, mask_ptr):
-    """(begin, end) in kept_ids; empty for a masked row, of which nothing is read."""
+    """Return (begin, end) of a row's kept ids. A masked row has none, so it is not read."""
     begin = tl.maximum(tl.load(offsets_ptr + row), 0)
     end = tl.minimum(tl.load(offsets_ptr + row + 1), num_kept)
     if mask_ptr is not None:
@@ -33,7 +34,7 @@ def _support(offsets_ptr, row, num_kept, mask_ptr):
 
 @triton.jit
 def _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """(u, slope) of the kept ids; NaN for one that is no column."""
+    """Return (u, slope) of the kept ids; u is NaN for an id outside [0, V)."""
     column = (ids >= 0) & (ids < vocab_size)
     u, slope = rows.read(row_ptr, None, ids, inside & column, softcap, logit_scale, 0.0, HAS_SOFTCAP)
     return tl.where(inside & (column == 0), float("nan"), u), slope
@@ -47,7 +48,7 @@ def kept_token_stats_fwd_kernel(
     offsets_ptr,  # (T + 1,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    logp_ptr,  # (T,) float32, and so are all that follow
+    logp_ptr,  # (T,) float32; the same for all that follow
     entropy_ptr,
     lse_ptr,
     row_max_ptr,
@@ -73,7 +74,7 @@ def kept_token_stats_fwd_kernel(
     s = tl.zeros((LANES,), tl.float32)
     sd = tl.zeros((LANES,), tl.float32)
     ss = tl.zeros((LANES,), tl.float32)
-    u_y = tl.zeros((LANES,), tl.float32)  # of the target, in the lane that meets it
+    u_y = tl.zeros((LANES,), tl.float32)  # of the target, in the lane that finds it
     found = tl.zeros((LANES,), tl.int32)
     for start in range(begin, end, TILE):
         inside = start + offs_k < end
@@ -108,13 +109,13 @@ def kept_token_stats_bwd_kernel(
     offsets_ptr,  # (T + 1,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    row_max_ptr,  # (T,) float32, and so are the next three
+    row_max_ptr,  # (T,) float32; the same for the next three
     inv_sum_ptr,
     logp_ptr,
     entropy_ptr,
     grad_logp_ptr,  # (T,) float32 or None
     grad_entropy_ptr,  # (T,) float32 or None
-    grad_logits_ptr,  # (T, V), zeros: only kept entries are written
+    grad_logits_ptr,  # (T, V), initially 0; only kept entries are written
     stride_logits_t,
     stride_grad_t,
     num_kept,
@@ -137,11 +138,11 @@ def kept_token_stats_bwd_kernel(
         gh = tl.load(grad_entropy_ptr + row)
     inv_sum = tl.load(inv_sum_ptr + row)
     begin, end = _support(offsets_ptr, row, num_kept, mask_ptr)
-    # Rows without gradient, and those without a distribution, keep their zeros, unread.
+    # Rows without gradient or without a distribution keep their zeros. They are not read.
     end = tl.where(((ga == 0.0) & (gh == 0.0)) | (inv_sum == 0.0), begin, end)
     y = tl.load(target_ptr + row)
     offs_k = rows.tile_offsets(VECTORS, LANES, 1)
-    # A target outside the support has logp = -inf, which sends no gradient: look for it first.
+    # A target outside the support has logp = -inf, which has no gradient. So find it first.
     found = tl.zeros((LANES,), tl.int32)
     for start in range(begin, end, TILE):
         inside = start + offs_k < end
@@ -186,7 +187,7 @@ def kept_token_stats_fwd(
     logit_scale: float,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, row maximum and 1 / sum of exps over the support: (tokens,) float32."""
+    """Return logp, entropy, lse, row_max and inv_sum over the support, each (tokens,) float32."""
     tokens, vocab = logits.shape
     logits = rows.unit_stride(logits)
     out = [torch.empty(tokens, dtype=torch.float32, device=logits.device) for _ in range(5)]
@@ -231,7 +232,7 @@ def kept_token_stats_bwd(
     logit_scale: float,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The dense gradient of the logits, exactly 0 outside the support."""
+    """Return the dense gradient of the logits; it is exactly 0 outside the support."""
     tokens, vocab = logits.shape
     logits = rows.unit_stride(logits)
     out = torch.zeros((tokens, vocab), dtype=logits.dtype, device=logits.device)

@@ -1,12 +1,12 @@
-"""Launch configurations: one frozen record, one validity rule, one choice per kernel and device.
+"""Launch configurations: tile sizes and warps of each kernel, by compute capability.
 
 A kernel file declares its defaults once, next to its launcher:
 
     declare("token_stats_fwd", {80: LaunchConfig(block_v=4096, num_warps=8)})
 
-and its launcher asks `choose("token_stats_fwd", logits)`. An architecture that is not declared
-takes the next older one: sm_86 the record of 80, sm_120 that of 100. A tuned record replaces a
-default only after `TUNED` was filled, which nothing does by itself: see inspection/tune.py.
+The launcher calls `choose("token_stats_fwd", logits)`. An architecture without an entry takes the
+entry of the next older one: sm_86 that of 80, sm_120 that of 100. A record in `TUNED` replaces the
+default. Only inspection/tune.py fills `TUNED`; nothing is tuned automatically.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 
-# Triton refuses a tensor of more elements, and a block of more threads cannot be launched.
+# Limits of Triton (elements of a tensor) and of CUDA (threads of a block).
 MAX_TILE = 1 << 20
 MAX_WARPS = 32
-# Where there is no GPU to ask, in the interpreter: its results must be those of a shipped record.
+# Used without a GPU, in the interpreter, so that it runs a configuration that is shipped.
 DEFAULT_CAPABILITY = 90
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and the shape of one program; a kernel uses those of its axes.
+    """Tile sizes and warps of one program. A kernel uses the tile sizes of its axes only.
 
     Args:
-        block_t, block_v, block_h: elements of the token, vocabulary and hidden axis that one step
-            of a program takes; powers of two, because tl.arange takes nothing else.
+        block_t, block_v, block_h: elements of the token, vocabulary and hidden axis that a program
+            processes in one step; powers of two, as tl.arange requires.
         num_warps: warps of a program, a power of two.
         num_stages: depth of the software pipeline of a loop.
     """
@@ -49,12 +49,12 @@ class LaunchConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton itself takes, as keywords of a launch."""
+        """Return the keywords of a launch that Triton itself reads."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def invalid(config: LaunchConfig) -> str | None:
-    """None where every kernel can be compiled with `config`, else the rule that it breaks."""
+    """Return the rule that `config` violates, or None if every kernel can be compiled with it."""
     blocks = (config.block_t, config.block_v, config.block_h)
     if any(n < 1 or n & (n - 1) for n in (*blocks, config.num_warps)):
         return "blocks and num_warps must be powers of two"
@@ -64,14 +64,14 @@ def invalid(config: LaunchConfig) -> str | None:
     if config.num_warps > MAX_WARPS:
         return f"num_warps must be at most {MAX_WARPS}"
     if max(pairs) < 32 * config.num_warps:
-        return "every thread must have an element, so a tile must have 32 * num_warps or more"
+        return "a tile must have at least 32 * num_warps elements, one for each thread"
     if not 1 <= config.num_stages <= 8:
         return "num_stages must be from 1 to 8"
     return None
 
 
 DEFAULTS: dict[str, Mapping[int, LaunchConfig]] = {}
-# (kernel, capability) -> record; takes precedence over DEFAULTS.
+# (kernel, capability) -> record. It takes precedence over DEFAULTS.
 TUNED: dict[tuple[str, int], LaunchConfig] = {}
 _ASSUMED: list[int] = []
 _WATCHERS: list[list[str]] = []
@@ -84,14 +84,14 @@ def declare(kernel: str, by_capability: Mapping[int, LaunchConfig]) -> None:
 
 
 def choose(kernel: str, x: torch.Tensor) -> LaunchConfig:
-    """The record that `kernel` is launched with on the device of `x`."""
+    """Return the record that `kernel` is launched with on the device of `x`."""
     for chosen in _WATCHERS:
         chosen.append(kernel)
     return default(kernel, _ASSUMED[-1] if _ASSUMED else _capability(x.device))
 
 
 def default(kernel: str, capability: int) -> LaunchConfig:
-    """The tuned record if there is one, else that of the newest architecture not above."""
+    """Return the tuned record if there is one, else the newest default up to `capability`."""
     tuned = TUNED.get((kernel, capability))
     if tuned is not None:
         return tuned
@@ -109,7 +109,7 @@ def _capability(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def assume(capability: int) -> Iterator[None]:
-    """Inside, `choose` answers for this architecture, whatever the tensors are on."""
+    """Make `choose` return the record of this architecture inside the context, for any device."""
     _ASSUMED.append(capability)
     try:
         yield
@@ -119,7 +119,7 @@ def assume(capability: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def choices() -> Iterator[list[str]]:
-    """Collects the names that `choose` is asked for inside."""
+    """Collect the kernel names that `choose` is called with inside the context."""
     chosen: list[str] = []
     _WATCHERS.append(chosen)
     try:
@@ -130,7 +130,7 @@ def choices() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def trial(kernel: str, capability: int, config: LaunchConfig) -> Iterator[None]:
-    """Inside, `kernel` is launched with `config` on that architecture."""
+    """Launch `kernel` with `config` on that architecture inside the context."""
     before = TUNED.get((kernel, capability))
     TUNED[kernel, capability] = config
     try:
@@ -142,10 +142,10 @@ def trial(kernel: str, capability: int, config: LaunchConfig) -> Iterator[None]:
 
 
 def candidates(kernel: str, capability: int) -> list[LaunchConfig]:
-    """The record in use, then every valid one near it: what tuning tries.
+    """Return the records that tuning tries: the one in use, then every valid one near it.
 
-    Blocks and warps are halved and doubled, and once more; an axis that the kernel does not have
-    stays 1, and a loop that is not pipelined stays so.
+    Block sizes and warps vary from a quarter to four times the value in use. An axis that the
+    kernel does not have stays 1, and a loop that is not pipelined stays so.
     """
     base = default(kernel, capability)
     axes: dict[str, list[int]] = {}

@@ -1,18 +1,18 @@
-"""token_stats of hidden @ weight.T for 16-bit heads: the logits exist one tile at a time, in
-registers.
+"""token_stats of hidden @ weight.T for 16-bit heads, without storing the logits.
 
-    linear_token_stats_kernel  a block of tokens times one split of the vocabulary: tiles of logits
-    by
-                               tl.dot, folded into running statistics (rows.py) of each token
-    linear_merge_kernel        adds the splits of a token in their order
+    linear_token_stats_kernel  a block of tokens times one split of the vocabulary: tl.dot gives a
+                               tile of logits in registers, which is added to running statistics
+                               (rows.py) of each token
+    linear_merge_kernel        merges the statistics of a token's splits in order
 
-2 T H V floating point operations, one exp per logit. Splits are fixed pieces of the vocabulary, so
-a token's result depends on neither the number of tokens nor the device. Neighbouring programs share
-a split: its weights come from memory once and then from L2. Extra memory: 20 T bytes per split.
+2 T H V floating-point operations and one exponential per logit. A split is a fixed range of the
+vocabulary. So the result of a token depends neither on the number of tokens nor on the device.
+Neighbouring programs use the same split: its weights are read from memory once, then from L2. Extra
+memory: 20 T bytes per split.
 
-Products of 16-bit numbers are exact in float32 and accumulate there; a logit is never rounded to 16
-bits, which eager PyTorch does. float32 heads take the chunked GEMM of
-runtime/lm_head/device_head.py, because tl.dot would need many passes for them.
+Products of 16-bit numbers are exact in float32 and are accumulated in float32. A logit is never
+rounded to 16 bits, as it is in eager PyTorch. float32 heads use the chunked GEMM of
+runtime/lm_head/device_head.py, because tl.dot would need several passes for them.
 
 Legend: T tokens, V vocabulary, H hidden, S splits.
 """
@@ -26,7 +26,7 @@ from tokfuse.triton_kernels.compile_cases import compile_case, meta
 from tokfuse.triton_kernels.tile import INTERPRET, NEG_INF, load, maximum
 
 DTYPES = (torch.bfloat16, torch.float16)
-SPLIT = 8192  # columns; 19 splits of 152k, times 64 blocks of 8192 tokens, fill any device
+SPLIT = 8192  # columns; a vocabulary of 152k has 19, which with 64 blocks of tokens fill any device
 
 launch.declare(
     "linear_token_stats",
@@ -40,7 +40,7 @@ launch.declare("linear_merge", {80: launch.LaunchConfig(block_t=128, num_warps=4
 
 @triton.jit
 def _temperature_scale(temperature_ptr, offs_t, keep, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """(c, c in nats) of each token, as rows.base2_scale."""
+    """Return (c, nats) of each token; rows.base2_scale defines them."""
     t = tl.zeros(offs_t.shape, tl.float32) + temperature
     if temperature_ptr is not None:
         t = tl.load(temperature_ptr + offs_t, mask=keep, other=1.0)
@@ -55,7 +55,7 @@ def linear_token_stats_kernel(
     target_ptr,  # (T,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    partial_ptr,  # (S, 5, T) float32: m, sum e, sum d e, sum e^2 without the target, its logit
+    partial_ptr,  # (S, 5, T) float32: m, sum e, sum d e, sum e^2 without the target; its logit
     stride_hidden_t,
     stride_weight_v,
     num_tokens,
@@ -88,7 +88,7 @@ def linear_token_stats_kernel(
     u_y = tl.zeros((BLOCK_T,), tl.float32)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, vocab_size)
-    end = tl.where(tl.max(keep.to(tl.int32), axis=0) > 0, end, begin)  # all masked: no GEMM
+    end = tl.where(tl.max(keep.to(tl.int32), axis=0) > 0, end, begin)  # no GEMM if all are masked
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         in_vocab = offs_v < vocab_size
@@ -133,7 +133,7 @@ def linear_merge_kernel(
     target_ptr,  # (T,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    logp_ptr,  # (T,) float32, and so are all that follow
+    logp_ptr,  # (T,) float32; the same for all that follow
     entropy_ptr,
     lse_ptr,
     sum_sq_ptr,
@@ -201,17 +201,20 @@ def linear_token_stats(
     logit_scale: float,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, sum_sq, top1, row maximum and 1 / sum of exps: (tokens,) float32 each.
+    """Return logp, entropy, lse, sum_sq, top1, row_max and inv_sum, each (tokens,) float32.
 
     Args:
-        hidden: (tokens, hidden) bfloat16 or float16, unit stride along hidden, as weight.
-        weight: (vocab, hidden), same dtype.
-        bias: (vocab,) or None.
-        target: (tokens,) int64.
-        temperature, softcap, logit_scale, mask: as in `token_stats`.
+        hidden: (tokens, hidden) bfloat16 or float16, unit stride along hidden.
+        weight: (vocab, hidden), same dtype, unit stride along hidden.
+        bias: (vocab,), added to the logits. None: no bias.
+        target: (tokens,) int64, token ids.
+        temperature: divides the logits; a number or (tokens,).
+        softcap: bound of the tanh on the logits. None: no softcap.
+        logit_scale: multiplies the logits before the softcap.
+        mask: (tokens,) bool. None: every token counts.
     """
     tokens, vocab = hidden.shape[0], weight.shape[0]
-    # Tensors of their own: the results of an op in a compiled graph must not share storage.
+    # Separate tensors: the results of an op in a compiled graph must not share storage.
     out = [torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(7)]
     if tokens == 0:
         return tuple(out)

@@ -1,13 +1,14 @@
-"""The per-token mathematics of every policy objective: csrc/common/objective.h as jit functions.
+"""The per-token mathematics of every policy objective, as jit functions.
 
     policy_term: loss of one token and its derivative, as a function of the log-ratio
-    kl_term:     KL estimate of one token and its derivative in logp
-    token_terms: both and the entropy bonus, weighted, as the row and token kernels use them
+    kl_term:     KL estimate of one token and its derivative with respect to logp
+    token_terms: the weighted sum of both and the entropy bonus, for the row and token kernels
 
-Shape, KL estimator and the presence of an input are compile time (few values); every number is run
-time. All functions take scalars (one row per program) as well as blocks of tokens, in float32.
-Codes and the names of the parameters come from runtime/policy/shapes.py, through shape_codes.py.
-Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp.
+csrc/common/objective.h has the same functions for the CPU and CUDA kernels. Shape, KL estimator and
+the presence of an input are compile-time values; all numbers are run-time values. All functions
+accept scalars (one row per program) and blocks of tokens, in float32. runtime/policy/shapes.py
+defines the codes and the parameter names; shape_codes.py is generated from it. Notation: A
+advantage, r = exp(log_ratio), k = logp - ref_logp.
 """
 
 from typing import Any, NamedTuple
@@ -45,8 +46,8 @@ from tokfuse.triton_kernels.shape_codes import (
     target_ratio_parameters,
 )
 
-# Where a bound applies: to each token's log-ratio, to the log-ratio at the objective's level, or to
-# both at once for token-level objectives.
+# The log-ratio that a bound applies to: that of each token, or the one at the objective's level. A
+# token-level objective applies both bounds at once.
 TOKEN_STAGE = tl.constexpr(1)
 LEVEL_STAGE = tl.constexpr(2)
 BOTH_STAGES = tl.constexpr(3)
@@ -57,7 +58,7 @@ CLIPPED_DUAL = tl.constexpr(4)  # A < 0 and r above the dual bound or the cap: n
 
 
 class ObjectiveNumbers(NamedTuple):
-    """The run-time half of an encoded objective. p0..p5: shape_codes.py reads them by name."""
+    """The run-time values of an objective. shape_codes.py gives names to p0, ..., p5."""
 
     p0: Any
     p1: Any
@@ -65,24 +66,24 @@ class ObjectiveNumbers(NamedTuple):
     p3: Any
     p4: Any
     p5: Any
-    kl_coef: Any  # signed
+    kl_coef: Any  # may be negative
     kl_clamp: Any  # bound on |k|; the gradient is zero outside
     entropy_coef: Any
     log_ratio_clamp: Any  # bound on |logp - old_logp|; the gradient is zero outside
 
 
-# What is cross-compiled: PPO's clip with all bounds and a KL term.
+# The objective of the compile cases: PPO's clip with all bounds and a KL term.
 CASE_CODES = (PPO_CLIP.value, KL_K3.value)
 CASE_NUMBERS = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0)
 
 
 class TokenPointers(NamedTuple):
-    """Per-token inputs, each (T,) float32 and None where the objective has no such term."""
+    """Per-token inputs, each (T,) float32; None if the objective has no such term."""
 
     old_logp: Any
     advantage: Any
-    mask: Any  # (T,) int8, None: every token counts
-    agg_weight: Any  # aggregation weight before the normaliser, None: 1
+    mask: Any  # (T,) bool; None: every token counts
+    agg_weight: Any  # aggregation weight without 1 / normaliser; None: 1
     token_weight: Any
     signal: Any
     ref_logp: Any
@@ -91,14 +92,14 @@ class TokenPointers(NamedTuple):
 
 
 def require_signal(x: TokenPointers, shape: int) -> None:
-    """Refuse to launch without the signal that the shape reads: the kernels would take 0 for it."""
+    """Raise an error if the shape reads a signal and there is none: the kernels would use 0."""
     if shape in NEEDS_SIGNAL and x.signal is None:
         raise ValueError(f"triton_kernels: signal must be given for shape {NEEDS_SIGNAL[shape]}; got None.")
 
 
 @triton.jit
 def load_or(ptr, offs, keep, missing: tl.constexpr):
-    """ptr[offs] as float32 where keep, 0 elsewhere; the number `missing` for an absent input."""
+    """Return ptr[offs] if keep, else 0. For an absent input return the number `missing`."""
     if ptr is None:
         return missing
     else:
@@ -107,21 +108,22 @@ def load_or(ptr, offs, keep, missing: tl.constexpr):
 
 @triton.jit
 def clip(x, low, high):
-    """x between the bounds. A NaN stays one, which minimum and maximum do not promise."""
+    """Return x limited to [low, high]. NaN stays NaN, which tl.minimum does not guarantee."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def sigmoid(x):
-    # exp of a non-positive number only: no overflow, and the tail keeps its relative accuracy.
+    # exp takes a non-positive argument. So it cannot overflow, and the tail keeps its relative
+    # accuracy.
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def expm1_pair(x):
-    """(e^x - 1, e^x - 1 - x) to a few float32 roundings, relative. tl has no expm1."""
-    # Below 1/2 the series: its first dropped term is x^9 / 9!, 4e-8 of the sum.
+    """Return (e^x - 1, e^x - 1 - x) with a relative error of a few roundings. tl has no expm1."""
+    # Series for |x| < 1/2. Its first dropped term is x^9 / 9!, 4e-8 of the sum.
     q = 2.48015873e-5 * x + 1.98412698e-4
     q = q * x + 1.38888889e-3
     q = q * x + 8.33333333e-3
@@ -135,10 +137,10 @@ def expm1_pair(x):
 
 @triton.jit
 def bounded_log_ratio(log_ratio, a, o, SHAPE: tl.constexpr, STAGE: tl.constexpr):
-    """(log_ratio after the objective's clamps, 0 where they cut the gradient, else 1).
+    """Return (log_ratio after the objective's clamps, 0 if a clamp stops the gradient else 1).
 
-    LogClamp narrows the token bound on the side that would improve the objective, NFT the upper
-    level bound.
+    LogClamp narrows the token bound on the side that would improve the objective. NFT narrows the
+    upper bound at the objective's level.
     """
     low, high = -o.log_ratio_clamp, o.log_ratio_clamp
     if SHAPE == LOG_CLAMP and STAGE != LEVEL_STAGE:
@@ -170,7 +172,7 @@ def ppo_clip_term(r, a, o):
 
 @triton.jit
 def nft_term(r, a, rate, o):
-    """The logarithms' arguments are floored in value only: the gradient is kept."""
+    """Return (loss, d loss / d log_ratio). The floors change the value only, not the gradient."""
     negative_floor, positive_floor, _, rate_min, rate_max = nft_parameters(o)
     above = tl.where(r > positive_floor, r, positive_floor)
     q = clip(rate, rate_min, rate_max)
@@ -184,7 +186,7 @@ def nft_term(r, a, rate, o):
 
 @triton.jit
 def policy_term(log_ratio, logp, a, signal, o, SHAPE: tl.constexpr):
-    """(loss, d loss / d log_ratio, d loss / d logp where logp enters explicitly, clip flags)."""
+    """Return (loss, d loss / d log_ratio, d loss / d logp through an explicit logp, clip flags)."""
     r = tl.exp(log_ratio)
     zero = tl.where(r >= 0.0, 0.0, 0.0)  # not r * 0: r may be NaN
     flags = tl.where(r >= 0.0, 0, 0)
@@ -204,7 +206,7 @@ def policy_term(log_ratio, logp, a, signal, o, SHAPE: tl.constexpr):
         tau_positive, tau_negative = sigmoid_gate_parameters(o)
         tau = tl.where(a > 0.0, tau_positive, tau_negative)
         s = sigmoid(tau * (r - 1.0))
-        complement = sigmoid(-tau * (r - 1.0))  # 1 - s would cancel
+        complement = sigmoid(-tau * (r - 1.0))  # 1 - s would lose digits
         return -(4.0 / tau) * s * a, -4.0 * s * complement * r * a, zero, flags
     elif SHAPE == TARGET_RATIO:
         low, high = target_ratio_parameters(o)
@@ -227,7 +229,7 @@ def policy_term(log_ratio, logp, a, signal, o, SHAPE: tl.constexpr):
 
 @triton.jit
 def kl_term(logp, ref_logp, log_ratio, o, KL: tl.constexpr):
-    """(KL estimate, its derivative in logp); `log_ratio` (current, old) enters only RatioK3."""
+    """Return (KL estimate, its derivative in logp). `log_ratio` (to old_logp): RatioK3 only."""
     raw = logp - ref_logp
     k = clip(raw, -o.kl_clamp, o.kl_clamp)
     inside = tl.where((raw < -o.kl_clamp) | (raw > o.kl_clamp), 0.0, 1.0)
@@ -258,7 +260,7 @@ def token_terms(
     old_logp,
     entropy,
     a,
-    agg,  # aggregation weight, normaliser included
+    agg,  # aggregation weight times 1 / normaliser
     x,  # TokenPointers
     offs,
     keep,
@@ -267,9 +269,10 @@ def token_terms(
     KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
 ):
-    """(token loss, d / d logp without the ratio's part, d / d entropy, the ratio's part, flags).
+    """Return (token loss, d_logp, d_entropy, chain, flags).
 
-    Sequence levels hand the ratio's part out over the tokens of the sequence.
+    `chain` is the derivative through the ratio; d_logp excludes it. Sequence levels share it
+    between the tokens of the sequence.
     """
     w = load_or(x.token_weight, offs, keep, 1.0)
     signal = load_or(x.signal, offs, keep, 0.0)
@@ -292,7 +295,7 @@ def token_terms(
 def token_objective(
     logp,
     entropy,
-    scale,  # 1 / normaliser
+    scale,  # inv_normalizer: 1 / normaliser
     x,
     offs,
     keep,
@@ -301,7 +304,10 @@ def token_objective(
     KL: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
 ):
-    """Token-level objective: (token loss, d / d logp, d / d entropy, ratio, flags); 0 if masked."""
+    """Return (token loss, d_logp, d_entropy, ratio, flags) of a token-level objective.
+
+    The first three are 0 for masked tokens.
+    """
     old_logp = tl.load(x.old_logp + offs, mask=keep, other=0.0)
     a = tl.load(x.advantage + offs, mask=keep, other=0.0)
     agg = scale * load_or(x.agg_weight, offs, keep, 1.0)

@@ -1,9 +1,10 @@
 """The second half of offpolicy_weights: effective sample size, and division by a mean weight.
 
-The weights kernel left, per unit (a sequence, a block of rows), how many units it counts for and
-the sums of their weights and squares. One program adds those records in order. By group, the ids
-are first sorted on the device and the program of a group's first unit adds the group, so that no
-atomic decides the order. Legend: T rows, S sequences, U units.
+The weights kernel stores one record per sequence or block of rows: its number of units, and the
+sums of their weights and squared weights. One program adds these records in order. To normalise by
+group, the ids are first sorted on the device; the program of the first unit of a group adds the
+whole group. There are no atomics, so the order of the sums is fixed. Legend: T rows, S sequences, U
+units (sequences, or rows without cu_seqlens).
 """
 
 import torch
@@ -17,7 +18,7 @@ from tokfuse.triton_kernels.packed import as_int64, is_valid
 
 @triton.jit
 def span(cu_seqlens_ptr, num_rows, BLOCK: tl.constexpr):
-    """Rows of this program: its sequence, or its block where there are no borders."""
+    """Return the rows [first, stop) of this program: its sequence, or its block without borders."""
     program = tl.program_id(0).to(tl.int64)
     first = program * BLOCK
     stop = tl.minimum(first + BLOCK, as_int64(num_rows))
@@ -31,7 +32,7 @@ def span(cu_seqlens_ptr, num_rows, BLOCK: tl.constexpr):
 def offpolicy_ess_kernel(
     partial_ptr,  # (3, U) float64
     ess_ptr,  # () float
-    factor_ptr,  # () float64: 1 / mean over the units, or None
+    factor_ptr,  # () float64, 1 / mean over the units; or None
     num_partials,
     BLOCK: tl.constexpr,
 ):
@@ -48,7 +49,7 @@ def offpolicy_ess_kernel(
         squares += tl.load(cell + 2 * num_partials, mask=inside, other=0.0)
     total = tl.sum(sums, axis=0)
     square = tl.sum(squares, axis=0)
-    # A sum of 0 has only zero weights behind it.
+    # Weights are not negative. A sum of 0 means that all of them are 0.
     ess = tl.where(square == 0.0, 0.0, total * total / tl.where(square == 0.0, 1.0, square))
     tl.store(ess_ptr, ess.to(ess_ptr.dtype.element_ty))
     if factor_ptr is not None:
@@ -59,12 +60,12 @@ def offpolicy_ess_kernel(
 @triton.jit
 def offpolicy_group_kernel(
     ids_ptr,  # (U,) int64, ascending
-    order_ptr,  # (U,) int64: the unit of each of them
-    partial_ptr,  # (3, U) float64, or None: units are rows
-    weight_ptr,  # (U,) float, read where units are rows, and so is kept
-    kept_ptr,  # (U,) bool
-    factor_ptr,  # (U,) float64: 1 / mean of the unit's group
-    scaled_ptr,  # (3, U) float64: sums of the group after division, at its first place; else 0
+    order_ptr,  # (U,) int64, unit of each sorted id
+    partial_ptr,  # (3, U) float64; None: units are rows
+    weight_ptr,  # (U,) float, read only if units are rows
+    kept_ptr,  # (U,) bool, read only if units are rows
+    factor_ptr,  # (U,) float64, 1 / mean of the unit's group
+    scaled_ptr,  # (3, U) float64, sums of the divided group at its first position, else 0
     num_units,
     BLOCK: tl.constexpr,
 ):
@@ -95,7 +96,7 @@ def offpolicy_group_kernel(
                 squares += w * w
         units = tl.sum(counts, axis=0)
         total = tl.sum(sums, axis=0)
-        # A mean of 0 has only zero weights behind it.
+        # Weights are not negative. A mean of 0 means that all of them are 0.
         factor = tl.where(total == 0.0, 0.0, units / tl.where(total == 0.0, 1.0, total))
         for begin in range(0, size, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
@@ -111,9 +112,9 @@ def offpolicy_group_kernel(
 
 @triton.jit
 def offpolicy_scale_kernel(
-    weight_ptr,  # (T,) float, in place
+    weight_ptr,  # (T,) float, scaled in place
     kept_ptr,  # (T,) bool
-    factor_ptr,  # () float64, or (S,) with borders, or (T,) with PER_ROW
+    factor_ptr,  # () float64; (S,) with borders; (T,) with PER_ROW
     cu_seqlens_ptr,  # (S + 1,) int32, or None
     num_rows,
     PER_ROW: tl.constexpr,
@@ -149,11 +150,16 @@ def normalize_weights(
     cu_seqlens: torch.Tensor | None,
     group_ids: torch.Tensor | None,
 ) -> None:
-    """Writes `ess`, and divides `weight` in place by the mean of the batch or of each group.
+    """Write `ess`, and divide `weight` in place by the mean over the batch or over each group.
 
     Args:
-        partial: (3, U) float64: units, sum of weights, sum of squares.
-        group_ids: (seqs,), or (tokens,) without `cu_seqlens`: then units are rows.
+        weight: (tokens,), divided in place.
+        kept: (tokens,) bool, rows that passed all rules.
+        ess: (), written with the effective sample size.
+        partial: (3, programs of the weights kernel) float64: units, sum of weights, sum of squares.
+        normalize: "none", "batch" or "group".
+        cu_seqlens: (seqs + 1,) int32. None: units are rows.
+        group_ids: (seqs,), or (tokens,) without `cu_seqlens`; for "group".
     """
     factor = None
     per_row = normalize == "group" and cu_seqlens is None
@@ -179,7 +185,7 @@ def normalize_weights(
 def _groups(
     group_ids: torch.Tensor, partial: torch.Tensor | None, weight: torch.Tensor, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sums over the units of each group after division, factor of each unit)."""
+    """Return (sums over the divided units of each group, factor of each unit)."""
     ids, order = sorted_groups(group_ids)
     num_units = ids.shape[0]
     factor = torch.empty(num_units, dtype=torch.float64, device=ids.device)

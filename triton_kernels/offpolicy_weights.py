@@ -1,17 +1,22 @@
 """offpolicy_weights: importance weights, kept rows and effective sample size.
 
-With d = clamp(logp - behavior, +-20), w = exp of d, of its sum or of its mean over the sequence,
-and f the transform of the mode: weight = f(w) where the row is kept, else 0.
+Let d = clamp(logp - behavior_logp, +-20) and w = exp(d), or exp of the sum or mean of d over the
+sequence. Then weight = f(w) for a kept row, else 0, where f is the transform of the mode.
 
-Launches: one with a program per sequence (per BLOCK rows where there are no borders) that writes
-weight, kept and the sums over its units; a program that adds those sums in order, for the effective
-sample size; normalised, one more that divides; by group, a sort of the ids on the device and one
-with a program per unit, the first of each group doing the group. A sequence whose weight or rules
-need a statistic of the whole is read twice, the second time from L1 or L2.
+Launches:
+    1. One program per sequence, or per BLOCK rows without cu_seqlens, writes weight, kept and the
+       sums over its units.
+    2. With normalize="group", the ids are sorted on the device. Then one program per unit is
+       launched; the program of the first unit of a group adds the group.
+    3. One program adds the sums in order and computes the effective sample size.
+    4. With normalisation, one launch divides the weights.
 
-Bytes per row at float32: 8 read, 5 written (1 more read with a mask, 4 with an advantage); 9 more
-each way where normalised. Everything after a load is float64. Legend: T rows, S sequences, U units
-(sequences, blocks of rows, or rows).
+If the weight or a rule needs a statistic of the whole sequence, the sequence is read twice, the
+second time from L1 or L2.
+
+Bytes per row at float32: 8 read, 5 written (1 more read with a mask, 4 with an advantage). The
+division reads 5 and writes 4 more. All arithmetic is float64. Legend: T rows, S sequences, U units
+(sequences or rows).
 """
 
 from typing import Any
@@ -33,7 +38,7 @@ OVER = ("token", "sum", "mean", "max")
 
 @triton.jit
 def _clamped(x):
-    # Comparisons instead of tl.minimum, which drops a NaN.
+    # Comparisons instead of tl.minimum and tl.maximum, which ignore a NaN.
     x = tl.where(x < -CLAMP, -CLAMP, x)
     return tl.where(x > CLAMP, CLAMP, x)
 
@@ -45,13 +50,13 @@ def _k3(d):
 
 @triton.jit
 def _outside(x, low, high):
-    """False for NaN: a poisoned row must show, not vanish."""
+    """Return True if x is outside [low, high]; False for NaN, which must stay visible."""
     return (x < low) | (x > high)
 
 
 @triton.jit
 def _log_ratio(logp_ptr, behavior_ptr, offs, valid):
-    """Clamped; 0 where not valid."""
+    """Return the clamped log-ratio; 0 if not valid."""
     d = -tl.load(behavior_ptr + offs, mask=valid, other=0.0).to(tl.float64)
     if logp_ptr is not None:
         d += tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
@@ -79,7 +84,10 @@ def _larger(a, b):
 
 @triton.jit
 def _sequence_statistic(count, total, square, k3, low, high, STATISTIC: tl.constexpr, OVER: tl.constexpr):
-    """k2 and k3 are convex with their minimum at 0: their maximum is at an extreme log-ratio."""
+    """Return the statistic of a sequence-level rule.
+
+    k2 and k3 are convex with their minimum at 0, so their maximum is at an extreme log-ratio.
+    """
     share = 1.0 / tl.maximum(count, 1.0) if OVER == 2 else 1.0
     x = total
     if STATISTIC == 0:
@@ -95,7 +103,7 @@ def _sequence_statistic(count, total, square, k3, low, high, STATISTIC: tl.const
 
 @triton.jit
 def _transform(w, d, low, high, param, MODE: tl.constexpr):
-    """The weight of a kept row, from its ratio w = exp(d)."""
+    """Return the weight of a kept row from its ratio w = exp(d)."""
     f = w
     if MODE == "truncate":
         f = tl.where(w < low, low, w)
@@ -115,21 +123,21 @@ def _transform(w, d, low, high, param, MODE: tl.constexpr):
 
 @triton.jit
 def offpolicy_weights_kernel(
-    logp_ptr,  # (T,) float, or None: 0
-    behavior_ptr,  # (T,) float
-    cu_seqlens_ptr,  # (S + 1,) int32, or None: BLOCK rows per program
+    logp_ptr,  # (T,) float; None: 0
+    behavior_ptr,  # (T,) float, behavior_logp
+    cu_seqlens_ptr,  # (S + 1,) int32; None: BLOCK rows per program
     mask_ptr,  # (T,) bool, or None
-    advantage_ptr,  # (T,) float, or None: no rule reads it
+    advantage_ptr,  # (T,) float; None: no rule reads it
     weight_ptr,  # (T,) float
     kept_ptr,  # (T,) bool
     partial_ptr,  # (3, programs) float64: units, sum of their weights, sum of squares
     num_rows,
-    low,  # a pair, and so are the next two
+    low,  # split by `pair`; the same for the next two
     high,
     param,
-    bounds,  # (low, high) of each rule as two pairs, or None: no rules
-    SEQUENCE: tl.constexpr,  # the weight is the sequence's
-    MEAN: tl.constexpr,  # of its mean log-ratio instead of the sum
+    bounds,  # (low, high) of each rule, each split by `pair`; None: no rules
+    SEQUENCE: tl.constexpr,  # one weight per sequence
+    MEAN: tl.constexpr,  # from the mean log-ratio instead of the sum
     MODE: tl.constexpr,
     RULES: tl.constexpr,  # statistic + 4 over + 16 negative_only
     SHARED: tl.constexpr,  # the weight or a rule needs a statistic of the whole sequence
@@ -140,8 +148,8 @@ def offpolicy_weights_kernel(
     low = joined(low)
     high = joined(high)
     param = joined(param)
-    passes = True  # the rules over whole sequences, for every row
-    passes_negative = True  # and those for rows with a negative advantage alone
+    passes = True  # result of the sequence-level rules for all rows
+    passes_negative = True  # result of those for rows with a negative advantage only
     ratio = tl.zeros((), tl.float64)
     weight = tl.zeros((), tl.float64)
     if SHARED:
@@ -159,7 +167,7 @@ def offpolicy_weights_kernel(
             sums += d
             squares += d * d
             if K3:
-                k3s += _k3(d)  # 0 at d = 0
+                k3s += _k3(d)  # 0 for d = 0, so masked rows add nothing
             lowest = tl.minimum(lowest, tl.where(valid, d, float("inf")))
             highest = tl.maximum(highest, tl.where(valid, d, float("-inf")))
         count = tl.sum(counts, axis=0)
@@ -224,7 +232,7 @@ def offpolicy_weights_kernel(
     all_units = tl.sum(units, axis=0)
     unit_sum = tl.sum(unit_sums, axis=0)
     unit_square = tl.sum(unit_squares, axis=0)
-    if SEQUENCE:  # a sequence with a kept row is one unit
+    if SEQUENCE:  # a sequence with at least one kept row is one unit
         all_units = tl.max(units, axis=0)
         unit_sum = tl.where(all_units > 0, weight, 0.0)
         unit_square = unit_sum * unit_sum
@@ -239,7 +247,7 @@ declare("offpolicy_weights", {80: LaunchConfig(block_t=512, num_warps=4)})
 
 
 def offpolicy_weights(
-    behavior: torch.Tensor,
+    behavior_logp: torch.Tensor,
     logp: torch.Tensor | None,
     *,
     level: str,
@@ -254,22 +262,37 @@ def offpolicy_weights(
     group_ids: torch.Tensor | None,
     advantage: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight, ess, kept); floats in the dtype of `behavior`. The caller has checked.
+    """Return (weight, ess, kept). The caller has checked all arguments.
 
     Args:
+        behavior_logp: (tokens,) logp of the policy that drew the tokens, or log propensities.
+        logp: (tokens,) logp of the current policy. None: 0.
+        level: "token", "sequence", "geometric" or "external".
+        mode: name of the transform of the ratio.
+        low, high: bounds of the mode. None: no bound.
         param: lam or power of the mode.
-        rules: (statistic, over, low, high, negative_only) of each.
+        normalize: "none", "batch" or "group".
+        rules: (statistic, over, low, high, negative_only) of each keep rule.
+        cu_seqlens: (seqs + 1,) int32. None: every row is a unit.
+        mask: (tokens,) bool. None: every row counts.
+        group_ids: (seqs,), or (tokens,) without cu_seqlens; for "group".
+        advantage: (tokens,), if a rule is negative_only.
+
+    Returns:
+        weight: (tokens,) in the dtype of `behavior_logp`; 0 if not kept.
+        ess: (), effective sample size, in the same dtype.
+        kept: (tokens,) bool.
     """
-    num_rows = behavior.shape[0]
-    weight = torch.empty_like(behavior)
-    kept = torch.empty(num_rows, dtype=torch.bool, device=behavior.device)
+    num_rows = behavior_logp.shape[0]
+    weight = torch.empty_like(behavior_logp)
+    kept = torch.empty(num_rows, dtype=torch.bool, device=behavior_logp.device)
     if num_rows == 0:
-        return weight, behavior.new_zeros(()), kept
-    ess = behavior.new_empty(())
-    config = choose("offpolicy_weights", behavior)
+        return weight, behavior_logp.new_zeros(()), kept
+    ess = behavior_logp.new_empty(())
+    config = choose("offpolicy_weights", behavior_logp)
     blocks = triton.cdiv(num_rows, config.block_t)
     programs = blocks if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    partial = torch.empty(3, programs, dtype=torch.float64, device=behavior.device)
+    partial = torch.empty(3, programs, dtype=torch.float64, device=behavior_logp.device)
     codes, bounds, over = [], [], {rule[1] for rule in rules}
     for statistic, reduced, rule_low, rule_high, negative_only in rules:
         codes.append(STATISTICS.index(statistic) + 4 * OVER.index(reduced) + 16 * negative_only)
@@ -277,7 +300,7 @@ def offpolicy_weights(
     sequence = level in ("sequence", "geometric")
     offpolicy_weights_kernel[(programs,)](
         logp,
-        behavior,
+        behavior_logp,
         cu_seqlens,
         mask,
         advantage,

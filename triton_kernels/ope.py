@@ -1,19 +1,20 @@
 """ope: five off-policy estimates of a mean reward and their standard errors, from logged rows.
 
-With w the weights, r the rewards, q, q_a the model's values and e = w (r - q_a):
+With w = weight, r = reward, q = q_pi and e = w (r - q_a):
 
     ips = mean w r    snips = sum w r / sum w    dm = mean q    dr = dm + mean e
     sndr = dm + sum e / sum w
 
-and each standard error is that of the mean of the rows' first-order influences
+The standard error of an estimate is that of the mean of its first-order influences per row:
 
     w r - ips      w (r - snips) / mean w      q - dm      q + e - dr
     q - dm + (e - w sum e / sum w) / mean w
 
-Three launches: sums of fixed pieces of the rows; squared deviations, for which every program adds
-the sums in one order; one program that writes the results. Rows are read twice, the second time
-from L2 up to some million of them. No atomics, so results repeat bit for bit. Bytes per row at
-float32: 16 (1 more with a mask) each time. Everything after a load is float64.
+There are three launches: (1) sums over fixed pieces of the rows; (2) squared deviations, where
+every program first adds the sums in a fixed order; (3) one program that writes the results. Rows
+are read twice; up to a few million rows the second read is from L2. There are no atomics, so
+results are bitwise repeatable. Bytes per row at float32: 16 (1 more with a mask) for each read. All
+arithmetic is float64.
 
 Legend: N rows, P programs of a launch.
 """
@@ -26,12 +27,12 @@ from tokfuse.triton_kernels.compile_cases import compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
 from tokfuse.triton_kernels.packed import MAX_PARTIALS, is_valid
 
-NUM_ESTIMATES = tl.constexpr(5)  # and as many sums: rows, w, w r, q, e
+NUM_ESTIMATES = tl.constexpr(5)  # there are also five sums: rows, w, w r, q, e
 
 
 @triton.jit
 def _load_rows(weight_ptr, reward_ptr, q_pi_ptr, q_a_ptr, mask_ptr, offs, num_rows):
-    """(valid, w, r, q, e) of rows `offs`; 0 where not valid, and of a model that is not there."""
+    """Return (valid, w, r, q, e) of the rows `offs`; 0 if not valid, or without q_pi or q_a."""
     valid = is_valid(mask_ptr, offs, offs < num_rows)
     w = tl.load(weight_ptr + offs, mask=valid, other=0.0).to(tl.float64)
     r = tl.load(reward_ptr + offs, mask=valid, other=0.0).to(tl.float64)
@@ -46,7 +47,7 @@ def _load_rows(weight_ptr, reward_ptr, q_pi_ptr, q_a_ptr, mask_ptr, offs, num_ro
 
 @triton.jit
 def _store_sums(partial_ptr, a, b, c, d, e):
-    """The sums of five blocks, at this program's place of (5, P)."""
+    """Store the sums of five vectors in the column of this program in (5, P)."""
     place = partial_ptr + tl.program_id(0)
     programs = tl.num_programs(0)
     tl.store(place, tl.sum(a, axis=0))
@@ -58,7 +59,7 @@ def _store_sums(partial_ptr, a, b, c, d, e):
 
 @triton.jit
 def _all_of(partial_ptr, which: tl.constexpr, programs):
-    """Sum number `which` over all programs, in one fixed order."""
+    """Add sum number `which` of all programs in a fixed order."""
     offs = tl.arange(0, MAX_PARTIALS)
     part = tl.load(partial_ptr + which * programs + offs, mask=offs < programs, other=0.0)
     return tl.sum(part, axis=0)
@@ -66,7 +67,7 @@ def _all_of(partial_ptr, which: tl.constexpr, programs):
 
 @triton.jit
 def _estimates(partial_ptr, programs):
-    """(rows, mean w, sum e / sum w, ips, snips, dm, dr); 0 / 0 where no row or no weight counts."""
+    """Return (rows, mean w, sum e / sum w, ips, snips, dm, dr); NaN without rows or weights."""
     n = _all_of(partial_ptr, 0, programs)
     w = _all_of(partial_ptr, 1, programs)
     wr = _all_of(partial_ptr, 2, programs)
@@ -77,7 +78,7 @@ def _estimates(partial_ptr, programs):
 
 @triton.jit
 def ope_sums_kernel(
-    weight_ptr,  # (N,) float, and so are the next three; the models may be None
+    weight_ptr,  # (N,) float; the same for the next three, of which q_pi and q_a may be None
     reward_ptr,
     q_pi_ptr,
     q_a_ptr,
@@ -105,13 +106,13 @@ def ope_sums_kernel(
 
 @triton.jit
 def ope_deviations_kernel(
-    weight_ptr,  # as in ope_sums_kernel
+    weight_ptr,  # (N,) float; the same for the next three, of which q_pi and q_a may be None
     reward_ptr,
     q_pi_ptr,
     q_a_ptr,
-    mask_ptr,
+    mask_ptr,  # (N,) bool, or None
     sums_ptr,  # (5, P) float64 of ope_sums_kernel
-    squares_ptr,  # (5, P) float64, of the influences on ips, snips, dm, dr, sndr
+    squares_ptr,  # (5, P) float64, squared influences of ips, snips, dm, dr, sndr
     num_rows,
     BLOCK: tl.constexpr,
 ):
@@ -168,9 +169,10 @@ def ope(
     q_a: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(5, 2) in the dtype of `reward`: estimate and error of ips, snips, dm, dr, sndr.
+    """Return (5, 2) in the dtype of `reward`: estimate and standard error of each estimator.
 
-    Those of a model that is not given mean nothing. The caller has checked.
+    The order is ips, snips, dm, dr, sndr. Without q_pi, dm, dr and sndr are undefined; without q_a,
+    dr and sndr are. The caller has checked all arguments.
     """
     num_rows, device = reward.shape[0], reward.device
     config = choose("ope", reward)

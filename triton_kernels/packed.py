@@ -1,7 +1,8 @@
 """Device helpers of the kernels over packed vectors: numbers, scans, mean and variance.
 
-These kernels move 8 to 20 bytes per token where a logits kernel moves 300,000, so their arithmetic
-is float64, as on the CPU: the result is rounded once and a scan of 100,000 tokens costs no digits.
+These kernels move 8 to 20 bytes per token, a logits kernel about 300,000. So float64 arithmetic
+costs little; the CPU kernels use it too. A result is rounded once, and a scan over 100,000 tokens
+loses no digits.
 """
 
 import math
@@ -15,31 +16,32 @@ from tokfuse.triton_kernels.compile_cases import compile_case, meta
 from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
 
 MAX_FLOAT32 = 3.4028234e38
-# Programs of `partial_moments`: every program of the next kernel merges as many records.
+# Limit for the programs of `partial_moments`. Every program of the next kernel merges all records.
 MAX_PARTIALS = tl.constexpr(256)
 
 
 def pair(x: float | None, missing: float = 0.0) -> tuple[float, float]:
-    """(high, low) with high + low = x to 48 bits: a kernel takes Python floats as float32.
+    """Split a number into (high, low) with high + low = x to 48 bits.
 
-    0.99 rounded to float32 is off by 1e-8, which a scan of 100 tokens turns into 1e-6.
+    Triton passes a Python float to a kernel as float32. 0.99 in float32 has an error of 1e-8, which
+    a scan over 100 tokens increases to 1e-6.
     """
     value = missing if x is None else float(x)
     if MAX_FLOAT32 < abs(value) < math.inf:
-        raise ValueError(f"Triton kernels take numbers up to {MAX_FLOAT32:g}; got {value:g}.")
+        raise ValueError(f"Triton kernels accept finite numbers up to {MAX_FLOAT32:g}; got {value:g}.")
     high = struct.unpack("f", struct.pack("f", value))[0]
     return high, value - high if math.isfinite(value) else 0.0
 
 
 @triton.jit
 def joined(number):
-    """The float64 that `pair` took apart."""
+    """Return the float64 number that `pair` has split."""
     return tl.full((), 0.0, tl.float64) + number[0] + number[1]  # each sum is float64
 
 
 @triton.jit
 def as_int64(size):
-    """A size that may be the constant 1, which the compiler makes of every argument equal to 1."""
+    """Return a size as int64. The compiler passes an argument of 1 as a Python constant."""
     return tl.full((), 0, tl.int64) + size
 
 
@@ -55,26 +57,26 @@ def _lesser(late, early):
 
 @triton.jit
 def reverse_recurrence(coef, inject, carry):
-    """y[t] = inject[t] + coef[t] y[t + 1] along the block, with y = carry behind its end."""
+    """Return y[t] = inject[t] + coef[t] y[t + 1] along the block; y after its end is `carry`."""
     coef, inject = tl.associative_scan((coef, inject), 0, _compose, reverse=True)
     return inject + coef * carry
 
 
 @triton.jit
 def reverse_minimum(x, carry):
-    """min(x[t], x[t + 1], ..., carry)."""
+    """Return min(x[t], x[t + 1], ..., carry) for each t of the block."""
     return tl.minimum(tl.associative_scan(x, 0, _lesser, reverse=True), carry)
 
 
 @triton.jit
 def first_lane(x, lanes):
-    """x[0], as a scalar."""
+    """Return x[0] as a scalar."""
     return tl.sum(tl.where(lanes == 0, x, tl.zeros_like(x)), axis=0)
 
 
 @triton.jit
 def is_valid(mask_ptr, offs, inside):
-    """inside, and mask true where there is one."""
+    """Return `inside`, and also the mask if there is one."""
     valid = inside
     if mask_ptr is not None:
         valid = tl.load(mask_ptr + offs, mask=inside, other=0) != 0
@@ -99,11 +101,11 @@ def partial_moments_kernel(
         valid = is_valid(mask_ptr, offs, offs < num_rows)
         x = tl.load(x_ptr + offs, mask=valid, other=0.0).to(tl.float64)
         n = tl.sum(valid.to(tl.float64), axis=0)
-        # Relative to a value of the block: equal values then have deviations of exactly 0.
+        # Relative to a value of the block, so equal values have deviations of exactly 0.
         origin = tl.where(n > 0, tl.max(tl.where(valid, x, float("-inf")), axis=0), 0.0)
         own_mean = origin + tl.sum(tl.where(valid, x - origin, 0.0), axis=0) / tl.maximum(n, 1.0)
         d = tl.where(valid, x - own_mean, 0.0)
-        # Chan's merge: digits are not lost to a large mean.
+        # Chan's formula: a large mean costs no digits.
         apart = own_mean - mean
         share = n / tl.maximum(count + n, 1.0)
         square += tl.sum(d * d, axis=0) + apart * apart * count * share
@@ -116,7 +118,7 @@ def partial_moments_kernel(
 
 @triton.jit
 def merged_moments(partial_ptr, num_partials):
-    """(count, mean, sum of squared deviations) of all rows, in one fixed order."""
+    """Return (count, mean, sum of squared deviations) of all rows, merged in a fixed order."""
     offs = tl.arange(0, MAX_PARTIALS)
     inside = offs < num_partials
     count = tl.load(partial_ptr + offs, mask=inside, other=0.0)
@@ -135,7 +137,7 @@ declare("partial_moments", {80: LaunchConfig(block_t=1024, num_warps=4)})
 
 
 def partial_moments(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(3, programs) float64 for `merged_moments`; the number of programs follows from the rows."""
+    """Return (3, programs) float64 for `merged_moments`. Only the number of rows decides programs."""
     config = choose("partial_moments", x)
     programs = min(triton.cdiv(x.shape[0], config.block_t), MAX_PARTIALS.value)
     partial = torch.empty(3, programs, dtype=torch.float64, device=x.device)

@@ -1,17 +1,21 @@
 """Policy objectives over packed tokens: losses, gradient coefficients and metric sums.
 
-    policy_loss_kernel           token-level ratios: a block of tokens per program, partial sums too
-    policy_loss_sequence_kernel  sequence-level ratios: a sequence per program
-    policy_prepare_kernel        with cu_seqlens: valid tokens of each sequence, and per token the
-                                 aggregation weight and the advantage that a sequence stands for
+    policy_loss_kernel           token-level ratios: one block of tokens per program, also the
+                                 partial metric sums
+    policy_loss_sequence_kernel  sequence-level ratios: one sequence per program
+    policy_prepare_kernel        with cu_seqlens: the valid tokens of each sequence, and for each
+                                 token its aggregation weight and advantage
 
-A token-level objective is one launch over the tokens and one of a single program that adds the
-partial sums; cu_seqlens puts policy_prepare_kernel before them. A sequence-level one is one launch
-over the sequences and the two of policy_metrics. 36 bytes read and 24 written per token.
+A token-level objective takes one launch over the tokens and one launch of a single program that
+adds the partial sums. With cu_seqlens, policy_prepare_kernel runs before them. A sequence-level
+objective takes one launch over the sequences and the two launches of policy_metrics. Per token, up
+to 40 bytes of input vectors are read (ten float32; a mask adds 1). A token-level objective writes
+12 bytes per token, a sequence-level one 20.
 
 Sequence level: the log-ratio d of a sequence is the mean (or sum) of its tokens' bounded
-log-ratios, so d loss / d logp_t = d loss / d d * share * [t inside its bounds], where d loss / d d
-collects the terms of all tokens. Sums over a sequence are float64.
+log-ratios. So d loss / d logp_t = d loss / d d * share * [t inside its bounds]. Here d loss / d d
+is the sum over all tokens, and share is 1 / (valid tokens) for the mean, 1 for the sum. Sums over a
+sequence are float64.
 
 Legend: T tokens (packed), S sequences.
 """
@@ -52,7 +56,7 @@ def _kept(mask_ptr, offs, in_range):
 
 @triton.jit
 def _borders(cu_seqlens_ptr, seq, num_tokens):
-    """[begin, end) of a sequence, inside the tokens whatever the offsets say."""
+    """Return [begin, end) of a sequence, clamped to the tokens if cu_seqlens is invalid."""
     begin = tl.maximum(tl.load(cu_seqlens_ptr + seq), 0)
     end = tl.minimum(tl.load(cu_seqlens_ptr + seq + 1), num_tokens)
     return begin.to(tl.int64), end.to(tl.int64)
@@ -64,7 +68,7 @@ def policy_prepare_kernel(
     mask_ptr,  # (T,) bool or None
     seq_advantage_ptr,  # (S,) float32 or None
     counts_ptr,  # (S,) int32, written
-    agg_weight_ptr,  # (T,) float32 or None, written: 1 / count
+    agg_weight_ptr,  # (T,) float32 or None, written: 1 / (valid tokens of the sequence)
     advantage_ptr,  # (T,) float32 or None, written
     num_tokens,
     BLOCK_T: tl.constexpr,
@@ -95,9 +99,9 @@ def policy_loss_kernel(
     x,  # TokenPointers
     out,  # TokenResults; ratio and flags are not written
     partials_ptr,  # (P, SLOTS) float64, written
-    scale_ptr,  # () float32 or None
+    scale_ptr,  # () float32 or None: inv_normalizer as a tensor
     o,  # ObjectiveNumbers
-    scale,  # used where scale_ptr is None
+    scale,  # inv_normalizer as a number; used if scale_ptr is None
     num_tokens,
     SHAPE: tl.constexpr,
     KL: tl.constexpr,
@@ -150,9 +154,9 @@ def policy_loss_sequence_kernel(
     counts_ptr,  # (S,) int32, written
     x,  # TokenPointers
     out,  # TokenResults
-    scale_ptr,  # () float32 or None
+    scale_ptr,  # () float32 or None: inv_normalizer as a tensor
     o,  # ObjectiveNumbers
-    scale,  # used where scale_ptr is None
+    scale,  # inv_normalizer as a number; used if scale_ptr is None
     num_tokens,
     SHAPE: tl.constexpr,
     LEVEL: tl.constexpr,
@@ -181,7 +185,7 @@ def policy_loss_sequence_kernel(
         counts += tl.where(keep, 1, 0)
     count = tl.sum(counts, axis=0)
     tl.store(counts_ptr + seq, count)
-    # A float64 division is a call with a stack frame; one Newton step is as good here.
+    # A float64 division is a function call with a stack frame. One Newton step is accurate enough.
     valid = tl.maximum(count, 1)
     share = (1.0 / valid.to(tl.float32)).to(tl.float64)
     share = share * (2.0 - valid.to(tl.float64) * share)
@@ -216,7 +220,7 @@ def policy_loss_sequence_kernel(
 
     if LEVEL != LEVEL_SEQUENCE_TOKEN:
         each = (level_inside * tl.sum(chains, axis=0) * share).to(tl.float32)
-        tl.debug_barrier()  # another thread may have written the d_logp that is read below
+        tl.debug_barrier()  # another thread may have written the d_logp that is loaded below
         for start in range(begin, end, BLOCK_T):
             offs_t = start + tl.arange(0, BLOCK_T)
             keep = _kept(x.mask, offs_t, offs_t < end)
@@ -245,17 +249,19 @@ def prepare(
     seq_mean: bool,
     seq_advantage: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Launches policy_prepare_kernel.
+    """Launch policy_prepare_kernel.
 
     Args:
-        cu_seqlens: (seqs + 1,) int32.
-        mask: (tokens,) bool or None.
-        num_tokens: packed tokens.
-        seq_mean: whether tokens are weighted by 1 / (valid tokens of their sequence).
-        seq_advantage: (seqs,) float32, to be handed to the tokens; None: not wanted.
+        cu_seqlens: (seqs + 1,) int32, borders of the sequences.
+        mask: (tokens,) bool. None: every token counts.
+        num_tokens: number of packed tokens.
+        seq_mean: True if a token has the weight 1 / (valid tokens of its sequence).
+        seq_advantage: (seqs,) float32, advantages to expand to the tokens. None: not needed.
 
     Returns:
-        counts (seqs,) int32; aggregation weights (tokens,) or None; advantages (tokens,) or None.
+        counts: (seqs,) int32, valid tokens of each sequence.
+        agg_weight: (tokens,) float32 aggregation weights, or None.
+        advantage: (tokens,) float32, or None.
     """
     num_seqs = cu_seqlens.shape[0] - 1
     config = launch.choose("policy_sequences", cu_seqlens)
@@ -278,7 +284,7 @@ def prepare(
 
 
 def results_like(vector: torch.Tensor) -> TokenResults:
-    """Unwritten results for as many tokens as `vector` (tokens,) float32 has."""
+    """Return uninitialised results for the tokens of `vector`, (tokens,) float32."""
     return TokenResults(*(torch.empty_like(vector) for _ in range(4)), torch.empty_like(vector, dtype=torch.int32))
 
 
@@ -288,30 +294,31 @@ def policy_loss(
     x: TokenPointers,
     numbers: ObjectiveNumbers,
     codes: tuple[int, int],
-    scale: float | torch.Tensor,
+    inv_normalizer: float | torch.Tensor,
     counts: torch.Tensor | None,
 ) -> tuple[TokenResults, torch.Tensor]:
-    """Launches a token-level objective. The caller (runtime) has checked shapes and devices.
+    """Launch a token-level objective. The caller has checked shapes and devices.
 
     Args:
-        logp: (tokens,) float32, contiguous, as every vector here.
+        logp: (tokens,) float32; contiguous, like all vectors here.
         entropy: (tokens,) float32 or None.
-        x: inputs of the objective, advantage and aggregation weight per token.
-        numbers: parameters of the objective.
+        x: inputs of the objective; advantage and aggregation weight are per token.
+        numbers: run-time values of the objective.
         codes: (shape, KL estimator).
-        scale: 1 / normaliser, a number or a () float32 tensor.
-        counts: (seqs,) int32 valid tokens of each sequence, or None.
+        inv_normalizer: 1 / normaliser, a number or a () float32 tensor.
+        counts: (seqs,) int32, valid tokens of each sequence, or None.
 
     Returns:
-        token results (ratio and flags None), metric sums (SLOTS,) float64.
+        out: token results; ratio and flags are None.
+        sums: (SLOTS,) float64 metric sums.
     """
     require_signal(x, codes[0])
     num_tokens = logp.shape[0]
-    config = launch.choose("policy_metrics", logp)  # its blocks: the sums are those of policy_step
+    config = launch.choose("policy_metrics", logp)  # the blocks of policy_step, for the same sums
     out = TokenResults(*(torch.empty_like(logp) for _ in range(3)), None, None)
     partials = logp.new_empty(policy_metrics.blocks(num_tokens, config), SLOTS, dtype=torch.float64)
     if num_tokens:
-        scale_ptr, number = split_scale(scale)
+        scale_ptr, number = pointer_or_number(inv_normalizer)
         policy_loss_kernel[(partials.shape[0],)](
             logp,
             entropy,
@@ -339,19 +346,35 @@ def policy_loss_sequence(
     x: TokenPointers,
     numbers: ObjectiveNumbers,
     codes: tuple[int, int, int],
-    scale: float | torch.Tensor,
+    inv_normalizer: float | torch.Tensor,
     *,
     seq_mean: bool,
     seq_advantage: bool,
 ) -> tuple[TokenResults, torch.Tensor]:
-    """Launches a sequence-level objective; codes are (shape, KL estimator, level)."""
+    """Launch a sequence-level objective. The caller has checked shapes and devices.
+
+    Args:
+        logp: (tokens,) float32; contiguous, like all vectors here.
+        entropy: (tokens,) float32 or None.
+        cu_seqlens: (seqs + 1,) int32, borders of the sequences.
+        x: inputs of the objective; the advantage is (seqs,) with seq_advantage.
+        numbers: run-time values of the objective.
+        codes: (shape, KL estimator, level).
+        inv_normalizer: 1 / normaliser, a number or a () float32 tensor.
+        seq_mean: True if a token has the weight 1 / (valid tokens of its sequence).
+        seq_advantage: True if there is one advantage per sequence.
+
+    Returns:
+        out: token results.
+        sums: (SLOTS,) float64 metric sums.
+    """
     require_signal(x, codes[0])
     num_tokens, num_seqs = logp.shape[0], cu_seqlens.shape[0] - 1
     config = launch.choose("policy_sequences", logp)
     out = results_like(logp)
     counts = cu_seqlens.new_empty(num_seqs)
     if num_seqs:
-        scale_ptr, number = split_scale(scale)
+        scale_ptr, number = pointer_or_number(inv_normalizer)
         policy_loss_sequence_kernel[(num_seqs,)](
             logp,
             entropy,
@@ -376,9 +399,9 @@ def policy_loss_sequence(
     return out, sums
 
 
-def split_scale(scale: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    """(pointer, number) for a kernel, one of which counts."""
-    return (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+def pointer_or_number(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """Split a value into (tensor or None, number); a kernel uses the number if there is no tensor."""
+    return (value, 1.0) if isinstance(value, torch.Tensor) else (None, value)
 
 
 def _case_inputs(tokens: int) -> TokenPointers:

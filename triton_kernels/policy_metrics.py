@@ -1,11 +1,12 @@
 """Metric sums of a policy objective: float64 sums per block of tokens, added in block order.
 
-    metrics_block:                inside a kernel that has a block of tokens at hand
-    policy_metrics_kernel:        the same from the vectors that a kernel wrote (28 to 36 bytes a
-    token) policy_metrics_merge_kernel:  one program adds the partial sums
+    metrics_block                the sums of one block, inside a kernel that has its values
+    policy_metrics_kernel        the same from vectors that a kernel wrote (28 to 36 bytes per token)
+    policy_metrics_merge_kernel  one program adds the partial sums
 
-No atomics: blocks are fixed pieces of BLOCK_T tokens and are added in one order, so the sums repeat
-bitwise and do not depend on the device. Slots: runtime/policy/metrics.py, csrc's Metric.
+There are no atomics. A block is BLOCK_T consecutive tokens, and blocks are added in a fixed order.
+So the sums are bitwise repeatable and do not depend on the device. The slots are those of
+runtime/policy/metrics.py and of Metric in csrc/common/objective.h.
 
 Legend: T tokens, P partial sums (one row per block of tokens).
 """
@@ -31,7 +32,7 @@ launch.declare("policy_metrics", {80: LaunchConfig(block_t=1024, num_warps=4)})
 
 
 class TokenResults(NamedTuple):
-    """What an objective writes for each token, (T,) each; ratio and flags only feed the metrics."""
+    """Outputs of an objective, (T,) each. Only the metrics read ratio and flags."""
 
     token_loss: Any  # float32
     d_logp: Any  # float32
@@ -47,7 +48,7 @@ def _count(condition):
 
 @triton.jit
 def _exp_minus(d):
-    """e^d - 1 - d. Plain float64: 1e-16 is far below any sum that someone looks at."""
+    """Return e^d - 1 - d in float64. The cancellation error of 1e-16 is negligible in a metric."""
     return tl.exp(d) - 1.0 - d
 
 
@@ -67,13 +68,13 @@ def metrics_block(
     d_entropy,
     HAS_REF: tl.constexpr,
 ):
-    """Stores the sums of one block of tokens. Values where not keep must be 0."""
+    """Store the sums of one block of tokens. Values of tokens that are not kept must be 0."""
     tokens, kept = _count(in_range), _count(keep)
     d = logp.to(tl.float64) - old_logp.to(tl.float64)
     r = ratio.to(tl.float64)
     tl.store(partial_ptr + 0, kept.to(tl.float64))
     tl.store(partial_ptr + 1, tokens.to(tl.float64))
-    tl.store(partial_ptr + 2, 0.0)  # sequences are no matter of token blocks
+    tl.store(partial_ptr + 2, 0.0)  # the merge kernel counts the sequences
     tl.store(partial_ptr + 3, tl.sum(token_loss.to(tl.float64), axis=0))
     tl.store(partial_ptr + 4, (tokens - kept).to(tl.float64))
     tl.store(partial_ptr + 5, _count(keep & (flags == CLIPPED_LOW)).to(tl.float64))
@@ -168,7 +169,7 @@ def policy_metrics_merge_kernel(
 
 
 def blocks(num_tokens: int, config: LaunchConfig) -> int:
-    """Number of partial sums."""
+    """Return the number of partial sums."""
     return -(-num_tokens // config.block_t)
 
 
@@ -181,7 +182,7 @@ def policy_metrics(
     results: TokenResults,
     counts: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launches partial sums and their merge: (SLOTS,) float64."""
+    """Return the metric sums, (SLOTS,) float64, of token results that a kernel wrote."""
     num_tokens = logp.shape[0]
     config = launch.choose("policy_metrics", logp)
     partials = logp.new_empty(blocks(num_tokens, config), SLOTS, dtype=torch.float64)
@@ -203,7 +204,7 @@ def policy_metrics(
 
 
 def merge(partials: torch.Tensor, counts: torch.Tensor | None, config: LaunchConfig) -> torch.Tensor:
-    """Launches the sum over the partial sums; counts are the valid tokens of each sequence."""
+    """Add the partial sums. `counts` has the valid tokens of each sequence."""
     sums = partials.new_empty(SLOTS)
     policy_metrics_merge_kernel[(1,)](
         partials,

@@ -1,21 +1,23 @@
-"""policy_step from logits, token-level objectives: statistics, objective, gradient in one kernel.
+"""policy_step from logits for token-level objectives: statistics, objective and gradient in one kernel.
 
-A program owns a row. It reads the row once for the statistics (rows.py), one scalar evaluation of
-the objective (objective.py) gives the two coefficients, and a second visit writes
+One program computes one row. A first pass computes the statistics (rows.py). One scalar evaluation
+of the objective (objective.py) gives the two coefficients ga = d_logp and gh = d_entropy. A second
+pass reads the row from the L2 cache and writes the gradient
 
     dz = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
 
-from the row that is still in the L2 cache. Bytes of memory per token at bf16: 2V read, 2V written.
-Exponentials per element: 2; under a softcap 4 and 2 reciprocals, because no place holds a row's
-tangents between the visits (297 KiB at bf16 and a vocabulary of 152k, and rounded). A row whose
-coefficients are both zero (masked, zero advantage, active clip) gets no second visit, only the
-zeros; a masked one is not read at all.
+If both coefficients are zero (masked, zero advantage, active clip), the row is filled with zeros
+instead. A masked row is not read at all. Bytes of memory per token at bf16: 2V read, 2V written.
+Exponentials per element: 2. With a softcap: 4, and 2 reciprocals. The tangents are computed twice,
+because a row of them (297 KiB at bf16 and a vocabulary of 152k) fits no fast memory and would be
+rounded.
 
-What keeps the second visit in L2: one wide program per SM, so that at most as many rows are alive
-as there are SMs (H100: 132 * 297 KiB = 38 MiB of 50 at a vocabulary of 152k), first loads that ask
-to stay, and second loads and stores that ask to leave.
+Three measures keep the row in L2 until the second pass. One wide program fills an SM, so the number
+of rows in L2 is at most the number of SMs (H100: 132 * 297 KiB = 38 MiB of 50 MiB at a vocabulary
+of 152k). The loads of the first pass are marked evict_last. The loads of the second pass and all
+stores are marked evict_first.
 
-The metric sums follow in policy_metrics.py from what is written per token.
+policy_metrics.py computes the metric sums from the results per token.
 
 Legend: R rows of logits; T tokens, R = T without an index, else row i belongs to token index[i];
 V vocabulary.
@@ -37,22 +39,22 @@ from tokfuse.triton_kernels.objective import (
     require_signal,
     token_objective,
 )
-from tokfuse.triton_kernels.policy_loss import results_like, split_scale
+from tokfuse.triton_kernels.policy_loss import pointer_or_number, results_like
 from tokfuse.triton_kernels.policy_metrics import TokenResults
 from tokfuse.triton_kernels.tile import NEG_INF, store
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# 32 warps of more than 32 registers: no second program fits on the SM, and no second row in L2.
+# With 32 warps of more than 32 registers per thread, only one program fits on an SM.
 launch.declare(
     "policy_step",
     {
         80: launch.LaunchConfig(block_v=16384, num_warps=32),
-        100: launch.LaunchConfig(block_v=8192, num_warps=16),  # 126 MB of L2 hold two rows per SM
+        100: launch.LaunchConfig(block_v=8192, num_warps=16),  # 126 MB of L2 can hold two rows per SM
     },
 )
-# The tanh of a softcap needs more registers than the 64 that 32 warps leave a thread; 16 warps of
-# more than 64 have the SM, and the row in L2, to themselves as well.
+# The tanh of a softcap needs more than the 64 registers per thread that 32 warps allow. With 16 warps
+# of more than 64 registers, too, only one program fits on an SM.
 launch.declare("policy_step_softcap", {80: launch.LaunchConfig(block_v=8192, num_warps=16)})
 
 
@@ -80,7 +82,7 @@ def _statistics(
     LANES: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """(m, S, SD, S2) of the row that lies from lead to total, without the element at at_y."""
+    """Return (m, S, SD, S2) of the row from offset lead to total, without the element at at_y."""
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
     m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
@@ -105,19 +107,19 @@ def _statistics(
 @triton.jit
 def policy_step_kernel(
     logits_ptr,  # (R, V)
-    grad_logits_ptr,  # (R, V), may be logits: what is read there is read before it is written
+    grad_logits_ptr,  # (R, V), may be logits: each element is read before it is written
     index_ptr,  # (R,) int64 or None
     target_ptr,  # (T,) int64
     temperature_ptr,  # (T,) float32 or None
     stats,  # RowStatistics, written
     x,  # TokenPointers
     out,  # TokenResults, written
-    scale_ptr,  # () float32 or None
+    scale_ptr,  # () float32 or None: inv_normalizer as a tensor
     o,  # ObjectiveNumbers
     stride_logits_r,
     stride_grad_r,
     vocab_size,
-    scale,  # used where scale_ptr is None
+    scale,  # inv_normalizer as a number; used if scale_ptr is None
     temperature,
     softcap,
     logit_scale,
@@ -131,7 +133,7 @@ def policy_step_kernel(
     ITEMS: tl.constexpr,
 ):
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
-    row = tl.program_id(0).to(tl.int64)  # int64 before it meets a stride: R * V passes 2^31
+    row = tl.program_id(0).to(tl.int64)  # R * V can exceed 2^31
     token = row
     if index_ptr is not None:
         token = tl.load(index_ptr + row)
@@ -149,7 +151,7 @@ def policy_step_kernel(
 
     y = tl.load(target_ptr + token)
     has_target = (y >= 0) & (y < vocab_size)
-    # A masked row has no elements: nothing of it is read.
+    # A masked row is treated as a row without elements, so it is not read.
     m, s, sd, ss = _statistics(
         row_ptr,
         c,
@@ -195,7 +197,7 @@ def policy_step_kernel(
     else:
         ga = tl.where((ga == 0.0) | has_target, ga, float("nan"))
         a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
-        tl.debug_barrier()  # every thread has the target's logit; now its place may be written
+        tl.debug_barrier()  # all threads have read the target's logit, so it may be overwritten
         for edge in range(first, last):
             at = edge * whole + offs_v
             inside = (at >= lead) & (at < total)
@@ -206,7 +208,7 @@ def policy_step_kernel(
                 row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
             )
             store(grad_row_ptr + start + offs_v, rows.gradient(u, slope, m, c, a0, a1), None, "evict_first")
-        # The target's gradient by a store of its own: no element pays for a comparison.
+        # The target's entry is stored separately, so that no other element needs a comparison.
         tl.debug_barrier()
         grad_y = rows.target_gradient(slope_y, nats, logp, entropy, ga, gh)
         store(grad_row_ptr + lead + y, grad_y, has_target)
@@ -214,13 +216,13 @@ def policy_step_kernel(
 
 def policy_step_rows(
     logits: torch.Tensor,
-    grad: torch.Tensor,
+    grad_logits: torch.Tensor,
     index: torch.Tensor | None,
     target: torch.Tensor,
     x: TokenPointers,
     numbers: ObjectiveNumbers,
     codes: tuple[int, int],
-    scale: float | torch.Tensor,
+    inv_normalizer: float | torch.Tensor,
     stats: RowStatistics,
     out: TokenResults,
     *,
@@ -228,15 +230,21 @@ def policy_step_rows(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    """Launches the kernel over the rows of `logits`; the caller has checked shapes and devices.
+    """Launch the kernel over the rows of `logits`. The caller has checked shapes and devices.
 
     Args:
         logits: (rows, vocab) float32, float16 or bfloat16, unit stride along vocab.
-        grad: (rows, vocab), written; may be `logits`, may have another dtype.
-        index: (rows,) int64 token of each row; None: row i is token i.
-        target: (tokens,) int64, as all vectors that follow.
-        x, numbers, codes, scale: the objective, as `policy_loss` takes it.
-        stats, out: written at the rows' tokens.
+        grad_logits: (rows, vocab), written. It may be `logits` and may have another dtype.
+        index: (rows,) int64, token of each row. None: row i is token i.
+        target: (tokens,) int64, token ids.
+        x: inputs of the objective, each (tokens,).
+        numbers: run-time values of the objective.
+        codes: (shape, KL estimator).
+        inv_normalizer: 1 / normaliser, a number or a () float32 tensor.
+        stats, out: results, (tokens,) each; written for the tokens of the rows.
+        temperature: divides the logits; a number or (tokens,).
+        softcap: bound of the tanh on the logits. None: no softcap.
+        logit_scale: multiplies the logits before the softcap.
     """
     require_signal(x, codes[0])
     num_rows, vocab = logits.shape
@@ -244,11 +252,11 @@ def policy_step_rows(
         return
     name = "policy_step" if softcap is None else "policy_step_softcap"
     config = launch.choose(name, logits)
-    scale_ptr, number = split_scale(scale)
+    scale_ptr, number = pointer_or_number(inv_normalizer)
     vector, scalar = rows.per_row(temperature)
     policy_step_kernel[(num_rows,)](
         logits,
-        grad,
+        grad_logits,
         index,
         target.contiguous(),
         vector,
@@ -258,7 +266,7 @@ def policy_step_rows(
         scale_ptr,
         numbers,
         logits.stride(0),
-        grad.stride(0),
+        grad_logits.stride(0),
         vocab,
         number,
         scalar,
@@ -268,8 +276,8 @@ def policy_step_rows(
         KL=codes[1],
         ENTROPY_BONUS=numbers.entropy_coef != 0.0,
         HAS_SOFTCAP=softcap is not None,
-        SAME_GRAD_LEAD=rows.same_lead(logits, grad),
-        **rows.tile_shape(config, logits, rows.rows_aligned(logits, grad)),
+        SAME_GRAD_LEAD=rows.same_lead(logits, grad_logits),
+        **rows.tile_shape(config, logits, rows.rows_aligned(logits, grad_logits)),
         **config.options,
     )
 
@@ -280,7 +288,7 @@ def policy_step(
     x: TokenPointers,
     numbers: ObjectiveNumbers,
     codes: tuple[int, int],
-    scale: float | torch.Tensor,
+    inv_normalizer: float | torch.Tensor,
     counts: torch.Tensor | None,
     *,
     in_place: bool,
@@ -288,7 +296,10 @@ def policy_step(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[RowStatistics, TokenResults, torch.Tensor, torch.Tensor]:
-    """Statistics, token results, metric sums (SLOTS,) float64 and the gradient of the logits."""
+    """Return statistics, token results, metric sums (SLOTS,) float64 and the gradient of the logits.
+
+    With in_place the gradient overwrites `logits`.
+    """
     stats = RowStatistics(*(torch.empty_like(x.old_logp) for _ in range(5)))
     out = results_like(x.old_logp)
     grad = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -300,7 +311,7 @@ def policy_step(
         x,
         numbers,
         codes,
-        scale,
+        inv_normalizer,
         stats,
         out,
         temperature=temperature,

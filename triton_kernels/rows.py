@@ -1,7 +1,7 @@
-"""Statistics of one row of logits in one read with one exp per element, and its gradient.
+"""Statistics of one row of logits in one read with one exponential per element, and its gradient.
 
-With u = f(z) the transformed logit, c = log2(e) / T, m = max u and d = u - m (under a softcap u is
-the tangent, and the cap is in c and in 1 / T):
+With u = f(z) the transformed logit, c = log2(e) / T, m = max u and d = u - m (with a softcap, u is
+the hyperbolic tangent itself, and c and 1 / T include the cap):
 
     e = 2^(c d),   S = sum e,   SD = sum d e,   S2 = sum e^2
     lse = m / T + log S,   logp = d_y / T - log S
@@ -12,25 +12,30 @@ The gradient of ga * logp + gh * entropy is, with log p = d / T - log S,
     dz = f'(z) / T ( ga [j = y] - p (ga + gh (log p + entropy)) )
        = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
 
-so two constants per row are all that an element needs; the target itself has 1 - p = -expm1(logp).
-(m, 1 / S) are kept for it and not lse: lse near 100 has 4e-6 of float32 rounding, which would be the
-relative error of every p.
+so an element needs only two constants per row, a0 and a1. The target's entry uses 1 - p =
+-expm1(logp), which keeps its digits as p approaches 1. The backward reads (m, 1 / S) instead of
+lse: a float32 lse near 100 has a rounding error of 4e-6, which would be the relative error of every
+p.
 
-Why the sums leave the target out: in float32, S = 1 + 1e-7 says nothing about the rest. Without the
-target they hold the rest to all its digits, and where the target is the maximum, as a confident one
-is, logp = -log(1 + rest): the gradient of a confident token is as exact as that of any other. Tiles
-that need no mask do without the one that the target lies in, so no element pays for it.
+The sums exclude the target. Let `rest` be the sum over all other elements. If the target is the
+maximum (a confident token), logp = -log(1 + rest). A float32 sum S = 1 + rest would lose the digits
+of a small rest; the sum without the target keeps them. So the gradient of a confident token is as
+accurate as that of any other. The target's tile is processed with a mask, apart from the other
+whole tiles, so no other element needs a comparison.
 
-Why lanes: reducing every tile to a scalar costs shuffles, barriers and selects, 33 instructions per
-element on sm_90. Here a thread keeps the statistics of the elements that it loads itself, in
-16-byte vectors, and threads meet once per row. Why d = u - m and not fma(u, c, -c m): the rounding
-of c m is an error of 2^(1e-7 m) in e, infinite for logits near 1e30. Sums of d e do not cancel as
-those of u e do.
+A thread ("lane") keeps the statistics of the elements that it loads itself, in 16-byte vectors. The
+threads merge their statistics once per row. Reducing every tile to a scalar would need shuffles,
+barriers and selects: 33 instructions per element on sm_90.
 
-Rows that begin at no multiple of 16 bytes (a vocabulary of 49155): a backward's tiles begin before
-the row, at the multiple that is; `lead` elements of the first tile are not its own. A forward's
-begin with the row, because which lane adds which elements must not depend on where a row lies, or
-its bits would depend on the batch that it is in; there a vector is one element (`tile_shape`).
+The kernels compute d = u - m instead of fma(u, c, -c m): the rounding error of c m would change e
+by a factor of up to 2^(1e-7 m), which is infinite for logits near 1e30. And the terms of sum d e
+have one sign, so they do not cancel as those of sum u e do.
+
+A row may begin at an address that is not a multiple of 16 bytes, for example with a vocabulary of
+49155. The tiles of a backward then begin before the row, at the last multiple; the first `lead`
+elements of the first tile do not belong to the row. The tiles of a forward begin with the row: the
+elements that a lane adds must not depend on the address, or the result of a row would depend on its
+batch. There a vector is a single element (`tile_shape`).
 """
 
 import torch
@@ -51,18 +56,18 @@ from tokfuse.triton_kernels.tile import (
     reciprocal,
 )
 
-# Every running maximum starts here, the lowest float32: -inf would make (-inf) - (-inf).
+# Initial value of every running maximum: the lowest float32. With -inf, (-inf) - (-inf) gives NaN.
 LOWEST_MAX = tl.constexpr(-3.4028234663852886e38)
-# Stands for d of an excluded logit: e is 0 there and d e must be, too, where -inf * 0 is NaN.
-# Its square is finite, for the second moment.
+# Lower bound of d, used for an excluded logit. There e is 0, and d e must be 0 too, but -inf * 0
+# would be NaN. Its square is finite, as the second moment needs.
 FARTHEST = tl.constexpr(-1.0e18)
-# A target that lies in another shard of the vocabulary: the gradient has no one-hot term here.
+# Value of a target that belongs to another shard of the vocabulary: no one-hot term is added here.
 ELSEWHERE = tl.constexpr(-(2**31))
 
 
 @triton.jit
 def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr):
-    """(VECTORS, LANES, ITEMS): a thread is a lane, and loads VECTORS times ITEMS neighbours."""
+    """Return offsets (VECTORS, LANES, ITEMS): a lane loads VECTORS vectors of ITEMS neighbours."""
     vector = tl.arange(0, VECTORS)[:, None, None] * (LANES * ITEMS)
     return vector + tl.arange(0, LANES)[None, :, None] * ITEMS + tl.arange(0, ITEMS)[None, None, :]
 
@@ -71,7 +76,7 @@ def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr
 def base2_scale(
     temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr = False
 ):
-    """(c, c in nats): what u of `transform` is multiplied by; NaN where T <= 0."""
+    """Return (c, nats), the factors of u from `transform`: exp2(c u) = exp(nats u); NaN if T <= 0."""
     t = temperature
     if temperature_ptr is not None:
         t = tl.load(temperature_ptr + row)
@@ -80,7 +85,7 @@ def base2_scale(
 
 @triton.jit
 def scaled_by_temperature(t, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """`base2_scale` of temperatures that are loaded."""
+    """Return `base2_scale` for temperatures that are already loaded."""
     nats = tl.where(t > 0, 1.0 / t, float("nan"))
     if HAS_SOFTCAP:
         nats *= softcap
@@ -91,10 +96,10 @@ def scaled_by_temperature(t, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HA
 
 @triton.jit
 def capped(z, softcap, logit_scale):
-    """tanh(logit_scale z / softcap), with one exponential and one reciprocal; NaN stays NaN.
+    """Return tanh(logit_scale z / softcap) with one exponential and one reciprocal; NaN stays NaN.
 
-    With E = e^2|x| it is 1 - 2 / (E + 1), whose rounding is that of 1, so that near 0 the quotient
-    (E - 1) / (E + 1) takes its place: E - 1 is exact there.
+    With E = e^2|x| it is 1 - 2 / (E + 1). Near 0 this has the rounding error of 1, so there
+    (E - 1) / (E + 1) is used: E - 1 is exact there.
     """
     exponent = tl.abs(z) * (2.0 * LOG2_E * (logit_scale / softcap))
     e = tl.exp2(exponent)
@@ -106,7 +111,10 @@ def capped(z, softcap, logit_scale):
 
 @triton.jit
 def row_start(pointer, begin, lead, ITEMS: tl.constexpr, SAME_LEAD: tl.constexpr):
-    """Where the tiles of a row begin, `lead` before it: on 16 bytes, known so if SAME_LEAD."""
+    """Return the start of a row's tiles, `lead` elements before the row.
+
+    It is a multiple of 16 bytes; with SAME_LEAD the compiler knows it.
+    """
     start = begin - lead
     if SAME_LEAD:
         start = begin // ITEMS * ITEMS
@@ -115,16 +123,16 @@ def row_start(pointer, begin, lead, ITEMS: tl.constexpr, SAME_LEAD: tl.constexpr
 
 @triton.jit
 def fixed_start(pointer, row, stride, ITEMS: tl.constexpr):
-    """Where a row begins, known to be a multiple of ITEMS, as `stride` is."""
+    """Return the start of a row. `stride` and the result are multiples of ITEMS for the compiler."""
     return pointer + row * (stride // ITEMS) * ITEMS
 
 
 @triton.jit
 def edges(lead, whole, total):
-    """range(first, last) of edges; edge i begins at i * whole.
+    """Return the range (first, last) of the tiles that need a mask; edge i begins at i * whole.
 
-    Edge 0 is the first tile where the row begins inside it, edge 1 a tail that is not the first
-    tile. The tiles between need no mask.
+    Edge 0 is the first tile if the row begins inside it. Edge 1 is the incomplete last tile, if it
+    is not the first one. The tiles between them need no mask.
     """
     first = tl.where(lead > 0, 0, 1)
     last = tl.where((whole < total) & ((whole > 0) | (lead == 0)), 2, 1)
@@ -133,16 +141,16 @@ def edges(lead, whole, total):
 
 @triton.jit
 def target_place(y, lead, vocab_size, counts):
-    """Where the target lies, counted as the tiles are; -1 where there is none."""
+    """Return the position of the target relative to the first tile; -1 without a target."""
     return tl.where((y >= 0) & (y < vocab_size) & counts, lead + y, -1).to(tl.int32)
 
 
 @triton.jit
 def masked_tiles(at_y, lead, whole, total, TILE: tl.constexpr):
-    """(first, edges, last, target's tile) of a forward: range(first, last) of the tiles it masks.
+    """Return (first, edges, last, start of the target's tile) for a forward.
 
-    They are those of `edges`, and where the target lies between these its tile as a last one. That
-    begins at `whole` where the target is in an edge, or nowhere.
+    range(first, last) are the tiles with a mask: those of `edges`, then the target's tile if it is
+    not one of them. The start is `whole` if the target is in an edge, or if there is no target.
     """
     first, end = edges(lead, whole, total)
     between = (at_y >= tl.where(lead > 0, TILE, 0)) & (at_y < whole)
@@ -151,7 +159,7 @@ def masked_tiles(at_y, lead, whole, total, TILE: tl.constexpr):
 
 @triton.jit
 def part_of_row(part, parts, lead, vocab_size, TILE: tl.constexpr):
-    """(start, lead, size) of one of `parts` equal pieces of whole tiles; the last may be empty."""
+    """Return (start, lead, size) of one of `parts` equal parts of whole tiles; the last may be empty."""
     total = lead + vocab_size
     piece = (total + TILE * parts - 1) // (TILE * parts) * TILE
     start = part * piece
@@ -160,10 +168,10 @@ def part_of_row(part, parts, lead, vocab_size, TILE: tl.constexpr):
 
 @triton.jit
 def load_whole(row_ptr, start, offs_v, EVICTION: tl.constexpr = NO_HINT):
-    """float32 of the tile that begins at `start`, none of it masked.
+    """Load the whole tile that begins at `start` as float32, without a mask.
 
-    bfloat16 is read as pairs in a word, of which a shift and an and make two float32; a cast takes
-    three instructions for the two.
+    bfloat16 is read as pairs in 32-bit words. A shift and an `and` make two float32 of a word; casts
+    would take three instructions.
     """
     VECTORS: tl.constexpr = offs_v.shape[0]
     LANES: tl.constexpr = offs_v.shape[1]
@@ -182,15 +190,16 @@ def load_whole(row_ptr, start, offs_v, EVICTION: tl.constexpr = NO_HINT):
 
 @triton.jit
 def transform(z, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP: tl.constexpr):
-    """(u, d u / d z) of logits at offsets `at`; -inf stays -inf, without slope under a softcap.
+    """Return (u, d u / d z) of the logits `z` at offsets `at`; -inf stays -inf.
 
-    Both leave out what `base2_scale` holds: the softcap, or the scale of logits without bias. So u
-    is the hyperbolic tangent itself, and logits that it brings close subtract exactly.
+    With a softcap, the slope of -inf is 0. Both results exclude the factor that `base2_scale`
+    includes: the softcap, or the scale of logits without a bias. So with a softcap u is the
+    hyperbolic tangent itself, and the difference of two tangents near 1 is exact.
     """
     u, slope = z, 1.0
     if HAS_SOFTCAP:
         u = capped(z, softcap, logit_scale)
-        # Of an excluded logit it is 0: the tangent is 1.
+        # An excluded logit has the tangent -1, so its slope is 0.
         slope = (1.0 - u * u) * (logit_scale / softcap)
         if bias_row_ptr is not None:
             bias_scale /= softcap
@@ -215,7 +224,7 @@ def read(
     HAS_SOFTCAP: tl.constexpr,
     EVICTION: tl.constexpr = NO_HINT,
 ):
-    """`transform` of the logits at offsets `at`; outside of the row they are -inf."""
+    """Load the logits at offsets `at` and return their `transform`; not inside: -inf."""
     z = load(row_ptr + at, inside, NEG_INF, EVICTION)
     return transform(z, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
 
@@ -232,20 +241,23 @@ def read_whole(
     HAS_SOFTCAP: tl.constexpr,
     EVICTION: tl.constexpr = NO_HINT,
 ):
-    """`transform` of the tile that begins at `start`, none of it masked."""
+    """Load the whole tile that begins at `start` and return its `transform`, without a mask."""
     z = load_whole(row_ptr, start, offs_v, EVICTION)
     return transform(z, bias_row_ptr, start + offs_v, None, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
 
 
 @triton.jit
 def lane_sum(x):
-    """(LANES,): each lane's sum over its elements of a tile."""
+    """Return (LANES,): the sum of each lane over its elements of a tile."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
 @triton.jit
 def fold(u, c, m, s, sd, ss):
-    """Fold a tile (VECTORS, LANES, ITEMS) into the lanes' statistics; also (step, decay, d, e)."""
+    """Add a tile (VECTORS, LANES, ITEMS) to the statistics (m, s, sd, ss) of the lanes.
+
+    Also returns (step, decay, d, e), which the optional sums need.
+    """
     new_m = tl.maximum(m, tl.max(tl.max(u, axis=2), axis=0))
     step = tl.maximum(m - new_m, FARTHEST)
     decay = tl.exp2(step * c)
@@ -259,7 +271,7 @@ def fold(u, c, m, s, sd, ss):
 
 @triton.jit
 def merge(c, m, s, sd, ss):
-    """(m, S, SD, S2) of the row from those of its lanes; also (step, decay) of each lane."""
+    """Return (m, S, SD, S2) of the row from those of its lanes, and (step, decay) of each lane."""
     row_m = tl.max(m, axis=0)
     step = tl.maximum(m - row_m, FARTHEST)
     decay = tl.exp2(step * c)
@@ -270,10 +282,11 @@ def merge(c, m, s, sd, ss):
 
 @triton.jit
 def with_target(u_y, c, m, s, sd, ss):
-    """(m, S - 1, SD, S2, d_y) of the row from those of all others; also (step, decay) of these.
+    """Add the target to the sums over all other elements: (m, S - 1, SD, S2, d_y, step, decay).
 
-    S - 1 keeps the digits of the others where the target is the maximum. u_y is -inf where there is
-    no target; S - 1 is -1 where there is nothing at all.
+    If the target is the maximum, S - 1 keeps the digits of the other elements. u_y is the target's
+    logit, or -inf without a target. S - 1 is -1 if all logits are -inf. (step, decay) rescale the
+    sums over the other elements.
     """
     row_m = tl.maximum(m, u_y)
     step = tl.maximum(m - row_m, FARTHEST)
@@ -287,14 +300,14 @@ def with_target(u_y, c, m, s, sd, ss):
 
 @triton.jit
 def log_sum(rest):
-    """log S of S - 1; NaN stays NaN."""
+    """Return log S from S - 1; NaN stays NaN."""
     return tl.where(rest == rest, log1p(rest), rest)
 
 
 @triton.jit
 def finish(m, rest, sd, ss, d_y, has_target, keep, nats):
-    """(logp, entropy, lse, sum_sq, top1, m, 1 / S) of `with_target`; 0 where not keep."""
-    dead = rest == -1.0  # only -inf: no distribution
+    """Return (logp, entropy, lse, sum_sq, top1, m, 1 / S) from `with_target`; 0 if not keep."""
+    dead = rest == -1.0  # all logits are -inf: there is no distribution
     zero = dead | (keep == 0)
     log_s = log_sum(rest)
     inv_sum = tl.where(zero, 0.0, 1.0 / (1.0 + rest))
@@ -313,7 +326,7 @@ def finish(m, rest, sd, ss, d_y, has_target, keep, nats):
 
 @triton.jit
 def gradient_constants(nats, inv_sum, entropy, ga, gh):
-    """(a0, a1) of the module's docstring; multiply by the slope f'(z) / scale of `base2_scale`."""
+    """Return (a0, a1) of the module docstring; `gradient` multiplies by the slope of `transform`."""
     p_scale = nats * inv_sum
     log_s = -tl.log2(inv_sum) * LN_2
     return -p_scale * (ga + gh * (entropy - log_s)), -p_scale * gh * nats
@@ -321,14 +334,14 @@ def gradient_constants(nats, inv_sum, entropy, ga, gh):
 
 @triton.jit
 def gradient(u, slope, m, c, a0, a1):
-    """What every element of a row gets but the target."""
+    """Return the gradient of each element; the target's entry is `target_gradient`."""
     d = maximum(u - m, FARTHEST)
     return tl.exp2(d * c) * (a0 + a1 * d) * slope
 
 
 @triton.jit
 def target_gradient(slope, nats, logp, entropy, ga, gh):
-    """What the target gets; `gradient` and nats * ga would cancel near p = 1."""
+    """Return the target's entry. `gradient` plus nats * ga would cancel near p = 1."""
     log2_p = maximum(logp * LOG2_E, MIN_EXPONENT)
     rest = -expm1_2(log2_p)  # 1 - p
     log_term = tl.where(logp == NEG_INF, 0.0, tl.exp2(log2_p) * (logp + entropy))
@@ -338,15 +351,16 @@ def target_gradient(slope, nats, logp, entropy, ga, gh):
 # ------------------------------------------------------------------------------------- on the host
 
 
-# Programs that fill every GPU a few times over; a batch of fewer rows is cut into parts of rows.
+# Programs that fill any GPU several times. A batch of fewer rows is split into parts of rows.
 ENOUGH_PROGRAMS = 4096
 
 
 def tile_shape(config: LaunchConfig, logits: torch.Tensor, aligned: bool) -> dict[str, int]:
-    """VECTORS, LANES and ITEMS of `tile_offsets`: one lane per thread, 16 bytes per vector.
+    """Return VECTORS, LANES and ITEMS of `tile_offsets`: one lane per thread, 16 bytes per vector.
 
-    Vectors that the compiler cannot know to be aligned would be loaded in a layout in which lanes
-    meet in every tile, 44 instructions per element; they are single elements instead.
+    If the vectors are not known to be aligned, a vector is a single element. Otherwise the compiler
+    would choose a layout in which every tile exchanges data between lanes: 44 instructions per
+    element.
     """
     items = 16 // logits.element_size()
     lanes = 32 * config.num_warps
@@ -357,31 +371,31 @@ def tile_shape(config: LaunchConfig, logits: torch.Tensor, aligned: bool) -> dic
 
 
 def parts(tokens: int, vocab: int, config: LaunchConfig) -> int:
-    """Into how many pieces a row is cut, so that there are enough programs."""
+    """Return the number of parts that a row is split into, so that there are enough programs."""
     return max(1, min(triton.cdiv(ENOUGH_PROGRAMS, tokens), triton.cdiv(vocab, config.block_v)))
 
 
 def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
-    """`x`, copied where its vocabulary is not contiguous."""
+    """Return `x`, or a copy if its vocabulary axis is not contiguous."""
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 
 def base_aligned(*tensors: torch.Tensor | None) -> bool:
-    """True where each begins at a multiple of 16 bytes."""
+    """Return True if each tensor begins at a multiple of 16 bytes."""
     return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def rows_aligned(*tensors: torch.Tensor | None) -> bool:
-    """True where every row of each does."""
+    """Return True if every row of each tensor begins at a multiple of 16 bytes."""
     apart = (0 if x is None else x.stride(0) * x.element_size() for x in tensors)
     return base_aligned(*tensors) and all(n % 16 == 0 for n in apart)
 
 
 def same_lead(x: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """True where rows of `other` begin at the same place within a vector as those of `x`.
+    """Return True if the rows of `other` have the same offset within a vector as those of `x`.
 
-    A vector is what `x` has in 16 bytes; `other` may have another dtype where all rows begin on
-    one.
+    A vector is 16 bytes of `x`. If `other` has another dtype, all rows of both must begin at the
+    first element of a vector.
     """
     if other is None:
         return False
@@ -392,17 +406,17 @@ def same_lead(x: torch.Tensor, other: torch.Tensor | None) -> bool:
 
 
 def per_row(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    """(contiguous float32 vector or None, number) of an option that may be either."""
+    """Split an option into (contiguous float32 vector or None, number)."""
     if isinstance(value, torch.Tensor):
         return value.float().contiguous(), 1.0
     return None, value
 
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    """`x` without strides."""
+    """Return `x`, or a contiguous copy of it; None stays None."""
     return None if x is None else x.contiguous()
 
 
 def as_float(x: torch.Tensor | None) -> torch.Tensor | None:
-    """`x` in float32, contiguous."""
+    """Return `x` in float32 and contiguous; None stays None."""
     return None if x is None else x.float().contiguous()

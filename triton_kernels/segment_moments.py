@@ -1,13 +1,15 @@
-"""segment_moments: count, sum, sum of squares, min and max per segment, in one read of the values.
+"""segment_moments: count, sum, sum of squares, minimum and maximum per segment, in one read.
 
-One launch with a program per segment; where segments are long on average, each is cut into up to 64
-parts, and a second launch merges their records. The number of parts follows from the sizes alone
-and part p takes strips p, p + parts, ..., so the bits do not depend on the device. Unsorted ids are
-first sorted on the device (torch.sort, stable) and their borders searched: no atomics, no table per
-id, and rows of a segment are added in their own order.
+The kernel is launched with one program per segment. If segments are long on average, each is split
+into up to 64 parts, and a second launch merges their records. The number of parts depends on the
+sizes only, and part p reads strips p, p + parts, ... So the result does not depend on the device.
 
-Bytes per row at float32: 4 read (1 more with a mask); with ids 8 of sorted places more and the
-sort. Legend: N rows, K segments, P parts.
+Ids are first sorted on the device (torch.sort, stable); a binary search finds the borders of the
+segments. So no atomics and no table per program are needed, and the rows of a segment keep their
+order.
+
+Bytes per row at float32: 4 read (1 more with a mask). Ids add 8 for the row numbers, and the sort.
+Legend: N rows, K segments, P parts.
 """
 
 import torch
@@ -19,13 +21,13 @@ from tokfuse.triton_kernels.launch import LaunchConfig, choose, declare
 from tokfuse.triton_kernels.packed import as_int64, is_valid
 
 MAX_PARTS = 64
-# A part of fewer strips than this costs more in the merge than it saves.
+# With fewer strips per part, the merge takes longer than the split saves.
 STRIPS_PER_PART = 4
 
 
 @triton.jit
 def _store_cell(count_ptr, sum_ptr, sum_sq_ptr, min_ptr, max_ptr, place, count, total, square, low, high):
-    poisoned = square != square  # minimum and maximum drop a NaN, squares keep it
+    poisoned = square != square  # tl.minimum and tl.maximum ignore a NaN, the squares keep it
     dtype = sum_ptr.dtype.element_ty
     tl.store(count_ptr + place, count.to(count_ptr.dtype.element_ty))
     tl.store(sum_ptr + place, total.to(dtype))
@@ -37,10 +39,10 @@ def _store_cell(count_ptr, sum_ptr, sum_sq_ptr, min_ptr, max_ptr, place, count, 
 @triton.jit
 def segment_moments_kernel(
     values_ptr,  # (N,) float
-    order_ptr,  # (N,) int64, row of each place; None: places are rows
+    order_ptr,  # (N,) int64, row of each position; None: positions are rows
     borders_ptr,  # (K + 1,) int32 or int64
     mask_ptr,  # (N,) bool, or None
-    count_ptr,  # (K,) int64; (K, P) float64 when there are parts, and so are the next four
+    count_ptr,  # (K,) int64; with parts, this and the next four are (K, P) float64
     sum_ptr,  # (K,) float
     sum_sq_ptr,
     min_ptr,
@@ -88,7 +90,7 @@ def segment_moments_kernel(
 def segment_moments_merge_kernel(
     table_ptr,  # (5, K, P) float64
     count_ptr,  # (K,) int64
-    sum_ptr,  # (K,) float, and so are the next three
+    sum_ptr,  # (K,) float; the same for the next three
     sum_sq_ptr,
     min_ptr,
     max_ptr,
@@ -123,9 +125,9 @@ def segment_moments(
     num_segments: int,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """(count, sum, sum_sq, min, max), each (segments,); the caller has checked.
+    """Return (count, sum, sum_sq, min, max), each (segments,). The caller has checked all arguments.
 
-    A row whose id is outside [0, num_segments) counts nowhere.
+    A row whose id is outside [0, num_segments) is ignored.
     """
     count = torch.empty(num_segments, dtype=torch.int64, device=values.device)
     outputs = [count, *(values.new_empty(num_segments) for _ in range(4))]
@@ -133,7 +135,7 @@ def segment_moments(
         return tuple(outputs)
     order, borders = None, cu_seqlens
     if segment_ids is not None:
-        if mask is not None:  # the id of a masked row is not read: it goes behind the last segment
+        if mask is not None:  # a masked row gets an id after the last segment, so it is ignored
             segment_ids, mask = torch.where(mask, segment_ids, num_segments), None
         ids, order = torch.sort(segment_ids, stable=True)
         places = torch.arange(num_segments + 1, device=ids.device)
@@ -153,7 +155,7 @@ def segment_moments(
 
 
 def parts_of(num_rows: int, num_segments: int, block: int) -> int:
-    """Parts of each segment: a power of two, 1 where the mean segment has few strips."""
+    """Return the parts of each segment: a power of two; 1 if the mean segment has few strips."""
     strips = num_rows // (num_segments * block * STRIPS_PER_PART)
     return min(1 << max(strips - 1, 0).bit_length(), MAX_PARTS)
 

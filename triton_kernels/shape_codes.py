@@ -1,4 +1,4 @@
-"""Codes of shapes, KL estimators and levels, and the parameters of the shapes by name.
+"""Codes of shapes, KL estimators and levels, and the parameters of each shape by name.
 
 Written by tools/write_shapes.py from runtime/policy/shapes.py and objective.py; do not edit.
 """
@@ -31,53 +31,53 @@ LEVEL_SEQUENCE = tl.constexpr(1)
 LEVEL_SEQUENCE_TOKEN = tl.constexpr(2)
 LEVEL_SEQUENCE_SUM = tl.constexpr(3)
 
-# Shapes whose term reads `signal`, by code.
+# Code -> name of each shape whose term reads `signal`.
 NEEDS_SIGNAL = {5: "TargetRatio", 7: "NFT"}
 
 
 @triton.jit
 def ppo_clip_parameters(o):
-    """ratio_min, ratio_max, dual, cap."""
+    """Return ratio_min, ratio_max, dual, cap."""
     return o.p0, o.p1, o.p2, o.p3
 
 
 @triton.jit
 def stop_grad_clip_parameters(o):
-    """ratio_min, ratio_max."""
+    """Return ratio_min, ratio_max."""
     return o.p0, o.p1
 
 
 @triton.jit
 def sigmoid_gate_parameters(o):
-    """tau_positive, tau_negative."""
+    """Return tau_positive, tau_negative."""
     return o.p0, o.p1
 
 
 @triton.jit
 def target_ratio_parameters(o):
-    """low, high."""
+    """Return low, high."""
     return o.p0, o.p1
 
 
 @triton.jit
 def quadratic_parameters(o):
-    """penalty."""
+    """Return penalty."""
     return o.p0
 
 
 @triton.jit
 def nft_parameters(o):
-    """negative_floor, positive_floor, log_ratio_max, rate_min, rate_max."""
+    """Return negative_floor, positive_floor, log_ratio_max, rate_min, rate_max."""
     return o.p0, o.p1, o.p2, o.p3, o.p4
 
 
 @triton.jit
 def log_clamp_parameters(o):
-    """bound."""
+    """Return bound."""
     return o.p0
 
 
 @triton.jit
 def gamma_parameters(o):
-    """k_positive, lam_positive, k_negative, lam_negative."""
+    """Return k_positive, lam_positive, k_negative, lam_negative."""
     return o.p0, o.p1, o.p2, o.p3

@@ -1,9 +1,9 @@
-"""Device helpers and constants that more than one kernel uses.
+"""Device helpers and constants that several kernels use.
 
-The interpreter (TRITON_INTERPRET=1) holds bfloat16 as the 16 bits of an integer: it multiplies and
-compares those bits, and it truncates on a store where a GPU rounds to nearest even. So every load
-is followed by `.to(tl.float32)`, `tl.dot` takes float32 under `INTERPRET`, and results leave
-through `store`, which rounds by hand there. Nothing of this reaches a compiled kernel.
+The interpreter (TRITON_INTERPRET=1) represents bfloat16 by a 16-bit integer. It multiplies and
+compares these integers, and a store truncates, while a GPU rounds to nearest even. So every load is
+followed by `.to(tl.float32)`, `tl.dot` gets float32 under `INTERPRET`, and `store` rounds
+explicitly in the interpreter. Compiled kernels contain no code for this.
 """
 
 import os
@@ -15,23 +15,23 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1",
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
-# 2^-126 is the smallest normal float32, the exponent that a shifted integer can hold.
+# 2^-126 is the smallest normal float32. expm1_2 builds such a power from the bits of its exponent.
 MIN_EXPONENT = tl.constexpr(-126.0)
-# Triton 3.6 takes a plain string as an argument, but not as a default.
+# Triton 3.6 accepts a plain string as an argument, but not as a default value.
 NO_HINT = tl.constexpr("")
 
 
 @triton.jit
 def maximum(a, b):
-    """max(a, b), NaN where either is: a plain maximum drops NaN, the poison of a row with it."""
+    """Return max(a, b), or NaN if either is NaN. A plain maximum would hide the NaN of a row."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x within 1 ulp, in one instruction where a division takes eight; 0 for infinity.
+    """Return 1 / x within 1 ulp, in one instruction (a division takes eight); 0 for infinity.
 
-    x and 1 / x must not be subnormal, which the instruction takes for 0.
+    x and 1 / x must not be subnormal, because the instruction treats a subnormal as 0.
     """
     if INTERPRET:
         y = 1.0 / x
@@ -42,7 +42,7 @@ def reciprocal(x):
 
 @triton.jit
 def expm1_2(x):
-    """2^x - 1 for x in [-126, 0], relative error <= 4e-7: 2^x of an exponential cancels at 0."""
+    """Return 2^x - 1 for x in [-126, 0]; relative error <= 4e-7. tl.exp2(x) - 1 cancels near 0."""
     k = tl.floor(x + 0.5)
     r = x - k
     p = 1.326472731307149e-3 * r + 9.671512991189957e-3
@@ -53,11 +53,11 @@ def expm1_2(x):
 
 @triton.jit
 def log1p(y):
-    """ln(1 + y) for finite y > -1, relative error <= 3e-7; the polynomial is that of Cephes' logf.
+    """Return ln(1 + y) for finite y > -1; relative error <= 3e-7. The polynomial is from Cephes logf.
 
-    The hardware logarithm is exact to 2^-22 of 1 only, which is nothing for a result near 0.
+    The hardware logarithm has an absolute error of 2^-22, which is too large for a result near 0.
     """
-    bits = (1.0 + y).to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2)
+    bits = (1.0 + y).to(tl.int32, bitcast=True) - 0x3F3504F3  # the bits of sqrt(1/2)
     k = bits >> 23
     reduced = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
     f = tl.where(k == 0, y, reduced)
@@ -71,7 +71,7 @@ def log1p(y):
 
 @triton.jit
 def load(pointers, mask=None, other=None, EVICTION: tl.constexpr = NO_HINT):
-    """float32 of what is stored there."""
+    """Load values of any dtype as float32."""
     if mask is None:
         x = tl.load(pointers, eviction_policy=EVICTION)
     else:
@@ -81,12 +81,12 @@ def load(pointers, mask=None, other=None, EVICTION: tl.constexpr = NO_HINT):
 
 @triton.jit
 def store(pointers, x, mask=None, EVICTION: tl.constexpr = NO_HINT):
-    """Store float32 `x` in the type of the pointers, rounded once to nearest even."""
+    """Store float32 `x` in the dtype of the pointers, rounded once to nearest even."""
     element: tl.constexpr = pointers.dtype.element_ty
     if INTERPRET and element == tl.bfloat16:
         word = x.to(tl.int32, bitcast=True)
         rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
-        rounded = tl.where(x == x, rounded, 0x7FC0)  # the carry would turn a NaN into an infinity
+        rounded = tl.where(x == x, rounded, 0x7FC0)  # the carry could turn a NaN into an infinity
         tl.store(pointers.to(tl.pointer_type(tl.int16)), rounded.to(tl.int16), mask=mask)
     else:
         tl.store(pointers, x.to(element), mask=mask, eviction_policy=EVICTION)

@@ -1,14 +1,15 @@
-"""token_stats: five statistics of each row of logits in one read, and their gradient in one more.
+"""token_stats: five statistics of each row of logits, and the gradient of logp and entropy.
 
-Formulas and the reason for their form are in rows.py. Passes over (T, V): forward one read,
-backward one read and one write; a row without gradient is zero-filled unread. Bytes per token at
-bf16: 2V and 4V. One exp per element each; a second temperature costs one more, the moments two
-products.
+rows.py has the formulas. The forward reads (T, V) once. The backward reads and writes it once; a
+row without gradient is filled with zeros and not read. Bytes per token at bf16: 2V forward, 4V
+backward. One exponential per element in each; a second temperature adds one, the moments add two
+multiplications.
 
-Legend: T tokens (packed), V vocabulary. Everything after a load is float32; loops work in base 2.
-One program per row (forward) or per part of a row (backward), on a grid of one dimension. A target
-outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would wait for the device.
-In the backward ELSEWHERE is none of these: the target is another vocabulary shard's.
+Legend: T tokens (packed), V vocabulary. Arithmetic is float32; exponents are in base 2. The grid
+has one dimension: one program per row (forward) or per part of a row (backward). A target outside
+[0, V) gives NaN in logp and in the gradient of the row: an error would need a synchronisation with
+the device. Only the backward accepts the target ELSEWHERE: it belongs to another shard of the
+vocabulary.
 """
 
 import torch
@@ -24,11 +25,11 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @triton.jit
 def _fold_extras(step, decay, c2, d, e, ss, s2, ssd, ssdd, SECOND: tl.constexpr, MOMENTS: tl.constexpr):
-    """The lanes' optional sums after a tile; `ss` is that before it."""
+    """Add a tile to the optional sums of the lanes. `ss` is the value before the tile was added."""
     if SECOND:
         s2 = tl.exp2(step * c2) * s2 + rows.lane_sum(tl.exp2(d * c2))
     if MOMENTS:
-        # (d + step)^2 of the sums so far, then the tile.
+        # Expand (d + step)^2 for the sums so far, then add the tile.
         ssdd = decay * decay * (ssdd + step * (2.0 * ssd + step * ss))
         ssdd += rows.lane_sum(d * e * (d * e))
         ssd = decay * decay * (ssd + step * ss) + rows.lane_sum(d * e * e)
@@ -42,7 +43,7 @@ def token_stats_fwd_kernel(
     target_ptr,  # (T,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    logp_ptr,  # (T,) float32, and so are all that follow
+    logp_ptr,  # (T,) float32; the same for all that follow
     entropy_ptr,
     lse_ptr,
     sum_sq_ptr,
@@ -67,7 +68,7 @@ def token_stats_fwd_kernel(
 ):
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
     HAS_BIAS: tl.constexpr = bias_ptr is not None
-    row = tl.program_id(0).to(tl.int64)  # int64 before it meets a stride: T * V passes 2^31
+    row = tl.program_id(0).to(tl.int64)  # T * V can exceed 2^31
     SECOND: tl.constexpr = second_logp_ptr is not None
     MOMENTS: tl.constexpr = sum_p2_logp_ptr is not None
     counts = row >= 0  # every row
@@ -76,7 +77,7 @@ def token_stats_fwd_kernel(
     c, nats = rows.base2_scale(temperature_ptr, row, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS)
     c2, nats2 = rows.base2_scale(None, row, second_temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS)
 
-    # A masked row has no elements: nothing of it is read, and its outputs are set to 0 at the end.
+    # A masked row is treated as a row without elements, so it is not read. Its outputs are set to 0.
     vocab = tl.where(counts, vocab_size, 0)
     whole = vocab // TILE * TILE
     row_ptr = rows.fixed_start(logits_ptr, row, stride_logits_t, ITEMS)
@@ -85,7 +86,7 @@ def token_stats_fwd_kernel(
         bias_row_ptr = rows.fixed_start(bias_ptr, row, stride_bias_t, ITEMS)
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
     m = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
-    # Of all elements but the target.
+    # Sums over all elements except the target.
     s = tl.zeros((LANES,), tl.float32)  # sum e
     sd = tl.zeros((LANES,), tl.float32)  # sum d e
     ss = tl.zeros((LANES,), tl.float32)  # sum e^2
@@ -97,7 +98,8 @@ def token_stats_fwd_kernel(
     at_y = rows.target_place(y, 0, vocab_size, counts)
     _, _, _, of_target = rows.masked_tiles(at_y, 0, whole, vocab, TILE)
     begin = 0
-    # Whole tiles without a mask up to that of the target, then up to a tail that is not the same.
+    # i = 0: whole tiles without a mask, then the target's tile. i = 1: the other whole tiles, then
+    # the incomplete last tile if it is not the target's.
     for i in tl.static_range(2):
         masked = whole if i else of_target
         for start in range(begin, masked, TILE):
@@ -135,7 +137,8 @@ def token_stats_fwd_kernel(
         second = tl.where(has_target, d_y * nats2 - rows.log_sum(rest2), float("nan"))
         tl.store(second_logp_ptr + row, tl.where(counts, tl.where(dead & has_target, NEG_INF, second), 0.0))
     if MOMENTS:
-        # Of the lanes to one maximum, and of the others to that of the row, as in _fold_extras.
+        # Rescale the sums of the lanes to one maximum, then to that of the row with the target; the
+        # formulas are those of _fold_extras.
         two, row_two = decay * decay, row_decay * row_decay
         row_ssd = tl.sum(two * (ssd + step * ss), axis=0)
         row_ssdd = tl.sum(two * (ssdd + step * (2.0 * ssd + step * ss)), axis=0)
@@ -157,13 +160,13 @@ def token_stats_bwd_kernel(
     target_ptr,  # (T,) int64
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
-    row_max_ptr,  # (T,) float32, and so are the next three
+    row_max_ptr,  # (T,) float32; the same for the next three
     inv_sum_ptr,
     logp_ptr,
     entropy_ptr,
     grad_logp_ptr,  # (T,) float32 or None
     grad_entropy_ptr,  # (T,) float32 or None
-    grad_logits_ptr,  # (T, V), may be logits: what is read there is read before it is written
+    grad_logits_ptr,  # (T, V), may be logits: each element is read before it is written
     stride_logits_t,
     stride_bias_t,
     stride_grad_t,
@@ -210,7 +213,8 @@ def token_stats_bwd_kernel(
         bias_row_ptr += part_start
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
 
-    # Clipped, zero-advantage and masked rows, and those of only -inf, are written unread.
+    # The gradient is zero for clipped, zero-advantage and masked tokens, and for a row of only -inf.
+    # Such rows are not read.
     if ((ga == 0.0) & (gh == 0.0)) | (inv_sum == 0.0):
         none = tl.zeros((VECTORS, LANES, ITEMS), tl.float32)
         for edge in range(first, last):
@@ -226,8 +230,8 @@ def token_stats_bwd_kernel(
         ga = tl.where((ga == 0.0) | known, ga, float("nan"))
         entropy = tl.load(entropy_ptr + row)
         a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
-        # The target's gradient has a store of its own, so that no element pays for a comparison. Its
-        # slope is read before the tiles are written: they may lie in one place.
+        # The target's entry is stored separately, so that no other element needs a comparison. Its
+        # slope is computed before the tiles are written, because they may overwrite the logits.
         at_y = lead + y - part_start
         has_y = (at_y >= part_lead) & (at_y < size)
         u_y, slope_y = rows.read(row_ptr, bias_row_ptr, at_y, has_y, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
@@ -268,10 +272,10 @@ def token_stats_fwd(
     second_temperature: float | None = None,
     moments: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, sum_sq, top1, row maximum and 1 / sum of exps: (tokens,) float32 each.
+    """Return logp, entropy, lse, sum_sq, top1, row_max and inv_sum, each (tokens,) float32.
 
-    With second_temperature or moments three more: second_logp, sum_p2_logp and sum_p2_logp2, empty
-    where they were not asked for. The caller has checked shapes, dtypes and devices.
+    With second_temperature or moments, also second_logp, sum_p2_logp and sum_p2_logp2; those that
+    were not requested are empty. The caller has checked shapes, dtypes and devices.
     """
     tokens, vocab = logits.shape
     logits, bias_logits = rows.unit_stride(logits), rows.unit_stride(bias_logits)
@@ -327,9 +331,9 @@ def token_stats_bwd(
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> torch.Tensor:
-    """The gradient of the logits, into `out` if given; `out` may be `logits` itself.
+    """Return the gradient of the logits, written to `out` if given.
 
-    `row_max` and `inv_sum` are the sixth and seventh output of `token_stats_fwd`.
+    `out` may be `logits` itself. `row_max` and `inv_sum` are outputs of `token_stats_fwd`.
     """
     tokens, vocab = logits.shape
     if out is None:

@@ -1,15 +1,15 @@
-"""vtrace: V-trace targets and the doubly robust scan over packed sequences, one launch.
+"""vtrace: V-trace value targets and advantages over packed sequences, in one launch.
 
     w_t = exp(clamp(log_ratio_t, +-20)),   rho_t = min(rho_bar, w_t),   c_t = lam min(c_bar, w_t)
-    trace_t     = rho_t (r_t + gamma V_next - V_t) + gamma c_t trace_next,   trace = target - V
-    target_t    = V_t + trace_t
-    advantage_t = r_t + gamma (V_next + trace_next) - V_t
+    trace_t        = rho_t (r_t + gamma V_next - V_t) + gamma c_t trace_next
+    value_target_t = V_t + trace_t
+    advantage_t    = r_t + gamma (V_next + trace_next) - V_t
 
-A token needs its own trace and that of the next one. So lane t scans the step of token t + 1: the
-result is trace_next, and trace_t is one more step from it. Otherwise as in gae.py: one program per
-sequence, steps of BLOCK tokens from its end, masked tokens are the identity of the scan.
+A token needs its own trace and the trace of the next token. So lane t scans the step of token t +
+1: the result is trace_next, and one more step gives trace_t. The rest is as in gae.py: one program
+per sequence, steps of BLOCK tokens from its end, and a masked token is the identity of the scan.
 
-Bytes per token at float32: 12 read (1 more with a mask; the neighbours come from L1), 12 written.
+Bytes per token at float32: 12 read (1 more with a mask; neighbours are read from L1), 12 written.
 Legend: T tokens, S sequences.
 """
 
@@ -26,7 +26,7 @@ LOG_RATIO_CLAMP = tl.constexpr(20.0)
 
 @triton.jit
 def _value_behind(value_ptr, finished_ptr, ends, v, valid, following, stop):
-    """V of the next valid token; behind the last one 0, or its own V when unfinished."""
+    """Return V of the next valid token; after the last one 0, or its own V if not finished."""
     has_next = following < stop
     behind = tl.load(value_ptr + following, mask=valid & has_next, other=0.0).to(tl.float64)
     if finished_ptr is not None:
@@ -37,7 +37,7 @@ def _value_behind(value_ptr, finished_ptr, ends, v, valid, following, stop):
 @triton.jit
 def _ratio(log_ratio_ptr, offs, valid):
     d = tl.load(log_ratio_ptr + offs, mask=valid, other=0.0).to(tl.float64)
-    # Comparisons instead of tl.minimum, which drops a NaN.
+    # Comparisons instead of tl.minimum and tl.maximum, which ignore a NaN.
     d = tl.where(d < -LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP, d)
     return tl.exp(tl.where(d > LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, d))
 
@@ -53,12 +53,12 @@ def vtrace_kernel(
     reward_ptr,  # (T,) float
     value_ptr,  # (T,) float
     cu_seqlens_ptr,  # (S + 1,) int32
-    mask_ptr,  # (T,) bool, or None: all count
-    finished_ptr,  # (S,) bool, or None: all finished
-    target_ptr,  # (T,) float
+    mask_ptr,  # (T,) bool; None: all tokens count
+    finished_ptr,  # (S,) bool; None: all sequences are finished
+    target_ptr,  # (T,) float, value_target
     advantage_ptr,  # (T,) float
     rho_ptr,  # (T,) float
-    gamma,  # a pair, and so are the next three
+    gamma,  # split by `pair`; the same for the next three
     lam,
     rho_bar,  # inf: no bound
     c_bar,
@@ -76,7 +76,7 @@ def vtrace_kernel(
         ends = tl.load(finished_ptr + seq) != 0
 
     lanes = tl.arange(0, BLOCK)
-    nearest = stop  # the first valid place behind the lane that is scanned last
+    nearest = stop  # first valid position after token t + 1 of the lane that is processed last
     carried = tl.zeros((), tl.float64)
     for step in range(0, tl.cdiv(stop - first, BLOCK)):
         offs = stop - (step + 1) * BLOCK + lanes
@@ -95,7 +95,7 @@ def vtrace_kernel(
         v = tl.load(value_ptr + after, mask=after_valid, other=0.0).to(tl.float64)
         w = _ratio(log_ratio_ptr, after, after_valid)
         behind = _value_behind(value_ptr, finished_ptr, ends, v, after_valid, following, stop)
-        inject = _bounded(w, rho_bar) * (r + gamma * behind - v)  # 0 where not valid
+        inject = _bounded(w, rho_bar) * (r + gamma * behind - v)  # 0 if not valid
         coef = tl.where(after_valid, factor * _bounded(w, c_bar), 1.0)
         trace_next = reverse_recurrence(coef, inject, carried)
         carried = first_lane(trace_next, lanes)
@@ -133,8 +133,11 @@ def vtrace(
     mask: torch.Tensor | None,
     finished: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(target, advantage, rho), each (tokens,) in the dtype of `reward`; the caller has checked."""
-    target, advantage, rho = (torch.empty_like(reward) for _ in range(3))
+    """Return (value_target, advantage, rho), each (tokens,) in the dtype of `reward`.
+
+    The caller has checked all arguments.
+    """
+    value_target, advantage, rho = (torch.empty_like(reward) for _ in range(3))
     num_seqs = cu_seqlens.shape[0] - 1
     config = choose("vtrace", reward)
     if reward.shape[0] and num_seqs:
@@ -145,7 +148,7 @@ def vtrace(
             cu_seqlens,
             mask,
             finished,
-            target,
+            value_target,
             advantage,
             rho,
             pair(gamma),
@@ -155,10 +158,10 @@ def vtrace(
             BLOCK=config.block_t,
             **config.options,
         )
-    return target, advantage, rho
+    return value_target, advantage, rho
 
 
-@compile_case("vtrace", dtypes=(torch.float32,), streams=8)  # each input twice, the value thrice
+@compile_case("vtrace", dtypes=(torch.float32,), streams=8)  # each input twice, value two more times
 def _(dtype: torch.dtype) -> None:
     x, cu = meta(1 << 20, dtype=dtype), borders(1024, 1 << 20)
     options = {"rho_bar": 1.0, "c_bar": 1.0, "mask": None, "finished": None}

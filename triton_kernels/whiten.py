@@ -1,8 +1,9 @@
-"""whiten: (x - mean) / sqrt(var + eps) on the rows with mask true, two launches; one when given.
+"""whiten: (x - mean) / sqrt(var + eps) over the rows with mask true.
 
-The first launch leaves count, mean and squared deviations of at most 256 fixed shares of the rows;
-every program of the second merges those records in one order and writes its block. So there is no
-atomic, no third launch, and no value is read on the host.
+The first launch stores count, mean and squared deviations of at most 256 fixed shares of the rows.
+Every program of the second launch merges these records in a fixed order and writes its block. So no
+atomics, no third launch and no synchronisation are needed. If mean and var are given, there is only
+the second launch.
 
 Bytes per row at float32: 8 read, 4 written (1 more per read with a mask). Legend: T rows.
 """
@@ -20,13 +21,13 @@ from tokfuse.triton_kernels.packed import is_valid, joined, merged_moments, pair
 def whiten_kernel(
     x_ptr,  # (T,) float
     mask_ptr,  # (T,) bool, or None
-    partial_ptr,  # (3, programs) float64 of partial_moments, or None: mean and var are given
+    partial_ptr,  # (3, programs) float64 of partial_moments; None: mean and var are given
     mean_ptr,  # () float64, or None
     var_ptr,  # () float64, or None
     out_ptr,  # (T,) float
     num_rows,
     num_partials,
-    eps,  # a pair
+    eps,  # split by `pair`
     SHIFT_MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -37,7 +38,7 @@ def whiten_kernel(
         mean = tl.load(mean_ptr)
         var = tl.load(var_ptr)
     spread = var + joined(eps)
-    # Equal values with eps 0: their deviations are 0, and 0 * inf would be NaN.
+    # Equal values with eps = 0 have deviations of 0, and 0 * inf would be NaN.
     scale = tl.where(spread == 0.0, 0.0, 1.0 / tl.sqrt(spread))
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < num_rows
@@ -60,7 +61,7 @@ def whiten(
     mean: torch.Tensor | None,
     var: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(tokens,) in the dtype of `x`; the caller has checked."""
+    """Return (tokens,) in the dtype of `x`. The caller has checked all arguments."""
     out = torch.empty_like(x)
     if x.shape[0]:
         config = choose("whiten", x)

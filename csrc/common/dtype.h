@@ -1,4 +1,4 @@
-// Element types of the large tensors, and exact conversions to and from float32.
+// Element types of the large tensors.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace tokfuse {
 
-// Codes shared with runtime/core/native.py.
+// runtime/core/native.py lists the same codes.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct BFloat16 {

@@ -1,4 +1,4 @@
-// What advantages of a prompt group are divided by, once for CPU and CUDA.
+// The divisor of the advantages of a prompt group. Shared by the CPU and CUDA kernels.
 #pragma once
 
 #include "common/objective.h"
@@ -21,7 +21,7 @@ TOKFUSE_HD double group_divisor(const GroupAdvantageArgs& a, double group_std, d
   return 1;
 }
 
-// Advantage of a group of one row with reward x.
+// Returns the advantage of the only row of a group, which has reward x.
 TOKFUSE_HD double singleton_advantage(const GroupAdvantageArgs& a, double x, double batch_std) {
   if (!a.singleton_reward) return x == x ? 0.0 : x;
   if (a.scale == Scale::kBatchStd) return x / (batch_std + a.eps);

@@ -1,4 +1,4 @@
-// How a function that the CPU and the CUDA kernels share is declared.
+// Declaration specifiers of a function that the CPU and the CUDA kernels share.
 #pragma once
 
 #if defined(__CUDACC__)

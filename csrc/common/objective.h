@@ -1,11 +1,11 @@
-// The per-token mathematics of every policy objective, written once for CPU and CUDA.
+// The per-token mathematics of every policy objective. Shared by the CPU and CUDA kernels.
 //
 //   policy_term: loss of one token and its derivative, as a function of the log-ratio
-//   kl_term:     KL estimate of one token and its derivative in logp
+//   kl_term:     KL estimate of one token and its derivative with respect to logp
 //
-// Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp. All derivatives are of the
-// un-aggregated token loss. Codes and the names of the parameters come from
-// runtime/policy/shapes.py, through common/shapes.h.
+// Notation: A advantage, r = exp(log_ratio), k = logp - ref_logp. All derivatives are of the token
+// loss before aggregation. runtime/policy/shapes.py defines the codes and the parameter names;
+// common/shapes.h is generated from it.
 #pragma once
 
 #include <math.h>
@@ -21,11 +21,11 @@ struct ObjectiveParams {
   Shape shape;
   Level level;
   Kl kl;
-  int32_t seq_mean;       // 1: every token is weighted by 1 / (valid tokens of its sequence)
-  float p[kShapeSlots];   // parameters of the shape, read by name: ppo_clip_parameters(p), ...
-  float kl_coef;          // signed
+  int32_t seq_mean;       // 1: a token has the weight 1 / (valid tokens of its sequence)
+  float p[kShapeSlots];   // parameters of the shape; read them with ppo_clip_parameters(p), ...
+  float kl_coef;          // may be negative
   float kl_clamp;         // bound on |k|; the gradient is zero outside
-  float entropy_coef;     //
+  float entropy_coef;     // coefficient of the entropy bonus
   float log_ratio_clamp;  // bound on |logp - old_logp|; the gradient is zero outside
 };
 
@@ -43,7 +43,8 @@ struct PolicyTerm {
 };
 
 TOKFUSE_HD float sigmoid(float x) {
-  // exp of a non-positive number only: no overflow, and the tail keeps its relative accuracy.
+  // exp takes a non-positive argument. So it cannot overflow, and the tail keeps its relative
+  // accuracy.
   const float e = expf(-fabsf(x));
   return (x >= 0.0f ? 1.0f : e) / (1.0f + e);
 }
@@ -54,12 +55,13 @@ TOKFUSE_HD uint32_t clip_flags(float advantage, float ratio, float low, float hi
   return 0;
 }
 
-// Where a bound applies: to each token's log-ratio, to the log-ratio at the objective's level, or
-// both at once for token-level objectives.
+// The log-ratio that a bound applies to: that of each token, or the one at the objective's level. A
+// token-level objective applies both bounds at once.
 enum Stage : int32_t { kTokenStage = 1, kLevelStage = 2, kBothStages = 3 };
 
-// log_ratio after the clamps of the objective; `inside` is 0 where they cut the gradient. LogClamp
-// narrows the token bound on the side that would improve the objective, NFT the upper level bound.
+// Returns log_ratio after the clamps of the objective. Sets `inside` to 0 if a clamp stops the
+// gradient, else to 1. LogClamp narrows the token bound on the side that would improve the
+// objective. NFT narrows the upper bound at the objective's level.
 TOKFUSE_HD float bounded_log_ratio(const ObjectiveParams& o, Stage stage, float log_ratio,
                                    float advantage, float* inside) {
   float low = -o.log_ratio_clamp, high = o.log_ratio_clamp;
@@ -103,7 +105,7 @@ TOKFUSE_HD PolicyTerm nft_term(const NFTParameters& p, float ratio, float a, flo
                         ? p.rate_min
                         : (success_rate > p.rate_max ? p.rate_max : success_rate);
     const float rest = (1.0f - q * ratio) / (1.0f - q);
-    // The value is clipped, the gradient of `rest` kept.
+    // The floor changes the value only; the gradient of `rest` is kept.
     const float floored = rest > p.negative_floor ? rest : p.negative_floor;
     out.loss = a * logf(floored);
     out.d_log_ratio = -a * (q * ratio / (1.0f - q)) / floored;
@@ -111,7 +113,7 @@ TOKFUSE_HD PolicyTerm nft_term(const NFTParameters& p, float ratio, float a, flo
   return out;
 }
 
-// `signal` is TargetRatio's target signal or NFT's success rate.
+// `signal` is the target signal of TargetRatio or the success rate of NFT.
 TOKFUSE_HD PolicyTerm policy_term(const ObjectiveParams& o, float log_ratio, float logp, float a,
                                   float signal) {
   const float r = expf(log_ratio);
@@ -139,7 +141,7 @@ TOKFUSE_HD PolicyTerm policy_term(const ObjectiveParams& o, float log_ratio, flo
       const SigmoidGateParameters p = sigmoid_gate_parameters(o.p);
       const float tau = a > 0.0f ? p.tau_positive : p.tau_negative, x = tau * (r - 1.0f);
       out.loss = -(4.0f / tau) * sigmoid(x) * a;
-      out.d_log_ratio = -4.0f * sigmoid(x) * sigmoid(-x) * r * a;  // 1 - s would cancel
+      out.d_log_ratio = -4.0f * sigmoid(x) * sigmoid(-x) * r * a;  // 1 - sigmoid(x) would cancel
       break;
     }
     case Shape::kTargetRatio: {
@@ -174,7 +176,7 @@ struct KlTerm {
   float d_logp;
 };
 
-// `log_ratio` (current against old policy) enters only RatioK3.
+// `log_ratio` (current against old policy) is read by RatioK3 only.
 TOKFUSE_HD KlTerm kl_term(const ObjectiveParams& o, float logp, float ref_logp, float log_ratio) {
   const float raw = logp - ref_logp;
   const float k = raw < -o.kl_clamp ? -o.kl_clamp : (raw > o.kl_clamp ? o.kl_clamp : raw);
@@ -207,24 +209,24 @@ TOKFUSE_HD KlTerm kl_term(const ObjectiveParams& o, float logp, float ref_logp, 
   return {0.0f, 0.0f};
 }
 
-// One token of a batch; 0, or 1 for a weight, where the objective has no such term.
+// Inputs of one token. A term that the objective does not have is 0, and a missing weight is 1.
 struct TokenInputs {
   float logp, entropy, old_logp, ref_logp, advantage, signal;
-  float agg;  // aggregation weight, normaliser included
+  float agg;  // aggregation weight times 1 / normaliser
   float weight, kl_weight, entropy_weight;
 };
 
-// What it contributes, aggregation weight included.
+// Contributions of one token. The loss and the derivatives include the factor TokenInputs::agg.
 struct TokenTerms {
   float loss;
-  float d_logp;     // without the derivative through the ratio
-  float d_entropy;  //
-  float chain;      // derivative through the ratio, which sequence levels redistribute
+  float d_logp;     // d loss / d logp without the derivative through the ratio
+  float d_entropy;  // d loss / d entropy
+  float chain;      // derivative through the ratio; sequence levels share it between their tokens
   float ratio;
   uint32_t flags;
 };
 
-// Policy, KL and entropy terms of a token with its log-ratio already at the objective's level.
+// Policy, KL and entropy terms of a token. `log_ratio` is the one at the objective's level.
 TOKFUSE_HD TokenTerms token_terms(const ObjectiveParams& o, const TokenInputs& x, float log_ratio) {
   const PolicyTerm policy = policy_term(o, log_ratio, x.logp, x.advantage, x.signal);
   float loss = x.weight * policy.loss, d_logp = x.weight * policy.d_logp, d_entropy = 0.0f;
@@ -246,25 +248,26 @@ TOKFUSE_HD float optional(const float* p, int64_t t, float missing) {
   return p == nullptr ? missing : p[t];
 }
 
-// Slots of the metric vector. Fractions are numerator / kTokens; kMasked is a count of kAll.
+// Slots of the metric vector, in the order of runtime/policy/metrics.py. A fraction divides its
+// slot by kTokens; that of kMaskedCount divides by kAll.
 enum Metric : int32_t {
-  kTokens = 0,  // valid tokens
-  kAll = 1,     // all tokens
-  kSeqs = 2,    // sequences with at least one valid token
-  kLoss = 3,    // sum of token_loss
-  kMaskedCount = 4,
-  kClipLow = 5,
-  kClipHigh = 6,
-  kDualClip = 7,
-  kKlK1 = 8,       // sum of old_logp - logp
-  kKlK3 = 9,       // sum of r - 1 - log r
-  kRefKlK1 = 10,   // sum of logp - ref_logp
-  kRefKlK3 = 11,   //
-  kRatio = 12,     // sum of the ratio at the objective's level
-  kRatioMin = 13,  //
-  kRatioMax = 14,  //
-  kEntropy = 15,   //
-  kGradRows = 16,  // valid tokens whose final coefficient is not zero
+  kTokens = 0,       // valid tokens
+  kAll = 1,          // all tokens
+  kSeqs = 2,         // sequences with at least one valid token
+  kLoss = 3,         // sum of token_loss
+  kMaskedCount = 4,  // tokens that are not valid
+  kClipLow = 5,      // tokens with kClippedLow
+  kClipHigh = 6,     // tokens with kClippedHigh
+  kDualClip = 7,     // tokens with kClippedDual
+  kKlK1 = 8,         // sum of old_logp - logp
+  kKlK3 = 9,         // sum of r - 1 - log r, r = exp(logp - old_logp)
+  kRefKlK1 = 10,     // sum of k = logp - ref_logp
+  kRefKlK3 = 11,     // sum of exp(-k) - 1 + k
+  kRatio = 12,       // sum of the ratio at the objective's level
+  kRatioMin = 13,    // smallest ratio; +inf without valid tokens
+  kRatioMax = 14,    // largest ratio; -inf without valid tokens
+  kEntropy = 15,     // sum of the entropy
+  kGradRows = 16,    // valid tokens with d_logp or d_entropy not zero
   kMetricCount = 17,
 };
 

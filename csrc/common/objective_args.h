@@ -1,7 +1,7 @@
-// Argument structs of policy objectives over packed tokens, for CPU and CUDA.
+// Argument structs of policy objectives over packed tokens, for the CPU and CUDA kernels.
 //
 // Shapes in comments: T tokens, S sequences. "or null" marks optional pointers. docs/names.md
-// defines every field. A field marked "CPU" or "CUDA" is read there only.
+// defines every field. Only the kernels of that backend read a field marked "CPU" or "CUDA".
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@
 
 namespace tokfuse {
 
-// Inputs and outputs of an objective. A null input: the objective has no such term.
+// Inputs and outputs of an objective. An input is null if the objective has no such term.
 struct ObjectiveArgs {
   ObjectiveParams params;
   int64_t tokens, seqs;
   const float* logp;       // (T)
   const float* old_logp;   // (T)
-  const float* advantage;  // (T), or (S) when advantage_per_seq
+  const float* advantage;  // (T), or (S) if advantage_per_seq is 1
   int advantage_per_seq;
   const uint8_t* mask;          // (T) or null
   const int32_t* cu_seqlens;    // (S + 1) or null
@@ -26,33 +26,33 @@ struct ObjectiveArgs {
   const float* kl_weight;       // (T) or null
   const float* entropy;         // (T) or null
   const float* entropy_weight;  // (T) or null
-  double inv_normalizer;  // multiplies every loss and coefficient; < 0: 1 / this batch's own count
-  int normalize_by_seqs;  // the own count is of sequences, not of tokens
+  double inv_normalizer;  // multiplies losses and coefficients; < 0: use 1 / count of this batch
+  int normalize_by_seqs;  // 1: that count is of sequences; 0: of tokens
   int threads;            // CPU
   // outputs
-  float* token_loss;  // (T), times aggregation weight and normaliser
+  float* token_loss;  // (T), includes aggregation weight and 1 / normaliser
   float* d_logp;      // (T) d loss / d logp
   float* d_entropy;   // (T) d loss / d entropy
   double* sums;       // (kMetricCount) metric sums
-  float* scratch;     // CPU. (4 T), see cpu/objective_tokens.h
+  float* scratch;     // CPU. (4 T), laid out as in cpu/objective_tokens.h
   double* partial;    // CUDA. (policy_partials(T, S))
 };
 
-// CUDA. A token-level objective in the kernel that computes the statistics. Every vector is (T); a
-// null input: the objective has no such term.
+// CUDA. A token-level objective that is evaluated in the kernel that computes the statistics. Every
+// vector is (T). An input is null if the objective has no such term.
 struct TokenObjectiveArgs {
   ObjectiveParams params;
   const float* old_logp;
   const float* advantage;
-  const float* agg_weight;  // aggregation weight before the normaliser; null: 1
+  const float* agg_weight;  // aggregation weight without 1 / normaliser; null: 1
   const float* token_weight;
   const float* signal;
   const float* ref_logp;
   const float* kl_weight;
   const float* entropy_weight;
-  const float* batch_inv_normalizer;  // () 1 / this batch's own count; null: inv_normalizer
+  const float* batch_inv_normalizer;  // () 1 / count of this batch; null: use inv_normalizer
   float inv_normalizer;
-  // outputs; 0 where masked
+  // outputs; 0 for masked tokens
   float* token_loss;
   float* d_logp;
   float* d_entropy;
@@ -60,21 +60,22 @@ struct TokenObjectiveArgs {
   int32_t* flags;  // TokenFlag
 };
 
-// CUDA. What the sequences give to their tokens.
+// CUDA. Gives each token the aggregation weight and the advantage of its sequence, and counts the
+// valid tokens of each sequence.
 struct PrepareArgs {
   int64_t seqs;
   const int32_t* cu_seqlens;   // (S + 1)
   const uint8_t* mask;         // (T) or null
   const float* seq_advantage;  // (S) or null
   int32_t* counts;             // (S) valid tokens of each sequence
-  float* agg_weight;           // (T) 1 / valid tokens of its sequence, or null
-  float* advantage;            // (T) if seq_advantage is given, else null
+  float* agg_weight;           // (T) or null: 1 / (valid tokens of its sequence)
+  float* advantage;            // (T) with seq_advantage, else null
 };
 
-// CUDA. What a row kernel left of each token, and where the metric sums of all are written.
+// CUDA. Adds up the metric sums of the per-token results that a row kernel wrote.
 struct MetricsArgs {
   int64_t tokens, seqs;
-  const float* logp;  // (T), as all vectors without a shape
+  const float* logp;  // (T); the same for all vectors without a shape
   const float* entropy;
   const float* old_logp;
   const float* ref_logp;  // or null
@@ -84,12 +85,12 @@ struct MetricsArgs {
   const float* d_entropy;
   const float* ratio;
   const int32_t* flags;
-  const int32_t* counts;  // (S) valid tokens of each sequence, or null: none are counted
+  const int32_t* counts;  // (S) valid tokens of each sequence; null: sequences are not counted
   double* partial;        // (policy_partials(T, 0))
   double* sums;           // (kMetricCount) metric sums
 };
 
-// The terms of token t with its log-ratio already at the objective's level.
+// Returns the terms of token t. `log_ratio` is the one at the objective's level.
 TOKFUSE_HD TokenTerms token_terms(const ObjectiveArgs& o, int64_t t, float log_ratio, float logp,
                                   float entropy, float advantage, float agg) {
   const TokenInputs x = {logp,

@@ -1,5 +1,5 @@
-// Which rows off-policy weights keep: statistics of clamped log-ratios and their bounds, once for
-// CPU and CUDA.
+// Keep rules of off-policy weights: statistics of clamped log-ratios and their bounds. Shared by
+// the CPU and CUDA kernels.
 #pragma once
 
 #include <math.h>
@@ -23,17 +23,17 @@ TOKFUSE_HD Span span_of(const OffPolicyArgs& a, int64_t seq) {
 
 TOKFUSE_HD double clamped(double x) { return x < -kClamp ? -kClamp : x > kClamp ? kClamp : x; }
 
-// NaN is inside: a poisoned row must show, not vanish.
+// NaN counts as inside: a row with NaN must stay visible in the result.
 TOKFUSE_HD bool inside(double x, double low, double high) { return !(x < low) && !(x > high); }
 
 TOKFUSE_HD double k3_of(double d) { return ::expm1(d) - d; }
 
-// Statistics of one sequence that its rows share.
+// Statistics of one sequence, shared by its rows.
 struct Shared {
   double count, sum, square, k3, low, high;
 };
 
-// Which statistics of a sequence the rules read; count and sum are always there.
+// The statistics of a sequence that the rules read. count and sum are always computed.
 struct Needs {
   bool shared, extremes, k3, ratios;  // ratios: a rule tests single rows
 };
@@ -54,8 +54,8 @@ TOKFUSE_HD Needs needs_of(const OffPolicyArgs& a) {
 
 TOKFUSE_HD double largest(double x, double y) { return x > y || x != x ? x : y; }
 
-// The statistic of a sequence-level rule. k2 and k3 are convex with their minimum at d = 0, so
-// their maximum over a sequence sits at its smallest or largest log-ratio.
+// Returns the statistic of a sequence-level rule. k2 and k3 are convex with their minimum at d = 0.
+// So the maximum over a sequence is at its smallest or its largest log-ratio.
 TOKFUSE_HD double shared_statistic(const KeepRule& rule, const Shared& s) {
   const double n = s.count > 0 ? s.count : 1;
   const bool max = rule.over == Over::kMax;

@@ -1,9 +1,11 @@
-// Argument structs of the kernels over rows of logits, for CPU and CUDA.
+// Argument structs of the kernels over rows of logits, for the CPU and CUDA kernels.
 //
 // Shapes in comments: R rows of logits, T tokens (R = T without an index), V vocabulary, K kept ids
 // of all rows together. "or null" marks optional pointers. Strides and offsets are 64-bit element
-// counts. docs/names.md defines every field. A field marked "CPU" or "CUDA" is read there only. The
-// bindings have checked sizes and codes; the kernels trust them.
+// counts. docs/names.md defines every field. Only the kernels of that backend read a field marked
+// "CPU" or "CUDA".
+//
+// The bindings have checked sizes and codes. The kernels do not check them again.
 #pragma once
 
 #include <cstdint>
@@ -12,46 +14,46 @@
 
 namespace tokfuse {
 
-// Logits, and how they become a distribution.
+// Logits and the options of their softmax.
 struct LogitsArgs {
   const void* logits;   // (R, V)
   int64_t stride;       // elements between rows
-  int64_t tile;         // CPU. 0: rows in one piece; else columns come in tiles of this many
-  int64_t tile_stride;  // CPU. Elements between tiles
+  int64_t tile;         // CPU. Columns of a tile; 0: a row is contiguous
+  int64_t tile_stride;  // CPU. Elements from one tile to the next
   DType dtype;
   int64_t rows, vocab;
-  const int64_t* index;       // (R) or null: row i belongs to token index[i]
+  const int64_t* index;       // (R): row i belongs to token index[i]; null: to token i
   int64_t tokens;             // T
   const int64_t* target;      // (T)
-  const uint8_t* mask;        // (T) or null; 0: the row is not read
+  const uint8_t* mask;        // (T) or null; the row of a token with mask 0 is not read
   const float* temperatures;  // (T) or null
   float temperature;          // used if temperatures is null
   float softcap;              // 0: none
   float logit_scale;
-  const void* bias_logits;  // (R, V) same dtype, or null
+  const void* bias_logits;  // (R, V) in the dtype of the logits, or null
   int64_t bias_stride;
   float bias_scale;
   int threads;  // CPU
 };
 
-// Where the statistics of each token are written, (T) each; 0 where masked.
+// Outputs of the statistics, (T) each. A masked token gets 0.
 struct TokenStatsOut {
   float* logp;
   float* entropy;
   float* lse;
-  float* sum_sq;        // or null, for kept rows
-  float* top1;          // or null, for kept rows
-  float* row_max;       // in the exponent's unit      } both for the gradient; or null in the
-  float* inv_sum;       // 1 / sum of the exponentials } CUDA policy_step
-  float* second_logp;   // or null: logp at `second_temperature`
-  float* sum_p2_logp;   // or null: sum p^2 log p
-  float* sum_p2_logp2;  // or null, as sum_p2_logp: sum p^2 log^2 p
+  float* sum_sq;        // null in kept_token_stats
+  float* top1;          // null in kept_token_stats
+  float* row_max;       // for the gradient; null in the CUDA policy_step; unit: docs/names.md
+  float* inv_sum;       // for the gradient; null in the CUDA policy_step; 1 / sum of exponentials
+  float* second_logp;   // logp at second_temperature, or null
+  float* sum_p2_logp;   // sum p^2 log p, or null
+  float* sum_p2_logp2;  // sum p^2 log^2 p; null if sum_p2_logp is
   float second_temperature;
 };
 
-// What the gradient of logp and entropy reads, and where it is written.
+// Inputs and output of the gradient of logp and entropy with respect to the logits.
 struct TokenStatsGrad {
-  const float* row_max;  // (T), as all vectors
+  const float* row_max;  // (T); the same for all vectors
   const float* inv_sum;
   const float* logp;
   const float* entropy;
@@ -59,36 +61,36 @@ struct TokenStatsGrad {
   const float* grad_entropy;  // or null
   void* grad_logits;          // (R, V); may be the logits themselves
   int64_t grad_stride;
-  DType grad_dtype;  // that of the logits; on CUDA also 16-bit for float32 logits
+  DType grad_dtype;  // dtype of the logits; on CUDA also a 16-bit one for float32 logits
 };
 
-// Where policy_step writes the gradient of the logits.
+// Output of policy_step: the gradient of the logits.
 struct GradRows {
   void* grad_logits;  // (R, V); may be the logits themselves
   int64_t grad_stride;
   DType grad_dtype;      // as in TokenStatsGrad
-  int64_t* grad_tokens;  // CPU. (R) or null: receives the tokens of the rows that carry gradient
+  int64_t* grad_tokens;  // CPU. (R) or null: written with the tokens of rows with a gradient
 };
 
-// Softmax over the ids[offsets[t] .. offsets[t + 1]) of each token t.
+// Logits whose softmax for token t runs over ids[offsets[t] .. offsets[t + 1]) only.
 struct KeptArgs {
-  LogitsArgs logits;       // index and bias_logits null
+  LogitsArgs logits;       // index and bias_logits are null
   const int64_t* ids;      // (K)
   const int64_t* offsets;  // (T + 1)
   int64_t num_ids;         // K
   uint64_t* seen;          // CPU, set by the binding. (threads, kept_seen_words(V)), zeroed
 };
 
-// Codes shared with runtime/core/codes.py.
+// runtime/core/codes.py lists the same codes.
 enum class Divergence : int32_t { kJsd = 0, kForwardKl = 1, kReverseKl = 2 };
 
 // Floats per token that the backward of a divergence needs.
 constexpr int kDivergenceState = 6;
 
-// Two streams of logits of the same tokens.
+// Logits of two models for the same tokens.
 struct DivergenceArgs {
   const void* logits_p;  // (T, V)
-  const void* logits_q;  // (T, V), same dtype
+  const void* logits_q;  // (T, V), in the dtype of logits_p
   int64_t stride_p, stride_q;
   DType dtype;
   int64_t tokens, vocab;
@@ -110,7 +112,7 @@ struct DivergenceOut {
 struct DivergenceGrad {
   const float* state;            // (T, kDivergenceState)
   const float* grad_divergence;  // (T)
-  void* grad_logits;             // (T, V), of logits_p
+  void* grad_logits;             // (T, V): the gradient of logits_p
   int64_t grad_stride;
 };
 

@@ -42,14 +42,14 @@ enum class Kl : int32_t {
 };
 constexpr int kKlCount = 8;
 
-constexpr int kShapeSlots = 6;  // numbers for the parameters of a shape
+constexpr int kShapeSlots = 6;  // slots for the parameters of a shape
 
-// Shapes whose term reads `signal`.
+// True for a shape whose term reads `signal`.
 TOKFUSE_HD bool needs_signal(Shape shape) {
   return shape == Shape::kTargetRatio || shape == Shape::kNFT;
 }
 
-// The parameters of a shape by name, from the slots of ObjectiveParams.
+// The parameters of each shape by name. `p` is ObjectiveParams::p.
 struct PPOClipParameters {
   float ratio_min, ratio_max, dual, cap;
 };

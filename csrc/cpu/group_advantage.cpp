@@ -1,8 +1,8 @@
 // group_advantage: (reward - baseline) / scale per group of rows with the same id.
 //
-// One hashed pass gathers the rows of each group; every group is then read from the gathered copy.
-// Statistics are float64. Groups of equal rewards give exactly 0: they are found by comparison,
-// since a rounded mean divided by eps = 1e-6 can be as large as 0.1.
+// One pass with a hash table collects the rows of each group. Each group is then read from this
+// copy. Statistics are float64. A group of equal rewards gives exactly 0. It is detected by
+// comparison, because the rounding error of the mean divided by eps = 1e-6 can reach 0.1.
 #include "common/group_rules.h"
 #include "cpu/grouping.h"
 #include "cpu/vec.h"
@@ -35,7 +35,8 @@ void sift_down(double* x, int64_t root, int64_t n) {
   x[root] = v;
 }
 
-// Ascending, no NaN. Insertion for the usual small group, heap sort for a large one.
+// Sorts in ascending order; the values must not be NaN. Insertion sort for up to 32 values, as most
+// groups have, else heap sort.
 void sort_ascending(double* x, int64_t n) {
   if (n <= 32) {
     for (int64_t i = 1; i < n; i++) {
@@ -66,7 +67,7 @@ double length_weighted_mean(const GroupAdvantageArgs& a, const int64_t* row, con
   return weight == 0 ? mean : sum / weight;
 }
 
-// Writes the advantages of one group of n >= 2 rows; `x` holds its rewards and may be reordered.
+// Writes the advantages of one group of n >= 2 rows. `x` holds its rewards and may be reordered.
 void group_rows_out(const GroupAdvantageArgs& a, const int64_t* row, double* x, int64_t n,
                     double batch_std) {
   int equal = 1, nan = 0;
@@ -102,7 +103,7 @@ void group_rows_out(const GroupAdvantageArgs& a, const int64_t* row, double* x, 
   }
 }
 
-// Standard deviation of every reward; 1 for a single one, exactly 0 when all are equal.
+// Standard deviation of all rewards of the batch: 1 for a single row, exactly 0 if all are equal.
 double std_of_batch(const GroupAdvantageArgs& a) {
   const int64_t n = a.seqs;
   if (n == 1) return 1;

@@ -1,4 +1,5 @@
-// Rows of equal id gathered in O(rows): ids are any integers, unsorted and with holes.
+// Groups rows by id in O(rows) with a hash table. The ids may be any integers, unsorted and with
+// gaps.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +9,12 @@
 namespace tokfuse {
 namespace TOKFUSE_ISA {
 
-// Groups are numbered by first appearance; rows keep their order inside a group.
+// Groups are numbered by first appearance. Rows keep their order inside a group.
 struct Grouping {
   int64_t groups;
   int64_t* group;  // (rows) group of each row
-  int64_t* row;    // (rows) rows, group by group
-  int64_t* start;  // (groups + 1) into `row`
+  int64_t* row;    // (rows) row numbers, group by group
+  int64_t* start;  // (groups + 1) borders of the groups in `row`
 };
 
 static inline uint64_t mix(uint64_t x) {  // finaliser of splitmix64
@@ -51,7 +52,8 @@ static inline Grouping group_rows(const int64_t* ids, int64_t rows, int64_t* scr
     g.start[k] = total;
     total += size;
   }
-  // `start` moves to each group's end while its rows are placed, then back by one group.
+  // Placing the rows of a group moves its `start` to its end. Afterwards the entries are shifted
+  // back by one group.
   for (int64_t i = 0; i < rows; i++) g.row[g.start[g.group[i]]++] = i;
   for (int64_t k = g.groups; k > 0; k--) g.start[k] = g.start[k - 1];
   g.start[0] = 0;

@@ -1,8 +1,8 @@
-// kept_token_stats: log-prob, entropy and log-sum-exp over the kept ids of each row, and the
-// gradient of the first two, which is zero elsewhere.
+// kept_token_stats: log-probability, entropy and log-sum-exp over the kept ids of each row, and the
+// gradient of the first two. The gradient is zero for all other columns.
 //
-// Bytes per row with k kept ids: forward k * (8 + sizeof(T)) gathered, one exp each; backward the
-// same and V * sizeof(T) written.
+// Bytes per row with k kept ids: the forward gathers k * (8 + sizeof(T)); the backward gathers the
+// same and writes V * sizeof(T). Both compute one exponential per kept id.
 #include <omp.h>
 
 #include "cpu/distribution_kernels.h"
@@ -31,10 +31,10 @@ float kept_logit(const Row<T>& row, const Transform& f, int64_t id) {
   const float z = load(row.z, id);
   if (!kTransform) return z;
   const float u = z * f.pre;
-  return f.cap == 0.0f || u == -kInf ? u : f.cap * tanh_simd(u);  // an excluded logit stays so
+  return f.cap == 0.0f || u == -kInf ? u : f.cap * tanh_simd(u);  // an excluded logit stays -inf
 }
 
-// Largest kept logit; -inf where there is none. A NaN is left to the sums.
+// Returns the largest kept logit, or -inf without one. A NaN is ignored here; the sums keep it.
 template <class T, bool kTransform>
 float kept_max(const Row<T>& row, const Transform& f, const KeptRow& kept) {
   float m = -kInf;
@@ -45,14 +45,14 @@ float kept_max(const Row<T>& row, const Transform& f, const KeptRow& kept) {
   return m;
 }
 
-// Kept logits minus `max`, to float32.
+// Stores the kept logits minus `max` as float32 in `buffer`.
 template <class T, bool kTransform>
 void gather(const Row<T>& row, const Transform& f, const int64_t* ids, int64_t n, float max,
             float* buffer) {
   for (int64_t k = 0; k < n; k++) buffer[k] = kept_logit<T, kTransform>(row, f, ids[k]) - max;
 }
 
-// Position of the target among the kept ids, or -1.
+// Returns the position of the target among the kept ids, or -1.
 int64_t find_target(const KeptRow& kept, int64_t target) {
   for (int64_t k = 0; k < kept.count; k++) {
     if (kept.ids[k] == target) return k;
@@ -66,7 +66,7 @@ void forward_row(const KeptArgs& a, const TokenStatsOut& o, const Transform& f, 
   const KeptRow kept = kept_of(a, t);
   const float c = base2_scale(a.logits, temperature_of(a.logits, t));
   const int64_t at = find_target(kept, row.target);
-  // The second gather finds the row's few lines in the cache.
+  // Two gathers: the second one finds the cache lines of the first.
   float m = kept_max<T, kTransform>(row, f, kept);
   if (m == -kInf) m = 0.0f;  // -inf - -inf would be NaN
   alignas(64) float buffer[kBlock];
@@ -78,7 +78,7 @@ void forward_row(const KeptArgs& a, const TokenStatsOut& o, const Transform& f, 
     gather<T, kTransform>(row, f, kept.ids + begin, n, m, buffer);
     if (at >= begin && at < begin + n) {
       target_u = buffer[at - begin];
-      buffer[at - begin] = -kInf;  // rows.h
+      buffer[at - begin] = -kInf;  // the sums exclude the target, see rows.h
     }
     sum_block<false>(buffer, n, c, 0.0f, acc);
   }
@@ -103,7 +103,7 @@ void forward(const KeptArgs& a, const TokenStatsOut& o) {
   }
 }
 
-// du = e (a0 + a1 x) as in cpu/rows.h, scattered to the kept columns.
+// Scatters du = e (a0 + a1 x) (formula in rows.h) to the kept columns.
 template <class T, bool kTransform>
 void backward_row(const KeptArgs& a, const TokenStatsGrad& g, const Transform& f, int64_t t) {
   T* out = static_cast<T*>(g.grad_logits) + t * g.grad_stride;
@@ -112,7 +112,7 @@ void backward_row(const KeptArgs& a, const TokenStatsGrad& g, const Transform& f
   const Row<T> row = row_of<T>(a.logits, t);
   const KeptRow kept = kept_of(a, t);
   const int64_t at = find_target(kept, row.target);
-  // A target outside the support has logp = -inf whatever the logits are.
+  // A target outside the support has logp = -inf for any logits, so its gradient is 0.
   const float ga = at < 0 || g.grad_logp == nullptr ? 0.0f : g.grad_logp[t];
   const float gh = g.grad_entropy == nullptr ? 0.0f : g.grad_entropy[t];
   if (ga == 0.0f && gh == 0.0f) return;
@@ -144,7 +144,7 @@ void backward(const KeptArgs& a, const TokenStatsGrad& g) {
   for (int64_t t = 0; t < a.logits.rows; t++) backward_row<T, kTransform>(a, g, f, t);
 }
 
-// True where row t may be computed. Leaves the bits of `seen` at zero.
+// True if row t is valid. `seen` is all zero before and after the call.
 bool row_is_good(const KeptArgs& a, int64_t t, uint64_t* seen) {
   const int64_t target = a.logits.target[t], vocab = a.logits.vocab;
   if (target < 0 || target >= vocab || !(temperature_of(a.logits, t) > 0.0f)) return false;

@@ -1,4 +1,4 @@
-// The CPU kernels of each instruction-set level. Their argument structs are in common/.
+// Declarations of the CPU kernels over rows of logits. Their argument structs are in common/.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace tokfuse {
 
-// first_bad_row: the first token whose target or temperature is out of range, or -1.
+// first_bad_row returns the first token whose target or temperature is out of range, or -1.
+// keep_gradient_rows returns the number of rows with a gradient, or -1 if memory is exhausted.
 #define TOKFUSE_DECLARE_KERNELS(isa)                                                 \
   namespace isa {                                                                    \
   int64_t first_bad_row(const LogitsArgs& args);                                     \
@@ -23,7 +24,8 @@ namespace tokfuse {
                              int64_t* grad_tokens);                                  \
   }
 
-// One level only: on other machines, and in builds with sanitizers, where three take minutes.
+// A build has three instruction-set levels on x86-64, else one. A build with sanitizers also has
+// one, because three take minutes to compile.
 #if defined(__x86_64__) && !defined(TOKFUSE_ONE_ISA)
 #define TOKFUSE_ISA_LEVELS
 #endif
@@ -36,7 +38,7 @@ TOKFUSE_DECLARE_KERNELS(isa_v4)
 TOKFUSE_DECLARE_KERNELS(isa_base)
 #endif
 
-// Calls `function` of the instruction-set level chosen at load time.
+// TOKFUSE_CALL calls `function` of the instruction-set level that was selected at load time.
 enum class Isa { kBase, kV2, kV3, kV4 };
 Isa active_isa();
 

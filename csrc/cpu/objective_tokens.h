@@ -1,4 +1,4 @@
-// Runs an objective over packed tokens: aggregation weights, per-token terms, metrics.
+// Evaluates an objective over packed tokens: aggregation weights, per-token terms and metrics.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -9,8 +9,8 @@ namespace TOKFUSE_ISA {
 
 // Layout of ObjectiveArgs::scratch, each (T).
 struct Scratch {
-  float* agg_weight;  // 0 where masked; includes the normaliser
-  float* advantage;   // expanded to tokens
+  float* agg_weight;  // 0 for masked tokens; includes 1 / normaliser
+  float* advantage;   // of each token, also if the objective's advantage is per sequence
   float* ratio;       // at the objective's level
   uint32_t* flags;
 };
@@ -24,7 +24,7 @@ static inline bool valid_token(const ObjectiveArgs& o, int64_t t) {
   return o.mask == nullptr || o.mask[t] != 0;
 }
 
-// token_terms into the outputs; `chain` receives the weighted derivative through the ratio.
+// Stores token_terms in the outputs. `chain` receives the weighted derivative through the ratio.
 static inline void store_terms(const ObjectiveArgs& o, int64_t t, float log_ratio, float logp,
                                float entropy, float* chain) {
   const Scratch s = scratch_of(o);
@@ -41,7 +41,7 @@ static inline void zero_token(const ObjectiveArgs& o, int64_t t) {
   o.token_loss[t] = o.d_logp[t] = o.d_entropy[t] = 0.0f;
 }
 
-// Token-level objective of one token; needs objective_prepare to have run.
+// Evaluates a token-level objective for one token. objective_prepare must have run before.
 static inline void token_objective_at(const ObjectiveArgs& o, int64_t t, float logp,
                                       float entropy) {
   if (!valid_token(o, t)) return zero_token(o, t);
@@ -52,8 +52,9 @@ static inline void token_objective_at(const ObjectiveArgs& o, int64_t t, float l
   o.d_logp[t] += inside * chain;
 }
 
-// Sequence-level objective of tokens [begin, end). The log-ratio of the whole sequence is their
-// mean (or sum); its derivative is the sum over tokens, handed back to each token.
+// Evaluates a sequence-level objective for the tokens [begin, end). The log-ratio of the sequence
+// is the mean (or sum) of its tokens' log-ratios. The derivative with respect to it is the sum over
+// the tokens; each token receives its share of that sum.
 static inline void sequence_objective(const ObjectiveArgs& o, int64_t begin, int64_t end) {
   const Scratch s = scratch_of(o);
   double sum = 0;

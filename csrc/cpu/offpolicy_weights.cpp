@@ -1,9 +1,10 @@
-// offpolicy_weights: importance weights, kept rows and effective sample size in one pass. Reads 8
-// and writes 5 bytes per row; a sequence is read a second time from the cache when its weight or a
-// keep rule needs a statistic of the whole sequence. Self-normalisation adds a pass over the
-// weights.
+// offpolicy_weights: importance weights, kept rows and effective sample size in one pass. It reads
+// 8 and writes 5 bytes per row; a mask adds 1 byte read. If the weight or a keep rule needs a
+// statistic of the whole sequence, the sequence is read a second time, from the cache.
+// Self-normalisation adds a pass over the weights.
 //
-// Sums per sequence are float64 and combined in order, whatever the thread count.
+// The sums of a sequence are float64 and are combined in order. So the result does not depend on
+// the thread count.
 #include "common/offpolicy_rules.h"
 #include "cpu/grouping.h"
 #include "cpu/vec.h"
@@ -17,7 +18,7 @@ constexpr int64_t kStage = 512;  // rows staged on the stack
 
 int threads_for(const OffPolicyArgs& a) { return a.tokens < kSerialTokens ? 1 : a.threads; }
 
-// Clamped log-ratios of n <= kStage rows; 0 on masked rows.
+// Stores the clamped log-ratios of n <= kStage rows in `d`; 0 for masked rows.
 void stage(const OffPolicyArgs& a, int64_t begin, int64_t n, float* __restrict d) {
   const float* b = a.behavior_logp + begin;
   if (a.logp != nullptr) {
@@ -42,7 +43,7 @@ void stage(const OffPolicyArgs& a, int64_t begin, int64_t n, float* __restrict d
 
 bool valid(const OffPolicyArgs& a, int64_t t) { return a.mask == nullptr || a.mask[t] != 0; }
 
-// Adds n staged rows; masked ones hold d = 0 and add nothing to the sums.
+// Adds n staged rows. Masked rows have d = 0 and add nothing to the sums.
 void add_sums(const OffPolicyArgs& a, int64_t begin, int64_t n, const float* d, Shared& s) {
   double sum = 0, square = 0, count = static_cast<double>(n);
 #pragma omp simd reduction(+ : sum, square)
@@ -80,14 +81,14 @@ Shared shared_of(const OffPolicyArgs& a, const Span& span, const Needs& needs) {
     if (needs.extremes) add_extremes(a, begin, n, d, s);
     if (needs.k3) {
       for (int64_t i = 0; i < n; i++)
-        s.k3 += k3_of(d[i]);  // 0 at d = 0, so masked rows add nothing
+        s.k3 += k3_of(d[i]);  // 0 for d = 0, so masked rows add nothing
     }
   }
   if (s.sum != s.sum) s.low = s.high = s.sum;
   return s;
 }
 
-// Weights of n rows from their ratios w = exp(d), in place. One loop per mode: each one vectorises.
+// Replaces the ratios w = exp(d) of n rows by their weights. One loop per mode, so each vectorises.
 void transform(const OffPolicyArgs& a, float* __restrict w, const float* __restrict d, int64_t n) {
   const float low = static_cast<float>(a.low), high = static_cast<float>(a.high);
   const float p = static_cast<float>(a.param);
@@ -104,7 +105,7 @@ void transform(const OffPolicyArgs& a, float* __restrict w, const float* __restr
       for (int64_t i = 0; i < n; i++) w[i] = w[i] > high ? 0.0f : w[i];
       return;
     case WeightMode::kShrink:
-      // Divided through by w: w * w overflows at e^44, and 1 / w of a clamped ratio does not.
+      // p w / (w^2 + p), divided by w so that no square is computed. w is at least e^-20.
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) w[i] = p / (w[i] + p / w[i]);
       return;
@@ -112,7 +113,7 @@ void transform(const OffPolicyArgs& a, float* __restrict w, const float* __restr
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) w[i] = w[i] / (1.0f - p + p * w[i]);
       return;
-    case WeightMode::kTempered:  // power <= 4, so the exponent stays inside the range of exp2_simd
+    case WeightMode::kTempered:  // power <= 4 keeps the exponent in the range of exp2_simd
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) w[i] = exp2_simd(p * d[i] * kLog2E);
       return;
@@ -125,17 +126,16 @@ void transform(const OffPolicyArgs& a, float* __restrict w, const float* __restr
   }
 }
 
-// One staged stretch of rows: own log-ratios and ratios; `ratio` becomes the weight in place.
+// Staged rows: log-ratio and ratio of each. `ratio` is replaced by the weight.
 struct Stage {
   float d[kStage], ratio[kStage];
   uint8_t kept[kStage];
 };
 
-// What a whole sequence shares: the outcome of each sequence rule, and at sequence levels its
-// weight.
+// Results for a whole sequence: the outcome of each sequence rule; at sequence levels its weight.
 struct Verdict {
   bool passes[kMaxRules];
-  bool kept;  // by mode "mask" at a sequence level
+  bool kept;  // result of the mode "mask" at a sequence level
   float weight;
 };
 
@@ -172,7 +172,7 @@ void keep_rows(const OffPolicyArgs& a, int64_t begin, int64_t n, bool per_seq,
   }
 }
 
-// Units and the sums over their weights.
+// Number of units, and the sums of their weights and squared weights.
 struct Units {
   double count, sum, square;
 };
@@ -182,7 +182,7 @@ void write_rows(const OffPolicyArgs& a, int64_t begin, int64_t n, const Stage& s
   float* __restrict weight = a.weight + begin;
   const uint8_t* __restrict kept = s.kept;
   const float* __restrict ratio = s.ratio;
-  // One loop per width: mixed, g++ 12 does none of it in vectors.
+  // One loop per element width: g++ 12 does not vectorise a loop that mixes them.
   int count = 0;
   for (int64_t i = 0; i < n; i++) count += kept[i];
 #pragma omp simd
@@ -198,7 +198,7 @@ void write_rows(const OffPolicyArgs& a, int64_t begin, int64_t n, const Stage& s
   units = {units.count + count, units.sum + sum, units.square + square};
 }
 
-// Sequence levels: the first kept row makes the sequence a unit.
+// Sequence levels: a sequence with a kept row is one unit.
 void write_constant(const OffPolicyArgs& a, int64_t begin, int64_t n, double w, const Stage& s,
                     Units& units) {
   float* __restrict weight = a.weight + begin;
@@ -232,7 +232,7 @@ Verdict verdict_of(const OffPolicyArgs& a, const Span& span, const Needs& needs,
   return v;
 }
 
-// One sequence (or block of rows): weights, kept rows, and the sums over its units.
+// Computes weights, kept rows and the sums over the units of one sequence (or block of rows).
 void weigh(const OffPolicyArgs& a, int64_t seq, const Needs& needs) {
   const Span span = span_of(a, seq);
   const bool per_seq = a.level == WeightLevel::kSequence || a.level == WeightLevel::kGeometric;
@@ -261,14 +261,15 @@ void weigh(const OffPolicyArgs& a, int64_t seq, const Needs& needs) {
 
 void scale_rows(const OffPolicyArgs& a, int64_t seq, double mean) {
   const Span span = span_of(a, seq);
-  // A mean of 0 has only zero weights behind it.
+  // Weights are not negative. A mean of 0 means that all of them are 0.
   const float factor = mean == 0 ? 0.0f : static_cast<float>(1 / mean);
   for (int64_t t = span.begin; t < span.end; t++) {
     a.weight[t] = a.kept[t] ? a.weight[t] * factor : 0.0f;
   }
 }
 
-// Divides by the mean over the units of each group; returns the effective sample size after it.
+// Divides the weights by the mean over the units of their group. Returns the effective sample size
+// of the divided weights.
 double normalize_groups(const OffPolicyArgs& a) {
   const Grouping g = group_rows(a.group_ids, a.seqs, a.scratch_int);
   double total = 0, square = 0;

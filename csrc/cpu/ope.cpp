@@ -1,9 +1,10 @@
 // ope: off-policy value estimates and their standard errors. Two reads of at most 17 bytes per row:
-// the estimates, then the squared deviations of each row's influence from them.
+// the first for the estimates, the second for the squared deviations of each row's influence from
+// its mean.
 //
-// Sums are float64 over fixed blocks, combined in order, whatever the thread count. The mean of the
-// influence is known without a third read: the estimate itself for ips, dm and dr, exactly 0 for
-// the self-normalised correction, which solves sum w (r - snips) = 0.
+// Sums are float64 over fixed blocks and are combined in order. So the result does not depend on
+// the thread count. The mean of the influence needs no third read: it is the estimate itself for
+// ips, dm and dr. For the self-normalised terms it is exactly 0, because sum w (r - snips) = 0.
 #include "cpu/packed_kernels.h"
 #include "cpu/vec.h"
 
@@ -18,7 +19,7 @@ struct Estimates {
   double ips, snips, dm, dr, correction, mean_w;
 };
 
-// Sums of a block, first pass: count, w, w r, q_pi, w (r - q_a).
+// First pass: the sums of count, w, w r, q_pi and w (r - q_a) over a block.
 void add_sums(const OpeArgs& a, int64_t begin, int64_t end, double* out) {
   double n = 0, sw = 0, swr = 0, sq = 0, sres = 0;
 #pragma omp simd reduction(+ : n, sw, swr, sq, sres)
@@ -37,7 +38,7 @@ void add_sums(const OpeArgs& a, int64_t begin, int64_t end, double* out) {
   memcpy(out, sums, sizeof(sums));
 }
 
-// Squared deviations of a block, second pass: ips, snips, dm, dr, sndr.
+// Second pass: the sums of squared deviations over a block, for ips, snips, dm, dr and sndr.
 void add_squares(const OpeArgs& a, int64_t begin, int64_t end, const Estimates& e, double* out) {
   double ips = 0, snips = 0, dm = 0, dr = 0, sndr = 0;
   const double inv_w = 1 / e.mean_w;
@@ -92,7 +93,7 @@ void ope(const OpeArgs& a) {
   const double values[kSums] = {e.ips, e.snips, e.dm, e.dr, direct + correction};
   for (int k = 0; k < kSums; k++) {
     a.out[2 * k] = values[k];
-    // A single row has no deviation, and rounding may not turn 0 / 0 into an infinity.
+    // One row has no standard error. NaN is set here, because rounding could make 0 / 0 infinite.
     a.out[2 * k + 1] = n < 2 ? __builtin_nan("") : ::sqrt(squares[k] / (n - 1) / n);
   }
 }

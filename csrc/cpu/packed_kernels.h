@@ -1,4 +1,5 @@
-// Declarations of the kernels over packed vectors: advantages, scans, moments, off-policy weights.
+// Declarations of the CPU kernels over packed vectors: advantages, scans, moments, off-policy
+// weights.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +9,24 @@
 
 namespace tokfuse {
 
-// int64 elements that grouping S ids needs (csrc/cpu/grouping.h).
+// Returns the int64 elements of scratch memory that group_rows needs (csrc/cpu/grouping.h).
 inline int64_t grouping_scratch(int64_t rows) {
   int64_t slots = 16;
   while (slots < 2 * rows) slots *= 2;
   return 3 * rows + 1 + 2 * slots;
 }
 
-#define TOKFUSE_DECLARE_PACKED_KERNELS(isa)               \
-  namespace isa {                                         \
-  void group_advantage(const GroupAdvantageArgs& args);   \
-  void gae(const GaeArgs& args);                          \
-  void vtrace(const VtraceArgs& args);                    \
-  void whiten(const WhitenArgs& args);                    \
-  void ope(const OpeArgs& args);                          \
-  /* first valid row whose id is outside [0, K), or -1 */ \
-  int64_t segment_moments(const MomentsArgs& args);       \
-  /* effective sample size */                             \
-  double offpolicy_weights(const OffPolicyArgs& args);    \
+#define TOKFUSE_DECLARE_PACKED_KERNELS(isa)                           \
+  namespace isa {                                                     \
+  void group_advantage(const GroupAdvantageArgs& args);               \
+  void gae(const GaeArgs& args);                                      \
+  void vtrace(const VtraceArgs& args);                                \
+  void whiten(const WhitenArgs& args);                                \
+  void ope(const OpeArgs& args);                                      \
+  /* returns the first valid row whose id is outside [0, K), or -1 */ \
+  int64_t segment_moments(const MomentsArgs& args);                   \
+  /* returns the effective sample size */                             \
+  double offpolicy_weights(const OffPolicyArgs& args);                \
   }
 
 #if defined(TOKFUSE_ISA_LEVELS)

@@ -1,6 +1,10 @@
 // policy_loss: token losses, d loss / d logp, d loss / d entropy and metric sums of a policy
-// objective, in one pass over (T) vectors (two for sequence-level ratios). 36 bytes read and 24
-// written per token.
+// objective.
+//
+// Three passes over vectors of (T): aggregation weights, the objective (which reads the tokens of a
+// sequence up to three times for sequence-level ratios) and the metrics. Per token, up to 36 bytes
+// of input vectors (nine float32; a mask adds 1) are read. 12 bytes of results and 16 bytes of
+// scratch memory are written.
 #include "cpu/objective_tokens.h"
 
 namespace tokfuse {
@@ -8,7 +12,7 @@ namespace TOKFUSE_ISA {
 namespace {
 
 constexpr int64_t kSerialTokens = 4096;  // below this, starting threads costs more than the work
-constexpr int64_t kMetricBlock = 1024;   // fixed blocks: sums do not depend on the thread count
+constexpr int64_t kMetricBlock = 1024;   // fixed, so that sums do not depend on the thread count
 
 int threads_for(const ObjectiveArgs& o) { return o.tokens < kSerialTokens ? 1 : o.threads; }
 
@@ -48,8 +52,9 @@ void block_metrics(const ObjectiveArgs& o, int64_t begin, int64_t end, double* m
 
 }  // namespace
 
-// Aggregation weight and advantage of every token. inv_normalizer < 0 asks for this batch's own
-// count: tokens, or sequences when the objective averages over sequences.
+// Computes the aggregation weight and the advantage of every token. If inv_normalizer < 0, the
+// normaliser is the count of valid tokens in this batch, or of its sequences with
+// normalize_by_seqs.
 void objective_prepare(const ObjectiveArgs& o) {
   const Scratch s = scratch_of(o);
   int64_t seqs = 0;
@@ -81,7 +86,7 @@ void objective_metrics(const ObjectiveArgs& o) {
   const double seqs = o.sums[kSeqs];
   double* total = o.sums;
   block_metrics(o, 0, 0, total);
-  // Groups of up to 64 blocks in parallel, added in block order.
+  // Up to 64 blocks are computed in parallel, then added in block order.
   constexpr int64_t kGroup = 64;
   double parts[kGroup][kMetricCount];
   for (int64_t first = 0; first < blocks; first += kGroup) {

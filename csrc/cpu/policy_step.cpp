@@ -1,9 +1,9 @@
-// policy_step from logits, token-level objectives: statistics, objective and gradient of each row
-// in one visit. The row is read from memory once; the gradient sweep finds it, and the exponentials
-// of the first sweep, in the L2 cache.
+// policy_step from logits for token-level objectives: statistics, objective and gradient of a row
+// are computed one after the other, before the next row. The row is read from memory once. The
+// gradient sweep finds the row, and the exponentials of the first sweep, in the L2 cache.
 //
-// Bytes per row: V * sizeof(T) read and as much written. Exponentials per element: 1. Workspace: 4
-// bytes per column and thread.
+// Bytes per row: V * sizeof(T) read, V * sizeof(T) written. Exponentials per element: 1. Scratch
+// memory: 4 bytes per column and thread.
 #include <stdlib.h>
 
 #include "cpu/objective_tokens.h"
@@ -24,7 +24,7 @@ void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
   const int64_t blocks = (a.vocab + kBlock - 1) / kBlock;
 #pragma omp parallel num_threads(threads_for(a))
   {
-    // Without it (null) the exponentials are computed twice.
+    // If the allocation fails (null), the exponentials are computed twice.
     float* work = static_cast<float*>(
         aligned_alloc(64, static_cast<size_t>(blocks * kBlock + (blocks + 15) / 16 * 16) * 4));
     const KeptExps kept = {work, work + blocks * kBlock};
@@ -41,7 +41,7 @@ void step(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArgs& obj,
       }
       write_row(o, t, stats);
       token_objective_at(obj, t, o.logp[t], o.entropy[t]);
-      // A row that keep_gradient_rows drops needs no zeros.
+      // With grad_tokens, keep_gradient_rows drops a row without gradient, so it needs no zeros.
       if (grad.grad_tokens != nullptr && !has_gradient(obj, t)) continue;
       row_backward<T, kTransform>(row, f, c, a.logit_scale / temperature, stats.shift,
                                   stats.inv_sum, o.logp[t], o.entropy[t], obj.d_logp[t],
@@ -67,13 +67,14 @@ void policy_rows(const LogitsArgs& a, const TokenStatsOut& o, const ObjectiveArg
   });
 }
 
-// Moves the float32 rows whose final coefficient is not zero to the front of the buffer and lists
-// their tokens in grad_tokens; returns their number n, or -1 without memory. Rows already in the
-// first n stay, later ones fill the holes: at most min(n, rows - n) row copies.
+// Moves the float32 rows with a gradient to the front of the buffer and lists their tokens in
+// grad_tokens. Returns their number n, or -1 if memory is exhausted. Such rows among the first n
+// stay in place; later ones are copied over the rows without gradient there. This takes at most
+// min(n, rows - n) row copies.
 int64_t keep_gradient_rows(const LogitsArgs& a, const ObjectiveArgs& obj, int64_t* grad_tokens) {
   int64_t n = 0;
   for (int64_t i = 0; i < a.rows; i++) n += has_gradient(obj, token_of(a, i));
-  // Pairs of a row and the hole that it fills.
+  // Pairs (row to copy, row that it replaces).
   int64_t from = n, holes = 0;
   int64_t* moved = static_cast<int64_t*>(malloc(static_cast<size_t>(n) * 2 * sizeof(int64_t)));
   if (n > 0 && moved == nullptr) return -1;

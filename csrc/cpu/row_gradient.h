@@ -1,5 +1,5 @@
-// Gradient of one row of logits from its statistics: one read, one write, one exp per element. See
-// rows.h for the formula.
+// Gradient of one row of logits from its statistics: one read, one write and one exponential per
+// element. rows.h has the formula.
 #pragma once
 
 #include "cpu/rows.h"
@@ -7,7 +7,7 @@
 namespace tokfuse {
 namespace TOKFUSE_ISA {
 
-// du = e (a0 + a1 x), the hot loop of the gradient; `out` may be `u`.
+// The hot loop of the gradient: du = e (a0 + a1 x). `out` may be `u`.
 TOKFUSE_BLOCK_LOOP static void gradient_block(const float* u, int64_t n, float c, float shift,
                                               float a0, float a1, float* out) {
   const float floor = opaque(kExponentFloor);
@@ -18,7 +18,7 @@ TOKFUSE_BLOCK_LOOP static void gradient_block(const float* u, int64_t n, float c
   }
 }
 
-// The same from kept exponentials; without an entropy term (a1 = 0) not even `u` is read.
+// The same from kept exponentials. Without an entropy term (a1 = 0) `u` is not read.
 TOKFUSE_BLOCK_LOOP static void kept_gradient_block(const float* u, const float* __restrict e,
                                                    int64_t n, float c, float shift, float a0,
                                                    float a1, float* out) {
@@ -34,7 +34,8 @@ TOKFUSE_BLOCK_LOOP static void kept_gradient_block(const float* u, const float* 
   }
 }
 
-// The same for whole pairs of bfloat16; `out` may be `u`. No NaN but one with low bits 0.
+// The same for whole pairs of bfloat16. `out` may be `u`. A NaN in the result must have its low 16
+// bits 0 (round_to_upper).
 TOKFUSE_BLOCK_LOOP static void gradient_pairs(const Bf16Pair* u, int64_t pairs, float c,
                                               float shift, float a0, float a1, Bf16Pair* out) {
   const float floor = opaque(kExponentFloor);
@@ -71,7 +72,7 @@ static inline float gradient_at(float u, float c, float shift, float a0, float a
   return exp2_simd(x) * (a0 + a1 * x);
 }
 
-// Constants of one row's gradient, e (a0 + a1 x).
+// Constants of the gradient e (a0 + a1 x) of one row.
 struct Slopes {
   float c, shift, a0, a1;
 };
@@ -82,15 +83,15 @@ static inline Slopes rebased(const Slopes& s, float kept_shift) {
   return {s.c, s.shift, s.a0 * f, s.a1 * f};
 }
 
-// The target's entry for ga * logp + gh * entropy, before the slope of a softcap. Not what every
-// element gets plus scale * ga: near p = 1 they cancel.
+// Returns the target's entry for ga * logp + gh * entropy, before the slope of a softcap. It is not
+// computed as the entry of any element plus scale * ga, because the two cancel near p = 1.
 static inline float target_gradient(float scale, float logp, float entropy, float ga, float gh) {
   const double lp = logp, p = ::exp(lp);
   const double log_term = p == 0 ? 0.0 : p * (lp + entropy);
   return static_cast<float>(scale * (-ga * ::expm1(lp) - gh * log_term));
 }
 
-// One block of a row; `out` may be `u`. The target's own entry is overwritten afterwards.
+// Gradient of one block of a row. `out` may be `u`. The caller overwrites the target's entry later.
 static inline void gradient_of_block(const float* u, int64_t begin, int64_t n, const Slopes& s,
                                      const KeptExps* kept, float* out) {
   if (kept != nullptr && kept->shift[begin / kBlock] != kNotKept) {
@@ -115,7 +116,8 @@ static inline void gradient_of_block(const BFloat16* u, int64_t begin, int64_t n
   }
 }
 
-// d (softcapped logit) / d (scaled logit), from the staged logit before its bias is subtracted.
+// Multiplies by d (softcapped logit) / d (scaled logit). The slope is computed from the logits in
+// the row, before the bias is subtracted.
 template <class T>
 TOKFUSE_BLOCK_LOOP static void scale_by_slope(const Row<T>& row, const Transform& f, int64_t begin,
                                               int64_t n, float* __restrict du) {
@@ -134,10 +136,10 @@ TOKFUSE_BLOCK_LOOP static void store_block(const float* __restrict values, int64
   for (int64_t j = 0; j < n; j++) store(out, j, values[j]);
 }
 
-// Gradient of ga * logp + gh * entropy of one row, written to `out` (which may be the row itself).
-// A row with ga = gh = 0 is neither read nor computed. Plain float32 and bfloat16 go straight from
-// row to output; for the others conversion, gradient and rounding are separate loops over an L1
-// block: in one loop of mixed widths g++ 12 is 25% slower.
+// Writes the gradient of ga * logp + gh * entropy of one row to `out`, which may be the row itself.
+// A row with ga = gh = 0 is filled with zeros and not read. Plain float32 and bfloat16 logits take
+// one loop from the row to the output. All others take separate loops for conversion, gradient and
+// rounding over a block in L1: with g++ 12 one loop of mixed widths is 25% slower.
 template <class T, bool kTransform>
 static inline void row_backward(const Row<T>& row, const Transform& f, float c, float scale,
                                 float shift, float inv_sum, float logp, float entropy, float ga,
@@ -145,7 +147,7 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
   constexpr bool kDirect = !IsSame<T, Float16>::value && !kTransform;
   const int64_t vocab = row.vocab;
   auto width = [vocab](int64_t begin) { return vocab - begin < kBlock ? vocab - begin : kBlock; };
-  // Where block `begin` of the output lies; rows and gradients share the tiling.
+  // Address of the block at `begin` in the output, which has the same tiles as the row.
   auto out_block = [&](int64_t begin) { return out + (row.block(begin) - row.z) + begin; };
   if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f) {
     const int64_t piece = row.tile < vocab ? row.tile : vocab;
@@ -158,7 +160,8 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
   const double ln_s = -::log(static_cast<double>(inv_sum));
   Slopes s = {c, shift, static_cast<float>(-scale * inv_sum * (ga + gh * (entropy - ln_s))),
               static_cast<float>(-scale * inv_sum * gh * kLn2)};
-  // A poisoned row is NaN throughout; with clean low bits, as gradient_pairs asks.
+  // If a constant is NaN, the whole row becomes NaN. This NaN has low bits 0, as gradient_pairs
+  // requires.
   if (s.a0 != s.a0 || s.a1 != s.a1) s.a0 = s.a1 = __builtin_nanf("");
   const int64_t y = row.target >= 0 && row.target < vocab ? row.target : -1;
   const float at_target = y >= 0 ? target_gradient(scale, logp, entropy, ga, gh) : 0.0f;

@@ -1,20 +1,21 @@
-// One row of logits: statistics in one read with one exp per element (its gradient:
-// row_gradient.h).
+// Statistics of one row of logits in one read, with one exponential per element. row_gradient.h
+// computes the gradient.
 //
-// Everything is in base 2. With u = f(z) the transformed logit and c = log2(e) / T,
+// Exponents are in base 2. With u = f(z) the transformed logit and c = log2(e) / T,
 //     x_j = u_j c - shift,   e_j = 2^x_j,   shift = c max_j u_j   (so x <= 0),
 //     S = sum e,  SX = sum e x,  S2 = sum e^2,
 //     lse = ln2 (shift + log2 S),   logp = ln2 (u_y c - shift - log2 S),
 //     entropy = ln2 (log2 S - SX / S),   sum_sq = S2 / S^2.
-// The sums of a block are float32 and leave the target out; its term is added in float64. A float32
-// sum with a confident target in it, 1 + 1e-7, would say nothing about the rest, and so nothing
-// about logp = -log(1 + rest), which is near 0.
+// The float32 sums of a block exclude the target; its term is added in float64. Reason: let `rest`
+// be the sum over all other elements. If the target is the maximum and rest is about 1e-7, a
+// float32 sum 1 + rest has lost the digits of rest, and with them those of logp = -log(1 + rest).
 //
 // The gradient of  ga * logp + gh * entropy  is
 //     du_j = 1/T ( ga ([j = y] - p_j) - gh p_j (log p_j + entropy) ),   p_j = e_j / S,
-// which per element is e_j (a0 + a1 x_j) with two per-row constants. It needs (shift, 1/S) and not
-// lse: lse near 100 has 4e-6 of float32 rounding, which would be the relative error of every p_j.
-// The target's own entry has 1 - p_y = -expm1(logp), which keeps its digits as p_y approaches 1.
+// For each element this is e_j (a0 + a1 x_j) with two constants per row. The backward reads (shift,
+// 1 / S) instead of lse: a float32 lse near 100 has a rounding error of 4e-6, which would be the
+// relative error of every p_j. The target's entry uses 1 - p_y = -expm1(logp), which keeps its
+// digits as p_y approaches 1.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -27,18 +28,18 @@ struct RowStats {
   double logp, entropy, lse, sum_sq;
   double sum_p2_logp, sum_p2_logp2;  // only with kMoments
   float top1;
-  float shift, inv_sum;  // what the gradient needs
+  float shift, inv_sum;  // read by the gradient; TokenStatsOut::row_max is `shift`
 };
 
-// u = f(z) for one row. Plain rows (no softcap, no bias) fold logit_scale into c.
+// Constants of u = f(z). Plain logits (no softcap, no bias) have logit_scale in c instead.
 struct Transform {
   float pre;         // multiplies z: logit_scale / softcap, or logit_scale
   float cap;         // 0: no softcap
-  float bias_scale;  // 0: no bias row
+  float bias_scale;  // multiplies the bias logits
 };
 
-// Columns may lie in tiles of `tile` columns, `tile_stride` elements apart (tile >= vocab: one
-// piece). A tile holds whole blocks.
+// One row. Its columns may be stored in tiles of `tile` columns, `tile_stride` elements apart. The
+// row is contiguous if tile >= vocab. A tile holds whole blocks.
 template <class T>
 struct Row {
   const T* z;
@@ -47,7 +48,7 @@ struct Row {
   int64_t target;
   int64_t tile = INT64_MAX, tile_stride = 0;
 
-  // Pointer p with p[j] = z_j for the columns j of the block that begins at `begin`.
+  // Returns a pointer p with p[j] = z_j for the columns j of the block that begins at `begin`.
   const T* block(int64_t begin) const { return z + begin / tile * (tile_stride - tile); }
 };
 
@@ -56,13 +57,13 @@ static inline float transformed(const T* zs, const T* bias, const Transform& f, 
   const float z = load(zs, j);
   if (!kTransform) return z;
   float u = z * f.pre;
-  if (f.cap != 0.0f) u = u == -kInf ? u : f.cap * tanh_simd(u);  // an excluded logit stays so
+  if (f.cap != 0.0f) u = u == -kInf ? u : f.cap * tanh_simd(u);  // an excluded logit stays -inf
   if (bias != nullptr) u = u == -kInf ? u : u - f.bias_scale * load(bias, j);
   return u;
 }
 
 template <class A, class B>
-struct IsSame {  // std::is_same is an inline template of namespace std, see vec.h
+struct IsSame {  // not std::is_same: vec.h says why
   static constexpr bool value = false;
 };
 template <class A>
@@ -70,19 +71,19 @@ struct IsSame<A, A> {
   static constexpr bool value = true;
 };
 
-// Exponentials of a row, kept from the forward sweep for the gradient: (vocab) values in the L2
-// cache, relative to the running maximum of their block, `shift[block]`; infinite where a block was
-// not kept.
+// Exponentials of a row that the forward sweep keeps for the gradient: (vocab) values, small enough
+// for the L2 cache. Those of a block are relative to the running maximum `shift[block]`, which is
+// kNotKept if the block was not kept.
 struct KeptExps {
   float* e;
   float* shift;
 };
 constexpr float kNotKept = kInf;
 
-// Running sums of one softmax over blocks of a row.
+// Running sums of one softmax over the blocks of a row.
 template <bool kMoments>
 struct Accumulator {
-  float shift = -kInf;  // base-2 maximum so far
+  float shift = -kInf;  // running maximum of u c
   double s = 0, sx = 0, s2 = 0, s2x = 0, s2xx = 0;
 
   void raise_shift(float block_max2) {
@@ -112,7 +113,8 @@ struct Accumulator {
   }
 };
 
-// Columns that are added up in float32: at four lanes 64 additions of half an ulp, 4e-6 at most.
+// Columns that are summed in float32. With four lanes these are 64 additions with an error of half
+// an ulp each: a relative error of 4e-6 at most.
 constexpr int64_t kPiece = 256;
 
 template <bool kMoments>
@@ -153,7 +155,8 @@ TOKFUSE_BLOCK_LOOP static float block_max(const float* u, int64_t n) {
   return m;
 }
 
-// A block whose maximum is -inf adds nothing, unless it hides a NaN, which must poison the row.
+// True if a block has a NaN. A block with the maximum -inf adds nothing to the sums, unless it has
+// a NaN: then the statistics of the row must be NaN.
 static inline bool has_nan(const float* u, int64_t n) {
   int found = 0;
   for (int64_t j = 0; j < n; j++) found |= u[j] != u[j];
@@ -171,8 +174,7 @@ static inline void add_block(const float* u, int64_t n, float c, float block_max
   sum_block<kMoments>(u, n, c, acc.shift, acc);
 }
 
-// Converts one block to float32 in `buffer` and returns its maximum. Two loops: fused, g++ 12 turns
-// the maximum into an integer select and gives up vectorising.
+// Converts one block to float32 in `buffer`.
 template <class T, bool kTransform>
 TOKFUSE_BLOCK_LOOP static void convert_block(const Row<T>& row, const Transform& f, int64_t begin,
                                              int64_t n, float* __restrict buffer) {
@@ -182,6 +184,8 @@ TOKFUSE_BLOCK_LOOP static void convert_block(const Row<T>& row, const Transform&
   for (int64_t j = 0; j < n; j++) buffer[j] = transformed<T, kTransform>(z, bias, f, j);
 }
 
+// Converts one block to float32 in `buffer` and returns its maximum. These are two loops because
+// g++ 12 does not vectorise the fused one: it turns the maximum into an integer select.
 template <class T, bool kTransform>
 static inline float stage_block(const Row<T>& row, const Transform& f, int64_t begin, int64_t n,
                                 float* buffer) {
@@ -189,7 +193,7 @@ static inline float stage_block(const Row<T>& row, const Transform& f, int64_t b
   return block_max(buffer, n);
 }
 
-// Adds the element that the sums have left out; one that is excluded (-inf) adds nothing.
+// Adds the target's term, which the sums exclude. An excluded target (-inf) adds nothing.
 template <bool kMoments>
 static inline void add_element(Accumulator<kMoments>& acc, double x) {
   if (x == -__builtin_inf()) return;
@@ -203,7 +207,8 @@ static inline void add_element(Accumulator<kMoments>& acc, double x) {
   }
 }
 
-// `acc` holds every element but the target, of which `target_u` is the logit (-inf: none).
+// Returns the statistics of a row. `acc` has the sums over every element except the target.
+// `target_u` is the target's logit, or -inf without a target.
 template <bool kMoments>
 static inline RowStats finish(Accumulator<kMoments> acc, float c, float target_u, float row_max) {
   RowStats out;
@@ -211,7 +216,7 @@ static inline RowStats finish(Accumulator<kMoments> acc, float c, float target_u
   const double target_x =
       target_u == -kInf ? -__builtin_inf() : static_cast<double>(target_u) * c - acc.shift;
   add_element(acc, target_x);
-  if (acc.s == 0) {  // every logit is -inf: no distribution. Documented values, never NaN.
+  if (acc.s == 0) {  // every logit is -inf: there is no distribution, and no statistic is NaN
     out.logp = out.lse = -__builtin_inf();
     out.entropy = out.sum_sq = 0;
     out.top1 = out.shift = out.inv_sum = 0.0f;
@@ -236,10 +241,11 @@ static inline RowStats finish(Accumulator<kMoments> acc, float c, float target_u
   return out;
 }
 
-// With FMA, u c - shift is exact enough for any row while shift = c max rounds to less than a unit
-// of the exponent; without, every product rounds on its own. Rows beyond, of magnitudes no model
-// gives but a fill value like -1e9 or the lowest float32 does, take their maximum off before the
-// product.
+// Limit of |shift| up to which u c - shift is accurate. With FMA, the error is the rounding of
+// shift = c max u, which must stay below one unit of the exponent. Without FMA, every product u c
+// is rounded too, so the limit is lower. Logits of a model do not exceed it, but fill values such
+// as -1e9 or the lowest float32 do. For a row beyond the limit ("far"), the maximum is subtracted
+// before the multiplication by c.
 #if defined(__FMA__)
 constexpr float kFar = 0x1p22f;
 #else
@@ -268,7 +274,7 @@ TOKFUSE_BLOCK_LOOP static RowStats far_row_forward(const Row<T>& row, const Tran
   }
   RowStats out = finish<kMoments>(acc, c, target_u - row_max, 0.0f);
   out.lse += kLn2 * static_cast<double>(row_max) * c;
-  out.shift = row_max * c;  // far, which tells the gradient
+  out.shift = row_max * c;  // is_far(shift) tells the gradient to do the same
   return out;
 }
 
@@ -284,18 +290,19 @@ static inline float transformed_max(const Row<T>& row, const Transform& f) {
   return m;
 }
 
-// Statistics of one row. `second`, when not null, receives the statistics at a second scale c2 from
-// the same read. Block borders depend on the vocabulary alone, so a row's result does not depend on
-// its batch or on the number of threads.
+// Returns the statistics of one row. If `second` is not null, it receives the statistics at a
+// second scale c2, from the same read. The block borders depend on the vocabulary only. So the
+// result of a row depends neither on its batch nor on the number of threads.
 template <class T, bool kTransform, bool kMoments, bool kKeep = false>
 static inline RowStats row_forward(const Row<T>& row, const Transform& f, float c,
                                    RowStats* second = nullptr, float c2 = 0, KeptExps kept = {}) {
-  // float32 is read where it lies; so is bfloat16 by the fused loop, and staged by the others.
+  // float32 is read without staging. bfloat16 is read so by the fused loop, and staged as float32
+  // by the other loops.
   constexpr bool kDirect = IsSame<T, float>::value && !kTransform;
   constexpr bool kFusable = !kTransform && !kMoments;
   constexpr bool kPairs = IsSame<T, BFloat16>::value && kFusable;
   alignas(64) float buffer[2][kBlock];
-  alignas(64) T others[kBlock];  // the target's block without the target, where it is not staged
+  alignas(64) T others[kBlock];  // copy of the target's block with the target set to -inf
   Accumulator<kMoments> acc;
   Accumulator<false> acc2;
   float row_max = -kInf, target_u = -kInf;
@@ -328,7 +335,7 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     if (has_target) {
       target_u = u != nullptr ? u[row.target - begin] : load(raw(begin), row.target - begin);
     }
-    // float16 is fused with a whole next block only, because that is converted on the way.
+    // The fused loop of float16 also converts the next block, so it needs a whole one.
     const bool ahead = next + kBlock <= vocab;
     const bool fused = kFusable && m > -kInf && (ahead || ((kPairs || kDirect) && n == kBlock));
     if (u == nullptr && (!fused || second != nullptr)) u = stage(begin, slot, &m);
@@ -354,7 +361,8 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
         BlockSums sums;
         acc.raise_shift(m * c);
         float* e = kKeep ? kept.e + begin : nullptr;
-        // The last whole block looks at itself again; what it prefetches is mostly the next row.
+        // The last whole block has no next one and passes itself. Its prefetches mostly reach the
+        // next row.
         const T* beside = ahead ? raw(next) : raw(begin);
         const T* after = raw(next + kBlock);
         if constexpr (kPairs) {
@@ -389,7 +397,7 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
   return finish<kMoments>(acc, c, target_u, row_max);
 }
 
-// Starting two threads costs about 5 us; below this much work one thread is faster.
+// Elements below which one thread is faster: starting two threads takes about 5 us.
 constexpr int64_t kSerialElements = 16384;
 
 static inline int threads_for(const LogitsArgs& a) {
@@ -412,13 +420,13 @@ static inline Transform transform_of(const LogitsArgs& a) {
   return {a.softcap != 0.0f ? a.logit_scale / a.softcap : a.logit_scale, a.softcap, a.bias_scale};
 }
 
-// Base-2 slope of the transformed logit; plain rows fold the logit scale in.
+// Returns c = log2(e) / temperature. For plain logits it includes logit_scale.
 static inline float base2_scale(const LogitsArgs& a, float temperature) {
   const double scale = has_transform(a) ? 1.0 : a.logit_scale;
   return static_cast<float>(scale / temperature / kLn2);
 }
 
-// The token that logits row i belongs to.
+// Returns the token of row i of the logits.
 static inline int64_t token_of(const LogitsArgs& a, int64_t i) {
   return a.index != nullptr ? a.index[i] : i;
 }
@@ -456,7 +464,7 @@ struct RemovePointer<T*> {
   using type = T;
 };
 
-// Calls run with a null pointer of the element type.
+// Calls `run` with a null pointer of the element type.
 template <class F>
 static inline void by_dtype(const LogitsArgs& a, const F& run) {
   switch (a.dtype) {

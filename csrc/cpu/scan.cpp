@@ -1,6 +1,6 @@
-// gae and vtrace: one reverse scan per sequence. Reads 8 (gae) or 12 (vtrace) bytes per token and
-// writes 8 or 12. Sequences are independent, so the result does not depend on the thread count. The
-// scan is float64.
+// gae and vtrace: one reverse scan per sequence, in float64. Per token, gae reads and writes 8
+// bytes, vtrace 12; a mask adds 1 byte read. A thread computes whole sequences, so the result does
+// not depend on the thread count.
 #include "cpu/packed_kernels.h"
 #include "cpu/vec.h"
 
@@ -25,10 +25,13 @@ double lambda_of(const GaeArgs& a, int64_t seq) {
   return 1 - 1 / (span > 1 ? span : 1);
 }
 
-// The recursion of n tokens, from the last to the first, out[i] = inject[i] + decay_i out[i + 1].
-// Everything else of a dense block is done in vector loops around it. Four tokens at a time are
-// solved as if nothing followed them, and what follows is added with the product of their decays:
-// of the four multiply-adds in a row, 4 cycles each, one remains. decay(i) gives decay_i.
+// The serial part of a block of n tokens: out[i] = inject[i] + decay(i) out[i + 1], from the last
+// token to the first. `carried` is out[n]. Everything else of a dense block is done in vector
+// loops.
+//
+// Four tokens at a time are first solved with out[i + 4] = 0. Then out[i + 4] is added, multiplied
+// by the product of their decays. So the dependency chain of four tokens has one multiply-add of 4
+// cycles instead of four.
 template <class Decay>
 double recursion(const double* inject, Decay decay, int64_t n, double carried,
                  double* __restrict out) {
@@ -93,7 +96,7 @@ void gae_dense(const GaeArgs& a, int64_t seq) {
   }
 }
 
-// ratio[i] = exp(clamp(log_ratio)); the ratio of a masked token is not used.
+// ratio[i] = exp(clamp(log_ratio)). The ratio of a masked token is not used.
 void ratios(const VtraceArgs& a, int64_t begin, int64_t n, float* __restrict ratio) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
@@ -106,11 +109,11 @@ void ratios(const VtraceArgs& a, int64_t begin, int64_t n, float* __restrict rat
 
 struct VtraceState {
   bool last;
-  double next_value, carried;  // carried = target - V of the next valid token
+  double next_value, carried;  // of the next valid token: V, and value_target - V
 };
 
-// One block with a mask: the next valid token is found on the way. Everything the loop reads is a
-// local, because stores through float* would otherwise force reloads.
+// One block with a mask. The loop finds the next valid token as it proceeds. Everything that it
+// reads is a local variable, because stores through float* would force reloads of members.
 VtraceState masked_block(const VtraceArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
   float ratio[kBlock];
   ratios(a, begin, n, ratio);
@@ -140,8 +143,7 @@ VtraceState masked_block(const VtraceArgs& a, bool ends, int64_t begin, int64_t 
   return s;
 }
 
-// One block without a mask: only the recursion itself is a serial loop, of one multiply-add a
-// token.
+// One block without a mask. Only the recursion is a serial loop.
 VtraceState dense_block(const VtraceArgs& a, bool ends, int64_t begin, int64_t n, VtraceState s) {
   alignas(64) float ratio[kBlock];
   alignas(64) double ahead[kBlock], inject[kBlock], decay[kBlock], trace[kBlock + 1];

@@ -1,7 +1,9 @@
-// segment_moments: count, sum, sum of squares, min and max per segment, in one read of the values.
+// segment_moments: count, sum, sum of squares, minimum and maximum per segment, in one read of the
+// values.
 //
-// With ids the rows are cut into a number of chunks fixed by the sizes alone; each chunk fills its
-// own table and the tables are merged in order, so the thread count does not matter.
+// With ids, the rows are split into chunks, whose number depends on the sizes only. Each chunk
+// fills its own table, and the tables are merged in order. So the result does not depend on the
+// thread count.
 #include "cpu/packed_kernels.h"
 #include "cpu/vec.h"
 
@@ -17,7 +19,7 @@ struct Cell {
 
 constexpr Cell kEmpty = {0, 0, 0, __builtin_inf(), -__builtin_inf()};
 
-// NaN, once in, stays in min and max.
+// Minimum and maximum that are NaN if either argument is.
 double smaller(double a, double b) { return b < a || b != b ? b : a; }
 double larger(double a, double b) { return b > a || b != b ? b : a; }
 
@@ -57,11 +59,12 @@ Cell dense_segment(const T* x, int64_t n) {
     low = v < low ? v : low;
     high = v > high ? v : high;
   }
-  if (sum_sq != sum_sq) low = high = sum_sq;  // comparisons drop a NaN, squares keep it
+  if (sum_sq != sum_sq) low = high = sum_sq;  // the comparisons drop a NaN, the squares keep it
   return {static_cast<double>(n), sum, sum_sq, low, high};
 }
 
-// First bad row of the chunk, or -1. Ids mostly come in runs; a long run is reduced at once.
+// Fills the table of one chunk. Returns the first row with an invalid id, or -1. Equal ids mostly
+// follow each other; a long run of them is reduced by one vector loop.
 template <class T>
 int64_t fill_chunk(const MomentsArgs& a, int64_t begin, int64_t end, Cell* table) {
   constexpr int64_t kLongRun = 16;

@@ -1,4 +1,4 @@
-// The hot loop of a row of logits: the sums over one block while the next one streams in.
+// The hot loop over a row of logits: it adds up one block while it loads the next one.
 #pragma once
 
 #include "cpu/vec.h"
@@ -10,42 +10,44 @@
 namespace tokfuse {
 namespace TOKFUSE_ISA {
 
-// One staged block of float32 is 8 KiB, and two are alive at a time: half of a 32 KiB L1.
+// Columns of a block. Staged as float32 it takes 8 KiB, and two are in use at a time: half of a 32
+// KiB L1 cache.
 constexpr int64_t kBlock = 2048;
 
-// The block loops stay out of line: inlined, g++ 12 loses their restrict qualifiers and falls back
-// to scalar code (5 times slower), and every caller would compile its own copy.
+// Keeps block loops out of line. If they are inlined, g++ 12 loses their restrict qualifiers and
+// emits scalar code (5x slower), and every caller compiles another copy.
 #define TOKFUSE_BLOCK_LOOP __attribute__((noinline, unused))
 
 struct BlockSums {
   float s, sx, s2, s2x, s2xx, max;
 };
 
-// The hot loop: exponentials of the present block while the next one streams in from memory. Two
-// separate loops would alternate between waiting for memory and computing. float32 and bfloat16 are
-// read where they lie; float16 is converted into `buffer`, which the next call reads. kKeep leaves
-// the exponentials in `kept`, for the gradient: those of bfloat16 as all low halves, then all high
-// ones.
+// sum_and_stage, the hot loop, computes the exponentials of the current block and finds the maximum
+// of the `next` one in the same pass. Two separate loops would alternate between loading and
+// computing. float32 and bfloat16 are read without staging. float16 is converted into `buffer`,
+// which the next call reads. With kKeep the exponentials are stored in `kept` for the gradient;
+// those of bfloat16 are stored as all low halves, then all high halves.
 //
-// `after` is prefetched meanwhile, one block before its use: the hardware's own streams end at
-// every 4 KiB page, which is one block of bfloat16, and at every tile. Without, bfloat16 rows
-// take 1.5 to 2.4 times as long and float32 rows 1.2 to 1.4. Past the end of memory it does no
-// harm.
+// The loop also prefetches `after`, one block before its use. The hardware prefetcher stops at
+// every 4 KiB page, which is one block of bfloat16, and at every tile. Without the prefetch
+// bfloat16 rows take 1.5 to 2.4 times as long and float32 rows 1.2 to 1.4 times. A prefetch past
+// the end of the memory is harmless.
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Sums of one lane each; two sets, so that additions do not wait for each other.
+// Running sums, one per vector lane. A loop uses two sets of them, so that successive additions are
+// independent.
 struct LaneSums {
   Lanes s = {}, sx = {}, s2 = {};
 
-  // Adds the exponentials of x <= 0 and returns them; exactly 0 below -126, as clamp_exponent has
-  // it.
+  // Adds the exponentials of x <= 0 and returns them. They are exactly 0 below -126.
 #if defined(__AVX512DQ__)
-  // 15 vector instructions of a bfloat16 element become 12: the rounding and the scaling are one
-  // each, and one comparison, whose mask costs nothing in what follows, stands for the clamp and
-  // keeps 0 * -inf out of the sum. 2.0 ns for 16 elements against 2.7 (L1, Sapphire Rapids).
+  // This version takes 12 instead of 15 vector instructions per bfloat16 element: 2.0 ns instead of
+  // 2.7 ns per 16 elements (data in L1, Intel Sapphire Rapids). Rounding and scaling are one
+  // instruction each. One comparison replaces the clamp; its mask is free to apply, and it keeps 0
+  // * -inf out of the sum.
   Lanes add(Lanes x) {
-    const __mmask16 counts = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);  // NaN counts
-    const Lanes r = _mm512_reduce_ps(x, 0);  // x less the nearest integer
+    const __mmask16 counts = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);  // true for NaN
+    const Lanes r = _mm512_reduce_ps(x, 0);  // x minus the nearest integer
     const Lanes e = _mm512_maskz_scalef_ps(counts, exp2_of_fraction(r), x - r);
     s += e;
     sx = _mm512_mask3_fmadd_ps(e, x, sx, counts);
@@ -64,10 +66,10 @@ struct LaneSums {
 #endif
 };
 
-// The largest of many pairs of bfloat16.
+// The maximum of many pairs of bfloat16.
 #if defined(__AVX512BW__)
-// As 16-bit integers, two numbers of unequal sign or of positive sign compare like the bfloat16
-// they stand for, and two of negative sign the other way round.
+// The bits of bfloat16 are compared as 16-bit integers. The integers have the order of the bfloat16
+// values, except that two negative values have the reverse order.
 struct PairMax {
   __m512i largest = _mm512_set1_epi16(INT16_MIN), least = _mm512_set1_epi16(-1);
 
@@ -76,7 +78,7 @@ struct PairMax {
     least = _mm512_min_epu16(least, (__m512i)pairs);
   }
 
-  // Of all; may be NaN if there is one.
+  // The maximum; may be NaN if one of the values is.
   float value() const {
     const __m512i flipped = _mm512_sub_epi16(_mm512_set1_epi16(INT16_MAX), largest);
     const int high = INT16_MAX - static_cast<int>(least_of(flipped));
@@ -110,7 +112,7 @@ static inline BlockSums block_sums(const LaneSums& a, const LaneSums& b, float m
   return {sum_of(a.s + b.s), sum_of(a.sx + b.sx), sum_of(a.s2 + b.s2), 0.0f, 0.0f, max};
 }
 
-// Of a whole block.
+// The maximum of a whole block.
 TOKFUSE_BLOCK_LOOP static float max_of_pairs(const BFloat16* u) {
   PairMax m;
   for (int64_t j = 0; j < kBlock; j += 2 * kLanes) {

@@ -1,8 +1,9 @@
 // Branch-free scalar functions that g++ vectorises inside `#pragma omp simd` loops.
 //
-// Included only by csrc/cpu/*.cpp, each compiled once per instruction-set level into its own
-// namespace TOKFUSE_ISA. Nothing here may be an inline function of namespace std: the linker keeps
-// one copy of those, and could keep the AVX-512 one for a machine without AVX-512.
+// Only csrc/cpu/*.cpp include this file. Each of them is compiled once per instruction-set level,
+// into the namespace TOKFUSE_ISA of that level. Code here must not call inline functions of
+// namespace std: the linker keeps one copy of each, which may be the AVX-512 one on a machine
+// without AVX-512.
 #pragma once
 
 #include <math.h>
@@ -35,8 +36,9 @@ static inline uint32_t bits_of(float value) {
   return bits;
 }
 
-// One vector register of the level, as a GNU vector: for the one loop that must do between elements
-// what a `#pragma omp simd` loop cannot (prefetch), and the functions below that both kinds share.
+// One vector register of the level, as a GNU vector type. It is used by the hot loop of sweep.h,
+// which must prefetch between elements: a `#pragma omp simd` loop cannot do that. The function
+// templates below accept both float and Lanes.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
@@ -53,8 +55,8 @@ static inline Lanes float_of(WordLanes bits) { return (Lanes)bits; }
 static inline WordLanes bits_of(Lanes value) { return (WordLanes)value; }
 static inline Lanes splat(float value) { return Lanes{} + value; }
 
-// Folds a vector in halves. Written as a loop over v[i], g++ 12 goes through memory at every step:
-// the four folds of a block then took a fifth of its time.
+// Reduces a vector by halves. For a loop over v[i], g++ 12 stores and reloads the vector at every
+// step; the four reductions of a block then took a fifth of its time.
 struct Sum {
   template <class V>
   V operator()(V a, V b) const {
@@ -93,22 +95,23 @@ struct Folded<2> {
 static inline float sum_of(Lanes v) { return Folded<kLanes>::by(Sum(), v); }
 static inline float max_of(Lanes v) { return Folded<kLanes>::by(Largest(), v); }
 
-// Hides a constant from the optimiser. Knowing the bound of clamp_exponent, g++ 12 splits the loop
-// body into a clamped and an unclamped arm and merges them with masks: 30% slower than one maximum.
+// Hides a constant from the optimiser. If g++ 12 knows the bound of clamp_exponent, it splits the
+// loop body into a clamped and an unclamped branch and merges them with masks. That is 30% slower
+// than one maximum.
 static inline float opaque(float value) {
   asm("" : "+m"(value));
   return value;
 }
 
-// Below -127 the exponential is exactly 0: a masked logit (-inf) has no weight at all, and 0 * x
-// stays 0. NaN stays NaN. `floor` is opaque(kExponentFloor).
+// Bounds the exponent from below, at a value where exp2_simd is exactly 0. So an excluded logit
+// (-inf) has weight 0, and 0 * x is not NaN. NaN stays NaN. `floor` is opaque(kExponentFloor).
 constexpr float kExponentFloor = -127.0f;
 template <class F>
 static inline F clamp_exponent(F x, F floor) {
   return x < floor ? floor : x;
 }
 
-// 2^r for |r| <= 1/2, relative error <= 1.8e-7: degree-5 minimax polynomial with p(0) = 1.
+// 2^r for |r| <= 1/2 by a degree-5 minimax polynomial with p(0) = 1. Relative error <= 1.8e-7.
 template <class F>
 static inline F exp2_of_fraction(F r) {
   F p = r * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
@@ -118,11 +121,11 @@ static inline F exp2_of_fraction(F r) {
   return p * r + 1.0f;
 }
 
-// 2^x for x in [-127, 127], relative error <= 1.8e-7, exactly 0 below -126.5. 11 vector
-// instructions.
+// 2^x for x in [-127, 127] in 11 vector instructions. Relative error <= 1.8e-7; exactly 0 below
+// -126.5.
 //
-// x = n + r with |r| <= 1/2: adding kMagic leaves n + 127 in the low mantissa bits, which shifted
-// left by 23 are the bits of 2^n (n = -127 gives +0.0).
+// x is split into n + r with |r| <= 1/2. Adding kMagic leaves n + 127 in the low mantissa bits.
+// Shifted left by 23, they are the bits of 2^n (n = -127 gives +0.0).
 template <class F>
 static inline F exp2_simd(F x) {
   constexpr float kMagic = 12582912.0f + 127.0f;
@@ -131,7 +134,8 @@ static inline F exp2_simd(F x) {
   return exp2_of_fraction(r) * float_of(bits_of(t) << 23);
 }
 
-// tanh(x), absolute error <= 2e-7: odd polynomial near 0, 1 - 2 / (1 + e^2x) elsewhere.
+// tanh(x) with an absolute error <= 2e-7: an odd polynomial near 0, else (1 - e) / (1 + e) with e =
+// exp(-2 |x|).
 static inline float tanh_simd(float x) {
   const float a = x < 0.0f ? -x : x;
   const float clamped = a > 10.0f ? 10.0f : a;  // tanh(10) rounds to 1
@@ -155,8 +159,8 @@ static inline float load(const BFloat16* p, int64_t i) {
   return float_of(static_cast<uint32_t>(p[i].bits) << 16);
 }
 
-// Two bfloat16 values as the halves of a 32-bit word. Loops over words never change the width of a
-// lane, so they neither unpack nor pack, which costs more than the conversion itself.
+// Two bfloat16 values in one 32-bit word. A loop over words keeps the width of its lanes. So it
+// needs no unpack and pack instructions, which cost more than the conversion itself.
 typedef uint32_t __attribute__((may_alias, aligned(2))) Bf16Pair;
 template <class W>
 static inline auto low_half(W pair) {
@@ -167,21 +171,21 @@ static inline auto high_half(W pair) {
   return float_of(pair & 0xffff0000u);
 }
 
-// Round to nearest even into the upper 16 bits; the lower ones are left over. For numbers and for
-// NaNs whose lower bits are 0: any other NaN could carry into the sign.
+// Rounds to nearest even at bit 16; the caller drops the lower 16 bits. The value must be a number
+// or a NaN whose lower 16 bits are 0: another NaN could carry into the sign.
 static inline uint32_t round_to_upper(float value) {
   const uint32_t u = bits_of(value);
   return u + 0x7fffu + ((u >> 16) & 1u);
 }
 
-// Two numbers (or such NaNs) rounded to a pair.
+// Rounds two values to a pair of bfloat16. They must meet the condition of round_to_upper.
 static inline uint32_t pair_of(float low, float high) {
   return round_to_upper(low) >> 16 | (round_to_upper(high) & 0xffff0000u);
 }
 
 static inline float load(const Float16* p, int64_t i) {
   const uint32_t h = p[i].bits;
-  // Exponent re-biased by a multiplication, which also makes float16 subnormals right.
+  // A multiplication changes the bias of the exponent. It also converts float16 subnormals exactly.
   const float magnitude = float_of((h & 0x7fffu) << 13) * 0x1p112f;
   const uint32_t bits = bits_of(magnitude) | (magnitude >= 65536.0f ? 0x7f800000u : 0u);
   return float_of(bits | (h & 0x8000u) << 16);
@@ -189,7 +193,7 @@ static inline float load(const Float16* p, int64_t i) {
 
 static inline void store(float* p, int64_t i, float value) { p[i] = value; }
 
-// Round to nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 static inline void store(BFloat16* p, int64_t i, float value) {
   const uint32_t u = bits_of(value);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -200,12 +204,12 @@ static inline void store(Float16* p, int64_t i, float value) {
   const uint32_t u = bits_of(value);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t a = u & 0x7fffffffu;
-  // Normal range: re-bias and round to nearest even on the 13 dropped bits.
+  // Normal range: change the exponent's bias and round to nearest even at the 13 dropped bits.
   const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
-  // Subnormal range: adding 0.5 aligns the mantissa so that the hardware rounds it.
+  // Subnormal range: adding 0.5 aligns the mantissa, so the hardware does the rounding.
   const uint32_t tiny = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
   uint32_t h = a < 0x38800000u ? tiny : normal;
-  h = a >= 0x47800000u ? 0x7c00u : h;  // >= 65536 and inf; [65520, 65536) carries into inf above
+  h = a >= 0x47800000u ? 0x7c00u : h;  // 65536 to inf; rounding takes [65520, 65536) to inf above
   h = a > 0x7f800000u ? 0x7e00u : h;
   p[i].bits = static_cast<uint16_t>(sign | h);
 }

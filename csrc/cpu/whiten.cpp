@@ -1,7 +1,8 @@
-// whiten: (x - mean) / sqrt(var + eps) on the masked rows. Two reads and one write.
+// whiten: (x - mean) / sqrt(var + eps) over the rows with mask true. Two reads and one write.
 //
-// Statistics of fixed blocks (sum, then deviations from the block's own mean while it is in L1) are
-// merged in order by Chan's formula, so neither the thread count nor a large mean costs digits.
+// A block of fixed size is read for its mean, then from L1 for the deviations from that mean. The
+// statistics of the blocks are merged in order by Chan's formula. So the result does not depend on
+// the thread count, and a large mean costs no digits.
 #include "cpu/packed_kernels.h"
 #include "cpu/vec.h"
 
@@ -19,7 +20,8 @@ int64_t end_of(const WhitenArgs& a, int64_t begin) {
   return begin + kWhitenBlock < a.tokens ? begin + kWhitenBlock : a.tokens;
 }
 
-// One block, relative to `origin`, so that values equal to it contribute exactly 0.
+// Moments of one block. Values are taken relative to `origin`, so values equal to it give exactly
+// 0.
 Moments block_moments(const WhitenArgs& a, int64_t begin, int64_t end, float origin) {
   double n = 0, sum = 0, square = 0;
   const float* x = a.x;
@@ -83,7 +85,7 @@ void whiten(const WhitenArgs& a) {
   } else {
     own_statistics(a, &mean, &var);
   }
-  // Equal values with eps = 0: their deviations are 0, and 0 * inf would be NaN.
+  // Equal values with eps = 0 have deviations of 0, and 0 * inf would be NaN.
   const double scale = var + a.eps == 0 ? 0 : 1 / ::sqrt(var + a.eps);
   const double offset = a.shift_mean ? 0 : mean;
   const float* x = a.x;

@@ -1,13 +1,13 @@
-// Everything about a GPU that plain CUDA C++ does not say: inline assembly, clusters, bulk copies,
-// cache hints, packed arithmetic, and the launch itself.
+// Architecture-specific instructions are confined to this header: inline assembly, clusters, bulk
+// copies, cache hints and packed arithmetic. It also has the launch functions.
 //
-// Kernels include this header and nothing of CUDA's. With TOKFUSE_CUDA_HOST the same kernels are
-// compiled by a C++ compiler, and every function here has its twin in
-// tests/cuda_host/device_host.h; keywords, built-in variables, barriers, shuffles and atomics come
-// from tests/cuda_host/cuda_host.h. What kernels keep to, for both:
-//   * shared memory is declared by TOKFUSE_SHARED or TOKFUSE_DYNAMIC_SHARED;
-//   * a launch is `launch(kernel, shape, stream, arguments...)`;
-//   * code for one architecture stands behind TOKFUSE_ARCH: 80, 90 or 100, 0 in host code.
+// Kernels include this header and no CUDA header. With TOKFUSE_CUDA_HOST a C++ compiler compiles
+// the same kernels for the CPU. Then tests/cuda_host/device_host.h replaces every function below,
+// and tests/cuda_host/cuda_host.h defines the keywords, built-in variables, barriers, shuffles and
+// atomics. Rules that kernels follow so that both compile:
+//   * declare shared memory with TOKFUSE_SHARED or TOKFUSE_DYNAMIC_SHARED;
+//   * launch with `launch(kernel, shape, stream, arguments...)`;
+//   * guard code for one architecture with TOKFUSE_ARCH: 80, 90 or 100; 0 in host code.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@
 #else
 #define TOKFUSE_ARCH 0
 #endif
-// Name and type; an array is an Array.
+// Declare a shared variable by name and type. The type of an array is Array<T, N>.
 #define TOKFUSE_SHARED(name, ...) __shared__ __VA_ARGS__ name
 #define TOKFUSE_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
@@ -41,25 +41,26 @@ struct alignas(16) Vec16 {
   uint32_t word[4];
 };
 
-// Two float32 that sm_100 computes on with one instruction.
+// Two float32. sm_100 has add, multiply and fma instructions for both at once.
 struct alignas(8) Pair {
   float x, y;
 };
 
-// An array that can be the type of a TOKFUSE_SHARED.
+// An array type for TOKFUSE_SHARED.
 template <class T, int N>
 struct Array {
   T at[N];
   __host__ __device__ __forceinline__ T& operator[](int i) { return at[i]; }
 };
 
-// What L2 does with the lines of an access.
-enum class Keep { kLast, kFirst };  // evict last: a second visit follows; evict first: none does
+// Eviction priority of cache lines in L2. kLast (evict last): the data will be read again. kFirst
+// (evict first): it will not.
+enum class Keep { kLast, kFirst };
 
-// How many blocks of how many threads; `cluster` blocks form a thread-block cluster.
+// Size of a launch: the grid, the block, and `cluster` blocks per thread-block cluster.
 struct LaunchShape {
   unsigned blocks, threads;
-  size_t shared = 0;  // bytes of dynamic shared memory of a block
+  size_t shared = 0;  // bytes of dynamic shared memory per block
   unsigned cluster = 1;
 };
 
@@ -67,7 +68,7 @@ struct LaunchShape {
 
 // ---------------------------------------------------------------------------------- memory access
 
-// A cache policy for load16 and store16; make it once per thread.
+// Returns a cache policy for load16 and store16. Create it once per thread.
 template <Keep kKeep>
 __device__ __forceinline__ uint64_t l2_policy() {
   uint64_t policy;
@@ -79,7 +80,8 @@ __device__ __forceinline__ uint64_t l2_policy() {
   return policy;
 }
 
-// 16 bytes of global memory at a multiple of 16. Volatile: the same place may be written later.
+// Loads 16 bytes from global memory at a multiple of 16. It is volatile because the same address
+// may be written later.
 __device__ __forceinline__ Vec16 load16(const void* from) {
   Vec16 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -110,12 +112,12 @@ __device__ __forceinline__ void store16(void* to, const Vec16& v, uint64_t polic
                : "memory");
 }
 
-// 16 bytes of shared memory at a multiple of 16.
+// Loads 16 bytes from shared memory at a multiple of 16.
 __device__ __forceinline__ Vec16 shared_load16(const void* from) {
   return *static_cast<const Vec16*>(from);
 }
 
-// 4 bytes at a multiple of 4; through L1, where the neighbours' next loads find their lines.
+// Loads 4 bytes at a multiple of 4. It uses L1, because the next loads of neighbours hit the line.
 __device__ __forceinline__ uint32_t load4(const void* from) {
   return *static_cast<const uint32_t*>(from);
 }
@@ -126,14 +128,14 @@ __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_floa
 
 __device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
 
-// 2^x, 2 ulp; subnormal results are 0.
+// 2^x within 2 ulp. Subnormal results are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// max, NaN where either is: fmaxf drops it.
+// The maximum, or NaN if either argument is NaN; fmaxf ignores NaN.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
@@ -179,10 +181,10 @@ __device__ __forceinline__ Pair fma2(Pair a, Pair b, Pair c) {
 #endif
 }
 
-// ------------------------------------------------------------------------------- 16-bit
-// conversions
+// ----------------------------------------------------------------------------- 16-bit conversions
 
-// A word of two 16-bit floats, low half first, and back, rounded to nearest even.
+// Conversions between a word of two 16-bit floats (low half first) and a Pair. pack rounds to
+// nearest even.
 __device__ __forceinline__ Pair unpack(BFloat16, uint32_t word) {
   return {float_of(word << 16), float_of(word & 0xffff0000u)};
 }
@@ -207,7 +209,7 @@ __device__ __forceinline__ uint32_t pack(Float16, Pair v) {
   return word;
 }
 
-// The larger one of each half; a NaN is dropped.
+// The maximum of each half. A NaN is ignored.
 __device__ __forceinline__ uint32_t max2(BFloat16, uint32_t a, uint32_t b) {
   uint32_t y;
   asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
@@ -222,7 +224,8 @@ __device__ __forceinline__ uint32_t max2(Float16, uint32_t a, uint32_t b) {
 
 // ------------------------------------------------------------- clusters, barriers and bulk copies
 
-// An mbarrier in shared memory: a phase ends when the awaited arrivals and bytes have come.
+// An mbarrier in shared memory. A phase completes when all expected arrivals and bytes have been
+// counted.
 struct Mbarrier {
   uint64_t word;
 };
@@ -245,13 +248,14 @@ __device__ __forceinline__ unsigned cluster_blocks() {
   return blocks;
 }
 
-// Every thread of every block of the cluster meets; what they wrote is seen by all.
+// Synchronises all threads of the cluster. Earlier writes are visible to all of them afterwards.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
 
-// The float that block `rank` of the cluster has where this block has `mine` in shared memory.
+// Loads a float from the shared memory of block `rank` of the cluster, at the offset that `mine`
+// has in this block.
 __device__ __forceinline__ float cluster_load(const float* mine, unsigned rank) {
   float value;
   asm volatile(
@@ -269,13 +273,13 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, unsigned arriva
                : "memory");
 }
 
-// Makes mbarrier_init visible to the cluster and to bulk copies, which see memory by another way.
+// Makes mbarrier_init visible to the cluster and to bulk copies, which use the asynchronous proxy.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::
                    : "memory");
 }
 
-// One arrival, which adds `bytes` to what the phase awaits of bulk copies.
+// Arrives once and adds `bytes` to the bulk-copied bytes that the phase expects.
 __device__ __forceinline__ void mbarrier_expect(Mbarrier* barrier, unsigned bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -283,7 +287,7 @@ __device__ __forceinline__ void mbarrier_expect(Mbarrier* barrier, unsigned byte
       : "memory");
 }
 
-// Waits for the end of the phase of this parity.
+// Waits until the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n\tWAIT:\n\t"
@@ -293,7 +297,8 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity
       : "memory");
 }
 
-// Copies `bytes` to this block's shared memory; `barrier` counts them. All multiples of 16.
+// Starts a copy of `bytes` to this block's shared memory; `barrier` counts them. Addresses and size
+// must be multiples of 16.
 __device__ __forceinline__ void bulk_load(void* to, const void* from, unsigned bytes,
                                           Mbarrier* barrier, uint64_t policy) {
   asm volatile(
@@ -307,7 +312,7 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, unsigned b
 
 // ------------------------------------------------------------------------------------ on the host
 
-// 80, 90 or 100: the architecture of the current device, rounded down to what kernels know.
+// Sets `arch` to 80, 90 or 100: the variant of the kernels for the current device.
 inline cudaError_t device_arch(int* arch) {
   int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -317,7 +322,7 @@ inline cudaError_t device_arch(int* arch) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   }
-  // A 12.0 has neither the shared memory nor the exp units of a 10.0: it takes the portable path.
+  // sm_120 has less shared memory and exp throughput than sm_100, so it takes the portable variant.
   *arch = major == 9 ? 90 : (major == 10 ? 100 : 80);
   return error;
 }
@@ -332,11 +337,11 @@ inline cudaError_t l2_bytes(int64_t* bytes) {
   return error;
 }
 
-// Allows a kernel the dynamic shared memory and cluster of `shape`; once per device is enough, but
-// it costs less than to remember.
+// Allows a kernel to use the dynamic shared memory of `shape`. Once per device would be enough, but
+// a repeated call is cheaper than a record of previous ones.
 template <class Kernel>
 cudaError_t prepare_kernel(Kernel* kernel, const LaunchShape& shape) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
+  constexpr size_t kWithoutAsking = 48 * 1024;  // a kernel may use this much without the attribute
   if (shape.shared <= kWithoutAsking) return cudaSuccess;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -358,7 +363,8 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
   return config;
 }
 
-// Starts the kernel. The error is that of the launch; one of the kernel comes with a later call.
+// Launches the kernel and returns the error of the launch. A later CUDA call returns an error of
+// the kernel itself.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
@@ -369,7 +375,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// Blocks of a persistent grid: as many as the device holds at once, whole clusters.
+// Sets `blocks` to the size of a persistent grid: the number of blocks that are resident on the
+// device at once, in whole clusters.
 template <class Kernel>
 cudaError_t resident_blocks(Kernel* kernel, const LaunchShape& shape, unsigned* blocks) {
   cudaError_t error = prepare_kernel(kernel, shape);

@@ -1,3 +1,4 @@
+// Launcher of the kernel in gae.cuh.
 #include "cuda/gae.cuh"
 
 namespace tokfuse {

@@ -1,5 +1,5 @@
-// gae: generalised advantage estimation, one reverse scan per sequence, a block each. Reads 8 bytes
-// per token (9 with a mask) and writes 8; a length-adaptive lambda reads the mask twice.
+// gae: generalised advantage estimation, one reverse scan and one block per sequence. It reads 8
+// bytes per token (9 with a mask) and writes 8. A length-adaptive lambda reads the mask twice.
 //
 //   delta[t] = r[t] + gamma V(next) - V(t),   A[t] = delta[t] + gamma lam A(next)
 #pragma once

@@ -1,5 +1,5 @@
-// The gradient of one row of logits from its statistics: one read, one write, one exp per element.
-// The formula is in rows.cuh.
+// The gradient of one row of logits from its statistics: one read, one write and one exponential
+// per element. rows.cuh has the formula.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -7,13 +7,14 @@
 namespace tokfuse {
 namespace cuda {
 
-// As a target: another shard of the vocabulary owns it, and gives it its term.
+// Value of a target that belongs to another shard of the vocabulary. That shard adds the term of
+// the target.
 constexpr int64_t kElsewhere = -(int64_t{1} << 31);
 
 // Constants of one row's gradient.
 struct Slopes {
   float c, m, a0, a1;
-  float nats, logp, entropy, ga, gh;  // of the target's own entry
+  float nats, logp, entropy, ga, gh;  // for the target's entry
   int target;                         // its column; -1: none
 };
 
@@ -35,15 +36,17 @@ __device__ __forceinline__ Slopes slopes_of(const Scale& scale, float m, float i
           has_target ? static_cast<int>(y) : -1};
 }
 
-// A part of a row: whole vectors [begin, end), counted from element `head` on, which in the output
-// lies at a multiple of 16 bytes; perhaps the elements before, and those behind the last whole one.
+// A part of a row: the whole vectors [begin, end). Vector 0 begins at element `head`, which is at a
+// multiple of 16 bytes in the output. The first part may also have the elements before `head`, and
+// the last part those after the last whole vector.
 struct Part {
   int begin, end, head;
   bool has_head, has_last;
 };
 
-// `together`: each row of all tensors begins at the same place between multiples of 16 bytes, so
-// that vectors can be aligned. Which thread writes what makes no difference here.
+// `together`: in each row, all tensors have the same offset from a multiple of 16 bytes, so that
+// vectors can be aligned in all of them. The result does not depend on which thread writes an
+// element, so vectors may begin at `head`.
 template <class T>
 __device__ __forceinline__ Part part_of_row(const T* row, int64_t vocab, int part, int parts,
                                             bool together) {
@@ -56,13 +59,13 @@ __device__ __forceinline__ Part part_of_row(const T* row, int64_t vocab, int par
           part == parts - 1 && (size - head) % kItems<T> != 0};
 }
 
-// The threads of a block that write the head and the last elements.
+// True in the thread that writes the elements before `head`, or after the last whole vector.
 __device__ __forceinline__ bool writes_head() { return threadIdx.x == blockDim.x - 2; }
 __device__ __forceinline__ bool writes_last() { return threadIdx.x == blockDim.x - 1; }
 
-// What every element but the target gets, in place of u. kShare: as in
-// exp2_pair, for vectors that every row begins with; elsewhere a row's bits would depend on where
-// it lies.
+// Replaces u by the gradient of each element; the target's entry is written separately. kShare (see
+// exp2_pair) may be used only if vectors begin at the same elements in every row. Otherwise the
+// result of a row would depend on its address.
 template <int kPairs, bool kTransform, int kShare>
 __device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair* slope) {
 #pragma unroll
@@ -76,14 +79,14 @@ __device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair
   }
 }
 
-// The same of one element, before its slope.
+// The same for one element, before the multiplication by its slope.
 __device__ __forceinline__ float gradient_at(const Slopes& s, float u) {
   const float d = max_nan(u - s.m, kFarthest);
   return exp2_fast(d * s.c) * fmaf(s.a1, d, s.a0);
 }
 
-// The target's entry, before its slope. Not that of any element plus nats * ga: near p = 1 they
-// cancel.
+// Returns the target's entry, before the multiplication by its slope. It is not computed as the
+// entry of any element plus nats * ga, because the two cancel near p = 1.
 __device__ __forceinline__ float target_gradient(const Slopes& s) {
   const float rest = -expm1f(s.logp);  // 1 - p
   const float p = exp2_fast(s.logp * kLog2E);
@@ -91,7 +94,7 @@ __device__ __forceinline__ float target_gradient(const Slopes& s) {
   return s.nats * (s.ga * rest - s.gh * log_term);
 }
 
-// Elements [0, count) of a vector.
+// Stores elements [0, count) of a vector.
 template <class T, class G>
 __device__ __forceinline__ void store_elements(G* out, const Pair* v, int count) {
 #pragma unroll
@@ -115,8 +118,8 @@ __device__ __forceinline__ void write_vector(const Transform& f, const Vec16& z,
   }
 }
 
-// The block's threads write the whole vectors of a part; `source` gives those of the logits.
-// kAhead: vectors that a thread loads before it computes on the first.
+// The threads of the block write the gradient of whole vectors [begin, end). `source` loads the
+// vectors of the logits. kAhead: vectors that a thread loads before it computes on the first one.
 template <class T, class G, bool kTransform, bool kAligned, int kShare, int kAhead, class Source>
 __device__ __forceinline__ void write_whole(const Transform& f, const Source& source, bool has_bias,
                                             G* grad, int begin, int end, const Slopes& s,
@@ -145,7 +148,7 @@ __device__ __forceinline__ void write_whole(const Transform& f, const Source& so
   }
 }
 
-// Elements [begin, begin + count), fewer than a vector, by one thread.
+// One thread writes elements [begin, begin + count), fewer than a vector.
 template <class T, class G, bool kTransform>
 __device__ __forceinline__ void write_few(const Transform& f, const T* logits, const T* bias,
                                           G* grad, int begin, int count, const Slopes& s) {
@@ -190,8 +193,9 @@ __device__ __forceinline__ void write_zeros(G* grad, int vocab, const Part& part
   }
 }
 
-// The target's entry. The thread that writes the target's element overwrites it after, so that no
-// element pays for a comparison and no thread waits; it reads the slope before.
+// The target's entry. The thread that writes the element of the target first computes this entry
+// (the slope needs the logit, which may be overwritten), then overwrites the element. So no other
+// element needs a comparison, and no barrier is needed.
 template <class T, class G, bool kTransform>
 struct TargetTerm {
   bool mine;
@@ -219,8 +223,8 @@ struct TargetTerm {
   }
 };
 
-// The block writes one part of a row from global memory. grad may be the row itself: each thread
-// reads only what it writes.
+// The block writes one part of a row from global memory. `grad` may be the row itself: each thread
+// reads only the elements that it writes.
 template <class T, class G, bool kTransform, int kAhead>
 __device__ __forceinline__ void write_gradient(const Transform& f, const T* logits, const T* bias,
                                                int vocab, G* grad, const Part& part,

@@ -1,7 +1,8 @@
-// A grid whose blocks are all resident and can wait for each other: one launch where a second pass
-// needs a statistic of the first one over all rows.
+// Cooperative launches with a grid-wide barrier. If a second pass needs a statistic of the first
+// pass over all rows, both run in one launch with grid_sync between them.
 //
-// On the CPU the blocks of such a grid run as one cluster, which is what keeps them alive together.
+// On the CPU (TOKFUSE_CUDA_HOST) the blocks of such a grid run as one cluster, so all exist at
+// once.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -17,7 +18,7 @@ namespace cuda {
 
 inline void grid_sync() { host::cluster_meet(); }
 
-// What the host execution keeps alive at once.
+// Sets `blocks` to the number of blocks that the host execution can run at once.
 template <class Kernel>
 cudaError_t blocks_together(Kernel*, unsigned, unsigned* blocks) {
   *blocks = host::arch() >= 90 ? min(host::processors() + 1, 8u) : 1;
@@ -32,10 +33,10 @@ cudaError_t launch_together(void (*kernel)(Parameters...), unsigned blocks, unsi
 
 #else
 
-// Every thread of the grid meets; what they wrote is seen by all.
+// Synchronises all threads of the grid. Earlier writes are visible to all of them afterwards.
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// Blocks of `threads` threads that the device holds at once.
+// Sets `blocks` to the number of blocks of `threads` threads that are resident at once.
 template <class Kernel>
 cudaError_t blocks_together(Kernel* kernel, unsigned threads, unsigned* blocks) {
   return resident_blocks(kernel, LaunchShape{1, threads}, blocks);
@@ -58,8 +59,8 @@ cudaError_t launch_together(void (*kernel)(Parameters...), unsigned blocks, unsi
 
 #endif
 
-// One launch of at most `wanted` blocks that can meet in grid_sync. Results may not depend on how
-// many there are: work and partial results are numbered by chunk, not by block.
+// Launches at most `wanted` blocks that can call grid_sync. Results must not depend on the number
+// of blocks: kernels number work and partial results by chunk, not by block.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_grid(void (*kernel)(Parameters...), int64_t wanted, unsigned threads,
                         cudaStream_t stream, const Arguments&... arguments) {

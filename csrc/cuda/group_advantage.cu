@@ -1,3 +1,4 @@
+// Launcher of the kernel in group_advantage.cuh.
 #include "cuda/group_advantage.cuh"
 
 namespace tokfuse {

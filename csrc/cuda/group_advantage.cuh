@@ -1,10 +1,10 @@
-// group_advantage: (reward - baseline) / scale per group of rows with the same id. 28 bytes a row:
-// rewards, sorted ids, their order, advantages.
+// group_advantage: (reward - baseline) / scale per group of rows with the same id. It moves 24
+// bytes per row: reward 4, sorted id 8, its row 8, advantage 4.
 //
-// A warp takes a stretch of equal ids in the sorted ids. Statistics are float64. Groups of equal
-// rewards give exactly 0: they are found by comparison, since a rounded mean divided by eps = 1e-6
-// can be as large as 0.1. An order statistic is found by counting smaller rewards, which costs
-// n^2 / 32 steps for a group of n: groups are small.
+// A warp computes one group, a range of equal ids in the sorted ids. Statistics are float64. A
+// group of equal rewards gives exactly 0. It is detected by comparison, because the rounding error
+// of the mean divided by eps = 1e-6 can reach 0.1. An order statistic is found by counting smaller
+// rewards. This takes n^2 / 32 steps for a group of n rows, which is fast because groups are small.
 #pragma once
 
 #include "common/group_rules.h"
@@ -14,10 +14,10 @@
 namespace tokfuse {
 namespace cuda {
 
-// The rows of one group, shared by a warp.
+// The rows of one group, processed by one warp.
 struct GroupRows {
   const float* reward;
-  const int64_t* order;  // (n) rows
+  const int64_t* order;  // (n) row numbers
   int64_t n;
 
   __device__ double at(int64_t i) const { return reward[order[i]]; }
@@ -27,7 +27,7 @@ __device__ inline double warp_total(double mine) {
   return __shfl_sync(kAllLanes, warp_sum(Sums<1>{{mine}}).at[0], 0);
 }
 
-// The reward with exactly `rank` rewards before it in ascending order; no NaN among them.
+// Returns the reward at position `rank` in ascending order. No reward may be NaN.
 __device__ inline double nth_smallest(const GroupRows& g, int64_t rank) {
   for (int64_t base = 0; base < g.n; base += kWarp) {
     const int64_t i = base + lane_id();
@@ -67,7 +67,7 @@ __device__ inline void fill(const GroupAdvantageArgs& a, const GroupRows& g, flo
   for (int64_t i = lane_id(); i < g.n; i += kWarp) a.advantage[g.order[i]] = value;
 }
 
-// A group of two rows or more.
+// Writes the advantages of a group of two rows or more.
 __device__ inline void group_out(const GroupAdvantageArgs& a, const GroupRows& g,
                                  double batch_std) {
   int unequal = 0, nan = 0;
@@ -101,11 +101,11 @@ __device__ inline void group_out(const GroupAdvantageArgs& a, const GroupRows& g
   }
 }
 
-// Standard deviation of every reward, by every block for itself: a batch has few of them. 1 for a
-// single one, exactly 0 when all are equal.
+// Standard deviation of all rewards of the batch: 1 for a single row, exactly 0 if all are equal.
+// Every block computes it again, because a batch has few rewards.
 __device__ inline double std_of_batch(const GroupAdvantageArgs& a) {
   if (a.seqs == 1) return 1;
-  Sums<2> sums = {};  // of the rewards, and how many differ from the first
+  Sums<2> sums = {};  // sum of the rewards, number of rewards that differ from the first
   for (int64_t i = threadIdx.x; i < a.seqs; i += kBlock) {
     sums.add({{a.reward[i], a.reward[i] == a.reward[0] ? 0.0 : 1.0}});
   }

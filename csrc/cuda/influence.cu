@@ -1,3 +1,4 @@
+// Launcher of the kernel in influence.cuh.
 #include "cuda/influence.cuh"
 
 namespace tokfuse {

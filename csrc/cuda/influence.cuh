@@ -1,8 +1,9 @@
-// Sketches of influence: per sequence the sum over its tokens of left_t right_t^T, (rank, rank),
-// from the projected gradients and hidden states. One read of both for rank <= 64 (8 rank bytes a
-// token), rank / 64 reads beyond; float32 sums in token order.
+// Influence sketches: for each sequence, the (rank, rank) sum of left_t right_t^T over its tokens.
+// left and right are projected gradients and hidden states. Both are read once for rank <= 64 (8
+// rank bytes per token), else rank / 64 times. Sums are float32 in token order.
 //
-// A block makes one tile of 64 x 64 of one sequence; a thread holds 4 x 4 of it in registers.
+// A block computes one 64 x 64 tile of one sequence. A thread keeps a 4 x 4 piece of it in
+// registers.
 #pragma once
 
 #include "cuda/packed.cuh"
@@ -12,12 +13,13 @@ namespace tokfuse {
 namespace cuda {
 
 constexpr int kTile = 64;
-constexpr int kOwn = 4;            // rows and columns of a thread
-constexpr int kTokensAtOnce = 16;  // staged in shared memory
+constexpr int kOwn = 4;            // rows, and columns, of a thread's piece
+constexpr int kTokensAtOnce = 16;  // tokens staged in shared memory
 
 using Staged = Array<Array<float, kTile>, kTokensAtOnce>;
 
-// Columns [first, first + kTile) of kTokensAtOnce rows from `t`; 0 beyond either end.
+// Stages columns [first, first + kTile) of kTokensAtOnce rows from row `t`. Elements beyond the
+// last row or column are 0.
 __device__ inline void stage(const SketchArgs& a, const float* from, int64_t t, int64_t end,
                              int64_t first, Staged* to) {
   for (int i = threadIdx.x; i < kTokensAtOnce * kTile; i += kBlock) {

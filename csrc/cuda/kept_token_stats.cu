@@ -1,4 +1,4 @@
-// Launchers of kept_token_stats.cuh.
+// Launchers of the kernels in kept_token_stats.cuh.
 #include "cuda/kept_token_stats.cuh"
 #include "cuda/launch.h"
 

@@ -1,13 +1,15 @@
-// kept_token_stats: log-prob, entropy and log-sum-exp over the recorded support of each row.
+// kept_token_stats: log-probability, entropy and log-sum-exp over the kept ids (the support) of
+// each row.
 //
-// The statistics are those of rows.cuh over u_j, j in K_t = ids[offsets[t] .. offsets[t + 1]). Both
-// passes gather the kept logits only (K of them, 8 bytes of id and one 32-byte sector each); the
-// backward writes the dense gradient, zeros by one memset and then the kept entries: 2V + 40K bytes
-// per token at bf16.
+// The formulas are those of rows.cuh, with sums over j in ids[offsets[t] .. offsets[t + 1]). Both
+// passes gather the kept logits only: 8 bytes of id and one 32-byte sector each. The backward
+// writes the dense gradient: one memset to zero, then the kept entries. With k kept ids it moves 2V
+// + 40k bytes per token at bf16.
 //
-// Legend: T tokens, V vocabulary, K kept ids of all rows. An id outside [0, V) makes its row NaN,
-// as a target outside does with logp; an id that stands twice in a row counts twice, the target
-// once. Offsets outside [0, K] are cut to it: nothing else is read.
+// Legend: T tokens, V vocabulary, K kept ids of all rows. Invalid values raise no error here. An id
+// outside [0, V) gives NaN in its row; a target outside [0, V) gives NaN in logp. An id that occurs
+// twice in a row counts twice, but the target counts once. Offsets are clamped to [0, K], so no
+// other memory is read.
 #pragma once
 
 #include "cuda/gradient.cuh"
@@ -18,7 +20,7 @@ namespace cuda {
 
 constexpr int kKeptThreads = 128;
 
-// Positions of a token's ids; none for a masked row, of which nothing is read.
+// Positions of a token's kept ids. A masked row has none, so it is not read.
 struct Support {
   int64_t begin, end;
 };
@@ -29,7 +31,7 @@ __device__ __forceinline__ Support support_of(const KeptArgs& a, int64_t token) 
   return {begin > 0 ? begin : 0, end < a.num_ids ? end : a.num_ids};
 }
 
-// (u, slope) of a kept id; NaN for one that is no column.
+// Returns (u, slope) of a kept id; u is NaN if the id is outside [0, V).
 template <class T, bool kTransform>
 __device__ __forceinline__ Pair kept_element(const LogitsArgs& a, const Transform& f, const T* row,
                                              int64_t id) {
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(kKeptThreads, 8)
     const Scale scale = scale_at(a.logits, temperature_of(a.logits, t), kTransform);
     const T* row = static_cast<const T*>(a.logits.logits) + t * a.logits.stride;
     Lane<false> lane;
-    float u_y = -inf_float();  // of the target, in the thread that meets it
+    float u_y = -inf_float();  // of the target, in the thread that finds it
     for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) {
       const int64_t id = a.ids[i];
       Pair u = {kept_element<T, kTransform>(a.logits, f, row, id).x, -inf_float()};
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kKeptThreads, 8)
     const Record r = merge_block(lane, records[turn], scale.c, 0.0f);
     if (threadIdx.x > 0) continue;
     for (int w = 1; w < kKeptThreads / kWarp; w++) u_y = max_nan(u_y, targets[turn][w]);
-    // A target outside the support has u_y = -inf, and logp = -inf or the row's NaN with it.
+    // A target outside the support has u_y = -inf. Then logp is -inf, or NaN if the row has a NaN.
     const RowSums sums = with_target<false>(r, u_y, scale.c, 0.0f);
     const RowStats stats = finish(sums, y >= 0 && y < a.logits.vocab, scale.nats);
     write_stats(out, t, counts(a.logits, t) ? stats : RowStats());
@@ -85,10 +87,11 @@ __global__ void __launch_bounds__(kKeptThreads, 8)
     const float gh = g.grad_entropy != nullptr ? g.grad_entropy[t] : 0.0f;
     const float inv_sum = g.inv_sum[t];
     const Support ids = support_of(a, t);
-    // Rows without gradient, and those without a distribution, keep their zeros, unread.
+    // Rows without gradient or without a distribution keep the zeros of the memset. They are not
+    // read.
     if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f || ids.end <= ids.begin) continue;
     const int64_t y = a.logits.target[t];
-    // A target outside the support has logp = -inf, which sends no gradient: look for it first.
+    // A target outside the support has logp = -inf, which has no gradient. So find it first.
     int met = 0;
     for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) met |= a.ids[i] == y;
     if (!__syncthreads_or(met) && y >= 0 && y < a.logits.vocab) ga = 0.0f;

@@ -1,6 +1,7 @@
-// Launchers of the row kernels. Their argument structs are in common/; every pointer is the
-// device's. The bindings have checked sizes and codes; the launchers trust them. Each returns the
-// error of its launch; an error of the kernel itself is returned by a later call.
+// Launchers of the CUDA kernels over rows of logits. Their argument structs are in common/. All
+// pointers are device pointers. The bindings have checked sizes and codes; the launchers do not
+// check them again. A launcher returns the error of its launch. A later CUDA call returns an error
+// of the kernel itself.
 #pragma once
 
 #include <cstdint>
@@ -21,15 +22,15 @@ cudaError_t token_stats_fwd(const LogitsArgs& args, const TokenStatsOut& out, cu
 cudaError_t token_stats_bwd(const LogitsArgs& args, const TokenStatsGrad& grad,
                             cudaStream_t stream);
 
-// Statistics, objective and gradient of each row in one launch; grad_logits may be the logits.
+// Statistics, objective and gradient of each row in one launch. grad_logits may be the logits.
 cudaError_t policy_step(const LogitsArgs& args, const TokenStatsOut& stats,
                         const TokenObjectiveArgs& objective, const GradRows& grad,
                         cudaStream_t stream);
 
-// Of `out` logp, entropy, lse, row_max and inv_sum.
+// Writes logp, entropy, lse, row_max and inv_sum of `out`.
 cudaError_t kept_token_stats_fwd(const KeptArgs& args, const TokenStatsOut& out,
                                  cudaStream_t stream);
-// Writes the dense gradient, zeros included: two launches.
+// Writes the dense gradient: one memset to zero and one launch for the kept columns.
 cudaError_t kept_token_stats_bwd(const KeptArgs& args, const TokenStatsGrad& grad,
                                  cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// What launchers of row kernels share, on the host.
+// Host functions of the launchers of row kernels.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@ struct Flag {
   static constexpr bool value = kValue;
 };
 
-// Calls run with a null pointer of the element type.
+// Calls `run` with a null pointer of the element type.
 template <class F>
 cudaError_t by_dtype(DType dtype, const F& run) {
   switch (dtype) {
@@ -28,8 +28,8 @@ cudaError_t by_dtype(DType dtype, const F& run) {
   return cudaErrorInvalidValue;
 }
 
-// Calls run with null pointers of the element types of logits and gradient. Gradients have the type
-// of the logits, or 16 bits beside float32 logits.
+// Calls `run` with null pointers of the element types of logits and gradient. The gradient has the
+// type of the logits, or a 16-bit type for float32 logits.
 template <class F>
 cudaError_t by_dtypes(DType logits, DType grad, const F& run) {
   if (logits == grad) {
@@ -49,15 +49,15 @@ cudaError_t by_flag(bool value, const F& run) {
 template <class Pointer>
 using Pointee = typename std::remove_pointer<Pointer>::type;
 
-// True where every row begins at a multiple of `bytes`; a null tensor has none.
+// True if every row begins at a multiple of `bytes`, or the tensor is null.
 template <class T>
 bool rows_aligned(const void* base, int64_t stride, int64_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(base) % static_cast<uintptr_t>(bytes) == 0 &&
          (base == nullptr || stride * static_cast<int64_t>(sizeof(T)) % bytes == 0);
 }
 
-// True where row i of both tensors begins at the same element of a vector, for every i: where
-// vectors of T are aligned, those of as many elements of G are, too.
+// True if for every i, row i of both tensors begins at the same element of a vector. Then an
+// aligned vector of T has an aligned group of as many elements of G.
 template <class T, class G>
 bool rows_together(const void* base, int64_t stride, const void* other, int64_t other_stride) {
   constexpr int64_t kItems = 16 / static_cast<int64_t>(sizeof(T));
@@ -68,7 +68,7 @@ bool rows_together(const void* base, int64_t stride, const void* other, int64_t 
                               (stride - other_stride) % kItems == 0);
 }
 
-// Into how many parts rows are cut, so that few rows fill a GPU, too.
+// Returns the number of parts of each row. Few rows are split, so that they also fill a GPU.
 inline int parts_of_rows(int64_t rows, int64_t vocab) {
   constexpr int64_t kEnoughBlocks = 4096, kSmallestPart = 4096;
   const int64_t wanted = (kEnoughBlocks + rows - 1) / rows;
@@ -80,7 +80,8 @@ inline bool is_transformed(const LogitsArgs& a) {
   return a.softcap != 0.0f || a.bias_logits != nullptr;
 }
 
-// A launch of `items` pieces of work on a grid that is resident at once.
+// Launches a kernel for `items` pieces of work, on a grid of at most as many blocks as are resident
+// at once.
 template <class Kernel, class... Arguments>
 cudaError_t launch_resident(Kernel* kernel, int64_t items, unsigned threads, cudaStream_t stream,
                             const Arguments&... arguments) {

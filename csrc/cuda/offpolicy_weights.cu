@@ -1,3 +1,4 @@
+// Launcher of the kernel in offpolicy_weights.cuh.
 #include "cuda/offpolicy_weights.cuh"
 
 namespace tokfuse {

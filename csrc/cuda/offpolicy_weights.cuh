@@ -1,10 +1,11 @@
-// offpolicy_weights: importance weights, kept rows and effective sample size in one launch. Reads 8
-// and writes 5 bytes per row; a sequence is read a second time from the cache when its weight or a
-// keep rule needs a statistic of the whole sequence. Self-normalisation reads and writes the
-// weights once more, from L2.
+// offpolicy_weights: importance weights, kept rows and effective sample size in one launch. It
+// reads 8 and writes 5 bytes per row; a mask adds 1 byte read. If the weight or a keep rule needs a
+// statistic of the whole sequence, the sequence is read a second time, from the cache.
+// Self-normalisation reads and writes the weights once more, in L2.
 //
-// A block takes a span (a sequence, or a block of rows) and leaves the sums over its units; after a
-// meeting of the grid they are added in the order of the spans, or of the rows of a group.
+// A block computes a span (a sequence, or a block of rows) and stores the sums over its units.
+// After a grid-wide barrier the sums are added in the order of the spans, or in the order of the
+// rows of each group.
 #pragma once
 
 #include "common/offpolicy_rules.h"
@@ -15,7 +16,7 @@
 namespace tokfuse {
 namespace cuda {
 
-using Units = Sums<3>;  // units, sum and sum of squares of their weights
+using Units = Sums<3>;  // number of units, sum and sum of squares of their weights
 
 __device__ __forceinline__ void store_units(const OffPolicyArgs& a, int64_t seq,
                                             const Units& units) {
@@ -39,11 +40,10 @@ struct SharedSums {
   }
 };
 
-// What a whole sequence shares: the outcome of each sequence rule, and at sequence levels its
-// weight.
+// Results for a whole sequence: the outcome of each sequence rule; at sequence levels its weight.
 struct Verdict {
-  unsigned passes;  // a bit per rule
-  bool kept;        // by mode "mask" at a sequence level
+  unsigned passes;  // one bit per rule
+  bool kept;        // result of the mode "mask" at a sequence level
   float weight;
 };
 
@@ -76,7 +76,7 @@ __device__ inline float weight_of(const OffPolicyArgs& a, float w, float d) {
     case WeightMode::kSwitch:
       return w > high ? 0.0f : w;
     case WeightMode::kShrink:
-      // Divided through by w: w * w overflows at e^44, and 1 / w of a clamped ratio does not.
+      // p w / (w^2 + p), divided by w so that no square is computed. w is at least e^-20.
       return p / (w + p / w);
     case WeightMode::kSubgaussian:
       return w / (1.0f - p + p * w);
@@ -132,8 +132,8 @@ __device__ inline bool keeps(const OffPolicyArgs& a, int64_t t, const Verdict& v
   return true;
 }
 
-// Weights and kept rows of one span, and the sums over its units: each kept row, or at a sequence
-// level the sequence if it keeps any.
+// Computes weights and kept rows of one span. Returns the sums over its units. A unit is a kept
+// row; at sequence levels it is a sequence with a kept row.
 __device__ inline Units weigh(const OffPolicyArgs& a, const Span& span, const Needs& needs) {
   const Verdict v = verdict_of(a, span, needs);
   const bool constant = per_sequence(a);
@@ -158,12 +158,12 @@ __device__ inline float scaled(const OffPolicyArgs& a, int64_t t, float factor) 
   return a.kept[t] ? a.weight[t] * factor : 0.0f;
 }
 
-// A mean of 0 has only zero weights behind it.
+// Weights are not negative. A mean of 0 means that all of them are 0.
 __device__ __forceinline__ float factor_of(double mean) {
   return mean == 0 ? 0.0f : static_cast<float>(1 / mean);
 }
 
-// One group, by a warp: divides its weights by their mean. Returns the sums after it.
+// A warp divides the weights of one group by their mean. Returns the sums of the divided weights.
 __device__ inline Sums<2> normalize_group(const OffPolicyArgs& a, const int64_t* order, int64_t n) {
   Units mine = {};
   for (int64_t i = lane_id(); i < n; i += kWarp) mine.add(units_of(a, order[i]));
@@ -198,7 +198,7 @@ __device__ inline void normalize_groups(const OffPolicyArgs& a, const SortedIds&
 __global__ void __launch_bounds__(kBlock, 2)
     offpolicy_weights_kernel(const OffPolicyArgs a, const SortedIds groups, float* const ess) {
   const Needs needs = needs_of(a);
-  if (a.block_tokens == 1) {  // every row is a unit of its own; a block takes kBlock of them
+  if (a.block_tokens == 1) {  // every row is its own unit; a block takes kBlock rows
     for (int64_t begin = blockIdx.x * int64_t{kBlock}; begin < a.tokens;
          begin += static_cast<int64_t>(gridDim.x) * kBlock) {
       weigh(a, {begin, min(begin + kBlock, a.tokens)}, needs);

@@ -1,3 +1,4 @@
+// Launcher of the kernel in ope.cuh.
 #include "cuda/ope.cuh"
 
 namespace tokfuse {

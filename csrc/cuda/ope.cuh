@@ -1,9 +1,10 @@
-// ope: off-policy value estimates and their standard errors. Two reads of at most 17 bytes per row,
-// the second from L2: the estimates, then the squared deviations of each row's influence from them.
+// ope: off-policy value estimates and their standard errors. Two reads of at most 17 bytes per row:
+// the first for the estimates, the second, from L2, for the squared deviations of each row's
+// influence from its mean.
 //
-// Sums of fixed chunks, added in one order whatever the grid. The mean of the influence is known
-// without a third read: the estimate itself for ips, dm and dr, exactly 0 for the self-normalised
-// correction, which solves sum w (r - snips) = 0.
+// Sums are float64 over fixed chunks and are added in a fixed order. So the result does not depend
+// on the grid. The mean of the influence needs no third read: it is the estimate itself for ips, dm
+// and dr. For the self-normalised terms it is exactly 0, because sum w (r - snips) = 0.
 #pragma once
 
 #include "cuda/grid.cuh"
@@ -14,7 +15,7 @@ namespace tokfuse {
 namespace cuda {
 
 struct OpeRow {
-  double w, r, q, qa;  // all 0 on a masked row
+  double w, r, q, qa;  // all 0 for a masked row
   bool on;
 };
 
@@ -24,7 +25,8 @@ __device__ __forceinline__ OpeRow ope_row(const OpeArgs& a, int64_t t) {
           a.q_a != nullptr ? a.q_a[t] : 0.0, true};
 }
 
-// ips, snips, dm, dr, sndr as squared deviations; count, w, w r, q_pi, w (r - q_a) as sums.
+// Sums of the first pass: count, w, w r, q_pi, w (r - q_a). Squared deviations of the second pass:
+// ips, snips, dm, dr, sndr.
 using OpeSums = Sums<5>;
 
 struct OpeEstimates {
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kBlock) ope_kernel(const OpeArgs a) {
   const double values[5] = {e.ips, e.snips, e.dm, e.dr, direct + correction};
   for (int k = 0; k < 5; k++) {
     a.out[2 * k] = values[k];
-    // A single row has no deviation, and rounding may not turn 0 / 0 into an infinity.
+    // One row has no standard error. NaN is set here, because rounding could make 0 / 0 infinite.
     a.out[2 * k + 1] = n < 2 ? nan("") : sqrt(squares.at[k] / (n - 1) / n);
   }
 }

@@ -1,8 +1,8 @@
-// Shared by the kernels over packed vectors: sums of a block in one fixed order, and the last
-// block.
+// Helpers of the kernels over packed vectors: sums over a block in a fixed order, and detection of
+// the last block.
 //
-// These kernels move 8 to 40 bytes per token where a logits kernel moves 300,000, so their sums are
-// float64: a result is rounded once and does not depend on how the work was cut.
+// These kernels move 8 to 40 bytes per token, a logits kernel about 300,000. So float64 sums cost
+// little. A result is rounded to float32 once, at the end.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -17,7 +17,7 @@ constexpr double kInfinity = __builtin_huge_val();
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
 
-// A record of 8-byte fields from the lane `by` above.
+// Returns the record of the lane `by` positions higher. A record has 8-byte fields.
 template <class T>
 __device__ __forceinline__ T shuffle_down(const T& record, int by) {
   static_assert(sizeof(T) % 8 == 0, "a record of 8-byte fields");
@@ -30,14 +30,14 @@ __device__ __forceinline__ T shuffle_down(const T& record, int by) {
   return out;
 }
 
-// The records of all lanes added up by T::add; the result is in lane 0.
+// Adds the records of all lanes with T::add. The result is in lane 0.
 template <class T>
 __device__ __forceinline__ T warp_sum(T mine) {
   for (int by = kWarp / 2; by > 0; by /= 2) mine.add(shuffle_down(mine, by));
   return mine;
 }
 
-// The records of all threads of a block of kBlock, added up in one order; in every thread.
+// Adds the records of the kBlock threads in a fixed order. The result is in every thread.
 template <class T>
 __device__ T block_sum(T mine) {
   using Parts = Array<T, kBlockWarps>;
@@ -47,11 +47,12 @@ __device__ T block_sum(T mine) {
   __syncthreads();
   T all = parts[0];
   for (int w = 1; w < kBlockWarps; w++) all.add(parts[w]);
-  __syncthreads();  // before the next call writes
+  __syncthreads();  // the next call overwrites `parts`
   return all;
 }
 
-// `count` records in memory, added up in an order that depends on `count` only; in every thread.
+// Adds `count` records in memory, in an order that depends on `count` only. The result is in every
+// thread.
 template <class T>
 __device__ T block_sum_of(const T* records, int64_t count, T zero) {
   T mine = zero;
@@ -68,8 +69,8 @@ struct Sums {
   }
 };
 
-// True in every thread of the block that is the last of `blocks` to come here; it sees what the
-// others wrote before. The launcher cleared *ticket.
+// True in every thread of the last of `blocks` blocks that calls this function. It sees the earlier
+// writes of all other blocks. The launcher must have set *ticket to 0.
 __device__ inline bool is_last_block(unsigned* ticket, unsigned blocks) {
   TOKFUSE_SHARED(last, int);
   __threadfence();
@@ -84,8 +85,8 @@ __device__ __forceinline__ bool counts(const uint8_t* mask, int64_t i) {
   return mask == nullptr || mask[i] != 0;
 }
 
-// Warp-wide: calls run(begin, end) for each stretch of equal ids that begins in [0, rows) of the
-// sorted ids; warps of the grid take stretches in turn.
+// Calls run(begin, end) for each range of equal ids in the sorted ids. All lanes of a warp call it
+// together. The warps of the grid divide the ranges among themselves.
 template <class Run>
 __device__ void for_each_stretch(const int64_t* sorted, int64_t rows, Run run) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kBlockWarps;

@@ -1,5 +1,6 @@
 // Launchers of the CUDA kernels over packed vectors. Each makes one launch on `stream` of the
-// current device. Their argument structs are in common/; every pointer is the device's.
+// current device; segment_moments may first clear its tickets with a memset. Their argument structs
+// are in common/. All pointers are device pointers.
 #pragma once
 
 #include "common/objective_args.h"
@@ -13,21 +14,22 @@
 namespace tokfuse {
 namespace cuda {
 
-// Rows of equal id, from a stable sort of the ids: `order` are the rows, `ids` the sorted ids.
+// The result of a stable sort of ids: the sorted ids, and the row of each of them.
 struct SortedIds {
   const int64_t* ids;
   const int64_t* order;
 };
 
-// What segment_moments needs beside its inputs; see MomentsArgs.
+// The working memory of segment_moments. MomentsArgs describes the fields.
 struct MomentsScratch {
   const int64_t* order;
   int parts;
   double* table;
   unsigned* tickets;
 };
+// Returns MomentsArgs::parts.
 int moments_parts(int64_t rows, int64_t segments);
-// A row whose id is outside [0, K) counts nowhere.
+// A row whose id is outside [0, K) is ignored.
 cudaError_t segment_moments(const MomentsArgs& args, cudaStream_t stream);
 
 cudaError_t gae(const GaeArgs& args, cudaStream_t stream);
@@ -37,7 +39,7 @@ cudaError_t ope(const OpeArgs& args, cudaStream_t stream);
 cudaError_t group_advantage(const GroupAdvantageArgs& args, cudaStream_t stream);
 cudaError_t offpolicy_weights(const OffPolicyArgs& args, cudaStream_t stream);
 
-// Numbers of ObjectiveArgs::partial and of MetricsArgs::partial.
+// Returns the number of doubles in ObjectiveArgs::partial and in MetricsArgs::partial.
 int64_t policy_partials(int64_t tokens, int64_t seqs);
 cudaError_t policy_loss(const ObjectiveArgs& args, cudaStream_t stream);
 cudaError_t policy_prepare(const PrepareArgs& args, cudaStream_t stream);

@@ -1,3 +1,4 @@
+// Launchers of the kernels in policy_loss.cuh.
 #include "cuda/policy_loss.cuh"
 
 namespace tokfuse {

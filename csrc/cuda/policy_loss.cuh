@@ -1,11 +1,11 @@
 // policy_loss: token losses, d loss / d logp, d loss / d entropy and metric sums of a policy
-// objective. 36 bytes read and 12 written per token; ratios of sequences read logp, old_logp and
-// the advantage twice more, from the cache.
+// objective. Per token, up to 36 bytes are read (nine float32 vectors; a mask adds 1) and 12 are
+// written. Sequence-level ratios read logp, old_logp and the advantage twice more, from the cache.
 //
-// The unit of work is a segment: a sequence, or 1024 tokens where there are no borders. Phases,
-// with a meeting of the grid between them: count valid tokens (all blocks need the total where the
-// normaliser is this batch's own), the objective with the metrics of each segment, and their sum in
-// the order of the segments.
+// The unit of work is a segment: a sequence, or 1024 tokens without cu_seqlens. The kernel has
+// three phases, separated by grid-wide barriers: (1) count the valid tokens of each segment,
+// because every block may need the total as the normaliser; (2) the objective, with the metrics of
+// each segment; (3) the sum of the metrics in the order of the segments.
 #pragma once
 
 #include "cuda/grid.cuh"
@@ -23,7 +23,7 @@ __host__ __device__ inline int64_t policy_segments(int64_t tokens, int64_t seqs)
 
 struct Segment {
   int64_t begin, end, index;
-  float agg;  // aggregation weight of its valid tokens, normaliser included
+  float agg;  // aggregation weight of its valid tokens, includes 1 / normaliser
   double valid;
 };
 
@@ -48,7 +48,8 @@ __device__ inline void store_zeros(const ObjectiveArgs& o, int64_t t) {
   o.token_loss[t] = o.d_logp[t] = o.d_entropy[t] = 0.0f;
 }
 
-// Terms of token t into the outputs and the metrics; returns the derivative through the ratio.
+// Stores the terms of token t and adds them to the metrics. Returns the derivative through the
+// ratio.
 __device__ inline float store_token(const ObjectiveArgs& o, const Segment& s, int64_t t,
                                     float log_ratio, float inside, PolicyMetrics* m) {
   const TokenTerms x = token_terms(o, t, log_ratio, o.logp[t], optional(o.entropy, t, 0.0f),
@@ -78,8 +79,9 @@ __device__ inline void token_segment(const ObjectiveArgs& o, const Segment& s, P
   }
 }
 
-// The log-ratio of a sequence is the mean (or sum) of its tokens'; its derivative is the sum over
-// tokens, handed back to each of them. A thread keeps to its tokens, so it reads what it wrote.
+// The log-ratio of a sequence is the mean (or sum) of its tokens' log-ratios. The derivative with
+// respect to it is the sum over the tokens; each token receives its share of that sum. Every pass
+// gives a token to the same thread, so a thread reads only outputs that it wrote itself.
 __device__ inline void sequence_segment(const ObjectiveArgs& o, const Segment& s,
                                         PolicyMetrics* m) {
   Sums<1> sum = {};
@@ -98,7 +100,7 @@ __device__ inline void sequence_segment(const ObjectiveArgs& o, const Segment& s
   float level_inside;
   const float d = bounded_log_ratio(o.params, kLevelStage, static_cast<float>(sum.at[0] * share),
                                     0.0f, &level_inside);
-  const bool own = o.params.level == Level::kSequenceToken;  // a token keeps its derivative
+  const bool own = o.params.level == Level::kSequenceToken;  // derivatives are not shared
   Sums<1> chain = {};
   for (int64_t t = s.begin + threadIdx.x; t < s.end; t += kBlock) {
     if (!counts(o.mask, t)) continue;
@@ -117,7 +119,7 @@ __device__ inline void sequence_segment(const ObjectiveArgs& o, const Segment& s
   }
 }
 
-// Valid tokens, and segments that have any.
+// Returns the number of valid tokens and the number of segments that have at least one.
 __device__ inline Sums<2> batch_counts(const double* valid, int64_t segments) {
   Sums<2> mine = {};
   for (int64_t i = threadIdx.x; i < segments; i += kBlock) {
@@ -166,8 +168,8 @@ __global__ void __launch_bounds__(kBlock)
   if (threadIdx.x == 0) store_metrics(all, o.tokens, seqs, o.sums);
 }
 
-// The metrics of a step whose token terms a row kernel wrote; `partial` has one record per segment
-// of kSegmentTokens.
+// Metric sums of a step whose token results a row kernel wrote. `partial` has one record per
+// segment of kSegmentTokens.
 __global__ void __launch_bounds__(kBlock)
     policy_metrics_kernel(const MetricsArgs r, double* const partial, double* const out) {
   const int64_t segments = policy_segments(r.tokens, 0);
@@ -195,7 +197,8 @@ __global__ void __launch_bounds__(kBlock)
   if (threadIdx.x == 0) store_metrics(all, r.tokens, seqs.at[0], out);
 }
 
-// A block per sequence: its valid tokens, and what they mean for each of them.
+// One block per sequence: counts its valid tokens, and writes the aggregation weight and the
+// advantage of each token.
 __global__ void __launch_bounds__(kBlock) policy_prepare_kernel(const PrepareArgs a) {
   const int64_t seq = blockIdx.x, begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
   Sums<1> n = {};

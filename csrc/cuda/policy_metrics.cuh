@@ -1,4 +1,4 @@
-// Metric sums of a policy objective: what one token adds, and the sum of two such records.
+// Metric sums of a policy objective: the contribution of one token, and the sum of two records.
 #pragma once
 
 #include "common/objective_args.h"
@@ -30,7 +30,7 @@ __device__ __forceinline__ PolicyMetrics no_metrics() {
   return m;
 }
 
-// What one valid token adds, but for kGradRows; ref_logp and entropy may be absent.
+// Adds one valid token to all slots except kGradRows. ref_logp and entropy may be null.
 __device__ inline void add_token(PolicyMetrics* m, double logp, double old_logp,
                                  const float* ref_logp, const float* entropy, int64_t t, float loss,
                                  float ratio, uint32_t flags) {
@@ -53,7 +53,7 @@ __device__ inline void add_token(PolicyMetrics* m, double logp, double old_logp,
   if (entropy != nullptr) m->at[kEntropy] += entropy[t];
 }
 
-// The sums as they are returned, by one thread.
+// One thread stores the final sums.
 __device__ inline void store_metrics(const PolicyMetrics& m, int64_t tokens, double seqs,
                                      double* out) {
   for (int i = 0; i < kMetricCount; i++) out[i] = m.at[i];

@@ -1,4 +1,4 @@
-// Launcher of policy_step.cuh: which kernel, and how rows lie in shared memory.
+// Launcher of policy_step.cuh. It chooses the kernel and the layout of rows in shared memory.
 #include "cuda/launch.h"
 #include "cuda/policy_step.cuh"
 
@@ -6,13 +6,15 @@ namespace tokfuse {
 namespace cuda {
 namespace {
 
-// Dynamic shared memory of a block, beside the records: 227 KiB at most together.
+// Dynamic shared memory of a block. Together with the static shared memory of the kernel it must
+// not exceed 227 KiB.
 constexpr int64_t kSharedBytes = 224 * 1024;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// The smallest cluster whose blocks hold two rows, or else one. Decided by the bytes of a row
-// alone, as the order of its sums depends on it. cluster = 0: a row does not fit.
+// The smallest cluster whose blocks can hold two rows, or one row if two do not fit. It depends
+// only on the bytes of a row, because the order of the sums depends on it. cluster = 0: a row does
+// not fit.
 struct ClusterChoice {
   unsigned cluster;
   ClusterLayout layout;
@@ -33,7 +35,7 @@ ClusterChoice choose_cluster(int64_t vectors) {
   return {0, {0, 0}};
 }
 
-// As many rows at once as three quarters of L2 hold.
+// Launches the portable kernel on a grid of at most as many rows as fit three quarters of L2.
 template <class T, class G, bool kTransform>
 cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out,
                             const TokenObjectiveArgs& o, const GradRows& grads, bool aligned,
@@ -48,7 +50,8 @@ cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out,
                          o, grads, aligned, together);
 }
 
-// `launched` is false where the device cannot hold such a cluster, as a part of a GPU may.
+// Sets `launched` to false if the device cannot run such a cluster, which happens on a MIG
+// instance.
 template <class T, class G, bool kTransform>
 cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
                            const TokenStatsOut& out, const TokenObjectiveArgs& o,

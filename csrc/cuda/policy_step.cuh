@@ -1,19 +1,22 @@
-// policy_step from logits, token-level objectives: statistics, objective, gradient in one kernel.
+// policy_step from logits for token-level objectives: statistics, objective and gradient in one
+// kernel.
 //
-// A row is read for its statistics (rows.cuh), one evaluation of the objective gives the two
-// coefficients, and a second visit writes the gradient. A row whose coefficients are both zero
-// (masked, zero advantage, active clip) gets no second visit, only the zeros; a masked one is not
-// read at all. Exponentials per element: 2.
+// A first pass over a row computes its statistics (rows.cuh). One evaluation of the objective gives
+// the two coefficients, d_logp and d_entropy. A second pass writes the gradient. If both
+// coefficients are zero (masked, zero advantage, active clip), the row is filled with zeros
+// instead. A masked row is not read at all. Exponentials per element: 2.
 //
-// Bytes of memory per element at bf16: 2 read, 2 written.
-//   policy_step_cluster_kernel (sm_90 and up): a row lies in the shared memory of a cluster of
-//     blocks; bulk copies bring it there and, as soon as a row has been written, the row after the
-//     next. Needs rows at multiples of 16 bytes and room for one (policy_step.cu).
-//   policy_step_kernel: the second visit finds the row in the L2 cache: first loads ask to stay
-//     there, second loads and stores to leave, and the grid holds no more rows than L2 does.
+// There are two kernels. Both read 2 bytes and write 2 bytes of memory per element at bf16:
+//   policy_step_cluster_kernel (sm_90 and later): a cluster of blocks keeps a row in its shared
+//     memory. Bulk copies load it there; when the gradient of a row has been written, they load the
+//     row after the next one. The rows must begin at multiples of 16 bytes and fit in the shared
+//     memory of a cluster (policy_step.cu).
+//   policy_step_kernel (portable): the second pass reads the row from the L2 cache. The loads of
+//     the first pass are marked evict-last; the loads of the second pass and all stores are marked
+//     evict-first. The grid has no more rows than L2 can hold.
 //
-// The metric sums are another launch's, from what is written per token. Legend: R rows, V
-// vocabulary.
+// policy_metrics computes the metric sums in another launch, from the results per token. Legend: R
+// rows, V vocabulary.
 #pragma once
 
 #include "cuda/gradient.cuh"
@@ -25,13 +28,14 @@ namespace cuda {
 
 constexpr int kPolicyThreads = 512;
 
-// What the thread that finishes a row tells the others.
+// Results of a row that one thread computes for all others.
 struct RowVerdict {
   Slopes slopes;
   bool nothing;  // the gradient is zero
 };
 
-// Statistics and objective of a row from its record; writes both. By one thread.
+// One thread computes the statistics and the objective of a row from its record. It stores both if
+// `writes` is true.
 __device__ __forceinline__ RowVerdict finish_row(const LogitsArgs& a, const TokenStatsOut& out,
                                                  const TokenObjectiveArgs& o, int64_t token,
                                                  const Record& r, float u_y, const Scale& scale,
@@ -52,14 +56,14 @@ __device__ __forceinline__ RowVerdict finish_row(const LogitsArgs& a, const Toke
   return verdict;
 }
 
-// The outputs of a masked row. By one thread.
+// One thread writes the outputs of a masked row.
 __device__ __forceinline__ void write_masked(const TokenStatsOut& out, const TokenObjectiveArgs& o,
                                              int64_t token) {
   write_stats(out, token, RowStats());
   write_result(o, token, TokenResult());
 }
 
-// The transformed logit of the target, or -inf without one.
+// Returns the transformed logit of the target, or -inf without a target.
 template <class T, bool kTransform>
 __device__ __forceinline__ float target_logit(const LogitsArgs& a, const Transform& f,
                                               const T* logits, int64_t token) {
@@ -91,7 +95,7 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
       continue;
     }
     const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
-    // Before anything may be written there.
+    // Read now, because the gradient may overwrite the logits.
     const float u_y = threadIdx.x == 0 ? target_logit<T, kTransform>(a, f, logits, token) : 0.0f;
     Lane<false> lane;
     if (aligned) {
@@ -117,18 +121,19 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
 
 // ------------------------------------------------------------------------------- rows in a cluster
 
-// Tiles of vectors that have an mbarrier each: a row of a block has at most this many.
+// Largest number of tiles in a block's slice of a row. Each tile has its own mbarrier.
 constexpr int kMaxTiles = 8;
 constexpr int kMaxStages = 2;
 constexpr int kMaxCluster = 8;
 
-// How rows lie in shared memory: block `rank` holds whole vectors [rank * slice, ...) of each.
+// Layout of rows in the shared memory of a cluster. Block `rank` holds the whole vectors from rank
+// * slice to (rank + 1) * slice of each row.
 struct ClusterLayout {
-  int slice;   // vectors
-  int stages;  // rows in flight
+  int slice;   // vectors of a row in one block
+  int stages;  // rows that are in shared memory at once
 };
 
-// A slice in shared memory, by its own vector numbers.
+// A slice in shared memory. Vector numbers are relative to the slice.
 template <class T>
 struct SharedSlice {
   const unsigned char* base;
@@ -139,8 +144,8 @@ struct SharedSlice {
 
 #if TOKFUSE_ARCH >= 90
 
-// The bulk copies of a block's slices: rows in the order in which the cluster takes them, masked
-// ones left out. Only thread 0 calls `next`.
+// Starts the bulk copies of a block's slices. Rows are fetched in the order in which the cluster
+// processes them; masked rows are skipped. Only thread 0 calls `next`.
 template <class T>
 struct Fetcher {
   using Barriers = Array<Mbarrier, kMaxStages * kMaxTiles>;
@@ -177,8 +182,8 @@ struct Fetcher {
   }
 };
 
-// Folds the slice of the `use`-th fetched row as its tiles arrive, and what lies behind the whole
-// vectors where it is this block's; the target `y` is left out.
+// Adds the slice of the `use`-th fetched row to the statistics, tile by tile as they arrive. The
+// last block also adds the elements after the whole vectors. The target `y` is excluded.
 template <class T, bool kTransform>
 __device__ __forceinline__ void fold_slice(const Transform& f, const Fetcher<T>& rows, int use,
                                            const GlobalRow<T, false>& row, bool has_last, int64_t y,
@@ -223,8 +228,8 @@ __device__ __forceinline__ void fold_slice(const Transform& f, const Fetcher<T>&
   }
 }
 
-// The record of the cluster in the first warp of each block, from that of its own block there.
-// `shared` takes turns, as in merge_block.
+// Returns the merged record of the cluster, in the first warp of each block. `mine` is the record
+// of this block. Callers alternate between two buffers `shared`, as for merge_block.
 __device__ __forceinline__ Record merge_cluster(const Record& mine, Record& shared, float c) {
   const unsigned blocks = cluster_blocks();
   if (blocks == 1) return mine;
@@ -287,7 +292,7 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
     for (int i = 0; i < layout.stages; i++) rows.next();
   }
   __syncthreads();
-  int use = 0;  // rows that were fetched and finished
+  int use = 0;  // number of fetched rows that are finished
   for (int64_t row = begin; row < a.rows; row += step) {
     const int64_t token = token_of(a, row);
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
@@ -299,7 +304,7 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
     }
     const GlobalRow<T, false> source = {logits, nullptr, vocab, leave};
     const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
-    // Before any block of the cluster may write there.
+    // Read now, because another block of the cluster may overwrite it with the gradient.
     const float u_y = threadIdx.x == 0 ? target_logit<T, kTransform>(a, f, logits, token) : 0.0f;
     Lane<false> lane;
     fold_slice<T, kTransform>(f, rows, use, source, part.has_last, a.target[token], lane, scale.c);
@@ -313,11 +318,11 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
     } else {
       write_slice<T, G, kTransform>(f, rows, use, source, grad, part, v.slopes, leave);
     }
-    __syncthreads();  // the slice and the verdict have been read
+    __syncthreads();  // all threads have read the slice and the verdict
     if (threadIdx.x == 0) rows.next();
     use++;
   }
-  cluster_sync();  // no block leaves while another may read its record
+  cluster_sync();  // a block must not exit while another one may read its record
 #endif
 }
 

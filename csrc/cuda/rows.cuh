@@ -1,4 +1,5 @@
-// Statistics of one row of logits in one read with one exp per element, and its gradient.
+// Statistics of one row of logits in one read, with one exponential per element. gradient.cuh
+// computes the gradient.
 //
 // With u = f(z) the transformed logit, c = log2(e) / T, m = max u and d = u - m:
 //
@@ -11,20 +12,23 @@
 //     dz = f'(z) / T ( ga [j = y] - p (ga + gh (log p + entropy)) )
 //        = f'(z) ( ga / T [j = y] + e (a0 + a1 d) )
 //
-// so two constants per row are all that an element needs; the target itself has 1 - p =
-// -expm1(logp). Why d = u - m and not fma(u, c, -c m): the rounding of c m is an error of 2^(1e-7
-// m) in e. Sums of d e do not cancel as those of u e do.
+// so an element needs only two constants per row, a0 and a1. The target's entry uses 1 - p =
+// -expm1(logp), which keeps its digits as p approaches 1.
 //
-// Why the sums leave the target out: in float32, S = 1 + 1e-7 says nothing about the rest. Without
-// the target they hold the rest to all its digits, and where the target is the maximum, as a
-// confident one is, logp = -log(1 + rest): the gradient of a confident token is as exact as that of
-// any other.
+// The kernels compute d = u - m instead of fma(u, c, -c m): the rounding error of c m would change
+// e by a factor of up to 2^(1e-7 m). And the terms of sum d e have one sign, so they do not cancel
+// as those of sum u e do.
 //
-// A thread keeps the statistics of the elements that it loads itself (`Lane`), in vectors of 16
-// bytes: vector v of a row belongs to thread v % threads. Threads meet once per row, in an order
-// that the vocabulary alone decides. Where a row begins at no multiple of 16 bytes, the same
-// threads put the same vectors together from words of 4: a row's bits depend on neither its place
-// nor its batch.
+// The sums exclude the target. Let `rest` be the sum over all other elements. If the target is the
+// maximum (a confident token), logp = -log(1 + rest). A float32 sum S = 1 + rest would lose the
+// digits of a small rest; the sum without the target keeps them. So the gradient of a confident
+// token is as accurate as that of any other.
+//
+// A row is split into vectors of 16 bytes. Thread v % threads loads vector v and keeps the
+// statistics of its own elements (`Lane`). The threads merge their statistics once per row, in an
+// order that depends on the vocabulary only. If a row does not begin at a multiple of 16 bytes, the
+// same threads assemble the same vectors from 4-byte words. So the result of a row depends, bit for
+// bit, neither on its address nor on its batch.
 #pragma once
 
 #include "cuda/vectors.cuh"
@@ -32,17 +36,17 @@
 namespace tokfuse {
 namespace cuda {
 
-// Stands for d of an excluded logit: e is 0 there and d e must be, too, where -inf * 0 is NaN. Its
-// square is finite, for the second moment.
+// Lower bound of d, used for an excluded logit. There e is 0, and d e must be 0 too, but -inf * 0
+// would be NaN. Its square is finite, as the second moment needs.
 constexpr float kFarthest = -1.0e18f;
-// Vectors that a thread loads before it computes on them; a transformed one takes more registers.
+// Vectors that a thread loads before it computes on them. Transformed ones take more registers.
 template <bool kTransform>
 constexpr int kTileOf = kTransform ? 2 : 4;
 
 // -------------------------------------------------------------------------------------- statistics
 
-// Sums of the elements that one thread has seen, two by two. kExtras: for a second temperature and
-// for the moments of p^2.
+// Statistics of the elements of one thread. Each sum is kept for even and odd elements separately.
+// kExtras: the sums of the second temperature and of the moments of p^2 are used too.
 template <bool kExtras>
 struct Lane {
   float m = kLowestMax;
@@ -54,9 +58,9 @@ struct Lane {
   Pair ssdd = {0.0f, 0.0f};  // sum d^2 e^2
 };
 
-// 2^x for x <= 0 on the multipliers instead of the exp unit; relative error 2e-7, 0 below -126.
+// 2^x for x <= 0 with multiplications instead of the exp unit. Relative error 2e-7; 0 below -126.
 __device__ __forceinline__ Pair exp2_polynomial(Pair x) {
-  constexpr float kMagic = 12582912.0f + 127.0f;  // leaves round(x) + 127 in the low bits
+  constexpr float kMagic = 12582912.0f + 127.0f;  // x + kMagic has round(x) + 127 in its low bits
   x = {max_nan(x.x, -127.0f), max_nan(x.y, -127.0f)};
   const Pair t = add2(x, {kMagic, kMagic});
   const Pair whole = add2(t, {-kMagic, -kMagic});
@@ -69,8 +73,8 @@ __device__ __forceinline__ Pair exp2_polynomial(Pair x) {
   return mul2(p, {float_of(bits_of(t.x) << 23), float_of(bits_of(t.y) << 23)});
 }
 
-// One pair in this many goes through the polynomial: sm_100 reads elements as fast as its exp unit
-// takes them, and has issue slots left. 0: none.
+// Every kPolynomialShare-th pair uses the polynomial; 0: none does. On sm_100 memory delivers
+// elements as fast as the exp unit can take them, and issue slots are free.
 constexpr int kNoPolynomial = 0;
 #if TOKFUSE_ARCH >= 100
 constexpr int kPolynomialShare = 8;
@@ -78,7 +82,7 @@ constexpr int kPolynomialShare = 8;
 constexpr int kPolynomialShare = kNoPolynomial;
 #endif
 
-// 2^x of pair i of a vector; which unit computes it depends on i alone.
+// Returns 2^x of pair i of a vector. Only i decides whether the polynomial is used.
 template <int kShare>
 __device__ __forceinline__ Pair exp2_pair(Pair x, int i) {
   if constexpr (kShare != kNoPolynomial) {
@@ -87,7 +91,7 @@ __device__ __forceinline__ Pair exp2_pair(Pair x, int i) {
   return {exp2_fast(x.x), exp2_fast(x.y)};
 }
 
-// d = u - m of a pair; the maximum keeps NaN, the poison of a row with it.
+// Returns d = u - m of a pair, at least kFarthest. max_nan keeps NaN, so a NaN reaches the result.
 __device__ __forceinline__ Pair below(Pair u, float m) {
   const Pair d = add2(u, {-m, -m});
   return {max_nan(d.x, kFarthest), max_nan(d.y, kFarthest)};
@@ -95,7 +99,7 @@ __device__ __forceinline__ Pair below(Pair u, float m) {
 
 __device__ __forceinline__ Pair times(Pair a, float b) { return mul2(a, {b, b}); }
 
-// The sums of a lane, or of many, relative to a larger maximum `step` above the old one.
+// Rescales the sums of a lane to a new maximum. `step` is the old maximum minus the new one (<= 0).
 template <bool kExtras>
 __device__ __forceinline__ void lower(Lane<kExtras>& a, float step, float c, float c2) {
   step = fmaxf(step, kFarthest);
@@ -112,7 +116,7 @@ __device__ __forceinline__ void lower(Lane<kExtras>& a, float step, float c, flo
   a.ss = times(a.ss, two);
 }
 
-// Folds kPairs pairs, of which `tile_max` is the maximum, into the lane.
+// Adds kPairs pairs with the maximum `tile_max` to the statistics of the lane.
 template <int kPairs, bool kExtras>
 __device__ __forceinline__ void fold(Lane<kExtras>& a, const Pair* u, float tile_max, float c,
                                      float c2) {
@@ -135,7 +139,7 @@ __device__ __forceinline__ void fold(Lane<kExtras>& a, const Pair* u, float tile
   }
 }
 
-// kCount vectors of logits, loaded already.
+// Adds kCount vectors of logits, already loaded, to the statistics of the lane.
 template <class T, int kCount, bool kTransform, bool kExtras>
 __device__ __forceinline__ void fold_vectors(const Transform& f, Lane<kExtras>& a, const Vec16* z,
                                              const Vec16* bias, bool has_bias, float c, float c2) {
@@ -155,15 +159,16 @@ __device__ __forceinline__ void fold_vectors(const Transform& f, Lane<kExtras>& 
   fold<kCount * kPairs>(a, u, m, c, c2);
 }
 
-// Where the target lies. Its tile is folded apart, so that no element pays for a comparison.
+// The position of the target. Its tile is added separately, so that no other element needs a
+// comparison.
 struct TargetPlace {
-  int tile;    // first vector of its tile, the same in all threads; kNowhere where there is none
-  int vector;  // its vector, in the thread that folds it; kNowhere in all others
-  int item;
+  int tile;    // first vector of its tile, the same in all threads; kNowhere without a target
+  int vector;  // its vector, in the thread that adds it; kNowhere in all other threads
+  int item;    // its element in the vector
 };
 constexpr int kNowhere = -(1 << 30);
 
-// Vectors are counted from `first` on: there are `count` of them, in tiles of kTile per thread.
+// Vector numbers are relative to `first`. There are `count` vectors, in tiles of kTile per thread.
 template <class T, int kTile>
 __device__ __forceinline__ TargetPlace target_place(int64_t y, int64_t vocab, int first,
                                                     int count) {
@@ -174,7 +179,7 @@ __device__ __forceinline__ TargetPlace target_place(int64_t y, int64_t vocab, in
           static_cast<int>(y) % kItems<T>};
 }
 
-// -inf in place of the target where it lies among the vectors v, v + threads, ...
+// Replaces the target by -inf if it is in one of the kCount vectors v, v + threads, ...
 template <class T, int kCount>
 __device__ __forceinline__ void exclude(const TargetPlace& target, int v, Vec16* z) {
   constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
@@ -191,7 +196,7 @@ __device__ __forceinline__ void exclude(const TargetPlace& target, int v, Vec16*
   }
 }
 
-// All of a row in global memory that is this thread's, but the target.
+// Adds this thread's elements of a row in global memory, except the target, to its statistics.
 template <class T, bool kAligned, bool kTransform, bool kExtras>
 __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, kAligned>& row,
                                          int64_t y, Lane<kExtras>& a, float c, float c2) {
@@ -212,8 +217,9 @@ __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, 
     }
     fold_vectors<T, kTile, kTransform>(f, a, z, bias, has_bias, c, c2);
   }
-  // The tile of the target, then what lies behind the last whole tile: one copy of the code,
-  // because a second one costs registers that the loop above needs (120 bytes of stack were seen).
+  // The tile of the target, then the vectors after the last whole tile. Both use one copy of the
+  // code: a second copy takes registers that the loop above needs (120 bytes were spilled to the
+  // stack).
   int left = target.tile >= 0 && target.tile + thread + reach < whole ? kTile : 0;
   int w = left > 0 ? target.tile + thread : v;
 #pragma unroll 1
@@ -228,7 +234,7 @@ __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, 
 
 // ----------------------------------------------------------------------------------------- merging
 
-// Statistics of many lanes.
+// Statistics of several lanes.
 struct Record {
   float m, s, sd, ss, s2, ssd, ssdd;
 };
@@ -256,7 +262,7 @@ __device__ __forceinline__ float warp_max_nan(float x) {
   return x;
 }
 
-// Every lane adds the same numbers in the same order.
+// Every lane of the warp adds the same numbers in the same order, so all get the same sum.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int bit = kWarp / 2; bit > 0; bit /= 2) x += __shfl_xor_sync(kAllLanes, x, bit);
@@ -271,7 +277,7 @@ __device__ __forceinline__ Lane<kExtras> lane_of(const Record& r) {
   return a;
 }
 
-// The record of a warp's lanes, in each of them.
+// Returns the merged record of a warp, in each of its lanes.
 template <bool kExtras>
 __device__ __forceinline__ Record merge_warp(const Record& mine, float c, float c2) {
   const float m = warp_max(mine.m);
@@ -292,8 +298,8 @@ __device__ __forceinline__ Record no_record() {
   return {kLowestMax, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
 }
 
-// The record of the block, valid in its first warp. Its threads may still read `shared` until the
-// barrier of the next call: callers take turns with two of them, from call to call.
+// Returns the merged record of the block; it is valid in the first warp. Threads may read `shared`
+// until the barrier of the next call. So callers alternate between two buffers.
 template <bool kExtras>
 __device__ __forceinline__ Record merge_block(const Lane<kExtras>& lane,
                                               Array<Record, kMaxWarps>& shared, float c, float c2) {
@@ -313,15 +319,17 @@ struct RowStats {
   float logp, entropy, lse, sum_sq, top1, row_max, inv_sum;
 };
 
-// Statistics of a row, and S - 1 at its temperature and at the second one: they keep the digits of
-// the others where the target is the maximum, and are -1 where there is nothing at all.
+// Sums of a whole row. `rest` and `rest2` are S - 1 at its temperature and at the second one. If
+// the target is the maximum, S - 1 keeps the digits of the other elements. It is -1 if all logits
+// are -inf.
 struct RowSums {
   Record r;
   float rest, rest2;
-  float d_y;  // u_y - m
+  float d_y;  // u_y - m of the target
 };
 
-// From the record of all others; `u_y` is -inf where there is no target.
+// Adds the target to the record of all other elements. `u_y` is the target's logit, or -inf without
+// a target.
 template <bool kExtras>
 __device__ __forceinline__ RowSums with_target(const Record& others, float u_y, float c, float c2) {
   const float m = fmaxf(others.m, u_y), d_y = u_y - m, d = max_nan(d_y, kFarthest);
@@ -339,7 +347,7 @@ __device__ __forceinline__ RowSums with_target(const Record& others, float u_y, 
 
 __device__ __forceinline__ RowStats finish(const RowSums& x, bool has_target, float nats) {
   const Record& r = x.r;
-  if (x.rest == -1.0f) {  // only -inf: no distribution
+  if (x.rest == -1.0f) {  // all logits are -inf: there is no distribution
     const float none = -inf_float();
     return {has_target ? none : nan_float(), 0.0f, none, 0.0f, 0.0f, 0.0f, 0.0f};
   }

@@ -1,9 +1,11 @@
-// Reverse linear recurrences along a sequence, a tile of tokens at a time, one token per thread.
+// Reverse linear recurrence along a sequence. It is computed one tile of tokens at a time, one
+// token per thread:
 //
 //   y[t] = inject[t] + coef[t] y[next valid token]
 //
-// Composition of such steps is associative, so a tile is one scan; masked tokens are the identity.
-// Everything is float64: 8 to 12 bytes read per token leave time for it.
+// The composition of such steps is associative, so a tile is one scan. A masked token is the
+// identity. All arithmetic is float64; with 8 to 12 bytes read per token it does not limit the
+// speed.
 #pragma once
 
 #include "cuda/packed.cuh"
@@ -15,27 +17,27 @@ namespace cuda {
 constexpr int kScanBlock = 128;  // threads of a block, tokens of a tile
 constexpr int kScanWarps = kScanBlock / kWarp;
 
-// y of a token from y of what stands behind it.
+// One step: y of a token as a function of y of the next one.
 struct Link {
   double coef, inject;
 
   __device__ double of(double y) const { return inject + coef * y; }
 };
 
-// What `behind` gives, sent through `front`.
+// Returns the step that applies `behind` first, then `front`.
 __device__ __forceinline__ Link compose(const Link& front, const Link& behind) {
   return {front.coef * behind.coef, front.inject + front.coef * behind.inject};
 }
 
-// State between two tiles: of the first valid token of the tile behind.
+// State between two tiles: the first valid token after the current tile.
 struct Carry {
-  bool any;      // there is one
+  bool any;      // true if there is one
   double value;  // its value estimate
-  double y;
+  double y;      // its y
 };
 
-// For each thread: whether a valid token stands behind it, and the value of the next one. The first
-// meeting of a tile.
+// Returns to each thread whether a valid token follows its own, and the value of the next one. It
+// has the first block-wide barrier of a tile.
 __device__ inline Carry next_valid(bool valid, double value, Carry* carry) {
   using Firsts = Array<Carry, kScanWarps>;
   TOKFUSE_SHARED(firsts, Firsts);
@@ -63,7 +65,8 @@ __device__ inline Carry next_valid(bool valid, double value, Carry* carry) {
   return found;
 }
 
-// y of the next valid token of each thread; carry->y becomes that of the tile. The second meeting.
+// Returns to each thread y of the next valid token. Sets carry->y to y of the tile's first valid
+// token. It has the second block-wide barrier of a tile.
 __device__ inline double y_behind(const Link& link, Carry* carry) {
   using Totals = Array<Link, kScanWarps>;
   TOKFUSE_SHARED(totals, Totals);

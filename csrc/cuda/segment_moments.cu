@@ -1,3 +1,4 @@
+// Launcher of the kernel in segment_moments.cuh.
 #include "cuda/segment_moments.cuh"
 
 namespace tokfuse {
@@ -9,7 +10,7 @@ constexpr int kMaxParts = 64;
 
 }  // namespace
 
-// A power of two; 1 where the mean segment has few strips of kBlock rows.
+// A power of two; 1 if the mean segment has few strips of kBlock rows.
 int moments_parts(int64_t rows, int64_t segments) {
   int parts = 1;
   if (segments == 0) return parts;

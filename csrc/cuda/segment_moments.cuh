@@ -1,9 +1,9 @@
-// segment_moments: count, sum, sum of squares, minimum and maximum per segment in one read of the
-// values: 4 or 8 bytes a row, and 16 more for the order and the ids where segments are ids.
+// segment_moments: count, sum, sum of squares, minimum and maximum per segment, in one read of the
+// values. Bytes per row: 4 or 8 for the value; with ids also 8 for the row number.
 //
-// A segment is a stretch of rows between borders, or of equal ids in the sorted ids, found by
-// bisection. `parts` blocks share a segment, each with every parts-th strip of its rows; the last
-// one adds the parts in their order.
+// A segment is a range of rows between two borders, or a range of equal ids in the sorted ids,
+// found by binary search. `parts` blocks share a segment; part p reads strips p, p + parts, ... of
+// its rows. The last block adds the parts in order.
 //
 // Legend: N rows, K segments.
 #pragma once
@@ -17,7 +17,7 @@ namespace cuda {
 struct Cell {
   double count, sum, sum_sq, min, max;
 
-  // NaN, once in, stays in min and max.
+  // Minimum and maximum are NaN if one of the values is.
   __device__ void add(const Cell& other) {
     count += other.count;
     sum += other.sum;
@@ -29,7 +29,7 @@ struct Cell {
 
 __device__ __forceinline__ Cell empty_cell() { return {0, 0, 0, kInfinity, -kInfinity}; }
 
-// First place of the sorted ids that is not below `id`.
+// Returns the first position of the sorted ids whose id is not below `id`.
 __device__ inline int64_t lower_bound(const int64_t* sorted, int64_t rows, int64_t id) {
   int64_t low = 0, high = rows;
   while (low < high) {

@@ -1,4 +1,4 @@
-// A token-level objective of one token, from its log-probability and entropy.
+// Evaluates a token-level objective for one token, from its log-probability and entropy.
 #pragma once
 
 #include "cuda/device.cuh"

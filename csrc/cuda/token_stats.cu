@@ -1,4 +1,4 @@
-// Launchers of token_stats.cuh.
+// Launchers of the kernels in token_stats.cuh.
 #include "cuda/launch.h"
 #include "cuda/token_stats.cuh"
 

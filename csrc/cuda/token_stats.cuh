@@ -1,12 +1,13 @@
-// token_stats: five statistics of each row of logits in one read, and their gradient in one more.
+// token_stats: five statistics of each row of logits, and the gradient of logp and entropy.
+// rows.cuh has the formulas.
 //
-// Formulas are in rows.cuh. Passes over (R, V): forward one read, backward one read and one write;
-// a row without gradient is zero-filled unread. Bytes per row at bf16: 2V and 4V. One exp per
-// element each; a second temperature costs one more, the moments two products.
+// The forward reads (R, V) once. The backward reads and writes it once; a row without gradient is
+// filled with zeros and not read. Bytes per row at bf16: 2V forward, 4V backward. One exponential
+// per element in each; a second temperature adds one, the moments add two multiplications.
 //
-// A block takes whole rows (forward) or parts of rows (backward), on a grid that is resident at
-// once. A target outside [0, V) gives NaN in logp and in the row's gradient: to refuse it would
-// wait for the device.
+// A block computes whole rows (forward) or parts of rows (backward), on a grid of at most as many
+// blocks as are resident at once. A target outside [0, V) gives NaN in logp and in the gradient of
+// the row: an error would need a synchronisation with the device.
 #pragma once
 
 #include "cuda/gradient.cuh"
@@ -18,7 +19,7 @@ namespace cuda {
 constexpr int kForwardThreads = 256;
 constexpr int kBackwardThreads = 256;
 
-// second_logp and the moments of p^2.
+// Writes second_logp and the moments of p^2.
 __device__ __forceinline__ void write_extras(const TokenStatsOut& o, int64_t t, const RowSums& sums,
                                              const RowStats& x, bool has_target, float nats,
                                              float nats2) {
@@ -97,7 +98,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kTransform ? 3 : 4)
     if (bias != nullptr) bias += row * a.bias_stride;
     G* grad = static_cast<G*>(g.grad_logits) + row * g.grad_stride;
     const float inv_sum = keep ? g.inv_sum[token] : 0.0f;
-    // Clipped, zero-advantage and masked rows, and those of only -inf, are written unread.
+    // The gradient is zero for clipped, zero-advantage and masked tokens, and for a row of only
+    // -inf. Such rows are not read.
     if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f) {
       write_zeros<T>(grad, static_cast<int>(a.vocab), part, together, policy);
       continue;

@@ -1,5 +1,5 @@
-// Vectors of 16 bytes of a row of logits: loading them from anywhere, as float32, transformed,
-// storing.
+// 16-byte vectors of a row of logits: loads at any alignment, conversion to float32, the transform
+// of logits, and stores.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -8,7 +8,8 @@
 namespace tokfuse {
 namespace cuda {
 
-// Every running maximum starts here, the lowest float32: -inf would make (-inf) - (-inf).
+// Initial value of every running maximum: the lowest float32. With -inf, (-inf) - (-inf) would give
+// NaN.
 constexpr float kLowestMax = -3.4028234663852886e38f;
 
 // Elements of a vector.
@@ -30,7 +31,7 @@ __device__ __forceinline__ constexpr uint32_t minus_infinity(const BFloat16*) {
 }
 __device__ __forceinline__ constexpr uint32_t minus_infinity(const Float16*) { return 0xfc00fc00u; }
 
-// Elements [0, count) from anywhere, -inf behind them.
+// Loads elements [0, count) at any alignment. The remaining elements are -inf.
 template <class T>
 __device__ __forceinline__ Vec16 load_elements(const T* from, int count) {
   constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
@@ -51,7 +52,7 @@ __device__ __forceinline__ Vec16 load_elements(const T* from, int count) {
   return v;
 }
 
-// 16 bytes from any element on, of the words around them.
+// Loads 16 bytes that begin at any element, from the 4-byte words that contain them.
 template <class T>
 __device__ __forceinline__ Vec16 load_words(const T* from) {
   const unsigned odd = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % 4);  // 0 or 2
@@ -68,7 +69,7 @@ __device__ __forceinline__ Vec16 load_words(const T* from) {
   return v;
 }
 
-// A vector as float32, two at a time.
+// Converts a vector to float32 pairs.
 __device__ __forceinline__ void to_pairs(const float*, const Vec16& v, Pair* out) {
   out[0] = {float_of(v.word[0]), float_of(v.word[1])};
   out[1] = {float_of(v.word[2]), float_of(v.word[3])};
@@ -80,7 +81,7 @@ __device__ __forceinline__ void to_pairs(const T*, const Vec16& v, Pair* out) {
   for (int w = 0; w < 4; w++) out[w] = unpack(T(), v.word[w]);
 }
 
-// Maximum of kCount vectors; NaN is dropped. 16-bit floats are compared two at a time.
+// Returns the maximum of kCount vectors. NaN is ignored. 16-bit floats are compared two at a time.
 template <int kCount>
 __device__ __forceinline__ float max_of(const float*, const Vec16* v) {
   float m = kLowestMax;
@@ -104,7 +105,8 @@ __device__ __forceinline__ float max_of(const T*, const Vec16* v) {
   return fmaxf(fmaxf(halves.x, halves.y), kLowestMax);
 }
 
-// kItems<T> values in the type of `out`, rounded once: 16 bytes, or 8 where float32 becomes 16 bit.
+// store_vector stores kItems<T> values in the type of `out`, rounded once. These are 16 bytes, or 8
+// (Vec8) for a 16-bit gradient of float32 logits.
 struct alignas(8) Vec8 {
   uint32_t word[2];
 };
@@ -136,7 +138,8 @@ __device__ __forceinline__ float element_at(const float* p) { return *p; }
 
 // ----------------------------------------------------------------------------- logits of the model
 
-// tanh within 2 ulp; near 0 by a polynomial, because 1 - 2 / (e^2x + 1) cancels there.
+// tanh within 2 ulp. It uses a polynomial near 0, because the digits of 1 - 2 / (e^2x + 1) cancel
+// there.
 __device__ __forceinline__ float tanh_exact(float x) {
   const float a = fabsf(x), q = a * a;
   const float far = 1.0f - __fdividef(2.0f, exp2_fast(a * (2.0f * kLog2E)) + 1.0f);
@@ -145,7 +148,7 @@ __device__ __forceinline__ float tanh_exact(float x) {
   return copysignf(a < 0.625f ? p * q * a + a : far, x);
 }
 
-// How logits become u: u = cap tanh(pre z), or scale z without a cap, minus bias_scale * bias.
+// Constants of u = cap tanh(pre z) - bias_scale bias; without a cap, u = scale z - bias_scale bias.
 struct Transform {
   float cap, pre, scale, bias_scale;
 };
@@ -155,7 +158,8 @@ __device__ __forceinline__ Transform transform_of(const LogitsArgs& a) {
           a.bias_scale};
 }
 
-// u in place of the logits, and d u / d z; an excluded logit stays -inf, without slope under a cap.
+// Replaces the logits in `u` by u and sets `slope` to d u / d z. An excluded logit stays -inf; with
+// a cap its slope is 0.
 template <int kPairs>
 __device__ __forceinline__ void transform(const Transform& f, const Pair* bias, bool has_bias,
                                           Pair* u, Pair* slope) {
@@ -177,7 +181,8 @@ __device__ __forceinline__ void transform(const Transform& f, const Pair* bias, 
   }
 }
 
-// What u is multiplied by, base 2 and natural; NaN where T <= 0. Plain logits are scaled here.
+// Factors of u: exp2(c u) and exp(nats u) are equal. Both are NaN if the temperature is not
+// positive. For plain logits they include logit_scale.
 struct Scale {
   float c, nats;
 };
@@ -201,7 +206,7 @@ __device__ __forceinline__ bool counts(const LogitsArgs& a, int64_t token) {
   return a.mask == nullptr || a.mask[token] != 0;
 }
 
-// One row in global memory. kAligned: it begins at a multiple of 16 bytes, and so does its bias.
+// One row in global memory. kAligned: the row and its bias begin at multiples of 16 bytes.
 template <class T, bool kAligned>
 struct GlobalRow {
   const T* logits;
@@ -212,13 +217,13 @@ struct GlobalRow {
   __device__ __forceinline__ Vec16 vector(const T* from, int v) const {
     from += static_cast<int64_t>(v) * kItems<T>;
     if (kAligned) return load16(from, policy);
-    // The words around reach out of the row at its ends.
+    // At the ends of the row, load_words could read outside of it.
     const bool inner = sizeof(T) == 4 || (v > 0 && (v + 1) * kItems<T> < vocab);
     return inner ? load_words(from) : load_elements(from, kItems<T>);
   }
   __device__ __forceinline__ Vec16 whole(int v) const { return vector(logits, v); }
   __device__ __forceinline__ Vec16 whole_bias(int v) const { return vector(bias, v); }
-  // The vector behind the whole ones.
+  // The incomplete vector after the whole ones.
   __device__ __forceinline__ Vec16 last() const {
     const int v = vocab / kItems<T>;
     return load_elements(logits + v * kItems<T>, vocab % kItems<T>);
@@ -229,7 +234,7 @@ struct GlobalRow {
   }
 };
 
-// u and slope of a vector. Plain logits have no slope: `slope` is not written.
+// Computes u and the slope of a vector. For plain logits `slope` is not written.
 template <class T, bool kTransform>
 __device__ __forceinline__ void transformed(const Transform& f, const Vec16& z, const Vec16& bias,
                                             bool has_bias, Pair* u, Pair* slope) {
@@ -241,7 +246,7 @@ __device__ __forceinline__ void transformed(const Transform& f, const Vec16& z, 
   }
 }
 
-// (u, slope) of column y of a row.
+// Returns (u, slope) of column y of a row.
 template <class T, bool kTransform>
 __device__ __forceinline__ Pair element_of(const Transform& f, const T* row, const T* bias,
                                            int64_t y) {

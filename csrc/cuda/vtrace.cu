@@ -1,3 +1,4 @@
+// Launcher of the kernel in vtrace.cuh.
 #include "cuda/vtrace.cuh"
 
 namespace tokfuse {

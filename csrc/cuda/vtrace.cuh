@@ -1,4 +1,4 @@
-// vtrace: V-trace targets and advantages, one reverse scan per sequence, a block each. Reads 12
+// vtrace: V-trace targets and advantages, one reverse scan and one block per sequence. It reads 12
 // bytes per token (13 with a mask) and writes 12.
 //
 //   rho = min(ratio, rho_bar), c = lam min(ratio, c_bar), ratio = exp(clamp(log_ratio, +-20))

@@ -1,3 +1,4 @@
+// Launcher of the kernel in whiten.cuh.
 #include "cuda/whiten.cuh"
 
 namespace tokfuse {

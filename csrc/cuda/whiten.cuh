@@ -1,8 +1,9 @@
-// whiten: (x - mean) / sqrt(var + eps) on the masked rows. Two reads, the second from L2, and one
-// write: 12 bytes a row.
+// whiten: (x - mean) / sqrt(var + eps) over the rows with mask true. Two reads, the second from L2,
+// and one write: 12 bytes per row.
 //
-// Blocks reduce chunks of rows to (count, mean, squared deviations), meet, and each merges all
-// chunks in the same order by Chan's formula, so neither the grid nor a large mean costs digits.
+// Blocks reduce chunks of rows to (count, mean, squared deviations). After a grid-wide barrier
+// every block merges all chunks in the same order by Chan's formula. So the result does not depend
+// on the grid, and a large mean costs no digits.
 #pragma once
 
 #include "cuda/grid.cuh"
@@ -25,7 +26,8 @@ struct Spread {
   }
 };
 
-// Of the kWhitenBlock rows from `begin`; a thread's own rows stay in registers.
+// Returns the moments of the kWhitenBlock rows from `begin`. Each thread keeps its rows in
+// registers.
 __device__ inline Spread chunk_spread(const WhitenArgs& a, int64_t begin) {
   constexpr int kOwn = kWhitenBlock / kBlock;
   float x[kOwn];
@@ -35,7 +37,7 @@ __device__ inline Spread chunk_spread(const WhitenArgs& a, int64_t begin) {
     const int64_t t = begin + i * kBlock + threadIdx.x;
     on[i] = t < a.tokens && counts(a.mask, t);
     x[i] = on[i] ? a.x[t] : 0.0f;
-    // Relative to a value of its own: equal values have deviations of exactly 0.
+    // Relative to the first value of the thread, so equal values have deviations of exactly 0.
     if (on[i] && n == 0) origin = x[i];
     n += on[i];
     sum += on[i] ? x[i] - origin : 0;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kBlock) whiten_kernel(const WhitenArgs a) {
     all = block_sum_of(part, chunks, all);
     var = all.square / (all.count > 1 ? all.count - 1 : 1);
   }
-  // Equal values with eps = 0: their deviations are 0, and 0 * inf would be NaN.
+  // Equal values with eps = 0 have deviations of 0, and 0 * inf would be NaN.
   const double scale = var + a.eps == 0 ? 0 : 1 / sqrt(var + a.eps);
   const double offset = a.shift_mean ? 0 : all.mean;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kBlock;

@@ -51,7 +51,7 @@ def pairwise_max_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
         ({"block_v": 4096, "num_warps": 6}, "powers of two"),
         ({"block_t": 2048, "block_v": 2048}, "at most 1048576 elements"),
         ({"block_v": 4096, "num_warps": 64}, "num_warps must be at most 32"),
-        ({"block_v": 128, "num_warps": 8}, "every thread must have an element"),
+        ({"block_v": 128, "num_warps": 8}, "one for each thread"),
         ({"block_v": 4096, "num_stages": 0}, "num_stages"),
     ],
 )

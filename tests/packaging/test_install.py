@@ -95,7 +95,7 @@ def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Pat
     path = path_without("nvcc", tmp_path / "bin")
     arguments = f"{QUICK_BUILD} -DCMAKE_CUDA_COMPILER=NOTFOUND"
     output = environment.pip("install", str(sdist), PATH=path, TOKFUSE_CUDA="AUTO", TOKFUSE_CMAKE_ARGS=arguments).stdout
-    assert "tokfuse: no CUDA kernels (no nvcc that works" in output
+    assert "tokfuse: no CUDA kernels (no working nvcc was found" in output
     assert check_installed(environment, native=True)["native"]["cuda_version"] == ""
 
 
@@ -119,8 +119,8 @@ def test_a_broken_nvcc_leaves_the_cuda_kernels_out(source: Path, environment):
 def test_cuda_kernels_that_are_asked_for_are_no_option(source: Path, environment):
     done = environment.pip("install", str(source), check=False, TOKFUSE_CUDA="ON", CUDACXX="/bin/false")
     assert done.returncode != 0
-    assert "TOKFUSE_CUDA=ON needs nvcc, and none that works was found" in done.stdout
-    assert "TOKFUSE_CUDA is set, so it stops here" in done.stdout
+    assert "TOKFUSE_CUDA=ON needs a working nvcc; none was found" in done.stdout
+    assert "TOKFUSE_CUDA is set, so the installation stops" in done.stdout
 
 
 def test_wheel_contents(source: Path, environment, tmp_path: Path):
@@ -167,7 +167,7 @@ def test_fallback_without_a_working(broken, source: Path, environment, tmp_path:
 def test_strict_build_is_fatal(source: Path, environment):
     done = environment.pip("install", str(source), check=False, CXX="/bin/false", TOKFUSE_STRICT_BUILD="1")
     assert done.returncode != 0
-    assert "TOKFUSE_STRICT_BUILD is set, so it stops here" in done.stdout
+    assert "TOKFUSE_STRICT_BUILD is set, so the installation stops" in done.stdout
     assert environment.run("-c", "import tokfuse", check=False).returncode != 0
 
 

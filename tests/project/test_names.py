@@ -105,5 +105,20 @@ def test_no_parameter_has_an_old_name(folder: str):
     assert old == []
 
 
+# Symbols and short forms that the kernels may use, but not their launchers.
+LAUNCHER_NAMES = {"behavior": "behavior_logp", "dz": "grad_logits"}
+
+
+def test_triton_launchers_use_the_names_of_the_table():
+    assert set(LAUNCHER_NAMES.values()) <= set(table())
+    short = []
+    for file in sorted((ROOT / "triton_kernels").glob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                short += [f"{file.name}: {node.name}({a.arg})" for a in given if a.arg in LAUNCHER_NAMES]
+    assert short == []
+
+
 def test_no_struct_has_an_old_name():
     assert not {field for fields in structs().values() for field in fields} & set(OLD)
