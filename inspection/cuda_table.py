@@ -35,7 +35,7 @@ class Loops:
         writes: number of loops that read the row and write another one.
         source: load instruction: "LDG" for global memory, "LDS" for shared memory.
         traffic: elements moved between memory and the chip per element of a row.
-        streams: number of rows that a loop reads at the same time.
+        streams: rows that a loop reads side by side.
     """
 
     reads: int
@@ -50,7 +50,7 @@ ROW_KERNELS = {
     "token_stats_bwd_kernel": Loops(0, 1, traffic=2),
     "policy_step_kernel": Loops(1, 1, traffic=2),
     "policy_step_cluster_kernel": Loops(1, 1, "LDS", traffic=2),
-    # Aligned and unaligned rows use the same loop, so the count is an upper bound.
+    # Rows on and between vectors share a loop: an upper bound.
     "paired_divergence_fwd_kernel": Loops(2, 0, traffic=2, streams=2),
     "paired_divergence_bwd_kernel": Loops(0, 1, traffic=3, streams=2),
 }

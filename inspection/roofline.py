@@ -43,7 +43,7 @@ GPUS = {
 }
 
 DIVERGENCES = ("JSD", "forward KL", "reverse KL")
-# Kernels over packed float32 vectors -> (bytes between memory and the chip, their unit and a note).
+# Kernels over packed vectors: bytes per token (or row) between memory and the chip, float32.
 PACKED = {
     "policy_loss_kernel": (48, "token; 36 read, 12 written"),
     "policy_metrics_kernel": (36, "token"),

@@ -6,7 +6,10 @@ import torch
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each row's distribution. Every field is (tokens,) float32, 0 in masked rows."""
+    """Statistics of each row's distribution.
+
+    Every field is (tokens,) float32 (float64 for float64 inputs), 0 in masked rows.
+    """
 
     logp: torch.Tensor
     """log p of the target, nats. Differentiable."""
