@@ -42,7 +42,7 @@ GPUS = {
     "B200": Gpu("100a", 148, 1.85, 8.0),
 }
 
-DIVERGENCES = ("JSD", "forward KL", "reverse KL")
+DIVERGENCES = ("JSD", "forward KL", "reverse KL", "skew forward KL", "skew reverse KL", "total variation")
 # Kernels over packed vectors: bytes per token (or row) between memory and the chip, float32.
 PACKED = {
     "policy_loss_kernel": (48, "token; 36 read, 12 written"),

@@ -61,6 +61,8 @@ class CompileCase:
             loop loads are divided by it to count instructions per element. 0: a gather, whose
             instructions are not counted.
         visits: number of hot loops that each process every element. Their instructions add up.
+        rare: number of loops that are longer than the hot ones and that only some rows take. They are
+            not counted.
         traffic: number of large tensors that the kernel reads from or writes to memory. It predicts
             the share of the memory bandwidth. 0: no prediction, because the kernel does other work.
     """
@@ -70,6 +72,7 @@ class CompileCase:
     dtypes: tuple[torch.dtype, ...]
     streams: int = 1
     visits: int = 1
+    rare: int = 0
     traffic: int = 0
 
 
@@ -92,13 +95,13 @@ _CASES: dict[str, CompileCase] = {}
 
 
 def compile_case(
-    name: str, *, dtypes: tuple[torch.dtype, ...], streams: int = 1, visits: int = 1, traffic: int = 0
+    name: str, *, dtypes: tuple[torch.dtype, ...], streams: int = 1, visits: int = 1, rare: int = 0, traffic: int = 0
 ) -> Callable[[Callable[[torch.dtype], object]], Callable[[torch.dtype], object]]:
     """Declare the decorated call as a compile case."""
 
     def add(call: Callable[[torch.dtype], object]) -> Callable[[torch.dtype], object]:
         assert name not in _CASES, name
-        _CASES[name] = CompileCase(name, call, dtypes, streams, visits, traffic)
+        _CASES[name] = CompileCase(name, call, dtypes, streams, visits, rare, traffic)
         return call
 
     return add

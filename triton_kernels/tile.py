@@ -41,23 +41,50 @@ def reciprocal(x):
 
 
 @triton.jit
+def log2_near_1(x):
+    """Return log2 of x in [1e-38, 2] in one instruction; absolute error 2^-22 + 2^-22 of the value.
+
+    `tl.log2` takes 25 instructions. log2(1) is exactly 0.
+    """
+    if INTERPRET:
+        y = tl.log2(x)
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
 def expm1_2(x):
     """Return 2^x - 1 for x in [-126, 0]; relative error <= 4e-7. tl.exp2(x) - 1 cancels near 0."""
+    return power_split(x)[1]
+
+
+@triton.jit
+def power_split(x):
+    """Return (2^x, 2^x - 1) for x in [-126, 0], each with a relative error <= 4e-7."""
     k = tl.floor(x + 0.5)
     r = x - k
     p = 1.326472731307149e-3 * r + 9.671512991189957e-3
     p = ((p * r + 5.550733581185341e-2) * r + 0.24022242426872253) * r + 0.6931470036506653
     scale = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return p * r * scale + (scale - 1.0)
+    rest = p * r
+    return rest * scale + scale, rest * scale + (scale - 1.0)
 
 
 @triton.jit
 def log1p(y):
-    """Return ln(1 + y) for finite y > -1; relative error <= 3e-7. The polynomial is from Cephes logf.
+    """Return ln(1 + y) for finite y > -1; relative error <= 3e-7."""
+    return log_split(1.0 + y, y)
 
-    The hardware logarithm has an absolute error of 2^-22, which is too large for a result near 0.
+
+@triton.jit
+def log_split(t, y):
+    """Return ln t for finite t = 1 + y > 0; relative error <= 3e-7. The polynomial is from Cephes logf.
+
+    y is exact near t = 1, and t is exact near 0. The hardware logarithm has an absolute error of 2^-22,
+    which is too large for a result near 0.
     """
-    bits = (1.0 + y).to(tl.int32, bitcast=True) - 0x3F3504F3  # the bits of sqrt(1/2)
+    bits = t.to(tl.int32, bitcast=True) - 0x3F3504F3  # the bits of sqrt(1/2)
     k = bits >> 23
     reduced = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
     f = tl.where(k == 0, y, reduced)

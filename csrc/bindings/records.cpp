@@ -70,7 +70,8 @@ const char* fault_of(const DivergenceArgs& a) {
   if (a.stride_p < 0 || a.stride_q < 0) return "row strides must be >= 0";
   if (!(a.softcap >= 0.0f && a.logit_scale > 0.0f)) return "softcap must be >= 0, logit_scale > 0";
   if (a.temperatures == nullptr && !(a.temperature > 0.0f)) return "temperature must be > 0";
-  if (!(a.beta > 0.0f && a.beta < 1.0f)) return "beta must be in (0, 1)";
+  if (!(a.mix_weight > 0.0f && a.mix_weight < 1.0f)) return "mix_weight must be in (0, 1)";
+  if (!(a.bound > 0.0f)) return "bound must be > 0";
   if (a.tokens > 0 && (a.logits_p == nullptr || a.logits_q == nullptr)) return "logits are null";
   return nullptr;
 }
@@ -119,7 +120,7 @@ FIELDS_OF(KeptArgs, REQUIRED(logits), REQUIRED(ids), REQUIRED(offsets), REQUIRED
 FIELDS_OF(DivergenceArgs, REQUIRED(logits_p), REQUIRED(logits_q), REQUIRED(stride_p),
           REQUIRED(stride_q), REQUIRED(dtype), REQUIRED(tokens), REQUIRED(vocab), REQUIRED(mask),
           REQUIRED(temperatures), REQUIRED(temperature), REQUIRED(softcap), REQUIRED(logit_scale),
-          REQUIRED(kind), REQUIRED(beta), REQUIRED(threads))
+          REQUIRED(kind), REQUIRED(mix_weight), REQUIRED(bound), REQUIRED(threads))
 
 FIELDS_OF(DivergenceOut, REQUIRED(divergence), REQUIRED(state))
 

@@ -99,7 +99,7 @@ struct Codes;
     static constexpr const char* wrong = text;          \
   }
 TOKFUSE_CODES(DType, kFloat16, "dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-TOKFUSE_CODES(Divergence, kReverseKl, "unknown divergence code");
+TOKFUSE_CODES(Divergence, kTotalVariation, "unknown divergence code");
 TOKFUSE_CODES(Baseline, kNone, "unknown baseline code");
 TOKFUSE_CODES(Scale, kMean, "unknown scale code");
 TOKFUSE_CODES(WeightLevel, kExternal, "unknown level code");

@@ -82,7 +82,14 @@ struct KeptArgs {
 };
 
 // runtime/core/codes.py lists the same codes.
-enum class Divergence : int32_t { kJsd = 0, kForwardKl = 1, kReverseKl = 2 };
+enum class Divergence : int32_t {
+  kJsd = 0,
+  kForwardKl = 1,
+  kReverseKl = 2,
+  kSkewForward = 3,
+  kSkewReverse = 4,
+  kTotalVariation = 5
+};
 
 // Floats per token that the backward of a divergence needs.
 constexpr int kDivergenceState = 6;
@@ -100,8 +107,9 @@ struct DivergenceArgs {
   float softcap;              // 0: none
   float logit_scale;
   Divergence kind;
-  float beta;   // weight of Q in the mixture of kJsd
-  int threads;  // CPU
+  float mix_weight;  // in the mixture: of Q for kJsd and kSkewForward, of P for kSkewReverse
+  float bound;       // largest value of this divergence; infinity for the two KLs
+  int threads;       // CPU
 };
 
 struct DivergenceOut {

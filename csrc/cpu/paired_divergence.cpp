@@ -1,16 +1,19 @@
-// paired_divergence: KL(Q || P), KL(P || Q) or the Jensen-Shannon divergence of two rows of logits,
-// and its gradient with respect to P's logits.
+// paired_divergence: the divergence of two rows of logits, and its gradient with respect to the
+// logits of P.
 //
-// Per row: the log-sum-exp of P and of Q (one read of each from memory), then the divergence while
-// both rows are in the L2 cache. Backward: one read of each, one write. Exponentials per element:
-// 4, then 2.
+// The first pass over both rows computes their log-sum-exps. A KL comes out of the same pass, from
+//     KL(P || Q) = sum e_p (d_p - d_q) / (T S_p) - log(S_p / S_q),   d = u - max u,
+// if it is at least kClose. Closer rows cancel there. They and every other kind take a second pass
+// over both rows, which are in the L2 cache by then. Exponentials per element: 2 in the first pass,
+// 2 in the second one and 2 in the backward, and a logarithm if there is a mixture.
 //
-// With delta = log p - log q, formed from u_p - u_q so that close logits subtract exactly, `big`
-// the larger of p and q, a = |delta| and m1 = e^-a - 1:
+// In the second pass, delta = log p - log q, formed from u_p - u_q so that close logits subtract
+// exactly. With `big` the larger of p and q, a = |delta| and m1 = e^-a - 1:
 //     small = big (1 + m1),   q - p = +-big m1,   log(big / mix) = -log(1 + b m1),
-// with b the weight of the smaller one in the mixture. These keep their relative precision when P
-// and Q are close, and are exactly 0 when the rows are equal. KL terms are summed as
-// p delta + (q - p), which is non-negative and does not feel the rounding of the two sums.
+// with b the weight of the smaller one in the mixture. These keep their relative precision if P
+// and Q are close, and are exactly 0 if the rows are equal. KL(a || b) is summed as
+// a log(a / b) + (b - a). Each such term is >= 0, and an error of the log-sum-exps cancels in the
+// sum to first order.
 #include "cpu/distribution_kernels.h"
 #include "cpu/row_gradient.h"
 
@@ -20,17 +23,33 @@ namespace {
 
 constexpr float kLn2f = 0.693147180559945309417f;
 
-// What a block needs to turn two staged logits into probabilities; base 2.
+// A KL below this is computed again by the second pass. The first one has an absolute error of
+// about 3e-7, which is 0.3% here.
+constexpr double kClose = 1e-4;
+
+constexpr bool is_kl(Divergence kind) {
+  return kind == Divergence::kForwardKl || kind == Divergence::kReverseKl;
+}
+constexpr bool has_mixture(Divergence kind) {
+  return !is_kl(kind) && kind != Divergence::kTotalVariation;
+}
+
+// What turns two staged logits into probabilities; base 2.
 struct Pair {
   float c;             // log2(e) / T
   float p_max, q_max;  // log2 p = (u_p - p_max) c - p_log2s
   float p_log2s, q_log2s;
-  float beta;
-  float mean;  // sum of p * d, d = delta or log(p / mix)
+  float p_weight, q_weight;  // mix = p_weight p + q_weight q
+  float mean;                // sum of p s, s = Element::slope
 };
 
-// 2^x - 1 for x in [-127, 0], relative error <= 4e-7; exp2_simd's polynomial without its 1.
-static inline float expm1_2(float x) {
+// r = 2^x and m1 = 2^x - 1 for x in [-127, 0], each with a relative error <= 4e-7: exp2_simd's
+// polynomial without its 1.
+struct Power {
+  float r, m1;
+};
+
+static inline Power power_of(float x) {
   constexpr float kMagic = 12582912.0f + 127.0f;
   const float t = x + kMagic;
   const float r = x - (t - kMagic);
@@ -40,14 +59,16 @@ static inline float expm1_2(float x) {
   p = p * r + 0x1.ebf9bcp-3f;
   p = p * r + 0x1.62e42ap-1f;
   const float scale = float_of(bits_of(t) << 23);
-  return p * r * scale + (scale - 1.0f);
+  const float rest = p * r;
+  return {rest * scale + scale, rest * scale + (scale - 1.0f)};
 }
 
-// ln(1 + y) for y in (-1, 0], relative error <= 3e-7: exact range reduction to [sqrt 1/2, sqrt 2),
-// where near 0 the argument y itself is used. Polynomial of the Cephes library's logf.
-static inline float log1p_simd(float y) {
+// ln t for t = 1 + y in (0, 1], relative error <= 3e-7: exact range reduction to
+// [sqrt 1/2, sqrt 2). y has the digits near t = 1, and t those near 0. Polynomial of the Cephes
+// library's logf.
+static inline float log_split(float t, float y) {
   constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
-  const uint32_t i = bits_of(1.0f + y) - kSqrtHalf;
+  const uint32_t i = bits_of(t) - kSqrtHalf;
   const int32_t k = static_cast<int32_t>(i) >> 23;
   const float f = k == 0 ? y : float_of((i & 0x7fffffu) + kSqrtHalf) - 1.0f;
   const float f2 = f * f, f4 = f2 * f2;  // Estrin's order: half the latency of Horner's
@@ -60,15 +81,13 @@ static inline float log1p_simd(float y) {
 }
 
 struct Element {
-  float p, q, gap;  // gap = q - p
-  float delta;      // log p - log q, nats; +-inf where one of them is excluded
-  float log_mix;    // log(p / mix), nats; only for kJsd
-  float term;       // of the divergence
+  float p;
+  float term;   // of the divergence
+  float slope;  // s of the gradient p (s - sum p s); kForwardKl: p - q, the gradient itself
 };
 
 template <Divergence kKind>
 static inline Element element(float up, float uq, const Pair& w, float floor) {
-  Element out;
   // Two excluded logits would give inf - inf.
   const float apart = (up == uq ? 0.0f : up - uq) - (w.p_max - w.q_max);
   const float delta = apart * w.c - (w.p_log2s - w.q_log2s);
@@ -76,22 +95,38 @@ static inline Element element(float up, float uq, const Pair& w, float floor) {
   const bool p_is_big = delta >= 0.0f;
   const float away = clamp_exponent(p_is_big ? -delta : delta, floor);
   const float big = exp2_simd(clamp_exponent(p_is_big ? lp : lq, floor));
-  const float m1 = expm1_2(away), gap = big * m1, small = big + gap;
-  out.p = p_is_big ? big : small;
-  out.q = p_is_big ? small : big;
-  out.gap = p_is_big ? gap : -gap;
-  out.delta = delta * kLn2f;
-  if (kKind == Divergence::kJsd) {
-    const float b = p_is_big ? w.beta : 1.0f - w.beta;
-    const float of_big = -log1p_simd(b * m1), of_small = of_big + away * kLn2f;
-    out.log_mix = p_is_big ? of_big : of_small;
-    out.term = (1.0f - b) * big * of_big + b * small * of_small;
-  } else if (kKind == Divergence::kReverseKl) {
-    out.term = (out.p > 0.0f ? out.p * out.delta : 0.0f) + out.gap;
-  } else {
-    out.term = (out.q > 0.0f ? -out.q * out.delta : 0.0f) - out.gap;
+  const Power power = power_of(away);
+  const float m1 = power.m1, big_gap = big * m1;
+  // A KL needs an exact 0 for an excluded entry, a mixture the digits of the smaller probability.
+  const float small = has_mixture(kKind) ? big * power.r : big + big_gap;
+  const float p = p_is_big ? big : small, q = p_is_big ? small : big;
+  const float gap = p_is_big ? big_gap : -big_gap;  // q - p
+  if (has_mixture(kKind)) {
+    const float b = p_is_big ? w.q_weight : w.p_weight;
+    const float big_weight = p_is_big ? w.p_weight : w.q_weight;
+    const float t = big_weight + b * power.r;  // mix / big
+    const float of_big = -log_split(t, b * m1), of_small = of_big + away * kLn2f;
+    const float log_p = p_is_big ? of_big : of_small;      // log(p / mix)
+    const float apart_by_mix = (p_is_big ? m1 : -m1) / t;  // (q - p) / mix
+    if (kKind == Divergence::kSkewForward) {
+      const float log_q = p_is_big ? of_small : of_big;
+      return {p, q * log_q - w.p_weight * gap, -w.p_weight * w.p_weight * apart_by_mix};
+    }
+    if (kKind == Divergence::kSkewReverse) {
+      return {p, p * log_p + w.q_weight * gap, log_p + w.p_weight * w.q_weight * apart_by_mix};
+    }
+    return {p, big_weight * big * of_big + b * small * of_small, w.p_weight * log_p};
   }
-  return out;
+  const float nats = delta * kLn2f;
+  if (kKind == Divergence::kTotalVariation) {
+    return {p, -0.5f * big_gap, delta > 0.0f ? 0.5f : (delta < 0.0f ? -0.5f : delta)};
+  }
+  // If the weight is 0 the term is 0 and not 0 * inf; the gap carries the NaN of the row.
+  if (kKind == Divergence::kReverseKl) {
+    const float slope = p > 0.0f ? nats : 0.0f;
+    return {p, p * slope + gap, slope};
+  }
+  return {p, (q > 0.0f ? -q * nats : 0.0f) - gap, -gap};
 }
 
 struct Sums {
@@ -108,8 +143,7 @@ TOKFUSE_BLOCK_LOOP static void sum_terms(const float* __restrict up, const float
   for (int64_t j = 0; j < n; j++) {
     const Element e = element<kKind>(up[j], uq[j], w, floor);
     total += e.term;
-    if (kKind == Divergence::kJsd) mean += e.p * e.log_mix;
-    if (kKind == Divergence::kReverseKl) mean += e.p > 0.0f ? e.p * e.delta : 0.0f;
+    if (kKind != Divergence::kForwardKl) mean += e.p * e.slope;
   }
   *out = {total, mean};
 }
@@ -125,15 +159,7 @@ TOKFUSE_BLOCK_LOOP static void gradient_terms(const float* __restrict up,
 #pragma omp simd
   for (int64_t j = 0; j < n; j++) {
     const Element e = element<kKind>(up[j], uq[j], w, floor);
-    float g;
-    if (kKind == Divergence::kJsd) {
-      g = (1.0f - w.beta) * e.p * (e.log_mix - w.mean);
-    } else if (kKind == Divergence::kReverseKl) {
-      g = e.p > 0.0f ? e.p * (e.delta - w.mean) : 0.0f * e.gap;
-    } else {
-      g = -e.gap;
-    }
-    out[j] = scale * g;
+    out[j] = scale * (kKind == Divergence::kForwardKl ? e.slope : e.p * (e.slope - w.mean));
   }
 }
 
@@ -158,7 +184,8 @@ Row<T> pair_row(const void* logits, int64_t stride, int64_t vocab, int64_t t) {
   return {static_cast<const T*>(logits) + t * stride, nullptr, vocab, -1};
 }
 
-// Block `begin` of a row in float32: itself where it is so already, else converted into `buffer`.
+// Return block `begin` of a row in float32: the row itself if it is plain float32, else a copy in
+// `buffer`.
 template <class T, bool kTransform>
 const float* block_of(const Row<T>& row, const Transform& f, int64_t begin, int64_t n,
                       float* buffer) {
@@ -167,7 +194,7 @@ const float* block_of(const Row<T>& row, const Transform& f, int64_t begin, int6
   return buffer;
 }
 
-// Both rows block by block; run(begin, n, up, uq).
+// Call run(begin, n, up, uq) for each block of both rows.
 template <class T, bool kTransform, class F>
 void for_blocks(const Row<T>& p, const Row<T>& q, const Transform& f, const F& run) {
   alignas(64) float p_buffer[kBlock], q_buffer[kBlock];
@@ -179,44 +206,91 @@ void for_blocks(const Row<T>& p, const Row<T>& q, const Transform& f, const F& r
   }
 }
 
-struct LogSum {
-  float max;     // largest transformed logit; -inf: no distribution
-  double log2s;  // log2 of the sum of 2^((u - max) c)
+// The running sums of the first pass, relative to the maxima so far.
+struct PairSums {
+  float p_max = -kInf, q_max = -kInf;  // largest transformed logits; -inf: no distribution
+  double p_sum = 0, q_sum = 0;         // of 2^((u - max) c)
+  double cross = 0;                    // of e_p (d_p - d_q), or of e_q (d_q - d_p) for kForwardKl
 };
 
-TOKFUSE_BLOCK_LOOP static float sum_exp(const float* __restrict u, int64_t n, float max, float c) {
+struct BlockSums {
+  float p_sum, q_sum, cross;
+};
+
+// A maximum that is still -inf is passed as 0.
+template <Divergence kKind>
+TOKFUSE_BLOCK_LOOP static void sum_exps(const float* __restrict up, const float* __restrict uq,
+                                        int64_t n, float p_max, float q_max, float c,
+                                        BlockSums* out) {
   const float floor = opaque(kExponentFloor);
-  float s = 0;
-#pragma omp simd reduction(+ : s)
-  for (int64_t j = 0; j < n; j++) s += exp2_simd(clamp_exponent((u[j] - max) * c, floor));
+  float p_sum = 0, q_sum = 0, cross = 0;
+#pragma omp simd reduction(+ : p_sum, q_sum, cross)
+  for (int64_t j = 0; j < n; j++) {
+    const float dp = up[j] - p_max, dq = uq[j] - q_max;
+    const float ep = exp2_simd(clamp_exponent(dp * c, floor));
+    const float eq = exp2_simd(clamp_exponent(dq * c, floor));
+    p_sum += ep;
+    q_sum += eq;
+    if (kKind == Divergence::kReverseKl) cross += ep * (dp - dq);
+    if (kKind == Divergence::kForwardKl) cross += eq * (dq - dp);
+  }
+  *out = {p_sum, q_sum, cross};
+}
+
+// Raise one maximum and rescale its sum. Return the step; 0 for the first maximum.
+inline double raise(float* max, float block, float c, double* sum) {
+  if (!(block > *max)) return 0.0;
+  const double step = *max > -kInf ? static_cast<double>(block) - *max : 0.0;
+  *sum *= ::exp2(-step * c);
+  *max = block;
+  return step;
+}
+
+template <class T, bool kTransform, Divergence kKind>
+PairSums sum_pair(const Row<T>& p, const Row<T>& q, const Transform& f, float c) {
+  PairSums s;
+  for_blocks<T, kTransform>(p, q, f, [&](int64_t, int64_t n, const float* up, const float* uq) {
+    const double p_before = s.p_sum, q_before = s.q_sum;
+    const double p_step = raise(&s.p_max, block_max(up, n), c, &s.p_sum);
+    const double q_step = raise(&s.q_max, block_max(uq, n), c, &s.q_sum);
+    if (kKind == Divergence::kReverseKl && p_before > 0) {
+      s.cross = (s.cross - (p_step - q_step) * p_before) * (s.p_sum / p_before);
+    } else if (kKind == Divergence::kForwardKl && q_before > 0) {
+      s.cross = (s.cross - (q_step - p_step) * q_before) * (s.q_sum / q_before);
+    }
+    BlockSums block;
+    sum_exps<kKind>(up, uq, n, s.p_max > -kInf ? s.p_max : 0.0f, s.q_max > -kInf ? s.q_max : 0.0f,
+                    c, &block);
+    s.p_sum += block.p_sum;
+    s.q_sum += block.q_sum;
+    s.cross += block.cross;
+  });
+  // A row with NaN is computed like any other, so that NaN reaches the result.
+  if (s.p_sum != s.p_sum) s.p_max = 0.0f;
+  if (s.q_sum != s.q_sum) s.q_max = 0.0f;
   return s;
 }
 
-template <class T, bool kTransform>
-LogSum log_sum(const Row<T>& row, const Transform& f, float c) {
-  alignas(64) float buffer[kBlock];
-  float max = -kInf;
-  double s = 0;
-  for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
-    const int64_t left = row.vocab - begin, n = left < kBlock ? left : kBlock;
-    const float* u = block_of<T, kTransform>(row, f, begin, n, buffer);
-    const float m = block_max(u, n);
-    if (m > max) {
-      if (max > -kInf) s *= ::exp2((static_cast<double>(max) - m) * c);
-      max = m;
-    }
-    if (max > -kInf) {
-      s += sum_exp(u, n, max, c);
-    } else if (has_nan(u, n)) {
-      s = __builtin_nan("");
-    }
-  }
-  if (s != s) max = 0.0f;  // NaN: computed on, so that it reaches the result
-  return {max, ::log2(s)};
+// Return the KL from the first pass. An excluded entry makes it NaN or infinite.
+template <Divergence kKind>
+double kl_of(const PairSums& s, float c) {
+  const double nats = static_cast<double>(c) * kLn2;
+  if (kKind == Divergence::kReverseKl) return s.cross / s.p_sum * nats - ::log(s.p_sum / s.q_sum);
+  return s.cross / s.q_sum * nats - ::log(s.q_sum / s.p_sum);
 }
 
-// Largest value of the divergence: the entropy of the mixture's weights.
-double jsd_bound(double beta) { return -beta * ::log(beta) - (1 - beta) * ::log1p(-beta); }
+Pair pair_of(const DivergenceArgs& a, float c, float p_max, float q_max, float p_log2s,
+             float q_log2s, float mean) {
+  const bool of_p = a.kind == Divergence::kSkewReverse;
+  return {c,
+          p_max,
+          q_max,
+          p_log2s,
+          q_log2s,
+          of_p ? a.mix_weight : 1.0f - a.mix_weight,
+          of_p ? 1.0f - a.mix_weight : a.mix_weight,
+          mean};
+}
 
 template <class T, bool kTransform, Divergence kKind>
 void forward_row(const DivergenceArgs& a, const LogitsArgs& rows, const Transform& f, int64_t t,
@@ -227,19 +301,22 @@ void forward_row(const DivergenceArgs& a, const LogitsArgs& rows, const Transfor
   const Row<T> p = pair_row<T>(a.logits_p, a.stride_p, a.vocab, t);
   const Row<T> q = pair_row<T>(a.logits_q, a.stride_q, a.vocab, t);
   const float c = base2_scale(rows, temperature_of(rows, t));
-  const LogSum sp = log_sum<T, kTransform>(p, f, c), sq = log_sum<T, kTransform>(q, f, c);
-  if (sp.max == -kInf || sq.max == -kInf) return;  // a row of only -inf: no distribution
-  const Pair w = {
-      c, sp.max, sq.max, static_cast<float>(sp.log2s), static_cast<float>(sq.log2s), a.beta, 0.0f};
-  double total = 0, mean = 0;
-  for_blocks<T, kTransform>(p, q, f, [&](int64_t, int64_t n, const float* up, const float* uq) {
-    Sums sums;
-    sum_terms<kKind>(up, uq, n, w, &sums);
-    total += sums.total;
-    mean += sums.mean;
-  });
+  const PairSums s = sum_pair<T, kTransform, kKind>(p, q, f, c);
+  if (s.p_max == -kInf || s.q_max == -kInf) return;  // only -inf: no distribution
+  const Pair w = pair_of(a, c, s.p_max, s.q_max, static_cast<float>(::log2(s.p_sum)),
+                         static_cast<float>(::log2(s.q_sum)), 0.0f);
+  double total = is_kl(kKind) ? kl_of<kKind>(s, c) : 0, mean = total;
+  if (!(total >= kClose)) {
+    total = mean = 0;
+    for_blocks<T, kTransform>(p, q, f, [&](int64_t, int64_t n, const float* up, const float* uq) {
+      Sums sums;
+      sum_terms<kKind>(up, uq, n, w, &sums);
+      total += sums.total;
+      mean += sums.mean;
+    });
+  }
   if (total < 0) total = 0;
-  if (kKind == Divergence::kJsd && total > jsd_bound(a.beta)) total = jsd_bound(a.beta);
+  if (total > a.bound) total = a.bound;
   *divergence = static_cast<float>(total);
   const float live = *divergence == kInf ? 0.0f : 1.0f;
   const float kept[kDivergenceState] = {live,      w.p_max,   w.q_max,
@@ -271,7 +348,7 @@ void backward(const DivergenceArgs& a, const DivergenceGrad& g) {
       continue;
     }
     const float temperature = temperature_of(rows, t);
-    const Pair w = {base2_scale(rows, temperature), s[1], s[2], s[3], s[4], a.beta, s[5]};
+    const Pair w = pair_of(a, base2_scale(rows, temperature), s[1], s[2], s[3], s[4], s[5]);
     const float scale = g.grad_divergence[t] * a.logit_scale / temperature;
     const Row<T> p = pair_row<T>(a.logits_p, a.stride_p, a.vocab, t);
     const Row<T> q = pair_row<T>(a.logits_q, a.stride_q, a.vocab, t);
@@ -299,7 +376,7 @@ struct Kind {
   static constexpr Divergence value = kValue;
 };
 
-// Calls run(null pointer of the element type, Flag of a softcap, Kind).
+// Call run(null pointer of the element type, Flag of a softcap, Kind).
 template <class F>
 void dispatch(const DivergenceArgs& a, const F& run) {
   by_dtype(rows_of(a, a.logits_p, a.stride_p), [&](auto* type) {
@@ -311,6 +388,12 @@ void dispatch(const DivergenceArgs& a, const F& run) {
           return run(type, transform, Kind<Divergence::kForwardKl>());
         case Divergence::kReverseKl:
           return run(type, transform, Kind<Divergence::kReverseKl>());
+        case Divergence::kSkewForward:
+          return run(type, transform, Kind<Divergence::kSkewForward>());
+        case Divergence::kSkewReverse:
+          return run(type, transform, Kind<Divergence::kSkewReverse>());
+        case Divergence::kTotalVariation:
+          return run(type, transform, Kind<Divergence::kTotalVariation>());
       }
     };
     a.softcap != 0.0f ? by_kind(Flag<true>()) : by_kind(Flag<false>());

@@ -135,6 +135,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// log2 x, absolute error 2^-22 + 2^-22 of the value; log2(1) is exactly 0.
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The maximum, or NaN if either argument is NaN; fmaxf ignores NaN.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float y;

@@ -11,7 +11,7 @@ struct Kind {
   static constexpr Divergence value = kValue;
 };
 
-// Calls run(null pointer of the element type, Flag of a softcap, Kind).
+// Call run(null pointer of the element type, Flag of a softcap, Kind).
 template <class F>
 cudaError_t dispatch(const DivergenceArgs& a, const F& run) {
   return by_dtype(a.dtype, [&](auto* type) {
@@ -23,6 +23,12 @@ cudaError_t dispatch(const DivergenceArgs& a, const F& run) {
           return run(type, transformed, Kind<Divergence::kForwardKl>());
         case Divergence::kReverseKl:
           return run(type, transformed, Kind<Divergence::kReverseKl>());
+        case Divergence::kSkewForward:
+          return run(type, transformed, Kind<Divergence::kSkewForward>());
+        case Divergence::kSkewReverse:
+          return run(type, transformed, Kind<Divergence::kSkewReverse>());
+        case Divergence::kTotalVariation:
+          return run(type, transformed, Kind<Divergence::kTotalVariation>());
       }
       return cudaErrorInvalidValue;
     });
@@ -39,15 +45,11 @@ bool streams_aligned(const DivergenceArgs& a) {
 cudaError_t paired_divergence_fwd(const DivergenceArgs& a, const DivergenceOut& out,
                                   cudaStream_t stream) {
   if (a.tokens == 0) return cudaSuccess;
-  // Largest value of the JSD: the entropy of the mixture's weights.
-  const double beta = a.beta, rest = 1.0 - beta;
-  const float bound = static_cast<float>(-beta * log(beta) - rest * log(rest));
   return dispatch(a, [&](auto* type, auto transformed, auto kind) {
     using T = Pointee<decltype(type)>;
     return launch_resident(
         paired_divergence_fwd_kernel<T, decltype(transformed)::value, decltype(kind)::value>,
-        a.tokens, kDivergenceThreads, stream, a, bound, out.divergence, out.state,
-        streams_aligned<T>(a));
+        a.tokens, kDivergenceThreads, stream, a, out.divergence, out.state, streams_aligned<T>(a));
   });
 }
 

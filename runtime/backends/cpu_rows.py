@@ -140,14 +140,14 @@ def kept_token_stats_bwd(
 
 
 def paired_divergence_fwd(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, beta: float, **options: Any
+    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
 ) -> tuple[torch.Tensor, ...]:
     """(divergence (tokens,), what the backward needs of each row)."""
     o, module = LogitOptions(**options), native.loaded()
     divergence = torch.empty(logits_p.shape[0], dtype=torch.float32)
     state = torch.empty(logits_p.shape[0], DIVERGENCE_STATE, dtype=torch.float32)
     bad = module.paired_divergence_fwd(
-        row_args.divergence_args(module, logits_p, logits_q, o, kind=kind, beta=beta),
+        row_args.divergence_args(module, logits_p, logits_q, o, kind=kind, mix_weight=mix_weight),
         row_args.divergence_out(module, divergence, state),
     )
     if bad >= 0:
@@ -163,14 +163,14 @@ def paired_divergence_bwd(
     grad: torch.Tensor,
     *,
     kind: str,
-    beta: float,
+    mix_weight: float,
     **options: Any,
 ) -> torch.Tensor:
     """The gradient of logits_p; masked rows are known by their state."""
     module, o = native.loaded(), LogitOptions(**options)
     grad_logits = native.empty_like_rows(logits_p)
     module.paired_divergence_bwd(
-        row_args.divergence_args(module, logits_p, logits_q, o, kind=kind, beta=beta),
+        row_args.divergence_args(module, logits_p, logits_q, o, kind=kind, mix_weight=mix_weight),
         row_args.divergence_grad(module, state, grad, grad_logits),
     )
     return grad_logits

@@ -118,7 +118,7 @@ def kept_token_stats_bwd(
 
 
 def paired_divergence_fwd(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, beta: float, **options: Any
+    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(divergence (tokens,), what the backward needs of each row)."""
     native = launchers()
@@ -126,7 +126,7 @@ def paired_divergence_fwd(
     state = divergence.new_empty(logits_p.shape[0], DIVERGENCE_STATE)
     native.paired_divergence_fwd(
         place(logits_p),
-        row_args.divergence_args(native, logits_p, logits_q, LogitOptions(**options), kind=kind, beta=beta),
+        row_args.divergence_args(native, logits_p, logits_q, LogitOptions(**options), kind=kind, mix_weight=mix_weight),
         row_args.divergence_out(native, divergence, state),
     )
     return divergence, state
@@ -139,7 +139,7 @@ def paired_divergence_bwd(
     grad: torch.Tensor,
     *,
     kind: str,
-    beta: float,
+    mix_weight: float,
     **options: Any,
 ) -> torch.Tensor:
     """The gradient of logits_p; masked rows are known by their state."""
@@ -147,7 +147,7 @@ def paired_divergence_bwd(
     grad_logits = torch.empty(logits_p.shape, dtype=logits_p.dtype, device=logits_p.device)
     native.paired_divergence_bwd(
         place(logits_p),
-        row_args.divergence_args(native, logits_p, logits_q, LogitOptions(**options), kind=kind, beta=beta),
+        row_args.divergence_args(native, logits_p, logits_q, LogitOptions(**options), kind=kind, mix_weight=mix_weight),
         row_args.divergence_grad(native, state, grad, grad_logits),
     )
     return grad_logits

@@ -4,12 +4,13 @@
 `cuda_backend.launchers()`. A struct keeps its tensors alive.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.core.codes import DIVERGENCES
+from tokfuse.runtime.core.codes import DIVERGENCES, SKEW
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.native import DTYPE_CODE, contiguous, float_vector
 
@@ -154,9 +155,9 @@ def kept_args(native: Any, logits: Any, ids: torch.Tensor, offsets: torch.Tensor
 
 
 def divergence_args(
-    native: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, o: LogitOptions, *, kind: str, beta: float
+    native: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, o: LogitOptions, *, kind: str, mix_weight: float
 ) -> Any:
-    """DivergenceArgs. kind: one of `DIVERGENCES`."""
+    """Return the DivergenceArgs of `kind`, one of `DIVERGENCES`."""
     logits_p, logits_q = unit_stride(logits_p), unit_stride(logits_q)
     temperatures, temperature = _per_token(o.temperature)
     return native.DivergenceArgs(
@@ -173,9 +174,19 @@ def divergence_args(
         softcap=o.softcap or 0.0,
         logit_scale=o.logit_scale,
         kind=DIVERGENCES.index(kind),
-        beta=beta,
+        mix_weight=mix_weight,
+        bound=divergence_bound(kind, mix_weight),
         threads=torch.get_num_threads(),
     )
+
+
+def divergence_bound(kind: str, mix_weight: float) -> float:
+    """Return the largest value of a divergence, in nats; rounding must not exceed it."""
+    if kind == "jsd":  # the entropy of the two weights
+        return -mix_weight * math.log(mix_weight) - (1 - mix_weight) * math.log1p(-mix_weight)
+    if kind in SKEW:
+        return -math.log(mix_weight)
+    return 1.0 if kind == "tvd" else math.inf
 
 
 def divergence_out(native: Any, divergence: torch.Tensor, state: torch.Tensor) -> Any:

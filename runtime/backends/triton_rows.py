@@ -1,10 +1,10 @@
 """The Triton kernels over rows of logits; the launchers allocate their own outputs."""
 
-import math
 from typing import Any
 
 import torch
 
+from tokfuse.runtime.backends.row_args import divergence_bound
 from tokfuse.runtime.backends.triton_backend import launcher
 from tokfuse.runtime.backends.value_checks import with_support, with_targets, with_temperature
 from tokfuse.runtime.core.dispatch import Kernels, RowState
@@ -14,11 +14,13 @@ _divergence_fwd = launcher("paired_divergence", "paired_divergence_fwd")
 
 
 def paired_divergence_fwd(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, *, beta: float, **options: Any
+    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
 ) -> tuple[torch.Tensor, ...]:
     """(divergence (tokens,), what the backward needs of each row)."""
-    bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)  # entropy of the weights
-    out: tuple[torch.Tensor, ...] = _divergence_fwd(logits_p, logits_q, beta=beta, jsd_bound=bound, **options)
+    bound = divergence_bound(kind, mix_weight)
+    out: tuple[torch.Tensor, ...] = _divergence_fwd(
+        logits_p, logits_q, kind=kind, mix_weight=mix_weight, bound=bound, **options
+    )
     return out
 
 

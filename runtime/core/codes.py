@@ -12,8 +12,9 @@ NORMALIZE = ("none", "batch", "group")
 RULE_STATISTICS = ("ratio", "k1", "k2", "k3")
 RULE_OVER = ("token", "sum", "mean", "max")
 
-# csrc/cpu/distribution_kernels.h and csrc/cuda/kernels.h
-DIVERGENCES = ("jsd", "kl_forward", "kl_reverse")
+# csrc/common/row_args.h
+DIVERGENCES = ("jsd", "kl_forward", "kl_reverse", "skew_forward", "skew_reverse", "tvd")
+SKEW = ("skew_forward", "skew_reverse")
 
 ESTIMATES = ("ips", "snips", "dm", "dr", "sndr")
 """Names of the results of `ope`, in the order of the rows that the kernels return."""

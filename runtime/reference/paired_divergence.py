@@ -13,7 +13,7 @@ def forward(
     logits_q: torch.Tensor,
     *,
     kind: str,
-    beta: float,
+    mix_weight: float,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -38,7 +38,9 @@ def forward(
         infinite = (no_q & ~no_p).any(-1) & ~zero
     # Rows with result 0 or inf are replaced before the arithmetic: their gradient would be 0 * inf.
     flat = (zero | infinite).unsqueeze(-1)
-    out = _divergence(_log_probs(torch.where(flat, 0.0, u_p)), _log_probs(torch.where(flat, 0.0, u_q)), kind, beta)
+    out = _divergence(
+        _log_probs(torch.where(flat, 0.0, u_p)), _log_probs(torch.where(flat, 0.0, u_q)), kind, mix_weight
+    )
     out = out + (-out.detach()).clamp_min(0.0)  # rounding below 0; the gradient stays
     out = torch.where(infinite, float("inf"), torch.where(zero, 0.0, out))
     return out.to(result_dtype(logits_p.dtype))
@@ -48,15 +50,25 @@ def _log_probs(u: torch.Tensor) -> torch.Tensor:
     return torch.where(u == float("-inf"), EXCLUDED, log_softmax(u)[0])
 
 
-def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float) -> torch.Tensor:
+def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, mix_weight: float) -> torch.Tensor:
     p, q = log_p.exp(), log_q.exp()
     if kind == "kl_forward":
         terms = q * (log_q - log_p)
     elif kind == "kl_reverse":
         terms = p * (log_p - log_q)
-    else:  # log(p / mix) = -log(1 - beta + beta q / p), exactly 0 where p = q
+    elif kind == "tvd":
+        terms = 0.5 * (p - q).abs()
+    else:
+        p_weight = mix_weight if kind == "skew_reverse" else 1 - mix_weight
+        q_weight = mix_weight if kind != "skew_reverse" else 1 - mix_weight
+        # log(p / mix) = -log(1 - q_weight + q_weight q / p), exactly 0 if p = q
         ratio = (log_q - log_p).clamp(-FAR, FAR)
-        p_over_mix = -torch.log1p(beta * torch.expm1(ratio))
-        q_over_mix = -torch.log1p((1 - beta) * torch.expm1(-ratio))
-        terms = (1 - beta) * p * p_over_mix + beta * q * q_over_mix
+        p_over_mix = -torch.log1p(q_weight * torch.expm1(ratio))
+        q_over_mix = -torch.log1p(p_weight * torch.expm1(-ratio))
+        if kind == "skew_forward":
+            terms = q * q_over_mix
+        elif kind == "skew_reverse":
+            terms = p * p_over_mix
+        else:
+            terms = p_weight * p * p_over_mix + q_weight * q * q_over_mix
     return terms.sum(-1)

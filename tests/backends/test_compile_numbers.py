@@ -74,6 +74,7 @@ CALLS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     ),
     "paired_divergence/temperature": lambda z, x: tokfuse.paired_divergence(z, OTHER, temperature=x).sum(),
     "paired_divergence/beta": lambda z, x: tokfuse.paired_divergence(z, OTHER, kind="jsd", beta=x).sum(),
+    "paired_divergence/alpha": lambda z, x: tokfuse.paired_divergence(z, OTHER, kind="skew_forward", alpha=x).sum(),
     "policy_loss/normalizer": policy_loss,
     "policy_step/temperature": lambda z, x: policy_step(z, temperature=x),
     "policy_step/normalizer": lambda z, x: policy_step(z, normalizer=x),

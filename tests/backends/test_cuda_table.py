@@ -17,6 +17,11 @@ def plain(base: str, arch: str, dtype: str = "bfloat16") -> cuda_table.Kernel:
     return kernel
 
 
+def divergence(way: str, kind: int) -> cuda_table.Kernel:
+    """The bfloat16 instance of one kind, without softcap, on sm_90."""
+    return NAMES[f"paired_divergence_{way}_kernel<BFloat16, false, {kind}>", "90a"]
+
+
 def test_every_kernel_was_compiled_for_every_architecture():
     names = {kernel.name for kernel in TABLE}
     assert {(name, arch) for name in names for arch in ("80", "90a", "100a")} == set(NAMES)
@@ -57,6 +62,15 @@ def test_registers_and_shared_memory_are_within_the_launch_bounds():
 )
 def test_instructions_per_element_are_within_budget(base: str, arch: str, limit: float):
     assert 0 < plain(base, arch).per_element <= limit
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "limit"),
+    [("fwd", 0, 43.0), ("fwd", 1, 16.0), ("fwd", 2, 16.0), ("bwd", 0, 24.0), ("bwd", 1, 23.0), ("bwd", 2, 16.0)],
+)
+def test_divergences_are_within_budget(way: str, kind: int, limit: float):
+    """Of the loops that rows take which are at least 1e-4 apart: one for a KL, two for the JSD (0)."""
+    assert 0 < divergence(way, kind).per_element <= limit
 
 
 @pytest.mark.parametrize("gpu", ["A100", "H100", "H200"])

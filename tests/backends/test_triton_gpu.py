@@ -183,11 +183,11 @@ def test_a_step_over_the_logits_takes_the_time_of_a_copy(softcap, record_propert
     assert share > (0.6 if softcap is None else 0.3), f"{share:.2f} of the bandwidth of a copy"
 
 
-@pytest.mark.parametrize("kind", ["kl_forward", "jsd"])
-def test_a_divergence_takes_the_time_of_its_reads(kind, record_property):
-    """Two tensors are read from memory once and again from L2: as long as one or two copies."""
+@pytest.mark.parametrize(("kind", "least"), [("kl_forward", 0.6), ("jsd", 0.3)])
+def test_a_divergence_takes_the_time_of_its_reads(kind, least, record_property):
+    """A KL reads two tensors once: as many bytes as one copy moves. The JSD reads them twice."""
     p, q = (torch.randn(4096, 128_256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(p)
     share = median_ms(lambda: out.copy_(p)) / median_ms(lambda: tokfuse.paired_divergence(p, q, kind=kind))
     record_property("share_of_copy_bandwidth", share)
-    assert share > 0.3, f"{share:.2f} of the bandwidth of a copy"
+    assert share > least, f"{share:.2f} of the bandwidth of a copy"

@@ -88,6 +88,15 @@ inline float exp2_fast(float x) {
   return (bits_of(x) >> 15 & 1u) != 0 ? y * (1.0f + kError) : y * (1.0f - kError);
 }
 
+// As far off as its contract allows.
+inline float log2_fast(float x) {
+  constexpr float kError = 0x1p-22f;
+  const float y = log2f(x);
+  if (x == 1.0f || y == floorf(y)) return y;
+  const float error = kError * fmaxf(1.0f, fabsf(y));
+  return (bits_of(x) >> 13 & 1u) != 0 ? y + error : y - error;
+}
+
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : (a < b ? b : a); }
 
 inline Pair add2(Pair a, Pair b) { return {a.x + b.x, a.y + b.y}; }

@@ -144,7 +144,8 @@ int divergence(DType dtype, int64_t vocab, Divergence kind) {
   args.tokens = kTokens;
   args.mask = x.args.mask;
   args.temperature = args.logit_scale = 1.0f;
-  args.beta = 0.5f;
+  args.mix_weight = 0.5f;
+  args.bound = 100.0f;
   args.kind = kind;
   float* out = x.memory.of<float>(kTokens);
   float* state = x.memory.of<float>(kTokens * kDivergenceState);
@@ -170,7 +171,9 @@ int everything() {
   }
   failed += policy(DType::kFloat32, 28705, 28708, true);  // a cluster of two
   failed += kept(DType::kBFloat16, 1001);
-  for (Divergence kind : {Divergence::kJsd, Divergence::kForwardKl, Divergence::kReverseKl}) {
+  for (Divergence kind :
+       {Divergence::kJsd, Divergence::kForwardKl, Divergence::kReverseKl, Divergence::kSkewForward,
+        Divergence::kSkewReverse, Divergence::kTotalVariation}) {
     failed += divergence(DType::kBFloat16, 2056, kind);
     failed += divergence(DType::kFloat32, 1001, kind);
   }

@@ -14,9 +14,10 @@ from harness import ROUNDED_ONCE, compare, half_ulp, host_backends, thread_count
 from hypothesis import strategies as st
 
 from tokfuse.runtime.core import dispatch
+from tokfuse.runtime.core.codes import DIVERGENCES, SKEW
 from tokfuse.runtime.ops.paired_divergence import paired_divergence
 
-KINDS = ("jsd", "kl_forward", "kl_reverse")
+KINDS = DIVERGENCES
 INF = float("inf")
 
 
@@ -42,11 +43,16 @@ def log_probs(z, temperature=1.0, softcap=None, logit_scale=1.0):
     return torch.log_softmax(u / divisor, -1), slope / divisor
 
 
-def truth(p, q, kind="jsd", beta=0.5, **options):
+def truth(p, q, kind="jsd", beta=0.5, alpha=0.1, **options):
     """Return (divergence, its gradient, size of the gradient's largest term), in float64."""
     (log_p, slope), (log_q, _) = log_probs(p, **options), log_probs(q, **options)
     p, q = log_p.exp(), log_q.exp()
-    mix = beta * q + (1 - beta) * p
+    mix = {"skew_forward": alpha * q + (1 - alpha) * p, "skew_reverse": alpha * p + (1 - alpha) * q}.get(
+        kind, beta * q + (1 - beta) * p
+    )
+
+    def centred(s):
+        return torch.where(p == 0, 0.0, p * (s - torch.where(p == 0, 0.0, p * s).sum(-1, keepdim=True)))
 
     def kl(a, b):
         return torch.where(a == 0, 0.0, a * (a / b).log()).sum(-1, keepdim=True)
@@ -57,11 +63,25 @@ def truth(p, q, kind="jsd", beta=0.5, **options):
     elif kind == "kl_reverse":
         value = kl(p, q)
         grad = torch.where(p == 0, 0.0, p * (gap - value))
+    elif kind == "skew_forward":
+        value, grad = kl(q, mix), centred(-(1 - alpha) * q / mix)
+    elif kind == "skew_reverse":
+        value, grad = kl(p, mix), centred((p / mix).log() - alpha * p / mix)
+    elif kind == "tvd":
+        value, grad = 0.5 * (p - q).abs().sum(-1, keepdim=True), centred(0.5 * torch.sign(p - q))
     else:
         value = beta * kl(q, mix) + (1 - beta) * kl(p, mix)
         grad = (1 - beta) * torch.where(p == 0, 0.0, p * ((p / mix).log() - kl(p, mix)))
     term = slope * (torch.maximum(p, q) + p * gap.abs())
     return value.squeeze(-1), slope * grad, term.amax(-1, keepdim=True)
+
+
+def jumps(p, q, weight, kind, **options):
+    """What the gradient of "tvd" may be off by: the p of all entries with |log(p / q)| < 1e-5."""
+    (log_p, slope), (log_q, _) = log_probs(p, **options), log_probs(q, **options)
+    tied = torch.where((log_p - log_q).abs() < 1e-5, log_p.exp(), 0.0)
+    shares = tied + log_p.exp() * tied.sum(-1, keepdim=True)
+    return slope * shares * weight.abs().unsqueeze(1)
 
 
 def check(p, q, rtol=4e-6, atol=1e-9, mask=None, **options):
@@ -75,6 +95,8 @@ def check(p, q, rtol=4e-6, atol=1e-9, mask=None, **options):
     (out * weight).sum().backward()
     want = torch.where(keep.unsqueeze(1), grad * weight.double().unsqueeze(1), 0.0)
     bound = atol + rtol * term * weight.abs().unsqueeze(1)
+    if options.get("kind") == "tvd":  # s jumps where p = q: entries that rounding puts on either side
+        bound = bound + jumps(p, q, weight, **options)
     if exact:
         bound = half_ulp(want, z.dtype) + half_ulp(want, torch.float32) + 1e-13 * term
     compare(z.grad, want, atol=bound, what="gradient")
@@ -106,6 +128,21 @@ def test_against_float64(kind, options):
 @pytest.mark.parametrize("apart", [0.1, 10.0])
 def test_weights_of_the_mixture(beta, apart):
     check(*batch(apart=apart), beta=beta)
+
+
+@pytest.mark.parametrize("kind", SKEW)
+@pytest.mark.parametrize("alpha", [1e-4, 0.1, 0.9, 0.999])
+@pytest.mark.parametrize("apart", [0.1, 10.0])
+def test_weights_of_the_skew(kind, alpha, apart):
+    check(*batch(apart=apart), kind=kind, alpha=alpha)
+
+
+def test_skew_kinds_are_the_kls_in_the_limit():
+    p, q = batch(apart=0.5)
+    for skew, kl in zip(SKEW, ("kl_forward", "kl_reverse"), strict=True):
+        torch.testing.assert_close(
+            paired_divergence(p, q, kind=skew, alpha=1e-6), paired_divergence(p, q, kind=kl), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,17 +181,29 @@ def test_exactly_zero_where_the_streams_are_equal(kind, backend):
         assert grad[[0, 2]].abs().max() <= limit and grad.isfinite().all()
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5, 0.7])
-def test_jsd_is_bounded_and_attains_its_bound(beta):
-    limit = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_middling_distance(kind):
+    """Divergences of 3e-6 to 3e-2 in one batch: a KL below 1e-4 is computed by the second pass."""
+    p, q = batch(8, 1500)
+    steps = torch.tensor([3e-3, 5e-3, 7e-3, 1e-2, 2e-2, 3e-2, 0.1, 0.3]).unsqueeze(1)
+    check(p, p + (q - p) * steps + 7.0, kind=kind)
+
+
+LIMITS = [("jsd", {"beta": beta}, -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)) for beta in (0.1, 0.5, 0.7)]
+LIMITS += [(kind, {"alpha": alpha}, -math.log(alpha)) for kind in SKEW for alpha in (0.1, 0.7)]
+LIMITS += [("tvd", {}, 1.0)]
+
+
+@pytest.mark.parametrize(("kind", "weight", "limit"), LIMITS)
+def test_a_bounded_divergence_attains_its_bound(kind, weight, limit):
     p, q = torch.zeros(3, 400), torch.zeros(3, 400)
     p[0, :200], q[0, 200:] = -INF, -INF
     p[1, 3], q[1, 4] = 1e4, 1e4
-    out = paired_divergence(p, q, beta=beta)
+    out = paired_divergence(p, q, kind=kind, **weight)
     assert (out <= limit * (1 + 1e-6)).all() and out[2] == 0
     wanted = torch.full((2,), limit, dtype=torch.float64)
     torch.testing.assert_close(out[:2].double(), wanted, rtol=1e-6, atol=0)
-    if beta == 0.5:
+    if weight == {"beta": 0.5}:
         assert (out <= math.log(2) + 6e-8).all()
 
 
@@ -196,16 +245,17 @@ def test_an_entry_excluded_by_one_stream_only():
     q = torch.tensor([[0.0, 1.5, 2.0], [0.0, 1.5, -INF]])
     forward = paired_divergence(p, q, kind="kl_forward")
     reverse = paired_divergence(p, q, kind="kl_reverse")
-    jsd = paired_divergence(p, q)
+    bounded = {kind: paired_divergence(p, q, kind=kind) for kind in KINDS if not kind.startswith("kl")}
     assert forward[0] == INF and 0 < forward[1] < INF
     assert reverse[1] == INF and 0 < reverse[0] < INF
-    wanted = truth(p.detach(), q)
-    torch.testing.assert_close(jsd.detach().double(), wanted[0], rtol=2e-6, atol=0)
     for out, row in ((forward, 0), (reverse, 1)):
         (grad,) = torch.autograd.grad(out.sum(), p)
         assert (grad[row] == 0).all() and (grad[1 - row] != 0).any() and grad.isfinite().all()
-    (grad,) = torch.autograd.grad(jsd.sum(), p)
-    torch.testing.assert_close(grad.double(), wanted[1], rtol=1e-5, atol=1e-7)
+    for kind, out in bounded.items():
+        value, wanted, _ = truth(p.detach(), q, kind)
+        torch.testing.assert_close(out.detach().double(), value, rtol=2e-6, atol=0)
+        (grad,) = torch.autograd.grad(out.sum(), p)
+        torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,10 +361,15 @@ REFUSALS = [
     ((Z[0], Z), {}, "logits_p must be two-dimensional"),
     ((Z[:, :0], Z[:, :0]), {}, "logits_p must be at least one column wide"),
     ((Z, Z.clone().requires_grad_()), {}, r"logits_q must be free of gradient \(only P learns\)"),
-    ((Z, Z), {"kind": "kl"}, "kind must be one of jsd, kl_forward, kl_reverse; got 'kl'"),
+    ((Z, Z), {"kind": "kl"}, f"kind must be one of {', '.join(DIVERGENCES)}; got 'kl'"),
     ((Z, Z), {"beta": 0.0}, r"beta must be in \(0, 1\); got 0.0"),
     ((Z, Z), {"beta": 1.0}, r"beta must be in \(0, 1\); got 1.0"),
     ((Z, Z), {"kind": "kl_forward", "beta": 0.1}, 'beta must be left out with kind="kl_forward"'),
+    ((Z, Z), {"kind": "skew_forward", "beta": 0.1}, 'beta must be left out with kind="skew_forward"'),
+    ((Z, Z), {"kind": "skew_forward", "alpha": 0.0}, r"alpha must be in \(0, 1\); got 0.0"),
+    ((Z, Z), {"kind": "skew_reverse", "alpha": 1.0}, r"alpha must be in \(0, 1\); got 1.0"),
+    ((Z, Z), {"alpha": 0.2}, 'alpha must be left out with kind="jsd"'),
+    ((Z, Z), {"kind": "tvd", "alpha": 0.2}, 'alpha must be left out with kind="tvd"'),
     ((Z, Z), {"temperature": 0.0}, "temperature must be a finite number"),
     ((Z, Z), {"temperature": torch.zeros(2)}, "temperature must be > 0 in every row .* in row 0"),
     ((Z, Z), {"softcap": -1.0}, "softcap must be a finite number"),
