@@ -155,18 +155,17 @@ def _slope_unit(p_weight, KIND: tl.constexpr):
 @triton.jit
 def _plain(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, apart_log2s, p_weight, q_weight, KIND: tl.constexpr):
     """(p s / `_slope_unit`, term / -LN_2) of rows that are apart and exclude nothing; TVD: any row."""
-    d_p = u_p - p_max
-    d_q = u_q - q_max
+    # No infinite delta if one is excluded or the lowest float32, no NaN if both are.
+    d_p = maximum(u_p - p_max, rows.FARTHEST)
+    d_q = maximum(u_q - q_max, rows.FARTHEST)
     log_p = d_p * c - p_log2s
     log_q = d_q * c - q_log2s
+    delta = (d_p - d_q) * c - apart_log2s
     if KIND == TVD:
         p = tl.exp2(log_p)
-        # No NaN if both are excluded.
-        delta = (maximum(d_p, rows.FARTHEST) - maximum(d_q, rows.FARTHEST)) * c - apart_log2s
         slope = _slope(delta, p_weight, q_weight, 0.0, 0.0, 0.0, False, KIND)
         term = (-0.5 / LN_2) * tl.abs(p - tl.exp2(log_q))
     else:
-        delta = (d_p - d_q) * c - apart_log2s
         r, weighted, t, log2_t, p_is_big = _of_mixture(delta, p_weight, q_weight)
         slope = _slope(delta, p_weight, q_weight, r, t, log2_t, p_is_big, KIND)
         if KIND == JSD:
@@ -305,7 +304,7 @@ def paired_divergence_fwd_kernel(
         kl = row_cross / p_sum * nats - log_ratio
     out = kl
     mean = kl
-    # An infinite KL is right for a KL; a mixture must not compute with infinite logits.
+    # An infinite KL is the result of a KL, but no result for a mixture.
     careful = (kl < CLOSE) | (kl != kl)
     if KIND == TVD:
         careful = counts == 2  # no row

@@ -188,16 +188,15 @@ __device__ __forceinline__ float slope_unit(const Distributions& w) {
 // slope_unit, `term` of -ln 2.
 template <Divergence kKind>
 __device__ __forceinline__ Compared plain(float u_p, float u_q, const Distributions& w) {
-  const float d_p = u_p - w.p_max, d_q = u_q - w.q_max;
+  // No infinite delta if one is excluded or the lowest float32, no NaN if both are.
+  const float d_p = max_nan(u_p - w.p_max, kFarthest), d_q = max_nan(u_q - w.q_max, kFarthest);
   const float log_p = d_p * w.c - w.p_log2s, log_q = d_q * w.c - w.q_log2s;
+  const float delta = (d_p - d_q) * w.c - w.apart_log2s;
   if constexpr (kKind == Divergence::kTotalVariation) {
     const float p = exp2_fast(log_p);
-    // No NaN if both are excluded.
-    const float apart = max_nan(d_p, kFarthest) - max_nan(d_q, kFarthest);
-    const float s = slope_of<kKind>(apart * w.c - w.apart_log2s, Mixture(), w);
+    const float s = slope_of<kKind>(delta, Mixture(), w);
     return {p * s, -0.5f / kLn2 * fabsf(p - exp2_fast(log_q))};
   } else {
-    const float delta = (d_p - d_q) * w.c - w.apart_log2s;
     const Mixture x = mixture_of(delta, w);
     const float s = slope_of<kKind>(delta, x, w);
     if constexpr (kKind == Divergence::kJsd) {
@@ -496,7 +495,7 @@ __global__ void __launch_bounds__(kDivergenceThreads, kBlocks<kKind>)
       const float apart = rounded ? p_log2s - q_log2s : log_ratio * kLog2E;
       const Distributions w =
           distributions<kKind>(scale.c, s.p_max, s.q_max, p_log2s, q_log2s, apart, a.mix_weight);
-      // An infinite KL is right for a KL; a mixture must not compute with infinite logits.
+      // An infinite KL is the result of a KL, but no result for a mixture.
       const bool is_apart = mean >= kClose && (kIsKl<kKind> || mean < inf_float());
       if (rounded || (is_apart && !kIsKl<kKind>)) {
         if constexpr (!kIsKl<kKind>) {

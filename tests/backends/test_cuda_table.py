@@ -66,7 +66,7 @@ def test_instructions_per_element_are_within_budget(base: str, arch: str, limit:
 
 @pytest.mark.parametrize(
     ("way", "kind", "limit"),
-    [("fwd", 0, 43.0), ("fwd", 1, 16.0), ("fwd", 2, 16.0), ("bwd", 0, 24.0), ("bwd", 1, 23.0), ("bwd", 2, 16.0)],
+    [("fwd", 0, 44.5), ("fwd", 1, 16.0), ("fwd", 2, 16.0), ("bwd", 0, 24.0), ("bwd", 1, 23.0), ("bwd", 2, 16.0)],
 )
 def test_divergences_are_within_budget(way: str, kind: int, limit: float):
     """Of the loops that rows take which are at least 1e-4 apart: one for a KL, two for the JSD (0)."""
