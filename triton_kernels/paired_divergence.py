@@ -5,11 +5,11 @@ exponentials per element; backward one read of each and one write. A KL comes ou
 
     KL(P || Q) = sum e_p (d_p - d_q) / (T S_p) - log(S_p / S_q),   d = u - max u
 
-The difference has an absolute error of about 3e-7. A row whose KL is at least CLOSE needs no more
-for a KL. For a divergence from a mixture it takes a second pass, over a row that is in the L2 cache
-(2 x 297 KiB at bf16, V = 151936), with three exponentials or logarithms per element. There, with
-`big` the larger of p and q, delta = log2 p - log2 q and b and b' the weights of the
-smaller and the larger one:
+The difference has an absolute error of about 3e-7. If this KL is at least CLOSE, it is the result of
+the two KLs. The other kinds take a second pass, with three exponentials or logarithms per element. It
+reads L2 if L2 holds the rows of all resident programs (2 x 297 KiB each at bf16, V = 151936), else
+memory. With `big` the larger of p and q, delta = log2 p - log2 q, and b and b' the weights of the
+smaller and the larger one in the mixture:
 
     r = 2^-|delta| = small / big,   t = b r + b' = mix / big,   log2(big / mix) = -log2 t
 
@@ -62,7 +62,7 @@ NEAR = tl.constexpr(0.03125)
 
 @triton.jit
 def _weights(mix_weight, KIND: tl.constexpr):
-    """(weight of P, weight of Q) in the mixture."""
+    """Return (weight of P, weight of Q) in the mixture."""
     if KIND == SKEW_REVERSE:
         p_weight, q_weight = mix_weight, 1.0 - mix_weight
     else:
@@ -72,7 +72,7 @@ def _weights(mix_weight, KIND: tl.constexpr):
 
 @triton.jit
 def _careful(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, mix_weight, KIND: tl.constexpr):
-    """(p s, term of the divergence) of an element; s is the slope of `_slope`."""
+    """Return (p s, term of the divergence) of an element; s is the slope of `_slope`."""
     p_weight, q_weight = _weights(mix_weight, KIND)
     # Two excluded logits would give inf - inf.
     apart = tl.where(u_p == u_q, 0.0, u_p - u_q) - (p_max - q_max)
@@ -118,7 +118,7 @@ def _careful(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, mix_weight, KIND: tl.c
 
 @triton.jit
 def _of_mixture(delta, p_weight, q_weight):
-    """(r, b r, t, log2 t, p is big) of the module's docstring."""
+    """Return (r, b r, t, log2 t, p is big), as the module's docstring defines them."""
     p_is_big = delta >= 0.0
     r = tl.exp2(-tl.abs(delta))
     b = tl.where(p_is_big, q_weight, p_weight)
@@ -128,7 +128,7 @@ def _of_mixture(delta, p_weight, q_weight):
 
 @triton.jit
 def _slope(delta, p_weight, q_weight, r, t, log2_t, p_is_big, KIND: tl.constexpr):
-    """s / `_slope_unit` of the gradient p (s - sum p s), up to a constant of the row; no KL."""
+    """Return s / `_slope_unit` of the gradient p (s - sum p s), up to a constant of the row; no KL."""
     if KIND == TVD:
         s = tl.where(delta > 0.0, 0.5, tl.where(delta < 0.0, -0.5, delta))  # NaN stays
     elif KIND == JSD:
@@ -143,7 +143,7 @@ def _slope(delta, p_weight, q_weight, r, t, log2_t, p_is_big, KIND: tl.constexpr
 
 @triton.jit
 def _slope_unit(p_weight, KIND: tl.constexpr):
-    """The factor of the row that `_slope` leaves out."""
+    """Return the factor of the row that `_slope` leaves out."""
     unit = 1.0
     if KIND == JSD:
         unit = -LN_2 * p_weight
@@ -154,8 +154,8 @@ def _slope_unit(p_weight, KIND: tl.constexpr):
 
 @triton.jit
 def _plain(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, apart_log2s, p_weight, q_weight, KIND: tl.constexpr):
-    """(p s / `_slope_unit`, term / -LN_2) of rows that are apart and exclude nothing; TVD: any row."""
-    # No infinite delta if one is excluded or the lowest float32, no NaN if both are.
+    """Return (p s / `_slope_unit`, term / -LN_2) for a row with a finite KL of at least CLOSE; TVD: any row."""
+    # delta stays finite if one is the lowest float32 or excluded, and is no NaN if both are.
     d_p = maximum(u_p - p_max, rows.FARTHEST)
     d_q = maximum(u_q - q_max, rows.FARTHEST)
     log_p = d_p * c - p_log2s
@@ -183,7 +183,7 @@ def _plain(u_p, u_q, c, p_max, q_max, p_log2s, q_log2s, apart_log2s, p_weight, q
 
 @triton.jit
 def _log_ratio(a, b):
-    """ln(a / b) of positive numbers, relative error <= 3e-7."""
+    """Return ln(a / b) of positive numbers; relative error <= 3e-7."""
     more = log1p(tl.where(a < b, b / a, a / b) - 1.0)
     return tl.where(a < b, -more, more)
 
@@ -211,7 +211,7 @@ def _fold(u_p, u_q, inside, c, mp, sp, mq, sq, cross, KIND: tl.constexpr):
 
 @triton.jit
 def _lowered(mp, sp, mq, sq, cross, c, new_p, new_q, KIND: tl.constexpr):
-    """The sums relative to larger maxima."""
+    """Express the sums relative to larger maxima."""
     step_p = tl.maximum(mp - new_p, rows.FARTHEST)
     step_q = tl.maximum(mq - new_q, rows.FARTHEST)
     decay_p = tl.exp2(step_p * c)
@@ -225,7 +225,7 @@ def _lowered(mp, sp, mq, sq, cross, c, new_p, new_q, KIND: tl.constexpr):
 
 @triton.jit
 def _merge(c, mp, sp, mq, sq, cross, KIND: tl.constexpr):
-    """The statistics of the row from those of its lanes."""
+    """Merge the statistics of the lanes into those of the row."""
     p_max = tl.max(mp, axis=0)
     q_max = tl.max(mq, axis=0)
     sp, sq, cross = _lowered(mp, sp, mq, sq, cross, c, p_max, q_max, KIND)

@@ -7,10 +7,11 @@
 //
 //     KL(P || Q) = sum e_p (d_p - d_q) / (T S_p) - log(S_p / S_q),   d = u - max u
 //
-// The difference has an absolute error of about 3e-7. A row whose KL is at least kClose needs no
-// more for a KL. For a divergence from a mixture it takes a second pass, with three exponentials or
-// logarithms per element. There, with `big` the larger of p and q, delta = log2 p - log2 q and b,
-// b' the weights of the smaller and the larger one in the mixture:
+// The difference has an absolute error of about 3e-7. If this KL is at least kClose, it is the
+// result of the two KLs. The other kinds take a second pass, with three exponentials or logarithms
+// per element. It reads L2 if L2 holds the rows of all resident blocks, else memory. With `big` the
+// larger of p and q, delta = log2 p - log2 q, and b and b' the weights of the smaller and the
+// larger one in the mixture:
 //
 //     r = 2^-|delta| = small / big,   t = b r + b' = mix / big,   log2(big / mix) = -log2 t
 //
@@ -184,11 +185,11 @@ __device__ __forceinline__ float slope_unit(const Distributions& w) {
   return kKind == Divergence::kSkewForward ? -w.p_weight * w.p_weight : 1.0f;
 }
 
-// For rows that are apart and exclude nothing; total variation for any row. `ps` is in units of
+// For a row with a finite KL of at least kClose; total variation for any row. `ps` is in units of
 // slope_unit, `term` of -ln 2.
 template <Divergence kKind>
 __device__ __forceinline__ Compared plain(float u_p, float u_q, const Distributions& w) {
-  // No infinite delta if one is excluded or the lowest float32, no NaN if both are.
+  // delta stays finite if one is the lowest float32 or excluded, and is no NaN if both are.
   const float d_p = max_nan(u_p - w.p_max, kFarthest), d_q = max_nan(u_q - w.q_max, kFarthest);
   const float log_p = d_p * w.c - w.p_log2s, log_q = d_q * w.c - w.q_log2s;
   const float delta = (d_p - d_q) * w.c - w.apart_log2s;

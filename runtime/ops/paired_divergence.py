@@ -81,9 +81,9 @@ def paired_divergence(
         P or Q returns 0 with a zero gradient. NaN or +inf makes its own row NaN. Bitwise repeatable;
         a row does not depend on its batch or on the thread count.
 
-    Gradients and memory: logits_p. Forward: one read of P and Q from memory. A second visit of a row
-        reads the cache; a KL needs it only if it is below 1e-4, or if an entry is excluded. Saved:
-        both logits and 6 floats per token. Backward: one read of P and Q, one write; rows with a zero
+    Gradients and memory: logits_p. Forward: one read of P and Q for a KL of at least 1e-4. The other
+        kinds, a smaller KL and rows with an excluded entry read both rows once more, from the cache
+        if it holds them. Saved: both logits and 6 floats per token. Backward: one read of P and Q, one write; rows with a zero
         incoming gradient are not read.
 
     Examples:
