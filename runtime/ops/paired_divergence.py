@@ -83,8 +83,8 @@ def paired_divergence(
 
     Gradients and memory: logits_p. Forward: one read of P and Q for a KL of at least 1e-4. The other
         kinds, a smaller KL and rows with an excluded entry read both rows once more, from the cache
-        if it holds them. Saved: both logits and 6 floats per token. Backward: one read of P and Q, one write; rows with a zero
-        incoming gradient are not read.
+        if it holds them. Saved: both logits and 6 floats per token. Backward: one read of P and Q, one
+        write; rows with a zero incoming gradient are not read.
 
     Examples:
         >>> p, q = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
