@@ -1,7 +1,7 @@
 // Argument structs of the kernels over rows of logits, for CPU and CUDA.
 //
-// Shapes in comments: R rows of logits, T tokens (R = T without an index), V vocabulary, K kept ids
-// of all rows together. "or null" marks optional pointers. Strides and offsets are 64-bit element
+// Shapes in comments: R rows of logits, T tokens (R = T without an index), V vocabulary, K ids of
+// all tokens together. "or null" marks optional pointers. Strides and offsets are 64-bit element
 // counts. docs/names.md defines every field. A field marked "CPU" or "CUDA" is read there only. The
 // bindings have checked sizes and codes; the kernels trust them.
 #pragma once
