@@ -35,7 +35,8 @@ void check_ids(const LogitsArgs& a, const IdsArgs& ids) {
 void bind_token_stats_at_fwd(const Place& place, const LogitsArgs& a, const TokenStatsOut& out,
                              const IdsArgs& ids) {
   check_ids(a, ids);
-  require(out.row_max != nullptr && out.inv_sum != nullptr, "row_max or inv_sum is null");
+  require(a.rows == 0 || (out.row_max != nullptr && out.inv_sum != nullptr),
+          "row_max or inv_sum is null");
   run("token_stats_at", "token_stats_fwd_kernel or log_probs_at_kernel", place,
       [&](cudaStream_t stream) { return token_stats_at_fwd(a, out, ids, stream); });
 }
