@@ -45,9 +45,10 @@ def linear_token_stats_at(
         )
     else:
         *stats, _, _, logp_at, flat = capability.run.forward(p, places, top_k or 0)
-    if places is None:
-        return TokenStatsAt(*stats, logp_at.view(p.tokens, top_k or 0), flat.view(p.tokens, top_k or 0))
-    return TokenStatsAt(*stats, logp_at.view(places.shape), None)
+    logp, entropy, lse, sum_sq, top1 = stats
+    shape = (p.tokens, top_k or 0) if places is None else places.shape
+    top_ids = flat.view(shape) if places is None else None
+    return TokenStatsAt(logp, entropy, lse, sum_sq, top1, logp_at.view(shape), top_ids)
 
 
 def _reference(p: HeadProblem, places: TokenIds | None, top_k: int) -> tuple[torch.Tensor, ...]:
@@ -152,6 +153,7 @@ def _(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
 def _linear_at_backward_op(*arguments: Any) -> list[torch.Tensor]:
     p, run = _problem(*arguments[:10])
     ids, offsets, *given = arguments[10:-3]
+    assert run.backward is not None
     found = run.backward(p, TokenIds(ids, offsets, ids.shape), *given, arguments[-3:])
     return [p.hidden.new_empty(0) if x is None else x for x in found]
 

@@ -35,8 +35,8 @@ def token_stats_at(
     if ids is None:
         ids = top_ids = _top_ids(logits, top_k, options)
     places = check_ids("token_stats", ids, ids_offsets, tokens, logits.device)
-    *stats, logp_at = _run(logits, target, places, options, capability)
-    return TokenStatsAt(*stats, logp_at.view(places.shape), top_ids)
+    logp, entropy, lse, sum_sq, top1, logp_at = _run(logits, target, places, options, capability)
+    return TokenStatsAt(logp, entropy, lse, sum_sq, top1, logp_at.view(places.shape), top_ids)
 
 
 def _top_ids(logits: torch.Tensor, top_k: Any, options: LogitOptions) -> torch.Tensor:
