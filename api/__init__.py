@@ -48,6 +48,7 @@ _PUBLIC = {
     "TargetRatio": "tokfuse.runtime.policy.shapes",
     "token_stats": "tokfuse.runtime.ops.token_stats",
     "TokenStats": "tokfuse.runtime.core.statistics",
+    "TokenStatsAt": "tokfuse.runtime.core.statistics",
     "VTrace": "tokfuse.runtime.ops.vtrace",
     "vtrace": "tokfuse.runtime.ops.vtrace",
     "whiten": "tokfuse.runtime.ops.whiten",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from tokfuse.runtime.core.native import release_workspace as release_workspace
     from tokfuse.runtime.core.statistics import ExtendedTokenStats as ExtendedTokenStats
     from tokfuse.runtime.core.statistics import TokenStats as TokenStats
+    from tokfuse.runtime.core.statistics import TokenStatsAt as TokenStatsAt
     from tokfuse.runtime.ops.gae import gae as gae
     from tokfuse.runtime.ops.group_advantage import group_advantage as group_advantage
     from tokfuse.runtime.ops.kept_token_stats import KeptTokenStats as KeptTokenStats

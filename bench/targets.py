@@ -85,6 +85,10 @@ TARGETS: tuple[Goal, ...] = (
     Ceiling(*HIDDEN, "rows=1,frozen", "tokfuse", GEMMS, 0.72),
     Ceiling("influence", "step", "rank=64", "tokfuse_norms", ("tokfuse",), 1.02),
     Ceiling("influence", "step", "rank=64", "tokfuse_sketches", ("tokfuse",), 1.05),
+    *(
+        Ceiling("token_stats", mode, "ids=100", "tokfuse_ids", ("tokfuse",), 1.05)
+        for mode in ("forward", "forward+backward")
+    ),
     Floor("token_stats", "forward", "all", "tokfuse", 0.7),
     Floor("policy_step", "step", BOTH, "tokfuse_", 0.7),
     *(Budget(*HIDDEN, variant, "tokfuse", 64 << 20) for variant in ("rows=1", "rows=0.25", "rows=1,frozen")),

@@ -15,6 +15,7 @@
 namespace tokfuse {
 
 void bind_token_stats(pybind11::module_& m);
+void bind_token_stats_at(pybind11::module_& m);
 void bind_policy(pybind11::module_& m);
 void bind_packed(pybind11::module_& m);
 void bind_distribution(pybind11::module_& m);

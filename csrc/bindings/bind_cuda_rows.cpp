@@ -25,6 +25,33 @@ void bind_token_stats_bwd(const Place& place, const LogitsArgs& a, const TokenSt
       [&](cudaStream_t stream) { return token_stats_bwd(a, grad, stream); });
 }
 
+void check_ids(const LogitsArgs& a, const IdsArgs& ids) {
+  check_logits(a);
+  require(ids.num_ids >= 0 && (ids.num_ids == 0 || (ids.ids != nullptr && ids.logp_at != nullptr)),
+          "ids or logp_at are null");
+  require(ids.offsets != nullptr, "offsets are null");
+}
+
+void bind_token_stats_at_fwd(const Place& place, const LogitsArgs& a, const TokenStatsOut& out,
+                             const IdsArgs& ids) {
+  check_ids(a, ids);
+  require(a.rows == 0 || (out.row_max != nullptr && out.inv_sum != nullptr),
+          "row_max or inv_sum is null");
+  run("token_stats_at", "token_stats_fwd_kernel or log_probs_at_kernel", place,
+      [&](cudaStream_t stream) { return token_stats_at_fwd(a, out, ids, stream); });
+}
+
+void bind_token_stats_at_bwd(const Place& place, const LogitsArgs& a, const TokenStatsGrad& grad,
+                             const IdsArgs& ids) {
+  check_ids(a, ids);
+  require(ids.num_ids == 0 || (ids.grad_logp_at != nullptr && ids.grad_at != nullptr),
+          "grad_logp_at or grad_at is null");
+  require(a.rows == 0 || (ids.grad_total != nullptr && ids.grad_at_target != nullptr),
+          "grad_total or grad_at_target is null");
+  run("token_stats_at", "gradient_at_kernel, token_stats_bwd_kernel or store_at_kernel", place,
+      [&](cudaStream_t stream) { return token_stats_at_bwd(a, grad, ids, stream); });
+}
+
 void bind_policy_step(const Place& place, const LogitsArgs& a, const TokenStatsOut& stats,
                       const TokenObjectiveArgs& o, const GradRows& grad) {
   check_logits(a);
@@ -74,6 +101,8 @@ void bind_divergence_bwd(const Place& place, const DivergenceArgs& a, const Dive
 void bind_rows(py::module_& m) {
   m.def("token_stats_fwd", &bind_token_stats_fwd);
   m.def("token_stats_bwd", &bind_token_stats_bwd);
+  m.def("token_stats_at_fwd", &bind_token_stats_at_fwd);
+  m.def("token_stats_at_bwd", &bind_token_stats_at_bwd);
   m.def("policy_step", &bind_policy_step, py::arg("place"), py::arg("logits"), py::arg("stats"),
         py::arg("objective"), py::arg("grad"));
   m.def("kept_token_stats_fwd", &bind_kept_fwd);

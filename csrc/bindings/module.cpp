@@ -46,6 +46,7 @@ PYBIND11_MODULE(_native, m) {
 #endif
   tokfuse::active_isa();  // an impossible TOKFUSE_ISA fails here, at import, not at the first call
   tokfuse::bind_token_stats(m);
+  tokfuse::bind_token_stats_at(m);
   tokfuse::bind_policy(m);
   tokfuse::bind_packed(m);
   tokfuse::bind_distribution(m);

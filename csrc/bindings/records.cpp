@@ -117,6 +117,9 @@ FIELDS_OF(GradRows, REQUIRED(grad_logits), REQUIRED(grad_stride), REQUIRED(grad_
 
 FIELDS_OF(KeptArgs, REQUIRED(logits), REQUIRED(ids), REQUIRED(offsets), REQUIRED(num_ids))
 
+FIELDS_OF(IdsArgs, REQUIRED(ids), REQUIRED(offsets), REQUIRED(num_ids), REQUIRED(logp_at),
+          OPTIONAL(grad_logp_at), OPTIONAL(grad_at), OPTIONAL(grad_at_target), OPTIONAL(grad_total))
+
 FIELDS_OF(DivergenceArgs, REQUIRED(logits_p), REQUIRED(logits_q), REQUIRED(stride_p),
           REQUIRED(stride_q), REQUIRED(dtype), REQUIRED(tokens), REQUIRED(vocab), REQUIRED(mask),
           REQUIRED(temperatures), REQUIRED(temperature), REQUIRED(softcap), REQUIRED(logit_scale),
@@ -272,12 +275,13 @@ void bind_record(py::module_& m, const char* name) {
 }  // namespace
 
 // Every struct that Python fills.
-#define TOKFUSE_RECORDS(each)                                                                   \
-  each(LogitsArgs) each(TokenStatsOut) each(TokenStatsGrad) each(GradRows) each(KeptArgs)       \
-      each(DivergenceArgs) each(DivergenceOut) each(DivergenceGrad) each(ObjectiveArgs)         \
-          each(TokenObjectiveArgs) each(PrepareArgs) each(MetricsArgs) each(GroupAdvantageArgs) \
-              each(GaeArgs) each(VtraceArgs) each(WhitenArgs) each(OpeArgs) each(MomentsArgs)   \
-                  each(KeepRule) each(OffPolicyArgs) each(SketchArgs)
+#define TOKFUSE_RECORDS(each)                                                              \
+  each(LogitsArgs) each(TokenStatsOut) each(TokenStatsGrad) each(GradRows) each(KeptArgs)  \
+      each(IdsArgs) each(DivergenceArgs) each(DivergenceOut) each(DivergenceGrad)          \
+          each(ObjectiveArgs) each(TokenObjectiveArgs) each(PrepareArgs) each(MetricsArgs) \
+              each(GroupAdvantageArgs) each(GaeArgs) each(VtraceArgs) each(WhitenArgs)     \
+                  each(OpeArgs) each(MomentsArgs) each(KeepRule) each(OffPolicyArgs)       \
+                      each(SketchArgs)
 
 void bind_records(py::module_& m) {
 #define BIND(type) bind_record<type>(m, #type);

@@ -1,7 +1,7 @@
 // Argument structs of the kernels over rows of logits, for the CPU and CUDA kernels.
 //
-// Shapes in comments: R rows of logits, T tokens (R = T without an index), V vocabulary, K kept ids
-// of all rows together. "or null" marks optional pointers. Strides and offsets are 64-bit element
+// Shapes in comments: R rows of logits, T tokens (R = T without an index), V vocabulary, K ids of
+// all rows together. "or null" marks optional pointers. Strides and offsets are 64-bit element
 // counts. docs/names.md defines every field. Only the kernels of that backend read a field marked
 // "CPU" or "CUDA".
 //
@@ -79,6 +79,18 @@ struct KeptArgs {
   const int64_t* offsets;  // (T + 1)
   int64_t num_ids;         // K
   uint64_t* seen;          // CPU, set by the binding. (threads, kept_seen_words(V)), zeroed
+};
+
+// Log-probs at ids[offsets[t] .. offsets[t + 1]) of each token t, next to its statistics.
+struct IdsArgs {
+  const int64_t* ids;         // (K); -1: padding
+  const int64_t* offsets;     // (T + 1)
+  int64_t num_ids;            // K
+  float* logp_at;             // (K), written by the forward, read by the backward; 0 at padding
+  const float* grad_logp_at;  // (K) or null in the forward
+  float* grad_at;             // CUDA. (K) working memory: gradient of the logits at the ids,
+  float* grad_at_target;      // CUDA. (T) at the target,
+  float* grad_total;          // CUDA. (T) and grad_logp plus the grad_logp_at of the token
 };
 
 // runtime/core/codes.py lists the same codes.

@@ -29,6 +29,7 @@ struct RowStats {
   double sum_p2_logp, sum_p2_logp2;  // only with kMoments
   float top1;
   float shift, inv_sum;  // read by the gradient; TokenStatsOut::row_max is `shift`
+  double log2_sum;       // log2 of the sum of the exponentials, relative to the row's maximum
 };
 
 // Constants of u = f(z). Plain logits (no softcap, no bias) have logit_scale in c instead.
@@ -220,6 +221,7 @@ static inline RowStats finish(Accumulator<kMoments> acc, float c, float target_u
     out.logp = out.lse = -__builtin_inf();
     out.entropy = out.sum_sq = 0;
     out.top1 = out.shift = out.inv_sum = 0.0f;
+    out.log2_sum = 0;
     return out;
   }
   const double log2_s = ::log2(acc.s), mean_x = acc.sx / acc.s;
@@ -238,6 +240,7 @@ static inline RowStats finish(Accumulator<kMoments> acc, float c, float target_u
   out.top1 = target_u == row_max ? 1.0f : 0.0f;
   out.shift = acc.shift;
   out.inv_sum = static_cast<float>(inv);
+  out.log2_sum = log2_s;
   return out;
 }
 

@@ -22,6 +22,13 @@ cudaError_t token_stats_fwd(const LogitsArgs& args, const TokenStatsOut& out, cu
 cudaError_t token_stats_bwd(const LogitsArgs& args, const TokenStatsGrad& grad,
                             cudaStream_t stream);
 
+// token_stats, and of the ids logp_at: two launches.
+cudaError_t token_stats_at_fwd(const LogitsArgs& args, const TokenStatsOut& out, const IdsArgs& ids,
+                               cudaStream_t stream);
+// Three launches. Uses the working memory of the ids.
+cudaError_t token_stats_at_bwd(const LogitsArgs& args, const TokenStatsGrad& grad,
+                               const IdsArgs& ids, cudaStream_t stream);
+
 // Statistics, objective and gradient of each row in one launch. grad_logits may be the logits.
 cudaError_t policy_step(const LogitsArgs& args, const TokenStatsOut& stats,
                         const TokenObjectiveArgs& objective, const GradRows& grad,

@@ -11,6 +11,7 @@ from tokfuse.runtime.core import native
 from tokfuse.runtime.core.dispatch import Kernels, RowState
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
+from tokfuse.runtime.reference import token_stats_at as at_reference
 from tokfuse.runtime.reference.token_stats import bad_row, check_values
 
 LN_2 = 0.6931471805599453
@@ -69,6 +70,60 @@ def token_stats_bwd(
             grad_entropy=grad_entropy,
             grad_logits=grad_logits,
         ),
+    )
+    return grad_logits
+
+
+# ---------------------------------------------------------------------------------- token_stats_at
+
+
+def token_stats_at_fwd(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """The seven outputs of token_stats_fwd, and logp_at (ids,) float32."""
+    o, module = LogitOptions(**options), native.loaded()
+    out = (*row_args.empty_outputs(logits), torch.empty(ids.shape, dtype=torch.float32))
+    bad = module.token_stats_at_fwd(
+        row_args.logits_args(module, logits, target, o),
+        row_args.token_stats_out(module, RowStats.of(out[:7])),
+        row_args.ids_args(module, ids, offsets, out[7]),
+    )
+    if bad >= 0:
+        at_reference.check_values("token_stats", target, ids, offsets, logits.shape[1], o.mask, o.temperature)
+    return out
+
+
+def token_stats_at_bwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    logp_at: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_logp_at: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """The gradient of the logits."""
+    module = native.loaded()
+    grad_logits = native.empty_like_rows(logits)
+    module.token_stats_at_bwd(
+        row_args.logits_args(module, logits, target, LogitOptions(**options)),
+        row_args.token_stats_grad(
+            module,
+            row_max=row_max,
+            inv_sum=inv_sum,
+            logp=logp,
+            entropy=entropy,
+            grad_logp=grad_logp,
+            grad_entropy=grad_entropy,
+            grad_logits=grad_logits,
+        ),
+        row_args.ids_args(module, ids, offsets, logp_at, grad_logp_at),
     )
     return grad_logits
 
@@ -183,5 +238,6 @@ def row_max_nats(o: LogitOptions) -> float:
 
 STATE = RowState(row_max_nats)
 TOKEN_STATS = Kernels(token_stats_fwd, token_stats_bwd, STATE)
+TOKEN_STATS_AT = Kernels(token_stats_at_fwd, token_stats_at_bwd)
 KEPT_TOKEN_STATS = Kernels(kept_token_stats_fwd, kept_token_stats_bwd)
 PAIRED_DIVERGENCE = Kernels(paired_divergence_fwd, paired_divergence_bwd)

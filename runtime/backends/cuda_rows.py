@@ -7,7 +7,7 @@ import torch
 from tokfuse.runtime.backends import row_args
 from tokfuse.runtime.backends.cuda_backend import launchers, place
 from tokfuse.runtime.backends.row_args import DIVERGENCE_STATE, RowStats
-from tokfuse.runtime.backends.value_checks import with_support, with_targets, with_temperature
+from tokfuse.runtime.backends.value_checks import with_ids, with_support, with_targets, with_temperature
 from tokfuse.runtime.core.dispatch import Kernels, RowState
 from tokfuse.runtime.core.logit_options import LogitOptions
 
@@ -61,6 +61,81 @@ def token_stats_bwd(
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
             grad_logits=grad_logits,
+        ),
+    )
+    return grad_logits
+
+
+def token_stats_at_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    index: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, ...] | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The seven outputs of token_stats_fwd, and logp_at (ids,) float32; into `out` if given.
+
+    With `index`, row i of the logits is token index[i]; all other tensors are those of all tokens.
+    """
+    native = launchers()
+    if out is None:
+        logp_at = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
+        out = (*row_args.empty_outputs(logits), logp_at)
+    native.token_stats_at_fwd(
+        place(logits),
+        row_args.logits_args(native, logits, target, LogitOptions(**options), index=index),
+        row_args.token_stats_out(native, RowStats.of(out[:7])),
+        row_args.ids_args(native, ids, offsets, out[7]),
+    )
+    return out
+
+
+def token_stats_at_bwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    logp_at: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_logp_at: torch.Tensor,
+    *,
+    index: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The gradient of the logits, into `out` if given; `out` may be `logits` itself. `index`: as forward."""
+    native = launchers()
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    native.token_stats_at_bwd(
+        place(logits),
+        row_args.logits_args(native, logits, target, LogitOptions(**options), index=index),
+        row_args.token_stats_grad(
+            native,
+            row_max=row_max,
+            inv_sum=inv_sum,
+            logp=logp,
+            entropy=entropy,
+            grad_logp=grad_logp,
+            grad_entropy=grad_entropy,
+            grad_logits=grad_logits,
+        ),
+        row_args.ids_args(
+            native,
+            ids,
+            offsets,
+            logp_at,
+            grad_logp_at,
+            grad_at=torch.empty_like(logp_at),
+            grad_at_target=torch.empty_like(logp),
+            grad_total=torch.empty_like(logp),
         ),
     )
     return grad_logits
@@ -161,5 +236,6 @@ def row_max_nats(o: LogitOptions) -> float | torch.Tensor:
 
 STATE = RowState(row_max_nats)
 TOKEN_STATS = Kernels(with_targets(token_stats_fwd), token_stats_bwd, STATE)
+TOKEN_STATS_AT = Kernels(with_ids(token_stats_at_fwd), token_stats_at_bwd)
 KEPT_TOKEN_STATS = Kernels(with_support(kept_token_stats_fwd), kept_token_stats_bwd)
 PAIRED_DIVERGENCE = Kernels(with_temperature(paired_divergence_fwd), paired_divergence_bwd)

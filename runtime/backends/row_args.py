@@ -154,6 +154,28 @@ def kept_args(native: Any, logits: Any, ids: torch.Tensor, offsets: torch.Tensor
     return native.KeptArgs(logits=logits, ids=ids, offsets=offsets, num_ids=ids.shape[0])
 
 
+def ids_args(
+    native: Any,
+    ids: torch.Tensor,
+    offsets: torch.Tensor,
+    logp_at: torch.Tensor,
+    grad_logp_at: torch.Tensor | None = None,
+    **scratch: torch.Tensor,
+) -> Any:
+    """IdsArgs. ids, logp_at, grad_logp_at: (ids,); offsets: (tokens + 1,) int64.
+
+    `scratch`: the working memory of the CUDA backward.
+    """
+    return native.IdsArgs(
+        ids=ids,
+        offsets=offsets,
+        num_ids=ids.shape[0],
+        logp_at=logp_at,
+        grad_logp_at=float_vector(grad_logp_at),
+        **scratch,
+    )
+
+
 def divergence_args(
     native: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, o: LogitOptions, *, kind: str, mix_weight: float
 ) -> Any:

@@ -6,7 +6,7 @@ import torch
 
 from tokfuse.runtime.backends.row_args import divergence_bound
 from tokfuse.runtime.backends.triton_backend import launcher
-from tokfuse.runtime.backends.value_checks import with_support, with_targets, with_temperature
+from tokfuse.runtime.backends.value_checks import with_ids, with_support, with_targets, with_temperature
 from tokfuse.runtime.core.dispatch import Kernels, RowState
 from tokfuse.runtime.core.logit_options import LogitOptions
 
@@ -34,6 +34,9 @@ def row_max_nats(o: LogitOptions) -> float | torch.Tensor:
 STATE = RowState(row_max_nats)
 TOKEN_STATS = Kernels(
     with_targets(launcher("token_stats", "token_stats_fwd")), launcher("token_stats", "token_stats_bwd"), STATE
+)
+TOKEN_STATS_AT = Kernels(
+    with_ids(launcher("token_stats_at", "token_stats_at_fwd")), launcher("token_stats_at", "token_stats_at_bwd")
 )
 KEPT_TOKEN_STATS = Kernels(
     with_support(launcher("kept_token_stats", "kept_token_stats_fwd")),

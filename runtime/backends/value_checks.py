@@ -13,6 +13,7 @@ from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
+from tokfuse.runtime.reference import token_stats_at as at_reference
 
 Launch = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -26,6 +27,25 @@ def with_targets(launch: Launch) -> Launch:
         if may_read(target):
             stats_reference.check_values(op, target, logits.shape[1], options["mask"], options["temperature"])
         return launch(logits, target, **options)
+
+    return forward
+
+
+def with_ids(launch: Launch) -> Launch:
+    """`launch(logits, target, ids, offsets, **options)` after a check of targets, temperatures and ids.
+
+    Rows of an index belong to a head, which has checked them.
+    """
+
+    def forward(
+        logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
+        if options.get("index") is None and may_read(ids):
+            vocab = logits.shape[1]
+            at_reference.check_values(
+                "token_stats", target, ids, offsets, vocab, options["mask"], options["temperature"]
+            )
+        return launch(logits, target, ids, offsets, **options)
 
     return forward
 

@@ -42,3 +42,22 @@ class ExtendedTokenStats(NamedTuple):
     """sum of p^2 log p; None without `moments`. Detached."""
     sum_p2_logp2: torch.Tensor | None
     """sum of p^2 log^2 p; None without `moments`. Detached."""
+
+
+class TokenStatsAt(NamedTuple):
+    """`TokenStats`, and log-probs at a few ids of each row; what `ids` and `top_k` add."""
+
+    logp: torch.Tensor
+    """log p of the target, nats; (tokens,). Differentiable."""
+    entropy: torch.Tensor
+    """-sum p log p, nats; (tokens,). Differentiable."""
+    lse: torch.Tensor
+    """log-sum-exp of the transformed logits, nats; (tokens,)."""
+    sum_sq: torch.Tensor
+    """sum of p^2; (tokens,)."""
+    top1: torch.Tensor
+    """1.0 where the target attains the row's maximum, else 0.0; (tokens,)."""
+    logp_at: torch.Tensor
+    """log p of each id, nats, in the shape of the ids; 0 at padding and in masked rows. Differentiable."""
+    top_ids: torch.Tensor | None
+    """(tokens, top_k) int64, the likeliest first, -1 in masked rows; None for given ids."""

@@ -6,12 +6,11 @@ import torch
 
 from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
-from tokfuse.runtime.core.checks import INTS, Rows, check_vector, may_read
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
-from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.core.token_ids import check_csr
 from tokfuse.runtime.reference import kept_token_stats as reference
 
 OP = "kept_token_stats"
@@ -88,7 +87,8 @@ def kept_token_stats(
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     check_logits(OP, logits, target, options)
-    ids, offsets = _check_support(logits, kept_ids, kept_offsets)
+    names = ("kept_ids", "kept_offsets")
+    ids, offsets, _ = check_csr(OP, names, kept_ids, kept_offsets, logits.shape[0], logits.device)
     capability = select(OP, logits.device.type, logits.dtype, options.features())
     arguments = options.without_bias()
     if capability.backend == "reference":
@@ -99,39 +99,6 @@ def kept_token_stats(
     if logits.requires_grad and torch.is_grad_enabled():
         return KeptTokenStats(*_KeptFunction.apply(logits, target, ids, offsets, options, run))
     return KeptTokenStats(*run.forward(logits, target, ids, offsets, **arguments)[:3])
-
-
-def _check_support(
-    logits: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as contiguous int64."""
-    tokens = logits.shape[0]
-    check_vector(OP, "kept_ids", kept_ids, None, INTS)
-    if kept_ids.device != logits.device:
-        raise refuse(
-            OP,
-            "kept_ids",
-            f"on {logits.device}, where the logits are",
-            str(kept_ids.device),
-            "Move it with .to(device).",
-        )
-    rows = Rows(tokens + 1, "tokens + 1", logits.device)
-    check_vector(OP, "kept_offsets", kept_offsets, rows, INTS)
-    if may_read(kept_offsets) and not torch.compiler.is_compiling():
-        first, last = int(kept_offsets[0]), int(kept_offsets[-1])
-        if first != 0 or last != kept_ids.shape[0]:
-            raise refuse(
-                OP,
-                "kept_offsets",
-                f"a prefix sum from 0 to kept = {kept_ids.shape[0]}",
-                f"{first} to {last}",
-                "Pass exactly the ids it counts.",
-            )
-        if bool((kept_offsets[1:] < kept_offsets[:-1]).any()):
-            raise refuse(
-                OP, "kept_offsets", "non-decreasing", "a decreasing pair", "Use the running sum of the support sizes."
-            )
-    return kept_ids.to(torch.int64).contiguous(), kept_offsets.to(torch.int64).contiguous()
 
 
 register_cpu(OP, cpu_rows.KEPT_TOKEN_STATS, FLOAT_DTYPES, "softcap")

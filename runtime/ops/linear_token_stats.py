@@ -1,6 +1,6 @@
 """`tokfuse.linear_token_stats`: token_stats of hidden @ weight.T, without a (tokens, vocab) tensor."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -9,14 +9,64 @@ from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
+from tokfuse.runtime.core.token_ids import check_one_of
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head
 from tokfuse.runtime.lm_head.units import HeadKernels
+from tokfuse.runtime.ops.linear_token_stats_at import linear_token_stats_at
 from tokfuse.runtime.reference import linear_token_stats as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
 
 OP = "linear_token_stats"
+
+
+@overload
+def linear_token_stats(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    memory_budget: int | None = ...,
+) -> TokenStats: ...
+
+
+@overload
+def linear_token_stats(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    memory_budget: int | None = ...,
+    ids: torch.Tensor,
+    ids_offsets: torch.Tensor | None = ...,
+) -> TokenStatsAt: ...
+
+
+@overload
+def linear_token_stats(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    memory_budget: int | None = ...,
+    top_k: int,
+) -> TokenStatsAt: ...
 
 
 @ranged("linear_token_stats.fwd")
@@ -31,7 +81,10 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     mask: torch.Tensor | None = None,
     memory_budget: int | None = None,
-) -> TokenStats:
+    ids: torch.Tensor | None = None,
+    ids_offsets: torch.Tensor | None = None,
+    top_k: int | None = None,
+) -> TokenStats | TokenStatsAt:
     """`token_stats(hidden @ weight.T + bias, target, ...)` without ever holding those logits.
 
     Args:
@@ -46,9 +99,11 @@ def linear_token_stats(
         memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
             the weight's float32 size where that is more; on a GPU 1024 rows, up to 1 GiB. At least
             one row is always computed.
+        ids, ids_offsets, top_k: as in `token_stats`: add the log-probs of K ids per row.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64).
+        With ids or top_k: TokenStatsAt, as `token_stats`.
 
     Numerics: same bounds as `token_stats` with float32 logits. bfloat16 and float16 inputs are converted
         exactly, and GEMMs accumulate in float32. dW accumulates in float32 and is rounded once. Bitwise
@@ -60,7 +115,8 @@ def linear_token_stats(
         extra memory: memory_budget, the gradients, and a float32 dW where weight is 16-bit. On a
         GPU a 16-bit head forms the statistics without a workspace, rounds the gradient of its
         logits once to 16 bits for the gradient GEMMs, and the backward waits once, for the number
-        of its rows (not under CUDA-graph capture: then every row is computed).
+        of its rows (not under CUDA-graph capture: then every row is computed). With ids or top_k
+        such a head, too, has its logits in the workspace, for the statistics.
 
     Examples:
         >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
@@ -68,13 +124,17 @@ def linear_token_stats(
         tensor([1.6094, 1.6094, 1.6094])
 
     Raises:
-        ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
+        ValueError: wrong shape, dtype, device or range; a target or an id out of range where mask
+            is True; ids together with top_k.
         BackendUnavailable: the forced backend cannot run this call.
 
     Source: the chunked heads of TRL and Liger; same outputs as `token_stats`. Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    if ids is not None or top_k is not None or ids_offsets is not None:
+        check_one_of(OP, ids, ids_offsets, top_k)
+        return linear_token_stats_at(problem, ids, ids_offsets, top_k)
     capability = select(OP, hidden.device.type, hidden.dtype, options.features())
     if capability.backend == "reference":
         return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **options.without_bias()))

@@ -19,7 +19,9 @@ from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
+from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats, TokenStatsAt
+from tokfuse.runtime.core.token_ids import check_one_of
+from tokfuse.runtime.ops.token_stats_at import token_stats_at
 from tokfuse.runtime.reference import extended_token_stats as extended_reference
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
@@ -98,6 +100,37 @@ def token_stats(
 ) -> ExtendedTokenStats: ...
 
 
+@overload
+def token_stats(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    bias_logits: torch.Tensor | None = ...,
+    bias_scale: float = ...,
+    ids: torch.Tensor,
+    ids_offsets: torch.Tensor | None = ...,
+) -> TokenStatsAt: ...
+
+
+@overload
+def token_stats(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    bias_logits: torch.Tensor | None = ...,
+    bias_scale: float = ...,
+    top_k: int,
+) -> TokenStatsAt: ...
+
+
 @ranged("token_stats.fwd")
 def token_stats(
     logits: torch.Tensor,
@@ -111,7 +144,10 @@ def token_stats(
     bias_scale: float = 1.0,
     second_temperature: float | None = None,
     moments: bool = False,
-) -> TokenStats | ExtendedTokenStats:
+    ids: torch.Tensor | None = None,
+    ids_offsets: torch.Tensor | None = None,
+    top_k: int | None = None,
+) -> TokenStats | ExtendedTokenStats | TokenStatsAt:
     """Log-prob, entropy, log-sum-exp, sum of squared probabilities and top-1 hit in one read.
 
     p = softmax(u / temperature) with u = softcap * tanh(logit_scale * logits / softcap), or
@@ -135,11 +171,19 @@ def token_stats(
             element.
         moments: adds sum p^2 log p and sum p^2 log^2 p, which the gradient norm of a loss with an
             entropy bonus needs (`tokfuse.influence.logit_norms`).
+        ids: (tokens, K) int32 or int64: adds the log-probs of these ids, e.g. a teacher's top K.
+            -1 is padding; an id may repeat. With ids_offsets: (ids,), those of all rows one after
+            the other.
+        ids_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the ids per row.
+        top_k: adds the top_k likeliest ids of each row and their log-probs.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64
         logits), nats. With second_temperature or moments: ExtendedTokenStats, the same five and
-        second_logp, sum_p2_logp, sum_p2_logp2, where those that were not asked for are None.
+        second_logp, sum_p2_logp, sum_p2_logp2, where those that were not asked for are None. With
+        ids or top_k: TokenStatsAt, the same five, logp_at in the shape of the ids (0 at padding and
+        in masked rows), and top_ids (tokens, top_k) int64 for top_k: the likeliest first, -1 in
+        masked rows. Of equal logits, `torch.topk` chooses.
 
     Numerics: float32 statistics for every input dtype. Against float64, |error| <= 2e-5 in logp,
         entropy and lse for |logit| <= 100; gradients are within 2e-6 of the largest term of the row.
@@ -149,20 +193,29 @@ def token_stats(
         Bitwise repeatable. A row does not depend on its batch or on the number of threads. -inf logits
         contribute exactly 0. A row of only -inf gives logp = lse = -inf, entropy = sum_sq = 0 and a
         zero gradient. +inf or NaN poisons its own row only. Zero tokens give empty outputs.
+        logp_at has the bounds of logp, also where an id is confident: a row in which an id that is
+        not the target has p > 3/4 is read twice. The other outputs do not change by a bit. 16-bit
+        gradients are rounded once, at the ids, too.
 
-    Gradients and memory: logits receive the gradient of logp and entropy; all others are detached.
-        Saved: the logits and four (tokens,) vectors. The backward reads the logits once and writes
-        the gradient once; rows whose incoming gradients are both 0 are not read.
+    Gradients and memory: logits receive the gradient of logp, entropy and logp_at, where ids that
+        repeat add up; all others are detached. Saved: the logits and four (tokens,) vectors, with
+        ids also these and logp_at. The backward reads the logits once and writes the gradient once;
+        rows whose incoming gradients are all 0 are not read.
 
     Examples:
         >>> stats = tokfuse.token_stats(torch.zeros(2, 4), torch.tensor([0, 3]))
         >>> stats.logp, stats.sum_sq
         (tensor([-1.3863, -1.3863]), tensor([0.2500, 0.2500]))
+        >>> tokfuse.token_stats(torch.zeros(2, 4), torch.tensor([0, 3]), ids=torch.tensor([[1, 2], [0, -1]])).logp_at
+        tensor([[-1.3863, -1.3863],
+                [-1.3863,  0.0000]])
 
     Raises:
-        ValueError: wrong shape, dtype, device or range; a target out of range where mask is True.
-            On a GPU values are read only with TOKFUSE_CHECK=1, because reading them waits for the
-            device: such a target gives NaN in logp and in its row's gradient.
+        ValueError: wrong shape, dtype, device or range; a target or an id out of range where mask
+            is True; ids together with top_k, or either with second_temperature or moments. On a
+            GPU values are read only with TOKFUSE_CHECK=1, because reading them waits for the
+            device: such a target gives NaN in logp and in its row's gradient, such an id in its
+            logp_at and, where a gradient arrives there, in its row's gradient.
         BackendUnavailable: the forced backend cannot run this call.
 
     Source: the online-softmax identities; sum p^2 as in EL2N (Paul et al. 2021) and verl's optimal
@@ -175,11 +228,18 @@ def token_stats(
             OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "Remove it: it would have no effect."
         )
     check_flag(OP, "moments", moments)
-    if second_temperature is None and not moments:
+    at_ids = ids is not None or top_k is not None or ids_offsets is not None
+    if second_temperature is None and not moments and not at_ids:
         done = _eager(logits, target, options)
         if done is not None:
             return done
     check_logits(OP, logits, target, options)
+    if at_ids:
+        check_one_of(OP, ids, ids_offsets, top_k)
+        if second_temperature is not None or moments:
+            given = "moments" if moments else "second_temperature"
+            raise refuse(OP, given, "left out with ids or top_k", "both", "Call twice, once with each.")
+        return token_stats_at(logits, target, ids, ids_offsets, top_k, options)
     if second_temperature is not None or moments:
         return _extended(logits, target, options, Extras(second_temperature, moments))
     capability = _capability(logits, options)

@@ -23,7 +23,7 @@ def forward(
     tokens, vocab = logits.shape
     if not torch.compiler.is_compiling():
         check(logits, target, kept_ids, kept_offsets, mask, temperature)
-    rows = _row_of_each(kept_ids, kept_offsets)
+    rows = row_of_each(kept_ids, kept_offsets)
     keep = torch.ones(tokens, dtype=torch.bool, device=logits.device) if mask is None else mask
     counts = keep[rows]
     z = torch.where(counts, logits[rows, torch.where(counts, kept_ids, 0)], 0.0)
@@ -60,7 +60,7 @@ def forward(
     return rounded(stats, logits.dtype)
 
 
-def _row_of_each(ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def row_of_each(ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(kept,) the row that each kept id belongs to."""
     rows = torch.arange(offsets.shape[0] - 1, device=ids.device)
     return torch.repeat_interleave(rows, offsets.diff(), output_size=ids.shape[0])
@@ -77,7 +77,7 @@ def check(
     """Raise ValueError for target, temperature or kept ids out of range. Reads the values."""
     vocab = logits.shape[1]
     check_values(OP, target, vocab, mask, temperature)
-    check_ids(kept_ids, _row_of_each(kept_ids, kept_offsets), vocab, mask)
+    check_ids(kept_ids, row_of_each(kept_ids, kept_offsets), vocab, mask)
 
 
 def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Tensor | None) -> None:

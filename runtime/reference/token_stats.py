@@ -1,7 +1,7 @@
 """Reference of `tokfuse.token_stats` in float64, differentiable by autograd."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,9 +96,27 @@ def forward(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> tuple
     return rounded(exact(logits, target, **options), logits.dtype)
 
 
-def exact(
+class Rows(NamedTuple):
+    """What the outputs of a batch of rows are made of, in float64."""
+
+    u: torch.Tensor
+    """(tokens, vocab) transformed logits over the temperature; 0 in rows without a distribution."""
+    log_p: torch.Tensor
+    """(tokens, vocab)."""
+    lse: torch.Tensor
+    """(tokens,)."""
+    keep: torch.Tensor
+    """(tokens,) bool: the mask."""
+    dead: torch.Tensor
+    """(tokens,) bool: only -inf, no distribution; treated as uniform."""
+
+    def final(self, x: torch.Tensor, dead_value: float) -> torch.Tensor:
+        """(tokens,) `x`, with the documented values of masked and dead rows."""
+        return torch.where(self.keep, torch.where(self.dead, dead_value, x), 0.0)
+
+
+def rows_of(
     logits: torch.Tensor,
-    target: torch.Tensor,
     *,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
@@ -106,13 +124,9 @@ def exact(
     mask: torch.Tensor | None = None,
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
-    op: str = "token_stats",
-) -> tuple[torch.Tensor, ...]:
-    """The outputs in float64; see `tokfuse.token_stats`. `op` is named in errors."""
-    tokens, vocab = logits.shape
-    if not torch.compiler.is_compiling():
-        check_values(op, target, vocab, mask, temperature)
-    keep = torch.ones(tokens, dtype=torch.bool, device=logits.device) if mask is None else mask
+) -> Rows:
+    """The distribution of each row."""
+    keep = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device) if mask is None else mask
     if mask is not None:  # before any arithmetic: 0 * NaN in a masked row would reach the gradient
         logits = torch.where(keep.unsqueeze(-1), logits, 0.0)
         if bias_logits is not None:
@@ -120,27 +134,37 @@ def exact(
         if isinstance(temperature, torch.Tensor):
             temperature = torch.where(keep, temperature, 1.0)
     u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
-    y = torch.where(keep, target, 0).unsqueeze(-1)
-    dead = (u == float("-inf")).all(-1)  # no distribution: treated as uniform, overwritten below
+    dead = (u == float("-inf")).all(-1)
     u = torch.where(dead.unsqueeze(-1), 0.0, u)
-    logp_all, lse = log_softmax(u)
-    p = logp_all.exp()
-    u_y = u.gather(-1, y).squeeze(-1)
-    logp = logp_all.gather(-1, y).squeeze(-1)
+    log_p, lse = log_softmax(u)
+    return Rows(u, log_p, lse, keep, dead)
+
+
+def exact(
+    logits: torch.Tensor, target: torch.Tensor, *, op: str = "token_stats", **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """The outputs in float64; see `tokfuse.token_stats`. `op` is named in errors."""
+    if not torch.compiler.is_compiling():
+        check_values(op, target, logits.shape[1], options.get("mask"), options.get("temperature", 1.0))
+    return stats_of(rows_of(logits, **options), target)
+
+
+def stats_of(rows: Rows, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(logp, entropy, lse, sum_sq, top1) in float64."""
+    y = torch.where(rows.keep, target, 0).unsqueeze(-1)
+    p = rows.log_p.exp()
+    u_y = rows.u.gather(-1, y).squeeze(-1)
+    logp = rows.log_p.gather(-1, y).squeeze(-1)
     # 0 * -inf is NaN, forward and backward: an excluded logit gets log p = 0 before the product.
-    finite = torch.where(logp_all == float("-inf"), 0.0, logp_all)
+    finite = torch.where(rows.log_p == float("-inf"), 0.0, rows.log_p)
     entropy = -(p * finite).sum(-1)
     sum_sq = (p * p).sum(-1)
-    top1 = (u_y == u.amax(-1)).to(u.dtype)
-
-    def final(x: torch.Tensor, dead_value: float) -> torch.Tensor:
-        return torch.where(keep, torch.where(dead, dead_value, x), 0.0)
-
+    top1 = (u_y == rows.u.amax(-1)).to(rows.u.dtype)
     minus_inf = float("-inf")
     return (
-        final(logp, minus_inf),
-        final(entropy, 0.0),
-        final(lse, minus_inf).detach(),
-        final(sum_sq, 0.0).detach(),
-        final(top1, 0.0).detach(),
+        rows.final(logp, minus_inf),
+        rows.final(entropy, 0.0),
+        rows.final(rows.lse, minus_inf).detach(),
+        rows.final(sum_sq, 0.0).detach(),
+        rows.final(top1, 0.0).detach(),
     )

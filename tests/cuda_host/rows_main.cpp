@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cuda/kernels.h"
+#include "cuda/vectors.cuh"
 #include "program.h"
 
 namespace tokfuse {
@@ -53,6 +54,17 @@ struct Problem {
     for (size_t i = 0; i < (options ? 10u : 7u); i++) *outputs[i] = memory.of<float>(kTokens);
     stats.second_temperature = 0.7f;
     grad = memory.logits(dtype, kTokens, stride, vocab);
+  }
+
+  // Makes a column by far the likeliest of its row.
+  void peak(int64_t row, int64_t column) {
+    void* logits = const_cast<void*>(args.logits);
+    const int64_t at = row * args.stride + column;
+    if (args.dtype == DType::kFloat32) {
+      static_cast<float*>(logits)[at] = 40.0f;
+    } else {
+      store_element(static_cast<BFloat16*>(logits) + at, 40.0f);
+    }
   }
 
   void hash_stats(Hash* hash) const {
@@ -133,6 +145,44 @@ int kept(DType dtype, int64_t vocab) {
   return report("kept_token_stats", dtype, vocab, error, hash);
 }
 
+// Duplicates, padding, and a confident id that is not the target; in place for the gradient.
+int at_ids(DType dtype, int64_t vocab, int64_t stride, bool options) {
+  Problem x(dtype, vocab, stride, options);
+  x.stats.second_logp = x.stats.sum_p2_logp = x.stats.sum_p2_logp2 = nullptr;
+  constexpr int64_t kIds = 150;
+  int64_t* ids = x.memory.of<int64_t>(kIds);
+  for (int64_t i = 0; i < kIds; i++) ids[i] = i % 11 == 5 ? -1 : i % 50 * 7 % vocab;
+  int64_t* offsets = x.memory.of<int64_t>(kTokens + 1);
+  for (int64_t t = 0; t <= kTokens; t++) offsets[t] = t < 3 ? t : t * kIds / kTokens;
+  for (int64_t t : {1, 3}) {
+    ids[offsets[t]] = 3;
+    x.peak(t, 3);
+  }
+  IdsArgs at = {};
+  at.ids = ids;
+  at.offsets = offsets;
+  at.num_ids = kIds;
+  at.logp_at = x.memory.of<float>(kIds);
+  at.grad_logp_at = x.memory.uniform(kIds, -1.0f, 1.0f);
+  at.grad_at = x.memory.of<float>(kIds);
+  at.grad_at_target = x.memory.of<float>(kTokens);
+  at.grad_total = x.memory.of<float>(kTokens);
+  cudaError_t error = token_stats_at_fwd(x.args, x.stats, at, nullptr);
+  Hash hash;
+  x.hash_stats(&hash);
+  hash.add(at.logp_at, kIds * 4);
+  const float* gh = x.memory.uniform(kTokens, -1.0f, 1.0f);
+  void* grad = const_cast<void*>(x.args.logits);
+  if (error == cudaSuccess) {
+    error = token_stats_at_bwd(x.args,
+                               {x.stats.row_max, x.stats.inv_sum, x.stats.logp, x.stats.entropy,
+                                nullptr, gh, grad, stride, dtype},
+                               at, nullptr);
+  }
+  hash.rows(grad, dtype, kTokens, stride, vocab);
+  return report(options ? "token_stats_at_options" : "token_stats_at", dtype, vocab, error, hash);
+}
+
 int divergence(DType dtype, int64_t vocab, Divergence kind) {
   Problem x(dtype, vocab, vocab, false);
   const void* q = x.memory.logits(dtype, kTokens, vocab, vocab);
@@ -171,6 +221,8 @@ int everything() {
   }
   failed += policy(DType::kFloat32, 28705, 28708, true);  // a cluster of two
   failed += kept(DType::kBFloat16, 1001);
+  failed += at_ids(DType::kBFloat16, 1001, 1001, false);
+  failed += at_ids(DType::kFloat32, 1032, 1032, true);
   for (Divergence kind :
        {Divergence::kJsd, Divergence::kForwardKl, Divergence::kReverseKl, Divergence::kSkewForward,
         Divergence::kSkewReverse, Divergence::kTotalVariation}) {

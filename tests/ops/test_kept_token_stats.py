@@ -275,7 +275,7 @@ IDS, OFFSETS = torch.tensor([0, 1, 0]), torch.tensor([0, 2, 3])
 REFUSALS = [
     ((Z, Y, IDS.float(), OFFSETS), {}, "kept_ids must be of dtype int32 or int64"),
     ((Z, Y, IDS, OFFSETS[:2]), {}, r"kept_offsets must be of shape \(3,\) to match tokens \+ 1"),
-    ((Z, Y, IDS[:2], OFFSETS), {}, "kept_offsets must be a prefix sum from 0 to kept = 2; got 0"),
+    ((Z, Y, IDS[:2], OFFSETS), {}, r"kept_offsets must be a prefix sum from 0 to kept_ids.numel\(\) = 2; got 0 to 3"),
     ((Z, Y, IDS, OFFSETS.flip(0)), {}, "kept_offsets must be a prefix sum from 0"),
     ((Z, Y, IDS, torch.tensor([0, 4, 3])), {}, "kept_offsets must be non-decreasing"),
     ((Z, Y, IDS + 3, OFFSETS), {}, r"kept_ids must be in \[0, 4\) .*got 4 in row 0"),

@@ -43,7 +43,10 @@ CHECKED = ("-O1", "-fsanitize=thread", "-Wno-tsan")
 KINDS = {OPTIMIZED: "fast", SANITIZED: "sanitized", CHECKED: "checked"}
 
 # rows_main.cpp runs the kernels over logits, packed_main.cpp the kernels over vectors.
-ROW_KERNELS = [CUDA / f"{op}.cu" for op in ("token_stats", "policy_step", "kept_token_stats", "paired_divergence")]
+ROW_KERNELS = [
+    CUDA / f"{op}.cu"
+    for op in ("token_stats", "token_stats_at", "policy_step", "kept_token_stats", "paired_divergence")
+]
 PACKED_KERNELS = sorted(set(CUDA.glob("*.cu")) - set(ROW_KERNELS))
 
 needs_host = pytest.mark.skipif(

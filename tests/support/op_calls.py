@@ -137,6 +137,22 @@ class Problem:
 
         return self._made("borders", (self.sizes.sequences + 1,), torch.int32, make)
 
+    def ids(self, width: int) -> torch.Tensor:
+        """(tokens, width) int64 in [-1, vocab): -1 is padding."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            return torch.randint(-1, self.sizes.vocab, size, generator=generator)
+
+        return self._made("ids", (self.sizes.tokens, width), torch.int64, make)
+
+    def offsets(self, width: int) -> torch.Tensor:
+        """(tokens + 1,) int64, borders of that many per token."""
+
+        def make(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            return torch.arange(size[0]) * width
+
+        return self._made("offsets", (self.sizes.tokens + 1,), torch.int64, make)
+
     def groups(self) -> torch.Tensor:
         """Return (sequences,) int64, the prompt of each sequence."""
         return self.integers("groups", max(1, self.sizes.sequences // 2), self.sizes.sequences)
@@ -516,6 +532,12 @@ STATS_OPTIONS = LOGIT_OPTIONS | {
     "bias_logits": Option(lambda p: {"bias_logits": p.logits("bias_logits"), "bias_scale": 0.3})
 }
 
+
+IDS_OPTIONS = {
+    "offsets": Option(lambda p: {"ids": p.ids(5).view(-1), "ids_offsets": p.offsets(5)}),
+    "top_k": Option(lambda p: {"ids": None, "top_k": min(3, p.sizes.vocab)}),
+}
+
 PACKED = (torch.float32,)
 ROWS: tuple[Row, ...] = (
     Row("token_stats", "token_stats", "rows", _logits, ("logits",), STATS_OPTIONS, rich=("all", "bias_logits")),
@@ -527,6 +549,15 @@ ROWS: tuple[Row, ...] = (
         ("logits",),
         STATS_OPTIONS | {"second": _constant(moments=False), "moments": Option(lambda p: {"second_temperature": None})},
         rich=("all", "second", "moments"),
+    ),
+    Row(
+        "token_stats_at",
+        "token_stats",
+        "rows",
+        lambda p: _logits(p) | {"ids": p.ids(5)},
+        ("logits",),
+        STATS_OPTIONS | IDS_OPTIONS,
+        rich=("all", "bias_logits", "top_k"),
     ),
     Row(
         "kept_token_stats",
@@ -563,6 +594,15 @@ ROWS: tuple[Row, ...] = (
         ("hidden", "weight", "bias"),
         HEAD_OPTIONS,
         rich=("all",),
+    ),
+    Row(
+        "linear_token_stats_at",
+        "linear_token_stats",
+        "head",
+        lambda p: _head(p) | {"ids": p.ids(5)},
+        ("hidden", "weight", "bias"),
+        HEAD_OPTIONS | IDS_OPTIONS,
+        rich=("all", "top_k"),
     ),
     Row(
         "policy_loss",

@@ -1,0 +1,193 @@
+"""linear_token_stats with log-probs at a few ids per token: the lm_head in chunks, on every backend.
+
+The ids are those of the caller, or the likeliest of each row: then they are taken from the logits of
+a chunk before its row kernel.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.backends import cuda_rows, row_args, triton_rows
+from tokfuse.runtime.backends.row_args import RowStats
+from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import may_read
+from tokfuse.runtime.core.dispatch import Kernels
+from tokfuse.runtime.core.token_ids import TokenIds
+from tokfuse.runtime.lm_head import device_head
+from tokfuse.runtime.lm_head.cpu_head import Head, HeadGradients, LogitsBuffer, needed_rows, workspace_rows
+from tokfuse.runtime.lm_head.device_head import DeviceHead
+from tokfuse.runtime.lm_head.problem import HeadProblem
+from tokfuse.runtime.reference import token_stats_at as reference
+
+Needs = tuple[bool, bool, bool]
+
+
+class HeadIdsKernels(NamedTuple):
+    """The `run` of linear_token_stats with ids or top_k."""
+
+    forward: Callable[[HeadProblem, TokenIds | None, int], tuple[torch.Tensor, ...]]
+    """(problem, ids, K if there are none) -> the seven outputs of token_stats, logp_at and the ids, flat."""
+    backward: Callable[..., list[torch.Tensor | None]] | None
+    """(problem, ids, row_max, inv_sum, logp, entropy, logp_at, grad_logp, grad_entropy, grad_logp_at,
+    needs) -> gradients in order of `problem.NAMES`. None if autograd differentiates `forward`."""
+
+
+def _places(p: HeadProblem, ids: TokenIds | None, top_k: int) -> TokenIds:
+    """The ids, checked where values may be read; or room for the likeliest: padding."""
+    if ids is None:
+        return TokenIds.of_matrix(p.target.new_full((p.tokens, top_k), -1))
+    if may_read(ids.flat):
+        o = p.options
+        reference.check_values("linear_token_stats", p.target, ids.flat, ids.offsets, p.vocab, o.mask, o.temperature)
+    return ids
+
+
+def _gradient_arrives(
+    p: HeadProblem, ids: TokenIds, ga: torch.Tensor, gh: torch.Tensor, grad_logp_at: torch.Tensor
+) -> torch.Tensor:
+    """(tokens,) bool: rows whose logits are needed in the backward."""
+    at_ids = (grad_logp_at != 0) & (ids.flat >= 0)
+    before = torch.nn.functional.pad(at_ids.cumsum(0), (1, 0))[ids.offsets]
+    active = (before[1:] > before[:-1]) | (ga != 0) | (gh != 0)
+    return active if p.options.mask is None else active & p.options.mask
+
+
+# --------------------------------------------------------------------------------------------- CPU
+
+
+def cpu_fwd(p: HeadProblem, ids: TokenIds | None, top_k: int) -> tuple[torch.Tensor, ...]:
+    """As cpu_runs.linear_fwd, and the log-probs."""
+    places, module = _places(p, ids, top_k), native.loaded()
+    needed = needed_rows(p)
+    index = torch.arange(p.tokens) if needed is None else needed
+    stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
+    logp_at = torch.zeros(places.flat.shape, dtype=torch.float32)
+    if index.shape[0] > 0:
+        rows = workspace_rows(p, index.shape[0])
+        head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
+        for chunk in index.split(rows):
+            head.logits(head.rows_of_hidden(chunk), buffer, 0)
+            if ids is None:
+                logits = buffer.first_tile(0, chunk.shape[0])
+                places.flat.view(p.tokens, top_k)[chunk] = logits.topk(top_k).indices
+            bad = module.token_stats_at_fwd(
+                buffer.logits_args(p, 0, chunk.shape[0], chunk),
+                row_args.token_stats_out(module, RowStats.of(stats)),
+                row_args.ids_args(module, places.flat, places.offsets, logp_at),
+            )
+            assert bad < 0  # the values were checked before the first GEMM
+    return (*stats, logp_at, places.flat)
+
+
+def cpu_bwd(
+    p: HeadProblem,
+    ids: TokenIds,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    logp_at: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_logp_at: torch.Tensor,
+    needs: Needs,
+) -> list[torch.Tensor | None]:
+    """Rows without incoming gradient are not recomputed."""
+    module = native.loaded()
+    ga, gh = (torch.zeros(p.tokens) if x is None else x for x in (grad_logp, grad_entropy))
+    index = _gradient_arrives(p, ids, ga, gh, grad_logp_at).nonzero().squeeze(1)
+    rows = workspace_rows(p, max(1, index.shape[0]))
+    head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
+    gradients = HeadGradients(head, needs)
+    for chunk in index.split(rows):
+        head.logits(head.rows_of_hidden(chunk), buffer, 0)
+        module.token_stats_at_bwd(
+            buffer.logits_args(p, 0, chunk.shape[0], chunk),
+            row_args.token_stats_grad(
+                module,
+                row_max=row_max,
+                inv_sum=inv_sum,
+                logp=logp,
+                entropy=entropy,
+                grad_logp=ga,
+                grad_entropy=gh,
+                grad_logits=buffer.first_tile(0, chunk.shape[0]),
+            ),
+            row_args.ids_args(module, ids.flat, ids.offsets, logp_at, grad_logp_at),
+        )
+        gradients.add(buffer, chunk)
+    return gradients.finish()
+
+
+# ----------------------------------------------------------------------------------------- devices
+
+
+def _device_fwd(kernels: Kernels, p: HeadProblem, ids: TokenIds | None, top_k: int) -> tuple[torch.Tensor, ...]:
+    """Chunks of torch's GEMM and the row kernels."""
+    places = _places(p, ids, top_k)
+    rows = device_head.classify(p, p.options.mask, None)
+    head = DeviceHead(p, (False, False, False), rows)
+    # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
+    counts = [p.tokens] * 7 + [places.flat.shape[0]]
+    out = tuple(torch.zeros(count, dtype=torch.float32, device=p.hidden.device) for count in counts)
+    with torch.no_grad():
+        for index, h in head.chunks(0, rows.forward):
+            logits = head.logits(h)
+            if ids is None:
+                top = logits.topk(top_k).indices
+                if rows.keep is not None:
+                    top = torch.where(rows.keep[index, None], top, -1)
+                places.flat.view(p.tokens, top_k)[index] = top
+            kernels.forward(
+                logits, p.target, places.flat, places.offsets, index=index, out=out, **p.options.without_bias()
+            )
+    return (*out, places.flat)
+
+
+def _device_bwd(
+    kernels: Kernels,
+    p: HeadProblem,
+    ids: TokenIds,
+    row_max: torch.Tensor,
+    inv_sum: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    logp_at: torch.Tensor,
+    grad_logp: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_logp_at: torch.Tensor,
+    needs: Needs,
+) -> list[torch.Tensor | None]:
+    """As on the CPU."""
+    assert kernels.backward is not None
+    ga, gh = (torch.zeros_like(entropy) if x is None else x.float() for x in (grad_logp, grad_entropy))
+    rows = device_head.classify(p, _gradient_arrives(p, ids, ga, gh, grad_logp_at), None)
+    head = DeviceHead(p, needs, rows)
+    saved: tuple[Any, ...] = (row_max, inv_sum, logp, entropy, logp_at, ga, gh, grad_logp_at)
+    with torch.no_grad():
+        for index, h in head.chunks(0, rows.gradient):
+            logits = head.logits(h)
+            dz = kernels.backward(
+                logits,
+                p.target,
+                ids.flat,
+                ids.offsets,
+                *saved,
+                index=index,
+                out=head.gradient_like(logits),
+                **p.options.without_bias(),
+            )
+            head.add(index, h, dz)
+    return head.finish()
+
+
+def _on_device(rows: Kernels) -> HeadIdsKernels:
+    return HeadIdsKernels(functools.partial(_device_fwd, rows), functools.partial(_device_bwd, rows))
+
+
+CPU = HeadIdsKernels(cpu_fwd, cpu_bwd)
+CUDA = _on_device(cuda_rows.TOKEN_STATS_AT)
+TRITON = _on_device(triton_rows.TOKEN_STATS_AT)

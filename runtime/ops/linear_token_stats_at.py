@@ -1,0 +1,197 @@
+"""linear_token_stats_at: what `ids` and `top_k` add to linear_token_stats."""
+
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.core.statistics import TokenStatsAt
+from tokfuse.runtime.core.token_ids import TokenIds, check_ids, check_top_k, most_likely
+from tokfuse.runtime.lm_head import ids_runs
+from tokfuse.runtime.lm_head.ids_runs import HeadIdsKernels
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem
+from tokfuse.runtime.reference import token_stats_at as reference
+from tokfuse.runtime.reference.linear_token_stats import logits_of
+
+OP = "linear_token_stats_at"
+"""`linear_token_stats` with ids or top_k, which has rows of its own in the table of backends."""
+
+
+def linear_token_stats_at(
+    p: HeadProblem, ids: torch.Tensor | None, ids_offsets: torch.Tensor | None, top_k: int | None
+) -> TokenStatsAt:
+    """`linear_token_stats` with ids or top_k; all other arguments are checked."""
+    places = None
+    if ids is None:
+        check_top_k("linear_token_stats", top_k, p.vocab)
+    else:
+        places = check_ids("linear_token_stats", ids, ids_offsets, p.tokens, p.hidden.device)
+    capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
+    if capability.backend == "reference":
+        *stats, logp_at, flat = _reference(p, places, top_k or 0)
+    elif torch.compiler.is_compiling():
+        given = (None, None) if places is None else places[:2]
+        tensors = (p.hidden, p.weight, p.bias, p.target)
+        *stats, _, _, logp_at, flat = _linear_at_op(
+            *tensors, *p.options.flat()[:5], p.memory_budget, *given, top_k or 0
+        )
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p.hidden, p.weight, p.bias)):
+        *stats, logp_at, flat = _LinearAtFunction.apply(
+            p.hidden, p.weight, p.bias, p, places, top_k or 0, capability.run
+        )
+    else:
+        *stats, _, _, logp_at, flat = capability.run.forward(p, places, top_k or 0)
+    logp, entropy, lse, sum_sq, top1 = stats
+    shape = (p.tokens, top_k or 0) if places is None else places.shape
+    top_ids = flat.view(shape) if places is None else None
+    return TokenStatsAt(logp, entropy, lse, sum_sq, top1, logp_at.view(shape), top_ids)
+
+
+def _reference(p: HeadProblem, places: TokenIds | None, top_k: int) -> tuple[torch.Tensor, ...]:
+    """Five statistics, logp_at and the ids; by autograd."""
+    if places is None:
+        places = TokenIds.of_matrix(most_likely(logits_of(p.hidden, p.weight, p.bias), top_k, p.options))
+    ids, offsets, _ = places
+    o = p.options.without_bias()
+    return *reference.linear_forward(p.hidden, p.weight, p.bias, p.target, ids, offsets, **o), ids
+
+
+register_cpu(OP, ids_runs.CPU, FLOAT_DTYPES, "softcap")
+register_cuda(OP, ids_runs.CUDA, FLOAT_DTYPES, "softcap")
+register_triton(OP, ids_runs.TRITON, FLOAT_DTYPES, "softcap")
+register_reference(OP, HeadIdsKernels(_reference, None), "softcap")
+
+
+# ------------------------------------------------------------------------------- autograd, compile
+
+
+class _LinearAtFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        p: HeadProblem,
+        places: TokenIds | None,
+        top_k: int,
+        run: HeadIdsKernels,
+    ) -> tuple[torch.Tensor, ...]:
+        outputs = run.forward(p, places, top_k)
+        logp, entropy, lse, sum_sq, top1, row_max, inv_sum, logp_at, ids = outputs
+        offsets = _offsets(p, top_k) if places is None else places.offsets
+        scalars, tensors = p.options.split()
+        stats = (row_max, inv_sum, logp, entropy, logp_at)
+        ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, ids, offsets, *stats)
+        ctx.rest = scalars, p.memory_budget, run
+        ctx.set_materialize_grads(False)
+        ids = ids if places is None else ids.new_empty(0)  # given ids are not handed back
+        ctx.mark_non_differentiable(lse, sum_sq, top1, ids)
+        return logp, entropy, lse, sum_sq, top1, logp_at, ids
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @ranged("linear_token_stats.bwd")
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        if grads[0] is None and grads[1] is None and grads[5] is None:
+            return (None,) * 7
+        hidden, weight, bias, target, vector, mask, bias_logits, ids, offsets, *stats = ctx.saved_tensors
+        scalars, budget, run = ctx.rest
+        p = HeadProblem(hidden, weight, bias, target, scalars.joined(vector, mask, bias_logits), budget)
+        grad_at = torch.zeros_like(stats[-1]) if grads[5] is None else grads[5]
+        needs = tuple(ctx.needs_input_grad[:3])
+        places = TokenIds(ids, offsets, ids.shape)
+        return (*run.backward(p, places, *stats, grads[0], grads[1], grad_at, needs), *(None,) * 4)
+
+
+def _offsets(p: HeadProblem, top_k: int) -> torch.Tensor:
+    return torch.arange(p.tokens + 1, device=p.hidden.device) * top_k
+
+
+ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
+
+
+def _problem(hidden: torch.Tensor, *rest: Any) -> tuple[HeadProblem, HeadIdsKernels]:
+    weight, bias, target, *flat, budget = rest
+    p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
+    return p, select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
+
+
+@graph_op(
+    "tokfuse::linear_token_stats_at",
+    f"({ARGUMENTS}, Tensor? ids, Tensor? offsets, int top_k) -> ({', '.join(['Tensor'] * 9)})",
+)
+@ranged("linear_token_stats.fwd")
+def _linear_at_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    *problem, ids, offsets, top_k = arguments
+    p, run = _problem(*problem)
+    places = None if ids is None else TokenIds(ids, offsets, ids.shape)
+    *out, flat = run.forward(p, places, top_k)
+    return (*out, flat if places is None else flat.new_empty(0))
+
+
+@_linear_at_op.register_fake
+def _(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    ids, _, top_k = rest[-3:]
+    tokens = hidden.shape[0]
+    counts = [tokens] * 7 + [tokens * top_k if ids is None else ids.shape[0]]
+    made = tuple(hidden.new_empty(count, dtype=torch.float32) for count in counts)
+    return (*made, hidden.new_empty(tokens * top_k if ids is None else 0, dtype=torch.int64))
+
+
+@graph_op(
+    "tokfuse::linear_token_stats_at_backward",
+    f"({ARGUMENTS}, Tensor ids, Tensor offsets, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy"
+    ", Tensor logp_at, Tensor? grad_logp, Tensor? grad_entropy, Tensor grad_logp_at"
+    ", bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+)
+@ranged("linear_token_stats.bwd")
+def _linear_at_backward_op(*arguments: Any) -> list[torch.Tensor]:
+    p, run = _problem(*arguments[:10])
+    ids, offsets, *given = arguments[10:-3]
+    assert run.backward is not None
+    found = run.backward(p, TokenIds(ids, offsets, ids.shape), *given, arguments[-3:])
+    return [p.hidden.new_empty(0) if x is None else x for x in found]
+
+
+@_linear_at_backward_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
+    needs = rest[-3:]
+    likes = (hidden, weight, bias if bias is not None else hidden)
+    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, needs, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    hidden, weight, bias, target, *flat, ctx.budget, ids, offsets, top_k = inputs
+    logp, entropy, lse, sum_sq, top1, row_max, inv_sum, logp_at, top_ids = output
+    ctx.options, more = LogitOptions.from_flat(*flat).split()
+    ids = top_ids if ids is None else ids
+    ctx.top_k = top_k
+    stats = (row_max, inv_sum, logp, entropy, logp_at)
+    ctx.save_for_backward(hidden, weight, bias, target, *more, ids, offsets, *stats)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum, top_ids)
+
+
+def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None and grads[1] is None and grads[7] is None:
+        return (None,) * 13
+    *tensors, vector, mask, bias_logits, ids, offsets, row_max, inv_sum, logp, entropy, logp_at = ctx.saved_tensors
+    if offsets is None:
+        offsets = torch.arange(logp.shape[0] + 1, device=logp.device) * ctx.top_k
+    o = ctx.options.joined(vector, mask, bias_logits)
+    grad_at = torch.zeros_like(logp_at) if grads[7] is None else grads[7]
+    needs = tuple(ctx.needs_input_grad[:3])
+    stats = (row_max, inv_sum, logp, entropy, logp_at)
+    out = _linear_at_backward_op(
+        *tensors, *o.flat()[:5], ctx.budget, ids, offsets, *stats, grads[0], grads[1], grad_at, *needs
+    )
+    chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
+    return (*chosen,) + (None,) * 10
+
+
+_linear_at_op.register_autograd(_op_backward, setup_context=_setup_context)
