@@ -168,9 +168,10 @@ ObjectiveArgs read_objective(PyObject* inputs, PyObject* record, PyObject* by_se
   return o;
 }
 
-// Outputs that the caller sees, in order; the rest of what a kernel writes lies in scratch.
+// The outputs of a call, in order. What a kernel writes besides them is in scratch memory.
 class Results {
  public:
+  Results() { tensors_.reserve(12); }
   void* add(std::initializer_list<int64_t> shape, DlType type) {
     void* data = nullptr;
     tensors_.push_back(empty_tensor(shape, type, &data));

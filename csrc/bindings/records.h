@@ -1,12 +1,17 @@
 // Argument structs as Python classes with keyword-only constructors, and NamedTuples read by name.
 //
-// A struct becomes a class by one list of its fields (records.cpp):
+// One list of its fields (records.cpp) makes a struct a class:
 //
 //     native.GradRows(grad_logits=tensor, grad_stride=8, grad_dtype=0)
 //
-// A pointer is given as a tensor (anything with `data_ptr()`), which the struct keeps alive, or as
-// None. A missing, misnamed or superfluous field raises TypeError, a value of another type too, and
-// a code that is no enumerator ValueError. What fields mean together is checked by the call.
+// A pointer is given as None or as a tensor (anything with `data_ptr()`), which the struct keeps
+// alive. A missing, misnamed or superfluous field raises TypeError. So does a value of the wrong
+// type; a code that is no enumerator raises ValueError. The function that takes the struct checks
+// what its fields mean together.
+//
+// The classes are made without pybind11: its constructor copies the keywords into a dictionary and
+// registers the object, which took 10 us of a token_stats call; here a field is an entry of the
+// argument array. Bound functions take a struct like any other argument.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,12 +27,36 @@
 #include "common/packed_args.h"
 #include "common/row_args.h"
 
+// Every struct that Python fills.
+#define TOKFUSE_RECORDS(each)                                                                   \
+  each(LogitsArgs) each(TokenStatsOut) each(TokenStatsGrad) each(GradRows) each(KeptArgs)       \
+      each(DivergenceArgs) each(DivergenceOut) each(DivergenceGrad) each(ObjectiveArgs)         \
+          each(TokenObjectiveArgs) each(PrepareArgs) each(MetricsArgs) each(GroupAdvantageArgs) \
+              each(GaeArgs) each(VtraceArgs) each(WhitenArgs) each(OpeArgs) each(MomentsArgs)   \
+                  each(KeepRule) each(OffPolicyArgs) each(SketchArgs)
+
 namespace tokfuse {
 
 // Adds the class of every argument struct to `m`.
 void bind_records(pybind11::module_& m);
-// Their names.
+// The names of the classes.
 const std::vector<const char*>& record_names();
+
+// The struct in an object of its class, or null if `object` is of another class.
+template <class S>
+const S* struct_in(PyObject* object);
+
+template <class S>
+struct RecordName;
+#define TOKFUSE_RECORD(type)                                          \
+  template <>                                                         \
+  const type* struct_in<type>(PyObject * object);                     \
+  template <>                                                         \
+  struct RecordName<type> {                                           \
+    static constexpr auto text = pybind11::detail::const_name(#type); \
+  };
+TOKFUSE_RECORDS(TOKFUSE_RECORD)
+#undef TOKFUSE_RECORD
 
 // ------------------------------------------------------------------------- NamedTuples of Python
 
@@ -158,17 +187,14 @@ inline bool read_value(PyObject* value, ObjectiveParams* out) {
 // A struct that is a class itself.
 template <class S, std::enable_if_t<std::is_class_v<S>, int> = 0>
 bool read_value(PyObject* value, S* out) {
-  if (!pybind11::isinstance<S>(value)) {
-    PyErr_Format(PyExc_TypeError, "of type %s", Py_TYPE(value)->tp_name);
-    return false;
+  const S* given = struct_in<S>(value);
+  if (given != nullptr) {
+    *out = *given;
+    return true;
   }
-  *out = pybind11::handle(value).cast<const S&>();
-  return true;
+  PyErr_Format(PyExc_TypeError, "of type %s", Py_TYPE(value)->tp_name);
+  return false;
 }
-
-// What is wrong with the sizes and options of rows, or null. What CPU and CUDA check alike.
-const char* fault_of(const LogitsArgs& a);
-const char* fault_of(const DivergenceArgs& a);
 
 // One field of S: how a Python value becomes it, and whether it may be left out.
 template <class S>
@@ -179,3 +205,20 @@ struct Field {
 };
 
 }  // namespace tokfuse
+
+// Arguments of bound functions: a copy of the struct. The caller holds the object for the call.
+namespace pybind11 {
+namespace detail {
+template <class S>
+class type_caster<S, std::void_t<decltype(tokfuse::RecordName<S>::text)>> {
+ public:
+  PYBIND11_TYPE_CASTER(S, tokfuse::RecordName<S>::text);
+
+  bool load(handle source, bool) {
+    const S* given = tokfuse::struct_in<S>(source.ptr());
+    if (given != nullptr) value = *given;
+    return given != nullptr;
+  }
+};
+}  // namespace detail
+}  // namespace pybind11
