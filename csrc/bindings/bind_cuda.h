@@ -23,9 +23,15 @@ namespace tokfuse {
 namespace cuda {
 
 // Where a kernel is launched.
-struct Place {
-  int device;
-  cudaStream_t stream;
+class Place {
+ public:
+  Place(int device, cudaStream_t stream) : device_(device), stream_(stream) {}
+  int device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int device_;
+  cudaStream_t stream_;
 };
 
 // Makes `device` current, and restores the previous device at the end of its scope.
@@ -56,16 +62,16 @@ class DeviceGuard {
 template <class Launch>
 void run(const char* op, const char* kernel, const Place& place, Launch launch) {
   pybind11::gil_scoped_release release;
-  const DeviceGuard guard(place.device);
-  const cudaError_t error = guard.error() != cudaSuccess ? guard.error() : launch(place.stream);
+  const DeviceGuard guard(place.device());
+  const cudaError_t error = guard.error() != cudaSuccess ? guard.error() : launch(place.stream());
   if (error == cudaSuccess) return;
   cudaGetLastError();  // clears it, or the next launch would report it again
-  throw std::runtime_error(std::string(op) + ": launching " + kernel + " on CUDA device " +
-                           std::to_string(place.device) + " failed: " + cudaGetErrorString(error) +
-                           " (" + cudaGetErrorName(error) + ", " +
-                           std::to_string(static_cast<int>(error)) +
-                           "). `python -m tokfuse doctor` shows what is usable here; "
-                           "TOKFUSE_BACKEND chooses another backend.");
+  throw std::runtime_error(
+      std::string(op) + ": launching " + kernel + " on CUDA device " +
+      std::to_string(place.device()) + " failed: " + cudaGetErrorString(error) + " (" +
+      cudaGetErrorName(error) + ", " + std::to_string(static_cast<int>(error)) +
+      "). `python -m tokfuse doctor` shows what is usable here; "
+      "TOKFUSE_BACKEND chooses another backend.");
 }
 
 void bind_packed(pybind11::module_& m);

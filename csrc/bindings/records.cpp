@@ -377,12 +377,21 @@ void bind_record(py::module_& m, const char* name) {
 
 }  // namespace
 
-#define STRUCT_IN(S)                                             \
-  template <>                                                    \
-  const S* struct_in<S>(PyObject * object) {                     \
-    if (Py_TYPE(object) != RecordClass<S>::type) return nullptr; \
-    return &reinterpret_cast<Record<S>*>(object)->value;         \
-  }
+template <class S>
+const S* struct_in(PyObject* object) {
+  if (Py_TYPE(object) != RecordClass<S>::type) return nullptr;
+  return &reinterpret_cast<Record<S>*>(object)->value;
+}
+
+// Every struct that Python fills.
+#define TOKFUSE_RECORDS(each)                                                                   \
+  each(LogitsArgs) each(TokenStatsOut) each(TokenStatsGrad) each(GradRows) each(KeptArgs)       \
+      each(DivergenceArgs) each(DivergenceOut) each(DivergenceGrad) each(ObjectiveArgs)         \
+          each(TokenObjectiveArgs) each(PrepareArgs) each(MetricsArgs) each(GroupAdvantageArgs) \
+              each(GaeArgs) each(VtraceArgs) each(WhitenArgs) each(OpeArgs) each(MomentsArgs)   \
+                  each(KeepRule) each(OffPolicyArgs) each(SketchArgs)
+
+#define STRUCT_IN(type) template const type* struct_in<type>(PyObject*);
 TOKFUSE_RECORDS(STRUCT_IN)
 #undef STRUCT_IN
 

@@ -27,14 +27,6 @@
 #include "common/packed_args.h"
 #include "common/row_args.h"
 
-// Every struct that Python fills.
-#define TOKFUSE_RECORDS(each)                                                                   \
-  each(LogitsArgs) each(TokenStatsOut) each(TokenStatsGrad) each(GradRows) each(KeptArgs)       \
-      each(DivergenceArgs) each(DivergenceOut) each(DivergenceGrad) each(ObjectiveArgs)         \
-          each(TokenObjectiveArgs) each(PrepareArgs) each(MetricsArgs) each(GroupAdvantageArgs) \
-              each(GaeArgs) each(VtraceArgs) each(WhitenArgs) each(OpeArgs) each(MomentsArgs)   \
-                  each(KeepRule) each(OffPolicyArgs) each(SketchArgs)
-
 namespace tokfuse {
 
 // Adds the class of every argument struct to `m`.
@@ -42,21 +34,10 @@ void bind_records(pybind11::module_& m);
 // The names of the classes.
 const std::vector<const char*>& record_names();
 
-// The struct in an object of its class, or null if `object` is of another class.
+// The struct in an object of its class, or null if `object` is of another class. Defined for every
+// struct that Python fills.
 template <class S>
 const S* struct_in(PyObject* object);
-
-template <class S>
-struct RecordName;
-#define TOKFUSE_RECORD(type)                                          \
-  template <>                                                         \
-  const type* struct_in<type>(PyObject * object);                     \
-  template <>                                                         \
-  struct RecordName<type> {                                           \
-    static constexpr auto text = pybind11::detail::const_name(#type); \
-  };
-TOKFUSE_RECORDS(TOKFUSE_RECORD)
-#undef TOKFUSE_RECORD
 
 // ------------------------------------------------------------------------- NamedTuples of Python
 
@@ -206,13 +187,14 @@ struct Field {
 
 }  // namespace tokfuse
 
-// Arguments of bound functions: a copy of the struct. The caller holds the object for the call.
+// A plain struct as the argument of a bound function: a copy, because the caller keeps the object
+// until the function returns.
 namespace pybind11 {
 namespace detail {
 template <class S>
-class type_caster<S, std::void_t<decltype(tokfuse::RecordName<S>::text)>> {
+class type_caster<S, std::enable_if_t<std::is_aggregate_v<S> && std::is_trivially_copyable_v<S>>> {
  public:
-  PYBIND11_TYPE_CASTER(S, tokfuse::RecordName<S>::text);
+  PYBIND11_TYPE_CASTER(S, const_name("argument struct"));
 
   bool load(handle source, bool) {
     const S* given = tokfuse::struct_in<S>(source.ptr());

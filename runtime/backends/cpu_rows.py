@@ -81,7 +81,7 @@ def kept_token_stats_fwd(
 ) -> tuple[torch.Tensor, ...]:
     """logp, entropy, lse, row_max and inv_sum over the kept ids: (tokens,) float32 each."""
     o, module = LogitOptions(**options), native.loaded()
-    logp, entropy, lse, row_max, inv_sum = (torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(5))
+    logp, entropy, lse, row_max, inv_sum = native.empty_vectors([logits.shape[0]] * 5, logits.device)
     bad = module.kept_token_stats_fwd(
         row_args.kept_args(module, row_args.logits_args(module, logits, target, o), ids, offsets),
         row_args.token_stats_out(module, RowStats(logp, entropy, lse, row_max=row_max, inv_sum=inv_sum)),

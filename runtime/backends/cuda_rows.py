@@ -10,6 +10,7 @@ from tokfuse.runtime.backends.row_args import DIVERGENCE_STATE, RowStats
 from tokfuse.runtime.backends.value_checks import with_support, with_targets, with_temperature
 from tokfuse.runtime.core.dispatch import Kernels, RowState
 from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.native import empty_vectors
 
 
 def token_stats_fwd(
@@ -71,9 +72,7 @@ def kept_token_stats_fwd(
 ) -> tuple[torch.Tensor, ...]:
     """logp, entropy, lse, row_max and inv_sum over the kept ids: (tokens,) float32 each."""
     native = launchers()
-    logp, entropy, lse, row_max, inv_sum = (
-        torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(5)
-    )
+    logp, entropy, lse, row_max, inv_sum = empty_vectors([logits.shape[0]] * 5, logits.device)
     rows = row_args.logits_args(native, logits, target, LogitOptions(**options))
     native.kept_token_stats_fwd(
         place(logits),

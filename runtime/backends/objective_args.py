@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.core.native import contiguous, float_vector
+from tokfuse.runtime.core.native import contiguous, empty_vectors, float_vector
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective, ObjectiveRecord
+
+CPU = torch.device("cpu")
 
 
 class ObjectiveOut(NamedTuple):
@@ -25,9 +27,9 @@ class ObjectiveOut(NamedTuple):
     """(metrics,) float64, in the order of `metrics.SLOTS`."""
 
     @staticmethod
-    def empty(tokens: int, device: torch.device | None = None) -> "ObjectiveOut":
+    def empty(tokens: int, device: torch.device = CPU) -> "ObjectiveOut":
         """Unwritten outputs."""
-        loss, d_logp, d_entropy = (torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(3))
+        loss, d_logp, d_entropy = empty_vectors([tokens] * 3, device)
         return ObjectiveOut(loss, d_logp, d_entropy, torch.empty(len(SLOTS), dtype=torch.float64, device=device))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tokfuse.runtime.core.codes import DIVERGENCES
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.core.native import DTYPE_CODE, contiguous, float_vector
+from tokfuse.runtime.core.native import DTYPE_CODE, contiguous, empty_vectors, float_vector
 
 DIVERGENCE_STATE = 6  # kDivergenceState of csrc/common/row_args.h
 
@@ -33,6 +33,8 @@ class RowStats(NamedTuple):
     @staticmethod
     def of(outputs: Sequence[torch.Tensor]) -> "RowStats":
         """The outputs of `token_stats` in their order; an empty one of the last three was not asked for."""
+        if len(outputs) == 7:
+            return RowStats(*outputs)
         return RowStats(*outputs[:7], *(x if x.numel() > 0 else None for x in outputs[7:]))
 
 
@@ -45,7 +47,7 @@ def empty_outputs(logits: torch.Tensor, second: bool = False, moments: bool = Fa
     sizes = [tokens] * 7
     if second or moments:
         sizes += [tokens if second else 0, tokens if moments else 0, tokens if moments else 0]
-    return tuple(torch.empty(size, dtype=torch.float32, device=logits.device) for size in sizes)
+    return empty_vectors(sizes, logits.device)
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
@@ -108,8 +110,19 @@ def logits_args(
 
 def token_stats_out(native: Any, stats: RowStats, second_temperature: float | None = None) -> Any:
     """TokenStatsOut, written to the tensors of `stats`."""
+    # Each field by name: `**stats._asdict()` makes a dictionary first, in the time of a small kernel.
     return native.TokenStatsOut(
-        **stats._asdict(), second_temperature=1.0 if second_temperature is None else second_temperature
+        logp=stats.logp,
+        entropy=stats.entropy,
+        lse=stats.lse,
+        sum_sq=stats.sum_sq,
+        top1=stats.top1,
+        row_max=stats.row_max,
+        inv_sum=stats.inv_sum,
+        second_logp=stats.second_logp,
+        sum_p2_logp=stats.sum_p2_logp,
+        sum_p2_logp2=stats.sum_p2_logp2,
+        second_temperature=1.0 if second_temperature is None else second_temperature,
     )
 
 
