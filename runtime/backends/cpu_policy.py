@@ -7,15 +7,14 @@ import torch
 from tokfuse.runtime.backends import cpu_rows, row_args
 from tokfuse.runtime.backends import objective_args as objectives
 from tokfuse.runtime.backends.objective_args import ObjectiveOut
-from tokfuse.runtime.backends.policy_runs import StepTerms, step_in_two_passes, terms_of
+from tokfuse.runtime.backends.policy_runs import StepTerms, step_in_two_passes
 from tokfuse.runtime.backends.row_args import RowStats
 from tokfuse.runtime.core import native
-from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import LogitOptions, bad_row
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
-from tokfuse.runtime.reference.token_stats import bad_row
 
 
 def objective_args(
@@ -46,7 +45,7 @@ def policy_loss(
     """Terms of an objective of any level; a `LossRun`."""
     out = ObjectiveOut.empty(logp.shape[0])
     native.loaded().policy_loss(objective_args(logp, entropy, inputs, objective, inv_normalizer, out))
-    return terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
+    return PolicyTerms.of_sums(out.sums, out)
 
 
 def policy_step(
@@ -74,5 +73,5 @@ def policy_step(
     )
     if bad >= 0:
         raise bad_row("policy_step", bad, target, logits.shape[1], o.temperature)
-    terms = terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
+    terms = PolicyTerms.of_sums(out.sums, out)
     return StepTerms(terms, TokenStats(*stats[:5]), grad)

@@ -9,9 +9,8 @@ from tokfuse.runtime.backends.row_args import DIVERGENCE_STATE, RowStats
 from tokfuse.runtime.backends.value_checks import refuse_temperature
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.dispatch import Kernels, RowState
-from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import LogitOptions, bad_row, check_values
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
-from tokfuse.runtime.reference.token_stats import bad_row, check_values
 
 LN_2 = 0.6931471805599453
 

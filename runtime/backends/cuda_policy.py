@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_rows, device_objective, row_args
+from tokfuse.runtime.backends import cuda_rows, row_args
 from tokfuse.runtime.backends.cuda_backend import launchers, place
 from tokfuse.runtime.backends.objective_args import (
     ObjectiveOut,
@@ -15,10 +15,10 @@ from tokfuse.runtime.backends.objective_args import (
     prepare_args,
     token_objective_args,
 )
-from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, terms_of
+from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective
 from tokfuse.runtime.backends.row_args import RowStats
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.inputs import PolicyInputs, per_token
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective, ObjectiveRecord
 from tokfuse.runtime.policy.results import PolicyTerms
@@ -69,8 +69,8 @@ def _prepare(
 
 
 def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> CudaInputs:
-    """As `device_objective.per_token`."""
-    given = device_objective.per_token(inputs, objective, inv_normalizer, _prepare)
+    """As `per_token`."""
+    given = per_token(inputs, objective, inv_normalizer, _prepare)
     pointers = TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
     return CudaInputs(pointers, objective.record, given.inv_normalizer, given.counts)
 
@@ -183,7 +183,7 @@ def policy_loss(
         partial=out.sums.new_empty(native.policy_partials(tokens=logp.shape[0], seqs=seqs)),
     )
     native.policy_loss(place(logp), args)
-    return terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
+    return PolicyTerms.of_sums(out.sums, out)
 
 
 STEP = DeviceStep(cuda_rows.TOKEN_STATS, policy_loss, policy_step)

@@ -7,13 +7,11 @@ import torch
 
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import Kernels
-from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import LogitOptions, check_values
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import SLOT
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
-from tokfuse.runtime.reference import token_stats as reference
 
 LossRun = Callable[[torch.Tensor, torch.Tensor | None, PolicyInputs, Objective, float], PolicyTerms]
 """(logp, entropy, inputs, objective, inv_normalizer normaliser) -> terms; the `run` of policy_loss."""
@@ -54,13 +52,6 @@ class RowObjective(NamedTuple):
     """(logp, entropy, inputs, results) -> metric sums (metrics,) float64."""
     results_like: Callable[[torch.Tensor], Any]
     """(tokens,) vector -> results of zeros: token_loss, d_logp, d_entropy, ratio, flags."""
-
-
-def terms_of(
-    sums: torch.Tensor, token_loss: torch.Tensor, d_logp: torch.Tensor, d_entropy: torch.Tensor
-) -> PolicyTerms:
-    """The terms of a kernel that leaves the loss among its metric sums."""
-    return PolicyTerms(sums[SLOT["loss"]].to(torch.float32), token_loss, d_logp, d_entropy, sums)
 
 
 def statistics_first(
@@ -123,8 +114,8 @@ def device_run(kernels: DeviceStep) -> StepRun:
                 kernels.stats, kernels.loss, logits, target, o, inputs, objective, inv_normalizer, in_place
             )
         if may_read(target):
-            reference.check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
+            check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
         stats, out, sums, grad = kernels.fused(logits.detach(), target, o, inputs, objective, inv_normalizer, in_place)
-        return StepTerms(terms_of(sums, out.token_loss, out.d_logp, out.d_entropy), TokenStats(*stats), grad)
+        return StepTerms(PolicyTerms.of_sums(sums, out), TokenStats(*stats), grad)
 
     return run

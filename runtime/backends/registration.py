@@ -6,7 +6,7 @@ import torch
 
 from tokfuse.runtime.backends import cuda_backend, triton_backend
 from tokfuse.runtime.core import native
-from tokfuse.runtime.core.dispatch import ALL_DEVICES, ALL_DTYPES, Capability, forced_backend, register
+from tokfuse.runtime.core.dispatch import ALL_DEVICES, ALL_DTYPES, Capability, register
 
 
 def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
@@ -71,14 +71,3 @@ def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: 
 def register_reference(op: str, run: Any, *features: str) -> None:
     """Declare the plain-torch implementation of `op`: any device, any float dtype."""
     register(Capability(op, "reference", run, ALL_DEVICES, ALL_DTYPES, frozenset(features)))
-
-
-def eager_cpu() -> Any | None:
-    """The native module if a CPU call may be handed to it whole, checks and outputs included.
-
-    None under torch.compile, if another backend is forced, or without the module. The call then
-    takes the general path, as it does if the native function finds its arguments not plain.
-    """
-    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
-        return None
-    return native.eager()

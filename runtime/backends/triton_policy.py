@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import device_objective, triton_backend, triton_rows
-from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, terms_of
+from tokfuse.runtime.backends import triton_backend, triton_rows
+from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.inputs import PolicyInputs, per_token
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
 
@@ -31,13 +31,13 @@ class TritonInputs(NamedTuple):
 
 
 def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> TritonInputs:
-    """As `device_objective.per_token`, with the numbers that are compile time apart."""
+    """As `per_token`, with the numbers that are compile time apart."""
     kernels = triton_backend.kernels("objective")
     r = objective.record
     numbers = kernels.ObjectiveNumbers(
         *r.p, kl_coef=r.kl_coef, kl_clamp=r.kl_clamp, entropy_coef=r.entropy_coef, log_ratio_clamp=r.log_ratio_clamp
     )
-    given = device_objective.per_token(inputs, objective, inv_normalizer, _prepare)
+    given = per_token(inputs, objective, inv_normalizer, _prepare)
     pointers = kernels.TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
     return TritonInputs(pointers, numbers, (r.shape, r.kl), given.inv_normalizer, given.counts)
 
@@ -141,7 +141,7 @@ def policy_loss(
             seq_mean=bool(objective.record.seq_mean),
             seq_advantage=inputs.advantage_level == "sequence",
         )
-    return terms_of(sums, out.token_loss, out.d_logp, out.d_entropy)
+    return PolicyTerms.of_sums(sums, out)
 
 
 STEP = DeviceStep(triton_rows.TOKEN_STATS, policy_loss, policy_step)

@@ -11,8 +11,8 @@ import torch
 
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import check_values
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
-from tokfuse.runtime.reference import token_stats as stats_reference
 
 Launch = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -24,7 +24,7 @@ def with_targets(launch: Launch) -> Launch:
         logits: torch.Tensor, target: torch.Tensor, op: str = "token_stats", **options: Any
     ) -> tuple[torch.Tensor, ...]:
         if may_read(target):
-            stats_reference.check_values(op, target, logits.shape[1], options["mask"], options["temperature"])
+            check_values(op, target, logits.shape[1], options["mask"], options["temperature"])
         return launch(logits, target, **options)
 
     return forward
