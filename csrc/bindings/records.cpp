@@ -115,7 +115,7 @@ bool read_member(PyObject* value, S* out) {
 #define OPTIONAL(name) {#name, true, &read_member<&S::name, S>}
 #define CUSTOM(name, read) {#name, false, &read}
 
-// The fields of a struct, in the one place besides the struct itself that lists them.
+// The fields of a struct. They are listed here and in the struct itself, and nowhere else.
 template <class S>
 const std::vector<Field<S>>& fields_of();
 #define FIELDS_OF(type, ...)                                   \

@@ -41,14 +41,14 @@ const S* struct_in(PyObject* object);
 
 // ------------------------------------------------------------------------- NamedTuples of Python
 
-// A Python type whose fields are not those that C++ reads: a TypeError, and never "take another
-// path", because it is a fault of the build and not of a call.
+// The fields of a Python type are not those that C++ reads. This is a fault of the build, not of
+// the call, so it is always raised as TypeError.
 struct WrongFields : pybind11::type_error {
   using pybind11::type_error::type_error;
 };
 
-// Reads a NamedTuple of exactly the fields `names` by name. Their positions are looked up once per
-// type, so that a field costs an index.
+// Reads a NamedTuple by the names of its fields, which must be exactly `names`. Positions are
+// looked up once per type, so reading a field is one array access.
 template <size_t kCount>
 class TupleFields {
  public:
@@ -79,10 +79,10 @@ class TupleFields {
   const char* what_;
   std::array<const char*, kCount> names_;
   std::array<Py_ssize_t, kCount> position_ = {};
-  PyTypeObject* type_ = nullptr;  // owned: a type that goes could leave its address to another
+  PyTypeObject* type_ = nullptr;  // owned: another type could get the address of a freed one
 };
 
-// Positions of `names` in the `_fields` of the tuple's type; throws WrongFields.
+// Writes the positions of `names` in the `_fields` of the tuple's type; throws WrongFields.
 void find_fields(const char* what, PyObject* tuple, const char* const* names, size_t count,
                  Py_ssize_t* position);
 
@@ -94,12 +94,12 @@ void TupleFields<kCount>::learn(PyObject* tuple) {
   type_ = Py_TYPE(tuple);
 }
 
-// runtime.policy.objective.ObjectiveRecord.
+// Reads a runtime.policy.objective.ObjectiveRecord.
 ObjectiveParams objective_params(PyObject* record);
 
 // ---------------------------------------------------------------------------- fields from Python
 
-// The last enumerator, and what is said of a code beyond it.
+// The last enumerator of an enum, and the error message for a code that is no enumerator.
 template <class E>
 struct Codes;
 #define TOKFUSE_CODES(type, last_enumerator, text)      \
@@ -177,7 +177,7 @@ bool read_value(PyObject* value, S* out) {
   return false;
 }
 
-// One field of S: how a Python value becomes it, and whether it may be left out.
+// One field of S: how it is read from a Python value, and whether it may be left out.
 template <class S>
 struct Field {
   const char* name;
