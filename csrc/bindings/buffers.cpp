@@ -24,8 +24,8 @@ struct Buffer {
   size_t bytes;
 };
 
-// Rounds up by at most a quarter, so that batches of nearly the same size can use the same buffer.
-// Pages that are never written take no memory.
+// Rounds up to 2 MiB, and above 8 MiB by less than a quarter, so that batches of nearly the same
+// size can use the same buffer. Pages that are never written take no memory.
 size_t rounded(size_t bytes) {
   size_t step = kHugePage;
   while (step * 8 < bytes) step *= 2;

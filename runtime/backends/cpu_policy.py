@@ -1,4 +1,4 @@
-"""The CPU kernels of policy objectives: over packed tokens, and fused with rows of logits."""
+"""Call the CPU kernels of policy objectives: over packed tokens, and fused with rows of logits."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def objective_args(
     inv_normalizer: float,
     out: ObjectiveOut,
 ) -> Any:
-    """ObjectiveArgs with the scratch memory of the CPU kernels."""
+    """Build ObjectiveArgs with scratch memory for the CPU kernels."""
     scratch = torch.empty(4 * logp.shape[0], dtype=torch.float32)
     return objectives.objective_args(
         native.loaded(),
@@ -42,7 +42,7 @@ def objective_args(
 def policy_loss(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
-    """Terms of an objective of any level; a `LossRun`."""
+    """Return the terms of an objective of any level; a `LossRun`."""
     out = ObjectiveOut.empty(logp.shape[0])
     native.loaded().policy_loss(objective_args(logp, entropy, inputs, objective, inv_normalizer, out))
     return PolicyTerms.of_sums(out.sums, out)
@@ -57,7 +57,7 @@ def policy_step(
     inv_normalizer: float,
     in_place: bool,
 ) -> StepTerms:
-    """One kernel for a token-level objective, else three; a `StepRun`."""
+    """Run one fused kernel for a token-level objective, else three kernels; a `StepRun`."""
     if objective.level != "token":
         kernels = cpu_rows.TOKEN_STATS
         return step_in_two_passes(kernels, policy_loss, logits, target, o, inputs, objective, inv_normalizer, in_place)

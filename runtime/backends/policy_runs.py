@@ -1,4 +1,4 @@
-"""policy_step from logits on any backend: in one pass, or statistics first and then the gradient."""
+"""Run policy_step from logits on any backend: in one pass, or statistics first and then the gradient."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ LossRun = Callable[[torch.Tensor, torch.Tensor | None, PolicyInputs, Objective, 
 
 
 class StepTerms(NamedTuple):
-    """What a backend computes from one batch of logits."""
+    """The results of a backend for one batch of logits."""
 
     terms: PolicyTerms
     stats: TokenStats
@@ -35,13 +35,13 @@ class DeviceStep(NamedTuple):
     stats: Kernels
     loss: LossRun
     fused: Callable[..., tuple[Any, Any, torch.Tensor, torch.Tensor]]
-    """Arguments of a `StepRun` -> statistics, token results, metric sums, gradient; token level."""
+    """Arguments of a `StepRun` -> statistics, token results, metric sums, gradient. Token-level objectives only."""
 
 
 class RowObjective(NamedTuple):
-    """A token-level objective over chunks of rows, as the head's path calls it.
+    """The functions of a device backend that run a token-level objective over chunks of rows of the lm_head.
 
-    `inputs` below is the first function's result, `results` the last one's.
+    Below, `inputs` is the result of `encode`, and `results` is the result of `results_like`.
     """
 
     encode: Callable[[PolicyInputs, Objective, float], Any]
@@ -59,13 +59,13 @@ def statistics_first(
     loss: Callable[[torch.Tensor, torch.Tensor], PolicyTerms],
     backward: Callable[..., Any],
 ) -> tuple[PolicyTerms, TokenStats, Any]:
-    """Statistics, objective, gradient: for an objective that needs all statistics before any gradient.
+    """Run statistics, objective and gradient in turn, for an objective that needs all statistics first.
 
-    A ratio of the whole sequence needs every logp of it first; without old_logp the ratio needs this
-    pass's own.
+    A sequence-level ratio needs the logp of all its tokens. Without old_logp, the ratio needs the logp of
+    this pass.
 
     Args:
-        forward: () -> the outputs of `token_stats` kernels.
+        forward: () -> outputs of the `token_stats` kernels.
         loss: (logp, entropy) -> terms.
         backward: (row_max, inv_sum, logp, entropy, d_logp, d_entropy) -> gradients.
     """
@@ -86,7 +86,7 @@ def step_in_two_passes(
     inv_normalizer: float,
     in_place: bool,
 ) -> StepTerms:
-    """policy_step of any level by the kernels of token_stats and policy_loss; a `StepRun`."""
+    """Run policy_step of any level by the kernels of token_stats and policy_loss; a `StepRun`."""
     assert kernels.backward is not None
     backward, options, z = kernels.backward, o._asdict(), logits.detach()
     terms, stats, grad = statistics_first(
@@ -98,7 +98,7 @@ def step_in_two_passes(
 
 
 def device_run(kernels: DeviceStep) -> StepRun:
-    """The `run` of policy_step on a device backend."""
+    """Return the `run` of policy_step for a device backend."""
 
     def run(
         logits: torch.Tensor,

@@ -1,4 +1,4 @@
-"""How each backend declares its implementation of an op: devices, what it needs, when it is chosen."""
+"""Declare the implementation of an op on each backend: devices, requirements, and when it is selected."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: s
 def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
     """Declare the Triton implementation of `op`: CUDA tensors, or CPU tensors when interpreted.
 
-    The interpreter is a test vehicle, thousands of times slower than any other backend. Under
-    TRITON_INTERPRET=1 the row serves CPU tensors, and only if it is forced.
+    The interpreter is for tests; it is thousands of times slower than any other backend. With
+    TRITON_INTERPRET=1 the backend takes CPU tensors, and only if it is forced.
     """
     interpreted = triton_backend.interpreting()
     register(
@@ -50,7 +50,7 @@ def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features
 def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
     """Declare the CUDA implementation of `op`: CUDA tensors, compute capability 8.0 or newer.
 
-    If the kernels run on the CPU, for tests, the row serves CPU tensors, and only if it is forced.
+    If the kernels run on the CPU, for tests, the backend takes CPU tensors, and only if it is forced.
     """
     hosted = cuda_backend.hosted()
     register(

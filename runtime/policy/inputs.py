@@ -161,20 +161,24 @@ class DeviceInputs(NamedTuple):
     """The inputs of an objective for kernels that see one token at a time."""
 
     vectors: dict[str, torch.Tensor | None]
-    """Those of `VECTORS`, (tokens,) float32; the advantage per sequence at a sequence level."""
+    """The inputs named in `VECTORS`, (tokens,) float32. At a sequence level the advantage may be per sequence."""
     mask: torch.Tensor | None
     agg_weight: torch.Tensor | None
-    """(tokens,) aggregation weight before the normaliser; None: 1."""
+    """(tokens,) aggregation weight before the normaliser. None stands for 1."""
     inv_normalizer: float | torch.Tensor
-    """1 / normaliser; a () float32 tensor where it is this batch's own count."""
+    """1 / normaliser; a () float32 tensor if the normaliser is the count of this batch."""
     counts: torch.Tensor | None
     """(seqs,) int32, valid tokens of each sequence."""
 
 
 def per_token(i: PolicyInputs, objective: Objective, inv_normalizer: float, prepare: Prepare) -> DeviceInputs:
-    """Vectors in float32; with cu_seqlens, what sequences mean for their tokens. No host sync."""
+    """Convert the inputs to float32 vectors and spread what belongs to sequences over their tokens.
+
+    A row kernel sees one token. The aggregation weight and the advantage of its sequence are therefore
+    given as vectors. They are computed on the device, without synchronisation.
+    """
     old_logp = i.old_logp
-    assert old_logp is not None  # the callers put the current one in its place
+    assert old_logp is not None  # on policy, the callers pass the current logp
     vectors = {name: native.float_vector(getattr(i, name)) for name in VECTORS}
     mask = None if i.mask is None else i.mask.contiguous()
     counts, agg_weight = None, None
@@ -197,7 +201,7 @@ def per_token(i: PolicyInputs, objective: Objective, inv_normalizer: float, prep
 
 
 def _batch_inv_normalizer(mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    """1 / count of this batch, 0 where nothing counts, without asking the device."""
+    """Return 1 / the count of this batch, 0 if no token is valid. Does not synchronise."""
     if counts is not None:
         count = (counts > 0).sum()
     elif mask is not None:
