@@ -114,7 +114,7 @@ def offpolicy_weights(
     kept = torch.empty(behavior.shape[0], dtype=torch.bool)
     args = packed_args.offpolicy_args(module, logp=logp, behavior_logp=behavior, weight=weight, kept=kept, **options)
     ess = module.offpolicy_weights(args)
-    return weight, torch.tensor(ess, dtype=torch.float32), kept
+    return weight, native.empty(()).fill_(ess), kept
 
 
 # -------------------------------------------------------------------------------------- influence
