@@ -393,7 +393,7 @@ ENTRIES = (
         "csrc/bindings/bind_cuda_packed.cpp",
         "void bind_ope(",
         """void bind_toy_op(const Place& place, const ToyOpArgs& a) {
-  require_size(a.tokens);
+  require(a.tokens >= 0, "tokens must be >= 0");
   run("toy_op", "toy_op_kernel", place, [&](cudaStream_t stream) { return toy_op(a, stream); });
 }
 

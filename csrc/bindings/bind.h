@@ -1,14 +1,14 @@
-// Shared by the bindings of the CPU kernels: argument checks, and one bind_<op> per file.
+// Shared by the bindings of the CPU kernels: checks of pointers and of what they point at, and the
+// function of each file that binds its kernels.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
 
-#include "bindings/objective_params.h"
+#include "bindings/checks.h"
 #include "bindings/records.h"
 #include "cpu/kernels.h"
 
@@ -22,21 +22,13 @@ void bind_distribution(pybind11::module_& m);
 void bind_tensors(pybind11::module_& m);
 void bind_eager(pybind11::module_& m);
 
-inline void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(std::string("tokfuse._native: ") + what);
-}
-
-// `fault` is what is wrong, or null.
-inline void require_none(const char* fault) { require(fault == nullptr, fault); }
-
 inline void require_threads(int threads) {
   require(threads >= 1 && threads <= 4096, "threads must be in [1, 4096]");
 }
 
 // A non-null pointer, unless there is nothing to point at.
 inline void require_pointer(const void* pointer, int64_t count, const char* what) {
-  if (count > 0 && pointer == nullptr)
-    throw std::invalid_argument(std::string("tokfuse._native: ") + what + " is null");
+  if (count > 0 && pointer == nullptr) require(false, (std::string(what) + " is null").c_str());
 }
 
 inline void require_pointers(std::initializer_list<const void*> pointers, int64_t count,
@@ -44,10 +36,10 @@ inline void require_pointers(std::initializer_list<const void*> pointers, int64_
   for (const void* pointer : pointers) require_pointer(pointer, count, what);
 }
 
-// Sizes, options, tiles, the values of the index; not those of the target.
+// Sizes, options, tiles and the values of the index; first_bad_row checks those of the target.
 void check_logits(const LogitsArgs& a);
 
-// Sizes, null pointers and offsets of everything but logp and entropy.
+// Sizes, null pointers and cu_seqlens; not logp, which a fused kernel writes itself.
 void check_objective(const ObjectiveArgs& o);
 
 }  // namespace tokfuse

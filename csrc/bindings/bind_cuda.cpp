@@ -1,4 +1,4 @@
-// tokfuse._native.cuda: launchers of the CUDA kernels over device addresses. Nothing here touches a
+// tokfuse._native.cuda: launchers of the CUDA kernels over device addresses. No function touches a
 // driver before the first launch.
 #include "bindings/bind_cuda.h"
 

@@ -1,8 +1,8 @@
-// Shared by the bindings of the CUDA kernels: the place of a launch, and the exception that its
-// error becomes.
+// Shared by the bindings of the CUDA kernels: the device and stream of a launch, and the exception
+// that reports a failed launch.
 //
-// Pointers are the device's, so what they point at cannot be read here: the callers in runtime/
-// check sizes, dtypes, devices and values.
+// Pointers are addresses of the device, so their values cannot be read here. The callers in
+// runtime/ check shapes, dtypes, devices and values.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings/objective_params.h"
+#include "bindings/checks.h"
 #include "bindings/records.h"
 #if defined(TOKFUSE_CUDA_HOST)
 #include "cuda_host/cuda_host.h"
@@ -22,20 +22,19 @@
 namespace tokfuse {
 namespace cuda {
 
-inline void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(std::string("tokfuse._native.cuda: ") + what);
-}
-
-// `fault` is what is wrong, or null.
-inline void require_none(const char* fault) { require(fault == nullptr, fault); }
-
 // Where a kernel is launched.
-struct Place {
-  int device;
-  cudaStream_t stream;
+class Place {
+ public:
+  Place(int device, cudaStream_t stream) : device_(device), stream_(stream) {}
+  int device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int device_;
+  cudaStream_t stream_;
 };
 
-// Makes `device` current, and after the launch the one that was.
+// Makes `device` current, and restores the previous device at the end of its scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -58,22 +57,21 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-// Runs `launch(stream)` on the device of the place; an error becomes an exception that names the op
-// and the launch. An error that an earlier kernel left comes out here too: launches are
-// asynchronous.
+// Runs `launch(stream)` on the device of `place`. An error becomes an exception that names the op
+// and the kernel. Launches are asynchronous, so the error may be that of an earlier kernel.
 template <class Launch>
 void run(const char* op, const char* kernel, const Place& place, Launch launch) {
   pybind11::gil_scoped_release release;
-  const DeviceGuard guard(place.device);
-  const cudaError_t error = guard.error() != cudaSuccess ? guard.error() : launch(place.stream);
+  const DeviceGuard guard(place.device());
+  const cudaError_t error = guard.error() != cudaSuccess ? guard.error() : launch(place.stream());
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it would come out of the next launch again
-  throw std::runtime_error(std::string(op) + ": launching " + kernel + " on CUDA device " +
-                           std::to_string(place.device) + " failed: " + cudaGetErrorString(error) +
-                           " (" + cudaGetErrorName(error) + ", " +
-                           std::to_string(static_cast<int>(error)) +
-                           "). `python -m tokfuse doctor` shows what is usable here; "
-                           "TOKFUSE_BACKEND chooses another backend.");
+  cudaGetLastError();  // clears it, or the next launch would report it again
+  throw std::runtime_error(
+      std::string(op) + ": launching " + kernel + " on CUDA device " +
+      std::to_string(place.device()) + " failed: " + cudaGetErrorString(error) + " (" +
+      cudaGetErrorName(error) + ", " + std::to_string(static_cast<int>(error)) +
+      "). `python -m tokfuse doctor` shows what is usable here; "
+      "TOKFUSE_BACKEND chooses another backend.");
 }
 
 void bind_packed(pybind11::module_& m);
@@ -82,8 +80,7 @@ void bind_rows(pybind11::module_& m);
 
 }  // namespace cuda
 
-// Adds every CUDA launcher to `m`; the argument structs (bind_records) are another module's or
-// there already.
+// Adds every CUDA launcher to `m`. The caller binds the argument structs (bind_records).
 void bind_cuda(pybind11::module_& m);
 
 }  // namespace tokfuse

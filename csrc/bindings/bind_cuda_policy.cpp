@@ -1,4 +1,4 @@
-// The CUDA kernels of policy objectives over packed tokens.
+// Bindings of the CUDA kernels of policy objectives over packed tokens.
 #include "bindings/bind_cuda.h"
 #include "cuda/packed_kernels.h"
 
@@ -9,9 +9,7 @@ namespace cuda {
 namespace {
 
 void bind_policy_loss(const Place& place, const ObjectiveArgs& o) {
-  require_none(fault_of(o));
-  require(o.params.entropy_coef == 0.0f || o.entropy != nullptr || o.tokens == 0,
-          "entropy is null");
+  check_args(o);
   require(o.partial != nullptr || policy_partials(o.tokens, o.seqs) == 0,
           "scratch memory is missing");
   run("policy_loss", "policy_loss_kernel", place,
@@ -21,7 +19,7 @@ void bind_policy_loss(const Place& place, const ObjectiveArgs& o) {
 void bind_policy_prepare(const Place& place, const PrepareArgs& a) {
   require(a.seqs >= 0, "a size must be >= 0");
   require((a.seq_advantage == nullptr) == (a.advantage == nullptr) || a.seqs == 0,
-          "advantages of tokens come from those of sequences");
+          "advantage and seq_advantage come together");
   run("policy_step", "policy_prepare_kernel", place,
       [&](cudaStream_t stream) { return policy_prepare(a, stream); });
 }

@@ -1,4 +1,4 @@
-// The CUDA kernels over rows of logits.
+// Bindings of the CUDA kernels over rows of logits.
 #include "bindings/bind_cuda.h"
 #include "cuda/kernels.h"
 
@@ -8,25 +8,25 @@ namespace tokfuse {
 namespace cuda {
 namespace {
 
-void check_logits(const LogitsArgs& a) {
-  require_none(fault_of(a));
+void check_rows(const LogitsArgs& a) {
+  check_args(a);
   require(a.tile == 0 && a.tile_stride == 0, "rows come in one piece");
 }
 
 void bind_token_stats_fwd(const Place& place, const LogitsArgs& a, const TokenStatsOut& out) {
-  check_logits(a);
+  check_rows(a);
   run("token_stats", "token_stats_fwd_kernel", place,
       [&](cudaStream_t stream) { return token_stats_fwd(a, out, stream); });
 }
 
 void bind_token_stats_bwd(const Place& place, const LogitsArgs& a, const TokenStatsGrad& grad) {
-  check_logits(a);
+  check_rows(a);
   run("token_stats", "token_stats_bwd_kernel", place,
       [&](cudaStream_t stream) { return token_stats_bwd(a, grad, stream); });
 }
 
 void check_ids(const LogitsArgs& a, const IdsArgs& ids) {
-  check_logits(a);
+  check_rows(a);
   require(ids.num_ids >= 0 && (ids.num_ids == 0 || (ids.ids != nullptr && ids.logp_at != nullptr)),
           "ids or logp_at are null");
   require(ids.offsets != nullptr, "offsets are null");
@@ -54,44 +54,36 @@ void bind_token_stats_at_bwd(const Place& place, const LogitsArgs& a, const Toke
 
 void bind_policy_step(const Place& place, const LogitsArgs& a, const TokenStatsOut& stats,
                       const TokenObjectiveArgs& o, const GradRows& grad) {
-  check_logits(a);
+  check_rows(a);
   require(a.bias_logits == nullptr, "policy_step takes no bias_logits");
   require(o.params.level == Level::kToken, "policy_step fuses token-level objectives only");
-  require_none(fault_of(o.params, o.signal, o.ref_logp, a.rows));
+  check_inputs(o.params, o.signal, o.ref_logp, a.rows);
   require(grad.grad_tokens == nullptr, "grad_tokens is for the CPU");
   run("policy_step", "policy_step_kernel", place,
       [&](cudaStream_t stream) { return policy_step(a, stats, o, grad, stream); });
 }
 
-void check_kept(const KeptArgs& a) {
-  check_logits(a.logits);
-  require(a.logits.index == nullptr && a.logits.bias_logits == nullptr,
-          "kept rows take neither an index nor bias_logits");
-  require(a.num_ids >= 0 && (a.ids != nullptr || a.num_ids == 0), "ids are null");
-  require(a.offsets != nullptr, "offsets are null");
-}
-
 void bind_kept_fwd(const Place& place, const KeptArgs& a, const TokenStatsOut& out) {
-  check_kept(a);
+  check_args(a);
   run("kept_token_stats", "kept_token_stats_fwd_kernel", place,
       [&](cudaStream_t stream) { return kept_token_stats_fwd(a, out, stream); });
 }
 
 void bind_kept_bwd(const Place& place, const KeptArgs& a, const TokenStatsGrad& grad) {
-  check_kept(a);
+  check_args(a);
   require(grad.grad_dtype == a.logits.dtype, "the gradient has the dtype of the logits");
   run("kept_token_stats", "kept_token_stats_bwd_kernel", place,
       [&](cudaStream_t stream) { return kept_token_stats_bwd(a, grad, stream); });
 }
 
 void bind_divergence_fwd(const Place& place, const DivergenceArgs& a, const DivergenceOut& out) {
-  require_none(fault_of(a));
+  check_args(a);
   run("paired_divergence", "paired_divergence_fwd_kernel", place,
       [&](cudaStream_t stream) { return paired_divergence_fwd(a, out, stream); });
 }
 
 void bind_divergence_bwd(const Place& place, const DivergenceArgs& a, const DivergenceGrad& grad) {
-  require_none(fault_of(a));
+  check_args(a);
   run("paired_divergence", "paired_divergence_bwd_kernel", place,
       [&](cudaStream_t stream) { return paired_divergence_bwd(a, grad, stream); });
 }

@@ -1,4 +1,5 @@
-// Kernels that compare or restrict whole distributions. Scratch memory is allocated here.
+// Bindings of the CPU kernels that compare two distributions or restrict one to a set of ids.
+// Scratch memory is allocated here.
 #include <vector>
 
 #include "bindings/bind.h"
@@ -10,12 +11,8 @@ namespace tokfuse {
 namespace {
 
 void check_kept(const KeptArgs& a) {
+  check_args(a);
   check_logits(a.logits);
-  require(a.logits.index == nullptr && a.logits.bias_logits == nullptr,
-          "kept rows take neither an index nor bias_logits");
-  require(a.logits.tile == 0, "kept rows come in one piece");
-  require_pointer(a.ids, a.num_ids, "ids");
-  require_pointer(a.offsets, 1, "offsets");
   const int64_t rows = a.logits.rows;
   require(a.offsets[0] == 0 && a.offsets[rows] == a.num_ids, "offsets must run from 0 to num_ids");
   for (int64_t t = 0; t < rows; t++) {
@@ -30,7 +27,8 @@ int64_t bad_row(KeptArgs a) {
   return TOKFUSE_CALL(kept_bad_row, a);
 }
 
-// First unmasked row with a value out of range or an id twice, or -1 after a complete run.
+// Returns the first unmasked row with a value out of range or a repeated id, or -1 after a complete
+// run.
 int64_t kept_token_stats_fwd(const KeptArgs& a, const TokenStatsOut& out) {
   check_kept(a);
   require_pointers({out.logp, out.entropy, out.lse, out.row_max, out.inv_sum}, a.logits.rows,
@@ -53,11 +51,11 @@ void kept_token_stats_bwd(const KeptArgs& a, const TokenStatsGrad& grad) {
 }
 
 void check_divergence(const DivergenceArgs& a) {
-  require_none(fault_of(a));
+  check_args(a);
   require_threads(a.threads);
 }
 
-// First unmasked row whose temperature is not positive, or -1 after a complete run.
+// Returns the first unmasked row whose temperature is not positive, or -1 after a complete run.
 int64_t paired_divergence_fwd(const DivergenceArgs& a, const DivergenceOut& out) {
   check_divergence(a);
   require_pointers({out.divergence, out.state}, a.tokens, "an output");

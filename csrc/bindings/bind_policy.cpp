@@ -1,3 +1,4 @@
+// Bindings of the CPU kernels of policy objectives.
 #include <new>
 
 #include "bindings/bind.h"
@@ -7,7 +8,7 @@ namespace py = pybind11;
 namespace tokfuse {
 
 void check_objective(const ObjectiveArgs& o) {
-  require_none(fault_of(o));
+  check_args(o);
   require_threads(o.threads);
   require(o.sums != nullptr, "sums is null");
   require_pointers({o.old_logp, o.token_loss, o.d_logp, o.d_entropy, o.scratch}, o.tokens,
@@ -26,17 +27,17 @@ namespace {
 void policy_loss(const ObjectiveArgs& o) {
   check_objective(o);
   require_pointer(o.logp, o.tokens, "logp");
-  require(o.params.entropy_coef == 0.0f || o.entropy != nullptr || o.tokens == 0,
-          "entropy is null");
   py::gil_scoped_release release;
   TOKFUSE_CALL(policy_loss, o);
 }
 
 enum Phase { kPrepare = 1, kRows = 2, kMetrics = 4 };
 
-// One fused step, or its phases apart when the logits come in chunks: prepare once, rows for every
-// chunk, metrics once. Returns the first token whose target or temperature is out of range, before
-// anything is written, or -1 - n, with n the rows listed in grad.grad_tokens (0 without it).
+// One fused step. If the logits come in chunks, its phases are called apart: prepare once, rows for
+// every chunk, metrics once.
+//
+// Returns the first token whose target or temperature is out of range; nothing has been written
+// then. Otherwise returns -1 - n, where n rows are listed in grad.grad_tokens (0 without it).
 int64_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const ObjectiveArgs& o,
                     const GradRows& grad, int phases) {
   check_logits(a);

@@ -1,3 +1,4 @@
+// Bindings of the CPU kernels of token_stats.
 #include "bindings/bind.h"
 
 namespace py = pybind11;
@@ -5,7 +6,7 @@ namespace py = pybind11;
 namespace tokfuse {
 
 void check_logits(const LogitsArgs& a) {
-  require_none(fault_of(a));
+  check_args(a);
   require(a.tile >= 0 && a.tile % 2048 == 0, "tile must be a multiple of 2048 columns, or 0");
   require(a.tile == 0 || (a.stride >= a.tile && a.tile_stride >= a.tile), "tiles must not overlap");
   require(a.tile > 0 || a.tile_stride == 0, "tile_stride needs a tile");
@@ -33,8 +34,8 @@ int64_t token_stats_fwd(const LogitsArgs& a, const TokenStatsOut& out) {
   return bad;
 }
 
-// The forward has checked the targets. One outside the columns here has no one-hot term: it belongs
-// to another shard of the vocabulary.
+// The forward has checked the targets. A target outside these columns has no one-hot term, because
+// it belongs to another shard of the vocabulary.
 void token_stats_bwd(const LogitsArgs& a, const TokenStatsGrad& grad) {
   check_logits(a);
   require_pointers({grad.row_max, grad.inv_sum, grad.logp, grad.entropy, grad.grad_logits}, a.rows,

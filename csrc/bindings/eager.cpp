@@ -1,10 +1,11 @@
-// Whole calls on the eager path: arguments are read, checked and answered in one native function,
-// because at one token the same steps in Python cost twenty times the kernel.
+// Whole calls of the eager mode: one native function reads and checks the arguments, runs the
+// kernel and makes the outputs. At one token the same steps in Python take twenty times the
+// kernel's time.
 //
-// Every function returns None for arguments that are not of the plain form it knows (another
-// device, a dtype that must be converted, a stride, a subclass, a wrong shape or value). The caller
-// then goes the general way, which converts, or refuses with a sentence; so nothing is explained
-// here, and nothing has been written when None comes back.
+// A function returns None if its arguments do not have the plain form that it reads: another
+// device, a dtype that must be converted, strides, a subclass, a wrong shape or value. The caller
+// then takes the general path, which converts the argument or raises an error that explains it.
+// Nothing has been written if None is returned.
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -18,13 +19,13 @@ namespace py = pybind11;
 namespace tokfuse {
 namespace {
 
-struct NotPlain {};  // thrown inside this file only: "take the general path"
+struct NotPlain {};  // thrown and caught in this file: the call needs the general path
 
 void plain(bool ok) {
   if (!ok) throw NotPlain();
 }
 
-// A contiguous vector of n elements that needs no gradient, or null for None.
+// The address of a contiguous vector of n elements without gradient, or null for None.
 template <class T>
 const T* vector(PyObject* object, int64_t n, DlType type) {
   if (object == Py_None) return nullptr;
@@ -69,8 +70,8 @@ enum Option : size_t {
   kOptions
 };
 
-// `options` is runtime.core.logit_options.LogitOptions. The gradient of the logits is the caller's
-// business.
+// `options` is runtime.core.logit_options.LogitOptions. The logits may require a gradient: the
+// caller attaches it.
 LogitsArgs read_logits(PyObject* logits, PyObject* target, PyObject* options, int threads) {
   static TupleFields<kOptions> fields("LogitOptions", {"temperature", "softcap", "logit_scale",
                                                        "mask", "bias_logits", "bias_scale"});
@@ -80,7 +81,7 @@ LogitsArgs read_logits(PyObject* logits, PyObject* target, PyObject* options, in
   plain(read_tensor(logits, &z) && z.ndim == 2 && z.shape[1] >= 1 && z.shape[1] <= INT32_MAX);
   plain(z.shape[1] == 1 || z.strides[1] == 1);
   const std::optional<DType> dtype = logits_dtype(z.type);
-  plain(dtype.has_value() && given[kBiasLogits] == Py_None);  // a bias: the general path
+  plain(dtype.has_value() && given[kBiasLogits] == Py_None);
   LogitsArgs a = {};
   a.logits = z.data;
   a.stride = z.strides[0];
@@ -106,8 +107,8 @@ LogitsArgs read_logits(PyObject* logits, PyObject* target, PyObject* options, in
   return a;
 }
 
-// Whether the optional inputs are those that the objective uses. The general path raises the error
-// for one that is missing or would be ignored.
+// True if exactly the optional inputs that the objective uses are given. The general path raises
+// the error for an input that is missing or would be ignored.
 bool fits_objective(const ObjectiveArgs& o, bool has_entropy) {
   const ObjectiveParams& p = o.params;
   return (o.signal != nullptr) == needs_signal(p.shape) &&
@@ -168,9 +169,10 @@ ObjectiveArgs read_objective(PyObject* inputs, PyObject* record, PyObject* by_se
   return o;
 }
 
-// Outputs that the caller sees, in order; the rest of what a kernel writes lies in scratch.
+// The outputs of a call, in order. What a kernel writes besides them is in scratch memory.
 class Results {
  public:
+  Results() { tensors_.reserve(12); }
   void* add(std::initializer_list<int64_t> shape, DlType type) {
     void* data = nullptr;
     tensors_.push_back(empty_tensor(shape, type, &data));
@@ -190,7 +192,7 @@ class Results {
   std::vector<py::object> tensors_;
 };
 
-// Scratch that is not initialised: new float[n] without the zeros of a vector.
+// Scratch memory, not initialised; a std::vector would clear it.
 std::unique_ptr<float[]> scratch(int64_t n) {
   return std::unique_ptr<float[]>(new float[static_cast<size_t>(n)]);
 }
@@ -203,7 +205,7 @@ TokenStatsOut stats_outputs(Results& results, int64_t n) {
   return out;
 }
 
-// loss, loss_sum, count: numbers of the metric sums.
+// Where loss, loss_sum and count are written. All three come from the metric sums.
 struct LossCells {
   float *loss, *loss_sum;
   double* count;
@@ -226,8 +228,9 @@ LossCells loss_cells(Results& results) {
   return cells;
 }
 
-// Runs `call` and turns "not plain" and every error into None: the general path explains. Only a
-// NamedTuple without the fields that are read here is an error: it would be slow for ever.
+// Runs `call`. Returns None after NotPlain and after every other error, because the general path
+// then raises it with an explanation. WrongFields is the exception: it is a fault of the build, and
+// with None every call would silently take the slow path.
 template <class Call>
 PyObject* answer(Call call) {
   try {
@@ -236,7 +239,7 @@ PyObject* answer(Call call) {
   } catch (const WrongFields& wrong) {
     PyErr_SetString(PyExc_TypeError, wrong.what());
     return nullptr;
-  } catch (const py::error_already_set&) {  // has taken the Python error with it
+  } catch (const py::error_already_set&) {  // holds the Python error and drops it
   } catch (const std::exception&) {
   }
   Py_RETURN_NONE;
@@ -349,8 +352,8 @@ PyObject* eager_policy_step(PyObject*, PyObject* const* args, Py_ssize_t count) 
   });
 }
 
-// True when the process environment sets `name`; os.environ writes through to it, and asking it in
-// Python costs 2 us.
+// True if the environment of the process sets `name`. os.environ writes to that environment, but a
+// look-up in os.environ takes 2 us.
 PyObject* environment_sets(PyObject*, PyObject* name) {
   const char* text = PyUnicode_AsUTF8(name);
   if (text == nullptr) return nullptr;
@@ -362,7 +365,7 @@ PyCFunction function(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
 
-// METH_FASTCALL: pybind11's own dispatch costs as much as the rest of a call at one token.
+// METH_FASTCALL, because the dispatch of pybind11 takes as long as the rest of a call at one token.
 PyMethodDef methods[] = {
     {"eager_token_stats", function(eager_token_stats), METH_FASTCALL, nullptr},
     {"eager_policy_loss", function(eager_policy_loss), METH_FASTCALL, nullptr},

@@ -1,4 +1,5 @@
-// Chooses the instruction-set level once: the best one the machine has, or TOKFUSE_ISA=v2|v3|v4.
+// Chooses the instruction-set level once per process: the highest that the processor supports, or
+// the one that TOKFUSE_ISA=v2|v3|v4 names.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

@@ -1,10 +1,11 @@
-// tokfuse._native: the kernels over raw pointers. Tensors arrive as addresses and sizes in named
-// structs (bindings/records.h), or as DLPack views (bindings/eager.cpp), so the module does not
-// depend on a torch version. Sizes, strides and codes are checked here; addresses cannot be.
+// tokfuse._native: the kernels over raw pointers.
+//
+// Tensors arrive as addresses and sizes in named structs (bindings/records.h) or as DLPack views
+// (bindings/eager.cpp), so the module does not depend on a torch version. The bindings check sizes,
+// strides and codes. They cannot check addresses.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bind.h"
-#include "bindings/objective_params.h"
 #include "bindings/records.h"
 #include "cpu/kernels.h"
 #if defined(TOKFUSE_WITH_CUDA)
@@ -26,6 +27,18 @@ const char* isa_name() {
       break;
   }
   return "baseline";
+}
+
+// The table of shapes that this module was compiled with, as runtime/policy/shapes.py::table().
+pybind11::dict shape_table() {
+  namespace py = pybind11;
+  py::dict table;
+#define TOKFUSE_ROW(name, code, signal, zero, parameters)                                          \
+  table[#name] = py::make_tuple(code, py::tuple(py::str(parameters).attr("split")()), signal != 0, \
+                                zero != 0);
+  TOKFUSE_EACH_SHAPE(TOKFUSE_ROW)
+#undef TOKFUSE_ROW
+  return table;
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "bindings/checks.h"
+
 namespace py = pybind11;
 
 namespace tokfuse {
@@ -52,28 +54,54 @@ void find_fields(const char* what, PyObject* tuple, const char* const* names, si
   }
 }
 
-const char* fault_of(const LogitsArgs& a) {
-  if (a.rows < 0 || a.tokens < 0 || a.vocab < 1) return "rows must be >= 0 and vocab >= 1";
-  if (a.index == nullptr && a.rows != 0 && a.tokens != a.rows) {
-    return "tokens must equal rows without an index";
-  }
-  if (a.stride < 0 || a.bias_stride < 0) return "row strides must be >= 0";
-  if (!(a.softcap >= 0.0f && a.logit_scale > 0.0f)) return "softcap must be >= 0, logit_scale > 0";
-  if (a.temperatures == nullptr && !(a.temperature > 0.0f)) return "temperature must be > 0";
-  if (a.rows > 0 && a.logits == nullptr) return "logits is null";
-  if (a.rows > 0 && a.target == nullptr) return "target is null";
-  return nullptr;
+namespace {
+
+enum RecordField : size_t {
+  kShape,
+  kLevel,
+  kKl,
+  kSeqMean,
+  kParameters,
+  kKlCoef,
+  kKlClamp,
+  kEntropyCoef,
+  kLogRatioClamp,
+  kRecordFields
+};
+
+template <class T>
+void read(PyObject* value, T* out) {
+  if (!read_value(value, out)) throw py::error_already_set();
 }
 
-const char* fault_of(const DivergenceArgs& a) {
-  if (a.tokens < 0 || a.vocab < 1) return "tokens must be >= 0 and vocab >= 1";
-  if (a.stride_p < 0 || a.stride_q < 0) return "row strides must be >= 0";
-  if (!(a.softcap >= 0.0f && a.logit_scale > 0.0f)) return "softcap must be >= 0, logit_scale > 0";
-  if (a.temperatures == nullptr && !(a.temperature > 0.0f)) return "temperature must be > 0";
-  if (!(a.mix_weight > 0.0f && a.mix_weight < 1.0f)) return "mix_weight must be in (0, 1)";
-  if (!(a.bound > 0.0f)) return "bound must be > 0";
-  if (a.tokens > 0 && (a.logits_p == nullptr || a.logits_q == nullptr)) return "logits are null";
-  return nullptr;
+}  // namespace
+
+ObjectiveParams objective_params(PyObject* record) {
+  static TupleFields<kRecordFields> fields(
+      "ObjectiveRecord", {"shape", "level", "kl", "seq_mean", "p", "kl_coef", "kl_clamp",
+                          "entropy_coef", "log_ratio_clamp"});
+  const auto given = fields.of(record);
+  ObjectiveParams o;
+  int shape = 0, level = 0, kl = 0;
+  read(given[kShape], &shape);
+  read(given[kLevel], &level);
+  read(given[kKl], &kl);
+  require(shape >= 0 && shape < kShapeCount, "unknown objective shape code");
+  require(level >= 0 && level < kLevelCount, "unknown ratio level code");
+  require(kl >= 0 && kl < kKlCount, "unknown KL code");
+  o.shape = static_cast<Shape>(shape);
+  o.level = static_cast<Level>(level);
+  o.kl = static_cast<Kl>(kl);
+  read(given[kSeqMean], &o.seq_mean);
+  PyObject* p = given[kParameters];
+  require(PyTuple_Check(p) && PyTuple_GET_SIZE(p) == kShapeSlots,
+          "wrong number of objective parameters");
+  for (Py_ssize_t i = 0; i < kShapeSlots; i++) read(PyTuple_GET_ITEM(p, i), &o.p[i]);
+  read(given[kKlCoef], &o.kl_coef);
+  read(given[kKlClamp], &o.kl_clamp);
+  read(given[kEntropyCoef], &o.entropy_coef);
+  read(given[kLogRatioClamp], &o.log_ratio_clamp);
+  return o;
 }
 
 namespace {
@@ -87,7 +115,7 @@ bool read_member(PyObject* value, S* out) {
 #define OPTIONAL(name) {#name, true, &read_member<&S::name, S>}
 #define CUSTOM(name, read) {#name, false, &read}
 
-// The fields of a struct, in the one place besides the struct itself that lists them.
+// The fields of a struct. They are listed here and in the struct itself, and nowhere else.
 template <class S>
 const std::vector<Field<S>>& fields_of();
 #define FIELDS_OF(type, ...)                                   \
@@ -210,69 +238,153 @@ FIELDS_OF(SketchArgs, REQUIRED(tokens), REQUIRED(seqs), REQUIRED(rank), REQUIRED
 #undef CUSTOM
 #undef FIELDS_OF
 
-// Turns the Python error of a value into one that names its field, of the same type.
-[[noreturn]] void wrong_value(const std::string& record, const char* field) {
-  py::error_already_set error;
-  const std::string text = record + "." + field + ": " + py::str(error.value()).cast<std::string>();
+// Puts the record and the field in front of the message of the Python error.
+void name_field(const char* record, const char* field) {
+  const py::error_already_set error;
+  const std::string text =
+      std::string(record) + "." + field + ": " + py::str(error.value()).cast<std::string>();
   PyErr_SetString(error.type().ptr(), text.c_str());
-  throw py::error_already_set();
 }
 
-// Field names as Python strings, so that a lookup hashes nothing.
+// An object of a struct's class. The values of its fields follow it: the struct points into them.
 template <class S>
-const std::vector<PyObject*>& names_of() {
-  static const std::vector<PyObject*> names = [] {
-    std::vector<PyObject*> made;
-    for (const Field<S>& f : fields_of<S>()) made.push_back(PyUnicode_InternFromString(f.name));
-    return made;
-  }();
-  return names;
+struct Record {
+  PyObject_HEAD;
+  S value;
+  PyObject** values() { return reinterpret_cast<PyObject**>(this + 1); }
+};
+
+// The class of a struct, set once by bind_records.
+template <class S>
+struct RecordClass {
+  static const char* name;
+  static PyTypeObject* type;
+  static std::vector<PyObject*> names;  // of the fields, interned
+};
+template <class S>
+const char* RecordClass<S>::name = nullptr;
+template <class S>
+PyTypeObject* RecordClass<S>::type = nullptr;
+template <class S>
+std::vector<PyObject*> RecordClass<S>::names;
+
+// The field of that name, or the number of fields. Keywords mostly come in the order of the list,
+// so `next` is tried first; interned names differ as pointers.
+size_t find_name(const std::vector<PyObject*>& names, PyObject* wanted, size_t next) {
+  if (next < names.size() && names[next] == wanted) return next;
+  for (size_t i = 0; i < names.size(); i++) {
+    if (names[i] == wanted) return i;
+  }
+  for (size_t i = 0; i < names.size(); i++) {
+    if (PyUnicode_Compare(names[i], wanted) == 0) return i;
+  }
+  return names.size();
 }
 
+// Fills the struct, and the values that it keeps, from the keywords of a call. False with a Python
+// error set.
 template <class S>
-S from_keywords(const std::string& record, const py::kwargs& given) {
-  S out = {};
-  Py_ssize_t used = 0;
+bool fill(Record<S>* record, PyObject* const* args, PyObject* keywords) {
+  const char* const name = RecordClass<S>::name;
   const std::vector<Field<S>>& fields = fields_of<S>();
-  const std::vector<PyObject*>& names = names_of<S>();
-  for (size_t i = 0; i < fields.size(); i++) {
-    PyObject* value = PyDict_GetItemWithError(given.ptr(), names[i]);
-    if (value == nullptr) {
-      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-      if (fields[i].optional) continue;
-      throw py::type_error(record + " lacks the field " + fields[i].name);
+  const Py_ssize_t count = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+  PyObject** const values = record->values();
+  PyObject* unknown = nullptr;
+  size_t next = 0;
+  for (Py_ssize_t i = 0; i < count; i++) {
+    PyObject* const keyword = PyTuple_GET_ITEM(keywords, i);
+    const size_t at = find_name(RecordClass<S>::names, keyword, next);
+    if (at == fields.size()) {
+      unknown = keyword;
+      continue;
     }
-    used++;
-    if (!fields[i].read(value, &out)) wrong_value(record, fields[i].name);
+    Py_INCREF(args[i]);
+    Py_XSETREF(values[at], args[i]);
+    next = at + 1;
   }
-  if (used == PyDict_GET_SIZE(given.ptr())) return out;
-  for (const auto& item : given) {
-    const std::string name = item.first.cast<std::string>();
-    bool known = false;
-    for (const Field<S>& f : fields) known = known || name == f.name;
-    if (!known) throw py::type_error(record + " has no field " + name);
+  for (size_t i = 0; i < fields.size(); i++) {
+    if (values[i] != nullptr || fields[i].optional) continue;
+    PyErr_Format(PyExc_TypeError, "%s lacks the field %s", name, fields[i].name);
+    return false;
   }
-  return out;
+  if (unknown != nullptr) {
+    PyErr_Format(PyExc_TypeError, "%s has no field %U", name, unknown);
+    return false;
+  }
+  for (size_t i = 0; i < fields.size(); i++) {
+    if (values[i] == nullptr || fields[i].read(values[i], &record->value)) continue;
+    name_field(name, fields[i].name);
+    return false;
+  }
+  return true;
+}
+
+// The constructor: `type(field=value, ...)`.
+template <class S>
+PyObject* make_record(PyObject* type, PyObject* const* args, size_t given, PyObject* keywords) {
+  if (PyVectorcall_NARGS(given) != 0) {
+    PyErr_Format(PyExc_TypeError, "%s takes its fields by keyword only", RecordClass<S>::name);
+    return nullptr;
+  }
+  PyTypeObject* const of = reinterpret_cast<PyTypeObject*>(type);
+  const py::object object = py::reinterpret_steal<py::object>(of->tp_alloc(of, 0));  // all zeros
+  if (!object) return nullptr;
+  try {
+    if (!fill(reinterpret_cast<Record<S>*>(object.ptr()), args, keywords)) return nullptr;
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+    return nullptr;
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+  return object.inc_ref().ptr();
+}
+
+template <class S>
+void delete_record(PyObject* object) {
+  PyTypeObject* const type = Py_TYPE(object);
+  PyObject** const values = reinterpret_cast<Record<S>*>(object)->values();
+  for (size_t i = 0; i < fields_of<S>().size(); i++) Py_CLEAR(values[i]);
+  type->tp_free(object);
+  Py_DECREF(type);
 }
 
 template <class S>
 void bind_record(py::module_& m, const char* name) {
-  const std::string record = name;
-  // Local, because another module of this process may bind the same structs: the tests' CUDA
-  // kernels on the CPU. The struct keeps its keywords alive, and so the tensors in them.
-  py::class_<S> type(m, name, py::module_local());
-  type.def(py::init([record](const py::kwargs& given) { return from_keywords<S>(record, given); }),
-           py::keep_alive<1, 2>());
+  const std::vector<Field<S>>& fields = fields_of<S>();
+  PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(&delete_record<S>)}, {0, nullptr}};
+  // Until Python 3.12 the type points at its name instead of copying it.
+  static const std::string full = m.attr("__name__").cast<std::string>() + "." + name;
+  PyType_Spec spec = {full.c_str(),
+                      static_cast<int>(sizeof(Record<S>) + fields.size() * sizeof(PyObject*)), 0,
+                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  const py::object type = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
+  if (!type) throw py::error_already_set();
+  RecordClass<S>::name = name;
+  RecordClass<S>::type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+  RecordClass<S>::type->tp_vectorcall = &make_record<S>;
   py::list all, optional;
-  for (const Field<S>& f : fields_of<S>()) {
+  for (const Field<S>& f : fields) {
+    RecordClass<S>::names.push_back(PyUnicode_InternFromString(f.name));
     all.append(f.name);
     if (f.optional) optional.append(f.name);
   }
   type.attr("FIELDS") = py::tuple(all);
   type.attr("OPTIONAL") = py::tuple(optional);
+  m.attr(name) = type;
 }
 
 }  // namespace
+
+template <class S>
+const S* struct_in(PyObject* object) {
+  if (Py_TYPE(object) != RecordClass<S>::type) return nullptr;
+  return &reinterpret_cast<Record<S>*>(object)->value;
+}
 
 // Every struct that Python fills.
 #define TOKFUSE_RECORDS(each)                                                              \
@@ -282,6 +394,10 @@ void bind_record(py::module_& m, const char* name) {
               each(GroupAdvantageArgs) each(GaeArgs) each(VtraceArgs) each(WhitenArgs)     \
                   each(OpeArgs) each(MomentsArgs) each(KeepRule) each(OffPolicyArgs)       \
                       each(SketchArgs)
+
+#define STRUCT_IN(type) template const type* struct_in<type>(PyObject*);
+TOKFUSE_RECORDS(STRUCT_IN)
+#undef STRUCT_IN
 
 void bind_records(py::module_& m) {
 #define BIND(type) bind_record<type>(m, #type);

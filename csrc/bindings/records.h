@@ -1,12 +1,17 @@
 // Argument structs as Python classes with keyword-only constructors, and NamedTuples read by name.
 //
-// A struct becomes a class by one list of its fields (records.cpp):
+// One list of its fields (records.cpp) makes a struct a class:
 //
 //     native.GradRows(grad_logits=tensor, grad_stride=8, grad_dtype=0)
 //
-// A pointer is given as a tensor (anything with `data_ptr()`), which the struct keeps alive, or as
-// None. A missing, misnamed or superfluous field raises TypeError, a value of another type too, and
-// a code that is no enumerator ValueError. What fields mean together is checked by the call.
+// A pointer is given as None or as a tensor (anything with `data_ptr()`), which the struct keeps
+// alive. A missing, misnamed or superfluous field raises TypeError. So does a value of the wrong
+// type; a code that is no enumerator raises ValueError. The function that takes the struct checks
+// what its fields mean together.
+//
+// The classes are made without pybind11: its constructor copies the keywords into a dictionary and
+// registers the object, which took 10 us of a token_stats call; here a field is an entry of the
+// argument array. Bound functions take a struct like any other argument.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,19 +31,24 @@ namespace tokfuse {
 
 // Adds the class of every argument struct to `m`.
 void bind_records(pybind11::module_& m);
-// Their names.
+// The names of the classes.
 const std::vector<const char*>& record_names();
+
+// The struct in an object of its class, or null if `object` is of another class. Defined for every
+// struct that Python fills.
+template <class S>
+const S* struct_in(PyObject* object);
 
 // ------------------------------------------------------------------------- NamedTuples of Python
 
-// A Python type whose fields are not those that C++ reads: a TypeError, and never "take another
-// path", because it is a fault of the build and not of a call.
+// The fields of a Python type are not those that C++ reads. This is a fault of the build, not of
+// the call, so it is always raised as TypeError.
 struct WrongFields : pybind11::type_error {
   using pybind11::type_error::type_error;
 };
 
-// Reads a NamedTuple of exactly the fields `names` by name. Their positions are looked up once per
-// type, so that a field costs an index.
+// Reads a NamedTuple by the names of its fields, which must be exactly `names`. Positions are
+// looked up once per type, so reading a field is one array access.
 template <size_t kCount>
 class TupleFields {
  public:
@@ -69,10 +79,10 @@ class TupleFields {
   const char* what_;
   std::array<const char*, kCount> names_;
   std::array<Py_ssize_t, kCount> position_ = {};
-  PyTypeObject* type_ = nullptr;  // owned: a type that goes could leave its address to another
+  PyTypeObject* type_ = nullptr;  // owned: another type could get the address of a freed one
 };
 
-// Positions of `names` in the `_fields` of the tuple's type; throws WrongFields.
+// Writes the positions of `names` in the `_fields` of the tuple's type; throws WrongFields.
 void find_fields(const char* what, PyObject* tuple, const char* const* names, size_t count,
                  Py_ssize_t* position);
 
@@ -84,12 +94,12 @@ void TupleFields<kCount>::learn(PyObject* tuple) {
   type_ = Py_TYPE(tuple);
 }
 
-// runtime.policy.objective.ObjectiveRecord.
+// Reads a runtime.policy.objective.ObjectiveRecord.
 ObjectiveParams objective_params(PyObject* record);
 
 // ---------------------------------------------------------------------------- fields from Python
 
-// The last enumerator, and what is said of a code beyond it.
+// The last enumerator of an enum, and the error message for a code that is no enumerator.
 template <class E>
 struct Codes;
 #define TOKFUSE_CODES(type, last_enumerator, text)      \
@@ -158,19 +168,16 @@ inline bool read_value(PyObject* value, ObjectiveParams* out) {
 // A struct that is a class itself.
 template <class S, std::enable_if_t<std::is_class_v<S>, int> = 0>
 bool read_value(PyObject* value, S* out) {
-  if (!pybind11::isinstance<S>(value)) {
-    PyErr_Format(PyExc_TypeError, "of type %s", Py_TYPE(value)->tp_name);
-    return false;
+  const S* given = struct_in<S>(value);
+  if (given != nullptr) {
+    *out = *given;
+    return true;
   }
-  *out = pybind11::handle(value).cast<const S&>();
-  return true;
+  PyErr_Format(PyExc_TypeError, "of type %s", Py_TYPE(value)->tp_name);
+  return false;
 }
 
-// What is wrong with the sizes and options of rows, or null. What CPU and CUDA check alike.
-const char* fault_of(const LogitsArgs& a);
-const char* fault_of(const DivergenceArgs& a);
-
-// One field of S: how a Python value becomes it, and whether it may be left out.
+// One field of S: how it is read from a Python value, and whether it may be left out.
 template <class S>
 struct Field {
   const char* name;
@@ -179,3 +186,21 @@ struct Field {
 };
 
 }  // namespace tokfuse
+
+// A plain struct as the argument of a bound function: a copy, because the caller keeps the object
+// until the function returns.
+namespace pybind11 {
+namespace detail {
+template <class S>
+class type_caster<S, std::enable_if_t<std::is_aggregate_v<S> && std::is_trivially_copyable_v<S>>> {
+ public:
+  PYBIND11_TYPE_CASTER(S, const_name("argument struct"));
+
+  bool load(handle source, bool) {
+    const S* given = tokfuse::struct_in<S>(source.ptr());
+    if (given != nullptr) value = *given;
+    return given != nullptr;
+  }
+};
+}  // namespace detail
+}  // namespace pybind11

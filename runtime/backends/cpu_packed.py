@@ -1,4 +1,9 @@
-"""The CPU kernels over packed vectors; the same functions as those of CUDA and Triton."""
+"""Call the CPU kernels over packed vectors, by the same functions as for CUDA and Triton.
+
+`options` are the keywords that `packed_args` documents for the op.
+"""
+
+from typing import Any
 
 import torch
 
@@ -6,7 +11,6 @@ from tokfuse.runtime.backends import packed_args
 from tokfuse.runtime.backends.value_checks import refuse_segment_id
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.codes import ESTIMATES
-from tokfuse.runtime.policy.keep_rule import KeepRule
 from tokfuse.runtime.reference.token_stats import result_dtype
 
 SKETCH_CHUNK = 4096  # tokens projected at a time; bounds the float32 copies of 16-bit inputs
@@ -22,7 +26,7 @@ def segment_moments(
     """(count, sum, sum_sq, min, max), each (segments,)."""
     module = native.loaded()
     count = torch.empty(num_segments, dtype=torch.int64)
-    out = (count, *(values.new_empty(num_segments) for _ in range(4)))
+    out = (count, *(native.empty((num_segments,), values.dtype) for _ in range(4)))
     bad = module.segment_moments(
         packed_args.moments_args(
             module,
@@ -41,88 +45,42 @@ def segment_moments(
 
 
 def gae(
-    reward: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    gamma: float,
-    lam: float | torch.Tensor,
-    length_adaptive_alpha: float | None,
-    mask: torch.Tensor | None,
-    finished: torch.Tensor | None,
+    reward: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantage, returns), each (tokens,)."""
-    module = native.loaded()
-    advantage, returns = native.empty_like_rows(reward), native.empty_like_rows(reward)
-    module.gae(
-        packed_args.gae_args(
-            module,
-            reward=reward,
-            value=value,
-            cu_seqlens=cu_seqlens,
-            gamma=gamma,
-            lam=lam,
-            length_adaptive_alpha=length_adaptive_alpha,
-            mask=mask,
-            finished=finished,
-            advantage=advantage,
-            returns=returns,
-        )
+    module, advantage, returns = native.loaded(), native.empty_like_rows(reward), native.empty_like_rows(reward)
+    args = packed_args.gae_args(
+        module, reward=reward, value=value, cu_seqlens=cu_seqlens, advantage=advantage, returns=returns, **options
     )
+    module.gae(args)
     return advantage, returns
 
 
 def vtrace(
-    log_ratio: torch.Tensor,
-    reward: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    gamma: float,
-    lam: float,
-    rho_bar: float | None,
-    c_bar: float | None,
-    mask: torch.Tensor | None,
-    finished: torch.Tensor | None,
+    log_ratio: torch.Tensor, reward: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(target, advantage, rho), each (tokens,)."""
     module = native.loaded()
     target, advantage, rho = (native.empty_like_rows(reward) for _ in range(3))
-    module.vtrace(
-        packed_args.vtrace_args(
-            module,
-            log_ratio=log_ratio,
-            reward=reward,
-            value=value,
-            cu_seqlens=cu_seqlens,
-            gamma=gamma,
-            lam=lam,
-            rho_bar=rho_bar,
-            c_bar=c_bar,
-            mask=mask,
-            finished=finished,
-            value_target=target,
-            advantage=advantage,
-            rho=rho,
-        )
+    args = packed_args.vtrace_args(
+        module,
+        log_ratio=log_ratio,
+        reward=reward,
+        value=value,
+        cu_seqlens=cu_seqlens,
+        value_target=target,
+        advantage=advantage,
+        rho=rho,
+        **options,
     )
+    module.vtrace(args)
     return target, advantage, rho
 
 
-def whiten(
-    x: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    shift_mean: bool,
-    eps: float,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-) -> torch.Tensor:
+def whiten(x: torch.Tensor, **options: Any) -> torch.Tensor:
     """(tokens,), 0 where masked."""
     module, out = native.loaded(), native.empty_like_rows(x)
-    module.whiten(
-        packed_args.whiten_args(module, x=x, mask=mask, shift_mean=shift_mean, eps=eps, mean=mean, var=var, out=out)
-    )
+    module.whiten(packed_args.whiten_args(module, x=x, out=out, **options))
     return out
 
 
@@ -139,80 +97,24 @@ def ope(
     return values.to(reward.dtype)
 
 
-def group_advantage(
-    reward: torch.Tensor,
-    group_ids: torch.Tensor | None,
-    *,
-    baseline: str,
-    scale: str,
-    sample_std: bool,
-    eps: float,
-    singleton_reward: bool,
-    lengths: torch.Tensor | None,
-    greedy_reward: torch.Tensor | None,
-) -> torch.Tensor:
+def group_advantage(reward: torch.Tensor, group_ids: torch.Tensor | None, **options: Any) -> torch.Tensor:
     """(seqs,)."""
-    module, out = native.loaded(), torch.empty_like(reward)
+    module, out = native.loaded(), native.empty_like_rows(reward)
     module.group_advantage(
-        packed_args.group_advantage_args(
-            module,
-            reward=reward,
-            group_ids=group_ids,
-            baseline=baseline,
-            scale=scale,
-            sample_std=sample_std,
-            eps=eps,
-            singleton_reward=singleton_reward,
-            lengths=lengths,
-            greedy_reward=greedy_reward,
-            advantage=out,
-        )
+        packed_args.group_advantage_args(module, reward=reward, group_ids=group_ids, advantage=out, **options)
     )
     return out
 
 
 def offpolicy_weights(
-    logp: torch.Tensor | None,
-    behavior: torch.Tensor,
-    *,
-    level: str,
-    mode: str,
-    low: float | None,
-    high: float | None,
-    lam: float | None,
-    power: float | None,
-    normalize: str,
-    rules: tuple[KeepRule, ...],
-    cu_seqlens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    group_ids: torch.Tensor | None,
-    advantage: torch.Tensor | None,
+    logp: torch.Tensor | None, behavior: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, ess, kept)."""
     module, weight = native.loaded(), native.empty_like_rows(behavior)
     kept = torch.empty(behavior.shape[0], dtype=torch.bool)
-    ess = module.offpolicy_weights(
-        packed_args.offpolicy_args(
-            module,
-            logp=logp,
-            behavior_logp=behavior,
-            level=level,
-            mode=mode,
-            low=low,
-            high=high,
-            lam=lam,
-            power=power,
-            normalize=normalize,
-            rules=rules,
-            cu_seqlens=cu_seqlens,
-            mask=mask,
-            group_ids=group_ids,
-            advantage=advantage,
-            weight=weight,
-            kept=kept,
-        )
-    )
-    return weight, torch.tensor(ess, dtype=torch.float32), kept
+    args = packed_args.offpolicy_args(module, logp=logp, behavior_logp=behavior, weight=weight, kept=kept, **options)
+    ess = module.offpolicy_weights(args)
+    return weight, native.empty(()).fill_(ess), kept
 
 
 # -------------------------------------------------------------------------------------- influence

@@ -1,4 +1,4 @@
-"""The CPU kernels of policy objectives: over packed tokens, and fused with rows of logits."""
+"""Call the CPU kernels of policy objectives: over packed tokens, and fused with rows of logits."""
 
 from typing import Any
 
@@ -7,15 +7,14 @@ import torch
 from tokfuse.runtime.backends import cpu_rows, row_args
 from tokfuse.runtime.backends import objective_args as objectives
 from tokfuse.runtime.backends.objective_args import ObjectiveOut
-from tokfuse.runtime.backends.policy_runs import StepTerms, step_in_two_passes, terms_of
+from tokfuse.runtime.backends.policy_runs import StepTerms, step_in_two_passes
 from tokfuse.runtime.backends.row_args import RowStats
 from tokfuse.runtime.core import native
-from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import LogitOptions, bad_row
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
-from tokfuse.runtime.reference.token_stats import bad_row
 
 
 def objective_args(
@@ -26,7 +25,7 @@ def objective_args(
     inv_normalizer: float,
     out: ObjectiveOut,
 ) -> Any:
-    """ObjectiveArgs with the scratch memory of the CPU kernels."""
+    """Build ObjectiveArgs with scratch memory for the CPU kernels."""
     scratch = torch.empty(4 * logp.shape[0], dtype=torch.float32)
     return objectives.objective_args(
         native.loaded(),
@@ -43,10 +42,10 @@ def objective_args(
 def policy_loss(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
-    """Terms of an objective of any level; a `LossRun`."""
+    """Return the terms of an objective of any level; a `LossRun`."""
     out = ObjectiveOut.empty(logp.shape[0])
     native.loaded().policy_loss(objective_args(logp, entropy, inputs, objective, inv_normalizer, out))
-    return terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
+    return PolicyTerms.of_sums(out.sums, out)
 
 
 def policy_step(
@@ -58,7 +57,7 @@ def policy_step(
     inv_normalizer: float,
     in_place: bool,
 ) -> StepTerms:
-    """One kernel for a token-level objective, else three; a `StepRun`."""
+    """Run one fused kernel for a token-level objective, else three kernels; a `StepRun`."""
     if objective.level != "token":
         kernels = cpu_rows.TOKEN_STATS
         return step_in_two_passes(kernels, policy_loss, logits, target, o, inputs, objective, inv_normalizer, in_place)
@@ -74,5 +73,5 @@ def policy_step(
     )
     if bad >= 0:
         raise bad_row("policy_step", bad, target, logits.shape[1], o.temperature)
-    terms = terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
+    terms = PolicyTerms.of_sums(out.sums, out)
     return StepTerms(terms, TokenStats(*stats[:5]), grad)

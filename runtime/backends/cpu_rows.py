@@ -1,4 +1,4 @@
-"""The CPU kernels over rows of logits: outputs, and calls of the native module."""
+"""Call the CPU kernels over rows of logits and allocate their outputs."""
 
 from typing import Any
 
@@ -9,10 +9,9 @@ from tokfuse.runtime.backends.row_args import DIVERGENCE_STATE, RowStats
 from tokfuse.runtime.backends.value_checks import refuse_temperature
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.dispatch import Kernels, RowState
-from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import LogitOptions, bad_row, check_values
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
 from tokfuse.runtime.reference import token_stats_at as at_reference
-from tokfuse.runtime.reference.token_stats import bad_row, check_values
 
 LN_2 = 0.6931471805599453
 
@@ -27,10 +26,10 @@ def token_stats_fwd(
     moments: bool = False,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32 each.
+    """Return logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32 each.
 
-    With second_temperature or moments three more: second_logp, sum_p2_logp and sum_p2_logp2, empty
-    if they were not asked for.
+    With second_temperature or moments, second_logp, sum_p2_logp and sum_p2_logp2 follow. Those that are
+    not requested are empty.
     """
     o, module = LogitOptions(**options), native.loaded()
     out = row_args.empty_outputs(logits, second_temperature is not None, moments)
@@ -55,7 +54,7 @@ def token_stats_bwd(
     out: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The gradient of the logits, into `out` if given; `out` may be `logits` itself."""
+    """Return the gradient of the logits, written to `out` if given. `out` may be `logits` itself."""
     module = native.loaded()
     grad_logits = native.empty_like_rows(logits) if out is None else out
     module.token_stats_bwd(
@@ -134,9 +133,9 @@ def token_stats_at_bwd(
 def kept_token_stats_fwd(
     logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, row_max and inv_sum over the kept ids: (tokens,) float32 each."""
+    """Return logp, entropy, lse, row_max and inv_sum over the kept ids: (tokens,) float32 each."""
     o, module = LogitOptions(**options), native.loaded()
-    logp, entropy, lse, row_max, inv_sum = (torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(5))
+    logp, entropy, lse, row_max, inv_sum = native.empty_vectors([logits.shape[0]] * 5, logits.device)
     bad = module.kept_token_stats_fwd(
         row_args.kept_args(module, row_args.logits_args(module, logits, target, o), ids, offsets),
         row_args.token_stats_out(module, RowStats(logp, entropy, lse, row_max=row_max, inv_sum=inv_sum)),
@@ -149,7 +148,7 @@ def kept_token_stats_fwd(
 def _refuse_kept_row(
     bad: int, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, o: LogitOptions
 ) -> None:
-    """Raise the error for row `bad`; which value it is about was not recorded by the kernel."""
+    """Raise the error for row `bad`. The kernel reports the row only, so its values are checked again."""
     vocab = logits.shape[1]
     only = torch.zeros(logits.shape[0], dtype=torch.bool)
     only[bad] = True
@@ -171,7 +170,7 @@ def kept_token_stats_bwd(
     grad_entropy: torch.Tensor | None,
     **options: Any,
 ) -> torch.Tensor:
-    """The dense gradient of the logits, exactly 0 outside the support."""
+    """Return the dense gradient of the logits, exactly 0 outside the kept ids."""
     module = native.loaded()
     grad_logits = native.empty_like_rows(logits)
     rows = row_args.logits_args(module, logits, target, LogitOptions(**options))
@@ -197,7 +196,7 @@ def kept_token_stats_bwd(
 def paired_divergence_fwd(
     logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """(divergence (tokens,), what the backward needs of each row)."""
+    """Return (divergence (tokens,), state (tokens, `DIVERGENCE_STATE`) for the backward)."""
     o, module = LogitOptions(**options), native.loaded()
     divergence = torch.empty(logits_p.shape[0], dtype=torch.float32)
     state = torch.empty(logits_p.shape[0], DIVERGENCE_STATE, dtype=torch.float32)
@@ -221,7 +220,7 @@ def paired_divergence_bwd(
     mix_weight: float,
     **options: Any,
 ) -> torch.Tensor:
-    """The gradient of logits_p; masked rows are known by their state."""
+    """Return the gradient of logits_p. The state of a masked row marks it as masked."""
     module, o = native.loaded(), LogitOptions(**options)
     grad_logits = native.empty_like_rows(logits_p)
     module.paired_divergence_bwd(
@@ -232,7 +231,7 @@ def paired_divergence_bwd(
 
 
 def row_max_nats(o: LogitOptions) -> float:
-    """The exponents are in base 2, every option applied."""
+    """Return nats per unit of `row_max`: it is an exponent of 2, with every option applied."""
     return LN_2
 
 

@@ -1,8 +1,7 @@
-"""The way from an op to the CUDA launchers of the native module; touches no driver at import.
+"""Load the CUDA launchers of the native module. The import does not touch a driver.
 
-TOKFUSE_CUDA_HOST names a build of the launchers that runs on the CPU, by
-tests/support/cuda_module.py: the backend then takes CPU tensors, for tests, and only where it is
-forced.
+TOKFUSE_CUDA_HOST names a build of the launchers that runs on the CPU (tests/support/cuda_module.py).
+The backend then takes CPU tensors, and only if it is forced. This is for tests.
 """
 
 import functools
@@ -21,13 +20,13 @@ MINIMUM_CAPABILITY = (8, 0)
 
 
 def hosted() -> bool:
-    """True in a process whose CUDA kernels run on the CPU."""
+    """Return True if the CUDA kernels of this process run on the CPU."""
     return bool(os.environ.get(HOST_VARIABLE))
 
 
 @functools.cache
 def module() -> ModuleType | None:
-    """The launchers, or None where they were not built."""
+    """Return the launchers, or None if they were not built."""
     if not hosted():
         return getattr(native.module(), "cuda", None)
     path = os.environ[HOST_VARIABLE]
@@ -40,7 +39,7 @@ def module() -> ModuleType | None:
 
 
 def launchers() -> Any:
-    """`module()` where a record of the registry says that it is there."""
+    """Return the launchers, for callers whose backend was selected because they are there."""
     found = module()
     assert found is not None
     return found
@@ -48,7 +47,7 @@ def launchers() -> Any:
 
 @functools.cache
 def why_unusable() -> str | None:
-    """None where the CUDA kernels run; else one sentence. Asks a driver."""
+    """Return None if the CUDA kernels run here, else the reason. Calls the driver."""
     if module() is None:
         return native.why_unusable() or (
             "the native module was built without CUDA kernels; put nvcc on PATH and reinstall"
@@ -65,7 +64,7 @@ def why_unusable() -> str | None:
 
 
 def place(x: torch.Tensor) -> Any:
-    """Place that work on `x` is launched on: its device and torch's current stream."""
+    """Return where work on `x` is launched: its device and torch's current stream."""
     if x.device.type != "cuda":
         return launchers().Place(device=0, stream=0)
     stream = torch.cuda.current_stream(x.device)
@@ -73,7 +72,7 @@ def place(x: torch.Tensor) -> Any:
 
 
 def sorted_ids(ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """(sorted ids, their rows in the order of the ids, ties in row order): torch's stable sort."""
+    """Return (sorted ids, the row of each) by torch's stable sort: equal ids stay in row order."""
     if ids is None:
         return None, None
     values, order = torch.sort(ids, stable=True)

@@ -1,7 +1,10 @@
-"""Launchers of the CUDA kernels over packed vectors: outputs and scratch memory from torch.
+"""Launch the CUDA kernels over packed vectors, with outputs and scratch memory from torch.
 
-One launch each. Ids are sorted by torch first, in memory of the caching allocator.
+Each function launches one kernel. torch sorts ids first. `options` are the keywords that
+`packed_args` documents for the op.
 """
+
+from typing import Any
 
 import torch
 
@@ -10,7 +13,6 @@ from tokfuse.runtime.backends.cuda_backend import launchers, place, sorted_ids
 from tokfuse.runtime.backends.device_sketch import device_sketch
 from tokfuse.runtime.backends.value_checks import with_segment_ids
 from tokfuse.runtime.core.codes import ESTIMATES, NORMALIZE
-from tokfuse.runtime.policy.keep_rule import KeepRule
 
 
 def _doubles(count: int, like: torch.Tensor) -> torch.Tensor:
@@ -26,10 +28,10 @@ def launch_segment_moments(
 ) -> tuple[torch.Tensor, ...]:
     """(count, sum, sum_sq, min, max), each (segments,).
 
-    A row whose id is outside [0, num_segments) counts nowhere.
+    A row whose id is outside [0, num_segments) is not counted.
     """
     if segment_ids is not None and mask is not None:
-        # The id of a masked row is not read: it goes behind the last segment.
+        # The id of a masked row is replaced by one past the last segment, which is not counted.
         segment_ids, mask = torch.where(mask, segment_ids, num_segments), None
     ids, order = sorted_ids(segment_ids)
     native = launchers()
@@ -63,96 +65,45 @@ segment_moments = with_segment_ids(launch_segment_moments)
 
 
 def gae(
-    reward: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    gamma: float,
-    lam: float | torch.Tensor,
-    length_adaptive_alpha: float | None,
-    mask: torch.Tensor | None,
-    finished: torch.Tensor | None,
+    reward: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantage, returns), each (tokens,)."""
-    native = launchers()
-    advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
-    native.gae(
-        place(reward),
-        packed_args.gae_args(
-            native,
-            reward=reward,
-            value=value,
-            cu_seqlens=cu_seqlens,
-            gamma=gamma,
-            lam=lam,
-            length_adaptive_alpha=length_adaptive_alpha,
-            mask=mask,
-            finished=finished,
-            advantage=advantage,
-            returns=returns,
-        ),
+    native, advantage, returns = launchers(), torch.empty_like(reward), torch.empty_like(reward)
+    args = packed_args.gae_args(
+        native, reward=reward, value=value, cu_seqlens=cu_seqlens, advantage=advantage, returns=returns, **options
     )
+    native.gae(place(reward), args)
     return advantage, returns
 
 
 def vtrace(
-    log_ratio: torch.Tensor,
-    reward: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    gamma: float,
-    lam: float,
-    rho_bar: float | None,
-    c_bar: float | None,
-    mask: torch.Tensor | None,
-    finished: torch.Tensor | None,
+    log_ratio: torch.Tensor, reward: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(target, advantage, rho), each (tokens,)."""
     native = launchers()
     target, advantage, rho = (torch.empty_like(reward) for _ in range(3))
-    native.vtrace(
-        place(reward),
-        packed_args.vtrace_args(
-            native,
-            log_ratio=log_ratio,
-            reward=reward,
-            value=value,
-            cu_seqlens=cu_seqlens,
-            gamma=gamma,
-            lam=lam,
-            rho_bar=rho_bar,
-            c_bar=c_bar,
-            mask=mask,
-            finished=finished,
-            value_target=target,
-            advantage=advantage,
-            rho=rho,
-        ),
+    args = packed_args.vtrace_args(
+        native,
+        log_ratio=log_ratio,
+        reward=reward,
+        value=value,
+        cu_seqlens=cu_seqlens,
+        value_target=target,
+        advantage=advantage,
+        rho=rho,
+        **options,
     )
+    native.vtrace(place(reward), args)
     return target, advantage, rho
 
 
-def whiten(
-    x: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    shift_mean: bool,
-    eps: float,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-) -> torch.Tensor:
+def whiten(x: torch.Tensor, *, mean: torch.Tensor | None, **options: Any) -> torch.Tensor:
     """(tokens,), 0 where masked."""
     native, out = launchers(), torch.empty_like(x)
     scratch = None
     if mean is None:
         scratch = _doubles(3 * -(-x.shape[0] // native.WHITEN_BLOCK), x)
-    native.whiten(
-        place(x),
-        packed_args.whiten_args(
-            native, x=x, mask=mask, shift_mean=shift_mean, eps=eps, mean=mean, var=var, out=out, scratch=scratch
-        ),
-    )
+    native.whiten(place(x), packed_args.whiten_args(native, x=x, mean=mean, out=out, scratch=scratch, **options))
     return out
 
 
@@ -175,38 +126,12 @@ def ope(
     return values.view(len(ESTIMATES), 2).to(reward.dtype)
 
 
-def group_advantage(
-    reward: torch.Tensor,
-    group_ids: torch.Tensor | None,
-    *,
-    baseline: str,
-    scale: str,
-    sample_std: bool,
-    eps: float,
-    singleton_reward: bool,
-    lengths: torch.Tensor | None,
-    greedy_reward: torch.Tensor | None,
-) -> torch.Tensor:
+def group_advantage(reward: torch.Tensor, group_ids: torch.Tensor | None, **options: Any) -> torch.Tensor:
     """(seqs,)."""
     native, out = launchers(), torch.empty_like(reward)
     ids, order = sorted_ids(group_ids)
-    native.group_advantage(
-        place(reward),
-        packed_args.group_advantage_args(
-            native,
-            reward=reward,
-            group_ids=ids,
-            baseline=baseline,
-            scale=scale,
-            sample_std=sample_std,
-            eps=eps,
-            singleton_reward=singleton_reward,
-            lengths=lengths,
-            greedy_reward=greedy_reward,
-            advantage=out,
-            order=order,
-        ),
-    )
+    args = packed_args.group_advantage_args(native, reward=reward, group_ids=ids, advantage=out, order=order, **options)
+    native.group_advantage(place(reward), args)
     return out
 
 
@@ -214,18 +139,10 @@ def offpolicy_weights(
     logp: torch.Tensor | None,
     behavior: torch.Tensor,
     *,
-    level: str,
-    mode: str,
-    low: float | None,
-    high: float | None,
-    lam: float | None,
-    power: float | None,
     normalize: str,
-    rules: tuple[KeepRule, ...],
     cu_seqlens: torch.Tensor | None,
-    mask: torch.Tensor | None,
     group_ids: torch.Tensor | None,
-    advantage: torch.Tensor | None,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, ess, kept)."""
     native, tokens = launchers(), behavior.shape[0]
@@ -238,31 +155,21 @@ def offpolicy_weights(
     weight, ess = torch.empty_like(behavior), behavior.new_empty(())
     kept = torch.empty(tokens, dtype=torch.bool, device=behavior.device)
     ids, order = sorted_ids(group_ids)
-    native.offpolicy_weights(
-        place(behavior),
-        packed_args.offpolicy_args(
-            native,
-            logp=logp,
-            behavior_logp=behavior,
-            level=level,
-            mode=mode,
-            low=low,
-            high=high,
-            lam=lam,
-            power=power,
-            normalize=normalize,
-            rules=rules,
-            cu_seqlens=cu_seqlens,
-            mask=mask,
-            group_ids=ids,
-            advantage=advantage,
-            weight=weight,
-            kept=kept,
-            order=order,
-            ess=ess,
-            partial=_doubles(5 * spans, behavior),
-        ),
+    args = packed_args.offpolicy_args(
+        native,
+        logp=logp,
+        behavior_logp=behavior,
+        normalize=normalize,
+        cu_seqlens=cu_seqlens,
+        group_ids=ids,
+        weight=weight,
+        kept=kept,
+        order=order,
+        ess=ess,
+        partial=_doubles(5 * spans, behavior),
+        **options,
     )
+    native.offpolicy_weights(place(behavior), args)
     return weight, ess, kept
 
 

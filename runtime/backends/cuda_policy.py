@@ -1,10 +1,10 @@
-"""Launchers of the CUDA kernels of policy objectives: over packed tokens, and fused with rows."""
+"""Launch the CUDA kernels of policy objectives: over packed tokens, and fused with rows of logits."""
 
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import cuda_rows, device_objective, row_args
+from tokfuse.runtime.backends import cuda_rows, row_args
 from tokfuse.runtime.backends.cuda_backend import launchers, place
 from tokfuse.runtime.backends.objective_args import (
     ObjectiveOut,
@@ -15,10 +15,10 @@ from tokfuse.runtime.backends.objective_args import (
     prepare_args,
     token_objective_args,
 )
-from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, terms_of
+from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective
 from tokfuse.runtime.backends.row_args import RowStats
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.inputs import PolicyInputs, per_token
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective, ObjectiveRecord
 from tokfuse.runtime.policy.results import PolicyTerms
@@ -34,7 +34,7 @@ class CudaInputs(NamedTuple):
 
 
 def results_like(vector: torch.Tensor) -> TokenResults:
-    """Zeros for as many tokens as `vector` (tokens,) float32 has."""
+    """Return results of zeros for as many tokens as `vector` (tokens,) float32 has."""
     loss, d_logp, d_entropy, ratio = (torch.zeros_like(vector) for _ in range(4))
     flags = torch.zeros_like(vector, dtype=torch.int32)
     return TokenResults(loss, d_logp, d_entropy, ratio, flags)
@@ -69,8 +69,8 @@ def _prepare(
 
 
 def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> CudaInputs:
-    """As `device_objective.per_token`."""
-    given = device_objective.per_token(inputs, objective, inv_normalizer, _prepare)
+    """Return the inputs of the kernels; see `per_token`."""
+    given = per_token(inputs, objective, inv_normalizer, _prepare)
     pointers = TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
     return CudaInputs(pointers, objective.record, given.inv_normalizer, given.counts)
 
@@ -88,15 +88,15 @@ def policy_step_rows(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    """One launch over the rows of `logits`; the caller has checked shapes and devices.
+    """Launch one kernel over the rows of `logits`. The caller has checked shapes and devices.
 
     Args:
         logits: (rows, vocab) float32, float16 or bfloat16.
-        grad: (rows, vocab), written; may be `logits`, may be 16-bit beside float32 logits.
+        grad: (rows, vocab), written. It may be `logits`. For float32 logits it may be 16-bit.
         index: (rows,) int64 token of each row; None: row i is token i.
-        target: (tokens,) int64, as all vectors that follow.
+        target: (tokens,) int64. All vectors below are (tokens,) too.
         given: the objective.
-        stats, out: written at the rows' tokens.
+        stats, out: written at the tokens of the rows.
     """
     native, x = launchers(), given.pointers
     o = LogitOptions(temperature, softcap, logit_scale, x.mask)
@@ -118,9 +118,10 @@ def policy_step(
     inv_normalizer: float,
     in_place: bool,
 ) -> tuple[tuple[torch.Tensor, ...], TokenResults, torch.Tensor, torch.Tensor]:
-    """Statistics, token results, metric sums (SLOTS,) float64 and the gradient of the logits.
+    """Return statistics, token results, metric sums (SLOTS,) float64 and the gradient of the logits.
 
-    A token-level objective: one launch over the logits, one over what it left of each token.
+    The objective is of token level. One launch reads the logits; one reduces the results of the tokens
+    to metric sums.
     """
     given = encode(inputs, objective, inv_normalizer)
     vector = given.pointers.old_logp
@@ -146,7 +147,7 @@ def policy_step(
 
 
 def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs, out: TokenResults) -> torch.Tensor:
-    """Metric sums (SLOTS,) float64 of what the row kernel left."""
+    """Return the metric sums (SLOTS,) float64 of the results of the row kernel."""
     native = launchers()
     sums = torch.empty(len(SLOTS), dtype=torch.float64, device=logp.device)
     args = metrics_args(
@@ -166,7 +167,7 @@ def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs,
 def policy_loss(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
-    """Terms of an objective of any level, in one launch; a `LossRun`."""
+    """Return the terms of an objective of any level, by one launch; a `LossRun`."""
     if inputs.old_logp is None:
         inputs = inputs._replace(old_logp=logp.detach())
     native, cu = launchers(), inputs.cu_seqlens
@@ -183,7 +184,7 @@ def policy_loss(
         partial=out.sums.new_empty(native.policy_partials(tokens=logp.shape[0], seqs=seqs)),
     )
     native.policy_loss(place(logp), args)
-    return terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
+    return PolicyTerms.of_sums(out.sums, out)
 
 
 STEP = DeviceStep(cuda_rows.TOKEN_STATS, policy_loss, policy_step)

@@ -1,4 +1,4 @@
-"""Launchers of the CUDA kernels over rows of logits; the same functions as those of Triton."""
+"""Launch the CUDA kernels over rows of logits, by the same functions as for Triton."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from tokfuse.runtime.backends.row_args import DIVERGENCE_STATE, RowStats
 from tokfuse.runtime.backends.value_checks import with_ids, with_support, with_targets, with_temperature
 from tokfuse.runtime.core.dispatch import Kernels, RowState
 from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.native import empty_vectors
 
 
 def token_stats_fwd(
@@ -20,10 +21,10 @@ def token_stats_fwd(
     moments: bool = False,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32 each.
+    """Return logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32 each.
 
-    With second_temperature or moments three more: second_logp, sum_p2_logp and sum_p2_logp2, empty
-    if they were not asked for. The caller has checked shapes, dtypes and devices.
+    With second_temperature or moments, second_logp, sum_p2_logp and sum_p2_logp2 follow. Those that are
+    not requested are empty. The caller has checked shapes, dtypes and devices.
     """
     out, native = row_args.empty_outputs(logits, second_temperature is not None, moments), launchers()
     native.token_stats_fwd(
@@ -46,7 +47,7 @@ def token_stats_bwd(
     out: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The gradient of the logits, into `out` if given; `out` may be `logits` itself."""
+    """Return the gradient of the logits, written to `out` if given. `out` may be `logits` itself."""
     native = launchers()
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     native.token_stats_bwd(
@@ -144,11 +145,9 @@ def token_stats_at_bwd(
 def kept_token_stats_fwd(
     logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, row_max and inv_sum over the kept ids: (tokens,) float32 each."""
+    """Return logp, entropy, lse, row_max and inv_sum over the kept ids: (tokens,) float32 each."""
     native = launchers()
-    logp, entropy, lse, row_max, inv_sum = (
-        torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(5)
-    )
+    logp, entropy, lse, row_max, inv_sum = empty_vectors([logits.shape[0]] * 5, logits.device)
     rows = row_args.logits_args(native, logits, target, LogitOptions(**options))
     native.kept_token_stats_fwd(
         place(logits),
@@ -171,7 +170,7 @@ def kept_token_stats_bwd(
     grad_entropy: torch.Tensor | None,
     **options: Any,
 ) -> torch.Tensor:
-    """The dense gradient of the logits, exactly 0 outside the support."""
+    """Return the dense gradient of the logits, exactly 0 outside the kept ids."""
     native = launchers()
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     rows = row_args.logits_args(native, logits, target, LogitOptions(**options))
@@ -195,7 +194,7 @@ def kept_token_stats_bwd(
 def paired_divergence_fwd(
     logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(divergence (tokens,), what the backward needs of each row)."""
+    """Return (divergence (tokens,), state (tokens, `DIVERGENCE_STATE`) for the backward)."""
     native = launchers()
     divergence = torch.empty(logits_p.shape[0], dtype=torch.float32, device=logits_p.device)
     state = divergence.new_empty(logits_p.shape[0], DIVERGENCE_STATE)
@@ -217,7 +216,7 @@ def paired_divergence_bwd(
     mix_weight: float,
     **options: Any,
 ) -> torch.Tensor:
-    """The gradient of logits_p; masked rows are known by their state."""
+    """Return the gradient of logits_p. The state of a masked row marks it as masked."""
     native = launchers()
     grad_logits = torch.empty(logits_p.shape, dtype=logits_p.dtype, device=logits_p.device)
     native.paired_divergence_bwd(
@@ -229,7 +228,7 @@ def paired_divergence_bwd(
 
 
 def row_max_nats(o: LogitOptions) -> float | torch.Tensor:
-    """The maximum is that of the logits; softcap and bias apply to scaled logits."""
+    """Return nats per unit of `row_max`: the largest logit, with a softcap or bias the largest transformed one."""
     scale = 1.0 if o.softcap is not None or o.bias_logits is not None else o.logit_scale
     return o.per_temperature(scale)
 

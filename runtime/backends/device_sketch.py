@@ -1,4 +1,4 @@
-"""The sketches of `influence.sketch` on a device."""
+"""Project and sketch for `influence.sketch` on CUDA and Triton."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 
 
 def device_sketch(launch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The projections are GEMMs of torch; the host reads no sequence length.
+    """Return `influence.sketch` of a backend. torch projects by GEMMs. The host reads no sequence length.
 
     launch: (left (tokens, rank), right (tokens, rank), cu_seqlens) -> (seqs, rank, rank).
     """

@@ -1,21 +1,23 @@
-"""The argument structs of objectives (csrc/common/objective_args.h), each built here and nowhere else.
+"""Build the argument structs of objectives (csrc/common/objective_args.h). Nothing else builds them.
 
-`native` is the module whose kernel takes the struct: `core.native.loaded()` or
-`cuda_backend.launchers()`. A struct keeps its tensors alive.
+`native` is the module whose kernel takes the struct: `core.native.loaded()` or `cuda_backend.launchers()`.
+A struct keeps its tensors alive. `docs/names.md` defines every field.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.core.native import contiguous, float_vector
+from tokfuse.runtime.core.native import contiguous, empty_vectors, float_vector
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective, ObjectiveRecord
 
+CPU = torch.device("cpu")
+
 
 class ObjectiveOut(NamedTuple):
-    """What policy_loss writes; docs/names.md defines it."""
+    """The outputs of policy_loss."""
 
     token_loss: torch.Tensor
     d_logp: torch.Tensor
@@ -25,14 +27,14 @@ class ObjectiveOut(NamedTuple):
     """(metrics,) float64, in the order of `metrics.SLOTS`."""
 
     @staticmethod
-    def empty(tokens: int, device: torch.device | None = None) -> "ObjectiveOut":
-        """Unwritten outputs."""
-        loss, d_logp, d_entropy = (torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(3))
+    def empty(tokens: int, device: torch.device = CPU) -> "ObjectiveOut":
+        """Allocate the outputs, uninitialised."""
+        loss, d_logp, d_entropy = empty_vectors([tokens] * 3, device)
         return ObjectiveOut(loss, d_logp, d_entropy, torch.empty(len(SLOTS), dtype=torch.float64, device=device))
 
 
 class TokenResults(NamedTuple):
-    """What an objective writes for each token in the kernel that computes the statistics."""
+    """The outputs of an objective for each token, from the kernel that also computes the statistics."""
 
     token_loss: torch.Tensor
     d_logp: torch.Tensor
@@ -44,7 +46,7 @@ class TokenResults(NamedTuple):
 
 
 class TokenPointers(NamedTuple):
-    """Per-token inputs, (tokens,) each; None: the objective has no such term. The first two are given."""
+    """Per-token inputs, (tokens,) each. None means that the objective has no such term; the first two are required."""
 
     old_logp: torch.Tensor | None
     advantage: torch.Tensor | None
@@ -68,13 +70,13 @@ def objective_args(
     out: ObjectiveOut,
     **scratch: torch.Tensor,
 ) -> Any:
-    """ObjectiveArgs.
+    """Build ObjectiveArgs.
 
-    On policy the old log-probabilities are logp's own memory, which the fused kernel of the CPU
-    writes before it reads a token's objective.
+    If the update is on policy, `old_logp` is the memory of `logp`. The fused CPU kernel writes the logp
+    of a token before it reads the token's objective.
 
     Args:
-        inv_normalizer: 1 / normaliser; negative: 1 / this batch's own count.
+        inv_normalizer: 1 / normaliser. A negative value stands for 1 / the count of this batch.
         scratch: `scratch` on the CPU, `partial` on CUDA.
     """
     i = inputs
@@ -107,7 +109,10 @@ def objective_args(
 def token_objective_args(
     native: Any, params: ObjectiveRecord, x: TokenPointers, inv_normalizer: float | torch.Tensor, out: TokenResults
 ) -> Any:
-    """TokenObjectiveArgs. inv_normalizer: 1 / normaliser; a () float32 tensor: of this batch's own count."""
+    """Build TokenObjectiveArgs.
+
+    inv_normalizer: 1 / normaliser; a () float32 tensor if the normaliser is the count of this batch.
+    """
     of_batch = isinstance(inv_normalizer, torch.Tensor)
     return native.TokenObjectiveArgs(
         params=params,
@@ -135,7 +140,7 @@ def prepare_args(
     agg_weight: torch.Tensor | None,
     advantage: torch.Tensor | None,
 ) -> Any:
-    """PrepareArgs, written to `counts`, `agg_weight` and `advantage`."""
+    """Build PrepareArgs: the kernel writes to `counts`, `agg_weight` and `advantage`."""
     return native.PrepareArgs(
         seqs=cu_seqlens.shape[0] - 1,
         cu_seqlens=cu_seqlens,
@@ -158,7 +163,7 @@ def metrics_args(
     partial: torch.Tensor,
     sums: torch.Tensor,
 ) -> Any:
-    """MetricsArgs, written to `sums`. counts: (seqs,) int32 valid tokens, or None."""
+    """Build MetricsArgs: the kernel writes to `sums`. counts: (seqs,) int32 valid tokens, or None."""
     return native.MetricsArgs(
         tokens=logp.shape[0],
         seqs=0 if counts is None else counts.shape[0],

@@ -1,8 +1,8 @@
-"""The argument structs of the packed kernels (csrc/common/packed_args.h), each built here and nowhere else.
+"""Build the argument structs of the packed kernels (csrc/common/packed_args.h). Nothing else builds them.
 
-`native` is the module whose kernel takes the struct: `core.native.loaded()` or
-`cuda_backend.launchers()`. Fields that only CUDA reads (`order`, scratch memory) are given by name
-in `cuda`. A struct keeps its tensors alive.
+`native` is the module whose kernel takes the struct: `core.native.loaded()` or `cuda_backend.launchers()`.
+`cuda` holds the fields that only CUDA reads: `order` and scratch memory. A struct keeps its tensors alive.
+`docs/names.md` defines every field.
 """
 
 import math
@@ -33,7 +33,7 @@ def moments_args(
     out: tuple[torch.Tensor, ...],
     **cuda: Any,
 ) -> Any:
-    """MomentsArgs. out: (count, sum, sum_sq, min, max), (segments,) each."""
+    """Build MomentsArgs. out: (count, sum, sum_sq, min, max), (segments,) each."""
     count, total, sum_sq, low, high = out
     return native.MomentsArgs(
         rows=values.shape[0],
@@ -67,7 +67,7 @@ def gae_args(
     advantage: torch.Tensor,
     returns: torch.Tensor,
 ) -> Any:
-    """GaeArgs, written to `advantage` and `returns`."""
+    """Build GaeArgs: the kernel writes to `advantage` and `returns`."""
     per_seq = isinstance(lam, torch.Tensor)
     return native.GaeArgs(
         tokens=reward.shape[0],
@@ -104,7 +104,7 @@ def vtrace_args(
     advantage: torch.Tensor,
     rho: torch.Tensor,
 ) -> Any:
-    """VtraceArgs, written to `value_target`, `advantage` and `rho`."""
+    """Build VtraceArgs: the kernel writes to `value_target`, `advantage` and `rho`."""
     return native.VtraceArgs(
         tokens=reward.shape[0],
         seqs=cu_seqlens.shape[0] - 1,
@@ -137,7 +137,7 @@ def whiten_args(
     out: torch.Tensor,
     **cuda: Any,
 ) -> Any:
-    """WhitenArgs, written to `out`."""
+    """Build WhitenArgs: the kernel writes to `out`."""
     return native.WhitenArgs(
         tokens=x.shape[0],
         x=x,
@@ -163,7 +163,7 @@ def ope_args(
     out: torch.Tensor,
     **cuda: Any,
 ) -> Any:
-    """OpeArgs. out: (5, 2) float64."""
+    """Build OpeArgs: the kernel writes to `out`, (5, 2) float64."""
     return native.OpeArgs(
         rows=reward.shape[0],
         weight=weight,
@@ -192,7 +192,7 @@ def group_advantage_args(
     advantage: torch.Tensor,
     **cuda: Any,
 ) -> Any:
-    """GroupAdvantageArgs, written to `advantage`."""
+    """Build GroupAdvantageArgs: the kernel writes to `advantage`."""
     return native.GroupAdvantageArgs(
         seqs=reward.shape[0],
         reward=reward,
@@ -211,7 +211,7 @@ def group_advantage_args(
 
 
 def keep_rule(native: Any, rule: KeepRule) -> Any:
-    """KeepRule of the native module."""
+    """Build a KeepRule struct."""
     return native.KeepRule(
         statistic=RULE_STATISTICS.index(rule.statistic),
         over=RULE_OVER.index(rule.over),
@@ -242,7 +242,7 @@ def offpolicy_args(
     kept: torch.Tensor,
     **cuda: Any,
 ) -> Any:
-    """OffPolicyArgs, written to `weight` and `kept`."""
+    """Build OffPolicyArgs: the kernel writes to `weight` and `kept`."""
     return native.OffPolicyArgs(
         tokens=behavior_logp.shape[0],
         seqs=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
@@ -269,7 +269,7 @@ def offpolicy_args(
 def sketch_args(
     native: Any, *, left: torch.Tensor, right: torch.Tensor, cu_seqlens: torch.Tensor, out: torch.Tensor
 ) -> Any:
-    """SketchArgs. left, right: (tokens, rank) float32; out: (seqs, rank, rank)."""
+    """Build SketchArgs. left, right: (tokens, rank) float32; out: (seqs, rank, rank)."""
     return native.SketchArgs(
         tokens=left.shape[0],
         seqs=cu_seqlens.shape[0] - 1,

@@ -1,4 +1,4 @@
-"""policy_step from logits on any backend: in one pass, or statistics first and then the gradient."""
+"""Run policy_step from logits on any backend: in one pass, or statistics first and then the gradient."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,20 +7,18 @@ import torch
 
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import Kernels
-from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.logit_options import LogitOptions, check_values
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.policy.inputs import PolicyInputs
-from tokfuse.runtime.policy.metrics import SLOT
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
-from tokfuse.runtime.reference import token_stats as reference
 
 LossRun = Callable[[torch.Tensor, torch.Tensor | None, PolicyInputs, Objective, float], PolicyTerms]
 """(logp, entropy, inputs, objective, inv_normalizer normaliser) -> terms; the `run` of policy_loss."""
 
 
 class StepTerms(NamedTuple):
-    """What a backend computes from one batch of logits."""
+    """The results of a backend for one batch of logits."""
 
     terms: PolicyTerms
     stats: TokenStats
@@ -37,13 +35,13 @@ class DeviceStep(NamedTuple):
     stats: Kernels
     loss: LossRun
     fused: Callable[..., tuple[Any, Any, torch.Tensor, torch.Tensor]]
-    """Arguments of a `StepRun` -> statistics, token results, metric sums, gradient; token level."""
+    """Arguments of a `StepRun` -> statistics, token results, metric sums, gradient. Token-level objectives only."""
 
 
 class RowObjective(NamedTuple):
-    """A token-level objective over chunks of rows, as the head's path calls it.
+    """The functions of a device backend that run a token-level objective over chunks of rows of the lm_head.
 
-    `inputs` below is the first function's result, `results` the last one's.
+    Below, `inputs` is the result of `encode`, and `results` is the result of `results_like`.
     """
 
     encode: Callable[[PolicyInputs, Objective, float], Any]
@@ -56,25 +54,18 @@ class RowObjective(NamedTuple):
     """(tokens,) vector -> results of zeros: token_loss, d_logp, d_entropy, ratio, flags."""
 
 
-def terms_of(
-    sums: torch.Tensor, token_loss: torch.Tensor, d_logp: torch.Tensor, d_entropy: torch.Tensor
-) -> PolicyTerms:
-    """The terms of a kernel that leaves the loss among its metric sums."""
-    return PolicyTerms(sums[SLOT["loss"]].to(torch.float32), token_loss, d_logp, d_entropy, sums)
-
-
 def statistics_first(
     forward: Callable[[], tuple[torch.Tensor, ...]],
     loss: Callable[[torch.Tensor, torch.Tensor], PolicyTerms],
     backward: Callable[..., Any],
 ) -> tuple[PolicyTerms, TokenStats, Any]:
-    """Statistics, objective, gradient: for an objective that needs all statistics before any gradient.
+    """Run statistics, objective and gradient in turn, for an objective that needs all statistics first.
 
-    A ratio of the whole sequence needs every logp of it first; without old_logp the ratio needs this
-    pass's own.
+    A sequence-level ratio needs the logp of all its tokens. Without old_logp, the ratio needs the logp of
+    this pass.
 
     Args:
-        forward: () -> the outputs of `token_stats` kernels.
+        forward: () -> outputs of the `token_stats` kernels.
         loss: (logp, entropy) -> terms.
         backward: (row_max, inv_sum, logp, entropy, d_logp, d_entropy) -> gradients.
     """
@@ -95,7 +86,7 @@ def step_in_two_passes(
     inv_normalizer: float,
     in_place: bool,
 ) -> StepTerms:
-    """policy_step of any level by the kernels of token_stats and policy_loss; a `StepRun`."""
+    """Run policy_step of any level by the kernels of token_stats and policy_loss; a `StepRun`."""
     assert kernels.backward is not None
     backward, options, z = kernels.backward, o._asdict(), logits.detach()
     terms, stats, grad = statistics_first(
@@ -107,7 +98,7 @@ def step_in_two_passes(
 
 
 def device_run(kernels: DeviceStep) -> StepRun:
-    """The `run` of policy_step on a device backend."""
+    """Return the `run` of policy_step for a device backend."""
 
     def run(
         logits: torch.Tensor,
@@ -123,8 +114,8 @@ def device_run(kernels: DeviceStep) -> StepRun:
                 kernels.stats, kernels.loss, logits, target, o, inputs, objective, inv_normalizer, in_place
             )
         if may_read(target):
-            reference.check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
+            check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
         stats, out, sums, grad = kernels.fused(logits.detach(), target, o, inputs, objective, inv_normalizer, in_place)
-        return StepTerms(terms_of(sums, out.token_loss, out.d_logp, out.d_entropy), TokenStats(*stats), grad)
+        return StepTerms(PolicyTerms.of_sums(sums, out), TokenStats(*stats), grad)
 
     return run

@@ -1,4 +1,4 @@
-"""The policy ops on the reference: the specification, and its gradients by torch's autograd."""
+"""Run the policy ops on the reference. torch's autograd computes the gradients."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,17 +17,17 @@ from tokfuse.runtime.reference import token_stats as stats_reference
 
 
 def usable_by_autograd(x: Any) -> Any:
-    """A copy of a tensor made under torch.inference_mode, which autograd could not save."""
+    """Return x, or a copy if it is a tensor made under torch.inference_mode, which autograd cannot save."""
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
 def policy_loss(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
-    """Terms of an objective of any level; the loss keeps its graph. A `LossRun`."""
+    """Return the terms of an objective of any level. The loss keeps its graph. A `LossRun`."""
     loss, token_loss, sums = reference.forward(logp, entropy, inputs, objective, inv_normalizer)
     if torch.compiler.is_compiling():
-        # torch.compile makes the backward, so the coefficients are unknown here.
+        # torch.compile derives the backward, so the coefficients are not known here.
         sums[SLOT["grad_rows"]] = float("nan")
         unknown = torch.full_like(token_loss, float("nan"))
         return PolicyTerms(loss, token_loss, unknown, unknown, sums)
@@ -53,7 +53,7 @@ def policy_step(
     inv_normalizer: float,
     in_place: bool,
 ) -> StepTerms:
-    """policy_loss of token_stats; a `StepRun`."""
+    """Compute policy_loss of token_stats, and the gradient of the logits by autograd; a `StepRun`."""
     with torch.inference_mode(False), torch.enable_grad():
         z = usable_by_autograd(logits.detach()).requires_grad_()
         target, *given = map(usable_by_autograd, (target, *o))
@@ -77,9 +77,9 @@ def traced_step(
     inv_normalizer: float,
     dtype: torch.dtype,
 ) -> tuple[PolicyTerms, TokenStats]:
-    """Terms and detached statistics for torch.compile, which then makes the backward.
+    """Return terms and detached statistics for torch.compile, which derives the backward.
 
-    dtype: of the inputs that the results are rounded for.
+    dtype: dtype of the inputs; the results are rounded to the result dtype of it.
     """
     exact = stats_reference.exact(logits, target, **o._asdict())
     terms = policy_loss(exact[0], exact[1], inputs, objective, inv_normalizer)
@@ -91,7 +91,7 @@ def traced_step(
 def rounded_step(
     terms: PolicyTerms, stats: Iterable[torch.Tensor], dtype: torch.dtype
 ) -> tuple[PolicyTerms, TokenStats]:
-    """What the reference composes in float64, detached, in the result dtype of inputs of `dtype`."""
+    """Return the float64 terms and statistics, detached and rounded to the result dtype of inputs of `dtype`."""
     *values, sums = terms
     loss, token_loss, d_logp, d_entropy = stats_reference.rounded((x.detach() for x in values), dtype)
     detached = stats_reference.rounded((x.detach() for x in stats), dtype)

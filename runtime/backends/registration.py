@@ -1,4 +1,4 @@
-"""How each backend declares its implementation of an op: devices, what it needs, when it is chosen."""
+"""Declare the implementation of an op on each backend: devices, requirements, and when it is selected."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 from tokfuse.runtime.backends import cuda_backend, triton_backend
 from tokfuse.runtime.core import native
-from tokfuse.runtime.core.dispatch import ALL_DEVICES, ALL_DTYPES, Capability, forced_backend, register
+from tokfuse.runtime.core.dispatch import ALL_DEVICES, ALL_DTYPES, Capability, register
 
 
 def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
@@ -28,8 +28,8 @@ def register_cpu(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: s
 def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
     """Declare the Triton implementation of `op`: CUDA tensors, or CPU tensors when interpreted.
 
-    The interpreter is a test vehicle, thousands of times slower than any other backend. Under
-    TRITON_INTERPRET=1 the row serves CPU tensors, and only if it is forced.
+    The interpreter is for tests; it is thousands of times slower than any other backend. With
+    TRITON_INTERPRET=1 the backend takes CPU tensors, and only if it is forced.
     """
     interpreted = triton_backend.interpreting()
     register(
@@ -50,7 +50,7 @@ def register_triton(op: str, run: Any, dtypes: frozenset[torch.dtype], *features
 def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: str) -> None:
     """Declare the CUDA implementation of `op`: CUDA tensors, compute capability 8.0 or newer.
 
-    If the kernels run on the CPU, for tests, the row serves CPU tensors, and only if it is forced.
+    If the kernels run on the CPU, for tests, the backend takes CPU tensors, and only if it is forced.
     """
     hosted = cuda_backend.hosted()
     register(
@@ -71,14 +71,3 @@ def register_cuda(op: str, run: Any, dtypes: frozenset[torch.dtype], *features: 
 def register_reference(op: str, run: Any, *features: str) -> None:
     """Declare the plain-torch implementation of `op`: any device, any float dtype."""
     register(Capability(op, "reference", run, ALL_DEVICES, ALL_DTYPES, frozenset(features)))
-
-
-def eager_cpu() -> Any | None:
-    """The native module if a CPU call may be handed to it whole, checks and outputs included.
-
-    None under torch.compile, if another backend is forced, or without the module. The call then
-    takes the general path, as it does if the native function finds its arguments not plain.
-    """
-    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
-        return None
-    return native.eager()

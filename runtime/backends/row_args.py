@@ -1,7 +1,7 @@
-"""The argument structs of the row kernels (csrc/common/row_args.h), each built here and nowhere else.
+"""Build the argument structs of the row kernels (csrc/common/row_args.h). Nothing else builds them.
 
-`native` is the module whose kernel takes the struct: `core.native.loaded()` or
-`cuda_backend.launchers()`. A struct keeps its tensors alive.
+`native` is the module whose kernel takes the struct: `core.native.loaded()` or `cuda_backend.launchers()`.
+A struct keeps its tensors alive. `docs/names.md` defines every field.
 """
 
 import math
@@ -12,13 +12,13 @@ import torch
 
 from tokfuse.runtime.core.codes import DIVERGENCES, SKEW
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.core.native import DTYPE_CODE, contiguous, float_vector
+from tokfuse.runtime.core.native import DTYPE_CODE, contiguous, empty_vectors, float_vector
 
 DIVERGENCE_STATE = 6  # kDivergenceState of csrc/common/row_args.h
 
 
 class RowStats(NamedTuple):
-    """What a forward writes for each token, (tokens,) float32 each; docs/names.md defines them."""
+    """The outputs of a forward for each token, (tokens,) float32 each."""
 
     logp: torch.Tensor
     entropy: torch.Tensor
@@ -33,29 +33,32 @@ class RowStats(NamedTuple):
 
     @staticmethod
     def of(outputs: Sequence[torch.Tensor]) -> "RowStats":
-        """The outputs of `token_stats` in their order; an empty one of the last three was not asked for."""
+        """Name the outputs of `token_stats` kernels. An empty tensor among the last three means: not requested."""
+        if len(outputs) == 7:
+            return RowStats(*outputs)
         return RowStats(*outputs[:7], *(x if x.numel() > 0 else None for x in outputs[7:]))
 
 
 def empty_outputs(logits: torch.Tensor, second: bool = False, moments: bool = False) -> tuple[torch.Tensor, ...]:
-    """The outputs of `token_stats` in the order of `RowStats`, unwritten: seven.
+    """Allocate the outputs of `token_stats` kernels in the order of `RowStats`, uninitialised.
 
-    With `second` (a second temperature) or `moments` ten, empty if not asked for.
+    There are seven. With `second` (a second temperature) or `moments` there are ten, and those that
+    are not requested are empty.
     """
     tokens = logits.shape[0]
     sizes = [tokens] * 7
     if second or moments:
         sizes += [tokens if second else 0, tokens if moments else 0, tokens if moments else 0]
-    return tuple(torch.empty(size, dtype=torch.float32, device=logits.device) for size in sizes)
+    return empty_vectors(sizes, logits.device)
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """`x`, copied if its vocabulary is not contiguous."""
+    """Return `x`, or a contiguous copy if the elements of a row are not adjacent."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _per_token(temperature: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    """(temperatures, temperature): the first is None for a number."""
+    """Return (temperatures, temperature). The first is None for a number."""
     if isinstance(temperature, torch.Tensor):
         return float_vector(temperature), 1.0
     return None, temperature
@@ -72,11 +75,11 @@ def logits_args(
     tile: int = 0,
     tile_stride: int = 0,
 ) -> Any:
-    """LogitsArgs.
+    """Build LogitsArgs.
 
     Args:
-        logits: (rows, vocab); with tiles the first one, (rows, tile).
-        target: (tokens,) int64, as the mask and the temperatures of `o`.
+        logits: (rows, vocab). With tiles: the first tile, (rows, tile).
+        target: (tokens,) int64. The mask and the temperatures of `o` are (tokens,) too.
         index: (rows,) int64 token of each row; None: row i is token i.
         vocab: None: the columns of `logits`.
         tile, tile_stride: columns of a tile and elements between tiles; CPU only.
@@ -108,9 +111,20 @@ def logits_args(
 
 
 def token_stats_out(native: Any, stats: RowStats, second_temperature: float | None = None) -> Any:
-    """TokenStatsOut, written to the tensors of `stats`."""
+    """Build TokenStatsOut: the kernel writes to the tensors of `stats`."""
+    # Written out, because `**stats._asdict()` first makes a dictionary, which takes as long as a small kernel.
     return native.TokenStatsOut(
-        **stats._asdict(), second_temperature=1.0 if second_temperature is None else second_temperature
+        logp=stats.logp,
+        entropy=stats.entropy,
+        lse=stats.lse,
+        sum_sq=stats.sum_sq,
+        top1=stats.top1,
+        row_max=stats.row_max,
+        inv_sum=stats.inv_sum,
+        second_logp=stats.second_logp,
+        sum_p2_logp=stats.sum_p2_logp,
+        sum_p2_logp2=stats.sum_p2_logp2,
+        second_temperature=1.0 if second_temperature is None else second_temperature,
     )
 
 
@@ -125,7 +139,7 @@ def token_stats_grad(
     grad_entropy: torch.Tensor | None,
     grad_logits: torch.Tensor,
 ) -> Any:
-    """TokenStatsGrad. row_max, inv_sum, logp and entropy: as the forward wrote them, (tokens,)."""
+    """Build TokenStatsGrad. row_max, inv_sum, logp and entropy are outputs of the forward, (tokens,)."""
     return native.TokenStatsGrad(
         row_max=row_max,
         inv_sum=inv_sum,
@@ -140,7 +154,7 @@ def token_stats_grad(
 
 
 def grad_rows(native: Any, grad_logits: torch.Tensor, grad_tokens: torch.Tensor | None = None) -> Any:
-    """GradRows. grad_tokens: (rows,) int64, receives the tokens of rows with a gradient; CPU only."""
+    """Build GradRows. grad_tokens: (rows,) int64, receives the tokens of rows with a gradient; CPU only."""
     return native.GradRows(
         grad_logits=grad_logits,
         grad_stride=grad_logits.stride(0),
@@ -150,7 +164,7 @@ def grad_rows(native: Any, grad_logits: torch.Tensor, grad_tokens: torch.Tensor 
 
 
 def kept_args(native: Any, logits: Any, ids: torch.Tensor, offsets: torch.Tensor) -> Any:
-    """KeptArgs. logits: LogitsArgs; ids: (kept,) int64; offsets: (tokens + 1,) int64."""
+    """Build KeptArgs. logits: LogitsArgs; ids: (kept,) int64; offsets: (tokens + 1,) int64."""
     return native.KeptArgs(logits=logits, ids=ids, offsets=offsets, num_ids=ids.shape[0])
 
 
@@ -162,7 +176,7 @@ def ids_args(
     grad_logp_at: torch.Tensor | None = None,
     **scratch: torch.Tensor,
 ) -> Any:
-    """IdsArgs. ids, logp_at, grad_logp_at: (ids,); offsets: (tokens + 1,) int64.
+    """Build IdsArgs. ids, logp_at, grad_logp_at: (ids,); offsets: (tokens + 1,) int64.
 
     `scratch`: the working memory of the CUDA backward.
     """
@@ -179,7 +193,7 @@ def ids_args(
 def divergence_args(
     native: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, o: LogitOptions, *, kind: str, mix_weight: float
 ) -> Any:
-    """Return the DivergenceArgs of `kind`, one of `DIVERGENCES`."""
+    """Build DivergenceArgs. kind: one of `DIVERGENCES`."""
     logits_p, logits_q = unit_stride(logits_p), unit_stride(logits_q)
     temperatures, temperature = _per_token(o.temperature)
     return native.DivergenceArgs(
@@ -212,12 +226,12 @@ def divergence_bound(kind: str, mix_weight: float) -> float:
 
 
 def divergence_out(native: Any, divergence: torch.Tensor, state: torch.Tensor) -> Any:
-    """DivergenceOut."""
+    """Build DivergenceOut."""
     return native.DivergenceOut(divergence=divergence, state=state)
 
 
 def divergence_grad(native: Any, state: torch.Tensor, grad_divergence: torch.Tensor, grad_logits: torch.Tensor) -> Any:
-    """DivergenceGrad. grad_logits: (tokens, vocab), of logits_p."""
+    """Build DivergenceGrad. grad_logits: (tokens, vocab), of logits_p."""
     return native.DivergenceGrad(
         state=state,
         grad_divergence=float_vector(grad_divergence),

@@ -1,4 +1,4 @@
-"""The way from an op to its Triton launchers; imports triton at the first call, not before."""
+"""Load the Triton launchers of an op. Triton is imported at the first call, not before."""
 
 import functools
 import importlib
@@ -14,19 +14,19 @@ MINIMUM_CAPABILITY = (8, 0)  # bfloat16 arithmetic
 
 
 def interpreting() -> bool:
-    """True in a process whose kernels run in Triton's interpreter, on the CPU."""
+    """Return True if the kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
 def installed() -> bool:
-    """True where triton can be found; does not import it."""
+    """Return True if triton is installed. Does not import it."""
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def why_unusable() -> str | None:
-    """None where Triton kernels run, on a GPU or interpreted; else one sentence. Asks a driver."""
+    """Return None if Triton kernels run here, on a GPU or interpreted; else the reason. Calls the driver."""
     if not installed():
         return "triton is not installed; pip install 'tokfuse[gpu]'"
     if interpreting():
@@ -42,15 +42,15 @@ def why_unusable() -> str | None:
 
 @functools.cache
 def kernels(op: str) -> ModuleType:
-    """The module `tokfuse.triton_kernels.<op>`."""
+    """Import the module `tokfuse.triton_kernels.<op>`."""
     return importlib.import_module(f"tokfuse.triton_kernels.{op}")
 
 
 def launcher(op: str, name: str) -> Callable[..., Any]:
-    """`name` of `tokfuse.triton_kernels.<op>`, imported at its first call.
+    """Return a function that calls `name` of `tokfuse.triton_kernels.<op>`. Its first call imports the module.
 
-    The call is made with the device of its first argument current, because Triton launches on the
-    current device and not on that of the tensors.
+    Triton launches on the current device, whatever the device of the tensors is. So the call makes the
+    device of its first argument current.
     """
 
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The Triton kernels over packed vectors; the launchers allocate their own outputs."""
+"""Launch the Triton kernels over packed vectors. The launchers allocate their outputs."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def offpolicy_weights(
     rules: tuple[KeepRule, ...],
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight, ess, kept)."""
+    """Return (weight, ess, kept)."""
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _offpolicy_weights(
         behavior,
         logp,

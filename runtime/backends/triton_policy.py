@@ -1,14 +1,14 @@
-"""The Triton kernels of policy objectives: over packed tokens, and fused with rows of logits."""
+"""Launch the Triton kernels of policy objectives: over packed tokens, and fused with rows of logits."""
 
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import device_objective, triton_backend, triton_rows
-from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, terms_of
+from tokfuse.runtime.backends import triton_backend, triton_rows
+from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.inputs import PolicyInputs, per_token
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
 
@@ -23,21 +23,21 @@ class TritonInputs(NamedTuple):
     numbers: Any
     """triton_kernels.objective.ObjectiveNumbers."""
     codes: tuple[int, int]
-    """Shape and KL estimator: compile time."""
+    """Codes of shape and KL estimator, which are compile-time constants."""
     inv_normalizer: float | torch.Tensor
-    """1 / normaliser; a () float32 tensor where it is this batch's own count."""
+    """1 / normaliser; a () float32 tensor if the normaliser is the count of this batch."""
     counts: torch.Tensor | None
     """(seqs,) int32, valid tokens of each sequence."""
 
 
 def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> TritonInputs:
-    """As `device_objective.per_token`, with the numbers that are compile time apart."""
+    """Return the inputs of the kernels, compile-time codes apart; see `per_token`."""
     kernels = triton_backend.kernels("objective")
     r = objective.record
     numbers = kernels.ObjectiveNumbers(
         *r.p, kl_coef=r.kl_coef, kl_clamp=r.kl_clamp, entropy_coef=r.entropy_coef, log_ratio_clamp=r.log_ratio_clamp
     )
-    given = device_objective.per_token(inputs, objective, inv_normalizer, _prepare)
+    given = per_token(inputs, objective, inv_normalizer, _prepare)
     pointers = kernels.TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
     return TritonInputs(pointers, numbers, (r.shape, r.kl), given.inv_normalizer, given.counts)
 
@@ -48,7 +48,7 @@ _launch_metrics = triton_backend.launcher("policy_metrics", "policy_metrics")
 
 
 def results_like(vector: torch.Tensor) -> Any:
-    """TokenResults of zeros for as many tokens as `vector` (tokens,) float32 has."""
+    """Return TokenResults of zeros for as many tokens as `vector` (tokens,) float32 has."""
     return triton_backend.kernels("policy_metrics").TokenResults(
         *(torch.zeros_like(vector) for _ in range(4)), torch.zeros_like(vector, dtype=torch.int32)
     )
@@ -64,7 +64,7 @@ def policy_step_rows(
     out: Any,
     **options: Any,
 ) -> None:
-    """The launcher of that name, for the inputs of `encode`."""
+    """Launch one kernel over the rows of `logits`, for the inputs of `encode`; see `cuda_policy.policy_step_rows`."""
     _launch_rows(
         logits,
         grad,
@@ -81,7 +81,7 @@ def policy_step_rows(
 
 
 def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: TritonInputs, out: Any) -> torch.Tensor:
-    """Metric sums (SLOTS,) float64 of what the row kernel left."""
+    """Return the metric sums (SLOTS,) float64 of the results of the row kernel."""
     x = given.pointers
     sums: torch.Tensor = _launch_metrics(logp, entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts)
     return sums
@@ -96,7 +96,7 @@ def policy_step(
     inv_normalizer: float,
     in_place: bool,
 ) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
-    """Statistics, token results, metric sums and the gradient of the logits; token-level."""
+    """Return statistics, token results, metric sums and the gradient of the logits, for a token-level objective."""
     given = encode(inputs, objective, inv_normalizer)
     out: tuple[Any, Any, torch.Tensor, torch.Tensor] = _launch_step(
         logits,
@@ -121,7 +121,7 @@ _launch_sequences = triton_backend.launcher("policy_loss", "policy_loss_sequence
 def policy_loss(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> PolicyTerms:
-    """Terms of an objective of any level; a `LossRun`."""
+    """Return the terms of an objective of any level; a `LossRun`."""
     if inputs.old_logp is None:
         inputs = inputs._replace(old_logp=logp.detach())
     given = encode(inputs, objective, inv_normalizer)
@@ -141,7 +141,7 @@ def policy_loss(
             seq_mean=bool(objective.record.seq_mean),
             seq_advantage=inputs.advantage_level == "sequence",
         )
-    return terms_of(sums, out.token_loss, out.d_logp, out.d_entropy)
+    return PolicyTerms.of_sums(sums, out)
 
 
 STEP = DeviceStep(triton_rows.TOKEN_STATS, policy_loss, policy_step)

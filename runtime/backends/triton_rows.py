@@ -1,4 +1,4 @@
-"""The Triton kernels over rows of logits; the launchers allocate their own outputs."""
+"""Launch the Triton kernels over rows of logits. The launchers allocate their outputs."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _divergence_fwd = launcher("paired_divergence", "paired_divergence_fwd")
 def paired_divergence_fwd(
     logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """(divergence (tokens,), what the backward needs of each row)."""
+    """Return (divergence (tokens,), state for the backward)."""
     bound = divergence_bound(kind, mix_weight)
     out: tuple[torch.Tensor, ...] = _divergence_fwd(
         logits_p, logits_q, kind=kind, mix_weight=mix_weight, bound=bound, **options
@@ -25,7 +25,7 @@ def paired_divergence_fwd(
 
 
 def row_max_nats(o: LogitOptions) -> float | torch.Tensor:
-    """As for CUDA, but the maximum under a softcap is that of the tangents: the cap is in the exponent."""
+    """Return nats per unit of `row_max`: as for CUDA, but with a softcap it is the largest tanh, before the cap."""
     if o.softcap is not None:
         return o.per_temperature(o.softcap)
     return o.per_temperature(1.0 if o.bias_logits is not None else o.logit_scale)

@@ -1,7 +1,8 @@
-"""Checks of the values of a call's tensors, in front of the kernels of the two device backends.
+"""Check the values of tensors before the kernels of the CUDA and Triton backends are launched.
 
-The CPU kernels check while they read. A device kernel cannot raise, so the values are read before
-its launch: on the CPU always, on a GPU only with TOKFUSE_CHECK=1. Otherwise a bad row is NaN.
+The CPU kernels check the values that they read. A device kernel cannot raise an error, so values are
+checked before its launch: always for CPU tensors, on a GPU only with TOKFUSE_CHECK=1, because reading
+them synchronises. Without the check, a row with a bad value gives NaN.
 """
 
 from collections.abc import Callable
@@ -11,21 +12,21 @@ import torch
 
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import check_values
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
-from tokfuse.runtime.reference import token_stats as stats_reference
 from tokfuse.runtime.reference import token_stats_at as at_reference
 
 Launch = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def with_targets(launch: Launch) -> Launch:
-    """`launch(logits, target, **options)` after a check of targets and temperatures."""
+    """Return `launch(logits, target, **options)` with a check of targets and temperatures before it."""
 
     def forward(
         logits: torch.Tensor, target: torch.Tensor, op: str = "token_stats", **options: Any
     ) -> tuple[torch.Tensor, ...]:
         if may_read(target):
-            stats_reference.check_values(op, target, logits.shape[1], options["mask"], options["temperature"])
+            check_values(op, target, logits.shape[1], options["mask"], options["temperature"])
         return launch(logits, target, **options)
 
     return forward
@@ -51,7 +52,7 @@ def with_ids(launch: Launch) -> Launch:
 
 
 def with_support(launch: Launch) -> Launch:
-    """`launch(logits, target, ids, offsets, **options)` after a check of ids, targets and temperatures."""
+    """Return `launch(logits, target, ids, offsets, **options)` with a check of their values before it."""
 
     def forward(
         logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
@@ -64,7 +65,7 @@ def with_support(launch: Launch) -> Launch:
 
 
 def with_temperature(launch: Launch) -> Launch:
-    """`launch(logits_p, logits_q, **options)` of paired_divergence after a check of temperatures."""
+    """Return `launch(logits_p, logits_q, **options)` of paired_divergence with a check of temperatures before it."""
 
     def forward(logits_p: torch.Tensor, logits_q: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
         temperature = options["temperature"]
@@ -76,7 +77,7 @@ def with_temperature(launch: Launch) -> Launch:
 
 
 def with_segment_ids(launch: Launch) -> Launch:
-    """`launch(values, segment_ids, cu_seqlens, num_segments, mask)` after a check of the ids."""
+    """Return `launch(values, segment_ids, cu_seqlens, num_segments, mask)` with a check of the ids before it."""
 
     def forward(
         values: torch.Tensor,
@@ -93,7 +94,7 @@ def with_segment_ids(launch: Launch) -> Launch:
 
 
 def check_temperature(op: str, temperature: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """A temperature > 0 in every row where mask is True."""
+    """Raise an error unless the temperature is > 0 in every row where mask is True."""
     bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
     if bool(bad.any()):
         refuse_temperature(op, temperature, int(bad.to(torch.uint8).argmax()))
@@ -111,7 +112,7 @@ def refuse_temperature(op: str, temperature: torch.Tensor, row: int) -> NoReturn
 
 
 def check_segment_ids(ids: torch.Tensor, num_segments: int, mask: torch.Tensor | None) -> None:
-    """Ids in [0, num_segments) where mask is True."""
+    """Raise an error unless the ids are in [0, num_segments) where mask is True."""
     outside = (ids < 0) | (ids >= num_segments)
     if mask is not None:
         outside = outside & mask
@@ -122,4 +123,10 @@ def check_segment_ids(ids: torch.Tensor, num_segments: int, mask: torch.Tensor |
 def refuse_segment_id(ids: torch.Tensor, row: int, num_segments: int) -> NoReturn:
     """Raise the error for the id of `row`."""
     want = f"in [0, num_segments) = [0, {num_segments})"
-    raise refuse("segment_moments", "segment_ids", want, f"{int(ids[row])} at row {row}", "Mask rows without one.")
+    raise refuse(
+        "segment_moments",
+        "segment_ids",
+        want,
+        f"{int(ids[row])} at row {row}",
+        "Set mask to False in rows without a segment.",
+    )

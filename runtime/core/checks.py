@@ -9,8 +9,7 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,8 +91,7 @@ def check_matrix(op: str, name: str, x: torch.Tensor, axes: str) -> None:
     check_dtype(op, name, x, FLOATS)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """The size and the device that a vector must have.
 
     Args:

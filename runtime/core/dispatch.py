@@ -117,6 +117,17 @@ def forced_backend() -> str | None:
     return forced
 
 
+def eager_cpu() -> Any | None:
+    """Return the native module if one of its functions may run a whole CPU call, checks and outputs included.
+
+    Return None under torch.compile, if another backend is forced, and without the module. The call then
+    takes the general path. It also does so if the native function returns None for its arguments.
+    """
+    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
+        return None
+    return native.eager()
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force one backend inside a `with` block: `with tokfuse.backend("reference"): ...`.

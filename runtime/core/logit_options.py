@@ -120,3 +120,38 @@ def check_options(op: str, tokens: int, device: torch.device, o: LogitOptions) -
         checks.check_positive(op, "softcap", o.softcap)
     checks.check_positive(op, "logit_scale", o.logit_scale)
     checks.check_optional(op, "mask", o.mask, rows, checks.BOOL)
+
+
+def check_values(
+    op: str, target: torch.Tensor, vocab: int, mask: torch.Tensor | None, temperature: float | torch.Tensor
+) -> None:
+    """Raise ValueError if a target or temperature is out of range in a row where mask is True."""
+    bad = (target < 0) | (target >= vocab)
+    if isinstance(temperature, torch.Tensor):
+        bad = bad | ~(temperature > 0)
+    if mask is not None:
+        bad = bad & mask
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise bad_row(op, row, target, vocab, temperature)
+
+
+def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: float | torch.Tensor) -> ValueError:
+    """Return the error for the first row whose target or temperature is out of range."""
+    y = int(target[row])
+    if 0 <= y < vocab:
+        assert isinstance(temperature, torch.Tensor)
+        return refuse(
+            op,
+            "temperature",
+            "> 0 in every row where mask is True",
+            f"{float(temperature[row])} in row {row}",
+            "Mask the row or fix its temperature.",
+        )
+    return refuse(
+        op,
+        "target",
+        f"in [0, {vocab}) in every row where mask is True",
+        f"{y} in row {row}",
+        "Set mask to False on prompt and padding rows.",
+    )

@@ -17,7 +17,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_logits, check_options
+from tokfuse.runtime.core.logit_options import LogitOptions, check_logits, check_options, check_values
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.distributed import collectives, vocab_rows
 from tokfuse.runtime.distributed.vocab_rows import HeadCall
@@ -26,12 +26,10 @@ from tokfuse.runtime.lm_head.problem import Step, check_head
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step as step_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
-from tokfuse.runtime.policy import checks as policy_checks
-from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
-from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy import inputs as policy_inputs
+from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Gradients, PolicyStep, PolicyTerms, step_result
-from tokfuse.runtime.reference import token_stats as stats_reference
 
 STATS, LINEAR, STEP = (f"distributed.{op}" for op in ("token_stats", "linear_token_stats", "policy_step"))
 F = TypeVar("F", bound=Callable[..., Any])
@@ -285,9 +283,9 @@ def policy_step(
     else:
         _check_head(call, hidden, weight, bias)
     tokens, device = target.shape[0], target.device
-    policy_checks.check_inputs(STEP, inputs, objective, tokens, device, has_entropy=True)
+    policy_inputs.check_inputs(STEP, inputs, objective, tokens, device, has_entropy=True)
     inv_normalizer = inverse_normalizer(STEP, normalizer, objective)
-    policy_checks.check_sampler(STEP, sampler_logp, tokens, device)
+    policy_inputs.check_sampler(STEP, sampler_logp, tokens, device)
 
     def terms_of(stats: TokenStats) -> PolicyTerms:
         run = select(losses.OP, stats.logp.device.type, stats.logp.dtype, objective.features()).run
@@ -311,7 +309,7 @@ def policy_step(
 def _check_target(op: str, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> None:
     # Checked before the exchange, and only on replicated tensors, so that either all ranks raise or none.
     if may_read(target):
-        stats_reference.check_values(op, target, shard.vocab_size, o.mask, o.temperature)
+        check_values(op, target, shard.vocab_size, o.mask, o.temperature)
 
 
 def _check_shard(op: str, shard: object) -> None:

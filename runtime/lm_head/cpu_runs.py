@@ -6,7 +6,7 @@ import torch
 
 from tokfuse.runtime.backends import cpu_policy, cpu_rows, row_args
 from tokfuse.runtime.backends.objective_args import ObjectiveOut
-from tokfuse.runtime.backends.policy_runs import statistics_first, terms_of
+from tokfuse.runtime.backends.policy_runs import statistics_first
 from tokfuse.runtime.backends.row_args import RowStats
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.statistics import TokenStats
@@ -24,6 +24,7 @@ from tokfuse.runtime.lm_head.problem import HeadProblem, Step, check_targets, wa
 from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, coefficients
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.results import PolicyTerms
 
 # ------------------------------------------------------------------------------ linear_token_stats
 
@@ -183,7 +184,7 @@ def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
         while start < index.shape[0]:
             start += fill(pool, index[start:])
     phase(module.METRICS, tiny, 0, index[:0])
-    terms = terms_of(out.sums, out.token_loss, out.d_logp, out.d_entropy)
+    terms = PolicyTerms.of_sums(out.sums, out)
     return terms, TokenStats(*stats[:5]), gradients.finish()
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.backends import cuda_policy, cuda_rows, triton_backend, triton_policy, triton_rows
-from tokfuse.runtime.backends.policy_runs import LossRun, RowObjective, statistics_first, terms_of
+from tokfuse.runtime.backends.policy_runs import LossRun, RowObjective, statistics_first
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import Kernels
 from tokfuse.runtime.core.statistics import TokenStats
@@ -17,6 +17,7 @@ from tokfuse.runtime.lm_head.problem import HeadProblem, Step, StepRun, check_ta
 from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, coefficients
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.results import PolicyTerms
 
 _linear_fused = triton_backend.launcher("linear_token_stats", "linear_token_stats")
 
@@ -219,7 +220,7 @@ def _token_step(
             else:
                 head.add(index, h, dz)
     sums = kernels.metrics(stats.logp, stats.entropy, given, out)
-    return terms_of(sums, out.token_loss, out.d_logp, out.d_entropy), stats, head.finish()
+    return PolicyTerms.of_sums(sums, out), stats, head.finish()
 
 
 # ------------------------------------------------------------------------------------------- units

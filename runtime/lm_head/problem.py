@@ -7,12 +7,11 @@ import torch
 
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_options
+from tokfuse.runtime.core.logit_options import LogitOptions, check_options, check_values
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
-from tokfuse.runtime.reference import token_stats as stats_reference
 
 MIN_BUDGET = 64 << 20
 # Per element of dW, a chunk moves 8 bytes and computes 2 FLOPs per row. Below 950 rows, memory bandwidth limits
@@ -113,7 +112,7 @@ def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
 def check_targets(op: str, p: HeadProblem) -> None:
     """Raise ValueError if a target or temperature is out of range. Called before the first GEMM."""
     o = p.options
-    stats_reference.check_values(op, p.target, p.vocab, o.mask, o.temperature)
+    check_values(op, p.target, p.vocab, o.mask, o.temperature)
 
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]

@@ -6,18 +6,11 @@ import torch
 
 from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
 from tokfuse.runtime.backends.policy_runs import LossRun
-from tokfuse.runtime.backends.registration import (
-    eager_cpu,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, eager_cpu, select
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.ranges import ranged
-from tokfuse.runtime.policy import checks as policy_checks
-from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
+from tokfuse.runtime.policy import inputs as policy_inputs
 from tokfuse.runtime.policy.graph_form import (
     INPUTS_SCHEMA,
     OBJECTIVE_SCHEMA,
@@ -25,7 +18,7 @@ from tokfuse.runtime.policy.graph_form import (
     flat_objective,
     objective_of,
 )
-from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
 from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import ABSENT, PolicyLoss, PolicyTerms, loss_result, sampler_mismatch
@@ -127,9 +120,9 @@ def policy_loss(
         done = _eager(logp, entropy, inputs, objective, normalizer)
         if done is not None:
             return done
-    policy_checks.check_logp(OP, logp, entropy)
-    policy_checks.check_inputs(OP, inputs, objective, logp.shape[0], logp.device, entropy is not None)
-    policy_checks.check_sampler(OP, sampler_logp, logp.shape[0], logp.device)
+    policy_inputs.check_logp(OP, logp, entropy)
+    policy_inputs.check_inputs(OP, inputs, objective, logp.shape[0], logp.device, entropy is not None)
+    policy_inputs.check_sampler(OP, sampler_logp, logp.shape[0], logp.device)
     inv_normalizer = inverse_normalizer(OP, normalizer, objective)
     terms = _apply(logp, entropy, inputs, objective, inv_normalizer)
     sampler_kl = sampler_mismatch(sampler_logp, inputs, logp)

@@ -7,15 +7,9 @@ import torch
 
 from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
 from tokfuse.runtime.backends.policy_runs import StepRun, device_run
-from tokfuse.runtime.backends.registration import (
-    eager_cpu,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, eager_cpu, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits
@@ -25,8 +19,7 @@ from tokfuse.runtime.lm_head import problem as heads
 from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.ops.influence import InfluenceSpec
-from tokfuse.runtime.policy import checks as policy_checks
-from tokfuse.runtime.policy.checks import Normalizer, inverse_normalizer
+from tokfuse.runtime.policy import inputs as policy_inputs
 from tokfuse.runtime.policy.graph_form import (
     INPUTS_SCHEMA,
     OBJECTIVE_SCHEMA,
@@ -34,7 +27,7 @@ from tokfuse.runtime.policy.graph_form import (
     flat_objective,
     objective_of,
 )
-from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
 from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, hand_over, step_result
@@ -321,8 +314,8 @@ def _check_policy(
     normalizer: Normalizer,
     sampler_logp: torch.Tensor | None,
 ) -> float:
-    policy_checks.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
-    policy_checks.check_sampler(op, sampler_logp, tokens, device)
+    policy_inputs.check_inputs(op, inputs, objective, tokens, device, has_entropy=True)
+    policy_inputs.check_sampler(op, sampler_logp, tokens, device)
     return inverse_normalizer(op, normalizer, objective)
 
 

@@ -6,15 +6,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 
 from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
-from tokfuse.runtime.backends.registration import (
-    eager_cpu,
-    register_cpu,
-    register_cuda,
-    register_reference,
-    register_triton,
-)
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import check_flag, check_positive
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, eager_cpu, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_logits
@@ -227,12 +221,12 @@ def token_stats(
         raise refuse(
             OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "Remove it: it would have no effect."
         )
-    check_flag(OP, "moments", moments)
     at_ids = ids is not None or top_k is not None or ids_offsets is not None
-    if second_temperature is None and not moments and not at_ids:
+    if second_temperature is None and moments is False and bias_logits is None and not at_ids:
         done = _eager(logits, target, options)
         if done is not None:
             return done
+    check_flag(OP, "moments", moments)
     check_logits(OP, logits, target, options)
     if at_ids:
         check_one_of(OP, ids, ids_offsets, top_k)

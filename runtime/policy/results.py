@@ -1,7 +1,7 @@
 """Result types of policy_loss and policy_step, and the backward that returns gradients of the forward."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,11 @@ class PolicyTerms(NamedTuple):
     """(tokens,), d loss / d entropy."""
     sums: torch.Tensor
     """(metrics,) float64, in the order of `metrics.SLOTS`."""
+
+    @staticmethod
+    def of_sums(sums: torch.Tensor, out: Any) -> "PolicyTerms":
+        """The terms of a kernel that writes the loss to its metric sums and the rest to the fields of `out`."""
+        return PolicyTerms(sums[SLOT["loss"]].to(torch.float32), out.token_loss, out.d_logp, out.d_entropy, sums)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import torch
 
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.reference.token_stats import check_values, rounded, transformed_logits
+from tokfuse.runtime.core.logit_options import check_values
+from tokfuse.runtime.reference.token_stats import rounded, transformed_logits
 
 OP = "kept_token_stats"
 

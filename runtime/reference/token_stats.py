@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import check_values
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,41 +54,6 @@ def log_softmax(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.where(alone, 0.0, u - m)
     rest = torch.where(alone, 0.0, x.exp()).sum(-1, keepdim=True).log1p()
     return x - rest, (m + rest).squeeze(-1)
-
-
-def check_values(
-    op: str, target: torch.Tensor, vocab: int, mask: torch.Tensor | None, temperature: float | torch.Tensor
-) -> None:
-    """Raise ValueError if a target or temperature is out of range in a row where mask is True."""
-    bad = (target < 0) | (target >= vocab)
-    if isinstance(temperature, torch.Tensor):
-        bad = bad | ~(temperature > 0)
-    if mask is not None:
-        bad = bad & mask
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise bad_row(op, row, target, vocab, temperature)
-
-
-def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: float | torch.Tensor) -> ValueError:
-    """Return the error for the first row whose target or temperature is out of range."""
-    y = int(target[row])
-    if 0 <= y < vocab:
-        assert isinstance(temperature, torch.Tensor)
-        return refuse(
-            op,
-            "temperature",
-            "> 0 in every row where mask is True",
-            f"{float(temperature[row])} in row {row}",
-            "Mask the row or fix its temperature.",
-        )
-    return refuse(
-        op,
-        "target",
-        f"in [0, {vocab}) in every row where mask is True",
-        f"{y} in row {row}",
-        "Set mask to False on prompt and padding rows.",
-    )
 
 
 def forward(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import check_values as check_targets
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference.kept_token_stats import row_of_each
 from tokfuse.runtime.reference.linear_token_stats import logits_of
@@ -56,7 +57,7 @@ def check_values(
     temperature: float | torch.Tensor,
 ) -> None:
     """Range of targets, temperatures and ids where the mask is true."""
-    reference.check_values(op, target, vocab, mask, temperature)
+    check_targets(op, target, vocab, mask, temperature)
     bad = (ids < -1) | (ids >= vocab)
     if mask is not None:
         bad = bad & mask[row_of_each(ids, offsets)]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 
 import tokfuse
+from tokfuse.runtime.core import native
 
 ROOT = Path(__file__).resolve().parents[2]
 # layer -> the other layers that it may import
@@ -274,6 +275,30 @@ drivers = [file for file in opened if "/dev/nvidia" in file or "libcuda.so" in f
 assert not drivers, drivers
 """
     run_python(code)
+
+
+@pytest.mark.skipif(native.eager() is None, reason="no native module, or a torch without the DLPack exchange API")
+def test_a_plain_call_runs_through_four_files():
+    """A reader of token_stats on the CPU follows these modules and then the native function."""
+    code = """
+import sys, torch, tokfuse
+logits, target = torch.zeros(2, 5), torch.tensor([0, 1])
+tokfuse.token_stats(logits, target)
+names = set()
+def note(frame, event, argument):
+    if event == "call":
+        names.add(frame.f_globals.get("__name__", ""))
+sys.setprofile(note)
+tokfuse.token_stats(logits, target)
+sys.setprofile(None)
+print(*sorted(name for name in names if name.startswith("tokfuse.")))
+"""
+    assert run_python(code).split() == [
+        "tokfuse.runtime.core.dispatch",
+        "tokfuse.runtime.core.native",
+        "tokfuse.runtime.core.ranges",
+        "tokfuse.runtime.ops.token_stats",
+    ]
 
 
 def test_folders_are_known_by_one_name_only():
