@@ -16,7 +16,7 @@ import torch
 from tokfuse.runtime.core import native
 
 HOST_VARIABLE = "TOKFUSE_CUDA_HOST"
-MINIMUM_CAPABILITY = (8, 0)
+MINIMUM_CAPABILITY = (8, 0)  # bfloat16 arithmetic
 
 
 def hosted() -> bool:
@@ -54,13 +54,16 @@ def why_unusable() -> str | None:
         )
     if hosted():
         return None
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+    return why_too_old() if torch.cuda.is_available() else "no CUDA device"
+
+
+def why_too_old() -> str | None:
+    """Return None if the current GPU has the compute capability that CUDA and Triton kernels need, else the reason."""
     capability = torch.cuda.get_device_capability()
-    if capability < MINIMUM_CAPABILITY:
-        wanted = ".".join(map(str, MINIMUM_CAPABILITY))
-        return f"needs compute capability {wanted}, the device has {'.'.join(map(str, capability))}"
-    return None
+    if capability >= MINIMUM_CAPABILITY:
+        return None
+    wanted, has = (".".join(map(str, x)) for x in (MINIMUM_CAPABILITY, capability))
+    return f"needs compute capability {wanted}, the device has {has}"
 
 
 def place(x: torch.Tensor) -> Any:

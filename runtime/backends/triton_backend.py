@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-MINIMUM_CAPABILITY = (8, 0)  # bfloat16 arithmetic
+from tokfuse.runtime.backends.cuda_backend import why_too_old
 
 
 def interpreting() -> bool:
@@ -33,11 +33,7 @@ def why_unusable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
-    capability = torch.cuda.get_device_capability()
-    if capability < MINIMUM_CAPABILITY:
-        wanted = ".".join(map(str, MINIMUM_CAPABILITY))
-        return f"needs compute capability {wanted}, the device has {'.'.join(map(str, capability))}"
-    return None
+    return why_too_old()
 
 
 @functools.cache

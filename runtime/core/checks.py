@@ -223,8 +223,10 @@ def check_unused(op: str, used_by: str, **options: object) -> None:
 
 def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """Return float64 if one of the inputs is float64, else float32."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def plain(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
