@@ -10,7 +10,7 @@ from confident_cases import OPTIONS as CONFIDENT_OPTIONS
 from confident_cases import STEPS, problem, rtol_of
 from confident_cases import truth as confident_truth
 from harness import FLOAT_DTYPES, ROUNDED_ONCE, Backend, backends, bits, compare, half_ulp
-from head_cases import HeadCase, head_case
+from head_cases import HeadCase
 from logit_cases import CASES, FORWARD_ATOL, GRADIENT_RTOL, INF, Case, coefficients, transformed, truth
 from torch import Tensor
 
@@ -331,6 +331,23 @@ def test_ids_and_the_optional_statistics_are_two_calls(extra):
 # -------------------------------------------------------------------------------- from hidden states
 
 
+HEAD_TOKENS, HEAD_VOCAB = 11, 130
+
+
+def head_case(dtype: torch.dtype = torch.float32) -> HeadCase:
+    """A head that simulated kernels go through in a second."""
+    gen = torch.Generator().manual_seed(3)
+    return HeadCase(
+        torch.randn(HEAD_TOKENS, 8, generator=gen).to(dtype),
+        torch.randn(HEAD_VOCAB, 8, generator=gen).to(dtype),
+        torch.randn(HEAD_VOCAB, generator=gen).to(dtype),
+        torch.randint(0, HEAD_VOCAB, (HEAD_TOKENS,), generator=gen),
+    )
+
+
+FOUR_ROWS = 3_000  # bytes of logits
+
+
 def head_loss(out, weights):
     return sum((x.nan_to_num(0, 0, 0) * w.to(x)).sum() for x, w in zip(out, weights, strict=True))
 
@@ -375,29 +392,29 @@ def check_head(backend: Backend, case: HeadCase, *, top_k=None, frozen=False, **
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_linear(dtype: torch.dtype, backend: Backend):
-    check_head(backend, head_case("one_tile", dtype))
+    check_head(backend, head_case(dtype))
 
 
 HEAD_OPTIONS = {
-    "chunks": {"memory_budget": 30_000},
-    "temperatures": {"temperature": torch.linspace(0.6, 1.8, 37), "softcap": 9.0, "logit_scale": 0.8},
-    "mask": {"mask": torch.arange(37) % 4 != 2, "memory_budget": 30_000},
+    "chunks": {"memory_budget": FOUR_ROWS},
+    "temperatures": {"temperature": torch.linspace(0.6, 1.8, HEAD_TOKENS), "softcap": 9.0, "logit_scale": 0.8},
+    "mask": {"mask": torch.arange(HEAD_TOKENS) % 4 != 2, "memory_budget": FOUR_ROWS},
     "frozen": {"frozen": True},
-    "top_k": {"top_k": 6, "memory_budget": 30_000, "mask": torch.arange(37) % 4 != 2},
+    "top_k": {"top_k": 6, "memory_budget": FOUR_ROWS, "mask": torch.arange(HEAD_TOKENS) % 4 != 2},
 }
 
 
 @pytest.mark.parametrize("name", HEAD_OPTIONS)
 def test_linear_options(name: str, backend: Backend):
-    check_head(backend, head_case("one_tile"), **HEAD_OPTIONS[name])
+    check_head(backend, head_case(), **HEAD_OPTIONS[name])
 
 
 def test_linear_with_offsets_and_no_tokens(backend: Backend):
-    case = head_case("one_tile")
+    case = head_case()
     given = [backend.put(x) for x in (case.hidden, case.weight, case.target)]
-    ids = torch.randint(0, 700, (37, 3), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, HEAD_VOCAB, (HEAD_TOKENS, 3), generator=torch.Generator().manual_seed(1))
     want = tokfuse.linear_token_stats(*given, ids=backend.put(ids))
-    offsets = backend.put(torch.arange(38) * 3)
+    offsets = backend.put(torch.arange(HEAD_TOKENS + 1) * 3)
     flat = tokfuse.linear_token_stats(*given, ids=backend.put(ids.view(-1)), ids_offsets=offsets)
     assert bits(flat.logp_at) == bits(want.logp_at)
     none = tokfuse.linear_token_stats(given[0][:0], given[1], given[2][:0], ids=backend.put(ids[:0]))
@@ -405,9 +422,9 @@ def test_linear_with_offsets_and_no_tokens(backend: Backend):
 
 
 def test_linear_ids_in_a_16_bit_head_under_autocast(backend: Backend):
-    case = head_case("one_tile")
+    case = head_case()
     given = [backend.put(x) for x in (case.hidden, case.weight, case.target)]
-    ids = backend.put(torch.arange(37 * 3).view(37, 3))
+    ids = backend.put(torch.arange(HEAD_TOKENS * 3).view(HEAD_TOKENS, 3))
     plain = tokfuse.linear_token_stats(*given, ids=ids)
     with torch.autocast(backend.device, torch.bfloat16):
         under = tokfuse.linear_token_stats(*given, ids=ids)

@@ -557,7 +557,7 @@ ROWS: tuple[Row, ...] = (
         lambda p: _logits(p) | {"ids": p.ids(5)},
         ("logits",),
         STATS_OPTIONS | IDS_OPTIONS,
-        rich=("all", "bias_logits", "top_k"),
+        rich=("all", "top_k"),
     ),
     Row(
         "kept_token_stats",
@@ -602,7 +602,7 @@ ROWS: tuple[Row, ...] = (
         lambda p: _head(p) | {"ids": p.ids(5)},
         ("hidden", "weight", "bias"),
         HEAD_OPTIONS | IDS_OPTIONS,
-        rich=("all", "top_k"),
+        rich=("top_k",),
     ),
     Row(
         "policy_loss",
