@@ -10,7 +10,7 @@ from confident_cases import OPTIONS as CONFIDENT_OPTIONS
 from confident_cases import STEPS, problem, rtol_of
 from confident_cases import truth as confident_truth
 from harness import FLOAT_DTYPES, ROUNDED_ONCE, Backend, backends, bits, compare, half_ulp
-from head_cases import HeadCase
+from head_cases import HeadCase, peak_growth
 from logit_cases import CASES, FORWARD_ATOL, GRADIENT_RTOL, INF, Case, coefficients, transformed, truth
 from torch import Tensor
 
@@ -429,6 +429,36 @@ def test_linear_ids_in_a_16_bit_head_under_autocast(backend: Backend):
     with torch.autocast(backend.device, torch.bfloat16):
         under = tokfuse.linear_token_stats(*given, ids=ids)
     assert bits(plain.logp_at) == bits(under.logp_at)
+
+
+def test_linear_rows_that_nothing_arrives_at_enter_no_product(backend: Backend):
+    """NaN hidden states there would reach the gradient of the weight."""
+    if backend.name == "reference":
+        pytest.skip("plain torch multiplies every row")
+    case = head_case()
+    hidden = case.hidden.clone()
+    hidden[2] = float("nan")
+    weight = backend.put(case.weight).clone().requires_grad_()
+    ids = torch.zeros(HEAD_TOKENS, 2, dtype=torch.int64)
+    ids[2, 1] = -1
+    out = tokfuse.linear_token_stats(backend.put(hidden), weight, backend.put(case.target), ids=backend.put(ids))
+    g = torch.ones(HEAD_TOKENS, 2)
+    g[2, 0] = 0.0  # and 1 at padding
+    out.logp_at.backward(backend.put(g))
+    assert weight.grad.isfinite().all() and weight.grad.any()
+
+
+PEAK = """
+y = torch.zeros(tokens, dtype=torch.int64)
+for given in ({"ids": torch.zeros(tokens, 16, dtype=torch.int64)}, {"top_k": 16}):
+    out = tokfuse.linear_token_stats(h, w, y, memory_budget=8 << 20, **given)
+    out.logp_at.sum().backward()
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_tokens():
+    """1024 rows of 30000 float32 logits are 117 MiB; the workspace holds 8 MiB of them."""
+    assert peak_growth(PEAK) < 40
 
 
 # ------------------------------------------------------------------------------ the reference itself
