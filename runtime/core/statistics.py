@@ -45,7 +45,7 @@ class ExtendedTokenStats(NamedTuple):
 
 
 class TokenStatsAt(NamedTuple):
-    """`TokenStats`, and log-probs at a few ids of each row; what `ids` and `top_k` add."""
+    """`TokenStats` and the log-probs of a few ids per row, which `ids` or `top_k` ask for."""
 
     logp: torch.Tensor
     """log p of the target, nats; (tokens,). Differentiable."""
@@ -60,4 +60,4 @@ class TokenStatsAt(NamedTuple):
     logp_at: torch.Tensor
     """log p of each id, nats, in the shape of the ids; 0 at padding and in masked rows. Differentiable."""
     top_ids: torch.Tensor | None
-    """(tokens, top_k) int64, the likeliest first, -1 in masked rows; None for given ids."""
+    """(tokens, top_k) int64, the most likely first, -1 in masked rows; None if `ids` was given."""

@@ -1,4 +1,4 @@
-"""A few vocabulary ids per token: what can be refused of them, and the most likely ones."""
+"""Vocabulary ids per token: argument checks, and the most likely ids of each row."""
 
 from typing import Any, NamedTuple
 
@@ -10,18 +10,18 @@ from tokfuse.runtime.core.logit_options import LogitOptions
 
 
 class TokenIds(NamedTuple):
-    """The ids of all tokens one after the other."""
+    """The ids of all tokens, concatenated."""
 
     flat: torch.Tensor
     """(ids,) int64, contiguous."""
     offsets: torch.Tensor
-    """(tokens + 1,) int64: those of token t are flat[offsets[t] : offsets[t + 1]]."""
+    """(tokens + 1,) int64: token t has the ids flat[offsets[t] : offsets[t + 1]]."""
     shape: torch.Size
-    """In which the caller gave them, and receives log-probs."""
+    """Shape of the caller's ids, and of the log-probs that the op returns."""
 
     @staticmethod
     def of_matrix(ids: torch.Tensor) -> "TokenIds":
-        """Of ids (tokens, K)."""
+        """Return the ids of a (tokens, K) matrix."""
         tokens, width = ids.shape
         offsets = torch.arange(tokens + 1, device=ids.device) * width
         return TokenIds(ids.to(torch.int64).reshape(-1), offsets, ids.shape)
@@ -30,7 +30,7 @@ class TokenIds(NamedTuple):
 def check_csr(
     op: str, names: tuple[str, str], ids: torch.Tensor, offsets: torch.Tensor, tokens: int, device: torch.device
 ) -> TokenIds:
-    """Ids one after the other with the borders of the tokens; `names` are those of the two arguments."""
+    """Check concatenated ids and their offsets; `names` are the names of the two arguments."""
     ids_name, offsets_name = names
     check_vector(op, ids_name, ids, None, INTS)
     _check_ids_device(op, ids_name, ids, device)
@@ -48,7 +48,7 @@ def check_csr(
 def check_ids(
     op: str, ids: torch.Tensor, ids_offsets: torch.Tensor | None, tokens: int, device: torch.device
 ) -> TokenIds:
-    """(tokens, K) ids, or all ids one after the other with the borders of the tokens."""
+    """Check ids (tokens, K), or concatenated ids with offsets."""
     if ids_offsets is not None:
         return check_csr(op, ("ids", "ids_offsets"), ids, ids_offsets, tokens, device)
     require_tensor(op, "ids", ids)
@@ -71,13 +71,13 @@ def _check_ids_device(op: str, name: str, ids: torch.Tensor, device: torch.devic
 
 
 def check_top_k(op: str, top_k: Any, vocab: int) -> None:
-    """A whole number of columns."""
+    """Check that top_k is a whole number of columns."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= vocab:
         raise refuse(op, "top_k", f"a whole number in [1, vocab = {vocab}]", repr(top_k), "Pass how many ids you want.")
 
 
 def check_one_of(op: str, ids: Any, ids_offsets: Any, top_k: Any) -> None:
-    """Not ids and top_k together, and no borders without ids."""
+    """Refuse ids together with top_k, and offsets without ids."""
     if ids is not None and top_k is not None:
         raise refuse(op, "top_k", "left out with ids", repr(top_k), "Call twice for the log-probs at both.")
     if ids is None and ids_offsets is not None:
@@ -85,13 +85,13 @@ def check_one_of(op: str, ids: Any, ids_offsets: Any, top_k: Any) -> None:
 
 
 BIASED_ELEMENTS = 1 << 24
-"""Logits of a chunk that a bias is subtracted from: 64 MiB in float32."""
+"""Logits per chunk if a bias is subtracted: 64 MiB in float32."""
 
 
 def most_likely(logits: torch.Tensor, k: int, o: LogitOptions) -> torch.Tensor:
-    """(tokens, k) int64: the ids of the k largest logits, the largest first; -1 in masked rows.
+    """Return (tokens, k) int64: the ids of the k largest logits in descending order; -1 in masked rows.
 
-    Of equal logits, `torch.topk` chooses. Softcap, scale and temperature keep the order.
+    `torch.topk` chooses among equal logits. Softcap, scale and temperature do not change the order.
     """
     z = logits.detach()
     if o.bias_logits is None:

@@ -1,7 +1,7 @@
-"""linear_token_stats with log-probs at a few ids per token: the lm_head in chunks, on every backend.
+"""linear_token_stats with log-probs of a few ids per token: the lm_head in chunks, on every backend.
 
-The ids are those of the caller, or the likeliest of each row: then they are taken from the logits of
-a chunk before its row kernel.
+The caller gives the ids or asks for the most likely ones. In the second case `torch.topk` finds them
+in the logits of a chunk, before the row kernel runs.
 """
 
 import functools
@@ -36,7 +36,7 @@ class HeadIdsKernels(NamedTuple):
 
 
 def _places(p: HeadProblem, ids: TokenIds | None, top_k: int) -> TokenIds:
-    """The ids, checked where values may be read; or room for the likeliest: padding."""
+    """Return the checked ids, or padding that the most likely ids will replace."""
     if ids is None:
         return TokenIds.of_matrix(p.target.new_full((p.tokens, top_k), -1))
     if may_read(ids.flat):
@@ -48,7 +48,7 @@ def _places(p: HeadProblem, ids: TokenIds | None, top_k: int) -> TokenIds:
 def _gradient_arrives(
     p: HeadProblem, ids: TokenIds, ga: torch.Tensor, gh: torch.Tensor, grad_logp_at: torch.Tensor
 ) -> torch.Tensor:
-    """(tokens,) bool: rows whose logits are needed in the backward."""
+    """Return (tokens,) bool: rows whose logits the backward needs."""
     at_ids = (grad_logp_at != 0) & (ids.flat >= 0)
     before = torch.nn.functional.pad(at_ids.cumsum(0), (1, 0))[ids.offsets]
     active = (before[1:] > before[:-1]) | (ga != 0) | (gh != 0)
@@ -59,7 +59,7 @@ def _gradient_arrives(
 
 
 def cpu_fwd(p: HeadProblem, ids: TokenIds | None, top_k: int) -> tuple[torch.Tensor, ...]:
-    """As cpu_runs.linear_fwd, and the log-probs."""
+    """Run cpu_runs.linear_fwd with the log-probs of the ids."""
     places, module = _places(p, ids, top_k), native.loaded()
     needed = needed_rows(p)
     index = torch.arange(p.tokens) if needed is None else needed
@@ -95,7 +95,7 @@ def cpu_bwd(
     grad_logp_at: torch.Tensor,
     needs: Needs,
 ) -> list[torch.Tensor | None]:
-    """Rows without incoming gradient are not recomputed."""
+    """Return the gradients; rows without incoming gradient are not recomputed."""
     module = native.loaded()
     ga, gh = (torch.zeros(p.tokens) if x is None else x for x in (grad_logp, grad_entropy))
     index = _gradient_arrives(p, ids, ga, gh, grad_logp_at).nonzero().squeeze(1)
@@ -126,7 +126,7 @@ def cpu_bwd(
 
 
 def _device_fwd(kernels: Kernels, p: HeadProblem, ids: TokenIds | None, top_k: int) -> tuple[torch.Tensor, ...]:
-    """Chunks of torch's GEMM and the row kernels."""
+    """Run torch's GEMM and the row kernels chunk by chunk."""
     places = _places(p, ids, top_k)
     rows = device_head.classify(p, p.options.mask, None)
     head = DeviceHead(p, (False, False, False), rows)
@@ -161,7 +161,7 @@ def _device_bwd(
     grad_logp_at: torch.Tensor,
     needs: Needs,
 ) -> list[torch.Tensor | None]:
-    """As on the CPU."""
+    """Return the gradients; rows without incoming gradient are not recomputed."""
     assert kernels.backward is not None
     ga, gh = (torch.zeros_like(entropy) if x is None else x.float() for x in (grad_logp, grad_entropy))
     rows = device_head.classify(p, _gradient_arrives(p, ids, ga, gh, grad_logp_at), None)

@@ -1,4 +1,4 @@
-"""linear_token_stats_at: what `ids` and `top_k` add to linear_token_stats."""
+"""linear_token_stats_at: linear_token_stats with `ids` or `top_k`."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ from tokfuse.runtime.reference import token_stats_at as reference
 from tokfuse.runtime.reference.linear_token_stats import logits_of
 
 OP = "linear_token_stats_at"
-"""`linear_token_stats` with ids or top_k, which has rows of its own in the table of backends."""
+"""`linear_token_stats` with ids or top_k; it has its own rows in the table of backends."""
 
 
 def linear_token_stats_at(
     p: HeadProblem, ids: torch.Tensor | None, ids_offsets: torch.Tensor | None, top_k: int | None
 ) -> TokenStatsAt:
-    """`linear_token_stats` with ids or top_k; all other arguments are checked."""
+    """Run `linear_token_stats` with ids or top_k; all other arguments are checked."""
     places = None
     if ids is None:
         check_top_k("linear_token_stats", top_k, p.vocab)
@@ -52,7 +52,7 @@ def linear_token_stats_at(
 
 
 def _reference(p: HeadProblem, places: TokenIds | None, top_k: int) -> tuple[torch.Tensor, ...]:
-    """Five statistics, logp_at and the ids; by autograd."""
+    """Return five statistics, logp_at and the ids; autograd differentiates them."""
     if places is None:
         places = TokenIds.of_matrix(most_likely(logits_of(p.hidden, p.weight, p.bias), top_k, p.options))
     ids, offsets, _ = places
@@ -89,7 +89,7 @@ class _LinearAtFunction(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, ids, offsets, *stats)
         ctx.rest = scalars, p.memory_budget, run
         ctx.set_materialize_grads(False)
-        ids = ids if places is None else ids.new_empty(0)  # given ids are not handed back
+        ids = ids if places is None else ids.new_empty(0)  # do not return the caller's ids
         ctx.mark_non_differentiable(lse, sum_sq, top1, ids)
         return logp, entropy, lse, sum_sq, top1, logp_at, ids
 

@@ -166,18 +166,17 @@ def token_stats(
         moments: adds sum p^2 log p and sum p^2 log^2 p, which the gradient norm of a loss with an
             entropy bonus needs (`tokfuse.influence.logit_norms`).
         ids: (tokens, K) int32 or int64: adds the log-probs of these ids, e.g. a teacher's top K.
-            -1 is padding; an id may repeat. With ids_offsets: (ids,), those of all rows one after
-            the other.
+            -1 is padding; an id may repeat. With ids_offsets: (ids,), all rows concatenated.
         ids_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the ids per row.
-        top_k: adds the top_k likeliest ids of each row and their log-probs.
+        top_k: adds the top_k most likely ids of each row and their log-probs.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64
         logits), nats. With second_temperature or moments: ExtendedTokenStats, the same five and
         second_logp, sum_p2_logp, sum_p2_logp2, where those that were not asked for are None. With
         ids or top_k: TokenStatsAt, the same five, logp_at in the shape of the ids (0 at padding and
-        in masked rows), and top_ids (tokens, top_k) int64 for top_k: the likeliest first, -1 in
-        masked rows. Of equal logits, `torch.topk` chooses.
+        in masked rows), and for top_k also top_ids (tokens, top_k) int64: the most likely first, -1
+        in masked rows. `torch.topk` chooses among equal logits.
 
     Numerics: float32 statistics for every input dtype. Against float64, |error| <= 2e-5 in logp,
         entropy and lse for |logit| <= 100; gradients are within 2e-6 of the largest term of the row.

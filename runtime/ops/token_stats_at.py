@@ -1,4 +1,4 @@
-"""token_stats_at: what `ids` and `top_k` add to token_stats, log-probs at a few ids of each row."""
+"""token_stats_at: token_stats with `ids` or `top_k`, which adds the log-probs of a few ids per row."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokfuse.runtime.core.token_ids import TokenIds, check_ids, check_top_k, mos
 from tokfuse.runtime.reference import token_stats_at as reference
 
 OP = "token_stats_at"
-"""`token_stats` with ids or top_k, which has rows of its own in the table of backends."""
+"""`token_stats` with ids or top_k; it has its own rows in the table of backends."""
 
 
 def token_stats_at(
@@ -26,7 +26,7 @@ def token_stats_at(
     top_k: int | None,
     options: LogitOptions,
 ) -> TokenStatsAt:
-    """`token_stats` with ids or top_k; all other arguments are checked."""
+    """Run `token_stats` with ids or top_k; all other arguments are checked."""
     tokens, vocab = logits.shape
     top_ids = None
     if ids is None:
@@ -49,7 +49,7 @@ def _top_ids(logits: torch.Tensor, top_k: Any, options: LogitOptions) -> torch.T
 def _run(
     logits: torch.Tensor, target: torch.Tensor, places: TokenIds, options: LogitOptions, capability: Any
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, lse, sum_sq, top1 and logp_at (ids,)."""
+    """Return logp, entropy, lse, sum_sq, top1 and logp_at (ids,)."""
     ids, offsets, _ = places
     if capability.backend == "reference":
         return reference.forward(logits, target, ids, offsets, **options._asdict())
@@ -119,7 +119,7 @@ def _saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], LogitOptions]:
 def _incoming(
     ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, grad_at: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor] | None:
-    """What the backward kernels take; None where nothing arrives."""
+    """Return the incoming gradients as the kernels take them, or None if there are none."""
     if grad_logp is None and grad_entropy is None and grad_at is None:
         return None
     return grad_logp, grad_entropy, torch.zeros_like(ctx.saved_tensors[8]) if grad_at is None else grad_at

@@ -1,4 +1,4 @@
-"""token_stats with log-probs at a few ids of each row, in plain torch, differentiable."""
+"""token_stats with log-probs of a few ids per row, in plain torch, differentiable."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tokfuse.runtime.reference.linear_token_stats import logits_of
 def forward(
     logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """(logp, entropy, lse, sum_sq, top1, logp_at) of `exact`, rounded once."""
+    """Return (logp, entropy, lse, sum_sq, top1, logp_at) of `exact`, rounded once."""
     return reference.rounded(exact("token_stats", logits, target, ids, offsets, **options), logits.dtype)
 
 
@@ -27,7 +27,7 @@ def linear_forward(
     offsets: torch.Tensor,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """`forward` of the logits hidden @ weight.T + bias."""
+    """Return `forward` of the logits hidden @ weight.T + bias."""
     logits = logits_of(hidden, weight, bias)
     out = exact("linear_token_stats", logits, target, ids, offsets, **options)
     return reference.rounded(out, hidden.dtype)
@@ -36,7 +36,7 @@ def linear_forward(
 def exact(
     op: str, logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs in float64; ids are -1 where there is nothing."""
+    """Return the outputs in float64; an id of -1 is padding."""
     if not torch.compiler.is_compiling():
         check_values(op, target, ids, offsets, logits.shape[1], options.get("mask"), options.get("temperature", 1.0))
     rows = reference.rows_of(logits, **options)
@@ -56,7 +56,7 @@ def check_values(
     mask: torch.Tensor | None,
     temperature: float | torch.Tensor,
 ) -> None:
-    """Range of targets, temperatures and ids where the mask is true."""
+    """Check the range of targets, temperatures and ids in rows whose mask is True."""
     check_targets(op, target, vocab, mask, temperature)
     bad = (ids < -1) | (ids >= vocab)
     if mask is not None:
