@@ -310,7 +310,7 @@ def test_refusals(tmp_path, monkeypatch):
     folder.save(new_training().state())
     assert f"--resume {folder.path}" in refusal("--out", str(folder.path))
     assert "--lr 0.01" in refusal("--resume", str(folder.path), "--lr", "0.5")
-    assert "leave out --out" in refusal("--resume", str(folder.path), "--out", str(tmp_path))
+    assert "Leave out --out" in refusal("--resume", str(folder.path), "--out", str(tmp_path))
 
     monkeypatch.setitem(model.NEEDED, "no_such_module", "no-such-package")
     with pytest.raises(SystemExit, match=r"no-such-package.*make demo"):
