@@ -42,3 +42,18 @@ class ExtendedTokenStats(NamedTuple):
     """sum of p^2 log p; None without `moments`. Detached."""
     sum_p2_logp2: torch.Tensor | None
     """sum of p^2 log^2 p; None without `moments`. Detached."""
+
+
+class PairedStats(NamedTuple):
+    """Two distributions of each token compared; every field is (tokens,) float32, 0 where masked."""
+
+    divergence: torch.Tensor
+    """Divergence of the student from the teacher, nats. Differentiable."""
+    entropy: torch.Tensor
+    """Entropy of the student, nats. Differentiable."""
+    logp: torch.Tensor | None
+    """log p of the target by the student, nats; None without a target. Differentiable."""
+    teacher_logp: torch.Tensor | None
+    """log p of the target by the teacher, nats; None without a target."""
+    top1_agreement: torch.Tensor
+    """1.0 where one column attains the maximum of both sides (ties count), else 0.0."""

@@ -33,7 +33,11 @@ MAY_IMPORT = {
 # Kernel files with several ops, or with parts of ops: file stem -> its ops.
 SHARED_KERNELS = {"scan": {"gae", "vtrace"}}
 # Ops that are specified as the composition of simpler ops, whose references they use.
-COMPOSED = {"policy_step": {"token_stats", "policy_loss"}, "policy_step_hidden": {"linear_token_stats", "policy_loss"}}
+COMPOSED = {
+    "policy_step": {"token_stats", "policy_loss"},
+    "policy_step_hidden": {"linear_token_stats", "policy_loss"},
+    "distill_step": {"linear_paired_divergence"},
+}
 # Ops with their own rows in the doctor's table that are called through another public name.
 CALLED_THROUGH = {"policy_step_hidden": "policy_step"}
 # Modules of ops/ that use the capability records of another op.
