@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "backend": "tokfuse.runtime.core.dispatch",
     "BackendUnavailable": "tokfuse.runtime.core.errors",
+    "distill_step": "tokfuse.runtime.ops.distill_step",
+    "DistillMetrics": "tokfuse.runtime.lm_head.pair_results",
+    "DistillStep": "tokfuse.runtime.lm_head.pair_results",
     "ExtendedTokenStats": "tokfuse.runtime.core.statistics",
     "gae": "tokfuse.runtime.ops.gae",
     "Gamma": "tokfuse.runtime.policy.shapes",
@@ -20,6 +23,7 @@ _PUBLIC = {
     "kept_token_stats": "tokfuse.runtime.ops.kept_token_stats",
     "KeptTokenStats": "tokfuse.runtime.ops.kept_token_stats",
     "KL": "tokfuse.runtime.policy.objective",
+    "linear_paired_divergence": "tokfuse.runtime.ops.linear_paired_divergence",
     "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
     "LinearLogp": "tokfuse.runtime.policy.shapes",
     "LinearRatio": "tokfuse.runtime.policy.shapes",
@@ -33,6 +37,7 @@ _PUBLIC = {
     "OPE": "tokfuse.runtime.ops.ope",
     "ope": "tokfuse.runtime.ops.ope",
     "paired_divergence": "tokfuse.runtime.ops.paired_divergence",
+    "PairedStats": "tokfuse.runtime.core.statistics",
     "policy_loss": "tokfuse.runtime.ops.policy_loss",
     "policy_step": "tokfuse.runtime.ops.policy_step",
     "policy_step_": "tokfuse.runtime.ops.policy_step",
@@ -65,12 +70,17 @@ if TYPE_CHECKING:
     from tokfuse.runtime.core.errors import BackendUnavailable as BackendUnavailable
     from tokfuse.runtime.core.native import release_workspace as release_workspace
     from tokfuse.runtime.core.statistics import ExtendedTokenStats as ExtendedTokenStats
+    from tokfuse.runtime.core.statistics import PairedStats as PairedStats
     from tokfuse.runtime.core.statistics import TokenStats as TokenStats
     from tokfuse.runtime.core.statistics import TokenStatsAt as TokenStatsAt
+    from tokfuse.runtime.lm_head.pair_results import DistillMetrics as DistillMetrics
+    from tokfuse.runtime.lm_head.pair_results import DistillStep as DistillStep
+    from tokfuse.runtime.ops.distill_step import distill_step as distill_step
     from tokfuse.runtime.ops.gae import gae as gae
     from tokfuse.runtime.ops.group_advantage import group_advantage as group_advantage
     from tokfuse.runtime.ops.kept_token_stats import KeptTokenStats as KeptTokenStats
     from tokfuse.runtime.ops.kept_token_stats import kept_token_stats as kept_token_stats
+    from tokfuse.runtime.ops.linear_paired_divergence import linear_paired_divergence as linear_paired_divergence
     from tokfuse.runtime.ops.linear_token_stats import linear_token_stats as linear_token_stats
     from tokfuse.runtime.ops.offpolicy_weights import OffPolicyWeights as OffPolicyWeights
     from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights as offpolicy_weights

@@ -95,6 +95,20 @@ def through_head(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
     return out
 
 
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(divergence of P from Q, its gradient by the logits of P)."""
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "kl_forward":
+        return (q * (log_q - log_p)).sum(-1), p - q
+    if kind == "kl_reverse":
+        from_p = (p * (log_p - log_q)).sum(-1, keepdim=True)
+        return from_p.squeeze(-1), p * (log_p - log_q - from_p)
+    log_m = (beta * q + (1 - beta) * p).log()
+    from_p = (p * (log_p - log_m)).sum(-1, keepdim=True)
+    value = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * from_p.squeeze(-1)
+    return value, (1 - beta) * p * (log_p - log_m - from_p)
+
+
 def largest(exact: torch.Tensor) -> float:
     """Return the largest finite absolute value; 0 if there is none."""
     finite = exact[exact.isfinite()]

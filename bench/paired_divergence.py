@@ -68,14 +68,7 @@ def _answer(config: Config, data: _Inputs) -> Outputs:
     for first in range(0, config.tokens, exact.BLOCK_ROWS):
         rows = slice(first, first + exact.BLOCK_ROWS)
         log_p, log_q = (torch.log_softmax(x[rows].double(), -1) for x in (data.p, data.q))
-        p, q = log_p.exp(), log_q.exp()
-        if config.variant == "kl_forward":
-            value, grad = (q * (log_q - log_p)).sum(-1), p - q
-        else:
-            log_m = (BETA * q + (1 - BETA) * p).log()
-            from_p = (p * (log_p - log_m)).sum(-1, keepdim=True)
-            value = BETA * (q * (log_q - log_m)).sum(-1) + (1 - BETA) * from_p.squeeze(-1)
-            grad = (1 - BETA) * p * (log_p - log_m - from_p)
+        value, grad = exact.divergence(log_p, log_q, config.variant, BETA)
         out["divergence"][rows] = value
         if "grad_logits" in out:
             out["grad_logits"][rows] = data.by_token[rows, None].double() * grad
@@ -112,7 +105,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
         def divergence(p: torch.Tensor, q: torch.Tensor) -> Outputs:
             if name.endswith("_f32"):
                 p, q = p.float(), q.float()
-            return {"divergence": _plain(p, q, config.variant)}
+            return {"divergence": plain(p, q, config.variant)}
 
         function = peers.compiled(divergence) if name.startswith("torch_compile") else divergence
         return peers.provider(name, lambda: _with_gradient(config, data, function, leaf))
@@ -120,11 +113,13 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
     return factory
 
 
-def _plain(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str) -> torch.Tensor:
+def plain(logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str) -> torch.Tensor:
     """Compute the divergence as in common torch code."""
     log_p, log_q = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
     if kind == "kl_forward":
         return (log_q.exp() * (log_q - log_p)).sum(-1)
+    if kind == "kl_reverse":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
     log_m = torch.logsumexp(torch.stack([log_q + math.log(BETA), log_p + math.log(1 - BETA)]), 0)
     from_q = (log_q.exp() * (log_q - log_m)).sum(-1)
     return BETA * from_q + (1 - BETA) * (log_p.exp() * (log_p - log_m)).sum(-1)

@@ -27,6 +27,7 @@ from tokfuse.bench.measure import Outputs, Provider
 from tokfuse.bench.problem import CLIP, Batch, Unsupported
 
 StatsFn = Callable[[torch.Tensor, torch.Tensor], Outputs]
+PairFn = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 LinearStatsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
 
 
@@ -52,7 +53,12 @@ KNOWN = {
         Peer("torch_eager_f32", "torch", "torch", "torch_eager after logits.float()"),
         Peer("torch_compile_f32", "torch", "torch", "torch.compile of torch_eager_f32"),
         Peer("cross_entropy", "torch", "torch", "F.cross_entropy: log-prob only"),
-        Peer("trl", "trl", "trl", "ChunkedLogProbFunction (hidden), selective_log_softmax_and_entropy (logits)"),
+        Peer(
+            "trl",
+            "trl",
+            "trl",
+            "ChunkedLogProbFunction, ChunkedDivergenceFunction (hidden), selective_log_softmax_and_entropy (logits)",
+        ),
         Peer("liger", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=False)"),
         Peer("liger_compile", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=True)"),
         Peer("liger_grpo", "liger-kernel", "liger_kernel", "triton_grpo_loss (logits)", True),

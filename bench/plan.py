@@ -6,6 +6,7 @@ from types import ModuleType
 
 from tokfuse.bench import (
     advantage,
+    distill_step,
     growth,
     influence,
     linear_token_stats,
@@ -26,6 +27,7 @@ CASES: dict[str, ModuleType] = {
         policy_step_hidden,
         linear_token_stats,
         paired_divergence,
+        distill_step,
         influence,
         advantage,
         overhead,

@@ -521,10 +521,12 @@ def paired_divergence_bwd(
     softcap: float | None,
     logit_scale: float,
     mask: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of logits_p; masked rows are known by their state."""
+    """The gradient of logits_p, into `out` if given, which may be logits_p; masked rows are known by their state."""
     tokens, vocab = logits_p.shape
-    out = torch.empty((tokens, vocab), dtype=logits_p.dtype, device=logits_p.device)
+    if out is None:
+        out = torch.empty((tokens, vocab), dtype=logits_p.dtype, device=logits_p.device)
     p, q = rows.unit_stride(logits_p), rows.unit_stride(logits_q)
     vector, scalar = rows.per_row(temperature)
     if tokens:

@@ -76,6 +76,41 @@ void paired_divergence_bwd(const DivergenceArgs& a, const DivergenceGrad& grad) 
   TOKFUSE_CALL(paired_divergence_bwd, a, grad);
 }
 
+// First unmasked row whose target or temperature is out of range, or -1 after a complete run.
+int64_t distill_rows(const DistillArgs& a, const DistillOut& out, const DistillGrad& grad) {
+  check_logits(a.student);
+  check_logits(a.teacher);
+  const int64_t rows = a.student.rows;
+  require(a.student.vocab == a.teacher.vocab, "student and teacher have one vocabulary");
+  require(a.student.tokens == a.teacher.tokens, "student and teacher have the same tokens");
+  require(a.teacher.rows == (a.teacher.index == nullptr ? a.teacher.tokens : rows),
+          "the teacher has a row for every token, or for every row of the student");
+  for (int64_t i = 0; a.teacher.index != nullptr && i < rows; i++) {
+    require(a.teacher.index[i] == (a.student.index == nullptr ? i : a.student.index[i]),
+            "rows of student and teacher belong to the same tokens");
+  }
+  require(a.mix_weight > 0.0f && a.mix_weight < 1.0f, "mix_weight must be in (0, 1)");
+  require(a.bound > 0.0f, "bound must be > 0");
+  require_pointers({out.divergence, out.entropy, out.logp, out.teacher_logp, out.top1_agreement},
+                   rows, "an output");
+  if (grad.grad_logits != nullptr) {
+    require_pointer(grad.grad_divergence, rows, "grad_divergence");
+    const int64_t width = a.student.tile > 0 ? a.student.tile : a.student.vocab;
+    require(grad.grad_stride >= width || rows <= 1, "grad_stride must be >= vocab");
+    require(a.student.tile == 0 || grad.grad_logits == a.student.logits,
+            "the gradient of tiled logits overwrites them");
+  }
+  py::gil_scoped_release release;
+  LogitsArgs teacher = a.teacher;
+  teacher.mask = a.student.mask;
+  for (const LogitsArgs* side : {&a.student, static_cast<const LogitsArgs*>(&teacher)}) {
+    const int64_t bad = TOKFUSE_CALL(first_bad_row, *side);
+    if (bad >= 0) return bad;
+  }
+  TOKFUSE_CALL(distill_rows, a, out, grad);
+  return -1;
+}
+
 }  // namespace
 
 void bind_distribution(py::module_& m) {
@@ -83,6 +118,7 @@ void bind_distribution(py::module_& m) {
   m.def("kept_token_stats_bwd", &kept_token_stats_bwd);
   m.def("paired_divergence_fwd", &paired_divergence_fwd);
   m.def("paired_divergence_bwd", &paired_divergence_bwd);
+  m.def("distill_rows", &distill_rows);
   m.attr("DIVERGENCE_STATE") = kDivergenceState;
 }
 

@@ -158,6 +158,15 @@ FIELDS_OF(DivergenceOut, REQUIRED(divergence), REQUIRED(state))
 FIELDS_OF(DivergenceGrad, REQUIRED(state), REQUIRED(grad_divergence), REQUIRED(grad_logits),
           REQUIRED(grad_stride))
 
+FIELDS_OF(DistillArgs, REQUIRED(student), REQUIRED(teacher), REQUIRED(kind), REQUIRED(mix_weight),
+          REQUIRED(bound))
+
+FIELDS_OF(DistillOut, REQUIRED(divergence), REQUIRED(entropy), REQUIRED(logp),
+          REQUIRED(teacher_logp), REQUIRED(top1_agreement))
+
+FIELDS_OF(DistillGrad, REQUIRED(grad_divergence), REQUIRED(grad_logp), REQUIRED(grad_entropy),
+          REQUIRED(grad_logits), REQUIRED(grad_stride))
+
 FIELDS_OF(ObjectiveArgs, REQUIRED(params), REQUIRED(tokens), REQUIRED(seqs), REQUIRED(logp),
           REQUIRED(old_logp), REQUIRED(advantage), REQUIRED(advantage_per_seq), REQUIRED(mask),
           REQUIRED(cu_seqlens), REQUIRED(token_weight), REQUIRED(signal), REQUIRED(ref_logp),
@@ -390,10 +399,11 @@ const S* struct_in(PyObject* object) {
 #define TOKFUSE_RECORDS(each)                                                              \
   each(LogitsArgs) each(TokenStatsOut) each(TokenStatsGrad) each(GradRows) each(KeptArgs)  \
       each(IdsArgs) each(DivergenceArgs) each(DivergenceOut) each(DivergenceGrad)          \
-          each(ObjectiveArgs) each(TokenObjectiveArgs) each(PrepareArgs) each(MetricsArgs) \
-              each(GroupAdvantageArgs) each(GaeArgs) each(VtraceArgs) each(WhitenArgs)     \
-                  each(OpeArgs) each(MomentsArgs) each(KeepRule) each(OffPolicyArgs)       \
-                      each(SketchArgs)
+          each(DistillArgs) each(DistillOut) each(DistillGrad) each(ObjectiveArgs)         \
+              each(TokenObjectiveArgs) each(PrepareArgs) each(MetricsArgs)                 \
+                  each(GroupAdvantageArgs) each(GaeArgs) each(VtraceArgs) each(WhitenArgs) \
+                      each(OpeArgs) each(MomentsArgs) each(KeepRule) each(OffPolicyArgs)   \
+                          each(SketchArgs)
 
 #define STRUCT_IN(type) template const type* struct_in<type>(PyObject*);
 TOKFUSE_RECORDS(STRUCT_IN)

@@ -136,4 +136,32 @@ struct DivergenceGrad {
   int64_t grad_stride;
 };
 
+// Student and teacher logits of the same tokens, each with its own options; CPU. Row i of the
+// student belongs to token t = token_of(i). Of the teacher it is row i with an index, else row t.
+struct DistillArgs {
+  LogitsArgs student;
+  LogitsArgs teacher;
+  Divergence kind;
+  float mix_weight;  // } as in DivergenceArgs
+  float bound;       // }
+};
+
+// (T) each; 0 where masked.
+struct DistillOut {
+  float* divergence;
+  float* entropy;
+  float* logp;
+  float* teacher_logp;
+  float* top1_agreement;
+};
+
+// A row whose coefficients are all 0 is not read: zeros in every output.
+struct DistillGrad {
+  const float* grad_divergence;  // (T)
+  const float* grad_logp;        // (T) or null
+  const float* grad_entropy;     // (T) or null
+  void* grad_logits;             // (R, V), of the student, may be its logits; null: no gradient
+  int64_t grad_stride;
+};
+
 }  // namespace tokfuse

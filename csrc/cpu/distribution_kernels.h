@@ -17,6 +17,7 @@ inline int64_t kept_seen_words(int64_t vocab) { return (vocab + 63) / 64; }
   void kept_token_stats_bwd(const KeptArgs& args, const TokenStatsGrad& grad);                \
   void paired_divergence_fwd(const DivergenceArgs& args, const DivergenceOut& out);           \
   void paired_divergence_bwd(const DivergenceArgs& args, const DivergenceGrad& grad);         \
+  void distill_rows(const DistillArgs& args, const DistillOut& out, const DistillGrad& grad); \
   }
 
 #if defined(TOKFUSE_ISA_LEVELS)

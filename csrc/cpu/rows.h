@@ -30,6 +30,7 @@ struct RowStats {
   float top1;
   float shift, inv_sum;  // read by the gradient; TokenStatsOut::row_max is `shift`
   double log2_sum;       // log2 of the sum of the exponentials, relative to the row's maximum
+  float row_max;         // of the transformed logits
 };
 
 // Constants of u = f(z). Plain logits (no softcap, no bias) have logit_scale in c instead.
@@ -214,6 +215,7 @@ template <bool kMoments>
 static inline RowStats finish(Accumulator<kMoments> acc, float c, float target_u, float row_max) {
   RowStats out;
   out.sum_p2_logp = out.sum_p2_logp2 = 0;
+  out.row_max = row_max;
   const double target_x =
       target_u == -kInf ? -__builtin_inf() : static_cast<double>(target_u) * c - acc.shift;
   add_element(acc, target_x);
@@ -278,6 +280,7 @@ TOKFUSE_BLOCK_LOOP static RowStats far_row_forward(const Row<T>& row, const Tran
   RowStats out = finish<kMoments>(acc, c, target_u - row_max, 0.0f);
   out.lse += kLn2 * static_cast<double>(row_max) * c;
   out.shift = row_max * c;  // is_far(shift) tells the gradient to do the same
+  out.row_max = row_max;
   return out;
 }
 

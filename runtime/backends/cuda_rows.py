@@ -214,11 +214,12 @@ def paired_divergence_bwd(
     *,
     kind: str,
     mix_weight: float,
+    out: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Return the gradient of logits_p. The state of a masked row marks it as masked."""
+    """Return the gradient of logits_p, into `out` if given (it may be logits_p). The state marks masked rows."""
     native = launchers()
-    grad_logits = torch.empty(logits_p.shape, dtype=logits_p.dtype, device=logits_p.device)
+    grad_logits = torch.empty(logits_p.shape, dtype=logits_p.dtype, device=logits_p.device) if out is None else out
     native.paired_divergence_bwd(
         place(logits_p),
         row_args.divergence_args(native, logits_p, logits_q, LogitOptions(**options), kind=kind, mix_weight=mix_weight),

@@ -238,3 +238,39 @@ def divergence_grad(native: Any, state: torch.Tensor, grad_divergence: torch.Ten
         grad_logits=grad_logits,
         grad_stride=grad_logits.stride(0),
     )
+
+
+def distill_args(native: Any, student: Any, teacher: Any, *, kind: str, mix_weight: float) -> Any:
+    """DistillArgs. student, teacher: LogitsArgs of the same tokens."""
+    return native.DistillArgs(
+        student=student,
+        teacher=teacher,
+        kind=DIVERGENCES.index(kind),
+        mix_weight=mix_weight,
+        bound=divergence_bound(kind, mix_weight),
+    )
+
+
+def distill_out(native: Any, stats: Sequence[torch.Tensor]) -> Any:
+    """DistillOut. stats: the fields of `PairedStats`, (tokens,) float32 each."""
+    divergence, entropy, logp, teacher_logp, top1_agreement = stats
+    return native.DistillOut(
+        divergence=divergence, entropy=entropy, logp=logp, teacher_logp=teacher_logp, top1_agreement=top1_agreement
+    )
+
+
+def distill_grad(
+    native: Any,
+    grad_divergence: torch.Tensor | None = None,
+    grad_logp: torch.Tensor | None = None,
+    grad_entropy: torch.Tensor | None = None,
+    grad_logits: torch.Tensor | None = None,
+) -> Any:
+    """DistillGrad; without `grad_logits` no gradient is computed."""
+    return native.DistillGrad(
+        grad_divergence=float_vector(grad_divergence),
+        grad_logp=float_vector(grad_logp),
+        grad_entropy=float_vector(grad_entropy),
+        grad_logits=grad_logits,
+        grad_stride=0 if grad_logits is None else grad_logits.stride(0),
+    )

@@ -109,17 +109,17 @@ def check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOp
         checks.check_number(op, "bias_scale", o.bias_scale, -math.inf)
 
 
-def check_options(op: str, tokens: int, device: torch.device, o: LogitOptions) -> None:
-    """Temperature, softcap, scale and mask."""
+def check_options(op: str, tokens: int, device: torch.device, o: LogitOptions, prefix: str = "") -> None:
+    """Temperature, softcap, scale and mask; `prefix` begins their names in errors."""
     rows = checks.Rows(tokens, "the tokens", device)
     if isinstance(o.temperature, torch.Tensor):
-        checks.check_constant_vector(op, "temperature", o.temperature, rows)
+        checks.check_constant_vector(op, f"{prefix}temperature", o.temperature, rows)
     else:
-        checks.check_positive(op, "temperature", o.temperature)
+        checks.check_positive(op, f"{prefix}temperature", o.temperature)
     if o.softcap is not None:
-        checks.check_positive(op, "softcap", o.softcap)
-    checks.check_positive(op, "logit_scale", o.logit_scale)
-    checks.check_optional(op, "mask", o.mask, rows, checks.BOOL)
+        checks.check_positive(op, f"{prefix}softcap", o.softcap)
+    checks.check_positive(op, f"{prefix}logit_scale", o.logit_scale)
+    checks.check_optional(op, f"{prefix}mask", o.mask, rows, checks.BOOL)
 
 
 def check_values(

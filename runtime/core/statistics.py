@@ -61,3 +61,18 @@ class TokenStatsAt(NamedTuple):
     """log p of each id, nats, in the shape of the ids; 0 at padding and in masked rows. Differentiable."""
     top_ids: torch.Tensor | None
     """(tokens, top_k) int64, the most likely first, -1 in masked rows; None if `ids` was given."""
+
+
+class PairedStats(NamedTuple):
+    """Two distributions of each token compared; every field is (tokens,) float32, 0 where masked."""
+
+    divergence: torch.Tensor
+    """Divergence of the student from the teacher, nats. Differentiable."""
+    entropy: torch.Tensor
+    """Entropy of the student, nats. Differentiable."""
+    logp: torch.Tensor | None
+    """log p of the target by the student, nats; None without a target. Differentiable."""
+    teacher_logp: torch.Tensor | None
+    """log p of the target by the teacher, nats; None without a target."""
+    top1_agreement: torch.Tensor
+    """1.0 where one column attains the maximum of both sides (ties count), else 0.0."""

@@ -1,6 +1,5 @@
 """paired_divergence: KL or Jensen-Shannon divergence of two streams of logits, token by token."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from tokfuse.runtime.backends.registration import register_cpu, register_cuda, r
 from tokfuse.runtime.backends.row_args import DIVERGENCE_STATE
 from tokfuse.runtime.backends.value_checks import check_temperature
 from tokfuse.runtime.core import checks
-from tokfuse.runtime.core.checks import check_choice
-from tokfuse.runtime.core.codes import DIVERGENCES, SKEW
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
+from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options
@@ -20,8 +18,6 @@ from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference import paired_divergence as reference
 
 OP = "paired_divergence"
-# The defaults, which mean "not given" to a kind without that parameter.
-BETA, ALPHA = 0.5, 0.1
 
 
 @ranged("paired_divergence.fwd")
@@ -104,8 +100,8 @@ def paired_divergence(
         DistiLLM (arXiv 2402.03898), whose code has `lam` = 0.1 for alpha. Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask)
-    _check(logits_p, logits_q, kind, beta, alpha, options)
-    mix_weight = alpha if kind in SKEW else beta
+    _check(logits_p, logits_q, options)
+    mix_weight = mix_weight_of(OP, kind, beta, alpha)
     capability = select(OP, logits_p.device.type, logits_p.dtype, options.features())
     arguments = {**options.without_bias(), "kind": kind, "mix_weight": mix_weight}
     if capability.backend == "reference":
@@ -122,9 +118,7 @@ def paired_divergence(
     return run.forward(logits_p, logits_q, **arguments)[0]  # type: ignore[no-any-return]
 
 
-def _check(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, kind: str, beta: float, alpha: float, o: LogitOptions
-) -> None:
+def _check(logits_p: torch.Tensor, logits_q: torch.Tensor, o: LogitOptions) -> None:
     checks.check_matrix(OP, "logits_p", logits_p, "(tokens, vocab)")
     checks.require_tensor(OP, "logits_q", logits_q)
     if logits_p.shape[1] < 1:
@@ -148,17 +142,6 @@ def _check(
             "requires_grad=True",
             "Call logits_q.detach(), or swap the streams.",
         )
-    check_choice(OP, "kind", kind, DIVERGENCES)
-    if not 0.0 < checks.check_number(OP, "beta", beta, -math.inf) < 1.0:
-        raise refuse(OP, "beta", "in (0, 1)", repr(beta), 'Its limits are kind="kl_forward" (0) and "kl_reverse" (1).')
-    if not 0.0 < checks.check_number(OP, "alpha", alpha, -math.inf) < 1.0:
-        hint = 'Its limit 0 is kind="kl_forward" or "kl_reverse".'
-        raise refuse(OP, "alpha", "in (0, 1)", repr(alpha), hint)
-    if kind != "jsd" and beta != BETA:
-        raise refuse(OP, "beta", f'left out with kind="{kind}"', repr(beta), 'It weights the mixture of kind="jsd".')
-    if kind not in SKEW and alpha != ALPHA:
-        hint = 'It weights the mixture of kind="skew_forward" and "skew_reverse".'
-        raise refuse(OP, "alpha", f'left out with kind="{kind}"', repr(alpha), hint)
     check_options(OP, logits_p.shape[0], logits_p.device, o)
 
 

@@ -68,25 +68,10 @@ class Influence:
     """(seqs, rank, rank) float32, see `tokfuse.influence.sketch`."""
 
 
-@dataclass(frozen=True)
-class PolicyStep:
-    """Result of `policy_step` and `policy_step_`."""
+class HeldGradients:
+    """The gradients of a step by name, until its last backward."""
 
-    loss: torch.Tensor
-    """() float32, loss_sum / normalizer. `loss.backward()` returns the gradients below."""
-    token_loss: torch.Tensor
-    """(tokens,) float32, the summands of `loss`. Detached."""
-    loss_sum: torch.Tensor
-    """() float32, aggregated sum before division by the normaliser. Detached."""
-    count: torch.Tensor
-    """() float64, the count of this batch: valid tokens, or sequences with a valid token."""
-    metrics: Metrics
-    """Metric sums of this batch."""
-    stats: TokenStats
-    """Statistics of the current policy. Detached."""
     _gradients: Gradients
-    influence: Influence | None = None
-    """Gradient norms and sketches, if `influence=InfluenceSpec(...)` was passed, else None."""
 
     # The last `loss.backward()` moves the gradients out of this object. If this object kept them,
     # autograd would have to copy a (vocab, hidden) tensor into `weight.grad`.
@@ -114,6 +99,27 @@ class PolicyStep:
     def grad_bias(self) -> torch.Tensor | None:
         """d loss / d bias, (vocab,). None if bias requires no gradient, or after the last backward."""
         return self._gradients.get("bias")
+
+
+@dataclass(frozen=True)
+class PolicyStep(HeldGradients):
+    """Result of `policy_step` and `policy_step_`."""
+
+    loss: torch.Tensor
+    """() float32, loss_sum / normalizer. `loss.backward()` returns the gradients below."""
+    token_loss: torch.Tensor
+    """(tokens,) float32, the summands of `loss`. Detached."""
+    loss_sum: torch.Tensor
+    """() float32, aggregated sum before division by the normaliser. Detached."""
+    count: torch.Tensor
+    """() float64, the count of this batch: valid tokens, or sequences with a valid token."""
+    metrics: Metrics
+    """Metric sums of this batch."""
+    stats: TokenStats
+    """Statistics of the current policy. Detached."""
+    _gradients: Gradients
+    influence: Influence | None = None
+    """Gradient norms and sketches, if `influence=InfluenceSpec(...)` was passed, else None."""
 
 
 def _keeps_graph() -> bool:

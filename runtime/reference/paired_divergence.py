@@ -2,6 +2,7 @@
 
 import torch
 
+from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.reference.token_stats import log_softmax, result_dtype, transformed_logits
 
 EXCLUDED = -1e4  # log-prob of an excluded entry: its exp is exactly 0, and differences stay finite
@@ -18,8 +19,13 @@ def forward(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: torch.Tensor | None = None,
+    q_options: LogitOptions | None = None,
 ) -> torch.Tensor:
-    """(tokens,) divergence; see `tokfuse.paired_divergence` for the contract."""
+    """(tokens,) divergence; see `tokfuse.paired_divergence` for the contract.
+
+    q_options: how logits_q become Q; None: as logits_p become P.
+    """
+    of_q = (temperature, softcap, logit_scale) if q_options is None else q_options[:3]
     keep = torch.ones(logits_p.shape[0], dtype=torch.bool, device=logits_p.device)
     if mask is not None:  # before any arithmetic: 0 * NaN in a masked row would reach the gradient
         keep = mask
@@ -27,8 +33,10 @@ def forward(
         logits_q = torch.where(keep.unsqueeze(-1), logits_q, 0.0)
         if isinstance(temperature, torch.Tensor):
             temperature = torch.where(keep, temperature, 1.0)
+        if isinstance(of_q[0], torch.Tensor):
+            of_q = (torch.where(keep, of_q[0], 1.0), *of_q[1:])
     u_p = transformed_logits(logits_p, temperature, softcap, logit_scale)
-    u_q = transformed_logits(logits_q.detach(), temperature, softcap, logit_scale)
+    u_q = transformed_logits(logits_q.detach(), *of_q)
     no_p, no_q = u_p == float("-inf"), u_q == float("-inf")
     zero = no_p.all(-1) | no_q.all(-1) | ~keep
     infinite = torch.zeros_like(zero)

@@ -38,6 +38,7 @@ COMPOSED = {
     "policy_step": {"token_stats", "policy_loss"},
     "policy_step_hidden": {"linear_token_stats", "policy_loss"},
     "linear_token_stats_at": {"linear_token_stats", "token_stats_at"},
+    "distill_step": {"linear_paired_divergence"},
 }
 # Ops with their own rows in the doctor's table that are called through another public name.
 CALLED_THROUGH = {

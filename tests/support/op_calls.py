@@ -469,6 +469,49 @@ def _head(p: Problem) -> Arguments:
     return {"hidden": p.hidden(), "weight": p.weight(), "target": p.target()}
 
 
+def _heads(p: Problem) -> Arguments:
+    """A student and a teacher of twice its hidden size."""
+    teacher = {
+        "teacher_hidden": p.normal("teacher_hidden", p.sizes.tokens, 2 * p.sizes.hidden, dtype=p.dtype),
+        "teacher_weight": p.normal("teacher_weight", p.sizes.vocab, 2 * p.sizes.hidden, scale=0.5, dtype=p.dtype),
+    }
+    return _head(p) | teacher | {"kind": "jsd"}
+
+
+TEACHER_OF_LOGITS = Option(
+    lambda p: {"teacher_hidden": None, "teacher_weight": None, "teacher_logits": p.logits("teacher")}
+)
+# What the teacher's side adds to an option of the student's.
+OF_TEACHER: dict[str, Callable[[Problem], Arguments]] = {
+    "temperatures": lambda p: {"teacher_temperature": p.positive("teacher_temperature")},
+    "softcap": lambda p: {"teacher_softcap": 10.0, "teacher_temperature": 0.9},
+    "scale": lambda p: {"teacher_logit_scale": 0.8},
+    "bias": lambda p: {"teacher_bias": p.normal("teacher_bias", p.sizes.vocab, dtype=p.dtype)},
+    "all": lambda p: {"teacher_bias": p.normal("teacher_bias", p.sizes.vocab, dtype=p.dtype), "teacher_softcap": 12.0},
+}
+
+
+def _both(name: str, option: Option) -> Option:
+    """An option of the student with what belongs to it on the teacher's side."""
+    if name not in OF_TEACHER:
+        return option
+    return Option(lambda p: option.arguments(p) | OF_TEACHER[name](p), option.differentiable)
+
+
+PAIR_OPTIONS = {name: _both(name, option) for name, option in HEAD_OPTIONS.items()} | {
+    "forward": _constant(kind="kl_forward"),
+    "reverse": _constant(kind="kl_reverse"),
+    "beta": _constant(beta=0.2),
+    "skew": _constant(kind="skew_reverse", alpha=0.3),
+    "teacher_logits": TEACHER_OF_LOGITS,
+    "no_target": _constant(target=None),
+}
+
+
+def _weights(p: Problem) -> Arguments:
+    return {"coef": p.advantage(), "mask": p.mask(), "normalizer": "batch"}
+
+
 def _preference(p: Problem, name: str, pairs: bool = True) -> Arguments:
     """Return a preference loss over pairs that are not adjacent in the batch, or over single responses."""
     seqs = p.sizes.sequences
@@ -603,6 +646,42 @@ ROWS: tuple[Row, ...] = (
         ("hidden", "weight", "bias"),
         HEAD_OPTIONS | IDS_OPTIONS,
         rich=("top_k",),
+    ),
+    Row(
+        "linear_paired_divergence",
+        "linear_paired_divergence",
+        "head",
+        _heads,
+        ("hidden", "weight", "bias"),
+        PAIR_OPTIONS,
+        rich=("all",),
+    ),
+    Row(
+        "linear_paired_divergence",
+        "distill_step",
+        "head",
+        lambda p: _heads(p) | _weights(p),
+        ("hidden", "weight", "bias"),
+        PAIR_OPTIONS,
+        rich=("teacher_logits",),
+    ),
+    Row(
+        "distill_step",
+        "distill_step",
+        "rows",
+        lambda p: _logits(p) | _weights(p) | {"teacher_logits": p.logits("teacher"), "kind": "jsd"},
+        ("logits",),
+        {name: _both(name, option) for name, option in TEMPERATURES.items()}
+        | {
+            "difficult": Option(
+                lambda p: {"logits": p.difficult_logits(), "teacher_logits": p.difficult_logits("teacher")}
+            ),
+            "forward": _constant(kind="kl_forward"),
+            "reverse": _constant(kind="kl_reverse"),
+            "beta": _constant(beta=0.2, coef=None, mask=None, normalizer=None),
+            "tvd": _constant(kind="tvd"),
+        },
+        rich=("softcap",),
     ),
     Row(
         "policy_loss",

@@ -1,0 +1,26 @@
+"""How the caller chooses a divergence: its kind, and the one number that some kinds have."""
+
+import math
+
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.codes import DIVERGENCES, SKEW
+from tokfuse.runtime.core.errors import refuse
+
+# The defaults, which mean "not given" to a kind without that parameter.
+BETA, ALPHA = 0.5, 0.1
+
+
+def mix_weight_of(op: str, kind: str, beta: float, alpha: float) -> float:
+    """The weight in the mixture: alpha for the skew kinds, else beta. Refuses one that `kind` does not use."""
+    checks.check_choice(op, "kind", kind, DIVERGENCES)
+    if not 0.0 < checks.check_number(op, "beta", beta, -math.inf) < 1.0:
+        raise refuse(op, "beta", "in (0, 1)", repr(beta), 'Its limits are kind="kl_forward" (0) and "kl_reverse" (1).')
+    if not 0.0 < checks.check_number(op, "alpha", alpha, -math.inf) < 1.0:
+        hint = 'Its limit 0 is kind="kl_forward" or "kl_reverse".'
+        raise refuse(op, "alpha", "in (0, 1)", repr(alpha), hint)
+    if kind != "jsd" and beta != BETA:
+        raise refuse(op, "beta", f'left out with kind="{kind}"', repr(beta), 'It weights the mixture of kind="jsd".')
+    if kind not in SKEW and alpha != ALPHA:
+        hint = 'It weights the mixture of kind="skew_forward" and "skew_reverse".'
+        raise refuse(op, "alpha", f'left out with kind="{kind}"', repr(alpha), hint)
+    return alpha if kind in SKEW else beta

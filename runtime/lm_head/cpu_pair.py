@@ -1,0 +1,151 @@
+"""Two heads on the CPU: torch's GEMMs of both sides around one native row kernel.
+
+Rows have the logits of both sides in full, so every divergence needs each GEMM once. The student's
+fill a buffer, and their gradient overwrites them. The teacher's are of no use after the row kernel:
+they come in smaller chunks, of which each overwrites the one before.
+
+The first buffer lies where dW will be, and so do the teacher's logits if there is room beside it.
+Everything after that shares `memory_budget`.
+"""
+
+import torch
+
+from tokfuse.runtime.backends import row_args
+from tokfuse.runtime.core import native
+from tokfuse.runtime.lm_head.cpu_head import Head, HeadGradients, LogitsBuffer, dw_buffer
+from tokfuse.runtime.lm_head.pair_problem import (
+    Coefficients,
+    Gradients,
+    LogitsPair,
+    PairProblem,
+    Stats,
+    check_logits_values,
+    check_values_of,
+)
+from tokfuse.runtime.lm_head.problem import wanted
+
+
+def pair_run(p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradients]:
+    """2MV(Hs + Ht) operations for the logits and 4MVHs for the gradients. A `PairRun`."""
+    check_values_of("linear_paired_divergence", p)
+    with torch.no_grad():
+        return _PairWork(p, given).run()
+
+
+def logits_run(p: LogitsPair, coefficient: torch.Tensor) -> tuple[Stats, torch.Tensor]:
+    """One read of both sides, one write. A `LogitsRun`."""
+    check_logits_values("distill_step", p)
+    module = native.loaded()
+    stats = tuple(torch.empty(p.logits.shape[0], dtype=torch.float32) for _ in range(5))
+    grad_logits = native.empty_like_rows(p.logits)
+    student = row_args.logits_args(module, p.logits.detach(), p.target, p.options)
+    teacher = row_args.logits_args(module, p.teacher_logits.detach(), p.target, p.teacher_options)
+    kind, mix_weight = p.divergence
+    bad = module.distill_rows(
+        row_args.distill_args(module, student, teacher, kind=kind, mix_weight=mix_weight),
+        row_args.distill_out(module, stats),
+        row_args.distill_grad(module, coefficient, grad_logits=grad_logits),
+    )
+    assert bad < 0  # values were checked
+    return stats, grad_logits
+
+
+class _PairWork:
+    """One call's buffers."""
+
+    def __init__(self, p: PairProblem, given: Coefficients | None) -> None:
+        self.problem, self.student = p, p.student
+        self.teacher = p.teacher_head(p.student.memory_budget)
+        self.coefficients = None if given is None else given.each(torch.Tensor.float)
+        needs = (False, False, False) if given is None else wanted(p.student)
+        self.backward = any(needs)
+        self.head = Head(self.student)
+        self.teacher_head = None if self.teacher is None else Head(self.teacher)
+        self.gradients = HeadGradients(self.head, needs)
+        self.stats = tuple(torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(5))
+        self.out = row_args.distill_out(native.loaded(), self.stats)
+
+    def run(self) -> tuple[Stats, Gradients]:
+        """Chunk after chunk of the rows that are needed."""
+        index, start = self._rows(), 0
+        if index.shape[0] > 0:
+            rows = self._rows_in_budget(1)
+            first = None
+            if self.gradients.weight is not None:
+                first = dw_buffer(self.gradients.weight, index.shape[0], min(rows, index.shape[0]))
+            if first is not None:
+                beside = self._beside(first)
+                teacher = beside if beside is not None and beside.rows >= min(rows, first.rows) else None
+                start = self._fill(first, teacher or self._teacher_buffer(min(rows, first.rows)), index)
+        if start < index.shape[0]:
+            rows = min(self._rows_in_budget(2), index.shape[0] - start)
+            pool, teacher = LogitsBuffer.workspace(rows, self.student.vocab), self._teacher_buffer(rows)
+            while start < index.shape[0]:
+                start += self._fill(pool, teacher, index[start:])
+        return self.stats, self.gradients.finish()
+
+    def _rows(self) -> torch.Tensor:
+        """Tokens to compute: those that count, of them those with a gradient if there are coefficients."""
+        mask = self.student.options.mask
+        active = None if self.coefficients is None else self.coefficients.active()
+        needed = mask if active is None else (active if mask is None else active & mask)
+        return torch.arange(self.student.tokens) if needed is None else needed.nonzero().squeeze(1)
+
+    def _rows_in_budget(self, sides: int) -> int:
+        """Rows whose logits of the teacher, and with two sides of the student, the budget holds."""
+        buffers = sides - (self.teacher is None)
+        columns = 2 * self.student.hidden.shape[1]
+        if self.teacher is not None:
+            columns += self.teacher.hidden.shape[1]
+        return max(1, self.student.memory_budget // (4 * (buffers * self.student.vocab + columns + 16)))
+
+    def _teacher_buffer(self, rows: int) -> LogitsBuffer | None:
+        return None if self.teacher is None else LogitsBuffer.workspace(rows, self.student.vocab)
+
+    def _beside(self, first: LogitsBuffer) -> LogitsBuffer | None:
+        """What `first` leaves of the memory of dW."""
+        used = -(-first.vocab // first.tile) * first.rows * first.tile
+        left = first.storage[used:]
+        rows = min(left.shape[0] // first.vocab, first.rows)
+        if self.teacher is None or rows == 0:
+            return None
+        return LogitsBuffer(left[: rows * first.vocab], rows, first.vocab, first.vocab)
+
+    def _fill(self, buffer: LogitsBuffer, teacher: LogitsBuffer | None, tokens: torch.Tensor) -> int:
+        """Statistics of as many tokens as the buffer holds, and their gradient GEMMs; returns how many."""
+        tokens = tokens[: buffer.rows]
+        rows = tokens.shape[0]
+        self.head.logits(self.head.rows_of_hidden(tokens), buffer, 0)
+        parts = 1 if teacher is None else -(-rows // teacher.rows)
+        size = -(-rows // parts)  # equal parts: a small last one would read the whole weight, too
+        for start in range(0, rows, size):
+            self._rows_of_buffer(buffer, start, teacher, tokens[start : start + size])
+        if self.backward:
+            self.gradients.add(buffer, tokens)
+        return rows
+
+    def _rows_of_buffer(
+        self, buffer: LogitsBuffer, start: int, teacher: LogitsBuffer | None, chunk: torch.Tensor
+    ) -> None:
+        """Statistics of these tokens, and their gradient over rows from `start` of the buffer."""
+        module, stop = native.loaded(), start + chunk.shape[0]
+        student = buffer.logits_args(self.student, start, stop, chunk)
+        kind, mix_weight = self.problem.divergence
+        args = row_args.distill_args(
+            module, student, self._teacher_args(teacher, chunk), kind=kind, mix_weight=mix_weight
+        )
+        given, grad = self.coefficients, row_args.distill_grad(module)
+        if given is not None and self.backward:
+            grad = row_args.distill_grad(module, *given, buffer.first_tile(start, stop))
+        bad = module.distill_rows(args, self.out, grad)
+        assert bad < 0  # values were checked before the first GEMM
+
+    def _teacher_args(self, buffer: LogitsBuffer | None, chunk: torch.Tensor) -> object:
+        """LogitsArgs of the teacher: the chunk's logits, or all of them as they came."""
+        t = self.problem.teacher
+        if buffer is None:
+            assert t.logits is not None
+            return row_args.logits_args(native.loaded(), t.logits.detach(), self.student.target, t.options)
+        assert self.teacher is not None and self.teacher_head is not None
+        self.teacher_head.logits(self.teacher_head.rows_of_hidden(chunk), buffer, 0)
+        return buffer.logits_args(self.teacher, 0, chunk.shape[0], chunk)

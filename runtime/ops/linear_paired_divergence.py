@@ -1,0 +1,260 @@
+"""linear_paired_divergence: two lm_heads compared token by token, without either one's logits."""
+
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
+from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.core.statistics import PairedStats
+from tokfuse.runtime.lm_head import cpu_pair, device_pair, reference_pair
+from tokfuse.runtime.lm_head.pair_problem import (
+    PAIR_ARGUMENTS,
+    PAIR_SCHEMA,
+    Coefficients,
+    Divergence,
+    PairProblem,
+    PairRun,
+    Teacher,
+    check_pair,
+)
+from tokfuse.runtime.reference import token_stats as stats_reference
+
+OP = "linear_paired_divergence"
+
+
+@ranged("linear_paired_divergence.fwd")
+def linear_paired_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
+    *,
+    kind: str,
+    beta: float = BETA,
+    alpha: float = ALPHA,
+    target: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    teacher_logits: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_temperature: float | torch.Tensor = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    memory_budget: int | None = None,
+) -> PairedStats:
+    """Divergence of a student's head from a teacher's, gradient to the student only.
+
+    `paired_divergence(hidden @ weight.T + bias, teacher_hidden @ teacher_weight.T + teacher_bias)`
+    without holding either one's logits. P is the student's distribution and Q the teacher's. Each
+    side has its own hidden size, bias, temperature, softcap and scale.
+
+    The direction of a KL is its `kind`: "kl_forward" is KL(Q || P), TRL's and GKD's beta = 0;
+    "kl_reverse" is KL(P || Q), their beta = 1. Between them is "jsd", whose beta means the same
+    there and here: the weight of the teacher in the mixture. Theirs reaches the KLs by a case
+    distinction; the Jensen-Shannon divergence itself goes to 0 at both ends.
+
+    Args:
+        hidden: (tokens, hidden) float32, bfloat16, float16 or float64: final hidden states of the
+            student.
+        weight: (vocab, hidden), same dtype and device: the student's lm_head.
+        teacher_hidden: (tokens, teacher_hidden), of the same tokens; with
+        teacher_weight: (vocab, teacher_hidden), in a dtype of their own. Neither may require grad.
+        kind: as of `paired_divergence`: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse"
+            or "tvd".
+        beta: weight of the teacher in the mixture of "jsd", in (0, 1).
+        alpha: weight in the mixture of the skew kinds, as of `paired_divergence`, in (0, 1).
+        target: (tokens,) int64, in [0, vocab) where mask is True: the sampled token. None: no
+            log-probabilities are returned.
+        bias: (vocab,), dtype of weight. None: no bias.
+        teacher_bias: (vocab,), dtype of teacher_weight. None: no bias.
+        teacher_logits: (tokens, vocab) instead of teacher_hidden and teacher_weight.
+        mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the student's logits.
+        softcap: cap of the tanh soft-cap (Gemma) of the student, > 0. None: no cap.
+        logit_scale: multiplies the student's logits before the cap (Cohere); > 0.
+        teacher_temperature: divides the teacher's logits.
+        teacher_softcap: cap of the teacher's logits.
+        teacher_logit_scale: multiplies the teacher's logits.
+        memory_budget: bytes of workspace for logits of both sides, in chunks of rows. None: 64 MiB;
+            on a GPU 1024 rows, up to 1 GiB. At least one row is always computed.
+
+    Returns:
+        PairedStats(divergence, entropy, logp, teacher_logp, top1_agreement), each (tokens,) float32
+        (float64 for float64). `logp - teacher_logp` estimates the reverse KL from one sampled token.
+
+    Numerics: as `paired_divergence` and `token_stats` over float32 logits; bfloat16 and float16
+        inputs are converted exactly, products accumulate in float32. dW is accumulated in float32 and
+        rounded once. Bitwise repeatable; the GEMM library may round a row differently in another
+        chunk size.
+
+    Gradients and memory: hidden, weight and bias, through divergence, entropy and logp. Saved: the
+        inputs. The backward recomputes both sides' logits for the rows whose incoming gradient is not
+        zero; `distill_step` forms the gradients in the forward and recomputes nothing. Peak extra
+        memory: memory_budget, the gradients, and a float32 dW if weight is 16-bit.
+
+    Examples:
+        >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
+        >>> teacher_hidden, teacher_weight = torch.ones(3, 16), torch.eye(5, 16)
+        >>> tokfuse.linear_paired_divergence(
+        ...     hidden, weight, teacher_hidden, teacher_weight, kind="kl_reverse"
+        ... ).divergence
+        tensor([0., 0., 0.])
+
+    Raises:
+        ValueError: wrong shape, dtype, device, range or kind; a teacher that requires grad; both or
+            neither of teacher_hidden and teacher_logits; a target out of range where mask is True.
+        BackendUnavailable: the forced backend cannot run this call.
+
+    Source: generalised JSD on the student's samples as GKD (arXiv 2306.13649); full-vocabulary
+        reverse KL as MiniLLM (arXiv 2306.08543). Exact.
+    """
+    problem = check_pair(
+        OP,
+        hidden,
+        weight,
+        bias,
+        target,
+        LogitOptions(temperature, softcap, logit_scale, mask),
+        Teacher(
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            teacher_logits,
+            LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None),
+        ),
+        Divergence(kind, mix_weight_of(OP, kind, beta, alpha)),
+        memory_budget,
+    )
+    stats = _forward(problem)
+    return stats if target is not None else stats._replace(logp=None, teacher_logp=None)
+
+
+def _forward(p: PairProblem) -> PairedStats:
+    s = p.student
+    capability = select(OP, s.hidden.device.type, s.hidden.dtype, p.features())
+    if capability.backend == "reference":
+        return PairedStats(*stats_reference.rounded(reference_pair.exact(p, OP), s.hidden.dtype))
+    if torch.compiler.is_compiling():
+        return PairedStats(*_pair_op(*p.flat()))
+    run: PairRun = capability.run
+    wants = any(x is not None and x.requires_grad for x in (s.hidden, s.weight, s.bias))
+    if wants and torch.is_grad_enabled():
+        return PairedStats(*_PairFunction.apply(s.hidden, s.weight, s.bias, p, run))
+    return PairedStats(*run(p, None)[0])
+
+
+register_cpu(OP, cpu_pair.pair_run, FLOAT_DTYPES, "softcap")
+register_cuda(OP, device_pair.CUDA_PAIR, FLOAT_DTYPES, "softcap")
+register_triton(OP, device_pair.TRITON_PAIR, FLOAT_DTYPES, "softcap")
+register_reference(OP, reference_pair.pair_run, "softcap")
+
+
+# ------------------------------------------------------------------------------- autograd, compile
+
+
+def _given(grads: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> Coefficients | None:
+    """The coefficients that the gradients of the outputs are; None without one."""
+    divergence, entropy, logp = grads[:3]
+    if divergence is None and entropy is None and logp is None:
+        return None
+    if divergence is None:
+        divergence = torch.zeros(like.shape[0], dtype=torch.float32, device=like.device)
+    return Coefficients(divergence, logp, entropy)
+
+
+class _PairFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p: PairProblem, run: PairRun
+    ) -> tuple[torch.Tensor, ...]:
+        stats, _ = run(p, None)
+        _save(ctx, p.flat())
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*stats[3:])
+        return stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @ranged("linear_paired_divergence.bwd")
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        p = PairProblem.from_flat(*_saved(ctx))
+        given = _given(grads, p.student.hidden)
+        if given is None:
+            return None, None, None, None, None
+        needs = tuple(ctx.needs_input_grad[:3])
+        return (*ctx.run(p._replace(student=p.student._replace(needs=needs)), given)[1], None, None)
+
+
+def _save(ctx: Any, flat: tuple[Any, ...]) -> None:
+    """Keep the tensors of a flat problem for the backward, and the rest beside them."""
+    tensors = [x if isinstance(x, torch.Tensor) else None for x in flat]
+    ctx.save_for_backward(*tensors)
+    ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """What `_save` kept."""
+    return [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+
+
+def _run_of(p: PairProblem) -> PairRun:
+    run: PairRun = select(OP, p.student.hidden.device.type, p.student.hidden.dtype, p.features()).run
+    return run
+
+
+@graph_op("tokfuse::linear_paired_divergence", f"({PAIR_SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
+@ranged("linear_paired_divergence.fwd")
+def _pair_op(*flat: Any) -> tuple[torch.Tensor, ...]:
+    p = PairProblem.from_flat(*flat)
+    return _run_of(p)(p, None)[0]
+
+
+@_pair_op.register_fake
+def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(5))
+
+
+@graph_op(
+    "tokfuse::linear_paired_divergence_backward",
+    f"({PAIR_SCHEMA}, Tensor? grad_divergence, Tensor? grad_entropy, Tensor? grad_logp"
+    ", bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+)
+@ranged("linear_paired_divergence.bwd")
+def _pair_backward_op(*arguments: Any) -> list[torch.Tensor]:
+    p, needs = PairProblem.from_flat(*arguments[:PAIR_ARGUMENTS]), arguments[-3:]
+    given = _given(arguments[PAIR_ARGUMENTS:-3], p.student.hidden)
+    grads = _run_of(p)(p._replace(student=p.student._replace(needs=needs)), given)[1]
+    return [p.student.hidden.new_empty(0) if x is None else x for x in grads]
+
+
+@_pair_backward_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> list[torch.Tensor]:
+    likes = (hidden, weight, bias if bias is not None else hidden)
+    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _save(ctx, inputs)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * (PAIR_ARGUMENTS - 3)
+    if all(x is None for x in grads[:3]):
+        return (None, None, None, *nothing)
+    needs = tuple(ctx.needs_input_grad[:3])
+    out = _pair_backward_op(*_saved(ctx), *grads[:3], *needs)
+    return (*(x if need else None for x, need in zip(out, needs, strict=True)), *nothing)
+
+
+_pair_op.register_autograd(_op_backward, setup_context=_setup_context)
