@@ -7,9 +7,8 @@ import torch
 
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options, check_values
 from tokfuse.runtime.lm_head.problem import GPU_ROWS, HEAD_SCHEMA, MIN_BUDGET, HeadProblem, check_head, check_targets
-from tokfuse.runtime.reference.token_stats import check_values
 
 Stats = tuple[torch.Tensor, ...]
 """divergence, entropy, logp, teacher_logp, top1_agreement: (tokens,) each."""
