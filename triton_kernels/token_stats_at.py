@@ -102,7 +102,7 @@ def log_probs_at_kernel(
         inside = start + offs_i < end
         ids = tl.load(ids_ptr + start + offs_i, mask=inside, other=-1)
         column = (ids >= 0) & (ids < vocab_size)
-        u, _ = rows.read(
+        u, slope = rows.read(
             row_ptr, bias_row_ptr, ids, inside & column & keep, softcap, logit_scale, bias_scale, HAS_SOFTCAP
         )
         logp = tl.where(inv_sum == 0.0, NEG_INF, (u - m) * nats - log_s)
@@ -116,7 +116,7 @@ def log_probs_at_kernel(
     # At most one column has p > 3/4.
     likeliest = tl.max(sure, axis=0)
     if likeliest >= 0:
-        u_id, _ = rows.read(
+        u_id, slope_id = rows.read(
             row_ptr, bias_row_ptr, likeliest, likeliest >= 0, softcap, logit_scale, bias_scale, HAS_SOFTCAP
         )
         offs_v = tl.arange(0, COLUMNS)
@@ -124,7 +124,7 @@ def log_probs_at_kernel(
         for start in range(0, vocab_size, COLUMNS):
             at = start + offs_v
             others = (at < vocab_size) & (at != likeliest)
-            u, _ = rows.read(row_ptr, bias_row_ptr, at, others, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
+            u, slope = rows.read(row_ptr, bias_row_ptr, at, others, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
             rest += tl.where(others, tl.exp2((u - u_id) * c), 0.0)
         logp = -rows.log_sum(tl.sum(rest, axis=0))
         tl.debug_barrier()
@@ -216,10 +216,10 @@ def gradient_at_kernel(
     total = tl.where(has_y | (ga == 0.0), own_y + others_y, float("nan"))
 
     c, nats = rows.base2_scale(temperature_ptr, token, temperature, softcap, logit_scale, HAS_SOFTCAP, HAS_BIAS)
-    logp, entropy = tl.load(logp_ptr + token), tl.load(entropy_ptr + token)
-    _, slope = rows.read(row_ptr, bias_row_ptr, y, has_y & active, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
-    value = _gradient_of_column(own_y, others_y, logp, entropy, gh, nats, slope)
-    tl.store(grad_at_target_ptr + token, tl.where(active, value, 0.0))
+    logp_y, entropy = tl.load(logp_ptr + token), tl.load(entropy_ptr + token)
+    u_y, slope_y = rows.read(row_ptr, bias_row_ptr, y, has_y & active, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
+    value_y = _gradient_of_column(own_y, others_y, logp_y, entropy, gh, nats, slope_y)
+    tl.store(grad_at_target_ptr + token, tl.where(active, value_y, 0.0))
     tl.store(grad_total_ptr + token, tl.where(active, total, 0.0))
 
     for start in range(begin, end, IDS):
@@ -235,7 +235,7 @@ def gradient_at_kernel(
             own += tl.sum(tl.where(same, g[None, :], 0.0), axis=1)
             others += tl.sum(tl.where(same, 0.0, g[None, :]), axis=1)
         logp = tl.load(logp_at_ptr + at, mask=at < end, other=0.0)
-        _, slope = rows.read(row_ptr, bias_row_ptr, ids, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
+        u, slope = rows.read(row_ptr, bias_row_ptr, ids, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
         value = _gradient_of_column(own, others, logp, entropy, gh, nats, slope)
         tl.store(grad_at_ptr + at, tl.where(inside, value, 0.0), mask=at < end)
 
