@@ -208,10 +208,7 @@ class Batch:
 
         Prepared fields are copied, so advantages keep the statistics of the whole batch.
         """
-        length = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()[seqs]
-        border = torch.nn.functional.pad(length.cumsum(0), (1, 0))
-        shift = self.cu_seqlens[:-1].long()[seqs] - border[:-1]
-        tokens = torch.arange(int(border[-1]), device=seqs.device) + shift.repeat_interleave(length)
+        border, tokens = self._cut(seqs)
         cut: dict[str, Any] = {"cu_seqlens": border.to(torch.int32)}
         for name in PER_SEQUENCE | PER_TOKEN:
             value = getattr(self, name)
@@ -221,6 +218,17 @@ class Batch:
             if value is not None:
                 cut[name] = value[tokens if per_token else seqs]
         return replace(self, **cut)
+
+    def rows(self, seqs: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of the sequences `seqs`, in this order, (tokens,) int64."""
+        return self._cut(seqs)[1]
+
+    def _cut(self, seqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (offsets of the sequences `seqs` once packed, their tokens)."""
+        length = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()[seqs]
+        border = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+        shift = self.cu_seqlens[:-1].long()[seqs] - border[:-1]
+        return border, torch.arange(int(border[-1]), device=seqs.device) + shift.repeat_interleave(length)
 
     def to_state(self) -> dict[str, Any]:
         """Return the fields, tensors and strings only, for a checkpoint; without `world`."""

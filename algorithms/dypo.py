@@ -109,7 +109,7 @@ class DYPO(Standard):
         # The fused loss reports a linear function with the gradient of GAL. The constant corrects its value.
         x = torch.where(plan_mask(plan), _required(batch.logp).double(), 0.0)
         linear = (slope * segment_sum(x, batch.sequence, batch.num_seqs)).sum()
-        constant = (1 - self.alpha) * (value - linear) / prompts
+        constant = (1 - self.alpha) * (value - linear)
         plan = replace(plan.weigh(weight), normalizer=float(prompts), constant=constant)
         kl = KL(estimator="k1", coef=1.0, clamp=UNBOUNDED)
         nothing = torch.zeros_like(batch.old_logp)

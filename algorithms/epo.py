@@ -114,7 +114,6 @@ class EPO(Standard):
         low, high = (batch.spread(k * history) for k in (self.kappa_low, self.kappa_high))
         known = batch.spread(seen > 0) & keep
         beta = self.beta(state["step"])
-        count = plan.count().clamp(min=1)
         if self.mode == "paper":
             outside = known & ~((low < entropy) & (entropy < high))
             penalty = self.alpha * outside.double()
@@ -127,7 +126,7 @@ class EPO(Standard):
             weight = (1.0 - beta * slope).to(batch.old_logp.dtype)
             # The weight carries the part slope * entropy of the penalty's value; the rest is constant.
             penalty = penalty - slope * batch.entropy.double()
-        constant = plan.objective.entropy_coef * beta * (penalty * keep).sum() / count
+        constant = plan.objective.entropy_coef * beta * (penalty * keep).sum()
         return replace(plan, entropy_weight=weight, constant=constant)
 
     def prepare(self, batch: Batch, state: State) -> Batch:

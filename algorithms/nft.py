@@ -24,7 +24,8 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
     summary="-log r on right answers, -log of the implicit negative policy on wrong ones",
     differs=(
         "The code switches to DAPO's loss if neg_weight is negative; here that is an error, use 'dapo'. "
-        "At token level the code divides the sum of the micro-batch by 1000: see `constant`."
+        "At token level the code divides the sum of each micro-batch by 1000 and then by the number of "
+        "micro-batches; here the sum of the whole optimizer step is divided by `constant`."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,9 @@ class NFT(Standard):
         shape: floors and clamps, a `tokfuse.NFT`.
         normalize: 0, 1 or 2, see above.
         neg_weight: weight of wrong answers; 0 is rejection fine-tuning.
-        constant: divisor of the sum over tokens, with level "token". With level "sequence_sum", the loss is
-            the plain sum over sequences.
+        constant: divisor of the sum over all tokens of an optimizer step, with level "token". With level
+            "sequence_sum", the loss is the plain sum over sequences. It does not grow with the batch, so
+            micro-batches must come from `Plan.take`.
 
     Inputs: group_ids, correct.
     State: none.
@@ -73,10 +75,16 @@ class NFT(Standard):
         return False
 
     def _normalizer(self, batch: Batch) -> float | str:
-        if self.aggregation == "token_sum":
-            return self.constant
+        if not self._fixed_divisor:
+            return "batch"
         # Each sequence has one loss, so its mean is that loss. Divided by 1, they are summed.
-        return 1.0 if self.level == "sequence_sum" else "batch"
+        whole = self.constant if self.aggregation == "token_sum" else 1.0
+        # Each rank contributes an equal part, so that the counts of all ranks add up to the constant.
+        return whole / len(batch.world.all(batch.old_logp.new_zeros(())))
+
+    @property
+    def _fixed_divisor(self) -> bool:
+        return self.aggregation == "token_sum" or self.level == "sequence_sum"
 
     def rate(self, batch: Batch) -> torch.Tensor:
         """Return q, the clamped success rate of each response's group, (seqs,) float64."""

@@ -280,12 +280,17 @@ class Standard(Algorithm):
             signal=batch.signal,
             token_weight=batch.token_weight,
             normalizer=self._normalizer(batch),
+            fixed=self._fixed_divisor,
         )
 
     def _normalizer(self, batch: Batch) -> float | str:
         if self.max_length is None:
             return "batch"
-        return float(max(1, batch.num_seqs) * self.max_length)
+        return float(batch.num_seqs * self.max_length)
+
+    @property
+    def _fixed_divisor(self) -> bool:
+        return False
 
     @property
     def needs_policy(self) -> bool:

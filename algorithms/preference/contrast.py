@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from tokfuse.algorithms.preference.base import PairLoss
+from tokfuse.algorithms.preference.base import PairLoss, pair_count
 from tokfuse.algorithms.preference.batch import PreferenceBatch, Side
 from tokfuse.algorithms.stateful import State
 from tokfuse.runtime.core.checks import check_choice, check_number
@@ -25,7 +25,8 @@ class NLL:
     Args:
         coef: weight, >= 0.
         reduction: "sum" or "mean" over the tokens of the response ("sum" is RPO's main text). "batch_mean": mean
-            over all chosen tokens of the batch, as a cross-entropy over the packed batch.
+            over all chosen tokens of the batch, as a cross-entropy over the packed batch. With micro-batches or
+            ranks, it needs `batch.counts`.
         times_beta: also multiply by the loss's beta (RPO: eta beta).
         level: apply the term only to pairs of this level. None: to all pairs.
     """
@@ -175,11 +176,18 @@ class Contrast(PairLoss):
         if term.reduction == "mean":
             nll = nll / chosen.length
         elif term.reduction == "batch_mean":
-            nll = nll * batch.num_units / self.chosen_tokens(batch)
+            total = self.totals(batch)
+            nll = nll * total["pairs"] / total["chosen_tokens"].clamp(min=1)
         if term.level is not None:
             assert batch.level is not None
             nll = torch.where(batch.level[units] == term.level, nll, 0.0)
         return nll
+
+    def counts(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+        """Return also the number of chosen tokens, with reduction "batch_mean"."""
+        if self.nll is None or self.nll.reduction != "batch_mean":
+            return super().counts(batch)
+        return super().counts(batch) | {"pairs": pair_count(batch), "chosen_tokens": self.chosen_tokens(batch)}
 
     def chosen_tokens(self, batch: PreferenceBatch) -> torch.Tensor:
         """Return the number of counting tokens of the batch's chosen responses, () float64."""
@@ -189,4 +197,4 @@ class Contrast(PairLoss):
             keep = torch.ones(batch.num_tokens, dtype=torch.bool, device=batch.pairs.device)
         before = torch.nn.functional.pad(keep.double().cumsum(0), (1, 0))
         at = before[batch.cu_seqlens.long()]
-        return (at[1:] - at[:-1])[batch.pairs[:, 0]].sum().clamp(min=1)
+        return (at[1:] - at[:-1])[batch.pairs[:, 0]].sum()

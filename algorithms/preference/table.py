@@ -160,6 +160,8 @@ _row(
     "DPO without a reference, plus the likelihood of the chosen response",
     reference=False,
     nll=NLL(coef=1.0, reduction="batch_mean"),
+    differs="TRL takes the token mean of each micro-batch. Here it is over the whole step: see "
+    "`PreferenceBatch.counts`.",
 )
 
 # ------------------------------------------------------------------------------------------- others

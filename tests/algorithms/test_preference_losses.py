@@ -292,11 +292,11 @@ def test_finite_differences(name: str):
     loss = example(name)
     batch = example_batch(loss)
     _, _, logp, _ = sequences(2)
-    _, grad = run(loss, batch, logp)
+    _, grad = run(loss, batch, logp, normalizer="batch")
     for t in (0, 4, 15, 24):
         step = torch.zeros(TOKENS, dtype=torch.float64)
         step[t] = 1e-5
-        up, down = (run(loss, batch, logp + k * step)[0].loss.item() for k in (1, -1))
+        up, down = (run(loss, batch, logp + k * step, normalizer="batch")[0].loss.item() for k in (1, -1))
         assert float(grad[t]) == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-8)
 
 
@@ -311,7 +311,7 @@ def test_trap_1_rpo_is_the_sum_and_three_others_share_its_name():
 
     def term(nll: NLL) -> float:
         loss = algorithms.make("rpo", nll=nll)
-        return (float(run(loss, batch, logp)[0].loss) - math.log(2)) / 0.5
+        return (float(run(loss, batch, logp, normalizer="batch")[0].loss) - math.log(2)) / 0.5
 
     assert term(NLL(coef=0.005, reduction="sum", times_beta=True)) == pytest.approx(0.015)
     assert term(NLL(coef=0.005, reduction="batch_mean")) == pytest.approx(0.005)
