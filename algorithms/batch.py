@@ -105,6 +105,12 @@ class Batch:
         signal: (tokens,), float. Target signal or success rate, for shapes that need one. Set by
             `Algorithm.prepare`.
         token_weight: (tokens,), float. Multiplies the policy term. None: 1.
+        imitation: (seqs,), float. Weight of the log-likelihood of the response. Set by `Algorithm.prepare` (DYPO,
+            A2PR).
+        contrast: (seqs,), bool. Whether the response is compared with others of its prompt. Set by
+            `Algorithm.prepare` (DYPO).
+        prompt_share: (seqs,), float. 1 / number of responses to the prompt in the rollout. Set by
+            `Algorithm.prepare` (DYPO).
         world: the ranks that share the batch.
 
     Raises:
@@ -136,6 +142,9 @@ class Batch:
     advantage_level: str = "sequence"
     signal: torch.Tensor | None = None
     token_weight: torch.Tensor | None = None
+    imitation: torch.Tensor | None = None
+    contrast: torch.Tensor | None = None
+    prompt_share: torch.Tensor | None = None
     world: World = World()
 
     def __post_init__(self) -> None:
@@ -250,6 +259,9 @@ PER_SEQUENCE = {
     "finished": BOOL,
     "demonstration": BOOL,
     "advantage": FLOATS,
+    "imitation": FLOATS,
+    "contrast": BOOL,
+    "prompt_share": FLOATS,
 }
 PER_TOKEN = dict.fromkeys(
     (
@@ -271,7 +283,11 @@ PER_TOKEN = dict.fromkeys(
 ) | {"mask": BOOL, "window": BOOL}
 
 _PASS_IT = "Pass it when you create the Batch."
+_PREPARE = "Call algorithm.prepare(batch, state) first."
 _HOW_TO_GET = {
+    "imitation": _PREPARE,
+    "contrast": _PREPARE,
+    "prompt_share": _PREPARE,
     "logp": "Pass batch.with_policy(token_stats(...).logp), or old_logp on the first update.",
     "entropy": "Pass token_stats(...).entropy.",
     "sum_sq": "Pass token_stats(...).sum_sq.",

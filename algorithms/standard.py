@@ -235,6 +235,13 @@ class Standard(Algorithm):
         score = batch.reward if batch.correct is None else batch.correct.float()
         return batch.spread(informative(score, cast(torch.Tensor, batch.group_ids)))
 
+    def prepare(self, batch: Batch, state: State) -> Batch:
+        """Return the batch with its advantages, the selected mask, and what the rules decide about groups."""
+        batch = super().prepare(batch, state)
+        for rule in self.rules:
+            batch = rule.prepare(batch)
+        return batch
+
     # ------------------------------------------------------------------------------------- the loss
 
     def objective(self, batch: Batch, state: State) -> Plan:

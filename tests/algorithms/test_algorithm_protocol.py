@@ -107,28 +107,7 @@ def test_groups_without_spread_have_no_gradient():
             assert not grad.any(), name
 
 
-# ---------------------------------------------------------------------------- minibatches and ranks
-
-
-# The loss of these methods depends on all tokens of an optimizer step, or is normalised by its own count.
-WHOLE = ("bapo", "cip_entropy", "clip_cov", "dr_grpo", "dypo", "high_entropy", "kl_cov", "nft", "vapo")
-
-
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in WHOLE])
-def test_minibatches_add_up(name: str):
-    """Parts with the count of the whole batch give the loss of the whole batch, unless a method is global."""
-    method, batch = example(name), rollout(3)
-    state = method.initial_state()
-    prepared = method.prepare(batch, state)
-    whole = method.plans(prepared, state)
-    total = [float(plan.loss(batch.logp, batch.entropy).loss) for plan in whole]
-    parts = [0.0] * len(whole)
-    for ids in ([0, 5, 3], [1, 2, 4, 11], [6, 7, 8, 9, 10]):
-        part = prepared.take(torch.tensor(ids))
-        for k, plan in enumerate(method.plans(part, state)):
-            count = float(whole[k].count())
-            parts[k] += float(plan.loss(part.logp, part.entropy, normalizer=count).loss)
-    assert parts == pytest.approx(total, rel=1e-9, abs=1e-12)
+# ------------------------------------------------------------------------------------- minibatches
 
 
 def test_take_keeps_order_and_fields():

@@ -1,6 +1,7 @@
 """Test that no gradient depends on how an optimizer step is split into micro-batches or over ranks."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from preference_cases import LENGTHS, LOSSES, example_batch, sequences
 from preference_cases import example as example_loss
 
 import tokfuse
-from tokfuse import KeepRule
-from tokfuse.algorithms import NLL, Correction, Plan, PreferenceBatch, World, preference_step
+from tokfuse import KeepRule, algorithms
+from tokfuse.algorithms import NLL, Correction, Plan, PositiveLikelihood, PreferenceBatch, World, preference_step
 
 PARTS = ([list(range(12))], [[0, 5, 3, 7, 8], [1, 2, 4, 6, 9, 10, 11]], [[11, 0], [1, 4, 5], [2, 3, 6, 7, 8, 9], [10]])
 
@@ -123,6 +124,113 @@ def test_an_empty_rank_counts_nothing():
             assert float(plan.count()) == 0.0
             loss, grad, *_ = gradient_of(plan, b.logp)
             assert float(loss) == 0.0 and grad.numel() == 0
+
+
+# ------------------------------------------------------------------------------------ minibatches
+
+# These decide over the tokens of an optimizer step. Micro-batches come from Plan.take, tested above.
+OF_A_STEP = ("bapo", "cip_entropy", "clip_cov", "high_entropy", "kl_cov", "vapo")
+# DYPO's pairwise term needs the whole prompt: see the test below.
+SPLIT = {"dypo": {"alpha": 1.0}}
+
+
+def in_two(members: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Return every split of the members into two parts, the empty one included."""
+    first, *rest = members
+    out = []
+    for choice in itertools.product((False, True), repeat=len(rest)):
+        out.append(
+            tuple([m for m, c in zip(members, (False, *choice), strict=True) if c == side] for side in (False, True))
+        )
+    assert len(out) == 2 ** len(rest) and ([first], rest) in out
+    return out
+
+
+def added(method, prepared, parts, normalizer: list[float]) -> list[list[torch.Tensor]]:
+    """Return [loss, d logp, d entropy] of every plan, summed over minibatches that are planned one by one."""
+    state = method.initial_state()
+    b, out = prepared, None
+    for ids in map(torch.tensor, parts):
+        rows, plans = b.rows(ids), method.plans(b.take(ids), state)
+        if out is None:
+            out = [[torch.zeros(()).double(), torch.zeros_like(b.logp), torch.zeros_like(b.logp)] for _ in plans]
+        for total, plan, count in zip(out, plans, normalizer, strict=True):
+            loss, x, h = values(plan, b.logp[rows], b.entropy[rows], count)
+            total[0] += loss
+            total[1][rows] += x
+            total[2][rows] += h
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OF_A_STEP])
+def test_groups_split_in_every_way(name: str):
+    """Group decisions are of the rollout: no split of a hard, a mixed or an easy prompt changes a gradient."""
+    correct = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
+    b = rollout(3, correct=correct)  # 3, 6 and 11 are a teacher's
+    method = example(name, **SPLIT.get(name, {}))
+    state = method.initial_state()
+    prepared = method.prepare(b, state)
+    plans = method.plans(prepared, state)
+    counts = [float(plan.count()) for plan in plans]
+    whole = [values(plan, b.logp, b.entropy) for plan in plans]
+    for first in (0, 4, 8):
+        others = [i for i in range(12) if not first <= i < first + 4]
+        for left, right in in_two(list(range(first, first + 4))):
+            parts = [part for part in (left + others[:3], right + others[3:]) if part]
+            for got, want in zip(added(method, prepared, parts, counts), whole, strict=True):
+                for x, y in zip(got, want, strict=True):
+                    compare(x, y, atol=1e-12 * max(1.0, float(y.abs().max())))
+
+
+def test_a_part_of_a_mixed_prompt_is_not_hard():
+    """A teacher, two right and two wrong answers. Taken as [0, 3, 4], the teacher was imitated (gradient -1/3)."""
+    b = rollout(0).take(torch.arange(5))
+    b = dataclasses.replace(
+        b,
+        group_ids=torch.zeros(5, dtype=torch.int64),
+        reward=torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0]).double(),
+        correct=torch.tensor([0, 1, 1, 0, 0], dtype=torch.bool),
+        demonstration=torch.tensor([1, 0, 0, 0, 0], dtype=torch.bool),
+    )
+    method = example("dypo", alpha=1.0)
+    part = method.prepare(b, {}).take(torch.tensor([0, 3, 4]))
+    plan = method.objective(part, {})
+    _, grad = gradient_of(plan, part.logp)
+    assert not grad[part.spread(part.demonstration)].any() and bool(grad.any())
+    assert float(plan.count()) == pytest.approx(3 / 5)
+    with pytest.raises(
+        ValueError, match="all responses of a prompt whose responses are right and wrong, or none; got a"
+    ):
+        pairwise = example("dypo")
+        pairwise.objective(pairwise.prepare(b, {}).take(torch.tensor([0, 3, 4])), {})
+
+
+def test_minibatches_of_whole_prompts_with_pairwise_alignment():
+    correct = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
+    b, method = rollout(3, correct=correct, reward=correct.double()), example("dypo")
+    prepared = method.prepare(b, {})
+    (plan,) = method.plans(prepared, {})
+    want = values(plan, b.logp, b.entropy)
+    # Only the prompt of 4 ... 7 is mixed: the hard and the easy one may be split.
+    for parts in ([[0, 4, 5, 6, 7, 8], [1, 2, 3, 9, 10, 11]], [[0, 1, 8, 9], [2, 11], [3, 7, 6, 5, 4, 10]]):
+        (got,) = added(method, prepared, parts, [float(plan.count())])
+        for x, y in zip(got, want, strict=True):
+            compare(x, y, atol=1e-13)
+
+
+def test_the_best_of_a_group_is_the_best_of_the_rollout():
+    """The second best alone in a minibatch would have been the best."""
+    b = rollout(0, binary=False)
+    method = example("a2pr_nll")
+    prepared = method.prepare(b, {})
+    for i in range(12):
+        part = prepared.take(torch.tensor([i]))
+        group = b.reward[b.group_ids == b.group_ids[i]]
+        liked = bool(method.objective(part, {}).kl_weight.any())
+        assert liked == (float(b.reward[i]) == float(group.max()) and bool(part.mask.any()))
+    rule = PositiveLikelihood(of="group_best", over="all")
+    ruled = algorithms.make("dapo", overlong=None, skip_uniform=False, rules=(rule,))
+    assert torch.equal(ruled.prepare(b, {}).imitation, prepared.imitation)
 
 
 # ------------------------------------------------------------------------------------- preferences
