@@ -170,6 +170,7 @@ def _optimal_token_baseline(batch: Batch, reward: torch.Tensor, options: Mapping
 
 
 _TOKEN = {"reinforce_pp": _reward_to_go, "gae": _gae, "otb": _optimal_token_baseline}
+PER_TOKEN = frozenset(_TOKEN)
 
 
 def _whiten(batch: Batch, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tokfuse.algorithms.selection import informative
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.policy.objective import KL, Objective
-from tokfuse.runtime.policy.shapes import PPOClip, Shape
+from tokfuse.runtime.policy.shapes import Gamma, PPOClip, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +168,14 @@ class Standard(Algorithm):
         if self.kl_control is not None and self.kl is None:
             raise refuse(
                 self._op, "kl_control", "None without a KL term", self.kl_control, "Set kl=KL(coef=...) to start from."
+            )
+        if isinstance(self.shape, Gamma) and self.correction is not None and self.correction.mode != "keep":
+            raise refuse(
+                self._op,
+                "correction",
+                "None, or one of mode 'keep', with the shape Gamma (the weight belongs inside its gate)",
+                self.correction,
+                "Use bypass=True: the ratio to sampler_logp is the ratio of the update times the weight.",
             )
         if self.bypass and self.correction is not None:
             raise refuse(

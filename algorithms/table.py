@@ -187,7 +187,15 @@ _row(
     aggregation=SEQ_MEAN,
     differs="The loss at ratio 1 is -2 A / tau. Compare its gradients with other methods, not its loss.",
 )
-_row("vespo", "TRL", "stop-gradient gamma gate of the sequence ratio", level="sequence_sum", shape=Gamma())
+_row(
+    "vespo",
+    "TRL",
+    "stop-gradient gamma gate of the sequence ratio",
+    level="sequence_sum",
+    shape=Gamma(),
+    differs="The authors add the log-weights of the rollout mismatch to the sequence's log-ratio. bypass=True does the "
+    "same, without bounds on the weights. A `Correction` would multiply the gate and is refused.",
+)
 
 # ------------------------------------------------------------------------------- tokens, likelihood
 

@@ -119,10 +119,21 @@ def test_adora_with_weight_one_is_the_base():
 def test_tppo(backend: Backend):
     def formula(b, x, h):
         keep = b.window & b.valid
-        loss = ppo(x, b.old_logp, gae(b, 0.9, gamma=0.99))
+        paid = dataclasses.replace(b, reward=torch.where(b.finished, b.reward, 0.0))
+        loss = ppo(x, b.old_logp, gae(paid, 0.9, gamma=0.99))
         return loss[keep].sum() / keep.sum()
 
-    check(backend, algorithms.make("tppo", gamma=0.99, lam=0.9), formula, rollout(2, binary=False))
+    b = rollout(2, binary=False)
+    assert bool(b.reward[~b.finished].all())
+    check(backend, algorithms.make("tppo", gamma=0.99, lam=0.9), formula, b)
+
+
+def test_tppo_pays_no_outcome_to_an_unfinished_response():
+    b, method = rollout(2), algorithms.make("tppo", gamma=1.0, lam=0.9)
+    other = dataclasses.replace(b, reward=torch.where(b.finished, b.reward, 7.0))
+    assert torch.equal(method.advantages(b).value, method.advantages(other).value)
+    paid = dataclasses.replace(b, token_reward=torch.ones_like(b.value))
+    assert not torch.equal(method.advantages(paid).value, method.advantages(b).value)
 
 
 def test_tppo_critic_sees_finished_sequences_only():
