@@ -111,6 +111,8 @@ class Batch:
             `Algorithm.prepare` (DYPO).
         prompt_share: (seqs,), float. 1 / number of responses to the prompt in the rollout. Set by
             `Algorithm.prepare` (DYPO).
+        turn_entropy: (seqs,), float, nats. Mean entropy of the response's turn over all rollouts. Set by
+            `Algorithm.prepare` (EPO).
         world: the ranks that share the batch.
 
     Raises:
@@ -145,6 +147,7 @@ class Batch:
     imitation: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
     prompt_share: torch.Tensor | None = None
+    turn_entropy: torch.Tensor | None = None
     world: World = World()
 
     def __post_init__(self) -> None:
@@ -262,6 +265,7 @@ PER_SEQUENCE = {
     "imitation": FLOATS,
     "contrast": BOOL,
     "prompt_share": FLOATS,
+    "turn_entropy": FLOATS,
 }
 PER_TOKEN = dict.fromkeys(
     (
@@ -288,6 +292,7 @@ _HOW_TO_GET = {
     "imitation": _PREPARE,
     "contrast": _PREPARE,
     "prompt_share": _PREPARE,
+    "turn_entropy": _PREPARE,
     "logp": "Pass batch.with_policy(token_stats(...).logp), or old_logp on the first update.",
     "entropy": "Pass token_stats(...).entropy.",
     "sum_sq": "Pass token_stats(...).sum_sq.",

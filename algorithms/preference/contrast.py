@@ -15,6 +15,7 @@ from tokfuse.runtime.core.errors import refuse
 LINKS = ("logistic", "robust", "hinge", "square", "exo", "discopop")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 LENGTHS = ("sum", "mean")
+EXPONENT_MAX = 80.0  # as in TRL, whose exponents are float32
 NLL_REDUCTIONS = ("sum", "mean", "batch_mean")
 
 
@@ -59,7 +60,8 @@ class Contrast(PairLoss):
         length: "sum" or "mean" over the counting tokens.
         reference: False uses logp alone; passing a reference is then an error.
         divergence: f of the log-ratio x: "reverse_kl" x, "forward_kl" -exp(-x), "js" log sig(x),
-            "alpha" exp((alpha-1) x) / (alpha-1).
+            "alpha" exp((alpha-1) x) / (alpha-1). Exponents are clamped to at most 80, with gradient 0 beyond.
+            Only "reverse_kl" has length "mean".
         alpha: parameter of the divergence "alpha", and only for it; not 1.
         nll: likelihood term of the chosen response, or None.
         weighting: "none", or "wpo": weight by how likely the policy is to generate the pair, see `PairLoss`.
@@ -110,6 +112,14 @@ class Contrast(PairLoss):
                 repr(self.divergence),
                 "Only a ratio to the reference has a divergence.",
             )
+        if self.length == "mean" and self.divergence != "reverse_kl":
+            raise refuse(
+                self._op,
+                "divergence",
+                "'reverse_kl' with length 'mean'",
+                repr(self.divergence),
+                "The constants of f' cancel between responses of one weight only. Use length='sum'.",
+            )
 
     def _check_smoothing(self) -> None:
         check_number(self._op, "smoothing", self.smoothing, 0.0, 0.5)
@@ -137,12 +147,12 @@ class Contrast(PairLoss):
         """Return s of one side: the implicit reward divided by beta."""
         x = side.log_ratio
         if self.divergence == "forward_kl":
-            x = -torch.exp(-x)
+            x = -torch.exp((-x).clamp(max=EXPONENT_MAX))
         elif self.divergence == "js":
             x = logsigmoid(x)
         elif self.divergence == "alpha":
             assert self.alpha is not None
-            x = torch.exp((self.alpha - 1.0) * x) / (self.alpha - 1.0)
+            x = torch.exp(((self.alpha - 1.0) * x).clamp(max=EXPONENT_MAX)) / (self.alpha - 1.0)
         return x / side.length if self.length == "mean" else x
 
     def reward(self, side: Side) -> torch.Tensor:
