@@ -143,7 +143,8 @@ _row(
     "per-position baseline weighted by the squared score",
     advantage="otb",
     differs="With importance weights, verl multiplies by w^2; this version assumes an on-policy batch. "
-    "A masked token has no weight and no reward.",
+    "A masked token has no weight and no reward. A group of one has no baseline, as in verl; verl's option "
+    "handle_zero_tail (default: off) is in `integrations.verl_advantages` only.",
 )
 
 # ------------------------------------------------------------------------------ other ratios, gates
