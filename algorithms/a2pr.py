@@ -42,7 +42,14 @@ class A2PR(Standard):
         super().__post_init__()
         check_number(self._op, "mu", self.mu, 0.0)
 
+    @property
+    def _gate(self) -> PositiveLikelihood:
+        return PositiveLikelihood(coef=self.mu, of="group_best", over="all")
+
+    def prepare(self, batch: Batch, state: State) -> Batch:
+        """Return the prepared batch of the base, with the best responses of each group marked."""
+        return self._gate.prepare(super().prepare(batch, state))
+
     def objective(self, batch: Batch, state: State) -> Plan:
         """Return the base plan with the likelihood term."""
-        rule = PositiveLikelihood(coef=self.mu, of="group_best", over="all")
-        return rule.apply(super().objective(batch, state), state)
+        return self._gate.apply(super().objective(batch, state), state)

@@ -51,7 +51,8 @@ def estimate(name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str
         reinforce_pp           reward to go of (token rewards - reward_kl k1), whitened
         gae                    `tokfuse.gae` of the same token rewards, whitened
         otb                    G_t - sum_j G_jt W_jt / sum_j W_jt over the group at position t, with
-                               G = reward to go, W_t = running sum of 1 - 2 p + sum of p^2
+                               G = reward to go, W_t = running sum of 1 - 2 p + sum of p^2; G_t in a group of
+                               one response
 
     Args:
         name: an estimator of the table.
@@ -165,11 +166,15 @@ def _optimal_token_baseline(batch: Batch, reward: torch.Tensor, options: Mapping
     group = groups_of(batch.group_ids).member[sequence]
     cell = (group * max(batch.num_tokens, 1) + position).unique(return_inverse=True)[1]
     top, bottom = (segment_sum(x, cell, batch.num_tokens)[cell] for x in (to_go * weight, weight))
-    gain = torch.where(valid & (bottom != 0), to_go - top / bottom, 0.0)
+    # A response without others has no baseline: its own return would cancel it.
+    alone = torch.bincount(groups_of(batch.group_ids).member, minlength=1)[group] == 1
+    baseline = torch.where(alone, 0.0, top / torch.where(bottom != 0, bottom, 1.0))
+    gain = torch.where(valid & ((bottom != 0) | alone), to_go - baseline, 0.0)
     return Advantage(gain.to(batch.old_logp.dtype), "token")
 
 
 _TOKEN = {"reinforce_pp": _reward_to_go, "gae": _gae, "otb": _optimal_token_baseline}
+PER_TOKEN = frozenset(_TOKEN)
 
 
 def _whiten(batch: Batch, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,9 @@
                 state = algorithm.update(state, metrics)
         state = algorithm.advance(state, batch)                    # once per rollout
 
+To accumulate gradients, make the plan of the whole minibatch and pass its parts to the step. `plan.take(sequences)`
+keeps the decisions and the divisor of the whole plan, so the gradient does not depend on the number of parts.
+
 If `needs_policy` is True, the method reads statistics of the current policy before it computes its loss. Call
 `stats = tokfuse.token_stats(logits, target)`, pass `batch.with_policy(stats.logp, stats.entropy)` to `plans`, and
 compute the loss with `plan.loss(stats.logp, stats.entropy)`. The logits are still read in two passes, as in
@@ -52,10 +55,12 @@ class Plan:
         kl_weight: (tokens,). Multiplies the KL term. None: 1.
         entropy_weight: (tokens,). Multiplies the entropy term. None: 1.
         normalizer: "batch" divides by the count of this batch; a number divides by that number.
-        constant: (). Value of terms without a gradient. The fused loss leaves them out; add them to a
-            reported loss. None: 0.
+        constant: (). Value of terms without a gradient, before the division. The fused loss leaves them out; add
+            `offset` to a reported loss. None: 0.
         source: "current" for the batch passed to `plans`; "previous" for the last rollout batch passed to
             `advance` (PIPO).
+        fixed: True if the divisor is a constant of the optimizer step, which does not grow with the batch (NFT).
+        share: what `count` returns, if `take` made this plan. None: the plan is a whole step.
     """
 
     batch: Batch
@@ -71,16 +76,20 @@ class Plan:
     normalizer: float | str = "batch"
     constant: torch.Tensor | None = None
     source: str = "current"
+    fixed: bool = False
+    share: float | None = None
 
     def inputs(self, normalizer: float | torch.Tensor | None = None) -> dict[str, Any]:
         """Return the keyword arguments of `policy_step`, except the logits and the target.
 
         Args:
             normalizer: sum of `count()` over micro-batches and ranks. If it is 0, no token counts and the
-                loss is 0 with any divisor. None: the normalizer of this plan.
+                loss is 0 with any divisor. None: the normalizer of this plan, which for a plan from `take` is
+                the count of the whole plan.
         """
-        if normalizer is not None:
-            normalizer = float(normalizer) or 1.0
+        divisor = self.normalizer if normalizer is None else float(normalizer)
+        if not isinstance(divisor, str):
+            divisor = divisor or 1.0
         given = {
             "token_weight": self.token_weight,
             "signal": self.signal,
@@ -96,7 +105,7 @@ class Plan:
             "objective": self.objective,
             "mask": self.mask,
             "cu_seqlens": self.batch.cu_seqlens,
-            "normalizer": self.normalizer if normalizer is None else normalizer,
+            "normalizer": divisor,
             **{name: value for name, value in given.items() if value is not None},
         }
 
@@ -107,19 +116,46 @@ class Plan:
         inputs = self.inputs(normalizer)
         return policy_loss(logp, entropy=entropy, **inputs)
 
-    def count(self) -> torch.Tensor:
-        """Return the divisor of the loss, () float64.
+    def offset(self, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Return `constant`, divided as the loss is with the same `normalizer`, ()."""
+        if self.constant is None:
+            return self.batch.old_logp.new_zeros(())
+        divisor = self.inputs(normalizer)["normalizer"]
+        return self.constant / (self.count().clamp(min=1.0) if divisor == "batch" else divisor)
 
-        Sum it over micro-batches and ranks to get the global normalizer. This also holds if the normalizer is
-        a constant.
+    def count(self) -> torch.Tensor:
+        """Return the part of the divisor that this plan contributes, () float64.
+
+        Sum it over ranks, and over the parts that `take` returned, to get the global normalizer. Plans that were made
+        from one micro-batch each can be summed too, unless they are `fixed`.
         """
         device = self.batch.old_logp.device
-        if self.normalizer != "batch":
-            return torch.tensor(self.normalizer, dtype=torch.float64, device=device)
+        if self.share is not None or self.normalizer != "batch":
+            known = self.normalizer if self.share is None else self.share
+            return torch.tensor(known, dtype=torch.float64, device=device)
         keep = self.batch.valid if self.mask is None else self.mask
         if self.objective.counts_sequences:
             return (replace(self.batch, mask=keep).lengths > 0).sum().double()
         return keep.sum().double()
+
+    def take(self, seqs: torch.Tensor) -> "Plan":
+        """Return the plan of a micro-batch: the sequences `seqs`, (count,) int64, of this optimizer step.
+
+        The part keeps the weights, masks and bounds that were decided on the whole step, and its divisor. The losses
+        and gradients of parts that cover all sequences add up to those of this plan.
+        """
+        tokens = self.batch.rows(seqs)
+        per_token = ("mask", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight")
+        cut = {name: x[tokens] for name in per_token if (x := getattr(self, name)) is not None}
+        cut["advantage"] = self.advantage[tokens if self.advantage_level == "token" else seqs]
+        whole, portion = float(self.count()), seqs.shape[0] / max(1, self.batch.num_seqs)
+        if self.constant is not None:
+            cut["constant"] = self.constant * portion
+        part = replace(self, batch=self.batch.take(seqs), **cut)
+        counted = self.normalizer == "batch" and self.share is None
+        share = float(part.count()) if counted else whole * portion
+        divisor = self.normalizer if isinstance(self.normalizer, float) else whole
+        return replace(part, normalizer=divisor, share=share)
 
     @property
     def needs_every_row(self) -> bool:

@@ -105,6 +105,14 @@ class Batch:
         signal: (tokens,), float. Target signal or success rate, for shapes that need one. Set by
             `Algorithm.prepare`.
         token_weight: (tokens,), float. Multiplies the policy term. None: 1.
+        imitation: (seqs,), float. Weight of the log-likelihood of the response. Set by `Algorithm.prepare` (DYPO,
+            A2PR).
+        contrast: (seqs,), bool. Whether the response is compared with others of its prompt. Set by
+            `Algorithm.prepare` (DYPO).
+        prompt_share: (seqs,), float. 1 / number of responses to the prompt in the rollout. Set by
+            `Algorithm.prepare` (DYPO).
+        turn_entropy: (seqs,), float, nats. Mean entropy of the response's turn over all rollouts. Set by
+            `Algorithm.prepare` (EPO).
         world: the ranks that share the batch.
 
     Raises:
@@ -136,6 +144,10 @@ class Batch:
     advantage_level: str = "sequence"
     signal: torch.Tensor | None = None
     token_weight: torch.Tensor | None = None
+    imitation: torch.Tensor | None = None
+    contrast: torch.Tensor | None = None
+    prompt_share: torch.Tensor | None = None
+    turn_entropy: torch.Tensor | None = None
     world: World = World()
 
     def __post_init__(self) -> None:
@@ -208,10 +220,7 @@ class Batch:
 
         Prepared fields are copied, so advantages keep the statistics of the whole batch.
         """
-        length = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()[seqs]
-        border = torch.nn.functional.pad(length.cumsum(0), (1, 0))
-        shift = self.cu_seqlens[:-1].long()[seqs] - border[:-1]
-        tokens = torch.arange(int(border[-1]), device=seqs.device) + shift.repeat_interleave(length)
+        border, tokens = self._cut(seqs)
         cut: dict[str, Any] = {"cu_seqlens": border.to(torch.int32)}
         for name in PER_SEQUENCE | PER_TOKEN:
             value = getattr(self, name)
@@ -221,6 +230,17 @@ class Batch:
             if value is not None:
                 cut[name] = value[tokens if per_token else seqs]
         return replace(self, **cut)
+
+    def rows(self, seqs: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of the sequences `seqs`, in this order, (tokens,) int64."""
+        return self._cut(seqs)[1]
+
+    def _cut(self, seqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (offsets of the sequences `seqs` once packed, their tokens)."""
+        length = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()[seqs]
+        border = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+        shift = self.cu_seqlens[:-1].long()[seqs] - border[:-1]
+        return border, torch.arange(int(border[-1]), device=seqs.device) + shift.repeat_interleave(length)
 
     def to_state(self) -> dict[str, Any]:
         """Return the fields, tensors and strings only, for a checkpoint; without `world`."""
@@ -242,6 +262,10 @@ PER_SEQUENCE = {
     "finished": BOOL,
     "demonstration": BOOL,
     "advantage": FLOATS,
+    "imitation": FLOATS,
+    "contrast": BOOL,
+    "prompt_share": FLOATS,
+    "turn_entropy": FLOATS,
 }
 PER_TOKEN = dict.fromkeys(
     (
@@ -263,7 +287,12 @@ PER_TOKEN = dict.fromkeys(
 ) | {"mask": BOOL, "window": BOOL}
 
 _PASS_IT = "Pass it when you create the Batch."
+_PREPARE = "Call algorithm.prepare(batch, state) first."
 _HOW_TO_GET = {
+    "imitation": _PREPARE,
+    "contrast": _PREPARE,
+    "prompt_share": _PREPARE,
+    "turn_entropy": _PREPARE,
     "logp": "Pass batch.with_policy(token_stats(...).logp), or old_logp on the first update.",
     "entropy": "Pass token_stats(...).entropy.",
     "sum_sq": "Pass token_stats(...).sum_sq.",

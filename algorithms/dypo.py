@@ -11,6 +11,7 @@ from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.rules import UNBOUNDED, plan_mask, with_kl
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.policy.objective import KL
 from tokfuse.runtime.reference.segments import groups_of, segment_sum
 
@@ -47,7 +48,9 @@ class DYPO(Standard):
         sft_mean: "token" (mean over the trace) or "trace" (sum over the trace).
 
     Inputs: group_ids, correct, ref_logp, logp, and demonstration, which is True on teacher traces. A hard prompt
-    without a trace is not imitated; several traces of a prompt share the weight.
+    without a trace is not imitated; several traces of a prompt share the weight. `prepare` decides the outcome of a
+    prompt on the whole rollout. A minibatch may split hard and easy prompts. It must hold a mixed prompt whole, because
+    GAL compares the current policy on all its responses; micro-batches from `Plan.take` may split it.
     State: none.
     Source: paper, exact, apart from the gaps that the paper index names.
     """
@@ -82,38 +85,64 @@ class DYPO(Standard):
         rows = batch.spread(~batch.demonstration).nonzero().flatten()
         return Advantage(value.new_zeros(batch.num_tokens).index_put((rows,), value), level)
 
-    def objective(self, batch: Batch, state: State) -> Plan:
-        """Return one plan for the three branches."""
-        batch.require(self._op, "group_ids", "correct", "demonstration", "ref_logp", "logp")
-        assert batch.group_ids is not None and batch.correct is not None
-        assert batch.demonstration is not None
-        plan = super().objective(batch, state)
-        length = replace(batch, mask=plan_mask(plan)).lengths.double()
-        group = groups_of(batch.group_ids).member
-        own, teacher = ~batch.demonstration & (length > 0), batch.demonstration & (length > 0)
+    def prepare(self, batch: Batch, state: State) -> Batch:
+        """Return the prepared batch with the outcome of every prompt, decided on all its responses."""
+        batch.require(self._op, "group_ids", "correct", "demonstration")
+        batch = super().prepare(batch, state)
+        assert batch.group_ids is not None and batch.correct is not None and batch.demonstration is not None
+        group, there = groups_of(batch.group_ids).member, batch.lengths > 0
+        own, teacher = ~batch.demonstration & there, batch.demonstration & there
 
         def total(x: torch.Tensor) -> torch.Tensor:
             return segment_sum(x.double(), group, batch.num_seqs)[group]
 
         size, right, traces = total(own), total(own & batch.correct), total(teacher)
-        mixed = (right > 0) & (right < size)
-        hard = (right == 0) & (size > 0)
-        grpo = torch.where(mixed & own, self.alpha / size.clamp(min=1), 0.0)
+        mixed = own & (right > 0) & (right < size)
+        imitated = teacher & (right == 0) & (size > 0)
+        weight = batch.spread(torch.where(mixed, self.alpha / size.clamp(min=1), 0.0)).to(batch.old_logp.dtype)
+        return replace(
+            batch,
+            token_weight=weight if batch.token_weight is None else batch.token_weight * weight,
+            imitation=torch.where(imitated, self.sft_coef / traces.clamp(min=1), 0.0),
+            contrast=mixed,
+            prompt_share=1.0 / total(torch.ones_like(own)),
+        )
+
+    def objective(self, batch: Batch, state: State) -> Plan:
+        """Return one plan for the three branches."""
+        batch.require(self._op, "group_ids", "imitation", "contrast", "prompt_share", "ref_logp", "logp")
+        assert batch.group_ids is not None and batch.contrast is not None
+        assert batch.imitation is not None and batch.prompt_share is not None
+        plan = super().objective(batch, state)
+        length = replace(batch, mask=plan_mask(plan)).lengths.double()
+        group = groups_of(batch.group_ids).member
+        if self.alpha < 1.0:
+            self._check_whole(batch, group)
         # The aggregation divides each sequence by its length. Multiply by the length to get a sum instead.
         unit = length if self.sft_mean == "trace" else torch.ones_like(length)
-        sft = torch.where(hard & teacher, self.sft_coef * unit / traces.clamp(min=1), 0.0)
-        slope, value = self.alignment(batch, group, own & mixed, plan_mask(plan))
-        likelihood = (1 - self.alpha) * slope * length - sft
-        weight = batch.spread(grpo).to(batch.old_logp.dtype)
-        prompts = max(1, int(group.max()) + 1) if batch.num_seqs else 1
+        slope, value = self.alignment(batch, group, batch.contrast & (length > 0), plan_mask(plan))
+        likelihood = (1 - self.alpha) * slope * length - batch.imitation * unit
         # The fused loss reports a linear function with the gradient of GAL. The constant corrects its value.
         x = torch.where(plan_mask(plan), _required(batch.logp).double(), 0.0)
         linear = (slope * segment_sum(x, batch.sequence, batch.num_seqs)).sum()
-        constant = (1 - self.alpha) * (value - linear) / prompts
-        plan = replace(plan.weigh(weight), normalizer=float(prompts), constant=constant)
+        constant = (1 - self.alpha) * (value - linear)
+        plan = replace(plan, normalizer=float(batch.prompt_share.sum()), constant=constant)
         kl = KL(estimator="k1", coef=1.0, clamp=UNBOUNDED)
         nothing = torch.zeros_like(batch.old_logp)
         return with_kl(plan, kl, nothing, batch.spread(likelihood), self._op)
+
+    def _check_whole(self, batch: Batch, group: torch.Tensor) -> None:
+        """Raise an error if a mixed prompt is here in part. GAL compares current log-probabilities of all its pairs."""
+        present = segment_sum(_required(batch.prompt_share).double(), group, batch.num_seqs)[group]
+        missing = _required(batch.contrast) & (present < 1.0 - 1e-6)
+        if bool(missing.any()):
+            raise refuse(
+                self._op,
+                "the minibatch",
+                "with all responses of a prompt whose responses are right and wrong, or none",
+                f"a part of prompt {int(_required(batch.group_ids)[missing][0])}",
+                "Split by prompts, make micro-batches with Plan.take, or set alpha=1.",
+            )
 
     def alignment(
         self, batch: Batch, group: torch.Tensor, own: torch.Tensor, mask: torch.Tensor

@@ -13,6 +13,7 @@ from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_choice, check_number, may_read
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.policy.objective import KL
+from tokfuse.runtime.policy.shapes import PPOClip, Shape
 from tokfuse.runtime.reference.segments import segment_sum
 
 
@@ -26,7 +27,8 @@ from tokfuse.runtime.reference.segments import segment_sum
     differs=(
         "mode='paper': the band penalty is piecewise constant, so it has no gradient and only "
         "changes the reported loss (`Plan.constant`). mode='hinge' is an extension with a gradient. A "
-        "turn without history is not penalised. Sequence means skip padding, which the code includes "
+        "batch without a turn does not count in the mean of that turn; the code counts it as 0. "
+        "Sequence means skip padding, which the code includes "
         "in its average."
     ),
 )
@@ -34,13 +36,14 @@ from tokfuse.runtime.reference.segments import segment_sum
 class EPO(Standard):
     """L = L_base - coef (mean H - beta_k mean P), for any objective of `Standard`.
 
-    h is the mean entropy of the token's turn over all past batches, each with the same weight.
+    h is the mean entropy of the token's turn over all rollouts, including this one, each with the same weight. The
+    entropies of a rollout are those of the policy that `prepare` sees.
 
         paper   P = 0 if kappa_low h < H < kappa_high h else alpha; no gradient
         hinge   P = alpha (relu(kappa_low h - H) + relu(H - kappa_high h))
 
-    beta_k is 1 - 0.2 (1 - e^-2p) with p = 2 k / K in the first half, and 0.8 e^-3p with p = (k - K/2) / (K/2) in the
-    second half. P counts only in batches that contain a turn >= max_turns / 2.
+    With the half J = floor(K / 2), beta_k is 1 - 0.2 (1 - e^-2p) with p = k / J up to J, and 0.8 e^-3p with
+    p = (k - J) / (K - J) after it. P counts only in batches that contain a turn >= floor(max_turns / 2).
 
     Args:
         entropy_coef: coef.
@@ -51,12 +54,13 @@ class EPO(Standard):
         over: "token" compares H of each token with the band, "sequence" the mean of the response.
         mode: "paper" or "hinge".
 
-    Inputs: turn, entropy of the current policy, ref_logp.
+    Inputs: turn, ref_logp, and entropy: of the rollout's policy for `prepare`, of the current policy for `plans`.
     State: the step, and for each turn the sum of its batch means and their number.
     Source: released code, exact; hinge is an extension.
     """
 
     entropy_coef: float = 1e-3
+    shape: Shape = PPOClip(dual=3.0)
     kl: KL | None = KL(coef=0.01)
     kappa_low: float = 0.0
     kappa_high: float = 2.0
@@ -90,44 +94,38 @@ class EPO(Standard):
 
     def beta(self, step: int) -> float:
         """Return beta_k of the schedule. It jumps from 0.827 to 0.8 in the middle and ends at 0.04."""
-        half = self.total_steps / 2
-        p = min(step, self.total_steps) / half
-        if p <= 1.0:
-            return 1.0 - 0.2 * (1.0 - math.exp(-2.0 * p))
-        return 0.8 * math.exp(-3.0 * (p - 1.0))
+        step, half = min(step, self.total_steps), self.total_steps // 2
+        if step <= half:
+            return 1.0 - 0.2 * (1.0 - math.exp(-2.0 * step / max(half, 1)))
+        return 0.8 * math.exp(-3.0 * (step - half) / (self.total_steps - half))
 
     def objective(self, batch: Batch, state: State) -> Plan:
         """Return the base plan with the penalty, as a weight of the entropy or as a constant."""
-        batch.require(self._op, "turn", "entropy")
-        assert batch.turn is not None and batch.entropy is not None
+        batch.require(self._op, "turn", "turn_entropy", "entropy")
+        assert batch.turn is not None and batch.entropy is not None and batch.turn_entropy is not None
         plan = super().objective(batch, state)
         # Over all ranks, because they must use the same loss.
-        late = bool(batch.world.sum((batch.turn >= self.max_turns / 2).any().long()))
+        late = bool(batch.world.sum((batch.turn >= self.max_turns // 2).any().long()))
         if not late or plan.objective.entropy_coef == 0.0:
             return plan
         keep, entropy = plan_mask(plan), batch.entropy.double()
-        seen = torch.tensor(state["batches"], device=keep.device)[batch.turn.long()]
-        total = torch.tensor(state["sum"], dtype=torch.float64, device=keep.device)
-        history = total[batch.turn.long()] / seen.clamp(min=1)
         if self.over == "sequence":
             entropy = batch.spread(replace(batch, mask=keep).sequence_mean(entropy))
-        low, high = (batch.spread(k * history) for k in (self.kappa_low, self.kappa_high))
-        known = batch.spread(seen > 0) & keep
+        low, high = (batch.spread(k * batch.turn_entropy.double()) for k in (self.kappa_low, self.kappa_high))
         beta = self.beta(state["step"])
-        count = plan.count().clamp(min=1)
         if self.mode == "paper":
-            outside = known & ~((low < entropy) & (entropy < high))
+            outside = keep & ~((low < entropy) & (entropy < high))
             penalty = self.alpha * outside.double()
             weight = None
         else:
             over, under = entropy - high, low - entropy
-            penalty = self.alpha * torch.where(known, over.clamp(min=0) + under.clamp(min=0), 0.0)
+            penalty = self.alpha * torch.where(keep, over.clamp(min=0) + under.clamp(min=0), 0.0)
             # d penalty / d entropy changes the weight of the entropy bonus.
-            slope = self.alpha * known.double() * ((over > 0).double() - (under > 0).double())
+            slope = self.alpha * keep.double() * ((over > 0).double() - (under > 0).double())
             weight = (1.0 - beta * slope).to(batch.old_logp.dtype)
             # The weight carries the part slope * entropy of the penalty's value; the rest is constant.
             penalty = penalty - slope * batch.entropy.double()
-        constant = plan.objective.entropy_coef * beta * (penalty * keep).sum() / count
+        constant = plan.objective.entropy_coef * beta * (penalty * keep).sum()
         return replace(plan, entropy_weight=weight, constant=constant)
 
     def prepare(self, batch: Batch, state: State) -> Batch:
@@ -144,10 +142,19 @@ class EPO(Standard):
                     low if low < 0 else high,
                     "Raise max_turns.",
                 )
-        return super().prepare(batch, state)
+        batch = super().prepare(batch, state)
+        history = self._with(state, batch)
+        total = torch.tensor(history["sum"], dtype=torch.float64, device=batch.reward.device)
+        seen = torch.tensor(history["batches"], device=batch.reward.device)
+        assert batch.turn is not None
+        return replace(batch, turn_entropy=(total / seen.clamp(min=1))[batch.turn.long()])
 
     def advance(self, state: State, batch: Batch) -> State:
         """Return the state with the batch's mean entropy of every turn added to the history."""
+        return super().advance(state, batch) | {"step": state["step"] + 1} | self._with(state, batch)
+
+    def _with(self, state: State, batch: Batch) -> State:
+        """Return the history with this batch, as part of a state."""
         batch.require(self._op, "turn", "entropy")
         assert batch.turn is not None and batch.entropy is not None
         turn = batch.spread(batch.turn.long())
@@ -157,8 +164,7 @@ class EPO(Standard):
         sums, counts = batch.world.sum(torch.stack([sums, counts]))
         mean = (sums / counts.clamp(min=1)).tolist()
         present = (counts > 0).tolist()
-        return super().advance(state, batch) | {
-            "step": state["step"] + 1,
+        return {
             "sum": [s + m for s, m in zip(state["sum"], mean, strict=True)],
             "batches": [n + p for n, p in zip(state["batches"], present, strict=True)],
         }

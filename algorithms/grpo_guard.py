@@ -15,7 +15,6 @@ OP = "algorithms.grpo_guard"
     "grpo_guard",
     system="GRPO-Guard",
     label="exact",
-    required=("advantage_max",),
     source="arXiv 2510.22319; copy of the official code in zhmtike/flow_grpo",
     summary="log-ratio without its mean and its step-dependent variance, gradients divided by dt",
     differs=(
@@ -33,7 +32,8 @@ class GRPOGuard:
 
     Args:
         clip: width of the clip; the paper uses 2e-6 (OCR) and 4e-6 (PickScore).
-        advantage_max: advantages are clamped to +-advantage_max. The paper gives no value.
+        advantage_max: advantages are clamped to +-advantage_max. 5 is adv_clip_max of flow_grpo's config/base.py;
+            the paper gives no value.
         beta: coefficient of the KL term, mean (mu - mu_ref)^2 / (2 sigma^2).
 
     Inputs: latents and means of one denoising step.
@@ -42,7 +42,7 @@ class GRPOGuard:
     """
 
     clip: float = 2e-6
-    advantage_max: float
+    advantage_max: float = 5.0
     beta: float = 0.0
 
     def __post_init__(self) -> None:

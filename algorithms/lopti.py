@@ -46,5 +46,5 @@ class LOPTI(Standard):
         """Return the plan of the rare tokens, then the plan of the others."""
         plan = self.objective(batch, state)
         mask, rare = plan_mask(plan), batch.old_logp.exp() < self.eta
-        total = max(float(plan.count()), 1.0)
+        total = float(plan.count())
         return tuple(replace(plan, mask=mask & part, normalizer=total) for part in (rare, ~rare))

@@ -28,9 +28,10 @@ from tokfuse.runtime.policy.shapes import LinearRatio, Shape
 )
 @dataclass(frozen=True, kw_only=True)
 class MirrorDescent(Standard):
-    """loss_t = -A r + (1 / eta) k2(logp, logp of pi_k), where pi_k is the policy at the start of the update.
+    """loss_t = -A r + (1 / eta) r k3(logp, logp of pi_k), where pi_k is the policy at the start of the update.
 
-    The exact step is pi_k+1 ~ pi_k exp(eta A). The gradient of k2 is the gradient of KL(pi || pi_k).
+    The exact step is pi_k+1 ~ pi_k exp(eta A). The tokens are samples of pi_k, so the expected gradient of r k3 is the
+    gradient of KL(pi || pi_k) wherever pi has moved to; k2 has it only at pi = pi_k.
 
     For "rare switching", set `batch.ref_logp`. It is then pi_k, in place of old_logp, and the trainer decides when
     to switch it.
@@ -53,5 +54,5 @@ class MirrorDescent(Standard):
         """Return the base plan with the proximal term."""
         plan = super().objective(batch, state)
         anchor = plan.batch.old_logp if batch.ref_logp is None else batch.ref_logp
-        kl = KL(estimator="k2", coef=1.0 / self.eta)
+        kl = KL(estimator="ratio_k3", coef=1.0 / self.eta)
         return with_kl(plan, kl, anchor, torch.ones_like(anchor), self._op)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tokfuse.algorithms.advantages import PER_TOKEN
 from tokfuse.algorithms.base import Plan, State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
@@ -23,7 +24,8 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
     differs=(
         "form='paper' (default): PPO's minimum of products, sample deviation. form='code': minimum of "
         "ratios (the optimistic side for C < 0), population deviation, improvement clipped to +-5 and "
-        "C to +-10. worsening=0 skips the step if the batch became worse, as in the code."
+        "C to +-10. worsening=0 skips the step if the batch became worse, as in the code. The released "
+        "loop for PPO with a critic, which scales token advantages, is not implemented."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,14 @@ class PIPO(Standard):
         check_number(self._op, "history", self.history, 2)
         check_number(self._op, "min_steps", self.min_steps, 2)
         check_number(self._op, "worsening", self.worsening, 0.0)
+        if self.advantage in PER_TOKEN:
+            raise refuse(
+                self._op,
+                "advantage",
+                "an estimator with one number per response (C is one number per response)",
+                repr(self.advantage),
+                "The authors' loop for PPO with a critic is another one, which is not implemented.",
+            )
         if not isinstance(self.shape, PPOClip):
             raise refuse(self._op, "shape", "a PPOClip (the second step clips with it)", self.shape, "Set its widths.")
 

@@ -37,14 +37,14 @@ class Correction:
             "keep": 1, so that only keep_rules act. The others are listed in `tokfuse.offpolicy_weights`.
         low, high: absolute bounds on the ratio. "truncate" and "mask" need at least one, "switch" needs high.
         keep_rules: `KeepRule`s. A token that fails one of them is dropped.
-        normalize: "none"; "batch" or "group": divide by the mean weight of the batch or of the prompt group.
+        normalize: "none"; "batch": divide by the mean weight of the batch that the plan is made of, on this rank.
         policy: numerator of the ratio. "old": the trainer's policy at the start of the update, which makes
             three policies. "current": the current policy (OPSM).
         dropped: effect of a dropped token on the denominator of the loss. "leave": the token no longer counts
             (verl multiplies the mask). "count": it counts with loss 0 (TRL).
 
     Raises:
-        ValueError: an unknown `policy` or `dropped`. `tokfuse.offpolicy_weights` checks the other fields.
+        ValueError: an unknown `policy`, `dropped` or `normalize`. `tokfuse.offpolicy_weights` checks the other fields.
     """
 
     level: str = "token"
@@ -59,6 +59,7 @@ class Correction:
     def __post_init__(self) -> None:
         check_choice("Correction", "policy", self.policy, ("old", "current"))
         check_choice("Correction", "dropped", self.dropped, ("leave", "count"))
+        check_choice("Correction", "normalize", self.normalize, ("none", "batch"))
 
     def apply(self, plan: Plan, op: str) -> Plan:
         """Return the plan with a weighted policy term."""
@@ -94,6 +95,13 @@ class TokenRule(ABC):
     """A modification of the plan that depends on single tokens."""
 
     needs: ClassVar[tuple[str, ...]] = ()
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the prepared rollout batch with what the rule decides about whole groups.
+
+        A minibatch may hold only a part of a group, so `apply` cannot decide it.
+        """
+        return batch
 
     @abstractmethod
     def apply(self, plan: Plan, state: State) -> Plan:
@@ -232,14 +240,15 @@ class KLCov(TokenRule):
 class PositiveLikelihood(TokenRule):
     """Adds coef times the negative log-likelihood of good responses.
 
-    over="chosen" counts the chosen tokens of this plan over all ranks. To accumulate micro-batches, use
-    over="all". The term replaces a KL term: it is implemented as a "k1" KL against log-probability 0, which has
+    over="chosen" counts the chosen tokens of this plan over all ranks. To accumulate micro-batches, use `Plan.take`.
+    The term replaces a KL term: it is implemented as a "k1" KL against log-probability 0, which has
     the value and gradient of the likelihood. The metrics ref_kl_* then describe this term, not a KL.
 
     Args:
         coef: weight of the term.
         of: good responses. "correct": `batch.correct` (VAPO). "group_best": the highest reward of a group with
-            unequal rewards, if its advantage is above 0 (the analogue of A2PR's gate).
+            unequal rewards, if its advantage is above 0 (the analogue of A2PR's gate). It is decided in
+            `prepare`, on the whole group.
         over: tokens that the term is averaged over: the "chosen" tokens, or "all" tokens.
 
     Source: VAPO (arXiv 2504.05118), formula in NeMo-RL: exact.
@@ -254,6 +263,16 @@ class PositiveLikelihood(TokenRule):
         check_choice("PositiveLikelihood", "of", self.of, ("correct", "group_best"))
         check_choice("PositiveLikelihood", "over", self.over, ("chosen", "all"))
 
+    def prepare(self, batch: Batch) -> Batch:
+        if self.of == "correct":
+            return batch
+        batch.require("PositiveLikelihood", "group_ids", "advantage")
+        assert batch.advantage is not None
+        value = batch.advantage
+        if batch.advantage_level == "token":
+            value = batch.sequence_mean(value)
+        return replace(batch, imitation=(_group_best(batch) & (value > 0)).to(batch.old_logp.dtype))
+
     def apply(self, plan: Plan, state: State) -> Plan:
         batch, op = plan.batch, "PositiveLikelihood"
         if plan.objective.aggregation != "token_mean":
@@ -265,8 +284,9 @@ class PositiveLikelihood(TokenRule):
             assert batch.correct is not None
             good = batch.correct
         else:
-            batch.require(op, "group_ids")
-            good = _group_best(batch) & (batch.sequence_mean(token_advantage(plan)) > 0)
+            batch.require(op, "imitation")
+            assert batch.imitation is not None
+            good = batch.imitation > 0
         chosen = batch.spread(good) & plan_mask(plan)
         weight = chosen.to(batch.old_logp.dtype)
         if self.over == "chosen":

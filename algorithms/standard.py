@@ -19,7 +19,7 @@ from tokfuse.algorithms.selection import informative
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.policy.objective import KL, Objective
-from tokfuse.runtime.policy.shapes import PPOClip, Shape
+from tokfuse.runtime.policy.shapes import Gamma, PPOClip, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +169,14 @@ class Standard(Algorithm):
             raise refuse(
                 self._op, "kl_control", "None without a KL term", self.kl_control, "Set kl=KL(coef=...) to start from."
             )
+        if isinstance(self.shape, Gamma) and self.correction is not None and self.correction.mode != "keep":
+            raise refuse(
+                self._op,
+                "correction",
+                "None, or one of mode 'keep', with the shape Gamma (the weight belongs inside its gate)",
+                self.correction,
+                "Use bypass=True: the ratio to sampler_logp is the ratio of the update times the weight.",
+            )
         if self.bypass and self.correction is not None:
             raise refuse(
                 self._op,
@@ -235,6 +243,13 @@ class Standard(Algorithm):
         score = batch.reward if batch.correct is None else batch.correct.float()
         return batch.spread(informative(score, cast(torch.Tensor, batch.group_ids)))
 
+    def prepare(self, batch: Batch, state: State) -> Batch:
+        """Return the batch with its advantages, the selected mask, and what the rules decide about groups."""
+        batch = super().prepare(batch, state)
+        for rule in self.rules:
+            batch = rule.prepare(batch)
+        return batch
+
     # ------------------------------------------------------------------------------------- the loss
 
     def objective(self, batch: Batch, state: State) -> Plan:
@@ -280,12 +295,17 @@ class Standard(Algorithm):
             signal=batch.signal,
             token_weight=batch.token_weight,
             normalizer=self._normalizer(batch),
+            fixed=self._fixed_divisor,
         )
 
     def _normalizer(self, batch: Batch) -> float | str:
         if self.max_length is None:
             return "batch"
-        return float(max(1, batch.num_seqs) * self.max_length)
+        return float(batch.num_seqs * self.max_length)
+
+    @property
+    def _fixed_divisor(self) -> bool:
+        return False
 
     @property
     def needs_policy(self) -> bool:

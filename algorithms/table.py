@@ -69,7 +69,8 @@ _row(
     "group z-scores, sequence means, k3 KL to a reference policy",
     aggregation=SEQ_MEAN,
     kl=KL(coef=0.04),
-    differs="eps, added to the deviation, is 1e-6 as in verl (TRL: 1e-4). Frameworks now set kl=None.",
+    differs="eps, added to the deviation, is 1e-6 as in verl (TRL: 1e-4). Frameworks now set kl=None. verl caps "
+    "the value of k3 at 10, with gradient 0 beyond; here only |k| is bounded, by 20.",
 )
 _row(
     "dr_grpo",
@@ -142,7 +143,8 @@ _row(
     "per-position baseline weighted by the squared score",
     advantage="otb",
     differs="With importance weights, verl multiplies by w^2; this version assumes an on-policy batch. "
-    "A masked token has no weight and no reward.",
+    "A masked token has no weight and no reward. A group of one has no baseline, as in verl; verl's option "
+    "handle_zero_tail (default: off) is in `integrations.verl_advantages` only.",
 )
 
 # ------------------------------------------------------------------------------ other ratios, gates
@@ -187,7 +189,15 @@ _row(
     aggregation=SEQ_MEAN,
     differs="The loss at ratio 1 is -2 A / tau. Compare its gradients with other methods, not its loss.",
 )
-_row("vespo", "TRL", "stop-gradient gamma gate of the sequence ratio", level="sequence_sum", shape=Gamma())
+_row(
+    "vespo",
+    "TRL",
+    "stop-gradient gamma gate of the sequence ratio",
+    level="sequence_sum",
+    shape=Gamma(),
+    differs="The authors add the log-weights of the rollout mismatch to the sequence's log-ratio. bypass=True does the "
+    "same, without bounds on the weights. A `Correction` would multiply the gate and is refused.",
+)
 
 # ------------------------------------------------------------------------------- tokens, likelihood
 
@@ -203,8 +213,10 @@ _row(
     "clip_cov",
     "arXiv 2505.22617; official code",
     "no gradient for a few high-covariance tokens",
+    shape=PPOClip(low=1.0, high=1.0),
     rules=(ClipCov(),),
-    differs="Means and counts are computed over all ranks (verl: over the micro-batch).",
+    differs="Ratios are clipped to [0, 2] as in both official scripts (clip_ratio_low=1, "
+    "clip_ratio_high=1). Means and counts are computed over all ranks (verl: over the micro-batch).",
 )
 _row(
     "kl_cov",
@@ -282,7 +294,9 @@ _row(
     system="CDPO (VideoThinker)",
     aggregation=SEQ_MEAN,
     eps=1e-4,
+    shape=DAPO_CLIP,
     kl=KL(coef=-0.01, clamp=11.0),
-    differs="ref_logp comes from the bias model. The gradient reaches 0.01 e^11. The authors clip the "
+    differs="The clip is 0.2 / 0.28 as in the authors' trainer. ref_logp comes from the bias model. The gradient "
+    "reaches 0.01 e^11. The authors clip the "
     "gradient norm at 20: this is part of the method, and the trainer must do it.",
 )

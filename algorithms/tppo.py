@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokfuse.algorithms.advantages import Advantage
+from tokfuse.algorithms.advantages import PER_TOKEN, Advantage
 from tokfuse.algorithms.base import State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
@@ -30,7 +30,9 @@ class TPPO(Standard):
 
         delta_t = r_t + gamma V_t+1 - V_t
 
-    After the last token, V is 0 if the response is finished; otherwise it is the V of the last token.
+    After the last token, V is 0 if the response is finished; otherwise it is the V of the last token. `batch.reward`
+    is paid on the last token of a finished response; an unfinished one has no outcome yet, so its reward is ignored.
+    `batch.token_reward` is used as given.
 
     The critic regresses onto the Monte-Carlo return of the sequences that finished in this step, over all their
     tokens: `critic.value_loss(..., mask=algorithm.critic_mask(batch))` with `critic.returns(batch, gamma=gamma)`.
@@ -42,6 +44,15 @@ class TPPO(Standard):
 
     advantage: str = "gae"
     whiten: bool | None = False
+
+    def rewards(self, batch: Batch) -> torch.Tensor:
+        """Return the rewards of the base, 0 for a response that is not finished: it has no outcome yet."""
+        reward = super().rewards(batch)
+        if self.advantage not in PER_TOKEN:
+            return reward
+        batch.require(self._op, "finished")
+        assert batch.finished is not None
+        return torch.where(batch.finished, reward, 0.0)
 
     def select(self, batch: Batch, advantage: Advantage, state: State) -> torch.Tensor | None:
         """Return the tokens of this step's window."""

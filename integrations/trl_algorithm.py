@@ -73,6 +73,7 @@ class Method:
         self.state: State = self.algorithm.initial_state()
         self._solved = solved_above
         self._level = "sequence"
+        self._fixed = False
         self._rollout: Batch | None = None  # the rollout in use, for `advance`
         self._measured: dict[str, torch.Tensor] = {}
         self._rewards: torch.Tensor | None = None
@@ -113,6 +114,7 @@ class Method:
         whole = self.algorithm.objective(batch.with_policy(batch.old_logp), self.state)
         out["old_per_token_logps"] = logps
         out[COUNT] = trainer.accelerator.gather(whole.count()).sum()
+        self._fixed = whole.fixed
         for name in _fields(batch):
             value = getattr(batch, name)
             out[PREFIX + name] = padding.pad(value) if self._per_token(name) else value
@@ -190,8 +192,7 @@ class Method:
             step, scores = trainer.step(model, inputs, plan.inputs(divisor))
             loss, metrics = step.loss, step.metrics
             logp, entropy = step.stats.logp, step.stats.entropy
-        if plan.constant is not None:
-            loss = loss + plan.constant
+        loss = loss + plan.offset(divisor)
         _log(trainer, metrics)
         if trainer.model.training:
             self._step_state(trainer, plan, logp.detach(), entropy.detach())
@@ -199,7 +200,7 @@ class Method:
 
     def _divisor(self, trainer: Any, inputs: dict[str, Any]) -> torch.Tensor:
         window: torch.Tensor = inputs[COUNT].clamp(min=1.0) / trainer.accelerator.num_processes
-        if not trainer.model.training:
+        if not trainer.model.training or self._fixed:
             return window
         steps = trl_objective.accumulation(trainer)
         scaled: torch.Tensor = window * steps / trainer.args.steps_per_generation

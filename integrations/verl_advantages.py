@@ -178,11 +178,9 @@ def optimal_token_baseline(
     )
     returns = rewards.flip(-1).cumsum(-1).flip(-1)
     gain = estimators.estimate("otb", batch, batch.reward, {}, False).value.view_as(rewards)
-    counts = torch.bincount(batch.group_ids)[batch.group_ids]  # type: ignore[arg-type]
-    alone = (counts == 1).unsqueeze(-1)  # a single response has no baseline
     if handle_zero_tail:
-        alone = alone | _beyond_the_second(response_mask, batch.group_ids)  # type: ignore[arg-type]
-    return torch.where(alone, returns, gain) * response_mask, returns
+        gain = torch.where(_beyond_the_second(response_mask, batch.group_ids), returns, gain)  # type: ignore[arg-type]
+    return gain * response_mask, returns
 
 
 def _beyond_the_second(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

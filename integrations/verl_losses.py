@@ -19,7 +19,7 @@ from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.policy.metrics import Metrics
 from tokfuse.runtime.policy.objective import KL, Objective
 from tokfuse.runtime.policy.results import PolicyLoss
-from tokfuse.runtime.policy.shapes import LinearLogp, LinearRatio, PPOClip, SigmoidGate, StopGradClip
+from tokfuse.runtime.policy.shapes import Gamma, LinearLogp, LinearRatio, PPOClip, SigmoidGate, StopGradClip
 
 Loss = tuple[torch.Tensor, dict[str, Any]]
 UNBOUNDED = 1e30  # for terms that verl does not clamp; a log-ratio is always clamped at 80
@@ -442,6 +442,14 @@ def algorithm_loss(
     count, divisor = normalizer(call, loss_agg_mode)
     plan = replace(plan, normalizer=count, objective=replace(plan.objective, aggregation=AGGREGATIONS[loss_agg_mode]))
     if rollout_is_weights is not None:
+        if isinstance(plan.objective.shape, Gamma):
+            raise refuse(
+                "verl_plugin",
+                "rollout_is_weights",
+                f"None with {name!r} (the weight belongs inside its gate)",
+                "a tensor",
+                "Set algorithm.rollout_correction.rollout_is to null.",
+            )
         plan = plan.weigh(rollout_is_weights.detach().reshape(-1))
     out = plan.loss(log_prob.reshape(-1))
     return out.loss / divisor, report(call, out.metrics)

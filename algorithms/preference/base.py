@@ -13,6 +13,7 @@ number per sequence (multiplied by a token weight in LD-DPO).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +63,29 @@ class PreferenceLoss(Stateful, ABC):
 
         It is differentiable in the sums of log-probabilities. `units` are the pairs or sequences in `sides`.
         """
+
+    def counts(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+        """Return the counts of this batch that the loss divides by, besides the normalizer: name -> float64 tensor.
+
+        Most losses have none. Add the counts of all micro-batches and ranks, and pass them as `batch.counts`.
+        """
+        return {}
+
+    def check_counts(self, batch: PreferenceBatch, normalizer: float | str | None) -> None:
+        """Raise an error if the loss would divide by the counts of a part of the step, or if counts are unused."""
+        own = self.counts(batch)
+        given = batch.counts
+        if given is not None and given.keys() != own.keys():
+            want = f"with the entries {', '.join(own)}" if own else "left out"
+            raise refuse(self._op, "batch.counts", want, sorted(given), "Pass the sums of loss.counts(batch).")
+        if own and (given is None) != (normalizer == "batch"):
+            raise refuse(
+                self._op,
+                "batch.counts",
+                'given with a global normalizer, and left out with normalizer="batch"',
+                f"{'None' if given is None else 'counts'} with normalizer={normalizer!r}",
+                "This loss has means over a part of the pairs. Add loss.counts(batch) of all micro-batches and ranks.",
+            )
 
     def reward(self, side: Side) -> torch.Tensor:
         """Return the implicit reward beta (logp - ref), from which margins and accuracies are computed."""
@@ -124,7 +148,8 @@ class PairLoss(PreferenceLoss):
         tail_weight: weight in [0, 1] of the log-probabilities of tokens beyond the length of the shorter
             response of the pair, for policy and reference (LD-DPO). None: 1.
         level_weight: one weight per level of `batch.level`. The loss is then the sum over levels of the weight
-            times the mean over the pairs of the level. None: the mean over all pairs.
+            times the mean over the pairs of the level. None: the mean over all pairs. With micro-batches or
+            ranks, the means need `batch.counts`.
     """
 
     weighting: str = "none"
@@ -187,10 +212,28 @@ class PairLoss(PreferenceLoss):
         """Return a term of the chosen response that is added to the loss of the pair, (pairs,)."""
         return torch.zeros_like(chosen.length)
 
+    def counts(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+        """Return the number of pairs and of pairs per level, with level_weight."""
+        if self.level_weight is None:
+            return {}
+        assert batch.level is not None
+        level = batch.level.long()
+        zero = torch.zeros(len(self.level_weight), dtype=torch.float64, device=level.device)
+        levels = zero.index_add(0, level, torch.ones_like(level).double())
+        return {"pairs": pair_count(batch), "levels": levels}
+
+    def totals(self, batch: PreferenceBatch) -> Mapping[str, torch.Tensor]:
+        """Return the counts of the whole step."""
+        return self.counts(batch) if batch.counts is None else batch.counts
+
     def level_scale(self, batch: PreferenceBatch) -> torch.Tensor:
         """Return the weight of the level times (number of pairs / pairs of the level), (pairs,)."""
         assert batch.level is not None and self.level_weight is not None
-        level = batch.level.long()
+        level, total = batch.level.long(), self.totals(batch)
         known = torch.tensor(self.level_weight, dtype=torch.float64, device=level.device)
-        count = torch.zeros_like(known).index_add(0, level, torch.ones_like(level).double())
-        return known[level] * batch.num_units / count[level]
+        return known[level] * total["pairs"] / total["levels"][level]
+
+
+def pair_count(batch: PreferenceBatch) -> torch.Tensor:
+    """Return the number of pairs, () float64."""
+    return torch.tensor(batch.num_units, dtype=torch.float64, device=batch.cu_seqlens.device)

@@ -34,6 +34,8 @@ class PreferenceBatch:
         level: (pairs,), int. 0, 1, ...; HPL: trajectory, step and group; ARIES: direct and refinement context.
             None: all 0.
         kl: (), float, nats. KTO's estimate for the batch, see `kto_kl`.
+        counts: sums of `loss.counts(batch)` over all micro-batches and ranks, for the losses that have counts
+            (level_weight, and an `NLL` with reduction "batch_mean"). None: this batch is the whole step.
         world: the ranks that share the batch.
 
     Raises:
@@ -51,6 +53,7 @@ class PreferenceBatch:
     pair_weight: torch.Tensor | None = None
     level: torch.Tensor | None = None
     kl: torch.Tensor | None = None
+    counts: Mapping[str, torch.Tensor] | None = None
     world: World = World()
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ class PreferenceBatch:
         return self.num_seqs if self.pairs is None else self.pairs.shape[0]
 
     def to_state(self) -> dict[str, Any]:
-        """Return the fields, tensors and numbers only, for a checkpoint; without `world`."""
+        """Return the fields, tensors, numbers and counts only, for a checkpoint; without `world`."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "world"}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from tokfuse.algorithms.preference.base import PairLoss
+from tokfuse.algorithms.preference.base import PairLoss, pair_count
 from tokfuse.algorithms.preference.batch import PreferenceBatch, Side
 from tokfuse.algorithms.stateful import State
 from tokfuse.runtime.core.checks import check_choice, check_number
@@ -15,6 +15,7 @@ from tokfuse.runtime.core.errors import refuse
 LINKS = ("logistic", "robust", "hinge", "square", "exo", "discopop")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 LENGTHS = ("sum", "mean")
+EXPONENT_MAX = 80.0  # as in TRL, whose exponents are float32
 NLL_REDUCTIONS = ("sum", "mean", "batch_mean")
 
 
@@ -25,7 +26,8 @@ class NLL:
     Args:
         coef: weight, >= 0.
         reduction: "sum" or "mean" over the tokens of the response ("sum" is RPO's main text). "batch_mean": mean
-            over all chosen tokens of the batch, as a cross-entropy over the packed batch.
+            over all chosen tokens of the batch, as a cross-entropy over the packed batch. With micro-batches or
+            ranks, it needs `batch.counts`.
         times_beta: also multiply by the loss's beta (RPO: eta beta).
         level: apply the term only to pairs of this level. None: to all pairs.
     """
@@ -58,7 +60,8 @@ class Contrast(PairLoss):
         length: "sum" or "mean" over the counting tokens.
         reference: False uses logp alone; passing a reference is then an error.
         divergence: f of the log-ratio x: "reverse_kl" x, "forward_kl" -exp(-x), "js" log sig(x),
-            "alpha" exp((alpha-1) x) / (alpha-1).
+            "alpha" exp((alpha-1) x) / (alpha-1). Exponents are clamped to at most 80, with gradient 0 beyond.
+            Only "reverse_kl" has length "mean".
         alpha: parameter of the divergence "alpha", and only for it; not 1.
         nll: likelihood term of the chosen response, or None.
         weighting: "none", or "wpo": weight by how likely the policy is to generate the pair, see `PairLoss`.
@@ -109,6 +112,14 @@ class Contrast(PairLoss):
                 repr(self.divergence),
                 "Only a ratio to the reference has a divergence.",
             )
+        if self.length == "mean" and self.divergence != "reverse_kl":
+            raise refuse(
+                self._op,
+                "divergence",
+                "'reverse_kl' with length 'mean'",
+                repr(self.divergence),
+                "The constants of f' cancel between responses of one weight only. Use length='sum'.",
+            )
 
     def _check_smoothing(self) -> None:
         check_number(self._op, "smoothing", self.smoothing, 0.0, 0.5)
@@ -136,12 +147,12 @@ class Contrast(PairLoss):
         """Return s of one side: the implicit reward divided by beta."""
         x = side.log_ratio
         if self.divergence == "forward_kl":
-            x = -torch.exp(-x)
+            x = -torch.exp((-x).clamp(max=EXPONENT_MAX))
         elif self.divergence == "js":
             x = logsigmoid(x)
         elif self.divergence == "alpha":
             assert self.alpha is not None
-            x = torch.exp((self.alpha - 1.0) * x) / (self.alpha - 1.0)
+            x = torch.exp(((self.alpha - 1.0) * x).clamp(max=EXPONENT_MAX)) / (self.alpha - 1.0)
         return x / side.length if self.length == "mean" else x
 
     def reward(self, side: Side) -> torch.Tensor:
@@ -175,11 +186,18 @@ class Contrast(PairLoss):
         if term.reduction == "mean":
             nll = nll / chosen.length
         elif term.reduction == "batch_mean":
-            nll = nll * batch.num_units / self.chosen_tokens(batch)
+            total = self.totals(batch)
+            nll = nll * total["pairs"] / total["chosen_tokens"].clamp(min=1)
         if term.level is not None:
             assert batch.level is not None
             nll = torch.where(batch.level[units] == term.level, nll, 0.0)
         return nll
+
+    def counts(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
+        """Return also the number of chosen tokens, with reduction "batch_mean"."""
+        if self.nll is None or self.nll.reduction != "batch_mean":
+            return super().counts(batch)
+        return super().counts(batch) | {"pairs": pair_count(batch), "chosen_tokens": self.chosen_tokens(batch)}
 
     def chosen_tokens(self, batch: PreferenceBatch) -> torch.Tensor:
         """Return the number of counting tokens of the batch's chosen responses, () float64."""
@@ -189,4 +207,4 @@ class Contrast(PairLoss):
             keep = torch.ones(batch.num_tokens, dtype=torch.bool, device=batch.pairs.device)
         before = torch.nn.functional.pad(keep.double().cumsum(0), (1, 0))
         at = before[batch.cu_seqlens.long()]
-        return (at[1:] - at[:-1])[batch.pairs[:, 0]].sum().clamp(min=1)
+        return (at[1:] - at[:-1])[batch.pairs[:, 0]].sum()

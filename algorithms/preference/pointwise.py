@@ -116,7 +116,8 @@ class BCO(PairLoss):
 class ORPO(PairLoss):
     """loss = -a_w - lam log sig(o_w - o_l), a = logp / length, o = a - log(1 - exp(a)).
 
-    The odds use the *mean* log-probability. log(1 - exp(a)) keeps its precision as a approaches 0.
+    The odds use the *mean* log-probability. log(1 - exp(a)) keeps its precision as a approaches 0. A response of
+    probability 1, such as one without counting tokens, has no odds; its pair has the likelihood term only.
 
     Args:
         lam: weight of the odds ratio (TRL calls it beta).
@@ -144,8 +145,10 @@ class ORPO(PairLoss):
         return False
 
     def pair_losses(self, chosen: Side, rejected: Side, state: State) -> torch.Tensor:
-        ratio = log_odds(chosen.mean) - log_odds(rejected.mean)
-        return -chosen.mean - self.lam * logsigmoid(ratio)
+        has_odds = (chosen.mean < 0) & (rejected.mean < 0)
+        w, r = (torch.where(has_odds, a, -1.0) for a in (chosen.mean, rejected.mean))
+        contrast = torch.where(has_odds, logsigmoid(log_odds(w) - log_odds(r)), 0.0)
+        return -chosen.mean - self.lam * contrast
 
 
 def log_odds(a: torch.Tensor) -> torch.Tensor:

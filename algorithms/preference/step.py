@@ -50,7 +50,8 @@ def preference_step(
         bias: (vocab,), with the dtype and device of hidden, or None.
         state: state of `loss` (BCO). None: its initial state.
         normalizer: a number; "batch" for the number of pairs (unpaired: sequences) of this batch; None for the
-            sum. With micro-batches or ranks, pass the global number of pairs.
+            sum. With micro-batches or ranks, pass the global number of pairs, and set `batch.counts` if
+            `loss.counts(batch)` is not empty.
         temperature: divisor of the logits, > 0: a number, or (tokens,) with one per row.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: factor of the logits before the cap (Cohere), > 0.
@@ -89,6 +90,7 @@ def preference_step(
             f"{OP}: loss must be a PreferenceLoss; got {type(loss).__name__}. Make one with tokfuse.algorithms.make."
         )
     loss.check(batch)
+    loss.check_counts(batch, normalizer)
     state = loss.initial_state() if state is None else state
     layout = Layout(batch, loss.whole, loss.token_tail_weight)
     objective = loss.objective(batch, layout, state, _scale(normalizer, batch))

@@ -110,8 +110,9 @@ _row(
     "arXiv 2309.16240; TRL f_divergence_type",
     "DPO with another f-divergence: forward KL, Jensen-Shannon, alpha",
     divergence="js",
-    differs="divergence='forward_kl' is the limit alpha = 0 of divergence='alpha'. Constants cancel "
-    "between chosen and rejected.",
+    differs="divergence='forward_kl' is the limit alpha = 0 of divergence='alpha'. Constants of f' cancel "
+    "between chosen and rejected, so length='mean' is refused. Exponents are at most 80: TRL clamps those of the "
+    "alpha divergence only, and its forward KL overflows.",
 )
 _row(
     "apo_zero", "arXiv 2408.06266; TRL", "raises chosen, lowers rejected, each relative to the reference", cls=Pointwise
@@ -160,6 +161,8 @@ _row(
     "DPO without a reference, plus the likelihood of the chosen response",
     reference=False,
     nll=NLL(coef=1.0, reduction="batch_mean"),
+    differs="TRL takes the token mean of each micro-batch. Here it is over the whole step: see "
+    "`PreferenceBatch.counts`.",
 )
 
 # ------------------------------------------------------------------------------------------- others

@@ -107,28 +107,7 @@ def test_groups_without_spread_have_no_gradient():
             assert not grad.any(), name
 
 
-# ---------------------------------------------------------------------------- minibatches and ranks
-
-
-# The loss of these methods depends on all tokens of an optimizer step, or is normalised by its own count.
-WHOLE = ("bapo", "cip_entropy", "clip_cov", "dr_grpo", "dypo", "high_entropy", "kl_cov", "nft", "vapo")
-
-
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in WHOLE])
-def test_minibatches_add_up(name: str):
-    """Parts with the count of the whole batch give the loss of the whole batch, unless a method is global."""
-    method, batch = example(name), rollout(3)
-    state = method.initial_state()
-    prepared = method.prepare(batch, state)
-    whole = method.plans(prepared, state)
-    total = [float(plan.loss(batch.logp, batch.entropy).loss) for plan in whole]
-    parts = [0.0] * len(whole)
-    for ids in ([0, 5, 3], [1, 2, 4, 11], [6, 7, 8, 9, 10]):
-        part = prepared.take(torch.tensor(ids))
-        for k, plan in enumerate(method.plans(part, state)):
-            count = float(whole[k].count())
-            parts[k] += float(plan.loss(part.logp, part.entropy, normalizer=count).loss)
-    assert parts == pytest.approx(total, rel=1e-9, abs=1e-12)
+# ------------------------------------------------------------------------------------- minibatches
 
 
 def test_take_keeps_order_and_fields():
@@ -172,12 +151,58 @@ def test_unknown_names_and_options_list_the_known():
         ("nft", {"neg_weight": -1.0}, "neg_weight must be a finite number"),
         ("bapo", {"shape": PPOClip(low=0.1)}, "shape must be left out"),
         ("lopti", {"level": "sequence"}, "level must be one of token"),
+        ("pipo", {"advantage": "gae"}, "advantage must be an estimator with one number per response"),
+        ("vespo", {"correction": algorithms.Correction(high=2.0)}, "correction must be None, or one of mode 'keep'"),
         ("adora", {"condition": "length"}, "condition must be left out with rule 'llm'"),
     ],
 )
 def test_refusals_of_options(name: str, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         algorithms.make(name, **options)
+
+
+# These use the objective's only KL term themselves.
+KL_TAKEN = {"a2pr_nll", "dypo", "kl_cov", "mirror_descent", "vapo"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_reference_kl_adds_its_gradient_or_is_refused(name: str):
+    b = rollout(1)
+    if name in KL_TAKEN:
+        with pytest.raises(ValueError, match="kl must be None .the objective has one KL term, and this rule uses it"):
+            planned(example(name, kl=KL(coef=0.1)), b)
+        return
+    plain, added = (example(name, kl=kl) for kl in (None, KL(coef=0.1)))
+    state = plain.initial_state()
+    plans = [m.plans(m.prepare(b, state), state) for m in (plain, added)]
+    for without, plan in zip(*plans, strict=True):
+        entropy = b.entropy if plan.objective.entropy_coef else None
+        got = gradient_of(plan, b.logp, entropy)[1] - gradient_of(without, b.logp, entropy)[1]
+        keep = plan.batch.valid if plan.mask is None else plan.mask
+        lengths = dataclasses.replace(b, mask=keep).lengths.clamp(min=1)
+        divisor = float(plan.normalizer) if plan.normalizer != "batch" else float(plan.count().clamp(min=1))
+        each = 0.1 * (1 - (b.ref_logp - b.logp).exp()) / divisor
+        if plan.objective.aggregation == "seq_mean_token_mean":
+            each = each / b.spread(lengths)
+        compare(got, torch.where(keep, each, 0.0), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_correction_weights_the_policy_term_or_is_refused(name: str):
+    b = rollout(1)
+    if name == "vespo":
+        with pytest.raises(ValueError, match="the weight belongs inside its gate"):
+            example(name, correction=algorithms.Correction(high=1.1))
+        inside = planned(example(name, bypass=True), b)
+        assert torch.equal(inside.batch.old_logp, b.sampler_logp)
+        return
+    plain, added = (example(name, correction=c) for c in (None, algorithms.Correction(high=1.1)))
+    state = plain.initial_state()
+    weight = (b.old_logp - b.sampler_logp).exp().clamp(max=1.1)
+    for without, plan in zip(*(m.plans(m.prepare(b, state), state) for m in (plain, added)), strict=True):
+        base = torch.ones_like(weight) if without.token_weight is None else without.token_weight
+        keep = plan.batch.valid if plan.mask is None else plan.mask
+        compare(plan.token_weight[keep], (base * weight)[keep], atol=1e-12)
 
 
 def test_refusals_of_batches():

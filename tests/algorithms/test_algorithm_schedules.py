@@ -119,10 +119,21 @@ def test_adora_with_weight_one_is_the_base():
 def test_tppo(backend: Backend):
     def formula(b, x, h):
         keep = b.window & b.valid
-        loss = ppo(x, b.old_logp, gae(b, 0.9, gamma=0.99))
+        paid = dataclasses.replace(b, reward=torch.where(b.finished, b.reward, 0.0))
+        loss = ppo(x, b.old_logp, gae(paid, 0.9, gamma=0.99))
         return loss[keep].sum() / keep.sum()
 
-    check(backend, algorithms.make("tppo", gamma=0.99, lam=0.9), formula, rollout(2, binary=False))
+    b = rollout(2, binary=False)
+    assert bool(b.reward[~b.finished].all())
+    check(backend, algorithms.make("tppo", gamma=0.99, lam=0.9), formula, b)
+
+
+def test_tppo_pays_no_outcome_to_an_unfinished_response():
+    b, method = rollout(2), algorithms.make("tppo", gamma=1.0, lam=0.9)
+    other = dataclasses.replace(b, reward=torch.where(b.finished, b.reward, 7.0))
+    assert torch.equal(method.advantages(b).value, method.advantages(other).value)
+    paid = dataclasses.replace(b, token_reward=torch.ones_like(b.value))
+    assert not torch.equal(method.advantages(paid).value, method.advantages(b).value)
 
 
 def test_tppo_critic_sees_finished_sequences_only():
@@ -198,9 +209,10 @@ def epo_penalty(b: Batch, h: Tensor, mode: str, over: str) -> Tensor:
     out = torch.zeros_like(h)
     for i, span in enumerate(spans(b)):
         turn = int(b.turn[i])
-        if not HISTORY["batches"][turn] or not span:
+        if not span:
             continue
-        mean = HISTORY["sum"][turn] / HISTORY["batches"][turn]
+        now = float(b.entropy[[t for j, s in enumerate(spans(b)) if b.turn[j] == turn for t in s]].mean())
+        mean = (HISTORY["sum"][turn] + now) / (HISTORY["batches"][turn] + 1)
         x = h[span] if over == "token" else h[span].mean().expand(len(span))
         low, high = 0.5 * mean, 1.5 * mean
         inside = (low < x) & (x < high)
@@ -218,7 +230,9 @@ def test_epo(mode: str, over: str, backend: Backend):
     beta = 1 - 0.2 * (1 - math.exp(-2 * 20 / 30))
 
     def formula(b, x, h):
-        loss = ppo(x, b.old_logp, grpo_a(b)) + 0.01 * k3(x, b.ref_logp)
+        a = grpo_a(b)
+        loss = ppo(x, b.old_logp, a)
+        loss = torch.where(a < 0, torch.minimum(loss, -3 * a), loss) + 0.01 * k3(x, b.ref_logp)
         penalty = epo_penalty(b, h, mode, over)
         return token_mean(b, loss) - 0.1 * (token_mean(b, h) - beta * token_mean(b, penalty))
 
@@ -237,7 +251,7 @@ def test_epo_band_has_no_gradient_as_published():
 
 
 def test_epo_history_and_schedule():
-    """Mean over past batches of the mean entropy of each turn; beta 1 -> 0.827, 0.8 -> 0.04."""
+    """Mean over batches of the mean entropy of each turn, this one included; beta 1 -> 0.827, 0.8 -> 0.04."""
     method = algorithms.make("epo", max_turns=5, total_steps=100)
     state, first, second = method.initial_state(), rollout(0), rollout(1)
     second = dataclasses.replace(second, turn=torch.zeros(12, dtype=torch.int64))
@@ -247,7 +261,17 @@ def test_epo_history_and_schedule():
     means = float(first.entropy[zero].mean()) + float(second.entropy[second.valid].mean())
     assert state["sum"][0] == pytest.approx(means, rel=1e-12)
     assert state["batches"] == [2, 1, 1, 1, 0] and state["step"] == 2
+    prepared = method.prepare(second, method.advance(method.initial_state(), first))
+    compare(prepared.turn_entropy, torch.full((12,), means / 2, dtype=torch.float64), atol=1e-12)
+    # The policy moves after the rollout; the band does not.
+    moved = prepared.with_policy(second.logp, second.entropy + 1.0)
+    assert torch.equal(moved.turn_entropy, prepared.turn_entropy)
     betas = [method.beta(k) for k in (0, 50, 51, 100)]
     assert betas == pytest.approx([1.0, 0.827, 0.8 * math.exp(-0.06), 0.0398], abs=1e-3)
-    early = dataclasses.replace(first, turn=torch.full((12,), 1))
-    assert planned(method, early, state).constant is None  # no turn >= max_turns / 2
+    odd = algorithms.make("epo", max_turns=5, total_steps=7)  # floor(7 / 2) steps, then 4
+    assert [odd.beta(k) for k in (3, 4, 7)] == pytest.approx(
+        [1 - 0.2 * (1 - math.exp(-2)), 0.8 * math.exp(-0.75), 0.8 * math.exp(-3)]
+    )
+    for turn, counts in ((1, False), (2, True)):  # floor(5 / 2)
+        early = dataclasses.replace(first, turn=torch.full((12,), turn))
+        assert (planned(method, early, state).constant is not None) == counts

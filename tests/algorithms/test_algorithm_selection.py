@@ -2,38 +2,13 @@
 
 import dataclasses
 import itertools
-import threading
 
 import pytest
 import torch
-from algorithm_cases import METHODS, example, rollout
+from algorithm_cases import METHODS, example, rollout, spread_over
 from harness import bits, compare
 
 from tokfuse.algorithms import World, selection
-
-
-def spread_over(ranks: int, work) -> list:
-    """Run work(world) on `ranks` threads that exchange tensors. Return the results in rank order."""
-    barrier, slots, results = threading.Barrier(ranks), [None] * ranks, [None] * ranks
-
-    def run(rank: int) -> None:
-        def gather(x: torch.Tensor) -> torch.Tensor:
-            slots[rank] = x
-            barrier.wait(timeout=60)
-            out = torch.stack(list(slots))
-            barrier.wait(timeout=60)
-            return out
-
-        results[rank] = work(World(gather, rank))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(result is not None for result in results), "a rank failed"
-    return results
-
 
 SCORES = torch.tensor([0.5, -0.0, 3.0, 0.0, -2.0, 3.0, float("inf"), 1e-40, 0.5, -1e30, 3.0, 0.25])
 MASK = torch.tensor([True] * 9 + [False, True, True])

@@ -11,10 +11,12 @@ import math
 import pytest
 import torch
 from algorithm_cases import (
+    cast,
     check,
     gae,
     gradient_of,
     grpo_a,
+    k3,
     mates,
     per_group,
     planned,
@@ -118,24 +120,26 @@ def bapo_loop(method, ratio, advantage) -> tuple[float, float]:
         whole = p + n if method.form == "paper" else n
         return p / whole if whole else math.inf
 
-    (a0, b0), (a1, b1) = method.low, method.high
-    most_low, most_high = round((b0 - a0) / method.step_low), round((b1 - a1) / method.step_high)
-    low = high = 0
-    while statistic(a0 + low * method.step_low, a1 + high * method.step_high) < method.target:
-        first_high = method.form == "paper"
-        if high < most_high and (first_high or low == most_low):
-            high += 1
-        elif low < most_low:
-            low += 1
-        else:
-            break
-    return a0 + low * method.step_low, a1 + high * method.step_high
+    target, (low, most_low), (high, most_high), step_low, step_high = method.settings
+    if method.form == "paper":
+        # 1e-9, because adding up 0.02 drifts past 0.9.
+        while statistic(low, high) < target and low + step_low <= most_low + 1e-9:
+            if high + step_high <= most_high + 1e-9:
+                high += step_high
+            else:
+                low += step_low
+        return low, high
+    while statistic(low, high) < target and low < most_low - 1e-9:
+        low = min(low + step_low, most_low)
+    while statistic(low, high) < target and high < most_high - 1e-9:
+        high = min(high + step_high, most_high)
+    return low, high
 
 
 @pytest.mark.parametrize("form", ["paper", "code"])
 def test_bapo_one_pass_is_the_loop(form: str):
     """On 2000 random batches; all three outcomes occur."""
-    method = algorithms.make("bapo", form=form, target=0.4 if form == "paper" else 1.0)
+    method = algorithms.make("bapo", form=form)
     gen = torch.Generator().manual_seed(5)
     seen = set()
     for _ in range(2000):
@@ -145,8 +149,33 @@ def test_bapo_one_pass_is_the_loop(form: str):
         found = method.search(ratio, advantage, torch.ones(n, dtype=torch.bool))
         expected = bapo_loop(method, ratio.tolist(), advantage.tolist())
         assert found == pytest.approx(expected, abs=1e-12)
-        seen.add((found[0] > 0.75, found[1] > 1.2, found[1] > 2.99))
+        seen.add((found[0] > 0.75, found[1] > 1.2, found[1] > 1.99))
     assert len(seen) >= 3
+
+
+@pytest.mark.parametrize(
+    ("form", "low", "last"),
+    [
+        ("paper", (0.8, 0.95), 0.94),
+        ("paper", (0.8, 0.955), 0.94),
+        ("code", (0.8, 0.95), 0.95),
+        ("code", (0.8, 0.955), 0.955),
+    ],
+)
+def test_bapo_never_passes_its_last_bounds(form: str, low: tuple, last: float):
+    """Alg. 1 takes no step past the cap (it gave 0.96 for 0.955); the release ends at it."""
+    method = algorithms.make("bapo", form=form, low=low, step_low=0.02, high=(1.2, 1.99), step_high=0.1)
+    ratio, advantage = torch.ones(2).double(), torch.tensor([0.01, -1.0]).double()  # no bound reaches the target
+    found = method.search(ratio, advantage, torch.ones(2, dtype=torch.bool))
+    assert found == pytest.approx((last, 1.9 if form == "paper" else 1.99), abs=1e-12)
+    assert found == pytest.approx(bapo_loop(method, ratio.tolist(), advantage.tolist()), abs=1e-9)
+
+
+def test_bapos_forms_have_their_own_settings():
+    paper, code = algorithms.make("bapo"), algorithms.make("bapo", form="code")
+    assert paper.settings == (0.4, (0.6, 0.9), (1.2, 3.0), 0.02, 0.05)
+    assert code.settings == (1.0, (0.6, 0.8), (1.2, 2.0), 0.05, 0.05)
+    assert algorithms.make("bapo", form="code", target=0.5).settings == code.settings._replace(target=0.5)
 
 
 def test_bapo_trains_with_the_bounds_it_found(backend: Backend):
@@ -167,7 +196,7 @@ def test_bapo_share_and_ratio_are_different_targets():
     ratio, advantage = torch.tensor([1.0, 1.0]), torch.tensor([0.5, -1.0])
     mask = torch.ones(2, dtype=torch.bool)
     assert algorithms.make("bapo").search(ratio, advantage, mask) == pytest.approx((0.9, 3.0))
-    code = algorithms.make("bapo", form="code")
+    code = algorithms.make("bapo", form="code", target=0.4)
     assert code.search(ratio, advantage, mask) == pytest.approx((0.6, 1.2))
     assert planned(code, rollout(0)).objective.shape.dual == 3.0
 
@@ -209,6 +238,27 @@ def test_nft_on_policy_is_grpo_or_dr_grpo(normalize: int, scale: bool):
     _, grad = gradient_of(planned(algorithms.make("nft", normalize=normalize), b), b.logp)
     a = per_group(b, lambda r, g, _: (r - g.mean()) / (g.std(correction=0) if scale else 1.0))
     compare(grad, torch.where(b.valid, -a / 1000, 0.0), atol=1e-15)
+
+
+def test_nft_keeps_the_gradient_of_a_long_right_answer(backend: Backend):
+    """2000 tokens that are each 1% less likely: their log-ratios add up to -20, where a clamp ended the gradient."""
+    n = 2000
+    b = Batch(
+        reward=torch.tensor([1.0, 0.0]).double(),
+        correct=torch.tensor([True, False]),
+        group_ids=torch.zeros(2, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, n, n + 2], dtype=torch.int32),
+        old_logp=torch.full((n + 2,), -1.0).double(),
+    )
+    change = torch.full((n + 2,), math.log(0.99)).double()
+    here = cast(b, torch.float64 if backend.name == "reference" else torch.float32, backend.device)
+    plan = planned(algorithms.make("nft", level="sequence_sum", normalize=0), here)
+    _, grad = gradient_of(plan, here.old_logp + change.to(here.old_logp))
+    compare(grad[:n], torch.full((n,), -1.0), atol=1e-4)
+
+
+def test_nft_defaults_to_the_authors_scripts():
+    assert algorithms.make("nft").normalize == 1
 
 
 def test_nft_learns_from_wrong_answers_and_drops_uniform_groups():
@@ -348,11 +398,29 @@ def test_dypo(mean: str, backend: Backend):
 def test_mirror_descent(backend: Backend):
     def formula(b, x, h):
         anchor = b.old_logp if b.ref_logp is None else b.ref_logp
-        loss = -grpo_a(b) * (x - b.old_logp).exp() + (x - anchor) ** 2 / 2 / 0.4
+        loss = -grpo_a(b) * (x - b.old_logp).exp() + (x - b.old_logp).exp() * k3(x, anchor) / 0.4
         return token_mean(b, loss)
 
     for b in (rollout(0, binary=False), rollout(0, binary=False, ref_logp=None)):
         check(backend, algorithms.make("mirror_descent", eta=0.4), formula, b)
+
+
+def test_mirror_descents_expected_gradient_is_that_of_its_divergence():
+    """A bandit with six arms: sums over the arms, weighted by pi_k. k2 is off by 0.1 there."""
+    gen = torch.Generator().manual_seed(1)
+    old, z = (torch.randn(6, generator=gen, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    z = z.requires_grad_()
+    logp = z.log_softmax(0)
+    (exact,) = torch.autograd.grad((logp.exp() * (logp - old)).sum() / 0.5, z, retain_graph=True)
+    b = Batch(
+        reward=torch.zeros(6).double(),
+        group_ids=torch.zeros(6, dtype=torch.int64),
+        cu_seqlens=torch.arange(7, dtype=torch.int32),
+        old_logp=old,
+    )
+    _, per_arm = gradient_of(planned(algorithms.make("mirror_descent", eta=0.5), b), logp)
+    (found,) = torch.autograd.grad((old.exp() * 6 * per_arm * logp).sum(), z)
+    compare(found, exact, atol=1e-12)
 
 
 def test_a2pr_gate(backend: Backend):
@@ -425,6 +493,7 @@ def test_grpo_guard_is_the_papers_normalised_ratio():
     expected = expected + 0.1 * ((mean - old) ** 2 / (2 * sigma[:, None, None] ** 2)).mean()
     compare(loss, expected, rtol=1e-12)
     torch.autograd.gradcheck(lambda m: guard.loss(x, m, old, sigma, dt, a, ref_mean=old), mu, eps=1e-7, atol=1e-5)
+    assert algorithms.make("grpo_guard").advantage_max == 5.0
     alone = guard.log_ratio(x[2:3], mean[2:3], old[2:3], s[2:3])
     assert bits(alone) == bits(guard.log_ratio(x, mean, old, s)[2:3])  # no bias of the batch's
     with pytest.raises(ValueError, match="ref_mean must be given with beta = 0.1"):

@@ -228,7 +228,7 @@ def f_opsm(b, x, h):
 
 def f_cdpo(b, x, h):
     a = per_group(b, lambda *g: z_score(*g, eps=1e-4))
-    return seq_mean(b, ppo(x, b.old_logp, a) - 0.01 * k3(x, b.ref_logp))
+    return seq_mean(b, ppo(x, b.old_logp, a, 0.2, 0.28) - 0.01 * k3(x, b.ref_logp))
 
 
 def f_tis_current(b, x, h):
@@ -328,6 +328,21 @@ def test_every_row_of_the_table_is_tested():
     assert rows == tested
 
 
+def test_otb_has_no_baseline_for_a_single_response():
+    """verl: the advantage of a group of one is its return. A baseline of its own would make it 0."""
+    b = rollout(0, binary=False).take(torch.tensor([0, 4, 5]))
+    a = algorithms.make("otb").prepare(b, {}).advantage
+    alone = b.spread(b.group_ids == 0)
+    compare(a[alone & b.valid], b.reward[0].expand(int((alone & b.valid).sum())), atol=1e-12)
+    pair = a[~alone & b.valid]
+    assert bool((pair != b.spread(b.reward)[~alone & b.valid]).any())
+
+
+def test_clip_cov_clips_at_zero_and_two():
+    """Both official scripts: clip_ratio_low=1, clip_ratio_high=1."""
+    assert algorithms.make("clip_cov").shape.bounds == (0.0, 2.0)
+
+
 def test_clip_cov_drops_candidates_only(backend: Backend):
     b = rollout(1, binary=False)
     rule = algorithms.ClipCov(fraction=0.1, low=0.05, high=5.0, seed=3)
@@ -338,12 +353,12 @@ def test_clip_cov_drops_candidates_only(backend: Backend):
     a, x = grpo_a(b), b.logp
     cov = (a - a[b.valid].mean()) * (x - x[b.valid].mean())
     r = (x - b.old_logp).exp()
-    clipped = ((a > 0) & (r > 1.2)) | ((a < 0) & (r < 0.8))
+    clipped = (a > 0) & (r > 2)
     candidate = b.valid & ~clipped & (cov > 0.05) & (cov < 5)
     dropped = plan.token_weight.cpu() == 0
     assert int(dropped.sum()) == 3  # 0.1 of 34
     assert not (dropped & ~candidate).any()
-    check(backend, method, lambda b, x, h: token_mean(b, ~dropped * ppo(x, b.old_logp, a)), b)
+    check(backend, method, lambda b, x, h: token_mean(b, ~dropped * ppo(x, b.old_logp, a, 1.0, 1.0)), b)
     again = planned(method, here, {"updates": 0})
     other = planned(method, here, {"updates": 1})
     assert bits(again.token_weight) == bits(plan.token_weight) != bits(other.token_weight)

@@ -4,6 +4,7 @@ Every loss is a function of per-sequence sums. These tests use the reference in 
 have chosen log-probabilities. test_preference_step.py tests the backends.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -292,11 +293,11 @@ def test_finite_differences(name: str):
     loss = example(name)
     batch = example_batch(loss)
     _, _, logp, _ = sequences(2)
-    _, grad = run(loss, batch, logp)
+    _, grad = run(loss, batch, logp, normalizer="batch")
     for t in (0, 4, 15, 24):
         step = torch.zeros(TOKENS, dtype=torch.float64)
         step[t] = 1e-5
-        up, down = (run(loss, batch, logp + k * step)[0].loss.item() for k in (1, -1))
+        up, down = (run(loss, batch, logp + k * step, normalizer="batch")[0].loss.item() for k in (1, -1))
         assert float(grad[t]) == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-8)
 
 
@@ -311,7 +312,7 @@ def test_trap_1_rpo_is_the_sum_and_three_others_share_its_name():
 
     def term(nll: NLL) -> float:
         loss = algorithms.make("rpo", nll=nll)
-        return (float(run(loss, batch, logp)[0].loss) - math.log(2)) / 0.5
+        return (float(run(loss, batch, logp, normalizer="batch")[0].loss) - math.log(2)) / 0.5
 
     assert term(NLL(coef=0.005, reduction="sum", times_beta=True)) == pytest.approx(0.015)
     assert term(NLL(coef=0.005, reduction="batch_mean")) == pytest.approx(0.005)
@@ -351,6 +352,41 @@ def test_trap_4_odds_near_certainty():
         assert float(y) == pytest.approx(want, rel=1e-12)
         (grad,) = torch.autograd.grad(y, x)
         assert float(grad) == pytest.approx(-1 / math.expm1(a), rel=1e-12)
+
+
+def test_orpo_of_a_response_without_odds():
+    """An empty response gave inf. Its pair keeps the likelihood of the chosen response."""
+    cu, mask, logp, _ = sequences()
+    batch = PreferenceBatch(num_tokens=TOKENS, cu_seqlens=cu, mask=mask, pairs=torch.tensor([[4, 2], [8, 6]]))
+    step, grad = run(algorithms.make("orpo"), batch, logp)
+    chosen = logp[[t for t in range(*cu[4:6].tolist()) if mask[t]]].mean()
+    compare(step.losses[0], -chosen, rtol=1e-12)
+    other, alone = run(algorithms.make("orpo"), dataclasses.replace(batch, pairs=batch.pairs[1:]), logp)
+    compare(step.losses[1:], other.losses, rtol=1e-12)
+    assert bool(grad.isfinite().all()) and bool((grad - alone)[cu[4] : cu[5]].any())
+    turned = dataclasses.replace(batch, pairs=torch.tensor([[2, 4]]))  # an empty chosen response
+    step, grad = run(algorithms.make("orpo"), turned, logp)
+    assert float(step.loss) == 0.0 and not grad.any()
+
+
+def test_exponents_of_divergences_end_at_80():
+    """Sums over long responses: exp(-x) overflowed and the loss was NaN. TRL clamps the alpha divergence."""
+    cu = torch.tensor([0, 1000, 2000], dtype=torch.int32)
+    ref, logp = torch.full((2000,), -1.0).double(), torch.full((2000,), -1.9).double()
+    batch = PreferenceBatch(num_tokens=2000, cu_seqlens=cu, pairs=torch.tensor([[0, 1]]), ref_logp=ref)
+    for options in ({"divergence": "forward_kl"}, {"divergence": "alpha", "alpha": 0.1}):
+        step, grad = run(algorithms.make("f_dpo", **options), batch, logp)
+        assert float(step.loss) == pytest.approx(math.log(2)) and not grad.any()  # both sides at the bound
+    near = torch.full((2000,), -1.079).double()  # 79 below the reference
+    step, grad = run(algorithms.make("f_dpo", divergence="forward_kl", beta=1e-30), batch, near)
+    assert bool(grad.all())
+
+
+def test_divergences_of_means_are_refused():
+    """The constants of f' cancel for sums only."""
+    for divergence, more in (("js", {}), ("forward_kl", {}), ("alpha", {"alpha": 0.5})):
+        with pytest.raises(ValueError, match="divergence must be 'reverse_kl' with length 'mean'"):
+            algorithms.make("f_dpo", divergence=divergence, length="mean", **more)
 
 
 def test_likelihood_ratios_far_out_stay_finite():

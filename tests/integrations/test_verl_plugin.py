@@ -88,6 +88,17 @@ def test_importance_weights_and_masks_multiply():
     compare(got, want * (weights * keep).flatten(), rtol=1e-6, atol=1e-9)
 
 
+def test_weights_outside_vespos_gate_are_refused():
+    """The authors add the log-weights inside the gate; a factor is another loss."""
+    of_call = {f: getattr(call(), f) for f in ("old_log_prob", "log_prob", "advantages", "response_mask")}
+    plain, _ = verl_losses.algorithm_loss("vespo", {}, **of_call, config=call().config)
+    assert bool(plain.isfinite())
+    with pytest.raises(ValueError, match="rollout_is_weights must be None with 'vespo'"):
+        verl_losses.algorithm_loss(
+            "vespo", {}, **of_call, config=call().config, rollout_is_weights=torch.full((3, 4), 0.5)
+        )
+
+
 def test_the_head_takes_a_temperature_of_any_shape():
     h, w, ids = torch.randn(2, 3, 8), torch.randn(20, 8), torch.randint(20, (2, 3))
     t = torch.rand(2, 3) + 0.5

@@ -4,6 +4,7 @@ Everything is float64 with loops over sequences, so that you can compare the for
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from harness import Backend, compare
 from torch import Tensor
 
 from tokfuse import algorithms
-from tokfuse.algorithms import Algorithm, Batch, Plan, State
+from tokfuse.algorithms import Algorithm, Batch, Plan, State, World
 
 GROUPS = (0, 0, 0, 0, 7, 7, 7, 7, 3, 3, 3, 3)
 LENGTHS = (3, 1, 5, 2, 4, 4, 1, 6, 2, 3, 5, 1)
@@ -198,7 +199,7 @@ def gradient_of(plan: Plan, logp: Tensor, entropy: Tensor | None = None) -> tupl
     out = plan.loss(x, h).loss
     leaves = [x] if h is None else [x, h]
     grads = torch.autograd.grad(out, leaves, allow_unused=True, materialize_grads=True)
-    return out.detach() + (0.0 if plan.constant is None else plan.constant), *grads
+    return out.detach() + plan.offset(), *grads
 
 
 def check(backend: Backend, algorithm: Algorithm, formula: Formula, batch: Batch, state: State | None = None) -> None:
@@ -226,3 +227,29 @@ def same_gradient(left: Algorithm, right: Algorithm, batch: Batch, rtol: float =
     _, a, *_ = gradient_of(planned(left, batch), batch.logp)
     _, b, *_ = gradient_of(planned(right, batch), batch.logp)
     compare(a, b, atol=rtol * float(b.abs().max()) + 1e-15)
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+
+def spread_over(ranks: int, work: Callable[[World], Any]) -> list[Any]:
+    """Run work(world) on `ranks` threads that exchange tensors. Return the results in rank order."""
+    barrier, slots, results = threading.Barrier(ranks), [None] * ranks, [None] * ranks
+
+    def run(rank: int) -> None:
+        def gather(x: torch.Tensor) -> torch.Tensor:
+            slots[rank] = x
+            barrier.wait(timeout=60)
+            out = torch.stack(list(slots))
+            barrier.wait(timeout=60)
+            return out
+
+        results[rank] = work(World(gather, rank))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(result is not None for result in results), "a rank failed"
+    return results
