@@ -153,6 +153,7 @@ def less_scores(
     if weight is not None:
         shares = _shares(op, weight, len(train))
     samples, count = train[0].shape[0], validation[0].shape[0]
+    check_features(op, "validation", validation[0], least=1)
     if subtask is None:
         subtask = torch.zeros(count, dtype=torch.int64, device=validation[0].device)
     elif subtask.shape != (count,):
@@ -179,7 +180,7 @@ def less_scores(
                 "Pass the same samples for all checkpoints.",
             )
         check_features(op, "train", left)
-        check_features(op, "validation", right, least=1)
+        check_features(op, "validation", right)
         mean = members.to(right.dtype) / members.sum(1, keepdim=True)
         anchors = mean @ _unit(right) if average == "cosine" else _unit(mean @ right)
         term = share * (_unit(left) @ anchors.t())

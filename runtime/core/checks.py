@@ -266,7 +266,8 @@ def check_values(
         place = int(bad.flatten().to(torch.uint8).argmax())
         index = [int(i) for i in torch.unravel_index(torch.tensor(place), x.shape)]
         actual = f"{x.flatten()[place].item()} at {index[0] if len(index) == 1 else index}"
-        want = f"finite in every element, in {_interval(low, high, open_low, open_high)}"
+        kind = "finite and " if x.dtype.is_floating_point else ""
+        want = f"{kind}in {_interval(low, high, open_low, open_high)} in every element"
         raise refuse(op, name, want, actual, "Correct this element, or leave its sample out.")
 
 

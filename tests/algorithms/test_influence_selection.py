@@ -193,7 +193,7 @@ REFUSALS = [
     (lambda: influence.less_scores([F], [F], average="max"), "less_scores: average must be"),
     (lambda: influence.less_scores([F], [F], subtask=torch.zeros(2)), "less_scores: subtask must"),
     (lambda: influence.less_scores([F], [F], subtask=Q), "less_scores: subtask must be of dtype int32 or int64"),
-    (lambda: influence.less_scores([F], [F[:0]]), "less_scores: validation must be of at least one sample; got none"),
+    (lambda: influence.less_scores([F], [F[:0]]), "less_scores: validation must be of at least 1 sample; got none"),
     (lambda: influence.less_scores([F, F[:2]], [F, F]), "less_scores: train and validation must be of 3 and 3"),
     (lambda: influence.less_scores([F], [F], weight=[1.0, 1.0]), "less_scores: weight must be one number per"),
     (lambda: influence.less_scores([F], [F], weight=[-1.0]), r"less_scores: weight must be a finite number in \[0"),

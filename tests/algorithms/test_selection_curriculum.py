@@ -355,7 +355,7 @@ C = make("cures", prompts=2, tau=0.1)
 S, R = make("seele"), make("cog_rethinker", sft_weight=0.0)
 CU, YES = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([True])
 REFUSED = [
-    (lambda: cures.largest_remainder(t(-1.0), 1), "largest_remainder: share must be finite in every"),
+    (lambda: cures.largest_remainder(t(-1.0), 1), "largest_remainder: share must be finite and in"),
     (lambda: cures.largest_remainder(t(), 1), "largest_remainder: total must be 0 without rows"),
     (lambda: make("cures", prompts=2), "algorithms.cures: tau must be given"),
     (lambda: make("cures", prompts=2, tau=0.0), "algorithms.cures: tau must be a finite number"),
