@@ -13,7 +13,16 @@ from collections.abc import Sequence
 
 import torch
 
-from tokfuse.runtime.core.checks import INTS, check_choice, check_integer, check_number, check_values, check_vector
+from tokfuse.runtime.core.checks import (
+    FLOATS,
+    INTS,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -70,8 +79,8 @@ def adam_features(
 
     Args:
         gradient: (samples, ...), per-sample gradients of the optimizer's parameters.
-        exp_avg: (...), m of the optimizer state.
-        exp_avg_sq: (...), v of the optimizer state.
+        exp_avg: (...), finite, m of the optimizer state.
+        exp_avg_sq: (...), finite and >= 0, v of the optimizer state.
         betas: (b1, b2), each in [0, 1).
         eps: > 0.
 
@@ -80,11 +89,14 @@ def adam_features(
         features are plain gradients.
 
     Raises:
-        ValueError: wrong shapes, betas or eps.
+        ValueError: wrong shapes, betas or eps. The moments' values are checked on the CPU, and on other devices
+            only with TOKFUSE_CHECK=1.
 
     Source: LESS (arXiv 2402.04333), its released collect_grad_reps. Exact.
     """
     op = "influence.adam_features"
+    for name, given in (("gradient", gradient), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check_dtype(op, name, given, FLOATS)
     for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if state.shape != gradient.shape[1:]:
             raise refuse(
@@ -95,6 +107,8 @@ def adam_features(
                 "Pass the optimizer's state of the same parameters.",
             )
     check_adam(op, betas, eps)
+    check_values(op, "exp_avg", exp_avg)
+    check_values(op, "exp_avg_sq", exp_avg_sq, 0.0)
     first = betas[0] * exp_avg + (1 - betas[0]) * gradient
     second = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient * gradient
     return first / (second + eps).sqrt()
@@ -233,6 +247,8 @@ def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> tor
             "Pass one row per sample.",
         )
     check_integer(op, "k", k, 0, samples)
+    check_dtype(op, "score", score, FLOATS)
+    check_dtype(op, "interaction", interaction, FLOATS)
     check_values(op, "score", score, always=True)
     check_values(op, "interaction", interaction, always=True)
     gain = score.detach().clone()
@@ -278,6 +294,8 @@ def ugda_select(
         )
     for name, fraction in (("uncertain", uncertain), ("influential", influential)):
         check_number(op, name, fraction, 0.0, 1.0, open_low=True)
+    check_dtype(op, "rewards", rewards, FLOATS)
+    check_dtype(op, "score", score, FLOATS)
     check_values(op, "rewards", rewards, always=True)
     check_values(op, "score", score, always=True)
     kept = top_fraction(rewards.var(0, unbiased=False), uncertain)
@@ -295,7 +313,7 @@ def top_fraction(value: torch.Tensor, fraction: float) -> torch.Tensor:
     """
     op = "influence.top_fraction"
     check_number(op, "fraction", fraction, 0.0, 1.0, open_low=True)
-    check_values(op, "value", value, always=True)
+    check_values(op, "value", check_vector(op, "value", value), always=True)
     count = min(value.shape[0], max(1, round(fraction * value.shape[0])))
     return value.sort(descending=True, stable=True).indices[:count]
 
@@ -310,6 +328,7 @@ def _flat(op: str, name: str, features: torch.Tensor) -> torch.Tensor:
             f"shape {tuple(features.shape)}",
             "Add a sample axis.",
         )
+    check_dtype(op, name, features, FLOATS)
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     return features.detach().flatten(1).to(wide)
 

@@ -12,7 +12,16 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.core.checks import Rows, check_integer, check_number, check_values, check_vector
+from tokfuse.runtime.core.checks import (
+    BOOL,
+    INTS,
+    Rows,
+    check_integer,
+    check_number,
+    check_optional,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.segment_moments import segment_moments
 
@@ -145,7 +154,10 @@ def irm_penalty(
     op = "environments.irm_penalty"
     rows = Rows(check_vector(op, "logp", logp).shape[0], "logp", logp.device)
     check_vector(op, "entropy", entropy, rows)
-    check_integer(op, "environments", environments, 1)
+    check_vector(op, "environment", environment, rows, INTS)
+    check_optional(op, "mask", mask, rows, BOOL)
+    environments = check_integer(op, "environments", environments, 1)
+    check_values(op, "environment", environment, 0, environments, open_high=True, where=mask)
     gap = -logp - entropy
     moments = segment_moments(gap, environment, num_segments=environments, mask=mask)
     return (moments.sum / moments.count.clamp_min(1)).square().sum()

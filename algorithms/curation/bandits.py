@@ -231,12 +231,12 @@ def generation_report(log: Sequence[Choice], target: Sequence[Sequence[float]]) 
         )
     arms = len(log[0].probabilities)
     weight = []
-    for c, row in zip(log, target, strict=True):
-        check_integer(op, "the arm of a choice", c.arm, 0, arms - 1)
-        check_number(op, "the propensity of a choice", c.propensity, 0.0, 1.0, open_low=True)
+    for i, (c, row) in enumerate(zip(log, target, strict=True)):
+        check_integer(op, f"log[{i}].arm", c.arm, 0, arms - 1)
+        check_number(op, f"log[{i}].propensity", c.propensity, 0.0, 1.0, open_low=True)
         if len(row) != arms:
             raise refuse(op, "target", f"of {arms} probabilities per choice", len(row), "Score every arm.")
-        weight.append([check_number(op, "target", p, 0.0, 1.0) for p in row][c.arm] / c.propensity)
+        weight.append([check_number(op, f"target[{i}]", p, 0.0, 1.0) for p in row][c.arm] / c.propensity)
     w = torch.tensor(weight, dtype=torch.float64)
     square = float(w.square().sum())
     pulls = torch.bincount(torch.tensor([c.arm for c in log]), minlength=arms)

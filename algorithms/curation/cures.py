@@ -20,9 +20,11 @@ from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful, draws
 from tokfuse.runtime.core.checks import (
     BOOL,
+    FLOATS,
     INTS,
     Rows,
     check_choice,
+    check_dtype,
     check_integer,
     check_number,
     check_values,
@@ -140,6 +142,7 @@ def rollout_sigma(
     """
     op = "rollout_sigma"
     check_integer(op, "num_prompts", num_prompts, 0)
+    check_dtype(op, "gradient", gradient, FLOATS)
     rows = Rows(gradient.shape[0], "gradient", gradient.device)
     check_vector(op, "correct", correct, rows, BOOL)
     check_vector(op, "prompt_ids", prompt_ids, rows, INTS)
@@ -236,21 +239,17 @@ class CurES(Stateful):
             prompt_ids: (rollouts,), int, in [0, prompts).
             correct: (rollouts,), bool.
         """
-        ids = torch.as_tensor(prompt_ids)
-        ids = check_vector(self._op, "prompt_ids", ids.long() if ids.numel() == 0 else ids, dtypes=INTS).long().cpu()
+        if not isinstance(prompt_ids, torch.Tensor):
+            prompt_ids = torch.tensor(
+                [check_integer(self._op, "prompt_ids", i, 0, self.prompts - 1) for i in prompt_ids], dtype=torch.int64
+            )
+        ids = check_vector(self._op, "prompt_ids", prompt_ids, dtypes=INTS).long().cpu()
         right = (
             check_vector(self._op, "correct", correct, Rows(ids.shape[0], "prompt_ids", correct.device), BOOL)
             .long()
             .cpu()
         )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.prompts:
-            raise refuse(
-                self._op,
-                "prompt_ids",
-                f"in [0, {self.prompts})",
-                f"{int(ids.min())} to {int(ids.max())}",
-                "Raise prompts.",
-            )
+        check_values(self._op, "prompt_ids", ids, 0, self.prompts - 1)
         wins = torch.bincount(ids, right.double(), minlength=self.prompts).long()
         tries = torch.bincount(ids, minlength=self.prompts)
         return state | {

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import INTS, Rows, check_integer, check_number, check_values, check_vector
+from tokfuse.runtime.core.checks import (
+    FLOATS,
+    INTS,
+    Rows,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -109,6 +118,7 @@ def group_return(final_reward: torch.Tensor) -> torch.Tensor:
         raise refuse(
             "group_return", "final_reward", "of at least one rollout", tuple(final_reward.shape), "Roll out each group."
         )
+    check_dtype("group_return", "final_reward", final_reward, FLOATS)
     check_values("group_return", "final_reward", final_reward, always=True)
     return final_reward.double().mean(-1)
 

@@ -239,6 +239,8 @@ def _updates(
             len(moments),
             "Pass the optimizer's state of each checkpoint.",
         )
+    for features in train:
+        check_features(f"algorithms.{type(method).__name__.lower()}", "train", features)
     return [
         adam_features(g, m, v, betas=method.betas, eps=method.eps) for g, (m, v) in zip(train, moments, strict=True)
     ]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import Rows, check_number, check_values, check_vector
+from tokfuse.runtime.core.checks import FLOATS, Rows, check_dtype, check_number, check_values, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -19,6 +19,7 @@ class StepScores(NamedTuple):
 
 def binary_entropy(p: torch.Tensor) -> torch.Tensor:
     """Return -p log p - (1 - p) log(1 - p) in nats; 0 at p = 0 and p = 1. p is in [0, 1]."""
+    check_dtype("binary_entropy", "p", p, FLOATS)
     check_values("binary_entropy", "p", p, 0.0, 1.0, always=True)
     p = p.double()
     nats: torch.Tensor = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))

@@ -81,7 +81,7 @@ def fit_3pl(rates: Sequence[float], accuracies: Sequence[float], *, bounds: Boun
     for name, values in (("rates", rates), ("accuracies", accuracies)):
         for value in values:
             check_number(op, name, value, 0.0, 1.0)
-    check_bounds(op, bounds)
+    _check_bounds(op, bounds)
     solve = _least_squares()
     points: dict[float, list[float]] = {}
     for rate, accuracy in zip(rates, accuracies, strict=True):
@@ -110,7 +110,7 @@ def fit_3pl(rates: Sequence[float], accuracies: Sequence[float], *, bounds: Boun
     return ThreePL(*map(float, best.x))
 
 
-def check_bounds(op: str, bounds: Bounds) -> None:
+def _check_bounds(op: str, bounds: Bounds) -> None:
     """Raise an error unless `bounds` holds an interval of k > 0, of mu, and of b in [0, 1), none of them empty."""
     if len(bounds) != 3:
         raise refuse(op, "bounds", "three pairs (low, high)", bounds, "Bound k, mu and b.")
@@ -201,7 +201,7 @@ class SEELE(Stateful):
         check_integer(self._op, "rounds", self.rounds, 1)
         check_integer(self._op, "rollouts", self.rollouts, 1)
         check_number(self._op, "imitation", self.imitation, 0.0)
-        check_bounds(self._op, self.bounds)
+        _check_bounds(self._op, self.bounds)
 
     def initial_state(self) -> State:
         """Return the state before the first prompt."""

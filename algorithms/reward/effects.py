@@ -76,7 +76,8 @@ def group_effect(
     check_vector(op, "group_ids", group_ids, rows, INTS)
     for name, value in (("propensity", propensity), ("mu1", mu1), ("mu0", mu0)):
         check_optional(op, name, value, rows)
-    check_integer(op, "num_groups", num_groups, 0)
+    num_groups = check_integer(op, "num_groups", num_groups, 0)
+    check_values(op, "group_ids", group_ids, 0, num_groups, open_high=True, always=True)
     check_values(op, "reward", reward, always=True)
     if propensity is not None:
         check_values(op, "propensity", propensity, 0.0, 1.0, open_low=True, open_high=True, always=True)

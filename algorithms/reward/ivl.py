@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import INTS, Rows, check_integer, check_normalizer, check_number, check_vector
+from tokfuse.runtime.core.checks import (
+    INTS,
+    Rows,
+    check_integer,
+    check_normalizer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.ops.segment_moments import segment_moments
 
 OP = "algorithms.ivl"
@@ -58,7 +66,8 @@ class IVL:
         """
         samples = check_vector(OP, "residual", residual).shape[0]
         check_vector(OP, "group_ids", group_ids, Rows(samples, "residual", residual.device), INTS)
-        check_integer(OP, "num_groups", num_groups, 0)
+        num_groups = check_integer(OP, "num_groups", num_groups, 0)
+        check_values(OP, "group_ids", group_ids, 0, num_groups, open_high=True)
         check_normalizer(OP, normalizer)
         moments = segment_moments(residual, group_ids, num_segments=num_groups)
         projected = (moments.sum**2 / moments.count.clamp(min=1)).sum()

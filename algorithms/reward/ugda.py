@@ -6,7 +6,16 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import draws
-from tokfuse.runtime.core.checks import INTS, check_integer, check_normalizer, check_number, check_values, check_vector
+from tokfuse.runtime.core.checks import (
+    FLOATS,
+    INTS,
+    check_dtype,
+    check_integer,
+    check_normalizer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 OP = "algorithms.ugda_refine"
@@ -55,6 +64,7 @@ class UGDARefinement:
             raise refuse(OP, "logged", "(members, samples >= 1)", tuple(logged.shape), "Pass one row per member.")
         check_vector(OP, "score", score, None, INTS)
         check_integer(OP, "step", step, 0)
+        check_dtype(OP, "logged", logged, FLOATS)
         check_values(OP, "logged", logged, always=True)
         check_values(OP, "score", score, 1, self.levels, always=True)
         level = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels

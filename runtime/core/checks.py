@@ -55,7 +55,7 @@ def check_dtype(op: str, name: str, value: torch.Tensor, dtypes: frozenset[torch
             name,
             f"of dtype {names_of(dtypes)}",
             str(value.dtype).removeprefix("torch."),
-            f"Call {name}.{_CONVERSION[dtypes]}().",
+            f"Call {name}.{_CONVERSION.get(dtypes, 'float')}().",
         )
 
 
@@ -287,6 +287,7 @@ def check_normalizer(op: str, value: object) -> None:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise refuse(op, "normalizer", "a 0-dim tensor", f"shape {tuple(value.shape)}", "Pass one global count.")
+        check_dtype(op, "normalizer", value, FLOATS | INTS)
         check_values(op, "normalizer", value, 0.0, open_low=True)
     elif value is not None:
         check_number(op, "normalizer", value, 0.0, open_low=True)

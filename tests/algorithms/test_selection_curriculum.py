@@ -364,7 +364,7 @@ REFUSED = [
     (lambda: make("cures", prompts=1, tau=1.0, sampler="x"), "algorithms.cures: sampler must be"),
     (lambda: make("cures", prompts=1, tau=1.0, rounding="x"), "algorithms.cures: rounding must"),
     (lambda: make("cures", prompts=1, tau=1.0, multiple=2), "algorithms.cures: multiple must be l"),
-    (lambda: C.observe(C.initial_state(), [2], YES), r"cures: prompt_ids must be in \[0, 2\)"),
+    (lambda: C.observe(C.initial_state(), [2], YES), r"cures: prompt_ids must be an integer in \[0, 1\]"),
     (lambda: C.sample(C.initial_state(), 3), "algorithms.cures: count must be"),
     (lambda: make("cures", prompts=2, tau=1.0, minimum=3).quota(t(1, 1), 5), "total must be >= mi"),
     (lambda: seele.fit_3pl([0.1], []), "fit_3pl: accuracies must be one per rate"),
