@@ -341,7 +341,8 @@ def check_features(op: str, name: str, features: torch.Tensor, least: int = 0) -
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norm
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

@@ -222,7 +222,7 @@ def check_integer(op: str, name: str, value: object, low: int, high: int | None 
     whole = isinstance(value, int) or isinstance(value, numbers.Integral)
     if isinstance(value, bool) or not whole:
         raise TypeError(f"{op}: {name} must be an integer; got {value!r}. Pass an int.")
-    number = int(value)  # type: ignore[call-overload]
+    number: int = int(value)  # type: ignore[call-overload]
     if number < low or (high is not None and number > high):
         want = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
         raise refuse(op, name, want, value, "Check what it counts.")
