@@ -3,6 +3,9 @@
 A feature is a per-sample gradient or a sketch of it (`tokfuse.influence.sketch`). It may have any shape after the
 sample axis. Sketches of the last hidden state rank samples by the gradients of the last layer only. Features of more
 layers work with the same functions.
+
+Every selector raises ValueError if a feature, a score or a reward is not finite. NaN has no rank, and torch sorts it
+first. `matrix` and `adam_features` do not rank: there, NaN stays NaN.
 """
 
 import math
@@ -10,6 +13,16 @@ from collections.abc import Sequence
 
 import torch
 
+from tokfuse.runtime.core.checks import (
+    FLOATS,
+    INTS,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -66,8 +79,8 @@ def adam_features(
 
     Args:
         gradient: (samples, ...), per-sample gradients of the optimizer's parameters.
-        exp_avg: (...), m of the optimizer state.
-        exp_avg_sq: (...), v of the optimizer state.
+        exp_avg: (...), finite, m of the optimizer state.
+        exp_avg_sq: (...), finite and >= 0, v of the optimizer state.
         betas: (b1, b2), each in [0, 1).
         eps: > 0.
 
@@ -76,11 +89,14 @@ def adam_features(
         features are plain gradients.
 
     Raises:
-        ValueError: wrong shapes, betas or eps.
+        ValueError: wrong shapes, betas or eps. The moments' values are checked on the CPU, and on other devices
+            only with TOKFUSE_CHECK=1.
 
     Source: LESS (arXiv 2402.04333), its released collect_grad_reps. Exact.
     """
     op = "influence.adam_features"
+    for name, given in (("gradient", gradient), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check_dtype(op, name, given, FLOATS)
     for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if state.shape != gradient.shape[1:]:
             raise refuse(
@@ -90,13 +106,21 @@ def adam_features(
                 f"shape {tuple(state.shape)}",
                 "Pass the optimizer's state of the same parameters.",
             )
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise refuse(op, "betas", "two numbers in [0, 1)", betas, "Pass the betas of the optimizer.")
-    if not 0.0 < eps < math.inf:
-        raise refuse(op, "eps", "a finite number > 0", eps, "Pass the eps of the optimizer.")
+    check_adam(op, betas, eps)
+    check_values(op, "exp_avg", exp_avg)
+    check_values(op, "exp_avg_sq", exp_avg_sq, 0.0)
     first = betas[0] * exp_avg + (1 - betas[0]) * gradient
     second = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient * gradient
     return first / (second + eps).sqrt()
+
+
+def check_adam(op: str, betas: tuple[float, float], eps: float) -> None:
+    """Raise an error unless `betas` are two numbers in [0, 1) and `eps` is > 0."""
+    if len(betas) != 2:
+        raise refuse(op, "betas", "two numbers in [0, 1)", betas, "Pass the betas of the optimizer.")
+    for i, beta in enumerate(betas):
+        check_number(op, f"betas[{i}]", beta, 0.0, 1.0, open_high=True)
+    check_number(op, "eps", eps, 0.0, open_low=True)
 
 
 def less_scores(
@@ -113,9 +137,9 @@ def less_scores(
 
     Args:
         train: one (samples, ...) tensor per checkpoint, e.g. `adam_features`, with the same samples in each.
-        validation: one (samples', ...) tensor per checkpoint, plain gradients.
-        weight: one number per checkpoint, its mean learning rate. Normalized to sum 1. None: equal weights.
-        subtask: (samples',) int64, the subtask of each validation sample, in [0, subtasks). None: one subtask.
+        validation: one (samples', ...) tensor per checkpoint, plain gradients of at least one sample.
+        weight: one number >= 0 per checkpoint, its mean learning rate. Normalized to sum 1. None: equal weights.
+        subtask: (samples',) int, the subtask of each validation sample. Any numbers. None: one subtask.
         average: "cosine" averages the cosines of a subtask (LESS). "gradient" takes the cosine with the
             subtask's mean gradient (UGDA).
 
@@ -124,7 +148,8 @@ def less_scores(
         validation loss of its best subtask more.
 
     Raises:
-        ValueError: wrong numbers of checkpoints, shapes, weights or `average`.
+        ValueError: wrong numbers of checkpoints, shapes, weights or `average`; no validation sample; a feature
+            whose norm is not finite.
 
     Source: LESS (arXiv 2402.04333), released code; UGDA (OpenReview iamWnRpMuQ), reconstructed.
     """
@@ -137,16 +162,12 @@ def less_scores(
             f"{len(train)} and {len(validation)}",
             "Pass both for the same checkpoints.",
         )
-    if average not in ("cosine", "gradient"):
-        raise refuse(op, "average", '"cosine" or "gradient"', repr(average), "Choose one of the two.")
+    check_choice(op, "average", average, ("cosine", "gradient"))
     shares = [1.0 / len(train)] * len(train)
     if weight is not None:
-        if len(weight) != len(train) or not sum(weight) > 0 or min(weight) < 0:
-            raise refuse(
-                op, "weight", "one number >= 0 per checkpoint, not all 0", list(weight), "Pass the mean learning rates."
-            )
-        shares = [w / sum(weight) for w in weight]
-    count = validation[0].shape[0]
+        shares = _shares(op, weight, len(train))
+    samples, count = train[0].shape[0], validation[0].shape[0]
+    check_features(op, "validation", validation[0], least=1)
     if subtask is None:
         subtask = torch.zeros(count, dtype=torch.int64, device=validation[0].device)
     elif subtask.shape != (count,):
@@ -157,16 +178,41 @@ def less_scores(
             f"shape {tuple(subtask.shape)}",
             "Pass one subtask id per sample.",
         )
-    members = torch.nn.functional.one_hot(subtask).t()  # (subtasks, samples')
+    check_vector(op, "subtask", subtask, dtypes=INTS)
+    # Only the ids that occur: an id without samples would take part in the maximum with a score of 0.
+    present, place = subtask.unique(return_inverse=True)
+    members = torch.nn.functional.one_hot(place, present.shape[0]).t()  # (subtasks, samples')
     total: torch.Tensor | None = None
     for share, of_train, of_validation in zip(shares, train, validation, strict=True):
         left, right = _flat(op, "train", of_train), _flat(op, "validation", of_validation)
-        mean = members.to(right.dtype) / members.sum(1, keepdim=True).clamp_min(1)
+        if left.shape[0] != samples or right.shape != (count, left.shape[1]):
+            raise refuse(
+                op,
+                "train and validation",
+                f"of {samples} and {count} samples in every checkpoint, with equally large features",
+                f"shapes {tuple(left.shape)} and {tuple(right.shape)}",
+                "Pass the same samples for all checkpoints.",
+            )
+        check_features(op, "train", left)
+        check_features(op, "validation", right)
+        mean = members.to(right.dtype) / members.sum(1, keepdim=True)
         anchors = mean @ _unit(right) if average == "cosine" else _unit(mean @ right)
         term = share * (_unit(left) @ anchors.t())
         total = term if total is None else total + term
     assert total is not None
     return total.amax(1)
+
+
+def _shares(op: str, weight: Sequence[float], checkpoints: int) -> list[float]:
+    """Return the weights of the checkpoints, divided by their sum."""
+    if len(weight) != checkpoints:
+        raise refuse(
+            op, "weight", f"one number per checkpoint, {checkpoints}", len(weight), "Pass the mean learning rates."
+        )
+    known = [check_number(op, "weight", w, 0.0) for w in weight]
+    if sum(known) == 0.0:
+        raise refuse(op, "weight", "above 0 for one checkpoint at least", known, "Pass the mean learning rates.")
+    return [w / sum(known) for w in known]
 
 
 def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> torch.Tensor:
@@ -186,7 +232,7 @@ def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> tor
         if its gain is negative.
 
     Raises:
-        ValueError: wrong shapes or k.
+        ValueError: wrong shapes or k; a score or an interaction that is not finite.
 
     Source: GREATS (Wang et al., NeurIPS 2024), released code. Exact.
     """
@@ -200,8 +246,11 @@ def greedy_select(score: torch.Tensor, interaction: torch.Tensor, k: int) -> tor
             f"shape {tuple(interaction.shape)}",
             "Pass one row per sample.",
         )
-    if not 0 <= k <= samples:
-        raise refuse(op, "k", f"in [0, {samples}]", k, "Pass at most the number of samples.")
+    check_integer(op, "k", k, 0, samples)
+    check_dtype(op, "score", score, FLOATS)
+    check_dtype(op, "interaction", interaction, FLOATS)
+    check_values(op, "score", score, always=True)
+    check_values(op, "interaction", interaction, always=True)
     gain = score.detach().clone()
     chosen = torch.empty(k, dtype=torch.int64, device=score.device)
     for i in range(k):
@@ -230,7 +279,7 @@ def ugda_select(
         least 1.
 
     Raises:
-        ValueError: wrong shapes or fractions.
+        ValueError: wrong shapes or fractions; a reward or a score that is not finite.
 
     Source: UGDA (OpenReview iamWnRpMuQ), reconstructed from its abstract and reviews.
     """
@@ -244,8 +293,11 @@ def ugda_select(
             "Pass one row per ensemble member.",
         )
     for name, fraction in (("uncertain", uncertain), ("influential", influential)):
-        if not 0.0 < fraction <= 1.0:
-            raise refuse(op, name, "in (0, 1]", fraction, "Pass a fraction of the samples.")
+        check_number(op, name, fraction, 0.0, 1.0, open_low=True)
+    check_dtype(op, "rewards", rewards, FLOATS)
+    check_dtype(op, "score", score, FLOATS)
+    check_values(op, "rewards", rewards, always=True)
+    check_values(op, "score", score, always=True)
     kept = top_fraction(rewards.var(0, unbiased=False), uncertain)
     return kept[top_fraction(score[kept], influential)]
 
@@ -254,7 +306,14 @@ def top_fraction(value: torch.Tensor, fraction: float) -> torch.Tensor:
     """Return the indices of the largest `fraction` of values, largest first. Of equal values the first wins.
 
     The count is rounded to the nearest integer, and is at least 1 if there is a value.
+
+    Args:
+        value: (samples,), finite.
+        fraction: in (0, 1].
     """
+    op = "influence.top_fraction"
+    check_number(op, "fraction", fraction, 0.0, 1.0, open_low=True)
+    check_values(op, "value", check_vector(op, "value", value), always=True)
     count = min(value.shape[0], max(1, round(fraction * value.shape[0])))
     return value.sort(descending=True, stable=True).indices[:count]
 
@@ -269,11 +328,24 @@ def _flat(op: str, name: str, features: torch.Tensor) -> torch.Tensor:
             f"shape {tuple(features.shape)}",
             "Add a sample axis.",
         )
+    check_dtype(op, name, features, FLOATS)
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     return features.detach().flatten(1).to(wide)
 
 
+def check_features(op: str, name: str, features: torch.Tensor, least: int = 0) -> None:
+    """Raise ValueError for fewer than `least` features, or for a norm that is not finite. The message has its index."""
+    if features.shape[0] < least:
+        raise refuse(op, name, f"of at least {least} sample", "none", "Pass one gradient or sketch per sample.")
+    check_values(op, f"the norms of {name}", _norms(_flat(op, name, features)).squeeze(1), always=True)
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norm
+
+
 def _unit(rows: torch.Tensor) -> torch.Tensor:
     """Return the rows divided by their norms. A row of zeros stays zero."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norm = _norms(rows)
     return rows / torch.where(norm == 0, 1.0, norm)

@@ -1,4 +1,8 @@
-"""Causal and off-policy estimators, weights of environments, and metrics of grouped answers."""
+"""Causal and off-policy estimators, weights of environments, and metrics of grouped answers.
+
+Estimators raise ValueError for values out of range, also on a GPU. Weights of losses (`vrex_weights`, `irm_penalty`,
+`tempered_group_weights`) check values on the CPU, and on other devices only with TOKFUSE_CHECK=1.
+"""
 
 from tokfuse.algorithms.causal.answer_metrics import best_of_n as best_of_n
 from tokfuse.algorithms.causal.answer_metrics import majority_at_k as majority_at_k

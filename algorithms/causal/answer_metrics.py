@@ -1,11 +1,12 @@
 """Metrics of answers sampled in groups: pass@k, majority@k, best of n."""
 
+import math
 from collections.abc import Hashable, Sequence
 
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import INTS, Rows, check_number, check_vector
+from tokfuse.runtime.core.checks import INTS, Rows, check_integer, check_number, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 FACTS = {
@@ -38,7 +39,7 @@ def pass_rate_at_k(samples: torch.Tensor, correct: torch.Tensor, *, k: int) -> t
     op = "answer_metrics.pass_rate_at_k"
     check_vector(op, "samples", samples, dtypes=INTS)
     check_vector(op, "correct", correct, Rows(samples.shape[0], "samples", samples.device), INTS)
-    check_number(op, "k", k, 1)
+    check_integer(op, "k", k, 1)
     if bool((samples < k).any()):
         raise refuse(op, "samples", f">= k = {k}", int(samples.min()), "Sample more answers, or lower k.")
     if bool(((correct < 0) | (correct > samples)).any()):
@@ -90,7 +91,7 @@ def best_of_n(score: Sequence[float], answers: Sequence[Hashable] | None = None,
     """Return the index of the best of n sampled answers. Utility.
 
     Args:
-        score: one score per answer, n >= 1.
+        score: one finite score per answer, n >= 1. NaN has no rank and raises ValueError.
         answers: the answers in canonical form. Needed with weighted, and only then.
         weighted: first add the scores (>= 0) of equal answers (weighted best-of-N), then return the member of the
             winner with the best score.
@@ -100,6 +101,10 @@ def best_of_n(score: Sequence[float], answers: Sequence[Hashable] | None = None,
         raise refuse(op, "score", "of at least one answer", "none", "Pass at least one score.")
     if weighted != (answers is not None):
         raise refuse(op, "answers", "given exactly if weighted=True", f"weighted={weighted}", "Pass both or none.")
+    for one in score:
+        check_number(op, "score", one, 0.0 if weighted else -math.inf)
+    if answers is not None and len(answers) != len(score):
+        raise refuse(op, "answers", f"one per score, {len(score)}", len(answers), "Pass one answer per score.")
     if answers is None:
         return max(range(len(score)), key=lambda i: (score[i], -i))
     winner = majority_at_k(answers, weight=score)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import check_vector
+from tokfuse.runtime.core.checks import FLOATS, check_device, check_dtype, check_values, check_vector, require_tensor
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -35,8 +35,8 @@ def ablation_effect(full: torch.Tensor, without: torch.Tensor, *, paired: bool =
     Both need at least two runs. Variances are sample variances.
 
     Args:
-        full: (runs,), rewards with the factor.
-        without: (runs',), rewards with the factor removed.
+        full: (runs,), finite, rewards with the factor.
+        without: (runs',), finite, rewards with the factor removed.
         paired: True if run i of both has the same prompt and random numbers: the error is then the
             standard error of the differences. False: sqrt(var / n + var' / n').
     """
@@ -44,6 +44,7 @@ def ablation_effect(full: torch.Tensor, without: torch.Tensor, *, paired: bool =
     for name, x in (("full", full), ("without", without)):
         if check_vector(op, name, x).shape[0] < 2:
             raise refuse(op, name, "of at least two runs", x.shape[0], "A standard error needs two.")
+        check_values(op, name, x, always=True)
     a, b = full.double(), without.double()
     if not paired:
         return Effect(float(a.mean() - b.mean()), math.sqrt(float(a.var() / a.shape[0] + b.var() / b.shape[0])))
@@ -82,6 +83,9 @@ def pns_bounds(with_step: torch.Tensor, without_step: torch.Tensor, *, monotone:
             be negative.
     """
     op = "effects.pns_bounds"
+    for name, rate in (("with_step", with_step), ("without_step", without_step)):
+        check_dtype(op, name, require_tensor(op, name, rate), FLOATS)
+    check_device(op, "without_step", without_step, with_step.device)
     if with_step.shape != without_step.shape:
         raise refuse(
             op,
@@ -91,9 +95,8 @@ def pns_bounds(with_step: torch.Tensor, without_step: torch.Tensor, *, monotone:
             "Pass one rate per rate of with_step.",
         )
     p1, p0 = with_step.double(), without_step.double()
-    for name, p in (("with_step", p1), ("without_step", p0)):
-        if not bool(((p >= 0) & (p <= 1)).all()):
-            raise refuse(op, name, "in [0, 1]", "others", "Pass success rates.")
+    check_values(op, "with_step", p1, 0.0, 1.0, always=True)
+    check_values(op, "without_step", p0, 0.0, 1.0, always=True)
     if monotone:
         if bool((p1 < p0).any()):
             raise refuse(

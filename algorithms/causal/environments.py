@@ -12,7 +12,16 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.core.checks import check_number, check_vector
+from tokfuse.runtime.core.checks import (
+    BOOL,
+    INTS,
+    Rows,
+    check_integer,
+    check_number,
+    check_optional,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.segment_moments import segment_moments
 
@@ -33,7 +42,7 @@ def vrex_weights(risk: torch.Tensor, *, penalty: float = 1.0) -> torch.Tensor:
     environment far below the mean is raised.
 
     Args:
-        risk: (environments,), float.
+        risk: (environments,), finite. One NaN would make all weights NaN.
         penalty: lambda >= 0.
 
     Returns:
@@ -42,6 +51,7 @@ def vrex_weights(risk: torch.Tensor, *, penalty: float = 1.0) -> torch.Tensor:
     """
     op = "environments.vrex_weights"
     check_vector(op, "risk", risk)
+    check_values(op, "risk", risk)
     check_number(op, "penalty", penalty, 0.0)
     x = risk.detach().double()
     return (1 + 2 * penalty * (x - x.mean())).to(risk.dtype)
@@ -65,7 +75,7 @@ class GroupDRO(Stateful):
     """q_e <- q_e exp(step_size L_e), normalised. The loss is sum_e q_e L_e. Analogue.
 
     Args:
-        environments: number of environments.
+        environments: number of environments, >= 1.
         step_size: eta >= 0.
 
     State: log q, initially uniform. Logarithms, so that no weight underflows to 0 for ever.
@@ -75,7 +85,7 @@ class GroupDRO(Stateful):
     step_size: float = 0.01
 
     def __post_init__(self) -> None:
-        check_number(self._op, "environments", self.environments, 1)
+        check_integer(self._op, "environments", self.environments, 1)
         check_number(self._op, "step_size", self.step_size, 0.0)
 
     def initial_state(self) -> State:
@@ -85,9 +95,11 @@ class GroupDRO(Stateful):
     def observe(self, state: State, risk: torch.Tensor) -> State:
         """Return the state after the risks of a step, (environments,).
 
-        NaN marks an environment that was not seen: its weight does not grow.
+        NaN marks an environment that was not seen: its weight does not grow. An infinite risk raises ValueError: the
+        weights could never recover from it.
         """
         check_vector(self._op, "risk", risk)
+        check_values(self._op, "risk", risk, where=~risk.isnan(), always=True)
         if risk.shape[0] != self.environments:
             raise refuse(
                 self._op,
@@ -132,13 +144,20 @@ def irm_penalty(
         logp: (tokens,), from `token_stats`.
         entropy: (tokens,), from `token_stats`.
         environment: (tokens,), int, in [0, environments).
-        environments: number of environments. One without tokens adds 0.
+        environments: number of environments, >= 1. One without tokens adds 0.
         mask: (tokens,), bool. None: all tokens count.
 
     Returns:
         () in the dtype of logp. Use it for data that the model did not sample itself. On its own samples the mean
         of NLL - entropy is 0 in expectation, so the penalty is noise.
     """
+    op = "environments.irm_penalty"
+    rows = Rows(check_vector(op, "logp", logp).shape[0], "logp", logp.device)
+    check_vector(op, "entropy", entropy, rows)
+    check_vector(op, "environment", environment, rows, INTS)
+    check_optional(op, "mask", mask, rows, BOOL)
+    environments = check_integer(op, "environments", environments, 1)
+    check_values(op, "environment", environment, 0, environments, open_high=True, where=mask)
     gap = -logp - entropy
     moments = segment_moments(gap, environment, num_segments=environments, mask=mask)
     return (moments.sum / moments.count.clamp_min(1)).square().sum()

@@ -3,7 +3,7 @@
 import torch
 
 from tokfuse.algorithms.registry import Entry, add, register
-from tokfuse.runtime.core.checks import INTS, Rows, check_number, check_vector
+from tokfuse.runtime.core.checks import INTS, Rows, check_number, check_values, check_vector
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.ope import ope
 from tokfuse.runtime.ops.paired_divergence import paired_divergence
@@ -29,7 +29,7 @@ def tempered_group_weights(seq_logp: torch.Tensor, group_ids: torch.Tensor, *, p
     """Return w_i = exp(power l_i) / sum over the group of exp(power l_j), detached. Analogue.
 
     Args:
-        seq_logp: (seqs,), float, nats, l: log-probabilities summed over each response.
+        seq_logp: (seqs,), nats, l: log-probabilities summed over each response. Finite or -inf.
         group_ids: (seqs,), int, any numbers.
         power: lambda in [0, 4]; 0 gives uniform weights in the group.
 
@@ -41,6 +41,7 @@ def tempered_group_weights(seq_logp: torch.Tensor, group_ids: torch.Tensor, *, p
     check_vector(op, "seq_logp", seq_logp)
     check_vector(op, "group_ids", group_ids, Rows(seq_logp.shape[0], "seq_logp", seq_logp.device), INTS)
     check_number(op, "power", power, 0.0, 4.0)
+    check_values(op, "seq_logp", seq_logp, where=seq_logp != -torch.inf)
     member = groups_of(group_ids).member
     x = seq_logp.detach().double()
     x = torch.where(x == -torch.inf, torch.finfo(torch.float64).min / 8, x) * power

@@ -1,4 +1,8 @@
-"""Selection of training data: influence, curricula, attribution, and bandit arms with logged propensities."""
+"""Selection of training data: influence, curricula, attribution, and bandit arms with logged propensities.
+
+One rule holds for every selector: a feature, score, reward or statistic that is not finite raises ValueError, also on a
+GPU. NaN has no rank, and torch sorts it first. The message contains the index of the sample.
+"""
 
 from tokfuse.algorithms.curation import hpl as hpl
 from tokfuse.algorithms.curation import leaf as leaf

@@ -16,7 +16,7 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful, draws
-from tokfuse.runtime.core.checks import check_number, check_vector
+from tokfuse.runtime.core.checks import Rows, check_integer, check_number, check_values, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -35,7 +35,7 @@ def squarecb_probabilities(cost: torch.Tensor, gamma: float) -> torch.Tensor:
     rest.
 
     Args:
-        cost: (arms,), predicted cost; lower is better.
+        cost: (arms,), finite, predicted cost; lower is better.
         gamma: >= 0; 0 is uniform.
 
     Returns:
@@ -47,6 +47,7 @@ def squarecb_probabilities(cost: torch.Tensor, gamma: float) -> torch.Tensor:
     check_number("squarecb_probabilities", "gamma", gamma, 0.0)
     if cost.numel() == 0:
         raise refuse("squarecb_probabilities", "cost", "of at least one arm", "none", "Pass the cost of every arm.")
+    check_values("squarecb_probabilities", "cost", cost, always=True)
     gap = cost.double() - cost.double().min()
     p = 1.0 / (cost.shape[0] + gamma * gap)
     best = int(cost.argmin())
@@ -62,7 +63,7 @@ class Arms(Stateful):
     arms: int = 0
 
     def __post_init__(self) -> None:
-        check_number(self._op, "arms", self.arms, 1)
+        check_integer(self._op, "arms", self.arms, 1)
 
     def initial_state(self) -> State:
         """Return the state before the first decision."""
@@ -75,15 +76,19 @@ class Arms(Stateful):
         Args:
             state: the state before.
             choice: what `choose` returned.
-            reward: outcome of the choice.
-            residual: violation of a constraint; > 0 violates it. None: 0.
+            reward: outcome of the choice, finite.
+            residual: violation of a constraint, finite; > 0 violates it. None: 0.
+
+        Raises:
+            ValueError: an unknown arm, or an outcome that is not finite. One NaN would stay in the arm's mean for ever.
         """
-        if not 0 <= choice.arm < self.arms:
-            raise refuse(self._op, "choice.arm", f"in [0, {self.arms})", choice.arm, "Pass what choose returned.")
-        added = {"pulls": 1, "reward": float(reward), "residual": float(residual or 0.0)}
+        arm = check_integer(self._op, "choice.arm", choice.arm, 0, self.arms - 1)
+        reward = check_number(self._op, "reward", reward, -math.inf)
+        residual = check_number(self._op, "residual", 0.0 if residual is None else residual, -math.inf)
+        added = {"pulls": 1, "reward": reward, "residual": residual}
         out = {"step": state["step"] + 1}
         for key, value in added.items():
-            out[key] = [x + value * (i == choice.arm) for i, x in enumerate(state[key])]
+            out[key] = [x + value * (i == arm) for i, x in enumerate(state[key])]
         return out
 
     def means(self, state: State, key: str = "reward") -> torch.Tensor:
@@ -114,7 +119,7 @@ class SquareCB(Arms):
         arms: K, number of arms.
         scale: g0 >= 0.
         power: exponent of the number of decisions n, >= 0 (0.5 in Vowpal Wabbit).
-        seed: seed of the draws.
+        seed: seed of the draws, >= 0.
 
     State: number of pulls, sum of rewards and of residuals of each arm, and the number of decisions.
     """
@@ -127,24 +132,19 @@ class SquareCB(Arms):
         super().__post_init__()
         check_number(self._op, "scale", self.scale, 0.0)
         check_number(self._op, "power", self.power, 0.0)
+        check_integer(self._op, "seed", self.seed, 0)
 
     def choose(self, state: State, cost: torch.Tensor | None = None) -> Choice:
         """Return the arm of the next decision.
 
         Args:
             state: the current state.
-            cost: (arms,), predicted cost in this context. None: minus the mean reward of each arm.
+            cost: (arms,), finite, predicted cost in this context. None: minus the mean reward of each arm.
         """
         if cost is None:
             cost = -self.means(state)
-        elif cost.shape != (self.arms,):
-            raise refuse(
-                self._op,
-                "cost",
-                f"of shape ({self.arms},), one per arm",
-                f"shape {tuple(cost.shape)}",
-                "Predict the cost of every arm.",
-            )
+        check_vector(self._op, "cost", cost, Rows(self.arms, "arms", cost.device))
+        check_values(self._op, "cost", cost, always=True)
         p = squarecb_probabilities(cost, self.scale * max(1, state["step"]) ** self.power)
         place = draws(self.seed, state["step"]).random()
         arm = min(int((p.cumsum(0) <= place).sum()), self.arms - 1)
@@ -213,23 +213,32 @@ def generation_report(log: Sequence[Choice], target: Sequence[Sequence[float]]) 
     """Return whether the log of one policy is suited to train or evaluate the next one.
 
     Args:
-        log: the choices.
-        target: for each choice, the probabilities of the policy to evaluate.
+        log: the choices, each with a propensity in (0, 1].
+        target: for each choice, the probabilities of the policy to evaluate, in [0, 1].
 
     Returns:
         The effective sample size (sum w)^2 / sum w^2 of w = target / propensity, and the share of each arm. If
         an arm's share falls to 0, or the size is far below len(log), the generations degrade.
     """
+    op = "generation_report"
     if len(log) != len(target) or not log:
         raise refuse(
-            "generation_report",
+            op,
             "target",
             "one row per choice, at least one",
             f"{len(target)} for {len(log)}",
             "Score every logged choice.",
         )
-    w = torch.tensor([row[c.arm] / c.propensity for c, row in zip(log, target, strict=True)], dtype=torch.float64)
+    arms = len(log[0].probabilities)
+    weight = []
+    for i, (c, row) in enumerate(zip(log, target, strict=True)):
+        check_integer(op, f"log[{i}].arm", c.arm, 0, arms - 1)
+        check_number(op, f"log[{i}].propensity", c.propensity, 0.0, 1.0, open_low=True)
+        if len(row) != arms:
+            raise refuse(op, "target", f"of {arms} probabilities per choice", len(row), "Score every arm.")
+        weight.append([check_number(op, f"target[{i}]", p, 0.0, 1.0) for p in row][c.arm] / c.propensity)
+    w = torch.tensor(weight, dtype=torch.float64)
     square = float(w.square().sum())
-    arms = torch.bincount(torch.tensor([c.arm for c in log]), minlength=len(log[0].probabilities))
+    pulls = torch.bincount(torch.tensor([c.arm for c in log]), minlength=arms)
     size = float(w.sum()) ** 2 / square if square > 0 else 0.0
-    return GenerationReport(size, (arms.double() / len(log)).tolist())
+    return GenerationReport(size, (pulls.double() / len(log)).tolist())

@@ -10,7 +10,15 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.core.checks import check_choice, check_number
+from tokfuse.runtime.core.checks import (
+    BOOL,
+    Rows,
+    check_choice,
+    check_cu_seqlens,
+    check_integer,
+    check_number,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 STAGES = ("direct", "decompose", "reflect")
@@ -26,12 +34,14 @@ def bm25(query: str, documents: Sequence[str], *, k1: float = 1.5, b: float = 0.
     Args:
         query: text of the query.
         documents: texts of the documents.
-        k1: saturation of the count.
+        k1: saturation of the count, >= 0.
         b: strength of the length normalisation, in [0, 1].
 
     Returns:
         (documents,) float64, >= 0.
     """
+    check_number("bm25", "k1", k1, 0.0)
+    check_number("bm25", "b", b, 0.0, 1.0)
     words = [collections.Counter(_words(text)) for text in documents]
     lengths = [sum(count.values()) for count in words]
     mean = sum(lengths) / max(1, len(lengths)) or 1.0
@@ -72,9 +82,9 @@ class CogRethinker(Stateful):
     correct or all wrong.
 
     Args:
-        sft_weight: lambda.
-        demonstrations: number of cases that a retrieval returns.
-        capacity: size of each buffer.
+        sft_weight: lambda, >= 0.
+        demonstrations: number of cases that a retrieval returns, >= 1.
+        capacity: size of each buffer, >= 1.
 
     State: the buffers "decompose" and "reflect" of (question, solution) pairs.
     """
@@ -85,15 +95,15 @@ class CogRethinker(Stateful):
 
     def __post_init__(self) -> None:
         check_number(self._op, "sft_weight", self.sft_weight, 0.0)
-        check_number(self._op, "demonstrations", self.demonstrations, 1)
-        check_number(self._op, "capacity", self.capacity, 1)
+        check_integer(self._op, "demonstrations", self.demonstrations, 1)
+        check_integer(self._op, "capacity", self.capacity, 1)
 
     def initial_state(self) -> State:
         """Return empty buffers."""
         return {"decompose": [], "reflect": []}
 
     def route(self, accuracies: Sequence[float]) -> str | None:
-        """Return the next stage of a prompt, from the accuracies of its previous stages.
+        """Return the next stage of a prompt, from the accuracies in [0, 1] of its previous stages.
 
         "direct" for a new prompt. None if a rollout was correct, or after the last stage.
         """
@@ -106,7 +116,7 @@ class CogRethinker(Stateful):
                 "Start with an empty list for a new rollout.",
             )
         for accuracy in accuracies:
-            check_number(self._op, "accuracies", float(accuracy), 0.0, 1.0)
+            check_number(self._op, "accuracies", accuracy, 0.0, 1.0)
         if any(accuracy > 0 for accuracy in accuracies) or len(accuracies) == len(STAGES):
             return None
         return STAGES[len(accuracies)]
@@ -131,5 +141,7 @@ class CogRethinker(Stateful):
             solved: (seqs,), bool, True for correct responses of stage 2 or 3. If there is none, all weights are 0.
         """
         lengths = cu_seqlens.diff().long()
+        check_vector(self._op, "solved", solved, Rows(lengths.shape[0], "cu_seqlens", cu_seqlens.device), BOOL)
+        check_cu_seqlens(self._op, cu_seqlens, int(lengths.sum()), cu_seqlens.device)
         each = self.sft_weight * solved.double() / (lengths.clamp_min(1) * solved.sum().clamp_min(1))
         return each.repeat_interleave(lengths).float()

@@ -18,7 +18,18 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful, draws
-from tokfuse.runtime.core.checks import BOOL, INTS, Rows, check_choice, check_number, check_vector
+from tokfuse.runtime.core.checks import (
+    BOOL,
+    FLOATS,
+    INTS,
+    Rows,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.reference.segments import segment_sum
 
@@ -32,23 +43,21 @@ def largest_remainder(share: torch.Tensor, total: int) -> torch.Tensor:
     remainders the first rows win. If all shares are 0, they count as equal.
 
     Args:
-        share: (rows,), float >= 0.
-        total: >= 0, and 0 if there are no rows.
+        share: (rows,), float, finite and >= 0.
+        total: an integer >= 0, and 0 if there are no rows.
 
     Returns:
         (rows,) int64, with |count - total * share / sum| < 1 in every row.
 
     Raises:
-        ValueError: a negative or non-finite share, or a total > 0 without rows.
+        ValueError: a negative or non-finite share, a negative total, or a total > 0 without rows.
+        TypeError: a total that is not an integer.
     """
     op = "largest_remainder"
     check_vector(op, "share", share)
-    if not bool((share >= 0).all() and share.isfinite().all()):
-        raise refuse(op, "share", "finite numbers >= 0", "others", "Check the statistics that it was computed from.")
-    if total < 0 or (total > 0 and share.shape[0] == 0):
-        raise refuse(
-            op, "total", f">= 0 for {share.shape[0]} rows, and 0 without rows", total, "Pass the number to distribute."
-        )
+    check_values(op, "share", share, 0.0, always=True)
+    if check_integer(op, "total", total, 0) > 0 and share.shape[0] == 0:
+        raise refuse(op, "total", "0 without rows", total, "Pass the share of at least one row.")
     if share.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=share.device)
     x = share.double()
@@ -73,15 +82,21 @@ def gradient_sigma(
 
     Args:
         p: (prompts,), success rate in [0, 1].
-        square_right: (prompts,), E||g+||^2. 0 without correct rollouts.
-        square_wrong: (prompts,), E||g-||^2. 0 without wrong rollouts.
-        apart: (prompts,), ||E g+ - E g-||^2, or its substitute from norms, see `rollout_sigma`.
+        square_right: (prompts,), >= 0, E||g+||^2. 0 without correct rollouts.
+        square_wrong: (prompts,), >= 0, E||g-||^2. 0 without wrong rollouts.
+        apart: (prompts,), >= 0, ||E g+ - E g-||^2, or its substitute from norms, see `rollout_sigma`.
 
     Returns:
         (prompts,) float64, >= 0. It is 0 at p = 0 and p = 1.
 
     Source: CurES (arXiv 2510.01037) and its released code. Exact.
     """
+    op = "gradient_sigma"
+    rows = Rows(check_vector(op, "p", p).shape[0], "p", p.device)
+    check_values(op, "p", p, 0.0, 1.0, always=True)
+    for name, value in (("square_right", square_right), ("square_wrong", square_wrong), ("apart", apart)):
+        check_vector(op, name, value, rows)
+        check_values(op, name, value, 0.0, always=True)
     p = p.double()
     q = 1 - p
     spread = q * square_right.double() + p * square_wrong.double() - p * q * apart.double()
@@ -109,27 +124,31 @@ def rollout_sigma(
     up to it. The authors use gradients of the input embeddings, with one backward per rollout.
 
     Args:
-        gradient: (rollouts, ...), a feature of grad log pi of each rollout, e.g. the sketches of
+        gradient: (rollouts, ...), finite, a feature of grad log pi of each rollout, e.g. the sketches of
             `policy_step(influence=...)` with advantage 1. This uses ||E g+ - E g-||^2 as in the paper. Or
             (rollouts,), norms: this uses (mean ||g+|| - mean ||g-||)^2 as in the released code, which is smaller,
             so sigma is larger.
         correct: (rollouts,), bool.
         prompt_ids: (rollouts,), int, in [0, num_prompts).
-        num_prompts: number of prompts.
-        p: (num_prompts,), success rates, e.g. from `CurES.success`.
+        num_prompts: number of prompts, >= 0.
+        p: (num_prompts,), success rates in [0, 1], e.g. from `CurES.success`.
 
     Returns:
         (num_prompts,) float64. A prompt without rollouts has sigma 0. If all its rollouts are correct, or all are
         wrong, the other side counts as 0 (our choice: the paper's expectation is undefined there).
 
     Raises:
-        ValueError: wrong shapes or dtypes.
+        ValueError: wrong shapes or dtypes, an id or a rate out of range, a gradient that is not finite.
     """
     op = "rollout_sigma"
+    check_integer(op, "num_prompts", num_prompts, 0)
+    check_dtype(op, "gradient", gradient, FLOATS)
     rows = Rows(gradient.shape[0], "gradient", gradient.device)
     check_vector(op, "correct", correct, rows, BOOL)
     check_vector(op, "prompt_ids", prompt_ids, rows, INTS)
     check_vector(op, "p", p, Rows(num_prompts, "num_prompts", gradient.device))
+    check_values(op, "gradient", gradient, always=True)
+    check_values(op, "prompt_ids", prompt_ids, 0, num_prompts, open_high=True, always=True)
     x = gradient.detach().double().flatten(1) if gradient.dim() > 1 else gradient.double()[:, None]
     square: list[torch.Tensor] = []
     mean: list[torch.Tensor] = []
@@ -166,16 +185,16 @@ class CurES(Stateful):
     probabilities of the prompts, n_i their numbers of rollouts.
 
     Args:
-        prompts: number of prompts of the subset.
+        prompts: number of prompts of the subset, >= 1.
         tau: temperature, > 0; useful between 0.05 and 0.2. The paper's value was not found.
-        prior: (a, b) of the Beta prior.
+        prior: (a, b) of the Beta prior, both > 0.
         sampler: "paper", or "code" (temperature 100 (accepted + 1), which ignores tau).
         rounding: "exact" (largest remainders), or "code": round, then add one to the largest until the total is
             divisible by `multiple`.
-        multiple: number of GPUs, for rounding="code".
-        minimum: number of rollouts that every prompt gets. With the paper's 0, a prompt with a small sigma gets none
-            and is not seen again in the subset.
-        seed: seed of the draws.
+        multiple: number of GPUs, >= 1, for rounding="code".
+        minimum: number of rollouts that every prompt gets, >= 0. With the paper's 0, a prompt with a small sigma
+            gets none and is not seen again in the subset.
+        seed: seed of the draws, >= 0.
 
     State: successes and trials of each prompt, and the number of draws. The paper resets them for every subset, as
     `initial_state` does.
@@ -192,14 +211,17 @@ class CurES(Stateful):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_number(self._op, "prompts", self.prompts, 1)
+        check_integer(self._op, "prompts", self.prompts, 1)
         check_number(self._op, "tau", self.tau, 0.0, open_low=True)
+        if len(self.prior) != 2:
+            raise refuse(self._op, "prior", "two numbers > 0", self.prior, "Pass (a, b) of the Beta distribution.")
         for i, value in enumerate(self.prior):
             check_number(self._op, f"prior[{i}]", value, 0.0, open_low=True)
         check_choice(self._op, "sampler", self.sampler, ("paper", "code"))
         check_choice(self._op, "rounding", self.rounding, ("exact", "code"))
-        check_number(self._op, "multiple", self.multiple, 1)
-        check_number(self._op, "minimum", self.minimum, 0)
+        check_integer(self._op, "multiple", self.multiple, 1)
+        check_integer(self._op, "minimum", self.minimum, 0)
+        check_integer(self._op, "seed", self.seed, 0)
         if self.rounding == "exact" and self.multiple != 1:
             raise refuse(
                 self._op, "multiple", "left out with rounding 'exact'", self.multiple, "Choose a divisible total."
@@ -210,21 +232,24 @@ class CurES(Stateful):
         return {"successes": [0] * self.prompts, "trials": [0] * self.prompts, "draws": 0}
 
     def observe(self, state: State, prompt_ids: Sequence[int] | torch.Tensor, correct: torch.Tensor) -> State:
-        """Return the state with these rollouts counted; ids and bool, (rollouts,) each."""
-        ids = torch.as_tensor(prompt_ids).long().cpu()
+        """Return the state with these rollouts counted.
+
+        Args:
+            state: the state before.
+            prompt_ids: (rollouts,), int, in [0, prompts).
+            correct: (rollouts,), bool.
+        """
+        if not isinstance(prompt_ids, torch.Tensor):
+            prompt_ids = torch.tensor(
+                [check_integer(self._op, "prompt_ids", i, 0, self.prompts - 1) for i in prompt_ids], dtype=torch.int64
+            )
+        ids = check_vector(self._op, "prompt_ids", prompt_ids, dtypes=INTS).long().cpu()
         right = (
             check_vector(self._op, "correct", correct, Rows(ids.shape[0], "prompt_ids", correct.device), BOOL)
             .long()
             .cpu()
         )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.prompts:
-            raise refuse(
-                self._op,
-                "prompt_ids",
-                f"in [0, {self.prompts})",
-                f"{int(ids.min())} to {int(ids.max())}",
-                "Raise prompts.",
-            )
+        check_values(self._op, "prompt_ids", ids, 0, self.prompts - 1)
         wins = torch.bincount(ids, right.double(), minlength=self.prompts).long()
         tries = torch.bincount(ids, minlength=self.prompts)
         return state | {
@@ -251,8 +276,8 @@ class CurES(Stateful):
         return (p * (1 - p)).sqrt() / temperature
 
     def sample(self, state: State, count: int) -> tuple[torch.Tensor, State]:
-        """Return ((count,) int64 different prompts, sorted; the state after the draw)."""
-        check_number(self._op, "count", count, 0, self.prompts)
+        """Return ((count,) int64 different prompts, sorted; the state after the draw). `count` is in [0, prompts]."""
+        check_integer(self._op, "count", count, 0, self.prompts)
         # Exponential races: the first `count` arrivals are a draw without replacement. Logarithms, because with a
         # small tau the probabilities underflow.
         race = np.log(draws(self.seed, state["draws"]).exponential(size=self.prompts))
@@ -264,8 +289,14 @@ class CurES(Stateful):
         """Return the number of rollouts of each drawn prompt in proportion to sigma, (prompts drawn,) int64.
 
         With rounding "exact" they add up to `total`. A prompt with 0 rollouts is left out of the step.
+
+        Args:
+            sigma: (prompts drawn,), float, finite and >= 0.
+            total: number of rollouts, an integer >= minimum * prompts drawn.
         """
-        rest = total - self.minimum * sigma.shape[0]
+        drawn = check_vector(self._op, "sigma", sigma).shape[0]
+        check_values(self._op, "sigma", sigma, 0.0, always=True)
+        rest = check_integer(self._op, "total", total, 0) - self.minimum * drawn
         if rest < 0:
             raise refuse(self._op, "total", f">= minimum * prompts = {total - rest}", total, "Raise total.")
         if self.rounding == "exact":

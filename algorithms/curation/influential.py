@@ -5,6 +5,8 @@
 
 A feature is a per-sample gradient or a sketch of it. Sketches of the last hidden state rank samples by the gradients of
 the last layer only. Features of more layers work with the same calls.
+
+A feature, score or reward that is not finite raises ValueError: it has no rank (`tokfuse.influence`).
 """
 
 from collections.abc import Sequence
@@ -12,9 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
-from tokfuse.algorithms.influence import adam_features, greedy_select, less_scores, matrix, top_fraction, ugda_select
+from tokfuse.algorithms.influence import (
+    adam_features,
+    check_adam,
+    check_features,
+    greedy_select,
+    less_scores,
+    matrix,
+    top_fraction,
+    ugda_select,
+)
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.checks import check_integer, check_number
 from tokfuse.runtime.core.errors import refuse
 
 Moments = tuple[torch.Tensor, torch.Tensor]
@@ -41,8 +52,8 @@ class LESS:
 
     Args:
         fraction: share of the samples that is kept, in (0, 1].
-        betas: betas of the Adam optimizer, see `tokfuse.influence.adam_features`.
-        eps: eps of the Adam optimizer.
+        betas: betas of the Adam optimizer, in [0, 1), see `tokfuse.influence.adam_features`.
+        eps: eps of the Adam optimizer, > 0.
 
     State: none; the moments of the checkpoints belong to the optimizer.
     Source: released code, exact.
@@ -54,6 +65,7 @@ class LESS:
 
     def __post_init__(self) -> None:
         check_number("algorithms.less", "fraction", self.fraction, 0.0, 1.0, open_low=True)
+        check_adam("algorithms.less", self.betas, self.eps)
 
     def scores(
         self,
@@ -71,8 +83,8 @@ class LESS:
             validation: one (samples', ...) tensor per checkpoint, plain gradients.
             moments: (exp_avg, exp_avg_sq) per checkpoint, applied to the training features only. None: plain
                 gradients on both sides (the SGD form).
-            weight: one number per checkpoint, its mean learning rate. None: equal weights.
-            subtask: (samples',) int64, subtask of each validation sample. None: one subtask.
+            weight: one number >= 0 per checkpoint, its mean learning rate. None: equal weights.
+            subtask: (samples',) int, subtask of each validation sample. Any numbers. None: one subtask.
         """
         return less_scores(_updates(self, train, moments), validation, weight=weight, subtask=subtask)
 
@@ -92,8 +104,8 @@ class LESS:
             validation: one (samples', ...) tensor per checkpoint, plain gradients.
             moments: (exp_avg, exp_avg_sq) per checkpoint, applied to the training features only. None: plain
                 gradients on both sides (the SGD form).
-            weight: one number per checkpoint, its mean learning rate. None: equal weights.
-            subtask: (samples',) int64, subtask of each validation sample. None: one subtask.
+            weight: one number >= 0 per checkpoint, its mean learning rate. None: equal weights.
+            subtask: (samples',) int, subtask of each validation sample. Any numbers. None: one subtask.
         """
         score = self.scores(train, validation, moments=moments, weight=weight, subtask=subtask)
         return top_fraction(score, self.fraction)
@@ -127,7 +139,7 @@ class GREATS:
     lr: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("algorithms.greats", "k", self.k, 1)
+        check_integer("algorithms.greats", "k", self.k, 1)
         check_number("algorithms.greats", "lr", self.lr, 0.0, open_low=True)
 
     def select(self, features: torch.Tensor, validation: torch.Tensor, *, divisor: float = 1.0) -> torch.Tensor:
@@ -135,12 +147,14 @@ class GREATS:
 
         Args:
             features: (candidates, ...), plain gradients.
-            validation: (samples, ...), plain gradients.
+            validation: (samples, ...), plain gradients, of at least one sample.
             divisor: divisor of the loss whose gradients the features are (for a batch mean, the batch size).
                 The features are multiplied by it to become gradients of single samples. The two terms scale
                 differently, so a wrong divisor changes the choice.
         """
         check_number("algorithms.greats", "divisor", divisor, 0.0, open_low=True)
+        check_features("algorithms.greats", "features", features)
+        check_features("algorithms.greats", "validation", validation, least=1)
         own = features.detach() * divisor
         anchor = (validation.detach() * divisor).mean(0, keepdim=True)
         score = self.lr * matrix(own, anchor, cosine=False).squeeze(1)
@@ -169,8 +183,8 @@ class UGDA:
     Args:
         uncertain: gamma, in (0, 1].
         influential: eta, in (0, 1]. The defaults together keep a quarter.
-        betas: betas of the Adam optimizer, for the Adam features.
-        eps: eps of the Adam optimizer.
+        betas: betas of the Adam optimizer, in [0, 1), for the Adam features.
+        eps: eps of the Adam optimizer, > 0.
 
     State: none.
     """
@@ -183,6 +197,7 @@ class UGDA:
     def __post_init__(self) -> None:
         check_number("algorithms.ugda", "uncertain", self.uncertain, 0.0, 1.0, open_low=True)
         check_number("algorithms.ugda", "influential", self.influential, 0.0, 1.0, open_low=True)
+        check_adam("algorithms.ugda", self.betas, self.eps)
 
     def select(
         self,
@@ -202,8 +217,8 @@ class UGDA:
             train: one (samples, ...) tensor per checkpoint, gradients of the training samples.
             validation: one (samples', ...) tensor per checkpoint, plain gradients.
             moments: (exp_avg, exp_avg_sq) per checkpoint. None: plain gradients on both sides.
-            weight: one number per checkpoint, its mean learning rate. None: equal weights.
-            subtask: (samples',) int64, subtask of each validation sample. None: one subtask.
+            weight: one number >= 0 per checkpoint, its mean learning rate. None: equal weights.
+            subtask: (samples',) int, subtask of each validation sample. Any numbers. None: one subtask.
         """
         updates = _updates(self, train, moments)
         score = less_scores(updates, validation, weight=weight, subtask=subtask, average="gradient")
@@ -224,6 +239,8 @@ def _updates(
             len(moments),
             "Pass the optimizer's state of each checkpoint.",
         )
+    for features in train:
+        check_features(f"algorithms.{type(method).__name__.lower()}", "train", features)
     return [
         adam_features(g, m, v, betas=method.betas, eps=method.eps) for g, (m, v) in zip(train, moments, strict=True)
     ]

@@ -7,13 +7,12 @@
 `make("leaf_kl")` is the distillation on original and pruned prompts.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import BOOL, Rows, check_number, check_vector
+from tokfuse.runtime.core.checks import BOOL, INTS, Rows, check_number, check_values, check_vector
 from tokfuse.runtime.ops.influence import hidden_norms
 
 
@@ -66,7 +65,7 @@ class LeaFMasks:
     cap: float = 0.5
 
     def __post_init__(self) -> None:
-        check_number("algorithms.leaf", "q", self.q, 0.0, math.nextafter(1.0, 0.0))
+        check_number("algorithms.leaf", "q", self.q, 0.0, 1.0, open_high=True)
         check_number("algorithms.leaf", "cap", self.cap, 0.0, 1.0)
 
     def confounders(
@@ -75,18 +74,20 @@ class LeaFMasks:
         """Return True for confounders, (tokens,) bool.
 
         Args:
-            student: (tokens,), sensitivities of the student.
-            teacher: (tokens,), sensitivities of the teacher to the same tokens.
+            student: (tokens,), finite and >= 0, sensitivities of the student.
+            teacher: (tokens,), finite and >= 0, sensitivities of the teacher to the same tokens.
             keep: (tokens,), bool, tokens that are never masked: whitespace and line breaks. None: no such tokens.
         """
         op = "algorithms.leaf"
         n = check_vector(op, "student", student).shape[0]
         rows = Rows(n, "student", student.device)
         check_vector(op, "teacher", teacher, rows)
+        check_values(op, "student", student, 0.0, always=True)
+        check_values(op, "teacher", teacher, 0.0, always=True)
         if n == 0:
             return torch.zeros(0, dtype=torch.bool, device=student.device)
         gap = _unit_range(_unit_range(teacher.double()) - _unit_range(student.double()))
-        threshold = gap.sort().values[math.floor(self.q * n)].clamp(max=self.cap)
+        threshold = gap.sort().values[int(self.q * n)].clamp(max=self.cap)
         masked = gap <= threshold
         return masked if keep is None else masked & ~check_vector(op, "keep", keep, rows, BOOL)
 
@@ -96,13 +97,16 @@ def spans(mask: torch.Tensor) -> list[tuple[int, int]]:
 
     Each run gives one pruned prompt, without that run only: removing all runs at once was worse.
     """
+    check_vector("spans", "mask", mask, dtypes=BOOL)
     edge = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
     begin, end = ((edge == sign).nonzero().flatten().tolist() for sign in (1, -1))
     return list(zip(begin, end, strict=True))
 
 
 def prune(ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """Return one copy of `ids`, (tokens,), per span of `mask`, without that span."""
+    """Return one copy of `ids`, (tokens,) int, per span of `mask`, (tokens,) bool, without that span."""
+    rows = Rows(check_vector("prune", "ids", ids, dtypes=INTS).shape[0], "ids", ids.device)
+    check_vector("prune", "mask", mask, rows, BOOL)
     return [torch.cat([ids[:begin], ids[end:]]) for begin, end in spans(mask)]
 
 
@@ -118,4 +122,11 @@ def worth_keeping(
 
     Source: LeaF's paper, from a note; not in its released scripts. Reconstructed.
     """
+    rows = Rows(
+        check_vector("worth_keeping", "student_before", student_before, dtypes=BOOL).shape[0],
+        "student_before",
+        student_before.device,
+    )
+    for name, value in (("student_after", student_after), ("teacher_after", teacher_after)):
+        check_vector("worth_keeping", name, value, rows, BOOL)
     return ~student_before & student_after & teacher_after

@@ -18,7 +18,15 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.checks import (
+    INTS,
+    Rows,
+    check_cu_seqlens,
+    check_integer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 Bounds = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
@@ -33,7 +41,8 @@ class ThreePL(NamedTuple):
     b: float
 
     def accuracy(self, rate: float) -> float:
-        """Return the expected accuracy at a hint rate."""
+        """Return the expected accuracy at a hint rate, in [0, 1]."""
+        check_number("ThreePL", "rate", rate, 0.0, 1.0)
         return self.b + (1 - self.b) / (1 + math.exp(min(700.0, -self.k * (rate + self.mu))))
 
 
@@ -54,7 +63,8 @@ def fit_3pl(rates: Sequence[float], accuracies: Sequence[float], *, bounds: Boun
     Args:
         rates: hint rates in [0, 1], one per round. Repeated rates are averaged.
         accuracies: in [0, 1], one per round.
-        bounds: (low, high) of k, mu and b. The paper states none; one of its plotted fits ends at k = 50.
+        bounds: (low, high) of k > 0, of mu, and of b in [0, 1), with low < high. The paper states none; one of its
+            plotted fits ends at k = 50.
 
     Returns:
         The best of three fits from fixed starting points (of equal ones the first), so it is deterministic.
@@ -70,10 +80,8 @@ def fit_3pl(rates: Sequence[float], accuracies: Sequence[float], *, bounds: Boun
         raise refuse(op, "accuracies", f"one per rate, {len(rates)}", len(accuracies), "Pass one accuracy per rate.")
     for name, values in (("rates", rates), ("accuracies", accuracies)):
         for value in values:
-            check_number(op, name, float(value), 0.0, 1.0)
-    for name, (low, high) in zip(("k", "mu", "b"), bounds, strict=True):
-        if not low < high:
-            raise refuse(op, f"bounds of {name}", "low < high", (low, high), "Pass a wider interval.")
+            check_number(op, name, value, 0.0, 1.0)
+    _check_bounds(op, bounds)
     solve = _least_squares()
     points: dict[float, list[float]] = {}
     for rate, accuracy in zip(rates, accuracies, strict=True):
@@ -102,6 +110,23 @@ def fit_3pl(rates: Sequence[float], accuracies: Sequence[float], *, bounds: Boun
     return ThreePL(*map(float, best.x))
 
 
+def _check_bounds(op: str, bounds: Bounds) -> None:
+    """Raise an error unless `bounds` holds an interval of k > 0, of mu, and of b in [0, 1), none of them empty."""
+    if len(bounds) != 3:
+        raise refuse(op, "bounds", "three pairs (low, high)", bounds, "Bound k, mu and b.")
+    for i, (name, pair) in enumerate(zip(("k", "mu", "b"), bounds, strict=True)):
+        for j, value in enumerate(pair):
+            place = f"bounds[{i}][{j}]"
+            if name == "k":
+                check_number(op, place, value, 0.0, open_low=True)
+            elif name == "mu":
+                check_number(op, place, value, -math.inf)
+            else:
+                check_number(op, place, value, 0.0, 1.0, open_high=True)
+        if len(pair) != 2 or not pair[0] < pair[1]:
+            raise refuse(op, f"bounds[{i}], of {name},", "(low, high) with low < high", pair, "Pass a wider interval.")
+
+
 def _least_squares():  # type: ignore[no-untyped-def]
     try:
         from scipy.optimize import least_squares
@@ -116,14 +141,20 @@ def invert_3pl(curve: ThreePL, target: float) -> float:
     p = -mu - ln((1 - b) / (target - b) - 1) / k, clamped. If b >= target, every rate gives more than the target; the
     result is 0, no hint.
 
+    Args:
+        curve: parameters with k > 0 and b in [0, 1).
+        target: in (0, 1).
+
     Raises:
-        ValueError: target outside (0, 1).
+        ValueError: a parameter of the curve, or the target, outside its range.
 
     Source: SEELE (arXiv 2509.06923); the clamp and the case b >= target are additions.
     """
-    if not 0.0 < target < 1.0:
-        raise refuse("invert_3pl", "target", "in (0, 1)", target, "The paper uses 0.5.")
-    k, mu, b = curve
+    op = "invert_3pl"
+    check_number(op, "target", target, 0.0, 1.0, open_low=True, open_high=True)
+    k = check_number(op, "curve.k", curve.k, 0.0, open_low=True)
+    mu = check_number(op, "curve.mu", curve.mu, -math.inf)
+    b = check_number(op, "curve.b", curve.b, 0.0, 1.0, open_high=True)
     if b >= target:
         return 0.0
     return min(1.0, max(0.0, -mu - math.log((1 - b) / (target - b) - 1) / k))
@@ -148,10 +179,10 @@ class SEELE(Stateful):
 
     Args:
         target: desired accuracy, in (0, 1).
-        rounds: m, number of rounds per prompt and step.
-        rollouts: n, number of rollouts of each round. The advantage is r - mean over all m n rollouts:
+        rounds: m, number of rounds per prompt and step, >= 1.
+        rollouts: n, number of rollouts of each round, >= 1. The advantage is r - mean over all m n rollouts:
             `make("dr_grpo")` with one group id per prompt.
-        imitation: gamma, weight of the log-likelihood of the hint tokens.
+        imitation: gamma, weight of the log-likelihood of the hint tokens, >= 0.
         bounds: bounds of k, mu and b, see `fit_3pl`.
 
     State: for every prompt, (rate, accuracy) of the rounds of this step, and the last rate, with which the next epoch
@@ -166,11 +197,11 @@ class SEELE(Stateful):
     bounds: Bounds = BOUNDS
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.target < 1.0:
-            raise refuse(self._op, "target", "in (0, 1)", self.target, "The paper uses 0.5.")
-        check_number(self._op, "rounds", self.rounds, 1)
-        check_number(self._op, "rollouts", self.rollouts, 1)
+        check_number(self._op, "target", self.target, 0.0, 1.0, open_low=True, open_high=True)
+        check_integer(self._op, "rounds", self.rounds, 1)
+        check_integer(self._op, "rollouts", self.rollouts, 1)
         check_number(self._op, "imitation", self.imitation, 0.0)
+        _check_bounds(self._op, self.bounds)
 
     def initial_state(self) -> State:
         """Return the state before the first prompt."""
@@ -178,7 +209,7 @@ class SEELE(Stateful):
 
     def hint(self, state: State, prompt: str, units: int) -> Hint:
         """Return the hint for the next round of a prompt whose solution has `units` >= 1 parts."""
-        check_number(self._op, "units", units, 1)
+        check_integer(self._op, "units", units, 1)
         rounds = state["memory"].get(prompt, [])
         if rounds:
             rate = invert_3pl(fit_3pl(*zip(*rounds, strict=True), bounds=self.bounds), self.target)
@@ -190,7 +221,17 @@ class SEELE(Stateful):
         """Return the state after a round whose rollouts have the mean reward `accuracy`, in [0, 1].
 
         After `rounds` rounds the step is over, and the rounds of the prompt are deleted.
+
+        Args:
+            state: the state before.
+            prompt: key of the prompt.
+            units: number of parts of the solution, >= 1.
+            hint: what `hint` returned: a rate in [0, 1], and a length in [0, units].
+            accuracy: mean reward, in [0, 1].
         """
+        check_integer(self._op, "units", units, 1)
+        check_integer(self._op, "hint.length", hint.length, 0, units)
+        check_number(self._op, "hint.rate", hint.rate, 0.0, 1.0)
         check_number(self._op, "accuracy", accuracy, 0.0, 1.0)
         rounds = [*state["memory"].get(prompt, []), [hint.length / units, float(accuracy)]]
         memory = {**state["memory"], prompt: rounds}
@@ -206,14 +247,19 @@ class SEELE(Stateful):
 
         Args:
             cu_seqlens: (seqs + 1,), int32, offsets of hint + generated tokens.
-            hint_tokens: (seqs,), int, number of hint tokens of each sequence.
+            hint_tokens: (seqs,), int, number of hint tokens of each sequence, in [0, its length].
         """
         lengths = cu_seqlens.diff().long()
-        if hint_tokens.shape != lengths.shape or bool((hint_tokens > lengths).any()):
+        check_cu_seqlens(self._op, cu_seqlens, int(lengths.sum()), cu_seqlens.device)
+        check_vector(
+            self._op, "hint_tokens", hint_tokens, Rows(lengths.shape[0], "cu_seqlens", cu_seqlens.device), INTS
+        )
+        check_values(self._op, "hint_tokens", hint_tokens, 0, always=True)
+        if bool((hint_tokens > lengths).any()):
             raise refuse(
                 self._op,
                 "hint_tokens",
-                f"({lengths.shape[0]},), at most the length of each sequence",
+                "at most the length of each sequence",
                 hint_tokens.tolist(),
                 "Pass the number of hint tokens of every sequence.",
             )

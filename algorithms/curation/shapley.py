@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import check_number
+from tokfuse.runtime.core.checks import check_integer, check_number
 
 Value = Callable[[frozenset[int]], float]
 MOST_PLAYERS = 16  # 65,536 calls of the value function
@@ -26,7 +26,8 @@ def shapley_exact(value: Value, players: int) -> torch.Tensor:
     """Return phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S)).
 
     Args:
-        value: v, a function of a frozenset of players 0 .. n - 1. It is called once for each of the 2^n sets.
+        value: v, a function of a frozenset of players 0 .. n - 1 with a finite result. It is called once for each
+            of the 2^n sets.
         players: n, in [0, 16].
 
     Returns:
@@ -34,8 +35,9 @@ def shapley_exact(value: Value, players: int) -> torch.Tensor:
 
     Source: Shapley; the attribution of CDC-MAS (arXiv 2509.08682). Utility.
     """
-    check_number("shapley_exact", "players", players, 0, MOST_PLAYERS)
-    worth = [value(frozenset(i for i in range(players) if mask >> i & 1)) for mask in range(2**players)]
+    check_integer("shapley_exact", "players", players, 0, MOST_PLAYERS)
+    sets = (frozenset(i for i in range(players) if mask >> i & 1) for mask in range(2**players))
+    worth = [check_number("shapley_exact", "value(set)", value(members), -math.inf) for members in sets]
     share = [1 / (players * math.comb(players - 1, size)) for size in range(players)]
     phi = torch.zeros(players, dtype=torch.float64)
     for i, mask in itertools.product(range(players), range(2**players)):
@@ -48,20 +50,21 @@ def shapley_monte_carlo(value: Value, players: int, *, permutations: int = 200, 
     """Return the mean marginal contribution over random orders. Unbiased; the values add up to v(all) - v(none).
 
     Args:
-        value: v, a function of a frozenset of players. Values of repeated sets are cached.
+        value: v, a function of a frozenset of players with a finite result. Values of repeated sets are cached.
         players: n >= 0.
         permutations: number of random orders, >= 2, with at most n calls each.
-        seed: seed of the orders.
+        seed: seed of the orders, >= 0.
 
     Source: permutation sampling of the Shapley value; CDC-MAS (arXiv 2509.08682). Utility.
     """
-    check_number("shapley_monte_carlo", "players", players, 0)
-    check_number("shapley_monte_carlo", "permutations", permutations, 2)
+    check_integer("shapley_monte_carlo", "players", players, 0)
+    check_integer("shapley_monte_carlo", "permutations", permutations, 2)
+    check_integer("shapley_monte_carlo", "seed", seed, 0)
     known: dict[frozenset[int], float] = {}
 
     def worth(members: frozenset[int]) -> float:
         if members not in known:
-            known[members] = value(members)
+            known[members] = check_number("shapley_monte_carlo", "value(set)", value(members), -math.inf)
         return known[members]
 
     rng = np.random.default_rng(seed)
@@ -92,11 +95,12 @@ def agent_blame(repaired: Value, agents: int, *, permutations: int = 200, seed: 
     """Return `shapley_monte_carlo` of v(S) = outcome if the agents in S are repaired. Utility.
 
     Args:
-        repaired: v, a function of a frozenset of agents.
+        repaired: v, a function of a frozenset of agents with a finite result.
         agents: n >= 0.
         permutations: number of random orders, >= 2.
-        seed: seed of the orders.
+        seed: seed of the orders, >= 0.
     """
+    check_integer("algorithms.cdc_mas", "agents", agents, 0)
     return shapley_monte_carlo(repaired, agents, permutations=permutations, seed=seed)
 
 

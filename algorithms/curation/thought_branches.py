@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import BOOL, Rows, check_number, check_vector
+from tokfuse.runtime.core.checks import BOOL, Rows, check_integer, check_number, check_values, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -22,15 +22,15 @@ def kl_binary(successes_p: float, trials_p: int, successes_q: float, trials_q: i
     p = (successes + alpha) / (trials + 2 alpha); p ln(p / q) + (1 - p) ln((1 - p) / (1 - q)).
 
     Args:
-        successes_p, trials_p: counts of p, trials >= 1.
-        successes_q, trials_q: counts of q, trials >= 1.
+        successes_p, trials_p: counts of p, trials >= 1, successes in [0, trials].
+        successes_q, trials_q: counts of q, trials >= 1, successes in [0, trials].
         alpha: > 0. 1e-9 as in the released code, 1 for Laplace. With 1e-9, an event that q never had costs about
             ln(1 / alpha).
 
     Source: released analyze_rollouts.py. Exact.
     """
     for name, wins, trials in (("p", successes_p, trials_p), ("q", successes_q, trials_q)):
-        check_number("kl_binary", f"trials_{name}", trials, 1)
+        check_integer("kl_binary", f"trials_{name}", trials, 1)
         check_number("kl_binary", f"successes_{name}", wins, 0, trials)
     check_number("kl_binary", "alpha", alpha, 0.0, open_low=True)
     p = (successes_p + alpha) / (trials_p + 2 * alpha)
@@ -66,10 +66,10 @@ class ThoughtBranches:
     """importance(S_i) = KL(outcome | resampled sentence i is dissimilar || outcome | S_i kept), for binary outcomes.
 
     Args:
-        similar: a sentence with at least this cosine has the same content.
-        min_dissimilar: if the share of dissimilar rollouts is at most this, all rollouts are used.
-        max_interventions: maximum number of removals of the resilience loop.
-        alpha: smoothing of `kl_binary`.
+        similar: a sentence with at least this cosine has the same content, in [-1, 1].
+        min_dissimilar: if the share of dissimilar rollouts is at most this, all rollouts are used. In [0, 1].
+        max_interventions: maximum number of removals of the resilience loop, >= 1.
+        alpha: smoothing of `kl_binary`, > 0.
 
     State: none.
     Source: released code, exact.
@@ -84,14 +84,14 @@ class ThoughtBranches:
         op = "algorithms.thought_branches"
         check_number(op, "similar", self.similar, -1.0, 1.0)
         check_number(op, "min_dissimilar", self.min_dissimilar, 0.0, 1.0)
-        check_number(op, "max_interventions", self.max_interventions, 1)
+        check_integer(op, "max_interventions", self.max_interventions, 1)
         check_number(op, "alpha", self.alpha, 0.0, open_low=True)
 
     def importance(self, similarity: torch.Tensor, outcome: torch.Tensor, kept_outcome: torch.Tensor) -> float:
         """Return the counterfactual importance, nats.
 
         Args:
-            similarity: (rollouts,), cosine of each rollout's sentence i with S_i. For the condition of
+            similarity: (rollouts,), finite, cosine of each rollout's sentence i with S_i. For the condition of
                 Counterfactual++, "for all j >= i": the maximum over the sentences j >= i.
             outcome: (rollouts,), bool, outcomes of rollouts resampled at i.
             kept_outcome: (rollouts',), bool, outcomes of rollouts that keep S_i (resampled at i + 1).
@@ -109,6 +109,7 @@ class ThoughtBranches:
                 f"{outcome.numel()} and {kept_outcome.numel()}",
                 "Resample more rollouts.",
             )
+        check_values(op, "similarity", similarity, always=True)
         differs = similarity < self.similar
         if float(differs.double().mean()) <= self.min_dissimilar:
             differs = torch.ones_like(differs)
@@ -131,20 +132,21 @@ class ThoughtBranches:
 
         Args:
             chain: the sentences.
-            i: index of the sentence.
+            i: index of the sentence, in [0, len(chain)).
             resample: function of a prefix that returns the sentences with which a new chain continues it.
-            similarity: function (sentence, candidates) that returns the cosine with each candidate.
+            similarity: function (sentence, candidates) that returns the cosine with each candidate, finite.
 
         Returns:
             Resilience(interventions, abandoned, chain).
         """
         op = "algorithms.thought_branches"
-        check_number(op, "i", i, 0, len(chain) - 1)
+        check_integer(op, "i", i, 0, len(chain) - 1)
         target, now, place = chain[i], list(chain), i
         for count in range(1, self.max_interventions + 1):
             rest = list(resample(now[:place]))
             now = now[:place] + rest
-            scores = list(similarity(target, rest)) if rest else []
+            found = similarity(target, rest) if rest else []
+            scores = [check_number(op, "similarity(sentence, candidates)", s, -math.inf) for s in found]
             if not scores or max(scores) < self.similar:
                 return Resilience(count, True, now)
             place += scores.index(max(scores))
@@ -157,8 +159,8 @@ def counterfactual_plus_plus(kept_rate: float, abandoned_rate: float) -> float:
     This is the released code's form for a binary outcome, base(i + 1) - final(i), in [-1, 1].
 
     Args:
-        kept_rate: outcome rate of rollouts that keep S_i.
-        abandoned_rate: outcome rate of chains that ended the resilience loop.
+        kept_rate: outcome rate of rollouts that keep S_i, in [0, 1].
+        abandoned_rate: outcome rate of chains that ended the resilience loop, in [0, 1].
     """
     check_number("counterfactual_plus_plus", "kept_rate", kept_rate, 0.0, 1.0)
     check_number("counterfactual_plus_plus", "abandoned_rate", abandoned_rate, 0.0, 1.0)
@@ -180,5 +182,7 @@ def transplant_curve(outcomes: Sequence[torch.Tensor]) -> torch.Tensor:
             [o.numel() for o in outcomes],
             "Resample every prefix.",
         )
+    for one in outcomes:
+        check_vector("transplant_curve", "outcomes", one, dtypes=BOOL)
     rates = torch.stack([o.double().mean() for o in outcomes])
     return rates - rates[0]

@@ -1,4 +1,8 @@
-"""Reward models: losses that correct noise, selection, length and augmentation, and calibration."""
+"""Reward models: losses that correct noise, selection, length and augmentation, and calibration.
+
+Estimators and fits raise ValueError for values out of range, also on a GPU. Losses check probabilities and weights on
+the CPU, and on other devices only with TOKFUSE_CHECK=1. In the other inputs of a loss, NaN stays NaN.
+"""
 
 from tokfuse.algorithms.reward.balance import BalancePenalty as BalancePenalty
 from tokfuse.algorithms.reward.calibrate import RewardCalibrator as RewardCalibrator

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import check_number, check_vector
+from tokfuse.runtime.core.checks import check_number, check_values, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 OP = "algorithms.kernel_balancing"
@@ -21,7 +21,7 @@ OP = "algorithms.kernel_balancing"
     summary="entropy of the weights plus a hinge for each unbalanced feature",
     differs="One hinge per anchor. The released code sums the gaps before the hinge, so gaps of opposite "
     "sign cancel. The caller passes the features (kernel values at anchors). The weighted and "
-    "doubly robust losses are `causalrm` with propensity (observed / all) / w.",
+    "doubly robust losses are `causalrm` with weight (all / observed) w.",
 )
 @dataclass(frozen=True, kw_only=True)
 class BalancePenalty:
@@ -40,8 +40,9 @@ class BalancePenalty:
         check_number(OP, "slack", self.slack, 0.0)
 
     def gaps(self, weight: torch.Tensor, features: torch.Tensor, target_mean: torch.Tensor) -> torch.Tensor:
-        """Return m_j - mean_i w_i phi_ij, (anchors,)."""
+        """Return m_j - mean_i w_i phi_ij, (anchors,). Arguments as for `loss`."""
         samples = check_vector(OP, "weight", weight).shape[0]
+        check_values(OP, "weight", weight.detach(), 0.0, open_low=True)
         if features.dim() != 2 or features.shape[0] != samples:
             raise refuse(
                 OP,

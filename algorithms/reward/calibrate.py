@@ -6,7 +6,7 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.core.checks import Rows, check_choice, check_vector
+from tokfuse.runtime.core.checks import Rows, check_choice, check_values, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -44,10 +44,16 @@ class RewardCalibrator(Stateful):
         return dict.fromkeys(keys)
 
     def fit(self, predicted: torch.Tensor, truth: torch.Tensor) -> State:
-        """Return the calibration, from (samples,) predictions and true rewards: at least 3, not all equal."""
+        """Return the calibration, from (samples,) predictions and true rewards: at least 3, not all equal.
+
+        All are finite. "lcc" needs a slope > 0: with a negative slope, the calibration would reverse the order of the
+        rewards.
+        """
         samples = check_vector(self._op, "predicted", predicted).shape[0]
         rows = Rows(samples, "predicted", predicted.device)
         check_vector(self._op, "truth", truth, rows)
+        check_values(self._op, "predicted", predicted, always=True)
+        check_values(self._op, "truth", truth, always=True)
         x, y = predicted.detach().double().cpu(), truth.detach().double().cpu()
         if samples < 3 or float(x.std()) == 0.0 or float(y.std()) == 0.0:
             raise refuse(
@@ -59,14 +65,20 @@ class RewardCalibrator(Stateful):
             )
         if self.method == "lcc":
             slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((y - y.mean()) ** 2).sum())
-            if slope == 0.0:
-                raise refuse(self._op, "predicted", "correlated with the truth", "slope 0", "Use another reward model.")
+            if not slope > 0.0:
+                raise refuse(
+                    self._op,
+                    "predicted",
+                    "positively correlated with the truth",
+                    f"slope {slope:g}",
+                    "Use another reward model.",
+                )
             return {"intercept": float(x.mean()) - slope * float(y.mean()), "slope": slope}
         bandwidth = float(x.std()) * samples**-0.2
         return {"points": x, "bandwidth": bandwidth, "noise": float((x - y).std(unbiased=False))}
 
     def transform(self, predicted: torch.Tensor, state: State) -> torch.Tensor:
-        """Return the calibrated rewards, (samples,), detached, with the dtype of `predicted`."""
+        """Return the calibrated rewards, (samples,), detached, with the dtype of `predicted`. NaN stays NaN."""
         check_vector(self._op, "predicted", predicted)
         if state.keys() != self.initial_state().keys() or None in [*map(_given, state.values())]:
             raise refuse(self._op, "state", "what fit returned", sorted(state), "Call fit first.")

@@ -6,7 +6,17 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import BOOL, INTS, Rows, check_choice, check_optional, check_vector
+from tokfuse.runtime.core.checks import (
+    BOOL,
+    INTS,
+    Rows,
+    check_choice,
+    check_integer,
+    check_number,
+    check_optional,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.segment_moments import segment_moments
 
@@ -49,13 +59,13 @@ def group_effect(
     (1-t) (r - mu0) / (1-e), which is right if either e or mu is.
 
     Args:
-        reward: (samples,), float, r.
+        reward: (samples,), finite, r.
         treated: (samples,), bool, t.
         group_ids: (samples,), int, in [0, num_groups), e.g. the prompt.
-        num_groups: number of groups.
-        propensity: (samples,), e = P(treated), in (0, 1).
-        mu1: (samples,), expected reward with the treatment. Both mu or none.
-        mu0: (samples,), expected reward without it.
+        num_groups: number of groups, >= 0.
+        propensity: (samples,), e = P(treated), in (0, 1). At 0 and 1 there is no sample to compare with.
+        mu1: (samples,), finite, expected reward with the treatment. Both mu or none.
+        mu0: (samples,), finite, expected reward without it.
 
     Returns:
         GroupEffect(effect, error).
@@ -66,6 +76,14 @@ def group_effect(
     check_vector(op, "group_ids", group_ids, rows, INTS)
     for name, value in (("propensity", propensity), ("mu1", mu1), ("mu0", mu0)):
         check_optional(op, name, value, rows)
+    num_groups = check_integer(op, "num_groups", num_groups, 0)
+    check_values(op, "group_ids", group_ids, 0, num_groups, open_high=True, always=True)
+    check_values(op, "reward", reward, always=True)
+    if propensity is not None:
+        check_values(op, "propensity", propensity, 0.0, 1.0, open_low=True, open_high=True, always=True)
+    for name, value in (("mu1", mu1), ("mu0", mu0)):
+        if value is not None:
+            check_values(op, name, value, always=True)
     if (mu1 is None) != (mu0 is None) or (mu1 is not None and propensity is None):
         raise refuse(op, "mu1 and mu0", "both given, with propensity", "a part of them", "AIPW needs all three.")
     r = reward.detach().double()
@@ -114,7 +132,7 @@ def principled_uplift_auc(
     and outcome agree, else -1.
 
     Args:
-        uplift: (samples,), predicted effect.
+        uplift: (samples,), finite, predicted effect.
         treated: (samples,), bool.
         outcome: (samples,), bool.
         area: "zero": trapezoids from rank 0. "code": from rank 1, under a chord that is one rank shorter.
@@ -127,6 +145,7 @@ def principled_uplift_auc(
     check_vector(op, "treated", treated, rows, BOOL)
     check_vector(op, "outcome", outcome, rows, BOOL)
     check_choice(op, "area", area, ("zero", "code"))
+    check_values(op, "uplift", uplift, always=True)
     credit = torch.where(treated == outcome, 1.0, -1.0).double()
     # Equal uplifts get their mean credit, which is the mean over all orders of them.
     _, tie = uplift.detach().unique(return_inverse=True)
@@ -165,12 +184,17 @@ def uplift_loss(
         uplift: (samples,), predicted effect; receives the gradient.
         treated: (samples,), bool, t.
         outcome: (samples,), bool, y.
-        propensity: e = P(treated), a number or (samples,).
+        propensity: e = P(treated), in (0, 1), a number or (samples,).
     """
     op = "algorithms.uplift_loss"
     rows = Rows(check_vector(op, "uplift", uplift).shape[0], "uplift", uplift.device)
     check_vector(op, "treated", treated, rows, BOOL)
     check_vector(op, "outcome", outcome, rows, BOOL)
+    if isinstance(propensity, torch.Tensor):
+        check_vector(op, "propensity", propensity, rows)
+        check_values(op, "propensity", propensity, 0.0, 1.0, open_low=True, open_high=True)
+    else:
+        check_number(op, "propensity", propensity, 0.0, 1.0, open_low=True, open_high=True)
     e = torch.as_tensor(propensity, dtype=uplift.dtype, device=uplift.device)
     weight = 0.5 / torch.where(treated, e, 1 - e)
     return -weight * logsigmoid(torch.where(treated == outcome, uplift, -uplift))

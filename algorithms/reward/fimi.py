@@ -8,31 +8,40 @@ from tokfuse.algorithms.batch import World
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.reward.pairwise import bradley_terry
 from tokfuse.algorithms.stateful import State, Stateful
-from tokfuse.runtime.core.checks import FLOATS, INTS, Rows, check_number, check_vector
+from tokfuse.runtime.core.checks import FLOATS, INTS, Rows, check_integer, check_number, check_values, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 OP = "algorithms.fimi_rm"
 
 
 def length_encoding(length: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return sin and cos of length / 10000^(2 j / dim), j = 0 .. dim / 2 - 1, (samples, dim)."""
+    """Return sin and cos of length / 10000^(2 j / dim), j = 0 .. dim / 2 - 1, (samples, dim).
+
+    `length` is (samples,), finite and >= 0. `dim` is even and >= 2.
+    """
+    _check_dim(dim)
     check_vector(OP, "length", length, None, FLOATS | INTS)
+    check_values(OP, "length", length, 0)
     rate = torch.arange(0, dim, 2, device=length.device, dtype=torch.float64) / dim
     angle = length.double().unsqueeze(1) / 10000.0**rate
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)
+
+
+def _check_dim(dim: int) -> None:
+    if check_integer(OP, "dim", dim, 2) % 2:
+        raise refuse(OP, "dim", "even", dim, "It counts sines and cosines, which come in pairs.")
 
 
 class LengthProbe(torch.nn.Module):
     """reward ~ w'x + b, x = e + W2 relu(W1 e), where e is the length encoding. 6441 parameters at dim 56.
 
     Args:
-        dim: size of the encoding, even.
+        dim: size of the encoding, even, >= 2.
     """
 
     def __init__(self, dim: int = 56) -> None:
         super().__init__()
-        if dim < 2 or dim % 2:
-            raise refuse(OP, "dim", "even, >= 2", dim, "It counts sines and cosines, which come in pairs.")
+        _check_dim(dim)
         self.dim = dim
         self.first, self.second = torch.nn.Linear(dim, dim), torch.nn.Linear(dim, dim)
         self.out = torch.nn.Linear(dim, 1)
@@ -97,9 +106,9 @@ class FiMi(Stateful):
     Bradley-Terry alone.
 
     Args:
-        warmup: number of steps with Bradley-Terry alone.
-        period: number of steps between two swaps; the probe is first.
-        mse_weight: weight of the mean squared error in the probe's loss.
+        warmup: number of steps with Bradley-Terry alone, >= 0.
+        period: number of steps between two swaps, >= 1; the probe is first.
+        mse_weight: weight of the mean squared error in the probe's loss, >= 0.
 
     State: {"step": int}.
     """
@@ -110,8 +119,8 @@ class FiMi(Stateful):
 
     def __post_init__(self) -> None:
         check_number(OP, "mse_weight", self.mse_weight, 0.0)
-        check_number(OP, "warmup", self.warmup, 0)
-        check_number(OP, "period", self.period, 1)
+        check_integer(OP, "warmup", self.warmup, 0)
+        check_integer(OP, "period", self.period, 1)
 
     def initial_state(self) -> State:
         return {"step": 0}

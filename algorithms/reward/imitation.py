@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import BOOL, Rows, check_number, check_optional, check_vector
+from tokfuse.runtime.core.checks import (
+    BOOL,
+    Rows,
+    check_normalizer,
+    check_number,
+    check_optional,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 OP = "algorithms.dwbc"
@@ -21,12 +29,15 @@ def weighted_nll(
             weight 0.
         weight: (tokens,), any sign.
         mask: (tokens,), bool. None: all tokens count.
-        normalizer: e.g. the number of counting tokens over micro-batches and ranks.
+        normalizer: > 0, e.g. the number of counting tokens over micro-batches and ranks.
     """
     op = "algorithms.weighted_nll"
     rows = Rows(check_vector(op, "logp", logp).shape[0], "logp", logp.device)
     check_vector(op, "weight", weight, rows)
     check_optional(op, "mask", mask, rows, BOOL)
+    if normalizer is None:
+        raise refuse(op, "normalizer", "a number > 0", None, "Pass the number of counting tokens.")
+    check_normalizer(op, normalizer)
     w = weight.detach().to(logp.dtype)
     # Mask before the product, because a masked or unweighted token may have logp -inf.
     keep = w != 0 if mask is None else mask & (w != 0)
@@ -52,8 +63,8 @@ class DWBC:
 
     Args:
         eta: class prior of the discriminator's positive-unlabelled loss, in (0, 1).
-        alpha: weight of the expert's likelihood.
-        clip: d is kept in [clip, 1 - clip].
+        alpha: weight of the expert's likelihood, >= 0.
+        clip: d is kept in [clip, 1 - clip]; in (0, 0.5).
         cut: threshold on d of other samples, in [0, 1].
     """
 
@@ -63,27 +74,28 @@ class DWBC:
     cut: float = 0.5
 
     def __post_init__(self) -> None:
-        check_number(OP, "eta", self.eta, 0.0, 1.0, open_low=True)
+        check_number(OP, "eta", self.eta, 0.0, 1.0, open_low=True, open_high=True)
         check_number(OP, "alpha", self.alpha, 0.0)
-        check_number(OP, "clip", self.clip, 0.0, 0.5, open_low=True)
+        check_number(OP, "clip", self.clip, 0.0, 0.5, open_low=True, open_high=True)
         check_number(OP, "cut", self.cut, 0.0, 1.0)
-        if self.clip == 0.5:
-            raise refuse(OP, "clip", "below 0.5", 0.5, "At 0.5 all samples would have the same d.")
 
     def weights(self, probability: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
         """Return the weights, (samples,), detached.
 
         Args:
-            probability: (samples,), d before clipping.
+            probability: (samples,), in [0, 1], d before clipping.
             expert: (samples,), bool.
         """
         check_vector(OP, "probability", probability)
         rows = Rows(probability.shape[0], "probability", probability.device)
         check_vector(OP, "expert", expert, rows, BOOL)
+        check_values(OP, "probability", probability.detach(), 0.0, 1.0)
         d = probability.detach().clamp(self.clip, 1 - self.clip)
         other = torch.where(d < self.cut, 0.0, 1 / (1 - d) - 1)
         return torch.where(expert, self.alpha - (self.eta / (d * (1 - d)) + 1), other)
 
     def negative(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the share of negative weights, (). Log it: these samples become less likely."""
+        """Return the share of negative weights, (). Log it: these samples become less likely. `weight` is finite."""
+        check_vector(OP, "weight", weight)
+        check_values(OP, "weight", weight)
         return (weight < 0).double().mean()

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import INTS, Rows, check_number, check_vector
-from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.checks import (
+    INTS,
+    Rows,
+    check_integer,
+    check_normalizer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.ops.segment_moments import segment_moments
 
 OP = "algorithms.ivl"
@@ -53,14 +60,15 @@ class IVL:
         Args:
             residual: (samples,), outcome minus prediction on the augmented input.
             group_ids: (samples,), int, the augmentation of each sample, in [0, num_groups).
-            num_groups: number of augmentations.
-            normalizer: e.g. the number of samples of all micro-batches; group means are over this call. None: the
+            num_groups: number of augmentations, >= 0.
+            normalizer: > 0, e.g. the number of samples of all micro-batches; group means are over this call. None: the
                 number of samples of this call.
         """
         samples = check_vector(OP, "residual", residual).shape[0]
         check_vector(OP, "group_ids", group_ids, Rows(samples, "residual", residual.device), INTS)
-        if normalizer is not None and not float(normalizer) > 0.0:
-            raise refuse(OP, "normalizer", "> 0", float(normalizer), "Pass the number of samples.")
+        num_groups = check_integer(OP, "num_groups", num_groups, 0)
+        check_values(OP, "group_ids", group_ids, 0, num_groups, open_high=True)
+        check_normalizer(OP, normalizer)
         moments = segment_moments(residual, group_ids, num_segments=num_groups)
         projected = (moments.sum**2 / moments.count.clamp(min=1)).sum()
         total = projected + self.alpha * (residual * residual).sum()

@@ -1,10 +1,12 @@
 """Losses of reward models on pairs of responses or of prompts."""
 
+import math
+
 import torch
 from torch.nn.functional import logsigmoid
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import Rows, check_vector
+from tokfuse.runtime.core.checks import Rows, check_number, check_vector
 
 
 @register(
@@ -21,10 +23,11 @@ def bradley_terry(chosen: torch.Tensor, rejected: torch.Tensor, *, margin: float
     Args:
         chosen: (pairs,), rewards r_w; receive gradients.
         rejected: (pairs,), rewards r_l; receive gradients.
-        margin: required difference of the rewards (Llama 2).
+        margin: required difference of the rewards (Llama 2), finite.
     """
     rows = Rows(check_vector("algorithms.bradley_terry", "chosen", chosen).shape[0], "chosen", chosen.device)
     check_vector("algorithms.bradley_terry", "rejected", rejected, rows)
+    check_number("algorithms.bradley_terry", "margin", margin, -math.inf)
     return -logsigmoid(chosen - rejected - margin)
 
 

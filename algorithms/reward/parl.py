@@ -6,7 +6,15 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import FLOATS, Rows, check_choice, check_number, check_vector
+from tokfuse.runtime.core.checks import (
+    FLOATS,
+    Rows,
+    check_choice,
+    check_normalizer,
+    check_number,
+    check_values,
+    check_vector,
+)
 
 OP = "algorithms.parl"
 
@@ -64,12 +72,14 @@ class PARL:
             label: (pairs,), probability in [0, 1] that the first is preferred.
             expected: (pairs,), mean reward of further samples of the same prompt. They must be independent of the
                 pair, otherwise the estimate is biased.
-            normalizer: number of pairs over micro-batches and ranks. None: of this call.
+            normalizer: number of pairs > 0 over micro-batches and ranks. None: of this call.
         """
         pairs = check_vector(OP, "first", first).shape[0]
         rows = Rows(pairs, "first", first.device)
         for name, value in (("second", second), ("label", label), ("expected", expected)):
             check_vector(OP, name, value, rows, FLOATS)
+        check_values(OP, "label", label.detach(), 0.0, 1.0)
+        check_normalizer(OP, normalizer)
         d = first - second
         utility = label * logsigmoid(d) + (1 - label) * logsigmoid(-d)
         through = self.coefficient(utility) * (first + second - 2 * expected)

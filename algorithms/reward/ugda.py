@@ -6,7 +6,16 @@ import torch
 
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import draws
-from tokfuse.runtime.core.checks import INTS, check_number, check_vector, may_read
+from tokfuse.runtime.core.checks import (
+    FLOATS,
+    INTS,
+    check_dtype,
+    check_integer,
+    check_normalizer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 OP = "algorithms.ugda_refine"
@@ -29,9 +38,9 @@ class UGDARefinement:
     loss = sum over members k of mean over samples i of (R_ki - target_ki)^2.
 
     Args:
-        levels: expert scores are 1 .. levels.
-        noise_std: standard deviation of the noise on the targets.
-        seed: seed of the noise.
+        levels: expert scores are 1 .. levels, >= 2 (the paper's experts use 5).
+        noise_std: standard deviation of the noise on the targets, >= 0.
+        seed: seed of the noise, >= 0.
     """
 
     levels: int = 5
@@ -40,22 +49,24 @@ class UGDARefinement:
 
     def __post_init__(self) -> None:
         check_number(OP, "noise_std", self.noise_std, 0.0)
-        if self.levels < 2:
-            raise refuse(OP, "levels", "an int >= 2", self.levels, "The paper's experts use 5 levels.")
+        check_integer(OP, "levels", self.levels, 2)
+        check_integer(OP, "seed", self.seed, 0)
 
     def targets(self, logged: torch.Tensor, score: torch.Tensor, step: int = 0) -> torch.Tensor:
         """Return regression targets, (members, samples), detached. The same seed and step give the same targets.
 
         Args:
-            logged: (members, logged samples), each member's rewards during the policy's training.
+            logged: (members, logged samples), finite, each member's rewards during the policy's training.
             score: (samples,), int in [1, levels], expert scores of the selected samples.
-            step: round of refinement. Each round draws new noise.
+            step: round of refinement, >= 0. Each round draws new noise.
         """
         if logged.dim() != 2 or logged.shape[1] == 0:
             raise refuse(OP, "logged", "(members, samples >= 1)", tuple(logged.shape), "Pass one row per member.")
         check_vector(OP, "score", score, None, INTS)
-        if may_read(score) and bool(((score < 1) | (score > self.levels)).any()):
-            raise refuse(OP, "score", f"in [1, {self.levels}]", score.tolist(), "Scores start at 1.")
+        check_integer(OP, "step", step, 0)
+        check_dtype(OP, "logged", logged, FLOATS)
+        check_values(OP, "logged", logged, always=True)
+        check_values(OP, "score", score, 1, self.levels, always=True)
         level = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
         table = torch.quantile(logged.detach().double(), level.to(logged.device), dim=1)
         noise = draws(self.seed, step).normal(0, self.noise_std, (logged.shape[0], score.shape[0]))
@@ -70,11 +81,12 @@ class UGDARefinement:
         Args:
             reward: (members, samples), predicted rewards.
             target: (members, samples), from `targets`.
-            normalizer: number of samples over micro-batches and ranks. None: of this call.
+            normalizer: number of samples > 0 over micro-batches and ranks. None: of this call.
         """
         if reward.shape != target.shape:
             raise refuse(
                 OP, "target", f"of shape {tuple(reward.shape)} to match reward", tuple(target.shape), "Use `targets`."
             )
+        check_normalizer(OP, normalizer)
         count = max(1, reward.shape[1]) if normalizer is None else normalizer
         return ((reward - target.detach()) ** 2).sum() / count

@@ -54,7 +54,7 @@ def check_dtype(op: str, name: str, value: torch.Tensor, dtypes: frozenset[torch
             name,
             f"of dtype {names_of(dtypes)}",
             str(value.dtype).removeprefix("torch."),
-            f"Call {name}.{_CONVERSION[dtypes]}().",
+            f"Call {name}.{_CONVERSION.get(dtypes, 'float')}().",
         )
 
 
@@ -183,11 +183,19 @@ def check_flag(op: str, name: str, value: object) -> None:
 
 
 def check_number(
-    op: str, name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+    op: str,
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> float:
     """Return `value` as a float. Raise an error unless it is finite and in [low, high].
 
-    With `open_low` the range is (low, high].
+    With `open_low` the range is (low, high], with `open_high` [low, high). Numbers of numpy are accepted. A bool is
+    not a number.
     """
     # numbers.Real admits numpy's numbers. It is tested last because torch.compile does not trace into it.
     real = isinstance(value, int | float) or isinstance(value, numbers.Real)
@@ -196,18 +204,91 @@ def check_number(
     number = float(value)  # type: ignore[arg-type]
     # Not math.isfinite: torch.compile can trace a comparison of a symbolic number, but not that function.
     finite = -math.inf < number < math.inf
-    inside = number > low if open_low else number >= low
-    if not (finite and inside and number <= high):
-        left = "(" if open_low or low == -math.inf else "["
-        right = ")" if high == math.inf else "]"
-        want = f"a finite number in {left}{low:g}, {high:g}{right}"
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
+    if not (finite and above and below):
+        want = f"a finite number in {_interval(low, high, open_low, open_high)}"
         raise refuse(op, name, want, value, "Check its unit and sign.")
     return number
+
+
+def check_integer(op: str, name: str, value: object, low: int, high: int | None = None) -> int:
+    """Return `value` as an int. Raise an error unless it is an integer in [low, high]. None: no upper end.
+
+    Integers of numpy are accepted. A bool or a float is not an integer, even if its value is whole.
+    """
+    whole = isinstance(value, int) or isinstance(value, numbers.Integral)
+    if isinstance(value, bool) or not whole:
+        raise TypeError(f"{op}: {name} must be an integer; got {value!r}. Pass an int.")
+    number: int = int(value)  # type: ignore[call-overload]
+    if number < low or (high is not None and number > high):
+        want = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+        raise refuse(op, name, want, value, "Check what it counts.")
+    return number
+
+
+def check_values(
+    op: str,
+    name: str,
+    x: torch.Tensor,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    where: torch.Tensor | None = None,
+    always: bool = False,
+) -> None:
+    """Raise ValueError unless every element of `x` is finite and in the range, like `check_number`.
+
+    Args:
+        op: name of the op in the message.
+        name: name of the argument in the message.
+        x: the tensor.
+        low: lower end of the range.
+        high: upper end of the range.
+        open_low: exclude `low`.
+        open_high: exclude `high`.
+        where: bool, same shape; elements that are False here are not checked. None: all are checked.
+        always: also read a tensor on a GPU. Selectors and estimators do so: the caller reads their result anyway, and
+            a NaN would come first in every ranking. False: as `may_read` says.
+    """
+    if not (always or may_read(x)):
+        return
+    above = x > low if open_low else x >= low
+    below = x < high if open_high else x <= high
+    bad = ~(x.isfinite() & above & below)
+    if where is not None:
+        bad = bad & where
+    if bool(bad.any()):
+        place = int(bad.flatten().to(torch.uint8).argmax())
+        index = [int(i) for i in torch.unravel_index(torch.tensor(place), x.shape)]
+        actual = f"{x.flatten()[place].item()} at {index[0] if len(index) == 1 else index}"
+        kind = "finite and " if x.dtype.is_floating_point else ""
+        want = f"{kind}in {_interval(low, high, open_low, open_high)} in every element"
+        raise refuse(op, name, want, actual, "Correct this element, or leave its sample out.")
+
+
+def _interval(low: float, high: float, open_low: bool, open_high: bool) -> str:
+    left = "(" if open_low or low == -math.inf else "["
+    right = ")" if open_high or high == math.inf else "]"
+    return f"{left}{low:g}, {high:g}{right}"
 
 
 def check_positive(op: str, name: str, value: object) -> None:
     """Raise an error unless `value` is a finite number above zero."""
     check_number(op, name, value, 0.0, open_low=True)
+
+
+def check_normalizer(op: str, value: object) -> None:
+    """Raise an error unless `value` is None, or a finite number > 0, or a tensor with one such number."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise refuse(op, "normalizer", "a 0-dim tensor", f"shape {tuple(value.shape)}", "Pass one global count.")
+        check_dtype(op, "normalizer", value, FLOATS | INTS)
+        check_values(op, "normalizer", value, 0.0, open_low=True)
+    elif value is not None:
+        check_number(op, "normalizer", value, 0.0, open_low=True)
 
 
 def check_unused(op: str, used_by: str, **options: object) -> None:

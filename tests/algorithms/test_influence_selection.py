@@ -183,16 +183,27 @@ REFUSALS = [
     (lambda: influence.matrix(Q), r"matrix: features must be of shape \(samples, ...\)"),
     (lambda: influence.matrix(F, F[:, :1]), "matrix: others must be of 2 numbers per feature"),
     (lambda: influence.adam_features(F, Q, Q), r"adam_features: exp_avg must be of shape \(2,\)"),
-    (lambda: influence.adam_features(F, F[0], F[0], betas=(1.0, 0.9)), "adam_features: betas must"),
+    (
+        lambda: influence.adam_features(F, F[0], F[0], betas=(1.0, 0.9)),
+        r"adam_features: betas\[0\] must be a finite number in \[0, 1\)",
+    ),
     (lambda: influence.adam_features(F, F[0], F[0], eps=0.0), "adam_features: eps must be"),
     (lambda: influence.less_scores([F], []), "less_scores: train and validation must be one tens"),
-    (lambda: influence.less_scores([F], [F], weight=[0.0]), "less_scores: weight must be one num"),
+    (lambda: influence.less_scores([F], [F], weight=[0.0]), "less_scores: weight must be above 0"),
     (lambda: influence.less_scores([F], [F], average="max"), "less_scores: average must be"),
     (lambda: influence.less_scores([F], [F], subtask=torch.zeros(2)), "less_scores: subtask must"),
+    (lambda: influence.less_scores([F], [F], subtask=Q), "less_scores: subtask must be of dtype int32 or int64"),
+    (lambda: influence.less_scores([F], [F[:0]]), "less_scores: validation must be of at least 1 sample; got none"),
+    (lambda: influence.less_scores([F, F[:2]], [F, F]), "less_scores: train and validation must be of 3 and 3"),
+    (lambda: influence.less_scores([F], [F], weight=[1.0, 1.0]), "less_scores: weight must be one number per"),
+    (lambda: influence.less_scores([F], [F], weight=[-1.0]), r"less_scores: weight must be a finite number in \[0"),
     (lambda: influence.greedy_select(Q, F, 1), r"greedy_select: interaction must be of shape \(3"),
-    (lambda: influence.greedy_select(Q, torch.eye(3), 4), r"greedy_select: k must be in \[0, 3\]"),
+    (lambda: influence.greedy_select(Q, torch.eye(3), 4), r"greedy_select: k must be an integer in \[0, 3\]"),
     (lambda: influence.ugda_select(F[:1], Q), "ugda_select: rewards must be of shape"),
-    (lambda: influence.ugda_select(F.t(), Q, uncertain=0.0), r"ugda_select: uncertain must be in"),
+    (
+        lambda: influence.ugda_select(F.t(), Q, uncertain=0.0),
+        r"ugda_select: uncertain must be a finite number in \(0, 1\]",
+    ),
 ]
 
 

@@ -111,7 +111,7 @@ def test_propensity_forms():
     compare(imputation_loss(unseen, e, seen, p), torch.tensor([0.5, 4.0, 0.0]), rtol=1e-12)
     # Kernel balancing: mean over all of e, plus mean over the observed of w (l - e).
     w = torch.tensor([1.5, 0.5, 1.0]).double()
-    balanced = dr.loss(unseen, seen, (2 / 3) / w, imputed=e)
+    balanced = dr.loss(unseen, seen, weight=w * (3 / 2), imputed=e)
     assert float(balanced) == pytest.approx(5.5 / 3 + (1.5 * (1 - 1.5) + 0.5 * (2 - 1)) / 2)
     with pytest.raises(ValueError, match="imputed must be given with form 'dr', and only then"):
         ips.loss(loss, seen, p, imputed=e)

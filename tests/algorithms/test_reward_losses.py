@@ -163,7 +163,7 @@ def test_ugda_refinement():
     assert float(noise[0].std()) == pytest.approx(0.1, rel=0.03)
     again = noisy.targets(logged, many) - 50 * torch.tensor([[1.0], [10.0]])
     assert torch.equal(noise, again) and not torch.equal(noise, noisy.targets(logged, many, 1))
-    with pytest.raises(ValueError, match=r"score must be in \[1, 5\]"):
+    with pytest.raises(ValueError, match=r"score must be in \[1, 5\] in every element; got 0 at 0"):
         refine.targets(logged, torch.tensor([0]))
 
 
@@ -233,16 +233,16 @@ def test_pairs():
     ("name", "options", "message"),
     [
         ("causalrm", {"form": "snipes"}, "form must be one of ips, snips, dr"),
-        ("causalrm", {"clip": 0.0}, r"clip must be a finite number in \(0, 1\]"),
+        ("causalrm", {"clip": 0.0}, r"clip must be a finite number in \(0, 1\)"),
         ("kernel_balancing", {"gamma": 0.0, "slack": 0.1}, "gamma must be a finite number"),
         ("ivl", {"alpha": -1.0}, "alpha must be a finite number"),
         ("ivl", {}, "alpha must be given"),
         ("parl", {"baseline": "batch"}, "baseline must be one of mean, none"),
         ("parl", {"beta": 0.0}, "beta must be a finite number"),
         ("fimi_rm", {}, "warmup must be given"),
-        ("fimi_rm", {"warmup": 1, "period": 0}, "period must be a finite number"),
-        ("ugda_refine", {"levels": 1}, "levels must be an int >= 2"),
-        ("dwbc", {"eta": 0.5, "clip": 0.5}, "clip must be below 0.5"),
+        ("fimi_rm", {"warmup": 1, "period": 0}, "period must be an integer >= 1"),
+        ("ugda_refine", {"levels": 1}, "levels must be an integer >= 2"),
+        ("dwbc", {"eta": 0.5, "clip": 0.5}, r"clip must be a finite number in \(0, 0.5\)"),
         ("reward_calibrator", {"method": "spline"}, "method must be one of lcc, tweedie"),
     ],
 )

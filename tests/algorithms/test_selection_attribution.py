@@ -237,7 +237,7 @@ REFUSED = [
     (lambda: effects.ablation_effect(t(1), t(1, 2)), "ablation_effect: full must be of at least t"),
     (lambda: effects.ablation_effect(t(1, 2), t(1, 2, 3), paired=True), "without must be of shape"),
     (lambda: effects.pns_bounds(t(1), t(1, 1)), "pns_bounds: without_step must be of shape"),
-    (lambda: effects.pns_bounds(t(1.5), t(1)), r"pns_bounds: with_step must be in \[0, 1\]"),
+    (lambda: effects.pns_bounds(t(1.5), t(1)), r"pns_bounds: with_step must be finite and in \[0, 1\]"),
     (lambda: effects.pns_bounds(t(0.1), t(0.2), monotone=True), "with_step must be >= without_ste"),
 ]
 
