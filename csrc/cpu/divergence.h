@@ -100,8 +100,10 @@ static inline Element element(float up, float uq, const Pair& w, float floor) {
     const float big_weight = p_is_big ? w.p_weight : w.q_weight;
     const float t = big_weight + b * power.r;  // mix / big
     const float of_big = -log_split(t, b * m1), of_small = of_big + away * kLn2f;
-    const float log_p = p_is_big ? of_big : of_small;      // log(p / mix)
-    const float apart_by_mix = (p_is_big ? m1 : -m1) / t;  // (q - p) / mix
+    // A sum, because g++ 12 turns a choice of the two into a branch and does not vectorise the
+    // loop.
+    const float log_p = of_big + (p_is_big ? 0.0f : away) * kLn2f;  // log(p / mix)
+    const float apart_by_mix = (p_is_big ? m1 : -m1) / t;           // (q - p) / mix
     if (kKind == Divergence::kSkewForward) {
       const float log_q = p_is_big ? of_small : of_big;
       return {p, q * log_q - w.p_weight * gap, -w.p_weight * w.p_weight * apart_by_mix};
