@@ -238,7 +238,7 @@ def test_all_rows_inactive_and_no_tokens(backend: Backend):
         (empty, {}),
     ):
         step, grads = run(backend, given, kind="kl_forward", normalizer="batch", **keywords)
-        assert float(step.loss) == 0 and not step.divergence.any()
+        assert step.loss.item() == 0 and not step.divergence.any()
         assert all(not x.any() for x in grads.values()) and grads["weight"].shape == (700, 24)
         assert step.metrics["tokens"] == 0 and step.metrics["divergence"] == 0
 
@@ -343,7 +343,7 @@ REFUSALS = {
     "neither": ({"hidden": None}, "input must be either logits= or hidden="),
     "both": ({"logits": torch.zeros(37, 700)}, "input must be either.*got both"),
     "coef": ({"coef": torch.zeros(36)}, "coef must be of shape"),
-    "coef gradient": ({"coef": torch.zeros(37).requires_grad_()}, "coef must be free of gradient"),
+    "coef gradient": ({"coef": torch.zeros(37).requires_grad_()}, "coef must be detached"),
     "normalizer": ({"normalizer": 0.0}, "normalizer must be"),
     "word": ({"normalizer": "mean"}, "normalizer must be None, a number"),
     "kind": ({"kind": "kl"}, "kind must be one of"),

@@ -358,7 +358,7 @@ REFUSALS = {
         "teacher_hidden must be torch.float32 or narrower",
     ),
     "bias": ({"teacher_bias": torch.zeros(7)}, "teacher_bias must be"),
-    "gradient": ({"teacher_weight": torch.zeros(700, 40).requires_grad_()}, "teacher_weight must be free of gradient"),
+    "gradient": ({"teacher_weight": torch.zeros(700, 40).requires_grad_()}, "teacher_weight must be detached"),
     "temperature": ({"teacher_temperature": 0.0}, "teacher_temperature must be a finite number"),
     "softcap": ({"teacher_softcap": -1.0}, "teacher_softcap must be"),
     "scale": ({"teacher_logit_scale": 0.0}, "teacher_logit_scale must be"),
