@@ -99,6 +99,7 @@ def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Pat
     assert check_installed(environment, native=True)["native"]["cuda_version"] == ""
 
 
+@pytest.mark.slow  # two minutes of nvcc; `make test-packaging` runs it
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_install_with_nvcc(sdist: Path, environment):
     """Builds the CUDA kernels without a GPU, for one architecture, because three take minutes."""
