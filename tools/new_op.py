@@ -371,8 +371,8 @@ ENTRIES = (
     ),
     Entry(
         "csrc/bindings/records.cpp",
-        "                  each(KeepRule)",
-        "                  each(ToyOpArgs)                                                           \\\n",
+        "  each(KeepRule)",
+        "  each(ToyOpArgs) \\\n",
     ),
     Entry(
         "csrc/bindings/bind_packed.cpp",

@@ -395,15 +395,35 @@ const S* struct_in(PyObject* object) {
   return &reinterpret_cast<Record<S>*>(object)->value;
 }
 
-// Every struct that Python fills.
-#define TOKFUSE_RECORDS(each)                                                              \
-  each(LogitsArgs) each(TokenStatsOut) each(TokenStatsGrad) each(GradRows) each(KeptArgs)  \
-      each(IdsArgs) each(DivergenceArgs) each(DivergenceOut) each(DivergenceGrad)          \
-          each(DistillArgs) each(DistillOut) each(DistillGrad) each(ObjectiveArgs)         \
-              each(TokenObjectiveArgs) each(PrepareArgs) each(MetricsArgs)                 \
-                  each(GroupAdvantageArgs) each(GaeArgs) each(VtraceArgs) each(WhitenArgs) \
-                      each(OpeArgs) each(MomentsArgs) each(KeepRule) each(OffPolicyArgs)   \
-                          each(SketchArgs)
+// Every struct that Python fills, one per line.
+// clang-format off
+#define TOKFUSE_RECORDS(each) \
+  each(LogitsArgs) \
+  each(TokenStatsOut) \
+  each(TokenStatsGrad) \
+  each(GradRows) \
+  each(KeptArgs) \
+  each(IdsArgs) \
+  each(DivergenceArgs) \
+  each(DivergenceOut) \
+  each(DivergenceGrad) \
+  each(DistillArgs) \
+  each(DistillOut) \
+  each(DistillGrad) \
+  each(ObjectiveArgs) \
+  each(TokenObjectiveArgs) \
+  each(PrepareArgs) \
+  each(MetricsArgs) \
+  each(GroupAdvantageArgs) \
+  each(GaeArgs) \
+  each(VtraceArgs) \
+  each(WhitenArgs) \
+  each(OpeArgs) \
+  each(MomentsArgs) \
+  each(KeepRule) \
+  each(OffPolicyArgs) \
+  each(SketchArgs)
+// clang-format on
 
 #define STRUCT_IN(type) template const type* struct_in<type>(PyObject*);
 TOKFUSE_RECORDS(STRUCT_IN)
