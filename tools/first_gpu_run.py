@@ -391,6 +391,12 @@ def chosen(steps: Sequence[Step], only: str | None) -> list[Step]:
     return [step for step in steps if step.group in names]
 
 
+def hear_interrupts() -> None:
+    """Undo an ignored interrupt, which a job in a shell's background inherits and hands on to every step."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Build, run the steps and print the summary. Return 0 if all steps passed."""
     parser = argparse.ArgumentParser(
@@ -406,6 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=WORK / "results", help="results folder; it is emptied first")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # also ends the running step
+    hear_interrupts()
     machine = detect(options.dry_run)
     out = options.out.absolute()
     try:

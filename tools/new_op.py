@@ -369,11 +369,7 @@ ENTRIES = (
 
 """,
     ),
-    Entry(
-        "csrc/bindings/records.cpp",
-        "  each(KeepRule)",
-        "  each(ToyOpArgs) \\\n",
-    ),
+    Entry("csrc/bindings/records.cpp", "  each(KeepRule)", "  each(ToyOpArgs) \\\n"),
     Entry(
         "csrc/bindings/bind_packed.cpp",
         "void ope(OpeArgs a) {",

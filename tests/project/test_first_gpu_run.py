@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -164,10 +165,15 @@ def test_an_interrupted_pytest_still_reports(run, tmp_path, monkeypatch):
     slow = f"open({str(started)!r}, 'w').close(); time.sleep(300)"
     test.write_text(f"import time\ndef test_a(): pass\ndef test_b(): {slow}\n")
     script = f"{sys.executable} -P -m pytest -q -p no:cacheprovider --rootdir {tmp_path} -c /dev/null {test}"
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            ["bash", "-c", script], stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a job in the background
+    try:
+        run.hear_interrupts()
+        with log.open("w") as sink:
+            process = subprocess.Popen(
+                ["bash", "-c", script], stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert _holds(started.exists, within_s=120)
     run._stop([process])
     assert run.totals([log]) == "1 passed, 0 failed"
