@@ -77,6 +77,7 @@ test-triton:
 	@$(BOOTSTRAP) test
 	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter" $(ARGS)
 	@$(PYTEST) -m "compiler" $(ARGS)
+	@$(BIN)/python -m tokfuse kernels --check
 
 test-cuda:
 	@$(BOOTSTRAP) test
