@@ -520,7 +520,7 @@ __global__ void __launch_bounds__(kDivergenceThreads, kBlocks<kKind>)
         }
       }
     } else {
-      out = 0.0f;
+      out = mean = 0.0f;
     }
     if (threadIdx.x > 0) continue;
     out = out < 0.0f ? 0.0f : (out > a.bound ? a.bound : out);  // rounding; NaN stays
