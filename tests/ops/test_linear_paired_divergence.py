@@ -1,7 +1,8 @@
 """linear_paired_divergence on every backend against float64 formulas over the full logits of both sides.
 
 Bounds: those of paired_divergence and token_stats for logits of a few nats, plus float32 GEMM rounding:
-4e-6 for a statistic, 1e-5 of the sum of absolute terms for a gradient. 16-bit gradients are rounded
+4e-6 for a statistic, 1.5e-5 of the sum of absolute terms for a gradient: 1e-5 as for one head, and the
+rounding of the second head's logits (at most 1.12e-5 measured, without FMA). 16-bit gradients are rounded
 once: half an ulp more.
 """
 
@@ -71,7 +72,7 @@ def check(backend: Backend, case: PairCase, *, kind="kl_reverse", bias=True, nee
             assert grad is None, name
             continue
         assert grad is not None and grad.dtype == case.hidden.dtype
-        atol = 1e-5 * scales[name]
+        atol = 1.5e-5 * scales[name]
         if exact:
             atol = 1e-12 * scales[name] + half_ulp(expected[name], torch.float32)
         if grad.dtype != torch.float32:
