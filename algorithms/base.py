@@ -141,8 +141,8 @@ class Plan:
     def take(self, seqs: torch.Tensor) -> "Plan":
         """Return the plan of a micro-batch: the sequences `seqs`, (count,) int64, of this optimizer step.
 
-        The part keeps the weights, masks and bounds that were decided on the whole step, and its divisor. The losses
-        and gradients of parts that cover all sequences add up to those of this plan.
+        The part keeps the weights, masks and bounds that were decided on the whole step, and its divisor. If the
+        parts cover all sequences, their losses and gradients add up to the loss and gradient of this plan.
         """
         tokens = self.batch.rows(seqs)
         per_token = ("mask", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight")

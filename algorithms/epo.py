@@ -37,7 +37,7 @@ class EPO(Standard):
     """L = L_base - coef (mean H - beta_k mean P), for any objective of `Standard`.
 
     h is the mean entropy of the token's turn over all rollouts, including this one, each with the same weight. The
-    entropies of a rollout are those of the policy that `prepare` sees.
+    policy that `prepare` sees gives the entropies of a rollout.
 
         paper   P = 0 if kappa_low h < H < kappa_high h else alpha; no gradient
         hinge   P = alpha (relu(kappa_low h - H) + relu(H - kappa_high h))

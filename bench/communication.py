@@ -171,7 +171,7 @@ def measure(ranks: int, tokens: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Assumptions of the plan: nodes of 8 GPUs, similar to H100. The rates are those of large calls."""
+    """Assumptions of the plan: nodes of 8 GPUs, similar to H100. The rates hold for large messages."""
 
     gpus: int
     tensor: int = 8

@@ -118,7 +118,7 @@ def _with_ids(config: Config, data: _Inputs) -> Provider:
     def both() -> Outputs:
         out = op(leaf, data.target, ids=data.ids)
         outputs, incoming = (out.logp, out.entropy, out.logp_at), (data.by_logp, data.by_entropy, data.by_ids)
-        torch.autograd.grad(outputs, leaf, incoming)  # of another loss than that of `tokfuse`: not compared
+        torch.autograd.grad(outputs, leaf, incoming)  # not compared: `tokfuse` differentiates another loss
         return {**ours.stats_outputs(out), "logp_at": out.logp_at}
 
     return ours.provider(both)

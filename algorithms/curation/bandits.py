@@ -21,7 +21,7 @@ from tokfuse.runtime.core.errors import refuse
 
 
 class Choice(NamedTuple):
-    """One decision, as it is logged: the arm, its probability, and the probabilities of all arms."""
+    """The log entry of one decision: the arm, its probability, and the probabilities of all arms."""
 
     arm: int
     propensity: float

@@ -111,7 +111,7 @@ _row(
     "DPO with another f-divergence: forward KL, Jensen-Shannon, alpha",
     divergence="js",
     differs="divergence='forward_kl' is the limit alpha = 0 of divergence='alpha'. Constants of f' cancel "
-    "between chosen and rejected, so length='mean' is refused. Exponents are at most 80: TRL clamps those of the "
+    "between chosen and rejected, so length='mean' is refused. Exponents are at most 80. TRL clamps them in the "
     "alpha divergence only, and its forward KL overflows.",
 )
 _row(

@@ -36,7 +36,7 @@ inline void require_pointers(std::initializer_list<const void*> pointers, int64_
   for (const void* pointer : pointers) require_pointer(pointer, count, what);
 }
 
-// Sizes, options, tiles and the values of the index; first_bad_row checks those of the target.
+// Checks sizes, options, tiles and the values of the index. first_bad_row checks the target.
 void check_logits(const LogitsArgs& a);
 
 // Sizes, null pointers and cu_seqlens; not logp, which a fused kernel writes itself.

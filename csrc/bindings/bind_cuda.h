@@ -58,7 +58,7 @@ class DeviceGuard {
 };
 
 // Runs `launch(stream)` on the device of `place`. An error becomes an exception that names the op
-// and the kernel. Launches are asynchronous, so the error may be that of an earlier kernel.
+// and the kernel. Launches are asynchronous, so an earlier kernel may have caused the error.
 template <class Launch>
 void run(const char* op, const char* kernel, const Place& place, Launch launch) {
   pybind11::gil_scoped_release release;

@@ -7,7 +7,7 @@
 // A pointer is given as None or as a tensor (anything with `data_ptr()`), which the struct keeps
 // alive. A missing, misnamed or superfluous field raises TypeError. So does a value of the wrong
 // type; a code that is no enumerator raises ValueError. The function that takes the struct checks
-// what its fields mean together.
+// whether its fields fit together.
 //
 // The classes are made without pybind11: its constructor copies the keywords into a dictionary and
 // registers the object, which took 10 us of a token_stats call; here a field is an entry of the

@@ -55,7 +55,7 @@ TOKFUSE_HD uint32_t clip_flags(float advantage, float ratio, float low, float hi
   return 0;
 }
 
-// The log-ratio that a bound applies to: that of each token, or the one at the objective's level. A
+// The log-ratio that a bound applies to: of each token, or at the objective's level. A
 // token-level objective applies both bounds at once.
 enum Stage : int32_t { kTokenStage = 1, kLevelStage = 2, kBothStages = 3 };
 
@@ -249,7 +249,7 @@ TOKFUSE_HD float optional(const float* p, int64_t t, float missing) {
 }
 
 // Slots of the metric vector, in the order of runtime/policy/metrics.py. A fraction divides its
-// slot by kTokens; that of kMaskedCount divides by kAll.
+// slot by kTokens; kMaskedCount divides by kAll.
 enum Metric : int32_t {
   kTokens = 0,       // valid tokens
   kAll = 1,          // all tokens

@@ -1,6 +1,6 @@
-// distill_rows: statistics, divergence and gradient of the rows of a student and a teacher in one
-// visit, each side with options of its own. One read of each from memory, one write. Exponentials
-// per element: 1 for each side's statistics, 2 for the divergence, 2 for the gradient.
+// distill_rows computes statistics, divergence and gradient of each row of a student and a teacher.
+// Each side has its own options. Memory traffic: one read of each side and one write. Exponentials
+// per element: 1 for the statistics of a side, 2 for the divergence, 2 for the gradient.
 #include "cpu/distribution_kernels.h"
 #include "cpu/divergence.h"
 

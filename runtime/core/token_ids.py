@@ -1,5 +1,6 @@
 """Vocabulary ids per token: argument checks, and the most likely ids of each row."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -70,10 +71,11 @@ def _check_ids_device(op: str, name: str, ids: torch.Tensor, device: torch.devic
         raise refuse(op, name, f"on {device}, where the main input is", str(ids.device), "Move it with .to(device).")
 
 
-def check_top_k(op: str, top_k: Any, vocab: int) -> None:
-    """Check that top_k is a whole number of columns."""
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= vocab:
+def check_top_k(op: str, top_k: Any, vocab: int) -> int:
+    """Return top_k as an int. Raise an error unless it is a whole number of columns; integers of numpy are."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int | numbers.Integral) or not 1 <= int(top_k) <= vocab:
         raise refuse(op, "top_k", f"a whole number in [1, vocab = {vocab}]", repr(top_k), "Pass how many ids you want.")
+    return int(top_k)
 
 
 def check_one_of(op: str, ids: Any, ids_offsets: Any, top_k: Any) -> None:

@@ -1,11 +1,11 @@
 """Two heads on the CPU: torch's GEMMs of both sides around one native row kernel.
 
-Rows have the logits of both sides in full, so every divergence needs each GEMM once. The student's
-fill a buffer, and their gradient overwrites them. The teacher's are of no use after the row kernel:
-they come in smaller chunks, of which each overwrites the one before.
+A chunk holds full rows of both sides, so every divergence needs each GEMM once. The student's logits
+fill a buffer, and their gradient overwrites them. The teacher's logits are not needed after the row
+kernel: they are computed in smaller chunks, and each chunk overwrites the previous one.
 
-The first buffer lies where dW will be, and so do the teacher's logits if there is room beside it.
-Everything after that shares `memory_budget`.
+The first buffer uses the memory of dW, and so do the teacher's logits if they fit into the rest of it.
+All further buffers share `memory_budget`.
 """
 
 import torch
@@ -27,7 +27,7 @@ from tokfuse.runtime.lm_head.problem import wanted
 
 def pair_run(p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradients]:
     """2MV(Hs + Ht) operations for the logits and 4MVHs for the gradients. A `PairRun`."""
-    check_values_of("linear_paired_divergence", p)
+    check_values_of(p)
     with torch.no_grad():
         return _PairWork(p, given).run()
 
@@ -103,7 +103,7 @@ class _PairWork:
         return None if self.teacher is None else LogitsBuffer.workspace(rows, self.student.vocab)
 
     def _beside(self, first: LogitsBuffer) -> LogitsBuffer | None:
-        """What `first` leaves of the memory of dW."""
+        """Return a buffer for the teacher in the part of dW that `first` leaves free, or None."""
         used = -(-first.vocab // first.tile) * first.rows * first.tile
         left = first.storage[used:]
         rows = min(left.shape[0] // first.vocab, first.rows)
@@ -112,7 +112,7 @@ class _PairWork:
         return LogitsBuffer(left[: rows * first.vocab], rows, first.vocab, first.vocab)
 
     def _fill(self, buffer: LogitsBuffer, teacher: LogitsBuffer | None, tokens: torch.Tensor) -> int:
-        """Statistics of as many tokens as the buffer holds, and their gradient GEMMs; returns how many."""
+        """Compute the statistics of as many tokens as the buffer holds, and their gradient GEMMs. Return how many."""
         tokens = tokens[: buffer.rows]
         rows = tokens.shape[0]
         self.head.logits(self.head.rows_of_hidden(tokens), buffer, 0)
@@ -141,7 +141,7 @@ class _PairWork:
         assert bad < 0  # values were checked before the first GEMM
 
     def _teacher_args(self, buffer: LogitsBuffer | None, chunk: torch.Tensor) -> object:
-        """LogitsArgs of the teacher: the chunk's logits, or all of them as they came."""
+        """Build LogitsArgs of the teacher: the logits of the chunk, or the given logits."""
         t = self.problem.teacher
         if buffer is None:
             assert t.logits is not None

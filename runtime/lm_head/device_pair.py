@@ -1,13 +1,13 @@
 """Two heads on a device: torch's GEMMs of both sides around the row kernels of CUDA or Triton.
 
-A chunk takes the divergence kernel (two reads of each side, the second from the cache where the row
-fits), token_stats of each side (one read each), and the comparison of the two maxima in torch (two
-reads of each). With a gradient the divergence kernel writes it over the student's logits. Gradients
-of logp and the entropy take token_stats' backward and one addition more; distill_step needs neither.
+Each chunk runs the divergence kernel (two reads of each side, the second from the cache if the row
+fits), token_stats of each side (one read each), and a comparison of the two maxima in torch (two reads
+of each side). The divergence kernel writes the gradient over the student's logits. Gradients of logp and
+the entropy need token_stats' backward and one addition; distill_step needs neither.
 
-The divergence kernels give both streams one temperature, softcap and scale. Where those of the
-teacher differ, its logits are first brought into the unit of the student's; if the student has a
-softcap, so are the student's, and the gradient is multiplied by the slope (`_common`).
+The divergence kernels apply one temperature, softcap and scale to both streams. If the teacher's differ,
+its logits are first converted to the unit of the student's logits. If the student has a softcap, its
+logits are transformed too, and the gradient is multiplied by the slope (`_common`).
 """
 
 import functools
@@ -180,7 +180,7 @@ def _pair_run(kernels: RowKernels, p: PairProblem, given: Coefficients | None) -
     """A `PairRun`."""
     s, t = p.student, p.teacher
     if may_read(s.target):
-        check_values_of("linear_paired_divergence", p)
+        check_values_of(p)
     needs = (False, False, False) if given is None else wanted(s)
     needed = s.options.mask
     if given is not None:

@@ -36,9 +36,9 @@ class HeadIdsKernels(NamedTuple):
 
 
 def _places(p: HeadProblem, ids: TokenIds | None, top_k: int) -> TokenIds:
-    """Return the checked ids, or padding that the most likely ids will replace."""
+    """Return the ids, or padding that the most likely ids will replace. Check all values before the first GEMM."""
     if ids is None:
-        return TokenIds.of_matrix(p.target.new_full((p.tokens, top_k), -1))
+        ids = TokenIds.of_matrix(p.target.new_full((p.tokens, top_k), -1))
     if may_read(ids.flat):
         o = p.options
         reference.check_values("linear_token_stats", p.target, ids.flat, ids.offsets, p.vocab, o.mask, o.temperature)

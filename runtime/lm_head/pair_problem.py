@@ -1,4 +1,4 @@
-"""The arguments of the ops that compare a student's head with a teacher: what is checked, what is derived."""
+"""Arguments of the ops that compare a student's head with a teacher: the checks and the derived values."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,14 +23,14 @@ class Divergence(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """The side that is not differentiated: hidden states and a head, or logits."""
+    """The side without a gradient: hidden states and a head, or logits."""
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     logits: torch.Tensor | None
     options: LogitOptions
-    """Without a mask: that of the student counts for both."""
+    """Without a mask: the student's mask applies to both sides."""
 
 
 class PairProblem(NamedTuple):
@@ -39,9 +39,11 @@ class PairProblem(NamedTuple):
     student: HeadProblem
     teacher: Teacher
     divergence: Divergence
+    op: str
+    """The public op, for messages."""
 
     def teacher_head(self, memory_budget: int) -> HeadProblem | None:
-        """The teacher as a head of its own; None where it comes as logits."""
+        """Return the teacher as a head, or None if it is given as logits."""
         t = self.teacher
         if t.hidden is None or t.weight is None:
             return None
@@ -58,8 +60,8 @@ class PairProblem(NamedTuple):
         return (*head, *t[:4], *self.divergence, *s.options.flat()[:5], *t.options.flat()[:4], s.memory_budget)
 
     @staticmethod
-    def from_flat(*flat: Any) -> "PairProblem":
-        """What `flat` made flat."""
+    def from_flat(op: str, *flat: Any) -> "PairProblem":
+        """Undo `flat`."""
         hidden, weight, bias, target, *rest = flat
         teacher_hidden, teacher_weight, teacher_bias, teacher_logits, kind, mix_weight = rest[:6]
         options = LogitOptions.from_flat(*rest[6:11])
@@ -69,6 +71,7 @@ class PairProblem(NamedTuple):
             HeadProblem(hidden, weight, bias, target, options, memory_budget),
             Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_options),
             Divergence(kind, mix_weight),
+            op,
         )
 
 
@@ -80,7 +83,7 @@ class LogitsPair(NamedTuple):
     target: torch.Tensor
     options: LogitOptions
     teacher_options: LogitOptions
-    """Without a mask: that of the student counts for both."""
+    """Without a mask: the student's mask applies to both sides."""
     divergence: Divergence
 
     def features(self) -> frozenset[str]:
@@ -93,7 +96,7 @@ class LogitsPair(NamedTuple):
 
     @staticmethod
     def from_flat(*flat: Any) -> "LogitsPair":
-        """What `flat` made flat."""
+        """Undo `flat`."""
         logits, teacher_logits, target, kind, mix_weight, *rest = flat
         options = LogitOptions.from_flat(*rest[:5])
         vector, scalar, softcap, logit_scale = rest[5:]
@@ -124,7 +127,7 @@ class Coefficients(NamedTuple):
     entropy: torch.Tensor | None = None
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Coefficients":
-        """`change` of every vector."""
+        """Apply `change` to every vector."""
         logp = None if self.logp is None else change(self.logp)
         entropy = None if self.entropy is None else change(self.entropy)
         return Coefficients(change(self.divergence), logp, entropy)
@@ -149,7 +152,7 @@ of the rows that have one, and 0 elsewhere.
 LogitsRun = Callable[[LogitsPair, torch.Tensor], tuple[Stats, torch.Tensor]]
 """(logits of both sides, d loss / d divergence (tokens,)) -> (statistics, d loss / d logits).
 
-Statistics and gradients of the rows that have a coefficient, and 0 elsewhere.
+Statistics and gradients of the rows with a coefficient, and 0 elsewhere.
 """
 
 
@@ -164,7 +167,7 @@ def check_pair(
     divergence: Divergence,
     memory_budget: int | None,
 ) -> PairProblem:
-    """Shapes, dtypes, devices of both sides; fills in the default budget and, without one, a target."""
+    """Check shapes, dtypes and devices of both sides. Fill in the default budget and a missing target."""
     checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")
     if target is None:
         target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
@@ -172,11 +175,11 @@ def check_pair(
     check_teacher(op, teacher, student.tokens, student.vocab, hidden)
     if memory_budget is None:
         student = student._replace(memory_budget=_default_budget(student, teacher))
-    return PairProblem(student, teacher, divergence)
+    return PairProblem(student, teacher, divergence, op)
 
 
 def _default_budget(student: HeadProblem, teacher: Teacher) -> int:
-    """64 MiB, which dW's own memory supports; on a GPU 1024 rows of both sides, up to 1 GiB."""
+    """Return 64 MiB, because dW adds its own memory; on a GPU 1024 rows of both sides, up to 1 GiB."""
     if student.hidden.device.type == "cpu":
         return MIN_BUDGET
     columns = student.hidden.shape[1] + (0 if teacher.hidden is None else teacher.hidden.shape[1])
@@ -184,7 +187,7 @@ def _default_budget(student: HeadProblem, teacher: Teacher) -> int:
 
 
 def check_teacher(op: str, teacher: Teacher, tokens: int, vocab: int, like: torch.Tensor) -> None:
-    """Hidden states with a head, or logits, of the student's tokens and vocabulary."""
+    """Check hidden states with a head, or logits, against the student's tokens and vocabulary."""
     if (teacher.hidden is None) == (teacher.logits is None):
         given = "neither" if teacher.hidden is None else "both"
         raise refuse(op, "teacher", "teacher_hidden= with teacher_weight=, or teacher_logits=", given, "Pass one.")
@@ -252,14 +255,14 @@ def _check_teacher_head(op: str, teacher: Teacher, tokens: int, vocab: int) -> N
             )
 
 
-def check_values_of(op: str, p: PairProblem) -> None:
-    """Value checks before the first GEMM."""
-    check_targets(op, p.student)
-    check_teacher_temperature(op, p.teacher.options.temperature, p.student.options.mask)
+def check_values_of(p: PairProblem) -> None:
+    """Check the values before the first GEMM."""
+    check_targets(p.op, p.student)
+    check_teacher_temperature(p.op, p.teacher.options.temperature, p.student.options.mask)
 
 
 def check_teacher_temperature(op: str, temperature: float | torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Positive where the mask is true."""
+    """Check that the temperature is positive where the mask is True."""
     if isinstance(temperature, torch.Tensor):
         bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
         if bool(bad.any()):
@@ -274,6 +277,6 @@ def check_teacher_temperature(op: str, temperature: float | torch.Tensor, mask: 
 
 
 def check_logits_values(op: str, p: LogitsPair) -> None:
-    """Targets and temperatures of both sides where the mask is true."""
+    """Check targets and temperatures of both sides where the mask is True."""
     check_values(op, p.target, p.logits.shape[1], p.options.mask, p.options.temperature)
     check_teacher_temperature(op, p.teacher_options.temperature, p.options.mask)

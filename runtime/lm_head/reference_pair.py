@@ -22,13 +22,13 @@ from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 
-def exact(p: PairProblem, op: str) -> Stats:
+def exact(p: PairProblem) -> Stats:
     """The statistics in float64, differentiable in the student."""
     s, t = p.student, p.teacher
     if not torch.compiler.is_compiling():
-        check_values_of(op, p)
+        check_values_of(p)
     logits = linear_reference.logits_of(s.hidden, s.weight, s.bias)
-    return reference.exact(logits, teacher_logits(t), s.target, s.options, t.options, op, **p.divergence._asdict())
+    return reference.exact(logits, teacher_logits(t), s.target, s.options, t.options, p.op, **p.divergence._asdict())
 
 
 def teacher_logits(t: Teacher) -> torch.Tensor:
@@ -62,7 +62,7 @@ def pair_run(p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradien
             usable_by_autograd(t.logits),
             LogitOptions(*map(usable_by_autograd, t.options)),
         )
-        stats = exact(PairProblem(student, teacher, p.divergence), "linear_paired_divergence")
+        stats = exact(p._replace(student=student, teacher=teacher))
         found: Iterator[torch.Tensor] = iter(())
         if given is not None and any(needs):
             asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]

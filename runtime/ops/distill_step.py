@@ -68,31 +68,33 @@ def distill_step(
     teacher_logit_scale: float = 1.0,
     memory_budget: int | None = None,
 ) -> DistillStep:
-    """Loss, gradients and statistics of distilling a teacher into a student, in one pass.
+    """Return loss, gradients and statistics of distilling a teacher into a student, in one pass.
 
-    The loss is `sum(coef * divergence) / normalizer` with the divergence of
-    `linear_paired_divergence`, or of `paired_divergence` for logits, and is equal to composing them;
-    but the gradient is formed while the logits are at hand, so no GEMM runs twice. `loss` is wired
-    to autograd: `step.loss.backward()`. P is the student's distribution, Q the teacher's.
+    The loss is `sum(coef * divergence) / normalizer`, with the divergence of
+    `linear_paired_divergence` from hidden states and of `paired_divergence` from logits. It equals
+    the composition of these ops. The gradient is computed in the forward, so no GEMM runs twice;
+    `step.loss.backward()` returns it. P is the student's distribution, Q the teacher's.
 
     The direction of a KL is its `kind`: "kl_forward" is KL(Q || P), TRL's and GKD's beta = 0;
     "kl_reverse" is KL(P || Q), their beta = 1.
 
     Args:
-        logits: (tokens, vocab) float32, bfloat16, float16 or float64, of the student, with
-            teacher_logits; or leave it None and pass
-        hidden: (tokens, hidden) and
-        weight: (vocab, hidden), the student's lm_head, with
-        bias: (vocab,) or None. Same dtype and device.
-        teacher_logits: (tokens, vocab); with `logits` in the same dtype. Or
-        teacher_hidden: (tokens, teacher_hidden), of the same tokens, and
-        teacher_weight: (vocab, teacher_hidden), with
-        teacher_bias: (vocab,) or None, in a dtype of their own. No part of the teacher may require
-            grad.
-        kind: as of `paired_divergence`: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse"
-            or "tvd".
+        logits: (tokens, vocab) float32, bfloat16, float16 or float64. Logits of the student; they need
+            teacher_logits. None: pass hidden and weight instead.
+        hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states of the student.
+        weight: (vocab, hidden), same dtype and device as hidden. The student's lm_head.
+        bias: (vocab,), dtype of weight. None: no bias.
+        teacher_logits: (tokens, vocab). If `logits` is given, the same dtype. None: pass teacher_hidden
+            and teacher_weight instead. No tensor of the teacher may require grad.
+        teacher_hidden: (tokens, teacher_hidden). Hidden states of the same tokens; may have another
+            dtype than the student.
+        teacher_weight: (vocab, teacher_hidden), dtype of teacher_hidden. The teacher's lm_head.
+        teacher_bias: (vocab,), dtype of teacher_weight. None: no bias.
+        kind: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse" or "tvd"; the formulas
+            are in `paired_divergence`.
         beta: weight of the teacher in the mixture of "jsd", in (0, 1).
-        alpha: weight in the mixture of the skew kinds, as of `paired_divergence`, in (0, 1).
+        alpha: for the skew kinds, weight in the mixture of the distribution whose average is taken, in
+            (0, 1): the teacher for "skew_forward", the student for "skew_reverse".
         coef: (tokens,) weight of each token's divergence. None: 1. A token with weight 0 costs
             nothing, not even its logits.
         target: (tokens,) int64, the sampled token, for the log-probabilities in `stats` and
@@ -120,9 +122,11 @@ def distill_step(
 
     Gradients and memory: from hidden 2 T V (H + H_teacher) operations for the logits and 4 T V H
         for the gradients, T the tokens with a weight; 2 T V H less for a frozen weight or hidden.
-        Workspace `memory_budget` and the gradients, whatever T. On the CPU the logits lie where the
-        gradient of the weight will be, and only the teacher's need the workspace. From logits one
-        read of both and one write. The gradients are held until `loss.backward()` returns them.
+        Extra memory: `memory_budget` and the gradients, independent of T. On the CPU the student's
+        logits are stored in the memory of the weight's gradient, and only the teacher's need the
+        workspace. From logits, the CPU reads both sides once and writes the gradient once. On a GPU,
+        entropy, log-probabilities and top-1 agreement cost up to three more reads per side. The
+        gradients are stored until `loss.backward()` returns them.
 
     Examples:
         >>> logits = torch.zeros(2, 4, requires_grad=True)
@@ -207,7 +211,7 @@ def _coefficient(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """d loss / d divergence, (tokens,); exactly 0 where the token has no weight."""
+    """Return d loss / d divergence, (tokens,); exactly 0 for a token without weight."""
     c = torch.ones(tokens, dtype=torch.float64, device=device) if coef is None else coef.detach().double()
     c = c * inverse
     return (c if mask is None else torch.where(mask, c, 0.0)).to(dtype)
@@ -228,7 +232,7 @@ def _from_hidden(p: PairProblem, c: torch.Tensor, gradients: Gradients) -> Seque
         p = p._replace(student=s._replace(needs=(False, False, False)))
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
-            return _traced(reference_pair.exact(p, OP), c)
+            return _traced(reference_pair.exact(p), c)
         needs = wanted(p.student)
         found: list[torch.Tensor] = _hidden_op(*p.flat(), c, *needs)
         held = (x if need else None for x, need in zip(found[6:], needs, strict=True))
@@ -245,14 +249,14 @@ def _from_hidden(p: PairProblem, c: torch.Tensor, gradients: Gradients) -> Seque
 
 
 def _traced(stats: Stats, c: torch.Tensor) -> Sequence[torch.Tensor]:
-    """For torch.compile on the reference, which makes the backward itself."""
+    """Return loss and statistics on the reference under torch.compile, which derives the backward."""
     active = c != 0
     rounded = (torch.where(active, x.detach(), 0.0).to(c.dtype) for x in stats)
     return _loss(stats, c), *rounded
 
 
 class _Step(torch.autograd.Function):
-    """Runs `compute` in the forward; the backward of the loss returns the gradients that it made."""
+    """Run `compute` in the forward. The backward of the loss returns the gradients that it computed."""
 
     @staticmethod
     def forward(
@@ -282,7 +286,7 @@ class _Step(torch.autograd.Function):
 )
 @ranged("distill_step.fwd")
 def _hidden_op(*arguments: Any) -> list[torch.Tensor]:
-    p, (c, *needs) = PairProblem.from_flat(*arguments[:PAIR_ARGUMENTS]), arguments[PAIR_ARGUMENTS:]
+    p, (c, *needs) = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[PAIR_ARGUMENTS:]
     s = p.student._replace(needs=(needs[0], needs[1], needs[2]))
     run: PairRun = select(linear.OP, s.hidden.device.type, s.hidden.dtype, p.features()).run
     stats, grads = run(p._replace(student=s), Coefficients(c))

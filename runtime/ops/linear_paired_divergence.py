@@ -1,4 +1,4 @@
-"""linear_paired_divergence: two lm_heads compared token by token, without either one's logits."""
+"""linear_paired_divergence: compare two lm_heads token by token, without storing their logits."""
 
 from typing import Any
 
@@ -50,27 +50,30 @@ def linear_paired_divergence(
     teacher_logit_scale: float = 1.0,
     memory_budget: int | None = None,
 ) -> PairedStats:
-    """Divergence of a student's head from a teacher's, gradient to the student only.
+    """Return the divergence of a student's head from a teacher's. Only the student receives a gradient.
 
-    `paired_divergence(hidden @ weight.T + bias, teacher_hidden @ teacher_weight.T + teacher_bias)`
-    without holding either one's logits. P is the student's distribution and Q the teacher's. Each
+    The result is `paired_divergence(hidden @ weight.T + bias, teacher_hidden @ teacher_weight.T + teacher_bias)`,
+    but the logits of neither side are stored. P is the student's distribution and Q the teacher's. Each
     side has its own hidden size, bias, temperature, softcap and scale.
 
     The direction of a KL is its `kind`: "kl_forward" is KL(Q || P), TRL's and GKD's beta = 0;
     "kl_reverse" is KL(P || Q), their beta = 1. Between them is "jsd", whose beta means the same
-    there and here: the weight of the teacher in the mixture. Theirs reaches the KLs by a case
-    distinction; the Jensen-Shannon divergence itself goes to 0 at both ends.
+    there and here: the weight of the teacher in the mixture. TRL and GKD treat the two ends as special
+    cases, because the Jensen-Shannon divergence itself goes to 0 there.
 
     Args:
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64: final hidden states of the
             student.
         weight: (vocab, hidden), same dtype and device: the student's lm_head.
-        teacher_hidden: (tokens, teacher_hidden), of the same tokens; with
-        teacher_weight: (vocab, teacher_hidden), in a dtype of their own. Neither may require grad.
-        kind: as of `paired_divergence`: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse"
-            or "tvd".
+        teacher_hidden: (tokens, teacher_hidden). Hidden states of the same tokens; may have another
+            dtype than the student. Must not require grad.
+        teacher_weight: (vocab, teacher_hidden), dtype of teacher_hidden. The teacher's lm_head. Must not
+            require grad.
+        kind: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse" or "tvd"; the formulas
+            are in `paired_divergence`.
         beta: weight of the teacher in the mixture of "jsd", in (0, 1).
-        alpha: weight in the mixture of the skew kinds, as of `paired_divergence`, in (0, 1).
+        alpha: for the skew kinds, weight in the mixture of the distribution whose average is taken, in
+            (0, 1): the teacher for "skew_forward", the student for "skew_reverse".
         target: (tokens,) int64, in [0, vocab) where mask is True: the sampled token. None: no
             log-probabilities are returned.
         bias: (vocab,), dtype of weight. None: no bias.
@@ -141,7 +144,7 @@ def _forward(p: PairProblem) -> PairedStats:
     s = p.student
     capability = select(OP, s.hidden.device.type, s.hidden.dtype, p.features())
     if capability.backend == "reference":
-        return PairedStats(*stats_reference.rounded(reference_pair.exact(p, OP), s.hidden.dtype))
+        return PairedStats(*stats_reference.rounded(reference_pair.exact(p), s.hidden.dtype))
     if torch.compiler.is_compiling():
         return PairedStats(*_pair_op(*p.flat()))
     run: PairRun = capability.run
@@ -186,7 +189,7 @@ class _PairFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @ranged("linear_paired_divergence.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        p = PairProblem.from_flat(*_saved(ctx))
+        p = PairProblem.from_flat(OP, *_saved(ctx))
         given = _given(grads, p.student.hidden)
         if given is None:
             return None, None, None, None, None
@@ -214,7 +217,7 @@ def _run_of(p: PairProblem) -> PairRun:
 @graph_op("tokfuse::linear_paired_divergence", f"({PAIR_SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
 @ranged("linear_paired_divergence.fwd")
 def _pair_op(*flat: Any) -> tuple[torch.Tensor, ...]:
-    p = PairProblem.from_flat(*flat)
+    p = PairProblem.from_flat(OP, *flat)
     return _run_of(p)(p, None)[0]
 
 
@@ -230,7 +233,7 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 )
 @ranged("linear_paired_divergence.bwd")
 def _pair_backward_op(*arguments: Any) -> list[torch.Tensor]:
-    p, needs = PairProblem.from_flat(*arguments[:PAIR_ARGUMENTS]), arguments[-3:]
+    p, needs = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[-3:]
     given = _given(arguments[PAIR_ARGUMENTS:-3], p.student.hidden)
     grads = _run_of(p)(p._replace(student=p.student._replace(needs=needs)), given)[1]
     return [p.student.hidden.new_empty(0) if x is None else x for x in grads]

@@ -85,7 +85,7 @@ def linear_token_stats(
     ids_offsets: torch.Tensor | None = None,
     top_k: int | None = None,
 ) -> TokenStats | TokenStatsAt:
-    """`token_stats(hidden @ weight.T + bias, target, ...)` without ever holding those logits.
+    """Return `token_stats(hidden @ weight.T + bias, target, ...)` without storing the logits of all tokens.
 
     Args:
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states.
@@ -96,27 +96,33 @@ def linear_token_stats(
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
         mask: (tokens,) bool. False rows do not enter the GEMMs and return 0. None: all rows count.
-        memory_budget: bytes of workspace for logits in chunks of rows. None: 64 MiB, or a sixth of
-            the weight's float32 size where that is more; on a GPU 1024 rows, up to 1 GiB. At least
-            one row is always computed.
-        ids, ids_offsets, top_k: as in `token_stats`: add the log-probs of K ids per row.
+        memory_budget: workspace in bytes for the logits, which are computed in chunks of rows. None: 64 MiB, or
+            a sixth of the weight's float32 size if that is more; on a GPU at least the workspace of 1024 rows,
+            up to 1 GiB. A chunk has at least one row.
+        ids: (tokens, K) int32 or int64. Also returns the log-probs of these ids, e.g. the top K of a
+            teacher. -1 is padding. An id may repeat. With ids_offsets: (ids,), the ids of all rows,
+            concatenated.
+        ids_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of ids per row.
+        top_k: also returns the top_k most likely ids of each row and their log-probs.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64).
-        With ids or top_k: TokenStatsAt, as `token_stats`.
+        With ids or top_k: TokenStatsAt, with the additional field logp_at in the shape of the ids (0 at
+        padding and in masked rows), and, for top_k, top_ids (tokens, top_k) int64, the most likely first,
+        -1 in masked rows.
 
     Numerics: same bounds as `token_stats` with float32 logits. bfloat16 and float16 inputs are converted
         exactly, and GEMMs accumulate in float32. dW accumulates in float32 and is rounded once. Bitwise
         repeatable. The GEMM library may round a row differently with another chunk size.
 
     Gradients and memory: hidden, weight and bias receive a gradient if they require grad. Saved: the
-        inputs and four (tokens,) vectors. The backward recomputes the logits of the rows whose
-        incoming gradient is not zero, chunk by chunk, and writes their gradient over them. Peak
-        extra memory: memory_budget, the gradients, and a float32 dW where weight is 16-bit. On a
-        GPU a 16-bit head forms the statistics without a workspace, rounds the gradient of its
-        logits once to 16 bits for the gradient GEMMs, and the backward waits once, for the number
-        of its rows (not under CUDA-graph capture: then every row is computed). With ids or top_k
-        such a head, too, has its logits in the workspace, for the statistics.
+        inputs and four (tokens,) vectors. The backward recomputes the logits of the rows whose incoming
+        gradient is not zero, chunk by chunk, and overwrites them with their gradient. Peak extra memory:
+        memory_budget, the gradients, and a float32 dW if weight is 16-bit. On a GPU, a 16-bit head computes
+        the statistics without a workspace (with ids or top_k it stores its logits in the workspace), and
+        rounds the gradient of its logits once to 16 bits for the gradient GEMMs. The backward synchronises
+        once to read the number of its rows. Under CUDA-graph capture it does not synchronise, and every row
+        is computed.
 
     Examples:
         >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)

@@ -27,7 +27,7 @@ def linear_token_stats_at(
     """Run `linear_token_stats` with ids or top_k; all other arguments are checked."""
     places = None
     if ids is None:
-        check_top_k("linear_token_stats", top_k, p.vocab)
+        top_k = check_top_k("linear_token_stats", top_k, p.vocab)
     else:
         places = check_ids("linear_token_stats", ids, ids_offsets, p.tokens, p.hidden.device)
     capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())

@@ -142,7 +142,7 @@ def token_stats(
     ids_offsets: torch.Tensor | None = None,
     top_k: int | None = None,
 ) -> TokenStats | ExtendedTokenStats | TokenStatsAt:
-    """Log-prob, entropy, log-sum-exp, sum of squared probabilities and top-1 hit in one read.
+    """Return log-prob, entropy, log-sum-exp, sum of squared probabilities and top-1 hit of each row, in one read.
 
     p = softmax(u / temperature) with u = softcap * tanh(logit_scale * logits / softcap), or
     u = logit_scale * logits without a softcap. If bias_logits is given, `bias_scale * bias_logits` is
@@ -163,20 +163,21 @@ def token_stats(
         second_temperature: > 0. Also returns logp at this temperature instead of `temperature`, e.g.
             for a sampler that reports log-probs at 1 but samples at 0.7. It costs one more exp per
             element.
-        moments: adds sum p^2 log p and sum p^2 log^2 p, which the gradient norm of a loss with an
-            entropy bonus needs (`tokfuse.influence.logit_norms`).
-        ids: (tokens, K) int32 or int64: adds the log-probs of these ids, e.g. a teacher's top K.
-            -1 is padding; an id may repeat. With ids_offsets: (ids,), all rows concatenated.
-        ids_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the ids per row.
-        top_k: adds the top_k most likely ids of each row and their log-probs.
+        moments: also returns sum p^2 log p and sum p^2 log^2 p. The gradient norm of a loss with an
+            entropy bonus needs them (`tokfuse.influence.logit_norms`).
+        ids: (tokens, K) int32 or int64. Also returns the log-probs of these ids, e.g. the top K of a
+            teacher. -1 is padding. An id may repeat. With ids_offsets: (ids,), the ids of all rows,
+            concatenated.
+        ids_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of ids per row.
+        top_k: also returns the top_k most likely ids of each row and their log-probs.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64
-        logits), nats. With second_temperature or moments: ExtendedTokenStats, the same five and
-        second_logp, sum_p2_logp, sum_p2_logp2, where those that were not asked for are None. With
-        ids or top_k: TokenStatsAt, the same five, logp_at in the shape of the ids (0 at padding and
-        in masked rows), and for top_k also top_ids (tokens, top_k) int64: the most likely first, -1
-        in masked rows. `torch.topk` chooses among equal logits.
+        logits), nats. With second_temperature or moments: ExtendedTokenStats, with the additional fields
+        second_logp, sum_p2_logp and sum_p2_logp2; a field that was not requested is None. With ids or
+        top_k: TokenStatsAt, with the additional field logp_at in the shape of the ids (0 at padding and in
+        masked rows), and, for top_k, top_ids (tokens, top_k) int64, the most likely first, -1 in masked
+        rows. `torch.topk` chooses between equal logits.
 
     Numerics: float32 statistics for every input dtype. Against float64, |error| <= 2e-5 in logp,
         entropy and lse for |logit| <= 100; gradients are within 2e-6 of the largest term of the row.
@@ -185,15 +186,15 @@ def token_stats(
         this bound is 2e-6 + 1e-7 softcap.
         Bitwise repeatable. A row does not depend on its batch or on the number of threads. -inf logits
         contribute exactly 0. A row of only -inf gives logp = lse = -inf, entropy = sum_sq = 0 and a
-        zero gradient. +inf or NaN poisons its own row only. Zero tokens give empty outputs.
-        logp_at has the bounds of logp, also where an id is confident: a row in which an id that is
-        not the target has p > 3/4 is read twice. The other outputs do not change by a bit. 16-bit
-        gradients are rounded once, at the ids, too.
+        zero gradient. +inf or NaN makes its own row NaN. Zero tokens give empty outputs.
+        logp_at has the bounds of logp, also for a confident id: a row in which an id other than the target
+        has p > 3/4 is read twice. The other outputs are bitwise the same with and without ids. 16-bit
+        gradients are rounded once, also at the ids.
 
-    Gradients and memory: logits receive the gradient of logp, entropy and logp_at, where ids that
-        repeat add up; all others are detached. Saved: the logits and four (tokens,) vectors, with
-        ids also these and logp_at. The backward reads the logits once and writes the gradient once;
-        rows whose incoming gradients are all 0 are not read.
+    Gradients and memory: logits receive the gradient of logp, entropy and logp_at; repeated ids add up. All
+        other outputs are detached. Saved: the logits and four (tokens,) vectors, and with ids also the ids
+        and logp_at. The backward reads the logits once and writes the gradient once. Rows whose incoming
+        gradients are all 0 are not read.
 
     Examples:
         >>> stats = tokfuse.token_stats(torch.zeros(2, 4), torch.tensor([0, 3]))
@@ -204,15 +205,15 @@ def token_stats(
                 [-1.3863,  0.0000]])
 
     Raises:
-        ValueError: wrong shape, dtype, device or range; a target or an id out of range where mask
-            is True; ids together with top_k, or either with second_temperature or moments. On a
-            GPU values are read only with TOKFUSE_CHECK=1, because reading them waits for the
-            device: such a target gives NaN in logp and in its row's gradient, such an id in its
-            logp_at and, where a gradient arrives there, in its row's gradient.
+        ValueError: wrong shape, dtype, device or range; a target or an id out of range where mask is True;
+            ids together with top_k, or one of them with second_temperature or moments. On a GPU, values are
+            checked only with TOKFUSE_CHECK=1, because the check synchronises the device. Without the check,
+            such a target makes logp and the gradient of its row NaN. Such an id makes its logp_at NaN, and
+            the gradient of its row if logp_at has an incoming gradient.
         BackendUnavailable: the forced backend cannot run this call.
 
-    Source: the online-softmax identities; sum p^2 as in EL2N (Paul et al. 2021) and verl's optimal
-        token baseline; bias subtraction as CausalInfoMin's TE-D (arXiv 2311.16941), exact.
+    Source: the online-softmax identities. sum p^2: EL2N (Paul et al. 2021) and verl's optimal token baseline.
+        Bias subtraction: TE-D of CausalInfoMin (arXiv 2311.16941). Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
     one = isinstance(bias_scale, int | float) and bias_scale == 1.0

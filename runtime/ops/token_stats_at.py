@@ -30,7 +30,7 @@ def token_stats_at(
     tokens, vocab = logits.shape
     top_ids = None
     if ids is None:
-        check_top_k("token_stats", top_k, vocab)
+        top_k = check_top_k("token_stats", top_k, vocab)
     capability = select(OP, logits.device.type, logits.dtype, options.features())
     if ids is None:
         ids = top_ids = _top_ids(logits, top_k, options)

@@ -348,6 +348,8 @@ REFUSALS = {
     "word": ({"normalizer": "mean"}, "normalizer must be None, a number"),
     "kind": ({"kind": "kl"}, "kind must be one of"),
     "no weight": ({"weight": None}, "weight must be given with hidden="),
+    "target": ({"target": torch.full((37,), 700)}, r"^distill_step: target must be in \[0, 700\)"),
+    "teacher temperature": ({"teacher_temperature": torch.zeros(37)}, "^distill_step: teacher_temperature must be > 0"),
 }
 
 

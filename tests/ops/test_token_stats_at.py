@@ -4,6 +4,9 @@ Bounds: those of token_stats. logp_at 2e-5 nats at |logit| <= 100; gradients wit
 largest term; 16-bit gradients are rounded once, so half an ulp more; a confident id keeps its digits.
 """
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 from confident_cases import OPTIONS as CONFIDENT_OPTIONS
@@ -313,6 +316,22 @@ def test_refusals(op: str, name: str, backend: Backend, monkeypatch):
     rows = (torch.zeros(3, 9),) if op == "token_stats" else (torch.zeros(3, 4), torch.zeros(9, 4))
     with pytest.raises(ValueError, match=f"{op}: {message}"):
         getattr(tokfuse, op)(*map(backend.put, rows), target, **given)
+
+
+@pytest.mark.parametrize("op", ["token_stats", "linear_token_stats"])
+def test_top_k_with_a_target_or_temperature_out_of_range(op: str, backend: Backend, monkeypatch):
+    monkeypatch.setenv("TOKFUSE_CHECK", "1")
+    rows = (torch.zeros(2, 9),) if op == "token_stats" else (torch.zeros(2, 4), torch.zeros(9, 4))
+    call = functools.partial(getattr(tokfuse, op), *map(backend.put, rows), top_k=2)
+    with pytest.raises(ValueError, match=rf"{op}: target must be in \[0, 9\).*got 9 in row 1"):
+        call(backend.put(torch.tensor([0, 9])))
+    with pytest.raises(ValueError, match=f"{op}: temperature must be > 0.*got 0.0 in row 0"):
+        call(backend.put(torch.tensor([0, 1])), temperature=backend.put(torch.tensor([0.0, 1.0])))
+
+
+def test_top_k_is_any_integer(backend: Backend):
+    z, target = backend.put(torch.arange(6.0).view(2, 3)), backend.put(torch.tensor([0, 1]))
+    assert torch.equal(tokfuse.token_stats(z, target, top_k=np.int64(2)).top_ids.cpu(), torch.tensor([[2, 1]] * 2))
 
 
 def test_a_masked_row_may_hold_any_id(backend: Backend):
