@@ -46,6 +46,9 @@ def main(arm: str, folder: Path, options: dict) -> None:
     logs = [{name: row[name] for name in LOGGED if name in row} for row in trainer.state.log_history if "loss" in row]
     sums = [float(p.detach().double().sum()) for p in trainer.model.parameters()]
     (folder / f"{arm}-{rank}.json").write_text(json.dumps({"logs": logs, "sums": sums}))
+    # A group that is still alive when the interpreter ends aborts a rank now and then ("terminate called without an
+    # active exception"): gloo's threads are destroyed while they run.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
