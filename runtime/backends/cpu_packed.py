@@ -107,12 +107,14 @@ def group_advantage(reward: torch.Tensor, group_ids: torch.Tensor | None, **opti
 
 
 def offpolicy_weights(
-    logp: torch.Tensor | None, behavior: torch.Tensor, **options: Any
+    logp: torch.Tensor | None, behavior_logp: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, ess, kept)."""
-    module, weight = native.loaded(), native.empty_like_rows(behavior)
-    kept = torch.empty(behavior.shape[0], dtype=torch.bool)
-    args = packed_args.offpolicy_args(module, logp=logp, behavior_logp=behavior, weight=weight, kept=kept, **options)
+    module, weight = native.loaded(), native.empty_like_rows(behavior_logp)
+    kept = torch.empty(behavior_logp.shape[0], dtype=torch.bool)
+    args = packed_args.offpolicy_args(
+        module, logp=logp, behavior_logp=behavior_logp, weight=weight, kept=kept, **options
+    )
     ess = module.offpolicy_weights(args)
     return weight, native.empty(()).fill_(ess), kept
 

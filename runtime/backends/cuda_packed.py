@@ -137,7 +137,7 @@ def group_advantage(reward: torch.Tensor, group_ids: torch.Tensor | None, **opti
 
 def offpolicy_weights(
     logp: torch.Tensor | None,
-    behavior: torch.Tensor,
+    behavior_logp: torch.Tensor,
     *,
     normalize: str,
     cu_seqlens: torch.Tensor | None,
@@ -145,20 +145,20 @@ def offpolicy_weights(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, ess, kept)."""
-    native, tokens = launchers(), behavior.shape[0]
+    native, tokens = launchers(), behavior_logp.shape[0]
     spans = native.offpolicy_spans(
         tokens=tokens,
         seqs=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         borders=cu_seqlens is not None,
         normalize=NORMALIZE.index(normalize),
     )
-    weight, ess = torch.empty_like(behavior), behavior.new_empty(())
-    kept = torch.empty(tokens, dtype=torch.bool, device=behavior.device)
+    weight, ess = torch.empty_like(behavior_logp), behavior_logp.new_empty(())
+    kept = torch.empty(tokens, dtype=torch.bool, device=behavior_logp.device)
     ids, order = sorted_ids(group_ids)
     args = packed_args.offpolicy_args(
         native,
         logp=logp,
-        behavior_logp=behavior,
+        behavior_logp=behavior_logp,
         normalize=normalize,
         cu_seqlens=cu_seqlens,
         group_ids=ids,
@@ -166,10 +166,10 @@ def offpolicy_weights(
         kept=kept,
         order=order,
         ess=ess,
-        partial=_doubles(5 * spans, behavior),
+        partial=_doubles(5 * spans, behavior_logp),
         **options,
     )
-    native.offpolicy_weights(place(behavior), args)
+    native.offpolicy_weights(place(behavior_logp), args)
     return weight, ess, kept
 
 

@@ -21,7 +21,7 @@ _offpolicy_weights = launcher("offpolicy_weights", "offpolicy_weights")
 
 def offpolicy_weights(
     logp: torch.Tensor | None,
-    behavior: torch.Tensor,
+    behavior_logp: torch.Tensor,
     *,
     lam: float | None,
     power: float | None,
@@ -30,7 +30,7 @@ def offpolicy_weights(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (weight, ess, kept)."""
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _offpolicy_weights(
-        behavior,
+        behavior_logp,
         logp,
         param=lam or power,
         rules=tuple((r.statistic, r.over, r.low, r.high, r.negative_only) for r in rules),

@@ -298,13 +298,13 @@ def _rich(options: dict[str, Any]) -> dict[str, Any]:
 
 
 _FORM = GraphForm(
-    "(Tensor? logp, Tensor behavior, *, str level, str mode, float? low, float? high, float? lam,"
+    "(Tensor? logp, Tensor behavior_logp, *, str level, str mode, float? low, float? high, float? lam,"
     " float? power, str normalize, int[] rules, float[] bounds, Tensor? cu_seqlens, Tensor? mask,"
     " Tensor? group_ids, Tensor? advantage) -> (Tensor, Tensor, Tensor)",
-    lambda logp, behavior, **_: (
-        torch.empty_like(behavior),
-        behavior.new_empty(()),
-        torch.empty_like(behavior, dtype=torch.bool),
+    lambda logp, behavior_logp, **_: (
+        torch.empty_like(behavior_logp),
+        behavior_logp.new_empty(()),
+        torch.empty_like(behavior_logp, dtype=torch.bool),
     ),
     _flat,
     _rich,

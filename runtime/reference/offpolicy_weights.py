@@ -28,7 +28,7 @@ class _Layout(NamedTuple):
 
 def offpolicy_weights(
     logp: torch.Tensor | None,
-    behavior: torch.Tensor,
+    behavior_logp: torch.Tensor,
     *,
     level: str,
     mode: str,
@@ -43,9 +43,9 @@ def offpolicy_weights(
     group_ids: torch.Tensor | None,
     advantage: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (weight, ess, kept_mask), computed in float64. weight and ess have the dtype of `behavior`."""
-    layout = _layout(behavior, cu_seqlens, mask)
-    d = -behavior.double() if logp is None else logp.double() - behavior.double()
+    """Return (weight, ess, kept_mask), computed in float64. weight and ess have the dtype of `behavior_logp`."""
+    layout = _layout(behavior_logp, cu_seqlens, mask)
+    d = -behavior_logp.double() if logp is None else logp.double() - behavior_logp.double()
     d = _clamped(d)
     d = torch.where(layout.mask, d, torch.zeros_like(d))
     over = {"sequence": "sum", "geometric": "mean"}.get(level, "token")
@@ -66,7 +66,7 @@ def offpolicy_weights(
     units = torch.where(unit, weight, torch.zeros_like(weight))
     total, square = units.sum(), (units**2).sum()
     ess = torch.where(square > 0, total**2 / square, square)
-    return weight.to(behavior.dtype), ess.to(behavior.dtype), kept
+    return weight.to(behavior_logp.dtype), ess.to(behavior_logp.dtype), kept
 
 
 def transform(
