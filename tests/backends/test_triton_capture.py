@@ -7,6 +7,8 @@ recorded but do not run. Tests marked `gpu` in test_triton_gpu.py, test_triton_r
 test_triton_packed.py check that the replay of a graph gives bitwise the same results.
 """
 
+import inspect
+
 import pytest
 import torch
 from harness import bits
@@ -37,7 +39,10 @@ def launches():
 def test_no_value_reaches_the_host_and_no_grid_meets_a_limit(name, launches):
     call = CALLS[name]
     for dtype in {torch.bfloat16, torch.float32} & set(call.row.dtypes):
-        call.run(Problem(LARGE, "meta", dtype))
+        given = call.arguments(Problem(LARGE, "meta", dtype))
+        if "hidden" in given and "memory_budget" in inspect.signature(call.function()).parameters:
+            given = {"memory_budget": 2**38} | given  # a few chunks of up to 70,000 rows, not 1,000 small ones
+        call.apply(given)
     assert launches
     for kernel, grid in launches:
         # Only the first axis of a grid may have more than 65,535 programs.

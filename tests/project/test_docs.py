@@ -8,10 +8,10 @@ import ast
 import inspect
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from page_examples import run_example
 
 import tokfuse
 from tokfuse.inspection import doctor
@@ -38,10 +38,23 @@ def inline_code(page: Path) -> list[str]:
     ids=lambda value: value.name if isinstance(value, Path) else str(value),
 )
 def test_examples_run(page: Path, number: int, tmp_path: Path):
-    script = tmp_path / "example.py"
-    script.write_text(blocks(page, "python")[number])
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+    status, errors = run_example(blocks(page, "python")[number], tmp_path)
+    assert status == 0, errors[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        ("print(1)", 0, ""),
+        ("import tokfuse\ntokfuse.no_such_op", 1, "no_such_op"),
+        ("raise SystemExit(3)", 3, ""),
+        ("import os\nos.abort()", -6, ""),
+        ("import time\ntime.sleep(60)", None, ""),
+    ],
+)
+def test_a_failing_example_is_seen(code: str, status: int | None, message: str, tmp_path: Path):
+    seen, errors = run_example(code, tmp_path, timeout=60.0 if status is not None else 0.5)
+    assert seen == status and message in errors
 
 
 def test_the_first_example_is_short():
