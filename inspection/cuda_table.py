@@ -126,7 +126,21 @@ def why_not() -> str | None:
         return cuda_backend.why_unusable() or "the CUDA kernels run on the CPU here"
     if tools() is None or shutil.which("c++filt") is None:
         return "needs triton, whose wheel contains cuobjdump and nvdisasm, and c++filt"
+    reads, built = (int(version.split(".")[0]) for version in (tools_version(), nvcc_version()))
+    if reads < built:
+        # cuobjdump 12.8 finds no kernel in a module of nvcc 13.0 and reports no error.
+        return f"the cuobjdump of this triton reads CUDA {reads}, and the module was built with CUDA {built}"
     return None
+
+
+@functools.cache
+def tools_version() -> str:
+    """Return the CUDA version of the cuobjdump that triton bundles, for example "12.8"."""
+    folder = tools()
+    assert folder is not None
+    found = re.search(r"release ([\d.]+)", _run(folder / "cuobjdump", "--version"))
+    assert found is not None
+    return found[1]
 
 
 def _run(*command: str | Path, cwd: Path | None = None) -> str:

@@ -1,6 +1,7 @@
 """Test the CUDA kernels that nvcc compiled: complete, within their budget, and equal to the committed table."""
 
 import json
+import shutil
 
 import pytest
 
@@ -145,3 +146,14 @@ def test_the_table_is_what_the_module_holds():
     # One architecture, because disassembling takes 8 s each. `kernels --cuda --check` checks all.
     now = cuda_table.read_module("90a")
     assert cuda_table.differences(now, [k for k in TABLE if k.arch == "90a"]) == []
+
+
+def test_tools_that_are_too_old_for_the_module_are_named(monkeypatch):
+    """cuobjdump 12.8 finds no kernel in a module of nvcc 13.0, so every kernel seemed to be missing."""
+    if cuda_table.tools() is None or shutil.which("c++filt") is None:
+        pytest.skip("needs cuobjdump and c++filt")
+    monkeypatch.setattr(cuda_table, "nvcc_version", lambda: "13.0.88")
+    monkeypatch.setattr(cuda_table, "tools_version", lambda: "12.8")
+    assert cuda_table.why_not() == ("the cuobjdump of this triton reads CUDA 12, and the module was built with CUDA 13")
+    monkeypatch.setattr(cuda_table, "tools_version", lambda: "13.0")
+    assert cuda_table.why_not() is None
