@@ -248,6 +248,7 @@ def paired_divergence_fwd_kernel(
     q_ptr,  # (T, V)
     mask_ptr,  # (T,) bool or None
     temperature_ptr,  # (T,) float32 or None
+    given_ptr,  # (T, STATE) float32 or None
     divergence_ptr,  # (T,) float32
     state_ptr,  # (T, STATE) float32
     stride_p_t,
@@ -277,31 +278,42 @@ def paired_divergence_fwd_kernel(
     q_row = rows.fixed_start(q_ptr, row, stride_q_t, ITEMS)
     offs_v = rows.tile_offsets(VECTORS, LANES, ITEMS)
 
-    mp = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
-    mq = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
-    sp = tl.zeros((LANES,), tl.float32)
-    sq = tl.zeros((LANES,), tl.float32)
-    cross = tl.zeros((LANES,), tl.float32)
-    if whole < vocab:
-        at = whole + offs_v
-        inside = at < vocab
-        u_p = _read(p_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
-        u_q = _read(q_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
-        mp, sp, mq, sq, cross = _fold(u_p, u_q, inside, c, mp, sp, mq, sq, cross, KIND)
-    for start in range(0, whole, TILE):
-        u_p = _read_whole(p_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
-        u_q = _read_whole(q_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
-        mp, sp, mq, sq, cross = _fold(u_p, u_q, None, c, mp, sp, mq, sq, cross, KIND)
-    p_max, p_sum, q_max, q_sum, row_cross = _merge(c, mp, sp, mq, sq, cross, KIND)
-    # Masked rows, and a row of only -inf in either stream, have nothing to compare.
-    empty = (p_sum == 0.0) | (q_sum == 0.0) | (counts == 0)
-    p_log2s = tl.log2(p_sum)
-    q_log2s = tl.log2(q_sum)
-    log_ratio = _log_ratio(p_sum, q_sum)
-    if KIND == FORWARD_KL:
-        kl = row_cross / q_sum * nats + log_ratio
+    if given_ptr is not None:
+        # These are columns of longer rows, and the log-sum-exps are those of the whole rows.
+        given = given_ptr + row * STATE
+        empty = (tl.load(given) == 0.0) | (counts == 0)
+        p_max = tl.load(given + 1)
+        q_max = tl.load(given + 2)
+        p_log2s = tl.load(given + 3)
+        q_log2s = tl.load(given + 4)
+        kl = tl.load(given + 5)
+        log_ratio = (p_log2s - q_log2s) * LN_2
     else:
-        kl = row_cross / p_sum * nats - log_ratio
+        mp = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
+        mq = tl.full((LANES,), rows.LOWEST_MAX, tl.float32)
+        sp = tl.zeros((LANES,), tl.float32)
+        sq = tl.zeros((LANES,), tl.float32)
+        cross = tl.zeros((LANES,), tl.float32)
+        if whole < vocab:
+            at = whole + offs_v
+            inside = at < vocab
+            u_p = _read(p_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
+            u_q = _read(q_row, at, inside, softcap, logit_scale, HAS_SOFTCAP)
+            mp, sp, mq, sq, cross = _fold(u_p, u_q, inside, c, mp, sp, mq, sq, cross, KIND)
+        for start in range(0, whole, TILE):
+            u_p = _read_whole(p_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
+            u_q = _read_whole(q_row, start, offs_v, softcap, logit_scale, HAS_SOFTCAP)
+            mp, sp, mq, sq, cross = _fold(u_p, u_q, None, c, mp, sp, mq, sq, cross, KIND)
+        p_max, p_sum, q_max, q_sum, row_cross = _merge(c, mp, sp, mq, sq, cross, KIND)
+        # Masked rows, and a row of only -inf in either stream, have nothing to compare.
+        empty = (p_sum == 0.0) | (q_sum == 0.0) | (counts == 0)
+        p_log2s = tl.log2(p_sum)
+        q_log2s = tl.log2(q_sum)
+        log_ratio = _log_ratio(p_sum, q_sum)
+        if KIND == FORWARD_KL:
+            kl = row_cross / q_sum * nats + log_ratio
+        else:
+            kl = row_cross / p_sum * nats - log_ratio
     out = kl
     mean = kl
     # An infinite KL is the result of a KL, but no result for a mixture.
@@ -345,8 +357,9 @@ def paired_divergence_fwd_kernel(
                 mean_sum += rows.lane_sum(ps)
             out = tl.sum(total_sum, axis=0)
             mean = tl.sum(mean_sum, axis=0)
-    out = tl.where(out < 0.0, 0.0, out)  # rounding
-    out = tl.where(out > bound, bound, out)
+    if given_ptr is None:
+        out = tl.where(out < 0.0, 0.0, out)  # rounding
+        out = tl.where(out > bound, bound, out)
     out = tl.where(empty, 0.0, out)
     live = tl.where(empty | (out == float("inf")), 0.0, 1.0)
     tl.store(divergence_ptr + row, out)
@@ -477,8 +490,13 @@ def paired_divergence_fwd(
     softcap: float | None,
     logit_scale: float,
     mask: torch.Tensor | None,
+    given: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (divergence (tokens,), state (tokens, STATE)); `bound` is the largest value of the divergence."""
+    """Return (divergence (tokens,), state (tokens, STATE)); `bound` is the largest value of the divergence.
+
+    given: (tokens, STATE), the log-sum-exps of longer rows of which the logits are some columns, with
+        KL(P || Q) in the last place. The results are then sums over these columns. Not for the KLs.
+    """
     tokens, vocab = logits_p.shape
     p, q = rows.unit_stride(logits_p), rows.unit_stride(logits_q)
     out = torch.empty(tokens, dtype=torch.float32, device=p.device)
@@ -491,6 +509,7 @@ def paired_divergence_fwd(
             q,
             rows.contiguous(mask),
             vector,
+            given,
             out,
             state,
             p.stride(0),

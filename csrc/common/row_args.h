@@ -103,7 +103,9 @@ enum class Divergence : int32_t {
   kTotalVariation = 5
 };
 
-// Floats per token that the backward of a divergence needs.
+// Floats per token that the backward of a divergence needs: live, max u_p, max u_q, log2 S_p,
+// log2 S_q, sum p s. live is 0 for a row without a gradient. log2 S is -inf on a side without a
+// distribution.
 constexpr int kDivergenceState = 6;
 
 // Logits of two models for the same tokens.
@@ -121,7 +123,10 @@ struct DivergenceArgs {
   Divergence kind;
   float mix_weight;  // in the mixture: of Q for kJsd and kSkewForward, of P for kSkewReverse
   float bound;       // largest value of this divergence; infinity for the two KLs
-  int threads;       // CPU
+  // (T, kDivergenceState) or null. The log-sum-exps of the whole rows if a, b are columns of longer
+  // ones, with KL(P || Q) in the last place. The results are then sums over these columns.
+  const float* given;
+  int threads;  // CPU
 };
 
 struct DivergenceOut {

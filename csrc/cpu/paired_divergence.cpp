@@ -6,6 +6,10 @@
 // if it is at least kClose. Closer rows cancel there. They and every other kind take a second pass
 // over both rows, which are in the L2 cache by then. Exponentials per element: 2 in the first pass,
 // 2 in the second one and 2 in the backward, and a logarithm if there is a mixture.
+//
+// If the log-sum-exps are given, the row is some columns of a longer one, and the second pass alone
+// sums its share. The KL of columns comes from their own log-sum-exps instead; see
+// runtime/distributed/pair_shard.py.
 #include "cpu/distribution_kernels.h"
 #include "cpu/divergence.h"
 
@@ -138,12 +142,21 @@ void forward_row(const DivergenceArgs& a, const LogitsArgs& rows, const Transfor
   const Row<T> p = pair_row<T>(a.logits_p, a.stride_p, a.vocab, t);
   const Row<T> q = pair_row<T>(a.logits_q, a.stride_q, a.vocab, t);
   const float c = base2_scale(rows, temperature_of(rows, t));
-  const PairSums s = sum_pair<T, kTransform, kKind>(p, q, f, c);
-  if (s.p_max == -kInf || s.q_max == -kInf) return;  // only -inf: no distribution
+  double total = 0;
+  if (a.given != nullptr) {
+    memcpy(state, a.given + t * kDivergenceState, kDivergenceState * sizeof(float));
+    if (state[0] == 0.0f) return;
+  } else {
+    const PairSums s = sum_pair<T, kTransform, kKind>(p, q, f, c);
+    const float sums[] = {0.0f, s.p_max, s.q_max, static_cast<float>(::log2(s.p_sum)),
+                          static_cast<float>(::log2(s.q_sum))};
+    memcpy(state, sums, sizeof(sums));
+    if (s.p_max == -kInf || s.q_max == -kInf) return;  // only -inf: no distribution
+    if (is_kl(kKind)) total = kl_of<kKind>(s, c);
+  }
   const Pair w =
-      pair_of(a.kind, a.mix_weight, c, s.p_max, s.q_max, static_cast<float>(::log2(s.p_sum)),
-              static_cast<float>(::log2(s.q_sum)), 0.0f);
-  double total = is_kl(kKind) ? kl_of<kKind>(s, c) : 0, mean = total;
+      pair_of(a.kind, a.mix_weight, c, state[1], state[2], state[3], state[4], 0.0f);
+  double mean = total;
   if (!(total >= kClose)) {
     total = mean = 0;
     for_blocks<T, kTransform>(p, q, f, [&](int64_t, int64_t n, const float* up, const float* uq) {
@@ -153,13 +166,13 @@ void forward_row(const DivergenceArgs& a, const LogitsArgs& rows, const Transfor
       mean += sums.mean;
     });
   }
-  if (total < 0) total = 0;
-  if (total > a.bound) total = a.bound;
+  if (a.given == nullptr) {
+    if (total < 0) total = 0;
+    if (total > a.bound) total = a.bound;
+  }
   *divergence = static_cast<float>(total);
-  const float live = *divergence == kInf ? 0.0f : 1.0f;
-  const float kept[kDivergenceState] = {live,      w.p_max,   w.q_max,
-                                        w.p_log2s, w.q_log2s, static_cast<float>(mean)};
-  memcpy(state, kept, sizeof(kept));
+  state[0] = *divergence == kInf ? 0.0f : 1.0f;
+  state[5] = static_cast<float>(mean);
 }
 
 template <class T, bool kTransform, Divergence kKind>

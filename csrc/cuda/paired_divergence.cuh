@@ -463,6 +463,32 @@ __device__ __forceinline__ Pair sums_of(const T* p, const T* q, int vocab, const
   return sums;
 }
 
+// What the first pass finds out about a row.
+struct ComparedRow {
+  bool empty;  // masked, or only -inf in either stream: nothing to compare
+  float p_max, q_max, p_log2s, q_log2s;
+  float apart_log2s;  // log2(S_p / S_q)
+  float kl;
+};
+
+template <Divergence kKind>
+__device__ __forceinline__ ComparedRow compared_row(const Joint& s, float nats) {
+  const float log_ratio = logf(s.p_sum.x / s.q_sum.x);
+  const float p_log2s = log2f(s.p_sum.x), q_log2s = log2f(s.q_sum.x);
+  const float kl = kKind == Divergence::kForwardKl ? s.cross.x / s.q_sum.x * nats + log_ratio
+                                                   : s.cross.x / s.p_sum.x * nats - log_ratio;
+  // The sign of log p - log q must be that of the backward, which has the two logarithms only.
+  const bool rounded = kKind == Divergence::kTotalVariation;
+  const float apart = rounded ? p_log2s - q_log2s : log_ratio * kLog2E;
+  const bool empty = s.p_sum.x == 0.0f || s.q_sum.x == 0.0f;
+  return {empty, s.p_max, s.q_max, p_log2s, q_log2s, apart, kl};
+}
+
+// The same of a row of which these are some columns; see DivergenceArgs::given.
+__device__ __forceinline__ ComparedRow given_row(const float* g, bool counted) {
+  return {g[0] == 0.0f || !counted, g[1], g[2], g[3], g[4], g[3] - g[4], g[5]};
+}
+
 template <class T, bool kTransform, Divergence kKind>
 __global__ void __launch_bounds__(kDivergenceThreads, kBlocks<kKind>)
     paired_divergence_fwd_kernel(const __grid_constant__ DivergenceArgs a, float* divergence,
@@ -478,27 +504,24 @@ __global__ void __launch_bounds__(kDivergenceThreads, kBlocks<kKind>)
     const Part all = part_of_row(p, a.vocab, 0, 1, false);
     Joint s = {};
     Scale scale = {1.0f, 1.0f};
-    if (counts(options, t)) {
+    const bool counted = counts(options, t), whole = kIsKl<kKind> || a.given == nullptr;
+    if (counted) {
       scale = scale_at(options, temperature_of(options, t), kTransform);
-      s = joint_of<T, kTransform, kKind>(p, q, vocab, all, aligned, stay, f, scale.c);
-      s = merge_joint<kKind>(s, shared, scale.c);
+      if (whole) {
+        s = joint_of<T, kTransform, kKind>(p, q, vocab, all, aligned, stay, f, scale.c);
+        s = merge_joint<kKind>(s, shared, scale.c);
+      }
     }
-    // Masked rows, and a row of only -inf in either stream, have nothing to compare.
-    const bool empty = s.p_sum.x == 0.0f || s.q_sum.x == 0.0f;
-    const float log_ratio = logf(s.p_sum.x / s.q_sum.x);
-    const float p_log2s = log2f(s.p_sum.x), q_log2s = log2f(s.q_sum.x);
-    float mean = kKind == Divergence::kForwardKl ? s.cross.x / s.q_sum.x * scale.nats + log_ratio
-                                                 : s.cross.x / s.p_sum.x * scale.nats - log_ratio;
-    float out = mean;
-    if (!empty) {
-      // The sign of log p - log q must be that of the backward, which has the two logarithms only.
-      const bool rounded = kKind == Divergence::kTotalVariation;
-      const float apart = rounded ? p_log2s - q_log2s : log_ratio * kLog2E;
-      const Distributions w =
-          distributions<kKind>(scale.c, s.p_max, s.q_max, p_log2s, q_log2s, apart, a.mix_weight);
+    const ComparedRow r = whole ? compared_row<kKind>(s, scale.nats)
+                                : given_row(a.given + t * kDivergenceState, counted);
+    float mean = r.kl, out = r.kl;
+    if (!r.empty) {
+      const Distributions w = distributions<kKind>(scale.c, r.p_max, r.q_max, r.p_log2s, r.q_log2s,
+                                                   r.apart_log2s, a.mix_weight);
       // An infinite KL is the result of a KL, but no result for a mixture.
-      const bool is_apart = mean >= kClose && (kIsKl<kKind> || mean < inf_float());
-      if (rounded || (is_apart && !kIsKl<kKind>)) {
+      const bool is_apart = r.kl >= kClose && (kIsKl<kKind> || r.kl < inf_float());
+      const bool variation = kKind == Divergence::kTotalVariation;
+      if (variation || (is_apart && !kIsKl<kKind>)) {
         if constexpr (!kIsKl<kKind>) {
           const Pair sums =
               sum_block(sums_of<T, kTransform, kAhead<kTransform>>(
@@ -523,11 +546,11 @@ __global__ void __launch_bounds__(kDivergenceThreads, kBlocks<kKind>)
       out = mean = 0.0f;
     }
     if (threadIdx.x > 0) continue;
-    out = out < 0.0f ? 0.0f : (out > a.bound ? a.bound : out);  // rounding; NaN stays
+    if (whole) out = out < 0.0f ? 0.0f : (out > a.bound ? a.bound : out);  // rounding; NaN stays
     divergence[t] = out;
     float* row = state + t * kDivergenceState;
-    row[0] = empty || out == inf_float() ? 0.0f : 1.0f;
-    row[1] = s.p_max, row[2] = s.q_max, row[3] = p_log2s, row[4] = q_log2s, row[5] = mean;
+    row[0] = r.empty || out == inf_float() ? 0.0f : 1.0f;
+    row[1] = r.p_max, row[2] = r.q_max, row[3] = r.p_log2s, row[4] = r.q_log2s, row[5] = mean;
   }
 }
 

@@ -194,14 +194,23 @@ def kept_token_stats_bwd(
 
 
 def paired_divergence_fwd(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    *,
+    kind: str,
+    mix_weight: float,
+    given: torch.Tensor | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """Return (divergence (tokens,), state (tokens, `DIVERGENCE_STATE`) for the backward)."""
+    """Return (divergence (tokens,), state (tokens, `DIVERGENCE_STATE`) for the backward).
+
+    given: the state of longer rows, of which the logits are some columns; see `DivergenceArgs`.
+    """
     o, module = LogitOptions(**options), native.loaded()
     divergence = torch.empty(logits_p.shape[0], dtype=torch.float32)
     state = torch.empty(logits_p.shape[0], DIVERGENCE_STATE, dtype=torch.float32)
     bad = module.paired_divergence_fwd(
-        row_args.divergence_args(module, logits_p, logits_q, o, kind=kind, mix_weight=mix_weight),
+        row_args.divergence_args(module, logits_p, logits_q, o, kind=kind, mix_weight=mix_weight, given=given),
         row_args.divergence_out(module, divergence, state),
     )
     if bad >= 0:
@@ -218,11 +227,12 @@ def paired_divergence_bwd(
     *,
     kind: str,
     mix_weight: float,
+    out: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Return the gradient of logits_p. The state of a masked row marks it as masked."""
+    """Return the gradient of logits_p, into `out` if given (it may be logits_p). The state marks masked rows."""
     module, o = native.loaded(), LogitOptions(**options)
-    grad_logits = native.empty_like_rows(logits_p)
+    grad_logits = native.empty_like_rows(logits_p) if out is None else out
     module.paired_divergence_bwd(
         row_args.divergence_args(module, logits_p, logits_q, o, kind=kind, mix_weight=mix_weight),
         row_args.divergence_grad(module, state, grad, grad_logits),
@@ -235,8 +245,13 @@ def row_max_nats(o: LogitOptions) -> float:
     return LN_2
 
 
+def divergence_nats(o: LogitOptions) -> float | torch.Tensor:
+    """Return nats per unit of the maxima of paired_divergence: logits, with a softcap or scale transformed ones."""
+    return o.per_temperature(1.0 if o.softcap is not None else o.logit_scale)
+
+
 STATE = RowState(row_max_nats)
 TOKEN_STATS = Kernels(token_stats_fwd, token_stats_bwd, STATE)
 TOKEN_STATS_AT = Kernels(token_stats_at_fwd, token_stats_at_bwd)
 KEPT_TOKEN_STATS = Kernels(kept_token_stats_fwd, kept_token_stats_bwd)
-PAIRED_DIVERGENCE = Kernels(paired_divergence_fwd, paired_divergence_bwd)
+PAIRED_DIVERGENCE = Kernels(paired_divergence_fwd, paired_divergence_bwd, RowState(divergence_nats))

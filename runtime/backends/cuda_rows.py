@@ -192,15 +192,26 @@ def kept_token_stats_bwd(
 
 
 def paired_divergence_fwd(
-    logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    *,
+    kind: str,
+    mix_weight: float,
+    given: torch.Tensor | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (divergence (tokens,), state (tokens, `DIVERGENCE_STATE`) for the backward)."""
+    """Return (divergence (tokens,), state (tokens, `DIVERGENCE_STATE`) for the backward).
+
+    given: the state of longer rows, of which the logits are some columns; see `DivergenceArgs`.
+    """
     native = launchers()
     divergence = torch.empty(logits_p.shape[0], dtype=torch.float32, device=logits_p.device)
     state = divergence.new_empty(logits_p.shape[0], DIVERGENCE_STATE)
     native.paired_divergence_fwd(
         place(logits_p),
-        row_args.divergence_args(native, logits_p, logits_q, LogitOptions(**options), kind=kind, mix_weight=mix_weight),
+        row_args.divergence_args(
+            native, logits_p, logits_q, LogitOptions(**options), kind=kind, mix_weight=mix_weight, given=given
+        ),
         row_args.divergence_out(native, divergence, state),
     )
     return divergence, state
@@ -238,4 +249,4 @@ STATE = RowState(row_max_nats)
 TOKEN_STATS = Kernels(with_targets(token_stats_fwd), token_stats_bwd, STATE)
 TOKEN_STATS_AT = Kernels(with_ids(token_stats_at_fwd), token_stats_at_bwd)
 KEPT_TOKEN_STATS = Kernels(with_support(kept_token_stats_fwd), kept_token_stats_bwd)
-PAIRED_DIVERGENCE = Kernels(with_temperature(paired_divergence_fwd), paired_divergence_bwd)
+PAIRED_DIVERGENCE = Kernels(with_temperature(paired_divergence_fwd), paired_divergence_bwd, STATE)

@@ -191,9 +191,16 @@ def ids_args(
 
 
 def divergence_args(
-    native: Any, logits_p: torch.Tensor, logits_q: torch.Tensor, o: LogitOptions, *, kind: str, mix_weight: float
+    native: Any,
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    o: LogitOptions,
+    *,
+    kind: str,
+    mix_weight: float,
+    given: torch.Tensor | None = None,
 ) -> Any:
-    """Build DivergenceArgs. kind: one of `DIVERGENCES`."""
+    """Build DivergenceArgs. kind: one of `DIVERGENCES`. given: state of longer rows, (tokens, DIVERGENCE_STATE)."""
     logits_p, logits_q = unit_stride(logits_p), unit_stride(logits_q)
     temperatures, temperature = _per_token(o.temperature)
     return native.DivergenceArgs(
@@ -212,6 +219,7 @@ def divergence_args(
         kind=DIVERGENCES.index(kind),
         mix_weight=mix_weight,
         bound=divergence_bound(kind, mix_weight),
+        given=given,
         threads=torch.get_num_threads(),
     )
 

@@ -16,7 +16,7 @@ _divergence_fwd = launcher("paired_divergence", "paired_divergence_fwd")
 def paired_divergence_fwd(
     logits_p: torch.Tensor, logits_q: torch.Tensor, *, kind: str, mix_weight: float, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Return (divergence (tokens,), state for the backward)."""
+    """Return (divergence (tokens,), state for the backward). `given` is an option, as for CUDA."""
     bound = divergence_bound(kind, mix_weight)
     out: tuple[torch.Tensor, ...] = _divergence_fwd(
         logits_p, logits_q, kind=kind, mix_weight=mix_weight, bound=bound, **options
@@ -43,5 +43,5 @@ KEPT_TOKEN_STATS = Kernels(
     launcher("kept_token_stats", "kept_token_stats_bwd"),
 )
 PAIRED_DIVERGENCE = Kernels(
-    with_temperature(paired_divergence_fwd), launcher("paired_divergence", "paired_divergence_bwd")
+    with_temperature(paired_divergence_fwd), launcher("paired_divergence", "paired_divergence_bwd"), STATE
 )

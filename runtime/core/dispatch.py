@@ -27,14 +27,15 @@ ALL_DEVICES = frozenset({"*"})
 
 
 class RowState(NamedTuple):
-    """The unit and the dtype of `row_max` and `inv_sum`, the sixth and seventh output of token_stats kernels.
+    """The unit and the dtype of the row maxima that the forward of a kernel keeps for its backward.
 
-    `row_max` is the largest exponent of a row, in the unit that the backward of the same kernels takes. A
-    conversion to nats and back would lose bits. Only another rank needs the value in nats.
+    They are `row_max`, the sixth output of token_stats kernels, and the maxima in the state of
+    paired_divergence: the largest exponent of a row, in the unit that the backward of the same kernels takes.
+    A conversion to nats and back would lose bits. Only another rank needs the value in nats.
     """
 
     nats: Callable[[LogitOptions], float | torch.Tensor]
-    """options -> nats per unit of `row_max`, () or (tokens,)."""
+    """options -> nats per unit of a maximum, () or (tokens,)."""
     dtype: torch.dtype = torch.float32
     """Dtype of all outputs of the kernels."""
 
@@ -46,7 +47,7 @@ class Kernels(NamedTuple):
     backward: Callable[..., torch.Tensor] | None
     """None if autograd differentiates `forward`."""
     state: RowState | None = None
-    """Set for token_stats only."""
+    """Set for token_stats and paired_divergence."""
 
 
 @dataclass(frozen=True)

@@ -175,3 +175,14 @@ def like_rows(count: int) -> Callable[..., tuple[torch.Tensor, ...]]:
         return tuple(torch.empty_like(x) for _ in range(count))
 
     return fake
+
+
+def save_flat(ctx: Any, flat: tuple[Any, ...]) -> None:
+    """Keep the flat arguments of an op for its backward: the tensors as saved tensors, the rest beside them."""
+    ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in flat))
+    ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
+
+
+def saved_flat(ctx: Any) -> list[Any]:
+    """Return the arguments that `save_flat` kept."""
+    return [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.rest, strict=True)]

@@ -9,20 +9,19 @@ tensor parallelism. An invalid call raises the same error on all ranks.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from tokfuse.runtime.core import checks
-from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.logit_options import LogitOptions, check_logits, check_options, check_values
+from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.statistics import TokenStats
-from tokfuse.runtime.distributed import collectives, vocab_rows
+from tokfuse.runtime.distributed import vocab_rows
+from tokfuse.runtime.distributed.vocab_checks import check_shard_head, check_shard_logits, outside_compile
 from tokfuse.runtime.distributed.vocab_rows import HeadCall
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
-from tokfuse.runtime.lm_head.problem import Step, check_head
+from tokfuse.runtime.lm_head.problem import Step
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step as step_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
@@ -32,15 +31,9 @@ from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Gradients, PolicyStep, PolicyTerms, step_result
 
 STATS, LINEAR, STEP = (f"distributed.{op}" for op in ("token_stats", "linear_token_stats", "policy_step"))
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _outside_compile(function: F) -> F:
-    """Exclude a function from torch.compile by one graph break: process groups cannot be traced."""
-    return torch.compiler.disable(function)  # type: ignore[no-any-return]
-
-
-@_outside_compile
+@outside_compile
 def token_stats(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -92,12 +85,12 @@ def token_stats(
         instead of three reductions, with entropy and sum_sq. Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
-    _check_logits(STATS, logits, target, options, shard)
+    check_shard_logits(STATS, logits, target, options, shard)
     out: tuple[torch.Tensor, ...] = _ShardStats.apply(logits, target, options, shard)
     return TokenStats(*out)
 
 
-@_outside_compile
+@outside_compile
 def linear_token_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -162,12 +155,12 @@ def linear_token_stats(
             "Pass reduce_hidden=True, because the gradient of a slice is a sum over the shards.",
         )
     call = HeadCall(LINEAR, options, target, memory_budget, shard, sequence_parallel, reduce_hidden)
-    _check_head(call, hidden, weight, bias)
+    check_shard_head(call, hidden, weight, bias)
     out: tuple[torch.Tensor, ...] = _ShardHead.apply(hidden, weight, bias, call)
     return TokenStats(*out)
 
 
-@_outside_compile
+@outside_compile
 def policy_step(
     *,
     shard: VocabShard,
@@ -279,9 +272,9 @@ def policy_step(
                 "given",
                 "Remove them, or pass hidden=.",
             )
-        _check_logits(STEP, logits, target, options, shard)
+        check_shard_logits(STEP, logits, target, options, shard)
     else:
-        _check_head(call, hidden, weight, bias)
+        check_shard_head(call, hidden, weight, bias)
     tokens, device = target.shape[0], target.device
     policy_inputs.check_inputs(STEP, inputs, objective, tokens, device, has_entropy=True)
     inv_normalizer = inverse_normalizer(STEP, normalizer, objective)
@@ -301,76 +294,6 @@ def policy_step(
         h, w = hidden, weight
         terms, stats, gradients = hidden_step.attach(h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of))
     return step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
-
-
-# ------------------------------------------------------------------------------------------ checks
-
-
-def _check_target(op: str, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> None:
-    # Checked before the exchange, and only on replicated tensors, so that either all ranks raise or none.
-    if may_read(target):
-        check_values(op, target, shard.vocab_size, o.mask, o.temperature)
-
-
-def _check_shard(op: str, shard: object) -> None:
-    if not isinstance(shard, VocabShard):
-        raise TypeError(
-            f"{op}: shard must be a VocabShard; got {type(shard).__name__}. "
-            "Pass, for example, VocabShard.even(vocab_size, group)."
-        )
-
-
-def _check_logits(op: str, logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> None:
-    _check_shard(op, shard)
-    checks.check_matrix(op, "logits", logits, "(tokens, columns)")
-    if logits.shape[1] < shard.size:
-        raise refuse(
-            op,
-            "logits",
-            f"at least {shard.size} columns wide, the shard's size",
-            f"shape {tuple(logits.shape)}",
-            "Pass this rank's columns.",
-        )
-    if logits.shape[1] > 0:
-        check_logits(op, logits, target, o)
-    else:
-        rows = checks.Rows(logits.shape[0], "the rows of logits", logits.device)
-        checks.check_vector(op, "target", target, rows, checks.INT64)
-        check_options(op, logits.shape[0], logits.device, o)
-    _check_target(op, target, o, shard)
-
-
-def _check_head(
-    call: HeadCall, hidden: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None
-) -> None:
-    op, shard = call.op, call.shard
-    _check_shard(op, shard)
-    checks.check_matrix(op, "hidden", hidden, "(tokens, hidden)")  # type: ignore[arg-type]
-    assert hidden is not None
-    if call.sequence_parallel:
-        ranks = collectives.num_ranks(shard.group)
-        if call.target.shape[0] != ranks * hidden.shape[0]:
-            raise refuse(
-                op,
-                "target",
-                f"{ranks} x {hidden.shape[0]} long with sequence_parallel",
-                f"shape {tuple(call.target.shape)}",
-                "Pass the targets of the tokens of all ranks.",
-            )
-        hidden = hidden.detach().new_empty(1, hidden.shape[1]).expand(call.target.shape[0], -1)
-    if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == 0:
-        weight, bias = weight.new_empty(1, weight.shape[1]), None  # an empty shard
-    check_head(op, hidden, weight, bias, call.target, call.options, call.memory_budget)
-    assert weight is not None
-    if weight.shape[0] < shard.size:
-        raise refuse(
-            op,
-            "weight",
-            f"at least {shard.size} rows long, the shard's size",
-            f"shape {tuple(weight.shape)}",
-            "Pass this rank's rows.",
-        )
-    _check_target(op, call.target, call.options, shard)
 
 
 # ---------------------------------------------------------------------------------------- autograd
@@ -406,7 +329,7 @@ class _ShardHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall
     ) -> tuple[torch.Tensor, ...]:
-        hidden = vocab_rows.gathered(hidden, call)
+        hidden = vocab_rows.gathered(hidden, call.shard, call.sequence_parallel)
         merged = vocab_rows.head_forward(hidden, weight, bias, call)
         stats = merged.stats
         ctx.options, tensors = call.options.split()
@@ -451,7 +374,7 @@ def _step_from_hidden(
 ) -> Step:
     needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     with torch.no_grad():
-        hidden = vocab_rows.gathered(hidden, call)
+        hidden = vocab_rows.gathered(hidden, call.shard, call.sequence_parallel)
         merged = vocab_rows.head_forward(hidden, weight, bias, call)
         stats, terms = merged.stats, terms_of(merged.stats)
         given = (*merged[1:], terms.d_logp, terms.d_entropy)

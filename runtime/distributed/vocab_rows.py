@@ -84,6 +84,16 @@ def row_forward(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, sha
     return _exchange(local, target, o, shard, run.state, dtype)
 
 
+def empty_gradient(logits: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """Return a tensor for the gradient of logits, with zeros in the padding columns."""
+    if logits.device.type == "cpu":
+        out = native.empty_like_rows(logits)
+    else:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out[:, shard.size :] = 0.0
+    return out
+
+
 def row_backward(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -98,11 +108,7 @@ def row_backward(
 ) -> torch.Tensor:
     """Return the gradient of the logits of this shard; 0 in the padding columns."""
     logits = logits.detach()
-    if logits.device.type == "cpu":
-        out = native.empty_like_rows(logits)
-    else:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    out[:, shard.size :] = 0.0
+    out = empty_gradient(logits, shard)
     if shard.size > 0:
         backward = row_kernels(logits, o).backward
         assert backward is not None
@@ -124,12 +130,12 @@ def row_backward(
 # ------------------------------------------------------------------------------ from hidden states
 
 
-def gathered(hidden: torch.Tensor, call: HeadCall) -> torch.Tensor:
+def gathered(hidden: torch.Tensor, shard: VocabShard, sequence_parallel: bool) -> torch.Tensor:
     """Return the hidden states of all tokens. With sequence parallelism this is one all-gather."""
     hidden = hidden.detach()
-    if not call.sequence_parallel:
+    if not sequence_parallel:
         return hidden
-    return collectives.all_gather(hidden, call.shard.group).flatten(0, 1)
+    return collectives.all_gather(hidden, shard.group).flatten(0, 1)
 
 
 def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> HeadKernels:
@@ -176,13 +182,30 @@ def head_backward(
         grads = _head_kernels(hidden, call.options).backward(
             p, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs
         )
+    return reduced(grads, (hidden, weight, bias), needs, call.shard, call.sequence_parallel, call.reduce_hidden)
+
+
+def reduced(
+    grads: list[torch.Tensor | None],
+    leaves: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    needs: tuple[bool, bool, bool],
+    shard: VocabShard,
+    sequence_parallel: bool,
+    reduce_hidden: bool,
+) -> list[torch.Tensor | None]:
+    """Return the gradients of hidden, weight and bias from those of this shard's columns.
+
+    The gradient of hidden is summed over the shards, and split with sequence parallelism. The others get zeros
+    for padding rows. `leaves` are the hidden states of all tokens, and weight and bias with their padding.
+    """
+    hidden, weight, bias = leaves
     grad_hidden = None
     if needs[0]:
         part = torch.zeros_like(hidden) if grads[0] is None else grads[0]
-        if call.sequence_parallel:
-            grad_hidden = collectives.sum_and_split(part, call.shard.group)
+        if sequence_parallel:
+            grad_hidden = collectives.sum_and_split(part, shard.group)
         else:
-            grad_hidden = collectives.sum_(part, call.shard.group) if call.reduce_hidden else part
+            grad_hidden = collectives.sum_(part, shard.group) if reduce_hidden else part
     return [
         grad_hidden,
         _padded(grads[1], weight) if needs[1] else None,

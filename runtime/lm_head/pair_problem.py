@@ -174,16 +174,16 @@ def check_pair(
     student = check_head(op, hidden, weight, bias, target, options, memory_budget)
     check_teacher(op, teacher, student.tokens, student.vocab, hidden)
     if memory_budget is None:
-        student = student._replace(memory_budget=_default_budget(student, teacher))
+        student = student._replace(memory_budget=default_budget(hidden, teacher.hidden, student.vocab))
     return PairProblem(student, teacher, divergence, op)
 
 
-def _default_budget(student: HeadProblem, teacher: Teacher) -> int:
+def default_budget(hidden: torch.Tensor, teacher_hidden: torch.Tensor | None, vocab: int) -> int:
     """Return 64 MiB, because dW adds its own memory; on a GPU 1024 rows of both sides, up to 1 GiB."""
-    if student.hidden.device.type == "cpu":
+    if hidden.device.type == "cpu":
         return MIN_BUDGET
-    columns = student.hidden.shape[1] + (0 if teacher.hidden is None else teacher.hidden.shape[1])
-    return max(MIN_BUDGET, min(GPU_ROWS * (10 * student.vocab + 8 * columns + 128), DEVICE_MAX_BUDGET))
+    columns = hidden.shape[1] + (0 if teacher_hidden is None else teacher_hidden.shape[1])
+    return max(MIN_BUDGET, min(GPU_ROWS * (10 * vocab + 8 * columns + 128), DEVICE_MAX_BUDGET))
 
 
 def check_teacher(op: str, teacher: Teacher, tokens: int, vocab: int, like: torch.Tensor) -> None:

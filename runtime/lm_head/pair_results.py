@@ -1,17 +1,21 @@
 """The result of distill_step, and its metrics."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.statistics import PairedStats
+from tokfuse.runtime.policy.inputs import Normalizer, inverse_of
+from tokfuse.runtime.policy.metrics import NamedMeans
 from tokfuse.runtime.policy.results import Gradients, HeldGradients
 
 SLOTS = ("tokens", "loss", "divergence", "entropy", "logp_gap", "top1_agreement")
 
 
 @dataclass(frozen=True)
-class DistillMetrics:
+class DistillMetrics(NamedMeans):
     """Sums over the tokens with a weight, of one or more batches; nothing here has a gradient.
 
     Attributes:
@@ -28,12 +32,6 @@ class DistillMetrics:
 
     def __add__(self, other: "DistillMetrics") -> "DistillMetrics":
         return DistillMetrics(self.sums + other.sums, self.has_target and other.has_target)
-
-    def __getitem__(self, name: str) -> float:
-        values = self.mean()
-        if name not in values:
-            raise KeyError(f"DistillMetrics: no metric {name!r}; this batch has {', '.join(values)}.")
-        return values[name]
 
     def mean(self) -> dict[str, float]:
         """Every metric as a number; reads the device once. Without a token the means are 0."""
@@ -61,28 +59,66 @@ class DistillStep(HeldGradients):
     _gradients: Gradients
 
 
+class TokenWeights(NamedTuple):
+    """The weights of the tokens in the loss."""
+
+    coefficient: torch.Tensor
+    """(tokens,), d loss / d divergence; exactly 0 for a token without weight."""
+    inverse: float | torch.Tensor
+    """1 / normaliser."""
+    count: torch.Tensor
+    """() float64: tokens that the mask keeps."""
+
+
+def token_weights(
+    op: str,
+    coef: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    normalizer: Normalizer,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TokenWeights:
+    """Check the weights of the tokens, and combine them."""
+    checks.check_optional(op, "coef", coef, checks.Rows(tokens, "the tokens", device))
+    if coef is not None:
+        checks.check_constant(op, "coef", coef)
+    if mask is None:
+        count = torch.full((), tokens, dtype=torch.float64, device=device)
+    else:
+        count = mask.sum().double()
+    inverse: float | torch.Tensor = inverse_of(op, normalizer)
+    if isinstance(normalizer, str):
+        inverse = 1.0 / count.clamp_min(1.0)
+    c = torch.ones(tokens, dtype=torch.float64, device=device) if coef is None else coef.detach().double()
+    c = c * inverse
+    return TokenWeights((c if mask is None else torch.where(mask, c, 0.0)).to(dtype), inverse, count)
+
+
+def weighted_sum(value: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Return the sum of c * value in float64; a value without a coefficient may be infinite."""
+    return (torch.where(c != 0, value.double(), 0.0) * c.double()).sum()
+
+
+def loss_of(stats: tuple[torch.Tensor, ...], coefficient: torch.Tensor) -> torch.Tensor:
+    """Return the loss, (), in the dtype of the coefficients."""
+    return weighted_sum(stats[0], coefficient).to(coefficient.dtype)
+
+
 def distill_result(
-    loss: torch.Tensor,
-    stats: tuple[torch.Tensor, ...],
-    coefficient: torch.Tensor,
-    inverse: float | torch.Tensor,
-    count: torch.Tensor,
-    has_target: bool,
-    gradients: Gradients,
+    loss: torch.Tensor, stats: tuple[torch.Tensor, ...], weights: TokenWeights, has_target: bool, gradients: Gradients
 ) -> DistillStep:
     """Assemble the result.
 
     Args:
         loss: (), wired to autograd.
         stats: the five fields of `PairedStats`.
-        coefficient: (tokens,), d loss / d divergence.
-        inverse: 1 / normaliser.
-        count: () float64.
+        weights: of the tokens in the loss.
         has_target: whether the caller gave one.
         gradients: by name.
     """
     divergence, entropy, logp, teacher_logp, top1_agreement = (x.detach() for x in stats)
-    active = coefficient != 0
+    active = weights.coefficient != 0
     gap = torch.where(active, logp - teacher_logp, 0.0)
     total = loss.detach()
     sums = [active.sum(), total, divergence.double().sum(), entropy.double().sum(), gap.double().sum()]
@@ -91,4 +127,6 @@ def distill_result(
     paired = PairedStats(
         divergence, entropy, logp if has_target else None, teacher_logp if has_target else None, top1_agreement
     )
-    return DistillStep(loss, divergence, (total.double() / inverse).to(total.dtype), count, metrics, paired, gradients)
+    return DistillStep(
+        loss, divergence, (total.double() / weights.inverse).to(total.dtype), weights.count, metrics, paired, gradients
+    )

@@ -16,6 +16,7 @@ from tokfuse.runtime.lm_head.pair_problem import (
     check_logits_values,
     check_values_of,
 )
+from tokfuse.runtime.lm_head.pair_results import weighted_sum
 from tokfuse.runtime.lm_head.problem import wanted
 from tokfuse.runtime.reference import linear_paired_divergence as reference
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
@@ -98,8 +99,3 @@ def logits_run(p: LogitsPair, coefficient: torch.Tensor) -> tuple[Stats, torch.T
 def _only(o: LogitOptions, active: torch.Tensor) -> LogitOptions:
     """The options with only the active rows counting."""
     return o._replace(mask=active if o.mask is None else active & o.mask)
-
-
-def weighted_sum(value: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """sum of c value in float64; a value without a coefficient may be infinite."""
-    return (torch.where(c != 0, value.double(), 0.0) * c.double()).sum()

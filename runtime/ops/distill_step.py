@@ -1,6 +1,6 @@
 """distill_step: loss and gradient of a divergence from a teacher, from hidden states or from logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,17 +29,14 @@ from tokfuse.runtime.lm_head.pair_problem import (
     check_pair,
     check_teacher,
 )
-from tokfuse.runtime.lm_head.pair_results import DistillStep, distill_result
+from tokfuse.runtime.lm_head.pair_results import DistillStep, distill_result, loss_of, token_weights
 from tokfuse.runtime.lm_head.problem import NAMES, wanted
 from tokfuse.runtime.ops import linear_paired_divergence as linear
-from tokfuse.runtime.policy.inputs import Normalizer, inverse_normalizer
-from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import Gradients, hand_over
+from tokfuse.runtime.policy.inputs import Normalizer
+from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
 from tokfuse.runtime.reference.token_stats import result_dtype
 
 OP = "distill_step"
-Computed = tuple[torch.Tensor, Stats, list[torch.Tensor | None]]
-"""Loss, statistics, gradients by the order of the leaves."""
 
 
 @ranged("distill_step.fwd")
@@ -159,18 +156,13 @@ def distill_step(
         assert hidden is not None
         problem = check_pair(OP, hidden, weight, bias, target, options, teacher, divergence, memory_budget)
         rows, device, dtype = hidden.shape[0], hidden.device, hidden.dtype
-    checks.check_optional(OP, "coef", coef, checks.Rows(rows, "the tokens", device))
-    if coef is not None:
-        checks.check_constant(OP, "coef", coef)
-    count = _count(mask, rows, device)
-    inverse = _inverse(normalizer, count)
-    c = _coefficient(coef, mask, inverse, rows, device, result_dtype(dtype))
+    w = token_weights(OP, coef, mask, normalizer, rows, device, result_dtype(dtype))
     gradients: Gradients = {}
     if logits is not None:
-        loss, *stats = _from_logits(pair, c, gradients)
+        loss, *stats = _from_logits(pair, w.coefficient, gradients)
     else:
-        loss, *stats = _from_hidden(problem, c, gradients)
-    return distill_result(loss, tuple(stats), c, inverse, count, has_target, gradients)
+        loss, *stats = _from_hidden(problem, w.coefficient, gradients)
+    return distill_result(loss, tuple(stats), w, has_target, gradients)
 
 
 def _check_logits(
@@ -186,39 +178,6 @@ def _check_logits(
     if teacher.logits.dtype != logits.dtype:
         raise refuse(OP, "teacher_logits", f"{logits.dtype} like logits", str(teacher.logits.dtype), "Cast one.")
     return LogitsPair(logits, teacher.logits, target, options, teacher.options, divergence)
-
-
-def _count(mask: torch.Tensor | None, tokens: int, device: torch.device) -> torch.Tensor:
-    """() float64: tokens that the mask keeps."""
-    if mask is None:
-        return torch.full((), tokens, dtype=torch.float64, device=device)
-    return mask.sum().double()
-
-
-def _inverse(normalizer: Normalizer, count: torch.Tensor) -> float | torch.Tensor:
-    """1 / normaliser."""
-    inverse = inverse_normalizer(OP, normalizer, Objective())
-    if isinstance(normalizer, str):
-        return 1.0 / count.clamp_min(1.0)
-    return inverse
-
-
-def _coefficient(
-    coef: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    inverse: float | torch.Tensor,
-    tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return d loss / d divergence, (tokens,); exactly 0 for a token without weight."""
-    c = torch.ones(tokens, dtype=torch.float64, device=device) if coef is None else coef.detach().double()
-    c = c * inverse
-    return (c if mask is None else torch.where(mask, c, 0.0)).to(dtype)
-
-
-def _loss(stats: Stats, c: torch.Tensor) -> torch.Tensor:
-    return reference_pair.weighted_sum(stats[0], c).to(c.dtype)
 
 
 # ----------------------------------------------------------------------------------- from hidden
@@ -242,42 +201,17 @@ def _from_hidden(p: PairProblem, c: torch.Tensor, gradients: Gradients) -> Seque
 
     def compute() -> Computed:
         stats, grads = run(p, Coefficients(c))
-        return _loss(stats, c), stats, grads
+        return loss_of(stats, c), stats, grads
 
-    out: Sequence[torch.Tensor] = _Step.apply(NAMES, compute, gradients, s.hidden, s.weight, s.bias)
-    return out
+    leaves = dict(zip(NAMES, (s.hidden, s.weight, s.bias), strict=True))
+    return with_gradients(OP, leaves, compute, gradients)
 
 
 def _traced(stats: Stats, c: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return loss and statistics on the reference under torch.compile, which derives the backward."""
     active = c != 0
     rounded = (torch.where(active, x.detach(), 0.0).to(c.dtype) for x in stats)
-    return _loss(stats, c), *rounded
-
-
-class _Step(torch.autograd.Function):
-    """Run `compute` in the forward. The backward of the loss returns the gradients that it computed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        names: tuple[str, ...],
-        compute: Callable[[], Computed],
-        gradients: Gradients,
-        *leaves: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
-        loss, stats, grads = compute()
-        gradients.update(zip(names, grads, strict=True))
-        ctx.names, ctx.gradients = names, gradients
-        ctx.mark_non_differentiable(*stats)
-        return loss, *stats
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @ranged("distill_step.bwd")
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        grads = hand_over(ctx.gradients, grad_loss, OP)
-        return None, None, None, *(grads[name] for name in ctx.names)
+    return loss_of(stats, c), *rounded
 
 
 @graph_op(
@@ -290,7 +224,7 @@ def _hidden_op(*arguments: Any) -> list[torch.Tensor]:
     s = p.student._replace(needs=(needs[0], needs[1], needs[2]))
     run: PairRun = select(linear.OP, s.hidden.device.type, s.hidden.dtype, p.features()).run
     stats, grads = run(p._replace(student=s), Coefficients(c))
-    return [_loss(stats, c), *stats, *(s.hidden.new_empty(0) if x is None else x for x in grads)]
+    return [loss_of(stats, c), *stats, *(s.hidden.new_empty(0) if x is None else x for x in grads)]
 
 
 @_hidden_op.register_fake
@@ -334,10 +268,9 @@ def _from_logits(p: LogitsPair, c: torch.Tensor, gradients: Gradients) -> Sequen
 
     def compute() -> Computed:
         stats, grad = run(p, c)
-        return _loss(stats, c), stats, [grad]
+        return loss_of(stats, c), stats, [grad]
 
-    out: Sequence[torch.Tensor] = _Step.apply(("logits",), compute, gradients, p.logits)
-    return out
+    return with_gradients(OP, {"logits": p.logits}, compute, gradients)
 
 
 register_cpu(OP, cpu_pair.logits_run, FLOAT_DTYPES, "softcap")
@@ -352,7 +285,7 @@ def _logits_op(*arguments: Any) -> list[torch.Tensor]:
     p, c = LogitsPair.from_flat(*arguments[:-1]), arguments[-1]
     run: LogitsRun = select(OP, p.logits.device.type, p.logits.dtype, p.features()).run
     stats, grad = run(p, c)
-    return [_loss(stats, c), *stats, grad]
+    return [loss_of(stats, c), *stats, grad]
 
 
 @_logits_op.register_fake

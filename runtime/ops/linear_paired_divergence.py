@@ -7,7 +7,7 @@ import torch
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
-from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.graph_ops import graph_op, save_flat, saved_flat
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import PairedStats
@@ -163,8 +163,8 @@ register_reference(OP, reference_pair.pair_run, "softcap")
 # ------------------------------------------------------------------------------- autograd, compile
 
 
-def _given(grads: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> Coefficients | None:
-    """The coefficients that the gradients of the outputs are; None without one."""
+def given_by(grads: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> Coefficients | None:
+    """Return the gradients of the outputs as coefficients, or None if there is no gradient."""
     divergence, entropy, logp = grads[:3]
     if divergence is None and entropy is None and logp is None:
         return None
@@ -179,7 +179,7 @@ class _PairFunction(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p: PairProblem, run: PairRun
     ) -> tuple[torch.Tensor, ...]:
         stats, _ = run(p, None)
-        _save(ctx, p.flat())
+        save_flat(ctx, p.flat())
         ctx.run = run
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[3:])
@@ -189,24 +189,12 @@ class _PairFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @ranged("linear_paired_divergence.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        p = PairProblem.from_flat(OP, *_saved(ctx))
-        given = _given(grads, p.student.hidden)
+        p = PairProblem.from_flat(OP, *saved_flat(ctx))
+        given = given_by(grads, p.student.hidden)
         if given is None:
             return None, None, None, None, None
         needs = tuple(ctx.needs_input_grad[:3])
         return (*ctx.run(p._replace(student=p.student._replace(needs=needs)), given)[1], None, None)
-
-
-def _save(ctx: Any, flat: tuple[Any, ...]) -> None:
-    """Keep the tensors of a flat problem for the backward, and the rest beside them."""
-    tensors = [x if isinstance(x, torch.Tensor) else None for x in flat]
-    ctx.save_for_backward(*tensors)
-    ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
-
-
-def _saved(ctx: Any) -> list[Any]:
-    """What `_save` kept."""
-    return [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.rest, strict=True)]
 
 
 def _run_of(p: PairProblem) -> PairRun:
@@ -234,7 +222,7 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 @ranged("linear_paired_divergence.bwd")
 def _pair_backward_op(*arguments: Any) -> list[torch.Tensor]:
     p, needs = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[-3:]
-    given = _given(arguments[PAIR_ARGUMENTS:-3], p.student.hidden)
+    given = given_by(arguments[PAIR_ARGUMENTS:-3], p.student.hidden)
     grads = _run_of(p)(p._replace(student=p.student._replace(needs=needs)), given)[1]
     return [p.student.hidden.new_empty(0) if x is None else x for x in grads]
 
@@ -246,7 +234,7 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *re
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _save(ctx, inputs)
+    save_flat(ctx, inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
 
@@ -256,7 +244,7 @@ def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if all(x is None for x in grads[:3]):
         return (None, None, None, *nothing)
     needs = tuple(ctx.needs_input_grad[:3])
-    out = _pair_backward_op(*_saved(ctx), *grads[:3], *needs)
+    out = _pair_backward_op(*saved_flat(ctx), *grads[:3], *needs)
     return (*(x if need else None for x, need in zip(out, needs, strict=True)), *nothing)
 
 

@@ -16,6 +16,7 @@ from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.reference import paired_divergence as reference
+from tokfuse.runtime.reference import paired_shard as shard
 
 OP = "paired_divergence"
 
@@ -148,7 +149,7 @@ def _check(logits_p: torch.Tensor, logits_q: torch.Tensor, o: LogitOptions) -> N
 register_cpu(OP, cpu_rows.PAIRED_DIVERGENCE, FLOAT_DTYPES, "softcap")
 register_cuda(OP, cuda_rows.PAIRED_DIVERGENCE, FLOAT_DTYPES, "softcap")
 register_triton(OP, triton_rows.PAIRED_DIVERGENCE, FLOAT_DTYPES, "softcap")
-register_reference(OP, Kernels(reference.forward, None), "softcap")  # type: ignore[arg-type]
+register_reference(OP, Kernels(shard.forward, shard.backward, shard.STATE), "softcap")
 
 
 # ------------------------------------------------------------------------------ autograd, compile

@@ -30,7 +30,7 @@ from tokfuse.runtime.policy.graph_form import (
 from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
 from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, hand_over, step_result
+from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, step_result, with_gradients
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 
 OP = "policy_step"
@@ -376,7 +376,10 @@ def _eager(
 def attach(logits: torch.Tensor, loss: torch.Tensor, gradients: Gradients, in_place: bool) -> torch.Tensor:
     """Return `loss` with a backward that returns the gradients that the forward computed."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss = _LogitsStep.apply(logits, (loss,), gradients)
+        found = loss
+        (loss,) = with_gradients(
+            "policy_step", {"logits": logits}, lambda: (found, (), [gradients["logits"]]), gradients
+        )
     if in_place:
         torch.autograd.graph.increment_version(logits)
     return loss
@@ -405,19 +408,6 @@ def _from_logits(
     else:
         terms, stats, gradients["logits"] = _custom_op(logits, target, options, inputs, objective, inv_normalizer)
     return step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
-
-
-class _LogitsStep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, loss: tuple[torch.Tensor], gradients: Gradients) -> torch.Tensor:
-        ctx.gradients = gradients
-        return loss[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @ranged("policy_step.bwd")
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
-        return hand_over(ctx.gradients, grad_loss)["logits"], None, None
 
 
 register_cpu(OP, cpu_policy.policy_step, FLOAT_DTYPES, "softcap")

@@ -24,7 +24,7 @@ from tokfuse.runtime.policy.graph_form import (
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import Gradients, PolicyTerms, hand_over
+from tokfuse.runtime.policy.results import Computed, Gradients, PolicyTerms, with_gradients
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 
@@ -49,32 +49,14 @@ def attach(
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Return terms, statistics and gradients of `compute()`. The backward of the loss returns the gradients."""
     gradients: Gradients = {}
-    loss, token_loss, sums, *stats = _HiddenStep.apply(hidden, weight, bias, compute, gradients)
-    return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), gradients
 
-
-class _HiddenStep(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        compute: Callable[[], Step],
-        gradients: Gradients,
-    ) -> tuple[torch.Tensor, ...]:
+    def flat() -> Computed:
         terms, stats, grads = compute()
-        gradients.update(zip(NAMES, grads, strict=True))
-        ctx.gradients = gradients
-        ctx.mark_non_differentiable(terms.token_loss, terms.sums, *stats)
-        return terms.loss, terms.token_loss, terms.sums, *stats
+        return terms.loss, (terms.token_loss, terms.sums, *stats), grads
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @ranged("policy_step.bwd")
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        grads = hand_over(ctx.gradients, grad_loss)
-        return *(grads[name] for name in NAMES), None, None
+    leaves = dict(zip(NAMES, (hidden, weight, bias), strict=True))
+    loss, token_loss, sums, *stats = with_gradients("policy_step", leaves, flat, gradients)
+    return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), gradients
 
 
 register_cpu(OP, cpu_runs.policy_step, FLOAT_DTYPES, "softcap")

@@ -4,16 +4,16 @@
 linear_token_stats record of each backend contains its run. lm_head/units.py describes the passes.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem
-from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun
+from tokfuse.runtime.lm_head.units import Loss, Units
 from tokfuse.runtime.ops import linear_token_stats as linear
-from tokfuse.runtime.policy.results import Gradients, hand_over
+from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
 
 # Limit in bytes up to which the default memory budget grows to fit the largest unit.
 LARGEST_DEFAULT = 1 << 30
@@ -52,8 +52,17 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
     if not torch.is_grad_enabled():
         p = p._replace(needs=(False, False, False))
     gradients: Gradients = {}
-    value, *rest = _UnitStep.apply(p.hidden, p.weight, p.bias, p, units, loss, capability.run.units, gradients)
-    return UnitStep(value, TokenStats(*rest[:5]), gradients, rest[5])
+    read_twice = 0
+
+    def compute() -> Computed:
+        nonlocal read_twice
+        found = capability.run.units(p, units, loss)
+        read_twice = found.read_twice
+        return found.loss.to(found.stats.logp.dtype), found.stats, found.gradients
+
+    leaves = dict(zip(NAMES, (p.hidden, p.weight, p.bias), strict=True))
+    value, *stats = with_gradients("preference_step", leaves, compute, gradients)
+    return UnitStep(value, TokenStats(*stats), gradients, read_twice)
 
 
 def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
@@ -73,29 +82,3 @@ def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
     of_units = TokenStats(*(x[units.order] for x in stats))
     total = loss(of_units, units.order, 0, len(units.border) - 1).to(stats.logp.dtype)
     return UnitStep(total, TokenStats(*(x.detach() for x in stats)), {}, 0)
-
-
-class _UnitStep(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        p: HeadProblem,
-        units: Units,
-        loss: Loss,
-        run: UnitsRun,
-        gradients: Gradients,
-    ) -> tuple[Any, ...]:
-        found = run(p, units, loss)
-        gradients.update(zip(NAMES, found.gradients, strict=True))
-        ctx.gradients = gradients
-        ctx.mark_non_differentiable(*found.stats)
-        return found.loss.to(found.stats.logp.dtype), *found.stats, found.read_twice
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        grads = hand_over(ctx.gradients, grad_loss, "preference_step")
-        return (*(grads[name] for name in NAMES),) + (None,) * 5

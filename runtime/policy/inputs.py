@@ -109,6 +109,19 @@ def check_sampler(op: str, sampler_logp: torch.Tensor | None, tokens: int, devic
 
 
 def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) -> float:
+    """Return `inverse_of`; a sum over tokens has no count of its own."""
+    if isinstance(normalizer, str) and normalizer == "batch" and objective.aggregation == "token_sum":
+        raise refuse(
+            op,
+            "normalizer",
+            "a number with aggregation='token_sum'",
+            "'batch'",
+            "Pass sequences * max length, as Dr.GRPO does.",
+        )
+    return inverse_of(op, normalizer)
+
+
+def inverse_of(op: str, normalizer: Normalizer) -> float:
     """Return 1 / normalizer. The result is 1.0 for None, and -1.0 for "batch" (the count of this batch).
 
     Inside torch.compile the result is a `graph_ops.Number` if the normalizer is a tensor, or a number that
@@ -124,14 +137,6 @@ def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) ->
                 "None, a number, a 0-dim tensor or 'batch'",
                 repr(normalizer),
                 "Pass the global token or sequence count.",
-            )
-        if objective.aggregation == "token_sum":
-            raise refuse(
-                op,
-                "normalizer",
-                "a number with aggregation='token_sum'",
-                "'batch'",
-                "Pass sequences * max length, as Dr.GRPO does.",
             )
         return -1.0
     if isinstance(normalizer, torch.Tensor):

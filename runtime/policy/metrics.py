@@ -28,8 +28,22 @@ SLOT = {name: i for i, name in enumerate(SLOTS)}
 _PER_TOKEN = ("clip_low", "clip_high", "dual_clip", "kl_k1", "kl_k3", "ratio", "grad_rows")
 
 
+class NamedMeans:
+    """Metrics that can be read by name."""
+
+    def mean(self) -> dict[str, float]:
+        """Return every metric as a number."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> float:
+        values = self.mean()
+        if name not in values:
+            raise KeyError(f"{type(self).__name__}: name must be one of {', '.join(values)}; got {name!r}.")
+        return values[name]
+
+
 @dataclass(frozen=True)
-class Metrics:
+class Metrics(NamedMeans):
     """Metric sums over the valid tokens of one or more batches, without gradient.
 
     Attributes:
@@ -66,12 +80,6 @@ class Metrics:
         if self.sampler_kl_k3 is not None and other.sampler_kl_k3 is not None:
             sampler = self.sampler_kl_k3 + other.sampler_kl_k3
         return Metrics(sums, self.absent | other.absent, sampler)
-
-    def __getitem__(self, name: str) -> float:
-        values = self.mean()
-        if name not in values:
-            raise KeyError(f"Metrics: name must be one of {', '.join(values)}; got {name!r}.")
-        return values[name]
 
     def mean(self) -> dict[str, float]:
         """Return every metric as a number. Reads the device once. Without a valid token the fractions are 0."""

@@ -1,10 +1,13 @@
 """Result types of policy_loss and policy_step, and the backward that returns gradients of the forward."""
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOT, Metrics
@@ -127,7 +130,55 @@ def _keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def hand_over(gradients: Gradients, grad_loss: torch.Tensor, op: str = "policy_step") -> Gradients:
+Computed = tuple[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor | None]]
+"""Loss, further results without a gradient, gradients of the loss."""
+
+
+def with_gradients(
+    op: str, leaves: Mapping[str, torch.Tensor | None], compute: Callable[[], Computed], gradients: Gradients
+) -> tuple[torch.Tensor, ...]:
+    """Return the loss and the further results of `compute`. The backward of the loss returns its gradients.
+
+    Args:
+        op: name of the op, for the profiler range of the backward and for errors.
+        leaves: the inputs that the gradients belong to, by name, in the order of the gradients.
+        compute: called once. Its gradients are stored in `gradients` by name until the last backward.
+        gradients: empty; `HeldGradients` shows its content.
+    """
+    out: tuple[torch.Tensor, ...] = _ForwardGradients.apply(op, tuple(leaves), compute, gradients, *leaves.values())
+    return out
+
+
+class _ForwardGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: str,
+        names: tuple[str, ...],
+        compute: Callable[[], Computed],
+        gradients: Gradients,
+        *leaves: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        loss, others, grads = compute()
+        gradients.update(zip(names, grads, strict=True))
+        ctx.op, ctx.names, ctx.gradients = op, names, gradients
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        grads = _hand_over_of(ctx.op)(ctx.gradients, grad_loss, ctx.op)
+        return None, None, None, None, *(grads[name] for name in ctx.names)
+
+
+@functools.cache
+def _hand_over_of(op: str) -> Callable[[Gradients, torch.Tensor, str], Gradients]:
+    """Return `_hand_over` inside the profiler range of the op's backward."""
+    return ranged(f"{op}.bwd")(_hand_over)
+
+
+def _hand_over(gradients: Gradients, grad_loss: torch.Tensor, op: str) -> Gradients:
     """Return the stored gradients times grad_loss. The last backward moves them instead of copying them."""
     if not any(x is not None for x in gradients.values()):
         raise RuntimeError(

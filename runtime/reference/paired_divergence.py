@@ -46,9 +46,8 @@ def forward(
         infinite = (no_q & ~no_p).any(-1) & ~zero
     # Rows with result 0 or inf are replaced before the arithmetic: their gradient would be 0 * inf.
     flat = (zero | infinite).unsqueeze(-1)
-    out = _divergence(
-        _log_probs(torch.where(flat, 0.0, u_p)), _log_probs(torch.where(flat, 0.0, u_q)), kind, mix_weight
-    )
+    log_p, log_q = (_log_probs(torch.where(flat, 0.0, u)) for u in (u_p, u_q))
+    out = terms(log_p, log_q, kind, mix_weight).sum(-1)
     out = out + (-out.detach()).clamp_min(0.0)  # rounding below 0; the gradient stays
     out = torch.where(infinite, float("inf"), torch.where(zero, 0.0, out))
     return out.to(result_dtype(logits_p.dtype))
@@ -58,25 +57,33 @@ def _log_probs(u: torch.Tensor) -> torch.Tensor:
     return torch.where(u == float("-inf"), EXCLUDED, log_softmax(u)[0])
 
 
-def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, mix_weight: float) -> torch.Tensor:
+def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, mix_weight: float) -> torch.Tensor:
+    """Return the summands of the divergence. `EXCLUDED` is the log-prob of an excluded entry."""
     p, q = log_p.exp(), log_q.exp()
     if kind == "kl_forward":
-        terms = q * (log_q - log_p)
-    elif kind == "kl_reverse":
-        terms = p * (log_p - log_q)
-    elif kind == "tvd":
-        terms = 0.5 * (p - q).abs()
-    else:
-        p_weight = mix_weight if kind == "skew_reverse" else 1 - mix_weight
-        q_weight = mix_weight if kind != "skew_reverse" else 1 - mix_weight
-        # log(p / mix) = -log(1 - q_weight + q_weight q / p), exactly 0 if p = q
-        ratio = (log_q - log_p).clamp(-FAR, FAR)
-        p_over_mix = -torch.log1p(q_weight * torch.expm1(ratio))
-        q_over_mix = -torch.log1p(p_weight * torch.expm1(-ratio))
-        if kind == "skew_forward":
-            terms = q * q_over_mix
-        elif kind == "skew_reverse":
-            terms = p * p_over_mix
-        else:
-            terms = p_weight * p * p_over_mix + q_weight * q * q_over_mix
-    return terms.sum(-1)
+        return q * (log_q - log_p)
+    if kind == "kl_reverse":
+        return p * (log_p - log_q)
+    if kind == "tvd":
+        return 0.5 * (p - q).abs()
+    p_weight, q_weight = weights(kind, mix_weight)
+    p_over_mix, q_over_mix = over_mixture(log_p, log_q, p_weight, q_weight)
+    if kind == "skew_forward":
+        return q * q_over_mix
+    if kind == "skew_reverse":
+        return p * p_over_mix
+    return p_weight * p * p_over_mix + q_weight * q * q_over_mix
+
+
+def weights(kind: str, mix_weight: float) -> tuple[float, float]:
+    """Return the weights of P and Q in the mixture."""
+    return (mix_weight, 1 - mix_weight) if kind == "skew_reverse" else (1 - mix_weight, mix_weight)
+
+
+def over_mixture(
+    log_p: torch.Tensor, log_q: torch.Tensor, p_weight: float, q_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log(p / mix) and log(q / mix), which are exactly 0 if p = q."""
+    # log(p / mix) = -log(1 - q_weight + q_weight q / p)
+    ratio = (log_q - log_p).clamp(-FAR, FAR)
+    return -torch.log1p(q_weight * torch.expm1(ratio)), -torch.log1p(p_weight * torch.expm1(-ratio))
