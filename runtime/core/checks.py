@@ -291,6 +291,13 @@ def check_normalizer(op: str, value: object) -> None:
         check_number(op, "normalizer", value, 0.0, open_low=True)
 
 
+def check_given(op: str, needed_by: str, **options: object) -> None:
+    """Raise ValueError if one of these options is None: `needed_by` needs it."""
+    for name, value in options.items():
+        if value is None:
+            raise refuse(op, name, f"given with {needed_by}", "None", f"Pass it, or leave out {needed_by}")
+
+
 def check_unused(op: str, used_by: str, **options: object) -> None:
     """Raise ValueError if one of these options is not None: `used_by` would ignore it."""
     for name, value in options.items():

@@ -237,11 +237,12 @@ class PairCall(NamedTuple):
     def from_flat(*flat: Any) -> "PairCall":
         """Undo `flat`."""
         hidden, weight, bias, target, *teacher = flat[:8]
+        of_teacher, of_weight, of_bias, of_logits = teacher
         options = LogitOptions.from_flat(*flat[8:13])
-        of_teacher = LogitOptions.from_flat(*flat[13:17], None)
-        divergence, memory_budget, shard, op = flat[17:]
-        of_both = (options, Teacher(*teacher, of_teacher), divergence, memory_budget, shard)
-        return PairCall(op, hidden, weight, bias, target, *of_both)
+        vector, scalar, softcap, logit_scale, divergence, memory_budget, shard, op = flat[13:]
+        teacher_options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, None)
+        other = Teacher(of_teacher, of_weight, of_bias, of_logits, teacher_options)
+        return PairCall(op, hidden, weight, bias, target, options, other, divergence, memory_budget, shard)
 
     def head(self) -> HeadProblem:
         """Return the student's head."""

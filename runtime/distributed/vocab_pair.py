@@ -219,7 +219,7 @@ def distill_step(
     kind: str,
     beta: float = BETA,
     alpha: float = ALPHA,
-    coef: torch.Tensor | None = None,
+    coef: float | torch.Tensor | None = None,
     target: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     normalizer: Normalizer = None,
@@ -256,7 +256,7 @@ def distill_step(
         beta: weight of Q in the mixture of "jsd", in (0, 1).
         alpha: for the skew kinds, weight in the mixture of the distribution whose average is taken, in
             (0, 1).
-        coef: (tokens,) weight of each token's divergence. None: 1. A token with weight 0 costs nothing.
+        coef: weight of the divergence, a number or (tokens,). None: 1. A token with weight 0 costs nothing.
         target: (tokens,) int64, the sampled token, for the log-probabilities in `stats` and `metrics`.
             None: they are not returned.
         mask: (tokens,) bool. True counts. Values at masked tokens are never used. None: all rows count.
@@ -297,9 +297,17 @@ def distill_step(
         raise refuse(STEP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
     gradients: Gradients = {}
     if logits is not None:
-        given_too = {"weight": weight, "bias": bias, "teacher_hidden": teacher_hidden}
-        given_too |= {"teacher_weight": teacher_weight, "teacher_bias": teacher_bias, "memory_budget": memory_budget}
-        checks.check_unused(STEP, "logits=", **given_too, sequence_parallel=sequence_parallel or None)
+        checks.check_unused(
+            STEP,
+            "logits=",
+            weight=weight,
+            bias=bias,
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight,
+            teacher_bias=teacher_bias,
+            memory_budget=memory_budget,
+            sequence_parallel=sequence_parallel or None,
+        )
         if target is None:
             target = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
         check_shard_logits(STEP, logits, target, options, shard)

@@ -86,6 +86,16 @@ class LogitsBuffer:
         """Return GradRows that overwrite the logits of rows [start, stop)."""
         return row_args.grad_rows(native.loaded(), self.first_tile(start, stop), grad_tokens)
 
+    def compact(self, live: torch.Tensor) -> None:
+        """Move the rows where `live` is True to the front, in order."""
+        if bool(live.all()):
+            return
+        places = live.nonzero().flatten().tolist()
+        for _, _, tile in self.tiles(0, self.rows):
+            for place, row in enumerate(places):
+                if place != row:
+                    tile[place].copy_(tile[row])
+
     def first_tile(self, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of the first tile. A single tile contains all columns."""
         return self.storage[: self.rows * self.tile].view(self.rows, self.tile)[start:stop]

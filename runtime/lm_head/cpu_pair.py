@@ -6,57 +6,80 @@ kernel: they are computed in smaller chunks, and each chunk overwrites the previ
 
 The first buffer uses the memory of dW, and so do the teacher's logits if they fit into the rest of it.
 All further buffers share `memory_budget`.
+
+A policy term needs the student's statistics of a chunk before the gradient: one more read of its logits.
 """
+
+from collections.abc import Callable
 
 import torch
 
-from tokfuse.runtime.backends import row_args
+from tokfuse.runtime.backends import cpu_rows, row_args
 from tokfuse.runtime.core import native
-from tokfuse.runtime.lm_head.cpu_head import Head, HeadGradients, LogitsBuffer, dw_buffer
+from tokfuse.runtime.lm_head import cpu_runs
+from tokfuse.runtime.lm_head.cpu_head import Head, HeadGradients, LogitsBuffer, dw_buffer, workspace_rows
 from tokfuse.runtime.lm_head.pair_problem import (
+    ChunkPolicy,
     Coefficients,
     Gradients,
     LogitsPair,
     PairProblem,
+    PolicyPart,
     Stats,
     check_logits_values,
     check_values_of,
+    pair_rows,
+    policy_first,
+    with_student_stats,
 )
 from tokfuse.runtime.lm_head.problem import wanted
 
 
-def pair_run(p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradients]:
+def pair_run(p: PairProblem, given: Coefficients | None, policy: PolicyPart | None) -> tuple[Stats, Gradients]:
     """2MV(Hs + Ht) operations for the logits and 4MVHs for the gradients. A `PairRun`."""
     check_values_of(p)
     with torch.no_grad():
-        return _PairWork(p, given).run()
+        if policy is not None and policy.objective.level != "token":
+            return policy_first(pair_run, cpu_runs.linear_fwd, p, given, policy)
+        return _PairWork(p, given, policy).run()
 
 
-def logits_run(p: LogitsPair, coefficient: torch.Tensor) -> tuple[Stats, torch.Tensor]:
-    """One read of both sides, one write. A `LogitsRun`."""
+def logits_run(p: LogitsPair, coefficient: torch.Tensor, policy: PolicyPart | None) -> tuple[Stats, torch.Tensor]:
+    """One read of both sides, one write; with a policy term one more read of the student. A `LogitsRun`."""
     check_logits_values("distill_step", p)
     module = native.loaded()
     stats = tuple(torch.empty(p.logits.shape[0], dtype=torch.float32) for _ in range(5))
     grad_logits = native.empty_like_rows(p.logits)
-    student = row_args.logits_args(module, p.logits.detach(), p.target, p.options)
+    logits, given = p.logits.detach(), Coefficients(coefficient)
+    if policy is not None:
+        own = cpu_rows.token_stats_fwd(logits, p.target, **p.options._asdict())
+        terms = policy.terms(own[0], own[1])
+        given = Coefficients(coefficient, terms.d_logp, terms.d_entropy)
+    student = row_args.logits_args(module, logits, p.target, p.options)
     teacher = row_args.logits_args(module, p.teacher_logits.detach(), p.target, p.teacher_options)
     kind, mix_weight = p.divergence
     bad = module.distill_rows(
         row_args.distill_args(module, student, teacher, kind=kind, mix_weight=mix_weight),
         row_args.distill_out(module, stats),
-        row_args.distill_grad(module, coefficient, grad_logits=grad_logits),
+        row_args.distill_grad(module, *given, grad_logits=grad_logits),
     )
     assert bad < 0  # values were checked
-    return stats, grad_logits
+    return (stats if policy is None else with_student_stats(stats, own, coefficient)), grad_logits
 
 
 class _PairWork:
     """One call's buffers."""
 
-    def __init__(self, p: PairProblem, given: Coefficients | None) -> None:
+    def __init__(self, p: PairProblem, given: Coefficients | None, policy: PolicyPart | None) -> None:
         self.problem, self.student = p, p.student
         self.teacher = p.teacher_head(p.student.memory_budget)
         self.coefficients = None if given is None else given.each(torch.Tensor.float)
+        self.policy = None
+        if policy is not None and self.coefficients is not None:
+            self.policy = ChunkPolicy(policy, p.student.tokens, p.student.hidden.device)
+            zeros = (torch.zeros(p.student.tokens) for _ in range(2))
+            self.coefficients = Coefficients(self.coefficients.divergence, *zeros)
+        self.order = pair_rows(p, self.coefficients, policy)
         needs = (False, False, False) if given is None else wanted(p.student)
         self.backward = any(needs)
         self.head = Head(self.student)
@@ -64,10 +87,27 @@ class _PairWork:
         self.gradients = HeadGradients(self.head, needs)
         self.stats = tuple(torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(5))
         self.out = row_args.distill_out(native.loaded(), self.stats)
+        self.own: list[torch.Tensor] = []
+        if policy is not None or self.order.gradient > self.order.compared:
+            self.own = [torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(7)]
 
     def run(self) -> tuple[Stats, Gradients]:
-        """Chunk after chunk of the rows that are needed."""
-        index, start = self._rows(), 0
+        """Chunk after chunk: rows of both sides, rows of the student alone, rows without a gradient."""
+        order = self.order
+        compared, alone, rest = (
+            order.order[start:stop]
+            for start, stop in ((0, order.compared), (order.compared, order.gradient), (order.gradient, order.forward))
+        )
+        self._compare(compared)
+        self._in_chunks(alone, self._student_gradient)
+        self._in_chunks(rest, self._student_stats)
+        stats = self.stats
+        if self.policy is not None:
+            stats = (stats[0], self.own[1], self.own[0], *stats[3:])
+        return stats, self.gradients.finish()
+
+    def _compare(self, index: torch.Tensor) -> None:
+        start = 0
         if index.shape[0] > 0:
             rows = self._rows_in_budget(1)
             first = None
@@ -82,14 +122,39 @@ class _PairWork:
             pool, teacher = LogitsBuffer.workspace(rows, self.student.vocab), self._teacher_buffer(rows)
             while start < index.shape[0]:
                 start += self._fill(pool, teacher, index[start:])
-        return self.stats, self.gradients.finish()
 
-    def _rows(self) -> torch.Tensor:
-        """Tokens to compute: those that count, of them those with a gradient if there are coefficients."""
-        mask = self.student.options.mask
-        active = None if self.coefficients is None else self.coefficients.active()
-        needed = mask if active is None else (active if mask is None else active & mask)
-        return torch.arange(self.student.tokens) if needed is None else needed.nonzero().squeeze(1)
+    def _in_chunks(self, index: torch.Tensor, visit: Callable[[LogitsBuffer, torch.Tensor], None]) -> None:
+        """Compute the student's logits of these tokens, without the teacher's, and visit them."""
+        if index.shape[0] == 0:
+            return
+        rows = workspace_rows(self.student, index.shape[0])
+        buffer = LogitsBuffer.workspace(rows, self.student.vocab)
+        for tokens in index.split(rows):
+            self.head.logits(self.head.rows_of_hidden(tokens), buffer, 0)
+            visit(buffer, tokens)
+
+    def _student_stats(self, buffer: LogitsBuffer, tokens: torch.Tensor) -> None:
+        """Statistics of the student, and what the policy term makes of them."""
+        cpu_runs.stats_of_buffer(buffer, self.student, tokens, self.own)
+        if self.policy is not None:
+            assert self.coefficients is not None
+            _, logp, entropy = self.coefficients
+            assert logp is not None and entropy is not None
+            logp[tokens], entropy[tokens] = self.policy.coefficients(tokens, *(x[tokens] for x in self.own[:2]))
+
+    def _student_gradient(self, buffer: LogitsBuffer, tokens: torch.Tensor) -> None:
+        """Statistics, and the gradient of tokens whose divergence has no weight."""
+        self._student_stats(buffer, tokens)
+        assert self.coefficients is not None
+        live = self.coefficients.active()[tokens]
+        if not self.backward or not bool(live.any()):
+            return
+        logp, entropy, _, _, _, row_max, inv_sum = self.own
+        by_logp, by_entropy = self.coefficients[1:]
+        given = torch.zeros_like(logp) if by_logp is None else by_logp
+        cpu_runs.gradient_over_buffer(buffer, self.student, tokens, row_max, inv_sum, logp, entropy, given, by_entropy)
+        buffer.compact(live)
+        self.gradients.add(buffer, tokens[live])
 
     def _rows_in_budget(self, sides: int) -> int:
         """Rows whose logits of the teacher, and with two sides of the student, the budget holds."""
@@ -116,6 +181,8 @@ class _PairWork:
         tokens = tokens[: buffer.rows]
         rows = tokens.shape[0]
         self.head.logits(self.head.rows_of_hidden(tokens), buffer, 0)
+        if self.policy is not None:
+            self._student_stats(buffer, tokens)
         parts = 1 if teacher is None else -(-rows // teacher.rows)
         size = -(-rows // parts)  # equal parts: a small last one would read the whole weight, too
         for start in range(0, rows, size):

@@ -35,7 +35,7 @@ def _row_index(p: HeadProblem) -> torch.Tensor:
     return torch.arange(p.tokens) if index is None else index
 
 
-def _stats_of_buffer(
+def stats_of_buffer(
     buffer: LogitsBuffer, p: HeadProblem, chunk: torch.Tensor, out: list[torch.Tensor] | tuple[torch.Tensor, ...]
 ) -> None:
     """Write the statistics of the logits in the buffer to rows `chunk` of the seven outputs."""
@@ -45,7 +45,7 @@ def _stats_of_buffer(
     )
 
 
-def _gradient_over_buffer(
+def gradient_over_buffer(
     buffer: LogitsBuffer,
     p: HeadProblem,
     chunk: torch.Tensor,
@@ -85,7 +85,7 @@ def linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
     for chunk in index.split(rows):
         head.logits(head.rows_of_hidden(chunk), buffer, 0)
-        _stats_of_buffer(buffer, p, chunk, out)
+        stats_of_buffer(buffer, p, chunk, out)
     return out
 
 
@@ -112,7 +112,7 @@ def linear_bwd(
     for start in range(0, index.shape[0], rows):
         chunk = index[start : start + rows]
         head.logits(head.rows_of_hidden(chunk), buffer, 0)
-        _gradient_over_buffer(buffer, p, chunk, row_max, inv_sum, logp, entropy, ga, gh)
+        gradient_over_buffer(buffer, p, chunk, row_max, inv_sum, logp, entropy, ga, gh)
         gradients.add(buffer, chunk)
     return gradients.finish()
 
@@ -226,14 +226,14 @@ class _UnitsWork:
         fits = tokens.shape[0] <= self.rows
         for chunk in tokens.split(self.rows):
             self.logits(chunk)
-            _stats_of_buffer(self.buffer, self.problem, chunk, self.stats)
+            stats_of_buffer(self.buffer, self.problem, chunk, self.stats)
         value, c = coefficients(self.stats, tokens, first, last, loss)
         live = c[tokens] != 0  # NaN counts as live
         if not self.backward or not bool(live.any()):
             return value
         if fits:
             self._gradient(tokens, c)
-            self._compact(live)
+            self.buffer.compact(live)
             self.gradients.add(self.buffer, tokens[live])
             return value
         for chunk in tokens[live].split(self.rows):
@@ -245,16 +245,7 @@ class _UnitsWork:
 
     def _gradient(self, tokens: torch.Tensor, c: torch.Tensor) -> None:
         logp, entropy, _, _, _, row_max, inv_sum = self.stats
-        _gradient_over_buffer(self.buffer, self.problem, tokens, row_max, inv_sum, logp, entropy, c, None)
-
-    def _compact(self, live: torch.Tensor) -> None:
-        """Remove rows without gradient from the buffer, because they need no gradient GEMM."""
-        if bool(live.all()):
-            return
-        rows = self.buffer.storage[: self.rows * self.problem.vocab].view(self.rows, -1)
-        for place, row in enumerate(live.nonzero().flatten().tolist()):
-            if place != row:
-                rows[place].copy_(rows[row])
+        gradient_over_buffer(self.buffer, self.problem, tokens, row_max, inv_sum, logp, entropy, c, None)
 
 
 LINEAR = HeadKernels(linear_fwd, linear_bwd, cpu_rows.STATE, unit_step)

@@ -3,51 +3,86 @@
 Each chunk runs the divergence kernel (two reads of each side, the second from the cache if the row
 fits), token_stats of each side (one read each), and a comparison of the two maxima in torch (two reads
 of each side). The divergence kernel writes the gradient over the student's logits. Gradients of logp and
-the entropy need token_stats' backward and one addition; distill_step needs neither.
+the entropy, and of a policy term, need token_stats' backward and one addition.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from tokfuse.runtime.backends import cuda_rows, triton_rows
 from tokfuse.runtime.core.checks import may_read
-from tokfuse.runtime.lm_head import device_head
-from tokfuse.runtime.lm_head.device_head import DeviceHead
+from tokfuse.runtime.lm_head import device_head, device_runs
+from tokfuse.runtime.lm_head.device_head import DeviceHead, RowClasses
 from tokfuse.runtime.lm_head.pair_problem import (
+    ChunkPolicy,
     Coefficients,
     Gradients,
     LogitsPair,
     PairProblem,
+    PolicyPart,
     Stats,
     check_logits_values,
     check_values_of,
+    pair_rows,
+    policy_first,
+    with_student_stats,
 )
-from tokfuse.runtime.lm_head.pair_rows import RowKernels, compare_rows, options_of_rows, row_bytes, same_transform
-from tokfuse.runtime.lm_head.problem import wanted
+from tokfuse.runtime.lm_head.pair_rows import (
+    LateCoefficients,
+    RowKernels,
+    compare_rows,
+    options_of_rows,
+    row_bytes,
+    same_transform,
+    stats_gradient,
+)
+from tokfuse.runtime.lm_head.problem import HeadProblem, wanted
 
 
-def _pair_run(kernels: RowKernels, p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradients]:
+def _pair_run(
+    kernels: RowKernels,
+    linear_forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]],
+    p: PairProblem,
+    given: Coefficients | None,
+    policy: PolicyPart | None,
+) -> tuple[Stats, Gradients]:
     """A `PairRun`."""
     s, t = p.student, p.teacher
     if may_read(s.target):
         check_values_of(p)
+    if policy is not None and policy.objective.level != "token":
+        run = functools.partial(_pair_run, kernels, linear_forward)
+        return policy_first(run, linear_forward, p, given, policy)
     needs = (False, False, False) if given is None else wanted(s)
-    needed = s.options.mask
-    if given is not None:
-        given = given.each(torch.Tensor.float)
-        active = given.active()
-        needed = active if needed is None else active & needed
+    given = None if given is None else given.each(torch.Tensor.float)
+    sorted_rows = pair_rows(p, given, policy, device_head.capturing(s.hidden))
+    counts = (sorted_rows.compared, sorted_rows.gradient, sorted_rows.forward)
+    rows = RowClasses(sorted_rows.order, *counts[1:], sorted_rows.keep)
+    chunk_policy = None if policy is None else ChunkPolicy(policy, s.tokens, s.hidden.device)
     own, beside = row_bytes(p, given, s.vocab)
+    if policy is not None:
+        beside += 4 * s.vocab  # the gradient of logp and entropy
     budget = max(1, s.memory_budget // (own + beside)) * own
-    rows = device_head.classify(s, needed, None)
     head = DeviceHead(s._replace(memory_budget=budget), needs, rows)
     teacher = p.teacher_head(budget)
     of_teacher = None if teacher is None else DeviceHead(teacher, (False, False, False), rows)
+
+    def of_chunk(index: torch.Tensor) -> Coefficients | LateCoefficients | None:
+        """Return the coefficients of a chunk, or how its statistics make them."""
+        if given is None:
+            return None
+        part = given.each(lambda x: x[index])
+        if chunk_policy is None:
+            return part
+        policy_of_chunk = chunk_policy
+        return lambda logp, entropy: Coefficients(part.divergence, *policy_of_chunk.coefficients(index, logp, entropy))
+
     # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
     out = tuple(torch.zeros(s.tokens, dtype=torch.float32, device=s.hidden.device) for _ in range(5))
     with torch.no_grad():
-        for index, h in head.chunks(0, rows.forward):
+        for index, h in head.chunks(0, counts[0]):
             z = head.logits(h)
             keep = None if rows.keep is None else rows.keep[index]
             if of_teacher is None:
@@ -59,22 +94,47 @@ def _pair_run(kernels: RowKernels, p: PairProblem, given: Coefficients | None) -
             of_p, of_q = options_of_rows(s.options, index, keep), options_of_rows(t.options, index, keep)
             if same_transform(s.options, t.options):
                 of_q = of_p
-            part = None if given is None else given.each(lambda x, index=index: x[index])  # type: ignore[misc]
             dz = head.gradient_like(z) if any(needs) else None
-            stats, _ = compare_rows(kernels, z, q, s.target[index], of_p, of_q, p.divergence, part, dz)
+            stats, _ = compare_rows(kernels, z, q, s.target[index], of_p, of_q, p.divergence, of_chunk(index), dz)
             for whole, x in zip(out, stats, strict=True):
                 whole[index] = x
             if dz is not None:
                 head.add(index, h, dz)
+        for start, stop in zip(counts, counts[1:], strict=False):  # rows of the student alone
+            for index, h in head.chunks(start, stop):
+                z, of_p, target = head.logits(h), options_of_rows(s.options, index, None), s.target[index]
+                stats = kernels.stats.forward(z, target, **of_p.without_bias())
+                out[1][index], out[2][index] = stats[1], stats[0]
+                part = of_chunk(index)
+                if callable(part):
+                    part = part(stats[0], stats[1])
+                if part is not None and any(needs) and stop == counts[1]:
+                    dz = head.gradient_like(z)
+                    stats_gradient(kernels, z, target, of_p, stats, part, dz)
+                    head.add(index, h, dz)
+    if given is not None and rows.keep is not None:
+        return with_student_stats(out, (out[2], out[1]), given.divergence), head.finish()
     return out, head.finish()
 
 
-def _logits_run(kernels: RowKernels, p: LogitsPair, coefficient: torch.Tensor) -> tuple[Stats, torch.Tensor]:
+def _logits_run(
+    kernels: RowKernels, p: LogitsPair, coefficient: torch.Tensor, policy: PolicyPart | None
+) -> tuple[Stats, torch.Tensor]:
     """A `LogitsRun`: rows without a coefficient are masked, and so not read by the kernels."""
     if may_read(p.target):
         check_logits_values("distill_step", p)
+    options, compared = p.options, None
     active = coefficient != 0
-    options = p.options._replace(mask=active if p.options.mask is None else active & p.options.mask)
+    given: Coefficients | LateCoefficients = Coefficients(coefficient)
+    if policy is None:
+        options = options._replace(mask=active if options.mask is None else active & options.mask)
+    else:
+        part, compared = policy, active
+
+        def given(logp: torch.Tensor, entropy: torch.Tensor) -> Coefficients:
+            terms = part.terms(logp, entropy)
+            return Coefficients(coefficient, terms.d_logp, terms.d_entropy)
+
     with torch.no_grad():
         grad = torch.empty(p.logits.shape, dtype=p.logits.dtype, device=p.logits.device)
         stats, _ = compare_rows(
@@ -85,13 +145,15 @@ def _logits_run(kernels: RowKernels, p: LogitsPair, coefficient: torch.Tensor) -
             options,
             p.teacher_options,
             p.divergence,
-            Coefficients(coefficient),
+            given,
             grad,
+            compared,
         )
     return stats, grad
 
 
 CUDA = RowKernels(cuda_rows.TOKEN_STATS, cuda_rows.PAIRED_DIVERGENCE)
 TRITON = RowKernels(triton_rows.TOKEN_STATS, triton_rows.PAIRED_DIVERGENCE)
-CUDA_PAIR, TRITON_PAIR = (functools.partial(_pair_run, kernels) for kernels in (CUDA, TRITON))
+CUDA_PAIR = functools.partial(_pair_run, CUDA, device_runs.cuda_linear_fwd)
+TRITON_PAIR = functools.partial(_pair_run, TRITON, device_runs.triton_linear_fwd)
 CUDA_LOGITS, TRITON_LOGITS = (functools.partial(_logits_run, kernels) for kernels in (CUDA, TRITON))

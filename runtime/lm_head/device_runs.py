@@ -15,7 +15,7 @@ from tokfuse.runtime.lm_head import device_head
 from tokfuse.runtime.lm_head.device_head import DeviceHead, RowClasses
 from tokfuse.runtime.lm_head.problem import HeadProblem, Step, StepRun, check_targets, wanted
 from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, coefficients
-from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.inputs import PolicyInputs, may_carry_gradient
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
 
@@ -141,26 +141,6 @@ class StepKernels(NamedTuple):
     objective: RowObjective
     loss: LossRun
     linear: HeadKernels
-
-
-def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
-    """Return False for tokens whose coefficient is 0 for all logits, (tokens,) bool. None means all True.
-
-    The common case is an advantage of zero, often for whole groups. Rows that the clip will stop are not
-    known yet, so they are True. `x` contains the per-token inputs of the objective.
-    """
-    if not objective.shape.zero_without_advantage:
-        return None
-    terms = [x.advantage != 0 if x.token_weight is None else (x.advantage != 0) & (x.token_weight != 0)]
-    for coef, weight in (
-        (0.0 if objective.kl is None else objective.kl.coef, x.kl_weight),
-        (objective.entropy_coef, x.entropy_weight),
-    ):
-        if coef != 0.0 and weight is None:
-            return None
-        if coef != 0.0:
-            terms.append(weight != 0)
-    return torch.stack(terms).any(0)
 
 
 def step_run(kernels: StepKernels) -> StepRun:

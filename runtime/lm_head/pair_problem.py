@@ -5,10 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.runtime.backends.policy_runs import LossRun
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options, check_values
 from tokfuse.runtime.lm_head.problem import GPU_ROWS, HEAD_SCHEMA, MIN_BUDGET, HeadProblem, check_head, check_targets
+from tokfuse.runtime.policy.inputs import PolicyInputs, may_carry_gradient
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.results import PolicyTerms
 
 Stats = tuple[torch.Tensor, ...]
 """divergence, entropy, logp, teacher_logp, top1_agreement: (tokens,) each."""
@@ -140,20 +144,132 @@ class Coefficients(NamedTuple):
         return active
 
 
+class PolicyPart(NamedTuple):
+    """The policy term of a step: its inputs, and how a backend computes it."""
+
+    inputs: PolicyInputs
+    objective: Objective
+    inv_normalizer: float
+    loss: LossRun
+
+    def terms(self, logp: torch.Tensor, entropy: torch.Tensor) -> PolicyTerms:
+        """Return loss, metrics and coefficients; logp and entropy are (tokens,), of every row that counts."""
+        terms = self.loss(logp, entropy, self.inputs, self.objective, self.inv_normalizer)
+        return terms._replace(loss=terms.loss.detach())
+
+    def may_have_gradient(self, tokens: int) -> torch.Tensor | None:
+        """Return False for tokens without a gradient for all logits, (tokens,) bool. None: every token may have one.
+
+        Only for a ratio of tokens: the gradient of a token then depends on that token alone.
+        """
+        i = self.inputs
+        if i.advantage_level == "sequence":
+            assert i.cu_seqlens is not None
+            sizes = i.cu_seqlens.diff()
+            i = i._replace(advantage=i.advantage.repeat_interleave(sizes, output_size=tokens))
+        return may_carry_gradient(i, self.objective)
+
+
+class ChunkPolicy:
+    """The coefficients of a policy term whose ratio is of tokens, chunk of rows by chunk of rows.
+
+    Each chunk evaluates the term on all tokens, of which only the rows so far have a value. That costs a
+    millionth of the chunk's GEMMs, and every aggregation and normaliser has its usual meaning.
+    """
+
+    def __init__(self, part: PolicyPart, tokens: int, device: torch.device) -> None:
+        self.part = part
+        self.logp, self.entropy = (torch.zeros(tokens, dtype=torch.float32, device=device) for _ in range(2))
+
+    def coefficients(
+        self, index: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return d loss / d logp and d loss / d entropy of the rows `index`."""
+        self.logp[index], self.entropy[index] = logp, entropy
+        terms = self.part.terms(self.logp, self.entropy)
+        return terms.d_logp[index], terms.d_entropy[index]
+
+
 Gradients = list[torch.Tensor | None]
-PairRun = Callable[[PairProblem, Coefficients | None], tuple[Stats, Gradients]]
-"""(problem, coefficients) -> (statistics, gradients in the order of `problem.NAMES`).
+PairRun = Callable[[PairProblem, Coefficients | None, PolicyPart | None], tuple[Stats, Gradients]]
+"""(problem, coefficients, policy term) -> (statistics, gradients in the order of `problem.NAMES`).
 
 Without coefficients: the statistics of every row that counts. With them: statistics and gradients
-of the rows that have one, and 0 elsewhere.
+of the rows that have one, and 0 elsewhere. With a policy term, its gradients too, and logp and entropy
+of every row that counts; the coefficients then hold those of the divergence only.
 """
 
 
-LogitsRun = Callable[[LogitsPair, torch.Tensor], tuple[Stats, torch.Tensor]]
-"""(logits of both sides, d loss / d divergence (tokens,)) -> (statistics, d loss / d logits).
+LogitsRun = Callable[[LogitsPair, torch.Tensor, PolicyPart | None], tuple[Stats, torch.Tensor]]
+"""(logits of both sides, d loss / d divergence (tokens,), policy term) -> (statistics, d loss / d logits).
 
-Statistics and gradients of the rows with a coefficient, and 0 elsewhere.
+Rows as in `PairRun`.
 """
+
+
+def policy_first(
+    run: PairRun,
+    forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]],
+    p: PairProblem,
+    given: Coefficients | None,
+    policy: PolicyPart,
+) -> tuple[Stats, Gradients]:
+    """Run a policy term whose ratio is of sequences: the statistics of all tokens, then the step.
+
+    forward: problem -> the outputs of the `token_stats` kernels. The student's logits of the tokens with a
+        gradient are computed twice.
+    """
+    assert given is not None
+    own = forward(p.student)
+    terms = policy.terms(own[0], own[1])
+    stats, gradients = run(p, Coefficients(given.divergence, terms.d_logp, terms.d_entropy), None)
+    return with_student_stats(stats, own, given.divergence), gradients
+
+
+def with_student_stats(stats: Stats, own: tuple[torch.Tensor, ...], coefficient: torch.Tensor) -> Stats:
+    """Return the statistics with logp and entropy of `own`, and the rest only of rows with a coefficient."""
+    active = coefficient != 0
+    divergence, _, _, teacher_logp, top1 = stats
+    kept = (torch.where(active, x, 0.0) for x in (divergence, teacher_logp, top1))
+    value, of_teacher, agreement = kept
+    return value, own[1], own[0], of_teacher, agreement
+
+
+class PairRows(NamedTuple):
+    """Tokens sorted by what they need."""
+
+    order: torch.Tensor
+    """(tokens,) int64."""
+    compared: int
+    """Number of tokens that need both sides; they come first."""
+    gradient: int
+    """Number of tokens up to the last one that may have a gradient of the student's statistics."""
+    forward: int
+    """Number of tokens up to the last one that needs the student's statistics."""
+    keep: torch.Tensor | None
+    """(tokens,) bool, tokens that are needed, if all rows are computed (graph capture). Else None."""
+
+
+def pair_rows(
+    p: PairProblem, given: Coefficients | None, policy: PolicyPart | None, capturing: bool = False
+) -> PairRows:
+    """Sort the tokens. Reads three numbers from the device, unless a CUDA graph is captured."""
+    tokens, mask, device = p.student.tokens, p.student.options.mask, p.student.hidden.device
+    if given is None and mask is None:
+        return PairRows(torch.arange(tokens, device=device), tokens, tokens, tokens, None)
+    needed = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
+    compared = gradient = forward = needed
+    if given is not None:
+        compared = needed & (given.divergence != 0)
+        gradient = forward = needed & given.active()
+        if policy is not None:
+            may = policy.may_have_gradient(tokens)
+            gradient, forward = needed if may is None else needed & (may | compared), needed
+    if capturing:
+        return PairRows(torch.arange(tokens, device=device), tokens, tokens, tokens, forward)
+    rank = 3 - compared.to(torch.int8) - gradient.to(torch.int8) - forward.to(torch.int8)
+    first, second, third = torch.stack([compared.sum(), gradient.sum(), forward.sum()]).tolist()
+    return PairRows(torch.argsort(rank, stable=True), first, second, third, None)
 
 
 def check_pair(

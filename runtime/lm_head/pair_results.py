@@ -1,5 +1,6 @@
 """The result of distill_step, and its metrics."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,9 +8,17 @@ import torch
 
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.statistics import PairedStats
+from tokfuse.runtime.lm_head.pair_problem import PolicyPart
 from tokfuse.runtime.policy.inputs import Normalizer, inverse_of
 from tokfuse.runtime.policy.metrics import NamedMeans
-from tokfuse.runtime.policy.results import Gradients, HeldGradients
+from tokfuse.runtime.policy.results import (
+    Gradients,
+    HeldGradients,
+    PolicyLoss,
+    PolicyTerms,
+    loss_result,
+    sampler_mismatch,
+)
 
 SLOTS = ("tokens", "loss", "divergence", "entropy", "logp_gap", "top1_agreement")
 
@@ -46,7 +55,7 @@ class DistillStep(HeldGradients):
     """What `distill_step` returns."""
 
     loss: torch.Tensor
-    """() float32, loss_sum / normalizer; `loss.backward()` hands out the gradients."""
+    """() float32, loss_sum / normalizer, and the policy term added; `loss.backward()` returns the gradients."""
     divergence: torch.Tensor
     """(tokens,) float32, nats, of the tokens with a weight, 0 elsewhere; detached."""
     loss_sum: torch.Tensor
@@ -55,8 +64,11 @@ class DistillStep(HeldGradients):
     """() float64, this batch's own denominator: tokens that the mask keeps."""
     metrics: DistillMetrics
     stats: PairedStats
-    """Statistics of the tokens with a weight, 0 elsewhere; detached."""
+    """Statistics of the tokens with a weight, 0 elsewhere; detached. With a policy term, logp and entropy are
+    those of all tokens that the mask keeps."""
     _gradients: Gradients
+    policy: PolicyLoss | None = None
+    """Loss, token losses, count and metrics of the policy term, detached; None without an objective."""
 
 
 class TokenWeights(NamedTuple):
@@ -66,13 +78,13 @@ class TokenWeights(NamedTuple):
     """(tokens,), d loss / d divergence; exactly 0 for a token without weight."""
     inverse: float | torch.Tensor
     """1 / normaliser."""
-    count: torch.Tensor
-    """() float64: tokens that the mask keeps."""
+    tokens: torch.Tensor
+    """() float64: how many the mask keeps."""
 
 
 def token_weights(
     op: str,
-    coef: torch.Tensor | None,
+    coef: float | torch.Tensor | None,
     mask: torch.Tensor | None,
     normalizer: Normalizer,
     tokens: int,
@@ -80,9 +92,11 @@ def token_weights(
     dtype: torch.dtype,
 ) -> TokenWeights:
     """Check the weights of the tokens, and combine them."""
-    checks.check_optional(op, "coef", coef, checks.Rows(tokens, "the tokens", device))
-    if coef is not None:
-        checks.check_constant(op, "coef", coef)
+    of_tokens = coef if isinstance(coef, torch.Tensor) else None
+    if of_tokens is not None:
+        checks.check_constant_vector(op, "coef", of_tokens, checks.Rows(tokens, "the tokens", device))
+    elif coef is not None:
+        checks.check_number(op, "coef", coef, -math.inf)
     if mask is None:
         count = torch.full((), tokens, dtype=torch.float64, device=device)
     else:
@@ -90,7 +104,10 @@ def token_weights(
     inverse: float | torch.Tensor = inverse_of(op, normalizer)
     if isinstance(normalizer, str):
         inverse = 1.0 / count.clamp_min(1.0)
-    c = torch.ones(tokens, dtype=torch.float64, device=device) if coef is None else coef.detach().double()
+    if of_tokens is None:
+        c = torch.ones(tokens, dtype=torch.float64, device=device) * (1.0 if coef is None else coef)
+    else:
+        c = of_tokens.detach().double()
     c = c * inverse
     return TokenWeights((c if mask is None else torch.where(mask, c, 0.0)).to(dtype), inverse, count)
 
@@ -106,27 +123,39 @@ def loss_of(stats: tuple[torch.Tensor, ...], coefficient: torch.Tensor) -> torch
 
 
 def distill_result(
-    loss: torch.Tensor, stats: tuple[torch.Tensor, ...], weights: TokenWeights, has_target: bool, gradients: Gradients
+    loss: torch.Tensor,
+    found: tuple[torch.Tensor, ...],
+    weights: TokenWeights,
+    has_target: bool,
+    gradients: Gradients,
+    policy: PolicyPart | None = None,
+    sampler_logp: torch.Tensor | None = None,
 ) -> DistillStep:
     """Assemble the result.
 
     Args:
-        loss: (), wired to autograd.
-        stats: the five fields of `PairedStats`.
+        loss: (), differentiable.
+        found: the five fields of `PairedStats`; with a policy term its loss, token losses and metric sums.
         weights: of the tokens in the loss.
         has_target: whether the caller gave one.
         gradients: by name.
+        policy: the policy term, or None.
+        sampler_logp: (tokens,), for a metric of the policy term.
     """
-    divergence, entropy, logp, teacher_logp, top1_agreement = (x.detach() for x in stats)
+    found = tuple(x.detach() for x in found)
+    divergence, entropy, logp, teacher_logp, top1_agreement = found[:5]
     active = weights.coefficient != 0
-    gap = torch.where(active, logp - teacher_logp, 0.0)
-    total = loss.detach()
-    sums = [active.sum(), total, divergence.double().sum(), entropy.double().sum(), gap.double().sum()]
-    sums.append(top1_agreement.double().sum())
+    gap, of_active = (torch.where(active, x, 0.0) for x in (logp - teacher_logp, entropy))
+    sums = [active.sum(), loss.detach(), *(x.double().sum() for x in (divergence, of_active, gap, top1_agreement))]
     metrics = DistillMetrics(torch.stack([x.double() for x in sums]), has_target)
     paired = PairedStats(
         divergence, entropy, logp if has_target else None, teacher_logp if has_target else None, top1_agreement
     )
-    return DistillStep(
-        loss, divergence, (total.double() / weights.inverse).to(total.dtype), weights.count, metrics, paired, gradients
-    )
+    total = (weighted_sum(divergence, weights.coefficient) / weights.inverse).to(loss.dtype)
+    part = None
+    if policy is not None:
+        of_policy, token_loss, policy_sums = found[5:]
+        terms = PolicyTerms(of_policy, token_loss, token_loss, token_loss, policy_sums)
+        mismatch = sampler_mismatch(sampler_logp, policy.inputs, logp)
+        part = loss_result(terms, policy.inputs, policy.objective, policy.inv_normalizer, True, mismatch)
+    return DistillStep(loss, divergence, total, weights.tokens, metrics, paired, gradients, part)

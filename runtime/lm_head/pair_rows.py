@@ -5,6 +5,7 @@ its logits are first converted to the unit of the student's logits. If the stude
 logits are transformed too, and the gradient is multiplied by the slope (`common_streams`).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ import torch
 from tokfuse.runtime.core.dispatch import Kernels
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.lm_head.pair_problem import Coefficients, Divergence, PairProblem, Stats
+
+LateCoefficients = Callable[[torch.Tensor, torch.Tensor], Coefficients]
+"""(logp, entropy) of the rows -> their coefficients."""
 
 
 class RowKernels(NamedTuple):
@@ -79,14 +83,22 @@ def compare_rows(
     of_p: LogitOptions,
     of_q: LogitOptions,
     divergence: Divergence,
-    given: Coefficients | None,
+    given: Coefficients | LateCoefficients | None,
     out: torch.Tensor | None,
+    compared: torch.Tensor | None = None,
 ) -> tuple[Stats, torch.Tensor | None]:
     """Statistics of rows and, with `out`, their gradient in it; `out` may be `p`, which it overwrites.
 
     The mask of `of_p` counts for both sides; `given` belongs to the rows.
+
+    compared: (rows,) bool, of the rows that count those that need the other side. None: all.
     """
+    of_all = of_p
     stats_p = kernels.stats.forward(p, target, **of_p.without_bias())
+    if callable(given):
+        given = given(stats_p[0], stats_p[1])
+    if compared is not None:
+        of_p = of_p._replace(mask=compared if of_p.mask is None else compared & of_p.mask)
     stats_q = kernels.stats.forward(q, target, **of_q._replace(mask=of_p.mask).without_bias())
     highest_p, highest_q = p.amax(1, keepdim=True), q.amax(1, keepdim=True)
     meet = ((p == highest_p) & (q == highest_q)).any(1) & (highest_p + highest_q > float("-inf"))[:, 0]
@@ -98,7 +110,7 @@ def compare_rows(
     if out is None:
         return stats, None
     assert given is not None
-    more = stats_gradient(kernels, p, target, of_p, stats_p, given)
+    more = stats_gradient(kernels, p, target, of_all, stats_p, given)
     divergence_gradient(kernels, streams, state, given.divergence, divergence, out)
     if more is not None:
         out += more
@@ -112,17 +124,16 @@ def stats_gradient(
     options: LogitOptions,
     stats: tuple[torch.Tensor, ...],
     given: Coefficients,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """The part of the gradient through logp and entropy."""
+    """The part of the gradient through logp and entropy, in `out` if given."""
     if given.logp is None and given.entropy is None:
         return None
     logp, entropy, _, _, _, row_max, inv_sum = stats
     assert kernels.stats.backward is not None
     zero = torch.zeros_like(logp)
     ga, gh = (zero if x is None else x for x in (given.logp, given.entropy))
-    return kernels.stats.backward(
-        p, target, row_max, inv_sum, logp, entropy, ga, gh, out=None, **options.without_bias()
-    )
+    return kernels.stats.backward(p, target, row_max, inv_sum, logp, entropy, ga, gh, out=out, **options.without_bias())
 
 
 def divergence_gradient(

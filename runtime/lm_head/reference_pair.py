@@ -8,9 +8,11 @@ from tokfuse.runtime.backends.reference_policy import usable_by_autograd
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.lm_head.pair_problem import (
     Coefficients,
+    Divergence,
     Gradients,
     LogitsPair,
     PairProblem,
+    PolicyPart,
     Stats,
     Teacher,
     check_logits_values,
@@ -18,18 +20,51 @@ from tokfuse.runtime.lm_head.pair_problem import (
 )
 from tokfuse.runtime.lm_head.pair_results import weighted_sum
 from tokfuse.runtime.lm_head.problem import wanted
+from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.reference import linear_paired_divergence as reference
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 
-def exact(p: PairProblem) -> Stats:
-    """The statistics in float64, differentiable in the student."""
+def exact(p: PairProblem, compared: torch.Tensor | None = None) -> Stats:
+    """The statistics in float64, differentiable in the student.
+
+    compared: (tokens,) bool. logp and entropy then belong to all rows that count, the rest to these.
+    """
     s, t = p.student, p.teacher
     if not torch.compiler.is_compiling():
         check_values_of(p)
     logits = linear_reference.logits_of(s.hidden, s.weight, s.bias)
-    return reference.exact(logits, teacher_logits(t), s.target, s.options, t.options, p.op, **p.divergence._asdict())
+    return _exact(logits, teacher_logits(t), s.target, s.options, t.options, p.divergence, p.op, compared)
+
+
+def _exact(
+    logits: torch.Tensor,
+    of_teacher: torch.Tensor,
+    target: torch.Tensor,
+    options: LogitOptions,
+    teacher_options: LogitOptions,
+    divergence: Divergence,
+    op: str,
+    compared: torch.Tensor | None,
+) -> Stats:
+    of_both = options if compared is None else _only(options, compared)
+    stats = reference.exact(logits, of_teacher, target, of_both, teacher_options, op, **divergence._asdict())
+    if compared is None:
+        return stats
+    own = stats_reference.exact(logits, target, op=op, **options.without_bias())
+    return stats[0], own[1], own[0], *stats[3:]
+
+
+def loss(stats: Stats, given: Coefficients, policy: PolicyPart | None) -> torch.Tensor:
+    """The weighted sum of the statistics and the policy term, () float64, differentiable."""
+    pairs = zip((stats[0], stats[2], stats[1]), given, strict=True)
+    total = torch.stack([weighted_sum(x, usable_by_autograd(c)) for x, c in pairs if c is not None]).sum()
+    if policy is None:
+        return total
+    inputs = PolicyInputs(*map(usable_by_autograd, policy.inputs))
+    terms = policy.loss(stats[2], stats[1], inputs, policy.objective, policy.inv_normalizer)
+    return total + terms.loss.double()
 
 
 def teacher_logits(t: Teacher) -> torch.Tensor:
@@ -41,10 +76,13 @@ def teacher_logits(t: Teacher) -> torch.Tensor:
     return linear_reference.logits_of(t.hidden.detach(), t.weight.detach(), bias)
 
 
-def pair_run(p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradients]:
+def pair_run(p: PairProblem, given: Coefficients | None, policy: PolicyPart | None) -> tuple[Stats, Gradients]:
     """A `PairRun`."""
     needs = (False, False, False) if given is None else wanted(p.student)
-    if given is not None:
+    compared = None
+    if given is not None and policy is not None:
+        compared = usable_by_autograd(given.divergence) != 0
+    elif given is not None:
         p = p._replace(student=p.student._replace(options=_only(p.student.options, given.active())))
     with torch.inference_mode(False), torch.enable_grad():
         s, t = p.student, p.teacher
@@ -63,36 +101,35 @@ def pair_run(p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradien
             usable_by_autograd(t.logits),
             LogitOptions(*map(usable_by_autograd, t.options)),
         )
-        stats = exact(p._replace(student=student, teacher=teacher))
+        stats = exact(p._replace(student=student, teacher=teacher), compared)
         found: Iterator[torch.Tensor] = iter(())
         if given is not None and any(needs):
             asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
-            pairs = zip((stats[0], stats[2], stats[1]), given, strict=True)
-            total = torch.stack([weighted_sum(x, usable_by_autograd(c)) for x, c in pairs if c is not None]).sum()
+            total = loss(stats, given, policy)
             found = iter(torch.autograd.grad(total, asked, allow_unused=True, materialize_grads=True))
     grads: Gradients = [next(found) if need else None for need in needs]
     return stats_reference.rounded((x.detach() for x in stats), p.student.hidden.dtype), grads
 
 
-def exact_of_logits(p: LogitsPair, op: str) -> Stats:
-    """The statistics in float64, differentiable in the logits of the student."""
+def exact_of_logits(p: LogitsPair, op: str, compared: torch.Tensor | None = None) -> Stats:
+    """As `exact`, differentiable in the logits of the student."""
     if not torch.compiler.is_compiling():
         check_logits_values(op, p)
-    return reference.exact(
-        p.logits, p.teacher_logits, p.target, p.options, p.teacher_options, op, **p.divergence._asdict()
-    )
+    return _exact(p.logits, p.teacher_logits, p.target, p.options, p.teacher_options, p.divergence, op, compared)
 
 
-def logits_run(p: LogitsPair, coefficient: torch.Tensor) -> tuple[Stats, torch.Tensor]:
+def logits_run(p: LogitsPair, coefficient: torch.Tensor, policy: PolicyPart | None) -> tuple[Stats, torch.Tensor]:
     """A `LogitsRun`."""
     with torch.inference_mode(False), torch.enable_grad():
         logits = usable_by_autograd(p.logits.detach()).requires_grad_()
-        options = LogitOptions(*map(usable_by_autograd, _only(p.options, coefficient != 0)))
+        of_rows = _only(p.options, coefficient != 0) if policy is None else p.options
+        options = LogitOptions(*map(usable_by_autograd, of_rows))
         teacher_options = LogitOptions(*map(usable_by_autograd, p.teacher_options))
         teacher_logits, target, c = map(usable_by_autograd, (p.teacher_logits, p.target, coefficient))
         pair = LogitsPair(logits, teacher_logits, target, options, teacher_options, p.divergence)
-        stats = exact_of_logits(pair, "distill_step")
-        (grad,) = torch.autograd.grad(weighted_sum(stats[0], c), logits)
+        stats = exact_of_logits(pair, "distill_step", None if policy is None else c != 0)
+        total = loss(stats, Coefficients(c), policy)
+        (grad,) = torch.autograd.grad(total, logits, allow_unused=True, materialize_grads=True)
     return stats_reference.rounded((x.detach() for x in stats), p.logits.dtype), grad
 
 

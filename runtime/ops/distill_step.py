@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tokfuse.runtime.backends.policy_runs import LossRun
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
@@ -24,6 +25,7 @@ from tokfuse.runtime.lm_head.pair_problem import (
     LogitsRun,
     PairProblem,
     PairRun,
+    PolicyPart,
     Stats,
     Teacher,
     check_pair,
@@ -32,8 +34,14 @@ from tokfuse.runtime.lm_head.pair_problem import (
 from tokfuse.runtime.lm_head.pair_results import DistillStep, distill_result, loss_of, token_weights
 from tokfuse.runtime.lm_head.problem import NAMES, wanted
 from tokfuse.runtime.ops import linear_paired_divergence as linear
-from tokfuse.runtime.policy.inputs import Normalizer
+from tokfuse.runtime.ops import policy_loss as losses
+from tokfuse.runtime.policy import inputs as policy_inputs
+from tokfuse.runtime.policy.graph_form import checked_inverse, flat_objective, objective_of
+from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
+from tokfuse.runtime.policy.metrics import SLOTS
+from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
+from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference.token_stats import result_dtype
 
 OP = "distill_step"
@@ -53,10 +61,21 @@ def distill_step(
     kind: str,
     beta: float = BETA,
     alpha: float = ALPHA,
-    coef: torch.Tensor | None = None,
+    coef: float | torch.Tensor | None = None,
+    objective: Objective | None = None,
+    advantage: torch.Tensor | None = None,
+    old_logp: torch.Tensor | None = None,
     target: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     normalizer: Normalizer = None,
+    ref_logp: torch.Tensor | None = None,
+    sampler_logp: torch.Tensor | None = None,
+    advantage_level: str = "token",
+    token_weight: torch.Tensor | None = None,
+    signal: torch.Tensor | None = None,
+    kl_weight: torch.Tensor | None = None,
+    entropy_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -71,6 +90,10 @@ def distill_step(
     `linear_paired_divergence` from hidden states and of `paired_divergence` from logits. It equals
     the composition of these ops. The gradient is computed in the forward, so no GEMM runs twice;
     `step.loss.backward()` returns it. P is the student's distribution, Q the teacher's.
+
+    With an `objective` the loss of `policy_step` is added, from the same logits: reinforcement learning
+    and distillation in one pass. The arguments from `advantage` to `entropy_weight` are those of
+    `policy_step` and belong to the objective.
 
     The direction of a KL is its `kind`: "kl_forward" is KL(Q || P), TRL's and GKD's beta = 0;
     "kl_reverse" is KL(P || Q), their beta = 1.
@@ -92,13 +115,26 @@ def distill_step(
         beta: weight of the teacher in the mixture of "jsd", in (0, 1).
         alpha: for the skew kinds, weight in the mixture of the distribution whose average is taken, in
             (0, 1): the teacher for "skew_forward", the student for "skew_reverse".
-        coef: (tokens,) weight of each token's divergence. None: 1. A token with weight 0 costs
-            nothing, not even its logits.
+        coef: weight of the divergence, a number or (tokens,). None: 1. A token with weight 0 needs no
+            logits of the teacher; without an objective it costs nothing.
+        objective: an `Objective`, whose loss is added. None: no policy term.
+        advantage: (tokens,), or (seqs,) with advantage_level="sequence". Needed by an objective.
+        old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
+            policy, and every ratio is 1.
         target: (tokens,) int64, the sampled token, for the log-probabilities in `stats` and
-            `metrics`. None: they are not returned.
+            `metrics`. Needed by an objective. None: they are not returned.
         mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
-        normalizer: None: no division. A number or 0-dim tensor: divides (global token count).
-            "batch": the number of tokens that the mask keeps, whatever their weight.
+        cu_seqlens: (seqs + 1,) int32 packing offsets, if the objective or advantage_level uses sequences.
+        normalizer: divides both terms. None: no division. A number or 0-dim tensor: the global count.
+            "batch": the number of tokens that the mask keeps, whatever their weight; the policy term is
+            divided by its own count, which for some aggregations is that of the sequences.
+        ref_logp: (tokens,), nats, for a KL term of the objective. The divergence needs none.
+        sampler_logp: (tokens,), nats, from the rollout engine. Adds the metric sampler_kl_k3.
+        advantage_level: "token" or "sequence".
+        token_weight: (tokens,). Multiplies the policy term without its KL and entropy terms.
+        signal: (tokens,). Target signal or success rate, for the shapes that need one.
+        kl_weight: (tokens,). Multiplies the KL term of the objective.
+        entropy_weight: (tokens,). Multiplies the entropy term of the objective.
         temperature: a number, or (tokens,) one per row; > 0. Divides the student's logits. No factor
             of temperature squared is applied: pass it in `coef`.
         softcap: cap of the tanh soft-cap (Gemma) of the student, > 0. None: no cap.
@@ -112,6 +148,7 @@ def distill_step(
     Returns:
         DistillStep. Gradients of `loss` (normaliser included) for hidden, weight and bias where they
         require grad; from logits always. Statistics and metrics are of the tokens with a weight.
+        `step.policy` has loss and metrics of the policy term.
 
     Numerics: as `linear_paired_divergence` and `paired_divergence`; grad_weight accumulated in
         float32. A row of infinite KL has a zero gradient and makes the loss infinite. Bitwise
@@ -123,7 +160,10 @@ def distill_step(
         logits are stored in the memory of the weight's gradient, and only the teacher's need the
         workspace. From logits, the CPU reads both sides once and writes the gradient once. On a GPU,
         entropy, log-probabilities and top-1 agreement cost up to three more reads per side. The
-        gradients are stored until `loss.backward()` returns them.
+        gradients are stored until `loss.backward()` returns them. An objective costs one more read of
+        the student's logits of a chunk. Tokens with a weight of the divergence need both sides, other
+        tokens the student alone; those without a gradient (advantage 0) only its statistics. If the
+        ratio is of sequences, all statistics come first: 2 T V H operations more.
 
     Examples:
         >>> logits = torch.zeros(2, 4, requires_grad=True)
@@ -136,7 +176,8 @@ def distill_step(
         tensor([-0.2306,  0.0769,  0.0769,  0.0769])
 
     Raises:
-        ValueError: as `linear_paired_divergence`; neither or both of logits and hidden.
+        ValueError: as `linear_paired_divergence`; neither or both of logits and hidden; an input that
+            the objective needs but does not get, or gets but does not use.
 
     Source: full-vocabulary distillation on the student's own samples as GKD (arXiv 2306.13649) and
         MiniLLM (arXiv 2306.08543); gradients in the forward as Liger's and Fast-LLM's heads. Exact.
@@ -157,12 +198,42 @@ def distill_step(
         problem = check_pair(OP, hidden, weight, bias, target, options, teacher, divergence, memory_budget)
         rows, device, dtype = hidden.shape[0], hidden.device, hidden.dtype
     w = token_weights(OP, coef, mask, normalizer, rows, device, result_dtype(dtype))
+    given_inputs = (advantage, old_logp, cu_seqlens, token_weight, signal, ref_logp, kl_weight, entropy_weight)
+    named = dict(zip(POLICY_INPUTS, given_inputs, strict=True))
+    policy = None
+    if objective is None:
+        level = None if advantage_level == "token" else advantage_level
+        checks.check_unused(OP, "objective=None", **named, sampler_logp=sampler_logp, advantage_level=level)
+    else:
+        checks.check_given(OP, "objective=", target=target, advantage=advantage)
+        inputs = PolicyInputs(advantage_level=advantage_level, mask=mask, **named)  # type: ignore[arg-type]
+        policy_inputs.check_inputs(OP, inputs, objective, rows, device, has_entropy=True)
+        policy_inputs.check_sampler(OP, sampler_logp, rows, device)
+        inverse = inverse_normalizer(OP, normalizer, objective)
+        policy = PolicyPart(inputs, objective, inverse, _loss_run(objective, device, dtype))
     gradients: Gradients = {}
     if logits is not None:
-        loss, *stats = _from_logits(pair, w.coefficient, gradients)
+        loss, *found = _from_logits(pair, w.coefficient, policy, gradients)
     else:
-        loss, *stats = _from_hidden(problem, w.coefficient, gradients)
-    return distill_result(loss, tuple(stats), w, has_target, gradients)
+        loss, *found = _from_hidden(problem, w.coefficient, policy, gradients)
+    return distill_result(loss, tuple(found), w, has_target, gradients, policy, sampler_logp)
+
+
+POLICY_INPUTS = (
+    "advantage",
+    "old_logp",
+    "cu_seqlens",
+    "token_weight",
+    "signal",
+    "ref_logp",
+    "kl_weight",
+    "entropy_weight",
+)
+
+
+def _loss_run(objective: Objective, device: torch.device, dtype: torch.dtype) -> LossRun:
+    run: LossRun = select(losses.OP, device.type, result_dtype(dtype), objective.features()).run
+    return run
 
 
 def _check_logits(
@@ -180,73 +251,125 @@ def _check_logits(
     return LogitsPair(logits, teacher.logits, target, options, teacher.options, divergence)
 
 
+def _with_loss(stats: Stats, c: torch.Tensor, policy: PolicyPart | None) -> list[torch.Tensor]:
+    """Return the loss, the statistics, and of a policy term its loss, token losses and metric sums."""
+    loss = loss_of(stats, c)
+    if policy is None:
+        return [loss, *stats]
+    terms = policy.terms(stats[2], stats[1])
+    return [loss + terms.loss.to(loss.dtype), *stats, terms.loss, terms.token_loss, terms.sums]
+
+
+def _traced(stats: Stats, c: torch.Tensor, policy: PolicyPart | None) -> Sequence[torch.Tensor]:
+    """Return the same on the reference under torch.compile, which derives the backward."""
+    loss = reference_pair.loss(stats, Coefficients(c), policy).to(c.dtype)
+    rounded = [x.detach().to(c.dtype) for x in stats]
+    of_all = () if policy is None else (1, 2)  # entropy and logp
+    rounded = [x if i in of_all else torch.where(c != 0, x, 0.0) for i, x in enumerate(rounded)]
+    return loss, *_with_loss(tuple(rounded), c, policy)[1:]
+
+
+# --------------------------------------------------------------------------------- policy, compiled
+
+POLICY_SCHEMA = (
+    ", ".join(f"Tensor? {name}" for name in POLICY_INPUTS)
+    + ", str advantage_level, str objective, float[] coefficients, float inv_normalizer"
+)
+POLICY_ARGUMENTS = len(POLICY_INPUTS) + 4
+
+
+def _flat_policy(policy: PolicyPart | None) -> tuple[Any, ...]:
+    """Return the values of `POLICY_SCHEMA`; without a policy term the objective is empty."""
+    if policy is None:
+        return (*(None,) * len(POLICY_INPUTS), "token", "", [], 1.0)
+    inputs = policy.inputs
+    tensors = (getattr(inputs, name) for name in POLICY_INPUTS)
+    return (*tensors, inputs.advantage_level, *flat_objective(policy.objective), policy.inv_normalizer)
+
+
+def _policy_of(flat: Sequence[Any], mask: torch.Tensor | None, like: torch.Tensor) -> PolicyPart | None:
+    """Undo `_flat_policy`."""
+    *tensors, level, form, coefficients, inverse = flat
+    if not form:
+        return None
+    named = dict(zip(POLICY_INPUTS, tensors, strict=True))
+    inputs = PolicyInputs(advantage_level=level, mask=mask, **named)
+    objective = objective_of(form, coefficients)
+    return PolicyPart(inputs, objective, checked_inverse(OP, inverse), _loss_run(objective, like.device, like.dtype))
+
+
+def _fake_results(like: torch.Tensor, form: str) -> list[torch.Tensor]:
+    """Return the tensors of `_with_loss` without their values."""
+    tokens, float32 = like.shape[0], torch.float32
+    out = [like.new_empty((), dtype=float32), *(like.new_empty(tokens, dtype=float32) for _ in range(5))]
+    if not form:
+        return out
+    sums = like.new_empty(len(SLOTS), dtype=torch.float64)
+    return [*out, like.new_empty((), dtype=float32), like.new_empty(tokens, dtype=float32), sums]
+
+
 # ----------------------------------------------------------------------------------- from hidden
 
 
-def _from_hidden(p: PairProblem, c: torch.Tensor, gradients: Gradients) -> Sequence[torch.Tensor]:
-    """Loss, wired to autograd, and statistics."""
+def _from_hidden(
+    p: PairProblem, c: torch.Tensor, policy: PolicyPart | None, gradients: Gradients
+) -> Sequence[torch.Tensor]:
+    """Return the results of `_with_loss`; the loss is differentiable."""
     s = p.student
-    capability = select(linear.OP, s.hidden.device.type, s.hidden.dtype, p.features())
+    features = p.features() if policy is None else policy.objective.features(p.features())
+    capability = select(linear.OP, s.hidden.device.type, s.hidden.dtype, features)
     if not torch.is_grad_enabled():
         p = p._replace(student=s._replace(needs=(False, False, False)))
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
-            return _traced(reference_pair.exact(p), c)
+            return _traced(reference_pair.exact(p, None if policy is None else c != 0), c, policy)
         needs = wanted(p.student)
-        found: list[torch.Tensor] = _hidden_op(*p.flat(), c, *needs)
-        held = (x if need else None for x, need in zip(found[6:], needs, strict=True))
+        found: list[torch.Tensor] = _hidden_op(*p.flat(), c, *_flat_policy(policy), *needs)
+        held = (x if need else None for x, need in zip(found[-3:], needs, strict=True))
         gradients.update(zip(NAMES, held, strict=True))
-        return found[:6]
+        return found[:-3]
     run: PairRun = capability.run
 
     def compute() -> Computed:
-        stats, grads = run(p, Coefficients(c))
-        return loss_of(stats, c), stats, grads
+        stats, grads = run(p, Coefficients(c), policy)
+        loss, *others = _with_loss(stats, c, policy)
+        return loss, others, grads
 
     leaves = dict(zip(NAMES, (s.hidden, s.weight, s.bias), strict=True))
     return with_gradients(OP, leaves, compute, gradients)
 
 
-def _traced(stats: Stats, c: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return loss and statistics on the reference under torch.compile, which derives the backward."""
-    active = c != 0
-    rounded = (torch.where(active, x.detach(), 0.0).to(c.dtype) for x in stats)
-    return loss_of(stats, c), *rounded
-
-
 @graph_op(
     "tokfuse::distill_step_hidden",
-    f"({PAIR_SCHEMA}, Tensor coefficient, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+    f"({PAIR_SCHEMA}, Tensor coefficient, {POLICY_SCHEMA}, bool needs_hidden, bool needs_weight, bool needs_bias)"
+    " -> Tensor[]",
 )
 @ranged("distill_step.fwd")
 def _hidden_op(*arguments: Any) -> list[torch.Tensor]:
-    p, (c, *needs) = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[PAIR_ARGUMENTS:]
+    p, (c, *rest) = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[PAIR_ARGUMENTS:]
+    flat, needs = rest[:POLICY_ARGUMENTS], rest[POLICY_ARGUMENTS:]
     s = p.student._replace(needs=(needs[0], needs[1], needs[2]))
+    policy = _policy_of(flat, s.options.mask, s.hidden)
     run: PairRun = select(linear.OP, s.hidden.device.type, s.hidden.dtype, p.features()).run
-    stats, grads = run(p._replace(student=s), Coefficients(c))
-    return [loss_of(stats, c), *stats, *(s.hidden.new_empty(0) if x is None else x for x in grads)]
+    stats, grads = run(p._replace(student=s), Coefficients(c), policy)
+    return [*_with_loss(stats, c, policy), *(s.hidden.new_empty(0) if x is None else x for x in grads)]
 
 
 @_hidden_op.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> list[torch.Tensor]:
     likes = zip((hidden, weight, bias), rest[-3:], strict=True)
     grads = [x.new_empty(x.shape) if x is not None and need else hidden.new_empty(0) for x, need in likes]
-    return [*_fake_stats(hidden), *grads]
-
-
-def _fake_stats(like: torch.Tensor) -> list[torch.Tensor]:
-    """Loss and statistics without their values."""
-    stats = [like.new_empty(like.shape[0], dtype=torch.float32) for _ in range(5)]
-    return [like.new_empty((), dtype=torch.float32), *stats]
+    return [*_fake_results(hidden, rest[-6]), *grads]
 
 
 def _setup_hidden(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    ctx.save_for_backward(*output[6:])
+    ctx.save_for_backward(*output[-3:])
 
 
 def _hidden_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-    return (*(g * grads[0].to(g.dtype) if need else None for g, need in pairs), *(None,) * (PAIR_ARGUMENTS + 1))
+    nothing = (None,) * (PAIR_ARGUMENTS + 1 + POLICY_ARGUMENTS)
+    return (*(g * grads[0].to(g.dtype) if need else None for g, need in pairs), *nothing)
 
 
 _hidden_op.register_autograd(_hidden_backward, setup_context=_setup_hidden)
@@ -255,20 +378,24 @@ _hidden_op.register_autograd(_hidden_backward, setup_context=_setup_hidden)
 # ----------------------------------------------------------------------------------- from logits
 
 
-def _from_logits(p: LogitsPair, c: torch.Tensor, gradients: Gradients) -> Sequence[torch.Tensor]:
-    """Loss, wired to autograd, and statistics."""
-    capability = select(OP, p.logits.device.type, p.logits.dtype, p.features())
+def _from_logits(
+    p: LogitsPair, c: torch.Tensor, policy: PolicyPart | None, gradients: Gradients
+) -> Sequence[torch.Tensor]:
+    """Return the results of `_with_loss`; the loss is differentiable."""
+    features = p.features() if policy is None else policy.objective.features(p.features())
+    capability = select(OP, p.logits.device.type, p.logits.dtype, features)
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
-            return _traced(reference_pair.exact_of_logits(p, OP), c)
-        found: list[torch.Tensor] = _logits_op(*p.flat(), c)
-        gradients["logits"] = found[6]
-        return found[:6]
+            return _traced(reference_pair.exact_of_logits(p, OP, None if policy is None else c != 0), c, policy)
+        found: list[torch.Tensor] = _logits_op(*p.flat(), c, *_flat_policy(policy))
+        gradients["logits"] = found[-1]
+        return found[:-1]
     run: LogitsRun = capability.run
 
     def compute() -> Computed:
-        stats, grad = run(p, c)
-        return loss_of(stats, c), stats, [grad]
+        stats, grad = run(p, c, policy)
+        loss, *others = _with_loss(stats, c, policy)
+        return loss, others, [grad]
 
     return with_gradients(OP, {"logits": p.logits}, compute, gradients)
 
@@ -276,30 +403,32 @@ def _from_logits(p: LogitsPair, c: torch.Tensor, gradients: Gradients) -> Sequen
 register_cpu(OP, cpu_pair.logits_run, FLOAT_DTYPES, "softcap")
 register_cuda(OP, device_pair.CUDA_LOGITS, FLOAT_DTYPES, "softcap")
 register_triton(OP, device_pair.TRITON_LOGITS, FLOAT_DTYPES, "softcap")
-register_reference(OP, reference_pair.logits_run, "softcap")
+register_reference(OP, reference_pair.logits_run, "softcap", WITHOUT_KERNELS)
 
 
-@graph_op("tokfuse::distill_step", f"({LOGITS_PAIR_SCHEMA}, Tensor coefficient) -> Tensor[]")
+@graph_op("tokfuse::distill_step", f"({LOGITS_PAIR_SCHEMA}, Tensor coefficient, {POLICY_SCHEMA}) -> Tensor[]")
 @ranged("distill_step.fwd")
 def _logits_op(*arguments: Any) -> list[torch.Tensor]:
-    p, c = LogitsPair.from_flat(*arguments[:-1]), arguments[-1]
+    flat, c = arguments[-POLICY_ARGUMENTS:], arguments[-POLICY_ARGUMENTS - 1]
+    p = LogitsPair.from_flat(*arguments[: -POLICY_ARGUMENTS - 1])
+    policy = _policy_of(flat, p.options.mask, p.logits)
     run: LogitsRun = select(OP, p.logits.device.type, p.logits.dtype, p.features()).run
-    stats, grad = run(p, c)
-    return [loss_of(stats, c), *stats, grad]
+    stats, grad = run(p, c, policy)
+    return [*_with_loss(stats, c, policy), grad]
 
 
 @_logits_op.register_fake
-def _(logits: torch.Tensor, *_: Any) -> list[torch.Tensor]:
-    return [*_fake_stats(logits), logits.new_empty(logits.shape)]
+def _(logits: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+    return [*_fake_results(logits, rest[-3]), logits.new_empty(logits.shape)]
 
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    ctx.save_for_backward(output[6])
+    ctx.save_for_backward(output[-1])
 
 
 def _logits_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     (grad,) = ctx.saved_tensors
-    return (grad * grads[0].to(grad.dtype), *(None,) * 14)
+    return (grad * grads[0].to(grad.dtype), *(None,) * (14 + POLICY_ARGUMENTS))
 
 
 _logits_op.register_autograd(_logits_backward, setup_context=_setup_logits)

@@ -22,6 +22,7 @@ from tokfuse.runtime.lm_head.pair_problem import (
     Teacher,
     check_pair,
 )
+from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 OP = "linear_paired_divergence"
@@ -151,13 +152,13 @@ def _forward(p: PairProblem) -> PairedStats:
     wants = any(x is not None and x.requires_grad for x in (s.hidden, s.weight, s.bias))
     if wants and torch.is_grad_enabled():
         return PairedStats(*_PairFunction.apply(s.hidden, s.weight, s.bias, p, run))
-    return PairedStats(*run(p, None)[0])
+    return PairedStats(*run(p, None, None)[0])
 
 
 register_cpu(OP, cpu_pair.pair_run, FLOAT_DTYPES, "softcap")
 register_cuda(OP, device_pair.CUDA_PAIR, FLOAT_DTYPES, "softcap")
 register_triton(OP, device_pair.TRITON_PAIR, FLOAT_DTYPES, "softcap")
-register_reference(OP, reference_pair.pair_run, "softcap")
+register_reference(OP, reference_pair.pair_run, "softcap", WITHOUT_KERNELS)
 
 
 # ------------------------------------------------------------------------------- autograd, compile
@@ -178,7 +179,7 @@ class _PairFunction(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p: PairProblem, run: PairRun
     ) -> tuple[torch.Tensor, ...]:
-        stats, _ = run(p, None)
+        stats, _ = run(p, None, None)
         save_flat(ctx, p.flat())
         ctx.run = run
         ctx.set_materialize_grads(False)
@@ -194,7 +195,7 @@ class _PairFunction(torch.autograd.Function):
         if given is None:
             return None, None, None, None, None
         needs = tuple(ctx.needs_input_grad[:3])
-        return (*ctx.run(p._replace(student=p.student._replace(needs=needs)), given)[1], None, None)
+        return (*ctx.run(p._replace(student=p.student._replace(needs=needs)), given, None)[1], None, None)
 
 
 def _run_of(p: PairProblem) -> PairRun:
@@ -206,7 +207,7 @@ def _run_of(p: PairProblem) -> PairRun:
 @ranged("linear_paired_divergence.fwd")
 def _pair_op(*flat: Any) -> tuple[torch.Tensor, ...]:
     p = PairProblem.from_flat(OP, *flat)
-    return _run_of(p)(p, None)[0]
+    return _run_of(p)(p, None, None)[0]
 
 
 @_pair_op.register_fake
@@ -223,7 +224,7 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 def _pair_backward_op(*arguments: Any) -> list[torch.Tensor]:
     p, needs = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[-3:]
     given = given_by(arguments[PAIR_ARGUMENTS:-3], p.student.hidden)
-    grads = _run_of(p)(p._replace(student=p.student._replace(needs=needs)), given)[1]
+    grads = _run_of(p)(p._replace(student=p.student._replace(needs=needs)), given, None)[1]
     return [p.student.hidden.new_empty(0) if x is None else x for x in grads]
 
 

@@ -1,7 +1,7 @@
 """The inputs of an objective: their record, their checks, and their form for kernels on a device."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -152,6 +152,26 @@ def inverse_of(op: str, normalizer: Normalizer) -> float:
     if torch.compiler.is_compiling():
         return 1.0 / graph_number(normalizer)  # type: ignore[return-value]
     return 1.0 / number
+
+
+def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
+    """Return False for tokens whose coefficient is 0 for all logits, (tokens,) bool. None means all True.
+
+    The common case is an advantage of zero, often for whole groups. Rows that the clip will stop are not
+    known yet, so they are True. `x` contains the per-token inputs of the objective.
+    """
+    if not objective.shape.zero_without_advantage:
+        return None
+    terms = [x.advantage != 0 if x.token_weight is None else (x.advantage != 0) & (x.token_weight != 0)]
+    for coef, weight in (
+        (0.0 if objective.kl is None else objective.kl.coef, x.kl_weight),
+        (objective.entropy_coef, x.entropy_weight),
+    ):
+        if coef != 0.0 and weight is None:
+            return None
+        if coef != 0.0:
+            terms.append(weight != 0)
+    return torch.stack(terms).any(0)
 
 
 # ------------------------------------------------------------------------------- device kernels

@@ -134,3 +134,37 @@ def test_a_captured_step_masks_what_it_cannot_leave_out(backend: Backend, monkey
     for a, b in zip(got, want, strict=True):
         compare(a, b, atol=1e-6 * float(b.abs().max()))
     assert bits(got[2][1]) == bits(torch.zeros(HIDDEN))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("source", ["hidden", "logits", "captured"])
+def test_a_policy_term(source: str, level: str, backend: Backend, monkeypatch):
+    """Against the reference: tokens of both sides, of the student alone, of no gradient, masked ones."""
+    case = case_of(torch.float32)
+    given = {"advantage": torch.tensor([1.0, -0.7, 0.0, 0.4, 1.0]), "old_logp": torch.full((TOKENS,), -5.0)}
+    given |= {"objective": tokfuse.Objective(level=level), "cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32)}
+    given |= {"coef": torch.tensor([0.5, 0.0, 0.0, 1.0, 1.0]), "mask": torch.arange(TOKENS) != 4, "normalizer": 3.0}
+    given |= {"target": case.target, "kind": "jsd"}
+    tensors = {n: getattr(case, n) for n in PairCase._fields[:-1]}
+    if source == "logits":
+        tensors = dict(zip(("logits", "teacher_logits"), (x.float() for x in logits_of(case)), strict=True))
+    if source == "captured":
+        monkeypatch.setattr(device_head, "capturing", lambda x: True)
+    names = ("logits",) if source == "logits" else LEAVES
+
+    def run(name: str, put):
+        with tokfuse.backend(name):
+            own = {n: put(x).detach().clone() for n, x in tensors.items()}
+            leaves = [own[n].requires_grad_() for n in names]
+            budget = {} if source == "logits" else {"memory_budget": 5_000}
+            step = tokfuse.distill_step(**own, **{n: put(x) for n, x in given.items()}, **budget)
+            step.loss.backward()
+            stats = [step.loss.detach(), step.policy.token_loss, *step.stats]
+            return stats, [x.grad for x in leaves], step.policy.metrics.mean()
+
+    (got, grads, metrics), (want, truth, of_reference) = run(backend.name, backend.put), run("reference", lambda x: x)
+    for a, b in zip(got, want, strict=True):
+        compare(a, b, atol=8e-6, rtol=8e-6)
+    for a, b, name in zip(grads, truth, names, strict=True):
+        compare(a, b, atol=1e-5 * float(b.abs().max()), what=name)
+    assert metrics == pytest.approx(of_reference, rel=1e-4, abs=1e-4)

@@ -16,8 +16,9 @@ from logit_cases import FORWARD_ATOL
 import tokfuse
 from tokfuse import KL, Objective, PPOClip, Quadratic
 from tokfuse.influence import InfluenceSpec
-from tokfuse.runtime.lm_head import device_head, device_runs
+from tokfuse.runtime.lm_head import device_head
 from tokfuse.runtime.lm_head.problem import HeadProblem
+from tokfuse.runtime.policy import inputs as policy_inputs
 
 launch = pytest.importorskip("tokfuse.triton_kernels.launch")
 for _kernel in ("head_gradient", "linear_token_stats", "policy_step", "token_stats"):
@@ -391,7 +392,7 @@ def test_what_may_carry_gradient(objective: Objective, given, expected):
     module = importlib.import_module("tokfuse.triton_kernels.objective")
     vectors = {name: torch.tensor(value) for name, value in given.items()}
     x = module.TokenPointers(*[None] * 9)._replace(advantage=torch.tensor([1.0, 0.0, -1.0]))
-    found = device_runs.may_carry_gradient(x._replace(**vectors), objective)
+    found = policy_inputs.may_carry_gradient(x._replace(**vectors), objective)
     assert (None if found is None else found.tolist()) == expected
 
 

@@ -662,8 +662,8 @@ ROWS: tuple[Row, ...] = (
         "head",
         lambda p: _heads(p) | _weights(p),
         ("hidden", "weight", "bias"),
-        PAIR_OPTIONS,
-        rich=("teacher_logits",),
+        PAIR_OPTIONS | {"policy": Option(_policy)},
+        rich=("teacher_logits", "policy"),
     ),
     Row(
         "distill_step",
@@ -680,8 +680,9 @@ ROWS: tuple[Row, ...] = (
             "reverse": _constant(kind="kl_reverse"),
             "beta": _constant(beta=0.2, coef=None, mask=None, normalizer=None),
             "tvd": _constant(kind="tvd"),
+            "policy": Option(_policy),
         },
-        rich=("softcap",),
+        rich=("softcap", "policy"),
     ),
     Row(
         "policy_loss",
