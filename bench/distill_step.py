@@ -6,8 +6,11 @@ teacher's hidden size relative to the student's ("jsd,teacher=2x").
 
 The limit is the bare matrix products: logits of both sides, then dh and dW of the student. Plain
 torch has the logits of both sides at once; TRL's ChunkedDivergenceFunction computes the logits of
-both sides again for the gradients, and once more for the Jensen-Shannon divergence.
+both sides again for the gradients, and once more for the Jensen-Shannon divergence. Liger's chunked
+loss differentiates chunks of 1024 tokens by autograd and returns the mean divergence only.
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -27,12 +30,12 @@ CASES = (
     ("step", "jsd,teacher=2x"),
     ("step", "kl_reverse,teacher=2x"),
 )
-PEERS = ("torch_eager", "torch_compile", "trl")
-# The beta of TRL's divergence.
-TRL_BETA = {"kl_forward": 0.0, "jsd": BETA, "kl_reverse": 1.0}
+PEERS = ("torch_eager", "torch_compile", "trl", *peers.LIGER)
+# The beta of TRL's and Liger's divergence.
+PEER_BETA = {"kl_forward": 0.0, "jsd": BETA, "kl_reverse": 1.0}
 
 
-class _Inputs:
+class Inputs:
     """Hidden states and weight of both sides."""
 
     def __init__(self, config: Config) -> None:
@@ -50,13 +53,18 @@ class _Inputs:
 
 def build(config: Config, peer_names: list[str]) -> Problem:
     """The problem of one configuration."""
-    data = _Inputs(config)
+    return problem(config, peer_names, _ours)
+
+
+def problem(config: Config, peer_names: list[str], own: Callable[[Inputs], Provider]) -> Problem:
+    """The problem of one configuration for one of our two ops over two heads."""
+    data = Inputs(config)
     on_device(data, config.device)
     columns = data.teacher_hidden.shape[1]
     student, teacher = (config.tokens + config.vocab) * config.hidden, (config.tokens + config.vocab) * columns
     return Problem(
         config,
-        ours={"tokfuse": lambda: _ours(data)},
+        ours={"tokfuse": lambda: own(data)},
         peers={name: _peer_factory(name, config, data) for name in peer_names},
         limits={"limit_gemm": lambda: _products(data)},
         exact=lambda: _answer(config, data),
@@ -68,7 +76,7 @@ def build(config: Config, peer_names: list[str]) -> Problem:
     )
 
 
-def _products(data: _Inputs) -> Provider:
+def _products(data: Inputs) -> Provider:
     """The bare products of both sides."""
     rows = data.hidden.shape[0]
     student = probes.gemm_probe(data.hidden, data.weight, rows, True, True)
@@ -81,7 +89,7 @@ def _products(data: _Inputs) -> Provider:
     return Provider(run)
 
 
-def _answer(config: Config, data: _Inputs) -> Outputs:
+def _answer(config: Config, data: Inputs) -> Outputs:
     """In closed form and float64, over blocks of rows."""
     weight, teacher = data.weight.double(), data.teacher_weight.double()
     found: dict[str, list[torch.Tensor]] = {"divergence": [], "entropy": [], "grad_hidden": []}
@@ -100,13 +108,14 @@ def _answer(config: Config, data: _Inputs) -> Outputs:
     return out | {"loss": out["divergence"].mean(), "grad_weight": grad_weight}
 
 
-def _leaves(data: _Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def leaves(data: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's hidden states and weight, which require grad."""
     return data.hidden.detach().requires_grad_(), data.weight.detach().requires_grad_()
 
 
-def _ours(data: _Inputs) -> Provider:
+def _ours(data: Inputs) -> Provider:
     op = ours.public("distill_step")
-    hidden, weight = _leaves(data)
+    hidden, weight = leaves(data)
 
     def run() -> Outputs:
         step = op(
@@ -123,12 +132,21 @@ def _ours(data: _Inputs) -> Provider:
     return ours.provider(run)
 
 
-def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
+def _peer_factory(name: str, config: Config, data: Inputs) -> Factory:
     def factory() -> Provider:
         if name not in PEERS:
             raise Unsupported("has no divergence of two heads")
         peers.check_device(name, config.device)
-        hidden, weight = _leaves(data)
+        hidden, weight = leaves(data)
+        if name in peers.LIGER:
+            loss_of = _liger(name, data, hidden, weight)
+
+            def loss_alone() -> Outputs:
+                loss = loss_of()
+                grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
+                return {"loss": loss, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
+
+            return peers.provider(name, loss_alone)
         step = _trl(name, data, hidden, weight) if name == "trl" else _plain(data, hidden, weight)
         function = peers.compiled(step) if name == "torch_compile" else step
 
@@ -144,7 +162,7 @@ def _peer_factory(name: str, config: Config, data: _Inputs) -> Factory:
     return factory
 
 
-def _plain(data: _Inputs, hidden: torch.Tensor, weight: torch.Tensor) -> peers.PairFn:
+def _plain(data: Inputs, hidden: torch.Tensor, weight: torch.Tensor) -> peers.PairFn:
     """The usual torch code."""
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,14 +176,27 @@ def _plain(data: _Inputs, hidden: torch.Tensor, weight: torch.Tensor) -> peers.P
     return step
 
 
-def _trl(name: str, data: _Inputs, hidden: torch.Tensor, weight: torch.Tensor) -> peers.PairFn:
+def _trl(name: str, data: Inputs, hidden: torch.Tensor, weight: torch.Tensor) -> peers.PairFn:
     function = peers.load(name, "trl.kernels.chunked_divergence").ChunkedDivergenceFunction
-    beta = TRL_BETA[data.kind]
+    beta = PEER_BETA[data.kind]
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         out: tuple[torch.Tensor, torch.Tensor] = function.apply(
             hidden, weight, None, data.teacher_hidden, data.teacher_weight, None, beta
         )
         return out
+
+    return step
+
+
+def _liger(name: str, data: Inputs, hidden: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Tensor]:
+    loss_of = peers.load(name, "liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=PEER_BETA[data.kind], compiled=name == "liger_compile"
+    )
+    labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)  # none of them is ignored
+
+    def step() -> torch.Tensor:
+        loss: torch.Tensor = loss_of(hidden, weight, data.teacher_hidden, data.teacher_weight, labels)
+        return loss
 
     return step

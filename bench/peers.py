@@ -59,8 +59,18 @@ KNOWN = {
             "trl",
             "ChunkedLogProbFunction, ChunkedDivergenceFunction (hidden), selective_log_softmax_and_entropy (logits)",
         ),
-        Peer("liger", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=False)"),
-        Peer("liger_compile", "liger-kernel", "liger_kernel", "LigerFusedLinearGRPOLoss(compiled=True)"),
+        Peer(
+            "liger",
+            "liger-kernel",
+            "liger_kernel",
+            "LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss (compiled=False)",
+        ),
+        Peer(
+            "liger_compile",
+            "liger-kernel",
+            "liger_kernel",
+            "LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss (compiled=True)",
+        ),
         Peer("liger_grpo", "liger-kernel", "liger_kernel", "triton_grpo_loss (logits)", True),
         Peer(
             "liger_flce",

@@ -4,6 +4,7 @@ Nothing runs. The prediction uses the committed table (`python -m tokfuse kernel
 on a GPU is the longer of two times: the bytes of the contract / memory bandwidth, and the instructions of
 the hot loop / issue rate (4 warp instructions per clock and SM). Launches, tails and caches are ignored,
 so a real run is slower. The rows have status "predicted", and tables of measured rows exclude them.
+`python -m tokfuse.bench.predict` prints the table of distill_step in docs/distillation.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from tokfuse.bench import machine
 from tokfuse.bench.plan import MODELS
 from tokfuse.bench.row import SCHEMA_VERSION, Row
 from tokfuse.inspection import cuda_table, kernel_table, roofline
+from tokfuse.runtime.core.codes import DIVERGENCES
 
 TOKENS = 8192
 DTYPES = ("float32", "bfloat16")
@@ -41,9 +43,9 @@ ROW_KERNELS = {
         ("token_stats_fwd", "token_stats_bwd"), ("token_stats_fwd_kernel", "token_stats_bwd_kernel"), (1, 2)
     ),
     ("policy_step", "step"): Kernels(("policy_step",), ("policy_step_kernel",), (2,)),
-    ("paired_divergence", "forward"): Kernels(("paired_divergence_fwd/jsd",), ("paired_divergence_fwd_kernel",), (2,)),
+    ("paired_divergence", "forward"): Kernels(("paired_divergence_fwd",), ("paired_divergence_fwd_kernel",), (2,)),
     ("paired_divergence", "forward+backward"): Kernels(
-        ("paired_divergence_fwd/jsd", "paired_divergence_bwd/jsd"),
+        ("paired_divergence_fwd", "paired_divergence_bwd"),
         ("paired_divergence_fwd_kernel", "paired_divergence_bwd_kernel"),
         (2, 3),
     ),
@@ -68,11 +70,15 @@ def milliseconds(row: Row, gpu: str) -> float | None:
         return None
     if (row.op, row.variant) == ("policy_step_hidden", "rows=1"):
         return _head(row, gpu)
+    if row.op == "distill_step":
+        kind, _, wide = row.variant.partition(",")
+        step = distill(gpu, kind, row.tokens, row.hidden, row.hidden * (2 if wide else 1), row.vocab, row.backend)
+        return step.milliseconds if row.dtype == "bfloat16" else None
     kernels = ROW_KERNELS.get((row.op, row.mode))
-    if kernels is None or (row.op == "paired_divergence" and row.variant != "jsd"):
+    if kernels is None:
         return None
-    names = kernels.cuda if row.backend == "cuda" else kernels.triton
-    instructions = (_cuda if row.backend == "cuda" else _triton)(names, row.dtype, gpu)
+    kind = row.variant if row.op == "paired_divergence" else ""
+    instructions = _instructions(kernels, row.backend, row.dtype, gpu, kind)
     elements, size = row.tokens * row.vocab, 4 if row.dtype == "float32" else 2
     return sum(
         _longer(elements, size * streams, count, gpu)[0]
@@ -87,15 +93,23 @@ def _triton(names: Sequence[str], dtype: str, gpu: str) -> list[float]:
     return [found[name] for name in names]
 
 
-def _cuda(names: Sequence[str], dtype: str, gpu: str) -> list[float]:
+def _cuda(names: Sequence[str], dtype: str, gpu: str, kind: str) -> list[float]:
     """Return the instructions per element of each CUDA kernel. One exponential costs as much as eight instructions."""
     weight = roofline.ISSUE / roofline.EXPS
+    code = str(DIVERGENCES.index(kind)) if kind else None  # the last template argument of paired_divergence
     found = {
         k.base: max(k.per_element, weight * k.exp_per_element)
         for k, name, _ in roofline.plain_rows(cuda_table.committed())
-        if name == gpu and k.dtype[0] == dtype and not {"1", "2"} & set(k.arguments)  # 0: the JSD
+        if name == gpu and k.dtype[0] == dtype and (code is None or k.arguments[-1] == code)
     }
     return [found[name] for name in names]
+
+
+def _instructions(kernels: Kernels, backend: str, dtype: str, gpu: str, kind: str) -> list[float]:
+    """Return the instructions per element of the kernels of a case; kind: of divergence, or empty."""
+    if backend == "cuda":
+        return _cuda(kernels.cuda, dtype, gpu, kind)
+    return _triton([f"{name}/{kind}" if kind else name for name in kernels.triton], dtype, gpu)
 
 
 def _longer(elements: int, element_bytes: float, instructions: float, gpu: str) -> tuple[float, float]:
@@ -121,6 +135,77 @@ def _head(row: Row, gpu: str) -> float | None:
     bandwidth = kernel_table.GPUS[gpu][3] * 1e9
     products = sum(max(product, size / bandwidth) for size in moved.values())
     return products + (logits + gradient) / bandwidth
+
+
+class Distilled(NamedTuple):
+    """The predicted cost of distill_step from hidden states with 16-bit heads."""
+
+    megabytes: float
+    """Moved between memory and the chip, 10^6 bytes."""
+    launches: int
+    """Kernels, those of torch included."""
+    instructions: float
+    """Instructions of the row kernels per logit of a side."""
+    milliseconds: float
+    products_ms: float
+    """Time of the four matrix products alone: the limit."""
+
+    @property
+    def share(self) -> float:
+        """The limit divided by the time."""
+        return self.products_ms / self.milliseconds
+
+
+CHUNK = 1024  # rows of both sides' logits on a GPU, runtime/lm_head/problem.py
+# Bytes per logit that the comparison of the two maxima moves: two maxima (4 each), two comparisons (4 read,
+# 1 written), their conjunction (3) and its reduction (1).
+MAXIMA_BYTES, MAXIMA_LAUNCHES = 22, 6
+
+
+def distill(
+    gpu: str, kind: str, tokens: int, hidden: int, teacher_hidden: int, vocab: int, backend: str = "triton"
+) -> Distilled:
+    """Predict a step of the chunks of runtime/lm_head/device_pair.py, bfloat16 heads, without bias and policy term.
+
+    Args:
+        gpu: one of `kernel_table.GPUS`.
+        kind: a divergence.
+        tokens, hidden, teacher_hidden, vocab: sizes; every token has a weight.
+        backend: "cuda" or "triton".
+    """
+    chunks, logits = -(-tokens // CHUNK), tokens * vocab
+    bandwidth = kernel_table.GPUS[gpu][3] * 1e9  # bytes per millisecond
+    student, teacher = 2 * hidden * (tokens + vocab * chunks), 2 * teacher_hidden * (tokens + vocab * chunks)
+    products = (
+        (hidden, student + 4 * logits),
+        (teacher_hidden, teacher + 4 * logits),
+        (hidden, student + 2 * logits + 4 * tokens * hidden),  # grad_hidden
+        (hidden, 2 * tokens * hidden + 2 * logits + 8 * vocab * hidden * chunks),  # grad_weight, in float32
+    )
+    products_ms = sum(
+        max(2 * logits * columns / (TENSOR_TFLOPS[gpu] * 1e9), size / bandwidth) for columns, size in products
+    )
+    stats = _instructions(ROW_KERNELS["token_stats", "forward"], backend, "float32", gpu, "")
+    compare = _instructions(ROW_KERNELS["paired_divergence", "forward+backward"], backend, "float32", gpu, kind)
+    # (bytes, instructions) per logit: statistics of both sides, maxima, divergence, gradient, its rounding to 16 bits
+    visits = [(4, stats[0]), (4, stats[0]), (MAXIMA_BYTES, 0.0), (8, compare[0]), (12, compare[1]), (6, 0.0)]
+    rows_ms = sum(_longer(logits, size, count, gpu)[0] for size, count in visits)
+    moved = sum(size for _, size in products) + logits * sum(size for size, _ in visits)
+    launches = chunks * (len(products) + len(visits) - 1 + MAXIMA_LAUNCHES)
+    instructions = sum(count for _, count in visits)
+    return Distilled(moved / 1e6, launches, instructions, products_ms + rows_ms, products_ms)
+
+
+def distill_table() -> str:
+    """Return the Markdown table of docs/distillation.md."""
+    lines = ["| GPU, predicted | divergence | GB | instructions per logit | ms | share of the limit |"]
+    lines.append("| --- " * 6 + "|")
+    for gpu in kernel_table.GPUS:
+        for kind in ("kl_reverse", "kl_forward", "jsd"):
+            d = distill(gpu, kind, TOKENS, 4096, 4096, 151936)
+            figures = f"{d.megabytes / 1e3:.0f} | {d.instructions:.0f} | {d.milliseconds:.0f} | {d.share:.0%}"
+            lines.append(f"| {gpu} | {kind} | {figures} |")
+    return "\n".join(lines)
 
 
 def rows() -> Iterator[Row]:
@@ -166,3 +251,7 @@ def _row(kernel: kernel_table.Resources, gpu: str, vocab: int) -> Row:
         timestamp=machine.now(),
         command="python -m tokfuse bench predict",
     )
+
+
+if __name__ == "__main__":
+    print(distill_table())

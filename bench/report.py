@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokfuse.bench.row import ERROR_NAMES, Row
 
 HEADER = (
-    f"{'op':<19}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<18}{'provider':<25}"
+    f"{'op':<25}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<18}{'provider':<25}"
     f"{'backend':<18}{'status':<12}{'median':>10}{'p20 - p80':>17}{'ratio':>8}{'limit':>7}"
     f"{'tokens/s':>10}{'GB/s':>8}{'GFLOP/s':>9}{'energy':>10}{'peak':>10}  max error"
 )
@@ -62,7 +62,7 @@ def line(row: Row) -> str:
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
     share = "-" if row.limit_share is None else f"{row.limit_share:.0%}"
     text = (
-        f"{row.op:<19}{row.shape:<17}{row.dtype:<9}{row.mode:<17}{row.variant:<18}"
+        f"{row.op:<25}{row.shape:<17}{row.dtype:<9}{row.mode:<17}{row.variant:<18}"
         f"{row.provider:<25}{row.backend:<18}{row.status:<12}{milliseconds(row.median_ms):>10}"
         f"{spread(row):>17}{ratio:>8}{share:>7}{number(row.tokens_per_s):>10}"
         f"{number(row.gb_per_s):>8}{number(row.gflop_per_s):>9}{energy(row):>10}"

@@ -18,6 +18,8 @@ from tokfuse.runtime.reference import token_stats as stats_reference
 
 def usable_by_autograd(x: Any) -> Any:
     """Return x, or a copy if it is a tensor made under torch.inference_mode, which autograd cannot save."""
+    if torch.compiler.is_compiling():  # it makes no such tensors, and cannot trace the question
+        return x
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tokfuse.runtime.backends.reference_policy import usable_by_autograd
+from tokfuse.runtime.backends.reference_policy import policy_loss, usable_by_autograd
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.lm_head.pair_problem import (
     Coefficients,
@@ -21,6 +21,7 @@ from tokfuse.runtime.lm_head.pair_problem import (
 from tokfuse.runtime.lm_head.pair_results import weighted_sum
 from tokfuse.runtime.lm_head.problem import wanted
 from tokfuse.runtime.policy.inputs import PolicyInputs
+from tokfuse.runtime.policy.results import PolicyTerms
 from tokfuse.runtime.reference import linear_paired_divergence as reference
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
@@ -62,9 +63,13 @@ def loss(stats: Stats, given: Coefficients, policy: PolicyPart | None) -> torch.
     total = torch.stack([weighted_sum(x, usable_by_autograd(c)) for x, c in pairs if c is not None]).sum()
     if policy is None:
         return total
+    return total + policy_terms(stats, policy).loss.double()
+
+
+def policy_terms(stats: Stats, policy: PolicyPart) -> PolicyTerms:
+    """The policy term of the reference, differentiable. torch.compile cannot trace `policy.loss`."""
     inputs = PolicyInputs(*map(usable_by_autograd, policy.inputs))
-    terms = policy.loss(stats[2], stats[1], inputs, policy.objective, policy.inv_normalizer)
-    return total + terms.loss.double()
+    return policy_loss(stats[2], stats[1], inputs, policy.objective, policy.inv_normalizer)
 
 
 def teacher_logits(t: Teacher) -> torch.Tensor:

@@ -266,7 +266,10 @@ def _traced(stats: Stats, c: torch.Tensor, policy: PolicyPart | None) -> Sequenc
     rounded = [x.detach().to(c.dtype) for x in stats]
     of_all = () if policy is None else (1, 2)  # entropy and logp
     rounded = [x if i in of_all else torch.where(c != 0, x, 0.0) for i, x in enumerate(rounded)]
-    return loss, *_with_loss(tuple(rounded), c, policy)[1:]
+    if policy is None:
+        return loss, *rounded
+    terms = reference_pair.policy_terms(tuple(rounded), policy)
+    return loss, *rounded, terms.loss, terms.token_loss, terms.sums
 
 
 # --------------------------------------------------------------------------------- policy, compiled
@@ -281,7 +284,8 @@ POLICY_ARGUMENTS = len(POLICY_INPUTS) + 4
 def _flat_policy(policy: PolicyPart | None) -> tuple[Any, ...]:
     """Return the values of `POLICY_SCHEMA`; without a policy term the objective is empty."""
     if policy is None:
-        return (*(None,) * len(POLICY_INPUTS), "token", "", [], 1.0)
+        # Not an empty list: torch would take it for a list of tensors.
+        return (*(None,) * len(POLICY_INPUTS), "token", "", [0.0], 1.0)
     inputs = policy.inputs
     tensors = (getattr(inputs, name) for name in POLICY_INPUTS)
     return (*tensors, inputs.advantage_level, *flat_objective(policy.objective), policy.inv_normalizer)

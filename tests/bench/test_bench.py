@@ -26,6 +26,7 @@ SHAPES = {
     "linear_token_stats": "4x8x33",
     "paired_divergence": "4x33",
     "distill_step": "8x8x33",
+    "linear_paired_divergence": "8x8x33",
     "influence": "16x8x33",
     "advantage": "16x32",
     "overhead": "1x8",

@@ -454,6 +454,12 @@ RULES = (
     KeepRule("k1", "max", low=-0.5),
 )
 
+# Of distill_step: the same policy terms.
+WITH_POLICY = {
+    f"policy_{name}": Option(lambda p, name=name: _policy(p) | POLICY_OPTIONS[name].arguments(p))
+    for name in ("everything", "sequence", "on_policy", "target_ratio", "advantage_of_sequences")
+}
+
 # ----------------------------------------------------------------------------------------- the table
 
 
@@ -662,8 +668,8 @@ ROWS: tuple[Row, ...] = (
         "head",
         lambda p: _heads(p) | _weights(p),
         ("hidden", "weight", "bias"),
-        PAIR_OPTIONS | {"policy": Option(_policy)},
-        rich=("teacher_logits", "policy"),
+        PAIR_OPTIONS | WITH_POLICY,
+        rich=("teacher_logits", "policy_everything", "policy_sequence"),
     ),
     Row(
         "distill_step",
@@ -680,9 +686,9 @@ ROWS: tuple[Row, ...] = (
             "reverse": _constant(kind="kl_reverse"),
             "beta": _constant(beta=0.2, coef=None, mask=None, normalizer=None),
             "tvd": _constant(kind="tvd"),
-            "policy": Option(_policy),
-        },
-        rich=("softcap", "policy"),
+        }
+        | WITH_POLICY,
+        rich=("softcap", "policy_everything"),
     ),
     Row(
         "policy_loss",
