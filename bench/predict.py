@@ -147,13 +147,13 @@ class Distilled(NamedTuple):
     instructions: float
     """Instructions of the row kernels per logit of a side."""
     milliseconds: float
-    products_ms: float
-    """Time of the four matrix products alone: the limit."""
+    limit_ms: float
+    """Time of the four matrix products at the peak rate of the tensor cores."""
 
     @property
     def share(self) -> float:
         """The limit divided by the time."""
-        return self.products_ms / self.milliseconds
+        return self.limit_ms / self.milliseconds
 
 
 CHUNK = 1024  # rows of both sides' logits on a GPU, runtime/lm_head/problem.py
@@ -182,9 +182,7 @@ def distill(
         (hidden, student + 2 * logits + 4 * tokens * hidden),  # grad_hidden
         (hidden, 2 * tokens * hidden + 2 * logits + 8 * vocab * hidden * chunks),  # grad_weight, in float32
     )
-    products_ms = sum(
-        max(2 * logits * columns / (TENSOR_TFLOPS[gpu] * 1e9), size / bandwidth) for columns, size in products
-    )
+    times = [(2 * logits * columns / (TENSOR_TFLOPS[gpu] * 1e9), size / bandwidth) for columns, size in products]
     stats = _instructions(ROW_KERNELS["token_stats", "forward"], backend, "float32", gpu, "")
     compare = _instructions(ROW_KERNELS["paired_divergence", "forward+backward"], backend, "float32", gpu, kind)
     # (bytes, instructions) per logit: statistics of both sides, maxima, divergence, gradient, its rounding to 16 bits
@@ -193,7 +191,8 @@ def distill(
     moved = sum(size for _, size in products) + logits * sum(size for size, _ in visits)
     launches = chunks * (len(products) + len(visits) - 1 + MAXIMA_LAUNCHES)
     instructions = sum(count for _, count in visits)
-    return Distilled(moved / 1e6, launches, instructions, products_ms + rows_ms, products_ms)
+    milliseconds = rows_ms + sum(max(pair) for pair in times)
+    return Distilled(moved / 1e6, launches, instructions, milliseconds, sum(at_peak for at_peak, _ in times))
 
 
 def distill_table() -> str:

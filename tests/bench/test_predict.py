@@ -43,7 +43,7 @@ def test_a_distillation_step_takes_its_products_and_its_row_kernels() -> None:
     product = 2 * 8192 * 4096 * 151936 / 989e9
     bandwidth = kernel_table.GPUS["H100"][3] * 1e9
     step = predict.distill("H100", "kl_reverse", 8192, 4096, 4096, 151936)
-    assert step.products_ms == pytest.approx(4 * product, rel=1e-6)
+    assert step.limit_ms == pytest.approx(4 * product, rel=1e-6)
     assert step.milliseconds >= 4 * product + 56 * LOGITS / bandwidth  # bytes of the row kernels
     assert step.launches == 8 * 15 and 0.5 < step.share < 1.0
     assert predict.milliseconds(replace(row, backend="triton"), "H100") == step.milliseconds
