@@ -9,6 +9,7 @@ from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.distributed import collectives, pair_shard, vocab_rows, vocab_shard
 from tokfuse.runtime.distributed.pair_shard import MergedPair
+from tokfuse.runtime.distributed.shard_head import ExactHead, chunks_of, hidden_of
 from tokfuse.runtime.distributed.vocab_rows import ELSEWHERE, column_of
 from tokfuse.runtime.distributed.vocab_shard import Merged, VocabShard
 from tokfuse.runtime.lm_head import device_head
@@ -35,7 +36,6 @@ from tokfuse.runtime.lm_head.pair_rows import (
 from tokfuse.runtime.lm_head.problem import HeadProblem
 from tokfuse.runtime.ops import paired_divergence as divergence_op
 from tokfuse.runtime.ops import token_stats as stats_op
-from tokfuse.runtime.reference.linear_token_stats import logits_of
 from tokfuse.runtime.reference.token_stats import result_dtype
 
 
@@ -249,38 +249,6 @@ class PairCall(NamedTuple):
         return HeadProblem(self.hidden, self.weight, self.bias, self.target, self.options, 1)
 
 
-class _ExactHead:
-    """As `DeviceHead`, in float64."""
-
-    def __init__(self, p: HeadProblem, needs: tuple[bool, bool, bool]) -> None:
-        self.hidden, self.weight, self.dtype = p.hidden, p.weight.double(), p.weight.dtype
-        self.bias = p.bias
-        shapes = (p.hidden.shape, p.weight.shape, p.weight.shape[:1])
-        wide = {"dtype": torch.float64, "device": p.hidden.device}
-        self.grads = [
-            torch.zeros(shape, **wide) if need else None  # type: ignore[call-overload]
-            for shape, need in zip(shapes, needs, strict=True)
-        ]
-
-    def logits(self, h: torch.Tensor) -> torch.Tensor:
-        return logits_of(h, self.weight, self.bias)
-
-    def gradient_like(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits
-
-    def add(self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor) -> None:
-        hidden, weight, bias = self.grads
-        if hidden is not None:
-            hidden[index] = dz @ self.weight
-        if weight is not None:
-            weight += dz.t() @ h.double()
-        if bias is not None:
-            bias += dz.sum(0)
-
-    def finish(self) -> Gradients:
-        return [None if x is None else x.to(self.dtype) for x in self.grads]
-
-
 def _rows_per_chunk(call: PairCall, given: Coefficients | None) -> int:
     """Return the same number on all ranks: as many rows as the budget holds if the vocabulary is split evenly."""
     vocab = -(-call.shard.vocab_size // collectives.num_ranks(call.shard.group))
@@ -313,12 +281,12 @@ def head_pass(
         needed = active if needed is None else active & needed
     student = call.head()
     rows = device_head.classify(student, needed, None)
-    head = _ExactHead(student, needs) if exact else DeviceHead(student, needs, rows)
-    of_teacher: _ExactHead | DeviceHead | None = None
+    head = ExactHead(student, needs) if exact else DeviceHead(student, needs, rows)
+    of_teacher: ExactHead | DeviceHead | None = None
     if t.hidden is not None and t.weight is not None:
         problem = HeadProblem(t.hidden, t.weight, t.bias, s.target, t.options, 1)
         none = (False, False, False)
-        of_teacher = _ExactHead(problem, none) if exact else DeviceHead(problem, none, rows)
+        of_teacher = ExactHead(problem, none) if exact else DeviceHead(problem, none, rows)
     tokens, device = s.hidden.shape[0], s.hidden.device
     out = [torch.zeros(tokens, dtype=torch.float64, device=device) for _ in range(5)]
     kept = saved
@@ -327,9 +295,9 @@ def head_pass(
         kept = PairSaved(torch.zeros(tokens, 6, dtype=dtype, device=device), *vectors)
     assert kept is not None
     with torch.no_grad():
-        for index in _chunks(rows, _rows_per_chunk(call, given)):
+        for index in chunks_of(rows, _rows_per_chunk(call, given)):
             keep = None if rows.keep is None else rows.keep[index]
-            h = _rows_of(s.hidden, index, keep)
+            h = hidden_of(s.hidden, index, keep)
             of_p, of_q = options_of_rows(s.options, index, keep), options_of_rows(t.options, index, keep)
             if same_transform(s.options, t.options):
                 of_q = of_p
@@ -340,7 +308,7 @@ def head_pass(
                     assert t.logits is not None
                     q = t.logits[index].to(z.dtype)
                 else:
-                    q = of_teacher.logits(_rows_of(of_teacher.hidden, index, keep))
+                    q = of_teacher.logits(hidden_of(of_teacher.hidden, index, keep))
                 columns = Columns.of(z, q, of_p, of_q)
             target = s.target[index]
             if saved is None:
@@ -355,15 +323,3 @@ def head_pass(
                 head.add(index, h, dz)
     result = result_dtype(s.hidden.dtype)
     return tuple(x.to(result) for x in out), kept, head.finish()
-
-
-def _chunks(rows: device_head.RowClasses, size: int) -> tuple[torch.Tensor, ...]:
-    order = rows.order[: rows.forward]
-    parts = max(1, -(-rows.forward // size))
-    return order.split(max(1, -(-rows.forward // parts))) if rows.forward else ()
-
-
-def _rows_of(hidden: torch.Tensor, index: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """Return the hidden states of some tokens. A masked row may contain NaN, and 0 * NaN is NaN."""
-    h = hidden[index]
-    return h if keep is None else torch.where(keep[:, None], h, 0.0)

@@ -16,8 +16,9 @@ import torch
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.core.statistics import TokenStats
-from tokfuse.runtime.distributed import vocab_rows
+from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
+from tokfuse.runtime.core.token_ids import check_one_of
+from tokfuse.runtime.distributed import vocab_ids, vocab_rows
 from tokfuse.runtime.distributed.vocab_checks import check_shard_head, check_shard_logits, outside_compile
 from tokfuse.runtime.distributed.vocab_rows import HeadCall
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
@@ -45,7 +46,10 @@ def token_stats(
     mask: torch.Tensor | None = None,
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
-) -> TokenStats:
+    ids: torch.Tensor | None = None,
+    ids_offsets: torch.Tensor | None = None,
+    top_k: int | None = None,
+) -> TokenStats | TokenStatsAt:
     """Compute `tokfuse.token_stats` of logits whose columns are sharded over the ranks of `shard.group`.
 
     temperature, softcap, logit_scale, mask and bias_scale must be equal on all ranks.
@@ -62,10 +66,14 @@ def token_stats(
         bias_logits: (tokens, columns), the same columns of a bias model; they are subtracted. None:
             nothing is subtracted.
         bias_scale: multiplies bias_logits.
+        ids: also return the log-probs of these ids: (tokens, K) integers, -1 for padding, or (ids,) with
+            ids_offsets. Equal on all ranks. None: none.
+        ids_offsets: (tokens + 1,), borders of the tokens in concatenated ids.
+        top_k: also return this many most likely ids of each token, and their log-probs.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1) of the whole vocabulary, each (tokens,), bitwise
-        equal on all ranks.
+        equal on all ranks. With ids or top_k a TokenStatsAt.
 
     Numerics: same bounds as `tokfuse.token_stats`, for rows whose largest |logit| / temperature is
         below 2^22. Records are exchanged in float32 (float64 for float64 logits) and merged in float64,
@@ -75,7 +83,8 @@ def token_stats(
     Gradients and communication: one all-gather of 20 bytes per token and rank (40 for float64).
         logits receive the gradient of logp and entropy without a collective, so every rank must
         compute the same loss from the outputs. Padding columns receive 0. Saved: the logits and four
-        (tokens,) vectors.
+        (tokens,) vectors. Each id adds 4 bytes per rank to the all-gather (8 for float64). top_k needs one
+        more, of 8 K bytes per token and rank, and sends K log-probs per rank in the first.
 
     Raises:
         ValueError: the errors of `tokfuse.token_stats`; fewer columns than shard.size.
@@ -85,7 +94,11 @@ def token_stats(
         instead of three reductions, with entropy and sum_sq. Exact.
     """
     options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    check_one_of(STATS, ids, ids_offsets, top_k)
     check_shard_logits(STATS, logits, target, options, shard)
+    if ids is not None or top_k is not None:
+        asked = vocab_ids.check_asked(STATS, ids, ids_offsets, top_k, target, options, shard)
+        return vocab_ids.result(vocab_ids.ShardStatsAt.apply(logits, target, asked, options, shard), asked)
     out: tuple[torch.Tensor, ...] = _ShardStats.apply(logits, target, options, shard)
     return TokenStats(*out)
 
@@ -105,7 +118,10 @@ def linear_token_stats(
     memory_budget: int | None = None,
     sequence_parallel: bool = False,
     reduce_hidden: bool = True,
-) -> TokenStats:
+    ids: torch.Tensor | None = None,
+    ids_offsets: torch.Tensor | None = None,
+    top_k: int | None = None,
+) -> TokenStats | TokenStatsAt:
     """Compute `tokfuse.linear_token_stats` with an lm_head whose rows are sharded over ranks.
 
     Args:
@@ -126,9 +142,14 @@ def linear_token_stats(
         reduce_hidden: False returns only this shard's part of the gradient of hidden, without a
             collective. Use it if the host framework sums the parts (copy_to and gather_from regions
             of Megatron-LM). Not supported with sequence_parallel.
+        ids: also return the log-probs of these ids: (tokens, K) integers, -1 for padding, or (ids,) with
+            ids_offsets. Equal on all ranks. None: none.
+        ids_offsets: (tokens + 1,), borders of the tokens in concatenated ids.
+        top_k: also return this many most likely ids of each token, and their log-probs.
 
     Returns:
-        TokenStats of the whole vocabulary for all tokens, bitwise equal on all ranks.
+        TokenStats of the whole vocabulary for all tokens, bitwise equal on all ranks. With ids or top_k a
+        TokenStatsAt.
 
     Numerics: same bounds as `tokfuse.linear_token_stats`. The parts of the gradient of hidden are
         summed over the ranks in the dtype of hidden.
@@ -136,7 +157,8 @@ def linear_token_stats(
     Gradients and communication: the forward is one all-gather of 20 bytes per token and rank. The
         backward is one all-reduce of the gradient of hidden, (tokens, hidden), if hidden requires
         grad. With sequence_parallel the forward also all-gathers the hidden states, and the backward
-        is a reduce-scatter. weight and bias need no communication.
+        is a reduce-scatter. weight and bias need no communication. With ids or top_k the exchanges are
+        those of `token_stats`, for each chunk of rows, and the budget is for an even split.
 
     Raises:
         ValueError: the errors of `tokfuse.linear_token_stats`; fewer rows than shard.size; with
@@ -155,7 +177,11 @@ def linear_token_stats(
             "Pass reduce_hidden=True, because the gradient of a slice is a sum over the shards.",
         )
     call = HeadCall(LINEAR, options, target, memory_budget, shard, sequence_parallel, reduce_hidden)
+    check_one_of(LINEAR, ids, ids_offsets, top_k)
     check_shard_head(call, hidden, weight, bias)
+    if ids is not None or top_k is not None:
+        asked = vocab_ids.check_asked(LINEAR, ids, ids_offsets, top_k, target, options, shard)
+        return vocab_ids.result(vocab_ids.ShardHeadAt.apply(hidden, weight, bias, call, asked), asked)
     out: tuple[torch.Tensor, ...] = _ShardHead.apply(hidden, weight, bias, call)
     return TokenStats(*out)
 

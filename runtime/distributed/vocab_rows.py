@@ -65,11 +65,14 @@ def row_kernels(logits: torch.Tensor, o: LogitOptions) -> Kernels:
     return run
 
 
-def _row_options(o: LogitOptions, shard: VocabShard) -> dict[str, Any]:
+def own_options(o: LogitOptions, shard: VocabShard) -> LogitOptions:
     """Return the options for the columns of the shard, without its padding columns."""
-    if o.bias_logits is not None:
-        o = o._replace(bias_logits=o.bias_logits[:, : shard.size])
-    return o._asdict()
+    return o if o.bias_logits is None else o._replace(bias_logits=o.bias_logits[:, : shard.size])
+
+
+def row_options(o: LogitOptions, shard: VocabShard) -> dict[str, Any]:
+    """Return `own_options` as keywords."""
+    return own_options(o, shard)._asdict()
 
 
 def row_forward(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> Merged:
@@ -79,7 +82,7 @@ def row_forward(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, sha
     local = None
     if shard.size > 0:
         z = logits.detach()[:, : shard.size]
-        local = run.forward(z, column_of(target, shard, 0), **_row_options(o, shard))[:7]
+        local = run.forward(z, column_of(target, shard, 0), **row_options(o, shard))[:7]
     dtype = stats_reference.result_dtype(logits.dtype)
     return _exchange(local, target, o, shard, run.state, dtype)
 
@@ -122,7 +125,7 @@ def row_backward(
             grad_logp,
             grad_entropy,
             out=out[:, : shard.size],
-            **_row_options(o, shard),
+            **row_options(o, shard),
         )
     return out
 

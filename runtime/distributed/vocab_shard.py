@@ -151,6 +151,35 @@ def empty_record(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values[:, None].expand(RECORD, target.shape[0])
 
 
+class Shares(NamedTuple):
+    """What the records say about the shards' parts of the distribution; (ranks, tokens) or (tokens,), float64."""
+
+    absent: torch.Tensor
+    """True for a shard of only -inf, masked, or without columns. A shard with +inf or NaN is not absent."""
+    dead: torch.Tensor
+    """True for a row without a distribution."""
+    highest: torch.Tensor
+    distance: torch.Tensor
+    """Maximum of the shard minus that of the row, nats."""
+    weight: torch.Tensor
+    total: torch.Tensor
+    log_share: torch.Tensor
+    """log q_r."""
+
+
+def shares(records: torch.Tensor, unit: float | torch.Tensor) -> Shares:
+    """Return the probability of every shard, from (ranks, RECORD, tokens)."""
+    row_max, inverse = records[:, 0].double(), records[:, 1].double().abs()
+    absent = inverse == 0
+    dead = absent.all(0)
+    highest = row_max.amax(0)
+    distance = torch.where(absent, -INF, (row_max - highest) * unit)
+    weight = torch.where(absent, 0.0, distance.exp() / inverse)
+    total = torch.where(dead, 1.0, weight.sum(0))
+    log_share = torch.where(absent, -INF, distance - inverse.log() - total.log())
+    return Shares(absent, dead, highest, distance, weight, total, log_share)
+
+
 def merge(
     records: torch.Tensor, rank: int, unit: float | torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
 ) -> Merged:
@@ -166,15 +195,8 @@ def merge(
         dtype: dtype of the statistics.
     """
     row_max, signed, entropy, sum_sq, logp = records.double().unbind(1)
-    inverse = signed.abs()
-    absent = inverse == 0  # only -inf, masked, or without columns; a shard with +inf or NaN has NaN here
-    dead = absent.all(0)
-    highest = row_max.amax(0)
-    distance = torch.where(absent, -INF, (row_max - highest) * unit)
-    weight = torch.where(absent, 0.0, distance.exp() / inverse)
-    total = torch.where(dead, 1.0, weight.sum(0))
+    absent, dead, highest, distance, weight, total, log_share = shares(records, unit)
     share = weight / total
-    log_share = torch.where(absent, -INF, distance - inverse.log() - total.log())
     mixed = torch.where(share == 0, 0.0, share * (entropy - log_share))
     owned = logp != INF
     own_logp = torch.where(owned, logp + log_share, 0.0).sum(0)

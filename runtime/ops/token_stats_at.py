@@ -13,6 +13,7 @@ from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStatsAt
 from tokfuse.runtime.core.token_ids import TokenIds, check_ids, check_top_k, most_likely
 from tokfuse.runtime.reference import token_stats_at as reference
+from tokfuse.runtime.reference import vocab_parallel as shard
 
 OP = "token_stats_at"
 """`token_stats` with ids or top_k; it has its own rows in the table of backends."""
@@ -67,7 +68,7 @@ def _run(
 register_cpu(OP, cpu_rows.TOKEN_STATS_AT, FLOAT_DTYPES, "softcap", "bias_logits")
 register_cuda(OP, cuda_rows.TOKEN_STATS_AT, FLOAT_DTYPES, "softcap", "bias_logits")
 register_triton(OP, triton_rows.TOKEN_STATS_AT, FLOAT_DTYPES, "softcap", "bias_logits")
-register_reference(OP, Kernels(reference.forward, None), "softcap", "bias_logits")
+register_reference(OP, Kernels(shard.forward_at, None, shard.STATE), "softcap", "bias_logits")
 
 
 # ------------------------------------------------------------------------------- autograd, compile

@@ -12,6 +12,7 @@ from tokfuse.runtime.core.dispatch import RowState
 from tokfuse.runtime.reference import token_stats
 from tokfuse.runtime.reference.linear_token_stats import logits_of
 from tokfuse.runtime.reference.token_stats import transformed_logits
+from tokfuse.runtime.reference.token_stats_at import exact as exact_at
 
 STATE = RowState(lambda options: 1.0, torch.float64)  # row_max is in nats for all options
 
@@ -45,6 +46,14 @@ def forward(
         row_max = torch.where(dead, 0.0, row_max)
         total = (u - row_max.unsqueeze(-1)).exp().sum(-1)
         return *stats, row_max, torch.where(dead, 0.0, 1.0 / total)
+
+
+def forward_at(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of `forward`, and log-probs of concatenated ids in the softmax over this shard only."""
+    with torch.no_grad():
+        return *forward(logits, target, **options), exact_at("token_stats", logits, target, ids, offsets, **options)[5]
 
 
 def backward(

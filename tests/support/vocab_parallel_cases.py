@@ -353,6 +353,9 @@ def case_refusals_are_the_same_on_every_rank() -> None:
     refused(lambda: D.token_stats(z[:, 1:], y, shard=shard), "columns wide", "the shard's size")
     refused(lambda: D.linear_token_stats(h, w[: shard.size - 1], y, shard=shard), "rows long")
     refused(lambda: D.token_stats(z, y, shard=ranks()), "must be a VocabShard; got int")
+    refused(lambda: D.token_stats(z, y, shard=shard, top_k=VOCAB + 1), "top_k", f"[1, vocab = {VOCAB}]")
+    refused(lambda: D.token_stats(z, y, shard=shard, ids=y[:, None] * 0 + VOCAB), "ids", f"[0, {VOCAB})")
+    refused(lambda: D.linear_token_stats(h, w, y, shard=shard, ids=y[:, None], top_k=2), "left out with ids")
     refused(lambda: D.VocabShard(10, 3, 11), "0 <= start <= stop <= 10")
     refused(lambda: D.VocabShard.even(0), "vocab_size")
     step = {"old_logp": torch.zeros(TOKENS), "advantage": torch.ones(TOKENS), "shard": shard}
