@@ -44,8 +44,9 @@ void check_args(const DivergenceArgs& a) {
   check_options(a);
   require(a.mix_weight > 0.0f && a.mix_weight < 1.0f, "mix_weight must be in (0, 1)");
   require(a.bound > 0.0f, "bound must be > 0");
-  require(a.given == nullptr || (a.kind != Divergence::kForwardKl && a.kind != Divergence::kReverseKl),
-          "given is not for the KLs");
+  require(
+      a.given == nullptr || (a.kind != Divergence::kForwardKl && a.kind != Divergence::kReverseKl),
+      "given is not for the KLs");
   require(a.tokens == 0 || (a.logits_p != nullptr && a.logits_q != nullptr), "logits are null");
 }
 

@@ -151,8 +151,7 @@ FIELDS_OF(IdsArgs, REQUIRED(ids), REQUIRED(offsets), REQUIRED(num_ids), REQUIRED
 FIELDS_OF(DivergenceArgs, REQUIRED(logits_p), REQUIRED(logits_q), REQUIRED(stride_p),
           REQUIRED(stride_q), REQUIRED(dtype), REQUIRED(tokens), REQUIRED(vocab), REQUIRED(mask),
           REQUIRED(temperatures), REQUIRED(temperature), REQUIRED(softcap), REQUIRED(logit_scale),
-          REQUIRED(kind), REQUIRED(mix_weight), REQUIRED(bound), OPTIONAL(given),
-          REQUIRED(threads))
+          REQUIRED(kind), REQUIRED(mix_weight), REQUIRED(bound), OPTIONAL(given), REQUIRED(threads))
 
 FIELDS_OF(DivergenceOut, REQUIRED(divergence), REQUIRED(state))
 

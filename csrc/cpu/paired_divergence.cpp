@@ -154,8 +154,7 @@ void forward_row(const DivergenceArgs& a, const LogitsArgs& rows, const Transfor
     if (s.p_max == -kInf || s.q_max == -kInf) return;  // only -inf: no distribution
     if (is_kl(kKind)) total = kl_of<kKind>(s, c);
   }
-  const Pair w =
-      pair_of(a.kind, a.mix_weight, c, state[1], state[2], state[3], state[4], 0.0f);
+  const Pair w = pair_of(a.kind, a.mix_weight, c, state[1], state[2], state[3], state[4], 0.0f);
   double mean = total;
   if (!(total >= kClose)) {
     total = mean = 0;
