@@ -5,6 +5,7 @@ built for (TOKFUSE_HOST_CODE), writes launches to a file (TOKFUSE_HOST_LOG), and
 them (TOKFUSE_HOST_DRY).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,3 +117,84 @@ def test_a_build_without_code_for_the_device_is_an_error(monkeypatch: pytest.Mon
     monkeypatch.setenv("TOKFUSE_HOST_CODE", "90,100")
     with pytest.raises(RuntimeError, match="policy_step: .*cudaErrorNoKernelImageForDevice"):
         step(2, 64)
+
+
+# -------------------------------------------------------------------------- limits of shared memory
+
+# The largest vocabularies of two rows in the 224 KiB of 1, 2, 4 and 8 blocks, then of one row. With the static
+# shared memory of the kernel these are 227 KiB, all that a block has.
+TWO_ROWS = {torch.bfloat16: (57_344, 114_688, 229_376, 458_752), torch.float32: (28_672, 57_344, 114_688, 229_376)}
+ONE_ROW = {dtype: 2 * vocabs[-1] for dtype, vocabs in TWO_ROWS.items()}
+INSTANCES = [(dtype, softcap) for dtype in (torch.bfloat16, torch.float32) for softcap in (None, 30.0)]
+
+
+def sizes(dtype: torch.dtype) -> Iterator[int]:
+    """Return vocabularies around every change of the layout, and around 48 KiB of shared memory."""
+    step_of = 16 // dtype.itemsize
+    edges = [*TWO_ROWS[dtype], ONE_ROW[dtype], 48 * KIB // 2 // dtype.itemsize]
+    for edge in edges:
+        yield from range(edge - 200 * step_of, edge + 80 * step_of, step_of)
+
+
+def expected_cluster(vocab: int, dtype: torch.dtype) -> int:
+    """Return the blocks of a cluster, or 0 if the portable kernel runs."""
+    found = [2**i for i, largest in enumerate(TWO_ROWS[dtype]) if vocab <= largest]
+    return found[0] if found else (8 if vocab <= ONE_ROW[dtype] else 0)
+
+
+@pytest.mark.parametrize(("dtype", "softcap"), INSTANCES, ids=str)
+@pytest.mark.parametrize("device", ["90", "100"])
+def test_every_layout_of_rows_can_be_launched(
+    dtype: torch.dtype, softcap: float | None, device: str, log: Log, monkeypatch: pytest.MonkeyPatch
+):
+    """Also between 46 and 48 KiB of dynamic shared memory, where the sum with the static one counts."""
+    monkeypatch.setenv("TOKFUSE_HOST_ARCH", device)
+    step(1, 64, dtype, softcap)  # shows the static shared memory of the kernel
+    log.take()
+    monkeypatch.setenv("TOKFUSE_HOST_DRY", "1")
+    vocabs = list(sizes(dtype))
+    for vocab in vocabs:
+        step(3, vocab, dtype, softcap)
+    launches = log.take()
+    got = [launch.cluster if launch.in_cluster else 0 for launch in launches]
+    assert got == [expected_cluster(vocab, dtype) for vocab in vocabs]
+    full = {vocab: launch.shared for vocab, launch in zip(vocabs, launches, strict=True)}
+    assert {full[vocab] for vocab in (*TWO_ROWS[dtype], ONE_ROW[dtype])} == {224 * KIB}
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "dtype"),
+    [(5, 11_784, torch.bfloat16), (5, 12_288, torch.bfloat16), (5, 5_892, torch.float32), (3, 57_344, torch.bfloat16)],
+    ids=["48_kib", "just_48_kib", "48_kib_float32", "227_kib"],
+)
+def test_rows_at_a_limit_of_shared_memory(rows: int, vocab: int, dtype: torch.dtype, log: Log):
+    check_step(rows, vocab, dtype)
+    (launch,) = log.take()
+    assert launch.in_cluster and launch.cluster == 1
+
+
+# ---------------------------------------------------------------------------- limits of the grid
+
+
+def test_a_grid_that_is_too_large_is_an_error(log: Log, monkeypatch: pytest.MonkeyPatch):
+    """A number of blocks that 32 bits do not hold must not become a small grid."""
+    monkeypatch.setenv("TOKFUSE_HOST_DRY", "1")
+    module, x = cuda_backend.launchers(), torch.zeros(4)
+    place = module.Place(device=0, stream=0)
+
+    def sketch(seqs: int) -> None:
+        module.sketch(place, module.SketchArgs(tokens=4, seqs=seqs, rank=8, left=x, right=x, cu_seqlens=x, out=x))
+
+    sketch(2**31 - 1)
+    assert [launch.grid for launch in log.take()] == [2**31 - 1]
+    for seqs in (2**31, 2**32 + 1):
+        with pytest.raises(RuntimeError, match="cudaErrorInvalidConfiguration"):
+            sketch(seqs)
+    assert log.take() == []
+
+
+def test_rows_of_two_billion_columns_are_refused():
+    """The kernels count the columns of a row in int."""
+    logits = torch.empty(1, 2**31, dtype=torch.bfloat16)  # pages that are never touched
+    with pytest.raises(ValueError, match="vocab must be < 2"):
+        cuda_rows.token_stats_fwd(logits, torch.zeros(1, dtype=torch.long))
