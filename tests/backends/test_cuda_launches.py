@@ -6,6 +6,7 @@ them (TOKFUSE_HOST_DRY).
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,3 +199,20 @@ def test_rows_of_two_billion_columns_are_refused():
     logits = torch.empty(1, 2**31, dtype=torch.bfloat16)  # pages that are never touched
     with pytest.raises(ValueError, match="vocab must be < 2"):
         cuda_rows.token_stats_fwd(logits, torch.zeros(1, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------------- threads
+
+
+def test_two_threads_with_two_vocabularies(log: Log, monkeypatch: pytest.MonkeyPatch):
+    """Each launch runs without the GIL. The limit of shared memory is set once, and no thread lowers it."""
+    step(1, 64)
+    monkeypatch.setenv("TOKFUSE_HOST_DRY", "1")
+    log.take()
+    vocabs = (57_344, 2_048, 28_672, 12_288)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(step, 3, vocab) for _ in range(50) for vocab in vocabs]:
+            done.result()
+    launches = log.take()
+    assert sorted({launch.shared for launch in launches}) == [4 * vocab for vocab in sorted(vocabs)]
+    assert len(launches) == 200 and all(launch.in_cluster for launch in launches)
