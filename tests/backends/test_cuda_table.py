@@ -1,12 +1,15 @@
 """Test the CUDA kernels that nvcc compiled: complete, within their budget, and equal to the committed table."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tokfuse.inspection import cuda_table, roofline
 
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = cuda_table.committed()
 NAMES = {(kernel.name, kernel.arch): kernel for kernel in TABLE}
 needs_module = pytest.mark.skipif(cuda_table.why_not() is not None, reason=str(cuda_table.why_not()))
@@ -28,6 +31,17 @@ def test_every_kernel_was_compiled_for_every_architecture():
     assert {(name, arch) for name in names for arch in ("80", "90", "100")} == set(NAMES)
     bases = {kernel.base for kernel in TABLE}
     assert bases >= set(cuda_table.ROW_KERNELS) | set(roofline.PACKED)
+
+
+def test_no_kernel_is_empty_on_an_architecture():
+    """A kernel for newer architectures traps on the others. An empty one would leave its outputs unwritten."""
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")))
+    kernels = re.findall(r"__global__[^;{]*?(\w+_kernel)\(.*?\n}\n", text, re.DOTALL)
+    bodies = re.findall(r"__global__.*?\n}\n", text, re.DOTALL)
+    assert len(kernels) == len(bodies) and {k.base for k in TABLE} == set(kernels)
+    guarded = {name for name, body in zip(kernels, bodies, strict=True) if "#if TOKFUSE_ARCH" in body}
+    trapped = {name for name, body in zip(kernels, bodies, strict=True) if "#else\n  trap();\n#endif\n}" in body}
+    assert guarded == trapped == {"policy_step_cluster_kernel"}
 
 
 # Processing the target's tile separately costs these kernels of 16-bit logits a stack frame, in bytes. The
