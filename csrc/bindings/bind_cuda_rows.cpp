@@ -8,8 +8,12 @@ namespace tokfuse {
 namespace cuda {
 namespace {
 
+// The kernels count the columns of a row in int.
+void check_vocab(int64_t vocab) { require(vocab <= INT32_MAX, "vocab must be < 2^31"); }
+
 void check_rows(const LogitsArgs& a) {
   check_args(a);
+  check_vocab(a.vocab);
   require(a.tile == 0 && a.tile_stride == 0, "rows come in one piece");
 }
 
@@ -78,12 +82,14 @@ void bind_kept_bwd(const Place& place, const KeptArgs& a, const TokenStatsGrad& 
 
 void bind_divergence_fwd(const Place& place, const DivergenceArgs& a, const DivergenceOut& out) {
   check_args(a);
+  check_vocab(a.vocab);
   run("paired_divergence", "paired_divergence_fwd_kernel", place,
       [&](cudaStream_t stream) { return paired_divergence_fwd(a, out, stream); });
 }
 
 void bind_divergence_bwd(const Place& place, const DivergenceArgs& a, const DivergenceGrad& grad) {
   check_args(a);
+  check_vocab(a.vocab);
   run("paired_divergence", "paired_divergence_bwd_kernel", place,
       [&](cudaStream_t stream) { return paired_divergence_bwd(a, grad, stream); });
 }

@@ -58,6 +58,8 @@ class RowClasses(NamedTuple):
     """Number of tokens in the first two classes."""
     keep: torch.Tensor | None
     """(tokens,) bool, True for the first two classes, if all rows are computed (graph capture). Else None."""
+    in_order: bool = False
+    """True if `order` is 0, 1, 2, ...: a chunk is then a slice of the hidden states, which need no gather."""
 
 
 def capturing(x: torch.Tensor) -> bool:
@@ -75,16 +77,17 @@ def classify(p: HeadProblem, needed: torch.Tensor | None, gradient: torch.Tensor
     """
     tokens, device = p.tokens, p.hidden.device
     if needed is None and gradient is None:
-        return RowClasses(torch.arange(tokens, device=device), tokens, tokens, None)
+        return RowClasses(torch.arange(tokens, device=device), tokens, tokens, None, in_order=True)
     if needed is None:
         needed = torch.ones(tokens, dtype=torch.bool, device=device)
     first = needed if gradient is None else needed & gradient
     if capturing(needed):
-        return RowClasses(torch.arange(tokens, device=device), tokens, tokens, needed)
+        return RowClasses(torch.arange(tokens, device=device), tokens, tokens, needed, in_order=True)
     rank = 2 - needed.to(torch.int8) - first.to(torch.int8)
     order = torch.argsort(rank, stable=True)
     counts = torch.stack([first.sum(), needed.sum()]).tolist()
-    return RowClasses(order, counts[0], counts[1], None)
+    one_class = counts in ([tokens, tokens], [0, tokens], [0, 0])  # a stable sort keeps the order
+    return RowClasses(order, counts[0], counts[1], None, in_order=one_class)
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
@@ -138,8 +141,9 @@ class DeviceHead:
         parts = max(1, -(-(stop - start) // self.rows_in_budget()))
         size = max(1, -(-(stop - start) // parts))
         for begin in range(start, stop, size):
-            index = self.rows.order[begin : min(begin + size, stop)]
-            h = self.hidden[index]
+            chunk = slice(begin, min(begin + size, stop))
+            index = self.rows.order[chunk]
+            h = self.hidden[chunk if self.rows.in_order else index]
             if self.rows.keep is not None:  # a masked row may contain NaN, and 0 * NaN is NaN
                 h = torch.where(self.rows.keep[index, None], h, 0.0)
             yield index, h
