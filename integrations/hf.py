@@ -15,15 +15,15 @@ an error, because reading `lm_head.weight` alone would ignore them.
 """
 
 import contextlib
+import copyreg
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.integrations.hosts import Host, Rebinding, where
+from tokfuse.integrations.hosts import Host, where
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
@@ -51,7 +51,8 @@ SUPPORTED = {
     "granite": "1/logits_scaling",
 }
 
-_PATCHES: "weakref.WeakKeyDictionary[torch.nn.Module, Rebinding]" = weakref.WeakKeyDictionary()
+STATE = "_tokfuse_installed"
+"""Attribute of a model that `install` sets. The model's copies, replicas and pickles carry it."""
 
 
 @dataclass(frozen=True)
@@ -103,37 +104,67 @@ def head_of(model: Any) -> ModelHead:
 # ------------------------------------------------------------------------------ forward of a model
 
 
+class Installed(NamedTuple):
+    """The options of `install`, stored on the model."""
+
+    temperature: float
+
+
 def install(model: Any, *, temperature: float = 1.0) -> None:
-    """Make `model(..., labels=labels)` compute its loss from hidden states. Calling it again has no effect.
+    """Make `model(..., labels=labels)` compute its loss from hidden states. Another call replaces the options.
 
     loss = -sum log p(label) / num_items_in_batch, as the model's own; without num_items_in_batch, the mean over labels
     that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift.
     `token_stats=True` adds `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own
     forward runs, so generation is unchanged.
 
+    The model's class becomes a subclass of the same name, whose forward uses the instance that it is called on. So a
+    copy of the model (deepcopy, an EMA, a DataParallel replica, a pickle) has the patch too, with its own weights.
+
     Args:
         model: a model of a supported type; wrap it in DDP, FSDP or PEFT before or after this call.
         temperature: divisor of the logits.
 
     Raises:
-        ValueError: transformers is older than 5.0, or `head_of` does not support the model.
+        ValueError: transformers is older than 5.0, `head_of` does not support the model, or other code has replaced
+            the forward of this instance.
     """
     HOST.require(f"{OP}.install")
     model = _base(model)
     head_of(model)
-    if model in _PATCHES and _PATCHES[model].active:
-        return
-    patch = Rebinding(f"{OP}.uninstall")
-    patch.set(model, "forward", _forward_of(model, model.forward, temperature))
-    _PATCHES[model] = patch
+    kind = type(model)
+    if _patched_base(kind) is None:
+        if "forward" in vars(model):
+            raise refuse(
+                f"{OP}.install",
+                "model.forward",
+                "the forward of the model's class (the patch is part of the class, and an attribute would hide it)",
+                f"an attribute of the instance, {_origin(model.forward)}",
+                "Call hf.install before the code that replaces forward, or remove that patch first.",
+            )
+        model.__class__ = _patched(kind)
+    setattr(model, STATE, Installed(temperature))
 
 
 def uninstall(model: Any) -> None:
-    """Restore the model's own forward. Without `install`, this has no effect."""
+    """Restore the model's own forward. Without `install`, this has no effect.
+
+    Wrappers that other code has put around the forward since then, as accelerate does, stay and call the model's own.
+    """
     model = _base(model)
-    if model in _PATCHES:
-        _PATCHES[model].restore()
-        del _PATCHES[model]
+    if not is_installed(model):
+        return
+    delattr(model, STATE)
+    base = _patched_base(type(model))
+    if base is not None and type(model) is _patched(base):  # FSDP2 derives its class from the patched one
+        if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:
+            del model.forward  # accelerate's unwrap leaves a bound method behind
+        model.__class__ = base
+
+
+def is_installed(model: Any) -> bool:
+    """Return whether `install` is in effect for this model."""
+    return getattr(_base(model), STATE, None) is not None
 
 
 @contextlib.contextmanager
@@ -149,7 +180,7 @@ def installed(model: Any, *, temperature: float = 1.0) -> Iterator[None]:
 def describe(model: Any) -> str:
     """Return which parts of this model run on which backend."""
     model = _base(model)
-    active = model in _PATCHES and _PATCHES[model].active
+    active = is_installed(model)
     head = head_of(model)
     shape = " x ".join(map(str, head.weight.shape))
     return "\n".join(
@@ -163,42 +194,92 @@ def describe(model: Any) -> str:
     )
 
 
-def _forward_of(model: Any, original: Callable[..., Any], temperature: float) -> Callable[..., Any]:
+@functools.cache
+def _patched(base: type) -> type:
+    """Return the subclass of `base` whose instances with the attribute `STATE` compute their loss on tokfuse."""
+
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original: Callable[..., Any] = base.forward  # type: ignore[attr-defined]
+        state = getattr(self, STATE, None)
+        if state is None:  # uninstalled, and called through a wrapper of other code
+            return original(self, *args, **kwargs)
+        return _forward(self, functools.partial(original, self), state, *args, **kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        """Pickle the model by the name of its own class, because this class has no importable name."""
+        make, arguments, *rest = base.__reduce_ex__(self, max(int(protocol), 2))
+        if make is copyreg.__newobj__ and arguments[0] is kind:  # type: ignore[attr-defined]
+            make, arguments = restored, (base, *arguments[1:])
+        return make, arguments, *rest
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_tokfuse_base": base}
+    kind = type(base.__name__, (base,), {**names, **body})
+    return kind
+
+
+def _patched_base(kind: type) -> type | None:
+    """Return the class that the patched class of `kind` derives from. None if there is no patched class."""
+    found: type | None = getattr(kind, "_tokfuse_base", None)
+    return found
+
+
+def restored(base: type, *arguments: Any) -> Any:
+    """Return a new instance of the patched subclass of `base`, for pickle and copy."""
+    kind = _patched(base)
+    return kind.__new__(kind, *arguments)
+
+
+def _origin(function: Any) -> str:
+    """Return the name of the module whose code a function runs, unlike `__module__` also for a wrapper."""
+    function = getattr(function, "__func__", function)
+    return f"a function of {getattr(function, '__globals__', {}).get('__name__', type(function).__module__)}"
+
+
+@functools.cache
+def _passed_on() -> frozenset[str]:
+    """Return the fields that the model's output has in common with the output of its transformer."""
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
     # Take the names from the installed version: `past_key_values` is called `cache` from 5.24 on.
-    passed_on = {f.name for f in fields(CausalLMOutputWithPast)} & {f.name for f in fields(BaseModelOutputWithPast)}
+    return frozenset(
+        {f.name for f in fields(CausalLMOutputWithPast)} & {f.name for f in fields(BaseModelOutputWithPast)}
+    )
 
-    @functools.wraps(original)
-    def forward(
-        *args: Any,
-        labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        token_stats: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        if labels is None and shift_labels is None:
-            return original(*args, **kwargs)
-        _check_forward(model, kwargs)
-        outputs = model.base_model(*args, **kwargs)
-        hidden = outputs.last_hidden_state
-        if shift_labels is None:
-            hidden, target = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]
-        else:
-            target = shift_labels
-        stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), temperature)
-        count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        output = CausalLMOutputWithPast(
-            loss=-stats.logp.sum() / count, **{name: getattr(outputs, name) for name in passed_on}
+
+def _forward(
+    model: Any,
+    original: Callable[..., Any],
+    state: Installed,
+    *args: Any,
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    token_stats: bool = False,
+    **kwargs: Any,
+) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    if labels is None and shift_labels is None:
+        return original(*args, **kwargs)
+    _check_forward(model, kwargs)
+    outputs = model.base_model(*args, **kwargs)
+    hidden = outputs.last_hidden_state
+    if shift_labels is None:
+        hidden, target = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]
+    else:
+        target = shift_labels
+    stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), state.temperature)
+    count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    output = CausalLMOutputWithPast(
+        loss=-stats.logp.sum() / count, **{name: getattr(outputs, name) for name in _passed_on()}
+    )
+    if token_stats:
+        output["logp"], output["entropy"] = (
+            x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
         )
-        if token_stats:
-            output["logp"], output["entropy"] = (
-                x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
-            )
-        return output
-
-    return forward
+    return output
 
 
 def _labelled_stats(

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import importlib
 from unittest import mock
 
 import pytest
@@ -176,20 +177,91 @@ def test_no_label_at_all_is_a_differentiable_zero():
 
 def test_install_is_idempotent_and_uninstall_restores():
     model = make()
+    kind = type(model)
     hf.uninstall(model)
-    assert "forward" not in vars(model)
     hf.install(model)
-    ours = model.forward
+    patched = type(model)
     hf.install(model)
-    assert model.forward is ours and "with tokfuse" in hf.describe(model)
+    assert type(model) is patched and issubclass(patched, kind) and "with tokfuse" in hf.describe(model)
+    assert str(patched) == str(kind) and "forward" not in vars(model)
     hf.uninstall(model)
-    assert "forward" not in vars(model) and model.forward.__func__ is type(model).forward
+    assert type(model) is kind and hf.STATE not in vars(model)
     assert "without tokfuse" in hf.describe(model)
+
+
+def test_another_install_replaces_the_options():
+    model = make()
     hf.install(model)
-    model.forward = model.forward.__wrapped__
-    for _ in range(2):  # and it stays unchanged
-        with pytest.raises(ValueError, match=r"forward must be the one that tokfuse installed"):
-            hf.uninstall(model)
+    one = run(model)[0].loss
+    hf.install(model, temperature=0.5)
+    with hf.installed(make(), temperature=0.5):
+        assert run(model)[0].loss != one
+
+
+def test_a_patch_of_the_instance_is_not_hidden():
+    model = make()
+    model.forward = functools.partial(type(model).forward, model)
+    with pytest.raises(
+        ValueError, match=r"model.forward must be the forward of the model's class .*; got an attribute"
+    ):
+        hf.install(model)
+
+
+def deep(model, path):
+    return copy.deepcopy(model)
+
+
+def average(model, path):
+    ema = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda old, new, count: 2 * new)
+    ema.update_parameters(model)  # the first update copies
+    ema.update_parameters(model)
+    return ema.module
+
+
+def saved(model, path):
+    torch.save(model, path / "model.pt")
+    return torch.load(path / "model.pt", weights_only=False)
+
+
+def replica(model, path):
+    """Return the replica that DataParallel makes, whose parameters are copies with a gradient to the original."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copies(tensors, devices, detach=False):
+        return [[x.clone() for x in tensors]]
+
+    with mock.patch.object(replicate, "_broadcast_coalesced_reshape", copies):
+        (made,) = replicate.replicate(model, [0])
+    return made
+
+
+@pytest.mark.parametrize("duplicate", [deep, average, saved, replica])
+def test_a_copy_computes_with_its_own_weights(duplicate, tmp_path):
+    model = make()
+    hf.install(model, temperature=0.8)
+    twin = duplicate(model, tmp_path)
+    assert "with tokfuse" in hf.describe(twin)
+    with torch.no_grad():
+        for x in (*model.parameters(), *model.buffers()):
+            if x.is_floating_point():
+                x.fill_(float("nan"))  # nothing of the original enters the copy
+    loss = twin(**batch()).loss
+    plain = make()
+    if duplicate is average:
+        with torch.no_grad():
+            for x in plain.parameters():
+                x.mul_(2)
+    with hf.installed(plain, temperature=0.8):
+        expected, grads = run(plain)
+    assert loss.isfinite() and torch.equal(loss, expected.loss)
+    loss.backward()
+    if duplicate is replica:  # gradients flow through the copied parameters to the original's
+        assert model.lm_head.weight.grad is not None
+    else:
+        assert all(torch.equal(p.grad, grads[name]) for name, p in twin.named_parameters())
+        assert all(p.grad is None for p in model.parameters())
+        hf.uninstall(twin)
+        assert type(twin) is type(make()) and hf.is_installed(model)
 
 
 @pytest.mark.parametrize("more", [{"logits_to_keep": 3}, {"return_dict": False}, {"output_router_logits": True}])
