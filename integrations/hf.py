@@ -10,13 +10,17 @@
 runs packed sequences, without padding if flash-attention is installed.
 
 The supported model types are those in `SUPPORTED`, whose logits are softcap(scale * (W h + b)). Tied weights, bias,
-soft cap and scale are supported. LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters raise
-an error, because reading `lm_head.weight` alone would ignore them.
+soft cap and scale are supported. If the lm_head and the hidden states differ in dtype, e.g. a float32 head over a
+bfloat16 model, the wider dtype computes; under autocast, both are converted to its dtype first, as in torch's linear
+layer. An lm_head with hooks or a replaced forward raises an error, because calling it would compute something else.
+
+LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters raise an error, because reading
+`lm_head.weight` alone would ignore them.
 """
 
 import contextlib
-import copyreg
 import functools
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -132,9 +136,11 @@ def install(model: Any, *, temperature: float = 1.0) -> None:
     HOST.require(f"{OP}.install")
     model = _base(model)
     head_of(model)
-    kind = type(model)
+    kind: Any = type(model)
     if _patched_base(kind) is None:
-        if "forward" in vars(model):
+        patched = _patched(kind)
+        hooked = _of_accelerate_hook(model, kind.forward, patched.forward)
+        if "forward" in vars(model) and not hooked and not _leads_to(model.forward, patched.forward):
             raise refuse(
                 f"{OP}.install",
                 "model.forward",
@@ -142,7 +148,9 @@ def install(model: Any, *, temperature: float = 1.0) -> None:
                 f"an attribute of the instance, {_origin(model.forward)}",
                 "Call hf.install before the code that replaces forward, or remove that patch first.",
             )
-        model.__class__ = _patched(kind)
+        model.__class__ = patched
+        if hooked:
+            model._old_forward = types.MethodType(patched.forward, model)
     setattr(model, STATE, Installed(temperature))
 
 
@@ -155,11 +163,30 @@ def uninstall(model: Any) -> None:
     if not is_installed(model):
         return
     delattr(model, STATE)
-    base = _patched_base(type(model))
-    if base is not None and type(model) is _patched(base):  # FSDP2 derives its class from the patched one
-        if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:
+    patched = type(model)
+    base = _patched_base(patched)
+    if base is not None and patched is _patched(base):  # FSDP2 derives its class from the patched one
+        if getattr(vars(model).get("forward"), "__func__", None) is patched.forward:
             del model.forward  # accelerate's unwrap leaves a bound method behind
+        if _of_accelerate_hook(model, patched.forward):
+            model._old_forward = types.MethodType(base.forward, model)
         model.__class__ = base
+
+
+def _of_accelerate_hook(model: Any, *forwards: Any) -> bool:
+    """Return whether accelerate's device hook has replaced the instance's forward, and calls one of `forwards`."""
+    called = vars(model).get("_old_forward")
+    return hasattr(model, "_hf_hook") and getattr(called, "__func__", None) in forwards
+
+
+def _leads_to(function: Any, target: Any) -> bool:
+    """Return whether a function is `target`, or a wrapper around it."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if function is target:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def is_installed(model: Any) -> bool:
@@ -195,37 +222,35 @@ def describe(model: Any) -> str:
 
 
 @functools.cache
-def _patched(base: type) -> type:
+def _patched(base: Any) -> Any:
     """Return the subclass of `base` whose instances with the attribute `STATE` compute their loss on tokfuse."""
 
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original: Callable[..., Any] = base.forward  # type: ignore[attr-defined]
         state = getattr(self, STATE, None)
         if state is None:  # uninstalled, and called through a wrapper of other code
-            return original(self, *args, **kwargs)
-        return _forward(self, functools.partial(original, self), state, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)
+        return _forward(self, functools.partial(base.forward, self), state, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Pickle the model by the name of its own class, because this class has no importable name."""
         make, arguments, *rest = base.__reduce_ex__(self, max(int(protocol), 2))
-        if make is copyreg.__newobj__ and arguments[0] is kind:  # type: ignore[attr-defined]
+        if make.__name__ == "__newobj__" and arguments[0] is kind:
             make, arguments = restored, (base, *arguments[1:])
         return make, arguments, *rest
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_tokfuse_base": base}
-    kind = type(base.__name__, (base,), {**names, **body})
+    kind: Any = type(base.__name__, (base,), {**names, **body})
     return kind
 
 
-def _patched_base(kind: type) -> type | None:
+def _patched_base(kind: Any) -> Any:
     """Return the class that the patched class of `kind` derives from. None if there is no patched class."""
-    found: type | None = getattr(kind, "_tokfuse_base", None)
-    return found
+    return getattr(kind, "_tokfuse_base", None)
 
 
-def restored(base: type, *arguments: Any) -> Any:
+def restored(base: Any, *arguments: Any) -> Any:
     """Return a new instance of the patched subclass of `base`, for pickle and copy."""
     kind = _patched(base)
     return kind.__new__(kind, *arguments)
@@ -295,18 +320,12 @@ def _labelled_stats(
             "Pad labels of soft prompts with -100.",
         )
     rows, head = target != IGNORE, head_of(model)
-    weight, bias = head.weight.to(hidden.dtype), head.bias
-    bias = None if bias is None else bias.to(hidden.dtype)
-    stats = linear_token_stats(
-        hidden[rows],
-        weight,
-        target[rows],
-        bias=bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    )
-    return stats, rows
+    arguments, chosen = head.arguments(), hidden[rows]
+    if torch.is_autocast_enabled(hidden.device.type):  # as torch's linear layer
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        chosen = chosen.to(dtype)
+        arguments |= {name: x.to(dtype) for name in ("weight", "bias") if (x := arguments[name]) is not None}
+    return linear_token_stats(chosen, target=target[rows], temperature=temperature, **arguments), rows
 
 
 def _check_forward(model: Any, kwargs: dict[str, Any]) -> None:
@@ -415,7 +434,27 @@ def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             "a DTensor",
             "Shard the lm_head with the root unit of FSDP2.",
         )
+    _check_call(head)
     return head.weight, head.bias
+
+
+def _check_call(head: torch.nn.Linear) -> None:
+    """Raise an error if calling the layer does more than its matrix product."""
+    hook = getattr(head, "_hf_hook", None)  # accelerate's device_map; it moves tensors, and offloads if asked
+    moved = hook is not None and not getattr(hook, "offload", False)
+    changed = "a forward of its own"
+    if type(head).forward is torch.nn.Linear.forward and ("forward" not in vars(head) or moved):
+        hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
+        if not any(hooks):
+            return
+        changed = "hooks"
+    raise refuse(
+        f"{OP}.head_of",
+        "lm_head",
+        "a linear layer without hooks and with torch's forward (tokfuse reads its weight and does not call it)",
+        changed,
+        "For a float32 head make its parameters float32; otherwise use causal_lm_loss, which takes logits.",
+    )
 
 
 def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:

@@ -310,6 +310,16 @@ def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def head_dtype(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
+    """Return the dtype in which an lm_head is computed: the wider of hidden and weight, float64 for a float64 bias.
+
+    Neither of bfloat16 and float16 contains the other; together they are computed in float32.
+    """
+    if bias is not None and bias.dtype == torch.float64:
+        return torch.float64
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
 def plain(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
     """Return the tensor detached, contiguous and, if `dtype` is given, converted.
 

@@ -298,7 +298,7 @@ def request(op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torc
     checks.check_cu_seqlens(op, cu_seqlens, problem.tokens, problem.hidden.device)
     check_spec(op, spec.rank, spec.seed)
     bias = problem.bias is not None and problem.bias.requires_grad
-    dtype = result_dtype(problem.hidden.dtype)
+    dtype = result_dtype(problem.dtype)
     norms = torch.zeros(problem.tokens, dtype=dtype, device=problem.hidden.device)
     return problem._replace(needs=(True, problem.weight.requires_grad, bias), row_norms=norms)
 

@@ -89,9 +89,10 @@ def linear_token_stats(
 
     Args:
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states.
-        weight: (vocab, hidden), same dtype and device. Weight of the lm_head.
+        weight: (vocab, hidden). Weight of the lm_head. It may have another dtype than hidden, e.g. a
+            float32 head over a bfloat16 model.
         target: (tokens,) int64, in [0, vocab) where mask is True.
-        bias: (vocab,), same dtype. None: no bias.
+        bias: (vocab,), any of these dtypes. None: no bias.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
@@ -114,6 +115,8 @@ def linear_token_stats(
     Numerics: same bounds as `token_stats` with float32 logits. bfloat16 and float16 inputs are converted
         exactly, and GEMMs accumulate in float32. dW accumulates in float32 and is rounded once. Bitwise
         repeatable. The GEMM library may round a row differently with another chunk size.
+        If the dtypes of hidden and weight differ, the logits are computed in the wider one (float32 for
+        bfloat16 with float16), and each input receives its gradient in its own dtype.
 
     Gradients and memory: hidden, weight and bias receive a gradient if they require grad. Saved: the
         inputs and four (tokens,) vectors. The backward recomputes the logits of the rows whose incoming
@@ -122,7 +125,8 @@ def linear_token_stats(
         the statistics without a workspace (with ids or top_k it stores its logits in the workspace), and
         rounds the gradient of its logits once to 16 bits for the gradient GEMMs. The backward synchronises
         once to read the number of its rows. Under CUDA-graph capture it does not synchronise, and every row
-        is computed.
+        is computed. If hidden and weight differ in dtype, the narrower one is widened piece by piece: the
+        rows of a chunk, or 64 MiB of the weight (2 MiB on the CPU). No float32 copy of the weight is made.
 
     Examples:
         >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
@@ -141,7 +145,7 @@ def linear_token_stats(
     if ids is not None or top_k is not None or ids_offsets is not None:
         check_one_of(OP, ids, ids_offsets, top_k)
         return linear_token_stats_at(problem, ids, ids_offsets, top_k)
-    capability = select(OP, hidden.device.type, hidden.dtype, options.features())
+    capability = select(OP, hidden.device.type, problem.dtype, options.features())
     if capability.backend == "reference":
         return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **options.without_bias()))
     if torch.compiler.is_compiling():
@@ -198,7 +202,7 @@ def _problem(
 ) -> tuple[HeadProblem, HeadKernels]:
     *flat, budget = rest
     p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
-    return p, select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
+    return p, select(OP, hidden.device.type, p.dtype, p.options.features()).run
 
 
 ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
@@ -232,7 +236,7 @@ def _linear_backward_op(*arguments: Any) -> list[torch.Tensor]:
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
     needs = rest[-3:]
     likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, needs, strict=True)]
+    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, needs, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

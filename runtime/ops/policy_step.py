@@ -77,8 +77,9 @@ def policy_step(
     Args:
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. None: pass hidden and weight.
         hidden: (tokens, hidden), the hidden states, instead of logits.
-        weight: (vocab, hidden), the weight of the lm_head. Same dtype and device as hidden.
-        bias: (vocab,), the bias of the lm_head. Same dtype and device as hidden. None: no bias.
+        weight: (vocab, hidden), the weight of the lm_head. If its dtype differs from that of hidden, the wider
+            one computes, and each has its gradient in its own dtype (see `linear_token_stats`).
+        bias: (vocab,), the bias of the lm_head. None: no bias.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
             policy, so the log-probabilities of this step are used and every ratio is 1. A GPU then

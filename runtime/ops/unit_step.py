@@ -42,7 +42,7 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
         own_budget: True if the caller chose `p.memory_budget`. Otherwise the budget grows to fit the
             largest unit, up to 1 GiB.
     """
-    capability = select(linear.OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
+    capability = select(linear.OP, p.hidden.device.type, p.dtype, p.options.features())
     if torch.compiler.is_compiling() or capability.run.units is None:
         return _composed(p, units, loss)
     if not own_budget:

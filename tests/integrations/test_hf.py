@@ -362,6 +362,66 @@ def test_other_adapters_and_heads_are_refused():
         hf.head_of(model)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_float32_head_over_a_bfloat16_model_is_not_rounded(bias):
+    model = make().bfloat16()
+    model.lm_head = torch.nn.Linear(H, V, bias=bias)  # float32
+    with hf.installed(model):
+        mine = run(model, token_stats=True)
+    hidden = model.base_model(**{k: v for k, v in batch().items() if k != "labels"}).last_hidden_state[:, :-1]
+    labels = batch()["labels"][:, 1:]
+    logp = float64_linear(model.lm_head, hidden).log_softmax(-1)
+    want = logp.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(labels == -100, 0)
+    compare(mine[0]["logp"], want, atol=2e-6)
+    assert mine[1]["lm_head.weight"].dtype == torch.float32
+    assert mine[1]["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_autocast_computes_the_head_in_its_dtype():
+    model = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16), hf.installed(model):
+        mine, grads = run(model, token_stats=True)
+        hidden = model.base_model(**{k: v for k, v in batch().items() if k != "labels"}).last_hidden_state[:, :-1]
+    labels = batch()["labels"][:, 1:]
+    logits = hidden.bfloat16().double() @ model.lm_head.weight.bfloat16().double().t()
+    want = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    compare(mine["logp"], want.masked_fill(labels == -100, 0), atol=2e-6)
+    assert grads["lm_head.weight"].dtype == torch.float32
+
+
+class ScaledLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["forward", "subclass", "hook", "pre-hook"])
+def test_a_head_that_computes_something_else_is_refused(change):
+    model = make()
+    head = model.lm_head
+    if change == "forward":
+        head.forward = lambda x: torch.nn.functional.linear(x.float(), head.weight.float())
+    elif change == "subclass":
+        model.lm_head = ScaledLinear(H, V, bias=False)
+    elif change == "hook":
+        head.register_forward_hook(lambda module, args, output: 2.0 * output)
+    else:
+        head.register_forward_pre_hook(lambda module, args: args)
+    with pytest.raises(ValueError, match=r"lm_head must be a linear layer without hooks and with torch's forward"):
+        hf.install(model)
+
+
+def test_a_head_placed_by_accelerate():
+    from accelerate import cpu_offload, dispatch_model
+
+    model = make()
+    theirs, exact = run(model), run_exactly(model)
+    placed = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with hf.installed(placed):
+        assert_same(run(placed), theirs, exact)
+    with pytest.raises(ValueError, match="lm_head must be"):
+        hf.install(cpu_offload(make(), "cpu"))
+
+
 # ------------------------------------------------------------------------------ losses from logits
 
 

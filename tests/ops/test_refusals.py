@@ -158,12 +158,14 @@ HEAD = [
         "(0, 4). Pass lm_head.weight unchanged.",
     ),
     (
-        lambda: head_call(weight=torch.zeros(V, H).bfloat16()),
-        "linear_token_stats: weight must be torch.float32 like hidden; got torch.bfloat16. Cast one of them.",
+        lambda: head_call(weight=torch.zeros(V, H).long()),
+        "linear_token_stats: weight must be of dtype bfloat16 or float16 or float32 or float64; got int64. Call "
+        "weight.float().",
     ),
     (
         lambda: head_call(bias=torch.zeros(V + 1)),
-        "linear_token_stats: bias must be (7,) torch.float32 like weight; got (8,) torch.float32. Pass lm_head.bias.",
+        "linear_token_stats: bias must be of shape (7,) to match the rows of weight; got shape (8,). Pass the packed "
+        "vector, without padding.",
     ),
     (
         lambda: head_call(target=torch.tensor([0, 3, 7])),
