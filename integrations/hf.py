@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.integrations.hosts import Host, where
+from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
@@ -112,15 +113,20 @@ class Installed(NamedTuple):
     """The options of `install`, stored on the model."""
 
     temperature: float
+    eval_logits: bool
 
 
-def install(model: Any, *, temperature: float = 1.0) -> None:
+def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -> None:
     """Make `model(..., labels=labels)` compute its loss from hidden states. Another call replaces the options.
 
     loss = -sum log p(label) / num_items_in_batch, as the model's own; without num_items_in_batch, the mean over labels
-    that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift.
-    `token_stats=True` adds `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own
-    forward runs, so generation is unchanged.
+    that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift. `token_stats=True` adds
+    `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own forward runs, so generation is
+    unchanged.
+
+    Evaluation (`model.eval()` under `torch.no_grad`) returns logits too, because `Trainer` takes the predictions for
+    `compute_metrics` from them. `skip_logits=True` or `token_stats=True` in the call, or `eval_logits=False` here, omits
+    them.
 
     The model's class becomes a subclass of the same name, whose forward uses the instance that it is called on. So a
     copy of the model (deepcopy, an EMA, a DataParallel replica, a pickle) has the patch too, with its own weights.
@@ -128,10 +134,14 @@ def install(model: Any, *, temperature: float = 1.0) -> None:
     Args:
         model: a model of a supported type; wrap it in DDP, FSDP or PEFT before or after this call.
         temperature: divisor of the logits.
+        eval_logits: whether evaluation with labels returns logits. False: evaluation needs no memory for them.
+
+    TRL's trainers score with a head of their own. A patched model then raises an error when the trainer is made,
+    unless `tokfuse.integrations.trl.install()` has put that head on tokfuse.
 
     Raises:
         ValueError: transformers is older than 5.0, `head_of` does not support the model, or other code has replaced
-            the forward of this instance.
+            the forward of this instance, e.g. a TRL trainer.
     """
     HOST.require(f"{OP}.install")
     model = _base(model)
@@ -146,12 +156,16 @@ def install(model: Any, *, temperature: float = 1.0) -> None:
                 "model.forward",
                 "the forward of the model's class (the patch is part of the class, and an attribute would hide it)",
                 f"an attribute of the instance, {_origin(model.forward)}",
-                "Call hf.install before the code that replaces forward, or remove that patch first.",
+                TRL_STEP
+                if _is_trl_head(model.forward)
+                else "Call hf.install before the code that replaces forward, or remove that patch first.",
             )
         model.__class__ = patched
         if hooked:
             model._old_forward = types.MethodType(patched.forward, model)
-    setattr(model, STATE, Installed(temperature))
+    checks.check_positive(f"{OP}.install", "temperature", temperature)
+    checks.check_flag(f"{OP}.install", "eval_logits", eval_logits)
+    setattr(model, STATE, Installed(temperature, eval_logits))
 
 
 def uninstall(model: Any) -> None:
@@ -195,9 +209,9 @@ def is_installed(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def installed(model: Any, *, temperature: float = 1.0) -> Iterator[None]:
+def installed(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -> Iterator[None]:
     """Context manager: `install` on entry, `uninstall` on exit."""
-    install(model, temperature=temperature)
+    install(model, temperature=temperature, eval_logits=eval_logits)
     try:
         yield
     finally:
@@ -232,6 +246,17 @@ def _patched(base: Any) -> Any:
             return base.forward(self, *args, **kwargs)
         return _forward(self, functools.partial(base.forward, self), state, *args, **kwargs)
 
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name == "forward" and _is_trl_head(value) and getattr(self, STATE, None) and not _trl_on_tokfuse():
+            raise refuse(
+                OP,
+                "the model of a TRL trainer",
+                "without hf.install (the trainer scores with a head of its own, which would bypass this patch)",
+                f"a patched {base.__name__}",
+                TRL_STEP,
+            )
+        base.__setattr__(self, name, value)
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Pickle the model by the name of its own class, because this class has no importable name."""
         make, arguments, *rest = base.__reduce_ex__(self, max(int(protocol), 2))
@@ -240,7 +265,7 @@ def _patched(base: Any) -> Any:
         return make, arguments, *rest
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_tokfuse_base": base}
+    body = {"forward": forward, "__setattr__": __setattr__, "__reduce_ex__": __reduce_ex__, "_tokfuse_base": base}
     kind: Any = type(base.__name__, (base,), {**names, **body})
     return kind
 
@@ -256,10 +281,24 @@ def restored(base: Any, *arguments: Any) -> Any:
     return kind.__new__(kind, *arguments)
 
 
+TRL_STEP = "Use tokfuse.integrations.trl.install(), which puts TRL's head on tokfuse, and hf.uninstall(model)."
+
+
 def _origin(function: Any) -> str:
     """Return the name of the module whose code a function runs, unlike `__module__` also for a wrapper."""
     function = getattr(function, "__func__", function)
     return f"a function of {getattr(function, '__globals__', {}).get('__name__', type(function).__module__)}"
+
+
+def _is_trl_head(function: Any) -> bool:
+    """Return whether TRL's `add_fused_lm_head` made this forward."""
+    return _origin(function) == "a function of trl.trainer.utils"
+
+
+def _trl_on_tokfuse() -> bool:
+    from tokfuse.integrations import trl_seams
+
+    return trl_seams.is_installed()
 
 
 @functools.cache
@@ -282,6 +321,7 @@ def _forward(
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     token_stats: bool = False,
+    skip_logits: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -289,6 +329,12 @@ def _forward(
     if labels is None and shift_labels is None:
         return original(*args, **kwargs)
     _check_forward(model, kwargs)
+    if skip_logits is None:
+        skip_logits = not state.eval_logits or model.training or torch.is_grad_enabled() or token_stats
+    if not skip_logits:
+        output = original(*args, **kwargs)
+        loss = _loss_of_logits(output.logits, labels, num_items_in_batch, IGNORE, shift_labels, state.temperature)
+        return type(output)(loss=loss, **output)
     outputs = model.base_model(*args, **kwargs)
     hidden = outputs.last_hidden_state
     if shift_labels is None:
@@ -387,13 +433,27 @@ def causal_lm_loss(
         shift_labels: (batch, length), already shifted.
         kwargs: other arguments of the model call; ignored.
     """
+    return _loss_of_logits(
+        logits.reshape(*logits.shape[:-1], vocab_size), labels, num_items_in_batch, ignore_index, shift_labels
+    )
+
+
+def _loss_of_logits(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+    ignore_index: int,
+    shift_labels: torch.Tensor | None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
     if shift_labels is None:
         if labels is None:
             raise refuse(OP, "labels", "given without shift_labels", None, "Pass one of them.")
         shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
     rows = target != ignore_index
-    stats = token_stats(logits.reshape(-1, vocab_size), target.masked_fill(~rows, 0), mask=rows)
+    flat = logits.reshape(-1, logits.shape[-1])
+    stats = token_stats(flat, target.masked_fill(~rows, 0), temperature=temperature, mask=rows)
     count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, torch.Tensor):
         count = count.to(logits.device)

@@ -46,6 +46,11 @@ def uninstall() -> None:
     _INSTALLED.restore()
 
 
+def is_installed() -> bool:
+    """Return whether `install` is in effect."""
+    return _INSTALLED.active
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
     """Context manager: `install` on entry, `uninstall` on exit. If already installed, it has no effect."""

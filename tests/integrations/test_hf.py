@@ -6,6 +6,7 @@ import functools
 import importlib
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from harness import compare
@@ -205,6 +206,80 @@ def test_a_patch_of_the_instance_is_not_hidden():
         ValueError, match=r"model.forward must be the forward of the model's class .*; got an attribute"
     ):
         hf.install(model)
+
+
+def test_a_model_of_a_trl_trainer():
+    """SFTTrainer and the others call add_fused_lm_head, and then score with fused_lm_head=True."""
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs the group `hosts`")
+    from tokfuse.integrations import trl
+
+    model = make()
+    hf.install(model)
+    with pytest.raises(
+        ValueError, match=r"integrations.hf: the model of a TRL trainer .*tokfuse.integrations.trl.install"
+    ):
+        utils.add_fused_lm_head(model)
+    assert "forward" not in vars(model)
+    with trl.installed():
+        utils.add_fused_lm_head(model)
+        out = model(**batch(), fused_lm_head=True)
+    assert_no_farther(out.loss, *(run(make())[0].loss, run_exactly(make())[0].loss), what="loss")
+    hf.uninstall(model)
+    assert model(input_ids=batch()["input_ids"]).logits is not None
+    after = make()
+    utils.add_fused_lm_head(after)
+    with pytest.raises(ValueError, match=r"a function of trl.trainer.utils. Use tokfuse.integrations.trl.install"):
+        hf.install(after)
+
+
+def trainer_of(model, path, **options):
+    args = transformers.TrainingArguments(
+        str(path),
+        per_device_train_batch_size=1,
+        max_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        **options,
+    )
+    rows = [{k: v[i] for k, v in batch().items()} for i in range(B)]
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction.predictions)
+        return {}
+
+    trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+    return trainer, seen
+
+
+def test_trainer_in_bfloat16_then_uninstall(tmp_path):
+    """accelerate wraps the forward and does not unwrap it."""
+    model = make()
+    with hf.installed(model):
+        trainer_of(model, tmp_path, bf16=True)[0].train()
+        assert "forward" in vars(model)
+    assert model(**batch()).logits is not None and not hf.is_installed(model)
+    with hf.installed(model):  # and again, below the wrapper
+        assert model(**batch()).logits is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_evaluation_has_predictions(temperature, tmp_path):
+    model = make()
+    trainer, seen = trainer_of(model, tmp_path)
+    theirs = trainer.evaluate()
+    with hf.installed(model, temperature=temperature):
+        mine = trainer.evaluate()
+        with torch.no_grad():
+            small = model.eval()(**batch(), skip_logits=True)
+            assert small.logits is None and model(**batch(), token_stats=True).logits is None
+            assert model(**batch()).loss.item() == pytest.approx(small.loss.item(), rel=1e-5)
+    np.testing.assert_array_equal(seen[1], seen[0])
+    assert (mine["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)) == (temperature == 1.0)
+    with hf.installed(model, eval_logits=False), torch.no_grad():
+        assert model(**batch()).logits is None
 
 
 def deep(model, path):
