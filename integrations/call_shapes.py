@@ -24,6 +24,7 @@ import torch
 from tokfuse.integrations import trl_objective
 from tokfuse.integrations.padded import Padding
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
@@ -604,7 +605,22 @@ def slime_policy_loss(
         (slope,) = torch.autograd.grad(out.loss, leaf)
     ratio, (low, high) = leaf.detach().exp(), shape.bounds
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
-    return out.token_loss + slope * (logp - logp.detach()), clipped.float()
+    return _WithSlope.apply(logp, out.token_loss, slope), clipped.float()
+
+
+class _WithSlope(torch.autograd.Function):
+    """Return `value`, whose derivative by `x` is `slope`, element by element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slope)
+        ctx.dtype = x.dtype
+        return value.clone()
+
+    @staticmethod
+    @first_order(f"{OP}.slime_policy_loss")
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
 # ---------------------------------------------------------------------------------------- prime-rl

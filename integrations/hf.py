@@ -120,13 +120,13 @@ def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -
     """Make `model(..., labels=labels)` compute its loss from hidden states. Another call replaces the options.
 
     loss = -sum log p(label) / num_items_in_batch, as the model's own; without num_items_in_batch, the mean over labels
-    that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift. `token_stats=True` adds
-    `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own forward runs, so generation is
-    unchanged.
+    that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift. `token_stats=True`
+    adds `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own forward runs, so
+    generation is unchanged.
 
     Evaluation (`model.eval()` under `torch.no_grad`) returns logits too, because `Trainer` takes the predictions for
-    `compute_metrics` from them. `skip_logits=True` or `token_stats=True` in the call, or `eval_logits=False` here, omits
-    them.
+    `compute_metrics` from them. `skip_logits=True` or `token_stats=True` in the call, or `eval_logits=False` here,
+    omits them.
 
     The model's class becomes a subclass of the same name, whose forward uses the instance that it is called on. So a
     copy of the model (deepcopy, an EMA, a DataParallel replica, a pickle) has the patch too, with its own weights.

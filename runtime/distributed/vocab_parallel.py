@@ -17,6 +17,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits, check_options, check_values
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.distributed import collectives, vocab_rows
@@ -391,7 +392,7 @@ class _ShardStats(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
@@ -417,7 +418,7 @@ class _ShardHead(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None

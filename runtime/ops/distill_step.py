@@ -10,6 +10,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
@@ -274,7 +275,7 @@ class _Step(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("distill_step")
     @ranged("distill_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss, OP)

@@ -7,6 +7,7 @@ import torch
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -186,7 +187,7 @@ class _PairFunction(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_paired_divergence")
     @ranged("linear_paired_divergence.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         p = PairProblem.from_flat(OP, *_saved(ctx))

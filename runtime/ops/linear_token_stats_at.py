@@ -6,6 +6,7 @@ import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -94,7 +95,7 @@ class _LinearAtFunction(torch.autograd.Function):
         return logp, entropy, lse, sum_sq, top1, logp_at, ids
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_token_stats")
     @ranged("linear_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None and grads[5] is None:

@@ -12,6 +12,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options
 from tokfuse.runtime.core.ranges import ranged
@@ -172,7 +173,7 @@ class _DivergenceFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("paired_divergence")
     @ranged("paired_divergence.bwd")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         p, q, state, *tensors = ctx.saved_tensors

@@ -11,6 +11,7 @@ from tokfuse.runtime.backends.registration import register_cpu, register_cuda, r
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, eager_cpu, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
@@ -415,7 +416,7 @@ class _LogitsStep(torch.autograd.Function):
         return loss[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("policy_step")
     @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         return hand_over(ctx.gradients, grad_loss)["logits"], None, None

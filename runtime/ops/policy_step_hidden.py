@@ -8,6 +8,7 @@ import torch
 from tokfuse.runtime.backends.reference_policy import traced_step
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -70,7 +71,7 @@ class _HiddenStep(torch.autograd.Function):
         return terms.loss, terms.token_loss, terms.sums, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("policy_step")
     @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss)

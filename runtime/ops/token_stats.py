@@ -10,6 +10,7 @@ from tokfuse.runtime.backends.registration import register_cpu, register_cuda, r
 from tokfuse.runtime.core.checks import check_flag, check_positive
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, eager_cpu, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
@@ -317,7 +318,7 @@ class _TokenStatsFunction(torch.autograd.Function):
         return logp, entropy, lse, sum_sq, top1, *extras
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("token_stats")
     @ranged("token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         grad_logp, grad_entropy = grads[0], grads[1]

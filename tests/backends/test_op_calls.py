@@ -11,11 +11,11 @@ from collections import defaultdict
 import op_calls
 import pytest
 import torch
-from op_calls import ROWS, SMALL, Call, Problem, calls
+from op_calls import ROWS, SMALL, Call, Problem, calls, scalar
 
 import tokfuse
 from tokfuse.inspection import doctor
-from tokfuse.runtime.core import dispatch
+from tokfuse.runtime.core import dispatch, native
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 
 doctor.import_ops()
@@ -102,3 +102,34 @@ def test_a_result_is_named_by_its_public_fields():
     step = op_calls.named("policy_step/everything").run(Problem(SMALL))
     assert {"loss", "token_loss", "metrics.sums", "metrics.sampler_kl_k3", "stats.logp", "grad logits"} <= set(step)
     assert not any(name.startswith("_") for name in step)
+
+
+SECOND = [call for call in calls(options="none") if call.row.differentiable and call.row.op != "segment_moments"]
+
+
+@pytest.mark.parametrize("call", SECOND, ids=lambda call: call.name)
+def test_second_derivative_is_refused_not_wrong(call):
+    """On the kernels of every op. segment_moments is differentiable twice, because its backward is torch's."""
+    if native.module() is None:
+        pytest.skip("cpu: the native module is not built")
+    with tokfuse.backend("cpu"):
+        given = call.arguments(Problem(SMALL, "cpu", torch.float32))
+        loss = scalar(call.function()(**given))
+        leaves = [given[name] for name in call.differentiable(given)]
+        with pytest.raises(ValueError, match=r"create_graph must be False .*; got True"):
+            torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+def test_second_derivative_of_a_custom_op_is_refused():
+    z, target = torch.randn(2, 9).requires_grad_(), torch.tensor([1, 2])
+    out = torch.ops.tokfuse.token_stats.default(z, target, None, 1.0, None, 1.0, None, None, 1.0, None)
+    with tokfuse.backend("cpu"), pytest.raises(ValueError, match="token_stats: create_graph must be False"):
+        torch.autograd.grad(out[0].sum(), z, create_graph=True)
+
+
+def test_segment_moments_is_differentiable_twice():
+    values = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    square = tokfuse.segment_moments(values, cu_seqlens=torch.tensor([0, 1, 3]).int()).sum_sq.sum()
+    (grad,) = torch.autograd.grad(square, values, create_graph=True)
+    (second,) = torch.autograd.grad((grad * values).sum(), values)
+    assert grad.tolist() == [2.0, -4.0, 6.0] and second.tolist() == [4.0, -8.0, 12.0]

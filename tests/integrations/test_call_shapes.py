@@ -640,6 +640,8 @@ def test_slime(dual):
     ratio = (-exact).exp()
     want = ppo(ratio, a.double(), 0.2, 0.3, dual)
     compare(ours, want, rtol=2e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="slime_policy_loss: create_graph must be False"):
+        torch.autograd.grad(ours.sum(), kl, create_graph=True)
     assert_same((ours * weight).sum(), kl, (want * weight).sum(), exact)
     assert torch.equal(clipped.bool(), ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0)))
 
