@@ -19,6 +19,20 @@ class LogitOptions(NamedTuple):
     bias_logits: torch.Tensor | None = None
     bias_scale: float = 1.0
 
+    @classmethod
+    def of(
+        cls,
+        temperature: float | torch.Tensor,
+        softcap: float | None,
+        logit_scale: float,
+        mask: torch.Tensor | None,
+        bias_logits: torch.Tensor | None = None,
+        bias_scale: float = 1.0,
+    ) -> "LogitOptions":
+        """Return the options of a call, with numbers of numpy as floats: no kernel takes them."""
+        number = checks.number
+        return cls(number(temperature), number(softcap), number(logit_scale), mask, bias_logits, number(bias_scale))
+
     def features(self) -> frozenset[str]:
         """Return the names of the optional behaviours that this call uses."""
         if self.bias_logits is None and self.softcap is None:

@@ -88,10 +88,12 @@ def check_head(
         if hidden.device.type != "cpu":
             workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
             memory_budget = max(memory_budget, min(workspace, 1 << 30))
-    elif not isinstance(memory_budget, int) or memory_budget < 1:
+    elif isinstance(memory_budget, bool) or not checks.is_integer(memory_budget) or memory_budget < 1:
         raise refuse(
             op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget), "Omit it for the default."
         )
+    else:
+        memory_budget = int(memory_budget)
     return HeadProblem(hidden, weight, bias, target, options, memory_budget)
 
 

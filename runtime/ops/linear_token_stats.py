@@ -141,7 +141,7 @@ def linear_token_stats(
 
     Source: the chunked heads of TRL and Liger; same outputs as `token_stats`. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
     problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
     if ids is not None or top_k is not None or ids_offsets is not None:
         check_one_of(OP, ids, ids_offsets, top_k)

@@ -167,7 +167,7 @@ def policy_step(
         kl_weight,
         entropy_weight,
     )
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
     checks.check_flag(OP, "compact_clipped", compact_clipped)
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
@@ -278,7 +278,7 @@ def policy_step_(
         kl_weight,
         entropy_weight,
     )
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
     op = "policy_step_"
     if sampler_logp is None and isinstance(logits, torch.Tensor) and logits.dim() == 2:
         _check_writable(op, logits)

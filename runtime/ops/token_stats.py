@@ -7,7 +7,7 @@ import torch
 
 from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
-from tokfuse.runtime.core.checks import check_flag, check_positive
+from tokfuse.runtime.core.checks import check_flag, check_positive, number
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, eager_cpu, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
@@ -216,8 +216,8 @@ def token_stats(
     Source: the online-softmax identities. sum p^2: EL2N (Paul et al. 2021) and verl's optimal token baseline.
         Bias subtraction: TE-D of CausalInfoMin (arXiv 2311.16941). Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
-    one = isinstance(bias_scale, int | float) and bias_scale == 1.0
+    options = LogitOptions.of(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    one = isinstance(options.bias_scale, int | float) and options.bias_scale == 1.0
     if bias_logits is None and not one:
         raise refuse(
             OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "Remove it: it would have no effect."
@@ -236,7 +236,7 @@ def token_stats(
             raise refuse(OP, given, "left out with ids or top_k", "both", "Call twice, once with each.")
         return token_stats_at(logits, target, ids, ids_offsets, top_k, options)
     if second_temperature is not None or moments:
-        return _extended(logits, target, options, Extras(second_temperature, moments))
+        return _extended(logits, target, options, Extras(number(second_temperature), moments))
     capability = _capability(logits, options)
     if capability.backend == "reference":
         return TokenStats(*reference.forward(logits, target, **options._asdict()))
