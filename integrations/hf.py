@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.integrations.hosts import Host, where
+from tokfuse.integrations.hosts import Host, has_kernels, tell_unchanged, where
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
@@ -328,6 +328,19 @@ def _forward(
 
     if labels is None and shift_labels is None:
         return original(*args, **kwargs)
+    weight = model.get_output_embeddings().weight
+    if not has_kernels("linear_token_stats", weight.device.type, weight.dtype):
+        if token_stats or state.temperature != 1.0:
+            raise refuse(
+                OP,
+                "the model's device",
+                "one that tokfuse has kernels for, with token_stats or a temperature",
+                f"{weight.device.type} with {weight.dtype}",
+                "Use tokfuse.token_stats on the logits.",
+            )
+        tell_unchanged("transformers", weight.device.type, weight.dtype)
+        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        return original(*args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
     _check_forward(model, kwargs)
     if skip_logits is None:
         skip_logits = not state.eval_logits or model.training or torch.is_grad_enabled() or token_stats
@@ -453,6 +466,11 @@ def _loss_of_logits(
     target = shift_labels.reshape(-1).to(logits.device)
     rows = target != ignore_index
     flat = logits.reshape(-1, logits.shape[-1])
+    if not has_kernels("token_stats", flat.device.type, flat.dtype):
+        tell_unchanged("torch", flat.device.type, flat.dtype)
+        scaled = flat.float() / temperature if flat.dtype != torch.float64 else flat / temperature
+        total = torch.nn.functional.cross_entropy(scaled, target, ignore_index=ignore_index, reduction="sum")
+        return total / (rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
     stats = token_stats(flat, target.masked_fill(~rows, 0), temperature=temperature, mask=rows)
     count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, torch.Tensor):

@@ -497,6 +497,23 @@ def test_a_head_placed_by_accelerate():
         hf.install(cpu_offload(make(), "cpu"))
 
 
+def test_a_device_without_kernels_keeps_the_models_own_code(monkeypatch):
+    """As on xpu, npu or mps, where the head would compute all logits in float64."""
+    theirs = run(make())
+    monkeypatch.setattr(hf, "has_kernels", lambda op, device, dtype: False)
+    model = make()
+    hosts.tell_unchanged.cache_clear()
+    with hf.installed(model), pytest.warns(UserWarning, match="no kernels for float32 on cpu: transformers's own code"):
+        mine = run(model)
+    assert torch.equal(mine[0].logits, theirs[0].logits) and torch.equal(mine[0].loss, theirs[0].loss)
+    assert all(torch.equal(grad, mine[1][name]) for name, grad in theirs[1].items())
+    with hf.installed(model, temperature=0.7), pytest.raises(ValueError, match="the model's device must be one that"):
+        run(model)
+    logits, labels = theirs[0].logits.detach(), batch()["labels"]
+    got = hf.causal_lm_loss(logits, labels, V, num_items_in_batch=11)
+    compare(got, float64_loss(logits, labels, num_items_in_batch=11), rtol=1e-6)
+
+
 # ------------------------------------------------------------------------------ losses from logits
 
 
