@@ -94,7 +94,7 @@ def preference_step(
     state = loss.initial_state() if state is None else state
     layout = Layout(batch, loss.whole, loss.token_tail_weight)
     objective = loss.objective(batch, layout, state, _scale(normalizer, batch))
-    options = LogitOptions.of(temperature, softcap, logit_scale, layout.counted)
+    options = LogitOptions(temperature, softcap, logit_scale, layout.counted).floats()
     _check_input(logits, hidden, weight, bias, memory_budget)
     rows, twice = layout.units.order, 0
     gradients: Gradients = {}

@@ -53,11 +53,15 @@ def require_tensor(op: str, name: str, value: object) -> torch.Tensor:
         return value
     if type(value) not in PLAIN_TENSORS:
         _check_subclass(op, name, value)
-    elif value.is_meta:
-        raise refuse(op, name, "a tensor with values", "a meta tensor", "Move it to a device first.")
     elif is_functorch_wrapped_tensor(value):
         _check_transform(op, name, value)
     return value
+
+
+def check_main(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise ValueError if the main input is a meta tensor. Other inputs must be on the device of the main input."""
+    if x.is_meta and not torch.compiler.is_compiling():
+        raise refuse(op, name, "a tensor with values", "a meta tensor", "Move it to a device first.")
 
 
 def _check_subclass(op: str, name: str, value: torch.Tensor) -> None:
@@ -141,9 +145,10 @@ def check_matrix(op: str, name: str, x: torch.Tensor, axes: str) -> None:
             name,
             f"two-dimensional {axes}",
             f"shape {tuple(x.shape)}",
-            "Pack padded batches to (tokens, ...) first.",
+            f"Call {name}.reshape(-1, {name}.shape[-1]).",
         )
     check_dtype(op, name, x, FLOATS)
+    check_main(op, name, x)
 
 
 class Rows(NamedTuple):
@@ -171,7 +176,9 @@ def check_vector(
             want = f"of shape ({rows.size},) to match {rows.partner}"
         raise refuse(op, name, want, f"shape {tuple(x.shape)}", "Pass the packed vector, without padding.")
     check_dtype(op, name, x, dtypes)
-    if rows is not None:
+    if rows is None:
+        check_main(op, name, x)
+    else:
         check_device(op, name, x, rows.device)
     return x
 

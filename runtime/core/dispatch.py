@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.core import native
 from tokfuse.runtime.core.errors import BackendUnavailable
 from tokfuse.runtime.core.forced import FORCED
 from tokfuse.runtime.core.forced import ORDER as ORDER
@@ -100,17 +99,6 @@ def register(capability: Capability) -> None:
     rows = _REGISTRY.setdefault(capability.op, {})
     assert capability.backend in ORDER and capability.backend not in rows
     rows[capability.backend] = capability
-
-
-def eager_cpu() -> Any | None:
-    """Return the native module if one of its functions may run a whole CPU call, checks and outputs included.
-
-    Return None under torch.compile, if another backend is forced, and without the module. The call then
-    takes the general path. It also does so if the native function returns None for its arguments.
-    """
-    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
-        return None
-    return native.eager()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
-"""The backend that the caller forces, with `tokfuse.backend(...)` or `TOKFUSE_BACKEND`."""
+"""The backend that the caller forces, and the native module for plain CPU calls, if it forces none."""
 
 import os
 from contextvars import ContextVar
+from typing import Any
+
+import torch
 
 from tokfuse.runtime.core import native
 
@@ -20,3 +23,14 @@ def forced_backend() -> str | None:
                 "Unset it to select a backend automatically."
             )
     return forced
+
+
+def eager_cpu() -> Any | None:
+    """Return the native module if one of its functions may run a whole CPU call, checks and outputs included.
+
+    Return None under torch.compile, if another backend is forced, and without the module. The call then
+    takes the general path. It also does so if the native function returns None for its arguments.
+    """
+    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
+        return None
+    return native.eager()

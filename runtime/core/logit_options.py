@@ -19,19 +19,11 @@ class LogitOptions(NamedTuple):
     bias_logits: torch.Tensor | None = None
     bias_scale: float = 1.0
 
-    @classmethod
-    def of(
-        cls,
-        temperature: float | torch.Tensor,
-        softcap: float | None,
-        logit_scale: float,
-        mask: torch.Tensor | None,
-        bias_logits: torch.Tensor | None = None,
-        bias_scale: float = 1.0,
-    ) -> "LogitOptions":
-        """Return the options of a call, with numbers of numpy as floats: no kernel takes them."""
+    def floats(self) -> "LogitOptions":
+        """Return the options with numbers of numpy as floats: not every kernel takes them."""
         number = checks.number
-        return cls(number(temperature), number(softcap), number(logit_scale), mask, bias_logits, number(bias_scale))
+        first = number(self.temperature), number(self.softcap), number(self.logit_scale)
+        return LogitOptions(*first, self.mask, self.bias_logits, number(self.bias_scale))
 
     def features(self) -> frozenset[str]:
         """Return the names of the optional behaviours that this call uses."""
@@ -167,5 +159,5 @@ def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: fl
         "target",
         f"in [0, {vocab}) in every row where mask is True",
         f"{y} in row {row}",
-        "Set mask to False on prompt and padding rows.",
+        f"Pass ignore_index={y}." if y == -100 else "Set mask to False on prompt and padding rows.",
     )

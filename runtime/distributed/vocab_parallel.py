@@ -92,7 +92,7 @@ def token_stats(
     Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053) in one exchange
         instead of three reductions, with entropy and sum_sq. Exact.
     """
-    options = LogitOptions.of(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale).floats()
     _check_logits(STATS, logits, target, options, shard)
     out: tuple[torch.Tensor, ...] = _ShardStats.apply(logits, target, options, shard)
     return TokenStats(*out)
@@ -153,7 +153,7 @@ def linear_token_stats(
     Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053); sequence parallelism of
         arXiv 2205.05198. Exact.
     """
-    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     if sequence_parallel and not reduce_hidden:
         raise refuse(
             LINEAR,
@@ -266,7 +266,7 @@ def policy_step(
         kl_weight,
         entropy_weight,
     )
-    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
         raise refuse(STEP, "input", "either logits= or hidden= with weight=", given, "Pass one of the two.")

@@ -146,8 +146,8 @@ def distill_step(
     Source: full-vocabulary distillation on the student's own samples as GKD (arXiv 2306.13649) and
         MiniLLM (arXiv 2306.08543); gradients in the forward as Liger's and Fast-LLM's heads. Exact.
     """
-    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
-    teacher_options = LogitOptions.of(teacher_temperature, teacher_softcap, teacher_logit_scale, None)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
+    teacher_options = LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None).floats()
     teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_options)
     divergence, has_target = Divergence(kind, mix_weight_of(OP, kind, beta, alpha)), target is not None
     if (logits is None) == (hidden is None):

@@ -86,7 +86,7 @@ def kept_token_stats(
 
     Source: truncated sampling, Holtzman et al. 2020 (top-p); exact softmax calculus.
     """
-    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     check_logits(OP, logits, target, options)
     names = ("kept_ids", "kept_offsets")
     ids, offsets, _ = check_csr(OP, names, kept_ids, kept_offsets, logits.shape[0], logits.device)

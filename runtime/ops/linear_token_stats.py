@@ -5,9 +5,12 @@ from typing import Any, overload
 import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.checks import require_tensor
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.leading import Leading, without_ignored
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
@@ -34,6 +37,7 @@ def linear_token_stats(
     logit_scale: float = ...,
     mask: torch.Tensor | None = ...,
     memory_budget: int | None = ...,
+    ignore_index: int | None = ...,
 ) -> TokenStats: ...
 
 
@@ -49,6 +53,7 @@ def linear_token_stats(
     logit_scale: float = ...,
     mask: torch.Tensor | None = ...,
     memory_budget: int | None = ...,
+    ignore_index: int | None = ...,
     ids: torch.Tensor,
     ids_offsets: torch.Tensor | None = ...,
 ) -> TokenStatsAt: ...
@@ -66,6 +71,7 @@ def linear_token_stats(
     logit_scale: float = ...,
     mask: torch.Tensor | None = ...,
     memory_budget: int | None = ...,
+    ignore_index: int | None = ...,
     top_k: int,
 ) -> TokenStatsAt: ...
 
@@ -85,8 +91,12 @@ def linear_token_stats(
     ids: torch.Tensor | None = None,
     ids_offsets: torch.Tensor | None = None,
     top_k: int | None = None,
+    ignore_index: int | None = None,
 ) -> TokenStats | TokenStatsAt:
     """Return `token_stats(hidden @ weight.T + bias, target, ...)` without storing the logits of all tokens.
+
+    The shapes below are those of packed tokens. Leading dimensions work too: with hidden of shape
+    (..., hidden), every (tokens,) argument has shape (...), and so have the results.
 
     Args:
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states.
@@ -106,6 +116,8 @@ def linear_token_stats(
             concatenated.
         ids_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of ids per row.
         top_k: also returns the top_k most likely ids of each row and their log-probs.
+        ignore_index: rows with this target are left out, as with mask = False: -100 for labels of
+            transformers. None: no target is special.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64).
@@ -141,7 +153,31 @@ def linear_token_stats(
 
     Source: the chunked heads of TRL and Liger; same outputs as `token_stats`. Exact.
     """
-    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
+    if ignore_index is not None or (isinstance(hidden, torch.Tensor) and hidden.dim() != 2):
+        if require_tensor(OP, "hidden", hidden).dim() < 1:
+            raise refuse(OP, "hidden", "(..., hidden)", "shape ()", "Pass final hidden states.")
+        to = Leading(OP, tuple(hidden.shape[:-1]), "hidden")
+        flat_target = to.vector("target", require_tensor(OP, "target", target))
+        given: dict[str, Any] = {"ids": ids, "ids_offsets": ids_offsets, "top_k": top_k, "memory_budget": memory_budget}
+        if ids is not None and ids_offsets is None:
+            given["ids"] = to.rows("ids", ids)
+        flat: Any = linear_token_stats(
+            to.rows("hidden", hidden),  # type: ignore[arg-type]
+            weight,
+            flat_target,
+            bias=bias,
+            temperature=to.vector("temperature", temperature),
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=without_ignored(OP, flat_target, to.vector("mask", mask), ignore_index),
+            **given,
+        )
+        if ids_offsets is not None:  # logp_at has one element per id
+            fields = flat._asdict().items()
+            return TokenStatsAt(*(x if name == "logp_at" else to.unpack(x) for name, x in fields))
+        spread: TokenStats | TokenStatsAt = to.unpack(flat)
+        return spread
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
     if ids is not None or top_k is not None or ids_offsets is not None:
         check_one_of(OP, ids, ids_offsets, top_k)

@@ -100,7 +100,7 @@ def paired_divergence(
         the teacher, GKD (arXiv 2306.13649); forward KL as in LeaF (arXiv 2506.07851); skew KLs as in
         DistiLLM (arXiv 2402.03898), whose code has `lam` = 0.1 for alpha. Exact.
     """
-    options = LogitOptions.of(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     _check(logits_p, logits_q, options)
     mix_weight = mix_weight_of(OP, kind, beta, alpha)
     capability = select(OP, logits_p.device.type, logits_p.dtype, options.features())

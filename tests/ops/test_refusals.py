@@ -53,8 +53,8 @@ FLOATS = "bfloat16 or float16 or float32 or float64"
 LOGITS = [
     (
         lambda: logits_call(logits=torch.zeros(V)),
-        "token_stats: logits must be two-dimensional (tokens, vocab); got shape (7,). Pack padded "
-        "batches to (tokens, ...) first.",
+        "token_stats: target must be of shape (...) with the leading dimensions () of logits; got shape (3,). Give "
+        "every token tensor the same leading dimensions, or pack all of them.",
     ),
     (
         lambda: logits_call(logits=torch.zeros(T, V, dtype=torch.int64)),
@@ -80,7 +80,7 @@ LOGITS = [
     (
         lambda: logits_call(target=torch.tensor([0, 3, -100])),
         "token_stats: target must be in [0, 7) in every row where mask is True; got -100 in row 2. "
-        "Set mask to False on prompt and padding rows.",
+        "Pass ignore_index=-100.",
     ),
     (
         lambda: logits_call(target=torch.zeros(3, device="meta", dtype=torch.int64)),
@@ -144,8 +144,8 @@ LOGITS = [
 HEAD = [
     (
         lambda: head_call(hidden=torch.zeros(T, 1, H)),
-        "linear_token_stats: hidden must be two-dimensional (tokens, hidden); got shape (3, 1, 4). "
-        "Pack padded batches to (tokens, ...) first.",
+        "linear_token_stats: target must be of shape (...) with the leading dimensions (3, 1) of hidden; got shape "
+        "(3,). Give every token tensor the same leading dimensions, or pack all of them.",
     ),
     (
         lambda: head_call(weight=torch.zeros(V, H + 1)),
@@ -188,12 +188,12 @@ LOSS = [
     (
         lambda: loss_call(logp=torch.zeros(2, 11)),
         "policy_loss: logp must be a floating-point vector of shape (tokens,); got (2, 11) torch.float32. "
-        "Pack padded batches first.",
+        "Call logp[mask], or logp.flatten() with a mask.",
     ),
     (
         lambda: loss_call(logp=torch.zeros(22).long()),
-        "policy_loss: logp must be a floating-point vector of shape (tokens,); got (22,) torch.int64. Pack "
-        "padded batches first.",
+        "policy_loss: logp must be a floating-point vector of shape (tokens,); got (22,) torch.int64. Call "
+        "logp[mask], or logp.flatten() with a mask.",
     ),
     (
         lambda: loss_call(old_logp=torch.zeros(21)),
