@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.integrations.hosts import Host, Rebinding, where
+from tokfuse.integrations.hosts import Host, Rebinding, has_kernels, tell_unchanged, where
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops import policy_step  # noqa: F401  (registers the backends that `describe` names)
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
@@ -22,6 +22,7 @@ OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 MEAN_ROWS = 256  # rows of logits computed at a time for the mean with a softcap
 
 _INSTALLED = Rebinding(f"{OP}.uninstall")
+_STOCK: dict[str, Any] = {}  # TRL's own attributes, for devices without kernels
 
 PerToken = tuple[torch.Tensor | None, ...]
 
@@ -44,6 +45,11 @@ def uninstall() -> None:
         ValueError: other code has patched the same attributes since; nothing is restored then.
     """
     _INSTALLED.restore()
+
+
+def is_installed() -> bool:
+    """Return whether `install` is in effect."""
+    return _INSTALLED.active
 
 
 @contextlib.contextmanager
@@ -85,6 +91,11 @@ def _utils() -> ModuleType:
     return module
 
 
+def _stock(name: str) -> Any:
+    """Return TRL's own attribute."""
+    return _STOCK[name] if name in _STOCK else getattr(_utils(), name)
+
+
 class Head:
     """Replacement of TRL's autograd function, of which TRL uses only `apply`."""
 
@@ -94,6 +105,9 @@ class Head:
 
 def _bind(into: Rebinding, head: Head) -> None:
     utils = _utils()
+    for name in ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy", "_supports_trl_loss_kernel"):
+        if hasattr(utils, name):
+            _STOCK.setdefault(name, getattr(utils, name))
     into.set(utils, "_ChunkedLogProbFunction", head)
     into.set(utils, "_use_triton", _labelled_rows_only)
     if hasattr(utils, "_fused_logprob_entropy"):
@@ -117,7 +131,10 @@ def rebound(head: Head) -> Iterator[None]:
 
 def _labelled_rows_only(device: torch.device) -> bool:
     """Answer TRL's question whether to score only rows with a label, instead of every position."""
-    return device.type in ("cpu", "cuda", "xpu")
+    if has_kernels("linear_token_stats", device.type, torch.bfloat16):
+        return True
+    own: bool = _stock("_use_triton")(device)
+    return own
 
 
 def token_head(
@@ -149,6 +166,11 @@ def token_head(
     for name in outputs:
         if name not in OUTPUTS:
             raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name), "This TRL is not supported yet.")
+    if not has_kernels("linear_token_stats", hidden.device.type, hidden.dtype):
+        tell_unchanged("TRL", hidden.device.type, hidden.dtype)
+        given = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+        own: PerToken = _stock("_ChunkedLogProbFunction").apply(*given)
+        return own
     hidden, weight, bias = operands(hidden, weight, bias)
     options: dict[str, Any] = {"temperature": temperature, "softcap": final_logit_softcapping}
     stats = linear_token_stats(hidden, weight, targets, bias=bias, logit_scale=logit_scale, **options)
@@ -214,7 +236,10 @@ def supports_logits(
     logits: torch.Tensor, index: torch.Tensor | None = None, row_mask: torch.Tensor | None = None
 ) -> bool:
     """Answer TRL's question whether its fused op supports these tensors. If not, TRL uses its torch code."""
-    if logits.device.type not in ("cpu", "cuda") or logits.shape[-1] == 0:
+    if not has_kernels("token_stats", logits.device.type, torch.bfloat16):
+        own: bool = _stock("_supports_trl_loss_kernel")(logits, index, row_mask)
+        return own
+    if logits.shape[-1] == 0:
         return False
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
@@ -234,6 +259,12 @@ def logits_op(
         temperature: divisor of the logits.
         row_mask: (...), 0 skips the row. None: no row is skipped.
     """
+    if not has_kernels("token_stats", logits.device.type, logits.dtype):
+        tell_unchanged("TRL", logits.device.type, logits.dtype)
+        own: tuple[torch.Tensor, torch.Tensor] = _stock("_fused_logprob_entropy")(
+            logits, index, temperature=temperature, row_mask=row_mask
+        )
+        return own
     stats = token_stats(
         logits.reshape(-1, logits.shape[-1]),
         index.reshape(-1).long(),

@@ -19,7 +19,9 @@ from trl import GRPOTrainer
 from tokfuse.algorithms import Algorithm
 from tokfuse.integrations import trl_algorithm, trl_objective
 from tokfuse.integrations import trl_seams as host
+from tokfuse.integrations.hosts import has_kernels
 from tokfuse.integrations.padded import Padding
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
 from tokfuse.runtime.policy.results import PolicyStep
@@ -117,6 +119,15 @@ class FusedGRPOTrainer(GRPOTrainer):
     ) -> None:
         host.HOST.require("integrations.trl.FusedGRPOTrainer")
         super().__init__(*args, **kwargs)
+        device = self.accelerator.device.type
+        if not has_kernels("policy_step_hidden", device, torch.bfloat16):
+            raise refuse(
+                "integrations.trl.FusedGRPOTrainer",
+                "the trainer's device",
+                "one that tokfuse has kernels for (a CPU with the native module, or cuda)",
+                device,
+                "Use trl.GRPOTrainer.",
+            )
         self._scores: Scores | None = None
         self._head: host.Head | None = None
         self._method = None

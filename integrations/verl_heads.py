@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tokfuse.integrations.hosts import has_kernels, tell_unchanged
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 
@@ -23,6 +24,7 @@ TORCH_HEAD = "verl.utils.experimental.torch_functional"
 TRITON_HEAD = "verl.utils.kernel.linear_cross_entropy"
 # Modules that imported the name when they were loaded.
 MEGATRON = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
+STOCK: dict[str, Any] = {}  # verl's own heads, for devices without kernels
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 
 
@@ -57,6 +59,14 @@ def _temperature(value: Any, tokens: int) -> float | torch.Tensor:
     return flat
 
 
+def _on_kernels(hidden: torch.Tensor) -> bool:
+    """Return whether tokfuse has kernels for these hidden states. If not, verl's own head runs, with one warning."""
+    if has_kernels("linear_token_stats", hidden.device.type, hidden.dtype):
+        return True
+    tell_unchanged("verl", hidden.device.type, hidden.dtype)
+    return False
+
+
 def fused_head(
     hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,11 +88,17 @@ class FusedLinearForPPO(torch.nn.Module):
         super().__init__()
         if impl_backend not in ("torch", "liger"):
             raise refuse(OP, "impl_backend", "'torch' or 'liger'", repr(impl_backend), "Both use tokfuse.")
+        self.chunk_size = chunk_size
 
     def forward(
         self, hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (log_probs, entropy) with the shape of input_ids."""
+        if not _on_kernels(hidden_states):
+            own: tuple[torch.Tensor, torch.Tensor] = STOCK["FusedLinearForPPO"](self.chunk_size)(
+                hidden_states, vocab_weights, input_ids, temperature
+            )
+            return own
         return fused_head(hidden_states, vocab_weights, input_ids, temperature)
 
 
@@ -101,6 +117,11 @@ def linear_cross_entropy(
     """
     if reduction != "none":
         raise refuse(OP, "reduction", "'none' (verl uses no other)", repr(reduction), "Reduce the result yourself.")
+    if not _on_kernels(hidden):
+        own: tuple[torch.Tensor, torch.Tensor] = STOCK["linear_cross_entropy"](
+            hidden, weight, labels, temperature, reduction, dist_process_group
+        )
+        return own
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     group = dist_process_group
     if group is None or torch.distributed.get_world_size(group) == 1:
@@ -194,6 +215,9 @@ def targets() -> list[tuple[Any, str, Any]]:
         (importlib.import_module(TORCH_HEAD), "FusedLinearForPPO", FusedLinearForPPO),
         (importlib.import_module(TRITON_HEAD), "linear_cross_entropy", linear_cross_entropy),
     ]
+    for owner, attribute, ours in out:
+        if getattr(owner, attribute) is not ours:
+            STOCK[attribute] = getattr(owner, attribute)
     loaded: list[ModuleType] = [sys.modules[name] for name in MEGATRON if name in sys.modules]
     out += [(module, "linear_cross_entropy", linear_cross_entropy) for module in loaded]
     engine = importlib.import_module(ENGINE).FSDPEngineWithLMHead

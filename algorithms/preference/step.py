@@ -46,8 +46,8 @@ def preference_step(
         target: (tokens,) int64, in [0, vocab) where a token counts.
         logits: (tokens, vocab). None: use hidden and weight.
         hidden: (tokens, hidden), the last hidden states. None: use logits.
-        weight: (vocab, hidden), the lm_head, with the dtype and device of hidden.
-        bias: (vocab,), with the dtype and device of hidden, or None.
+        weight: (vocab, hidden), the lm_head; may have another dtype than hidden (see `linear_token_stats`).
+        bias: (vocab,), or None.
         state: state of `loss` (BCO). None: its initial state.
         normalizer: a number; "batch" for the number of pairs (unpaired: sequences) of this batch; None for the
             sum. With micro-batches or ranks, pass the global number of pairs, and set `batch.counts` if
@@ -94,7 +94,7 @@ def preference_step(
     state = loss.initial_state() if state is None else state
     layout = Layout(batch, loss.whole, loss.token_tail_weight)
     objective = loss.objective(batch, layout, state, _scale(normalizer, batch))
-    options = LogitOptions(temperature, softcap, logit_scale, layout.counted)
+    options = LogitOptions(temperature, softcap, logit_scale, layout.counted).floats()
     _check_input(logits, hidden, weight, bias, memory_budget)
     rows, twice = layout.units.order, 0
     gradients: Gradients = {}

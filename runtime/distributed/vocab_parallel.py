@@ -17,6 +17,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits, check_options, check_values
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.distributed import collectives, vocab_rows
@@ -91,7 +92,7 @@ def token_stats(
     Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053) in one exchange
         instead of three reductions, with entropy and sum_sq. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale).floats()
     _check_logits(STATS, logits, target, options, shard)
     out: tuple[torch.Tensor, ...] = _ShardStats.apply(logits, target, options, shard)
     return TokenStats(*out)
@@ -152,7 +153,7 @@ def linear_token_stats(
     Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053); sequence parallelism of
         arXiv 2205.05198. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     if sequence_parallel and not reduce_hidden:
         raise refuse(
             LINEAR,
@@ -265,7 +266,7 @@ def policy_step(
         kl_weight,
         entropy_weight,
     )
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
         raise refuse(STEP, "input", "either logits= or hidden= with weight=", given, "Pass one of the two.")
@@ -391,7 +392,7 @@ class _ShardStats(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
@@ -417,7 +418,7 @@ class _ShardHead(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None

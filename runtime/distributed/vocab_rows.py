@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import head_dtype
 from tokfuse.runtime.core.dispatch import Kernels, RowState, select
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.distributed import collectives
@@ -132,8 +133,8 @@ def gathered(hidden: torch.Tensor, call: HeadCall) -> torch.Tensor:
     return collectives.all_gather(hidden, call.shard.group).flatten(0, 1)
 
 
-def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> HeadKernels:
-    run: HeadKernels = select(linear_op.OP, hidden.device.type, hidden.dtype, o.features()).run
+def _head_kernels(hidden: torch.Tensor, dtype: torch.dtype, o: LogitOptions) -> HeadKernels:
+    run: HeadKernels = select(linear_op.OP, hidden.device.type, dtype, o.features()).run
     return run
 
 
@@ -148,11 +149,12 @@ def _problem(
 
 def head_forward(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall) -> Merged:
     """Return the statistics of the whole vocabulary. weight is (rows, hidden) with padding rows."""
-    run = _head_kernels(hidden, call.options)
+    computed = head_dtype(hidden, weight, bias)
+    run = _head_kernels(hidden, computed, call.options)
     local = None
     if call.shard.size > 0:
         local = run.forward(_problem(hidden, weight, bias, call, 0))[:7]
-    dtype = stats_reference.result_dtype(hidden.dtype)
+    dtype = stats_reference.result_dtype(computed)
     return _exchange(local, call.target, call.options, call.shard, run.state, dtype)
 
 
@@ -173,7 +175,7 @@ def head_backward(
     grads: list[torch.Tensor | None] = [None, None, None]
     if call.shard.size > 0:
         p = _problem(hidden, weight, bias, call, ELSEWHERE)
-        grads = _head_kernels(hidden, call.options).backward(
+        grads = _head_kernels(hidden, p.dtype, call.options).backward(
             p, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs
         )
     grad_hidden = None

@@ -213,9 +213,9 @@ class HeadGradients:
         """Return [grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
         if self.weight is not None and not self._weight_written:
             self.weight.zero_()
-        dtype = self.head.problem.weight.dtype
-        weight = None if self.weight is None else self.weight.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        p = self.head.problem
+        weight = None if self.weight is None else self.weight.to(p.weight.dtype)
+        bias = None if self.bias is None or p.bias is None else self.bias.to(p.bias.dtype)
         return [self.hidden, weight, bias]
 
 

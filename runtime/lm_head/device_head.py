@@ -5,6 +5,9 @@ a float32 head the gradient overwrites them. For a 16-bit head the gradient is r
 head and stored in another buffer, because tensor cores do not support mixed operands. GEMMs accumulate in
 float32, and dW is a float32 sum over the chunks.
 
+Mixed dtypes. If hidden and weight differ, GEMMs run in float32. The hidden states of a chunk are widened, and a
+narrower weight is widened tile by tile, because a whole float32 copy would be larger than the weight itself.
+
 A chunk needs one GEMM and one row kernel for statistics, and one GEMM each for grad_hidden and grad_weight. Its
 workspace is 4 bytes per logit, 6 for a 16-bit head.
 
@@ -32,6 +35,9 @@ from tokfuse.runtime.lm_head.problem import HeadProblem
 _live_first = triton_backend.launcher("head_gradient", "live_first")
 _live_grad_hidden = triton_backend.launcher("head_gradient", "grad_hidden")
 _live_grad_weight = triton_backend.launcher("head_gradient", "grad_weight")
+
+
+WIDE_BYTES = 64 << 20  # size of the float32 copy of a weight tile, if hidden is wider than the weight
 
 
 def check_compact(op: str, p: HeadProblem) -> None:
@@ -113,7 +119,7 @@ class DeviceHead:
         self.bias = None if p.bias is None else p.bias.detach().float()
         device = p.hidden.device
         # On the CPU, where the Triton interpreter runs, a 16-bit GEMM is 100 times slower than a float32 one.
-        self.mixed = p.hidden.dtype != torch.float32 and device.type != "cpu"
+        self.mixed = p.dtype != torch.float32 and device.type != "cpu"
         self.grad_hidden: torch.Tensor | None = None
         if needs[0]:  # new_zeros gives rows of unit stride for all strides of hidden
             self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
@@ -153,11 +159,24 @@ class DeviceHead:
             kept = torch.empty(rows, self._stride, dtype=dtype, device=self.hidden.device)
         return kept
 
+    def _weight_tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (first row, end row, rows of the weight in the dtype of the GEMMs)."""
+        p = self.problem
+        if self.weight.dtype == p.dtype:
+            yield 0, p.vocab, self.weight
+            return
+        size = max(1, WIDE_BYTES // (4 * self.weight.shape[1]))
+        for begin in range(0, p.vocab, size):
+            end = min(begin + size, p.vocab)
+            yield begin, end, self.weight[begin:end].to(p.dtype)
+
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Return the float32 logits (rows, vocab) of hidden states, in a buffer that the next call reuses."""
         self._logits = self._buffer(self._logits, h.shape[0], torch.float32)
         out = self._logits[: h.shape[0], : self.problem.vocab]
-        _matmul(h, self.weight.t(), out)
+        h = h.to(self.problem.dtype)
+        for begin, end, weight in self._weight_tiles():
+            _matmul(h, weight.t(), out[:, begin:end])
         if self.bias is not None:
             out += self.bias
         return out
@@ -174,7 +193,8 @@ class DeviceHead:
         self._add_small(index, dz)
         if self.grad_hidden is not None:
             out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
-            _matmul(dz, self.weight, out)
+            for begin, end, weight in self._weight_tiles():
+                _matmul(dz[:, begin:end], weight, out, begin > 0)
             self.grad_hidden[index] = out.to(self.grad_hidden.dtype)
         if self.grad_weight is not None:
             _matmul(dz.t(), h, self.grad_weight, self._weight_written)
@@ -204,7 +224,7 @@ class DeviceHead:
         """Return [grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
         if self.grad_weight is not None and not self._weight_written:
             self.grad_weight.zero_()
-        dtype = self.problem.weight.dtype
-        weight = None if self.grad_weight is None else self.grad_weight.to(dtype)
-        bias = None if self.grad_bias is None else self.grad_bias.to(dtype)
+        p = self.problem
+        weight = None if self.grad_weight is None else self.grad_weight.to(p.weight.dtype)
+        bias = None if self.grad_bias is None or p.bias is None else self.grad_bias.to(p.bias.dtype)
         return [self.grad_hidden, weight, bias]

@@ -48,6 +48,11 @@ class HeadProblem(NamedTuple):
         """Vocabulary size."""
         return self.weight.shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the logits are computed."""
+        return checks.head_dtype(self.hidden, self.weight, self.bias)
+
 
 def check_head(
     op: str,
@@ -71,20 +76,9 @@ def check_head(
             f"shape {tuple(weight.shape)}",
             "Pass lm_head.weight unchanged.",
         )
-    if weight.dtype != hidden.dtype:
-        raise refuse(op, "weight", f"{hidden.dtype} like hidden", str(weight.dtype), "Cast one of them.")
     checks.check_device(op, "weight", weight, hidden.device)
     if bias is not None:
-        checks.require_tensor(op, "bias", bias)
-        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
-            raise refuse(
-                op,
-                "bias",
-                f"({weight.shape[0]},) {weight.dtype} like weight",
-                f"{tuple(bias.shape)} {bias.dtype}",
-                "Pass lm_head.bias.",
-            )
-        checks.check_device(op, "bias", bias, hidden.device)
+        checks.check_vector(op, "bias", bias, checks.Rows(weight.shape[0], "the rows of weight", hidden.device))
     rows = checks.Rows(hidden.shape[0], "the rows of hidden", hidden.device)
     checks.check_vector(op, "target", target, rows, checks.INT64)
     check_options(op, hidden.shape[0], hidden.device, options)
@@ -94,10 +88,12 @@ def check_head(
         if hidden.device.type != "cpu":
             workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
             memory_budget = max(memory_budget, min(workspace, 1 << 30))
-    elif not isinstance(memory_budget, int) or memory_budget < 1:
+    elif isinstance(memory_budget, bool) or not checks.is_integer(memory_budget) or memory_budget < 1:
         raise refuse(
             op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget), "Omit it for the default."
         )
+    else:
+        memory_budget = int(memory_budget)
     return HeadProblem(hidden, weight, bias, target, options, memory_budget)
 
 

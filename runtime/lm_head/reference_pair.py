@@ -70,7 +70,7 @@ def pair_run(p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradien
             total = torch.stack([weighted_sum(x, usable_by_autograd(c)) for x, c in pairs if c is not None]).sum()
             found = iter(torch.autograd.grad(total, asked, allow_unused=True, materialize_grads=True))
     grads: Gradients = [next(found) if need else None for need in needs]
-    return stats_reference.rounded((x.detach() for x in stats), p.student.hidden.dtype), grads
+    return stats_reference.rounded((x.detach() for x in stats), p.student.dtype), grads
 
 
 def exact_of_logits(p: LogitsPair, op: str) -> Stats:

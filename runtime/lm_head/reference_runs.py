@@ -34,4 +34,4 @@ def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
     grads = [next(found) if need else None for need in needs]
     if p.row_norms is not None:
         p.row_norms.copy_(torch.linalg.vector_norm(next(found), dim=1))
-    return *rounded_step(terms, stats, p.hidden.dtype), grads
+    return *rounded_step(terms, stats, p.dtype), grads

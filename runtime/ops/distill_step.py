@@ -10,6 +10,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
@@ -82,14 +83,15 @@ def distill_step(
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. Logits of the student; they need
             teacher_logits. None: pass hidden and weight instead.
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states of the student.
-        weight: (vocab, hidden), same dtype and device as hidden. The student's lm_head.
-        bias: (vocab,), dtype of weight. None: no bias.
+        weight: (vocab, hidden). The student's lm_head; may have another dtype than hidden, see
+            `linear_paired_divergence`.
+        bias: (vocab,). None: no bias.
         teacher_logits: (tokens, vocab). If `logits` is given, the same dtype. None: pass teacher_hidden
             and teacher_weight instead. No tensor of the teacher may require grad.
         teacher_hidden: (tokens, teacher_hidden). Hidden states of the same tokens; may have another
             dtype than the student.
-        teacher_weight: (vocab, teacher_hidden), dtype of teacher_hidden. The teacher's lm_head.
-        teacher_bias: (vocab,), dtype of teacher_weight. None: no bias.
+        teacher_weight: (vocab, teacher_hidden). The teacher's lm_head.
+        teacher_bias: (vocab,). None: no bias.
         kind: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse" or "tvd"; the formulas
             are in `paired_divergence`.
         beta: weight of the teacher in the mixture of "jsd", in (0, 1).
@@ -144,8 +146,8 @@ def distill_step(
     Source: full-vocabulary distillation on the student's own samples as GKD (arXiv 2306.13649) and
         MiniLLM (arXiv 2306.08543); gradients in the forward as Liger's and Fast-LLM's heads. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
-    teacher_options = LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
+    teacher_options = LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None).floats()
     teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_options)
     divergence, has_target = Divergence(kind, mix_weight_of(OP, kind, beta, alpha)), target is not None
     if (logits is None) == (hidden is None):
@@ -158,7 +160,7 @@ def distill_step(
     else:
         assert hidden is not None
         problem = check_pair(OP, hidden, weight, bias, target, options, teacher, divergence, memory_budget)
-        rows, device, dtype = hidden.shape[0], hidden.device, hidden.dtype
+        rows, device, dtype = hidden.shape[0], hidden.device, problem.student.dtype
     checks.check_optional(OP, "coef", coef, checks.Rows(rows, "the tokens", device))
     if coef is not None:
         checks.check_constant(OP, "coef", coef)
@@ -182,7 +184,7 @@ def _check_logits(
     check_logits(OP, logits, target, options)
     if teacher.logits is None:
         raise refuse(OP, "teacher_logits", "given with logits=", "None", "Or pass hidden= and weight=.")
-    check_teacher(OP, teacher, logits.shape[0], logits.shape[1], logits)
+    check_teacher(OP, teacher, logits.shape[0], logits.shape[1], logits.device, logits.dtype)
     if teacher.logits.dtype != logits.dtype:
         raise refuse(OP, "teacher_logits", f"{logits.dtype} like logits", str(teacher.logits.dtype), "Cast one.")
     return LogitsPair(logits, teacher.logits, target, options, teacher.options, divergence)
@@ -227,7 +229,7 @@ def _loss(stats: Stats, c: torch.Tensor) -> torch.Tensor:
 def _from_hidden(p: PairProblem, c: torch.Tensor, gradients: Gradients) -> Sequence[torch.Tensor]:
     """Loss, wired to autograd, and statistics."""
     s = p.student
-    capability = select(linear.OP, s.hidden.device.type, s.hidden.dtype, p.features())
+    capability = select(linear.OP, s.hidden.device.type, s.dtype, p.features())
     if not torch.is_grad_enabled():
         p = p._replace(student=s._replace(needs=(False, False, False)))
     if torch.compiler.is_compiling():
@@ -273,7 +275,7 @@ class _Step(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("distill_step")
     @ranged("distill_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss, OP)
@@ -288,7 +290,7 @@ class _Step(torch.autograd.Function):
 def _hidden_op(*arguments: Any) -> list[torch.Tensor]:
     p, (c, *needs) = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[PAIR_ARGUMENTS:]
     s = p.student._replace(needs=(needs[0], needs[1], needs[2]))
-    run: PairRun = select(linear.OP, s.hidden.device.type, s.hidden.dtype, p.features()).run
+    run: PairRun = select(linear.OP, s.hidden.device.type, s.dtype, p.features()).run
     stats, grads = run(p._replace(student=s), Coefficients(c))
     return [_loss(stats, c), *stats, *(s.hidden.new_empty(0) if x is None else x for x in grads)]
 

@@ -250,7 +250,7 @@ def sketch(
     check_spec(op, rank, seed)
     if max_seqlen is not None and max_seqlen < 0:
         raise refuse(op, "max_seqlen", ">= 0", max_seqlen, "Omit it to compute it from cu_seqlens.")
-    pair = None if rank is None else projections(rank, hidden.shape[1], seed, hidden.device)
+    pair = None if rank is None else projections(int(rank), hidden.shape[1], int(seed), hidden.device)
     run = select(OP, hidden.device.type, hidden.dtype).run
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         out: torch.Tensor = run(grad_hidden.detach(), hidden.detach(), cu_seqlens, pair, max_seqlen)
@@ -259,9 +259,9 @@ def sketch(
 
 def check_spec(op: str, rank: int | None, seed: int) -> None:
     """Raise ValueError unless rank and seed of a sketch are valid."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and (isinstance(rank, bool) or not checks.is_integer(rank) or rank < 1):
         raise refuse(op, "rank", "an int >= 1, or None for no projection", repr(rank), "Try 64.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not checks.is_integer(seed):
         raise refuse(op, "seed", "an int", repr(seed), "Pass any fixed int, for example 0.")
 
 
@@ -298,7 +298,7 @@ def request(op: str, spec: InfluenceSpec, problem: HeadProblem, cu_seqlens: torc
     checks.check_cu_seqlens(op, cu_seqlens, problem.tokens, problem.hidden.device)
     check_spec(op, spec.rank, spec.seed)
     bias = problem.bias is not None and problem.bias.requires_grad
-    dtype = result_dtype(problem.hidden.dtype)
+    dtype = result_dtype(problem.dtype)
     norms = torch.zeros(problem.tokens, dtype=dtype, device=problem.hidden.device)
     return problem._replace(needs=(True, problem.weight.requires_grad, bias), row_norms=norms)
 

@@ -7,6 +7,7 @@ import torch
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -64,11 +65,11 @@ def linear_paired_divergence(
     Args:
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64: final hidden states of the
             student.
-        weight: (vocab, hidden), same dtype and device: the student's lm_head.
+        weight: (vocab, hidden): the student's lm_head. If its dtype differs from that of hidden, the wider
+            one computes, and each tensor has its gradient in its own dtype (see `linear_token_stats`).
         teacher_hidden: (tokens, teacher_hidden). Hidden states of the same tokens; may have another
             dtype than the student. Must not require grad.
-        teacher_weight: (vocab, teacher_hidden), dtype of teacher_hidden. The teacher's lm_head. Must not
-            require grad.
+        teacher_weight: (vocab, teacher_hidden). The teacher's lm_head. Must not require grad.
         kind: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse" or "tvd"; the formulas
             are in `paired_divergence`.
         beta: weight of the teacher in the mixture of "jsd", in (0, 1).
@@ -76,8 +77,8 @@ def linear_paired_divergence(
             (0, 1): the teacher for "skew_forward", the student for "skew_reverse".
         target: (tokens,) int64, in [0, vocab) where mask is True: the sampled token. None: no
             log-probabilities are returned.
-        bias: (vocab,), dtype of weight. None: no bias.
-        teacher_bias: (vocab,), dtype of teacher_weight. None: no bias.
+        bias: (vocab,). None: no bias.
+        teacher_bias: (vocab,). None: no bias.
         teacher_logits: (tokens, vocab) instead of teacher_hidden and teacher_weight.
         mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
         temperature: a number, or (tokens,) one per row; > 0. Divides the student's logits.
@@ -125,13 +126,13 @@ def linear_paired_divergence(
         weight,
         bias,
         target,
-        LogitOptions(temperature, softcap, logit_scale, mask),
+        LogitOptions(temperature, softcap, logit_scale, mask).floats(),
         Teacher(
             teacher_hidden,
             teacher_weight,
             teacher_bias,
             teacher_logits,
-            LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None),
+            LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None).floats(),
         ),
         Divergence(kind, mix_weight_of(OP, kind, beta, alpha)),
         memory_budget,
@@ -142,9 +143,9 @@ def linear_paired_divergence(
 
 def _forward(p: PairProblem) -> PairedStats:
     s = p.student
-    capability = select(OP, s.hidden.device.type, s.hidden.dtype, p.features())
+    capability = select(OP, s.hidden.device.type, s.dtype, p.features())
     if capability.backend == "reference":
-        return PairedStats(*stats_reference.rounded(reference_pair.exact(p), s.hidden.dtype))
+        return PairedStats(*stats_reference.rounded(reference_pair.exact(p), s.dtype))
     if torch.compiler.is_compiling():
         return PairedStats(*_pair_op(*p.flat()))
     run: PairRun = capability.run
@@ -186,7 +187,7 @@ class _PairFunction(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_paired_divergence")
     @ranged("linear_paired_divergence.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         p = PairProblem.from_flat(OP, *_saved(ctx))
@@ -210,7 +211,7 @@ def _saved(ctx: Any) -> list[Any]:
 
 
 def _run_of(p: PairProblem) -> PairRun:
-    run: PairRun = select(OP, p.student.hidden.device.type, p.student.hidden.dtype, p.features()).run
+    run: PairRun = select(OP, p.student.hidden.device.type, p.student.dtype, p.features()).run
     return run
 
 
@@ -242,7 +243,7 @@ def _pair_backward_op(*arguments: Any) -> list[torch.Tensor]:
 @_pair_backward_op.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> list[torch.Tensor]:
     likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]
+    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

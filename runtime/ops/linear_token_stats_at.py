@@ -6,6 +6,7 @@ import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -30,7 +31,7 @@ def linear_token_stats_at(
         top_k = check_top_k("linear_token_stats", top_k, p.vocab)
     else:
         places = check_ids("linear_token_stats", ids, ids_offsets, p.tokens, p.hidden.device)
-    capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
+    capability = select(OP, p.hidden.device.type, p.dtype, p.options.features())
     if capability.backend == "reference":
         *stats, logp_at, flat = _reference(p, places, top_k or 0)
     elif torch.compiler.is_compiling():
@@ -94,7 +95,7 @@ class _LinearAtFunction(torch.autograd.Function):
         return logp, entropy, lse, sum_sq, top1, logp_at, ids
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_token_stats")
     @ranged("linear_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None and grads[5] is None:
@@ -118,7 +119,7 @@ ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
 def _problem(hidden: torch.Tensor, *rest: Any) -> tuple[HeadProblem, HeadIdsKernels]:
     weight, bias, target, *flat, budget = rest
     p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
-    return p, select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
+    return p, select(OP, hidden.device.type, p.dtype, p.options.features()).run
 
 
 @graph_op(
@@ -162,7 +163,7 @@ def _linear_at_backward_op(*arguments: Any) -> list[torch.Tensor]:
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
     needs = rest[-3:]
     likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, needs, strict=True)]
+    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, needs, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -7,7 +7,9 @@ import torch
 from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
 from tokfuse.runtime.backends.policy_runs import LossRun
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, eager_cpu, select
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.forced import eager_cpu
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.policy import inputs as policy_inputs
@@ -179,7 +181,7 @@ class _PolicyLossFunction(torch.autograd.Function):
         return terms.loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("policy_loss")
     @ranged("policy_loss.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         d_logp, d_entropy = ctx.saved_tensors

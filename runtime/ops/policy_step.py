@@ -9,9 +9,12 @@ from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, 
 from tokfuse.runtime.backends.policy_runs import StepRun, device_run
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, eager_cpu, select
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.forced import eager_cpu
 from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.leading import Leading, without_ignored
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
@@ -63,6 +66,7 @@ def policy_step(
     memory_budget: int | None = None,
     compact_clipped: bool = False,
     influence: InfluenceSpec | None = None,
+    ignore_index: int | None = None,
 ) -> PolicyStep:
     """Return loss, gradients, statistics and metrics of a policy objective in one step.
 
@@ -74,11 +78,17 @@ def policy_step(
     (`target` to `cu_seqlens`), the objective with its optional inputs (`objective` to
     `sampler_logp`), and the options of the distribution (`temperature` to `logit_scale`).
 
+    The shapes below are those of packed tokens. Leading dimensions work too: with logits of shape
+    (..., vocab) or hidden of shape (..., hidden), every (tokens,) argument has shape (...), and so have
+    `token_loss` and `stats`. With (batch, length) and without cu_seqlens, each row of the batch is a
+    sequence. A contiguous tensor is not copied.
+
     Args:
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. None: pass hidden and weight.
         hidden: (tokens, hidden), the hidden states, instead of logits.
-        weight: (vocab, hidden), the weight of the lm_head. Same dtype and device as hidden.
-        bias: (vocab,), the bias of the lm_head. Same dtype and device as hidden. None: no bias.
+        weight: (vocab, hidden), the weight of the lm_head. If its dtype differs from that of hidden, the wider
+            one computes, and each has its gradient in its own dtype (see `linear_token_stats`).
+        bias: (vocab,), the bias of the lm_head. None: no bias.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
             policy, so the log-probabilities of this step are used and every ratio is 1. A GPU then
@@ -112,6 +122,8 @@ def policy_step(
             exclude such rows.
         influence: also return gradient norms and sketches of the loss in `step.influence`. Only with
             hidden and cu_seqlens. It computes grad_hidden even if hidden requires no gradient.
+        ignore_index: tokens with this target are left out, as with mask = False: -100 for labels of
+            transformers. None: no target is special.
 
     Returns:
         PolicyStep, with the gradients of `loss` (normaliser included) for the inputs that require grad.
@@ -165,6 +177,12 @@ def policy_step(
         kl_weight,
         entropy_weight,
     )
+    main = logits if logits is not None else hidden
+    if ignore_index is not None or (isinstance(main, torch.Tensor) and main.dim() != 2):
+        more: dict[str, Any] = {"weight": weight, "bias": bias, "objective": objective, "normalizer": normalizer}
+        more |= {"softcap": softcap, "logit_scale": logit_scale, "memory_budget": memory_budget}
+        more |= {"compact_clipped": compact_clipped, "influence": influence, "temperature": temperature}
+        return _spread(logits, hidden, target, inputs, sampler_logp, ignore_index, more)
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     checks.check_flag(OP, "compact_clipped", compact_clipped)
     if (logits is None) == (hidden is None):
@@ -188,10 +206,11 @@ def policy_step(
             done = _eager(OP, logits, target, options, inputs, objective, normalizer)
             if done is not None:
                 return done
+        options = options.floats()
         inv_normalizer = _check_step(OP, logits, target, options, inputs, objective, normalizer, sampler_logp)
         return _from_logits(logits, target, options, inputs, objective, inv_normalizer, sampler_logp)
     assert hidden is not None
-    problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    problem = heads.check_head(OP, hidden, weight, bias, target, options.floats(), memory_budget)
     problem = problem._replace(compact_clipped=compact_clipped)
     inv_normalizer = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp)
     if influence is not None:
@@ -201,6 +220,52 @@ def policy_step(
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
+
+
+def _spread(
+    logits: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    target: torch.Tensor,
+    inputs: PolicyInputs,
+    sampler_logp: torch.Tensor | None,
+    ignore_index: int | None,
+    more: dict[str, Any],
+) -> PolicyStep:
+    """Compute a step with other leading dimensions than (tokens,), or with labels to leave out, on packed rows."""
+    name = "hidden" if logits is None else "logits"
+    main = checks.require_tensor(OP, name, hidden if logits is None else logits)
+    if main.dim() < 1:
+        raise refuse(OP, name, "(..., columns)", "shape ()", "Pass one row per token.")
+    to = Leading(OP, tuple(main.shape[:-1]), name)
+    given = inputs._asdict()
+    per_sequence = inputs.advantage_level == "sequence"
+    for field in policy_inputs.VECTORS:
+        if not (field == "advantage" and per_sequence):
+            given[field] = to.vector(field, given[field])
+    packed = to.vector("target", checks.require_tensor(OP, "target", target))
+    given["mask"] = without_ignored(OP, packed, to.vector("mask", inputs.mask), ignore_index)
+    if inputs.cu_seqlens is None and len(to.shape) == 2:
+        o: Objective = more["objective"]
+        if isinstance(o, Objective) and (o.needs_sequences or o.counts_sequences or per_sequence):
+            batch, length = to.shape
+            given["cu_seqlens"] = torch.arange(batch + 1, dtype=torch.int32, device=main.device) * length
+    more["temperature"] = to.vector("temperature", more["temperature"])
+    step = policy_step(
+        logits=to.rows("logits", logits),
+        hidden=to.rows("hidden", hidden),
+        target=packed,
+        sampler_logp=to.vector("sampler_logp", sampler_logp),
+        **given,
+        **more,
+    )
+    shape = None if len(to.shape) == 1 else to.shape
+    stats = to.unpack(step.stats)
+    influence = step.influence
+    if influence is not None:
+        norms = {x: to.unpack(getattr(influence, x)) for x in ("token_norms", "head_norms", "hidden_norms")}
+        influence = replace(influence, **norms)
+    token_loss = to.unpack(step.token_loss)
+    return replace(step, token_loss=token_loss, stats=stats, influence=influence, _leading=shape)
 
 
 @ranged("policy_step_.fwd")
@@ -283,6 +348,7 @@ def policy_step_(
         done = _eager(op, logits, target, options, inputs, objective, normalizer)
         if done is not None:
             return done
+    options = options.floats()
     inv_normalizer = _check_step(op, logits, target, options, inputs, objective, normalizer, sampler_logp)
     _check_writable(op, logits)
     return _from_logits(logits, target, options, inputs, objective, inv_normalizer, sampler_logp, True)
@@ -414,7 +480,7 @@ class _LogitsStep(torch.autograd.Function):
         return loss[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("policy_step")
     @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         return hand_over(ctx.gradients, grad_loss)["logits"], None, None

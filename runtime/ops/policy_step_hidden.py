@@ -8,6 +8,7 @@ import torch
 from tokfuse.runtime.backends.reference_policy import traced_step
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -35,12 +36,12 @@ def apply(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Return terms, statistics and gradients of the step. The loss is differentiable."""
-    capability = select(OP, p.hidden.device.type, p.hidden.dtype, objective.features(p.options.features()))
+    capability = select(OP, p.hidden.device.type, p.dtype, objective.features(p.options.features()))
     if not torch.compiler.is_compiling():
         return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inv_normalizer))
     if capability.backend == "reference":
         logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
-        return *traced_step(logits, p.target, p.options, inputs, objective, inv_normalizer, p.hidden.dtype), {}
+        return *traced_step(logits, p.target, p.options, inputs, objective, inv_normalizer, p.dtype), {}
     return _custom_op(p, inputs, objective, inv_normalizer)
 
 
@@ -70,7 +71,7 @@ class _HiddenStep(torch.autograd.Function):
         return terms.loss, terms.token_loss, terms.sums, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("policy_step")
     @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss)
@@ -103,7 +104,7 @@ def _hidden_op(
         hidden, weight, bias, target, options, budget, (needs[0], needs[1], needs[2]), None, compact_clipped
     )
     objective = objective_of(form, coefficients)
-    run: StepRun = select(OP, hidden.device.type, hidden.dtype, objective.features(options.features())).run
+    run: StepRun = select(OP, hidden.device.type, p.dtype, objective.features(options.features())).run
     terms, stats, grads = run(p, inputs, objective, checked_inverse("policy_step", inv_normalizer))
     held = [hidden.new_empty(0) if x is None else x for x in grads]
     return [terms.loss, terms.token_loss, terms.sums, *stats, *held]

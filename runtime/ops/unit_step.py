@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.core.dispatch import select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem
 from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun
@@ -42,7 +43,7 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
         own_budget: True if the caller chose `p.memory_budget`. Otherwise the budget grows to fit the
             largest unit, up to 1 GiB.
     """
-    capability = select(linear.OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
+    capability = select(linear.OP, p.hidden.device.type, p.dtype, p.options.features())
     if torch.compiler.is_compiling() or capability.run.units is None:
         return _composed(p, units, loss)
     if not own_budget:
@@ -95,7 +96,7 @@ class _UnitStep(torch.autograd.Function):
         return found.loss.to(found.stats.logp.dtype), *found.stats, found.read_twice
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("preference_step")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss, "preference_step")
         return (*(grads[name] for name in NAMES),) + (None,) * 5

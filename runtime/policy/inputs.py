@@ -43,8 +43,9 @@ def check_logp(op: str, logp: torch.Tensor, entropy: torch.Tensor | None) -> Non
             "logp",
             "a floating-point vector of shape (tokens,)",
             f"{tuple(logp.shape)} {logp.dtype}",
-            "Pack padded batches first.",
+            "Call logp[mask], or logp.flatten() with a mask.",
         )
+    checks.check_main(op, "logp", logp)
     rows = checks.Rows(logp.shape[0], "logp", logp.device)
     checks.check_optional(op, "entropy", entropy, rows)
 

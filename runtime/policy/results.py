@@ -72,6 +72,7 @@ class HeldGradients:
     """The gradients of a step by name, until its last backward."""
 
     _gradients: Gradients
+    _leading: tuple[int, ...] | None = None  # leading dimensions of the input in place of (tokens,)
 
     # The last `loss.backward()` moves the gradients out of this object. If this object kept them,
     # autograd would have to copy a (vocab, hidden) tensor into `weight.grad`.
@@ -83,12 +84,16 @@ class HeldGradients:
         None for a step from hidden states, after the last backward, and on the reference backend inside
         torch.compile, where autograd computes the gradient in the backward.
         """
-        return self._gradients.get("logits")
+        return self._of_rows("logits")
 
     @property
     def grad_hidden(self) -> torch.Tensor | None:
         """d loss / d hidden, (tokens, hidden). None if hidden requires no gradient, or after the last backward."""
-        return self._gradients.get("hidden")
+        return self._of_rows("hidden")
+
+    def _of_rows(self, name: str) -> torch.Tensor | None:
+        grad = self._gradients.get(name)
+        return grad if grad is None or self._leading is None else grad.view(*self._leading, grad.shape[-1])
 
     @property
     def grad_weight(self) -> torch.Tensor | None:
@@ -120,6 +125,7 @@ class PolicyStep(HeldGradients):
     _gradients: Gradients
     influence: Influence | None = None
     """Gradient norms and sketches, if `influence=InfluenceSpec(...)` was passed, else None."""
+    _leading: tuple[int, ...] | None = None
 
 
 def _keeps_graph() -> bool:

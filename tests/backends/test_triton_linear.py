@@ -88,6 +88,15 @@ def check(backend, case: HeadCase, bias: bool = True, **options):
     return stats
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
+)
+def test_mixed_dtypes(dtypes, backend, small_tiles, monkeypatch):
+    monkeypatch.setattr(device_head, "WIDE_BYTES", 4 * HIDDEN * 128)  # three tiles of the weight
+    case = case_of(torch.float32)
+    check(backend, case._replace(hidden=case.hidden.to(dtypes[0]), weight=case.weight.to(dtypes[1])))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_values_and_gradients(dtype: torch.dtype, bias: bool, backend, small_tiles):

@@ -327,8 +327,8 @@ def test_head_refusals():
     cases = [
         ({"weight": None}, "weight must be given with hidden="),
         ({"weight": weight[:, 1:]}, r"weight must be of shape \(vocab, hidden\) with hidden = 24"),
-        ({"weight": weight.bfloat16()}, "weight must be torch.float32 like hidden"),
-        ({"bias": bias[1:]}, rf"bias must be \({VOCAB},\) torch.float32 like weight"),
+        ({"weight": weight.long()}, "weight must be of dtype .* got int64"),
+        ({"bias": bias[1:]}, rf"bias must be of shape \({VOCAB},\) to match the rows of weight"),
         ({"memory_budget": 0}, "memory_budget must be a whole number of bytes >= 1; got 0"),
         ({"target": torch.full((TOKENS,), -1)}, r"in \[0, 4099\) in every row where mask is True"),
     ]

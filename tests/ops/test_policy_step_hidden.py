@@ -84,7 +84,7 @@ def check(backend: Backend, case, objective: Objective, *, needs: str = "hwb", *
         if name[0] not in needs:
             assert tensor.grad is None and held[name] is None
             continue
-        assert tensor.grad.dtype == case.hidden.dtype and bits(tensor.grad) == bits(held[name])
+        assert tensor.grad.dtype == tensor.dtype and bits(tensor.grad) == bits(held[name])
         atol = 1e-5 * float(grads[name].abs().max())
         if tensor.dtype != torch.float32:
             atol = atol + 2 * half_ulp(grads[name].cpu(), tensor.dtype)
@@ -109,6 +109,15 @@ def test_sizes_and_dtypes(size: str, dtype: torch.dtype, level: str, backend: Ba
     case = head_case(size, dtype)
     objective = Objective(level=level, kl=KL(coef=0.05))
     check(backend, case, objective, **keywords_of(size, case, dtype))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("wide", ["hidden", "weight"])
+def test_mixed_dtypes(wide: str, level: str, backend: Backend):
+    case = head_case("tiles")
+    case = case._replace(**{name: getattr(case, name).bfloat16() for name in ("hidden", "weight") if name != wide})
+    step, tensors = check(backend, case, Objective(level=level), **keywords_of("tiles", case, torch.float32))
+    assert tensors[wide].grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -344,6 +344,7 @@ TEMPERATURES = {
     "softcap": _constant(softcap=20.0, temperature=1.3),
 }
 MASK = Option(lambda p: {"mask": p.mask()})
+IGNORED = {"ignored": Option(lambda p: {"target": torch.where(p.mask(), p.target(), -100), "ignore_index": -100})}
 LOGIT_OPTIONS = TEMPERATURES | {
     "mask": MASK,
     "difficult": Option(lambda p: {"logits": p.difficult_logits()}),
@@ -571,9 +572,11 @@ def _stats(p: Problem, **options: Any) -> Any:
     return tokfuse.token_stats(**_logits(p), **options)
 
 
-STATS_OPTIONS = LOGIT_OPTIONS | {
-    "bias_logits": Option(lambda p: {"bias_logits": p.logits("bias_logits"), "bias_scale": 0.3})
-}
+STATS_OPTIONS = (
+    LOGIT_OPTIONS
+    | IGNORED
+    | {"bias_logits": Option(lambda p: {"bias_logits": p.logits("bias_logits"), "bias_scale": 0.3})}
+)
 
 
 IDS_OPTIONS = {
@@ -635,7 +638,7 @@ ROWS: tuple[Row, ...] = (
         "head",
         _head,
         ("hidden", "weight", "bias"),
-        HEAD_OPTIONS,
+        HEAD_OPTIONS | IGNORED,
         rich=("all",),
     ),
     Row(
@@ -698,7 +701,7 @@ ROWS: tuple[Row, ...] = (
         "rows",
         _step,
         ("logits",),
-        LOGIT_OPTIONS | POLICY_OPTIONS,
+        LOGIT_OPTIONS | IGNORED | POLICY_OPTIONS,
         rich=("everything", "sequence"),
     ),
     Row(
