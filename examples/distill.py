@@ -28,7 +28,6 @@ import torch
 from grpo_demo.model import default_cache, load_model, require_packages
 from grpo_demo.rollout import Rollout, collect, completion_hidden
 from grpo_demo.task import ChainSum
-from torch import Tensor
 
 import tokfuse
 from tokfuse import algorithms
@@ -82,7 +81,7 @@ class Lesson:
         task, s = self.task(seed + 1000), self.settings  # the sums of another seed
         return collect(model, self.tokenizer, task, task.questions(0, s.held_out), 1, s.new_tokens).reward.mean().item()
 
-    def loss(self, student: Any, name: str, rollout: Rollout) -> Tensor:
+    def loss(self, student: Any, name: str, rollout: Rollout) -> torch.Tensor:
         """Return the loss of the student on some answers."""
         hidden, head, method = completion_hidden(student, rollout), student.lm_head.weight, METHODS[name]
         if method is None:

@@ -145,7 +145,7 @@ class TopK(Distillation):
             teacher_logp_at: like logp_at. The teacher's; -inf is allowed.
             ids: (tokens, count), int. The ids; -1 is padding. An id that is twice in a row counts twice.
 
-        A row without an id has the divergence 0, and so has a masked row, whatever its values.
+        A row without an id has the divergence 0. The value of a masked row has no meaning; `plan.loss` leaves it out.
         """
         self._check_ids(ids, 2 if self.support == "union" else 1)
         for name, value in (("logp_at", logp_at), ("teacher_logp_at", teacher_logp_at)):
