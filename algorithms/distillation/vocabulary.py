@@ -121,7 +121,8 @@ class TotalVariation(Distillation):
     summary="skew KL: compares with a mixture that contains a little of the compared distribution",
     differs="alpha is 0.1 as in the released code. form='reverse' (default) is the type 'srkl' of its OPT and "
     "OpenLLaMA scripts, form='forward' the 'sfkl' of its GPT-2 script. The code's skewed forward KL leaves out the "
-    "teacher's entropy: the same gradient, another value. kd_ratio, a weight against the cross-entropy of the data, is 1 in the scripts; for less, add that loss yourself.",
+    "teacher's entropy: the same gradient, another value. kd_ratio, a weight against the cross-entropy of the data, "
+    "is 1 in the scripts; for less, add that loss yourself.",
 )
 @dataclass(frozen=True, kw_only=True)
 class DistiLLM(Distillation):
