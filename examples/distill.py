@@ -37,7 +37,7 @@ METHODS = {"reverse_kl": algorithms.make("opd"), "forward_kl": algorithms.make("
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    steps: int = 24
+    steps: int = 16
     prompts: int = 6  # per step
     answers: int = 4  # per prompt
     new_tokens: int = 4  # per answer
