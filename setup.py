@@ -38,6 +38,7 @@ PACKAGE_DIR = {
     "tokfuse.algorithms": "algorithms",
     "tokfuse.algorithms.causal": "algorithms/causal",
     "tokfuse.algorithms.curation": "algorithms/curation",
+    "tokfuse.algorithms.distillation": "algorithms/distillation",
     "tokfuse.algorithms.preference": "algorithms/preference",
     "tokfuse.algorithms.reward": "algorithms/reward",
     "tokfuse.integrations": "integrations",

@@ -11,6 +11,7 @@ about its paper.
 from tokfuse.algorithms import causal as causal
 from tokfuse.algorithms import critic as critic
 from tokfuse.algorithms import curation as curation
+from tokfuse.algorithms import distillation as distillation
 from tokfuse.algorithms import reward as reward
 from tokfuse.algorithms import table as _table  # noqa: F401  (the import fills the registry)
 from tokfuse.algorithms.a2pr import A2PR as A2PR
@@ -25,6 +26,9 @@ from tokfuse.algorithms.batch import World as World
 from tokfuse.algorithms.cip import CIP as CIP
 from tokfuse.algorithms.d3s import D3S as D3S
 from tokfuse.algorithms.dcpo import DCPO as DCPO
+from tokfuse.algorithms.distillation import Distillation as Distillation
+from tokfuse.algorithms.distillation import DistillationBatch as DistillationBatch
+from tokfuse.algorithms.distillation import DistillationPlan as DistillationPlan
 from tokfuse.algorithms.dypo import DYPO as DYPO
 from tokfuse.algorithms.epo import EPO as EPO
 from tokfuse.algorithms.gbpo import BPO as BPO

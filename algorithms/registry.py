@@ -23,6 +23,7 @@ LABELS = ("exact", "recon", "analogue", "utility")
 KINDS = {
     "policy": "Policy optimisation",
     "preference": "Preference losses",
+    "distillation": "Distillation",
     "reward": "Reward models",
     "selection": "Selection, influence and curriculum",
     "causal": "Causal and off-policy estimators",
@@ -129,9 +130,9 @@ def make(name: str, **options: Any) -> Any:
 
     Returns:
         The type depends on the kind of the method. "policy": an `Algorithm`, or for "grpo_guard" a
-        `GRPOGuard`, which works on latents and not on tokens. "preference": a `PreferenceLoss`. All other
-        kinds: a frozen object with the methods that its docstring names, or the function itself with the
-        options filled in.
+        `GRPOGuard`, which works on latents and not on tokens. "preference": a `PreferenceLoss`. "distillation":
+        a `Distillation`, or the schedule of one. All other kinds: a frozen object with the methods that its
+        docstring names, or the function itself with the options filled in.
 
     Raises:
         ValueError: an unknown name or option (the message lists the known ones), a missing option that has

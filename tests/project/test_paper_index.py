@@ -78,9 +78,19 @@ PREFERENCE = {
     "HPL": "recon",
     "ARIES": "analogue",
     "SePPO": "recon",
-    "LeaF": "recon",
     "Differential Information": "utility",
     "MetaTuner": "utility",
+}
+DISTILLATION = {
+    "GKD": "exact",
+    "On-policy distillation": "exact",
+    "MiniLLM": "exact",
+    "DistiLLM": "exact",
+    "Total variation distillation": "exact",
+    "Top-k distillation": "exact",
+    "SDFT": "exact",
+    "SDPO": "exact",
+    "LeaF": "recon",
 }
 REWARD = {
     "CausalRM": "recon",
@@ -95,7 +105,14 @@ REWARD = {
     "CDSAE": "utility",
     "The standard family": "exact",
 }
-SYSTEMS = {"policy": POLICY, "preference": PREFERENCE, "reward": REWARD, "selection": SELECTION, "causal": CAUSAL}
+SYSTEMS = {
+    "policy": POLICY,
+    "preference": PREFERENCE,
+    "distillation": DISTILLATION,
+    "reward": REWARD,
+    "selection": SELECTION,
+    "causal": CAUSAL,
+}
 # The word for each label in a docstring.
 WORDS = {
     "exact": r"\b[Ee]xact\b",
