@@ -54,6 +54,8 @@ class Plan:
         ref_logp: (tokens,), nats. Log-probabilities that the KL term compares the policy with.
         kl_weight: (tokens,). Multiplies the KL term. None: 1.
         entropy_weight: (tokens,). Multiplies the entropy term. None: 1.
+        anchor_logp: (tokens,), nats. Log-probabilities that `objective.anchor` compares the policy with.
+        anchor_weight: (tokens,). Multiplies the anchor term. None: 1.
         normalizer: "batch" divides by the count of this batch; a number divides by that number.
         constant: (). Value of terms without a gradient, before the division. The fused loss leaves them out; add
             `offset` to a reported loss. None: 0.
@@ -73,6 +75,8 @@ class Plan:
     ref_logp: torch.Tensor | None = None
     kl_weight: torch.Tensor | None = None
     entropy_weight: torch.Tensor | None = None
+    anchor_logp: torch.Tensor | None = None
+    anchor_weight: torch.Tensor | None = None
     normalizer: float | str = "batch"
     constant: torch.Tensor | None = None
     source: str = "current"
@@ -96,6 +100,8 @@ class Plan:
             "ref_logp": self.ref_logp,
             "kl_weight": self.kl_weight,
             "entropy_weight": self.entropy_weight,
+            "anchor_logp": self.anchor_logp,
+            "anchor_weight": self.anchor_weight,
             "sampler_logp": self.batch.sampler_logp,
         }
         return {
@@ -145,7 +151,16 @@ class Plan:
         parts cover all sequences, their losses and gradients add up to the loss and gradient of this plan.
         """
         tokens = self.batch.rows(seqs)
-        per_token = ("mask", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight")
+        per_token = (
+            "mask",
+            "token_weight",
+            "signal",
+            "ref_logp",
+            "kl_weight",
+            "entropy_weight",
+            "anchor_logp",
+            "anchor_weight",
+        )
         cut = {name: x[tokens] for name in per_token if (x := getattr(self, name)) is not None}
         cut["advantage"] = self.advantage[tokens if self.advantage_level == "token" else seqs]
         whole, portion = float(self.count()), seqs.shape[0] / max(1, self.batch.num_seqs)
@@ -165,7 +180,7 @@ class Plan:
         must count it.
         """
         o = self.objective
-        return o.kl is not None or o.entropy_coef != 0.0 or not o.shape.zero_without_advantage
+        return o.kl is not None or o.anchor is not None or o.entropy_coef != 0.0 or not o.shape.zero_without_advantage
 
     def weigh(self, factor: torch.Tensor) -> "Plan":
         """Return the plan with the policy term of every token multiplied by `factor`, (tokens,)."""
