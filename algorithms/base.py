@@ -3,8 +3,14 @@
     algorithm = tokfuse.algorithms.make("gbpo", tau=1e-4)
     state = algorithm.initial_state()
     for every rollout:
+        state = train_step(algorithm, state, batch, forward, optimizer).state
+
+`train_step` makes these calls, which your own loop can make instead:
+
+    for every rollout:
         batch = algorithm.prepare(batch, state)                    # advantages and selection
         algorithm.before(batch, state)                             # plans to run first (only PIPO has any)
+        algorithm.replay(batch, state)                             # or a batch to train on first (PIPO's released code)
         for every minibatch of sequences:
             for plan in algorithm.plans(batch.take(part), state):  # one plan; LOPTI has two
                 step = tokfuse.policy_step(logits=..., target=..., **plan.inputs())
@@ -222,6 +228,18 @@ class Algorithm(Stateful, ABC):
     def before(self, batch: Batch, state: State) -> tuple[Plan, ...]:
         """Return the optimizer steps to take before the steps of a prepared, whole rollout batch."""
         return ()
+
+    def passes(self) -> "tuple[Algorithm, ...]":
+        """Return the methods of consecutive passes over all minibatches. Usually one: this method."""
+        return (self,)
+
+    def replay(self, batch: Batch, state: State) -> Batch | None:
+        """Return the previous rollout batch, if the method trains on its minibatches first. It is prepared."""
+        return None
+
+    def replay_plan(self, batch: Batch, state: State) -> "Plan":
+        """Return the optimizer step of a minibatch of `replay`."""
+        return replace(self.objective(batch, state), source="previous")
 
     def plans(self, batch: Batch, state: State) -> tuple[Plan, ...]:
         """Return the optimizer steps of a minibatch, in order."""

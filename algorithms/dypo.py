@@ -19,7 +19,7 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
 @register(
     "dypo",
     system="DYPO",
-    label="exact",
+    label="exact (paper)",
     source="arXiv 2604.08926 Eqs. 4, 14-16, 20-24 (no released code)",
     summary="all wrong: imitate a teacher; all correct: nothing; mixed: GRPO and pairwise alignment",
     differs=(
