@@ -1,8 +1,9 @@
 """Losses, advantages, selection and schedules of published methods. Pure functions; no device code.
 
     algorithm = tokfuse.algorithms.make("dapo", overlong=None)
-    batch = algorithm.prepare(tokfuse.algorithms.Batch(...), algorithm.initial_state())
-    step = tokfuse.policy_step(logits=z, target=t, **algorithm.objective(batch, state).inputs())
+    state = algorithm.initial_state()
+    for batch in rollouts:
+        state = tokfuse.algorithms.train_step(algorithm, state, batch, forward, optimizer).state
 
 `python -m tokfuse algorithms` lists the methods. `docs/paper_index.md` states which claim each method makes
 about its paper.
@@ -61,5 +62,9 @@ from tokfuse.algorithms.standard import KLControl as KLControl
 from tokfuse.algorithms.standard import Overlong as Overlong
 from tokfuse.algorithms.standard import Standard as Standard
 from tokfuse.algorithms.tppo import TPPO as TPPO
+from tokfuse.algorithms.train import TrainStep as TrainStep
+from tokfuse.algorithms.train import train_step as train_step
+
+from tokfuse.algorithms import presets as _presets  # isort: skip  # noqa: E402, F401  (needs every registration)
 
 list = names

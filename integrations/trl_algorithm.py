@@ -245,7 +245,7 @@ def _check(algorithm: Algorithm, trainer: Any) -> None:
             "`python -m tokfuse algorithms` lists the methods.",
         )
     name = algorithm.name or type(algorithm).__name__
-    for hook in ("plans", "before"):
+    for hook in ("plans", "before", "replay", "passes"):
         if getattr(type(algorithm), hook) is not getattr(Algorithm, hook):
             raise refuse(
                 OP,

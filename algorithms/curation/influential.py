@@ -35,7 +35,7 @@ Moments = tuple[torch.Tensor, torch.Tensor]
     "less",
     kind="selection",
     system="LESS",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2402.04333; github.com/princeton-nlp/LESS",
     summary="cosine of a sample's Adam update with validation gradients, over checkpoints",
     differs=(
@@ -115,7 +115,7 @@ class LESS:
     "greats",
     kind="selection",
     system="GREATS",
-    label="exact",
+    label="exact (released code)",
     source="Wang et al., NeurIPS 2024; github.com/Jiachen-T-Wang/GREATS",
     summary="greedy choice of a batch: gain on validation minus overlap with the chosen samples",
     required=("k", "lr"),

@@ -61,7 +61,7 @@ void bind_policy_step(const Place& place, const LogitsArgs& a, const TokenStatsO
   check_rows(a);
   require(a.bias_logits == nullptr, "policy_step takes no bias_logits");
   require(o.params.level == Level::kToken, "policy_step fuses token-level objectives only");
-  check_inputs(o.params, o.signal, o.ref_logp, a.rows);
+  check_inputs(o.params, o.signal, o.ref_logp, o.anchor_logp, a.rows);
   require(grad.grad_tokens == nullptr, "grad_tokens is for the CPU");
   run("policy_step", "policy_step_kernel", place,
       [&](cudaStream_t stream) { return policy_step(a, stats, o, grad, stream); });

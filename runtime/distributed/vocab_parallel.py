@@ -190,6 +190,8 @@ def policy_step(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -229,6 +231,8 @@ def policy_step(
         ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
             Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
         kl_weight: (tokens,). Multiplies the KL term.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term.
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
@@ -265,6 +269,8 @@ def policy_step(
         ref_logp,
         kl_weight,
         entropy_weight,
+        anchor_logp,
+        anchor_weight,
     )
     options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     if (logits is None) == (hidden is None):

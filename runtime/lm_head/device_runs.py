@@ -154,6 +154,7 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
     terms = [x.advantage != 0 if x.token_weight is None else (x.advantage != 0) & (x.token_weight != 0)]
     for coef, weight in (
         (0.0 if objective.kl is None else objective.kl.coef, x.kl_weight),
+        (0.0 if objective.anchor is None else objective.anchor.coef, x.anchor_weight),
         (objective.entropy_coef, x.entropy_weight),
     ):
         if coef != 0.0 and weight is None:

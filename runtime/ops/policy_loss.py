@@ -47,11 +47,13 @@ def policy_loss(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """Return the loss, gradient coefficients and metrics of a policy objective over packed tokens.
 
     loss = 1 / normalizer * sum_t agg_t [ weight_t phi(log_ratio_t, advantage_t)
-           + kl.coef kl_weight_t KL_t - entropy_coef entropy_weight_t entropy_t ],
+           + kl.coef kl_weight_t KL_t + anchor.coef anchor_weight_t KL'_t - entropy_coef entropy_weight_t entropy_t ],
     where log_ratio = logp - old_logp, or its mean or sum over the sequence for sequence levels, and
     agg_t = 1, or 1 / (valid tokens of the sequence) for "seq_mean_token_mean".
 
@@ -77,6 +79,8 @@ def policy_loss(
         token_weight: (tokens,). Multiplies the policy term (importance weights, selection masks).
         signal: (tokens,). Target signal (TargetRatio) or success rate (NFT). Only for those shapes.
         kl_weight: (tokens,). Multiplies the KL term.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term.
         entropy_weight: (tokens,). Multiplies the entropy term.
 
     Returns:
@@ -117,6 +121,8 @@ def policy_loss(
         ref_logp,
         kl_weight,
         entropy_weight,
+        anchor_logp,
+        anchor_weight,
     )
     if sampler_logp is None:
         done = _eager(logp, entropy, inputs, objective, normalizer)

@@ -60,6 +60,8 @@ def policy_step(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -107,6 +109,8 @@ def policy_step(
         ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
             Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
         kl_weight: (tokens,). Multiplies the KL term.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term.
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
@@ -176,6 +180,8 @@ def policy_step(
         ref_logp,
         kl_weight,
         entropy_weight,
+        anchor_logp,
+        anchor_weight,
     )
     main = logits if logits is not None else hidden
     if ignore_index is not None or (isinstance(main, torch.Tensor) and main.dim() != 2):
@@ -286,6 +292,8 @@ def policy_step_(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -316,6 +324,8 @@ def policy_step_(
         ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
             Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
         kl_weight: (tokens,). Multiplies the KL term.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term.
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
@@ -340,6 +350,8 @@ def policy_step_(
         ref_logp,
         kl_weight,
         entropy_weight,
+        anchor_logp,
+        anchor_weight,
     )
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     op = "policy_step_"

@@ -399,7 +399,7 @@ def test_row_classes(backend):
 def test_what_may_carry_gradient(objective: Objective, given, expected):
     module = importlib.import_module("tokfuse.triton_kernels.objective")
     vectors = {name: torch.tensor(value) for name, value in given.items()}
-    x = module.TokenPointers(*[None] * 9)._replace(advantage=torch.tensor([1.0, 0.0, -1.0]))
+    x = module.TokenPointers(*[None] * 11)._replace(advantage=torch.tensor([1.0, 0.0, -1.0]))
     found = device_runs.may_carry_gradient(x._replace(**vectors), objective)
     assert (None if found is None else found.tolist()) == expected
 

@@ -18,6 +18,7 @@ TOKENS, HIDDEN, VOCAB = 41, 24, 4099  # two column blocks and a tail of 3
 OBJECTIVES = {
     "clip": Objective(shape=PPOClip(low=0.1, high=0.1, dual=2.0)),
     "kl_entropy": Objective(kl=KL(coef=0.05), entropy_coef=0.02, aggregation="seq_mean_token_mean"),
+    "anchor": Objective(kl=KL(coef=0.05), anchor=KL(estimator="k1", coef=-0.3), shape=PPOClip(low=0.1, high=0.1)),
     "gspo": Objective(level="sequence", aggregation="seq_mean_token_mean"),
     "gspo_token": Objective(level="sequence_token", entropy_coef=0.01),
     "cispo": Objective(shape=tokfuse.StopGradClip(ratio_max=1.2), aggregation="token_sum"),
@@ -46,6 +47,9 @@ def problem(objective=OBJECTIVES["clip"], dtype=torch.float32):
     }
     if objective.kl is not None:
         keywords["ref_logp"] = old + 0.1 * rand(TOKENS)
+    if objective.anchor is not None:
+        keywords["anchor_logp"] = torch.zeros(TOKENS)
+        keywords["anchor_weight"] = (torch.arange(TOKENS) % 2).float()
     return [x.to(dtype) for x in (hidden, weight, bias)], logits, keywords
 
 

@@ -102,6 +102,18 @@ def test_every_objective(shape: str, level: str, backend: Backend):
     check(backend, case, objective, **keywords_of("one_tile", case, torch.float32, SHAPES[shape].needs_signal))
 
 
+def test_an_anchor_alone_needs_every_row(backend: Backend):
+    """Rows without advantage enter the gradient GEMMs if the anchor gives them a weight."""
+    case = head_case("one_tile")
+    keywords = keywords_of("one_tile", case, torch.float32)
+    del keywords["ref_logp"]
+    keywords["advantage"] = torch.zeros_like(keywords["advantage"])
+    keywords["anchor_logp"] = torch.zeros_like(keywords["old_logp"])
+    keywords["anchor_weight"] = (torch.arange(len(keywords["old_logp"])) % 3 > 0).float()
+    _, tensors = check(backend, case, Objective(anchor=KL(estimator="k1", coef=-0.5)), **keywords)
+    assert tensors["hidden"].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)

@@ -305,6 +305,18 @@ LOSS = [
         f"policy_loss: kl_weight must be None with kl=None; got a tensor. {IGNORED}",
     ),
     (
+        lambda: loss_call(anchor_logp=torch.zeros(22)),
+        f"policy_loss: anchor_logp must be None with anchor=None; got a tensor. {IGNORED}",
+    ),
+    (
+        lambda: loss_call(anchor_weight=torch.zeros(22)),
+        f"policy_loss: anchor_weight must be None with anchor=None; got a tensor. {IGNORED}",
+    ),
+    (
+        lambda: loss_call(objective=Objective(anchor=KL(coef=0.1))),
+        f"policy_loss: anchor_logp must be given for an anchor term; got None. {ONE_VALUE}",
+    ),
+    (
         lambda: loss_call(entropy_weight=torch.zeros(22)),
         f"policy_loss: entropy_weight must be None with entropy_coef=0; got a tensor. {IGNORED}",
     ),

@@ -399,12 +399,14 @@ def _objective(signal: bool = False, reference: bool = False, **axes: Any) -> Op
 
 def _everything(p: Problem) -> Arguments:
     return {
-        "objective": Objective(kl=KL(coef=0.1), entropy_coef=0.02),
+        "objective": Objective(kl=KL(coef=0.1), anchor=KL(estimator="k2", coef=0.05), entropy_coef=0.02),
         "ref_logp": p.vector("ref_logp", 0.5, -3.6),
         "sampler_logp": p.vector("sampler_logp", 0.5, -3.6),
         "token_weight": p.positive("token_weight"),
         "kl_weight": p.positive("kl_weight"),
         "entropy_weight": p.positive("entropy_weight"),
+        "anchor_logp": p.vector("anchor_logp", 0.5, -3.6),
+        "anchor_weight": p.positive("anchor_weight"),
         "normalizer": 7.0,
     }
 
