@@ -1,0 +1,103 @@
+"""Test the system examples on a random model of a few thousand parameters."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+import replay_r2vpo
+from grpo_demo import chains
+from harness import compare
+from tiny_llama import tiny_llama
+
+ALPHABET = "0123456789+= \nabcdefghijklmnopqrstuvwxyz,.?:"
+EXAMPLES = Path(chains.__file__).parents[1]
+
+
+class CharTokenizer:
+    """One token per character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ALPHABET.index(letter) for letter in text]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(ALPHABET[token] for token in tokens)
+
+
+@pytest.fixture
+def writer() -> chains.Writer:
+    torch.manual_seed(0)
+    return chains.Writer(tiny_llama(len(ALPHABET)), CharTokenizer())
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Make the writer say what a function of the prompt returns, whatever it samples."""
+
+    def install(writer: chains.Writer, say) -> None:
+        def sample(prompts, new, stop="\n", started=None):
+            started = started or [[] for _ in prompts]
+            texts = [say(p + writer.tokenizer.decode(s)) for p, s in zip(prompts, started, strict=True)]
+            heads = [[*writer.tokenizer.encode(p), *s] for p, s in zip(prompts, started, strict=True)]
+            return chains.Responses(heads, [writer.tokenizer.encode(text)[:new] for text in texts])
+
+        monkeypatch.setattr(writer, "sample", sample)
+
+    return install
+
+
+# ---------------------------------------------------------------------------------- shared helpers
+
+
+def test_chains_and_prompts():
+    question = chains.Sum((4, 3, 2))
+    assert question.steps == ["4 + 3 = 7", "7 + 2 = 9"] and question.answer == 9
+    assert question.right(" 9\n") and question.right("4 + 3 = 7\n7 + 2 = 9") and not question.right("no")
+    other = chains.Sum((5, 5, 5))
+    assert chains.direct(other).endswith("5 + 5 + 5 =")
+    assert chains.decompose(other, ["5 + 5 = 10"]).endswith("\n5 + 5 + 5\n5 + 5 = 10\n")
+    assert chains.refine(other, " 12\n").endswith("5 + 5 + 5 = 12\nwrong, it is =")
+    assert chains.sums(1, 3, 2) == chains.sums(1, 0, 5)[3:] != chains.sums(2, 3, 2)
+
+
+def test_the_writer_stops_and_scores_like_the_plain_model(writer):
+    prompts = ["4 + 3 =", "1 + 12 + 3 ="]
+    out = writer.sample(prompts, 12, started=[[], writer.tokenizer.encode(" 4")])
+    assert out.prompts[1] == writer.tokenizer.encode("1 + 12 + 3 = 4")
+    assert all("\n" not in text[:-1] and 0 < len(text) <= 12 for text in writer.texts(out))
+    stats = writer.stats(out)
+    for i, (p, r) in enumerate(zip(out.prompts, out.tokens, strict=True)):
+        logits = writer.model(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].double()
+        want = logits.log_softmax(-1).gather(1, torch.tensor(r)[:, None])[:, 0]
+        first, last = out.cu_seqlens[i : i + 2]
+        compare(stats.logp[first:last], want.detach(), atol=1e-5)
+        assert writer.sums(out)[i] == pytest.approx(want.sum().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted(p for p in EXAMPLES.glob("*_*.py") if "from grpo_demo.chains" in p.read_text()))
+def test_an_example_is_short(path: Path):
+    assert len(path.read_text().splitlines()) < 150
+
+
+# ------------------------------------------------------------------------------------------- R2VPO
+
+
+def test_r2vpo_replays_stale_rollouts_with_their_own_ratio(writer, says, capsys):
+    settings = replay_r2vpo.Settings(prompts=2, group_size=3, kept=2, replays=2, lr=3e-2, delta=1e-4, penalty=0.0)
+    replay = replay_r2vpo.Replay(writer, settings)
+    answers = iter(range(1000))
+    says(writer, lambda prompt: f" {next(answers) % 3 + 4}\n")  # some answers are right, so groups have advantages
+    rows = [replay.step([chains.Sum((2, 2)), chains.Sum((3, 3))]) for _ in range(4)]
+    assert [row["age"] for row in rows] == [0.0, 1.0, 1.5, 1.5] and len(replay.buffer) == 2
+    assert all(row["fresh"] < 1e-9 for row in rows), "the ratio of a fresh rollout is 1"
+    assert all(row["stale"] > 1e-4 for row in rows[1:])
+    assert rows[0]["penalty"] == 0.0 and rows[-1]["penalty"] > 0.0
+    oldest = replay.buffer[0]
+    assert not torch.allclose(writer.stats(oldest.responses).logp, oldest.batch.old_logp, atol=1e-3)
+    replay_r2vpo.run(writer, steps=1, seed=0, settings=settings)
+    assert "mean reward: first fifth" in capsys.readouterr().out
