@@ -177,19 +177,21 @@ class Writer:
             [state[ids.shape[1] - len(r) - 1 : -1] for state, r in zip(states, responses.tokens, strict=True)]
         )
 
-    def stats(self, responses: Responses) -> tokfuse.TokenStats:
-        """Return statistics of the response tokens; differentiable if autograd is on."""
-        return tokfuse.linear_token_stats(self.hidden(responses), self.model.lm_head.weight, responses.target)
+    def stats(self, responses: Responses, hidden: Tensor | None = None) -> tokfuse.TokenStats:
+        """Return statistics of the response tokens; differentiable if autograd is on. hidden: known states."""
+        hidden = self.hidden(responses) if hidden is None else hidden
+        return tokfuse.linear_token_stats(hidden, self.model.lm_head.weight, responses.target)
 
     def sums(self, responses: Responses) -> Tensor:
         """Return the log-probability of each response, (S,), without gradient."""
         with torch.no_grad():
             return tokfuse.segment_moments(self.stats(responses).logp, cu_seqlens=responses.cu_seqlens).sum
 
-    def policy_step(self, plan: Plan, responses: Responses) -> tokfuse.PolicyStep:
-        """Return the step of a plan, from one read of the model."""
+    def policy_step(self, plan: Plan, responses: Responses, hidden: Tensor | None = None) -> tokfuse.PolicyStep:
+        """Return the step of a plan, from one read of the model. hidden: known states."""
+        hidden = self.hidden(responses) if hidden is None else hidden
         return tokfuse.policy_step(
-            hidden=self.hidden(responses), weight=self.model.lm_head.weight, target=responses.target, **plan.inputs()
+            hidden=hidden, weight=self.model.lm_head.weight, target=responses.target, **plan.inputs()
         )
 
 

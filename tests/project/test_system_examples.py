@@ -11,6 +11,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import replay_r2vpo
+import windowed_tppo
 from grpo_demo import chains
 from harness import compare
 from tiny_llama import tiny_llama
@@ -101,3 +102,43 @@ def test_r2vpo_replays_stale_rollouts_with_their_own_ratio(writer, says, capsys)
     assert not torch.allclose(writer.stats(oldest.responses).logp, oldest.batch.old_logp, atol=1e-3)
     replay_r2vpo.run(writer, steps=1, seed=0, settings=settings)
     assert "mean reward: first fifth" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- T-PPO
+
+
+def test_tppo_keeps_partial_responses_with_the_policy_of_each_part(writer, says, capsys):
+    settings = windowed_tppo.Settings(slots=2, window=4, longest=10, lr=3e-2, terms=2)
+    trainer = windowed_tppo.Trainer(writer, settings, seed=0)
+    short, long = trainer.scheduler.slots
+    ended = chains.decompose(short.question)
+    says(writer, lambda prompt: "1=2\n\n" if prompt == ended else "77777")
+    says_full = writer.sample
+    writer.sample = lambda prompts, new, *rest: says_full(prompts, 5 if prompts[0] == ended else new, *rest)
+    first = trainer.step()
+    assert short.finished and not long.finished and trainer.scheduler.slots[1].tokens == long.tokens
+    recorded = list(long.old_logp)
+    assert len(recorded) == len(long.tokens) == 5
+    trainer.step()
+    assert trainer.scheduler.slots[0].question != short.question, "a finished response leaves its slot"
+    assert long.old_logp[:5] == recorded and len(long.tokens) == 9
+    now = writer.stats(chains.Responses(writer.encode([chains.decompose(long.question)], [""]).prompts, [long.tokens]))
+    assert (now.logp[:5] - torch.tensor(recorded)).abs().max() > 1e-2
+    trainer.step()
+    assert len(long.tokens) == 10 and long.finished, "the longest response is cut"
+    assert first["tokens"] == 10 and trainer.critic.weight.any()
+    windowed_tppo.run(writer, steps=1, seed=0, settings=settings)
+    assert "windows per response" in capsys.readouterr().out
+
+
+def test_tppo_trains_the_tokens_of_the_window_alone(writer, says):
+    trainer = windowed_tppo.Trainer(writer, windowed_tppo.Settings(slots=1, window=3, longest=9), seed=0)
+    says(writer, lambda prompt: "123")
+    trainer.scheduler.advance()
+    trainer.scheduler.record(torch.zeros(3))
+    responses = trainer.scheduler.advance()
+    batch = trainer.batch(responses)
+    assert batch.window.tolist() == [False] * 3 + [True] * 3
+    assert batch.old_logp[:3].tolist() == [0.0] * 3 and not batch.finished.any()
+    prepared = trainer.method.prepare(batch, {})
+    assert prepared.valid.tolist() == batch.window.tolist()
