@@ -28,7 +28,7 @@ from torch import Tensor
 import tokfuse
 from grpo_demo.model import default_cache, load_model
 from grpo_demo.rollout import encode, positions
-from tokfuse.algorithms import Plan
+from tokfuse.algorithms import Plan, PreferenceBatch, PreferenceLoss, PreferenceStep, preference_step
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,16 @@ class Writer:
                 return tokens[:count]
         return tokens
 
+    def branches(self, question: Sum, steps: Sequence[str], count: int, new: int = 24) -> list[list[str]]:
+        """Return `count` sampled continuations of a chain that starts with `steps`, as lines."""
+        out = self.sample([decompose(question, steps)] * count, new, "\n\n")
+        return [[line for line in text.split("\n\n")[0].split("\n") if line] for text in self.texts(out)]
+
+    def rate(self, question: Sum, steps: Sequence[str], count: int) -> float:
+        """Return the share of right answers of `count` continuations."""
+        chains = self.branches(question, steps, count)
+        return sum(question.right("\n".join([*steps, *chain])) for chain in chains) / count
+
     def texts(self, responses: Responses) -> list[str]:
         """Return the responses as text."""
         return [self.tokenizer.decode(row) for row in responses.tokens]
@@ -200,6 +210,43 @@ class _Encoded:
 
     def encode(self, tokens: list[int]) -> list[int]:
         return tokens
+
+
+def train_pairs(
+    writer: Writer,
+    loss: PreferenceLoss,
+    optimizer: torch.optim.Optimizer,
+    pairs: Sequence[tuple[str, str, str]],
+    level: Sequence[int] | None = None,
+) -> PreferenceStep:
+    """Take one optimizer step on (prompt, chosen, rejected) pairs. The reference is the policy before the step.
+
+    Args:
+        writer: the policy.
+        loss: a loss of pairs.
+        optimizer: of the policy.
+        pairs: texts.
+        level: level of each pair, for a loss with `level_weight`.
+    """
+    prompts, chosen, rejected = zip(*pairs, strict=True)
+    sides = writer.encode([*prompts, *prompts], [*chosen, *rejected])
+    order = torch.arange(2 * len(pairs)).view(2, -1).t().contiguous()
+    given = {"ref_sum": writer.sums(sides)} if loss.needs_reference else {}
+    if level is not None:
+        given["level"] = torch.tensor(level)
+    batch = PreferenceBatch(num_tokens=len(sides.target), cu_seqlens=sides.cu_seqlens, pairs=order, **given)
+    step = preference_step(
+        loss=loss,
+        batch=batch,
+        hidden=writer.hidden(sides),
+        weight=writer.model.lm_head.weight,
+        target=sides.target,
+        normalizer="batch",
+    )
+    optimizer.zero_grad(set_to_none=True)
+    step.loss.backward()
+    optimizer.step()
+    return step
 
 
 def optimizer_of(model: Any, lr: float) -> torch.optim.Optimizer:

@@ -10,6 +10,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
+import branch_thoughts
+import prune_steps_isla
 import replay_r2vpo
 import windowed_tppo
 from grpo_demo import chains
@@ -142,3 +144,66 @@ def test_tppo_trains_the_tokens_of_the_window_alone(writer, says):
     assert batch.old_logp[:3].tolist() == [0.0] * 3 and not batch.finished.any()
     prepared = trainer.method.prepare(batch, {})
     assert prepared.valid.tolist() == batch.window.tolist()
+
+
+# --------------------------------------------------------------------------------- Thought Branches
+
+
+def test_a_line_that_decides_the_answer_is_important(writer, says, monkeypatch, capsys):
+    """After the right first line the model always succeeds; otherwise it writes one of two lines at random."""
+    question = chains.Sum((4, 3, 2))
+    turn = iter(range(10_000))
+
+    def say(prompt):
+        tail = prompt.rsplit("4 + 3 + 2\n", 1)[1]
+        if tail.startswith("4 + 3 = 7\n"):
+            return "7 + 2 = 9\n\n" if "9" not in tail else "\n\n"
+        if tail.startswith("4 + 3 = 8\n"):
+            return "8 + 2 = 10\n\n" if "10" not in tail else "\n\n"
+        return "4 + 3 = 7\n7 + 2 = 9\n\n" if next(turn) % 2 else "4 + 3 = 8\n8 + 2 = 10\n\n"
+
+    says(writer, say)
+    settings = branch_thoughts.Settings(rollouts=20)
+    first, last = branch_thoughts.examine(writer, question, question.steps, settings)
+    assert (first.rate_without, first.rate_with, last.rate_with) == (0.5, 1.0, 1.0)
+    assert first.importance > 5 > last.importance == pytest.approx(0.0, abs=1e-6)
+    assert not last.abandoned and last.removals == 5, "the second line always comes back"
+    assert branch_thoughts.cosine("4 + 3 = 7", "4 + 3 = 8") < 0.99 < branch_thoughts.cosine("7 + 2", "7 + 2")
+    monkeypatch.setattr(branch_thoughts, "sums", lambda *_: [question])
+    branch_thoughts.run(writer, steps=1, seed=0, settings=branch_thoughts.Settings(rollouts=4, removals=1))
+    assert "more than 1" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------- ISLA
+
+
+def test_isla_keeps_the_step_that_helps_and_learns_from_it(writer, says, monkeypatch, capsys):
+    question = chains.Sum((4, 3, 2))
+    turn = iter(range(10_000))
+
+    def say(prompt):
+        tail = prompt.rsplit("4 + 3 + 2\n", 1)[1]
+        if "= 8\n" in tail:
+            return "8 + 2 = 10\n\n"
+        if "= 7\n" in tail:
+            return "7 + 2 = 9\n\n" if "9" not in tail else "\n\n"
+        return "4 + 3 = 7\n7 + 2 = 9\n\n" if next(turn) % 2 == 0 else "4 + 3 = 8\n8 + 2 = 10\n\n"
+
+    says(writer, say)
+    settings = prune_steps_isla.Settings(completions=4)
+    trace = prune_steps_isla.measure(writer, question, 4)
+    assert trace.lines == question.steps and trace.accuracy.tolist() == [0.5, 1.0, 1.0]
+    assert (trace.uncertainty > 0.05).all()
+    found = prune_steps_isla.pair_at(writer, trace, 0, settings)
+    assert found == (chains.decompose(question), "4 + 3 = 7\n", "4 + 3 = 8\n")
+    assert prune_steps_isla.pair_at(writer, trace, 1, settings) is None
+    optimizer = chains.optimizer_of(writer.model, 1e-2)
+    loss = prune_steps_isla.algorithms.make("dpo")
+    margins = [float(chains.train_pairs(writer, loss, optimizer, [found]).losses) for _ in range(2)]
+    assert margins[0] == pytest.approx(0.6931, abs=1e-3), "the reference is the policy before the step"
+    sides = writer.encode([found[0]] * 2, found[1:])
+    assert torch.diff(writer.sums(sides)) < 0
+    monkeypatch.setattr(prune_steps_isla, "sums", lambda *_: [question])
+    turn = iter(range(10_000))  # the first chain is the right one again
+    prune_steps_isla.run(writer, steps=1, seed=0, settings=settings)
+    assert "kept steps: 1" in capsys.readouterr().out
