@@ -90,7 +90,7 @@ def run(writer: Writer, steps: int, seed: int, settings: Settings | None = None)
                 gains[kept].append(gain)
                 found = pair_at(writer, trace, i, s) if kept else None
                 pairs += [found] if found else []
-        value = float(train_pairs(writer, loss, optimizer, pairs).loss) if pairs else float("nan")
+        value = train_pairs(writer, loss, optimizer, pairs).loss.item() if pairs else float("nan")
         accuracy = sum(float(trace.accuracy[0]) for trace in traces) / len(traces)
         lines = sum(len(trace.lines) for trace in traces)
         kept_lines = sum(int(method.select(t.accuracy, t.uncertainty).sum()) for t in traces)

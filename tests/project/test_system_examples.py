@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import branch_thoughts
 import prune_steps_isla
+import refine_aries
 import replay_r2vpo
+import route_cog_rethinker
 import windowed_tppo
 from grpo_demo import chains
 from harness import compare
@@ -207,3 +209,69 @@ def test_isla_keeps_the_step_that_helps_and_learns_from_it(writer, says, monkeyp
     turn = iter(range(10_000))  # the first chain is the right one again
     prune_steps_isla.run(writer, steps=1, seed=0, settings=settings)
     assert "kept steps: 1" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- ARIES
+
+
+def test_aries_refines_a_wrong_answer_and_pairs_both_levels(writer, says, capsys):
+    question, turn = chains.Sum((2, 3)), iter(range(10_000))
+
+    def say(prompt):
+        if "= 9\nwrong, it is =" in prompt:
+            return " 5\n" if next(turn) % 2 else " 8\n"
+        if "= 8\nwrong, it is =" in prompt:
+            return " 5\n"
+        return " 5\n" if next(turn) % 2 else " 9\n"
+
+    says(writer, say)
+    settings = refine_aries.Settings(answers=4, turns=2, lr=3e-2)
+    turns = refine_aries.refine_chains(writer, [question], settings)
+    assert [some[0].prompt for some in turns] == [
+        chains.direct(question),
+        chains.refine(question, "9"),
+        chains.refine(question, "8"),
+    ]
+    assert refine_aries.accuracies(turns) == [0.5, 0.5, 1.0]
+    pairs, levels = refine_aries.pairs_of(turns)
+    assert levels == [0, 1] and [pair[1:] for pair in pairs] == [(" 5\n", " 9\n"), (" 5\n", " 8\n")]
+    before = [writer.sums(writer.encode([p, p], rest)).diff() for p, *rest in pairs]
+    loss = refine_aries.algorithms.make("aries", level_weight=(1.0, 0.5))
+    step = chains.train_pairs(writer, loss, chains.optimizer_of(writer.model, 1e-2), pairs, levels)
+    assert step.loss.item() == pytest.approx(1.5 * 0.6931, abs=1e-3)
+    after = [writer.sums(writer.encode([p, p], rest)).diff() for p, *rest in pairs]
+    assert all(b < a for a, b in zip(before, after, strict=True)), "both levels are learnt"
+    refine_aries.run(writer, steps=3, seed=0, settings=settings)
+    assert "last rounds: turn 0" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------- Cog-Rethinker
+
+
+def test_cog_rethinker_goes_to_the_next_stage_only_if_every_rollout_fails(writer, says, capsys):
+    easy, hard, harder, hopeless = (chains.Sum(terms) for terms in ((1, 1, 1), (2, 2, 2), (3, 3, 3), (5, 5, 5)))
+    prompts = []
+
+    def say(prompt):
+        prompts.append(prompt)
+        if "wrong, it is =" in prompt:
+            return " 9\n"
+        if prompt.endswith("2 + 2 + 2\n"):
+            return "2 + 2 = 4\n4 + 2 = 6\n\n"
+        return " 3\n" if prompt.endswith("1 + 1 + 1 =") else " 8\n\n"
+
+    says(writer, say)
+    driver = route_cog_rethinker.Driver(writer, route_cog_rethinker.Settings(rollouts=2, lr=3e-2, sft_weight=1.0))
+    target = writer.encode([chains.direct(hard)], ["2 + 2 = 4\n4 + 2 = 6\n\n"])
+    before = writer.sums(target)
+    row = driver.step([easy, hard, harder, hopeless])
+    assert [row[name] for name in ("direct", "decompose", "reflect", "unsolved")] == [1, 1, 1, 1]
+    asked = [prompts.count(p) for p in (chains.direct(easy), chains.decompose(easy), chains.refine(harder, "8"))]
+    assert asked == [2, 0, 2]
+    assert driver.state["decompose"] == [["2 + 2 + 2", "2 + 2 = 4\n4 + 2 = 6"]] * 2
+    assert driver.state["reflect"] == [["3 + 3 + 3", "9"]] * 2
+    assert writer.sums(target) > before, "the policy learns the solution after the direct template"
+    shown = [p for p in prompts if p.endswith("\n3 + 3 + 3\n")]
+    assert shown[0].startswith("2 + 2 + 2\n2 + 2 = 4\n4 + 2 = 6\n\n"), "solved cases are shown"
+    route_cog_rethinker.run(writer, steps=1, seed=0, settings=driver.settings)
+    assert "buffers:" in capsys.readouterr().out
