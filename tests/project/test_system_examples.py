@@ -11,6 +11,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import branch_thoughts
+import joint_metatuner
 import prune_steps_isla
 import refine_aries
 import replay_r2vpo
@@ -275,3 +276,17 @@ def test_cog_rethinker_goes_to_the_next_stage_only_if_every_rollout_fails(writer
     assert shown[0].startswith("2 + 2 + 2\n2 + 2 = 4\n4 + 2 = 6\n\n"), "solved cases are shown"
     route_cog_rethinker.run(writer, steps=1, seed=0, settings=driver.settings)
     assert "buffers:" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- MetaTuner
+
+
+def test_metatuners_actor_learns_as_far_as_the_copy_is_up_to_date(capsys):
+    settings = joint_metatuner.Settings(steps=120)
+    rows = {form: list(joint_metatuner.train(form, settings)) for form in ("joint", "alternating")}
+    assert rows["joint"][-1]["prompts"] > 0.95 and rows["joint"][-1]["answers"] > 0.85
+    assert rows["alternating"][-1]["answers"] > 0.5
+    stale = list(joint_metatuner.train("joint", joint_metatuner.Settings(steps=120, every=200)))
+    assert stale[-1]["prompts"] > 0.95 and stale[-1]["answers"] < 0.4, "prompts of the untrained copy say nothing"
+    assert joint_metatuner.main(["--steps", "10"]) == 0
+    assert "alternating" in capsys.readouterr().out
