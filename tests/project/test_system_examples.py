@@ -282,11 +282,9 @@ def test_cog_rethinker_goes_to_the_next_stage_only_if_every_rollout_fails(writer
 
 
 def test_metatuners_actor_learns_as_far_as_the_copy_is_up_to_date(capsys):
-    settings = joint_metatuner.Settings(steps=120)
-    rows = {form: list(joint_metatuner.train(form, settings)) for form in ("joint", "alternating")}
-    assert rows["joint"][-1]["prompts"] > 0.95 and rows["joint"][-1]["answers"] > 0.85
-    assert rows["alternating"][-1]["answers"] > 0.5
-    stale = list(joint_metatuner.train("joint", joint_metatuner.Settings(steps=120, every=200)))
-    assert stale[-1]["prompts"] > 0.95 and stale[-1]["answers"] < 0.4, "prompts of the untrained copy say nothing"
+    *_, renewed = joint_metatuner.train("joint", joint_metatuner.Settings(steps=100))
+    assert renewed["prompts"] > 0.95 and renewed["answers"] > 0.85
+    *_, stale = joint_metatuner.train("joint", joint_metatuner.Settings(steps=100, every=200))
+    assert stale["prompts"] > 0.95 and stale["answers"] < 0.4, "prompts of the untrained copy say nothing"
     assert joint_metatuner.main(["--steps", "10"]) == 0
     assert "alternating" in capsys.readouterr().out
