@@ -41,6 +41,8 @@ from tokfuse.algorithms.mirror_descent import MirrorDescent as MirrorDescent
 from tokfuse.algorithms.nft import NFT as NFT
 from tokfuse.algorithms.pipo import PIPO as PIPO
 from tokfuse.algorithms.preference import NLL as NLL
+from tokfuse.algorithms.preference import Likelihood as Likelihood
+from tokfuse.algorithms.preference import Mixed as Mixed
 from tokfuse.algorithms.preference import PairLoss as PairLoss
 from tokfuse.algorithms.preference import PreferenceBatch as PreferenceBatch
 from tokfuse.algorithms.preference import PreferenceLoss as PreferenceLoss

@@ -6,6 +6,7 @@
     with trl.installed(): ...    # the same, scoped
 
 `trl.FusedGRPOTrainer` goes further: it computes the whole policy loss in one `tokfuse.policy_step`.
+`trl.FusedDPOTrainer` computes the whole preference loss in one `tokfuse.algorithms.preference_step`.
 
 These attributes of `trl.trainer.utils`, where every trainer looks them up, are replaced:
 * `_ChunkedLogProbFunction`, the head: by `tokfuse.linear_token_stats`.
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from tokfuse.integrations.trl_seams import describe, install, installed, uninstall
 
 if TYPE_CHECKING:
+    from tokfuse.integrations.trl_dpo import FusedDPOTrainer as FusedDPOTrainer
     from tokfuse.integrations.trl_trainer import FusedGRPOTrainer as FusedGRPOTrainer
 
-__all__ = ["FusedGRPOTrainer", "describe", "install", "installed", "uninstall"]
+__all__ = ["FusedDPOTrainer", "FusedGRPOTrainer", "describe", "install", "installed", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from tokfuse.integrations.trl_trainer import FusedGRPOTrainer
 
         return FusedGRPOTrainer
+    if name == "FusedDPOTrainer":
+        from tokfuse.integrations.trl_dpo import FusedDPOTrainer
+
+        return FusedDPOTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ import torch
 
 from tokfuse.integrations.hosts import Host, Rebinding, has_kernels, tell_unchanged, where
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops import policy_step  # noqa: F401  (registers the backends that `describe` names)
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.token_stats import token_stats
@@ -103,6 +104,21 @@ class Head:
         self.apply = apply
 
 
+class Carry(torch.autograd.Function):
+    """Return `logp` unchanged, but connected to `loss`.
+
+    DDP searches the outputs of a forward for unused parameters, and the loss is not one of these outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logp: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return logp.view_as(logp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad.new_zeros(())
+
+
 def _bind(into: Rebinding, head: Head) -> None:
     utils = _utils()
     for name in ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy", "_supports_trl_loss_kernel"):
@@ -171,14 +187,32 @@ def token_head(
         given = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
         own: PerToken = _stock("_ChunkedLogProbFunction").apply(*given)
         return own
-    hidden, weight, bias = operands(hidden, weight, bias)
+    scored = operands(hidden, weight, bias)
     options: dict[str, Any] = {"temperature": temperature, "softcap": final_logit_softcapping}
-    stats = linear_token_stats(hidden, weight, targets, bias=bias, logit_scale=logit_scale, **options)
+    options["logit_scale"] = logit_scale
+    stats = linear_token_stats(scored[0], scored[1], targets, bias=scored[2], **options)
+    return per_token(stats, scored, outputs, **options)
+
+
+def per_token(
+    stats: TokenStats,
+    scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    outputs: tuple[str, ...],
+    **options: Any,
+) -> PerToken:
+    """Return the requested `OUTPUTS`, None for the others; log_probs always.
+
+    Args:
+        stats: statistics of the rows.
+        scored: hidden, weight and bias.
+        outputs: names.
+        options: temperature, softcap and logit_scale.
+    """
     found: dict[str, Callable[[], torch.Tensor]] = {
         "log_probs": lambda: stats.logp,
         "entropy": lambda: stats.entropy,
         "log_sum_sq_probs": lambda: stats.sum_sq.log(),
-        "mean_logits": lambda: _mean_logits(hidden, weight, bias, logit_scale, **options),
+        "mean_logits": lambda: _mean_logits(*scored, **options),
         "is_top1": lambda: stats.top1.bool(),
     }
     wanted = ("log_probs", *outputs)

@@ -74,22 +74,7 @@ class PolicyHead(host.Head):
             **self.inputs,
         )
         stats = self.step.stats
-        return _Carry.apply(stats.logp, self.step.loss), stats.entropy, None, None, None
-
-
-class _Carry(torch.autograd.Function):
-    """Return `logp` unchanged, but connected to `loss`.
-
-    DDP searches the outputs of a forward for unused parameters, and the loss is not one of these outputs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logp: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return logp.view_as(logp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, grad.new_zeros(())
+        return host.Carry.apply(stats.logp, self.step.loss), stats.entropy, None, None, None
 
 
 class FusedGRPOTrainer(GRPOTrainer):

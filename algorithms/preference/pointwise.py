@@ -253,7 +253,6 @@ class AOT(PairLoss):
         tail_weight: weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO). None: 1.
     """
 
-    whole = True
     paired: bool = True
     smoothing: float = 0.0
 
@@ -264,6 +263,10 @@ class AOT(PairLoss):
             raise refuse(
                 self._op, "weighting and level_weight", "left out", "a value", "A sorted rank belongs to no pair."
             )
+
+    @property
+    def whole(self) -> bool:
+        return True
 
     def check(self, batch: PreferenceBatch) -> None:
         super().check(batch)

@@ -7,7 +7,8 @@ Liger-Kernel chunked_loss, or the authors' repository.
 from collections.abc import Callable
 from typing import Any
 
-from tokfuse.algorithms.preference.contrast import NLL, Contrast
+from tokfuse.algorithms.preference.contrast import Contrast
+from tokfuse.algorithms.preference.likelihood import NLL
 from tokfuse.algorithms.preference.pointwise import AOT, FAMILY, Pointwise
 from tokfuse.algorithms.registry import Entry, add, exact
 
