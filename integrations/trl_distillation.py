@@ -2,6 +2,8 @@
 
 * `DistillationTrainer` computes its loss from the hidden states and heads of both models, in
   `_chunked_divergence_loss`. Here it is one `tokfuse.distill_step`, which also computes the gradients.
+* `AsyncDistillationTrainer` computes its loss from the student's head and the teacher's ids and log-probabilities, in
+  `_chunked_jsd_loss`: `tokfuse.linear_token_stats` at these ids.
 * GKD, GOLD and IW-OPD compute theirs from two tensors of logits, in `generalized_jsd_loss`: `tokfuse.distill_step`
   over the labelled rows.
 * SDFT and SDPO need one value per token, over all logits (`tokfuse.paired_divergence`) or over the student's top-k
@@ -24,13 +26,14 @@ import torch
 from tokfuse.integrations.hosts import Rebinding, where
 from tokfuse.runtime.ops.distill_step import distill_step
 from tokfuse.runtime.ops.linear_paired_divergence import linear_paired_divergence
+from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.paired_divergence import paired_divergence
 from tokfuse.runtime.ops.token_stats import token_stats
 
 DEVICES = ("cpu", "cuda")
 UNLABELLED = -100
 LEFT_TO_TRL = (
-    "ServerDistillationTrainer, AsyncDistillationTrainer, the server modes of SDFT, SDPO and IW-OPD",
+    "ServerDistillationTrainer, the server modes of SDFT, SDPO and IW-OPD",
     "top_k of IW-OPD, GOLD with use_uld_loss, reduction='none', a teacher whose logits require grad",
     "DeepSpeed ZeRO-3, devices other than CPU and CUDA",
 )
@@ -100,8 +103,7 @@ def divergence_loss(
         **divergence(beta),
     }
     count = valid.sum()
-    hidden = student["hidden"]
-    if hidden is not None and hidden.dtype == torch.float16:
+    if given["hidden"].dtype == torch.float16:
         # A gradient that was computed in the forward would not be scaled yet, and small values would underflow.
         stats = linear_paired_divergence(**given)
         total = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -118,11 +120,79 @@ def _operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     """Return a head as the arguments hidden, weight and bias, in the autocast dtype or that of its hidden states."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    head = {"weight": weight, "bias": bias}
-    if isinstance(weight, torch.distributed.tensor.DTensor):
-        head = {name: x if x is None else x.full_tensor() for name, x in head.items()}  # type: ignore[attr-defined]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return {name: x if x is None else x.to(dtype) for name, x in {"hidden": flat, **head}.items()}
+    head: dict[str, Any] = {"hidden": hidden.reshape(-1, hidden.shape[-1]), "weight": weight, "bias": bias}
+    if hasattr(weight, "full_tensor"):  # a DTensor, under FSDP2
+        head |= {name: head[name].full_tensor() for name in ("weight", "bias") if head[name] is not None}
+    return {name: x if x is None else x.to(dtype) for name, x in head.items()}
+
+
+def candidates_loss(
+    hidden_valid: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    lm_head_bias: torch.Tensor | None,
+    logit_scale: float,
+    final_logit_softcapping: float | None,
+    target_ids: torch.Tensor,
+    teacher_target_logps: torch.Tensor,
+    valid_candidate_mask: torch.Tensor,
+    beta: float,
+    temperature: float,
+    add_tail_bucket: bool,
+    teacher_id_idx: torch.Tensor | None,
+    num_teachers: int,
+    chunk_size: int,
+) -> tuple[torch.Tensor, ...] | None:
+    """Return what TRL's `_chunked_jsd_loss` returns: the loss, and the sums of four figures.
+
+    These are the divergence, the student's entropy, the teacher's entropy over its candidates, and for each teacher
+    its number of rows, divergence and entropy. The divergence of (N, K) log-probabilities is TRL's.
+
+    Args:
+        hidden_valid: (N, H).
+        lm_head_weight: (V, H).
+        lm_head_bias: (V,) or None.
+        logit_scale: factor of the logits before the cap.
+        final_logit_softcapping: cap of the logits, or None.
+        target_ids: (N, K), the teacher's candidates.
+        teacher_target_logps: (N, K), their log-probabilities.
+        valid_candidate_mask: (N, K) bool, False is padding.
+        beta: see `divergence`.
+        temperature: divides the student's logits.
+        add_tail_bucket: True: one more category with the rest of the mass. False: renormalise.
+        teacher_id_idx: (N,), the teacher of each row. None: there is one.
+        num_teachers: number of teachers.
+        chunk_size: TRL's rows per chunk. Ignored, because `linear_token_stats` has a memory budget.
+    """
+    from trl.experimental.async_distillation import async_distillation_trainer as host
+
+    if not _supported(lm_head_weight) or torch.is_autocast_enabled(hidden_valid.device.type):
+        return None
+    dtype = torch.promote_types(hidden_valid.dtype, lm_head_weight.dtype)
+    stats = linear_token_stats(
+        hidden_valid.to(dtype),
+        lm_head_weight.to(dtype),
+        target_ids[:, 0].clamp_min(0),
+        bias=None if lm_head_bias is None else lm_head_bias.to(dtype),
+        ids=torch.where(valid_candidate_mask, target_ids, -1),
+        logit_scale=logit_scale,
+        softcap=final_logit_softcapping,
+        temperature=temperature,
+    )
+    support = valid_candidate_mask
+    sides = [torch.where(support, x, -torch.inf) for x in (stats.logp_at, teacher_target_logps)]
+    if add_tail_bucket:
+        sides = [host._add_tail_bucket(x, support)[0] for x in sides]
+        support = torch.nn.functional.pad(support, (0, 1), value=True)
+    else:
+        sides = [x.log_softmax(-1) for x in sides]
+    loss = host._jsd_divergence(*sides, beta=beta, support_mask=support).sum(-1)
+    q = torch.where(support, sides[1], 0.0)
+    entropy = -(q.exp() * q * support).sum(-1)
+    figures = torch.stack([torch.ones_like(entropy), loss.detach(), entropy], 1)
+    by_teacher = figures.new_zeros(num_teachers, 3)
+    if teacher_id_idx is not None:
+        by_teacher.index_add_(0, teacher_id_idx, figures)
+    return loss.sum(), loss.detach().sum(), stats.entropy.detach().sum(), entropy.sum(), by_teacher.flatten()
 
 
 # ----------------------------------------------------------------------------- two tensors of logits
@@ -296,6 +366,11 @@ _TRAINERS: tuple[tuple[str, str, tuple[str, Callable[..., Any], str]], ...] = (
         "DistillationTrainer",
         "trl.trainer.distillation_trainer",
         ("_chunked_divergence_loss", divergence_loss, "linear_paired_divergence"),
+    ),
+    (
+        "AsyncDistillationTrainer",
+        "trl.experimental.async_distillation.async_distillation_trainer",
+        ("_chunked_jsd_loss", candidates_loss, "linear_token_stats_at"),
     ),
     ("GKDTrainer", "trl.experimental.gkd.gkd_trainer:GKDTrainer", _JSD),
     ("GOLDTrainer", "trl.experimental.gold.gold_trainer:GOLDTrainer", _JSD),

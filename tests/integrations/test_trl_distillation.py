@@ -6,6 +6,8 @@ farther from it than the stock float32 run (`host_parity`).
 
 import inspect
 import os
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import tiny_grpo
 import trl.trainer.distillation_trainer as stable
 from host_parity import assert_no_farther, exact_divergence, trl_distillation_in_float64
 from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.async_distillation import async_distillation_trainer as async_trainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.gold.gold_trainer import GOLDTrainer
 from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
@@ -155,6 +158,27 @@ def test_float16_gradients_are_scaled_before_they_are_rounded():
     torch.testing.assert_close(ours, stock, rtol=5e-3, atol=float(stock.abs().max()) * 5e-3)
 
 
+def test_sharded_heads_are_gathered():
+    """Under FSDP2 a head is a DTensor, and so is its gradient."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    plain = three(lambda: step(heads(bias=True), beta=0.3))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        given = {
+            name: distribute_tensor(x, mesh, [Shard(0)]) if "lm_head" in name else x
+            for name, x in heads(bias=True).items()
+        }
+        with trl.installed():
+            ours = step(given, beta=0.3)
+        whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in ours.items()}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert type(ours["student_lm_head_weight"]) is type(given["student_lm_head_weight"])
+    assert_step(whole, *plain[1:])
+
+
 @pytest.mark.parametrize("case", ["zero3", "device"])
 def test_what_the_heads_leave_to_trl(case, monkeypatch):
     given = heads()
@@ -166,6 +190,50 @@ def test_what_the_heads_leave_to_trl(case, monkeypatch):
     with trl.installed():
         ours = step(given, beta=0.3, temperature=0.7)
     assert all(torch.equal(ours[name], stock[name]) for name in stock)  # bitwise: TRL's own code ran
+
+
+# --------------------------------------------------------------- the loss from a head and candidates
+
+
+def candidates(teachers, dtype=torch.float32):
+    """Return the positional arguments of `_chunked_jsd_loss` up to the mask, and the teacher of each row."""
+    gen = torch.Generator().manual_seed(4)
+    hidden, weight, bias = (torch.randn(*shape, generator=gen).to(dtype) for shape in ((9, H), (V, H), (V,)))
+    top = torch.randn(9, V, generator=gen).log_softmax(-1).topk(4, -1)
+    valid = torch.arange(4) < torch.tensor([4, 4, 1, 3, 2, 4, 4, 1, 2])[:, None]
+    idx = torch.randint(teachers, (9,), generator=gen) if teachers > 1 else None
+    return (hidden, weight, bias), (0.8, 5.0, torch.where(valid, top.indices, -1), top.values, valid), idx
+
+
+def candidates_step(beta, tail, teachers, dtype=torch.float32, exact=False):
+    leaves, rest, idx = candidates(teachers, dtype)
+    leaves = [(x.double() if exact else x).requires_grad_() for x in leaves]
+    if exact:
+        rest = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double) if exact else nullcontext():
+        found = async_trainer._chunked_jsd_loss(*leaves, *rest, beta, 0.9, tail, idx, teachers, 4)
+        found[0].backward()
+    return [*found, *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("beta", BETAS)
+def test_async_distillation(beta, tail):
+    for teachers in (1, 3):
+        with trl.installed():
+            ours = candidates_step(beta, tail, teachers)
+        stock = candidates_step(beta, tail, teachers)
+        for i, values in enumerate(zip(ours, stock, candidates_step(beta, tail, teachers, exact=True), strict=True)):
+            assert_no_farther(*values, size=max(1.0, float(values[2].detach().abs().max())), what=str(i))
+
+
+def test_async_distillation_in_bfloat16():
+    with trl.installed():
+        ours = candidates_step(0.0, True, 1, dtype=torch.bfloat16)
+    exact = candidates_step(0.0, True, 1, dtype=torch.bfloat16, exact=True)
+    for mine, truth in zip(ours, exact, strict=True):
+        error = (mine.double() - truth).abs().max().item()
+        assert error <= torch.finfo(torch.bfloat16).eps * max(1.0, truth.abs().max().item())
 
 
 # -------------------------------------------------------------------- the loss from two logits tensors
@@ -412,7 +480,9 @@ def test_describe_names_every_trainer_and_what_is_left_to_trl():
     assert "left to TRL" in text and "ServerDistillationTrainer" in text
 
 
-@pytest.mark.parametrize("op", ["distill_step", "linear_paired_divergence", "paired_divergence", "token_stats"])
+@pytest.mark.parametrize(
+    "op", ["distill_step", "linear_paired_divergence", "linear_token_stats", "paired_divergence", "token_stats"]
+)
 def test_each_loss_runs_its_op(op, monkeypatch):
     """Otherwise a comparison with TRL would also pass if TRL's code ran on both sides."""
 
@@ -426,6 +496,7 @@ def test_each_loss_runs_its_op(op, monkeypatch):
         "distill_step": [lambda: step(heads(), beta=0.3)]
         + [lambda c=c: c.generalized_jsd_loss(student, teacher, labels) for c in TRAINERS],
         "linear_paired_divergence": [lambda: step(heads(dtype=torch.float16), beta=0.3)],
+        "linear_token_stats": [lambda: candidates_step(0.0, True, 1)],
         "paired_divergence": [lambda: GKDTrainer.generalized_jsd_loss(student.half(), teacher.half(), labels)]
         + [
             lambda m=m: m.compute_full_logit_self_distillation_loss(student, teacher, **alpha)
