@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import inspect
 import re
 import warnings
 from dataclasses import dataclass
@@ -75,15 +76,18 @@ class Rebinding:
         return bool(self._saved)
 
     def set(self, owner: object, name: str, value: object) -> None:
-        """Set owner.name = value and remember the old value. Raise an error if there is no such attribute."""
-        before, inherited = getattr(owner, name), name not in vars(owner)
+        """Set owner.name = value and remember the old value. Raise an error if there is no such attribute.
+
+        The static value is kept, so that a staticmethod of a class is restored as one.
+        """
+        before, inherited = inspect.getattr_static(owner, name), name not in vars(owner)
         setattr(owner, name, value)
         self._saved.append((owner, name, before, value, inherited))
 
     def restore(self) -> None:
         """Restore every attribute. Raise an error, and restore none, if another patch replaced one later."""
         for owner, name, _, ours, _ in self._saved:
-            if getattr(owner, name) is not ours:
+            if inspect.getattr_static(owner, name) is not ours:
                 raise refuse(
                     self._op,
                     f"{_label(owner)}.{name}",

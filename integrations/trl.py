@@ -1,7 +1,7 @@
 """TRL 1.16: runs its per-token head and its logits op on tokfuse's kernels, for all of its trainers.
 
     from tokfuse.integrations import trl
-    trl.install()                # GRPO, RLOO, DPO, KTO, SFT, ...: same options, numbers, metrics
+    trl.install()                # GRPO, RLOO, DPO, KTO, SFT, distillation, ...: same options, numbers, metrics
     trl.uninstall()              # restores every attribute
     with trl.installed(): ...    # the same, scoped
 
@@ -13,6 +13,8 @@ These attributes of `trl.trainer.utils`, where every trainer looks them up, are 
 * `_use_triton`, which decides whether TRL scores only labelled rows: it now does so on a CPU too.
 * `_fused_logprob_entropy` and `_supports_trl_loss_kernel`, the logits op: by `tokfuse.token_stats`, on a CPU too.
   Without triton, TRL does not have these two attributes and keeps its own torch code.
+
+The losses of the distillation trainers are replaced too: `tokfuse.integrations.trl_distillation`.
 
 Numerics: float32 statistics, equal to TRL's up to rounding. Two definitions differ. `is_top1` is also true for a tie
 with an earlier token (TRL: only with a later one). Under autocast, the gradient of a float32 head is rounded once to

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tokfuse.integrations import trl_distillation
 from tokfuse.integrations.hosts import Host, Rebinding, has_kernels, tell_unchanged, where
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
@@ -37,6 +38,7 @@ def install() -> None:
     HOST.require(f"{OP}.install")
     if not _INSTALLED.active:
         _bind(_INSTALLED, Head(token_head))
+        trl_distillation.bind(_INSTALLED)
 
 
 def uninstall() -> None:
@@ -74,7 +76,7 @@ def describe() -> str:
     lines.append(f"  per-token head, all trainers: {where('linear_token_stats')}")
     lines.append(f"  logits op, all trainers: {_describe_logits_op()}")
     lines.append(f"  FusedGRPOTrainer: {where('policy_step_hidden')}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *trl_distillation.describe()])
 
 
 def _describe_logits_op() -> str:

@@ -1,9 +1,9 @@
 """verl's fused heads on `tokfuse.linear_token_stats`, including features that verl's own fused path rejects.
 
 verl looks up `FusedLinearForPPO` and `linear_cross_entropy` at every forward. Replacing the two names is therefore
-enough for its dense and vision models. Two options that verl's FSDP engine rejects with fused heads then work: a
-temperature per sample, and the sum of squared probabilities (`calculate_sum_pi_squared`, for the optimal token
-baseline), which the fused head computes anyway.
+enough for its dense and vision models. Three options that verl's FSDP engine rejects with fused heads then work: a
+temperature per sample; the sum of squared probabilities (`calculate_sum_pi_squared`, for the optimal token baseline),
+which the fused head computes anyway; and the top-k distillation losses of `verl_distillation`.
 """
 
 import functools
@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+from tokfuse.integrations import verl_distillation
 from tokfuse.integrations.hosts import has_kernels, tell_unchanged
+from tokfuse.integrations.verl_distillation import IDS, LOGP_AT
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 
 OP = "verl_plugin"
@@ -70,14 +73,23 @@ def _on_kernels(hidden: torch.Tensor) -> bool:
 def fused_head(
     hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (log_probs, entropy), float32, with the shape of input_ids; differentiable."""
-    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    """Return (log_probs, entropy), float32, with the shape of input_ids; differentiable.
+
+    If `verl_distillation` attached the teacher's ids to input_ids, their log-probabilities are attached to log_probs.
+    """
+    hidden, weight = hidden_states.reshape(-1, hidden_states.shape[-1]), _plain(vocab_weights)
     target = input_ids.reshape(-1).to(torch.int64)
-    stats = linear_token_stats(
-        hidden, _plain(vocab_weights), target, temperature=_temperature(temperature, len(target))
-    )
+    options: dict[str, Any] = {"temperature": _temperature(temperature, len(target))}
+    ids = getattr(input_ids, IDS, None)
+    stats: TokenStats | TokenStatsAt
+    if ids is None:
+        stats = linear_token_stats(hidden, weight, target, **options)
+    else:
+        stats = at = linear_token_stats(hidden, weight, target, ids=ids, **options)
     log_probs = stats.logp.view(input_ids.shape)
     setattr(log_probs, SUM_SQ, stats.sum_sq)
+    if ids is not None:
+        setattr(log_probs, LOGP_AT, at.logp_at)
     return log_probs, stats.entropy.view(input_ids.shape)
 
 
@@ -117,7 +129,8 @@ def linear_cross_entropy(
     """
     if reduction != "none":
         raise refuse(OP, "reduction", "'none' (verl uses no other)", repr(reduction), "Reduce the result yourself.")
-    if not _on_kernels(hidden):
+    ids = getattr(labels, IDS, None)
+    if ids is None and not _on_kernels(hidden):  # verl's own head has no log-probs at ids
         own: tuple[torch.Tensor, torch.Tensor] = STOCK["linear_cross_entropy"](
             hidden, weight, labels, temperature, reduction, dist_process_group
         )
@@ -125,6 +138,7 @@ def linear_cross_entropy(
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     group = dist_process_group
     if group is None or torch.distributed.get_world_size(group) == 1:
+        setattr(labels, IDS, ids)
         return fused_head(hidden, weight, labels, temperature)
     from tokfuse.runtime.distributed.vocab_parallel import linear_token_stats as sharded
     from tokfuse.runtime.distributed.vocab_shard import VocabShard
@@ -221,9 +235,12 @@ def targets() -> list[tuple[Any, str, Any]]:
     loaded: list[ModuleType] = [sys.modules[name] for name in MEGATRON if name in sys.modules]
     out += [(module, "linear_cross_entropy", linear_cross_entropy) for module in loaded]
     engine = importlib.import_module(ENGINE).FSDPEngineWithLMHead
-    for name, wrap in (
-        ("prepare_model_inputs", prepare_model_inputs),
-        ("prepare_model_outputs", prepare_model_outputs),
+    for name, wraps in (
+        ("prepare_model_inputs", (prepare_model_inputs, verl_distillation.prepare_model_inputs)),
+        ("prepare_model_outputs", (prepare_model_outputs, verl_distillation.prepare_model_outputs)),
     ):
-        out.append((engine, name, wrap(getattr(engine, name))))
+        method = getattr(engine, name)
+        for wrap in wraps:
+            method = wrap(method)
+        out.append((engine, name, method))
     return out
