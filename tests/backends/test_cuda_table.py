@@ -27,8 +27,9 @@ def divergence(way: str, kind: int) -> cuda_table.Kernel:
 
 
 def test_every_kernel_was_compiled_for_every_architecture():
-    names = {kernel.name for kernel in TABLE}
-    assert {(name, arch) for name in names for arch in ("80", "90", "100")} == set(NAMES)
+    names, architectures = {kernel.name for kernel in TABLE}, {kernel.arch for kernel in TABLE}
+    assert architectures >= {"80", "90", "100"}
+    assert {(name, arch) for name in names for arch in architectures} == set(NAMES)
     bases = {kernel.base for kernel in TABLE}
     assert bases >= set(cuda_table.ROW_KERNELS) | set(roofline.PACKED)
 
