@@ -7,13 +7,9 @@ from tokfuse.algorithms.preference.batch import PreferenceBatch as PreferenceBat
 from tokfuse.algorithms.preference.contrast import Contrast as Contrast
 from tokfuse.algorithms.preference.did import did_entropy as did_entropy
 from tokfuse.algorithms.preference.did import did_token_entropy as did_token_entropy
-<<<<<<< HEAD
-=======
-from tokfuse.algorithms.preference.leaf import LeaF as LeaF
 from tokfuse.algorithms.preference.likelihood import NLL as NLL
 from tokfuse.algorithms.preference.mixed import Likelihood as Likelihood
 from tokfuse.algorithms.preference.mixed import Mixed as Mixed
->>>>>>> dpo
 from tokfuse.algorithms.preference.pointwise import kto_kl as kto_kl
 from tokfuse.algorithms.preference.pointwise import mismatched as mismatched
 from tokfuse.algorithms.preference.result import PreferenceStep as PreferenceStep
