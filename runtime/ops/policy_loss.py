@@ -221,6 +221,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     logp, entropy = inputs[0], inputs[1]
     ctx.save_for_backward(output[2], output[3])
     ctx.dtypes = (logp.dtype, None if entropy is None else entropy.dtype)
+    ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -228,7 +229,8 @@ def _op_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     d_logp, d_entropy = ctx.saved_tensors
     logp_dtype, entropy_dtype = ctx.dtypes
     grad_entropy = None if entropy_dtype is None else (d_entropy * grad_loss).to(entropy_dtype)
-    return ((d_logp * grad_loss).to(logp_dtype), grad_entropy) + (None,) * 13
+    rest = [None] * (ctx.inputs - 2)
+    return ((d_logp * grad_loss).to(logp_dtype), grad_entropy, *rest)
 
 
 _policy_loss_op.register_autograd(_op_backward, setup_context=_setup_context)

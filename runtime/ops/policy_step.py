@@ -533,12 +533,14 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(output[8])
+    ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _op_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     (grad,) = ctx.saved_tensors
-    return (grad * grad_loss.to(grad.dtype),) + (None,) * 18
+    rest = [None] * (ctx.inputs - 1)
+    return (grad * grad_loss.to(grad.dtype), *rest)
 
 
 _policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -124,6 +124,7 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *re
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     ctx.save_for_backward(*output[8:])
+    ctx.inputs = len(inputs)
 
 
 def _op_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -131,7 +132,8 @@ def _op_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
         g * grads[0].to(g.dtype) if need else None
         for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    return (*scaled,) + (None,) * 23
+    rest = [None] * (ctx.inputs - 3)
+    return (*scaled, *rest)
 
 
 _hidden_op.register_autograd(_op_backward, setup_context=_setup_context)
