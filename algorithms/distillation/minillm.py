@@ -18,7 +18,7 @@ from tokfuse.runtime.policy.shapes import PPOClip
     "minillm",
     kind="distillation",
     system="MiniLLM",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2306.08543; github.com/microsoft/LMOps minillm (sampler.py, losses.py, scripts)",
     summary="length-normalised reward to go of the log-ratio on teacher-mixed samples; plus the full-vocabulary KL",
     differs="The defaults are those of the released code and scripts. The paper has no discount (gamma=1), no "

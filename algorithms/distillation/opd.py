@@ -62,7 +62,7 @@ def sampled_token_plan(
     "opd",
     kind="distillation",
     system="On-policy distillation",
-    label="exact",
+    label="exact (released code)",
     source="thinkingmachines.ai/blog/on-policy-distillation with tinker-cookbook; verl trainer/distillation; TRL "
     "DistillationTrainer (beta=1)",
     summary="reverse KL on the student's own responses: over the vocabulary, or of the sampled token as advantage",

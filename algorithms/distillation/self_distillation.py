@@ -170,7 +170,7 @@ def _row(name: str, system: str, source: str, summary: str, differs: str, **pres
             kind="distillation",
             table=__name__,
             system=system,
-            label="exact",
+            label="exact (released code)",
             source=source,
             summary=summary,
             differs=differs,

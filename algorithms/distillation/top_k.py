@@ -214,7 +214,7 @@ def _row(name: str, source: str, summary: str, differs: str, **preset: Any) -> N
             kind="distillation",
             table=__name__,
             system="Top-k distillation",
-            label="exact",
+            label="exact (released code)",
             source=source,
             summary=summary,
             differs=differs,

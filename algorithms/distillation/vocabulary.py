@@ -23,7 +23,7 @@ def generalised_jsd(op: str, beta: float) -> dict[str, Any]:
     "gkd",
     kind="distillation",
     system="GKD",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2306.13649 Eq. 1, Alg. 1; TRL experimental/gkd",
     summary="generalised JSD on a mixture of the student's own responses and the data set's",
     differs="lam 0.5 and beta 0.5 are TRL's defaults; the paper compares several values of both. TRL's default "
@@ -80,7 +80,7 @@ class GKD(Distillation):
     "tvd",
     kind="distillation",
     system="Total variation distillation",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2307.15190; the released code of DistiLLM (tv_distance)",
     summary="half the L1 distance of the two distributions, token by token",
     differs="The paper derives the token-level distance from a bound on the sequence-level one, and samples from both "
@@ -116,7 +116,7 @@ class TotalVariation(Distillation):
     "distillm",
     kind="distillation",
     system="DistiLLM",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2402.03898 Eqs. 3-5; github.com/jongwooko/distillm (losses.py, finetune.py)",
     summary="skew KL: compares with a mixture that contains a little of the compared distribution",
     differs="alpha is 0.1 as in the released code. form='reverse' (default) is the type 'srkl' of its OPT and "
@@ -167,7 +167,7 @@ class DistiLLM(Distillation):
     "distillm_schedule",
     kind="distillation",
     system="DistiLLM",
-    label="exact",
+    label="exact (released code)",
     source="github.com/jongwooko/distillm (finetune.py)",
     summary="adaptive share of the student's own responses, reused from a replay buffer",
     required=("total_steps",),
