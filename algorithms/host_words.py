@@ -56,6 +56,15 @@ OPTIONS = {
     "tis_imp_ratio_cap": ("correction", "correction=Correction(high=...)"),
     "label_smoothing": ("smoothing", "smoothing=..."),
     "simpo_gamma": ("gamma", "gamma=..."),
+    "lmbda": ("lam", "lam=..."),
+    "distillation_alpha": ("beta", "beta=..."),
+    "distillation_topk": ("k", "k=..."),
+    "topk": ("k", "k=..."),
+    "distillation_is_clip": ("ratio_max", "ratio_max=..."),
+    "num_loss_tokens_to_skip": ("skip_tokens", "skip_tokens=..."),
+    "log_prob_min_clamp": ("logp_min", "logp_min=..."),
+    "skew_alpha": ("alpha", "alpha=..."),
+    "teacher_mixed_alpha": ("alpha", "alpha=..."),
 }
 
 # what a host sets elsewhere -> where it goes here

@@ -576,7 +576,7 @@ def test_demonstrations_are_the_first_success_of_a_peer():
         ("gkd", {"lam": -0.1}, "lam must be a finite number"),
         ("gkd", {"temperature": 0.0}, "temperature must be a finite number"),
         ("gkd", {"aggregation": "mean"}, "aggregation must be one of token_mean, seq_mean_token_mean"),
-        ("gkd", {"lmbda": 0.5}, "every option must be one of the method's; got 'lmbda'"),
+        ("gkd", {"lmbda": 0.5}, "got 'lmbda'. Write lam="),
         ("distillm", {"alpha": 1.0}, "alpha must be a finite number"),
         ("distillm", {"form": "both"}, "form must be one of reverse, forward"),
         ("distillm_schedule", {}, "total_steps must be given"),
