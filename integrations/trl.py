@@ -27,9 +27,18 @@ from tokfuse.integrations.trl_seams import describe, install, installed, uninsta
 
 if TYPE_CHECKING:
     from tokfuse.integrations.trl_dpo import FusedDPOTrainer as FusedDPOTrainer
+    from tokfuse.integrations.trl_influence import CompletionInfluence as CompletionInfluence
     from tokfuse.integrations.trl_trainer import FusedGRPOTrainer as FusedGRPOTrainer
 
-__all__ = ["FusedDPOTrainer", "FusedGRPOTrainer", "describe", "install", "installed", "uninstall"]
+__all__ = [
+    "CompletionInfluence",
+    "FusedDPOTrainer",
+    "FusedGRPOTrainer",
+    "describe",
+    "install",
+    "installed",
+    "uninstall",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,4 +50,8 @@ def __getattr__(name: str) -> Any:
         from tokfuse.integrations.trl_dpo import FusedDPOTrainer
 
         return FusedDPOTrainer
+    if name == "CompletionInfluence":
+        from tokfuse.integrations.trl_influence import CompletionInfluence
+
+        return CompletionInfluence
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

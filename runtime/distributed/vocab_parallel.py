@@ -23,7 +23,7 @@ from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.distributed import collectives, vocab_rows
 from tokfuse.runtime.distributed.vocab_rows import HeadCall
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
-from tokfuse.runtime.lm_head.problem import Step, check_head
+from tokfuse.runtime.lm_head.problem import Step, check_head, refuse_captured
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step as step_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
@@ -369,6 +369,7 @@ def _check_head(
         weight, bias = weight.new_empty(1, weight.shape[1]), None  # an empty shard
     check_head(op, hidden, weight, bias, call.target, call.options, call.memory_budget)
     assert weight is not None
+    refuse_captured(op, weight, "split over ranks", "Capture the other layers")
     if weight.shape[0] < shard.size:
         raise refuse(
             op,

@@ -193,6 +193,9 @@ class HeadGradients:
         if norms is not None:
             tiles = [torch.linalg.vector_norm(dz, dim=1) for _, _, dz in buffer.tiles(0, rows)]
             norms[tokens] = torch.linalg.vector_norm(torch.stack(tiles), dim=0)
+        for probe in self.head.problem.probes:
+            tiles = [dz @ probe.projection[:, begin:end].t() for begin, end, dz in buffer.tiles(0, rows)]
+            probe.out[tokens] = torch.stack(tiles).sum(0)
         if self.weight is not None:
             self._add_weight(self.weight, buffer, self.head.rows_of_hidden(tokens))
 

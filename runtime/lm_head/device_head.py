@@ -206,6 +206,10 @@ class DeviceHead:
         norms = self.problem.row_norms
         if norms is not None:
             norms[index] = torch.linalg.vector_norm(dz, dim=1, dtype=torch.float32)
+        for probe in self.problem.probes:
+            out = torch.empty(dz.shape[0], probe.out.shape[1], dtype=torch.float32, device=dz.device)
+            _matmul(dz, probe.projection.to(dz.dtype).t(), out)
+            probe.out[index] = out
 
     def add_live(self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, live: torch.Tensor) -> None:
         """Do the same as `add`, but skip rows that are not `live`, which are zeros. Needs no synchronisation."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.runtime.core.statistics import PairedStats
-from tokfuse.runtime.policy.results import Gradients, HeldGradients
+from tokfuse.runtime.policy.results import Gradients, HeldGradients, Influence
 
 SLOTS = ("tokens", "loss", "divergence", "entropy", "logp_gap", "top1_agreement")
 
@@ -59,6 +59,8 @@ class DistillStep(HeldGradients):
     stats: PairedStats
     """Statistics of the tokens with a weight, 0 elsewhere; detached."""
     _gradients: Gradients
+    influence: Influence | None = None
+    """Gradient norms and sketches, if `influence=InfluenceSpec(...)` was passed, else None."""
 
 
 def distill_result(

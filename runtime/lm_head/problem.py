@@ -9,6 +9,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_options, check_values
 from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head.probe import Probes, sources
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
@@ -37,6 +38,7 @@ class HeadProblem(NamedTuple):
     needs: tuple[bool, bool, bool] | None = None  # requested gradients; None: according to requires_grad
     row_norms: torch.Tensor | None = None  # (tokens,), output for ||d loss / d logits_t||
     compact_clipped: bool = False  # on a GPU: gradient GEMMs by Triton kernels, over the live rows only
+    probes: Probes = ()
 
     @property
     def tokens(self) -> int:
@@ -103,6 +105,36 @@ def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
         return p.needs
     bias = p.bias is not None and p.bias.requires_grad
     return p.hidden.requires_grad, p.weight.requires_grad, bias
+
+
+def probed(op: str, p: HeadProblem, cu_seqlens: torch.Tensor | None = None) -> HeadProblem:
+    """Return the problem with the probes that open captures request. Without a gradient there is none.
+
+    Args:
+        op: name of the op, for errors.
+        p: the checked problem.
+        cu_seqlens: offsets of the sequences in the rows of hidden. None: the rows are those of the captured batch.
+    """
+    if not sources():
+        return p
+    if torch.compiler.is_compiling():
+        refuse_captured(op, p.weight, "inside torch.compile", "Call it outside the compiled function")
+    if not torch.is_grad_enabled() or not any(wanted(p)):
+        return p
+    found = (source.probe(op, p.hidden, p.weight, cu_seqlens) for source in sources())
+    return p._replace(probes=tuple(x for x in found if x is not None))
+
+
+def refuse_captured(op: str, weight: torch.Tensor, where: str, step: str) -> None:
+    """Raise ValueError if an open capture contains this head, which the call cannot probe."""
+    if torch.is_grad_enabled() and any(source.captures_head(weight.shape[1]) for source in sources()):
+        raise refuse(
+            op,
+            "weight",
+            "a head that no open capture contains",
+            f"the captured lm_head {where}",
+            f"{step}, or leave the lm_head out with capture(modules=...).",
+        )
 
 
 def check_targets(op: str, p: HeadProblem) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from tokfuse.runtime.backends.reference_policy import usable_by_autograd
 from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.lm_head import reference_runs
 from tokfuse.runtime.lm_head.pair_problem import (
     Coefficients,
     Gradients,
@@ -16,18 +17,25 @@ from tokfuse.runtime.lm_head.pair_problem import (
     check_logits_values,
     check_values_of,
 )
+from tokfuse.runtime.lm_head.probe import with_probes
 from tokfuse.runtime.lm_head.problem import wanted
 from tokfuse.runtime.reference import linear_paired_divergence as reference
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 
-def exact(p: PairProblem) -> Stats:
-    """The statistics in float64, differentiable in the student."""
+def exact(p: PairProblem, logits: torch.Tensor | None = None) -> Stats:
+    """The statistics in float64, differentiable in the student.
+
+    Args:
+        p: both heads.
+        logits: of the student, if they exist already.
+    """
     s, t = p.student, p.teacher
     if not torch.compiler.is_compiling():
         check_values_of(p)
-    logits = linear_reference.logits_of(s.hidden, s.weight, s.bias)
+    if logits is None:
+        logits = linear_reference.logits_of(*with_probes(s.hidden, s.weight, s.probes), s.bias)
     return reference.exact(logits, teacher_logits(t), s.target, s.options, t.options, p.op, **p.divergence._asdict())
 
 
@@ -62,14 +70,18 @@ def pair_run(p: PairProblem, given: Coefficients | None) -> tuple[Stats, Gradien
             usable_by_autograd(t.logits),
             LogitOptions(*map(usable_by_autograd, t.options)),
         )
-        stats = exact(p._replace(student=student, teacher=teacher))
+        logits = linear_reference.logits_of(hidden, weight, bias)
+        stats = exact(p._replace(student=student, teacher=teacher), logits)
         found: Iterator[torch.Tensor] = iter(())
         if given is not None and any(needs):
             asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
+            asked.append(logits)
             pairs = zip((stats[0], stats[2], stats[1]), given, strict=True)
             total = torch.stack([weighted_sum(x, usable_by_autograd(c)) for x, c in pairs if c is not None]).sum()
             found = iter(torch.autograd.grad(total, asked, allow_unused=True, materialize_grads=True))
     grads: Gradients = [next(found) if need else None for need in needs]
+    for dz in found:
+        reference_runs.of_logits(p.student, dz)
     return stats_reference.rounded((x.detach() for x in stats), p.student.dtype), grads
 
 

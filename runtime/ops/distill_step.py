@@ -1,6 +1,7 @@
 """distill_step: loss and gradient of a divergence from a teacher, from hidden states or from logits."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,8 +32,11 @@ from tokfuse.runtime.lm_head.pair_problem import (
     check_teacher,
 )
 from tokfuse.runtime.lm_head.pair_results import DistillStep, distill_result
-from tokfuse.runtime.lm_head.problem import NAMES, wanted
+from tokfuse.runtime.lm_head.probe import Probes, deliver
+from tokfuse.runtime.lm_head.problem import NAMES, probed, wanted
+from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import linear_paired_divergence as linear
+from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.policy.inputs import Normalizer, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Gradients, hand_over
@@ -68,6 +72,8 @@ def distill_step(
     teacher_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    influence: InfluenceSpec | None = None,
 ) -> DistillStep:
     """Return loss, gradients and statistics of distilling a teacher into a student, in one pass.
 
@@ -113,6 +119,10 @@ def distill_step(
         teacher_logit_scale: multiplies the teacher's logits.
         memory_budget: from hidden only: bytes of workspace for logits of both sides, in chunks of
             rows. None: 64 MiB; on a GPU 1024 rows, up to 1 GiB.
+        cu_seqlens: (seqs + 1,) int32 packing offsets, only for `influence` and `influence.capture`.
+        influence: also return gradient norms of every token and a sketch of every sequence in
+            `step.influence`. Only from hidden, with cu_seqlens. It computes grad_hidden even if hidden
+            requires no gradient.
 
     Returns:
         DistillStep. Gradients of `loss` (normaliser included) for hidden, weight and bias where they
@@ -154,12 +164,19 @@ def distill_step(
         given = "both" if logits is not None else "neither"
         raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
     if logits is not None:
-        checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget)
+        unused = {"memory_budget": memory_budget, "cu_seqlens": cu_seqlens, "influence": influence}
+        checks.check_unused(OP, "logits=", weight=weight, bias=bias, **unused)
         pair = _check_logits(logits, target, options, teacher, divergence)
         rows, device, dtype = logits.shape[0], logits.device, logits.dtype
     else:
         assert hidden is not None
         problem = check_pair(OP, hidden, weight, bias, target, options, teacher, divergence, memory_budget)
+        student = problem.student
+        if influence is not None:
+            student = influence_op.request(OP, influence, student, cu_seqlens)
+        elif cu_seqlens is not None:
+            checks.check_cu_seqlens(OP, cu_seqlens, hidden.shape[0], hidden.device)
+        problem = problem._replace(student=probed(OP, student, cu_seqlens))
         rows, device, dtype = hidden.shape[0], hidden.device, problem.student.dtype
     checks.check_optional(OP, "coef", coef, checks.Rows(rows, "the tokens", device))
     if coef is not None:
@@ -172,7 +189,10 @@ def distill_step(
         loss, *stats = _from_logits(pair, c, gradients)
     else:
         loss, *stats = _from_hidden(problem, c, gradients)
-    return distill_result(loss, tuple(stats), c, inverse, count, has_target, gradients)
+    step = distill_result(loss, tuple(stats), c, inverse, count, has_target, gradients)
+    if influence is None or cu_seqlens is None:
+        return step
+    return replace(step, influence=influence_op.collect(influence, problem.student, gradients, cu_seqlens))
 
 
 def _check_logits(
@@ -230,7 +250,7 @@ def _from_hidden(p: PairProblem, c: torch.Tensor, gradients: Gradients) -> Seque
     """Loss, wired to autograd, and statistics."""
     s = p.student
     capability = select(linear.OP, s.hidden.device.type, s.dtype, p.features())
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and s.row_norms is None:
         p = p._replace(student=s._replace(needs=(False, False, False)))
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
@@ -246,7 +266,7 @@ def _from_hidden(p: PairProblem, c: torch.Tensor, gradients: Gradients) -> Seque
         stats, grads = run(p, Coefficients(c))
         return _loss(stats, c), stats, grads
 
-    out: Sequence[torch.Tensor] = _Step.apply(NAMES, compute, gradients, s.hidden, s.weight, s.bias)
+    out: Sequence[torch.Tensor] = _Step.apply(NAMES, compute, gradients, s.probes, s.hidden, s.weight, s.bias)
     return out
 
 
@@ -266,11 +286,12 @@ class _Step(torch.autograd.Function):
         names: tuple[str, ...],
         compute: Callable[[], Computed],
         gradients: Gradients,
+        probes: Probes,
         *leaves: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         loss, stats, grads = compute()
         gradients.update(zip(names, grads, strict=True))
-        ctx.names, ctx.gradients = names, gradients
+        ctx.names, ctx.gradients, ctx.probes = names, gradients, probes
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
 
@@ -279,7 +300,8 @@ class _Step(torch.autograd.Function):
     @ranged("distill_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss, OP)
-        return None, None, None, *(grads[name] for name in ctx.names)
+        deliver(ctx.probes, grad_loss)
+        return None, None, None, None, *(grads[name] for name in ctx.names)
 
 
 @graph_op(
@@ -338,7 +360,7 @@ def _from_logits(p: LogitsPair, c: torch.Tensor, gradients: Gradients) -> Sequen
         stats, grad = run(p, c)
         return _loss(stats, c), stats, [grad]
 
-    out: Sequence[torch.Tensor] = _Step.apply(("logits",), compute, gradients, p.logits)
+    out: Sequence[torch.Tensor] = _Step.apply(("logits",), compute, gradients, (), p.logits)
     return out
 
 

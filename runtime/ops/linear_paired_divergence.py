@@ -23,6 +23,8 @@ from tokfuse.runtime.lm_head.pair_problem import (
     Teacher,
     check_pair,
 )
+from tokfuse.runtime.lm_head.probe import deliver
+from tokfuse.runtime.lm_head.problem import probed
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 OP = "linear_paired_divergence"
@@ -137,7 +139,7 @@ def linear_paired_divergence(
         Divergence(kind, mix_weight_of(OP, kind, beta, alpha)),
         memory_budget,
     )
-    stats = _forward(problem)
+    stats = _forward(problem._replace(student=probed(OP, problem.student)))
     return stats if target is not None else stats._replace(logp=None, teacher_logp=None)
 
 
@@ -181,7 +183,7 @@ class _PairFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         stats, _ = run(p, None)
         _save(ctx, p.flat())
-        ctx.run = run
+        ctx.run, ctx.probes = run, p.student.probes
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[3:])
         return stats
@@ -195,7 +197,10 @@ class _PairFunction(torch.autograd.Function):
         if given is None:
             return None, None, None, None, None
         needs = tuple(ctx.needs_input_grad[:3])
-        return (*ctx.run(p._replace(student=p.student._replace(needs=needs)), given)[1], None, None)
+        probes = tuple(probe.emptied() for probe in ctx.probes)
+        found = ctx.run(p._replace(student=p.student._replace(needs=needs, probes=probes)), given)[1]
+        deliver(probes)
+        return (*found, None, None)
 
 
 def _save(ctx: Any, flat: tuple[Any, ...]) -> None:

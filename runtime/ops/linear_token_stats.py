@@ -16,7 +16,8 @@ from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
 from tokfuse.runtime.core.token_ids import check_one_of
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
-from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head
+from tokfuse.runtime.lm_head.probe import deliver, with_probes
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, probed
 from tokfuse.runtime.lm_head.units import HeadKernels
 from tokfuse.runtime.ops.linear_token_stats_at import linear_token_stats_at
 from tokfuse.runtime.reference import linear_token_stats as reference
@@ -178,12 +179,13 @@ def linear_token_stats(
         spread: TokenStats | TokenStatsAt = to.unpack(flat)
         return spread
     options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
-    problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    problem = probed(OP, check_head(OP, hidden, weight, bias, target, options, memory_budget))
     if ids is not None or top_k is not None or ids_offsets is not None:
         check_one_of(OP, ids, ids_offsets, top_k)
         return linear_token_stats_at(problem, ids, ids_offsets, top_k)
     capability = select(OP, hidden.device.type, problem.dtype, options.features())
     if capability.backend == "reference":
+        hidden, weight = with_probes(hidden, weight, problem.probes)
         return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **options.without_bias()))
     if torch.compiler.is_compiling():
         return TokenStats(*_linear_op(hidden, weight, bias, target, *options.flat()[:5], problem.memory_budget)[:5])
@@ -216,7 +218,7 @@ class _LinearFunction(torch.autograd.Function):
         logp, entropy, lse, sum_sq, top1, row_max, inv_sum = run.forward(p)
         scalars, tensors = p.options.split()
         ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, row_max, inv_sum, logp, entropy)
-        ctx.rest = scalars, p.memory_budget, run
+        ctx.rest = scalars, p.memory_budget, run, p.probes
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, sum_sq, top1)
         return logp, entropy, lse, sum_sq, top1
@@ -228,10 +230,14 @@ class _LinearFunction(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return None, None, None, None, None
         hidden, weight, bias, target, vector, mask, bias_logits, *stats = ctx.saved_tensors
-        scalars, budget, run = ctx.rest
-        p = HeadProblem(hidden, weight, bias, target, scalars.joined(vector, mask, bias_logits), budget)
+        scalars, budget, run, probes = ctx.rest
+        probes = tuple(probe.emptied() for probe in probes)
+        options = scalars.joined(vector, mask, bias_logits)
+        p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes)
         needs = tuple(ctx.needs_input_grad[:3])
-        return (*run.backward(p, *stats, grads[0], grads[1], needs), None, None)
+        found = run.backward(p, *stats, grads[0], grads[1], needs)
+        deliver(probes)
+        return (*found, None, None)
 
 
 def _problem(

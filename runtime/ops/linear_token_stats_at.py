@@ -14,6 +14,7 @@ from tokfuse.runtime.core.statistics import TokenStatsAt
 from tokfuse.runtime.core.token_ids import TokenIds, check_ids, check_top_k, most_likely
 from tokfuse.runtime.lm_head import ids_runs
 from tokfuse.runtime.lm_head.ids_runs import HeadIdsKernels
+from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem
 from tokfuse.runtime.reference import token_stats_at as reference
 from tokfuse.runtime.reference.linear_token_stats import logits_of
@@ -58,7 +59,8 @@ def _reference(p: HeadProblem, places: TokenIds | None, top_k: int) -> tuple[tor
         places = TokenIds.of_matrix(most_likely(logits_of(p.hidden, p.weight, p.bias), top_k, p.options))
     ids, offsets, _ = places
     o = p.options.without_bias()
-    return *reference.linear_forward(p.hidden, p.weight, p.bias, p.target, ids, offsets, **o), ids
+    hidden, weight = with_probes(p.hidden, p.weight, p.probes)
+    return *reference.linear_forward(hidden, weight, p.bias, p.target, ids, offsets, **o), ids
 
 
 register_cpu(OP, ids_runs.CPU, FLOAT_DTYPES, "softcap")
@@ -88,7 +90,7 @@ class _LinearAtFunction(torch.autograd.Function):
         scalars, tensors = p.options.split()
         stats = (row_max, inv_sum, logp, entropy, logp_at)
         ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, ids, offsets, *stats)
-        ctx.rest = scalars, p.memory_budget, run
+        ctx.rest = scalars, p.memory_budget, run, p.probes
         ctx.set_materialize_grads(False)
         ids = ids if places is None else ids.new_empty(0)  # do not return the caller's ids
         ctx.mark_non_differentiable(lse, sum_sq, top1, ids)
@@ -101,12 +103,16 @@ class _LinearAtFunction(torch.autograd.Function):
         if grads[0] is None and grads[1] is None and grads[5] is None:
             return (None,) * 7
         hidden, weight, bias, target, vector, mask, bias_logits, ids, offsets, *stats = ctx.saved_tensors
-        scalars, budget, run = ctx.rest
-        p = HeadProblem(hidden, weight, bias, target, scalars.joined(vector, mask, bias_logits), budget)
+        scalars, budget, run, probes = ctx.rest
+        probes = tuple(probe.emptied() for probe in probes)
+        options = scalars.joined(vector, mask, bias_logits)
+        p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes)
         grad_at = torch.zeros_like(stats[-1]) if grads[5] is None else grads[5]
         needs = tuple(ctx.needs_input_grad[:3])
         places = TokenIds(ids, offsets, ids.shape)
-        return (*run.backward(p, places, *stats, grads[0], grads[1], grad_at, needs), *(None,) * 4)
+        found = run.backward(p, places, *stats, grads[0], grads[1], grad_at, needs)
+        deliver(probes)
+        return (*found, *(None,) * 4)
 
 
 def _offsets(p: HeadProblem, top_k: int) -> torch.Tensor:

@@ -221,6 +221,7 @@ def policy_step(
     inv_normalizer = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp)
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
+    problem = heads.probed(OP, problem, cu_seqlens)
     terms, stats, gradients = hidden_step.apply(problem, inputs, objective, inv_normalizer)
     step = step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
     if influence is None or cu_seqlens is None:

@@ -1,5 +1,6 @@
 """policy_step from hidden states: the GEMMs of the lm_head around the fused row kernels."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOp
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import cpu_runs, device_runs, reference_runs
+from tokfuse.runtime.lm_head.probe import Probes, deliver
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, Step, StepRun, wanted
 from tokfuse.runtime.policy.graph_form import (
     INPUTS_SCHEMA,
@@ -38,7 +40,8 @@ def apply(
     """Return terms, statistics and gradients of the step. The loss is differentiable."""
     capability = select(OP, p.hidden.device.type, p.dtype, objective.features(p.options.features()))
     if not torch.compiler.is_compiling():
-        return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inv_normalizer))
+        compute = functools.partial(capability.run, p, inputs, objective, inv_normalizer)
+        return attach(p.hidden, p.weight, p.bias, compute, p.probes)
     if capability.backend == "reference":
         logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
         return *traced_step(logits, p.target, p.options, inputs, objective, inv_normalizer, p.dtype), {}
@@ -46,11 +49,15 @@ def apply(
 
 
 def attach(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, compute: Callable[[], Step]
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    compute: Callable[[], Step],
+    probes: Probes = (),
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Return terms, statistics and gradients of `compute()`. The backward of the loss returns the gradients."""
     gradients: Gradients = {}
-    loss, token_loss, sums, *stats = _HiddenStep.apply(hidden, weight, bias, compute, gradients)
+    loss, token_loss, sums, *stats = _HiddenStep.apply(hidden, weight, bias, compute, gradients, probes)
     return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), gradients
 
 
@@ -63,10 +70,11 @@ class _HiddenStep(torch.autograd.Function):
         bias: torch.Tensor | None,
         compute: Callable[[], Step],
         gradients: Gradients,
+        probes: Probes,
     ) -> tuple[torch.Tensor, ...]:
         terms, stats, grads = compute()
         gradients.update(zip(NAMES, grads, strict=True))
-        ctx.gradients = gradients
+        ctx.gradients, ctx.probes = gradients, probes
         ctx.mark_non_differentiable(terms.token_loss, terms.sums, *stats)
         return terms.loss, terms.token_loss, terms.sums, *stats
 
@@ -75,7 +83,8 @@ class _HiddenStep(torch.autograd.Function):
     @ranged("policy_step.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss)
-        return *(grads[name] for name in NAMES), None, None
+        deliver(ctx.probes, grad_loss)
+        return *(grads[name] for name in NAMES), None, None, None
 
 
 register_cpu(OP, cpu_runs.policy_step, FLOAT_DTYPES, "softcap")

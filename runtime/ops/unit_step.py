@@ -11,6 +11,8 @@ import torch
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head import reference_runs
+from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem
 from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun
 from tokfuse.runtime.ops import linear_token_stats as linear
@@ -44,25 +46,29 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
             largest unit, up to 1 GiB.
     """
     capability = select(linear.OP, p.hidden.device.type, p.dtype, p.options.features())
-    if torch.compiler.is_compiling() or capability.run.units is None:
+    run: UnitsRun | None = capability.run.units
+    if run is None and p.row_norms is not None:
+        run = reference_runs.unit_step
+    if torch.compiler.is_compiling() or run is None:
         return _composed(p, units, loss)
     if not own_budget:
         row = 6 * (p.vocab + 16) + 8 * p.hidden.shape[1] + 64
         grown = min(units.largest * row, LARGEST_DEFAULT)
         p = p._replace(memory_budget=max(p.memory_budget, grown))
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and p.row_norms is None:
         p = p._replace(needs=(False, False, False))
     gradients: Gradients = {}
-    value, *rest = _UnitStep.apply(p.hidden, p.weight, p.bias, p, units, loss, capability.run.units, gradients)
+    value, *rest = _UnitStep.apply(p.hidden, p.weight, p.bias, p, units, loss, run, gradients)
     return UnitStep(value, TokenStats(*rest[:5]), gradients, rest[5])
 
 
 def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
     """Return the same result by `linear_token_stats` and autograd. The chunked passes must equal it."""
     o = p.options
+    hidden, weight = with_probes(p.hidden, p.weight, p.probes)
     stats = linear.linear_token_stats(
-        p.hidden,
-        p.weight,
+        hidden,
+        weight,
         p.target,
         bias=p.bias,
         temperature=o.temperature,
@@ -91,7 +97,7 @@ class _UnitStep(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         found = run(p, units, loss)
         gradients.update(zip(NAMES, found.gradients, strict=True))
-        ctx.gradients = gradients
+        ctx.gradients, ctx.probes = gradients, p.probes
         ctx.mark_non_differentiable(*found.stats)
         return found.loss.to(found.stats.logp.dtype), *found.stats, found.read_twice
 
@@ -99,4 +105,5 @@ class _UnitStep(torch.autograd.Function):
     @first_order("preference_step")
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = hand_over(ctx.gradients, grad_loss, "preference_step")
+        deliver(ctx.probes, grad_loss)
         return (*(grads[name] for name in NAMES),) + (None,) * 5

@@ -667,7 +667,7 @@ ROWS: tuple[Row, ...] = (
         "head",
         lambda p: _heads(p) | _weights(p),
         ("hidden", "weight", "bias"),
-        PAIR_OPTIONS,
+        PAIR_OPTIONS | {"influence": Option(lambda p: {"cu_seqlens": p.borders(), "influence": InfluenceSpec(rank=8)})},
         rich=("teacher_logits",),
     ),
     Row(
@@ -745,6 +745,7 @@ ROWS: tuple[Row, ...] = (
             "bco": Option(
                 lambda p: _preference(p, "bco_pair") | {"state": algorithms.make("bco_pair").initial_state()}
             ),
+            "influence": _constant(influence=InfluenceSpec(rank=8)),
         },
         reads_host=True,
         ranged=False,
