@@ -38,6 +38,7 @@ PACKAGE_DIR = {
     "tokfuse.algorithms": "algorithms",
     "tokfuse.algorithms.causal": "algorithms/causal",
     "tokfuse.algorithms.curation": "algorithms/curation",
+    "tokfuse.algorithms.distillation": "algorithms/distillation",
     "tokfuse.algorithms.preference": "algorithms/preference",
     "tokfuse.algorithms.reward": "algorithms/reward",
     "tokfuse.integrations": "integrations",
@@ -61,9 +62,14 @@ BUILD_SETTINGS = (
 
 
 def native_build_dir(cuda: str) -> Path:
-    """Return the build folder. It is kept between builds, so an unchanged file is not recompiled."""
+    """Return the build folder. It is kept between builds, so an unchanged file is not recompiled.
+
+    CMake keeps the defaults of options in it. If the build files change, they may have other defaults.
+    """
+    files = [(ROOT / name).read_text() for name in ("CMakeLists.txt", "csrc/cuda/cuda.cmake")]
     tools = [shutil.which(name) for name in ("c++", "nvcc", "cmake")]
     settings = [sys.base_prefix, cuda, *map(str, tools), *(os.environ.get(name, "") for name in BUILD_SETTINGS)]
+    settings += files
     key = hashlib.sha256("\0".join(settings).encode()).hexdigest()[:8]
     return ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}"
 

@@ -1,8 +1,9 @@
 """Losses, advantages, selection and schedules of published methods. Pure functions; no device code.
 
     algorithm = tokfuse.algorithms.make("dapo", overlong=None)
-    batch = algorithm.prepare(tokfuse.algorithms.Batch(...), algorithm.initial_state())
-    step = tokfuse.policy_step(logits=z, target=t, **algorithm.objective(batch, state).inputs())
+    state = algorithm.initial_state()
+    for batch in rollouts:
+        state = tokfuse.algorithms.train_step(algorithm, state, batch, forward, optimizer).state
 
 `python -m tokfuse algorithms` lists the methods. `docs/paper_index.md` states which claim each method makes
 about its paper.
@@ -11,6 +12,7 @@ about its paper.
 from tokfuse.algorithms import causal as causal
 from tokfuse.algorithms import critic as critic
 from tokfuse.algorithms import curation as curation
+from tokfuse.algorithms import distillation as distillation
 from tokfuse.algorithms import reward as reward
 from tokfuse.algorithms import table as _table  # noqa: F401  (the import fills the registry)
 from tokfuse.algorithms.a2pr import A2PR as A2PR
@@ -25,6 +27,9 @@ from tokfuse.algorithms.batch import World as World
 from tokfuse.algorithms.cip import CIP as CIP
 from tokfuse.algorithms.d3s import D3S as D3S
 from tokfuse.algorithms.dcpo import DCPO as DCPO
+from tokfuse.algorithms.distillation import Distillation as Distillation
+from tokfuse.algorithms.distillation import DistillationBatch as DistillationBatch
+from tokfuse.algorithms.distillation import DistillationPlan as DistillationPlan
 from tokfuse.algorithms.dypo import DYPO as DYPO
 from tokfuse.algorithms.epo import EPO as EPO
 from tokfuse.algorithms.gbpo import BPO as BPO
@@ -36,6 +41,8 @@ from tokfuse.algorithms.mirror_descent import MirrorDescent as MirrorDescent
 from tokfuse.algorithms.nft import NFT as NFT
 from tokfuse.algorithms.pipo import PIPO as PIPO
 from tokfuse.algorithms.preference import NLL as NLL
+from tokfuse.algorithms.preference import Likelihood as Likelihood
+from tokfuse.algorithms.preference import Mixed as Mixed
 from tokfuse.algorithms.preference import PairLoss as PairLoss
 from tokfuse.algorithms.preference import PreferenceBatch as PreferenceBatch
 from tokfuse.algorithms.preference import PreferenceLoss as PreferenceLoss
@@ -57,5 +64,9 @@ from tokfuse.algorithms.standard import KLControl as KLControl
 from tokfuse.algorithms.standard import Overlong as Overlong
 from tokfuse.algorithms.standard import Standard as Standard
 from tokfuse.algorithms.tppo import TPPO as TPPO
+from tokfuse.algorithms.train import TrainStep as TrainStep
+from tokfuse.algorithms.train import train_step as train_step
+
+from tokfuse.algorithms import presets as _presets  # isort: skip  # noqa: E402, F401  (needs every registration)
 
 list = names

@@ -24,7 +24,7 @@ RULES: dict[str, tuple[float, int | None]] = {
 @register(
     "adora",
     system="ADORA",
-    label="exact",
+    label="exact (released code)",
     source="github.com/ShadeCloak/ADORA; the paper's rule from its reviews",
     summary="group weight from the longest success compared with the mean failure",
     differs=(

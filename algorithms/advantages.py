@@ -65,7 +65,7 @@ def estimate(name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str
     if not whitened:
         return value
     x = value.value if value.level == "token" else batch.spread(value.value)
-    return Advantage(_whiten(batch, x), "token")
+    return Advantage(whiten_over_ranks(batch, x), "token")
 
 
 def _per_group(name: str, batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]) -> Advantage:
@@ -177,7 +177,7 @@ _TOKEN = {"reinforce_pp": _reward_to_go, "gae": _gae, "otb": _optimal_token_base
 PER_TOKEN = frozenset(_TOKEN)
 
 
-def _whiten(batch: Batch, x: torch.Tensor) -> torch.Tensor:
+def whiten_over_ranks(batch: Batch, x: torch.Tensor) -> torch.Tensor:
     """Return `tokfuse.whiten` with the moments of all ranks."""
     if batch.world.gather is None:
         return whiten(x, batch.mask)

@@ -34,16 +34,16 @@ DEFAULTS = {
 @register(
     "bapo",
     system="BAPO",
-    label="exact",
+    label="exact (paper, released code)",
     source="arXiv 2510.18927 Eq. 8, Alg. 1; github.com/WooooDyy/BAPO",
     summary="PPO clip; one histogram pass finds the bounds that give a target share of positive loss",
     differs=(
-        "form='paper' (default): share P / (P + N) >= 0.4, upper bound first. form='code': P / N >= 1, "
-        "lower bound first, dual clip 3, the bounds and steps of the release's bapo_trainer.yaml, and a last step "
-        "that ends at the last value; Alg. 1 takes no step past it. "
-        "Eq. 8's factor pi_rollout is an expectation over tokens; "
-        "sampled tokens already have it, so it is not applied again. A larger lower bound never raises "
-        "the share, so the loop has only three outcomes, and one pass finds the same one."
+        "form='paper' (default): share P / (P + N) >= 0.4, upper bound first. form='code': P / N >= 1, lower bound "
+        "first, dual clip 3, the bounds and steps of the release's bapo_trainer.yaml, and a last step that ends at "
+        "the last value; Alg. 1 takes no step past it. The release searches for every micro-batch; here the bounds "
+        "are those of the whole optimizer step. Eq. 8's factor pi_rollout is an expectation over tokens; sampled "
+        "tokens already have it, so it is not applied again. A larger lower bound never raises the share, so the "
+        "loop has only three outcomes, and one pass finds the same one."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,9 @@ class BAPO(Standard):
         target, (first_low, last_low) = self.settings.target, low
 
         def reached(p: float, n: float) -> bool:
-            whole = p + n if self.form == "paper" else n
-            return whole == 0.0 or p / whole >= target
+            if self.form == "paper":
+                return p + n == 0.0 or p / (p + n) >= target
+            return n <= 0.0 or p / (n + 1e-8) >= target
 
         if reached(positive[0], negative[0]):
             return first_low, grid[0]

@@ -3,8 +3,14 @@
     algorithm = tokfuse.algorithms.make("gbpo", tau=1e-4)
     state = algorithm.initial_state()
     for every rollout:
+        state = train_step(algorithm, state, batch, forward, optimizer).state
+
+`train_step` makes these calls, which your own loop can make instead:
+
+    for every rollout:
         batch = algorithm.prepare(batch, state)                    # advantages and selection
         algorithm.before(batch, state)                             # plans to run first (only PIPO has any)
+        algorithm.replay(batch, state)                             # or a batch to train on first (PIPO's released code)
         for every minibatch of sequences:
             for plan in algorithm.plans(batch.take(part), state):  # one plan; LOPTI has two
                 step = tokfuse.policy_step(logits=..., target=..., **plan.inputs())
@@ -54,6 +60,8 @@ class Plan:
         ref_logp: (tokens,), nats. Log-probabilities that the KL term compares the policy with.
         kl_weight: (tokens,). Multiplies the KL term. None: 1.
         entropy_weight: (tokens,). Multiplies the entropy term. None: 1.
+        anchor_logp: (tokens,), nats. Log-probabilities that `objective.anchor` compares the policy with.
+        anchor_weight: (tokens,). Multiplies the anchor term. None: 1.
         normalizer: "batch" divides by the count of this batch; a number divides by that number.
         constant: (). Value of terms without a gradient, before the division. The fused loss leaves them out; add
             `offset` to a reported loss. None: 0.
@@ -73,6 +81,8 @@ class Plan:
     ref_logp: torch.Tensor | None = None
     kl_weight: torch.Tensor | None = None
     entropy_weight: torch.Tensor | None = None
+    anchor_logp: torch.Tensor | None = None
+    anchor_weight: torch.Tensor | None = None
     normalizer: float | str = "batch"
     constant: torch.Tensor | None = None
     source: str = "current"
@@ -96,6 +106,8 @@ class Plan:
             "ref_logp": self.ref_logp,
             "kl_weight": self.kl_weight,
             "entropy_weight": self.entropy_weight,
+            "anchor_logp": self.anchor_logp,
+            "anchor_weight": self.anchor_weight,
             "sampler_logp": self.batch.sampler_logp,
         }
         return {
@@ -145,7 +157,16 @@ class Plan:
         parts cover all sequences, their losses and gradients add up to the loss and gradient of this plan.
         """
         tokens = self.batch.rows(seqs)
-        per_token = ("mask", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight")
+        per_token = (
+            "mask",
+            "token_weight",
+            "signal",
+            "ref_logp",
+            "kl_weight",
+            "entropy_weight",
+            "anchor_logp",
+            "anchor_weight",
+        )
         cut = {name: x[tokens] for name in per_token if (x := getattr(self, name)) is not None}
         cut["advantage"] = self.advantage[tokens if self.advantage_level == "token" else seqs]
         whole, portion = float(self.count()), seqs.shape[0] / max(1, self.batch.num_seqs)
@@ -165,7 +186,7 @@ class Plan:
         must count it.
         """
         o = self.objective
-        return o.kl is not None or o.entropy_coef != 0.0 or not o.shape.zero_without_advantage
+        return o.kl is not None or o.anchor is not None or o.entropy_coef != 0.0 or not o.shape.zero_without_advantage
 
     def weigh(self, factor: torch.Tensor) -> "Plan":
         """Return the plan with the policy term of every token multiplied by `factor`, (tokens,)."""
@@ -207,6 +228,18 @@ class Algorithm(Stateful, ABC):
     def before(self, batch: Batch, state: State) -> tuple[Plan, ...]:
         """Return the optimizer steps to take before the steps of a prepared, whole rollout batch."""
         return ()
+
+    def passes(self) -> "tuple[Algorithm, ...]":
+        """Return the methods of consecutive passes over all minibatches. Usually one: this method."""
+        return (self,)
+
+    def replay(self, batch: Batch, state: State) -> Batch | None:
+        """Return the previous rollout batch, if the method trains on its minibatches first. It is prepared."""
+        return None
+
+    def replay_plan(self, batch: Batch, state: State) -> "Plan":
+        """Return the optimizer step of a minibatch of `replay`."""
+        return replace(self.objective(batch, state), source="previous")
 
     def plans(self, batch: Batch, state: State) -> tuple[Plan, ...]:
         """Return the optimizer steps of a minibatch, in order."""

@@ -70,6 +70,15 @@ class World:
         return mine
 
 
+def cut_sequences(cu_seqlens: torch.Tensor, seqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (offsets of the sequences `seqs` once packed, (count + 1,) int32; their tokens, (tokens,) int64)."""
+    length = (cu_seqlens[1:] - cu_seqlens[:-1]).long()[seqs]
+    border = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+    shift = cu_seqlens[:-1].long()[seqs] - border[:-1]
+    tokens = torch.arange(int(border[-1]), device=seqs.device) + shift.repeat_interleave(length)
+    return border.to(torch.int32), tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Packed responses of one rollout and their measured statistics. No field has a gradient.
@@ -220,8 +229,8 @@ class Batch:
 
         Prepared fields are copied, so advantages keep the statistics of the whole batch.
         """
-        border, tokens = self._cut(seqs)
-        cut: dict[str, Any] = {"cu_seqlens": border.to(torch.int32)}
+        border, tokens = cut_sequences(self.cu_seqlens, seqs)
+        cut: dict[str, Any] = {"cu_seqlens": border}
         for name in PER_SEQUENCE | PER_TOKEN:
             value = getattr(self, name)
             per_token = name in PER_TOKEN
@@ -233,14 +242,7 @@ class Batch:
 
     def rows(self, seqs: torch.Tensor) -> torch.Tensor:
         """Return the tokens of the sequences `seqs`, in this order, (tokens,) int64."""
-        return self._cut(seqs)[1]
-
-    def _cut(self, seqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (offsets of the sequences `seqs` once packed, their tokens)."""
-        length = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()[seqs]
-        border = torch.nn.functional.pad(length.cumsum(0), (1, 0))
-        shift = self.cu_seqlens[:-1].long()[seqs] - border[:-1]
-        return border, torch.arange(int(border[-1]), device=seqs.device) + shift.repeat_interleave(length)
+        return cut_sequences(self.cu_seqlens, seqs)[1]
 
     def to_state(self) -> dict[str, Any]:
         """Return the fields, tensors and strings only, for a checkpoint; without `world`."""

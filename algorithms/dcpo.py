@@ -16,7 +16,7 @@ from tokfuse.runtime.policy.shapes import PPOClip, Shape
 @register(
     "dcpo_dist",
     system="DCPO (distribution-centric)",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2601.12730; github.com/597358816/DCPO",
     summary="a REINFORCE term on positive responses, aimed at a hotter or cooler copy of the policy",
     differs=(

@@ -8,7 +8,7 @@ from tokfuse.algorithms.advantages import Advantage
 from tokfuse.algorithms.base import Plan, State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
-from tokfuse.algorithms.rules import UNBOUNDED, plan_mask, with_kl
+from tokfuse.algorithms.rules import UNBOUNDED, plan_mask, with_anchor
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_choice, check_number
 from tokfuse.runtime.core.errors import refuse
@@ -19,13 +19,13 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
 @register(
     "dypo",
     system="DYPO",
-    label="exact",
+    label="exact (paper)",
     source="arXiv 2604.08926 Eqs. 4, 14-16, 20-24 (no released code)",
     summary="all wrong: imitate a teacher; all correct: nothing; mixed: GRPO and pairwise alignment",
     differs=(
-        "Not stated in the paper and chosen here: gamma 1; the teacher's likelihood per token "
-        "(sft_mean='token') or per trace; the ratio is against old_logp; no further KL; the mean over "
-        "prompts counts all of them."
+        "Not stated in the paper and chosen here: gamma 1; the teacher's likelihood per token (sft_mean='token') or "
+        "per trace; the ratio is against old_logp; the mean over prompts counts all of them. Eqs. 3 and 21 have a "
+        "KL to the reference without a value of its coefficient: set kl=KL(coef=...)."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class DYPO(Standard):
     """mean over prompts of hard sft_coef L_SFT + mixed [alpha L_GRPO + (1 - alpha) L_GAL].
 
         L_SFT  = -log pi(teacher trace)
-        L_GRPO = clipped loss of the base, mean over the group's responses of token means
+        L_GRPO = clipped loss of the base plus `kl`, mean over the group's responses of token means
         L_GAL  = mean over pairs (s, f) with R_s > R_f of -log sigmoid(beta Delta),
                  Delta = [sum of logp - ref_logp of s] - [the same of f]
 
@@ -46,6 +46,7 @@ class DYPO(Standard):
         beta: scale of GAL; 1 is the paper's best value.
         sft_coef: gamma, weight of the imitation.
         sft_mean: "token" (mean over the trace) or "trace" (sum over the trace).
+        kl: KL to the reference policy inside L_GRPO (Eqs. 3 and 21). Its coefficient is not published. None: no KL.
 
     Inputs: group_ids, correct, ref_logp, logp, and demonstration, which is True on teacher traces. A hard prompt
     without a trace is not imitated; several traces of a prompt share the weight. `prepare` decides the outcome of a
@@ -127,9 +128,11 @@ class DYPO(Standard):
         linear = (slope * segment_sum(x, batch.sequence, batch.num_seqs)).sum()
         constant = (1 - self.alpha) * (value - linear)
         plan = replace(plan, normalizer=float(batch.prompt_share.sum()), constant=constant)
+        if self.kl is not None:  # the KL is a part of L_GRPO and has its weight
+            plan = replace(plan, kl_weight=batch.token_weight)
         kl = KL(estimator="k1", coef=1.0, clamp=UNBOUNDED)
         nothing = torch.zeros_like(batch.old_logp)
-        return with_kl(plan, kl, nothing, batch.spread(likelihood), self._op)
+        return with_anchor(plan, kl, nothing, batch.spread(likelihood), self._op)
 
     def _check_whole(self, batch: Batch, group: torch.Tensor) -> None:
         """Raise an error if a mixed prompt is here in part. GAL compares current log-probabilities of all its pairs."""

@@ -16,20 +16,23 @@ from tokfuse.runtime.policy.objective import KL
 from tokfuse.runtime.policy.shapes import PPOClip, Shape
 from tokfuse.runtime.reference.segments import segment_sum
 
+CODE_MAX_TURNS = 50  # default of the key "max_step", which the released scripts do not set
+
 
 @register(
     "epo",
     system="EPO",
-    label="exact",
+    label="exact (paper, released code)",
     source="arXiv 2509.22576; github.com/WujiangXu/EPO",
     summary="entropy bonus, penalty outside a band around the turn's history, schedule in phases",
     required=("max_turns",),
     differs=(
-        "mode='paper': the band penalty is piecewise constant, so it has no gradient and only "
-        "changes the reported loss (`Plan.constant`). mode='hinge' is an extension with a gradient. A "
-        "batch without a turn does not count in the mean of that turn; the code counts it as 0. "
-        "Sequence means skip padding, which the code includes "
-        "in its average."
+        "mode='paper': the band penalty is piecewise constant, so it has no gradient and only changes the reported "
+        "loss (`Plan.constant`). mode='hinge' is an extension with a gradient. form='paper' (default): a batch "
+        "without a turn does not count in the mean of that turn. form='code': the entropies of a rollout with n "
+        "turns are stored as those of the last n turns of the history, and the others count as 0; the penalty "
+        "starts at turn 25, because the code reads a key that its scripts do not set. Sequence means skip padding, "
+        "which the code includes. The PPO branch of the launch script does not pass the options of the band."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,8 @@ class EPO(Standard):
         hinge   P = alpha (relu(kappa_low h - H) + relu(H - kappa_high h))
 
     With the half J = floor(K / 2), beta_k is 1 - 0.2 (1 - e^-2p) with p = k / J up to J, and 0.8 e^-3p with
-    p = (k - J) / (K - J) after it. P counts only in batches that contain a turn >= floor(max_turns / 2).
+    p = (k - J) / (K - J) after it. P counts only in batches that contain a turn >= floor(max_turns / 2), or >= 25 with
+    form "code".
 
     Args:
         entropy_coef: coef.
@@ -53,6 +57,7 @@ class EPO(Standard):
         max_turns: maximum number of turns of an episode.
         over: "token" compares H of each token with the band, "sequence" the mean of the response.
         mode: "paper" or "hinge".
+        form: "paper" or "code", which differ in the history of entropies and in the first turn with a penalty.
 
     Inputs: turn, ref_logp, and entropy: of the rollout's policy for `prepare`, of the current policy for `plans`.
     State: the step, and for each turn the sum of its batch means and their number.
@@ -69,6 +74,7 @@ class EPO(Standard):
     max_turns: int = 0
     over: str = "token"
     mode: str = "paper"
+    form: str = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +85,11 @@ class EPO(Standard):
         check_number(self._op, "max_turns", self.max_turns, 1)
         check_choice(self._op, "over", self.over, ("token", "sequence"))
         check_choice(self._op, "mode", self.mode, ("paper", "hinge"))
+        check_choice(self._op, "form", self.form, ("paper", "code"))
+        if self.form == "code":
+            # The code averages the entropy of padding too, which a packed batch does not have.
+            check_choice(self._op, "over", self.over, ("token",))
+            check_choice(self._op, "mode", self.mode, ("paper",))
         check_choice(self._op, "aggregation", self.aggregation, ("token_mean",))
         check_number(self._op, "entropy_coef", self.entropy_coef, 0.0, open_low=True)
 
@@ -105,7 +116,8 @@ class EPO(Standard):
         assert batch.turn is not None and batch.entropy is not None and batch.turn_entropy is not None
         plan = super().objective(batch, state)
         # Over all ranks, because they must use the same loss.
-        late = bool(batch.world.sum((batch.turn >= self.max_turns // 2).any().long()))
+        first = CODE_MAX_TURNS // 2 if self.form == "code" else self.max_turns // 2
+        late = bool(batch.world.sum((batch.turn >= first).any().long()))
         if not late or plan.objective.entropy_coef == 0.0:
             return plan
         keep, entropy = plan_mask(plan), batch.entropy.double()
@@ -164,6 +176,9 @@ class EPO(Standard):
         sums, counts = batch.world.sum(torch.stack([sums, counts]))
         mean = (sums / counts.clamp(min=1)).tolist()
         present = (counts > 0).tolist()
+        if self.form == "code":
+            turns = max((i + 1 for i, there in enumerate(present) if there), default=0)
+            mean, present = [0.0] * (self.max_turns - turns) + mean[:turns], [True] * self.max_turns
         return {
             "sum": [s + m for s, m in zip(state["sum"], mean, strict=True)],
             "batches": [n + p for n, p in zip(state["batches"], present, strict=True)],

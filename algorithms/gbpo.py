@@ -19,7 +19,7 @@ SOURCE = "arXiv 2604.18578; github.com/bounded-ratio-rl/bounded_ratio_rl"
 @register(
     "gbpo",
     system="BRRL / BPO / GBPO",
-    label="exact",
+    label="exact (released code)",
     source=SOURCE,
     summary="L1 regression of the ratio onto 1 -+ eps, by the sign of reward minus median",
     differs=(
@@ -65,7 +65,7 @@ class GBPO(Standard):
 @register(
     "bpo",
     system="BRRL / BPO / GBPO",
-    label="exact",
+    label="exact (released code)",
     source=SOURCE,
     summary="GBPO with a critic: target (Q - median) / lam_target, weight |Q - V|",
     differs="The paper's settings are for control tasks. Q is the return of `tokfuse.gae`.",

@@ -1,8 +1,7 @@
 """Selection by gradient inner products: influence matrix, LESS scores, GREATS greedy choice, UGDA.
 
-A feature is a per-sample gradient or a sketch of it (`tokfuse.influence.sketch`). It may have any shape after the
-sample axis. Sketches of the last hidden state rank samples by the gradients of the last layer only. Features of more
-layers work with the same functions.
+A feature is a per-sample gradient or a projection of it: of all layers (`tokfuse.influence.capture`), or of the last
+hidden state only (`tokfuse.influence.sketch`), a cheaper proxy. It may have any shape after the sample axis.
 
 Every selector raises ValueError if a feature, a score or a reward is not finite. NaN has no rank, and torch sorts it
 first. `matrix` and `adam_features` do not rank: there, NaN stays NaN.

@@ -32,7 +32,7 @@ def table(kind: str | None = None) -> str:
     """Return the name, label and summary of every method, aligned, with a heading for each kind."""
     width, parts = max(map(len, ENTRIES)), []
     for each, title in KINDS.items():
-        rows = [f"  {name:<{width}}  {ENTRIES[name].label:<8}  {ENTRIES[name].summary}" for name in names(each)]
+        rows = [f"  {name:<{width}}  {ENTRIES[name].label:<28}  {ENTRIES[name].summary}" for name in names(each)]
         if rows and kind in (None, each):
             parts.append("\n".join([f"{each}: {title}", *rows]))
     return "\n\n".join(parts)
@@ -48,6 +48,11 @@ def describe(name: str) -> str:
     for option, default in one.options().items():
         shown = "must be given" if default is dataclasses.MISSING else repr(default)
         lines.append(f"  {option} = {shown}")
+    if one.presets:
+        lines += ["", "presets (make(name, preset=...))"]
+    for preset, (options, source) in one.presets.items():
+        values = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "the defaults"
+        lines += textwrap.wrap(f"  {preset}: {values} ({source})", 96, subsequent_indent="    ")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ import torch
 from tokfuse.algorithms.base import Plan, State
 from tokfuse.algorithms.batch import Batch
 from tokfuse.algorithms.registry import register
-from tokfuse.algorithms.rules import with_kl
+from tokfuse.algorithms.rules import with_anchor
 from tokfuse.algorithms.standard import Standard
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.policy.objective import KL
@@ -34,7 +34,7 @@ class MirrorDescent(Standard):
     gradient of KL(pi || pi_k) wherever pi has moved to; k2 has it only at pi = pi_k.
 
     For "rare switching", set `batch.ref_logp`. It is then pi_k, in place of old_logp, and the trainer decides when
-    to switch it.
+    to switch it. With `kl`, ref_logp is the reference of that KL, and pi_k is old_logp.
 
     Args:
         eta: step size > 0.
@@ -53,6 +53,6 @@ class MirrorDescent(Standard):
     def objective(self, batch: Batch, state: State) -> Plan:
         """Return the base plan with the proximal term."""
         plan = super().objective(batch, state)
-        anchor = plan.batch.old_logp if batch.ref_logp is None else batch.ref_logp
+        anchor = plan.batch.old_logp if batch.ref_logp is None or self.kl is not None else batch.ref_logp
         kl = KL(estimator="ratio_k3", coef=1.0 / self.eta)
-        return with_kl(plan, kl, anchor, torch.ones_like(anchor), self._op)
+        return with_anchor(plan, kl, anchor, torch.ones_like(anchor), self._op)

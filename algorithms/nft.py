@@ -20,7 +20,7 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
 @register(
     "nft",
     system="NFT",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2505.18116; github.com/NVlabs/NFT",
     summary="-log r on right answers, -log of the implicit negative policy on wrong ones",
     differs=(

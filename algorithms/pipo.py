@@ -18,14 +18,15 @@ from tokfuse.runtime.reference.segments import groups_of, segment_sum
 @register(
     "pipo",
     system="PIPO",
-    label="exact",
+    label="exact (paper, released code)",
     source="arXiv 2604.00860; github.com/JacckMa/pipo_verl",
     summary="a second step on the previous batch, scaled by the measured improvement",
     differs=(
-        "form='paper' (default): PPO's minimum of products, sample deviation. form='code': minimum of "
-        "ratios (the optimistic side for C < 0), population deviation, improvement clipped to +-5 and "
-        "C to +-10. worsening=0 skips the step if the batch became worse, as in the code. The released "
-        "loop for PPO with a critic, which scales token advantages, is not implemented."
+        "form='paper' (default): PPO's minimum of products, sample deviation, one step on the whole previous batch. "
+        "form='code' is the released loop: the history holds every batch mean twice and the new one before it is "
+        "read, so the first repetition is in step 5 with the default history; population deviation; C clipped to "
+        "+-10 before `worsening` scales it; minimum of ratios (the optimistic side for C < 0) in minibatches. The "
+        "code reads worsening from `loss_scale_neg`, whose default 0 skips the repetition after a worse batch."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,20 @@ class PIPO(Standard):
 
     G is the group size and Abar_i the mean advantage of response i.
 
+    Form "code", with mu the mean reward of the new batch: h are the last K of the means (mu_1, mu_1, mu_2, mu_2, ...,
+    mu); mu itself counts once. xi = clip(mu - mean h, +-5) / deviation of h. C = clip(a xi, +-10), times `worsening`
+    if mu < mean h. The clip of the ratio is
+
+        gae             PPO's, and this batch's advantages are multiplied by clip(xi, +-2) of the means before mu
+        sequence level  PPO's, of the sequence ratio
+        others          min(r, 1 + second_clip) C
+
     Args:
         history: K, number of batch means to compare with.
         min_steps: number of batches before the first such step.
-        worsening: factor if xi < 0, the paper's lambda.
-        form: "paper" or "code".
+        worsening: factor if xi < 0, the paper's lambda. 0: no second step then.
+        form: "paper" (one more step, `before`) or "code" (the minibatches of `replay`).
+        second_clip: with form "code", width of the clip of the second steps; 0.2 is verl's default `clip_ratio`.
 
     A plan with source "previous" trains on the last batch that `advance` saw, so the trainer must keep its tokens.
 
@@ -56,6 +66,7 @@ class PIPO(Standard):
     min_steps: int = 8
     worsening: float = 0.1
     form: str = "paper"
+    second_clip: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,13 +74,19 @@ class PIPO(Standard):
         check_number(self._op, "history", self.history, 2)
         check_number(self._op, "min_steps", self.min_steps, 2)
         check_number(self._op, "worsening", self.worsening, 0.0)
-        if self.advantage in PER_TOKEN:
+        if self.second_clip is not None:
+            check_number(self._op, "second_clip", self.second_clip, 0.0, open_low=True)
+            if self.form == "paper":
+                raise refuse(
+                    self._op, "second_clip", "None with form 'paper'", self.second_clip, "The clip of `shape` is used."
+                )
+        if self.advantage in PER_TOKEN and not (self.form == "code" and self.advantage == "gae"):
             raise refuse(
                 self._op,
                 "advantage",
                 "an estimator with one number per response (C is one number per response)",
                 repr(self.advantage),
-                "The authors' loop for PPO with a critic is another one, which is not implemented.",
+                "With form='code', advantage='gae' is the authors' loop for PPO with a critic.",
             )
         if not isinstance(self.shape, PPOClip):
             raise refuse(self._op, "shape", "a PPOClip (the second step clips with it)", self.shape, "Set its widths.")
@@ -79,46 +96,85 @@ class PIPO(Standard):
         return super().initial_state() | {"means": [], "batches": 0, "previous": None}
 
     def improvement(self, batch: Batch, state: State) -> float:
-        """Return phi(xi) of the new batch. While there is too little history: 0."""
+        """Return phi(xi) of the new batch with form "paper". While there is too little history: 0."""
         if state["batches"] < self.min_steps:
             return 0.0
         means = torch.tensor(state["means"], dtype=torch.float64)
-        std = float(means.std(correction=1 if self.form == "paper" else 0))
-        gain = _mean_reward(batch) - float(means.mean())
-        if self.form == "code":
-            gain = min(max(gain, -5.0), 5.0)
-        xi = gain / (std if std >= 1e-8 else 1.0)
+        std = float(means.std())
+        xi = (_mean_reward(batch) - float(means.mean())) / (std if std >= 1e-8 else 1.0)
         return xi if xi >= 0 else self.worsening * xi
 
+    def prepare(self, batch: Batch, state: State) -> Batch:
+        """Return the prepared batch. With form "code" and GAE, its advantages are scaled by the improvement."""
+        batch = super().prepare(batch, state)
+        if self.form == "paper" or self.advantage != "gae":
+            return batch
+        assert batch.advantage is not None
+        _, xi = _improvement(_mean_reward(batch), state["means"])
+        return replace(batch, advantage=batch.advantage * min(max(xi, -2.0), 2.0))
+
     def before(self, batch: Batch, state: State) -> tuple[Plan, ...]:
-        """Return the step on the previous batch. Return nothing if it would have no effect."""
+        """Return the step on the previous batch, with form "paper". Return nothing if it would have no effect."""
+        if self.form == "code":
+            return ()
         phi = self.improvement(batch, state)
         if phi == 0.0 or state["previous"] is None:
             return ()
-        previous = Batch.from_state(state["previous"], batch.world)
-        coefficient = phi * _share(self._op, previous)
-        shape = self.shape
-        if self.form == "code":
-            coefficient = coefficient.clamp(-10.0, 10.0)
-            assert isinstance(shape, PPOClip)
-            high = shape.bounds[1]
+        previous = self._previous(
+            state, batch, phi * _share(self._op, Batch.from_state(state["previous"], batch.world))
+        )
+        return (replace(super().objective(previous, state), source="previous"),)
+
+    def replay(self, batch: Batch, state: State) -> Batch | None:
+        """Return the previous batch with C as its advantages, with form "code". Without enough history: None."""
+        mu = _mean_reward(batch)
+        means = [*state["means"], mu][-self.history :]
+        if self.form == "paper" or state["previous"] is None or len(means) < self.min_steps:
+            return None
+        gain, xi = _improvement(mu, means)
+        if gain < 0 and self.worsening == 0.0:
+            return None
+        share = _share(self._op, Batch.from_state(state["previous"], batch.world))
+        coefficient = (share * xi).clamp(-10.0, 10.0) * (self.worsening if gain < 0 else 1.0)
+        return self._previous(state, batch, coefficient)
+
+    def replay_plan(self, batch: Batch, state: State) -> Plan:
+        """Return the optimizer step of a minibatch of `replay`."""
+        plan = super().replay_plan(batch, state)
+        assert isinstance(self.shape, PPOClip)
+        low, high = self.shape.bounds
+        shape = PPOClip(low=None, high=None, ratio_min=low, ratio_max=high)
+        if self.advantage != "gae" and self.level == "token":
             # min(r, clip(r)) C = min(r, high) C for both signs of C: there is no lower bound, and for negative C
             # the dual clip is at the same place.
+            high = 1.0 + (0.2 if self.second_clip is None else self.second_clip)
             shape = PPOClip(low=1.0, high=None, ratio_max=high, dual=high)
-        coefficient = coefficient.to(previous.old_logp.dtype)
-        previous = replace(previous, advantage=coefficient, advantage_level="sequence")
-        plan = super().objective(previous, state)
-        spec = replace(plan.objective, shape=shape)
-        return (replace(plan, objective=spec, source="previous"),)
+        return replace(plan, objective=replace(plan.objective, shape=shape))
+
+    def _previous(self, state: State, batch: Batch, coefficient: torch.Tensor) -> Batch:
+        """Return the previous batch with C, (seqs,), as its advantages."""
+        previous = Batch.from_state(state["previous"], batch.world)
+        return replace(previous, advantage=coefficient.to(previous.old_logp.dtype), advantage_level="sequence")
 
     def advance(self, state: State, batch: Batch) -> State:
-        """Return the state with this batch and its mean reward."""
-        means = [*state["means"], _mean_reward(batch)][-self.history :]
+        """Return the state with this batch and its mean reward; form "code" stores the mean twice."""
+        times = 2 if self.form == "code" else 1
+        means = [*state["means"], *[_mean_reward(batch)] * times][-self.history :]
         return super().advance(state, batch) | {
             "means": means,
             "batches": state["batches"] + 1,
             "previous": batch.to_state(),
         }
+
+
+def _improvement(mu: float, means: list[float]) -> tuple[float, float]:
+    """Return (mu - mean of the means, xi) of the released code."""
+    if not means:
+        return 0.0, 0.0
+    history = torch.tensor(means, dtype=torch.float64)
+    std = float(history.std(correction=0)) if len(means) >= 2 else 1.0
+    gain = mu - float(history.mean())
+    return gain, min(max(gain, -5.0), 5.0) / (std if std >= 1e-6 else 1.0)
 
 
 def _mean_reward(batch: Batch) -> float:

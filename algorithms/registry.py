@@ -2,32 +2,44 @@
 
 `label` is the strength of the claim:
 
-* "exact": the formula was verified in the paper or in its authors' code.
+* "exact (paper)": the formula is the paper's.
+* "exact (released code)": what it computes is what the code that `source` names computes.
+* "exact (paper, released code)": the two differ; an option, usually `form`, selects one, and each is exact.
 * "recon": reconstructed from sources that agree; the assumptions are named.
 * "analogue": a token-level counterpart of a method from another domain.
 * "utility": a small function that serves the paper's idea but does not implement the paper.
 """
 
 import dataclasses
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from tokfuse.algorithms import host_words
 from tokfuse.runtime.core.checks import check_choice
 from tokfuse.runtime.core.errors import refuse
 
-LABELS = ("exact", "recon", "analogue", "utility")
+EXACT = ("exact (paper, released code)", "exact (paper)", "exact (released code)")
+LABELS = (*EXACT, "recon", "analogue", "utility")
 KINDS = {
     "policy": "Policy optimisation",
     "preference": "Preference losses",
+    "distillation": "Distillation",
     "reward": "Reward models",
     "selection": "Selection, influence and curriculum",
     "causal": "Causal and off-policy estimators",
 }
 T = TypeVar("T")
+
+
+class Preset(NamedTuple):
+    """A published configuration of a method."""
+
+    options: dict[str, Any]
+    source: str
+    """The file or page that publishes the values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,7 @@ class Entry:
         table: module that contains the registration, if it differs from the module of `cls`.
         preset: field values that turn the class into this method.
         required: options that must be given, because no default was published.
+        presets: published configurations by name; "authors" is that of the released code.
         system: row in the paper index.
         label: one of `LABELS`.
         source: the paper, and the code that the formula was read from.
@@ -60,6 +73,7 @@ class Entry:
     table: str = ""
     preset: dict[str, Any] = dataclasses.field(default_factory=dict)
     required: tuple[str, ...] = ()
+    presets: dict[str, Preset] = dataclasses.field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -91,11 +105,25 @@ def _defaults(made: Callable[..., Any]) -> dict[str, Any]:
 ENTRIES: dict[str, Entry] = {}
 
 
+def exact(source: str) -> str:
+    """Return the label of a formula that was read from `source`: code if it names any, else the paper."""
+    code = ("verl", "TRL", "code", "github", "trainer", "Liger", "OpenRLHF", "NeMo-RL")
+    return "exact (released code)" if any(word in source for word in code) else "exact (paper)"
+
+
 def add(entry: Entry) -> None:
     """Add a method to the registry."""
-    assert entry.label in LABELS and entry.kind in KINDS, entry.name
+    assert entry.label in LABELS, f"{entry.name}: label must be one of {LABELS}; got {entry.label!r}"
+    assert entry.kind in KINDS, entry.name
     assert entry.name not in ENTRIES and entry.preset.keys() <= _defaults(entry.cls).keys()
     ENTRIES[entry.name] = entry
+
+
+def add_preset(method: str, name: str, source: str, **options: Any) -> None:
+    """Add a published configuration to a method of the registry."""
+    one = ENTRIES[method]
+    assert options.keys() <= one.options().keys() and name not in one.presets, (method, name)
+    one.presets[name] = Preset(options, source)
 
 
 def register(name: str, **facts: Any) -> Callable[[T], T]:
@@ -110,39 +138,45 @@ def register(name: str, **facts: Any) -> Callable[[T], T]:
 
 
 def entry(name: str) -> Entry:
-    """Return the entry with that name. For an unknown name, the error lists the known ones."""
+    """Return the entry with that name. For an unknown name, the error names the nearest one."""
     if name not in ENTRIES:
-        near = difflib.get_close_matches(str(name), ENTRIES, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "Choose a listed name."
-        known = ", ".join(sorted(ENTRIES))
-        raise refuse("algorithms.make", "name", f"one of {known}", repr(name), hint)
+        near = host_words.method_hint(name, ENTRIES)
+        hint = f"Did you mean {near!r}? " if near else ""
+        listed = "`python -m tokfuse algorithms` and tokfuse.algorithms.list() list all."
+        raise refuse("algorithms.make", "name", "the name of a method", repr(name), hint + listed)
     return ENTRIES[name]
 
 
-def make(name: str, **options: Any) -> Any:
+def make(name: str, *, preset: str | None = None, **options: Any) -> Any:
     """Return the method with that name, configured: a frozen object without state.
 
     Args:
         name: one of `tokfuse.algorithms.list()`.
-        options: fields of the method; `python -m tokfuse algorithms NAME` lists them. The defaults are the
-            paper's.
+        preset: a published configuration of the method, e.g. "authors" for the released code's. `options` win over
+            its values. None: the defaults.
+        options: fields of the method. `python -m tokfuse algorithms NAME` lists them and the presets. The defaults
+            are the paper's.
 
     Returns:
         The type depends on the kind of the method. "policy": an `Algorithm`, or for "grpo_guard" a
-        `GRPOGuard`, which works on latents and not on tokens. "preference": a `PreferenceLoss`. All other
-        kinds: a frozen object with the methods that its docstring names, or the function itself with the
-        options filled in.
+        `GRPOGuard`, which works on latents and not on tokens. "preference": a `PreferenceLoss`. "distillation":
+        a `Distillation`, or the schedule of one. All other kinds: a frozen object with the methods that its
+        docstring names, or the function itself with the options filled in.
 
     Raises:
-        ValueError: an unknown name or option (the message lists the known ones), a missing option that has
-            no published default, or a value out of range.
+        ValueError: an unknown name, preset or option (the message names the nearest known one, also for words of
+            TRL and verl), a missing option that has no published default, or a value out of range.
     """
     one = entry(name)
     known = one.options()
+    if preset is not None:
+        options = _published(one, preset) | options
     for option in options:
         if option not in known:
+            hint = host_words.option_hint(option, known)
+            listed = f"`python -m tokfuse algorithms {name}` lists the options."
             raise refuse(
-                f"algorithms.{name}", "options", f"among {', '.join(known)}", repr(option), "Check the spelling."
+                f"algorithms.{name}", "every option", "one of the method's", repr(option), f"{hint} {listed}".strip()
             )
     missing = [o for o, default in known.items() if default is MISSING and o not in options]
     if missing:
@@ -158,6 +192,21 @@ def make(name: str, **options: Any) -> Any:
         return functools.partial(one.cls, **given)
     named = {"name": name} if "name" in _defaults(one.cls) else {}
     return one.cls(**named, **given)
+
+
+def _published(one: Entry, preset: str) -> dict[str, Any]:
+    """Return the options of a preset."""
+    if preset not in one.presets:
+        known = ", ".join(map(repr, one.presets)) or "left out (no configuration of this method is published)"
+        near = host_words.nearest(preset, one.presets)
+        raise refuse(
+            f"algorithms.{one.name}",
+            "preset",
+            known,
+            repr(preset),
+            f"Did you mean {near!r}?" if near else "Set the options instead.",
+        )
+    return one.presets[preset].options
 
 
 def names(kind: str | None = None) -> list[str]:

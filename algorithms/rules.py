@@ -233,7 +233,7 @@ class KLCov(TokenRule):
         cov = covariance(replace(batch, mask=mask), token_advantage(plan), batch.logp)
         count = max(1, int(self.fraction * int(batch.world.sum(mask.sum()))))
         chosen = top_mask(cov, count, mask, batch.world)
-        return with_kl(plan, KL(estimator="abs", coef=self.coef), batch.old_logp, chosen, "KLCov")
+        return with_anchor(plan, KL(estimator="abs", coef=self.coef), batch.old_logp, chosen, "KLCov")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,8 +241,8 @@ class PositiveLikelihood(TokenRule):
     """Adds coef times the negative log-likelihood of good responses.
 
     over="chosen" counts the chosen tokens of this plan over all ranks. To accumulate micro-batches, use `Plan.take`.
-    The term replaces a KL term: it is implemented as a "k1" KL against log-probability 0, which has
-    the value and gradient of the likelihood. The metrics ref_kl_* then describe this term, not a KL.
+    The term is the anchor of the objective: a "k1" KL against log-probability 0 has the value and gradient of the
+    likelihood. A KL to the reference can be used beside it.
 
     Args:
         coef: weight of the term.
@@ -293,7 +293,7 @@ class PositiveLikelihood(TokenRule):
             all_tokens, some = batch.world.sum(torch.stack([plan.count(), chosen.sum().double()]))
             weight = weight * (all_tokens / some.clamp(min=1)).to(weight.dtype)
         kl = KL(estimator="k1", coef=-self.coef, clamp=UNBOUNDED)
-        return with_kl(plan, kl, torch.zeros_like(batch.old_logp), weight, op)
+        return with_anchor(plan, kl, torch.zeros_like(batch.old_logp), weight, op)
 
 
 def _group_best(batch: Batch) -> torch.Tensor:
@@ -303,18 +303,19 @@ def _group_best(batch: Batch) -> torch.Tensor:
     return batch.reward == lowest.scatter_reduce(0, group, batch.reward, "amax")[group]
 
 
-def with_kl(plan: Plan, kl: KL, ref_logp: torch.Tensor, weight: torch.Tensor, op: str) -> Plan:
-    """Return the plan with this KL term. An objective has room for one."""
-    if plan.objective.kl is not None:
+def with_anchor(plan: Plan, kl: KL, anchor_logp: torch.Tensor, weight: torch.Tensor, op: str) -> Plan:
+    """Return the plan with this second KL term, beside a KL to the reference. An objective has room for one anchor."""
+    if plan.objective.anchor is not None:
         raise refuse(
             op,
-            "kl",
-            "None (the objective has one KL term, and this rule uses it)",
-            plan.objective.kl,
+            "rules",
+            "only one that adds a term of log-probabilities (the objective has one anchor)",
+            plan.objective.anchor,
             "Remove one of the two.",
         )
     weight = weight.to(plan.batch.old_logp.dtype)
-    return replace(plan, objective=replace(plan.objective, kl=kl), ref_logp=ref_logp, kl_weight=weight)
+    objective = replace(plan.objective, anchor=kl)
+    return replace(plan, objective=objective, anchor_logp=anchor_logp, anchor_weight=weight)
 
 
 def plan_mask(plan: Plan) -> torch.Tensor:

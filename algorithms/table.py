@@ -7,7 +7,7 @@ NeMo-RL, or the authors' repository.
 
 from typing import Any
 
-from tokfuse.algorithms.registry import Entry, add
+from tokfuse.algorithms.registry import Entry, add, exact
 from tokfuse.algorithms.rules import ClipCov, Correction, DampRare, HighEntropy, KLCov, PositiveLikelihood
 from tokfuse.algorithms.standard import Overlong, Standard
 from tokfuse.runtime.policy.keep_rule import KeepRule
@@ -25,7 +25,7 @@ def _row(
     source: str,
     summary: str,
     *,
-    label: str = "exact",
+    label: str | None = None,
     differs: str = "",
     required: tuple[str, ...] = (),
     system: str = FAMILY,
@@ -37,7 +37,7 @@ def _row(
             cls=Standard,
             table=__name__,
             system=system,
-            label=label,
+            label=label or exact(source),
             source=source,
             summary=summary,
             differs=differs,

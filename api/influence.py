@@ -1,4 +1,10 @@
-"""Gradient influence, computed along with the loss: norms, sketches, and data selection.
+"""Gradient influence, computed along with the loss: features of all layers, sketches, norms, and data selection.
+
+    with tokfuse.influence.capture(model) as captured:  # every linear layer, per sequence
+        loss_of(model(batch)).backward()
+    scores = captured.scores(captured_validation)
+
+`capture` sees all layers and is the one to use for scores. The sketches of the last hidden state are a cheaper proxy:
 
     step = tokfuse.policy_step(hidden=h, weight=w, ..., cu_seqlens=cu,
                                influence=tokfuse.influence.InfluenceSpec(rank=64, seed=0))
@@ -6,21 +12,26 @@
 
 Norms (`logit_norms`, `head_norms`, `hidden_norms`) are magnitudes: they find tokens with a large gradient,
 not tokens that help. Influence is an inner product of gradients (`matrix`, `less_scores`,
-`greedy_select`). Here it is computed from sketches, which contain only the last hidden state.
+`greedy_select`).
 """
 
+from tokfuse.algorithms.capture import Captured, capture
+from tokfuse.algorithms.captured_layers import linear_layers
 from tokfuse.algorithms.influence import adam_features, greedy_select, less_scores, matrix, ugda_select
 from tokfuse.runtime.ops.influence import InfluenceSpec, head_norms, hidden_norms, logit_norms, sketch
 from tokfuse.runtime.policy.results import Influence
 
 __all__ = [
+    "Captured",
     "Influence",
     "InfluenceSpec",
     "adam_features",
+    "capture",
     "greedy_select",
     "head_norms",
     "hidden_norms",
     "less_scores",
+    "linear_layers",
     "logit_norms",
     "matrix",
     "sketch",

@@ -1,18 +1,21 @@
-"""Study: how well do sketches of the last hidden state rank samples like their true gradients?
+"""Study: how well do projected gradients rank samples like their true gradients?
 
     OMP_WAIT_POLICY=passive python -m tokfuse.bench.study_influence --json rows.jsonl
 
 Model: SmolLM2-135M-Instruct. The true gradients are per-sample gradients of all parameters, from one
-backward per sample. They are compared with the sketches, the norms and the exact adapter gradient that one
+backward per sample. They are compared with the features of all linear layers that `influence.capture` takes from an
+ordinary backward, and with the sketches, the norms and the exact adapter gradient of the last hidden state that one
 `policy_step` computes for all samples. There are two data sets: answers of four task families (every sample
 increases the probability of its answer), and rollouts of one task with group advantages (some samples
 increase it, others decrease it). The score of a sample is the cosine between its gradient and the mean
 gradient of a validation group. Rows contain Spearman rank correlations with the scores of the true
 gradients: of all layers, of the lm_head, of the last block. Sketches are drawn with several seeds, and the
-rows contain the spread. The study needs the demo's packages and six CPU minutes.
+rows contain the spread. The study needs the demo's packages and fifteen CPU minutes.
 """
 
 import argparse
+import contextlib
+import fnmatch
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.algorithms import influence as selection
+from tokfuse.algorithms.capture import Captured, capture
 from tokfuse.bench import machine
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
@@ -35,6 +39,8 @@ FAMILIES = ("chain_sum", "spell_backward", "word_sorting", "caesar_cipher")
 SLICES = ("all", "lm_head", "last_block")
 GROUP_SIZE = 4  # rollouts of one prompt
 SEEDS = 8
+RANKS = (4, 8, 16)  # of influence.capture
+PARTS = {"attention": "*.self_attn.*", "mlp": "*.mlp.*", "lm_head": "lm_head"}
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -228,6 +234,31 @@ class Sketches:
         return selection.matrix(train, means)
 
 
+class Captures:
+    """Features of all linear layers of one data set, for several ranks from one backward per sample."""
+
+    def __init__(self, true: TrueGradients, data: DataSet) -> None:
+        self.data = data
+        self.train, self.validation = (self._captured(true, part) for part in (data.train, data.validation))
+
+    def _captured(self, true: TrueGradients, samples: list[Sample]) -> list[Captured]:
+        with contextlib.ExitStack() as stack:
+            found = [stack.enter_context(capture(true.model, rank)) for rank in RANKS]
+            for sample in samples:
+                target = sample.ids[sample.prompt :]
+                stats = linear_token_stats(true.hidden(sample), true.model.lm_head.weight, target)
+                (-sample.advantage * stats.logp.mean()).backward()
+                true.model.zero_grad(set_to_none=True)
+        return found
+
+    def scores(self, rank: int, part: str = "*") -> torch.Tensor:
+        """Return (samples, groups) cosines with the means of the groups, of the layers that match a pattern."""
+        train, validation = (found[RANKS.index(rank)] for found in (self.train, self.validation))
+        names = fnmatch.filter(train.names, part)
+        left, right = (torch.cat([x.layer(n).flatten(1) for n in names], 1) for x in (train, validation))
+        return selection.matrix(left, group_means(right, self.data.validation, self.data.groups))
+
+
 def sample_norms(norms: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
     """Return the root of the sum of squares over the tokens of each sequence."""
     parts = norms.double().square().split(cu.diff().tolist())
@@ -318,7 +349,8 @@ def rows(true: TrueGradients, data: DataSet, facts: dict[str, Any]) -> Iterator[
             **kept,
         )
 
-    for name, scores in directions(sketches, cosines).items():
+    found_directions = directions(sketches, cosines) | captured_directions(Captures(true, data))
+    for name, scores in found_directions.items():
         for i, slice_ in enumerate(SLICES):
             yield row("direction", name, slice_, [agreement(s, cosines[i], data) for s in scores])
     for name, values in magnitudes(sketches).items():
@@ -338,6 +370,14 @@ def directions(sketches: Sketches, cosines: torch.Tensor) -> dict[str, list[torc
         **{f"sketch, rank {rank}": [sketches.scores(rank, seed) for seed in range(SEEDS)] for rank in (16, 64, 256)},
         "control: mean hidden state, no gradient": [mean_hidden],
         **{f"control: true gradient of {n}": [cosines[i]] for i, n in enumerate(SLICES) if i},
+    }
+
+
+def captured_directions(captures: Captures) -> dict[str, list[torch.Tensor]]:
+    """Return (samples, groups) scores of `influence.capture`, by rank, and by group of layers at rank 8."""
+    return {
+        **{f"capture, all layers, rank {rank}": [captures.scores(rank)] for rank in RANKS},
+        **{f"capture, {name}, rank 8": [captures.scores(8, part)] for name, part in PARTS.items()},
     }
 
 

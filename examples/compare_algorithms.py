@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import tokfuse
-from tokfuse.algorithms import Algorithm, Batch, Plan, State
+from tokfuse.algorithms import Algorithm, Batch, Plan, State, train_step
 
 DIGITS, STOP, VOCAB, LENGTH = 10, 10, 12, 5
 
@@ -168,14 +168,18 @@ class Trainer:
         self.loss_s = self.backward_tokens = 0.0
         rollout, batch = self.collect()
         entropy = float(batch.global_mean(batch.entropy)) if batch.entropy is not None else 0.0
-        batch = self.prepared(batch)
-        for plan in self.algorithm.before(batch, self.state):
-            assert self.previous is not None
-            self.apply(plan, self.previous)
-        for seqs in self._minibatches():
-            self._update(rollout.take(seqs), batch.take(seqs))
-        self.state = self.algorithm.advance(self.state, batch)
-        self.previous = rollout
+        done = train_step(
+            self.algorithm,
+            self.state,
+            self.prepared(batch),
+            lambda seqs, source: self.forward(rollout if source == "current" else self.previous, seqs),
+            self.optimizer,
+            minibatches=list(self._minibatches()),
+            max_gradient=self.max_gradient,
+            on_step=self.record,
+        )
+        self.state, self.previous = done.state, rollout
+        self.loss_s += done.seconds
         return {
             "reward": float(batch.reward.mean()),
             "entropy": entropy,
@@ -231,30 +235,13 @@ class Trainer:
             order = torch.randperm(s.prompts, generator=self.generator)
             yield from (rows[groups].flatten() for groups in order.chunk(s.minibatches))
 
-    def _update(self, rollout: Rollout, batch: Batch) -> None:
-        if self.algorithm.needs_policy:
-            with torch.no_grad():
-                logits = self.policy.packed_logits(rollout)
-            start = time.perf_counter()
-            stats = tokfuse.token_stats(logits, rollout.target)
-            batch = batch.with_policy(stats.logp, stats.entropy)
-            self.loss_s += time.perf_counter() - start
-        for plan in self.algorithm.plans(batch, self.state):
-            self.apply(plan, rollout)
+    def forward(self, rollout: Rollout, seqs: Tensor) -> dict[str, Tensor]:
+        """Return the logits and the target of some answers, for `train_step`."""
+        part = rollout.take(seqs)
+        return {"logits": self.policy.packed_logits(part), "target": part.target}
 
-    def apply(self, plan: Plan, rollout: Rollout) -> None:
-        """Take one optimizer step."""
-        logits = self.policy.packed_logits(rollout)
-        start = time.perf_counter()
-        step = tokfuse.policy_step(logits=logits, target=rollout.target, **plan.inputs())
-        self.loss_s += time.perf_counter() - start
-        self.optimizer.zero_grad(set_to_none=True)
-        step.loss.backward()
-        if self.max_gradient is not None:
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_gradient)
-        self.optimizer.step()
-        metrics = self.algorithm.measure(plan, step.stats.logp, step.stats.entropy)
-        self.state = self.algorithm.update(self.state, metrics)
+    def record(self, plan: Plan, inputs: Mapping[str, Any], step: tokfuse.PolicyStep) -> None:
+        """Count the tokens that get a gradient in one optimizer step."""
         figures = step.metrics.mean()
         self.backward_tokens += figures["grad_rows"] * figures["tokens"]
 

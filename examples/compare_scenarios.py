@@ -24,7 +24,7 @@ import json
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +174,10 @@ class ReplayTrainer(Trainer):
         """Return 1 or -1."""
         return 2 * super().score(rollout) - 1
 
-    def apply(self, plan: Plan, rollout: Rollout) -> None:
-        """Record the positive share of the loss, then take the step."""
+    def record(self, plan: Plan, inputs: Mapping[str, Any], step: tokfuse.PolicyStep) -> None:
+        """Record the positive share of the loss too."""
         self.shares.append(positive_share(plan))
-        super().apply(plan, rollout)
+        super().record(plan, inputs, step)
 
     def step(self) -> Row:
         """Return a row with reward and entropy of the current policy."""

@@ -67,7 +67,7 @@ class Kernel:
     name: str
     """Name with template arguments, e.g. token_stats_fwd_kernel<BFloat16, false, false>."""
     arch: str
-    """Architecture without the prefix sm_, e.g. "90a"."""
+    """Architecture without the prefix sm_, e.g. "90"."""
     registers: int
     """Registers per thread."""
     stack_bytes: int

@@ -37,9 +37,9 @@ class Gpu(NamedTuple):
 
 GPUS = {
     "A100": Gpu("80", 108, 1.41, 2.0),
-    "H100": Gpu("90a", 132, 1.755, 3.35),
-    "H200": Gpu("90a", 132, 1.755, 4.8),
-    "B200": Gpu("100a", 148, 1.85, 8.0),
+    "H100": Gpu("90", 132, 1.755, 3.35),
+    "H200": Gpu("90", 132, 1.755, 4.8),
+    "B200": Gpu("100", 148, 1.85, 8.0),
 }
 
 DIVERGENCES = ("JSD", "forward KL", "reverse KL", "skew forward KL", "skew reverse KL", "total variation")
@@ -105,7 +105,7 @@ def _lines(kernels: Sequence[Kernel]) -> Iterator[str]:
             + " |"
         )
     yield PACKED_HEAD
-    by_base = {k.base: k for k in kernels if k.arch == "90a" and k.dtype[0] == "float32"}
+    by_base = {k.base: k for k in kernels if k.arch == "90" and k.dtype[0] == "float32"}
     for base, (size, unit) in PACKED.items():
         k = by_base[base]
         yield (f"| `{base}` | {size} | {unit} | {k.threads} | {k.registers} | {occupancy(k):.0%} |")

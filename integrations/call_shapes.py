@@ -14,6 +14,8 @@ sends them by name to Ray actors.
 | `prime_rl_loss` | prime-rl `trainer.loss = {type = "custom", import_path = ...}` |
 """
 
+import math
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from tokfuse.integrations import trl_objective
 from tokfuse.integrations.padded import Padding
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
@@ -243,7 +246,8 @@ class PolicyLoss(torch.nn.Module):
                     "Pass the log-probabilities of the rollout engine.",
                 )
             weight = self._weight(old_log_probs, rollout_log_probs, mask)
-            vllm_kl = (rollout_log_probs - old_log_probs)[mask].mean()
+            gap = (rollout_log_probs - old_log_probs)[mask]
+            vllm_kl = gap.sum() / max(1, gap.numel())
         normalizer = "batch" if count is None else count / dp_size
         out = _padded_loss(log_probs, old_log_probs, advantages, mask, self.objective, normalizer, weight)
         mean = out.metrics.mean()
@@ -277,7 +281,8 @@ def skyrl_policy_loss(
     """Return (masked sum of the token losses, {"clip_ratio"}). SkyRL scales the advantages before the call.
 
     Supported values of config.policy_loss_type: regular, dual_clip, gspo, cispo (anchored on the old policy) and sapo,
-    with SkyRL's option names. Not supported: other types, and any config.off_policy_correction.
+    with SkyRL's option names. Not supported: other types, and any config.off_policy_correction. A mask that is not
+    bool multiplies the token losses. With gspo, log-ratios are bounded by +-10 (SkyRL: from above only), else by +-20.
     """
     kind = str(getattr(config.policy_loss_type, "value", config.policy_loss_type))
     correction = vars(getattr(config, "off_policy_correction", None) or SimpleNamespace())
@@ -309,12 +314,15 @@ def skyrl_policy_loss(
     else:
         dual = config.clip_ratio_c if kind == "dual_clip" else None
         shape = PPOClip(low=config.eps_clip_low, high=config.eps_clip_high, dual=dual)
-    objective = Objective(shape=shape, level="sequence_token" if kind == "gspo" else "token", aggregation="token_sum")
+    gspo: dict[str, Any] = {"level": "sequence_token", "log_ratio_clamp": 10.0} if kind == "gspo" else {}
+    objective = Objective(shape=shape, aggregation="token_sum", **gspo)
     mask = _mask(loss_mask, log_probs)
-    out = _padded_loss(log_probs, old_log_probs, advantages, mask, objective, None)
+    weight = None if loss_mask is None or loss_mask.dtype == torch.bool else loss_mask.float()
+    out = _padded_loss(log_probs, old_log_probs, advantages, mask, objective, None, weight)
     if kind == "cispo":  # SkyRL counts both bounds, for either sign of the advantage
         ratio, (low, high) = (log_probs - old_log_probs).detach().exp()[mask], shape.bounds
-        return out.loss, {"clip_ratio": float(((ratio < low) | (ratio > high)).float().mean())}
+        clipped = ((ratio < low) | (ratio > high)).float()
+        return out.loss, {"clip_ratio": float(clipped.sum() / max(1, clipped.numel()))}
     mean = out.metrics.mean()
     return out.loss, {"clip_ratio": mean["clip_low"] + mean["clip_high"]}
 
@@ -322,55 +330,70 @@ def skyrl_policy_loss(
 # ------------------------------------------------------------------------------------------ NeMo-RL
 
 
+NEMO_DEFAULTS: dict[str, Any] = {
+    "disable_ppo_ratio": False,
+    "token_level_loss": True,
+    "sequence_level_importance_ratios": False,
+    "ratio_clip_min": 0.2,
+    "ratio_clip_max": 0.2,
+    "ratio_clip_c": None,
+    "reference_policy_kl_penalty": 0.01,
+    "reference_policy_kl_type": "k3",
+    "kl_input_clamp_value": 20.0,
+    "kl_output_clamp_value": 10.0,
+    "use_kl_in_reward": False,
+    "use_importance_sampling_correction": False,
+    "truncated_importance_sampling_type": None,
+    "truncated_importance_sampling_ratio": None,
+    "truncated_importance_sampling_ratio_min": None,
+    "use_on_policy_kl_approximation": False,
+    "force_on_policy_ratio": False,
+    "use_cispo": False,
+    "positive_example_nll_weight": 0.0,
+}
+"""The fields of NeMo-RL's ClippedPGLossConfig and their defaults."""
+
+
 class NemoPolicyLoss:
     """NeMo-RL's loss protocol: (next_token_logprobs, data, global_valid_seqs, global_valid_toks).
 
-    `cfg` has the fields of ClippedPGLossConfig. Supported: ratio_clip_min, ratio_clip_max, ratio_clip_c,
-    token_level_loss, sequence_level_importance_ratios, disable_ppo_ratio, force_on_policy_ratio, use_cispo, and
-    use_importance_sampling_correction with tis or icepop at token level. Not supported: the KL penalty (its output
-    clamp has no equivalent; add it to the reward), seq-mask-tis, sequence-level correction, and the NLL term.
+    `cfg` has the fields of ClippedPGLossConfig, as an object or a dict. Supported: ratio_clip_min, ratio_clip_max,
+    ratio_clip_c, token_level_loss, sequence_level_importance_ratios, disable_ppo_ratio, force_on_policy_ratio,
+    use_cispo, and use_importance_sampling_correction with tis or icepop at token level. Not supported: the KL penalty
+    (its output clamp has no equivalent; add it to the reward), seq-mask-tis, sequence-level correction, and the NLL
+    term. The fields kl_input_clamp_value, kl_output_clamp_value and use_on_policy_kl_approximation belong to the KL
+    penalty only; reference_policy_kl_type also selects the estimator of the metrics. A combination that NeMo-RL
+    refuses, and a field that tokfuse does not know, raise an error.
 
-    A call returns (loss, metrics). The loss is a sum divided by the given global count.
+    A call returns (loss, metrics), with all metrics of NeMo-RL. The loss is a sum divided by the given global count. A
+    sampling ratio that is not finite becomes 0, `curr_logprobs_keep_mask` of the data removes tokens from the loss,
+    a sample mask between 0 and 1 multiplies the loss of its sample, and a micro-batch without a valid token gives 0.
+    The ratio is bounded by exp(+-20).
     """
 
-    def __init__(self, cfg: Any) -> None:
-        def get(name: str, default: Any) -> Any:
-            return getattr(cfg, name, default)
-
-        off = {
-            "reference_policy_kl_penalty": 0.0
-            if get("use_kl_in_reward", False)
-            else get("reference_policy_kl_penalty", 0.01),
-            "positive_example_nll_weight": get("positive_example_nll_weight", 0.0),
-        }
-        for name, value in off.items():
-            if value:
-                raise _refused(f"cfg.{name}", "0", value, "Use NeMo-RL's ClippedPGLossFn.")
-        sequence = get("sequence_level_importance_ratios", False)
-        self.correction = "none"
-        if get("use_importance_sampling_correction", False):
-            self.correction = get("truncated_importance_sampling_type", None) or "plain"
-        if self.correction == "seq-mask-tis" or (sequence and self.correction != "none"):
-            raise _refused(
-                "cfg.truncated_importance_sampling_type",
-                "None, 'tis' or 'icepop' at token level",
-                self.correction,
-                "Use NeMo-RL's ClippedPGLossFn.",
-            )
-        self.high = get("truncated_importance_sampling_ratio", None)
-        self.low = get("truncated_importance_sampling_ratio_min", None)
-        clip = {"low": get("ratio_clip_min", 0.2), "high": get("ratio_clip_max", 0.2)}
-        shape: Any = PPOClip(**clip, dual=get("ratio_clip_c", None))
-        if get("disable_ppo_ratio", False):
+    def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False) -> None:
+        given = cfg if isinstance(cfg, Mapping) else {**vars(cfg), **(getattr(cfg, "model_extra", None) or {})}
+        for name, value in given.items():
+            if name not in NEMO_DEFAULTS and value:
+                raise _refused(f"cfg.{name}", "a field of ClippedPGLossConfig", repr(value), "Remove it.")
+        c = SimpleNamespace(**{name: given.get(name, default) for name, default in NEMO_DEFAULTS.items()})
+        _check_nemo(c)
+        self.use_fused_linear_logprobs = use_fused_linear_logprobs
+        self.correction = c.truncated_importance_sampling_type
+        self.corrects = c.use_importance_sampling_correction
+        self.low, self.high = c.truncated_importance_sampling_ratio_min, c.truncated_importance_sampling_ratio
+        self.kl_type = c.reference_policy_kl_type
+        self.clip = {"low": c.ratio_clip_min, "high": c.ratio_clip_max}
+        self.on_policy = c.force_on_policy_ratio
+        shape: Any = PPOClip(**self.clip, dual=c.ratio_clip_c)
+        if c.disable_ppo_ratio and not self.on_policy:
             shape = LinearLogp()
-        elif get("use_cispo", False):
-            shape = StopGradClip(**clip, ratio_min=None, ratio_max=None)
-        self.on_policy = get("force_on_policy_ratio", False)
-        by_token = get("token_level_loss", True)
+        elif c.use_cispo:
+            shape = StopGradClip(**self.clip, ratio_min=None, ratio_max=None)
         self.objective = Objective(
             shape=shape,
-            level="sequence" if sequence else "token",
-            aggregation="token_mean" if by_token else "seq_mean_token_mean",
+            level="sequence" if c.sequence_level_importance_ratios else "token",
+            aggregation="token_mean" if c.token_level_loss else "seq_mean_token_mean",
         )
 
     @property
@@ -378,8 +401,7 @@ class NemoPolicyLoss:
         """NeMo-RL's enum, imported on first use."""
         from nemo_rl.algorithms.loss.interfaces import LossType
 
-        by_token = self.objective.aggregation == "token_mean"
-        return LossType.TOKEN_LEVEL if by_token else LossType.SEQUENCE_LEVEL
+        return LossType.TOKEN_LEVEL if self._by_token else LossType.SEQUENCE_LEVEL
 
     @property
     def input_type(self) -> Any:
@@ -388,6 +410,24 @@ class NemoPolicyLoss:
 
         return LossInputType.LOGPROB
 
+    @property
+    def metric_normalizations(self) -> dict[str, Any]:
+        """NeMo-RL's enum of the global count that divides each metric."""
+        from nemo_rl.algorithms.loss.interfaces import MetricNormalizer as By
+
+        loss = By.TOKENS if self._by_token else By.SEQUENCES
+        out = dict.fromkeys(NEMO_SUMS, By.TOKENS) | {"loss": loss, "kl_penalty": loss}
+        if self.objective.level == "sequence":
+            out["sampling_importance_ratio"] = By.SEQUENCES
+        if self.correction is not None:
+            out["is_oob_ratio"] = By.TOKENS
+        plain = [f"probs_ratio{x}_{end}" for x in ("", "_clamped") for end in ("min", "max")]
+        return out | dict.fromkeys(("num_valid_samples", "positive_nll_loss", *plain), By.NONE)
+
+    @property
+    def _by_token(self) -> bool:
+        return self.objective.aggregation == "token_mean"
+
     def __call__(
         self,
         next_token_logprobs: torch.Tensor,
@@ -395,35 +435,150 @@ class NemoPolicyLoss:
         global_valid_seqs: torch.Tensor,
         global_valid_toks: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        mask = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)).bool()
-        old = next_token_logprobs.detach() if self.on_policy else data["prev_logprobs"][:, 1:]
-        weight = None
-        if self.correction != "none":
-            weight = (old - data["generation_logprobs"][:, 1:]).exp()
-            if self.correction == "tis":
-                weight = weight.clamp(self.low or 0.0, self.high)
-            elif self.correction == "icepop":
-                weight = torch.where((weight >= self.low) & (weight <= self.high), weight, 0.0)
-        by_token = self.objective.aggregation == "token_mean"
+        all_valid = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
+        keep = data.get("curr_logprobs_keep_mask")
+        valid = all_valid if keep is None else all_valid * keep
+        current, sampled = next_token_logprobs.detach(), data["generation_logprobs"][:, 1:]
+        old = current if self.on_policy else data["prev_logprobs"][:, 1:]
+        ratio = (old - sampled).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        weight, out_of_bounds = self._truncated(ratio)
+        seqs, tokens = (torch.as_tensor(x).clamp(min=1) for x in (global_valid_seqs, global_valid_toks))
         out = _padded_loss(
             next_token_logprobs,
             old,
             data["advantages"][:, 1:],
-            mask,
+            valid.bool(),
             self.objective,
-            global_valid_toks if by_token else global_valid_seqs,
-            weight,
+            tokens if self._by_token else seqs,
+            valid * weight if self.corrects else valid,
         )
-        mean = out.metrics.mean()
-        share = mean["tokens"] / float(global_valid_toks)
-        return out.loss, {
-            "loss": out.loss.item(),
-            "probs_ratio": mean["ratio"] * share,
-            "probs_ratio_min": mean["ratio_min"],
-            "probs_ratio_max": mean["ratio_max"],
-            "clip_fraction": (mean["clip_low"] + mean["clip_high"]) * share,
-            "num_valid_samples": data["sample_mask"].sum().item(),
+        of_old = valid if self.on_policy else all_valid  # old is current then, and equally filtered
+        metrics = self._metrics(current, old, sampled, valid, of_old, weight, tokens, seqs)
+        if self.correction is not None:
+            metrics["is_oob_ratio"] = float((out_of_bounds * of_old).sum() / tokens)
+        return out.loss, {"loss": out.loss.item(), **metrics, "num_valid_samples": data["sample_mask"].sum().item()}
+
+    def _truncated(self, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sampling ratio within the bounds of tis or icepop, and which elements were outside."""
+        if self.correction is None:
+            return ratio, torch.zeros_like(ratio)
+        low = 0.0 if self.low is None else self.low
+        outside = (ratio < low) | (ratio > self.high)
+        if self.correction == "tis":
+            return ratio.clamp(low, self.high), outside.float()
+        return ratio.masked_fill(outside, 0.0), outside.float()
+
+    @torch.no_grad()
+    def _metrics(
+        self,
+        current: torch.Tensor,
+        old: torch.Tensor,
+        sampled: torch.Tensor,
+        valid: torch.Tensor,
+        of_old: torch.Tensor,
+        weight: torch.Tensor,
+        tokens: torch.Tensor,
+        seqs: torch.Tensor,
+    ) -> dict[str, float]:
+        """Return NeMo-RL's metrics. `valid` are the tokens of the loss, `of_old` those of a comparison with `old`."""
+        ratio = (current - old).exp()
+        clamped = ratio.clamp(1.0 - self.clip["low"], 1.0 + self.clip["high"])
+        mean_weight = (weight * of_old).sum() / tokens
+        if self.objective.level == "sequence":
+            inside = valid.bool()
+            mean = torch.where(inside, current - old, 0.0).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(
+                min=1
+            )
+            ratio = mean.exp().expand_as(current)
+            clamped = ratio.clamp(1.0 - self.clip["low"], 1.0 + self.clip["high"])
+            whole = (torch.where(of_old.bool(), old - sampled, 0.0)).sum(1).exp()
+            whole = whole.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            mean_weight = (whole * of_old.amax(1)).sum() / seqs
+        elif isinstance(self.objective.shape, LinearLogp):
+            ratio = clamped = current
+        elif self.on_policy:
+            clamped = ratio
+        log_mixture = torch.logaddexp(old, sampled) - math.log(2.0)
+        js = 0.5 * (_kl(log_mixture, old, "k3") + _kl(log_mixture, sampled, "k3"))
+        sums = {
+            "probs_ratio": _sum_at(ratio, valid),
+            "probs_ratio_clamped": _sum_at(clamped, valid),
+            "token_mult_prob_error": _sum_at((sampled - old).abs().exp(), of_old),
+            "gen_kl_error": _sum_at(_kl(sampled, old, self.kl_type), of_old),
+            "policy_kl_error": _sum_at(_kl(old, sampled, self.kl_type), of_old),
+            "js_divergence_error": _sum_at(js, of_old),
+            "approx_entropy": _sum_at(-(current - sampled).exp() * current, valid),
         }
+        extremes = [x[valid.bool()] for x in (ratio, clamped)]
+        ends = [
+            (x.min(), x.max()) if x.numel() else (x.new_tensor(math.inf), x.new_tensor(-math.inf)) for x in extremes
+        ]
+        found = torch.stack([*(x / tokens for x in sums.values()), mean_weight, *ends[0], *ends[1]]).tolist()
+        names = (
+            *sums,
+            "sampling_importance_ratio",
+            "probs_ratio_min",
+            "probs_ratio_max",
+            "probs_ratio_clamped_min",
+            "probs_ratio_clamped_max",
+        )
+        return dict(zip(names, found, strict=True)) | {"kl_penalty": 0.0, "positive_nll_loss": 0.0}
+
+
+NEMO_SUMS = (
+    "probs_ratio",
+    "probs_ratio_clamped",
+    "token_mult_prob_error",
+    "gen_kl_error",
+    "policy_kl_error",
+    "js_divergence_error",
+    "approx_entropy",
+    "sampling_importance_ratio",
+)
+
+
+def _check_nemo(c: SimpleNamespace) -> None:
+    """Raise an error for what the shim does not compute, and for what NeMo-RL refuses."""
+    another = "Use NeMo-RL's ClippedPGLossFn."
+    for name in ("reference_policy_kl_penalty", "positive_example_nll_weight"):
+        if getattr(c, name) and not (name == "reference_policy_kl_penalty" and c.use_kl_in_reward):
+            raise _refused(f"cfg.{name}", "0", getattr(c, name), another)
+    if c.reference_policy_kl_type not in ("k1", "k2", "k3"):
+        raise _refused("cfg.reference_policy_kl_type", "'k1', 'k2' or 'k3'", repr(c.reference_policy_kl_type), another)
+    kind, name = c.truncated_importance_sampling_type, "cfg.truncated_importance_sampling_type"
+    if kind not in (None, "tis", "icepop") or (
+        c.sequence_level_importance_ratios and c.use_importance_sampling_correction
+    ):
+        raise _refused(name, "None, 'tis' or 'icepop' at token level", repr(kind), another)
+    if kind is not None and not c.use_importance_sampling_correction:
+        raise _refused(name, "None without use_importance_sampling_correction", repr(kind), "Set both, as in NeMo-RL.")
+    high, low = c.truncated_importance_sampling_ratio, c.truncated_importance_sampling_ratio_min
+    if (high is not None) != (kind is not None) or (high is not None and high <= 0):
+        raise _refused("cfg.truncated_importance_sampling_ratio", "a number > 0 with a type, else None", high, another)
+    if (low is None) == (kind == "icepop") and kind != "tis" or (low is not None and low > high):
+        raise _refused(
+            "cfg.truncated_importance_sampling_ratio_min", "a number up to the ratio", low, "icepop needs it."
+        )
+    if c.sequence_level_importance_ratios and c.token_level_loss:
+        raise _refused("cfg.token_level_loss", "False with sequence_level_importance_ratios", True, "Set it to False.")
+    against = ("disable_ppo_ratio", "force_on_policy_ratio", "sequence_level_importance_ratios", "ratio_clip_c")
+    for option in against:
+        if c.use_cispo and getattr(c, option):
+            raise _refused(f"cfg.{option}", "left out with use_cispo", getattr(c, option), "Choose one of them.")
+    if c.use_cispo and not c.token_level_loss:
+        raise _refused("cfg.token_level_loss", "True with use_cispo", False, "Set it to True.")
+
+
+def _kl(logp: torch.Tensor, other: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return the estimator of KL(p || other) from samples of p: k1, k2 or k3."""
+    gap = other - logp
+    if kind == "k3":
+        return gap.exp() - 1.0 - gap
+    return -gap if kind == "k1" else 0.5 * gap.square()
+
+
+def _sum_at(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask.bool(), x * mask, 0.0).sum()
 
 
 # ------------------------------------------------------------------------------------------- slime
@@ -450,7 +605,22 @@ def slime_policy_loss(
         (slope,) = torch.autograd.grad(out.loss, leaf)
     ratio, (low, high) = leaf.detach().exp(), shape.bounds
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
-    return out.token_loss + slope * (logp - logp.detach()), clipped.float()
+    return _WithSlope.apply(logp, out.token_loss, slope), clipped.float()
+
+
+class _WithSlope(torch.autograd.Function):
+    """Return `value`, whose derivative by `x` is `slope`, element by element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slope)
+        ctx.dtype = x.dtype
+        return value.clone()
+
+    @staticmethod
+    @first_order(f"{OP}.slime_policy_loss")
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
 # ---------------------------------------------------------------------------------------- prime-rl

@@ -10,20 +10,25 @@
 runs packed sequences, without padding if flash-attention is installed.
 
 The supported model types are those in `SUPPORTED`, whose logits are softcap(scale * (W h + b)). Tied weights, bias,
-soft cap and scale are supported. LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters raise
-an error, because reading `lm_head.weight` alone would ignore them.
+soft cap and scale are supported. If the lm_head and the hidden states differ in dtype, e.g. a float32 head over a
+bfloat16 model, the wider dtype computes; under autocast, both are converted to its dtype first, as in torch's linear
+layer. An lm_head with hooks or a replaced forward raises an error, because calling it would compute something else.
+
+LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters raise an error, because reading
+`lm_head.weight` alone would ignore them.
 """
 
 import contextlib
 import functools
-import weakref
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.integrations.hosts import Host, Rebinding, where
+from tokfuse.integrations.hosts import Host, has_kernels, tell_unchanged, where
+from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
@@ -51,7 +56,8 @@ SUPPORTED = {
     "granite": "1/logits_scaling",
 }
 
-_PATCHES: "weakref.WeakKeyDictionary[torch.nn.Module, Rebinding]" = weakref.WeakKeyDictionary()
+STATE = "_tokfuse_installed"
+"""Attribute of a model that `install` sets. The model's copies, replicas and pickles carry it."""
 
 
 @dataclass(frozen=True)
@@ -103,43 +109,109 @@ def head_of(model: Any) -> ModelHead:
 # ------------------------------------------------------------------------------ forward of a model
 
 
-def install(model: Any, *, temperature: float = 1.0) -> None:
-    """Make `model(..., labels=labels)` compute its loss from hidden states. Calling it again has no effect.
+class Installed(NamedTuple):
+    """The options of `install`, stored on the model."""
+
+    temperature: float
+    eval_logits: bool
+
+
+def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -> None:
+    """Make `model(..., labels=labels)` compute its loss from hidden states. Another call replaces the options.
 
     loss = -sum log p(label) / num_items_in_batch, as the model's own; without num_items_in_batch, the mean over labels
-    that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift.
-    `token_stats=True` adds `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own
-    forward runs, so generation is unchanged.
+    that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift. `token_stats=True`
+    adds `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own forward runs, so
+    generation is unchanged.
+
+    Evaluation (`model.eval()` under `torch.no_grad`) returns logits too, because `Trainer` takes the predictions for
+    `compute_metrics` from them. `skip_logits=True` or `token_stats=True` in the call, or `eval_logits=False` here,
+    omits them.
+
+    The model's class becomes a subclass of the same name, whose forward uses the instance that it is called on. So a
+    copy of the model (deepcopy, an EMA, a DataParallel replica, a pickle) has the patch too, with its own weights.
 
     Args:
         model: a model of a supported type; wrap it in DDP, FSDP or PEFT before or after this call.
         temperature: divisor of the logits.
+        eval_logits: whether evaluation with labels returns logits. False: evaluation needs no memory for them.
+
+    TRL's trainers score with a head of their own. A patched model then raises an error when the trainer is made,
+    unless `tokfuse.integrations.trl.install()` has put that head on tokfuse.
 
     Raises:
-        ValueError: transformers is older than 5.0, or `head_of` does not support the model.
+        ValueError: transformers is older than 5.0, `head_of` does not support the model, or other code has replaced
+            the forward of this instance, e.g. a TRL trainer.
     """
     HOST.require(f"{OP}.install")
     model = _base(model)
     head_of(model)
-    if model in _PATCHES and _PATCHES[model].active:
-        return
-    patch = Rebinding(f"{OP}.uninstall")
-    patch.set(model, "forward", _forward_of(model, model.forward, temperature))
-    _PATCHES[model] = patch
+    kind: Any = type(model)
+    if _patched_base(kind) is None:
+        patched = _patched(kind)
+        hooked = _of_accelerate_hook(model, kind.forward, patched.forward)
+        if "forward" in vars(model) and not hooked and not _leads_to(model.forward, patched.forward):
+            raise refuse(
+                f"{OP}.install",
+                "model.forward",
+                "the forward of the model's class (the patch is part of the class, and an attribute would hide it)",
+                f"an attribute of the instance, {_origin(model.forward)}",
+                TRL_STEP
+                if _is_trl_head(model.forward)
+                else "Call hf.install before the code that replaces forward, or remove that patch first.",
+            )
+        model.__class__ = patched
+        if hooked:
+            model._old_forward = types.MethodType(patched.forward, model)
+    checks.check_positive(f"{OP}.install", "temperature", temperature)
+    checks.check_flag(f"{OP}.install", "eval_logits", eval_logits)
+    setattr(model, STATE, Installed(temperature, eval_logits))
 
 
 def uninstall(model: Any) -> None:
-    """Restore the model's own forward. Without `install`, this has no effect."""
+    """Restore the model's own forward. Without `install`, this has no effect.
+
+    Wrappers that other code has put around the forward since then, as accelerate does, stay and call the model's own.
+    """
     model = _base(model)
-    if model in _PATCHES:
-        _PATCHES[model].restore()
-        del _PATCHES[model]
+    if not is_installed(model):
+        return
+    delattr(model, STATE)
+    patched = type(model)
+    base = _patched_base(patched)
+    if base is not None and patched is _patched(base):  # FSDP2 derives its class from the patched one
+        if getattr(vars(model).get("forward"), "__func__", None) is patched.forward:
+            del model.forward  # accelerate's unwrap leaves a bound method behind
+        if _of_accelerate_hook(model, patched.forward):
+            model._old_forward = types.MethodType(base.forward, model)
+        model.__class__ = base
+
+
+def _of_accelerate_hook(model: Any, *forwards: Any) -> bool:
+    """Return whether accelerate's device hook has replaced the instance's forward, and calls one of `forwards`."""
+    called = vars(model).get("_old_forward")
+    return hasattr(model, "_hf_hook") and getattr(called, "__func__", None) in forwards
+
+
+def _leads_to(function: Any, target: Any) -> bool:
+    """Return whether a function is `target`, or a wrapper around it."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if function is target:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def is_installed(model: Any) -> bool:
+    """Return whether `install` is in effect for this model."""
+    return getattr(_base(model), STATE, None) is not None
 
 
 @contextlib.contextmanager
-def installed(model: Any, *, temperature: float = 1.0) -> Iterator[None]:
+def installed(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -> Iterator[None]:
     """Context manager: `install` on entry, `uninstall` on exit."""
-    install(model, temperature=temperature)
+    install(model, temperature=temperature, eval_logits=eval_logits)
     try:
         yield
     finally:
@@ -149,7 +221,7 @@ def installed(model: Any, *, temperature: float = 1.0) -> Iterator[None]:
 def describe(model: Any) -> str:
     """Return which parts of this model run on which backend."""
     model = _base(model)
-    active = model in _PATCHES and _PATCHES[model].active
+    active = is_installed(model)
     head = head_of(model)
     shape = " x ".join(map(str, head.weight.shape))
     return "\n".join(
@@ -163,42 +235,135 @@ def describe(model: Any) -> str:
     )
 
 
-def _forward_of(model: Any, original: Callable[..., Any], temperature: float) -> Callable[..., Any]:
+@functools.cache
+def _patched(base: Any) -> Any:
+    """Return the subclass of `base` whose instances with the attribute `STATE` compute their loss on tokfuse."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = getattr(self, STATE, None)
+        if state is None:  # uninstalled, and called through a wrapper of other code
+            return base.forward(self, *args, **kwargs)
+        return _forward(self, functools.partial(base.forward, self), state, *args, **kwargs)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name == "forward" and _is_trl_head(value) and getattr(self, STATE, None) and not _trl_on_tokfuse():
+            raise refuse(
+                OP,
+                "the model of a TRL trainer",
+                "without hf.install (the trainer scores with a head of its own, which would bypass this patch)",
+                f"a patched {base.__name__}",
+                TRL_STEP,
+            )
+        base.__setattr__(self, name, value)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        """Pickle the model by the name of its own class, because this class has no importable name."""
+        make, arguments, *rest = base.__reduce_ex__(self, max(int(protocol), 2))
+        if make.__name__ == "__newobj__" and arguments[0] is kind:
+            make, arguments = restored, (base, *arguments[1:])
+        return make, arguments, *rest
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    body = {"forward": forward, "__setattr__": __setattr__, "__reduce_ex__": __reduce_ex__, "_tokfuse_base": base}
+    kind: Any = type(base.__name__, (base,), {**names, **body})
+    return kind
+
+
+def _patched_base(kind: Any) -> Any:
+    """Return the class that the patched class of `kind` derives from. None if there is no patched class."""
+    return getattr(kind, "_tokfuse_base", None)
+
+
+def restored(base: Any, *arguments: Any) -> Any:
+    """Return a new instance of the patched subclass of `base`, for pickle and copy."""
+    kind = _patched(base)
+    return kind.__new__(kind, *arguments)
+
+
+TRL_STEP = "Use tokfuse.integrations.trl.install(), which puts TRL's head on tokfuse, and hf.uninstall(model)."
+
+
+def _origin(function: Any) -> str:
+    """Return the name of the module whose code a function runs, unlike `__module__` also for a wrapper."""
+    function = getattr(function, "__func__", function)
+    return f"a function of {getattr(function, '__globals__', {}).get('__name__', type(function).__module__)}"
+
+
+def _is_trl_head(function: Any) -> bool:
+    """Return whether TRL's `add_fused_lm_head` made this forward."""
+    return _origin(function) == "a function of trl.trainer.utils"
+
+
+def _trl_on_tokfuse() -> bool:
+    from tokfuse.integrations import trl_seams
+
+    return trl_seams.is_installed()
+
+
+@functools.cache
+def _passed_on() -> frozenset[str]:
+    """Return the fields that the model's output has in common with the output of its transformer."""
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
     # Take the names from the installed version: `past_key_values` is called `cache` from 5.24 on.
-    passed_on = {f.name for f in fields(CausalLMOutputWithPast)} & {f.name for f in fields(BaseModelOutputWithPast)}
+    return frozenset(
+        {f.name for f in fields(CausalLMOutputWithPast)} & {f.name for f in fields(BaseModelOutputWithPast)}
+    )
 
-    @functools.wraps(original)
-    def forward(
-        *args: Any,
-        labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        token_stats: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        if labels is None and shift_labels is None:
-            return original(*args, **kwargs)
-        _check_forward(model, kwargs)
-        outputs = model.base_model(*args, **kwargs)
-        hidden = outputs.last_hidden_state
-        if shift_labels is None:
-            hidden, target = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]
-        else:
-            target = shift_labels
-        stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), temperature)
-        count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        output = CausalLMOutputWithPast(
-            loss=-stats.logp.sum() / count, **{name: getattr(outputs, name) for name in passed_on}
-        )
-        if token_stats:
-            output["logp"], output["entropy"] = (
-                x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
+
+def _forward(
+    model: Any,
+    original: Callable[..., Any],
+    state: Installed,
+    *args: Any,
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    token_stats: bool = False,
+    skip_logits: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    if labels is None and shift_labels is None:
+        return original(*args, **kwargs)
+    weight = model.get_output_embeddings().weight
+    if not has_kernels("linear_token_stats", weight.device.type, weight.dtype):
+        if token_stats or state.temperature != 1.0:
+            raise refuse(
+                OP,
+                "the model's device",
+                "one that tokfuse has kernels for, with token_stats or a temperature",
+                f"{weight.device.type} with {weight.dtype}",
+                "Use tokfuse.token_stats on the logits.",
             )
-        return output
-
-    return forward
+        tell_unchanged("transformers", weight.device.type, weight.dtype)
+        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        return original(*args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+    _check_forward(model, kwargs)
+    if skip_logits is None:
+        skip_logits = not state.eval_logits or model.training or torch.is_grad_enabled() or token_stats
+    if not skip_logits:
+        output = original(*args, **kwargs)
+        loss = _loss_of_logits(output.logits, labels, num_items_in_batch, IGNORE, shift_labels, state.temperature)
+        return type(output)(loss=loss, **output)
+    outputs = model.base_model(*args, **kwargs)
+    hidden = outputs.last_hidden_state
+    if shift_labels is None:
+        hidden, target = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]
+    else:
+        target = shift_labels
+    stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), state.temperature)
+    count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    output = CausalLMOutputWithPast(
+        loss=-stats.logp.sum() / count, **{name: getattr(outputs, name) for name in _passed_on()}
+    )
+    if token_stats:
+        output["logp"], output["entropy"] = (
+            x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
+        )
+    return output
 
 
 def _labelled_stats(
@@ -214,18 +379,12 @@ def _labelled_stats(
             "Pad labels of soft prompts with -100.",
         )
     rows, head = target != IGNORE, head_of(model)
-    weight, bias = head.weight.to(hidden.dtype), head.bias
-    bias = None if bias is None else bias.to(hidden.dtype)
-    stats = linear_token_stats(
-        hidden[rows],
-        weight,
-        target[rows],
-        bias=bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    )
-    return stats, rows
+    arguments, chosen = head.arguments(), hidden[rows]
+    if torch.is_autocast_enabled(hidden.device.type):  # as torch's linear layer
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        chosen = chosen.to(dtype)
+        arguments |= {name: x.to(dtype) for name in ("weight", "bias") if (x := arguments[name]) is not None}
+    return linear_token_stats(chosen, target=target[rows], temperature=temperature, **arguments), rows
 
 
 def _check_forward(model: Any, kwargs: dict[str, Any]) -> None:
@@ -287,13 +446,32 @@ def causal_lm_loss(
         shift_labels: (batch, length), already shifted.
         kwargs: other arguments of the model call; ignored.
     """
+    return _loss_of_logits(
+        logits.reshape(*logits.shape[:-1], vocab_size), labels, num_items_in_batch, ignore_index, shift_labels
+    )
+
+
+def _loss_of_logits(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+    ignore_index: int,
+    shift_labels: torch.Tensor | None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
     if shift_labels is None:
         if labels is None:
             raise refuse(OP, "labels", "given without shift_labels", None, "Pass one of them.")
         shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
     rows = target != ignore_index
-    stats = token_stats(logits.reshape(-1, vocab_size), target.masked_fill(~rows, 0), mask=rows)
+    flat = logits.reshape(-1, logits.shape[-1])
+    if not has_kernels("token_stats", flat.device.type, flat.dtype):
+        tell_unchanged("torch", flat.device.type, flat.dtype)
+        scaled = flat.float() / temperature if flat.dtype != torch.float64 else flat / temperature
+        total = torch.nn.functional.cross_entropy(scaled, target, ignore_index=ignore_index, reduction="sum")
+        return total / (rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    stats = token_stats(flat, target.masked_fill(~rows, 0), temperature=temperature, mask=rows)
     count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, torch.Tensor):
         count = count.to(logits.device)
@@ -334,7 +512,27 @@ def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             "a DTensor",
             "Shard the lm_head with the root unit of FSDP2.",
         )
+    _check_call(head)
     return head.weight, head.bias
+
+
+def _check_call(head: torch.nn.Linear) -> None:
+    """Raise an error if calling the layer does more than its matrix product."""
+    hook = getattr(head, "_hf_hook", None)  # accelerate's device_map; it moves tensors, and offloads if asked
+    moved = hook is not None and not getattr(hook, "offload", False)
+    changed = "a forward of its own"
+    if type(head).forward is torch.nn.Linear.forward and ("forward" not in vars(head) or moved):
+        hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
+        if not any(hooks):
+            return
+        changed = "hooks"
+    raise refuse(
+        f"{OP}.head_of",
+        "lm_head",
+        "a linear layer without hooks and with torch's forward (tokfuse reads its weight and does not call it)",
+        changed,
+        "For a float32 head make its parameters float32; otherwise use causal_lm_loss, which takes logits.",
+    )
 
 
 def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:

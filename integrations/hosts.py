@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import inspect
 import re
 import warnings
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import BackendUnavailable, refuse
+from tokfuse.runtime.core.forced import forced_backend
 
 Version = tuple[int, int]
 
@@ -74,15 +76,18 @@ class Rebinding:
         return bool(self._saved)
 
     def set(self, owner: object, name: str, value: object) -> None:
-        """Set owner.name = value and remember the old value. Raise an error if there is no such attribute."""
-        before, inherited = getattr(owner, name), name not in vars(owner)
+        """Set owner.name = value and remember the old value. Raise an error if there is no such attribute.
+
+        The static value is kept, so that a staticmethod of a class is restored as one.
+        """
+        before, inherited = inspect.getattr_static(owner, name), name not in vars(owner)
         setattr(owner, name, value)
         self._saved.append((owner, name, before, value, inherited))
 
     def restore(self) -> None:
         """Restore every attribute. Raise an error, and restore none, if another patch replaced one later."""
         for owner, name, _, ours, _ in self._saved:
-            if getattr(owner, name) is not ours:
+            if inspect.getattr_static(owner, name) is not ours:
                 raise refuse(
                     self._op,
                     f"{_label(owner)}.{name}",
@@ -110,8 +115,37 @@ def runs_on(op: str, device: str, dtype: torch.dtype) -> str:
         return f"unavailable ({error})"
 
 
+def has_kernels(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Return whether tokfuse runs `op` on kernels there, or the caller forces a backend.
+
+    The reference computes all logits in float64. An adapter that would call it leaves the host's own code in place.
+    """
+    if device == "meta" or forced_backend() is not None:
+        return device != "meta"
+    return select(op, device, dtype).backend != "reference"
+
+
+@functools.cache
+def tell_unchanged(host: str, device: str, dtype: torch.dtype) -> None:
+    """Warn once that the host's own code runs for tensors of this device and dtype."""
+    name = str(dtype).removeprefix("torch.")
+    warnings.warn(f"tokfuse has no kernels for {name} on {device}: {host}'s own code runs there.", stacklevel=4)
+
+
+def devices() -> list[str]:
+    """Return the types of this machine's devices: cpu and, if there is one, the accelerator (cuda, xpu, npu, ...)."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu", *([] if accelerator is None else [accelerator.type])]
+
+
 def where(op: str) -> str:
-    """Return `op (cpu: cpu, cuda: triton)`: the backend for bfloat16 on each device of this machine."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    rows = [f"{device}: {runs_on(op, device, torch.bfloat16)}" for device in devices]
+    """Return `op (cpu: cpu, cuda: triton, xpu: unchanged)`: the backend for bfloat16 on each device of this machine.
+
+    "unchanged" means that tokfuse has no kernels for the device, and that the adapter leaves the host's code in place.
+    """
+    kernels = {device: has_kernels(op, device, torch.bfloat16) for device in devices()}
+    rows = [
+        f"{device}: {runs_on(op, device, torch.bfloat16) if found else 'unchanged'}"
+        for device, found in kernels.items()
+    ]
     return f"{op} ({', '.join(rows)})"

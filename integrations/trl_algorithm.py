@@ -161,7 +161,7 @@ class Method:
             sampler_logp=sampler,
             ref_logp=None if ref is None else padding.pack(ref),
             finished=_finished(trainer, out),
-            world=_world(accelerator),
+            world=world_of(accelerator),
         )
 
     def _per_token(self, name: str) -> bool:
@@ -178,7 +178,7 @@ class Method:
         }
         packed = {n: padding.pack(x) if self._per_token(n) else x for n, x in values.items()}
         batch = Batch(
-            cu_seqlens=padding.cu_seqlens, advantage_level=self._level, world=_world(trainer.accelerator), **packed
+            cu_seqlens=padding.cu_seqlens, advantage_level=self._level, world=world_of(trainer.accelerator), **packed
         )
         divisor = self._divisor(trainer, inputs)
         if self.algorithm.needs_policy or trainer.args.fp16:
@@ -245,7 +245,7 @@ def _check(algorithm: Algorithm, trainer: Any) -> None:
             "`python -m tokfuse algorithms` lists the methods.",
         )
     name = algorithm.name or type(algorithm).__name__
-    for hook in ("plans", "before"):
+    for hook in ("plans", "before", "replay", "passes"):
         if getattr(type(algorithm), hook) is not getattr(Algorithm, hook):
             raise refuse(
                 OP,
@@ -282,7 +282,8 @@ def _finished(trainer: Any, out: dict[str, Any]) -> torch.Tensor:
     return torch.isin(ids.gather(1, last.unsqueeze(1)).squeeze(1), ends)
 
 
-def _world(accelerator: Any) -> World:
+def world_of(accelerator: Any) -> World:
+    """Return the ranks of the trainer."""
     if accelerator.num_processes == 1:
         return World()
     return World(lambda x: accelerator.gather(x.unsqueeze(0)), accelerator.process_index)

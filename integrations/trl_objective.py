@@ -7,6 +7,7 @@ loss = 1 / normalizer * sum over tokens of aggregation(
 ratio, the off-policy mask and the top-entropy mask, as far as they are enabled.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -85,15 +86,14 @@ def objective(trainer: Any, entropy_coef: float) -> Objective:
         estimator = "ratio_k3" if trainer.args.use_bias_correction_kl else "k3"
         kl = KL(estimator=estimator, coef=trainer.beta)
     vespo = trainer.loss_type == "vespo"
-    clamp = {"log_ratio_clamp": VESPO_LOG_CLAMP} if vespo else {}
-    return Objective(
+    objective = Objective(
         shape=_shape(trainer),
         level="sequence_sum" if vespo else trainer.importance_sampling_level,
         aggregation=AGGREGATIONS[trainer.loss_type],
         kl=kl,
         entropy_coef=entropy_coef,
-        **clamp,
     )
+    return dataclasses.replace(objective, log_ratio_clamp=VESPO_LOG_CLAMP) if vespo else objective
 
 
 def _shape(trainer: Any) -> Shape:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from tokfuse.integrations.hosts import Host, Rebinding, where
+from tokfuse.integrations import trl_distillation
+from tokfuse.integrations.hosts import Host, Rebinding, has_kernels, tell_unchanged, where
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops import policy_step  # noqa: F401  (registers the backends that `describe` names)
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.token_stats import token_stats
@@ -22,6 +24,7 @@ OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 MEAN_ROWS = 256  # rows of logits computed at a time for the mean with a softcap
 
 _INSTALLED = Rebinding(f"{OP}.uninstall")
+_STOCK: dict[str, Any] = {}  # TRL's own attributes, for devices without kernels
 
 PerToken = tuple[torch.Tensor | None, ...]
 
@@ -35,6 +38,7 @@ def install() -> None:
     HOST.require(f"{OP}.install")
     if not _INSTALLED.active:
         _bind(_INSTALLED, Head(token_head))
+        trl_distillation.bind(_INSTALLED)
 
 
 def uninstall() -> None:
@@ -44,6 +48,11 @@ def uninstall() -> None:
         ValueError: other code has patched the same attributes since; nothing is restored then.
     """
     _INSTALLED.restore()
+
+
+def is_installed() -> bool:
+    """Return whether `install` is in effect."""
+    return _INSTALLED.active
 
 
 @contextlib.contextmanager
@@ -67,7 +76,7 @@ def describe() -> str:
     lines.append(f"  per-token head, all trainers: {where('linear_token_stats')}")
     lines.append(f"  logits op, all trainers: {_describe_logits_op()}")
     lines.append(f"  FusedGRPOTrainer: {where('policy_step_hidden')}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *trl_distillation.describe()])
 
 
 def _describe_logits_op() -> str:
@@ -85,6 +94,11 @@ def _utils() -> ModuleType:
     return module
 
 
+def _stock(name: str) -> Any:
+    """Return TRL's own attribute."""
+    return _STOCK[name] if name in _STOCK else getattr(_utils(), name)
+
+
 class Head:
     """Replacement of TRL's autograd function, of which TRL uses only `apply`."""
 
@@ -92,8 +106,26 @@ class Head:
         self.apply = apply
 
 
+class Carry(torch.autograd.Function):
+    """Return `logp` unchanged, but connected to `loss`.
+
+    DDP searches the outputs of a forward for unused parameters, and the loss is not one of these outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logp: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return logp.view_as(logp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad.new_zeros(())
+
+
 def _bind(into: Rebinding, head: Head) -> None:
     utils = _utils()
+    for name in ("_ChunkedLogProbFunction", "_use_triton", "_fused_logprob_entropy", "_supports_trl_loss_kernel"):
+        if hasattr(utils, name):
+            _STOCK.setdefault(name, getattr(utils, name))
     into.set(utils, "_ChunkedLogProbFunction", head)
     into.set(utils, "_use_triton", _labelled_rows_only)
     if hasattr(utils, "_fused_logprob_entropy"):
@@ -117,7 +149,10 @@ def rebound(head: Head) -> Iterator[None]:
 
 def _labelled_rows_only(device: torch.device) -> bool:
     """Answer TRL's question whether to score only rows with a label, instead of every position."""
-    return device.type in ("cpu", "cuda", "xpu")
+    if has_kernels("linear_token_stats", device.type, torch.bfloat16):
+        return True
+    own: bool = _stock("_use_triton")(device)
+    return own
 
 
 def token_head(
@@ -149,14 +184,37 @@ def token_head(
     for name in outputs:
         if name not in OUTPUTS:
             raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name), "This TRL is not supported yet.")
-    hidden, weight, bias = operands(hidden, weight, bias)
+    if not has_kernels("linear_token_stats", hidden.device.type, hidden.dtype):
+        tell_unchanged("TRL", hidden.device.type, hidden.dtype)
+        given = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+        own: PerToken = _stock("_ChunkedLogProbFunction").apply(*given)
+        return own
+    scored = operands(hidden, weight, bias)
     options: dict[str, Any] = {"temperature": temperature, "softcap": final_logit_softcapping}
-    stats = linear_token_stats(hidden, weight, targets, bias=bias, logit_scale=logit_scale, **options)
+    options["logit_scale"] = logit_scale
+    stats = linear_token_stats(scored[0], scored[1], targets, bias=scored[2], **options)
+    return per_token(stats, scored, outputs, **options)
+
+
+def per_token(
+    stats: TokenStats,
+    scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    outputs: tuple[str, ...],
+    **options: Any,
+) -> PerToken:
+    """Return the requested `OUTPUTS`, None for the others; log_probs always.
+
+    Args:
+        stats: statistics of the rows.
+        scored: hidden, weight and bias.
+        outputs: names.
+        options: temperature, softcap and logit_scale.
+    """
     found: dict[str, Callable[[], torch.Tensor]] = {
         "log_probs": lambda: stats.logp,
         "entropy": lambda: stats.entropy,
         "log_sum_sq_probs": lambda: stats.sum_sq.log(),
-        "mean_logits": lambda: _mean_logits(hidden, weight, bias, logit_scale, **options),
+        "mean_logits": lambda: _mean_logits(*scored, **options),
         "is_top1": lambda: stats.top1.bool(),
     }
     wanted = ("log_probs", *outputs)
@@ -214,7 +272,10 @@ def supports_logits(
     logits: torch.Tensor, index: torch.Tensor | None = None, row_mask: torch.Tensor | None = None
 ) -> bool:
     """Answer TRL's question whether its fused op supports these tensors. If not, TRL uses its torch code."""
-    if logits.device.type not in ("cpu", "cuda") or logits.shape[-1] == 0:
+    if not has_kernels("token_stats", logits.device.type, torch.bfloat16):
+        own: bool = _stock("_supports_trl_loss_kernel")(logits, index, row_mask)
+        return own
+    if logits.shape[-1] == 0:
         return False
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
@@ -234,6 +295,12 @@ def logits_op(
         temperature: divisor of the logits.
         row_mask: (...), 0 skips the row. None: no row is skipped.
     """
+    if not has_kernels("token_stats", logits.device.type, logits.dtype):
+        tell_unchanged("TRL", logits.device.type, logits.dtype)
+        own: tuple[torch.Tensor, torch.Tensor] = _stock("_fused_logprob_entropy")(
+            logits, index, temperature=temperature, row_mask=row_mask
+        )
+        return own
     stats = token_stats(
         logits.reshape(-1, logits.shape[-1]),
         index.reshape(-1).long(),

@@ -19,7 +19,10 @@ from trl import GRPOTrainer
 from tokfuse.algorithms import Algorithm
 from tokfuse.integrations import trl_algorithm, trl_objective
 from tokfuse.integrations import trl_seams as host
+from tokfuse.integrations.hosts import has_kernels
 from tokfuse.integrations.padded import Padding
+from tokfuse.integrations.trl_influence import CompletionInfluence, Watch
+from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
 from tokfuse.runtime.policy.results import PolicyStep
@@ -72,22 +75,7 @@ class PolicyHead(host.Head):
             **self.inputs,
         )
         stats = self.step.stats
-        return _Carry.apply(stats.logp, self.step.loss), stats.entropy, None, None, None
-
-
-class _Carry(torch.autograd.Function):
-    """Return `logp` unchanged, but connected to `loss`.
-
-    DDP searches the outputs of a forward for unused parameters, and the loss is not one of these outputs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logp: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return logp.view_as(logp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, grad.new_zeros(())
+        return host.Carry.apply(stats.logp, self.step.loss), stats.entropy, None, None, None
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -105,6 +93,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             loss_type and their options. Rewards, generation, the optimizer and the reference model remain TRL's (set
             beta to the method's KL coefficient). None: TRL's own loss.
         solved_above: with an algorithm: a response is correct if its reward is above this value.
+        influence: a `CompletionInfluence`. It adds metrics of the influence of every completion on a validation loss,
+            and calls a function with the scores. None: off.
         args, kwargs: all other arguments of `trl.GRPOTrainer`.
 
     Raises:
@@ -113,13 +103,28 @@ class FusedGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(
-        self, *args: Any, algorithm: str | Algorithm | None = None, solved_above: float = 0.0, **kwargs: Any
+        self,
+        *args: Any,
+        algorithm: str | Algorithm | None = None,
+        solved_above: float = 0.0,
+        influence: CompletionInfluence | None = None,
+        **kwargs: Any,
     ) -> None:
         host.HOST.require("integrations.trl.FusedGRPOTrainer")
         super().__init__(*args, **kwargs)
+        device = self.accelerator.device.type
+        if not has_kernels("policy_step_hidden", device, torch.bfloat16):
+            raise refuse(
+                "integrations.trl.FusedGRPOTrainer",
+                "the trainer's device",
+                "one that tokfuse has kernels for (a CPU with the native module, or cuda)",
+                device,
+                "Use trl.GRPOTrainer.",
+            )
         self._scores: Scores | None = None
         self._head: host.Head | None = None
         self._method = None
+        self._watch = None if influence is None else Watch(influence)
         if algorithm is None:
             trl_objective.check(self)
         else:
@@ -159,9 +164,17 @@ class FusedGRPOTrainer(GRPOTrainer):
             out = super()._generate_and_score_completions(inputs)
         return self._method.prepare(self, out)
 
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run TRL's forward and backward of a micro-batch. With `influence`, score its completions."""
+        with contextlib.nullcontext() if self._watch is None else self._watch.step(self, model):
+            loss: torch.Tensor = super().training_step(model, *args, **kwargs)
+        return loss
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the loss of a micro-batch, with its gradient already computed. TRL's metrics are updated."""
         padding, mask = trl_algorithm.padding_of(inputs)
+        if self._watch is not None:
+            self._watch.begin(inputs, padding.cu_seqlens)
         if self._method is not None:
             loss, scores = self._method.loss(self, model, inputs, padding)
         elif self._looks_first:

@@ -1,9 +1,9 @@
 """verl's fused heads on `tokfuse.linear_token_stats`, including features that verl's own fused path rejects.
 
 verl looks up `FusedLinearForPPO` and `linear_cross_entropy` at every forward. Replacing the two names is therefore
-enough for its dense and vision models. Two options that verl's FSDP engine rejects with fused heads then work: a
-temperature per sample, and the sum of squared probabilities (`calculate_sum_pi_squared`, for the optimal token
-baseline), which the fused head computes anyway.
+enough for its dense and vision models. Three options that verl's FSDP engine rejects with fused heads then work: a
+temperature per sample; the sum of squared probabilities (`calculate_sum_pi_squared`, for the optimal token baseline),
+which the fused head computes anyway; and the top-k distillation losses of `verl_distillation`.
 """
 
 import functools
@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
+from tokfuse.integrations import verl_distillation
+from tokfuse.integrations.hosts import has_kernels, tell_unchanged
+from tokfuse.integrations.verl_distillation import IDS, LOGP_AT
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 
 OP = "verl_plugin"
@@ -23,6 +27,7 @@ TORCH_HEAD = "verl.utils.experimental.torch_functional"
 TRITON_HEAD = "verl.utils.kernel.linear_cross_entropy"
 # Modules that imported the name when they were loaded.
 MEGATRON = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
+STOCK: dict[str, Any] = {}  # verl's own heads, for devices without kernels
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 
 
@@ -57,17 +62,34 @@ def _temperature(value: Any, tokens: int) -> float | torch.Tensor:
     return flat
 
 
+def _on_kernels(hidden: torch.Tensor) -> bool:
+    """Return whether tokfuse has kernels for these hidden states. If not, verl's own head runs, with one warning."""
+    if has_kernels("linear_token_stats", hidden.device.type, hidden.dtype):
+        return True
+    tell_unchanged("verl", hidden.device.type, hidden.dtype)
+    return False
+
+
 def fused_head(
     hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (log_probs, entropy), float32, with the shape of input_ids; differentiable."""
-    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    """Return (log_probs, entropy), float32, with the shape of input_ids; differentiable.
+
+    If `verl_distillation` attached the teacher's ids to input_ids, their log-probabilities are attached to log_probs.
+    """
+    hidden, weight = hidden_states.reshape(-1, hidden_states.shape[-1]), _plain(vocab_weights)
     target = input_ids.reshape(-1).to(torch.int64)
-    stats = linear_token_stats(
-        hidden, _plain(vocab_weights), target, temperature=_temperature(temperature, len(target))
-    )
+    options: dict[str, Any] = {"temperature": _temperature(temperature, len(target))}
+    ids = getattr(input_ids, IDS, None)
+    stats: TokenStats | TokenStatsAt
+    if ids is None:
+        stats = linear_token_stats(hidden, weight, target, **options)
+    else:
+        stats = at = linear_token_stats(hidden, weight, target, ids=ids, **options)
     log_probs = stats.logp.view(input_ids.shape)
     setattr(log_probs, SUM_SQ, stats.sum_sq)
+    if ids is not None:
+        setattr(log_probs, LOGP_AT, at.logp_at)
     return log_probs, stats.entropy.view(input_ids.shape)
 
 
@@ -78,11 +100,17 @@ class FusedLinearForPPO(torch.nn.Module):
         super().__init__()
         if impl_backend not in ("torch", "liger"):
             raise refuse(OP, "impl_backend", "'torch' or 'liger'", repr(impl_backend), "Both use tokfuse.")
+        self.chunk_size = chunk_size
 
     def forward(
         self, hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (log_probs, entropy) with the shape of input_ids."""
+        if not _on_kernels(hidden_states):
+            own: tuple[torch.Tensor, torch.Tensor] = STOCK["FusedLinearForPPO"](self.chunk_size)(
+                hidden_states, vocab_weights, input_ids, temperature
+            )
+            return own
         return fused_head(hidden_states, vocab_weights, input_ids, temperature)
 
 
@@ -101,9 +129,16 @@ def linear_cross_entropy(
     """
     if reduction != "none":
         raise refuse(OP, "reduction", "'none' (verl uses no other)", repr(reduction), "Reduce the result yourself.")
+    ids = getattr(labels, IDS, None)
+    if ids is None and not _on_kernels(hidden):  # verl's own head has no log-probs at ids
+        own: tuple[torch.Tensor, torch.Tensor] = STOCK["linear_cross_entropy"](
+            hidden, weight, labels, temperature, reduction, dist_process_group
+        )
+        return own
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     group = dist_process_group
     if group is None or torch.distributed.get_world_size(group) == 1:
+        setattr(labels, IDS, ids)
         return fused_head(hidden, weight, labels, temperature)
     from tokfuse.runtime.distributed.vocab_parallel import linear_token_stats as sharded
     from tokfuse.runtime.distributed.vocab_shard import VocabShard
@@ -194,12 +229,18 @@ def targets() -> list[tuple[Any, str, Any]]:
         (importlib.import_module(TORCH_HEAD), "FusedLinearForPPO", FusedLinearForPPO),
         (importlib.import_module(TRITON_HEAD), "linear_cross_entropy", linear_cross_entropy),
     ]
+    for owner, attribute, ours in out:
+        if getattr(owner, attribute) is not ours:
+            STOCK[attribute] = getattr(owner, attribute)
     loaded: list[ModuleType] = [sys.modules[name] for name in MEGATRON if name in sys.modules]
     out += [(module, "linear_cross_entropy", linear_cross_entropy) for module in loaded]
     engine = importlib.import_module(ENGINE).FSDPEngineWithLMHead
-    for name, wrap in (
-        ("prepare_model_inputs", prepare_model_inputs),
-        ("prepare_model_outputs", prepare_model_outputs),
+    for name, wraps in (
+        ("prepare_model_inputs", (prepare_model_inputs, verl_distillation.prepare_model_inputs)),
+        ("prepare_model_outputs", (prepare_model_outputs, verl_distillation.prepare_model_outputs)),
     ):
-        out.append((engine, name, wrap(getattr(engine, name))))
+        method = getattr(engine, name)
+        for wrap in wraps:
+            method = wrap(method)
+        out.append((engine, name, method))
     return out

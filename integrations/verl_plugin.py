@@ -6,6 +6,7 @@ module registers new names and changes nothing in verl:
     actor_rollout_ref.actor.policy_loss.loss_mode=tokfuse_vanilla       # every loss of verl, fused
     actor_rollout_ref.actor.policy_loss.loss_mode=tokfuse_bapo          # methods of tokfuse
     algorithm.adv_estimator=tokfuse_grpo
+    distillation.distillation_loss.loss_mode=tokfuse_forward_kl_topk    # and verl's one-sample estimators
 
 `install()` also replaces verl's fused heads (`model.use_fused_kernels=True`) with `tokfuse.linear_token_stats`. To do
 so in all processes, set TOKFUSE_VERL_HEADS=1 in the environment of the job. `uninstall()` restores them, and
@@ -54,11 +55,14 @@ def register_algorithm(name: str, register_as: str | None = None, **options: Any
 
 
 def register() -> list[str]:
-    """Register every loss and advantage estimator under its prefixed name, and return the names. Idempotent."""
+    """Register every loss, advantage estimator and distillation loss by its prefixed name; return the names.
+
+    Calling it again has no effect.
+    """
     HOST.require(OP)
     from verl.trainer.ppo import core_algos
 
-    from tokfuse.integrations import verl_advantages, verl_losses
+    from tokfuse.integrations import verl_advantages, verl_distillation, verl_losses
 
     names = []
     for name in verl_losses.OF_VERL:
@@ -70,7 +74,7 @@ def register() -> list[str]:
         if PREFIX + name not in core_algos.ADV_ESTIMATOR_REGISTRY:
             core_algos.register_adv_est(PREFIX + name)(functools.partial(function, *first))
         names.append(PREFIX + name)
-    return names
+    return names + verl_distillation.register()
 
 
 def install() -> None:
@@ -95,13 +99,16 @@ def uninstall() -> None:
 
 def describe() -> dict[str, Any]:
     """Return the version of the host, the registered names, and the backend of each op on each device."""
-    from tokfuse.integrations import verl_advantages, verl_losses
+    from tokfuse.integrations import verl_advantages, verl_distillation, verl_losses
 
     losses = [*verl_losses.OF_VERL, *verl_losses.OF_ALGORITHMS]
     return {
         "host": f"verl {HOST.installed} (tested: {HOST.tested})",
         "losses": {PREFIX + name: where("policy_loss") for name in losses},
         "advantages": [PREFIX + name for name in verl_advantages.ESTIMATORS],
+        "distillation": {
+            name: where("token_stats_at") if "topk" in name else "torch" for name in verl_distillation.names()
+        },
         "heads": where("linear_token_stats") if _REBINDING.active else "verl's own",
     }
 

@@ -189,7 +189,7 @@ def detect(dry_run: bool) -> Machine:
     Raises:
         SystemExit: the machine has a GPU, but torch cannot use it.
     """
-    gpu, arch = "", "90a"
+    gpu, arch = "", "90"
     if not dry_run:
         code = "import torch; print('%d.%d' % torch.cuda.get_device_capability(), torch.cuda.get_device_name())"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -208,9 +208,9 @@ def detect(dry_run: bool) -> Machine:
 
 
 def arch_of(capability: str) -> str:
-    """Return the architecture to compile for. "9.0" gives "90a", which allows instructions of this GPU only."""
-    number = capability.replace(".", "")
-    return f"{number}a" if number in ("90", "100") else "80"
+    """Return the architecture to compile for. Code for X.0 runs on every X.y; other GPUs compile the PTX of sm_80."""
+    major = capability.partition(".")[0]
+    return f"{major}0" if major in ("9", "10", "12") else "80"
 
 
 def run_step(step: Step, limit_s: float, out: Path, environment: dict[str, str]) -> dict[str, Any]:

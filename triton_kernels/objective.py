@@ -70,11 +70,13 @@ class ObjectiveNumbers(NamedTuple):
     kl_clamp: Any  # bound on |k|; the gradient is zero outside
     entropy_coef: Any
     log_ratio_clamp: Any  # bound on |logp - old_logp|; the gradient is zero outside
+    anchor_coef: Any  # of the second KL term; may be negative
+    anchor_clamp: Any
 
 
 # The objective of the compile cases: PPO's clip with all bounds and a KL term.
-CASE_CODES = (PPO_CLIP.value, KL_K3.value)
-CASE_NUMBERS = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0)
+CASE_CODES = (PPO_CLIP.value, KL_K3.value, KL_NONE.value)
+CASE_NUMBERS = ObjectiveNumbers(0.8, 1.2, 3.0, 9.0, 0.0, 0.0, 0.1, 20.0, 0.01, 20.0, 0.0, 20.0)
 
 
 class TokenPointers(NamedTuple):
@@ -89,6 +91,8 @@ class TokenPointers(NamedTuple):
     ref_logp: Any
     kl_weight: Any
     entropy_weight: Any
+    anchor_logp: Any = None
+    anchor_weight: Any = None
 
 
 def require_signal(x: TokenPointers, shape: int) -> None:
@@ -228,11 +232,11 @@ def policy_term(log_ratio, logp, a, signal, o, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def kl_term(logp, ref_logp, log_ratio, o, KL: tl.constexpr):
+def kl_term(logp, ref_logp, log_ratio, clamp, log_ratio_clamp, KL: tl.constexpr):
     """Return (KL estimate, its derivative in logp). `log_ratio` (to old_logp): RatioK3 only."""
     raw = logp - ref_logp
-    k = clip(raw, -o.kl_clamp, o.kl_clamp)
-    inside = tl.where((raw < -o.kl_clamp) | (raw > o.kl_clamp), 0.0, 1.0)
+    k = clip(raw, -clamp, clamp)
+    inside = tl.where((raw < -clamp) | (raw > clamp), 0.0, 1.0)
     em1, k3 = expm1_pair(-k)  # e^-k - 1 and e^-k - 1 + k
     if KL == KL_K1:
         return k, inside
@@ -241,7 +245,7 @@ def kl_term(logp, ref_logp, log_ratio, o, KL: tl.constexpr):
     elif KL == KL_K3:
         return k3, inside * -em1
     elif KL == KL_RATIO_K3:
-        d = clip(log_ratio, -o.log_ratio_clamp, o.log_ratio_clamp)
+        d = clip(log_ratio, -log_ratio_clamp, log_ratio_clamp)
         r = tl.exp(d)
         return r * k3, r * (tl.where(d == log_ratio, k3, 0.0) - inside * em1)
     elif KL == KL_K1_STRAIGHT:
@@ -267,6 +271,7 @@ def token_terms(
     o,  # ObjectiveNumbers
     SHAPE: tl.constexpr,
     KL: tl.constexpr,
+    ANCHOR: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
 ):
     """Return (token loss, d_logp, d_entropy, chain, flags).
@@ -281,8 +286,14 @@ def token_terms(
     d_entropy = tl.where(loss == 0.0, 0.0, 0.0)
     if KL != KL_NONE:
         ref_logp = tl.load(x.ref_logp + offs, mask=keep, other=0.0)
-        kl, d_kl = kl_term(logp, ref_logp, logp - old_logp, o, KL)
+        kl, d_kl = kl_term(logp, ref_logp, logp - old_logp, o.kl_clamp, o.log_ratio_clamp, KL)
         coef = o.kl_coef * load_or(x.kl_weight, offs, keep, 1.0)
+        loss += coef * kl
+        d_logp += coef * d_kl
+    if ANCHOR != KL_NONE:
+        anchor_logp = tl.load(x.anchor_logp + offs, mask=keep, other=0.0)
+        kl, d_kl = kl_term(logp, anchor_logp, logp - old_logp, o.anchor_clamp, o.log_ratio_clamp, ANCHOR)
+        coef = o.anchor_coef * load_or(x.anchor_weight, offs, keep, 1.0)
         loss += coef * kl
         d_logp += coef * d_kl
     if ENTROPY_BONUS:
@@ -302,6 +313,7 @@ def token_objective(
     o,
     SHAPE: tl.constexpr,
     KL: tl.constexpr,
+    ANCHOR: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
 ):
     """Return (token loss, d_logp, d_entropy, ratio, flags) of a token-level objective.
@@ -313,7 +325,7 @@ def token_objective(
     agg = scale * load_or(x.agg_weight, offs, keep, 1.0)
     d, inside = bounded_log_ratio(logp - old_logp, a, o, SHAPE, BOTH_STAGES)
     loss, d_logp, d_entropy, chain, flags = token_terms(
-        d, logp, old_logp, entropy, a, agg, x, offs, keep, o, SHAPE, KL, ENTROPY_BONUS
+        d, logp, old_logp, entropy, a, agg, x, offs, keep, o, SHAPE, KL, ANCHOR, ENTROPY_BONUS
     )
     d_logp += inside * chain
     return (tl.where(keep, loss, 0.0), tl.where(keep, d_logp, 0.0), tl.where(keep, d_entropy, 0.0), tl.exp(d), flags)

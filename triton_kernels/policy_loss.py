@@ -9,7 +9,7 @@
 A token-level objective takes one launch over the tokens and one launch of a single program that
 adds the partial sums. With cu_seqlens, policy_prepare_kernel runs before them. A sequence-level
 objective takes one launch over the sequences and the two launches of policy_metrics. Per token, up
-to 40 bytes of input vectors are read (ten float32; a mask adds 1). A token-level objective writes
+to 48 bytes of input vectors are read (twelve float32; a mask adds 1). A token-level objective writes
 12 bytes per token, a sequence-level one 20.
 
 Sequence level: the log-ratio d of a sequence is the mean (or sum) of its tokens' bounded
@@ -105,6 +105,7 @@ def policy_loss_kernel(
     num_tokens,
     SHAPE: tl.constexpr,
     KL: tl.constexpr,
+    ANCHOR: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -120,7 +121,7 @@ def policy_loss_kernel(
     if entropy_ptr is not None:
         entropy = tl.load(entropy_ptr + offs_t, mask=keep, other=0.0)
     token_loss, d_logp, d_entropy, ratio, flags = token_objective(
-        logp, entropy, scale, x, offs_t, keep, o, SHAPE, KL, ENTROPY_BONUS
+        logp, entropy, scale, x, offs_t, keep, o, SHAPE, KL, ANCHOR, ENTROPY_BONUS
     )
     tl.store(out.token_loss + offs_t, token_loss, mask=in_range)
     tl.store(out.d_logp + offs_t, d_logp, mask=in_range)
@@ -161,6 +162,7 @@ def policy_loss_sequence_kernel(
     SHAPE: tl.constexpr,
     LEVEL: tl.constexpr,
     KL: tl.constexpr,
+    ANCHOR: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
     SEQ_MEAN: tl.constexpr,
     SEQ_ADVANTAGE: tl.constexpr,
@@ -206,7 +208,7 @@ def policy_loss_sequence_kernel(
         d = tl.zeros((BLOCK_T,), tl.float32) + level_log_ratio
         a = _advantage(x, offs_t, seq, keep, SEQ_ADVANTAGE)
         loss, d_logp, d_entropy, chain, flags = token_terms(
-            d, logp, old_logp, entropy, a, scale, x, offs_t, keep, o, SHAPE, KL, ENTROPY_BONUS
+            d, logp, old_logp, entropy, a, scale, x, offs_t, keep, o, SHAPE, KL, ANCHOR, ENTROPY_BONUS
         )
         if LEVEL == LEVEL_SEQUENCE_TOKEN:
             d_logp += level_inside * chain
@@ -293,7 +295,7 @@ def policy_loss(
     entropy: torch.Tensor | None,
     x: TokenPointers,
     numbers: ObjectiveNumbers,
-    codes: tuple[int, int],
+    codes: tuple[int, int, int],
     inv_normalizer: float | torch.Tensor,
     counts: torch.Tensor | None,
 ) -> tuple[TokenResults, torch.Tensor]:
@@ -304,7 +306,7 @@ def policy_loss(
         entropy: (tokens,) float32 or None.
         x: inputs of the objective; advantage and aggregation weight are per token.
         numbers: run-time values of the objective.
-        codes: (shape, KL estimator).
+        codes: (shape, KL estimator, estimator of the anchor).
         inv_normalizer: 1 / normaliser, a number or a () float32 tensor.
         counts: (seqs,) int32, valid tokens of each sequence, or None.
 
@@ -331,6 +333,7 @@ def policy_loss(
             num_tokens,
             SHAPE=codes[0],
             KL=codes[1],
+            ANCHOR=codes[2],
             ENTROPY_BONUS=numbers.entropy_coef != 0.0,
             BLOCK_T=config.block_t,
             SLOTS=SLOTS,
@@ -345,7 +348,7 @@ def policy_loss_sequence(
     cu_seqlens: torch.Tensor,
     x: TokenPointers,
     numbers: ObjectiveNumbers,
-    codes: tuple[int, int, int],
+    codes: tuple[int, int, int, int],
     inv_normalizer: float | torch.Tensor,
     *,
     seq_mean: bool,
@@ -359,7 +362,7 @@ def policy_loss_sequence(
         cu_seqlens: (seqs + 1,) int32, borders of the sequences.
         x: inputs of the objective; the advantage is (seqs,) with seq_advantage.
         numbers: run-time values of the objective.
-        codes: (shape, KL estimator, level).
+        codes: (shape, KL estimator, estimator of the anchor, level).
         inv_normalizer: 1 / normaliser, a number or a () float32 tensor.
         seq_mean: True if a token has the weight 1 / (valid tokens of its sequence).
         seq_advantage: True if there is one advantage per sequence.
@@ -388,7 +391,8 @@ def policy_loss_sequence(
             num_tokens,
             SHAPE=codes[0],
             KL=codes[1],
-            LEVEL=codes[2],
+            ANCHOR=codes[2],
+            LEVEL=codes[3],
             ENTROPY_BONUS=numbers.entropy_coef != 0.0,
             SEQ_MEAN=seq_mean,
             SEQ_ADVANTAGE=seq_advantage,

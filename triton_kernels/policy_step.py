@@ -125,6 +125,7 @@ def policy_step_kernel(
     logit_scale,
     SHAPE: tl.constexpr,
     KL: tl.constexpr,
+    ANCHOR: tl.constexpr,
     ENTROPY_BONUS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SAME_GRAD_LEAD: tl.constexpr,
@@ -175,7 +176,7 @@ def policy_step_kernel(
     tl.store(stats.top1 + token, top1)
 
     token_loss, ga, gh, ratio, flags = token_objective(
-        logp, entropy, scale, x, token, keep, o, SHAPE, KL, ENTROPY_BONUS
+        logp, entropy, scale, x, token, keep, o, SHAPE, KL, ANCHOR, ENTROPY_BONUS
     )
     tl.store(out.token_loss + token, token_loss)
     tl.store(out.d_logp + token, ga)
@@ -221,7 +222,7 @@ def policy_step_rows(
     target: torch.Tensor,
     x: TokenPointers,
     numbers: ObjectiveNumbers,
-    codes: tuple[int, int],
+    codes: tuple[int, int, int],
     inv_normalizer: float | torch.Tensor,
     stats: RowStatistics,
     out: TokenResults,
@@ -239,7 +240,7 @@ def policy_step_rows(
         target: (tokens,) int64, token ids.
         x: inputs of the objective, each (tokens,).
         numbers: run-time values of the objective.
-        codes: (shape, KL estimator).
+        codes: (shape, KL estimator, estimator of the anchor).
         inv_normalizer: 1 / normaliser, a number or a () float32 tensor.
         stats, out: results, (tokens,) each; written for the tokens of the rows.
         temperature: divides the logits; a number or (tokens,).
@@ -274,6 +275,7 @@ def policy_step_rows(
         logit_scale,
         SHAPE=codes[0],
         KL=codes[1],
+        ANCHOR=codes[2],
         ENTROPY_BONUS=numbers.entropy_coef != 0.0,
         HAS_SOFTCAP=softcap is not None,
         SAME_GRAD_LEAD=rows.same_lead(logits, grad_logits),
@@ -287,7 +289,7 @@ def policy_step(
     target: torch.Tensor,
     x: TokenPointers,
     numbers: ObjectiveNumbers,
-    codes: tuple[int, int],
+    codes: tuple[int, int, int],
     inv_normalizer: float | torch.Tensor,
     counts: torch.Tensor | None,
     *,

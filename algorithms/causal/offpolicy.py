@@ -97,6 +97,14 @@ _SERVED = (
     ),
 )
 
+_EXACT = {
+    "offpolicy_weights": "exact (paper)",
+    "ope": "exact (paper)",
+    "vtrace": "exact (paper)",
+    "paired_divergence": "exact (released code)",
+    "debiased_token_stats": "exact (released code)",
+}
+
 for _name, _op, _system, _source, _summary, _differs in _SERVED:
     add(
         Entry(
@@ -105,7 +113,7 @@ for _name, _op, _system, _source, _summary, _differs in _SERVED:
             table=__name__,
             kind="causal",
             system=_system,
-            label="exact",
+            label=_EXACT[_name],
             source=_source,
             summary=_summary,
             differs=_differs,

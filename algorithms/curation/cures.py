@@ -2,8 +2,7 @@
 
     method = tokfuse.algorithms.make("cures", prompts=5000, tau=0.1)
     prompts, state = method.sample(state, 128)               # by exp(sqrt(p (1 - p)) / tau)
-    p = method.success(state)[prompts]
-    sigma = rollout_sigma(sketches, correct, place, 128, p)  # from a few rollouts of each prompt
+    sigma = rollout_sigma(sketches, correct, place, 128)     # from a few rollouts of each prompt
     quota = method.quota(sigma, 1024)                        # sums to 1024 exactly
     state = method.observe(state, prompts[place], correct)   # every training rollout counts
 
@@ -107,7 +106,7 @@ def gradient_sigma(
     "cures_sigma",
     kind="selection",
     system="CurES",
-    label="exact",
+    label="exact (paper, released code)",
     source="arXiv 2510.01037; github.com/ZexuSun/CurES",
     summary="deviation of a prompt's policy gradient, from its rollouts' gradients or their norms",
     differs=(
@@ -116,7 +115,11 @@ def gradient_sigma(
     ),
 )
 def rollout_sigma(
-    gradient: torch.Tensor, correct: torch.Tensor, prompt_ids: torch.Tensor, num_prompts: int, p: torch.Tensor
+    gradient: torch.Tensor,
+    correct: torch.Tensor,
+    prompt_ids: torch.Tensor,
+    num_prompts: int,
+    p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `gradient_sigma` of every prompt, from its rollouts' gradients or from their norms. Exact.
 
@@ -131,7 +134,9 @@ def rollout_sigma(
         correct: (rollouts,), bool.
         prompt_ids: (rollouts,), int, in [0, num_prompts).
         num_prompts: number of prompts, >= 0.
-        p: (num_prompts,), success rates in [0, 1], e.g. from `CurES.success`.
+        p: (num_prompts,), success rates in [0, 1]. None: the share of correct rollouts of each prompt, as in the
+            released code: a prompt whose rollouts are all correct or all wrong has sigma 0. `CurES.success`, the mean
+            of the posterior, would give it a positive one.
 
     Returns:
         (num_prompts,) float64. A prompt without rollouts has sigma 0. If all its rollouts are correct, or all are
@@ -146,7 +151,8 @@ def rollout_sigma(
     rows = Rows(gradient.shape[0], "gradient", gradient.device)
     check_vector(op, "correct", correct, rows, BOOL)
     check_vector(op, "prompt_ids", prompt_ids, rows, INTS)
-    check_vector(op, "p", p, Rows(num_prompts, "num_prompts", gradient.device))
+    if p is not None:
+        check_vector(op, "p", p, Rows(num_prompts, "num_prompts", gradient.device))
     check_values(op, "gradient", gradient, always=True)
     check_values(op, "prompt_ids", prompt_ids, 0, num_prompts, open_high=True, always=True)
     x = gradient.detach().double().flatten(1) if gradient.dim() > 1 else gradient.double()[:, None]
@@ -158,6 +164,9 @@ def rollout_sigma(
         square.append(segment_sum(kept.square().sum(1), prompt_ids, num_prompts) / count)
         total = x.new_zeros(num_prompts, x.shape[1]).index_add_(0, prompt_ids.long(), kept)
         mean.append(total / count[:, None])
+    if p is None:
+        trials = segment_sum(torch.ones_like(correct, dtype=torch.float64), prompt_ids, num_prompts)
+        p = segment_sum(correct.double(), prompt_ids, num_prompts) / trials.clamp_min(1.0)
     apart = (mean[0] - mean[1]).square().sum(1)
     return gradient_sigma(p, square[0], square[1], apart)
 

@@ -23,7 +23,7 @@ from tokfuse.runtime.core.errors import refuse
     "hpl_curriculum",
     kind="selection",
     system="HPL",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2510.03253; a public copy of the code (SandRiverDDL/HPL, pipeline/group)",
     summary="group pairs by length and reward gap; three phases from short and easy to all",
     differs="The code that was read has the authors' README but is not in their GitHub account.",

@@ -1,10 +1,12 @@
 """Selection by influence with the settings of the papers: LESS, GREATS, UGDA, from per-sample features.
 
-    step = tokfuse.policy_step(hidden=..., weight=..., influence=InfluenceSpec())
-    ids = tokfuse.algorithms.make("greats", k=16, lr=1e-3).select(step.influence.sketches, anchors)
+    with tokfuse.influence.capture(model) as captured:
+        loss_of(model(candidates)).backward()
+    ids = tokfuse.algorithms.make("greats", k=16, lr=1e-3).select(captured.features, anchors)
 
-A feature is a per-sample gradient or a sketch of it. Sketches of the last hidden state rank samples by the gradients of
-the last layer only. Features of more layers work with the same calls.
+A feature is a per-sample gradient or a projection of it. `tokfuse.influence.capture` has features of all linear layers.
+The sketches of `policy_step(influence=...)` work with the same calls. They are a cheaper proxy, which ranks samples by
+the gradients of the last layer only.
 
 A feature, score or reward that is not finite raises ValueError: it has no rank (`tokfuse.influence`).
 """
@@ -35,12 +37,12 @@ Moments = tuple[torch.Tensor, torch.Tensor]
     "less",
     kind="selection",
     system="LESS",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2402.04333; github.com/princeton-nlp/LESS",
     summary="cosine of a sample's Adam update with validation gradients, over checkpoints",
     differs=(
         "Scores are exact for the given features. The paper's features are LoRA gradients of all "
-        "layers, projected to 8192 numbers; sketches see only the last hidden state."
+        "layers, projected to 8192 numbers; `influence.capture` projects each layer separately."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class LESS:
     "greats",
     kind="selection",
     system="GREATS",
-    label="exact",
+    label="exact (released code)",
     source="Wang et al., NeurIPS 2024; github.com/Jiachen-T-Wang/GREATS",
     summary="greedy choice of a batch: gain on validation minus overlap with the chosen samples",
     required=("k", "lr"),

@@ -37,7 +37,7 @@ def _unit_range(x: torch.Tensor) -> torch.Tensor:
     "leaf",
     kind="selection",
     system="LeaF",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2506.07851; github.com/RUCBM/LeaF",
     summary="tokens to which the student is sensitive and the teacher is not, removed span by span",
     differs=(

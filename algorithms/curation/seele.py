@@ -164,7 +164,7 @@ def invert_3pl(curve: ThreePL, target: float) -> float:
     "seele",
     kind="selection",
     system="SEELE",
-    label="exact",
+    label="exact (paper)",
     source="arXiv 2509.06923 Eqs. 1-13, Algorithm 1, Table 2 (code not retrievable)",
     summary="hint length from a three-parameter logistic fitted online, such that half of the rollouts pass",
     differs=(

@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.algorithms.registry import register
-from tokfuse.runtime.core.checks import BOOL, Rows, check_integer, check_number, check_values, check_vector
+from tokfuse.runtime.core.checks import (
+    BOOL,
+    Rows,
+    check_choice,
+    check_integer,
+    check_number,
+    check_values,
+    check_vector,
+)
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -53,12 +61,13 @@ class Resilience(NamedTuple):
     "thought_branches",
     kind="selection",
     system="Thought Branches",
-    label="exact",
+    label="exact (paper, released code)",
     source="arXiv 2510.27484; github.com/interp-reasoning/thought-branches",
     summary="counterfactual importance and resilience of a sentence, from resampled chains",
     differs=(
-        "Estimator, loop and constants match the released code. The KL definitions come from a "
-        "note that agrees. The caller passes the sampler and the embedder."
+        "Loop and constants match the released code. form='paper' (default): the kept side is the rollouts that "
+        "keep the sentence. form='code': the similar rollouts are pooled into it, as the code does by default. The "
+        "caller passes the sampler and the embedder."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,7 @@ class ThoughtBranches:
         min_dissimilar: if the share of dissimilar rollouts is at most this, all rollouts are used. In [0, 1].
         max_interventions: maximum number of removals of the resilience loop, >= 1.
         alpha: smoothing of `kl_binary`, > 0.
+        form: "paper" or "code".
 
     State: none.
     Source: released code, exact.
@@ -79,9 +89,11 @@ class ThoughtBranches:
     min_dissimilar: float = 0.05
     max_interventions: int = 20
     alpha: float = 1e-9
+    form: str = "paper"
 
     def __post_init__(self) -> None:
         op = "algorithms.thought_branches"
+        check_choice(op, "form", self.form, ("paper", "code"))
         check_number(op, "similar", self.similar, -1.0, 1.0)
         check_number(op, "min_dissimilar", self.min_dissimilar, 0.0, 1.0)
         check_integer(op, "max_interventions", self.max_interventions, 1)
@@ -114,6 +126,8 @@ class ThoughtBranches:
         if float(differs.double().mean()) <= self.min_dissimilar:
             differs = torch.ones_like(differs)
         branch = outcome[differs]
+        if self.form == "code":
+            kept_outcome = torch.cat([kept_outcome, outcome[~differs]])
         return kl_binary(
             int(branch.sum()), branch.numel(), int(kept_outcome.sum()), kept_outcome.numel(), alpha=self.alpha
         )

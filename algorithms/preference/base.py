@@ -15,11 +15,11 @@ number per sequence (multiplied by a token weight in LD-DPO).
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from tokfuse.algorithms.preference.batch import Layout, PreferenceBatch, Side
+from tokfuse.algorithms.preference.likelihood import NLL, chosen_tokens
 from tokfuse.algorithms.preference.result import PreferenceStep
 from tokfuse.algorithms.stateful import State, Stateful
 from tokfuse.runtime.core.checks import check_choice, check_number, may_read
@@ -37,11 +37,14 @@ class PreferenceLoss(Stateful, ABC):
     """
 
     beta: float = 0.1
-    whole: ClassVar[bool] = False
-    """Whether the loss of a pair depends on the other pairs of the batch."""
 
     def __post_init__(self) -> None:
         check_number(self._op, "beta", self.beta, 0.0, open_low=True)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of the batch."""
+        return False
 
     @property
     def needs_reference(self) -> bool:
@@ -124,13 +127,13 @@ class PreferenceLoss(Stateful, ABC):
                 "a tensor",
                 "This loss has no reference policy.",
             )
-        if batch.ref_sum is not None and self.token_tail_weight is not None:
+        if batch.ref_sum is not None and batch.ref_tail_weight != self.token_tail_weight:
             raise refuse(
                 self._op,
-                "batch.ref_sum",
-                "left out with tail_weight",
-                "a tensor",
-                "Pass ref_logp, because its tail is weighted too.",
+                "batch.ref_tail_weight",
+                f"{self.token_tail_weight}, the tail_weight of the loss (the tail of the reference is weighted too)",
+                batch.ref_tail_weight,
+                "Pass ref_logp, or sums with that weight and ref_tail_weight.",
             )
 
 
@@ -167,6 +170,11 @@ class PairLoss(PreferenceLoss):
     @property
     def token_tail_weight(self) -> float | None:
         return self.tail_weight
+
+    @property
+    def likelihood(self) -> NLL | None:
+        """A likelihood term of the chosen response that is added to the loss of the pair, or None."""
+        return None
 
     @abstractmethod
     def pair_losses(self, chosen: Side, rejected: Side, state: State) -> torch.Tensor:
@@ -210,17 +218,22 @@ class PairLoss(PreferenceLoss):
 
     def extra(self, chosen: Side, batch: PreferenceBatch, units: slice) -> torch.Tensor:
         """Return a term of the chosen response that is added to the loss of the pair, (pairs,)."""
-        return torch.zeros_like(chosen.length)
+        term = self.likelihood
+        if term is None:
+            return torch.zeros_like(chosen.length)
+        return term.per_pair(chosen, self.beta, self.totals(batch), None if batch.level is None else batch.level[units])
 
     def counts(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
-        """Return the number of pairs and of pairs per level, with level_weight."""
-        if self.level_weight is None:
-            return {}
-        assert batch.level is not None
-        level = batch.level.long()
-        zero = torch.zeros(len(self.level_weight), dtype=torch.float64, device=level.device)
-        levels = zero.index_add(0, level, torch.ones_like(level).double())
-        return {"pairs": pair_count(batch), "levels": levels}
+        """Return the number of pairs, with level_weight per level, and of chosen tokens with "batch_mean"."""
+        out: dict[str, torch.Tensor] = {}
+        if self.level_weight is not None:
+            assert batch.level is not None
+            level = batch.level.long()
+            zero = torch.zeros(len(self.level_weight), dtype=torch.float64, device=level.device)
+            out["levels"] = zero.index_add(0, level, torch.ones_like(level).double())
+        if self.likelihood is not None and self.likelihood.reduction == "batch_mean":
+            out["chosen_tokens"] = chosen_tokens(batch)
+        return {"pairs": pair_count(batch)} | out if out else {}
 
     def totals(self, batch: PreferenceBatch) -> Mapping[str, torch.Tensor]:
         """Return the counts of the whole step."""

@@ -30,6 +30,8 @@ class PreferenceBatch:
         ref_logp: (tokens,), float, nats. Log-probability under the frozen reference policy.
         ref_sum: (seqs,), float, nats. Alternative to ref_logp: its sums over the counting tokens, kept from an
             earlier pass.
+        ref_tail_weight: the tail_weight (LD-DPO) that ref_sum was summed with, and only with ref_sum. None: plain
+            sums. It must equal the loss's.
         pair_weight: (pairs,), float. Multiplies the loss of a pair; the count of pairs does not change. None: 1.
         level: (pairs,), int. 0, 1, ...; HPL: trajectory, step and group; ARIES: direct and refinement context.
             None: all 0.
@@ -50,6 +52,7 @@ class PreferenceBatch:
     mask: torch.Tensor | None = None
     ref_logp: torch.Tensor | None = None
     ref_sum: torch.Tensor | None = None
+    ref_tail_weight: float | None = None
     pair_weight: torch.Tensor | None = None
     level: torch.Tensor | None = None
     kl: torch.Tensor | None = None
@@ -64,6 +67,8 @@ class PreferenceBatch:
             raise refuse(OP, "pairs or desirable", "given, one of them", given, "Pass exactly one.")
         if self.ref_logp is not None and self.ref_sum is not None:
             raise refuse(OP, "ref_sum", "left out with ref_logp", "both", "It is computed from ref_logp.")
+        if self.ref_tail_weight is not None and self.ref_sum is None:
+            raise refuse(OP, "ref_tail_weight", "left out without ref_sum", self.ref_tail_weight, "It describes it.")
         tokens, per_seq = Rows(self.num_tokens, "num_tokens", device), Rows(seqs, "cu_seqlens", device)
         check_optional(OP, "mask", self.mask, tokens, BOOL)
         check_optional(OP, "ref_logp", self.ref_logp, tokens, FLOATS)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from tokfuse.algorithms.preference.base import PairLoss, pair_count
-from tokfuse.algorithms.preference.batch import PreferenceBatch, Side
+from tokfuse.algorithms.preference.base import PairLoss
+from tokfuse.algorithms.preference.batch import Side
+from tokfuse.algorithms.preference.likelihood import NLL
 from tokfuse.algorithms.stateful import State
 from tokfuse.runtime.core.checks import check_choice, check_number
 from tokfuse.runtime.core.errors import refuse
@@ -16,30 +17,6 @@ LINKS = ("logistic", "robust", "hinge", "square", "exo", "discopop")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 LENGTHS = ("sum", "mean")
 EXPONENT_MAX = 80.0  # as in TRL, whose exponents are float32
-NLL_REDUCTIONS = ("sum", "mean", "batch_mean")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NLL:
-    """A likelihood term of the chosen response: coef * (-logp), reduced.
-
-    Args:
-        coef: weight, >= 0.
-        reduction: "sum" or "mean" over the tokens of the response ("sum" is RPO's main text). "batch_mean": mean
-            over all chosen tokens of the batch, as a cross-entropy over the packed batch. With micro-batches or
-            ranks, it needs `batch.counts`.
-        times_beta: also multiply by the loss's beta (RPO: eta beta).
-        level: apply the term only to pairs of this level. None: to all pairs.
-    """
-
-    coef: float
-    reduction: str = "mean"
-    times_beta: bool = False
-    level: int | None = None
-
-    def __post_init__(self) -> None:
-        check_number("NLL", "coef", self.coef, 0.0)
-        check_choice("NLL", "reduction", self.reduction, NLL_REDUCTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +120,10 @@ class Contrast(PairLoss):
     def needs_reference(self) -> bool:
         return self.reference
 
+    @property
+    def likelihood(self) -> NLL | None:
+        return self.nll
+
     def score(self, side: Side) -> torch.Tensor:
         """Return s of one side: the implicit reward divided by beta."""
         x = side.log_ratio
@@ -177,34 +158,3 @@ class Contrast(PairLoss):
         gate = u / self.tau
         # exp(-u) overflows where the gate is 0, so multiply in log space.
         return torch.sigmoid(-gate) * -logsigmoid(u) + torch.exp(logsigmoid(gate) - u)
-
-    def extra(self, chosen: Side, batch: PreferenceBatch, units: slice) -> torch.Tensor:
-        term = self.nll
-        if term is None:
-            return super().extra(chosen, batch, units)
-        nll = -chosen.logp * (term.coef * (self.beta if term.times_beta else 1.0))
-        if term.reduction == "mean":
-            nll = nll / chosen.length
-        elif term.reduction == "batch_mean":
-            total = self.totals(batch)
-            nll = nll * total["pairs"] / total["chosen_tokens"].clamp(min=1)
-        if term.level is not None:
-            assert batch.level is not None
-            nll = torch.where(batch.level[units] == term.level, nll, 0.0)
-        return nll
-
-    def counts(self, batch: PreferenceBatch) -> dict[str, torch.Tensor]:
-        """Return also the number of chosen tokens, with reduction "batch_mean"."""
-        if self.nll is None or self.nll.reduction != "batch_mean":
-            return super().counts(batch)
-        return super().counts(batch) | {"pairs": pair_count(batch), "chosen_tokens": self.chosen_tokens(batch)}
-
-    def chosen_tokens(self, batch: PreferenceBatch) -> torch.Tensor:
-        """Return the number of counting tokens of the batch's chosen responses, () float64."""
-        assert batch.pairs is not None
-        keep = batch.mask
-        if keep is None:
-            keep = torch.ones(batch.num_tokens, dtype=torch.bool, device=batch.pairs.device)
-        before = torch.nn.functional.pad(keep.double().cumsum(0), (1, 0))
-        at = before[batch.cu_seqlens.long()]
-        return (at[1:] - at[:-1])[batch.pairs[:, 0]].sum()

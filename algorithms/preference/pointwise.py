@@ -53,7 +53,7 @@ class Pointwise(PairLoss):
     "bco_pair",
     kind="preference",
     system=FAMILY,
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2404.04656; TRL",
     summary="a binary classifier of each side; rewards are shifted by their running mean",
     differs="The shift is the mean over the previous batches. Earlier versions of TRL first add the "
@@ -107,7 +107,7 @@ class BCO(PairLoss):
     "orpo",
     kind="preference",
     system=FAMILY,
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2403.07691; TRL experimental/orpo",
     summary="likelihood of the chosen response plus the log odds ratio, no reference",
     differs="TRL's likelihood term also includes the prompt. Here it includes only the tokens that count.",
@@ -164,7 +164,7 @@ def log_odds(a: torch.Tensor) -> torch.Tensor:
     "kto",
     kind="preference",
     system=FAMILY,
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2402.01306; TRL kto_trainer",
     summary="unpaired: each response is compared with the batch's divergence from the reference",
 )
@@ -253,7 +253,6 @@ class AOT(PairLoss):
         tail_weight: weight in [0, 1] of tokens beyond the length of the shorter response (LD-DPO). None: 1.
     """
 
-    whole = True
     paired: bool = True
     smoothing: float = 0.0
 
@@ -264,6 +263,10 @@ class AOT(PairLoss):
             raise refuse(
                 self._op, "weighting and level_weight", "left out", "a value", "A sorted rank belongs to no pair."
             )
+
+    @property
+    def whole(self) -> bool:
+        return True
 
     def check(self, batch: PreferenceBatch) -> None:
         super().check(batch)

@@ -6,7 +6,7 @@ import torch
 
 from tokfuse.algorithms.preference.batch import PreferenceBatch
 from tokfuse.runtime.core.statistics import TokenStats
-from tokfuse.runtime.policy.results import Gradients
+from tokfuse.runtime.policy.results import Gradients, Influence
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class PreferenceStep:
     """Number of rows whose logits were computed twice, because their pair is larger than the workspace."""
     gradients: Gradients
     """Gradients before `loss.backward()`, only from hidden: "hidden", "weight", "bias". None if not required."""
+    influence: Influence | None = None
+    """Gradient norms and one sketch per sequence, if `influence=InfluenceSpec(...)` was passed, else None."""
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ def check_period(op: str, name: str, value: object) -> None:
     "tr_dpo",
     kind="preference",
     system="The DPO family",
-    label="exact",
+    label="exact (released code)",
     source="arXiv 2404.09656; TRL sync_ref_model",
     summary="the reference follows the policy: the policy is mixed in after a fixed number of steps",
 )

@@ -11,7 +11,9 @@ from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.statistics import TokenStats
-from tokfuse.runtime.lm_head.problem import check_head
+from tokfuse.runtime.lm_head.problem import check_head, probed
+from tokfuse.runtime.ops import influence as influence_op
+from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.token_stats import token_stats
 from tokfuse.runtime.ops.unit_step import unit_step
 from tokfuse.runtime.policy.results import Gradients
@@ -34,6 +36,7 @@ def preference_step(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    influence: InfluenceSpec | None = None,
 ) -> PreferenceStep:
     """Return the loss and gradients of a preference loss, from logits or from hidden states and the lm_head.
 
@@ -46,8 +49,8 @@ def preference_step(
         target: (tokens,) int64, in [0, vocab) where a token counts.
         logits: (tokens, vocab). None: use hidden and weight.
         hidden: (tokens, hidden), the last hidden states. None: use logits.
-        weight: (vocab, hidden), the lm_head, with the dtype and device of hidden.
-        bias: (vocab,), with the dtype and device of hidden, or None.
+        weight: (vocab, hidden), the lm_head; may have another dtype than hidden (see `linear_token_stats`).
+        bias: (vocab,), or None.
         state: state of `loss` (BCO). None: its initial state.
         normalizer: a number; "batch" for the number of pairs (unpaired: sequences) of this batch; None for the
             sum. With micro-batches or ranks, pass the global number of pairs, and set `batch.counts` if
@@ -57,6 +60,8 @@ def preference_step(
         logit_scale: factor of the logits before the cap (Cohere), > 0.
         memory_budget: from hidden only: bytes of workspace. None: the default of `linear_token_stats`, enlarged
             to fit the largest pair, at most 1 GiB.
+        influence: also return gradient norms of every token and a sketch of every sequence in `step.influence`. Only
+            from hidden. It computes grad_hidden even if hidden requires no gradient.
 
     Returns:
         PreferenceStep.
@@ -94,8 +99,8 @@ def preference_step(
     state = loss.initial_state() if state is None else state
     layout = Layout(batch, loss.whole, loss.token_tail_weight)
     objective = loss.objective(batch, layout, state, _scale(normalizer, batch))
-    options = LogitOptions(temperature, softcap, logit_scale, layout.counted)
-    _check_input(logits, hidden, weight, bias, memory_budget)
+    options = LogitOptions(temperature, softcap, logit_scale, layout.counted).floats()
+    _check_input(logits, hidden, weight, bias, memory_budget, influence)
     rows, twice = layout.units.order, 0
     gradients: Gradients = {}
     if logits is not None:
@@ -110,15 +115,21 @@ def preference_step(
         assert hidden is not None
         _check_tokens(batch, hidden)
         problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
+        if influence is not None:
+            problem = influence_op.request(OP, influence, problem, batch.cu_seqlens)
+        problem = probed(OP, problem, batch.cu_seqlens)
         value, stats, gradients, twice = unit_step(
             problem, layout.units, objective, own_budget=memory_budget is not None
         )
+    of_gradient = None
+    if influence is not None:
+        of_gradient = influence_op.collect(influence, problem, gradients, batch.cu_seqlens)
     with torch.no_grad():
         stats = TokenStats(*(x.detach() for x in stats))
         sides = layout.sides(stats.logp[rows], stats.sum_sq[rows], rows, 0, layout.num_units)
         losses = loss.losses(sides, batch, state, slice(0, layout.num_units))
         rewards = tuple(loss.reward(side) for side in sides)
-    return PreferenceStep(value, losses, rewards, stats, batch, twice, gradients)
+    return PreferenceStep(value, losses, rewards, stats, batch, twice, gradients, of_gradient)
 
 
 def _scale(normalizer: float | str | None, batch: PreferenceBatch) -> float:
@@ -139,12 +150,13 @@ def _check_input(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     memory_budget: int | None,
+    influence: InfluenceSpec | None,
 ) -> None:
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
         raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass exactly one of the two.")
     if logits is not None:
-        checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget)
+        checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget, influence=influence)
 
 
 def _check_tokens(batch: PreferenceBatch, rows: torch.Tensor) -> None:

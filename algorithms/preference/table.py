@@ -7,9 +7,10 @@ Liger-Kernel chunked_loss, or the authors' repository.
 from collections.abc import Callable
 from typing import Any
 
-from tokfuse.algorithms.preference.contrast import NLL, Contrast
+from tokfuse.algorithms.preference.contrast import Contrast
+from tokfuse.algorithms.preference.likelihood import NLL
 from tokfuse.algorithms.preference.pointwise import AOT, FAMILY, Pointwise
-from tokfuse.algorithms.registry import Entry, add
+from tokfuse.algorithms.registry import Entry, add, exact
 
 
 def _row(
@@ -18,7 +19,7 @@ def _row(
     summary: str,
     *,
     cls: Callable[..., Any] = Contrast,
-    label: str = "exact",
+    label: str | None = None,
     differs: str = "",
     required: tuple[str, ...] = (),
     system: str = FAMILY,
@@ -31,7 +32,7 @@ def _row(
             kind="preference",
             table=__name__,
             system=system,
-            label=label,
+            label=label or exact(source),
             source=source,
             summary=summary,
             differs=differs,

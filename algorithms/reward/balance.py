@@ -15,7 +15,7 @@ OP = "algorithms.kernel_balancing"
     "kernel_balancing",
     kind="reward",
     system="Kernel causal balancing",
-    label="exact",
+    label="exact (released code)",
     required=("gamma", "slack"),
     source="arXiv 2404.19596; github.com/haoxuanli-pku/ICLR24-Kernel-Balancing",
     summary="entropy of the weights plus a hinge for each unbalanced feature",

@@ -23,7 +23,7 @@ OP = "algorithms.ivl"
     "ivl",
     kind="reward",
     system="Outcome-invariant DA / IVL",
-    label="exact",
+    label="exact (released code)",
     required=("alpha",),
     source="arXiv 2510.25128; github.com/uzairakbar/causal-data-augmentation (ivl.py)",
     summary="squared group means of the residuals plus alpha times squared residuals",

@@ -13,7 +13,7 @@ from tokfuse.runtime.core.checks import Rows, check_number, check_vector
     "bradley_terry",
     kind="reward",
     system="The standard family",
-    label="exact",
+    label="exact (paper)",
     source="Bradley and Terry (1952); arXiv 2203.02155",
     summary="-log sig(r_chosen - r_rejected - margin)",
 )

@@ -8,8 +8,12 @@ namespace tokfuse {
 namespace cuda {
 namespace {
 
+// The kernels count the columns of a row in int.
+void check_vocab(int64_t vocab) { require(vocab <= INT32_MAX, "vocab must be < 2^31"); }
+
 void check_rows(const LogitsArgs& a) {
   check_args(a);
+  check_vocab(a.vocab);
   require(a.tile == 0 && a.tile_stride == 0, "rows come in one piece");
 }
 
@@ -57,7 +61,7 @@ void bind_policy_step(const Place& place, const LogitsArgs& a, const TokenStatsO
   check_rows(a);
   require(a.bias_logits == nullptr, "policy_step takes no bias_logits");
   require(o.params.level == Level::kToken, "policy_step fuses token-level objectives only");
-  check_inputs(o.params, o.signal, o.ref_logp, a.rows);
+  check_inputs(o.params, o.signal, o.ref_logp, o.anchor_logp, a.rows);
   require(grad.grad_tokens == nullptr, "grad_tokens is for the CPU");
   run("policy_step", "policy_step_kernel", place,
       [&](cudaStream_t stream) { return policy_step(a, stats, o, grad, stream); });
@@ -78,12 +82,14 @@ void bind_kept_bwd(const Place& place, const KeptArgs& a, const TokenStatsGrad& 
 
 void bind_divergence_fwd(const Place& place, const DivergenceArgs& a, const DivergenceOut& out) {
   check_args(a);
+  check_vocab(a.vocab);
   run("paired_divergence", "paired_divergence_fwd_kernel", place,
       [&](cudaStream_t stream) { return paired_divergence_fwd(a, out, stream); });
 }
 
 void bind_divergence_bwd(const Place& place, const DivergenceArgs& a, const DivergenceGrad& grad) {
   check_args(a);
+  check_vocab(a.vocab);
   run("paired_divergence", "paired_divergence_bwd_kernel", place,
       [&](cudaStream_t stream) { return paired_divergence_bwd(a, grad, stream); });
 }

@@ -68,13 +68,14 @@ void check_args(const ObjectiveArgs& o) {
   require(!needs_seqs || o.cu_seqlens != nullptr || o.tokens == 0, "cu_seqlens is null");
   require(o.params.entropy_coef == 0.0f || o.entropy != nullptr || o.tokens == 0,
           "entropy is null");
-  check_inputs(o.params, o.signal, o.ref_logp, o.tokens);
+  check_inputs(o.params, o.signal, o.ref_logp, o.anchor_logp, o.tokens);
 }
 
 void check_inputs(const ObjectiveParams& o, const float* signal, const float* ref_logp,
-                  int64_t tokens) {
+                  const float* anchor_logp, int64_t tokens) {
   require(!needs_signal(o.shape) || signal != nullptr || tokens == 0, "signal is null");
   require(o.kl == Kl::kNone || ref_logp != nullptr || tokens == 0, "ref_logp is null");
+  require(o.anchor == Kl::kNone || anchor_logp != nullptr || tokens == 0, "anchor_logp is null");
 }
 
 void check_args(const GroupAdvantageArgs& a) {

@@ -21,7 +21,7 @@ void check_args(const KeptArgs& a);
 void check_args(const ObjectiveArgs& o);
 // Inputs that the objective of `tokens` tokens needs.
 void check_inputs(const ObjectiveParams& o, const float* signal, const float* ref_logp,
-                  int64_t tokens);
+                  const float* anchor_logp, int64_t tokens);
 
 void check_args(const GroupAdvantageArgs& a);
 void check_args(const GaeArgs& a);

@@ -113,7 +113,10 @@ bool fits_objective(const ObjectiveArgs& o, bool has_entropy) {
   const ObjectiveParams& p = o.params;
   return (o.signal != nullptr) == needs_signal(p.shape) &&
          (o.ref_logp != nullptr || p.kl == Kl::kNone) &&
-         (o.kl_weight == nullptr || p.kl != Kl::kNone) && (has_entropy || p.entropy_coef == 0.0f) &&
+         (o.kl_weight == nullptr || p.kl != Kl::kNone) &&
+         (o.anchor_logp != nullptr) == (p.anchor != Kl::kNone) &&
+         (o.anchor_weight == nullptr || p.anchor != Kl::kNone) &&
+         (has_entropy || p.entropy_coef == 0.0f) &&
          (o.entropy_weight == nullptr || p.entropy_coef != 0.0f);
 }
 
@@ -128,6 +131,8 @@ enum Input : size_t {
   kRefLogp,
   kKlWeight,
   kEntropyWeight,
+  kAnchorLogp,
+  kAnchorWeight,
   kInputs
 };
 
@@ -135,8 +140,9 @@ enum Input : size_t {
 ObjectiveArgs read_objective(PyObject* inputs, PyObject* record, PyObject* by_seqs,
                              PyObject* inverse, int64_t tokens, int threads, bool has_entropy) {
   static TupleFields<kInputs> fields(
-      "PolicyInputs", {"old_logp", "advantage", "advantage_level", "mask", "cu_seqlens",
-                       "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight"});
+      "PolicyInputs",
+      {"old_logp", "advantage", "advantage_level", "mask", "cu_seqlens", "token_weight", "signal",
+       "ref_logp", "kl_weight", "entropy_weight", "anchor_logp", "anchor_weight"});
   const auto given = fields.of(inputs);
   PyObject *level = given[kAdvantageLevel], *borders = given[kCuSeqlens];
   ObjectiveArgs o = {};
@@ -159,6 +165,8 @@ ObjectiveArgs read_objective(PyObject* inputs, PyObject* record, PyObject* by_se
   o.ref_logp = floats(given[kRefLogp], tokens);
   o.kl_weight = floats(given[kKlWeight], tokens);
   o.entropy_weight = floats(given[kEntropyWeight], tokens);
+  o.anchor_logp = floats(given[kAnchorLogp], tokens);
+  o.anchor_weight = floats(given[kAnchorWeight], tokens);
   o.inv_normalizer = number(inverse);
   o.normalize_by_seqs = by_seqs == Py_True;
   o.threads = threads;

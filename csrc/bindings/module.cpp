@@ -49,7 +49,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("sanitizers") = TOKFUSE_SANITIZERS;  // "" or what CMake was given, e.g. address,undefined
   m.def("active_isa", &tokfuse::isa_name, "Instruction-set level the kernels run at.");
   m.attr("cuda_version") = TOKFUSE_CUDA_VERSION;  // of nvcc; "" without CUDA kernels
-  m.attr("cuda_archs") = TOKFUSE_CUDA_ARCHS;      // e.g. "80,90a,100a"
+  m.attr("cuda_archs") = TOKFUSE_CUDA_ARCHS;      // e.g. "80,90,100,120"
   m.attr("shapes") = tokfuse::shape_table();
   tokfuse::bind_records(m);
 #if defined(TOKFUSE_WITH_CUDA)

@@ -66,6 +66,9 @@ enum RecordField : size_t {
   kKlClamp,
   kEntropyCoef,
   kLogRatioClamp,
+  kAnchor,
+  kAnchorCoef,
+  kAnchorClamp,
   kRecordFields
 };
 
@@ -78,20 +81,24 @@ void read(PyObject* value, T* out) {
 
 ObjectiveParams objective_params(PyObject* record) {
   static TupleFields<kRecordFields> fields(
-      "ObjectiveRecord", {"shape", "level", "kl", "seq_mean", "p", "kl_coef", "kl_clamp",
-                          "entropy_coef", "log_ratio_clamp"});
+      "ObjectiveRecord",
+      {"shape", "level", "kl", "seq_mean", "p", "kl_coef", "kl_clamp", "entropy_coef",
+       "log_ratio_clamp", "anchor", "anchor_coef", "anchor_clamp"});
   const auto given = fields.of(record);
   ObjectiveParams o;
-  int shape = 0, level = 0, kl = 0;
+  int shape = 0, level = 0, kl = 0, anchor = 0;
   read(given[kShape], &shape);
   read(given[kLevel], &level);
   read(given[kKl], &kl);
+  read(given[kAnchor], &anchor);
   require(shape >= 0 && shape < kShapeCount, "unknown objective shape code");
   require(level >= 0 && level < kLevelCount, "unknown ratio level code");
   require(kl >= 0 && kl < kKlCount, "unknown KL code");
+  require(anchor >= 0 && anchor < kKlCount, "unknown KL code of the anchor");
   o.shape = static_cast<Shape>(shape);
   o.level = static_cast<Level>(level);
   o.kl = static_cast<Kl>(kl);
+  o.anchor = static_cast<Kl>(anchor);
   read(given[kSeqMean], &o.seq_mean);
   PyObject* p = given[kParameters];
   require(PyTuple_Check(p) && PyTuple_GET_SIZE(p) == kShapeSlots,
@@ -101,6 +108,8 @@ ObjectiveParams objective_params(PyObject* record) {
   read(given[kKlClamp], &o.kl_clamp);
   read(given[kEntropyCoef], &o.entropy_coef);
   read(given[kLogRatioClamp], &o.log_ratio_clamp);
+  read(given[kAnchorCoef], &o.anchor_coef);
+  read(given[kAnchorClamp], &o.anchor_clamp);
   return o;
 }
 
@@ -170,16 +179,17 @@ FIELDS_OF(DistillGrad, REQUIRED(grad_divergence), REQUIRED(grad_logp), REQUIRED(
 FIELDS_OF(ObjectiveArgs, REQUIRED(params), REQUIRED(tokens), REQUIRED(seqs), REQUIRED(logp),
           REQUIRED(old_logp), REQUIRED(advantage), REQUIRED(advantage_per_seq), REQUIRED(mask),
           REQUIRED(cu_seqlens), REQUIRED(token_weight), REQUIRED(signal), REQUIRED(ref_logp),
-          REQUIRED(kl_weight), REQUIRED(entropy), REQUIRED(entropy_weight),
-          REQUIRED(inv_normalizer), REQUIRED(normalize_by_seqs), REQUIRED(token_loss),
-          REQUIRED(d_logp), REQUIRED(d_entropy), REQUIRED(sums), OPTIONAL(threads),
-          OPTIONAL(scratch), OPTIONAL(partial))
+          REQUIRED(kl_weight), REQUIRED(entropy), REQUIRED(entropy_weight), REQUIRED(anchor_logp),
+          REQUIRED(anchor_weight), REQUIRED(inv_normalizer), REQUIRED(normalize_by_seqs),
+          REQUIRED(token_loss), REQUIRED(d_logp), REQUIRED(d_entropy), REQUIRED(sums),
+          OPTIONAL(threads), OPTIONAL(scratch), OPTIONAL(partial))
 
 FIELDS_OF(TokenObjectiveArgs, REQUIRED(params), REQUIRED(old_logp), REQUIRED(advantage),
           REQUIRED(agg_weight), REQUIRED(token_weight), REQUIRED(signal), REQUIRED(ref_logp),
-          REQUIRED(kl_weight), REQUIRED(entropy_weight), REQUIRED(batch_inv_normalizer),
-          REQUIRED(inv_normalizer), REQUIRED(token_loss), REQUIRED(d_logp), REQUIRED(d_entropy),
-          REQUIRED(ratio), REQUIRED(flags))
+          REQUIRED(kl_weight), REQUIRED(entropy_weight), REQUIRED(anchor_logp),
+          REQUIRED(anchor_weight), REQUIRED(batch_inv_normalizer), REQUIRED(inv_normalizer),
+          REQUIRED(token_loss), REQUIRED(d_logp), REQUIRED(d_entropy), REQUIRED(ratio),
+          REQUIRED(flags))
 
 FIELDS_OF(PrepareArgs, REQUIRED(seqs), REQUIRED(cu_seqlens), REQUIRED(mask),
           REQUIRED(seq_advantage), REQUIRED(counts), REQUIRED(agg_weight), REQUIRED(advantage))

@@ -27,6 +27,9 @@ struct ObjectiveParams {
   float kl_clamp;         // bound on |k|; the gradient is zero outside
   float entropy_coef;     // coefficient of the entropy bonus
   float log_ratio_clamp;  // bound on |logp - old_logp|; the gradient is zero outside
+  Kl anchor;              // estimator of the second KL term, against anchor_logp
+  float anchor_coef;
+  float anchor_clamp;
 };
 
 enum TokenFlag : uint32_t {
@@ -176,13 +179,14 @@ struct KlTerm {
   float d_logp;
 };
 
-// `log_ratio` (current against old policy) is read by RatioK3 only.
-TOKFUSE_HD KlTerm kl_term(const ObjectiveParams& o, float logp, float ref_logp, float log_ratio) {
+// `log_ratio` (current against old policy) is read by RatioK3 only, with its bound `ratio_clamp`.
+TOKFUSE_HD KlTerm kl_term(Kl estimator, float clamp, float ratio_clamp, float logp, float ref_logp,
+                          float log_ratio) {
   const float raw = logp - ref_logp;
-  const float k = raw < -o.kl_clamp ? -o.kl_clamp : (raw > o.kl_clamp ? o.kl_clamp : raw);
-  const float inside = raw < -o.kl_clamp || raw > o.kl_clamp ? 0.0f : 1.0f;
+  const float k = raw < -clamp ? -clamp : (raw > clamp ? clamp : raw);
+  const float inside = raw < -clamp || raw > clamp ? 0.0f : 1.0f;
   const float em1 = expm1f(-k), k3 = em1 + k;  // e^-k - 1 + k without cancellation
-  switch (o.kl) {
+  switch (estimator) {
     case Kl::kNone:
       return {0.0f, 0.0f};
     case Kl::kK1:
@@ -193,8 +197,8 @@ TOKFUSE_HD KlTerm kl_term(const ObjectiveParams& o, float logp, float ref_logp, 
       return {k3, inside * -em1};
     case Kl::kRatioK3: {
       float ratio_inside = 1.0f;
-      const float bound = o.log_ratio_clamp;
-      const float d = log_ratio < -bound ? -bound : (log_ratio > bound ? bound : log_ratio);
+      const float low = -ratio_clamp, high = ratio_clamp;
+      const float d = log_ratio < low ? low : (log_ratio > high ? high : log_ratio);
       if (d != log_ratio) ratio_inside = 0.0f;
       const float r = expf(d);
       return {r * k3, r * (ratio_inside * k3 - inside * em1)};
@@ -214,6 +218,7 @@ struct TokenInputs {
   float logp, entropy, old_logp, ref_logp, advantage, signal;
   float agg;  // aggregation weight times 1 / normaliser
   float weight, kl_weight, entropy_weight;
+  float anchor_logp, anchor_weight;
 };
 
 // Contributions of one token. The loss and the derivatives include the factor TokenInputs::agg.
@@ -226,13 +231,21 @@ struct TokenTerms {
   uint32_t flags;
 };
 
-// Policy, KL and entropy terms of a token. `log_ratio` is the one at the objective's level.
+// Policy, KL, anchor and entropy terms of a token. `log_ratio` is the one at the objective's level.
 TOKFUSE_HD TokenTerms token_terms(const ObjectiveParams& o, const TokenInputs& x, float log_ratio) {
   const PolicyTerm policy = policy_term(o, log_ratio, x.logp, x.advantage, x.signal);
   float loss = x.weight * policy.loss, d_logp = x.weight * policy.d_logp, d_entropy = 0.0f;
   if (o.kl != Kl::kNone) {
-    const KlTerm kl = kl_term(o, x.logp, x.ref_logp, x.logp - x.old_logp);
+    const KlTerm kl =
+        kl_term(o.kl, o.kl_clamp, o.log_ratio_clamp, x.logp, x.ref_logp, x.logp - x.old_logp);
     const float coef = o.kl_coef * x.kl_weight;
+    loss += coef * kl.value;
+    d_logp += coef * kl.d_logp;
+  }
+  if (o.anchor != Kl::kNone) {
+    const KlTerm kl = kl_term(o.anchor, o.anchor_clamp, o.log_ratio_clamp, x.logp, x.anchor_logp,
+                              x.logp - x.old_logp);
+    const float coef = o.anchor_coef * x.anchor_weight;
     loss += coef * kl.value;
     d_logp += coef * kl.d_logp;
   }

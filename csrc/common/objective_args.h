@@ -26,6 +26,8 @@ struct ObjectiveArgs {
   const float* kl_weight;       // (T) or null
   const float* entropy;         // (T) or null
   const float* entropy_weight;  // (T) or null
+  const float* anchor_logp;     // (T) or null
+  const float* anchor_weight;   // (T) or null
   double inv_normalizer;  // multiplies losses and coefficients; < 0: use 1 / count of this batch
   int normalize_by_seqs;  // 1: that count is of sequences; 0: of tokens
   int threads;            // CPU
@@ -50,6 +52,8 @@ struct TokenObjectiveArgs {
   const float* ref_logp;
   const float* kl_weight;
   const float* entropy_weight;
+  const float* anchor_logp;
+  const float* anchor_weight;
   const float* batch_inv_normalizer;  // () 1 / count of this batch; null: use inv_normalizer
   float inv_normalizer;
   // outputs; 0 for masked tokens
@@ -102,7 +106,9 @@ TOKFUSE_HD TokenTerms token_terms(const ObjectiveArgs& o, int64_t t, float log_r
                          agg,
                          optional(o.token_weight, t, 1.0f),
                          optional(o.kl_weight, t, 1.0f),
-                         optional(o.entropy_weight, t, 1.0f)};
+                         optional(o.entropy_weight, t, 1.0f),
+                         optional(o.anchor_logp, t, 0.0f),
+                         optional(o.anchor_weight, t, 1.0f)};
   return token_terms(o.params, x, log_ratio);
 }
 

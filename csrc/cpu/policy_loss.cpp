@@ -2,8 +2,8 @@
 // objective.
 //
 // Three passes over vectors of (T): aggregation weights, the objective (which reads the tokens of a
-// sequence up to three times for sequence-level ratios) and the metrics. Per token, up to 36 bytes
-// of input vectors (nine float32; a mask adds 1) are read. 12 bytes of results and 16 bytes of
+// sequence up to three times for sequence-level ratios) and the metrics. Per token, up to 44 bytes
+// of input vectors (eleven float32; a mask adds 1) are read. 12 bytes of results and 16 bytes of
 // scratch memory are written.
 #include "cpu/objective_tokens.h"
 

@@ -1,7 +1,7 @@
 # Builds the CUDA kernels of _native if nvcc is found. No GPU is needed. Sets TOKFUSE_CUDA_OBJECTS,
 # TOKFUSE_CUDA_VERSION and TOKFUSE_CUDA_ARCHS; they are empty without nvcc.
 set(TOKFUSE_CUDA "AUTO" CACHE STRING "CUDA kernels: AUTO (if nvcc is found), ON or OFF")
-set(TOKFUSE_CUDA_ARCHITECTURES "80;90a;100a" CACHE STRING "Architectures that kernels are compiled for")
+set(TOKFUSE_CUDA_ARCHITECTURES "80;90;100;120" CACHE STRING "Architectures that kernels are compiled for")
 set(TOKFUSE_CUDA_OBJECTS "")
 set(TOKFUSE_CUDA_VERSION "")
 set(TOKFUSE_CUDA_ARCHS "")
@@ -36,17 +36,29 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 
-# sm_80 is also stored as PTX, which newer GPUs compile when they load it. The code for sm_90a and
-# sm_100a uses bulk copies and clusters, that for sm_100a also packed float32; it runs on those GPUs
-# only. An architecture that nvcc is too old for is left out.
-set(since_90a 12.0)
-set(since_100a 12.8)
-set(gencode "")
+# Code for X.0 also runs on every X.y: that for sm_100 on 10.3, that for sm_120 on 12.1. From sm_90
+# on it uses bulk copies and clusters, from sm_100 on packed float32. No kernel needs the instructions
+# of a single GPU (sm_90a, sm_100a). sm_80 is also stored as PTX, which all other GPUs compile when
+# they load it. An architecture that nvcc is too old for is left out; the PTX serves it, too.
+set(since_90 12.0)
+set(since_100 12.8)
+set(since_103 12.9)
+set(since_110 13.0)
+set(since_120 12.8)
+set(supported "")
 foreach(arch ${TOKFUSE_CUDA_ARCHITECTURES})
-  if(DEFINED since_${arch} AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS "${since_${arch}}")
+  string(REGEX MATCH "^[0-9]+" number ${arch})
+  if(DEFINED since_${number} AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS "${since_${number}}")
     message(STATUS "tokfuse: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not support sm_${arch}")
-    continue()
+  else()
+    list(APPEND supported ${arch})
   endif()
+endforeach()
+if(NOT supported)
+  set(supported 80)
+endif()
+set(gencode "")
+foreach(arch ${supported})
   list(APPEND TOKFUSE_CUDA_ARCHS ${arch})
   set(code sm_${arch})
   if(arch STREQUAL "80")

@@ -1,5 +1,5 @@
 // Architecture-specific instructions are confined to this header: inline assembly, clusters, bulk
-// copies, cache hints and packed arithmetic. It also has the launch functions.
+// copies, cache hints and packed arithmetic. runtime.h has the launch functions.
 //
 // Kernels include this header and no CUDA header. With TOKFUSE_CUDA_HOST a C++ compiler compiles
 // the same kernels for the CPU. Then tests/cuda_host/device_host.h replaces every function below,
@@ -7,7 +7,9 @@
 // atomics. Rules that kernels follow so that both compile:
 //   * declare shared memory with TOKFUSE_SHARED or TOKFUSE_DYNAMIC_SHARED;
 //   * launch with `launch(kernel, shape, stream, arguments...)`;
-//   * guard code for one architecture with TOKFUSE_ARCH: 80, 90 or 100; 0 in host code.
+//   * guard code for some architectures with TOKFUSE_ARCH: 80, 90, 100, 103, 120, ...; 0 in host
+//     code. A kernel has a body for every architecture: without one it would return garbage.
+//     trap() is the body for those that no launcher chooses.
 #pragma once
 
 #include <cstddef>
@@ -56,13 +58,6 @@ struct Array {
 // Eviction priority of cache lines in L2. kLast (evict last): the data will be read again. kFirst
 // (evict first): it will not.
 enum class Keep { kLast, kFirst };
-
-// Size of a launch: the grid, the block, and `cluster` blocks per thread-block cluster.
-struct LaunchShape {
-  unsigned blocks, threads;
-  size_t shared = 0;  // bytes of dynamic shared memory per block
-  unsigned cluster = 1;
-};
 
 #if !defined(TOKFUSE_CUDA_HOST)
 
@@ -229,6 +224,9 @@ __device__ __forceinline__ uint32_t max2(Float16, uint32_t a, uint32_t b) {
   return y;
 }
 
+// Ends the kernel with an error that the next CUDA call returns.
+__device__ __forceinline__ void trap() { __trap(); }
+
 // ------------------------------------------------------------- clusters, barriers and bulk copies
 
 // An mbarrier in shared memory. A phase completes when all expected arrivals and bytes have been
@@ -316,99 +314,6 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, unsigned b
 }
 
 #endif  // TOKFUSE_ARCH >= 90
-
-// ------------------------------------------------------------------------------------ on the host
-
-// Sets `arch` to 80, 90 or 100: the variant of the kernels for the current device.
-inline cudaError_t device_arch(int* arch) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  }
-  // sm_120 has less shared memory and exp throughput than sm_100, so it takes the portable variant.
-  *arch = major == 9 ? 90 : (major == 10 ? 100 : 80);
-  return error;
-}
-
-inline cudaError_t l2_bytes(int64_t* bytes) {
-  int device = 0, value = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&value, cudaDevAttrL2CacheSize, device);
-  }
-  *bytes = value;
-  return error;
-}
-
-// Allows a kernel to use the dynamic shared memory of `shape`. Once per device would be enough, but
-// a repeated call is cheaper than a record of previous ones.
-template <class Kernel>
-cudaError_t prepare_kernel(Kernel* kernel, const LaunchShape& shape) {
-  constexpr size_t kWithoutAsking = 48 * 1024;  // a kernel may use this much without the attribute
-  if (shape.shared <= kWithoutAsking) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(shape.shared));
-}
-
-inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream,
-                                        cudaLaunchAttribute* cluster) {
-  cluster->id = cudaLaunchAttributeClusterDimension;
-  cluster->val.clusterDim.x = shape.cluster;
-  cluster->val.clusterDim.y = cluster->val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.blocks);
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = shape.shared;
-  config.stream = stream;
-  config.attrs = cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  return config;
-}
-
-// Launches the kernel and returns the error of the launch. A later CUDA call returns an error of
-// the kernel itself.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  cudaError_t error = prepare_kernel(kernel, shape);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(shape, stream, &cluster);
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-
-// Sets `blocks` to the size of a persistent grid: the number of blocks that are resident on the
-// device at once, in whole clusters.
-template <class Kernel>
-cudaError_t resident_blocks(Kernel* kernel, const LaunchShape& shape, unsigned* blocks) {
-  cudaError_t error = prepare_kernel(kernel, shape);
-  if (error != cudaSuccess) return error;
-  int device = 0, processors = 0, count = 0;
-  if (shape.cluster > 1) {
-    cudaLaunchAttribute cluster;
-    LaunchShape one = shape;
-    one.blocks = shape.cluster;
-    const cudaLaunchConfig_t config = launch_config(one, nullptr, &cluster);
-    error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-    *blocks = static_cast<unsigned>(count) * shape.cluster;
-    return error;
-  }
-  error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error =
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads, shape.shared);
-  }
-  *blocks = static_cast<unsigned>(processors * count);
-  return error;
-}
 
 #endif  // !TOKFUSE_CUDA_HOST
 

@@ -1,5 +1,6 @@
 // Launcher of the kernel in group_advantage.cuh.
 #include "cuda/group_advantage.cuh"
+#include "cuda/runtime.h"
 
 namespace tokfuse {
 namespace cuda {
@@ -12,7 +13,7 @@ constexpr int64_t kMaxBlocks = 1024;
 cudaError_t group_advantage(const GroupAdvantageArgs& a, cudaStream_t stream) {
   if (a.seqs == 0) return cudaSuccess;
   const int64_t wanted = (a.seqs + kBlock - 1) / kBlock;
-  const unsigned blocks = static_cast<unsigned>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
+  const int64_t blocks = wanted < kMaxBlocks ? wanted : kMaxBlocks;
   return launch(&group_advantage_kernel, LaunchShape{blocks, kBlock}, stream, a,
                 SortedIds{a.group_ids, a.order});
 }

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "cuda/device.cuh"
 #include "cuda/kernels.h"
+#include "cuda/runtime.h"
 
 namespace tokfuse {
 namespace cuda {
@@ -88,7 +88,7 @@ cudaError_t launch_resident(Kernel* kernel, int64_t items, unsigned threads, cud
   LaunchShape shape = {1, threads};
   const cudaError_t error = resident_blocks(kernel, shape, &shape.blocks);
   if (error != cudaSuccess) return error;
-  if (items < static_cast<int64_t>(shape.blocks)) shape.blocks = static_cast<unsigned>(items);
+  if (items < shape.blocks) shape.blocks = items;
   return launch(kernel, shape, stream, arguments...);
 }
 

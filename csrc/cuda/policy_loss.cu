@@ -15,8 +15,7 @@ cudaError_t policy_loss(const ObjectiveArgs& o, cudaStream_t stream) {
 
 cudaError_t policy_prepare(const PrepareArgs& a, cudaStream_t stream) {
   if (a.seqs == 0) return cudaSuccess;
-  return launch(&policy_prepare_kernel, LaunchShape{static_cast<unsigned>(a.seqs), kBlock}, stream,
-                a);
+  return launch(&policy_prepare_kernel, LaunchShape{a.seqs, kBlock}, stream, a);
 }
 
 cudaError_t policy_metrics(const MetricsArgs& a, cudaStream_t stream) {

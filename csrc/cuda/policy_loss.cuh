@@ -1,5 +1,5 @@
 // policy_loss: token losses, d loss / d logp, d loss / d entropy and metric sums of a policy
-// objective. Per token, up to 36 bytes are read (nine float32 vectors; a mask adds 1) and 12 are
+// objective. Per token, up to 44 bytes are read (eleven float32 vectors; a mask adds 1) and 12 are
 // written. Sequence-level ratios read logp, old_logp and the advantage twice more, from the cache.
 //
 // The unit of work is a segment: a sequence, or 1024 tokens without cu_seqlens. The kernel has

@@ -6,9 +6,9 @@ namespace tokfuse {
 namespace cuda {
 namespace {
 
-// Dynamic shared memory of a block. Together with the static shared memory of the kernel it must
-// not exceed 227 KiB.
-constexpr int64_t kSharedBytes = 224 * 1024;
+// Largest dynamic shared memory of a block. With 3 KiB of static shared memory, which end at a
+// multiple of 1 KiB, this is all that sm_90 and sm_100 have: 227 KiB.
+constexpr size_t kSharedBytes = 224 * 1024;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -27,7 +27,7 @@ ClusterChoice choose_cluster(int64_t vectors) {
       const int64_t slice = round_up((vectors + cluster - 1) / cluster, 8);
       const int64_t tiles =
           (slice + kTileOf<false> * kPolicyThreads - 1) / (kTileOf<false> * kPolicyThreads);
-      if (slice * 16 * stages <= kSharedBytes && tiles <= kMaxTiles) {
+      if (static_cast<size_t>(slice * 16 * stages) <= kSharedBytes && tiles <= kMaxTiles) {
         return {static_cast<unsigned>(cluster), {static_cast<int>(slice), stages}};
       }
     }
@@ -50,8 +50,9 @@ cudaError_t launch_portable(const LogitsArgs& a, const TokenStatsOut& out,
                          o, grads, aligned, together);
 }
 
-// Sets `launched` to false if the device cannot run such a cluster, which happens on a MIG
-// instance.
+// Sets `launched` to false if the device cannot run the kernel: the driver loaded code for an older
+// architecture, a block has less shared memory (sm_120), or no cluster of this size fits (a MIG
+// instance).
 template <class T, class G, bool kTransform>
 cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
                            const TokenStatsOut& out, const TokenObjectiveArgs& o,
@@ -59,11 +60,15 @@ cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
   const auto kernel = policy_step_cluster_kernel<T, G, kTransform>;
   LaunchShape shape = {1, kPolicyThreads, 0, choice.cluster};
   shape.shared = static_cast<size_t>(choice.layout.slice) * 16 * choice.layout.stages;
-  const cudaError_t error = resident_blocks(kernel, shape, &shape.blocks);
+  KernelCode code;
+  cudaError_t error = kernel_code(kernel, &code);
+  *launched = code.arch >= 90 && code.max_dynamic >= kSharedBytes;
+  if (error != cudaSuccess || !*launched) return error;
+  error = resident_blocks(kernel, shape, &shape.blocks);
   *launched = error == cudaSuccess && shape.blocks > 0;
   if (!*launched) return error;
   const int64_t wanted = a.rows * choice.cluster;
-  if (wanted < static_cast<int64_t>(shape.blocks)) shape.blocks = static_cast<unsigned>(wanted);
+  if (wanted < shape.blocks) shape.blocks = wanted;
   return launch(kernel, shape, stream, a, out, o, grads, choice.layout);
 }
 
@@ -72,9 +77,6 @@ cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
 cudaError_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const TokenObjectiveArgs& o,
                         const GradRows& grads, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
-  int arch = 0;
-  const cudaError_t error = device_arch(&arch);
-  if (error != cudaSuccess) return error;
   return by_dtypes(a.dtype, grads.grad_dtype, [&](auto* type, auto* grad_type) {
     using T = Pointee<decltype(type)>;
     using G = Pointee<decltype(grad_type)>;
@@ -84,7 +86,7 @@ cudaError_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const Tok
     const ClusterChoice choice = choose_cluster(a.vocab / kItems<T>);
     return by_flag(a.softcap != 0.0f, [&](auto transformed) {
       constexpr bool kTransform = decltype(transformed)::value;
-      if (arch >= 90 && aligned && together && choice.cluster > 0) {
+      if (aligned && together && choice.cluster > 0) {
         bool launched = false;
         const cudaError_t result =
             launch_cluster<T, G, kTransform>(choice, a, out, o, grads, stream, &launched);

@@ -10,7 +10,7 @@
 //   policy_step_cluster_kernel (sm_90 and later): a cluster of blocks keeps a row in its shared
 //     memory. Bulk copies load it there; when the gradient of a row has been written, they load the
 //     row after the next one. The rows must begin at multiples of 16 bytes and fit in the shared
-//     memory of a cluster (policy_step.cu).
+//     memory of a cluster (policy_step.cu). Code for sm_80 has no such kernel, only a trap.
 //   policy_step_kernel (portable): the second pass reads the row from the L2 cache. The loads of
 //     the first pass are marked evict-last; the loads of the second pass and all stores are marked
 //     evict-first. The grid has no more rows than L2 can hold.
@@ -323,6 +323,8 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
     use++;
   }
   cluster_sync();  // a block must not exit while another one may read its record
+#else
+  trap();
 #endif
 }
 

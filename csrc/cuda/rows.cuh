@@ -27,8 +27,13 @@
 // A row is split into vectors of 16 bytes. Thread v % threads loads vector v and keeps the
 // statistics of its own elements (`Lane`). The threads merge their statistics once per row, in an
 // order that depends on the vocabulary only. If a row does not begin at a multiple of 16 bytes, the
-// same threads assemble the same vectors from 4-byte words. So the result of a row depends, bit for
-// bit, neither on its address nor on its batch.
+// same threads assemble the same vectors from 4-byte words. So the result that a kernel computes
+// for a row depends, bit for bit, neither on its address nor on its batch.
+//
+// policy_step has two kernels, and the alignment of the rows decides which one runs. They add in
+// different orders, and on sm_100 one of them computes some exponentials of the gradient with the
+// polynomial. So the last bits of policy_step depend on whether the rows begin at multiples of 16
+// bytes.
 #pragma once
 
 #include "cuda/vectors.cuh"
@@ -73,8 +78,11 @@ __device__ __forceinline__ Pair exp2_polynomial(Pair x) {
   return mul2(p, {float_of(bits_of(t.x) << 23), float_of(bits_of(t.y) << 23)});
 }
 
-// Every kPolynomialShare-th pair uses the polynomial; 0: none does. On sm_100 memory delivers
-// elements as fast as the exp unit can take them, and issue slots are free.
+// Of the pairs that a thread computes at once, each one whose number is a multiple of
+// kPolynomialShare uses the polynomial; 0: none does. In the statistics this is one pair of 8. In
+// the gradient, where a thread computes one vector at a time, it is the first pair of the vector.
+// On sm_100 memory delivers elements as fast as the exp unit can take them, and issue slots are
+// free.
 constexpr int kNoPolynomial = 0;
 #if TOKFUSE_ARCH >= 100
 constexpr int kPolynomialShare = 8;

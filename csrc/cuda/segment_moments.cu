@@ -1,4 +1,5 @@
 // Launcher of the kernel in segment_moments.cuh.
+#include "cuda/runtime.h"
 #include "cuda/segment_moments.cuh"
 
 namespace tokfuse {
@@ -27,7 +28,7 @@ cudaError_t segment_moments(const MomentsArgs& a, cudaStream_t stream) {
         scratch.tickets, 0, static_cast<size_t>(a.segments) * sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
   }
-  const LaunchShape shape = {static_cast<unsigned>(a.segments * scratch.parts), kBlock};
+  const LaunchShape shape = {a.segments * scratch.parts, kBlock};
   return a.is_double ? launch(&segment_moments_kernel<double>, shape, stream, a, scratch)
                      : launch(&segment_moments_kernel<float>, shape, stream, a, scratch);
 }

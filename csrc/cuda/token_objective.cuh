@@ -25,7 +25,9 @@ __device__ __forceinline__ TokenResult token_objective(const TokenObjectiveArgs&
                           scale * optional(o.agg_weight, t, 1.0f),
                           optional(o.token_weight, t, 1.0f),
                           optional(o.kl_weight, t, 1.0f),
-                          optional(o.entropy_weight, t, 1.0f)};
+                          optional(o.entropy_weight, t, 1.0f),
+                          optional(o.anchor_logp, t, 0.0f),
+                          optional(o.anchor_weight, t, 1.0f)};
   float inside;
   const float d =
       bounded_log_ratio(o.params, kBothStages, logp - in.old_logp, in.advantage, &inside);

@@ -1,4 +1,5 @@
 // Launcher of the kernel in vtrace.cuh.
+#include "cuda/runtime.h"
 #include "cuda/vtrace.cuh"
 
 namespace tokfuse {
@@ -6,7 +7,7 @@ namespace cuda {
 
 cudaError_t vtrace(const VtraceArgs& a, cudaStream_t stream) {
   if (a.tokens == 0 || a.seqs == 0) return cudaSuccess;
-  return launch(&vtrace_kernel, LaunchShape{static_cast<unsigned>(a.seqs), kScanBlock}, stream, a);
+  return launch(&vtrace_kernel, LaunchShape{a.seqs, kScanBlock}, stream, a);
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 """One training step: statistics of the old policy, advantages, and the policy updates."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import tokfuse
 from grpo_demo.rollout import Rollout, completion_hidden
-from tokfuse.algorithms import Algorithm, Batch, Plan
+from tokfuse.algorithms import Algorithm, Batch, Plan, train_step
 
 
 @dataclass
@@ -100,47 +101,27 @@ class Learner:
             old_logp=old.logp,
             entropy=old.entropy,
         )
-        with clock:
-            batch = self.algorithm.prepare(batch, self.state)
-        result = StepResult(old.entropy.mean().item(), len(old.logp), clock)
-        for groups in torch.arange(len(rollout.prompt)).chunk(self.minibatches):
-            self._update(rollout, groups, batch, result)
-        self.state = self.algorithm.advance(self.state, batch)
-        return result
+        saved: list[dict[str, Any]] = []
 
-    def _update(self, rollout: Rollout, groups: Tensor, batch: Batch, result: StepResult) -> None:
-        """Take one optimizer step on these groups, unless all their gradients are zero."""
-        whole = self.algorithm.objective(batch.take(rollout.sequences(groups)), self.state)
-        live = self._with_gradient(groups, rollout, batch, whole)
-        if len(live) == 0:
-            return
-        part = rollout.select(live)
-        plan = self.algorithm.objective(batch.take(rollout.sequences(live)), self.state)
-        # A skipped group has loss 0 but still counts in the normalizer.
-        inputs = plan.inputs(normalizer=whole.count())
-        hidden = completion_hidden(self.model, part)
-        with result.loss_clock:
-            step = tokfuse.policy_step(hidden=hidden, weight=self.model.lm_head.weight, target=part.target, **inputs)
-        step.loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        metrics = self.algorithm.measure(plan, step.stats.logp, step.stats.entropy)
-        self.state = self.algorithm.update(self.state, metrics)
-        result.updates += 1
-        result.metrics = step.metrics if result.metrics is None else result.metrics + step.metrics
-        del inputs["objective"]  # belongs to the algorithm, not to the batch
-        result.batches.append({"hidden": hidden.detach(), "target": part.target, **inputs})
+        def forward(seqs: Tensor, source: str) -> dict[str, Tensor]:
+            part = rollout.select(seqs[:: rollout.group_size] // rollout.group_size)  # whole groups, in order
+            hidden = completion_hidden(self.model, part)
+            return {"hidden": hidden, "weight": self.model.lm_head.weight, "target": part.target}
 
-    def _with_gradient(self, groups: Tensor, rollout: Rollout, batch: Batch, plan: Plan) -> Tensor:
-        """Return the groups that the model must read again.
+        def save(plan: Plan, inputs: Mapping[str, Any], step: tokfuse.PolicyStep) -> None:
+            kept = {name: value for name, value in inputs.items() if name not in ("weight", "objective")}
+            saved.append(kept | {"hidden": inputs["hidden"].detach()})
 
-        The gradient of a group is exactly 0 if all its samples are correct or all are wrong (every advantage is then
-        0), or if the algorithm deselected all its tokens.
-        """
-        live = batch.lengths > 0
-        if not plan.needs_every_row:
-            size = batch.advantage.abs()
-            live &= (batch.sequence_mean(size) if batch.advantage_level == "token" else size) > 0
-        if not self.leave_out:
-            return groups
-        return groups[live.view(-1, rollout.group_size)[groups].any(1)]
+        done = train_step(
+            self.algorithm,
+            self.state,
+            batch,
+            forward,
+            self.optimizer,
+            minibatches=self.minibatches,
+            leave_out=self.leave_out,
+            on_step=save,
+        )
+        self.state = done.state
+        clock.seconds += done.seconds
+        return StepResult(old.entropy.mean().item(), len(old.logp), clock, len(done.losses), done.metrics, saved)

@@ -57,6 +57,8 @@ class TokenPointers(NamedTuple):
     ref_logp: torch.Tensor | None
     kl_weight: torch.Tensor | None
     entropy_weight: torch.Tensor | None
+    anchor_logp: torch.Tensor | None = None
+    anchor_weight: torch.Tensor | None = None
 
 
 def objective_args(
@@ -98,6 +100,8 @@ def objective_args(
         kl_weight=float_vector(i.kl_weight),
         entropy=float_vector(entropy),
         entropy_weight=float_vector(i.entropy_weight),
+        anchor_logp=float_vector(i.anchor_logp),
+        anchor_weight=float_vector(i.anchor_weight),
         inv_normalizer=inv_normalizer,
         normalize_by_seqs=objective.counts_sequences,
         **out._asdict(),
@@ -124,6 +128,8 @@ def token_objective_args(
         ref_logp=x.ref_logp,
         kl_weight=x.kl_weight,
         entropy_weight=x.entropy_weight,
+        anchor_logp=x.anchor_logp,
+        anchor_weight=x.anchor_weight,
         batch_inv_normalizer=inv_normalizer if of_batch else None,
         inv_normalizer=1.0 if of_batch else inv_normalizer,
         **out._asdict(),

@@ -22,8 +22,8 @@ class TritonInputs(NamedTuple):
     """triton_kernels.objective.TokenPointers."""
     numbers: Any
     """triton_kernels.objective.ObjectiveNumbers."""
-    codes: tuple[int, int]
-    """Codes of shape and KL estimator, which are compile-time constants."""
+    codes: tuple[int, int, int]
+    """Codes of the shape and of the estimators of the KL term and of the anchor, which are compile-time constants."""
     inv_normalizer: float | torch.Tensor
     """1 / normaliser; a () float32 tensor if the normaliser is the count of this batch."""
     counts: torch.Tensor | None
@@ -35,11 +35,17 @@ def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) ->
     kernels = triton_backend.kernels("objective")
     r = objective.record
     numbers = kernels.ObjectiveNumbers(
-        *r.p, kl_coef=r.kl_coef, kl_clamp=r.kl_clamp, entropy_coef=r.entropy_coef, log_ratio_clamp=r.log_ratio_clamp
+        *r.p,
+        kl_coef=r.kl_coef,
+        kl_clamp=r.kl_clamp,
+        entropy_coef=r.entropy_coef,
+        log_ratio_clamp=r.log_ratio_clamp,
+        anchor_coef=r.anchor_coef,
+        anchor_clamp=r.anchor_clamp,
     )
     given = per_token(inputs, objective, inv_normalizer, _prepare)
     pointers = kernels.TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
-    return TritonInputs(pointers, numbers, (r.shape, r.kl), given.inv_normalizer, given.counts)
+    return TritonInputs(pointers, numbers, (r.shape, r.kl, r.anchor), given.inv_normalizer, given.counts)
 
 
 _launch_step = triton_backend.launcher("policy_step", "policy_step")

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.forced import forced_backend
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 INTS = frozenset({torch.int32, torch.int64})
@@ -39,11 +42,67 @@ def may_read(tensor: torch.Tensor) -> bool:
 # ----------------------------------------------------------------------------------------- tensors
 
 
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
 def require_tensor(op: str, name: str, value: object) -> torch.Tensor:
-    """Return `value`. Raise TypeError if it is not a tensor."""
+    """Return `value`. Raise an error if it is not a tensor with values in its own memory."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(value).__name__}. Convert it first.")
+    if torch.compiler.is_compiling():  # tensors have no values there
+        return value
+    if type(value) not in PLAIN_TENSORS:
+        _check_subclass(op, name, value)
+    elif is_functorch_wrapped_tensor(value):
+        _check_transform(op, name, value)
     return value
+
+
+def check_main(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise ValueError if the main input is a meta tensor. Other inputs must be on the device of the main input."""
+    if x.is_meta and not torch.compiler.is_compiling():
+        raise refuse(op, name, "a tensor with values", "a meta tensor", "Move it to a device first.")
+
+
+def _check_subclass(op: str, name: str, value: torch.Tensor) -> None:
+    """Raise ValueError for the subclasses that have no memory of their own."""
+    kind = type(value).__name__
+    if kind == "FakeTensor":
+        step = "Call it with real tensors, or inside torch.compile, which knows the shapes of its results."
+    elif kind == "DTensor":
+        step = f"Pass {name}.to_local() inside a model's forward, or use tokfuse.distributed for a sharded vocabulary."
+    elif is_traceable_wrapper_subclass(value):
+        step = "Convert it first."
+    else:
+        return
+    raise refuse(op, name, "a plain tensor", f"a {kind}", step)
+
+
+def _check_transform(op: str, name: str, value: torch.Tensor) -> None:
+    """Raise ValueError for a tensor of torch.func. The reference can be differentiated by torch.func.grad."""
+    if is_gradtrackingtensor(value) and forced_backend() == "reference":
+        return
+    transform = "torch.func.grad" if is_gradtrackingtensor(value) else "torch.func.vmap"
+    raise refuse(
+        op,
+        name,
+        "a plain tensor (the kernels do not run under transforms of torch.func)",
+        f"a tensor of {transform}",
+        "Use torch.autograd.grad, and pack a batch into (tokens, ...) in place of vmap.",
+    )
+
+
+def is_integer(value: object) -> bool:
+    """Return whether `value` is an integer of Python or numpy. A bool is one, too."""
+    # numbers.Integral is tested last because torch.compile does not trace into it.
+    return isinstance(value, int) or isinstance(value, numbers.Integral)
+
+
+def number(value: Any) -> Any:
+    """Return a real number of numpy or `fractions` as a float, and everything else unchanged."""
+    if value is None or isinstance(value, int | float | torch.Tensor) or not isinstance(value, numbers.Real):
+        return value
+    return float(value)
 
 
 def check_dtype(op: str, name: str, value: torch.Tensor, dtypes: frozenset[torch.dtype]) -> None:
@@ -86,9 +145,10 @@ def check_matrix(op: str, name: str, x: torch.Tensor, axes: str) -> None:
             name,
             f"two-dimensional {axes}",
             f"shape {tuple(x.shape)}",
-            "Pack padded batches to (tokens, ...) first.",
+            f"Call {name}.reshape(-1, {name}.shape[-1]).",
         )
     check_dtype(op, name, x, FLOATS)
+    check_main(op, name, x)
 
 
 class Rows(NamedTuple):
@@ -116,7 +176,9 @@ def check_vector(
             want = f"of shape ({rows.size},) to match {rows.partner}"
         raise refuse(op, name, want, f"shape {tuple(x.shape)}", "Pass the packed vector, without padding.")
     check_dtype(op, name, x, dtypes)
-    if rows is not None:
+    if rows is None:
+        check_main(op, name, x)
+    else:
         check_device(op, name, x, rows.device)
     return x
 
@@ -315,6 +377,16 @@ def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
         if x is not None and x.dtype == torch.float64:
             return torch.float64
     return torch.float32
+
+
+def head_dtype(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
+    """Return the dtype in which an lm_head is computed: the wider of hidden and weight, float64 for a float64 bias.
+
+    Neither of bfloat16 and float16 contains the other; together they are computed in float32.
+    """
+    if bias is not None and bias.dtype == torch.float64:
+        return torch.float64
+    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def plain(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:

@@ -7,19 +7,17 @@ it cannot serve the call, `BackendUnavailable` lists every backend with its reas
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.core import native
 from tokfuse.runtime.core.errors import BackendUnavailable
+from tokfuse.runtime.core.forced import FORCED
+from tokfuse.runtime.core.forced import ORDER as ORDER
+from tokfuse.runtime.core.forced import forced_backend as forced_backend
 from tokfuse.runtime.core.logit_options import LogitOptions
-
-ORDER = ("cuda", "triton", "cpu", "reference")
 
 FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 ALL_DTYPES = FLOAT_DTYPES | {torch.float64}
@@ -95,7 +93,6 @@ class Capability:
 
 _REGISTRY: dict[str, dict[str, Capability]] = {}
 _CHOICES: dict[tuple[object, ...], Capability] = {}
-_FORCED: ContextVar[str | None] = ContextVar("tokfuse_backend", default=None)
 
 
 def register(capability: Capability) -> None:
@@ -103,30 +100,6 @@ def register(capability: Capability) -> None:
     rows = _REGISTRY.setdefault(capability.op, {})
     assert capability.backend in ORDER and capability.backend not in rows
     rows[capability.backend] = capability
-
-
-def forced_backend() -> str | None:
-    """Return the backend of the innermost `backend(...)` context, else of `TOKFUSE_BACKEND`, else None."""
-    forced = _FORCED.get()
-    if forced is None and native.environment_sets("TOKFUSE_BACKEND"):
-        forced = os.environ.get("TOKFUSE_BACKEND") or None
-        if forced is not None and forced not in ORDER:
-            raise ValueError(
-                f"TOKFUSE_BACKEND must be one of {', '.join(ORDER)}; got {forced!r}. "
-                "Unset it to select a backend automatically."
-            )
-    return forced
-
-
-def eager_cpu() -> Any | None:
-    """Return the native module if one of its functions may run a whole CPU call, checks and outputs included.
-
-    Return None under torch.compile, if another backend is forced, and without the module. The call then
-    takes the general path. It also does so if the native function returns None for its arguments.
-    """
-    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
-        return None
-    return native.eager()
 
 
 @contextlib.contextmanager
@@ -142,11 +115,11 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in ORDER:
         raise ValueError(f"backend: name must be one of {', '.join(ORDER)}; got {name!r}. Choose a listed name.")
-    token = _FORCED.set(name)
+    token = FORCED.set(name)
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        FORCED.reset(token)
 
 
 def select(op: str, device: str, dtype: torch.dtype, features: frozenset[str] = frozenset()) -> Capability:

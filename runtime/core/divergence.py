@@ -13,6 +13,7 @@ BETA, ALPHA = 0.5, 0.1
 def mix_weight_of(op: str, kind: str, beta: float, alpha: float) -> float:
     """The weight in the mixture: alpha for the skew kinds, else beta. Refuses one that `kind` does not use."""
     checks.check_choice(op, "kind", kind, DIVERGENCES)
+    beta, alpha = checks.number(beta), checks.number(alpha)
     if not 0.0 < checks.check_number(op, "beta", beta, -math.inf) < 1.0:
         raise refuse(op, "beta", "in (0, 1)", repr(beta), 'Its limits are kind="kl_forward" (0) and "kl_reverse" (1).')
     if not 0.0 < checks.check_number(op, "alpha", alpha, -math.inf) < 1.0:

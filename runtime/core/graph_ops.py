@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.runtime.core.first_order import first_order
+
 Number = float | torch.Tensor
 """A number inside a graph: a constant, or a () float64 tensor on the CPU."""
 
@@ -40,6 +42,7 @@ class GraphOp:
 
     def __init__(self, name: str, schema: str, run: Callable[..., Any]) -> None:
         arguments, arrow, results = schema.partition(") ->")
+        self._name = name.removeprefix("tokfuse::")
         kinds = [part.split()[0] for part in arguments.lstrip("(").split(",")]
         self._places = [place for place, kind in enumerate(kinds) if kind.startswith("float")]
 
@@ -82,6 +85,7 @@ class GraphOp:
             *given, changing = inputs
             setup_context(ctx, tuple(given if changing is None else self._replace(given, changing.unbind())), output)
 
+        backward = first_order(self._name)(backward)
         self._op.register_autograd(lambda ctx, *grads: (*backward(ctx, *grads), None), setup_context=setup)
 
     def _replace(self, args: Sequence[Any], values: Sequence[Number]) -> list[Any]:

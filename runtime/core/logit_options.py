@@ -19,6 +19,12 @@ class LogitOptions(NamedTuple):
     bias_logits: torch.Tensor | None = None
     bias_scale: float = 1.0
 
+    def floats(self) -> "LogitOptions":
+        """Return the options with numbers of numpy as floats: not every kernel takes them."""
+        number = checks.number
+        first = number(self.temperature), number(self.softcap), number(self.logit_scale)
+        return LogitOptions(*first, self.mask, self.bias_logits, number(self.bias_scale))
+
     def features(self) -> frozenset[str]:
         """Return the names of the optional behaviours that this call uses."""
         if self.bias_logits is None and self.softcap is None:
@@ -153,5 +159,5 @@ def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: fl
         "target",
         f"in [0, {vocab}) in every row where mask is True",
         f"{y} in row {row}",
-        "Set mask to False on prompt and padding rows.",
+        f"Pass ignore_index={y}." if y == -100 else "Set mask to False on prompt and padding rows.",
     )

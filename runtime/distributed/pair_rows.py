@@ -39,11 +39,10 @@ from tokfuse.runtime.ops import token_stats as stats_op
 from tokfuse.runtime.reference.token_stats import result_dtype
 
 
-def kernels_of(x: torch.Tensor, features: frozenset[str]) -> RowKernels:
-    """Return the row kernels for the device and dtype of `x`."""
-    device, dtype = x.device.type, x.dtype
-    stats = select(stats_op.OP, device, dtype, features).run
-    return RowKernels(stats, select(divergence_op.OP, device, dtype, features).run)
+def kernels_of(device: torch.device, dtype: torch.dtype, features: frozenset[str]) -> RowKernels:
+    """Return the row kernels for logits of this dtype, or from a head that is computed in it."""
+    stats = select(stats_op.OP, device.type, dtype, features).run
+    return RowKernels(stats, select(divergence_op.OP, device.type, dtype, features).run)
 
 
 class Columns(NamedTuple):
@@ -270,7 +269,8 @@ def head_pass(
         they are given, are not computed.
     """
     s, t, shard = call, call.teacher, call.shard
-    kernels = kernels_of(s.hidden, call.features())
+    student = call.head()
+    kernels = kernels_of(s.hidden.device, student.dtype, call.features())
     assert kernels.stats.state is not None
     dtype = kernels.stats.state.dtype
     exact = dtype == torch.float64
@@ -279,7 +279,6 @@ def head_pass(
         given = given.each(lambda x: x.to(dtype))
         active = given.active()
         needed = active if needed is None else active & needed
-    student = call.head()
     rows = device_head.classify(student, needed, None)
     head = ExactHead(student, needs) if exact else DeviceHead(student, needs, rows)
     of_teacher: ExactHead | DeviceHead | None = None
@@ -321,5 +320,5 @@ def head_pass(
                 of_chunk = PairSaved(*(x[index] for x in kept))
                 write_gradient(kernels, columns, s.divergence, target, of_chunk, part, shard, dz)
                 head.add(index, h, dz)
-    result = result_dtype(s.hidden.dtype)
+    result = result_dtype(student.dtype)
     return tuple(x.to(result) for x in out), kept, head.finish()

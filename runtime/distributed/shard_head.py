@@ -12,8 +12,8 @@ class ExactHead:
     """As `DeviceHead`, in float64: the head of the reference."""
 
     def __init__(self, p: HeadProblem, needs: tuple[bool, bool, bool]) -> None:
-        self.hidden, self.weight, self.dtype = p.hidden, p.weight.double(), p.weight.dtype
-        self.bias = p.bias
+        self.hidden, self.weight, self.bias = p.hidden, p.weight.double(), p.bias
+        self.leaves = (p.hidden, p.weight, p.bias)
         shapes = (p.hidden.shape, p.weight.shape, p.weight.shape[:1])
         wide = {"dtype": torch.float64, "device": p.hidden.device}
         self.grads = [
@@ -40,8 +40,9 @@ class ExactHead:
             bias += dz.sum(0)
 
     def finish(self) -> Gradients:
-        """Return the gradients of hidden, weight and bias."""
-        return [None if x is None else x.to(self.dtype) for x in self.grads]
+        """Return the gradients of hidden, weight and bias in the dtypes of their tensors."""
+        pairs = zip(self.grads, self.leaves, strict=True)
+        return [None if x is None or leaf is None else x.to(leaf.dtype) for x, leaf in pairs]
 
 
 def chunks_of(rows: device_head.RowClasses, size: int) -> tuple[torch.Tensor, ...]:

@@ -7,6 +7,7 @@ import torch
 
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.distributed import collectives
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.part.take(grad), None
 

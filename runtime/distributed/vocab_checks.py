@@ -13,7 +13,7 @@ from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.distributed.vocab_rows import HeadCall
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
 from tokfuse.runtime.lm_head.pair_problem import Teacher, check_teacher
-from tokfuse.runtime.lm_head.problem import check_head
+from tokfuse.runtime.lm_head.problem import check_head, refuse_captured
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,6 +83,7 @@ def check_shard_head(
         weight, bias = weight.new_empty(1, weight.shape[1]), None  # an empty shard
     check_head(op, hidden, weight, bias, call.target, call.options, call.memory_budget)
     assert weight is not None
+    refuse_captured(op, weight, "split over ranks", "Capture the other layers")
     if weight.shape[0] < shard.size:
         raise refuse(
             op,
@@ -109,7 +110,9 @@ def own_part(op: str, name: str, x: torch.Tensor, size: int, axis: int) -> torch
     return x.detach().narrow(axis, 0, size)
 
 
-def check_teacher_shard(op: str, teacher: Teacher, size: int, tokens: int, ranks: int, like: torch.Tensor) -> Teacher:
+def check_teacher_shard(
+    op: str, teacher: Teacher, size: int, tokens: int, ranks: int, device: torch.device, dtype: torch.dtype
+) -> Teacher:
     """Check this rank's part of a teacher. Return it without padding rows and columns.
 
     Args:
@@ -118,7 +121,7 @@ def check_teacher_shard(op: str, teacher: Teacher, size: int, tokens: int, ranks
         size: size of the shard.
         tokens: number of tokens of all slices.
         ranks: number of slices of the hidden states.
-        like: hidden states of the student.
+        device, dtype: of the student's head.
     """
     axes = {"hidden": None, "weight": 0, "bias": 0, "logits": 1}
     own: dict[str, torch.Tensor | None] = {}
@@ -133,5 +136,5 @@ def check_teacher_shard(op: str, teacher: Teacher, size: int, tokens: int, ranks
     seen = cut
     if cut.hidden is not None and cut.hidden.dim() == 2:
         seen = cut._replace(hidden=of_all_ranks(cut.hidden, ranks))
-    check_teacher(op, seen, tokens, size, like)
+    check_teacher(op, seen, tokens, size, device, dtype)
     return cut

@@ -18,6 +18,7 @@ import torch
 
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import Kernels, select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import save_flat, saved_flat
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
@@ -107,10 +108,10 @@ class _Kernels(NamedTuple):
     shard: VocabShard
 
     @staticmethod
-    def of(x: torch.Tensor, o: LogitOptions, shard: VocabShard) -> "_Kernels":
-        """Return the kernels for the device and dtype of `x`."""
-        at: Kernels = select(at_op.OP, x.device.type, x.dtype, o.features()).run
-        return _Kernels(vocab_rows.row_kernels(x, o), at, shard)
+    def of(device: torch.device, dtype: torch.dtype, o: LogitOptions, shard: VocabShard) -> "_Kernels":
+        """Return the kernels for logits of this dtype, or from a head that is computed in it."""
+        at: Kernels = select(at_op.OP, device.type, dtype, o.features()).run
+        return _Kernels(vocab_rows.row_kernels(device, dtype, o), at, shard)
 
 
 def _at_ids(z: torch.Tensor | None, target: torch.Tensor, ids: torch.Tensor, o: LogitOptions, call: _Kernels) -> Found:
@@ -243,7 +244,7 @@ class ShardStatsAt(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, asked: AskedIds, o: LogitOptions, shard: VocabShard
     ) -> tuple[torch.Tensor, ...]:
         """Return the five statistics, logp_at (tokens, K) and the ids."""
-        call = _Kernels.of(logits, o, shard)
+        call = _Kernels.of(logits.device, logits.dtype, o, shard)
         z = logits.detach()[:, : shard.size] if shard.size > 0 else None
         found = _forward(z, target, asked, o, call)
         saved = Saved(found.ids, found.logp_at, *found.merged[1:])
@@ -255,7 +256,7 @@ class ShardStatsAt(torch.autograd.Function):
         return (*out[:6], ids)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         """Return the gradient of this rank's logits."""
         logits, target, *rest = saved_flat(ctx)
@@ -289,7 +290,7 @@ def _head(
     size = call.shard.size
     own_bias = None if bias is None else bias.detach()[:size]
     p = HeadProblem(hidden, weight.detach()[:size], own_bias, call.target, call.options, 1)
-    return p, _Kernels.of(hidden, call.options, call.shard)
+    return p, _Kernels.of(hidden.device, p.dtype, call.options, call.shard)
 
 
 class ShardHeadAt(torch.autograd.Function):
@@ -327,12 +328,12 @@ class ShardHeadAt(torch.autograd.Function):
         scalars = (call.op, call.memory_budget, call.shard, call.sequence_parallel, call.reduce_hidden)
         save_flat(ctx, (hidden, weight, bias, call.target, *saved, *call.options.flat(), *scalars))
         ctx.set_materialize_grads(False)
-        out = _outputs(TokenStats(*stats), saved, result_dtype(hidden.dtype))
+        out = _outputs(TokenStats(*stats), saved, result_dtype(p.dtype))
         ctx.mark_non_differentiable(*out[2:5], out[6])
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of hidden, weight and bias; rows without incoming gradient are not recomputed."""
         hidden, weight, bias, target, *rest = saved_flat(ctx)

@@ -13,6 +13,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import save_flat, saved_flat
 from tokfuse.runtime.core.logit_options import LogitOptions, check_options
 from tokfuse.runtime.core.statistics import PairedStats
@@ -90,7 +91,7 @@ def paired_divergence(
     Source: the divergences of `tokfuse.paired_divergence`; vocabulary shards as Megatron-LM
         (arXiv 1909.08053). Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     divergence = Divergence(kind, mix_weight_of(PAIR, kind, beta, alpha))
     p, q = _check_streams(PAIR, ("logits_p", "logits_q"), logits_p, logits_q, options, shard)
     if isinstance(temperature, torch.Tensor) and may_read(temperature):
@@ -179,13 +180,13 @@ def linear_paired_divergence(
 
     Source: `tokfuse.linear_paired_divergence`; vocabulary shards as Megatron-LM (arXiv 1909.08053). Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     teacher = Teacher(
         teacher_hidden,
         teacher_weight,
         teacher_bias,
         teacher_logits,
-        LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None),
+        LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None).floats(),
     )
     if sequence_parallel and not reduce_hidden:
         raise refuse(
@@ -288,8 +289,8 @@ def distill_step(
 
     Source: `tokfuse.distill_step`; vocabulary shards as Megatron-LM (arXiv 1909.08053). Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
-    teacher_options = LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
+    teacher_options = LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None).floats()
     teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_options)
     divergence, has_target = Divergence(kind, mix_weight_of(STEP, kind, beta, alpha)), target is not None
     if (logits is None) == (hidden is None):
@@ -391,7 +392,8 @@ def _check_heads(
     head_call = HeadCall(op, options, target, memory_budget, shard, sequence_parallel)
     check_shard_head(head_call, hidden, weight, bias)
     assert weight is not None
-    own = check_teacher_shard(op, teacher, shard.size, tokens, ranks, hidden)
+    computed = checks.head_dtype(hidden, weight, bias)
+    own = check_teacher_shard(op, teacher, shard.size, tokens, ranks, hidden.device, computed)
     _check_teacher_values(op, teacher.options, options.mask)
     own_weight = own_part(op, "weight", weight, shard.size, 0)
     own_bias = None if bias is None else own_part(op, "bias", bias, shard.size, 0)
@@ -399,7 +401,7 @@ def _check_heads(
 
 
 def _of_tokens(call: PairCall) -> tuple[int, torch.device, torch.dtype]:
-    return call.target.shape[0], call.target.device, result_dtype(call.hidden.dtype)
+    return call.target.shape[0], call.target.device, result_dtype(call.head().dtype)
 
 
 def _needs(*leaves: torch.Tensor | None) -> tuple[bool, bool, bool]:
@@ -421,7 +423,7 @@ class _ShardPair(torch.autograd.Function):
         divergence: Divergence,
         shard: VocabShard,
     ) -> torch.Tensor:
-        kernels = pair_rows.kernels_of(p, o.features())
+        kernels = pair_rows.kernels_of(p.device, p.dtype, o.features())
         columns = Columns.of(p, q, o, o) if shard.size > 0 else None
         value, state = pair_rows.compare(kernels, columns, divergence, o, o, p, shard)
         scalars, tensors = o.split()
@@ -430,7 +432,7 @@ class _ShardPair(torch.autograd.Function):
         return value.to(result_dtype(p.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         logits_p, q, state, *tensors = ctx.saved_tensors
         scalars, divergence, shard, kernels = ctx.rest
@@ -462,7 +464,7 @@ class _ShardHeads(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         weight, bias, *rest = saved_flat(ctx)
         saved, call = PairSaved(*rest[: len(PairSaved._fields)]), PairCall.from_flat(*rest[len(PairSaved._fields) :])
@@ -487,7 +489,7 @@ def _step_of_logits(
     shard: VocabShard,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return the statistics of the rows with a coefficient, and the gradient of this rank's logits."""
-    kernels = pair_rows.kernels_of(p, options.features() | teacher_options.features())
+    kernels = pair_rows.kernels_of(p.device, p.dtype, options.features() | teacher_options.features())
     assert kernels.stats.state is not None
     dtype = kernels.stats.state.dtype
     if dtype == torch.float64:

@@ -15,6 +15,7 @@ import torch
 
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
 from tokfuse.runtime.core.token_ids import check_one_of
@@ -93,7 +94,7 @@ def token_stats(
     Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053) in one exchange
         instead of three reductions, with entropy and sum_sq. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale)
+    options = LogitOptions(temperature, softcap, logit_scale, mask, bias_logits, bias_scale).floats()
     check_one_of(STATS, ids, ids_offsets, top_k)
     check_shard_logits(STATS, logits, target, options, shard)
     if ids is not None or top_k is not None:
@@ -167,7 +168,7 @@ def linear_token_stats(
     Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053); sequence parallelism of
         arXiv 2205.05198. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     if sequence_parallel and not reduce_hidden:
         raise refuse(
             LINEAR,
@@ -208,6 +209,8 @@ def policy_step(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -247,6 +250,8 @@ def policy_step(
         ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
             Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
         kl_weight: (tokens,). Multiplies the KL term.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term.
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
@@ -283,8 +288,10 @@ def policy_step(
         ref_logp,
         kl_weight,
         entropy_weight,
+        anchor_logp,
+        anchor_weight,
     )
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
         raise refuse(STEP, "input", "either logits= or hidden= with weight=", given, "Pass one of the two.")
@@ -340,7 +347,7 @@ class _ShardStats(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None
@@ -366,7 +373,7 @@ class _ShardHead(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("tokfuse.distributed")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None

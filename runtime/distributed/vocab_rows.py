@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import head_dtype
 from tokfuse.runtime.core.dispatch import Kernels, RowState, select
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.distributed import collectives
@@ -59,9 +60,9 @@ def column_of(target: torch.Tensor, shard: VocabShard, elsewhere: int) -> torch.
 # ------------------------------------------------------------------------------------- from logits
 
 
-def row_kernels(logits: torch.Tensor, o: LogitOptions) -> Kernels:
-    """Return the token_stats kernels for a shard of these logits."""
-    run: Kernels = select(stats_op.OP, logits.device.type, logits.dtype, o.features()).run
+def row_kernels(device: torch.device, dtype: torch.dtype, o: LogitOptions) -> Kernels:
+    """Return the token_stats kernels for a shard of logits."""
+    run: Kernels = select(stats_op.OP, device.type, dtype, o.features()).run
     return run
 
 
@@ -77,7 +78,7 @@ def row_options(o: LogitOptions, shard: VocabShard) -> dict[str, Any]:
 
 def row_forward(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, shard: VocabShard) -> Merged:
     """Return the statistics of the whole vocabulary. logits is (tokens, columns) with padding columns."""
-    run = row_kernels(logits, o)
+    run = row_kernels(logits.device, logits.dtype, o)
     assert run.state is not None
     local = None
     if shard.size > 0:
@@ -113,7 +114,7 @@ def row_backward(
     logits = logits.detach()
     out = empty_gradient(logits, shard)
     if shard.size > 0:
-        backward = row_kernels(logits, o).backward
+        backward = row_kernels(logits.device, logits.dtype, o).backward
         assert backward is not None
         backward(
             logits[:, : shard.size],
@@ -141,8 +142,8 @@ def gathered(hidden: torch.Tensor, shard: VocabShard, sequence_parallel: bool) -
     return collectives.all_gather(hidden, shard.group).flatten(0, 1)
 
 
-def _head_kernels(hidden: torch.Tensor, o: LogitOptions) -> HeadKernels:
-    run: HeadKernels = select(linear_op.OP, hidden.device.type, hidden.dtype, o.features()).run
+def _head_kernels(hidden: torch.Tensor, dtype: torch.dtype, o: LogitOptions) -> HeadKernels:
+    run: HeadKernels = select(linear_op.OP, hidden.device.type, dtype, o.features()).run
     return run
 
 
@@ -157,11 +158,12 @@ def _problem(
 
 def head_forward(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall) -> Merged:
     """Return the statistics of the whole vocabulary. weight is (rows, hidden) with padding rows."""
-    run = _head_kernels(hidden, call.options)
+    computed = head_dtype(hidden, weight, bias)
+    run = _head_kernels(hidden, computed, call.options)
     local = None
     if call.shard.size > 0:
         local = run.forward(_problem(hidden, weight, bias, call, 0))[:7]
-    dtype = stats_reference.result_dtype(hidden.dtype)
+    dtype = stats_reference.result_dtype(computed)
     return _exchange(local, call.target, call.options, call.shard, run.state, dtype)
 
 
@@ -182,7 +184,7 @@ def head_backward(
     grads: list[torch.Tensor | None] = [None, None, None]
     if call.shard.size > 0:
         p = _problem(hidden, weight, bias, call, ELSEWHERE)
-        grads = _head_kernels(hidden, call.options).backward(
+        grads = _head_kernels(hidden, p.dtype, call.options).backward(
             p, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs
         )
     return reduced(grads, (hidden, weight, bias), needs, call.shard, call.sequence_parallel, call.reduce_hidden)

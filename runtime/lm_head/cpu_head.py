@@ -203,6 +203,9 @@ class HeadGradients:
         if norms is not None:
             tiles = [torch.linalg.vector_norm(dz, dim=1) for _, _, dz in buffer.tiles(0, rows)]
             norms[tokens] = torch.linalg.vector_norm(torch.stack(tiles), dim=0)
+        for probe in self.head.problem.probes:
+            tiles = [dz @ probe.projection[:, begin:end].t() for begin, end, dz in buffer.tiles(0, rows)]
+            probe.out[tokens] = torch.stack(tiles).sum(0)
         if self.weight is not None:
             self._add_weight(self.weight, buffer, self.head.rows_of_hidden(tokens))
 
@@ -223,9 +226,9 @@ class HeadGradients:
         """Return [grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
         if self.weight is not None and not self._weight_written:
             self.weight.zero_()
-        dtype = self.head.problem.weight.dtype
-        weight = None if self.weight is None else self.weight.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        p = self.head.problem
+        weight = None if self.weight is None else self.weight.to(p.weight.dtype)
+        bias = None if self.bias is None or p.bias is None else self.bias.to(p.bias.dtype)
         return [self.hidden, weight, bias]
 
 

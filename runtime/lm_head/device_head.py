@@ -5,6 +5,9 @@ a float32 head the gradient overwrites them. For a 16-bit head the gradient is r
 head and stored in another buffer, because tensor cores do not support mixed operands. GEMMs accumulate in
 float32, and dW is a float32 sum over the chunks.
 
+Mixed dtypes. If hidden and weight differ, GEMMs run in float32. The hidden states of a chunk are widened, and a
+narrower weight is widened tile by tile, because a whole float32 copy would be larger than the weight itself.
+
 A chunk needs one GEMM and one row kernel for statistics, and one GEMM each for grad_hidden and grad_weight. Its
 workspace is 4 bytes per logit, 6 for a 16-bit head.
 
@@ -34,6 +37,9 @@ _live_grad_hidden = triton_backend.launcher("head_gradient", "grad_hidden")
 _live_grad_weight = triton_backend.launcher("head_gradient", "grad_weight")
 
 
+WIDE_BYTES = 64 << 20  # size of the float32 copy of a weight tile, if hidden is wider than the weight
+
+
 def check_compact(op: str, p: HeadProblem) -> None:
     """Raise ValueError if `compact_clipped` is True and its Triton kernels cannot run."""
     reason = triton_backend.why_unusable() if p.compact_clipped else None
@@ -58,6 +64,8 @@ class RowClasses(NamedTuple):
     """Number of tokens in the first two classes."""
     keep: torch.Tensor | None
     """(tokens,) bool, True for the first two classes, if all rows are computed (graph capture). Else None."""
+    in_order: bool = False
+    """True if `order` is 0, 1, 2, ...: a chunk is then a slice of the hidden states, which need no gather."""
 
 
 def capturing(x: torch.Tensor) -> bool:
@@ -75,16 +83,17 @@ def classify(p: HeadProblem, needed: torch.Tensor | None, gradient: torch.Tensor
     """
     tokens, device = p.tokens, p.hidden.device
     if needed is None and gradient is None:
-        return RowClasses(torch.arange(tokens, device=device), tokens, tokens, None)
+        return RowClasses(torch.arange(tokens, device=device), tokens, tokens, None, in_order=True)
     if needed is None:
         needed = torch.ones(tokens, dtype=torch.bool, device=device)
     first = needed if gradient is None else needed & gradient
     if capturing(needed):
-        return RowClasses(torch.arange(tokens, device=device), tokens, tokens, needed)
+        return RowClasses(torch.arange(tokens, device=device), tokens, tokens, needed, in_order=True)
     rank = 2 - needed.to(torch.int8) - first.to(torch.int8)
     order = torch.argsort(rank, stable=True)
     counts = torch.stack([first.sum(), needed.sum()]).tolist()
-    return RowClasses(order, counts[0], counts[1], None)
+    one_class = counts in ([tokens, tokens], [0, tokens], [0, 0])  # a stable sort keeps the order
+    return RowClasses(order, counts[0], counts[1], None, in_order=one_class)
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
@@ -110,7 +119,7 @@ class DeviceHead:
         self.bias = None if p.bias is None else p.bias.detach().float()
         device = p.hidden.device
         # On the CPU, where the Triton interpreter runs, a 16-bit GEMM is 100 times slower than a float32 one.
-        self.mixed = p.hidden.dtype != torch.float32 and device.type != "cpu"
+        self.mixed = p.dtype != torch.float32 and device.type != "cpu"
         self.grad_hidden: torch.Tensor | None = None
         if needs[0]:  # new_zeros gives rows of unit stride for all strides of hidden
             self.grad_hidden = self.hidden.new_zeros(self.hidden.shape)
@@ -138,8 +147,9 @@ class DeviceHead:
         parts = max(1, -(-(stop - start) // self.rows_in_budget()))
         size = max(1, -(-(stop - start) // parts))
         for begin in range(start, stop, size):
-            index = self.rows.order[begin : min(begin + size, stop)]
-            h = self.hidden[index]
+            chunk = slice(begin, min(begin + size, stop))
+            index = self.rows.order[chunk]
+            h = self.hidden[chunk if self.rows.in_order else index]
             if self.rows.keep is not None:  # a masked row may contain NaN, and 0 * NaN is NaN
                 h = torch.where(self.rows.keep[index, None], h, 0.0)
             yield index, h
@@ -149,11 +159,24 @@ class DeviceHead:
             kept = torch.empty(rows, self._stride, dtype=dtype, device=self.hidden.device)
         return kept
 
+    def _weight_tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (first row, end row, rows of the weight in the dtype of the GEMMs)."""
+        p = self.problem
+        if self.weight.dtype == p.dtype:
+            yield 0, p.vocab, self.weight
+            return
+        size = max(1, WIDE_BYTES // (4 * self.weight.shape[1]))
+        for begin in range(0, p.vocab, size):
+            end = min(begin + size, p.vocab)
+            yield begin, end, self.weight[begin:end].to(p.dtype)
+
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Return the float32 logits (rows, vocab) of hidden states, in a buffer that the next call reuses."""
         self._logits = self._buffer(self._logits, h.shape[0], torch.float32)
         out = self._logits[: h.shape[0], : self.problem.vocab]
-        _matmul(h, self.weight.t(), out)
+        h = h.to(self.problem.dtype)
+        for begin, end, weight in self._weight_tiles():
+            _matmul(h, weight.t(), out[:, begin:end])
         if self.bias is not None:
             out += self.bias
         return out
@@ -170,7 +193,8 @@ class DeviceHead:
         self._add_small(index, dz)
         if self.grad_hidden is not None:
             out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
-            _matmul(dz, self.weight, out)
+            for begin, end, weight in self._weight_tiles():
+                _matmul(dz[:, begin:end], weight, out, begin > 0)
             self.grad_hidden[index] = out.to(self.grad_hidden.dtype)
         if self.grad_weight is not None:
             _matmul(dz.t(), h, self.grad_weight, self._weight_written)
@@ -182,6 +206,10 @@ class DeviceHead:
         norms = self.problem.row_norms
         if norms is not None:
             norms[index] = torch.linalg.vector_norm(dz, dim=1, dtype=torch.float32)
+        for probe in self.problem.probes:
+            out = torch.empty(dz.shape[0], probe.out.shape[1], dtype=torch.float32, device=dz.device)
+            _matmul(dz, probe.projection.to(dz.dtype).t(), out)
+            probe.out[index] = out
 
     def add_live(self, index: torch.Tensor, h: torch.Tensor, dz: torch.Tensor, live: torch.Tensor) -> None:
         """Do the same as `add`, but skip rows that are not `live`, which are zeros. Needs no synchronisation."""
@@ -200,7 +228,7 @@ class DeviceHead:
         """Return [grad_hidden, grad_weight, grad_bias] in the dtypes of their tensors."""
         if self.grad_weight is not None and not self._weight_written:
             self.grad_weight.zero_()
-        dtype = self.problem.weight.dtype
-        weight = None if self.grad_weight is None else self.grad_weight.to(dtype)
-        bias = None if self.grad_bias is None else self.grad_bias.to(dtype)
+        p = self.problem
+        weight = None if self.grad_weight is None else self.grad_weight.to(p.weight.dtype)
+        bias = None if self.grad_bias is None or p.bias is None else self.grad_bias.to(p.bias.dtype)
         return [self.grad_hidden, weight, bias]

@@ -59,7 +59,7 @@ def _pair_run(
     given = None if given is None else given.each(torch.Tensor.float)
     sorted_rows = pair_rows(p, given, policy, device_head.capturing(s.hidden))
     counts = (sorted_rows.compared, sorted_rows.gradient, sorted_rows.forward)
-    rows = RowClasses(sorted_rows.order, *counts[1:], sorted_rows.keep)
+    rows = RowClasses(sorted_rows.order, *counts[1:], sorted_rows.keep, sorted_rows.in_order)
     chunk_policy = None if policy is None else ChunkPolicy(policy, s.tokens, s.hidden.device)
     own, beside = row_bytes(p, given, s.vocab)
     if policy is not None:

@@ -43,12 +43,12 @@ def triton_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     """Return the same as `cuda_linear_fwd`.
 
     For a 16-bit head one kernel computes logits and statistics, so logits never leave the registers. A
-    float32 head uses torch GEMMs in chunks.
+    float32 head, or one of mixed dtypes, uses torch GEMMs in chunks.
     """
     if may_read(p.target):
         check_targets("linear_token_stats", p)
     o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
-    if hidden.dtype == torch.float32:
+    if p.dtype == torch.float32:
         return _forward_in_chunks(p, triton_rows.TOKEN_STATS)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()

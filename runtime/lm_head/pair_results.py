@@ -14,6 +14,7 @@ from tokfuse.runtime.policy.metrics import NamedMeans
 from tokfuse.runtime.policy.results import (
     Gradients,
     HeldGradients,
+    Influence,
     PolicyLoss,
     PolicyTerms,
     loss_result,
@@ -69,6 +70,8 @@ class DistillStep(HeldGradients):
     _gradients: Gradients
     policy: PolicyLoss | None = None
     """Loss, token losses, count and metrics of the policy term, detached; None without an objective."""
+    influence: Influence | None = None
+    """Gradient norms and sketches, if `influence=InfluenceSpec(...)` was passed, else None."""
 
 
 class TokenWeights(NamedTuple):
@@ -105,7 +108,7 @@ def token_weights(
     if isinstance(normalizer, str):
         inverse = 1.0 / count.clamp_min(1.0)
     if of_tokens is None:
-        c = torch.ones(tokens, dtype=torch.float64, device=device) * (1.0 if coef is None else coef)
+        c = torch.ones(tokens, dtype=torch.float64, device=device) * (1.0 if coef is None else checks.number(coef))
     else:
         c = of_tokens.detach().double()
     c = c * inverse

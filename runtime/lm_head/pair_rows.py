@@ -160,7 +160,7 @@ def divergence_gradient(
 def row_bytes(p: PairProblem, given: Coefficients | None, vocab: int) -> tuple[int, int]:
     """Bytes of a row of the student's workspace, and of everything beside it."""
     vocab = -(-vocab // 16) * 16
-    mixed = p.student.hidden.dtype != torch.float32 and p.student.hidden.device.type != "cpu"
+    mixed = p.student.dtype != torch.float32 and p.student.hidden.device.type != "cpu"
     student = vocab * (6 if mixed else 4) + 8 * p.student.hidden.shape[1] + 64
     beside = 4 * vocab + 3 * vocab  # the teacher's logits; three masks of the maxima
     if p.teacher.hidden is not None:

@@ -9,6 +9,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_options, check_values
 from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head.probe import Probes, sources
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
@@ -37,6 +38,7 @@ class HeadProblem(NamedTuple):
     needs: tuple[bool, bool, bool] | None = None  # requested gradients; None: according to requires_grad
     row_norms: torch.Tensor | None = None  # (tokens,), output for ||d loss / d logits_t||
     compact_clipped: bool = False  # on a GPU: gradient GEMMs by Triton kernels, over the live rows only
+    probes: Probes = ()
 
     @property
     def tokens(self) -> int:
@@ -47,6 +49,11 @@ class HeadProblem(NamedTuple):
     def vocab(self) -> int:
         """Vocabulary size."""
         return self.weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the logits are computed."""
+        return checks.head_dtype(self.hidden, self.weight, self.bias)
 
 
 def check_head(
@@ -71,20 +78,9 @@ def check_head(
             f"shape {tuple(weight.shape)}",
             "Pass lm_head.weight unchanged.",
         )
-    if weight.dtype != hidden.dtype:
-        raise refuse(op, "weight", f"{hidden.dtype} like hidden", str(weight.dtype), "Cast one of them.")
     checks.check_device(op, "weight", weight, hidden.device)
     if bias is not None:
-        checks.require_tensor(op, "bias", bias)
-        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
-            raise refuse(
-                op,
-                "bias",
-                f"({weight.shape[0]},) {weight.dtype} like weight",
-                f"{tuple(bias.shape)} {bias.dtype}",
-                "Pass lm_head.bias.",
-            )
-        checks.check_device(op, "bias", bias, hidden.device)
+        checks.check_vector(op, "bias", bias, checks.Rows(weight.shape[0], "the rows of weight", hidden.device))
     rows = checks.Rows(hidden.shape[0], "the rows of hidden", hidden.device)
     checks.check_vector(op, "target", target, rows, checks.INT64)
     check_options(op, hidden.shape[0], hidden.device, options)
@@ -94,10 +90,12 @@ def check_head(
         if hidden.device.type != "cpu":
             workspace = GPU_ROWS * (6 * weight.shape[0] + 8 * weight.shape[1] + 64)
             memory_budget = max(memory_budget, min(workspace, 1 << 30))
-    elif not isinstance(memory_budget, int) or memory_budget < 1:
+    elif isinstance(memory_budget, bool) or not checks.is_integer(memory_budget) or memory_budget < 1:
         raise refuse(
             op, "memory_budget", "a whole number of bytes >= 1", repr(memory_budget), "Omit it for the default."
         )
+    else:
+        memory_budget = int(memory_budget)
     return HeadProblem(hidden, weight, bias, target, options, memory_budget)
 
 
@@ -107,6 +105,36 @@ def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
         return p.needs
     bias = p.bias is not None and p.bias.requires_grad
     return p.hidden.requires_grad, p.weight.requires_grad, bias
+
+
+def probed(op: str, p: HeadProblem, cu_seqlens: torch.Tensor | None = None) -> HeadProblem:
+    """Return the problem with the probes that open captures request. Without a gradient there is none.
+
+    Args:
+        op: name of the op, for errors.
+        p: the checked problem.
+        cu_seqlens: offsets of the sequences in the rows of hidden. None: the rows are those of the captured batch.
+    """
+    if not sources():
+        return p
+    if torch.compiler.is_compiling():
+        refuse_captured(op, p.weight, "inside torch.compile", "Call it outside the compiled function")
+    if not torch.is_grad_enabled() or not any(wanted(p)):
+        return p
+    found = (source.probe(op, p.hidden, p.weight, cu_seqlens) for source in sources())
+    return p._replace(probes=tuple(x for x in found if x is not None))
+
+
+def refuse_captured(op: str, weight: torch.Tensor, where: str, step: str) -> None:
+    """Raise ValueError if an open capture contains this head, which the call cannot probe."""
+    if torch.is_grad_enabled() and any(source.captures_head(weight.shape[1]) for source in sources()):
+        raise refuse(
+            op,
+            "weight",
+            "a head that no open capture contains",
+            f"the captured lm_head {where}",
+            f"{step}, or leave the lm_head out with capture(modules=...).",
+        )
 
 
 def check_targets(op: str, p: HeadProblem) -> None:

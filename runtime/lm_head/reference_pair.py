@@ -6,6 +6,7 @@ import torch
 
 from tokfuse.runtime.backends.reference_policy import policy_loss, usable_by_autograd
 from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.lm_head import reference_runs
 from tokfuse.runtime.lm_head.pair_problem import (
     Coefficients,
     Divergence,
@@ -19,6 +20,7 @@ from tokfuse.runtime.lm_head.pair_problem import (
     check_values_of,
 )
 from tokfuse.runtime.lm_head.pair_results import weighted_sum
+from tokfuse.runtime.lm_head.probe import with_probes
 from tokfuse.runtime.lm_head.problem import wanted
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.results import PolicyTerms
@@ -27,15 +29,19 @@ from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 
-def exact(p: PairProblem, compared: torch.Tensor | None = None) -> Stats:
+def exact(p: PairProblem, compared: torch.Tensor | None = None, logits: torch.Tensor | None = None) -> Stats:
     """The statistics in float64, differentiable in the student.
 
-    compared: (tokens,) bool. logp and entropy then belong to all rows that count, the rest to these.
+    Args:
+        p: both heads.
+        compared: (tokens,) bool. logp and entropy then belong to all rows that count, the rest to these.
+        logits: of the student, if they exist already.
     """
     s, t = p.student, p.teacher
     if not torch.compiler.is_compiling():
         check_values_of(p)
-    logits = linear_reference.logits_of(s.hidden, s.weight, s.bias)
+    if logits is None:
+        logits = linear_reference.logits_of(*with_probes(s.hidden, s.weight, s.probes), s.bias)
     return _exact(logits, teacher_logits(t), s.target, s.options, t.options, p.divergence, p.op, compared)
 
 
@@ -106,14 +112,18 @@ def pair_run(p: PairProblem, given: Coefficients | None, policy: PolicyPart | No
             usable_by_autograd(t.logits),
             LogitOptions(*map(usable_by_autograd, t.options)),
         )
-        stats = exact(p._replace(student=student, teacher=teacher), compared)
+        logits = linear_reference.logits_of(hidden, weight, bias)
+        stats = exact(p._replace(student=student, teacher=teacher), compared, logits)
         found: Iterator[torch.Tensor] = iter(())
         if given is not None and any(needs):
             asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
+            asked.append(logits)
             total = loss(stats, given, policy)
             found = iter(torch.autograd.grad(total, asked, allow_unused=True, materialize_grads=True))
     grads: Gradients = [next(found) if need else None for need in needs]
-    return stats_reference.rounded((x.detach() for x in stats), p.student.hidden.dtype), grads
+    for dz in found:
+        reference_runs.of_logits(p.student, dz)
+    return stats_reference.rounded((x.detach() for x in stats), p.student.dtype), grads
 
 
 def exact_of_logits(p: LogitsPair, op: str, compared: torch.Tensor | None = None) -> Stats:

@@ -1,6 +1,8 @@
 """distill_step: loss and gradient of a divergence from a teacher, from hidden states or from logits."""
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,9 +34,12 @@ from tokfuse.runtime.lm_head.pair_problem import (
     check_teacher,
 )
 from tokfuse.runtime.lm_head.pair_results import DistillStep, distill_result, loss_of, token_weights
-from tokfuse.runtime.lm_head.problem import NAMES, wanted
+from tokfuse.runtime.lm_head.probe import deliver
+from tokfuse.runtime.lm_head.problem import NAMES, probed, wanted
+from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import linear_paired_divergence as linear
 from tokfuse.runtime.ops import policy_loss as losses
+from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.policy import inputs as policy_inputs
 from tokfuse.runtime.policy.graph_form import checked_inverse, flat_objective, objective_of
 from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
@@ -76,6 +81,8 @@ def distill_step(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -83,6 +90,7 @@ def distill_step(
     teacher_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    influence: InfluenceSpec | None = None,
 ) -> DistillStep:
     """Return loss, gradients and statistics of distilling a teacher into a student, in one pass.
 
@@ -92,7 +100,7 @@ def distill_step(
     `step.loss.backward()` returns it. P is the student's distribution, Q the teacher's.
 
     With an `objective` the loss of `policy_step` is added, from the same logits: reinforcement learning
-    and distillation in one pass. The arguments from `advantage` to `entropy_weight` are those of
+    and distillation in one pass. The arguments from `advantage` to `anchor_weight` are those of
     `policy_step` and belong to the objective.
 
     The direction of a KL is its `kind`: "kl_forward" is KL(Q || P), TRL's and GKD's beta = 0;
@@ -102,14 +110,15 @@ def distill_step(
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. Logits of the student; they need
             teacher_logits. None: pass hidden and weight instead.
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states of the student.
-        weight: (vocab, hidden), same dtype and device as hidden. The student's lm_head.
-        bias: (vocab,), dtype of weight. None: no bias.
+        weight: (vocab, hidden). The student's lm_head; may have another dtype than hidden, see
+            `linear_paired_divergence`.
+        bias: (vocab,). None: no bias.
         teacher_logits: (tokens, vocab). If `logits` is given, the same dtype. None: pass teacher_hidden
             and teacher_weight instead. No tensor of the teacher may require grad.
         teacher_hidden: (tokens, teacher_hidden). Hidden states of the same tokens; may have another
             dtype than the student.
-        teacher_weight: (vocab, teacher_hidden), dtype of teacher_hidden. The teacher's lm_head.
-        teacher_bias: (vocab,), dtype of teacher_weight. None: no bias.
+        teacher_weight: (vocab, teacher_hidden). The teacher's lm_head.
+        teacher_bias: (vocab,). None: no bias.
         kind: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse" or "tvd"; the formulas
             are in `paired_divergence`.
         beta: weight of the teacher in the mixture of "jsd", in (0, 1).
@@ -124,7 +133,8 @@ def distill_step(
         target: (tokens,) int64, the sampled token, for the log-probabilities in `stats` and
             `metrics`. Needed by an objective. None: they are not returned.
         mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
-        cu_seqlens: (seqs + 1,) int32 packing offsets, if the objective or advantage_level uses sequences.
+        cu_seqlens: (seqs + 1,) int32 packing offsets, if the objective or advantage_level uses sequences, and
+            for `influence` and `influence.capture`.
         normalizer: divides both terms. None: no division. A number or 0-dim tensor: the global count.
             "batch": the number of tokens that the mask keeps, whatever their weight; the policy term is
             divided by its own count, which for some aggregations is that of the sequences.
@@ -135,6 +145,8 @@ def distill_step(
         signal: (tokens,). Target signal or success rate, for the shapes that need one.
         kl_weight: (tokens,). Multiplies the KL term of the objective.
         entropy_weight: (tokens,). Multiplies the entropy term of the objective.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term of the objective.
         temperature: a number, or (tokens,) one per row; > 0. Divides the student's logits. No factor
             of temperature squared is applied: pass it in `coef`.
         softcap: cap of the tanh soft-cap (Gemma) of the student, > 0. None: no cap.
@@ -144,6 +156,9 @@ def distill_step(
         teacher_logit_scale: multiplies the teacher's logits.
         memory_budget: from hidden only: bytes of workspace for logits of both sides, in chunks of
             rows. None: 64 MiB; on a GPU 1024 rows, up to 1 GiB.
+        influence: also return gradient norms of every token and a sketch of every sequence in
+            `step.influence`. Only from hidden, with cu_seqlens. It computes grad_hidden even if hidden
+            requires no gradient.
 
     Returns:
         DistillStep. Gradients of `loss` (normaliser included) for hidden, weight and bias where they
@@ -182,31 +197,54 @@ def distill_step(
     Source: full-vocabulary distillation on the student's own samples as GKD (arXiv 2306.13649) and
         MiniLLM (arXiv 2306.08543); gradients in the forward as Liger's and Fast-LLM's heads. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
-    teacher_options = LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
+    teacher_options = LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None).floats()
     teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_options)
     divergence, has_target = Divergence(kind, mix_weight_of(OP, kind, beta, alpha)), target is not None
     if (logits is None) == (hidden is None):
         given = "both" if logits is not None else "neither"
         raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
     if logits is not None:
-        checks.check_unused(OP, "logits=", weight=weight, bias=bias, memory_budget=memory_budget)
+        unused = {"memory_budget": memory_budget, "influence": influence}
+        if objective is None:
+            unused["cu_seqlens"] = cu_seqlens
+        checks.check_unused(OP, "logits=", weight=weight, bias=bias, **unused)
         pair = _check_logits(logits, target, options, teacher, divergence)
         rows, device, dtype = logits.shape[0], logits.device, logits.dtype
     else:
         assert hidden is not None
         problem = check_pair(OP, hidden, weight, bias, target, options, teacher, divergence, memory_budget)
-        rows, device, dtype = hidden.shape[0], hidden.device, hidden.dtype
+        student = problem.student
+        if influence is not None:
+            student = influence_op.request(OP, influence, student, cu_seqlens)
+        elif cu_seqlens is not None:
+            checks.check_cu_seqlens(OP, cu_seqlens, hidden.shape[0], hidden.device)
+        problem = problem._replace(student=probed(OP, student, cu_seqlens))
+        rows, device, dtype = hidden.shape[0], hidden.device, student.dtype
     w = token_weights(OP, coef, mask, normalizer, rows, device, result_dtype(dtype))
-    given_inputs = (advantage, old_logp, cu_seqlens, token_weight, signal, ref_logp, kl_weight, entropy_weight)
-    named = dict(zip(POLICY_INPUTS, given_inputs, strict=True))
+    named = {
+        "advantage": advantage,
+        "old_logp": old_logp,
+        "token_weight": token_weight,
+        "signal": signal,
+        "ref_logp": ref_logp,
+        "kl_weight": kl_weight,
+        "entropy_weight": entropy_weight,
+        "anchor_logp": anchor_logp,
+        "anchor_weight": anchor_weight,
+    }
     policy = None
     if objective is None:
         level = None if advantage_level == "token" else advantage_level
         checks.check_unused(OP, "objective=None", **named, sampler_logp=sampler_logp, advantage_level=level)
     else:
         checks.check_given(OP, "objective=", target=target, advantage=advantage)
-        inputs = PolicyInputs(advantage_level=advantage_level, mask=mask, **named)  # type: ignore[arg-type]
+        inputs = PolicyInputs(
+            advantage_level=advantage_level,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            **named,  # type: ignore[arg-type]
+        )
         policy_inputs.check_inputs(OP, inputs, objective, rows, device, has_entropy=True)
         policy_inputs.check_sampler(OP, sampler_logp, rows, device)
         inverse = inverse_normalizer(OP, normalizer, objective)
@@ -216,19 +254,10 @@ def distill_step(
         loss, *found = _from_logits(pair, w.coefficient, policy, gradients)
     else:
         loss, *found = _from_hidden(problem, w.coefficient, policy, gradients)
-    return distill_result(loss, tuple(found), w, has_target, gradients, policy, sampler_logp)
-
-
-POLICY_INPUTS = (
-    "advantage",
-    "old_logp",
-    "cu_seqlens",
-    "token_weight",
-    "signal",
-    "ref_logp",
-    "kl_weight",
-    "entropy_weight",
-)
+    step = distill_result(loss, tuple(found), w, has_target, gradients, policy, sampler_logp)
+    if influence is None or cu_seqlens is None:
+        return step
+    return replace(step, influence=influence_op.collect(influence, problem.student, gradients, cu_seqlens))
 
 
 def _loss_run(objective: Objective, device: torch.device, dtype: torch.dtype) -> LossRun:
@@ -245,7 +274,7 @@ def _check_logits(
     check_logits(OP, logits, target, options)
     if teacher.logits is None:
         raise refuse(OP, "teacher_logits", "given with logits=", "None", "Or pass hidden= and weight=.")
-    check_teacher(OP, teacher, logits.shape[0], logits.shape[1], logits)
+    check_teacher(OP, teacher, logits.shape[0], logits.shape[1], logits.device, logits.dtype)
     if teacher.logits.dtype != logits.dtype:
         raise refuse(OP, "teacher_logits", f"{logits.dtype} like logits", str(teacher.logits.dtype), "Cast one.")
     return LogitsPair(logits, teacher.logits, target, options, teacher.options, divergence)
@@ -274,6 +303,7 @@ def _traced(stats: Stats, c: torch.Tensor, policy: PolicyPart | None) -> Sequenc
 
 # --------------------------------------------------------------------------------- policy, compiled
 
+POLICY_INPUTS = tuple(name for name in PolicyInputs._fields if name not in ("advantage_level", "mask"))
 POLICY_SCHEMA = (
     ", ".join(f"Tensor? {name}" for name in POLICY_INPUTS)
     + ", str advantage_level, str objective, float[] coefficients, float inv_normalizer"
@@ -291,7 +321,9 @@ def _flat_policy(policy: PolicyPart | None) -> tuple[Any, ...]:
     return (*tensors, inputs.advantage_level, *flat_objective(policy.objective), policy.inv_normalizer)
 
 
-def _policy_of(flat: Sequence[Any], mask: torch.Tensor | None, like: torch.Tensor) -> PolicyPart | None:
+def _policy_of(
+    flat: Sequence[Any], mask: torch.Tensor | None, device: torch.device, dtype: torch.dtype
+) -> PolicyPart | None:
     """Undo `_flat_policy`."""
     *tensors, level, form, coefficients, inverse = flat
     if not form:
@@ -299,7 +331,7 @@ def _policy_of(flat: Sequence[Any], mask: torch.Tensor | None, like: torch.Tenso
     named = dict(zip(POLICY_INPUTS, tensors, strict=True))
     inputs = PolicyInputs(advantage_level=level, mask=mask, **named)
     objective = objective_of(form, coefficients)
-    return PolicyPart(inputs, objective, checked_inverse(OP, inverse), _loss_run(objective, like.device, like.dtype))
+    return PolicyPart(inputs, objective, checked_inverse(OP, inverse), _loss_run(objective, device, dtype))
 
 
 def _fake_results(like: torch.Tensor, form: str) -> list[torch.Tensor]:
@@ -321,8 +353,8 @@ def _from_hidden(
     """Return the results of `_with_loss`; the loss is differentiable."""
     s = p.student
     features = p.features() if policy is None else policy.objective.features(p.features())
-    capability = select(linear.OP, s.hidden.device.type, s.hidden.dtype, features)
-    if not torch.is_grad_enabled():
+    capability = select(linear.OP, s.hidden.device.type, s.dtype, features)
+    if not torch.is_grad_enabled() and s.row_norms is None:
         p = p._replace(student=s._replace(needs=(False, False, False)))
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
@@ -340,7 +372,7 @@ def _from_hidden(
         return loss, others, grads
 
     leaves = dict(zip(NAMES, (s.hidden, s.weight, s.bias), strict=True))
-    return with_gradients(OP, leaves, compute, gradients)
+    return with_gradients(OP, leaves, compute, gradients, functools.partial(deliver, s.probes))
 
 
 @graph_op(
@@ -353,8 +385,8 @@ def _hidden_op(*arguments: Any) -> list[torch.Tensor]:
     p, (c, *rest) = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[PAIR_ARGUMENTS:]
     flat, needs = rest[:POLICY_ARGUMENTS], rest[POLICY_ARGUMENTS:]
     s = p.student._replace(needs=(needs[0], needs[1], needs[2]))
-    policy = _policy_of(flat, s.options.mask, s.hidden)
-    run: PairRun = select(linear.OP, s.hidden.device.type, s.hidden.dtype, p.features()).run
+    policy = _policy_of(flat, s.options.mask, s.hidden.device, s.dtype)
+    run: PairRun = select(linear.OP, s.hidden.device.type, s.dtype, p.features()).run
     stats, grads = run(p._replace(student=s), Coefficients(c), policy)
     return [*_with_loss(stats, c, policy), *(s.hidden.new_empty(0) if x is None else x for x in grads)]
 
@@ -368,11 +400,12 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *re
 
 def _setup_hidden(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     ctx.save_for_backward(*output[-3:])
+    ctx.inputs = len(inputs)
 
 
 def _hidden_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-    nothing = (None,) * (PAIR_ARGUMENTS + 1 + POLICY_ARGUMENTS)
+    nothing = (None,) * (ctx.inputs - 3)
     return (*(g * grads[0].to(g.dtype) if need else None for g, need in pairs), *nothing)
 
 
@@ -415,7 +448,7 @@ register_reference(OP, reference_pair.logits_run, "softcap", WITHOUT_KERNELS)
 def _logits_op(*arguments: Any) -> list[torch.Tensor]:
     flat, c = arguments[-POLICY_ARGUMENTS:], arguments[-POLICY_ARGUMENTS - 1]
     p = LogitsPair.from_flat(*arguments[: -POLICY_ARGUMENTS - 1])
-    policy = _policy_of(flat, p.options.mask, p.logits)
+    policy = _policy_of(flat, p.options.mask, p.logits.device, p.logits.dtype)
     run: LogitsRun = select(OP, p.logits.device.type, p.logits.dtype, p.features()).run
     stats, grad = run(p, c, policy)
     return [*_with_loss(stats, c, policy), grad]
@@ -428,11 +461,12 @@ def _(logits: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     ctx.save_for_backward(output[-1])
+    ctx.inputs = len(inputs)
 
 
 def _logits_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     (grad,) = ctx.saved_tensors
-    return (grad * grads[0].to(grad.dtype), *(None,) * (14 + POLICY_ARGUMENTS))
+    return (grad * grads[0].to(grad.dtype), *(None,) * (ctx.inputs - 1))
 
 
 _logits_op.register_autograd(_logits_backward, setup_context=_setup_logits)

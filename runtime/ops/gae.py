@@ -14,6 +14,7 @@ from tokfuse.runtime.core.checks import (
     check_number,
     check_optional,
     check_vector,
+    number,
     plain,
     working_dtype,
 )
@@ -114,7 +115,7 @@ def gae(
         plain(cu_seqlens),
         gamma=float(gamma),
         lam=plain(lam, dtype) if isinstance(lam, torch.Tensor) else float(lam),
-        length_adaptive_alpha=length_adaptive_alpha,
+        length_adaptive_alpha=number(length_adaptive_alpha),
         mask=plain(mask),
         finished=plain(finished),
     )

@@ -7,6 +7,7 @@ import torch
 from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
@@ -85,7 +86,7 @@ def kept_token_stats(
 
     Source: truncated sampling, Holtzman et al. 2020 (top-p); exact softmax calculus.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     check_logits(OP, logits, target, options)
     names = ("kept_ids", "kept_offsets")
     ids, offsets, _ = check_csr(OP, names, kept_ids, kept_offsets, logits.shape[0], logits.device)
@@ -130,7 +131,7 @@ class _KeptFunction(torch.autograd.Function):
         return logp, entropy, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("kept_token_stats")
     @ranged("kept_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:

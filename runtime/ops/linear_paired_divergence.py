@@ -7,6 +7,7 @@ import torch
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op, save_flat, saved_flat
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -22,6 +23,8 @@ from tokfuse.runtime.lm_head.pair_problem import (
     Teacher,
     check_pair,
 )
+from tokfuse.runtime.lm_head.probe import deliver
+from tokfuse.runtime.lm_head.problem import probed
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference import token_stats as stats_reference
 
@@ -65,11 +68,11 @@ def linear_paired_divergence(
     Args:
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64: final hidden states of the
             student.
-        weight: (vocab, hidden), same dtype and device: the student's lm_head.
+        weight: (vocab, hidden): the student's lm_head. If its dtype differs from that of hidden, the wider
+            one computes, and each tensor has its gradient in its own dtype (see `linear_token_stats`).
         teacher_hidden: (tokens, teacher_hidden). Hidden states of the same tokens; may have another
             dtype than the student. Must not require grad.
-        teacher_weight: (vocab, teacher_hidden), dtype of teacher_hidden. The teacher's lm_head. Must not
-            require grad.
+        teacher_weight: (vocab, teacher_hidden). The teacher's lm_head. Must not require grad.
         kind: "kl_forward", "kl_reverse", "jsd", "skew_forward", "skew_reverse" or "tvd"; the formulas
             are in `paired_divergence`.
         beta: weight of the teacher in the mixture of "jsd", in (0, 1).
@@ -77,8 +80,8 @@ def linear_paired_divergence(
             (0, 1): the teacher for "skew_forward", the student for "skew_reverse".
         target: (tokens,) int64, in [0, vocab) where mask is True: the sampled token. None: no
             log-probabilities are returned.
-        bias: (vocab,), dtype of weight. None: no bias.
-        teacher_bias: (vocab,), dtype of teacher_weight. None: no bias.
+        bias: (vocab,). None: no bias.
+        teacher_bias: (vocab,). None: no bias.
         teacher_logits: (tokens, vocab) instead of teacher_hidden and teacher_weight.
         mask: (tokens,) bool; False rows enter no GEMM and return 0. None: all rows count.
         temperature: a number, or (tokens,) one per row; > 0. Divides the student's logits.
@@ -126,26 +129,26 @@ def linear_paired_divergence(
         weight,
         bias,
         target,
-        LogitOptions(temperature, softcap, logit_scale, mask),
+        LogitOptions(temperature, softcap, logit_scale, mask).floats(),
         Teacher(
             teacher_hidden,
             teacher_weight,
             teacher_bias,
             teacher_logits,
-            LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None),
+            LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None).floats(),
         ),
         Divergence(kind, mix_weight_of(OP, kind, beta, alpha)),
         memory_budget,
     )
-    stats = _forward(problem)
+    stats = _forward(problem._replace(student=probed(OP, problem.student)))
     return stats if target is not None else stats._replace(logp=None, teacher_logp=None)
 
 
 def _forward(p: PairProblem) -> PairedStats:
     s = p.student
-    capability = select(OP, s.hidden.device.type, s.hidden.dtype, p.features())
+    capability = select(OP, s.hidden.device.type, s.dtype, p.features())
     if capability.backend == "reference":
-        return PairedStats(*stats_reference.rounded(reference_pair.exact(p), s.hidden.dtype))
+        return PairedStats(*stats_reference.rounded(reference_pair.exact(p), s.dtype))
     if torch.compiler.is_compiling():
         return PairedStats(*_pair_op(*p.flat()))
     run: PairRun = capability.run
@@ -181,13 +184,13 @@ class _PairFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         stats, _ = run(p, None, None)
         save_flat(ctx, p.flat())
-        ctx.run = run
+        ctx.run, ctx.probes = run, p.student.probes
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats[3:])
         return stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_paired_divergence")
     @ranged("linear_paired_divergence.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         p = PairProblem.from_flat(OP, *saved_flat(ctx))
@@ -195,11 +198,15 @@ class _PairFunction(torch.autograd.Function):
         if given is None:
             return None, None, None, None, None
         needs = tuple(ctx.needs_input_grad[:3])
-        return (*ctx.run(p._replace(student=p.student._replace(needs=needs)), given, None)[1], None, None)
+        probes = tuple(probe.emptied() for probe in ctx.probes)
+        student = p.student._replace(needs=needs, probes=probes)
+        found = ctx.run(p._replace(student=student), given, None)[1]
+        deliver(probes)
+        return (*found, None, None)
 
 
 def _run_of(p: PairProblem) -> PairRun:
-    run: PairRun = select(OP, p.student.hidden.device.type, p.student.hidden.dtype, p.features()).run
+    run: PairRun = select(OP, p.student.hidden.device.type, p.student.dtype, p.features()).run
     return run
 
 
@@ -231,7 +238,7 @@ def _pair_backward_op(*arguments: Any) -> list[torch.Tensor]:
 @_pair_backward_op.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> list[torch.Tensor]:
     likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]
+    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -5,14 +5,19 @@ from typing import Any, overload
 import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.checks import require_tensor
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.leading import Leading, without_ignored
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
 from tokfuse.runtime.core.token_ids import check_one_of
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
-from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head
+from tokfuse.runtime.lm_head.probe import deliver, with_probes
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, probed
 from tokfuse.runtime.lm_head.units import HeadKernels
 from tokfuse.runtime.ops.linear_token_stats_at import linear_token_stats_at
 from tokfuse.runtime.reference import linear_token_stats as reference
@@ -33,6 +38,7 @@ def linear_token_stats(
     logit_scale: float = ...,
     mask: torch.Tensor | None = ...,
     memory_budget: int | None = ...,
+    ignore_index: int | None = ...,
 ) -> TokenStats: ...
 
 
@@ -48,6 +54,7 @@ def linear_token_stats(
     logit_scale: float = ...,
     mask: torch.Tensor | None = ...,
     memory_budget: int | None = ...,
+    ignore_index: int | None = ...,
     ids: torch.Tensor,
     ids_offsets: torch.Tensor | None = ...,
 ) -> TokenStatsAt: ...
@@ -65,6 +72,7 @@ def linear_token_stats(
     logit_scale: float = ...,
     mask: torch.Tensor | None = ...,
     memory_budget: int | None = ...,
+    ignore_index: int | None = ...,
     top_k: int,
 ) -> TokenStatsAt: ...
 
@@ -84,14 +92,19 @@ def linear_token_stats(
     ids: torch.Tensor | None = None,
     ids_offsets: torch.Tensor | None = None,
     top_k: int | None = None,
+    ignore_index: int | None = None,
 ) -> TokenStats | TokenStatsAt:
     """Return `token_stats(hidden @ weight.T + bias, target, ...)` without storing the logits of all tokens.
 
+    The shapes below are those of packed tokens. Leading dimensions work too: with hidden of shape
+    (..., hidden), every (tokens,) argument has shape (...), and so have the results.
+
     Args:
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states.
-        weight: (vocab, hidden), same dtype and device. Weight of the lm_head.
+        weight: (vocab, hidden). Weight of the lm_head. It may have another dtype than hidden, e.g. a
+            float32 head over a bfloat16 model.
         target: (tokens,) int64, in [0, vocab) where mask is True.
-        bias: (vocab,), same dtype. None: no bias.
+        bias: (vocab,), any of these dtypes. None: no bias.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
@@ -104,6 +117,8 @@ def linear_token_stats(
             concatenated.
         ids_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of ids per row.
         top_k: also returns the top_k most likely ids of each row and their log-probs.
+        ignore_index: rows with this target are left out, as with mask = False: -100 for labels of
+            transformers. None: no target is special.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64).
@@ -114,6 +129,8 @@ def linear_token_stats(
     Numerics: same bounds as `token_stats` with float32 logits. bfloat16 and float16 inputs are converted
         exactly, and GEMMs accumulate in float32. dW accumulates in float32 and is rounded once. Bitwise
         repeatable. The GEMM library may round a row differently with another chunk size.
+        If the dtypes of hidden and weight differ, the logits are computed in the wider one (float32 for
+        bfloat16 with float16), and each input receives its gradient in its own dtype.
 
     Gradients and memory: hidden, weight and bias receive a gradient if they require grad. Saved: the
         inputs and four (tokens,) vectors. The backward recomputes the logits of the rows whose incoming
@@ -122,7 +139,8 @@ def linear_token_stats(
         the statistics without a workspace (with ids or top_k it stores its logits in the workspace), and
         rounds the gradient of its logits once to 16 bits for the gradient GEMMs. The backward synchronises
         once to read the number of its rows. Under CUDA-graph capture it does not synchronise, and every row
-        is computed.
+        is computed. If hidden and weight differ in dtype, the narrower one is widened piece by piece: the
+        rows of a chunk, or 64 MiB of the weight (2 MiB on the CPU). No float32 copy of the weight is made.
 
     Examples:
         >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
@@ -136,13 +154,38 @@ def linear_token_stats(
 
     Source: the chunked heads of TRL and Liger; same outputs as `token_stats`. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
-    problem = check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    if ignore_index is not None or (isinstance(hidden, torch.Tensor) and hidden.dim() != 2):
+        if require_tensor(OP, "hidden", hidden).dim() < 1:
+            raise refuse(OP, "hidden", "(..., hidden)", "shape ()", "Pass final hidden states.")
+        to = Leading(OP, tuple(hidden.shape[:-1]), "hidden")
+        flat_target = to.vector("target", require_tensor(OP, "target", target))
+        given: dict[str, Any] = {"ids": ids, "ids_offsets": ids_offsets, "top_k": top_k, "memory_budget": memory_budget}
+        if ids is not None and ids_offsets is None:
+            given["ids"] = to.rows("ids", ids)
+        flat: Any = linear_token_stats(
+            to.rows("hidden", hidden),  # type: ignore[arg-type]
+            weight,
+            flat_target,
+            bias=bias,
+            temperature=to.vector("temperature", temperature),
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=without_ignored(OP, flat_target, to.vector("mask", mask), ignore_index),
+            **given,
+        )
+        if ids_offsets is not None:  # logp_at has one element per id
+            fields = flat._asdict().items()
+            return TokenStatsAt(*(x if name == "logp_at" else to.unpack(x) for name, x in fields))
+        spread: TokenStats | TokenStatsAt = to.unpack(flat)
+        return spread
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
+    problem = probed(OP, check_head(OP, hidden, weight, bias, target, options, memory_budget))
     if ids is not None or top_k is not None or ids_offsets is not None:
         check_one_of(OP, ids, ids_offsets, top_k)
         return linear_token_stats_at(problem, ids, ids_offsets, top_k)
-    capability = select(OP, hidden.device.type, hidden.dtype, options.features())
+    capability = select(OP, hidden.device.type, problem.dtype, options.features())
     if capability.backend == "reference":
+        hidden, weight = with_probes(hidden, weight, problem.probes)
         return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **options.without_bias()))
     if torch.compiler.is_compiling():
         return TokenStats(*_linear_op(hidden, weight, bias, target, *options.flat()[:5], problem.memory_budget)[:5])
@@ -175,22 +218,26 @@ class _LinearFunction(torch.autograd.Function):
         logp, entropy, lse, sum_sq, top1, row_max, inv_sum = run.forward(p)
         scalars, tensors = p.options.split()
         ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, row_max, inv_sum, logp, entropy)
-        ctx.rest = scalars, p.memory_budget, run
+        ctx.rest = scalars, p.memory_budget, run, p.probes
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, sum_sq, top1)
         return logp, entropy, lse, sum_sq, top1
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_token_stats")
     @ranged("linear_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None, None
         hidden, weight, bias, target, vector, mask, bias_logits, *stats = ctx.saved_tensors
-        scalars, budget, run = ctx.rest
-        p = HeadProblem(hidden, weight, bias, target, scalars.joined(vector, mask, bias_logits), budget)
+        scalars, budget, run, probes = ctx.rest
+        probes = tuple(probe.emptied() for probe in probes)
+        options = scalars.joined(vector, mask, bias_logits)
+        p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes)
         needs = tuple(ctx.needs_input_grad[:3])
-        return (*run.backward(p, *stats, grads[0], grads[1], needs), None, None)
+        found = run.backward(p, *stats, grads[0], grads[1], needs)
+        deliver(probes)
+        return (*found, None, None)
 
 
 def _problem(
@@ -198,7 +245,7 @@ def _problem(
 ) -> tuple[HeadProblem, HeadKernels]:
     *flat, budget = rest
     p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
-    return p, select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
+    return p, select(OP, hidden.device.type, p.dtype, p.options.features()).run
 
 
 ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
@@ -232,7 +279,7 @@ def _linear_backward_op(*arguments: Any) -> list[torch.Tensor]:
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
     needs = rest[-3:]
     likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, needs, strict=True)]
+    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, needs, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -13,6 +14,7 @@ from tokfuse.runtime.core.statistics import TokenStatsAt
 from tokfuse.runtime.core.token_ids import TokenIds, check_ids, check_top_k, most_likely
 from tokfuse.runtime.lm_head import ids_runs
 from tokfuse.runtime.lm_head.ids_runs import HeadIdsKernels
+from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem
 from tokfuse.runtime.reference import token_stats_at as reference
 from tokfuse.runtime.reference.linear_token_stats import logits_of
@@ -30,7 +32,7 @@ def linear_token_stats_at(
         top_k = check_top_k("linear_token_stats", top_k, p.vocab)
     else:
         places = check_ids("linear_token_stats", ids, ids_offsets, p.tokens, p.hidden.device)
-    capability = select(OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
+    capability = select(OP, p.hidden.device.type, p.dtype, p.options.features())
     if capability.backend == "reference":
         *stats, logp_at, flat = _reference(p, places, top_k or 0)
     elif torch.compiler.is_compiling():
@@ -57,7 +59,8 @@ def _reference(p: HeadProblem, places: TokenIds | None, top_k: int) -> tuple[tor
         places = TokenIds.of_matrix(most_likely(logits_of(p.hidden, p.weight, p.bias), top_k, p.options))
     ids, offsets, _ = places
     o = p.options.without_bias()
-    return *reference.linear_forward(p.hidden, p.weight, p.bias, p.target, ids, offsets, **o), ids
+    hidden, weight = with_probes(p.hidden, p.weight, p.probes)
+    return *reference.linear_forward(hidden, weight, p.bias, p.target, ids, offsets, **o), ids
 
 
 register_cpu(OP, ids_runs.CPU, FLOAT_DTYPES, "softcap")
@@ -87,25 +90,29 @@ class _LinearAtFunction(torch.autograd.Function):
         scalars, tensors = p.options.split()
         stats = (row_max, inv_sum, logp, entropy, logp_at)
         ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, ids, offsets, *stats)
-        ctx.rest = scalars, p.memory_budget, run
+        ctx.rest = scalars, p.memory_budget, run, p.probes
         ctx.set_materialize_grads(False)
         ids = ids if places is None else ids.new_empty(0)  # do not return the caller's ids
         ctx.mark_non_differentiable(lse, sum_sq, top1, ids)
         return logp, entropy, lse, sum_sq, top1, logp_at, ids
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear_token_stats")
     @ranged("linear_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None and grads[5] is None:
             return (None,) * 7
         hidden, weight, bias, target, vector, mask, bias_logits, ids, offsets, *stats = ctx.saved_tensors
-        scalars, budget, run = ctx.rest
-        p = HeadProblem(hidden, weight, bias, target, scalars.joined(vector, mask, bias_logits), budget)
+        scalars, budget, run, probes = ctx.rest
+        probes = tuple(probe.emptied() for probe in probes)
+        options = scalars.joined(vector, mask, bias_logits)
+        p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes)
         grad_at = torch.zeros_like(stats[-1]) if grads[5] is None else grads[5]
         needs = tuple(ctx.needs_input_grad[:3])
         places = TokenIds(ids, offsets, ids.shape)
-        return (*run.backward(p, places, *stats, grads[0], grads[1], grad_at, needs), *(None,) * 4)
+        found = run.backward(p, places, *stats, grads[0], grads[1], grad_at, needs)
+        deliver(probes)
+        return (*found, *(None,) * 4)
 
 
 def _offsets(p: HeadProblem, top_k: int) -> torch.Tensor:
@@ -118,7 +125,7 @@ ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
 def _problem(hidden: torch.Tensor, *rest: Any) -> tuple[HeadProblem, HeadIdsKernels]:
     weight, bias, target, *flat, budget = rest
     p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
-    return p, select(OP, hidden.device.type, hidden.dtype, p.options.features()).run
+    return p, select(OP, hidden.device.type, p.dtype, p.options.features()).run
 
 
 @graph_op(
@@ -162,7 +169,7 @@ def _linear_at_backward_op(*arguments: Any) -> list[torch.Tensor]:
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
     needs = rest[-3:]
     likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip(likes, needs, strict=True)]
+    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, needs, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

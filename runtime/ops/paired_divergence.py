@@ -12,6 +12,7 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_options
 from tokfuse.runtime.core.ranges import ranged
@@ -100,7 +101,7 @@ def paired_divergence(
         the teacher, GKD (arXiv 2306.13649); forward KL as in LeaF (arXiv 2506.07851); skew KLs as in
         DistiLLM (arXiv 2402.03898), whose code has `lam` = 0.1 for alpha. Exact.
     """
-    options = LogitOptions(temperature, softcap, logit_scale, mask)
+    options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     _check(logits_p, logits_q, options)
     mix_weight = mix_weight_of(OP, kind, beta, alpha)
     capability = select(OP, logits_p.device.type, logits_p.dtype, options.features())
@@ -173,7 +174,7 @@ class _DivergenceFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("paired_divergence")
     @ranged("paired_divergence.bwd")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         p, q, state, *tensors = ctx.saved_tensors

@@ -7,7 +7,9 @@ import torch
 from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
 from tokfuse.runtime.backends.policy_runs import LossRun
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, eager_cpu, select
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.forced import eager_cpu
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.policy import inputs as policy_inputs
@@ -45,11 +47,13 @@ def policy_loss(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """Return the loss, gradient coefficients and metrics of a policy objective over packed tokens.
 
     loss = 1 / normalizer * sum_t agg_t [ weight_t phi(log_ratio_t, advantage_t)
-           + kl.coef kl_weight_t KL_t - entropy_coef entropy_weight_t entropy_t ],
+           + kl.coef kl_weight_t KL_t + anchor.coef anchor_weight_t KL'_t - entropy_coef entropy_weight_t entropy_t ],
     where log_ratio = logp - old_logp, or its mean or sum over the sequence for sequence levels, and
     agg_t = 1, or 1 / (valid tokens of the sequence) for "seq_mean_token_mean".
 
@@ -75,6 +79,8 @@ def policy_loss(
         token_weight: (tokens,). Multiplies the policy term (importance weights, selection masks).
         signal: (tokens,). Target signal (TargetRatio) or success rate (NFT). Only for those shapes.
         kl_weight: (tokens,). Multiplies the KL term.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term.
         entropy_weight: (tokens,). Multiplies the entropy term.
 
     Returns:
@@ -115,6 +121,8 @@ def policy_loss(
         ref_logp,
         kl_weight,
         entropy_weight,
+        anchor_logp,
+        anchor_weight,
     )
     if sampler_logp is None:
         done = _eager(logp, entropy, inputs, objective, normalizer)
@@ -179,7 +187,7 @@ class _PolicyLossFunction(torch.autograd.Function):
         return terms.loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("policy_loss")
     @ranged("policy_loss.bwd")
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[Any, ...]:
         d_logp, d_entropy = ctx.saved_tensors
@@ -213,6 +221,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     logp, entropy = inputs[0], inputs[1]
     ctx.save_for_backward(output[2], output[3])
     ctx.dtypes = (logp.dtype, None if entropy is None else entropy.dtype)
+    ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -220,7 +229,8 @@ def _op_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     d_logp, d_entropy = ctx.saved_tensors
     logp_dtype, entropy_dtype = ctx.dtypes
     grad_entropy = None if entropy_dtype is None else (d_entropy * grad_loss).to(entropy_dtype)
-    return ((d_logp * grad_loss).to(logp_dtype), grad_entropy) + (None,) * 13
+    rest = [None] * (ctx.inputs - 2)
+    return ((d_logp * grad_loss).to(logp_dtype), grad_entropy, *rest)
 
 
 _policy_loss_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -9,9 +9,11 @@ from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, 
 from tokfuse.runtime.backends.policy_runs import StepRun, device_run
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, eager_cpu, select
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.forced import eager_cpu
 from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.leading import Leading, without_ignored
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
@@ -57,12 +59,15 @@ def policy_step(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
     compact_clipped: bool = False,
     influence: InfluenceSpec | None = None,
+    ignore_index: int | None = None,
 ) -> PolicyStep:
     """Return loss, gradients, statistics and metrics of a policy objective in one step.
 
@@ -74,11 +79,17 @@ def policy_step(
     (`target` to `cu_seqlens`), the objective with its optional inputs (`objective` to
     `sampler_logp`), and the options of the distribution (`temperature` to `logit_scale`).
 
+    The shapes below are those of packed tokens. Leading dimensions work too: with logits of shape
+    (..., vocab) or hidden of shape (..., hidden), every (tokens,) argument has shape (...), and so have
+    `token_loss` and `stats`. With (batch, length) and without cu_seqlens, each row of the batch is a
+    sequence. A contiguous tensor is not copied.
+
     Args:
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. None: pass hidden and weight.
         hidden: (tokens, hidden), the hidden states, instead of logits.
-        weight: (vocab, hidden), the weight of the lm_head. Same dtype and device as hidden.
-        bias: (vocab,), the bias of the lm_head. Same dtype and device as hidden. None: no bias.
+        weight: (vocab, hidden), the weight of the lm_head. If its dtype differs from that of hidden, the wider
+            one computes, and each has its gradient in its own dtype (see `linear_token_stats`).
+        bias: (vocab,), the bias of the lm_head. None: no bias.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
             policy, so the log-probabilities of this step are used and every ratio is 1. A GPU then
@@ -97,6 +108,8 @@ def policy_step(
         ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
             Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
         kl_weight: (tokens,). Multiplies the KL term.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term.
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
@@ -112,6 +125,8 @@ def policy_step(
             exclude such rows.
         influence: also return gradient norms and sketches of the loss in `step.influence`. Only with
             hidden and cu_seqlens. It computes grad_hidden even if hidden requires no gradient.
+        ignore_index: tokens with this target are left out, as with mask = False: -100 for labels of
+            transformers. None: no target is special.
 
     Returns:
         PolicyStep, with the gradients of `loss` (normaliser included) for the inputs that require grad.
@@ -164,7 +179,15 @@ def policy_step(
         ref_logp,
         kl_weight,
         entropy_weight,
+        anchor_logp,
+        anchor_weight,
     )
+    main = logits if logits is not None else hidden
+    if ignore_index is not None or (isinstance(main, torch.Tensor) and main.dim() != 2):
+        more: dict[str, Any] = {"weight": weight, "bias": bias, "objective": objective, "normalizer": normalizer}
+        more |= {"softcap": softcap, "logit_scale": logit_scale, "memory_budget": memory_budget}
+        more |= {"compact_clipped": compact_clipped, "influence": influence, "temperature": temperature}
+        return _spread(logits, hidden, target, inputs, sampler_logp, ignore_index, more)
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     checks.check_flag(OP, "compact_clipped", compact_clipped)
     if (logits is None) == (hidden is None):
@@ -188,19 +211,67 @@ def policy_step(
             done = _eager(OP, logits, target, options, inputs, objective, normalizer)
             if done is not None:
                 return done
+        options = options.floats()
         inv_normalizer = _check_step(OP, logits, target, options, inputs, objective, normalizer, sampler_logp)
         return _from_logits(logits, target, options, inputs, objective, inv_normalizer, sampler_logp)
     assert hidden is not None
-    problem = heads.check_head(OP, hidden, weight, bias, target, options, memory_budget)
+    problem = heads.check_head(OP, hidden, weight, bias, target, options.floats(), memory_budget)
     problem = problem._replace(compact_clipped=compact_clipped)
     inv_normalizer = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp)
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
+    problem = heads.probed(OP, problem, cu_seqlens)
     terms, stats, gradients = hidden_step.apply(problem, inputs, objective, inv_normalizer)
     step = step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem, gradients, cu_seqlens))
+
+
+def _spread(
+    logits: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    target: torch.Tensor,
+    inputs: PolicyInputs,
+    sampler_logp: torch.Tensor | None,
+    ignore_index: int | None,
+    more: dict[str, Any],
+) -> PolicyStep:
+    """Compute a step with other leading dimensions than (tokens,), or with labels to leave out, on packed rows."""
+    name = "hidden" if logits is None else "logits"
+    main = checks.require_tensor(OP, name, hidden if logits is None else logits)
+    if main.dim() < 1:
+        raise refuse(OP, name, "(..., columns)", "shape ()", "Pass one row per token.")
+    to = Leading(OP, tuple(main.shape[:-1]), name)
+    given = inputs._asdict()
+    per_sequence = inputs.advantage_level == "sequence"
+    for field in policy_inputs.VECTORS:
+        if not (field == "advantage" and per_sequence):
+            given[field] = to.vector(field, given[field])
+    packed = to.vector("target", checks.require_tensor(OP, "target", target))
+    given["mask"] = without_ignored(OP, packed, to.vector("mask", inputs.mask), ignore_index)
+    if inputs.cu_seqlens is None and len(to.shape) == 2:
+        o: Objective = more["objective"]
+        if isinstance(o, Objective) and (o.needs_sequences or o.counts_sequences or per_sequence):
+            batch, length = to.shape
+            given["cu_seqlens"] = torch.arange(batch + 1, dtype=torch.int32, device=main.device) * length
+    more["temperature"] = to.vector("temperature", more["temperature"])
+    step = policy_step(
+        logits=to.rows("logits", logits),
+        hidden=to.rows("hidden", hidden),
+        target=packed,
+        sampler_logp=to.vector("sampler_logp", sampler_logp),
+        **given,
+        **more,
+    )
+    shape = None if len(to.shape) == 1 else to.shape
+    stats = to.unpack(step.stats)
+    influence = step.influence
+    if influence is not None:
+        norms = {x: to.unpack(getattr(influence, x)) for x in ("token_norms", "head_norms", "hidden_norms")}
+        influence = replace(influence, **norms)
+    token_loss = to.unpack(step.token_loss)
+    return replace(step, token_loss=token_loss, stats=stats, influence=influence, _leading=shape)
 
 
 @ranged("policy_step_.fwd")
@@ -221,6 +292,8 @@ def policy_step_(
     signal: torch.Tensor | None = None,
     kl_weight: torch.Tensor | None = None,
     entropy_weight: torch.Tensor | None = None,
+    anchor_logp: torch.Tensor | None = None,
+    anchor_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -251,6 +324,8 @@ def policy_step_(
         ref_logp: (tokens,), nats. Log-probability under the reference policy. Needed by a KL term.
             Without a KL term it only adds the metrics ref_kl_k1 and ref_kl_k3.
         kl_weight: (tokens,). Multiplies the KL term.
+        anchor_logp: (tokens,), nats. Log-probability that `objective.anchor` compares with. Only with an anchor.
+        anchor_weight: (tokens,). Multiplies the anchor term.
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
@@ -275,6 +350,8 @@ def policy_step_(
         ref_logp,
         kl_weight,
         entropy_weight,
+        anchor_logp,
+        anchor_weight,
     )
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     op = "policy_step_"
@@ -283,6 +360,7 @@ def policy_step_(
         done = _eager(op, logits, target, options, inputs, objective, normalizer)
         if done is not None:
             return done
+    options = options.floats()
     inv_normalizer = _check_step(op, logits, target, options, inputs, objective, normalizer, sampler_logp)
     _check_writable(op, logits)
     return _from_logits(logits, target, options, inputs, objective, inv_normalizer, sampler_logp, True)
@@ -445,12 +523,14 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(output[8])
+    ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _op_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     (grad,) = ctx.saved_tensors
-    return (grad * grad_loss.to(grad.dtype),) + (None,) * 18
+    rest = [None] * (ctx.inputs - 1)
+    return (grad * grad_loss.to(grad.dtype), *rest)
 
 
 _policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)

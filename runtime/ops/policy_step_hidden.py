@@ -1,5 +1,6 @@
 """policy_step from hidden states: the GEMMs of the lm_head around the fused row kernels."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOp
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import cpu_runs, device_runs, reference_runs
+from tokfuse.runtime.lm_head.probe import Probes, deliver
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, Step, StepRun, wanted
 from tokfuse.runtime.policy.graph_form import (
     INPUTS_SCHEMA,
@@ -35,17 +37,22 @@ def apply(
     p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Return terms, statistics and gradients of the step. The loss is differentiable."""
-    capability = select(OP, p.hidden.device.type, p.hidden.dtype, objective.features(p.options.features()))
+    capability = select(OP, p.hidden.device.type, p.dtype, objective.features(p.options.features()))
     if not torch.compiler.is_compiling():
-        return attach(p.hidden, p.weight, p.bias, lambda: capability.run(p, inputs, objective, inv_normalizer))
+        compute = functools.partial(capability.run, p, inputs, objective, inv_normalizer)
+        return attach(p.hidden, p.weight, p.bias, compute, p.probes)
     if capability.backend == "reference":
         logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
-        return *traced_step(logits, p.target, p.options, inputs, objective, inv_normalizer, p.hidden.dtype), {}
+        return *traced_step(logits, p.target, p.options, inputs, objective, inv_normalizer, p.dtype), {}
     return _custom_op(p, inputs, objective, inv_normalizer)
 
 
 def attach(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, compute: Callable[[], Step]
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    compute: Callable[[], Step],
+    probes: Probes = (),
 ) -> tuple[PolicyTerms, TokenStats, Gradients]:
     """Return terms, statistics and gradients of `compute()`. The backward of the loss returns the gradients."""
     gradients: Gradients = {}
@@ -55,7 +62,9 @@ def attach(
         return terms.loss, (terms.token_loss, terms.sums, *stats), grads
 
     leaves = dict(zip(NAMES, (hidden, weight, bias), strict=True))
-    loss, token_loss, sums, *stats = with_gradients("policy_step", leaves, flat, gradients)
+    loss, token_loss, sums, *stats = with_gradients(
+        "policy_step", leaves, flat, gradients, functools.partial(deliver, probes)
+    )
     return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), gradients
 
 
@@ -85,7 +94,7 @@ def _hidden_op(
         hidden, weight, bias, target, options, budget, (needs[0], needs[1], needs[2]), None, compact_clipped
     )
     objective = objective_of(form, coefficients)
-    run: StepRun = select(OP, hidden.device.type, hidden.dtype, objective.features(options.features())).run
+    run: StepRun = select(OP, hidden.device.type, p.dtype, objective.features(options.features())).run
     terms, stats, grads = run(p, inputs, objective, checked_inverse("policy_step", inv_normalizer))
     held = [hidden.new_empty(0) if x is None else x for x in grads]
     return [terms.loss, terms.token_loss, terms.sums, *stats, *held]
@@ -105,6 +114,7 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *re
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     ctx.save_for_backward(*output[8:])
+    ctx.inputs = len(inputs)
 
 
 def _op_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -112,7 +122,8 @@ def _op_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
         g * grads[0].to(g.dtype) if need else None
         for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    return (*scaled,) + (None,) * 23
+    rest = [None] * (ctx.inputs - 3)
+    return (*scaled, *rest)
 
 
 _hidden_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -16,6 +16,7 @@ from tokfuse.runtime.core.checks import (
     check_cu_seqlens,
     check_optional,
     check_vector,
+    is_integer,
     may_read,
     plain,
     working_dtype,
@@ -97,9 +98,11 @@ def segment_moments(
         num_segments = check_cu_seqlens(OP, cu_seqlens, num_rows, values.device)
     else:
         check_vector(OP, "segment_ids", segment_ids, rows, INTS)
-        if not isinstance(num_segments, int) or num_segments < 0:
+        if num_segments is None or not is_integer(num_segments) or num_segments < 0:
             want = "an int >= 0, given with segment_ids"
             raise refuse(OP, "num_segments", want, num_segments, "Pass the number of segments.")
+    if not isinstance(num_segments, int):
+        num_segments = int(num_segments)
     dtype = working_dtype(values)
     run = _RUNS[backend_of(OP, values.device.type, dtype)]
     x = values.to(dtype).contiguous()

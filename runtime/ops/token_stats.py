@@ -7,10 +7,13 @@ import torch
 
 from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
-from tokfuse.runtime.core.checks import check_flag, check_positive
-from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, eager_cpu, select
+from tokfuse.runtime.core.checks import check_flag, check_positive, number, require_tensor
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.forced import eager_cpu
 from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.leading import Leading, without_ignored
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats, TokenStatsAt
@@ -57,6 +60,7 @@ def token_stats(
     mask: torch.Tensor | None = ...,
     bias_logits: torch.Tensor | None = ...,
     bias_scale: float = ...,
+    ignore_index: int | None = ...,
     second_temperature: None = ...,
     moments: Literal[False] = ...,
 ) -> TokenStats: ...
@@ -73,6 +77,7 @@ def token_stats(
     mask: torch.Tensor | None = ...,
     bias_logits: torch.Tensor | None = ...,
     bias_scale: float = ...,
+    ignore_index: int | None = ...,
     second_temperature: float,
     moments: bool = ...,
 ) -> ExtendedTokenStats: ...
@@ -89,6 +94,7 @@ def token_stats(
     mask: torch.Tensor | None = ...,
     bias_logits: torch.Tensor | None = ...,
     bias_scale: float = ...,
+    ignore_index: int | None = ...,
     second_temperature: float | None = ...,
     moments: Literal[True],
 ) -> ExtendedTokenStats: ...
@@ -105,6 +111,7 @@ def token_stats(
     mask: torch.Tensor | None = ...,
     bias_logits: torch.Tensor | None = ...,
     bias_scale: float = ...,
+    ignore_index: int | None = ...,
     ids: torch.Tensor,
     ids_offsets: torch.Tensor | None = ...,
 ) -> TokenStatsAt: ...
@@ -121,6 +128,7 @@ def token_stats(
     mask: torch.Tensor | None = ...,
     bias_logits: torch.Tensor | None = ...,
     bias_scale: float = ...,
+    ignore_index: int | None = ...,
     top_k: int,
 ) -> TokenStatsAt: ...
 
@@ -141,12 +149,17 @@ def token_stats(
     ids: torch.Tensor | None = None,
     ids_offsets: torch.Tensor | None = None,
     top_k: int | None = None,
+    ignore_index: int | None = None,
 ) -> TokenStats | ExtendedTokenStats | TokenStatsAt:
     """Return log-prob, entropy, log-sum-exp, sum of squared probabilities and top-1 hit of each row, in one read.
 
     p = softmax(u / temperature) with u = softcap * tanh(logit_scale * logits / softcap), or
     u = logit_scale * logits without a softcap. If bias_logits is given, `bias_scale * bias_logits` is
     subtracted from u.
+
+    The shapes below are those of packed tokens. Leading dimensions work too: with logits of shape
+    (..., vocab), e.g. (batch, length, vocab), every (tokens,) argument has shape (...), and so have the
+    results. A contiguous tensor is not copied.
 
     Args:
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. Any row stride. A vocabulary
@@ -170,6 +183,8 @@ def token_stats(
             concatenated.
         ids_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of ids per row.
         top_k: also returns the top_k most likely ids of each row and their log-probs.
+        ignore_index: rows with this target are left out, as with mask = False: -100 for labels of
+            transformers. None: no target is special.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64
@@ -222,10 +237,17 @@ def token_stats(
             OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "Remove it: it would have no effect."
         )
     at_ids = ids is not None or top_k is not None or ids_offsets is not None
-    if second_temperature is None and moments is False and bias_logits is None and not at_ids:
+    if second_temperature is None and moments is False and bias_logits is None and not at_ids and ignore_index is None:
         done = _eager(logits, target, options)
         if done is not None:
             return done
+    if ignore_index is not None or (isinstance(logits, torch.Tensor) and logits.dim() != 2):
+        more = {"second_temperature": second_temperature, "moments": moments, "ids": ids, "top_k": top_k}
+        spread: TokenStats | ExtendedTokenStats | TokenStatsAt = _spread(
+            logits, target, options, ignore_index, more | {"ids_offsets": ids_offsets}
+        )
+        return spread
+    options = options.floats()
     check_flag(OP, "moments", moments)
     check_logits(OP, logits, target, options)
     if at_ids:
@@ -235,7 +257,7 @@ def token_stats(
             raise refuse(OP, given, "left out with ids or top_k", "both", "Call twice, once with each.")
         return token_stats_at(logits, target, ids, ids_offsets, top_k, options)
     if second_temperature is not None or moments:
-        return _extended(logits, target, options, Extras(second_temperature, moments))
+        return _extended(logits, target, options, Extras(number(second_temperature), moments))
     capability = _capability(logits, options)
     if capability.backend == "reference":
         return TokenStats(*reference.forward(logits, target, **options._asdict()))
@@ -245,6 +267,29 @@ def token_stats(
     if logits.requires_grad and torch.is_grad_enabled():
         return TokenStats(*_TokenStatsFunction.apply(logits, target, options, run))
     return TokenStats(*run.forward(logits, target, **options._asdict())[:5])
+
+
+def _spread(
+    logits: torch.Tensor, target: torch.Tensor, o: LogitOptions, ignore_index: int | None, more: dict[str, Any]
+) -> Any:
+    """Compute a call with other leading dimensions than (tokens,), or with labels to leave out, on packed rows."""
+    require_tensor(OP, "target", target)
+    if require_tensor(OP, "logits", logits).dim() < 1:
+        raise refuse(OP, "logits", "(..., vocab)", "shape ()", "Pass the full vocabulary.")
+    to = Leading(OP, tuple(logits.shape[:-1]), "logits")
+    names = ("temperature", "softcap", "logit_scale")
+    given = {name: to.vector(name, getattr(o, name)) for name in names}
+    target = to.vector("target", target)
+    given["mask"] = without_ignored(OP, target, to.vector("mask", o.mask), ignore_index)
+    if o.bias_logits is not None:
+        given |= {"bias_logits": to.rows("bias_logits", o.bias_logits), "bias_scale": o.bias_scale}
+    if more["ids"] is not None and more["ids_offsets"] is None:
+        more["ids"] = to.rows("ids", more["ids"])
+    packed: Any = to.rows("logits", logits)
+    flat: Any = token_stats(packed, target, **given, **more)
+    if more["ids_offsets"] is not None:  # logp_at has one element per id
+        return type(flat)(*(x if name == "logp_at" else to.unpack(x) for name, x in flat._asdict().items()))
+    return to.unpack(flat)
 
 
 def _eager(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> TokenStats | None:
@@ -317,7 +362,7 @@ class _TokenStatsFunction(torch.autograd.Function):
         return logp, entropy, lse, sum_sq, top1, *extras
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("token_stats")
     @ranged("token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         grad_logp, grad_entropy = grads[0], grads[1]

@@ -7,6 +7,7 @@ import torch
 from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -93,7 +94,7 @@ class _AtFunction(torch.autograd.Function):
         return logp, entropy, lse, sum_sq, top1, logp_at
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("token_stats")
     @ranged("token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         given = _incoming(ctx, grads[0], grads[1], grads[5])

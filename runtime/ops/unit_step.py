@@ -4,14 +4,17 @@
 linear_token_stats record of each backend contains its run. lm_head/units.py describes the passes.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.lm_head import reference_runs
+from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem
-from tokfuse.runtime.lm_head.units import Loss, Units
+from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
 
@@ -42,35 +45,39 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
         own_budget: True if the caller chose `p.memory_budget`. Otherwise the budget grows to fit the
             largest unit, up to 1 GiB.
     """
-    capability = select(linear.OP, p.hidden.device.type, p.hidden.dtype, p.options.features())
-    if torch.compiler.is_compiling() or capability.run.units is None:
+    capability = select(linear.OP, p.hidden.device.type, p.dtype, p.options.features())
+    run: UnitsRun | None = capability.run.units
+    if run is None and p.row_norms is not None:
+        run = reference_runs.unit_step
+    if torch.compiler.is_compiling() or run is None:
         return _composed(p, units, loss)
     if not own_budget:
         row = 6 * (p.vocab + 16) + 8 * p.hidden.shape[1] + 64
         grown = min(units.largest * row, LARGEST_DEFAULT)
         p = p._replace(memory_budget=max(p.memory_budget, grown))
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and p.row_norms is None:
         p = p._replace(needs=(False, False, False))
     gradients: Gradients = {}
     read_twice = 0
 
     def compute() -> Computed:
         nonlocal read_twice
-        found = capability.run.units(p, units, loss)
+        found = run(p, units, loss)
         read_twice = found.read_twice
         return found.loss.to(found.stats.logp.dtype), found.stats, found.gradients
 
     leaves = dict(zip(NAMES, (p.hidden, p.weight, p.bias), strict=True))
-    value, *stats = with_gradients("preference_step", leaves, compute, gradients)
+    value, *stats = with_gradients("preference_step", leaves, compute, gradients, functools.partial(deliver, p.probes))
     return UnitStep(value, TokenStats(*stats), gradients, read_twice)
 
 
 def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
     """Return the same result by `linear_token_stats` and autograd. The chunked passes must equal it."""
     o = p.options
+    hidden, weight = with_probes(p.hidden, p.weight, p.probes)
     stats = linear.linear_token_stats(
-        p.hidden,
-        p.weight,
+        hidden,
+        weight,
         p.target,
         bias=p.bias,
         temperature=o.temperature,

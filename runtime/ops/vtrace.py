@@ -14,6 +14,7 @@ from tokfuse.runtime.core.checks import (
     check_number,
     check_optional,
     check_vector,
+    number,
     plain,
     working_dtype,
 )
@@ -127,8 +128,8 @@ def vtrace(
             plain(cu_seqlens),
             gamma=float(gamma),
             lam=float(lam),
-            rho_bar=rho_bar,
-            c_bar=c_bar,
+            rho_bar=number(rho_bar),
+            c_bar=number(c_bar),
             mask=plain(mask),
             finished=plain(finished),
         )

@@ -15,6 +15,7 @@ from tokfuse.runtime.policy.shapes import SHAPES
 INPUTS_SCHEMA = (
     "Tensor? old_logp, Tensor advantage, str advantage_level, Tensor? mask, Tensor? cu_seqlens, Tensor? token_weight"
     ", Tensor? signal, Tensor? ref_logp, Tensor? kl_weight, Tensor? entropy_weight"
+    ", Tensor? anchor_logp, Tensor? anchor_weight"
 )
 """The fields of `PolicyInputs`, in order."""
 OBJECTIVE_SCHEMA = "str objective, float[] coefficients, float inv_normalizer"
@@ -28,13 +29,15 @@ def flat_objective(objective: Objective) -> tuple[str, list[float]]:
 
     The numbers may change between calls without a new compilation.
     """
-    shape, kl = objective.shape, objective.kl
+    shape, terms = objective.shape, (objective.kl, objective.anchor)
     assert shape.code is not None, "no kernel implements the shape: see Objective.features"
     given = [name for name in _FIELDS[SHAPES[shape.code]] if getattr(shape, name) is not None]
-    estimator = "" if kl is None else kl.estimator
-    form = f"{shape.code}|{','.join(given)}|{objective.level}|{estimator}|{objective.aggregation}"
+    estimators = "|".join("" if term is None else term.estimator for term in terms)
+    form = f"{shape.code}|{','.join(given)}|{objective.level}|{estimators}|{objective.aggregation}"
     numbers = [getattr(shape, name) for name in given] + [objective.entropy_coef, objective.log_ratio_clamp]
-    return form, numbers if kl is None else [*numbers, kl.coef, kl.clamp]
+    for term in terms:
+        numbers += [] if term is None else [term.coef, term.clamp]
+    return form, numbers
 
 
 def objective_of(form: str, numbers: Sequence[float]) -> Objective:
@@ -44,15 +47,20 @@ def objective_of(form: str, numbers: Sequence[float]) -> Objective:
 
 @functools.lru_cache(maxsize=128)
 def _objective(form: str, numbers: tuple[float, ...]) -> Objective:
-    code, given, level, estimator, aggregation = form.split("|")
+    code, given, level, *estimators, aggregation = form.split("|")
     shape = SHAPES[int(code)]
     names = given.split(",") if given else []
     fields_of_shape = dict.fromkeys(_FIELDS[shape]) | dict(zip(names, numbers, strict=False))
-    entropy_coef, log_ratio_clamp, *kl = numbers[len(names) :]
+    entropy_coef, log_ratio_clamp, *rest = numbers[len(names) :]
+    terms: list[KL | None] = []
+    for estimator in estimators:
+        coef_and_clamp, rest = (rest[:2], rest[2:]) if estimator else ([], rest)
+        terms.append(KL(estimator=estimator, coef=coef_and_clamp[0], clamp=coef_and_clamp[1]) if estimator else None)
     return Objective(
         shape=shape(**fields_of_shape),
         level=level,
-        kl=KL(estimator=estimator, coef=kl[0], clamp=kl[1]) if kl else None,
+        kl=terms[0],
+        anchor=terms[1],
         entropy_coef=entropy_coef,
         aggregation=aggregation,
         log_ratio_clamp=log_ratio_clamp,

@@ -29,6 +29,8 @@ class PolicyInputs(NamedTuple):
     ref_logp: torch.Tensor | None = None
     kl_weight: torch.Tensor | None = None
     entropy_weight: torch.Tensor | None = None
+    anchor_logp: torch.Tensor | None = None
+    anchor_weight: torch.Tensor | None = None
 
 
 # ----------------------------------------------------------------------------------------- checks
@@ -43,8 +45,9 @@ def check_logp(op: str, logp: torch.Tensor, entropy: torch.Tensor | None) -> Non
             "logp",
             "a floating-point vector of shape (tokens,)",
             f"{tuple(logp.shape)} {logp.dtype}",
-            "Pack padded batches first.",
+            "Call logp[mask], or logp.flatten() with a mask.",
         )
+    checks.check_main(op, "logp", logp)
     rows = checks.Rows(logp.shape[0], "logp", logp.device)
     checks.check_optional(op, "entropy", entropy, rows)
 
@@ -79,7 +82,7 @@ def check_inputs(
         assert inputs.cu_seqlens is not None
         units = checks.Rows(inputs.cu_seqlens.shape[0] - 1, "cu_seqlens", device)
     checks.check_constant_vector(op, "advantage", inputs.advantage, units)
-    for name in ("old_logp", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight"):
+    for name in ("old_logp", *VECTORS[2:]):
         value = getattr(inputs, name)
         if value is not None:
             checks.check_constant_vector(op, name, value, rows)
@@ -91,6 +94,9 @@ def _check_used(op: str, inputs: PolicyInputs, o: Objective, has_entropy: bool) 
     needs = [
         ("kl_weight", None, inputs.kl_weight is not None and o.kl is None, "kl=None"),
         ("ref_logp", o.kl is not None, inputs.ref_logp is not None, "a KL term"),
+        ("anchor_weight", None, inputs.anchor_weight is not None and o.anchor is None, "anchor=None"),
+        ("anchor_logp", o.anchor is not None, inputs.anchor_logp is not None, "an anchor term"),
+        ("anchor_logp", None, inputs.anchor_logp is not None and o.anchor is None, "anchor=None"),
         ("entropy", o.entropy_coef != 0.0, has_entropy, "an entropy bonus"),
         ("entropy_weight", None, inputs.entropy_weight is not None and o.entropy_coef == 0.0, "entropy_coef=0"),
     ]
@@ -165,6 +171,7 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
     terms = [x.advantage != 0 if x.token_weight is None else (x.advantage != 0) & (x.token_weight != 0)]
     for coef, weight in (
         (0.0 if objective.kl is None else objective.kl.coef, x.kl_weight),
+        (0.0 if objective.anchor is None else objective.anchor.coef, x.anchor_weight),
         (objective.entropy_coef, x.entropy_weight),
     ):
         if coef != 0.0 and weight is None:
@@ -179,7 +186,17 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
 # (cu_seqlens, mask, tokens, seq_mean, seq_advantage) -> counts (seqs,) int32, aggregation weights
 # (tokens,) or None, advantages (tokens,) or None. Runs on the device; the host reads no value.
 Prepare = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
-VECTORS = ("old_logp", "advantage", "token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight")
+VECTORS = (
+    "old_logp",
+    "advantage",
+    "token_weight",
+    "signal",
+    "ref_logp",
+    "kl_weight",
+    "entropy_weight",
+    "anchor_logp",
+    "anchor_weight",
+)
 
 
 class DeviceInputs(NamedTuple):

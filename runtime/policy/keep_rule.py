@@ -35,7 +35,7 @@ class KeepRule:
             raise refuse("KeepRule", "low or high", "given", None, "Pass at least one bound.")
         for name, bound in (("low", self.low), ("high", self.high)):
             if bound is not None:
-                check_number("KeepRule", name, bound, -1e30, 1e30)
+                object.__setattr__(self, name, check_number("KeepRule", name, bound, -1e30, 1e30))
         check_order("KeepRule", self.low, self.high)
 
 

@@ -1,9 +1,11 @@
 """The frozen specification of a policy objective.
 
-    loss_t = weight_t * shape(log_ratio_t, advantage_t) + kl.coef * KL_t - entropy_coef * entropy_t
+    loss_t = weight_t * shape(log_ratio_t, advantage_t) + kl.coef * KL_t + anchor.coef * KL'_t
+             - entropy_coef * entropy_t
 
-An objective has five independent parts: the *level* of the ratio (token or sequence), the *shape* phi of
-the policy term, the KL term, the entropy bonus, and the *aggregation* over tokens. Every published
+An objective has six independent parts: the *level* of the ratio (token or sequence), the *shape* phi of
+the policy term, the KL term to a reference, a second KL term to an *anchor* (which belongs to a method),
+the entropy bonus, and the *aggregation* over tokens. Every published
 clipped-ratio objective is one choice of these parts. `Objective.record` converts a specification to the
 numbers that the kernels take. The shapes are in shapes.py. tools/write_shapes.py writes the codes of both
 modules for the kernels.
@@ -46,7 +48,9 @@ AGGREGATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class KL:
-    """The KL term of an objective: coef * KL estimate against `ref_logp`, with k = logp - ref_logp.
+    """A KL term of an objective: coef * KL estimate against `ref_logp`, with k = logp - ref_logp.
+
+    As `Objective.anchor`, the term compares with `anchor_logp` instead.
 
     Args:
         estimator: "k1" is k, "k2" is k^2 / 2, "k3" is e^-k - 1 + k, "abs" is |k|. "ratio_k3" is r * k3; its
@@ -83,6 +87,10 @@ class ObjectiveRecord(NamedTuple):
     kl_clamp: float
     entropy_coef: float
     log_ratio_clamp: float
+    anchor: int
+    """Code of the estimator of the second KL term; 0 without one."""
+    anchor_coef: float
+    anchor_clamp: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +103,9 @@ class Objective:
             the sequence, with its true gradient (GSPO, GMPO). "sequence_token": the same value, but
             each token gets the gradient of its own ratio (GSPO-token). "sequence_sum": exp of the summed
             log-ratio (VESPO, sequence-level NFT).
-        kl: KL term, or None.
+        kl: KL term to the reference policy (`ref_logp`), or None.
+        anchor: second KL term, to `anchor_logp`, or None. Methods use it for a term that is not the reference KL:
+            KL-Cov, the likelihood of VAPO and DYPO, the proximal term of mirror descent.
         entropy_coef: coefficient of the entropy bonus. A positive coefficient raises entropy.
         aggregation: reduction over tokens. "token_mean": sum over tokens / tokens (DAPO).
             "seq_mean_token_mean": mean over sequences of token means (GRPO, GSPO).
@@ -112,12 +122,17 @@ class Objective:
     entropy_coef: float = 0.0
     aggregation: str = "token_mean"
     log_ratio_clamp: float = 20.0
+    anchor: KL | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, Shape):
             raise TypeError(f"Objective: shape must be a Shape; got {self.shape!r}. Pass, for example, PPOClip().")
-        if self.kl is not None and not isinstance(self.kl, KL):
-            raise TypeError(f"Objective: kl must be a KL or None; got {self.kl!r}. Pass, for example, KL(coef=0.01).")
+        for name in ("kl", "anchor"):
+            term = getattr(self, name)
+            if term is not None and not isinstance(term, KL):
+                raise TypeError(
+                    f"Objective: {name} must be a KL or None; got {term!r}. Pass, for example, KL(coef=0.01)."
+                )
         for name, known in (("level", LEVELS), ("aggregation", AGGREGATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"Objective: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
@@ -145,7 +160,7 @@ class Objective:
         assert self.shape.code is not None, "no kernel implements the shape: see features"
         require_compiled_table()
         p = self.shape.parameters()
-        kl = self.kl
+        kl, anchor = self.kl, self.anchor
         return ObjectiveRecord(
             shape=self.shape.code,
             level=LEVELS[self.level],
@@ -156,4 +171,7 @@ class Objective:
             kl_clamp=20.0 if kl is None else kl.clamp,
             entropy_coef=self.entropy_coef,
             log_ratio_clamp=self.log_ratio_clamp,
+            anchor=0 if anchor is None else KL_ESTIMATORS[anchor.estimator],
+            anchor_coef=0.0 if anchor is None else anchor.coef,
+            anchor_clamp=20.0 if anchor is None else anchor.clamp,
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.policy.inputs import PolicyInputs
@@ -75,6 +76,7 @@ class HeldGradients:
     """The gradients of a step by name, until its last backward."""
 
     _gradients: Gradients
+    _leading: tuple[int, ...] | None = None  # leading dimensions of the input in place of (tokens,)
 
     # The last `loss.backward()` moves the gradients out of this object. If this object kept them,
     # autograd would have to copy a (vocab, hidden) tensor into `weight.grad`.
@@ -86,12 +88,16 @@ class HeldGradients:
         None for a step from hidden states, after the last backward, and on the reference backend inside
         torch.compile, where autograd computes the gradient in the backward.
         """
-        return self._gradients.get("logits")
+        return self._of_rows("logits")
 
     @property
     def grad_hidden(self) -> torch.Tensor | None:
         """d loss / d hidden, (tokens, hidden). None if hidden requires no gradient, or after the last backward."""
-        return self._gradients.get("hidden")
+        return self._of_rows("hidden")
+
+    def _of_rows(self, name: str) -> torch.Tensor | None:
+        grad = self._gradients.get(name)
+        return grad if grad is None or self._leading is None else grad.view(*self._leading, grad.shape[-1])
 
     @property
     def grad_weight(self) -> torch.Tensor | None:
@@ -123,6 +129,7 @@ class PolicyStep(HeldGradients):
     _gradients: Gradients
     influence: Influence | None = None
     """Gradient norms and sketches, if `influence=InfluenceSpec(...)` was passed, else None."""
+    _leading: tuple[int, ...] | None = None
 
 
 def _keeps_graph() -> bool:
@@ -134,8 +141,15 @@ Computed = tuple[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor | N
 """Loss, further results without a gradient, gradients of the loss."""
 
 
+Deliver = Callable[[torch.Tensor], None]
+
+
 def with_gradients(
-    op: str, leaves: Mapping[str, torch.Tensor | None], compute: Callable[[], Computed], gradients: Gradients
+    op: str,
+    leaves: Mapping[str, torch.Tensor | None],
+    compute: Callable[[], Computed],
+    gradients: Gradients,
+    deliver: Deliver | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return the loss and the further results of `compute`. The backward of the loss returns its gradients.
 
@@ -144,8 +158,11 @@ def with_gradients(
         leaves: the inputs that the gradients belong to, by name, in the order of the gradients.
         compute: called once. Its gradients are stored in `gradients` by name until the last backward.
         gradients: empty; `HeldGradients` shows its content.
+        deliver: called in every backward with the gradient of the loss: it passes on what else the forward
+            computed, the probes of an lm_head. None: nothing else.
     """
-    out: tuple[torch.Tensor, ...] = _ForwardGradients.apply(op, tuple(leaves), compute, gradients, *leaves.values())
+    rest = (op, tuple(leaves), compute, gradients, deliver)
+    out: tuple[torch.Tensor, ...] = _ForwardGradients.apply(*rest, *leaves.values())
     return out
 
 
@@ -157,25 +174,27 @@ class _ForwardGradients(torch.autograd.Function):
         names: tuple[str, ...],
         compute: Callable[[], Computed],
         gradients: Gradients,
+        deliver: Deliver | None,
         *leaves: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         loss, others, grads = compute()
         gradients.update(zip(names, grads, strict=True))
-        ctx.op, ctx.names, ctx.gradients = op, names, gradients
+        ctx.op, ctx.names, ctx.gradients, ctx.deliver = op, names, gradients, deliver
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grads = _hand_over_of(ctx.op)(ctx.gradients, grad_loss, ctx.op)
-        return None, None, None, None, *(grads[name] for name in ctx.names)
+        if ctx.deliver is not None:
+            ctx.deliver(grad_loss)
+        return None, None, None, None, None, *(grads[name] for name in ctx.names)
 
 
 @functools.cache
 def _hand_over_of(op: str) -> Callable[[Gradients, torch.Tensor, str], Gradients]:
-    """Return `_hand_over` inside the profiler range of the op's backward."""
-    return ranged(f"{op}.bwd")(_hand_over)
+    """Return `_hand_over` for an op: inside the profiler range of its backward, with an error under create_graph."""
+    return first_order(op)(ranged(f"{op}.bwd")(_hand_over))
 
 
 def _hand_over(gradients: Gradients, grad_loss: torch.Tensor, op: str) -> Gradients:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, get_args
 import torch
 
 from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import number
 from tokfuse.runtime.core.errors import refuse
 
 INF = float("inf")
@@ -46,8 +47,10 @@ class Bound(NamedTuple):
 
 
 def require_within(spec: object, name: str, bound: Bound) -> None:
-    """Raise ValueError unless the field `name` is a number within the bound."""
-    value = getattr(spec, name)
+    """Raise ValueError unless the field `name` is a number within the bound. A number of numpy becomes a float."""
+    value = number(given := getattr(spec, name))
+    if value is not given:
+        object.__setattr__(spec, name, value)
     if not isinstance(value, int | float) or not bound.admits(value):
         raise ValueError(f"{type(spec).__name__}: {name} must be {bound}; got {value!r}.")
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from tokfuse.runtime.core.checks import head_dtype
 from tokfuse.runtime.reference import token_stats
 
 
@@ -24,4 +25,4 @@ def forward(
     """Return (logp, entropy, lse, sum_sq, top1) of the rows of hidden @ weight.T + bias, rounded once."""
     logits = logits_of(hidden, weight, bias)
     stats = token_stats.exact(logits, target, op="linear_token_stats", **options)
-    return token_stats.rounded(stats, hidden.dtype)
+    return token_stats.rounded(stats, head_dtype(hidden, weight, bias))

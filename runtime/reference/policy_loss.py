@@ -9,7 +9,7 @@ import torch
 
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOT, SLOTS
-from tokfuse.runtime.policy.objective import AGGREGATIONS, Objective
+from tokfuse.runtime.policy.objective import AGGREGATIONS, KL, Objective
 from tokfuse.runtime.policy.shapes import TermInputs, straight_through
 from tokfuse.runtime.reference.token_stats import rounded
 
@@ -45,11 +45,10 @@ def segments(inputs: PolicyInputs, keep: torch.Tensor) -> Segments:
     return Segments(ids, counts)
 
 
-def _kl_term(o: Objective, logp: torch.Tensor, ref: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    assert o.kl is not None
-    k = (logp - ref).clamp(-o.kl.clamp, o.kl.clamp)
+def _kl_term(kl: KL, o: Objective, logp: torch.Tensor, ref: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    k = (logp - ref).clamp(-kl.clamp, kl.clamp)
     k3 = torch.expm1(-k) + k
-    match o.kl.estimator:
+    match kl.estimator:
         case "k1":
             return k
         case "k2":
@@ -102,10 +101,13 @@ def forward(
     loss, flags = o.shape.term(TermInputs(d, d.exp(), x, a, vector(inputs.signal, 0.0)))
     weight = vector(inputs.token_weight, 0.0)
     loss = loss if weight is None else weight * loss
-    if o.kl is not None:
-        kl = _kl_term(o, x, required(vector(inputs.ref_logp, 0.0)), raw)
-        kl_weight = vector(inputs.kl_weight, 0.0)
-        loss = loss + o.kl.coef * (kl if kl_weight is None else kl_weight * kl)
+    for term, ref, kl_weight in (
+        (o.kl, inputs.ref_logp, inputs.kl_weight),
+        (o.anchor, inputs.anchor_logp, inputs.anchor_weight),
+    ):
+        if term is not None:
+            kl = _kl_term(term, o, x, required(vector(ref, 0.0)), raw)
+            loss = loss + term.coef * (kl if kl_weight is None else required(vector(kl_weight, 0.0)) * kl)
     h = None if entropy is None else torch.where(keep, entropy.double(), 0.0)
     if o.entropy_coef != 0.0:
         h_weight = vector(inputs.entropy_weight, 0.0)

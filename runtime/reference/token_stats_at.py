@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from tokfuse.runtime.core.checks import head_dtype
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import check_values as check_targets
 from tokfuse.runtime.reference import token_stats as reference
@@ -30,7 +31,7 @@ def linear_forward(
     """Return `forward` of the logits hidden @ weight.T + bias."""
     logits = logits_of(hidden, weight, bias)
     out = exact("linear_token_stats", logits, target, ids, offsets, **options)
-    return reference.rounded(out, hidden.dtype)
+    return reference.rounded(out, head_dtype(hidden, weight, bias))
 
 
 def exact(

@@ -123,5 +123,5 @@ def head_backward(
     return [
         (dz @ p.weight.to(dz.dtype)).to(p.hidden.dtype) if needs[0] else None,
         (dz.t() @ p.hidden.to(dz.dtype)).to(p.weight.dtype) if needs[1] else None,
-        dz.sum(0).to(p.weight.dtype) if needs[2] else None,
+        dz.sum(0).to(p.bias.dtype) if needs[2] else None,
     ]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import tokfuse
 from tokfuse import KL, PPOClip, algorithms
+from tokfuse.algorithms import host_words, registry
 
 
 @pytest.fixture(params=backends("policy_loss"))
@@ -124,10 +126,58 @@ def test_take_keeps_order_and_fields():
 # ------------------------------------------------------------------------------------ names, errors
 
 
-def test_unknown_names_and_options_list_the_known():
-    with pytest.raises(ValueError, match=r"one of a2pr_nll, .*adora.*got 'gbop'. Did you mean 'gbpo'"):
+@pytest.mark.parametrize(
+    ("name", "options", "hint"),
+    [
+        ("grpo", {"beta": 0.1}, "Write kl=KL(coef=...)."),
+        ("grpo", {"kl_loss_coef": 0.1}, "Write kl=KL(coef=...)."),
+        ("grpo", {"epsilon": 0.2}, "Write shape=PPOClip(low=..., high=...)."),
+        ("grpo", {"clip_ratio": 0.2}, "Write shape=PPOClip(low=..., high=...)."),
+        ("grpo", {"clip_ratio_c": 3.0}, "Write shape=PPOClip(dual=...)."),
+        ("grpo", {"loss_agg_mode": "token-mean"}, "Write aggregation='token_mean'."),
+        ("gspo", {"importance_sampling_level": "sequence"}, "Write level='token' or 'sequence'."),
+        ("grpo", {"temperature": 0.7}, "it belongs to the logits."),
+        ("grpo", {"ppo_epochs": 2}, "Pass epochs to train_step."),
+        ("grpo", {"agregation": "token_mean"}, "Did you mean 'aggregation'?"),
+        ("dpo", {"beeta": 0.1}, "Did you mean 'beta'?"),
+        ("bapo", {"preset": "author"}, "Did you mean 'authors'?"),
+        ("rloo", {"preset": "authors"}, "no configuration of this method is published"),
+        ("Dr.GRPO", {}, "Did you mean 'dr_grpo'?"),
+        ("reinforce++", {}, "Did you mean 'reinforce_pp'?"),
+        ("Clip-Cov", {}, "Did you mean 'clip_cov'?"),
+        ("no such thing", {}, "lists? all|list all"),
+    ],
+)
+def test_words_of_other_frameworks_get_ours(name: str, options: dict, hint: str):
+    with pytest.raises(ValueError) as caught:
+        algorithms.make(name, **options)
+    message = str(caught.value)
+    assert hint in message or re.search(hint, message), message
+    assert len(message) < 260 and "a2pr_nll" not in message  # the whole list only on request
+
+
+def test_every_word_of_a_host_leads_to_an_option():
+    fields = {option for one in registry.ENTRIES.values() for option in one.options()}
+    assert {ours for ours, _ in host_words.OPTIONS.values()} <= fields
+    assert set(host_words.METHODS.values()) <= set(algorithms.list())
+    # A word that an entry uses itself is never translated there.
+    algorithms.make("dpo", beta=0.2)
+
+
+def test_presets_are_options_that_the_caller_may_change():
+    for name, one in registry.ENTRIES.items():
+        for preset, (options, source) in one.presets.items():
+            made = algorithms.make(name, preset=preset)
+            assert all(getattr(made, option) == value for option, value in options.items())
+            assert source and preset.split("_")[0] in ("authors", "paper")
+    assert algorithms.make("bapo", preset="authors_script", target=0.7).settings.target == 0.7
+    assert sum("authors" in one.presets for one in registry.ENTRIES.values()) >= 14
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(ValueError, match=r"the name of a method; got 'gbop'. Did you mean 'gbpo'.*list all"):
         algorithms.make("gbop")
-    with pytest.raises(ValueError, match=r"algorithms.gbpo: options must be among advantage,.*tau"):
+    with pytest.raises(ValueError, match=r"algorithms.gbpo: every option must be one of the method's"):
         algorithms.make("gbpo", tua=1.0)
     with pytest.raises(ValueError, match=r"dr_grpo: max_length must be given \(no default was published"):
         algorithms.make("dr_grpo")
@@ -161,18 +211,13 @@ def test_refusals_of_options(name: str, options: dict, message: str):
         algorithms.make(name, **options)
 
 
-# These use the objective's only KL term themselves.
-KL_TAKEN = {"a2pr_nll", "dypo", "kl_cov", "mirror_descent", "vapo"}
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_a_reference_kl_adds_its_gradient_or_is_refused(name: str):
+def test_a_reference_kl_adds_its_gradient(name: str):
     b = rollout(1)
-    if name in KL_TAKEN:
-        with pytest.raises(ValueError, match="kl must be None .the objective has one KL term, and this rule uses it"):
-            planned(example(name, kl=KL(coef=0.1)), b)
-        return
-    plain, added = (example(name, kl=kl) for kl in (None, KL(coef=0.1)))
+    if name == "mirror_descent":  # without kl, ref_logp would be the anchor
+        plain, added = example(name, kl=KL(coef=0.0)), example(name, kl=KL(coef=0.1))
+    else:
+        plain, added = (example(name, kl=kl) for kl in (None, KL(coef=0.1)))
     state = plain.initial_state()
     plans = [m.plans(m.prepare(b, state), state) for m in (plain, added)]
     for without, plan in zip(*plans, strict=True):
@@ -184,6 +229,8 @@ def test_a_reference_kl_adds_its_gradient_or_is_refused(name: str):
         each = 0.1 * (1 - (b.ref_logp - b.logp).exp()) / divisor
         if plan.objective.aggregation == "seq_mean_token_mean":
             each = each / b.spread(lengths)
+        if name == "dypo":  # the KL of L_GRPO: on mixed prompts, with the weight of GRPO
+            each = each * plan.batch.token_weight
         compare(got, torch.where(keep, each, 0.0), atol=1e-12)
 
 
@@ -231,9 +278,9 @@ def test_refusals_of_batches():
         planned(example("epo", max_turns=2), b)
     with pytest.raises(ValueError, match=r"metrics\['square'\] must be given; got \[\]"):
         example("r2vpo").update({"penalty": 0.1}, {})
-    with pytest.raises(ValueError, match="kl must be None"):
-        rules = (algorithms.KLCov(),)
-        planned(algorithms.make("grpo", rules=rules), b)
+    with pytest.raises(ValueError, match="rules must be only one that adds a term of log-probabilities"):
+        rules = (algorithms.KLCov(), algorithms.PositiveLikelihood())
+        planned(algorithms.make("grpo", rules=rules, aggregation="token_mean"), b)
 
 
 def test_no_tensor_of_the_user_is_written():

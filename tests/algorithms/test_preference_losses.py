@@ -207,8 +207,96 @@ def test_ld_dpo_damps_the_tail_of_the_longer_side():
     step, found = run(loss, batch, logp)
     compare(step.loss, total, rtol=1e-12)
     compare(found, grad, atol=1e-14)
-    with pytest.raises(ValueError, match="ref_sum must be left out with tail_weight"):
-        loss.check(pair_batch(ref_sum=torch.zeros(10)))
+    sums = torch.zeros(10, dtype=torch.float64)
+    for a, b in PAIRS:
+        rows = {i: [t for t in range(cu[i], cu[i + 1]) if mask[t]] for i in (a, b)}
+        short = min(map(len, rows.values()))
+        for i, side in rows.items():
+            sums[i] = sum((1.0 if k < short else 0.3) * ref[t] for k, t in enumerate(side))
+    kept, again = run(loss, pair_batch(ref_sum=sums, ref_tail_weight=0.3), logp)
+    compare(kept.loss, total, rtol=1e-12)
+    compare(again, grad, atol=1e-14)
+    for weight in (None, 0.5):
+        with pytest.raises(ValueError, match=rf"ref_tail_weight must be 0.3, .*; got {weight}"):
+            loss.check(pair_batch(ref_sum=sums, ref_tail_weight=weight))
+    with pytest.raises(ValueError, match="ref_tail_weight must be None"):
+        algorithms.make("dpo").check(pair_batch(ref_sum=sums, ref_tail_weight=0.3))
+    with pytest.raises(ValueError, match="ref_tail_weight must be left out without ref_sum"):
+        pair_batch(ref_tail_weight=0.3)
+
+
+MIXES = {
+    "mpo": (("dpo", {}), ("bco_pair", {}), ("sft", {})),
+    "without a reference first": (("simpo", {}), ("ipo", {}), ("orpo", {})),
+    "sorted": (("aot", {}), ("hinge", {"beta": 0.3})),
+    "weighted": (("wpo", {}), ("apo_zero", {"weighting": "wpo"})),
+    "tails": (("ld_dpo", {}), ("sft", {"tail_weight": 0.5})),
+}
+
+
+def term(name, options):
+    if name == "sft":
+        return algorithms.Likelihood(**options)
+    return algorithms.make("slic" if name == "hinge" else name, **options)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_mix_is_the_weighted_sum_of_its_terms(mix: str):
+    _, _, logp, _ = sequences()
+    terms, weights = tuple(term(*t) for t in MIXES[mix]), (0.8, 0.2, 1.5)[: len(MIXES[mix])]
+    mixed = algorithms.Mixed(terms=terms, weights=weights)
+    state = mixed.initial_state()
+    for own in state["terms"]:
+        own.update({"mean": 0.3} if own else {})
+    step, grad = run(mixed, pair_batch(), logp, normalizer="batch", state=state)
+    total, want = torch.zeros((), dtype=torch.float64), torch.zeros_like(grad)
+    for one, weight, own in zip(terms, weights, state["terms"], strict=True):
+        batch = pair_batch(reference=one.needs_reference)
+        alone, of_one = run(one, batch, logp, normalizer="batch", state=own)
+        total, want = total + weight * alone.loss, want + weight * of_one
+    compare(step.loss, total, rtol=1e-12)
+    compare(grad, want, atol=1e-13)
+    if terms[0].needs_reference:
+        first, _ = run(terms[0], pair_batch(), logp)
+        assert all(map(torch.equal, step.rewards, first.rewards))
+
+
+def test_the_likelihood_of_a_mix_is_a_mean_over_all_chosen_tokens():
+    _, _, logp, _ = sequences()
+    batch = pair_batch(reference=False)
+    cu = batch.cu_seqlens.tolist()
+    rows = [t for i, _ in PAIRS for t in range(cu[i], cu[i + 1]) if batch.mask[t]]
+    step, grad = run(algorithms.Likelihood(), batch, logp, normalizer="batch")
+    want = torch.zeros_like(logp)
+    want[rows] = -1 / len(rows)
+    compare(step.loss, -logp[rows].mean(), rtol=1e-12)
+    compare(grad, want, atol=1e-15)
+
+
+def test_the_state_of_every_term_follows_its_own_reward():
+    _, _, logp, _ = sequences()
+    bco = algorithms.make("bco_pair", beta=0.4)
+    mixed = algorithms.Mixed(terms=(algorithms.make("dpo", beta=0.1), bco))
+    step, _ = run(mixed, pair_batch(), logp)
+    alone, _ = run(bco, pair_batch(), logp)
+    after = mixed.update(mixed.initial_state(), step)
+    assert after["terms"][1]["mean"] == pytest.approx(bco.update(bco.initial_state(), alone)["mean"], rel=1e-12)
+
+
+def test_what_a_mix_refuses():
+    dpo = algorithms.make("dpo")
+    for given, message in (
+        ({"terms": ()}, "terms must be losses of pairs, at least one"),
+        ({"terms": (algorithms.make("kto"),)}, "terms must be losses of pairs"),
+        ({"terms": (dpo,), "weights": (1.0, 2.0)}, r"weights must be 1 numbers, one per term; got \(1.0, 2.0\)"),
+        ({"terms": (dpo,), "weights": (-1.0,)}, "weights must be"),
+        ({"terms": (dpo, algorithms.make("ld_dpo"))}, "tail_weight must be the same in all terms"),
+        ({"terms": (dpo, algorithms.make("aries", level_weight=(1.0, 1.0)))}, "level_weight must be the same"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            algorithms.Mixed(**given)
+    with pytest.raises(ValueError, match=r"batch.ref_logp or batch.ref_sum must be given"):
+        algorithms.Mixed(terms=(dpo, algorithms.Likelihood())).check(pair_batch(reference=False))
 
 
 def test_wpo_weights_come_from_sum_sq_and_carry_no_gradient():

@@ -1,11 +1,11 @@
-"""Test LeaF's distillation, the DID diagnostic, schedules of the reference, and errors of the losses."""
+"""Test the DID diagnostic, schedules of the reference, and errors of the losses."""
 
 import dataclasses
 import itertools
 
 import pytest
 import torch
-from harness import backends, compare
+from harness import compare
 from preference_cases import LENGTHS, LOSSES, PAIRS, TOKENS, example, example_batch, pair_batch
 from torch import Tensor
 
@@ -17,44 +17,6 @@ from tokfuse.algorithms.preference import did_entropy, did_token_entropy
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# --------------------------------------------------------------------------------------------- LeaF
-
-
-@pytest.mark.parametrize("backend", backends("paired_divergence", interpreted=False))
-def test_leaf_is_two_means_of_forward_kl(backend):
-    dtype = torch.float64 if backend.name == "reference" else torch.float32
-    bound = 1e-12 if backend.name == "reference" else 1e-5
-    student = normal(7, 30).requires_grad_()
-    teacher, pruned = normal(7, 30, seed=1), torch.tensor([0, 0, 1, 1, 0, 1, 0], dtype=torch.bool)
-    mask = torch.tensor([1, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
-    q = (teacher / 2).softmax(1)
-    kl = (q * ((teacher / 2).log_softmax(1) - (student / 2).log_softmax(1))).sum(1)
-    one, two = kl[mask & ~pruned].mean(), kl[mask & pruned].mean()
-    here = student.detach().to(backend.device, dtype).requires_grad_()
-    rest = [backend.put(x) for x in (teacher.to(dtype), pruned)]
-    masked = backend.put(mask)
-    with backend.forced():
-        paper = algorithms.make("leaf_kl", lam=0.3, temperature=2.0)
-        loss = paper.loss(here, *rest, mask=masked)
-        loss.backward()
-        compare(loss, 4 * (0.3 * one + 0.7 * two), atol=bound)
-        (grad,) = torch.autograd.grad(4 * (0.3 * one + 0.7 * two), student, retain_graph=True)
-        compare(here.grad, grad, atol=bound)
-        code = algorithms.make("leaf_kl", lam=None, temperature=2.0, form="code")
-        compare(code.loss(here, *rest, mask=masked), 4 * kl[mask].mean(), atol=bound)
-        counted = paper.loss(here, *rest, mask=masked, counts=(6, 5))
-        compare(counted, 4 * (0.3 * one * 3 / 6 + 0.7 * two * 2 / 5), atol=bound)
-
-
-def test_leaf_refusals():
-    with pytest.raises(ValueError, match="lam must be given with form 'paper', and only then"):
-        algorithms.make("leaf_kl", lam=0.5, form="code")
-    with pytest.raises(ValueError, match=r"lam must be a finite number in \[0, 1\]"):
-        algorithms.make("leaf_kl", lam=1.5)
-    with pytest.raises(ValueError, match="lam must be given"):
-        algorithms.make("leaf_kl")
 
 
 # ---------------------------------------------------------------------------------------------- DID

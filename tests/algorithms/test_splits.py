@@ -226,7 +226,7 @@ def test_the_best_of_a_group_is_the_best_of_the_rollout():
     for i in range(12):
         part = prepared.take(torch.tensor([i]))
         group = b.reward[b.group_ids == b.group_ids[i]]
-        liked = bool(method.objective(part, {}).kl_weight.any())
+        liked = bool(method.objective(part, {}).anchor_weight.any())
         assert liked == (float(b.reward[i]) == float(group.max()) and bool(part.mask.any()))
     rule = PositiveLikelihood(of="group_best", over="all")
     ruled = algorithms.make("dapo", overlong=None, skip_uniform=False, rules=(rule,))

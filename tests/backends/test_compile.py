@@ -122,6 +122,34 @@ def test_in_place_step_refuses_to_be_traced():
 
 
 @needs_native
+@pytest.mark.parametrize("needs_hidden", [True, False])
+def test_a_head_of_mixed_dtypes(needs_hidden):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, 8, generator=g).bfloat16().requires_grad_(needs_hidden)
+    weight = torch.randn(VOCAB, 8, generator=g).requires_grad_()
+    target = problem()[1]
+
+    def losses(h, w):
+        step = tokfuse.policy_step(
+            hidden=h,
+            weight=w,
+            target=target,
+            old_logp=None,
+            advantage=torch.ones(TOKENS),
+            objective=tokfuse.Objective(),
+        )
+        stats = tokfuse.linear_token_stats(h, w, target)
+        return step.loss + stats.logp.sum() + tokfuse.linear_token_stats(h, w, target, top_k=3).logp_at.sum()
+
+    leaves = (hidden, weight) if needs_hidden else (weight,)
+    want = torch.autograd.grad(losses(hidden, weight), leaves)
+    got = torch.autograd.grad(compiled(losses)(hidden, weight), leaves)
+    for x, y, leaf in zip(got, want, leaves, strict=True):
+        assert x.dtype == leaf.dtype
+        torch.testing.assert_close(x, y, rtol=2e-2 if x.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@needs_native
 def test_inductor_runs_the_ops_too():
     logits, target = problem()
     torch._dynamo.reset()

@@ -150,15 +150,20 @@ def test_linear_statistics_take_one_row_launch_per_chunk(counted: Counted):
 
 @hosted
 @pytest.mark.cuda_host
-def test_a_step_from_hidden_states_takes_one_row_launch_per_chunk(counted: Counted):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_from_hidden_states_takes_one_row_launch_per_chunk(masked: bool, counted: Counted):
     hidden, weight, target = head()
-    products = collections.Counter()
+    mask = torch.arange(64) % 2 == 0 if masked else None
+    chunks = 2 if masked else 4
+    products, gathers = collections.Counter(), []
 
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             name = function.overloadpacket.__name__
             if name in ("mm", "addmm", "addmm_"):
                 products[name.rstrip("_")] += 1
+            if name == "index" and args[0].shape == hidden.shape:
+                gathers.append(name)
             return function(*args, **(kwargs or {}))
 
     clip = Objective(shape=PPOClip(low=0.2, high=0.2))
@@ -170,11 +175,14 @@ def test_a_step_from_hidden_states_takes_one_row_launch_per_chunk(counted: Count
             old_logp=torch.full((64,), -5.0),
             advantage=torch.ones(64),
             objective=clip,
+            mask=mask,
             memory_budget=budget_of(16),
         )
     # Per chunk: logits, gradient of the hidden states, gradient of the weight.
-    assert sum(products.values()) == 3 * 4
-    assert counted.calls == {"policy_step": 4, "policy_metrics": 1}
+    assert sum(products.values()) == 3 * chunks
+    assert counted.calls == {"policy_step": chunks, "policy_metrics": 1}
+    # If all rows have a gradient, a chunk of hidden states is a slice.
+    assert len(gathers) == (chunks if masked else 0)
 
 
 @hosted

@@ -106,7 +106,7 @@ def test_every_seeded_bug_is_asked_for():
     text = (HOST / "bugs.cu").read_text()
     kernels = set(re.findall(r"__global__ void (\w+)\(", text))
     asked = {*BY_CHECKER, *BY_MACHINE, *BY_SANITIZER, *BY_RESULT, *CORRECT}
-    asked |= {"bad_order_of_threads", "slow_stride", "fast_stride", "slow_banks"}
+    asked |= {"bad_order_of_threads", "slow_stride", "fast_stride", "slow_banks", "half_static"}
     assert kernels == asked
 
 
@@ -138,6 +138,26 @@ def test_an_impossible_launch_is_an_error():
     done = bugs(OPTIMIZED, "bad_launch_of_a_cluster")
     assert done.status == 1 and "cudaErrorInvalidConfiguration" in done.out
     assert bugs(OPTIMIZED, "ok_cluster_exchange", TOKFUSE_HOST_ARCH="80").status == 1
+
+
+def test_an_instruction_that_the_loaded_code_lacks_stops_the_run():
+    """A newer device runs the code of an older architecture if it has no other."""
+    for device, built in (("90", "80"), ("103", "80,90a,100a")):
+        done = bugs(OPTIMIZED, "ok_cluster_exchange", TOKFUSE_HOST_ARCH=device, TOKFUSE_HOST_CODE=built)
+        assert done.status < 0 and "an instruction that the loaded code does not have" in done.err, done.err
+    assert bugs(OPTIMIZED, "ok_cluster_exchange", TOKFUSE_HOST_ARCH="103", TOKFUSE_HOST_CODE="100").status == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bad_shared_without_asking", "more than 48 KiB of static and dynamic shared memory"),
+        ("bad_shared_lowered", "the shared memory of a kernel was lowered"),
+    ],
+)
+def test_limits_of_shared_memory_stop_the_run(name: str, message: str):
+    done = bugs(OPTIMIZED, name)
+    assert done.status < 0 and message in done.err, done.err
 
 
 # ------------------------------------------------------------------------------ the shipped kernels

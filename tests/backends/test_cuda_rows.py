@@ -54,6 +54,8 @@ def policy_problem(tokens: int, vocab: int, dtype: torch.dtype, **names: bool):
         "ref_logp": logp + uniform(-1.0, 1.0),
         "kl_weight": uniform(0.0, 1.0),
         "entropy_weight": uniform(0.0, 1.0),
+        "anchor_logp": logp + uniform(-1.0, 1.0),
+        "anchor_weight": uniform(0.0, 1.0),
     }
     return logits, target, inputs
 
@@ -63,6 +65,10 @@ OBJECTIVES = {
     "clip": (Objective(shape=PPOClip(low=0.1, high=0.1, dual=2.0)), ("token_weight",)),
     "all_terms": (EVERYTHING, ("token_weight", "ref_logp", "kl_weight", "entropy_weight")),
     "no_weights": (EVERYTHING, ("ref_logp",)),
+    "anchor": (
+        Objective(kl=KL(coef=0.05), anchor=KL(estimator="abs", coef=0.2)),
+        ("ref_logp", "anchor_logp", "anchor_weight"),
+    ),
     "signal": (Objective(shape=TargetRatio(low=0.2, high=0.3)), ("signal",)),
 }
 

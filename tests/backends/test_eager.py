@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokfuse
-from tokfuse.runtime.core import dispatch, native
+from tokfuse.runtime.core import forced, native
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step as steps
 from tokfuse.runtime.ops import token_stats as stats
@@ -247,13 +247,13 @@ def test_refused_before_anything_is_written(change: dict[str, Any], words: str, 
 
 
 def test_a_forced_backend_is_not_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dispatch.eager_cpu() is not None
+    assert forced.eager_cpu() is not None
     with tokfuse.backend("cpu"):
-        assert dispatch.eager_cpu() is not None
+        assert forced.eager_cpu() is not None
     with tokfuse.backend("reference"):
-        assert dispatch.eager_cpu() is None
+        assert forced.eager_cpu() is None
     monkeypatch.setenv("TOKFUSE_BACKEND", "reference")  # after the import, because it is read at every call
-    assert dispatch.eager_cpu() is None
+    assert forced.eager_cpu() is None
     monkeypatch.setenv("TOKFUSE_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="TOKFUSE_BACKEND must be one of"):
         tokfuse.token_stats(logits_of(), TARGET)

@@ -7,15 +7,20 @@ without it. This file fails instead.
 import inspect
 import operator
 from collections import defaultdict
+from fractions import Fraction
 
+import numpy as np
 import op_calls
 import pytest
 import torch
-from op_calls import ROWS, SMALL, Call, Problem, calls
+from harness import bits
+from op_calls import ROWS, SMALL, Call, Problem, calls, scalar
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import tokfuse
 from tokfuse.inspection import doctor
-from tokfuse.runtime.core import dispatch
+from tokfuse.runtime.core import dispatch, native
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 
 doctor.import_ops()
@@ -102,3 +107,129 @@ def test_a_result_is_named_by_its_public_fields():
     step = op_calls.named("policy_step/everything").run(Problem(SMALL))
     assert {"loss", "token_loss", "metrics.sums", "metrics.sampler_kl_k3", "stats.logp", "grad logits"} <= set(step)
     assert not any(name.startswith("_") for name in step)
+
+
+SECOND = [call for call in calls(options="none") if call.row.differentiable and call.row.op != "segment_moments"]
+
+
+@pytest.mark.parametrize("call", SECOND, ids=lambda call: call.name)
+def test_second_derivative_is_refused_not_wrong(call):
+    """On the kernels of every op. segment_moments is differentiable twice, because its backward is torch's."""
+    if native.module() is None:
+        pytest.skip("cpu: the native module is not built")
+    with tokfuse.backend("cpu"):
+        given = call.arguments(Problem(SMALL, "cpu", torch.float32))
+        loss = scalar(call.function()(**given))
+        leaves = [given[name] for name in call.differentiable(given)]
+        with pytest.raises(ValueError, match=r"create_graph must be False .*; got True"):
+            torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+def test_second_derivative_of_a_custom_op_is_refused():
+    z, target = torch.randn(2, 9).requires_grad_(), torch.tensor([1, 2])
+    out = torch.ops.tokfuse.token_stats.default(z, target, None, 1.0, None, 1.0, None, None, 1.0, None)
+    with tokfuse.backend("cpu"), pytest.raises(ValueError, match="token_stats: create_graph must be False"):
+        torch.autograd.grad(out[0].sum(), z, create_graph=True)
+
+
+def test_segment_moments_is_differentiable_twice():
+    values = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    square = tokfuse.segment_moments(values, cu_seqlens=torch.tensor([0, 1, 3]).int()).sum_sq.sum()
+    (grad,) = torch.autograd.grad(square, values, create_graph=True)
+    (second,) = torch.autograd.grad((grad * values).sum(), values)
+    assert grad.tolist() == [2.0, -4.0, 6.0] and second.tolist() == [4.0, -8.0, 12.0]
+
+
+def numpy_numbers(given: dict, kind: type) -> dict:
+    return {name: kind(value) if type(value) is float else value for name, value in given.items()}
+
+
+OF_NUMBERS = [call for call in calls() if any(type(x) is float for x in call.arguments(Problem(SMALL)).values())]
+
+
+@pytest.mark.parametrize("call", OF_NUMBERS, ids=lambda call: call.name)
+def test_numbers_of_numpy_are_numbers(call):
+    """The same bits as with the same number as a float."""
+    if native.module() is None:
+        pytest.skip("cpu: the native module is not built")
+    with tokfuse.backend("cpu"):
+        given = numpy_numbers(call.arguments(Problem(SMALL, "cpu", torch.float32)), np.float32)
+        results = [call.apply(given)]
+        given = call.arguments(Problem(SMALL, "cpu", torch.float32))
+        results.append(call.apply({k: float(np.float32(v)) if type(v) is float else v for k, v in given.items()}))
+    assert results[0].keys() == results[1].keys()
+    assert all(bits(results[0][name]) == bits(results[1][name]) for name in results[0])
+
+
+NUMBERS = (np.float16, np.float32, np.float64, np.int32, Fraction)
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_of_an_objective(kind):
+    one = kind(1)
+    objective = tokfuse.Objective(
+        shape=tokfuse.PPOClip(low=one, high=one, dual=kind(3)),
+        kl=tokfuse.KL(coef=one, clamp=kind(2)),
+        entropy_coef=kind(2),
+        log_ratio_clamp=kind(5),
+    )
+    plain = tokfuse.Objective(
+        shape=tokfuse.PPOClip(low=1.0, high=1.0, dual=3.0),
+        kl=tokfuse.KL(coef=1.0, clamp=2.0),
+        entropy_coef=2.0,
+        log_ratio_clamp=5.0,
+    )
+    assert objective == plain and objective.record == plain.record
+    assert all(isinstance(x, int | float) for x in objective.record.p)
+    assert tokfuse.KeepRule("ratio", low=kind(1)).low == 1.0
+    with pytest.raises(ValueError, match="PPOClip: low must be >= 0 and <= 1; got"):
+        tokfuse.PPOClip(low=kind(3))
+
+
+def test_integers_of_numpy():
+    hidden, weight, target = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)
+    got = tokfuse.linear_token_stats(hidden, weight, target, memory_budget=np.int64(1 << 20))
+    assert bits(got.logp) == bits(tokfuse.linear_token_stats(hidden, weight, target, memory_budget=1 << 20).logp)
+    moments = tokfuse.segment_moments(torch.ones(2), segment_ids=torch.tensor([0, 1]), num_segments=np.int64(2))
+    assert moments.sum.tolist() == [1.0, 1.0]
+    cu = torch.tensor([0, 3]).int()
+    assert tokfuse.influence.sketch(hidden, hidden, cu, rank=np.int64(2), seed=np.int64(0)).shape == (1, 2, 2)
+
+
+def fake(x):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return mode.from_tensor(x)
+
+
+def subclass(x):
+    """A DTensor needs a process group, so this is its kind: a tensor that holds others."""
+    return TwoTensor(x, x)
+
+
+UNUSUAL = {"FakeTensor": fake, "TwoTensor": subclass, "meta tensor": lambda x: x.to("meta")}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("call", list(calls(options="none")), ids=lambda call: call.name)
+def test_tensors_without_memory_get_one_sentence(call, kind):
+    given = call.arguments(Problem(SMALL, "cpu", torch.float32))
+    given = {k: UNUSUAL[kind](v.detach()) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    with pytest.raises(
+        ValueError, match=rf": [\w ]+ must be a (plain tensor|tensor with values); got a {kind}\. |; got meta\. "
+    ):
+        call.function()(**given)
+
+
+def test_transforms_of_torch_func_get_one_sentence():
+    logits, target = torch.randn(4, 7), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"token_stats: logits must be a plain tensor .* torch.func.vmap\. Use"):
+        torch.func.vmap(lambda z: tokfuse.token_stats(z, target).logp)(logits[None])
+
+    def loss(z):
+        return tokfuse.token_stats(z, target).logp.sum()
+
+    with tokfuse.backend("cpu"), pytest.raises(ValueError, match=r"logits must be .* torch.func.grad\. Use torch"):
+        torch.func.grad(loss)(logits)
+    with tokfuse.backend("reference"):
+        found = torch.func.grad(loss)(logits)
+    torch.testing.assert_close(found, torch.nn.functional.one_hot(target, 7) - logits.softmax(1))

@@ -31,19 +31,28 @@ def test_distances():
         smoke.distance(wanted[:3], wanted)
 
 
+def test_on_a_gpu_every_cluster_has_three_rows():
+    for cluster, sizes in zip(smoke.CLUSTERS, smoke.long_rows(on_cpu=False), strict=True):
+        assert sizes.tokens >= smoke.ROWS_PER_CLUSTER * (smoke.PROCESSORS // cluster)
+
+
 class TestHosted:
     """On the CUDA kernels that run on the CPU."""
 
     pytestmark = hosted
 
     @pytest.mark.parametrize("option", ["--options", "--graph"])
-    def test_every_call_passes(self, option: str, tmp_path):
-        path = tmp_path / "lines.jsonl"
+    def test_every_call_passes(self, option: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+        path, launches = tmp_path / "lines.jsonl", tmp_path / "launches"
+        monkeypatch.setenv("TOKFUSE_HOST_LOG", str(launches))
         assert smoke.main(["--backend", "cuda", "--json", str(path), option]) == 0
         lines = [json.loads(text) for text in path.read_text().splitlines()]
         assert {line["status"] for line in lines} == {"pass"}
         ops = {row.op for row in op_calls.ROWS if row.registered}
         assert {line["op"] for line in lines} >= ops
+        if option == "--options":
+            clusters = [line.split() for line in launches.read_text().splitlines() if "ClusterLayout" in line]
+            assert {int(line[2]) for line in clusters} == set(smoke.CLUSTERS)
 
     def test_a_wrong_result_fails(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         right = tokfuse.whiten

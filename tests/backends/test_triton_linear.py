@@ -89,6 +89,15 @@ def check(backend, case: HeadCase, bias: bool = True, **options):
     return stats
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
+)
+def test_mixed_dtypes(dtypes, backend, small_tiles, monkeypatch):
+    monkeypatch.setattr(device_head, "WIDE_BYTES", 4 * HIDDEN * 128)  # three tiles of the weight
+    case = case_of(torch.float32)
+    check(backend, case._replace(hidden=case.hidden.to(dtypes[0]), weight=case.weight.to(dtypes[1])))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_values_and_gradients(dtype: torch.dtype, bias: bool, backend, small_tiles):
@@ -391,7 +400,7 @@ def test_row_classes(backend):
 def test_what_may_carry_gradient(objective: Objective, given, expected):
     module = importlib.import_module("tokfuse.triton_kernels.objective")
     vectors = {name: torch.tensor(value) for name, value in given.items()}
-    x = module.TokenPointers(*[None] * 9)._replace(advantage=torch.tensor([1.0, 0.0, -1.0]))
+    x = module.TokenPointers(*[None] * 11)._replace(advantage=torch.tensor([1.0, 0.0, -1.0]))
     found = policy_inputs.may_carry_gradient(x._replace(**vectors), objective)
     assert (None if found is None else found.tolist()) == expected
 

@@ -57,6 +57,8 @@ def tokens_of(signal: bool):
         "kl_weight": uniform(0.0, 1.0),
         "entropy_weight": uniform(0.0, 1.0),
         "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int(),
+        "anchor_logp": logp + uniform(-1.5, 1.5),
+        "anchor_weight": uniform(0.0, 1.0),
     }
     inputs["advantage"][7] = 0.0
     inputs["ref_logp"][11:13] = logp[11:13] + torch.tensor([30.0, 0.0])
@@ -79,6 +81,8 @@ def check(backend, objective, signal, **options):
     data = tokens_of(signal)
     if objective.kl is None:
         del data[2]["kl_weight"]
+    if objective.anchor is None:
+        del data[2]["anchor_logp"], data[2]["anchor_weight"]
     with tokfuse.backend("reference"):
         want = evaluate(backend, objective, torch.float64, *data, **options)
     got = evaluate(backend, objective, torch.float32, *data, **options)
@@ -98,6 +102,14 @@ def test_token_objectives_with_every_estimator(shape: str, backend):
         kl = None if estimator is None else KL(estimator=estimator, coef=0.07, clamp=12.0)
         objective = Objective(shape=SHAPES[shape], kl=kl, entropy_coef=0.013, log_ratio_clamp=15.0)
         check(backend, objective, SHAPES[shape].needs_signal)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_an_anchor_beside_a_kl(estimator: str, level: str, backend):
+    anchor = KL(estimator=estimator, coef=-0.05, clamp=0.9)
+    for kl in (KL(coef=0.07, clamp=12.0), None):
+        check(backend, Objective(level=level, kl=kl, anchor=anchor, entropy_coef=0.013, log_ratio_clamp=15.0), False)
 
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != "token"])
@@ -126,7 +138,8 @@ def test_advantage_per_sequence(backend):
     """Bitwise equal to the same advantages passed per token."""
     logp, entropy, inputs = tokens_of(False)
     per_seq = torch.tensor([1.5, 9.0, -0.75, -1.25])
-    del inputs["kl_weight"], inputs["entropy_weight"]
+    for name in ("kl_weight", "entropy_weight", "anchor_logp", "anchor_weight"):
+        del inputs[name]
     for level in ("token", "sequence"):
         objective = Objective(level=level)
         inputs["advantage"] = per_seq.repeat_interleave(torch.tensor(LENGTHS))
@@ -140,6 +153,7 @@ def test_partial_sums_of_many_blocks_are_those_of_one(backend, monkeypatch):
     """Sums are added in block order: every slot is equal, and the loss is bitwise repeatable."""
     objective = Objective(shape=PPOClip(dual=3.0), kl=KL(coef=0.07), entropy_coef=0.013)
     data = tokens_of(False)
+    del data[2]["anchor_logp"], data[2]["anchor_weight"]
     one = evaluate(backend, objective, torch.float32, *data)[0]
     small = launch.LaunchConfig(block_t=32, num_warps=1)
     monkeypatch.setitem(launch.DEFAULTS, "policy_metrics", {80: small})

@@ -4,6 +4,7 @@ The first half runs in the interpreter. The second half, marked `gpu`, repeats t
 on a device and adds CUDA graphs, offsets beyond 2^31 and bandwidth.
 """
 
+import numpy as np
 import pytest
 import torch
 from gpu_time import median_ms
@@ -41,6 +42,24 @@ def test_the_tangent_of_a_softcap():
     z = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
     capped_kernel[(1,)](z, out, 30.0, 0.75, N=4)
     assert out[:2].tolist() == [1.0, -1.0] and bool(out[2].isnan()) and out[3] == 0.0
+
+
+@pytest.mark.interpreter
+def test_a_number_of_numpy():
+    logits, target = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    shape = tokfuse.PPOClip(low=np.float32(0.25), high=np.float32(0.25))
+    given = {"old_logp": torch.full((2,), -2.0), "advantage": torch.ones(2), "target": target}
+    with tokfuse.backend("triton"):
+        for kind in (np.float32, np.int64):
+            got = tokfuse.token_stats(logits, target, temperature=kind(2), softcap=kind(8), logit_scale=kind(1))
+            want = tokfuse.token_stats(logits, target, temperature=2.0, softcap=8.0, logit_scale=1.0)
+            assert bits(got.logp) == bits(want.logp)
+        objective = tokfuse.Objective(shape=shape, kl=None, entropy_coef=np.float32(0.5))
+        step = tokfuse.policy_step(logits=logits, objective=objective, temperature=np.float32(2), **given)
+        objective = tokfuse.Objective(shape=tokfuse.PPOClip(low=0.25, high=0.25), entropy_coef=0.5)
+        assert bits(step.loss) == bits(
+            tokfuse.policy_step(logits=logits, objective=objective, temperature=2.0, **given).loss
+        )
 
 
 @pytest.mark.interpreter

@@ -54,17 +54,31 @@ def test_adapter_feature_is_the_gradient_of_an_adapter(model, data) -> None:
 def test_rows_cover_every_score_and_slice(model, data) -> None:
     found = list(study.rows(study.TrueGradients(model), data, FACTS))
     by_name = {(row.kind, row.score, row.slice): row for row in found}
-    assert len(by_name) == len(found) == 3 * (7 + 4)
+    assert len(by_name) == len(found) == 3 * (7 + 6 + 4)
     assert by_name["direction", "control: true gradient of lm_head", "lm_head"].spearman == 1.0
     sketch = by_name["direction", "sketch, rank 64", "all"]
     assert sketch.seeds == study.SEEDS and sketch.spearman_low < sketch.spearman_high
     assert sketch.spearman_low <= sketch.spearman <= sketch.spearman_high
     assert all(-1.0 <= row.spearman <= 1.0 and row.samples == 8 for row in found)
     text = study.table(found, "direction")
-    assert len(text.splitlines()) == 2 + 7 and " to " in text and "alike" in text
+    assert len(text.splitlines()) == 2 + 7 + 6 and " to " in text and "alike" in text
 
 
 def test_spearman_is_of_ranks() -> None:
     x = torch.tensor([0.1, 0.2, 0.3, 5.0])
     assert study.spearman(x, x.exp()) == pytest.approx(1.0)
     assert study.spearman(x, -x) == pytest.approx(-1.0)
+
+
+def test_captured_features_of_a_layer_without_projection_are_its_gradients(model, data, monkeypatch):
+    monkeypatch.setattr(study, "RANKS", (64,))
+    monkeypatch.setattr(study, "PARTS", {})
+    true, last = study.TrueGradients(model), "model.layers.1.mlp.down_proj"
+    place = true.names.index(f"{last}.weight")
+
+    def gradients(samples):
+        return torch.stack([true.gradient(s)[place].flatten() for s in samples])
+
+    means = study.group_means(gradients(data.validation), data.validation, data.groups)
+    want = study.selection.matrix(gradients(data.train), means)
+    torch.testing.assert_close(study.Captures(true, data).scores(64, last), want, rtol=1e-3, atol=1e-5)

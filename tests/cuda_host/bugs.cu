@@ -2,7 +2,7 @@
 // that the kernels named ok_ are not reported.
 #include <cstdio>
 
-#include "cuda/device.cuh"
+#include "cuda/runtime.h"
 
 namespace tokfuse {
 namespace cuda {
@@ -323,6 +323,29 @@ const Bug kBugs[] = {
     {"bad_launch_of_a_cluster", ok_cluster_exchange, 3, 2},
 };
 
+// 47 KiB of dynamic shared memory are allowed. Together with 2 KiB of static shared memory they are
+// not, unless the launcher has asked for them, as `launch` does.
+__global__ void half_static(Data d) {
+  TOKFUSE_SHARED(s, Array<float, 512>);
+  s[threadIdx.x] = d.x[threadIdx.x];
+  d.y[threadIdx.x] = s[threadIdx.x];
+}
+
+int limits(const char* name) {
+  const auto kernel = reinterpret_cast<const void*>(half_static);
+  if (strcmp(name, "bad_shared_without_asking") == 0) {
+    float x[kThreads] = {}, y[kThreads];
+    const cudaLaunchConfig_t config = {dim3(1), dim3(kThreads), 47 * 1024, nullptr, nullptr, 0};
+    return cudaLaunchKernelEx(&config, half_static, Data{x, y, nullptr, nullptr});
+  }
+  if (strcmp(name, "bad_shared_lowered") == 0) {
+    for (int bytes : {100 * 1024, 60 * 1024}) {
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    }
+  }
+  return 2;
+}
+
 int run(const Bug& bug) {
   Data d;
   void *x, *y, *ticket, *scratch;
@@ -352,5 +375,5 @@ int main(int count, char** names) {
   for (const auto& bug : tokfuse::cuda::kBugs) {
     if (count == 2 && strcmp(bug.name, names[1]) == 0) return tokfuse::cuda::run(bug);
   }
-  return 2;
+  return count == 2 ? tokfuse::cuda::limits(names[1]) : 2;
 }

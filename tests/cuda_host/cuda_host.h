@@ -62,12 +62,6 @@ struct Place {
   dim3 block_size, grid_size;
 };
 
-struct Shape {
-  dim3 grid, block;
-  size_t shared;
-  unsigned cluster;
-};
-
 enum class Vote { kNone, kAnd, kOr, kCount };
 
 const Place& here();
@@ -85,8 +79,6 @@ void copy_async(void* to, const void* from, size_t bytes, size_t zeros);
 void copy_async_commit();
 void copy_async_wait(size_t groups_left);
 [[noreturn]] void fail(const char* what);
-
-int run(const Shape& shape, const char* kernel, const std::function<void()>& body);
 
 }  // namespace host
 }  // namespace tokfuse
@@ -231,6 +223,9 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorCooperativeLaunchTooLarge = 720,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 
@@ -248,6 +243,12 @@ inline const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorMemoryAllocation";
     case cudaErrorInvalidConfiguration:
       return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "cudaErrorCooperativeLaunchTooLarge";
   }
   return "unknown";
 }
@@ -275,10 +276,75 @@ inline cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t w
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
+
+// There is one device. Launchers remember what they asked it, so it gets another number when the
+// settings describe another device. Device 0 is always the present one.
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // 0 before the first launch of the kernel
+  int ptxVersion, binaryVersion;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 grid, block;  // gridDim and blockDim
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+namespace tokfuse {
+namespace host {
+
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const char* name,
+                const std::function<void()>& body);
+// Number of blocks, or of clusters, that are resident at once.
+cudaError_t resident(int* count, const void* kernel, size_t shared, unsigned cluster);
+
+}  // namespace host
+}  // namespace tokfuse
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  return tokfuse::host::run(*config, reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__,
+                            [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
-inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel* kernel, int,
+                                                          size_t shared) {
+  return tokfuse::host::resident(count, reinterpret_cast<const void*>(kernel), shared, 1);
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  return tokfuse::host::resident(count, reinterpret_cast<const void*>(kernel),
+                                 config->dynamicSmemBytes, config->attrs->val.clusterDim.x);
 }

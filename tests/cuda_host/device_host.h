@@ -26,9 +26,8 @@ void mbarrier_init(Mbarrier* barrier, unsigned arrivals);
 void mbarrier_expect(Mbarrier* barrier, unsigned bytes);
 void mbarrier_wait(Mbarrier* barrier, unsigned parity);
 void bulk_load(void* to, const void* from, unsigned bytes, Mbarrier* barrier);
-// Values of TOKFUSE_HOST_ARCH (default 90) and TOKFUSE_HOST_PROCESSORS (default 2).
-int arch();
-unsigned processors();
+// Stops the run if the device loaded code for an architecture before `arch`.
+void check_code(int arch);
 void check_aligned(const void* at, size_t bytes);
 
 }  // namespace host
@@ -142,15 +141,28 @@ uint32_t max2(T type, uint32_t a, uint32_t b) {
   return pack(type, {fmaxf(x.x, y.x), fmaxf(x.y, y.y)});
 }
 
-inline unsigned cluster_rank() { return host::cluster_rank(); }
-inline unsigned cluster_blocks() { return host::cluster_blocks(); }
-inline void cluster_sync() { host::cluster_meet(); }
+inline void trap() { host::fail("a trap"); }
+
+inline unsigned cluster_rank() {
+  host::check_code(90);
+  return host::cluster_rank();
+}
+inline unsigned cluster_blocks() {
+  host::check_code(90);
+  return host::cluster_blocks();
+}
+inline void cluster_sync() {
+  host::check_code(90);
+  host::cluster_meet();
+}
 
 inline float cluster_load(const float* mine, unsigned rank) {
+  host::check_code(90);
   return *static_cast<const float*>(host::cluster_address(mine, rank));
 }
 
 inline void mbarrier_init(Mbarrier* barrier, unsigned arrivals) {
+  host::check_code(90);
   host::mbarrier_init(barrier, arrivals);
 }
 inline void mbarrier_init_fence() {}
@@ -161,31 +173,8 @@ inline void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
   host::mbarrier_wait(barrier, parity);
 }
 inline void bulk_load(void* to, const void* from, unsigned bytes, Mbarrier* barrier, uint64_t) {
+  host::check_code(90);
   host::bulk_load(to, from, bytes, barrier);
-}
-
-inline cudaError_t device_arch(int* arch) {
-  *arch = host::arch();
-  return cudaSuccess;
-}
-
-inline cudaError_t l2_bytes(int64_t* bytes) {
-  *bytes = 50 << 20;
-  return cudaSuccess;
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t,
-                   const Arguments&... arguments) {
-  const host::Shape given = {dim3(shape.blocks), dim3(shape.threads), shape.shared, shape.cluster};
-  return static_cast<cudaError_t>(host::run(
-      given, __PRETTY_FUNCTION__, [&] { kernel(static_cast<Parameters>(arguments)...); }));
-}
-
-template <class Kernel>
-cudaError_t resident_blocks(Kernel*, const LaunchShape& shape, unsigned* blocks) {
-  *blocks = host::processors() * shape.cluster;
-  return cudaSuccess;
 }
 
 }  // namespace cuda

@@ -11,6 +11,7 @@
 #include <cstdio>
 
 #include "bulk.h"
+#include "driver.h"
 #include "fibers.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -28,7 +29,7 @@ namespace {
 
 constexpr size_t kRedZone = 32;  // between static shared objects
 
-cudaError_t last_error = cudaSuccess;
+thread_local cudaError_t last_error = cudaSuccess;
 
 void wait_as(State state, const char* at) {
   current->state = state;
@@ -206,17 +207,34 @@ void run_cluster() {
   if (observer != nullptr) observer->cluster_ends();
 }
 
-bool valid(const Shape& s) {
+cudaError_t check_launch(const Shape& s, const void* kernel) {
   const unsigned threads = s.block.x * s.block.y * s.block.z;
-  return threads > 0 && threads <= 1024 && s.grid.x > 0 && s.grid.y > 0 && s.grid.z > 0 &&
-         s.grid.x <= 0x7fffffffu && s.grid.y <= 65535 && s.grid.z <= 65535 && s.shared <= kShared &&
-         s.cluster > 0 && s.cluster <= 8 && s.grid.x % s.cluster == 0 &&
-         (s.cluster == 1 || arch() >= 90);
+  const bool valid = threads > 0 && threads <= 1024 && s.grid.x > 0 && s.grid.y > 0 &&
+                     s.grid.z > 0 && s.grid.x <= 0x7fffffffu && s.grid.y <= 65535 &&
+                     s.grid.z <= 65535;
+  const bool clusters =
+      s.cooperative || (s.cluster > 0 && s.cluster <= 8 && s.grid.x % s.cluster == 0 &&
+                        (s.cluster == 1 || arch() >= 90));
+  if (!valid || !clusters) return cudaErrorInvalidConfiguration;
+  if (s.cooperative && s.cluster > static_cast<unsigned>(processors())) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
+  if (loaded_code() == 0) return cudaErrorNoKernelImageForDevice;
+  if (s.shared > max_dynamic(kernel) || s.shared + static_of(kernel) > shared_limit()) {
+    return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
 }
 
-unsigned long number_from(const char* variable, unsigned long otherwise) {
-  const char* text = getenv(variable);
-  return text == nullptr || *text == 0 ? otherwise : strtoul(text, nullptr, 10);
+Shape shape_of(const cudaLaunchConfig_t& config) {
+  Shape s = {config.grid, config.block, config.dynamicSmemBytes, 1, false};
+  for (unsigned i = 0; i < config.numAttrs; i++) {
+    const cudaLaunchAttribute& given = config.attrs[i];
+    if (given.id == cudaLaunchAttributeClusterDimension) s.cluster = given.val.clusterDim.x;
+    if (given.id == cudaLaunchAttributeCooperative) s.cooperative = given.val.cooperative != 0;
+  }
+  if (s.cooperative) s.cluster = s.grid.x * s.grid.y * s.grid.z;
+  return s;
 }
 
 }  // namespace
@@ -232,17 +250,32 @@ void fail(const char* what) {
   abort();
 }
 
-int arch() { return static_cast<int>(number_from("TOKFUSE_HOST_ARCH", 90)); }
+void check_code(int arch) {
+  if (machine.code < arch) fail("an instruction that the loaded code does not have");
+}
 
-unsigned processors() { return static_cast<unsigned>(number_from("TOKFUSE_HOST_PROCESSORS", 2)); }
+cudaError_t resident(int* count, const void* kernel, size_t shared, unsigned cluster) {
+  const std::lock_guard<std::mutex> lock(driver);
+  const bool fits = shared <= max_dynamic(kernel);
+  *count = fits ? processors() : 0;
+  return fits || cluster == 1 ? cudaSuccess : cudaErrorInvalidValue;
+}
 
-int run(const Shape& shape, const char* kernel, const std::function<void()>& body) {
-  if (!valid(shape)) return last_error = cudaErrorInvalidConfiguration;
+cudaError_t run(const cudaLaunchConfig_t& config, const void* function, const char* kernel,
+                const std::function<void()>& body) {
+  const std::lock_guard<std::mutex> lock(driver);
+  const Shape shape = shape_of(config);
+  const cudaError_t error = check_launch(shape, function);
+  if (error != cudaSuccess) return last_error = error;
   machine.shape = shape;
   machine.kernel = kernel;
+  machine.function = function;
+  machine.code = loaded_code();
+  log_launch();
+  if (number_from("TOKFUSE_HOST_DRY", 0) != 0) return cudaSuccess;
   machine.launch++;
   machine.objects.clear();
-  machine.static_bytes = 0;
+  machine.static_bytes = machine.static_shared = 0;
   kernel_body = &body;
   if (shuffle_order.seed != nullptr) {
     shuffle_order.random.seed(static_cast<unsigned>(strtoul(shuffle_order.seed, nullptr, 10)));
@@ -279,6 +312,8 @@ void* shared_object(const void* tag, size_t bytes, size_t alignment, const char*
     if (offset + bytes + kRedZone > kStaticShared) fail("more than 48 KiB of static shared memory");
     machine.objects.push_back({tag, offset, bytes, name});
     machine.static_bytes = offset + bytes;
+    machine.static_shared = (machine.static_shared + alignment - 1) / alignment * alignment + bytes;
+    check_static_shared();
     found = &machine.objects.back();
   }
   unsigned char* at = current->block->statics + found->offset;
@@ -472,4 +507,53 @@ cudaError_t cudaGetLastError() {
   const cudaError_t error = tokfuse::host::last_error;
   tokfuse::host::last_error = cudaSuccess;
   return error;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  const std::lock_guard<std::mutex> lock(tokfuse::host::driver);
+  *device = tokfuse::host::device_number();
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 || device >= 1000 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      // One, because each of them holds one block: `resident` returns the number of all blocks.
+      *value = 1;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = 50 << 20;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(tokfuse::host::shared_limit());
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  const std::lock_guard<std::mutex> lock(tokfuse::host::driver);
+  const int code = tokfuse::host::loaded_code(), arch = tokfuse::host::arch();
+  if (code == 0) return cudaErrorNoKernelImageForDevice;
+  *attributes = {tokfuse::host::static_of(kernel), code, code / 10 == arch / 10 ? code : arch};
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  const std::lock_guard<std::mutex> lock(tokfuse::host::driver);
+  const size_t bytes = static_cast<size_t>(value);
+  if (value < 0 || bytes + tokfuse::host::static_of(kernel) > tokfuse::host::shared_limit()) {
+    return cudaErrorInvalidValue;
+  }
+  auto& function = tokfuse::host::functions[{tokfuse::host::device_number(), kernel}];
+  if (bytes < function.max_dynamic) {
+    tokfuse::host::fail(
+        "the shared memory of a kernel was lowered; a launch of another thread may need it");
+  }
+  function = {true, bytes};
+  return cudaSuccess;
 }

@@ -51,8 +51,6 @@ struct SharedObject {
 };
 
 constexpr size_t kStaticShared = 48 * 1024;
-// A block has at most 227 KiB of static and dynamic shared memory.
-constexpr size_t kShared = 227 * 1024;
 
 struct Block {
   unsigned rank = 0;
@@ -70,15 +68,25 @@ struct BulkCopy {
   unsigned proxy;  // the checker's number for the writer
 };
 
+struct Shape {
+  dim3 grid, block;
+  size_t shared;
+  unsigned cluster;
+  bool cooperative;  // all blocks are one cluster, of any size
+};
+
 // The clusters of one launch run in one Machine, one after the other.
 struct Machine {
   Shape shape;
   std::string kernel;
+  const void* function = nullptr;
+  int code = 0;  // architecture of the loaded code
   uint64_t launch = 0;
   unsigned cluster = 0;  // index of the running cluster
   std::vector<Block> blocks;
   std::vector<SharedObject> objects;
-  size_t static_bytes = 0;
+  size_t static_bytes = 0;   // with red zones
+  size_t static_shared = 0;  // without, as a compiler lays the objects out
   std::vector<BulkCopy> bulk;
   unsigned cluster_waiting = 0;
 };

@@ -4,6 +4,7 @@ Bounds: 2e-6 of the value or of 1; gradients within 4e-6 of the largest entry.
 """
 
 import importlib
+import inspect
 import sys
 import types
 from types import SimpleNamespace
@@ -329,6 +330,115 @@ def test_nemo(cfg):
     assert metrics["probs_ratio_min"] <= 1.0 + 1e-6
 
 
+def nemo_data(f, **more):
+    def data(x):
+        return torch.nn.functional.pad(x, (1, 0))
+
+    return {
+        "token_mask": data(f.mask),
+        "sample_mask": torch.tensor([1.0, 1.0, 0.0]),
+        "advantages": data(f.advantage),
+        "prev_logprobs": data(f.old),
+        "generation_logprobs": data(f.rollout),
+        **more,
+    }
+
+
+def nemo_call(f, cfg=None, toks=19, **more):
+    loss = shapes.NemoPolicyLoss({"reference_policy_kl_penalty": 0.0, **(cfg or {})})
+    return loss(f.logp, nemo_data(f, **more), torch.tensor(5), torch.tensor(toks))
+
+
+CORRECTED = {"use_importance_sampling_correction": True}
+TRUNCATED = {"truncated_importance_sampling_ratio": 1.4, "truncated_importance_sampling_ratio_min": 0.7}
+
+
+@pytest.mark.parametrize("kind", [None, "tis", "icepop"])
+def test_nemo_zeroes_a_sampling_ratio_that_is_not_finite(kind):
+    """As its nan_to_num, which comes before the truncation: tis then clamps the 0 to its lower bound."""
+    f = batch()
+    f.rollout[0, 0], f.rollout[0, 1], f.rollout[1, 2] = -torch.inf, torch.nan, torch.inf
+    cfg = CORRECTED | ({} if kind is None else TRUNCATED | {"truncated_importance_sampling_type": kind})
+    b = wide(f)
+    w = (b.old - b.rollout).exp().nan_to_num(nan=0, posinf=0, neginf=0)
+    inside = (w >= 0.7) & (w <= 1.4)
+    w = {None: w, "tis": w.clamp(0.7, 1.4), "icepop": w * inside}[kind]
+    m = b.mask * torch.tensor([1.0, 1.0, 0.0]).unsqueeze(1)
+    want = (w * ppo((b.logp - b.old).exp(), b.advantage, 0.2, 0.2) * m).sum() / 19
+    ours, metrics = nemo_call(f, cfg)
+    assert_same(ours, f.logp, want, b.logp)
+    assert metrics["sampling_importance_ratio"] == pytest.approx(float((w * m).sum() / 19), rel=1e-5)
+    if kind is not None:
+        assert metrics["is_oob_ratio"] == pytest.approx(float((~inside * m).sum() / 19), rel=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [{}, {"token_level_loss": False}, {"force_on_policy_ratio": True}])
+def test_nemo_keep_mask_and_weighted_samples(cfg):
+    f, b = batch(), wide(batch())
+    keep = torch.ones(B, L)
+    keep[0, 1] = keep[1, 3:5] = 0
+    samples = torch.tensor([0.5, 1.0, 0.0])
+    tokens = b.mask * keep
+    log_ratio = b.logp - (b.logp.detach() if cfg.get("force_on_policy_ratio") else b.old)
+    loss = ppo(log_ratio.exp(), b.advantage, 0.2, 0.2)
+    want = (loss * tokens * samples.unsqueeze(1)).sum() / 19
+    if "token_level_loss" in cfg:
+        want = ((loss * tokens).sum(1) / tokens.sum(1) * samples).sum() / 5
+    ours, metrics = nemo_call(f, cfg, sample_mask=samples, curr_logprobs_keep_mask=keep)
+    assert_same(ours, f.logp, want, b.logp)
+    ratio = (log_ratio.detach().exp() * tokens * samples.unsqueeze(1)).sum() / 19
+    assert metrics["probs_ratio"] == pytest.approx(float(ratio), rel=1e-5)
+
+
+@pytest.mark.parametrize("toks", [0, 19])
+def test_nemo_without_a_valid_token(toks):
+    """On this rank, or on all."""
+    f = batch()
+    for cfg in ({}, {"token_level_loss": False}, {"use_cispo": True}, CORRECTED):
+        loss, metrics = nemo_call(f, cfg, toks=toks, sample_mask=torch.zeros(B))
+        assert loss.item() == 0.0 and metrics["probs_ratio"] == 0.0
+        assert (metrics["probs_ratio_min"], metrics["probs_ratio_max"]) == (torch.inf, -torch.inf)
+        (grad,) = torch.autograd.grad(loss, f.logp)
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("cfg", [{}, {"sequence_level_importance_ratios": True, "token_level_loss": False}])
+def test_nemo_metrics(cfg):
+    b = wide(batch())
+    m = b.mask * torch.tensor([1.0, 1.0, 0.0]).unsqueeze(1)
+    logp, old, gen = b.logp.detach(), b.old, b.rollout
+
+    def mean(x):
+        return float((x * m).sum() / 19)
+
+    ratio, weight = (logp - old).exp(), mean((old - gen).exp())
+    if cfg:
+        ratio = (((logp - old) * m).sum(1) / m.sum(1).clamp(min=1)).exp().unsqueeze(1).expand(B, L)
+        weight = float((((old - gen) * m).sum(1).exp() * torch.tensor([1.0, 1.0, 0.0])).sum() / 5)
+    clamped, mixture = ratio.clamp(0.8, 1.2), (0.5 * old.exp() + 0.5 * gen.exp()).log()
+    want = {
+        "probs_ratio": mean(ratio),
+        "probs_ratio_clamped": mean(clamped),
+        "probs_ratio_min": float(ratio[m.bool()].min()),
+        "probs_ratio_max": float(ratio[m.bool()].max()),
+        "probs_ratio_clamped_min": float(clamped[m.bool()].min()),
+        "probs_ratio_clamped_max": float(clamped[m.bool()].max()),
+        "kl_penalty": 0.0,
+        "token_mult_prob_error": mean((gen - old).abs().exp()),
+        "gen_kl_error": mean((old - gen).exp() - (old - gen) - 1),
+        "policy_kl_error": mean((gen - old).exp() - (gen - old) - 1),
+        "js_divergence_error": 0.5
+        * mean((old - mixture).exp() - (old - mixture) - 1 + (gen - mixture).exp() - (gen - mixture) - 1),
+        "sampling_importance_ratio": weight,
+        "num_valid_samples": 2.0,
+        "approx_entropy": -mean((logp - gen).exp() * logp),
+        "positive_nll_loss": 0.0,
+    }
+    loss, metrics = nemo_call(batch(), cfg)
+    assert metrics.pop("loss") == loss.item()
+    assert metrics == pytest.approx(want, rel=2e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "cfg",
     [
@@ -348,15 +458,173 @@ def test_nemo_refuses(cfg):
         shapes.NemoPolicyLoss(SimpleNamespace())
 
 
+# A value that is not the default, with what it needs. None: the field belongs to the KL penalty, which is refused.
+NEMO_FIELDS = {
+    "disable_ppo_ratio": {"disable_ppo_ratio": True},
+    "token_level_loss": {"token_level_loss": False},
+    "sequence_level_importance_ratios": {"sequence_level_importance_ratios": True, "token_level_loss": False},
+    "ratio_clip_min": {"ratio_clip_min": 0.05},
+    "ratio_clip_max": {"ratio_clip_max": 0.05},
+    "ratio_clip_c": {"ratio_clip_c": 1.01},
+    "reference_policy_kl_penalty": {"reference_policy_kl_penalty": 0.01},
+    "reference_policy_kl_type": {"reference_policy_kl_type": "k1"},
+    "kl_input_clamp_value": None,
+    "kl_output_clamp_value": None,
+    "use_kl_in_reward": None,
+    "use_importance_sampling_correction": CORRECTED,
+    "truncated_importance_sampling_type": CORRECTED | TRUNCATED | {"truncated_importance_sampling_type": "icepop"},
+    "truncated_importance_sampling_ratio": {"truncated_importance_sampling_ratio": 1.4},
+    "truncated_importance_sampling_ratio_min": {"truncated_importance_sampling_ratio_min": 0.7},
+    "use_on_policy_kl_approximation": None,
+    "force_on_policy_ratio": {"force_on_policy_ratio": True},
+    "use_cispo": {"use_cispo": True},
+    "positive_example_nll_weight": {"positive_example_nll_weight": 0.1},
+}
+
+
+def test_every_field_of_nemos_config_changes_the_result_or_is_refused():
+    assert set(NEMO_FIELDS) == set(shapes.NEMO_DEFAULTS)
+    plain = nemo_call(batch())
+    for name, cfg in NEMO_FIELDS.items():
+        if cfg is None:
+            continue
+        try:
+            changed = nemo_call(batch(), cfg)
+        except ValueError as error:
+            assert f"cfg.{name}" in str(error)
+        else:
+            assert changed[1] != plain[1], name
+    with pytest.raises(ValueError, match=r"cfg\.new_option must be a field of ClippedPGLossConfig; got 0\.5"):
+        nemo_call(batch(), {"new_option": 0.5})
+    for clash in ("disable_ppo_ratio", "force_on_policy_ratio"):
+        with pytest.raises(ValueError, match=f"cfg.{clash} must be left out with use_cispo"):
+            nemo_call(batch(), {"use_cispo": True, clash: True})
+    with pytest.raises(ValueError, match="cfg.token_level_loss must be False with sequence"):
+        nemo_call(batch(), {"sequence_level_importance_ratios": True})
+
+
+# The parameters of the host's function in the version that the docstring of call_shapes names.
+SIGNATURES = {
+    shapes.triton_grpo_loss: "logits old_logp ref_logp completion_ids advantages completion_mask temperature beta "
+    "eps_low eps_high inplace loss_type max_completion_length importance_sampling_level reduce sapo_temperature_pos "
+    "sapo_temperature_neg vllm_is_ratio delta use_bias_correction_kl num_items_in_batch vespo_k_pos vespo_lambda_pos "
+    "vespo_k_neg vespo_lambda_neg",
+    shapes.PolicyLoss: "clip_eps_low clip_eps_high dual_clip token_level_loss policy_loss_type "
+    "enable_vllm_is_correction vllm_is_truncated_threshold vllm_is_correction_type",
+    shapes.PolicyLoss.forward: "self log_probs old_log_probs advantages action_mask rollout_log_probs dp_size "
+    "batch_num_tokens global_batch_size",
+    shapes.skyrl_policy_loss: "log_probs old_log_probs advantages config loss_mask rollout_logprobs",
+    shapes.NemoPolicyLoss: "cfg use_fused_linear_logprobs",
+    shapes.NemoPolicyLoss.__call__: "self next_token_logprobs data global_valid_seqs global_valid_toks",
+    shapes.slime_policy_loss: "ppo_kl advantages eps_clip eps_clip_high eps_clip_c",
+}
+
+
+def test_signatures_are_the_hosts():
+    for function, names in SIGNATURES.items():
+        assert list(inspect.signature(function).parameters) == names.split(), function
+
+
+LIGER_OPTIONS = {
+    "temperature": 0.5,
+    "beta": 0.0,
+    "eps_low": 0.05,
+    "eps_high": 0.05,
+    "loss_type": "grpo",
+    "importance_sampling_level": "sequence",
+    "vllm_is_ratio": torch.full((B, L), 0.5),
+    "delta": 1.5,
+    "use_bias_correction_kl": True,
+    "num_items_in_batch": 40,
+    "completion_mask": torch.ones(B, L),
+}
+OF_LOSS_TYPE = {
+    "max_completion_length": ("dr_grpo", 9),
+    "sapo_temperature_pos": ("sapo", 2.0),
+    "sapo_temperature_neg": ("sapo", 2.0),
+    "vespo_k_pos": ("vespo", 1.0),
+    "vespo_k_neg": ("vespo", 1.0),
+    "vespo_lambda_pos": ("vespo", 1.0),
+    "vespo_lambda_neg": ("vespo", 1.0),
+}
+
+
+def test_every_option_of_liger_changes_the_loss():
+    names = set(SIGNATURES[shapes.triton_grpo_loss].split())
+    tensors = {"logits", "old_logp", "ref_logp", "completion_ids", "advantages"}
+    assert names - tensors - {"inplace", "reduce"} == set(LIGER_OPTIONS) | set(OF_LOSS_TYPE)
+    b, gen = batch(), torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(B, L + 1, V, generator=gen)
+    ids, a = torch.randint(V, (B, L), generator=gen), torch.tensor([1.0, -0.5, -0.7])
+    logp = (logits[:, :-1] / 0.9).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    old = logp + 3 * (b.old - b.logp.detach())
+
+    def loss(**options):
+        options = {"completion_mask": b.mask, "beta": 0.04, **options}
+        return shapes.triton_grpo_loss(logits, old, b.rollout, ids, a, reduce=True, **options)[0]
+
+    for name, value in LIGER_OPTIONS.items():
+        assert loss(**{name: value}) != loss(), name
+    for name, (kind, value) in OF_LOSS_TYPE.items():
+        kind = {"loss_type": kind, "beta": 0.0}
+        assert loss(**kind, **{name: value}) != loss(**kind), name
+
+
+def test_micro_batches_without_a_token():
+    b, nothing = batch(), torch.zeros(B, L)
+    for kind in ("regular", "dual_clip", "gspo", "cispo", "sapo"):
+        loss, metrics = shapes.skyrl_policy_loss(b.logp, b.old, b.advantage, skyrl_config(kind), nothing)
+        assert loss.item() == 0.0 and metrics["clip_ratio"] == 0.0, kind
+    for options in ({}, {"policy_loss_type": "gspo"}):
+        out = shapes.PolicyLoss(**options)(b.logp, b.old, b.advantage, nothing, batch_num_tokens=7)
+        assert [x.item() for x in out[:3]] == [0.0, 0.0, 0.0]
+    module = shapes.PolicyLoss(enable_vllm_is_correction=True, vllm_is_truncated_threshold=[0.5, 2.0])
+    assert module(b.logp, b.old, b.advantage, nothing, b.rollout)[3].item() == 0.0
+    logits, ids = torch.zeros(B, L + 1, V), torch.zeros(B, L, dtype=torch.int64)
+    for kind in LIGER:
+        args = (logits, b.old, b.rollout, ids, torch.ones(B), nothing)
+        loss, metrics = shapes.triton_grpo_loss(*args, loss_type=kind, reduce=True)
+        assert [x.item() for x in (loss, *metrics)] == [0.0, 0.0, 0.0], kind
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf])
+def test_openrlhf_truncates_an_infinite_ratio(value):
+    f = batch()
+    f.rollout[0, 0] = value
+    b = wide(f)
+    want = (
+        (b.old - b.rollout).exp().clamp(0.7, 1.4) * ppo((b.logp - b.old).exp(), b.advantage, 0.2, 0.2) * b.mask
+    ).sum()
+    module = shapes.PolicyLoss(enable_vllm_is_correction=True, vllm_is_truncated_threshold=[0.7, 1.4])
+    ours, *_ = module(f.logp, f.old, f.advantage, f.mask, f.rollout)
+    assert_same(ours, f.logp, want / b.mask.sum(), b.logp)
+
+
+def test_skyrl_mask_weights_and_unused_options():
+    """A float mask multiplies, as in SkyRL's sums. Options that change SkyRL's result change ours or are refused."""
+    f, b = batch(), wide(batch())
+    weights = b.mask * torch.linspace(0.2, 2, L)
+    want = (ppo((b.logp - b.old).exp(), b.advantage, 0.2, 0.3) * weights).sum()
+    ours, _ = shapes.skyrl_policy_loss(f.logp, f.old, f.advantage, skyrl_config("regular"), weights.float())
+    assert_same(ours, f.logp, want, b.logp)
+    for name in ("tis_ratio_type", "sequence_mask_metric", "outlier_token_is_threshold_low"):
+        config = skyrl_config("regular")
+        setattr(config.off_policy_correction, name, 0.5)
+        with pytest.raises(ValueError, match=rf"off_policy_correction\.{name} must be None"):
+            shapes.skyrl_policy_loss(f.logp, f.old, f.advantage, config, f.mask)
+
+
 def test_nemo_enums_come_from_the_host(monkeypatch):
     interfaces = types.ModuleType("nemo_rl.algorithms.loss.interfaces")
     interfaces.LossType = SimpleNamespace(TOKEN_LEVEL="t", SEQUENCE_LEVEL="s")
     interfaces.LossInputType = SimpleNamespace(LOGPROB="logprob")
+    interfaces.MetricNormalizer = SimpleNamespace(TOKENS="t", SEQUENCES="s", NONE=None)
     for name in ("nemo_rl", "nemo_rl.algorithms", "nemo_rl.algorithms.loss"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, interfaces.__name__, interfaces)
     loss = shapes.NemoPolicyLoss(SimpleNamespace(reference_policy_kl_penalty=0.0))
     assert (loss.loss_type, loss.input_type) == ("t", "logprob")
+    assert set(loss.metric_normalizations) == set(nemo_call(batch())[1])
 
 
 # --------------------------------------------------------------------------------- slime, prime-rl
@@ -372,6 +640,8 @@ def test_slime(dual):
     ratio = (-exact).exp()
     want = ppo(ratio, a.double(), 0.2, 0.3, dual)
     compare(ours, want, rtol=2e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="slime_policy_loss: create_graph must be False"):
+        torch.autograd.grad(ours.sum(), kl, create_graph=True)
     assert_same((ours * weight).sum(), kl, (want * weight).sum(), exact)
     assert torch.equal(clipped.bool(), ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0)))
 

@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import functools
+import importlib
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from harness import compare
@@ -176,20 +178,165 @@ def test_no_label_at_all_is_a_differentiable_zero():
 
 def test_install_is_idempotent_and_uninstall_restores():
     model = make()
+    kind = type(model)
     hf.uninstall(model)
-    assert "forward" not in vars(model)
     hf.install(model)
-    ours = model.forward
+    patched = type(model)
     hf.install(model)
-    assert model.forward is ours and "with tokfuse" in hf.describe(model)
+    assert type(model) is patched and issubclass(patched, kind) and "with tokfuse" in hf.describe(model)
+    assert str(patched) == str(kind) and "forward" not in vars(model)
     hf.uninstall(model)
-    assert "forward" not in vars(model) and model.forward.__func__ is type(model).forward
+    assert type(model) is kind and hf.STATE not in vars(model)
     assert "without tokfuse" in hf.describe(model)
+
+
+def test_another_install_replaces_the_options():
+    model = make()
     hf.install(model)
-    model.forward = model.forward.__wrapped__
-    for _ in range(2):  # and it stays unchanged
-        with pytest.raises(ValueError, match=r"forward must be the one that tokfuse installed"):
-            hf.uninstall(model)
+    one = run(model)[0].loss
+    hf.install(model, temperature=0.5)
+    with hf.installed(make(), temperature=0.5):
+        assert run(model)[0].loss != one
+
+
+def test_a_patch_of_the_instance_is_not_hidden():
+    model = make()
+    model.forward = functools.partial(type(model).forward, model)
+    with pytest.raises(
+        ValueError, match=r"model.forward must be the forward of the model's class .*; got an attribute"
+    ):
+        hf.install(model)
+
+
+def test_a_model_of_a_trl_trainer():
+    """SFTTrainer and the others call add_fused_lm_head, and then score with fused_lm_head=True."""
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs the group `hosts`")
+    from tokfuse.integrations import trl
+
+    model = make()
+    hf.install(model)
+    with pytest.raises(
+        ValueError, match=r"integrations.hf: the model of a TRL trainer .*tokfuse.integrations.trl.install"
+    ):
+        utils.add_fused_lm_head(model)
+    assert "forward" not in vars(model)
+    with trl.installed():
+        utils.add_fused_lm_head(model)
+        out = model(**batch(), fused_lm_head=True)
+    assert_no_farther(out.loss, *(run(make())[0].loss, run_exactly(make())[0].loss), what="loss")
+    hf.uninstall(model)
+    assert model(input_ids=batch()["input_ids"]).logits is not None
+    after = make()
+    utils.add_fused_lm_head(after)
+    with pytest.raises(ValueError, match=r"a function of trl.trainer.utils. Use tokfuse.integrations.trl.install"):
+        hf.install(after)
+
+
+def trainer_of(model, path, **options):
+    args = transformers.TrainingArguments(
+        str(path),
+        per_device_train_batch_size=1,
+        max_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        **options,
+    )
+    rows = [{k: v[i] for k, v in batch().items()} for i in range(B)]
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction.predictions)
+        return {}
+
+    trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+    return trainer, seen
+
+
+def test_trainer_in_bfloat16_then_uninstall(tmp_path):
+    """accelerate wraps the forward and does not unwrap it."""
+    model = make()
+    with hf.installed(model):
+        trainer_of(model, tmp_path, bf16=True)[0].train()
+        assert "forward" in vars(model)
+    assert model(**batch()).logits is not None and not hf.is_installed(model)
+    with hf.installed(model):  # and again, below the wrapper
+        assert model(**batch()).logits is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_evaluation_has_predictions(temperature, tmp_path):
+    model = make()
+    trainer, seen = trainer_of(model, tmp_path)
+    theirs = trainer.evaluate()
+    with hf.installed(model, temperature=temperature):
+        mine = trainer.evaluate()
+        with torch.no_grad():
+            small = model.eval()(**batch(), skip_logits=True)
+            assert small.logits is None and model(**batch(), token_stats=True).logits is None
+            assert model(**batch()).loss.item() == pytest.approx(small.loss.item(), rel=1e-5)
+    np.testing.assert_array_equal(seen[1], seen[0])
+    assert (mine["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)) == (temperature == 1.0)
+    with hf.installed(model, eval_logits=False), torch.no_grad():
+        assert model(**batch()).logits is None
+
+
+def deep(model, path):
+    return copy.deepcopy(model)
+
+
+def average(model, path):
+    ema = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda old, new, count: 2 * new)
+    ema.update_parameters(model)  # the first update copies
+    ema.update_parameters(model)
+    return ema.module
+
+
+def saved(model, path):
+    torch.save(model, path / "model.pt")
+    return torch.load(path / "model.pt", weights_only=False)
+
+
+def replica(model, path):
+    """Return the replica that DataParallel makes, whose parameters are copies with a gradient to the original."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copies(tensors, devices, detach=False):
+        return [[x.clone() for x in tensors]]
+
+    with mock.patch.object(replicate, "_broadcast_coalesced_reshape", copies):
+        (made,) = replicate.replicate(model, [0])
+    return made
+
+
+@pytest.mark.parametrize("duplicate", [deep, average, saved, replica])
+def test_a_copy_computes_with_its_own_weights(duplicate, tmp_path):
+    model = make()
+    hf.install(model, temperature=0.8)
+    twin = duplicate(model, tmp_path)
+    assert "with tokfuse" in hf.describe(twin)
+    with torch.no_grad():
+        for x in (*model.parameters(), *model.buffers()):
+            if x.is_floating_point():
+                x.fill_(float("nan"))  # nothing of the original enters the copy
+    loss = twin(**batch()).loss
+    plain = make()
+    if duplicate is average:
+        with torch.no_grad():
+            for x in plain.parameters():
+                x.mul_(2)
+    with hf.installed(plain, temperature=0.8):
+        expected, grads = run(plain)
+    assert loss.isfinite() and torch.equal(loss, expected.loss)
+    loss.backward()
+    if duplicate is replica:  # gradients flow through the copied parameters to the original's
+        assert model.lm_head.weight.grad is not None
+    else:
+        assert all(torch.equal(p.grad, grads[name]) for name, p in twin.named_parameters())
+        assert all(p.grad is None for p in model.parameters())
+        hf.uninstall(twin)
+        assert type(twin) is type(make()) and hf.is_installed(model)
 
 
 @pytest.mark.parametrize("more", [{"logits_to_keep": 3}, {"return_dict": False}, {"output_router_logits": True}])
@@ -288,6 +435,83 @@ def test_other_adapters_and_heads_are_refused():
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"a floating torch.nn.Linear, .*; got Sequential"):
         hf.head_of(model)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_float32_head_over_a_bfloat16_model_is_not_rounded(bias):
+    model = make().bfloat16()
+    model.lm_head = torch.nn.Linear(H, V, bias=bias)  # float32
+    with hf.installed(model):
+        mine = run(model, token_stats=True)
+    hidden = model.base_model(**{k: v for k, v in batch().items() if k != "labels"}).last_hidden_state[:, :-1]
+    labels = batch()["labels"][:, 1:]
+    logp = float64_linear(model.lm_head, hidden).log_softmax(-1)
+    want = logp.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(labels == -100, 0)
+    compare(mine[0]["logp"], want, atol=2e-6)
+    assert mine[1]["lm_head.weight"].dtype == torch.float32
+    assert mine[1]["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_autocast_computes_the_head_in_its_dtype():
+    model = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16), hf.installed(model):
+        mine, grads = run(model, token_stats=True)
+        hidden = model.base_model(**{k: v for k, v in batch().items() if k != "labels"}).last_hidden_state[:, :-1]
+    labels = batch()["labels"][:, 1:]
+    logits = hidden.bfloat16().double() @ model.lm_head.weight.bfloat16().double().t()
+    want = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    compare(mine["logp"], want.masked_fill(labels == -100, 0), atol=2e-6)
+    assert grads["lm_head.weight"].dtype == torch.float32
+
+
+class ScaledLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["forward", "subclass", "hook", "pre-hook"])
+def test_a_head_that_computes_something_else_is_refused(change):
+    model = make()
+    head = model.lm_head
+    if change == "forward":
+        head.forward = lambda x: torch.nn.functional.linear(x.float(), head.weight.float())
+    elif change == "subclass":
+        model.lm_head = ScaledLinear(H, V, bias=False)
+    elif change == "hook":
+        head.register_forward_hook(lambda module, args, output: 2.0 * output)
+    else:
+        head.register_forward_pre_hook(lambda module, args: args)
+    with pytest.raises(ValueError, match=r"lm_head must be a linear layer without hooks and with torch's forward"):
+        hf.install(model)
+
+
+def test_a_head_placed_by_accelerate():
+    from accelerate import cpu_offload, dispatch_model
+
+    model = make()
+    theirs, exact = run(model), run_exactly(model)
+    placed = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with hf.installed(placed):
+        assert_same(run(placed), theirs, exact)
+    with pytest.raises(ValueError, match="lm_head must be"):
+        hf.install(cpu_offload(make(), "cpu"))
+
+
+def test_a_device_without_kernels_keeps_the_models_own_code(monkeypatch):
+    """As on xpu, npu or mps, where the head would compute all logits in float64."""
+    theirs = run(make())
+    monkeypatch.setattr(hf, "has_kernels", lambda op, device, dtype: False)
+    model = make()
+    hosts.tell_unchanged.cache_clear()
+    with hf.installed(model), pytest.warns(UserWarning, match="no kernels for float32 on cpu: transformers's own code"):
+        mine = run(model)
+    assert torch.equal(mine[0].logits, theirs[0].logits) and torch.equal(mine[0].loss, theirs[0].loss)
+    assert all(torch.equal(grad, mine[1][name]) for name, grad in theirs[1].items())
+    with hf.installed(model, temperature=0.7), pytest.raises(ValueError, match="the model's device must be one that"):
+        run(model)
+    logits, labels = theirs[0].logits.detach(), batch()["labels"]
+    got = hf.causal_lm_loss(logits, labels, V, num_items_in_batch=11)
+    compare(got, float64_loss(logits, labels, num_items_in_batch=11), rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------ losses from logits

@@ -116,6 +116,37 @@ def test_describe_says_what_runs_where():
     assert "tokfuse installed" in text and "linear_token_stats (cpu: reference" in text
 
 
+@pytest.mark.parametrize("device", ["xpu", "npu", "mps", "meta"])
+def test_devices_without_kernels_are_listed(device, monkeypatch):
+    assert not hosts.has_kernels("linear_token_stats", device, torch.bfloat16)
+    monkeypatch.setattr(hosts, "devices", lambda: ["cpu", device])
+    assert f"linear_token_stats (cpu: {hosts.runs_on('linear_token_stats', 'cpu', torch.bfloat16)}" in host.describe()
+    assert f"{device}: unchanged)" in host.describe()
+
+
+def test_a_device_without_kernels_keeps_trls_own_code(monkeypatch):
+    """As on xpu, npu or mps, where linear_token_stats would compute all logits in float64."""
+    monkeypatch.setattr(host, "has_kernels", lambda op, device, dtype: False)
+    model = tiny_grpo.load()
+    utils.add_fused_lm_head(model)
+    ids = torch.randint(3, 40, (2, 9))
+
+    def run():
+        model.zero_grad()
+        out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        out.loss.backward()
+        logits = torch.linspace(-2, 2, 2 * 9 * V).view(2, 9, V)
+        return out.log_probs, model.lm_head.weight.grad, utils.selective_log_softmax(logits, ids)
+
+    stock = run()
+    with host.installed():
+        assert not utils._use_triton(torch.device("cpu"))
+        with pytest.warns(UserWarning, match="tokfuse has no kernels for float32 on cpu: TRL's own code runs there"):
+            hosts.tell_unchanged.cache_clear()
+            found = run()
+    assert all(torch.equal(x, y) for x, y in zip(found, stock, strict=True))
+
+
 def test_importing_the_adapter_imports_no_host():
     code = (
         "import sys, tokfuse.integrations.trl, tokfuse.integrations.hf;"

@@ -1,4 +1,4 @@
-"""Test TRL's GRPO on two ranks with DDP: FusedGRPOTrainer against the stock trainer with the same seeds."""
+"""Test TRL's GRPO and DPO on two ranks with DDP: the fused trainers against the stock ones with the same seeds."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from host_parity import assert_no_farther
 
 pytest.importorskip("trl", reason="needs the group `hosts`")
 
-PROGRAM = Path(__file__).parents[1] / "support" / "ddp_grpo.py"
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
-def run(arm: str, folder: Path, options: dict) -> list[dict]:
+def run(arm: str, folder: Path, options: dict, program: str = "ddp_grpo.py") -> list[dict]:
     """Return the results of each of two ranks."""
     environment = os.environ | {
         "GLOO_SOCKET_IFNAME": "lo",
@@ -30,7 +30,7 @@ def run(arm: str, folder: Path, options: dict) -> list[dict]:
             "--nproc_per_node",
             "2",
             "--standalone",
-            str(PROGRAM),
+            str(SUPPORT / program),
             arm,
             str(folder),
             json.dumps(options),
@@ -58,3 +58,25 @@ def test_two_ranks_train_as_stock(loss_type: str, tmp_path: Path):
         assert_no_farther(*figures, size=max(1.0, *map(abs, figures[2])), what=name)
     assert all(row["grad_norm"] > 0 for row in exact[0]["logs"])
     assert_no_farther(*(ranks[0]["sums"] for ranks in runs), what="sums of the parameters")
+
+
+def test_two_ranks_of_dpo(tmp_path: Path):
+    """DPO equals the stock trainer. `cpo` has one gradient in one process, in two, and in micro-batches."""
+    import ddp_dpo
+
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "learning_rate": 0.1}
+    ranks = run("dpo", tmp_path, options, "ddp_dpo.py")
+    assert ranks[0]["fused"]["sums"] == ranks[1]["fused"]["sums"]
+    alone = ddp_dpo.train(
+        tmp_path / "alone", **{**options, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    )
+    for mine, other in (
+        (ranks[0]["fused"], ranks[0]["stock"]),
+        (ranks[0]["fused"], alone["fused"]),
+        (ranks[0]["cpo"], alone["cpo"]),
+    ):
+        assert mine["sums"] == pytest.approx(other["sums"], rel=1e-5, abs=1e-5)
+        for a, b in zip(mine["logs"], other["logs"], strict=True):
+            keys = a.keys() - ({"entropy"} if other is not ranks[0]["stock"] else set())  # TRL averages micro-batches
+            assert {k: a[k] for k in keys} == pytest.approx({k: b[k] for k in keys}, rel=1e-5, abs=1e-5)
+    assert ranks[0]["cpo"]["sums"] != pytest.approx(ranks[0]["fused"]["sums"], rel=1e-5, abs=1e-5)

@@ -8,7 +8,7 @@ import torch
 from harness import compare
 
 import tokfuse
-from tokfuse.integrations import verl_heads, verl_losses, verl_plugin
+from tokfuse.integrations import hosts, verl_heads, verl_losses, verl_plugin
 
 WITHOUT_VERL = verl_plugin.HOST.installed is None
 needs_no_verl = pytest.mark.skipif(not WITHOUT_VERL, reason="verl is installed here")
@@ -40,6 +40,29 @@ def call(info=None, mode="token-mean", **changed):
         "rollout_is_weights": None,
     }
     return verl_losses.Call(**{**fields, **changed})
+
+
+def test_a_device_without_kernels_keeps_verls_own_heads(monkeypatch):
+    """verl runs on npu, where linear_token_stats would compute all logits in float64."""
+
+    class Own(torch.nn.Module):
+        def __init__(self, chunk_size):
+            super().__init__()
+            self.chunk_size = chunk_size
+
+        def forward(self, *args):
+            return "module", self.chunk_size, args
+
+    monkeypatch.setattr(verl_heads, "has_kernels", lambda op, device, dtype: False)
+    stock = {"FusedLinearForPPO": Own, "linear_cross_entropy": lambda *args: ("function", args)}
+    monkeypatch.setattr(verl_heads, "STOCK", stock)
+    hidden, weight, ids = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="tokfuse has no kernels for float32 on cpu: verl's own code runs there"):
+        hosts.tell_unchanged.cache_clear()
+        found = verl_heads.FusedLinearForPPO(64)(hidden, weight, ids, 0.7)
+    assert found == ("module", 64, (hidden, weight, ids, 0.7))
+    found = verl_heads.linear_cross_entropy(hidden, weight, ids, 0.7)
+    assert found == ("function", (hidden, weight, ids, 0.7, "none", None))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import torch
 from harness import host_backends
 from hypothesis import strategies as st
 
+from tokfuse import algorithms
 from tokfuse.runtime.core import dispatch
 from tokfuse.runtime.ops import influence
+from tokfuse.runtime.ops.distill_step import distill_step
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.policy_loss import policy_loss
@@ -417,3 +419,55 @@ def test_a_step_refuses_what_it_cannot_sketch(monkeypatch):
     logits = given.pop("hidden") @ given.pop("weight").t()
     with pytest.raises(ValueError, match="policy_step: influence must be None with logits="):
         policy_step(logits=logits, **given, objective=objective, influence=spec)
+
+
+# ------------------------------------------------------------- influence of the other steps from hidden
+
+
+def preference_of(given):
+    pairs = algorithms.PreferenceBatch(
+        num_tokens=12, cu_seqlens=HEAD_CU, pairs=torch.tensor([[2, 0]]), ref_logp=torch.zeros(12)
+    )
+    target = torch.arange(12) % 40
+    return lambda **more: algorithms.preference_step(
+        loss=algorithms.make("dpo"), batch=pairs, target=target, **given, **more
+    )
+
+
+def distillation_of(given):
+    teacher = torch.randn(12, 40, generator=torch.Generator().manual_seed(4))
+    more = {"coef": torch.linspace(-1, 1, 12), "normalizer": 3.0, "kind": "jsd"}
+    return lambda **rest: distill_step(teacher_logits=teacher, **more, **given, **rest)
+
+
+HEAD_CU = torch.tensor([0, 4, 5, 12], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("make", [preference_of, distillation_of])
+def test_influence_of_other_steps_is_that_of_their_gradient(make, frozen, backend):
+    gen = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(12, 8, generator=gen), torch.randn(40, 8, generator=gen)
+    logits = (hidden @ weight.t()).requires_grad_()
+    make({"logits": logits})().loss.backward()
+    weight.requires_grad_(not frozen)
+    hidden.requires_grad_(not frozen)
+    more = {"influence": InfluenceSpec(rank=4, seed=2)}
+    if make is distillation_of:
+        more["cu_seqlens"] = HEAD_CU
+    step = make({"hidden": hidden, "weight": weight})(**more)
+    out, dz = step.influence, logits.grad.double()
+    dh = dz @ weight.detach().double()
+    torch.testing.assert_close(out.token_norms.double(), dz.norm(dim=1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(out.hidden_norms.double(), dh.norm(dim=1), rtol=1e-4, atol=1e-7)
+    want = influence.sketch(dh.float(), hidden.detach(), HEAD_CU, rank=4, seed=2)
+    torch.testing.assert_close(out.sketches, want, rtol=1e-4, atol=1e-5)
+    if not frozen:
+        step.loss.backward()
+        torch.testing.assert_close(hidden.grad.double(), dh, rtol=1e-4, atol=1e-6)
+    for refused in ({"influence": more["influence"]}, {"influence": 3, "cu_seqlens": HEAD_CU}):
+        if make is distillation_of:
+            with pytest.raises((ValueError, TypeError), match="distill_step: (cu_seqlens|influence) must be"):
+                make({"hidden": hidden, "weight": weight})(**refused)
+    with pytest.raises(ValueError, match="influence must be left out with logits="):
+        make({"logits": logits})(influence=more["influence"])

@@ -71,7 +71,7 @@ def check(backend: Backend, case: PairCase, *, kind="kl_reverse", bias=True, nee
         if name[0] not in needs or (name == "bias" and not bias):
             assert grad is None, name
             continue
-        assert grad is not None and grad.dtype == case.hidden.dtype
+        assert grad is not None and grad.dtype == getattr(case, name).dtype
         atol = 1.5e-5 * scales[name]
         if exact:
             atol = 1e-12 * scales[name] + half_ulp(expected[name], torch.float32)
@@ -101,6 +101,12 @@ def test_sizes(size: str, backend: Backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_teacher_of_logits(dtype: torch.dtype, kind: str, backend: Backend):
     check(backend, pair_case("tiles", torch.float32, dtype), kind=kind, logits=True, mask=torch.arange(37) % 3 != 1)
+
+
+@pytest.mark.parametrize("wide", [("hidden", "teacher_weight"), ("weight", "teacher_hidden")])
+def test_mixed_dtypes_of_a_head(wide, backend: Backend):
+    case = pair_case("tiles", torch.bfloat16)
+    check(backend, case._replace(**{name: getattr(case, name).float() for name in wide}), kind="jsd")
 
 
 def test_a_teacher_of_another_dtype(backend: Backend):
@@ -353,7 +359,7 @@ REFUSALS = {
     ),
     "vocabulary": ({"teacher_weight": torch.zeros(701, 40)}, "teacher_weight must be of shape.*common rows"),
     "tokens": ({"teacher_hidden": torch.zeros(36, 40)}, "teacher_hidden must be of shape"),
-    "dtypes": ({"teacher_weight": torch.zeros(700, 40).bfloat16()}, "teacher_weight must be torch.float32 like"),
+    "dtypes": ({"teacher_weight": torch.zeros(700, 40).long()}, "teacher_weight must be of dtype"),
     "double": (
         {"teacher_weight": torch.zeros(700, 40).double(), "teacher_hidden": torch.zeros(37, 40).double()},
         "teacher_hidden must be torch.float32 or narrower",

@@ -47,7 +47,7 @@ def check(backend: Backend, case: HeadCase, *, bias=True, needs="hwb", memory_bu
         if name[0] not in needs or (name == "bias" and not bias):
             assert grad is None, name
             continue
-        assert grad is not None and grad.dtype == case.hidden.dtype
+        assert grad is not None and grad.dtype == getattr(case, name).dtype
         atol = 1e-5 * expected.scales[name]
         if exact:
             atol = 1e-13 * expected.scales[name] + half_ulp(expected.grads[name], torch.float32)
@@ -60,6 +60,22 @@ def check(backend: Backend, case: HeadCase, *, bias=True, needs="hwb", memory_bu
 @pytest.mark.parametrize("size", SIZES)
 def test_values_and_gradients(size: str, dtype: torch.dtype, backend: Backend):
     check(backend, head_case(size, dtype))
+
+
+MIXED = {  # hidden, weight, bias
+    "float32 head": (torch.bfloat16, torch.float32, torch.float32),
+    "float32 hidden": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "two 16-bit dtypes": (torch.float16, torch.bfloat16, torch.float32),
+    "float32 bias": (torch.bfloat16, torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_dtypes(name: str, backend: Backend):
+    """Nothing is rounded before the GEMM, and each input has its gradient in its own dtype."""
+    case = head_case("tiles")
+    mixed = (x.to(dtype) for x, dtype in zip(case[:3], MIXED[name], strict=True))
+    check(backend, HeadCase(*mixed, case.target))
 
 
 OPTIONS = {

@@ -62,6 +62,7 @@ def test_encode_is_the_record_of_the_kernels():
         kl=KL(estimator="k2", coef=-0.5, clamp=9.0),
         entropy_coef=0.25,
         log_ratio_clamp=7.0,
+        anchor=KL(estimator="abs", coef=0.5, clamp=3.0),
     )
     expected = {
         "shape": 2,
@@ -73,9 +74,12 @@ def test_encode_is_the_record_of_the_kernels():
         "kl_clamp": 9.0,
         "entropy_coef": 0.25,
         "log_ratio_clamp": 7.0,
+        "anchor": 7,
+        "anchor_coef": 0.5,
+        "anchor_clamp": 3.0,
     }
     assert objective.record._asdict() == expected
-    assert Objective().record == (2, 0, 0, 0, (0.8, 1.2, INF, INF, 0.0, 0.0), 0.0, 20.0, 0.0, 20.0)
+    assert Objective().record == (2, 0, 0, 0, (0.8, 1.2, INF, INF, 0.0, 0.0), 0.0, 20.0, 0.0, 20.0, 0, 0.0, 20.0)
 
 
 def test_encode_gives_every_option_its_own_code():

@@ -130,6 +130,34 @@ def test_kl_estimators(estimator: str, coef: float, run):
     check(run, data, objective, Direct(surrogate, data, term))
 
 
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_an_anchor_beside_a_reference_kl(estimator: str, run):
+    """Each KL term keeps its own coefficient, estimator, clamp, weight and log-probabilities."""
+    data = batch("ref_logp", "kl_weight", "anchor_logp", "anchor_weight")
+    data.inputs["ref_logp"][3] = data.logp[3] + 1.0
+    old, ref, anchor, kl_weight, anchor_weight = (
+        data.inputs[n].tolist() for n in ("old_logp", "ref_logp", "anchor_logp", "kl_weight", "anchor_weight")
+    )
+    objective = Objective(
+        shape=LinearRatio(), kl=KL(coef=0.3), anchor=KL(estimator=estimator, coef=-0.07, clamp=0.9), log_ratio_clamp=9.0
+    )
+
+    def ratio_of(live: float, t: int) -> float:
+        return math.exp(clip(live - old[t], -9.0, 9.0))
+
+    def term(t: int, live: float, frozen: float) -> float:
+        r = ratio_of(live, t)
+        reference = 0.3 * kl_weight[t] * kl_formula("k3", live - ref[t], frozen - ref[t], r)
+        x = kl_formula(estimator, live - anchor[t], frozen - anchor[t], r, bound=0.9)
+        return reference - 0.07 * anchor_weight[t] * x
+
+    at = {o: t for t, o in enumerate(old)}
+    surrogate = by_sequence(lambda live, frozen, o, a, s: -a * ratio_of(live, at[o]))
+    _, grad = check(run, data, objective, Direct(surrogate, data, term))
+    data.inputs.update(ref_logp=data.inputs["anchor_logp"], anchor_logp=data.inputs["ref_logp"])
+    assert not torch.equal(grad, run(data, objective)[1])
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3", "k3_straight"])
 def test_kl_clamp_stops_the_gradient_outside(estimator: str, run):
     data = batch("ref_logp")

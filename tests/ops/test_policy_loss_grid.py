@@ -38,20 +38,21 @@ def evaluate(put, objective: Objective, dtype: torch.dtype, inputs):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_equal_the_reference(shape: str, level: str, backend: Backend):
-    names = ["token_weight", "ref_logp", "kl_weight", "entropy", "entropy_weight"]
+    names = ["token_weight", "ref_logp", "kl_weight", "entropy", "entropy_weight", "anchor_logp", "anchor_weight"]
     data = batch(*names, *(["signal"] if SHAPES[shape].needs_signal else []))
     turn, aggregations = list(LEVELS).index(level), list(AGGREGATIONS)
     for i, estimator in enumerate((None, *KL_ESTIMATORS)):
         kl = None if estimator is None else KL(estimator=estimator, coef=0.07, clamp=12.0)
-        given = data
-        if kl is None:
-            rest = {k: v for k, v in data.inputs.items() if k != "kl_weight"}
-            given = type(data)(data.logp, rest)
+        estimators = list(KL_ESTIMATORS)
+        anchor = KL(estimator=estimators[(i + turn) % 7], coef=-0.05, clamp=3.0) if i % 2 == 0 else None
+        unused = (["kl_weight"] if kl is None else []) + (["anchor_logp", "anchor_weight"] if anchor is None else [])
+        given = type(data)(data.logp, {k: v for k, v in data.inputs.items() if k not in unused})
         for aggregation in (aggregations[(i + turn) % 4], aggregations[(i + turn + 1) % 4]):
             objective = Objective(
                 shape=SHAPES[shape],
                 level=level,
                 kl=kl,
+                anchor=anchor,
                 entropy_coef=0.013,
                 aggregation=aggregation,
                 log_ratio_clamp=15.0,

@@ -18,6 +18,7 @@ TOKENS, HIDDEN, VOCAB = 41, 24, 4099  # two column blocks and a tail of 3
 OBJECTIVES = {
     "clip": Objective(shape=PPOClip(low=0.1, high=0.1, dual=2.0)),
     "kl_entropy": Objective(kl=KL(coef=0.05), entropy_coef=0.02, aggregation="seq_mean_token_mean"),
+    "anchor": Objective(kl=KL(coef=0.05), anchor=KL(estimator="k1", coef=-0.3), shape=PPOClip(low=0.1, high=0.1)),
     "gspo": Objective(level="sequence", aggregation="seq_mean_token_mean"),
     "gspo_token": Objective(level="sequence_token", entropy_coef=0.01),
     "cispo": Objective(shape=tokfuse.StopGradClip(ratio_max=1.2), aggregation="token_sum"),
@@ -46,6 +47,9 @@ def problem(objective=OBJECTIVES["clip"], dtype=torch.float32):
     }
     if objective.kl is not None:
         keywords["ref_logp"] = old + 0.1 * rand(TOKENS)
+    if objective.anchor is not None:
+        keywords["anchor_logp"] = torch.zeros(TOKENS)
+        keywords["anchor_weight"] = (torch.arange(TOKENS) % 2).float()
     return [x.to(dtype) for x in (hidden, weight, bias)], logits, keywords
 
 
@@ -327,8 +331,8 @@ def test_head_refusals():
     cases = [
         ({"weight": None}, "weight must be given with hidden="),
         ({"weight": weight[:, 1:]}, r"weight must be of shape \(vocab, hidden\) with hidden = 24"),
-        ({"weight": weight.bfloat16()}, "weight must be torch.float32 like hidden"),
-        ({"bias": bias[1:]}, rf"bias must be \({VOCAB},\) torch.float32 like weight"),
+        ({"weight": weight.long()}, "weight must be of dtype .* got int64"),
+        ({"bias": bias[1:]}, rf"bias must be of shape \({VOCAB},\) to match the rows of weight"),
         ({"memory_budget": 0}, "memory_budget must be a whole number of bytes >= 1; got 0"),
         ({"target": torch.full((TOKENS,), -1)}, r"in \[0, 4099\) in every row where mask is True"),
     ]

@@ -84,7 +84,7 @@ def check(backend: Backend, case, objective: Objective, *, needs: str = "hwb", *
         if name[0] not in needs:
             assert tensor.grad is None and held[name] is None
             continue
-        assert tensor.grad.dtype == case.hidden.dtype and bits(tensor.grad) == bits(held[name])
+        assert tensor.grad.dtype == tensor.dtype and bits(tensor.grad) == bits(held[name])
         atol = 1e-5 * float(grads[name].abs().max())
         if tensor.dtype != torch.float32:
             atol = atol + 2 * half_ulp(grads[name].cpu(), tensor.dtype)
@@ -102,6 +102,18 @@ def test_every_objective(shape: str, level: str, backend: Backend):
     check(backend, case, objective, **keywords_of("one_tile", case, torch.float32, SHAPES[shape].needs_signal))
 
 
+def test_an_anchor_alone_needs_every_row(backend: Backend):
+    """Rows without advantage enter the gradient GEMMs if the anchor gives them a weight."""
+    case = head_case("one_tile")
+    keywords = keywords_of("one_tile", case, torch.float32)
+    del keywords["ref_logp"]
+    keywords["advantage"] = torch.zeros_like(keywords["advantage"])
+    keywords["anchor_logp"] = torch.zeros_like(keywords["old_logp"])
+    keywords["anchor_weight"] = (torch.arange(len(keywords["old_logp"])) % 3 > 0).float()
+    _, tensors = check(backend, case, Objective(anchor=KL(estimator="k1", coef=-0.5)), **keywords)
+    assert tensors["hidden"].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
@@ -109,6 +121,15 @@ def test_sizes_and_dtypes(size: str, dtype: torch.dtype, level: str, backend: Ba
     case = head_case(size, dtype)
     objective = Objective(level=level, kl=KL(coef=0.05))
     check(backend, case, objective, **keywords_of(size, case, dtype))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("wide", ["hidden", "weight"])
+def test_mixed_dtypes(wide: str, level: str, backend: Backend):
+    case = head_case("tiles")
+    case = case._replace(**{name: getattr(case, name).bfloat16() for name in ("hidden", "weight") if name != wide})
+    step, tensors = check(backend, case, Objective(level=level), **keywords_of("tiles", case, torch.float32))
+    assert tensors[wide].grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -53,8 +53,8 @@ FLOATS = "bfloat16 or float16 or float32 or float64"
 LOGITS = [
     (
         lambda: logits_call(logits=torch.zeros(V)),
-        "token_stats: logits must be two-dimensional (tokens, vocab); got shape (7,). Pack padded "
-        "batches to (tokens, ...) first.",
+        "token_stats: target must be of shape (...) with the leading dimensions () of logits; got shape (3,). Give "
+        "every token tensor the same leading dimensions, or pack all of them.",
     ),
     (
         lambda: logits_call(logits=torch.zeros(T, V, dtype=torch.int64)),
@@ -80,7 +80,7 @@ LOGITS = [
     (
         lambda: logits_call(target=torch.tensor([0, 3, -100])),
         "token_stats: target must be in [0, 7) in every row where mask is True; got -100 in row 2. "
-        "Set mask to False on prompt and padding rows.",
+        "Pass ignore_index=-100.",
     ),
     (
         lambda: logits_call(target=torch.zeros(3, device="meta", dtype=torch.int64)),
@@ -144,8 +144,8 @@ LOGITS = [
 HEAD = [
     (
         lambda: head_call(hidden=torch.zeros(T, 1, H)),
-        "linear_token_stats: hidden must be two-dimensional (tokens, hidden); got shape (3, 1, 4). "
-        "Pack padded batches to (tokens, ...) first.",
+        "linear_token_stats: target must be of shape (...) with the leading dimensions (3, 1) of hidden; got shape "
+        "(3,). Give every token tensor the same leading dimensions, or pack all of them.",
     ),
     (
         lambda: head_call(weight=torch.zeros(V, H + 1)),
@@ -158,12 +158,14 @@ HEAD = [
         "(0, 4). Pass lm_head.weight unchanged.",
     ),
     (
-        lambda: head_call(weight=torch.zeros(V, H).bfloat16()),
-        "linear_token_stats: weight must be torch.float32 like hidden; got torch.bfloat16. Cast one of them.",
+        lambda: head_call(weight=torch.zeros(V, H).long()),
+        "linear_token_stats: weight must be of dtype bfloat16 or float16 or float32 or float64; got int64. Call "
+        "weight.float().",
     ),
     (
         lambda: head_call(bias=torch.zeros(V + 1)),
-        "linear_token_stats: bias must be (7,) torch.float32 like weight; got (8,) torch.float32. Pass lm_head.bias.",
+        "linear_token_stats: bias must be of shape (7,) to match the rows of weight; got shape (8,). Pass the packed "
+        "vector, without padding.",
     ),
     (
         lambda: head_call(target=torch.tensor([0, 3, 7])),
@@ -186,12 +188,12 @@ LOSS = [
     (
         lambda: loss_call(logp=torch.zeros(2, 11)),
         "policy_loss: logp must be a floating-point vector of shape (tokens,); got (2, 11) torch.float32. "
-        "Pack padded batches first.",
+        "Call logp[mask], or logp.flatten() with a mask.",
     ),
     (
         lambda: loss_call(logp=torch.zeros(22).long()),
-        "policy_loss: logp must be a floating-point vector of shape (tokens,); got (22,) torch.int64. Pack "
-        "padded batches first.",
+        "policy_loss: logp must be a floating-point vector of shape (tokens,); got (22,) torch.int64. Call "
+        "logp[mask], or logp.flatten() with a mask.",
     ),
     (
         lambda: loss_call(old_logp=torch.zeros(21)),
@@ -301,6 +303,18 @@ LOSS = [
     (
         lambda: loss_call(kl_weight=torch.zeros(22)),
         f"policy_loss: kl_weight must be None with kl=None; got a tensor. {IGNORED}",
+    ),
+    (
+        lambda: loss_call(anchor_logp=torch.zeros(22)),
+        f"policy_loss: anchor_logp must be None with anchor=None; got a tensor. {IGNORED}",
+    ),
+    (
+        lambda: loss_call(anchor_weight=torch.zeros(22)),
+        f"policy_loss: anchor_weight must be None with anchor=None; got a tensor. {IGNORED}",
+    ),
+    (
+        lambda: loss_call(objective=Objective(anchor=KL(coef=0.1))),
+        f"policy_loss: anchor_logp must be given for an anchor term; got None. {ONE_VALUE}",
     ),
     (
         lambda: loss_call(entropy_weight=torch.zeros(22)),

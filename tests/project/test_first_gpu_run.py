@@ -26,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def hopper(run):
-    return run.Machine("NVIDIA H200", "90a", cores=16, sanitizer=True, ncu=True)
+    return run.Machine("NVIDIA H200", "90", cores=16, sanitizer=True, ncu=True)
 
 
 def step(run, name: str, *scripts: str, share: int = 1, **options: object):
@@ -73,7 +73,7 @@ def test_every_test_file_of_the_kernels_is_in_one_shard(run, hopper, tmp_path):
 
 
 def test_a_dry_run_has_the_same_steps_on_the_cpu(run, hopper, tmp_path):
-    dry = run.plan(run.Machine("", "90a", cores=2, sanitizer=False, ncu=False), tmp_path)
+    dry = run.plan(run.Machine("", "90", cores=2, sanitizer=False, ncu=False), tmp_path)
     assert [s.name for s in dry] == [s.name for s in run.plan(hopper, tmp_path)]
     assert not any(s.needs for s in dry)
     scripts = " ".join(script for s in dry for script in s.scripts)
@@ -99,12 +99,13 @@ def test_groups(run, hopper, tmp_path):
 
 def test_the_build_is_for_this_interpreter_and_this_gpu(run, hopper, tmp_path):
     script = run.build_script(hopper, tmp_path / "tree")
-    assert f"-DPython_EXECUTABLE={sys.executable}" in script and "-DTOKFUSE_CUDA_ARCHITECTURES=90a" in script
+    assert f"-DPython_EXECUTABLE={sys.executable}" in script and "-DTOKFUSE_CUDA_ARCHITECTURES=90" in script
     assert f"-DTOKFUSE_OUTPUT_DIR={tmp_path}/tree/tokfuse" in script and "-DTOKFUSE_CUDA=ON" in script
     dry = run.build_script(hopper._replace(gpu=""), tmp_path / "tree")
     assert "-DTOKFUSE_CUDA=AUTO" in dry and dry.endswith("tests/support/cuda_module.py")
     assert "cuda_module" not in script
-    assert [run.arch_of(c) for c in ("8.0", "8.9", "9.0", "10.0", "12.0")] == ["80", "80", "90a", "100a", "80"]
+    architectures = {"8.0": "80", "8.9": "80", "9.0": "90", "10.3": "100", "11.0": "80", "12.1": "120"}
+    assert {capability: run.arch_of(capability) for capability in architectures} == architectures
 
 
 def test_a_failing_step_does_not_stop_the_others(run, tmp_path):

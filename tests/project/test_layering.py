@@ -295,7 +295,7 @@ sys.setprofile(None)
 print(*sorted(name for name in names if name.startswith("tokfuse.")))
 """
     assert run_python(code).split() == [
-        "tokfuse.runtime.core.dispatch",
+        "tokfuse.runtime.core.forced",
         "tokfuse.runtime.core.native",
         "tokfuse.runtime.core.ranges",
         "tokfuse.runtime.ops.token_stats",

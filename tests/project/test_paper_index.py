@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from tokfuse import algorithms
 from tokfuse.__main__ import main
 from tokfuse.algorithms import listing, registry
-from tokfuse.algorithms.registry import ENTRIES, KINDS, LABELS
+from tokfuse.algorithms.registry import ENTRIES, EXACT, KINDS, LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "paper_index.md"
@@ -78,9 +80,19 @@ PREFERENCE = {
     "HPL": "recon",
     "ARIES": "analogue",
     "SePPO": "recon",
-    "LeaF": "recon",
     "Differential Information": "utility",
     "MetaTuner": "utility",
+}
+DISTILLATION = {
+    "GKD": "exact",
+    "On-policy distillation": "exact",
+    "MiniLLM": "exact",
+    "DistiLLM": "exact",
+    "Total variation distillation": "exact",
+    "Top-k distillation": "exact",
+    "SDFT": "exact",
+    "SDPO": "exact",
+    "LeaF": "recon",
 }
 REWARD = {
     "CausalRM": "recon",
@@ -95,7 +107,14 @@ REWARD = {
     "CDSAE": "utility",
     "The standard family": "exact",
 }
-SYSTEMS = {"policy": POLICY, "preference": PREFERENCE, "reward": REWARD, "selection": SELECTION, "causal": CAUSAL}
+SYSTEMS = {
+    "policy": POLICY,
+    "preference": PREFERENCE,
+    "distillation": DISTILLATION,
+    "reward": REWARD,
+    "selection": SELECTION,
+    "causal": CAUSAL,
+}
 # The word for each label in a docstring.
 WORDS = {
     "exact": r"\b[Ee]xact\b",
@@ -116,11 +135,12 @@ def test_every_system_has_its_label(kind: str):
     claimed = {}
     for one in ENTRIES.values():
         if one.kind == kind:
-            claimed.setdefault(one.system, set()).add(one.label)
+            claimed.setdefault(one.system, set()).add(one.label.split()[0])
     assert claimed.keys() == SYSTEMS[kind].keys()
     for system, label in SYSTEMS[kind].items():
         # No entry claims more than its system may.
-        assert min(LABELS.index(each) for each in claimed[system]) == LABELS.index(label), system
+        strength = list(WORDS)
+        assert min(strength.index(each) for each in claimed[system]) == strength.index(label), system
 
 
 def test_every_system_without_code_has_its_reason():
@@ -134,10 +154,10 @@ def test_entries_name_a_file_a_source_and_their_reservations(name: str):
     source = (ROOT / one.file).read_text()
     assert f'"{name}"' in source
     assert one.source and not one.summary.endswith(".")
-    assert one.label == "exact" or one.differs, "a weaker claim states why"
+    assert one.label in EXACT or one.differs, "a weaker claim states why"
     if not one.table:
         text = inspect.getdoc(one.cls)
-        assert re.search(WORDS[one.label], text), f"{name}: label {one.label}"
+        assert re.search(WORDS[one.label.split()[0]], text), f"{name}: label {one.label}"
         inherited = algorithms.Standard.__dataclass_fields__ if one.kind == "policy" else ()
         missing = [
             option for option in one.options() if option not in inherited and not re.search(rf"\b{option}\b", text)
@@ -175,15 +195,37 @@ def test_the_command(capsys):
     for kind, part in zip(kinds, parts, strict=True):
         rows = [line.split() for line in part.splitlines()[1:]]
         assert [row[0] for row in rows] == algorithms.list(kind)
-        assert all(row[1] in LABELS for row in rows)
+        assert all(row[1] in WORDS for row in rows)
     assert main(["algorithms", "--kind", "policy"]) == 0
     assert capsys.readouterr().out.strip() == parts[0]
     assert main(["algorithms", "r2vpo"]) == 0
     out = capsys.readouterr().out
     assert "r2vpo (policy, recon)" in out and "penalty = must be given" in out
     with pytest.raises(SystemExit):
-        main(["algorithms", "r2d2"])
-    assert "one of a2pr_nll" in capsys.readouterr().err
+        main(["algorithms", "r2vp0"])
+    assert "Did you mean 'r2vpo'" in capsys.readouterr().err
+    assert main(["algorithms", "bapo"]) == 0
+    out = capsys.readouterr().out
+    assert "authors_script: form='code', target=0.5" in " ".join(out.split()) and "run_bapo_example.sh" in out
+
+
+def test_a_label_says_what_is_exact():
+    """A method with a `form` follows both; every other exact method names the paper or the code."""
+    forms = {name for name, one in ENTRIES.items() if one.options().get("form") in ("paper", "code")}
+    both = {name for name, one in ENTRIES.items() if one.label == EXACT[0]}
+    assert {"bapo", "pipo", "epo", "grpo_guard", "thought_branches"} <= both & forms
+    assert both - forms == {"cures_sigma"}  # sketches are the paper's form, norms the released code's
+    code = [one for one in ENTRIES.values() if one.label == "exact (released code)"]
+    assert len(code) > 20 and all(one.source != "" for one in code)
+    assert set(one.label for one in ENTRIES.values()) == set(LABELS)
+
+
+def test_the_command_ends_quietly_if_its_reader_does():
+    """`python -m tokfuse algorithms | head -1` ends without a traceback."""
+    command = [sys.executable, "-m", "tokfuse", "algorithms"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(timeout=120) == 141 and process.stderr.read() == b""
 
 
 def test_the_index_is_written_between_its_marks_only(tmp_path: Path):

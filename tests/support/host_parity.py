@@ -72,3 +72,59 @@ def trl_in_float64() -> Iterator[None]:
 
     with mock.patch.object(trl.trainer.utils, "_ChunkedLogProbFunction", Float64Head):
         yield
+
+
+class Float64Divergence:
+    """TRL's `ChunkedDivergenceFunction` in float64, for which autograd computes the gradient."""
+
+    @staticmethod
+    def apply(
+        student_hidden: torch.Tensor,
+        student_weight: torch.Tensor,
+        student_bias: torch.Tensor | None,
+        teacher_hidden: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        teacher_bias: torch.Tensor | None,
+        beta: float,
+        temperature: float,
+        *transforms: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def log_p(
+            hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: Any, softcap: Any
+        ) -> torch.Tensor:
+            z = hidden.double() @ weight.double().t()
+            z = (z if bias is None else z + bias.double()) * scale
+            return ((z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature).log_softmax(-1)
+
+        p = log_p(student_hidden, student_weight, student_bias, *transforms[:2])
+        q = log_p(teacher_hidden, teacher_weight, teacher_bias, *transforms[2:]).detach()
+        return exact_divergence(p, q, beta), -(p.exp() * p).sum(-1).detach()
+
+
+def exact_divergence(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return TRL's generalised JSD of each row of log-probabilities; p is the student's."""
+    if beta == 0.0:
+        return (q.exp() * (q - p)).sum(-1)
+    if beta == 1.0:
+        return (p.exp() * (p - q)).sum(-1)
+    m = ((1 - beta) * p.exp() + beta * q.exp()).log()
+    return (beta * q.exp() * (q - m) + (1 - beta) * p.exp() * (p - m)).sum(-1)
+
+
+@contextmanager
+def trl_distillation_in_float64() -> Iterator[None]:
+    """Run the losses of TRL's DistillationTrainer and GKDTrainer in float64."""
+    import trl.trainer.distillation_trainer as stable
+    from trl.experimental.gkd import GKDTrainer
+
+    stock = GKDTrainer.generalized_jsd_loss
+
+    def wide(student_logits: torch.Tensor, teacher_logits: torch.Tensor, **given: Any) -> torch.Tensor:
+        loss: torch.Tensor = stock(student_logits.double(), teacher_logits.double(), **given)
+        return loss
+
+    with (
+        mock.patch.object(stable, "ChunkedDivergenceFunction", Float64Divergence),
+        mock.patch.object(GKDTrainer, "generalized_jsd_loss", staticmethod(wide)),
+    ):
+        yield

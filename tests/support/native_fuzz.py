@@ -96,12 +96,12 @@ def main() -> None:
     make = buffers.of
     logits = make(torch.randn(TOKENS, VOCAB))
     target = make(torch.randint(0, VOCAB, (TOKENS,)))
-    out = [make(torch.zeros(TOKENS)) for _ in range(7)]
+    out = [make(torch.zeros(TOKENS)) for _ in range(9)]
     grad = make(torch.zeros(TOKENS, VOCAB))
     index = make(torch.randperm(TOKENS))
     options = LogitOptions(make(torch.ones(TOKENS)), None, 1.0, None)
     rows = row_args.logits_args(Fields(), logits, target, options, index=index)
-    vector = [make(torch.rand(TOKENS)) for _ in range(7)]
+    vector = [make(torch.rand(TOKENS)) for _ in range(9)]
     cu = make(torch.tensor([0, 2, 2, TOKENS]).int())
     inputs = PolicyInputs(
         vector[0],
@@ -112,10 +112,13 @@ def main() -> None:
         ref_logp=vector[4],
         kl_weight=vector[5],
         entropy_weight=vector[6],
+        anchor_logp=vector[7],
+        anchor_weight=vector[8],
         mask=torch.ones(TOKENS, dtype=torch.bool),
     )
     terms = ObjectiveOut(*(make(x) for x in ObjectiveOut.empty(TOKENS)))
-    objective = tokfuse.Objective(shape=tokfuse.NFT(), kl=tokfuse.KL(coef=0.1), entropy_coef=0.1)
+    kl = tokfuse.KL(coef=0.1)
+    objective = tokfuse.Objective(shape=tokfuse.NFT(), kl=kl, anchor=kl, entropy_coef=0.1)
     policy = objective_args.objective_args(
         Fields(),
         logp=out[0],
@@ -128,7 +131,7 @@ def main() -> None:
     )
     bad_rows = spoil(rows, {"stride", "rows", "vocab", "tokens"}).filter(threads_stay_few)
     bad_policy = spoil(policy, {"tokens", "seqs"}).filter(threads_stay_few)
-    nullable = st.integers(-20, 6).map(lambda null: [i != null for i in range(7)])
+    nullable = st.integers(-20, 6).map(lambda null: [i != null for i in range(9)])
     outcomes = {"ran": 0, "refused": 0}
 
     def attempt(call: Callable[[], Any]) -> None:

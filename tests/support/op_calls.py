@@ -344,6 +344,7 @@ TEMPERATURES = {
     "softcap": _constant(softcap=20.0, temperature=1.3),
 }
 MASK = Option(lambda p: {"mask": p.mask()})
+IGNORED = {"ignored": Option(lambda p: {"target": torch.where(p.mask(), p.target(), -100), "ignore_index": -100})}
 LOGIT_OPTIONS = TEMPERATURES | {
     "mask": MASK,
     "difficult": Option(lambda p: {"logits": p.difficult_logits()}),
@@ -398,12 +399,14 @@ def _objective(signal: bool = False, reference: bool = False, **axes: Any) -> Op
 
 def _everything(p: Problem) -> Arguments:
     return {
-        "objective": Objective(kl=KL(coef=0.1), entropy_coef=0.02),
+        "objective": Objective(kl=KL(coef=0.1), anchor=KL(estimator="k2", coef=0.05), entropy_coef=0.02),
         "ref_logp": p.vector("ref_logp", 0.5, -3.6),
         "sampler_logp": p.vector("sampler_logp", 0.5, -3.6),
         "token_weight": p.positive("token_weight"),
         "kl_weight": p.positive("kl_weight"),
         "entropy_weight": p.positive("entropy_weight"),
+        "anchor_logp": p.vector("anchor_logp", 0.5, -3.6),
+        "anchor_weight": p.positive("anchor_weight"),
         "normalizer": 7.0,
     }
 
@@ -577,9 +580,11 @@ def _stats(p: Problem, **options: Any) -> Any:
     return tokfuse.token_stats(**_logits(p), **options)
 
 
-STATS_OPTIONS = LOGIT_OPTIONS | {
-    "bias_logits": Option(lambda p: {"bias_logits": p.logits("bias_logits"), "bias_scale": 0.3})
-}
+STATS_OPTIONS = (
+    LOGIT_OPTIONS
+    | IGNORED
+    | {"bias_logits": Option(lambda p: {"bias_logits": p.logits("bias_logits"), "bias_scale": 0.3})}
+)
 
 
 IDS_OPTIONS = {
@@ -641,7 +646,7 @@ ROWS: tuple[Row, ...] = (
         "head",
         _head,
         ("hidden", "weight", "bias"),
-        HEAD_OPTIONS,
+        HEAD_OPTIONS | IGNORED,
         rich=("all",),
     ),
     Row(
@@ -668,7 +673,9 @@ ROWS: tuple[Row, ...] = (
         "head",
         lambda p: _heads(p) | _weights(p),
         ("hidden", "weight", "bias"),
-        PAIR_OPTIONS | WITH_POLICY,
+        PAIR_OPTIONS
+        | WITH_POLICY
+        | {"influence": Option(lambda p: {"cu_seqlens": p.borders(), "influence": InfluenceSpec(rank=8)})},
         rich=("teacher_logits", "policy_everything", "policy_sequence"),
     ),
     Row(
@@ -705,7 +712,7 @@ ROWS: tuple[Row, ...] = (
         "rows",
         _step,
         ("logits",),
-        LOGIT_OPTIONS | POLICY_OPTIONS,
+        LOGIT_OPTIONS | IGNORED | POLICY_OPTIONS,
         rich=("everything", "sequence"),
     ),
     Row(
@@ -747,6 +754,7 @@ ROWS: tuple[Row, ...] = (
             "bco": Option(
                 lambda p: _preference(p, "bco_pair") | {"state": algorithms.make("bco_pair").initial_state()}
             ),
+            "influence": _constant(influence=InfluenceSpec(rank=8)),
         },
         reads_host=True,
         ranged=False,

@@ -101,6 +101,7 @@ def batch(*names: str, per_sequence: bool = False) -> Batch:
         "entropy_weight": uniform(0.0, 1.0),
         "sampler_logp": (old + uniform(-0.5, 0.5)).float().double(),
     }
+    vectors["anchor_logp"], vectors["anchor_weight"] = (logp + uniform(-1.5, 1.5)).float().double(), uniform(0.0, 1.0)
     vectors["ref_logp"][3], vectors["ref_logp"][6] = logp[3] + 30.0, logp[6]
     cu = torch.zeros(seqs + 1, dtype=torch.int32)
     cu[1:] = lengths.cumsum(0)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-CASE_MODULES = ("vocab_parallel_cases", "vocab_pair_cases", "data_parallel_cases")
+CASE_MODULES = ("vocab_parallel_cases", "vocab_pair_cases", "data_parallel_cases", "capture_cases")
 TIMEOUT = 60  # seconds: timeout of a collective after other ranks failed
 
 

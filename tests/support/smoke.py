@@ -35,15 +35,28 @@ Results = dict[str, torch.Tensor]
 
 # Rows that are not aligned, and aligned rows.
 SIZES = (op_calls.WIDE, op_calls.ALIGNED)
-# On sm_90, policy_step holds these 16-bit rows in the shared memory of 1, 2, 4 and 8 blocks.
-CLUSTERS = tuple(Sizes(tokens=12, vocab=v, hidden=8, sequences=4) for v in (32_000, 65_536, 151_936, 262_144))
+# On sm_90 and sm_100, policy_step holds 16-bit rows of these vocabularies in the shared memory of a cluster of
+# so many blocks.
+CLUSTERS = {1: 32_000, 2: 65_536, 4: 151_936, 8: 262_144}
+# Blocks of the largest GPU with such a kernel (B200). A cluster holds two rows, so from three rows per cluster on
+# it uses its memory again.
+PROCESSORS, ROWS_PER_CLUSTER = 148, 3
 # Rows with NaN and infinities: the smoke test only runs them. The tests of each op check their results.
 NOT_COMPARED = ("difficult",)
 # Relative to the largest expected value: far above the bounds of every op, far below a wrong result.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def cases(options: bool) -> Iterator[tuple[Call, Sizes, torch.dtype]]:
+def long_rows(on_cpu: bool) -> list[Sizes]:
+    """Return sizes for which policy_step forms clusters of 1, 2, 4 and 8 blocks, with more rows than clusters.
+
+    On the CPU, two clusters share the rows (TOKFUSE_HOST_PROCESSORS).
+    """
+    rows = {cluster: 12 if on_cpu else ROWS_PER_CLUSTER * (PROCESSORS // cluster) + 4 for cluster in CLUSTERS}
+    return [Sizes(tokens=rows[n] // 4 * 4, vocab=vocab, hidden=8, sequences=4) for n, vocab in CLUSTERS.items()]
+
+
+def cases(options: bool, on_cpu: bool) -> Iterator[tuple[Call, Sizes, torch.dtype]]:
     """Return every call of an op at both sizes and in each dtype.
 
     The first dtype has all options. The step also has long rows.
@@ -54,7 +67,7 @@ def cases(options: bool) -> Iterator[tuple[Call, Sizes, torch.dtype]]:
         for sizes in SIZES if call.row.family == "rows" else SIZES[:1]:
             for dtype in call.row.dtypes[:1] if call.option else call.row.dtypes:
                 yield call, sizes, dtype
-    for sizes in CLUSTERS:
+    for sizes in long_rows(on_cpu):
         yield op_calls.named("policy_step"), sizes, torch.bfloat16
 
 
@@ -168,7 +181,7 @@ def _record_nothing(run: Callable[[], Results]) -> tuple[Callable[[], None], Res
 def run_all(backend: str, graph: bool, options: bool, sink: TextIO | None) -> int:
     """Run every case. Return the number of failures."""
     failed, count, start = 0, 0, time.perf_counter()
-    for call, sizes, dtype in graph_cases() if graph else cases(options):
+    for call, sizes, dtype in graph_cases() if graph else cases(options, device_of(backend) == "cpu"):
         line: dict[str, Any] = {"call": call.name, "op": call.row.op, "backend": backend}
         line |= {"dtype": str(dtype).removeprefix("torch."), "vocab": sizes.vocab, "graph": graph, "status": "pass"}
         try:
