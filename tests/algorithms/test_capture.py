@@ -429,6 +429,19 @@ def distilled(model, ids):
     )
 
 
+def distilled_with_policy(model, ids):
+    """The NLL of a token by the divergence or, if its weight is 0, by the policy gradient."""
+    hidden, target, cu = head_case(model, ids)
+    teacher = torch.zeros(target.shape[0], 61, dtype=hidden.dtype)
+    teacher[torch.arange(target.shape[0]), target] = 60.0
+    of_policy = (torch.arange(target.shape[0]) % 2).to(hidden.dtype)
+    step = tokfuse.distill_step(
+        hidden=hidden, weight=model.lm_head.weight, teacher_logits=teacher, kind="kl_forward", coef=1.0 - of_policy,
+        target=target, advantage=of_policy, objective=tokfuse.Objective(), cu_seqlens=cu,
+    )  # fmt: skip
+    return 4.0 * step.loss
+
+
 def divergence(model, ids):
     hidden, target, _ = head_case(model, ids)
     teacher = torch.zeros(target.shape[0], 61, dtype=hidden.dtype)
@@ -437,7 +450,7 @@ def divergence(model, ids):
     return 4.0 * out.divergence.sum()
 
 
-FUSED = {f.__name__: f for f in (policy, statistics, top, distilled, divergence)}
+FUSED = {f.__name__: f for f in (policy, statistics, top, distilled, distilled_with_policy, divergence)}
 
 
 @pytest.mark.parametrize("backend", host_backends("policy_step_hidden"))
@@ -453,7 +466,7 @@ def test_the_head_inside_an_op_equals_the_layer(op, backend):
         for frozen in (False, True):
             model.lm_head.weight.requires_grad_(not frozen)
             with influence.capture(model, rank=RANK, seed=SEED) as captured:
-                if op is not policy:
+                if op not in (policy, distilled_with_policy):
                     captured.batch(head_cu_seqlens=sizes_of_ids)
                 op(model, ids).backward()
             error = (captured.features.double() - want).norm(dim=1) / want.norm(dim=1)

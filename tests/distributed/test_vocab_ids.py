@@ -113,15 +113,20 @@ def test_rows(backend: Backend, form: str, name: str):
         assert abs(float(got[0, 500] / leaf.grad[0, 500]) - 1) < 1e-4
 
 
+# Of the hidden states, and of weight and bias.
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+
+
 @pytest.mark.parametrize("form", ["matrix", "top_k"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_heads(backend: Backend, dtype: torch.dtype, form: str):
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_heads(backend: Backend, dtypes: tuple[torch.dtype, torch.dtype], form: str):
     _, target, mask, ids, _ = problem()
+    dtype, of_head = dtypes
     gen = torch.Generator().manual_seed(9)
     case = {
         "hidden": torch.randn(TOKENS, HIDDEN, generator=gen).to(dtype),
-        "weight": (torch.randn(VOCAB, HIDDEN, generator=gen) * 0.5).to(dtype),
-        "bias": torch.randn(VOCAB, generator=gen).to(dtype),
+        "weight": (torch.randn(VOCAB, HIDDEN, generator=gen) * 0.5).to(of_head),
+        "bias": torch.randn(VOCAB, generator=gen).to(of_head),
     }
     given, asked = incoming(), {"ids": ids} if form == "matrix" else {"top_k": K}
     whole = {n: x.double().requires_grad_() for n, x in case.items()}
@@ -132,7 +137,7 @@ def test_heads(backend: Backend, dtype: torch.dtype, form: str):
     def of_rank(shard):
         own = {"hidden": backend.put(case["hidden"]).detach()}
         for n in ("weight", "bias"):
-            part = torch.full((shard.size + 2, *case[n].shape[1:]), float("nan"), dtype=dtype)
+            part = torch.full((shard.size + 2, *case[n].shape[1:]), float("nan"), dtype=of_head)
             part[: shard.size] = case[n][shard.start : shard.stop]
             own[n] = backend.put(part).detach()
         leaves = {n: x.requires_grad_() for n, x in own.items()}
@@ -151,6 +156,7 @@ def test_heads(backend: Backend, dtype: torch.dtype, form: str):
     for n, got in found.items():
         grad = whole[n].grad
         atol = 1e-5 * grad.abs().max()
-        if dtype == torch.bfloat16:  # the parts of hidden are rounded before their sum
+        assert got.dtype == case[n].dtype
+        if got.dtype == torch.bfloat16:  # the parts of hidden are rounded before their sum
             atol = atol + half_ulp(grad, dtype) * 2 + 2.0**-7 * grad.abs().max() * (n == "hidden")
         compare(got, grad, atol=atol, what=f"grad_{n}")

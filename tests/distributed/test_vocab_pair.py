@@ -4,6 +4,7 @@ The truth is the reference op over the whole vocabulary in float64. Bounds are t
 absolute and relative, gradients 4e-6 of the row's largest term p (1 + |log(p / q)|).
 """
 
+import numpy as np
 import pytest
 import thread_ranks
 import torch
@@ -13,6 +14,7 @@ from pair_cases import KINDS, PairCase, logits_of, pair_case, pair_truth
 
 import tokfuse
 from tokfuse import distributed as D
+from tokfuse.runtime.lm_head.probe import ProbeSource, open_source
 
 INF = float("inf")
 LEAVES = ("hidden", "weight", "bias")
@@ -21,6 +23,7 @@ OPTIONS = {
     "plain": {},
     "rows": {"temperature": torch.linspace(0.6, 1.8, 14), "logit_scale": 0.7},
     "softcap": {"softcap": 30.0, "logit_scale": 1.5},
+    "numpy": {"temperature": np.float32(1.3), "logit_scale": np.float32(0.7)},
 }
 
 
@@ -163,14 +166,15 @@ def heads(backend: Backend, case: PairCase, shard, teacher: str):
     return given, leaves
 
 
-def check_gradients(backend: Backend, case: PairCase, grads, truth, dtype):
+def check_gradients(case: PairCase, grads, truth):
     """grads: {name: gradient} of the ranks; the summed one of hidden is the same on all."""
     expected, scales = truth.through_head(case)
     whole = {"hidden": grads[0]["hidden"]} | {n: torch.cat([g[n][:-2] for g in grads]) for n in ("weight", "bias")}
     for name, got in whole.items():
         atol = 1.5e-5 * scales[name]
-        if dtype != torch.float32:
-            atol = atol + 2 * half_ulp(expected[name], dtype)
+        assert got.dtype == getattr(case, name).dtype
+        if got.dtype != torch.float32:
+            atol = atol + 2 * half_ulp(expected[name], got.dtype)
             if name == "hidden":  # the parts of the ranks are rounded before their sum
                 atol = atol + 2.0**-7 * expected[name].abs().max()
         compare(got, expected[name], atol=atol, what=f"grad_{name}")
@@ -186,11 +190,14 @@ def check_gradients(backend: Backend, case: PairCase, grads, truth, dtype):
         ("jsd 0.2", "own", "hidden", torch.float32),
         ("skew_reverse", "plain", "logits", torch.float32),
         ("tvd", "plain", "hidden", torch.bfloat16),
+        ("jsd", "plain", "hidden", "mixed"),
     ],
 )
 def test_heads(backend, kind, name, teacher, dtype):
     """linear_paired_divergence through all three outputs, then distill_step with its loss as coefficients."""
-    case, options = pair_case("tiles", dtype), HEAD_OPTIONS[name]
+    case, options = pair_case("tiles", torch.bfloat16 if dtype == "mixed" else dtype), HEAD_OPTIONS[name]
+    if dtype == "mixed":  # both heads are computed in float32
+        case = case._replace(weight=case.weight.float(), teacher_hidden=case.teacher_hidden.float())
     c = tuple(torch.cos(torch.arange(37) + shift * 1.7) for shift in range(3))
     c[0][::5] = c[1][::5] = c[2][::5] = 0.0
     mask = torch.arange(37) % 7 != 3
@@ -211,7 +218,7 @@ def test_heads(backend, kind, name, teacher, dtype):
         for field, want in truth.stats.items():
             compare(getattr(stats, field), want, atol=4e-6, rtol=4e-6, what=field)
             assert bits(getattr(stats, field)) == bits(getattr(results[0][0], field))
-    check_gradients(backend, case, [g for _, g in results], truth, dtype)
+    check_gradients(case, [g for _, g in results], truth)
 
     def step(shard):
         given, leaves = heads(backend, case, shard, teacher)
@@ -230,7 +237,7 @@ def test_heads(backend, kind, name, teacher, dtype):
         assert bits(out.loss) == bits(results[0][0].loss)
         compare(out.loss, (c[0].double() * truth.stats["divergence"]).sum(), atol=2e-4, what="loss")
         assert float(out.count) == int(mask.sum())
-    check_gradients(backend, case, [g for _, g in results], truth, dtype)
+    check_gradients(case, [g for _, g in results], truth)
 
 
 @pytest.mark.parametrize("kind, name", [("kl_reverse", "plain"), ("jsd", "own"), ("skew_forward", "softcap")])
@@ -258,3 +265,71 @@ def test_a_step_from_logits(backend, kind, name):
     bound = 1e-5 * truth.terms.amax(-1, keepdim=True) + 1e-9
     compare(torch.cat([g for _, g in results], 1), truth.grad_logits, atol=bound, what="gradient")
     assert bits(results[0][0].loss) == bits(results[1][0].loss)
+
+
+# ------------------------------------------------------------------------------------ limits of all
+
+IDS = torch.zeros(37, 2, dtype=torch.int64)
+CALLS = {
+    "token_stats": lambda x, shard: D.token_stats(x["z"], x["target"], shard=shard, ids=IDS).logp_at,
+    "linear_token_stats": lambda x, shard: (
+        D.linear_token_stats(x["hidden"], x["weight"], x["target"], shard=shard, ids=IDS).logp_at
+    ),
+    "paired_divergence": lambda x, shard: D.paired_divergence(x["z"], x["teacher"], shard=shard),
+    "linear_paired_divergence": lambda x, shard: (
+        (
+            D.linear_paired_divergence(x["hidden"], x["weight"], kind="jsd", teacher_logits=x["teacher"], shard=shard)
+        ).divergence
+    ),
+    "distill_step": lambda x, shard: (
+        (
+            D.distill_step(hidden=x["hidden"], weight=x["weight"], kind="jsd", teacher_logits=x["teacher"], shard=shard)
+        ).loss
+    ),
+}
+
+
+def of_one_rank(name: str, use):
+    """Call an op with a shard that is the whole vocabulary, on the reference."""
+    case = pair_case("one_tile")
+    z, teacher = (x.float() for x in logits_of(case))
+    given = {"z": z, "teacher": teacher, "hidden": case.hidden, "weight": case.weight, "target": case.target}
+    given = {n: x.detach().clone() for n, x in given.items()}
+    leaves = ["z"] if name in ("token_stats", "paired_divergence") else ["hidden", "weight"]
+
+    def of_rank(shard):
+        used = [given[n].requires_grad_() for n in leaves]
+        return use(lambda: CALLS[name](given, shard), used)
+
+    thread_ranks.run(Backend("reference", "cpu"), (0, case.weight.shape[0]), of_rank)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_derivative_is_refused(name):
+    def use(call, leaves):
+        with pytest.raises(ValueError, match="create_graph must be False"):
+            torch.autograd.grad(call().sum(), leaves, create_graph=True)
+
+    of_one_rank(name, use)
+
+
+class CapturesAll(ProbeSource):
+    """An open capture of every lm_head."""
+
+    def probe(self, op, hidden, weight, cu_seqlens):
+        raise AssertionError
+
+    def captures_head(self, hidden_size):
+        return True
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("token_stats", "paired_divergence")])
+def test_a_captured_head_is_refused(name):
+    def use(call, leaves):
+        with (
+            open_source(CapturesAll()),
+            pytest.raises(ValueError, match="got the captured lm_head split over ranks. Capture the other layers"),
+        ):
+            call()
+
+    of_one_rank(name, use)

@@ -4,8 +4,10 @@ The truth is the sum of the two steps by the reference in float64. Values agree 
 their largest entry: the bounds of the two ops, whose gradients add up.
 """
 
+import inspect
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from harness import Backend, backends, bits, compare
@@ -14,6 +16,7 @@ from pair_cases import KINDS, PairCase, logits_of, pair_case
 import tokfuse
 from tokfuse import KL, Objective, PPOClip
 from tokfuse.runtime.lm_head import cpu_head
+from tokfuse.runtime.policy.inputs import PolicyInputs
 
 LEAVES = ("hidden", "weight", "bias")
 TENSORS = PairCase._fields[:-1]
@@ -45,6 +48,10 @@ POLICIES = {
     "kl and entropy": lambda: (
         policy(kl=KL(coef=0.1), entropy_coef=0.02)
         | {"ref_logp": policy()["old_logp"] + 0.1, "kl_weight": (AT % 2).float(), "sampler_logp": policy()["old_logp"]}
+    ),
+    "anchor": lambda: (
+        policy(anchor=KL(coef=0.3, estimator="k2"))
+        | {"anchor_logp": policy()["old_logp"] - 0.2, "anchor_weight": (AT % 4 == 1).float() * 1.5}
     ),
     "weights": lambda: policy() | {"token_weight": (AT % 5 != 0).float() * 0.7},
     "sequence means": lambda: (
@@ -126,6 +133,7 @@ def test_every_divergence(kind: str, source: str, backend: Backend):
 
 OPTIONS = {
     "number": {"coef": 0.3},
+    "number of numpy": {"coef": np.float32(0.3), "temperature": np.float32(1.3)},
     "no coef": {"coef": None, "normalizer": None},
     "no divergence": {"coef": 0.0},
     "softcaps": {"softcap": 5.0, "teacher_temperature": 1.5},
@@ -235,6 +243,8 @@ REFUSALS = {
     "no objective": ({"objective": None}, "advantage must be left out with objective=None"),
     "no reference": ({"objective": Objective(kl=KL(coef=0.1))}, "ref_logp must be given for a KL term"),
     "unused": ({"kl_weight": torch.ones(TOKENS)}, "kl_weight must be None with kl=None"),
+    "no anchor": ({"objective": Objective(anchor=KL(coef=0.1))}, "anchor_logp must be given for an anchor term"),
+    "unused anchor": ({"anchor_logp": torch.ones(TOKENS)}, "anchor_logp must be None with anchor=None"),
     "sequences": ({"objective": Objective(level="sequence")}, "cu_seqlens must be given"),
     "sampler": ({"sampler_logp": torch.zeros(3)}, "sampler_logp must be of shape"),
     "coef": ({"coef": float("nan")}, "coef must be"),
@@ -253,7 +263,9 @@ def test_refusals(name: str):
 def test_policy_arguments_need_an_objective():
     case = pair_case("one_tile")
     given = {n: getattr(case, n) for n in TENSORS} | {"kind": "jsd"}
-    for name in ("old_logp", "ref_logp", "sampler_logp", "token_weight", "signal", "kl_weight", "entropy_weight"):
+    of_policy = set(PolicyInputs._fields) - {"advantage_level", "mask", "cu_seqlens"}
+    assert set(PolicyInputs._fields) <= set(inspect.signature(tokfuse.distill_step).parameters)
+    for name in (*of_policy, "sampler_logp"):
         with pytest.raises(ValueError, match=f"{name} must be left out with objective=None"):
             tokfuse.distill_step(**given, **{name: torch.zeros(TOKENS)})
     with pytest.raises(ValueError, match="advantage_level must be left out with objective=None"):

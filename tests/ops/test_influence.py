@@ -440,11 +440,21 @@ def distillation_of(given):
     return lambda **rest: distill_step(teacher_logits=teacher, **more, **given, **rest)
 
 
+def policy_distillation_of(given):
+    """Tokens of the divergence alone, of the policy term alone, of both and of neither."""
+    at = torch.arange(12)
+    more = {"advantage": torch.where(at % 2 == 0, 0.0, torch.cos(at + 1.0)), "old_logp": torch.full((12,), -3.5)}
+    more |= {"coef": torch.where(at % 3 == 0, 0.0, torch.sin(at + 1.0)), "objective": Objective(), "target": at % 40}
+    teacher = torch.randn(12, 40, generator=torch.Generator().manual_seed(4))
+    return lambda **rest: distill_step(teacher_logits=teacher, kind="jsd", normalizer=3.0, **(more | given | rest))
+
+
+DISTILLED = (distillation_of, policy_distillation_of)
 HEAD_CU = torch.tensor([0, 4, 5, 12], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("make", [preference_of, distillation_of])
+@pytest.mark.parametrize("make", [preference_of, *DISTILLED])
 def test_influence_of_other_steps_is_that_of_their_gradient(make, frozen, backend):
     gen = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(12, 8, generator=gen), torch.randn(40, 8, generator=gen)
@@ -453,7 +463,7 @@ def test_influence_of_other_steps_is_that_of_their_gradient(make, frozen, backen
     weight.requires_grad_(not frozen)
     hidden.requires_grad_(not frozen)
     more = {"influence": InfluenceSpec(rank=4, seed=2)}
-    if make is distillation_of:
+    if make in DISTILLED:
         more["cu_seqlens"] = HEAD_CU
     step = make({"hidden": hidden, "weight": weight})(**more)
     out, dz = step.influence, logits.grad.double()
@@ -466,7 +476,7 @@ def test_influence_of_other_steps_is_that_of_their_gradient(make, frozen, backen
         step.loss.backward()
         torch.testing.assert_close(hidden.grad.double(), dh, rtol=1e-4, atol=1e-6)
     for refused in ({"influence": more["influence"]}, {"influence": 3, "cu_seqlens": HEAD_CU}):
-        if make is distillation_of:
+        if make in DISTILLED:
             with pytest.raises((ValueError, TypeError), match="distill_step: (cu_seqlens|influence) must be"):
                 make({"hidden": hidden, "weight": weight})(**refused)
     with pytest.raises(ValueError, match="influence must be left out with logits="):
