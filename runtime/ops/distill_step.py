@@ -205,7 +205,7 @@ def distill_step(
         given = "both" if logits is not None else "neither"
         raise refuse(OP, "input", "either logits= or hidden= with weight=", given, "Pass one.")
     if logits is not None:
-        unused = {"memory_budget": memory_budget, "influence": influence}
+        unused: dict[str, object] = {"memory_budget": memory_budget, "influence": influence}
         if objective is None:
             unused["cu_seqlens"] = cu_seqlens
         checks.check_unused(OP, "logits=", weight=weight, bias=bias, **unused)

@@ -41,7 +41,7 @@ class Shard:
 def run(z, y, ga, gh, cuts, mask, options):
     """Return (statistics, gradient), merged from shards."""
     o = LogitOptions(options.get("temperature", 1.0), options.get("softcap"), options.get("logit_scale", 1.0), mask)
-    kernels = vocab_rows.row_kernels(z, o)
+    kernels = vocab_rows.row_kernels(z.device, z.dtype, o)
     shards = [Shard(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     records = []
@@ -190,7 +190,7 @@ def test_the_row_maximum_is_in_the_declared_unit(backend, name):
     y = y.clamp(min=0)
     o = LogitOptions(1.0, None, 1.0, mask)._replace(**OPTIONS[name])
     with backend.forced():
-        kernels = vocab_rows.row_kernels(z, o)
+        kernels = vocab_rows.row_kernels(z.device, z.dtype, o)
         _, _, lse, _, _, row_max, inv_sum = kernels.forward(z, y, **o._asdict())[:7]
     finite = lse.isfinite() & mask
     again = row_max.double() * kernels.state.nats(o) - inv_sum.double().log()
