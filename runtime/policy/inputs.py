@@ -160,17 +160,8 @@ def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) ->
 # (cu_seqlens, mask, tokens, seq_mean, seq_advantage) -> counts (seqs,) int32, aggregation weights
 # (tokens,) or None, advantages (tokens,) or None. Runs on the device; the host reads no value.
 Prepare = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
-VECTORS = (
-    "old_logp",
-    "advantage",
-    "token_weight",
-    "signal",
-    "ref_logp",
-    "kl_weight",
-    "entropy_weight",
-    "anchor_logp",
-    "anchor_weight",
-)
+OPTIONAL_VECTORS = ("token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight", "anchor_logp", "anchor_weight")
+VECTORS = ("old_logp", "advantage", *OPTIONAL_VECTORS)
 
 
 class DeviceInputs(NamedTuple):
