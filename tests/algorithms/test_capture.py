@@ -584,9 +584,22 @@ def test_the_gate_of_a_mixture_sees_flattened_tokens():
 
 def test_wrong_arguments_are_refused():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    for options in ({"rank": 0}, {"seed": True}, {"modules": "0"}, {"modules": ["1"]}, {"modules": [0]}):
+    for options in (
+        {"rank": 0},
+        {"seed": True},
+        {"modules": "0"},
+        {"modules": ["1"]},
+        {"modules": [0]},
+        {"modules": 3},
+    ):
         with pytest.raises(ValueError, match="influence.capture"):
             influence.capture(model, **options)
+    with pytest.raises(ValueError, match="optimizer must be an optimizer with its state; got str"):
+        influence.capture(model, optimizer="adam")
+    with influence.capture(model) as captured:
+        model(torch.ones(2, 3)).sum().backward()
+        with pytest.raises(TypeError, match="cu_seqlens must be a torch.Tensor; got list"):
+            captured.batch(cu_seqlens=[0, 2])
     with pytest.raises(TypeError, match="torch.nn.Module"):
         influence.capture([model])
     with pytest.raises(ValueError, match="not compiled"):

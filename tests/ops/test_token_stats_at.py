@@ -290,10 +290,7 @@ REFUSED = {
     "float": ({"ids": torch.zeros(3, 2)}, "ids must be of dtype int32 or int64; got float32"),
     "shape": ({"ids": torch.zeros(2, 2, dtype=torch.int64)}, r"ids must be of shape \(3, K\), or \(ids,\)"),
     "flat": ({"ids": torch.zeros(3, dtype=torch.int64)}, r"ids must be of shape \(3, K\), or \(ids,\)"),
-    "device": (
-        {"ids": torch.zeros(3, 2, dtype=torch.int64, device="meta")},
-        "ids must be a tensor with values; got a meta tensor",
-    ),
+    "device": ({"ids": torch.zeros(3, 2, dtype=torch.int64, device="meta")}, "ids must be on cpu"),
     "high": ({"ids": torch.tensor([[0], [9], [0]])}, r"ids must be in \[0, 9\), or -1 for padding.*got 9 in row 1"),
     "low": ({"ids": torch.tensor([[0], [0], [-2]])}, r"ids must be in \[0, 9\), or -1 for padding.*got -2 in row 2"),
     "offsets": (
