@@ -6,7 +6,6 @@ weights, LoRA, shared weights, and the lm_head inside the ops from hidden states
 
 import warnings
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -321,6 +320,7 @@ def test_layers_without_a_gradient_are_named():
 
 
 def test_lora_matrices_are_layers():
+    peft = pytest.importorskip("peft", reason="needs the group `hosts`")
     config = peft.LoraConfig(r=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model, ids = peft.get_peft_model(llama(), config).double().eval(), tokens()
     with influence.capture(model, rank=RANK, modules="trainable", seed=SEED) as captured:
