@@ -29,6 +29,9 @@ def layer_scales(layer: Layer, optimizer: Any) -> tuple[torch.Tensor, torch.Tens
     Raises:
         ValueError: the optimizer has no second moment of the weight.
     """
+    if not hasattr(optimizer, "state") or not hasattr(optimizer, "param_groups"):
+        kind = type(optimizer).__name__
+        raise refuse(OP, "optimizer", "an optimizer with its state", kind, "Pass the torch.optim.Optimizer itself.")
     state = optimizer.state.get(layer.weight, {})
     rows, columns = _factors(layer, state)
     group: dict[str, Any] = next((g for g in optimizer.param_groups if any(p is layer.weight for p in g["params"])), {})
@@ -52,7 +55,7 @@ def _factors(layer: Layer, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
             raise refuse(
                 OP,
                 "optimizer",
-                "with a second moment of every captured weight",
+                "one with a second moment of every captured weight",
                 f"none for {layer.name}",
                 'Pass Adam, AdamW or Adafactor after its first step, or modules="trainable".',
             )

@@ -40,8 +40,8 @@ DEFAULTS = {
     differs=(
         "form='paper' (default): share P / (P + N) >= 0.4, upper bound first. form='code': P / N >= 1, lower bound "
         "first, dual clip 3, the bounds and steps of the release's bapo_trainer.yaml, and a last step that ends at "
-        "the last value; Alg. 1 takes no step past it. The release searches for every micro-batch; here the bounds "
-        "are those of the whole optimizer step. Eq. 8's factor pi_rollout is an expectation over tokens; sampled "
+        "the last value; Alg. 1 takes no step past it. The release searches for every micro-batch; here one search "
+        "serves the whole optimizer step. Eq. 8's factor pi_rollout is an expectation over tokens; sampled "
         "tokens already have it, so it is not applied again. A larger lower bound never raises the share, so the "
         "loop has only three outcomes, and one pass finds the same one."
     ),

@@ -41,6 +41,7 @@ from tokfuse.algorithms.stateful import State as State
 from tokfuse.algorithms.stateful import Stateful
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.policy_loss import policy_loss
+from tokfuse.runtime.policy.inputs import OPTIONAL_VECTORS
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyLoss
 
@@ -100,16 +101,7 @@ class Plan:
         divisor = self.normalizer if normalizer is None else float(normalizer)
         if not isinstance(divisor, str):
             divisor = divisor or 1.0
-        given = {
-            "token_weight": self.token_weight,
-            "signal": self.signal,
-            "ref_logp": self.ref_logp,
-            "kl_weight": self.kl_weight,
-            "entropy_weight": self.entropy_weight,
-            "anchor_logp": self.anchor_logp,
-            "anchor_weight": self.anchor_weight,
-            "sampler_logp": self.batch.sampler_logp,
-        }
+        given = {name: getattr(self, name) for name in OPTIONAL_VECTORS} | {"sampler_logp": self.batch.sampler_logp}
         return {
             "old_logp": self.batch.old_logp,
             "advantage": self.advantage,
@@ -157,17 +149,7 @@ class Plan:
         parts cover all sequences, their losses and gradients add up to the loss and gradient of this plan.
         """
         tokens = self.batch.rows(seqs)
-        per_token = (
-            "mask",
-            "token_weight",
-            "signal",
-            "ref_logp",
-            "kl_weight",
-            "entropy_weight",
-            "anchor_logp",
-            "anchor_weight",
-        )
-        cut = {name: x[tokens] for name in per_token if (x := getattr(self, name)) is not None}
+        cut = {name: x[tokens] for name in ("mask", *OPTIONAL_VECTORS) if (x := getattr(self, name)) is not None}
         cut["advantage"] = self.advantage[tokens if self.advantage_level == "token" else seqs]
         whole, portion = float(self.count()), seqs.shape[0] / max(1, self.batch.num_seqs)
         if self.constant is not None:

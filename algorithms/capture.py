@@ -106,6 +106,9 @@ class Captured:
             head_cu_seqlens: (seqs + 1,) int32, offsets of the sequences in the rows of `hidden`, if a fused lm_head
                 gets only a part of the tokens and no cu_seqlens.
         """
+        for name, value in {"cu_seqlens": cu_seqlens, "mask": mask, "head_cu_seqlens": head_cu_seqlens}.items():
+            if value is not None:
+                checks.require_tensor(OP, name, value)
         self._recorder.next = Description()
         self._recorder.begin(Description(cu_seqlens, mask, head_cu_seqlens))
 
@@ -140,8 +143,8 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
         `cu_seq_lens_q` of the model's forward. Padding has no gradient and adds nothing. A forward of `model`, or the
         first forward after a backward, starts new rows: so gradient accumulation gives one row per sequence.
 
-    Trainers: gradient checkpointing, autocast, FSDP2 and DDP are supported. Each rank has the features of its own
-        sequences. The features have the scale of the loss: its normaliser, and the factor of a GradScaler.
+    Trainers: gradient checkpointing, autocast, FSDP2 and DDP are supported. A rank computes the features of its own
+        sequences only. The features have the scale of the loss: its normaliser, and the factor of a GradScaler.
 
     Numerics: float32 sums (float64 for a float64 model). E <F_s, F_u> = <G_s, G_u> per layer, with a relative spread
         of about 1 / r, which averages out over the layers.

@@ -14,7 +14,7 @@ LAYERS_AT_ONCE = 16  # layers per launch of the sums; bounds the memory of proje
 
 
 class Description(NamedTuple):
-    """What is known about the sequences of the next forward."""
+    """A description of the sequences of the next forward."""
 
     cu_seqlens: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -139,7 +139,7 @@ class Recorder:
     def begin(self, description: Description) -> None:
         """Let the next layer with a gradient start a batch."""
         self._begins = True
-        # What the user described counts more than the arguments of the model.
+        # The description by the user overrides the one from the arguments of the model.
         given = {name: value for name, value in self.next._asdict().items() if value is not None}
         self.next = description._replace(**given)
 

@@ -216,7 +216,7 @@ def chosen_layers(model: torch.nn.Module, modules: str | Iterable[str] | None) -
     elif modules == TRAINABLE:
         names = [name for name, module in found.items() if module.weight.requires_grad]
         refused = {n: r for n, r in refused.items() if any(p.requires_grad for p in _parameters(model, n))}
-    elif isinstance(modules, str) or not all(isinstance(x, str) for x in modules):
+    elif not isinstance(modules, Iterable) or isinstance(modules, str) or not all(isinstance(x, str) for x in modules):
         raise refuse(
             OP,
             "modules",
@@ -253,7 +253,7 @@ def chosen_layers(model: torch.nn.Module, modules: str | Iterable[str] | None) -
                 "Leave one of them out.",
             )
     if not layers:
-        raise refuse(OP, "model", "with a linear layer to capture", "none", "Check `modules`.")
+        raise refuse(OP, "model", "one with a linear layer to capture", "none", "Check `modules`.")
     return list(layers.values())
 
 

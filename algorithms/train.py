@@ -88,8 +88,19 @@ def train_step(
         TrainStep(state, batch, losses, metrics, seconds).
 
     Raises:
+        TypeError: an algorithm, a batch or an optimizer of another type.
         ValueError: an unknown option, a sequence out of range, or what the method raises.
     """
+    if not isinstance(algorithm, Algorithm):
+        kind = type(algorithm).__name__
+        raise TypeError(
+            f'{OP}: algorithm must be an Algorithm; got {kind}. Pass, for example, algorithms.make("grpo").'
+        )
+    if not isinstance(batch, Batch):
+        raise TypeError(f"{OP}: batch must be a Batch; got {type(batch).__name__}. Make one from the rollout.")
+    if not all(hasattr(optimizer, name) for name in ("step", "zero_grad", "param_groups")):
+        kind = type(optimizer).__name__
+        raise TypeError(f"{OP}: optimizer must be a torch.optim.Optimizer; got {kind}. Pass the optimizer itself.")
     check_choice(OP, "gradients", gradients, ("mean", "sum"))
     check_integer(OP, "epochs", epochs, 1)
     check_integer(OP, "micro_batches", micro_batches, 1)
@@ -119,10 +130,15 @@ def _parts(
     batch: Batch, minibatches: int | Sequence[torch.Tensor], generator: torch.Generator | None
 ) -> Iterator[torch.Tensor]:
     """Yield the sequences of each minibatch, on the CPU."""
-    if not isinstance(minibatches, int):
+    if isinstance(minibatches, Sequence) and not isinstance(minibatches, str):
         if generator is not None:
             raise refuse(OP, "generator", "None with a list of minibatches", "a generator", "Shuffle the list.")
-        yield from (torch.as_tensor(seqs).cpu() for seqs in minibatches)
+        parts = [torch.as_tensor(seqs).cpu() for seqs in minibatches]
+        for seqs in parts:
+            if len(seqs) > 0 and not 0 <= int(seqs.min()) <= int(seqs.max()) < batch.num_seqs:
+                known = f"sequences in [0, {batch.num_seqs})"
+                raise refuse(OP, "minibatches", known, seqs.tolist(), "Number the sequences of the batch.")
+        yield from parts
         return
     check_integer(OP, "minibatches", minibatches, 1)
     prompt = torch.arange(batch.num_seqs) if batch.group_ids is None else batch.group_ids.cpu()

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.integrations.hosts import Host, has_kernels, tell_unchanged, where
+from tokfuse.integrations.hosts import Host, has_kernels, on_kernels, tell_unchanged, where
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
@@ -466,8 +466,7 @@ def _loss_of_logits(
     target = shift_labels.reshape(-1).to(logits.device)
     rows = target != ignore_index
     flat = logits.reshape(-1, logits.shape[-1])
-    if not has_kernels("token_stats", flat.device.type, flat.dtype):
-        tell_unchanged("torch", flat.device.type, flat.dtype)
+    if not on_kernels("torch", "token_stats", flat):
         scaled = flat.float() / temperature if flat.dtype != torch.float64 else flat / temperature
         total = torch.nn.functional.cross_entropy(scaled, target, ignore_index=ignore_index, reduction="sum")
         return total / (rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

@@ -132,6 +132,14 @@ def tell_unchanged(host: str, device: str, dtype: torch.dtype) -> None:
     warnings.warn(f"tokfuse has no kernels for {name} on {device}: {host}'s own code runs there.", stacklevel=4)
 
 
+def on_kernels(host: str, op: str, x: torch.Tensor) -> bool:
+    """Return whether tokfuse runs `op` on kernels for this tensor. If not, warn once that the host's own code runs."""
+    found = has_kernels(op, x.device.type, x.dtype)
+    if not found:
+        tell_unchanged(host, x.device.type, x.dtype)
+    return found
+
+
 def devices() -> list[str]:
     """Return the types of this machine's devices: cpu and, if there is one, the accelerator (cuda, xpu, npu, ...)."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)

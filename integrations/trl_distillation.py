@@ -23,29 +23,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.integrations.hosts import Rebinding, where
+from tokfuse.integrations.hosts import Rebinding, on_kernels, where
+from tokfuse.runtime.core.divergence import generalised_jsd
 from tokfuse.runtime.ops.distill_step import distill_step
 from tokfuse.runtime.ops.linear_paired_divergence import linear_paired_divergence
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.paired_divergence import paired_divergence
 from tokfuse.runtime.ops.token_stats import token_stats
 
-DEVICES = ("cpu", "cuda")
 UNLABELLED = -100
 LEFT_TO_TRL = (
     "ServerDistillationTrainer, the server modes of SDFT, SDPO and IW-OPD",
     "top_k of IW-OPD, GOLD with use_uld_loss, reduction='none', a teacher whose logits require grad",
-    "DeepSpeed ZeRO-3, devices other than CPU and CUDA",
+    "DeepSpeed ZeRO-3, devices without kernels",
 )
 
 Loss = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def divergence(beta: float) -> dict[str, Any]:
-    """Return `kind` and `beta` of tokfuse's ops for TRL's beta."""
-    if beta in (0.0, 1.0):
-        return {"kind": "kl_forward" if beta == 0.0 else "kl_reverse"}
-    return {"kind": "jsd", "beta": beta}
 
 
 # ------------------------------------------------------------------------------------- two heads
@@ -75,7 +68,7 @@ def divergence_loss(
         student_lm_head_weight: (V, H); a DTensor is gathered, as in TRL.
         teacher_lm_head_weight: (V, H_teacher).
         completion_mask: (B, K), 0 leaves a token out.
-        beta: see `divergence`.
+        beta: see the module.
         num_items_in_batch: divisor of the loss. None: the valid tokens of this batch.
         student_lm_head_bias: (V,) or None.
         teacher_lm_head_bias: (V,) or None.
@@ -85,7 +78,8 @@ def divergence_loss(
         teacher_final_logit_softcapping: the same of the teacher.
         temperature: divides the logits of both sides.
     """
-    if not _supported(student_lm_head_weight) or not _supported(teacher_lm_head_weight):
+    weights = (student_lm_head_weight, teacher_lm_head_weight)
+    if not all(_supported("linear_paired_divergence", weight) for weight in weights):
         return None
     student = _operands(student_hidden_states, student_lm_head_weight, student_lm_head_bias)
     teacher = _operands(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
@@ -100,7 +94,7 @@ def divergence_loss(
         "teacher_temperature": temperature,
         "teacher_softcap": teacher_final_logit_softcapping,
         "teacher_logit_scale": teacher_logit_scale,
-        **divergence(beta),
+        **generalised_jsd(beta),
     }
     count = valid.sum()
     if given["hidden"].dtype == torch.float16:
@@ -112,8 +106,9 @@ def divergence_loss(
     return step.loss, step.stats.entropy.sum(), count
 
 
-def _supported(x: torch.Tensor) -> bool:
-    return x.device.type in DEVICES and not hasattr(x, "ds_id")  # ds_id: a parameter under DeepSpeed ZeRO-3
+def _supported(op: str, x: torch.Tensor) -> bool:
+    """Return whether `op` has kernels for this tensor, which is no parameter under DeepSpeed ZeRO-3 (`ds_id`)."""
+    return on_kernels("TRL", op, x) and not hasattr(x, "ds_id")
 
 
 def _operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
@@ -156,7 +151,7 @@ def candidates_loss(
         target_ids: (N, K), the teacher's candidates.
         teacher_target_logps: (N, K), their log-probabilities.
         valid_candidate_mask: (N, K) bool, False is padding.
-        beta: see `divergence`.
+        beta: see the module.
         temperature: divides the student's logits.
         add_tail_bucket: True: one more category with the rest of the mass. False: renormalise.
         teacher_id_idx: (N,), the teacher of each row. None: there is one.
@@ -165,7 +160,7 @@ def candidates_loss(
     """
     from trl.experimental.async_distillation import async_distillation_trainer as host
 
-    if not _supported(lm_head_weight) or torch.is_autocast_enabled(hidden_valid.device.type):
+    if not _supported("linear_token_stats_at", lm_head_weight) or torch.is_autocast_enabled(hidden_valid.device.type):
         return None
     dtype = torch.promote_types(hidden_valid.dtype, lm_head_weight.dtype)
     stats = linear_token_stats(
@@ -216,7 +211,7 @@ def jsd_loss(
         student_logits: (..., V).
         teacher_logits: (..., V).
         labels: (...), -100 leaves a row out. None: no row is left out.
-        beta: see `divergence`.
+        beta: see the module.
         temperature: divides the logits of both sides.
         reduction: without `num_items_in_batch`, "batchmean" divides by the labelled rows (without labels by the
             batch), "mean" by all elements, and "sum" does not divide.
@@ -226,7 +221,7 @@ def jsd_loss(
         add_tail: of IW-OPD, for `top_k`.
     """
     vocab = student_logits.shape[-1]
-    if logits_are_probs or 0 < top_k < vocab or not _comparable(student_logits, teacher_logits):
+    if logits_are_probs or 0 < top_k < vocab or not _comparable("distill_step", student_logits, teacher_logits):
         return None
     keep = None if labels is None else labels != UNLABELLED
     student, teacher = _rows(student_logits, keep), _rows(teacher_logits, keep)
@@ -242,7 +237,7 @@ def jsd_loss(
     else:
         return None
     dtype = torch.promote_types(student.dtype, teacher.dtype)
-    given: dict[str, Any] = {"temperature": temperature, **divergence(beta)}
+    given: dict[str, Any] = {"temperature": temperature, **generalised_jsd(beta)}
     if dtype == torch.float16:  # the loss is scaled before the gradient is computed, see `divergence_loss`
         total = paired_divergence(student.to(dtype), teacher.to(dtype), **given).sum()
         return total if normalizer is None else total / normalizer
@@ -264,13 +259,13 @@ def full_logits(
     Args:
         student_logits: (..., V).
         teacher_logits: (..., V).
-        distillation_alpha: see `divergence`.
+        distillation_alpha: see the module.
     """
-    if not _comparable(student_logits, teacher_logits):
+    if not _comparable("paired_divergence", student_logits, teacher_logits):
         return None
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     student, teacher = (_rows(x).to(dtype) for x in (student_logits, teacher_logits))
-    return paired_divergence(student, teacher, **divergence(distillation_alpha)).view(student_logits.shape[:-1])
+    return paired_divergence(student, teacher, **generalised_jsd(distillation_alpha)).view(student_logits.shape[:-1])
 
 
 def topk_logits(
@@ -288,12 +283,12 @@ def topk_logits(
         student_logits: (..., V).
         teacher_logits: (..., V).
         distillation_topk: number of ids per row.
-        distillation_alpha: see `divergence`.
+        distillation_alpha: see the module.
         distillation_add_tail: True: one more category with the rest of the mass. False: renormalise.
     """
     from trl.experimental.sdft.loss_utils import add_tail_bucket, compute_divergence
 
-    if not _comparable(student_logits, teacher_logits):
+    if not _comparable("token_stats_at", student_logits, teacher_logits):
         return None
     student, teacher = _rows(student_logits), _rows(teacher_logits)
     ids = torch.topk(student.detach(), distillation_topk, dim=-1).indices
@@ -306,9 +301,9 @@ def topk_logits(
     return loss.view(student_logits.shape[:-1])
 
 
-def _comparable(student: torch.Tensor, teacher: torch.Tensor) -> bool:
-    """Whether tokfuse can compare these logits: a device with kernels, one shape, no gradient for the teacher."""
-    return student.device.type in DEVICES and student.shape == teacher.shape and not teacher.requires_grad
+def _comparable(op: str, student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """Return whether `op` can compare these logits: kernels for the device, one shape, no gradient for the teacher."""
+    return student.shape == teacher.shape and not teacher.requires_grad and on_kernels("TRL", op, student)
 
 
 def _rows(logits: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tokfuse.integrations import trl_distillation
-from tokfuse.integrations.hosts import Host, Rebinding, has_kernels, tell_unchanged, where
+from tokfuse.integrations.hosts import Host, Rebinding, has_kernels, on_kernels, where
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops import policy_step  # noqa: F401  (registers the backends that `describe` names)
@@ -184,8 +184,7 @@ def token_head(
     for name in outputs:
         if name not in OUTPUTS:
             raise refuse(OP, "outputs", f"among {', '.join(OUTPUTS)}", repr(name), "This TRL is not supported yet.")
-    if not has_kernels("linear_token_stats", hidden.device.type, hidden.dtype):
-        tell_unchanged("TRL", hidden.device.type, hidden.dtype)
+    if not on_kernels("TRL", "linear_token_stats", hidden):
         given = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
         own: PerToken = _stock("_ChunkedLogProbFunction").apply(*given)
         return own
@@ -295,8 +294,7 @@ def logits_op(
         temperature: divisor of the logits.
         row_mask: (...), 0 skips the row. None: no row is skipped.
     """
-    if not has_kernels("token_stats", logits.device.type, logits.dtype):
-        tell_unchanged("TRL", logits.device.type, logits.dtype)
+    if not on_kernels("TRL", "token_stats", logits):
         own: tuple[torch.Tensor, torch.Tensor] = _stock("_fused_logprob_entropy")(
             logits, index, temperature=temperature, row_mask=row_mask
         )

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from tokfuse.integrations import verl_distillation
-from tokfuse.integrations.hosts import has_kernels, tell_unchanged
+from tokfuse.integrations.hosts import on_kernels
 from tokfuse.integrations.verl_distillation import IDS, LOGP_AT
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 
 OP = "verl_plugin"
+OF_HEADS = "linear_token_stats"  # the op that the heads run
 SUM_SQ = "_tokfuse_sum_sq"  # attribute of the log_probs that a fused forward returns
 TORCH_HEAD = "verl.utils.experimental.torch_functional"
 TRITON_HEAD = "verl.utils.kernel.linear_cross_entropy"
@@ -62,14 +63,6 @@ def _temperature(value: Any, tokens: int) -> float | torch.Tensor:
     return flat
 
 
-def _on_kernels(hidden: torch.Tensor) -> bool:
-    """Return whether tokfuse has kernels for these hidden states. If not, verl's own head runs, with one warning."""
-    if has_kernels("linear_token_stats", hidden.device.type, hidden.dtype):
-        return True
-    tell_unchanged("verl", hidden.device.type, hidden.dtype)
-    return False
-
-
 def fused_head(
     hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +99,7 @@ class FusedLinearForPPO(torch.nn.Module):
         self, hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: Any = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (log_probs, entropy) with the shape of input_ids."""
-        if not _on_kernels(hidden_states):
+        if not on_kernels("verl", OF_HEADS, hidden_states):
             own: tuple[torch.Tensor, torch.Tensor] = STOCK["FusedLinearForPPO"](self.chunk_size)(
                 hidden_states, vocab_weights, input_ids, temperature
             )
@@ -130,7 +123,7 @@ def linear_cross_entropy(
     if reduction != "none":
         raise refuse(OP, "reduction", "'none' (verl uses no other)", repr(reduction), "Reduce the result yourself.")
     ids = getattr(labels, IDS, None)
-    if ids is None and not _on_kernels(hidden):  # verl's own head has no log-probs at ids
+    if ids is None and not on_kernels("verl", OF_HEADS, hidden):  # verl's own head has no log-probs at ids
         own: tuple[torch.Tensor, torch.Tensor] = STOCK["linear_cross_entropy"](
             hidden, weight, labels, temperature, reduction, dist_process_group
         )

@@ -101,7 +101,7 @@ class DistillationPlan:
     def loss(self, divergence: torch.Tensor, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss for the divergence of every token, (), differentiable in it.
 
-        It is the loss of `distill_step` if `divergence` is that of `linear_paired_divergence` or `paired_divergence`.
+        `distill_step` returns the same loss if `linear_paired_divergence` or `paired_divergence` computed `divergence`.
         """
         rows = Rows(self.batch.num_tokens, "batch.num_tokens", self.mask.device)
         value = check_vector("DistillationPlan.loss", "divergence", divergence, rows).double()
@@ -114,7 +114,7 @@ class DistillationPlan:
         """Return the plan of a micro-batch: the sequences `seqs`, (count,) int64, of this optimizer step.
 
         The part keeps the weights and the divisor of the whole step. If the parts cover all sequences, their losses
-        and gradients add up to those of this plan.
+        add up to the loss of this plan, and their gradients to its gradient.
         """
         tokens = self.batch.rows(seqs)
         return replace(
@@ -138,7 +138,10 @@ class Distillation(Stateful, ABC):
         """Return the loss of the batch, or of a minibatch of it."""
 
     def check_contexts(self, batch: DistillationBatch) -> None:
-        """Raise an error if the batch has a field that the method would ignore."""
+        """Raise an error if this is no batch, or if it has a field that the method would ignore."""
+        if not isinstance(batch, DistillationBatch):
+            kind = type(batch).__name__
+            raise TypeError(f"{self._op}: batch must be a DistillationBatch; got {kind}. Make one from cu_seqlens.")
         for name in CONTEXTS:
             if getattr(batch, name) is not None and name not in self.contexts:
                 raise refuse(
@@ -169,7 +172,7 @@ def mean_plan(
         batch: the batch of the step.
         divergence: as in `DistillationPlan`.
         aggregation: "token_mean" or "seq_mean_token_mean".
-        mask: (tokens,), bool. Tokens that count. None: those of the batch.
+        mask: (tokens,), bool. Tokens that count. None: the mask of the batch.
         coef: (tokens,). Weight of each token. None: 1.
         temperature: of both sides.
     """

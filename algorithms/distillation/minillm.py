@@ -21,7 +21,7 @@ from tokfuse.runtime.policy.shapes import PPOClip
     label="exact (released code)",
     source="arXiv 2306.08543; github.com/microsoft/LMOps minillm (sampler.py, losses.py, scripts)",
     summary="length-normalised reward to go of the log-ratio on teacher-mixed samples; plus the full-vocabulary KL",
-    differs="The defaults are those of the released code and scripts. The paper has no discount (gamma=1), no "
+    differs="The defaults come from the released code and scripts. The paper has no discount (gamma=1), no "
     "whitening and no scaled reward; its long-term reward starts at the next token, and its single-step term has the "
     "weight p / p_mix. The code includes the token's own reward, and weights nothing in that term. The code's whitening"
     " counts padding; here only counting tokens count. The code's pre-training loss is the caller's.",

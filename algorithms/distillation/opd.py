@@ -1,4 +1,4 @@
-"""On-policy distillation: the student learns from the teacher's view of its own responses."""
+"""On-policy distillation: the teacher scores the student's own responses."""
 
 from dataclasses import dataclass
 
@@ -81,7 +81,7 @@ class OnPolicy(Distillation):
     K_t estimates the KL from the sampled token, with k = log p(y_t) - log q(y_t): k1 is k, k2 is k^2 / 2, k3 is
     exp(-k) - 1 + k. With k1 and gamma 0, the expected gradient of the second form is the gradient of the first, which
     has no sampling noise. k2 and k3 are never negative: their advantage also discourages tokens that the teacher finds
-    more likely, so their expected gradient is not that of the KL.
+    more likely, so their expected gradient differs from the gradient of the KL.
 
     Args:
         form: "full_vocabulary", for `distill_step`, or "policy_gradient", for `policy_step`.

@@ -10,9 +10,9 @@ from tokfuse.algorithms.distillation.base import Distillation, DistillationPlan,
 from tokfuse.algorithms.distillation.batch import DistillationBatch
 from tokfuse.algorithms.distillation.opd import CLAMP, sampled_token_plan
 from tokfuse.algorithms.distillation.top_k import MASSES, TopK
-from tokfuse.algorithms.distillation.vocabulary import generalised_jsd
 from tokfuse.algorithms.registry import Entry, add
 from tokfuse.runtime.core.checks import FLOATS, INTS, Rows, check_choice, check_integer, check_number, check_vector
+from tokfuse.runtime.core.divergence import generalised_jsd
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.policy.shapes import LinearLogp
 from tokfuse.runtime.reference.segments import groups_of
@@ -60,7 +60,7 @@ class SelfDistillation(Distillation):
 
     def __post_init__(self) -> None:
         check_choice(self._op, "form", self.form, FORMS)
-        generalised_jsd(self._op, self.beta)
+        check_number(self._op, "beta", self.beta, 0.0, 1.0)
         if self.form == "sampled_token" and self.beta != 1.0:
             raise refuse(
                 self._op, "beta", "1 with form 'sampled_token'", self.beta, "One token estimates a reverse KL."
@@ -83,7 +83,7 @@ class SelfDistillation(Distillation):
         if self.form != "top_k":
             raise refuse(self._op, "form", "'top_k'", repr(self.form), "The other forms compare no list of ids.")
         assert self.k is not None and self.mass is not None
-        divergence: dict[str, Any] = generalised_jsd(self._op, self.beta)
+        divergence: dict[str, Any] = generalised_jsd(self.beta)
         return TopK(name=self.name, k=self.k, mass=self.mass, support="student", **divergence)
 
     def divergence(self, logp_at: torch.Tensor, teacher_logp_at: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class SelfDistillation(Distillation):
             assert batch.logp is not None and batch.teacher_logp is not None
             gap = batch.teacher_logp.double() - batch.logp.double()
             return sampled_token_plan(batch, gap, LinearLogp(), self.aggregation, mask=mask, token_weight=weight)
-        divergence = generalised_jsd(self._op, self.beta) if self.form == "full_vocabulary" else None
+        divergence = generalised_jsd(self.beta) if self.form == "full_vocabulary" else None
         return mean_plan(batch, divergence, self.aggregation, mask=mask, coef=weight)
 
     def _mask(self, batch: DistillationBatch) -> torch.Tensor:
@@ -184,7 +184,7 @@ _row(
     "SDPO",
     "arXiv 2601.20802; github.com/lasgroup/SDPO (core_algos.py, actor.yaml); TRL experimental/sdpo",
     "self-distillation from a successful response or feedback in the teacher's prompt",
-    "The defaults are those of the release's actor.yaml: JSD(1/2), 100 ids with a tail, weight at most 2, token "
+    "The defaults come from the release's actor.yaml: JSD(1/2), 100 ids with a tail, weight at most 2, token "
     "mean. Its config class has the forward KL over all ids without a weight. TRL's default is "
     "form='sampled_token' with beta=1 and sequence means, in which a response without context counts as 0. The "
     "release's trust-region teacher is not here.",
@@ -195,7 +195,7 @@ _row(
     "arXiv 2601.19897; github.com/idanshen/Self-Distillation (copy in xuefei-wang/Self-Distillation); TRL "
     "experimental/sdft",
     "self-distillation from a demonstration in the teacher's prompt",
-    "The defaults are those of the released code: the forward KL over all ids, the first 3 tokens skipped, "
+    "The defaults come from the released code: the forward KL over all ids, the first 3 tokens skipped, "
     "weights at most 2 against the rollout engine's log-probabilities (old_logp), a teacher that moves by 0.01 "
     "per step. The paper's Eq. 1 is the reverse KL (beta=1). TRL's defaults are JSD(1/2) of 100 renormalised ids,"
     " and no token skipped.",

@@ -24,6 +24,7 @@ from tokfuse.runtime.core.checks import (
     check_integer,
     check_matrix,
     check_number,
+    require_tensor,
 )
 from tokfuse.runtime.core.errors import refuse
 
@@ -166,7 +167,7 @@ class TopK(Distillation):
         return mean_plan(batch, None, self.aggregation)
 
     def _check_ids(self, ids: torch.Tensor, sides: int) -> None:
-        check_dtype(self._op, "ids", ids, INTS)
+        check_dtype(self._op, "ids", require_tensor(self._op, "ids", ids), INTS)
         if ids.dim() != 2 or ids.shape[1] > sides * self.k:
             raise refuse(
                 self._op, "ids", f"(tokens, at most {sides * self.k})", tuple(ids.shape), "Raise k, or pass fewer ids."

@@ -1,22 +1,14 @@
 """Methods whose loss is one divergence over the whole vocabulary: GKD, DistiLLM, total variation."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from tokfuse.algorithms.distillation.base import Distillation, DistillationPlan, mean_plan
 from tokfuse.algorithms.distillation.batch import DistillationBatch
 from tokfuse.algorithms.registry import register
 from tokfuse.algorithms.stateful import State, Stateful, draws
 from tokfuse.runtime.core.checks import check_choice, check_integer, check_number
+from tokfuse.runtime.core.divergence import generalised_jsd
 from tokfuse.runtime.core.errors import refuse
-
-
-def generalised_jsd(op: str, beta: float) -> dict[str, Any]:
-    """Return the divergence that GKD and TRL call JSD(beta): forward KL at 0, reverse KL at 1."""
-    check_number(op, "beta", beta, 0.0, 1.0)
-    if beta in (0.0, 1.0):
-        return {"kind": "kl_reverse" if beta else "kl_forward"}
-    return {"kind": "jsd", "beta": beta}
 
 
 @register(
@@ -59,7 +51,7 @@ class GKD(Distillation):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        generalised_jsd(self._op, self.beta)
+        check_number(self._op, "beta", self.beta, 0.0, 1.0)
         check_number(self._op, "lam", self.lam, 0.0, 1.0)
         check_integer(self._op, "seed", self.seed, 0)
         self.check_temperature(self.temperature)
@@ -72,8 +64,7 @@ class GKD(Distillation):
     def objective(self, batch: DistillationBatch) -> DistillationPlan:
         """Return the plan of a batch, for `distill_step`."""
         self.check_contexts(batch)
-        divergence = generalised_jsd(self._op, self.beta)
-        return mean_plan(batch, divergence, self.aggregation, temperature=self.temperature)
+        return mean_plan(batch, generalised_jsd(self.beta), self.aggregation, temperature=self.temperature)
 
 
 @register(

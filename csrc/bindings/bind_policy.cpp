@@ -52,6 +52,8 @@ int64_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const Objecti
   require_pointers({out.lse, out.sum_sq, out.top1, out.row_max, out.inv_sum, grad.grad_logits},
                    a.rows, "an output");
   require_pointers({out.logp, out.entropy}, o.tokens, "logp or entropy");
+  require(out.second_logp == nullptr && out.sum_p2_logp == nullptr && out.sum_p2_logp2 == nullptr,
+          "policy_step has no second temperature and no moments");
   require(o.logp == out.logp && o.entropy == out.entropy,
           "logp and entropy of the objective are those that the statistics are written to");
   require(grad.grad_tokens == nullptr || (in_place && a.dtype == DType::kFloat32),

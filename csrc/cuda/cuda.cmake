@@ -1,7 +1,7 @@
 # Builds the CUDA kernels of _native if nvcc is found. No GPU is needed. Sets TOKFUSE_CUDA_OBJECTS,
 # TOKFUSE_CUDA_VERSION and TOKFUSE_CUDA_ARCHS; they are empty without nvcc.
 set(TOKFUSE_CUDA "AUTO" CACHE STRING "CUDA kernels: AUTO (if nvcc is found), ON or OFF")
-set(TOKFUSE_CUDA_ARCHITECTURES "80;90;100;120" CACHE STRING "Architectures that kernels are compiled for")
+set(TOKFUSE_CUDA_ARCHITECTURES "80;90;100" CACHE STRING "Architectures that kernels are compiled for")
 set(TOKFUSE_CUDA_OBJECTS "")
 set(TOKFUSE_CUDA_VERSION "")
 set(TOKFUSE_CUDA_ARCHS "")
@@ -36,7 +36,8 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 
-# Code for X.0 also runs on every X.y: that for sm_100 on 10.3, that for sm_120 on 12.1. From sm_90
+# Code for X.0 also runs on every X.y: that for sm_100 on 10.3. sm_120 is not built by default, because
+# it runs the portable kernels of sm_80 and would add a third to the build time. From sm_90
 # on it uses bulk copies and clusters, from sm_100 on packed float32. No kernel needs the instructions
 # of a single GPU (sm_90a, sm_100a). sm_80 is also stored as PTX, which all other GPUs compile when
 # they load it. An architecture that nvcc is too old for is left out; the PTX serves it, too.

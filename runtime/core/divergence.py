@@ -1,6 +1,7 @@
 """How the caller chooses a divergence: its kind, and the one number that some kinds have."""
 
 import math
+from typing import Any
 
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.codes import DIVERGENCES, SKEW
@@ -8,6 +9,13 @@ from tokfuse.runtime.core.errors import refuse
 
 # The defaults, which mean "not given" to a kind without that parameter.
 BETA, ALPHA = 0.5, 0.1
+
+
+def generalised_jsd(beta: float) -> dict[str, Any]:
+    """Return `kind` and `beta` for the divergence that GKD and TRL call JSD(beta): forward KL at 0, reverse KL at 1."""
+    if beta in (0.0, 1.0):
+        return {"kind": "kl_reverse" if beta else "kl_forward"}
+    return {"kind": "jsd", "beta": beta}
 
 
 def mix_weight_of(op: str, kind: str, beta: float, alpha: float) -> float:

@@ -1,9 +1,11 @@
 """Leading dimensions: tensors of shape (batch, length, ...) around an op over packed rows."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.runtime.core.checks import is_integer, require_tensor
 from tokfuse.runtime.core.errors import refuse
 
 
@@ -20,9 +22,9 @@ class Leading(NamedTuple):
         """Return (..., columns) as (rows, columns). A contiguous tensor is not copied."""
         if x is None:
             return None
-        if tuple(x.shape[:-1]) != self.shape:
+        if require_tensor(self.op, name, x).dim() < 1 or tuple(x.shape[:-1]) != self.shape:
             raise self._error(name, "(..., columns)", x)
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(math.prod(self.shape), x.shape[-1])
 
     def vector(self, name: str, x: Any) -> Any:
         """Return (...) as (rows,). Everything but a tensor is returned unchanged."""
@@ -54,12 +56,12 @@ def without_ignored(
     """Return the mask without the rows whose target is `ignore_index`."""
     if ignore_index is None:
         return mask
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not is_integer(ignore_index):
         raise refuse(op, "ignore_index", "an int or None", repr(ignore_index), "Pass -100 for labels of transformers.")
     counts = target != ignore_index
     if mask is None:
         return counts
-    if mask.shape != target.shape or mask.dtype != torch.bool:
+    if require_tensor(op, "mask", mask).shape != target.shape or mask.dtype != torch.bool:
         want = f"bool of shape {tuple(target.shape)} like target"
         raise refuse(op, "mask", want, f"{mask.dtype} of shape {tuple(mask.shape)}", "Pass mask.bool().")
     return counts & mask

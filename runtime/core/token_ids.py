@@ -1,11 +1,10 @@
 """Vocabulary ids per token: argument checks, and the most likely ids of each row."""
 
-import numbers
 from typing import Any, NamedTuple
 
 import torch
 
-from tokfuse.runtime.core.checks import INTS, Rows, check_vector, may_read, require_tensor
+from tokfuse.runtime.core.checks import INTS, Rows, check_vector, is_integer, may_read, require_tensor
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions
 
@@ -61,8 +60,8 @@ def check_ids(
             f"shape {tuple(ids.shape)}",
             "Pad shorter rows with -1.",
         )
-    check_vector(op, "ids", ids.reshape(-1), None, INTS)
     _check_ids_device(op, "ids", ids, device)
+    check_vector(op, "ids", ids.reshape(-1), None, INTS)
     return TokenIds.of_matrix(ids)
 
 
@@ -73,7 +72,7 @@ def _check_ids_device(op: str, name: str, ids: torch.Tensor, device: torch.devic
 
 def check_top_k(op: str, top_k: Any, vocab: int) -> int:
     """Return top_k as an int. Raise an error unless it is a whole number of columns; integers of numpy are."""
-    if isinstance(top_k, bool) or not isinstance(top_k, int | numbers.Integral) or not 1 <= int(top_k) <= vocab:
+    if isinstance(top_k, bool) or not is_integer(top_k) or not 1 <= int(top_k) <= vocab:
         raise refuse(op, "top_k", f"a whole number in [1, vocab = {vocab}]", repr(top_k), "Pass how many ids you want.")
     return int(top_k)
 

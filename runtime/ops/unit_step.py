@@ -46,10 +46,12 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
             largest unit, up to 1 GiB.
     """
     capability = select(linear.OP, p.hidden.device.type, p.dtype, p.options.features())
+    if torch.compiler.is_compiling():  # before the comparison below: torch.compile cannot guard a run of the registry
+        return _composed(p, units, loss)
     run: UnitsRun | None = capability.run.units
     if run is None and p.row_norms is not None:
         run = reference_runs.unit_step
-    if torch.compiler.is_compiling() or run is None:
+    if run is None:
         return _composed(p, units, loss)
     if not own_budget:
         row = 6 * (p.vocab + 16) + 8 * p.hidden.shape[1] + 64

@@ -186,17 +186,8 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
 # (cu_seqlens, mask, tokens, seq_mean, seq_advantage) -> counts (seqs,) int32, aggregation weights
 # (tokens,) or None, advantages (tokens,) or None. Runs on the device; the host reads no value.
 Prepare = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
-VECTORS = (
-    "old_logp",
-    "advantage",
-    "token_weight",
-    "signal",
-    "ref_logp",
-    "kl_weight",
-    "entropy_weight",
-    "anchor_logp",
-    "anchor_weight",
-)
+OPTIONAL_VECTORS = ("token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight", "anchor_logp", "anchor_weight")
+VECTORS = ("old_logp", "advantage", *OPTIONAL_VECTORS)
 
 
 class DeviceInputs(NamedTuple):

@@ -6,7 +6,6 @@ weights, LoRA, shared weights, and the lm_head inside the ops from hidden states
 
 import warnings
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -321,6 +320,7 @@ def test_layers_without_a_gradient_are_named():
 
 
 def test_lora_matrices_are_layers():
+    peft = pytest.importorskip("peft", reason="needs the group `hosts`")
     config = peft.LoraConfig(r=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model, ids = peft.get_peft_model(llama(), config).double().eval(), tokens()
     with influence.capture(model, rank=RANK, modules="trainable", seed=SEED) as captured:
@@ -597,9 +597,22 @@ def test_the_gate_of_a_mixture_sees_flattened_tokens():
 
 def test_wrong_arguments_are_refused():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    for options in ({"rank": 0}, {"seed": True}, {"modules": "0"}, {"modules": ["1"]}, {"modules": [0]}):
+    for options in (
+        {"rank": 0},
+        {"seed": True},
+        {"modules": "0"},
+        {"modules": ["1"]},
+        {"modules": [0]},
+        {"modules": 3},
+    ):
         with pytest.raises(ValueError, match="influence.capture"):
             influence.capture(model, **options)
+    with pytest.raises(ValueError, match="optimizer must be an optimizer with its state; got str"):
+        influence.capture(model, optimizer="adam")
+    with influence.capture(model) as captured:
+        model(torch.ones(2, 3)).sum().backward()
+        with pytest.raises(TypeError, match="cu_seqlens must be a torch.Tensor; got list"):
+            captured.batch(cu_seqlens=[0, 2])
     with pytest.raises(TypeError, match="torch.nn.Module"):
         influence.capture([model])
     with pytest.raises(ValueError, match="not compiled"):

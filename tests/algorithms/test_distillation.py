@@ -625,6 +625,10 @@ def test_wrong_inputs():
             method.objective(example_batch(name, **{field: PRUNED}))
     with pytest.raises(ValueError, match=r"DistillationBatch: informed must be of shape \(6,\)"):
         example_batch("sdpo", informed=PRUNED[:2])
+    with pytest.raises(TypeError, match="gkd: batch must be a DistillationBatch; got int"):
+        make("gkd").objective(3)
+    with pytest.raises(TypeError, match="ids must be a torch.Tensor; got list"):
+        make("forward_kl_topk").divergence(torch.zeros(1, 1), torch.zeros(1, 1), [[0]])
     with pytest.raises(ValueError, match="use plan.loss"):
         make("sdpo").objective(example_batch("sdpo")).inputs()
     with pytest.raises(ValueError, match="form must be 'top_k'"):

@@ -166,13 +166,21 @@ def test_options_are_checked_and_the_callback_sees_every_micro_batch():
         "generator must be None with a list": {"minibatches": WHOLE_PROMPTS, "generator": torch.Generator()},
         "gradients must be one of": {"gradients": "max"},
         "micro_batches must be": {"micro_batches": 0},
-        "minibatches must be": {"minibatches": 0},
+        "minibatches must be an integer": {"minibatches": 0},
+        "minibatches must be sequences in": {"minibatches": [torch.tensor([99])]},
         "epochs must be": {"epochs": 0},
         "max_gradient must be": {"max_gradient": 0.0},
     }.items():
         with pytest.raises(ValueError, match=message):
             call(**options)
     before = model.weight.detach().clone()
+    right = {"algorithm": example("grpo"), "batch": model.batch(), "optimizer": model.optimizer}
+    for name in right:
+        with pytest.raises(TypeError, match=f"train_step: {name} must be an? .*; got str"):
+            train_step(state={}, forward=model.forward, **right | {name: "grpo"})
+    with pytest.raises(TypeError, match="minibatches must be an integer; got 1.5"):
+        call(minibatches=1.5)
+    assert torch.equal(model.weight, before)  # nothing was trained
     done = call(micro_batches=3, max_gradient=1e-3)
     assert sum(n for n, _ in seen) == model.all.num_tokens and len(seen) == 3
     assert sum(loss for _, loss in seen) == pytest.approx(done.losses[0], abs=1e-12)

@@ -51,7 +51,6 @@ FRAMES = {
     ("token_stats_fwd_kernel", "80"): 16,
     ("token_stats_fwd_kernel", "100"): 24,
     ("policy_step_cluster_kernel", "100"): 64,
-    ("policy_step_cluster_kernel", "120"): 64,  # compiled, but a block of sm_120 has too little shared memory
 }
 
 

@@ -395,6 +395,11 @@ ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
 
+// The guard of a static variable of a function.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* at, int) {
+  return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+}
+
 void __tsan_read_range(void* at, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 4) {
     checker.access(reinterpret_cast<uintptr_t>(at) + i,

@@ -500,7 +500,8 @@ def test_a_head_placed_by_accelerate():
 def test_a_device_without_kernels_keeps_the_models_own_code(monkeypatch):
     """As on xpu, npu or mps, where the head would compute all logits in float64."""
     theirs = run(make())
-    monkeypatch.setattr(hf, "has_kernels", lambda op, device, dtype: False)
+    for module in (hf, hosts):
+        monkeypatch.setattr(module, "has_kernels", lambda op, device, dtype: False)
     model = make()
     hosts.tell_unchanged.cache_clear()
     with hf.installed(model), pytest.warns(UserWarning, match="no kernels for float32 on cpu: transformers's own code"):

@@ -1,6 +1,9 @@
 """Test `FusedGRPOTrainer(influence=...)` against cosines of explicit gradients of single completions."""
 
 import pytest
+
+pytest.importorskip("trl", reason="needs the group `hosts`")
+
 import tiny_grpo
 import torch
 

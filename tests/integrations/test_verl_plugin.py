@@ -53,7 +53,7 @@ def test_a_device_without_kernels_keeps_verls_own_heads(monkeypatch):
         def forward(self, *args):
             return "module", self.chunk_size, args
 
-    monkeypatch.setattr(verl_heads, "has_kernels", lambda op, device, dtype: False)
+    monkeypatch.setattr(hosts, "has_kernels", lambda op, device, dtype: False)
     stock = {"FusedLinearForPPO": Own, "linear_cross_entropy": lambda *args: ("function", args)}
     monkeypatch.setattr(verl_heads, "STOCK", stock)
     hidden, weight, ids = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)

@@ -3,6 +3,7 @@
 A call on (batch, length, ...) tensors must give bitwise what the packed call gives, in the leading shape.
 """
 
+import numpy as np
 import pytest
 import torch
 from harness import Backend, backends, bits
@@ -166,6 +167,11 @@ def test_refusals():
         tokfuse.linear_token_stats(t["hidden"], t["weight"], flat(target))
     with pytest.raises(ValueError, match=r"ignore_index must be an int or None; got 'x'"):
         tokfuse.token_stats(t["logits"], target, ignore_index="x")
+    for name, value in (("mask", [True]), ("ids", [[1]]), ("bias_logits", [0.0])):
+        with pytest.raises(TypeError, match=f"token_stats: {name} must be a torch.Tensor; got list"):
+            tokfuse.token_stats(t["logits"], target, ignore_index=np.int64(-100), **{name: value})
+    with pytest.raises(ValueError, match="logits must be at least one column wide"):
+        tokfuse.token_stats(t["logits"][..., :0], target)
     with pytest.raises(ValueError, match=r"target must be in \[0, 21\) .*; got -100 .* Pass ignore_index=-100"):
         tokfuse.token_stats(t["logits"], t["target"])
     with pytest.raises(ValueError, match=r"old_logp must be of shape"):

@@ -112,6 +112,7 @@ def test_install_with_nvcc(sdist: Path, environment):
     assert rows and all(row["built"] for row in rows)
 
 
+@pytest.mark.slow  # it compiles the CPU kernels twice; `make test-packaging` runs it
 def test_a_broken_nvcc_leaves_the_cuda_kernels_out(source: Path, environment):
     environment.pip("install", str(source), TOKFUSE_CUDA="AUTO", CUDACXX="/bin/false")
     assert check_installed(environment, native=True)["native"]["cuda_version"] == ""

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ranks_end
 import tiny_dpo
 import torch
 from trl import DPOTrainer
@@ -43,7 +44,7 @@ def main(arm: str, folder: Path, options: dict[str, Any]) -> None:
     rank = os.environ["RANK"]
     out = train(folder / f"{arm}-{rank}", ddp_backend="gloo", **options)
     (folder / f"{arm}-{rank}.json").write_text(json.dumps(out))
-    torch.distributed.destroy_process_group()  # gloo's threads must end before the interpreter does
+    ranks_end.now()
 
 
 if __name__ == "__main__":

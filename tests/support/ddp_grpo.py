@@ -12,6 +12,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import ranks_end
 import tiny_grpo
 import torch
 from host_parity import trl_in_float64
@@ -46,9 +47,7 @@ def main(arm: str, folder: Path, options: dict) -> None:
     logs = [{name: row[name] for name in LOGGED if name in row} for row in trainer.state.log_history if "loss" in row]
     sums = [float(p.detach().double().sum()) for p in trainer.model.parameters()]
     (folder / f"{arm}-{rank}.json").write_text(json.dumps({"logs": logs, "sums": sums}))
-    # A group that is still alive when the interpreter ends aborts a rank now and then ("terminate called without an
-    # active exception"): gloo's threads are destroyed while they run.
-    torch.distributed.destroy_process_group()
+    ranks_end.now()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import triton
 
 import tokfuse
 from tokfuse.runtime.backends import triton_backend
-from tokfuse.runtime.core import dispatch
+from tokfuse.runtime.core import checks, dispatch
 from tokfuse.runtime.lm_head import device_head
 
 if torch.__version__.startswith("2.11."):
@@ -32,6 +32,7 @@ def on_meta() -> Iterator[None]:
     with (
         mock.patch.object(dispatch, "_REGISTRY", table),
         mock.patch.object(dispatch, "_CHOICES", {}),
+        mock.patch.object(checks, "check_main", lambda *_: None),
         mock.patch.object(device_head, "capturing", lambda x: True),
         mock.patch.object(triton_backend, "why_unusable", lambda: None),
         mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
