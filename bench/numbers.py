@@ -50,6 +50,7 @@ def section(rows: Sequence[Row], study: Sequence[dict[str, Any]] = ()) -> str:
     parts = [
         _from_logits(timed) + _load(timed, "policy_step"),
         _from_hidden(timed) + _load(timed, "policy_step_hidden"),
+        _distillation(timed) + _load(timed, "distill_step"),
         _price(timed) + _load(timed, "influence"),
         _advantages(timed) + _load(timed, "advantage"),
         _study(study),
@@ -157,8 +158,29 @@ def _from_logits(rows: Sequence[Row]) -> str:
 
 
 def _from_hidden(rows: Sequence[Row]) -> str:
+    return _head_table(
+        rows,
+        "policy_step_hidden",
+        "### Loss from hidden states and the lm_head\n\n"
+        "The work includes the gradients of the hidden states and of the weight (`frozen`: only of the hidden\n"
+        "states). `rows` is the share of rows with gradient.",
+    )
+
+
+def _distillation(rows: Sequence[Row]) -> str:
+    return _head_table(
+        rows,
+        "distill_step",
+        "### Distillation from two lm_heads\n\n"
+        "The work is the mean divergence and the student's gradients: hidden states and weight. `teacher=2x`: the\n"
+        "teacher's hidden size is twice the student's. TRL's jsd has the same beta.",
+    )
+
+
+def _head_table(rows: Sequence[Row], op: str, about: str) -> str:
+    """Return the rows of an op that reads hidden states, every provider of a case from fast to slow."""
     lines = []
-    for (shape, dtype, variant), found in _cases(rows, "policy_step_hidden").items():
+    for (shape, dtype, variant), found in _cases(rows, op).items():
         base = found.get("tokfuse")
         for name, row in sorted(found.items(), key=lambda item: item[1].median_ms or 0.0):
             if row.role == "limit" and name != "limit_gemm":
@@ -179,9 +201,7 @@ def _from_hidden(rows: Sequence[Row]) -> str:
     if not lines:
         return ""
     return (
-        "### Loss from hidden states and the lm_head\n\n"
-        "The work includes the gradients of the hidden states and of the weight (`frozen`: only of the hidden\n"
-        "states). `rows` is the share of rows with gradient. The number in brackets is the time relative to\n"
+        f"{about} The number in brackets is the time relative to\n"
         "tokfuse. CPU is the CPU time of all threads relative to tokfuse; other load on the machine affects it\n"
         "less than the time. Workspace is the peak memory of a call without the tensors that it returns.\n\n"
     ) + _grid(

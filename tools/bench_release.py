@@ -86,6 +86,10 @@ STEPS = (
     Step("growth", "ours", f"growth --axes tokens,vocab,rows {FEW} --peers torch_eager"),
     Step("growth", "ours", f"growth --axes hidden,threads {FEW} --peers none"),
     Step("predicted", "ours", "predict"),
+    # Rows of their own folder, because their table stands on the page about distillation.
+    Step("distillation/cpu", "peers", f"distill_step --shapes 512x576x49152,256x896x151936 {FEW}"),
+    Step("distillation/cpu", "peers", f"distill_step --variant jsd --shapes 256x2048x151936 {FEW}"),
+    Step("distillation/cpu", "peers", f"distill_step --variant kl_reverse,teacher=2x --shapes 256x2048x151936 {FEW}"),
 )
 
 
@@ -103,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = start + options.minutes * 60
     for kind in dict.fromkeys(step.kind for step in STEPS):
         fresh = out / f"{kind}.jsonl.new"
+        fresh.parent.mkdir(parents=True, exist_ok=True)
         fresh.unlink(missing_ok=True)
         steps = [step for step in STEPS if step.kind == kind]
         problems = [said for step in steps if (said := attempt(step, fresh, options.quick, deadline))]
