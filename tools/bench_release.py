@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = {"ours": ".venv", "peers": ".venv-peers", "verl": ".venv-verl"}
 FEW = "--rounds 3 --budget 1 --no-errors"
-HEADS = "torch_eager,torch_compile,trl,liger,liger_compile"  # peers of distillation from two heads
+TWO_HEADS = f"{FEW} --peers torch_eager,torch_compile,trl,liger,liger_compile"
 EVERY = "torch_eager,torch_compile,cross_entropy,trl,liger,liger_flsce,cut_cross_entropy"
 
 
@@ -88,9 +88,13 @@ STEPS = (
     Step("growth", "ours", f"growth --axes hidden,threads {FEW} --peers none"),
     Step("predicted", "ours", "predict"),
     # Rows of their own folder, because their table stands on the page about distillation.
-    Step("distillation/cpu", "peers", f"distill_step --shapes 512x576x49152,256x896x151936 {FEW} --peers {HEADS}"),
-    Step("distillation/cpu", "peers", f"distill_step --variant jsd --shapes 256x2048x151936 {FEW} --peers {HEADS}"),
-    Step("distillation/cpu", "peers", f"distill_step --variant kl_reverse,teacher=2x --shapes 256x2048x151936 {FEW} --peers {HEADS}"),
+    Step("distillation/cpu", "peers", f"distill_step --shapes 512x576x49152,256x896x151936 {TWO_HEADS}"),
+    Step("distillation/cpu", "peers", f"distill_step --variant jsd --shapes 256x2048x151936 {TWO_HEADS}"),
+    Step(
+        "distillation/cpu",
+        "peers",
+        f"distill_step --variant kl_reverse,teacher=2x --shapes 256x2048x151936 {TWO_HEADS}",
+    ),
 )
 
 
