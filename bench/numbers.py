@@ -158,29 +158,8 @@ def _from_logits(rows: Sequence[Row]) -> str:
 
 
 def _from_hidden(rows: Sequence[Row]) -> str:
-    return _head_table(
-        rows,
-        "policy_step_hidden",
-        "### Loss from hidden states and the lm_head\n\n"
-        "The work includes the gradients of the hidden states and of the weight (`frozen`: only of the hidden\n"
-        "states). `rows` is the share of rows with gradient.",
-    )
-
-
-def _distillation(rows: Sequence[Row]) -> str:
-    return _head_table(
-        rows,
-        "distill_step",
-        "### Distillation from two lm_heads\n\n"
-        "The work is the mean divergence and the student's gradients: hidden states and weight. `teacher=2x`: the\n"
-        "teacher's hidden size is twice the student's. TRL's jsd has the same beta.",
-    )
-
-
-def _head_table(rows: Sequence[Row], op: str, about: str) -> str:
-    """Return the rows of an op that reads hidden states, every provider of a case from fast to slow."""
     lines = []
-    for (shape, dtype, variant), found in _cases(rows, op).items():
+    for (shape, dtype, variant), found in _cases(rows, "policy_step_hidden").items():
         base = found.get("tokfuse")
         for name, row in sorted(found.items(), key=lambda item: item[1].median_ms or 0.0):
             if row.role == "limit" and name != "limit_gemm":
@@ -201,12 +180,40 @@ def _head_table(rows: Sequence[Row], op: str, about: str) -> str:
     if not lines:
         return ""
     return (
-        f"{about} The number in brackets is the time relative to\n"
+        "### Loss from hidden states and the lm_head\n\n"
+        "The work includes the gradients of the hidden states and of the weight (`frozen`: only of the hidden\n"
+        "states). `rows` is the share of rows with gradient. The number in brackets is the time relative to\n"
         "tokfuse. CPU is the CPU time of all threads relative to tokfuse; other load on the machine affects it\n"
         "less than the time. Workspace is the peak memory of a call without the tensors that it returns.\n\n"
     ) + _grid(
         ["tokens x hidden x vocab", "dtype", "variant", "provider", "ms (relative)", "CPU", "workspace", "note"], lines
     )
+
+
+def _distillation(rows: Sequence[Row]) -> str:
+    """Return one line per case of `distill_step`: the time and the workspace of every provider."""
+    peers = {"trl": "TRL", "liger": "Liger", "liger_compile": "Liger, compiled", "torch_compile": "torch.compile"}
+    lines = []
+    for (shape, _, variant), found in _cases(rows, "distill_step").items():
+        base = found.get("tokfuse")
+        if base is None or not base.median_ms:
+            continue
+        cells = [f"{base.median_ms:.0f} ms, {mebibytes(base.workspace_bytes)}"]
+        limit = found.get("limit_gemm")
+        cells.append(f"{limit.median_ms / base.median_ms:.2f}x" if limit and limit.median_ms else "-")
+        for name in (*peers, "torch_eager"):
+            row = found.get(name)
+            timed = row is not None and row.median_ms
+            cells.append(f"{row.median_ms / base.median_ms:.1f}x, {mebibytes(row.workspace_bytes)}" if timed else "-")
+        lines.append([_spaced(shape), variant.replace(",", ", "), *cells])
+    if not lines:
+        return ""
+    return (
+        "### Distillation from two lm_heads\n\n"
+        "The work is the mean divergence and the student's gradients, of hidden states and weight, in float32.\n"
+        "`teacher=2x`: the teacher's hidden size is twice the student's. Other times are relative to tokfuse. The\n"
+        "memory is the peak of a call without the tensors that it returns. Liger computes no entropy.\n\n"
+    ) + _grid(["tokens x hidden x vocab", "divergence", "tokfuse", "GEMMs only", *peers.values(), "torch eager"], lines)
 
 
 def _price(rows: Sequence[Row]) -> str:

@@ -39,13 +39,26 @@ STUDY = {
 }
 
 
-def test_readme_is_current() -> None:
-    assert RESULTS
-    page = (ROOT / "README.md").read_text()
-    recorded = page.split(numbers.BEGIN)[1].split(numbers.END)[0].strip()
-    assert recorded == numbers.section(*numbers.read(RESULTS)), (
-        "run `python -m tokfuse bench numbers bench/results/*.jsonl --write README.md`"
+@pytest.mark.parametrize(
+    "page, folder", [("README.md", "bench/results"), ("docs/distillation.md", "bench/results/distillation")]
+)
+def test_tables_are_current(page: str, folder: str) -> None:
+    results = sorted((ROOT / folder).glob("*.jsonl"))
+    assert results
+    recorded = (ROOT / page).read_text().split(numbers.BEGIN)[1].split(numbers.END)[0].strip()
+    assert recorded == numbers.section(*numbers.read(results)), (
+        f"run `python -m tokfuse bench numbers {folder}/*.jsonl --write {page}`"
     )
+
+
+def test_the_table_of_distillation_compares_with_our_row() -> None:
+    ours = replace(ROW, op="distill_step", variant="jsd,teacher=2x", median_ms=200.0)
+    others = [
+        replace(ours, provider="limit_gemm", role="limit", median_ms=180.0),
+        replace(ours, provider="liger", role="peer", median_ms=500.0, peak_extra_bytes=13 << 20),
+    ]
+    text = numbers.section([ours, *others])
+    assert "| 8 x 4 x 16 | jsd, teacher=2x | 200 ms, 2.0 MiB | 0.90x | - | 2.5x, 10.0 MiB | - | - | - |" in text
 
 
 def test_tables_hold_what_the_rows_hold() -> None:
