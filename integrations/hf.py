@@ -22,11 +22,12 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.integrations import zero3
 from tokfuse.integrations.hosts import Host, has_kernels, on_kernels, tell_unchanged, where
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
@@ -84,9 +85,19 @@ class ModelHead:
 def head_of(model: Any) -> ModelHead:
     """Return the current head of a causal language model. Call it again after every update.
 
+    Under DeepSpeed ZeRO-3 this gathers the head, a collective of all ranks.
+
     Raises:
         ValueError: a model type, head or adapter for which the logits would differ from the model's.
     """
+    head = _partitioned_head_of(model)
+    weight, bias = zero3.gathered(head.weight, head.bias)
+    assert weight is not None
+    return replace(head, weight=weight, bias=bias)
+
+
+def _partitioned_head_of(model: Any) -> ModelHead:
+    """Return the head with the parameters as they are, without a collective."""
     model = _base(model)
     config = model.config.get_text_config()
     if config.model_type not in SUPPORTED:
@@ -145,7 +156,7 @@ def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -
     """
     HOST.require(f"{OP}.install")
     model = _base(model)
-    head_of(model)
+    _partitioned_head_of(model)
     kind: Any = type(model)
     if _patched_base(kind) is None:
         patched = _patched(kind)
@@ -222,8 +233,8 @@ def describe(model: Any) -> str:
     """Return which parts of this model run on which backend."""
     model = _base(model)
     active = is_installed(model)
-    head = head_of(model)
-    shape = " x ".join(map(str, head.weight.shape))
+    head = _partitioned_head_of(model)
+    shape = " x ".join(map(str, zero3.shape_of(head.weight)))
     return "\n".join(
         [
             f"transformers {HOST.installed} (tested: {HOST.tested}), {type(model).__name__} "
@@ -522,7 +533,7 @@ def _check_call(head: torch.nn.Linear) -> None:
     changed = "a forward of its own"
     if type(head).forward is torch.nn.Linear.forward and ("forward" not in vars(head) or moved):
         hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
-        if not any(hooks):
+        if all(zero3.is_deepspeed(hook) for kind in hooks for hook in kind.values()):
             return
         changed = "hooks"
     raise refuse(
@@ -538,6 +549,8 @@ def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     """Return weight + the scaled products of the active adapters, differentiable in the adapters."""
     if layer.disable_adapters or layer.merged:
         return weight
+    if any(zero3.is_partitioned(x) for x in layer.parameters()):
+        raise _refuse_adapter("absent under DeepSpeed ZeRO-3 (its product needs all of its parts)", "LoRA")
     for name in layer.active_adapters:
         if name not in getattr(layer, "lora_A", {}):
             if any(name in getattr(layer, part, {}) for part in layer.adapter_layer_names):
