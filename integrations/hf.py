@@ -335,7 +335,8 @@ def _output_class(base: Any) -> Any:
 
 def _output(model: Any, loss: torch.Tensor, outputs: Any) -> Any:
     """Return the model's own output object, without logits, from the output of its transformer."""
-    kind = _output_class(_patched_base(type(model)) or type(model))
+    base: Any = _patched_base(type(model)) or type(model)
+    kind = _output_class(base)
     names = {f.name for f in fields(kind)} - {"loss", "logits"}
     return kind(loss=loss, **{name: getattr(outputs, name) for name in names if hasattr(outputs, name)})
 

@@ -94,7 +94,7 @@ def gdpo(
     config.gdpo_reward_weights (None: 1). Without keys there is one reward, the sum of token_level_rewards. As in verl,
     config.norm_adv_by_std_in_grpo has no effect here.
     """
-    keys = None if config is None else config.get("gdpo_reward_keys", None)
+    keys: Any = None if config is None else config.get("gdpo_reward_keys", None)
     rewards = [token_level_rewards.sum(-1)]
     if keys or (config is not None and non_tensor_batch is not None and batch is not None):
         columns = _needs("gdpo", "non_tensor_batch", non_tensor_batch)
@@ -104,8 +104,8 @@ def gdpo(
                 raise refuse("tokfuse_gdpo", "gdpo_reward_keys", f"columns of the batch ({known})", key, "Check them.")
         values = [np.asarray(columns[key], dtype=np.float32) for key in keys]
         rewards = [torch.from_numpy(x).to(token_level_rewards.device) for x in values]
-    weights = None if config is None else config.get("gdpo_reward_weights", None)
-    weights = [1.0] * len(rewards) if not keys or weights is None else list(weights)
+    given: Any = None if config is None or not keys else config.get("gdpo_reward_weights", None)
+    weights = [1.0] * len(rewards) if given is None else list(given)
     if len(weights) != len(rewards):
         raise refuse(
             "tokfuse_gdpo", "gdpo_reward_weights", f"{len(rewards)} numbers, one per key", len(weights), "Check them."
@@ -239,9 +239,14 @@ def tir_optimal_token_baseline(
     kept = own.any(1)
     # Stable: the policy's tokens come first, in their order.
     order = (~own).to(torch.uint8).argsort(dim=1, stable=True)
-    near = (x.gather(1, order)[kept] for x in (returns, energy, response_mask))
     gain = torch.zeros_like(returns)
-    part = _less_baseline(*near, _groups(index, returns.device)[kept], handle_zero_tail)
+    part = _less_baseline(
+        returns.gather(1, order)[kept],
+        energy.gather(1, order)[kept],
+        response_mask.gather(1, order)[kept],
+        _groups(index, returns.device)[kept],
+        handle_zero_tail,
+    )
     gain[kept] = torch.zeros_like(part).scatter(1, order[kept], part)
     return gain * response_mask, returns
 
@@ -251,7 +256,8 @@ def _energy(
 ) -> torch.Tensor:
     """Return 1 - 2 p + sum of p^2 of every token, times the squared importance weights."""
     old, square = _needs(name, "old_log_probs", old), _needs(name, "sum_pi_squared", square)
-    energy = squared_gradient_norm(old.double(), square.double())  # type: ignore[union-attr]
+    assert old is not None and square is not None
+    energy = squared_gradient_norm(old.double(), square.double())
     return energy if weights is None else energy * weights.double().square()
 
 
