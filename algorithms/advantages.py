@@ -154,23 +154,39 @@ def gae_and_returns(
 
 
 def _optimal_token_baseline(batch: Batch, reward: torch.Tensor, options: Mapping[str, Any]) -> Advantage:
-    to_go = _reward_to_go(batch, reward, options).value.double()
+    to_go = _reward_to_go(batch, reward, options).value
     assert batch.sum_sq is not None and batch.group_ids is not None
-    sequence, valid, start = batch.sequence, batch.valid, batch.cu_seqlens[:-1].long()
-    step = squared_gradient_norm(batch.old_logp.double(), batch.sum_sq.double())
-    total = torch.where(valid, step, 0.0).cumsum(0)
+    energy = squared_gradient_norm(batch.old_logp.double(), batch.sum_sq.double())
+    gain = token_baseline_advantage(to_go, energy, batch.cu_seqlens, batch.group_ids, batch.valid)
+    return Advantage(gain.to(batch.old_logp.dtype), "token")
+
+
+def token_baseline_advantage(
+    to_go: torch.Tensor, energy: torch.Tensor, cu_seqlens: torch.Tensor, group_ids: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    """Return G_t - sum_j G_jt W_jt / sum_j W_jt over the group at position t, (tokens,) float64; 0 where not valid.
+
+    Args:
+        to_go: (tokens,), G.
+        energy: (tokens,), the steps of the running sum W of a response.
+        cu_seqlens: (seqs + 1,) int32 offsets of the responses. The position of a token is its place in its response.
+        group_ids: (seqs,). A response without others in its group has no baseline: its own return would cancel it.
+        valid: (tokens,) bool.
+    """
+    tokens, start = to_go.shape[0], cu_seqlens[:-1].long()
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    sequence = torch.arange(len(lengths), device=valid.device).repeat_interleave(lengths, output_size=tokens)
+    to_go, total = to_go.double(), torch.where(valid, energy.double(), 0.0).cumsum(0)
     before = torch.nn.functional.pad(total, (1, 0))[start]
     weight = torch.where(valid, total - before[sequence], 0.0)
     # One cell per position of every group.
-    position = torch.arange(batch.num_tokens, device=valid.device) - start[sequence]
-    group = groups_of(batch.group_ids).member[sequence]
-    cell = (group * max(batch.num_tokens, 1) + position).unique(return_inverse=True)[1]
-    top, bottom = (segment_sum(x, cell, batch.num_tokens)[cell] for x in (to_go * weight, weight))
-    # A response without others has no baseline: its own return would cancel it.
-    alone = torch.bincount(groups_of(batch.group_ids).member, minlength=1)[group] == 1
+    position = torch.arange(tokens, device=valid.device) - start[sequence]
+    member = groups_of(group_ids).member
+    cell = (member[sequence] * max(tokens, 1) + position).unique(return_inverse=True)[1]
+    top, bottom = (segment_sum(x, cell, tokens)[cell] for x in (to_go * weight, weight))
+    alone = (torch.bincount(member, minlength=1)[member] == 1)[sequence]
     baseline = torch.where(alone, 0.0, top / torch.where(bottom != 0, bottom, 1.0))
-    gain = torch.where(valid & ((bottom != 0) | alone), to_go - baseline, 0.0)
-    return Advantage(gain.to(batch.old_logp.dtype), "token")
+    return torch.where(valid & ((bottom != 0) | alone), to_go - baseline, 0.0)
 
 
 _TOKEN = {"reinforce_pp": _reward_to_go, "gae": _gae, "otb": _optimal_token_baseline}

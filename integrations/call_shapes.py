@@ -11,27 +11,29 @@ sends them by name to Ray actors.
 | `skyrl_policy_loss` | SkyRL 0.4 functions of `@register_policy_loss` |
 | `NemoPolicyLoss` | NeMo-RL `ClippedPGLossFn` |
 | `slime_policy_loss` | slime `slime.utils.ppo_utils.compute_policy_loss` |
-| `prime_rl_loss` | prime-rl `trainer.loss = {type = "custom", import_path = ...}` |
+| `prime_rl_default_loss`, `_ipo_loss`, `_ref_kl_loss`, `prime_rl_loss` | prime-rl 0.8 losses, see prime_rl_losses.py |
 """
 
-import math
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from tokfuse.integrations import trl_objective
-from tokfuse.integrations.padded import Padding
+from tokfuse.integrations.nemo_loss import NemoPolicyLoss as NemoPolicyLoss
+from tokfuse.integrations.padded import Padding, padded_loss
+from tokfuse.integrations.prime_rl_losses import prime_rl_default_loss as prime_rl_default_loss
+from tokfuse.integrations.prime_rl_losses import prime_rl_ipo_loss as prime_rl_ipo_loss
+from tokfuse.integrations.prime_rl_losses import prime_rl_loss as prime_rl_loss
+from tokfuse.integrations.prime_rl_losses import prime_rl_ref_kl_loss as prime_rl_ref_kl_loss
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.ops.offpolicy_weights import offpolicy_weights
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
 from tokfuse.runtime.policy.keep_rule import KeepRule
-from tokfuse.runtime.policy.objective import KL, Objective
-from tokfuse.runtime.policy.results import PolicyLoss as PolicyLossResult
-from tokfuse.runtime.policy.shapes import LinearLogp, PPOClip, SigmoidGate, StopGradClip
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.shapes import PPOClip, SigmoidGate, StopGradClip
 
 OP = "integrations.call_shapes"
 Scalar = float | torch.Tensor
@@ -48,28 +50,6 @@ def _world_size() -> int:
 
 def _mask(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
-
-
-def _padded_loss(
-    log_probs: torch.Tensor,
-    old: torch.Tensor | None,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    objective: Objective,
-    normalizer: Scalar | str | None,
-    weight: torch.Tensor | None = None,
-) -> PolicyLossResult:
-    """Return `policy_loss` of the counting tokens in padded (batch, length) tensors."""
-    padding = Padding(mask)
-    return policy_loss(
-        padding.pack(log_probs),
-        old_logp=None if old is None else padding.pack(old),
-        advantage=padding.pack(advantages),
-        objective=objective,
-        normalizer=normalizer,
-        cu_seqlens=padding.cu_seqlens,
-        token_weight=None if weight is None else padding.pack(weight),
-    )
 
 
 # ------------------------------------------------------------------------------------------- Liger
@@ -176,12 +156,16 @@ def triton_grpo_loss(
 # ---------------------------------------------------------------------------------------- OpenRLHF
 
 
+def _mean_at(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return x[mask].sum() / mask.sum().clamp(min=1)
+
+
 class PolicyLoss(torch.nn.Module):
     """(loss, clip fraction, policy KL, vLLM KL or None), with the arguments of OpenRLHF 0.11's PolicyLoss.
 
-    Supported: policy_loss_type "ppo" with dual clip and the corrections tis, icepop and seq-mask-tis; and "gspo". Not
-    supported: "gspo" with enable_vllm_is_correction, whose ratio is against the rollout engine. Pass the engine's
-    log-probabilities as old_log_probs instead.
+    Supported: policy_loss_type "ppo" with dual clip and the corrections tis, icepop and seq-mask-tis; and "gspo". With
+    enable_vllm_is_correction, the ratio of "gspo" is against the rollout engine, without a weight and without bounds:
+    as in OpenRLHF, its type and its thresholds then have no effect.
     """
 
     def __init__(
@@ -199,13 +183,6 @@ class PolicyLoss(torch.nn.Module):
         if policy_loss_type not in ("ppo", "gspo"):
             raise _refused("policy_loss_type", "'ppo' or 'gspo'", repr(policy_loss_type), "Use tokfuse.policy_loss.")
         gspo = policy_loss_type == "gspo"
-        if gspo and enable_vllm_is_correction:
-            raise _refused(
-                "enable_vllm_is_correction",
-                "False with policy_loss_type='gspo'",
-                True,
-                "Pass rollout_log_probs as old_log_probs.",
-            )
         if vllm_is_correction_type not in ("tis", "icepop", "seq-mask-tis"):
             raise _refused(
                 "vllm_is_correction_type",
@@ -218,7 +195,8 @@ class PolicyLoss(torch.nn.Module):
             level="sequence" if gspo else "token",
             aggregation="token_mean" if token_level_loss and not gspo else "seq_mean_token_mean",
         )
-        self.correction = vllm_is_correction_type if enable_vllm_is_correction else None
+        self.against_rollout = gspo and enable_vllm_is_correction
+        self.correction = vllm_is_correction_type if enable_vllm_is_correction and not gspo else None
         self.bounds = vllm_is_truncated_threshold
 
     def forward(
@@ -236,8 +214,8 @@ class PolicyLoss(torch.nn.Module):
         mask = _mask(action_mask, log_probs)
         by_token = self.objective.aggregation == "token_mean"
         count = batch_num_tokens if by_token else global_batch_size
-        weight, vllm_kl = None, None
-        if self.correction is not None:
+        weight, vllm_kl, start = None, None, old_log_probs
+        if self.correction is not None or self.against_rollout:
             if rollout_log_probs is None:
                 raise _refused(
                     "rollout_log_probs",
@@ -245,14 +223,16 @@ class PolicyLoss(torch.nn.Module):
                     None,
                     "Pass the log-probabilities of the rollout engine.",
                 )
-            weight = self._weight(old_log_probs, rollout_log_probs, mask)
-            gap = (rollout_log_probs - old_log_probs)[mask]
-            vllm_kl = gap.sum() / max(1, gap.numel())
+            if self.against_rollout:
+                start = rollout_log_probs
+            else:
+                weight = self._weight(old_log_probs, rollout_log_probs, mask)
+                vllm_kl = _mean_at(rollout_log_probs - old_log_probs, mask)
         normalizer = "batch" if count is None else count / dp_size
-        out = _padded_loss(log_probs, old_log_probs, advantages, mask, self.objective, normalizer, weight)
+        out = padded_loss(log_probs, start, advantages, mask, self.objective, normalizer, weight)
         mean = out.metrics.mean()
         clip = log_probs.new_tensor(mean["clip_low"] + mean["clip_high"])
-        return out.loss, clip, log_probs.new_tensor(mean["kl_k1"]), vllm_kl
+        return out.loss, clip, _mean_at(old_log_probs - log_probs.detach(), mask), vllm_kl
 
     def _weight(self, old: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         assert self.bounds is not None
@@ -318,267 +298,13 @@ def skyrl_policy_loss(
     objective = Objective(shape=shape, aggregation="token_sum", **gspo)
     mask = _mask(loss_mask, log_probs)
     weight = None if loss_mask is None or loss_mask.dtype == torch.bool else loss_mask.float()
-    out = _padded_loss(log_probs, old_log_probs, advantages, mask, objective, None, weight)
+    out = padded_loss(log_probs, old_log_probs, advantages, mask, objective, None, weight)
     if kind == "cispo":  # SkyRL counts both bounds, for either sign of the advantage
         ratio, (low, high) = (log_probs - old_log_probs).detach().exp()[mask], shape.bounds
         clipped = ((ratio < low) | (ratio > high)).float()
         return out.loss, {"clip_ratio": float(clipped.sum() / max(1, clipped.numel()))}
     mean = out.metrics.mean()
     return out.loss, {"clip_ratio": mean["clip_low"] + mean["clip_high"]}
-
-
-# ------------------------------------------------------------------------------------------ NeMo-RL
-
-
-NEMO_DEFAULTS: dict[str, Any] = {
-    "disable_ppo_ratio": False,
-    "token_level_loss": True,
-    "sequence_level_importance_ratios": False,
-    "ratio_clip_min": 0.2,
-    "ratio_clip_max": 0.2,
-    "ratio_clip_c": None,
-    "reference_policy_kl_penalty": 0.01,
-    "reference_policy_kl_type": "k3",
-    "kl_input_clamp_value": 20.0,
-    "kl_output_clamp_value": 10.0,
-    "use_kl_in_reward": False,
-    "use_importance_sampling_correction": False,
-    "truncated_importance_sampling_type": None,
-    "truncated_importance_sampling_ratio": None,
-    "truncated_importance_sampling_ratio_min": None,
-    "use_on_policy_kl_approximation": False,
-    "force_on_policy_ratio": False,
-    "use_cispo": False,
-    "positive_example_nll_weight": 0.0,
-}
-"""The fields of NeMo-RL's ClippedPGLossConfig and their defaults."""
-
-
-class NemoPolicyLoss:
-    """NeMo-RL's loss protocol: (next_token_logprobs, data, global_valid_seqs, global_valid_toks).
-
-    `cfg` has the fields of ClippedPGLossConfig, as an object or a dict. Supported: ratio_clip_min, ratio_clip_max,
-    ratio_clip_c, token_level_loss, sequence_level_importance_ratios, disable_ppo_ratio, force_on_policy_ratio,
-    use_cispo, and use_importance_sampling_correction with tis or icepop at token level. Not supported: the KL penalty
-    (its output clamp has no equivalent; add it to the reward), seq-mask-tis, sequence-level correction, and the NLL
-    term. The fields kl_input_clamp_value, kl_output_clamp_value and use_on_policy_kl_approximation belong to the KL
-    penalty only; reference_policy_kl_type also selects the estimator of the metrics. A combination that NeMo-RL
-    refuses, and a field that tokfuse does not know, raise an error.
-
-    A call returns (loss, metrics), with all metrics of NeMo-RL. The loss is a sum divided by the given global count. A
-    sampling ratio that is not finite becomes 0, `curr_logprobs_keep_mask` of the data removes tokens from the loss,
-    a sample mask between 0 and 1 multiplies the loss of its sample, and a micro-batch without a valid token gives 0.
-    The ratio is bounded by exp(+-20).
-    """
-
-    def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False) -> None:
-        given = cfg if isinstance(cfg, Mapping) else {**vars(cfg), **(getattr(cfg, "model_extra", None) or {})}
-        for name, value in given.items():
-            if name not in NEMO_DEFAULTS and value:
-                raise _refused(f"cfg.{name}", "a field of ClippedPGLossConfig", repr(value), "Remove it.")
-        c = SimpleNamespace(**{name: given.get(name, default) for name, default in NEMO_DEFAULTS.items()})
-        _check_nemo(c)
-        self.use_fused_linear_logprobs = use_fused_linear_logprobs
-        self.correction = c.truncated_importance_sampling_type
-        self.corrects = c.use_importance_sampling_correction
-        self.low, self.high = c.truncated_importance_sampling_ratio_min, c.truncated_importance_sampling_ratio
-        self.kl_type = c.reference_policy_kl_type
-        self.clip = {"low": c.ratio_clip_min, "high": c.ratio_clip_max}
-        self.on_policy = c.force_on_policy_ratio
-        shape: Any = PPOClip(**self.clip, dual=c.ratio_clip_c)
-        if c.disable_ppo_ratio and not self.on_policy:
-            shape = LinearLogp()
-        elif c.use_cispo:
-            shape = StopGradClip(**self.clip, ratio_min=None, ratio_max=None)
-        self.objective = Objective(
-            shape=shape,
-            level="sequence" if c.sequence_level_importance_ratios else "token",
-            aggregation="token_mean" if c.token_level_loss else "seq_mean_token_mean",
-        )
-
-    @property
-    def loss_type(self) -> Any:
-        """NeMo-RL's enum, imported on first use."""
-        from nemo_rl.algorithms.loss.interfaces import LossType
-
-        return LossType.TOKEN_LEVEL if self._by_token else LossType.SEQUENCE_LEVEL
-
-    @property
-    def input_type(self) -> Any:
-        """NeMo-RL's enum for log-probabilities of the next tokens."""
-        from nemo_rl.algorithms.loss.interfaces import LossInputType
-
-        return LossInputType.LOGPROB
-
-    @property
-    def metric_normalizations(self) -> dict[str, Any]:
-        """NeMo-RL's enum of the global count that divides each metric."""
-        from nemo_rl.algorithms.loss.interfaces import MetricNormalizer as By
-
-        loss = By.TOKENS if self._by_token else By.SEQUENCES
-        out = dict.fromkeys(NEMO_SUMS, By.TOKENS) | {"loss": loss, "kl_penalty": loss}
-        if self.objective.level == "sequence":
-            out["sampling_importance_ratio"] = By.SEQUENCES
-        if self.correction is not None:
-            out["is_oob_ratio"] = By.TOKENS
-        plain = [f"probs_ratio{x}_{end}" for x in ("", "_clamped") for end in ("min", "max")]
-        return out | dict.fromkeys(("num_valid_samples", "positive_nll_loss", *plain), By.NONE)
-
-    @property
-    def _by_token(self) -> bool:
-        return self.objective.aggregation == "token_mean"
-
-    def __call__(
-        self,
-        next_token_logprobs: torch.Tensor,
-        data: Any,
-        global_valid_seqs: torch.Tensor,
-        global_valid_toks: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        all_valid = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
-        keep = data.get("curr_logprobs_keep_mask")
-        valid = all_valid if keep is None else all_valid * keep
-        current, sampled = next_token_logprobs.detach(), data["generation_logprobs"][:, 1:]
-        old = current if self.on_policy else data["prev_logprobs"][:, 1:]
-        ratio = (old - sampled).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        weight, out_of_bounds = self._truncated(ratio)
-        seqs, tokens = (torch.as_tensor(x).clamp(min=1) for x in (global_valid_seqs, global_valid_toks))
-        out = _padded_loss(
-            next_token_logprobs,
-            old,
-            data["advantages"][:, 1:],
-            valid.bool(),
-            self.objective,
-            tokens if self._by_token else seqs,
-            valid * weight if self.corrects else valid,
-        )
-        of_old = valid if self.on_policy else all_valid  # old is current then, and equally filtered
-        metrics = self._metrics(current, old, sampled, valid, of_old, weight, tokens, seqs)
-        if self.correction is not None:
-            metrics["is_oob_ratio"] = float((out_of_bounds * of_old).sum() / tokens)
-        return out.loss, {"loss": out.loss.item(), **metrics, "num_valid_samples": data["sample_mask"].sum().item()}
-
-    def _truncated(self, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sampling ratio within the bounds of tis or icepop, and which elements were outside."""
-        if self.correction is None:
-            return ratio, torch.zeros_like(ratio)
-        low = 0.0 if self.low is None else self.low
-        outside = (ratio < low) | (ratio > self.high)
-        if self.correction == "tis":
-            return ratio.clamp(low, self.high), outside.float()
-        return ratio.masked_fill(outside, 0.0), outside.float()
-
-    @torch.no_grad()
-    def _metrics(
-        self,
-        current: torch.Tensor,
-        old: torch.Tensor,
-        sampled: torch.Tensor,
-        valid: torch.Tensor,
-        of_old: torch.Tensor,
-        weight: torch.Tensor,
-        tokens: torch.Tensor,
-        seqs: torch.Tensor,
-    ) -> dict[str, float]:
-        """Return NeMo-RL's metrics. `valid` are the tokens of the loss, `of_old` those of a comparison with `old`."""
-        ratio = (current - old).exp()
-        clamped = ratio.clamp(1.0 - self.clip["low"], 1.0 + self.clip["high"])
-        mean_weight = (weight * of_old).sum() / tokens
-        if self.objective.level == "sequence":
-            inside = valid.bool()
-            mean = torch.where(inside, current - old, 0.0).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(
-                min=1
-            )
-            ratio = mean.exp().expand_as(current)
-            clamped = ratio.clamp(1.0 - self.clip["low"], 1.0 + self.clip["high"])
-            whole = (torch.where(of_old.bool(), old - sampled, 0.0)).sum(1).exp()
-            whole = whole.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            mean_weight = (whole * of_old.amax(1)).sum() / seqs
-        elif isinstance(self.objective.shape, LinearLogp):
-            ratio = clamped = current
-        elif self.on_policy:
-            clamped = ratio
-        log_mixture = torch.logaddexp(old, sampled) - math.log(2.0)
-        js = 0.5 * (_kl(log_mixture, old, "k3") + _kl(log_mixture, sampled, "k3"))
-        sums = {
-            "probs_ratio": _sum_at(ratio, valid),
-            "probs_ratio_clamped": _sum_at(clamped, valid),
-            "token_mult_prob_error": _sum_at((sampled - old).abs().exp(), of_old),
-            "gen_kl_error": _sum_at(_kl(sampled, old, self.kl_type), of_old),
-            "policy_kl_error": _sum_at(_kl(old, sampled, self.kl_type), of_old),
-            "js_divergence_error": _sum_at(js, of_old),
-            "approx_entropy": _sum_at(-(current - sampled).exp() * current, valid),
-        }
-        extremes = [x[valid.bool()] for x in (ratio, clamped)]
-        ends = [
-            (x.min(), x.max()) if x.numel() else (x.new_tensor(math.inf), x.new_tensor(-math.inf)) for x in extremes
-        ]
-        found = torch.stack([*(x / tokens for x in sums.values()), mean_weight, *ends[0], *ends[1]]).tolist()
-        names = (
-            *sums,
-            "sampling_importance_ratio",
-            "probs_ratio_min",
-            "probs_ratio_max",
-            "probs_ratio_clamped_min",
-            "probs_ratio_clamped_max",
-        )
-        return dict(zip(names, found, strict=True)) | {"kl_penalty": 0.0, "positive_nll_loss": 0.0}
-
-
-NEMO_SUMS = (
-    "probs_ratio",
-    "probs_ratio_clamped",
-    "token_mult_prob_error",
-    "gen_kl_error",
-    "policy_kl_error",
-    "js_divergence_error",
-    "approx_entropy",
-    "sampling_importance_ratio",
-)
-
-
-def _check_nemo(c: SimpleNamespace) -> None:
-    """Raise an error for what the shim does not compute, and for what NeMo-RL refuses."""
-    another = "Use NeMo-RL's ClippedPGLossFn."
-    for name in ("reference_policy_kl_penalty", "positive_example_nll_weight"):
-        if getattr(c, name) and not (name == "reference_policy_kl_penalty" and c.use_kl_in_reward):
-            raise _refused(f"cfg.{name}", "0", getattr(c, name), another)
-    if c.reference_policy_kl_type not in ("k1", "k2", "k3"):
-        raise _refused("cfg.reference_policy_kl_type", "'k1', 'k2' or 'k3'", repr(c.reference_policy_kl_type), another)
-    kind, name = c.truncated_importance_sampling_type, "cfg.truncated_importance_sampling_type"
-    if kind not in (None, "tis", "icepop") or (
-        c.sequence_level_importance_ratios and c.use_importance_sampling_correction
-    ):
-        raise _refused(name, "None, 'tis' or 'icepop' at token level", repr(kind), another)
-    if kind is not None and not c.use_importance_sampling_correction:
-        raise _refused(name, "None without use_importance_sampling_correction", repr(kind), "Set both, as in NeMo-RL.")
-    high, low = c.truncated_importance_sampling_ratio, c.truncated_importance_sampling_ratio_min
-    if (high is not None) != (kind is not None) or (high is not None and high <= 0):
-        raise _refused("cfg.truncated_importance_sampling_ratio", "a number > 0 with a type, else None", high, another)
-    if (low is None) == (kind == "icepop") and kind != "tis" or (low is not None and low > high):
-        raise _refused(
-            "cfg.truncated_importance_sampling_ratio_min", "a number up to the ratio", low, "icepop needs it."
-        )
-    if c.sequence_level_importance_ratios and c.token_level_loss:
-        raise _refused("cfg.token_level_loss", "False with sequence_level_importance_ratios", True, "Set it to False.")
-    against = ("disable_ppo_ratio", "force_on_policy_ratio", "sequence_level_importance_ratios", "ratio_clip_c")
-    for option in against:
-        if c.use_cispo and getattr(c, option):
-            raise _refused(f"cfg.{option}", "left out with use_cispo", getattr(c, option), "Choose one of them.")
-    if c.use_cispo and not c.token_level_loss:
-        raise _refused("cfg.token_level_loss", "True with use_cispo", False, "Set it to True.")
-
-
-def _kl(logp: torch.Tensor, other: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return the estimator of KL(p || other) from samples of p: k1, k2 or k3."""
-    gap = other - logp
-    if kind == "k3":
-        return gap.exp() - 1.0 - gap
-    return -gap if kind == "k1" else 0.5 * gap.square()
-
-
-def _sum_at(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask.bool(), x * mask, 0.0).sum()
 
 
 # ------------------------------------------------------------------------------------------- slime
@@ -621,50 +347,3 @@ class _WithSlope(torch.autograd.Function):
     @first_order(f"{OP}.slime_policy_loss")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None
-
-
-# ---------------------------------------------------------------------------------------- prime-rl
-
-
-def prime_rl_loss(
-    inputs: Any,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual: float | None = None,
-    level: str = "token",
-    kl_coef: float = 0.0,
-) -> Any:
-    """Return prime-rl's LossOutputs of one sequence: the *sum* of its token losses, and metrics.
-
-    `[trainer.loss.kwargs]` sets the keyword arguments.
-
-    Args:
-        inputs: prime-rl's LossInputs. The old policy is inference_logprobs; loss_weights multiply every token's loss.
-        clip_low, clip_high: widths of the clip: the ratio is kept in [1 - clip_low, 1 + clip_high].
-        dual: bound of the dual clip. None: no dual clip.
-        level: level of the ratio, see `tokfuse.Objective`.
-        kl_coef: coefficient of a k3 KL to ref_logprobs. 0: none.
-    """
-    from prime_rl.trainer.rl.loss import LossOutputs
-
-    kl = KL(coef=kl_coef) if kl_coef else None
-    tokens = inputs.trainer_logprobs.shape[0]
-    weight = inputs.loss_weights
-    out = policy_loss(
-        inputs.trainer_logprobs,
-        old_logp=inputs.inference_logprobs,
-        advantage=inputs.advantages,
-        objective=Objective(
-            shape=PPOClip(low=clip_low, high=clip_high, dual=dual), level=level, kl=kl, aggregation="token_sum"
-        ),
-        mask=inputs.loss_mask,
-        ref_logp=inputs.ref_logprobs if kl else None,
-        token_weight=weight,
-        kl_weight=weight if kl else None,
-        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32, device=inputs.loss_mask.device),
-    )
-    mean = out.metrics.mean()
-    names = ("clip_low", "clip_high", "kl_k1", "ratio", "ref_kl_k3")
-    device = inputs.loss_mask.device
-    metrics = {name: torch.tensor(mean[name], device=device) for name in names if name in mean}
-    return LossOutputs(loss=out.loss, metrics=metrics)

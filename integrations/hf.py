@@ -20,13 +20,15 @@ LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, get_args
 
 import torch
 
+from tokfuse.integrations import zero3
 from tokfuse.integrations.hosts import Host, has_kernels, on_kernels, tell_unchanged, where
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
@@ -38,22 +40,32 @@ HOST = Host("transformers", (5, 0), (5, 24))
 OP = "integrations.hf"
 IGNORE = -100
 
-# config.model_type -> attribute of its text config that multiplies the logits; "1/" marks an attribute that divides
-# them, and "" means none. Checked in transformers 5.23. Other models transform logits in other ways and raise an error.
+
+class LogitRule(NamedTuple):
+    """What a model's forward does to its logits."""
+
+    scale: str = ""
+    """Attribute of the text config that multiplies the logits. "1/" before the name: that divides them. "": none."""
+    softcap: bool = False
+    """Whether the forward applies the text config's final_logit_softcapping."""
+
+
+PLAIN = (
+    "apertus arcee cwm deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 gemma gemma3 glm glm4 glm4_moe gpt_oss helium "
+    "hunyuan_v1_dense hunyuan_v1_moe lfm2 llama minimax minimax_m2 ministral ministral3 mistral mistral3 mixtral "
+    "nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 "
+    "qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe seed_oss smollm3 stablelm starcoder2"
+)
+# config.model_type -> what the forward of its causal language model does. Checked in transformers 5.24. Other models
+# transform logits in other ways, or run their transformer differently, and raise an error.
 SUPPORTED = {
-    "llama": "",
-    "mistral": "",
-    "qwen2": "",
-    "qwen3": "",
-    "phi3": "",
-    "olmo2": "",
-    "smollm3": "",
-    "gemma": "",
-    "gemma2": "",
-    "gemma3_text": "",
-    "cohere": "logit_scale",
-    "cohere2": "logit_scale",
-    "granite": "1/logits_scaling",
+    **dict.fromkeys(PLAIN.split(), LogitRule()),
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text", "vaultgemma"), LogitRule("", True)
+    ),
+    **dict.fromkeys(("cohere", "cohere2"), LogitRule("logit_scale")),
+    **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), LogitRule("1/logits_scaling")),
+    "falcon_h1": LogitRule("lm_head_multiplier"),
 }
 
 STATE = "_tokfuse_installed"
@@ -84,26 +96,35 @@ class ModelHead:
 def head_of(model: Any) -> ModelHead:
     """Return the current head of a causal language model. Call it again after every update.
 
+    Under DeepSpeed ZeRO-3 this gathers the head, a collective of all ranks.
+
     Raises:
         ValueError: a model type, head or adapter for which the logits would differ from the model's.
     """
+    head = _partitioned_head_of(model)
+    weight, bias = zero3.gathered(head.weight, head.bias)
+    assert weight is not None
+    return replace(head, weight=weight, bias=bias)
+
+
+def _partitioned_head_of(model: Any) -> ModelHead:
+    """Return the head with the parameters as they are, without a collective."""
     model = _base(model)
     config = model.config.get_text_config()
-    if config.model_type not in SUPPORTED:
-        known = ", ".join(SUPPORTED)
+    kind = model.config.model_type
+    if kind not in SUPPORTED:
         raise refuse(
             f"{OP}.head_of",
             "the model type",
-            f"one of {known}",
-            repr(config.model_type),
+            f"one of {', '.join(sorted(SUPPORTED))}",
+            repr(kind),
             "Use causal_lm_loss, which takes logits.",
         )
     weight, bias = _weight_and_bias(model.get_output_embeddings())
-    name = SUPPORTED[config.model_type]
-    scale = float(getattr(config, name.removeprefix("1/"))) if name else 1.0
-    return ModelHead(
-        weight, bias, getattr(config, "final_logit_softcapping", None), 1.0 / scale if name.startswith("1/") else scale
-    )
+    rule = SUPPORTED[kind]
+    scale = float(getattr(config, rule.scale.removeprefix("1/"))) if rule.scale else 1.0
+    cap = getattr(config, "final_logit_softcapping", None) if rule.softcap else None
+    return ModelHead(weight, bias, cap, 1.0 / scale if rule.scale.startswith("1/") else scale)
 
 
 # ------------------------------------------------------------------------------ forward of a model
@@ -145,7 +166,7 @@ def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -
     """
     HOST.require(f"{OP}.install")
     model = _base(model)
-    head_of(model)
+    _partitioned_head_of(model)
     kind: Any = type(model)
     if _patched_base(kind) is None:
         patched = _patched(kind)
@@ -222,8 +243,8 @@ def describe(model: Any) -> str:
     """Return which parts of this model run on which backend."""
     model = _base(model)
     active = is_installed(model)
-    head = head_of(model)
-    shape = " x ".join(map(str, head.weight.shape))
+    head = _partitioned_head_of(model)
+    shape = " x ".join(map(str, zero3.shape_of(head.weight)))
     return "\n".join(
         [
             f"transformers {HOST.installed} (tested: {HOST.tested}), {type(model).__name__} "
@@ -302,14 +323,22 @@ def _trl_on_tokfuse() -> bool:
 
 
 @functools.cache
-def _passed_on() -> frozenset[str]:
-    """Return the fields that the model's output has in common with the output of its transformer."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+def _output_class(base: Any) -> Any:
+    """Return the class of the output of a model's own forward, from its annotation."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.utils import ModelOutput
 
-    # Take the names from the installed version: `past_key_values` is called `cache` from 5.24 on.
-    return frozenset(
-        {f.name for f in fields(CausalLMOutputWithPast)} & {f.name for f in fields(BaseModelOutputWithPast)}
-    )
+    found = inspect.signature(base.forward).return_annotation
+    kinds = [x for x in (found, *get_args(found)) if isinstance(x, type) and issubclass(x, ModelOutput)]
+    return kinds[0] if kinds and {"loss", "logits"} <= {f.name for f in fields(kinds[0])} else CausalLMOutputWithPast
+
+
+def _output(model: Any, loss: torch.Tensor, outputs: Any) -> Any:
+    """Return the model's own output object, without logits, from the output of its transformer."""
+    base: Any = _patched_base(type(model)) or type(model)
+    kind = _output_class(base)
+    names = {f.name for f in fields(kind)} - {"loss", "logits"}
+    return kind(loss=loss, **{name: getattr(outputs, name) for name in names if hasattr(outputs, name)})
 
 
 def _forward(
@@ -324,8 +353,6 @@ def _forward(
     skip_logits: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
     if labels is None and shift_labels is None:
         return original(*args, **kwargs)
     weight = model.get_output_embeddings().weight
@@ -356,9 +383,7 @@ def _forward(
         target = shift_labels
     stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), state.temperature)
     count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    output = CausalLMOutputWithPast(
-        loss=-stats.logp.sum() / count, **{name: getattr(outputs, name) for name in _passed_on()}
-    )
+    output = _output(model, -stats.logp.sum() / count, outputs)
     if token_stats:
         output["logp"], output["entropy"] = (
             x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
@@ -522,7 +547,7 @@ def _check_call(head: torch.nn.Linear) -> None:
     changed = "a forward of its own"
     if type(head).forward is torch.nn.Linear.forward and ("forward" not in vars(head) or moved):
         hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
-        if not any(hooks):
+        if all(zero3.is_deepspeed(hook) for kind in hooks for hook in kind.values()):
             return
         changed = "hooks"
     raise refuse(
@@ -538,6 +563,8 @@ def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     """Return weight + the scaled products of the active adapters, differentiable in the adapters."""
     if layer.disable_adapters or layer.merged:
         return weight
+    if any(zero3.is_partitioned(x) for x in layer.parameters()):
+        raise _refuse_adapter("absent under DeepSpeed ZeRO-3 (its product needs all of its parts)", "LoRA")
     for name in layer.active_adapters:
         if name not in getattr(layer, "lora_A", {}):
             if any(name in getattr(layer, part, {}) for part in layer.adapter_layer_names):

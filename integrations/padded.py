@@ -1,8 +1,12 @@
-"""Conversion between a host's padded (batch, length) tensors and packed tensors."""
+"""Conversion between a host's padded (batch, length) tensors and packed tensors, and the loss of padded tensors."""
 
 from dataclasses import dataclass
 
 import torch
+
+from tokfuse.runtime.ops.policy_loss import policy_loss
+from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.policy.results import PolicyLoss
 
 
 @dataclass(frozen=True)
@@ -30,3 +34,25 @@ class Padding:
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Return x, (tokens,), as (batch, length), with 0 (False) where there is no token. Differentiable."""
         return x.new_zeros(self.rows.shape).masked_scatter(self.rows, x)
+
+
+def padded_loss(
+    log_probs: torch.Tensor,
+    old: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    objective: Objective,
+    normalizer: float | torch.Tensor | str | None,
+    weight: torch.Tensor | None = None,
+) -> PolicyLoss:
+    """Return `policy_loss` of the counting tokens in padded (batch, length) tensors."""
+    padding = Padding(mask)
+    return policy_loss(
+        padding.pack(log_probs),
+        old_logp=None if old is None else padding.pack(old),
+        advantage=padding.pack(advantages),
+        objective=objective,
+        normalizer=normalizer,
+        cu_seqlens=padding.cu_seqlens,
+        token_weight=None if weight is None else padding.pack(weight),
+    )

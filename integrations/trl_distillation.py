@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.integrations.hosts import Rebinding, on_kernels, where
+from tokfuse.integrations.zero3 import is_partitioned
 from tokfuse.runtime.core.divergence import generalised_jsd
 from tokfuse.runtime.ops.distill_step import distill_step
 from tokfuse.runtime.ops.linear_paired_divergence import linear_paired_divergence
@@ -107,8 +108,8 @@ def divergence_loss(
 
 
 def _supported(op: str, x: torch.Tensor) -> bool:
-    """Return whether `op` has kernels for this tensor, which is no parameter under DeepSpeed ZeRO-3 (`ds_id`)."""
-    return on_kernels("TRL", op, x) and not hasattr(x, "ds_id")
+    """Return whether `op` has kernels for this tensor, which is no parameter under DeepSpeed ZeRO-3."""
+    return on_kernels("TRL", op, x) and not is_partitioned(x)
 
 
 def _operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor | None]:

@@ -21,13 +21,11 @@ from trl import DPOConfig, DPOTrainer
 from tokfuse.algorithms import PreferenceBatch, PreferenceLoss, PreferenceStep, State, kto_kl, preference_step
 from tokfuse.integrations import trl_dpo_losses as losses
 from tokfuse.integrations import trl_seams as host
-from tokfuse.integrations.padded import Padding
 from tokfuse.integrations.trl_algorithm import world_of
+from tokfuse.integrations.trl_one_row import OneRow, check_one_row
 from tokfuse.runtime.core.errors import refuse
 
 OP = losses.OP
-ONE_ROW = ("input_ids", "attention_mask", "use_cache", "output_router_logits")  # what a padding-free forward knows
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 Sums = tuple[torch.Tensor, torch.Tensor]
 
@@ -119,19 +117,8 @@ class FusedDPOTrainer(DPOTrainer):
     def _check_model(self) -> None:
         if self.args.fp16 and self.accelerator.scaler is None:
             raise refuse(OP, "fp16", "used with a GradScaler", "DeepSpeed's own loss scale", "Use bf16.")
-        if not self._one_row:
-            return
-        base = self.accelerator.unwrap_model(self.model)
-        text = base.config.get_text_config()
-        attention, prompts = text._attn_implementation, getattr(base, "active_peft_config", None)
-        for what, wrong in (
-            ("an attention among " + ", ".join(ATTENTION), attention not in ATTENTION and attention),
-            ("a model of attention layers", getattr(base, "_is_stateful", False) and "a recurrent model"),
-            ("text", self._is_vision_dataset and "images"),
-            ("no virtual tokens", getattr(prompts, "is_prompt_learning", False) and "prompt-learning PEFT"),
-        ):
-            if wrong:
-                raise refuse(OP, "padding_free", f"False, or used with {what}", wrong, "Set padding_free=False.")
+        if self._one_row:
+            check_one_row(OP, self.accelerator.unwrap_model(self.model), self._is_vision_dataset)
 
     def describe(self) -> str:
         """Return how this trainer computes its loss, and on which backends."""
@@ -245,7 +232,7 @@ class FusedDPOTrainer(DPOTrainer):
         return out | {"output_router_logits": True} if self.aux_loss_enabled else out
 
     def _forward_of(self, model: Any) -> Callable[..., Any]:
-        return OneRow(model) if self._one_row else model
+        return OneRow(OP, model) if self._one_row else model
 
     def _divergence(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Return KTO's estimate of the divergence from the reference, on responses to other prompts."""
@@ -288,33 +275,3 @@ class FusedDPOTrainer(DPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._method is not None and checkpoint is not None:
             self._method.load(checkpoint)
-
-
-class OneRow:
-    """A model whose padded inputs run as one row without padding. Its outputs are padded again.
-
-    Args:
-        model: accepts `fused_lm_head`, and takes the borders of the sequences from `position_ids`.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __call__(self, **inputs: Any) -> Any:
-        ids, labels = inputs.pop("input_ids"), inputs.pop("labels")
-        kept = Padding(inputs.pop("attention_mask").bool())
-        unknown = inputs.keys() - {"fused_lm_head", "use_cache", "output_router_logits"}
-        if unknown:
-            raise refuse(OP, "padding_free", "False with other inputs of the model", sorted(unknown), "Turn it off.")
-        position = kept.rows.cumsum(1) - 1
-        labels = labels.masked_fill(position == 0, -100)  # the first token of a sequence has no prediction
-        out = self._model(
-            input_ids=kept.pack(ids)[None],
-            position_ids=kept.pack(position)[None],
-            labels=kept.pack(labels)[None],
-            **inputs,
-        )
-        for name, x in out.items():
-            if x.dim() == 2:  # (1, tokens - 1): the prediction of each token but the first
-                out[name] = kept.pad(torch.cat([x.new_zeros(1), x[0]]))[:, 1:]
-        return out

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.integrations import trl_distillation
+from tokfuse.integrations import trl_distillation, zero3
 from tokfuse.integrations.hosts import Host, Rebinding, has_kernels, on_kernels, where
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
@@ -223,15 +223,11 @@ def per_token(
 def operands(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return the tensors in TRL's compute dtype; detached if gradients are disabled."""
-    if hasattr(weight, "ds_id"):
-        raise refuse(
-            OP,
-            "lm_head.weight",
-            "a full parameter",
-            "a DeepSpeed ZeRO-3 partition",
-            "Use FSDP2, ZeRO-2, or uninstall tokfuse.",
-        )
+    """Return the tensors in TRL's compute dtype; detached if gradients are disabled.
+
+    Under DeepSpeed ZeRO-3, TRL has gathered the head for this call; its data then stays for the backward.
+    """
+    weight, bias = zero3.gathered(weight, bias)  # type: ignore[assignment]
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype

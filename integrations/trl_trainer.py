@@ -22,11 +22,13 @@ from tokfuse.integrations import trl_seams as host
 from tokfuse.integrations.hosts import has_kernels
 from tokfuse.integrations.padded import Padding
 from tokfuse.integrations.trl_influence import CompletionInfluence, Watch
+from tokfuse.integrations.trl_one_row import OneRow, check_one_row
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.policy_loss import policy_loss
 from tokfuse.runtime.ops.policy_step import policy_step
 from tokfuse.runtime.policy.results import PolicyStep
 
+OP = "integrations.trl.FusedGRPOTrainer"
 FORWARD_KEYS = (
     "pixel_values",
     "image_grid_thw",
@@ -95,6 +97,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         solved_above: with an algorithm: a response is correct if its reward is above this value.
         influence: a `CompletionInfluence`. It adds metrics of the influence of every completion on a validation loss,
             and calls a function with the scores. None: off.
+        padding_free: True: the transformer runs on one row without the padding of prompts and completions, for the
+            loss, the old policy and the reference. It needs sdpa, eager or FlashAttention 2 or 3, and text. TRL 1.16
+            has no such option.
         args, kwargs: all other arguments of `trl.GRPOTrainer`.
 
     Raises:
@@ -108,19 +113,31 @@ class FusedGRPOTrainer(GRPOTrainer):
         algorithm: str | Algorithm | None = None,
         solved_above: float = 0.0,
         influence: CompletionInfluence | None = None,
+        padding_free: bool = False,
         **kwargs: Any,
     ) -> None:
-        host.HOST.require("integrations.trl.FusedGRPOTrainer")
+        host.HOST.require(OP)
         super().__init__(*args, **kwargs)
         device = self.accelerator.device.type
         if not has_kernels("policy_step_hidden", device, torch.bfloat16):
             raise refuse(
-                "integrations.trl.FusedGRPOTrainer",
+                OP,
                 "the trainer's device",
                 "one that tokfuse has kernels for (a CPU with the native module, or cuda)",
                 device,
                 "Use trl.GRPOTrainer.",
             )
+        self._one_row = padding_free
+        if padding_free:
+            check_one_row(OP, self.accelerator.unwrap_model(self.model), False)
+            if influence is not None:
+                raise refuse(
+                    OP,
+                    "padding_free",
+                    "False with influence (its features belong to the rows of a batch)",
+                    True,
+                    "Choose one of them.",
+                )
         self._scores: Scores | None = None
         self._head: host.Head | None = None
         self._method = None
@@ -137,6 +154,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         else:
             calls = "statistics, then policy_loss" if self._looks_first else "one policy_step"
             route = f"loss_type {self.loss_type}: {calls}"
+        if self._one_row:
+            route += ", without padding"
         return f"FusedGRPOTrainer: {route}\n{host.describe()}"
 
     @property
@@ -147,12 +166,14 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     # -------------------------------------------------------------------------- TRL's entry points
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Scores:
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Scores:
         """Run TRL's method with its head on tokfuse. Inside `_replayed`, return the existing scores."""
         if self._scores is not None:
             return self._scores
+        if self._one_row:
+            model = OneRow(OP, model)
         with host.rebound(self._head or host.Head(host.token_head)):
-            scores: Scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            scores: Scores = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         return scores
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from tokfuse.algorithms import advantages as estimators
-from tokfuse.algorithms.batch import Batch
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.gae import gae as gae_op
 from tokfuse.runtime.ops.group_advantage import group_advantage
+from tokfuse.runtime.ops.influence import squared_gradient_norm
 from tokfuse.runtime.ops.whiten import whiten
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -75,6 +75,59 @@ def group(
         )
     out = group_advantage(scores, ids, kind, **options).unsqueeze(-1) * response_mask
     return out, out
+
+
+def gdpo(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    config: Any = None,
+    non_tensor_batch: Any = None,
+    batch: Any = None,
+    **_: Any,
+) -> Pair:
+    """Return the weighted sum of the GRPO advantages of every reward, whitened over the batch (arXiv 2601.05242).
+
+    The rewards are the columns config.gdpo_reward_keys of non_tensor_batch, with the weights
+    config.gdpo_reward_weights (None: 1). Without keys there is one reward, the sum of token_level_rewards. As in verl,
+    config.norm_adv_by_std_in_grpo has no effect here.
+    """
+    keys: Any = None if config is None else config.get("gdpo_reward_keys", None)
+    rewards = [token_level_rewards.sum(-1)]
+    if keys or (config is not None and non_tensor_batch is not None and batch is not None):
+        columns = _needs("gdpo", "non_tensor_batch", non_tensor_batch)
+        for key in _needs_keys(keys):
+            if key not in columns:
+                known = ", ".join(map(str, columns))
+                raise refuse("tokfuse_gdpo", "gdpo_reward_keys", f"columns of the batch ({known})", key, "Check them.")
+        values = [np.asarray(columns[key], dtype=np.float32) for key in keys]
+        rewards = [torch.from_numpy(x).to(token_level_rewards.device) for x in values]
+    given: Any = None if config is None or not keys else config.get("gdpo_reward_weights", None)
+    weights = [1.0] * len(rewards) if given is None else list(given)
+    if len(weights) != len(rewards):
+        raise refuse(
+            "tokfuse_gdpo", "gdpo_reward_weights", f"{len(rewards)} numbers, one per key", len(weights), "Check them."
+        )
+    ids = _groups(index, token_level_rewards.device)
+    options: dict[str, Any] = {"eps": epsilon} if norm_adv_by_std_in_grpo else {"scale": "none"}
+    parts = [w * group_advantage(r, ids, "grpo", **options) for w, r in zip(weights, rewards, strict=True)]
+    total = torch.stack(parts).sum(0).unsqueeze(-1) * response_mask
+    out = _whitened(total, response_mask) * response_mask
+    return out, out
+
+
+def _needs_keys(keys: Any) -> Any:
+    if not keys:
+        raise refuse(
+            "tokfuse_gdpo",
+            "config.gdpo_reward_keys",
+            "the names of the rewards that compute_score returns",
+            keys,
+            "Set algorithm.gdpo_reward_keys.",
+        )
+    return keys
 
 
 def gpg(
@@ -155,32 +208,72 @@ def optimal_token_baseline(
     handle_zero_tail: bool = True,
     **_: Any,
 ) -> Pair:
-    """Return the returns minus a baseline per position, weighted by the running sum of 1 - 2 p + sum of p^2."""
-    name = "optimal_token_baseline"
-    old, square = (_needs(name, "old_log_probs", old_log_probs), _needs(name, "sum_pi_squared", sum_pi_squared))
-    if rollout_is_weights is not None:
-        raise refuse(
-            f"tokfuse_{name}",
-            "rollout_is_weights",
-            "None",
-            "a tensor",
-            "Use verl's own estimator with importance weights.",
-        )
-    rewards = token_level_rewards * response_mask
-    batch = Batch(
-        reward=rewards.sum(-1),
-        cu_seqlens=_borders(rewards),
-        old_logp=old.reshape(-1),
-        group_ids=_groups(index, rewards.device),
-        mask=response_mask.reshape(-1) > 0,
-        token_reward=rewards.reshape(-1),
-        sum_sq=square.reshape(-1),
-    )
-    returns = rewards.flip(-1).cumsum(-1).flip(-1)
-    gain = estimators.estimate("otb", batch, batch.reward, {}, False).value.view_as(rewards)
-    if handle_zero_tail:
-        gain = torch.where(_beyond_the_second(response_mask, batch.group_ids), returns, gain)  # type: ignore[arg-type]
+    """Return the returns minus a baseline per position, weighted by the running sum of 1 - 2 p + sum of p^2.
+
+    rollout_is_weights, (batch, length), multiply that sum's steps by their squares. handle_zero_tail: no baseline where
+    only one response of a group is left.
+    """
+    energy = _energy("optimal_token_baseline", old_log_probs, sum_pi_squared, rollout_is_weights)
+    returns = _to_go(token_level_rewards, response_mask)
+    gain = _less_baseline(returns, energy, response_mask, _groups(index, returns.device), handle_zero_tail)
     return gain * response_mask, returns
+
+
+def tir_optimal_token_baseline(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Any,
+    old_log_probs: torch.Tensor | None = None,
+    sum_pi_squared: torch.Tensor | None = None,
+    rollout_is_weights: torch.Tensor | None = None,
+    handle_zero_tail: bool = True,
+    **_: Any,
+) -> Pair:
+    """Return the same with positions that count only the tokens of the policy: for several turns and tools.
+
+    Responses of a group are then compared at their n-th own token. A response without one is not part of its group.
+    """
+    energy = _energy("tir_optimal_token_baseline", old_log_probs, sum_pi_squared, rollout_is_weights)
+    returns = _to_go(token_level_rewards, response_mask)
+    own = response_mask > 0
+    kept = own.any(1)
+    # Stable: the policy's tokens come first, in their order.
+    order = (~own).to(torch.uint8).argsort(dim=1, stable=True)
+    gain = torch.zeros_like(returns)
+    part = _less_baseline(
+        returns.gather(1, order)[kept],
+        energy.gather(1, order)[kept],
+        response_mask.gather(1, order)[kept],
+        _groups(index, returns.device)[kept],
+        handle_zero_tail,
+    )
+    gain[kept] = torch.zeros_like(part).scatter(1, order[kept], part)
+    return gain * response_mask, returns
+
+
+def _energy(
+    name: str, old: torch.Tensor | None, square: torch.Tensor | None, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Return 1 - 2 p + sum of p^2 of every token, times the squared importance weights."""
+    old, square = _needs(name, "old_log_probs", old), _needs(name, "sum_pi_squared", square)
+    assert old is not None and square is not None
+    energy = squared_gradient_norm(old.double(), square.double())
+    return energy if weights is None else energy * weights.double().square()
+
+
+def _to_go(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (rewards * mask).flip(-1).cumsum(-1).flip(-1)
+
+
+def _less_baseline(
+    returns: torch.Tensor, energy: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor, zero_tail: bool
+) -> torch.Tensor:
+    valid = mask.reshape(-1) > 0
+    gain = estimators.token_baseline_advantage(returns.reshape(-1), energy.reshape(-1), _borders(returns), ids, valid)
+    gain = gain.view_as(returns).to(returns.dtype)
+    if zero_tail and len(ids):
+        gain = torch.where(_beyond_the_second(mask, ids), returns, gain)
+    return gain
 
 
 def _beyond_the_second(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -208,5 +301,7 @@ ESTIMATORS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "reinforce_plus_plus_baseline": (reinforce_plus_plus_baseline, ()),
     "gae": (gae, ()),
     "remax": (remax, ()),
+    "gdpo": (gdpo, ()),
     "optimal_token_baseline": (optimal_token_baseline, ()),
+    "tir_optimal_token_baseline": (tir_optimal_token_baseline, ()),
 }

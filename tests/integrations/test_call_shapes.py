@@ -14,6 +14,7 @@ import torch
 from harness import compare
 
 from tokfuse.integrations import call_shapes as shapes
+from tokfuse.integrations import nemo_loss
 
 B, L, V = 3, 6, 31
 
@@ -148,6 +149,7 @@ def test_liger_refuses(more):
         {"dual_clip": 1.5},
         {"token_level_loss": False},
         {"policy_loss_type": "gspo"},
+        {"policy_loss_type": "gspo", "enable_vllm_is_correction": True, "dual_clip": 1.01},
         {"enable_vllm_is_correction": True},
         {"vllm_is_correction_type": "icepop"},
         {"vllm_is_correction_type": "seq-mask-tis"},
@@ -162,7 +164,9 @@ def test_openrlhf(options, counts):
     if correct:
         options = {**options, "enable_vllm_is_correction": True, "vllm_is_truncated_threshold": [low, high]}
     gspo = options.get("policy_loss_type") == "gspo"
-    log_ratio = b.logp - b.old
+    corrects_gspo = gspo and correct
+    correct = correct and not gspo
+    log_ratio = b.logp - (b.rollout if corrects_gspo else b.old)
     if gspo:
         log_ratio = ((log_ratio * m).sum(1) / m.sum(1)).unsqueeze(1) * torch.ones_like(m)
     loss = ppo(log_ratio.exp(), b.advantage, 0.2, 0.2, options.get("dual_clip"))
@@ -197,12 +201,13 @@ def test_openrlhf_refuses():
         shapes.PolicyLoss(policy_loss_type="reinforce")
     with pytest.raises(ValueError, match="vllm_is_correction_type must be 'tis'"):
         shapes.PolicyLoss(vllm_is_correction_type="mis")
-    with pytest.raises(ValueError, match="enable_vllm_is_correction must be False with"):
-        shapes.PolicyLoss(policy_loss_type="gspo", enable_vllm_is_correction=True)
     b = batch()
-    module = shapes.PolicyLoss(enable_vllm_is_correction=True, vllm_is_truncated_threshold=[0.5, 2])
-    with pytest.raises(ValueError, match="rollout_log_probs must be given with"):
-        module(b.logp, b.old, b.advantage, b.mask)
+    for kind in ("ppo", "gspo"):
+        module = shapes.PolicyLoss(
+            policy_loss_type=kind, enable_vllm_is_correction=True, vllm_is_truncated_threshold=[0.5, 2]
+        )
+        with pytest.raises(ValueError, match="rollout_log_probs must be given with"):
+            module(b.logp, b.old, b.advantage, b.mask)
 
 
 # ------------------------------------------------------------------------------------------- SkyRL
@@ -440,25 +445,36 @@ def test_nemo_metrics(cfg):
 
 
 @pytest.mark.parametrize(
-    "cfg",
+    ("cfg", "name"),
     [
-        {"positive_example_nll_weight": 0.1},
-        {"use_importance_sampling_correction": True, "truncated_importance_sampling_type": "seq-mask-tis"},
-        {
-            "use_importance_sampling_correction": True,
-            "sequence_level_importance_ratios": True,
-            "token_level_loss": False,
-        },
+        ({"truncated_importance_sampling_type": "mis"}, "type"),
+        ({"truncated_importance_sampling_type": "tis"}, "type"),
+        (CORRECTED | {"truncated_importance_sampling_type": "tis"}, "ratio"),
+        (CORRECTED | {"truncated_importance_sampling_ratio": 2.0}, "ratio"),
+        (
+            CORRECTED
+            | {"truncated_importance_sampling_type": "seq-mask-tis", "truncated_importance_sampling_ratio": 2.0},
+            "ratio_min",
+        ),
+        (
+            CORRECTED
+            | TRUNCATED
+            | {
+                "truncated_importance_sampling_type": "seq-mask-tis",
+                "sequence_level_importance_ratios": True,
+                "token_level_loss": False,
+            },
+            "type",
+        ),
     ],
 )
-def test_nemo_refuses(cfg):
-    with pytest.raises(ValueError, match="call_shapes: cfg"):
+def test_nemo_refuses(cfg, name):
+    with pytest.raises(ValueError, match=f"nemo_loss: cfg.truncated_importance_sampling_{name} must be"):
         nemo(batch(), **cfg)
-    with pytest.raises(ValueError, match="cfg.reference_policy_kl_penalty must be 0; got 0.01"):
-        shapes.NemoPolicyLoss(SimpleNamespace())
 
 
-# A value that is not the default, with what it needs. None: the field belongs to the KL penalty, which is refused.
+PENALTY = {"reference_policy_kl_penalty": 0.3}
+# A value that is not the default, with what it needs.
 NEMO_FIELDS = {
     "disable_ppo_ratio": {"disable_ppo_ratio": True},
     "token_level_loss": {"token_level_loss": False},
@@ -466,34 +482,40 @@ NEMO_FIELDS = {
     "ratio_clip_min": {"ratio_clip_min": 0.05},
     "ratio_clip_max": {"ratio_clip_max": 0.05},
     "ratio_clip_c": {"ratio_clip_c": 1.01},
-    "reference_policy_kl_penalty": {"reference_policy_kl_penalty": 0.01},
-    "reference_policy_kl_type": {"reference_policy_kl_type": "k1"},
-    "kl_input_clamp_value": None,
-    "kl_output_clamp_value": None,
-    "use_kl_in_reward": None,
+    "reference_policy_kl_penalty": PENALTY,
+    "reference_policy_kl_type": PENALTY | {"reference_policy_kl_type": "k1"},
+    "kl_input_clamp_value": PENALTY | {"kl_input_clamp_value": 0.2},
+    "kl_output_clamp_value": PENALTY | {"kl_output_clamp_value": 0.05},
+    "use_kl_in_reward": PENALTY | {"use_kl_in_reward": True},
     "use_importance_sampling_correction": CORRECTED,
     "truncated_importance_sampling_type": CORRECTED | TRUNCATED | {"truncated_importance_sampling_type": "icepop"},
-    "truncated_importance_sampling_ratio": {"truncated_importance_sampling_ratio": 1.4},
-    "truncated_importance_sampling_ratio_min": {"truncated_importance_sampling_ratio_min": 0.7},
-    "use_on_policy_kl_approximation": None,
+    "truncated_importance_sampling_ratio": CORRECTED
+    | TRUNCATED
+    | {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 1.1},
+    "truncated_importance_sampling_ratio_min": CORRECTED
+    | TRUNCATED
+    | {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio_min": 0.9},
+    "use_on_policy_kl_approximation": PENALTY | {"use_on_policy_kl_approximation": True},
     "force_on_policy_ratio": {"force_on_policy_ratio": True},
     "use_cispo": {"use_cispo": True},
     "positive_example_nll_weight": {"positive_example_nll_weight": 0.1},
 }
 
 
-def test_every_field_of_nemos_config_changes_the_result_or_is_refused():
-    assert set(NEMO_FIELDS) == set(shapes.NEMO_DEFAULTS)
-    plain = nemo_call(batch())
+def test_every_field_of_nemos_config_changes_the_result():
+    """Each one against the same configuration without it."""
+    assert set(NEMO_FIELDS) == set(nemo_loss.NEMO_DEFAULTS)
+    more = {"reference_policy_logprobs": torch.nn.functional.pad(batch(1).rollout, (1, 0))}
+    more["rewards"] = torch.tensor([1.0, 0.0, 1.0])
     for name, cfg in NEMO_FIELDS.items():
-        if cfg is None:
-            continue
-        try:
-            changed = nemo_call(batch(), cfg)
-        except ValueError as error:
-            assert f"cfg.{name}" in str(error)
-        else:
-            assert changed[1] != plain[1], name
+        without = {key: value for key, value in cfg.items() if key != name}
+        if name == "truncated_importance_sampling_type":
+            without = CORRECTED
+        if name == "truncated_importance_sampling_ratio":
+            without[name] = TRUNCATED[name]
+        if name in ("sequence_level_importance_ratios", "token_level_loss"):
+            without = {}
+        assert nemo_call(batch(), cfg, **more)[1] != nemo_call(batch(), without, **more)[1], name
     with pytest.raises(ValueError, match=r"cfg\.new_option must be a field of ClippedPGLossConfig; got 0\.5"):
         nemo_call(batch(), {"new_option": 0.5})
     for clash in ("disable_ppo_ratio", "force_on_policy_ratio"):
@@ -516,6 +538,9 @@ SIGNATURES = {
     shapes.skyrl_policy_loss: "log_probs old_log_probs advantages config loss_mask rollout_logprobs",
     shapes.NemoPolicyLoss: "cfg use_fused_linear_logprobs",
     shapes.NemoPolicyLoss.__call__: "self next_token_logprobs data global_valid_seqs global_valid_toks",
+    shapes.prime_rl_default_loss: "inputs dppo_mask_low dppo_mask_high adv_tau kl_tau",
+    shapes.prime_rl_ipo_loss: "inputs ipo_threshold adv_tau kl_tau",
+    shapes.prime_rl_ref_kl_loss: "inputs",
     shapes.slime_policy_loss: "ppo_kl advantages eps_clip eps_clip_high eps_clip_c",
 }
 
@@ -627,7 +652,7 @@ def test_nemo_enums_come_from_the_host(monkeypatch):
     assert set(loss.metric_normalizations) == set(nemo_call(batch())[1])
 
 
-# --------------------------------------------------------------------------------- slime, prime-rl
+# ------------------------------------------------------------------------------------------- slime
 
 
 @pytest.mark.parametrize("dual", [None, 1.4])
@@ -646,31 +671,6 @@ def test_slime(dual):
     assert torch.equal(clipped.bool(), ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0)))
 
 
-def test_prime_rl(monkeypatch):
-    module = types.ModuleType("prime_rl.trainer.rl.loss")
-    module.LossOutputs = SimpleNamespace
-    for name in ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    b = batch()
-    m, w = b.mask[0].bool(), torch.linspace(0.5, 2, L)
-    inputs = SimpleNamespace(
-        trainer_logprobs=b.logp[0],
-        inference_logprobs=b.old[0],
-        ref_logprobs=b.rollout[0],
-        advantages=b.advantage[0],
-        loss_mask=m,
-        loss_weights=w,
-    )
-    out = shapes.prime_rl_loss(inputs, clip_high=0.4, dual=1.3, kl_coef=0.1)
-    x = wide(b)
-    gap = x.rollout[0] - x.logp[0]
-    token = ppo((x.logp[0] - x.old[0]).exp(), x.advantage[0], 0.2, 0.4, 1.3)
-    token = token + 0.1 * (gap.exp() - gap - 1)
-    assert_same(out.loss, b.logp, (token * w)[m].sum(), x.logp)
-    assert set(out.metrics) == {"clip_low", "clip_high", "kl_k1", "ratio", "ref_kl_k3"}
-
-
 # ------------------------------------------------------------------------------------- cloudpickle
 
 
@@ -681,6 +681,9 @@ def test_prime_rl(monkeypatch):
         shapes.skyrl_policy_loss,
         shapes.slime_policy_loss,
         shapes.prime_rl_loss,
+        shapes.prime_rl_default_loss,
+        shapes.prime_rl_ipo_loss,
+        shapes.prime_rl_ref_kl_loss,
         shapes.PolicyLoss(dual_clip=2.0),
         shapes.NemoPolicyLoss(SimpleNamespace(reference_policy_kl_penalty=0.0)),
     ],

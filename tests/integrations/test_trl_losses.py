@@ -18,7 +18,7 @@ import tiny_grpo
 from host_parity import assert_no_farther, trl_in_float64
 from trl import GRPOTrainer
 
-from tokfuse.integrations.trl import FusedGRPOTrainer
+from tokfuse.integrations.trl import CompletionInfluence, FusedGRPOTrainer
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 CLOCKS = ("time", "per_second", "runtime")
@@ -213,3 +213,50 @@ def test_an_untied_head_with_bias_and_softcap(tmp_path):
         return train(cls, tmp_path, exact=exact, model=model, gradient_checkpointing=True, **REUSED)
 
     assert_same(run(FusedGRPOTrainer), run(GRPOTrainer), run(GRPOTrainer, exact=True))
+
+
+PADDING_FREE = {
+    "one pass": {},
+    "reference, old policy, entropy": {**kl(), "num_iterations": 2, "max_steps": 3, "entropy_coef": 0.01},
+    "tools": {"mixin": Tools},
+    "chunks": {"beta": 0.2, "steps_per_generation": 4, "top_entropy_quantile": 0.5},
+}
+
+
+class Seen:
+    """Notes the shapes of the transformer's inputs while the loss is computed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shapes = []
+        self.model.model.register_forward_pre_hook(
+            lambda module, args, given: self.shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        )
+
+    def _compute_loss(self, *args, **kwargs):
+        self.shapes.clear()
+        return super()._compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("case", PADDING_FREE)
+def test_no_padding(case, tmp_path):
+    """TRL has no such option, so its padded run is the reference."""
+    options = {**SGD, **PADDING_FREE[case]}
+    mixins = tuple(x for x in (Seen, options.pop("mixin", None)) if x is not None)
+    stock = train(GRPOTrainer, tmp_path, mixins[1] if len(mixins) > 1 else None, **options)
+    exact = train(GRPOTrainer, tmp_path, mixins[1] if len(mixins) > 1 else None, exact=True, **options)
+    mixed = type("FusedGRPOTrainer", (*mixins, FusedGRPOTrainer), {})
+    ours = train(mixed, tmp_path, **options, extra={"padding_free": True})
+    assert_same(ours, stock, exact)
+    assert ours.shapes and all(rows == 1 for rows, _ in ours.shapes)
+    assert "without padding" in ours.describe()
+
+
+def test_padding_free_refusals(tmp_path):
+    model = tiny_grpo.load()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="FusedGRPOTrainer: padding_free must be False, or used with an attention"):
+        tiny_grpo.trainer(FusedGRPOTrainer, tmp_path, model=model, extra={"padding_free": True})
+    watched = {"influence": CompletionInfluence(validation=lambda model: None), "padding_free": True}
+    with pytest.raises(ValueError, match="padding_free must be False with influence"):
+        tiny_grpo.trainer(FusedGRPOTrainer, tmp_path, extra=watched)

@@ -47,7 +47,9 @@ CASES = {
     "reinforce_plus_plus_baseline": (),
     "grpo_passk": (),
     "remax": ("reward_baselines",),
+    "gdpo": (),
     "optimal_token_baseline": ("old_log_probs", "sum_pi_squared"),
+    "tir_optimal_token_baseline": ("old_log_probs", "sum_pi_squared"),
 }
 
 
@@ -98,23 +100,78 @@ def test_the_deviation_can_be_left_out(name):
     same((core_algos.get_adv_estimator_fn(f"tokfuse_{name}")(**given), *verls), given["response_mask"])
 
 
-def test_zero_tail_can_be_kept():
+BASELINES = ("optimal_token_baseline", "tir_optimal_token_baseline")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_options_of_the_token_baselines(name):
+    """The tail, the importance weights, and responses of several turns, some without a token of the policy."""
     given, extra = batch()
     call = {k: extra[k] for k in ("old_log_probs", "sum_pi_squared")}
-    same(three("optimal_token_baseline", given, handle_zero_tail=False, **call), given["response_mask"])
+    same(three(name, given, handle_zero_tail=False, **call), given["response_mask"])
+    given["response_mask"][8, 3:5] = given["response_mask"][3, :2] = 0
+    weights = torch.linspace(0.2, 2.0, ROWS * LENGTH).view(ROWS, LENGTH)
+    same(three(name, given, rollout_is_weights=weights, **call), given["response_mask"])
+    if name == "tir_optimal_token_baseline":
+        given["response_mask"][[1, 7]] = 0  # "a" keeps two responses, "c" two
+        given["response_mask"][3] = 0  # "c" keeps one, which has no baseline then
+        runs = three(name, given, **call)
+        same(runs, given["response_mask"])
+        assert torch.equal(runs[0][0][8], runs[0][1][8] * given["response_mask"][8])
+        given["response_mask"][:] = 0
+        assert not three(name, given, **call)[0][0].any()
+
+
+def test_turns_change_the_positions_of_a_baseline():
+    given, extra = batch()
+    given["response_mask"][0, 2] = 0
+    call = {k: extra[k] for k in ("old_log_probs", "sum_pi_squared")}
+    plain, turns = (three(name, given, **call)[0][0] for name in BASELINES)
+    assert not torch.allclose(plain, turns)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.3]])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gdpo_normalises_every_reward(weights, scaled):
+    given, _ = batch()
+    gen = np.random.default_rng(3)
+    given["config"] = AlgoConfig(gdpo_reward_keys=["format", "accuracy"], gdpo_reward_weights=weights)
+    width = given["response_mask"].shape[1]
+    more = {
+        "norm_adv_by_std_in_grpo": scaled,
+        "non_tensor_batch": {
+            "format": gen.integers(0, 2, ROWS).astype(object),
+            "accuracy": (10 * gen.standard_normal(ROWS)).astype(np.float32),
+        },
+        "batch": {
+            "prompts": torch.zeros(ROWS, 3),
+            "attention_mask": torch.nn.functional.pad(torch.ones(ROWS, width, dtype=torch.long), (3, 0)),
+        },
+    }
+    same(three("gdpo", given, **more), given["response_mask"])
+    ours = core_algos.get_adv_estimator_fn("tokfuse_gdpo")
+    assert not torch.allclose(ours(**given, **more)[0], ours(**given | {"config": None})[0])
+    with pytest.raises(ValueError, match="non_tensor_batch must be given"):
+        ours(**given)
+    del more["non_tensor_batch"]["format"]
+    with pytest.raises(ValueError, match=r"columns of the batch \(accuracy\); got format"):
+        ours(**given, **more)
+    given["config"] = AlgoConfig(gdpo_reward_keys=["accuracy"], gdpo_reward_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="gdpo_reward_weights must be 1 numbers, one per key; got 2"):
+        ours(**given, **more)
+    given["config"] = AlgoConfig()
+    with pytest.raises(ValueError, match="config.gdpo_reward_keys must be"):
+        ours(**given, **more)
 
 
 def test_inputs_that_the_trainer_gives_to_its_own_names_only():
-    given, extra = batch()
-    for name, word in (("gae", "values"), ("remax", "reward_baselines"), ("optimal_token_baseline", "old_log_probs")):
+    given, _ = batch()
+    for name, word in (
+        ("gae", "values"),
+        ("remax", "reward_baselines"),
+        *((name, "old_log_probs") for name in BASELINES),
+    ):
         with pytest.raises(ValueError, match=word):
             core_algos.get_adv_estimator_fn(f"tokfuse_{name}")(**given)
-    with pytest.raises(ValueError, match="rollout_is_weights"):
-        core_algos.get_adv_estimator_fn("tokfuse_optimal_token_baseline")(
-            **given,
-            old_log_probs=extra["old_log_probs"],
-            sum_pi_squared=extra["sum_pi_squared"],
-            rollout_is_weights=torch.ones(ROWS, LENGTH),
-        )
     with pytest.raises(ValueError, match="at least 2"):
         core_algos.get_adv_estimator_fn("tokfuse_grpo_passk")(**given)
