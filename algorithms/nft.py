@@ -74,6 +74,11 @@ class NFT(Standard):
             raise refuse(self._op, "shape", "a tokfuse.NFT", self.shape, "Set the floors on the NFT shape.")
         if self.normalize not in (0, 1, 2):
             raise refuse(self._op, "normalize", "0, 1 or 2", self.normalize, "The authors' scripts use 1.")
+        unread = {"advantage": "grpo"} | dict.fromkeys(("eps", "std", "scale", "singleton", "whiten", "overlong"))
+        for option, default in unread.items():
+            if (value := getattr(self, option)) != default:
+                advice = "Set normalize and neg_weight."
+                raise refuse(self._op, option, "left out (the weights are of the success rate)", repr(value), advice)
         check_number(self._op, "neg_weight", self.neg_weight, 0.0)
         check_number(self._op, "constant", self.constant, 0.0, open_low=True)
 

@@ -8,7 +8,7 @@ from tokfuse.algorithms.registry import add_preset
 from tokfuse.algorithms.rules import ClipCov, DampRare, KLCov
 from tokfuse.algorithms.standard import Overlong
 from tokfuse.runtime.policy.objective import KL
-from tokfuse.runtime.policy.shapes import PPOClip, TargetRatio
+from tokfuse.runtime.policy.shapes import LogClamp, PPOClip, TargetRatio
 
 # -------------------------------------------------------------------------------- the methods of papers
 
@@ -122,7 +122,16 @@ add_preset(
 )
 add_preset("cdpo", "authors", "github.com/falonss703/VideoThinker, trainer and scripts", kl=KL(coef=-0.01, clamp=11.0))
 
+_THOUGHTS = "github.com/interp-reasoning/thought-branches"
+add_preset("thought_branches", "authors", _THOUGHTS, form="code")
+
 # ------------------------------------------------------------------------------- the standard family
+
+_OAT = "github.com/sail-sg/understand-r1-zero examples/qwen2.5-math-7b.sh"
+add_preset("dr_grpo", "authors", _OAT, max_length=3000, kl=None)
+add_preset(
+    "gmpo", "authors", "github.com/callsys/GMPO scripts/qwen2.5-math-7b-gmpo.sh", shape=LogClamp(bound=0.4), kl=None
+)
 
 add_preset(
     "dapo",
@@ -135,3 +144,15 @@ add_preset(
 add_preset("gspo", "paper", "arXiv 2507.18071 section 5", shape=PPOClip(low=3e-4, high=4e-4))
 add_preset("grpo", "paper", "arXiv 2402.03300 section 4.2", kl=KL(coef=0.04))
 add_preset("dpo", "paper", "arXiv 2305.18290 section 6", beta=0.1)
+
+# The scripts give gamma / beta; the margin is gamma.
+_SIMPO = "github.com/princeton-nlp/SimPO training_configs"
+for _name, _file, _beta, _ratio in (
+    ("authors", "llama-3-8b-base-simpo.yaml", 2.0, 0.5),
+    ("authors_llama3_instruct", "llama-3-8b-instruct-simpo.yaml", 2.5, 0.55),
+    ("authors_llama3_instruct_v2", "llama-3-8b-instruct-simpo-v2.yaml", 10.0, 0.3),
+    ("authors_mistral_base", "mistral-7b-base-simpo.yaml", 2.0, 0.8),
+    ("authors_mistral_instruct", "mistral-7b-instruct-simpo.yaml", 2.5, 0.1),
+    ("authors_gemma2", "gemma-2-9b-it-simpo.yaml", 10.0, 0.5),
+):
+    add_preset("simpo", _name, f"{_SIMPO}/{_file}", beta=_beta, margin=_beta * _ratio)

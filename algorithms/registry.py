@@ -197,14 +197,14 @@ def make(name: str, *, preset: str | None = None, **options: Any) -> Any:
 def _published(one: Entry, preset: str) -> dict[str, Any]:
     """Return the options of a preset."""
     if preset not in one.presets:
-        known = ", ".join(map(repr, one.presets)) or "left out (no configuration of this method is published)"
+        known = ", ".join(map(repr, one.presets)) or "left out (this method has none)"
         near = host_words.nearest(preset, one.presets)
         raise refuse(
             f"algorithms.{one.name}",
             "preset",
             known,
             repr(preset),
-            f"Did you mean {near!r}?" if near else "Set the options instead.",
+            f"Did you mean {near!r}?" if near else "Use the defaults, or set the options.",
         )
     return one.presets[preset].options
 

@@ -37,7 +37,8 @@ class Correction:
             "keep": 1, so that only keep_rules act. The others are listed in `tokfuse.offpolicy_weights`.
         low, high: absolute bounds on the ratio. "truncate" and "mask" need at least one, "switch" needs high.
         keep_rules: `KeepRule`s. A token that fails one of them is dropped.
-        normalize: "none"; "batch": divide by the mean weight of the batch that the plan is made of, on this rank.
+        normalize: "none"; "batch": divide by the mean weight over all ranks of the batch that the plan is made of: over
+            the kept tokens, or at the levels of sequences over the sequences with a kept token.
         policy: numerator of the ratio. "old": the trainer's policy at the start of the update, which makes
             three policies. "current": the current policy (OPSM).
         dropped: effect of a dropped token on the denominator of the loss. "leave": the token no longer counts
@@ -74,14 +75,22 @@ class Correction:
             low=self.low,
             high=self.high,
             rules=self.keep_rules,
-            normalize=self.normalize,
             cu_seqlens=batch.cu_seqlens,
             mask=plan.mask,
             advantage=token_advantage(plan) if negative_only else None,
         )
+        weight, kept = out.weight, out.kept_mask
+        if self.normalize == "batch":
+            units, of_kept = kept, replace(batch, mask=kept)
+            value = weight.double()
+            if self.level != "token":
+                units, value = of_kept.lengths > 0, of_kept.sequence_mean(weight)
+            total, number = batch.world.sum(torch.stack([torch.where(units, value, 0.0).sum(), units.sum().double()]))
+            # A mean of 0 has no weight above 0, and no unit gives 0 / 0.
+            weight = torch.where(kept & (total != 0), weight / (total / number), 0.0).to(weight.dtype)
         if self.dropped == "leave":
-            plan = replace(plan, mask=out.kept_mask)
-        return plan.weigh(out.weight)
+            plan = replace(plan, mask=kept)
+        return plan.weigh(weight)
 
 
 def token_advantage(plan: Plan) -> torch.Tensor:
@@ -159,7 +168,8 @@ class ClipCov(TokenRule):
 
     Candidates are unclipped tokens with low < cov < high. max(1, fraction N) of them are drawn without
     replacement and get weight 0. The denominator does not change. N and the means are taken over all ranks
-    (verl: over the micro-batch). The generator is seeded with (seed, update, rank).
+    (verl: over the micro-batch). The generator is seeded with (seed, update), and the ranks share one draw, in rank
+    order: the tokens do not depend on the number of ranks.
 
     Args:
         fraction: share of the N counting tokens that is drawn.
@@ -197,11 +207,9 @@ class ClipCov(TokenRule):
         cov = covariance(replace(batch, mask=mask), advantage, batch.logp)
         candidate = mask & ~clipped & (cov > self.low) & (cov < self.high)
         count = max(1, int(self.fraction * int(batch.world.sum(mask.sum()))))
-        # Without the rank in the seed, every rank would draw the same numbers for its rows.
-        generator = torch.Generator().manual_seed(
-            (self.seed * 1_000_003 + int(state.get("updates", 0))) * 65_537 + batch.world.rank
-        )
-        draw = torch.rand(batch.num_tokens, generator=generator).to(mask.device)
+        sizes = batch.world.all(torch.tensor(batch.num_tokens, device=mask.device)).tolist()
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + int(state.get("updates", 0))) * 65_537)
+        draw = torch.rand(sum(sizes), generator=generator).split(sizes)[batch.world.rank].to(mask.device)
         return plan.weigh(~top_mask(draw, count, candidate, batch.world))
 
 

@@ -19,7 +19,7 @@ from tokfuse.algorithms.selection import informative
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.policy.objective import KL, Objective
-from tokfuse.runtime.policy.shapes import Gamma, PPOClip, Shape
+from tokfuse.runtime.policy.shapes import Gamma, LinearLogp, PPOClip, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +177,11 @@ class Standard(Algorithm):
                 self.correction,
                 "Use bypass=True: the ratio to sampler_logp is the ratio of the update times the weight.",
             )
+        if isinstance(self.shape, LinearLogp):
+            for option, value, default in (("level", self.level, "token"), ("bypass", self.bypass, False)):
+                if value != default:
+                    want, advice = f"{default!r} with the shape LinearLogp, which has no ratio", "Choose another shape."
+                    raise refuse(self._op, option, want, repr(value), advice)
         if self.bypass and self.correction is not None:
             raise refuse(
                 self._op,

@@ -22,6 +22,7 @@ Forward = Callable[[torch.Tensor, str], Mapping[str, Any]]
 """Function (sequences, source) -> keyword arguments of `policy_step` that describe the model's output."""
 
 _STATISTICS_OPTIONS = ("bias", "temperature", "softcap", "logit_scale", "memory_budget")
+_FROM_FORWARD = ("logits", "hidden", "weight", "target", *_STATISTICS_OPTIONS, "compact_clipped", "influence")
 
 
 class TrainStep(NamedTuple):
@@ -68,8 +69,9 @@ def train_step(
         batch: the rollout. If it has advantages already, it is not prepared again.
         forward: function (seqs, source). It returns `{"logits": ..., "target": ...}`, or
             `{"hidden": ..., "weight": ..., "target": ...}`, of the tokens of the sequences `seqs` (count,) int64, in
-            this order. Other keys (bias, temperature, ...) are passed to `policy_step`. With source "previous", `seqs`
-            are sequences of the batch of the previous call; only PIPO asks for them. Else source is "current".
+            this order. Other keys (bias, temperature, softcap, logit_scale, memory_budget, compact_clipped, influence)
+            are passed to `policy_step`. With source "previous", `seqs` are sequences of the batch of the previous call;
+            only PIPO asks for them. Else source is "current".
         optimizer: holds the parameters. Gradients that it has at the start are discarded.
         minibatches: number of parts of the batch, each one optimizer step. All responses to a prompt stay together. Or
             the parts themselves: a list of sequences, (count,) int64 each.
@@ -82,14 +84,15 @@ def train_step(
         leave_out: True skips the forward pass of prompts (without group_ids: of responses) whose gradient is exactly 0.
             Metrics and measured sums then describe the others only.
         on_step: called after each micro-batch with its plan, the inputs of `policy_step` and the result, before the
-            backward.
+            backward. To add a term of your own to the same optimizer step, call its `backward()` there.
 
     Returns:
         TrainStep(state, batch, losses, metrics, seconds).
 
     Raises:
-        TypeError: an algorithm, a batch or an optimizer of another type.
-        ValueError: an unknown option, a sequence out of range, or what the method raises.
+        TypeError: an algorithm, a batch, a function, an optimizer or a result of `forward` of another type.
+        ValueError: an unknown option, a sequence out of range, a result of `forward` with a missing or unknown key or
+            with another number of tokens, or what the method raises.
     """
     if not isinstance(algorithm, Algorithm):
         kind = type(algorithm).__name__
@@ -98,6 +101,9 @@ def train_step(
         )
     if not isinstance(batch, Batch):
         raise TypeError(f"{OP}: batch must be a Batch; got {type(batch).__name__}. Make one from the rollout.")
+    if not callable(forward):
+        kind = type(forward).__name__
+        raise TypeError(f"{OP}: forward must be a function; got {kind}. Pass a function (seqs, source).")
     if not all(hasattr(optimizer, name) for name in ("step", "zero_grad", "param_groups")):
         kind = type(optimizer).__name__
         raise TypeError(f"{OP}: optimizer must be a torch.optim.Optimizer; got {kind}. Pass the optimizer itself.")
@@ -194,7 +200,7 @@ class _Run:
         logp, entropy = [], []
         for rows in self._micro(torch.arange(len(seqs))):
             with torch.no_grad():
-                given = self.forward(seqs[rows], "current")
+                given = self._read(seqs[rows], "current", len(part.rows(rows.to(part.old_logp.device))))
                 start = time.perf_counter()
                 options = {name: given[name] for name in _STATISTICS_OPTIONS if name in given}
                 if "hidden" in given:
@@ -205,6 +211,28 @@ class _Run:
             logp.append(stats.logp)
             entropy.append(stats.entropy)
         return part.with_policy(torch.cat(logp), torch.cat(entropy)) if logp else part.with_policy(part.old_logp)
+
+    def _read(self, seqs: torch.Tensor, source: str, tokens: int) -> Mapping[str, Any]:
+        """Return the model's output for `seqs`, which have this number of tokens."""
+        name, either = "the result of forward", "logits and target, or hidden, weight and target"
+        given = self.forward(seqs, source)
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{OP}: {name} must be a dict with {either}; got {type(given).__name__}. Name its tensors.")
+        given = {key: value for key, value in given.items() if value is not None}
+        for key in given:
+            if key not in _FROM_FORWARD:
+                known = f"one of {', '.join(_FROM_FORWARD)}"
+                raise refuse(OP, f"every key of {name}", known, repr(key), "The method gives the other inputs.")
+        if "target" not in given or ("logits" in given) == ("hidden" in given and "weight" in given):
+            got = ", ".join(given) or "nothing"
+            raise refuse(OP, name, f"a dict with {either}", got, "Return the model's output and the tokens.")
+        for key in ("logits", "hidden", "target"):
+            rows = given.get(key)
+            if rows is not None and not (isinstance(rows, torch.Tensor) and rows.shape[:1] == (tokens,)):
+                got = f"shape {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+                size = f"a tensor with one row for each of the {tokens} tokens of seqs"
+                raise refuse(OP, f"{key!r} in {name}", size, got, "Pack the tokens in the order of seqs, unpadded.")
+        return given
 
     def _micro(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return rows.chunk(self.micro_batches) if len(rows) else ()
@@ -225,9 +253,11 @@ class _Run:
         loss = 0.0
         measured: dict[str, torch.Tensor] = {}
         for part in self._micro(rows):
-            given = self.forward(seqs[part], plan.source)
             start = time.perf_counter()
             piece = plan if alone else plan.take(part.to(plan.batch.old_logp.device))
+            self.seconds += time.perf_counter() - start
+            given = self._read(seqs[part], plan.source, piece.batch.num_tokens)
+            start = time.perf_counter()
             inputs = {**given, **piece.inputs(divisor)}
             step = policy_step(**inputs)
             figures = self.algorithm.measure(piece, step.stats.logp, step.stats.entropy)

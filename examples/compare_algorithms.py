@@ -32,7 +32,8 @@ from tokfuse.algorithms import Algorithm, Batch, Plan, State, train_step
 
 DIGITS, STOP, VOCAB, LENGTH = 10, 10, 12, 5
 
-# label -> (name, options that this task needs in addition to the published ones)
+# label -> (name, options that this task needs in addition to the published ones). "_authors" is the authors' preset,
+# without its KL to a reference; this task has no critic either.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("grpo", {"kl": None}),
     "dapo": ("dapo", {"overlong": None}),
@@ -40,14 +41,24 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gbpo": ("gbpo", {}),
     "r2vpo": ("r2vpo", {"delta": 0.02, "step_size": 1.0, "penalty": 0.1}),
     "bapo": ("bapo", {}),
+    "bapo_authors": ("bapo", {"preset": "authors"}),
     "d3s": ("d3s", {"rollouts": (4, 8), "tokens": (0.3, 0.6), "total_steps": 60}),
     "high_entropy": ("high_entropy", {}),
     "kl_cov": ("kl_cov", {"rules": (tokfuse.algorithms.KLCov(fraction=0.02),)}),
+    "clip_cov": ("clip_cov", {"rules": (tokfuse.algorithms.ClipCov(fraction=0.02),)}),
+    "clip_cov_authors": ("clip_cov", {"preset": "authors"}),
     "dcpo_dist": ("dcpo_dist", {"target_entropy": 0.5}),
     "epo": ("epo", {"kl": None, "max_turns": 1, "total_steps": 60, "entropy_coef": 0.01}),
+    "epo_authors": ("epo", {"preset": "authors", "advantage": "grpo", "kl": None, "total_steps": 60}),
+    "lopti": ("lopti", {}),
+    "lopti_minibatch": ("lopti", {"form": "minibatch"}),
+    "lopti_authors": ("lopti", {"preset": "authors", "kl": None}),
     "nft": ("nft", {"constant": 100.0}),
+    "nft_authors": ("nft", {"preset": "authors"}),
+    "nft_normalize_2": ("nft", {"constant": 100.0, "normalize": 2}),
     "nft_positive": ("nft", {"constant": 100.0, "neg_weight": 0.0}),
     "pipo": ("pipo", {}),
+    "pipo_authors": ("pipo", {"preset": "authors", "kl": None}),
 }
 
 
@@ -249,8 +260,8 @@ class Trainer:
 def train(label: str, seed: int, settings: Settings) -> Iterator[dict[str, Any]]:
     """Yield the rows of one run."""
     name, options = METHODS[label]
-    if name in ("d3s", "epo"):
-        options = {**options, "total_steps": settings.steps}
+    if "total_steps" in options:
+        options = options | {"total_steps": settings.steps}
     trainer = Trainer(tokfuse.algorithms.make(name, **options), seed, settings)
     for step in range(settings.steps):
         yield {"method": label, "seed": seed, "step": step, **trainer.step()}

@@ -126,7 +126,8 @@ class HintedTrainer(Trainer):
 
 SHORTCUT = {
     "grpo": {"kl": None},
-    "cdpo": {},
+    "cdpo": {"preset": "authors"},
+    "cdpo, clip 0.2": {"preset": "authors", "shape": tokfuse.PPOClip()},
     "cdpo / 3": {"kl": tokfuse.KL(coef=-0.01 / 3, clamp=11.0)},
     "cdpo / 10": {"kl": tokfuse.KL(coef=-0.001, clamp=11.0)},
 }
@@ -204,6 +205,8 @@ REPLAY: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo clip 0.8 - 1.2": ("bapo", {"low": (0.8, 0.8), "high": (1.2, 1.2)}),
     "fixed 0.6 - 1.2": ("bapo", FIXED),
     "bapo": ("bapo", {}),
+    "bapo, authors": ("bapo", {"preset": "authors"}),
+    "bapo, authors' script": ("bapo", {"preset": "authors_script"}),
 }
 
 
@@ -253,6 +256,8 @@ HARM: dict[str, tuple[str, dict[str, Any]]] = {
     "pipo": ("pipo", {}),
     "pipo, worsening 1": ("pipo", {"worsening": 1.0}),
     "pipo, worsening 0": ("pipo", {"worsening": 0.0}),
+    "pipo, authors": ("pipo", {"preset": "authors", "kl": None}),
+    "pipo, authors' DAPO": ("pipo", {"preset": "authors_dapo", "kl": None, "skip_uniform": False}),
 }
 
 

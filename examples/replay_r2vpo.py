@@ -13,16 +13,19 @@ rollout is worth if it is used several times. It does not reproduce a result of 
 
 import sys
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from grpo_demo.chains import Responses, Sum, Writer, direct, main, optimizer_of, sums
 
+import tokfuse
 from tokfuse import algorithms
-from tokfuse.algorithms import Batch
+from tokfuse.algorithms import Batch, Plan, train_step
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,16 @@ class Replay:
 
     def train(self, stored: Stored) -> float:
         """Take one optimizer step on a rollout of any age. Return the mean of (ratio - 1)^2 before it."""
-        plan = self.method.objective(stored.batch, self.state)
-        step = self.writer.policy_step(plan, stored.responses)
-        self.optimizer.zero_grad(set_to_none=True)
-        step.loss.backward()
-        self.optimizer.step()
-        measured = self.method.measure(plan, step.stats.logp, step.stats.entropy)
-        self.state = self.method.update(self.state, measured)
-        return float(measured["square"] / measured["tokens"])
+        squares: list[float] = []
+
+        def watch(plan: Plan, inputs: Mapping[str, Any], step: tokfuse.PolicyStep) -> None:
+            measured = self.method.measure(plan, step.stats.logp)
+            squares.append(float(measured["square"] / measured["tokens"]))
+
+        forward = self.writer.reader(stored.responses)
+        done = train_step(self.method, self.state, stored.batch, forward, self.optimizer, on_step=watch)
+        self.state = done.state
+        return squares[0]
 
     def step(self, questions: list[Sum]) -> dict[str, float]:
         """Sample a rollout; train on it and on some older ones. Return the figures of the step."""

@@ -13,16 +13,19 @@ The paper's templates and sft_weight are not public.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from grpo_demo.chains import Responses, Sum, Writer, decompose, direct, main, optimizer_of, refine, sums
 
+import tokfuse
 from tokfuse import algorithms
-from tokfuse.algorithms import Batch
+from tokfuse.algorithms import Batch, Plan, train_step
 
 STOP = {"direct": "\n", "decompose": "\n\n", "reflect": "\n"}
 NEW = {"direct": 5, "decompose": 24, "reflect": 5}
@@ -93,19 +96,29 @@ class Driver:
             old = self.writer.stats(tokens).logp
         group_ids = torch.arange(len(reward)) // self.settings.rollouts
         batch = Batch(reward=reward, group_ids=group_ids, cu_seqlens=tokens.cu_seqlens, old_logp=old)
-        plan = self.dapo.objective(self.dapo.prepare(batch, {}), {})
-        loss = self.writer.policy_step(plan, tokens).loss + self.imitation(questions, [case for *_, case, _ in driven])
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        counts = {name: stages.count(name) for name in STOP}
-        return {"reward": float(reward.mean()), **counts, "unsolved": stages.count(None), "loss": loss.item()}
+        cases = [case for *_, case, _ in driven]
+        imitated: list[float] = []
 
-    def imitation(self, questions: list[Sum], solved: list[list[str]]) -> torch.Tensor:
-        """Return sft_weight times the loss of the solved cases, after the direct template."""
+        def imitate(plan: Plan, inputs: Mapping[str, Any], step: tokfuse.PolicyStep) -> None:
+            loss = self.imitation(questions, cases)
+            if loss is not None:
+                loss.backward()  # adds to the gradient of the same optimizer step
+                imitated.append(loss.item())
+
+        done = train_step(self.dapo, {}, batch, self.writer.reader(tokens), self.optimizer, on_step=imitate)
+        counts = {name: stages.count(name) for name in STOP}
+        return {
+            "reward": float(reward.mean()),
+            **counts,
+            "unsolved": stages.count(None),
+            "loss": sum(done.losses + imitated),
+        }
+
+    def imitation(self, questions: list[Sum], solved: list[list[str]]) -> torch.Tensor | None:
+        """Return sft_weight times the loss of the solved cases, after the direct template. None without a case."""
         cases = [(direct(q), text) for q, texts in zip(questions, solved, strict=True) for text in texts]
         if not cases:
-            return torch.zeros(())
+            return None
         responses = self.writer.encode(*zip(*cases, strict=True))
         weight = self.router.sft_weights(responses.cu_seqlens, torch.ones(len(cases), dtype=torch.bool))
         return -(weight * self.writer.stats(responses).logp).sum()

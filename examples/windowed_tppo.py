@@ -22,7 +22,7 @@ import torch
 from grpo_demo.chains import Responses, Sum, Writer, decompose, main, optimizer_of, sums
 
 from tokfuse import algorithms
-from tokfuse.algorithms import Batch, critic
+from tokfuse.algorithms import Batch, critic, train_step
 
 STOP = "\n\n"
 
@@ -90,10 +90,11 @@ class Trainer:
         self.method = algorithms.make("tppo", gamma=settings.gamma, lam=settings.lam)
         self.critic = torch.nn.Linear(writer.model.config.hidden_size, 1)
         torch.nn.init.zeros_(self.critic.weight)
-        self.optimizers = [optimizer_of(writer.model, settings.lr), optimizer_of(self.critic, settings.critic_lr)]
+        self.optimizer = optimizer_of(writer.model, settings.lr)
+        self.critic_optimizer = optimizer_of(self.critic, settings.critic_lr)
 
-    def batch(self, responses: Responses) -> Batch:
-        """Return all responses with the bookkeeping of the scheduler."""
+    def batch(self, responses: Responses) -> tuple[Batch, torch.Tensor]:
+        """Return all responses with the bookkeeping of the scheduler, and the policy's hidden states."""
         slots = self.scheduler.slots
         with torch.no_grad():
             hidden = self.writer.hidden(responses)
@@ -107,25 +108,24 @@ class Trainer:
             cu_seqlens=responses.cu_seqlens,
             old_logp=self.scheduler.record(stats.logp),
             value=value,
-        )
+        ), hidden
+
+    def train_critic(self, batch: Batch, hidden: torch.Tensor) -> None:
+        """Take one step of the critic on the responses that finished in this window, whole."""
+        keep = self.method.critic_mask(batch)
+        if keep.any():
+            target, value = critic.returns(batch, gamma=self.settings.gamma), self.critic(hidden)[:, 0]
+            loss = critic.value_loss(value, batch.value, target, mask=keep, normalizer=float(keep.sum()))
+            self.critic_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.critic_optimizer.step()
 
     def step(self) -> dict[str, float]:
         """Generate a window, then train policy and critic on it. Return the figures of the step."""
         responses = self.scheduler.advance()
-        batch = self.batch(responses)
-        plan = self.method.objective(self.method.prepare(batch, {}), {})
-        hidden = self.writer.hidden(responses)
-        loss = self.writer.policy_step(plan, responses, hidden).loss
-        keep = self.method.critic_mask(batch)
-        if keep.any():
-            value = self.critic(hidden.detach())[:, 0]
-            target = critic.returns(batch, gamma=self.settings.gamma)
-            loss = loss + critic.value_loss(value, batch.value, target, mask=keep, normalizer=float(keep.sum()))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        batch, hidden = self.batch(responses)
+        train_step(self.method, {}, batch, self.writer.reader(responses), self.optimizer)
+        self.train_critic(batch, hidden)
         done, slots = batch.finished, self.scheduler.slots
         return {
             "tokens": float(batch.window.sum()),

@@ -28,7 +28,7 @@ from torch import Tensor
 import tokfuse
 from grpo_demo.model import default_cache, load_model
 from grpo_demo.rollout import encode, positions
-from tokfuse.algorithms import Plan, PreferenceBatch, PreferenceLoss, PreferenceStep, preference_step
+from tokfuse.algorithms import PreferenceBatch, PreferenceLoss, PreferenceStep, preference_step
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,10 @@ class Responses:
         lengths = torch.tensor([len(row) for row in self.tokens], dtype=torch.int64)
         return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
+    def take(self, seqs: Tensor) -> "Responses":
+        """Return only these responses, in this order."""
+        return Responses(*([rows[i] for i in seqs.tolist()] for rows in (self.prompts, self.tokens)))
+
 
 class Writer:
     """A model with its tokenizer: samples lines, and scores them."""
@@ -197,12 +201,14 @@ class Writer:
         with torch.no_grad():
             return tokfuse.segment_moments(self.stats(responses).logp, cu_seqlens=responses.cu_seqlens).sum
 
-    def policy_step(self, plan: Plan, responses: Responses, hidden: Tensor | None = None) -> tokfuse.PolicyStep:
-        """Return the step of a plan, from one read of the model. hidden: known states."""
-        hidden = self.hidden(responses) if hidden is None else hidden
-        return tokfuse.policy_step(
-            hidden=hidden, weight=self.model.lm_head.weight, target=responses.target, **plan.inputs()
-        )
+    def reader(self, responses: Responses) -> Callable[[Tensor, str], dict[str, Tensor]]:
+        """Return the function with which `train_step` reads the model on some of these responses."""
+
+        def forward(seqs: Tensor, source: str) -> dict[str, Tensor]:
+            part = responses.take(seqs)
+            return {"hidden": self.hidden(part), "weight": self.model.lm_head.weight, "target": part.target}
+
+        return forward
 
 
 class _Encoded:

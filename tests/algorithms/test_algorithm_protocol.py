@@ -141,7 +141,7 @@ def test_take_keeps_order_and_fields():
         ("grpo", {"agregation": "token_mean"}, "Did you mean 'aggregation'?"),
         ("dpo", {"beeta": 0.1}, "Did you mean 'beta'?"),
         ("bapo", {"preset": "author"}, "Did you mean 'authors'?"),
-        ("rloo", {"preset": "authors"}, "no configuration of this method is published"),
+        ("rloo", {"preset": "authors"}, "preset must be left out"),
         ("Dr.GRPO", {}, "Did you mean 'dr_grpo'?"),
         ("reinforce++", {}, "Did you mean 'reinforce_pp'?"),
         ("Clip-Cov", {}, "Did you mean 'clip_cov'?"),
@@ -171,7 +171,8 @@ def test_presets_are_options_that_the_caller_may_change():
             assert all(getattr(made, option) == value for option, value in options.items())
             assert source and preset.split("_")[0] in ("authors", "paper")
     assert algorithms.make("bapo", preset="authors_script", target=0.7).settings.target == 0.7
-    assert sum("authors" in one.presets for one in registry.ENTRIES.values()) >= 14
+    assert sum("authors" in one.presets for one in registry.ENTRIES.values()) >= 18
+    assert algorithms.make("simpo", preset="authors_llama3_instruct").margin == pytest.approx(1.375)
 
 
 def test_unknown_names_and_options_are_refused():
@@ -199,6 +200,10 @@ def test_unknown_names_and_options_are_refused():
         ("tis", {"bypass": True}, "correction must be None with bypass"),
         ("gbpo", {"tau": 0.0}, "tau must be a finite number in"),
         ("nft", {"neg_weight": -1.0}, "neg_weight must be a finite number"),
+        ("nft", {"advantage": "gae"}, "advantage must be left out"),
+        ("nft", {"overlong": algorithms.Overlong(max_length=8, cache=2)}, "overlong must be left out"),
+        ("opo", {"bypass": True}, "bypass must be False with the shape LinearLogp"),
+        ("gpg", {"level": "sequence"}, "level must be 'token' with the shape LinearLogp"),
         ("bapo", {"shape": PPOClip(low=0.1)}, "shape must be left out"),
         ("lopti", {"level": "sequence"}, "level must be one of token"),
         ("pipo", {"advantage": "gae"}, "advantage must be an estimator with one number per response"),

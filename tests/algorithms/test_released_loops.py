@@ -388,6 +388,6 @@ def test_cures_sigma_uses_the_raw_success_rate():
 
 
 def test_a_form_is_the_authors_by_name():
-    for name in ("bapo", "pipo", "epo", "grpo_guard", "lopti"):
+    for name in ("bapo", "pipo", "epo", "grpo_guard", "lopti", "thought_branches"):
         assert make(name, preset="authors").form == "code", name
     assert dataclasses.replace(make("lopti"), tokens="rare").passes()[0].tokens == "rare"

@@ -91,13 +91,21 @@ def test_nfts_constant_is_the_constant_of_the_step(options: dict):
         assert float(plan.count()) == options.get("constant", 1.0 if options else 1000.0)
 
 
-# Clip-Cov draws its tokens with a generator of each rank.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "clip_cov"])
-def test_two_ranks_are_one_process(name: str):
+WEIGHED = [
+    ("tis", {"correction": Correction(level=level, high=1.2, normalize="batch", dropped=dropped, keep_rules=rules)})
+    for level, dropped, rules in (
+        ("token", "count", ()),
+        ("sequence", "leave", (KeepRule("ratio", "token", 0.7, 1.3),)),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in METHODS), *WEIGHED])
+def test_two_ranks_are_one_process(name: str, options: dict):
     """Each rank has whole prompts. Divided by the sum of the counts, the gradients are those of one process."""
     b = rollout(6)
     ids = (torch.arange(0, 4), torch.arange(4, 12))
-    method = example(name)
+    method = example(name, **options)
 
     def plans_of(world: World) -> tuple[Plan, ...]:
         batch = b if world.gather is None else b.take(ids[world.rank])
@@ -113,6 +121,25 @@ def test_two_ranks_are_one_process(name: str):
         compare(sum(f[0] for f in found), loss, atol=1e-12)
         compare(torch.cat([f[1] for f in found]), x, atol=1e-12 * max(1.0, float(x.abs().max())))
         compare(torch.cat([f[2] for f in found]), h, atol=1e-12)
+
+
+@pytest.mark.parametrize(("_", "options"), WEIGHED)
+def test_normalised_weights_of_one_process_are_those_of_the_op(_: str, options: dict):
+    b, c = rollout(6), options["correction"]
+    (plan,) = example("tis", **options).plans(example("tis").prepare(b, {}), {})
+    out = tokfuse.offpolicy_weights(
+        b.old_logp,
+        b.sampler_logp,
+        level=c.level,
+        mode=c.mode,
+        high=c.high,
+        rules=c.keep_rules,
+        normalize="batch",
+        cu_seqlens=b.cu_seqlens,
+        mask=b.mask,
+    )
+    assert not torch.equal(out.kept_mask, b.mask) or not c.keep_rules
+    compare(plan.token_weight, out.weight, atol=1e-12)
 
 
 def test_an_empty_rank_counts_nothing():

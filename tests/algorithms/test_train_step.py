@@ -185,3 +185,33 @@ def test_options_are_checked_and_the_callback_sees_every_micro_batch():
     assert sum(n for n, _ in seen) == model.all.num_tokens and len(seen) == 3
     assert sum(loss for _, loss in seen) == pytest.approx(done.losses[0], abs=1e-12)
     assert float((model.weight.detach() - before).norm()) == pytest.approx(0.5e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "kl_cov"])  # kl_cov reads the policy before its loss
+def test_a_wrong_result_of_forward_is_named(name: str):
+    model = Model()
+    hidden, target = model.features, model.target
+    head = {"hidden": hidden, "weight": model.weight, "target": target}
+    needed = "the result of forward must be a dict with logits and target, or hidden, weight and target"
+    size = "in the result of forward must be a tensor with one row for each of the"
+    before = model.weight.detach().clone()
+    for result, error, message in (
+        ((hidden, target), TypeError, f"{needed}; got tuple"),
+        (None, TypeError, f"{needed}; got NoneType"),
+        ({}, ValueError, f"{needed}; got nothing"),
+        ({"hidden": hidden, "target": target}, ValueError, f"{needed}; got hidden, target"),
+        ({"logits": hidden}, ValueError, f"{needed}; got logits"),
+        (head | {"logits": hidden}, ValueError, f"{needed}; got hidden, weight, target, logits"),
+        (head | {"mask": target > 0}, ValueError, "every key of the result of forward must be one of .*; got 'mask'"),
+        (head | {"target": target[1:]}, ValueError, rf"'target' {size} \d+ tokens of seqs; got shape \(36,\)"),
+        (head | {"hidden": hidden[None]}, ValueError, rf"'hidden' {size} \d+ tokens of seqs; got shape \(1, 37, 6\)"),
+        (head | {"target": target.tolist()}, ValueError, rf"'target' {size} \d+ tokens of seqs; got list"),
+    ):
+        with pytest.raises(error, match=f"^train_step: {message}"):
+            train_step(example(name), {}, model.batch(), lambda seqs, source, result=result: result, model.optimizer)
+    with pytest.raises(TypeError, match="^train_step: forward must be a function; got dict"):
+        train_step(example(name), {}, model.batch(), head, model.optimizer)
+    assert torch.equal(model.weight, before)
+    absent = {"bias": None, "logits": None}
+    train_step(example(name), {}, model.batch(), lambda *asked: model.forward(*asked) | absent, model.optimizer)
+    assert not torch.equal(model.weight, before)

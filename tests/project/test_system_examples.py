@@ -142,7 +142,7 @@ def test_tppo_trains_the_tokens_of_the_window_alone(writer, says):
     trainer.scheduler.advance()
     trainer.scheduler.record(torch.zeros(3))
     responses = trainer.scheduler.advance()
-    batch = trainer.batch(responses)
+    batch, _ = trainer.batch(responses)
     assert batch.window.tolist() == [False] * 3 + [True] * 3
     assert batch.old_logp[:3].tolist() == [0.0] * 3 and not batch.finished.any()
     prepared = trainer.method.prepare(batch, {})
