@@ -50,7 +50,7 @@ help:
 	@echo "make format          fix the formatting"
 	@echo "make docs            build the documentation into build/site; a warning is an error"
 	@echo "make bench           the benchmark suite"
-	@echo "make bench-release   measure bench/results again and rewrite the README's numbers"
+	@echo "make bench-release   measure bench/results again and rewrite the numbers of the documentation"
 	@echo "make peers           compare with other libraries (PEERS=verl: those that need verl's packages)"
 	@echo "make doctor          print what is built and usable on this machine"
 	@echo "make clean           remove build results (keeps $(VENV))"
@@ -173,14 +173,16 @@ bench:
 	@$(BOOTSTRAP) test bench
 	@$(BIN)/python -m tokfuse bench $(ARGS)
 
-# Measure the rows of bench/results and rewrite the README's numbers. Run it on an idle machine.
-# ARGS="--quick --out build/trial" only tries the commands; with ARGS the README is not changed.
+# Measure the rows of bench/results and rewrite the tables and pictures of the documentation. Run it on an idle
+# machine. ARGS="--quick --out build/trial" only tries the commands; with ARGS the documentation is not changed.
 bench-release:
 	@$(BOOTSTRAP) test bench
 	@$(MAKE) --no-print-directory peers ARGS=--list >/dev/null
 	@$(MAKE) --no-print-directory peers PEERS=verl ARGS=--list >/dev/null
 	@$(BIN)/python tools/bench_release.py $(ARGS)
-	@$(if $(ARGS),,$(BIN)/python -m tokfuse report bench/results/*.jsonl -o build/report.html --readme README.md)
+	@$(if $(ARGS),,$(BIN)/python -m tokfuse bench numbers bench/results/*.jsonl --write README.md \
+		--write docs/performance.md --pictures docs/pictures)
+	@$(if $(ARGS),,$(BIN)/python -m tokfuse report bench/results/*.jsonl -o build/report.html)
 
 # Run the tests with versions other than those of constraints.txt: the lower bounds of pyproject.toml,
 # and the newest versions of the package index. Each set has a separate environment.

@@ -93,20 +93,28 @@ def write_markdown(path: Path) -> None:
     path.write_text(f"{head}{INDEX_BEGIN}\n{markdown()}\n{INDEX_END}{tail}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    out = argparse.ArgumentParser(
         prog="python -m tokfuse algorithms",
         description="List the methods of tokfuse.algorithms, or describe one of them with its options.",
+        epilog="example: python -m tokfuse algorithms grpo",
     )
-    parser.add_argument("name", nargs="?", help="a method; without it, the table of all methods is printed")
-    parser.add_argument("--kind", choices=KINDS, help="only the methods of this kind")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the paper index between the marks of FILE")
-    options = parser.parse_args(argv)
+    out.add_argument("name", nargs="?", help="a method; without it, the table of all methods is printed")
+    out.add_argument("--kind", choices=KINDS, help="only the methods of this kind")
+    out.add_argument("--markdown", type=Path, metavar="FILE", help="write the paper index between the marks of FILE")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    command = parser()
+    options = command.parse_args(argv)
     if options.markdown is not None:
         write_markdown(options.markdown)
         return 0
     try:
         print(table(options.kind) if options.name is None else describe(options.name))
     except ValueError as error:
-        parser.error(str(error))
+        command.error(str(error))
     return 0

@@ -31,6 +31,7 @@ from tokfuse.bench import (
     numbers,
     ours,
     peers,
+    pictures,
     plot,
     predict,
     report,
@@ -40,6 +41,7 @@ from tokfuse.bench import (
 from tokfuse.bench.plan import ALONE, CASES, MODELS, VARIANT_OPS, Step, make_growth_plan, make_plan
 from tokfuse.bench.problem import Problem
 from tokfuse.bench.row import Row, check_one_machine
+from tokfuse.inspection import progress
 from tokfuse.runtime.core import dispatch
 
 ROUNDS, QUICK_ROUNDS = 15, 3
@@ -49,25 +51,25 @@ BUDGET_S = 120.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark of the command line. Return 1 if a row of tokfuse is an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options = parser.parse_args(argv)
+    command_line = parser()
+    options = command_line.parse_args(argv)
     if options.list:
         print(_listing())
         return 0
     if not options.names:
         print("tokfuse bench: no op is named, so `bench all --quick` runs. `--list` lists the ops.", file=sys.stderr)
         argv = ["all", "--quick", *argv]
-        options = parser.parse_args(argv)
+        options = command_line.parse_args(argv)
     command, *files = options.names
     if options.threads:
         torch.set_num_threads(options.threads)
     if command == "targets":
-        return _judge(parser, files)
+        return _judge(command_line, files)
     if command == "compare":
-        return _compare(parser, files, options.tolerance)
+        return _compare(command_line, files, options.tolerance)
     if command == "numbers":
-        return _print_numbers(parser, files, options.write)
-    _check_options(parser, options, command, files)
+        return _print_numbers(command_line, files, options.write, options.pictures)
+    _check_options(command_line, options, command, files)
     if command == "predict":
         return _predict(options.json)
     machine.warn_about_waiting()
@@ -78,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = make_growth_plan(options) if command == "growth" else make_plan(options)
     except ValueError as error:
-        parser.error(str(error))
+        command_line.error(str(error))
     facts = machine.facts(recorded_command(argv), options.device)
     try:
         _check_file(options.json, facts)
     except ValueError as error:
-        parser.error(str(error))
+        command_line.error(str(error))
     with forced:
         rows = _run(plan, options, facts)
     if options.md:
@@ -94,31 +96,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_options(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, command: str, files: list[str]
+    command_line: argparse.ArgumentParser, options: argparse.Namespace, command: str, files: list[str]
 ) -> None:
     """Raise an error for options that the command does not support, before anything is measured."""
-    if options.write is not None:
-        parser.error("--write is an option of numbers only")
+    for name in ("write", "pictures"):
+        if getattr(options, name):
+            command_line.error(f"--{name} is an option of numbers only")
     if command in ALONE and files:
-        parser.error(f"{command} takes no further names; got {' '.join(files)}")
+        command_line.error(f"{command} takes no further names; got {' '.join(files)}")
     if options.axes is not None and command != "growth":
-        parser.error("--axes is an option of growth only")
+        command_line.error("--axes is an option of growth only")
     if command == "errors" and len(options.backend) > 1:
-        parser.error(f"--backend must name one backend for errors; got {','.join(options.backend)}")
+        command_line.error(f"--backend must name one backend for errors; got {','.join(options.backend)}")
     if command in ("errors", "predict"):
         for name in ("csv", "png"):
             if getattr(options, name) is not None:
-                parser.error(f"--{name} writes measured rows; {command} measures none")
+                command_line.error(f"--{name} writes measured rows; {command} measures none")
     if options.png:
-        plot.check_available(parser.error)
+        plot.check_available(command_line.error, "--png")
     if options.device == "cpu":
         if torch.cuda.is_available():
             hint = "tokfuse bench: measuring the CPU. Pass --device cuda to measure the GPU."
             print(hint, file=sys.stderr)
     elif command in ("errors", "predict"):
-        parser.error(f"--device selects the device of measured rows; {command} measures none")
+        command_line.error(f"--device selects the device of measured rows; {command} measures none")
     elif not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device and a CUDA build of torch; torch finds no CUDA device")
+        command_line.error("--device cuda needs a CUDA device and a CUDA build of torch; torch finds no CUDA device")
 
 
 FILE_OPTIONS = ("--json", "--csv", "--png")
@@ -134,46 +137,54 @@ def recorded_command(argv: Sequence[str]) -> str:
     return "python -m tokfuse bench " + shlex.join(kept)
 
 
-def _judge(parser: argparse.ArgumentParser, files: list[str]) -> int:
+def _judge(command_line: argparse.ArgumentParser, files: list[str]) -> int:
     """Print the verdicts for the rows of some files. Return 1 if a target is missed or no row has a target."""
     if not files:
-        parser.error("targets: pass the files that --json wrote")
-    rows = _read_rows(parser, files)[0]
+        command_line.error("targets: pass the files that --json wrote")
+    rows = _read_rows(command_line, files)[0]
     verdicts = targets.judge(rows)
     print("\n".join(line for line, _ in verdicts) or "no row belongs to a target")
     return int(not verdicts or not all(met for _, met in verdicts))
 
 
-def _read_rows(parser: argparse.ArgumentParser, files: list[str]) -> tuple[list[Row], list[dict[str, Any]]]:
+def _read_rows(command_line: argparse.ArgumentParser, files: list[str]) -> tuple[list[Row], list[dict[str, Any]]]:
     try:
         return numbers.read(files)
     except ValueError as error:
-        parser.error(str(error))
+        command_line.error(str(error))
 
 
-def _print_numbers(parser: argparse.ArgumentParser, files: list[str], page: str | None) -> int:
-    """Print the README's tables, or write them into `page`."""
+def _print_numbers(
+    command_line: argparse.ArgumentParser, files: list[str], pages: list[str], folder: str | None
+) -> int:
+    """Print the tables of the documentation, or write them into `pages`. Write the pictures into `folder`."""
     if not files:
-        parser.error("numbers: pass the files that --json wrote")
-    text = numbers.section(*_read_rows(parser, files))
-    if page is None:
-        print(text)
+        command_line.error("numbers: pass the files that --json wrote")
+    rows, study = _read_rows(command_line, files)
+    texts = {"headline": numbers.headline(rows), "numbers": numbers.section(rows, study)}
+    if not pages and folder is None:
+        print(texts["numbers"])
         return 0
+    if folder is not None:
+        plot.check_available(command_line.error, "--pictures")
     try:
-        numbers.write(Path(page), text)
-    except ValueError as error:
-        parser.error(str(error))
+        for page in pages:
+            numbers.write(Path(page), texts)
+    except (OSError, ValueError) as error:
+        command_line.error(str(error))
+    if folder is not None:
+        pictures.write(rows, Path(folder))
     return 0
 
 
-def _compare(parser: argparse.ArgumentParser, files: list[str], tolerance: float) -> int:
+def _compare(command_line: argparse.ArgumentParser, files: list[str], tolerance: float) -> int:
     """Print how the shares of the limit changed between two files. Return 1 if a share decreased too much."""
     if len(files) != 2:
-        parser.error("compare: pass two files, the older file first")
+        command_line.error("compare: pass two files, the older file first")
     try:
         verdicts = compare.compare(*(compare.read(Path(file)) for file in files), tolerance)
     except ValueError as error:
-        parser.error(str(error))
+        command_line.error(str(error))
     print("\n".join(line for line, _ in verdicts) or "no case is in both files")
     return int(not verdicts or not all(kept for _, kept in verdicts))
 
@@ -205,7 +216,11 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     if not options.md:
         print(report.HEADER, flush=True)
-    with _open(options.json) as sink, _open(options.csv) as table, _progress(len(plan), options.quiet) as bar:
+    with (
+        _open(options.json) as sink,
+        _open(options.csv) as table,
+        progress.bar(len(plan), "case", options.quiet) as shown,
+    ):
 
         def emit(row: Row) -> None:
             rows.append(row)
@@ -214,7 +229,7 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
             if table is not None:
                 liger_csv.append(row, table)
             if not options.md:
-                bar.clear()
+                shown.clear()
                 print(report.line(row), flush=True)
 
         for step in plan:
@@ -225,10 +240,10 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
                     options.budget,
                     compare=not options.no_errors,
                     energy=not options.no_energy,
-                    on_step=bar.set_postfix_str,
+                    on_step=shown.set_postfix_str,
                 )
                 runner.run_case(step.config, partial(_build, step, options.backend), settings, emit)
-            bar.update()
+            shown.update()
     return rows
 
 
@@ -258,29 +273,6 @@ def _open(path: str | None) -> Iterator[TextIO | None]:
             yield sink
 
 
-class _NoBar:
-    """Replacement for the tqdm bar if tqdm is not installed."""
-
-    def update(self) -> None: ...
-
-    def clear(self) -> None: ...
-
-    def set_postfix_str(self, text: str) -> None: ...
-
-
-@contextlib.contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Any]:
-    """Yield a progress bar on stderr. It is silent with `quiet`, or if stderr is not a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield _NoBar()
-        return
-    disable = quiet or not sys.stderr.isatty()
-    with tqdm(total=total, file=sys.stderr, disable=disable, unit="case") as bar:
-        yield bar
-
-
 def _backends(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
@@ -298,7 +290,7 @@ def _listing() -> str:
     lines += ["  growth              time over tokens, vocabulary, hidden size, threads, rows with gradient"]
     lines += ["  errors              errors of every output and gradient relative to float64"]
     lines += ["  targets             compare the rows of --json files with the performance targets"]
-    lines += ["  numbers             the README's tables from the rows of --json files"]
+    lines += ["  numbers             tables and pictures of the documentation from the rows of --json files"]
     lines += ["  compare             shares of the limit in two files, the older file first"]
     lines += ["  predict             predicted times of the Triton kernels on GPUs; nothing runs"]
     lines += ["models (--shapes 256xNAME):"]
@@ -308,59 +300,65 @@ def _listing() -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokfuse bench", description="Time the ops, other libraries and the limits of this machine."
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    out = argparse.ArgumentParser(
+        prog="python -m tokfuse bench",
+        description="Time the ops, other libraries and the limits of this machine.",
+        epilog="example: python -m tokfuse bench policy_step --json rows.jsonl",
     )
-    parser.add_argument(
+    out.add_argument(
         "names",
         nargs="*",
         metavar="OP",
         help=f"some of {', '.join([*CASES, *VARIANT_OPS])}; or one of {', '.join(ALONE)}; "
         "after targets, numbers and compare: files that --json wrote",
     )
-    parser.add_argument("--list", action="store_true", help="list ops, models and peers, then exit")
-    parser.add_argument("--peers", help="peers to measure: names joined by commas, all, or none")
-    parser.add_argument(
+    out.add_argument("--list", action="store_true", help="list ops, models and peers, then exit")
+    out.add_argument("--peers", help="peers to measure: names joined by commas, all, or none")
+    out.add_argument(
         "--quick", action="store_true", help="small shapes, first variant, 3 rounds: only checks that it works"
     )
-    parser.add_argument(
+    out.add_argument(
         "--shapes",
         help="512x49152,... (tokens x vocab, or tokens x hidden x vocab), or 256xMODEL with one of "
         + ", ".join(MODELS),
     )
-    parser.add_argument("--dtype", help="float32,bfloat16,float16")
-    parser.add_argument(
+    out.add_argument("--dtype", help="float32,bfloat16,float16")
+    out.add_argument(
         "--backend",
         type=_backends,
         default=(),
         metavar="NAMES",
         help=f"force a tokfuse backend, or measure several in the same rounds: {','.join(dispatch.ORDER)}",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--variant", help="only this variant of the op's cases")
-    parser.add_argument("--axes", help=f"axes of growth: some of {','.join(growth.AXES)}")
-    parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default {ROUNDS})")
-    parser.add_argument(
+    out.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    out.add_argument("--variant", help="only this variant of the op's cases")
+    out.add_argument("--axes", help=f"axes of growth: some of {','.join(growth.AXES)}")
+    out.add_argument("--rounds", type=int, help=f"interleaved rounds (default {ROUNDS})")
+    out.add_argument(
         "--budget",
         type=float,
         default=BUDGET_S,
         help=f"seconds of rounds per case; at least 3 rounds run (default {BUDGET_S:g})",
     )
-    parser.add_argument("--no-errors", action="store_true", help="skip the slow comparison with float64")
-    parser.add_argument("--no-energy", action="store_true", help="on a GPU, skip the energy reading (1 s per provider)")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="append each row as a JSON line when it is measured")
-    parser.add_argument("--csv", metavar="FILE", help="append rows as CSV in Liger's columns")
-    parser.add_argument("--png", metavar="FILE", help="write a plot of the rows at the end")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument(
+    out.add_argument("--no-errors", action="store_true", help="skip the slow comparison with float64")
+    out.add_argument("--no-energy", action="store_true", help="on a GPU, skip the energy reading (1 s per provider)")
+    out.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--json", metavar="FILE", help="append each row as a JSON line when it is measured")
+    out.add_argument("--csv", metavar="FILE", help="append rows as CSV in Liger's columns")
+    out.add_argument("--png", metavar="FILE", help="write a plot of the rows at the end")
+    out.add_argument("--quiet", action="store_true", help="no progress bar")
+    out.add_argument(
         "--tolerance",
         type=float,
         default=compare.TOLERANCE,
         help=f"largest decrease of a share of the limit for compare (default {compare.TOLERANCE:g})",
     )
-    parser.add_argument("--write", metavar="FILE", help="write the tables of numbers into this file")
-    parser.add_argument("--md", action="store_true", help="print Markdown tables at the end")
-    return parser
+    out.add_argument(
+        "--write", metavar="PAGE", action="append", default=[], help="write the tables of numbers into this page"
+    )
+    out.add_argument("--pictures", metavar="FOLDER", help="write the pictures of numbers into this folder")
+    out.add_argument("--md", action="store_true", help="print Markdown tables at the end")
+    return out

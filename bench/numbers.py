@@ -1,9 +1,11 @@
-"""Write the tables of the README from recorded rows: `python -m tokfuse bench numbers FILES`.
+"""Write the tables of the documentation from recorded rows: `python -m tokfuse bench numbers FILES`.
 
-    python -m tokfuse bench numbers bench/results/*.jsonl --write README.md
+    python -m tokfuse bench numbers bench/results/*.jsonl --write README.md --write docs/performance.md \\
+        --pictures docs/pictures
 
-`--write` replaces the text between the markers of that file. A test compares the README with the rows in
-`bench/results`. A later row of the same case and provider replaces an earlier row.
+`--write` replaces the text between the markers of a page: `headline` is a short table, `numbers` is all
+tables. A test compares the pages with the rows in `bench/results`. A later row of the same case and provider
+replaces an earlier row.
 """
 
 import json
@@ -16,7 +18,7 @@ from tokfuse.bench import growth
 from tokfuse.bench.report import mebibytes
 from tokfuse.bench.row import Row, check_one_machine
 
-BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+MARKERS = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("headline", "numbers")}
 # Scores of study_influence.py that the text below its table compares.
 SKETCH, HEAD = "sketch, rank 64", "control: true gradient of lm_head"
 NO_GRADIENT = "control: mean hidden state, no gradient"
@@ -71,17 +73,86 @@ def _load(rows: Sequence[Row], *ops: str) -> str:
     return f"\n\nLoad average while measuring: {min(loads):.1f} to {max(loads):.1f}{busy}."
 
 
-def write(file: Path, text: str) -> None:
-    """Replace the text between the markers of a file.
+def blocks(page: str) -> dict[str, str]:
+    """Return the text between the markers of a page, by block name."""
+    pairs = ((name, *marks) for name, marks in MARKERS.items())
+    return {name: page.split(begin)[1].split(end)[0].strip() for name, begin, end in pairs if begin in page}
+
+
+def write(file: Path, texts: dict[str, str]) -> None:
+    """Replace the text between the markers of a file, for each block that it contains.
 
     Raises:
-        ValueError: a marker is missing.
+        ValueError: the file contains no block, or an end marker is missing.
     """
-    page = file.read_text(encoding="utf-8")
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"bench: the file of --write must contain {BEGIN} and {END}; {file} does not contain both.")
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    file.write_text(pattern.sub(lambda _: f"{BEGIN}\n{text}\n{END}", page), encoding="utf-8")
+    page = old = file.read_text(encoding="utf-8")
+    found = False
+    for name, (begin, end) in MARKERS.items():
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        page, count = pattern.subn(lambda _, new=f"{begin}\n{texts[name]}\n{end}": new, page)
+        found = found or count == 1
+        if count != old.count(begin) or count > 1:
+            raise ValueError(f"bench: {file} must contain {begin} and {end} at most once each.")
+    if not found:
+        marks = " or ".join(f"{begin} and {end}" for begin, end in MARKERS.values())
+        raise ValueError(f"bench: a page of --write must contain {marks}; {file} does not.")
+    file.write_text(page, encoding="utf-8")
+
+
+# Rows of the short table: what is computed, op, variant, shape, dtype, provider of tokfuse, baselines.
+COMPILED = ("torch_compile", "torch_compile_f32")
+HEADLINES = (
+    (
+        "policy loss from logits, in place",
+        "policy_step",
+        "entropy=0.01",
+        "256x151936",
+        "bfloat16",
+        "tokfuse_",
+        COMPILED,
+    ),
+    ("policy loss from logits, in place", "policy_step", "entropy=0.01", "256x128256", "float32", "tokfuse_", COMPILED),
+    ("policy loss with the lm_head", "policy_step_hidden", "rows=1", "128x896x151936", "float32", "tokfuse", COMPILED),
+    ("policy loss with the lm_head", "policy_step_hidden", "rows=1", "128x896x151936", "float32", "tokfuse", ("trl",)),
+    (
+        "the same, 25% of tokens with gradient",
+        "policy_step_hidden",
+        "rows=0.25",
+        "512x576x49152",
+        "float32",
+        "tokfuse",
+        COMPILED,
+    ),
+)
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """Return the short table: time and workspace of tokfuse and of a baseline, and the machine."""
+    timed = [row for row in rows if not row.sweep]
+    used, lines = [], []
+    for work, op, variant, shape, dtype, name, baselines in HEADLINES:
+        found = _cases(timed, op, variant).get((shape, dtype, variant), {})
+        ours, base = found.get(name), _fastest(found, *baselines)
+        if ours is None or base is None:
+            continue
+        used += [ours, base]
+        label = "torch.compile" if base.provider in COMPILED else f"{base.provider.upper()} {base.provider_version}"
+        speedup = f"{_ratio(base, ours):.1f}x"
+        lines.append([work, f"{_spaced(shape)}, {dtype}", _short(ours), f"{label}: {_short(base)}", speedup])
+    if not lines:
+        return ""
+    heads = ["work", "tokens x (hidden x) vocabulary", "tokfuse", "baseline", "speedup"]
+    first = used[0]
+    return (
+        f"{_grid(heads, lines)}\n\n"
+        f"Machine: {first.cpu_model}, {first.machine}, {first.threads} threads, torch {first.torch}. Times are\n"
+        "medians of interleaved rounds with cold caches. Memory is the peak of a call without the tensors that it\n"
+        "returns."
+    )
+
+
+def _short(row: Row) -> str:
+    return f"{row.median_ms:.{1 if (row.median_ms or 0.0) < 100 else 0}f} ms, {mebibytes(row.workspace_bytes)}"
 
 
 def _cases(rows: Sequence[Row], op: str, variant: str | None = None) -> dict[Case, dict[str, Row]]:
@@ -106,8 +177,15 @@ def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _times(row: Row | None, base: Row | None) -> str:
     if row is None or row.median_ms is None:
         return "-"
-    times = f" ({row.median_ms / base.median_ms:.1f}x)" if base and base.median_ms else ""
+    times = f" ({_ratio(row, base):.1f}x)" if base and base.median_ms else ""
     return f"{row.median_ms:.1f}{times}"
+
+
+def _ratio(row: Row, base: Row) -> float:
+    """Return the time relative to `base`, in the rounds that measured both if there are such rounds."""
+    if row.baseline == base.provider and row.ratio is not None:
+        return row.ratio
+    return (row.median_ms or 0.0) / (base.median_ms or 1.0)
 
 
 def _cpu(row: Row, base: Row | None) -> str:

@@ -1,11 +1,10 @@
 """Write one HTML page of tables and plots: `python -m tokfuse report ROWS... -o report.html`.
 
-    python -m tokfuse report bench/results/*.jsonl -o report.html --readme README.md
+    python -m tokfuse report bench/results/*.jsonl -o report.html
 
 The page is one file with sortable and filterable tables and inline SVG plots. It loads nothing from other
 servers. The rows come from `bench --json`; rows of different machines raise an error. Predicted GPU rows
-are in a separate table and plot, which are marked as predicted. `--readme` also writes the tables between
-the markers of that file.
+are in a separate table and plot, which are marked as predicted.
 """
 
 import argparse
@@ -26,22 +25,28 @@ Cell = Callable[[Row], tuple[str, float | None]]
 MODEL_OF = {vocab: name for name, (_, vocab) in MODELS.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokfuse report", description="Write one page of tables and plots from saved rows."
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    out = argparse.ArgumentParser(
+        prog="python -m tokfuse report",
+        description="Write one page of tables and plots from saved rows.",
+        epilog="example: python -m tokfuse report rows.jsonl -o report.html",
     )
-    parser.add_argument("rows", nargs="+", metavar="ROWS", help="files that `bench --json` wrote")
-    parser.add_argument("-o", "--out", default="report.html", metavar="FILE", help="the page")
-    parser.add_argument("--readme", metavar="FILE", help="also write the Markdown tables into this file")
-    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    out.add_argument("rows", nargs="+", metavar="ROWS", help="files that `bench --json` wrote")
+    out.add_argument("-o", "--out", default="report.html", metavar="FILE", help="the page")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    command = parser()
+    options = command.parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        rows, study = numbers.read(options.rows)
+        rows, _ = numbers.read(options.rows)
         if not rows:
             raise ValueError(f"report: ROWS must contain rows of `bench --json`; got {options.rows}.")
-        if options.readme:
-            numbers.write(Path(options.readme), numbers.section(rows, study))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        command.error(str(error))
     Path(options.out).write_text(page(rows), encoding="utf-8")
     print(f"wrote {options.out}: {len(rows)} rows")
     return 0

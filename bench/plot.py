@@ -10,12 +10,12 @@ COLOURS = {"ours": "#1a7f5a", "peer": "#8a94a6", "limit": "#d9a441"}
 COLUMNS = 2
 
 
-def check_available(refuse: Callable[[str], Any]) -> None:
+def check_available(refuse: Callable[[str], Any], option: str) -> None:
     """Report a missing matplotlib before anything is measured."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        refuse("--png needs matplotlib: pip install 'tokfuse[bench]'")
+        refuse(f"{option} needs matplotlib: pip install 'tokfuse[bench]'")
 
 
 def draw(rows: Iterable[Row], path: Path) -> None:

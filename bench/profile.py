@@ -47,14 +47,14 @@ READ = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile the case of the command line. Return 1 if the tool or the provider is missing."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options = parser.parse_args(argv)
+    command_line = parser()
+    options = command_line.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available() and options.tool not in READ:
-        parser.error("--device cuda needs a CUDA device and a CUDA build of torch; torch finds no CUDA device")
+        command_line.error("--device cuda needs a CUDA device and a CUDA build of torch; torch finds no CUDA device")
     try:
         config, names = _case(options)
     except ValueError as error:
-        parser.error(str(error))
+        command_line.error(str(error))
     if options.tool in READ:
         return _run_tool(options, argv)
     with dispatch.backend(options.backend) if options.backend else contextlib.nullcontext():
@@ -213,24 +213,29 @@ def _without(argv: Sequence[str], *options: str) -> list[str]:
     return kept
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tokfuse profile", description="Profile one benchmark case.")
-    parser.add_argument("case", metavar="CASE", help="an op of `python -m tokfuse bench --list`")
-    parser.add_argument("--tool", choices=TOOLS, default="torch")
-    parser.add_argument("--provider", default="tokfuse", help="provider: tokfuse, tokfuse_, or a peer")
-    parser.add_argument("--shapes", help="shapes, in the format of bench; only the first one is profiled")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16")
-    parser.add_argument("--mode", help="a mode of the op's cases, for example forward+backward")
-    parser.add_argument("--variant", help="a variant of the op's cases")
-    parser.add_argument("--quick", action="store_true", help="use a small shape")
-    parser.add_argument("--backend", choices=dispatch.ORDER, help="force one tokfuse backend")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--calls", type=int, default=5, help="number of calls in the measured region")
-    parser.add_argument("--kernel", help="ncu: regular expression for kernel names")
-    parser.add_argument("--kernels", type=int, default=3, help="ncu: number of launches")
-    parser.add_argument("--range", help="ncu: another range instead of the op's OP.fwd")
-    parser.add_argument("--rows", type=int, default=15, help="torch: number of lines of the table")
-    parser.add_argument("--print", action="store_true", help="only print the command")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--out", default="tokfuse-profile", help="name of the report without extension")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    out = argparse.ArgumentParser(
+        prog="python -m tokfuse profile",
+        description="Profile one benchmark case.",
+        epilog="example: python -m tokfuse profile policy_step --quick",
+    )
+    out.add_argument("case", metavar="CASE", help="an op of `python -m tokfuse bench --list`")
+    out.add_argument("--tool", choices=TOOLS, default="torch")
+    out.add_argument("--provider", default="tokfuse", help="provider: tokfuse, tokfuse_, or a peer")
+    out.add_argument("--shapes", help="shapes, in the format of bench; only the first one is profiled")
+    out.add_argument("--dtype", help="float32, bfloat16 or float16")
+    out.add_argument("--mode", help="a mode of the op's cases, for example forward+backward")
+    out.add_argument("--variant", help="a variant of the op's cases")
+    out.add_argument("--quick", action="store_true", help="use a small shape")
+    out.add_argument("--backend", choices=dispatch.ORDER, help="force one tokfuse backend")
+    out.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    out.add_argument("--calls", type=int, default=5, help="number of calls in the measured region")
+    out.add_argument("--kernel", help="ncu: regular expression for kernel names")
+    out.add_argument("--kernels", type=int, default=3, help="ncu: number of launches")
+    out.add_argument("--range", help="ncu: another range instead of the op's OP.fwd")
+    out.add_argument("--rows", type=int, default=15, help="torch: number of lines of the table")
+    out.add_argument("--print", action="store_true", help="only print the command")
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("-o", "--out", default="tokfuse-profile", help="name of the report without extension")
+    return out

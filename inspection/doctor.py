@@ -1,7 +1,7 @@
 """`python -m tokfuse doctor`: installed versions, devices, and the backends that each op can use.
 
 `report()` returns plain data that can be written as JSON. `render()` formats it as text. `markdown()`
-returns the support table of the README, which depends only on the declared capabilities, not on the
+returns the support table of docs/backends.md, which depends only on the declared capabilities, not on the
 machine. Only a report queries a GPU driver.
 """
 
@@ -43,7 +43,7 @@ ENVIRONMENT = {
 }
 
 SHORT_DTYPE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
-SUPPORT_BEGIN = "<!-- support: written by `python -m tokfuse doctor --markdown README.md` -->"
+SUPPORT_BEGIN = "<!-- support: written by `python -m tokfuse doctor --markdown docs/backends.md` -->"
 SUPPORT_END = "<!-- /support -->"
 
 
@@ -217,7 +217,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def markdown() -> str:
-    """Return the support table of the README: the declared dtypes and options per op and backend."""
+    """Return the support table of docs/backends.md: the declared dtypes and options per op and backend."""
     import_ops()
     rows = dispatch.table()
     lines = ["| op | " + " | ".join(dispatch.ORDER) + " |", "| --- |" + " --- |" * len(dispatch.ORDER)]
@@ -248,13 +248,14 @@ def write_markdown(path: Path) -> None:
     path.write_text(f"{head}{SUPPORT_BEGIN}\n{markdown()}\n{SUPPORT_END}{tail}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    out = argparse.ArgumentParser(
         prog="python -m tokfuse doctor",
         description="Show installed versions, devices, and the backends that each op can use.",
+        epilog="example: python -m tokfuse doctor --json > report.json",
     )
-    form = parser.add_mutually_exclusive_group()
+    form = out.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the full report as JSON")
     form.add_argument(
         "--markdown",
@@ -263,7 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="print the support table, or write it between its marks in FILE",
     )
-    options = parser.parse_args(argv)
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    options = parser().parse_args(argv)
     if options.markdown == "-":
         print(markdown())
     elif options.markdown:

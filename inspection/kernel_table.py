@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from tokfuse.inspection import progress
 from tokfuse.runtime.backends import triton_backend
 
 # Stored in the folder of the kernels, so that an installed package can be checked too.
@@ -114,8 +115,12 @@ def compile_all(
         found = old.get((key, source_of(case, dtype, capability, launch)))
         return found or resources_of(case, dtype, capability, launch)
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda w: resources(*w), work))
+    out = []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress.bar(len(work), "kernel") as shown:
+        for row in pool.map(lambda w: resources(*w), work):
+            out.append(row)
+            shown.update()
+    return out
 
 
 def require_compiler(command: str = "kernels") -> None:

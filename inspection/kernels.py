@@ -7,21 +7,28 @@ from collections.abc import Sequence
 from tokfuse.inspection import cuda_table, kernel_table, roofline
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    out = argparse.ArgumentParser(
         prog="python -m tokfuse kernels",
         description="Show registers, spills and instructions per element of the kernels. No GPU is needed.",
+        epilog="example: python -m tokfuse kernels policy_step",
     )
-    form = parser.add_mutually_exclusive_group()
+    form = out.add_mutually_exclusive_group()
     form.add_argument("--check", action="store_true", help="compile the kernels and compare them with the table")
     form.add_argument("--write", action="store_true", help="compile the changed kernels and write the table")
-    parser.add_argument("--cuda", action="store_true", help="inspect the CUDA kernels of the native module")
-    parser.add_argument("cases", nargs="*", help="only cases whose name starts with one of these")
-    options = parser.parse_args(argv)
+    out.add_argument("--cuda", action="store_true", help="inspect the CUDA kernels of the native module")
+    out.add_argument("cases", nargs="*", help="only cases whose name starts with one of these")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    command = parser()
+    options = command.parse_args(argv)
     if options.cuda:
         if options.cases:
-            parser.error("--cuda reads the whole module and takes no cases; remove the cases")
+            command.error("--cuda reads the whole module and takes no cases; remove the cases")
         return _cuda(options.check, options.write)
     return _triton(options.cases, options.check, options.write)
 

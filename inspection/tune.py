@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.inspection import kernel_table
+from tokfuse.inspection import kernel_table, progress
 from tokfuse.runtime.core.errors import refuse
 
 OP = "load_tuned"
@@ -263,44 +263,56 @@ def _dry_run(kernels: Sequence[str], capability: int) -> None:
             print(_line(candidate, note), flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    out = argparse.ArgumentParser(
         prog="python -m tokfuse tune",
         description="Measure launch records of the Triton kernels on this device and store the"
         " fastest. tokfuse.load_tuned() uses them.",
+        epilog="example: python -m tokfuse tune whiten --dry-run",
     )
-    parser.add_argument("kernels", nargs="*", help="names of launch records; default: all")
-    parser.add_argument("--output", type=Path, help="path of the table; default: in the user's cache")
-    parser.add_argument("--dry-run", action="store_true", help="list the candidates without timing; needs no GPU")
-    parser.add_argument("--capability", type=int, help="architecture of a dry run; default: 90")
-    options = parser.parse_args(argv)
+    out.add_argument("kernels", nargs="*", help="names of launch records; default: all")
+    out.add_argument("--output", type=Path, metavar="FILE", help="path of the table; default: in the user's cache")
+    out.add_argument("--dry-run", action="store_true", help="list the candidates without timing; needs no GPU")
+    out.add_argument("--capability", type=int, help="architecture of a dry run; default: 90")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    command = parser()
+    options = command.parse_args(argv)
     kernel_table.require_compiler("tune")
     known = problems()
     if unknown := sorted(set(options.kernels) - known.keys()):
-        parser.error(f"kernels must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
+        command.error(f"kernels must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
     kernels = options.kernels or sorted(known)
     if options.dry_run:
         if options.output is not None:
-            parser.error("--output must be left out with --dry-run, which stores nothing")
+            command.error("--output must be left out with --dry-run, which stores nothing")
         _dry_run(kernels, options.capability or 90)
         return 0
     if options.capability is not None:
-        parser.error("--capability must be left out without --dry-run, which uses that of the device")
+        command.error("--capability must be left out without --dry-run, which uses that of the device")
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device; use --dry-run to list the candidates")
+        command.error("there is no CUDA device; use --dry-run to list the candidates")
     return tune(kernels, *_device(), options.output, cuda_timer)
 
 
 def tune(kernels: Sequence[str], device: str, capability: int, output: Path | None, timer: Timer) -> int:
     """Measure the kernels, print the times, store the table, and return the exit status 0."""
     choices = []
-    for kernel in kernels:
-        choice = measure(kernel, capability, timer)
-        choices.append(choice)
-        ours, best = choice.seconds[0], min(choice.seconds)
-        kept = "shipped record kept" if choice.best == choice.configs[0] else f"{choice.best}"
-        print(f"{kernel}: {ours * 1e6:.1f} us, best of {len(choice.seconds)} {best * 1e6:.1f} us; {kept}", flush=True)
+    with progress.bar(len(kernels), "kernel") as shown:
+        for kernel in kernels:
+            shown.set_postfix_str(kernel)
+            choice = measure(kernel, capability, timer)
+            choices.append(choice)
+            ours, best = choice.seconds[0], min(choice.seconds)
+            kept = "shipped record kept" if choice.best == choice.configs[0] else f"{choice.best}"
+            shown.clear()
+            times = f"{ours * 1e6:.1f} us, best of {len(choice.seconds)} {best * 1e6:.1f} us"
+            print(f"{kernel}: {times}; {kept}", flush=True)
+            shown.update()
     path = output or default_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(as_json(device, capability, choices))

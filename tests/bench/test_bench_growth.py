@@ -28,7 +28,7 @@ ROW = our_row(
 
 
 def plan(*arguments: str) -> list[planning.Step]:
-    return planning.make_growth_plan(cli._parser().parse_args(["growth", *arguments]))
+    return planning.make_growth_plan(cli.parser().parse_args(["growth", *arguments]))
 
 
 def test_a_sweep_varies_one_axis() -> None:
@@ -71,7 +71,7 @@ def test_axes_belong_to_growth(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_several_ops_in_one_run() -> None:
-    options = cli._parser().parse_args(["gae", "token_stats", "--quick"])
+    options = cli.parser().parse_args(["gae", "token_stats", "--quick"])
     assert [step.config.op for step in planning.make_plan(options)] == ["advantage"] + ["token_stats"] * 2
     options.names = ["gae", "softmax"]
     with pytest.raises(ValueError, match="one of token_stats, .*predict; got 'softmax'"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bench_rows import our_row
 
-from tokfuse.bench import cli, numbers, targets
+from tokfuse.bench import cli, numbers, pictures, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
@@ -39,15 +39,57 @@ STUDY = {
 }
 
 
-@pytest.mark.parametrize(
-    "page, folder", [("README.md", "bench/results"), ("docs/distillation.md", "bench/results/distillation")]
+COMMAND = (
+    "run `python -m tokfuse bench numbers bench/results/*.jsonl --write README.md --write docs/performance.md "
+    "--pictures docs/pictures`"
 )
-def test_tables_are_current(page: str, folder: str) -> None:
-    results = sorted((ROOT / folder).glob("*.jsonl"))
-    assert results
-    recorded = (ROOT / page).read_text().split(numbers.BEGIN)[1].split(numbers.END)[0].strip()
-    assert recorded == numbers.section(*numbers.read(results)), (
-        f"run `python -m tokfuse bench numbers {folder}/*.jsonl --write {page}`"
+
+
+def test_pages_are_current() -> None:
+    rows, study = numbers.read(RESULTS)
+    readme, performance = (numbers.blocks((ROOT / name).read_text()) for name in ("README.md", "docs/performance.md"))
+    assert rows and readme == {"headline": numbers.headline(rows)}, COMMAND
+    assert performance == {"numbers": numbers.section(rows, study)}, COMMAND
+    assert len(readme["headline"].splitlines()) == 2 + len(numbers.HEADLINES) + 4, "a headline has no rows"
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_pictures_are_current(name: str) -> None:
+    values = pictures.PICTURES[name][0](numbers.read(RESULTS)[0])
+    assert values, "a picture shows nothing"
+    for theme in pictures.THEMES:
+        assert pictures.drawn(ROOT / "docs" / "pictures" / f"{name}-{theme.name}.svg") == values, COMMAND
+
+
+def test_every_recorded_peer_of_the_case_is_in_the_picture() -> None:
+    """Liger's GRPO loss is 10 times slower on a CPU and would hide the others; its row is in the tables."""
+    rows = [row for row in numbers.read(RESULTS)[0] if pictures._case(row) == pictures.CASE and row.role != "limit"]
+    shown = {row.provider for row in rows} - {"liger", "liger_compile", "cross_entropy"}
+    assert shown == set(pictures.PROVIDERS)
+
+
+def test_the_description_of_a_picture_is_its_values(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    op, variant, shape, dtype = pictures.CASE
+    ours = replace(ROW, op=op, variant=variant, shape=shape, dtype=dtype, ratio=1.0)
+    rows = [ours, replace(ours, provider="trl", role="peer", ratio=2.5), replace(ours, sweep="tokens", median_ms=9.0)]
+    files = pictures.write(rows, tmp_path)
+    assert len(files) == 2 * len(pictures.THEMES)
+    assert pictures.drawn(tmp_path / "comparison-dark.svg") == {"tokfuse": [2.0, 1.0, 2.0], "TRL": [2.0, 2.5, 2.0]}
+    assert pictures.drawn(tmp_path / "scaling-light.svg")["policy_step_hidden tokens ms"] == {"tokfuse": [[8.0, 9.0]]}
+    first = files[0].read_bytes()
+    assert pictures.write(rows, tmp_path)[0].read_bytes() == first
+    (tmp_path / "other.svg").write_text("<svg/>")
+    with pytest.raises(ValueError, match="write it again"):
+        pictures.drawn(tmp_path / "other.svg")
+
+
+def test_the_page_on_distillation_is_current() -> None:
+    rows, study = numbers.read(sorted((ROOT / "bench" / "results" / "distillation").glob("*.jsonl")))
+    assert rows and not study
+    page = numbers.blocks((ROOT / "docs" / "distillation.md").read_text())
+    assert page == {"numbers": numbers.section(rows, study)}, (
+        "run `python -m tokfuse bench numbers bench/results/distillation/*.jsonl --write docs/distillation.md`"
     )
 
 
@@ -114,17 +156,31 @@ def test_rows_of_a_sweep_stay_out_of_the_other_tables() -> None:
 def test_numbers_are_written_between_the_markers(tmp_path, capsys) -> None:
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     rows.write_text(ROW.to_json() + "\n\n" + json.dumps(STUDY) + "\n")
-    page.write_text(f"before\n{numbers.BEGIN}\nold\n{numbers.END}\nafter\n")
+    begin, end = numbers.MARKERS["numbers"]
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert cli.main(["numbers", str(rows), "--write", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert cli.main(["numbers", str(rows)]) == 0
     assert capsys.readouterr().out.strip() in text
-    page.write_text("no markers")
-    for line in (["numbers", str(rows), "--write", str(page)], ["numbers"], ["policy_step", "--write", str(page)]):
+    for text in ("no markers", f"{begin} without end", f"{begin}{end}{begin}{end}"):
+        page.write_text(text)
+        with pytest.raises(SystemExit):
+            cli.main(["numbers", str(rows), "--write", str(page)])
+        assert page.read_text() == text
+    for line in (["numbers"], ["policy_step", "--write", str(page)], ["policy_step", "--pictures", str(tmp_path)]):
         with pytest.raises(SystemExit):
             cli.main(line)
-    assert page.read_text() == "no markers"
+
+
+def test_a_headline_compares_with_the_faster_baseline() -> None:
+    ours = replace(
+        ROW, op="policy_step_hidden", shape="128x896x151936", variant="rows=1", baseline="tokfuse", ratio=1.0
+    )
+    base = replace(ours, provider="torch_compile", role="peer", median_ms=150.0, ratio=3.25)
+    text = numbers.headline([ours, base, replace(base, provider="torch_compile_f32", median_ms=160.0)])
+    assert "| 128 x 896 x 151936, float32 | 2.0 ms, 2.0 MiB | torch.compile: 150 ms, 2.0 MiB | 3.2x |" in text
+    assert "a processor" in text and numbers.headline([ours]) == ""
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_every_step_is_a_valid_command_line(release: Any) -> None:
     for step in release.STEPS:
         for quick in (False, True):
             words = release.command(step, Path("r.jsonl"), quick)[4:]
-            options = cli._parser().parse_args(words)
+            options = cli.parser().parse_args(words)
             if options.names == ["growth"]:
                 assert plan.make_growth_plan(options)
             elif options.names != ["predict"]:
@@ -44,7 +44,7 @@ def test_every_peer_that_runs_on_a_cpu_is_measured(release: Any) -> None:
         name
         for step in release.STEPS
         if step.kind != "predicted"
-        for name in cli._parser().parse_args(step.arguments.split()).peers.split(",")
+        for name in cli.parser().parse_args(step.arguments.split()).peers.split(",")
     }
     assert {n for n, peer in peers.KNOWN.items() if not peer.needs_cuda} <= measured
 

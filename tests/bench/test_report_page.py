@@ -11,7 +11,7 @@ import pytest
 from bench_rows import our_row
 
 from tokfuse import __main__ as entry
-from tokfuse.bench import numbers, page, predict, svg
+from tokfuse.bench import page, predict, svg
 from tokfuse.inspection import kernel_table
 
 ROW = our_row(
@@ -161,13 +161,11 @@ def test_axes_hold_every_point() -> None:
     assert svg.plot("t", [svg.Series("a")], "x", "y") == ""
 
 
-def test_command_writes_the_page_and_the_readme(tmp_path: Path, capsys) -> None:
-    rows, out, readme = tmp_path / "r.jsonl", tmp_path / "p.html", tmp_path / "README.md"
+def test_command_writes_the_page(tmp_path: Path, capsys) -> None:
+    rows, out = tmp_path / "r.jsonl", tmp_path / "p.html"
     rows.write_text("".join(f"{row.to_json()}\n" for row in ROWS))
-    readme.write_text(f"{numbers.BEGIN}\n{numbers.END}\n")
-    assert entry.main(["report", str(rows), "-o", str(out), "--readme", str(readme)]) == 0
+    assert entry.main(["report", str(rows), "-o", str(out)]) == 0
     assert out.read_text() == page.page(ROWS) and f"wrote {out}" in capsys.readouterr().out
-    assert numbers.section(ROWS) in readme.read_text()
 
 
 def test_command_refuses(tmp_path: Path, capsys) -> None:

@@ -49,7 +49,7 @@ def test_every_page_is_in_the_site() -> None:
     assert [p.name for p in (ROOT / "docs").glob("*.md") if f": {p.name}\n" not in nav] == []
 
 
-PARSERS = {"bench": bench.cli._parser, "profile": bench.profile._parser}
+PARSERS = {"bench": bench.cli.parser, "profile": bench.profile.parser}
 
 
 def commands() -> list[tuple[str, str]]:
