@@ -27,6 +27,8 @@ TESTS = (
     "distributed/test_vocab_parallel.py",
     "integrations/test_call_shapes.py",
     "integrations/test_hf.py",
+    "integrations/test_nemo_loss.py",
+    "integrations/test_prime_rl_losses.py",
     "integrations/test_trl.py",
     "integrations/test_trl_losses.py",
 )
