@@ -296,7 +296,7 @@ _row(
     eps=1e-4,
     shape=DAPO_CLIP,
     kl=KL(coef=-0.01, clamp=11.0),
-    differs="The clip is 0.2 / 0.28 as in the authors' trainer. ref_logp comes from the bias model. The gradient "
-    "reaches 0.01 e^11. The authors clip the "
-    "gradient norm at 20: this is part of the method, and the trainer must do it.",
+    differs="The clip is 0.2 / 0.28 as in the authors' trainer, where it never acts: one step per rollout. ref_logp "
+    "comes from the bias model. The gradient reaches 0.01 e^11. The authors clip the gradient norm at 20: this is part "
+    "of the method, and the trainer must do it.",
 )
