@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokfuse.algorithms  # noqa: F401  (fills the registry)
+from tokfuse.algorithms import gallery
 from tokfuse.algorithms.registry import ENTRIES, KINDS, Entry, entry, names
 
 INDEX_BEGIN = "<!-- index: written by `python -m tokfuse algorithms --markdown docs/paper_index.md` -->"
@@ -85,12 +86,21 @@ def _rows(systems: dict[str, list[Entry]]) -> list[str]:
 
 def write_markdown(path: Path) -> None:
     """Replace the text between the two index marks of a file with `markdown()`."""
+    _write_between(path, INDEX_BEGIN, INDEX_END, markdown())
+
+
+def write_gallery(path: Path) -> None:
+    """Replace the text between the two gallery marks of a file with `gallery.page()`."""
+    _write_between(path, gallery.BEGIN, gallery.END, gallery.page())
+
+
+def _write_between(path: Path, begin: str, end: str, new: str) -> None:
     text = path.read_text()
-    if text.count(INDEX_BEGIN) != 1 or text.count(INDEX_END) != 1:
-        raise ValueError(f"algorithms: {path} must contain {INDEX_BEGIN!r} and {INDEX_END!r} once each.")
-    head, rest = text.split(INDEX_BEGIN)
-    tail = rest.split(INDEX_END)[1]
-    path.write_text(f"{head}{INDEX_BEGIN}\n{markdown()}\n{INDEX_END}{tail}")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"algorithms: {path} must contain {begin!r} and {end!r} once each.")
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    path.write_text(f"{head}{begin}\n{new}\n{end}{tail}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("name", nargs="?", help="a method; without it, the table of all methods is printed")
     out.add_argument("--kind", choices=KINDS, help="only the methods of this kind")
     out.add_argument("--markdown", type=Path, metavar="FILE", help="write the paper index between the marks of FILE")
+    out.add_argument("--gallery", type=Path, metavar="FILE", help="write the method gallery between the marks of FILE")
     return out
 
 
@@ -112,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = command.parse_args(argv)
     if options.markdown is not None:
         write_markdown(options.markdown)
+    if options.gallery is not None:
+        write_gallery(options.gallery)
+    if options.markdown is not None or options.gallery is not None:
         return 0
     try:
         print(table(options.kind) if options.name is None else describe(options.name))

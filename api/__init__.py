@@ -6,7 +6,7 @@ Public names are imported on first use. So `import tokfuse` uses no device, no d
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # public name -> module that defines it
 _PUBLIC = {

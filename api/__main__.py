@@ -102,7 +102,8 @@ def _complete(shell: str) -> int:
     commands = full.add_subparsers(dest="command")
     for name, (_, summary) in COMMANDS.items():
         own = parser() if name == "completion" else _module(name).parser()
-        for action in own._actions:
+        actions: list[Any] = own._actions
+        for action in actions:
             if action.metavar in ("FILE", "PAGE", "ROWS"):
                 action.complete = shtab.FILE
             elif action.metavar == "FOLDER":

@@ -143,3 +143,10 @@ def test_quoted_targets_and_files_exist(page: Path):
             assert (ROOT / code).is_file(), f"{code} does not exist"
     for link in re.findall(r"\]\((?!https?:)([^)#]+)|(?:src|srcset)=\"([^\"]+)\"", text):
         assert (page.parent / (link[0] or link[1])).exists(), f"broken link {link}"
+
+
+def test_the_version_is_the_same_everywhere():
+    stated = {"pyproject.toml": r'^version = "(.+)"', "CITATION.cff": r"^version: (.+)", "CHANGELOG.md": r"^## (\S+)"}
+    for file, pattern in stated.items():
+        found = re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
+        assert found and found[1] == tokfuse.__version__, file
