@@ -6,8 +6,9 @@ from typing import Any
 
 BEGIN = "<!-- selection: written by `python -m tokfuse.bench.study_selection` -->"
 END = "<!-- /selection -->"
-RANKINGS = 10  # number of training sets per seed
+RANKINGS = 8  # number of training sets per seed
 KINDS = ("useful", "irrelevant", "mislabelled")
+RANDOM = "random"
 
 
 def by_ranking(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -22,30 +23,30 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
+def with_error(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """Return the mean with its standard error as text. One value has no error."""
+    middle = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{middle:{sign}.{digits}f}"
+    variance = sum((x - middle) ** 2 for x in values) / (len(values) - 1)
+    return f"{middle:{sign}.{digits}f} +- {(variance / len(values)) ** 0.5:.{digits}f}"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return one line per ranking: its choice, its mean over the seeds that ran, and each seed."""
-    seeds = sorted({row["seed"] for row in rows})
+    """Return one line per ranking: its choice, and its accuracy with standard errors over the seeds that ran."""
+    at_random = {row["seed"]: row["after"] for row in rows if row["ranking"] == RANDOM}
     lines = [
-        "| trained on | samples | "
-        + " | ".join(KINDS)
-        + " | accuracy | gain | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " | log-prob of the answer |",
-        "| --- " * (8 + len(seeds)) + "|",
+        "| trained on | " + " | ".join(KINDS) + " | accuracy | above random | log-prob of the answer |",
+        "| --- " * 7 + "|",
     ]
     for name, group in by_ranking(rows).items():
-        cells = [name, f"{mean(group, 'samples'):.0f}"]
-        cells += [f"{mean(group, kind):.0%}" for kind in KINDS]
-        after, before = mean(group, "after"), mean(group, "before")
-        cells += [f"{after:.3f}", f"{after - before:+.3f}"]
-        of_seed = {row["seed"]: row["after"] for row in group}
-        cells += [f"{of_seed[seed]:.3f}" if seed in of_seed else "-" for seed in seeds]
-        cells.append(f"{mean(group, 'logp'):.3f}")
+        above = [row["after"] - at_random[row["seed"]] for row in group if row["seed"] in at_random]
+        cells = [name, *(f"{mean(group, kind):.0%}" for kind in KINDS), with_error([row["after"] for row in group])]
+        cells.append("-" if name == RANDOM or not above else with_error(above, sign="+"))
+        cells.append(with_error([row["logp"] for row in group]))
         lines.append("| " + " | ".join(cells) + " |")
     start = {row["seed"]: row["before"] for row in rows}
-    values = [start[seed] for seed in seeds]
-    cells = ["nothing", "0", "-", "-", "-", f"{sum(values) / len(values):.3f}", "-"]
-    lines.append("| " + " | ".join([*cells, *(f"{v:.3f}" for v in values), "-"]) + " |")
+    lines.append(f"| nothing | - | - | - | {with_error(list(start.values()))} | - | - |")
     return "\n".join(lines)
 
 
@@ -56,8 +57,8 @@ def facts(rows: Sequence[dict[str, Any]]) -> str:
     settings = ", ".join(f"{key} {value:g}" for key, value in last["settings"].items())
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     return (
-        f"{last['cpu_model']}, threads {last['threads']}, torch {last['torch']}, commits "
-        f"{commits}; {seconds / 60:.0f} minutes of training. {settings}."
+        f"Seeds {len({row['seed'] for row in rows})}. {last['cpu_model']}, threads {last['threads']}, torch "
+        f"{last['torch']}, commits {commits}; {seconds / 60:.0f} minutes of training on a shared machine. {settings}."
     )
 
 

@@ -2,15 +2,16 @@
 
     OMP_WAIT_POLICY=passive python -m tokfuse.bench.study_influence --json rows.jsonl
 
-Model: SmolLM2-135M-Instruct. The true gradients are per-sample gradients of all parameters, from one
-backward per sample. They are compared with the features of all linear layers that `influence.capture` takes from an
-ordinary backward, and with the sketches, the norms and the exact adapter gradient of the last hidden state that one
-`policy_step` computes for all samples. There are two data sets: answers of four task families (every sample
-increases the probability of its answer), and rollouts of one task with group advantages (some samples
-increase it, others decrease it). The score of a sample is the cosine between its gradient and the mean
-gradient of a validation group. Rows contain Spearman rank correlations with the scores of the true
-gradients: of all layers, of the lm_head, of the last block. Sketches are drawn with several seeds, and the
-rows contain the spread. The study needs the demo's packages and fifteen CPU minutes.
+Model: SmolLM2-135M-Instruct after a few AdamW steps on the ranked samples, which give real Adam moments. The true
+gradients are per-sample gradients of all parameters, from one backward per sample. They are compared with the features
+of all linear layers that `influence.capture` takes from an ordinary backward, and with the sketches, the norms and the
+exact adapter gradient of the last hidden state that one `policy_step` computes for all samples. There are two data
+sets: answers of four task families (every sample increases the probability of its answer), and rollouts of one task
+with group advantages (some samples increase it, others decrease it). The score of a sample is the cosine between its
+gradient and the mean gradient of a validation group. Rows contain Spearman rank correlations with the scores of the
+true gradients: of all layers, of the lm_head, of the last block. Rows of kind "adam" compare with the gradients
+divided by sqrt(v) + eps, as Adam does. Sketches are drawn with several seeds, and the rows contain the spread. The
+study needs the demo's packages and about ten CPU minutes.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.algorithms import influence as selection
+from tokfuse.algorithms.adam_factors import layer_scales
 from tokfuse.algorithms.capture import Captured, capture
+from tokfuse.algorithms.captured_layers import chosen_layers
 from tokfuse.bench import machine
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
@@ -38,8 +41,9 @@ from tokfuse.runtime.policy.shapes import PPOClip
 FAMILIES = ("chain_sum", "spell_backward", "word_sorting", "caesar_cipher")
 SLICES = ("all", "lm_head", "last_block")
 GROUP_SIZE = 4  # rollouts of one prompt
-SEEDS = 8
+SEEDS = 3
 RANKS = (4, 8, 16)  # of influence.capture
+MOMENTS = ("exact", "rank 1")  # forms of Adam's second moment
 PARTS = {"attention": "*.self_attn.*", "mlp": "*.mlp.*", "lm_head": "lm_head"}
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -117,6 +121,20 @@ def rollouts(model: Any, tokenizer: Any, train: int, validation: int) -> DataSet
 # ---------------------------------------------------------------------------------- true gradients
 
 
+class Direction(NamedTuple):
+    """Scores of the true gradients.
+
+    Args:
+        cosines: (slices, samples, groups), with the means of the groups. norms: (slices, samples).
+        adam: (samples, groups) by name, the same of all linear layers, for the gradients of the samples divided by
+            Adam's root, with the moment itself and with its rank-1 form, and without division.
+    """
+
+    cosines: torch.Tensor
+    norms: torch.Tensor
+    adam: dict[str, torch.Tensor]
+
+
 class TrueGradients:
     """Per-sample gradients from one backward each, stored as products with the validation means."""
 
@@ -134,38 +152,85 @@ class TrueGradients:
         states = self.model.model(sample.ids.unsqueeze(0)).last_hidden_state[0]
         return states[sample.prompt - 1 : -1]
 
+    def loss(self, sample: Sample) -> torch.Tensor:
+        """Return -advantage * mean log-prob of the response."""
+        stats = linear_token_stats(self.hidden(sample), self.head, sample.ids[sample.prompt :])
+        return -sample.advantage * stats.logp.mean()
+
     def gradient(self, sample: Sample) -> list[torch.Tensor]:
         """Return d loss / d parameter for every parameter. The embedding's gradient is the sum over its two uses."""
-        logp = torch.log_softmax(self.hidden(sample) @ self.head.t(), dim=-1)
-        chosen = logp.gather(1, sample.ids[sample.prompt :].unsqueeze(1))
         leaves = [*self.model.parameters(), self.head]
-        grads = list(torch.autograd.grad(-sample.advantage * chosen.mean(), leaves))
+        grads = list(torch.autograd.grad(self.loss(sample), leaves))
         grads[self.embedding] = grads[self.embedding] + grads[-1]
         return grads
 
-    def products(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
-        """Return (slices,) inner products, in the order of SLICES."""
-        each = torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)])
+    def slices(self, each: torch.Tensor) -> torch.Tensor:
+        """Return (slices, ...), the sums of (parameters, ...) products over the parameters of each of SLICES."""
         block = torch.tensor(self.in_last_block)
-        return torch.stack([each[:-1].sum(), each[-1], each[block].sum()]).double()
+        return torch.stack([each[:-1].sum(0), each[-1], each[block].sum(0)])
 
-    def scores(self, data: DataSet) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (slices, samples, groups) cosines with the means of the groups, and (slices, samples) norms."""
-        means: list[list[torch.Tensor]] = []
-        for group in range(data.groups):
-            members = [s for s in data.validation if s.group == group]
-            total = self.gradient(members[0])
-            for sample in members[1:]:
-                total = [t.add_(g) for t, g in zip(total, self.gradient(sample), strict=True)]
-            means.append(total)
-        sizes = torch.stack([self.products(m, m).sqrt() for m in means])
-        rows, norms = [], []
-        for sample in data.train:
-            grad = self.gradient(sample)
-            norm = self.products(grad, grad).sqrt()
-            rows.append(torch.stack([self.products(grad, m) for m in means]) / norm / sizes)
-            norms.append(norm)
-        return torch.stack(rows).permute(2, 0, 1), torch.stack(norms).t()
+    def scores(self, data: DataSet, optimizer: Any, captures: "Captures | None" = None) -> Direction:
+        """Return the scores of the true gradients. `captures` records the same backward passes."""
+        roots = adam_roots(self, optimizer)
+        linear = torch.tensor([i in roots for i in range(len(self.names))])
+        with contextlib.ExitStack() as stack:
+            for each in captures.validation if captures else []:
+                stack.enter_context(each)
+            # (groups, numbers) for each parameter, sums over the validation samples
+            stacked = [torch.zeros(data.groups, p.numel()) for p in [*self.model.parameters(), self.head]]
+            for sample in data.validation:  # in this order, which is the order of the captured features
+                for total, g in zip(stacked, self.gradient(sample), strict=True):
+                    total[sample.group] += g.flatten()
+        squares = torch.stack([m.square().sum(1) for m in stacked]).double()
+        sizes = self.slices(squares).sqrt()
+        rows, norms, adam = [], [], []
+        with contextlib.ExitStack() as stack:
+            for each in captures.train if captures else []:
+                stack.enter_context(each)
+            for sample in data.train:
+                grad = [g.flatten() for g in self.gradient(sample)]
+                products = torch.stack([m @ g for m, g in zip(stacked, grad, strict=True)]).double()
+                own = torch.stack([g @ g for g in grad]).double()
+                norms.append(self.slices(own).sqrt())
+                rows.append(self.slices(products) / norms[-1][:, None] / sizes)
+                found = [products[linear].sum(0) / own[linear].sum().sqrt()]
+                for kind in range(len(MOMENTS)):
+                    of_kind = {i: grad[i] * roots[i][kind] for i in roots}
+                    product = sum((stacked[i] @ g).double() for i, g in of_kind.items())
+                    found.append(product / sum((g @ g).double() for g in of_kind.values()).sqrt())
+                adam.append(torch.stack(found) / squares[linear].sum(0).sqrt())
+        names = ("none", *MOMENTS)
+        by_name = dict(zip(names, torch.stack(adam, 1), strict=True))
+        return Direction(torch.stack(rows, 1), torch.stack(norms, 1), by_name)
+
+
+def adam_roots(true: TrueGradients, optimizer: Any) -> dict[int, list[torch.Tensor]]:
+    """Return 1 / (sqrt(v) + eps) of each linear weight, flat, by its index: with v itself, and with its rank-1 form."""
+    found = {}
+    for layer in chosen_layers(true.model, None):
+        state, group = optimizer.state[layer.weight], optimizer.param_groups[0]
+        moment = state["exp_avg_sq"] / (1.0 - group["betas"][1] ** float(state["step"]))
+        out, inner = layer_scales(layer, optimizer)
+        exact = 1.0 / (moment.sqrt() + group["eps"])
+        at = true.names.index("lm_head" if layer.name == "lm_head" else f"{layer.name}.weight")
+        found[at] = [exact.flatten(), (out[:, None] * inner).float().flatten()]
+    return found
+
+
+def warm_up(model: Any, samples: Sequence[Sample], steps: int, batch: int = 4, lr: float = 1e-5) -> Any:
+    """Train the model for a few AdamW steps on random samples. Return the optimizer."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    for step in range(steps):
+        optimizer.zero_grad()
+        for i in range(batch):
+            sample = samples[order[(step * batch + i) % len(samples)]]
+            hidden = model.model(sample.ids.unsqueeze(0)).last_hidden_state[0, sample.prompt - 1 : -1]
+            stats = linear_token_stats(hidden, model.lm_head.weight, sample.ids[sample.prompt :])
+            (-sample.advantage * stats.logp.mean() / batch).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 # ------------------------------------------------------------------------------------- by-products
@@ -235,28 +300,43 @@ class Sketches:
 
 
 class Captures:
-    """Features of all linear layers of one data set, for several ranks from one backward per sample."""
+    """Features of all linear layers for several ranks, from the backward passes of the true gradients.
 
-    def __init__(self, true: TrueGradients, data: DataSet) -> None:
+    Args:
+        model: the model.
+        data: its samples.
+        optimizer: whose second moments precondition the features of the train samples in `adam`.
+    """
+
+    def __init__(self, model: Any, data: DataSet, optimizer: Any) -> None:
         self.data = data
-        self.train, self.validation = (self._captured(true, part) for part in (data.train, data.validation))
+        self.validation = [Opened(capture(model, rank)) for rank in RANKS]
+        self.plain = [Opened(capture(model, rank)) for rank in RANKS]
+        self.adam = [Opened(capture(model, rank, optimizer=optimizer)) for rank in RANKS]
+        self.train = [*self.plain, *self.adam]
 
-    def _captured(self, true: TrueGradients, samples: list[Sample]) -> list[Captured]:
-        with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(capture(true.model, rank)) for rank in RANKS]
-            for sample in samples:
-                target = sample.ids[sample.prompt :]
-                stats = linear_token_stats(true.hidden(sample), true.model.lm_head.weight, target)
-                (-sample.advantage * stats.logp.mean()).backward()
-                true.model.zero_grad(set_to_none=True)
-        return found
-
-    def scores(self, rank: int, part: str = "*") -> torch.Tensor:
+    def scores(self, rank: int, part: str = "*", *, adam: bool = False) -> torch.Tensor:
         """Return (samples, groups) cosines with the means of the groups, of the layers that match a pattern."""
-        train, validation = (found[RANKS.index(rank)] for found in (self.train, self.validation))
+        at = RANKS.index(rank)
+        train, validation = (self.adam if adam else self.plain)[at].captured, self.validation[at].captured
         names = fnmatch.filter(train.names, part)
         left, right = (torch.cat([x.layer(n).flatten(1) for n in names], 1) for x in (train, validation))
         return selection.matrix(left, group_means(right, self.data.validation, self.data.groups))
+
+
+class Opened(contextlib.AbstractContextManager[None]):
+    """A capture that keeps its features after it closes."""
+
+    captured: Captured
+
+    def __init__(self, capturing: capture) -> None:
+        self._capturing = capturing
+
+    def __enter__(self) -> None:
+        self.captured = self._capturing.__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        self._capturing.__exit__(*args)
 
 
 def sample_norms(norms: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
@@ -298,7 +378,8 @@ class StudyRow:
 
     Args:
         data, samples, groups: the data set, the number of ranked samples and of validation groups.
-        kind: "direction" compares cosines with the mean of a group, "magnitude" compares norms.
+        kind: "direction" compares cosines with the mean of a group, "adam" the same for gradients divided by
+            Adam's root, "magnitude" compares norms.
         score, slice: the score that ranks the samples, and the true gradients that it is compared with.
         spearman: rank correlation over all samples, mean over groups and seeds.
         spearman_alike: the same among samples of one family, or with one sign of the advantage.
@@ -324,9 +405,10 @@ class StudyRow:
     commit: str
 
 
-def rows(true: TrueGradients, data: DataSet, facts: dict[str, Any]) -> Iterator[StudyRow]:
-    """Return a row for every score and every slice of the true gradients."""
-    cosines, norms = true.scores(data)
+def rows(true: TrueGradients, data: DataSet, optimizer: Any, facts: dict[str, Any]) -> Iterator[StudyRow]:
+    """Return a row for every score and every slice of the true gradients. optimizer: with the Adam moments."""
+    captures = Captures(true.model, data, optimizer)
+    cosines, norms, adam = true.scores(data, optimizer, captures)
     sketches = Sketches(true, data)
     kept = {key: facts[key] for key in ("cpu_model", "threads", "torch", "commit")}
 
@@ -349,10 +431,12 @@ def rows(true: TrueGradients, data: DataSet, facts: dict[str, Any]) -> Iterator[
             **kept,
         )
 
-    found_directions = directions(sketches, cosines) | captured_directions(Captures(true, data))
+    found_directions = directions(sketches, cosines) | captured_directions(captures)
     for name, scores in found_directions.items():
         for i, slice_ in enumerate(SLICES):
             yield row("direction", name, slice_, [agreement(s, cosines[i], data) for s in scores])
+    for name, score in adam_directions(captures, adam).items():
+        yield row("adam", name, "linear layers", [agreement(score, adam["exact"], data)])
     for name, values in magnitudes(sketches).items():
         for i, slice_ in enumerate(SLICES):
             yield row("magnitude", name, slice_, [(spearman(values, norms[i]), None)])
@@ -381,6 +465,16 @@ def captured_directions(captures: Captures) -> dict[str, list[torch.Tensor]]:
     }
 
 
+def adam_directions(captures: Captures, adam: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return (samples, groups) scores by name, to compare with the scores of the exact Adam direction."""
+    return {
+        **{f"capture with the optimizer, rank {rank}": captures.scores(rank, adam=True) for rank in RANKS},
+        "true gradient, rank-1 moment": adam["rank 1"],
+        "capture without the optimizer, rank 8": captures.scores(8),
+        "true gradient without a moment": adam["none"],
+    }
+
+
 def magnitudes(sketches: Sketches) -> dict[str, torch.Tensor]:
     """Return (samples,) norms by name. They measure the size of a sample's gradient, not its direction."""
     out, cu = sketches.train.by_products(sketches.weight, 64, 0), sketches.train.cu_seqlens
@@ -395,6 +489,7 @@ def magnitudes(sketches: Sketches) -> dict[str, torch.Tensor]:
 def table(found: Sequence[StudyRow], kind: str) -> str:
     """Return one Markdown table. The values in brackets are the range over seeds, or the correlation of `alike`."""
     cells: dict[tuple[str, str], list[str]] = {}
+    slices = list(dict.fromkeys(row.slice for row in found if row.kind == kind))
     for row in found:
         if row.kind == kind:
             text = f"{row.spearman:.2f}"
@@ -403,7 +498,7 @@ def table(found: Sequence[StudyRow], kind: str) -> str:
             if row.spearman_alike is not None:
                 text += f", alike {row.spearman_alike:.2f}"
             cells.setdefault((row.data, row.score), []).append(text)
-    lines = ["| data | score | " + " | ".join(SLICES) + " |", "| --- " * 5 + "|"]
+    lines = ["| data | score | " + " | ".join(slices) + " |", "| --- " * (2 + len(slices)) + "|"]
     lines += [f"| {data} | {score} | {' | '.join(texts)} |" for (data, score), texts in cells.items()]
     return "\n".join(lines)
 
@@ -414,6 +509,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=12, help="answers to rank, per family")
     parser.add_argument("--validation", type=int, default=4, help="validation answers, per family")
     parser.add_argument("--rollouts", type=int, default=40, help="rollouts to rank")
+    parser.add_argument("--warm-steps", type=int, default=8, help="AdamW steps before the study")
     parser.add_argument("--cache", type=Path, default=None, help="folder of the converted model")
     parser.add_argument("--json", type=Path, help="append each row as a JSON line when it is ready")
     args = parser.parse_args(argv)
@@ -422,18 +518,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model, tokenizer = load_model(args.cache or default_cache())
     model.eval()
-    true, facts = TrueGradients(model), machine.facts("study_influence")
-    found = []
+    facts, found = machine.facts("study_influence"), []
+    start = {name: value.clone() for name, value in model.state_dict().items()}
     for data in (
         answers(tokenizer, args.train, args.validation),
         rollouts(model, tokenizer, args.rollouts, args.rollouts // 2),
     ):
-        for row in rows(true, data, facts):
+        model.load_state_dict(start)
+        optimizer = warm_up(model, data.train, args.warm_steps)
+        for row in rows(TrueGradients(model), data, optimizer, facts):
             found.append(row)
             if args.json:
                 with args.json.open("a", encoding="utf-8") as sink:
                     print(json.dumps(asdict(row)), file=sink)
-    print(table(found, "direction"), table(found, "magnitude"), sep="\n\n")
+    print(*(table(found, kind) for kind in ("direction", "adam", "magnitude")), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ SmolLM2-135M-Instruct on one-digit sums with one solved example. The pool contai
 samples (sums with correct answers), irrelevant samples (other tasks, correct answers) and mislabelled
 samples (sums with wrong answers). Every score ranks the pool. The upper half of the model's blocks is
 trained on the top third, and greedy accuracy is measured on held-out sums. All trainings have the same
-number of steps and batch size. Each row is written when it is done, and a second run continues after it.
-The study needs the demo's packages and about 15 minutes of one core.
+number of steps and batch size. The gradient scores use `influence.capture` over all trained layers; the sketch of the
+last hidden state is kept for comparison. Each row is written when it is done, and a second run continues after it.
+The study needs the demo's packages and about three minutes of one core per seed.
 """
 
 import argparse
@@ -23,18 +24,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokfuse.algorithms.capture import capture
 from tokfuse.algorithms.curation.influential import GREATS, LESS, UGDA
-from tokfuse.algorithms.influence import adam_features, top_fraction
+from tokfuse.algorithms.influence import top_fraction
 from tokfuse.bench import machine, selection_report
-from tokfuse.bench.study_influence import Packed, Sample, sample_norms
-from tokfuse.runtime.ops.influence import projections
+from tokfuse.bench.study_influence import Packed, Sample
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
-from tokfuse.runtime.policy.results import Influence
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 KINDS = ("useful", "irrelevant", "mislabelled")
 IRRELEVANT = ("spell_backward", "letter_counting")
-FULL, ORACLE = "the whole pool", "only useful samples"
+ORACLE = "only useful samples"
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,23 @@ class Settings:
         per_kind: samples of each kind in the pool. validation, held_out: number of sums with correct answers.
         blocks: number of trained blocks, from the top, with the final norm; the lm_head is frozen.
         steps, batch, lr: AdamW with weight decay 0; loss: mean over samples of the mean token NLL.
-        warm_steps: steps on `warm_samples` random samples, before LESS's second checkpoint.
-        members: ensemble size of UGDA; each member is a warm-up on other samples.
-        rank: rank of the sketches.
+        warm_steps: steps on `warm_samples` random samples before each of LESS's two checkpoints.
+        members: ensemble size of UGDA; each member is a warm-up of both parts on other samples.
+        rank: rank of the captured features. sketch_rank: rank of the sketch of the last hidden state.
     """
 
-    per_kind: int = 80
+    per_kind: int = 48
     validation: int = 24
     held_out: int = 120
     blocks: int = 15
-    steps: int = 20
+    steps: int = 12
     batch: int = 16
     lr: float = 1e-4
-    warm_steps: int = 3
+    warm_steps: int = 2
     warm_samples: int = 32
     members: int = 3
-    rank: int = 64
+    rank: int = 8
+    sketch_rank: int = 64
 
 
 class Pool(NamedTuple):
@@ -130,6 +131,16 @@ def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([torch.cat([row, row[-1:].expand(longest - len(row), *row.shape[1:])]) for row in rows])
 
 
+def buckets(lengths: Sequence[int], most: int = 32) -> list[list[int]]:
+    """Return indices in groups of similar lengths, so that padding costs little."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or len(groups[-1]) == most or lengths[i] > 1.5 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
 class Encoded(NamedTuple):
     """Samples and their hidden states after the frozen lower blocks."""
 
@@ -155,15 +166,14 @@ class Split:
 
     @torch.no_grad()
     def encode(self, samples: list[Sample]) -> Encoded:
-        """Return the input of the upper blocks, computed for 32 samples at a time."""
-        states: list[torch.Tensor] = []
-        for start in range(0, len(samples), 32):
-            part = samples[start : start + 32]
+        """Return the input of the upper blocks, computed for up to 32 samples at a time."""
+        states: dict[int, torch.Tensor] = {}
+        for ids in buckets([len(x.ids) for x in samples]):
             out = self.model.model(
-                pad([x.ids for x in part]), output_hidden_states=True, use_cache=False
+                pad([samples[i].ids for i in ids]), output_hidden_states=True, use_cache=False
             ).hidden_states[-1 - self.blocks]
-            states += [row[: x.ids.shape[0]].clone() for row, x in zip(out, part, strict=True)]
-        return Encoded(samples, states)
+            states |= {i: row[: len(samples[i].ids)].clone() for i, row in zip(ids, out, strict=True)}
+        return Encoded(samples, [states[i] for i in range(len(samples))])
 
     def upper(self) -> Any:
         """Return a copy of the upper blocks and the final norm, as a model over `inputs_embeds`."""
@@ -184,13 +194,12 @@ class Split:
 
     @torch.no_grad()
     def read(self, upper: Any, data: Encoded) -> Packed:
-        """Return `hidden` of any number of samples, computed for 64 at a time."""
-        parts = [
-            self.hidden(upper, data.take(range(i, min(i + 64, len(data.samples)))))
-            for i in range(0, len(data.samples), 64)
-        ]
-        rows = [row for p in parts for row in p.hidden.split(p.cu_seqlens.diff().tolist())]
-        return packed(rows, data.samples)
+        """Return `hidden` of any number of samples, computed for up to 64 at a time."""
+        rows: dict[int, torch.Tensor] = {}
+        for ids in buckets([len(row) for row in data.states], 64):
+            part = self.hidden(upper, data.take(ids))
+            rows |= zip(ids, part.hidden.split(part.cu_seqlens.diff().tolist()), strict=True)
+        return packed([rows[i] for i in range(len(rows))], data.samples)
 
     def outcome(self, answers: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (samples,) mean log-prob of the answer, differentiable, and whether greedy decoding gives the answer.
@@ -203,22 +212,50 @@ class Split:
         logp = torch.stack([part.mean() for part in stats.logp.split(sizes)])
         return logp, torch.stack([part.bool().all() for part in stats.top1.split(sizes)])
 
-    def influence(self, answers: Packed, rank: int | None) -> Influence:
-        """Return norms and sketches of each sample for its mean token NLL. The loss is the sum over the samples."""
-        return answers.by_products(self.head, rank, 0)
+    def gradients(self, upper: Any, data: Encoded, scale: float = 1.0) -> None:
+        """Add the gradient of `scale` times the sum over the samples of their mean token NLL."""
+        for ids in buckets([len(row) for row in data.states]):
+            loss = -self.outcome(self.hidden(upper, data.take(ids)))[0].sum()
+            (scale * loss).backward()
 
-    def train(self, upper: Any, data: Encoded, s: Settings, steps: int, seed: int) -> Any:
-        """Return `upper` after AdamW steps over shuffled epochs of the data."""
-        optimiser = torch.optim.AdamW(upper.parameters(), lr=s.lr, weight_decay=0.0)
+    def sketches(self, answers: Packed, rank: int) -> torch.Tensor:
+        """Return (samples, rank, rank), sketches of the last hidden state, for the mean token NLL of each sample."""
+        return answers.by_products(self.head, rank, 0).sketches
+
+    def features(self, upper: Any, data: Encoded, s: Settings, optimizer: Any = None) -> torch.Tensor:
+        """Return (samples, numbers), the captured gradient of each sample's mean token NLL in all trained layers."""
+        order = torch.tensor([i for ids in buckets([len(row) for row in data.states]) for i in ids])
+        # The inputs carry the gradient, so the weights need none: a third of the arithmetic of a backward.
+        leaves = Encoded(data.samples, [row.detach().requires_grad_() for row in data.states])
+        upper.requires_grad_(False)
+        with capture(upper, s.rank, optimizer=optimizer) as captured:
+            self.gradients(upper, leaves)
+        upper.requires_grad_()
+        return captured.features[order.argsort()]
+
+    def optimizer(self, upper: Any, s: Settings) -> torch.optim.Optimizer:
+        """Return the AdamW of a training."""
+        return torch.optim.AdamW(upper.parameters(), lr=s.lr, weight_decay=0.0)
+
+    def train(
+        self,
+        upper: Any,
+        data: Encoded,
+        s: Settings,
+        steps: int,
+        seed: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Any:
+        """Return `upper` after optimizer steps over shuffled epochs of the data. None: a new optimizer."""
+        optimizer = optimizer or self.optimizer(upper, s)
         generator, queue = torch.Generator().manual_seed(seed), []
         for _ in range(steps):
             while len(queue) < s.batch:
                 queue += torch.randperm(len(data.samples), generator=generator).tolist()
             batch, queue = queue[: s.batch], queue[s.batch :]
-            loss = -self.outcome(self.hidden(upper, data.take(batch)))[0].mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            optimizer.zero_grad()
+            self.gradients(upper, data.take(batch), 1.0 / s.batch)
+            optimizer.step()
         return upper
 
 
@@ -232,44 +269,34 @@ def rankings(split: Split, pool: Encoded, validation: Encoded, s: Settings, seed
     order = torch.randperm(n, generator=generator)
     answers, wanted = split.read(base, pool), split.read(base, validation)
     loss = -split.outcome(answers)[0]
-    own, anchors = split.influence(answers, s.rank), split.influence(wanted, s.rank).sketches
+    own, anchors = (split.features(base, part, s) for part in (pool, validation))
+    sketches, sketch_anchors = (split.sketches(part, s.sketch_rank) for part in (answers, wanted))
 
     warm = [torch.randperm(n, generator=generator)[: s.warm_samples].tolist() for _ in range(s.members)]
-    trained = [split.train(split.upper(), pool.take(part), s, s.warm_steps, seed).eval() for part in warm]
-    later = [split.read(upper, pool) for upper in trained]
-    checkpoints = ((answers, wanted), (later[0], split.read(trained[0], validation)))
-    features = [adam(split, train, warm[0], s) for train, _ in checkpoints]
-    targets = [split.influence(each, s.rank).sketches for _, each in checkpoints]
-    rewards = torch.stack([split.outcome(each)[0] for each in later])
+    train: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    rewards = []
+    for member, part in enumerate(warm):
+        upper = split.upper()
+        optimizer = split.optimizer(upper, s)
+        for epoch in range(2):
+            split.train(upper, pool.take(part), s, s.warm_steps, 10 * seed + epoch, optimizer)
+            if member == 0:  # the two checkpoints of LESS and UGDA, with the moments of this optimizer
+                train.append(split.features(upper, pool, s, optimizer))
+                targets.append(split.features(upper, validation, s))
+        rewards.append(split.outcome(split.read(upper.eval(), pool))[0])
     third = LESS(fraction=1 / 3)
     chosen = {
         "random": order[: n // 3],
         "lowest loss": top_fraction(-loss, 1 / 3),
-        "highest loss": top_fraction(loss, 1 / 3),
-        "gradient norm": top_fraction(sample_norms(own.hidden_norms, answers.cu_seqlens), 1 / 3),
-        "sketch cosine": third.select([own.sketches], [anchors]),
-        "LESS": third.select(features, targets),
-        "GREATS": GREATS(k=n // 3, lr=s.lr).select(own.sketches, anchors),
-        "UGDA": UGDA(uncertain=2 / 3, influential=1 / 2).select(rewards, features, targets),
+        "cosine, last hidden state": third.select([sketches], [sketch_anchors]),
+        "cosine, all layers": third.select([own], [anchors]),
+        "LESS": third.select(train, targets),
+        "GREATS": GREATS(k=n // 3, lr=s.lr).select(own, anchors),
+        "UGDA": UGDA(uncertain=2 / 3, influential=1 / 2).select(torch.stack(rewards), train, targets),
         ORACLE: torch.tensor([i for i, x in enumerate(pool.samples) if x.group == 0]),
-        FULL: torch.arange(n),
     }
     return {name: ids.tolist() for name, ids in chosen.items()}
-
-
-def adam(split: Split, answers: Packed, warm: list[int], s: Settings) -> torch.Tensor:
-    """Return (samples, rank, rank), Adam updates of the adapter's gradient.
-
-    The gradient is first preconditioned and then projected, as in LESS. The moments are taken over the batches
-    of the warm-up samples.
-    """
-    gradient = split.influence(answers, None).sketches
-    first, second = torch.zeros(2, *gradient.shape[1:])
-    for start in range(0, len(warm), s.batch):
-        g = gradient[warm[start : start + s.batch]].mean(0)
-        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
-    out, inner = projections(s.rank, split.head.shape[1], 0, split.head.device)
-    return torch.cat([out @ adam_features(part, first, second) @ inner.t() for part in gradient.split(32)])
 
 
 # --------------------------------------------------------------------------------------------- rows

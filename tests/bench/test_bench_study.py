@@ -1,5 +1,7 @@
 """Test the influence study on a random model of a few thousand weights: its gradients and its rows."""
 
+import copy
+
 import pytest
 import torch
 
@@ -14,6 +16,13 @@ FACTS = {"cpu_model": "a processor", "threads": 2, "torch": "2", "commit": "abc"
 @pytest.fixture(scope="module")
 def model():
     return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def warm(data):
+    """A model after a few steps, and its optimizer."""
+    model = tiny_llama()
+    return model, study.warm_up(model, data.train, steps=3, batch=2, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +60,11 @@ def test_adapter_feature_is_the_gradient_of_an_adapter(model, data) -> None:
         torch.testing.assert_close(feature, want, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_cover_every_score_and_slice(model, data) -> None:
-    found = list(study.rows(study.TrueGradients(model), data, FACTS))
+def test_rows_cover_every_score_and_slice(warm, data) -> None:
+    model, optimizer = warm
+    found = list(study.rows(study.TrueGradients(model), data, optimizer, FACTS))
     by_name = {(row.kind, row.score, row.slice): row for row in found}
-    assert len(by_name) == len(found) == 3 * (7 + 6 + 4)
+    assert len(by_name) == len(found) == 3 * (7 + 6 + 4) + 6
     assert by_name["direction", "control: true gradient of lm_head", "lm_head"].spearman == 1.0
     sketch = by_name["direction", "sketch, rank 64", "all"]
     assert sketch.seeds == study.SEEDS and sketch.spearman_low < sketch.spearman_high
@@ -62,6 +72,7 @@ def test_rows_cover_every_score_and_slice(model, data) -> None:
     assert all(-1.0 <= row.spearman <= 1.0 and row.samples == 8 for row in found)
     text = study.table(found, "direction")
     assert len(text.splitlines()) == 2 + 7 + 6 and " to " in text and "alike" in text
+    assert study.table(found, "adam").splitlines()[0] == "| data | score | linear layers |"
 
 
 def test_spearman_is_of_ranks() -> None:
@@ -70,15 +81,31 @@ def test_spearman_is_of_ranks() -> None:
     assert study.spearman(x, -x) == pytest.approx(-1.0)
 
 
-def test_captured_features_of_a_layer_without_projection_are_its_gradients(model, data, monkeypatch):
+def test_captured_features_without_projection_are_the_true_gradients(warm, data, monkeypatch) -> None:
+    """Of all linear layers: plain, and divided by the rank-1 form of the second moment."""
+    model, optimizer = warm
     monkeypatch.setattr(study, "RANKS", (64,))
-    monkeypatch.setattr(study, "PARTS", {})
-    true, last = study.TrueGradients(model), "model.layers.1.mlp.down_proj"
-    place = true.names.index(f"{last}.weight")
+    captures = study.Captures(model, data, optimizer)
+    found = study.TrueGradients(model).scores(data, optimizer, captures)
+    for adam, name in ((False, "none"), (True, "rank 1")):
+        torch.testing.assert_close(captures.scores(64, adam=adam).double(), found.adam[name], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found.adam["none"], found.adam["rank 1"], atol=1e-2)
 
-    def gradients(samples):
-        return torch.stack([true.gradient(s)[place].flatten() for s in samples])
 
-    means = study.group_means(gradients(data.validation), data.validation, data.groups)
-    want = study.selection.matrix(gradients(data.train), means)
-    torch.testing.assert_close(study.Captures(true, data).scores(64, last), want, rtol=1e-3, atol=1e-5)
+def test_the_exact_adam_direction_is_the_step_of_the_optimizer(warm, data) -> None:
+    """Without momentum and with a second moment that does not move, AdamW steps by lr g / (sqrt(v) + eps)."""
+    model, optimizer = copy.deepcopy(warm)
+    true = study.TrueGradients(model)
+    roots = study.adam_roots(true, optimizer)
+    linear = model.model.layers[1].mlp.down_proj.weight
+    at = true.names.index("model.layers.1.mlp.down_proj.weight")
+    state, group = optimizer.state[linear], optimizer.param_groups[0]
+    state["exp_avg"].zero_()
+    before, step = linear.detach().clone(), float(state["step"])
+    grad = true.gradient(data.train[0])[at]
+    moment = state["exp_avg_sq"] / (1 - 0.999**step)
+    linear.grad = grad
+    group["betas"] = (0.0, 0.999)
+    state["exp_avg_sq"].copy_((moment * (1 - 0.999 ** (step + 1)) - 0.001 * grad.square()) / 0.999)
+    optimizer.step()
+    torch.testing.assert_close((before - linear) / group["lr"], grad * roots[at][0].view_as(grad), rtol=1e-3, atol=1e-3)

@@ -25,7 +25,8 @@ S = Settings(
     warm_steps=1,
     warm_samples=6,
     members=2,
-    rank=4,
+    rank=2,
+    sketch_rank=4,
     lr=1e-2,
 )
 
@@ -86,11 +87,20 @@ def test_greedy_accuracy_is_that_of_generation(model, split) -> None:
 
 
 def test_features_are_of_single_samples(split, pool) -> None:
-    """The mean over the batch is removed, so a sample's sketch does not depend on the other samples."""
-    data = split.encode(pool.train[:4])
-    together = split.influence(split.read(split.upper(), data), 4)
-    alone = split.influence(split.read(split.upper(), data.take([2])), 4)
-    torch.testing.assert_close(together.sketches[2], alone.sketches[0], rtol=1e-4, atol=1e-6)
+    """A sample's features and its sketch do not depend on the other samples, and buckets keep the order."""
+    data, upper = split.encode(pool.train[:4]), split.upper().eval()
+    together, alone = split.features(upper, data, S), split.features(upper, data.take([2]), S)
+    torch.testing.assert_close(together[2], alone[0], rtol=1e-4, atol=1e-6)
+    assert torch.linalg.vector_norm(together, dim=1).unique().numel() == 4
+    assert all(p.grad is None for p in upper.parameters())
+    sketches = [split.sketches(split.read(upper, some), 4) for some in (data, data.take([2]))]
+    torch.testing.assert_close(sketches[0][2], sketches[1][0], rtol=1e-4, atol=1e-6)
+
+
+def test_buckets_have_similar_lengths_and_every_sample_once() -> None:
+    lengths = [9, 20, 8, 12, 40, 8, 13]
+    assert study_selection.buckets(lengths) == [[2, 5, 0, 3], [6], [1], [4]]
+    assert study_selection.buckets([3] * 5, most=2) == [[0, 1], [2, 3], [4]]
 
 
 def test_training_moves_a_copy_only(model, split, pool) -> None:
@@ -112,9 +122,7 @@ def test_rows_resume_and_the_report_holds_them(split, pool, tmp_path) -> None:
     assert len(rows) == selection_report.RANKINGS == len({row.ranking for row in rows})
     by_name = {row.ranking: row for row in rows}
     assert by_name[study_selection.ORACLE].useful == 1.0
-    assert by_name[study_selection.FULL].samples == 18
-    third = [r.samples for n, r in by_name.items() if n != study_selection.FULL]
-    assert third == [6] * (selection_report.RANKINGS - 1)
+    assert {row.samples for row in rows} == {6}
     done = {row.ranking for row in rows} - {"LESS"}
     (again,) = study_selection.run_seed(split, pool, S, 1, done, choices, never)
     assert (again.ranking, again.after, again.logp) == ("LESS", by_name["LESS"].after, by_name["LESS"].logp)
@@ -127,7 +135,7 @@ def test_rows_resume_and_the_report_holds_them(split, pool, tmp_path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert all(f"| {name} |" in text for name in by_name) and "| nothing |" in text
     lines = selection_report.table(plain).splitlines()
-    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 11
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 9
     page.write_text("no marks")
     with pytest.raises(ValueError, match="must hold"):
         selection_report.write(page, plain)
@@ -176,6 +184,17 @@ def test_the_page_is_what_the_rows_say() -> None:
     written = page.read_text().split(selection_report.BEGIN)[1].split(selection_report.END)[0]
     assert written.strip() == f"{selection_report.table(found)}\n\n{selection_report.facts(found)}"
     runs = [(row["seed"], row["ranking"]) for row in found]
-    assert len(runs) == len(set(runs)) and {seed for seed, _ in runs} == {1, 2, 3, 4, 5}
-    assert len(runs) == 5 * selection_report.RANKINGS  # complete, and from one version of the code
+    seeds = {seed for seed, _ in runs}
+    assert len(runs) == len(set(runs)) and seeds == set(range(1, len(seeds) + 1))
+    assert len(runs) == len(seeds) * selection_report.RANKINGS  # complete, and from one version of the code
     assert len({row["commit"] for row in found}) == 1
+
+
+def test_means_have_standard_errors() -> None:
+    assert selection_report.with_error([0.2, 0.4, 0.6]) == "0.400 +- 0.115"
+    assert selection_report.with_error([0.5], sign="+") == "+0.500"
+    random = {"ranking": "random", "before": 0.5, "useful": 0.3, "irrelevant": 0.3, "mislabelled": 0.4, "logp": -1.0}
+    rows = [random | {"seed": seed, "after": after} for seed, after in ((1, 0.3), (2, 0.1))]
+    rows += [row | {"ranking": "LESS", "after": row["after"] + 0.2} for row in rows]
+    line = next(x for x in selection_report.table(rows).splitlines() if x.startswith("| LESS"))
+    assert line == "| LESS | 30% | 30% | 40% | 0.400 +- 0.100 | +0.200 +- 0.000 | -1.000 +- 0.000 |"  # paired by seed

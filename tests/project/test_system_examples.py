@@ -12,10 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import branch_thoughts
 import joint_metatuner
+import learn_causalrm
 import prune_steps_isla
 import refine_aries
+import relabel_ugda
 import replay_r2vpo
 import route_cog_rethinker
+import select_less
 import windowed_tppo
 from grpo_demo import chains
 from harness import compare
@@ -288,3 +291,70 @@ def test_metatuners_actor_learns_as_far_as_the_copy_is_up_to_date(capsys):
     assert stale["prompts"] > 0.95 and stale["answers"] < 0.4, "prompts of the untrained copy say nothing"
     assert joint_metatuner.main(["--steps", "10"]) == 0
     assert "alternating" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------- LESS
+
+
+def test_less_takes_features_of_single_samples_with_the_moments_of_the_run(writer, capsys):
+    s = select_less.Settings(per_kind=4, validation=2, held_out=3, warm_steps=2, batch=4, rank=4, lr=1e-2)
+    pool = select_less.pool_of(0, s)
+    assert [x.kind for x in pool] == [kind for kind in select_less.KINDS for _ in range(4)]
+    wrong = [x for x in pool if x.kind == "wrong sums"]
+    assert all(eval(x.prompt.splitlines()[-1].removesuffix("=")) + 3 == int(x.response) for x in wrong)
+    optimizer = chains.optimizer_of(writer.model, s.lr)
+    before = writer.sums(select_less.encoded(writer, pool)).sum()
+    select_less.train(writer, pool, optimizer, s.warm_steps, s)
+    assert writer.sums(select_less.encoded(writer, pool)).sum() > before
+    for given in (None, optimizer):
+        together = select_less.features(writer, pool, s, given)
+        for i in (1, 10):  # a sum and another task, next to longer and shorter samples
+            alone = select_less.features(writer, pool[i : i + 1], s, given)
+            compare(together[i : i + 1], alone, atol=1e-4 * float(alone.abs().max()))
+    plain = select_less.features(writer, pool, s)
+    cosine = torch.nn.functional.cosine_similarity(plain, together, dim=1)
+    assert (cosine < 0.99).all(), "the second moments change the direction"
+    select_less.run(writer, steps=2, seed=0, settings=s)
+    out = capsys.readouterr().out
+    assert "more steps on LESS's choice" in out and "more steps on random's choice" in out
+
+
+# --------------------------------------------------------------------------------------------- UGDA
+
+
+def test_ugda_relabels_and_refines_the_rewards(capsys):
+    rows = torch.tensor([[9, 9, 18], [9, 9, 8], [1, 2, 3], [1, 2, 5]])
+    assert relabel_ugda.scores(rows).tolist() == [5, 1, 5, 3]
+    assert relabel_ugda.scores(rows, False).tolist() == [1, 5, 5, 3], "without the carry 9 + 9 is 8"
+    torch.manual_seed(0)
+    s = relabel_ugda.Settings(seeds=1, labels=200, members=3, fits=100, steps=5, trusted=16)
+    rated = relabel_ugda.samples(s.labels)
+    ensemble = relabel_ugda.Ensemble(rated, relabel_ugda.scores(rated, False), s)
+    score = ensemble.influence(rows, rated[:16])
+    assert score.shape == (4,) and (score > 0).all() and (score <= 1).all()
+    first = ensemble.rewards(rows).mean(0)
+    assert first[1] > first[0], "the raters forget the carry"
+    ensemble.fit(s.fits, rows, rated)
+    refined = ensemble.rewards(rows).mean(0)
+    assert refined[0] > refined[1], "the expert's scores win"
+    assert relabel_ugda.main(["--seeds", "1", "--labels", "100", "--fits", "5", "--steps", "3"]) == 0
+    assert "UGDA" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------- CausalRM
+
+
+def test_causalrm_learns_both_heads_and_the_reward(capsys):
+    s = learn_causalrm.Settings(seeds=1, steps=150)
+    torch.manual_seed(0)
+    data = learn_causalrm.draw(s)
+    learned = learn_causalrm.learned_propensity(data, s.steps)
+    assert (learned - data.propensity).abs().mean() < 0.06 < (data.propensity.mean() - data.propensity).abs().mean()
+    rate01, rate10 = learn_causalrm.learned_noise(data, s.steps)
+    assert abs(rate01 - s.false_negative) < 0.15 and abs(rate10 - s.false_positive) < 0.1 and rate01 > rate10
+    found = learn_causalrm.compare(s, 0)
+    squared = {name: error for name, (_, error) in found.items()}
+    assert squared["both"] < min(squared[name] for name in ("no correction", "propensity", "noise"))
+    assert squared["both, doubly robust"] < squared["no correction"]
+    assert learn_causalrm.main(["--seeds", "1", "--samples", "200", "--steps", "3"]) == 0
+    assert "both, true values" in capsys.readouterr().out
