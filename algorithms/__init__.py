@@ -30,6 +30,8 @@ from tokfuse.algorithms.dcpo import DCPO as DCPO
 from tokfuse.algorithms.distillation import Distillation as Distillation
 from tokfuse.algorithms.distillation import DistillationBatch as DistillationBatch
 from tokfuse.algorithms.distillation import DistillationPlan as DistillationPlan
+from tokfuse.algorithms.distillation import TopKStep as TopKStep
+from tokfuse.algorithms.distillation import top_k_step as top_k_step
 from tokfuse.algorithms.dypo import DYPO as DYPO
 from tokfuse.algorithms.epo import EPO as EPO
 from tokfuse.algorithms.gbpo import BPO as BPO

@@ -10,6 +10,8 @@ from tokfuse.algorithms.distillation.opd import reverse_kl_estimate as reverse_k
 from tokfuse.algorithms.distillation.self_distillation import SelfDistillation as SelfDistillation
 from tokfuse.algorithms.distillation.self_distillation import demonstrations as demonstrations
 from tokfuse.algorithms.distillation.top_k import TopK as TopK
+from tokfuse.algorithms.distillation.top_k import TopKStep as TopKStep
+from tokfuse.algorithms.distillation.top_k import top_k_step as top_k_step
 from tokfuse.algorithms.distillation.vocabulary import GKD as GKD
 from tokfuse.algorithms.distillation.vocabulary import AdaptiveSchedule as AdaptiveSchedule
 from tokfuse.algorithms.distillation.vocabulary import DistiLLM as DistiLLM

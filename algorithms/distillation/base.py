@@ -98,6 +98,11 @@ class DistillationPlan:
     def _counts_own_tokens(self, normalizer: float | torch.Tensor | None) -> bool:
         return normalizer is None and isinstance(self.normalizer, str) and not self.counts_sequences
 
+    def weights(self, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Return what `loss` multiplies the divergence of every token by, (tokens,) float64; 0 outside the mask."""
+        weight = self.mask.double() if self.coef is None else torch.where(self.mask, self.coef.double(), 0.0)
+        return weight / self.divisor(normalizer)
+
     def loss(self, divergence: torch.Tensor, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss for the divergence of every token, (), differentiable in it.
 

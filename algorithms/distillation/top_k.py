@@ -5,6 +5,8 @@
     divergence = method.divergence(stats.logp_at, teacher_logp_at, teacher_ids)
     loss = method.objective(batch).loss(divergence)
 
+`top_k_step` returns the same loss and computes its gradients in the forward, so no matrix product runs twice.
+
 If the ids come from the student or from both, see `TopK.ids`.
 """
 
@@ -27,6 +29,10 @@ from tokfuse.runtime.core.checks import (
     require_tensor,
 )
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.token_ids import check_ids
+from tokfuse.runtime.lm_head.problem import check_head, probed
+from tokfuse.runtime.ops.linear_token_stats_at import ids_step
 
 MASSES = ("as_given", "teacher_renormalised", "renormalised", "tail")
 SUPPORTS = ("teacher", "student", "union")
@@ -198,6 +204,99 @@ class TopK(Distillation):
         mixture = self.beta * q.mass + (1.0 - self.beta) * p.mass
         m = Distribution(mixture, torch.where(mixture > 0, mixture, 1.0).log())
         return self.beta * _kl(q, m) + (1.0 - self.beta) * _kl(p, m)
+
+
+class TopKStep(NamedTuple):
+    """Result of `top_k_step`."""
+
+    loss: torch.Tensor
+    """(), differentiable once in hidden, weight and bias."""
+    divergence: torch.Tensor
+    """(tokens,), detached; 0 for tokens without a weight."""
+    entropy: torch.Tensor
+    """(tokens,), nats, of the student, detached; 0 for tokens without a weight."""
+    logp_at: torch.Tensor
+    """(tokens, count), nats, the student's log-probabilities at the ids, detached."""
+
+
+def top_k_step(
+    method: TopK,
+    plan: DistillationPlan,
+    *,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    teacher_logp_at: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget: int | None = None,
+) -> TopKStep:
+    """Return `plan.loss(method.divergence(...))` of the lm_head's log-probabilities at the ids, with its gradients.
+
+    The gradients are computed in the forward, from the logits of a chunk of tokens, and `loss.backward()` returns them.
+    With `linear_token_stats` and autograd, the backward would compute all logits again.
+
+    Args:
+        method: configuration, e.g. `make("forward_kl_topk_tail")`, or `top_k()` of "sdft" and "sdpo".
+        plan: `method.objective(batch)`, or a part of it from `take`.
+        hidden: (tokens, hidden), float32, bfloat16 or float16. Final hidden states of the student, packed.
+        weight: (vocab, hidden), of the lm_head.
+        ids: (tokens, count), int64 in [-1, vocab); -1 is padding. See `method.ids`.
+        teacher_logp_at: (tokens, count), float, nats. The teacher's log-probabilities at the ids; -inf is allowed.
+        bias: (vocab,), of the lm_head. None: no bias.
+        normalizer: sum of `plan.count()` over micro-batches and ranks. None: the normalizer of the plan.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        memory_budget: bytes of workspace for logits. None: as in `linear_token_stats`.
+
+    Returns:
+        TopKStep. Tokens outside the plan's mask, or with weight 0, cost nothing.
+
+    Memory and gradients: 2 T V H operations for the logits and 4 T V H for the gradients, T the tokens with a weight;
+        2 T V H less for a frozen weight or hidden. Workspace: `memory_budget`, independent of T. On the CPU the logits
+        are stored in the memory of the weight's gradient where they fit.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or range.
+        TypeError: a method that compares whole vocabularies.
+
+    Source: the losses of `method`. The gradients equal those of `method.divergence` by autograd. Exact.
+    """
+    op = "top_k_step"
+    if not isinstance(method, TopK):
+        raise TypeError(
+            f"{op}: method must be a TopK; got {type(method).__name__}. For a divergence over the whole vocabulary use "
+            "distill_step, and for form='top_k' of sdft or sdpo pass method.top_k()."
+        )
+    options = LogitOptions(plan.temperature, softcap, logit_scale, None).floats()
+    tokens = plan.batch.num_tokens
+    check_matrix(op, "hidden", hidden, "(tokens, hidden)")
+    if hidden.shape[0] != tokens:
+        raise refuse(
+            op,
+            "hidden",
+            f"of {tokens} tokens, like the plan's batch",
+            f"shape {tuple(hidden.shape)}",
+            "Pack both alike.",
+        )
+    weights = plan.weights(normalizer).to(hidden.device)
+    options = options._replace(mask=weights != 0)
+    target = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
+    problem = probed(op, check_head(op, hidden, weight, bias, target, options, memory_budget), plan.batch.cu_seqlens)
+    places = check_ids(op, ids, None, tokens, hidden.device)
+    found = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
+
+    def loss(logp_at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        value = method.divergence(logp_at, teacher_logp_at[rows], ids[rows])
+        found[rows] = value.detach().to(found.dtype)
+        # A token without a weight may be among the rows of a captured graph; its value has no meaning.
+        live = weights[rows] != 0
+        return torch.where(live, value.double() * weights[rows], 0.0).sum()
+
+    step = ids_step(op, problem, places, loss)
+    return TopKStep(step.loss, torch.where(weights != 0, found, 0.0), step.entropy, step.logp_at)
 
 
 def _kl(a: Distribution, b: Distribution) -> torch.Tensor:

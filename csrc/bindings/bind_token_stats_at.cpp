@@ -11,7 +11,6 @@ namespace {
 
 void check_ids(const LogitsArgs& a, const IdsArgs& ids) {
   check_logits(a);
-  require(a.tile == 0, "rows come in one piece");
   require_pointers({ids.ids, ids.logp_at}, ids.num_ids, "an argument of the ids");
   require_pointer(ids.offsets, 1, "offsets");
   require(ids.offsets[0] == 0 && ids.offsets[a.tokens] == ids.num_ids,
@@ -39,7 +38,8 @@ void token_stats_at_bwd(const LogitsArgs& a, const TokenStatsGrad& grad, const I
   require_pointers({grad.row_max, grad.inv_sum, grad.logp, grad.entropy, grad.grad_logits}, a.rows,
                    "a backward argument");
   require_pointer(ids.grad_logp_at, ids.num_ids, "grad_logp_at");
-  require(grad.grad_stride >= a.vocab || a.rows <= 1, "grad_stride must be >= vocab");
+  require(grad.grad_stride >= (a.tile > 0 ? a.tile : a.vocab) || a.rows <= 1,
+          "grad_stride must be >= vocab");
   require(grad.grad_dtype == a.dtype, "the gradient has the dtype of the logits");
   py::gil_scoped_release release;
   require(TOKFUSE_CALL(ids_bad_row, a, ids) < 0, "a target, temperature or id is out of range");

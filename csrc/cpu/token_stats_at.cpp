@@ -32,6 +32,12 @@ bool is_column(int64_t id, int64_t vocab) { return id >= 0 && id < vocab; }
 
 // ----------------------------------------------------------------------------------------- forward
 
+// A pointer p with p[column] = z_column, also of a row in tiles.
+template <class T>
+const T* tile_of(const Row<T>& row, int64_t column) {
+  return row.tile < row.vocab ? row.block(column) : row.z;
+}
+
 // Above this p, the float32 sums with the id among them lack digits of 1 - p.
 constexpr float kConfident = -0.28768207f;  // ln 3/4
 
@@ -43,7 +49,8 @@ template <class T, bool kTransform>
 TOKFUSE_BLOCK_LOOP void gather(const Row<T>& row, const Transform& f, const int64_t* ids, int64_t n,
                                float* __restrict u) {
   for (int64_t k = 0; k < n; k++) {
-    u[k] = transformed<T, kTransform>(row.z, row.bias, f, ids[k] < 0 ? 0 : ids[k]);
+    const int64_t id = ids[k] < 0 ? 0 : ids[k];
+    u[k] = transformed<T, kTransform>(tile_of(row, id), row.bias, f, id);
   }
 }
 
@@ -190,7 +197,7 @@ void backward(const LogitsArgs& a, const TokenStatsGrad& g, const IdsArgs& ids,
       IdEntry& e = columns.entries[n];
       e.grad = gradient_of_column(e, total, g.entropy[t], gh, scale);
       if (kTransform && f.cap != 0.0f) {
-        const float tanh_u = tanh_simd(load(row.z, e.column) * f.pre);
+        const float tanh_u = tanh_simd(load(tile_of(row, e.column), e.column) * f.pre);
         e.grad *= 1.0f - tanh_u * tanh_u;
       }
     }
@@ -198,7 +205,8 @@ void backward(const LogitsArgs& a, const TokenStatsGrad& g, const IdsArgs& ids,
                                 g.inv_sum[t], g.logp[t], g.entropy[t], static_cast<float>(total),
                                 gh, out);
     for (int64_t n = 0; n < columns.count; n++) {
-      store(out, columns.entries[n].column, columns.entries[n].grad);
+      const int64_t column = columns.entries[n].column;
+      store(out + (tile_of(row, column) - row.z), column, columns.entries[n].grad);
     }
   }
 }

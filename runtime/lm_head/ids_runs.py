@@ -2,6 +2,10 @@
 
 The caller gives the ids or asks for the most likely ones. In the second case `torch.topk` finds them
 in the logits of a chunk, before the row kernel runs.
+
+A step has a loss that is a sum over tokens, so its gradient overwrites the logits of a chunk at once:
+2 T H V operations for the logits and 4 T H V for the gradients. The backward of the statistics would
+compute the logits again.
 """
 
 import functools
@@ -17,12 +21,32 @@ from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import Kernels
 from tokfuse.runtime.core.token_ids import TokenIds
 from tokfuse.runtime.lm_head import device_head
-from tokfuse.runtime.lm_head.cpu_head import Head, HeadGradients, LogitsBuffer, needed_rows, workspace_rows
+from tokfuse.runtime.lm_head.cpu_head import Head, HeadGradients, LogitsBuffer, dw_buffer, needed_rows, workspace_rows
 from tokfuse.runtime.lm_head.device_head import DeviceHead
-from tokfuse.runtime.lm_head.problem import HeadProblem
+from tokfuse.runtime.lm_head.problem import HeadProblem, wanted
 from tokfuse.runtime.reference import token_stats_at as reference
 
 Needs = tuple[bool, bool, bool]
+
+
+IdsLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(log-probs of the ids of some tokens (rows, K), these tokens (rows,) int64) -> (): the sum of their losses.
+
+It is differentiable in the log-probs, which are 0 at padding.
+"""
+
+
+class IdsTerms(NamedTuple):
+    """The values of a step."""
+
+    loss: torch.Tensor
+    """() float64."""
+    entropy: torch.Tensor
+    """(tokens,); 0 for masked tokens."""
+    logp_at: torch.Tensor
+    """(tokens, K); 0 for masked tokens and padding."""
+    gradients: list[torch.Tensor | None]
+    """In the order of `problem.NAMES`."""
 
 
 class HeadIdsKernels(NamedTuple):
@@ -33,6 +57,8 @@ class HeadIdsKernels(NamedTuple):
     backward: Callable[..., list[torch.Tensor | None]] | None
     """(problem, ids, row_max, inv_sum, logp, entropy, logp_at, grad_logp, grad_entropy, grad_logp_at,
     needs) -> gradients in order of `problem.NAMES`. None if autograd differentiates `forward`."""
+    step: Callable[[HeadProblem, TokenIds, IdsLoss], IdsTerms] | None = None
+    """The run of `ids_step`, for a matrix of ids. None: it is composed of `forward` and autograd."""
 
 
 def _places(p: HeadProblem, ids: TokenIds | None, top_k: int) -> TokenIds:
@@ -53,6 +79,15 @@ def _gradient_arrives(
     before = torch.nn.functional.pad(at_ids.cumsum(0), (1, 0))[ids.offsets]
     active = (before[1:] > before[:-1]) | (ga != 0) | (gh != 0)
     return active if p.options.mask is None else active & p.options.mask
+
+
+def _loss_of(loss: IdsLoss, logp_at: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of these tokens, and its gradient by their log-probs, (rows, K)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        part = logp_at[tokens].requires_grad_()
+        value = loss(part, tokens)
+        (found,) = torch.autograd.grad(value, part, allow_unused=True, materialize_grads=True)
+    return value.detach(), found
 
 
 # --------------------------------------------------------------------------------------------- CPU
@@ -122,6 +157,75 @@ def cpu_bwd(
     return gradients.finish()
 
 
+def cpu_step(p: HeadProblem, ids: TokenIds, loss: IdsLoss) -> IdsTerms:
+    """Run a step. The first chunk uses the memory of dW, as in `policy_step`."""
+    with torch.no_grad():
+        places, needed = _places(p, ids, 0), needed_rows(p)
+        index = torch.arange(p.tokens) if needed is None else needed
+        work = _StepWork(p, places, loss)
+        count, start, rows = index.shape[0], 0, workspace_rows(p, max(1, index.shape[0]))
+        if work.gradients.weight is not None and count > 0:
+            inside = dw_buffer(work.gradients.weight, count, min(rows, count))
+            if inside is not None:
+                start = inside.rows
+                work.visit(inside, index[:start])
+        if start < count:
+            buffer = LogitsBuffer.workspace(min(rows, count - start), p.vocab)
+            for chunk in index[start:].split(buffer.rows):
+                work.visit(buffer, chunk)
+        return IdsTerms(work.loss, work.stats[1], work.logp_at, work.gradients.finish())
+
+
+class _StepWork:
+    """The outputs and gradients of one `cpu_step`."""
+
+    def __init__(self, p: HeadProblem, ids: TokenIds, loss: IdsLoss) -> None:
+        self.problem, self.ids, self.loss_of_tokens = p, ids, loss
+        needs = wanted(p)
+        self.backward = any(needs)
+        self.head = Head(p)
+        self.gradients = HeadGradients(self.head, needs)
+        self.stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
+        self.none = torch.zeros(p.tokens)
+        self.logp_at, self.grad_at = (torch.zeros(ids.shape, dtype=torch.float32) for _ in range(2))
+        self.loss = torch.zeros((), dtype=torch.float64)
+
+    def visit(self, buffer: LogitsBuffer, chunk: torch.Tensor) -> None:
+        """Add the loss of the tokens in `chunk`, and their gradients."""
+        module, ids, rows = native.loaded(), self.ids, chunk.shape[0]
+        self.head.logits(self.head.rows_of_hidden(chunk), buffer, 0)
+        logits = buffer.logits_args(self.problem, 0, rows, chunk)
+        bad = module.token_stats_at_fwd(
+            logits,
+            row_args.token_stats_out(module, RowStats.of(self.stats)),
+            row_args.ids_args(module, ids.flat, ids.offsets, self.logp_at.view(-1)),
+        )
+        assert bad < 0  # the values were checked before the first GEMM
+        value, found = _loss_of(self.loss_of_tokens, self.logp_at, chunk)
+        self.loss += value
+        live = ((found != 0) & (ids.flat.view(ids.shape)[chunk] >= 0)).any(1)  # NaN counts as live
+        if not self.backward or not bool(live.any()):
+            return
+        self.grad_at[chunk] = found
+        logp, entropy, _, _, _, row_max, inv_sum = self.stats
+        module.token_stats_at_bwd(
+            logits,
+            row_args.token_stats_grad(
+                module,
+                row_max=row_max,
+                inv_sum=inv_sum,
+                logp=logp,
+                entropy=entropy,
+                grad_logp=self.none,
+                grad_entropy=self.none,
+                grad_logits=buffer.first_tile(0, rows),
+            ),
+            row_args.ids_args(module, ids.flat, ids.offsets, self.logp_at.view(-1), self.grad_at.view(-1)),
+        )
+        buffer.compact(live)
+        self.gradients.add(buffer, chunk[live])
+
+
 # ----------------------------------------------------------------------------------------- devices
 
 
@@ -184,10 +288,56 @@ def _device_bwd(
     return head.finish()
 
 
+def _device_step(kernels: Kernels, p: HeadProblem, ids: TokenIds, loss: IdsLoss) -> IdsTerms:
+    """Run a step. The host reads no coefficients: rows without gradient enter the GEMMs as zeros."""
+    assert kernels.backward is not None
+    places, needs, device = _places(p, ids, 0), wanted(p), p.hidden.device
+    with torch.no_grad():
+        rows = device_head.classify(p, p.options.mask, None)
+        head = DeviceHead(p, needs, rows)
+        vectors = [torch.zeros(p.tokens, dtype=torch.float32, device=device) for _ in range(8)]
+        stats, none = vectors[:7], vectors[7]
+        logp_at, grad_at = (torch.zeros(ids.shape, dtype=torch.float32, device=device) for _ in range(2))
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        logp, entropy, _, _, _, row_max, inv_sum = stats
+        flat_logp, flat_grad = logp_at.view(-1), grad_at.view(-1)
+        for index, h in head.chunks(0, rows.forward):
+            logits = head.logits(h)
+            out = (*stats, flat_logp)
+            kernels.forward(
+                logits, p.target, places.flat, places.offsets, index=index, out=out, **p.options.without_bias()
+            )
+            value, found = _loss_of(loss, logp_at, index)
+            total += value
+            if not any(needs):
+                continue
+            grad_at[index] = found
+            dz = kernels.backward(
+                logits,
+                p.target,
+                places.flat,
+                places.offsets,
+                row_max,
+                inv_sum,
+                logp,
+                entropy,
+                flat_logp,
+                none,
+                none,
+                flat_grad,
+                index=index,
+                out=head.gradient_like(logits),
+                **p.options.without_bias(),
+            )
+            head.add(index, h, dz)
+        return IdsTerms(total, entropy, logp_at, head.finish())
+
+
 def _on_device(rows: Kernels) -> HeadIdsKernels:
-    return HeadIdsKernels(functools.partial(_device_fwd, rows), functools.partial(_device_bwd, rows))
+    forward, backward = functools.partial(_device_fwd, rows), functools.partial(_device_bwd, rows)
+    return HeadIdsKernels(forward, backward, functools.partial(_device_step, rows))
 
 
-CPU = HeadIdsKernels(cpu_fwd, cpu_bwd)
+CPU = HeadIdsKernels(cpu_fwd, cpu_bwd, cpu_step)
 CUDA = _on_device(cuda_rows.TOKEN_STATS_AT)
 TRITON = _on_device(triton_rows.TOKEN_STATS_AT)

@@ -1,6 +1,10 @@
-"""linear_token_stats_at: linear_token_stats with `ids` or `top_k`."""
+"""linear_token_stats_at: linear_token_stats with `ids` or `top_k`, and losses over the log-probs at ids.
 
-from typing import Any
+`tokfuse.algorithms.top_k_step` calls `ids_step`. lm_head/ids_runs.py describes the passes of both.
+"""
+
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,9 +17,10 @@ from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStatsAt
 from tokfuse.runtime.core.token_ids import TokenIds, check_ids, check_top_k, most_likely
 from tokfuse.runtime.lm_head import ids_runs
-from tokfuse.runtime.lm_head.ids_runs import HeadIdsKernels
+from tokfuse.runtime.lm_head.ids_runs import HeadIdsKernels, IdsLoss
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
-from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem
+from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
 from tokfuse.runtime.reference import token_stats_at as reference
 from tokfuse.runtime.reference.linear_token_stats import logits_of
 
@@ -67,6 +72,53 @@ register_cpu(OP, ids_runs.CPU, FLOAT_DTYPES, "softcap")
 register_cuda(OP, ids_runs.CUDA, FLOAT_DTYPES, "softcap")
 register_triton(OP, ids_runs.TRITON, FLOAT_DTYPES, "softcap")
 register_reference(OP, HeadIdsKernels(_reference, None), "softcap")
+
+
+# ---------------------------------------------------------------------------------------------- step
+
+
+class IdsStep(NamedTuple):
+    """Result of `ids_step`."""
+
+    loss: torch.Tensor
+    """(), differentiable."""
+    entropy: torch.Tensor
+    """(tokens,), detached; 0 for masked tokens."""
+    logp_at: torch.Tensor
+    """(tokens, K), detached; 0 for masked tokens and padding."""
+
+
+def ids_step(op: str, p: HeadProblem, ids: TokenIds, loss: IdsLoss) -> IdsStep:
+    """Return the loss of all tokens; its gradients for hidden, weight and bias are computed in the same pass.
+
+    Args:
+        op: name of the public function, for errors.
+        p: the head and its inputs. The mask leaves tokens out.
+        ids: of a (tokens, K) matrix.
+        loss: function that computes the sum of the losses of some tokens from the log-probs at their ids.
+    """
+    capability = select(OP, p.hidden.device.type, p.dtype, p.options.features())
+    kernels: HeadIdsKernels = capability.run
+    run = kernels.step
+    if run is None or torch.compiler.is_compiling():
+        stats = linear_token_stats_at(p, ids.flat.view(ids.shape), None, None)
+        tokens = torch.arange(p.tokens, device=p.hidden.device)
+        if p.options.mask is not None:
+            tokens = tokens[p.options.mask]
+        total = loss(stats.logp_at[tokens], tokens)
+        return IdsStep(total.to(stats.logp.dtype), stats.entropy.detach(), stats.logp_at.detach())
+    if not torch.is_grad_enabled():
+        p = p._replace(needs=(False, False, False))
+    gradients: Gradients = {}
+    step = run
+
+    def compute() -> Computed:
+        found = step(p, ids, loss)
+        return found.loss.to(found.entropy.dtype), (found.entropy, found.logp_at), found.gradients
+
+    leaves = dict(zip(NAMES, (p.hidden, p.weight, p.bias), strict=True))
+    value, entropy, logp_at = with_gradients(op, leaves, compute, gradients, functools.partial(deliver, p.probes))
+    return IdsStep(value, entropy, logp_at)
 
 
 # ------------------------------------------------------------------------------- autograd, compile
