@@ -22,6 +22,7 @@ from tokfuse.runtime.core.checks import (
     INTS,
     check_choice,
     check_constant,
+    check_device,
     check_dtype,
     check_integer,
     check_matrix,
@@ -270,6 +271,9 @@ def top_k_step(
             f"{op}: method must be a TopK; got {type(method).__name__}. For a divergence over the whole vocabulary use "
             "distill_step, and for form='top_k' of sdft or sdpo pass method.top_k()."
         )
+    if not isinstance(plan, DistillationPlan) or plan.divergence is not None:
+        given = "one over the whole vocabulary" if isinstance(plan, DistillationPlan) else type(plan).__name__
+        raise refuse(op, "plan", "a plan of a top-k method", given, "Pass method.objective(batch), or a part of it.")
     options = LogitOptions(plan.temperature, softcap, logit_scale, None).floats()
     tokens = plan.batch.num_tokens
     check_matrix(op, "hidden", hidden, "(tokens, hidden)")
@@ -281,11 +285,21 @@ def top_k_step(
             f"shape {tuple(hidden.shape)}",
             "Pack both alike.",
         )
+    places = check_ids(op, ids, None, tokens, hidden.device)
+    check_matrix(op, "teacher_logp_at", teacher_logp_at, "(tokens, ids)")
+    check_device(op, "teacher_logp_at", teacher_logp_at, hidden.device)
+    if teacher_logp_at.shape != ids.shape:
+        raise refuse(
+            op,
+            "teacher_logp_at",
+            f"{tuple(ids.shape)} like ids",
+            tuple(teacher_logp_at.shape),
+            "Pass one value per id.",
+        )
     weights = plan.weights(normalizer).to(hidden.device)
     options = options._replace(mask=weights != 0)
     target = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
     problem = probed(op, check_head(op, hidden, weight, bias, target, options, memory_budget), plan.batch.cu_seqlens)
-    places = check_ids(op, ids, None, tokens, hidden.device)
     found = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
 
     def loss(logp_at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

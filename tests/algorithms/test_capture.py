@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import tokfuse
-from tokfuse import influence
+from tokfuse import algorithms, influence
 from tokfuse.algorithms.captured_layers import Projection, is_conv1d, seed_of, sizes
 from tokfuse.runtime.core import dispatch
 
@@ -450,7 +450,19 @@ def divergence(model, ids):
     return 4.0 * out.divergence.sum()
 
 
-FUSED = {f.__name__: f for f in (policy, statistics, top, distilled, distilled_with_policy, divergence)}
+def at_ids(model, ids):
+    """The forward KL at one id, to which the teacher gives all its mass, is the NLL."""
+    hidden, target, cu = head_case(model, ids)
+    method = algorithms.make("forward_kl_topk", k=1, loss_min=None)
+    plan = method.objective(algorithms.DistillationBatch(num_tokens=target.shape[0], cu_seqlens=cu))
+    step = algorithms.top_k_step(
+        method, plan, hidden=hidden, weight=model.lm_head.weight, ids=target[:, None],
+        teacher_logp_at=torch.zeros(target.shape[0], 1), normalizer=1.0,
+    )  # fmt: skip
+    return 4.0 * step.loss
+
+
+FUSED = {f.__name__: f for f in (policy, statistics, top, at_ids, distilled, distilled_with_policy, divergence)}
 
 
 @pytest.mark.parametrize("backend", host_backends("policy_step_hidden"))
@@ -466,7 +478,7 @@ def test_the_head_inside_an_op_equals_the_layer(op, backend):
         for frozen in (False, True):
             model.lm_head.weight.requires_grad_(not frozen)
             with influence.capture(model, rank=RANK, seed=SEED) as captured:
-                if op not in (policy, distilled_with_policy):
+                if op not in (policy, distilled_with_policy, at_ids):
                     captured.batch(head_cu_seqlens=sizes_of_ids)
                 op(model, ids).backward()
             error = (captured.features.double() - want).norm(dim=1) / want.norm(dim=1)

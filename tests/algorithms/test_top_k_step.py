@@ -224,7 +224,11 @@ def test_the_loss_is_differentiable_once(backend: Backend) -> None:
         ({"hidden": torch.zeros(4, HIDDEN)}, "9 tokens, like the plan's batch"),
         ({"ids": torch.zeros(TOKENS, dtype=torch.int64)}, r"of shape \(9, K\)"),
         ({"ids": torch.full((TOKENS, K), VOCAB)}, "ids"),
-        ({"teacher_logp_at": torch.zeros(TOKENS, 2)}, "teacher_logp_at"),
+        ({"teacher_logp_at": torch.zeros(TOKENS, 2)}, r"teacher_logp_at must be \(9, 5\) like ids"),
+        ({"teacher_logp_at": torch.zeros(4, K)}, r"teacher_logp_at must be \(9, 5\) like ids"),
+        ({"teacher_logp_at": torch.zeros(TOKENS, K, requires_grad=True)}, "teacher_logp_at"),
+        ({"plan": None}, "plan must be a plan of a top-k method; got NoneType"),
+        ({"plan": make("gkd").objective(batch())}, "got one over the whole vocabulary"),
         ({"softcap": -1.0}, "softcap"),
         ({"memory_budget": 0}, "memory_budget"),
     ],
@@ -232,9 +236,9 @@ def test_the_loss_is_differentiable_once(backend: Backend) -> None:
 def test_messages(change: dict, message: str) -> None:
     tensors, ids, teacher = problem()
     method = METHODS["forward tail"]()
-    given = tensors | {"ids": ids, "teacher_logp_at": teacher} | change
+    given = tensors | {"plan": method.objective(batch()), "ids": ids, "teacher_logp_at": teacher} | change
     with pytest.raises(ValueError, match=message):
-        top_k_step(method, method.objective(batch()), **given)
+        top_k_step(method, **given)
 
 
 def test_a_method_over_the_whole_vocabulary_is_refused() -> None:
