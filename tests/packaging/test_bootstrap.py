@@ -88,7 +88,7 @@ def test_only_the_newest_versions_are_looked_up_again(tools, tmp_path, monkeypat
 
 
 def test_an_unknown_group_is_refused(tools):
-    with pytest.raises(SystemExit, match="GROUP must be one of bench, demo"):
+    with pytest.raises(SystemExit, match="GROUP must be one of bench, cli, demo"):
         tools("bootstrap").requirements("everything")
 
 
