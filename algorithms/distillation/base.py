@@ -23,7 +23,7 @@ import torch
 from tokfuse.algorithms.base import Plan
 from tokfuse.algorithms.distillation.batch import CONTEXTS, DistillationBatch
 from tokfuse.algorithms.stateful import Stateful
-from tokfuse.runtime.core.checks import Rows, check_choice, check_number, check_vector
+from tokfuse.runtime.core.checks import Rows, check_choice, check_number, check_values, check_vector
 from tokfuse.runtime.core.errors import refuse
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean")
@@ -63,6 +63,7 @@ class DistillationPlan:
 
     def divisor(self, normalizer: float | torch.Tensor | None = None) -> float | torch.Tensor:
         """Return the number that the loss is divided by. A count of 0 gives 1: the loss is then 0 anyway."""
+        _check_count(normalizer)
         given = self.normalizer if normalizer is None else normalizer
         if isinstance(given, str):
             given = self.count()
@@ -87,21 +88,19 @@ class DistillationPlan:
             )
         return {
             **self.divergence,
-            "mask": self.mask,
-            "coef": self.coef,
+            **self.weighting(normalizer),
             "temperature": self.temperature,
             "teacher_temperature": self.temperature,
-            # A count of tokens stays on the device: distill_step has it too.
-            "normalizer": "batch" if self._counts_own_tokens(normalizer) else self.divisor(normalizer),
         }
+
+    def weighting(self, normalizer: float | torch.Tensor | None = None) -> dict[str, Any]:
+        """Return mask, coef and normalizer, as `distill_step` takes them."""
+        # A count of tokens stays on the device: distill_step has it too.
+        divisor = "batch" if self._counts_own_tokens(normalizer) else self.divisor(normalizer)
+        return {"mask": self.mask, "coef": self.coef, "normalizer": divisor}
 
     def _counts_own_tokens(self, normalizer: float | torch.Tensor | None) -> bool:
         return normalizer is None and isinstance(self.normalizer, str) and not self.counts_sequences
-
-    def weights(self, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
-        """Return what `loss` multiplies the divergence of every token by, (tokens,) float64; 0 outside the mask."""
-        weight = self.mask.double() if self.coef is None else torch.where(self.mask, self.coef.double(), 0.0)
-        return weight / self.divisor(normalizer)
 
     def loss(self, divergence: torch.Tensor, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss for the divergence of every token, (), differentiable in it.
@@ -129,6 +128,20 @@ class DistillationPlan:
             coef=None if self.coef is None else self.coef[tokens],
             normalizer=self.divisor(),
         )
+
+
+def _check_count(normalizer: object) -> None:
+    """Raise an error unless this is None, "batch", or a count: a finite number >= 0, or a tensor with one."""
+    op = "DistillationPlan"
+    if isinstance(normalizer, torch.Tensor):
+        if normalizer.numel() != 1:
+            shape = f"shape {tuple(normalizer.shape)}"
+            raise refuse(op, "normalizer", "a 0-dim tensor", shape, "Pass one global count.")
+        check_values(op, "normalizer", normalizer, 0.0)
+    elif isinstance(normalizer, str):
+        check_choice(op, "normalizer", normalizer, ("batch",))
+    elif normalizer is not None:
+        check_number(op, "normalizer", normalizer, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from tokfuse.runtime.core.checks import (
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.token_ids import check_ids
+from tokfuse.runtime.lm_head.pair_results import token_weights, weighted_sum
 from tokfuse.runtime.lm_head.problem import check_head, probed
 from tokfuse.runtime.ops.linear_token_stats_at import ids_step
 
@@ -296,8 +297,9 @@ def top_k_step(
             tuple(teacher_logp_at.shape),
             "Pass one value per id.",
         )
-    weights = plan.weights(normalizer).to(hidden.device)
-    options = options._replace(mask=weights != 0)
+    weighting = {n: _moved(x, hidden.device) for n, x in plan.weighting(normalizer).items()}
+    c = token_weights(op, **weighting, tokens=tokens, device=hidden.device, dtype=torch.float64).coefficient
+    options = options._replace(mask=c != 0)
     target = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
     problem = probed(op, check_head(op, hidden, weight, bias, target, options, memory_budget), plan.batch.cu_seqlens)
     found = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
@@ -305,12 +307,14 @@ def top_k_step(
     def loss(logp_at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         value = method.divergence(logp_at, teacher_logp_at[rows], ids[rows])
         found[rows] = value.detach().to(found.dtype)
-        # A token without a weight may be among the rows of a captured graph; its value has no meaning.
-        live = weights[rows] != 0
-        return torch.where(live, value.double() * weights[rows], 0.0).sum()
+        return weighted_sum(value, c[rows])  # without the rows of weight 0 that a captured graph computes, too
 
     step = ids_step(op, problem, places, loss)
-    return TopKStep(step.loss, torch.where(weights != 0, found, 0.0), step.entropy, step.logp_at)
+    return TopKStep(step.loss, torch.where(c != 0, found, 0.0), step.entropy, step.logp_at)
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    return x.to(device) if isinstance(x, torch.Tensor) else x
 
 
 def _kl(a: Distribution, b: Distribution) -> torch.Tensor:

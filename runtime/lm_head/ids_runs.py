@@ -58,7 +58,7 @@ class HeadIdsKernels(NamedTuple):
     """(problem, ids, row_max, inv_sum, logp, entropy, logp_at, grad_logp, grad_entropy, grad_logp_at,
     needs) -> gradients in order of `problem.NAMES`. None if autograd differentiates `forward`."""
     step: Callable[[HeadProblem, TokenIds, IdsLoss], IdsTerms] | None = None
-    """The run of `ids_step`, for a matrix of ids. None: it is composed of `forward` and autograd."""
+    """The run of `ids_step`, for a matrix of ids in range. None: it is composed of `forward` and autograd."""
 
 
 def _places(p: HeadProblem, ids: TokenIds | None, top_k: int) -> TokenIds:
@@ -160,9 +160,9 @@ def cpu_bwd(
 def cpu_step(p: HeadProblem, ids: TokenIds, loss: IdsLoss) -> IdsTerms:
     """Run a step. The first chunk uses the memory of dW, as in `policy_step`."""
     with torch.no_grad():
-        places, needed = _places(p, ids, 0), needed_rows(p)
+        needed = needed_rows(p)
         index = torch.arange(p.tokens) if needed is None else needed
-        work = _StepWork(p, places, loss)
+        work = _StepWork(p, ids, loss)
         count, start, rows = index.shape[0], 0, workspace_rows(p, max(1, index.shape[0]))
         if work.gradients.weight is not None and count > 0:
             inside = dw_buffer(work.gradients.weight, count, min(rows, count))
@@ -291,7 +291,7 @@ def _device_bwd(
 def _device_step(kernels: Kernels, p: HeadProblem, ids: TokenIds, loss: IdsLoss) -> IdsTerms:
     """Run a step. The host reads no coefficients: rows without gradient enter the GEMMs as zeros."""
     assert kernels.backward is not None
-    places, needs, device = _places(p, ids, 0), wanted(p), p.hidden.device
+    needs, device = wanted(p), p.hidden.device
     with torch.no_grad():
         rows = device_head.classify(p, p.options.mask, None)
         head = DeviceHead(p, needs, rows)
@@ -304,9 +304,7 @@ def _device_step(kernels: Kernels, p: HeadProblem, ids: TokenIds, loss: IdsLoss)
         for index, h in head.chunks(0, rows.forward):
             logits = head.logits(h)
             out = (*stats, flat_logp)
-            kernels.forward(
-                logits, p.target, places.flat, places.offsets, index=index, out=out, **p.options.without_bias()
-            )
+            kernels.forward(logits, p.target, ids.flat, ids.offsets, index=index, out=out, **p.options.without_bias())
             value, found = _loss_of(loss, logp_at, index)
             total += value
             if not any(needs):
@@ -315,8 +313,8 @@ def _device_step(kernels: Kernels, p: HeadProblem, ids: TokenIds, loss: IdsLoss)
             dz = kernels.backward(
                 logits,
                 p.target,
-                places.flat,
-                places.offsets,
+                ids.flat,
+                ids.offsets,
                 row_max,
                 inv_sum,
                 logp,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
@@ -97,6 +98,9 @@ def ids_step(op: str, p: HeadProblem, ids: TokenIds, loss: IdsLoss) -> IdsStep:
         ids: of a (tokens, K) matrix.
         loss: function that computes the sum of the losses of some tokens from the log-probs at their ids.
     """
+    if may_read(ids.flat):
+        o = p.options
+        reference.check_values(op, p.target, ids.flat, ids.offsets, p.vocab, o.mask, o.temperature)
     capability = select(OP, p.hidden.device.type, p.dtype, p.options.features())
     kernels: HeadIdsKernels = capability.run
     run = kernels.step

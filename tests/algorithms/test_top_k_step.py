@@ -223,7 +223,12 @@ def test_the_loss_is_differentiable_once(backend: Backend) -> None:
     [
         ({"hidden": torch.zeros(4, HIDDEN)}, "9 tokens, like the plan's batch"),
         ({"ids": torch.zeros(TOKENS, dtype=torch.int64)}, r"of shape \(9, K\)"),
-        ({"ids": torch.full((TOKENS, K), VOCAB)}, "ids"),
+        ({"ids": torch.full((TOKENS, K), VOCAB)}, r"top_k_step: ids must be in \[0, 4131\)"),
+        ({"normalizer": -1.0}, r"normalizer must be a finite number in \[0, inf\); got -1"),
+        ({"normalizer": float("nan")}, "normalizer must be .*got nan"),
+        ({"normalizer": torch.tensor(-1.0)}, "normalizer must be .*got -1"),
+        ({"normalizer": torch.ones(3)}, r"normalizer must be a 0-dim tensor; got shape \(3,\)"),
+        ({"normalizer": "tokens"}, "normalizer must be .*got 'tokens'"),
         ({"teacher_logp_at": torch.zeros(TOKENS, 2)}, r"teacher_logp_at must be \(9, 5\) like ids"),
         ({"teacher_logp_at": torch.zeros(4, K)}, r"teacher_logp_at must be \(9, 5\) like ids"),
         ({"teacher_logp_at": torch.zeros(TOKENS, K, requires_grad=True)}, "teacher_logp_at"),
