@@ -15,7 +15,7 @@ BEGIN, END = (
 
 
 class Card(NamedTuple):
-    """What the registry does not contain about a method."""
+    """Texts about a method that its registry entry does not have."""
 
     formula: str
     """LaTeX of the loss or, for a method that changes one part of another loss, of this part."""

@@ -143,7 +143,7 @@ class Distilled(NamedTuple):
     megabytes: float
     """Moved between memory and the chip, 10^6 bytes."""
     launches: int
-    """Kernels, those of torch included."""
+    """All kernels, including torch's."""
     instructions: float
     """Instructions of the row kernels per logit of a side."""
     milliseconds: float

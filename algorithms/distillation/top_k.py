@@ -264,7 +264,7 @@ def top_k_step(
         ValueError: a wrong shape, dtype, device or range.
         TypeError: a method that compares whole vocabularies.
 
-    Source: the losses of `method`. The gradients equal those of `method.divergence` by autograd. Exact.
+    Source: the losses of `method`. The gradients are what autograd gives through `method.divergence`. Exact.
     """
     op = "top_k_step"
     if not isinstance(method, TopK):

@@ -8,13 +8,12 @@ import re
 import pytest
 import torch
 from algorithm_cases import METHODS, cast, example, gradient_of, planned, rollout
-from harness import Backend, backends, bits, compare
+from harness import Backend, backends, bits, compare, crossed
 from torch import Tensor
 
 import tokfuse
 from tokfuse import KL, PPOClip, algorithms
 from tokfuse.algorithms import host_words, registry
-from tokfuse.runtime.backends import triton_backend
 
 
 @pytest.fixture(params=backends("policy_loss"))
@@ -32,17 +31,9 @@ INTERPRETED = (
 )
 
 
-def fused_cases():
-    """Return a parameter for each pair of method and backend."""
-    return [
-        pytest.param(name, p.values[0], marks=p.marks, id=f"{p.id}-{name}")
-        for p in backends("policy_loss")
-        for name in METHODS
-        if name in INTERPRETED.split() or not (p.id == "triton" and triton_backend.interpreting())
-    ]
-
-
-@pytest.mark.parametrize("name, backend", fused_cases(), indirect=["backend"])
+@pytest.mark.parametrize(
+    "name, backend", crossed("policy_loss", {n: (n,) for n in METHODS}, INTERPRETED.split()), indirect=["backend"]
+)
 def test_plans_run_fused(name: str, backend: Backend):
     """policy_step from logits with a plan's inputs equals plan.loss of the statistics."""
     dtype = torch.float64 if backend.name == "reference" else torch.float32

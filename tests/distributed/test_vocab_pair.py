@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import thread_ranks
 import torch
-from harness import Backend, backends, bits, compare, half_ulp
+from harness import Backend, backends, bits, compare, crossed, half_ulp
 from head_cases import SIZES
 from pair_cases import KINDS, PairCase, logits_of, pair_case, pair_truth
 
 import tokfuse
 from tokfuse import distributed as D
-from tokfuse.runtime.backends import triton_backend
 from tokfuse.runtime.lm_head.probe import ProbeSource, open_source
 
 INF = float("inf")
@@ -193,17 +192,12 @@ HEADS = {
 }
 
 
-def head_parameters():
-    """Return a parameter for each pair of case and backend. Triton's interpreter needs 20 s for some, and runs two."""
-    return [
-        pytest.param(*case, p.values[0], marks=p.marks, id=f"{p.id}-{name}")
-        for p in backends("paired_divergence")
-        for name, case in HEADS.items()
-        if name in ("kl_forward", "mixed") or not (p.id == "triton" and triton_backend.interpreting())
-    ]
-
-
-@pytest.mark.parametrize("kind, name, teacher, dtype, backend", head_parameters(), indirect=["backend"])
+@pytest.mark.parametrize(
+    "kind, name, teacher, dtype, backend",
+    # The interpreter needs 20 s for some.
+    crossed("paired_divergence", HEADS, ("kl_forward", "mixed")),
+    indirect=["backend"],
+)
 def test_heads(backend, kind, name, teacher, dtype):
     """linear_paired_divergence through all three outputs, then distill_step with its loss as coefficients."""
     size, options = "tiles", HEAD_OPTIONS[name]

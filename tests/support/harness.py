@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -72,6 +72,19 @@ def backends(op: str, without: str = "", interpreted: bool = True, hosted: bool 
         backend = Backend(row["backend"], device)
         out.append(pytest.param(backend, id=row["backend"], marks=marks))
     return out
+
+
+def crossed(op: str, cases: Mapping[str, tuple[Any, ...]], interpreted: Collection[str]) -> list[Any]:
+    """Return a pytest parameter for each pair of case and backend: the values of the case, then the `Backend`.
+
+    Triton's interpreter runs only the cases that `interpreted` names.
+    """
+    return [
+        pytest.param(*case, p.values[0], marks=p.marks, id=f"{p.id}-{name}")
+        for p in backends(op)
+        for name, case in cases.items()
+        if name in interpreted or not (p.id == "triton" and triton_backend.interpreting())
+    ]
 
 
 def host_backends(op: str, without: str = "") -> list[Any]:
