@@ -35,6 +35,7 @@ from tokfuse.runtime.core.token_ids import check_ids
 from tokfuse.runtime.lm_head.pair_results import token_weights, weighted_sum
 from tokfuse.runtime.lm_head.problem import check_head, probed
 from tokfuse.runtime.ops.linear_token_stats_at import ids_step
+from tokfuse.runtime.policy.shapes import clamped
 
 MASSES = ("as_given", "teacher_renormalised", "renormalised", "tail")
 SUPPORTS = ("teacher", "student", "union")
@@ -166,7 +167,7 @@ class TopK(Distillation):
         check_constant(self._op, "teacher_logp_at", teacher_logp_at)
         value = self._compare(*(self._side(x, ids >= 0, own) for x, own in ((logp_at, True), (teacher_logp_at, False))))
         if self.loss_min is not None or self.loss_max is not None:
-            value = value.clamp(self.loss_min, self.loss_max)
+            value = clamped(value, self.loss_min, self.loss_max)
         return value.to(logp_at.dtype)
 
     def objective(self, batch: DistillationBatch) -> DistillationPlan:
@@ -185,12 +186,12 @@ class TopK(Distillation):
         """Return the categories of one side, after `mass`."""
         log = torch.where(keep, logp.double(), 0.0)
         if self.logp_min is not None:
-            log = log.clamp(min=self.logp_min)
+            log = clamped(log, low=self.logp_min)
         mass = torch.where(keep, log.exp(), 0.0)
         total = mass.sum(1, keepdim=True)
         if self.mass == "tail":
             # The masses are float64 sums of float32 log-probabilities: 1 - total keeps every digit that they have.
-            inside = total.clamp(max=1.0 - self.tail_floor)
+            inside = clamped(total, high=1.0 - self.tail_floor)
             return Distribution(torch.cat([mass, 1.0 - inside], 1), torch.cat([log, torch.log1p(-inside)], 1))
         if self.mass == "renormalised" or (self.mass == "teacher_renormalised" and not student):
             total = torch.where(total == 0, 1.0, total)

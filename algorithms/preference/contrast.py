@@ -12,6 +12,7 @@ from tokfuse.algorithms.preference.likelihood import NLL
 from tokfuse.algorithms.stateful import State
 from tokfuse.runtime.core.checks import check_choice, check_number
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.policy.shapes import clamped
 
 LINKS = ("logistic", "robust", "hinge", "square", "exo", "discopop")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
@@ -128,12 +129,12 @@ class Contrast(PairLoss):
         """Return s of one side: the implicit reward divided by beta."""
         x = side.log_ratio
         if self.divergence == "forward_kl":
-            x = -torch.exp((-x).clamp(max=EXPONENT_MAX))
+            x = -torch.exp(clamped(-x, high=EXPONENT_MAX))
         elif self.divergence == "js":
             x = logsigmoid(x)
         elif self.divergence == "alpha":
             assert self.alpha is not None
-            x = torch.exp(((self.alpha - 1.0) * x).clamp(max=EXPONENT_MAX)) / (self.alpha - 1.0)
+            x = torch.exp(clamped((self.alpha - 1.0) * x, high=EXPONENT_MAX)) / (self.alpha - 1.0)
         return x / side.length if self.length == "mean" else x
 
     def reward(self, side: Side) -> torch.Tensor:

@@ -140,16 +140,30 @@ class Shape:
 
         Outside the bounds the gradient is 0.
         """
-        return log_ratio.clamp(-clamp, clamp)
+        return clamped(log_ratio, -clamp, clamp)
 
     def bound_level(self, log_ratio: torch.Tensor, clamp: float) -> torch.Tensor:
         """Return the clamped log-ratio at the objective's level. Outside the bounds the gradient is 0."""
-        return log_ratio.clamp(-clamp, clamp)
+        return clamped(log_ratio, -clamp, clamp)
 
 
 def either(condition: torch.Tensor, yes: float, no: float, like: torch.Tensor) -> torch.Tensor:
     """Return one of two numbers per token, in the dtype of `like`. torch.where alone would round to float32."""
     return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+
+
+def clamped(
+    x: torch.Tensor, low: float | torch.Tensor | None = None, high: float | torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x.clamp(low, high) with gradient 1 at a bound, as in the kernels, and 0 outside and for NaN.
+
+    The gradient of torch's clamp at a bound depends on its version: 1 up to 2.13, 0 (numbers) or 1/2 (tensors) since
+    2.14. Sequences that reach a bound lie exactly on it, so this is not a rare case.
+    """
+    inside = x == x
+    inside = inside if low is None else inside & (x >= low)
+    inside = inside if high is None else inside & (x <= high)
+    return torch.where(inside, x, x.detach().clamp(low, high))  # type: ignore[arg-type]  # both numbers or both tensors
 
 
 def straight_through(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -264,8 +278,8 @@ class PPOClip(_Bounded):
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
         """Return the maximum of the two branches. If they are equal, the unclipped branch gives the gradient, -A r."""
         a, r, (low, high) = x.advantage, x.ratio, self.bounds
-        free = r if self.cap is None else r.clamp(max=self.cap)
-        clipped = r.clamp(low, high)
+        free = r if self.cap is None else clamped(r, high=self.cap)
+        clipped = clamped(r, low, high)
         loss = torch.where(-a * free >= -a * clipped, -a * free, -a * clipped)
         flags = self._flags(x)
         bound = min(self.dual or INF, self.cap or INF)
@@ -362,7 +376,7 @@ class NFT(Shape):
 
     def bound_level(self, log_ratio: torch.Tensor, clamp: float) -> torch.Tensor:
         """Return the log-ratio, clamped to at most log_ratio_max."""
-        return log_ratio.clamp(-clamp, min(clamp, self.log_ratio_max))
+        return clamped(log_ratio, -clamp, min(clamp, self.log_ratio_max))
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
         """Return -A log r, or -|A| log((1 - q r) / (1 - q))."""
@@ -389,7 +403,7 @@ class LogClamp(Shape):
         e = min(self.bound, clamp)
         high = either(advantage >= 0, e, clamp, log_ratio)
         low = either(advantage <= 0, -e, -clamp, log_ratio)
-        return torch.minimum(torch.maximum(log_ratio, low), high)
+        return clamped(log_ratio, low, high)
 
     def term(self, x: TermInputs) -> tuple[torch.Tensor, Flags]:
         """Return -A r, with the ratio r of the clamped log-ratio."""

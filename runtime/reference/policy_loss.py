@@ -10,7 +10,7 @@ import torch
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOT, SLOTS
 from tokfuse.runtime.policy.objective import AGGREGATIONS, KL, Objective
-from tokfuse.runtime.policy.shapes import TermInputs, straight_through
+from tokfuse.runtime.policy.shapes import TermInputs, clamped, straight_through
 from tokfuse.runtime.reference.token_stats import rounded
 
 
@@ -46,7 +46,7 @@ def segments(inputs: PolicyInputs, keep: torch.Tensor) -> Segments:
 
 
 def _kl_term(kl: KL, o: Objective, logp: torch.Tensor, ref: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    k = (logp - ref).clamp(-kl.clamp, kl.clamp)
+    k = clamped(logp - ref, -kl.clamp, kl.clamp)
     k3 = torch.expm1(-k) + k
     match kl.estimator:
         case "k1":
@@ -56,7 +56,7 @@ def _kl_term(kl: KL, o: Objective, logp: torch.Tensor, ref: torch.Tensor, d: tor
         case "k3":
             return k3
         case "ratio_k3":
-            return d.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp() * k3
+            return clamped(d, -o.log_ratio_clamp, o.log_ratio_clamp).exp() * k3
         case "k1_straight":
             return straight_through(k, 0.5 * k * k)
         case "k3_straight":

@@ -1,12 +1,14 @@
 """Test policy_loss: invariances, masking, autograd, and that no option is ignored."""
 
+import math
+
 import pytest
 import torch
 from harness import Backend, assert_untouched, backends, bits, compare
 from policy_cases import batch
 
 import tokfuse
-from tokfuse import KL, LinearRatio, Objective, PPOClip, TargetRatio
+from tokfuse import KL, LinearLogp, LinearRatio, LogClamp, Objective, PPOClip, TargetRatio
 
 FULL = Objective(shape=TargetRatio(), kl=KL(estimator="ratio_k3", coef=0.2), entropy_coef=0.1)
 NAMES = ("token_weight", "signal", "ref_logp", "kl_weight", "entropy", "entropy_weight")
@@ -267,6 +269,27 @@ def test_sequence_token_keeps_its_gradient_at_the_clamp(backend: Backend):
     objective = Objective(shape=LinearRatio(), level="sequence_token", log_ratio_clamp=1.37)
     *_, grad = evaluate(backend, objective, logp, **inputs)
     compare(grad, torch.full((3,), -1.37).exp().reciprocal().neg(), rtol=1e-6)
+
+
+AT_A_BOUND = {
+    "kl": (Objective(shape=LinearLogp(), kl=KL(estimator="k1", coef=0.5, clamp=2.0)), {"ref_logp": -3.0}, -1.0 + 0.5),
+    "anchor": (
+        Objective(shape=LinearLogp(), anchor=KL(estimator="k1", coef=0.5, clamp=2.0)),
+        {"anchor_logp": -3.0},
+        -1.0 + 0.5,
+    ),
+    "ratio": (Objective(shape=LinearRatio(), log_ratio_clamp=2.0), {"old_logp": -3.0}, -math.exp(2.0)),
+    "log clamp": (Objective(shape=LogClamp(bound=2.0)), {"old_logp": -3.0}, -math.exp(2.0)),
+}
+
+
+@pytest.mark.parametrize("name", AT_A_BOUND)
+def test_at_a_bound_the_gradient_is_that_of_the_inside(name: str, backend: Backend):
+    """torch's own clamp has gradient 1, 1/2 or 0 there, depending on its version."""
+    objective, given, expected = AT_A_BOUND[name]
+    inputs = {name: torch.full((4,), value) for name, value in {"old_logp": -1.0, **given}.items()}
+    *_, grad = evaluate(backend, objective, torch.full((4,), -1.0), advantage=torch.ones(4), normalizer=1.0, **inputs)
+    compare(grad, torch.full((4,), expected), rtol=1e-6)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
