@@ -142,7 +142,8 @@ class Environment:
         return subprocess.run([str(self.python), "-c", code], cwd=self.folder).returncode == 0
 
     def pip(self, *arguments: str) -> None:
-        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check"]
+        # --no-compile: Python compiles a module when it is first imported. pip would compile 15,000, for a minute.
+        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
         if not sys.stdout.isatty():
             command += ["--quiet"]
         try:

@@ -1,9 +1,9 @@
 """One rank of DPO runs with DistributedDataParallel on the CPU.
 
-    ddp_dpo.py ARM FOLDER OPTIONS
+    ddp_dpo.py NAME FOLDER OPTIONS
 
 Every rank trains stock DPO, fused DPO and `cpo`, and writes the logs and the sum of each parameter of each run to
-FOLDER/ARM-RANK.json. `cpo` has a mean over all chosen tokens of the optimizer step.
+FOLDER/NAME-RANK.json. `cpo` has a mean over all chosen tokens of the optimizer step.
 """
 
 import json
@@ -38,12 +38,12 @@ def train(folder: Path, **options: Any) -> dict[str, Any]:
     return out
 
 
-def main(arm: str, folder: Path, options: dict[str, Any]) -> None:
+def main(name: str, folder: Path, options: dict[str, Any]) -> None:
     """Train and write the results."""
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
-    out = train(folder / f"{arm}-{rank}", ddp_backend="gloo", **options)
-    (folder / f"{arm}-{rank}.json").write_text(json.dumps(out))
+    out = train(folder / f"{name}-{rank}", ddp_backend="gloo", **options)
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(out))
     ranks_end.now()
 
 

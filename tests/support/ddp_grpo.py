@@ -1,9 +1,10 @@
-"""One rank of a GRPO run with DistributedDataParallel on the CPU.
+"""One rank of GRPO runs with DistributedDataParallel on the CPU.
 
-    ddp_grpo.py ARM FOLDER OPTIONS
+    ddp_grpo.py NAME FOLDER OPTIONS
 
-ARM is "stock", "exact" (the stock trainer in float64) or "fused". OPTIONS is a JSON object of GRPOConfig.
-Every rank writes its log and the sum of each of its parameters to FOLDER/ARM-RANK.json.
+OPTIONS is {loss type: options of GRPOConfig}. For each loss type, every rank trains the stock trainer, the stock
+trainer in float64 and the fused one. It writes {loss type: {trainer: {"logs", "sums"}}} to FOLDER/NAME-RANK.json;
+`sums` holds the sum of each parameter. One process runs them all, because importing TRL takes longer than training.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import ranks_end
 import tiny_grpo
@@ -20,17 +22,15 @@ from trl import GRPOTrainer
 
 from tokfuse.integrations.trl import FusedGRPOTrainer
 
-ARMS = {"stock": GRPOTrainer, "exact": GRPOTrainer, "fused": FusedGRPOTrainer}
+TRAINERS = {"stock": GRPOTrainer, "exact": GRPOTrainer, "fused": FusedGRPOTrainer}
 LOGGED = ("loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "reward")
 
 
-def main(arm: str, folder: Path, options: dict) -> None:
-    """Train and write the results."""
-    torch.set_num_threads(1)
-    rank = os.environ["RANK"]
+def train(name: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """Train one trainer and return its logs and sums."""
     trainer = tiny_grpo.trainer(
-        ARMS[arm],
-        folder / f"{arm}-{rank}",
+        TRAINERS[name],
+        folder,
         ddp_backend="gloo",
         gradient_accumulation_steps=2,
         max_steps=3,
@@ -42,11 +42,23 @@ def main(arm: str, folder: Path, options: dict) -> None:
         **options,
     )
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"]) > 1
-    with trl_in_float64() if arm == "exact" else nullcontext():
+    with trl_in_float64() if name == "exact" else nullcontext():
         trainer.train()
-    logs = [{name: row[name] for name in LOGGED if name in row} for row in trainer.state.log_history if "loss" in row]
-    sums = [float(p.detach().double().sum()) for p in trainer.model.parameters()]
-    (folder / f"{arm}-{rank}.json").write_text(json.dumps({"logs": logs, "sums": sums}))
+    logs = [{key: row[key] for key in LOGGED if key in row} for row in trainer.state.log_history if "loss" in row]
+    return {"logs": logs, "sums": [float(p.detach().double().sum()) for p in trainer.model.parameters()]}
+
+
+def main(name: str, folder: Path, options: dict[str, dict[str, Any]]) -> None:
+    """Train and write the results."""
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    out = {
+        loss_type: {
+            arm: train(arm, folder / f"{loss_type}-{arm}-{rank}", loss_type=loss_type, **more) for arm in TRAINERS
+        }
+        for loss_type, more in options.items()
+    }
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(out))
     ranks_end.now()
 
 
