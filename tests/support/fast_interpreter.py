@@ -3,6 +3,8 @@
 At every call of a device function, including tl.max and tl.sum, the interpreter replaces about 500
 functions of `triton.language` by its own. This takes 10 ms, 70% of the time of a row kernel. The
 replacements are already active from the launch on, so one replacement per launch is enough.
+
+It also accepts the masks that only the interpreter of Triton 3.9 refuses.
 """
 
 from typing import Any
@@ -11,7 +13,7 @@ from triton.runtime import interpreter
 
 
 def install() -> None:
-    """Replace the interpreter's hook. Every launch still starts with the complete replacement."""
+    """Replace the interpreter's hooks. Every launch still starts with the complete replacement."""
     replace = interpreter._patch_lang
     tl = interpreter.tl
     replaced: set[int] = set()
@@ -33,3 +35,26 @@ def install() -> None:
         return scope
 
     interpreter._patch_lang = once
+    _accept_any_mask(interpreter.InterpreterBuilder)
+
+
+def _accept_any_mask(builder: type) -> None:
+    """Convert masks to bool.
+
+    In the interpreter, a comparison has the dtype of its operands, and so has a mask that joins a comparison of
+    scalars with a block. The compiler knows no such difference, but the interpreter of Triton 3.9 refuses these masks.
+    """
+
+    def converted(name: str, place: int) -> None:
+        plain = getattr(builder, name)
+
+        def access(self: Any, *arguments: Any) -> Any:
+            mask = arguments[place]
+            if mask.data.dtype != bool:
+                mask = interpreter.TensorHandle(mask.data.astype(bool), interpreter.tl.int1)
+            return plain(self, *arguments[:place], mask, *arguments[place + 1 :])
+
+        setattr(builder, name, access)
+
+    converted("create_masked_load", 1)
+    converted("create_masked_store", 2)
