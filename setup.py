@@ -147,7 +147,7 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "tokfuse": ["py.typed", "*.pyi"],
-        "tokfuse.bench": ["*.cpp", "*.txt", "*.css", "*.js"],
+        "tokfuse.bench": ["*.cpp", "*.txt", "*.css", "*.js", "*.j2"],
         "tokfuse.inspection": ["cuda_resources.json"],
         "tokfuse.triton_kernels": ["resources.json"],
     },

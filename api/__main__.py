@@ -12,7 +12,7 @@ COMMANDS = {
     "doctor": ("tokfuse.inspection.doctor", "show versions, devices, and the backends that each op can use"),
     "algorithms": ("tokfuse.algorithms.listing", "list the methods with their labels and options"),
     "bench": ("tokfuse.bench.cli", "benchmark the ops against other libraries"),
-    "report": ("tokfuse.bench.page", "write one page of tables and plots from stored benchmark rows"),
+    "report": ("tokfuse.bench.page", "write one page of figures, plots and tables from stored benchmark rows"),
     "profile": ("tokfuse.bench.profile", "profile one benchmark case"),
     "kernels": ("tokfuse.inspection.kernels", "show the resources of the compiled kernels; needs no GPU"),
     "tune": ("tokfuse.inspection.tune", "measure launch records of the Triton kernels on this GPU"),

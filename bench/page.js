@@ -1,7 +1,7 @@
 "use strict";
-// Sorts by a click on a column head, and filters by words. `#sort=COLUMN` or `#sort=-COLUMN` in the
-// address sorts when the page loads, so that a link can contain the order. Without scripts the page
-// shows all rows.
+// Sorts by a click on a column head, filters by words, and shows or hides the less important columns.
+// `#sort=COLUMN` or `#sort=-COLUMN` in the address sorts when the page loads, so that a link can contain
+// the order. Without scripts the page shows all rows.
 function valueOf(row, index) {
   const cell = row.cells[index];
   if (!("v" in cell.dataset)) return cell.textContent;
@@ -32,13 +32,20 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 
 for (const box of document.querySelectorAll("input.filter")) {
-  const rows = document.getElementById(box.dataset.table).tBodies[0].rows;
+  const rows = [...document.getElementById(box.dataset.table).tBodies[0].rows];
+  const count = document.querySelector(`output[data-table="${box.dataset.table}"]`);
   box.addEventListener("input", () => {
     const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
     for (const row of rows) {
       const text = row.textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
     }
+    count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
   });
+}
+
+for (const box of document.querySelectorAll("input.more")) {
+  box.addEventListener("change",
+    () => document.getElementById(box.dataset.table).classList.toggle("wide", box.checked));
 }
 document.documentElement.dataset.ready = "yes";

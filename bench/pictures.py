@@ -115,22 +115,24 @@ def _save(draw: Callable[[Values, Theme], Any], values: Values, theme: Theme, pa
 
     # Fixed ids and no date: the same rows and the same matplotlib give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "tokfuse", "svg.fonttype": "path"}):
-        figure = draw(values, theme)
+        picture = draw(values, theme)
         metadata = {"Date": None, "Creator": None, "Description": json.dumps(values)}
-        figure.savefig(path, format="svg", transparent=True, metadata=metadata)
+        picture.savefig(path, format="svg", transparent=True, metadata=metadata)
     return path
 
 
-def _figure(height: float) -> Any:
+def figure(height: float, width: float = WIDTH) -> Any:
+    """Return an empty figure of matplotlib that is saved as SVG."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure
+    out = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(out)
+    return out
 
 
-def _style(axes: Any, title: str, theme: Theme) -> None:
+def style(axes: Any, title: str, theme: Theme) -> None:
+    """Set the colours and the font sizes of one panel."""
     axes.set_title(title, fontsize=11, color=theme.text, loc="left")
     axes.tick_params(labelsize=10, colors=theme.text, which="both", color=theme.grid)
     axes.xaxis.label.set_color(theme.text)
@@ -141,8 +143,8 @@ def _style(axes: Any, title: str, theme: Theme) -> None:
 
 def _draw_comparison(values: Values, theme: Theme) -> Any:
     names = list(values)[::-1]
-    figure = _figure(1.1 + 0.62 * len(names))
-    axes = figure.subplots(2, 1)
+    picture = figure(1.1 + 0.62 * len(names))
+    axes = picture.subplots(2, 1)
     for panel, title, column in ((axes[0], "Time (ms), smaller is better", 0), (axes[1], "Memory (MiB)", 2)):
         sizes = [values[name][column] for name in names]
         colours = [theme.ours if name == "tokfuse" else theme.peer for name in names]
@@ -154,18 +156,18 @@ def _draw_comparison(values: Values, theme: Theme) -> Any:
         panel.bar_label(bars, labels, padding=4, fontsize=10, color=theme.text)
         panel.set_xlim(0, max(sizes) * 1.3)
         panel.set_xticks([])
-        _style(panel, title, theme)
+        style(panel, title, theme)
         panel.spines["bottom"].set_visible(False)
-    return figure
+    return picture
 
 
 def _draw_scaling(values: Values, theme: Theme) -> Any:
     lines = -(-len(values) // 2)
-    figure = _figure(2.3 * lines)
+    picture = figure(2.3 * lines)
     handles: dict[str, Any] = {}
     for index, (panel, series) in enumerate(values.items()):
         op, axis, kind = panel.split()
-        axes = figure.add_subplot(lines, 2, index + 1)
+        axes = picture.add_subplot(lines, 2, index + 1)
         for provider, points in series.items():
             ours = provider.startswith("tokfuse")
             label = "tokfuse, in place" if provider == "tokfuse_" else PROVIDERS[provider]
@@ -188,10 +190,10 @@ def _draw_scaling(values: Values, theme: Theme) -> Any:
             axes.set_xticks(ticks, [f"{x:.0f}" if x < 1e4 else f"{x / 1024:.0f}k" for x in ticks])
             axes.minorticks_off()
         axes.set_xlabel(AXES[axis], fontsize=10)
-        _style(axes, f"{SOURCES[op]}: {'time (ms)' if kind == 'ms' else 'memory (MiB)'}", theme)
+        style(axes, f"{SOURCES[op]}: {'time (ms)' if kind == 'ms' else 'memory (MiB)'}", theme)
         axes.grid(color=theme.grid, linewidth=0.5)
         handles |= {line.get_label(): line for line in axes.get_lines()}
-    figure.legend(
+    picture.legend(
         handles.values(),
         handles,
         loc="outside upper left",
@@ -200,7 +202,7 @@ def _draw_scaling(values: Values, theme: Theme) -> Any:
         frameon=False,
         labelcolor=theme.text,
     )
-    return figure
+    return picture
 
 
 PICTURES: dict[str, tuple[Callable[[Sequence[Row]], Values], Callable[[Values, Theme], Any]]] = {

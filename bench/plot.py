@@ -1,5 +1,6 @@
 """Plot bars of the median with its 20th and 80th percentile, one panel per case: `bench --png FILE`."""
 
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ COLOURS = {"ours": "#1a7f5a", "peer": "#8a94a6", "limit": "#d9a441"}
 COLUMNS = 2
 
 
-def check_available(refuse: Callable[[str], Any], option: str) -> None:
-    """Report a missing matplotlib before anything is measured."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        refuse(f"{option} needs matplotlib: pip install 'tokfuse[bench]'")
+def check_available(refuse: Callable[[str], Any], what: str, *packages: str) -> None:
+    """Report a missing package (default: matplotlib) before anything is measured or drawn."""
+    for name in packages or ("matplotlib",):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            refuse(f"{what} needs {name}: pip install 'tokfuse[bench]'")
 
 
 def draw(rows: Iterable[Row], path: Path) -> None:
