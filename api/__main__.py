@@ -10,7 +10,7 @@ from typing import Any
 # command -> (module with `parser()` and `main(argv) -> int`, imported only for its command; help text)
 COMMANDS = {
     "doctor": ("tokfuse.inspection.doctor", "show versions, devices, and the backends that each op can use"),
-    "algorithms": ("tokfuse.algorithms.listing", "list the methods with their labels and options"),
+    "algorithms": ("tokfuse.inspection.methods", "list the methods with their labels and options"),
     "bench": ("tokfuse.bench.cli", "benchmark the ops against other libraries"),
     "report": ("tokfuse.bench.page", "write one page of figures, plots and tables from stored benchmark rows"),
     "profile": ("tokfuse.bench.profile", "profile one benchmark case"),

@@ -37,11 +37,12 @@ from tokfuse.bench import (
     report,
     runner,
     targets,
+    verdict,
 )
 from tokfuse.bench.plan import ALONE, CASES, MODELS, VARIANT_OPS, Step, make_growth_plan, make_plan
 from tokfuse.bench.problem import Problem
 from tokfuse.bench.row import Row, check_one_machine
-from tokfuse.inspection import progress
+from tokfuse.inspection import progress, tables
 from tokfuse.runtime.core import dispatch
 
 ROUNDS, QUICK_ROUNDS = 15, 3
@@ -142,9 +143,7 @@ def _judge(command_line: argparse.ArgumentParser, files: list[str]) -> int:
     if not files:
         command_line.error("targets: pass the files that --json wrote")
     rows = _read_rows(command_line, files)[0]
-    verdicts = targets.judge(rows)
-    print("\n".join(line for line, _ in verdicts) or "no row belongs to a target")
-    return int(not verdicts or not all(met for _, met in verdicts))
+    return verdict.show(targets.judge(rows), "no row belongs to a target", width=62)
 
 
 def _read_rows(command_line: argparse.ArgumentParser, files: list[str]) -> tuple[list[Row], list[dict[str, Any]]]:
@@ -185,14 +184,13 @@ def _compare(command_line: argparse.ArgumentParser, files: list[str], tolerance:
         verdicts = compare.compare(*(compare.read(Path(file)) for file in files), tolerance)
     except ValueError as error:
         command_line.error(str(error))
-    print("\n".join(line for line, _ in verdicts) or "no case is in both files")
-    return int(not verdicts or not all(kept for _, kept in verdicts))
+    return verdict.show(verdicts, "no case is in both files", width=76)
 
 
 def _predict(path: str | None) -> int:
     """Print the predicted rows. With `--json`, also overwrite that file with them."""
     rows = list(predict.rows())
-    print("\n".join([report.HEADER, *map(report.line, rows)]))
+    tables.show("\n".join([report.HEADER, *map(report.line, rows)]), report.table(rows, "Predicted, nothing ran"))
     if path is not None:
         Path(path).write_text("".join(f"{row.to_json()}\n" for row in rows), encoding="utf-8")
     return 0
@@ -214,7 +212,8 @@ def _check_file(path: str | None, facts: dict[str, Any]) -> None:
 def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    if not options.md:
+    as_tables = tables.is_rich()  # one table per case, instead of one line per row
+    if not options.md and not as_tables:
         print(report.HEADER, flush=True)
     with (
         _open(options.json) as sink,
@@ -228,11 +227,12 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
                 print(row.to_json(), file=sink, flush=True)
             if table is not None:
                 liger_csv.append(row, table)
-            if not options.md:
+            if not options.md and not as_tables:
                 shown.clear()
                 print(report.line(row), flush=True)
 
         for step in plan:
+            done = len(rows)
             with _threads(step.threads) as threads:
                 settings = runner.Settings(
                     rounds,
@@ -243,6 +243,9 @@ def _run(plan: list[Step], options: argparse.Namespace, facts: dict[str, Any]) -
                     on_step=shown.set_postfix_str,
                 )
                 runner.run_case(step.config, partial(_build, step, options.backend), settings, emit)
+            if not options.md and as_tables:
+                shown.clear()
+                tables.show("", report.table(rows[done:]))
             shown.update()
     return rows
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tokfuse.bench.row import Row, check_one_machine
+from tokfuse.bench.verdict import Verdict
 
 TOLERANCE = 0.15
 Case = tuple[str, ...]
@@ -43,8 +44,8 @@ def read(file: Path) -> dict[Case, Row]:
     }
 
 
-def compare(old: Mapping[Case, Row], new: Mapping[Case, Row], tolerance: float = TOLERANCE) -> list[tuple[str, bool]]:
-    """Return (one line, kept) for each case that is in both files.
+def compare(old: Mapping[Case, Row], new: Mapping[Case, Row], tolerance: float = TOLERANCE) -> list[Verdict]:
+    """Return one verdict for each case that is in both files.
 
     Raises:
         ValueError: the rows come from different machines.
@@ -56,5 +57,5 @@ def compare(old: Mapping[Case, Row], new: Mapping[Case, Row], tolerance: float =
         kept = after >= before * (1 - tolerance)
         limits = dict.fromkeys((old[case].limit, new[case].limit))
         text = f"{before:.3f} -> {after:.3f} of {' / '.join(limits)} ({after / before - 1:+.1%})"
-        verdicts.append((f"{'kept' if kept else 'FELL'} {' '.join(case):<76} {text}", kept))
+        verdicts.append(Verdict("kept" if kept else "FELL", " ".join(case), text, kept))
     return verdicts

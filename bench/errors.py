@@ -19,6 +19,7 @@ from tokfuse.bench.measure import Outputs
 from tokfuse.bench.problem import Batch, Unsupported, make_batch
 from tokfuse.bench.row import ERROR_NAMES, SCHEMA_VERSION, plain
 from tokfuse.bench.runner import classify
+from tokfuse.inspection import tables
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = 12
@@ -258,8 +259,8 @@ def measure_errors(dtypes: list[str], peer_names: list[str], facts: dict[str, An
                     )
 
 
-def table(rows: list[ErrorRow], markdown: bool = False) -> str:
-    """Return one line per op, provider, dtype and family. Vocabulary tails are merged into their largest error."""
+def table(rows: list[ErrorRow]) -> tables.Table:
+    """Return one row per op, provider, dtype and family. Vocabulary tails are merged into their largest error."""
     lines: dict[tuple[str, ...], dict[str, float]] = {}
     notes: dict[tuple[str, ...], str] = {}
     for row in rows:
@@ -272,14 +273,11 @@ def table(rows: list[ErrorRow], markdown: bool = False) -> str:
         else:
             cells[row.output] = max(cells.get(row.output, 0.0), value)
     heads = ["op", "provider", "dtype", "inputs", *ERROR_NAMES, "note"]
-    out = [heads] + ([["---"] * len(heads)] if markdown else [])
+    out = []
     for line_key, cells in lines.items():
         numbers = [f"{cells[n]:.1e}" if n in cells else "-" for n in ERROR_NAMES]
         out.append([*line_key, *numbers, notes.get(line_key, "")])
-    if markdown:
-        return "\n".join("| " + " | ".join(line) + " |" for line in out)
-    widths = [max(len(line[i]) for line in out) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in out)
+    return tables.Table(heads, out)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -292,6 +290,10 @@ def main(options: argparse.Namespace) -> int:
         if options.json:
             with open(options.json, "a", encoding="utf-8") as sink:
                 print(row.to_json(), file=sink)
-    print("outputs: max absolute error; gradients: max absolute error / max absolute value\n")
-    print(table(rows, options.md))
+    about = "outputs: max absolute error; gradients: max absolute error / max absolute value"
+    found = table(rows)
+    if options.md:
+        print(f"{about}\n", *found.markdown(), sep="\n")
+    else:
+        tables.show("\n".join([f"{about}\n", *found.aligned()]), about, found)
     return int(any(row.provider == "tokfuse" and row.status == "error" for row in rows))

@@ -1,8 +1,9 @@
 """Print rows as text: one line per row during the run, and one Markdown table per case at the end."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tokfuse.bench.row import ERROR_NAMES, Row
+from tokfuse.inspection import tables
 
 HEADER = (
     f"{'op':<25}{'shape':<17}{'dtype':<9}{'mode':<17}{'variant':<18}{'provider':<25}"
@@ -69,6 +70,39 @@ def line(row: Row) -> str:
         f"{mebibytes(row.peak_extra_bytes):>10}  {worst_errors(row)}"
     )
     return f"{text}  ({row.note})" if row.note else text.rstrip()
+
+
+# Columns of a table on a terminal. A column without values is left out.
+_CASE = ("op", "shape", "dtype", "mode", "variant", "gpu")
+_CELLS: dict[str, Callable[[Row], str]] = {
+    **{name: lambda row, name=name: str(getattr(row, name)) for name in (*_CASE, "provider", "backend", "status")},
+    "median": lambda row: milliseconds(row.median_ms),
+    "p20 - p80": spread,
+    "ratio": lambda row: "-" if row.ratio is None else f"{row.ratio:.2f}",
+    "limit": lambda row: "-" if row.limit_share is None else f"{row.limit_share:.0%}",
+    "tokens/s": lambda row: number(row.tokens_per_s),
+    "GB/s": lambda row: number(row.gb_per_s),
+    "GFLOP/s": lambda row: number(row.gflop_per_s),
+    "energy": energy,
+    "peak": lambda row: mebibytes(row.peak_extra_bytes),
+    "max error": worst_errors,
+    "note": lambda row: row.note,
+}
+_TEXTS = (*_CASE, "provider", "backend", "status", "max error", "note")
+
+
+def table(rows: Sequence[Row], title: str = "") -> tables.Table:
+    """Return the rows as a table for a terminal. What all rows of a case have in common is in its title."""
+    columns = {name: [cell(row) for row in rows] for name, cell in _CELLS.items()}
+    common = [values[0] for name, values in columns.items() if name in _CASE and len(set(values)) == 1]
+    shown = {
+        name: values
+        for name, values in columns.items()
+        if not set(values) <= {"", "-"} and (name not in _CASE or len(set(values)) > 1)
+    }
+    heads = [name for name in shown]
+    cells = list(zip(*shown.values(), strict=True))
+    return tables.Table(heads, cells, title or " ".join(filter(None, common)), set(heads) - set(_TEXTS))
 
 
 def markdown(rows: Iterable[Row]) -> str:

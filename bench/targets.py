@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokfuse.bench.row import Row
+from tokfuse.bench.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ TARGETS: tuple[Goal, ...] = (
 )
 
 
-def judge(rows: Iterable[Row], targets: Iterable[Goal] = TARGETS) -> list[tuple[str, bool]]:
-    """Return (one line, met) per target and case. A target without rows gives no line."""
+def judge(rows: Iterable[Row], targets: Iterable[Goal] = TARGETS) -> list[Verdict]:
+    """Return one verdict per target and case. A target without rows gives none."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if row.status == "pass" and row.median_ms and not row.sweep:
@@ -110,7 +111,7 @@ def judge(rows: Iterable[Row], targets: Iterable[Goal] = TARGETS) -> list[tuple[
             verdict = _verdict(target, found)
             if verdict is not None:
                 text, met = verdict
-                verdicts.append((f"{'met ' if met else 'MISS'} {' '.join(case):<62} {text}", met))
+                verdicts.append(Verdict("met" if met else "MISS", " ".join(case), text, met))
     return verdicts
 
 

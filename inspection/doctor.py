@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tokfuse.inspection import tables
 from tokfuse.runtime.core import dispatch, native
 
 PACKAGES = ("tokfuse", "torch", "triton", "transformers", "numpy", "nvidia-ml-py")
@@ -34,6 +35,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "CPU threads, shared with torch (torch.set_num_threads overrides it)",
     "OMP_WAIT_POLICY": "`passive` lets idle CPU threads sleep; set it on a shared machine",
     "TOKFUSE_VERL_HEADS": "1 replaces verl's fused heads with tokfuse when verl is imported",
+    "NO_COLOR": "1 prints plain text instead of tables and colours on a terminal",
     "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, for tests; set it before the import",
     "TOKFUSE_CUDA": "AUTO builds the CUDA kernels if nvcc is found, ON requires them, OFF disables them",
     "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fallback",
@@ -142,15 +144,6 @@ def report() -> dict[str, Any]:
     }
 
 
-def _aligned(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Return rows with left-aligned columns, separated by two blanks."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    ]
-
-
 def _default_backend(rows: Sequence[dict[str, Any]], device: str) -> str:
     """Return the first usable backend, in dispatch order, that supports tensors on `device`."""
     for row in rows:
@@ -159,10 +152,10 @@ def _default_backend(rows: Sequence[dict[str, Any]], device: str) -> str:
     return "none"
 
 
-def _ops_section(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
-    """Return one line per op with one column per backend. Numbered reasons follow the table."""
+def _ops(rows: Sequence[dict[str, Any]], device: str) -> tuple[tables.Table, list[str]]:
+    """Return a table with one row per op and one column per backend, and the reasons that it numbers."""
     reasons: list[str] = []
-    table = [["op", *dispatch.ORDER, f"{device} tensors run on"]]
+    lines = []
     for op in sorted({row["op"] for row in rows}):
         of_op = [row for row in rows if row["op"] == op]
         cells = []
@@ -176,9 +169,9 @@ def _ops_section(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
                     reasons.append(row["why"])
                 state = "unusable" if row["built"] else "not built"
                 cells.append(f"{state} [{reasons.index(row['why']) + 1}]")
-        table.append([op, *cells, _default_backend(of_op, device)])
-    lines = ["ops  (yes: usable here; -: not implemented)", *_aligned(table)]
-    return lines + [f"  [{number}] {reason}" for number, reason in enumerate(reasons, 1)]
+        lines.append([op, *cells, _default_backend(of_op, device)])
+    heads = ["op", *dispatch.ORDER, f"{device} tensors run on"]
+    return tables.Table(heads, lines, "ops  (yes: usable here; -: not implemented)"), reasons
 
 
 def _native_lines(info: dict[str, Any]) -> list[str]:
@@ -193,6 +186,23 @@ def _native_lines(info: dict[str, Any]) -> list[str]:
 
 def render(data: dict[str, Any]) -> str:
     """Return the report as text."""
+    settings, ops, notes = _parts(data)
+    lines = [*_facts(data), "", settings.title, *settings.aligned("  ", heads=False), "", ops.title]
+    return "\n".join([*lines, *ops.aligned("  "), *notes])
+
+
+def _parts(data: dict[str, Any]) -> tuple[tables.Table, tables.Table, list[str]]:
+    """Return the environment variables, the ops, and the notes below them."""
+    values = data["environment"].items()
+    cells = [[name, "unset" if value is None else value, ENVIRONMENT[name]] for name, value in values]
+    ops, reasons = _ops(data["ops"], "cuda" if data["devices"]["cuda"]["devices"] else "cpu")
+    notes = [f"  [{number}] {reason}" for number, reason in enumerate(reasons, 1)]
+    notes += [f"  {name} cannot be imported: {why}" for name, why in data["failures"].items()]
+    return tables.Table(("variable", "value", "meaning"), cells, "environment"), ops, notes
+
+
+def _facts(data: dict[str, Any]) -> list[str]:
+    """Return one line per fact about the versions and the machine."""
     present = [f"{name} {version}" for name, version in data["versions"].items() if version]
     absent = [name for name, version in data["versions"].items() if not version]
     lines = ["versions       " + ", ".join(present)]
@@ -205,15 +215,7 @@ def render(data: dict[str, Any]) -> str:
     lines.append(f"threads        {threads['torch']} of {threads['cores']} cores{note}")
     lines.append(f"cpu            {data['devices']['cpu']}")
     gpus = [f"{d['name']} (sm_{d['capability'].replace('.', '')}, {d['memory_gib']} GiB)" for d in cuda["devices"]]
-    lines.append("cuda           " + ("; ".join(gpus) or f"none: {cuda['why']}"))
-    lines += ["", "environment"]
-    settings = [
-        [name, "unset" if value is None else value, ENVIRONMENT[name]] for name, value in data["environment"].items()
-    ]
-    lines += [*_aligned(settings), ""]
-    lines += _ops_section(data["ops"], "cuda" if cuda["devices"] else "cpu")
-    lines += [f"  {name} cannot be imported: {why}" for name, why in data["failures"].items()]
-    return "\n".join(lines)
+    return [*lines, "cuda           " + ("; ".join(gpus) or f"none: {cuda['why']}")]
 
 
 def markdown() -> str:
@@ -277,5 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif options.json:
         print(json.dumps(report(), indent=2, default=str))
     else:
-        print(render(report()))
+        data = report()
+        settings, ops, notes = _parts(data)
+        tables.show(render(data), *_facts(data), settings, ops, *notes)
     return 0

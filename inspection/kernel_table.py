@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.inspection import progress
+from tokfuse.inspection import progress, tables
 from tokfuse.runtime.backends import triton_backend
 
 # Stored in the folder of the kernels, so that an installed package can be checked too.
@@ -334,18 +334,24 @@ def committed() -> list[Resources]:
 
 
 def as_markdown(rows: Sequence[Resources]) -> str:
-    """Return the page: a table with one line per kernel and dtype, and one column per architecture."""
+    """Return the page: the tables of `as_tables` with their explanation."""
+    resources, shares = as_tables(rows)
+    lines = ["# Compiled Triton kernels", "", *ABOUT, "", *resources.markdown(), "", *SHARES, "", *shares.markdown()]
+    return "\n".join([*lines, ""])
+
+
+def as_tables(rows: Sequence[Resources]) -> tuple[tables.Table, tables.Table]:
+    """Return the resources of each kernel and dtype per architecture, and the bandwidth shares per GPU."""
     capabilities = sorted({row.capability for row in rows})
     table: dict[tuple[str, str, str], dict[int, Resources]] = {}
     for row in rows:
         table.setdefault((row.case, row.kernel, row.dtype), {})[row.capability] = row
     head = ["case", "kernel", "dtype", *(f"sm_{c}" for c in capabilities)]
-    lines = ["# Compiled Triton kernels", "", *ABOUT, "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines = []
     for key, cells in sorted(table.items()):
-        shown = [_cell(cells[c]) if c in cells else "-" for c in capabilities]
-        lines.append("| " + " | ".join([*key, *shown]) + " |")
-    lines += ["", *_shares(table)]
-    return "\n".join(lines) + "\n"
+        lines.append([*key, *(_cell(cells[c]) if c in cells else "-" for c in capabilities)])
+    resources = tables.Table(head, lines, "instructions per element, registers, shared memory, widest load")
+    return resources, tables.Table(["case", "dtype", *GPUS], _shares(table), "predicted share of the memory bandwidth")
 
 
 def bandwidth_share(row: Resources, gpu: str) -> tuple[float, str]:
@@ -366,18 +372,21 @@ def _share(row: Resources, gpu: str) -> str:
     return f"{share:.0%}{' s' if limit == 'special' else ''}"
 
 
-def _shares(table: dict[tuple[str, str, str], dict[int, Resources]]) -> Iterator[str]:
-    yield "The table shows the predicted share of the memory bandwidth, from the instructions of the hot"
-    yield "loop. It is an upper bound, because it ignores latency and clocks below boost. The limit is the"
-    yield "number of issue slots, or the special-function units (s), which need eight slots for an"
-    yield "exponential or a reciprocal."
-    yield ""
-    yield "| case | dtype | " + " | ".join(GPUS) + " |"
-    yield "| --- | --- |" + " --- |" * len(GPUS)
+SHARES = """\
+The table shows the predicted share of the memory bandwidth, from the instructions of the hot
+loop. It is an upper bound, because it ignores latency and clocks below boost. The limit is the
+number of issue slots, or the special-function units (s), which need eight slots for an
+exponential or a reciprocal.
+""".splitlines()
+
+
+def _shares(table: dict[tuple[str, str, str], dict[int, Resources]]) -> list[list[str]]:
+    lines = []
     for (case, _, dtype), cells in sorted(table.items()):
         if all(row.traffic_bytes for row in cells.values()):
             shares = [_share(cells[row[0]], gpu) if row[0] in cells else "-" for gpu, row in GPUS.items()]
-            yield "| " + " | ".join([case, dtype, *shares]) + " |"
+            lines.append([case, dtype, *shares])
+    return lines
 
 
 def _cell(row: Resources) -> str:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tokfuse.inspection import cuda_table, kernel_table, roofline
+from tokfuse.inspection import cuda_table, kernel_table, roofline, tables
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def _triton(cases: Sequence[str], check: bool, write: bool) -> int:
         kernel_table.PAGE.write_text(kernel_table.as_markdown(rows))
         print(f"wrote {kernel_table.TABLE} and {kernel_table.PAGE}")
         return 0
-    print(kernel_table.as_markdown(rows), end="")
+    tables.show(kernel_table.as_markdown(rows).rstrip("\n"), *kernel_table.as_tables(rows))
     if not check:
         return 0
     before = [r for r in kernel_table.committed() if not cases or r.case.startswith(tuple(cases))]
@@ -60,11 +60,17 @@ def _cuda(check: bool, write: bool) -> int:
         roofline.PAGE.write_text(roofline.as_markdown(rows))
         print(f"wrote {cuda_table.TABLE} and {roofline.PAGE}")
         return 0
-    for k in rows:
-        print(
-            f"{k.key}: {k.registers} registers, {k.stack_bytes} B stack, {k.shared_bytes} B "
-            f"shared, {k.threads} threads, {k.per_element:.1f} instructions per element"
-        )
+    lines = [
+        f"{k.key}: {k.registers} registers, {k.stack_bytes} B stack, {k.shared_bytes} B "
+        f"shared, {k.threads} threads, {k.per_element:.1f} instructions per element"
+        for k in rows
+    ]
+    cells = [
+        [k.key, *map(str, (k.registers, k.stack_bytes, k.shared_bytes, k.threads)), f"{k.per_element:.1f}"]
+        for k in rows
+    ]
+    heads = ["kernel", "registers", "stack B", "shared B", "threads", "instructions per element"]
+    tables.show("\n".join(lines), tables.Table(heads, cells, numbers=heads[1:]))
     found = cuda_table.differences(rows, cuda_table.committed()) if check else []
     print("\n".join(found), file=sys.stderr)
     return 1 if found else 0

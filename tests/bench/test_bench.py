@@ -399,8 +399,8 @@ def test_targets_are_judged_against_the_faster_form(tmp_path, capsys) -> None:
     times = {"tokfuse_": 1.0, "tokfuse": 2.0, "torch_compile": 9.0, "torch_compile_f32": 6.5}
     rows = [replace(case, provider=name, median_ms=value) for name, value in times.items()]
     verdicts = targets.judge(rows)
-    assert [met for _, met in verdicts] == [True, True]
-    assert "torch_compile_f32 / tokfuse_ = 6.50 (at least 6)" in verdicts[0][0]
+    assert [verdict.is_good for verdict in verdicts] == [True, True]
+    assert verdicts[0].text == "torch_compile_f32 / tokfuse_ = 6.50 (at least 6)"
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(row.to_json() for row in rows))
     assert cli.main(["targets", str(path)]) == 0

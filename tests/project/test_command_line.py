@@ -3,16 +3,19 @@
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import io
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from bench_rows import our_row
 
 from tokfuse import __main__ as entry
-from tokfuse.inspection import doctor, progress
+from tokfuse.inspection import doctor, progress, tables
 
 PARSERS = {
     name: (entry.parser if name == "completion" else importlib.import_module(module).parser)
@@ -91,10 +94,6 @@ def test_completion_names_the_missing_package(monkeypatch, capsys) -> None:
 
 
 def test_a_bar_is_shown_on_a_terminal_only(monkeypatch, capsys) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     pytest.importorskip("tqdm")
     shown = {}
     for name, stream, quiet in (
@@ -118,3 +117,59 @@ def test_a_bar_without_tqdm_does_nothing(monkeypatch, capsys) -> None:
         bar.clear()
         bar.set_postfix_str("x")
     assert capsys.readouterr().err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_tables_are_drawn_on_a_colour_terminal_only(stream, environment: dict[str, str], monkeypatch) -> None:
+    pytest.importorskip("rich")
+    for name, value in {"TERM": "xterm", "NO_COLOR": "", "COLUMNS": "100", **environment}.items():
+        monkeypatch.setenv(name, value)
+    stream.truncate(0)
+    stream.seek(0)
+    monkeypatch.setattr(sys, "stdout", stream)
+    tables.show("plain", "before", tables.Table(["op", "ms"], [["[1] halve", "2.5"], ["yes", "10"]], "title", ["ms"]))
+    if stream.isatty() and not environment:
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+        cells = [line.split() for line in lines if line.strip(" \u2500")]
+        assert cells == [["before"], ["title"], ["op", "ms"], ["[1]", "halve", "2.5"], ["yes", "10"]]
+        (first,) = [line.rstrip() for line in lines if "2.5" in line]
+        (second,) = [line.rstrip() for line in lines if "yes" in line]
+        assert len(first) == len(second), "numbers are aligned to the right"
+    else:
+        assert stream.getvalue() == "plain\n"
+
+
+def test_tables_without_rich_are_plain(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    tables.show("plain", "before")
+    assert sys.stdout.getvalue() == "plain\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["algorithms", "--kind", "preference"], ["doctor"], ["bench", "compare", "R", "R"]]
+)
+def test_commands_show_the_same_cells_on_a_terminal(command: list[str], tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("rich")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(our_row("policy_step", "step", "v", "4x8", median_ms=2.0, limit="copy", limit_share=0.5).to_json())
+    words = [str(rows) if word == "R" else word for word in command]
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = []
+    for stream in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert entry.main(words) == 0
+        shown.append(re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()))
+    plain, drawn = shown
+    assert "\u2500" in drawn and "\u2500" not in plain
+    assert set(plain.split()) <= set(drawn.split())

@@ -89,9 +89,9 @@ def test_text_numbers_the_reasons():
         {**common, "backend": "cpu", "built": False, "usable": False, "devices": [], "why": "not implemented"},
         {**common, "backend": "reference", "built": True, "usable": True, "devices": ["*"], "why": ""},
     ]
-    lines = doctor._ops_section(rows, "cpu")
-    assert lines[2].split() == ["halve", "not", "built", "[1]", "unusable", "[2]", "-", "yes", "reference"]
-    assert lines[3:] == ["  [1] no nvcc", "  [2] no GPU"]
+    table, reasons = doctor._ops(rows, "cpu")
+    assert table.rows == [["halve", "not built [1]", "unusable [2]", "-", "yes", "reference"]]
+    assert reasons == ["no nvcc", "no GPU"]
 
 
 def test_environment_lists_every_variable_that_the_code_reads():

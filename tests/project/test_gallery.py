@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import pytest
 
 import tokfuse.algorithms  # noqa: F401  (fills the registry)
-from tokfuse.algorithms import gallery, listing
+from tokfuse.algorithms import gallery
 from tokfuse.algorithms.preference.base import PreferenceLoss
 from tokfuse.algorithms.registry import ENTRIES
+from tokfuse.inspection import methods
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gallery.md"
@@ -46,11 +47,11 @@ def test_the_page_is_current() -> None:
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     page = tmp_path / "gallery.md"
     page.write_text(f"before\n{gallery.BEGIN}\nold\n{gallery.END}\nafter\n")
-    assert listing.main(["--gallery", str(page)]) == 0
+    assert methods.main(["--gallery", str(page)]) == 0
     assert page.read_text() == f"before\n{gallery.BEGIN}\n{gallery.page()}\n{gallery.END}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
-        listing.main(["--gallery", str(page)])
+        methods.main(["--gallery", str(page)])
 
 
 def test_every_number_of_a_study_is_in_the_study() -> None:

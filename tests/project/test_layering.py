@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "algorithms": {"runtime", "triton_kernels", "native"},
     "runtime": {"triton_kernels", "native"},
     "triton_kernels": set(),
-    "inspection": {"runtime", "triton_kernels", "native"},
+    "inspection": {"algorithms", "runtime", "triton_kernels", "native"},
     "bench": {"api", "integrations", "algorithms", "runtime", "triton_kernels", "native", "inspection"},
 }
 # Kernel files with several ops, or with parts of ops: file stem -> its ops.

@@ -11,8 +11,9 @@ import pytest
 
 from tokfuse import algorithms
 from tokfuse.__main__ import main
-from tokfuse.algorithms import listing, registry
+from tokfuse.algorithms import registry
 from tokfuse.algorithms.registry import ENTRIES, EXACT, KINDS, LABELS
+from tokfuse.inspection import methods
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "paper_index.md"
@@ -126,8 +127,8 @@ WORDS = {
 
 def test_the_page_is_what_the_registry_writes():
     text = PAGE.read_text()
-    written = text.split(listing.INDEX_BEGIN)[1].split(listing.INDEX_END)[0].strip()
-    assert written == listing.markdown(), "run `python -m tokfuse algorithms --markdown docs/paper_index.md`"
+    written = text.split(methods.INDEX_BEGIN)[1].split(methods.INDEX_END)[0].strip()
+    assert written == methods.markdown(), "run `python -m tokfuse algorithms --markdown docs/paper_index.md`"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +145,7 @@ def test_every_system_has_its_label(kind: str):
 
 
 def test_every_system_without_code_has_its_reason():
-    stated = {name.split(" (")[0]: reason for name, reason in listing.OUT.items()}
+    stated = {name.split(" (")[0]: reason for name, reason in methods.OUT.items()}
     assert stated.keys() == OUT and all(len(reason) > 20 for reason in stated.values())
 
 
@@ -230,11 +231,11 @@ def test_the_command_ends_quietly_if_its_reader_does():
 
 def test_the_index_is_written_between_its_marks_only(tmp_path: Path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{listing.INDEX_BEGIN}\nold\n{listing.INDEX_END}\nafter\n")
+    page.write_text(f"before\n{methods.INDEX_BEGIN}\nold\n{methods.INDEX_END}\nafter\n")
     assert main(["algorithms", "--markdown", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old\n" not in text
-    assert listing.markdown() in text
+    assert methods.markdown() in text
     page.write_text("no marks")
     with pytest.raises(ValueError, match="must contain"):
         main(["algorithms", "--markdown", str(page)])

@@ -10,6 +10,7 @@ from pathlib import Path
 import tokfuse.algorithms  # noqa: F401  (fills the registry)
 from tokfuse.algorithms import gallery
 from tokfuse.algorithms.registry import ENTRIES, KINDS, Entry, entry, names
+from tokfuse.inspection import tables
 
 INDEX_BEGIN = "<!-- index: written by `python -m tokfuse algorithms --markdown docs/paper_index.md` -->"
 INDEX_END = "<!-- /index -->"
@@ -31,12 +32,19 @@ OUT = {
 
 def table(kind: str | None = None) -> str:
     """Return the name, label and summary of every method, aligned, with a heading for each kind."""
-    width, parts = max(map(len, ENTRIES)), []
-    for each, title in KINDS.items():
-        rows = [f"  {name:<{width}}  {ENTRIES[name].label:<28}  {ENTRIES[name].summary}" for name in names(each)]
-        if rows and kind in (None, each):
-            parts.append("\n".join([f"{each}: {title}", *rows]))
+    width = max(map(len, ENTRIES))
+    parts = []
+    for one in by_kind(kind):
+        rows = [f"  {name:<{width}}  {label:<28}  {summary}" for name, label, summary in one.rows]
+        parts.append("\n".join([one.title, *rows]))
     return "\n\n".join(parts)
+
+
+def by_kind(kind: str | None = None) -> list[tables.Table]:
+    """Return one table with the name, label and summary of every method for each kind."""
+    wanted = [each for each in KINDS if kind in (None, each) and names(each)]
+    cells = {each: [(name, ENTRIES[name].label, ENTRIES[name].summary) for name in names(each)] for each in wanted}
+    return [tables.Table(("name", "label", "summary"), cells[each], f"{each}: {KINDS[each]}") for each in wanted]
 
 
 def describe(name: str) -> str:
@@ -128,7 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.markdown is not None or options.gallery is not None:
         return 0
     try:
-        print(table(options.kind) if options.name is None else describe(options.name))
+        if options.name is None:
+            tables.show(table(options.kind), *by_kind(options.kind))
+        else:
+            print(describe(options.name))
     except ValueError as error:
         command.error(str(error))
     return 0
