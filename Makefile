@@ -30,7 +30,7 @@ CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
 	export OMP_NUM_THREADS=1 TOKFUSE_CUDA_HOST="$$module" &&
 
 .PHONY: help demo test test-cpus test-slow test-triton test-cuda test-gpu bench-gpu first-gpu-run test-packaging \
-	test-sanitize test-verl test-versions lint format docs bench bench-release peers doctor clean
+	test-sanitize test-verl test-versions lint format docs wheel bench bench-release peers doctor clean
 
 help:
 	@echo "make demo            train a small model with a fused policy loss (installs the packages it needs)"
@@ -48,6 +48,7 @@ help:
 	@echo "make test-sanitize   the native module with AddressSanitizer and UBSan"
 	@echo "make lint            check with ruff, clang-format and mypy"
 	@echo "make format          fix the formatting"
+	@echo "make wheel           sdist and manylinux wheel in dist/ (PYTHON and VENV select the Python version)"
 	@echo "make docs            build the documentation into build/site; a warning is an error"
 	@echo "make bench           the benchmark suite"
 	@echo "make bench-release   measure bench/results again and rewrite the numbers of the documentation"
@@ -183,6 +184,18 @@ bench-release:
 	@$(if $(ARGS),,$(BIN)/python -m tokfuse bench numbers bench/results/*.jsonl --write README.md \
 		--write docs/performance.md --pictures docs/pictures)
 	@$(if $(ARGS),,$(BIN)/python -m tokfuse report bench/results/*.jsonl -o build/report.html)
+
+# Build the source distribution, and a wheel from it in an isolated environment. The wheel runs on systems that have
+# at least the glibc of this one. It does not contain libgomp: torch's wheels bundle libgomp.so.1, and a second copy
+# would be a second thread pool in the process. TOKFUSE_CUDA=ON adds the CUDA kernels.
+wheel: export TOKFUSE_CUDA ?= OFF
+wheel:
+	@$(BOOTSTRAP) --no-native release
+	@rm -rf build/wheel
+	@$(STRICT) $(BIN)/python -m build --outdir build/wheel .
+	@PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	@cp build/wheel/*.tar.gz dist
+	@ls -l dist
 
 # Run the tests with versions other than those of constraints.txt: the lower bounds of pyproject.toml,
 # and the newest versions of the package index. Each set has a separate environment.
