@@ -3,13 +3,17 @@
 Every case runs in a subprocess, so that a crash fails only its test.
 """
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
+import tokfuse
 from tokfuse.runtime.core import native
 
 STRUCTS = (
@@ -314,3 +318,23 @@ def test_an_impossible_instruction_set_is_refused_and_named():
         env={**os.environ, "TOKFUSE_ISA": "v9"},
     )
     assert "TOKFUSE_ISA must be v2, v3 or v4" in out.stdout
+
+
+def test_the_stub_has_the_names_and_parameters_of_the_module() -> None:
+    module = native.module()
+    stub = ast.parse((Path(tokfuse.__file__).parent / "_native.pyi").read_text())
+    declared = {}
+    for node in stub.body:
+        if isinstance(node, ast.FunctionDef):
+            given = node.args
+            declared[node.name] = None if given.vararg else [*given.posonlyargs, *given.args, *given.kwonlyargs]
+        elif isinstance(node, ast.ClassDef | ast.AnnAssign):
+            name = node.name if isinstance(node, ast.ClassDef) else node.target.id
+            declared[name] = None
+    del declared["_Arguments"]
+    names = {name for name in dir(module) if not name.startswith("__")} | {"cuda"}
+    assert declared.keys() == names, "update api/_native.pyi"
+    for name, parameters in declared.items():
+        signature = re.search(rf"^{name}\((.*)\)", getattr(getattr(module, name, None), "__doc__", None) or "")
+        if parameters is not None and signature:
+            assert len(re.findall(r"\w+: ", signature[1])) == len(parameters), name

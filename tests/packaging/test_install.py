@@ -131,7 +131,7 @@ def test_wheel_contents(source: Path, environment, tmp_path: Path):
         names = wheel.namelist()
         (module,) = [wheel.read(n) for n in names if n.startswith("tokfuse/_native") and n.endswith(".so")]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"tokfuse"}
-    assert "tokfuse/py.typed" in names
+    assert {"tokfuse/py.typed", "tokfuse/_native.pyi"} <= set(names)
     assert "tokfuse/inspection/doctor.py" in names
     assert "tokfuse/bench/page.html.j2" in names
     assert b"\0libgomp.so.1\0" in module, "the kernels share torch's OpenMP runtime, which has this name"
