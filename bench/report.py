@@ -100,7 +100,7 @@ def table(rows: Sequence[Row], title: str = "") -> tables.Table:
         for name, values in columns.items()
         if not set(values) <= {"", "-"} and (name not in _CASE or len(set(values)) > 1)
     }
-    heads = [name for name in shown]
+    heads = list(shown)
     cells = list(zip(*shown.values(), strict=True))
     return tables.Table(heads, cells, title or " ".join(filter(None, common)), set(heads) - set(_TEXTS))
 
