@@ -241,7 +241,7 @@ def test_makefile_names_only_targets_that_exist():
     targets = [
         line.split(":")[0]
         for line in makefile.splitlines()
-        if line.startswith(("test", "lint", "demo", "bench", "doctor"))
+        if line.startswith(("test", "lint", "demo", "wheel", "bench", "doctor"))
     ]
     assert {"test", "lint", "demo", "bench", "doctor", "test-gpu"} <= set(targets)
     subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
