@@ -190,7 +190,7 @@ bench-release:
 # would be a second thread pool in the process. TOKFUSE_CUDA=ON adds the CUDA kernels.
 wheel: export TOKFUSE_CUDA ?= OFF
 wheel:
-	@$(BOOTSTRAP) --no-native release
+	@$(BOOTSTRAP) --only release
 	@rm -rf build/wheel
 	@$(STRICT) $(BIN)/python -m build --outdir build/wheel .
 	@PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl

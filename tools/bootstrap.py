@@ -1,4 +1,4 @@
-"""Bring the virtual environment up to date: `python3 tools/bootstrap.py [--no-native] GROUP...`.
+"""Bring the virtual environment up to date: `python3 tools/bootstrap.py [--no-native | --only] GROUP...`.
 
 A GROUP is an optional-dependency table of pyproject.toml (`test`, `lint`, `demo`, ...). The script
 creates the environment, installs the groups at the versions of constraints.txt, and builds the native
@@ -190,14 +190,15 @@ def build_native(environment: Environment) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tools/bootstrap.py", description=__doc__.split("\n")[0])
     parser.add_argument("--no-native", action="store_true", help="install packages only")
+    parser.add_argument("--only", action="store_true", help="install the named groups only, without torch")
     parser.add_argument("--versions", choices=("pinned", "oldest", "newest"), default="pinned")
     parser.add_argument("groups", nargs="*", metavar="GROUP")
     options = parser.parse_args(argv)
     environment = Environment((ROOT / os.environ.get("VENV", ".venv")).absolute())
     environment.create()
-    for group in ["core", *options.groups]:
+    for group in options.groups if options.only else ["core", *options.groups]:
         install_group(environment, group, options.versions)
-    if not options.no_native:
+    if not (options.no_native or options.only):
         build_native(environment)
     return 0
 
