@@ -87,6 +87,23 @@ def test_only_the_newest_versions_are_looked_up_again(tools, tmp_path, monkeypat
         assert len(runs) == count
 
 
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        (["--only", "release"], ["release"]),
+        (["--no-native", "lint"], ["core", "lint"]),
+        (["test"], ["core", "test", "native"]),
+    ],
+)
+def test_options_choose_the_steps(arguments, steps, tools, monkeypatch):
+    bootstrap = tools("bootstrap")
+    done = []
+    monkeypatch.setattr(bootstrap.Environment, "create", lambda self: None)
+    monkeypatch.setattr(bootstrap, "install_group", lambda environment, group, versions: done.append(group))
+    monkeypatch.setattr(bootstrap, "build_native", lambda environment: done.append("native"))
+    assert bootstrap.main(arguments) == 0 and done == steps
+
+
 def test_an_unknown_group_is_refused(tools):
     with pytest.raises(SystemExit, match="GROUP must be one of bench, cli, demo"):
         tools("bootstrap").requirements("everything")
