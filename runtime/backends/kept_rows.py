@@ -8,6 +8,7 @@ write of the row, and 8 k for ids and 2 reads or writes of k logits.
 
 import torch
 
+from tokfuse.runtime.core import native
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.token_ids import TokenIds, check_csr, check_offsets
@@ -115,6 +116,13 @@ def keep_only_(z: torch.Tensor, where: Entries, source: torch.Tensor | None = No
         wrong = z.new_zeros(z.shape[0] + 1).index_fill_(0, torch.where(inside, z.shape[0], row), float("nan"))
         z[:, 0] += wrong[:-1]
     return z
+
+
+def copied(logits: torch.Tensor, kept: TokenIds) -> torch.Tensor:
+    """Return a copy of the logits of all tokens with -inf outside the kept ids. It reads only the kept logits."""
+    z = logits.detach()
+    out = native.empty_like_rows(z) if z.device.type == "cpu" else z.new_empty(z.shape)
+    return keep_only_(out, all_entries(kept), z)
 
 
 def of_shard(kept: TokenIds | None, start: int, stop: int, vocab: int) -> TokenIds | None:

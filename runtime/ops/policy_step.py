@@ -8,7 +8,7 @@ import torch
 from tokfuse.runtime.backends import cpu_policy, cuda_policy, kept_rows, reference_policy, triton_policy
 from tokfuse.runtime.backends.policy_runs import StepRun, device_run
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
-from tokfuse.runtime.core import checks, native
+from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
@@ -520,14 +520,13 @@ def _restricted(
     op: str, logits: torch.Tensor, target: torch.Tensor, kept: TokenIds, o: LogitOptions, in_place: bool
 ) -> torch.Tensor:
     """Return the logits with -inf outside the kept ids, in the memory that the gradient will overwrite."""
-    vocab, z = logits.shape[1], logits.detach()
+    vocab = logits.shape[1]
     if may_read(target):  # before anything is overwritten
         check_values(op, target, vocab, o.mask, o.temperature)
         kept_rows.check_kept_values(op, kept, vocab, o.mask)
-    out = z
-    if not in_place:
-        out = native.empty_like_rows(z) if z.device.type == "cpu" else z.new_empty(z.shape)
-    return kept_rows.keep_only_(out, kept_rows.all_entries(kept), z)
+    if in_place:
+        return kept_rows.keep_only_(logits.detach(), kept_rows.all_entries(kept))
+    return kept_rows.copied(logits, kept)
 
 
 register_cpu(OP, cpu_policy.policy_step, FLOAT_DTYPES, "softcap")
