@@ -112,9 +112,8 @@ def keep_only_(z: torch.Tensor, where: Entries, source: torch.Tensor | None = No
     values = (z if source is None else source)[row, column]
     z.fill_(float("-inf"))
     z[row, column] = values
-    if ids.device.type != "cpu":  # on the CPU the ids were checked
-        wrong = z.new_zeros(z.shape[0] + 1).index_fill_(0, torch.where(inside, z.shape[0], row), float("nan"))
-        z[:, 0] += wrong[:-1]
+    wrong = z.new_zeros(z.shape[0] + 1).index_fill_(0, torch.where(inside, z.shape[0], row), float("nan"))
+    z[:, 0] += wrong[:-1]
     return z
 
 
