@@ -113,7 +113,7 @@ def keep_only_(z: torch.Tensor, where: Entries, source: torch.Tensor | None = No
     z.fill_(float("-inf"))
     z[row, column] = values
     wrong = z.new_zeros(z.shape[0] + 1).index_fill_(0, torch.where(inside, z.shape[0], row), float("nan"))
-    z[:, 0] += wrong[:-1]
+    z[:, 0].add_(wrong[:-1])
     return z
 
 

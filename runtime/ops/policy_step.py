@@ -159,7 +159,7 @@ def policy_step(
         synchronise, and every row enters every GEMM, except rows that `compact_clipped` excludes. The
         gradients are stored until `loss.backward()` returns them. With kept ids, logits outside them become -inf:
         one more write of (tokens, vocab), to the memory of the gradient or of the workspace. From logits, only the
-        kept logits are read. From hidden, the host synchronises once more per pass.
+        kept logits are read. From hidden, the host synchronises at most twice more.
 
     Examples:
         >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
