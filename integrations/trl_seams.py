@@ -165,6 +165,8 @@ def token_head(
     final_logit_softcapping: float | None = None,
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = OUTPUTS,
+    *,
+    kept: dict[str, torch.Tensor] | None = None,
 ) -> PerToken:
     """Return what TRL's `ChunkedLogProbFunction.apply` returns: one (N,) tensor for each name in `OUTPUTS`.
 
@@ -178,6 +180,7 @@ def token_head(
         final_logit_softcapping: cap of the tanh soft-cap, or None.
         logit_scale: factor of the logits before the cap.
         outputs: names of the required outputs; the others are None. log_probs are always returned.
+        kept: kept_ids, kept_offsets and mask of `linear_token_stats`. None, as TRL calls it: the whole vocabulary.
 
     Gradients: log_probs and entropy, as in TRL.
     """
@@ -191,7 +194,7 @@ def token_head(
     scored = operands(hidden, weight, bias)
     options: dict[str, Any] = {"temperature": temperature, "softcap": final_logit_softcapping}
     options["logit_scale"] = logit_scale
-    stats = linear_token_stats(scored[0], scored[1], targets, bias=scored[2], **options)
+    stats = linear_token_stats(scored[0], scored[1], targets, bias=scored[2], **(options | (kept or {})))
     return per_token(stats, scored, outputs, **options)
 
 

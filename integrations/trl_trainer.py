@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from tokfuse.algorithms import Algorithm
-from tokfuse.integrations import trl_algorithm, trl_objective
+from tokfuse.integrations import trl_algorithm, trl_kept, trl_objective
 from tokfuse.integrations import trl_seams as host
 from tokfuse.integrations.hosts import has_kernels
 from tokfuse.integrations.padded import Padding
@@ -90,6 +90,10 @@ class FusedGRPOTrainer(GRPOTrainer):
     `off_policy_mask_threshold`, a bias-corrected KL with a sequence ratio, and float16 scaling. They read the policy
     before the loss, add a term that the objective does not have, or scale the loss before any gradient is computed.
 
+    If the sampler truncates its distribution (top_p, top_k), its `rollout_func` may also return `kept_ids`: for each
+    completion and token, the list of the ids that the sampler kept. The policy, the old policy and the reference are
+    then distributions over these ids. TRL's vLLM log-probabilities are over them, too ("processed_logprobs").
+
     Args:
         algorithm: a method of `tokfuse.algorithms`, as a name or an instance. It replaces TRL's advantages,
             loss_type and their options. Rewards, generation, the optimizer and the reference model remain TRL's (set
@@ -139,6 +143,8 @@ class FusedGRPOTrainer(GRPOTrainer):
                     "Choose one of them.",
                 )
         self._scores: Scores | None = None
+        self._kept: trl_kept.KeptIds | None = None
+        self._recorded: trl_kept.Recorded | None = None
         self._head: host.Head | None = None
         self._method = None
         self._watch = None if influence is None else Watch(influence)
@@ -172,18 +178,31 @@ class FusedGRPOTrainer(GRPOTrainer):
             return self._scores
         if self._one_row:
             model = OneRow(OP, model)
-        with host.rebound(self._head or host.Head(host.token_head)):
+        head = self._head or (host.Head(host.token_head) if self._kept is None else trl_kept.KeptHead(self._kept))
+        with host.rebound(head):
             scores: Scores = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         return scores
 
+    def _generate(self, prompts: Any) -> Any:
+        """Run TRL's generation. Record `kept_ids` of `rollout_func`, which TRL would only give to the rewards."""
+        out = super()._generate(prompts)
+        completions, sampled, extra = out[1], out[2], out[5]
+        if trl_kept.FIELD in extra:
+            self._recorded = trl_kept.Recorded.of_lists(extra.pop(trl_kept.FIELD), completions, sampled)
+            self._kept = self._recorded.packed(self.accelerator.device)
+        return out
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """Run TRL's rollout. With a method of tokfuse, add its advantages in TRL's padded layout."""
-        if self._method is None:
-            out: dict[str, Any] = super()._generate_and_score_completions(inputs)
-            return out
-        with self._method.watching_rewards(self):
-            out = super()._generate_and_score_completions(inputs)
-        return self._method.prepare(self, out)
+        watching = contextlib.nullcontext() if self._method is None else self._method.watching_rewards(self)
+        try:
+            with watching:
+                out: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        finally:
+            recorded, self._recorded, self._kept = self._recorded, None, None
+        if recorded is not None:
+            out |= recorded.fields(out["completion_mask"])
+        return out if self._method is None else self._method.prepare(self, out)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run TRL's forward and backward of a micro-batch. With `influence`, score its completions."""
@@ -217,7 +236,8 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def step(self, model: Any, inputs: dict[str, Any], given: dict[str, Any]) -> tuple[PolicyStep, Scores]:
         """Run one policy step inside the model's forward. Return it, and TRL's padded scores."""
-        head = PolicyHead(given)
+        kept = trl_kept.of_batch(inputs)
+        head = PolicyHead(given if kept is None else given | kept.arguments())
         scores = self.scores(model, inputs, head)
         assert head.step is not None
         return head.step, scores
@@ -228,7 +248,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         """Return TRL's padded log-probabilities and entropies of the completions, computed by this head."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        self._head = head
+        self._head, self._kept = head, trl_kept.of_batch(inputs)
         try:
             return self._get_per_token_logps_and_entropies(
                 model,
@@ -241,7 +261,7 @@ class FusedGRPOTrainer(GRPOTrainer):
                 **{name: inputs.get(name) for name in FORWARD_KEYS},
             )
         finally:
-            self._head = None
+            self._head = self._kept = None
 
     def _loss_after_statistics(
         self, model: Any, inputs: dict[str, Any], padding: Padding, mask: torch.Tensor

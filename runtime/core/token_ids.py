@@ -36,13 +36,19 @@ def check_csr(
     _check_ids_device(op, ids_name, ids, device)
     check_vector(op, offsets_name, offsets, Rows(tokens + 1, "tokens + 1", device), INTS)
     if may_read(offsets):
-        first, last = int(offsets[0]), int(offsets[-1])
-        if first != 0 or last != ids.shape[0]:
-            want = f"a prefix sum from 0 to {ids_name}.numel() = {ids.shape[0]}"
-            raise refuse(op, offsets_name, want, f"{first} to {last}", "Pass exactly the ids it counts.")
-        if bool((offsets[1:] < offsets[:-1]).any()):
-            raise refuse(op, offsets_name, "non-decreasing", "a decreasing pair", "Use the running sum of the sizes.")
+        check_offsets(op, names, ids, offsets)
     return TokenIds(ids.to(torch.int64).contiguous(), offsets.to(torch.int64).contiguous(), ids.shape)
+
+
+def check_offsets(op: str, names: tuple[str, str], ids: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Raise ValueError unless the offsets are a prefix sum up to the number of ids. Reads values."""
+    ids_name, offsets_name = names
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != ids.shape[0]:
+        want = f"a prefix sum from 0 to {ids_name}.numel() = {ids.shape[0]}"
+        raise refuse(op, offsets_name, want, f"{first} to {last}", "Pass exactly the ids it counts.")
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        raise refuse(op, offsets_name, "non-decreasing", "a decreasing pair", "Use the running sum of the sizes.")
 
 
 def check_ids(

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from tokfuse.runtime.backends import kept_rows
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
-from tokfuse.runtime.core.token_ids import check_one_of
+from tokfuse.runtime.core.token_ids import TokenIds, check_one_of
 from tokfuse.runtime.distributed import vocab_ids, vocab_rows
 from tokfuse.runtime.distributed.vocab_checks import check_shard_head, check_shard_logits, outside_compile
 from tokfuse.runtime.distributed.vocab_rows import HeadCall
@@ -31,6 +32,7 @@ from tokfuse.runtime.policy import inputs as policy_inputs
 from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Gradients, PolicyStep, PolicyTerms, step_result
+from tokfuse.runtime.reference import kept_token_stats as kept_reference
 
 STATS, LINEAR, STEP = (f"distributed.{op}" for op in ("token_stats", "linear_token_stats", "policy_step"))
 
@@ -122,6 +124,8 @@ def linear_token_stats(
     ids: torch.Tensor | None = None,
     ids_offsets: torch.Tensor | None = None,
     top_k: int | None = None,
+    kept_ids: torch.Tensor | None = None,
+    kept_offsets: torch.Tensor | None = None,
 ) -> TokenStats | TokenStatsAt:
     """Compute `tokfuse.linear_token_stats` with an lm_head whose rows are sharded over ranks.
 
@@ -147,6 +151,10 @@ def linear_token_stats(
             ids_offsets. Equal on all ranks. None: none.
         ids_offsets: (tokens + 1,), borders of the tokens in concatenated ids.
         top_k: also return this many most likely ids of each token, and their log-probs.
+        kept_ids: (kept,) int32 or int64, the kept ids of all rows, concatenated: ids of the whole vocabulary, equal
+            on all ranks. The distribution is then over the kept ids of each row, as in `tokfuse.linear_token_stats`.
+            Not with ids or top_k. None: over the whole vocabulary.
+        kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of kept ids per row.
 
     Returns:
         TokenStats of the whole vocabulary for all tokens, bitwise equal on all ranks. With ids or top_k a
@@ -181,8 +189,10 @@ def linear_token_stats(
     check_one_of(LINEAR, ids, ids_offsets, top_k)
     check_shard_head(call, hidden, weight, bias)
     if ids is not None or top_k is not None:
+        kept_rows.refuse_with_ids(LINEAR, kept_ids, kept_offsets)
         asked = vocab_ids.check_asked(LINEAR, ids, ids_offsets, top_k, target, options, shard)
         return vocab_ids.result(vocab_ids.ShardHeadAt.apply(hidden, weight, bias, call, asked), asked)
+    call = call._replace(kept=_own_kept(LINEAR, kept_ids, kept_offsets, target, options, shard))
     out: tuple[torch.Tensor, ...] = _ShardHead.apply(hidden, weight, bias, call)
     return TokenStats(*out)
 
@@ -211,6 +221,8 @@ def policy_step(
     entropy_weight: torch.Tensor | None = None,
     anchor_logp: torch.Tensor | None = None,
     anchor_weight: torch.Tensor | None = None,
+    kept_ids: torch.Tensor | None = None,
+    kept_offsets: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -255,6 +267,10 @@ def policy_step(
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        kept_ids: (kept,) int32 or int64, the kept ids of all rows, concatenated: ids of the whole vocabulary, equal
+            on all ranks. The distribution is then over the kept ids of each row, as in `tokfuse.policy_step`.
+            None: over the whole vocabulary.
+        kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of kept ids per row.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
@@ -309,6 +325,7 @@ def policy_step(
     else:
         check_shard_head(call, hidden, weight, bias)
     tokens, device = target.shape[0], target.device
+    kept = _own_kept(STEP, kept_ids, kept_offsets, target, options, shard)
     policy_inputs.check_inputs(STEP, inputs, objective, tokens, device, has_entropy=True)
     inv_normalizer = inverse_normalizer(STEP, normalizer, objective)
     policy_inputs.check_sampler(STEP, sampler_logp, tokens, device)
@@ -319,14 +336,28 @@ def policy_step(
         return terms._replace(loss=terms.loss.detach())
 
     if logits is not None:
-        terms, stats, grad = _step_from_logits(logits, target, options, shard, terms_of)
+        terms, stats, grad = _step_from_logits(logits, target, kept, options, shard, terms_of)
         gradients: Gradients = {"logits": grad}
         terms = terms._replace(loss=step_op.attach(logits, terms.loss, gradients, in_place=False))
     else:
         assert hidden is not None and weight is not None
-        h, w = hidden, weight
+        h, w, call = hidden, weight, call._replace(kept=kept)
         terms, stats, gradients = hidden_step.attach(h, w, bias, lambda: _step_from_hidden(h, w, bias, call, terms_of))
     return step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
+
+
+def _own_kept(
+    op: str,
+    kept_ids: torch.Tensor | None,
+    kept_offsets: torch.Tensor | None,
+    target: torch.Tensor,
+    o: LogitOptions,
+    shard: VocabShard,
+) -> TokenIds | None:
+    """Check the kept ids, and return those of this shard. One synchronisation, for their number."""
+    kept = kept_rows.check_kept(op, kept_ids, kept_offsets, target.shape[0], target.device)
+    kept_rows.check_kept_values(op, kept, shard.vocab_size, o.mask)
+    return kept_rows.of_shard(kept, shard.start, shard.stop, shard.vocab_size)
 
 
 # ---------------------------------------------------------------------------------------- autograd
@@ -387,14 +418,18 @@ class _ShardHead(torch.autograd.Function):
 def _step_from_logits(
     logits: torch.Tensor,
     target: torch.Tensor,
+    kept: TokenIds | None,
     o: LogitOptions,
     shard: VocabShard,
     terms_of: Callable[[TokenStats], PolicyTerms],
 ) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:
     with torch.no_grad():
-        merged = vocab_rows.row_forward(logits, target, o, shard)
+        z = logits if kept is None else kept_rows.copied(logits, kept)
+        merged = vocab_rows.row_forward(z, target, o, shard)
         stats, terms = merged.stats, terms_of(merged.stats)
-        grad = vocab_rows.row_backward(logits, target, o, shard, *merged[1:], terms.d_logp, terms.d_entropy)
+        d_logp = kept_reference.gradient_if_kept(kept, stats.logp, terms.d_logp)
+        out = None if kept is None else z  # the copy is not needed after the gradient
+        grad = vocab_rows.row_backward(z, target, o, shard, *merged[1:], d_logp, terms.d_entropy, out)
     return terms, stats, grad
 
 

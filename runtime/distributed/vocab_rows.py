@@ -8,6 +8,7 @@ from tokfuse.runtime.core import native
 from tokfuse.runtime.core.checks import head_dtype
 from tokfuse.runtime.core.dispatch import Kernels, RowState, select
 from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.token_ids import TokenIds
 from tokfuse.runtime.distributed import collectives
 from tokfuse.runtime.distributed.vocab_shard import Merged, VocabShard, empty_record, merge, pack
 from tokfuse.runtime.lm_head.problem import HeadProblem, check_head
@@ -32,6 +33,8 @@ class HeadCall(NamedTuple):
     shard: VocabShard
     sequence_parallel: bool
     reduce_hidden: bool = True
+    kept: TokenIds | None = None
+    """Kept ids of this shard, counted from its start. None: over the whole vocabulary."""
 
 
 def _exchange(
@@ -109,10 +112,17 @@ def row_backward(
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the gradient of the logits of this shard; 0 in the padding columns."""
+    """Return the gradient of the logits of this shard, in `out` if given; 0 in the padding columns.
+
+    out: like logits; it may be logits itself.
+    """
     logits = logits.detach()
-    out = empty_gradient(logits, shard)
+    if out is None:
+        out = empty_gradient(logits, shard)
+    else:
+        out[:, shard.size :] = 0.0
     if shard.size > 0:
         backward = row_kernels(logits.device, logits.dtype, o).backward
         assert backward is not None
@@ -153,7 +163,9 @@ def _problem(
     size = call.shard.size
     own_bias = None if bias is None else bias.detach()[:size]
     target = column_of(call.target, call.shard, elsewhere)
-    return check_head(call.op, hidden, weight.detach()[:size], own_bias, target, call.options, call.memory_budget)
+    own_weight = weight.detach()[:size]
+    p = check_head(call.op, hidden, own_weight, own_bias, target, call.options, call.memory_budget)
+    return p._replace(kept=call.kept)
 
 
 def head_forward(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall) -> Merged:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import row_args
+from tokfuse.runtime.backends import kept_rows, row_args
 from tokfuse.runtime.core import native
 from tokfuse.runtime.lm_head.problem import HeadProblem
 
@@ -160,6 +160,17 @@ class Head:
                 torch.mm(hidden, weight.t(), out=out[:, first - begin : last - begin])
             if self.bias is not None:
                 out += self.bias[begin:end]
+
+    def logits_of(self, tokens: torch.Tensor, buffer: LogitsBuffer, start: int) -> None:
+        """Write the logits of some tokens to the buffer, from row `start` on: -inf outside their kept ids."""
+        self.logits(self.rows_of_hidden(tokens), buffer, start)
+        kept = self.problem.kept
+        if kept is None:
+            return
+        row, ids = kept_rows.entries(kept, tokens, int(kept_rows.counts_of(kept, tokens).sum()))
+        for begin, end, tile in buffer.tiles(start, start + tokens.shape[0]):
+            inside = (ids >= begin) & (ids < end)
+            kept_rows.keep_only_(tile, (row[inside], ids[inside] - begin))
 
     def grad_hidden(self, buffer: LogitsBuffer, rows: int) -> torch.Tensor:
         """Return gradient rows @ weight, (rows, hidden)."""

@@ -130,7 +130,7 @@ class _PairWork:
         rows = workspace_rows(self.student, index.shape[0])
         buffer = LogitsBuffer.workspace(rows, self.student.vocab)
         for tokens in index.split(rows):
-            self.head.logits(self.head.rows_of_hidden(tokens), buffer, 0)
+            self.head.logits_of(tokens, buffer, 0)
             visit(buffer, tokens)
 
     def _student_stats(self, buffer: LogitsBuffer, tokens: torch.Tensor) -> None:
@@ -180,7 +180,7 @@ class _PairWork:
         """Compute the statistics of as many tokens as the buffer holds, and their gradient GEMMs. Return how many."""
         tokens = tokens[: buffer.rows]
         rows = tokens.shape[0]
-        self.head.logits(self.head.rows_of_hidden(tokens), buffer, 0)
+        self.head.logits_of(tokens, buffer, 0)
         if self.policy is not None:
             self._student_stats(buffer, tokens)
         parts = 1 if teacher is None else -(-rows // teacher.rows)
@@ -214,5 +214,5 @@ class _PairWork:
             assert t.logits is not None
             return row_args.logits_args(native.loaded(), t.logits.detach(), self.student.target, t.options)
         assert self.teacher is not None and self.teacher_head is not None
-        self.teacher_head.logits(self.teacher_head.rows_of_hidden(chunk), buffer, 0)
+        self.teacher_head.logits_of(chunk, buffer, 0)
         return buffer.logits_args(self.teacher, 0, chunk.shape[0], chunk)

@@ -25,6 +25,7 @@ from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, c
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
+from tokfuse.runtime.reference import kept_token_stats as kept_reference
 
 # ------------------------------------------------------------------------------ linear_token_stats
 
@@ -84,7 +85,7 @@ def linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     rows = workspace_rows(p, index.shape[0])
     head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
     for chunk in index.split(rows):
-        head.logits(head.rows_of_hidden(chunk), buffer, 0)
+        head.logits_of(chunk, buffer, 0)
         stats_of_buffer(buffer, p, chunk, out)
     return out
 
@@ -100,6 +101,7 @@ def linear_bwd(
     needs: tuple[bool, bool, bool],
 ) -> list[torch.Tensor | None]:
     """Return [grad_hidden, grad_weight, grad_bias]. Rows without incoming gradient are not recomputed."""
+    grad_logp = kept_reference.gradient_if_kept(p.kept, logp, grad_logp)
     ga = torch.zeros(p.tokens) if grad_logp is None else grad_logp.float().contiguous()
     gh = None if grad_entropy is None else grad_entropy.float().contiguous()
     active = ga != 0 if gh is None else (ga != 0) | (gh != 0)
@@ -111,7 +113,7 @@ def linear_bwd(
     gradients = HeadGradients(head, needs)
     for start in range(0, index.shape[0], rows):
         chunk = index[start : start + rows]
-        head.logits(head.rows_of_hidden(chunk), buffer, 0)
+        head.logits_of(chunk, buffer, 0)
         gradient_over_buffer(buffer, p, chunk, row_max, inv_sum, logp, entropy, ga, gh)
         gradients.add(buffer, chunk)
     return gradients.finish()
@@ -165,7 +167,7 @@ def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
         done = 0
         while done < tokens.shape[0] and pool.free() > 0:
             chunk = tokens[done : done + pool.free()]
-            head.logits(head.rows_of_hidden(chunk), pool.buffer, pool.used)
+            head.logits_of(chunk, pool.buffer, pool.used)
             pool.used += phase(module.ROWS, pool.buffer, pool.used, chunk, pool.tokens[pool.used :])
             done += chunk.shape[0]
         pool.flush()
@@ -218,7 +220,7 @@ class _UnitsWork:
 
     def logits(self, tokens: torch.Tensor) -> None:
         """Write the logits of the tokens to the buffer."""
-        self.head.logits(self.head.rows_of_hidden(tokens), self.buffer, 0)
+        self.head.logits_of(tokens, self.buffer, 0)
 
     def group(self, first: int, last: int, loss: Loss) -> torch.Tensor:
         """Return the loss of units [first, last), and add their gradients to `gradients`."""

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokfuse.runtime.backends import triton_backend
+from tokfuse.runtime.backends import kept_rows, triton_backend
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.lm_head.problem import HeadProblem
 
@@ -66,6 +66,17 @@ class RowClasses(NamedTuple):
     """(tokens,) bool, True for the first two classes, if all rows are computed (graph capture). Else None."""
     in_order: bool = False
     """True if `order` is 0, 1, 2, ...: a chunk is then a slice of the hidden states, which need no gather."""
+
+
+class Chunk(NamedTuple):
+    """Some rows of the order, computed together."""
+
+    tokens: torch.Tensor
+    """(rows,) int64."""
+    hidden: torch.Tensor
+    """(rows, hidden)."""
+    kept: int | None = 0
+    """Number of kept ids of these rows; None if the host cannot read it."""
 
 
 def capturing(x: torch.Tensor) -> bool:
@@ -142,17 +153,28 @@ class DeviceHead:
         per_row = self._stride * buffers + 8 * p.hidden.shape[1] + 64
         return max(1, p.memory_budget // per_row)
 
-    def chunks(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (tokens, hidden states) of rows [start, stop) of the order, in chunks that fit into the budget."""
+    def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        """Yield rows [start, stop) of the order, in chunks that fit into the budget."""
         parts = max(1, -(-(stop - start) // self.rows_in_budget()))
         size = max(1, -(-(stop - start) // parts))
-        for begin in range(start, stop, size):
+        begins = range(start, stop, size)
+        for begin, kept in zip(begins, self._kept_of((*begins, stop)), strict=True):
             chunk = slice(begin, min(begin + size, stop))
             index = self.rows.order[chunk]
             h = self.hidden[chunk if self.rows.in_order else index]
             if self.rows.keep is not None:  # a masked row may contain NaN, and 0 * NaN is NaN
                 h = torch.where(self.rows.keep[index, None], h, 0.0)
-            yield index, h
+            yield Chunk(index, h, kept)
+
+    def _kept_of(self, borders: tuple[int, ...]) -> list[int | None]:
+        """Return the number of kept ids between neighbouring borders of the order. One synchronisation if there are."""
+        kept, parts = self.problem.kept, len(borders) - 1
+        if kept is None or parts == 0 or self.rows.keep is not None:
+            return [0 if kept is None else None] * parts
+        counts = kept_rows.counts_of(kept, self.rows.order[borders[0] : borders[-1]])
+        before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        at = torch.tensor([border - borders[0] for border in borders]).to(before.device)
+        return before[at].diff().tolist()
 
     def _buffer(self, kept: torch.Tensor | None, rows: int, dtype: torch.dtype) -> torch.Tensor:
         if kept is None or kept.shape[0] < rows:
@@ -172,13 +194,25 @@ class DeviceHead:
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Return the float32 logits (rows, vocab) of hidden states, in a buffer that the next call reuses."""
-        self._logits = self._buffer(self._logits, h.shape[0], torch.float32)
+        # One more row if the entries of other rows must go somewhere, see `kept_rows.entries`.
+        spare = self.problem.kept is not None and self.rows.keep is not None
+        self._logits = self._buffer(self._logits, h.shape[0] + spare, torch.float32)
         out = self._logits[: h.shape[0], : self.problem.vocab]
         h = h.to(self.problem.dtype)
         for begin, end, weight in self._weight_tiles():
             _matmul(h, weight.t(), out[:, begin:end])
         if self.bias is not None:
             out += self.bias
+        return out
+
+    def logits_of(self, chunk: Chunk) -> torch.Tensor:
+        """Return the logits of a chunk as `logits` does, -inf outside the kept ids of each row."""
+        out, kept = self.logits(chunk.hidden), self.problem.kept
+        if kept is not None:
+            assert self._logits is not None
+            rows = out.shape[0] + (chunk.kept is None)
+            where = kept_rows.entries(kept, chunk.tokens, chunk.kept)
+            kept_rows.keep_only_(self._logits[:rows, : self.problem.vocab], where)
         return out
 
     def gradient_like(self, logits: torch.Tensor) -> torch.Tensor:

@@ -82,8 +82,9 @@ def _pair_run(
     # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
     out = tuple(torch.zeros(s.tokens, dtype=torch.float32, device=s.hidden.device) for _ in range(5))
     with torch.no_grad():
-        for index, h in head.chunks(0, counts[0]):
-            z = head.logits(h)
+        for chunk in head.chunks(0, counts[0]):
+            index, h, _ = chunk
+            z = head.logits_of(chunk)
             keep = None if rows.keep is None else rows.keep[index]
             if of_teacher is None:
                 assert t.logits is not None
@@ -101,8 +102,9 @@ def _pair_run(
             if dz is not None:
                 head.add(index, h, dz)
         for start, stop in zip(counts, counts[1:], strict=False):  # rows of the student alone
-            for index, h in head.chunks(start, stop):
-                z, of_p, target = head.logits(h), options_of_rows(s.options, index, None), s.target[index]
+            for chunk in head.chunks(start, stop):
+                index, h, _ = chunk
+                z, of_p, target = head.logits_of(chunk), options_of_rows(s.options, index, None), s.target[index]
                 stats = kernels.stats.forward(z, target, **of_p.without_bias())
                 out[1][index], out[2][index] = stats[1], stats[0]
                 part = of_chunk(index)

@@ -18,6 +18,7 @@ from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, c
 from tokfuse.runtime.policy.inputs import PolicyInputs, may_carry_gradient
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
+from tokfuse.runtime.reference import kept_token_stats as kept_reference
 
 _linear_fused = triton_backend.launcher("linear_token_stats", "linear_token_stats")
 
@@ -43,12 +44,12 @@ def triton_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     """Return the same as `cuda_linear_fwd`.
 
     For a 16-bit head one kernel computes logits and statistics, so logits never leave the registers. A
-    float32 head, or one of mixed dtypes, uses torch GEMMs in chunks.
+    float32 head, or one of mixed dtypes, uses torch GEMMs in chunks, and so does a call with kept ids.
     """
     if may_read(p.target):
         check_targets("linear_token_stats", p)
     o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
-    if p.dtype == torch.float32:
+    if p.dtype == torch.float32 or p.kept is not None:
         return _forward_in_chunks(p, triton_rows.TOKEN_STATS)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
@@ -75,11 +76,12 @@ def _forward_in_chunks(p: HeadProblem, kernels: Kernels) -> tuple[torch.Tensor, 
     # Seven tensors, not rows of one tensor: results of an op in a compiled graph must not share storage.
     out = [torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device) for _ in range(7)]
     with torch.no_grad():
-        for index, h in head.chunks(0, rows.forward):
+        for chunk in head.chunks(0, rows.forward):
+            index, h, _ = chunk
             target, options = _rows_of_options(p, index)
             if rows.keep is not None:
                 options["mask"] = rows.keep[index]
-            stats = kernels.forward(head.logits(h), target, **options)
+            stats = kernels.forward(head.logits_of(chunk), target, **options)
             for kept, x in zip(out, stats, strict=True):
                 kept[index] = x
     return tuple(out)
@@ -116,6 +118,7 @@ def _linear_bwd(
     needs: tuple[bool, bool, bool],
 ) -> list[torch.Tensor | None]:
     """Return [grad_hidden, grad_weight, grad_bias]. Rows without incoming gradient are not recomputed."""
+    grad_logp = kept_reference.gradient_if_kept(p.kept, logp, grad_logp)
     ga = torch.zeros_like(entropy) if grad_logp is None else grad_logp.float()
     gh = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy.float()
     if p.options.mask is not None:
@@ -123,8 +126,9 @@ def _linear_bwd(
     rows = device_head.classify(p, (ga != 0) | (gh != 0), None)
     head = DeviceHead(p, needs, rows)
     with torch.no_grad():
-        for index, h in head.chunks(0, rows.gradient):
-            dz = _gradient_of_rows(kernels, head, index, head.logits(h), row_max, inv_sum, logp, entropy, ga, gh)
+        for chunk in head.chunks(0, rows.gradient):
+            index, h, _ = chunk
+            dz = _gradient_of_rows(kernels, head, index, head.logits_of(chunk), row_max, inv_sum, logp, entropy, ga, gh)
             if p.compact_clipped and rows.keep is not None:  # without `keep`, chunks contain only live rows
                 head.add_live(index, h, dz, rows.keep[index])
             else:
@@ -177,8 +181,9 @@ def _token_step(
     stats = TokenStats(*(torch.zeros_like(x.old_logp) for _ in range(5)))
     out = kernels.results_like(x.old_logp)
     for start, stop in ((0, rows.gradient), (rows.gradient, rows.forward)):
-        for index, h in head.chunks(start, stop):
-            logits = head.logits(h)
+        for chunk in head.chunks(start, stop):
+            index, h, _ = chunk
+            logits = head.logits_of(chunk)
             dz = head.gradient_like(logits)
             kernels.step_rows(
                 logits,
@@ -223,8 +228,9 @@ def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> Un
             start, stop = units.border[first], units.border[last]
             logits = None
             chunks = list(head.chunks(start, stop))
-            for index, h in chunks:
-                logits = head.logits(h)
+            for chunk in chunks:
+                index, h, _ = chunk
+                logits = head.logits_of(chunk)
                 target, options = _rows_of_options(p, index)
                 found = kernels.forward(logits, target, **options)
                 for whole, part in zip(stats, found, strict=True):
@@ -235,9 +241,10 @@ def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> Un
                 continue
             logp, entropy, _, _, _, row_max, inv_sum = stats
             none = torch.zeros_like(entropy)
-            for index, h in chunks:
+            for chunk in chunks:
+                index, h, _ = chunk
                 if logits is None or len(chunks) > 1:
-                    logits = head.logits(h)
+                    logits = head.logits_of(chunk)
                     read_twice += index.shape[0]
                 head.add(
                     index, h, _gradient_of_rows(kernels, head, index, logits, row_max, inv_sum, logp, entropy, c, none)

@@ -104,7 +104,7 @@ def cpu_fwd(p: HeadProblem, ids: TokenIds | None, top_k: int) -> tuple[torch.Ten
         rows = workspace_rows(p, index.shape[0])
         head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
         for chunk in index.split(rows):
-            head.logits(head.rows_of_hidden(chunk), buffer, 0)
+            head.logits_of(chunk, buffer, 0)
             if ids is None:
                 logits = buffer.first_tile(0, chunk.shape[0])
                 places.flat.view(p.tokens, top_k)[chunk] = logits.topk(top_k).indices
@@ -138,7 +138,7 @@ def cpu_bwd(
     head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
     gradients = HeadGradients(head, needs)
     for chunk in index.split(rows):
-        head.logits(head.rows_of_hidden(chunk), buffer, 0)
+        head.logits_of(chunk, buffer, 0)
         module.token_stats_at_bwd(
             buffer.logits_args(p, 0, chunk.shape[0], chunk),
             row_args.token_stats_grad(
@@ -193,7 +193,7 @@ class _StepWork:
     def visit(self, buffer: LogitsBuffer, chunk: torch.Tensor) -> None:
         """Add the loss of the tokens in `chunk`, and their gradients."""
         module, ids, rows = native.loaded(), self.ids, chunk.shape[0]
-        self.head.logits(self.head.rows_of_hidden(chunk), buffer, 0)
+        self.head.logits_of(chunk, buffer, 0)
         logits = buffer.logits_args(self.problem, 0, rows, chunk)
         bad = module.token_stats_at_fwd(
             logits,
@@ -238,8 +238,9 @@ def _device_fwd(kernels: Kernels, p: HeadProblem, ids: TokenIds | None, top_k: i
     counts = [p.tokens] * 7 + [places.flat.shape[0]]
     out = tuple(torch.zeros(count, dtype=torch.float32, device=p.hidden.device) for count in counts)
     with torch.no_grad():
-        for index, h in head.chunks(0, rows.forward):
-            logits = head.logits(h)
+        for chunk in head.chunks(0, rows.forward):
+            index, h, _ = chunk
+            logits = head.logits_of(chunk)
             if ids is None:
                 top = logits.topk(top_k).indices
                 if rows.keep is not None:
@@ -272,8 +273,9 @@ def _device_bwd(
     head = DeviceHead(p, needs, rows)
     saved: tuple[Any, ...] = (row_max, inv_sum, logp, entropy, logp_at, ga, gh, grad_logp_at)
     with torch.no_grad():
-        for index, h in head.chunks(0, rows.gradient):
-            logits = head.logits(h)
+        for chunk in head.chunks(0, rows.gradient):
+            index, h, _ = chunk
+            logits = head.logits_of(chunk)
             dz = kernels.backward(
                 logits,
                 p.target,
@@ -301,8 +303,9 @@ def _device_step(kernels: Kernels, p: HeadProblem, ids: TokenIds, loss: IdsLoss)
         total = torch.zeros((), dtype=torch.float64, device=device)
         logp, entropy, _, _, _, row_max, inv_sum = stats
         flat_logp, flat_grad = logp_at.view(-1), grad_at.view(-1)
-        for index, h in head.chunks(0, rows.forward):
-            logits = head.logits(h)
+        for chunk in head.chunks(0, rows.forward):
+            index, h, _ = chunk
+            logits = head.logits_of(chunk)
             out = (*stats, flat_logp)
             kernels.forward(logits, p.target, ids.flat, ids.offsets, index=index, out=out, **p.options.without_bias())
             value, found = _loss_of(loss, logp_at, index)

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import torch
 
+from tokfuse.runtime.backends import kept_rows
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_options, check_values
 from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.core.token_ids import TokenIds
 from tokfuse.runtime.lm_head.probe import Probes, sources
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
@@ -39,6 +41,7 @@ class HeadProblem(NamedTuple):
     row_norms: torch.Tensor | None = None  # (tokens,), output for ||d loss / d logits_t||
     compact_clipped: bool = False  # on a GPU: gradient GEMMs by Triton kernels, over the live rows only
     probes: Probes = ()
+    kept: TokenIds | None = None  # the distribution is over these ids of each row
 
     @property
     def tokens(self) -> int:
@@ -138,8 +141,9 @@ def refuse_captured(op: str, weight: torch.Tensor, where: str, step: str) -> Non
 
 
 def check_targets(op: str, p: HeadProblem) -> None:
-    """Raise ValueError if a target or temperature is out of range. Called before the first GEMM."""
+    """Raise ValueError if a target, temperature or kept id is out of range. Called before the first GEMM."""
     o = p.options
+    kept_rows.check_kept_values(op, p.kept, p.vocab, o.mask)
     check_values(op, p.target, p.vocab, o.mask, o.temperature)
 
 

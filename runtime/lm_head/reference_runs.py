@@ -9,6 +9,7 @@ from tokfuse.runtime.lm_head.problem import HeadProblem, Step, wanted
 from tokfuse.runtime.lm_head.units import Loss, Units, UnitTerms
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
+from tokfuse.runtime.reference import kept_token_stats as kept_reference
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
@@ -26,12 +27,14 @@ def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
         inputs = PolicyInputs(*map(usable_by_autograd, inputs))
         hidden, weight, bias = leaves
         assert hidden is not None and weight is not None
-        logits = linear_reference.logits_of(hidden, weight, bias)
-        stats = stats_reference.exact(logits, target, op="policy_step", **options._asdict())
+        every = linear_reference.logits_of(hidden, weight, bias)
+        logits = kept_reference.restricted(every, p.kept, options.mask)
+        logp, *others = stats_reference.exact(logits, target, op="policy_step", **options._asdict())
+        stats = (kept_reference.constant_if_excluded(p.kept, logp), *others)
         terms = policy_loss(stats[0], stats[1], inputs, objective, inv_normalizer)
         asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
         if p.row_norms is not None or p.probes:
-            asked.append(logits)
+            asked.append(every)
         found = iter(torch.autograd.grad(terms.loss, asked, allow_unused=True, materialize_grads=True) if asked else ())
     grads = [next(found) if need else None for need in needs]
     if p.row_norms is not None or p.probes:

@@ -4,6 +4,7 @@ from typing import Any, overload
 
 import torch
 
+from tokfuse.runtime.backends import kept_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import require_tensor
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
@@ -39,6 +40,8 @@ def linear_token_stats(
     mask: torch.Tensor | None = ...,
     memory_budget: int | None = ...,
     ignore_index: int | None = ...,
+    kept_ids: torch.Tensor | None = ...,
+    kept_offsets: torch.Tensor | None = ...,
 ) -> TokenStats: ...
 
 
@@ -93,6 +96,8 @@ def linear_token_stats(
     ids_offsets: torch.Tensor | None = None,
     top_k: int | None = None,
     ignore_index: int | None = None,
+    kept_ids: torch.Tensor | None = None,
+    kept_offsets: torch.Tensor | None = None,
 ) -> TokenStats | TokenStatsAt:
     """Return `token_stats(hidden @ weight.T + bias, target, ...)` without storing the logits of all tokens.
 
@@ -119,6 +124,10 @@ def linear_token_stats(
         top_k: also returns the top_k most likely ids of each row and their log-probs.
         ignore_index: rows with this target are left out, as with mask = False: -100 for labels of
             transformers. None: no target is special.
+        kept_ids: (kept,) int32 or int64, the kept ids of all rows, concatenated. The distribution is then over
+            the kept ids of each row, as in `kept_token_stats`: what a sampler with top-p or top-k draws from. Not
+            together with ids or top_k. None: over the whole vocabulary.
+        kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of kept ids per row.
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64).
@@ -129,6 +138,8 @@ def linear_token_stats(
     Numerics: same bounds as `token_stats` with float32 logits. bfloat16 and float16 inputs are converted
         exactly, and GEMMs accumulate in float32. dW accumulates in float32 and is rounded once. Bitwise
         repeatable. The GEMM library may round a row differently with another chunk size.
+        With kept ids, logits outside them become -inf in the workspace, so nothing cancels if their mass is tiny.
+        A target that is not a kept id, or a row without kept ids, gives logp = -inf without a gradient.
         If the dtypes of hidden and weight differ, the logits are computed in the wider one (float32 for
         bfloat16 with float16), and each input receives its gradient in its own dtype.
 
@@ -136,11 +147,13 @@ def linear_token_stats(
         inputs and four (tokens,) vectors. The backward recomputes the logits of the rows whose incoming
         gradient is not zero, chunk by chunk, and overwrites them with their gradient. Peak extra memory:
         memory_budget, the gradients, and a float32 dW if weight is 16-bit. On a GPU, a 16-bit head computes
-        the statistics without a workspace (with ids or top_k it stores its logits in the workspace), and
-        rounds the gradient of its logits once to 16 bits for the gradient GEMMs. The backward synchronises
-        once to read the number of its rows. Under CUDA-graph capture it does not synchronise, and every row
-        is computed. If hidden and weight differ in dtype, the narrower one is widened piece by piece: the
+        the statistics without a workspace (with ids, top_k or kept_ids it stores its logits in the
+        workspace), and rounds the gradient of its logits once to 16 bits for the gradient GEMMs. The backward
+        synchronises once to read the number of its rows. Under CUDA-graph capture it does not synchronise, and
+        every row is computed. If hidden and weight differ in dtype, the narrower one is widened piece by piece: the
         rows of a chunk, or 64 MiB of the weight (2 MiB on the CPU). No float32 copy of the weight is made.
+        Kept ids cost one more write of the workspace per pass. On a GPU they cost about 30 more small launches per
+        chunk, and one more synchronisation per pass, for the number of kept ids (none under CUDA-graph capture).
 
     Examples:
         >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
@@ -160,6 +173,7 @@ def linear_token_stats(
         to = Leading(OP, tuple(hidden.shape[:-1]), "hidden")
         flat_target = to.vector("target", require_tensor(OP, "target", target))
         given: dict[str, Any] = {"ids": ids, "ids_offsets": ids_offsets, "top_k": top_k, "memory_budget": memory_budget}
+        given |= {"kept_ids": kept_ids, "kept_offsets": kept_offsets}
         if ids is not None and ids_offsets is None:
             given["ids"] = to.rows("ids", ids)
         flat: Any = linear_token_stats(
@@ -182,13 +196,18 @@ def linear_token_stats(
     problem = probed(OP, check_head(OP, hidden, weight, bias, target, options, memory_budget))
     if ids is not None or top_k is not None or ids_offsets is not None:
         check_one_of(OP, ids, ids_offsets, top_k)
+        kept_rows.refuse_with_ids(OP, kept_ids, kept_offsets)
         return linear_token_stats_at(problem, ids, ids_offsets, top_k)
+    kept = kept_rows.check_kept(OP, kept_ids, kept_offsets, problem.tokens, hidden.device)
+    problem = problem._replace(kept=kept)
     capability = select(OP, hidden.device.type, problem.dtype, options.features())
     if capability.backend == "reference":
         hidden, weight = with_probes(hidden, weight, problem.probes)
-        return TokenStats(*reference.forward(hidden, weight, target, bias=bias, **options.without_bias()))
+        kept_rows.check_kept_values(OP, kept, problem.vocab, mask)
+        return TokenStats(*reference.forward(hidden, weight, target, bias=bias, kept=kept, **options.without_bias()))
     if torch.compiler.is_compiling():
-        return TokenStats(*_linear_op(hidden, weight, bias, target, *options.flat()[:5], problem.memory_budget)[:5])
+        rest = (*options.flat()[:5], problem.memory_budget, *kept_rows.flat(kept))
+        return TokenStats(*_linear_op(hidden, weight, bias, target, *rest)[:5])
     run = capability.run
     wants = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if wants and torch.is_grad_enabled():
@@ -217,7 +236,8 @@ class _LinearFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         logp, entropy, lse, sum_sq, top1, row_max, inv_sum = run.forward(p)
         scalars, tensors = p.options.split()
-        ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, row_max, inv_sum, logp, entropy)
+        kept = kept_rows.flat(p.kept)
+        ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, *kept, row_max, inv_sum, logp, entropy)
         ctx.rest = scalars, p.memory_budget, run, p.probes
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, sum_sq, top1)
@@ -229,11 +249,12 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None, None
-        hidden, weight, bias, target, vector, mask, bias_logits, *stats = ctx.saved_tensors
+        hidden, weight, bias, target, vector, mask, bias_logits, ids, offsets, *stats = ctx.saved_tensors
         scalars, budget, run, probes = ctx.rest
         probes = tuple(probe.emptied() for probe in probes)
         options = scalars.joined(vector, mask, bias_logits)
-        p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes)
+        kept = kept_rows.of_graph(ids, offsets)
+        p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes, kept=kept)
         needs = tuple(ctx.needs_input_grad[:3])
         found = run.backward(p, *stats, grads[0], grads[1], needs)
         deliver(probes)
@@ -243,12 +264,13 @@ class _LinearFunction(torch.autograd.Function):
 def _problem(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, *rest: Any
 ) -> tuple[HeadProblem, HeadKernels]:
-    *flat, budget = rest
-    p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
+    *flat, budget, ids, offsets = rest
+    kept = kept_rows.of_graph(ids, offsets)
+    p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget, kept=kept)
     return p, select(OP, hidden.device.type, p.dtype, p.options.features()).run
 
 
-ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
+ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget, {kept_rows.SCHEMA}"
 
 
 @graph_op("tokfuse::linear_token_stats", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 7)})")
@@ -270,8 +292,8 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 )
 @ranged("linear_token_stats.bwd")
 def _linear_backward_op(*arguments: Any) -> list[torch.Tensor]:
-    p, run = _problem(*arguments[:10])
-    given, needs = arguments[10:-3], arguments[-3:]
+    p, run = _problem(*arguments[:12])
+    given, needs = arguments[12:-3], arguments[-3:]
     return [p.hidden.new_empty(0) if x is None else x for x in run.backward(p, *given, needs)]
 
 
@@ -283,26 +305,26 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *re
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *head, ctx.budget = inputs
+    *head, ctx.budget, ids, offsets = inputs
     tensors, flat = head[:4], head[4:]
     logp, entropy, lse, sum_sq, top1, row_max, inv_sum = output
     ctx.options, more = LogitOptions.from_flat(*flat).split()
-    ctx.save_for_backward(*tensors, *more, row_max, inv_sum, logp, entropy)
+    ctx.save_for_backward(*tensors, *more, ids, offsets, row_max, inv_sum, logp, entropy)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None and grads[1] is None:
-        return (None,) * 10
-    *tensors, vector, mask, bias_logits, row_max, inv_sum, logp, entropy = ctx.saved_tensors
+        return (None,) * 12
+    *tensors, vector, mask, bias_logits, ids, offsets, row_max, inv_sum, logp, entropy = ctx.saved_tensors
     stats = (row_max, inv_sum, logp, entropy)
     o = ctx.options.joined(vector, mask, bias_logits)
     needs = tuple(ctx.needs_input_grad[:3])
-    arguments = (*tensors, *o.flat()[:5], ctx.budget)
+    arguments = (*tensors, *o.flat()[:5], ctx.budget, ids, offsets)
     out = _linear_backward_op(*arguments, *stats, grads[0], grads[1], *needs)
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
-    return (*chosen,) + (None,) * 7
+    return (*chosen,) + (None,) * 9
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_setup_context)

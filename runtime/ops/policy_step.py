@@ -5,18 +5,20 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
+from tokfuse.runtime.backends import cpu_policy, cuda_policy, kept_rows, reference_policy, triton_policy
 from tokfuse.runtime.backends.policy_runs import StepRun, device_run
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.forced import eager_cpu
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.leading import Leading, without_ignored
-from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits, check_values
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.core.token_ids import TokenIds
 from tokfuse.runtime.lm_head import problem as heads
 from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops import policy_step_hidden as hidden_step
@@ -34,6 +36,7 @@ from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, step_result, with_gradients
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
+from tokfuse.runtime.reference import kept_token_stats as kept_reference
 
 OP = "policy_step"
 
@@ -61,6 +64,8 @@ def policy_step(
     entropy_weight: torch.Tensor | None = None,
     anchor_logp: torch.Tensor | None = None,
     anchor_weight: torch.Tensor | None = None,
+    kept_ids: torch.Tensor | None = None,
+    kept_offsets: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -113,6 +118,11 @@ def policy_step(
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        kept_ids: (kept,) int32 or int64, the kept ids of all rows, concatenated. The policy is then the
+            distribution over the kept ids of each row, as in `kept_token_stats`: pass what a sampler with
+            top-p or top-k kept, and log-probabilities over the same ids as old_logp and ref_logp.
+            None: over the whole vocabulary.
+        kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of kept ids per row.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
@@ -147,7 +157,9 @@ def policy_step(
         them; rows that the clip stopped enter with zeros, unless `compact_clipped` is True. The host
         synchronises once, to read the number of rows of each kind. Under CUDA-graph capture it does not
         synchronise, and every row enters every GEMM, except rows that `compact_clipped` excludes. The
-        gradients are stored until `loss.backward()` returns them.
+        gradients are stored until `loss.backward()` returns them. With kept ids, logits outside them become -inf:
+        one more write of (tokens, vocab), to the memory of the gradient or of the workspace. From logits, only the
+        kept logits are read. From hidden, the host synchronises at most twice more.
 
     Examples:
         >>> logits, target = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])
@@ -187,6 +199,7 @@ def policy_step(
         more: dict[str, Any] = {"weight": weight, "bias": bias, "objective": objective, "normalizer": normalizer}
         more |= {"softcap": softcap, "logit_scale": logit_scale, "memory_budget": memory_budget}
         more |= {"compact_clipped": compact_clipped, "influence": influence, "temperature": temperature}
+        more |= {"kept_ids": kept_ids, "kept_offsets": kept_offsets}
         return _spread(logits, hidden, target, inputs, sampler_logp, ignore_index, more)
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     checks.check_flag(OP, "compact_clipped", compact_clipped)
@@ -207,16 +220,18 @@ def policy_step(
                 "a spec",
                 "Use influence.logit_norms on the statistics.",
             )
-        if sampler_logp is None:
+        if sampler_logp is None and kept_ids is None and kept_offsets is None:
             done = _eager(OP, logits, target, options, inputs, objective, normalizer)
             if done is not None:
                 return done
         options = options.floats()
         inv_normalizer = _check_step(OP, logits, target, options, inputs, objective, normalizer, sampler_logp)
-        return _from_logits(logits, target, options, inputs, objective, inv_normalizer, sampler_logp)
+        kept = kept_rows.check_kept(OP, kept_ids, kept_offsets, logits.shape[0], logits.device)
+        return _from_logits(OP, logits, target, kept, options, inputs, objective, inv_normalizer, sampler_logp)
     assert hidden is not None
     problem = heads.check_head(OP, hidden, weight, bias, target, options.floats(), memory_budget)
-    problem = problem._replace(compact_clipped=compact_clipped)
+    kept = kept_rows.check_kept(OP, kept_ids, kept_offsets, problem.tokens, hidden.device)
+    problem = problem._replace(compact_clipped=compact_clipped, kept=kept)
     inv_normalizer = _check_policy(OP, inputs, objective, hidden.shape[0], hidden.device, normalizer, sampler_logp)
     if influence is not None:
         problem = influence_op.request(OP, influence, problem, cu_seqlens)
@@ -294,6 +309,8 @@ def policy_step_(
     entropy_weight: torch.Tensor | None = None,
     anchor_logp: torch.Tensor | None = None,
     anchor_weight: torch.Tensor | None = None,
+    kept_ids: torch.Tensor | None = None,
+    kept_offsets: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -329,6 +346,11 @@ def policy_step_(
         entropy_weight: (tokens,). Multiplies the entropy term. The step computes the entropy itself.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the mismatch metric
             sampler_kl_k3. To correct for it, pass `token_weight` from `tokfuse.offpolicy_weights`.
+        kept_ids: (kept,) int32 or int64, the kept ids of all rows, concatenated. The policy is then the
+            distribution over the kept ids of each row, as in `kept_token_stats`: pass what a sampler with
+            top-p or top-k kept, and log-probabilities over the same ids as old_logp and ref_logp.
+            None: over the whole vocabulary.
+        kept_offsets: (tokens + 1,) int32 or int64, exclusive prefix sum of the number of kept ids per row.
         temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
@@ -355,7 +377,8 @@ def policy_step_(
     )
     options = LogitOptions(temperature, softcap, logit_scale, mask)
     op = "policy_step_"
-    if sampler_logp is None and isinstance(logits, torch.Tensor) and logits.dim() == 2:
+    plain = sampler_logp is None and kept_ids is None and kept_offsets is None
+    if plain and isinstance(logits, torch.Tensor) and logits.dim() == 2:
         _check_writable(op, logits)
         done = _eager(op, logits, target, options, inputs, objective, normalizer)
         if done is not None:
@@ -363,7 +386,8 @@ def policy_step_(
     options = options.floats()
     inv_normalizer = _check_step(op, logits, target, options, inputs, objective, normalizer, sampler_logp)
     _check_writable(op, logits)
-    return _from_logits(logits, target, options, inputs, objective, inv_normalizer, sampler_logp, True)
+    kept = kept_rows.check_kept(op, kept_ids, kept_offsets, logits.shape[0], logits.device)
+    return _from_logits(op, logits, target, kept, options, inputs, objective, inv_normalizer, sampler_logp)
 
 
 def _check_writable(op: str, logits: torch.Tensor) -> None:
@@ -464,28 +488,45 @@ def attach(logits: torch.Tensor, loss: torch.Tensor, gradients: Gradients, in_pl
 
 
 def _from_logits(
+    op: str,
     logits: torch.Tensor,
     target: torch.Tensor,
+    kept: TokenIds | None,
     options: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
     inv_normalizer: float,
     sampler_logp: torch.Tensor | None,
-    in_place: bool = False,
 ) -> PolicyStep:
+    in_place = op == "policy_step_"
     capability = select(OP, logits.device.type, logits.dtype, objective.features(options.features()))
     gradients: Gradients = {}
     if not torch.compiler.is_compiling():
-        terms, stats, grad = capability.run(logits, target, options, inputs, objective, inv_normalizer, in_place)
-        gradients["logits"] = grad
+        z = logits if kept is None else _restricted(op, logits, target, kept, options, in_place)
+        terms, stats, gradients["logits"] = capability.run(
+            z, target, options, inputs, objective, inv_normalizer, in_place or kept is not None
+        )
         terms = terms._replace(loss=attach(logits, terms.loss, gradients, in_place))
     elif capability.backend == "reference":
-        terms, stats = reference_policy.traced_step(
-            logits, target, options, inputs, objective, inv_normalizer, logits.dtype
-        )
+        z = kept_reference.restricted(logits, kept, options.mask)
+        terms, stats = reference_policy.traced_step(z, target, options, inputs, objective, inv_normalizer, logits.dtype)
     else:
-        terms, stats, gradients["logits"] = _custom_op(logits, target, options, inputs, objective, inv_normalizer)
+        terms, stats, grad = _custom_op(logits, target, kept, options, inputs, objective, inv_normalizer)
+        gradients["logits"] = grad
     return step_result(terms, stats, inputs, objective, inv_normalizer, sampler_logp, gradients)
+
+
+def _restricted(
+    op: str, logits: torch.Tensor, target: torch.Tensor, kept: TokenIds, o: LogitOptions, in_place: bool
+) -> torch.Tensor:
+    """Return the logits with -inf outside the kept ids, in the memory that the gradient will overwrite."""
+    vocab = logits.shape[1]
+    if may_read(target):  # before anything is overwritten
+        check_values(op, target, vocab, o.mask, o.temperature)
+        kept_rows.check_kept_values(op, kept, vocab, o.mask)
+    if in_place:
+        return kept_rows.keep_only_(logits.detach(), kept_rows.all_entries(kept))
+    return kept_rows.copied(logits, kept)
 
 
 register_cpu(OP, cpu_policy.policy_step, FLOAT_DTYPES, "softcap")
@@ -499,17 +540,20 @@ register_reference(OP, reference_policy.policy_step, "softcap", WITHOUT_KERNELS)
 
 @graph_op(
     "tokfuse::policy_step",
-    f"(Tensor logits, Tensor target, {FLAT_SCHEMA_WITHOUT_MASK}, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA})"
-    f" -> ({', '.join(['Tensor'] * 9)})",
+    f"(Tensor logits, Tensor target, {kept_rows.SCHEMA}, {FLAT_SCHEMA_WITHOUT_MASK}, {INPUTS_SCHEMA}"
+    f", {OBJECTIVE_SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
 )
 @ranged("policy_step.fwd")
 def _policy_step_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    vector, scalar, softcap, logit_scale, *fields, form, coefficients, inv_normalizer = rest
+    ids, offsets, vector, scalar, softcap, logit_scale, *fields, form, coefficients, inv_normalizer = rest
     inputs = PolicyInputs(*fields)
     options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
     objective = objective_of(form, coefficients)
     run: StepRun = select(OP, logits.device.type, logits.dtype, objective.features(options.features())).run
-    terms, stats, grad = run(logits, target, options, inputs, objective, checked_inverse(OP, inv_normalizer), False)
+    kept = kept_rows.of_graph(ids, offsets)
+    z = logits if kept is None else _restricted(OP, logits, target, kept, options, False)
+    inverse = checked_inverse(OP, inv_normalizer)
+    terms, stats, grad = run(z, target, options, inputs, objective, inverse, kept is not None)
     return (terms.loss, terms.token_loss, terms.sums, *stats, grad)
 
 
@@ -539,11 +583,13 @@ _policy_step_op.register_autograd(_op_backward, setup_context=_setup_context)
 def _custom_op(
     logits: torch.Tensor,
     target: torch.Tensor,
+    kept: TokenIds | None,
     o: LogitOptions,
     inputs: PolicyInputs,
     objective: Objective,
     inv_normalizer: float,
 ) -> tuple[PolicyTerms, TokenStats, torch.Tensor]:
-    out = _policy_step_op(logits, target, *o.flat()[:4], *inputs, *flat_objective(objective), inv_normalizer)
+    given = (*kept_rows.flat(kept), *o.flat()[:4], *inputs, *flat_objective(objective), inv_normalizer)
+    out = _policy_step_op(logits, target, *given)
     loss, token_loss, sums, *stats, grad = out
     return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), grad

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tokfuse.runtime.backends import kept_rows
 from tokfuse.runtime.backends.reference_policy import traced_step
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
@@ -28,6 +29,7 @@ from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import Computed, Gradients, PolicyTerms, with_gradients
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
+from tokfuse.runtime.reference import kept_token_stats as kept_reference
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 
 OP = "policy_step_hidden"
@@ -42,7 +44,8 @@ def apply(
         compute = functools.partial(capability.run, p, inputs, objective, inv_normalizer)
         return attach(p.hidden, p.weight, p.bias, compute, p.probes)
     if capability.backend == "reference":
-        logits = linear_reference.logits_of(p.hidden, p.weight, p.bias)
+        every = linear_reference.logits_of(p.hidden, p.weight, p.bias)
+        logits = kept_reference.restricted(every, p.kept, p.options.mask)
         return *traced_step(logits, p.target, p.options, inputs, objective, inv_normalizer, p.dtype), {}
     return _custom_op(p, inputs, objective, inv_normalizer)
 
@@ -79,19 +82,27 @@ register_reference(OP, reference_runs.policy_step, "softcap", WITHOUT_KERNELS)
 
 @graph_op(
     "tokfuse::policy_step_hidden",
-    f"({HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_MASK}, int memory_budget, {INPUTS_SCHEMA}, {OBJECTIVE_SCHEMA}"
-    ", bool compact_clipped, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+    f"({HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_MASK}, int memory_budget, {kept_rows.SCHEMA}, {INPUTS_SCHEMA}"
+    f", {OBJECTIVE_SCHEMA}, bool compact_clipped, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
 )
 @ranged("policy_step.fwd")
 def _hidden_op(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, *rest: Any
 ) -> list[torch.Tensor]:
-    vector, scalar, softcap, logit_scale, budget, *fields = rest[:-7]
+    vector, scalar, softcap, logit_scale, budget, ids, offsets, *fields = rest[:-7]
     form, coefficients, inv_normalizer, compact_clipped, *needs = rest[-7:]
     inputs = PolicyInputs(*fields)
     options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
     p = HeadProblem(
-        hidden, weight, bias, target, options, budget, (needs[0], needs[1], needs[2]), None, compact_clipped
+        hidden,
+        weight,
+        bias,
+        target,
+        options,
+        budget,
+        needs=(needs[0], needs[1], needs[2]),
+        compact_clipped=compact_clipped,
+        kept=kept_rows.of_graph(ids, offsets),
     )
     objective = objective_of(form, coefficients)
     run: StepRun = select(OP, hidden.device.type, p.dtype, objective.features(options.features())).run
@@ -135,7 +146,7 @@ def _custom_op(
     needs = wanted(p)
     tensors = (p.hidden, p.weight, p.bias, p.target)
     rest = (*flat_objective(objective), inv_normalizer, p.compact_clipped, *needs)
-    out = _hidden_op(*tensors, *p.options.flat()[:4], p.memory_budget, *inputs, *rest)
+    out = _hidden_op(*tensors, *p.options.flat()[:4], p.memory_budget, *kept_rows.flat(p.kept), *inputs, *rest)
     loss, token_loss, sums = out[:3]
     terms = PolicyTerms(loss, token_loss, token_loss, token_loss, sums)
     grads = [x if need else None for x, need in zip(out[8:], needs, strict=True)]

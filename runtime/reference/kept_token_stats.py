@@ -4,6 +4,7 @@ import torch
 
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import check_values
+from tokfuse.runtime.core.token_ids import TokenIds
 from tokfuse.runtime.reference.token_stats import rounded, transformed_logits
 
 OP = "kept_token_stats"
@@ -67,6 +68,26 @@ def row_of_each(ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(rows, offsets.diff(), output_size=ids.shape[0])
 
 
+def restricted(logits: torch.Tensor, kept: TokenIds | None, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the logits with -inf outside the kept ids, or as they are if `kept` is None. Differentiable."""
+    if kept is None:
+        return logits
+    row, ids = row_of_each(kept.flat, kept.offsets), kept.flat
+    if mask is not None:  # the ids of a masked row have no meaning
+        ids = torch.where(mask[row], ids, 0)
+    return torch.full_like(logits, float("-inf")).index_put((row, ids), logits[row, ids])
+
+
+def constant_if_excluded(kept: TokenIds | None, logp: torch.Tensor) -> torch.Tensor:
+    """Return logp, detached in rows whose target is not a kept id: there it is -inf for any logits."""
+    return logp if kept is None else torch.where(logp == float("-inf"), logp.detach(), logp)
+
+
+def gradient_if_kept(kept: TokenIds | None, logp: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the gradient that arrives at logp, 0 in rows whose target is not a kept id."""
+    return grad if kept is None or grad is None else torch.where(logp == float("-inf"), 0.0, grad)
+
+
 def check(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -81,7 +102,7 @@ def check(
     check_ids(kept_ids, row_of_each(kept_ids, kept_offsets), vocab, mask)
 
 
-def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Tensor | None) -> None:
+def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Tensor | None, op: str = OP) -> None:
     """Raise ValueError if, in a row where mask is True, a kept id is out of range or occurs twice."""
     if mask is not None:
         ids, rows = ids[mask[rows]], rows[mask[rows]]
@@ -89,7 +110,7 @@ def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Ten
     if bool(bad.any()):
         at = int(bad.to(torch.uint8).argmax())
         raise refuse(
-            OP,
+            op,
             "kept_ids",
             f"in [0, {vocab}) in every row where mask is True",
             f"{int(ids[at])} in row {int(rows[at])}",
@@ -100,7 +121,7 @@ def check_ids(ids: torch.Tensor, rows: torch.Tensor, vocab: int, mask: torch.Ten
     if bool(twice.any()):
         at = int(key[int(twice.to(torch.uint8).argmax())])
         raise refuse(
-            OP,
+            op,
             "kept_ids",
             "different from each other within a row",
             f"{at % vocab} twice in row {at // vocab}",

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.core.checks import head_dtype
-from tokfuse.runtime.reference import token_stats
+from tokfuse.runtime.core.token_ids import TokenIds
+from tokfuse.runtime.reference import kept_token_stats, token_stats
 
 
 def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -20,9 +21,14 @@ def forward(
     target: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    kept: TokenIds | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """Return (logp, entropy, lse, sum_sq, top1) of the rows of hidden @ weight.T + bias, rounded once."""
-    logits = logits_of(hidden, weight, bias)
-    stats = token_stats.exact(logits, target, op="linear_token_stats", **options)
-    return token_stats.rounded(stats, head_dtype(hidden, weight, bias))
+    """Return (logp, entropy, lse, sum_sq, top1) of the rows of hidden @ weight.T + bias, rounded once.
+
+    kept: the distribution is over these ids of each row. None: over the whole vocabulary.
+    """
+    logits = kept_token_stats.restricted(logits_of(hidden, weight, bias), kept, options.get("mask"))
+    logp, *stats = token_stats.exact(logits, target, op="linear_token_stats", **options)
+    logp = kept_token_stats.constant_if_excluded(kept, logp)
+    return token_stats.rounded((logp, *stats), head_dtype(hidden, weight, bias))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.core.dispatch import RowState
+from tokfuse.runtime.reference import kept_token_stats as kept_reference
 from tokfuse.runtime.reference import token_stats
 from tokfuse.runtime.reference.linear_token_stats import logits_of
 from tokfuse.runtime.reference.token_stats import transformed_logits
@@ -102,9 +103,13 @@ def backward(
     return grad if out is None else out.copy_(grad)
 
 
+def _head_logits(p: Any) -> torch.Tensor:
+    return kept_reference.restricted(logits_of(p.hidden, p.weight, p.bias), p.kept, p.options.mask)
+
+
 def head_forward(p: Any) -> tuple[torch.Tensor, ...]:
     """Return `forward` of the logits of a head problem."""
-    return forward(logits_of(p.hidden, p.weight, p.bias), p.target, **p.options._asdict())
+    return forward(_head_logits(p), p.target, **p.options._asdict())
 
 
 def head_backward(
@@ -118,7 +123,7 @@ def head_backward(
     needs: tuple[bool, bool, bool],
 ) -> list[torch.Tensor | None]:
     """Return [grad_hidden, grad_weight, grad_bias]; None for inputs that need no gradient."""
-    logits = logits_of(p.hidden, p.weight, p.bias)
+    logits, grad_logp = _head_logits(p), kept_reference.gradient_if_kept(p.kept, logp, grad_logp)
     dz = backward(logits, p.target, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, **p.options._asdict())
     return [
         (dz @ p.weight.to(dz.dtype)).to(p.hidden.dtype) if needs[0] else None,

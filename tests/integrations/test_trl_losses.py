@@ -18,6 +18,8 @@ import tiny_grpo
 from host_parity import assert_no_farther, trl_in_float64
 from trl import GRPOTrainer
 
+from tokfuse.integrations import trl_kept
+from tokfuse.integrations.padded import Padding
 from tokfuse.integrations.trl import CompletionInfluence, FusedGRPOTrainer
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -260,3 +262,96 @@ def test_padding_free_refusals(tmp_path):
     watched = {"influence": CompletionInfluence(validation=lambda model: None), "padding_free": True}
     with pytest.raises(ValueError, match="padding_free must be False with influence"):
         tiny_grpo.trainer(FusedGRPOTrainer, tmp_path, extra=watched)
+
+
+# ---------------------------------------------------------------- the ids that a sampler kept
+
+
+class Rollout:
+    """A rollout_func that samples from known sets: of `size` ids for each token, or of all."""
+
+    def __init__(self, size: int | None, tools: bool = False) -> None:
+        self.size, self.tools = size, tools
+
+    def __call__(self, prompts, trainer):
+        vocab = trainer.model.config.vocab_size
+        gen = torch.Generator().manual_seed(len(prompts) + trainer.state.global_step)
+        out = {"prompt_ids": trainer.processing_class(prompts)["input_ids"], "completion_ids": [], "kept_ids": []}
+        for i in range(len(prompts)):
+            kept = [torch.randperm(vocab, generator=gen)[: self.size or vocab].tolist() for _ in range(3 + i % 3)]
+            out["kept_ids"].append(kept)
+            out["completion_ids"].append([ids[0] for ids in kept])
+        if self.tools:  # a tool wrote every third token, and nobody sampled it
+            out["env_mask"] = [[int(j % 3 != 1) for j, _ in enumerate(ids)] for ids in out["completion_ids"]]
+            for kept in out["kept_ids"]:
+                kept[1] = []
+        out["logprobs"] = [[-3.0 for _ in ids] for ids in out["completion_ids"]]
+        return out
+
+
+class WithoutKeptIds(Rollout):
+    """The same completions, for a trainer that ignores the field."""
+
+    def __call__(self, prompts, trainer):
+        out = super().__call__(prompts, trainer)
+        del out["kept_ids"]
+        return out
+
+
+def test_all_ids_kept_is_the_stock_trainer(tmp_path):
+    """Two passes over a rollout and a KL term: the old policy and the reference are over the kept ids, too."""
+    options = {**SGD, "num_iterations": 2, "beta": 0.1, "max_steps": 3}
+    stock, exact = (
+        train(GRPOTrainer, tmp_path, exact=exact, **options, extra={"rollout_func": WithoutKeptIds(None)})
+        for exact in (False, True)
+    )
+    ours = train(FusedGRPOTrainer, tmp_path, **options, extra={"rollout_func": Rollout(None)})
+    assert_same(ours, stock, exact)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_policy_and_loss_are_over_the_kept_ids(padding_free, tmp_path):
+    seen = []
+
+    class Noted(FusedGRPOTrainer):
+        def step(self, model, inputs, given):
+            out = super().step(model, inputs, given)
+            seen.append(([x.detach().clone() for x in model.parameters()], inputs, out[1]))
+            return out
+
+    extra = {"rollout_func": Rollout(5, tools=True), "padding_free": padding_free}
+    trainer = train(Noted, tmp_path, **SGD, max_steps=1, num_iterations=2, temperature=0.9, extra=extra)
+    model = tiny_grpo.load()
+    assert not [name for row in history(trainer) for name, x in row.items() if x != x], "no NaN in the logs"
+    for before, inputs, (logps, entropies, _) in seen[:2]:
+        for x, y in zip(model.parameters(), before, strict=True):
+            x.data.copy_(y)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        length, padding = inputs["completion_ids"].shape[1], Padding(inputs["completion_mask"].bool())
+        position = (attention.cumsum(1) - 1).clamp(min=0)
+        z = model(input_ids=ids, attention_mask=attention, position_ids=position).logits[:, -length - 1 : -1]
+        z = (z / 0.9).double()[padding.rows]
+        kept = trl_kept.of_batch(inputs)
+        rows = torch.repeat_interleave(torch.arange(len(z)), kept.offsets.diff())
+        restricted = torch.full_like(z, -torch.inf)
+        restricted[rows, kept.flat] = z[rows, kept.flat.long()]
+        sampled = padding.pack(inputs["tool_mask"]).bool()
+        log_p = restricted[sampled].log_softmax(1)
+        want = log_p.gather(1, padding.pack(inputs["completion_ids"])[sampled][:, None])[:, 0]
+        assert (padding.pack(logps)[sampled].double() - want).abs().max() < 1e-5
+        entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(1)
+        assert (padding.pack(entropies)[sampled].double() - entropy).abs().max() < 1e-5
+        assert (padding.pack(logps)[~sampled] == 0).all()
+        old = padding.pack(inputs["old_per_token_logps"])[sampled]
+        assert (old.double() - want).abs().max() < 1e-5  # the policy has not moved yet
+
+
+def test_a_list_without_the_sampled_token_is_refused():
+    for kept, message in (
+        ([[[1, 2], [3]]], r"with the sampled token in each list; got no 9 at token 1 of completion 0"),
+        ([[[7]]], r"one list per token; got 1 for 2 in completion 0"),
+        ([], r"one list per completion; got 0 for 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trl_kept.Recorded.of_lists(kept, [[1, 9]], None)

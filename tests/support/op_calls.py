@@ -592,6 +592,7 @@ IDS_OPTIONS = {
     "top_k": Option(lambda p: {"ids": None, "top_k": min(3, p.sizes.vocab)}),
 }
 
+KEPT = {"kept": Option(_kept)}
 PACKED = (torch.float32,)
 ROWS: tuple[Row, ...] = (
     Row("token_stats", "token_stats", "rows", _logits, ("logits",), STATS_OPTIONS, rich=("all", "bias_logits")),
@@ -646,8 +647,8 @@ ROWS: tuple[Row, ...] = (
         "head",
         _head,
         ("hidden", "weight", "bias"),
-        HEAD_OPTIONS | IGNORED,
-        rich=("all",),
+        HEAD_OPTIONS | IGNORED | KEPT,
+        rich=("all", "kept"),
     ),
     Row(
         "linear_token_stats_at",
@@ -712,7 +713,7 @@ ROWS: tuple[Row, ...] = (
         "rows",
         _step,
         ("logits",),
-        LOGIT_OPTIONS | IGNORED | POLICY_OPTIONS,
+        LOGIT_OPTIONS | IGNORED | POLICY_OPTIONS | KEPT,
         rich=("everything", "sequence"),
     ),
     Row(
@@ -721,7 +722,7 @@ ROWS: tuple[Row, ...] = (
         "rows",
         _step,
         (),
-        LOGIT_OPTIONS | {name: POLICY_OPTIONS[name] for name in IN_PLACE},
+        LOGIT_OPTIONS | {name: POLICY_OPTIONS[name] for name in IN_PLACE} | KEPT,
         in_place="logits",
         traceable=False,
         rich=("everything",),
@@ -734,11 +735,12 @@ ROWS: tuple[Row, ...] = (
         ("hidden", "weight", "bias"),
         HEAD_OPTIONS
         | POLICY_OPTIONS
+        | KEPT
         | {
             "compact": Option(lambda p: {"compact_clipped": True}, needs_triton=True),
             "influence": _constant(influence=InfluenceSpec(rank=8)),
         },
-        rich=("all", "sequence"),
+        rich=("all", "sequence", "kept"),
     ),
     Row(
         "linear_token_stats",

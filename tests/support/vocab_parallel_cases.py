@@ -149,19 +149,38 @@ def leaves(p: dict[str, torch.Tensor], *names: str) -> list[torch.Tensor]:
     return [p[name].detach().clone().requires_grad_() for name in names]
 
 
-def check_head(layout: str, sequence_parallel: bool, dtype: torch.dtype) -> None:
+def kept_of(p: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return kept ids: one next to the target, many, all, none, or without the target. Masked rows have no ids."""
+    gen = torch.Generator().manual_seed(5)
+    rows = []
+    for t, (y, counts) in enumerate(zip(p["target"].tolist(), p["mask"].tolist(), strict=True)):
+        others = torch.randperm(VOCAB, generator=gen)[: (1, 30, VOCAB, 0, 5)[t % 5]]
+        own = [] if t % 5 > 2 else [y]
+        rows.append(torch.cat([torch.tensor(own), others[others != y]]).long() if counts else torch.tensor([-3, 10**9]))
+    return {"kept_ids": torch.cat(rows), "kept_offsets": torch.tensor([0, *map(len, rows)]).cumsum(0)}
+
+
+def backward_of(stats: tokfuse.TokenStats, p: dict[str, torch.Tensor]) -> None:
+    """Run the backward of logp and entropy. An infinite logp has no gradient, and does not enter the loss."""
+    logp = torch.where(stats.logp.isinf(), 0.0, stats.logp)
+    (logp @ p["ga"].to(logp) + stats.entropy @ p["gh"].to(logp)).backward()
+
+
+def check_head(layout: str, sequence_parallel: bool, dtype: torch.dtype, kept: bool = False) -> None:
     p = head_problem(dtype)
     options = {"mask": p["mask"], "temperature": p["temperature"], "softcap": 40.0}
+    if kept:
+        options |= kept_of(p)
     whole = leaves(p, "hidden", "weight", "bias")
     want = tokfuse.linear_token_stats(whole[0], whole[1], p["target"], bias=whole[2], memory_budget=1, **options)
-    (want.logp @ p["ga"].to(want.logp) + want.entropy @ p["gh"].to(want.logp)).backward()
+    backward_of(want, p)
 
     shard, rows = shards()[layout]
     h = p["hidden"].chunk(ranks())[dist.get_rank()] if sequence_parallel else p["hidden"]
     h = h.clone().requires_grad_()
     w, b = (cut(p[name], shard, rows, 0).requires_grad_() for name in ("weight", "bias"))
     got = D.linear_token_stats(h, w, p["target"], shard=shard, bias=b, sequence_parallel=sequence_parallel, **options)
-    (got.logp @ p["ga"].to(got.logp) + got.entropy @ p["gh"].to(got.logp)).backward()
+    backward_of(got, p)
     what = f"{layout} sequence_parallel={sequence_parallel} {dtype}"
     atol = 1e-9 if dtype == torch.float64 else FORWARD_ATOL
     for field in STATS:
@@ -219,9 +238,17 @@ OBJECTIVES = {
 
 
 def check_step(
-    objective: tokfuse.Objective, normalizer: Any, source: str, empty: bool = False, sequence_parallel: bool = False
+    objective: tokfuse.Objective,
+    normalizer: Any,
+    source: str,
+    empty: bool = False,
+    sequence_parallel: bool = False,
+    kept: bool = False,
 ) -> None:
     p = policy_problem()
+    if kept:
+        p["mask"] = p["mask"] & (torch.arange(len(p["mask"])) % 5 < 3)  # the other rows have logp = -inf
+        p |= kept_of(p)
     if empty:
         p["mask"] = torch.zeros_like(p["mask"])
     logits, hidden, weight = (p.pop(name) for name in ("logits", "hidden", "weight"))
@@ -263,6 +290,14 @@ def case_policy_step() -> None:
     for source in ("logits", "hidden"):
         check_step(OBJECTIVES["token"], 37.0, source)
         check_step(OBJECTIVES["sequence"], "batch", source)
+
+
+def case_kept_ids() -> None:
+    check_head("padded", False, torch.float32, kept=True)
+    check_head("uneven", True, torch.float64, kept=True)
+    for source in ("logits", "hidden"):
+        check_step(OBJECTIVES["token"], 37.0, source, kept=True)
+    check_step(OBJECTIVES["sequence"], "batch", "hidden", sequence_parallel=True, kept=True)
 
 
 def case_policy_step_with_sequence_parallel() -> None:
