@@ -39,6 +39,8 @@ class HeadProblem(NamedTuple):
     row_norms: torch.Tensor | None = None  # (tokens,), output for ||d loss / d logits_t||
     compact_clipped: bool = False  # on a GPU: gradient GEMMs by Triton kernels, over the live rows only
     probes: Probes = ()
+    logit_sum: torch.Tensor | None = None  # (tokens,) float32, output of the forward; 0 in masked rows
+    class_weight: torch.Tensor | None = None  # (vocab,) float32, of the sum; None: 1
 
     @property
     def tokens(self) -> int:
