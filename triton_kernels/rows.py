@@ -325,11 +325,11 @@ def finish(m, rest, sd, ss, d_y, has_target, keep, nats):
 
 
 @triton.jit
-def gradient_constants(nats, inv_sum, entropy, ga, gh, gl=0.0):
+def gradient_constants(nats, inv_sum, entropy, ga, gh):
     """Return (a0, a1) of the module docstring; `gradient` multiplies by the slope of `transform`."""
     p_scale = nats * inv_sum
     log_s = -tl.log2(inv_sum) * LN_2
-    return -p_scale * (ga - gl + gh * (entropy - log_s)), -p_scale * gh * nats
+    return -p_scale * (ga + gh * (entropy - log_s)), -p_scale * gh * nats
 
 
 @triton.jit
@@ -340,13 +340,12 @@ def gradient(u, slope, m, c, a0, a1):
 
 
 @triton.jit
-def target_gradient(slope, nats, logp, entropy, ga, gh, gl=0.0):
+def target_gradient(slope, nats, logp, entropy, ga, gh):
     """Return the target's entry. `gradient` plus nats * ga would cancel near p = 1."""
     log2_p = maximum(logp * LOG2_E, MIN_EXPONENT)
     rest = -expm1_2(log2_p)  # 1 - p
-    p = tl.exp2(log2_p)
-    log_term = tl.where(logp == NEG_INF, 0.0, p * (logp + entropy))
-    return slope * nats * (ga * rest - gh * log_term + gl * p)
+    log_term = tl.where(logp == NEG_INF, 0.0, tl.exp2(log2_p) * (logp + entropy))
+    return slope * nats * (ga * rest - gh * log_term)
 
 
 # ------------------------------------------------------------------------------------- on the host

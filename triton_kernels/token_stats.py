@@ -19,7 +19,7 @@ import triton.language as tl
 
 from tokfuse.triton_kernels import launch, rows
 from tokfuse.triton_kernels.compile_cases import compile_case, meta
-from tokfuse.triton_kernels.tile import NEG_INF, maximum, store
+from tokfuse.triton_kernels.tile import LOG2_E, MIN_EXPONENT, NEG_INF, maximum, store
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -259,7 +259,9 @@ def token_stats_bwd_kernel(
         known = ((y >= 0) & (y < vocab_size)) | (y == rows.ELSEWHERE)
         ga = tl.where((ga == 0.0) | known, ga, float("nan"))
         entropy = tl.load(entropy_ptr + row)
-        a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh, gl)
+        a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
+        if grad_lse_ptr is not None:
+            a0 += nats * inv_sum * gl
         first_column = part_start - lead  # column of the element at offset 0 of the part
         # The target's entry is stored separately, so that no other element needs a comparison. Its
         # slope is computed before the tiles are written, because they may overwrite the logits.
@@ -285,7 +287,10 @@ def token_stats_bwd_kernel(
                 dz += _weighted(nats * gu * slope, class_weight_ptr, start + offs_v + first_column, None)
             store(grad_row_ptr + start + offs_v, dz)
         tl.debug_barrier()
-        grad_y = rows.target_gradient(slope_y, nats, tl.load(logp_ptr + row), entropy, ga, gh, gl)
+        logp = tl.load(logp_ptr + row)
+        grad_y = rows.target_gradient(slope_y, nats, logp, entropy, ga, gh)
+        if grad_lse_ptr is not None:
+            grad_y += slope_y * nats * gl * tl.exp2(maximum(logp * LOG2_E, MIN_EXPONENT))
         if SUM:
             grad_y += _weighted(nats * gu * slope_y, class_weight_ptr, y, has_y)
         store(grad_row_ptr + at_y, grad_y, mask=has_y)

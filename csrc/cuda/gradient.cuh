@@ -15,12 +15,22 @@ constexpr int64_t kElsewhere = -(int64_t{1} << 31);
 struct Slopes {
   static constexpr bool kSum = false;
   float c, m, a0, a1;
-  float nats, logp, entropy, ga, gh, gl;  // for the target's entry
-  int target;                             // its column; -1: none
+  float nats, logp, entropy, ga, gh;  // for the target's entry
+  int target;                         // its column; -1: none
 };
 
+// The same with the gradient gl p_j of lse.
+struct LseSlopes : Slopes {
+  float gl;
+};
+
+__device__ __forceinline__ LseSlopes with_lse(Slopes s, float inv_sum, float gl) {
+  s.a0 += s.nats * inv_sum * gl;
+  return {s, gl};
+}
+
 // The same with the gradient k weight_j of a sum over the classes.
-struct SumSlopes : Slopes {
+struct SumSlopes : LseSlopes {
   static constexpr bool kSum = true;
   float k;
   const float* weight;  // of the element at column 0; null: 1
@@ -41,20 +51,19 @@ __device__ __forceinline__ SumSlopes from_column(SumSlopes s, int head) {
 
 __device__ __forceinline__ Slopes slopes_of(const Scale& scale, float m, float inv_sum, float logp,
                                             float entropy, float ga, float gh, int64_t y,
-                                            int64_t vocab, float gl = 0.0f) {
+                                            int64_t vocab) {
   const bool has_target = y >= 0 && y < vocab;
   if (!has_target && y != kElsewhere && ga != 0.0f) ga = nan_float();
   const float p_scale = scale.nats * inv_sum, log_s = -log2f(inv_sum) * kLn2;
   return {scale.c,
           m,
-          -p_scale * (ga - gl + gh * (entropy - log_s)),
+          -p_scale * (ga + gh * (entropy - log_s)),
           -p_scale * gh * scale.nats,
           scale.nats,
           logp,
           entropy,
           ga,
           gh,
-          gl,
           has_target ? static_cast<int>(y) : -1};
 }
 
@@ -119,11 +128,16 @@ __device__ __forceinline__ float target_gradient(const Slopes& s) {
   const float rest = -expm1f(s.logp);  // 1 - p
   const float p = exp2_fast(s.logp * kLog2E);
   const float log_term = s.logp == -inf_float() ? 0.0f : p * (s.logp + s.entropy);
-  return s.nats * (s.ga * rest - s.gh * log_term + s.gl * p);
+  return s.nats * (s.ga * rest - s.gh * log_term);
+}
+
+__device__ __forceinline__ float target_gradient(const LseSlopes& s) {
+  const float p = exp2_fast(s.logp * kLog2E);
+  return target_gradient(static_cast<const Slopes&>(s)) + s.nats * s.gl * p;
 }
 
 __device__ __forceinline__ float target_gradient(const SumSlopes& s) {
-  return target_gradient(static_cast<const Slopes&>(s)) + s.at(s.target);
+  return target_gradient(static_cast<const LseSlopes&>(s)) + s.at(s.target);
 }
 
 // Stores elements [0, count) of a vector.

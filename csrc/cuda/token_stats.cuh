@@ -140,8 +140,9 @@ __device__ __forceinline__ void gradient_of_rows(const LogitsArgs& a, const Toke
       continue;
     }
     const Scale scale = scale_at(a, temperature_of(a, token), kTransform);
-    const Slopes s = slopes_of(scale, g.row_max[token], inv_sum, g.logp[token], g.entropy[token],
-                               ga, gh, a.target[token], a.vocab, gl);
+    const Slopes plain = slopes_of(scale, g.row_max[token], inv_sum, g.logp[token],
+                                   g.entropy[token], ga, gh, a.target[token], a.vocab);
+    const LseSlopes s = with_lse(plain, inv_sum, gl);
     const int vocab = static_cast<int>(a.vocab);
     constexpr int kAhead = kTransform ? 1 : 2;
     if constexpr (kSum) {

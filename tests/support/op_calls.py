@@ -642,7 +642,15 @@ ROWS: tuple[Row, ...] = (
         LOGIT_OPTIONS | _losses("weight"),
         rich=("all", "class_weight"),
     ),
-    Row("token_stats", "cross_entropy", "rows", lambda p: _logits(p) | {"z_loss": 0.1}, ("logits",), IGNORED),
+    Row(  # its backward has the range of token_stats
+        "token_stats",
+        "cross_entropy",
+        "rows",
+        lambda p: _logits(p) | {"z_loss": 0.1},
+        ("logits",),
+        IGNORED,
+        ranged=False,
+    ),
     Row(
         "paired_divergence",
         "paired_divergence",
@@ -686,6 +694,7 @@ ROWS: tuple[Row, ...] = (
         lambda p: _head(p) | {"z_loss": 0.1},
         ("hidden", "weight", "bias"),
         IGNORED,
+        ranged=False,
     ),
     Row(
         "linear_token_stats_at",
