@@ -12,6 +12,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "backend": "tokfuse.runtime.core.dispatch",
     "BackendUnavailable": "tokfuse.runtime.core.errors",
+    "cross_entropy": "tokfuse.runtime.ops.cross_entropy",
     "distill_step": "tokfuse.runtime.ops.distill_step",
     "DistillMetrics": "tokfuse.runtime.lm_head.pair_results",
     "DistillStep": "tokfuse.runtime.lm_head.pair_results",
@@ -23,6 +24,7 @@ _PUBLIC = {
     "kept_token_stats": "tokfuse.runtime.ops.kept_token_stats",
     "KeptTokenStats": "tokfuse.runtime.ops.kept_token_stats",
     "KL": "tokfuse.runtime.policy.objective",
+    "linear_cross_entropy": "tokfuse.runtime.ops.linear_cross_entropy",
     "linear_paired_divergence": "tokfuse.runtime.ops.linear_paired_divergence",
     "linear_token_stats": "tokfuse.runtime.ops.linear_token_stats",
     "LinearLogp": "tokfuse.runtime.policy.shapes",
@@ -75,11 +77,13 @@ if TYPE_CHECKING:
     from tokfuse.runtime.core.statistics import TokenStatsAt as TokenStatsAt
     from tokfuse.runtime.lm_head.pair_results import DistillMetrics as DistillMetrics
     from tokfuse.runtime.lm_head.pair_results import DistillStep as DistillStep
+    from tokfuse.runtime.ops.cross_entropy import cross_entropy as cross_entropy
     from tokfuse.runtime.ops.distill_step import distill_step as distill_step
     from tokfuse.runtime.ops.gae import gae as gae
     from tokfuse.runtime.ops.group_advantage import group_advantage as group_advantage
     from tokfuse.runtime.ops.kept_token_stats import KeptTokenStats as KeptTokenStats
     from tokfuse.runtime.ops.kept_token_stats import kept_token_stats as kept_token_stats
+    from tokfuse.runtime.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from tokfuse.runtime.ops.linear_paired_divergence import linear_paired_divergence as linear_paired_divergence
     from tokfuse.runtime.ops.linear_token_stats import linear_token_stats as linear_token_stats
     from tokfuse.runtime.ops.offpolicy_weights import OffPolicyWeights as OffPolicyWeights

@@ -53,6 +53,7 @@ KNOWN = {
         Peer("torch_eager_f32", "torch", "torch", "torch_eager after logits.float()"),
         Peer("torch_compile_f32", "torch", "torch", "torch.compile of torch_eager_f32"),
         Peer("cross_entropy", "torch", "torch", "F.cross_entropy: log-prob only"),
+        Peer("torch_linear_cross_entropy", "torch", "torch", "F.linear_cross_entropy in chunks (hidden); torch 2.13"),
         Peer(
             "trl",
             "trl",

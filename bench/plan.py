@@ -6,9 +6,11 @@ from types import ModuleType
 
 from tokfuse.bench import (
     advantage,
+    cross_entropy,
     distill_step,
     growth,
     influence,
+    linear_cross_entropy,
     linear_paired_divergence,
     linear_token_stats,
     overhead,
@@ -27,6 +29,8 @@ CASES: dict[str, ModuleType] = {
         policy_step,
         policy_step_hidden,
         linear_token_stats,
+        cross_entropy,
+        linear_cross_entropy,
         paired_divergence,
         distill_step,
         linear_paired_divergence,

@@ -51,6 +51,8 @@ class Loops:
 ROW_KERNELS = {
     "token_stats_fwd_kernel": Loops(1, 0),
     "token_stats_bwd_kernel": Loops(0, 1, traffic=2),
+    "token_stats_sum_fwd_kernel": Loops(1, 0),
+    "token_stats_sum_bwd_kernel": Loops(0, 1, traffic=2),
     "policy_step_kernel": Loops(1, 1, traffic=2),
     "policy_step_cluster_kernel": Loops(1, 1, "LDS", traffic=2),
     # 1 and 2 are the two KLs: a row that is apart takes the first pass only. Under a softcap, the

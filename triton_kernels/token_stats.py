@@ -1,4 +1,5 @@
-"""token_stats: five statistics of each row of logits, and the gradient of logp and entropy.
+"""token_stats: five statistics of each row of logits, and the gradient of logp, entropy, lse
+and logit_sum.
 
 rows.py has the formulas. The forward reads (T, V) once. The backward reads and writes it once; a
 row without gradient is filled with zeros and not read. Bytes per token at bf16: 2V forward, 4V
@@ -18,7 +19,7 @@ import triton.language as tl
 
 from tokfuse.triton_kernels import launch, rows
 from tokfuse.triton_kernels.compile_cases import compile_case, meta
-from tokfuse.triton_kernels.tile import NEG_INF, maximum, store
+from tokfuse.triton_kernels.tile import LOG2_E, MIN_EXPONENT, NEG_INF, maximum, store
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,6 +35,16 @@ def _fold_extras(step, decay, c2, d, e, ss, s2, ssd, ssdd, SECOND: tl.constexpr,
         ssdd += rows.lane_sum(d * e * (d * e))
         ssd = decay * decay * (ssd + step * ss) + rows.lane_sum(d * e * e)
     return s2, ssd, ssdd
+
+
+@triton.jit
+def _weighted(x, class_weight_ptr, at, inside):
+    """Return x times the weights of the columns `at`; 0 for columns that are not inside."""
+    if class_weight_ptr is not None:
+        x = x * tl.load(class_weight_ptr + at, mask=inside)
+    if inside is not None:
+        x = tl.where(inside, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -53,6 +64,8 @@ def token_stats_fwd_kernel(
     second_logp_ptr,  # or None
     sum_p2_logp_ptr,  # or None
     sum_p2_logp2_ptr,  # or None
+    class_weight_ptr,  # (V,) float32, or None: 1 for every class
+    logit_sum_ptr,  # or None
     stride_logits_t,
     stride_bias_t,
     vocab_size,
@@ -71,6 +84,7 @@ def token_stats_fwd_kernel(
     row = tl.program_id(0).to(tl.int64)  # T * V can exceed 2^31
     SECOND: tl.constexpr = second_logp_ptr is not None
     MOMENTS: tl.constexpr = sum_p2_logp_ptr is not None
+    SUM: tl.constexpr = logit_sum_ptr is not None
     counts = row >= 0  # every row
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
@@ -93,6 +107,7 @@ def token_stats_fwd_kernel(
     s2 = tl.zeros((LANES,), tl.float32)  # sum 2^(c2 d)
     ssd = tl.zeros((LANES,), tl.float32)  # sum d e^2
     ssdd = tl.zeros((LANES,), tl.float32)  # sum d^2 e^2
+    wu = tl.zeros((LANES,), tl.float32)  # sum class_weight u, with the target
 
     y = tl.load(target_ptr + row)
     at_y = rows.target_place(y, 0, vocab_size, counts)
@@ -106,12 +121,16 @@ def token_stats_fwd_kernel(
             u, slope = rows.read_whole(
                 row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale, HAS_SOFTCAP
             )
+            if SUM:
+                wu += rows.lane_sum(_weighted(u, class_weight_ptr, start + offs_v, None))
             old_ss = ss
             m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
             s2, ssd, ssdd = _fold_extras(step, decay, c2, d, e, old_ss, s2, ssd, ssdd, SECOND, MOMENTS)
         if (begin <= masked) & (masked < vocab):
             at = masked + offs_v
             u, slope = rows.read(row_ptr, bias_row_ptr, at, at < vocab, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
+            if SUM:
+                wu += rows.lane_sum(_weighted(u, class_weight_ptr, at, at < vocab))
             u = tl.where(at == at_y, NEG_INF, u)
             old_ss = ss
             m, s, sd, ss, step, decay, d, e = rows.fold(u, c, m, s, sd, ss)
@@ -130,6 +149,8 @@ def token_stats_fwd_kernel(
     tl.store(top1_ptr + row, top1)
     tl.store(row_max_ptr + row, row_m)
     tl.store(inv_sum_ptr + row, inv_sum)
+    if SUM:
+        tl.store(logit_sum_ptr + row, tl.where(counts, nats * tl.sum(wu, axis=0), 0.0))
     dead = rest == -1.0
     d = maximum(d_y, rows.FARTHEST)
     if SECOND:
@@ -166,6 +187,9 @@ def token_stats_bwd_kernel(
     entropy_ptr,
     grad_logp_ptr,  # (T,) float32 or None
     grad_entropy_ptr,  # (T,) float32 or None
+    grad_lse_ptr,  # (T,) float32 or None
+    grad_logit_sum_ptr,  # (T,) float32 or None
+    class_weight_ptr,  # (V,) float32, or None: 1 for every class
     grad_logits_ptr,  # (T, V), may be logits: each element is read before it is written
     stride_logits_t,
     stride_bias_t,
@@ -186,14 +210,20 @@ def token_stats_bwd_kernel(
     TILE: tl.constexpr = VECTORS * LANES * ITEMS
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     row = tl.program_id(0).to(tl.int64) // parts
-    ga, gh = 0.0, 0.0
+    SUM: tl.constexpr = grad_logit_sum_ptr is not None
+    ga, gh, gl, gu = 0.0, 0.0, 0.0, 0.0
     if grad_logp_ptr is not None:
         ga = tl.load(grad_logp_ptr + row)
     if grad_entropy_ptr is not None:
         gh = tl.load(grad_entropy_ptr + row)
+    if grad_lse_ptr is not None:
+        gl = tl.load(grad_lse_ptr + row)
+    if SUM:
+        gu = tl.load(grad_logit_sum_ptr + row)
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row)
         ga, gh = tl.where(counts, ga, 0.0), tl.where(counts, gh, 0.0)
+        gl, gu = tl.where(counts, gl, 0.0), tl.where(counts, gu, 0.0)
     inv_sum = tl.load(inv_sum_ptr + row)
 
     begin = row * stride_logits_t
@@ -215,7 +245,7 @@ def token_stats_bwd_kernel(
 
     # The gradient is zero for clipped, zero-advantage and masked tokens, and for a row of only -inf.
     # Such rows are not read.
-    if ((ga == 0.0) & (gh == 0.0)) | (inv_sum == 0.0):
+    if ((ga == 0.0) & (gh == 0.0) & (gl == 0.0) & (gu == 0.0)) | (inv_sum == 0.0):
         none = tl.zeros((VECTORS, LANES, ITEMS), tl.float32)
         for edge in range(first, last):
             at = edge * whole + offs_v
@@ -230,6 +260,9 @@ def token_stats_bwd_kernel(
         ga = tl.where((ga == 0.0) | known, ga, float("nan"))
         entropy = tl.load(entropy_ptr + row)
         a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
+        if grad_lse_ptr is not None:
+            a0 += nats * inv_sum * gl
+        first_column = part_start - lead  # column of the element at offset 0 of the part
         # The target's entry is stored separately, so that no other element needs a comparison. Its
         # slope is computed before the tiles are written, because they may overwrite the logits.
         at_y = lead + y - part_start
@@ -241,14 +274,25 @@ def token_stats_bwd_kernel(
             at = edge * whole + offs_v
             inside = (at >= part_lead) & (at < size)
             u, slope = rows.read(row_ptr, bias_row_ptr, at, inside, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
-            store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), mask=inside)
+            dz = rows.gradient(u, slope, m, c, a0, a1)
+            if SUM:
+                dz += _weighted(nats * gu * slope, class_weight_ptr, at + first_column, inside)
+            store(grad_row_ptr + at, dz, mask=inside)
         for start in range(first_whole, whole, TILE):
             u, slope = rows.read_whole(
                 row_ptr, bias_row_ptr, start, offs_v, softcap, logit_scale, bias_scale, HAS_SOFTCAP
             )
-            store(grad_row_ptr + start + offs_v, rows.gradient(u, slope, m, c, a0, a1))
+            dz = rows.gradient(u, slope, m, c, a0, a1)
+            if SUM:
+                dz += _weighted(nats * gu * slope, class_weight_ptr, start + offs_v + first_column, None)
+            store(grad_row_ptr + start + offs_v, dz)
         tl.debug_barrier()
-        grad_y = rows.target_gradient(slope_y, nats, tl.load(logp_ptr + row), entropy, ga, gh)
+        logp = tl.load(logp_ptr + row)
+        grad_y = rows.target_gradient(slope_y, nats, logp, entropy, ga, gh)
+        if grad_lse_ptr is not None:
+            grad_y += slope_y * nats * gl * tl.exp2(maximum(logp * LOG2_E, MIN_EXPONENT))
+        if SUM:
+            grad_y += _weighted(nats * gu * slope_y, class_weight_ptr, y, has_y)
         store(grad_row_ptr + at_y, grad_y, mask=has_y)
 
 
@@ -271,11 +315,14 @@ def token_stats_fwd(
     bias_scale: float = 1.0,
     second_temperature: float | None = None,
     moments: bool = False,
+    logit_sum: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return logp, entropy, lse, sum_sq, top1, row_max and inv_sum, each (tokens,) float32.
 
     With second_temperature or moments, also second_logp, sum_p2_logp and sum_p2_logp2; those that
-    were not requested are empty. The caller has checked shapes, dtypes and devices.
+    were not requested are empty. sum_j class_weight_j u_j is written to `logit_sum`, (tokens,)
+    float32, if it is given; class_weight is (vocab,) float32. The caller has checked shapes, dtypes and devices.
     """
     tokens, vocab = logits.shape
     logits, bias_logits = rows.unit_stride(logits), rows.unit_stride(bias_logits)
@@ -298,6 +345,8 @@ def token_stats_fwd(
             None if second_temperature is None else second_logp,
             sum_p2_logp if moments else None,
             sum_p2_logp2 if moments else None,
+            class_weight,
+            logit_sum,
             logits.stride(0),
             0 if bias_logits is None else bias_logits.stride(0),
             vocab,
@@ -324,6 +373,9 @@ def token_stats_bwd(
     grad_entropy: torch.Tensor | None,
     out: torch.Tensor | None = None,
     *,
+    grad_lse: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
     temperature: float | torch.Tensor,
     softcap: float | None,
     logit_scale: float,
@@ -355,6 +407,9 @@ def token_stats_bwd(
             entropy,
             rows.as_float(grad_logp),
             rows.as_float(grad_entropy),
+            rows.as_float(grad_lse),
+            rows.as_float(grad_logit_sum),
+            class_weight,
             out,
             logits.stride(0),
             0 if bias_logits is None else bias_logits.stride(0),
@@ -428,6 +483,31 @@ def _(dtype: torch.dtype) -> None:
         mask=meta(4096, dtype=torch.bool),
         bias_logits=_arguments(dtype)[0],
     )
+
+
+@compile_case("token_stats_fwd/logit_sum", dtypes=(torch.bfloat16,), traffic=1)
+def _(dtype: torch.dtype) -> None:
+    token_stats_fwd(*_arguments(dtype), **PLAIN, logit_sum=meta(4096))
+
+
+@compile_case("token_stats_bwd/logit_sum", dtypes=(torch.bfloat16,), traffic=2)
+def _(dtype: torch.dtype) -> None:
+    row = meta(4096)
+    given = {"grad_lse": row, "grad_logit_sum": row}
+    token_stats_bwd(*_arguments(dtype), row, row, row, row, row, None, **PLAIN, **given)
+
+
+@compile_case("token_stats_fwd/class_weight", dtypes=(torch.bfloat16,))
+def _(dtype: torch.dtype) -> None:
+    given = {"logit_sum": meta(4096), "class_weight": meta(151936)}
+    token_stats_fwd(*_arguments(dtype), **{**PLAIN, "softcap": 30.0}, **given)
+
+
+@compile_case("token_stats_bwd/class_weight", dtypes=(torch.bfloat16,))
+def _(dtype: torch.dtype) -> None:
+    row = meta(4096)
+    given = {"grad_lse": row, "grad_logit_sum": row, "class_weight": meta(151936)}
+    token_stats_bwd(*_arguments(dtype), row, row, row, row, row, None, **{**PLAIN, "softcap": 30.0}, **given)
 
 
 @compile_case("token_stats_fwd/odd_vocabulary", dtypes=(torch.bfloat16,), traffic=1)

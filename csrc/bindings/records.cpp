@@ -143,11 +143,13 @@ FIELDS_OF(LogitsArgs, REQUIRED(logits), REQUIRED(stride), REQUIRED(dtype), REQUI
 
 FIELDS_OF(TokenStatsOut, REQUIRED(logp), REQUIRED(entropy), REQUIRED(lse), OPTIONAL(sum_sq),
           OPTIONAL(top1), OPTIONAL(row_max), OPTIONAL(inv_sum), OPTIONAL(second_logp),
-          OPTIONAL(sum_p2_logp), OPTIONAL(sum_p2_logp2), OPTIONAL(second_temperature))
+          OPTIONAL(sum_p2_logp), OPTIONAL(sum_p2_logp2), OPTIONAL(second_temperature),
+          OPTIONAL(class_weight), OPTIONAL(logit_sum))
 
 FIELDS_OF(TokenStatsGrad, REQUIRED(row_max), REQUIRED(inv_sum), REQUIRED(logp), REQUIRED(entropy),
           REQUIRED(grad_logp), REQUIRED(grad_entropy), REQUIRED(grad_logits), REQUIRED(grad_stride),
-          REQUIRED(grad_dtype))
+          REQUIRED(grad_dtype), OPTIONAL(grad_lse), OPTIONAL(grad_logit_sum),
+          OPTIONAL(class_weight))
 
 FIELDS_OF(GradRows, REQUIRED(grad_logits), REQUIRED(grad_stride), REQUIRED(grad_dtype),
           OPTIONAL(grad_tokens))

@@ -49,9 +49,11 @@ struct TokenStatsOut {
   float* sum_p2_logp;   // sum p^2 log p, or null
   float* sum_p2_logp2;  // sum p^2 log^2 p; null if sum_p2_logp is
   float second_temperature;
+  const float* class_weight;  // (V) or null: 1 for every class
+  float* logit_sum;           // sum_j class_weight_j u_j, or null; token_stats only
 };
 
-// Inputs and output of the gradient of logp and entropy with respect to the logits.
+// Inputs and output of the gradient of logp, entropy, lse and logit_sum with respect to the logits.
 struct TokenStatsGrad {
   const float* row_max;  // (T); the same for all vectors
   const float* inv_sum;
@@ -62,6 +64,10 @@ struct TokenStatsGrad {
   void* grad_logits;          // (R, V); may be the logits themselves
   int64_t grad_stride;
   DType grad_dtype;  // dtype of the logits; on CUDA also a 16-bit one for float32 logits
+  // Read by token_stats only.
+  const float* grad_lse;        // or null
+  const float* grad_logit_sum;  // or null
+  const float* class_weight;    // as in TokenStatsOut
 };
 
 // Output of policy_step: the gradient of the logits.

@@ -83,12 +83,14 @@ static inline Slopes rebased(const Slopes& s, float kept_shift) {
   return {s.c, s.shift, s.a0 * f, s.a1 * f};
 }
 
-// Returns the target's entry for ga * logp + gh * entropy, before the slope of a softcap. It is not
-// computed as the entry of any element plus scale * ga, because the two cancel near p = 1.
-static inline float target_gradient(float scale, float logp, float entropy, float ga, float gh) {
+// Returns the target's entry for ga * logp + gh * entropy + gl * lse, before the slope of a
+// softcap. It is not computed as the entry of any element plus scale * ga, because the two cancel
+// near p = 1.
+static inline float target_gradient(float scale, float logp, float entropy, float ga, float gh,
+                                    float gl = 0.0f) {
   const double lp = logp, p = ::exp(lp);
   const double log_term = p == 0 ? 0.0 : p * (lp + entropy);
-  return static_cast<float>(scale * (-ga * ::expm1(lp) - gh * log_term));
+  return static_cast<float>(scale * (-ga * ::expm1(lp) - gh * log_term + gl * p));
 }
 
 // Gradient of one block of a row. `out` may be `u`. The caller overwrites the target's entry later.
@@ -136,20 +138,39 @@ TOKFUSE_BLOCK_LOOP static void store_block(const float* __restrict values, int64
   for (int64_t j = 0; j < n; j++) store(out, j, values[j]);
 }
 
-// Writes the gradient of ga * logp + gh * entropy of one row to `out`, which may be the row itself.
-// A row with ga = gh = 0 is filled with zeros and not read. Plain float32 and bfloat16 logits take
-// one loop from the row to the output. All others take separate loops for conversion, gradient and
-// rounding over a block in L1: with g++ 12 one loop of mixed widths is 25% slower.
+// Further terms of the gradient of a row: gl * lse + gu * sum_j weight_j u_j.
+struct FurtherTerms {
+  float gl = 0.0f, gu = 0.0f;
+  const float* weight = nullptr;  // (V); null: 1
+};
+
+TOKFUSE_BLOCK_LOOP static void add_weights(float* __restrict du, const float* __restrict weight,
+                                           int64_t n, float k) {
+  if (weight == nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) du[j] += k;
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) du[j] += k * weight[j];
+  }
+}
+
+// Writes the gradient of ga * logp + gh * entropy, and of further terms, of one row to `out`, which
+// may be the row itself. A row whose coefficients are all 0 is filled with zeros and not read.
+// Plain float32 and bfloat16 logits take one loop from the row to the output. All others take
+// separate loops for conversion, gradient and rounding over a block in L1: with g++ 12 one loop of
+// mixed widths is 25% slower.
 template <class T, bool kTransform>
 static inline void row_backward(const Row<T>& row, const Transform& f, float c, float scale,
                                 float shift, float inv_sum, float logp, float entropy, float ga,
-                                float gh, T* out, const KeptExps* kept = nullptr) {
+                                float gh, T* out, const KeptExps* kept = nullptr,
+                                const FurtherTerms& more = {}) {
   constexpr bool kDirect = !IsSame<T, Float16>::value && !kTransform;
   const int64_t vocab = row.vocab;
   auto width = [vocab](int64_t begin) { return vocab - begin < kBlock ? vocab - begin : kBlock; };
   // Address of the block at `begin` in the output, which has the same tiles as the row.
   auto out_block = [&](int64_t begin) { return out + (row.block(begin) - row.z) + begin; };
-  if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f) {
+  if ((ga == 0.0f && gh == 0.0f && more.gl == 0.0f && more.gu == 0.0f) || inv_sum == 0.0f) {
     const int64_t piece = row.tile < vocab ? row.tile : vocab;
     for (int64_t begin = 0; begin < vocab; begin += piece) {
       const int64_t n = vocab - begin < piece ? vocab - begin : piece;
@@ -158,16 +179,17 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
     return;
   }
   const double ln_s = -::log(static_cast<double>(inv_sum));
-  Slopes s = {c, shift, static_cast<float>(-scale * inv_sum * (ga + gh * (entropy - ln_s))),
+  Slopes s = {c, shift,
+              static_cast<float>(-scale * inv_sum * (ga - more.gl + gh * (entropy - ln_s))),
               static_cast<float>(-scale * inv_sum * gh * kLn2)};
   // If a constant is NaN, the whole row becomes NaN. This NaN has low bits 0, as gradient_pairs
   // requires.
   if (s.a0 != s.a0 || s.a1 != s.a1) s.a0 = s.a1 = __builtin_nanf("");
   const int64_t y = row.target >= 0 && row.target < vocab ? row.target : -1;
-  const float at_target = y >= 0 ? target_gradient(scale, logp, entropy, ga, gh) : 0.0f;
+  const float at_target = y >= 0 ? target_gradient(scale, logp, entropy, ga, gh, more.gl) : 0.0f;
   const bool far = is_far(shift);
   if constexpr (kDirect) {
-    if (!far) {
+    if (!far && more.gu == 0.0f) {
       for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         gradient_of_block(row.block(begin) + begin, begin, width(begin), s, kept, out_block(begin));
       }
@@ -184,6 +206,9 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
     const Slopes plain = {c, far ? 0.0f : shift, s.a0, s.a1};
     gradient_of_block(du, begin, n, plain, far ? nullptr : kept, du);
     if (y >= begin && y < begin + n) du[y - begin] = at_target;
+    if (more.gu != 0.0f) {
+      add_weights(du, more.weight == nullptr ? nullptr : more.weight + begin, n, scale * more.gu);
+    }
     if (kTransform && f.cap != 0.0f) scale_by_slope(row, f, begin, n, du);
     store_block(du, n, out_block(begin));
   }

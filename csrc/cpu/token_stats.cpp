@@ -1,6 +1,6 @@
 // token_stats. The forward computes log-probability, entropy, log-sum-exp, sum of squared
-// probabilities and top-1 hit of every row in one read. The backward computes the gradient of logp
-// and entropy in one read and one write.
+// probabilities and top-1 hit of every row in one read. The backward computes the gradient of logp,
+// entropy, lse and logit_sum in one read and one write.
 //
 // Bytes per row: forward V * sizeof(T); backward 2 V * sizeof(T), or V * sizeof(T) of zeros for a
 // row without gradient. Exponentials per element: 1 forward, 1 backward.
@@ -14,6 +14,31 @@ namespace tokfuse {
 namespace TOKFUSE_ISA {
 namespace {
 
+TOKFUSE_BLOCK_LOOP float weighted_sum(const float* u, const float* weight, int64_t n) {
+  float sum = 0.0f;
+  if (weight == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += u[j];
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += weight[j] * u[j];
+  }
+  return sum;
+}
+
+// Returns sum_j weight_j u_j. Called after the statistics of the row, while it is in the cache.
+template <class T, bool kTransform>
+double logit_sum(const Row<T>& row, const Transform& f, const float* weight) {
+  alignas(64) float u[kBlock];
+  double sum = 0.0;
+  for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
+    const int64_t n = row.vocab - begin < kBlock ? row.vocab - begin : kBlock;
+    convert_block<T, kTransform>(row, f, begin, n, u);
+    sum += weighted_sum(u, weight == nullptr ? nullptr : weight + begin, n);
+  }
+  return sum;
+}
+
 template <class T, bool kTransform, bool kMoments>
 void forward(const LogitsArgs& a, const TokenStatsOut& o) {
   const Transform f = transform_of(a);
@@ -24,6 +49,7 @@ void forward(const LogitsArgs& a, const TokenStatsOut& o) {
     if (masked(a, t)) {
       write_row(o, t, zero);
       if (o.second_logp != nullptr) o.second_logp[t] = 0.0f;
+      if (o.logit_sum != nullptr) o.logit_sum[t] = 0.0f;
       continue;
     }
     const float c = base2_scale(a, temperature_of(a, t));
@@ -32,6 +58,10 @@ void forward(const LogitsArgs& a, const TokenStatsOut& o) {
     const float c2 = wanted != nullptr ? base2_scale(a, o.second_temperature) : 0.0f;
     write_row(o, t, row_forward<T, kTransform, kMoments>(row_of<T>(a, i), f, c, wanted, c2));
     if (wanted != nullptr) o.second_logp[t] = static_cast<float>(second.logp);
+    if (o.logit_sum != nullptr) {
+      const double sum = logit_sum<T, kTransform>(row_of<T>(a, i), f, o.class_weight);
+      o.logit_sum[t] = static_cast<float>(kLn2 * c * sum);
+    }
   }
 }
 
@@ -44,11 +74,14 @@ void backward(const LogitsArgs& a, const TokenStatsGrad& g) {
     const bool skip = masked(a, t);
     const float ga = skip || g.grad_logp == nullptr ? 0.0f : g.grad_logp[t];
     const float gh = skip || g.grad_entropy == nullptr ? 0.0f : g.grad_entropy[t];
+    const FurtherTerms more = {skip || g.grad_lse == nullptr ? 0.0f : g.grad_lse[t],
+                               skip || g.grad_logit_sum == nullptr ? 0.0f : g.grad_logit_sum[t],
+                               g.class_weight};
     const float temperature = temperature_of(a, t);
     row_backward<T, kTransform>(row_of<T>(a, i), f, base2_scale(a, temperature),
                                 a.logit_scale / temperature, g.row_max[t], g.inv_sum[t], g.logp[t],
                                 g.entropy[t], ga, gh,
-                                static_cast<T*>(g.grad_logits) + i * g.grad_stride);
+                                static_cast<T*>(g.grad_logits) + i * g.grad_stride, nullptr, more);
   }
 }
 

@@ -13,10 +13,41 @@ constexpr int64_t kElsewhere = -(int64_t{1} << 31);
 
 // Constants of one row's gradient.
 struct Slopes {
+  static constexpr bool kSum = false;
   float c, m, a0, a1;
   float nats, logp, entropy, ga, gh;  // for the target's entry
   int target;                         // its column; -1: none
 };
+
+// The same with the gradient gl p_j of lse.
+struct LseSlopes : Slopes {
+  float gl;
+};
+
+__device__ __forceinline__ LseSlopes with_lse(Slopes s, float inv_sum, float gl) {
+  s.a0 += s.nats * inv_sum * gl;
+  return {s, gl};
+}
+
+// The same with the gradient k weight_j of a sum over the classes.
+struct SumSlopes : LseSlopes {
+  static constexpr bool kSum = true;
+  float k;
+  const float* weight;  // of the element at column 0; null: 1
+  int columns;
+
+  __device__ __forceinline__ float at(int column) const {
+    return weight == nullptr || column >= columns ? k : k * weight[column];
+  }
+};
+
+// The constants for columns that are counted from `head`.
+__device__ __forceinline__ Slopes from_column(const Slopes& s, int) { return s; }
+__device__ __forceinline__ SumSlopes from_column(SumSlopes s, int head) {
+  if (s.weight != nullptr) s.weight += head;
+  s.columns -= head;
+  return s;
+}
 
 __device__ __forceinline__ Slopes slopes_of(const Scale& scale, float m, float inv_sum, float logp,
                                             float entropy, float ga, float gh, int64_t y,
@@ -65,13 +96,19 @@ __device__ __forceinline__ bool writes_last() { return threadIdx.x == blockDim.x
 
 // Replaces u by the gradient of each element; the target's entry is written separately. kShare (see
 // exp2_pair) may be used only if vectors begin at the same elements in every row. Otherwise the
-// result of a row would depend on its address.
-template <int kPairs, bool kTransform, int kShare>
-__device__ __forceinline__ void gradient_of(const Slopes& s, Pair* u, const Pair* slope) {
+// result of a row would depend on its address. `column` is that of the first element.
+template <int kPairs, bool kTransform, int kShare, class S>
+__device__ __forceinline__ void gradient_of(const S& s, int column, Pair* u, const Pair* slope) {
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
     const Pair d = below(u[i], s.m);
     u[i] = mul2(exp2_pair<kShare>(times(d, s.c), i), fma2({s.a1, s.a1}, d, {s.a0, s.a0}));
+  }
+  if constexpr (S::kSum) {
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+      u[i] = add2(u[i], {s.at(column + 2 * i), s.at(column + 2 * i + 1)});
+    }
   }
   if constexpr (kTransform) {
 #pragma unroll
@@ -94,6 +131,15 @@ __device__ __forceinline__ float target_gradient(const Slopes& s) {
   return s.nats * (s.ga * rest - s.gh * log_term);
 }
 
+__device__ __forceinline__ float target_gradient(const LseSlopes& s) {
+  const float p = exp2_fast(s.logp * kLog2E);
+  return target_gradient(static_cast<const Slopes&>(s)) + s.nats * s.gl * p;
+}
+
+__device__ __forceinline__ float target_gradient(const SumSlopes& s) {
+  return target_gradient(static_cast<const LseSlopes&>(s)) + s.at(s.target);
+}
+
 // Stores elements [0, count) of a vector.
 template <class T, class G>
 __device__ __forceinline__ void store_elements(G* out, const Pair* v, int count) {
@@ -103,14 +149,14 @@ __device__ __forceinline__ void store_elements(G* out, const Pair* v, int count)
   }
 }
 
-template <class T, class G, bool kTransform, bool kAligned, int kShare>
+template <class T, class G, bool kTransform, bool kAligned, int kShare, class S>
 __device__ __forceinline__ void write_vector(const Transform& f, const Vec16& z, const Vec16& bias,
-                                             bool has_bias, G* to, const Slopes& s,
+                                             bool has_bias, G* to, const S& s, int column,
                                              uint64_t policy) {
   constexpr int kPairs = kItems<T> / 2;
   Pair u[kPairs], slope[kPairs];
   transformed<T, kTransform>(f, z, bias, has_bias, u, slope);
-  gradient_of<kPairs, kTransform, kShare>(s, u, slope);
+  gradient_of<kPairs, kTransform, kShare>(s, column, u, slope);
   if (kAligned) {
     store_vector<kPairs>(to, u, policy);
   } else {
@@ -120,14 +166,16 @@ __device__ __forceinline__ void write_vector(const Transform& f, const Vec16& z,
 
 // The threads of the block write the gradient of whole vectors [begin, end). `source` loads the
 // vectors of the logits. kAhead: vectors that a thread loads before it computes on the first one.
-template <class T, class G, bool kTransform, bool kAligned, int kShare, int kAhead, class Source>
+template <class T, class G, bool kTransform, bool kAligned, int kShare, int kAhead, class Source,
+          class S>
 __device__ __forceinline__ void write_whole(const Transform& f, const Source& source, bool has_bias,
-                                            G* grad, int begin, int end, const Slopes& s,
+                                            G* grad, int begin, int end, const S& s,
                                             uint64_t policy) {
   const int threads = static_cast<int>(blockDim.x);
   const auto write = [&](int v, const Vec16& z, const Vec16& bias) {
     G* to = grad + static_cast<int64_t>(v) * kItems<T>;
-    write_vector<T, G, kTransform, kAligned, kShare>(f, z, bias, has_bias, to, s, policy);
+    write_vector<T, G, kTransform, kAligned, kShare>(f, z, bias, has_bias, to, s, v * kItems<T>,
+                                                     policy);
   };
   Vec16 z[kAhead], bias[kAhead] = {};
   int v = begin + static_cast<int>(threadIdx.x);
@@ -149,21 +197,21 @@ __device__ __forceinline__ void write_whole(const Transform& f, const Source& so
 }
 
 // One thread writes elements [begin, begin + count), fewer than a vector.
-template <class T, class G, bool kTransform>
+template <class T, class G, bool kTransform, class S>
 __device__ __forceinline__ void write_few(const Transform& f, const T* logits, const T* bias,
-                                          G* grad, int begin, int count, const Slopes& s) {
+                                          G* grad, int begin, int count, const S& s) {
   constexpr int kPairs = kItems<T> / 2;
   Pair u[kPairs], slope[kPairs];
   const bool has_bias = kTransform && bias != nullptr;
   const Vec16 b = has_bias ? load_elements(bias + begin, count) : Vec16();
   transformed<T, kTransform>(f, load_elements(logits + begin, count), b, has_bias, u, slope);
-  gradient_of<kPairs, kTransform, kNoPolynomial>(s, u, slope);
+  gradient_of<kPairs, kTransform, kNoPolynomial>(s, begin, u, slope);
   store_elements<T>(grad + begin, u, count);
 }
 
-template <class T, class G, bool kTransform>
+template <class T, class G, bool kTransform, class S>
 __device__ __forceinline__ void write_ends(const Transform& f, const T* logits, const T* bias,
-                                           int vocab, G* grad, const Part& part, const Slopes& s) {
+                                           int vocab, G* grad, const Part& part, const S& s) {
   if (part.has_head && writes_head()) {
     write_few<T, G, kTransform>(f, logits, bias, grad, 0, part.head, s);
   }
@@ -201,8 +249,9 @@ struct TargetTerm {
   bool mine;
   float value;
 
+  template <class S>
   __device__ __forceinline__ TargetTerm(const Transform& f, const T* row, const T* bias, int vocab,
-                                        const Part& part, const Slopes& s) {
+                                        const Part& part, const S& s) {
     const int at = s.target - part.head, v = at / kItems<T>;
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
     if (at < 0) {
@@ -225,17 +274,18 @@ struct TargetTerm {
 
 // The block writes one part of a row from global memory. `grad` may be the row itself: each thread
 // reads only the elements that it writes.
-template <class T, class G, bool kTransform, int kAhead>
+template <class T, class G, bool kTransform, int kAhead, class S>
 __device__ __forceinline__ void write_gradient(const Transform& f, const T* logits, const T* bias,
-                                               int vocab, G* grad, const Part& part,
-                                               const Slopes& s, bool together, uint64_t policy) {
+                                               int vocab, G* grad, const Part& part, const S& s,
+                                               bool together, uint64_t policy) {
   const TargetTerm<T, G, kTransform> target(f, logits, bias, vocab, part, s);
   const bool has_bias = bias != nullptr;
   if (together) {
     const T* shifted = has_bias ? bias + part.head : nullptr;
     const GlobalRow<T, true> row = {logits + part.head, shifted, vocab - part.head, policy};
     write_whole<T, G, kTransform, true, kNoPolynomial, kAhead>(f, row, has_bias, grad + part.head,
-                                                               part.begin, part.end, s, policy);
+                                                               part.begin, part.end,
+                                                               from_column(s, part.head), policy);
   } else {
     const GlobalRow<T, false> row = {logits, bias, vocab, policy};
     write_whole<T, G, kTransform, false, kNoPolynomial, kAhead>(f, row, has_bias, grad, part.begin,

@@ -98,12 +98,13 @@ __global__ void __launch_bounds__(kPolicyThreads, kTransform ? 1 : 2)
     // Read now, because the gradient may overwrite the logits.
     const float u_y = threadIdx.x == 0 ? target_logit<T, kTransform>(a, f, logits, token) : 0.0f;
     Lane<false> lane;
+    NoSum none;
     if (aligned) {
       const GlobalRow<T, true> source = {logits, nullptr, vocab, stay};
-      fold_row<T, true, kTransform>(f, source, a.target[token], lane, scale.c, 0.0f);
+      fold_row<T, true, kTransform>(f, source, a.target[token], lane, none, scale.c, 0.0f);
     } else {
       const GlobalRow<T, false> source = {logits, nullptr, vocab, stay};
-      fold_row<T, false, kTransform>(f, source, a.target[token], lane, scale.c, 0.0f);
+      fold_row<T, false, kTransform>(f, source, a.target[token], lane, none, scale.c, 0.0f);
     }
     const Record r = merge_block(lane, records[turn], scale.c, 0.0f);
     turn ^= 1;

@@ -204,10 +204,37 @@ __device__ __forceinline__ void exclude(const TargetPlace& target, int v, Vec16*
   }
 }
 
-// Adds this thread's elements of a row in global memory, except the target, to its statistics.
-template <class T, bool kAligned, bool kTransform, bool kExtras>
+// sum_j weight_j u_j over the elements of one thread, with the target.
+struct LogitSum {
+  static constexpr bool kOn = true;
+  const float* weight;  // null: 1
+  Pair sum;
+
+  // Adds the elements [0, count) of a vector; the first one is in column `at`.
+  template <class T, bool kTransform>
+  __device__ __forceinline__ void add(const Transform& f, const Vec16& z, const Vec16& bias,
+                                      bool has_bias, int at, int count) {
+    constexpr int kPairs = kItems<T> / 2;
+    Pair u[kPairs], slope[kPairs];
+    transformed<T, kTransform>(f, z, bias, has_bias, u, slope);
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+      if (2 * i < count) sum.x += weight == nullptr ? u[i].x : weight[at + 2 * i] * u[i].x;
+      if (2 * i + 1 < count) sum.y += weight == nullptr ? u[i].y : weight[at + 2 * i + 1] * u[i].y;
+    }
+  }
+};
+
+// No such sum.
+struct NoSum {
+  static constexpr bool kOn = false;
+};
+
+// Adds this thread's elements of a row in global memory, except the target, to its statistics, and
+// all of them to `sum`.
+template <class T, bool kAligned, bool kTransform, bool kExtras, class Sum>
 __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, kAligned>& row,
-                                         int64_t y, Lane<kExtras>& a, float c, float c2) {
+                                         int64_t y, Lane<kExtras>& a, Sum& sum, float c, float c2) {
   const int whole = row.vocab / kItems<T>, threads = static_cast<int>(blockDim.x);
   constexpr int kTile = kTileOf<kTransform>;
   const bool has_bias = kTransform && row.bias != nullptr;
@@ -224,6 +251,13 @@ __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, 
       for (int j = 0; j < kTile; j++) bias[j] = row.whole_bias(v + j * threads);
     }
     fold_vectors<T, kTile, kTransform>(f, a, z, bias, has_bias, c, c2);
+    if constexpr (Sum::kOn) {
+#pragma unroll
+      for (int j = 0; j < kTile; j++) {
+        const int at = (v + j * threads) * kItems<T>;
+        sum.template add<T, kTransform>(f, z[j], bias[j], has_bias, at, kItems<T>);
+      }
+    }
   }
   // The tile of the target, then the vectors after the last whole tile. Both use one copy of the
   // code: a second copy takes registers that the loop above needs (120 bytes were spilled to the
@@ -234,6 +268,10 @@ __device__ __forceinline__ void fold_row(const Transform& f, const GlobalRow<T, 
   while (w * kItems<T> < row.vocab) {
     Vec16 one[1] = {w < whole ? row.whole(w) : row.last()}, bias_of_one[1] = {};
     if (has_bias) bias_of_one[0] = w < whole ? row.whole_bias(w) : row.last_bias();
+    if constexpr (Sum::kOn) {
+      const int at = w * kItems<T>;
+      sum.template add<T, kTransform>(f, one[0], bias_of_one[0], has_bias, at, row.vocab - at);
+    }
     exclude<T, 1>(target, w, one);
     fold_vectors<T, 1, kTransform>(f, a, one, bias_of_one, has_bias, c, c2);
     w = --left == 0 ? v : w + threads;

@@ -13,10 +13,14 @@ cudaError_t token_stats_fwd(const LogitsArgs& a, const TokenStatsOut& out, cudaS
     const bool aligned =
         rows_aligned<T>(a.logits, a.stride) && rows_aligned<T>(a.bias_logits, a.bias_stride);
     return by_flag(is_transformed(a), [&](auto transformed) {
+      constexpr bool kTransform = decltype(transformed)::value;
+      if (out.logit_sum != nullptr) {
+        return launch_resident(token_stats_sum_fwd_kernel<T, kTransform>, a.rows, kForwardThreads,
+                               stream, a, out, aligned);
+      }
       return by_flag(extras, [&](auto with_extras) {
-        return launch_resident(
-            token_stats_fwd_kernel<T, decltype(transformed)::value, decltype(with_extras)::value>,
-            a.rows, kForwardThreads, stream, a, out, aligned);
+        return launch_resident(token_stats_fwd_kernel<T, kTransform, decltype(with_extras)::value>,
+                               a.rows, kForwardThreads, stream, a, out, aligned);
       });
     });
   });
@@ -31,8 +35,13 @@ cudaError_t token_stats_bwd(const LogitsArgs& a, const TokenStatsGrad& g, cudaSt
     const bool together = rows_together<T, T>(a.logits, a.stride, a.bias_logits, a.bias_stride) &&
                           rows_together<T, G>(a.logits, a.stride, g.grad_logits, g.grad_stride);
     return by_flag(is_transformed(a), [&](auto transformed) {
-      return launch_resident(token_stats_bwd_kernel<T, G, decltype(transformed)::value>,
-                             a.rows * parts, kBackwardThreads, stream, a, g, parts, together);
+      constexpr bool kTransform = decltype(transformed)::value;
+      if (g.grad_logit_sum != nullptr) {
+        return launch_resident(token_stats_sum_bwd_kernel<T, G, kTransform>, a.rows * parts,
+                               kBackwardThreads, stream, a, g, parts, together);
+      }
+      return launch_resident(token_stats_bwd_kernel<T, G, kTransform>, a.rows * parts,
+                             kBackwardThreads, stream, a, g, parts, together);
     });
   });
 }

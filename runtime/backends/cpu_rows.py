@@ -24,18 +24,21 @@ def token_stats_fwd(
     op: str = "token_stats",
     second_temperature: float | None = None,
     moments: bool = False,
+    logit_sum: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Return logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32 each.
 
     With second_temperature or moments, second_logp, sum_p2_logp and sum_p2_logp2 follow. Those that are
-    not requested are empty.
+    not requested are empty. sum_j class_weight_j u_j is written to `logit_sum`, (tokens,) float32, if it is given;
+    class_weight is (vocab,) float32.
     """
     o, module = LogitOptions(**options), native.loaded()
     out = row_args.empty_outputs(logits, second_temperature is not None, moments)
     bad = module.token_stats_fwd(
         row_args.logits_args(module, logits, target, o),
-        row_args.token_stats_out(module, RowStats.of(out), second_temperature),
+        row_args.token_stats_out(module, RowStats.of(out), second_temperature, logit_sum, class_weight),
     )
     if bad >= 0:
         raise bad_row(op, bad, target, logits.shape[1], o.temperature)
@@ -52,6 +55,9 @@ def token_stats_bwd(
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     out: torch.Tensor | None = None,
+    grad_lse: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """Return the gradient of the logits, written to `out` if given. `out` may be `logits` itself."""
@@ -68,6 +74,9 @@ def token_stats_bwd(
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
             grad_logits=grad_logits,
+            grad_lse=grad_lse,
+            grad_logit_sum=grad_logit_sum,
+            class_weight=class_weight,
         ),
     )
     return grad_logits

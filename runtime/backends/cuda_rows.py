@@ -19,18 +19,21 @@ def token_stats_fwd(
     *,
     second_temperature: float | None = None,
     moments: bool = False,
+    logit_sum: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Return logp, entropy, lse, sum_sq, top1, row_max and inv_sum: (tokens,) float32 each.
 
     With second_temperature or moments, second_logp, sum_p2_logp and sum_p2_logp2 follow. Those that are
-    not requested are empty. The caller has checked shapes, dtypes and devices.
+    not requested are empty. sum_j class_weight_j u_j is written to `logit_sum`, (tokens,) float32, if it is
+    given; class_weight is (vocab,) float32. The caller has checked shapes, dtypes and devices.
     """
     out, native = row_args.empty_outputs(logits, second_temperature is not None, moments), launchers()
     native.token_stats_fwd(
         place(logits),
         row_args.logits_args(native, logits, target, LogitOptions(**options)),
-        row_args.token_stats_out(native, RowStats.of(out), second_temperature),
+        row_args.token_stats_out(native, RowStats.of(out), second_temperature, logit_sum, class_weight),
     )
     return out
 
@@ -45,6 +48,9 @@ def token_stats_bwd(
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     out: torch.Tensor | None = None,
+    grad_lse: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """Return the gradient of the logits, written to `out` if given. `out` may be `logits` itself."""
@@ -62,6 +68,9 @@ def token_stats_bwd(
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
             grad_logits=grad_logits,
+            grad_lse=grad_lse,
+            grad_logit_sum=grad_logit_sum,
+            class_weight=class_weight,
         ),
     )
     return grad_logits

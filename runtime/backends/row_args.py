@@ -110,7 +110,13 @@ def logits_args(
     )
 
 
-def token_stats_out(native: Any, stats: RowStats, second_temperature: float | None = None) -> Any:
+def token_stats_out(
+    native: Any,
+    stats: RowStats,
+    second_temperature: float | None = None,
+    logit_sum: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+) -> Any:
     """Build TokenStatsOut: the kernel writes to the tensors of `stats`."""
     # Written out, because `**stats._asdict()` first makes a dictionary, which takes as long as a small kernel.
     return native.TokenStatsOut(
@@ -125,6 +131,8 @@ def token_stats_out(native: Any, stats: RowStats, second_temperature: float | No
         sum_p2_logp=stats.sum_p2_logp,
         sum_p2_logp2=stats.sum_p2_logp2,
         second_temperature=1.0 if second_temperature is None else second_temperature,
+        logit_sum=logit_sum,
+        class_weight=class_weight,
     )
 
 
@@ -138,6 +146,9 @@ def token_stats_grad(
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     grad_logits: torch.Tensor,
+    grad_lse: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> Any:
     """Build TokenStatsGrad. row_max, inv_sum, logp and entropy are outputs of the forward, (tokens,)."""
     return native.TokenStatsGrad(
@@ -150,6 +161,9 @@ def token_stats_grad(
         grad_logits=grad_logits,
         grad_stride=grad_logits.stride(0),
         grad_dtype=DTYPE_CODE[grad_logits.dtype],
+        grad_lse=float_vector(grad_lse),
+        grad_logit_sum=float_vector(grad_logit_sum),
+        class_weight=class_weight,
     )
 
 

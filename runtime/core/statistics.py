@@ -16,7 +16,7 @@ class TokenStats(NamedTuple):
     entropy: torch.Tensor
     """-sum p log p, nats. Differentiable."""
     lse: torch.Tensor
-    """log-sum-exp of the transformed logits, nats."""
+    """log-sum-exp of the transformed logits, nats. Differentiable."""
     sum_sq: torch.Tensor
     """sum of p^2; 1 - 2 exp(logp) + sum_sq is the squared norm of d logp / d logits at T = 1."""
     top1: torch.Tensor
@@ -31,7 +31,7 @@ class ExtendedTokenStats(NamedTuple):
     entropy: torch.Tensor
     """-sum p log p, nats. Differentiable."""
     lse: torch.Tensor
-    """log-sum-exp of the transformed logits, nats."""
+    """log-sum-exp of the transformed logits, nats. Differentiable."""
     sum_sq: torch.Tensor
     """sum of p^2."""
     top1: torch.Tensor

@@ -42,7 +42,8 @@ def stats_of_buffer(
     """Write the statistics of the logits in the buffer to rows `chunk` of the seven outputs."""
     module = native.loaded()
     module.token_stats_fwd(
-        buffer.logits_args(p, 0, chunk.shape[0], chunk), row_args.token_stats_out(module, RowStats.of(out))
+        buffer.logits_args(p, 0, chunk.shape[0], chunk),
+        row_args.token_stats_out(module, RowStats.of(out), logit_sum=p.logit_sum, class_weight=p.class_weight),
     )
 
 
@@ -56,6 +57,8 @@ def gradient_over_buffer(
     entropy: torch.Tensor,
     grad_logp: torch.Tensor,
     grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
 ) -> None:
     """Overwrite the logits in the buffer with their gradient. All vectors are (tokens,)."""
     module, rows = native.loaded(), chunk.shape[0]
@@ -70,6 +73,9 @@ def gradient_over_buffer(
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
             grad_logits=buffer.first_tile(0, rows),
+            grad_lse=grad_lse,
+            grad_logit_sum=grad_logit_sum,
+            class_weight=p.class_weight,
         ),
     )
 
@@ -99,12 +105,19 @@ def linear_bwd(
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
+    *,
+    grad_lse: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Return [grad_hidden, grad_weight, grad_bias]. Rows without incoming gradient are not recomputed."""
     grad_logp = kept_reference.gradient_if_kept(p.kept, logp, grad_logp)
     ga = torch.zeros(p.tokens) if grad_logp is None else grad_logp.float().contiguous()
-    gh = None if grad_entropy is None else grad_entropy.float().contiguous()
-    active = ga != 0 if gh is None else (ga != 0) | (gh != 0)
+    more = (grad_entropy, grad_lse, grad_logit_sum)
+    gh, gl, gu = (None if x is None else x.float().contiguous() for x in more)
+    active = ga != 0
+    for x in (gh, gl, gu):
+        if x is not None:
+            active |= x != 0
     if p.options.mask is not None:
         active &= p.options.mask
     index = active.nonzero().squeeze(1)
@@ -114,7 +127,7 @@ def linear_bwd(
     for start in range(0, index.shape[0], rows):
         chunk = index[start : start + rows]
         head.logits_of(chunk, buffer, 0)
-        gradient_over_buffer(buffer, p, chunk, row_max, inv_sum, logp, entropy, ga, gh)
+        gradient_over_buffer(buffer, p, chunk, row_max, inv_sum, logp, entropy, ga, gh, gl, gu)
         gradients.add(buffer, chunk)
     return gradients.finish()
 

@@ -44,12 +44,12 @@ def triton_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     """Return the same as `cuda_linear_fwd`.
 
     For a 16-bit head one kernel computes logits and statistics, so logits never leave the registers. A
-    float32 head, or one of mixed dtypes, uses torch GEMMs in chunks, and so does a call with kept ids.
+    float32 head, one of mixed dtypes, a sum of logits, and kept ids use torch GEMMs in chunks.
     """
     if may_read(p.target):
         check_targets("linear_token_stats", p)
     o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
-    if p.dtype == torch.float32 or p.kept is not None:
+    if p.dtype == torch.float32 or p.kept is not None or p.logit_sum is not None:
         return _forward_in_chunks(p, triton_rows.TOKEN_STATS)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
@@ -81,7 +81,13 @@ def _forward_in_chunks(p: HeadProblem, kernels: Kernels) -> tuple[torch.Tensor, 
             target, options = _rows_of_options(p, index)
             if rows.keep is not None:
                 options["mask"] = rows.keep[index]
-            stats = kernels.forward(head.logits_of(chunk), target, **options)
+            if p.logit_sum is None:
+                stats = kernels.forward(head.logits_of(chunk), target, **options)
+            else:
+                part = torch.empty(index.shape[0], dtype=torch.float32, device=h.device)
+                options |= {"logit_sum": part, "class_weight": p.class_weight}
+                stats = kernels.forward(head.logits_of(chunk), target, **options)
+                p.logit_sum[index] = part
             for kept, x in zip(out, stats, strict=True):
                 kept[index] = x
     return tuple(out)
@@ -98,12 +104,17 @@ def _gradient_of_rows(
     entropy: torch.Tensor,
     grad_logp: torch.Tensor,
     grad_entropy: torch.Tensor,
+    grad_lse: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient of the logits of a chunk. The statistics are (tokens,)."""
     assert kernels.backward is not None
     target, options = _rows_of_options(head.problem, index)
     vectors = (x[index] for x in (row_max, inv_sum, logp, entropy, grad_logp, grad_entropy))
-    return kernels.backward(logits, target, *vectors, out=head.gradient_like(logits), **options)
+    more: dict[str, Any] = {"grad_lse": grad_lse, "grad_logit_sum": grad_logit_sum}
+    more = {name: None if x is None else x[index] for name, x in more.items()}
+    more["class_weight"] = head.problem.class_weight
+    return kernels.backward(logits, target, *vectors, out=head.gradient_like(logits), **more, **options)
 
 
 def _linear_bwd(
@@ -116,19 +127,29 @@ def _linear_bwd(
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
+    *,
+    grad_lse: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Return [grad_hidden, grad_weight, grad_bias]. Rows without incoming gradient are not recomputed."""
     grad_logp = kept_reference.gradient_if_kept(p.kept, logp, grad_logp)
     ga = torch.zeros_like(entropy) if grad_logp is None else grad_logp.float()
     gh = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy.float()
+    gl, gu = (None if x is None else x.float() for x in (grad_lse, grad_logit_sum))
     if p.options.mask is not None:
         ga, gh = (torch.where(p.options.mask, x, 0.0) for x in (ga, gh))
-    rows = device_head.classify(p, (ga != 0) | (gh != 0), None)
+        gl, gu = (None if x is None else torch.where(p.options.mask, x, 0.0) for x in (gl, gu))
+    live = (ga != 0) | (gh != 0)
+    for more in (gl, gu):
+        if more is not None:
+            live |= more != 0
+    rows = device_head.classify(p, live, None)
     head = DeviceHead(p, needs, rows)
     with torch.no_grad():
         for chunk in head.chunks(0, rows.gradient):
             index, h, _ = chunk
-            dz = _gradient_of_rows(kernels, head, index, head.logits_of(chunk), row_max, inv_sum, logp, entropy, ga, gh)
+            given = (row_max, inv_sum, logp, entropy, ga, gh, gl, gu)
+            dz = _gradient_of_rows(kernels, head, index, head.logits_of(chunk), *given)
             if p.compact_clipped and rows.keep is not None:  # without `keep`, chunks contain only live rows
                 head.add_live(index, h, dz, rows.keep[index])
             else:

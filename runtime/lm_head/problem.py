@@ -42,6 +42,8 @@ class HeadProblem(NamedTuple):
     compact_clipped: bool = False  # on a GPU: gradient GEMMs by Triton kernels, over the live rows only
     probes: Probes = ()
     kept: TokenIds | None = None  # the distribution is over these ids of each row
+    logit_sum: torch.Tensor | None = None  # (tokens,) float32, output of the forward; 0 in masked rows
+    class_weight: torch.Tensor | None = None  # (vocab,) float32, of the sum; None: 1
 
     @property
     def tokens(self) -> int:

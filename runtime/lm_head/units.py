@@ -73,8 +73,8 @@ class HeadKernels(NamedTuple):
     forward: Callable[[HeadProblem], tuple[torch.Tensor, ...]]
     """problem -> the outputs of the token_stats kernels, (tokens,) each."""
     backward: Callable[..., list[torch.Tensor | None]]
-    """(problem, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs) -> gradients in the order
-    of `problem.NAMES`."""
+    """(problem, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, needs, *, grad_lse,
+    grad_logit_sum) -> gradients in the order of `problem.NAMES`."""
     state: RowState
     """Unit and dtype of row_max and inv_sum."""
     units: UnitsRun | None = None

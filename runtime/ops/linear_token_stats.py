@@ -240,14 +240,14 @@ class _LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, p.target, *tensors, *kept, row_max, inv_sum, logp, entropy)
         ctx.rest = scalars, p.memory_budget, run, p.probes
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse, sum_sq, top1)
+        ctx.mark_non_differentiable(sum_sq, top1)
         return logp, entropy, lse, sum_sq, top1
 
     @staticmethod
     @first_order("linear_token_stats")
     @ranged("linear_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        if grads[0] is None and grads[1] is None:
+        if all(g is None for g in grads[:3]):
             return None, None, None, None, None
         hidden, weight, bias, target, vector, mask, bias_logits, ids, offsets, *stats = ctx.saved_tensors
         scalars, budget, run, probes = ctx.rest
@@ -256,7 +256,7 @@ class _LinearFunction(torch.autograd.Function):
         kept = kept_rows.of_graph(ids, offsets)
         p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes, kept=kept)
         needs = tuple(ctx.needs_input_grad[:3])
-        found = run.backward(p, *stats, grads[0], grads[1], needs)
+        found = run.backward(p, *stats, grads[0], grads[1], needs, grad_lse=grads[2])
         deliver(probes)
         return (*found, None, None)
 
@@ -288,13 +288,14 @@ def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 @graph_op(
     "tokfuse::linear_token_stats_backward",
     f"({ARGUMENTS}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp"
-    ", Tensor? grad_entropy, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+    ", Tensor? grad_entropy, Tensor? grad_lse, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
 )
 @ranged("linear_token_stats.bwd")
 def _linear_backward_op(*arguments: Any) -> list[torch.Tensor]:
     p, run = _problem(*arguments[:12])
-    given, needs = arguments[12:-3], arguments[-3:]
-    return [p.hidden.new_empty(0) if x is None else x for x in run.backward(p, *given, needs)]
+    *given, grad_lse = arguments[12:-3]
+    found = run.backward(p, *given, arguments[-3:], grad_lse=grad_lse)
+    return [p.hidden.new_empty(0) if x is None else x for x in found]
 
 
 @_linear_backward_op.register_fake
@@ -311,18 +312,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.options, more = LogitOptions.from_flat(*flat).split()
     ctx.save_for_backward(*tensors, *more, ids, offsets, row_max, inv_sum, logp, entropy)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum)
+    ctx.mark_non_differentiable(sum_sq, top1, row_max, inv_sum)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None and grads[1] is None:
+    if all(g is None for g in grads[:3]):
         return (None,) * 12
     *tensors, vector, mask, bias_logits, ids, offsets, row_max, inv_sum, logp, entropy = ctx.saved_tensors
     stats = (row_max, inv_sum, logp, entropy)
     o = ctx.options.joined(vector, mask, bias_logits)
     needs = tuple(ctx.needs_input_grad[:3])
     arguments = (*tensors, *o.flat()[:5], ctx.budget, ids, offsets)
-    out = _linear_backward_op(*arguments, *stats, grads[0], grads[1], *needs)
+    out = _linear_backward_op(*arguments, *stats, *grads[:3], *needs)
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
     return (*chosen,) + (None,) * 9
 

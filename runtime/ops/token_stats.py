@@ -206,10 +206,10 @@ def token_stats(
         has p > 3/4 is read twice. The other outputs are bitwise the same with and without ids. 16-bit
         gradients are rounded once, also at the ids.
 
-    Gradients and memory: logits receive the gradient of logp, entropy and logp_at; repeated ids add up. All
-        other outputs are detached. Saved: the logits and four (tokens,) vectors, and with ids also the ids
-        and logp_at. The backward reads the logits once and writes the gradient once. Rows whose incoming
-        gradients are all 0 are not read.
+    Gradients and memory: logits receive the gradient of logp, entropy and lse, and of logp_at (repeated ids
+        add up). All other outputs are detached; with ids or top_k, lse is too. Saved: the logits and four
+        (tokens,) vectors, and with ids also the ids and logp_at. The backward reads the logits once and
+        writes the gradient once. Rows whose incoming gradients are all 0 are not read.
 
     Examples:
         >>> stats = tokfuse.token_stats(torch.zeros(2, 4), torch.tensor([0, 3]))
@@ -358,19 +358,18 @@ class _TokenStatsFunction(torch.autograd.Function):
         ctx.save_for_backward(logits, target, row_max, inv_sum, logp, entropy, *tensors)
         ctx.run = run
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse, sum_sq, top1, *extras)
+        ctx.mark_non_differentiable(sum_sq, top1, *extras)
         return logp, entropy, lse, sum_sq, top1, *extras
 
     @staticmethod
     @first_order("token_stats")
     @ranged("token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        grad_logp, grad_entropy = grads[0], grads[1]
-        if grad_logp is None and grad_entropy is None:
+        if all(g is None for g in grads[:3]):
             return (None,) * 5
         *saved, vector, mask, bias_logits = ctx.saved_tensors
         o = ctx.options.joined(vector, mask, bias_logits)
-        grad = ctx.run.backward(*saved, grad_logp, grad_entropy, **o._asdict())
+        grad = ctx.run.backward(*saved, *grads[:2], grad_lse=grads[2], **o._asdict())
         return grad, None, None, None, None
 
 
@@ -393,13 +392,14 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 @graph_op(
     "tokfuse::token_stats_backward",
     "(Tensor logits, Tensor target, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy,"
-    f" Tensor? grad_logp, Tensor? grad_entropy, {FLAT_SCHEMA}) -> Tensor",
+    f" Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, {FLAT_SCHEMA}) -> Tensor",
 )
 @ranged("token_stats.bwd")
 def _token_stats_backward_op(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> torch.Tensor:
-    given, flat = rest[:6], rest[6:]
+    given, grad_lse, flat = rest[:6], rest[6], rest[7:]
     o = LogitOptions.from_flat(*flat)
-    grad: torch.Tensor = _capability(logits, o).run.backward(logits, target, *given, **o._asdict())
+    run = _capability(logits, o).run
+    grad: torch.Tensor = run.backward(logits, target, *given, grad_lse=grad_lse, **o._asdict())
     return grad
 
 
@@ -414,15 +414,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.options, tensors = LogitOptions.from_flat(*flat).split()
     ctx.save_for_backward(logits, target, row_max, inv_sum, logp, entropy, *tensors)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum)
+    ctx.mark_non_differentiable(sum_sq, top1, row_max, inv_sum)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None and grads[1] is None:
+    if all(g is None for g in grads[:3]):
         return (None,) * 9
     *saved, vector, mask, bias_logits = ctx.saved_tensors
     o = ctx.options.joined(vector, mask, bias_logits)
-    grad = _token_stats_backward_op(*saved, grads[0], grads[1], *o.flat())
+    grad = _token_stats_backward_op(*saved, *grads[:3], *o.flat())
     return (grad,) + (None,) * 8
 
 
@@ -451,7 +451,7 @@ def _(logits: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
 
 def _extended_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     _setup_context(ctx, inputs[:9], tuple(output[:7]))
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*output[3:])
 
 
 def _extended_op_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:

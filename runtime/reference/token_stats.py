@@ -129,7 +129,7 @@ def stats_of(rows: Rows, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (
         rows.final(logp, minus_inf),
         rows.final(entropy, 0.0),
-        rows.final(rows.lse, minus_inf).detach(),
+        rows.final(rows.lse, minus_inf),
         rows.final(sum_sq, 0.0).detach(),
         rows.final(top1, 0.0).detach(),
     )

@@ -68,6 +68,7 @@ def backward(
     grad_entropy: torch.Tensor | None,
     out: torch.Tensor | None = None,
     *,
+    grad_lse: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -75,26 +76,27 @@ def backward(
     bias_logits: torch.Tensor | None = None,
     bias_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Return the gradient grad_logp d logp + grad_entropy d entropy with respect to the logits of the shard.
+    """Return grad_logp d logp + grad_entropy d entropy + grad_lse d lse with respect to the logits of the shard.
 
     p_j = e^(u_j - row_max) inv_sum,
-    du_j = grad_logp ([j = target] - p_j) - grad_entropy p_j (log p_j + entropy).
+    du_j = grad_logp ([j = target] - p_j) - grad_entropy p_j (log p_j + entropy) + grad_lse p_j.
     A target outside [0, vocab) is on another shard, so [j = target] is 0 for every j.
     """
     row_max, inv_sum, logp, entropy = (x.double() for x in (row_max, inv_sum, logp, entropy))
     zero = torch.zeros_like(entropy)
-    ga, gh = (zero if x is None else x.double() for x in (grad_logp, grad_entropy))
-    idle = ((ga == 0) & (gh == 0)) | (inv_sum == 0)
+    ga, gh, gl = (zero if x is None else x.double() for x in (grad_logp, grad_entropy, grad_lse))
+    idle = ((ga == 0) & (gh == 0) & (gl == 0)) | (inv_sum == 0)
     if mask is not None:
         idle = idle | ~mask
     u = transformed_logits(logits, temperature, softcap, logit_scale, bias_logits, bias_scale)
-    ga, gh, row_max, inv_sum, logp, entropy = (x.unsqueeze(-1) for x in (ga, gh, row_max, inv_sum, logp, entropy))
+    vectors = (ga, gh, gl, row_max, inv_sum, logp, entropy)
+    ga, gh, gl, row_max, inv_sum, logp, entropy = (x.unsqueeze(-1) for x in vectors)
     x = u - row_max
     p = x.exp() * inv_sum
     onehot = target.unsqueeze(-1) == torch.arange(logits.shape[1], device=logits.device)
     log_p = torch.where(onehot, logp, x + inv_sum.log())
     d_logp = torch.where(onehot, -torch.expm1(logp), -p)  # 1 - p would lose digits near p = 1
-    du = ga * d_logp - gh * p * (torch.where(p == 0, 0.0, log_p) + entropy)
+    du = ga * d_logp - gh * p * (torch.where(p == 0, 0.0, log_p) + entropy) + gl * p
     slope = torch.full_like(u, logit_scale)
     if softcap is not None:
         slope = logit_scale * (1 - torch.tanh(logits.double() * logit_scale / softcap) ** 2)
@@ -121,10 +123,13 @@ def head_backward(
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
+    *,
+    grad_lse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Return [grad_hidden, grad_weight, grad_bias]; None for inputs that need no gradient."""
     logits, grad_logp = _head_logits(p), kept_reference.gradient_if_kept(p.kept, logp, grad_logp)
-    dz = backward(logits, p.target, row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, **p.options._asdict())
+    given = (row_max, inv_sum, logp, entropy, grad_logp, grad_entropy)
+    dz = backward(logits, p.target, *given, grad_lse=grad_lse, **p.options._asdict())
     return [
         (dz @ p.weight.to(dz.dtype)).to(p.hidden.dtype) if needs[0] else None,
         (dz.t() @ p.hidden.to(dz.dtype)).to(p.weight.dtype) if needs[1] else None,

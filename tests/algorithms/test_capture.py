@@ -462,7 +462,15 @@ def at_ids(model, ids):
     return 4.0 * step.loss
 
 
-FUSED = {f.__name__: f for f in (policy, statistics, top, at_ids, distilled, distilled_with_policy, divergence)}
+def smoothed(model, ids):
+    """Label smoothing runs in its own backward. A share of 1e-12 does not change the loss."""
+    hidden, target, _ = head_case(model, ids)
+    given = {"label_smoothing": 1e-12, "reduction": "sum"}
+    return 4.0 * tokfuse.linear_cross_entropy(hidden, model.lm_head.weight, target, **given)
+
+
+HEADS = (policy, statistics, top, at_ids, smoothed, distilled, distilled_with_policy, divergence)
+FUSED = {f.__name__: f for f in HEADS}
 
 
 @pytest.mark.parametrize("backend", host_backends("policy_step_hidden"))

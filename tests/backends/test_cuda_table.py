@@ -50,6 +50,7 @@ def test_no_kernel_is_empty_on_an_architecture():
 FRAMES = {
     ("token_stats_fwd_kernel", "80"): 16,
     ("token_stats_fwd_kernel", "100"): 24,
+    ("token_stats_sum_fwd_kernel", "100"): 32,
     ("policy_step_cluster_kernel", "100"): 64,
 }
 

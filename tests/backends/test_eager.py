@@ -133,8 +133,8 @@ def test_token_stats_gradient(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None
     def call() -> torch.Tensor:
         z = logits_of().requires_grad_()
         out = tokfuse.token_stats(z, TARGET)
-        assert not out.lse.requires_grad and out.logp.requires_grad
-        (grad,) = torch.autograd.grad((out.logp * 2 - out.entropy).sum(), z)
+        assert out.lse.requires_grad and not out.sum_sq.requires_grad
+        (grad,) = torch.autograd.grad((out.logp * 2 - out.entropy + 0.3 * out.lse).sum(), z)
         return grad
 
     both_ways(call, spy, monkeypatch)

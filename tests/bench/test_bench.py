@@ -24,6 +24,8 @@ SHAPES = {
     "policy_step": "4x33",
     "policy_step_hidden": "16x8x33",
     "linear_token_stats": "4x8x33",
+    "cross_entropy": "4x33",
+    "linear_cross_entropy": "4x8x33",
     "paired_divergence": "4x33",
     "distill_step": "8x8x33",
     "linear_paired_divergence": "8x8x33",

@@ -132,7 +132,7 @@ def test_float64_runs_on_the_reference_and_passes_gradcheck():
     finite = z != -INF
 
     def statistics(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tokfuse.token_stats(torch.where(finite, x, -INF), y, **options)[:2]
+        return tokfuse.token_stats(torch.where(finite, x, -INF), y, **options)[:3]
 
     x = torch.where(finite, z, 0.0).requires_grad_()
     assert torch.autograd.gradcheck(statistics, (x,))

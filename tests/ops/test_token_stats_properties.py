@@ -164,11 +164,11 @@ def test_sum_sq_and_logp_give_the_squared_gradient_norm(backend: Backend):
 # ----------------------------------------------------------------------------------------- autograd
 
 
-def test_only_logp_and_entropy_carry_gradients(backend: Backend):
+def test_only_logp_entropy_and_lse_carry_gradients(backend: Backend):
     logits, target = batch(tokens=3, vocab=50)
     z = backend.put(logits).requires_grad_()
     stats = tokfuse.token_stats(z, backend.put(target))
-    assert [x.requires_grad for x in stats] == [True, True, False, False, False]
+    assert [x.requires_grad for x in stats] == [True, True, True, False, False]
     (grad_logp,) = torch.autograd.grad(stats.logp.sum(), z, retain_graph=True)
     (grad_entropy,) = torch.autograd.grad(stats.entropy.sum(), z, retain_graph=True)
     (both,) = torch.autograd.grad(stats.logp.sum() + stats.entropy.sum(), z)

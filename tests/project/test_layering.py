@@ -39,6 +39,7 @@ COMPOSED = {
     "policy_step_hidden": {"linear_token_stats", "policy_loss"},
     "linear_token_stats_at": {"linear_token_stats", "token_stats_at"},
     "distill_step": {"linear_paired_divergence"},
+    "linear_cross_entropy": {"linear_token_stats", "cross_entropy"},
 }
 # Ops with their own rows in the doctor's table that are called through another public name.
 CALLED_THROUGH = {

@@ -593,6 +593,17 @@ IDS_OPTIONS = {
 }
 
 KEPT = {"kept": Option(_kept)}
+SMOOTHED = {"label_smoothing": 0.2, "z_loss": 0.01, "reduction": "none"}
+
+
+def _losses(class_weight: str) -> dict[str, Option]:
+    """Return the options of the loss. `class_weight` is the name of the class weights."""
+    return {
+        "mean": Option(lambda p: IGNORED["ignored"].arguments(p) | {"reduction": "mean"}),
+        "class_weight": Option(lambda p: {class_weight: p.positive("classes", p.sizes.vocab), "reduction": "sum"}),
+    }
+
+
 PACKED = (torch.float32,)
 ROWS: tuple[Row, ...] = (
     Row("token_stats", "token_stats", "rows", _logits, ("logits",), STATS_OPTIONS, rich=("all", "bias_logits")),
@@ -624,6 +635,24 @@ ROWS: tuple[Row, ...] = (
         rich=("all",),
     ),
     Row(
+        "cross_entropy",
+        "cross_entropy",
+        "rows",
+        lambda p: _logits(p) | SMOOTHED,
+        ("logits",),
+        LOGIT_OPTIONS | _losses("weight"),
+        rich=("all", "class_weight"),
+    ),
+    Row(  # its backward has the range of token_stats
+        "token_stats",
+        "cross_entropy",
+        "rows",
+        lambda p: _logits(p) | {"z_loss": 0.1},
+        ("logits",),
+        IGNORED,
+        ranged=False,
+    ),
+    Row(
         "paired_divergence",
         "paired_divergence",
         "rows",
@@ -649,6 +678,24 @@ ROWS: tuple[Row, ...] = (
         ("hidden", "weight", "bias"),
         HEAD_OPTIONS | IGNORED | KEPT,
         rich=("all", "kept"),
+    ),
+    Row(
+        "linear_cross_entropy",
+        "linear_cross_entropy",
+        "head",
+        lambda p: _head(p) | SMOOTHED,
+        ("hidden", "weight", "bias"),
+        HEAD_OPTIONS | _losses("class_weight"),
+        rich=("all", "class_weight"),
+    ),
+    Row(
+        "linear_token_stats",
+        "linear_cross_entropy",
+        "head",
+        lambda p: _head(p) | {"z_loss": 0.1},
+        ("hidden", "weight", "bias"),
+        IGNORED,
+        ranged=False,
     ),
     Row(
         "linear_token_stats_at",

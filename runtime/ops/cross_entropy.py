@@ -1,0 +1,307 @@
+"""`tokfuse.cross_entropy`: the loss of torch.nn.functional.cross_entropy over logits, from one read of them."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.leading import Leading, without_ignored
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.ops.token_stats import token_stats
+from tokfuse.runtime.reference import cross_entropy as reference
+
+OP = "cross_entropy"
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class ClassSums(NamedTuple):
+    """What the loss is made of, (tokens,) each, differentiable; 0 in masked rows."""
+
+    logp: torch.Tensor
+    lse: torch.Tensor
+    logit_sum: torch.Tensor | None
+    """sum_j class_weight_j u_j of the scaled logits u. None: no label smoothing, so it is not needed."""
+
+
+class CrossEntropy(NamedTuple):
+    """The options of the loss, which `cross_entropy` and `linear_cross_entropy` share."""
+
+    class_weight: torch.Tensor | None
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+
+    def checked(self, op: str, name: str, vocab: int, device: torch.device) -> "CrossEntropy":
+        """Return the options with numbers as floats. `name` is that of the class weights. Reads no values."""
+        checks.check_choice(op, "reduction", self.reduction, REDUCTIONS)
+        smoothing = checks.check_number(op, "label_smoothing", self.label_smoothing, 0.0, 1.0)
+        z_loss = checks.check_number(op, "z_loss", self.z_loss, 0.0, math.inf)
+        if self.class_weight is not None:
+            rows = checks.Rows(vocab, "the vocabulary", device)
+            checks.check_constant_vector(op, name, self.class_weight, rows)
+        return self._replace(label_smoothing=smoothing, z_loss=z_loss)
+
+    def kernel_weight(self) -> torch.Tensor | None:
+        """Return the class weights as the row kernels take them, (vocab,) float32."""
+        return checks.plain(self.class_weight, torch.float32)
+
+    def loss(self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int, to: Leading) -> torch.Tensor:
+        """Return the reduced loss from the statistics of the rows."""
+        logp, lse, logit_sum = found
+        losses, counted = 0.0 - logp, mask.to(logp.dtype)  # 0.0 - logp is 0.0, not -0.0, in masked rows
+        w = None if self.class_weight is None else self.class_weight.to(logp.dtype)
+        if w is not None:
+            # A target outside the vocabulary has a logp of NaN. An index must not be outside.
+            counted = torch.where(mask, w[target.clamp(0, vocab - 1)], 0.0)
+            losses = losses * counted
+        if logit_sum is not None:
+            # -sum_j w_j log p_j / vocab, from log p_j = u_j - lse.
+            share = 1.0 if w is None else w.sum() / vocab
+            smooth = share * lse - logit_sum / vocab
+            losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * smooth
+        if self.z_loss != 0.0:
+            losses = losses + self.z_loss * lse.square()
+        if self.reduction == "none":
+            unpacked: torch.Tensor = to.unpack(losses)
+            return unpacked
+        return losses.sum() if self.reduction == "sum" else losses.sum() / counted.sum()
+
+
+def check_labels(op: str, target: object, remedy: str) -> torch.Tensor:
+    """Return `target`. Raise ValueError if it contains class probabilities."""
+    found = checks.require_tensor(op, "target", target)
+    if found.is_floating_point():
+        raise refuse(op, "target", "class indices (int64)", f"class probabilities ({found.dtype})", remedy)
+    return found
+
+
+@ranged("cross_entropy.fwd")
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the cross entropy of torch.nn.functional.cross_entropy, with an optional z-loss, from one read.
+
+    With log p = log_softmax(logits), y the target, V the vocabulary, w the class weights and lse the
+    log-sum-exp, the loss of a token is
+
+        (1 - label_smoothing) w_y (-log p_y) + label_smoothing / V sum_j w_j (-log p_j) + z_loss lse^2.
+
+    "sum" adds the losses of all tokens that count. "mean" divides this sum by the sum of their w_y.
+
+    The shapes below are those of packed tokens. Leading dimensions work too: with logits of shape (..., vocab), every
+    (tokens,) argument has shape (...). torch.nn.functional.cross_entropy expects the classes in dimension 1 instead.
+
+    Args:
+        logits: (tokens, vocab) float32, bfloat16, float16 or float64. Any row stride.
+        target: (tokens,) int64 class indices, in [0, vocab) or equal to ignore_index.
+        weight: (vocab,) class weights. None: 1 for every class.
+        ignore_index: rows with this target do not count. They have no loss, no gradient and are not read.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: share of the uniform distribution in the target distribution, in [0, 1].
+        z_loss: coefficient of the squared log-sum-exp, >= 0. It keeps the logits from drifting (PaLM).
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        mask: (tokens,) bool. False rows do not count, as with ignore_index. None: all rows count.
+
+    Returns:
+        () float32 (float64 for float64 logits); with reduction="none" (tokens,), 0 in rows that do not count. "mean"
+        of no row is nan, as in torch.
+
+    Numerics: the bounds of `token_stats`, in float32 for every input dtype, where torch rounds the loss of 16-bit
+        logits to 16 bits. -inf logits are excluded classes. With label_smoothing they make the loss infinite, as in
+        torch. For padded vocabularies, pass `logits[..., :vocab]`, which is not copied.
+
+    Gradients and memory: logits receive a gradient. Saved: the logits and (tokens,) vectors. The forward reads the
+        logits once. The backward reads them once and writes the gradient once.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> tokfuse.cross_entropy(logits, torch.tensor([0, 0, -100]))
+        tensor(1.1269)
+        >>> tokfuse.cross_entropy(logits, torch.tensor([0, 0, -100]), label_smoothing=0.1, reduction="none")
+        tensor([0.2269, 2.0269, 0.0000])
+
+    Raises:
+        ValueError: wrong shape, dtype, device or range; class probabilities as target. On a GPU, targets are
+            checked only with TOKFUSE_CHECK=1. Without the check, a target out of range makes its loss NaN.
+        BackendUnavailable: the forced backend cannot run this call.
+
+    Source: label smoothing: Szegedy et al. 2016 (arXiv 1512.00567). z-loss: PaLM (arXiv 2204.02311). Exact.
+    """
+    if checks.require_tensor(OP, "logits", logits).dim() < 1:
+        raise refuse(OP, "logits", "(..., vocab)", "shape ()", "Pass the full vocabulary.")
+    remedy = (
+        "Pass the teacher's logits to tokfuse.paired_divergence with kind='kl_forward': it has the same gradient, and "
+        "the cross entropy is this divergence plus the entropy of the teacher."
+    )
+    target = check_labels(OP, target, remedy)
+    to = Leading(OP, tuple(logits.shape[:-1]), "logits")
+    z: Any = to.rows("logits", logits)
+    target = to.vector("target", target)
+    if isinstance(ignore_index, bool) or not checks.is_integer(ignore_index):
+        raise refuse(OP, "ignore_index", "an int", repr(ignore_index), "Pass -100 for labels of transformers.")
+    given: Any = without_ignored(OP, target, to.vector("mask", mask), ignore_index)
+    options = LogitOptions(to.vector("temperature", temperature), softcap, logit_scale, given).floats()
+    check_logits(OP, z, target, options)
+    vocab = z.shape[1]
+    spec = CrossEntropy(weight, reduction, label_smoothing, z_loss).checked(OP, "weight", vocab, z.device)
+    if spec.label_smoothing == 0.0:
+        stats = token_stats(z, target, **options.without_bias())
+        found = ClassSums(stats.logp, stats.lse, None)
+    else:
+        found = _with_sums(z, target, options, spec.class_weight)
+    return spec.loss(found, target, given, vocab, to)
+
+
+def _with_sums(z: torch.Tensor, target: torch.Tensor, o: LogitOptions, class_weight: torch.Tensor | None) -> ClassSums:
+    """Compute the statistics with the sum over the classes that label smoothing needs. The arguments are checked."""
+    capability = select(OP, z.device.type, z.dtype, o.features())
+    if capability.backend == "reference":
+        return ClassSums(*reference.forward(z, target, class_weight, OP, **o.without_bias()))
+    class_weight = checks.plain(class_weight, torch.float32)
+    if torch.compiler.is_compiling():
+        return ClassSums(*_sums_op(z, target, class_weight, *o.flat()[:5])[:3])
+    if z.requires_grad and torch.is_grad_enabled():
+        return ClassSums(*_SumsFunction.apply(z, target, class_weight, o, capability.run))
+    return ClassSums(*_forward(capability.run, z, target, class_weight, o)[:3])
+
+
+def _forward(
+    run: Kernels, z: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, o: LogitOptions
+) -> tuple[torch.Tensor, ...]:
+    """Return (logp, lse, logit_sum, row_max, inv_sum, entropy)."""
+    logit_sum = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
+    given = {"logit_sum": logit_sum, "class_weight": class_weight}
+    logp, entropy, lse, _, _, row_max, inv_sum = run.forward(z, target, **given, **o.without_bias())
+    return logp, lse, logit_sum, row_max, inv_sum, entropy
+
+
+def _backward(
+    run: Kernels,
+    z: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    o: LogitOptions,
+    state: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor | None, ...],
+) -> torch.Tensor:
+    """Return the gradient of the logits. state: (row_max, inv_sum, logp, entropy)."""
+    assert run.backward is not None
+    more = {"grad_lse": grads[1], "grad_logit_sum": grads[2], "class_weight": class_weight}
+    grad: torch.Tensor = run.backward(z, target, *state, grads[0], None, **more, **o.without_bias())
+    return grad
+
+
+register_cpu(OP, cpu_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap")
+register_cuda(OP, cuda_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap")
+register_triton(OP, triton_rows.TOKEN_STATS, FLOAT_DTYPES, "softcap")
+register_reference(OP, Kernels(reference.forward, None), "softcap")
+
+
+# ------------------------------------------------------------------------------- autograd, compile
+
+
+class _SumsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: torch.Tensor,
+        target: torch.Tensor,
+        class_weight: torch.Tensor | None,
+        o: LogitOptions,
+        run: Kernels,
+    ) -> tuple[torch.Tensor, ...]:
+        logp, lse, logit_sum, *rest = _forward(run, z, target, class_weight, o)
+        _save(ctx, (z, target, class_weight), (logp, lse, logit_sum, *rest), o)
+        ctx.run = run
+        return logp, lse, logit_sum
+
+    @staticmethod
+    @first_order(OP)
+    @ranged("cross_entropy.bwd")
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        if all(g is None for g in grads):
+            return (None,) * 5
+        z, target, class_weight, vector, mask, *state = ctx.saved_tensors
+        o = ctx.options.joined(vector, mask, None)
+        return (_backward(ctx.run, z, target, class_weight, o, tuple(state), grads),) + (None,) * 4
+
+
+def _save(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], o: LogitOptions) -> None:
+    """Save what the backward needs: the tensors, those of the options, and (row_max, inv_sum, logp, entropy)."""
+    ctx.options, (vector, mask, _) = o.split()
+    logp, _, _, row_max, inv_sum, entropy = outputs
+    ctx.save_for_backward(*tensors, vector, mask, row_max, inv_sum, logp, entropy)
+    ctx.set_materialize_grads(False)
+
+
+ARGUMENTS = f"Tensor logits, Tensor target, Tensor? class_weight, {FLAT_SCHEMA_WITHOUT_BIAS}"
+
+
+@graph_op("tokfuse::cross_entropy_sums", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 6)})")
+@ranged("cross_entropy.fwd")
+def _sums_op(
+    z: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, *flat: Any
+) -> tuple[torch.Tensor, ...]:
+    o = LogitOptions.from_flat(*flat)
+    return _forward(select(OP, z.device.type, z.dtype, o.features()).run, z, target, class_weight, o)
+
+
+@_sums_op.register_fake
+def _(z: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(6))
+
+
+@graph_op(
+    "tokfuse::cross_entropy_sums_backward",
+    f"({ARGUMENTS}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy"
+    ", Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_logit_sum) -> Tensor",
+)
+@ranged("cross_entropy.bwd")
+def _sums_backward_op(
+    z: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, *rest: Any
+) -> torch.Tensor:
+    o = LogitOptions.from_flat(*rest[:5])
+    run = select(OP, z.device.type, z.dtype, o.features()).run
+    return _backward(run, z, target, class_weight, o, rest[5:9], rest[9:])
+
+
+@_sums_backward_op.register_fake
+def _(z: torch.Tensor, *_: Any) -> torch.Tensor:
+    return z.new_empty(z.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _save(ctx, inputs[:3], output, LogitOptions.from_flat(*inputs[3:]))
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+    if all(g is None for g in grads[:3]):
+        return (None,) * 8
+    z, target, class_weight, vector, mask, *state = ctx.saved_tensors
+    flat = ctx.options.joined(vector, mask, None).flat()[:5]
+    return (_sums_backward_op(z, target, class_weight, *flat, *state, *grads[:3]),) + (None,) * 7
+
+
+_sums_op.register_autograd(_op_backward, setup_context=_setup_context)

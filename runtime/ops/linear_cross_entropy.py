@@ -1,0 +1,253 @@
+"""`tokfuse.linear_cross_entropy`: the loss of torch's linear_cross_entropy without stored logits."""
+
+from typing import Any
+
+import torch
+
+from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.leading import Leading, without_ignored
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
+from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.lm_head import cpu_runs, device_runs
+from tokfuse.runtime.lm_head.probe import deliver, with_probes
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, probed
+from tokfuse.runtime.lm_head.units import HeadKernels
+from tokfuse.runtime.ops.cross_entropy import ClassSums, CrossEntropy, check_labels
+from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
+from tokfuse.runtime.reference import cross_entropy as reference
+from tokfuse.runtime.reference import vocab_parallel as rows
+
+OP = "linear_cross_entropy"
+
+
+@ranged("linear_cross_entropy.fwd")
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+    memory_budget: int | None = None,
+) -> torch.Tensor:
+    """Return `cross_entropy(hidden @ weight.T + bias, target, ...)` without storing the logits of all tokens.
+
+    The values, gradients and defaults are those of torch.nn.functional.linear_cross_entropy(hidden, weight, target),
+    with its arguments linear_bias, weight and options named bias, class_weight and memory_budget.
+
+    The shapes below are those of packed tokens. Leading dimensions work too: with hidden of shape (..., hidden),
+    every (tokens,) argument has shape (...).
+
+    Args:
+        hidden: (tokens, hidden) float32, bfloat16, float16 or float64. Final hidden states.
+        weight: (vocab, hidden). Weight of the lm_head. It may have another dtype than hidden.
+        target: (tokens,) int64 class indices, in [0, vocab) or equal to ignore_index.
+        bias: (vocab,), any of these dtypes. None: no bias.
+        class_weight: (vocab,) class weights. None: 1 for every class.
+        ignore_index: rows with this target do not count and do not enter the GEMMs. None: -100, as in torch.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: share of the uniform distribution in the target distribution, in [0, 1].
+        z_loss: coefficient of the squared log-sum-exp, >= 0.
+        temperature: a number, or (tokens,) one per row; > 0. Divides the logits.
+        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
+        logit_scale: multiplies the logits before the cap (Cohere); > 0.
+        mask: (tokens,) bool. False rows do not count, as with ignore_index. None: all rows count.
+        memory_budget: workspace in bytes for the logits, as in `linear_token_stats`.
+
+    Returns:
+        () float32 (float64 for float64 inputs); with reduction="none" (tokens,), 0 in rows that do not count. "mean"
+        of no row is nan, as in torch.
+
+    Numerics: the bounds of `linear_token_stats`.
+
+    Gradients and memory: those of `linear_token_stats`. With label_smoothing, a GPU stores the logits of one chunk
+        at a time in the workspace, for 16-bit heads too.
+
+    Examples:
+        >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
+        >>> tokfuse.linear_cross_entropy(hidden, weight, torch.tensor([0, 1, -100]), label_smoothing=0.1)
+        tensor(1.6094)
+
+    Raises:
+        ValueError: wrong shape, dtype, device or range; class probabilities as target.
+        BackendUnavailable: the forced backend cannot run this call.
+
+    Source: the options of torch 2.13. z-loss: PaLM (arXiv 2204.02311). Exact.
+    """
+    if checks.require_tensor(OP, "hidden", hidden).dim() < 1:
+        raise refuse(OP, "hidden", "(..., hidden)", "shape ()", "Pass final hidden states.")
+    remedy = (
+        "Pass the teacher's head to tokfuse.linear_paired_divergence with kind='kl_forward': it has the same gradient, "
+        "and the cross entropy is this divergence plus the entropy of the teacher."
+    )
+    target = check_labels(OP, target, remedy)
+    to = Leading(OP, tuple(hidden.shape[:-1]), "hidden")
+    h: Any = to.rows("hidden", hidden)
+    target = to.vector("target", target)
+    given: Any = without_ignored(OP, target, to.vector("mask", mask), -100 if ignore_index is None else ignore_index)
+    options = LogitOptions(to.vector("temperature", temperature), softcap, logit_scale, given).floats()
+    p = check_head(OP, h, weight, bias, target, options, memory_budget)
+    spec = CrossEntropy(class_weight, reduction, label_smoothing, z_loss)
+    spec = spec.checked(OP, "class_weight", p.vocab, h.device)
+    if spec.label_smoothing == 0.0:
+        stats = linear_token_stats(h, weight, target, bias=bias, memory_budget=memory_budget, **options.without_bias())
+        found = ClassSums(stats.logp, stats.lse, None)
+    else:
+        found = _with_sums(probed(OP, p._replace(class_weight=class_weight)))
+    return spec.loss(found, target, given, p.vocab, to)
+
+
+def _with_sums(p: HeadProblem) -> ClassSums:
+    """Compute the statistics with the sum over the classes that label smoothing needs. The problem is checked."""
+    capability = select(OP, p.hidden.device.type, p.dtype, p.options.features())
+    if capability.backend == "reference":
+        hidden, weight = with_probes(p.hidden, p.weight, p.probes)
+        given = (hidden, weight, p.bias, p.target, p.class_weight, p.dtype)
+        return ClassSums(*reference.head_forward(*given, **p.options.without_bias()))
+    p = p._replace(class_weight=checks.plain(p.class_weight, torch.float32))
+    if torch.compiler.is_compiling():
+        tensors = (p.hidden, p.weight, p.bias, p.target, p.class_weight)
+        return ClassSums(*_sums_op(*tensors, *p.options.flat()[:5], p.memory_budget)[:3])
+    wants = any(x is not None and x.requires_grad for x in (p.hidden, p.weight, p.bias))
+    if wants and torch.is_grad_enabled():
+        return ClassSums(*_SumsFunction.apply(p.hidden, p.weight, p.bias, p, capability.run))
+    return ClassSums(*_forward(capability.run, p)[:3])
+
+
+def _forward(run: HeadKernels, p: HeadProblem) -> tuple[torch.Tensor, ...]:
+    """Return (logp, lse, logit_sum, row_max, inv_sum, entropy)."""
+    logit_sum = torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device)
+    logp, entropy, lse, _, _, row_max, inv_sum = run.forward(p._replace(logit_sum=logit_sum))
+    return logp, lse, logit_sum, row_max, inv_sum, entropy
+
+
+def _backward(
+    run: HeadKernels,
+    p: HeadProblem,
+    state: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor | None, ...],
+    needs: tuple[bool, ...],
+) -> list[torch.Tensor | None]:
+    """Return [grad_hidden, grad_weight, grad_bias]. state: (row_max, inv_sum, logp, entropy)."""
+    return run.backward(p, *state, grads[0], None, needs, grad_lse=grads[1], grad_logit_sum=grads[2])
+
+
+register_cpu(OP, cpu_runs.LINEAR, FLOAT_DTYPES, "softcap")
+register_cuda(OP, device_runs.CUDA_LINEAR, FLOAT_DTYPES, "softcap")
+register_triton(OP, device_runs.TRITON_LINEAR, FLOAT_DTYPES, "softcap")
+register_reference(OP, HeadKernels(rows.head_forward, rows.head_backward, rows.STATE), "softcap")
+
+
+# ------------------------------------------------------------------------------- autograd, compile
+
+
+def _save(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], o: LogitOptions) -> None:
+    """Save what the backward needs: the tensors, those of the options, and (row_max, inv_sum, logp, entropy)."""
+    ctx.options, (vector, mask, _) = o.split()
+    logp, _, _, row_max, inv_sum, entropy = outputs
+    ctx.save_for_backward(*tensors, vector, mask, row_max, inv_sum, logp, entropy)
+    ctx.set_materialize_grads(False)
+
+
+class _SumsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        p: HeadProblem,
+        run: HeadKernels,
+    ) -> tuple[torch.Tensor, ...]:
+        out = _forward(run, p)
+        _save(ctx, (hidden, weight, bias, p.target, p.class_weight), out, p.options)
+        ctx.rest = run, p.memory_budget, p.probes
+        return out[:3]
+
+    @staticmethod
+    @first_order(OP)
+    @ranged("linear_cross_entropy.bwd")
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        if all(g is None for g in grads):
+            return (None,) * 5
+        hidden, weight, bias, target, class_weight, vector, mask, *state = ctx.saved_tensors
+        run, budget, probes = ctx.rest
+        probes = tuple(probe.emptied() for probe in probes)
+        o = ctx.options.joined(vector, mask, None)
+        p = HeadProblem(hidden, weight, bias, target, o, budget, probes=probes, class_weight=class_weight)
+        found = _backward(run, p, tuple(state), grads, tuple(ctx.needs_input_grad[:3]))
+        deliver(probes)
+        return (*found, None, None)
+
+
+ARGUMENTS = f"{HEAD_SCHEMA}, Tensor? class_weight, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
+
+
+def _problem(*arguments: Any) -> tuple[HeadProblem, HeadKernels]:
+    hidden, weight, bias, target, class_weight, *flat, budget = arguments
+    o = LogitOptions.from_flat(*flat)
+    p = HeadProblem(hidden, weight, bias, target, o, budget, class_weight=class_weight)
+    return p, select(OP, p.hidden.device.type, p.dtype, p.options.features()).run
+
+
+@graph_op("tokfuse::linear_cross_entropy_sums", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 6)})")
+@ranged("linear_cross_entropy.fwd")
+def _sums_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    p, run = _problem(*arguments)
+    return _forward(run, p)
+
+
+@_sums_op.register_fake
+def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(6))
+
+
+@graph_op(
+    "tokfuse::linear_cross_entropy_sums_backward",
+    f"({ARGUMENTS}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp"
+    ", Tensor? grad_lse, Tensor? grad_logit_sum, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+)
+@ranged("linear_cross_entropy.bwd")
+def _sums_backward_op(*arguments: Any) -> list[torch.Tensor]:
+    p, run = _problem(*arguments[:11])
+    found = _backward(run, p, arguments[11:15], arguments[15:18], arguments[18:])
+    return [p.hidden.new_empty(0) if x is None else x for x in found]
+
+
+@_sums_backward_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
+    likes = (hidden, weight, bias if bias is not None else hidden)
+    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _save(ctx, inputs[:5], output, LogitOptions.from_flat(*inputs[5:10]))
+    ctx.budget = inputs[10]
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+    if all(g is None for g in grads[:3]):
+        return (None,) * 11
+    *tensors, vector, mask, row_max, inv_sum, logp, entropy = ctx.saved_tensors
+    state = row_max, inv_sum, logp, entropy
+    flat = ctx.options.joined(vector, mask, None).flat()[:5]
+    needs = tuple(ctx.needs_input_grad[:3])
+    out = _sums_backward_op(*tensors, *flat, ctx.budget, *state, *grads[:3], *needs)
+    return (*(x if need else None for x, need in zip(out, needs, strict=True)), *((None,) * 8))
+
+
+_sums_op.register_autograd(_op_backward, setup_context=_setup_context)
