@@ -145,6 +145,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
+    include_package_data=False,  # MANIFEST.in is for the source distribution; it also names the rows of bench/results
     package_data={
         "tokfuse": ["py.typed", "*.pyi"],
         "tokfuse.bench": ["*.cpp", "*.txt", "*.css", "*.js", "*.j2"],
