@@ -134,6 +134,8 @@ def test_loss_and_gradients_are_those_of_the_model(kind):
     given = {}
     if kind in ("gemma3", "gemma4"):
         given["token_type_ids" if kind == "gemma3" else "mm_token_type_ids"] = torch.zeros(tiny_hf.B, tiny_hf.L).long()
+    if kind == "qwen3_next":  # transformers 5.0 needs a layer of linear attention for its cache
+        given["use_cache"] = False
     own, exact = tiny_hf.run(model, **given), tiny_hf.run_exactly(model, **given)
     hf.install(model)
     mine = tiny_hf.run(model, **given)
