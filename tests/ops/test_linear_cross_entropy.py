@@ -1,6 +1,6 @@
 """Test linear_cross_entropy on every backend against torch's functions in float64.
 
-Bounds: 2e-5 nats in the loss of a token. Gradients within 1e-5 of the largest one; 16-bit gradients are rounded once.
+Bounds: 2e-5 nats in the log-sum-exp and the log-probability of a token. Gradients within 1e-5 of the largest one; 16-bit gradients are rounded once.
 """
 
 import pytest
@@ -52,7 +52,7 @@ def test_head_is_that_of_torch(weighted, smoothing, z_loss, dtype, backend: Back
         memory_budget=200_000,  # several chunks
     )
     loss.backward()
-    compare(loss, want, atol=5e-5)
+    compare(loss, want, atol=2e-5 * (1.0 + 2.0 * z_loss * float(logits.logsumexp(1).max())))
     for got, exact in zip(put, (h, w, b), strict=True):
         atol = 1e-5 * exact.grad.abs().max() + (half_ulp(exact.grad, dtype) if dtype != torch.float32 else 0.0)
         compare(got.grad, exact.grad, atol=atol)
