@@ -1,6 +1,7 @@
 """Test linear_cross_entropy on every backend against torch's functions in float64.
 
-Bounds: 2e-5 nats in the log-sum-exp and the log-probability of a token. Gradients within 1e-5 of the largest one; 16-bit gradients are rounded once.
+Bounds: 2e-5 nats in the log-sum-exp and the log-probability of a token. Gradients within 1e-5 of the largest one;
+16-bit gradients are rounded once.
 """
 
 import pytest
