@@ -19,6 +19,11 @@ QUICK_BUILD = f"-DCMAKE_CXX_COMPILER_LAUNCHER={ROOT / 'tests/packaging/compile_q
 NOT_INHERITED = ("TOKFUSE_", "PYTHONPATH", "CXX", "LD_PRELOAD", "VENV", "MAKE")
 
 
+@pytest.fixture(scope="session")
+def files() -> list[str]:
+    return project_files()
+
+
 def project_files() -> list[str]:
     """Return the files of a fresh clone, and new files that git does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -65,9 +70,20 @@ class CleanEnvironment:
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with a shared build folder, so that the native code is compiled once."""
-    return _copy(tmp_path_factory.mktemp("source"))
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution."""
+    folder, copy = tmp_path_factory.mktemp("sdist"), _copy(tmp_path_factory.mktemp("copy"))
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="session")
+def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution. Its build folder is shared, so that the native code is compiled once."""
+    folder = tmp_path_factory.mktemp("source")
+    shutil.unpack_archive(sdist, folder, filter="data")
+    return next(folder.iterdir())
 
 
 @pytest.fixture

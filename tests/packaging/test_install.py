@@ -72,29 +72,23 @@ def path_without(tool: str, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def sdist(source: Path, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sdist")
-    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
-    return next(folder.glob("*.tar.gz"))
-
-
-def test_sdist_holds_everything_a_build_reads(sdist: Path, source: Path):
+def test_sdist_holds_everything_a_build_reads(sdist: Path, files: list[str]):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for needed in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "api/py.typed"):
         assert needed in names
-    csrc = {str(f.relative_to(source)) for f in (source / "csrc").rglob("*") if f.is_file()}
+    csrc = {name for name in files if name.startswith("csrc/")}
     assert csrc and csrc <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
-def test_install_from_sdist_without_nvcc(sdist: Path, environment, tmp_path: Path):
-    """From the archive only, without a CUDA compiler on PATH or in CMake's other search paths."""
+def test_install_without_nvcc(source: Path, environment, tmp_path: Path):
+    """Without a CUDA compiler on PATH or in CMake's other search paths."""
     path = path_without("nvcc", tmp_path / "bin")
     arguments = f"{QUICK_BUILD} -DCMAKE_CUDA_COMPILER=NOTFOUND"
-    output = environment.pip("install", str(sdist), PATH=path, TOKFUSE_CUDA="AUTO", TOKFUSE_CMAKE_ARGS=arguments).stdout
+    output = environment.pip(
+        "install", str(source), PATH=path, TOKFUSE_CUDA="AUTO", TOKFUSE_CMAKE_ARGS=arguments
+    ).stdout
     assert "tokfuse: no CUDA kernels (no working nvcc was found" in output
     assert check_installed(environment, native=True)["native"]["cuda_version"] == ""
 
@@ -125,7 +119,7 @@ def test_cuda_kernels_that_are_asked_for_are_no_option(source: Path, environment
     assert "TOKFUSE_CUDA is set, so the installation stops" in done.stdout
 
 
-def test_wheel_contents(source: Path, environment, tmp_path: Path):
+def test_wheel_contents(source: Path, files: list[str], environment, tmp_path: Path):
     environment.pip("wheel", "--wheel-dir", str(tmp_path), str(source))
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
@@ -139,10 +133,9 @@ def test_wheel_contents(source: Path, environment, tmp_path: Path):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     installed = {name for name in names if name.endswith(".py")}
     written = {
-        f"tokfuse/{file.relative_to(source)}".replace("tokfuse/api/", "tokfuse/")
-        for folder in FOLDERS
-        if folder != "tests"
-        for file in (source / folder).rglob("*.py")
+        f"tokfuse/{name}".replace("tokfuse/api/", "tokfuse/")
+        for name in files
+        if name.endswith(".py") and name.split("/")[0] in FOLDERS and not name.startswith("tests/")
     }
     assert written == installed, "a package is missing from PACKAGE_DIR of setup.py"
 
