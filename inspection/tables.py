@@ -67,7 +67,10 @@ def _drawn(table: Table) -> object:
 
     out = RichTable(box=box.SIMPLE_HEAD, title=table.title or None, title_justify="left", title_style="bold")
     for head in table.heads:
-        out.add_column(Text(head), justify="right" if head in table.numbers else "left")
+        # A narrow terminal breaks cells and shortens none. The names in the first column differ at their ends, so they
+        # are broken last.
+        first = head == table.heads[0]
+        out.add_column(Text(head), justify="right" if head in table.numbers else "left", overflow="fold", no_wrap=first)
     for row in table.rows:
         out.add_row(*(Text(cell, style=STYLES.get(cell.partition(" ")[0], "")) for cell in row))
     return out

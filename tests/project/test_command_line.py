@@ -145,6 +145,18 @@ def test_tables_are_drawn_on_a_colour_terminal_only(stream, environment: dict[st
         assert stream.getvalue() == "plain\n"
 
 
+def test_a_narrow_terminal_shortens_no_cell(monkeypatch) -> None:
+    pytest.importorskip("rich")
+    for name, value in {"TERM": "xterm", "NO_COLOR": "", "COLUMNS": "50"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    names = ["linear_token_stats", "linear_token_stats_at"]
+    tables.show("plain", tables.Table(["op", "a", "b"], [[name, "x" * 30, "y" * 25] for name in names]))
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue())
+    assert [word for word in shown.split() if word.startswith("linear")] == names
+    assert (shown.count("x"), shown.count("y"), shown.count("\u2026")) == (60, 50, 0)
+
+
 def test_tables_without_rich_are_plain(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("TERM", "xterm")
