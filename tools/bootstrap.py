@@ -137,6 +137,11 @@ class Environment:
         self.stamp(name).parent.mkdir(exist_ok=True)
         self.stamp(name).write_text(digest)
 
+    def tag(self) -> str:
+        """Return the tag of extension modules of this Python, e.g. cpython-311."""
+        code = "import sys; print(sys.implementation.cache_tag)"
+        return subprocess.run([str(self.python), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
     def has(self, module: str) -> bool:
         code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
         return subprocess.run([str(self.python), "-c", code], cwd=self.folder).returncode == 0
@@ -169,13 +174,20 @@ def install_group(environment: Environment, group: str, versions: str) -> None:
 
 
 def build_native(environment: Environment) -> None:
-    """Build the native module by an editable install, if one of its inputs changed."""
+    """Build the native module by an editable install, if one of its inputs changed.
+
+    An editable install writes the module into the sources, so all environments of one Python version share it. Its own
+    stamp holds the digest of the last build, in whichever environment that was.
+    """
     settings = "\n".join(f"{name}={os.environ.get(name, '')}" for name in NATIVE_ENVIRONMENT)
     digest = digest_of_files(NATIVE_INPUTS, extra=settings)
-    if environment.is_fresh("native", digest) and environment.has("tokfuse._native"):
+    built = ROOT / "build" / f"native-{environment.tag()}.stamp"
+    is_current = built.is_file() and built.read_text() == digest
+    if is_current and environment.is_fresh("native", digest) and environment.has("tokfuse._native"):
         return
     say("building the native module (C++)")
     environment.stamp("native").unlink(missing_ok=True)
+    built.unlink(missing_ok=True)
     environment.pip("--no-build-isolation", "--no-deps", "--editable", ".")
     if not environment.has("tokfuse._native"):
         say(
@@ -185,6 +197,8 @@ def build_native(environment: Environment) -> None:
         )
         return  # write no stamp, so that the next run tries again
     environment.mark("native", digest)
+    built.parent.mkdir(exist_ok=True)
+    built.write_text(digest)
 
 
 def main(argv: list[str]) -> int:

@@ -250,6 +250,11 @@ def test_second_run_does_nothing_and_a_changed_source_rebuilds(own_source, envir
     module.write_text(module.read_text() + "\n// changed\n")
     assert bootstrap() == "tokfuse: building the native module (C++)\n"
     assert bootstrap() == ""
+    # Another environment writes the same file, perhaps with other settings.
+    (stamp,) = (own_source / "build").glob("native-*.stamp")
+    stamp.write_text("built elsewhere")
+    assert bootstrap() == "tokfuse: building the native module (C++)\n"
+    assert bootstrap() == ""
 
 
 def test_makefile_names_only_targets_that_exist():
