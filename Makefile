@@ -19,7 +19,8 @@ STRICT := TOKFUSE_STRICT_BUILD=1
 PYTEST := $(BIN)/pytest
 # Distribute the test files over two processes, because the Python code around the kernels is serial.
 WORKERS ?= 2
-SPREAD := -n $(WORKERS) --dist loadfile
+# Files in their order: xdist would begin with those of many tests, and end on one worker with the few that take minutes.
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Triton's interpreter and its compiler cannot run in the same process. The interpreter uses one
 # thread, because each of its tensor operations is a small numpy call.
 INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1

@@ -24,6 +24,7 @@ VENVS = {"ours": ".venv", "peers": ".venv-peers", "verl": ".venv-verl"}
 FEW = "--rounds 3 --budget 1 --no-errors"
 TWO_HEADS = f"{FEW} --peers torch_eager,torch_compile,trl,liger,liger_compile"
 EVERY = "torch_eager,torch_compile,cross_entropy,trl,liger,liger_flsce,cut_cross_entropy"
+CROSS_ENTROPY = "torch_eager,torch_compile,torch_linear_cross_entropy"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ STEPS = (
         f"policy_step_hidden --variant rows=1 --shapes 128xqwen2.5,128xllama3,32xgemma2 {FEW} --peers {EVERY}",
     ),
     Step("peers", "verl", f"policy_step_hidden --variant rows=1 --shapes 256xsmollm2 {FEW} --peers verl"),
+    Step("logits", "ours", f"cross_entropy --shapes 256xsmollm2 {FEW} --peers torch_eager,torch_compile"),
+    Step("hidden", "ours", f"linear_cross_entropy --shapes 256xsmollm2 {FEW} --peers {CROSS_ENTROPY}"),
     Step("advantage", "ours", "advantage --rounds 5 --budget 10 --peers torch_eager"),
     Step("influence", "ours", "influence --rounds 5 --budget 20 --no-errors --peers none"),
     Step("growth", "ours", f"growth --axes tokens,vocab,rows {FEW} --peers torch_eager"),

@@ -126,6 +126,8 @@ class DeviceHead:
 
     def __init__(self, p: HeadProblem, needs: tuple[bool, bool, bool], rows: RowClasses) -> None:
         self.problem, self.rows = p, rows
+        # The host cannot count the kept ids of a chunk, so each chunk takes those of all rows.
+        self._all_kept = p.kept is not None and (rows.keep is not None or capturing(p.hidden))
         self.hidden, self.weight = p.hidden.detach(), p.weight.detach()
         self.bias = None if p.bias is None else p.bias.detach().float()
         device = p.hidden.device
@@ -169,7 +171,7 @@ class DeviceHead:
     def _kept_of(self, borders: tuple[int, ...]) -> list[int | None]:
         """Return the number of kept ids between neighbouring borders of the order. One synchronisation if there are."""
         kept, parts = self.problem.kept, len(borders) - 1
-        if kept is None or parts == 0 or self.rows.keep is not None:
+        if kept is None or parts == 0 or self._all_kept:
             return [0 if kept is None else None] * parts
         counts = kept_rows.counts_of(kept, self.rows.order[borders[0] : borders[-1]])
         before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -195,8 +197,7 @@ class DeviceHead:
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Return the float32 logits (rows, vocab) of hidden states, in a buffer that the next call reuses."""
         # One more row if the entries of other rows must go somewhere, see `kept_rows.entries`.
-        spare = self.problem.kept is not None and self.rows.keep is not None
-        self._logits = self._buffer(self._logits, h.shape[0] + spare, torch.float32)
+        self._logits = self._buffer(self._logits, h.shape[0] + self._all_kept, torch.float32)
         out = self._logits[: h.shape[0], : self.problem.vocab]
         h = h.to(self.problem.dtype)
         for begin, end, weight in self._weight_tiles():

@@ -87,10 +87,29 @@ int token_stats(DType dtype, int64_t vocab, int64_t stride, bool options) {
               *gh = x.memory.uniform(kTokens, -1.0f, 1.0f);
   error = token_stats_bwd(x.args,
                           {x.stats.row_max, x.stats.inv_sum, x.stats.logp, x.stats.entropy, ga, gh,
-                           x.grad, stride, dtype},
+                           x.grad, stride, dtype, nullptr, nullptr, nullptr},
                           nullptr);
   hash.rows(x.grad, dtype, kTokens, stride, vocab);
   return failed + report(name, dtype, vocab, error, hash);
+}
+
+// The statistic of cross_entropy, and the gradients of lse and of this statistic.
+int cross_entropy(DType dtype, int64_t vocab, int64_t stride, bool weighted) {
+  Problem x(dtype, vocab, stride, false);
+  x.stats.logit_sum = x.memory.of<float>(kTokens);
+  if (weighted) x.stats.class_weight = x.memory.uniform(vocab, 0.1f, 1.0f);
+  Hash hash;
+  cudaError_t error = token_stats_fwd(x.args, x.stats, nullptr);
+  x.hash_stats(&hash);
+  hash.add(x.stats.logit_sum, kTokens * 4);
+  const int failed = report("cross_entropy", dtype, vocab, error, hash);
+  const float* g = x.memory.uniform(kTokens, -1.0f, 1.0f);
+  error = token_stats_bwd(x.args,
+                          {x.stats.row_max, x.stats.inv_sum, x.stats.logp, x.stats.entropy, g,
+                           nullptr, x.grad, stride, dtype, g, g, x.stats.class_weight},
+                          nullptr);
+  hash.rows(x.grad, dtype, kTokens, stride, vocab);
+  return failed + report("cross_entropy", dtype, vocab, error, hash);
 }
 
 int policy(DType dtype, int64_t vocab, int64_t stride, bool in_place) {
@@ -136,7 +155,7 @@ int kept(DType dtype, int64_t vocab) {
   if (error == cudaSuccess) {
     error = kept_token_stats_bwd(args,
                                  {x.stats.row_max, x.stats.inv_sum, x.stats.logp, x.stats.entropy,
-                                  ones, ones, x.grad, vocab, dtype},
+                                  ones, ones, x.grad, vocab, dtype, nullptr, nullptr, nullptr},
                                  nullptr);
   }
   Hash hash;
@@ -176,7 +195,7 @@ int at_ids(DType dtype, int64_t vocab, int64_t stride, bool options) {
   if (error == cudaSuccess) {
     error = token_stats_at_bwd(x.args,
                                {x.stats.row_max, x.stats.inv_sum, x.stats.logp, x.stats.entropy,
-                                nullptr, gh, grad, stride, dtype},
+                                nullptr, gh, grad, stride, dtype, nullptr, nullptr, nullptr},
                                at, nullptr);
   }
   hash.rows(grad, dtype, kTokens, stride, vocab);
@@ -216,6 +235,8 @@ int everything() {
     failed += token_stats(dtype, 4099, 4104, false);  // aligned rows with a tail
     failed += token_stats(dtype, 1001, 1001, false);  // rows that start at any address
     failed += token_stats(dtype, 1032, 1032, true);
+    failed += cross_entropy(dtype, 4099, 4104, false);
+    failed += cross_entropy(dtype, 1001, 1001, true);
     failed += policy(dtype, 4099, 4104, false);
     failed += policy(dtype, 1001, 1001, true);
   }
