@@ -1,7 +1,7 @@
 """The arguments of ops that start from hidden states: checks and derived values."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -151,3 +151,11 @@ def check_targets(op: str, p: HeadProblem) -> None:
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]
 """(problem, inputs, objective, inv_normalizer) -> Step; the `run` of policy_step_hidden."""
+
+
+def fake_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
+) -> list[torch.Tensor]:
+    """Return [grad_hidden, grad_weight, grad_bias] without values. `rest` ends with the three needs."""
+    likes = (hidden, weight, bias if bias is not None else hidden)
+    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]

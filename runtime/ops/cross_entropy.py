@@ -232,7 +232,7 @@ class _SumsFunction(torch.autograd.Function):
         run: Kernels,
     ) -> tuple[torch.Tensor, ...]:
         logp, lse, logit_sum, *rest = _forward(run, z, target, class_weight, o)
-        _save(ctx, (z, target, class_weight), (logp, lse, logit_sum, *rest), o)
+        save_sums(ctx, (z, target, class_weight), (logp, lse, logit_sum, *rest), o)
         ctx.run = run
         return logp, lse, logit_sum
 
@@ -247,7 +247,7 @@ class _SumsFunction(torch.autograd.Function):
         return (_backward(ctx.run, z, target, class_weight, o, tuple(state), grads),) + (None,) * 4
 
 
-def _save(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], o: LogitOptions) -> None:
+def save_sums(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], o: LogitOptions) -> None:
     """Save what the backward needs: the tensors, those of the options, and (row_max, inv_sum, logp, entropy)."""
     ctx.options, (vector, mask, _) = o.split()
     logp, _, _, row_max, inv_sum, entropy = outputs
@@ -292,7 +292,7 @@ def _(z: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _save(ctx, inputs[:3], output, LogitOptions.from_flat(*inputs[3:]))
+    save_sums(ctx, inputs[:3], output, LogitOptions.from_flat(*inputs[3:]))
     ctx.mark_non_differentiable(*output[3:])
 
 

@@ -15,9 +15,9 @@ from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOp
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
-from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, probed
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, fake_gradients, probed
 from tokfuse.runtime.lm_head.units import HeadKernels
-from tokfuse.runtime.ops.cross_entropy import ClassSums, CrossEntropy, check_labels
+from tokfuse.runtime.ops.cross_entropy import ClassSums, CrossEntropy, check_labels, save_sums
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.reference import cross_entropy as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
@@ -154,14 +154,6 @@ register_reference(OP, HeadKernels(rows.head_forward, rows.head_backward, rows.S
 # ------------------------------------------------------------------------------- autograd, compile
 
 
-def _save(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], o: LogitOptions) -> None:
-    """Save what the backward needs: the tensors, those of the options, and (row_max, inv_sum, logp, entropy)."""
-    ctx.options, (vector, mask, _) = o.split()
-    logp, _, _, row_max, inv_sum, entropy = outputs
-    ctx.save_for_backward(*tensors, vector, mask, row_max, inv_sum, logp, entropy)
-    ctx.set_materialize_grads(False)
-
-
 class _SumsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -173,7 +165,7 @@ class _SumsFunction(torch.autograd.Function):
         run: HeadKernels,
     ) -> tuple[torch.Tensor, ...]:
         out = _forward(run, p)
-        _save(ctx, (hidden, weight, bias, p.target, p.class_weight), out, p.options)
+        save_sums(ctx, (hidden, weight, bias, p.target, p.class_weight), out, p.options)
         ctx.rest = run, p.memory_budget, p.probes
         return out[:3]
 
@@ -228,13 +220,12 @@ def _sums_backward_op(*arguments: Any) -> list[torch.Tensor]:
 
 
 @_sums_backward_op.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
-    likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]
+def _(*arguments: Any) -> list[torch.Tensor]:
+    return fake_gradients(*arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _save(ctx, inputs[:5], output, LogitOptions.from_flat(*inputs[5:10]))
+    save_sums(ctx, inputs[:5], output, LogitOptions.from_flat(*inputs[5:10]))
     ctx.budget = inputs[10]
     ctx.mark_non_differentiable(*output[3:])
 

@@ -24,7 +24,7 @@ from tokfuse.runtime.lm_head.pair_problem import (
     check_pair,
 )
 from tokfuse.runtime.lm_head.probe import deliver
-from tokfuse.runtime.lm_head.problem import probed
+from tokfuse.runtime.lm_head.problem import fake_gradients, probed
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference import token_stats as stats_reference
 
@@ -236,9 +236,8 @@ def _pair_backward_op(*arguments: Any) -> list[torch.Tensor]:
 
 
 @_pair_backward_op.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> list[torch.Tensor]:
-    likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, rest[-3:], strict=True)]
+def _(*arguments: Any) -> list[torch.Tensor]:
+    return fake_gradients(*arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

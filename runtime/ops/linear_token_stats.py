@@ -18,7 +18,7 @@ from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
 from tokfuse.runtime.core.token_ids import check_one_of
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
-from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, probed
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, fake_gradients, probed
 from tokfuse.runtime.lm_head.units import HeadKernels
 from tokfuse.runtime.ops.linear_token_stats_at import linear_token_stats_at
 from tokfuse.runtime.reference import linear_token_stats as reference
@@ -299,10 +299,8 @@ def _linear_backward_op(*arguments: Any) -> list[torch.Tensor]:
 
 
 @_linear_backward_op.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
-    needs = rest[-3:]
-    likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, needs, strict=True)]
+def _(*arguments: Any) -> list[torch.Tensor]:
+    return fake_gradients(*arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -20,7 +20,7 @@ from tokfuse.runtime.core.token_ids import TokenIds, check_ids, check_top_k, mos
 from tokfuse.runtime.lm_head import ids_runs
 from tokfuse.runtime.lm_head.ids_runs import HeadIdsKernels, IdsLoss
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
-from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, fake_gradients
 from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
 from tokfuse.runtime.reference import token_stats_at as reference
 from tokfuse.runtime.reference.linear_token_stats import logits_of
@@ -222,10 +222,8 @@ def _linear_at_backward_op(*arguments: Any) -> list[torch.Tensor]:
 
 
 @_linear_at_backward_op.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
-    needs = rest[-3:]
-    likes = (hidden, weight, bias if bias is not None else hidden)
-    return [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(likes, needs, strict=True)]
+def _(*arguments: Any) -> list[torch.Tensor]:
+    return fake_gradients(*arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
