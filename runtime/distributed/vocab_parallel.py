@@ -354,7 +354,7 @@ def _own_kept(
     o: LogitOptions,
     shard: VocabShard,
 ) -> TokenIds | None:
-    """Check the kept ids, and return those of this shard. One synchronisation, for their number."""
+    """Check the kept ids and return those of this shard. Synchronises once to read their number."""
     kept = kept_rows.check_kept(op, kept_ids, kept_offsets, target.shape[0], target.device)
     kept_rows.check_kept_values(op, kept, shard.vocab_size, o.mask)
     return kept_rows.of_shard(kept, shard.start, shard.stop, shard.vocab_size)

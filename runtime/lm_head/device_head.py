@@ -126,7 +126,7 @@ class DeviceHead:
 
     def __init__(self, p: HeadProblem, needs: tuple[bool, bool, bool], rows: RowClasses) -> None:
         self.problem, self.rows = p, rows
-        # The host cannot count the kept ids of a chunk, so each chunk takes those of all rows.
+        # True if the host may not read how many kept ids a chunk has. Each chunk then visits the ids of all rows.
         self._all_kept = p.kept is not None and (rows.keep is not None or capturing(p.hidden))
         self.hidden, self.weight = p.hidden.detach(), p.weight.detach()
         self.bias = None if p.bias is None else p.bias.detach().float()

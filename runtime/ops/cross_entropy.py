@@ -23,7 +23,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class ClassSums(NamedTuple):
-    """What the loss is made of, (tokens,) each, differentiable; 0 in masked rows."""
+    """Differentiable statistics of the rows, (tokens,) each; 0 in masked rows."""
 
     logp: torch.Tensor
     lse: torch.Tensor
@@ -40,7 +40,7 @@ class CrossEntropy(NamedTuple):
     z_loss: float
 
     def checked(self, op: str, name: str, vocab: int, device: torch.device) -> "CrossEntropy":
-        """Return the options with numbers as floats. `name` is that of the class weights. Reads no values."""
+        """Return the options with numbers as floats. Reads no values. Errors call the class weights `name`."""
         checks.check_choice(op, "reduction", self.reduction, REDUCTIONS)
         smoothing = checks.check_number(op, "label_smoothing", self.label_smoothing, 0.0, 1.0)
         z_loss = checks.check_number(op, "z_loss", self.z_loss, 0.0, math.inf)
