@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from tokfuse.integrations import zero3
+from tokfuse.integrations import fsdp, zero3
 from tokfuse.integrations.hosts import Host, has_kernels, on_kernels, tell_unchanged, where
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
@@ -99,8 +99,22 @@ def head_of(model: Any) -> ModelHead:
     Under DeepSpeed ZeRO-3 this gathers the head, a collective of all ranks.
 
     Raises:
-        ValueError: a model type, head or adapter for which the logits would differ from the model's.
+        ValueError: a model type, head or adapter for which the logits would differ from the model's; a head that FSDP
+            shards and has not gathered.
     """
+    layer = _base(model).get_output_embeddings()
+    if fsdp.is_unit(layer) or isinstance(getattr(layer, "weight", None), torch.distributed.tensor.DTensor):
+        raise refuse(
+            f"{OP}.head_of",
+            "lm_head.weight",
+            "a plain tensor (the gradient of a shard that is gathered here would not be averaged over the ranks)",
+            f"sharded by FSDP, in a {type(layer).__name__}",
+            "Call the model after hf.install, or call head_of inside the forward of the unit that holds the lm_head.",
+        )
+    return _gathered_head_of(model)
+
+
+def _gathered_head_of(model: Any) -> ModelHead:
     head = _partitioned_head_of(model)
     weight, bias = zero3.gathered(head.weight, head.bias)
     assert weight is not None
@@ -244,7 +258,9 @@ def describe(model: Any) -> str:
     model = _base(model)
     active = is_installed(model)
     head = _partitioned_head_of(model)
-    shape = " x ".join(map(str, zero3.shape_of(head.weight)))
+    layer = fsdp.unwrapped(model.get_output_embeddings())
+    sizes = zero3.shape_of(head.weight) if head.weight.ndim == 2 else (layer.out_features, layer.in_features)
+    shape = " x ".join(map(str, sizes))
     return "\n".join(
         [
             f"transformers {HOST.installed} (tested: {HOST.tested}), {type(model).__name__} "
@@ -403,13 +419,20 @@ def _labelled_stats(
             tuple(target.shape),
             "Pad labels of soft prompts with -100.",
         )
-    rows, head = target != IGNORE, head_of(model)
-    arguments, chosen = head.arguments(), hidden[rows]
-    if torch.is_autocast_enabled(hidden.device.type):  # as torch's linear layer
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    rows, layer = target != IGNORE, model.get_output_embeddings()
+    score = functools.partial(_stats_of_rows, model, target[rows], temperature)
+    chosen = hidden[rows]
+    return (fsdp.call_inside(layer, score, chosen) if fsdp.is_unit(layer) else score(chosen)), rows
+
+
+def _stats_of_rows(model: Any, target: torch.Tensor, temperature: float, chosen: torch.Tensor) -> TokenStats:
+    arguments = _gathered_head_of(model).arguments()
+    if torch.is_autocast_enabled(chosen.device.type):  # as torch's linear layer
+        dtype = torch.get_autocast_dtype(chosen.device.type)
         chosen = chosen.to(dtype)
         arguments |= {name: x.to(dtype) for name in ("weight", "bias") if (x := arguments[name]) is not None}
-    return linear_token_stats(chosen, target=target[rows], temperature=temperature, **arguments), rows
+    stats: TokenStats = linear_token_stats(chosen, target=target, temperature=temperature, **arguments)
+    return stats
 
 
 def _check_forward(model: Any, kwargs: dict[str, Any]) -> None:
@@ -512,6 +535,7 @@ def _base(model: Any) -> Any:
 
 def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return weight and bias of a linear layer. With PEFT, the weight includes the adapters."""
+    head = fsdp.unwrapped(head)
     if hasattr(head, "modules_to_save"):  # PEFT trains a copy of the whole layer
         active = head.active_adapters
         if head.disable_adapters or not active:
@@ -528,14 +552,6 @@ def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             type(head).__name__,
             "Use causal_lm_loss, which takes logits.",
         )
-    if isinstance(head.weight, torch.distributed.tensor.DTensor):
-        raise refuse(
-            f"{OP}.head_of",
-            "lm_head.weight",
-            "a plain tensor inside the forward (the gradient of a gathered shard would not be averaged over ranks)",
-            "a DTensor",
-            "Shard the lm_head with the root unit of FSDP2.",
-        )
     _check_call(head)
     return head.weight, head.bias
 
@@ -547,7 +563,7 @@ def _check_call(head: torch.nn.Linear) -> None:
     changed = "a forward of its own"
     if type(head).forward is torch.nn.Linear.forward and ("forward" not in vars(head) or moved):
         hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
-        if all(zero3.is_deepspeed(hook) for kind in hooks for hook in kind.values()):
+        if all(zero3.is_deepspeed(hook) or fsdp.is_hook(hook) for kind in hooks for hook in kind.values()):
             return
         changed = "hooks"
     raise refuse(
