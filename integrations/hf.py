@@ -51,21 +51,29 @@ class LogitRule(NamedTuple):
 
 
 PLAIN = (
-    "apertus arcee cwm deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 gemma gemma3 glm glm4 glm4_moe gpt_oss helium "
-    "hunyuan_v1_dense hunyuan_v1_moe lfm2 llama minimax minimax_m2 ministral ministral3 mistral mistral3 mixtral "
-    "nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 "
-    "qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe seed_oss smollm3 stablelm starcoder2"
+    "afmoe apertus arcee aria_text bitnet bloom cwm deepseek_v2 deepseek_v3 doge dots1 ernie4_5 ernie4_5_moe exaone4 "
+    "exaone_moe flex_olmo gemma gemma3 glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe gpt2 gpt_bigcode gpt_neox "
+    "gpt_oss helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 idefics3 internvl jetmoe laguna lfm2 lfm2_moe lfm3 llama "
+    "llama4_text llava longcat_flash mellum mimo_v2_flash minimax minimax_m2 ministral ministral3 mistral mistral3 "
+    "mixtral mpt nemotron nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe "
+    "qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe "
+    "seed_oss smollm3 smolvlm solar_open stablelm starcoder2"
 )
 # config.model_type -> what the forward of its causal language model does. Checked in transformers 5.24. Other models
 # transform logits in other ways, or run their transformer differently, and raise an error.
 SUPPORTED = {
     **dict.fromkeys(PLAIN.split(), LogitRule()),
     **dict.fromkeys(
-        ("gemma2", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text", "vaultgemma"), LogitRule("", True)
+        "gemma2 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified_text nanochat vaultgemma".split(),
+        LogitRule("", True),
     ),
-    **dict.fromkeys(("cohere", "cohere2"), LogitRule("logit_scale")),
-    **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), LogitRule("1/logits_scaling")),
+    **dict.fromkeys("cohere cohere2 cohere2_moe".split(), LogitRule("logit_scale")),
+    **dict.fromkeys(
+        "granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared".split(),
+        LogitRule("1/logits_scaling"),
+    ),
     "falcon_h1": LogitRule("lm_head_multiplier"),
+    "hyperclovax": LogitRule("logits_scaling"),
 }
 
 STATE = "_tokfuse_installed"
@@ -391,7 +399,7 @@ def _forward(
         output = original(*args, **kwargs)
         loss = _loss_of_logits(output.logits, labels, num_items_in_batch, IGNORE, shift_labels, state.temperature)
         return type(output)(loss=loss, **output)
-    outputs = model.base_model(*args, **kwargs)
+    outputs = _transformer(model)(*args, **kwargs)
     hidden = outputs.last_hidden_state
     if shift_labels is None:
         hidden, target = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]
@@ -405,6 +413,12 @@ def _forward(
             x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
         )
     return output
+
+
+def _transformer(model: Any) -> Any:
+    """Return the model without its head."""
+    base = model.base_model
+    return model.model if base is model else base  # Llama 4 names another attribute as its base
 
 
 def _labelled_stats(
@@ -623,7 +637,7 @@ def packed_hidden(model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor)
         input_ids: (tokens,), int64.
         cu_seqlens: (seqs + 1,), int32, offsets of the sequences.
     """
-    base = _base(model).base_model
+    base = _transformer(_base(model))
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     longest = int(lengths.max()) if len(lengths) else 0
     place = torch.arange(len(input_ids), device=input_ids.device)

@@ -84,7 +84,7 @@ def float64_head(model):
     """Return the loss of the model's own head, in float64."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     with contextlib.ExitStack() as stack:
-        for layer in model.lm_head.modules():
+        for layer in model.get_output_embeddings().modules():
             if isinstance(layer, torch.nn.Linear):
                 stack.enter_context(mock.patch.object(layer, "forward", functools.partial(float64_linear, layer)))
         stack.enter_context(mock.patch.object(type(model), "loss_function", staticmethod(float64_loss)))
