@@ -4,6 +4,7 @@ Environment variables:
     TOKFUSE_STRICT_BUILD=1    stop if the native build fails (default: install without it)
     TOKFUSE_CUDA=AUTO|ON|OFF  build CUDA kernels if nvcc is found (default), always, or never
     TOKFUSE_CMAKE_ARGS="..."  extra arguments for the CMake configure step
+    TOKFUSE_KEEP_NATIVE=1     keep the module that an earlier editable install left in the sources (tools/bootstrap.py)
     MAX_JOBS=N                number of parallel compile jobs
 """
 
@@ -88,6 +89,11 @@ class CMakeBuild(build_ext):
     """Builds `CMakeLists.txt` and places the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        if os.environ.get("TOKFUSE_KEEP_NATIVE") and self._in_sources(ext).is_file():
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self._in_sources(ext), target)
+            return
         cuda = os.environ.get("TOKFUSE_CUDA") or "AUTO"
         try:
             try:
@@ -111,10 +117,14 @@ class CMakeBuild(build_ext):
             # With `optional=True` setuptools ignores CompileError only.
             raise CompileError(reason) from error
 
+    def _in_sources(self, ext: Extension) -> Path:
+        """Return where an editable install leaves the module."""
+        name = ext.name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
+        return ROOT / PACKAGE_DIR["tokfuse"] / name
+
     def _remove_stale(self, ext: Extension) -> None:
         """Remove a module that an earlier build left in the tree, so that it is not installed."""
-        name = ext.name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
-        (ROOT / PACKAGE_DIR["tokfuse"] / name).unlink(missing_ok=True)
+        self._in_sources(ext).unlink(missing_ok=True)
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
     def _run_cmake(self, ext: Extension, cuda: str) -> None:

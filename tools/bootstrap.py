@@ -146,13 +146,13 @@ class Environment:
         code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
         return subprocess.run([str(self.python), "-c", code], cwd=self.folder).returncode == 0
 
-    def pip(self, *arguments: str) -> None:
+    def pip(self, *arguments: str, **variables: str) -> None:
         # --no-compile: Python compiles a module when it is first imported. pip would compile 15,000, for a minute.
         command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
         if not sys.stdout.isatty():
             command += ["--quiet"]
         try:
-            subprocess.run([*command, *arguments], check=True, cwd=ROOT)
+            subprocess.run([*command, *arguments], check=True, cwd=ROOT, env=os.environ | variables)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"tokfuse: `pip install {' '.join(arguments)}` failed.") from error
 
@@ -177,7 +177,8 @@ def build_native(environment: Environment) -> None:
     """Build the native module by an editable install, if one of its inputs changed.
 
     An editable install writes the module into the sources, so all environments of one Python version share it. Its own
-    stamp holds the digest of the last build, in whichever environment that was.
+    stamp holds the digest of the last build, in whichever environment that was. The module does not link to torch, so
+    another environment takes it as it is.
     """
     settings = "\n".join(f"{name}={os.environ.get(name, '')}" for name in NATIVE_ENVIRONMENT)
     digest = digest_of_files(NATIVE_INPUTS, extra=settings)
@@ -185,10 +186,14 @@ def build_native(environment: Environment) -> None:
     is_current = built.is_file() and built.read_text() == digest
     if is_current and environment.is_fresh("native", digest) and environment.has("tokfuse._native"):
         return
-    say("building the native module (C++)")
     environment.stamp("native").unlink(missing_ok=True)
-    built.unlink(missing_ok=True)
-    environment.pip("--no-build-isolation", "--no-deps", "--editable", ".")
+    if is_current:
+        say("installing tokfuse with the native module of another environment")
+        environment.pip("--no-build-isolation", "--no-deps", "--editable", ".", TOKFUSE_KEEP_NATIVE="1")
+    else:
+        say("building the native module (C++)")
+        built.unlink(missing_ok=True)
+        environment.pip("--no-build-isolation", "--no-deps", "--editable", ".")
     if not environment.has("tokfuse._native"):
         say(
             "the native module was not built, so every op runs on the pure-torch reference. "

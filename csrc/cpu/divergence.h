@@ -57,21 +57,35 @@ static inline Power power_of(float x) {
   return {rest * scale + scale, rest * scale + (scale - 1.0f)};
 }
 
-// ln t for t = 1 + y in (0, 1], relative error <= 3e-7: exact range reduction to
-// [sqrt 1/2, sqrt 2). y has the digits near t = 1, and t those near 0. Polynomial of the Cephes
-// library's logf.
-static inline float log_split(float t, float y) {
-  constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
-  const uint32_t i = bits_of(t) - kSqrtHalf;
-  const int32_t k = static_cast<int32_t>(i) >> 23;
-  const float f = k == 0 ? y : float_of((i & 0x7fffffu) + kSqrtHalf) - 1.0f;
+// ln(1 + f) for 1 + f in [sqrt 1/2, sqrt 2). Polynomial of the Cephes library's logf.
+static inline float log_of_fraction(float f) {
   const float f2 = f * f, f4 = f2 * f2;  // Estrin's order: half the latency of Horner's
   const float p01 = 3.3333331174e-1f - 2.4999993993e-1f * f;
   const float p23 = 2.0000714765e-1f - 1.6668057665e-1f * f;
   const float p45 = 1.4249322787e-1f - 1.2420140846e-1f * f;
   const float p67 = 1.1676998740e-1f - 1.1514610310e-1f * f;
   const float p = (p01 + p23 * f2) + f4 * ((p45 + p67 * f2) + f4 * 7.0376836292e-2f);
-  return static_cast<float>(k) * kLn2f + (f - f2 * (0.5f - f * p));
+  return f - f2 * (0.5f - f * p);
+}
+
+// t = 2^exponent (1 + fraction), with 1 + fraction in [sqrt 1/2, sqrt 2). Exact. 0 gives an
+// exponent of -127.
+struct Binary {
+  float exponent, fraction;
+};
+
+static inline Binary binary_of(float t) {
+  constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
+  const uint32_t i = bits_of(t) - kSqrtHalf;
+  return {static_cast<float>(static_cast<int32_t>(i) >> 23),
+          float_of((i & 0x7fffffu) + kSqrtHalf) - 1.0f};
+}
+
+// ln t for t = 1 + y in (0, 1], relative error <= 3e-7. y has the digits near t = 1, and t those
+// near 0.
+static inline float log_split(float t, float y) {
+  const Binary b = binary_of(t);
+  return b.exponent * kLn2f + log_of_fraction(b.exponent == 0.0f ? y : b.fraction);
 }
 
 struct Element {

@@ -255,6 +255,17 @@ def test_second_run_does_nothing_and_a_changed_source_rebuilds(own_source, envir
     stamp.write_text("built elsewhere")
     assert bootstrap() == "tokfuse: building the native module (C++)\n"
     assert bootstrap() == ""
+    # Another environment of this Python takes the module that the sources hold.
+    (built,) = (own_source / "api").glob("_native*.so")
+    content = built.read_bytes()
+    (environment.folder / ".tokfuse" / "native").unlink()
+    assert bootstrap() == "tokfuse: installing tokfuse with the native module of another environment\n"
+    assert built.read_bytes() == content
+    assert bootstrap() == ""
+    built.unlink()  # and builds it if somebody removed it
+    (environment.folder / ".tokfuse" / "native").unlink()
+    bootstrap()
+    assert built.is_file()
 
 
 def test_makefile_names_only_targets_that_exist():
