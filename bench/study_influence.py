@@ -5,13 +5,13 @@
 Model: SmolLM2-135M-Instruct after a few AdamW steps on the ranked samples, which give real Adam moments. The true
 gradients are per-sample gradients of all parameters, from one backward per sample. They are compared with the features
 of all linear layers that `influence.capture` takes from an ordinary backward, and with the sketches, the norms and the
-exact adapter gradient of the last hidden state that one `policy_step` computes for all samples. There are two data
-sets: answers of four task families (every sample increases the probability of its answer), and rollouts of one task
-with group advantages (some samples increase it, others decrease it). The score of a sample is the cosine between its
-gradient and the mean gradient of a validation group. Rows contain Spearman rank correlations with the scores of the
-true gradients: of all layers, of the lm_head, of the last block. Rows of kind "adam" compare with the gradients
-divided by sqrt(v) + eps, as Adam does. Sketches are drawn with several seeds, and the rows contain the spread. The
-study needs the demo's packages and about ten CPU minutes.
+exact adapter gradient of the last hidden state that one `policy_step` computes for all samples. There are three data
+sets: answers of four task families (every sample increases the probability of its answer), rollouts of one task with
+group advantages (some samples increase it, others decrease it), and the mixed pool of `study_selection`. The score of
+a sample is the cosine between its gradient and the mean gradient of a validation group. Rows contain Spearman rank
+correlations with the scores of the true gradients: of all layers, of the lm_head, of the last block. Rows of kind
+"adam" compare with the gradients divided by sqrt(v) + eps, as Adam does. Sketches are drawn with several seeds, and
+the rows contain the spread. The study needs the demo's packages and about fifteen CPU minutes.
 """
 
 import argparse
@@ -45,6 +45,7 @@ SEEDS = 3
 RANKS = (4, 8, 16)  # of influence.capture
 MOMENTS = ("exact", "rank 1")  # forms of Adam's second moment
 PARTS = {"attention": "*.self_attn.*", "mlp": "*.mlp.*", "lm_head": "lm_head"}
+BLOCKS = "*.layers.*"  # without the lm_head
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -116,6 +117,15 @@ def rollouts(model: Any, tokenizer: Any, train: int, validation: int) -> DataSet
                     samples.append(Sample(whole, ids.shape[1], float(advantage), 0))
         start += 16
     return DataSet("rollouts", samples[:train], samples[train : train + validation])
+
+
+def mixture(tokenizer: Any, per_kind: int, validation: int) -> DataSet:
+    """Return the pool of the selection study: right sums (group 0), other tasks, wrong sums. Right sums validate."""
+    from tokfuse.bench import study_selection
+
+    settings = study_selection.Settings(per_kind=per_kind, validation=validation, held_out=1)
+    pool = study_selection.build_pool(tokenizer, settings, seed=1)
+    return DataSet("mixture", pool.train, pool.validation)
 
 
 # ---------------------------------------------------------------------------------- true gradients
@@ -355,8 +365,8 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def alike(data: DataSet, group: int) -> list[torch.Tensor]:
-    """Return sets of samples that are hard to distinguish: the group's own family, or samples with one sign."""
-    if data.groups > 1:
+    """Return sets of samples that are hard to distinguish: those of the group, or those with one sign."""
+    if all(s.advantage > 0 for s in data.train):
         return [torch.tensor([s.group == group for s in data.train])]
     up = torch.tensor([s.advantage > 0 for s in data.train])
     return [up, ~up]
@@ -458,9 +468,10 @@ def directions(sketches: Sketches, cosines: torch.Tensor) -> dict[str, list[torc
 
 
 def captured_directions(captures: Captures) -> dict[str, list[torch.Tensor]]:
-    """Return (samples, groups) scores of `influence.capture`, by rank, and by group of layers at rank 8."""
+    """Return (samples, groups) scores of `influence.capture`: with and without the lm_head, and by group of layers."""
     return {
         **{f"capture, all layers, rank {rank}": [captures.scores(rank)] for rank in RANKS},
+        **{f"capture, all but the lm_head, rank {rank}": [captures.scores(rank, BLOCKS)] for rank in RANKS},
         **{f"capture, {name}, rank 8": [captures.scores(8, part)] for name, part in PARTS.items()},
     }
 
@@ -469,6 +480,10 @@ def adam_directions(captures: Captures, adam: dict[str, torch.Tensor]) -> dict[s
     """Return (samples, groups) scores by name, to compare with the scores of the exact Adam direction."""
     return {
         **{f"capture with the optimizer, rank {rank}": captures.scores(rank, adam=True) for rank in RANKS},
+        **{
+            f"capture with the optimizer, all but the lm_head, rank {rank}": captures.scores(rank, BLOCKS, adam=True)
+            for rank in RANKS
+        },
         "true gradient, rank-1 moment": adam["rank 1"],
         "capture without the optimizer, rank 8": captures.scores(8),
         "true gradient without a moment": adam["none"],
@@ -509,6 +524,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=12, help="answers to rank, per family")
     parser.add_argument("--validation", type=int, default=4, help="validation answers, per family")
     parser.add_argument("--rollouts", type=int, default=40, help="rollouts to rank")
+    parser.add_argument("--per-kind", type=int, default=16, help="samples of each kind of the mixture to rank")
     parser.add_argument("--warm-steps", type=int, default=8, help="AdamW steps before the study")
     parser.add_argument("--cache", type=Path, default=None, help="folder of the converted model")
     parser.add_argument("--json", type=Path, help="append each row as a JSON line when it is ready")
@@ -523,6 +539,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for data in (
         answers(tokenizer, args.train, args.validation),
         rollouts(model, tokenizer, args.rollouts, args.rollouts // 2),
+        mixture(tokenizer, args.per_kind, args.per_kind // 2),
     ):
         model.load_state_dict(start)
         optimizer = warm_up(model, data.train, args.warm_steps)

@@ -64,15 +64,24 @@ def test_rows_cover_every_score_and_slice(warm, data) -> None:
     model, optimizer = warm
     found = list(study.rows(study.TrueGradients(model), data, optimizer, FACTS))
     by_name = {(row.kind, row.score, row.slice): row for row in found}
-    assert len(by_name) == len(found) == 3 * (7 + 6 + 4) + 6
+    assert len(by_name) == len(found) == 3 * (7 + 9 + 4) + 9
     assert by_name["direction", "control: true gradient of lm_head", "lm_head"].spearman == 1.0
     sketch = by_name["direction", "sketch, rank 64", "all"]
     assert sketch.seeds == study.SEEDS and sketch.spearman_low < sketch.spearman_high
     assert sketch.spearman_low <= sketch.spearman <= sketch.spearman_high
     assert all(-1.0 <= row.spearman <= 1.0 and row.samples == 8 for row in found)
     text = study.table(found, "direction")
-    assert len(text.splitlines()) == 2 + 7 + 6 and " to " in text and "alike" in text
+    assert len(text.splitlines()) == 2 + 7 + 9 and " to " in text and "alike" in text
     assert study.table(found, "adam").splitlines()[0] == "| data | score | linear layers |"
+
+
+def test_samples_that_are_alike(data) -> None:
+    """The family of the group; samples of one sign, if the advantages have two."""
+    first = study.Sample(torch.arange(4), 2, 1.0, 0)
+    mixture = study.DataSet("mixture", [first, first._replace(group=1), first._replace(group=2)], [first])
+    assert [x.tolist() for x in study.alike(mixture, 0)] == [[True, False, False]]
+    up, down = study.alike(data, 0)
+    assert up.tolist() == [s.advantage > 0 for s in data.train] and torch.equal(down, ~up)
 
 
 def test_spearman_is_of_ranks() -> None:
