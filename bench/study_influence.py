@@ -31,6 +31,7 @@ from tokfuse.algorithms.adam_factors import layer_scales
 from tokfuse.algorithms.capture import Captured, capture
 from tokfuse.algorithms.captured_layers import chosen_layers
 from tokfuse.bench import machine
+from tokfuse.bench.study_pool import Sample, build_pool
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.policy_step import policy_step
@@ -47,15 +48,6 @@ MOMENTS = ("exact", "rank 1")  # forms of Adam's second moment
 PARTS = {"attention": "*.self_attn.*", "mlp": "*.mlp.*", "lm_head": "lm_head"}
 BLOCKS = "*.layers.*"  # without the lm_head
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-class Sample(NamedTuple):
-    """One sequence. Its loss is -advantage * mean log-prob of the tokens after the prompt."""
-
-    ids: torch.Tensor
-    prompt: int
-    advantage: float
-    group: int
 
 
 class DataSet(NamedTuple):
@@ -121,10 +113,7 @@ def rollouts(model: Any, tokenizer: Any, train: int, validation: int) -> DataSet
 
 def mixture(tokenizer: Any, per_kind: int, validation: int) -> DataSet:
     """Return the pool of the selection study: right sums (group 0), other tasks, wrong sums. Right sums validate."""
-    from tokfuse.bench import study_selection
-
-    settings = study_selection.Settings(per_kind=per_kind, validation=validation, held_out=1)
-    pool = study_selection.build_pool(tokenizer, settings, seed=1)
+    pool = build_pool(tokenizer, 1, per_kind=per_kind, validation=validation, held_out=1)
     return DataSet("mixture", pool.train, pool.validation)
 
 

@@ -28,12 +28,12 @@ from tokfuse.algorithms.capture import capture
 from tokfuse.algorithms.curation.influential import GREATS, LESS, UGDA
 from tokfuse.algorithms.influence import top_fraction
 from tokfuse.bench import machine, selection_report
-from tokfuse.bench.study_influence import Packed, Sample
+from tokfuse.bench.study_influence import Packed
+from tokfuse.bench.study_pool import Pool, Sample, build_pool
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 KINDS = ("useful", "irrelevant", "mislabelled")
-IRRELEVANT = ("spell_backward", "letter_counting")
 ORACLE = "only useful samples"
 
 
@@ -62,61 +62,6 @@ class Settings:
     members: int = 3
     rank: int = 8
     sketch_rank: int = 64
-
-
-class Pool(NamedTuple):
-    """Samples of one seed; `Sample.group` is the kind."""
-
-    train: list[Sample]
-    validation: list[Sample]
-    held_out: list[Sample]
-
-
-# ------------------------------------------------------------------------------------------ samples
-
-
-def sums(count: int, seed: int, taken: set[str]) -> Iterator[tuple[str, str]]:
-    """Return (prompt, answer) of sums with one solved example. No question is in `taken`, which stays unchanged."""
-    import reasoning_gym
-
-    entries = reasoning_gym.create_dataset(
-        "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, seed=seed, size=10**7
-    )
-    found = index = 0
-    while found < count:
-        solved, entry = entries[index], entries[index + 1]
-        index += 2
-        question = entry["metadata"]["expression"]
-        if question not in taken:
-            found += 1
-            line = f"{solved['metadata']['expression']} = {solved['answer']}"
-            yield f"{line}\n{question} =", entry["answer"]
-
-
-def build_pool(tokenizer: Any, s: Settings, seed: int) -> Pool:
-    """Return the pool, a validation set, and held-out sums whose questions occur in neither of them."""
-    import reasoning_gym
-
-    def sample(prompt: str, answer: str, kind: int) -> Sample:
-        before = tokenizer(prompt)["input_ids"]
-        whole = tokenizer(f"{prompt} {answer}\n")["input_ids"]
-        assert whole[: len(before)] == before, prompt
-        return Sample(torch.tensor(whole), len(before), 1.0, kind)
-
-    base = seed * 10**7
-    held_out = list(sums(s.held_out, base + 1, set()))
-    taken = {prompt.split("\n")[1].removesuffix(" =") for prompt, _ in held_out}
-    # There are few one-digit sums. Up to half of all questions are held out, and none of these is trained on.
-    right = list(sums(s.per_kind + s.validation, base + 2_000_001, taken))
-    wrong = list(sums(s.per_kind, base + 4_000_001, taken))
-    generator = torch.Generator().manual_seed(seed)
-    shift = (1 + torch.randint(8, (s.per_kind,), generator=generator)).tolist()
-    pool = [sample(q, a, 0) for q, a in right[: s.per_kind]]
-    for i in range(s.per_kind):
-        entries = reasoning_gym.create_dataset(IRRELEVANT[i % 2], seed=base + i, size=1)
-        pool.append(sample(entries[0]["question"].strip(), entries[0]["answer"], 1))
-    pool += [sample(q, str(int(a) + d), 2) for (q, a), d in zip(wrong, shift, strict=True)]
-    return Pool(pool, [sample(q, a, 0) for q, a in right[s.per_kind :]], [sample(q, a, 0) for q, a in held_out])
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -392,7 +337,7 @@ def run_missing(path: Path, seeds: Sequence[int], budget: float, cache: Path | N
         if time.monotonic() > deadline:
             return
         choices = path.with_name(f"{path.stem}-choices-{seed}.json")
-        pool = build_pool(tokenizer, s, seed)
+        pool = build_pool(tokenizer, seed, per_kind=s.per_kind, validation=s.validation, held_out=s.held_out)
         for row in run_seed(split, pool, s, seed, done[seed], choices, deadline):
             with path.open("a", encoding="utf-8") as sink:
                 print(json.dumps(asdict(row)), file=sink)

@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "TOKFUSE_CUDA": "AUTO builds the CUDA kernels if nvcc is found, ON requires them, OFF disables them",
     "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fallback",
     "TOKFUSE_CMAKE_ARGS": "extra arguments for the CMake configure step",
+    "TOKFUSE_KEEP_NATIVE": "1: an editable install keeps the native module that the sources hold",
     "MAX_JOBS": "parallel compile jobs of the native build",
     "TOKFUSE_BENCH_FULL": "1 makes `pytest bench` use the published shapes",
 }

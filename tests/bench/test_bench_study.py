@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 from tiny_llama import tiny_llama  # noqa: E402
 
 from tokfuse.bench import study_influence as study  # noqa: E402
+from tokfuse.bench.study_pool import Sample  # noqa: E402
 
 FACTS = {"cpu_model": "a processor", "threads": 2, "torch": "2", "commit": "abc"}
 
@@ -29,7 +30,7 @@ def warm(data):
 def data() -> study.DataSet:
     gen = torch.Generator().manual_seed(1)
     samples = [
-        study.Sample(torch.randint(61, (6 + i % 3,), generator=gen), 3, 1.0 - i % 4, i % 2)
+        Sample(torch.randint(61, (6 + i % 3,), generator=gen), 3, 1.0 - i % 4, i % 2)
         for i in range(16)
         if i % 4 != 1  # with an advantage of zero there is no gradient to rank
     ]
@@ -77,7 +78,7 @@ def test_rows_cover_every_score_and_slice(warm, data) -> None:
 
 def test_samples_that_are_alike(data) -> None:
     """The family of the group; samples of one sign, if the advantages have two."""
-    first = study.Sample(torch.arange(4), 2, 1.0, 0)
+    first = Sample(torch.arange(4), 2, 1.0, 0)
     mixture = study.DataSet("mixture", [first, first._replace(group=1), first._replace(group=2)], [first])
     assert [x.tolist() for x in study.alike(mixture, 0)] == [[True, False, False]]
     up, down = study.alike(data, 0)

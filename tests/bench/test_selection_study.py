@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 from tiny_llama import tiny_llama  # noqa: E402
 
 from tokfuse.bench import selection_report, study_selection  # noqa: E402
-from tokfuse.bench.study_influence import Sample  # noqa: E402
-from tokfuse.bench.study_selection import Pool, Settings, Split  # noqa: E402
+from tokfuse.bench.study_pool import Pool, Sample, build_pool  # noqa: E402
+from tokfuse.bench.study_selection import Settings, Split  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 S = Settings(
@@ -165,8 +165,7 @@ def test_the_pool_of_sums() -> None:
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) for c in text]}
 
-    settings = Settings(per_kind=10, validation=5, held_out=20)
-    pool = study_selection.build_pool(Letters(), settings, 1)
+    pool = build_pool(Letters(), 1, per_kind=10, validation=5, held_out=20)
     texts = ["".join(map(chr, s.ids.tolist())) for s in pool.train + pool.validation]
     held = {"".join(map(chr, s.ids.tolist())).split("\n")[1].split(" =")[0] for s in pool.held_out}
     assert [s.group for s in pool.train] == [0] * 10 + [1] * 10 + [2] * 10
