@@ -19,6 +19,7 @@ LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters
 """
 
 import contextlib
+import difflib
 import functools
 import inspect
 import types
@@ -129,6 +130,11 @@ def _gathered_head_of(model: Any) -> ModelHead:
     return replace(head, weight=weight, bias=bias)
 
 
+def _nearest(kind: str) -> str:
+    found = difflib.get_close_matches(kind, SUPPORTED, n=3)
+    return f" (nearest: {', '.join(found)})" if found else ""
+
+
 def _partitioned_head_of(model: Any) -> ModelHead:
     """Return the head with the parameters as they are, without a collective."""
     model = _base(model)
@@ -138,7 +144,7 @@ def _partitioned_head_of(model: Any) -> ModelHead:
         raise refuse(
             f"{OP}.head_of",
             "the model type",
-            f"one of {', '.join(sorted(SUPPORTED))}",
+            f"one of the {len(SUPPORTED)} in {OP}.SUPPORTED{_nearest(kind)}",
             repr(kind),
             "Use causal_lm_loss, which takes logits.",
         )
