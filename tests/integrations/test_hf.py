@@ -275,9 +275,7 @@ def test_labels_of_another_length_are_refused():
 def test_older_versions_and_other_models_are_refused(monkeypatch):
     model = make()
     model.config.model_type = "mamba"
-    with pytest.raises(
-        ValueError, match=r"the model type must be one of the \d+ in .*SUPPORTED.*; got 'mamba'"
-    ):
+    with pytest.raises(ValueError, match=r"the model type must be one of the \d+ in .*SUPPORTED.*; got 'mamba'"):
         hf.install(model)
     monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(ValueError, match=r"transformers must be 5\.\d+ to 5\.24 .* got 4\.57\.1"):

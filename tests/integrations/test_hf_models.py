@@ -206,7 +206,5 @@ def test_loss_and_gradients_are_those_of_the_model(kind):
 
 def test_a_type_that_is_not_listed():
     config = transformers.AutoConfig.for_model("opt", **SIZES)
-    with pytest.raises(
-        ValueError, match=r"the model type must be one of the \d+ in .*SUPPORTED.*; got 'opt'"
-    ):
+    with pytest.raises(ValueError, match=r"the model type must be one of the \d+ in .*SUPPORTED.*; got 'opt'"):
         hf.install(transformers.AutoModelForCausalLM.from_config(config))
