@@ -354,7 +354,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def alike(data: DataSet, group: int) -> list[torch.Tensor]:
-    """Return sets of samples that are hard to distinguish: those of the group, or those with one sign."""
+    """Return sets of samples that are hard to distinguish: those of the group; with rollouts, those of one sign."""
     if all(s.advantage > 0 for s in data.train):
         return [torch.tensor([s.group == group for s in data.train])]
     up = torch.tensor([s.advantage > 0 for s in data.train])

@@ -4,6 +4,7 @@ The parameters of a unit are whole only inside its forward, and only gradients t
 ranks. `call_inside` therefore runs a function in place of that forward.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,30 +23,30 @@ def call_inside(unit: Any, function: Callable[..., Any], *args: Any) -> Any:
     """Return `function(*args)`, called while the parameters of the unit are whole.
 
     Args:
-        unit: the sharded layer.
+        unit: the sharded layer. Afterwards it is as before.
         function: reads the parameters. It returns tensors or a tuple of tensors, whose backward gathers them again.
-        args: passed through the unit's call, so they are converted to its dtype under mixed precision.
+        args: passed through the unit's call, which converts them to its dtype under mixed precision.
     """
     layer = unwrapped(unit)
+    attributes = vars(layer)
+    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
+
+    def restore() -> None:
+        attributes.pop("forward", None)
+        attributes.update(own)
 
     def forward(*args: Any) -> Any:
-        del layer.forward  # `function` finds the layer as it was
+        restore()  # `function` finds the layer as it was
         return function(*args)
 
-    layer.forward = forward
+    attributes["forward"] = forward
     try:
         return unit(*args)
     finally:
-        vars(layer).pop("forward", None)
-
-
-def is_hook(hook: Callable[..., Any]) -> bool:
-    """Return whether FSDP2 has put this hook on a layer. These gather the parameters and change no value."""
-    function = getattr(hook, "__func__", hook)
-    return str(getattr(function, "__globals__", {}).get("__name__", "")).startswith("torch.distributed.fsdp.")
+        restore()
 
 
 def _is_wrapper(layer: Any) -> bool:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    return isinstance(layer, FullyShardedDataParallel)
+    # Without an import, because torch can be built without torch.distributed.
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(layer, module.FullyShardedDataParallel)

@@ -19,140 +19,54 @@ LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters
 """
 
 import contextlib
-import difflib
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from typing import Any, NamedTuple, get_args
 
 import torch
 
-from tokfuse.integrations import fsdp, zero3
-from tokfuse.integrations.hosts import Host, has_kernels, on_kernels, tell_unchanged, where
+from tokfuse.integrations import fsdp
+from tokfuse.integrations.hf_head import (
+    OP,
+    SUPPORTED,
+    ModelHead,
+    gathered_head,
+    head_of,
+    shape_of_head,
+    stored_head,
+    transformers_model,
+)
+from tokfuse.integrations.hosts import Host, defined_in, has_kernels, on_kernels, tell_unchanged, where
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.token_stats import token_stats
 
+__all__ = [
+    "SUPPORTED",
+    "ModelHead",
+    "causal_lm_loss",
+    "compute_loss_func",
+    "describe",
+    "head_of",
+    "install",
+    "installed",
+    "is_installed",
+    "packed_hidden",
+    "packed_route",
+    "packed_token_stats",
+    "uninstall",
+]
+
 HOST = Host("transformers", (5, 0), (5, 24))
-OP = "integrations.hf"
 IGNORE = -100
-
-
-class LogitRule(NamedTuple):
-    """What a model's forward does to its logits."""
-
-    scale: str = ""
-    """Attribute of the text config that multiplies the logits. "1/" before the name: that divides them. "": none."""
-    softcap: bool = False
-    """Whether the forward applies the text config's final_logit_softcapping."""
-
-
-PLAIN = (
-    "afmoe apertus arcee aria_text bitnet bloom cwm deepseek_v2 deepseek_v3 doge dots1 ernie4_5 ernie4_5_moe exaone4 "
-    "exaone_moe flex_olmo gemma gemma3 glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe gpt2 gpt_bigcode gpt_neox "
-    "gpt_oss helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 idefics3 internvl jetmoe laguna lfm2 lfm2_moe lfm3 llama "
-    "llama4_text llava longcat_flash mellum mimo_v2_flash minimax minimax_m2 ministral ministral3 mistral mistral3 "
-    "mixtral mpt nemotron nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe "
-    "qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe "
-    "seed_oss smollm3 smolvlm solar_open stablelm starcoder2"
-)
-# config.model_type -> what the forward of its causal language model does. Checked in transformers 5.24. Other models
-# transform logits in other ways, or run their transformer differently, and raise an error.
-SUPPORTED = {
-    **dict.fromkeys(PLAIN.split(), LogitRule()),
-    **dict.fromkeys(
-        "gemma2 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified_text nanochat vaultgemma".split(),
-        LogitRule("", True),
-    ),
-    **dict.fromkeys("cohere cohere2 cohere2_moe".split(), LogitRule("logit_scale")),
-    **dict.fromkeys(
-        "granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared".split(),
-        LogitRule("1/logits_scaling"),
-    ),
-    "falcon_h1": LogitRule("lm_head_multiplier"),
-    "hyperclovax": LogitRule("logits_scaling"),
-}
 
 STATE = "_tokfuse_installed"
 """Attribute of a model that `install` sets. The model's copies, replicas and pickles carry it."""
-
-
-@dataclass(frozen=True)
-class ModelHead:
-    """The map from final hidden states to logits: softcap(logit_scale * (weight h + bias)).
-
-    Args:
-        weight: (vocab, hidden). With an adapter: the sum with the adapter's product, with gradient.
-        bias: (vocab,) or None.
-        softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
-        logit_scale: factor of the logits before the cap (Cohere), > 0.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    softcap: float | None
-    logit_scale: float
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `tokfuse.policy_step` and `tokfuse.linear_token_stats`."""
-        return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-
-
-def head_of(model: Any) -> ModelHead:
-    """Return the current head of a causal language model. Call it again after every update.
-
-    Under DeepSpeed ZeRO-3 this gathers the head, a collective of all ranks.
-
-    Raises:
-        ValueError: a model type, head or adapter for which the logits would differ from the model's; a head that FSDP
-            shards and has not gathered.
-    """
-    layer = _base(model).get_output_embeddings()
-    if fsdp.is_unit(layer) or isinstance(getattr(layer, "weight", None), torch.distributed.tensor.DTensor):
-        raise refuse(
-            f"{OP}.head_of",
-            "lm_head.weight",
-            "a plain tensor (the gradient of a shard that is gathered here would not be averaged over the ranks)",
-            f"sharded by FSDP, in a {type(layer).__name__}",
-            "Call the model after hf.install, or call head_of inside the forward of the unit that holds the lm_head.",
-        )
-    return _gathered_head_of(model)
-
-
-def _gathered_head_of(model: Any) -> ModelHead:
-    head = _partitioned_head_of(model)
-    weight, bias = zero3.gathered(head.weight, head.bias)
-    assert weight is not None
-    return replace(head, weight=weight, bias=bias)
-
-
-def _nearest(kind: str) -> str:
-    found = difflib.get_close_matches(kind, SUPPORTED, n=3)
-    return f" (nearest: {', '.join(found)})" if found else ""
-
-
-def _partitioned_head_of(model: Any) -> ModelHead:
-    """Return the head with the parameters as they are, without a collective."""
-    model = _base(model)
-    config = model.config.get_text_config()
-    kind = model.config.model_type
-    if kind not in SUPPORTED:
-        raise refuse(
-            f"{OP}.head_of",
-            "the model type",
-            f"one of the {len(SUPPORTED)} in {OP}.SUPPORTED{_nearest(kind)}",
-            repr(kind),
-            "Use causal_lm_loss, which takes logits.",
-        )
-    weight, bias = _weight_and_bias(model.get_output_embeddings())
-    rule = SUPPORTED[kind]
-    scale = float(getattr(config, rule.scale.removeprefix("1/"))) if rule.scale else 1.0
-    cap = getattr(config, "final_logit_softcapping", None) if rule.softcap else None
-    return ModelHead(weight, bias, cap, 1.0 / scale if rule.scale.startswith("1/") else scale)
 
 
 # ------------------------------------------------------------------------------ forward of a model
@@ -193,8 +107,8 @@ def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -
             the forward of this instance, e.g. a TRL trainer.
     """
     HOST.require(f"{OP}.install")
-    model = _base(model)
-    _partitioned_head_of(model)
+    model = transformers_model(model)
+    stored_head(model)
     kind: Any = type(model)
     if _patched_base(kind) is None:
         patched = _patched(kind)
@@ -222,7 +136,7 @@ def uninstall(model: Any) -> None:
 
     Wrappers that other code has put around the forward since then, as accelerate does, stay and call the model's own.
     """
-    model = _base(model)
+    model = transformers_model(model)
     if not is_installed(model):
         return
     delattr(model, STATE)
@@ -254,7 +168,7 @@ def _leads_to(function: Any, target: Any) -> bool:
 
 def is_installed(model: Any) -> bool:
     """Return whether `install` is in effect for this model."""
-    return getattr(_base(model), STATE, None) is not None
+    return getattr(transformers_model(model), STATE, None) is not None
 
 
 @contextlib.contextmanager
@@ -269,12 +183,10 @@ def installed(model: Any, *, temperature: float = 1.0, eval_logits: bool = True)
 
 def describe(model: Any) -> str:
     """Return which parts of this model run on which backend."""
-    model = _base(model)
+    model = transformers_model(model)
     active = is_installed(model)
-    head = _partitioned_head_of(model)
-    layer = fsdp.unwrapped(model.get_output_embeddings())
-    sizes = zero3.shape_of(head.weight) if head.weight.ndim == 2 else (layer.out_features, layer.in_features)
-    shape = " x ".join(map(str, sizes))
+    head = stored_head(model)
+    shape = " x ".join(map(str, shape_of_head(model)))
     return "\n".join(
         [
             f"transformers {HOST.installed} (tested: {HOST.tested}), {type(model).__name__} "
@@ -336,14 +248,12 @@ TRL_STEP = "Use tokfuse.integrations.trl.install(), which puts TRL's head on tok
 
 
 def _origin(function: Any) -> str:
-    """Return the name of the module whose code a function runs, unlike `__module__` also for a wrapper."""
-    function = getattr(function, "__func__", function)
-    return f"a function of {getattr(function, '__globals__', {}).get('__name__', type(function).__module__)}"
+    return f"a function of {defined_in(function)}"
 
 
 def _is_trl_head(function: Any) -> bool:
     """Return whether TRL's `add_fused_lm_head` made this forward."""
-    return _origin(function) == "a function of trl.trainer.utils"
+    return defined_in(function) == "trl.trainer.utils"
 
 
 def _trl_on_tokfuse() -> bool:
@@ -446,7 +356,7 @@ def _labelled_stats(
 
 
 def _stats_of_rows(model: Any, target: torch.Tensor, temperature: float, chosen: torch.Tensor) -> TokenStats:
-    arguments = _gathered_head_of(model).arguments()
+    arguments = gathered_head(model).arguments()
     if torch.is_autocast_enabled(chosen.device.type):  # as torch's linear layer
         dtype = torch.get_autocast_dtype(chosen.device.type)
         chosen = chosen.to(dtype)
@@ -545,80 +455,6 @@ def _loss_of_logits(
     return -stats.logp.sum() / count
 
 
-# ---------------------------------------------------------------------------------------- adapters
-
-
-def _base(model: Any) -> Any:
-    """Return the transformers model inside PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return weight and bias of a linear layer. With PEFT, the weight includes the adapters."""
-    head = fsdp.unwrapped(head)
-    if hasattr(head, "modules_to_save"):  # PEFT trains a copy of the whole layer
-        active = head.active_adapters
-        if head.disable_adapters or not active:
-            return _weight_and_bias(head.original_module)
-        return _weight_and_bias(head.modules_to_save[active[0]])
-    if hasattr(head, "get_base_layer"):
-        weight, bias = _weight_and_bias(head.get_base_layer())
-        return _with_lora(head, weight), bias
-    if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
-        raise refuse(
-            f"{OP}.head_of",
-            "lm_head",
-            "a floating torch.nn.Linear, plain or with LoRA",
-            type(head).__name__,
-            "Use causal_lm_loss, which takes logits.",
-        )
-    _check_call(head)
-    return head.weight, head.bias
-
-
-def _check_call(head: torch.nn.Linear) -> None:
-    """Raise an error if calling the layer does more than its matrix product."""
-    hook = getattr(head, "_hf_hook", None)  # accelerate's device_map; it moves tensors, and offloads if asked
-    moved = hook is not None and not getattr(hook, "offload", False)
-    changed = "a forward of its own"
-    if type(head).forward is torch.nn.Linear.forward and ("forward" not in vars(head) or moved):
-        hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
-        if all(zero3.is_deepspeed(hook) or fsdp.is_hook(hook) for kind in hooks for hook in kind.values()):
-            return
-        changed = "hooks"
-    raise refuse(
-        f"{OP}.head_of",
-        "lm_head",
-        "a linear layer without hooks and with torch's forward (tokfuse reads its weight and does not call it)",
-        changed,
-        "For a float32 head make its parameters float32; otherwise use causal_lm_loss, which takes logits.",
-    )
-
-
-def _with_lora(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """Return weight + the scaled products of the active adapters, differentiable in the adapters."""
-    if layer.disable_adapters or layer.merged:
-        return weight
-    if any(zero3.is_partitioned(x) for x in layer.parameters()):
-        raise _refuse_adapter("absent under DeepSpeed ZeRO-3 (its product needs all of its parts)", "LoRA")
-    for name in layer.active_adapters:
-        if name not in getattr(layer, "lora_A", {}):
-            if any(name in getattr(layer, part, {}) for part in layer.adapter_layer_names):
-                raise _refuse_adapter("a LoRA adapter of a linear layer", type(layer).__name__)
-            continue
-        dropout = layer.lora_dropout[name]
-        if layer.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0:
-            raise _refuse_adapter("without dropout (its mask is drawn inside the layer)", f"lora_dropout={dropout.p}")
-        if name in getattr(layer, "lora_variant", {}) or layer.lora_bias.get(name, False):
-            raise _refuse_adapter("plain LoRA", "a variant (DoRA, a bias, ...)")
-        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
-    return weight
-
-
-def _refuse_adapter(want: str, actual: str) -> ValueError:
-    return refuse(f"{OP}.head_of", "the adapter of lm_head", want, actual, "Remove lm_head from target_modules.")
-
-
 # ------------------------------------------------------------------------------------------ packed
 
 
@@ -626,7 +462,7 @@ def packed_route(model: Any) -> str:
     """Return how `packed_hidden` runs: "flash_attention_2, no padding" or "padded"."""
     from transformers.utils import is_flash_attn_2_available
 
-    wanted = _base(model).config.get_text_config()._attn_implementation
+    wanted = transformers_model(model).config.get_text_config()._attn_implementation
     flash = wanted == "flash_attention_2" and is_flash_attn_2_available()
     return "flash_attention_2, no padding" if flash else "padded"
 
@@ -643,7 +479,7 @@ def packed_hidden(model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor)
         input_ids: (tokens,), int64.
         cu_seqlens: (seqs + 1,), int32, offsets of the sequences.
     """
-    base = _transformer(_base(model))
+    base = _transformer(transformers_model(model))
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     longest = int(lengths.max()) if len(lengths) else 0
     place = torch.arange(len(input_ids), device=input_ids.device)

@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -105,6 +106,12 @@ class Rebinding:
 
 def _label(owner: object) -> str:
     return str(getattr(owner, "__name__", type(owner).__name__))
+
+
+def defined_in(function: Any) -> str:
+    """Return the name of the module whose code a function runs, unlike `__module__` also for a wrapper."""
+    function = getattr(function, "__func__", function)
+    return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
 
 
 def runs_on(op: str, device: str, dtype: torch.dtype) -> str:

@@ -8,7 +8,6 @@ Call it inside the forward of the model that DeepSpeed wraps: DeepSpeed reduces 
 """
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -47,12 +46,6 @@ def _gathering(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
     if not missing:
         return contextlib.nullcontext()
     return cast(contextlib.AbstractContextManager[Any], deepspeed.zero.GatheredParameters(list(missing.values())))
-
-
-def is_deepspeed(hook: Callable[..., Any]) -> bool:
-    """Return whether DeepSpeed has put this hook on a layer. These gather the parameters and change no value."""
-    function = getattr(hook, "__func__", hook)
-    return str(getattr(function, "__globals__", {}).get("__name__", "")).startswith("deepspeed.")
 
 
 class _Whole(torch.autograd.Function):

@@ -178,7 +178,7 @@ def build_native(environment: Environment) -> None:
 
     An editable install writes the module into the sources, so all environments of one Python version share it. Its own
     stamp holds the digest of the last build, in whichever environment that was. The module does not link to torch, so
-    another environment takes it as it is.
+    it also works in an environment with another torch.
     """
     settings = "\n".join(f"{name}={os.environ.get(name, '')}" for name in NATIVE_ENVIRONMENT)
     digest = digest_of_files(NATIVE_INPUTS, extra=settings)

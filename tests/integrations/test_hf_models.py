@@ -93,7 +93,6 @@ TEXT = {
     "lfm2_moe": FULL,
     "lfm3": FULL,
     "llama4_text": LOCAL | {"intermediate_size_mlp": 24},
-    "longcat_flash": {},
     "mellum": EXPERTS,
     "mimo_v2_flash": {},
     "minimax": FULL | LOCAL,

@@ -1,6 +1,6 @@
 """Train a tiny model with `hf.install` under FSDP1 and FSDP2 on two ranks; a rank exits with an error at a difference.
 
-The lm_head belongs to the root unit, or is a unit of its own.
+Each case runs with the lm_head in the root unit, and with the lm_head as a separate unit.
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
 
-from tokfuse.integrations import hf
+from tokfuse.integrations import fsdp, hf
 
 TOLERANCE = 2e-6
 
@@ -74,6 +74,25 @@ def check(got, want, what: str) -> None:
         assert far <= TOLERANCE, f"{what}: gradient of {name} is {far} from that without tokfuse"
 
 
+def check_refusals(shard: Callable[..., torch.nn.Module], ids: torch.Tensor) -> None:
+    """Code that other libraries put on a sharded head is refused at the call, and stays."""
+    model = tiny_hf.make("llama", tie_word_embeddings=False, num_hidden_layers=2)
+    hf.install(model)
+    sharded = shard(model, True)
+    inner = fsdp.unwrapped(model.lm_head)
+    inner.forward = replaced = functools.partial(torch.nn.functional.linear, weight=torch.zeros(tiny_hf.V, tiny_hf.H))
+    with pytest.raises(ValueError, match="got a forward of its own"):
+        sharded(input_ids=ids, labels=ids)
+    assert vars(inner)["forward"] is replaced
+    del inner.forward
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(ValueError, match="got hooks"):
+        sharded(input_ids=ids, labels=ids)
+    hook.remove()
+    assert sharded(input_ids=ids, labels=ids).loss > 0
+    assert "forward" not in vars(inner)
+
+
 def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
@@ -87,7 +106,9 @@ def main() -> None:
             if own_unit:
                 with pytest.raises(ValueError, match=r"lm_head\.weight must be a plain tensor .* got sharded by FSDP"):
                     hf.head_of(ours[2])
-    # A unit of its own converts the hidden states to its dtype, as it does for the model's own forward.
+    for shard in (fsdp1, fsdp2):
+        check_refusals(shard, ids)
+    # Under mixed precision, the unit of the lm_head converts the hidden states, with tokfuse as without.
     mixed = functools.partial(fsdp1, mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
     stock, ours = (run(mixed, True, install, ids) for install in ("never", "before"))
     assert abs(ours[0] - stock[0]) < 2e-3 * stock[0]
