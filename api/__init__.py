@@ -13,6 +13,7 @@ _PUBLIC = {
     "backend": "tokfuse.runtime.core.dispatch",
     "BackendUnavailable": "tokfuse.runtime.core.errors",
     "cross_entropy": "tokfuse.runtime.ops.cross_entropy",
+    "CrossEntropyStats": "tokfuse.runtime.core.statistics",
     "distill_step": "tokfuse.runtime.ops.distill_step",
     "DistillMetrics": "tokfuse.runtime.lm_head.pair_results",
     "DistillStep": "tokfuse.runtime.lm_head.pair_results",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from tokfuse.runtime.core.dispatch import backend as backend
     from tokfuse.runtime.core.errors import BackendUnavailable as BackendUnavailable
     from tokfuse.runtime.core.native import release_workspace as release_workspace
+    from tokfuse.runtime.core.statistics import CrossEntropyStats as CrossEntropyStats
     from tokfuse.runtime.core.statistics import ExtendedTokenStats as ExtendedTokenStats
     from tokfuse.runtime.core.statistics import PairedStats as PairedStats
     from tokfuse.runtime.core.statistics import TokenStats as TokenStats

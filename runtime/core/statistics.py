@@ -1,4 +1,4 @@
-"""The result types of `token_stats` and `linear_token_stats`."""
+"""The result types of `token_stats`, of the ops that build on it, and of their forms from hidden states."""
 
 from typing import NamedTuple
 
@@ -61,6 +61,16 @@ class TokenStatsAt(NamedTuple):
     """log p of each id, nats, in the shape of the ids; 0 at padding and in masked rows. Differentiable."""
     top_ids: torch.Tensor | None
     """(tokens, top_k) int64, the most likely first, -1 in masked rows; None if `ids` was given."""
+
+
+class CrossEntropyStats(NamedTuple):
+    """Result of `cross_entropy` and `linear_cross_entropy` with `return_stats=True`."""
+
+    loss: torch.Tensor
+    """The loss, bitwise as without `return_stats`. Differentiable."""
+    stats: TokenStats
+    """Statistics of the same forward, each in the shape of the target and 0 in rows that do not count. logp, entropy
+    and lse are differentiable."""
 
 
 class PairedStats(NamedTuple):

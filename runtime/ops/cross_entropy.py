@@ -1,7 +1,7 @@
 """`tokfuse.cross_entropy`: the loss of torch.nn.functional.cross_entropy over logits, from one read of them."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -13,8 +13,9 @@ from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.leading import Leading, without_ignored
-from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits, check_values
 from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.core.statistics import CrossEntropyStats, TokenStats
 from tokfuse.runtime.ops.token_stats import token_stats
 from tokfuse.runtime.reference import cross_entropy as reference
 
@@ -23,12 +24,17 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class ClassSums(NamedTuple):
-    """Differentiable statistics of the rows, (tokens,) each; 0 in masked rows."""
+    """Statistics of the rows, (tokens,) each; 0 in masked rows."""
 
-    logp: torch.Tensor
-    lse: torch.Tensor
+    stats: TokenStats
     logit_sum: torch.Tensor | None
     """sum_j class_weight_j u_j of the scaled logits u. None: no label smoothing, so it is not needed."""
+
+    @classmethod
+    def of(cls, out: tuple[torch.Tensor, ...]) -> "ClassSums":
+        """Return the record of the outputs (logp, entropy, lse, logit_sum, sum_sq, top1, ...)."""
+        logp, entropy, lse, logit_sum, sum_sq, top1 = out[:6]
+        return cls(TokenStats(logp, entropy, lse, sum_sq, top1), logit_sum)
 
 
 class CrossEntropy(NamedTuple):
@@ -38,10 +44,12 @@ class CrossEntropy(NamedTuple):
     reduction: str
     label_smoothing: float
     z_loss: float
+    return_stats: bool
 
     def checked(self, op: str, name: str, vocab: int, device: torch.device) -> "CrossEntropy":
         """Return the options with numbers as floats. Reads no values. Errors call the class weights `name`."""
         checks.check_choice(op, "reduction", self.reduction, REDUCTIONS)
+        checks.check_flag(op, "return_stats", self.return_stats)
         smoothing = checks.check_number(op, "label_smoothing", self.label_smoothing, 0.0, 1.0)
         z_loss = checks.check_number(op, "z_loss", self.z_loss, 0.0, math.inf)
         if self.class_weight is not None:
@@ -49,13 +57,17 @@ class CrossEntropy(NamedTuple):
             checks.check_constant_vector(op, name, self.class_weight, rows)
         return self._replace(label_smoothing=smoothing, z_loss=z_loss)
 
-    def kernel_weight(self) -> torch.Tensor | None:
-        """Return the class weights as the row kernels take them, (vocab,) float32."""
-        return checks.plain(self.class_weight, torch.float32)
+    def result(
+        self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int, to: Leading
+    ) -> torch.Tensor | CrossEntropyStats:
+        """Return what the user asked for, from the statistics of the rows."""
+        loss = self._loss(found, target, mask, vocab, to)
+        return CrossEntropyStats(loss, to.unpack(found.stats)) if self.return_stats else loss
 
-    def loss(self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int, to: Leading) -> torch.Tensor:
-        """Return the reduced loss from the statistics of the rows."""
-        logp, lse, logit_sum = found
+    def _loss(
+        self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int, to: Leading
+    ) -> torch.Tensor:
+        logp, lse, logit_sum = found.stats.logp, found.stats.lse, found.logit_sum
         losses, counted = 0.0 - logp, mask.to(logp.dtype)  # 0.0 - logp is 0.0, not -0.0, in masked rows
         w = None if self.class_weight is None else self.class_weight.to(logp.dtype)
         if w is not None:
@@ -65,7 +77,7 @@ class CrossEntropy(NamedTuple):
         if logit_sum is not None:
             # -sum_j w_j log p_j / vocab, from log p_j = u_j - lse.
             share = 1.0 if w is None else w.sum() / vocab
-            smooth = share * lse - logit_sum / vocab
+            smooth = torch.where(mask, share * lse - logit_sum / vocab, 0.0)  # the share may be NaN
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * smooth
         if self.z_loss != 0.0:
             losses = losses + self.z_loss * lse.square()
@@ -83,6 +95,42 @@ def check_labels(op: str, target: object, remedy: str) -> torch.Tensor:
     return found
 
 
+@overload
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    return_stats: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    return_stats: Literal[True],
+) -> CrossEntropyStats: ...
+
+
 @ranged("cross_entropy.fwd")
 def cross_entropy(
     logits: torch.Tensor,
@@ -97,7 +145,8 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+    return_stats: bool = False,
+) -> torch.Tensor | CrossEntropyStats:
     """Return the cross entropy of torch.nn.functional.cross_entropy, with an optional z-loss, from one read.
 
     With log p = log_softmax(logits), y the target, V the vocabulary, w the class weights and lse the
@@ -113,7 +162,7 @@ def cross_entropy(
     Args:
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. Any row stride.
         target: (tokens,) int64 class indices, in [0, vocab) or equal to ignore_index.
-        weight: (vocab,) class weights. None: 1 for every class.
+        weight: (vocab,) class weights. Negative weights and NaN raise no error, as in torch. None: 1 for every class.
         ignore_index: rows with this target do not count. They have no loss, no gradient and are not read.
         reduction: "mean", "sum" or "none".
         label_smoothing: share of the uniform distribution in the target distribution, in [0, 1].
@@ -122,17 +171,21 @@ def cross_entropy(
         softcap: cap of the tanh soft-cap (Gemma), > 0. None: no cap.
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
         mask: (tokens,) bool. False rows do not count, as with ignore_index. None: all rows count.
+        return_stats: also returns the statistics of the rows, to add a policy term, an entropy bonus or an
+            estimate of a KL to the loss. They cost no further read.
 
     Returns:
         () float32 (float64 for float64 logits); with reduction="none" (tokens,), 0 in rows that do not count. "mean"
-        of no row is nan, as in torch.
+        of no row is nan, as in torch. With return_stats: CrossEntropyStats(loss, stats), where stats is the
+        TokenStats of `token_stats`. The loss is bitwise the same.
 
     Numerics: the bounds of `token_stats`, in float32 for every input dtype, where torch rounds the loss of 16-bit
         logits to 16 bits. -inf logits are excluded classes. With label_smoothing they make the loss infinite, as in
         torch. For padded vocabularies, pass `logits[..., :vocab]`, which is not copied.
 
-    Gradients and memory: logits receive a gradient. Saved: the logits and (tokens,) vectors. The forward reads the
-        logits once. The backward reads them once and writes the gradient once.
+    Gradients and memory: logits receive the gradient of the loss and of logp, entropy and lse of the stats. Saved:
+        the logits and (tokens,) vectors. The forward reads the logits once. The backward reads them once and writes
+        the gradient of all terms once.
 
     Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
@@ -140,6 +193,9 @@ def cross_entropy(
         tensor(1.1269)
         >>> tokfuse.cross_entropy(logits, torch.tensor([0, 0, -100]), label_smoothing=0.1, reduction="none")
         tensor([0.2269, 2.0269, 0.0000])
+        >>> loss, stats = tokfuse.cross_entropy(logits, torch.tensor([0, 0, -100]), return_stats=True)
+        >>> loss - 0.1 * stats.entropy.mean()
+        tensor(1.1025)
 
     Raises:
         ValueError: wrong shape, dtype, device or range; class probabilities as target. On a GPU, targets are
@@ -164,36 +220,38 @@ def cross_entropy(
     options = LogitOptions(to.vector("temperature", temperature), softcap, logit_scale, given).floats()
     check_logits(OP, z, target, options)
     vocab = z.shape[1]
-    spec = CrossEntropy(weight, reduction, label_smoothing, z_loss).checked(OP, "weight", vocab, z.device)
+    spec = CrossEntropy(weight, reduction, label_smoothing, z_loss, return_stats)
+    spec = spec.checked(OP, "weight", vocab, z.device)
+    if checks.may_read(target):  # before token_stats, whose error would name token_stats
+        check_values(OP, target, vocab, given, options.temperature)
     if spec.label_smoothing == 0.0:
-        stats = token_stats(z, target, **options.without_bias())
-        found = ClassSums(stats.logp, stats.lse, None)
+        found = ClassSums(token_stats(z, target, **options.without_bias()), None)
     else:
         found = _with_sums(z, target, options, spec.class_weight)
-    return spec.loss(found, target, given, vocab, to)
+    return spec.result(found, target, given, vocab, to)
 
 
 def _with_sums(z: torch.Tensor, target: torch.Tensor, o: LogitOptions, class_weight: torch.Tensor | None) -> ClassSums:
     """Compute the statistics with the sum over the classes that label smoothing needs. The arguments are checked."""
     capability = select(OP, z.device.type, z.dtype, o.features())
     if capability.backend == "reference":
-        return ClassSums(*reference.forward(z, target, class_weight, OP, **o.without_bias()))
+        return ClassSums.of(reference.forward(z, target, class_weight, OP, **o.without_bias()))
     class_weight = checks.plain(class_weight, torch.float32)
     if torch.compiler.is_compiling():
-        return ClassSums(*_sums_op(z, target, class_weight, *o.flat()[:5])[:3])
+        return ClassSums.of(_sums_op(z, target, class_weight, *o.flat()[:5]))
     if z.requires_grad and torch.is_grad_enabled():
-        return ClassSums(*_SumsFunction.apply(z, target, class_weight, o, capability.run))
-    return ClassSums(*_forward(capability.run, z, target, class_weight, o)[:3])
+        return ClassSums.of(_SumsFunction.apply(z, target, class_weight, o, capability.run))
+    return ClassSums.of(_forward(capability.run, z, target, class_weight, o))
 
 
 def _forward(
     run: Kernels, z: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, o: LogitOptions
 ) -> tuple[torch.Tensor, ...]:
-    """Return (logp, lse, logit_sum, row_max, inv_sum, entropy)."""
+    """Return (logp, entropy, lse, logit_sum, sum_sq, top1, row_max, inv_sum). The first four are differentiable."""
     logit_sum = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
-    given = {"logit_sum": logit_sum, "class_weight": class_weight}
-    logp, entropy, lse, _, _, row_max, inv_sum = run.forward(z, target, **given, **o.without_bias())
-    return logp, lse, logit_sum, row_max, inv_sum, entropy
+    given = {"op": OP, "logit_sum": logit_sum, "class_weight": class_weight}
+    logp, entropy, lse, *rest = run.forward(z, target, **given, **o.without_bias())
+    return logp, entropy, lse, logit_sum, *rest
 
 
 def _backward(
@@ -205,10 +263,16 @@ def _backward(
     state: tuple[torch.Tensor, ...],
     grads: tuple[torch.Tensor | None, ...],
 ) -> torch.Tensor:
-    """Return the gradient of the logits. state: (row_max, inv_sum, logp, entropy)."""
+    """Return the gradient of the logits.
+
+    Args:
+        state: (row_max, inv_sum, logp, entropy).
+        grads: the gradients of logp, entropy, lse and logit_sum.
+    """
     assert run.backward is not None
-    more = {"grad_lse": grads[1], "grad_logit_sum": grads[2], "class_weight": class_weight}
-    grad: torch.Tensor = run.backward(z, target, *state, grads[0], None, **more, **o.without_bias())
+    grad_logp, grad_entropy, grad_lse, grad_logit_sum = grads
+    more = {"grad_lse": grad_lse, "grad_logit_sum": grad_logit_sum, "class_weight": class_weight}
+    grad: torch.Tensor = run.backward(z, target, *state, grad_logp, grad_entropy, **more, **o.without_bias())
     return grad
 
 
@@ -231,26 +295,27 @@ class _SumsFunction(torch.autograd.Function):
         o: LogitOptions,
         run: Kernels,
     ) -> tuple[torch.Tensor, ...]:
-        logp, lse, logit_sum, *rest = _forward(run, z, target, class_weight, o)
-        save_sums(ctx, (z, target, class_weight), (logp, lse, logit_sum, *rest), o)
+        out = _forward(run, z, target, class_weight, o)
+        save_sums(ctx, (z, target, class_weight), out, o)
         ctx.run = run
-        return logp, lse, logit_sum
+        ctx.mark_non_differentiable(*out[4:6])
+        return out[:6]
 
     @staticmethod
     @first_order(OP)
     @ranged("cross_entropy.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        if all(g is None for g in grads):
+        if all(g is None for g in grads[:4]):
             return (None,) * 5
         z, target, class_weight, vector, mask, *state = ctx.saved_tensors
         o = ctx.options.joined(vector, mask, None)
-        return (_backward(ctx.run, z, target, class_weight, o, tuple(state), grads),) + (None,) * 4
+        return (_backward(ctx.run, z, target, class_weight, o, tuple(state), grads[:4]),) + (None,) * 4
 
 
 def save_sums(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], o: LogitOptions) -> None:
     """Save what the backward needs: the tensors, those of the options, and (row_max, inv_sum, logp, entropy)."""
     ctx.options, (vector, mask, _) = o.split()
-    logp, _, _, row_max, inv_sum, entropy = outputs
+    logp, entropy, _, _, _, _, row_max, inv_sum = outputs
     ctx.save_for_backward(*tensors, vector, mask, row_max, inv_sum, logp, entropy)
     ctx.set_materialize_grads(False)
 
@@ -258,7 +323,7 @@ def save_sums(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, .
 ARGUMENTS = f"Tensor logits, Tensor target, Tensor? class_weight, {FLAT_SCHEMA_WITHOUT_BIAS}"
 
 
-@graph_op("tokfuse::cross_entropy_sums", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 6)})")
+@graph_op("tokfuse::cross_entropy_sums", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})")
 @ranged("cross_entropy.fwd")
 def _sums_op(
     z: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, *flat: Any
@@ -269,13 +334,13 @@ def _sums_op(
 
 @_sums_op.register_fake
 def _(z: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(6))
+    return tuple(z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(8))
 
 
 @graph_op(
     "tokfuse::cross_entropy_sums_backward",
     f"({ARGUMENTS}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy"
-    ", Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_logit_sum) -> Tensor",
+    ", Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_logit_sum) -> Tensor",
 )
 @ranged("cross_entropy.bwd")
 def _sums_backward_op(
@@ -293,15 +358,15 @@ def _(z: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     save_sums(ctx, inputs[:3], output, LogitOptions.from_flat(*inputs[3:]))
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[4:])
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    if all(g is None for g in grads[:3]):
+    if all(g is None for g in grads[:4]):
         return (None,) * 8
     z, target, class_weight, vector, mask, *state = ctx.saved_tensors
     flat = ctx.options.joined(vector, mask, None).flat()[:5]
-    return (_sums_backward_op(z, target, class_weight, *flat, *state, *grads[:3]),) + (None,) * 7
+    return (_sums_backward_op(z, target, class_weight, *flat, *state, *grads[:4]),) + (None,) * 7
 
 
 _sums_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -1,6 +1,6 @@
 """`tokfuse.linear_cross_entropy`: the loss of torch's linear_cross_entropy without stored logits."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -11,8 +11,9 @@ from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.leading import Leading, without_ignored
-from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_values
 from tokfuse.runtime.core.ranges import ranged
+from tokfuse.runtime.core.statistics import CrossEntropyStats
 from tokfuse.runtime.lm_head import cpu_runs, device_runs
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, fake_gradients, probed
@@ -23,6 +24,48 @@ from tokfuse.runtime.reference import cross_entropy as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
 
 OP = "linear_cross_entropy"
+
+
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    class_weight: torch.Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    memory_budget: int | None = ...,
+    return_stats: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    class_weight: torch.Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: torch.Tensor | None = ...,
+    memory_budget: int | None = ...,
+    return_stats: Literal[True],
+) -> CrossEntropyStats: ...
 
 
 @ranged("linear_cross_entropy.fwd")
@@ -42,7 +85,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     mask: torch.Tensor | None = None,
     memory_budget: int | None = None,
-) -> torch.Tensor:
+    return_stats: bool = False,
+) -> torch.Tensor | CrossEntropyStats:
     """Return `cross_entropy(hidden @ weight.T + bias, target, ...)` without storing the logits of all tokens.
 
     The values, gradients and defaults are those of torch.nn.functional.linear_cross_entropy(hidden, weight, target),
@@ -56,7 +100,8 @@ def linear_cross_entropy(
         weight: (vocab, hidden). Weight of the lm_head. It may have another dtype than hidden.
         target: (tokens,) int64 class indices, in [0, vocab) or equal to ignore_index.
         bias: (vocab,), any of these dtypes. None: no bias.
-        class_weight: (vocab,) class weights. None: 1 for every class.
+        class_weight: (vocab,) class weights. Negative weights and NaN raise no error, as in torch. None: 1 for every
+            class.
         ignore_index: rows with this target do not count and do not enter the GEMMs. None: -100, as in torch.
         reduction: "mean", "sum" or "none".
         label_smoothing: share of the uniform distribution in the target distribution, in [0, 1].
@@ -66,23 +111,31 @@ def linear_cross_entropy(
         logit_scale: multiplies the logits before the cap (Cohere); > 0.
         mask: (tokens,) bool. False rows do not count, as with ignore_index. None: all rows count.
         memory_budget: workspace in bytes for the logits, as in `linear_token_stats`.
+        return_stats: also returns the statistics of the rows, to add a policy term, an entropy bonus or an
+            estimate of a KL to the loss. They cost no further GEMM.
 
     Returns:
         () float32 (float64 for float64 inputs); with reduction="none" (tokens,), 0 in rows that do not count. "mean"
-        of no row is nan, as in torch.
+        of no row is nan, as in torch. With return_stats: CrossEntropyStats(loss, stats), where stats is the
+        TokenStats of `linear_token_stats`. The loss is bitwise the same.
 
     Numerics: the bounds of `linear_token_stats`.
 
-    Gradients and memory: those of `linear_token_stats`. With label_smoothing, a GPU stores the logits of one chunk
-        at a time in the workspace, for 16-bit heads too.
+    Gradients and memory: those of `linear_token_stats`. The loss and logp, entropy and lse of the stats share one
+        backward. With label_smoothing, a GPU stores the logits of one chunk at a time in the workspace, for 16-bit
+        heads too.
 
     Examples:
         >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
         >>> tokfuse.linear_cross_entropy(hidden, weight, torch.tensor([0, 1, -100]), label_smoothing=0.1)
         tensor(1.6094)
+        >>> loss, stats = tokfuse.linear_cross_entropy(hidden, weight, torch.tensor([0, 1, -100]), return_stats=True)
+        >>> stats.logp
+        tensor([-1.6094, -1.6094,  0.0000])
 
     Raises:
-        ValueError: wrong shape, dtype, device or range; class probabilities as target.
+        ValueError: wrong shape, dtype, device or range; class probabilities as target. On a GPU, targets are
+            checked only with TOKFUSE_CHECK=1. Without the check, a target out of range makes its loss NaN.
         BackendUnavailable: the forced backend cannot run this call.
 
     Source: the options of torch 2.13. z-loss: PaLM (arXiv 2204.02311). Exact.
@@ -100,14 +153,16 @@ def linear_cross_entropy(
     given: Any = without_ignored(OP, target, to.vector("mask", mask), -100 if ignore_index is None else ignore_index)
     options = LogitOptions(to.vector("temperature", temperature), softcap, logit_scale, given).floats()
     p = check_head(OP, h, weight, bias, target, options, memory_budget)
-    spec = CrossEntropy(class_weight, reduction, label_smoothing, z_loss)
+    spec = CrossEntropy(class_weight, reduction, label_smoothing, z_loss, return_stats)
     spec = spec.checked(OP, "class_weight", p.vocab, h.device)
+    if checks.may_read(target):  # before linear_token_stats, whose error would name linear_token_stats
+        check_values(OP, target, p.vocab, given, options.temperature)
     if spec.label_smoothing == 0.0:
         stats = linear_token_stats(h, weight, target, bias=bias, memory_budget=memory_budget, **options.without_bias())
-        found = ClassSums(stats.logp, stats.lse, None)
+        found = ClassSums(stats, None)
     else:
         found = _with_sums(probed(OP, p._replace(class_weight=class_weight)))
-    return spec.loss(found, target, given, p.vocab, to)
+    return spec.result(found, target, given, p.vocab, to)
 
 
 def _with_sums(p: HeadProblem) -> ClassSums:
@@ -116,22 +171,22 @@ def _with_sums(p: HeadProblem) -> ClassSums:
     if capability.backend == "reference":
         hidden, weight = with_probes(p.hidden, p.weight, p.probes)
         given = (hidden, weight, p.bias, p.target, p.class_weight, p.dtype)
-        return ClassSums(*reference.head_forward(*given, **p.options.without_bias()))
+        return ClassSums.of(reference.head_forward(*given, **p.options.without_bias()))
     p = p._replace(class_weight=checks.plain(p.class_weight, torch.float32))
     if torch.compiler.is_compiling():
         tensors = (p.hidden, p.weight, p.bias, p.target, p.class_weight)
-        return ClassSums(*_sums_op(*tensors, *p.options.flat()[:5], p.memory_budget)[:3])
+        return ClassSums.of(_sums_op(*tensors, *p.options.flat()[:5], p.memory_budget))
     wants = any(x is not None and x.requires_grad for x in (p.hidden, p.weight, p.bias))
     if wants and torch.is_grad_enabled():
-        return ClassSums(*_SumsFunction.apply(p.hidden, p.weight, p.bias, p, capability.run))
-    return ClassSums(*_forward(capability.run, p)[:3])
+        return ClassSums.of(_SumsFunction.apply(p.hidden, p.weight, p.bias, p, capability.run))
+    return ClassSums.of(_forward(capability.run, p))
 
 
 def _forward(run: HeadKernels, p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    """Return (logp, lse, logit_sum, row_max, inv_sum, entropy)."""
+    """Return (logp, entropy, lse, logit_sum, sum_sq, top1, row_max, inv_sum). The first four are differentiable."""
     logit_sum = torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device)
-    logp, entropy, lse, _, _, row_max, inv_sum = run.forward(p._replace(logit_sum=logit_sum))
-    return logp, lse, logit_sum, row_max, inv_sum, entropy
+    logp, entropy, lse, *rest = run.forward(p._replace(logit_sum=logit_sum))
+    return logp, entropy, lse, logit_sum, *rest
 
 
 def _backward(
@@ -141,8 +196,15 @@ def _backward(
     grads: tuple[torch.Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> list[torch.Tensor | None]:
-    """Return [grad_hidden, grad_weight, grad_bias]. state: (row_max, inv_sum, logp, entropy)."""
-    return run.backward(p, *state, grads[0], None, needs, grad_lse=grads[1], grad_logit_sum=grads[2])
+    """Return [grad_hidden, grad_weight, grad_bias].
+
+    Args:
+        state: (row_max, inv_sum, logp, entropy).
+        grads: the gradients of logp, entropy, lse and logit_sum.
+    """
+    grad_logp, grad_entropy, grad_lse, grad_logit_sum = grads
+    more = {"grad_lse": grad_lse, "grad_logit_sum": grad_logit_sum}
+    return run.backward(p, *state, grad_logp, grad_entropy, needs, **more)
 
 
 register_cpu(OP, cpu_runs.LINEAR, FLOAT_DTYPES, "softcap")
@@ -167,20 +229,21 @@ class _SumsFunction(torch.autograd.Function):
         out = _forward(run, p)
         save_sums(ctx, (hidden, weight, bias, p.target, p.class_weight), out, p.options)
         ctx.rest = run, p.memory_budget, p.probes
-        return out[:3]
+        ctx.mark_non_differentiable(*out[4:6])
+        return out[:6]
 
     @staticmethod
     @first_order(OP)
     @ranged("linear_cross_entropy.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        if all(g is None for g in grads):
+        if all(g is None for g in grads[:4]):
             return (None,) * 5
         hidden, weight, bias, target, class_weight, vector, mask, *state = ctx.saved_tensors
         run, budget, probes = ctx.rest
         probes = tuple(probe.emptied() for probe in probes)
         o = ctx.options.joined(vector, mask, None)
         p = HeadProblem(hidden, weight, bias, target, o, budget, probes=probes, class_weight=class_weight)
-        found = _backward(run, p, tuple(state), grads, tuple(ctx.needs_input_grad[:3]))
+        found = _backward(run, p, tuple(state), grads[:4], tuple(ctx.needs_input_grad[:3]))
         deliver(probes)
         return (*found, None, None)
 
@@ -195,7 +258,7 @@ def _problem(*arguments: Any) -> tuple[HeadProblem, HeadKernels]:
     return p, select(OP, p.hidden.device.type, p.dtype, p.options.features()).run
 
 
-@graph_op("tokfuse::linear_cross_entropy_sums", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 6)})")
+@graph_op("tokfuse::linear_cross_entropy_sums", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})")
 @ranged("linear_cross_entropy.fwd")
 def _sums_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     p, run = _problem(*arguments)
@@ -204,18 +267,19 @@ def _sums_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 @_sums_op.register_fake
 def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(6))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(8))
 
 
 @graph_op(
     "tokfuse::linear_cross_entropy_sums_backward",
     f"({ARGUMENTS}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp"
-    ", Tensor? grad_lse, Tensor? grad_logit_sum, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+    ", Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_logit_sum"
+    ", bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
 )
 @ranged("linear_cross_entropy.bwd")
 def _sums_backward_op(*arguments: Any) -> list[torch.Tensor]:
     p, run = _problem(*arguments[:11])
-    found = _backward(run, p, arguments[11:15], arguments[15:18], arguments[18:])
+    found = _backward(run, p, arguments[11:15], arguments[15:19], arguments[19:])
     return [p.hidden.new_empty(0) if x is None else x for x in found]
 
 
@@ -227,17 +291,17 @@ def _(*arguments: Any) -> list[torch.Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     save_sums(ctx, inputs[:5], output, LogitOptions.from_flat(*inputs[5:10]))
     ctx.budget = inputs[10]
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[4:])
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    if all(g is None for g in grads[:3]):
+    if all(g is None for g in grads[:4]):
         return (None,) * 11
     *tensors, vector, mask, row_max, inv_sum, logp, entropy = ctx.saved_tensors
     state = row_max, inv_sum, logp, entropy
     flat = ctx.options.joined(vector, mask, None).flat()[:5]
     needs = tuple(ctx.needs_input_grad[:3])
-    out = _sums_backward_op(*tensors, *flat, ctx.budget, *state, *grads[:3], *needs)
+    out = _sums_backward_op(*tensors, *flat, ctx.budget, *state, *grads[:4], *needs)
     return (*(x if need else None for x, need in zip(out, needs, strict=True)), *((None,) * 8))
 
 

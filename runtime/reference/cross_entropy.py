@@ -12,13 +12,17 @@ from tokfuse.runtime.reference.token_stats import rounded, rows_of, stats_of
 def forward(
     logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, op: str, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Return (logp, lse, logit_sum), rounded once. logit_sum is sum_j class_weight_j u_j of the scaled logits u."""
+    """Return (logp, entropy, lse, logit_sum, sum_sq, top1), rounded once.
+
+    logit_sum is sum_j class_weight_j u_j of the scaled logits u.
+    """
     if not torch.compiler.is_compiling():
         check_values(op, target, logits.shape[1], options.get("mask"), options.get("temperature", 1.0))
     rows = rows_of(logits, **options)
-    logp, _, lse, *_ = stats_of(rows, target)
+    logp, entropy, lse, sum_sq, top1 = stats_of(rows, target)
     weighted = rows.u if class_weight is None else rows.u * class_weight.double()
-    return rounded((logp, lse, rows.final(weighted.sum(-1), float("-inf"))), logits.dtype)
+    logit_sum = rows.final(weighted.sum(-1), float("-inf"))
+    return rounded((logp, entropy, lse, logit_sum, sum_sq, top1), logits.dtype)
 
 
 def head_forward(

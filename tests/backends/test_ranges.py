@@ -17,7 +17,7 @@ import tokfuse
 from tokfuse.runtime.core import dispatch, ranges
 
 LOGITS, TARGET = torch.randn(6, 16), torch.arange(6)
-CALLS = {call.name: call for call in calls(options="none") if call.row.ranged}
+CALLS = {call.name: call for call in calls(options="rich") if call.row.ranged and call.option in ("", "stats")}
 
 
 def names_of(call: Callable[[], Any]) -> list[str]:

@@ -402,6 +402,14 @@ TYPES = [
     (lambda: loss_call(cu_seqlens=[0, 22]), "policy_loss: cu_seqlens must be a torch.Tensor; got list."),
     (lambda: logits_call(moments=1), "token_stats: moments must be True or False; got 1. Pass"),
     (
+        lambda: (tokfuse.cross_entropy, logits_call(return_stats=1)[1]),
+        "cross_entropy: return_stats must be True or False; got 1. Pass a bool.",
+    ),
+    (
+        lambda: (tokfuse.linear_cross_entropy, head_call(return_stats="yes")[1]),
+        "linear_cross_entropy: return_stats must be True or False; got 'yes'. Pass a bool.",
+    ),
+    (
         lambda: logits_call(temperature="1"),
         "token_stats: temperature must be a number; got '1'. Pass an int or a float.",
     ),

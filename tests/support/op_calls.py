@@ -601,6 +601,7 @@ def _losses(class_weight: str) -> dict[str, Option]:
     return {
         "mean": Option(lambda p: IGNORED["ignored"].arguments(p) | {"reduction": "mean"}),
         "class_weight": Option(lambda p: {class_weight: p.positive("classes", p.sizes.vocab), "reduction": "sum"}),
+        "stats": _constant(return_stats=True),
     }
 
 
@@ -641,7 +642,7 @@ ROWS: tuple[Row, ...] = (
         lambda p: _logits(p) | SMOOTHED,
         ("logits",),
         LOGIT_OPTIONS | _losses("weight"),
-        rich=("all", "class_weight"),
+        rich=("all", "class_weight", "stats"),
     ),
     Row(  # its backward has the range of token_stats
         "token_stats",
@@ -686,7 +687,7 @@ ROWS: tuple[Row, ...] = (
         lambda p: _head(p) | SMOOTHED,
         ("hidden", "weight", "bias"),
         HEAD_OPTIONS | _losses("class_weight"),
-        rich=("all", "class_weight"),
+        rich=("all", "class_weight", "stats"),
     ),
     Row(
         "linear_token_stats",
