@@ -16,7 +16,7 @@ from torch import Tensor
 import tokfuse
 from tokfuse.runtime.lm_head import cpu_head
 
-TOKENS = 37
+TOKENS = 11
 OPTIONS = {
     "plain": {},
     "z_loss": {"z_loss": 0.1, "softcap": 20.0, "class_weight": True, "reduction": "sum"},
@@ -47,10 +47,11 @@ class Batch(NamedTuple):
 
 def batch(op: str) -> Batch:
     case = head_case("one_tile")
-    leaves = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+    hidden = case.hidden[:TOKENS]
+    leaves = {"hidden": hidden, "weight": case.weight, "bias": case.bias}
     if op == "cross_entropy":
-        leaves = {"logits": case.hidden @ case.weight.t() + case.bias}
-    target = torch.where(MASK, case.target, -100)
+        leaves = {"logits": hidden @ case.weight.t() + case.bias}
+    target = torch.where(MASK, case.target[:TOKENS], -100)
     return Batch(leaves, target, torch.rand(700, generator=torch.Generator().manual_seed(1)) + 0.1)
 
 
@@ -68,7 +69,7 @@ def call(op: str, given: Batch, leaves: dict[str, Tensor], put: Any, options: di
     if "class_weight" in options:
         rest["weight" if op == "cross_entropy" else "class_weight"] = put(given.class_weight)
     if op == "linear_cross_entropy":
-        rest["memory_budget"] = 60_000  # several chunks
+        rest["memory_budget"] = 15_000  # several chunks
     return getattr(tokfuse, op)(**leaves, target=put(given.target), **rest)
 
 
@@ -81,6 +82,7 @@ def test_loss_policy_term_kl_and_entropy_from_one_softmax(op: str, name: str, ba
     logits = given.logits(exact, options.get("softcap"))
     log_p, lse = logits.log_softmax(-1), torch.where(MASK, logits.logsumexp(-1), 0.0)
     logp = torch.where(MASK, log_p.gather(-1, given.target.clamp_min(0).unsqueeze(1)).squeeze(1), 0.0)
+    peak = float(lse.detach().max())  # the error of lse^2 grows with it
     entropy = torch.where(MASK, -(log_p.exp() * log_p).sum(-1), 0.0)
     weight = given.class_weight.double() if "class_weight" in options else None
     losses = F.cross_entropy(logits, given.target, weight, label_smoothing=smoothing, reduction="none")
@@ -100,7 +102,7 @@ def test_loss_policy_term_kl_and_entropy_from_one_softmax(op: str, name: str, ba
         out = call(op, given, first, backend.put, options, return_stats=True)
         assert type(out) is tokfuse.CrossEntropyStats and type(out.stats) is tokfuse.TokenStats
         rows = TOKENS if options.get("reduction") == "sum" else 1
-        compare(out.loss, loss, atol=2e-5 * (1.0 + 2.0 * z_loss * float(lse.max())) * rows)
+        compare(out.loss, loss, atol=2e-5 * (1.0 + 2.0 * z_loss * peak) * rows)
         for found, truth in ((out.stats.logp, logp), (out.stats.entropy, entropy), (out.stats.lse, lse)):
             compare(found, truth, atol=2e-5)
         assert not out.stats.sum_sq.requires_grad and not out.stats.top1.requires_grad
@@ -109,7 +111,7 @@ def test_loss_policy_term_kl_and_entropy_from_one_softmax(op: str, name: str, ba
             size = exact[n].grad.abs()
             bound = 1e-5 * size.max()
             if n == "logits":
-                bound = 2e-6 * (size.amax(1, keepdim=True) + 2.0 * z_loss * float(lse.max()) + 1.0)
+                bound = 2e-6 * (size.amax(1, keepdim=True) + 2.0 * z_loss * peak + 1.0)
             compare(x.grad, exact[n].grad, atol=bound, what=n)
 
         # The loss alone, and the statistics alone, are those of the ops that return nothing else.
@@ -133,11 +135,11 @@ def test_leading_dimensions_autocast_and_a_second_derivative(op: str, smoothing:
     main = "logits" if op == "cross_entropy" else "hidden"
     options = {"label_smoothing": smoothing, "return_stats": True, "reduction": "none"}
     flat = getattr(tokfuse, op)(**given.leaves, target=given.target, **options)
-    shaped = given.leaves | {main: given.leaves[main][:36].view(4, 9, -1)}
+    shaped = given.leaves | {main: given.leaves[main][:10].view(2, 5, -1)}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = getattr(tokfuse, op)(**shaped, target=given.target[:36].view(4, 9), **options)
+        out = getattr(tokfuse, op)(**shaped, target=given.target[:10].view(2, 5), **options)
     for found, want in zip((out.loss, *out.stats), (flat.loss, *flat.stats), strict=True):
-        assert found.shape == (4, 9) and bits(found) == bits(want[:36])
+        assert found.shape == (2, 5) and bits(found) == bits(want[:10])
     one = getattr(tokfuse, op)(**given.leaves | {main: given.leaves[main][0]}, target=given.target[0], **options)
     assert one.loss.shape == one.stats.lse.shape == () and bits(one.stats.lse) == bits(flat.stats.lse[0])
     leaf = given.leaves[main].clone().requires_grad_()
