@@ -195,7 +195,7 @@ def cross_entropy(
         tensor([0.2269, 2.0269, 0.0000])
         >>> loss, stats = tokfuse.cross_entropy(logits, torch.tensor([0, 0, -100]), return_stats=True)
         >>> loss - 0.1 * stats.entropy.mean()
-        tensor(1.1025)
+        tensor(1.1026)
 
     Raises:
         ValueError: wrong shape, dtype, device or range; class probabilities as target. On a GPU, targets are
