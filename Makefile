@@ -25,6 +25,10 @@ SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # thread, because each of its tensor operations is a small numpy call.
 INTERPRETER := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 
+# The folders with tests of kernels; collecting the others takes half of the time. tests/conftest.py has the same list.
+# Files in ARGS replace them.
+KERNEL_TESTS = $(if $(filter tests/%,$(ARGS)),,$(addprefix tests/,algorithms backends distributed ops))
+
 # Run the CUDA kernels on the CPU. tests/support/cuda_module.py first builds the module with $(CXX) and
 # prints its path.
 CUDA_HOST := module="$$($(BIN)/python tests/support/cuda_module.py)" && \
@@ -64,8 +68,8 @@ demo:
 test: lint
 	@$(STRICT) $(BOOTSTRAP) $(TEST_GROUPS)
 	@$(PYTEST) $(SPREAD) -m "not slow and not gpu and not interpreter and not cuda_host" $(ARGS)
-	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter and not slow" $(ARGS)
-	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host and not slow" $(ARGS)
+	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter and not slow" $(KERNEL_TESTS) $(ARGS)
+	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host and not slow" $(KERNEL_TESTS) $(ARGS)
 
 test-cpus:
 	@$(STRICT) $(BOOTSTRAP) $(TEST_GROUPS)
@@ -77,14 +81,14 @@ test-slow:
 
 test-triton:
 	@$(BOOTSTRAP) test
-	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter" $(ARGS)
+	@$(INTERPRETER) $(PYTEST) $(SPREAD) -m "interpreter" $(KERNEL_TESTS) $(ARGS)
 	@$(PYTEST) -m "compiler" $(ARGS)
 	@$(BIN)/python -m tokfuse kernels --check
 
 test-cuda:
 	@$(BOOTSTRAP) test
 	@$(PYTEST) $(SPREAD) tests/backends/test_cuda_*.py $(ARGS)
-	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host" $(ARGS)
+	@$(CUDA_HOST) $(PYTEST) $(SPREAD) -m "cuda_host" $(KERNEL_TESTS) $(ARGS)
 
 # Needs a GPU. Tests every CUDA and Triton kernel. Then runs the CUDA kernels under compute-sanitizer if
 # it is installed (SANITIZER= skips this). OFFLINE=1 installs nothing: it builds with $(PYTHON) and runs

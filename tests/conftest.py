@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import sys
+from pathlib import Path
 
 # Idle OpenMP threads sleep instead of spinning. With several processes on few cores, spinning costs more than
 # the work.
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "support"))
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -37,6 +39,23 @@ def pytest_report_header() -> str:
     kernels = "not built" if module is None else module.active_isa()
     level = torch.backends.cpu.get_cpu_capability()
     return f"cpu: torch {level}, native kernels {kernels}, {torch.get_num_threads()} threads"
+
+
+# KERNEL_TESTS of the Makefile: `make test` looks for tests with these marks in these folders only.
+KERNEL_MARKS = {"interpreter", "cuda_host"}
+KERNEL_FOLDERS = {"algorithms", "backends", "distributed", "ops"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test of a kernel in a folder where `make test` would not find it."""
+    tests = Path(__file__).parent
+    for item in items:
+        marks = KERNEL_MARKS.intersection(mark.name for mark in item.iter_markers())
+        if marks and item.path.relative_to(tests).parts[0] not in KERNEL_FOLDERS:
+            raise pytest.UsageError(
+                f"{item.nodeid} has the mark {marks.pop()}; move it to one of {sorted(KERNEL_FOLDERS)}"
+            )
 
 
 def pytest_collection_finish() -> None:

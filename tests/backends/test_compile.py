@@ -12,13 +12,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import fresh_inductor_cache
 
 import tokfuse
-from tokfuse.runtime.backends import triton_backend
+from tokfuse.runtime.backends import cuda_backend, triton_backend
 from tokfuse.runtime.core import native
 from tokfuse.runtime.policy.metrics import SLOT
 
-# The options of an op take the same path to its custom ops on every backend, so the CPU kernels cover them. The
-# formulas of the reference are traced, and the interpreter takes 10 to 80 s per option.
-WITHOUT_OPTIONS = ("reference", "triton") if triton_backend.interpreting() else ("reference",)
+# The options of an op take the same path to its custom ops on every backend, so the CPU kernels cover them, and a GPU
+# if there is one. Elsewhere a call takes seconds: formulas are traced, kernels interpreted or simulated.
+WITHOUT_OPTIONS = ["reference"]
+WITHOUT_OPTIONS += ["triton"] if triton_backend.interpreting() else []
+WITHOUT_OPTIONS += ["cuda"] if cuda_backend.hosted() else []
 TRACEABLE = [
     pytest.param(call, *parameter.values, id=f"{call.name}-{parameter.id}", marks=parameter.marks)
     for call in calls(options="rich")

@@ -36,7 +36,7 @@ FLAGS = (
     f"-I{ROOT / 'tests'}",
 )
 OPTIMIZED = ("-O2",)
-SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZED = ("-O0", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # Compile with ThreadSanitizer's instrumentation. checker.cpp implements its functions, so its library is
 # not linked.
 CHECKED = ("-O1", "-fsanitize=thread", "-Wno-tsan")

@@ -21,7 +21,7 @@ def _binding(source: Path) -> Path:
     """Return the object of a file that includes pybind11, whose headers do not compile with -Wextra -Werror."""
     flags = [f for f in FLAGS if f not in ("-Werror", "-Wextra")]
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    command = [COMPILER, *flags, "-O1", "-fvisibility=hidden", *includes, "-c", str(source), "-o"]
+    command = [COMPILER, *flags, "-O0", "-fvisibility=hidden", *includes, "-c", str(source), "-o"]
     return _made(f"{source.stem}-binding.o", command)
 
 
