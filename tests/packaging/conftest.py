@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK_BUILD = f"-DCMAKE_CXX_COMPILER_LAUNCHER={ROOT / 'tests/packaging/compile_quickly.sh'}"
+# Without a CUDA compiler: nvcc takes minutes.
+QUICK_BUILD = (
+    f"-DCMAKE_CUDA_COMPILER=NOTFOUND -DCMAKE_CXX_COMPILER_LAUNCHER={ROOT / 'tests/packaging/compile_quickly.sh'}"
+)
 # Variables of the test run. The builds under test must not see them.
 NOT_INHERITED = ("TOKFUSE_", "PYTHONPATH", "CXX", "LD_PRELOAD", "VENV", "MAKE")
 
@@ -33,17 +36,31 @@ def project_files() -> list[str]:
     return [name for name in sorted(set(done.stdout.splitlines())) if (ROOT / name).is_file()]
 
 
-class CleanEnvironment:
-    """A virtual environment with the packages of this environment, without `tokfuse`."""
+def path_without(tool: str, path: str, folder: Path) -> str:
+    """Return a PATH with every program of `path` except `tool`."""
+    folder.mkdir()
+    for directory in path.split(os.pathsep):
+        for program in Path(directory).iterdir() if Path(directory).is_dir() else ():
+            if program.name != tool and not (folder / program.name).is_symlink():
+                (folder / program.name).symlink_to(program)
+    return str(folder)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class CleanEnvironment:
+    """A virtual environment with the packages of this environment, without `tokfuse`. `path` is the PATH of pip."""
+
+    def __init__(self, folder: Path, path: str) -> None:
+        self.folder, self.path = folder, path
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         self.python = folder / "bin" / "python"
         self.site = next((folder / "lib").glob("python3*")) / "site-packages"
         for entry in Path(sysconfig.get_path("purelib")).iterdir():
             if not entry.name.startswith(("tokfuse", "__editable__")):
                 (self.site / entry.name).symlink_to(entry)
+
+    def path_without(self, tool: str) -> str:
+        """Return the PATH of pip without one more program."""
+        return path_without(tool, self.path, self.folder / f"without_{tool}")
 
     def run(
         self, *arguments: str, cwd: Path | None = None, check: bool = True, **env: str
@@ -63,9 +80,9 @@ class CleanEnvironment:
         return done
 
     def pip(self, command: str, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run `pip install` or `pip wheel` of the project without downloads."""
+        """Run `pip install` or `pip wheel` of the project without downloads and, by default, without nvcc."""
         offline = ["--no-build-isolation", "--no-deps", "--no-index", "--verbose"]
-        env = {"TOKFUSE_CMAKE_ARGS": QUICK_BUILD, "TOKFUSE_CUDA": "OFF", **env}
+        env = {"TOKFUSE_CMAKE_ARGS": QUICK_BUILD, "PATH": self.path, **env}
         return self.run("-m", "pip", command, *offline, *arguments, check=check, **env)
 
 
@@ -99,13 +116,19 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def without_nvcc(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH. One for the session, because another one would compile the native code again."""
+    return path_without("nvcc", os.environ["PATH"], tmp_path_factory.mktemp("path") / "bin")
+
+
 @pytest.fixture
-def new_environment(tmp_path: Path) -> Iterator[Callable[[], CleanEnvironment]]:
+def new_environment(tmp_path: Path, without_nvcc: str) -> Iterator[Callable[[], CleanEnvironment]]:
     """Creates clean environments, which are removed after the test."""
     made: list[CleanEnvironment] = []
 
     def make() -> CleanEnvironment:
-        made.append(CleanEnvironment(tmp_path / f"env{len(made)}"))
+        made.append(CleanEnvironment(tmp_path / f"env{len(made)}", without_nvcc))
         return made[-1]
 
     yield make
