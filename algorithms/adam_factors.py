@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from tokfuse.algorithms.captured_layers import OP, Layer, is_dtensor
+from tokfuse.algorithms.captured_layers import Layer
+from tokfuse.algorithms.captured_norms import Norm
+from tokfuse.algorithms.captured_projection import OP, whole
 from tokfuse.runtime.core.errors import refuse
 
 # Names of row and column factors: transformers' and torch's Adafactor.
@@ -16,14 +18,14 @@ FACTORS = (("exp_avg_sq_row", "exp_avg_sq_col"), ("row_var", "col_var"))
 SMALLEST = 1e-60  # of a second moment, if the optimizer's eps is not one number
 
 
-def layer_scales(layer: Layer, optimizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def layer_scales(layer: Layer | Norm, optimizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the factors of a layer's output gradients and inputs, (outputs,) and (inputs,).
 
     Their product is sqrt(1 - b2^step) / sqrt(v), with v_ij replaced by R_i C_j / M: R and C are the means over the
     rows and columns of v, and M is the mean of all. This is exact if v has rank 1. R and C are at least eps^2.
 
     Args:
-        layer: the layer.
+        layer: the layer. Of a norm the factors are (size,) and (1,), and exact, because its moment is a vector.
         optimizer: Adam, AdamW or Adafactor after its first step, or a wrapper with its `state` and `param_groups`.
 
     Raises:
@@ -44,11 +46,13 @@ def layer_scales(layer: Layer, optimizer: Any) -> tuple[torch.Tensor, torch.Tens
     return out, inner
 
 
-def _factors(layer: Layer, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(layer: Layer | Norm, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the means over the rows and the columns of the second moment, (outputs,) and (inputs,) float64."""
-    moment = state.get("exp_avg_sq")
-    if moment is not None:
-        pair = [_whole(moment.mean(dim)) for dim in (1, 0)]
+    moment = state.get("exp_avg_sq", state.get("variance"))  # torch's Adafactor has a "variance" of a vector
+    if moment is not None and isinstance(layer, Norm):
+        pair = [whole(moment), whole(moment).mean().view(1)]
+    elif moment is not None:
+        pair = [whole(moment.mean(dim)) for dim in (1, 0)]
     else:
         named = next((names for names in FACTORS if names[0] in state), None)
         if named is None:
@@ -59,14 +63,6 @@ def _factors(layer: Layer, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
                 f"none for {layer.name}",
                 'Pass Adam, AdamW or Adafactor after its first step, or modules="trainable".',
             )
-        pair = [_whole(state[name]).flatten() for name in named]
+        pair = [whole(state[name]).flatten() for name in named]
     first, second = (x.detach().double() for x in pair)
-    return (second, first) if layer.transposed else (first, second)
-
-
-def _whole(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that may be split over ranks as a whole."""
-    if is_dtensor(x):
-        whole: torch.Tensor = x.full_tensor()  # type: ignore[attr-defined]
-        return whole
-    return x
+    return (second, first) if isinstance(layer, Layer) and layer.transposed else (first, second)

@@ -1,11 +1,12 @@
-"""Gradient features of every linear layer, taken from an ordinary forward and backward of a batch.
+"""Gradient features of every linear layer and norm, taken from an ordinary forward and backward of a batch.
 
     with tokfuse.influence.capture(model) as captured:
         loss_of(model(ids)).backward()
     captured.features  # (seqs, numbers)
 
-A forward hook projects the input of a layer, a hook on the output projects its gradient, and the kernel of
-`influence.sketch` adds their products up over the tokens of each sequence, for several layers per launch.
+A forward hook projects the input of a linear layer, a hook on the output projects its gradient, and the kernel of
+`influence.sketch` adds their products up over the tokens of each sequence, for several layers per launch. The weight of
+a norm is a vector, so its gradient is summed first and projected then.
 """
 
 import contextlib
@@ -18,7 +19,9 @@ import torch
 
 from tokfuse.algorithms.adam_factors import layer_scales
 from tokfuse.algorithms.captured_batches import Batch, Description, Recorder, in_backward
-from tokfuse.algorithms.captured_layers import OP, Layer, chosen_layers, is_dtensor, unwrapped
+from tokfuse.algorithms.captured_layers import Layer, chosen_layers, unwrapped
+from tokfuse.algorithms.captured_norms import Norm
+from tokfuse.algorithms.captured_projection import OP, is_dtensor
 from tokfuse.algorithms.influence import matrix
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
@@ -26,18 +29,21 @@ from tokfuse.runtime.lm_head.probe import HeadProbe, open_source
 from tokfuse.runtime.ops.influence import check_spec, project
 from tokfuse.runtime.reference.token_stats import result_dtype
 
+DEFAULT_RANK = 16  # the smallest that ranks every pool of bench/study_influence.py above 0.85, for every seed
+
 
 class Captured:
     """Features of the sequences of a `capture`, in the order of the forwards.
 
-    A feature is a matrix per sequence and layer, F = sum over tokens of (P_out dY_t) (P_in x_t)^T, the two-sided
-    random projection of the gradient of the layer's weight. `features` has all layers side by side.
+    A feature is a matrix per sequence and linear layer, F = sum over tokens of (P_out dY_t) (P_in x_t)^T, the two-sided
+    random projection of the gradient of the layer's weight. For a norm it is a vector, the projection of the gradient
+    of its weight. `features` has all layers side by side.
     """
 
-    def __init__(self, layers: list[Layer], rank: int, seed: int, recorder: Recorder) -> None:
+    def __init__(self, layers: list[Layer | Norm], rank: int, seed: int, recorder: Recorder) -> None:
         self.rank, self.seed = rank, seed
+        self._layers = {layer.name: layer for layer in layers}
         self._shapes = {layer.name: layer.shape for layer in layers}
-        self._factors = [layer.factor for layer in layers]
         self._recorder = recorder
 
     @property
@@ -58,17 +64,17 @@ class Captured:
     def layer(self, name: str) -> torch.Tensor:
         """Return the features of one layer, (seqs, r_out, r_in), where r is the rank, or the size if that is smaller.
 
+        The features of a norm are (seqs, numbers), with r^2 numbers, or the size if that is smaller.
+
         Args:
             name: one of `names`.
         """
         checks.check_choice("Captured.layer", "name", name, tuple(self._shapes))
-        place = self.names.index(name)
-        rows, columns = self._shapes[name]
+        layer = self._layers[name]
         self._recorder.add_up()
         if not self._recorder.batches:
-            return torch.zeros(0, rows, columns)
-        found = torch.cat([batch.sums[place, :, :rows, :columns] for batch in self._recorder.batches])
-        return found * self._factors[place]
+            return torch.zeros(0, *layer.shape)
+        return torch.cat([_of_batch(layer, batch) for batch in self._recorder.batches]) * layer.factor
 
     def scores(self, other: "Captured | None" = None, *, cosine: bool = True) -> torch.Tensor:
         """Return the inner products of all pairs of sequences, (seqs, seqs of other), see `influence.matrix`.
@@ -113,18 +119,29 @@ class Captured:
         self._recorder.begin(Description(cu_seqlens, mask, head_cu_seqlens))
 
 
+def _of_batch(layer: Layer | Norm, batch: Batch) -> torch.Tensor:
+    """Return the features of one layer and one batch, without the factor."""
+    if isinstance(layer, Layer):
+        rows, columns = layer.shape
+        return batch.sums[layer.place, :, :rows, :columns]
+    found = batch.norms.get(layer.name)
+    return batch.sums.new_zeros(batch.seqs, *layer.shape) if found is None else found
+
+
 class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used like a function
-    """Context manager: the gradient features of every linear layer, for each sequence of a batch.
+    """Context manager: the gradient features of every linear layer and norm, for each sequence of a batch.
 
     Run the forward and the backward of a batch inside it. For each layer y = W x and each sequence it computes
-    F = sum over tokens of (P_out dY_t) (P_in x_t)^T, the projection of the gradient of W on this sequence. There is no
-    backward per sample and no second pass, and no gradient of a weight is kept.
+    F = sum over tokens of (P_out dY_t) (P_in x_t)^T, the projection of the gradient of W on this sequence. For a norm
+    y = w * f(x) it computes P (sum over tokens of dY_t * f(x_t)). There is no backward per sample and no second pass,
+    and no gradient of a weight is kept.
 
     Args:
         model: a module. Forwards of `model` itself start a new batch of rows.
-        rank: r of the features, (r, r) per layer and sequence, >= 1.
-        modules: names or patterns (`*.mlp.*`) of the layers. "trainable": the layers whose weight requires a gradient,
-            e.g. the A and B of LoRA. None: every linear layer.
+        rank: r of the features, r^2 numbers per layer and sequence, >= 1.
+        modules: names or patterns (`*.mlp.*`) of the layers. "all": every linear layer and norm. "trainable": the
+            layers whose weight requires a gradient, e.g. the A and B of LoRA. None: all but the lm_head, which is one
+            layer with a large part of the gradient, so the spread of its projection does not average out.
         seed: seed of the projections. Only features with the same layers, rank and seed are comparable.
         optimizer: an Adam or Adafactor optimizer after its first step. The features are then projections of g /
             sqrt(v), with v replaced by its rank-1 approximation R_i C_j / mean(v). Use it for the training samples,
@@ -133,11 +150,12 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
     Returns:
         `Captured`, one row per sequence, in the order of the forwards.
 
-    Layers: torch.nn.Linear and its subclasses (also 4-bit and 8-bit ones), transformers' Conv1D, LoRA's A and B, and
-        the lm_head, also if it only runs inside a tokfuse op from hidden states. Frozen weights are included if
-        their output needs a gradient. Layers that share a weight, and a layer that runs twice, are summed. Embeddings,
-        norms and convolutions are not captured. A layer that no gradient reaches has features of 0, and a warning
-        at the end names it.
+    Layers: torch.nn.Linear and its subclasses (also 4-bit and 8-bit ones), transformers' Conv1D, LoRA's A and B; norms
+        of every library that compute w * f(x) + b or (1 + w) * f(x) on the last axis with a vector w, such as LayerNorm
+        and RMSNorm; with "all" the lm_head, also if it only runs inside a tokfuse op from hidden states. Frozen
+        weights are included if their output needs a gradient. Layers that share a weight, and a layer that runs
+        twice, are summed. Embeddings, convolutions, biases and other norms are not captured. A layer that no gradient
+        reaches has features of 0, and a warning at the end names it.
 
     Sequences: the first axis of the inputs, or packed sequences with `Captured.batch(cu_seqlens=...)` or the argument
         `cu_seq_lens_q` of the model's forward. Padding has no gradient and adds nothing. A forward of `model`, or the
@@ -147,7 +165,7 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
         sequences only. The features have the scale of the loss: its normaliser, and the factor of a GradScaler.
 
     Numerics: float32 sums (float64 for a float64 model). E <F_s, F_u> = <G_s, G_u> per layer, with a relative spread
-        of about 1 / r, which averages out over the layers.
+        of about 1 / r, which averages out over the layers. A norm with up to r^2 weights is exact.
 
     Gradients and memory: no effect on the gradients of the model. seqs x layers x r^2 floats, plus tokens x layers x
         r floats between forward and backward. A projection stores r 2 sqrt(d) signs.
@@ -164,8 +182,9 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
     Raises:
         ValueError: a layer that cannot be captured: an expert of a mixture, whose tokens carry no sequence; a quantised
             layer that is no torch.nn.Linear; a tensor-parallel layer; a compiled model. Pass
-            `modules=tokfuse.influence.linear_layers(model)` to capture all others. Also: an input whose rows are
-            neither the tokens nor the sequences of the batch; an optimizer without a second moment of a layer.
+            `modules=tokfuse.influence.layers(model)` to capture all others. Also: an input whose rows are
+            neither the tokens nor the sequences of the batch; an optimizer without a second moment of a layer; a
+            norm with an entry of its weight that multiplies by 0.
 
     Source: LoGra (arXiv 2405.13954), for all layers of a batch at once; the second moment as in Adafactor (arXiv
         1804.04235) and LESS (arXiv 2402.04333).
@@ -174,7 +193,7 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
     def __init__(
         self,
         model: torch.nn.Module,
-        rank: int = 8,
+        rank: int = DEFAULT_RANK,
         modules: str | Iterable[str] | None = None,
         seed: int = 0,
         *,
@@ -191,9 +210,9 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
         self._layers = chosen_layers(self.model, modules)
         for layer in self._layers:
             layer.make_projections(rank, seed, None if optimizer is None else layer_scales(layer, optimizer))
-        self._head = head_layer(self.model, self._layers)
+        self._head = head_layer(self.model, [x for x in self._layers if isinstance(x, Layer)])
         self._stack: contextlib.ExitStack | None = None
-        self._recorder = Recorder(len(self._layers), rank)
+        self._recorder = Recorder(sum(isinstance(x, Layer) for x in self._layers), rank)
 
     def __enter__(self) -> Captured:
         if self._stack is not None:
@@ -201,7 +220,8 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
         self._stack = contextlib.ExitStack()
         handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for layer in self._layers:
-            hook = functools.partial(self._after_forward, layer)
+            after: Any = self._after_norm if isinstance(layer, Norm) else self._after_forward
+            hook = functools.partial(after, layer)
             handles += [module.register_forward_hook(hook, with_kwargs=True) for module in layer.modules]
         for handle in handles:
             self._stack.callback(handle.remove)
@@ -238,14 +258,7 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
         if not isinstance(output, torch.Tensor) or not output.requires_grad:
             return
         x = args[0] if args else next(iter(kwargs.values()))
-        if is_dtensor(x) or x.shape[-1] != layer.inputs or output.shape[-1] != layer.outputs:
-            raise refuse(
-                OP,
-                f"{layer.name}",
-                f"a layer of whole inputs ({layer.inputs}) and outputs ({layer.outputs})",
-                f"{tuple(x.shape)} and {tuple(output.shape)}",
-                "Leave the layer out with modules=.",
-            )
+        _check_whole(layer.name, (x, output), (layer.inputs, layer.outputs))
         with _plainly(x):
             batch = self._recorder.batch_of(x)
             offsets = None if batch is None else batch.offsets(layer.name, x)
@@ -260,14 +273,30 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
         self, layer: Layer, batch: Batch | None, offsets: torch.Tensor | None, right: torch.Tensor, grad: torch.Tensor
     ) -> None:
         if batch is None or offsets is None:
-            raise RuntimeError(
-                f"{OP}: reentrant gradient checkpointing recomputes {layer.name} after several forwards, so its "
-                "sequences are unknown. Pass use_reentrant=False, or run the backward after each forward."
-            )
+            raise _unknown_sequences(layer.name)
         with _plainly(grad):
             rows = grad.detach().reshape(-1, layer.outputs)
             left = project(rows, layer.left.matrix_for(rows))
             self._record(layer, batch, offsets, left, right)
+
+    def _after_norm(
+        self, norm: Norm, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> torch.Tensor | None:
+        if not isinstance(output, torch.Tensor) or not output.requires_grad:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        _check_whole(norm.name, (x, output), (norm.size, norm.size))
+        batch = self._recorder.batch_of(x)
+        offsets, mask = (None, None) if batch is None else (batch.offsets(norm.name, x), batch.mask_of(norm.name, x))
+
+        def record(rows: torch.Tensor) -> None:
+            if batch is None or offsets is None:
+                raise _unknown_sequences(norm.name)
+            norm.reached = True
+            with _plainly(rows):
+                self._recorder.add_norm(batch, norm, offsets, rows if mask is None else rows.where(mask[:, None], 0.0))
+
+        return norm.tap(module, output, record)
 
     def _record(
         self, layer: Layer, batch: Batch, offsets: torch.Tensor, left: torch.Tensor, right: torch.Tensor
@@ -331,6 +360,25 @@ def _plainly(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.detach().reshape(-1, x.shape[-1])
+
+
+def _check_whole(name: str, found: tuple[torch.Tensor, torch.Tensor], sizes: tuple[int, int]) -> None:
+    """Raise ValueError unless the input and the output of a layer are not split over ranks."""
+    if any(is_dtensor(x) or x.shape[-1] != size for x, size in zip(found, sizes, strict=True)):
+        raise refuse(
+            OP,
+            name,
+            f"a layer of whole inputs ({sizes[0]}) and outputs ({sizes[1]})",
+            " and ".join(str(tuple(x.shape)) for x in found),
+            "Leave the layer out with modules=.",
+        )
+
+
+def _unknown_sequences(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{OP}: reentrant gradient checkpointing recomputes {name} after several forwards, so its "
+        "sequences are unknown. Pass use_reentrant=False, or run the backward after each forward."
+    )
 
 
 def head_layer(model: torch.nn.Module, layers: list[Layer]) -> Layer | None:

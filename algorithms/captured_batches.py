@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from tokfuse.algorithms.captured_layers import OP
+from tokfuse.algorithms.captured_norms import Norm
+from tokfuse.algorithms.captured_projection import OP
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.ops.influence import sequence_sums
+from tokfuse.runtime.ops.influence import project, sequence_sums
 from tokfuse.runtime.reference.token_stats import result_dtype
 
 LAYERS_AT_ONCE = 16  # layers per launch of the sums; bounds the memory of projected tensors that wait
@@ -29,7 +30,7 @@ class Batch:
     Args:
         x: (seqs, ..., size) or (tokens, size), the first input of a layer.
         given: description of the sequences. Without one, the first axis of x has the sequences.
-        layers: number of captured layers.
+        layers: number of captured linear layers.
         rank: of the features.
     """
 
@@ -55,6 +56,8 @@ class Batch:
                 "Pass attention_mask.bool() of this batch.",
             )
         self.sums = torch.zeros(layers, self.seqs, rank, rank, dtype=result_dtype(x.dtype), device=x.device)
+        self.norms: dict[str, torch.Tensor] = {}
+        """(seqs, numbers) by the name of the norm, if a gradient arrived."""
 
     def equal(self, rows: int) -> torch.Tensor:
         """Return the offsets of sequences of equal length."""
@@ -65,6 +68,8 @@ class Batch:
         rows = x.shape[:-1].numel()
         if rows == self.tokens:
             return self.cu_seqlens
+        if self._by_token(x):
+            return self.cu_seqlens * (rows // self.tokens)
         if rows == self.seqs or self.seqs == 1 or (not self.packed and x.dim() > 2 and x.shape[0] == self.seqs):
             return self.equal(rows)  # one pooled row per sequence, or sequences of another length
         if self.head_cu_seqlens is not None:
@@ -109,6 +114,34 @@ class Batch:
             return x
         return torch.where(self.mask[:, None], x, 0.0)
 
+    def _by_token(self, x: torch.Tensor) -> bool:
+        """Return whether the rows of x are those of the tokens, in order: one, or several such as attention heads."""
+        return any(x.shape[:axis].numel() == self.tokens for axis in range(1, x.dim()))
+
+    def mask_of(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the mask of the rows of x, the input of norm `name`."""
+        if self.mask is None:
+            return None
+        if not self._by_token(x):
+            raise refuse(
+                OP,
+                f"the input of {name}",
+                f"of the {self.tokens} tokens of the mask, in order",
+                str(tuple(x.shape)),
+                "Leave the norm out with modules=.",
+            )
+        return self.mask.repeat_interleave(x.shape[:-1].numel() // self.tokens)
+
+    def add_norm(self, norm: Norm, offsets: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add the gradient of a norm's weight by token, (rows, size), to the features of the sequences."""
+        kept = rows.to(self.sums.dtype)
+        if self.packed or offsets is self.head_cu_seqlens:
+            sums = torch.segment_reduce(kept, "sum", offsets=offsets.long(), axis=0, unsafe=True, initial=0.0)
+        else:
+            sums = kept.view(self.seqs, -1, kept.shape[1]).sum(1)
+        found = project(sums, norm.projection.matrix_for(sums))
+        self.norms[norm.name] = self.norms.get(norm.name, 0.0) + found
+
 
 class _Product(NamedTuple):
     """Projected tensors of one layer, whose sums are not computed yet."""
@@ -124,7 +157,7 @@ class Recorder:
     """The batches of a capture. Products wait until one launch computes the sums of several layers.
 
     Args:
-        layers: number of captured layers.
+        layers: number of captured linear layers.
         rank: of the features.
     """
 
@@ -175,6 +208,11 @@ class Recorder:
         """Return a projection with `rank` columns. Layers smaller than that have fewer."""
         missing = self.rank - x.shape[1]
         return x if missing == 0 else torch.nn.functional.pad(x, (0, missing))
+
+    def add_norm(self, batch: Batch, norm: Norm, offsets: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add the gradient of a norm's weight by token."""
+        self._backward_ran = True
+        batch.add_norm(norm, offsets, rows)
 
     def add_up(self) -> None:
         """Compute the sums of the waiting products."""

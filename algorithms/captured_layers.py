@@ -1,78 +1,18 @@
-"""The linear layers of a model, and the random projections of their inputs and output gradients.
-
-`tokfuse.influence.capture` uses them. A projection has r rows of signs. Row k is the Kronecker product of two short
-rows of signs, P_k,(i d2 + j) = a_k,i b_k,j / sqrt(r), so r 2 sqrt(d) signs are stored in place of r d.
-"""
+"""The layers of a model that `tokfuse.influence.capture` captures: linear layers and norms."""
 
 import fnmatch
-import functools
-import math
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from tokfuse.algorithms.captured_norms import Norm, norm_offset
+from tokfuse.algorithms.captured_projection import OP, Projection, distributed_types, is_dtensor, seed_of
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.ops.influence import projection_dtype
-from tokfuse.runtime.reference.token_stats import result_dtype
 
-OP = "influence.capture"
+ALL = "all"
 TRAINABLE = "trainable"
 EXPERTS = ("experts", "expert")  # parts of module names
-
-
-class Projection:
-    """A (rank, size) matrix P with E <P x, P y> = <x, y>. If size <= rank, P is the identity.
-
-    Args:
-        size: length of the vectors.
-        rank: largest number of rows.
-        seed: seed of the signs.
-        device: device of the matrix.
-        scale: (size,) float, >= 0, multiplies the columns. None: 1.
-    """
-
-    def __init__(
-        self, size: int, rank: int, seed: int, device: torch.device, scale: torch.Tensor | None = None
-    ) -> None:
-        self.size, self.rows = size, min(rank, size)
-        self.factor = torch.ones((), dtype=torch.float64)
-        self._signs: list[torch.Tensor] = []
-        if size > rank:
-            generator = torch.Generator().manual_seed(seed)
-            inner = math.isqrt(size - 1) + 1
-            for length in (-(-size // inner), inner):
-                bits = torch.randint(0, 2, (rank, length), generator=generator, dtype=torch.float32)
-                self._signs.append((2 * bits - 1).to(device))
-            self.factor *= rank**-0.5
-        self.device = device
-        self._scale: torch.Tensor | None = None
-        if scale is not None:
-            # The largest entry is 1, so that a 16-bit copy cannot overflow.
-            largest = scale.double().max().clamp_min(torch.finfo(torch.float64).tiny)
-            self._scale = (scale.double() / largest).to(device, result_dtype(scale.dtype))
-            self.factor = self.factor * largest.cpu()
-
-    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return P / factor, (rows, size), computed from the stored signs."""
-        if self._signs:
-            outer, inner = self._signs if dtype == torch.float32 else (x.to(dtype) for x in self._signs)
-            full = (outer.unsqueeze(2) * inner.unsqueeze(1)).view(self.rows, -1)[:, : self.size]
-        else:
-            full = torch.eye(self.size, dtype=dtype, device=self.device)
-        return full if self._scale is None else (full * self._scale).to(dtype)
-
-    def matrix_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `matrix` in the dtype in which `project` multiplies x by it."""
-        scaled = self._scale is not None
-        found = self.matrix(result_dtype(x.dtype) if scaled else projection_dtype(x))
-        return found if found.device == x.device else found.to(x.device)
-
-
-def seed_of(seed: int, name: str, side: str) -> int:
-    """Return the seed of one projection: the same on every machine and for every order of the layers."""
-    return zlib.crc32(f"{seed}/{name}/{side}".encode())
 
 
 class Layer:
@@ -81,7 +21,7 @@ class Layer:
     Args:
         name: name of the module in the model.
         module: a linear module.
-        place: index among the captured layers.
+        place: index among the captured linear layers.
     """
 
     def __init__(self, name: str, module: torch.nn.Module, place: int) -> None:
@@ -100,6 +40,10 @@ class Layer:
         device = self.weight.device
         self.left = Projection(self.outputs, rank, seed_of(seed, self.name, "out"), device, out)
         self.right = Projection(self.inputs, rank, seed_of(seed, self.name, "in"), device, inner)
+
+    def same_use(self, module: torch.nn.Module) -> bool:
+        """Return whether a module with the same weight multiplies by it in the same direction."""
+        return (self.inputs, self.outputs) == sizes(module) and self.transposed == is_conv1d(module)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -135,33 +79,17 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@functools.lru_cache(maxsize=1)
-def _distributed() -> tuple[Any, Any]:
-    """Return (DTensor, FSDPModule), or dummies in a torch without torch.distributed."""
-    try:
-        from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.tensor import DTensor
-    except ImportError:
-        return (), ()
-    return DTensor, FSDPModule
-
-
-def is_dtensor(x: Any) -> bool:
-    """Return whether a tensor is split over ranks."""
-    return isinstance(x, _distributed()[0])
-
-
 def is_fsdp(model: torch.nn.Module) -> bool:
     """Return whether a part of the model is sharded by FSDP2."""
-    return any(isinstance(module, _distributed()[1]) for module in model.modules())
+    return any(isinstance(module, distributed_types()[1]) for module in model.modules())
 
 
 def reasons(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:
-    """Return the linear layers by name, and the reason for each layer that cannot be captured."""
+    """Return the linear layers and norms by name, and the reason for each layer that cannot be captured."""
     found: dict[str, torch.nn.Module] = {}
     refused: dict[str, str] = {}
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-    sharded = {id(m) for root in model.modules() if isinstance(root, _distributed()[1]) for m in root.modules()}
+    sharded = {id(m) for root in model.modules() if isinstance(root, distributed_types()[1]) for m in root.modules()}
     for name, module in model.named_modules():
         parts = name.split(".")
         if any(part in EXPERTS for part in parts) and (is_linear(module) or own_matrices(module)):
@@ -171,7 +99,7 @@ def reasons(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[st
                 refused[name] = "weight that its parent multiplies itself"
             elif isinstance(module.weight, torch.nn.parameter.UninitializedParameter):
                 refused[name] = "lazy layer without a size"
-            elif is_dtensor(module.weight) and id(module) not in sharded:
+            elif is_split(module.weight, module, sharded):
                 refused[name] = "tensor-parallel layer"
             else:
                 found[name] = module
@@ -179,7 +107,14 @@ def reasons(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[st
             refused[f"{name}.in_proj_weight"] = "weight outside a linear layer"
         elif hasattr(module, "in_features") and not any(is_linear(m) for m in module.modules()):
             refused[name] = f"quantised or unknown linear layer {type(module).__name__}"
+        elif norm_offset(module) is not None and not is_split(module.weight, module, sharded):
+            found[name] = module
     return found, refused
+
+
+def is_split(weight: Any, module: torch.nn.Module, sharded: set[int]) -> bool:
+    """Return whether ranks keep parts of a weight in the forward as well. sharded: ids of the modules inside FSDP2."""
+    return is_dtensor(weight) and id(module) not in sharded
 
 
 def own_matrices(module: torch.nn.Module) -> bool:
@@ -187,23 +122,34 @@ def own_matrices(module: torch.nn.Module) -> bool:
     return any(p.dim() >= 2 for p in module.parameters(recurse=False))
 
 
-def linear_layers(model: torch.nn.Module) -> list[str]:
-    """Return the names of the linear layers that `capture` supports, for its argument `modules`.
+def layers(model: torch.nn.Module) -> list[str]:
+    """Return the names of all layers that `capture` supports, for its argument `modules`.
 
-    Excluded are experts of a mixture, quantised layers that are no `torch.nn.Linear`, the projections inside
-    `torch.nn.MultiheadAttention` and tensor-parallel layers.
+    These are linear layers, with the lm_head, and norms. Excluded are experts of a mixture, quantised layers that are
+    no `torch.nn.Linear`, the projections inside `torch.nn.MultiheadAttention` and tensor-parallel layers.
 
     Args:
         model: a module.
 
     Examples:
-        >>> tokfuse.influence.linear_layers(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()))
-        ['0']
+        >>> tokfuse.influence.layers(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.ReLU()))
+        ['0', '1']
     """
     return list(reasons(unwrapped(model))[0])
 
 
-def chosen_layers(model: torch.nn.Module, modules: str | Iterable[str] | None) -> list[Layer]:
+def head_modules(model: torch.nn.Module) -> Callable[[str], bool]:
+    """Return a function that says whether a name is the output embedding of the model, or an adapter of it."""
+    asked = getattr(model, "get_output_embeddings", None)
+    module = asked() if callable(asked) else None
+    if module is None:
+        return lambda name: "lm_head" in name.split(".")
+    names = {id(m): name for name, m in model.named_modules()}
+    within = [names[id(m)] for m in module.modules() if id(m) in names]
+    return lambda name: any(name == x or name.startswith(f"{x}.") for x in within)
+
+
+def chosen_layers(model: torch.nn.Module, modules: str | Iterable[str] | None) -> list[Layer | Norm]:
     """Return the layers to capture. Layers that share their weight count as one.
 
     Raises:
@@ -212,6 +158,10 @@ def chosen_layers(model: torch.nn.Module, modules: str | Iterable[str] | None) -
     _refuse_wrappers(model)
     found, refused = reasons(model)
     if modules is None:
+        in_head = head_modules(model)
+        names = [name for name in found if not in_head(name)]
+        refused = {name: reason for name, reason in refused.items() if not in_head(name)}
+    elif modules == ALL:
         names = list(found)
     elif modules == TRAINABLE:
         names = [name for name, module in found.items() if module.weight.requires_grad]
@@ -220,7 +170,7 @@ def chosen_layers(model: torch.nn.Module, modules: str | Iterable[str] | None) -
         raise refuse(
             OP,
             "modules",
-            f'None, "{TRAINABLE}" or a list of names and patterns',
+            f'None, "{ALL}", "{TRAINABLE}" or a list of names and patterns',
             repr(modules),
             "Put the name in a list.",
         )
@@ -234,17 +184,17 @@ def chosen_layers(model: torch.nn.Module, modules: str | Iterable[str] | None) -
             "modules",
             "without layers that cannot be captured",
             f"{some}{more}",
-            "Pass modules=tokfuse.influence.linear_layers(model) for all others.",
+            "Pass modules=tokfuse.influence.layers(model) for all others.",
         )
-    layers: dict[int, Layer] = {}
+    chosen: dict[int, Layer | Norm] = {}
+    linear = 0
     for name in names:
         module = found[name]
-        known = layers.get(id(module.weight))
-        if known is None:
-            layers[id(module.weight)] = Layer(name, module, len(layers))
-        elif (known.inputs, known.outputs) == sizes(module) and known.transposed == is_conv1d(module):
+        assert isinstance(module.weight, torch.Tensor)
+        known = chosen.get(id(module.weight))
+        if known is not None and known.same_use(module):
             known.modules.append(module)
-        else:
+        elif known is not None:
             raise refuse(
                 OP,
                 "modules",
@@ -252,9 +202,14 @@ def chosen_layers(model: torch.nn.Module, modules: str | Iterable[str] | None) -
                 f"{known.name} and {name}",
                 "Leave one of them out.",
             )
-    if not layers:
-        raise refuse(OP, "model", "one with a linear layer to capture", "none", "Check `modules`.")
-    return list(layers.values())
+        elif is_linear(module):
+            chosen[id(module.weight)] = Layer(name, module, linear)
+            linear += 1
+        else:
+            chosen[id(module.weight)] = Norm(name, module)
+    if not chosen:
+        raise refuse(OP, "model", "one with a layer to capture", "none", f'Check `modules`; "{ALL}" has the lm_head.')
+    return list(chosen.values())
 
 
 def _refuse_wrappers(model: torch.nn.Module) -> None:

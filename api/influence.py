@@ -16,7 +16,7 @@ not tokens that help. Influence is an inner product of gradients (`matrix`, `les
 """
 
 from tokfuse.algorithms.capture import Captured, capture
-from tokfuse.algorithms.captured_layers import linear_layers
+from tokfuse.algorithms.captured_layers import layers
 from tokfuse.algorithms.influence import adam_features, greedy_select, less_scores, matrix, ugda_select
 from tokfuse.runtime.ops.influence import InfluenceSpec, head_norms, hidden_norms, logit_norms, sketch
 from tokfuse.runtime.policy.results import Influence
@@ -30,8 +30,8 @@ __all__ = [
     "greedy_select",
     "head_norms",
     "hidden_norms",
+    "layers",
     "less_scores",
-    "linear_layers",
     "logit_norms",
     "matrix",
     "sketch",

@@ -363,7 +363,7 @@ def _study(study: Sequence[dict[str, Any]]) -> str:
         "Each sample is scored by the cosine with a validation mean. The table shows the Spearman correlation\n"
         "between this score and the score of the true per-sample gradients: of all layers, of the lm_head and\n"
         f"of the last block. Model: {first['model']}. The range in brackets is over projection seeds.\n"
-        "Scores with the optimizer are compared with the gradients of all linear layers, divided by Adam's root.\n\n"
+        "The scores of `influence.capture` have the default layers, unless the name says otherwise.\n\n"
     ) + "\n\n".join([_grid(["data (samples)", "score", *slices], lines), "\n".join(readings)]).strip()
 
 

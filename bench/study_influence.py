@@ -4,14 +4,15 @@
 
 Model: SmolLM2-135M-Instruct after a few AdamW steps on the ranked samples, which give real Adam moments. The true
 gradients are per-sample gradients of all parameters, from one backward per sample. They are compared with the features
-of all linear layers that `influence.capture` takes from an ordinary backward, and with the sketches, the norms and the
+of all layers that `influence.capture` takes from an ordinary backward, and with the sketches, the norms and the
 exact adapter gradient of the last hidden state that one `policy_step` computes for all samples. There are three data
 sets: answers of four task families (every sample increases the probability of its answer), rollouts of one task with
 group advantages (some samples increase it, others decrease it), and the mixed pool of `study_selection`. The score of
 a sample is the cosine between its gradient and the mean gradient of a validation group. Rows contain Spearman rank
 correlations with the scores of the true gradients: of all layers, of the lm_head, of the last block. Rows of kind
-"adam" compare with the gradients divided by sqrt(v) + eps, as Adam does. Sketches are drawn with several seeds, and
-the rows contain the spread. The study needs the demo's packages and about fifteen CPU minutes.
+"adam" compare with the gradients of linear layers and norms divided by sqrt(v) + eps, as Adam does. Projections are
+drawn with several seeds, and the rows contain the spread. The study needs the demo's packages and about fifteen CPU
+minutes; `--pool` runs one data set.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import torch
 from tokfuse.algorithms import influence as selection
 from tokfuse.algorithms.adam_factors import layer_scales
 from tokfuse.algorithms.capture import Captured, capture
-from tokfuse.algorithms.captured_layers import chosen_layers
+from tokfuse.algorithms.captured_layers import ALL, chosen_layers
 from tokfuse.bench import machine
 from tokfuse.bench.study_pool import Sample, build_pool
 from tokfuse.runtime.ops.influence import InfluenceSpec
@@ -45,8 +46,9 @@ GROUP_SIZE = 4  # rollouts of one prompt
 SEEDS = 3
 RANKS = (4, 8, 16)  # of influence.capture
 MOMENTS = ("exact", "rank 1")  # forms of Adam's second moment
-PARTS = {"attention": "*.self_attn.*", "mlp": "*.mlp.*", "lm_head": "lm_head"}
-BLOCKS = "*.layers.*"  # without the lm_head
+POOLS = ("answers", "rollouts", "mixture")
+PARTS = {"attention": "*.self_attn.*", "mlp": "*.mlp.*", "norms": "*norm", "lm_head": "lm_head"}
+LINEAR = "*.layers.*_proj"  # the linear layers without the lm_head
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -125,8 +127,8 @@ class Direction(NamedTuple):
 
     Args:
         cosines: (slices, samples, groups), with the means of the groups. norms: (slices, samples).
-        adam: (samples, groups) by name, the same of all linear layers, for the gradients of the samples divided by
-            Adam's root, with the moment itself and with its rank-1 form, and without division.
+        adam: (samples, groups) by name, the same of all linear layers and norms. The gradients of the samples are
+            divided by Adam's root, with the moment itself and with its rank-1 form, or not at all.
     """
 
     cosines: torch.Tensor
@@ -204,9 +206,12 @@ class TrueGradients:
 
 
 def adam_roots(true: TrueGradients, optimizer: Any) -> dict[int, list[torch.Tensor]]:
-    """Return 1 / (sqrt(v) + eps) of each linear weight, flat, by its index: with v itself, and with its rank-1 form."""
+    """Return 1 / (sqrt(v) + eps) of each weight, flat, by its index: with v itself, and with its rank-1 form.
+
+    The weights are those of linear layers and norms.
+    """
     found = {}
-    for layer in chosen_layers(true.model, None):
+    for layer in chosen_layers(true.model, ALL):
         state, group = optimizer.state[layer.weight], optimizer.param_groups[0]
         moment = state["exp_avg_sq"] / (1.0 - group["betas"][1] ** float(state["step"]))
         out, inner = layer_scales(layer, optimizer)
@@ -299,26 +304,34 @@ class Sketches:
 
 
 class Captures:
-    """Features of all linear layers for several ranks, from the backward passes of the true gradients.
+    """Features of all layers for several ranks and seeds, from the backward passes of the true gradients.
 
     Args:
         model: the model.
         data: its samples.
-        optimizer: whose second moments precondition the features of the train samples in `adam`.
+        optimizer: whose second moments precondition the features of the train samples in `adam`, for seed 0.
     """
 
     def __init__(self, model: Any, data: DataSet, optimizer: Any) -> None:
-        self.data = data
-        self.validation = [Opened(capture(model, rank)) for rank in RANKS]
-        self.plain = [Opened(capture(model, rank)) for rank in RANKS]
-        self.adam = [Opened(capture(model, rank, optimizer=optimizer)) for rank in RANKS]
-        self.train = [*self.plain, *self.adam]
+        self.data, self.ordinary = data, [layer.name for layer in chosen_layers(model, None)]
+        keys = [(rank, seed) for rank in RANKS for seed in range(SEEDS)]
+        self._validation = {(rank, seed): Opened(capture(model, rank, ALL, seed)) for rank, seed in keys}
+        self._plain = {(rank, seed): Opened(capture(model, rank, ALL, seed)) for rank, seed in keys}
+        self._adam = {(rank, 0): Opened(capture(model, rank, ALL, optimizer=optimizer)) for rank in RANKS}
+        self.validation = list(self._validation.values())
+        self.train = [*self._plain.values(), *self._adam.values()]
 
-    def scores(self, rank: int, part: str = "*", *, adam: bool = False) -> torch.Tensor:
-        """Return (samples, groups) cosines with the means of the groups, of the layers that match a pattern."""
-        at = RANKS.index(rank)
-        train, validation = (self.adam if adam else self.plain)[at].captured, self.validation[at].captured
-        names = fnmatch.filter(train.names, part)
+    def scores(self, rank: int, part: str | None = None, *, seed: int = 0, adam: bool = False) -> torch.Tensor:
+        """Return (samples, groups) cosines with the means of the groups.
+
+        Args:
+            rank, seed: of the features.
+            part: pattern of the names of the layers. None: those that `capture` takes by default.
+            adam: divide the gradients of the samples by Adam's root.
+        """
+        key = (rank, seed)
+        train, validation = (self._adam if adam else self._plain)[key].captured, self._validation[key].captured
+        names = self.ordinary if part is None else fnmatch.filter(train.names, part)
         left, right = (torch.cat([x.layer(n).flatten(1) for n in names], 1) for x in (train, validation))
         return selection.matrix(left, group_means(right, self.data.validation, self.data.groups))
 
@@ -435,7 +448,7 @@ def rows(true: TrueGradients, data: DataSet, optimizer: Any, facts: dict[str, An
         for i, slice_ in enumerate(SLICES):
             yield row("direction", name, slice_, [agreement(s, cosines[i], data) for s in scores])
     for name, score in adam_directions(captures, adam).items():
-        yield row("adam", name, "linear layers", [agreement(score, adam["exact"], data)])
+        yield row("adam", name, "linear layers and norms", [agreement(score, adam["exact"], data)])
     for name, values in magnitudes(sketches).items():
         for i, slice_ in enumerate(SLICES):
             yield row("magnitude", name, slice_, [(spearman(values, norms[i]), None)])
@@ -457,11 +470,19 @@ def directions(sketches: Sketches, cosines: torch.Tensor) -> dict[str, list[torc
 
 
 def captured_directions(captures: Captures) -> dict[str, list[torch.Tensor]]:
-    """Return (samples, groups) scores of `influence.capture`: with and without the lm_head, and by group of layers."""
+    """Return (samples, groups) scores of `influence.capture` by name, one tensor per seed.
+
+    "capture" has the default layers. The others have the lm_head as well, no norms, or one group of layers.
+    """
+
+    def of_seeds(rank: int, part: str | None) -> list[torch.Tensor]:
+        return [captures.scores(rank, part, seed=seed) for seed in range(SEEDS)]
+
     return {
-        **{f"capture, all layers, rank {rank}": [captures.scores(rank)] for rank in RANKS},
-        **{f"capture, all but the lm_head, rank {rank}": [captures.scores(rank, BLOCKS)] for rank in RANKS},
-        **{f"capture, {name}, rank 8": [captures.scores(8, part)] for name, part in PARTS.items()},
+        **{f"capture, rank {rank}": of_seeds(rank, None) for rank in RANKS},
+        **{f"capture with the lm_head, rank {rank}": of_seeds(rank, "*") for rank in RANKS},
+        **{f"capture without norms, rank {rank}": of_seeds(rank, LINEAR) for rank in RANKS},
+        **{f"capture of the {name} only, rank 8": of_seeds(8, part) for name, part in PARTS.items()},
     }
 
 
@@ -470,7 +491,7 @@ def adam_directions(captures: Captures, adam: dict[str, torch.Tensor]) -> dict[s
     return {
         **{f"capture with the optimizer, rank {rank}": captures.scores(rank, adam=True) for rank in RANKS},
         **{
-            f"capture with the optimizer, all but the lm_head, rank {rank}": captures.scores(rank, BLOCKS, adam=True)
+            f"capture with the optimizer and the lm_head, rank {rank}": captures.scores(rank, "*", adam=True)
             for rank in RANKS
         },
         "true gradient, rank-1 moment": adam["rank 1"],
@@ -514,6 +535,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation", type=int, default=4, help="validation answers, per family")
     parser.add_argument("--rollouts", type=int, default=40, help="rollouts to rank")
     parser.add_argument("--per-kind", type=int, default=16, help="samples of each kind of the mixture to rank")
+    parser.add_argument("--pool", choices=POOLS, nargs="+", default=POOLS, help="data sets")
     parser.add_argument("--warm-steps", type=int, default=8, help="AdamW steps before the study")
     parser.add_argument("--cache", type=Path, default=None, help="folder of the converted model")
     parser.add_argument("--json", type=Path, help="append each row as a JSON line when it is ready")
@@ -525,12 +547,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.eval()
     facts, found = machine.facts("study_influence"), []
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    for data in (
-        answers(tokenizer, args.train, args.validation),
-        rollouts(model, tokenizer, args.rollouts, args.rollouts // 2),
-        mixture(tokenizer, args.per_kind, args.per_kind // 2),
-    ):
+    build = {
+        "answers": lambda: answers(tokenizer, args.train, args.validation),
+        "rollouts": lambda: rollouts(model, tokenizer, args.rollouts, args.rollouts // 2),
+        "mixture": lambda: mixture(tokenizer, args.per_kind, args.per_kind // 2),
+    }
+    for name in args.pool:
         model.load_state_dict(start)
+        data = build[name]()
         optimizer = warm_up(model, data.train, args.warm_steps)
         for row in rows(TrueGradients(model), data, optimizer, facts):
             found.append(row)

@@ -35,6 +35,7 @@ from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 KINDS = ("useful", "irrelevant", "mislabelled")
 ORACLE = "only useful samples"
+LAYERS = ("*_proj",)  # the linear layers of the blocks, without norms
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Split:
         # The inputs carry the gradient, so the weights need none: a third of the arithmetic of a backward.
         leaves = Encoded(data.samples, [row.detach().requires_grad_() for row in data.states])
         upper.requires_grad_(False)
-        with capture(upper, s.rank, optimizer=optimizer) as captured:
+        with capture(upper, s.rank, LAYERS, optimizer=optimizer) as captured:
             self.gradients(upper, leaves)
         upper.requires_grad_()
         return captured.features[order.argsort()]

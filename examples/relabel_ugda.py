@@ -102,7 +102,7 @@ class Ensemble:
         """
         train, validation = [], []
         for member in self.members:
-            with influence.capture(member, rank=8) as captured:
+            with influence.capture(member) as captured:
                 reward_of(member, rows).sum().backward()
                 (reward_of(member, trusted) - (scores(trusted) - 3.0) / 2.0).square().sum().backward()
             train.append(captured.features[: len(rows)])

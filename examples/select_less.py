@@ -38,7 +38,6 @@ class Settings:
     warm_steps: int = 4
     batch: int = 8
     fraction: float = 1 / 3
-    rank: int = 8
     lr: float = 5e-5
 
 
@@ -78,7 +77,7 @@ def losses(writer: Writer, responses: Responses) -> Tensor:
 
 def features(writer: Writer, data: list[Sample], s: Settings, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
     """Return the captured features of every sample, (samples, numbers). optimizer: divide by its second moments."""
-    with influence.capture(writer.model, s.rank, optimizer=optimizer) as captured:
+    with influence.capture(writer.model, optimizer=optimizer) as captured:
         for start in range(0, len(data), s.batch):
             responses = encoded(writer, data[start : start + s.batch])
             # The fused lm_head reads the positions of the responses only.

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 import tokfuse
 from tokfuse import algorithms, influence
-from tokfuse.algorithms.captured_layers import Projection, is_conv1d, seed_of, sizes
+from tokfuse.algorithms.captured_layers import is_conv1d, sizes
+from tokfuse.algorithms.captured_projection import Projection, seed_of
 from tokfuse.runtime.core import dispatch
 
 RANK, SEED = 4, 3
@@ -25,7 +26,10 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def projected(name, module, gradient, rank=RANK, seed=SEED):
-    """Return P_out G P_in^T of gradients (..., outputs, inputs)."""
+    """Return P_out G P_in^T of gradients (..., outputs, inputs), and P g of the gradients (..., size) of a norm."""
+    if module.weight.dim() == 1:
+        whole = Projection(module.weight.shape[0], rank * rank, seed_of(seed, name, "norm"), torch.device("cpu"))
+        return gradient.double() @ (whole.matrix(torch.float64) * whole.factor).t()
     inputs, outputs = sizes(module)
     left, right = (
         Projection(size, rank, seed_of(seed, name, side), torch.device("cpu"))
@@ -125,7 +129,8 @@ def test_a_whole_language_model_and_the_scores():
     model, ids = llama(), tokens()
     with influence.capture(model, rank=RANK, seed=SEED) as captured:
         nll(model, ids).sum().backward()
-    assert len(captured.names) == 15 and captured.names[-1] == "lm_head"
+    assert captured.names == [name for name in influence.layers(model) if name != "lm_head"]
+    assert len(captured.names) == 2 * 9 + 1 and "model.norm" in captured.names
     want = expected(model, captured.names, one_by_one(model, ids))
     torch.testing.assert_close(captured.features, want, **TIGHT)
     torch.testing.assert_close(captured.scores(captured), influence.matrix(want))
@@ -158,11 +163,11 @@ def test_selection_methods_take_the_features_unchanged():
 def test_padding_adds_nothing_on_either_side():
     model, ids = llama(), tokens(2, 4)
     pad = torch.zeros(2, 3, dtype=torch.int64)
-    want = expected(model, influence.linear_layers(model), one_by_one(model, ids))
+    want = expected(model, influence.layers(model), one_by_one(model, ids))
     for order in ((ids, pad), (pad, ids)):
         whole = torch.cat(order, 1)
         mask = (whole > 0).long()
-        with influence.capture(model, rank=RANK, seed=SEED) as captured:
+        with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
             nll_of_answers(model, whole, mask).backward()
         torch.testing.assert_close(captured.features, want, rtol=1e-9, atol=1e-11)
 
@@ -226,8 +231,8 @@ def test_packed_sequences(shape):
 
 def test_accumulation_gives_one_row_per_sequence_in_order():
     model, ids = llama(), tokens(5)
-    want = expected(model, influence.linear_layers(model), one_by_one(model, ids))
-    with influence.capture(model, rank=RANK, seed=SEED) as captured:
+    want = expected(model, influence.layers(model), one_by_one(model, ids))
+    with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
         for part in (ids[:2], ids[2:3]):
             nll(model, part).sum().backward()
         with torch.no_grad():
@@ -249,12 +254,12 @@ def test_accumulation_gives_one_row_per_sequence_in_order():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
     model, ids = llama(), tokens()
-    want = expected(model, influence.linear_layers(model), one_by_one(model, ids))
+    want = expected(model, influence.layers(model), one_by_one(model, ids))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train().enable_input_require_grads()
     runs = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: runs.append(1))
-    with influence.capture(model, rank=RANK, seed=SEED) as captured:
+    with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
         nll(model, ids).sum().backward()
     assert len(runs) == 2
     torch.testing.assert_close(captured.features, want, **TIGHT)
@@ -273,8 +278,8 @@ def test_reentrant_checkpointing_of_two_open_forwards_is_refused():
 
 def test_autocast_is_close_to_float32():
     model, ids = llama().float(), tokens()
-    want = expected(model, influence.linear_layers(model), one_by_one(model, ids))
-    with influence.capture(model, rank=RANK, seed=SEED) as captured:
+    want = expected(model, influence.layers(model), one_by_one(model, ids))
+    with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = nll(model, ids).sum()
         loss.backward()
@@ -285,9 +290,9 @@ def test_autocast_is_close_to_float32():
 
 def test_float32_sums_are_within_rounding():
     model, ids = llama(), tokens()
-    want = expected(model, influence.linear_layers(model), one_by_one(model, ids))
+    want = expected(model, influence.layers(model), one_by_one(model, ids))
     model = model.float()
-    with influence.capture(model, rank=RANK, seed=SEED) as captured:
+    with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
         nll(model, ids).sum().backward()
     error = (captured.features.double() - want).norm(dim=1) / want.norm(dim=1)
     assert (error < 2e-6).all()
@@ -295,10 +300,10 @@ def test_float32_sums_are_within_rounding():
 
 def test_frozen_weights_count_if_their_output_has_a_gradient():
     model, ids = llama(), tokens()
-    want = expected(model, influence.linear_layers(model), one_by_one(model, ids))
+    want = expected(model, influence.layers(model), one_by_one(model, ids))
     model.requires_grad_(False)
     model.model.embed_tokens.weight.requires_grad_()
-    with influence.capture(model, rank=RANK, seed=SEED) as captured:
+    with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
         nll(model, ids).sum().backward()
     torch.testing.assert_close(captured.features, want, **TIGHT)
     assert model.lm_head.weight.grad is None
@@ -316,7 +321,7 @@ def test_layers_without_a_gradient_are_named():
         warnings.simplefilter("error")
         with influence.capture(model, modules=["*.layers.1.*"]) as captured:
             nll(model, ids).sum().backward()
-    assert len(captured.names) == 7 and captured.features.shape[0] == 3
+    assert len(captured.names) == 9 and captured.features.shape[0] == 3
 
 
 def test_lora_matrices_are_layers():
@@ -328,7 +333,7 @@ def test_lora_matrices_are_layers():
     assert len(captured.names) == 8 and all("lora_" in name for name in captured.names)
     want = expected(model, captured.names, one_by_one(model, ids))
     torch.testing.assert_close(captured.features, want, **TIGHT)
-    assert len(influence.linear_layers(model)) == 15 + 8
+    assert len(influence.layers(model)) == 15 + 8 + 5
 
 
 # --------------------------------------------------------------------------------------------- Adam
@@ -383,7 +388,8 @@ def test_moments_of_a_real_optimizer_are_replaced_by_their_rank_one_form():
     for name in captured.names:
         weight, rows = model.get_submodule(name).weight, []
         v = optimizer.state[weight]["exp_avg_sq"] / (1 - 0.999**3)
-        v = v.mean(1, keepdim=True) * v.mean(0, keepdim=True) / v.mean()
+        if v.dim() == 2:  # the moment of a norm is a vector, which needs no other form
+            v = v.mean(1, keepdim=True) * v.mean(0, keepdim=True) / v.mean()
         for loss in one_by_one(model, ids):
             rows.append(projected(name, model.get_submodule(name), torch.autograd.grad(loss(), weight)[0] / v.sqrt()))
         torch.testing.assert_close(captured.layer(name), torch.stack(rows), rtol=1e-5, atol=1e-5)
@@ -478,14 +484,14 @@ FUSED = {f.__name__: f for f in HEADS}
 def test_the_head_inside_an_op_equals_the_layer(op, backend):
     dtype = torch.float64 if backend == "reference" else torch.float32
     model, ids = llama().to(dtype), tokens()
-    names = influence.linear_layers(model)
+    names = influence.layers(model)
     # LlamaRMSNorm rounds to float32, which a factor of 4 does not change.
     want = 4.0 * expected(model, names, one_by_one(model, ids))
     sizes_of_ids = torch.arange(4, dtype=torch.int32) * 5
     with dispatch.backend(backend):
         for frozen in (False, True):
             model.lm_head.weight.requires_grad_(not frozen)
-            with influence.capture(model, rank=RANK, seed=SEED) as captured:
+            with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
                 if op not in (policy, distilled_with_policy, at_ids):
                     captured.batch(head_cu_seqlens=sizes_of_ids)
                 op(model, ids).backward()
@@ -497,7 +503,7 @@ def test_preference_step_equals_the_layer():
     model, ids = llama().float(), tokens(4)
     found = []
     for fused in (True, False):
-        with influence.capture(model, rank=RANK, seed=SEED) as captured:
+        with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
             captured.batch(head_cu_seqlens=torch.arange(5, dtype=torch.int32) * 5)
             hidden, target, cu = head_case(model, ids)
             batch = tokfuse.algorithms.PreferenceBatch(
@@ -514,7 +520,7 @@ def test_preference_step_equals_the_layer():
 def test_the_head_of_a_frozen_body_starts_its_batch():
     head, hidden = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(8, 30, bias=False)}), torch.randn(7, 8)
     target, cu = torch.arange(7), torch.tensor([0, 3, 7], dtype=torch.int32)
-    with influence.capture(head, rank=RANK, seed=SEED) as captured:
+    with influence.capture(head, rank=RANK, modules="all", seed=SEED) as captured:
         with pytest.raises(ValueError, match=r"captured\.batch\(cu_seqlens"):
             tokfuse.linear_token_stats(hidden, head["lm_head"].weight, target)
         captured.batch(cu_seqlens=cu)
@@ -527,7 +533,7 @@ def test_the_head_of_a_frozen_body_starts_its_batch():
 
 def test_calls_that_hide_the_head_are_refused():
     model, ids = llama().float(), tokens()
-    with influence.capture(model, rank=RANK) as captured:
+    with influence.capture(model, rank=RANK, modules="all") as captured:
         hidden, target, cu = head_case(model, ids)
         weight = model.lm_head.weight
         with pytest.raises(ValueError, match="head_cu_seqlens"):
@@ -573,9 +579,10 @@ def mixtral():
     return transformers.MixtralForCausalLM(config)
 
 
-ATTENTION = [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
+BLOCK = [f"self_attn.{x}_proj" for x in "qkvo"] + ["input_layernorm", "post_attention_layernorm"]
+MIXTRAL = [*(f"model.layers.0.{x}" for x in BLOCK), "model.norm", "lm_head"]
 REFUSED = {
-    "mixtral": (mixtral, "model.layers.0.mlp.experts: expert", [*ATTENTION, "lm_head"]),
+    "mixtral": (mixtral, "model.layers.0.mlp.experts: expert", MIXTRAL),
     "experts": (Experts, "experts.0: expert .its tokens carry no sequence.", ["gate"]),
     "quantised": (quantised, "quantised or unknown linear layer Linear", ["0"]),
     "attention": (lambda: torch.nn.MultiheadAttention(4, 2), "weight that its parent multiplies itself", None),
@@ -590,8 +597,8 @@ def test_layers_that_cannot_be_captured_are_named_at_entry(case):
     model = make()
     with pytest.raises(ValueError, match=text) as error:
         influence.capture(model)
-    assert "tokfuse.influence.linear_layers(model)" in str(error.value)
-    names = influence.linear_layers(model)
+    assert "tokfuse.influence.layers(model)" in str(error.value)
+    names = influence.layers(model)
     assert names == (others or [])
     if others:
         with influence.capture(model, modules=names) as captured:
@@ -639,7 +646,7 @@ def test_wrong_arguments_are_refused():
         influence.capture(torch.compile(model))
     with pytest.raises(ValueError, match="Use DistributedDataParallel"):
         influence.capture(torch.nn.DataParallel(model))
-    with pytest.raises(ValueError, match="a linear layer"):
+    with pytest.raises(ValueError, match="a layer to capture"):
         influence.capture(torch.nn.ReLU())
     context = influence.capture(model)
     with pytest.raises(ZeroDivisionError), context:  # an error is not hidden by the warning

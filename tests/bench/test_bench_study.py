@@ -65,15 +65,15 @@ def test_rows_cover_every_score_and_slice(warm, data) -> None:
     model, optimizer = warm
     found = list(study.rows(study.TrueGradients(model), data, optimizer, FACTS))
     by_name = {(row.kind, row.score, row.slice): row for row in found}
-    assert len(by_name) == len(found) == 3 * (7 + 9 + 4) + 9
+    assert len(by_name) == len(found) == 3 * (7 + 13 + 4) + 9
     assert by_name["direction", "control: true gradient of lm_head", "lm_head"].spearman == 1.0
     sketch = by_name["direction", "sketch, rank 64", "all"]
     assert sketch.seeds == study.SEEDS and sketch.spearman_low < sketch.spearman_high
     assert sketch.spearman_low <= sketch.spearman <= sketch.spearman_high
     assert all(-1.0 <= row.spearman <= 1.0 and row.samples == 8 for row in found)
     text = study.table(found, "direction")
-    assert len(text.splitlines()) == 2 + 7 + 9 and " to " in text and "alike" in text
-    assert study.table(found, "adam").splitlines()[0] == "| data | score | linear layers |"
+    assert len(text.splitlines()) == 2 + 7 + 13 and " to " in text and "alike" in text
+    assert study.table(found, "adam").splitlines()[0] == "| data | score | linear layers and norms |"
 
 
 def test_samples_that_are_alike(data) -> None:
@@ -92,13 +92,13 @@ def test_spearman_is_of_ranks() -> None:
 
 
 def test_captured_features_without_projection_are_the_true_gradients(warm, data, monkeypatch) -> None:
-    """Of all linear layers: plain, and divided by the rank-1 form of the second moment."""
+    """Of all linear layers and norms: plain, and divided by the rank-1 form of the second moment."""
     model, optimizer = warm
     monkeypatch.setattr(study, "RANKS", (64,))
     captures = study.Captures(model, data, optimizer)
     found = study.TrueGradients(model).scores(data, optimizer, captures)
     for adam, name in ((False, "none"), (True, "rank 1")):
-        torch.testing.assert_close(captures.scores(64, adam=adam).double(), found.adam[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(captures.scores(64, "*", adam=adam).double(), found.adam[name], rtol=1e-3, atol=1e-5)
     assert not torch.allclose(found.adam["none"], found.adam["rank 1"], atol=1e-2)
 
 

@@ -297,7 +297,7 @@ def test_metatuners_actor_learns_as_far_as_the_copy_is_up_to_date(capsys):
 
 
 def test_less_takes_features_of_single_samples_with_the_moments_of_the_run(writer, capsys):
-    s = select_less.Settings(per_kind=4, validation=2, held_out=3, warm_steps=2, batch=4, rank=4, lr=1e-2)
+    s = select_less.Settings(per_kind=4, validation=2, held_out=3, warm_steps=2, batch=4, lr=1e-2)
     pool = select_less.pool_of(0, s)
     assert [x.kind for x in pool] == [kind for kind in select_less.KINDS for _ in range(4)]
     wrong = [x for x in pool if x.kind == "wrong sums"]
