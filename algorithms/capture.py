@@ -155,7 +155,8 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
         and RMSNorm; with "all" the lm_head, also if it only runs inside a tokfuse op from hidden states. Frozen
         weights are included if their output needs a gradient. Layers that share a weight, and a layer that runs
         twice, are summed. Embeddings, convolutions, biases and other norms are not captured. A layer that no gradient
-        reaches has features of 0, and a warning at the end names it.
+        reaches has features of 0, and a warning at the end names it. The output of a captured norm must not be changed
+        in place.
 
     Sequences: the first axis of the inputs, or packed sequences with `Captured.batch(cu_seqlens=...)` or the argument
         `cu_seq_lens_q` of the model's forward. Padding has no gradient and adds nothing. A forward of `model`, or the
@@ -388,7 +389,8 @@ def head_layer(model: torch.nn.Module, layers: list[Layer]) -> Layer | None:
     if module is None:
         inside = [layer for layer in layers if layer.name.split(".")[-1] == "lm_head"]
     else:
-        within, shape = {id(m) for m in module.modules()}, tuple(module.weight.shape)
-        inside = [x for x in layers if (x.outputs, x.inputs) == shape and any(id(m) in within for m in x.modules)]
+        within = {id(m) for m in module.modules()}
+        inside = [x for x in layers if any(id(m) in within for m in x.modules)]
+        inside = [x for x in inside if (x.outputs, x.inputs) == tuple(module.weight.shape)]  # and no adapter
     # PEFT's modules_to_save keeps a frozen copy of the layer.
     return max(inside, key=lambda layer: layer.weight.requires_grad, default=None)

@@ -123,9 +123,9 @@ def own_matrices(module: torch.nn.Module) -> bool:
 
 
 def layers(model: torch.nn.Module) -> list[str]:
-    """Return the names of all layers that `capture` supports, for its argument `modules`.
+    """Return the names of the layers that `capture` supports, without the lm_head, for its argument `modules`.
 
-    These are linear layers, with the lm_head, and norms. Excluded are experts of a mixture, quantised layers that are
+    These are linear layers and norms. Excluded are experts of a mixture, quantised layers that are
     no `torch.nn.Linear`, the projections inside `torch.nn.MultiheadAttention` and tensor-parallel layers.
 
     Args:
@@ -135,7 +135,9 @@ def layers(model: torch.nn.Module) -> list[str]:
         >>> tokfuse.influence.layers(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.ReLU()))
         ['0', '1']
     """
-    return list(reasons(unwrapped(model))[0])
+    model = unwrapped(model)
+    in_head = head_modules(model)
+    return [name for name in reasons(model)[0] if not in_head(name)]
 
 
 def head_modules(model: torch.nn.Module) -> Callable[[str], bool]:

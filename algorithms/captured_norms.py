@@ -4,7 +4,6 @@
 on a sequence is the sum over its tokens of dY * (y - b) / (w + c). It needs y, which autograd keeps for the next layer.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -105,10 +104,11 @@ def norm_offset(module: torch.nn.Module) -> float | None:
     own = dict(module.named_parameters(recurse=False))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not weight.is_floating_point():
         return None
-    if not own.keys() <= {"weight", "bias"} or any(True for _ in module.children()) or isinstance(module, OTHER_NORMS):
+    alone = own.keys() <= {"weight", "bias"} and not list(module.children())
+    if not alone or weight.numel() == 0 or isinstance(module, OTHER_NORMS):
         return None
-    twin = copy.copy(module)
-    twin._parameters = {}
+    twin = object.__new__(type(module))  # copy.copy does not work with the classes of FSDP2
+    twin.__dict__ = module.__dict__ | {"_parameters": {}}
     forward = getattr(module.forward, "__func__", type(module).forward)
     size = weight.shape[0]
     x = torch.arange(SAMPLES * size, dtype=torch.float64).sin().view(SAMPLES, size).to(weight.device, weight.dtype)

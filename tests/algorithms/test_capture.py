@@ -5,6 +5,7 @@ weights, LoRA, shared weights, and the lm_head inside the ops from hidden states
 """
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 import tokfuse
 from tokfuse import algorithms, influence
 from tokfuse.algorithms.captured_layers import is_conv1d, sizes
+from tokfuse.algorithms.captured_norms import norm_offset
 from tokfuse.algorithms.captured_projection import Projection, seed_of
+from tokfuse.integrations.trl_influence import CompletionInfluence
 from tokfuse.runtime.core import dispatch
 
 RANK, SEED = 4, 3
@@ -67,6 +70,10 @@ def llama(**options):
         setattr(config, key, value)
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).double().eval()
+
+
+def all_layers(model):
+    return [*influence.layers(model), "lm_head"]
 
 
 def tokens(seqs=3, length=6, seed=0):
@@ -129,7 +136,7 @@ def test_a_whole_language_model_and_the_scores():
     model, ids = llama(), tokens()
     with influence.capture(model, rank=RANK, seed=SEED) as captured:
         nll(model, ids).sum().backward()
-    assert captured.names == [name for name in influence.layers(model) if name != "lm_head"]
+    assert captured.names == influence.layers(model)
     assert len(captured.names) == 2 * 9 + 1 and "model.norm" in captured.names
     want = expected(model, captured.names, one_by_one(model, ids))
     torch.testing.assert_close(captured.features, want, **TIGHT)
@@ -157,13 +164,187 @@ def test_selection_methods_take_the_features_unchanged():
     assert (sigma > 0).all()
 
 
+# ------------------------------------------------------------------------------------------ default
+
+
+def test_the_default_is_every_layer_but_the_head():
+    model, ids = llama(), tokens()
+    captures = {name: influence.capture(model, modules=name) for name in (None, "all")}
+    with captures[None] as ordinary, captures["all"] as whole:
+        nll(model, ids).sum().backward()
+    assert ordinary.names == influence.layers(model) and whole.names == [*ordinary.names, "lm_head"]
+    assert ordinary.rank == CompletionInfluence(validation=nll).rank == 16
+    assert torch.equal(whole.features[:, : ordinary.features.shape[1]], ordinary.features)
+    with influence.capture(model.model) as headless:  # a model without a head has nothing to leave out
+        model.model(input_ids=ids).last_hidden_state.sum().backward()
+    assert [f"model.{name}" for name in headless.names] == ordinary.names
+
+
+class OtherHead(torch.nn.Module):
+    """A model whose head has another name, and cannot be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.unembed = quantised()[0], quantised()[1]
+
+    def get_output_embeddings(self):
+        return self.unembed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_of_another_name_is_left_out_and_not_refused():
+    model = OtherHead()
+    with influence.capture(model) as captured:
+        model.body(torch.ones(2, 3, 4)).sum().backward()
+    assert captured.names == ["body"]
+    with pytest.raises(ValueError, match="unembed: quantised"):
+        influence.capture(model, modules="all")
+    with pytest.raises(ValueError, match='"all" has the lm_head'):
+        influence.capture(torch.nn.ModuleDict({"lm_head": torch.nn.Linear(8, 30)}))
+
+
+# -------------------------------------------------------------------------------------------- norms
+
+
+class Shifted(torch.nn.RMSNorm):
+    """Gemma's norm, which multiplies by 1 + w."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, 1.0 + self.weight, 1e-6)
+
+
+class Normed(torch.nn.Module):
+    """Norms of tokens, of heads in both orders of the axes, and one that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = torch.nn.LayerNorm(8), torch.nn.RMSNorm(8, eps=1e-6)
+        self.shifted = Shifted(8)
+        self.heads, self.turned = torch.nn.LayerNorm(4, bias=False), torch.nn.RMSNorm(4, eps=1e-6)
+        torch.manual_seed(4)
+        for p in self.parameters():
+            torch.nn.init.normal_(p)
+
+    def forward(self, x, turn=True):
+        x = self.twice(torch.tanh(self.twice(torch.tanh(self.first(x)))))
+        x = self.heads(torch.tanh(self.shifted(x)).unflatten(-1, (2, 4)))
+        return self.turned(torch.tanh(x).transpose(-3, -2)) if turn else x
+
+    def gradients(self, losses, rank=RANK):
+        """Return the features of one backward per loss, (losses, numbers)."""
+        names = [name for name, module in self.named_children() if module is not self.turned or losses[0]()[1]]
+        weights = [self.get_submodule(name).weight for name in names]
+        rows = [torch.autograd.grad(loss()[0], weights) for loss in losses]
+        parts = zip(names, zip(*rows, strict=True), strict=True)
+        return torch.cat([projected(n, self.get_submodule(n), torch.stack(g), rank) for n, g in parts], 1)
+
+
+def test_every_kind_of_norm_equals_its_gradients():
+    model, x = Normed().double(), torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for rank in (RANK, 2):  # 4 numbers of a weight of 8 are a projection
+        with influence.capture(model, rank=rank, seed=SEED) as captured:
+            model(x).square().sum().mul(2).backward()
+            for part in (x[:1], x[1:]):
+                model(part).sin().sum().backward()
+        found = [(model(r[None]).square().sum() * 2, True) for r in x]
+        found += [(model(r[None]).sin().sum(), True) for r in x]
+        want = model.gradients([lambda pair=pair: pair for pair in found], rank)
+        torch.testing.assert_close(captured.features, want, **TIGHT)
+        assert captured.layer("first").shape == (6, min(8, rank * rank))
+
+
+def test_norms_of_packed_sequences_and_of_a_mask():
+    model, x = Normed().double(), torch.randn(9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    cu, names = torch.tensor([0, 2, 2, 9], dtype=torch.int32), ["first", "twice", "shifted", "heads"]
+
+    def loss(rows):
+        return model(rows, turn=False).sin().sum()
+
+    def want(parts):
+        return model.gradients([lambda p=p: (loss(p), False) for p in parts])
+
+    for rows in (x, x[None]):
+        with influence.capture(model, rank=RANK, modules=names, seed=SEED) as captured:
+            captured.batch(cu_seqlens=cu)
+            loss(rows).backward()
+        torch.testing.assert_close(captured.features, want([x[:2], x[:0], x[2:]]), **TIGHT)
+    padded = torch.stack([x[:4], x[4:8]])
+    padded[:, 3] = torch.nan
+    mask = torch.tensor([[True, True, True, False]] * 2)
+    with influence.capture(model, rank=RANK, modules=names, seed=SEED) as captured:
+        captured.batch(mask=mask)
+        loss(padded).backward()
+    torch.testing.assert_close(captured.features, want([x[:3], x[4:7]]), **TIGHT)
+    with influence.capture(model) as captured, pytest.raises(ValueError, match="turned must be of the 8 tokens"):
+        captured.batch(mask=mask)
+        model(padded)
+
+
+def test_a_norm_whose_weight_multiplies_by_zero_is_refused():
+    with pytest.raises(ValueError, match="the weight of 0 must be without entries that multiply by 0"):
+        influence.capture(torch.nn.Sequential(Shifted(4).requires_grad_(False), torch.nn.Linear(4, 2)).apply(less_one))
+    model = torch.nn.Sequential(Shifted(4), torch.nn.Linear(4, 2))
+    torch.nn.init.zeros_(model[0].weight)  # as Gemma starts: it multiplies by 1
+    influence.capture(model)
+
+
+def less_one(module):
+    if isinstance(module, Shifted):
+        torch.nn.init.constant_(module.weight, -1.0)
+
+
+KINDS_OF_NORMS = (
+    (torch.nn.LayerNorm(8), 0.0),
+    (torch.nn.LayerNorm(8, bias=False).bfloat16(), 0.0),
+    (torch.nn.RMSNorm(8), 0.0),
+    (Shifted(8), 1.0),
+    (Shifted(8).bfloat16(), 1.0),
+    (torch.nn.LayerNorm(8, elementwise_affine=False), None),
+    (torch.nn.LayerNorm((2, 4)), None),
+    (torch.nn.BatchNorm1d(8), None),
+    (torch.nn.GroupNorm(2, 8), None),
+    (torch.nn.PReLU(8), None),
+    (torch.nn.Embedding(3, 8), None),
+)
+
+
+@pytest.mark.parametrize("module, offset", KINDS_OF_NORMS)
+def test_norms_are_recognised_by_what_they_compute(module, offset):
+    assert norm_offset(module) == offset
+
+
+def test_the_moment_of_a_norm_is_exact():
+    model, gen = torch.nn.Sequential(torch.nn.RMSNorm(6)).double(), torch.Generator().manual_seed(3)
+    x, v = torch.randn(2, 3, 6, generator=gen, dtype=torch.float64), torch.rand(6, generator=gen, dtype=torch.float64)
+    weight = model[0].weight
+    optimizer = torch.optim.AdamW([weight], betas=(0.9, 0.99))
+    for state, share in (({"exp_avg_sq": v, "step": torch.tensor(7.0)}, 1 - 0.99**7), ({"variance": v}, 1.0)):
+        optimizer.state[weight] = state
+        with influence.capture(model, optimizer=optimizer) as captured:
+            model(x).sin().sum().backward()
+        want = [torch.autograd.grad(model(r[None]).sin().sum(), weight)[0] / (v / share).sqrt() for r in x]
+        torch.testing.assert_close(captured.features, torch.stack(want), **TIGHT)
+
+
+def test_checkpointing_frees_the_outputs_of_norms():
+    model = torch.nn.Sequential(torch.nn.RMSNorm(6), torch.nn.Linear(6, 6))
+    outputs = []
+    model[0].register_forward_hook(lambda *given: outputs.append(weakref.ref(given[2])))
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    with influence.capture(model) as captured:
+        loss = checkpoint(model, x, use_reentrant=False).sum()
+        assert outputs[0]() is None
+        loss.backward()
+    assert len(outputs) == 2 and (captured.layer("0") != 0).all()
+
+
 # -------------------------------------------------------------------------------------- situations
 
 
 def test_padding_adds_nothing_on_either_side():
     model, ids = llama(), tokens(2, 4)
     pad = torch.zeros(2, 3, dtype=torch.int64)
-    want = expected(model, influence.layers(model), one_by_one(model, ids))
+    want = expected(model, all_layers(model), one_by_one(model, ids))
     for order in ((ids, pad), (pad, ids)):
         whole = torch.cat(order, 1)
         mask = (whole > 0).long()
@@ -231,7 +412,7 @@ def test_packed_sequences(shape):
 
 def test_accumulation_gives_one_row_per_sequence_in_order():
     model, ids = llama(), tokens(5)
-    want = expected(model, influence.layers(model), one_by_one(model, ids))
+    want = expected(model, all_layers(model), one_by_one(model, ids))
     with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
         for part in (ids[:2], ids[2:3]):
             nll(model, part).sum().backward()
@@ -254,7 +435,7 @@ def test_accumulation_gives_one_row_per_sequence_in_order():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
     model, ids = llama(), tokens()
-    want = expected(model, influence.layers(model), one_by_one(model, ids))
+    want = expected(model, all_layers(model), one_by_one(model, ids))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train().enable_input_require_grads()
     runs = []
@@ -265,8 +446,8 @@ def test_gradient_checkpointing(reentrant):
     torch.testing.assert_close(captured.features, want, **TIGHT)
 
 
-def test_reentrant_checkpointing_of_two_open_forwards_is_refused():
-    layer = torch.nn.Linear(6, 6)
+@pytest.mark.parametrize("layer", [torch.nn.Linear(6, 6), torch.nn.LayerNorm(6)])
+def test_reentrant_checkpointing_of_two_open_forwards_is_refused(layer):
     model = torch.nn.Sequential(layer)
     x = torch.randn(2, 3, 6, requires_grad=True)
     with influence.capture(model, rank=RANK), pytest.raises(RuntimeError, match="use_reentrant=False"):
@@ -278,7 +459,7 @@ def test_reentrant_checkpointing_of_two_open_forwards_is_refused():
 
 def test_autocast_is_close_to_float32():
     model, ids = llama().float(), tokens()
-    want = expected(model, influence.layers(model), one_by_one(model, ids))
+    want = expected(model, all_layers(model), one_by_one(model, ids))
     with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = nll(model, ids).sum()
@@ -290,7 +471,7 @@ def test_autocast_is_close_to_float32():
 
 def test_float32_sums_are_within_rounding():
     model, ids = llama(), tokens()
-    want = expected(model, influence.layers(model), one_by_one(model, ids))
+    want = expected(model, all_layers(model), one_by_one(model, ids))
     model = model.float()
     with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
         nll(model, ids).sum().backward()
@@ -300,7 +481,7 @@ def test_float32_sums_are_within_rounding():
 
 def test_frozen_weights_count_if_their_output_has_a_gradient():
     model, ids = llama(), tokens()
-    want = expected(model, influence.layers(model), one_by_one(model, ids))
+    want = expected(model, all_layers(model), one_by_one(model, ids))
     model.requires_grad_(False)
     model.model.embed_tokens.weight.requires_grad_()
     with influence.capture(model, rank=RANK, modules="all", seed=SEED) as captured:
@@ -333,7 +514,7 @@ def test_lora_matrices_are_layers():
     assert len(captured.names) == 8 and all("lora_" in name for name in captured.names)
     want = expected(model, captured.names, one_by_one(model, ids))
     torch.testing.assert_close(captured.features, want, **TIGHT)
-    assert len(influence.layers(model)) == 15 + 8 + 5
+    assert len(influence.layers(model)) == 14 + 8 + 5
 
 
 # --------------------------------------------------------------------------------------------- Adam
@@ -484,7 +665,7 @@ FUSED = {f.__name__: f for f in HEADS}
 def test_the_head_inside_an_op_equals_the_layer(op, backend):
     dtype = torch.float64 if backend == "reference" else torch.float32
     model, ids = llama().to(dtype), tokens()
-    names = influence.layers(model)
+    names = all_layers(model)
     # LlamaRMSNorm rounds to float32, which a factor of 4 does not change.
     want = 4.0 * expected(model, names, one_by_one(model, ids))
     sizes_of_ids = torch.arange(4, dtype=torch.int32) * 5
@@ -580,7 +761,7 @@ def mixtral():
 
 
 BLOCK = [f"self_attn.{x}_proj" for x in "qkvo"] + ["input_layernorm", "post_attention_layernorm"]
-MIXTRAL = [*(f"model.layers.0.{x}" for x in BLOCK), "model.norm", "lm_head"]
+MIXTRAL = [*(f"model.layers.0.{x}" for x in BLOCK), "model.norm"]
 REFUSED = {
     "mixtral": (mixtral, "model.layers.0.mlp.experts: expert", MIXTRAL),
     "experts": (Experts, "experts.0: expert .its tokens carry no sequence.", ["gate"]),

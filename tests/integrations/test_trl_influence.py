@@ -10,8 +10,10 @@ import torch
 from tokfuse.integrations.trl import CompletionInfluence, FusedGRPOTrainer
 
 
-def linear_weights(model):
-    return [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+def captured_weights(model):
+    """Return the weights that the scores see by default: linear layers and norms without the head."""
+    found = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
+    return [p for name, p in found.items() if not {"embed_tokens", "lm_head"} & set(name.split("."))]
 
 
 def validation(model):
@@ -21,14 +23,14 @@ def validation(model):
 
 
 def flat(loss, model):
-    grads = torch.autograd.grad(loss, linear_weights(model), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(loss, captured_weights(model), allow_unused=True, materialize_grads=True)
     return torch.cat([g.flatten() for g in grads])
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "method", "statistics"])
 def test_scores_are_cosines_of_gradients(loss_type, tmp_path):
     seen, wanted, model = [], [], tiny_grpo.load(tied=False)
-    whole = max(max(w.shape) for w in linear_weights(model))  # a rank without projection: features are gradients
+    whole = max(max(w.shape) for w in captured_weights(model))  # a rank without projection: features are gradients
     options = {
         "grpo": {"loss_type": "grpo"},
         "method": {"extra": {"algorithm": "rloo"}},

@@ -11,14 +11,15 @@ from tokfuse import influence
 
 
 def model_and_data() -> tuple[torch.nn.Module, torch.Tensor]:
-    model = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Tanh(), torch.nn.Linear(12, 14, bias=False)).double()
+    first, last = torch.nn.Linear(10, 12), torch.nn.Linear(12, 14, bias=False)
+    model = torch.nn.Sequential(first, torch.nn.LayerNorm(12), torch.nn.Tanh(), last, torch.nn.RMSNorm(14)).double()
     return model, torch.randn(2 * dist.get_world_size(), 3, 10, dtype=torch.float64)
 
 
 def features(model: torch.nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
     with influence.capture(model, rank=4, **options) as captured:
         model(x).square().sum().backward()
-    assert captured.names == ["0", "2"]
+    assert captured.names == ["0", "1", "3", "4"]
     return captured.features
 
 
@@ -43,7 +44,7 @@ def case_capture_fsdp2() -> None:
     model, x = model_and_data()
     plain, optimizer_of = copy.deepcopy(model), {}
     want = features(plain, x)
-    for layer in (model[0], model[2], model):
+    for layer in (model[0], model[1], model[3], model):  # the last norm belongs to the unit of the model
         fully_shard(layer)
     torch.testing.assert_close(gathered(features(model, own(x))), want)
     # The same moments: FSDP averages the gradients over the ranks.
