@@ -107,8 +107,11 @@ def reasons(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[st
             refused[f"{name}.in_proj_weight"] = "weight outside a linear layer"
         elif hasattr(module, "in_features") and not any(is_linear(m) for m in module.modules()):
             refused[name] = f"quantised or unknown linear layer {type(module).__name__}"
-        elif norm_offset(module) is not None and not is_split(module.weight, module, sharded):
-            found[name] = module
+        elif norm_offset(module) is not None:
+            if is_split(module.weight, module, sharded):
+                refused[name] = "tensor-parallel norm"
+            else:
+                found[name] = module
     return found, refused
 
 

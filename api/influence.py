@@ -1,10 +1,11 @@
 """Gradient influence, computed along with the loss: features of all layers, sketches, norms, and data selection.
 
-    with tokfuse.influence.capture(model) as captured:  # every linear layer, per sequence
+    with tokfuse.influence.capture(model) as captured:  # linear layers and norms, per sequence
         loss_of(model(batch)).backward()
     scores = captured.scores(captured_validation)
 
-`capture` sees all layers and is the one to use for scores. The sketches of the last hidden state are a cheaper proxy:
+`capture` sees all layers but the lm_head and is the one to use for scores. The sketches of the last hidden state are a
+cheaper proxy:
 
     step = tokfuse.policy_step(hidden=h, weight=w, ..., cu_seqlens=cu,
                                influence=tokfuse.influence.InfluenceSpec(rank=64, seed=0))

@@ -4,9 +4,9 @@
         loss_of(model(candidates)).backward()
     ids = tokfuse.algorithms.make("greats", k=16, lr=1e-3).select(captured.features, anchors)
 
-A feature is a per-sample gradient or a projection of it. `tokfuse.influence.capture` has features of all linear layers.
-The sketches of `policy_step(influence=...)` work with the same calls. They are a cheaper proxy, which ranks samples by
-the gradients of the last layer only.
+A feature is a per-sample gradient or a projection of it. `tokfuse.influence.capture` has features of linear layers and
+norms. The sketches of `policy_step(influence=...)` work with the same calls. They are a cheaper proxy, which ranks
+samples by the gradients of the last layer only.
 
 A feature, score or reward that is not finite raises ValueError: it has no rank (`tokfuse.influence`).
 """
