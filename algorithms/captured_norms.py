@@ -17,6 +17,8 @@ from tokfuse.runtime.reference.token_stats import result_dtype
 OTHER_NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm)
 SAMPLES = 3  # rows of the input that `norm_offset` tries
 
+_offsets: dict[Any, float | None] = {}  # by class and options of a module, because a model has many equal norms
+
 
 class Norm:
     """One captured weight of a norm, or of several norms that share it.
@@ -107,6 +109,16 @@ def norm_offset(module: torch.nn.Module) -> float | None:
     alone = own.keys() <= {"weight", "bias"} and not list(module.children())
     if not alone or weight.numel() == 0 or isinstance(module, OTHER_NORMS):
         return None
+    options = [(name, value) for name, value in vars(module).items() if isinstance(value, int | float | str | tuple)]
+    kind = (type(module), getattr(module.forward, "__func__", None), bias is None, repr(options))
+    key = (*kind, weight.shape, weight.dtype, weight.device)
+    if key not in _offsets:
+        _offsets[key] = _tried_offset(module, weight, bias is not None)
+    return _offsets[key]
+
+
+def _tried_offset(module: torch.nn.Module, weight: torch.Tensor, biased: bool) -> float | None:
+    """Return `norm_offset`, found by running a copy of the module."""
     twin = object.__new__(type(module))  # copy.copy does not work with the classes of FSDP2
     twin.__dict__ = module.__dict__ | {"_parameters": {}}
     forward = getattr(module.forward, "__func__", type(module).forward)
@@ -114,7 +126,7 @@ def norm_offset(module: torch.nn.Module) -> float | None:
     x = torch.arange(SAMPLES * size, dtype=torch.float64).sin().view(SAMPLES, size).to(weight.device, weight.dtype)
     mixed = 0.5 + (torch.arange(size) % 3).to(weight.device, weight.dtype)
 
-    twin.__dict__["bias"] = None if bias is None else torch.zeros_like(mixed)
+    twin.__dict__["bias"] = torch.zeros_like(mixed) if biased else None
 
     def run(value: torch.Tensor) -> torch.Tensor:
         twin.__dict__["weight"] = value
