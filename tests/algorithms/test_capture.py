@@ -326,6 +326,12 @@ def test_the_moment_of_a_norm_is_exact():
         torch.testing.assert_close(captured.features, torch.stack(want), **TIGHT)
 
 
+def test_a_norm_whose_output_changes_in_place_is_no_wrong_feature():
+    model, x = torch.nn.Sequential(torch.nn.LayerNorm(6), torch.nn.ReLU(inplace=True)), torch.randn(2, 3, 6)
+    with influence.capture(model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(x).sum().backward()
+
+
 def test_checkpointing_frees_the_outputs_of_norms():
     model = torch.nn.Sequential(torch.nn.RMSNorm(6), torch.nn.Linear(6, 6))
     outputs = []
