@@ -248,6 +248,6 @@ def _matching(
     known = [*found, *refused]
     idle = [x for x in patterns if not fnmatch.filter(known, x)]
     if idle:
-        raise refuse(OP, "modules", "names or patterns of linear layers", f"{idle[0]!r}", f"Known: {known[:3]} ...")
+        raise refuse(OP, "modules", "names or patterns of layers", f"{idle[0]!r}", f"Known: {known[:3]} ...")
     matches = {name for pattern in patterns for name in fnmatch.filter(known, pattern)}
     return [n for n in found if n in matches], {n: r for n, r in refused.items() if n in matches}

@@ -17,14 +17,17 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "not slow and not gpu and not interpreter and not cuda_host"
-# Every op, the methods with their own formulas, the merge of vocabulary shards, and each trainer compared
-# with its float64 result. All other tests compare structure, text, or bits on one machine.
+# Every op, the methods with their own formulas and the merge of vocabulary shards; TRAINERS: each trainer compared with
+# its float64 result. All other tests compare structure, text, or bits on one machine.
 TESTS = (
     "ops",
     "algorithms/test_algorithms.py",
     "algorithms/test_preference_losses.py",
     "algorithms/test_preference_step.py",
     "distributed/test_vocab_parallel.py",
+)
+# They take half of the time, and nobody trains on a CPU without AVX2: run with AVX2 only.
+TRAINERS = (
     "integrations/test_call_shapes.py",
     "integrations/test_hf.py",
     "integrations/test_nemo_loss.py",
@@ -42,12 +45,13 @@ EXCLUDED = (
 
 
 class Setting(NamedTuple):
-    """Environment variables of a process, and the levels that the libraries must then report."""
+    """Environment variables of a process, the levels that the libraries must then report, and the tests."""
 
     environment: dict[str, str]
     torch: str
     kernels: str
     onednn: str
+    tests: tuple[str, ...] = TESTS
 
 
 # MKL_CBWR works on processors of every vendor. MKL_ENABLE_INSTRUCTIONS works only on Intel processors.
@@ -76,6 +80,7 @@ SETTINGS = {
         "AVX2",
         "x86-64-v3",
         "Intel AVX2",
+        (*TESTS, *TRAINERS),
     ),
 }
 
@@ -140,7 +145,7 @@ def run(name: str, setting: Setting, arguments: list[str]) -> tuple[bool, str]:
         "-k",
         EXCLUDED,
         *arguments,
-        *(f"tests/{x}" for x in TESTS),
+        *(f"tests/{x}" for x in setting.tests),
     ]
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | setting.environment, stdout=subprocess.PIPE, text=True

@@ -33,4 +33,5 @@ def test_a_restriction_that_did_not_act_is_an_error():
 
 
 def test_the_tests_exist():
-    assert all((ROOT / "tests" / name).exists() for name in older_cpus.TESTS)
+    assert all((ROOT / "tests" / name).exists() for name in (*older_cpus.TESTS, *older_cpus.TRAINERS))
+    assert set(older_cpus.TRAINERS) <= set(older_cpus.SETTINGS["AVX2, 2 threads"].tests)
