@@ -138,10 +138,14 @@ def test_leading_dimensions_autocast_and_a_second_derivative(op: str, smoothing:
     shaped = given.leaves | {main: given.leaves[main][:10].view(2, 5, -1)}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = getattr(tokfuse, op)(**shaped, target=given.target[:10].view(2, 5), **options)
+    # Rows do not depend on their batch, except in the GEMM of an lm_head, which may sum in another order.
+    atol = 0.0 if op == "cross_entropy" else 2e-6
     for found, want in zip((out.loss, *out.stats), (flat.loss, *flat.stats), strict=True):
-        assert found.shape == (2, 5) and bits(found) == bits(want[:10])
+        assert found.shape == (2, 5)
+        compare(found.flatten(), want[:10], atol=atol)
     one = getattr(tokfuse, op)(**given.leaves | {main: given.leaves[main][0]}, target=given.target[0], **options)
-    assert one.loss.shape == one.stats.lse.shape == () and bits(one.stats.lse) == bits(flat.stats.lse[0])
+    assert one.loss.shape == one.stats.lse.shape == ()
+    compare(one.stats.lse, flat.stats.lse[0], atol=atol)
     leaf = given.leaves[main].clone().requires_grad_()
     stats = getattr(tokfuse, op)(**given.leaves | {main: leaf}, target=given.target, **options).stats
     with pytest.raises(ValueError, match="create_graph must be False"):
