@@ -202,11 +202,7 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
     ) -> None:
         checks.check_integer(OP, "rank", rank, 1)
         check_spec(OP, rank, seed)
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(
-                f"{OP}: model must be a torch.nn.Module; got {type(model).__name__}. Pass the model itself."
-            )
-        self.model = unwrapped(model)
+        self.model = unwrapped(OP, model)
         self.rank, self.seed = rank, seed
         self._layers = chosen_layers(self.model, modules)
         for layer in self._layers:

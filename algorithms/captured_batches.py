@@ -115,7 +115,7 @@ class Batch:
         return torch.where(self.mask[:, None], x, 0.0)
 
     def _by_token(self, x: torch.Tensor) -> bool:
-        """Return whether the rows of x are those of the tokens, in order: one, or several such as attention heads."""
+        """Return whether x has the tokens in order, each with the same number of rows (e.g. one per attention head)."""
         return any(x.shape[:axis].numel() == self.tokens for axis in range(1, x.dim()))
 
     def mask_of(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
@@ -138,7 +138,7 @@ class Batch:
         if self.packed or offsets is self.head_cu_seqlens:
             sums = torch.segment_reduce(kept, "sum", offsets=offsets.long(), axis=0, unsafe=True, initial=0.0)
         else:
-            sums = kept.view(self.seqs, -1, kept.shape[1]).sum(1)
+            sums = kept.view(self.seqs, kept.shape[0] // max(self.seqs, 1), kept.shape[1]).sum(1)
         found = project(sums, norm.projection.matrix_for(sums))
         self.norms[norm.name] = self.norms.get(norm.name, 0.0) + found
 

@@ -71,8 +71,10 @@ def sizes(module: Any) -> tuple[int, int]:
     return tuple(module.weight.shape) if is_conv1d(module) else (module.in_features, module.out_features)
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model inside DistributedDataParallel."""
+def unwrapped(op: str, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside DistributedDataParallel. Raise TypeError if it is no module."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module; got {type(model).__name__}. Pass the model itself.")
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         inner: torch.nn.Module = model.module
         return inner
@@ -138,7 +140,7 @@ def layers(model: torch.nn.Module) -> list[str]:
         >>> tokfuse.influence.layers(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.ReLU()))
         ['0', '1']
     """
-    model = unwrapped(model)
+    model = unwrapped("influence.layers", model)
     in_head = head_modules(model)
     return [name for name in reasons(model)[0] if not in_head(name)]
 

@@ -208,7 +208,7 @@ class TrueGradients:
 def adam_roots(true: TrueGradients, optimizer: Any) -> dict[int, list[torch.Tensor]]:
     """Return 1 / (sqrt(v) + eps) of each weight, flat, by its index: with v itself, and with its rank-1 form.
 
-    The weights are those of linear layers and norms.
+    Only linear layers and norms: the weights that `capture` has.
     """
     found = {}
     for layer in chosen_layers(true.model, ALL):

@@ -26,7 +26,7 @@ TESTS = (
     "algorithms/test_preference_step.py",
     "distributed/test_vocab_parallel.py",
 )
-# They take half of the time, and nobody trains on a CPU without AVX2: run with AVX2 only.
+# They take 40% of the time, and nobody trains on a CPU without AVX2: run with AVX2 only.
 TRAINERS = (
     "integrations/test_call_shapes.py",
     "integrations/test_hf.py",

@@ -222,9 +222,9 @@ def cross_entropy(
     vocab = z.shape[1]
     spec = CrossEntropy(weight, reduction, label_smoothing, z_loss, return_stats)
     spec = spec.checked(OP, "weight", vocab, z.device)
-    if checks.may_read(target):  # before token_stats, whose error would name token_stats
-        check_values(OP, target, vocab, given, options.temperature)
     if spec.label_smoothing == 0.0:
+        if checks.may_read(target):  # before token_stats, whose error would name token_stats
+            check_values(OP, target, vocab, given, options.temperature)
         found = ClassSums(token_stats(z, target, **options.without_bias()), None)
     else:
         found = _with_sums(z, target, options, spec.class_weight)

@@ -121,7 +121,7 @@ def linear_cross_entropy(
 
     Numerics: the bounds of `linear_token_stats`.
 
-    Gradients and memory: those of `linear_token_stats`. The loss and logp, entropy and lse of the stats share one
+    Gradients and memory: as for `linear_token_stats`. The loss and the stats (logp, entropy, lse) share one
         backward. With label_smoothing, a GPU stores the logits of one chunk at a time in the workspace, for 16-bit
         heads too.
 

@@ -253,6 +253,19 @@ def test_every_kind_of_norm_equals_its_gradients():
         assert captured.layer("first").shape == (6, min(8, rank * rank))
 
 
+def test_a_batch_without_sequences_has_no_rows():
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5))
+    with influence.capture(model) as captured:
+        model(torch.zeros(0, 2, 7)).sum().backward()
+    assert captured.features.shape == (0, 5 * 7 + 5)
+
+
+@pytest.mark.parametrize(("name", "call"), [("capture", influence.capture), ("layers", influence.layers)])
+def test_a_model_that_is_no_module_is_refused(name, call):
+    with pytest.raises(TypeError, match=rf"^influence\.{name}: model must be a torch.nn.Module; got str\."):
+        call("model")
+
+
 def test_norms_of_packed_sequences_and_of_a_mask():
     model, x = Normed().double(), torch.randn(9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     cu, names = torch.tensor([0, 2, 2, 9], dtype=torch.int32), ["first", "twice", "shifted", "heads"]

@@ -1,6 +1,6 @@
 """Test cross_entropy and linear_cross_entropy with return_stats, on every backend, against torch in float64.
 
-The bounds are those of test_cross_entropy.py and test_linear_cross_entropy.py.
+Same bounds as in test_cross_entropy.py and test_linear_cross_entropy.py.
 """
 
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def test_loss_policy_term_kl_and_entropy_from_one_softmax(op: str, name: str, ba
                 bound = 2e-6 * (size.amax(1, keepdim=True) + 2.0 * z_loss * peak + 1.0)
             compare(x.grad, exact[n].grad, atol=bound, what=n)
 
-        # The loss alone, and the statistics alone, are those of the ops that return nothing else.
+        # The loss has the bits of a call without statistics. The statistics have the values of token_stats.
         alone = call(op, given, second, backend.put, options)
         again = call(op, given, third, backend.put, options, return_stats=True).loss
         assert bits(alone) == bits(out.loss) == bits(again)
