@@ -24,8 +24,7 @@ from tokfuse.algorithms.preference.result import PreferenceStep
 from tokfuse.algorithms.stateful import State, Stateful
 from tokfuse.runtime.core.checks import check_choice, check_number, may_read
 from tokfuse.runtime.core.errors import refuse
-from tokfuse.runtime.core.statistics import TokenStats
-from tokfuse.runtime.lm_head.units import Loss
+from tokfuse.runtime.lm_head.units import Loss, UnitStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ class PreferenceLoss(Stateful, ABC):
     def objective(self, batch: PreferenceBatch, layout: Layout, state: State, scale: float) -> Loss:
         """Return the function of statistics that `unit_step` differentiates: scale * sum of the losses."""
 
-        def of_units(stats: TokenStats, tokens: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        def of_units(stats: UnitStats, tokens: torch.Tensor, first: int, last: int) -> torch.Tensor:
             start, stop = layout.range(first, last)
             sides = layout.sides(stats.logp, stats.sum_sq, tokens, start, stop)
             return scale * self.losses(sides, batch, state, slice(start, stop)).sum()

@@ -12,6 +12,7 @@ from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.problem import check_head, probed
+from tokfuse.runtime.lm_head.units import UnitStats
 from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.token_stats import token_stats
@@ -109,7 +110,7 @@ def preference_step(
         stats = token_stats(
             logits, target, temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=layout.counted
         )
-        value = objective(TokenStats(*(x[rows] for x in stats)), rows, 0, layout.last)
+        value = objective(UnitStats(*(x[rows] for x in stats)), rows, 0, layout.last)
         value = value.to(stats.logp.dtype)
     else:
         assert hidden is not None

@@ -245,7 +245,7 @@ class PairCall(NamedTuple):
 
     def head(self) -> HeadProblem:
         """Return the student's head."""
-        return HeadProblem(self.hidden, self.weight, self.bias, self.target, self.options, 1)
+        return HeadProblem(self.op, self.hidden, self.weight, self.bias, self.target, self.options, 1)
 
 
 def _rows_per_chunk(call: PairCall, given: Coefficients | None) -> int:
@@ -254,7 +254,7 @@ def _rows_per_chunk(call: PairCall, given: Coefficients | None) -> int:
     budget = call.memory_budget
     if budget is None:
         budget = default_budget(call.hidden, call.teacher.hidden, vocab)
-    p = PairProblem(call.head(), call.teacher, call.divergence, call.op)
+    p = PairProblem(call.head(), call.teacher, call.divergence)
     return max(1, budget // sum(row_bytes(p, given, vocab)))
 
 
@@ -283,7 +283,7 @@ def head_pass(
     head = ExactHead(student, needs) if exact else DeviceHead(student, needs, rows)
     of_teacher: ExactHead | DeviceHead | None = None
     if t.hidden is not None and t.weight is not None:
-        problem = HeadProblem(t.hidden, t.weight, t.bias, s.target, t.options, 1)
+        problem = HeadProblem(s.op, t.hidden, t.weight, t.bias, s.target, t.options, 1)
         none = (False, False, False)
         of_teacher = ExactHead(problem, none) if exact else DeviceHead(problem, none, rows)
     tokens, device = s.hidden.shape[0], s.hidden.device

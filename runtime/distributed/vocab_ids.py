@@ -289,7 +289,7 @@ def _head(
 ) -> tuple[HeadProblem, _Kernels]:
     size = call.shard.size
     own_bias = None if bias is None else bias.detach()[:size]
-    p = HeadProblem(hidden, weight.detach()[:size], own_bias, call.target, call.options, 1)
+    p = HeadProblem(call.op, hidden, weight.detach()[:size], own_bias, call.target, call.options, 1)
     return p, _Kernels.of(hidden.device, p.dtype, call.options, call.shard)
 
 

@@ -21,7 +21,7 @@ from tokfuse.runtime.lm_head.cpu_head import (
     workspace_rows,
 )
 from tokfuse.runtime.lm_head.problem import HeadProblem, Step, check_targets, wanted
-from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, coefficients
+from tokfuse.runtime.lm_head.units import Coefficients, HeadKernels, Loss, Units, UnitTerms, coefficients
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
@@ -82,7 +82,7 @@ def gradient_over_buffer(
 
 def linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     """Return (logp, entropy, lse, sum_sq, top1, row_max, inv_sum), (tokens,) float32 each, 0 in masked rows."""
-    check_targets("linear_token_stats", p)
+    check_targets(p)
     index = _row_index(p)
     make = torch.empty if index.shape[0] == p.tokens else torch.zeros
     out = tuple(make(p.tokens, dtype=torch.float32) for _ in range(7))
@@ -137,7 +137,7 @@ def linear_bwd(
 
 def policy_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
     """Run the step on the CPU. Level "token" computes gradients in one pass, other levels need statistics first."""
-    check_targets("policy_step", p)
+    check_targets(p)
     with torch.no_grad():
         if objective.level == "token":
             return _token_step(p, inputs, objective, inv_normalizer)
@@ -208,7 +208,7 @@ def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
 
 def unit_step(p: HeadProblem, units: Units, loss: Loss) -> UnitTerms:
     """Compute a loss over units (a `UnitsRun`). Rows without gradient do not enter the gradient GEMMs."""
-    check_targets("unit_step", p)
+    check_targets(p)
     with torch.no_grad():
         work = _UnitsWork(p, units)
         total = torch.zeros((), dtype=torch.float64)
@@ -242,8 +242,8 @@ class _UnitsWork:
         for chunk in tokens.split(self.rows):
             self.logits(chunk)
             stats_of_buffer(self.buffer, self.problem, chunk, self.stats)
-        value, c = coefficients(self.stats, tokens, first, last, loss)
-        live = c[tokens] != 0  # NaN counts as live
+        value, c = coefficients(self.stats, self.problem.logit_sum, self.units, first, last, loss)
+        live = c.live(tokens)
         if not self.backward or not bool(live.any()):
             return value
         if fits:
@@ -258,9 +258,10 @@ class _UnitsWork:
             self.read_twice += chunk.shape[0]
         return value
 
-    def _gradient(self, tokens: torch.Tensor, c: torch.Tensor) -> None:
+    def _gradient(self, tokens: torch.Tensor, c: Coefficients) -> None:
         logp, entropy, _, _, _, row_max, inv_sum = self.stats
-        gradient_over_buffer(self.buffer, self.problem, tokens, row_max, inv_sum, logp, entropy, c, None)
+        state = (row_max, inv_sum, logp, entropy)
+        gradient_over_buffer(self.buffer, self.problem, tokens, *state, c.logp, None, c.lse, c.logit_sum)
 
 
 LINEAR = HeadKernels(linear_fwd, linear_bwd, cpu_rows.STATE, unit_step)

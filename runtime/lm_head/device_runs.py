@@ -36,7 +36,7 @@ def _rows_of_options(p: HeadProblem, index: torch.Tensor) -> tuple[torch.Tensor,
 def cuda_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     """Return (logp, entropy, lse, sum_sq, top1, row_max, inv_sum), (tokens,) float32 each, 0 in masked rows."""
     if may_read(p.target):
-        check_targets("linear_token_stats", p)
+        check_targets(p)
     return _forward_in_chunks(p, cuda_rows.TOKEN_STATS)
 
 
@@ -47,7 +47,7 @@ def triton_linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     float32 head, one of mixed dtypes, a sum of logits, and kept ids use torch GEMMs in chunks.
     """
     if may_read(p.target):
-        check_targets("linear_token_stats", p)
+        check_targets(p)
     o, hidden, weight = p.options, p.hidden.detach(), p.weight.detach()
     if p.dtype == torch.float32 or p.kept is not None or p.logit_sum is not None:
         return _forward_in_chunks(p, triton_rows.TOKEN_STATS)
@@ -77,20 +77,26 @@ def _forward_in_chunks(p: HeadProblem, kernels: Kernels) -> tuple[torch.Tensor, 
     out = [torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device) for _ in range(7)]
     with torch.no_grad():
         for chunk in head.chunks(0, rows.forward):
-            index, h, _ = chunk
-            target, options = _rows_of_options(p, index)
-            if rows.keep is not None:
-                options["mask"] = rows.keep[index]
-            if p.logit_sum is None:
-                stats = kernels.forward(head.logits_of(chunk), target, **options)
-            else:
-                part = torch.empty(index.shape[0], dtype=torch.float32, device=h.device)
-                options |= {"logit_sum": part, "class_weight": p.class_weight}
-                stats = kernels.forward(head.logits_of(chunk), target, **options)
-                p.logit_sum[index] = part
-            for kept, x in zip(out, stats, strict=True):
-                kept[index] = x
+            _stats_of_chunk(kernels, head, chunk.tokens, head.logits_of(chunk), out)
     return tuple(out)
+
+
+def _stats_of_chunk(
+    kernels: Kernels, head: DeviceHead, index: torch.Tensor, logits: torch.Tensor, out: list[torch.Tensor]
+) -> None:
+    """Write the statistics of the tokens `index` to the seven outputs, (tokens,) each, and to `logit_sum`."""
+    p, keep = head.problem, head.rows.keep
+    target, options = _rows_of_options(p, index)
+    if keep is not None:
+        options["mask"] = keep[index]
+    if p.logit_sum is None:
+        stats = kernels.forward(logits, target, **options)
+    else:
+        part = torch.empty(index.shape[0], dtype=torch.float32, device=logits.device)
+        stats = kernels.forward(logits, target, logit_sum=part, class_weight=p.class_weight, **options)
+        p.logit_sum[index] = part
+    for whole, x in zip(out, stats, strict=True):
+        whole[index] = x
 
 
 def _gradient_of_rows(
@@ -173,7 +179,7 @@ def step_run(kernels: StepKernels) -> StepRun:
 
     def run(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> Step:
         if may_read(p.target):
-            check_targets("policy_step", p)
+            check_targets(p)
         device_head.check_compact("policy_step", p)
         with torch.no_grad():
             if objective.level == "token" and inputs.old_logp is not None:
@@ -238,7 +244,7 @@ def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> Un
     Unlike on the CPU, rows without gradient enter the GEMMs as zeros.
     """
     if may_read(p.target):
-        check_targets("unit_step", p)
+        check_targets(p)
     needs, device, rows = wanted(p), p.hidden.device, units.order.shape[0]
     with torch.no_grad():
         head = DeviceHead(p, needs, RowClasses(units.order, rows, rows, None))
@@ -250,13 +256,9 @@ def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> Un
             logits = None
             chunks = list(head.chunks(start, stop))
             for chunk in chunks:
-                index, h, _ = chunk
                 logits = head.logits_of(chunk)
-                target, options = _rows_of_options(p, index)
-                found = kernels.forward(logits, target, **options)
-                for whole, part in zip(stats, found, strict=True):
-                    whole[index] = part
-            value, c = coefficients(stats, units.order[start:stop], first, last, loss)
+                _stats_of_chunk(kernels, head, chunk.tokens, logits, stats)
+            value, c = coefficients(stats, p.logit_sum, units, first, last, loss)
             total += value
             if not any(needs):
                 continue
@@ -267,9 +269,8 @@ def _unit_step(kernels: Kernels, p: HeadProblem, units: Units, loss: Loss) -> Un
                 if logits is None or len(chunks) > 1:
                     logits = head.logits_of(chunk)
                     read_twice += index.shape[0]
-                head.add(
-                    index, h, _gradient_of_rows(kernels, head, index, logits, row_max, inv_sum, logp, entropy, c, none)
-                )
+                given = (row_max, inv_sum, logp, entropy, c.logp, none, c.lse, c.logit_sum)
+                head.add(index, h, _gradient_of_rows(kernels, head, index, logits, *given))
         return UnitTerms(total, TokenStats(*stats[:5]), head.finish(), read_twice)
 
 

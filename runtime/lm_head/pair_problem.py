@@ -43,15 +43,13 @@ class PairProblem(NamedTuple):
     student: HeadProblem
     teacher: Teacher
     divergence: Divergence
-    op: str
-    """The public op, for messages."""
 
     def teacher_head(self, memory_budget: int) -> HeadProblem | None:
         """Return the teacher as a head, or None if it is given as logits."""
         t = self.teacher
         if t.hidden is None or t.weight is None:
             return None
-        return HeadProblem(t.hidden, t.weight, t.bias, self.student.target, t.options, memory_budget)
+        return HeadProblem(self.student.op, t.hidden, t.weight, t.bias, self.student.target, t.options, memory_budget)
 
     def features(self) -> frozenset[str]:
         """Names of the optional behaviours this call uses."""
@@ -72,10 +70,9 @@ class PairProblem(NamedTuple):
         vector, scalar, softcap, logit_scale, memory_budget = rest[11:]
         teacher_options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, None)
         return PairProblem(
-            HeadProblem(hidden, weight, bias, target, options, memory_budget),
+            HeadProblem(op, hidden, weight, bias, target, options, memory_budget),
             Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_options),
             Divergence(kind, mix_weight),
-            op,
         )
 
 
@@ -294,7 +291,7 @@ def check_pair(
     check_teacher(op, teacher, student.tokens, student.vocab, hidden.device, student.dtype)
     if memory_budget is None:
         student = student._replace(memory_budget=default_budget(hidden, teacher.hidden, student.vocab))
-    return PairProblem(student, teacher, divergence, op)
+    return PairProblem(student, teacher, divergence)
 
 
 def default_budget(hidden: torch.Tensor, teacher_hidden: torch.Tensor | None, vocab: int) -> int:
@@ -364,8 +361,8 @@ def _check_teacher_head(op: str, teacher: Teacher, tokens: int, vocab: int) -> N
 
 def check_values_of(p: PairProblem) -> None:
     """Check the values before the first GEMM."""
-    check_targets(p.op, p.student)
-    check_teacher_temperature(p.op, p.teacher.options.temperature, p.student.options.mask)
+    check_targets(p.student)
+    check_teacher_temperature(p.student.op, p.teacher.options.temperature, p.student.options.mask)
 
 
 def check_teacher_temperature(op: str, temperature: float | torch.Tensor, mask: torch.Tensor | None) -> None:

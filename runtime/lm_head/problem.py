@@ -31,6 +31,7 @@ Step = tuple[PolicyTerms, TokenStats, list[torch.Tensor | None]]
 class HeadProblem(NamedTuple):
     """The checked arguments of an op that computes logits with the lm_head."""
 
+    op: str  # the name that errors about values begin with
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -101,7 +102,7 @@ def check_head(
         )
     else:
         memory_budget = int(memory_budget)
-    return HeadProblem(hidden, weight, bias, target, options, memory_budget)
+    return HeadProblem(op, hidden, weight, bias, target, options, memory_budget)
 
 
 def wanted(p: HeadProblem) -> tuple[bool, bool, bool]:
@@ -142,11 +143,11 @@ def refuse_captured(op: str, weight: torch.Tensor, where: str, step: str) -> Non
         )
 
 
-def check_targets(op: str, p: HeadProblem) -> None:
+def check_targets(p: HeadProblem) -> None:
     """Raise ValueError if a target, temperature or kept id is out of range. Called before the first GEMM."""
     o = p.options
-    kept_rows.check_kept_values(op, p.kept, p.vocab, o.mask)
-    check_values(op, p.target, p.vocab, o.mask, o.temperature)
+    kept_rows.check_kept_values(p.op, p.kept, p.vocab, o.mask)
+    check_values(p.op, p.target, p.vocab, o.mask, o.temperature)
 
 
 StepRun = Callable[[HeadProblem, PolicyInputs, Objective, float], Step]

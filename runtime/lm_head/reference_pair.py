@@ -42,7 +42,7 @@ def exact(p: PairProblem, compared: torch.Tensor | None = None, logits: torch.Te
         check_values_of(p)
     if logits is None:
         logits = linear_reference.logits_of(*with_probes(s.hidden, s.weight, s.probes), s.bias)
-    return _exact(logits, teacher_logits(t), s.target, s.options, t.options, p.divergence, p.op, compared)
+    return _exact(logits, teacher_logits(t), s.target, s.options, t.options, p.divergence, s.op, compared)
 
 
 def _exact(

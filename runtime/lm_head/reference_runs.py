@@ -6,7 +6,7 @@ from tokfuse.runtime.backends.reference_policy import policy_loss, rounded_step,
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.problem import HeadProblem, Step, wanted
-from tokfuse.runtime.lm_head.units import Loss, Units, UnitTerms
+from tokfuse.runtime.lm_head.units import Loss, Units, UnitStats, UnitTerms
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
@@ -63,7 +63,7 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss) -> UnitTerms:
         logits = linear_reference.logits_of(hidden, weight, bias)
         options = LogitOptions(*map(usable_by_autograd, p.options))
         stats = stats_reference.exact(logits, usable_by_autograd(p.target), op="preference_step", **options._asdict())
-        of_units = TokenStats(*(x[units.order] for x in stats))
+        of_units = UnitStats(*(x[units.order] for x in stats))
         total = loss(of_units, units.order, 0, len(units.border) - 1)
         asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
         found = iter(torch.autograd.grad(total, [*asked, logits], allow_unused=True, materialize_grads=True))

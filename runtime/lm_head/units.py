@@ -8,7 +8,7 @@ unit larger than the workspace is computed twice: its statistics first, then its
 2 T H V more operations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,23 @@ from tokfuse.runtime.core.dispatch import RowState
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.problem import HeadProblem
 
-Loss = Callable[[TokenStats, torch.Tensor, int, int], torch.Tensor]
+
+class UnitStats(NamedTuple):
+    """Statistics of the tokens of some units, (rows,) each. logp, lse and logit_sum are differentiable."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    lse: torch.Tensor
+    sum_sq: torch.Tensor
+    top1: torch.Tensor
+    logit_sum: torch.Tensor | None = None
+    """None if the head problem requests none."""
+
+
+Loss = Callable[[UnitStats, torch.Tensor, int, int], torch.Tensor]
 """(statistics, tokens, first unit, end unit) -> (): the sum of the losses of these units.
 
 `tokens` are the tokens of the units, unit by unit. The statistics belong to these tokens, in the same order.
-`logp` is differentiable.
 """
 
 
@@ -30,15 +42,21 @@ class Units(NamedTuple):
 
     order: torch.Tensor
     """(rows,) int64: the tokens that count, unit by unit."""
-    border: list[int]
+    border: Sequence[int]
     """units + 1 offsets of the units in `order`."""
 
     def groups(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Yield ranges of consecutive units that together fit into `rows`. A larger unit has its own range."""
+        """Yield ranges of consecutive units that together fit into `rows`. A larger unit has its own range.
+
+        The ranges are about equal, because a GEMM of few rows still reads the whole weight.
+        """
         first, units = 0, len(self.border) - 1
         while first < units:
+            start = self.border[first]
+            left = self.border[units] - start
+            share = -(-left // max(1, -(-left // rows)))
             last = first + 1
-            while last < units and self.border[last + 1] - self.border[first] <= rows:
+            while last < units and self.border[last] - start < share and self.border[last + 1] - start <= rows:
                 last += 1
             yield first, last
             first = last
@@ -81,15 +99,37 @@ class HeadKernels(NamedTuple):
     """The run of unit_step. None: it is composed of linear_token_stats and autograd."""
 
 
+class Coefficients(NamedTuple):
+    """The gradients of a loss for statistics, (tokens,) each, 0 outside the units. None: the loss does not use it."""
+
+    logp: torch.Tensor
+    lse: torch.Tensor | None
+    logit_sum: torch.Tensor | None
+
+    def live(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return which of the tokens have a gradient. NaN counts as one."""
+        found = self.logp[tokens] != 0
+        for x in (self.lse, self.logit_sum):
+            if x is not None:
+                found |= x[tokens] != 0
+        return found
+
+
 def coefficients(
-    stats: list[torch.Tensor], tokens: torch.Tensor, first: int, last: int, loss: Loss
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (loss of the units, d loss / d logp of all tokens, (tokens,), 0 outside the units)."""
+    stats: list[torch.Tensor], logit_sum: torch.Tensor | None, units: Units, first: int, last: int, loss: Loss
+) -> tuple[torch.Tensor, Coefficients]:
+    """Return the loss of units [first, last) and its gradients for the statistics, which are (tokens,)."""
+    tokens = units.order[units.border[first] : units.border[last]]
     with torch.inference_mode(False), torch.enable_grad():
-        of_units = TokenStats(*(x[tokens] for x in stats[:5]))
-        logp = of_units.logp.requires_grad_()
-        value = loss(of_units, tokens, first, last)
-        (found,) = torch.autograd.grad(value, logp, allow_unused=True, materialize_grads=True)
-    coefficient = torch.zeros_like(stats[0])
-    coefficient[tokens] = found
-    return value.detach(), coefficient
+        logp, entropy, lse, sum_sq, top1 = (x[tokens] for x in stats[:5])
+        sums = None if logit_sum is None else logit_sum[tokens]
+        leaves = [x.requires_grad_() for x in (logp, lse, sums) if x is not None]
+        value = loss(UnitStats(logp, entropy, lse, sum_sq, top1, sums), tokens, first, last)
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+
+    def spread(part: torch.Tensor | None) -> torch.Tensor | None:
+        return None if part is None else torch.zeros_like(stats[0]).index_copy_(0, tokens, part)
+
+    by_logp, by_lse, *rest = map(spread, found)
+    by_logp = torch.zeros_like(stats[0]) if by_logp is None else by_logp
+    return value.detach(), Coefficients(by_logp, by_lse, rest[0] if rest else None)

@@ -13,10 +13,9 @@ from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.leading import Leading, without_ignored
-from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits, check_values
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import CrossEntropyStats, TokenStats
-from tokfuse.runtime.ops.token_stats import token_stats
 from tokfuse.runtime.reference import cross_entropy as reference
 
 OP = "cross_entropy"
@@ -31,10 +30,10 @@ class ClassSums(NamedTuple):
     """sum_j class_weight_j u_j of the scaled logits u. None: no label smoothing, so it is not needed."""
 
     @classmethod
-    def of(cls, out: tuple[torch.Tensor, ...]) -> "ClassSums":
+    def of(cls, out: tuple[torch.Tensor, ...], smooth: bool) -> "ClassSums":
         """Return the record of the outputs (logp, entropy, lse, logit_sum, sum_sq, top1, ...)."""
         logp, entropy, lse, logit_sum, sum_sq, top1 = out[:6]
-        return cls(TokenStats(logp, entropy, lse, sum_sq, top1), logit_sum)
+        return cls(TokenStats(logp, entropy, lse, sum_sq, top1), logit_sum if smooth else None)
 
 
 class CrossEntropy(NamedTuple):
@@ -61,30 +60,48 @@ class CrossEntropy(NamedTuple):
         self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int, to: Leading
     ) -> torch.Tensor | CrossEntropyStats:
         """Return what the user asked for, from the statistics of the rows."""
-        loss = self._loss(found, target, mask, vocab, to)
+        loss = self.reduced(found, target, mask, vocab)
+        if self.reduction == "none":
+            loss = to.unpack(loss)
         return CrossEntropyStats(loss, to.unpack(found.stats)) if self.return_stats else loss
 
-    def _loss(
-        self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int, to: Leading
+    def reduced(self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int) -> torch.Tensor:
+        """Return the loss, () or (tokens,), from the statistics of the rows."""
+        stats = found.stats
+        losses = self.losses(stats.logp, stats.lse, found.logit_sum, target, mask, vocab)
+        if self.reduction == "none":
+            return losses
+        if self.reduction == "sum":
+            return losses.sum()
+        return losses.sum() / self.counts(target, mask, vocab, losses.dtype).sum()
+
+    def counts(self, target: torch.Tensor, mask: torch.Tensor, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight w_y of every row in the mean, 0 in masked rows."""
+        if self.class_weight is None:
+            return mask.to(dtype)
+        # A target outside the vocabulary has a logp of NaN. An index must not be outside.
+        return torch.where(mask, self.class_weight.to(dtype)[target.clamp(0, vocab - 1)], 0.0)
+
+    def losses(
+        self,
+        logp: torch.Tensor,
+        lse: torch.Tensor,
+        logit_sum: torch.Tensor | None,
+        target: torch.Tensor,
+        mask: torch.Tensor,
+        vocab: int,
     ) -> torch.Tensor:
-        logp, lse, logit_sum = found.stats.logp, found.stats.lse, found.logit_sum
-        losses, counted = 0.0 - logp, mask.to(logp.dtype)  # 0.0 - logp is 0.0, not -0.0, in masked rows
-        w = None if self.class_weight is None else self.class_weight.to(logp.dtype)
+        """Return the loss of every row, 0 in masked rows."""
+        losses = 0.0 - logp  # not -logp, which is -0.0 in masked rows
+        w = self.class_weight
         if w is not None:
-            # A target outside the vocabulary has a logp of NaN. An index must not be outside.
-            counted = torch.where(mask, w[target.clamp(0, vocab - 1)], 0.0)
-            losses = losses * counted
+            losses = losses * self.counts(target, mask, vocab, logp.dtype)
         if logit_sum is not None:
             # -sum_j w_j log p_j / vocab, from log p_j = u_j - lse.
-            share = 1.0 if w is None else w.sum() / vocab
+            share = 1.0 if w is None else w.to(logp.dtype).sum() / vocab
             smooth = torch.where(mask, share * lse - logit_sum / vocab, 0.0)  # the share may be NaN
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * smooth
-        if self.z_loss != 0.0:
-            losses = losses + self.z_loss * lse.square()
-        if self.reduction == "none":
-            unpacked: torch.Tensor = to.unpack(losses)
-            return unpacked
-        return losses.sum() if self.reduction == "sum" else losses.sum() / counted.sum()
+        return losses if self.z_loss == 0.0 else losses + self.z_loss * lse.square()
 
 
 def check_labels(op: str, target: object, remedy: str) -> torch.Tensor:
@@ -222,34 +239,40 @@ def cross_entropy(
     vocab = z.shape[1]
     spec = CrossEntropy(weight, reduction, label_smoothing, z_loss, return_stats)
     spec = spec.checked(OP, "weight", vocab, z.device)
-    if spec.label_smoothing == 0.0:
-        if checks.may_read(target):  # before token_stats, whose error would name token_stats
-            check_values(OP, target, vocab, given, options.temperature)
-        found = ClassSums(token_stats(z, target, **options.without_bias()), None)
-    else:
-        found = _with_sums(z, target, options, spec.class_weight)
+    smooth = spec.label_smoothing != 0.0
+    found = _stats(z, target, options, spec.class_weight if smooth else None, smooth)
     return spec.result(found, target, given, vocab, to)
 
 
-def _with_sums(z: torch.Tensor, target: torch.Tensor, o: LogitOptions, class_weight: torch.Tensor | None) -> ClassSums:
-    """Compute the statistics with the sum over the classes that label smoothing needs. The arguments are checked."""
+def _stats(
+    z: torch.Tensor, target: torch.Tensor, o: LogitOptions, class_weight: torch.Tensor | None, smooth: bool
+) -> ClassSums:
+    """Compute the statistics, with the sum over the classes if `smooth`. The arguments are checked."""
     capability = select(OP, z.device.type, z.dtype, o.features())
     if capability.backend == "reference":
-        return ClassSums.of(reference.forward(z, target, class_weight, OP, **o.without_bias()))
+        return ClassSums.of(reference.forward(z, target, class_weight, OP, **o.without_bias()), smooth)
     class_weight = checks.plain(class_weight, torch.float32)
     if torch.compiler.is_compiling():
-        return ClassSums.of(_sums_op(z, target, class_weight, *o.flat()[:5]))
+        return ClassSums.of(_sums_op(z, target, class_weight, *o.flat()[:5], smooth), smooth)
     if z.requires_grad and torch.is_grad_enabled():
-        return ClassSums.of(_SumsFunction.apply(z, target, class_weight, o, capability.run))
-    return ClassSums.of(_forward(capability.run, z, target, class_weight, o))
+        return ClassSums.of(_SumsFunction.apply(z, target, class_weight, o, smooth, capability.run), smooth)
+    return ClassSums.of(_forward(capability.run, z, target, class_weight, o, smooth), smooth)
 
 
 def _forward(
-    run: Kernels, z: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, o: LogitOptions
+    run: Kernels,
+    z: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    o: LogitOptions,
+    smooth: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Return (logp, entropy, lse, logit_sum, sum_sq, top1, row_max, inv_sum). The first four are differentiable."""
-    logit_sum = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
-    given = {"op": OP, "logit_sum": logit_sum, "class_weight": class_weight}
+    """Return (logp, entropy, lse, logit_sum, sum_sq, top1, row_max, inv_sum). The first four are differentiable.
+
+    Unless `smooth`, the sum over the classes is not computed, and logit_sum is empty.
+    """
+    logit_sum = torch.empty(z.shape[0] if smooth else 0, dtype=torch.float32, device=z.device)
+    given = {"op": OP, "logit_sum": logit_sum if smooth else None, "class_weight": class_weight}
     logp, entropy, lse, *rest = run.forward(z, target, **given, **o.without_bias())
     return logp, entropy, lse, logit_sum, *rest
 
@@ -271,6 +294,8 @@ def _backward(
     """
     assert run.backward is not None
     grad_logp, grad_entropy, grad_lse, grad_logit_sum = grads
+    if grad_logit_sum is not None and grad_logit_sum.shape[0] == 0:
+        grad_logit_sum = None  # of a call that is not `smooth`, inside torch.compile
     more = {"grad_lse": grad_lse, "grad_logit_sum": grad_logit_sum, "class_weight": class_weight}
     grad: torch.Tensor = run.backward(z, target, *state, grad_logp, grad_entropy, **more, **o.without_bias())
     return grad
@@ -293,9 +318,10 @@ class _SumsFunction(torch.autograd.Function):
         target: torch.Tensor,
         class_weight: torch.Tensor | None,
         o: LogitOptions,
+        smooth: bool,
         run: Kernels,
     ) -> tuple[torch.Tensor, ...]:
-        out = _forward(run, z, target, class_weight, o)
+        out = _forward(run, z, target, class_weight, o, smooth)
         save_sums(ctx, (z, target, class_weight), out, o)
         ctx.run = run
         ctx.mark_non_differentiable(*out[4:6])
@@ -306,10 +332,10 @@ class _SumsFunction(torch.autograd.Function):
     @ranged("cross_entropy.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if all(g is None for g in grads[:4]):
-            return (None,) * 5
+            return (None,) * 6
         z, target, class_weight, vector, mask, *state = ctx.saved_tensors
         o = ctx.options.joined(vector, mask, None)
-        return (_backward(ctx.run, z, target, class_weight, o, tuple(state), grads[:4]),) + (None,) * 4
+        return (_backward(ctx.run, z, target, class_weight, o, tuple(state), grads[:4]),) + (None,) * 5
 
 
 def save_sums(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], o: LogitOptions) -> None:
@@ -320,21 +346,28 @@ def save_sums(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, .
     ctx.set_materialize_grads(False)
 
 
+def fake_sums(rows: torch.Tensor, smooth: bool) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of `_forward` without values, for the rows of logits or hidden states."""
+    sizes = [rows.shape[0] if smooth or i != 3 else 0 for i in range(8)]
+    return tuple(rows.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
 ARGUMENTS = f"Tensor logits, Tensor target, Tensor? class_weight, {FLAT_SCHEMA_WITHOUT_BIAS}"
 
 
-@graph_op("tokfuse::cross_entropy_sums", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})")
+@graph_op("tokfuse::cross_entropy_sums", f"({ARGUMENTS}, bool smooth) -> ({', '.join(['Tensor'] * 8)})")
 @ranged("cross_entropy.fwd")
 def _sums_op(
     z: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, *flat: Any
 ) -> tuple[torch.Tensor, ...]:
-    o = LogitOptions.from_flat(*flat)
-    return _forward(select(OP, z.device.type, z.dtype, o.features()).run, z, target, class_weight, o)
+    *options, smooth = flat
+    o = LogitOptions.from_flat(*options)
+    return _forward(select(OP, z.device.type, z.dtype, o.features()).run, z, target, class_weight, o, smooth)
 
 
 @_sums_op.register_fake
-def _(z: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(8))
+def _(z: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return fake_sums(z, rest[-1])
 
 
 @graph_op(
@@ -357,16 +390,16 @@ def _(z: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    save_sums(ctx, inputs[:3], output, LogitOptions.from_flat(*inputs[3:]))
+    save_sums(ctx, inputs[:3], output, LogitOptions.from_flat(*inputs[3:8]))
     ctx.mark_non_differentiable(*output[4:])
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if all(g is None for g in grads[:4]):
-        return (None,) * 8
+        return (None,) * 9
     z, target, class_weight, vector, mask, *state = ctx.saved_tensors
     flat = ctx.options.joined(vector, mask, None).flat()[:5]
-    return (_sums_backward_op(z, target, class_weight, *flat, *state, *grads[:4]),) + (None,) * 7
+    return (_sums_backward_op(z, target, class_weight, *flat, *state, *grads[:4]),) + (None,) * 8
 
 
 _sums_op.register_autograd(_op_backward, setup_context=_setup_context)

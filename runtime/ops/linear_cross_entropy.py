@@ -1,5 +1,6 @@
 """`tokfuse.linear_cross_entropy`: the loss of torch's linear_cross_entropy without stored logits."""
 
+import functools
 from typing import Any, Literal, overload
 
 import torch
@@ -11,15 +12,15 @@ from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.leading import Leading, without_ignored
-from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions, check_values
+from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import CrossEntropyStats
-from tokfuse.runtime.lm_head import cpu_runs, device_runs
+from tokfuse.runtime.lm_head import cpu_runs, device_head, device_runs
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
-from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, HeadProblem, check_head, fake_gradients, probed
-from tokfuse.runtime.lm_head.units import HeadKernels
-from tokfuse.runtime.ops.cross_entropy import ClassSums, CrossEntropy, check_labels, save_sums
-from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
+from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, check_head, fake_gradients, probed, wanted
+from tokfuse.runtime.lm_head.units import HeadKernels, Units, UnitStats
+from tokfuse.runtime.ops.cross_entropy import ClassSums, CrossEntropy, check_labels, fake_sums, save_sums
+from tokfuse.runtime.policy.results import Computed, with_gradients
 from tokfuse.runtime.reference import cross_entropy as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
 
@@ -117,13 +118,17 @@ def linear_cross_entropy(
     Returns:
         () float32 (float64 for float64 inputs); with reduction="none" (tokens,), 0 in rows that do not count. "mean"
         of no row is nan, as in torch. With return_stats: CrossEntropyStats(loss, stats), where stats is the
-        TokenStats of `linear_token_stats`. The loss is bitwise the same.
+        TokenStats of `linear_token_stats`.
 
     Numerics: the bounds of `linear_token_stats`.
 
-    Gradients and memory: as for `linear_token_stats`. The loss and the stats (logp, entropy, lse) share one
-        backward. With label_smoothing, a GPU stores the logits of one chunk at a time in the workspace, for 16-bit
-        heads too.
+    Gradients and memory: hidden, weight and bias receive a gradient if they require grad. "mean" and "sum" compute
+        the gradients in the forward, from the same logits, and keep them until the backward. That is one GEMM for the
+        logits and two for the gradients. "none", return_stats, torch.compile and CUDA-graph capture save the inputs
+        and (tokens,) vectors instead, and compute the logits again in the backward, as `linear_token_stats` does. The
+        loss and the stats (logp, entropy, lse) share this backward. Peak extra memory: memory_budget, the gradients,
+        and a float32 dW if weight is 16-bit. With label_smoothing, or when the forward computes the gradients, a GPU
+        stores the logits of one chunk at a time in the workspace, for 16-bit heads too.
 
     Examples:
         >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8)
@@ -155,38 +160,68 @@ def linear_cross_entropy(
     p = check_head(OP, h, weight, bias, target, options, memory_budget)
     spec = CrossEntropy(class_weight, reduction, label_smoothing, z_loss, return_stats)
     spec = spec.checked(OP, "class_weight", p.vocab, h.device)
-    if checks.may_read(target):  # before linear_token_stats, whose error would name linear_token_stats
-        check_values(OP, target, p.vocab, given, options.temperature)
-    if spec.label_smoothing == 0.0:
-        stats = linear_token_stats(h, weight, target, bias=bias, memory_budget=memory_budget, **options.without_bias())
-        found = ClassSums(stats, None)
-    else:
-        found = _with_sums(probed(OP, p._replace(class_weight=class_weight)))
-    return spec.result(found, target, given, p.vocab, to)
-
-
-def _with_sums(p: HeadProblem) -> ClassSums:
-    """Compute the statistics with the sum over the classes that label smoothing needs. The problem is checked."""
+    smooth = spec.label_smoothing != 0.0
+    p = probed(OP, p._replace(class_weight=class_weight if smooth else None))
     capability = select(OP, p.hidden.device.type, p.dtype, p.options.features())
     if capability.backend == "reference":
         hidden, weight = with_probes(p.hidden, p.weight, p.probes)
-        given = (hidden, weight, p.bias, p.target, p.class_weight, p.dtype)
-        return ClassSums.of(reference.head_forward(*given, **p.options.without_bias()))
+        tensors = (hidden, weight, p.bias, p.target, p.class_weight)
+        found = reference.head_forward(*tensors, p.dtype, **p.options.without_bias())
+        return spec.result(ClassSums.of(found, smooth), target, given, p.vocab, to)
     p = p._replace(class_weight=checks.plain(p.class_weight, torch.float32))
     if torch.compiler.is_compiling():
-        tensors = (p.hidden, p.weight, p.bias, p.target, p.class_weight)
-        return ClassSums.of(_sums_op(*tensors, *p.options.flat()[:5], p.memory_budget))
-    wants = any(x is not None and x.requires_grad for x in (p.hidden, p.weight, p.bias))
-    if wants and torch.is_grad_enabled():
-        return ClassSums.of(_SumsFunction.apply(p.hidden, p.weight, p.bias, p, capability.run))
-    return ClassSums.of(_forward(capability.run, p))
+        out = _sums_op(p.hidden, p.weight, p.bias, *_flat(p, smooth))
+    elif not torch.is_grad_enabled() or not any(wanted(p)):
+        out = _forward(capability.run, p, smooth)
+    elif return_stats or spec.reduction == "none" or device_head.capturing(p.hidden):
+        out = _SumsFunction.apply(p.hidden, p.weight, p.bias, p, smooth, capability.run)
+    else:
+        return _in_one_pass(capability.run, p, spec, given)
+    return spec.result(ClassSums.of(out, smooth), target, given, p.vocab, to)
 
 
-def _forward(run: HeadKernels, p: HeadProblem) -> tuple[torch.Tensor, ...]:
-    """Return (logp, entropy, lse, logit_sum, sum_sq, top1, row_max, inv_sum). The first four are differentiable."""
-    logit_sum = torch.zeros(p.tokens, dtype=torch.float32, device=p.hidden.device)
-    logp, entropy, lse, *rest = run.forward(p._replace(logit_sum=logit_sum))
+def _in_one_pass(run: HeadKernels, p: HeadProblem, spec: CrossEntropy, mask: torch.Tensor) -> torch.Tensor:
+    """Return the reduced loss, and compute its gradients from the same logits: the loss has only one number.
+
+    With "none" or the statistics, the backward decides what the gradient of each row is. It has to compute the logits
+    again, which is one GEMM more than here.
+    """
+    smooth, dtype = spec.label_smoothing != 0.0, torch.float32
+    if smooth:
+        p = p._replace(logit_sum=torch.zeros(p.tokens, dtype=dtype, device=p.hidden.device))
+    scale: float | torch.Tensor = 1.0
+    if spec.reduction == "mean":
+        scale = 1.0 / spec.counts(p.target, mask, p.vocab, dtype).sum()
+    rows = mask.nonzero().squeeze(1)
+    units = Units(rows, range(rows.shape[0] + 1))
+
+    def loss(stats: UnitStats, tokens: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        of_units = (stats.logp, stats.lse, stats.logit_sum, p.target[tokens], mask[tokens])
+        return scale * spec.losses(*of_units, p.vocab).sum()
+
+    def compute() -> Computed:
+        assert run.units is not None
+        found = run.units(p, units, loss)
+        sums = ClassSums(found.stats, p.logit_sum)
+        return spec.reduced(sums, p.target, mask, p.vocab), (), found.gradients
+
+    leaves = dict(zip(NAMES, (p.hidden, p.weight, p.bias), strict=True))
+    return with_gradients(OP, leaves, compute, {}, functools.partial(deliver, p.probes))[0]
+
+
+def _forward(run: HeadKernels, p: HeadProblem, smooth: bool) -> tuple[torch.Tensor, ...]:
+    """Return (logp, entropy, lse, logit_sum, sum_sq, top1, row_max, inv_sum). The first four are differentiable.
+
+    Unless `smooth`, the sum over the classes is not computed, and logit_sum is empty.
+    """
+    logit_sum = torch.zeros(p.tokens if smooth else 0, dtype=torch.float32, device=p.hidden.device)
+    logp, entropy, lse, *rest = run.forward(p._replace(logit_sum=logit_sum if smooth else None))
     return logp, entropy, lse, logit_sum, *rest
+
+
+def _flat(p: HeadProblem, smooth: bool) -> tuple[Any, ...]:
+    """Return the arguments of the custom op after hidden, weight and bias."""
+    return (p.target, p.class_weight, *p.options.flat()[:5], p.memory_budget, smooth)
 
 
 def _backward(
@@ -203,6 +238,8 @@ def _backward(
         grads: the gradients of logp, entropy, lse and logit_sum.
     """
     grad_logp, grad_entropy, grad_lse, grad_logit_sum = grads
+    if grad_logit_sum is not None and grad_logit_sum.shape[0] == 0:
+        grad_logit_sum = None  # of a call that is not `smooth`, inside torch.compile
     more = {"grad_lse": grad_lse, "grad_logit_sum": grad_logit_sum}
     return run.backward(p, *state, grad_logp, grad_entropy, needs, **more)
 
@@ -224,9 +261,10 @@ class _SumsFunction(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         p: HeadProblem,
+        smooth: bool,
         run: HeadKernels,
     ) -> tuple[torch.Tensor, ...]:
-        out = _forward(run, p)
+        out = _forward(run, p, smooth)
         save_sums(ctx, (hidden, weight, bias, p.target, p.class_weight), out, p.options)
         ctx.rest = run, p.memory_budget, p.probes
         ctx.mark_non_differentiable(*out[4:6])
@@ -237,15 +275,15 @@ class _SumsFunction(torch.autograd.Function):
     @ranged("linear_cross_entropy.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         if all(g is None for g in grads[:4]):
-            return (None,) * 5
+            return (None,) * 6
         hidden, weight, bias, target, class_weight, vector, mask, *state = ctx.saved_tensors
         run, budget, probes = ctx.rest
         probes = tuple(probe.emptied() for probe in probes)
         o = ctx.options.joined(vector, mask, None)
-        p = HeadProblem(hidden, weight, bias, target, o, budget, probes=probes, class_weight=class_weight)
+        p = HeadProblem(OP, hidden, weight, bias, target, o, budget, probes=probes, class_weight=class_weight)
         found = _backward(run, p, tuple(state), grads[:4], tuple(ctx.needs_input_grad[:3]))
         deliver(probes)
-        return (*found, None, None)
+        return (*found, None, None, None)
 
 
 ARGUMENTS = f"{HEAD_SCHEMA}, Tensor? class_weight, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
@@ -254,20 +292,21 @@ ARGUMENTS = f"{HEAD_SCHEMA}, Tensor? class_weight, {FLAT_SCHEMA_WITHOUT_BIAS}, i
 def _problem(*arguments: Any) -> tuple[HeadProblem, HeadKernels]:
     hidden, weight, bias, target, class_weight, *flat, budget = arguments
     o = LogitOptions.from_flat(*flat)
-    p = HeadProblem(hidden, weight, bias, target, o, budget, class_weight=class_weight)
+    p = HeadProblem(OP, hidden, weight, bias, target, o, budget, class_weight=class_weight)
     return p, select(OP, p.hidden.device.type, p.dtype, p.options.features()).run
 
 
-@graph_op("tokfuse::linear_cross_entropy_sums", f"({ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})")
+@graph_op("tokfuse::linear_cross_entropy_sums", f"({ARGUMENTS}, bool smooth) -> ({', '.join(['Tensor'] * 8)})")
 @ranged("linear_cross_entropy.fwd")
 def _sums_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    p, run = _problem(*arguments)
-    return _forward(run, p)
+    *problem, smooth = arguments
+    p, run = _problem(*problem)
+    return _forward(run, p, smooth)
 
 
 @_sums_op.register_fake
-def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(8))
+def _(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return fake_sums(hidden, rest[-1])
 
 
 @graph_op(
@@ -296,13 +335,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     if all(g is None for g in grads[:4]):
-        return (None,) * 11
+        return (None,) * 12
     *tensors, vector, mask, row_max, inv_sum, logp, entropy = ctx.saved_tensors
     state = row_max, inv_sum, logp, entropy
     flat = ctx.options.joined(vector, mask, None).flat()[:5]
     needs = tuple(ctx.needs_input_grad[:3])
     out = _sums_backward_op(*tensors, *flat, ctx.budget, *state, *grads[:4], *needs)
-    return (*(x if need else None for x, need in zip(out, needs, strict=True)), *((None,) * 8))
+    return (*(x if need else None for x, need in zip(out, needs, strict=True)), *((None,) * 9))
 
 
 _sums_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -254,7 +254,7 @@ class _LinearFunction(torch.autograd.Function):
         probes = tuple(probe.emptied() for probe in probes)
         options = scalars.joined(vector, mask, bias_logits)
         kept = kept_rows.of_graph(ids, offsets)
-        p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes, kept=kept)
+        p = HeadProblem(OP, hidden, weight, bias, target, options, budget, probes=probes, kept=kept)
         needs = tuple(ctx.needs_input_grad[:3])
         found = run.backward(p, *stats, grads[0], grads[1], needs, grad_lse=grads[2])
         deliver(probes)
@@ -266,7 +266,7 @@ def _problem(
 ) -> tuple[HeadProblem, HeadKernels]:
     *flat, budget, ids, offsets = rest
     kept = kept_rows.of_graph(ids, offsets)
-    p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget, kept=kept)
+    p = HeadProblem(OP, hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget, kept=kept)
     return p, select(OP, hidden.device.type, p.dtype, p.options.features()).run
 
 

@@ -162,7 +162,7 @@ class _LinearAtFunction(torch.autograd.Function):
         scalars, budget, run, probes = ctx.rest
         probes = tuple(probe.emptied() for probe in probes)
         options = scalars.joined(vector, mask, bias_logits)
-        p = HeadProblem(hidden, weight, bias, target, options, budget, probes=probes)
+        p = HeadProblem(OP, hidden, weight, bias, target, options, budget, probes=probes)
         grad_at = torch.zeros_like(stats[-1]) if grads[5] is None else grads[5]
         needs = tuple(ctx.needs_input_grad[:3])
         places = TokenIds(ids, offsets, ids.shape)
@@ -180,7 +180,7 @@ ARGUMENTS = f"{HEAD_SCHEMA}, {FLAT_SCHEMA_WITHOUT_BIAS}, int memory_budget"
 
 def _problem(hidden: torch.Tensor, *rest: Any) -> tuple[HeadProblem, HeadIdsKernels]:
     weight, bias, target, *flat, budget = rest
-    p = HeadProblem(hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
+    p = HeadProblem(OP, hidden, weight, bias, target, LogitOptions.from_flat(*flat), budget)
     return p, select(OP, hidden.device.type, p.dtype, p.options.features()).run
 
 

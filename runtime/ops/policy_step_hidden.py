@@ -94,6 +94,7 @@ def _hidden_op(
     inputs = PolicyInputs(*fields)
     options = LogitOptions.from_flat(vector, scalar, softcap, logit_scale, inputs.mask)
     p = HeadProblem(
+        "policy_step",
         hidden,
         weight,
         bias,

@@ -14,7 +14,7 @@ from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import reference_runs
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem
-from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun
+from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun, UnitStats
 from tokfuse.runtime.ops import linear_token_stats as linear
 from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
 
@@ -69,7 +69,7 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> 
         return found.loss.to(found.stats.logp.dtype), found.stats, found.gradients
 
     leaves = dict(zip(NAMES, (p.hidden, p.weight, p.bias), strict=True))
-    value, *stats = with_gradients("preference_step", leaves, compute, gradients, functools.partial(deliver, p.probes))
+    value, *stats = with_gradients(p.op, leaves, compute, gradients, functools.partial(deliver, p.probes))
     return UnitStep(value, TokenStats(*stats), gradients, read_twice)
 
 
@@ -88,6 +88,6 @@ def _composed(p: HeadProblem, units: Units, loss: Loss) -> UnitStep:
         mask=o.mask,
         memory_budget=p.memory_budget,
     )
-    of_units = TokenStats(*(x[units.order] for x in stats))
+    of_units = UnitStats(*(x[units.order] for x in stats))
     total = loss(of_units, units.order, 0, len(units.border) - 1).to(stats.logp.dtype)
     return UnitStep(total, TokenStats(*(x.detach() for x in stats)), {}, 0)

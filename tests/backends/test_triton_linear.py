@@ -374,7 +374,7 @@ def test_head_gradient_over_live_rows(rows, live, size, vocab, dtype, backend, m
 def test_row_classes(backend):
     """Which rows enter which GEMM: the order of the classes, and the rule for the first one."""
     case = case_of(torch.float32)
-    problem = HeadProblem(*(backend.put(x) for x in case), None, 1)
+    problem = HeadProblem("linear_token_stats", *(backend.put(x) for x in case), None, 1)
     needed = torch.tensor([1, 0, 1, 1, 1, 0, 1, 1, 1]).bool()
     gradient = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 1]).bool()
     rows = device_head.classify(problem, backend.put(needed), backend.put(gradient))

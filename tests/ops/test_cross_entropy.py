@@ -161,14 +161,36 @@ def test_class_weights_of_any_value_give_what_torch_gives(first: float, smoothin
         assert not z.grad[2].any()
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_a_target_out_of_range_is_an_error_of_this_op(smoothing: float, backend: Backend, monkeypatch):
+def test_a_target_out_of_range_is_an_error_of_this_op(smoothing: float, grad: bool, backend: Backend, monkeypatch):
     monkeypatch.setenv("TOKFUSE_CHECK", "1")  # reads the targets on a GPU
     put, target = backend.put, backend.put(torch.tensor([1, 5, -100]))
+    logits, hidden = (put(torch.zeros(3, n)).requires_grad_(grad) for n in (5, 2))
     with pytest.raises(ValueError, match=r"^cross_entropy: target must be in \[0, 5\).*got 5 in row 1"):
-        tokfuse.cross_entropy(put(torch.zeros(3, 5)), target, label_smoothing=smoothing)
+        tokfuse.cross_entropy(logits, target, label_smoothing=smoothing)
     with pytest.raises(ValueError, match=r"^linear_cross_entropy: target must be in \[0, 5\).*got 5 in row 1"):
-        tokfuse.linear_cross_entropy(put(torch.zeros(3, 2)), put(torch.zeros(5, 2)), target, label_smoothing=smoothing)
+        tokfuse.linear_cross_entropy(hidden, put(torch.zeros(5, 2)), target, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_errors_inside_torch_compile_name_this_op(smoothing: float):
+    target = torch.tensor([1, 5, -100])
+    with tokfuse.backend("cpu"):
+        for op, inputs in (
+            (tokfuse.cross_entropy, (torch.zeros(3, 5),)),
+            (tokfuse.linear_cross_entropy, (torch.zeros(3, 2), torch.zeros(5, 2))),
+        ):
+            compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+            with pytest.raises(ValueError, match=rf"^{op.__name__}: target must be in \[0, 5\).*got 5 in row 1"):
+                compiled(*inputs, target, label_smoothing=smoothing)
+
+
+def test_second_derivatives_are_an_error_of_this_op():
+    logits = torch.zeros(3, 5, requires_grad=True)
+    loss = tokfuse.cross_entropy(logits, torch.tensor([1, 2, -100]))
+    with pytest.raises(ValueError, match="^cross_entropy: create_graph must be False"):
+        torch.autograd.grad(loss, logits, create_graph=True)
 
 
 def test_the_target_may_not_be_a_distribution():

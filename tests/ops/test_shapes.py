@@ -257,7 +257,7 @@ def test_no_kernel_runs_without_the_signal(name: str, op: str, backend: Backend)
         first, last = (problem, given["target"], LogitOptions(1.0, None, 1.0, None)), (False,)
     elif op == "policy_step_hidden":
         h, w = (backend.put(torch.ones(n, WIDTH)).requires_grad_() for n in (TOKENS, VOCAB))
-        first = (HeadProblem(h, w, None, given["target"], LogitOptions(1.0, None, 1.0, None), 1 << 20),)
+        first = (HeadProblem("policy_step", h, w, None, given["target"], LogitOptions(1.0, None, 1.0, None), 1 << 20),)
     with pytest.raises(ValueError, match="signal"):
         call(*first, inputs, Objective(shape=SHAPES[name]), -1.0, *last)
 

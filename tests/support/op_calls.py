@@ -602,6 +602,8 @@ def _losses(class_weight: str) -> dict[str, Option]:
         "mean": Option(lambda p: IGNORED["ignored"].arguments(p) | {"reduction": "mean"}),
         "class_weight": Option(lambda p: {class_weight: p.positive("classes", p.sizes.vocab), "reduction": "sum"}),
         "stats": _constant(return_stats=True),
+        "unsmoothed": Option(lambda p: IGNORED["ignored"].arguments(p) | {"label_smoothing": 0.0}),
+        "plain": _constant(label_smoothing=0.0, z_loss=0.0, reduction="sum"),
     }
 
 
@@ -642,16 +644,7 @@ ROWS: tuple[Row, ...] = (
         lambda p: _logits(p) | SMOOTHED,
         ("logits",),
         LOGIT_OPTIONS | _losses("weight"),
-        rich=("all", "class_weight", "stats"),
-    ),
-    Row(  # its backward has the range of token_stats
-        "token_stats",
-        "cross_entropy",
-        "rows",
-        lambda p: _logits(p) | {"z_loss": 0.1},
-        ("logits",),
-        IGNORED,
-        ranged=False,
+        rich=("all", "class_weight", "stats", "unsmoothed"),
     ),
     Row(
         "paired_divergence",
@@ -687,16 +680,7 @@ ROWS: tuple[Row, ...] = (
         lambda p: _head(p) | SMOOTHED,
         ("hidden", "weight", "bias"),
         HEAD_OPTIONS | _losses("class_weight"),
-        rich=("all", "class_weight", "stats"),
-    ),
-    Row(
-        "linear_token_stats",
-        "linear_cross_entropy",
-        "head",
-        lambda p: _head(p) | {"z_loss": 0.1},
-        ("hidden", "weight", "bias"),
-        IGNORED,
-        ranged=False,
+        rich=("all", "class_weight", "stats", "unsmoothed"),
     ),
     Row(
         "linear_token_stats_at",
