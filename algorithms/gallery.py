@@ -165,7 +165,7 @@ CARDS = {
     "cdpo": Card(
         r"L = L_{\text{clip}} - 0.01\left(e^{-k} - 1 + k\right), \quad k = \log\frac{\pi}{\pi_{\text{bias}}}",
         "A frozen model shows the shortcut that the policy should not learn.",
-        "Stops following a wrong hint (0.145 compared with 0.796), but unlearns the task at the published coefficient.",
+        "Stops following a wrong hint (0.191 compared with 0.759), but unlearns the task at the published coefficient.",
     ),
     "a2pr_nll": Card(
         r"L = L_{\text{base}} - \mu\,\mathbf{1}[A_{\text{best}} > 0] \log\pi(y_{\text{best}})",
@@ -371,5 +371,8 @@ def _presets(one: Entry) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return text in which Markdown and the dollar sign have no meaning."""
-    return "".join(f"\\{c}" if c in "*_<|$" else c for c in text)
+    """Return text in which Markdown and the dollar sign have no meaning, except inside code."""
+    parts = text.split("`")  # every second part is code
+    return "`".join(
+        part if i % 2 else "".join(f"\\{c}" if c in "*_<|$" else c for c in part) for i, part in enumerate(parts)
+    )

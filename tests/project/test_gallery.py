@@ -74,3 +74,8 @@ def test_code_and_escaped_dollars_are_no_formulas(math: ModuleType) -> None:
     text = "`$HOME` and \\$5\n\n```console\necho $A $B\n```\n\ncosts 3 $ or 4 $ more"
     assert math.on_page_markdown(text) == text
     assert math.on_page_markdown("a $x_1$ b").count("<math") == 1
+
+
+def test_code_on_the_page_has_no_escapes() -> None:
+    codes = [code for line in PAGE.read_text().splitlines() for code in line.split("`")[1::2]]
+    assert [code for code in codes if "\\" in code] == []
