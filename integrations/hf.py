@@ -43,6 +43,7 @@ from tokfuse.integrations.hosts import Host, defined_in, has_kernels, on_kernels
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.ops.linear_cross_entropy import linear_cross_entropy
 from tokfuse.runtime.ops.linear_token_stats import linear_token_stats
 from tokfuse.runtime.ops.token_stats import token_stats
 
@@ -321,12 +322,17 @@ def _forward(
         hidden, target = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]
     else:
         target = shift_labels
-    stats, rows = _labelled_stats(model, hidden, target.to(hidden.device), state.temperature)
+    target = target.to(hidden.device)
+    rows = target != IGNORE
+    # The loss alone needs no second GEMM for the logits: its gradient is computed in the forward.
+    op = linear_token_stats if token_stats else functools.partial(linear_cross_entropy, reduction="sum")
+    found = _of_labelled_rows(op, model, hidden, target, rows, state.temperature)
+    total = -found.logp.sum() if token_stats else found
     count = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    output = _output(model, -stats.logp.sum() / count, outputs)
+    output = _output(model, total / count, outputs)
     if token_stats:
         output["logp"], output["entropy"] = (
-            x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (stats.logp, stats.entropy)
+            x.new_zeros(rows.shape).masked_scatter(rows, x) for x in (found.logp, found.entropy)
         )
     return output
 
@@ -337,10 +343,15 @@ def _transformer(model: Any) -> Any:
     return model.model if base is model else base  # Llama 4 names another attribute as its base
 
 
-def _labelled_stats(
-    model: Any, hidden: torch.Tensor, target: torch.Tensor, temperature: float
-) -> tuple[TokenStats, torch.Tensor]:
-    """Return the statistics of the rows with a label, and a mask of those rows, (batch, length) bool."""
+def _of_labelled_rows(
+    op: Callable[..., Any],
+    model: Any,
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    rows: torch.Tensor,
+    temperature: float,
+) -> Any:
+    """Return what `op` computes from the rows with a label. `rows` is their mask, (batch, length) bool."""
     if hidden.shape[:2] != target.shape:
         raise refuse(
             OP,
@@ -349,20 +360,18 @@ def _labelled_stats(
             tuple(target.shape),
             "Pad labels of soft prompts with -100.",
         )
-    rows, layer = target != IGNORE, model.get_output_embeddings()
-    score = functools.partial(_stats_of_rows, model, target[rows], temperature)
+    layer, score = model.get_output_embeddings(), functools.partial(_of_rows, op, model, target[rows], temperature)
     chosen = hidden[rows]
-    return (fsdp.call_inside(layer, score, chosen) if fsdp.is_unit(layer) else score(chosen)), rows
+    return fsdp.call_inside(layer, score, chosen) if fsdp.is_unit(layer) else score(chosen)
 
 
-def _stats_of_rows(model: Any, target: torch.Tensor, temperature: float, chosen: torch.Tensor) -> TokenStats:
+def _of_rows(op: Callable[..., Any], model: Any, target: torch.Tensor, temperature: float, chosen: torch.Tensor) -> Any:
     arguments = gathered_head(model).arguments()
     if torch.is_autocast_enabled(chosen.device.type):  # as torch's linear layer
         dtype = torch.get_autocast_dtype(chosen.device.type)
         chosen = chosen.to(dtype)
         arguments |= {name: x.to(dtype) for name in ("weight", "bias") if (x := arguments[name]) is not None}
-    stats: TokenStats = linear_token_stats(chosen, target=target, temperature=temperature, **arguments)
-    return stats
+    return op(chosen, target=target, temperature=temperature, **arguments)
 
 
 def _check_forward(model: Any, kwargs: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from tiny_hf import (
 
 import tokfuse
 from tokfuse.integrations import hf, hosts
+from tokfuse.runtime.lm_head import cpu_head
 
 # ---------------------------------------------------------------------------------- patched forward
 
@@ -58,6 +59,22 @@ def test_bias_normalizer_and_shifted_labels():
         shifted = torch.nn.functional.pad(given.pop("labels"), (0, 1), value=-100)[:, 1:]
         out = model(**given, shift_labels=shifted, **more)
     assert_no_farther(out.loss, theirs[0].loss, exact[0].loss)
+
+
+@pytest.mark.parametrize(("more", "times"), [({}, 1), ({"token_stats": True}, 2)], ids=["loss", "statistics"])
+def test_the_loss_alone_computes_its_logits_once(more: dict[str, bool], times: int, monkeypatch):
+    """The gradients come from the forward. Statistics get theirs in the backward, which needs the logits again."""
+    rows, logits = [], cpu_head.Head.logits
+
+    def counted(self, hidden, buffer, start):
+        rows.append(hidden.shape[0])
+        return logits(self, hidden, buffer, start)
+
+    monkeypatch.setattr(cpu_head.Head, "logits", counted)
+    model = make()
+    with tokfuse.backend("cpu"), hf.installed(model):
+        model(**batch(), **more).loss.backward()
+    assert sum(rows) == times * int((batch()["labels"][:, 1:] != -100).sum())
 
 
 def test_statistics_beside_the_loss():
