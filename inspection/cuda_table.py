@@ -38,6 +38,7 @@ class Loops:
         streams: rows that a loop reads side by side.
         one_pass: last template arguments of the instances with one loop less that reads: only rare
             rows take it.
+        tangents: with a softcap, the loop that writes loads float32 tangents instead of logits.
     """
 
     reads: int
@@ -46,6 +47,7 @@ class Loops:
     traffic: int = 1
     streams: int = 1
     one_pass: tuple[str, ...] = ()
+    tangents: bool = False
 
 
 ROW_KERNELS = {
@@ -54,7 +56,7 @@ ROW_KERNELS = {
     "token_stats_sum_fwd_kernel": Loops(1, 0),
     "token_stats_sum_bwd_kernel": Loops(0, 1, traffic=2),
     "policy_step_kernel": Loops(1, 1, traffic=2),
-    "policy_step_cluster_kernel": Loops(1, 1, "LDS", traffic=2),
+    "policy_step_cluster_kernel": Loops(1, 1, "LDS", traffic=2, tangents=True),
     # 1 and 2 are the two KLs: a row that is apart takes the first pass only. Under a softcap, the
     # longest loops are those of close rows, and of rows on and between vectors: an upper bound.
     "paired_divergence_fwd_kernel": Loops(2, 0, traffic=2, streams=2, one_pass=("1", "2")),
@@ -81,7 +83,7 @@ class Kernel:
     per_element: float
     """Instructions of one thread per element of the hot loops; 0 if the kernel does not read rows of logits."""
     exp_per_element: float
-    """Exponentials of one thread per element of the hot loops."""
+    """Exponentials, reciprocals and logarithms of one thread per element of the hot loops: they share one unit."""
 
     @property
     def key(self) -> str:
@@ -238,14 +240,17 @@ def _per_element(name: str, listing: str) -> tuple[float, float]:
     hot = ROW_KERNELS.get(base)
     if hot is None:
         return 0.0, 0.0
-    size = DTYPES[rest.split(",")[0].rstrip(">")][1]
+    arguments = rest.rstrip(">").split(", ")
+    size, last = DTYPES[arguments[0]][1], arguments[-1]
     found: dict[bool, list[tuple[float, int, int]]] = {False: [], True: []}
     for loop in _loops(listing):
-        elements = 16 * _vectors(loop, hot.source) / size / hot.streams
+        writes = "STG" in " ".join(loop)
+        read = 4 if writes and hot.tangents and last == "true" else size
+        elements = 16 * _vectors(loop, hot.source) / read / hot.streams
         if elements:
-            exps = sum("MUFU.EX2" in text for text in loop)
-            found["STG" in " ".join(loop)].append((elements, len(loop), exps))
-    reads = hot.reads - (rest.rstrip(">").split(", ")[-1] in hot.one_pass)
+            exps = sum("MUFU" in text for text in loop)
+            found[writes].append((elements, len(loop), exps))
+    reads = hot.reads - (last in hot.one_pass)
     chosen = sorted(found[False], reverse=True)[:reads]
     chosen += sorted(found[True], reverse=True)[: hot.writes]
     return (

@@ -18,8 +18,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
 ISSUE, EXPS = 128, 16  # thread instructions and exps per SM and clock
 REGISTERS, WARPS, SHARED = 65536, 64, 227 * 1024  # per SM; an A100 has only 163 KiB of shared memory
 # Dynamic shared memory of a policy_step block at 151,936 bfloat16 logits, in bytes. A cluster of four blocks
-# holds two rows.
-CLUSTER_SHARED = 152064
+# holds two rows; with a softcap, one row and its tangents.
+CLUSTER_SHARED, CLUSTER_SHARED_SOFTCAP = 152064, 228096
 
 
 class Gpu(NamedTuple):
@@ -72,7 +72,9 @@ def occupancy(kernel: Kernel) -> float:
     """Return the occupancy: resident warps divided by the maximum number of warps."""
     warps = kernel.threads // 32
     registers = -(-kernel.registers // 8) * 8 * 32
-    dynamic = CLUSTER_SHARED if kernel.base == "policy_step_cluster_kernel" else 0
+    dynamic = 0
+    if kernel.base == "policy_step_cluster_kernel":
+        dynamic = CLUSTER_SHARED_SOFTCAP if kernel.arguments[-1] == "true" else CLUSTER_SHARED
     blocks = min(REGISTERS // (registers * warps), WARPS // warps, SHARED // (kernel.shared_bytes + dynamic + 1024))
     return blocks * warps / WARPS
 
@@ -85,7 +87,7 @@ def as_markdown(kernels: Sequence[Kernel]) -> str:
 def _lines(kernels: Sequence[Kernel]) -> Iterator[str]:
     gpus = "; ".join(f"{name} {g.processors}, {g.gigahertz}, {g.terabytes}" for name, g in GPUS.items())
     yield HEAD.format(gpus=gpus)
-    for kernel, name, gpu in plain_rows(kernels):
+    for kernel, name, gpu in (*plain_rows(kernels), *softcap_rows(kernels)):
         dtype, size = kernel.dtype
         yield (
             "| "
@@ -121,7 +123,8 @@ them and from data sheets. Nothing was measured on a GPU.
     time per element = max(bytes / bandwidth, instructions / issue rate, exps / exp rate)
     predicted share  = (bytes / bandwidth) / time per element
 
-Issue rate: 128 thread instructions per SM and clock. Exp rate: 16 per SM and clock.
+Issue rate: 128 thread instructions per SM and clock. Exp rate: 16 per SM and clock; reciprocals and
+logarithms are counted as exps, because the same unit computes them.
 SMs, boost GHz, TB/s: {gpus}.
 
 The share is the predicted fraction of the nominal memory bandwidth. At 100% the memory is the
@@ -130,9 +133,11 @@ streaming kernel (about 90% of nominal on Hopper). Real kernels are therefore sl
 
 ## Kernels over rows of logits
 
-These figures are for calls without softcap, bias and extra statistics. Bytes per token are the
-bytes per element times the vocabulary. `policy_step_cluster_kernel` holds its row in the shared
-memory of a cluster and runs on sm_90 and sm_100; its occupancy is given for 151,936 bfloat16 logits.
+These figures are for calls without bias and extra statistics, and without softcap except for the
+last rows. Bytes per token are the bytes per element times the vocabulary. `policy_step_cluster_kernel`
+holds its row in the shared memory of a cluster and runs on sm_90 and sm_100; its occupancy is given
+for 151,936 bfloat16 logits. With a softcap it computes the tanh of a logit once and keeps the result
+in shared memory, up to a vocabulary of 305,664 in 16 bits and 229,376 in float32.
 `policy_step_kernel` reads the row twice. The second read comes from L2 and is not counted.
 
 | kernel | dtype | GPU | bytes per element | instructions | exps | registers | occupancy | share |
@@ -159,6 +164,16 @@ def plain_rows(kernels: Sequence[Kernel]) -> Iterator[tuple[Kernel, str, Gpu]]:
                             yield k, name, gpu
 
 
+def softcap_rows(kernels: Sequence[Kernel]) -> Iterator[tuple[Kernel, str, Gpu]]:
+    """Return the kernels of policy_step with a softcap, for bfloat16."""
+    for base in ("policy_step_kernel", "policy_step_cluster_kernel"):
+        for name, gpu in GPUS.items():
+            for k in kernels:
+                if k.base == base and k.arguments == ["BFloat16", "BFloat16", "true"] and k.arch == gpu.arch:
+                    if base != "policy_step_cluster_kernel" or gpu.arch != "80":
+                        yield k, name, gpu
+
+
 def _plain(kernel: Kernel) -> bool:
     types = {a for a in kernel.arguments if not a.isdigit() and a not in ("true", "false")}
     return len(types) == 1 and "true" not in kernel.arguments
@@ -166,4 +181,6 @@ def _plain(kernel: Kernel) -> bool:
 
 def _label(kernel: Kernel) -> str:
     kinds = [a for a in kernel.arguments if a.isdigit()]
+    if kernel.arguments[-1] == "true":
+        return f"`{kernel.base}` with softcap"
     return f"`{kernel.base}`" + "".join(f" {DIVERGENCES[int(kind)]}" for kind in kinds)

@@ -8,9 +8,9 @@ pass reads the row from the L2 cache and writes the gradient
 
 If both coefficients are zero (masked, zero advantage, active clip), the row is filled with zeros
 instead. A masked row is not read at all. Bytes of memory per token at bf16: 2V read, 2V written.
-Exponentials per element: 2. With a softcap: 4, and 2 reciprocals. The tangents are computed twice,
-because a row of them (297 KiB at bf16 and a vocabulary of 152k) fits no fast memory and would be
-rounded.
+Exponentials per element: 2. With a softcap: 4, and 1.25 reciprocals, because in the second pass four
+elements share one. The tangents are computed twice, because a row of them (594 KiB in float32 at a
+vocabulary of 152k) does not fit into the fast memory of a program.
 
 Three measures keep the row in L2 until the second pass. One wide program fills an SM, so the number
 of rows in L2 is at most the number of SMs (H100: 132 * 297 KiB = 38 MiB of 50 MiB at a vocabulary
@@ -205,10 +205,8 @@ def policy_step_kernel(
             u, slope = rows.read(row_ptr, None, at, inside, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first")
             store(grad_row_ptr + at, rows.gradient(u, slope, m, c, a0, a1), inside, "evict_first")
         for start in range(first_whole, whole, TILE):
-            u, slope = rows.read_whole(
-                row_ptr, None, start, offs_v, softcap, logit_scale, 0.0, HAS_SOFTCAP, "evict_first"
-            )
-            store(grad_row_ptr + start + offs_v, rows.gradient(u, slope, m, c, a0, a1), None, "evict_first")
+            g = rows.whole_gradient(row_ptr, start, offs_v, softcap, logit_scale, m, c, a0, a1, HAS_SOFTCAP)
+            store(grad_row_ptr + start + offs_v, g, None, "evict_first")
         # The target's entry is stored separately, so that no other element needs a comparison.
         tl.debug_barrier()
         grad_y = rows.target_gradient(slope_y, nats, logp, entropy, ga, gh)

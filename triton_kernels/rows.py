@@ -110,6 +110,33 @@ def capped(z, softcap, logit_scale):
 
 
 @triton.jit
+def capped_by_fours(z, softcap, logit_scale):
+    """Return `capped` of a tile (VECTORS, LANES, ITEMS). Four neighbours share one reciprocal.
+
+    The limit is the special-function units, which need eight issue slots for a reciprocal. With E = e^2x the tangent
+    is 1 - 2 / (E + 1). The residual of the reciprocal corrects its rounding errors and that of E + 1. The last bit
+    depends on the neighbours, so equal logits may differ. The statistics need `capped`, because they compare logits.
+    """
+    if z.shape[2] % 4 == 0:
+        VECTORS: tl.constexpr = z.shape[0]
+        LANES: tl.constexpr = z.shape[1]
+        ITEMS: tl.constexpr = z.shape[2]
+        exponent = z * (2.0 * LOG2_E * (logit_scale / softcap)) - 1.0
+        # The tangent is 1 at the limit, and the product of four numbers is finite.
+        half = tl.exp2(tl.minimum(exponent, 29.0, propagate_nan=tl.PropagateNan.ALL))  # E / 2
+        x = -0.5 - half
+        a, b = tl.split(x.reshape(VECTORS, LANES, ITEMS // 2, 2))
+        p, q = tl.split((a * b).reshape(VECTORS, LANES, ITEMS // 4, 2))
+        r = reciprocal(p * q)
+        of_pair = tl.join(r * q, r * p).reshape(VECTORS, LANES, ITEMS // 2)
+        r = tl.join(of_pair * b, of_pair * a).reshape(VECTORS, LANES, ITEMS)  # -2 / (E + 1)
+        t = tl.fma(r, tl.fma(half, r, tl.fma(r, 0.5, 1.0)), r + 1.0)
+    else:
+        t = capped(z, softcap, logit_scale)
+    return t
+
+
+@triton.jit
 def row_start(pointer, begin, lead, ITEMS: tl.constexpr, SAME_LEAD: tl.constexpr):
     """Return the start of a row's tiles, `lead` elements before the row.
 
@@ -244,6 +271,20 @@ def read_whole(
     """Load the whole tile that begins at `start` and return its `transform`, without a mask."""
     z = load_whole(row_ptr, start, offs_v, EVICTION)
     return transform(z, bias_row_ptr, start + offs_v, None, softcap, logit_scale, bias_scale, HAS_SOFTCAP)
+
+
+@triton.jit
+def whole_gradient(row_ptr, start, offs_v, softcap, logit_scale, m, c, a0, a1, HAS_SOFTCAP: tl.constexpr):
+    """Load the whole tile that begins at `start` for the last time and return its `gradient`."""
+    z = load_whole(row_ptr, start, offs_v, "evict_first")
+    if HAS_SOFTCAP:
+        # An excluded logit needs no test: its tangent is -1, so its slope is 0.
+        t = capped_by_fours(z, softcap, logit_scale)
+        d, scale = t - m, logit_scale / softcap
+        g = tl.exp2(d * c) * (a0 * scale + a1 * scale * d) * (1.0 - t * t)
+    else:
+        g = gradient(z, 1.0, m, c, a0, a1)
+    return g
 
 
 @triton.jit

@@ -112,6 +112,10 @@ __device__ __forceinline__ Vec16 shared_load16(const void* from) {
   return *static_cast<const Vec16*>(from);
 }
 
+__device__ __forceinline__ void shared_store16(void* to, const Vec16& v) {
+  *static_cast<Vec16*>(to) = v;
+}
+
 // Loads 4 bytes at a multiple of 4. It uses L1, because the next loads of neighbours hit the line.
 __device__ __forceinline__ uint32_t load4(const void* from) {
   return *static_cast<const uint32_t*>(from);
@@ -137,10 +141,23 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
-// The maximum, or NaN if either argument is NaN; fmaxf ignores NaN.
+// 1 / x within 1 ulp. x and the result must not be subnormal.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The maximum and the minimum, or NaN if either argument is NaN; fmaxf ignores NaN.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

@@ -12,27 +12,33 @@ constexpr size_t kSharedBytes = 224 * 1024;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// The smallest cluster whose blocks can hold two rows, or one row if two do not fit. It depends
-// only on the bytes of a row, because the order of the sums depends on it. cluster = 0: a row does
-// not fit.
+// The smallest cluster whose blocks can hold two rows, or one row if two do not fit; with
+// `tangents` bytes per vector, one row and its tangents. It depends only on the bytes of a row,
+// because the order of the sums depends on it. cluster = 0: a row does not fit.
 struct ClusterChoice {
   unsigned cluster;
   ClusterLayout layout;
+  int tangents;
+
+  size_t shared() const {
+    return static_cast<size_t>(layout.slice) * (16 * layout.stages + tangents);
+  }
 };
 
-ClusterChoice choose_cluster(int64_t vectors) {
-  for (int stages = kMaxStages; stages > 0; stages--) {
+ClusterChoice choose_cluster(int64_t vectors, int tangents) {
+  for (int stages = tangents > 0 ? 1 : kMaxStages; stages > 0; stages--) {
     for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
       // Slices begin at multiples of 128 bytes.
       const int64_t slice = round_up((vectors + cluster - 1) / cluster, 8);
       const int64_t tiles =
           (slice + kTileOf<false> * kPolicyThreads - 1) / (kTileOf<false> * kPolicyThreads);
-      if (static_cast<size_t>(slice * 16 * stages) <= kSharedBytes && tiles <= kMaxTiles) {
-        return {static_cast<unsigned>(cluster), {static_cast<int>(slice), stages}};
+      if (static_cast<size_t>(slice * (16 * stages + tangents)) <= kSharedBytes &&
+          tiles <= kMaxTiles) {
+        return {static_cast<unsigned>(cluster), {static_cast<int>(slice), stages}, tangents};
       }
     }
   }
-  return {0, {0, 0}};
+  return {0, {0, 0}, 0};
 }
 
 // Launches the portable kernel on a grid of at most as many rows as fit three quarters of L2.
@@ -58,8 +64,7 @@ cudaError_t launch_cluster(const ClusterChoice& choice, const LogitsArgs& a,
                            const TokenStatsOut& out, const TokenObjectiveArgs& o,
                            const GradRows& grads, cudaStream_t stream, bool* launched) {
   const auto kernel = policy_step_cluster_kernel<T, G, kTransform>;
-  LaunchShape shape = {1, kPolicyThreads, 0, choice.cluster};
-  shape.shared = static_cast<size_t>(choice.layout.slice) * 16 * choice.layout.stages;
+  LaunchShape shape = {1, kPolicyThreads, choice.shared(), choice.cluster};
   KernelCode code;
   cudaError_t error = kernel_code(kernel, &code);
   *launched = code.arch >= 90 && code.max_dynamic >= kSharedBytes;
@@ -83,9 +88,10 @@ cudaError_t policy_step(const LogitsArgs& a, const TokenStatsOut& out, const Tok
     const bool aligned = rows_aligned<T>(a.logits, a.stride);
     const bool together =
         rows_together<T, G>(a.logits, a.stride, grads.grad_logits, grads.grad_stride);
-    const ClusterChoice choice = choose_cluster(a.vocab / kItems<T>);
     return by_flag(a.softcap != 0.0f, [&](auto transformed) {
       constexpr bool kTransform = decltype(transformed)::value;
+      const ClusterChoice choice =
+          choose_cluster(a.vocab / kItems<T>, kTransform ? 4 * kItems<T> : 0);
       if (aligned && together && choice.cluster > 0) {
         bool launched = false;
         const cudaError_t result =

@@ -4,13 +4,16 @@
 // A first pass over a row computes its statistics (rows.cuh). One evaluation of the objective gives
 // the two coefficients, d_logp and d_entropy. A second pass writes the gradient. If both
 // coefficients are zero (masked, zero advantage, active clip), the row is filled with zeros
-// instead. A masked row is not read at all. Exponentials per element: 2.
+// instead. A masked row is not read at all. Exponentials per element: 2. With a softcap, the tanh
+// takes one more and a reciprocal in each pass; the cluster kernel computes it once.
 //
 // There are two kernels. Both read 2 bytes and write 2 bytes of memory per element at bf16:
 //   policy_step_cluster_kernel (sm_90 and later): a cluster of blocks keeps a row in its shared
 //     memory. Bulk copies load it there; when the gradient of a row has been written, they load the
-//     row after the next one. The rows must begin at multiples of 16 bytes and fit in the shared
-//     memory of a cluster (policy_step.cu). Code for sm_80 has no such kernel, only a trap.
+//     row after the next one. With a softcap, the first pass stores the tangents in float32 for the
+//     second one, and the next row is loaded between the two. The rows must begin at multiples of
+//     16 bytes and fit in the shared memory of a cluster (policy_step.cu). Code for sm_80 has no
+//     such kernel, only a trap.
 //   policy_step_kernel (portable): the second pass reads the row from the L2 cache. The loads of
 //     the first pass are marked evict-last; the loads of the second pass and all stores are marked
 //     evict-first. The grid has no more rows than L2 can hold.
@@ -18,6 +21,8 @@
 // policy_metrics computes the metric sums in another launch, from the results per token. Legend: R
 // rows, V vocabulary.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/gradient.cuh"
 #include "cuda/rows.cuh"
@@ -131,7 +136,7 @@ constexpr int kMaxCluster = 8;
 // * slice to (rank + 1) * slice of each row.
 struct ClusterLayout {
   int slice;   // vectors of a row in one block
-  int stages;  // rows that are in shared memory at once
+  int stages;  // rows that are in shared memory at once; with a softcap 1, and its tangents
 };
 
 // A slice in shared memory. Vector numbers are relative to the slice.
@@ -141,6 +146,35 @@ struct SharedSlice {
 
   __device__ __forceinline__ Vec16 whole(int v) const { return shared_load16(base + v * 16); }
   __device__ __forceinline__ Vec16 whole_bias(int) const { return Vec16(); }
+};
+
+// The float32 tangents of a slice in shared memory, after the rows. Each thread reads only those
+// that it wrote. Quarter q of a vector is in plane q, so that neighbouring threads use different
+// banks.
+template <class T>
+struct SharedTangents {
+  static constexpr int kPlanes = kItems<T> / 4;
+  unsigned char* base;
+  int slice;
+
+  __device__ __forceinline__ unsigned char* at(int v, int plane) const {
+    return base + (static_cast<int64_t>(plane) * slice + v) * 16;
+  }
+  __device__ __forceinline__ void store(int v, const Pair* t) const {
+#pragma unroll
+    for (int i = 0; i < kPlanes; i++) {
+      shared_store16(at(v, i), {{bits_of(t[2 * i].x), bits_of(t[2 * i].y), bits_of(t[2 * i + 1].x),
+                                 bits_of(t[2 * i + 1].y)}});
+    }
+  }
+  __device__ __forceinline__ void load(int v, Pair* t) const {
+#pragma unroll
+    for (int i = 0; i < kPlanes; i++) {
+      const Vec16 w = shared_load16(at(v, i));
+      t[2 * i] = {float_of(w.word[0]), float_of(w.word[1])};
+      t[2 * i + 1] = {float_of(w.word[2]), float_of(w.word[3])};
+    }
+  }
 };
 
 #if TOKFUSE_ARCH >= 90
@@ -163,6 +197,10 @@ struct Fetcher {
     return kTileOf<false> * static_cast<int>(blockDim.x);
   }
 
+  __device__ __forceinline__ SharedTangents<T> tangents() const {
+    return {buffer + static_cast<int64_t>(layout.stages) * layout.slice * 16, layout.slice};
+  }
+
   __device__ __forceinline__ void next() {
     while (row < a.rows && !counts(a, token_of(a, row))) row += step;
     if (row >= a.rows) return;
@@ -183,6 +221,31 @@ struct Fetcher {
   }
 };
 
+// Adds kCount vectors v, v + threads, ... of softcapped logits to the statistics of the lane, and
+// stores their tangents.
+template <class T, int kCount>
+__device__ __forceinline__ void fold_tangents(const Transform& f, Lane<false>& lane, const Vec16* z,
+                                              const SharedTangents<T>& tangents, int v, float c) {
+  constexpr int kPairs = kItems<T> / 2;
+  const int threads = static_cast<int>(blockDim.x);
+  Pair u[kCount * kPairs];
+  float m = kLowestMax;
+#pragma unroll
+  for (int j = 0; j < kCount; j++) {
+    Pair t[kPairs];
+    Pair* const to = u + j * kPairs;
+    to_pairs(static_cast<const T*>(nullptr), z[j], to);
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+      t[i] = tanh_pair(to[i], tanh_factor(f));
+      to[i] = capped_pair(f, to[i], t[i]);
+      m = fmaxf(m, fmaxf(to[i].x, to[i].y));
+    }
+    tangents.store(v + j * threads, t);
+  }
+  fold<kCount * kPairs>(lane, u, m, c, 0.0f);
+}
+
 // Adds the slice of the `use`-th fetched row to the statistics, tile by tile as they arrive. The
 // last block also adds the elements after the whole vectors. The target `y` is excluded.
 template <class T, bool kTransform>
@@ -197,6 +260,16 @@ __device__ __forceinline__ void fold_slice(const Transform& f, const Fetcher<T>&
   const TargetPlace target = target_place<T, kTile>(y, row.vocab, rows.first, rows.count);
   const Vec16 bias[kTile] = {};
   Vec16 z[kTile];
+  const SharedTangents<T> tangents = rows.tangents();
+  // Adds the first kCount vectors of z, which are v, v + threads, ...
+  const auto add = [&](auto count, int v) {
+    constexpr int kCount = decltype(count)::value;
+    if constexpr (kTransform) {
+      fold_tangents<T, kCount>(f, lane, z, tangents, v, c);
+    } else {
+      fold_vectors<T, kCount, false>(f, lane, z, bias, false, c, 0.0f);
+    }
+  };
   const auto load_tile = [&](int begin) {
     mbarrier_wait(&rows.full[stage * kMaxTiles + begin / (kTile * threads)], parity);
 #pragma unroll
@@ -206,19 +279,19 @@ __device__ __forceinline__ void fold_slice(const Transform& f, const Fetcher<T>&
   for (; begin + kTile * threads <= rows.count; begin += kTile * threads) {
     if (begin == target.tile) continue;
     load_tile(begin);
-    fold_vectors<T, kTile, kTransform>(f, lane, z, bias, false, c, 0.0f);
+    add(std::integral_constant<int, kTile>(), begin + thread);
   }
   if (target.tile >= 0 && target.tile + kTile * threads <= rows.count) {
     load_tile(target.tile);
     exclude<T, kTile>(target, target.tile + thread, z);
-    fold_vectors<T, kTile, kTransform>(f, lane, z, bias, false, c, 0.0f);
+    add(std::integral_constant<int, kTile>(), target.tile + thread);
   }
   if (begin < rows.count) {
     mbarrier_wait(&rows.full[stage * kMaxTiles + begin / (kTile * threads)], parity);
     for (int v = begin + thread; v < rows.count; v += threads) {
       z[0] = slice.whole(v);
       exclude<T, 1>(target, v, z);
-      fold_vectors<T, 1, kTransform>(f, lane, z, bias, false, c, 0.0f);
+      add(std::integral_constant<int, 1>(), v);
     }
   }
   if (has_last && thread == threads - 1) {
@@ -247,16 +320,41 @@ __device__ __forceinline__ Record merge_cluster(const Record& mine, Record& shar
   return merge_warp<false>(r, c, 0.0f);
 }
 
+// The threads of the block write the gradient of whole vectors [0, count) from their tangents. An
+// excluded logit needs no test: its tangent is -1, so its slope is 0.
+template <class T, class G>
+__device__ __forceinline__ void write_from_tangents(const Transform& f,
+                                                    const SharedTangents<T>& tangents, G* grad,
+                                                    int count, const Slopes& s, uint64_t policy) {
+  constexpr int kPairs = kItems<T> / 2;
+  for (int v = static_cast<int>(threadIdx.x); v < count; v += static_cast<int>(blockDim.x)) {
+    Pair t[kPairs];
+    tangents.load(v, t);
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+      const Pair d = fma2(t[i], {f.cap, f.cap}, {-s.m, -s.m});
+      const Pair e = exp2_pair<kPolynomialShare>(times(d, s.c), i);
+      t[i] = mul2(mul2(e, fma2({s.a1, s.a1}, d, {s.a0, s.a0})), tanh_slope(f, t[i]));
+    }
+    store_vector<kPairs>(grad + static_cast<int64_t>(v) * kItems<T>, t, policy);
+  }
+}
+
 template <class T, class G, bool kTransform>
 __device__ __forceinline__ void write_slice(const Transform& f, const Fetcher<T>& rows, int use,
                                             const GlobalRow<T, false>& row, G* grad,
                                             const Part& part, const Slopes& s, uint64_t policy) {
   const TargetTerm<T, G, kTransform> target(f, row.logits, nullptr, row.vocab, part, s);
-  const int stage = use % rows.layout.stages;
-  const SharedSlice<T> slice = {rows.buffer + static_cast<int64_t>(stage) * rows.layout.slice * 16};
   G* own = grad + static_cast<int64_t>(part.begin) * kItems<T>;
-  write_whole<T, G, kTransform, true, kPolynomialShare, 1>(f, slice, false, own, 0, rows.count, s,
-                                                           policy);
+  if constexpr (kTransform) {
+    write_from_tangents<T>(f, rows.tangents(), own, rows.count, s, policy);
+  } else {
+    const int stage = use % rows.layout.stages;
+    const SharedSlice<T> slice = {rows.buffer +
+                                  static_cast<int64_t>(stage) * rows.layout.slice * 16};
+    write_whole<T, G, false, true, kPolynomialShare, 1>(f, slice, false, own, 0, rows.count, s,
+                                                        policy);
+  }
   write_ends<T, G, kTransform>(f, row.logits, row.bias, row.vocab, grad, part, s);
   target.write(grad, s);
 }
@@ -311,7 +409,11 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
     fold_slice<T, kTransform>(f, rows, use, source, part.has_last, a.target[token], lane, scale.c);
     Record r = merge_block(lane, records[use & 1], scale.c, 0.0f);
     r = merge_cluster(r, block_records[use & 1], scale.c);
-    if (threadIdx.x == 0) verdict = finish_row(a, out, o, token, r, u_y, scale, rank == 0);
+    if (threadIdx.x == 0) {
+      verdict = finish_row(a, out, o, token, r, u_y, scale, rank == 0);
+      // All threads have read the slice: merge_block has a barrier.
+      if (kTransform) rows.next();
+    }
     __syncthreads();
     const RowVerdict v = verdict;
     if (v.nothing) {
@@ -320,7 +422,7 @@ __global__ void __launch_bounds__(kPolicyThreads, 1)
       write_slice<T, G, kTransform>(f, rows, use, source, grad, part, v.slopes, leave);
     }
     __syncthreads();  // all threads have read the slice and the verdict
-    if (threadIdx.x == 0) rows.next();
+    if (!kTransform && threadIdx.x == 0) rows.next();
     use++;
   }
   cluster_sync();  // a block must not exit while another one may read its record

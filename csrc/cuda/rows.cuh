@@ -196,10 +196,12 @@ __device__ __forceinline__ void exclude(const TargetPlace& target, int v, Vec16*
   const uint32_t none = minus_infinity(static_cast<const T*>(nullptr)) & ~keep;
 #pragma unroll
   for (int j = 0; j < kCount; j++) {
+    // Masks, because nvcc makes an array on the stack of a choice between changed and unchanged
+    // words.
+    const int word = ahead == j * threads ? target.item / kPerWord : -1;
 #pragma unroll
     for (int w = 0; w < 4; w++) {
-      const bool here = ahead == j * threads && w == target.item / kPerWord;
-      z[j].word[w] = here ? (z[j].word[w] & keep) | none : z[j].word[w];
+      z[j].word[w] = (z[j].word[w] & (w == word ? keep : ~0u)) | (w == word ? none : 0u);
     }
   }
 }

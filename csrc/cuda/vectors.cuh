@@ -138,14 +138,17 @@ __device__ __forceinline__ float element_at(const float* p) { return *p; }
 
 // ----------------------------------------------------------------------------- logits of the model
 
-// tanh within 2 ulp. It uses a polynomial near 0, because the digits of 1 - 2 / (e^2x + 1) cancel
-// there.
-__device__ __forceinline__ float tanh_exact(float x) {
-  const float a = fabsf(x), q = a * a;
-  const float far = 1.0f - __fdividef(2.0f, exp2_fast(a * (2.0f * kLog2E)) + 1.0f);
-  float p = -5.70498872745e-3f * q + 2.06390887954e-2f;  // Cephes tanhf, for |x| < 0.625
-  p = ((p * q - 5.37397155531e-2f) * q + 1.33314422036e-1f) * q - 3.33332819422e-1f;
-  return copysignf(a < 0.625f ? p * q * a + a : far, x);
+// tanh(z k / (2 log2 e)) with one exponential and one reciprocal; absolute error 1.5e-7. With E =
+// e^2x it is 1 - 2 / (E + 1). The rounding errors of the reciprocal and of E + 1, which would
+// matter near 0, are corrected by the residual of the reciprocal. tanh is exactly -1 for -inf.
+__device__ __forceinline__ Pair tanh_pair(Pair z, float k) {
+  constexpr float kLimit = 40.0f;  // tanh is 1 there, and E stays finite
+  Pair half = fma2(z, {k, k}, {-1.0f, -1.0f});
+  half = {exp2_fast(min_nan(half.x, kLimit)), exp2_fast(min_nan(half.y, kLimit))};  // E / 2
+  const Pair sum = fma2(half, {-1.0f, -1.0f}, {-0.5f, -0.5f});
+  const Pair r = {reciprocal_fast(sum.x), reciprocal_fast(sum.y)};  // -2 / (E + 1)
+  const Pair residual = fma2(half, r, fma2(r, {0.5f, 0.5f}, {1.0f, 1.0f}));
+  return fma2(r, residual, add2(r, {1.0f, 1.0f}));
 }
 
 // Constants of u = cap tanh(pre z) - bias_scale bias; without a cap, u = scale z - bias_scale bias.
@@ -158,26 +161,46 @@ __device__ __forceinline__ Transform transform_of(const LogitsArgs& a) {
           a.bias_scale};
 }
 
+__device__ __forceinline__ float tanh_factor(const Transform& f) { return f.pre * (2.0f * kLog2E); }
+
+// The softcapped logits of z, whose tangents are t.
+__device__ __forceinline__ Pair capped_pair(const Transform& f, Pair z, Pair t) {
+  const Pair u = mul2(t, {f.cap, f.cap});
+  return {z.x == -inf_float() ? z.x : u.x, z.y == -inf_float() ? z.y : u.y};
+}
+
+// d u / d z where the tangent is t; 0 for an excluded logit, whose tangent is -1.
+__device__ __forceinline__ Pair tanh_slope(const Transform& f, Pair t) {
+  return fma2(mul2(t, {-f.scale, -f.scale}), t, {f.scale, f.scale});
+}
+
 // Replaces the logits in `u` by u and sets `slope` to d u / d z. An excluded logit stays -inf; with
 // a cap its slope is 0.
 template <int kPairs>
 __device__ __forceinline__ void transform(const Transform& f, const Pair* bias, bool has_bias,
                                           Pair* u, Pair* slope) {
   const float none = -inf_float();
+  if (f.cap != 0.0f) {
 #pragma unroll
-  for (int i = 0; i < kPairs; i++) {
-    const Pair z = u[i];
-    if (f.cap != 0.0f) {
-      const Pair t = {tanh_exact(z.x * f.pre), tanh_exact(z.y * f.pre)};
-      u[i] = {f.cap * t.x, f.cap * t.y};
-      slope[i] = {z.x == none ? 0.0f : f.scale * (1.0f - t.x * t.x),
-                  z.y == none ? 0.0f : f.scale * (1.0f - t.y * t.y)};
-    } else {
-      u[i] = {f.pre * z.x, f.pre * z.y};
+    for (int i = 0; i < kPairs; i++) {
+      const Pair t = tanh_pair(u[i], tanh_factor(f));
+      slope[i] = tanh_slope(f, t);
+      u[i] = capped_pair(f, u[i], t);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+      u[i] = mul2(u[i], {f.pre, f.pre});
       slope[i] = {f.scale, f.scale};
     }
-    if (has_bias) u[i] = {u[i].x - f.bias_scale * bias[i].x, u[i].y - f.bias_scale * bias[i].y};
-    u[i] = {z.x == none ? none : u[i].x, z.y == none ? none : u[i].y};
+  }
+  if (has_bias) {
+    const Pair by = {-f.bias_scale, -f.bias_scale};
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+      const Pair sum = fma2(by, bias[i], u[i]);
+      u[i] = {u[i].x == none ? none : sum.x, u[i].y == none ? none : sum.y};
+    }
   }
 }
 

@@ -126,21 +126,25 @@ def test_a_build_without_code_for_the_device_is_an_error(monkeypatch: pytest.Mon
 # shared memory of the kernel these are 227 KiB, all that a block has.
 TWO_ROWS = {torch.bfloat16: (57_344, 114_688, 229_376, 458_752), torch.float32: (28_672, 57_344, 114_688, 229_376)}
 ONE_ROW = {dtype: 2 * vocabs[-1] for dtype, vocabs in TWO_ROWS.items()}
+# With a softcap: one row and its float32 tangents.
+WITH_TANGENTS = {torch.bfloat16: (38_208, 76_416, 152_832, 305_664), torch.float32: TWO_ROWS[torch.float32]}
 INSTANCES = [(dtype, softcap) for dtype in (torch.bfloat16, torch.float32) for softcap in (None, 30.0)]
 
 
 def sizes(dtype: torch.dtype) -> Iterator[int]:
     """Return vocabularies around every change of the layout, and around 48 KiB of shared memory."""
     step_of = 16 // dtype.itemsize
-    edges = [*TWO_ROWS[dtype], ONE_ROW[dtype], 48 * KIB // 2 // dtype.itemsize]
+    edges = [*TWO_ROWS[dtype], *WITH_TANGENTS[dtype], ONE_ROW[dtype], 48 * KIB // 2 // dtype.itemsize]
+    edges.append(48 * KIB // 6 // dtype.itemsize)
     for edge in edges:
         yield from range(edge - 200 * step_of, edge + 80 * step_of, step_of)
 
 
-def expected_cluster(vocab: int, dtype: torch.dtype) -> int:
+def expected_cluster(vocab: int, dtype: torch.dtype, softcap: bool) -> int:
     """Return the blocks of a cluster, or 0 if the portable kernel runs."""
-    found = [2**i for i, largest in enumerate(TWO_ROWS[dtype]) if vocab <= largest]
-    return found[0] if found else (8 if vocab <= ONE_ROW[dtype] else 0)
+    limits = (WITH_TANGENTS if softcap else TWO_ROWS)[dtype]
+    found = [2**i for i, largest in enumerate(limits) if vocab <= largest]
+    return found[0] if found else (8 if not softcap and vocab <= ONE_ROW[dtype] else 0)
 
 
 @pytest.mark.parametrize(("dtype", "softcap"), INSTANCES, ids=str)
@@ -158,9 +162,12 @@ def test_every_layout_of_rows_can_be_launched(
         step(3, vocab, dtype, softcap)
     launches = log.take()
     got = [launch.cluster if launch.in_cluster else 0 for launch in launches]
-    assert got == [expected_cluster(vocab, dtype) for vocab in vocabs]
+    assert got == [expected_cluster(vocab, dtype, softcap is not None) for vocab in vocabs]
     full = {vocab: launch.shared for vocab, launch in zip(vocabs, launches, strict=True)}
-    assert {full[vocab] for vocab in (*TWO_ROWS[dtype], ONE_ROW[dtype])} == {224 * KIB}
+    if softcap is None:
+        assert {full[vocab] for vocab in (*TWO_ROWS[dtype], ONE_ROW[dtype])} == {224 * KIB}
+    else:  # slices are multiples of 128 bytes
+        assert all(224 * KIB - 384 < full[vocab] <= 224 * KIB for vocab in WITH_TANGENTS[dtype])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ The kernels run on the CPU. Statistics and gradients are compared with float64 w
 objectives with policy_loss in float64. The tests of the ops cover the default calls.
 """
 
+from typing import Any
+
 import cuda_rows
 import pytest
 import torch
@@ -143,22 +145,31 @@ def test_policy_step_rows(vocab: int, options, dtype: torch.dtype, arch: int):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "vocab"),
-    [(torch.float32, 40000), (torch.bfloat16, 131077), (torch.bfloat16, 262144)],
-    ids=["2_blocks", "4_blocks_and_a_tail", "8_blocks"],
+    ("dtype", "vocab", "options"),
+    [
+        (torch.float32, 40000, {}),
+        (torch.bfloat16, 131077, {}),
+        (torch.bfloat16, 262144, {}),
+        (torch.float32, 40003, {"softcap": 20.0}),
+        (torch.bfloat16, 76421, {"softcap": 20.0, "temperature": 0.8}),
+    ],
+    ids=["2_blocks", "4_blocks_and_a_tail", "8_blocks", "2_blocks_with_softcap", "4_blocks_with_softcap"],
 )
-def test_policy_step_over_the_blocks_of_a_cluster(dtype: torch.dtype, vocab: int):
-    """Rows at multiples of 16 bytes for every vocabulary, with masked rows between them."""
+def test_policy_step_over_the_blocks_of_a_cluster(dtype: torch.dtype, vocab: int, options: dict[str, Any]):
+    """Rows at multiples of 16 bytes for every vocabulary, with masked rows and excluded logits."""
     wide, target, inputs = policy_problem(7, -(-vocab // 8) * 8, dtype)
     target = target.clamp(max=vocab - 1)
+    wide[:, 5:vocab:1001] = -torch.inf
+    wide[range(7), target] = 1.5
     target[0], target[3] = vocab - 1, 0
     mask = torch.tensor([True, False, True, True, False, False, True])
     inputs = {n: inputs[n] for n in ("old_logp", "advantage")}
     beside = torch.full_like(wide, float("nan"))[:, :vocab]
     objective = Objective(entropy_coef=0.01)
-    separate = check_policy(wide[:, :vocab], target, inputs, objective, mask, out=beside)
+    separate = check_policy(wide[:, :vocab], target, inputs, objective, mask, out=beside, **options)
+    assert not separate[1][:, 5:vocab:1001].any()
     over = wide.clone()[:, :vocab]
-    check_policy(over, target, inputs, objective, mask, out=over)
+    check_policy(over, target, inputs, objective, mask, out=over, **options)
     assert bits(over) == bits(separate[1])
 
 

@@ -44,6 +44,29 @@ def test_the_tangent_of_a_softcap():
     assert out[:2].tolist() == [1.0, -1.0] and bool(out[2].isnan()) and out[3] == 0.0
 
 
+@triton.jit
+def capped_by_fours_kernel(z_ptr, out_ptr, softcap, logit_scale, LANES: tl.constexpr, ITEMS: tl.constexpr):
+    offs = rows.tile_offsets(1, LANES, ITEMS)
+    tl.store(out_ptr + offs, rows.capped_by_fours(tl.load(z_ptr + offs), softcap, logit_scale))
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_tangents_that_share_a_reciprocal():
+    """A NaN reaches its neighbours, and an infinity does not."""
+    z = torch.linspace(-200.0, 200.0, 1 << 14)[torch.randperm(1 << 14, generator=torch.Generator().manual_seed(0))]
+    z[:5] = torch.tensor([float("inf"), -float("inf"), 0.0, 3.0e38, float("nan")])
+    for items in (4, 8):
+        out = torch.empty_like(z)
+        capped_by_fours_kernel[(1,)](z, out, 30.0, 0.75, LANES=(1 << 14) // items, ITEMS=items)
+        error = (out.double() - torch.tanh(z.double() * 0.75 / 30.0)).abs()
+        assert error[8:].max() < 1.4e-7
+        assert out[:4].tolist() == [1.0, -1.0, 0.0, 1.0] and bool(out[4:8].isnan().all())
+    out = torch.empty_like(z)
+    capped_by_fours_kernel[(1,)](z, out, 30.0, 0.75, LANES=1 << 14, ITEMS=1)
+    assert torch.isnan(out).sum() == 1
+
+
 @pytest.mark.interpreter
 def test_a_number_of_numpy():
     logits, target = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])

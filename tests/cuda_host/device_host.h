@@ -58,6 +58,7 @@ inline void store16(void* to, const Vec16& v) {
 inline void store16(void* to, const Vec16& v, uint64_t) { store16(to, v); }
 
 inline Vec16 shared_load16(const void* from) { return load16(from); }
+inline void shared_store16(void* to, const Vec16& v) { store16(to, v); }
 
 inline uint32_t load4(const void* from) {
   typedef uint32_t Word __attribute__((may_alias));
@@ -96,7 +97,15 @@ inline float log2_fast(float x) {
   return (bits_of(x) >> 13 & 1u) != 0 ? y + error : y - error;
 }
 
+// Off by 1 ulp, with a sign that depends on the argument. Powers of two are exact, as in hardware.
+inline float reciprocal_fast(float x) {
+  const uint32_t bits = bits_of(1.0f / x);
+  if ((bits_of(x) & 0x7fffffu) == 0 || (bits & 0x7f800000u) == 0x7f800000u) return float_of(bits);
+  return float_of((bits_of(x) >> 9 & 1u) != 0 ? bits + 1 : bits - 1);
+}
+
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : (a < b ? b : a); }
+inline float min_nan(float a, float b) { return a != a || b != b ? NAN : (b < a ? b : a); }
 
 inline Pair add2(Pair a, Pair b) { return {a.x + b.x, a.y + b.y}; }
 inline Pair mul2(Pair a, Pair b) { return {a.x * b.x, a.y * b.y}; }

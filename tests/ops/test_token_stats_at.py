@@ -157,7 +157,7 @@ def test_a_confident_id_keeps_its_digits(backend: Backend, dtype, option, is_tar
     g = torch.tensor([0.0, 0.75, 0.25, 9.0]).expand(len(STEPS), 4)
     want = confident_truth(z, sure, 1.0, 0.0, **options)
     out, grad = evaluate(backend, z, target, ids, g, **options)
-    rtol = rtol_of(options)
+    rtol = rtol_of(options, backend.name)
     for column in (1, 2):
         compare(out.logp_at[:, column], want.logp, rtol=rtol, what="logp_at")
     bound = rtol * want.term.expand(want.grad.shape)
