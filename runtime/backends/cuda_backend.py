@@ -70,8 +70,9 @@ def place(x: torch.Tensor) -> Any:
     """Return where work on `x` is launched: its device and torch's current stream."""
     if x.device.type != "cuda":
         return launchers().Place(device=0, stream=0)
-    stream = torch.cuda.current_stream(x.device)
-    return launchers().Place(device=stream.device_index, stream=stream.cuda_stream)
+    index = x.device.index
+    # torch.cuda.current_stream makes a Python object, which takes as long as the launch.
+    return launchers().Place(device=index, stream=torch._C._cuda_getCurrentRawStream(index))
 
 
 def sorted_ids(ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:

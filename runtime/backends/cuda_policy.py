@@ -1,5 +1,6 @@
 """Launch the CUDA kernels of policy objectives: over packed tokens, and fused with rows of logits."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +34,10 @@ class CudaInputs(NamedTuple):
     counts: torch.Tensor | None
 
 
-def results_like(vector: torch.Tensor) -> TokenResults:
-    """Return results of zeros for as many tokens as `vector` (tokens,) float32 has."""
-    loss, d_logp, d_entropy, ratio = (torch.zeros_like(vector) for _ in range(4))
-    flags = torch.zeros_like(vector, dtype=torch.int32)
+def results_like(vector: torch.Tensor, like: Callable[..., torch.Tensor]) -> TokenResults:
+    """Return TokenResults for as many tokens as `vector` (tokens,) has; like: `zeros_like` or `empty_like` of torch."""
+    loss, d_logp, d_entropy, ratio = (like(vector) for _ in range(4))
+    flags = like(vector, dtype=torch.int32)
     return TokenResults(loss, d_logp, d_entropy, ratio, flags)
 
 
@@ -127,9 +128,7 @@ def policy_step(
     vector = given.pointers.old_logp
     assert vector is not None
     stats = tuple(torch.empty_like(vector) for _ in range(5))
-    loss, d_logp, d_entropy, ratio = (torch.empty_like(vector) for _ in range(4))
-    flags = torch.empty_like(vector, dtype=torch.int32)
-    out = TokenResults(loss, d_logp, d_entropy, ratio, flags)
+    out = results_like(vector, torch.empty_like)
     grad = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     policy_step_rows(
         logits,

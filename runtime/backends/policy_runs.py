@@ -50,8 +50,8 @@ class RowObjective(NamedTuple):
     """(logits, gradient, index, target, inputs, statistics, results, **options): one chunk."""
     metrics: Callable[[torch.Tensor, torch.Tensor, Any, Any], torch.Tensor]
     """(logp, entropy, inputs, results) -> metric sums (metrics,) float64."""
-    results_like: Callable[[torch.Tensor], Any]
-    """(tokens,) vector -> results of zeros: token_loss, d_logp, d_entropy, ratio, flags."""
+    results_like: Callable[[torch.Tensor, Callable[..., torch.Tensor]], Any]
+    """((tokens,) vector, function that makes a tensor like it) -> token_loss, d_logp, d_entropy, ratio, flags."""
 
 
 def statistics_first(

@@ -1,5 +1,6 @@
 """Launch the Triton kernels of policy objectives: over packed tokens, and fused with rows of logits."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +54,10 @@ _launch_rows = triton_backend.launcher("policy_step", "policy_step_rows")
 _launch_metrics = triton_backend.launcher("policy_metrics", "policy_metrics")
 
 
-def results_like(vector: torch.Tensor) -> Any:
-    """Return TokenResults of zeros for as many tokens as `vector` (tokens,) float32 has."""
+def results_like(vector: torch.Tensor, like: Callable[..., torch.Tensor]) -> Any:
+    """Return TokenResults for as many tokens as `vector` (tokens,) has; like: `zeros_like` or `empty_like` of torch."""
     return triton_backend.kernels("policy_metrics").TokenResults(
-        *(torch.zeros_like(vector) for _ in range(4)), torch.zeros_like(vector, dtype=torch.int32)
+        *(like(vector) for _ in range(4)), like(vector, dtype=torch.int32)
     )
 
 

@@ -205,9 +205,10 @@ def _token_step(
         gradient = torch.zeros_like(p.target, dtype=torch.bool)
     rows = device_head.classify(p, o.mask, gradient)
     head = DeviceHead(p, needs, rows)
-    stats = TokenStats(*(torch.zeros_like(x.old_logp) for _ in range(5)))
-    out = kernels.results_like(x.old_logp)
-    for start, stop in ((0, rows.gradient), (rows.gradient, rows.forward)):
+    like = torch.empty_like if rows.forward == p.tokens else torch.zeros_like  # a row that is left out is 0
+    stats = TokenStats(*(like(x.old_logp) for _ in range(5)))
+    out = kernels.results_like(x.old_logp, like)
+    for start, stop, has_gradient in ((0, rows.gradient, True), (rows.gradient, rows.forward, False)):
         for chunk in head.chunks(start, stop):
             index, h, _ = chunk
             logits = head.logits_of(chunk)
@@ -224,7 +225,7 @@ def _token_step(
                 softcap=o.softcap,
                 logit_scale=o.logit_scale,
             )
-            if start > 0:
+            if not has_gradient:
                 continue
             if p.compact_clipped:
                 live = (out.d_logp[index] != 0) | (out.d_entropy[index] != 0)

@@ -15,9 +15,13 @@ import pytest
 import torch
 from harness import compare, half_ulp
 from logit_cases import FORWARD_ATOL, GRADIENT_RTOL, truth
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import tokfuse
 from tokfuse import Objective
-from tokfuse.runtime.backends import cuda_backend
+from tokfuse.runtime.backends import cuda_backend, policy_runs, value_checks
+from tokfuse.runtime.core import checks
+from tokfuse.runtime.lm_head import device_runs
 
 pytestmark = [pytest.mark.cuda_host, pytest.mark.skipif(not cuda_backend.hosted(), reason="needs TOKFUSE_CUDA_HOST")]
 
@@ -206,6 +210,51 @@ def test_rows_of_two_billion_columns_are_refused():
     logits = torch.empty(1, 2**31, dtype=torch.bfloat16)  # pages that are never touched
     with pytest.raises(ValueError, match="vocab must be < 2"):
         cuda_rows.token_stats_fwd(logits, torch.zeros(1, dtype=torch.long))
+
+
+# -------------------------------------------------------------------------------- small batches
+
+# Operations of torch that launch no kernel.
+FREE = {"detach", "empty", "empty_like", "new_empty", "view", "t", "slice", "alias", "select", "promote_types"}
+
+
+class Operations(TorchDispatchMode):
+    """Record the operations of torch that launch a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).split(".")[1]
+        self.names += [] if name in FREE else [name]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_launches_of_a_small_batch(tokens: int, log: Log, monkeypatch: pytest.MonkeyPatch):
+    """The numbers of docs/cuda.md. Checks of values, which a GPU does not make, are left out."""
+    for module in (value_checks, policy_runs, device_runs, checks):
+        monkeypatch.setattr(module, "may_read", lambda tensor: False)
+    monkeypatch.setenv("TOKFUSE_HOST_DRY", "1")
+    z, target = torch.zeros(tokens, 64, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.long)
+    hidden, weight = (torch.zeros(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, 64))
+    given = {"target": target, "old_logp": torch.zeros(tokens), "advantage": torch.ones(tokens)}
+    given |= {"objective": Objective(), "normalizer": 8.0}
+    calls = {
+        "token_stats": lambda: tokfuse.token_stats(z, target),
+        "policy_step": lambda: tokfuse.policy_step(logits=z, **given),
+        "hidden": lambda: tokfuse.policy_step(hidden=hidden, weight=weight, **given),
+    }
+    found = {}
+    for name, call in calls.items():
+        with tokfuse.backend("cuda"), Operations() as operations:
+            call()
+        found[name] = (len(log.take()), operations.names)
+    assert found["token_stats"] == (1, [])
+    assert found["policy_step"] == (2, ["_to_copy", "div"])
+    own, names = found["hidden"]
+    assert own == 2 and len(names) <= 26 and names.count("mm") == 3 and "zeros_like" not in names
 
 
 # ------------------------------------------------------------------------------------- threads
