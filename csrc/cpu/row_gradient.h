@@ -34,42 +34,62 @@ TOKFUSE_BLOCK_LOOP static void kept_gradient_block(const float* u, const float* 
   }
 }
 
-// The same for whole pairs of bfloat16. `out` may be `u`. A NaN in the result must have its low 16
-// bits 0 (round_to_upper).
-TOKFUSE_BLOCK_LOOP static void gradient_pairs(const Bf16Pair* u, int64_t pairs, float c,
-                                              float shift, float a0, float a1, Bf16Pair* out) {
-  const float floor = opaque(kExponentFloor);
-#pragma omp simd
-  for (int64_t j = 0; j < pairs; j++) {
-    const uint32_t pair = u[j];
-    const float x = clamp_exponent(low_half(pair) * c - shift, floor);
-    const float y = clamp_exponent(high_half(pair) * c - shift, floor);
-    out[j] = pair_of(exp2_simd(x) * (a0 + a1 * x), exp2_simd(y) * (a0 + a1 * y));
+// The same for 16-bit logits. `out` may be `u`. A NaN in the result must have its low 16 bits 0
+// (Lanes16::join).
+struct Gradient16 {
+  Lanes c, shift, a0, a1, floor;
+
+  Gradient16(float c, float shift, float a0, float a1)
+      : c(splat(c)),
+        shift(splat(shift)),
+        a0(splat(a0)),
+        a1(splat(a1)),
+        floor(splat(opaque(kExponentFloor))) {}
+
+  Lanes exponent(Lanes u) const { return clamp_exponent(u * c - shift, floor); }
+  Lanes slope(Lanes x) const { return a0 + a1 * x; }
+  Lanes of(Lanes u) const {
+    const Lanes x = exponent(u);
+    return exp2_simd(x) * slope(x);
   }
+};
+
+template <class T>
+TOKFUSE_BLOCK_LOOP static void gradient_16(const T* u, int64_t n, float c, float shift, float a0,
+                                           float a1, T* out) {
+  const Gradient16 g(c, shift, a0, a1);
+  Lanes x, y;
+  const int64_t whole = n / kLanes16 * kLanes16;
+  for (int64_t j = 0; j < whole; j += kLanes16) {
+    Lanes16<T>::split(u + j, &x, &y);
+    Lanes16<T>::join(g.of(x), g.of(y), out + j);
+  }
+  T rest[kLanes16] = {};
+  const size_t bytes = static_cast<size_t>(n - whole) * sizeof(T);
+  memcpy(static_cast<void*>(rest), u + whole, bytes);
+  Lanes16<T>::split(rest, &x, &y);
+  Lanes16<T>::join(g.of(x), g.of(y), rest);
+  memcpy(static_cast<void*>(out + whole), rest, bytes);
 }
 
-TOKFUSE_BLOCK_LOOP static void kept_gradient_pairs(const Bf16Pair* u, const float* __restrict e,
-                                                   float c, float shift, float a0, float a1,
-                                                   Bf16Pair* out) {
-  const float* __restrict f = e + kBlock / 2;
-  if (a1 == 0.0f) {
-#pragma omp simd
-    for (int64_t j = 0; j < kBlock / 2; j++) out[j] = pair_of(e[j] * a0, f[j] * a0);
-    return;
+template <class T>
+TOKFUSE_BLOCK_LOOP static void kept_gradient_16(const T* u, const float* __restrict e, float c,
+                                                float shift, float a0, float a1, T* out) {
+  const Gradient16 g(c, shift, a0, a1);
+  const bool by_slope = a1 != 0.0f;
+  for (int64_t j = 0; j < kBlock; j += kLanes16) {
+    Lanes x, y;
+    if (by_slope) {
+      Lanes16<T>::split(u + j, &x, &y);
+      x = g.slope(g.exponent(x));
+      y = g.slope(g.exponent(y));
+    } else {
+      x = y = g.a0;
+    }
+    x *= *reinterpret_cast<const LanesAt*>(e + j);
+    y *= *reinterpret_cast<const LanesAt*>(e + j + kLanes);
+    Lanes16<T>::join(x, y, out + j);
   }
-  const float floor = opaque(kExponentFloor);
-#pragma omp simd
-  for (int64_t j = 0; j < kBlock / 2; j++) {
-    const uint32_t pair = u[j];
-    const float x = clamp_exponent(low_half(pair) * c - shift, floor);
-    const float y = clamp_exponent(high_half(pair) * c - shift, floor);
-    out[j] = pair_of(e[j] * (a0 + a1 * x), f[j] * (a0 + a1 * y));
-  }
-}
-
-static inline float gradient_at(float u, float c, float shift, float a0, float a1) {
-  const float x = clamp_exponent(u * c - shift, kExponentFloor);
-  return exp2_simd(x) * (a0 + a1 * x);
 }
 
 // Constants of the gradient e (a0 + a1 x) of one row.
@@ -104,17 +124,14 @@ static inline void gradient_of_block(const float* u, int64_t begin, int64_t n, c
   }
 }
 
-static inline void gradient_of_block(const BFloat16* u, int64_t begin, int64_t n, const Slopes& s,
-                                     const KeptExps* kept, BFloat16* out) {
-  const Bf16Pair* pairs = reinterpret_cast<const Bf16Pair*>(u);
-  Bf16Pair* to = reinterpret_cast<Bf16Pair*>(out);
-  const float last = load(u, n - 1);
+template <class T>
+static inline void gradient_of_block(const T* u, int64_t begin, int64_t n, const Slopes& s,
+                                     const KeptExps* kept, T* out) {
   if (kept != nullptr && kept->shift[begin / kBlock] != kNotKept) {
     const Slopes k = rebased(s, kept->shift[begin / kBlock]);
-    kept_gradient_pairs(pairs, kept->e + begin, k.c, k.shift, k.a0, k.a1, to);
+    kept_gradient_16(u, kept->e + begin, k.c, k.shift, k.a0, k.a1, out);
   } else {
-    gradient_pairs(pairs, n / 2, s.c, s.shift, s.a0, s.a1, to);
-    if (n % 2 != 0) store(out, n - 1, gradient_at(last, s.c, s.shift, s.a0, s.a1));
+    gradient_16(u, n, s.c, s.shift, s.a0, s.a1, out);
   }
 }
 
@@ -157,15 +174,15 @@ TOKFUSE_BLOCK_LOOP static void add_weights(float* __restrict du, const float* __
 
 // Writes the gradient of ga * logp + gh * entropy, and of further terms, of one row to `out`, which
 // may be the row itself. A row whose coefficients are all 0 is filled with zeros and not read.
-// Plain float32 and bfloat16 logits take one loop from the row to the output. All others take
-// separate loops for conversion, gradient and rounding over a block in L1: with g++ 12 one loop of
-// mixed widths is 25% slower.
+// Plain logits in float32 or a type of Lanes16 take one loop from the row to the output. All others
+// take separate loops for conversion, gradient and rounding over a block in L1: with g++ 12 one
+// loop of mixed widths is 25% slower.
 template <class T, bool kTransform>
 static inline void row_backward(const Row<T>& row, const Transform& f, float c, float scale,
                                 float shift, float inv_sum, float logp, float entropy, float ga,
                                 float gh, T* out, const KeptExps* kept = nullptr,
                                 const FurtherTerms& more = {}) {
-  constexpr bool kDirect = !IsSame<T, Float16>::value && !kTransform;
+  constexpr bool kDirect = (IsSame<T, float>::value || Lanes16<T>::kExists) && !kTransform;
   const int64_t vocab = row.vocab;
   auto width = [vocab](int64_t begin) { return vocab - begin < kBlock ? vocab - begin : kBlock; };
   // Address of the block at `begin` in the output, which has the same tiles as the row.
@@ -182,8 +199,8 @@ static inline void row_backward(const Row<T>& row, const Transform& f, float c, 
   Slopes s = {c, shift,
               static_cast<float>(-scale * inv_sum * (ga - more.gl + gh * (entropy - ln_s))),
               static_cast<float>(-scale * inv_sum * gh * kLn2)};
-  // If a constant is NaN, the whole row becomes NaN. This NaN has low bits 0, as gradient_pairs
-  // requires.
+  // If a constant is NaN, the whole row becomes NaN. This NaN has low bits 0, as
+  // Lanes16::join requires.
   if (s.a0 != s.a0 || s.a1 != s.a1) s.a0 = s.a1 = __builtin_nanf("");
   const int64_t y = row.target >= 0 && row.target < vocab ? row.target : -1;
   const float at_target = y >= 0 ? target_gradient(scale, logp, entropy, ga, gh, more.gl) : 0.0f;

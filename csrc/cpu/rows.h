@@ -136,7 +136,7 @@ TOKFUSE_BLOCK_LOOP static void sum_piece(const float* __restrict u, int64_t n, f
       s2xx += e * e * x * x;
     }
   }
-  *out = {s, sx, s2, s2x, s2xx, 0.0f};
+  *out = {s, sx, s2, s2x, s2xx, 0.0f, 0.0f};
 }
 
 template <bool kMoments>
@@ -302,11 +302,11 @@ static inline float transformed_max(const Row<T>& row, const Transform& f) {
 template <class T, bool kTransform, bool kMoments, bool kKeep = false>
 static inline RowStats row_forward(const Row<T>& row, const Transform& f, float c,
                                    RowStats* second = nullptr, float c2 = 0, KeptExps kept = {}) {
-  // float32 is read without staging. bfloat16 is read so by the fused loop, and staged as float32
-  // by the other loops.
+  // float32 is read without staging. The types of Lanes16 are read so by the fused loop, and staged
+  // as float32 by the other loops.
   constexpr bool kDirect = IsSame<T, float>::value && !kTransform;
   constexpr bool kFusable = !kTransform && !kMoments;
-  constexpr bool kPairs = IsSame<T, BFloat16>::value && kFusable;
+  constexpr bool k16 = Lanes16<T>::kExists && kFusable;
   alignas(64) float buffer[2][kBlock];
   alignas(64) T others[kBlock];  // copy of the target's block with the target set to -inf
   Accumulator<kMoments> acc;
@@ -327,12 +327,16 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     return buffer[slot];
   };
 
-  float m = -kInf;
+  float m = -kInf, min = -kInf;  // range of the block; a lower bound of its minimum is enough
   const float* u = nullptr;
-  if constexpr (kPairs) {
-    if (vocab >= kBlock) m = max_of_pairs(raw(0));
+  if constexpr (k16) {
+    if (vocab >= kBlock) {
+      const Range16<T> range = range_of(raw(0));
+      m = range.max();
+      min = range.min();
+    }
   }
-  if (vocab > 0 && (!kPairs || vocab < kBlock)) u = stage(0, 0, &m);
+  if (vocab > 0 && (!k16 || vocab < kBlock)) u = stage(0, 0, &m);
   int slot = 0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock, slot ^= 1) {
     const int64_t n = width(begin), next = begin + kBlock;
@@ -341,13 +345,13 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     if (has_target) {
       target_u = u != nullptr ? u[row.target - begin] : load(raw(begin), row.target - begin);
     }
-    // The fused loop of float16 also converts the next block, so it needs a whole one.
+    // A fused loop that converts the next block needs a whole one.
     const bool ahead = next + kBlock <= vocab;
-    const bool fused = kFusable && m > -kInf && (ahead || ((kPairs || kDirect) && n == kBlock));
+    const bool fused = kFusable && m > -kInf && (ahead || ((k16 || kDirect) && n == kBlock));
     if (u == nullptr && (!fused || second != nullptr)) u = stage(begin, slot, &m);
     const T* z = raw(begin);
     if (has_target) {
-      if (kDirect || (kPairs && fused)) {
+      if (kDirect || (k16 && fused)) {
         memcpy(static_cast<void*>(others), z, static_cast<size_t>(n) * sizeof(T));
         store(others, row.target - begin, -kInf);
         z = others;
@@ -359,7 +363,7 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
       }
     }
     if (second != nullptr) add_block<false>(u, n, c2, m, acc2);
-    float next_m = -kInf;
+    float next_m = -kInf, next_min = -kInf;
     const float* next_u = nullptr;
     if (kKeep) kept.shift[begin / kBlock] = kNotKept;
     if constexpr (kFusable) {
@@ -371,17 +375,24 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
         // next row.
         const T* beside = ahead ? raw(next) : raw(begin);
         const T* after = raw(next + kBlock);
-        if constexpr (kPairs) {
-          sum_and_stage<kKeep>(z, c, acc.shift, beside, after, nullptr, e, &sums);
+        if constexpr (k16) {
+          // One less than LaneSums allows: the products are rounded differently.
+          const bool bounded = !has_target && min * c - acc.shift >= -124.0f;
+          if (LaneSums::kClampCosts && bounded) {
+            sum_16<kKeep, false>(z, c, acc.shift, beside, after, e, &sums);
+          } else {
+            sum_16<kKeep, true>(z, c, acc.shift, beside, after, e, &sums);
+          }
         } else {
           sum_and_stage<kKeep>(u, c, acc.shift, beside, after, buffer[slot ^ 1], e, &sums);
         }
         acc.add(sums);
         if (kKeep) kept.shift[begin / kBlock] = acc.shift;
         next_m = sums.max;
+        next_min = sums.min;
         if constexpr (kDirect) {
           next_u = raw(next);
-        } else if constexpr (!kPairs) {
+        } else if constexpr (!k16) {
           next_u = buffer[slot ^ 1];
         }
       }
@@ -390,6 +401,7 @@ static inline RowStats row_forward(const Row<T>& row, const Transform& f, float 
     if (next < vocab && !(fused && ahead)) next_u = stage(next, slot ^ 1, &next_m);
     u = next_u;
     m = next_m;
+    min = next_min;
   }
   const bool finite = __builtin_fabsf(row_max) < kInf;
   if (second != nullptr) {

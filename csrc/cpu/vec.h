@@ -134,6 +134,16 @@ static inline F exp2_simd(F x) {
   return exp2_of_fraction(r) * float_of(bits_of(t) << 23);
 }
 
+// The same bits for x in [-125, 127], by adding the exponents: CPUs add integers in more of their
+// units than they multiply in.
+template <class F>
+static inline F exp2_of_bounded(F x) {
+  constexpr float kMagic = 12582912.0f;
+  const F t = x + kMagic;
+  const F r = x - (t - kMagic);
+  return float_of(bits_of(exp2_of_fraction(r)) + (bits_of(t) << 23));
+}
+
 // tanh(x) with an absolute error <= 2e-7: an odd polynomial near 0, else (1 - e) / (1 + e) with e =
 // exp(-2 |x|).
 static inline float tanh_simd(float x) {
@@ -157,30 +167,6 @@ static inline float load(const float* p, int64_t i) { return p[i]; }
 
 static inline float load(const BFloat16* p, int64_t i) {
   return float_of(static_cast<uint32_t>(p[i].bits) << 16);
-}
-
-// Two bfloat16 values in one 32-bit word. A loop over words keeps the width of its lanes. So it
-// needs no unpack and pack instructions, which cost more than the conversion itself.
-typedef uint32_t __attribute__((may_alias, aligned(2))) Bf16Pair;
-template <class W>
-static inline auto low_half(W pair) {
-  return float_of(pair << 16);
-}
-template <class W>
-static inline auto high_half(W pair) {
-  return float_of(pair & 0xffff0000u);
-}
-
-// Rounds to nearest even at bit 16; the caller drops the lower 16 bits. The value must be a number
-// or a NaN whose lower 16 bits are 0: another NaN could carry into the sign.
-static inline uint32_t round_to_upper(float value) {
-  const uint32_t u = bits_of(value);
-  return u + 0x7fffu + ((u >> 16) & 1u);
-}
-
-// Rounds two values to a pair of bfloat16. They must meet the condition of round_to_upper.
-static inline uint32_t pair_of(float low, float high) {
-  return round_to_upper(low) >> 16 | (round_to_upper(high) & 0xffff0000u);
 }
 
 static inline float load(const Float16* p, int64_t i) {

@@ -71,6 +71,18 @@ def test_bias_logits_are_subtracted(dtype: torch.dtype, backend: Backend):
     check(backend, logits, target, bias_logits=bias[:1].expand(5, -1), softcap=8.0)
 
 
+@pytest.mark.parametrize("lowest", (-84.0, -86.0, -87.5, -90.0))
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_blocks_whose_smallest_exponential_is_near_the_end_of_float32(
+    dtype: torch.dtype, lowest: float, backend: Backend
+):
+    gen = torch.Generator().manual_seed(3)
+    logits = torch.rand(3, 3 * 2048 + 5, generator=gen)
+    logits[:, [2500, 5000]] = lowest
+    logits = (logits + torch.tensor([[0.0], [-2.0], [95.0]])).to(dtype)  # both signs, negative, positive
+    check(backend, logits, torch.tensor([7, 2500, 6148]))
+
+
 def row_values(vocab: int) -> st.SearchStrategy[list[float]]:
     ordinary = st.floats(-100, 100, width=32)
     return st.lists(ordinary | st.just(-INF), min_size=vocab, max_size=vocab)
