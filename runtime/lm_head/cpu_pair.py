@@ -17,7 +17,15 @@ import torch
 from tokfuse.runtime.backends import cpu_rows, row_args
 from tokfuse.runtime.core import native
 from tokfuse.runtime.lm_head import cpu_runs
-from tokfuse.runtime.lm_head.cpu_head import Head, HeadGradients, LogitsBuffer, dw_buffer, workspace_rows
+from tokfuse.runtime.lm_head.cpu_head import (
+    Head,
+    HeadGradients,
+    LogitsBuffer,
+    batch_tile,
+    dw_buffer,
+    tiled_columns,
+    workspace_rows,
+)
 from tokfuse.runtime.lm_head.pair_problem import (
     ChunkPolicy,
     Coefficients,
@@ -158,23 +166,22 @@ class _PairWork:
 
     def _rows_in_budget(self, sides: int) -> int:
         """Rows whose logits of the teacher, and with two sides of the student, the budget holds."""
-        buffers = sides - (self.teacher is None)
-        columns = 2 * self.student.hidden.shape[1]
+        columns = 2 * self.student.hidden.shape[1] + 16 + (sides - 1) * self.student.vocab
         if self.teacher is not None:
-            columns += self.teacher.hidden.shape[1]
-        return max(1, self.student.memory_budget // (4 * (buffers * self.student.vocab + columns + 16)))
+            columns += self.teacher.hidden.shape[1] + tiled_columns(self.student.vocab)
+        return max(1, self.student.memory_budget // (4 * columns))
 
     def _teacher_buffer(self, rows: int) -> LogitsBuffer | None:
-        return None if self.teacher is None else LogitsBuffer.workspace(rows, self.student.vocab)
+        return None if self.teacher is None else LogitsBuffer.for_statistics(rows, self.student.vocab)
 
     def _beside(self, first: LogitsBuffer) -> LogitsBuffer | None:
         """Return a buffer for the teacher in the part of dW that `first` leaves free, or None."""
         used = -(-first.vocab // first.tile) * first.rows * first.tile
         left = first.storage[used:]
-        rows = min(left.shape[0] // first.vocab, first.rows)
+        rows = min(left.shape[0] // tiled_columns(first.vocab), first.rows)
         if self.teacher is None or rows == 0:
             return None
-        return LogitsBuffer(left[: rows * first.vocab], rows, first.vocab, first.vocab)
+        return LogitsBuffer(left, rows, first.vocab, batch_tile(first.vocab))
 
     def _fill(self, buffer: LogitsBuffer, teacher: LogitsBuffer | None, tokens: torch.Tensor) -> int:
         """Compute the statistics of as many tokens as the buffer holds, and their gradient GEMMs. Return how many."""
@@ -214,5 +221,6 @@ class _PairWork:
             assert t.logits is not None
             return row_args.logits_args(native.loaded(), t.logits.detach(), self.student.target, t.options)
         assert self.teacher is not None and self.teacher_head is not None
+        buffer = buffer.of_rows(chunk.shape[0])
         self.teacher_head.logits_of(chunk, buffer, 0)
         return buffer.logits_args(self.teacher, 0, chunk.shape[0], chunk)

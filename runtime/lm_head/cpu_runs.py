@@ -89,8 +89,9 @@ def linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     if index.shape[0] == 0:
         return out
     rows = workspace_rows(p, index.shape[0])
-    head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
+    head, workspace = Head(p), LogitsBuffer.for_statistics(rows, p.vocab)
     for chunk in index.split(rows):
+        buffer = workspace.of_rows(chunk.shape[0])
         head.logits_of(chunk, buffer, 0)
         stats_of_buffer(buffer, p, chunk, out)
     return out
