@@ -52,7 +52,7 @@ size_t limit_of_environment() {
     }
     return static_cast<size_t>(std::stoul(digits)) << 20;
   }
-  size_t limit = size_t{2} << 30;
+  size_t limit = size_t{4} << 30;
 #if defined(__linux__)
   const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
   if (pages > 0 && page > 0) {
@@ -93,9 +93,11 @@ class Pool {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto found = used_.find(data);
-      kept_.push_front({data, found->second});
-      kept_bytes_ += found->second;
+      const Buffer returned = {data, found->second};
       used_.erase(found);
+      // One that can never be kept must not push out those that are.
+      (returned.bytes > limit_ ? dropped : kept_).push_front(returned);
+      if (dropped.empty()) kept_bytes_ += returned.bytes;
       while (kept_bytes_ > limit_) {  // frees the least recently used first
         kept_bytes_ -= kept_.back().bytes;
         dropped.splice(dropped.end(), kept_, std::prev(kept_.end()));

@@ -114,7 +114,7 @@ def release_workspace() -> None:
     """Return to the system the memory that the CPU kernels cache between calls.
 
     The cache holds freed results and workspaces of at least 1 MiB. Its limit is an eighth of the machine's
-    memory and at most 2 GiB, or TOKFUSE_KEEP_MIB (0 disables the cache). Tensors in use are not touched.
+    memory and at most 4 GiB, or TOKFUSE_KEEP_MIB (0 disables the cache). Tensors in use are not touched.
     """
     native = module()
     if native is not None:

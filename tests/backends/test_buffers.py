@@ -146,6 +146,10 @@ def test_no_more_is_kept_than_the_environment_allows(mib, kept):
     assert run(KEEP, TOKFUSE_KEEP_MIB=mib).stdout.strip() == kept
 
 
+def test_a_result_larger_than_the_limit_does_not_push_out_others():
+    assert run(KEEP.replace("del x, y", "del y, x"), TOKFUSE_KEEP_MIB="16").stdout.strip() == "8 16"
+
+
 def test_a_limit_that_is_no_number_is_refused():
     code = "import tokfuse._native"
     out = run(f"import torch; {code}", TOKFUSE_KEEP_MIB="64M")

@@ -76,7 +76,11 @@ def check_statistics(logp: Tensor, entropy: Tensor, want: Truth, rtol: float = G
     compare(entropy, want.entropy, rtol=rtol, what="entropy")
 
 
+def cap_error(options: dict[str, Any], backend: str) -> float:
+    """Return the additional error that the tanh of a softcap has, in nats: a multiple of the cap."""
+    return (2e-7 if backend in ("cuda", "triton") else 1e-7) * options.get("softcap", 0.0)
+
+
 def rtol_of(options: dict[str, Any], backend: str) -> float:
-    """Return the relative bound. The tanh of a softcap has an additional error, in nats: a multiple of the cap."""
-    of_cap = 2e-7 if backend in ("cuda", "triton") else 1e-7
-    return GRADIENT_RTOL + of_cap * options.get("softcap", 0.0)
+    """Return the relative bound."""
+    return GRADIENT_RTOL + cap_error(options, backend)
