@@ -147,7 +147,9 @@ struct Range16 {
 
   // The maximum; may be NaN if one of the logits is.
   float max() const {
-    const int high = INT16_MAX - least_of((Unsigned16)(static_cast<int16_t>(INT16_MAX) - largest));
+    // INT16_MAX - largest, from 0 to 65535; it does not fit into int16_t.
+    const Unsigned16 below = static_cast<uint16_t>(INT16_MAX) - (Unsigned16)largest;
+    const int high = INT16_MAX - least_of(below);
     return logit(high >= 0 ? static_cast<uint16_t>(high) : least_of(least));
   }
 
