@@ -88,6 +88,9 @@ def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -
     adds `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own forward runs, so
     generation is unchanged.
 
+    With gradients enabled, the forward also computes the gradients of the loss. It keeps that of the lm_head, a tensor
+    of the size of its weight, until the backward. Evaluate under `torch.no_grad`.
+
     Evaluation (`model.eval()` under `torch.no_grad`) returns logits too, because `Trainer` takes the predictions for
     `compute_metrics` from them. `skip_logits=True` or `token_stats=True` in the call, or `eval_logits=False` here,
     omits them.

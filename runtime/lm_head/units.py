@@ -8,6 +8,7 @@ unit larger than the workspace is computed twice: its statistics first, then its
 2 T H V more operations.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -55,9 +56,9 @@ class Units(NamedTuple):
             start = self.border[first]
             left = self.border[units] - start
             share = -(-left // max(1, -(-left // rows)))
-            last = first + 1
-            while last < units and self.border[last] - start < share and self.border[last + 1] - start <= rows:
-                last += 1
+            enough = bisect_left(self.border, start + share, first + 1)
+            fitting = bisect_right(self.border, start + rows, first + 1) - 1
+            last = max(first + 1, min(enough, fitting))
             yield first, last
             first = last
 

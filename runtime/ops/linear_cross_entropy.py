@@ -170,10 +170,11 @@ def linear_cross_entropy(
         return spec.result(ClassSums.of(found, smooth), target, given, p.vocab, to)
     p = p._replace(class_weight=checks.plain(p.class_weight, torch.float32))
     if torch.compiler.is_compiling():
-        out = _sums_op(p.hidden, p.weight, p.bias, *_flat(p, smooth))
+        tensors = (p.hidden, p.weight, p.bias, p.target, p.class_weight)
+        out = _sums_op(*tensors, *p.options.flat()[:5], p.memory_budget, smooth)
     elif not torch.is_grad_enabled() or not any(wanted(p)):
         out = _forward(capability.run, p, smooth)
-    elif return_stats or spec.reduction == "none" or device_head.capturing(p.hidden):
+    elif spec.return_stats or spec.reduction == "none" or device_head.capturing(p.hidden):
         out = _SumsFunction.apply(p.hidden, p.weight, p.bias, p, smooth, capability.run)
     else:
         return _in_one_pass(capability.run, p, spec, given)
@@ -181,10 +182,10 @@ def linear_cross_entropy(
 
 
 def _in_one_pass(run: HeadKernels, p: HeadProblem, spec: CrossEntropy, mask: torch.Tensor) -> torch.Tensor:
-    """Return the reduced loss, and compute its gradients from the same logits: the loss has only one number.
+    """Return the reduced loss, and compute its gradients from the same logits.
 
-    With "none" or the statistics, the backward decides what the gradient of each row is. It has to compute the logits
-    again, which is one GEMM more than here.
+    The backward can only scale these gradients, because the loss is one number. With "none" or the statistics it
+    decides about the gradient of each row, so it has to compute the logits again: one GEMM more than here.
     """
     smooth, dtype = spec.label_smoothing != 0.0, torch.float32
     if smooth:
@@ -217,11 +218,6 @@ def _forward(run: HeadKernels, p: HeadProblem, smooth: bool) -> tuple[torch.Tens
     logit_sum = torch.zeros(p.tokens if smooth else 0, dtype=torch.float32, device=p.hidden.device)
     logp, entropy, lse, *rest = run.forward(p._replace(logit_sum=logit_sum if smooth else None))
     return logp, entropy, lse, logit_sum, *rest
-
-
-def _flat(p: HeadProblem, smooth: bool) -> tuple[Any, ...]:
-    """Return the arguments of the custom op after hidden, weight and bias."""
-    return (p.target, p.class_weight, *p.options.flat()[:5], p.memory_budget, smooth)
 
 
 def _backward(

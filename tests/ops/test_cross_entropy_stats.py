@@ -113,7 +113,7 @@ def test_loss_policy_term_kl_and_entropy_from_one_softmax(op: str, name: str, ba
                 bound = 2e-6 * (size.amax(1, keepdim=True) + 2.0 * z_loss * peak + 1.0)
             compare(x.grad, exact[n].grad, atol=bound, what=n)
 
-        # The loss is that of a call without statistics. The statistics have the values of token_stats.
+        # A call without statistics gives the same loss. token_stats gives the same statistics.
         alone = call(op, given, second, backend.put, options)
         again = call(op, given, third, backend.put, options, return_stats=True).loss
         assert bits(out.loss) == bits(again)
@@ -159,7 +159,7 @@ def test_leading_dimensions_autocast_and_a_second_derivative(op: str, smoothing:
 
 @pytest.fixture
 def gemm_rows(monkeypatch) -> dict[str, list[int]]:
-    """Rows of the GEMMs of the CPU head, as they run: those of logits, and those of the gradients."""
+    """Return lists to which every GEMM of the CPU head adds its number of rows: for logits, and for gradients."""
     rows: dict[str, list[int]] = {"logits": [], "gradient": []}
     logits, add = cpu_head.Head.logits, cpu_head.HeadGradients.add
 
