@@ -4,7 +4,8 @@ At every call of a device function, including tl.max and tl.sum, the interpreter
 functions of `triton.language` by its own. This takes 10 ms, 70% of the time of a row kernel. The
 replacements are already active from the launch on, so one replacement per launch is enough.
 
-It also accepts the masks that only the interpreter of Triton 3.9 refuses.
+It also accepts the masks that only the interpreter of Triton 3.9 refuses, and loop bounds that the interpreter of
+Triton 3.6 cannot read with numpy 2.4 or newer.
 """
 
 from typing import Any
@@ -35,7 +36,19 @@ def install() -> None:
         return scope
 
     interpreter._patch_lang = once
+    _read_any_scalar()
     _accept_any_mask(interpreter.InterpreterBuilder)
+
+
+def _read_any_scalar() -> None:
+    """Read an integer from an array of one element, which numpy 2.4 no longer converts by `int`."""
+    plain = interpreter._patch_lang_tensor
+
+    def replaced(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = replaced
 
 
 def _accept_any_mask(builder: type) -> None:
