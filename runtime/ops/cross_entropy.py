@@ -1,6 +1,5 @@
 """`tokfuse.cross_entropy`: the loss of torch.nn.functional.cross_entropy over logits, from one read of them."""
 
-import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.class_loss import ClassLoss
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
@@ -36,25 +36,23 @@ class ClassSums(NamedTuple):
         return cls(TokenStats(logp, entropy, lse, sum_sq, top1), logit_sum if smooth else None)
 
 
-class CrossEntropy(NamedTuple):
-    """The options of the loss, which `cross_entropy` and `linear_cross_entropy` share."""
+class LossOptions(NamedTuple):
+    """The options that `cross_entropy` and `linear_cross_entropy` share."""
 
-    class_weight: torch.Tensor | None
+    loss: ClassLoss
     reduction: str
-    label_smoothing: float
-    z_loss: float
     return_stats: bool
 
-    def checked(self, op: str, name: str, vocab: int, device: torch.device) -> "CrossEntropy":
+    def checked(self, op: str, name: str, vocab: int, device: torch.device) -> "LossOptions":
         """Return the options with numbers as floats. Reads no values. Errors call the class weights `name`."""
         checks.check_choice(op, "reduction", self.reduction, REDUCTIONS)
         checks.check_flag(op, "return_stats", self.return_stats)
-        smoothing = checks.check_number(op, "label_smoothing", self.label_smoothing, 0.0, 1.0)
-        z_loss = checks.check_number(op, "z_loss", self.z_loss, 0.0, math.inf)
-        if self.class_weight is not None:
-            rows = checks.Rows(vocab, "the vocabulary", device)
-            checks.check_constant_vector(op, name, self.class_weight, rows)
-        return self._replace(label_smoothing=smoothing, z_loss=z_loss)
+        return self._replace(loss=self.loss.checked(op, name, vocab, device))
+
+    @property
+    def smooth(self) -> bool:
+        """Whether the loss needs the sum over the classes."""
+        return self.loss.label_smoothing != 0.0
 
     def result(
         self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int, to: Leading
@@ -68,40 +66,12 @@ class CrossEntropy(NamedTuple):
     def reduced(self, found: ClassSums, target: torch.Tensor, mask: torch.Tensor, vocab: int) -> torch.Tensor:
         """Return the loss, () or (tokens,), from the statistics of the rows."""
         stats = found.stats
-        losses = self.losses(stats.logp, stats.lse, found.logit_sum, target, mask, vocab)
+        losses = self.loss.losses(stats.logp, stats.lse, found.logit_sum, target, mask, vocab)
         if self.reduction == "none":
             return losses
         if self.reduction == "sum":
             return losses.sum()
-        return losses.sum() / self.counts(target, mask, vocab, losses.dtype).sum()
-
-    def counts(self, target: torch.Tensor, mask: torch.Tensor, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight w_y of every row in the mean, 0 in masked rows."""
-        if self.class_weight is None:
-            return mask.to(dtype)
-        # A target outside the vocabulary has a logp of NaN. An index must not be outside.
-        return torch.where(mask, self.class_weight.to(dtype)[target.clamp(0, vocab - 1)], 0.0)
-
-    def losses(
-        self,
-        logp: torch.Tensor,
-        lse: torch.Tensor,
-        logit_sum: torch.Tensor | None,
-        target: torch.Tensor,
-        mask: torch.Tensor,
-        vocab: int,
-    ) -> torch.Tensor:
-        """Return the loss of every row, 0 in masked rows."""
-        losses = 0.0 - logp  # not -logp, which is -0.0 in masked rows
-        w = self.class_weight
-        if w is not None:
-            losses = losses * self.counts(target, mask, vocab, logp.dtype)
-        if logit_sum is not None:
-            # -sum_j w_j log p_j / vocab, from log p_j = u_j - lse.
-            share = 1.0 if w is None else w.to(logp.dtype).sum() / vocab
-            smooth = torch.where(mask, share * lse - logit_sum / vocab, 0.0)  # the share may be NaN
-            losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * smooth
-        return losses if self.z_loss == 0.0 else losses + self.z_loss * lse.square()
+        return losses.sum() / self.loss.counts(target, mask, vocab, losses.dtype).sum()
 
 
 def check_labels(op: str, target: object, remedy: str) -> torch.Tensor:
@@ -237,10 +207,9 @@ def cross_entropy(
     options = LogitOptions(to.vector("temperature", temperature), softcap, logit_scale, given).floats()
     check_logits(OP, z, target, options)
     vocab = z.shape[1]
-    spec = CrossEntropy(weight, reduction, label_smoothing, z_loss, return_stats)
+    spec = LossOptions(ClassLoss(weight, label_smoothing, z_loss), reduction, return_stats)
     spec = spec.checked(OP, "weight", vocab, z.device)
-    smooth = spec.label_smoothing != 0.0
-    found = _stats(z, target, options, spec.class_weight if smooth else None, smooth)
+    found = _stats(z, target, options, weight if spec.smooth else None, spec.smooth)
     return spec.result(found, target, given, vocab, to)
 
 

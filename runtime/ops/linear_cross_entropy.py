@@ -7,6 +7,7 @@ import torch
 
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.class_loss import ClassLoss
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
@@ -19,7 +20,7 @@ from tokfuse.runtime.lm_head import cpu_runs, device_head, device_runs
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, check_head, fake_gradients, probed, wanted
 from tokfuse.runtime.lm_head.units import HeadKernels, Units, UnitStats
-from tokfuse.runtime.ops.cross_entropy import ClassSums, CrossEntropy, check_labels, fake_sums, save_sums
+from tokfuse.runtime.ops.cross_entropy import ClassSums, LossOptions, check_labels, fake_sums, save_sums
 from tokfuse.runtime.policy.results import Computed, with_gradients
 from tokfuse.runtime.reference import cross_entropy as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
@@ -158,9 +159,9 @@ def linear_cross_entropy(
     given: Any = without_ignored(OP, target, to.vector("mask", mask), -100 if ignore_index is None else ignore_index)
     options = LogitOptions(to.vector("temperature", temperature), softcap, logit_scale, given).floats()
     p = check_head(OP, h, weight, bias, target, options, memory_budget)
-    spec = CrossEntropy(class_weight, reduction, label_smoothing, z_loss, return_stats)
+    spec = LossOptions(ClassLoss(class_weight, label_smoothing, z_loss), reduction, return_stats)
     spec = spec.checked(OP, "class_weight", p.vocab, h.device)
-    smooth = spec.label_smoothing != 0.0
+    smooth = spec.smooth
     p = probed(OP, p._replace(class_weight=class_weight if smooth else None))
     capability = select(OP, p.hidden.device.type, p.dtype, p.options.features())
     if capability.backend == "reference":
@@ -181,24 +182,24 @@ def linear_cross_entropy(
     return spec.result(ClassSums.of(out, smooth), target, given, p.vocab, to)
 
 
-def _in_one_pass(run: HeadKernels, p: HeadProblem, spec: CrossEntropy, mask: torch.Tensor) -> torch.Tensor:
+def _in_one_pass(run: HeadKernels, p: HeadProblem, spec: LossOptions, mask: torch.Tensor) -> torch.Tensor:
     """Return the reduced loss, and compute its gradients from the same logits.
 
     The backward can only scale these gradients, because the loss is one number. With "none" or the statistics it
     decides about the gradient of each row, so it has to compute the logits again: one GEMM more than here.
     """
-    smooth, dtype = spec.label_smoothing != 0.0, torch.float32
-    if smooth:
+    dtype = torch.float32
+    if spec.smooth:
         p = p._replace(logit_sum=torch.zeros(p.tokens, dtype=dtype, device=p.hidden.device))
     scale: float | torch.Tensor = 1.0
     if spec.reduction == "mean":
-        scale = 1.0 / spec.counts(p.target, mask, p.vocab, dtype).sum()
+        scale = 1.0 / spec.loss.counts(p.target, mask, p.vocab, dtype).sum()
     rows = mask.nonzero().squeeze(1)
     units = Units(rows, range(rows.shape[0] + 1))
 
     def loss(stats: UnitStats, tokens: torch.Tensor, first: int, last: int) -> torch.Tensor:
         of_units = (stats.logp, stats.lse, stats.logit_sum, p.target[tokens], mask[tokens])
-        return scale * spec.losses(*of_units, p.vocab).sum()
+        return scale * spec.loss.losses(*of_units, p.vocab).sum()
 
     def compute() -> Computed:
         assert run.units is not None
