@@ -13,6 +13,8 @@ _PUBLIC = {
     "backend": "tokfuse.runtime.core.dispatch",
     "BackendUnavailable": "tokfuse.runtime.core.errors",
     "cross_entropy": "tokfuse.runtime.ops.cross_entropy",
+    "CrossEntropy": "tokfuse.runtime.lm_head.class_part",
+    "CrossEntropyLoss": "tokfuse.runtime.lm_head.class_part",
     "CrossEntropyStats": "tokfuse.runtime.core.statistics",
     "distill_step": "tokfuse.runtime.ops.distill_step",
     "DistillMetrics": "tokfuse.runtime.lm_head.pair_results",
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
     from tokfuse.runtime.core.statistics import PairedStats as PairedStats
     from tokfuse.runtime.core.statistics import TokenStats as TokenStats
     from tokfuse.runtime.core.statistics import TokenStatsAt as TokenStatsAt
+    from tokfuse.runtime.lm_head.class_part import CrossEntropy as CrossEntropy
+    from tokfuse.runtime.lm_head.class_part import CrossEntropyLoss as CrossEntropyLoss
     from tokfuse.runtime.lm_head.pair_results import DistillMetrics as DistillMetrics
     from tokfuse.runtime.lm_head.pair_results import DistillStep as DistillStep
     from tokfuse.runtime.ops.cross_entropy import cross_entropy as cross_entropy

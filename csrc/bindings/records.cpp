@@ -170,12 +170,13 @@ FIELDS_OF(DivergenceGrad, REQUIRED(state), REQUIRED(grad_divergence), REQUIRED(g
           REQUIRED(grad_stride))
 
 FIELDS_OF(DistillArgs, REQUIRED(student), REQUIRED(teacher), REQUIRED(kind), REQUIRED(mix_weight),
-          REQUIRED(bound))
+          REQUIRED(bound), OPTIONAL(class_weight))
 
 FIELDS_OF(DistillOut, REQUIRED(divergence), REQUIRED(entropy), REQUIRED(logp),
-          REQUIRED(teacher_logp), REQUIRED(top1_agreement))
+          REQUIRED(teacher_logp), REQUIRED(top1_agreement), OPTIONAL(lse), OPTIONAL(logit_sum))
 
 FIELDS_OF(DistillGrad, REQUIRED(grad_divergence), REQUIRED(grad_logp), REQUIRED(grad_entropy),
+          OPTIONAL(grad_lse), OPTIONAL(grad_lse_square), OPTIONAL(grad_logit_sum),
           REQUIRED(grad_logits), REQUIRED(grad_stride))
 
 FIELDS_OF(ObjectiveArgs, REQUIRED(params), REQUIRED(tokens), REQUIRED(seqs), REQUIRED(logp),

@@ -153,17 +153,21 @@ struct DistillArgs {
   LogitsArgs student;
   LogitsArgs teacher;
   Divergence kind;
-  float mix_weight;  // } as in DivergenceArgs
-  float bound;       // }
+  float mix_weight;           // } as in DivergenceArgs
+  float bound;                // }
+  const float* class_weight;  // (V) or null: 1 for every class; of logit_sum
 };
 
-// (T) each; 0 where masked.
+// (T) each; 0 where masked. divergence, teacher_logp and top1_agreement are also 0, and the teacher
+// is not read, where a gradient is computed and grad_divergence is 0.
 struct DistillOut {
   float* divergence;
   float* entropy;
   float* logp;
   float* teacher_logp;
   float* top1_agreement;
+  float* lse;        // of the student, or null
+  float* logit_sum;  // sum_j class_weight_j u_j of the student, or null
 };
 
 // A row whose coefficients are all 0 is not read: zeros in every output.
@@ -171,6 +175,9 @@ struct DistillGrad {
   const float* grad_divergence;  // (T)
   const float* grad_logp;        // (T) or null
   const float* grad_entropy;     // (T) or null
+  const float* grad_lse;         // (T) or null
+  const float* grad_lse_square;  // (T) or null; d loss / d lse^2
+  const float* grad_logit_sum;   // (T) or null
   void* grad_logits;             // (R, V), of the student, may be its logits; null: no gradient
   int64_t grad_stride;
 };

@@ -225,16 +225,35 @@ TOKFUSE_BLOCK_LOOP static void sum_jsd(const float* __restrict up, const float* 
 }
 
 struct Coefficients {
-  float divergence, logp, entropy;
+  float divergence, logp, entropy, lse, lse_square, logit_sum;
+
+  bool of_stats() const {
+    return logp != 0.0f || entropy != 0.0f || lse != 0.0f || lse_square != 0.0f ||
+           logit_sum != 0.0f;
+  }
 };
+
+float value_of(const float* vector, int64_t t) { return vector != nullptr ? vector[t] : 0.0f; }
+
+// sum_j weight_j u_j of the student's row.
+double logit_sum(PairedBlocks& blocks, const float* weight) {
+  double sum = 0;
+  for (int64_t begin = 0; begin < blocks.p.a.vocab; begin += kBlock) {
+    const int64_t left = blocks.p.a.vocab - begin, n = left < kBlock ? left : kBlock;
+    sum += weighted_sum(blocks.of_p(begin, n), weight == nullptr ? nullptr : weight + begin, n);
+  }
+  return sum;
+}
 
 template <Divergence kKind>
 void gradient_row(PairedBlocks& blocks, const Pair& w, const Kept& kept, const RowStats& stats,
-                  int64_t y, float scale, const Coefficients& c, const GradRows& out) {
+                  int64_t y, float scale, const Coefficients& c, const float* class_weight,
+                  const GradRows& out) {
   const Side& p = blocks.p;
-  const bool with_stats = c.logp != 0.0f || c.entropy != 0.0f;
+  const bool with_stats = c.of_stats();
   const float entropy = static_cast<float>(stats.entropy), logp = static_cast<float>(stats.logp);
-  const float b0 = -scale * (c.logp + c.entropy * entropy);
+  const float by_lse = c.lse + 2.0f * c.lse_square * static_cast<float>(stats.lse);
+  const float b0 = -scale * (c.logp - by_lse + c.entropy * entropy);
   const float b1 = -scale * c.entropy * kLn2f;
   alignas(64) float du[kBlock];
   for (int64_t begin = 0; begin < p.a.vocab; begin += kBlock) {
@@ -257,7 +276,11 @@ void gradient_row(PairedBlocks& blocks, const Pair& w, const Kept& kept, const R
       const float of_target = has_target ? du[at] : 0.0f;
       add_stats_gradient(blocks.of_p(begin, n), n, w, b0, b1, du);
       if (has_target) {
-        du[at] = of_target + target_gradient(scale, logp, entropy, c.logp, c.entropy);
+        du[at] = of_target + target_gradient(scale, logp, entropy, c.logp, c.entropy, by_lse);
+      }
+      if (c.logit_sum != 0.0f) {
+        const float* weight = class_weight == nullptr ? nullptr : class_weight + begin;
+        add_weights(du, weight, n, scale * c.logit_sum);
       }
     }
     if (direct == nullptr) p.store(p, blocks.i, begin, n, to, out);
@@ -290,13 +313,15 @@ void distill_row(const DistillArgs& a, const Side& p, const Side& q, int64_t i, 
   const GradRows grad_rows = {grad.grad_logits, grad.grad_stride, a.student.dtype, nullptr};
   Coefficients c = {};
   if (has_gradient) {
-    c = {grad.grad_divergence[t], grad.grad_logp != nullptr ? grad.grad_logp[t] : 0.0f,
-         grad.grad_entropy != nullptr ? grad.grad_entropy[t] : 0.0f};
+    c = {grad.grad_divergence[t],           value_of(grad.grad_logp, t),
+         value_of(grad.grad_entropy, t),    value_of(grad.grad_lse, t),
+         value_of(grad.grad_lse_square, t), value_of(grad.grad_logit_sum, t)};
   }
-  const bool unused = c.divergence == 0.0f && c.logp == 0.0f && c.entropy == 0.0f;
-  if (masked(a.student, t) || (has_gradient && unused)) {
+  if (masked(a.student, t) || (has_gradient && c.divergence == 0.0f && !c.of_stats())) {
     out.divergence[t] = out.entropy[t] = out.logp[t] = 0.0f;
     out.teacher_logp[t] = out.top1_agreement[t] = 0.0f;
+    if (out.lse != nullptr) out.lse[t] = 0.0f;
+    if (out.logit_sum != nullptr) out.logit_sum[t] = 0.0f;
     if (has_gradient) p.zero(p, i, grad_rows);
     return;
   }
@@ -304,20 +329,25 @@ void distill_row(const DistillArgs& a, const Side& p, const Side& q, int64_t i, 
   const float temperature = temperature_of(a.student, t);
   const float cp = base2_scale(a.student, temperature);
   const float cq = base2_scale(a.teacher, temperature_of(a.teacher, t));
-  const RowStats sp = p.stats(p, i, cp), sq = q.stats(q, iq, cq);
+  const bool compared = !has_gradient || c.divergence != 0.0f;
+  const RowStats sp = p.stats(p, i, cp), sq = compared ? q.stats(q, iq, cq) : RowStats{};
   out.entropy[t] = static_cast<float>(sp.entropy);
   out.logp[t] = static_cast<float>(sp.logp);
   out.teacher_logp[t] = static_cast<float>(sq.logp);
   out.top1_agreement[t] = 0.0f;
 
   PairedBlocks blocks = {p, q, i, iq, sq.row_max, cq / cp, {}, {}};
+  if (out.lse != nullptr) out.lse[t] = static_cast<float>(sp.lse);
+  if (out.logit_sum != nullptr) {
+    out.logit_sum[t] = static_cast<float>(kLn2 * cp * logit_sum(blocks, a.class_weight));
+  }
   const bool rescaled = blocks.ratio != 1.0f;
   const float q_max = rescaled ? 0.0f : sq.row_max;
   Pair w =
       pair_of(a.kind, a.mix_weight, cp, sp.row_max, q_max, static_cast<float>(log2_sum(sp, cp)),
               static_cast<float>(log2_sum(sq, cq)), 0.0f);
   // A row of only -inf in either stream: nothing to compare.
-  const bool empty = sp.lse == -__builtin_inf() || sq.lse == -__builtin_inf();
+  const bool empty = !compared || sp.lse == -__builtin_inf() || sq.lse == -__builtin_inf();
   bool meet = false;
   double total = 0, mean = 0;
   const auto sum_row = [&](const auto& sum_block) {
@@ -359,11 +389,12 @@ void distill_row(const DistillArgs& a, const Side& p, const Side& q, int64_t i, 
   out.top1_agreement[t] = meet ? 1.0f : 0.0f;
   if (!has_gradient) return;
   if (empty || out.divergence[t] == kInf) c.divergence = 0.0f;
-  if (sp.lse == -__builtin_inf() || (c.divergence == 0.0f && c.logp == 0.0f && c.entropy == 0.0f)) {
+  if (sp.lse == -__builtin_inf() || (c.divergence == 0.0f && !c.of_stats())) {
     return p.zero(p, i, grad_rows);
   }
   const float scale = a.student.logit_scale / temperature;
-  gradient_row<kKind>(blocks, w, kept, sp, a.student.target[t], scale, c, grad_rows);
+  gradient_row<kKind>(blocks, w, kept, sp, a.student.target[t], scale, c, a.class_weight,
+                      grad_rows);
 }
 
 template <Divergence kKind>

@@ -161,6 +161,19 @@ struct FurtherTerms {
   const float* weight = nullptr;  // (V); null: 1
 };
 
+// sum_j weight_j u_j of a block.
+TOKFUSE_BLOCK_LOOP static float weighted_sum(const float* u, const float* weight, int64_t n) {
+  float sum = 0.0f;
+  if (weight == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += u[j];
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += weight[j] * u[j];
+  }
+  return sum;
+}
+
 TOKFUSE_BLOCK_LOOP static void add_weights(float* __restrict du, const float* __restrict weight,
                                            int64_t n, float k) {
   if (weight == nullptr) {

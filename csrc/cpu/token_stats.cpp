@@ -14,18 +14,6 @@ namespace tokfuse {
 namespace TOKFUSE_ISA {
 namespace {
 
-TOKFUSE_BLOCK_LOOP float weighted_sum(const float* u, const float* weight, int64_t n) {
-  float sum = 0.0f;
-  if (weight == nullptr) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += u[j];
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += weight[j] * u[j];
-  }
-  return sum;
-}
-
 // Returns sum_j weight_j u_j. Called after the statistics of the row, while it is in the cache.
 template <class T, bool kTransform>
 double logit_sum(const Row<T>& row, const Transform& f, const float* weight) {

@@ -262,7 +262,9 @@ def divergence_grad(native: Any, state: torch.Tensor, grad_divergence: torch.Ten
     )
 
 
-def distill_args(native: Any, student: Any, teacher: Any, *, kind: str, mix_weight: float) -> Any:
+def distill_args(
+    native: Any, student: Any, teacher: Any, *, kind: str, mix_weight: float, class_weight: torch.Tensor | None = None
+) -> Any:
     """DistillArgs. student, teacher: LogitsArgs of the same tokens."""
     return native.DistillArgs(
         student=student,
@@ -270,14 +272,22 @@ def distill_args(native: Any, student: Any, teacher: Any, *, kind: str, mix_weig
         kind=DIVERGENCES.index(kind),
         mix_weight=mix_weight,
         bound=divergence_bound(kind, mix_weight),
+        class_weight=class_weight,
     )
 
 
 def distill_out(native: Any, stats: Sequence[torch.Tensor]) -> Any:
-    """DistillOut. stats: the fields of `PairedStats`, (tokens,) float32 each."""
-    divergence, entropy, logp, teacher_logp, top1_agreement = stats
+    """DistillOut. stats: the fields of `PairedStats`, then lse, then the sum of the logits; (tokens,) float32 each."""
+    divergence, entropy, logp, teacher_logp, top1_agreement, *further = stats
+    lse, logit_sum = [*further, None, None][:2]
     return native.DistillOut(
-        divergence=divergence, entropy=entropy, logp=logp, teacher_logp=teacher_logp, top1_agreement=top1_agreement
+        divergence=divergence,
+        entropy=entropy,
+        logp=logp,
+        teacher_logp=teacher_logp,
+        top1_agreement=top1_agreement,
+        lse=lse,
+        logit_sum=logit_sum,
     )
 
 
@@ -286,6 +296,10 @@ def distill_grad(
     grad_divergence: torch.Tensor | None = None,
     grad_logp: torch.Tensor | None = None,
     grad_entropy: torch.Tensor | None = None,
+    grad_lse: torch.Tensor | None = None,
+    grad_lse_square: torch.Tensor | None = None,
+    grad_logit_sum: torch.Tensor | None = None,
+    *,
     grad_logits: torch.Tensor | None = None,
 ) -> Any:
     """DistillGrad; without `grad_logits` no gradient is computed."""
@@ -293,6 +307,9 @@ def distill_grad(
         grad_divergence=float_vector(grad_divergence),
         grad_logp=float_vector(grad_logp),
         grad_entropy=float_vector(grad_entropy),
+        grad_lse=float_vector(grad_lse),
+        grad_lse_square=float_vector(grad_lse_square),
+        grad_logit_sum=float_vector(grad_logit_sum),
         grad_logits=grad_logits,
         grad_stride=0 if grad_logits is None else grad_logits.stride(0),
     )

@@ -15,13 +15,16 @@ class ClassLoss(NamedTuple):
     label_smoothing: float
     z_loss: float
 
-    def checked(self, op: str, name: str, vocab: int, device: torch.device) -> "ClassLoss":
-        """Return the options with numbers as floats. Reads no values. Errors call the class weights `name`."""
-        smoothing = checks.check_number(op, "label_smoothing", self.label_smoothing, 0.0, 1.0)
-        z_loss = checks.check_number(op, "z_loss", self.z_loss, 0.0, math.inf)
+    def checked(self, op: str, name: str, vocab: int, device: torch.device, prefix: str = "") -> "ClassLoss":
+        """Return the options with numbers as floats. Reads no values.
+
+        Errors call the class weights `name`. In errors, every name begins with `prefix`.
+        """
+        smoothing = checks.check_number(op, f"{prefix}label_smoothing", self.label_smoothing, 0.0, 1.0)
+        z_loss = checks.check_number(op, f"{prefix}z_loss", self.z_loss, 0.0, math.inf)
         if self.class_weight is not None:
             rows = checks.Rows(vocab, "the vocabulary", device)
-            checks.check_constant_vector(op, name, self.class_weight, rows)
+            checks.check_constant_vector(op, f"{prefix}{name}", self.class_weight, rows)
         return ClassLoss(self.class_weight, smoothing, z_loss)
 
     def counts(self, target: torch.Tensor, mask: torch.Tensor, vocab: int, dtype: torch.dtype) -> torch.Tensor:

@@ -52,27 +52,28 @@ def pair_run(p: PairProblem, given: Coefficients | None, policy: PolicyPart | No
         return _PairWork(p, given, policy).run()
 
 
-def logits_run(p: LogitsPair, coefficient: torch.Tensor, policy: PolicyPart | None) -> tuple[Stats, torch.Tensor]:
+def logits_run(p: LogitsPair, given: Coefficients, policy: PolicyPart | None) -> tuple[Stats, torch.Tensor]:
     """One read of both sides, one write; with a policy term one more read of the student. A `LogitsRun`."""
     check_logits_values("distill_step", p)
     module = native.loaded()
-    stats = tuple(torch.empty(p.logits.shape[0], dtype=torch.float32) for _ in range(5))
+    stats = tuple(torch.empty(p.logits.shape[0], dtype=torch.float32) for _ in range(5 + given.further))
     grad_logits = native.empty_like_rows(p.logits)
-    logits, given = p.logits.detach(), Coefficients(coefficient)
+    logits = p.logits.detach()
     if policy is not None:
         own = cpu_rows.token_stats_fwd(logits, p.target, **p.options._asdict())
-        terms = policy.terms(own[0], own[1])
-        given = Coefficients(coefficient, terms.d_logp, terms.d_entropy)
+        given = given.plus(*policy.coefficients(own[0], own[1]))
     student = row_args.logits_args(module, logits, p.target, p.options)
     teacher = row_args.logits_args(module, p.teacher_logits.detach(), p.target, p.teacher_options)
     kind, mix_weight = p.divergence
     bad = module.distill_rows(
-        row_args.distill_args(module, student, teacher, kind=kind, mix_weight=mix_weight),
+        row_args.distill_args(
+            module, student, teacher, kind=kind, mix_weight=mix_weight, class_weight=given.class_weight
+        ),
         row_args.distill_out(module, stats),
-        row_args.distill_grad(module, *given, grad_logits=grad_logits),
+        row_args.distill_grad(module, *given[:6], grad_logits=grad_logits),
     )
     assert bad < 0  # values were checked
-    return (stats if policy is None else with_student_stats(stats, own, coefficient)), grad_logits
+    return (stats if policy is None else with_student_stats(stats, own, given.divergence)), grad_logits
 
 
 class _PairWork:
@@ -85,19 +86,25 @@ class _PairWork:
         self.policy = None
         if policy is not None and self.coefficients is not None:
             self.policy = ChunkPolicy(policy, p.student.tokens, p.student.hidden.device)
-            zeros = (torch.zeros(p.student.tokens) for _ in range(2))
-            self.coefficients = Coefficients(self.coefficients.divergence, *zeros)
+            # The policy term is added chunk by chunk.
+            self.coefficients = self.coefficients.plus(*(torch.zeros(p.student.tokens) for _ in range(2)))
         self.order = pair_rows(p, self.coefficients, policy)
         needs = (False, False, False) if given is None else wanted(p.student)
         self.backward = any(needs)
         self.head = Head(self.student)
         self.teacher_head = None if self.teacher is None else Head(self.teacher)
         self.gradients = HeadGradients(self.head, needs)
-        self.stats = tuple(torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(5))
+        further = 0 if given is None else given.further
+        self.stats = tuple(torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(5 + further))
         self.out = row_args.distill_out(native.loaded(), self.stats)
         self.own: list[torch.Tensor] = []
         if policy is not None or self.order.gradient > self.order.compared:
-            self.own = [torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(7)]
+            # token_stats of the student, whose logp, entropy and lse are results of this call.
+            shared = [self.stats[2], self.stats[1], *self.stats[5:6]]
+            rest = (torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(7 - len(shared)))
+            self.own = [*shared, *rest]
+        if given is not None and given.logit_sum is not None:
+            self.student = self.student._replace(logit_sum=self.stats[6], class_weight=given.class_weight)
 
     def run(self) -> tuple[Stats, Gradients]:
         """Chunk after chunk: rows of both sides, rows of the student alone, rows without a gradient."""
@@ -109,10 +116,7 @@ class _PairWork:
         self._compare(compared)
         self._in_chunks(alone, self._student_gradient)
         self._in_chunks(rest, self._student_stats)
-        stats = self.stats
-        if self.policy is not None:
-            stats = (stats[0], self.own[1], self.own[0], *stats[3:])
-        return stats, self.gradients.finish()
+        return self.stats, self.gradients.finish()
 
     def _compare(self, index: torch.Tensor) -> None:
         start = 0
@@ -146,9 +150,11 @@ class _PairWork:
         cpu_runs.stats_of_buffer(buffer, self.student, tokens, self.own)
         if self.policy is not None:
             assert self.coefficients is not None
-            _, logp, entropy = self.coefficients
+            _, logp, entropy, *_ = self.coefficients
             assert logp is not None and entropy is not None
-            logp[tokens], entropy[tokens] = self.policy.coefficients(tokens, *(x[tokens] for x in self.own[:2]))
+            by_logp, by_entropy = self.policy.coefficients(tokens, *(x[tokens] for x in self.own[:2]))
+            logp[tokens] += by_logp
+            entropy[tokens] += by_entropy
 
     def _student_gradient(self, buffer: LogitsBuffer, tokens: torch.Tensor) -> None:
         """Statistics, and the gradient of tokens whose divergence has no weight."""
@@ -157,10 +163,11 @@ class _PairWork:
         live = self.coefficients.active()[tokens]
         if not self.backward or not bool(live.any()):
             return
-        logp, entropy, _, _, _, row_max, inv_sum = self.own
-        by_logp, by_entropy = self.coefficients[1:]
-        given = torch.zeros_like(logp) if by_logp is None else by_logp
-        cpu_runs.gradient_over_buffer(buffer, self.student, tokens, row_max, inv_sum, logp, entropy, given, by_entropy)
+        logp, entropy, lse, _, _, row_max, inv_sum = self.own
+        c = self.coefficients
+        by_logp = torch.zeros_like(logp) if c.logp is None else c.logp
+        given = (by_logp, c.entropy, c.of_lse(lse), c.logit_sum)
+        cpu_runs.gradient_over_buffer(buffer, self.student, tokens, row_max, inv_sum, logp, entropy, *given)
         buffer.compact(live)
         self.gradients.add(buffer, tokens[live])
 
@@ -205,12 +212,17 @@ class _PairWork:
         module, stop = native.loaded(), start + chunk.shape[0]
         student = buffer.logits_args(self.student, start, stop, chunk)
         kind, mix_weight = self.problem.divergence
-        args = row_args.distill_args(
-            module, student, self._teacher_args(teacher, chunk), kind=kind, mix_weight=mix_weight
-        )
         given, grad = self.coefficients, row_args.distill_grad(module)
+        args = row_args.distill_args(
+            module,
+            student,
+            self._teacher_args(teacher, chunk),
+            kind=kind,
+            mix_weight=mix_weight,
+            class_weight=None if given is None else given.class_weight,
+        )
         if given is not None and self.backward:
-            grad = row_args.distill_grad(module, *given, buffer.first_tile(start, stop))
+            grad = row_args.distill_grad(module, *given[:6], grad_logits=buffer.first_tile(start, stop))
         bad = module.distill_rows(args, self.out, grad)
         assert bad < 0  # values were checked before the first GEMM
 

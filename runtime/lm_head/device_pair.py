@@ -3,7 +3,7 @@
 Each chunk runs the divergence kernel (two reads of each side, the second from the cache if the row
 fits), token_stats of each side (one read each), and a comparison of the two maxima in torch (two reads
 of each side). The divergence kernel writes the gradient over the student's logits. Gradients of logp and
-the entropy, and of a policy term, need token_stats' backward and one addition.
+the entropy, of a policy term and of a cross entropy together need token_stats' backward and one addition.
 """
 
 import functools
@@ -30,13 +30,14 @@ from tokfuse.runtime.lm_head.pair_problem import (
     with_student_stats,
 )
 from tokfuse.runtime.lm_head.pair_rows import (
-    LateCoefficients,
     RowKernels,
+    RowPolicy,
     compare_rows,
     options_of_rows,
     row_bytes,
     same_transform,
     stats_gradient,
+    student_stats,
 )
 from tokfuse.runtime.lm_head.problem import HeadProblem, wanted
 
@@ -69,18 +70,14 @@ def _pair_run(
     teacher = p.teacher_head(budget)
     of_teacher = None if teacher is None else DeviceHead(teacher, (False, False, False), rows)
 
-    def of_chunk(index: torch.Tensor) -> Coefficients | LateCoefficients | None:
-        """Return the coefficients of a chunk, or how its statistics make them."""
-        if given is None:
-            return None
-        part = given.each(lambda x: x[index])
-        if chunk_policy is None:
-            return part
-        policy_of_chunk = chunk_policy
-        return lambda logp, entropy: Coefficients(part.divergence, *policy_of_chunk.coefficients(index, logp, entropy))
+    def of_chunk(index: torch.Tensor) -> tuple[Coefficients | None, RowPolicy | None]:
+        """Return the coefficients of a chunk, and how its statistics make those of the policy term."""
+        part = None if given is None else given.each(lambda x: x[index])
+        return part, None if chunk_policy is None else functools.partial(chunk_policy.coefficients, index)
 
     # Not the rows of one tensor: results of an op in a compiled graph must not share storage.
-    out = tuple(torch.zeros(s.tokens, dtype=torch.float32, device=s.hidden.device) for _ in range(5))
+    count = 5 if given is None else 5 + given.further
+    out = tuple(torch.zeros(s.tokens, dtype=torch.float32, device=s.hidden.device) for _ in range(count))
     with torch.no_grad():
         for chunk in head.chunks(0, counts[0]):
             index, h, _ = chunk
@@ -96,7 +93,7 @@ def _pair_run(
             if same_transform(s.options, t.options):
                 of_q = of_p
             dz = head.gradient_like(z) if any(needs) else None
-            stats, _ = compare_rows(kernels, z, q, s.target[index], of_p, of_q, p.divergence, of_chunk(index), dz)
+            stats, _ = compare_rows(kernels, z, q, s.target[index], of_p, of_q, p.divergence, *of_chunk(index), dz)
             for whole, x in zip(out, stats, strict=True):
                 whole[index] = x
             if dz is not None:
@@ -105,11 +102,12 @@ def _pair_run(
             for chunk in head.chunks(start, stop):
                 index, h, _ = chunk
                 z, of_p, target = head.logits_of(chunk), options_of_rows(s.options, index, None), s.target[index]
-                stats = kernels.stats.forward(z, target, **of_p.without_bias())
-                out[1][index], out[2][index] = stats[1], stats[0]
-                part = of_chunk(index)
-                if callable(part):
-                    part = part(stats[0], stats[1])
+                part, of_policy = of_chunk(index)
+                stats, further = student_stats(kernels, z, target, of_p, part)
+                for whole, x in zip((out[1], out[2], *out[5:]), (stats[1], stats[0], *further), strict=True):
+                    whole[index] = x
+                if part is not None and of_policy is not None:
+                    part = part.plus(*of_policy(stats[0], stats[1]))
                 if part is not None and any(needs) and stop == counts[1]:
                     dz = head.gradient_like(z)
                     stats_gradient(kernels, z, target, of_p, stats, part, dz)
@@ -120,23 +118,16 @@ def _pair_run(
 
 
 def _logits_run(
-    kernels: RowKernels, p: LogitsPair, coefficient: torch.Tensor, policy: PolicyPart | None
+    kernels: RowKernels, p: LogitsPair, given: Coefficients, policy: PolicyPart | None
 ) -> tuple[Stats, torch.Tensor]:
     """A `LogitsRun`: rows without a coefficient are masked, and so not read by the kernels."""
     if may_read(p.target):
         check_logits_values("distill_step", p)
-    options, compared = p.options, None
-    active = coefficient != 0
-    given: Coefficients | LateCoefficients = Coefficients(coefficient)
+    options = p.options
     if policy is None:
+        active = given.active()
         options = options._replace(mask=active if options.mask is None else active & options.mask)
-    else:
-        part, compared = policy, active
-
-        def given(logp: torch.Tensor, entropy: torch.Tensor) -> Coefficients:
-            terms = part.terms(logp, entropy)
-            return Coefficients(coefficient, terms.d_logp, terms.d_entropy)
-
+    both_sides = policy is None and not given.of_stats()
     with torch.no_grad():
         grad = torch.empty(p.logits.shape, dtype=p.logits.dtype, device=p.logits.device)
         stats, _ = compare_rows(
@@ -148,8 +139,9 @@ def _logits_run(
             p.teacher_options,
             p.divergence,
             given,
+            None if policy is None else policy.coefficients,
             grad,
-            compared,
+            None if both_sides else given.divergence != 0,
         )
     return stats, grad
 

@@ -15,7 +15,8 @@ from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
 
 Stats = tuple[torch.Tensor, ...]
-"""divergence, entropy, logp, teacher_logp, top1_agreement: (tokens,) each."""
+"""divergence, entropy, logp, teacher_logp, top1_agreement: (tokens,) each. With coefficients of the log-sum-exp or the
+sum of the logits, `Coefficients.further` more: lse, and the sum."""
 DEVICE_MAX_BUDGET = 1 << 30
 
 
@@ -121,24 +122,53 @@ PAIR_ARGUMENTS = 20
 
 
 class Coefficients(NamedTuple):
-    """d loss / d of what the student can be differentiated by, (tokens,) each."""
+    """d loss / d of what the student can be differentiated by, (tokens,) each. None: the loss does not contain it."""
 
     divergence: torch.Tensor
     logp: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    lse_square: torch.Tensor | None = None
+    """Of lse^2."""
+    logit_sum: torch.Tensor | None = None
+    """Of sum_j class_weight_j u_j, with u the scaled logits."""
+    class_weight: torch.Tensor | None = None
+    """(vocab,), of that sum; None: 1."""
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Coefficients":
-        """Apply `change` to every vector."""
-        logp = None if self.logp is None else change(self.logp)
-        entropy = None if self.entropy is None else change(self.entropy)
-        return Coefficients(change(self.divergence), logp, entropy)
+        """Apply `change` to every vector of the tokens."""
+        logp, entropy, lse, lse_square, logit_sum = (None if x is None else change(x) for x in self[1:6])
+        return Coefficients(change(self.divergence), logp, entropy, lse, lse_square, logit_sum, self.class_weight)
+
+    def of_stats(self) -> list[torch.Tensor]:
+        """Return the vectors except that of the divergence."""
+        return [x for x in self[1:6] if x is not None]
 
     def active(self) -> torch.Tensor:
         """(tokens,) bool: rows with a gradient. NaN counts as one."""
         active = self.divergence != 0
-        for x in (self.logp, self.entropy):
-            active = active if x is None else active | (x != 0)
+        for x in self.of_stats():
+            active = active | (x != 0)
         return active
+
+    @property
+    def further(self) -> int:
+        """Number of statistics after the first five that the loss contains: lse, then the sum of the logits."""
+        return 2 if self.logit_sum is not None else int(self.lse_square is not None)
+
+    def plus(self, logp: torch.Tensor, entropy: torch.Tensor) -> "Coefficients":
+        """Add the coefficients of a policy term."""
+        return self._replace(
+            logp=logp if self.logp is None else self.logp + logp,
+            entropy=entropy if self.entropy is None else self.entropy + entropy,
+        )
+
+    def of_lse(self, lse: torch.Tensor) -> torch.Tensor | None:
+        """Return d loss / d lse of rows with these values."""
+        if self.lse_square is None:
+            return self.lse
+        slope = 2.0 * self.lse_square * lse
+        return slope if self.lse is None else self.lse + slope
 
 
 class PolicyPart(NamedTuple):
@@ -153,6 +183,11 @@ class PolicyPart(NamedTuple):
         """Return loss, metrics and coefficients; logp and entropy are (tokens,), of every row that counts."""
         terms = self.loss(logp, entropy, self.inputs, self.objective, self.inv_normalizer)
         return terms._replace(loss=terms.loss.detach())
+
+    def coefficients(self, logp: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return d loss / d logp and d loss / d entropy of every row."""
+        terms = self.terms(logp, entropy)
+        return terms.d_logp, terms.d_entropy
 
     def may_have_gradient(self, tokens: int) -> torch.Tensor | None:
         """Return False for tokens without a gradient for all logits, (tokens,) bool. None: every token may have one.
@@ -183,22 +218,23 @@ class ChunkPolicy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return d loss / d logp and d loss / d entropy of the rows `index`."""
         self.logp[index], self.entropy[index] = logp, entropy
-        terms = self.part.terms(self.logp, self.entropy)
-        return terms.d_logp[index], terms.d_entropy[index]
+        by_logp, by_entropy = self.part.coefficients(self.logp, self.entropy)
+        return by_logp[index], by_entropy[index]
 
 
 Gradients = list[torch.Tensor | None]
 PairRun = Callable[[PairProblem, Coefficients | None, PolicyPart | None], tuple[Stats, Gradients]]
 """(problem, coefficients, policy term) -> (statistics, gradients in the order of `problem.NAMES`).
 
-Without coefficients: the statistics of every row that counts. With them: statistics and gradients
-of the rows that have one, and 0 elsewhere. With a policy term, its gradients too, and logp and entropy
-of every row that counts; the coefficients then hold those of the divergence only.
+Without coefficients: the statistics of every row that counts. With them: gradients of the rows that have
+one. Divergence, teacher_logp and top1_agreement are those of the rows with a coefficient of the divergence,
+the other statistics those of the rows with any coefficient; 0 elsewhere. With a policy term, its gradients
+too, and logp and entropy of every row that counts; the coefficients then do not contain those of the policy term.
 """
 
 
-LogitsRun = Callable[[LogitsPair, torch.Tensor, PolicyPart | None], tuple[Stats, torch.Tensor]]
-"""(logits of both sides, d loss / d divergence (tokens,), policy term) -> (statistics, d loss / d logits).
+LogitsRun = Callable[[LogitsPair, Coefficients, PolicyPart | None], tuple[Stats, torch.Tensor]]
+"""(logits of both sides, coefficients, policy term) -> (statistics, d loss / d logits).
 
 Rows as in `PairRun`.
 """
@@ -218,18 +254,17 @@ def policy_first(
     """
     assert given is not None
     own = forward(p.student)
-    terms = policy.terms(own[0], own[1])
-    stats, gradients = run(p, Coefficients(given.divergence, terms.d_logp, terms.d_entropy), None)
+    stats, gradients = run(p, given.plus(*policy.coefficients(own[0], own[1])), None)
     return with_student_stats(stats, own, given.divergence), gradients
 
 
 def with_student_stats(stats: Stats, own: tuple[torch.Tensor, ...], coefficient: torch.Tensor) -> Stats:
     """Return the statistics with logp and entropy of `own`, and the rest only of rows with a coefficient."""
     active = coefficient != 0
-    divergence, _, _, teacher_logp, top1 = stats
+    divergence, _, _, teacher_logp, top1, *further = stats
     kept = (torch.where(active, x, 0.0) for x in (divergence, teacher_logp, top1))
     value, of_teacher, agreement = kept
-    return value, own[1], own[0], of_teacher, agreement
+    return value, own[1], own[0], of_teacher, agreement, *further
 
 
 class PairRows(NamedTuple):
@@ -263,7 +298,7 @@ def pair_rows(
         gradient = forward = needed & given.active()
         if policy is not None:
             may = policy.may_have_gradient(tokens)
-            gradient, forward = needed if may is None else needed & (may | compared), needed
+            gradient, forward = needed if may is None else needed & (may | gradient), needed
     if capturing:
         return PairRows(torch.arange(tokens, device=device), tokens, tokens, tokens, forward, True)
     rank = 3 - compared.to(torch.int8) - gradient.to(torch.int8) - forward.to(torch.int8)

@@ -1,13 +1,14 @@
 """The result of distill_step, and its metrics."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.statistics import PairedStats
+from tokfuse.runtime.lm_head.class_part import CrossEntropyLoss
 from tokfuse.runtime.lm_head.pair_problem import PolicyPart
 from tokfuse.runtime.policy.inputs import Normalizer, inverse_of
 from tokfuse.runtime.policy.metrics import NamedMeans
@@ -56,7 +57,8 @@ class DistillStep(HeldGradients):
     """What `distill_step` returns."""
 
     loss: torch.Tensor
-    """() float32, loss_sum / normalizer, and the policy term added; `loss.backward()` returns the gradients."""
+    """() float32, loss_sum / normalizer, with the policy term and the cross entropy; `loss.backward()` returns the
+    gradients."""
     divergence: torch.Tensor
     """(tokens,) float32, nats, of the tokens with a weight, 0 elsewhere; detached."""
     loss_sum: torch.Tensor
@@ -65,11 +67,13 @@ class DistillStep(HeldGradients):
     """() float64, this batch's own denominator: tokens that the mask keeps."""
     metrics: DistillMetrics
     stats: PairedStats
-    """Statistics of the tokens with a weight, 0 elsewhere; detached. With a policy term, logp and entropy are
-    those of all tokens that the mask keeps."""
+    """Statistics of the tokens with a weight, 0 elsewhere; detached. With a cross entropy, logp and entropy are also
+    those of the tokens that have one; with a policy term, those of all tokens that the mask keeps."""
     _gradients: Gradients
     policy: PolicyLoss | None = None
     """Loss, token losses, count and metrics of the policy term, detached; None without an objective."""
+    cross_entropy: CrossEntropyLoss | None = None
+    """Loss, token losses and count of the cross entropy, detached; None without one."""
     influence: Influence | None = None
     """Gradient norms and sketches, if `influence=InfluenceSpec(...)` was passed, else None."""
 
@@ -82,7 +86,7 @@ class TokenWeights(NamedTuple):
     inverse: float | torch.Tensor
     """1 / normaliser."""
     tokens: torch.Tensor
-    """() float64: how many the mask keeps."""
+    """() float64: the batch's own denominator, for the divergence how many tokens the mask keeps."""
 
 
 def token_weights(
@@ -93,20 +97,28 @@ def token_weights(
     tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+    name: str = "coef",
+    counts: torch.Tensor | None = None,
 ) -> TokenWeights:
-    """Check the weights of the tokens, and combine them."""
+    """Check the weights of the tokens, and combine them.
+
+    Args:
+        name: of `coef`, for errors.
+        counts: (tokens,), what each token adds to the count of normalizer="batch". None: 1 where the mask is True.
+    """
     of_tokens = coef if isinstance(coef, torch.Tensor) else None
     if of_tokens is not None:
-        checks.check_constant_vector(op, "coef", of_tokens, checks.Rows(tokens, "the tokens", device))
+        checks.check_constant_vector(op, name, of_tokens, checks.Rows(tokens, "the tokens", device))
     elif coef is not None:
-        checks.check_number(op, "coef", coef, -math.inf)
+        checks.check_number(op, name, coef, -math.inf)
     if mask is None:
-        count = torch.full((), tokens, dtype=torch.float64, device=device)
+        kept = torch.full((), tokens, dtype=torch.float64, device=device)
     else:
-        count = mask.sum().double()
+        kept = mask.sum().double()
+    count = kept if counts is None else counts.sum(dtype=torch.float64)
     inverse: float | torch.Tensor = inverse_of(op, normalizer)
     if isinstance(normalizer, str):
-        inverse = 1.0 / count.clamp_min(1.0)
+        inverse = 1.0 / torch.where(kept == 0, 1.0, count)
     if of_tokens is None:
         c = torch.ones(tokens, dtype=torch.float64, device=device) * (1.0 if coef is None else checks.number(coef))
     else:
@@ -133,17 +145,20 @@ def distill_result(
     gradients: Gradients,
     policy: PolicyPart | None = None,
     sampler_logp: torch.Tensor | None = None,
+    of_classes: TokenWeights | None = None,
 ) -> DistillStep:
     """Assemble the result.
 
     Args:
         loss: (), differentiable.
-        found: the five fields of `PairedStats`; with a policy term its loss, token losses and metric sums.
+        found: the five fields of `PairedStats`; with a policy term its loss, token losses and metric sums; with a
+            cross entropy its loss and token losses.
         weights: of the tokens in the loss.
         has_target: whether the caller gave one.
         gradients: by name.
         policy: the policy term, or None.
         sampler_logp: (tokens,), for a metric of the policy term.
+        of_classes: the weights of the tokens in the cross entropy, or None.
     """
     found = tuple(x.detach() for x in found)
     divergence, entropy, logp, teacher_logp, top1_agreement = found[:5]
@@ -157,8 +172,13 @@ def distill_result(
     total = (weighted_sum(divergence, weights.coefficient) / weights.inverse).to(loss.dtype)
     part = None
     if policy is not None:
-        of_policy, token_loss, policy_sums = found[5:]
+        of_policy, token_loss, policy_sums = found[5:8]
         terms = PolicyTerms(of_policy, token_loss, token_loss, token_loss, policy_sums)
         mismatch = sampler_mismatch(sampler_logp, policy.inputs, logp)
         part = loss_result(terms, policy.inputs, policy.objective, policy.inv_normalizer, True, mismatch)
-    return DistillStep(loss, divergence, total, weights.tokens, metrics, paired, gradients, part)
+    classes = None
+    if of_classes is not None:
+        of_loss, token_loss = found[-2:]
+        classes = CrossEntropyLoss(of_loss, token_loss, of_loss / of_classes.inverse, of_classes.tokens)
+    step = DistillStep(loss, divergence, total, weights.tokens, metrics, paired, gradients, part)
+    return step if classes is None else replace(step, cross_entropy=classes)

@@ -14,8 +14,8 @@ from tokfuse.runtime.core.dispatch import Kernels
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.lm_head.pair_problem import Coefficients, Divergence, PairProblem, Stats
 
-LateCoefficients = Callable[[torch.Tensor, torch.Tensor], Coefficients]
-"""(logp, entropy) of the rows -> their coefficients."""
+RowPolicy = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(logp, entropy) of the rows -> the coefficients that a policy term gives them."""
 
 
 class RowKernels(NamedTuple):
@@ -83,7 +83,8 @@ def compare_rows(
     of_p: LogitOptions,
     of_q: LogitOptions,
     divergence: Divergence,
-    given: Coefficients | LateCoefficients | None,
+    given: Coefficients | None,
+    policy: RowPolicy | None,
     out: torch.Tensor | None,
     compared: torch.Tensor | None = None,
 ) -> tuple[Stats, torch.Tensor | None]:
@@ -94,9 +95,9 @@ def compare_rows(
     compared: (rows,) bool, of the rows that count those that need the other side. None: all.
     """
     of_all = of_p
-    stats_p = kernels.stats.forward(p, target, **of_p.without_bias())
-    if callable(given):
-        given = given(stats_p[0], stats_p[1])
+    stats_p, further = student_stats(kernels, p, target, of_p, given)
+    if given is not None and policy is not None:
+        given = given.plus(*policy(stats_p[0], stats_p[1]))
     if compared is not None:
         of_p = of_p._replace(mask=compared if of_p.mask is None else compared & of_p.mask)
     stats_q = kernels.stats.forward(q, target, **of_q._replace(mask=of_p.mask).without_bias())
@@ -106,7 +107,7 @@ def compare_rows(
         meet = meet & of_p.mask
     streams = common_streams(p, q, of_p, of_q)
     value, state = kernels.divergence.forward(streams.p, streams.q, **divergence._asdict(), **streams.options)
-    stats = (value, stats_p[1], stats_p[0], stats_q[0], meet.float())
+    stats = (value, stats_p[1], stats_p[0], stats_q[0], meet.float(), *further)
     if out is None:
         return stats, None
     assert given is not None
@@ -115,6 +116,19 @@ def compare_rows(
     if more is not None:
         out += more
     return stats, out
+
+
+def student_stats(
+    kernels: RowKernels, p: torch.Tensor, target: torch.Tensor, options: LogitOptions, given: Coefficients | None
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Return the seven outputs of the token_stats kernel, and the `Coefficients.further` statistics."""
+    if given is None or given.logit_sum is None:
+        stats = kernels.stats.forward(p, target, **options.without_bias())
+        return stats, () if given is None else (stats[2],)[: given.further]
+    logit_sum = torch.empty(p.shape[0], dtype=torch.float32, device=p.device)
+    sums = {"logit_sum": logit_sum, "class_weight": given.class_weight}
+    stats = kernels.stats.forward(p, target, **sums, **options.without_bias())
+    return stats, (stats[2], logit_sum)
 
 
 def stats_gradient(
@@ -126,14 +140,22 @@ def stats_gradient(
     given: Coefficients,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """The part of the gradient through logp and entropy, in `out` if given."""
-    if given.logp is None and given.entropy is None:
+    """The part of the gradient through the statistics of the student, in `out` if given."""
+    if not given.of_stats():
         return None
-    logp, entropy, _, _, _, row_max, inv_sum = stats
+    logp, entropy, lse, _, _, row_max, inv_sum = stats
     assert kernels.stats.backward is not None
     zero = torch.zeros_like(logp)
     ga, gh = (zero if x is None else x for x in (given.logp, given.entropy))
-    return kernels.stats.backward(p, target, row_max, inv_sum, logp, entropy, ga, gh, out=out, **options.without_bias())
+    gl = given.of_lse(lse)
+    # A GPU kernel without the further terms is another one.
+    more = {} if gl is None else {"grad_lse": gl}
+    if given.logit_sum is not None:
+        more |= {"grad_logit_sum": given.logit_sum}
+        if given.class_weight is not None:
+            more["class_weight"] = given.class_weight
+    state = (row_max, inv_sum, logp, entropy)
+    return kernels.stats.backward(p, target, *state, ga, gh, out=out, **more, **options.without_bias())
 
 
 def divergence_gradient(
@@ -167,7 +189,7 @@ def row_bytes(p: PairProblem, given: Coefficients | None, vocab: int) -> tuple[i
         beside += 8 * p.teacher.hidden.shape[1]
     if not same_transform(p.student.options, p.teacher.options):
         beside += (4 if p.student.options.softcap is None else 16) * vocab
-    if given is not None and (given.logp is not None or given.entropy is not None):
+    if given is not None and given.of_stats():
         beside += 4 * vocab
     return student, beside
 

@@ -24,17 +24,19 @@ from tokfuse.runtime.lm_head.probe import with_probes
 from tokfuse.runtime.lm_head.problem import wanted
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.results import PolicyTerms
+from tokfuse.runtime.reference import cross_entropy as sums_reference
 from tokfuse.runtime.reference import linear_paired_divergence as reference
 from tokfuse.runtime.reference import linear_token_stats as linear_reference
 from tokfuse.runtime.reference import token_stats as stats_reference
 
 
-def exact(p: PairProblem, compared: torch.Tensor | None = None, logits: torch.Tensor | None = None) -> Stats:
+def exact(p: PairProblem, given: Coefficients | None = None, logits: torch.Tensor | None = None) -> Stats:
     """The statistics in float64, differentiable in the student.
 
     Args:
         p: both heads.
-        compared: (tokens,) bool. logp and entropy then belong to all rows that count, the rest to these.
+        given: the result of `own_rows`. With it, logp, entropy and the further statistics belong to all rows that
+            count, the rest to the rows with a coefficient of the divergence.
         logits: of the student, if they exist already.
     """
     s, t = p.student, p.teacher
@@ -42,7 +44,7 @@ def exact(p: PairProblem, compared: torch.Tensor | None = None, logits: torch.Te
         check_values_of(p)
     if logits is None:
         logits = linear_reference.logits_of(*with_probes(s.hidden, s.weight, s.probes), s.bias)
-    return _exact(logits, teacher_logits(t), s.target, s.options, t.options, p.divergence, s.op, compared)
+    return _exact(logits, teacher_logits(t), s.target, s.options, t.options, p.divergence, s.op, given)
 
 
 def _exact(
@@ -53,19 +55,28 @@ def _exact(
     teacher_options: LogitOptions,
     divergence: Divergence,
     op: str,
-    compared: torch.Tensor | None,
+    given: Coefficients | None,
 ) -> Stats:
-    of_both = options if compared is None else _only(options, compared)
+    logits = logits.double()  # once: autograd would round the gradient of every conversion to 16 bits
+    of_both = options if given is None else _only(options, given.divergence != 0)
     stats = reference.exact(logits, of_teacher, target, of_both, teacher_options, op, **divergence._asdict())
-    if compared is None:
+    if given is None:
         return stats
-    own = stats_reference.exact(logits, target, op=op, **options.without_bias())
-    return stats[0], own[1], own[0], *stats[3:]
+    logp, entropy, *own = sums_reference.exact(logits, target, given.class_weight, op, **options.without_bias())
+    return stats[0], entropy, logp, *stats[3:], *own[: given.further]
+
+
+def own_rows(given: Coefficients, policy: PolicyPart | None) -> Coefficients | None:
+    """Return the coefficients if statistics of the student count in rows without a divergence, else None."""
+    return given if policy is not None or given.of_stats() else None
 
 
 def loss(stats: Stats, given: Coefficients, policy: PolicyPart | None) -> torch.Tensor:
     """The weighted sum of the statistics and the policy term, () float64, differentiable."""
-    pairs = zip((stats[0], stats[2], stats[1]), given, strict=True)
+    divergence, entropy, logp, _, _, *further = stats
+    lse = further[0] if further else logp  # without further statistics, their coefficients are None
+    logit_sum = further[-1] if further else logp
+    pairs = zip((divergence, logp, entropy, lse, lse.square(), logit_sum), given[:6], strict=True)
     total = torch.stack([weighted_sum(x, usable_by_autograd(c)) for x, c in pairs if c is not None]).sum()
     if policy is None:
         return total
@@ -90,10 +101,8 @@ def teacher_logits(t: Teacher) -> torch.Tensor:
 def pair_run(p: PairProblem, given: Coefficients | None, policy: PolicyPart | None) -> tuple[Stats, Gradients]:
     """A `PairRun`."""
     needs = (False, False, False) if given is None else wanted(p.student)
-    compared = None
-    if given is not None and policy is not None:
-        compared = usable_by_autograd(given.divergence) != 0
-    elif given is not None:
+    given = None if given is None else Coefficients(*map(usable_by_autograd, given))
+    if given is not None and policy is None:
         p = p._replace(student=p.student._replace(options=_only(p.student.options, given.active())))
     with torch.inference_mode(False), torch.enable_grad():
         s, t = p.student, p.teacher
@@ -113,7 +122,8 @@ def pair_run(p: PairProblem, given: Coefficients | None, policy: PolicyPart | No
             LogitOptions(*map(usable_by_autograd, t.options)),
         )
         logits = linear_reference.logits_of(hidden, weight, bias)
-        stats = exact(p._replace(student=student, teacher=teacher), compared, logits)
+        own = None if given is None else own_rows(given, policy)
+        stats = exact(p._replace(student=student, teacher=teacher), own, logits)
         found: Iterator[torch.Tensor] = iter(())
         if given is not None and any(needs):
             asked = [x for x, need in zip(leaves, needs, strict=True) if x is not None and need]
@@ -126,24 +136,25 @@ def pair_run(p: PairProblem, given: Coefficients | None, policy: PolicyPart | No
     return stats_reference.rounded((x.detach() for x in stats), p.student.dtype), grads
 
 
-def exact_of_logits(p: LogitsPair, op: str, compared: torch.Tensor | None = None) -> Stats:
+def exact_of_logits(p: LogitsPair, op: str, given: Coefficients | None = None) -> Stats:
     """As `exact`, differentiable in the logits of the student."""
     if not torch.compiler.is_compiling():
         check_logits_values(op, p)
-    return _exact(p.logits, p.teacher_logits, p.target, p.options, p.teacher_options, p.divergence, op, compared)
+    return _exact(p.logits, p.teacher_logits, p.target, p.options, p.teacher_options, p.divergence, op, given)
 
 
-def logits_run(p: LogitsPair, coefficient: torch.Tensor, policy: PolicyPart | None) -> tuple[Stats, torch.Tensor]:
+def logits_run(p: LogitsPair, given: Coefficients, policy: PolicyPart | None) -> tuple[Stats, torch.Tensor]:
     """A `LogitsRun`."""
     with torch.inference_mode(False), torch.enable_grad():
         logits = usable_by_autograd(p.logits.detach()).requires_grad_()
-        of_rows = _only(p.options, coefficient != 0) if policy is None else p.options
+        of_rows = _only(p.options, given.active()) if policy is None else p.options
         options = LogitOptions(*map(usable_by_autograd, of_rows))
         teacher_options = LogitOptions(*map(usable_by_autograd, p.teacher_options))
-        teacher_logits, target, c = map(usable_by_autograd, (p.teacher_logits, p.target, coefficient))
+        teacher_logits, target, *c = map(usable_by_autograd, (p.teacher_logits, p.target, *given))
+        given = Coefficients(*c)
         pair = LogitsPair(logits, teacher_logits, target, options, teacher_options, p.divergence)
-        stats = exact_of_logits(pair, "distill_step", None if policy is None else c != 0)
-        total = loss(stats, Coefficients(c), policy)
+        stats = exact_of_logits(pair, "distill_step", own_rows(given, policy))
+        total = loss(stats, given, policy)
         (grad,) = torch.autograd.grad(total, logits, allow_unused=True, materialize_grads=True)
     return stats_reference.rounded((x.detach() for x in stats), p.logits.dtype), grad
 

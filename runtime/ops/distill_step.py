@@ -3,20 +3,30 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tokfuse.runtime.backends.policy_runs import LossRun
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.class_loss import ClassLoss
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.divergence import ALPHA, BETA, mix_weight_of
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.graph_ops import graph_op
+from tokfuse.runtime.core.leading import without_ignored
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.lm_head import cpu_pair, device_pair, reference_pair
+from tokfuse.runtime.lm_head.class_part import (
+    CLASS_ARGUMENTS,
+    CLASS_SCHEMA,
+    WITHOUT_CLASSES,
+    ClassPart,
+    CrossEntropy,
+    class_part_of,
+)
 from tokfuse.runtime.lm_head.pair_problem import (
     LOGITS_PAIR_SCHEMA,
     PAIR_ARGUMENTS,
@@ -33,7 +43,14 @@ from tokfuse.runtime.lm_head.pair_problem import (
     check_pair,
     check_teacher,
 )
-from tokfuse.runtime.lm_head.pair_results import DistillStep, distill_result, loss_of, token_weights
+from tokfuse.runtime.lm_head.pair_results import (
+    DistillStep,
+    TokenWeights,
+    distill_result,
+    loss_of,
+    token_weights,
+    weighted_sum,
+)
 from tokfuse.runtime.lm_head.probe import deliver
 from tokfuse.runtime.lm_head.problem import NAMES, probed, wanted
 from tokfuse.runtime.ops import influence as influence_op
@@ -45,7 +62,7 @@ from tokfuse.runtime.policy.graph_form import checked_inverse, flat_objective, o
 from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
+from tokfuse.runtime.policy.results import Computed, Gradients, PolicyTerms, with_gradients
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference.token_stats import result_dtype
 
@@ -68,6 +85,7 @@ def distill_step(
     alpha: float = ALPHA,
     coef: float | torch.Tensor | None = None,
     objective: Objective | None = None,
+    cross_entropy: CrossEntropy | None = None,
     advantage: torch.Tensor | None = None,
     old_logp: torch.Tensor | None = None,
     target: torch.Tensor | None = None,
@@ -101,7 +119,8 @@ def distill_step(
 
     With an `objective` the loss of `policy_step` is added, from the same logits: reinforcement learning
     and distillation in one pass. The arguments from `advantage` to `anchor_weight` are those of
-    `policy_step` and belong to the objective.
+    `policy_step` and belong to the objective. With `cross_entropy` the cross entropy with the targets is
+    added, also from the same logits.
 
     The direction of a KL is its `kind`: "kl_forward" is KL(Q || P), TRL's and GKD's beta = 0;
     "kl_reverse" is KL(P || Q), their beta = 1.
@@ -127,17 +146,20 @@ def distill_step(
         coef: weight of the divergence, a number or (tokens,). None: 1. A token with weight 0 needs no
             logits of the teacher; without an objective it costs nothing.
         objective: an `Objective`, whose loss is added. None: no policy term.
+        cross_entropy: a `CrossEntropy`, whose loss is added: class weights, label smoothing, z-loss. It needs
+            `target`. None: no cross entropy.
         advantage: (tokens,), or (seqs,) with advantage_level="sequence". Needed by an objective.
         old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
             policy, and every ratio is 1.
         target: (tokens,) int64, the sampled token, for the log-probabilities in `stats` and
-            `metrics`. Needed by an objective. None: they are not returned.
+            `metrics`. Needed by an objective and by `cross_entropy`. None: they are not returned.
         mask: (tokens,) bool, True counts. None: all tokens. Values at masked tokens are never used.
         cu_seqlens: (seqs + 1,) int32 packing offsets, if the objective or advantage_level uses sequences, and
             for `influence` and `influence.capture`.
-        normalizer: divides both terms. None: no division. A number or 0-dim tensor: the global count.
+        normalizer: divides all terms. None: no division. A number or 0-dim tensor: the global count.
             "batch": the number of tokens that the mask keeps, whatever their weight; the policy term is
-            divided by its own count, which for some aggregations is that of the sequences.
+            divided by its own count, which for some aggregations is that of the sequences, and the cross
+            entropy by the sum of the class weights of the targets.
         ref_logp: (tokens,), nats, for a KL term of the objective. The divergence needs none.
         sampler_logp: (tokens,), nats, from the rollout engine. Adds the metric sampler_kl_k3.
         advantage_level: "token" or "sequence".
@@ -163,7 +185,8 @@ def distill_step(
     Returns:
         DistillStep. Gradients of `loss` (normaliser included) for hidden, weight and bias where they
         require grad; from logits always. Statistics and metrics are of the tokens with a weight.
-        `step.policy` has loss and metrics of the policy term.
+        `step.policy` has loss and metrics of the policy term, `step.cross_entropy` the loss of the
+        cross entropy.
 
     Numerics: as `linear_paired_divergence` and `paired_divergence`; grad_weight accumulated in
         float32. A row of infinite KL has a zero gradient and makes the loss infinite. Bitwise
@@ -178,7 +201,9 @@ def distill_step(
         gradients are stored until `loss.backward()` returns them. An objective costs one more read of
         the student's logits of a chunk. Tokens with a weight of the divergence need both sides, other
         tokens the student alone; those without a gradient (advantage 0) only its statistics. If the
-        ratio is of sequences, all statistics come first: 2 T V H operations more.
+        ratio is of sequences, all statistics come first: 2 T V H operations more. A cross entropy needs
+        the student alone. On the CPU it needs no further read of the logits; on a GPU it shares the read of
+        the objective.
 
     Examples:
         >>> logits = torch.zeros(2, 4, requires_grad=True)
@@ -189,14 +214,28 @@ def distill_step(
         >>> step.loss.backward()
         >>> logits.grad[1]  # (p - q) / 2
         tensor([-0.2306,  0.0769,  0.0769,  0.0769])
+        >>> step = tokfuse.distill_step(
+        ...     logits=logits,
+        ...     teacher_logits=teacher_logits,
+        ...     kind="kl_forward",
+        ...     coef=0.0,
+        ...     target=torch.tensor([1, -100]),
+        ...     cross_entropy=tokfuse.CrossEntropy(label_smoothing=0.1),
+        ...     normalizer="batch",
+        ... )
+        >>> step.cross_entropy.token_loss
+        tensor([1.3863, 0.0000])
 
     Raises:
         ValueError: as `linear_paired_divergence`; neither or both of logits and hidden; an input that
-            the objective needs but does not get, or gets but does not use.
+            the objective or the cross entropy needs but does not get, or gets but does not use.
+        TypeError: an objective that is no `Objective`, or a cross entropy that is no `CrossEntropy`.
 
     Source: full-vocabulary distillation on the student's own samples as GKD (arXiv 2306.13649) and
         MiniLLM (arXiv 2306.08543); gradients in the forward as Liger's and Fast-LLM's heads. Exact.
     """
+    if cross_entropy is not None:
+        mask, target = _counting(cross_entropy, mask, target)
     options = LogitOptions(temperature, softcap, logit_scale, mask).floats()
     teacher_options = LogitOptions(teacher_temperature, teacher_softcap, teacher_logit_scale, None).floats()
     teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_options)
@@ -210,7 +249,7 @@ def distill_step(
             unused["cu_seqlens"] = cu_seqlens
         checks.check_unused(OP, "logits=", weight=weight, bias=bias, **unused)
         pair = _check_logits(logits, target, options, teacher, divergence)
-        rows, device, dtype = logits.shape[0], logits.device, logits.dtype
+        rows, vocab, device, dtype = *logits.shape, logits.device, logits.dtype
     else:
         assert hidden is not None
         problem = check_pair(OP, hidden, weight, bias, target, options, teacher, divergence, memory_budget)
@@ -220,7 +259,7 @@ def distill_step(
         elif cu_seqlens is not None:
             checks.check_cu_seqlens(OP, cu_seqlens, hidden.shape[0], hidden.device)
         problem = problem._replace(student=probed(OP, student, cu_seqlens))
-        rows, device, dtype = hidden.shape[0], hidden.device, student.dtype
+        rows, vocab, device, dtype = hidden.shape[0], student.vocab, hidden.device, student.dtype
     w = token_weights(OP, coef, mask, normalizer, rows, device, result_dtype(dtype))
     named = {
         "advantage": advantage,
@@ -249,12 +288,17 @@ def distill_step(
         policy_inputs.check_sampler(OP, sampler_logp, rows, device)
         inverse = inverse_normalizer(OP, normalizer, objective)
         policy = PolicyPart(inputs, objective, inverse, _loss_run(objective, device, dtype))
+    classes = of_classes = None
+    if cross_entropy is not None:
+        assert target is not None
+        classes, of_classes = _class_part(cross_entropy, target, mask, normalizer, vocab, result_dtype(dtype))
     gradients: Gradients = {}
+    terms = Terms(w.coefficient, policy, classes)
     if logits is not None:
-        loss, *found = _from_logits(pair, w.coefficient, policy, gradients)
+        loss, *found = _from_logits(pair, terms, gradients)
     else:
-        loss, *found = _from_hidden(problem, w.coefficient, policy, gradients)
-    step = distill_result(loss, tuple(found), w, has_target, gradients, policy, sampler_logp)
+        loss, *found = _from_hidden(problem, terms, gradients)
+    step = distill_result(loss, tuple(found), w, has_target, gradients, policy, sampler_logp, of_classes)
     if influence is None or cu_seqlens is None:
         return step
     return replace(step, influence=influence_op.collect(influence, problem.student, gradients, cu_seqlens))
@@ -263,6 +307,104 @@ def distill_step(
 def _loss_run(objective: Objective, device: torch.device, dtype: torch.dtype) -> LossRun:
     run: LossRun = select(losses.OP, device.type, result_dtype(dtype), objective.features()).run
     return run
+
+
+def _counting(
+    cross_entropy: CrossEntropy, mask: torch.Tensor | None, target: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the mask without the tokens to ignore, and the target."""
+    if not isinstance(cross_entropy, CrossEntropy):
+        raise TypeError(
+            f"{OP}: cross_entropy must be a tokfuse.CrossEntropy; got {type(cross_entropy).__name__}. "
+            "Pass, for example, CrossEntropy(label_smoothing=0.1)."
+        )
+    checks.check_given(OP, "cross_entropy=", target=target)
+    target = checks.require_tensor(OP, "target", target)
+    if target.dtype != torch.int64:
+        raise refuse(
+            OP, "target", "class indices (int64)", str(target.dtype), "Pass labels; the teacher is its own side."
+        )
+    return without_ignored(OP, target, mask, cross_entropy.ignore_index), target
+
+
+def _class_part(
+    cross_entropy: CrossEntropy,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    normalizer: Normalizer,
+    vocab: int,
+    dtype: torch.dtype,
+) -> tuple[ClassPart, TokenWeights]:
+    """Return the checked cross entropy, and the weights of its tokens."""
+    assert mask is not None
+    c, device = cross_entropy, target.device
+    loss = ClassLoss(c.class_weight, c.label_smoothing, c.z_loss)
+    loss = loss.checked(OP, "class_weight", vocab, device, "cross_entropy.")
+    counts = None if loss.class_weight is None else loss.counts(target, mask, vocab, dtype)
+    name = "cross_entropy.coef"
+    weights = token_weights(OP, c.coef, mask, normalizer, target.shape[0], device, dtype, name, counts)
+    return ClassPart(weights.coefficient, loss, vocab), weights
+
+
+class Terms(NamedTuple):
+    """The terms of the loss."""
+
+    coefficient: torch.Tensor
+    """(tokens,), d loss / d divergence."""
+    policy: PolicyPart | None
+    classes: ClassPart | None
+
+    def given(self, target: torch.Tensor) -> Coefficients:
+        """Return the coefficients of the rows, without those of the policy term."""
+        if self.classes is None:
+            return Coefficients(self.coefficient)
+        return self.classes.coefficients(self.coefficient, target)
+
+    def results(self, stats: Stats, target: torch.Tensor) -> list[torch.Tensor]:
+        """Return the loss, the statistics, and what `_further` adds."""
+        loss = loss_of(stats, self.coefficient)
+        policy = None if self.policy is None else self.policy.terms(stats[2], stats[1])
+        further = self._further(policy, stats, target)
+        if policy is not None:
+            loss = loss + policy.loss.to(loss.dtype)
+        if self.classes is not None:
+            loss = loss + further[-2].to(loss.dtype)
+        return [loss, *stats[:5], *further]
+
+    def _further(self, policy: PolicyTerms | None, stats: Stats, target: torch.Tensor) -> list[torch.Tensor]:
+        """Return loss, token losses and metric sums of the policy term; loss and token losses of the cross entropy."""
+        out = [] if policy is None else [policy.loss, policy.token_loss, policy.sums]
+        if self.classes is not None:
+            token_loss = self.classes.losses(stats, target)
+            out += [weighted_sum(token_loss, self.classes.weight).to(token_loss.dtype), token_loss]
+        return out
+
+    def traced(self, stats: Stats, given: Coefficients, target: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return the same on the reference under torch.compile, which derives the backward."""
+        c, policy = self.coefficient, self.policy
+        loss = reference_pair.loss(stats, given, policy).to(c.dtype)
+        rounded = [x.detach().to(c.dtype) for x in stats]
+        own = reference_pair.own_rows(given, policy) is not None
+        of_student = (1, 2, 5, 6) if own else ()  # entropy, logp, lse and the sum of the logits
+        rounded = [x if i in of_student else torch.where(c != 0, x, 0.0) for i, x in enumerate(rounded)]
+        if policy is None and own:
+            rounded = [torch.where(given.active(), x, 0.0) for x in rounded]
+        terms = None if policy is None else reference_pair.policy_terms(tuple(rounded), policy)
+        return loss, *rounded[:5], *self._further(terms, tuple(rounded), target)
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return the values of `TERMS_SCHEMA`."""
+        classes = WITHOUT_CLASSES if self.classes is None else self.classes.flat()
+        return (self.coefficient, *classes, *_flat_policy(self.policy))
+
+    @staticmethod
+    def from_flat(
+        flat: Sequence[Any], vocab: int, mask: torch.Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> "Terms":
+        """Undo `flat`."""
+        coefficient, *rest = flat
+        policy = _policy_of(rest[CLASS_ARGUMENTS:], mask, device, dtype)
+        return Terms(coefficient, policy, class_part_of(rest[:CLASS_ARGUMENTS], vocab))
 
 
 def _check_logits(
@@ -280,27 +422,6 @@ def _check_logits(
     return LogitsPair(logits, teacher.logits, target, options, teacher.options, divergence)
 
 
-def _with_loss(stats: Stats, c: torch.Tensor, policy: PolicyPart | None) -> list[torch.Tensor]:
-    """Return the loss, the statistics, and of a policy term its loss, token losses and metric sums."""
-    loss = loss_of(stats, c)
-    if policy is None:
-        return [loss, *stats]
-    terms = policy.terms(stats[2], stats[1])
-    return [loss + terms.loss.to(loss.dtype), *stats, terms.loss, terms.token_loss, terms.sums]
-
-
-def _traced(stats: Stats, c: torch.Tensor, policy: PolicyPart | None) -> Sequence[torch.Tensor]:
-    """Return the same on the reference under torch.compile, which derives the backward."""
-    loss = reference_pair.loss(stats, Coefficients(c), policy).to(c.dtype)
-    rounded = [x.detach().to(c.dtype) for x in stats]
-    of_all = () if policy is None else (1, 2)  # entropy and logp
-    rounded = [x if i in of_all else torch.where(c != 0, x, 0.0) for i, x in enumerate(rounded)]
-    if policy is None:
-        return loss, *rounded
-    terms = reference_pair.policy_terms(tuple(rounded), policy)
-    return loss, *rounded, terms.loss, terms.token_loss, terms.sums
-
-
 # --------------------------------------------------------------------------------- policy, compiled
 
 POLICY_INPUTS = tuple(name for name in PolicyInputs._fields if name not in ("advantage_level", "mask"))
@@ -308,7 +429,8 @@ POLICY_SCHEMA = (
     ", ".join(f"Tensor? {name}" for name in POLICY_INPUTS)
     + ", str advantage_level, str objective, float[] coefficients, float inv_normalizer"
 )
-POLICY_ARGUMENTS = len(POLICY_INPUTS) + 4
+TERMS_SCHEMA = f"Tensor coefficient, {CLASS_SCHEMA}, {POLICY_SCHEMA}"
+TERMS_ARGUMENTS = 1 + CLASS_ARGUMENTS + len(POLICY_INPUTS) + 4
 
 
 def _flat_policy(policy: PolicyPart | None) -> tuple[Any, ...]:
@@ -334,41 +456,43 @@ def _policy_of(
     return PolicyPart(inputs, objective, checked_inverse(OP, inverse), _loss_run(objective, device, dtype))
 
 
-def _fake_results(like: torch.Tensor, form: str) -> list[torch.Tensor]:
-    """Return the tensors of `_with_loss` without their values."""
+def _fake_results(like: torch.Tensor, flat: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the tensors of `Terms.results` without their values. flat: the values of `TERMS_SCHEMA`."""
     tokens, float32 = like.shape[0], torch.float32
     out = [like.new_empty((), dtype=float32), *(like.new_empty(tokens, dtype=float32) for _ in range(5))]
-    if not form:
-        return out
-    sums = like.new_empty(len(SLOTS), dtype=torch.float64)
-    return [*out, like.new_empty((), dtype=float32), like.new_empty(tokens, dtype=float32), sums]
+    form, of_classes = flat[-3], flat[1]
+    if form:
+        sums = like.new_empty(len(SLOTS), dtype=torch.float64)
+        out += [like.new_empty((), dtype=float32), like.new_empty(tokens, dtype=float32), sums]
+    if of_classes is not None:
+        out += [like.new_empty((), dtype=float32), like.new_empty(tokens, dtype=float32)]
+    return out
 
 
 # ----------------------------------------------------------------------------------- from hidden
 
 
-def _from_hidden(
-    p: PairProblem, c: torch.Tensor, policy: PolicyPart | None, gradients: Gradients
-) -> Sequence[torch.Tensor]:
-    """Return the results of `_with_loss`; the loss is differentiable."""
-    s = p.student
+def _from_hidden(p: PairProblem, terms: Terms, gradients: Gradients) -> Sequence[torch.Tensor]:
+    """Return the results of `Terms.results`; the loss is differentiable."""
+    s, policy = p.student, terms.policy
     features = p.features() if policy is None else policy.objective.features(p.features())
     capability = select(linear.OP, s.hidden.device.type, s.dtype, features)
     if not torch.is_grad_enabled() and s.row_norms is None:
         p = p._replace(student=s._replace(needs=(False, False, False)))
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
-            return _traced(reference_pair.exact(p, None if policy is None else c != 0), c, policy)
+            given = terms.given(s.target)
+            return terms.traced(reference_pair.exact(p, reference_pair.own_rows(given, policy)), given, s.target)
         needs = wanted(p.student)
-        found: list[torch.Tensor] = _hidden_op(*p.flat(), c, *_flat_policy(policy), *needs)
+        found: list[torch.Tensor] = _hidden_op(*p.flat(), *terms.flat(), *needs)
         held = (x if need else None for x, need in zip(found[-3:], needs, strict=True))
         gradients.update(zip(NAMES, held, strict=True))
         return found[:-3]
     run: PairRun = capability.run
 
     def compute() -> Computed:
-        stats, grads = run(p, Coefficients(c), policy)
-        loss, *others = _with_loss(stats, c, policy)
+        stats, grads = run(p, terms.given(s.target), policy)
+        loss, *others = terms.results(stats, s.target)
         return loss, others, grads
 
     leaves = dict(zip(NAMES, (s.hidden, s.weight, s.bias), strict=True))
@@ -377,25 +501,24 @@ def _from_hidden(
 
 @graph_op(
     "tokfuse::distill_step_hidden",
-    f"({PAIR_SCHEMA}, Tensor coefficient, {POLICY_SCHEMA}, bool needs_hidden, bool needs_weight, bool needs_bias)"
-    " -> Tensor[]",
+    f"({PAIR_SCHEMA}, {TERMS_SCHEMA}, bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
 )
 @ranged("distill_step.fwd")
 def _hidden_op(*arguments: Any) -> list[torch.Tensor]:
-    p, (c, *rest) = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[PAIR_ARGUMENTS:]
-    flat, needs = rest[:POLICY_ARGUMENTS], rest[POLICY_ARGUMENTS:]
+    p, rest = PairProblem.from_flat(OP, *arguments[:PAIR_ARGUMENTS]), arguments[PAIR_ARGUMENTS:]
+    flat, needs = rest[:TERMS_ARGUMENTS], rest[TERMS_ARGUMENTS:]
     s = p.student._replace(needs=(needs[0], needs[1], needs[2]))
-    policy = _policy_of(flat, s.options.mask, s.hidden.device, s.dtype)
+    terms = Terms.from_flat(flat, s.vocab, s.options.mask, s.hidden.device, s.dtype)
     run: PairRun = select(linear.OP, s.hidden.device.type, s.dtype, p.features()).run
-    stats, grads = run(p._replace(student=s), Coefficients(c), policy)
-    return [*_with_loss(stats, c, policy), *(s.hidden.new_empty(0) if x is None else x for x in grads)]
+    stats, grads = run(p._replace(student=s), terms.given(s.target), terms.policy)
+    return [*terms.results(stats, s.target), *(s.hidden.new_empty(0) if x is None else x for x in grads)]
 
 
 @_hidden_op.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> list[torch.Tensor]:
     likes = zip((hidden, weight, bias), rest[-3:], strict=True)
     grads = [x.new_empty(x.shape) if x is not None and need else hidden.new_empty(0) for x, need in likes]
-    return [*_fake_results(hidden, rest[-6]), *grads]
+    return [*_fake_results(hidden, rest[-3 - TERMS_ARGUMENTS : -3]), *grads]
 
 
 def _setup_hidden(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
@@ -415,23 +538,24 @@ _hidden_op.register_autograd(_hidden_backward, setup_context=_setup_hidden)
 # ----------------------------------------------------------------------------------- from logits
 
 
-def _from_logits(
-    p: LogitsPair, c: torch.Tensor, policy: PolicyPart | None, gradients: Gradients
-) -> Sequence[torch.Tensor]:
-    """Return the results of `_with_loss`; the loss is differentiable."""
+def _from_logits(p: LogitsPair, terms: Terms, gradients: Gradients) -> Sequence[torch.Tensor]:
+    """Return the results of `Terms.results`; the loss is differentiable."""
+    policy = terms.policy
     features = p.features() if policy is None else policy.objective.features(p.features())
     capability = select(OP, p.logits.device.type, p.logits.dtype, features)
     if torch.compiler.is_compiling():
         if capability.backend == "reference":
-            return _traced(reference_pair.exact_of_logits(p, OP, None if policy is None else c != 0), c, policy)
-        found: list[torch.Tensor] = _logits_op(*p.flat(), c, *_flat_policy(policy))
+            given = terms.given(p.target)
+            own = reference_pair.own_rows(given, policy)
+            return terms.traced(reference_pair.exact_of_logits(p, OP, own), given, p.target)
+        found: list[torch.Tensor] = _logits_op(*p.flat(), *terms.flat())
         gradients["logits"] = found[-1]
         return found[:-1]
     run: LogitsRun = capability.run
 
     def compute() -> Computed:
-        stats, grad = run(p, c, policy)
-        loss, *others = _with_loss(stats, c, policy)
+        stats, grad = run(p, terms.given(p.target), policy)
+        loss, *others = terms.results(stats, p.target)
         return loss, others, [grad]
 
     return with_gradients(OP, {"logits": p.logits}, compute, gradients)
@@ -443,20 +567,20 @@ register_triton(OP, device_pair.TRITON_LOGITS, FLOAT_DTYPES, "softcap")
 register_reference(OP, reference_pair.logits_run, "softcap", WITHOUT_KERNELS)
 
 
-@graph_op("tokfuse::distill_step", f"({LOGITS_PAIR_SCHEMA}, Tensor coefficient, {POLICY_SCHEMA}) -> Tensor[]")
+@graph_op("tokfuse::distill_step", f"({LOGITS_PAIR_SCHEMA}, {TERMS_SCHEMA}) -> Tensor[]")
 @ranged("distill_step.fwd")
 def _logits_op(*arguments: Any) -> list[torch.Tensor]:
-    flat, c = arguments[-POLICY_ARGUMENTS:], arguments[-POLICY_ARGUMENTS - 1]
-    p = LogitsPair.from_flat(*arguments[: -POLICY_ARGUMENTS - 1])
-    policy = _policy_of(flat, p.options.mask, p.logits.device, p.logits.dtype)
+    p = LogitsPair.from_flat(*arguments[:-TERMS_ARGUMENTS])
+    of_logits = (p.logits.shape[1], p.options.mask, p.logits.device, p.logits.dtype)
+    terms = Terms.from_flat(arguments[-TERMS_ARGUMENTS:], *of_logits)
     run: LogitsRun = select(OP, p.logits.device.type, p.logits.dtype, p.features()).run
-    stats, grad = run(p, c, policy)
-    return [*_with_loss(stats, c, policy), grad]
+    stats, grad = run(p, terms.given(p.target), terms.policy)
+    return [*terms.results(stats, p.target), grad]
 
 
 @_logits_op.register_fake
 def _(logits: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
-    return [*_fake_results(logits, rest[-3]), logits.new_empty(logits.shape)]
+    return [*_fake_results(logits, rest[-TERMS_ARGUMENTS:]), logits.new_empty(logits.shape)]
 
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:

@@ -12,7 +12,14 @@ from tokfuse.runtime.reference.token_stats import rounded, rows_of, stats_of
 def forward(
     logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, op: str, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Return (logp, entropy, lse, logit_sum, sum_sq, top1), rounded once.
+    """Return (logp, entropy, lse, logit_sum, sum_sq, top1) of `exact`, rounded once."""
+    return rounded(exact(logits, target, class_weight, op, **options), logits.dtype)
+
+
+def exact(
+    logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None, op: str, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """Return (logp, entropy, lse, logit_sum, sum_sq, top1) in float64, differentiable in the logits.
 
     logit_sum is sum_j class_weight_j u_j of the scaled logits u.
     """
@@ -22,7 +29,7 @@ def forward(
     logp, entropy, lse, sum_sq, top1 = stats_of(rows, target)
     weighted = rows.u if class_weight is None else rows.u * class_weight.double()
     logit_sum = rows.final(weighted.sum(-1), float("-inf"))
-    return rounded((logp, entropy, lse, logit_sum, sum_sq, top1), logits.dtype)
+    return logp, entropy, lse, logit_sum, sum_sq, top1
 
 
 def head_forward(
