@@ -4,6 +4,8 @@ Triton in its interpreter, CUDA on the host. Small cases, each with every part o
 options runs on a GPU and on the CPU kernels (tests/ops/test_linear_paired_divergence.py).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from harness import Backend, backends, bits, compare, half_ulp
@@ -168,3 +170,55 @@ def test_a_policy_term(source: str, level: str, backend: Backend, monkeypatch):
     for a, b, name in zip(grads, truth, names, strict=True):
         compare(a, b, atol=1e-5 * float(b.abs().max()), what=name)
     assert metrics == pytest.approx(of_reference, rel=1e-4, abs=1e-4)
+
+
+CLASSES = torch.linspace(0.0, 2.0, VOCAB)
+CROSS_ENTROPIES = {
+    "plain": tokfuse.CrossEntropy(torch.tensor([1.0, 0.5, 0.0, -1.0, 2.0]), CLASSES),
+    "z-loss": tokfuse.CrossEntropy(z_loss=0.1, ignore_index=3),
+    "smoothed": tokfuse.CrossEntropy(label_smoothing=0.2),
+    "everything": tokfuse.CrossEntropy(torch.tensor([1.0, 0.5, 0.0, -1.0, 2.0]), CLASSES, 0.2, 0.1, 3),
+}
+
+
+@pytest.mark.parametrize("source", ["hidden", "logits", "captured"])
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [*((name, None) for name in CROSS_ENTROPIES), ("everything", "token"), ("everything", "sequence")],
+)
+def test_a_cross_entropy(level: str | None, name: str, source: str, backend: Backend, monkeypatch):
+    """Against the reference, alone and with a policy term: tokens of both sides, of the student alone, masked ones."""
+    case = case_of(torch.float32)
+    case.target[1] = 3
+    given = {"coef": torch.tensor([0.5, 0.3, 0.0, 0.0, 1.0]), "mask": torch.arange(TOKENS) != 4, "normalizer": "batch"}
+    given |= {"target": case.target, "kind": "jsd", "softcap": 6.0, "temperature": ROWS}
+    if level is not None:
+        given |= {"advantage": torch.tensor([1.0, -0.7, 0.0, 0.4, 1.0]), "old_logp": torch.full((TOKENS,), -5.0)}
+        given |= {"objective": tokfuse.Objective(level=level), "cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32)}
+    tensors = {n: getattr(case, n) for n in PairCase._fields[:-1]}
+    if source == "logits":
+        tensors = dict(zip(("logits", "teacher_logits"), (x.float() for x in logits_of(case)), strict=True))
+    if source == "captured":
+        monkeypatch.setattr(device_head, "capturing", lambda x: True)
+    names = ("logits",) if source == "logits" else LEAVES
+    term = CROSS_ENTROPIES[name]
+
+    def run(name: str, put):
+        with tokfuse.backend(name):
+            own = {n: put(x).detach().clone() for n, x in tensors.items()}
+            leaves = [own[n].requires_grad_() for n in names]
+            budget = {} if source == "logits" else {"memory_budget": 5_000}
+            of_classes = replace(term, coef=put(term.coef), class_weight=put(term.class_weight))
+            rest = {n: put(x) for n, x in given.items()} | budget
+            step = tokfuse.distill_step(**own, **rest, cross_entropy=of_classes)
+            step.loss.backward()
+            c = step.cross_entropy
+            return [step.loss.detach(), c.loss, c.token_loss, c.loss_sum, c.count, *step.stats], [
+                x.grad for x in leaves
+            ]
+
+    (got, grads), (want, truth) = run(backend.name, backend.put), run("reference", lambda x: x)
+    for a, b in zip(got, want, strict=True):
+        compare(a, b, atol=8e-6, rtol=8e-6)
+    for a, b, leaf in zip(grads, truth, names, strict=True):
+        compare(a, b, atol=1e-5 * float(b.abs().max()), what=leaf)

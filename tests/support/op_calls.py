@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import tokfuse
-from tokfuse import KL, KeepRule, Objective, PPOClip, algorithms
+from tokfuse import KL, CrossEntropy, KeepRule, Objective, PPOClip, algorithms
 from tokfuse.influence import InfluenceSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -463,6 +463,21 @@ WITH_POLICY = {
     for name in ("everything", "sequence", "on_policy", "target_ratio", "advantage_of_sequences")
 }
 
+# Of distill_step: cross entropies, alone and with a policy term.
+WITH_CLASSES = {
+    "cross_entropy": Option(lambda p: {"cross_entropy": CrossEntropy()}),
+    "smoothed": Option(
+        lambda p: {
+            "cross_entropy": CrossEntropy(p.advantage(), p.positive("classes", p.sizes.vocab), 0.2, 0.01),
+            "normalizer": 7.0,
+        }
+    ),
+    "z_loss": Option(lambda p: {"cross_entropy": CrossEntropy(0.5, z_loss=0.01), "coef": None, "mask": None}),
+    "policy_smoothed": Option(
+        lambda p: _policy(p) | {"cross_entropy": CrossEntropy(label_smoothing=0.2), "target": p.target()}
+    ),
+}
+
 # ----------------------------------------------------------------------------------------- the table
 
 
@@ -708,8 +723,9 @@ ROWS: tuple[Row, ...] = (
         ("hidden", "weight", "bias"),
         PAIR_OPTIONS
         | WITH_POLICY
+        | WITH_CLASSES
         | {"influence": Option(lambda p: {"cu_seqlens": p.borders(), "influence": InfluenceSpec(rank=8)})},
-        rich=("teacher_logits", "policy_everything", "policy_sequence"),
+        rich=("teacher_logits", "policy_everything", "policy_sequence", "smoothed", "policy_smoothed"),
     ),
     Row(
         "distill_step",
@@ -727,8 +743,9 @@ ROWS: tuple[Row, ...] = (
             "beta": _constant(beta=0.2, coef=None, mask=None, normalizer=None),
             "tvd": _constant(kind="tvd"),
         }
-        | WITH_POLICY,
-        rich=("softcap", "policy_everything"),
+        | WITH_POLICY
+        | WITH_CLASSES,
+        rich=("softcap", "policy_everything", "smoothed", "policy_smoothed"),
     ),
     Row(
         "policy_loss",
