@@ -56,6 +56,10 @@ def policy_step_hidden(z: torch.Tensor, x: Any, temperature: float = 1.0) -> tor
     return step.loss
 
 
+def distill_step(z: torch.Tensor, term: tokfuse.CrossEntropy) -> torch.Tensor:
+    return tokfuse.distill_step(logits=z, teacher_logits=OTHER, kind="jsd", target=TARGET, cross_entropy=term).loss
+
+
 def coefficients(x: float) -> tokfuse.Objective:
     """Return an objective with three changing numbers, created outside of the graph like in trainers."""
     return tokfuse.Objective(shape=tokfuse.PPOClip(low=x), kl=tokfuse.KL(coef=0.1 * x), entropy_coef=0.02 * x)
@@ -76,6 +80,8 @@ CALLS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "paired_divergence/beta": lambda z, x: tokfuse.paired_divergence(z, OTHER, kind="jsd", beta=x).sum(),
     "paired_divergence/alpha": lambda z, x: tokfuse.paired_divergence(z, OTHER, kind="skew_forward", alpha=x).sum(),
     "policy_loss/normalizer": policy_loss,
+    "distill_step/label_smoothing": lambda z, x: distill_step(z, tokfuse.CrossEntropy(label_smoothing=x)),
+    "distill_step/z_loss and coef": lambda z, x: distill_step(z, tokfuse.CrossEntropy(x, z_loss=x)),
     "policy_step/temperature": lambda z, x: policy_step(z, temperature=x),
     "policy_step/normalizer": lambda z, x: policy_step(z, normalizer=x),
     "policy_step/temperature and normalizer": lambda z, x: policy_step(z, normalizer=x, temperature=x + 0.5),
