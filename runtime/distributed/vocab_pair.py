@@ -239,6 +239,8 @@ def distill_step(
     chunk of rows while its logits are in memory. All arguments except shard, logits, weights and biases
     must be equal on all ranks of the group. With sequence_parallel, the hidden states also differ.
 
+    An `objective` and a `cross_entropy` are not supported over shards.
+
     Args:
         shard: this rank's part of the vocabulary.
         logits: (tokens, columns), this rank's columns of the student's logits; they need teacher_logits.
