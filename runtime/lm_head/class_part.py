@@ -23,7 +23,9 @@ class CrossEntropy:
     The step adds the sum of coef * this loss, divided by the normalizer of the step. A number or None works as
     for the divergence. "batch" divides by the sum of w_y over the tokens that count, as reduction="mean" of torch does,
     whatever their coef. With this normalizer and a number as coef, the term is coef times
-    `linear_cross_entropy(..., reduction="mean")`. With None and a number, it is coef times reduction="sum".
+    `linear_cross_entropy(..., reduction="mean")`. With None and a number, it is coef times reduction="sum". Without a
+    token that counts it is 0, where torch's mean is nan. With label_smoothing, a logit of -inf makes the loss infinite,
+    as in torch.
 
     Attributes:
         coef: weight of the cross entropy, a number or (tokens,). A token with weight 0 costs nothing in this term.

@@ -188,8 +188,8 @@ def distill_step(
         `step.policy` has loss and metrics of the policy term, `step.cross_entropy` the loss of the
         cross entropy.
 
-    Numerics: as `linear_paired_divergence` and `paired_divergence`; grad_weight accumulated in
-        float32. A row of infinite KL has a zero gradient and makes the loss infinite. Bitwise
+    Numerics: as `linear_paired_divergence`, `paired_divergence` and `cross_entropy`; grad_weight accumulated
+        in float32. A row of infinite KL has a zero gradient and makes the loss infinite. Bitwise
         repeatable. On a GPU a bad target or temperature makes its row NaN instead of an error.
 
     Gradients and memory: from hidden 2 T V (H + H_teacher) operations for the logits and 4 T V H

@@ -236,6 +236,34 @@ def test_a_token_uses_only_what_it_needs(source: str, backend: Backend):
         assert bits(got) == bits(want)
 
 
+@pytest.mark.parametrize("source", ["hidden", "logits"])
+def test_float64(source: str):
+    """The reference computes in float64: everything agrees to its rounding."""
+    case, term = pair_case("one_tile")._replace(target=labels()), TERMS["everything"]()
+    case = PairCase(*(x.double() if x.is_floating_point() else x for x in case))
+    common = {"kind": "kl_forward", "coef": COEF, "mask": MASK, "normalizer": "batch"}
+    reference = next(p.values[0] for p in backends("linear_paired_divergence") if p.id == "reference")
+    with reference.forced():
+        without, loss, token_loss, grads, _ = truth(case, source, term, {}, **common)
+        step, found = fused(reference, case, source, term, {}, torch.float64, **common)
+    assert step.loss.dtype == torch.float64
+    compare(step.loss, without.loss + loss, rtol=1e-12)
+    compare(step.cross_entropy.token_loss, token_loss, rtol=1e-12, atol=1e-13)
+    for name, grad in grads.items():
+        compare(found[name], grad, atol=1e-12 * float(grad.abs().max()))
+
+
+def test_without_grad_mode(backend: Backend):
+    case, common = pair_case("one_tile")._replace(target=labels()), {"kind": "jsd", "coef": COEF, "mask": MASK}
+    want, _ = fused(backend, case, "hidden", TERMS["smoothed"](), {}, **common)
+    with torch.no_grad():
+        tensors = {n: backend.put(getattr(case, n)).requires_grad_(n == "weight") for n in TENSORS}
+        rest = {n: backend.put(x) for n, x in common.items()} | {"target": backend.put(case.target)}
+        step = tokfuse.distill_step(**tensors, **rest, cross_entropy=TERMS["smoothed"]())
+    assert not step.loss.requires_grad and step.grad_weight is None
+    compare(step.loss, want.loss.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_no_token_that_counts(backend: Backend):
     case = pair_case("one_tile")._replace(target=torch.full((TOKENS,), -100))
     step, grads = fused(backend, case, "hidden", TERMS["everything"](), {}, kind="jsd", normalizer="batch")
