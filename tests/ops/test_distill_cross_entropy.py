@@ -5,6 +5,7 @@ agree within 1e-5, gradients within 1e-5 of their largest entry: the bounds of t
 """
 
 import dataclasses
+import inspect
 from unittest import mock
 
 import numpy as np
@@ -306,6 +307,13 @@ def test_no_gemm_and_no_read_runs_twice(monkeypatch):
     student = sum(n for size, n in rows if size == case.weight.shape[1])
     teacher = sum(n for size, n in rows if size == case.teacher_weight.shape[1])
     assert student == int((MASK & ((COEF != 0) | (CLASSES != 0))).sum()) and teacher == int((MASK & (COEF != 0)).sum())
+
+
+def test_options_have_the_names_and_defaults_of_linear_cross_entropy():
+    known = inspect.signature(tokfuse.linear_cross_entropy).parameters
+    options = {f.name: f.default for f in dataclasses.fields(CrossEntropy)}
+    assert options.pop("coef") == 1.0
+    assert options == {name: known[name].default for name in options}
 
 
 def test_without_a_cross_entropy_the_result_has_none():
