@@ -217,7 +217,7 @@ void objective(Batch& b, Level level) {
   const PrepareArgs p = {kSeqs,   b.borders, b.mask, b.x, b.memory.of<int32_t>(kSeqs),
                          b.out(), b.out()};
   report("policy_prepare", policy_prepare(p, nullptr), {p.agg_weight, p.advantage}, kTokens);
-  for (const int32_t* counts : {static_cast<const int32_t*>(nullptr), p.counts}) {
+  for (int32_t* counts : {static_cast<int32_t*>(nullptr), p.counts}) {
     const CountArgs n = {kTokens, kSeqs, b.mask, counts, b.out(1)};
     report("policy_count", policy_count(n, nullptr), {n.batch_inv_normalizer}, 1);
   }
