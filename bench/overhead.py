@@ -117,7 +117,7 @@ def _native_provider(name: str, call: Callable[[], Any]) -> Provider:
         setattr(module, name, many)
         try:
             for op in kept:
-                op.eager_cpu = lambda: None
+                op.eager_cpu = lambda main: None
             call()
         finally:
             setattr(module, name, bare)

@@ -2,6 +2,8 @@
 // driver before the first launch.
 #include "bindings/bind_cuda.h"
 
+#include "bindings/tensors.h"
+
 namespace py = pybind11;
 
 namespace tokfuse {
@@ -13,6 +15,8 @@ void bind_cuda(py::module_& m) {
              return cuda::Place{device, reinterpret_cast<cudaStream_t>(stream)};
            }),
            py::kw_only(), py::arg("device"), py::arg("stream"));
+  bind_use_tensors(m);
+  cuda::bind_eager(m);
   cuda::bind_packed(m);
   cuda::bind_policy(m);
   cuda::bind_rows(m);

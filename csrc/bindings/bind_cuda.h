@@ -57,7 +57,12 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-// Runs `launch(stream)` on the device of `place`. An error becomes an exception that names the op
+// A launch that failed.
+struct LaunchError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Runs `launch(stream)` on the device of `place`. An error becomes a LaunchError that names the op
 // and the kernel. Launches are asynchronous, so an earlier kernel may have caused the error.
 template <class Launch>
 void run(const char* op, const char* kernel, const Place& place, Launch launch) {
@@ -66,14 +71,25 @@ void run(const char* op, const char* kernel, const Place& place, Launch launch) 
   const cudaError_t error = guard.error() != cudaSuccess ? guard.error() : launch(place.stream());
   if (error == cudaSuccess) return;
   cudaGetLastError();  // clears it, or the next launch would report it again
-  throw std::runtime_error(
-      std::string(op) + ": launching " + kernel + " on CUDA device " +
-      std::to_string(place.device()) + " failed: " + cudaGetErrorString(error) + " (" +
-      cudaGetErrorName(error) + ", " + std::to_string(static_cast<int>(error)) +
-      "). `python -m tokfuse doctor` shows what is usable here; "
-      "TOKFUSE_BACKEND chooses another backend.");
+  throw LaunchError(std::string(op) + ": launching " + kernel + " on CUDA device " +
+                    std::to_string(place.device()) + " failed: " + cudaGetErrorString(error) +
+                    " (" + cudaGetErrorName(error) + ", " +
+                    std::to_string(static_cast<int>(error)) +
+                    "). `python -m tokfuse doctor` shows what is usable here; "
+                    "TOKFUSE_BACKEND chooses another backend.");
 }
 
+// Checked launches. The whole-call functions share them with the bindings.
+void run_token_stats_fwd(const Place& place, const LogitsArgs& a, const TokenStatsOut& out);
+void run_token_stats_bwd(const Place& place, const LogitsArgs& a, const TokenStatsGrad& grad);
+void run_policy_step(const Place& place, const LogitsArgs& a, const TokenStatsOut& stats,
+                     const TokenObjectiveArgs& o, const GradRows& grad);
+void run_policy_loss(const Place& place, const ObjectiveArgs& o, const LossArgs& loss);
+void run_policy_prepare(const Place& place, const PrepareArgs& a);
+void run_policy_count(const Place& place, const CountArgs& a);
+void run_policy_metrics(const Place& place, const MetricsArgs& a, const LossArgs& loss);
+
+void bind_eager(pybind11::module_& m);
 void bind_packed(pybind11::module_& m);
 void bind_policy(pybind11::module_& m);
 void bind_rows(pybind11::module_& m);

@@ -17,17 +17,21 @@ void check_rows(const LogitsArgs& a) {
   require(a.tile == 0 && a.tile_stride == 0, "rows come in one piece");
 }
 
-void bind_token_stats_fwd(const Place& place, const LogitsArgs& a, const TokenStatsOut& out) {
+}  // namespace
+
+void run_token_stats_fwd(const Place& place, const LogitsArgs& a, const TokenStatsOut& out) {
   check_rows(a);
   run("token_stats", "token_stats_fwd_kernel", place,
       [&](cudaStream_t stream) { return token_stats_fwd(a, out, stream); });
 }
 
-void bind_token_stats_bwd(const Place& place, const LogitsArgs& a, const TokenStatsGrad& grad) {
+void run_token_stats_bwd(const Place& place, const LogitsArgs& a, const TokenStatsGrad& grad) {
   check_rows(a);
   run("token_stats", "token_stats_bwd_kernel", place,
       [&](cudaStream_t stream) { return token_stats_bwd(a, grad, stream); });
 }
+
+namespace {
 
 void check_ids(const LogitsArgs& a, const IdsArgs& ids) {
   check_rows(a);
@@ -56,8 +60,10 @@ void bind_token_stats_at_bwd(const Place& place, const LogitsArgs& a, const Toke
       [&](cudaStream_t stream) { return token_stats_at_bwd(a, grad, ids, stream); });
 }
 
-void bind_policy_step(const Place& place, const LogitsArgs& a, const TokenStatsOut& stats,
-                      const TokenObjectiveArgs& o, const GradRows& grad) {
+}  // namespace
+
+void run_policy_step(const Place& place, const LogitsArgs& a, const TokenStatsOut& stats,
+                     const TokenObjectiveArgs& o, const GradRows& grad) {
   check_rows(a);
   require(a.bias_logits == nullptr, "policy_step takes no bias_logits");
   require(o.params.level == Level::kToken, "policy_step fuses token-level objectives only");
@@ -66,6 +72,8 @@ void bind_policy_step(const Place& place, const LogitsArgs& a, const TokenStatsO
   run("policy_step", "policy_step_kernel", place,
       [&](cudaStream_t stream) { return policy_step(a, stats, o, grad, stream); });
 }
+
+namespace {
 
 void bind_kept_fwd(const Place& place, const KeptArgs& a, const TokenStatsOut& out) {
   check_args(a);
@@ -97,11 +105,11 @@ void bind_divergence_bwd(const Place& place, const DivergenceArgs& a, const Dive
 }  // namespace
 
 void bind_rows(py::module_& m) {
-  m.def("token_stats_fwd", &bind_token_stats_fwd);
-  m.def("token_stats_bwd", &bind_token_stats_bwd);
+  m.def("token_stats_fwd", &run_token_stats_fwd);
+  m.def("token_stats_bwd", &run_token_stats_bwd);
   m.def("token_stats_at_fwd", &bind_token_stats_at_fwd);
   m.def("token_stats_at_bwd", &bind_token_stats_at_bwd);
-  m.def("policy_step", &bind_policy_step, py::arg("place"), py::arg("logits"), py::arg("stats"),
+  m.def("policy_step", &run_policy_step, py::arg("place"), py::arg("logits"), py::arg("stats"),
         py::arg("objective"), py::arg("grad"));
   m.def("kept_token_stats_fwd", &bind_kept_fwd);
   m.def("kept_token_stats_bwd", &bind_kept_bwd);

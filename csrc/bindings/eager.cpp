@@ -1,181 +1,20 @@
-// Whole calls of the eager mode: one native function reads and checks the arguments, runs the
-// kernel and makes the outputs. At one token the same steps in Python take twenty times the
-// kernel's time.
-//
-// A function returns None if its arguments do not have the plain form that it reads: another
-// device, a dtype that must be converted, strides, a subclass, a wrong shape or value. The caller
-// then takes the general path, which converts the argument or raises an error that explains it.
-// Nothing has been written if None is returned.
+// Whole calls of the eager mode on the CPU: one native function reads and checks the arguments
+// (eager_args.h), runs the kernel and makes the outputs. At one token the same steps in Python take
+// twenty times the kernel's time.
 #include <cstdlib>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "bindings/bind.h"
-#include "bindings/tensors.h"
+#include "bindings/eager_args.h"
+#include "common/loss_args.h"
 
 namespace py = pybind11;
 
 namespace tokfuse {
 namespace {
 
-struct NotPlain {};  // thrown and caught in this file: the call needs the general path
-
-void plain(bool ok) {
-  if (!ok) throw NotPlain();
-}
-
-// The address of a contiguous vector of n elements without gradient, or null for None.
-template <class T>
-const T* vector(PyObject* object, int64_t n, DlType type) {
-  if (object == Py_None) return nullptr;
-  DlTensor t;
-  plain(read_tensor(object, &t) && t.ndim == 1 && t.shape[0] == n && t.type == type);
-  plain(n <= 1 || t.strides[0] == 1);
-  plain(!requires_grad(object));
-  return static_cast<const T*>(t.data);
-}
-
-const float* floats(PyObject* object, int64_t n) { return vector<float>(object, n, kDlFloat32); }
-
-double number(PyObject* object) {
-  const double x = PyFloat_AsDouble(object);
-  if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  return x;
-}
-
-int thread_count(PyObject* object) {
-  const long threads = PyLong_AsLong(object);
-  if (threads == -1 && PyErr_Occurred()) throw py::error_already_set();
-  plain(threads >= 1 && threads <= 4096);
-  return static_cast<int>(threads);
-}
-
-std::optional<DType> logits_dtype(DlType type) {
-  if (type == kDlFloat32) return DType::kFloat32;
-  if (type == kDlBfloat16) return DType::kBFloat16;
-  if (type == kDlFloat16) return DType::kFloat16;
-  return std::nullopt;
-}
-
-bool positive(float x) { return x > 0.0f && x < __builtin_inff(); }
-
-enum Option : size_t {
-  kTemperature,
-  kSoftcap,
-  kLogitScale,
-  kOptionMask,
-  kBiasLogits,
-  kBiasScale,
-  kOptions
-};
-
-// `options` is runtime.core.logit_options.LogitOptions. The logits may require a gradient: the
-// caller attaches it.
-LogitsArgs read_logits(PyObject* logits, PyObject* target, PyObject* options, int threads) {
-  static TupleFields<kOptions> fields("LogitOptions", {"temperature", "softcap", "logit_scale",
-                                                       "mask", "bias_logits", "bias_scale"});
-  const auto given = fields.of(options);
-  PyObject *temperature = given[kTemperature], *softcap = given[kSoftcap];
-  DlTensor z;
-  plain(read_tensor(logits, &z) && z.ndim == 2 && z.shape[1] >= 1 && z.shape[1] <= INT32_MAX);
-  plain(z.shape[1] == 1 || z.strides[1] == 1);
-  const std::optional<DType> dtype = logits_dtype(z.type);
-  plain(dtype.has_value() && given[kBiasLogits] == Py_None);
-  LogitsArgs a = {};
-  a.logits = z.data;
-  a.stride = z.strides[0];
-  a.dtype = *dtype;
-  a.rows = a.tokens = z.shape[0];
-  a.vocab = z.shape[1];
-  a.target = vector<int64_t>(target, a.tokens, kDlInt64);
-  a.mask = vector<uint8_t>(given[kOptionMask], a.tokens, kDlBool);
-  a.temperature = 1.0f;
-  if (PyFloat_Check(temperature) || PyLong_Check(temperature)) {
-    a.temperature = static_cast<float>(number(temperature));
-    plain(positive(a.temperature));
-  } else {
-    a.temperatures = floats(temperature, a.tokens);
-    plain(a.temperatures != nullptr);
-  }
-  a.softcap = softcap == Py_None ? 0.0f : static_cast<float>(number(softcap));
-  a.logit_scale = static_cast<float>(number(given[kLogitScale]));
-  plain((softcap == Py_None || positive(a.softcap)) && positive(a.logit_scale));
-  a.bias_scale = 1.0f;
-  a.threads = threads;
-  plain(a.stride >= 0 && a.target != nullptr);
-  return a;
-}
-
-// True if exactly the optional inputs that the objective uses are given. The general path raises
-// the error for an input that is missing or would be ignored.
-bool fits_objective(const ObjectiveArgs& o, bool has_entropy) {
-  const ObjectiveParams& p = o.params;
-  return (o.signal != nullptr) == needs_signal(p.shape) &&
-         (o.ref_logp != nullptr || p.kl == Kl::kNone) &&
-         (o.kl_weight == nullptr || p.kl != Kl::kNone) &&
-         (o.anchor_logp != nullptr) == (p.anchor != Kl::kNone) &&
-         (o.anchor_weight == nullptr || p.anchor != Kl::kNone) &&
-         (has_entropy || p.entropy_coef == 0.0f) &&
-         (o.entropy_weight == nullptr || p.entropy_coef != 0.0f);
-}
-
-enum Input : size_t {
-  kOldLogp,
-  kAdvantage,
-  kAdvantageLevel,
-  kInputMask,
-  kCuSeqlens,
-  kTokenWeight,
-  kSignal,
-  kRefLogp,
-  kKlWeight,
-  kEntropyWeight,
-  kAnchorLogp,
-  kAnchorWeight,
-  kInputs
-};
-
-// `inputs` is runtime.policy.inputs.PolicyInputs; `record` is Objective.record.
-ObjectiveArgs read_objective(PyObject* inputs, PyObject* record, PyObject* by_seqs,
-                             PyObject* inverse, int64_t tokens, int threads, bool has_entropy) {
-  static TupleFields<kInputs> fields(
-      "PolicyInputs",
-      {"old_logp", "advantage", "advantage_level", "mask", "cu_seqlens", "token_weight", "signal",
-       "ref_logp", "kl_weight", "entropy_weight", "anchor_logp", "anchor_weight"});
-  const auto given = fields.of(inputs);
-  PyObject *level = given[kAdvantageLevel], *borders = given[kCuSeqlens];
-  ObjectiveArgs o = {};
-  o.params = objective_params(record);
-  o.tokens = tokens;
-  plain(PyUnicode_Check(level));
-  o.advantage_per_seq = PyUnicode_CompareWithASCIIString(level, "sequence") == 0;
-  plain(o.advantage_per_seq || PyUnicode_CompareWithASCIIString(level, "token") == 0);
-  if (borders != Py_None) {
-    DlTensor cu;
-    plain(read_tensor(borders, &cu) && cu.ndim == 1 && cu.shape[0] >= 1);
-    o.seqs = cu.shape[0] - 1;
-    o.cu_seqlens = vector<int32_t>(borders, o.seqs + 1, kDlInt32);
-  }
-  o.old_logp = floats(given[kOldLogp], tokens);
-  o.advantage = floats(given[kAdvantage], o.advantage_per_seq ? o.seqs : tokens);
-  o.mask = vector<uint8_t>(given[kInputMask], tokens, kDlBool);
-  o.token_weight = floats(given[kTokenWeight], tokens);
-  o.signal = floats(given[kSignal], tokens);
-  o.ref_logp = floats(given[kRefLogp], tokens);
-  o.kl_weight = floats(given[kKlWeight], tokens);
-  o.entropy_weight = floats(given[kEntropyWeight], tokens);
-  o.anchor_logp = floats(given[kAnchorLogp], tokens);
-  o.anchor_weight = floats(given[kAnchorWeight], tokens);
-  o.inv_normalizer = number(inverse);
-  o.normalize_by_seqs = by_seqs == Py_True;
-  o.threads = threads;
-  plain(o.old_logp != nullptr && o.advantage != nullptr && fits_objective(o, has_entropy));
-  const bool looks_at_seqs = o.params.level != Level::kToken || o.params.seq_mean ||
-                             o.advantage_per_seq || o.normalize_by_seqs;
-  plain(o.cu_seqlens != nullptr || !looks_at_seqs);
-  return o;
-}
+const EagerArgs kOnCpu({kDlCpu, 0});
 
 // The outputs of a call, in order. What a kernel writes besides them is in scratch memory.
 class Results {
@@ -223,8 +62,7 @@ void write_loss(const ObjectiveArgs& o, const LossCells& cells) {
   const float loss = static_cast<float>(o.sums[kLoss]);
   const double count = o.sums[o.normalize_by_seqs ? kSeqs : kTokens];
   *cells.loss = loss;
-  *cells.loss_sum = o.inv_normalizer < 0 ? loss * static_cast<float>(count)
-                                         : loss / static_cast<float>(o.inv_normalizer);
+  *cells.loss_sum = undivided_loss(loss, o.inv_normalizer, count);
   *cells.count = count;
 }
 
@@ -236,30 +74,13 @@ LossCells loss_cells(Results& results) {
   return cells;
 }
 
-// Runs `call`. Returns None after NotPlain and after every other error, because the general path
-// then raises it with an explanation. WrongFields is the exception: it is a fault of the build, and
-// with None every call would silently take the slow path.
-template <class Call>
-PyObject* answer(Call call) {
-  try {
-    return call();
-  } catch (const NotPlain&) {
-  } catch (const WrongFields& wrong) {
-    PyErr_SetString(PyExc_TypeError, wrong.what());
-    return nullptr;
-  } catch (const py::error_already_set&) {  // holds the Python error and drops it
-  } catch (const std::exception&) {
-  }
-  Py_RETURN_NONE;
-}
-
 // (logits, target, options, threads, for_gradient) -> the five statistics, with for_gradient also
 // row_max and inv_sum.
 PyObject* eager_token_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return answer([&]() -> PyObject* {
     plain(count == 5);
     const int threads = thread_count(args[3]);
-    const LogitsArgs a = read_logits(args[0], args[1], args[2], threads);
+    const LogitsArgs a = kOnCpu.logits(args[0], args[1], args[2], threads);
     Results results;
     TokenStatsOut out = stats_outputs(results, a.tokens);
     std::unique_ptr<float[]> unseen;
@@ -285,19 +106,9 @@ PyObject* eager_token_stats(PyObject*, PyObject* const* args, Py_ssize_t count) 
 PyObject* eager_policy_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return answer([&]() -> PyObject* {
     plain(count == 7);
-    DlTensor logp, entropy = {};
-    plain(read_tensor(args[0], &logp) && logp.ndim == 1 && logp.type == kDlFloat32);
-    const int64_t n = logp.shape[0];
-    plain(n <= 1 || logp.strides[0] == 1);
-    const bool has_entropy = args[1] != Py_None;
-    if (has_entropy) {
-      plain(read_tensor(args[1], &entropy) && entropy.ndim == 1 && entropy.type == kDlFloat32);
-      plain(entropy.shape[0] == n && (n <= 1 || entropy.strides[0] == 1));
-    }
-    const int threads = thread_count(args[6]);
-    ObjectiveArgs o = read_objective(args[2], args[3], args[4], args[5], n, threads, has_entropy);
-    o.logp = static_cast<const float*>(logp.data);
-    o.entropy = static_cast<const float*>(entropy.data);
+    ObjectiveArgs o = kOnCpu.policy_loss(args);
+    plain(o.old_logp != nullptr);
+    const int64_t n = o.tokens;
     Results results;
     const LossCells cells = loss_cells(results);
     o.token_loss = results.floats(n);
@@ -322,10 +133,10 @@ PyObject* eager_policy_step(PyObject*, PyObject* const* args, Py_ssize_t count) 
   return answer([&]() -> PyObject* {
     plain(count == 9);
     const int threads = thread_count(args[7]);
-    const LogitsArgs a = read_logits(args[0], args[1], args[2], threads);
+    const LogitsArgs a = kOnCpu.logits(args[0], args[1], args[2], threads);
     const int64_t n = a.tokens;
-    ObjectiveArgs o = read_objective(args[3], args[4], args[5], args[6], n, threads, true);
-    plain(o.params.level == Level::kToken && o.mask == a.mask);
+    ObjectiveArgs o = kOnCpu.objective(args[3], args[4], args[5], args[6], n, threads, true);
+    plain(o.params.level == Level::kToken && o.old_logp != nullptr && o.mask == a.mask);
     Results results;
     const LossCells cells = loss_cells(results);
     o.token_loss = results.floats(n);
@@ -368,17 +179,11 @@ PyObject* environment_sets(PyObject*, PyObject* name) {
   return PyBool_FromLong(std::getenv(text) != nullptr);
 }
 
-template <class F>
-PyCFunction function(F f) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
-}
-
-// METH_FASTCALL, because the dispatch of pybind11 takes as long as the rest of a call at one token.
 PyMethodDef methods[] = {
-    {"eager_token_stats", function(eager_token_stats), METH_FASTCALL, nullptr},
-    {"eager_policy_loss", function(eager_policy_loss), METH_FASTCALL, nullptr},
-    {"eager_policy_step", function(eager_policy_step), METH_FASTCALL, nullptr},
-    {"environment_sets", function(environment_sets), METH_O, nullptr},
+    fast_method("eager_token_stats", eager_token_stats),
+    fast_method("eager_policy_loss", eager_policy_loss),
+    fast_method("eager_policy_step", eager_policy_step),
+    {"environment_sets", environment_sets, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

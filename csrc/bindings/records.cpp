@@ -202,6 +202,12 @@ FIELDS_OF(MetricsArgs, REQUIRED(tokens), REQUIRED(seqs), REQUIRED(logp), REQUIRE
           REQUIRED(d_logp), REQUIRED(d_entropy), REQUIRED(ratio), REQUIRED(flags), REQUIRED(counts),
           REQUIRED(partial), REQUIRED(sums))
 
+FIELDS_OF(LossArgs, REQUIRED(inv_normalizer), REQUIRED(normalize_by_seqs), REQUIRED(loss),
+          REQUIRED(loss_sum))
+
+FIELDS_OF(CountArgs, REQUIRED(tokens), REQUIRED(seqs), REQUIRED(mask), REQUIRED(counts),
+          REQUIRED(batch_inv_normalizer))
+
 FIELDS_OF(GroupAdvantageArgs, REQUIRED(seqs), REQUIRED(reward), REQUIRED(group_ids),
           REQUIRED(lengths), REQUIRED(greedy_reward), REQUIRED(advantage), REQUIRED(baseline),
           REQUIRED(scale), REQUIRED(ddof), REQUIRED(eps), REQUIRED(singleton_reward),
@@ -427,6 +433,8 @@ const S* struct_in(PyObject* object) {
   each(TokenObjectiveArgs) \
   each(PrepareArgs) \
   each(MetricsArgs) \
+  each(LossArgs) \
+  each(CountArgs) \
   each(GroupAdvantageArgs) \
   each(GaeArgs) \
   each(VtraceArgs) \

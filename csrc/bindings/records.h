@@ -23,6 +23,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/loss_args.h"
 #include "common/objective_args.h"
 #include "common/packed_args.h"
 #include "common/row_args.h"

@@ -31,7 +31,6 @@ struct DlExchange {
   int (*current_stream)(int32_t, int32_t, void**);
 };
 
-constexpr int32_t kDlCpu = 1;
 constexpr uint32_t kDlMajor = 1;
 
 // Set once by use_tensors, under the GIL. The types live as long as torch.
@@ -39,6 +38,12 @@ const DlExchange* g_exchange = nullptr;
 PyTypeObject* g_tensor = nullptr;
 PyTypeObject* g_parameter = nullptr;
 PyObject* g_requires_grad = nullptr;
+PyObject *g_new_empty = nullptr, *g_empty_like = nullptr;
+PyObject *g_float32 = nullptr, *g_float64 = nullptr, *g_dtype = nullptr;
+PyObject* g_current_stream = nullptr;  // null in a CPU build of torch
+
+// A reference that is never given back.
+PyObject* kept(const py::object& object) { return object.inc_ref().ptr(); }
 
 // Returns true if the tensors of this torch can be read and made here.
 bool use_tensors(const py::object& capsule, const py::object& tensor, const py::object& parameter) {
@@ -47,9 +52,17 @@ bool use_tensors(const py::object& capsule, const py::object& tensor, const py::
   if (exchange == nullptr) throw py::error_already_set();
   if (exchange->version.major != kDlMajor || exchange->tensor_from_object == nullptr) return false;
   require(PyType_Check(tensor.ptr()) && PyType_Check(parameter.ptr()), "tensor types expected");
-  g_tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  g_parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  g_tensor = reinterpret_cast<PyTypeObject*>(kept(tensor));
+  g_parameter = reinterpret_cast<PyTypeObject*>(kept(parameter));
   g_requires_grad = PyUnicode_InternFromString("requires_grad");
+  g_new_empty = PyUnicode_InternFromString("new_empty");
+  const py::module_ torch = py::module_::import("torch");
+  g_empty_like = kept(torch.attr("empty_like"));
+  g_float32 = kept(torch.attr("float32"));
+  g_float64 = kept(torch.attr("float64"));
+  g_dtype = kept(py::make_tuple("dtype"));
+  const py::object stream = py::getattr(torch.attr("_C"), "_cuda_getCurrentRawStream", py::none());
+  if (!stream.is_none()) g_current_stream = kept(stream);
   g_exchange = exchange;
   return true;
 }
@@ -132,7 +145,7 @@ bool read_tensor(PyObject* object, DlTensor* out) {
     return false;
   }
   out->data = static_cast<char*>(out->data) + out->byte_offset;
-  return out->device.type == kDlCpu;
+  return true;
 }
 
 bool requires_grad(PyObject* tensor) {
@@ -160,8 +173,47 @@ py::object empty_tensor(const int64_t* shape, int32_t ndim, DlType type, void** 
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
+py::object new_empty(PyObject* like, std::initializer_list<int64_t> shape) {
+  return new_empty(like, shape, DlType{0, 0, 0});
+}
+
+py::object new_empty(PyObject* like, std::initializer_list<int64_t> shape, DlType type) {
+  // The sizes one by one: a tuple takes twice the time. Only a shape without sizes needs one.
+  py::object owned[kMaxDims];
+  PyObject* args[2 + kMaxDims] = {like};
+  size_t count = 1;
+  require(shape.size() <= kMaxDims, "a tensor has 0 to 4 dimensions");
+  if (shape.size() == 0) owned[0] = py::tuple(0);
+  for (const int64_t size : shape) owned[count++ - 1] = py::int_(size);
+  if (shape.size() == 0) count = 2;
+  for (size_t i = 1; i < count; i++) args[i] = owned[i - 1].ptr();
+  const bool typed = type.bits != 0;
+  if (typed) args[count] = type == kDlFloat64 ? g_float64 : g_float32;
+  PyObject* const made =
+      PyObject_VectorcallMethod(g_new_empty, args, count, typed ? g_dtype : nullptr);
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+py::object empty_like(PyObject* like) {
+  PyObject* const made = PyObject_CallOneArg(g_empty_like, like);
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+uintptr_t current_stream(int32_t device) {
+  require(g_current_stream != nullptr, "this torch has no CUDA streams");
+  const py::int_ index(device);
+  PyObject* const stream = PyObject_CallOneArg(g_current_stream, index.ptr());
+  if (stream == nullptr) throw py::error_already_set();
+  const py::object owned = py::reinterpret_steal<py::object>(stream);
+  return owned.cast<uintptr_t>();
+}
+
+void bind_use_tensors(py::module_& m) { m.def("use_tensors", &use_tensors); }
+
 void bind_tensors(py::module_& m) {
-  m.def("use_tensors", &use_tensors);
+  bind_use_tensors(m);
   m.def("empty", &empty);
   m.def("release_buffers", &release_buffers);
   m.def("kept_bytes", &kept_bytes);

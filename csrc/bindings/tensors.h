@@ -33,6 +33,8 @@ constexpr DlType kDlInt32 = {0, 32, 1}, kDlInt64 = {0, 64, 1}, kDlBool = {6, 8, 
                  kDlFloat32 = {2, 32, 1}, kDlFloat64 = {2, 64, 1}, kDlFloat16 = {2, 16, 1},
                  kDlBfloat16 = {4, 16, 1};
 
+constexpr int32_t kDlCpu = 1, kDlCuda = 2;  // DlDevice::type
+
 inline DlType dl_type(DType dtype) {
   return dtype == DType::kFloat32    ? kDlFloat32
          : dtype == DType::kBFloat16 ? kDlBfloat16
@@ -43,8 +45,8 @@ inline bool operator==(DlType a, DlType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
 
-// Reads a plain CPU tensor: torch.Tensor or Parameter itself, because a subclass may override what
-// a call does. Returns false for anything else, without a Python error.
+// Reads a plain tensor: torch.Tensor or Parameter itself, because a subclass may override what a
+// call does. Returns false for anything else, without a Python error.
 bool read_tensor(PyObject* object, DlTensor* out);
 
 // True if autograd tracks the tensor, or if the attribute cannot be read.
@@ -54,5 +56,18 @@ bool requires_grad(PyObject* tensor);
 // from buffers.h.
 pybind11::object empty_tensor(std::initializer_list<int64_t> shape, DlType type, void** data);
 pybind11::object empty_tensor(const int64_t* shape, int32_t ndim, DlType type, void** data);
+
+// New contiguous tensors on the device of `like`, not initialised, from torch's allocator: for a
+// GPU, where streams and graphs depend on it. `type` is float32 or float64; without it, that of
+// `like`. Both throw on failure.
+pybind11::object new_empty(PyObject* like, std::initializer_list<int64_t> shape);
+pybind11::object new_empty(PyObject* like, std::initializer_list<int64_t> shape, DlType type);
+pybind11::object empty_like(PyObject* like);
+
+// torch's current stream on a CUDA device.
+uintptr_t current_stream(int32_t device);
+
+// Adds `use_tensors`, which must run before anything else here.
+void bind_use_tensors(pybind11::module_& m);
 
 }  // namespace tokfuse

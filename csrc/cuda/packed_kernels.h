@@ -3,6 +3,7 @@
 // are in common/. All pointers are device pointers.
 #pragma once
 
+#include "common/loss_args.h"
 #include "common/objective_args.h"
 #include "common/packed_args.h"
 #if defined(TOKFUSE_CUDA_HOST)
@@ -41,9 +42,10 @@ cudaError_t offpolicy_weights(const OffPolicyArgs& args, cudaStream_t stream);
 
 // Returns the number of doubles in ObjectiveArgs::partial and in MetricsArgs::partial.
 int64_t policy_partials(int64_t tokens, int64_t seqs);
-cudaError_t policy_loss(const ObjectiveArgs& args, cudaStream_t stream);
+cudaError_t policy_loss(const ObjectiveArgs& args, const LossArgs& loss, cudaStream_t stream);
 cudaError_t policy_prepare(const PrepareArgs& args, cudaStream_t stream);
-cudaError_t policy_metrics(const MetricsArgs& args, cudaStream_t stream);
+cudaError_t policy_count(const CountArgs& args, cudaStream_t stream);
+cudaError_t policy_metrics(const MetricsArgs& args, const LossArgs& loss, cudaStream_t stream);
 
 cudaError_t sketch(const SketchArgs& args, cudaStream_t stream);
 

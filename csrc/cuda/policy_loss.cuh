@@ -137,7 +137,7 @@ __device__ inline double inverse_normalizer(const ObjectiveArgs& o, const double
 }
 
 __global__ void __launch_bounds__(kBlock)
-    policy_loss_kernel(const ObjectiveArgs o, double* const partial) {
+    policy_loss_kernel(const ObjectiveArgs o, const LossArgs loss, double* const partial) {
   const int64_t segments = policy_segments(o.tokens, o.seqs);
   double* valid = partial;
   PolicyMetrics* metrics = reinterpret_cast<PolicyMetrics*>(partial + segments);
@@ -165,13 +165,14 @@ __global__ void __launch_bounds__(kBlock)
   if (blockIdx.x != 0) return;
   const double seqs = o.seqs > 0 ? batch_counts(valid, segments).at[1] : 0;
   const PolicyMetrics all = block_sum_of(metrics, segments, no_metrics());
-  if (threadIdx.x == 0) store_metrics(all, o.tokens, seqs, o.sums);
+  if (threadIdx.x == 0) store_metrics(all, o.tokens, seqs, o.sums, loss);
 }
 
 // Metric sums of a step whose token results a row kernel wrote. `partial` has one record per
 // segment of kSegmentTokens.
 __global__ void __launch_bounds__(kBlock)
-    policy_metrics_kernel(const MetricsArgs r, double* const partial, double* const out) {
+    policy_metrics_kernel(const MetricsArgs r, const LossArgs loss, double* const partial,
+                          double* const out) {
   const int64_t segments = policy_segments(r.tokens, 0);
   PolicyMetrics* metrics = reinterpret_cast<PolicyMetrics*>(partial);
   for (int64_t i = blockIdx.x; i < segments; i += gridDim.x) {
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kBlock)
     seqs.at[0] += r.counts[i] > 0;
   }
   seqs = block_sum(seqs);
-  if (threadIdx.x == 0) store_metrics(all, r.tokens, seqs.at[0], out);
+  if (threadIdx.x == 0) store_metrics(all, r.tokens, seqs.at[0], out, loss);
 }
 
 // One block per sequence: counts its valid tokens, and writes the aggregation weight and the
@@ -209,6 +210,20 @@ __global__ void __launch_bounds__(kBlock) policy_prepare_kernel(const PrepareArg
   for (int64_t t = begin + threadIdx.x; t < end; t += kBlock) {
     if (a.agg_weight != nullptr) a.agg_weight[t] = weight;
     if (a.advantage != nullptr) a.advantage[t] = a.seq_advantage[seq];
+  }
+}
+
+// One block: the inverse of the number of valid tokens, or of sequences with a valid token.
+__global__ void __launch_bounds__(kBlock) policy_count_kernel(const CountArgs a) {
+  Sums<1> n = {};
+  if (a.counts != nullptr) {
+    for (int64_t i = threadIdx.x; i < a.seqs; i += kBlock) n.at[0] += a.counts[i] > 0;
+  } else {
+    for (int64_t t = threadIdx.x; t < a.tokens; t += kBlock) n.at[0] += counts(a.mask, t);
+  }
+  n = block_sum(n);
+  if (threadIdx.x == 0) {
+    *a.batch_inv_normalizer = static_cast<float>(n.at[0] > 0 ? 1.0 / n.at[0] : 0.0);
   }
 }
 

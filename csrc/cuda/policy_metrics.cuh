@@ -1,6 +1,7 @@
 // Metric sums of a policy objective: the contribution of one token, and the sum of two records.
 #pragma once
 
+#include "common/loss_args.h"
 #include "common/objective_args.h"
 #include "cuda/packed.cuh"
 
@@ -53,13 +54,17 @@ __device__ inline void add_token(PolicyMetrics* m, double logp, double old_logp,
   if (entropy != nullptr) m->at[kEntropy] += entropy[t];
 }
 
-// One thread stores the final sums.
+// One thread stores the final sums and the loss.
 __device__ inline void store_metrics(const PolicyMetrics& m, int64_t tokens, double seqs,
-                                     double* out) {
+                                     double* out, const LossArgs& to) {
   for (int i = 0; i < kMetricCount; i++) out[i] = m.at[i];
   out[kAll] = static_cast<double>(tokens);
   out[kMaskedCount] = out[kAll] - m.at[kTokens];
   out[kSeqs] = seqs;
+  const float loss = static_cast<float>(m.at[kLoss]);
+  *to.loss = loss;
+  *to.loss_sum =
+      undivided_loss(loss, to.inv_normalizer, to.normalize_by_seqs ? seqs : m.at[kTokens]);
 }
 
 }  // namespace cuda

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.core import native
+from tokfuse.runtime.core.checks import may_read
+from tokfuse.runtime.core.forced import forced_backend
 
 HOST_VARIABLE = "TOKFUSE_CUDA_HOST"
 MINIMUM_CAPABILITY = (8, 0)  # bfloat16 arithmetic
@@ -43,6 +45,28 @@ def launchers() -> Any:
     found = module()
     assert found is not None
     return found
+
+
+@functools.cache
+def reader() -> Any | None:
+    """Return the launchers if they are usable and can read the tensors of this torch, else None."""
+    return native.reader(module()) if why_unusable() is None else None
+
+
+def eager(main: Any) -> Any | None:
+    """Return the launchers if one of their functions may run a whole call, checks and outputs included.
+
+    `main` is the main input. Return None under torch.compile, for tensors on the CPU, if values must be checked
+    (TOKFUSE_CHECK), if another backend is forced, and without usable kernels. The call then takes the general
+    path. It also does so if the native function returns None for its arguments.
+    """
+    if torch.compiler.is_compiling() or not isinstance(main, torch.Tensor):
+        return None
+    if main.is_cuda:
+        wanted = forced_backend() in (None, "cuda")
+    else:
+        wanted = forced_backend() == "cuda" and hosted()
+    return reader() if wanted and not may_read(main) else None
 
 
 @functools.cache

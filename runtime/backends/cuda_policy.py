@@ -11,14 +11,17 @@ from tokfuse.runtime.backends.objective_args import (
     ObjectiveOut,
     TokenPointers,
     TokenResults,
+    count_args,
+    loss_args,
     metrics_args,
     objective_args,
     prepare_args,
     token_objective_args,
 )
-from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective
+from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, StepTerms
 from tokfuse.runtime.backends.row_args import RowStats
 from tokfuse.runtime.core.logit_options import LogitOptions
+from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.policy.inputs import PolicyInputs, per_token
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective, ObjectiveRecord
@@ -32,6 +35,8 @@ class CudaInputs(NamedTuple):
     record: ObjectiveRecord
     inv_normalizer: float | torch.Tensor
     counts: torch.Tensor | None
+    normalizer: tuple[float, bool] = (1.0, False)
+    """inv_normalizer and normalize_by_seqs of `LossArgs`."""
 
 
 def results_like(vector: torch.Tensor, like: Callable[..., torch.Tensor]) -> TokenResults:
@@ -69,11 +74,20 @@ def _prepare(
     return counts, weights, advantage
 
 
+def _count(mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """Return 1 / the count of this batch by one launch; a `Count`."""
+    native = launchers()
+    inverse = rows.new_empty((), dtype=torch.float32)
+    native.policy_count(place(rows), count_args(native, mask=mask, rows=rows, counts=counts, inverse=inverse))
+    return inverse
+
+
 def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) -> CudaInputs:
     """Return the inputs of the kernels; see `per_token`."""
-    given = per_token(inputs, objective, inv_normalizer, _prepare)
+    given = per_token(inputs, objective, inv_normalizer, _prepare, _count)
     pointers = TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
-    return CudaInputs(pointers, objective.record, given.inv_normalizer, given.counts)
+    normalizer = (inv_normalizer, objective.counts_sequences)
+    return CudaInputs(pointers, objective.record, given.inv_normalizer, given.counts, normalizer)
 
 
 def policy_step_rows(
@@ -118,12 +132,8 @@ def policy_step(
     objective: Objective,
     inv_normalizer: float,
     in_place: bool,
-) -> tuple[tuple[torch.Tensor, ...], TokenResults, torch.Tensor, torch.Tensor]:
-    """Return statistics, token results, metric sums (SLOTS,) float64 and the gradient of the logits.
-
-    The objective is of token level. One launch reads the logits; one reduces the results of the tokens
-    to metric sums.
-    """
+) -> StepTerms:
+    """Compute a step of token level: one launch reads the logits; one reduces the results of the tokens."""
     given = encode(inputs, objective, inv_normalizer)
     vector = given.pointers.old_logp
     assert vector is not None
@@ -142,12 +152,13 @@ def policy_step(
         softcap=o.softcap,
         logit_scale=o.logit_scale,
     )
-    return stats, out, policy_metrics(stats[0], stats[1], given, out), grad
+    return StepTerms(policy_metrics(stats[0], stats[1], given, out), TokenStats(*stats), grad)
 
 
-def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs, out: TokenResults) -> torch.Tensor:
-    """Return the metric sums (SLOTS,) float64 of the results of the row kernel."""
+def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs, out: TokenResults) -> PolicyTerms:
+    """Return the terms from the results of the row kernel."""
     native = launchers()
+    loss, loss_sum = (torch.empty((), dtype=torch.float32, device=logp.device) for _ in range(2))
     sums = torch.empty(len(SLOTS), dtype=torch.float64, device=logp.device)
     args = metrics_args(
         native,
@@ -159,8 +170,8 @@ def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: CudaInputs,
         partial=sums.new_empty(native.policy_partials(tokens=logp.shape[0], seqs=0)),
         sums=sums,
     )
-    native.policy_metrics(place(logp), args)
-    return sums
+    native.policy_metrics(place(logp), args, loss_args(native, *given.normalizer, loss, loss_sum))
+    return PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, sums, loss_sum)
 
 
 def policy_loss(
@@ -182,8 +193,10 @@ def policy_loss(
         out=out,
         partial=out.sums.new_empty(native.policy_partials(tokens=logp.shape[0], seqs=seqs)),
     )
-    native.policy_loss(place(logp), args)
-    return PolicyTerms.of_sums(out.sums, out)
+    loss, loss_sum = (torch.empty((), dtype=torch.float32, device=logp.device) for _ in range(2))
+    end = loss_args(native, inv_normalizer, objective.counts_sequences, loss, loss_sum)
+    native.policy_loss(place(logp), args, end)
+    return PolicyTerms(loss, out.token_loss, out.d_logp, out.d_entropy, out.sums, loss_sum)
 
 
 STEP = DeviceStep(cuda_rows.TOKEN_STATS, policy_loss, policy_step)

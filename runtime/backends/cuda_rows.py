@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from tokfuse.runtime.backends import row_args
-from tokfuse.runtime.backends.cuda_backend import launchers, place
+from tokfuse.runtime.backends.cuda_backend import launchers, place, reader
 from tokfuse.runtime.backends.row_args import DIVERGENCE_STATE, RowStats
 from tokfuse.runtime.backends.value_checks import with_ids, with_support, with_targets, with_temperature
 from tokfuse.runtime.core.dispatch import Kernels, RowState
@@ -55,6 +55,12 @@ def token_stats_bwd(
 ) -> torch.Tensor:
     """Return the gradient of the logits, written to `out` if given. `out` may be `logits` itself."""
     native = launchers()
+    if out is None and grad_logit_sum is None and reader() is not None:
+        given = (row_max, inv_sum, logp, entropy, grad_logp, grad_entropy, grad_lse)
+        o, threads = LogitOptions(**options), torch.get_num_threads()
+        done: torch.Tensor | None = native.eager_token_stats_bwd(logits, target, o, threads, *given)
+        if done is not None:
+            return done
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     native.token_stats_bwd(
         place(logits),

@@ -183,3 +183,25 @@ def metrics_args(
         partial=partial,
         sums=sums,
     )
+
+
+def loss_args(
+    native: Any, inv_normalizer: float, normalize_by_seqs: bool, loss: torch.Tensor, loss_sum: torch.Tensor
+) -> Any:
+    """Build LossArgs: the kernel that writes the metric sums also writes to `loss` and `loss_sum`, () float32."""
+    return native.LossArgs(
+        inv_normalizer=inv_normalizer, normalize_by_seqs=normalize_by_seqs, loss=loss, loss_sum=loss_sum
+    )
+
+
+def count_args(
+    native: Any, *, mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None, inverse: torch.Tensor
+) -> Any:
+    """Build CountArgs: the kernel writes to `inverse`. rows: (tokens,); counts: (seqs,) int32; None: count tokens."""
+    return native.CountArgs(
+        tokens=rows.shape[0],
+        seqs=0 if counts is None else counts.shape[0],
+        mask=mask,
+        counts=counts,
+        batch_inv_normalizer=inverse,
+    )

@@ -34,8 +34,8 @@ class DeviceStep(NamedTuple):
 
     stats: Kernels
     loss: LossRun
-    fused: Callable[..., tuple[Any, Any, torch.Tensor, torch.Tensor]]
-    """Arguments of a `StepRun` -> statistics, token results, metric sums, gradient. Token-level objectives only."""
+    fused: StepRun
+    """Token-level objectives with old_logp only."""
 
 
 class RowObjective(NamedTuple):
@@ -48,8 +48,8 @@ class RowObjective(NamedTuple):
     """(inputs, objective, inv_normalizer normaliser) -> inputs of the kernels; `.pointers` are per token."""
     step_rows: Callable[..., None]
     """(logits, gradient, index, target, inputs, statistics, results, **options): one chunk."""
-    metrics: Callable[[torch.Tensor, torch.Tensor, Any, Any], torch.Tensor]
-    """(logp, entropy, inputs, results) -> metric sums (metrics,) float64."""
+    metrics: Callable[[torch.Tensor, torch.Tensor, Any, Any], PolicyTerms]
+    """(logp, entropy, inputs, results) -> terms."""
     results_like: Callable[[torch.Tensor, Callable[..., torch.Tensor]], Any]
     """((tokens,) vector, function that makes a tensor like it) -> token_loss, d_logp, d_entropy, ratio, flags."""
 
@@ -115,7 +115,6 @@ def device_run(kernels: DeviceStep) -> StepRun:
             )
         if may_read(target):
             check_values("policy_step", target, logits.shape[1], o.mask, o.temperature)
-        stats, out, sums, grad = kernels.fused(logits.detach(), target, o, inputs, objective, inv_normalizer, in_place)
-        return StepTerms(PolicyTerms.of_sums(sums, out), TokenStats(*stats), grad)
+        return kernels.fused(logits.detach(), target, o, inputs, objective, inv_normalizer, in_place)
 
     return run

@@ -94,7 +94,7 @@ def rounded_step(
     terms: PolicyTerms, stats: Iterable[torch.Tensor], dtype: torch.dtype
 ) -> tuple[PolicyTerms, TokenStats]:
     """Return the float64 terms and statistics, detached and rounded to the result dtype of inputs of `dtype`."""
-    *values, sums = terms
+    values = (terms.loss, terms.token_loss, terms.d_logp, terms.d_entropy)
     loss, token_loss, d_logp, d_entropy = stats_reference.rounded((x.detach() for x in values), dtype)
     detached = stats_reference.rounded((x.detach() for x in stats), dtype)
-    return PolicyTerms(loss, token_loss, d_logp, d_entropy, sums), TokenStats(*detached)
+    return PolicyTerms(loss, token_loss, d_logp, d_entropy, terms.sums), TokenStats(*detached)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 
 from tokfuse.runtime.backends import triton_backend, triton_rows
-from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective
+from tokfuse.runtime.backends.policy_runs import DeviceStep, RowObjective, StepTerms
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.logit_options import LogitOptions
-from tokfuse.runtime.policy.inputs import PolicyInputs, per_token
+from tokfuse.runtime.core.statistics import TokenStats
+from tokfuse.runtime.policy.inputs import PolicyInputs, batch_inv_normalizer, per_token
 from tokfuse.runtime.policy.objective import Objective
 from tokfuse.runtime.policy.results import PolicyTerms
 
@@ -44,7 +45,7 @@ def encode(inputs: PolicyInputs, objective: Objective, inv_normalizer: float) ->
         anchor_coef=r.anchor_coef,
         anchor_clamp=r.anchor_clamp,
     )
-    given = per_token(inputs, objective, inv_normalizer, _prepare)
+    given = per_token(inputs, objective, inv_normalizer, _prepare, batch_inv_normalizer)
     pointers = kernels.TokenPointers(mask=given.mask, agg_weight=given.agg_weight, **given.vectors)
     return TritonInputs(pointers, numbers, (r.shape, r.kl, r.anchor), given.inv_normalizer, given.counts)
 
@@ -87,11 +88,11 @@ def policy_step_rows(
     )
 
 
-def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: TritonInputs, out: Any) -> torch.Tensor:
-    """Return the metric sums (SLOTS,) float64 of the results of the row kernel."""
+def policy_metrics(logp: torch.Tensor, entropy: torch.Tensor, given: TritonInputs, out: Any) -> PolicyTerms:
+    """Return the terms from the results of the row kernel."""
     x = given.pointers
     sums: torch.Tensor = _launch_metrics(logp, entropy, x.old_logp, x.ref_logp, x.mask, out, given.counts)
-    return sums
+    return PolicyTerms.of_sums(sums, out)
 
 
 def policy_step(
@@ -102,10 +103,10 @@ def policy_step(
     objective: Objective,
     inv_normalizer: float,
     in_place: bool,
-) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
-    """Return statistics, token results, metric sums and the gradient of the logits, for a token-level objective."""
+) -> StepTerms:
+    """Return the results for a token-level objective."""
     given = encode(inputs, objective, inv_normalizer)
-    out: tuple[Any, Any, torch.Tensor, torch.Tensor] = _launch_step(
+    stats, out, sums, grad = _launch_step(
         logits,
         target,
         given.pointers,
@@ -118,7 +119,7 @@ def policy_step(
         softcap=o.softcap,
         logit_scale=o.logit_scale,
     )
-    return out
+    return StepTerms(PolicyTerms.of_sums(sums, out), TokenStats(*stats), grad)
 
 
 _launch_tokens = triton_backend.launcher("policy_loss", "policy_loss")

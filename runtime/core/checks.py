@@ -36,7 +36,9 @@ def may_read(tensor: torch.Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or os.environ.get("TOKFUSE_CHECK", "0") not in ("", "0")
+    if tensor.is_cpu:
+        return True
+    return native.environment_sets("TOKFUSE_CHECK") and os.environ.get("TOKFUSE_CHECK", "0") not in ("", "0")
 
 
 # ----------------------------------------------------------------------------------------- tensors

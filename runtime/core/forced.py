@@ -25,12 +25,13 @@ def forced_backend() -> str | None:
     return forced
 
 
-def eager_cpu() -> Any | None:
+def eager_cpu(main: Any) -> Any | None:
     """Return the native module if one of its functions may run a whole CPU call, checks and outputs included.
 
-    Return None under torch.compile, if another backend is forced, and without the module. The call then
-    takes the general path. It also does so if the native function returns None for its arguments.
+    Return None under torch.compile, if another backend is forced, without the module, and if `main`, the main
+    input, is on a GPU. The call then takes the general path. It also does so if the native function returns
+    None for its arguments.
     """
-    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu"):
+    if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu") or getattr(main, "is_cuda", False):
         return None
     return native.eager()

@@ -46,7 +46,11 @@ def why_unusable() -> str | None:
 @functools.cache
 def eager() -> Any | None:
     """Return the native module if its whole-call functions can read the tensors of this torch, else None."""
-    native = module()
+    return reader(module())
+
+
+def reader(native: Any | None) -> Any | None:
+    """Return the module if it is there and can read the tensors of this torch, else None."""
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if native is None or exchange is None:
         return None

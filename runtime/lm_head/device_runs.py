@@ -17,7 +17,6 @@ from tokfuse.runtime.lm_head.problem import HeadProblem, Step, StepRun, check_ta
 from tokfuse.runtime.lm_head.units import HeadKernels, Loss, Units, UnitTerms, coefficients
 from tokfuse.runtime.policy.inputs import PolicyInputs, may_carry_gradient
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import PolicyTerms
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
 
 _linear_fused = triton_backend.launcher("linear_token_stats", "linear_token_stats")
@@ -232,8 +231,7 @@ def _token_step(
                 head.add_live(index, h, dz, live)
             else:
                 head.add(index, h, dz)
-    sums = kernels.metrics(stats.logp, stats.entropy, given, out)
-    return PolicyTerms.of_sums(sums, out), stats, head.finish()
+    return kernels.metrics(stats.logp, stats.entropy, given, out), stats, head.finish()
 
 
 # ------------------------------------------------------------------------------------------- units

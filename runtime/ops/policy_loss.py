@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import cpu_policy, cuda_policy, reference_policy, triton_policy
+from tokfuse.runtime.backends import cpu_policy, cuda_backend, cuda_policy, reference_policy, triton_policy
 from tokfuse.runtime.backends.policy_runs import LossRun
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
@@ -140,8 +140,8 @@ def policy_loss(
 def _eager(
     logp: torch.Tensor, entropy: torch.Tensor | None, inputs: PolicyInputs, objective: Objective, normalizer: Normalizer
 ) -> PolicyLoss | None:
-    """Compute a plain CPU call by one native function. Return None if the call needs the general path."""
-    native_module = eager_cpu()
+    """Compute a plain call by one native function. Return None if the call needs the general path."""
+    native_module = eager_cpu(logp) or cuda_backend.eager(logp)
     if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None
     inv_normalizer = inverse_normalizer(OP, normalizer, objective)
@@ -207,7 +207,8 @@ def _policy_loss_op(logp: torch.Tensor, entropy: torch.Tensor | None, *rest: Any
     *inputs, form, coefficients, inv_normalizer = rest
     objective = objective_of(form, coefficients)
     run: LossRun = select(OP, logp.device.type, logp.dtype, objective.features()).run
-    return tuple(run(logp, entropy, PolicyInputs(*inputs), objective, checked_inverse(OP, inv_normalizer)))
+    terms = run(logp, entropy, PolicyInputs(*inputs), objective, checked_inverse(OP, inv_normalizer))
+    return terms.loss, terms.token_loss, terms.d_logp, terms.d_entropy, terms.sums
 
 
 @_policy_loss_op.register_fake

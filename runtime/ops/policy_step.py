@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tokfuse.runtime.backends import cpu_policy, cuda_policy, kept_rows, reference_policy, triton_policy
+from tokfuse.runtime.backends import cpu_policy, cuda_backend, cuda_policy, kept_rows, reference_policy, triton_policy
 from tokfuse.runtime.backends.policy_runs import StepRun, device_run
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core import checks
@@ -448,8 +448,8 @@ def _eager(
     objective: Objective,
     normalizer: Normalizer,
 ) -> PolicyStep | None:
-    """Compute a plain CPU call by one native function. Return None if the call needs the general path."""
-    native_module = eager_cpu()
+    """Compute a plain call by one native function. Return None if the call needs the general path."""
+    native_module = eager_cpu(logits) or cuda_backend.eager(logits)
     if native_module is None or not isinstance(objective, Objective) or objective.shape.code is None:
         return None
     inv_normalizer = inverse_normalizer(op, normalizer, objective)

@@ -62,13 +62,15 @@ def attach(
 
     def flat() -> Computed:
         terms, stats, grads = compute()
-        return terms.loss, (terms.token_loss, terms.sums, *stats), grads
+        more = () if terms.loss_sum is None else (terms.loss_sum,)
+        return terms.loss, (terms.token_loss, terms.sums, *stats, *more), grads
 
     leaves = dict(zip(NAMES, (hidden, weight, bias), strict=True))
-    loss, token_loss, sums, *stats = with_gradients(
+    loss, token_loss, sums, *rest = with_gradients(
         "policy_step", leaves, flat, gradients, functools.partial(deliver, probes)
     )
-    return PolicyTerms(loss, token_loss, token_loss, token_loss, sums), TokenStats(*stats), gradients
+    stats, loss_sum = TokenStats(*rest[:5]), rest[5] if len(rest) > 5 else None
+    return PolicyTerms(loss, token_loss, token_loss, token_loss, sums, loss_sum), stats, gradients
 
 
 register_cpu(OP, cpu_runs.policy_step, FLOAT_DTYPES, "softcap")

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
+from tokfuse.runtime.backends import cpu_rows, cuda_backend, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.checks import check_flag, check_positive, number, require_tensor
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
@@ -293,14 +293,16 @@ def _spread(
 
 
 def _eager(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> TokenStats | None:
-    """Compute a plain CPU call by one native function. Return None if the call needs the general path."""
-    native_module = eager_cpu()
+    """Compute a plain call by one native function. Return None if the call needs the general path."""
+    native_module, kernels = eager_cpu(logits), cpu_rows.TOKEN_STATS
+    if native_module is None:
+        native_module, kernels = cuda_backend.eager(logits), cuda_rows.TOKEN_STATS
     if native_module is None:
         return None
     tracked = getattr(logits, "requires_grad", False) and torch.is_grad_enabled()
     out = native_module.eager_token_stats(logits, target, o, torch.get_num_threads(), tracked)
     if out is not None and tracked:
-        out = _TokenStatsFunction.apply(logits, target, o, cpu_rows.TOKEN_STATS, out)
+        out = _TokenStatsFunction.apply(logits, target, o, kernels, out)
     return None if out is None else TokenStats(*out)
 
 

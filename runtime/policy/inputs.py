@@ -186,6 +186,8 @@ def may_carry_gradient(x: Any, objective: Objective) -> torch.Tensor | None:
 # (cu_seqlens, mask, tokens, seq_mean, seq_advantage) -> counts (seqs,) int32, aggregation weights
 # (tokens,) or None, advantages (tokens,) or None. Runs on the device; the host reads no value.
 Prepare = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+# (mask, (tokens,) vector, counts or None: count tokens) -> 1 / count of this batch, () float32. Does not synchronise.
+Count = Callable[[torch.Tensor | None, torch.Tensor, torch.Tensor | None], torch.Tensor]
 OPTIONAL_VECTORS = ("token_weight", "signal", "ref_logp", "kl_weight", "entropy_weight", "anchor_logp", "anchor_weight")
 VECTORS = ("old_logp", "advantage", *OPTIONAL_VECTORS)
 
@@ -204,7 +206,9 @@ class DeviceInputs(NamedTuple):
     """(seqs,) int32, valid tokens of each sequence."""
 
 
-def per_token(i: PolicyInputs, objective: Objective, inv_normalizer: float, prepare: Prepare) -> DeviceInputs:
+def per_token(
+    i: PolicyInputs, objective: Objective, inv_normalizer: float, prepare: Prepare, count: Count
+) -> DeviceInputs:
     """Convert the inputs to float32 vectors and spread what belongs to sequences over their tokens.
 
     A row kernel sees one token. The aggregation weight and the advantage of its sequence are therefore
@@ -229,12 +233,12 @@ def per_token(i: PolicyInputs, objective: Objective, inv_normalizer: float, prep
             vectors["advantage"] = advantage
     given: float | torch.Tensor = inv_normalizer
     if inv_normalizer < 0:
-        given = _batch_inv_normalizer(i.mask, old_logp, counts if objective.counts_sequences else None)
+        given = count(mask, old_logp, counts if objective.counts_sequences else None)
     return DeviceInputs(vectors, mask, agg_weight, given, counts)
 
 
-def _batch_inv_normalizer(mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    """Return 1 / the count of this batch, 0 if no token is valid. Does not synchronise."""
+def batch_inv_normalizer(mask: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """Return 1 / the count of this batch, 0 if no token is valid; a `Count` by operations of torch."""
     if counts is not None:
         count = (counts > 0).sum()
     elif mask is not None:

@@ -30,6 +30,8 @@ class PolicyTerms(NamedTuple):
     """(tokens,), d loss / d entropy."""
     sums: torch.Tensor
     """(metrics,) float64, in the order of `metrics.SLOTS`."""
+    loss_sum: torch.Tensor | None = None
+    """() float32, loss before the division by the normaliser. None: `loss_result` computes it."""
 
     @staticmethod
     def of_sums(sums: torch.Tensor, out: Any) -> "PolicyTerms":
@@ -261,8 +263,10 @@ def loss_result(
     """
     sums = terms.sums
     count = sums[SLOT["seqs" if objective.counts_sequences else "tokens"]]
-    loss = terms.loss.detach()
-    if isinstance(inv_normalizer, torch.Tensor):  # see inverse_normalizer
+    loss, loss_sum = terms.loss.detach(), terms.loss_sum
+    if loss_sum is not None:
+        pass
+    elif isinstance(inv_normalizer, torch.Tensor):  # see inverse_normalizer
         loss_sum = loss / inv_normalizer.to(loss.dtype)
     else:
         loss_sum = loss * count.to(loss.dtype) if inv_normalizer < 0 else loss / inv_normalizer

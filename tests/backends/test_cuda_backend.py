@@ -15,6 +15,7 @@ import tokfuse
 from tokfuse import BackendUnavailable, Objective, PPOClip
 from tokfuse.runtime.backends import cuda_backend, cuda_packed, cuda_policy, cuda_rows, packed_args
 from tokfuse.runtime.core import native
+from tokfuse.runtime.core.logit_options import LogitOptions
 
 built = pytest.mark.skipif(getattr(native.module(), "cuda", None) is None, reason="built without CUDA kernels")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -92,6 +93,16 @@ def test_a_launch_takes_a_place_and_the_structs_of_its_kernel():
     for wrong in ((args,), ((0, 0), args), (module.Place(device=0, stream=0), ())):
         with pytest.raises(TypeError, match="incompatible function arguments"):
             module.ope(*wrong)
+
+
+@built
+@pytest.mark.skipif(native.eager() is None, reason="a torch without the DLPack exchange API")
+def test_whole_calls_take_tensors_on_a_gpu_only():
+    module, z, y = native.reader(native.module().cuda), torch.zeros(2, 5), torch.tensor([0, 1])
+    plain = LogitOptions(1.0, None, 1.0, None)
+    assert native.eager().eager_token_stats(z, y, plain, 1, False) is not None
+    assert module.eager_token_stats(z, y, plain, 1, False) is None
+    assert cuda_backend.hosted() or cuda_backend.eager(z) is None
 
 
 # --------------------------------------------------------------------------- launches, on the CPU

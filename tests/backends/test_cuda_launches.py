@@ -231,30 +231,50 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole_call", "general_path"])
 @pytest.mark.parametrize("tokens", [1, 256])
-def test_launches_of_a_small_batch(tokens: int, log: Log, monkeypatch: pytest.MonkeyPatch):
+def test_launches_of_a_small_batch(tokens: int, whole: bool, log: Log, monkeypatch: pytest.MonkeyPatch):
     """The numbers of docs/cuda.md. Checks of values, which a GPU does not make, are left out."""
     for module in (value_checks, policy_runs, device_runs, checks):
         monkeypatch.setattr(module, "may_read", lambda tensor: False)
+    if whole:
+        monkeypatch.setattr(cuda_backend, "may_read", lambda tensor: False)
     monkeypatch.setenv("TOKFUSE_HOST_DRY", "1")
     z, target = torch.zeros(tokens, 64, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.long)
     hidden, weight = (torch.zeros(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, 64))
     given = {"target": target, "old_logp": torch.zeros(tokens), "advantage": torch.ones(tokens)}
     given |= {"objective": Objective(), "normalizer": 8.0}
+    borders = torch.tensor([0, tokens], dtype=torch.int32)
+    sequences = given | {"objective": Objective(level="sequence"), "cu_seqlens": borders}
+    masked = given | {"mask": torch.ones(tokens, dtype=torch.bool), "normalizer": "batch"}
+    no_target = {name: x for name, x in given.items() if name != "target"}
+    leaf = z.clone().requires_grad_()
     calls = {
         "token_stats": lambda: tokfuse.token_stats(z, target),
+        "token_stats_bwd": lambda: tokfuse.token_stats(leaf, target).logp.backward(torch.ones(tokens)),
+        "policy_loss": lambda: tokfuse.policy_loss(given["old_logp"], **no_target),
         "policy_step": lambda: tokfuse.policy_step(logits=z, **given),
+        "policy_step_bwd": lambda: tokfuse.policy_step(logits=leaf, **given).loss.backward(),
+        "batch": lambda: tokfuse.policy_step(logits=z, **masked),
+        "sequences": lambda: tokfuse.policy_step(logits=z, **sequences),
         "hidden": lambda: tokfuse.policy_step(hidden=hidden, weight=weight, **given),
     }
     found = {}
     for name, call in calls.items():
+        leaf.grad = None
         with tokfuse.backend("cuda"), Operations() as operations:
             call()
         found[name] = (len(log.take()), operations.names)
     assert found["token_stats"] == (1, [])
-    assert found["policy_step"] == (2, ["_to_copy", "div"])
+    assert found["policy_loss"] == (1, [])
+    assert found["policy_step"] == (2, [])
+    assert found["batch"] == (3, [])
+    assert found["sequences"] == (3, [])
+    assert found["token_stats_bwd"] == (2, ["ones"])  # those of this test
+    # On a GPU the gradient of the loss is not read: it multiplies in place.
+    assert found["policy_step_bwd"] == (2, ["ones_like", "_local_scalar_dense"])
     own, names = found["hidden"]
-    assert own == 2 and len(names) <= 26 and names.count("mm") == 3 and "zeros_like" not in names
+    assert own == 2 and len(names) <= 24 and names.count("mm") == 3 and "zeros_like" not in names
 
 
 # ------------------------------------------------------------------------------------- threads

@@ -1,10 +1,11 @@
 """Test the native whole-call path of the eager mode: same results and same errors as the general path."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from eager_cases import OBJECTIVES, TARGET, TOKENS, Call, Spy, batch, flat, logits_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,79 +19,13 @@ pytestmark = pytest.mark.skipif(
     native.eager() is None, reason="no native module, or a torch without the DLPack exchange API"
 )
 
-TOKENS, VOCAB = 7, 33
-CU = torch.tensor([0, 3, 7], dtype=torch.int32)
-Call = Callable[[], Any]
-
-
-class Spy:
-    """Replacement of the native module that records which whole-call functions ran."""
-
-    def __init__(self) -> None:
-        self.answered: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any) -> Any:
-            out = getattr(native.eager(), name)(*args)
-            self.answered += [] if out is None else [name]
-            return out
-
-        return call
-
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
-    spy = Spy()
+    spy = Spy(native.eager())
     for op in (stats, losses, steps):
-        monkeypatch.setattr(op, "eager_cpu", lambda: spy)
+        monkeypatch.setattr(op, "eager_cpu", lambda main: spy)
     yield spy
-
-
-def batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    gen = torch.Generator().manual_seed(seed)
-    advantage = torch.randn(TOKENS, generator=gen)
-    advantage[2] = 0.0
-    return {
-        "old_logp": -3.5 + 0.3 * torch.randn(TOKENS, generator=gen),
-        "advantage": advantage,
-        "mask": torch.tensor([True, True, True, False, True, True, True]),
-    }
-
-
-def logits_of(dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(TOKENS, VOCAB, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-TARGET = torch.arange(TOKENS) * 4
-
-OBJECTIVES = {
-    "ppo": (tokfuse.Objective(), {}),
-    "kl_entropy": (
-        tokfuse.Objective(kl=tokfuse.KL(coef=0.1), entropy_coef=0.02),
-        {"ref_logp": torch.full((TOKENS,), -3.4), "kl_weight": torch.linspace(0, 1, TOKENS)},
-    ),
-    "seq_mean": (tokfuse.Objective(aggregation="seq_mean_token_mean"), {"cu_seqlens": CU}),
-    "batch": (tokfuse.Objective(), {"normalizer": "batch"}),
-    "number": (tokfuse.Objective(aggregation="token_sum"), {"normalizer": 12}),
-    "per_sequence": (
-        tokfuse.Objective(),
-        {"cu_seqlens": CU, "advantage_level": "sequence", "advantage": torch.tensor([1.0, -2.0])},
-    ),
-    "signal": (tokfuse.Objective(shape=tokfuse.NFT()), {"signal": torch.full((TOKENS,), 0.4)}),
-}
-
-
-def flat(result: Any) -> list[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        return [result]
-    if isinstance(result, tokfuse.PolicyStep):
-        given = (result.loss, result.token_loss, result.loss_sum, result.count)
-        rest = (result.metrics.sums, *result.stats, result.grad_logits)
-        return [x for x in (*given, *rest) if x is not None]
-    if isinstance(result, tokfuse.PolicyLoss):
-        given = (result.loss, result.token_loss, result.loss_sum, result.count)
-        return [*given, result.metrics.sums]
-    return list(result)
 
 
 def both_ways(call: Call, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +33,7 @@ def both_ways(call: Call, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = call()
     assert len(spy.answered) == 1, "the native function did not answer a plain call"
     for op in (stats, losses, steps):
-        monkeypatch.setattr(op, "eager_cpu", lambda: None)
+        monkeypatch.setattr(op, "eager_cpu", lambda main: None)
     slow = call()
     for a, b in zip(flat(fast), flat(slow), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -247,13 +182,13 @@ def test_refused_before_anything_is_written(change: dict[str, Any], words: str, 
 
 
 def test_a_forced_backend_is_not_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert forced.eager_cpu() is not None
+    assert forced.eager_cpu(TARGET) is not None
     with tokfuse.backend("cpu"):
-        assert forced.eager_cpu() is not None
+        assert forced.eager_cpu(TARGET) is not None
     with tokfuse.backend("reference"):
-        assert forced.eager_cpu() is None
+        assert forced.eager_cpu(TARGET) is None
     monkeypatch.setenv("TOKFUSE_BACKEND", "reference")  # after the import, because it is read at every call
-    assert forced.eager_cpu() is None
+    assert forced.eager_cpu(TARGET) is None
     monkeypatch.setenv("TOKFUSE_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="TOKFUSE_BACKEND must be one of"):
         tokfuse.token_stats(logits_of(), TARGET)

@@ -209,11 +209,18 @@ void objective(Batch& b, Level level) {
   o.d_entropy = b.out();
   o.sums = b.memory.of<double>(kMetricCount);
   o.partial = b.scratch;
-  report("policy_loss", policy_loss(o, nullptr), {o.token_loss, o.d_logp, o.d_entropy}, kTokens);
+  const LossArgs loss = {o.inv_normalizer, o.normalize_by_seqs, b.out(1), b.out(1)};
+  report("policy_loss", policy_loss(o, loss, nullptr), {o.token_loss, o.d_logp, o.d_entropy},
+         kTokens);
+  report("loss", cudaSuccess, {loss.loss, loss.loss_sum}, 1);
   report("metrics", cudaSuccess, {reinterpret_cast<const float*>(o.sums)}, 2 * kMetricCount);
   const PrepareArgs p = {kSeqs,   b.borders, b.mask, b.x, b.memory.of<int32_t>(kSeqs),
                          b.out(), b.out()};
   report("policy_prepare", policy_prepare(p, nullptr), {p.agg_weight, p.advantage}, kTokens);
+  for (int32_t* counts : {static_cast<int32_t*>(nullptr), p.counts}) {
+    const CountArgs n = {kTokens, kSeqs, b.mask, counts, b.out(1)};
+    report("policy_count", policy_count(n, nullptr), {n.batch_inv_normalizer}, 1);
+  }
   int32_t* flags = b.memory.of<int32_t>(kTokens);
   std::fill(flags, flags + kTokens, 0);
   MetricsArgs m = {};
@@ -230,8 +237,8 @@ void objective(Batch& b, Level level) {
   m.counts = p.counts;
   m.partial = b.scratch;
   m.sums = o.sums;
-  report("policy_metrics", policy_metrics(m, nullptr), {reinterpret_cast<const float*>(o.sums)},
-         2 * kMetricCount);
+  report("policy_metrics", policy_metrics(m, loss, nullptr),
+         {reinterpret_cast<const float*>(o.sums)}, 2 * kMetricCount);
 }
 
 void outer_products(Batch& b, int64_t rank) {

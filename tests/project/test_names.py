@@ -12,7 +12,7 @@ from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import ObjectiveRecord
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADERS = [ROOT / "csrc" / "common" / f"{name}_args.h" for name in ("row", "objective", "packed")]
+HEADERS = [ROOT / "csrc" / "common" / f"{name}_args.h" for name in ("row", "objective", "loss", "packed")]
 has_native = pytest.mark.skipif(native.module() is None, reason="the native module is not built")
 
 

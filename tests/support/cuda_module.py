@@ -28,7 +28,7 @@ def _binding(source: Path) -> Path:
 @functools.cache
 def build(jobs: int = 1) -> Path:
     """Return the module's file. It is rebuilt if a source changed."""
-    shared = (BINDINGS / "checks.cpp", BINDINGS / "records.cpp")
+    shared = [BINDINGS / f"{name}.cpp" for name in ("buffers", "checks", "eager_args", "records", "tensors")]
     bindings = [*sorted(BINDINGS.glob("bind_cuda*.cpp")), *shared]
     with ThreadPoolExecutor(jobs) as pool:
         objects = [
