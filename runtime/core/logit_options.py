@@ -159,5 +159,7 @@ def bad_row(op: str, row: int, target: torch.Tensor, vocab: int, temperature: fl
         "target",
         f"in [0, {vocab}) in every row where mask is True",
         f"{y} in row {row}",
-        f"Pass ignore_index={y}." if y == -100 else "Set mask to False on prompt and padding rows.",
+        "Leave these rows out by mask=(target != -100), or by ignore_index=-100 if the op has this argument."
+        if y == -100
+        else "Set mask to False on prompt and padding rows.",
     )

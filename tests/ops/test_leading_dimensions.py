@@ -172,7 +172,10 @@ def test_refusals():
             tokfuse.token_stats(t["logits"], target, ignore_index=np.int64(-100), **{name: value})
     with pytest.raises(ValueError, match="logits must be at least one column wide"):
         tokfuse.token_stats(t["logits"][..., :0], target)
-    with pytest.raises(ValueError, match=r"target must be in \[0, 21\) .*; got -100 .* Pass ignore_index=-100"):
+    with pytest.raises(
+        ValueError,
+        match=r"target must be in \[0, 21\) .*; got -100 .* mask=\(target != -100\), or by ignore_index=-100",
+    ):
         tokfuse.token_stats(t["logits"], t["target"])
     with pytest.raises(ValueError, match=r"old_logp must be of shape"):
         tokfuse.policy_step(

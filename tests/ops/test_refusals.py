@@ -80,7 +80,7 @@ LOGITS = [
     (
         lambda: logits_call(target=torch.tensor([0, 3, -100])),
         "token_stats: target must be in [0, 7) in every row where mask is True; got -100 in row 2. "
-        "Pass ignore_index=-100.",
+        "Leave these rows out by mask=(target != -100), or by ignore_index=-100 if the op has this argument.",
     ),
     (
         lambda: logits_call(target=torch.zeros(3, device="meta", dtype=torch.int64)),
