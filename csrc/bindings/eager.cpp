@@ -8,6 +8,7 @@
 #include "bindings/bind.h"
 #include "bindings/eager_args.h"
 #include "common/loss_args.h"
+#include "cpu/ids_kernels.h"
 
 namespace py = pybind11;
 
@@ -52,6 +53,24 @@ TokenStatsOut stats_outputs(Results& results, int64_t n) {
   return out;
 }
 
+// row_max and inv_sum, as outputs for a gradient, otherwise in memory that this object holds.
+class BackwardState {
+ public:
+  BackwardState(TokenStatsOut& out, Results& results, int64_t n, PyObject* for_gradient) {
+    if (for_gradient == Py_True) {
+      out.row_max = results.floats(n);
+      out.inv_sum = results.floats(n);
+    } else {
+      unseen_ = scratch(2 * n);
+      out.row_max = unseen_.get();
+      out.inv_sum = unseen_.get() + n;
+    }
+  }
+
+ private:
+  std::unique_ptr<float[]> unseen_;
+};
+
 // Where loss, loss_sum and count are written. All three come from the metric sums.
 struct LossCells {
   float *loss, *loss_sum;
@@ -83,19 +102,42 @@ PyObject* eager_token_stats(PyObject*, PyObject* const* args, Py_ssize_t count) 
     const LogitsArgs a = kOnCpu.logits(args[0], args[1], args[2], threads);
     Results results;
     TokenStatsOut out = stats_outputs(results, a.tokens);
-    std::unique_ptr<float[]> unseen;
-    if (args[4] == Py_True) {
-      out.row_max = results.floats(a.tokens);
-      out.inv_sum = results.floats(a.tokens);
-    } else {
-      unseen = scratch(2 * a.tokens);
-      out.row_max = unseen.get();
-      out.inv_sum = unseen.get() + a.tokens;
-    }
+    const BackwardState state(out, results, a.tokens, args[4]);
     {
       py::gil_scoped_release release;
       if (TOKFUSE_CALL(first_bad_row, a) >= 0) throw NotPlain();
       TOKFUSE_CALL(token_stats_fwd, a, out);
+    }
+    return results.release();
+  });
+}
+
+// (logits, target, options, threads, for_gradient, ids) -> those of eager_token_stats, and logp_at.
+// ids: a matrix of int64. logp_at is a vector of as many elements.
+PyObject* eager_token_stats_at(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return answer([&]() -> PyObject* {
+    plain(count == 6);
+    const int threads = thread_count(args[3]);
+    const LogitsArgs a = kOnCpu.logits(args[0], args[1], args[2], threads);
+    const DlTensor matrix = kOnCpu.tensor(args[5]);
+    plain(matrix.ndim == 2 && matrix.shape[0] == a.tokens && matrix.type == kDlInt64);
+    const int64_t width = matrix.shape[1];
+    const bool rows_follow = a.tokens <= 1 || matrix.strides[0] == width;
+    plain(width == 0 || ((width == 1 || matrix.strides[1] == 1) && rows_follow));
+    std::vector<int64_t> offsets(static_cast<size_t>(a.tokens) + 1);
+    for (size_t t = 0; t < offsets.size(); t++) offsets[t] = static_cast<int64_t>(t) * width;
+    Results results;
+    TokenStatsOut out = stats_outputs(results, a.tokens);
+    const BackwardState state(out, results, a.tokens, args[4]);
+    IdsArgs ids = {};
+    ids.ids = static_cast<const int64_t*>(matrix.data);
+    ids.offsets = offsets.data();
+    ids.num_ids = a.tokens * width;
+    ids.logp_at = results.floats(ids.num_ids);
+    {
+      py::gil_scoped_release release;
+      if (TOKFUSE_CALL(ids_bad_row, a, ids) >= 0) throw NotPlain();
+      TOKFUSE_CALL(token_stats_at_fwd, a, out, ids);
     }
     return results.release();
   });
@@ -181,6 +223,7 @@ PyObject* environment_sets(PyObject*, PyObject* name) {
 
 PyMethodDef methods[] = {
     fast_method("eager_token_stats", eager_token_stats),
+    fast_method("eager_token_stats_at", eager_token_stats_at),
     fast_method("eager_policy_loss", eager_policy_loss),
     fast_method("eager_policy_step", eager_policy_step),
     {"environment_sets", environment_sets, METH_O, nullptr},

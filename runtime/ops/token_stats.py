@@ -18,7 +18,7 @@ from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions, check_
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats, TokenStatsAt
 from tokfuse.runtime.core.token_ids import check_one_of
-from tokfuse.runtime.ops.token_stats_at import token_stats_at
+from tokfuse.runtime.ops.token_stats_at import eager_at, token_stats_at
 from tokfuse.runtime.reference import extended_token_stats as extended_reference
 from tokfuse.runtime.reference import token_stats as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
@@ -237,8 +237,12 @@ def token_stats(
             OP, "bias_scale", "left out without bias_logits", repr(bias_scale), "Remove it: it would have no effect."
         )
     at_ids = ids is not None or top_k is not None or ids_offsets is not None
-    if second_temperature is None and moments is False and bias_logits is None and not at_ids and ignore_index is None:
-        done = _eager(logits, target, options)
+    if second_temperature is None and moments is False and bias_logits is None and ignore_index is None:
+        done: TokenStats | TokenStatsAt | None = None
+        if not at_ids:
+            done = _eager(logits, target, options)
+        elif ids is not None and top_k is None and ids_offsets is None:
+            done = eager_at(logits, target, ids, options)
         if done is not None:
             return done
     if ignore_index is not None or (isinstance(logits, torch.Tensor) and logits.dim() != 2):

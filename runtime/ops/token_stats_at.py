@@ -8,6 +8,7 @@ from tokfuse.runtime.backends import cpu_rows, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.forced import eager_cpu
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -39,6 +40,22 @@ def token_stats_at(
     places = check_ids("token_stats", ids, ids_offsets, tokens, logits.device)
     logp, entropy, lse, sum_sq, top1, logp_at = _run(logits, target, places, options, capability)
     return TokenStatsAt(logp, entropy, lse, sum_sq, top1, logp_at.view(places.shape), top_ids)
+
+
+def eager_at(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, o: LogitOptions) -> TokenStatsAt | None:
+    """Compute a plain call on the CPU by one native function. Return None if the call needs the general path."""
+    native_module = eager_cpu(logits)
+    if native_module is None:
+        return None
+    tracked = getattr(logits, "requires_grad", False) and torch.is_grad_enabled()
+    out = native_module.eager_token_stats_at(logits, target, o, torch.get_num_threads(), tracked, ids)
+    if out is None:
+        return None
+    if tracked:
+        flat, offsets, _ = TokenIds.of_matrix(ids)
+        out = _AtFunction.apply(logits, target, flat, offsets, o, cpu_rows.TOKEN_STATS_AT, out)
+    logp, entropy, lse, sum_sq, top1, logp_at = out
+    return TokenStatsAt(logp, entropy, lse, sum_sq, top1, logp_at.view(ids.shape), None)
 
 
 def _top_ids(logits: torch.Tensor, top_k: Any, options: LogitOptions) -> torch.Tensor:
@@ -85,8 +102,10 @@ class _AtFunction(torch.autograd.Function):
         offsets: torch.Tensor,
         o: LogitOptions,
         run: Kernels,
+        outputs: tuple[torch.Tensor, ...] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        outputs = run.forward(logits, target, ids, offsets, **o._asdict())
+        if outputs is None:
+            outputs = run.forward(logits, target, ids, offsets, **o._asdict())
         _save(ctx, (logits, target, ids, offsets), o, outputs)
         ctx.run = run
         logp, entropy, lse, sum_sq, top1, _, _, logp_at = outputs
@@ -99,9 +118,9 @@ class _AtFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         given = _incoming(ctx, grads[0], grads[1], grads[5])
         if given is None:
-            return (None,) * 6
+            return (None,) * 7
         saved, o = _saved(ctx)
-        return (ctx.run.backward(*saved, *given, **o._asdict()),) + (None,) * 5
+        return (ctx.run.backward(*saved, *given, **o._asdict()),) + (None,) * 6
 
 
 def _save(

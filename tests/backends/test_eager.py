@@ -14,6 +14,7 @@ from tokfuse.runtime.core import forced, native
 from tokfuse.runtime.ops import policy_loss as losses
 from tokfuse.runtime.ops import policy_step as steps
 from tokfuse.runtime.ops import token_stats as stats
+from tokfuse.runtime.ops import token_stats_at as at
 
 pytestmark = pytest.mark.skipif(
     native.eager() is None, reason="no native module, or a torch without the DLPack exchange API"
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     spy = Spy(native.eager())
-    for op in (stats, losses, steps):
+    for op in (stats, at, losses, steps):
         monkeypatch.setattr(op, "eager_cpu", lambda main: spy)
     yield spy
 
@@ -32,7 +33,7 @@ def both_ways(call: Call, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `call` on the eager path, then on the general path: the results are bitwise equal."""
     fast = call()
     assert len(spy.answered) == 1, "the native function did not answer a plain call"
-    for op in (stats, losses, steps):
+    for op in (stats, at, losses, steps):
         monkeypatch.setattr(op, "eager_cpu", lambda main: None)
     slow = call()
     for a, b in zip(flat(fast), flat(slow), strict=True):
@@ -73,6 +74,74 @@ def test_token_stats_gradient(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None
         return grad
 
     both_ways(call, spy, monkeypatch)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+# A target, a duplicate and a padding id among them.
+IDS = torch.tensor([3, 0, 32, -1, 4, 4, 1, 2, 8, -1, -1, -1, 0, 1, 2, 3, 16, 5, 5, 31, 20, 0, 0, 0, 7, 6, 5, 24])
+IDS = IDS.view(TOKENS, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"mask": batch()["mask"]}], ids=["plain", "softcap", "mask"])
+@pytest.mark.parametrize("width", [0, 1, 4])
+def test_ids(
+    width: int, options: dict[str, Any], dtype: torch.dtype, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = IDS[:, :width].contiguous()
+
+    def call() -> list[torch.Tensor]:
+        z = logits_of(dtype).requires_grad_()
+        out = tokfuse.token_stats(z, TARGET, ids=ids, **options)
+        with torch.no_grad():
+            assert tokfuse.token_stats(z, TARGET, ids=ids, **options).logp_at.shape == ids.shape
+        (grad,) = torch.autograd.grad((out.logp - out.entropy).sum() + (out.logp_at * 0.3).sum(), z)
+        return [*(x for x in out if x is not None), grad]
+
+    fast = call()
+    assert spy.answered == ["eager_token_stats_at"] * 2
+    monkeypatch.setattr(at, "eager_cpu", lambda main: None)
+    assert all(torch.equal(a, b) for a, b in zip(fast, call(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids": IDS.int()},
+        {"ids": IDS.repeat(1, 2)[:, ::2]},
+        {"ids": IDS.as_subclass(Subclass)},
+        {"ids": IDS.reshape(-1), "ids_offsets": torch.arange(TOKENS + 1) * 4},
+        {"ids": None, "top_k": 4},
+        {"ignore_index": -100},
+        {"bias_logits": torch.zeros_like(logits_of())},
+    ],
+    ids=["int32", "strided", "subclass", "offsets", "top_k", "ignore_index", "bias_logits"],
+)
+def test_ids_that_need_the_general_path(change: dict[str, Any], spy: Spy) -> None:
+    given = {"ids": IDS, **change}
+    logp_at = tokfuse.token_stats(logits_of(), TARGET, **given).logp_at
+    assert bool(logp_at.isfinite().all())
+    # ignore_index is a mask for the packed call inside.
+    assert spy.answered == (["eager_token_stats_at"] if "ignore_index" in change else [])
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (IDS + 1000, r"ids must be .* got 1003"),
+        (IDS - 5, r"ids must be .* got -2"),
+        (IDS[:-1], r"ids must be of shape \(7, K\)"),
+        (IDS.float(), "ids must be of dtype"),
+    ],
+    ids=["above", "below", "rows", "dtype"],
+)
+def test_wrong_ids(ids: torch.Tensor, words: str, spy: Spy) -> None:
+    with pytest.raises(ValueError, match=words):
+        tokfuse.token_stats(logits_of(), TARGET, ids=ids)
+    assert spy.answered == []
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -122,10 +191,6 @@ def test_policy_step_gradient(in_place: bool, spy: Spy, monkeypatch: pytest.Monk
         return leaf.grad
 
     both_ways(call, spy, monkeypatch)
-
-
-class Subclass(torch.Tensor):
-    pass
 
 
 @pytest.mark.parametrize(
@@ -235,7 +300,7 @@ ODD = st.sampled_from(
 
 
 @given(
-    name=st.sampled_from(["eager_token_stats", "eager_policy_loss", "eager_policy_step"]),
+    name=st.sampled_from(["eager_token_stats", "eager_token_stats_at", "eager_policy_loss", "eager_policy_step"]),
     args=st.lists(st.one_of(ODD, st.tuples(*[ODD] * 6), st.tuples(*[ODD] * 10)), max_size=10),
 )
 def test_any_arguments_end_in_none_or_a_result(name: str, args: list[Any]) -> None:
