@@ -1,5 +1,6 @@
 """Test the native whole-call path of the eager mode: same results and same errors as the general path."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -304,5 +305,9 @@ ODD = st.sampled_from(
     args=st.lists(st.one_of(ODD, st.tuples(*[ODD] * 6), st.tuples(*[ODD] * 10)), max_size=10),
 )
 def test_any_arguments_end_in_none_or_a_result(name: str, args: list[Any]) -> None:
-    out = getattr(native.eager(), name)(*args)
+    try:
+        out = getattr(native.eager(), name)(*args)
+    except TypeError as error:  # loud, because with None a wrong record of the build would only be slow
+        assert re.search(r"^\w+ expected; got", str(error))
+        return
     assert out is None or isinstance(out, tuple)
