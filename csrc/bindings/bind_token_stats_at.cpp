@@ -28,9 +28,8 @@ int64_t token_stats_at_fwd(const LogitsArgs& a, const TokenStatsOut& out, const 
   require(out.second_logp == nullptr && out.sum_p2_logp == nullptr && out.sum_p2_logp2 == nullptr,
           "log-probs at ids come without the optional statistics");
   py::gil_scoped_release release;
-  const int64_t bad = TOKFUSE_CALL(ids_bad_row, a, ids);
-  if (bad < 0) TOKFUSE_CALL(token_stats_at_fwd, a, out, ids);
-  return bad;
+  const int64_t bad = TOKFUSE_CALL(first_bad_row, a);
+  return bad < 0 ? TOKFUSE_CALL(token_stats_at_fwd, a, out, ids) : bad;
 }
 
 void token_stats_at_bwd(const LogitsArgs& a, const TokenStatsGrad& grad, const IdsArgs& ids) {
@@ -42,20 +41,29 @@ void token_stats_at_bwd(const LogitsArgs& a, const TokenStatsGrad& grad, const I
           "grad_stride must be >= vocab");
   require(grad.grad_dtype == a.dtype, "the gradient has the dtype of the logits");
   py::gil_scoped_release release;
-  require(TOKFUSE_CALL(ids_bad_row, a, ids) < 0, "a target, temperature or id is out of range");
+  require(TOKFUSE_CALL(first_bad_row, a) < 0, "a target or temperature is out of range");
   int64_t longest = 0;
   for (int64_t t = 0; t < a.tokens; t++) {
     const int64_t count = ids.offsets[t + 1] - ids.offsets[t];
     longest = count > longest ? count : longest;
   }
-  require(longest < (int64_t{1} << 30), "a row has too many ids");
-  IdsScratch scratch = {nullptr, nullptr, longest + 1, 4};
-  while (scratch.table_size < 2 * scratch.num_entries) scratch.table_size *= 2;
-  std::vector<IdEntry> entries(static_cast<size_t>(a.threads * scratch.num_entries));
+  require(longest < (int64_t{1} << 28), "a row has too many ids");
+  IdsScratch scratch = {};
+  scratch.num_columns = longest + 1;
+  scratch.table_size = 4;
+  while (scratch.table_size < 4 * scratch.num_columns) scratch.table_size *= 2;
+  const size_t columns = static_cast<size_t>(a.threads * scratch.num_columns);
+  std::vector<int64_t> column(columns);
+  std::vector<double> incoming(columns);
+  std::vector<float> logp(columns), gradient(columns);
   std::vector<int32_t> table(static_cast<size_t>(a.threads * scratch.table_size));
-  scratch.entries = entries.data();
+  scratch.column = column.data();
+  scratch.incoming = incoming.data();
+  scratch.logp = logp.data();
+  scratch.grad = gradient.data();
   scratch.table = table.data();
-  TOKFUSE_CALL(token_stats_at_bwd, a, grad, ids, scratch);
+  const int64_t bad = TOKFUSE_CALL(token_stats_at_bwd, a, grad, ids, scratch);
+  require(bad < 0, "an id is out of range");
 }
 
 }  // namespace

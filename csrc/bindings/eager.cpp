@@ -112,8 +112,8 @@ PyObject* eager_token_stats(PyObject*, PyObject* const* args, Py_ssize_t count) 
   });
 }
 
-// (logits, target, options, threads, for_gradient, ids) -> those of eager_token_stats, and logp_at.
-// ids: a matrix of int64. logp_at is a vector of as many elements.
+// (logits, target, options, threads, for_gradient, ids) -> those of eager_token_stats, and logp_at
+// of the shape of ids, a matrix of int64. With for_gradient also the offsets of its rows.
 PyObject* eager_token_stats_at(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return answer([&]() -> PyObject* {
     plain(count == 6);
@@ -124,20 +124,26 @@ PyObject* eager_token_stats_at(PyObject*, PyObject* const* args, Py_ssize_t coun
     const int64_t width = matrix.shape[1];
     const bool rows_follow = a.tokens <= 1 || matrix.strides[0] == width;
     plain(width == 0 || ((width == 1 || matrix.strides[1] == 1) && rows_follow));
-    std::vector<int64_t> offsets(static_cast<size_t>(a.tokens) + 1);
-    for (size_t t = 0; t < offsets.size(); t++) offsets[t] = static_cast<int64_t>(t) * width;
     Results results;
     TokenStatsOut out = stats_outputs(results, a.tokens);
     const BackwardState state(out, results, a.tokens, args[4]);
     IdsArgs ids = {};
     ids.ids = static_cast<const int64_t*>(matrix.data);
-    ids.offsets = offsets.data();
     ids.num_ids = a.tokens * width;
-    ids.logp_at = results.floats(ids.num_ids);
+    ids.logp_at = static_cast<float*>(results.add({a.tokens, width}, kDlFloat32));
+    std::unique_ptr<int64_t[]> unseen;
+    int64_t* offsets = nullptr;
+    if (args[4] == Py_True) {
+      offsets = static_cast<int64_t*>(results.add({a.tokens + 1}, kDlInt64));
+    } else {
+      unseen.reset(offsets = new int64_t[static_cast<size_t>(a.tokens) + 1]);
+    }
+    for (int64_t t = 0; t <= a.tokens; t++) offsets[t] = t * width;
+    ids.offsets = offsets;
     {
       py::gil_scoped_release release;
-      if (TOKFUSE_CALL(ids_bad_row, a, ids) >= 0) throw NotPlain();
-      TOKFUSE_CALL(token_stats_at_fwd, a, out, ids);
+      if (TOKFUSE_CALL(first_bad_row, a) >= 0) throw NotPlain();
+      if (TOKFUSE_CALL(token_stats_at_fwd, a, out, ids) >= 0) throw NotPlain();
     }
     return results.release();
   });

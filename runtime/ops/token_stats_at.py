@@ -1,5 +1,6 @@
 """token_stats_at: token_stats with `ids` or `top_k`, which adds the log-probs of a few ids per row."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,13 +50,10 @@ def eager_at(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, o: L
         return None
     tracked = getattr(logits, "requires_grad", False) and torch.is_grad_enabled()
     out = native_module.eager_token_stats_at(logits, target, o, torch.get_num_threads(), tracked, ids)
-    if out is None:
-        return None
-    if tracked:
-        flat, offsets, _ = TokenIds.of_matrix(ids)
-        out = _AtFunction.apply(logits, target, flat, offsets, o, cpu_rows.TOKEN_STATS_AT, out)
-    logp, entropy, lse, sum_sq, top1, logp_at = out
-    return TokenStatsAt(logp, entropy, lse, sum_sq, top1, logp_at.view(ids.shape), None)
+    if out is not None and tracked:
+        *outputs, offsets = out
+        out = _AtFunction.apply(logits, target, ids.view(-1), offsets, o, cpu_rows.TOKEN_STATS_AT, outputs)
+    return None if out is None else TokenStatsAt._make((*out, None))
 
 
 def _top_ids(logits: torch.Tensor, top_k: Any, options: LogitOptions) -> torch.Tensor:
@@ -102,10 +100,11 @@ class _AtFunction(torch.autograd.Function):
         offsets: torch.Tensor,
         o: LogitOptions,
         run: Kernels,
-        outputs: tuple[torch.Tensor, ...] | None = None,
+        outputs: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
+        """`outputs`: those of a forward that has run. logp_at may have any shape."""
         if outputs is None:
-            outputs = run.forward(logits, target, ids, offsets, **o._asdict())
+            outputs = tuple(run.forward(logits, target, ids, offsets, **o._asdict()))
         _save(ctx, (logits, target, ids, offsets), o, outputs)
         ctx.run = run
         logp, entropy, lse, sum_sq, top1, _, _, logp_at = outputs
@@ -123,9 +122,7 @@ class _AtFunction(torch.autograd.Function):
         return (ctx.run.backward(*saved, *given, **o._asdict()),) + (None,) * 6
 
 
-def _save(
-    ctx: Any, inputs: tuple[torch.Tensor, ...], o: LogitOptions, outputs: tuple[torch.Tensor, ...] | list[torch.Tensor]
-) -> None:
+def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], o: LogitOptions, outputs: Sequence[torch.Tensor]) -> None:
     logp, entropy, _, _, _, row_max, inv_sum, logp_at = outputs
     ctx.options, tensors = o.split()
     ctx.save_for_backward(*inputs, row_max, inv_sum, logp, entropy, logp_at, *tensors)
@@ -133,8 +130,8 @@ def _save(
 
 
 def _saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], LogitOptions]:
-    *saved, vector, mask, bias_logits = ctx.saved_tensors
-    return tuple(saved), ctx.options.joined(vector, mask, bias_logits)
+    *saved, logp_at, vector, mask, bias_logits = ctx.saved_tensors
+    return (*saved, logp_at.view(-1)), ctx.options.joined(vector, mask, bias_logits)
 
 
 def _incoming(
@@ -143,7 +140,8 @@ def _incoming(
     """Return the incoming gradients as the kernels take them, or None if there are none."""
     if grad_logp is None and grad_entropy is None and grad_at is None:
         return None
-    return grad_logp, grad_entropy, torch.zeros_like(ctx.saved_tensors[8]) if grad_at is None else grad_at
+    at_ids = torch.zeros_like(ctx.saved_tensors[8]) if grad_at is None else grad_at
+    return grad_logp, grad_entropy, at_ids.reshape(-1)
 
 
 IDS_SCHEMA = "Tensor logits, Tensor target, Tensor ids, Tensor offsets"

@@ -5,7 +5,9 @@ Every case runs in a subprocess, so that a crash fails only its test.
 
 import ast
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -276,13 +278,17 @@ def test_random_fields_never_crash():
 LEVELS = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"}
 
 
-@pytest.mark.parametrize("level", list(LEVELS))
-def test_every_instruction_set_level_is_right(level):
-    """The module contains all three levels. A level that the processor does not support raises an error at import."""
+def skip_unless_it_runs(level: str) -> None:
     module = native.module()
     assert module is not None
     if LEVELS[level] > module.active_isa():
         pytest.skip(f"this processor runs {module.active_isa()}")
+
+
+@pytest.mark.parametrize("level", list(LEVELS))
+def test_every_instruction_set_level_is_right(level):
+    """The module contains all three levels. A level that the processor does not support raises an error at import."""
+    skip_unless_it_runs(level)
     run(
         f"""
         assert M.active_isa() == {LEVELS[level]!r}
@@ -307,6 +313,38 @@ def test_every_instruction_set_level_is_right(level):
         """,
         TOKFUSE_ISA=level,
     )
+
+
+# A flush-to-zero mode or an unfinished MMX state would break other libraries in the process.
+@pytest.mark.parametrize("level", list(LEVELS))
+def test_the_kernels_leave_the_floating_point_units_as_they_were(level: str) -> None:
+    skip_unless_it_runs(level)
+    run(
+        f"""
+        import sys
+        import numpy as np
+        sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
+        from op_calls import SMALL, Problem, calls
+        third, smallest = np.longdouble(1) / 3, np.float64(5e-324)
+        for call in calls():
+            if call.needs_triton:
+                continue
+            call.run(Problem(SMALL))
+            assert np.longdouble(1) / 3 == third, call.name
+            assert smallest * np.float64(1.0) == smallest, call.name
+        """,
+        TOKFUSE_ISA=level,
+    )
+
+
+# g++ 12 uses them for moves and leaves out emms; the next x87 instruction then returns NaN.
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is missing")
+def test_no_instruction_uses_an_mmx_register() -> None:
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", native.module().__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert "%xmm0" in code or platform.machine() not in ("x86_64", "AMD64")
+    assert re.findall(r".*%mm[0-7].*", code) == []
 
 
 @pytest.mark.skipif(getattr(native.module(), "sanitizers", "") != "", reason="the sanitized module has one level")
